@@ -1,0 +1,42 @@
+//! Compiles the two proto packages with no system `protoc`, and keeps their descriptors for reflection and JSON.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+use prost::Message;
+use prost_types::{FileDescriptorSet, field_descriptor_proto::Type};
+
+const FILES: [&str; 2] = ["dreamnet/subsystem/v1/subsystem.proto", "dreamnet/orchestrator/v1/orchestrator.proto"];
+
+/// Messages that this crate hands on as the bytes that came, and so never decodes on the way: on the wire a message
+/// field and a `bytes` field are the same.
+const CARRIED_AS_BYTES: [&str; 2] = [".google.protobuf.Struct", ".dreamnet.orchestrator.v1.CycleTelemetry"];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=proto");
+    let mut descriptors = protox::Compiler::new(["proto"])?
+        .include_imports(true)
+        .include_source_info(true)
+        .open_files(FILES)?
+        .file_descriptor_set();
+
+    let out = PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin");
+    fs::write(out, descriptors.encode_to_vec())?;
+
+    carry_as_bytes(&mut descriptors);
+    tonic_prost_build::configure().bytes(".").btree_map(".").compile_fds(descriptors)?;
+    Ok(())
+}
+
+fn carry_as_bytes(descriptors: &mut FileDescriptorSet) {
+    let messages = descriptors
+        .file
+        .iter_mut()
+        .filter(|file| file.package().starts_with("dreamnet."))
+        .flat_map(|file| &mut file.message_type);
+    for field in messages.flat_map(|message| &mut message.field) {
+        if CARRIED_AS_BYTES.contains(&field.type_name()) {
+            field.set_type(Type::Bytes);
+            field.type_name = None;
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! A control plane that runs a fleet of remote components ("subsystems") in cycles.
+
+pub mod model;
+pub mod ports;
+pub mod proto;

@@ -1,0 +1,24 @@
+//! What the core talks about: subsystems, cycles and schedules, as validated types. Pure: no I/O, no wire format
+//! but that of the one payload, no tonic.
+
+mod code;
+mod cycle;
+mod name;
+mod payload;
+mod schedule;
+mod subsystem;
+mod violation;
+
+pub use code::Code;
+pub use cycle::{
+    CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Revision, SkipReason, SubsystemReport, SubsystemState,
+    Trigger,
+};
+pub use name::{Name, NameError};
+pub use payload::{Malformed, Payload};
+pub use schedule::{CatchUp, IntervalLoop, LoopSpec, LoopState, OverlapPolicy, TickCounts, TickDisposition, TickRange};
+pub use subsystem::{
+    Answer, BreakerPolicy, BreakerSpec, Endpoint, Freshness, Input, Issue, Limits, LimitsSpec, Output, RetryPolicy,
+    RetrySpec, Severity, Subsystem, SubsystemSpec,
+};
+pub use violation::{Violation, Violations};

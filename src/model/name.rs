@@ -1,0 +1,78 @@
+//! Names of subsystems and loops.
+
+use std::{borrow::Borrow, fmt, sync::Arc};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// The name of a subsystem or of a loop: 1 to 63 characters, a letter, then letters, digits, `_`, `-` or `.`.
+///
+/// 63 is the length of a DNS label, so that a name can also be a host name or a metric label anywhere.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Name(Arc<str>);
+
+impl Name {
+    /// The most characters that a name has.
+    pub const MAX_LEN: usize = 63;
+
+    /// Reads a name.
+    ///
+    /// # Errors
+    /// The name breaks the rule of this type.
+    pub fn parse(name: &str) -> Result<Self, NameError> {
+        let mut characters = name.chars();
+        let starts_well = characters.next().is_some_and(|c| c.is_ascii_alphabetic());
+        let goes_on_well = characters.all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.'));
+        if starts_well && goes_on_well && name.len() <= Self::MAX_LEN {
+            Ok(Self(name.into()))
+        } else {
+            Err(NameError(name.chars().take(Self::MAX_LEN + 1).collect()))
+        }
+    }
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Stands in for a name that was refused, until the pass that refused it ends.
+    pub(super) fn placeholder() -> Self {
+        Self("".into())
+    }
+}
+
+/// A text that is no [`Name`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no name: a name is 1 to 63 characters, a letter, then letters, digits, '_', '-' or '.'")]
+pub struct NameError(String);
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", &*self.0)
+    }
+}
+
+impl Borrow<str> for Name {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Serialize for Name {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        Self::parse(&name).map_err(de::Error::custom)
+    }
+}

@@ -1,0 +1,372 @@
+//! The one payload of the system: a `google.protobuf.Struct`, carried as the bytes that came.
+//!
+//! The wire format is <https://protobuf.dev/programming-guides/encoding/>; the messages are those of
+//! `google/protobuf/struct.proto`. Reading them here, and not with a general decoder, lets the hot path check an
+//! output without building a tree of it.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde_json::{Map, Number, Value};
+
+/// A `google.protobuf.Struct` as its encoded bytes, known to be well-formed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Payload(Bytes);
+
+/// Why bytes are no [`Payload`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Malformed(pub String);
+
+impl Payload {
+    /// How deep messages may nest in a payload. Readers in C++, Java and Python stop at 100, and a payload is itself
+    /// nested in a request. An object inside an object is three messages deeper.
+    pub const MAX_DEPTH: usize = 90;
+
+    /// Takes bytes that someone sent, if they are a well-formed `Struct`.
+    ///
+    /// # Errors
+    /// The bytes are not the encoding of a `Struct`, or it nests deeper than [`Payload::MAX_DEPTH`].
+    pub fn check(bytes: Bytes) -> Result<Self, Malformed> {
+        check(&bytes, Message::Struct, 1)?;
+        Ok(Self(bytes))
+    }
+
+    /// The payload that says the same as a JSON object.
+    ///
+    /// # Errors
+    /// The object nests deeper than [`Payload::MAX_DEPTH`].
+    pub fn from_json(object: &Map<String, Value>) -> Result<Self, Malformed> {
+        let mut bytes = BytesMut::new();
+        put_struct(&mut bytes, object);
+        Self::check(bytes.freeze())
+    }
+
+    /// The JSON object that says the same. Numbers that JSON lacks (NaN, infinities) become `null`.
+    #[must_use]
+    pub fn to_json(&self) -> Map<String, Value> {
+        read_struct(&self.0)
+    }
+
+    /// This payload with the top-level keys of `over` put over its own.
+    ///
+    /// Protobuf defines that of two map entries with one key the last one counts, and that concatenated messages
+    /// merge; so this is a concatenation.
+    #[must_use]
+    pub fn overlaid(&self, over: &Self) -> Self {
+        match (self.is_empty(), over.is_empty()) {
+            (_, true) => self.clone(),
+            (true, _) => over.clone(),
+            _ => Self([&self.0[..], &over.0[..]].concat().into()),
+        }
+    }
+
+    /// The encoded bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &Bytes {
+        &self.0
+    }
+
+    /// Length of the encoding in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// It has no fields.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Message {
+    Struct,
+    Entry,
+    Value,
+    List,
+}
+
+fn check(bytes: &[u8], message: Message, depth: usize) -> Result<(), Malformed> {
+    if depth > Payload::MAX_DEPTH {
+        return Err(Malformed(format!("nests more than {} messages deep", Payload::MAX_DEPTH)));
+    }
+    let mut fields = Fields(bytes);
+    while let Some(field) = fields.next()? {
+        match (message, field) {
+            (Message::Struct, Field { number: 1, wire: Wire::Bytes(entry) }) => {
+                check(entry, Message::Entry, depth + 1)?;
+            }
+            (Message::Entry, Field { number: 1, wire: Wire::Bytes(text) })
+            | (Message::Value, Field { number: 3, wire: Wire::Bytes(text) }) => {
+                std::str::from_utf8(text).map_err(|_| malformed("holds a text that is not UTF-8"))?;
+            }
+            (Message::Entry, Field { number: 2, wire: Wire::Bytes(value) })
+            | (Message::List, Field { number: 1, wire: Wire::Bytes(value) }) => {
+                check(value, Message::Value, depth + 1)?;
+            }
+            (Message::Value, Field { number: 5, wire: Wire::Bytes(fields) }) => {
+                check(fields, Message::Struct, depth + 1)?;
+            }
+            (Message::Value, Field { number: 6, wire: Wire::Bytes(list) }) => {
+                check(list, Message::List, depth + 1)?;
+            }
+            (Message::Value, Field { number: 1 | 4, wire: Wire::Varint(_) })
+            | (Message::Value, Field { number: 2, wire: Wire::Fixed64(_) }) => {}
+            (Message::Struct | Message::List, Field { number: 1, .. })
+            | (Message::Entry, Field { number: 1..=2, .. })
+            | (Message::Value, Field { number: 1..=6, .. }) => {
+                return Err(malformed("is not the encoding of a google.protobuf.Struct"));
+            }
+            _unknown_field => {}
+        }
+    }
+    Ok(())
+}
+
+// The readers below see only checked bytes: what can't be read has been refused before, and ends the reading.
+
+fn read_struct(bytes: &[u8]) -> Map<String, Value> {
+    let mut object = Map::new();
+    for field in Fields(bytes) {
+        if let Field { number: 1, wire: Wire::Bytes(entry) } = field {
+            let mut key = String::new();
+            let mut value = Value::Null;
+            for field in Fields(entry) {
+                match field {
+                    Field { number: 1, wire: Wire::Bytes(text) } => key = text_of(text),
+                    Field { number: 2, wire: Wire::Bytes(bytes) } => value = read_value(bytes),
+                    _ => {}
+                }
+            }
+            object.insert(key, value);
+        }
+    }
+    object
+}
+
+fn read_value(bytes: &[u8]) -> Value {
+    let mut value = Value::Null;
+    for field in Fields(bytes) {
+        value = match field {
+            Field { number: 1, .. } => Value::Null,
+            Field { number: 2, wire: Wire::Fixed64(bits) } => number(f64::from_bits(bits)),
+            Field { number: 3, wire: Wire::Bytes(text) } => Value::String(text_of(text)),
+            Field { number: 4, wire: Wire::Varint(truth) } => Value::Bool(truth != 0),
+            Field { number: 5, wire: Wire::Bytes(fields) } => Value::Object(read_struct(fields)),
+            Field { number: 6, wire: Wire::Bytes(list) } => Fields(list)
+                .filter_map(|field| match field {
+                    Field { number: 1, wire: Wire::Bytes(value) } => Some(read_value(value)),
+                    _ => None,
+                })
+                .collect(),
+            _ => value,
+        };
+    }
+    value
+}
+
+fn text_of(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Whole numbers in the range where `f64` is exact are shown without a fraction, as JSON writers elsewhere do.
+fn number(value: f64) -> Value {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    if value.fract() == 0.0 && value.abs() <= EXACT {
+        #[allow(clippy::cast_possible_truncation, reason = "whole and in range, as was just seen")]
+        return Value::Number((value as i64).into());
+    }
+    Number::from_f64(value).map_or(Value::Null, Value::Number)
+}
+
+#[derive(Clone, Copy)]
+struct Field<'a> {
+    number: u64,
+    wire: Wire<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Wire<'a> {
+    Varint(u64),
+    Fixed64(u64),
+    Bytes(&'a [u8]),
+    Fixed32,
+}
+
+/// The fields of one encoded message, in order.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn next(&mut self) -> Result<Option<Field<'a>>, Malformed> {
+        if self.0.is_empty() {
+            return Ok(None);
+        }
+        let key = self.varint()?;
+        let number = key >> 3;
+        if number == 0 || number > 0x1fff_ffff {
+            return Err(malformed("has a field number that protobuf does not allow"));
+        }
+        let wire = match key & 7 {
+            0 => Wire::Varint(self.varint()?),
+            1 => {
+                let bytes = self.take(8)?;
+                Wire::Fixed64(bytes.iter().rev().fold(0, |bits, byte| bits << 8 | u64::from(*byte)))
+            }
+            2 => {
+                let len = usize::try_from(self.varint()?).map_err(|_| malformed("ends too early"))?;
+                Wire::Bytes(self.take(len)?)
+            }
+            5 => {
+                self.take(4)?;
+                Wire::Fixed32
+            }
+            _ => return Err(malformed("has a wire type that is not supported")),
+        };
+        Ok(Some(Field { number, wire }))
+    }
+
+    fn varint(&mut self) -> Result<u64, Malformed> {
+        let mut value = 0;
+        for shift in (0..70).step_by(7) {
+            let byte = self.take(1)?[0];
+            // The tenth byte carries the one bit that is left of 64.
+            if shift == 63 && byte > 1 {
+                break;
+            }
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(malformed("has a number of more than 64 bits"))
+    }
+
+    fn take(&mut self, len: usize) -> Result<&'a [u8], Malformed> {
+        let (taken, rest) = self.0.split_at_checked(len).ok_or_else(|| malformed("ends too early"))?;
+        self.0 = rest;
+        Ok(taken)
+    }
+}
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Field<'a>;
+
+    fn next(&mut self) -> Option<Field<'a>> {
+        Fields::next(self).ok().flatten()
+    }
+}
+
+fn malformed(problem: &str) -> Malformed {
+    Malformed(problem.to_owned())
+}
+
+fn put_struct(out: &mut BytesMut, object: &Map<String, Value>) {
+    for (key, value) in object {
+        put_message(out, 1, |entry| {
+            put_bytes(entry, 1, key.as_bytes());
+            put_message(entry, 2, |out| put_value(out, value));
+        });
+    }
+}
+
+fn put_value(out: &mut BytesMut, value: &Value) {
+    match value {
+        Value::Null => out.put_slice(&[1 << 3, 0]),
+        Value::Number(number) => {
+            out.put_u8(2 << 3 | 1);
+            out.put_f64_le(number.as_f64().unwrap_or(f64::NAN));
+        }
+        Value::String(text) => put_bytes(out, 3, text.as_bytes()),
+        Value::Bool(truth) => out.put_slice(&[4 << 3, u8::from(*truth)]),
+        Value::Object(object) => put_message(out, 5, |out| put_struct(out, object)),
+        Value::Array(values) => put_message(out, 6, |list| {
+            for value in values {
+                put_message(list, 1, |out| put_value(out, value));
+            }
+        }),
+    }
+}
+
+fn put_message(out: &mut BytesMut, number: u8, write: impl FnOnce(&mut BytesMut)) {
+    let mut message = BytesMut::new();
+    write(&mut message);
+    put_bytes(out, number, &message);
+}
+
+fn put_bytes(out: &mut BytesMut, number: u8, bytes: &[u8]) {
+    out.put_u8(number << 3 | 2);
+    let mut len = bytes.len();
+    while len >= 0x80 {
+        #[allow(clippy::cast_possible_truncation, reason = "the low seven bits are what is meant")]
+        out.put_u8(len as u8 | 0x80);
+        len >>= 7;
+    }
+    #[allow(clippy::cast_possible_truncation, reason = "below 0x80")]
+    out.put_u8(len as u8);
+    out.put_slice(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use prost::Message as _;
+    use serde_json::json;
+
+    fn object(value: Value) -> Map<String, Value> {
+        match value {
+            Value::Object(object) => object,
+            other => panic!("{other} is no object"),
+        }
+    }
+
+    #[test]
+    fn json_there_and_back() {
+        let given = object(json!({
+            "null": null, "yes": true, "no": false, "int": -3, "fraction": 0.25, "text": "Grüße", "empty": "",
+            "list": [1, [2], {"three": 3}, null], "object": {"": {"deep": [{}]}},
+        }));
+        assert_eq!(Payload::from_json(&given).unwrap().to_json(), given);
+    }
+
+    #[test]
+    fn an_overlay_wins_key_by_key() {
+        let under = Payload::from_json(&object(json!({"a": 1, "b": {"x": 1}}))).unwrap();
+        let over = Payload::from_json(&object(json!({"b": {"y": 2}, "c": 3}))).unwrap();
+        let expected = object(json!({"a": 1, "b": {"y": 2}, "c": 3}));
+        assert_eq!(under.overlaid(&over).to_json(), expected);
+        let peer = prost_types::Struct::decode(under.overlaid(&over).as_bytes().clone()).unwrap();
+        assert_eq!(peer.fields.len(), 3);
+        assert!(Payload::check(under.overlaid(&over).as_bytes().clone()).is_ok());
+    }
+
+    #[test]
+    fn depth_is_bounded() {
+        let nest = |levels| object((0..levels).fold(json!({}), |inner, _| json!({ "in": inner })));
+        assert!(Payload::from_json(&nest(29)).is_ok());
+        assert!(Payload::from_json(&nest(30)).is_err());
+    }
+
+    proptest! {
+        /// What prost can't read is refused here, and what is accepted here prost reads the same.
+        #[test]
+        fn agrees_with_prost(bytes in proptest::collection::vec(0_u8..48, 0..24)) {
+            let bytes = Bytes::from(bytes);
+            if Payload::check(bytes.clone()).is_ok() {
+                prop_assert!(prost_types::Struct::decode(bytes).is_ok());
+            }
+        }
+
+        #[test]
+        fn every_message_of_prost_is_accepted(keys in proptest::collection::btree_map(".*", ".*", 0..6)) {
+            let fields = keys.iter().map(|(key, text)| {
+                let kind = Some(prost_types::value::Kind::StringValue(text.clone()));
+                (key.clone(), prost_types::Value { kind })
+            });
+            let message = prost_types::Struct { fields: fields.collect() };
+            let payload = Payload::check(message.encode_to_vec().into()).unwrap();
+            let expected: Map<_, _> = keys.into_iter().map(|(key, text)| (key, Value::String(text))).collect();
+            prop_assert_eq!(payload.to_json(), expected);
+        }
+    }
+}

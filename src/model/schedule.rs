@@ -1,0 +1,325 @@
+//! Schedules: interval loops, their ticks, and the account of them.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{CycleId, Name, Payload, Subsystem, Violations};
+
+const YEAR: Duration = Duration::from_hours(24 * 366);
+
+/// What happens to a cycle that is triggered while another one runs. The words are Temporal's
+/// (<https://docs.temporal.io/schedule#overlap-policy>).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OverlapPolicy {
+    /// It does not run.
+    Skip,
+    /// It waits, if none waits yet.
+    BufferOne,
+    /// It waits in line, up to a bound.
+    BufferAll,
+    /// The running one is cancelled, and this one runs next.
+    CancelOther,
+}
+
+/// What a loop does about ticks that fell due while the process was down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CatchUp {
+    /// They are missed.
+    None,
+    /// The latest inside the window runs, the others in it are coalesced into that one.
+    One,
+}
+
+/// An interval loop as somebody wrote it. Fields that are not set take the defaults that [`IntervalLoop`] documents.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(missing_docs, reason = "each field is that of `IntervalLoop`, before validation")]
+pub struct LoopSpec {
+    pub name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval: Option<SignedDuration>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offset: Option<SignedDuration>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jitter: Option<SignedDuration>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlap_policy: Option<OverlapPolicy>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub catch_up: Option<CatchUp>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub catch_up_window: Option<SignedDuration>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub subsystems: Vec<String>,
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub parameters: Map<String, Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<SignedDuration>,
+    pub record_outputs: bool,
+}
+
+/// An interval loop: starts cycles at a fixed rate. Its `n`-th tick is due at Unix time `n·interval + offset`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct IntervalLoop {
+    /// Unique name.
+    pub name: Name,
+    /// Time between ticks. 10 ms to 366 days.
+    pub interval: Duration,
+    /// Shifts the ticks. Below `interval`, default 0.
+    pub offset: Duration,
+    /// Each cycle starts up to this much after its tick. Below `interval`, default 0.
+    pub jitter: Duration,
+    /// What happens when a tick is due while a cycle runs. Default: skip.
+    pub overlap: OverlapPolicy,
+    /// What happens to ticks that were due while the process was down. Default: none.
+    pub catch_up: CatchUp,
+    /// How far back catching up reaches. Up to 366 days, default 60 s.
+    pub catch_up_window: Duration,
+    /// Only these subsystems; `None` means all.
+    pub subset: Option<Arc<[Name]>>,
+    /// Over those of the registrations.
+    pub parameters: Payload,
+    /// Deadline of its cycles; `None` means the configured one. 1 ms to 24 h.
+    pub deadline: Option<Duration>,
+    /// Keep all outputs in the record of its cycles.
+    pub record_outputs: bool,
+}
+
+impl IntervalLoop {
+    /// Validates a loop.
+    ///
+    /// # Errors
+    /// Every field that breaks its rule, in one go.
+    pub fn from_spec(spec: &LoopSpec) -> Result<Self, Violations> {
+        const MS: Duration = Duration::from_millis(1);
+        let mut bad = Violations::default();
+        if spec.interval.is_none() {
+            bad.add("interval", "is missing; give the time between ticks, such as 5s");
+        }
+        let interval = bad.duration("interval", spec.interval, YEAR, Duration::from_millis(10)..=YEAR);
+        let below_interval = Duration::ZERO..=interval.saturating_sub(Duration::from_nanos(1));
+        let subset = bad.names("subsystems", &spec.subsystems);
+        let deadline =
+            spec.deadline.map(|deadline| bad.duration("deadline", Some(deadline), MS, MS..=Duration::from_hours(24)));
+        let this = Self {
+            name: bad.name("name", &spec.name),
+            interval,
+            offset: bad.duration("offset", spec.offset, Duration::ZERO, below_interval.clone()),
+            jitter: bad.duration("jitter", spec.jitter, Duration::ZERO, below_interval),
+            overlap: spec.overlap_policy.unwrap_or(OverlapPolicy::Skip),
+            catch_up: spec.catch_up.unwrap_or(CatchUp::None),
+            catch_up_window: bad.duration(
+                "catch_up_window",
+                spec.catch_up_window,
+                Duration::from_mins(1),
+                Duration::ZERO..=YEAR,
+            ),
+            subset: (!subset.is_empty()).then(|| subset.into()),
+            parameters: bad.payload("parameters", &spec.parameters, Subsystem::MAX_PARAMETERS),
+            deadline,
+            record_outputs: spec.record_outputs,
+        };
+        bad.into_result(this)
+    }
+
+    /// The loop with every default filled in, as it is shown and stored.
+    #[must_use]
+    pub fn to_spec(&self) -> LoopSpec {
+        let signed = |duration: Duration| SignedDuration::try_from(duration).ok();
+        LoopSpec {
+            name: self.name.to_string(),
+            interval: signed(self.interval),
+            offset: signed(self.offset),
+            jitter: signed(self.jitter),
+            overlap_policy: Some(self.overlap),
+            catch_up: Some(self.catch_up),
+            catch_up_window: signed(self.catch_up_window),
+            subsystems: self.subset.iter().flat_map(|names| names.iter().map(ToString::to_string)).collect(),
+            parameters: self.parameters.to_json(),
+            deadline: self.deadline.and_then(signed),
+            record_outputs: self.record_outputs,
+        }
+    }
+
+    /// When the `n`-th tick is due; `None` beyond the calendar.
+    #[must_use]
+    pub fn due_at(&self, n: u64) -> Option<Timestamp> {
+        let since_1970 = self.interval.as_nanos().checked_mul(n.into())? + self.offset.as_nanos();
+        Timestamp::from_nanosecond(since_1970.try_into().ok()?).ok()
+    }
+
+    /// The number of the first tick that is due after `time`.
+    #[must_use]
+    pub fn first_after(&self, time: Timestamp) -> u64 {
+        let since_offset = time.as_nanosecond() - self.offset.as_nanos().cast_signed();
+        let ticks = since_offset.div_euclid(self.interval.as_nanos().cast_signed()) + 1;
+        u64::try_from(ticks).unwrap_or(0)
+    }
+}
+
+/// How a tick ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TickDisposition {
+    /// Its cycle was admitted.
+    Ran,
+    /// Another cycle was running.
+    Skipped,
+    /// The process was down, or came too late.
+    Missed,
+    /// Folded into another tick's cycle.
+    Coalesced,
+    /// Refused.
+    Dropped,
+}
+
+/// The account of a loop's ticks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "each field counts the disposition of its name")]
+pub struct TickCounts {
+    pub ran: u64,
+    pub skipped: u64,
+    pub missed: u64,
+    pub coalesced: u64,
+    pub dropped: u64,
+}
+
+impl TickCounts {
+    /// Ticks that were due: the sum of all.
+    #[must_use]
+    pub fn due(&self) -> u64 {
+        self.ran + self.skipped + self.missed + self.coalesced + self.dropped
+    }
+}
+
+/// Consecutive ticks that ended alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TickRange {
+    /// Due time of the first.
+    pub first: Timestamp,
+    /// Due time of the last.
+    pub last: Timestamp,
+    /// How many.
+    pub count: u64,
+    /// How they ended.
+    pub disposition: TickDisposition,
+}
+
+/// Where a loop stands. Durable.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoopState {
+    /// It has no ticks.
+    pub stopped: bool,
+    /// Every tick that is due up to this time has its disposition. `None` before the loop first started.
+    pub accounted_to: Option<Timestamp>,
+    /// The account.
+    pub ticks: TickCounts,
+    /// The latest ticks that did not run, oldest first; at most [`LoopState::MAX_RANGES`].
+    pub not_run: Vec<TickRange>,
+    /// The last cycle that it started.
+    pub last_cycle_id: CycleId,
+}
+
+impl LoopState {
+    /// How many ranges of ticks that did not run are kept: enough to see a pattern, small enough to be written with
+    /// every cycle.
+    pub const MAX_RANGES: usize = 16;
+
+    /// Gives `count` consecutive ticks, due from `first` to `last`, their disposition.
+    pub fn account(&mut self, first: Timestamp, last: Timestamp, count: u64, disposition: TickDisposition) {
+        if count == 0 {
+            return;
+        }
+        let counter = match disposition {
+            TickDisposition::Ran => &mut self.ticks.ran,
+            TickDisposition::Skipped => &mut self.ticks.skipped,
+            TickDisposition::Missed => &mut self.ticks.missed,
+            TickDisposition::Coalesced => &mut self.ticks.coalesced,
+            TickDisposition::Dropped => &mut self.ticks.dropped,
+        };
+        *counter += count;
+        let adjoins = self.accounted_to;
+        self.accounted_to = Some(adjoins.map_or(last, |to| to.max(last)));
+        if disposition == TickDisposition::Ran {
+            return;
+        }
+        match self.not_run.last_mut() {
+            Some(range) if range.disposition == disposition && Some(range.last) == adjoins => {
+                range.last = last;
+                range.count += count;
+            }
+            _ => {
+                if self.not_run.len() == Self::MAX_RANGES {
+                    self.not_run.remove(0);
+                }
+                self.not_run.push(TickRange { first, last, count, disposition });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn every(interval: &str, offset: &str) -> IntervalLoop {
+        IntervalLoop::from_spec(&LoopSpec {
+            name: "l".into(),
+            interval: Some(interval.parse().unwrap()),
+            offset: Some(offset.parse().unwrap()),
+            ..LoopSpec::default()
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn ticks_lie_on_an_absolute_grid() {
+        let hourly = every("1h", "5m");
+        let at = |text: &str| text.parse::<Timestamp>().unwrap();
+        for (now, next) in [
+            ("2026-01-01T00:00:00Z", "2026-01-01T00:05:00Z"),
+            ("2026-01-01T00:05:00Z", "2026-01-01T01:05:00Z"),
+            ("2026-01-01T00:04:59.999999999Z", "2026-01-01T00:05:00Z"),
+        ] {
+            assert_eq!(hourly.due_at(hourly.first_after(at(now))), Some(at(next)), "{now}");
+        }
+    }
+
+    #[test]
+    fn ticks_that_ended_alike_share_a_range_and_the_list_is_bounded() {
+        let tick = |n: u64| every("1s", "0s").due_at(n).unwrap();
+        let mut state = LoopState::default();
+        for n in 0..10 {
+            state.account(tick(n), tick(n), 1, TickDisposition::Skipped);
+        }
+        assert_eq!(state.not_run.len(), 1);
+        assert_eq!(state.not_run[0].count, 10);
+        for n in 10..100 {
+            let disposition = if n % 2 == 0 { TickDisposition::Ran } else { TickDisposition::Skipped };
+            state.account(tick(n), tick(n), 1, disposition);
+        }
+        assert_eq!(state.not_run.len(), LoopState::MAX_RANGES);
+        assert_eq!(state.ticks.due(), 100);
+        assert_eq!(state.ticks.ran, 45);
+    }
+
+    #[test]
+    fn offset_and_jitter_stay_below_the_interval() {
+        let bad = LoopSpec {
+            name: "l".into(),
+            interval: Some(SignedDuration::from_secs(1)),
+            offset: Some(SignedDuration::from_secs(1)),
+            jitter: Some(SignedDuration::from_secs(2)),
+            ..LoopSpec::default()
+        };
+        let Violations(found) = IntervalLoop::from_spec(&bad).unwrap_err();
+        assert_eq!(found.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(), ["offset", "jitter"]);
+    }
+}

@@ -1,0 +1,556 @@
+//! Subsystems: what a registration says, validated, and what one of them receives and returns.
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use jiff::SignedDuration;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{Code, CycleId, Malformed, Name, Payload, Violations};
+
+const MS: Duration = Duration::from_millis(1);
+const HOUR: Duration = Duration::from_hours(1);
+const DAY: Duration = Duration::from_hours(24);
+
+/// A registration as somebody wrote it: in the configuration file, in a request, or in the store. Fields that are not
+/// set take the defaults that [`Subsystem`] documents.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(missing_docs, reason = "each field is that of `Subsystem`, before validation")]
+pub struct SubsystemSpec {
+    pub name: String,
+    pub endpoint: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub phase: Option<i32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub requires: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub after: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reads: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<SignedDuration>,
+    pub retry: RetrySpec,
+    pub breaker: BreakerSpec,
+    pub critical: bool,
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub parameters: Map<String, Value>,
+    pub limits: LimitsSpec,
+    pub record_output: bool,
+}
+
+/// A [`RetryPolicy`] as somebody wrote it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(missing_docs, reason = "each field is that of `RetryPolicy`, before validation")]
+pub struct RetrySpec {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_attempts: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initial_backoff: Option<SignedDuration>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_backoff: Option<SignedDuration>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backoff_multiplier: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub retryable_status_codes: Vec<String>,
+}
+
+/// A [`BreakerPolicy`] as somebody wrote it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(missing_docs, reason = "each field is that of `BreakerPolicy`, before validation")]
+pub struct BreakerSpec {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure_threshold: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub open_for: Option<SignedDuration>,
+    pub disabled: bool,
+}
+
+/// [`Limits`] as somebody wrote them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(missing_docs, reason = "each field is that of `Limits`, before validation")]
+pub struct LimitsSpec {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_message_bytes: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_output_bytes: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_metrics: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_issues: Option<u32>,
+}
+
+/// A registration: what a subsystem is and how it is run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Subsystem {
+    /// Unique name.
+    pub name: Name,
+    /// Where it is dialed.
+    pub endpoint: Endpoint,
+    /// Everything in a lower phase ends before anything in a higher one starts. ±1,000,000, default 0.
+    pub phase: i32,
+    /// Runs after these, not when one of them fails or is missing, with their fresh output.
+    pub requires: Vec<Name>,
+    /// Runs after these, whatever becomes of them.
+    pub after: Vec<Name>,
+    /// No order; gets their latest output.
+    pub reads: Vec<Name>,
+    /// Deadline of its share of a cycle, initialization and all attempts together. 1 ms to 24 h, default 10 s.
+    pub timeout: Duration,
+    /// How its calls are retried.
+    pub retry: RetryPolicy,
+    /// When its calls are held back; `None` means never.
+    pub breaker: Option<BreakerPolicy>,
+    /// A cycle in which it fails is FAILED.
+    pub critical: bool,
+    /// Handed to it in every call. At most [`Subsystem::MAX_PARAMETERS`] bytes.
+    pub parameters: Payload,
+    /// What it may send.
+    pub limits: Limits,
+    /// Keep its output in the record of every cycle.
+    pub record_output: bool,
+}
+
+impl Subsystem {
+    /// The most bytes of parameters.
+    pub const MAX_PARAMETERS: usize = 64 << 10;
+    /// The most names in `requires`, `after` and `reads` together: each is an input of every call.
+    pub const MAX_INPUTS: usize = 1024;
+
+    /// Validates a registration.
+    ///
+    /// # Errors
+    /// Every field that breaks its rule, in one go.
+    pub fn from_spec(spec: &SubsystemSpec) -> Result<Self, Violations> {
+        let mut bad = Violations::default();
+        let name = bad.name("name", &spec.name);
+        let endpoint = Endpoint::parse(&spec.endpoint).unwrap_or_else(|error| {
+            bad.add("endpoint", error);
+            Endpoint::Unix(String::new())
+        });
+        let requires = bad.names("requires", &spec.requires);
+        let after = bad.names("after", &spec.after);
+        let reads = bad.names("reads", &spec.reads);
+        let inputs = requires.len() + after.len() + reads.len();
+        if inputs > Self::MAX_INPUTS {
+            bad.add("reads", format!("makes {inputs} inputs; allowed are {}", Self::MAX_INPUTS));
+        }
+        for (field, names) in [("requires", &requires), ("after", &after)] {
+            if names.contains(&name) {
+                bad.add(field, format!("names {name} itself: it can't run after itself"));
+            }
+        }
+        let subsystem = Self {
+            endpoint,
+            phase: bad.number("phase", spec.phase, 0, -1_000_000..=1_000_000),
+            timeout: bad.duration("timeout", spec.timeout, Duration::from_secs(10), MS..=DAY),
+            retry: RetryPolicy::from_spec(&spec.retry, &mut bad),
+            breaker: BreakerPolicy::from_spec(&spec.breaker, &mut bad),
+            critical: spec.critical,
+            parameters: bad.payload("parameters", &spec.parameters, Self::MAX_PARAMETERS),
+            limits: Limits::from_spec(&spec.limits, &mut bad),
+            record_output: spec.record_output,
+            name,
+            requires,
+            after,
+            reads,
+        };
+        bad.into_result(subsystem)
+    }
+
+    /// The registration with every default filled in, as it is shown and stored.
+    #[must_use]
+    pub fn to_spec(&self) -> SubsystemSpec {
+        let names = |names: &[Name]| names.iter().map(ToString::to_string).collect();
+        let breaker = self.breaker.unwrap_or_default();
+        SubsystemSpec {
+            name: self.name.to_string(),
+            endpoint: self.endpoint.to_string(),
+            phase: Some(self.phase),
+            requires: names(&self.requires),
+            after: names(&self.after),
+            reads: names(&self.reads),
+            timeout: signed(self.timeout),
+            retry: RetrySpec {
+                max_attempts: Some(self.retry.max_attempts),
+                initial_backoff: signed(self.retry.initial_backoff),
+                max_backoff: signed(self.retry.max_backoff),
+                backoff_multiplier: Some(self.retry.backoff_multiplier),
+                retryable_status_codes: self.retry.retryable.iter().map(ToString::to_string).collect(),
+            },
+            breaker: BreakerSpec {
+                failure_threshold: Some(breaker.failure_threshold),
+                open_for: signed(breaker.open_for),
+                disabled: self.breaker.is_none(),
+            },
+            critical: self.critical,
+            parameters: self.parameters.to_json(),
+            limits: LimitsSpec {
+                max_message_bytes: Some(self.limits.max_message_bytes),
+                max_output_bytes: Some(self.limits.max_output_bytes),
+                max_metrics: Some(self.limits.max_metrics),
+                max_issues: Some(self.limits.max_issues),
+            },
+            record_output: self.record_output,
+        }
+    }
+
+    /// The names of its inputs, each once: `requires`, `after`, `reads`.
+    pub fn input_names(&self) -> impl Iterator<Item = &Name> {
+        let earlier = move |list: usize, name: &Name| {
+            [&self.requires, &self.after].into_iter().take(list).any(|names| names.contains(name))
+        };
+        [&self.requires, &self.after, &self.reads]
+            .into_iter()
+            .enumerate()
+            .flat_map(move |(list, names)| names.iter().filter(move |name| !earlier(list, name)))
+    }
+}
+
+/// For durations that were validated, and so are far from the bounds of the signed type.
+fn signed(duration: Duration) -> Option<SignedDuration> {
+    SignedDuration::try_from(duration).ok()
+}
+
+/// Where a subsystem is dialed. Subsystems with equal endpoints share one connection.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Endpoint {
+    /// `http://host:port`: HTTP/2 without TLS. Holds the whole URI.
+    Http(String),
+    /// `https://host:port`: with TLS. Holds the whole URI.
+    Https(String),
+    /// `unix:/path`: a Unix domain socket. Holds the path.
+    Unix(String),
+}
+
+impl Endpoint {
+    const MAX_LEN: usize = 1024;
+
+    fn parse(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err("is missing; give http://host:port, https://host:port or unix:/path".into());
+        }
+        if text.len() > Self::MAX_LEN {
+            return Err(format!("is {} bytes long; allowed are {}", text.len(), Self::MAX_LEN));
+        }
+        let wrong = || format!("is {text:?}; give http://host:port, https://host:port or unix:/path");
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            let fits = path.starts_with('/') && path.len() < 108 && !path.contains('\0');
+            return if fits {
+                Ok(Self::Unix(path.to_owned()))
+            } else {
+                Err(format!("is {text:?}; the path of a unix: endpoint is absolute and shorter than 108 bytes"))
+            };
+        }
+        let (tls, authority) = match (text.strip_prefix("http://"), text.strip_prefix("https://")) {
+            (Some(rest), _) => (false, rest),
+            (_, Some(rest)) => (true, rest),
+            _ => return Err(wrong()),
+        };
+        let authority = authority.strip_suffix('/').unwrap_or(authority);
+        let (host, port) = authority.rsplit_once(':').ok_or_else(wrong)?;
+        let port_is_good = port.parse::<u16>().is_ok_and(|port| port != 0);
+        let host_is_good = match host.strip_prefix('[').map(|rest| rest.strip_suffix(']')) {
+            Some(address) => address.is_some_and(|a| a.parse::<std::net::Ipv6Addr>().is_ok()),
+            None => {
+                !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
+            }
+        };
+        if !port_is_good || !host_is_good {
+            return Err(wrong());
+        }
+        let (scheme, kind): (_, fn(String) -> Self) = if tls { ("https", Self::Https) } else { ("http", Self::Http) };
+        Ok(kind(format!("{scheme}://{authority}")))
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Http(uri) | Self::Https(uri) => f.write_str(uri),
+            Self::Unix(path) => write!(f, "unix:{path}"),
+        }
+    }
+}
+
+/// How calls are retried, in the terms of gRFC A6
+/// (<https://github.com/grpc/proposal/blob/master/A6-client-retries.md>).
+#[derive(Clone, Debug, PartialEq)]
+pub struct RetryPolicy {
+    /// Calls at most, the first one included. 1 to 10, default 3.
+    pub max_attempts: u32,
+    /// 1 ms to 1 h, default 100 ms.
+    pub initial_backoff: Duration,
+    /// `initial_backoff` to 1 h, default 1 s.
+    pub max_backoff: Duration,
+    /// 1 to 100, default 2.
+    pub backoff_multiplier: f64,
+    /// Default: UNAVAILABLE.
+    pub retryable: Vec<Code>,
+}
+
+impl RetryPolicy {
+    fn from_spec(spec: &RetrySpec, bad: &mut Violations) -> Self {
+        let initial_backoff =
+            bad.duration("retry.initial_backoff", spec.initial_backoff, Duration::from_millis(100), MS..=HOUR);
+        let default_max = Duration::from_secs(1).max(initial_backoff);
+        let mut retryable = Vec::new();
+        for (i, name) in spec.retryable_status_codes.iter().enumerate() {
+            match Code::from_name(name) {
+                None | Some(Code::Ok | Code::Cancelled) => bad.add(
+                    format!("retry.retryable_status_codes[{i}]"),
+                    format!("is {name:?}; give the name of a gRPC status code other than OK and CANCELLED"),
+                ),
+                Some(code) => retryable.push(code),
+            }
+        }
+        if spec.retryable_status_codes.is_empty() {
+            retryable.push(Code::Unavailable);
+        }
+        Self {
+            max_attempts: bad.number("retry.max_attempts", spec.max_attempts, 3, 1..=10),
+            initial_backoff,
+            max_backoff: bad.duration("retry.max_backoff", spec.max_backoff, default_max, initial_backoff..=HOUR),
+            backoff_multiplier: bad.number("retry.backoff_multiplier", spec.backoff_multiplier, 2.0, 1.0..=100.0),
+            retryable,
+        }
+    }
+
+    /// How long the `retry`-th retry (1, 2, 3 …) waits. `random` in 0..1 makes the ±20 % of gRFC A6.
+    #[must_use]
+    pub fn backoff(&self, retry: u32, random: f64) -> Duration {
+        let exponent = i32::try_from(retry.saturating_sub(1)).unwrap_or(i32::MAX);
+        let grown = self.initial_backoff.as_secs_f64() * self.backoff_multiplier.powi(exponent);
+        let capped = grown.min(self.max_backoff.as_secs_f64());
+        Duration::from_secs_f64(capped * (0.8 + 0.4 * random))
+    }
+}
+
+/// When calls of a subsystem that keeps failing are held back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BreakerPolicy {
+    /// So many cycles in a row in which it fails or is late open the breaker. 1 to 1,000, default 5.
+    pub failure_threshold: u32,
+    /// How long it stays open before one probe call. 1 ms to 24 h, default 30 s.
+    pub open_for: Duration,
+}
+
+impl Default for BreakerPolicy {
+    fn default() -> Self {
+        Self { failure_threshold: 5, open_for: Duration::from_secs(30) }
+    }
+}
+
+impl BreakerPolicy {
+    fn from_spec(spec: &BreakerSpec, bad: &mut Violations) -> Option<Self> {
+        let default = Self::default();
+        let policy = Self {
+            failure_threshold: bad.number(
+                "breaker.failure_threshold",
+                spec.failure_threshold,
+                default.failure_threshold,
+                1..=1000,
+            ),
+            open_for: bad.duration("breaker.open_for", spec.open_for, default.open_for, MS..=DAY),
+        };
+        (!spec.disabled).then_some(policy)
+    }
+}
+
+/// What a subsystem may send in one answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of the whole message. Up to 64 MiB, default 4 MiB.
+    pub max_message_bytes: u32,
+    /// Bytes of the output. Up to 64 MiB, default 1 MiB.
+    pub max_output_bytes: u32,
+    /// Number of metrics. Up to 4,096, default 64.
+    pub max_metrics: u32,
+    /// Number of issues. Up to 1,024, default 32.
+    pub max_issues: u32,
+}
+
+impl Limits {
+    /// The most bytes of an issue's code and of a metric's name.
+    pub const MAX_WORD: usize = 128;
+    /// The most bytes of an issue's message.
+    pub const MAX_ISSUE_MESSAGE: usize = 4 << 10;
+
+    fn from_spec(spec: &LimitsSpec, bad: &mut Violations) -> Self {
+        const MAX_BYTES: u32 = 64 << 20;
+        Self {
+            max_message_bytes: bad.number("limits.max_message_bytes", spec.max_message_bytes, 4 << 20, 1..=MAX_BYTES),
+            max_output_bytes: bad.number("limits.max_output_bytes", spec.max_output_bytes, 1 << 20, 0..=MAX_BYTES),
+            max_metrics: bad.number("limits.max_metrics", spec.max_metrics, 64, 0..=4096),
+            max_issues: bad.number("limits.max_issues", spec.max_issues, 32, 0..=1024),
+        }
+    }
+
+    /// Checks an answer against these limits.
+    ///
+    /// # Errors
+    /// The first thing that goes over, in words.
+    pub fn check(&self, answer: &Answer) -> Result<(), Malformed> {
+        let over = |what: &str, found: usize, allowed: usize| {
+            if found > allowed { Err(Malformed(format!("{what}: {found}, allowed are {allowed}"))) } else { Ok(()) }
+        };
+        over("bytes of output", answer.output.len(), self.max_output_bytes as usize)?;
+        over("metrics", answer.metrics.len(), self.max_metrics as usize)?;
+        over("issues", answer.issues.len(), self.max_issues as usize)?;
+        for name in answer.metrics.keys() {
+            over("bytes in the name of a metric", name.len(), Self::MAX_WORD)?;
+            if name.is_empty() {
+                return Err(Malformed("a metric has no name".into()));
+            }
+        }
+        for issue in &answer.issues {
+            over("bytes in the code of an issue", issue.code.len(), Self::MAX_WORD)?;
+            over("bytes in the message of an issue", issue.message.len(), Self::MAX_ISSUE_MESSAGE)?;
+        }
+        Ok(())
+    }
+}
+
+/// How current an input is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Freshness {
+    /// Made in this cycle.
+    Fresh,
+    /// Made by an earlier cycle.
+    Stale,
+}
+
+/// An output, and the cycle that made it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// The cycle that made it.
+    pub cycle_id: CycleId,
+    /// What was returned.
+    pub payload: Payload,
+}
+
+/// One input of a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Input {
+    /// The subsystem that makes it.
+    pub name: Name,
+    /// Its latest output and how current that is; `None` is ABSENT.
+    pub output: Option<(Output, Freshness)>,
+}
+
+/// What a subsystem returned for a cycle.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Answer {
+    /// What the others may read.
+    pub output: Payload,
+    /// Numbers worth following.
+    pub metrics: BTreeMap<String, f64>,
+    /// What went wrong without failing.
+    pub issues: Vec<Issue>,
+}
+
+/// Something that went wrong, or is worth knowing, without failing a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Issue {
+    /// How bad it is.
+    pub severity: Severity,
+    /// A short constant.
+    pub code: String,
+    /// What happened.
+    pub message: String,
+}
+
+/// How bad an [`Issue`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the words say it; the contract defines them")]
+pub enum Severity {
+    Info,
+    Warning,
+    Error,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(name: &str, endpoint: &str) -> SubsystemSpec {
+        SubsystemSpec { name: name.into(), endpoint: endpoint.into(), ..SubsystemSpec::default() }
+    }
+
+    #[test]
+    fn endpoints() {
+        for (given, shown) in [
+            ("http://127.0.0.1:50051", "http://127.0.0.1:50051"),
+            ("http://host.example:1/", "http://host.example:1"),
+            ("https://[::1]:443", "https://[::1]:443"),
+            ("unix:/run/a.sock", "unix:/run/a.sock"),
+            ("unix:///run/a.sock", "unix:/run/a.sock"),
+        ] {
+            assert_eq!(Endpoint::parse(given).unwrap().to_string(), shown);
+        }
+        for bad in [
+            "",
+            "localhost:1",
+            "http://",
+            "http://h",
+            "http://h:0",
+            "http://h:99999",
+            "http://h:1/path",
+            "ftp://h:1",
+            "unix:relative",
+            "http://[::1:5",
+            "http://user@h:1",
+        ] {
+            assert!(Endpoint::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn every_bad_field_is_named_at_once() {
+        let bad = SubsystemSpec {
+            after: vec!["ok".into(), "not ok".into()],
+            timeout: Some(SignedDuration::ZERO),
+            retry: RetrySpec {
+                max_attempts: Some(0),
+                retryable_status_codes: vec!["OK".into()],
+                ..RetrySpec::default()
+            },
+            limits: LimitsSpec { max_issues: Some(9999), ..LimitsSpec::default() },
+            ..spec("9", "nowhere")
+        };
+        let Violations(found) = Subsystem::from_spec(&bad).unwrap_err();
+        let fields: Vec<_> = found.iter().map(|violation| violation.field.as_str()).collect();
+        assert_eq!(
+            fields,
+            [
+                "name",
+                "endpoint",
+                "after[1]",
+                "timeout",
+                "retry.retryable_status_codes[0]",
+                "retry.max_attempts",
+                "limits.max_issues"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_registration_shows_what_it_was_made_of() {
+        let subsystem = Subsystem::from_spec(&spec("A", "http://h:1")).unwrap();
+        assert_eq!(Subsystem::from_spec(&subsystem.to_spec()).unwrap(), subsystem);
+        let json = serde_json::to_string(&subsystem.to_spec()).unwrap();
+        assert_eq!(serde_json::from_str::<SubsystemSpec>(&json).unwrap(), subsystem.to_spec());
+    }
+
+    #[test]
+    fn backoff_grows_to_its_cap() {
+        let policy = Subsystem::from_spec(&spec("A", "http://h:1")).unwrap().retry;
+        let steps: Vec<_> = (1..=5).map(|retry| policy.backoff(retry, 0.5).as_millis()).collect();
+        assert_eq!(steps, [100, 200, 400, 800, 1000]);
+        assert_eq!(policy.backoff(1, 0.0).as_millis(), 80);
+    }
+}

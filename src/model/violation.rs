@@ -1,0 +1,123 @@
+//! What is wrong with an input, field by field.
+
+use std::{fmt, ops::RangeInclusive, time::Duration};
+
+use jiff::SignedDuration;
+
+use super::{Malformed, Name, Payload};
+
+/// One field that breaks a rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Path of the field, such as `retry.max_attempts` or `after[2]`.
+    pub field: String,
+    /// What is wrong with it and what is allowed.
+    pub problem: String,
+}
+
+/// All fields that break a rule, found in one pass. Collects while a specification is read; [`Violations::into_result`]
+/// ends the pass.
+#[derive(Clone, Debug, Default, PartialEq, Eq, thiserror::Error)]
+pub struct Violations(pub Vec<Violation>);
+
+impl Violations {
+    /// Notes that `field` breaks a rule.
+    pub fn add(&mut self, field: impl Into<String>, problem: impl Into<String>) {
+        self.0.push(Violation { field: field.into(), problem: problem.into() });
+    }
+
+    /// `value` if nothing was noted.
+    ///
+    /// # Errors
+    /// What was noted, otherwise.
+    pub fn into_result<T>(self, value: T) -> Result<T, Self> {
+        if self.0.is_empty() { Ok(value) } else { Err(self) }
+    }
+
+    pub(super) fn name(&mut self, field: &str, value: &str) -> Name {
+        Name::parse(value).unwrap_or_else(|error| {
+            self.add(field, error.to_string());
+            Name::placeholder()
+        })
+    }
+
+    pub(super) fn names(&mut self, field: &str, values: &[String]) -> Vec<Name> {
+        let mut names = Vec::with_capacity(values.len());
+        for (i, value) in values.iter().enumerate() {
+            let name = self.name(&format!("{field}[{i}]"), value);
+            if names.contains(&name) {
+                self.add(format!("{field}[{i}]"), format!("names {name} twice; list it once"));
+            }
+            names.push(name);
+        }
+        names
+    }
+
+    pub(super) fn duration(
+        &mut self,
+        field: &str,
+        value: Option<SignedDuration>,
+        default: Duration,
+        allowed: RangeInclusive<Duration>,
+    ) -> Duration {
+        let Some(value) = value else { return default };
+        match Duration::try_from(value) {
+            Ok(duration) if allowed.contains(&duration) => duration,
+            _ => {
+                let (low, high) = (short(*allowed.start()), short(*allowed.end()));
+                self.add(field, format!("is {value:#}; allowed is {low} to {high}"));
+                default
+            }
+        }
+    }
+
+    pub(super) fn number<T: PartialOrd + fmt::Display + Copy>(
+        &mut self,
+        field: &str,
+        value: Option<T>,
+        default: T,
+        allowed: RangeInclusive<T>,
+    ) -> T {
+        match value {
+            None => default,
+            Some(value) if allowed.contains(&value) => value,
+            Some(value) => {
+                self.add(field, format!("is {value}; allowed is {} to {}", allowed.start(), allowed.end()));
+                default
+            }
+        }
+    }
+
+    pub(super) fn payload(
+        &mut self,
+        field: &str,
+        value: &serde_json::Map<String, serde_json::Value>,
+        max_bytes: usize,
+    ) -> Payload {
+        match Payload::from_json(value) {
+            Ok(payload) if payload.len() <= max_bytes => payload,
+            Ok(payload) => {
+                self.add(field, format!("is {} bytes; allowed are {max_bytes}", payload.len()));
+                Payload::default()
+            }
+            Err(Malformed(problem)) => {
+                self.add(field, problem);
+                Payload::default()
+            }
+        }
+    }
+}
+
+fn short(duration: Duration) -> String {
+    SignedDuration::try_from(duration).map_or_else(|_| format!("{duration:?}"), |d| format!("{d:#}"))
+}
+
+impl fmt::Display for Violations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, Violation { field, problem }) in self.0.iter().enumerate() {
+            let separator = if i == 0 { "" } else { "; " };
+            write!(f, "{separator}{field} {problem}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,355 @@
+//! What the inside needs of the outside: a [`Store`] that keeps the record, and [`Subsystems`] that can be called.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+
+use crate::model::{
+    Answer, Code, CycleId, CycleState, Epoch, Input, LoopSpec, LoopState, Name, Output, Payload, Revision, Subsystem,
+    SubsystemSpec, Trigger,
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// Subsystems
+
+/// The fleet, as far as it can be called. Hides how calls travel.
+///
+/// Every call ends by itself when its `timeout` has passed, and its work is cancelled when its future is dropped.
+pub trait Subsystems: Send + Sync + 'static {
+    /// Makes a subsystem ready. One that needs no initialization succeeds.
+    fn initialize<'a>(&'a self, to: &'a Subsystem, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>>;
+
+    /// Runs a subsystem's share of a cycle. The answer has not been held against the subsystem's limits, except for
+    /// the size of the whole message.
+    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Answer, CallError>>;
+
+    /// Asks for a snapshot of a subsystem's state.
+    fn get_status<'a>(&'a self, of: &'a Subsystem, timeout: Duration) -> BoxFuture<'a, Result<Payload, CallError>>;
+
+    /// Only these subsystems are registered from now on: whatever is kept for others can go.
+    fn retain(&self, registered: &[Arc<Subsystem>]);
+}
+
+/// What `Initialize` carries.
+#[derive(Clone, Debug)]
+pub struct InitializeCall {
+    /// The configured id of this orchestrator.
+    pub orchestrator_id: Arc<str>,
+    /// The term of this process.
+    pub epoch: Epoch,
+    /// When to give up, from now.
+    pub timeout: Duration,
+}
+
+/// What `RunCycle` carries.
+#[derive(Clone, Debug)]
+pub struct RunCall {
+    /// The cycle.
+    pub cycle_id: CycleId,
+    /// The term of this process.
+    pub epoch: Epoch,
+    /// 1 for the first call in this cycle.
+    pub attempt: u32,
+    /// When the cycle was due.
+    pub scheduled_at: Timestamp,
+    /// The registration's, overlaid by the cycle's.
+    pub parameters: Payload,
+    /// One per name in `requires`, `after` and `reads`.
+    pub inputs: Vec<Input>,
+    /// When to give up, from now.
+    pub timeout: Duration,
+}
+
+/// Why a call failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct CallError {
+    /// The gRPC status code; DEADLINE_EXCEEDED for every call that was late, whoever noticed.
+    pub code: Code,
+    /// What went wrong.
+    pub message: String,
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Store
+
+/// The durable record. One process writes to it; everything that it is told in one [`Write`] holds or fails as a
+/// whole.
+pub trait Store: Send + Sync + 'static {
+    /// Writes atomically. With [`Durability::Durable`] it returns once the write survives the loss of power, with
+    /// [`Durability::Buffered`] once it survives the death of this process.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] when a later epoch has taken over: nothing of this one will be written any more.
+    /// Otherwise nothing of `write` was kept, and the same write may be tried again.
+    fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// The record of a cycle.
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>>;
+
+    /// The record of the latest cycle that this request started.
+    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>>;
+
+    /// Records of cycles below `before`, newest first, that pass `filter`: at most `page.records`, and no more once
+    /// they hold `page.bytes`, but at least one if there is any.
+    fn cycles_before(
+        &self,
+        before: CycleId,
+        filter: Filter,
+        page: PageLimits,
+    ) -> BoxFuture<'_, Result<Vec<Record>, StoreError>>;
+
+    /// Records after `revision`, oldest first, without a gap; limits as in [`Store::cycles_before`].
+    ///
+    /// # Errors
+    /// [`StoreError::NotRetained`] when some of them have been pruned.
+    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Record>, StoreError>>;
+
+    /// Removes at most `limit` records that `retention` no longer wants, oldest first, never the newest one. Returns
+    /// how many it removed, and the highest revision that was ever removed.
+    fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>>;
+}
+
+/// What a store held when it was opened. Opening has begun a new epoch in it, durably.
+#[derive(Clone, Debug, Default)]
+pub struct Contents {
+    /// The epoch that opening began.
+    pub epoch: Epoch,
+    /// The highest cycle ever recorded.
+    pub last_cycle_id: CycleId,
+    /// The highest revision ever given.
+    pub last_revision: Revision,
+    /// The highest revision ever pruned: those above are all there.
+    pub pruned_to: Revision,
+    /// The record of `last_cycle_id`, if there is one.
+    pub last_record: Option<Record>,
+    /// Cycles that were admitted and never recorded, by id.
+    pub open: Vec<OpenCycle>,
+    /// The process before this one did not close the store, and the machine has restarted since, so that buffered
+    /// writes, and with them an entry of `open`, may be lost.
+    pub may_lack_open: bool,
+    /// What is known of subsystems.
+    pub subsystems: Vec<StoredSubsystem>,
+    /// What is known of loops.
+    pub loops: Vec<StoredLoop>,
+    /// The latest outputs.
+    pub outputs: Vec<(Name, Output)>,
+}
+
+/// One atomic change.
+#[derive(Clone, Debug, Default)]
+pub struct Write {
+    /// The epoch of the writer. The write holds only if it is the latest.
+    pub epoch: Epoch,
+    /// What the write must survive.
+    pub durability: Durability,
+    /// Cycles that are admitted now. Their entry goes when their record comes.
+    pub open: Vec<OpenCycle>,
+    /// Cycles that are recorded now, each the next cycle and the next revision.
+    pub records: Vec<Record>,
+    /// Outputs that replace the latest one of their subsystem.
+    pub outputs: Vec<(Name, Output)>,
+    /// What is now known of these subsystems; `None` means nothing any more, which also removes the output.
+    pub subsystems: BTreeMap<Name, Option<StoredSubsystem>>,
+    /// What is now known of these loops; `None` means nothing any more.
+    pub loops: BTreeMap<Name, Option<StoredLoop>>,
+    /// This is the last write of this process: nothing is open, and nothing is lost if the machine restarts.
+    pub close: bool,
+}
+
+/// What a write must survive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Durability {
+    /// The loss of power.
+    #[default]
+    Durable,
+    /// The death of this process.
+    Buffered,
+}
+
+/// A cycle's record as it is kept: the exact bytes that were first written, and what finds them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Its number.
+    pub cycle_id: CycleId,
+    /// Its position in the history.
+    pub revision: Revision,
+    /// The epoch that wrote it.
+    pub epoch: Epoch,
+    /// How it ended.
+    pub state: CycleState,
+    /// What started it.
+    pub trigger: Trigger,
+    /// The id of the request.
+    pub request_id: Option<String>,
+    /// When it ended.
+    pub finished_at: Timestamp,
+    /// The encoded telemetry.
+    pub bytes: Bytes,
+}
+
+/// A cycle that was admitted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenCycle {
+    /// Its number.
+    pub cycle_id: CycleId,
+    /// What started it.
+    pub trigger: Trigger,
+    /// When it was due.
+    pub scheduled_at: Timestamp,
+    /// When it started to run; `None` while it waits.
+    pub started_at: Option<Timestamp>,
+    /// The id of the request.
+    pub request_id: Option<String>,
+}
+
+/// What is durably known of a subsystem.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredSubsystem {
+    /// Its registration; `None` when the configuration file has that.
+    pub spec: Option<SubsystemSpec>,
+    /// The length of its lease.
+    pub lease: Option<Duration>,
+    /// It is taken out of cycles.
+    pub suspended: bool,
+    /// Its name, which is also that in `spec`.
+    pub name: Name,
+}
+
+/// What is durably known of a loop.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredLoop {
+    /// Its settings; `None` when the configuration file has them.
+    pub spec: Option<LoopSpec>,
+    /// Where it stands.
+    pub state: LoopState,
+    /// Its name, which is also that in `spec`.
+    pub name: Name,
+}
+
+/// Which records are wanted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// That ended so; empty means any.
+    pub states: Vec<CycleState>,
+    /// That this kind of trigger started.
+    pub trigger: Option<TriggerKind>,
+    /// That this loop started.
+    pub loop_name: Option<Name>,
+    /// That finished at or after this.
+    pub finished_from: Option<Timestamp>,
+    /// That finished before this.
+    pub finished_before: Option<Timestamp>,
+}
+
+impl Filter {
+    /// Whether it wants this record.
+    #[must_use]
+    pub fn wants(&self, record: &Record) -> bool {
+        (self.states.is_empty() || self.states.contains(&record.state))
+            && self.trigger.is_none_or(|kind| kind == TriggerKind::of(&record.trigger))
+            && self.loop_name.as_ref().is_none_or(|name| Some(name) == record.trigger.loop_name())
+            && self.finished_from.is_none_or(|from| record.finished_at >= from)
+            && self.finished_before.is_none_or(|before| record.finished_at < before)
+    }
+}
+
+/// A [`Trigger`] without its loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the variants are those of `Trigger`")]
+pub enum TriggerKind {
+    Unknown,
+    Manual,
+    Loop,
+}
+
+impl TriggerKind {
+    /// The kind of a trigger.
+    #[must_use]
+    pub fn of(trigger: &Trigger) -> Self {
+        match trigger {
+            Trigger::Unknown => Self::Unknown,
+            Trigger::Manual => Self::Manual,
+            Trigger::Loop(_) => Self::Loop,
+        }
+    }
+}
+
+/// How much one read returns at most.
+#[derive(Clone, Copy, Debug)]
+pub struct PageLimits {
+    /// Records.
+    pub records: usize,
+    /// Bytes of encoded telemetry after which no further record is added.
+    pub bytes: usize,
+}
+
+/// What is kept: a record goes when either bound of its rule has passed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Retention {
+    /// For states that have no rule of their own.
+    pub default: RetentionRule,
+    /// Rules for single states.
+    pub by_state: BTreeMap<CycleState, RetentionRule>,
+}
+
+/// How much is kept. Both `None`: everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RetentionRule {
+    /// So many of the newest records to which this rule applies.
+    pub max_cycles: Option<u64>,
+    /// Records that finished less than this ago.
+    pub max_age: Option<Duration>,
+}
+
+/// What pruning did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pruned {
+    /// Records removed now. Fewer than asked for means that there are no more to remove.
+    pub removed: usize,
+    /// The highest revision ever removed.
+    pub pruned_to: Revision,
+}
+
+/// Why the store could not do it. Each says what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// A later epoch writes to this store.
+    #[error("epoch {0} has taken over this store; this process can no longer write and must stop")]
+    Fenced(Epoch),
+    /// Another process has it open.
+    #[error("{0} is in use by another process{1}; stop that one first, or give this one a store of its own")]
+    InUse(String, String),
+    /// Made by a later version of this software.
+    #[error("{path} has schema version {found}, and this version of the software knows up to {known}; use a newer one")]
+    TooNew {
+        /// Which store.
+        path: String,
+        /// The version that it has.
+        found: i64,
+        /// The latest version that is known here.
+        known: i64,
+    },
+    /// What it holds makes no sense.
+    #[error("{0} is damaged: {1}; restore it from a backup")]
+    Corrupt(String, String),
+    /// No room.
+    #[error("no room left to write {0}: {1}; free some, and writing goes on by itself")]
+    Full(String, String),
+    /// Not allowed to write.
+    #[error("{0} can't be written: {1}; make it writable for this process")]
+    ReadOnly(String, String),
+    /// The records asked for are gone, or not there yet.
+    #[error("revisions {oldest} to {newest} are what there is")]
+    NotRetained {
+        /// The oldest revision from which on none is missing.
+        oldest: Revision,
+        /// The newest revision.
+        newest: Revision,
+    },
+    /// Anything else.
+    #[error("{0}: {1}")]
+    Other(String, String),
+}
