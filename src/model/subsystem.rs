@@ -138,8 +138,8 @@ impl Subsystem {
         if inputs > Self::MAX_INPUTS {
             bad.add("reads", format!("makes {inputs} inputs; allowed are {}", Self::MAX_INPUTS));
         }
-        for (field, names) in [("requires", &requires), ("after", &after)] {
-            if names.contains(&name) {
+        for (field, names) in [("requires", &spec.requires), ("after", &spec.after)] {
+            if names.contains(&spec.name) {
                 bad.add(field, format!("names {name} itself: it can't run after itself"));
             }
         }
