@@ -213,6 +213,30 @@ pub struct SubsystemReport {
     pub recorded_output: Option<Payload>,
 }
 
+impl SubsystemReport {
+    /// The report of one that was skipped as soon as the cycle started.
+    #[must_use]
+    pub fn not_called(name: Name, reason: SkipReason, message: String) -> Self {
+        Self {
+            name,
+            state: SubsystemState::Skipped(reason, message),
+            started: None,
+            ended: Duration::ZERO,
+            queued: Duration::ZERO,
+            attempts: 0,
+            issues: Vec::new(),
+            metrics: BTreeMap::new(),
+            recorded_output: None,
+        }
+    }
+}
+
+/// The longest beginning of `text` that has at most `max` bytes.
+#[must_use]
+pub fn excerpt(text: &str, max: usize) -> &str {
+    &text[..text.floor_char_boundary(max)]
+}
+
 /// What became of a cycle.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FinishedCycle {
@@ -239,5 +263,5 @@ pub struct FinishedCycle {
     /// The chain that ended last, first to last.
     pub critical_path: Vec<Name>,
     /// One per subsystem, in the order of the plan.
-    pub subsystems: Vec<SubsystemReport>,
+    pub subsystems: Vec<Arc<SubsystemReport>>,
 }

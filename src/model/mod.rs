@@ -12,7 +12,7 @@ mod violation;
 pub use code::Code;
 pub use cycle::{
     CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Revision, SkipReason, SubsystemReport, SubsystemState,
-    Trigger,
+    Trigger, excerpt,
 };
 pub use name::{Name, NameError};
 pub use payload::{Malformed, Payload};

@@ -119,6 +119,8 @@ impl Subsystem {
     pub const MAX_PARAMETERS: usize = 64 << 10;
     /// The most names in `requires`, `after` and `reads` together: each is an input of every call.
     pub const MAX_INPUTS: usize = 1024;
+    /// The most bytes of inputs in one call. More than any reader takes by default (4 MiB), and a bound all the same.
+    pub const MAX_INPUT_BYTES: usize = 64 << 20;
 
     /// Validates a registration.
     ///

@@ -1,0 +1,89 @@
+//! The circuit breaker of one subsystem: holds calls back from one that keeps failing.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::model::BreakerPolicy;
+
+/// Counts how cycles ended for one subsystem, and says whether it may be called. On tokio's clock.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Breaker {
+    failures: u32,
+    open_since: Option<Instant>,
+}
+
+/// How a breaker stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BreakerState {
+    /// Calls pass.
+    Closed,
+    /// Calls are held back for so long.
+    Open(Duration),
+    /// One probe call may pass.
+    HalfOpen,
+}
+
+impl Breaker {
+    /// How it stands under `policy`; without one it is closed.
+    pub fn state(&self, policy: Option<BreakerPolicy>, now: Instant) -> BreakerState {
+        let (Some(policy), Some(since)) = (policy, self.open_since) else { return BreakerState::Closed };
+        match policy.open_for.checked_sub(now - since) {
+            None | Some(Duration::ZERO) => BreakerState::HalfOpen,
+            Some(left) => BreakerState::Open(left),
+        }
+    }
+
+    /// A cycle in which the subsystem was called has ended well.
+    pub fn succeeded(&mut self) {
+        *self = Self::default();
+    }
+
+    /// A cycle in which the subsystem was called has ended badly. A failed probe opens the breaker again.
+    pub fn failed(&mut self, policy: Option<BreakerPolicy>, now: Instant) {
+        self.failures = self.failures.saturating_add(1);
+        if self.open_since.is_some() || policy.is_some_and(|policy| self.failures >= policy.failure_threshold) {
+            self.open_since = Some(now);
+        }
+    }
+
+    /// Cycles in a row that ended badly.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn opens_at_the_threshold_probes_after_a_while_and_closes_on_success() {
+        let policy = Some(BreakerPolicy { failure_threshold: 2, open_for: Duration::from_secs(30) });
+        let mut breaker = Breaker::default();
+        breaker.failed(policy, Instant::now());
+        assert_eq!(breaker.state(policy, Instant::now()), BreakerState::Closed);
+        breaker.failed(policy, Instant::now());
+        assert_eq!(breaker.state(policy, Instant::now()), BreakerState::Open(Duration::from_secs(30)));
+
+        tokio::time::advance(Duration::from_secs(30)).await;
+        assert_eq!(breaker.state(policy, Instant::now()), BreakerState::HalfOpen);
+        breaker.failed(policy, Instant::now());
+        assert_eq!(breaker.state(policy, Instant::now()), BreakerState::Open(Duration::from_secs(30)));
+
+        tokio::time::advance(Duration::from_secs(31)).await;
+        breaker.succeeded();
+        assert_eq!(breaker.state(policy, Instant::now()), BreakerState::Closed);
+        breaker.failed(policy, Instant::now());
+        assert_eq!(breaker.state(policy, Instant::now()), BreakerState::Closed);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_policy_it_never_opens() {
+        let mut breaker = Breaker::default();
+        for _ in 0..5000 {
+            breaker.failed(None, Instant::now());
+        }
+        assert_eq!(breaker.state(None, Instant::now()), BreakerState::Closed);
+    }
+}

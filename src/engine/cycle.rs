@@ -1,0 +1,547 @@
+//! Runs one cycle, from the first call to the report. Its life reads top to bottom in [`Engine::run`].
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use jiff::Timestamp;
+use tokio::{
+    pin, select,
+    time::{Instant, sleep_until, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    BreakerState, LastPart, OutputBudget, Plan, Standing,
+    plan::{Fate, Step},
+    retry::{self, Calls},
+};
+use crate::{
+    model::{
+        Answer, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Freshness, Input, Name, Output,
+        SkipReason, Subsystem, SubsystemReport, SubsystemState, excerpt,
+    },
+    ports::{CallError, RunCall, Subsystems},
+};
+
+/// The most bytes of inputs that wait in calls at one time, so that a fan-out of large outputs can't take all
+/// memory. A call whose inputs alone are larger travels alone.
+const MAX_INPUT_BYTES_IN_FLIGHT: usize = 256 << 20;
+
+/// Runs cycles, one at a time.
+pub struct Engine {
+    /// The fleet.
+    pub subsystems: Arc<dyn Subsystems>,
+    /// The configured id of this orchestrator.
+    pub orchestrator_id: Arc<str>,
+    /// The term of this process.
+    pub epoch: Epoch,
+    /// Room for outputs.
+    pub outputs: Arc<OutputBudget>,
+}
+
+/// A cycle that is about to run.
+pub struct Cycle {
+    /// Its number.
+    pub cycle_id: CycleId,
+    /// What is asked for.
+    pub request: CycleRequest,
+    /// The order.
+    pub plan: Arc<Plan>,
+    /// When it starts.
+    pub started_at: Timestamp,
+    /// How long it may take.
+    pub deadline: Duration,
+    /// How many subsystems are called at one time.
+    pub max_concurrent_calls: usize,
+}
+
+/// What a cycle has made.
+pub struct Ran {
+    /// The report.
+    pub finished: FinishedCycle,
+    /// The outputs of those that succeeded.
+    pub outputs: Vec<(Name, Arc<Standing>, Output)>,
+}
+
+/// Follows a cycle live. Called from inside it, so it must not wait.
+pub trait Observer: Sync {
+    /// A subsystem is being called, for the `attempt`-th time.
+    fn called(&self, name: &Name, attempt: u32, elapsed: Duration);
+    /// A subsystem's part has ended.
+    fn ended(&self, name: &Name, state: &SubsystemState, attempts: u32, elapsed: Duration);
+}
+
+impl Engine {
+    /// Runs a cycle. Ends when every part has ended, when its deadline has passed, or when it is cancelled; in the
+    /// latter two cases by dropping the calls that still run.
+    pub async fn run(&self, cycle: &Cycle, cancel: &CancellationToken, observer: &dyn Observer) -> Ran {
+        let start = Instant::now();
+        let attempts: Vec<_> = cycle.plan.steps.iter().map(|_| AtomicU32::new(0)).collect();
+        let mut run = Run::new(self, cycle, start, &attempts, observer);
+        let mut calls = FuturesUnordered::new();
+
+        let deadline = sleep_until(start + cycle.deadline);
+        let cancelled = cancel.cancelled();
+        pin!(deadline, cancelled);
+        let end = loop {
+            while let Some(call) = run.next_call(calls.len()) {
+                calls.push(self.call(cycle, call, start, &attempts, observer));
+            }
+            select! {
+                biased;
+                () = &mut cancelled => break End::Cancelled,
+                () = &mut deadline => break End::Deadline,
+                ended = calls.next() => match ended {
+                    Some(call) => run.called(call),
+                    // Nothing runs, so nothing more can become ready: every part has ended.
+                    None => break End::Complete,
+                },
+            }
+        };
+        drop(calls);
+        run.finish(end)
+    }
+
+    /// Makes the calls of one subsystem, inside its deadline.
+    async fn call(
+        &self,
+        cycle: &Cycle,
+        call: Call,
+        start: Instant,
+        attempts: &[AtomicU32],
+        observer: &dyn Observer,
+    ) -> Ended {
+        let member = &cycle.plan.steps[call.position].member;
+        let subsystem = &*member.subsystem;
+        let (started, input_bytes) = (Instant::now(), retry::size(&call.inputs));
+        let deadline = (started + subsystem.timeout).min(start + cycle.deadline);
+        let calls = Calls {
+            subsystems: &*self.subsystems,
+            member,
+            run: RunCall {
+                cycle_id: cycle.cycle_id,
+                epoch: self.epoch,
+                attempt: 0,
+                scheduled_at: cycle.request.scheduled_at,
+                parameters: subsystem.parameters.overlaid(&cycle.request.parameters),
+                inputs: call.inputs,
+                timeout: Duration::ZERO,
+            },
+            orchestrator_id: &self.orchestrator_id,
+            deadline,
+            is_probe: call.is_probe,
+            attempts: &attempts[call.position],
+        };
+        let make = calls.make(|attempt| observer.called(&subsystem.name, attempt, start.elapsed()));
+        let result = match timeout_at(deadline, make).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(CallError { code: Code::DeadlineExceeded, message })) => Err(SubsystemState::TimedOut(message)),
+            Ok(Err(CallError { code, message })) => Err(SubsystemState::Failed(code, message)),
+            Err(_) => Err(SubsystemState::TimedOut(format!("no answer within its timeout of {:?}", subsystem.timeout))),
+        };
+        Ended { position: call.position, input_bytes, result }
+    }
+}
+
+/// A subsystem that is to be called.
+struct Call {
+    position: usize,
+    inputs: Vec<Input>,
+    is_probe: bool,
+}
+
+/// A subsystem whose calls have ended.
+struct Ended {
+    position: usize,
+    input_bytes: usize,
+    result: Result<Answer, SubsystemState>,
+}
+
+/// How a cycle came to its end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Complete,
+    Deadline,
+    Cancelled,
+}
+
+/// The bookkeeping of a running cycle: what is ready, what has ended, and who waited for whom.
+struct Run<'a> {
+    engine: &'a Engine,
+    cycle: &'a Cycle,
+    start: Instant,
+    attempts: &'a [AtomicU32],
+    observer: &'a dyn Observer,
+    parts: Vec<Part>,
+    takes_part: Vec<bool>,
+    unregistered: Vec<Name>,
+    /// Index of the current phase, where it ends, and how many of its parts have not.
+    phase: usize,
+    phase_end: usize,
+    left_in_phase: usize,
+    /// Waits for a call slot.
+    ready: VecDeque<usize>,
+    /// Waits for room in flight.
+    held: Option<Call>,
+    input_bytes_in_flight: usize,
+    last_ended: Option<usize>,
+}
+
+#[derive(Default)]
+struct Part {
+    waits: usize,
+    /// The one that ended last of those that it waited for.
+    released_by: Option<usize>,
+    ready: Duration,
+    started: Option<Duration>,
+    ended: Option<Duration>,
+    state: Option<SubsystemState>,
+    answer: Answer,
+}
+
+impl<'a> Run<'a> {
+    fn new(
+        engine: &'a Engine,
+        cycle: &'a Cycle,
+        start: Instant,
+        attempts: &'a [AtomicU32],
+        observer: &'a dyn Observer,
+    ) -> Self {
+        let (takes_part, unregistered) = cycle.plan.select(cycle.request.subset.as_deref());
+        let steps = &cycle.plan.steps;
+        let mut run = Self {
+            engine,
+            cycle,
+            start,
+            attempts,
+            observer,
+            parts: steps.iter().map(|step| Part { waits: step.waits_for.len(), ..Part::default() }).collect(),
+            takes_part,
+            unregistered,
+            phase: 0,
+            phase_end: 0,
+            left_in_phase: 0,
+            ready: VecDeque::new(),
+            held: None,
+            input_bytes_in_flight: 0,
+            last_ended: None,
+        };
+        let first = run.open_phase();
+        run.release(first);
+        run
+    }
+
+    /// Begins the next phase, if there is one: those in it that wait for nothing else.
+    fn open_phase(&mut self) -> Vec<usize> {
+        let Some(&count) = self.cycle.plan.phases.get(self.phase) else { return Vec::new() };
+        let positions = self.phase_end..self.phase_end + count;
+        self.phase += 1;
+        self.phase_end += count;
+        self.left_in_phase = count;
+        positions.filter(|&position| self.parts[position].waits == 0).collect()
+    }
+
+    /// Lets go those whose waits are over. What can't run ends at once, which may let others go.
+    fn release(&mut self, mut free: Vec<usize>) {
+        let now = self.start.elapsed();
+        while let Some(position) = free.pop() {
+            self.parts[position].ready = now;
+            self.parts[position].released_by = self.last_ended;
+            match self.why_not(position) {
+                None if self.takes_part[position] => self.ready.push_back(position),
+                state => free.extend(self.end(position, state)),
+            }
+        }
+    }
+
+    /// Why a subsystem that takes part will not be called, as far as that is certain once its waits are over.
+    fn why_not(&self, position: usize) -> Option<SubsystemState> {
+        if !self.takes_part[position] {
+            return None;
+        }
+        if self.cycle.plan.steps[position].member.suspended {
+            return Some(SubsystemState::Skipped(SkipReason::Suspended, "it is suspended".into()));
+        }
+        let (reason, name) = self.cycle.plan.unmet_requirement(position, |required| self.fate(required))?;
+        let what = match reason {
+            SkipReason::RequirementMissing => "is not registered",
+            SkipReason::RequirementLeftOut => "is not in this cycle",
+            _ => "did not succeed",
+        };
+        Some(SubsystemState::Skipped(reason, format!("it requires {name}, which {what}")))
+    }
+
+    fn fate(&self, position: usize) -> Fate {
+        self.parts[position].state.as_ref().map_or(Fate::LeftOut, Fate::from)
+    }
+
+    /// The next subsystem to call, if a slot is free and one is ready.
+    fn next_call(&mut self, in_flight: usize) -> Option<Call> {
+        if in_flight >= self.cycle.max_concurrent_calls {
+            return None;
+        }
+        let call = loop {
+            if let Some(held) = self.held.take() {
+                break held;
+            }
+            let position = self.ready.pop_front()?;
+            match self.prepare(position) {
+                Ok(call) => break call,
+                Err(state) => {
+                    let free = self.end(position, Some(state));
+                    self.release(free);
+                }
+            }
+        };
+        let bytes = retry::size(&call.inputs);
+        if in_flight > 0 && self.input_bytes_in_flight + bytes > MAX_INPUT_BYTES_IN_FLIGHT {
+            self.held = Some(call);
+            return None;
+        }
+        self.input_bytes_in_flight += bytes;
+        self.parts[call.position].started = Some(self.start.elapsed());
+        Some(call)
+    }
+
+    /// Asks the breaker and gathers the inputs.
+    fn prepare(&self, position: usize) -> Result<Call, SubsystemState> {
+        let step = &self.cycle.plan.steps[position];
+        let is_probe = match step.member.breaker(Instant::now()) {
+            BreakerState::Closed => false,
+            BreakerState::HalfOpen => true,
+            BreakerState::Open(left) => {
+                let failures = step.member.standing.lock().breaker.failures();
+                return Err(SubsystemState::CircuitOpen(format!(
+                    "held back after {failures} failures in a row; one probe call in {left:.0?}"
+                )));
+            }
+        };
+        let inputs = self.inputs(step);
+        let bytes = retry::size(&inputs);
+        if bytes > Subsystem::MAX_INPUT_BYTES {
+            let message = format!("its inputs are {bytes} bytes; allowed are {}", Subsystem::MAX_INPUT_BYTES);
+            return Err(SubsystemState::Failed(Code::ResourceExhausted, message));
+        }
+        Ok(Call { position, inputs, is_probe })
+    }
+
+    fn inputs(&self, step: &Step) -> Vec<Input> {
+        let steps = &self.cycle.plan.steps;
+        let inputs = step.inputs.iter().map(|(name, position)| {
+            let latest = position.and_then(|position| steps[position].member.standing.latest());
+            let output = latest.map(|output| {
+                let is_fresh = output.cycle_id == self.cycle.cycle_id;
+                (output, if is_fresh { Freshness::Fresh } else { Freshness::Stale })
+            });
+            Input { name: name.clone(), output }
+        });
+        inputs.collect()
+    }
+
+    /// The calls of a subsystem have ended.
+    fn called(&mut self, Ended { position, input_bytes, result }: Ended) {
+        self.input_bytes_in_flight -= input_bytes;
+        let duration = self.start.elapsed().saturating_sub(self.parts[position].started.unwrap_or_default());
+        let member = &self.cycle.plan.steps[position].member;
+        let state = match result.and_then(|answer| self.keep(&member.standing, answer)) {
+            Ok(answer) => {
+                self.parts[position].answer = answer;
+                let mut remembered = member.standing.lock();
+                remembered.breaker.succeeded();
+                remembered.took(duration);
+                SubsystemState::Succeeded
+            }
+            Err(state) => {
+                member.standing.lock().breaker.failed(member.subsystem.breaker, Instant::now());
+                state
+            }
+        };
+        let free = self.end(position, Some(state));
+        self.release(free);
+    }
+
+    /// Makes an output the latest one, if there is room for it.
+    fn keep(&self, standing: &Standing, answer: Answer) -> Result<Answer, SubsystemState> {
+        let mut remembered = standing.lock();
+        let old = remembered.latest.as_ref().map_or(0, |output| output.payload.len());
+        let new = answer.output.len();
+        if let Err(max) = self.engine.outputs.exchange(old, new) {
+            let message = format!("no room for its output of {new} bytes: all outputs together may take {max} bytes");
+            return Err(SubsystemState::Failed(Code::ResourceExhausted, message));
+        }
+        remembered.latest = Some(Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() });
+        Ok(answer)
+    }
+
+    /// A part has ended; `None` when it was left out of the cycle. Returns those that waited for nothing else.
+    fn end(&mut self, position: usize, state: Option<SubsystemState>) -> Vec<usize> {
+        let elapsed = self.start.elapsed();
+        let step = &self.cycle.plan.steps[position];
+        if let Some(state) = &state {
+            let attempts = self.attempts[position].load(Ordering::Relaxed);
+            self.observer.ended(&step.member.subsystem.name, state, attempts, elapsed);
+        }
+        let part = &mut self.parts[position];
+        part.ended = Some(elapsed);
+        part.state = state;
+        self.last_ended = Some(position);
+        let mut free = Vec::new();
+        for &later in &step.releases {
+            self.parts[later].waits -= 1;
+            if self.parts[later].waits == 0 {
+                free.push(later);
+            }
+        }
+        self.left_in_phase -= 1;
+        if self.left_in_phase == 0 {
+            free = self.open_phase();
+        }
+        free
+    }
+
+    /// Ends what has not ended, and reports.
+    fn finish(mut self, end: End) -> Ran {
+        let duration = self.start.elapsed();
+        for position in 0..self.parts.len() {
+            if self.takes_part[position] && self.parts[position].state.is_none() {
+                self.cut_off(position, end, duration);
+            }
+        }
+        let Self { cycle, parts, takes_part, attempts, .. } = self;
+        let plan = &cycle.plan;
+        let called = |position: usize| takes_part[position] && parts[position].started.is_some();
+        let last = (0..parts.len()).filter(|&p| called(p)).max_by_key(|&p| parts[p].ended);
+        let critical_path = plan.chain(last, |position| parts[position].released_by, called);
+
+        let mut reports = Vec::with_capacity(parts.len());
+        let mut outputs = Vec::new();
+        for (position, part) in parts.into_iter().enumerate() {
+            let (true, Some(state)) = (takes_part[position], part.state) else { continue };
+            let member = &plan.steps[position].member;
+            let subsystem = &member.subsystem;
+            let records_output = subsystem.record_output || cycle.request.record_outputs;
+            let succeeded = state == SubsystemState::Succeeded;
+            let report = Arc::new(SubsystemReport {
+                name: subsystem.name.clone(),
+                queued: part.started.unwrap_or(part.ready).saturating_sub(part.ready),
+                started: part.started,
+                ended: part.ended.unwrap_or(duration),
+                attempts: attempts[position].load(Ordering::Relaxed),
+                issues: part.answer.issues,
+                metrics: part.answer.metrics,
+                recorded_output: (succeeded && records_output).then(|| part.answer.output.clone()),
+                state,
+            });
+            let last_part = LastPart { cycle_id: cycle.cycle_id, started_at: cycle.started_at, report: report.clone() };
+            member.standing.lock().last = Some(last_part);
+            if succeeded {
+                let output = Output { cycle_id: cycle.cycle_id, payload: part.answer.output };
+                outputs.push((subsystem.name.clone(), member.standing.clone(), output));
+            }
+            reports.push((report, subsystem.critical));
+        }
+        for name in self.unregistered {
+            let message = "its loop names it, but it is not registered".to_owned();
+            reports.push((Arc::new(SubsystemReport::not_called(name, SkipReason::NotRegistered, message)), false));
+        }
+        let (state, error) = sum_up(&reports, end);
+        let finished = FinishedCycle {
+            cycle_id: cycle.cycle_id,
+            epoch: self.engine.epoch,
+            trigger: cycle.request.trigger.clone(),
+            scheduled_at: Some(cycle.request.scheduled_at),
+            request_id: cycle.request.request_id.clone(),
+            started_at: Some(cycle.started_at),
+            finished_at: cycle.started_at.saturating_add(duration).unwrap_or(cycle.started_at),
+            duration,
+            state,
+            error,
+            critical_path,
+            subsystems: reports.into_iter().map(|(report, _)| report).collect(),
+        };
+        Ran { finished, outputs }
+    }
+
+    /// Ends a part that had not ended when the cycle did.
+    fn cut_off(&mut self, position: usize, end: End, now: Duration) {
+        let step = &self.cycle.plan.steps[position];
+        let deadline = self.cycle.deadline;
+        let part = &mut self.parts[position];
+        let state = match (end, part.started) {
+            (End::Deadline, Some(_)) => {
+                let policy = step.member.subsystem.breaker;
+                step.member.standing.lock().breaker.failed(policy, Instant::now());
+                SubsystemState::TimedOut(format!("no answer within the cycle's deadline of {deadline:?}"))
+            }
+            (End::Deadline, None) => SubsystemState::Skipped(
+                SkipReason::CycleDeadline,
+                format!("the cycle's deadline of {deadline:?} passed before its turn"),
+            ),
+            (End::Cancelled | End::Complete, _) => SubsystemState::Cancelled,
+        };
+        let attempts = self.attempts[position].load(Ordering::Relaxed);
+        self.observer.ended(&step.member.subsystem.name, &state, attempts, now);
+        part.ended = Some(now);
+        part.state = Some(state);
+    }
+}
+
+/// How a cycle ended, and what failed in it, in one line: causes first, then what was skipped for them.
+fn sum_up(reports: &[(Arc<SubsystemReport>, bool)], end: End) -> (CycleState, String) {
+    const NAMED: usize = 8;
+    let mut failed = 0;
+    let mut ran = 0;
+    let mut critical_failed = false;
+    let mut skipped = 0;
+    let mut causes = Vec::new();
+    for (report, critical) in reports {
+        let is_failure = report.state.is_failure();
+        let counts = is_failure || matches!(report.state, SubsystemState::Succeeded | SubsystemState::Cancelled);
+        ran += usize::from(counts);
+        failed += usize::from(is_failure);
+        critical_failed |= is_failure && *critical;
+        match &report.state {
+            _ if !is_failure => {}
+            SubsystemState::Skipped(SkipReason::RequirementFailed | SkipReason::CycleDeadline, _) => skipped += 1,
+            state => causes.push((&report.name, state)),
+        }
+    }
+    let state = match end {
+        End::Cancelled => CycleState::Cancelled,
+        _ if failed == 0 => CycleState::Succeeded,
+        _ if critical_failed || failed == ran => CycleState::Failed,
+        _ => CycleState::Degraded,
+    };
+    let mut text = Vec::new();
+    if end == End::Cancelled {
+        text.push("cancelled".to_owned());
+    }
+    if failed > 0 {
+        let mut causes_text: Vec<_> = causes.iter().take(NAMED).map(|(name, state)| cause(name, state)).collect();
+        if causes.len() > NAMED {
+            causes_text.push(format!("and {} more", causes.len() - NAMED));
+        }
+        if skipped > 0 {
+            causes_text.push(format!("{skipped} skipped because of others or of the deadline"));
+        }
+        text.push(format!("{failed} of {} failed: {}", reports.len(), causes_text.join("; ")));
+    }
+    (state, text.join("; "))
+}
+
+fn cause(name: &Name, state: &SubsystemState) -> String {
+    let message = excerpt(state.message(), 200);
+    match state {
+        SubsystemState::Failed(code, _) => format!("{name} {code}: {message}"),
+        SubsystemState::CircuitOpen(_) => format!("{name} circuit open: {message}"),
+        SubsystemState::TimedOut(_) => format!("{name} timed out: {message}"),
+        _ => format!("{name} skipped: {message}"),
+    }
+}

@@ -1,0 +1,13 @@
+//! The engine: orders subsystems ([`Plan`]) and runs one cycle over them ([`Engine::run`]). Knows nothing of how
+//! calls travel, of the record, or of who asked.
+
+mod breaker;
+mod cycle;
+mod member;
+mod plan;
+mod retry;
+
+pub use breaker::{Breaker, BreakerState};
+pub use cycle::{Cycle, Engine, Observer, Ran};
+pub use member::{LastPart, Member, OutputBudget, Standing};
+pub use plan::{Plan, PlannedSubsystem, Ring, Schedule};

@@ -1,0 +1,489 @@
+//! The plan: the order of a cycle as a DAG, compiled once per change of the registry. Pure.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    time::Duration,
+};
+
+use super::Member;
+use crate::model::{Name, SkipReason, SubsystemState};
+
+/// The order of a cycle over all registered subsystems. Positions are indices into [`Plan::steps`], which are
+/// ordered by level and then by name, so that whatever a subsystem waits for stands before it.
+#[derive(Debug, Default)]
+pub struct Plan {
+    pub(super) steps: Vec<Step>,
+    positions: HashMap<Name, usize>,
+    /// How many steps each phase has, lowest phase first. Phases are consecutive ranges of positions.
+    pub(super) phases: Vec<usize>,
+}
+
+/// One subsystem in the order.
+#[derive(Debug)]
+pub(super) struct Step {
+    pub(super) member: Member,
+    pub(super) level: u32,
+    /// Those of `requires` and `after` in the same phase. Lower phases have ended anyway.
+    pub(super) waits_for: Vec<usize>,
+    /// Those that wait for this one.
+    pub(super) releases: Vec<usize>,
+    /// Where those of `requires` stand; `None` is not registered.
+    requires: Vec<Option<usize>>,
+    /// Its inputs; the position is `None` when the name is not registered.
+    pub(super) inputs: Vec<(Name, Option<usize>)>,
+}
+
+/// What became of a subsystem, as far as those that require it are concerned.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    Succeeded,
+    Failed,
+    LeftOut,
+}
+
+impl From<&SubsystemState> for Fate {
+    fn from(state: &SubsystemState) -> Self {
+        match state {
+            SubsystemState::Succeeded => Self::Succeeded,
+            SubsystemState::Skipped(reason, _) if !reason.is_failure() => Self::LeftOut,
+            _ => Self::Failed,
+        }
+    }
+}
+
+/// An order that bites its own tail. Each entry says why its subsystem has to run after the next one; the last one
+/// leads back to the first.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct Ring(Vec<(Name, String)>);
+
+impl Ring {
+    /// The subsystems in the ring, each before the one that it waits for.
+    pub fn names(&self) -> impl Iterator<Item = &Name> {
+        self.0.iter().map(|(name, _)| name)
+    }
+}
+
+impl fmt::Display for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the order bites its own tail: ")?;
+        for (i, (name, why)) in self.0.iter().enumerate() {
+            let (next, _) = &self.0[(i + 1) % self.0.len()];
+            let separator = if i == 0 { "" } else { ", " };
+            write!(f, "{separator}{name} {why} {next}")?;
+        }
+        f.write_str("; remove one of these")
+    }
+}
+
+/// What a cycle is expected to do, were it run now.
+#[derive(Clone, Debug)]
+pub struct Schedule {
+    /// The subsystems, in the order of the plan.
+    pub subsystems: Vec<PlannedSubsystem>,
+    /// Number of levels.
+    pub levels: u32,
+    /// The chain that is expected to end last.
+    pub critical_path: Vec<Name>,
+    /// How long it is expected to take.
+    pub duration: Duration,
+}
+
+/// What a cycle is expected to do with one subsystem.
+#[derive(Clone, Debug)]
+pub struct PlannedSubsystem {
+    /// Its name.
+    pub name: Name,
+    /// Its phase.
+    pub phase: i32,
+    /// 0 for those that wait for nothing, else one more than the highest level that it waits for.
+    pub level: u32,
+    /// What it waits for by name, inside its phase.
+    pub waits_for: Vec<Name>,
+    /// Why it will not be called.
+    pub skip: Option<SkipReason>,
+    /// How long it is expected to take; zero when it has never run.
+    pub duration: Duration,
+}
+
+impl Plan {
+    /// Orders the members.
+    ///
+    /// # Errors
+    /// The ring, if there is one.
+    pub fn compile(members: impl IntoIterator<Item = Member>) -> Result<Self, Ring> {
+        let mut members: Vec<_> = members.into_iter().collect();
+        members.sort_by(|a, b| (a.subsystem.phase, &a.subsystem.name).cmp(&(b.subsystem.phase, &b.subsystem.name)));
+        let index: HashMap<_, _> =
+            members.iter().enumerate().map(|(i, member)| (member.subsystem.name.clone(), i)).collect();
+
+        let mut waits_for = Vec::with_capacity(members.len());
+        for member in &members {
+            waits_for.push(waits_inside_phase(member, &members, &index)?);
+        }
+        let levels = levels(&members, &waits_for).map_err(|stuck| ring_among(&members, &waits_for, &stuck))?;
+
+        let mut order: Vec<_> = (0..members.len()).collect();
+        // The sort is stable, and members stand by name inside a phase.
+        order.sort_by_key(|&i| levels[i]);
+        let mut position_of = vec![0; members.len()];
+        for (position, &i) in order.iter().enumerate() {
+            position_of[i] = position;
+        }
+
+        let mut phases = Vec::new();
+        for (i, member) in members.iter().enumerate() {
+            if i > 0 && members[i - 1].subsystem.phase == member.subsystem.phase {
+                *phases.last_mut().unwrap_or(&mut 0) += 1;
+            } else {
+                phases.push(1);
+            }
+        }
+        let mut releases = vec![Vec::new(); members.len()];
+        for (i, earlier) in waits_for.iter().enumerate() {
+            for &j in earlier {
+                releases[position_of[j]].push(position_of[i]);
+            }
+        }
+        let positions: HashMap<_, _> = index.into_iter().map(|(name, i)| (name, position_of[i])).collect();
+        let steps = order
+            .iter()
+            .zip(releases)
+            .map(|(&i, releases)| {
+                let subsystem = &members[i].subsystem;
+                let at = |name: &Name| positions.get(name).copied();
+                Step {
+                    level: levels[i],
+                    waits_for: waits_for[i].iter().map(|&j| position_of[j]).collect(),
+                    releases,
+                    requires: subsystem.requires.iter().map(at).collect(),
+                    inputs: subsystem.input_names().map(|name| (name.clone(), at(name))).collect(),
+                    member: members[i].clone(),
+                }
+            })
+            .collect();
+        Ok(Self { steps, positions, phases })
+    }
+
+    /// The members, in the order of the plan.
+    pub fn members(&self) -> impl ExactSizeIterator<Item = &Member> {
+        self.steps.iter().map(|step| &step.member)
+    }
+
+    /// Which steps take part in a cycle over `subset`, and which of its names are not registered.
+    pub(super) fn select(&self, subset: Option<&[Name]>) -> (Vec<bool>, Vec<Name>) {
+        let Some(subset) = subset else { return (vec![true; self.steps.len()], Vec::new()) };
+        let mut takes_part = vec![false; self.steps.len()];
+        let mut unknown = Vec::new();
+        for name in subset {
+            match self.positions.get(name) {
+                Some(&position) => takes_part[position] = true,
+                None => unknown.push(name.clone()),
+            }
+        }
+        (takes_part, unknown)
+    }
+
+    /// Why the subsystem at `position` can't run, given what became of those before it. A requirement that failed
+    /// outweighs one that was left out.
+    pub(super) fn unmet_requirement(
+        &self,
+        position: usize,
+        fate: impl Fn(usize) -> Fate,
+    ) -> Option<(SkipReason, &Name)> {
+        let step = &self.steps[position];
+        let mut left_out = None;
+        for (name, required) in step.member.subsystem.requires.iter().zip(&step.requires) {
+            match required.map(&fate) {
+                None => return Some((SkipReason::RequirementMissing, name)),
+                Some(Fate::Failed) => return Some((SkipReason::RequirementFailed, name)),
+                Some(Fate::LeftOut) => left_out = left_out.or(Some((SkipReason::RequirementLeftOut, name))),
+                Some(Fate::Succeeded) => {}
+            }
+        }
+        left_out
+    }
+
+    /// What a cycle over `subset` would do now.
+    pub fn schedule(&self, subset: Option<&[Name]>) -> Schedule {
+        let (takes_part, unregistered) = self.select(subset);
+        let mut fates: Vec<Fate> = Vec::with_capacity(self.steps.len());
+        let mut ends: Vec<Duration> = Vec::with_capacity(self.steps.len());
+        let mut after: Vec<Option<usize>> = Vec::with_capacity(self.steps.len());
+        let mut subsystems = Vec::new();
+        let mut phases = self.phases.iter();
+        let mut phase_ends_at = 0;
+        // What ended last of all lower phases, and of this one too.
+        let (mut lower, mut latest): (Option<usize>, Option<usize>) = (None, None);
+
+        for (position, step) in self.steps.iter().enumerate() {
+            if position == phase_ends_at {
+                phase_ends_at += phases.next().unwrap_or(&0);
+                lower = latest;
+            }
+            let subsystem = &step.member.subsystem;
+            let skip = if step.member.suspended {
+                Some(SkipReason::Suspended)
+            } else {
+                self.unmet_requirement(position, |earlier| fates[earlier]).map(|(reason, _)| reason)
+            };
+            let duration = step.member.standing.mean_duration().unwrap_or_default();
+            let runs = takes_part[position] && skip.is_none();
+            fates.push(match skip {
+                _ if !takes_part[position] => Fate::LeftOut,
+                None => Fate::Succeeded,
+                Some(reason) if reason.is_failure() => Fate::Failed,
+                Some(_) => Fate::LeftOut,
+            });
+            let last = step.waits_for.iter().copied().chain(lower).max_by_key(|&earlier| ends[earlier]);
+            ends.push(last.map_or(Duration::ZERO, |last| ends[last]) + if runs { duration } else { Duration::ZERO });
+            after.push(last);
+            if latest.is_none_or(|latest| ends[position] > ends[latest]) {
+                latest = Some(position);
+            }
+            if takes_part[position] {
+                let waits_for = step.waits_for.iter().filter(|&&earlier| takes_part[earlier]);
+                subsystems.push(PlannedSubsystem {
+                    name: subsystem.name.clone(),
+                    phase: subsystem.phase,
+                    level: step.level,
+                    waits_for: waits_for.map(|&earlier| self.steps[earlier].member.subsystem.name.clone()).collect(),
+                    skip,
+                    duration,
+                });
+            }
+        }
+        subsystems.extend(unregistered.into_iter().map(|name| PlannedSubsystem {
+            name,
+            phase: 0,
+            level: 0,
+            waits_for: Vec::new(),
+            skip: Some(SkipReason::NotRegistered),
+            duration: Duration::ZERO,
+        }));
+        Schedule {
+            levels: subsystems.iter().map(|planned| planned.level + 1).max().unwrap_or(0),
+            critical_path: self.chain(
+                latest,
+                |position| after[position],
+                |position| takes_part[position] && fates[position] == Fate::Succeeded,
+            ),
+            duration: latest.map_or(Duration::ZERO, |latest| ends[latest]),
+            subsystems,
+        }
+    }
+
+    /// The names from the first of a chain to `last`, along `before`, of those that were `called`.
+    pub(super) fn chain(
+        &self,
+        last: Option<usize>,
+        before: impl Fn(usize) -> Option<usize>,
+        called: impl Fn(usize) -> bool,
+    ) -> Vec<Name> {
+        let mut chain: Vec<_> = std::iter::successors(last, |&position| before(position))
+            .filter(|&position| called(position))
+            .map(|position| self.steps[position].member.subsystem.name.clone())
+            .collect();
+        chain.reverse();
+        chain
+    }
+}
+
+/// The indices of those that `member` waits for inside its phase, each once.
+fn waits_inside_phase(member: &Member, members: &[Member], index: &HashMap<Name, usize>) -> Result<Vec<usize>, Ring> {
+    let subsystem = &member.subsystem;
+    let mut found = Vec::new();
+    for (name, relation) in order_of(member) {
+        let Some(&i) = index.get(name) else { continue };
+        let phase = members[i].subsystem.phase;
+        if phase > subsystem.phase {
+            return Err(Ring(vec![
+                (subsystem.name.clone(), relation.into()),
+                (name.clone(), format!("(phase {phase}) starts only after phase {} and so after", subsystem.phase)),
+            ]));
+        }
+        if phase == subsystem.phase && !found.contains(&i) {
+            found.push(i);
+        }
+    }
+    Ok(found)
+}
+
+/// Whom a member has to run after, and in which words.
+fn order_of(member: &Member) -> impl Iterator<Item = (&Name, &'static str)> {
+    let subsystem = &member.subsystem;
+    let requires = subsystem.requires.iter().map(|name| (name, "requires"));
+    requires.chain(subsystem.after.iter().map(|name| (name, "is after")))
+}
+
+/// The level of each member, by Kahn's algorithm (A. B. Kahn, "Topological sorting of large networks", 1962), or
+/// those that have none because they stand in a ring or behind one. Members are ordered by phase.
+fn levels(members: &[Member], waits_for: &[Vec<usize>]) -> Result<Vec<u32>, Vec<bool>> {
+    let mut releases = vec![Vec::new(); members.len()];
+    let mut waits: Vec<_> = waits_for.iter().map(Vec::len).collect();
+    for (i, earlier) in waits_for.iter().enumerate() {
+        for &j in earlier {
+            releases[j].push(i);
+        }
+    }
+    let mut levels = vec![0; members.len()];
+    let mut stuck = vec![true; members.len()];
+    let mut first_level = 0;
+    let mut start = 0;
+    for phase in members.chunk_by(|a, b| a.subsystem.phase == b.subsystem.phase) {
+        let end = start + phase.len();
+        let mut free: VecDeque<_> = (start..end).filter(|&i| waits[i] == 0).collect();
+        levels[start..end].fill(first_level);
+        while let Some(i) = free.pop_front() {
+            stuck[i] = false;
+            for &later in &releases[i] {
+                levels[later] = levels[later].max(levels[i] + 1);
+                waits[later] -= 1;
+                if waits[later] == 0 {
+                    free.push_back(later);
+                }
+            }
+        }
+        first_level = levels[start..end].iter().max().map_or(first_level, |highest| highest + 1);
+        start = end;
+    }
+    if stuck.contains(&true) { Err(stuck) } else { Ok(levels) }
+}
+
+/// One ring among those that are stuck: each waits for another one that is stuck, so going from one to the next
+/// comes back somewhere.
+fn ring_among(members: &[Member], waits_for: &[Vec<usize>], stuck: &[bool]) -> Ring {
+    let mut path: Vec<usize> = Vec::new();
+    let mut next = stuck.iter().position(|&stuck| stuck);
+    while let Some(i) = next {
+        if let Some(start) = path.iter().position(|&earlier| earlier == i) {
+            let ring = &path[start..];
+            return Ring(
+                ring.iter()
+                    .enumerate()
+                    .map(|(at, &i)| {
+                        let after = &members[ring[(at + 1) % ring.len()]].subsystem.name;
+                        let why = order_of(&members[i]).find(|(name, _)| *name == after);
+                        (members[i].subsystem.name.clone(), why.map_or("", |(_, relation)| relation).to_owned())
+                    })
+                    .collect(),
+            );
+        }
+        path.push(i);
+        next = waits_for[i].iter().copied().find(|&earlier| stuck[earlier]);
+    }
+    Ring(Vec::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::model::{Subsystem, SubsystemSpec};
+
+    fn member(name: &str, phase: i32, requires: &[&str], after: &[&str]) -> Member {
+        let names = |names: &[&str]| names.iter().map(ToString::to_string).collect();
+        let spec = SubsystemSpec {
+            name: name.into(),
+            endpoint: "http://127.0.0.1:1".into(),
+            phase: Some(phase),
+            requires: names(requires),
+            after: names(after),
+            ..SubsystemSpec::default()
+        };
+        Member::new(Arc::new(Subsystem::from_spec(&spec).unwrap()), false, Arc::default())
+    }
+
+    fn shown(plan: &Plan) -> Vec<(String, u32)> {
+        plan.steps.iter().map(|step| (step.member.subsystem.name.to_string(), step.level)).collect()
+    }
+
+    #[test]
+    fn levels_follow_phases_and_names() {
+        let plan = Plan::compile([
+            member("z", -1, &[], &[]),
+            member("c", 0, &["b"], &["a", "nobody"]),
+            member("b", 0, &[], &["a"]),
+            member("a", 0, &[], &["z"]),
+            member("d", 5, &[], &[]),
+            member("e", 0, &[], &[]),
+        ])
+        .unwrap();
+        let expected = [("z", 0), ("a", 1), ("e", 1), ("b", 2), ("c", 3), ("d", 4)];
+        assert_eq!(shown(&plan), expected.map(|(name, level)| (name.to_owned(), level)));
+        assert_eq!(plan.phases, [1, 4, 1]);
+    }
+
+    #[test]
+    fn a_ring_is_named() {
+        let ring = Plan::compile([
+            member("a", 0, &["b"], &[]),
+            member("b", 0, &[], &["c"]),
+            member("c", 0, &[], &["a"]),
+            member("d", 0, &["a"], &[]),
+        ])
+        .unwrap_err();
+        assert_eq!(
+            ring.to_string(),
+            "the order bites its own tail: a requires b, b is after c, c is after a; remove one of these"
+        );
+    }
+
+    #[test]
+    fn waiting_for_a_later_phase_is_a_ring() {
+        let ring = Plan::compile([member("a", 0, &[], &["b"]), member("b", 10, &[], &[])]).unwrap_err();
+        assert_eq!(
+            ring.to_string(),
+            "the order bites its own tail: a is after b, b (phase 10) starts only after phase 0 and so after a; \
+             remove one of these"
+        );
+    }
+
+    #[test]
+    fn a_schedule_tells_what_would_be_skipped() {
+        let plan = Plan::compile([
+            member("a", 0, &["nobody"], &[]),
+            member("b", 0, &["a"], &[]),
+            member("c", 0, &[], &[]).suspended(true),
+            member("d", 0, &["c"], &[]),
+            member("e", 0, &[], &["c"]),
+        ])
+        .unwrap();
+        let all = plan.schedule(None);
+        let skips: Vec<_> = all.subsystems.iter().map(|planned| (planned.name.as_str(), planned.skip)).collect();
+        assert_eq!(
+            skips,
+            [
+                ("a", Some(SkipReason::RequirementMissing)),
+                ("c", Some(SkipReason::Suspended)),
+                ("b", Some(SkipReason::RequirementFailed)),
+                ("d", Some(SkipReason::RequirementLeftOut)),
+                ("e", None),
+            ]
+        );
+        let subset = [Name::parse("e").unwrap(), Name::parse("x").unwrap()];
+        let some = plan.schedule(Some(&subset));
+        let skips: Vec<_> = some.subsystems.iter().map(|planned| (planned.name.as_str(), planned.skip)).collect();
+        assert_eq!(skips, [("e", None), ("x", Some(SkipReason::NotRegistered))]);
+    }
+
+    #[test]
+    fn the_expected_critical_path_is_the_slowest_chain() {
+        let plan = Plan::compile([
+            member("a", 0, &[], &[]),
+            member("b", 0, &[], &[]),
+            member("c", 0, &[], &["a"]),
+            member("d", 1, &[], &[]),
+        ])
+        .unwrap();
+        for (name, ms) in [("a", 10), ("b", 15), ("c", 10), ("d", 5)] {
+            let step = &plan.steps[plan.positions[name]];
+            step.member.standing.lock().took(Duration::from_millis(ms));
+        }
+        let schedule = plan.schedule(None);
+        assert_eq!(schedule.duration, Duration::from_millis(25));
+        let path: Vec<_> = schedule.critical_path.iter().map(Name::as_str).collect();
+        assert_eq!(path, ["a", "c", "d"]);
+    }
+}

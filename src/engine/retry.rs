@@ -1,0 +1,88 @@
+//! All calls of one subsystem in one cycle: initialization, attempts, and the waits between them.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use tokio::time::{Instant, sleep};
+
+use super::Member;
+use crate::{
+    model::{Answer, Code, Input, Subsystem},
+    ports::{CallError, InitializeCall, RunCall, Subsystems},
+};
+
+/// What is the same in all calls of one subsystem in one cycle.
+pub(super) struct Calls<'a> {
+    pub(super) subsystems: &'a dyn Subsystems,
+    pub(super) member: &'a Member,
+    /// The call that is made, but for `attempt` and `timeout`.
+    pub(super) run: RunCall,
+    pub(super) orchestrator_id: &'a std::sync::Arc<str>,
+    /// When the subsystem's deadline, or that of the cycle if it is earlier, has passed.
+    pub(super) deadline: Instant,
+    /// Its breaker is half open: one attempt, whatever the retry policy says.
+    pub(super) is_probe: bool,
+    /// Where the number of attempts made is written.
+    pub(super) attempts: &'a AtomicU32,
+}
+
+impl Calls<'_> {
+    /// Makes the calls. Does not end by itself at the deadline: who awaits it sees to that.
+    pub(super) async fn make(self, on_attempt: impl Fn(u32)) -> Result<Answer, CallError> {
+        let subsystem = &*self.member.subsystem;
+        let max_attempts = if self.is_probe { 1 } else { subsystem.retry.max_attempts };
+        let mut failed = 0;
+        let mut reinitialized = false;
+        loop {
+            let attempted = self.attempt(subsystem, &on_attempt).await;
+            let Err(error) = attempted else { return attempted };
+            // It lost its initialization, most likely by a restart: that is no failure yet, but only once.
+            if error.code == Code::FailedPrecondition && !reinitialized && self.attempts.load(Ordering::Relaxed) > 0 {
+                reinitialized = true;
+                self.member.set_initialized(false);
+                continue;
+            }
+            failed += 1;
+            if failed >= max_attempts || !subsystem.retry.retryable.contains(&error.code) {
+                return Err(error);
+            }
+            let backoff = subsystem.retry.backoff(failed, fastrand::f64());
+            if Instant::now() + backoff >= self.deadline {
+                return Err(CallError { message: format!("{}; no time is left to retry", error.message), ..error });
+            }
+            sleep(backoff).await;
+        }
+    }
+
+    async fn attempt(&self, subsystem: &Subsystem, on_attempt: &impl Fn(u32)) -> Result<Answer, CallError> {
+        if !self.member.is_initialized() {
+            let call = InitializeCall {
+                orchestrator_id: self.orchestrator_id.clone(),
+                epoch: self.run.epoch,
+                timeout: self.deadline - Instant::now(),
+            };
+            match self.subsystems.initialize(subsystem, call).await {
+                Ok(()) => {}
+                // The contract's way to say that it needs none.
+                Err(error) if error.code == Code::Unimplemented => {}
+                Err(error) => return Err(CallError { message: format!("Initialize: {}", error.message), ..error }),
+            }
+            self.member.set_initialized(true);
+        }
+        let attempt = self.attempts.fetch_add(1, Ordering::Relaxed) + 1;
+        on_attempt(attempt);
+        let call = RunCall { attempt, timeout: self.deadline - Instant::now(), ..self.run.clone() };
+        let answer = self.subsystems.run_cycle(subsystem, call).await?;
+        match subsystem.limits.check(&answer) {
+            Ok(()) => Ok(answer),
+            Err(over) => Err(CallError {
+                code: Code::ResourceExhausted,
+                message: format!("its answer goes over its limits: {over}"),
+            }),
+        }
+    }
+}
+
+/// The total size of the outputs among `inputs`.
+pub(super) fn size(inputs: &[Input]) -> usize {
+    inputs.iter().flat_map(|input| &input.output).map(|(output, _)| output.payload.len()).sum()
+}
