@@ -1,6 +1,8 @@
 //! A control plane that runs a fleet of remote components ("subsystems") in cycles.
 
+pub mod clock;
 pub mod engine;
 pub mod model;
 pub mod ports;
 pub mod proto;
+pub mod record;

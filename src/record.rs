@@ -1,0 +1,319 @@
+//! The one codec between a finished cycle and its bytes: the wire form of `CycleTelemetry`.
+//!
+//! A cycle is encoded once, here, and the bytes are what is committed, answered and streamed.
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use prost::Message;
+
+use crate::{
+    model::{
+        CycleState, FinishedCycle, Issue, Name, Revision, Severity, SkipReason, SubsystemReport, SubsystemState,
+        Trigger, excerpt,
+    },
+    ports::Record,
+    proto::{orchestrator::v1 as pb, subsystem::v1 as pbs},
+};
+
+/// The most bytes of an error message in a record.
+const MAX_MESSAGE: usize = 1 << 10;
+/// What is left of an error message in a record that would be too large.
+const SHORT_MESSAGE: usize = 64;
+
+/// Encodes a cycle as the record of `revision`, in at most `max_bytes` bytes as far as leaving out outputs, then
+/// issues and metrics, then the ends of error messages can achieve that.
+pub fn encode(cycle: &FinishedCycle, revision: Revision, max_bytes: usize) -> Record {
+    let mut telemetry = telemetry(cycle, revision);
+    for shorten in [leave_out_outputs, leave_out_details, shorten_messages] {
+        if telemetry.encoded_len() <= max_bytes {
+            break;
+        }
+        telemetry.truncated = true;
+        telemetry.subsystems.iter_mut().for_each(shorten);
+    }
+    Record {
+        cycle_id: cycle.cycle_id,
+        revision,
+        epoch: cycle.epoch,
+        state: cycle.state,
+        trigger: cycle.trigger.clone(),
+        request_id: cycle.request_id.clone(),
+        finished_at: cycle.finished_at,
+        bytes: telemetry.encode_to_vec().into(),
+    }
+}
+
+fn leave_out_outputs(part: &mut pb::SubsystemTelemetry) {
+    part.output.clear();
+}
+
+fn leave_out_details(part: &mut pb::SubsystemTelemetry) {
+    part.issues.clear();
+    part.metrics.clear();
+}
+
+fn shorten_messages(part: &mut pb::SubsystemTelemetry) {
+    part.error_message.truncate(excerpt(&part.error_message, SHORT_MESSAGE).len());
+}
+
+fn telemetry(cycle: &FinishedCycle, revision: Revision) -> pb::CycleTelemetry {
+    let FinishedCycle {
+        cycle_id,
+        epoch,
+        trigger,
+        scheduled_at,
+        request_id,
+        started_at,
+        finished_at,
+        duration,
+        state,
+        error,
+        critical_path,
+        subsystems,
+    } = cycle;
+    pb::CycleTelemetry {
+        cycle_id: cycle_id.0,
+        started_at: started_at.map(timestamp),
+        finished_at: Some(timestamp(*finished_at)),
+        duration_ms: duration.as_secs_f64() * 1e3,
+        error: error.clone(),
+        state: cycle_state(*state).into(),
+        trigger: self::trigger(trigger).into(),
+        r#loop: trigger.loop_name().map(ToString::to_string).unwrap_or_default(),
+        scheduled_at: scheduled_at.map(timestamp),
+        epoch: epoch.0,
+        critical_path: critical_path.iter().map(ToString::to_string).collect(),
+        subsystems: subsystems.iter().map(|report| part(report, *started_at)).collect(),
+        request_id: request_id.clone().unwrap_or_default(),
+        revision: revision.0,
+        truncated: false,
+    }
+}
+
+/// One subsystem's part in the cycle that started at `cycle_started_at`.
+pub fn part(report: &SubsystemReport, cycle_started_at: Option<Timestamp>) -> pb::SubsystemTelemetry {
+    let SubsystemReport { name, state, started, ended, queued, attempts, issues, metrics, recorded_output } = report;
+    let at = |offset| cycle_started_at.and_then(|start| start.checked_add(offset).ok()).map(timestamp);
+    pb::SubsystemTelemetry {
+        name: name.to_string(),
+        state: subsystem_state(state).into(),
+        started_at: started.and_then(at),
+        finished_at: started.and_then(|_| at(*ended)),
+        duration_ms: started.map_or(0.0, |started| ended.saturating_sub(started).as_secs_f64() * 1e3),
+        queued_ms: queued.as_secs_f64() * 1e3,
+        attempts: *attempts,
+        error_code: state.code().map(|code| code.name().to_owned()).unwrap_or_default(),
+        error_message: excerpt(state.message(), MAX_MESSAGE).to_owned(),
+        issues: issues.iter().map(issue).collect(),
+        metrics: metrics.clone(),
+        output: recorded_output.as_ref().map(|output| output.as_bytes().clone()).unwrap_or_default(),
+        skip_reason: skip_reason(state).into(),
+    }
+}
+
+fn issue(issue: &Issue) -> pbs::Issue {
+    let severity = match issue.severity {
+        Severity::Info => pbs::Severity::Info,
+        Severity::Warning => pbs::Severity::Warning,
+        Severity::Error => pbs::Severity::Error,
+    };
+    pbs::Issue { severity: severity.into(), code: issue.code.clone(), message: issue.message.clone() }
+}
+
+/// A time as protobuf has it.
+pub fn timestamp(time: Timestamp) -> prost_types::Timestamp {
+    let since_1970 = time.as_duration();
+    // Protobuf counts the nanoseconds forward also before 1970, jiff away from it.
+    let (seconds, nanos) = match since_1970.subsec_nanos() {
+        nanos if nanos < 0 => (since_1970.as_secs() - 1, nanos + 1_000_000_000),
+        nanos => (since_1970.as_secs(), nanos),
+    };
+    prost_types::Timestamp { seconds, nanos }
+}
+
+/// A state as the contract has it.
+pub fn cycle_state(state: CycleState) -> pb::CycleState {
+    match state {
+        CycleState::Succeeded => pb::CycleState::Succeeded,
+        CycleState::Degraded => pb::CycleState::Degraded,
+        CycleState::Failed => pb::CycleState::Failed,
+        CycleState::Cancelled => pb::CycleState::Cancelled,
+        CycleState::Interrupted => pb::CycleState::Interrupted,
+    }
+}
+
+/// A trigger as the contract has it.
+pub fn trigger(trigger: &Trigger) -> pb::Trigger {
+    match trigger {
+        Trigger::Unknown => pb::Trigger::Unspecified,
+        Trigger::Manual => pb::Trigger::Manual,
+        Trigger::Loop(_) => pb::Trigger::Loop,
+    }
+}
+
+/// A state as the contract has it.
+pub fn subsystem_state(state: &SubsystemState) -> pb::SubsystemState {
+    match state {
+        SubsystemState::Succeeded => pb::SubsystemState::Succeeded,
+        SubsystemState::Failed(..) => pb::SubsystemState::Failed,
+        SubsystemState::TimedOut(_) => pb::SubsystemState::TimedOut,
+        SubsystemState::Skipped(..) => pb::SubsystemState::Skipped,
+        SubsystemState::CircuitOpen(_) => pb::SubsystemState::CircuitOpen,
+        SubsystemState::Cancelled => pb::SubsystemState::Cancelled,
+    }
+}
+
+fn skip_reason(state: &SubsystemState) -> pb::SkipReason {
+    match state {
+        SubsystemState::Skipped(reason, _) => reason_to_skip(Some(*reason)),
+        _ => pb::SkipReason::Unspecified,
+    }
+}
+
+/// A reason as the contract has it.
+pub fn reason_to_skip(reason: Option<SkipReason>) -> pb::SkipReason {
+    match reason {
+        None => pb::SkipReason::Unspecified,
+        Some(SkipReason::Suspended) => pb::SkipReason::Suspended,
+        Some(SkipReason::RequirementFailed) => pb::SkipReason::RequirementFailed,
+        Some(SkipReason::RequirementMissing) => pb::SkipReason::RequirementMissing,
+        Some(SkipReason::RequirementLeftOut) => pb::SkipReason::RequirementLeftOut,
+        Some(SkipReason::CycleDeadline) => pb::SkipReason::CycleDeadline,
+        Some(SkipReason::NotRegistered) => pb::SkipReason::NotRegistered,
+    }
+}
+
+/// Which records a reader of the history wants, as far as their bytes have to be looked into.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Participation {
+    /// Cycles in which one of these took part; empty means any.
+    pub subsystems: Vec<Name>,
+    /// And its part ended so, by the numbers of the contract; empty means any.
+    pub states: Vec<i32>,
+}
+
+impl Participation {
+    /// Whether this record is wanted.
+    pub fn wants(&self, record: &Bytes) -> bool {
+        if self.subsystems.is_empty() {
+            return true;
+        }
+        // What was written by this module can be read; what can't is not withheld.
+        let Ok(Participants { subsystems }) = Participants::decode(record.clone()) else { return true };
+        subsystems.iter().any(|part| {
+            self.subsystems.iter().any(|name| name.as_str() == part.name)
+                && (self.states.is_empty() || self.states.contains(&part.state))
+        })
+    }
+}
+
+/// The few fields of `CycleTelemetry` that tell who took part; the others are skipped over. A test holds it against
+/// the contract.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Participants {
+    #[prost(message, repeated, tag = "12")]
+    subsystems: Vec<Participant>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Participant {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(int32, tag = "2")]
+    state: i32,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+    use super::*;
+    use crate::model::{Code, CycleId, Epoch, Payload};
+
+    fn report(name: &str, state: SubsystemState) -> SubsystemReport {
+        let output = serde_json::json!({ "text": "x".repeat(1000) });
+        SubsystemReport {
+            name: Name::parse(name).unwrap(),
+            state,
+            started: Some(Duration::from_millis(2)),
+            ended: Duration::from_millis(5),
+            queued: Duration::from_millis(1),
+            attempts: 2,
+            issues: vec![Issue { severity: Severity::Error, code: "C".into(), message: "m".repeat(1000) }],
+            metrics: BTreeMap::from([("m".to_owned(), 0.5)]),
+            recorded_output: Some(Payload::from_json(output.as_object().unwrap()).unwrap()),
+        }
+    }
+
+    fn cycle() -> FinishedCycle {
+        let started_at: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        FinishedCycle {
+            cycle_id: CycleId(7),
+            epoch: Epoch(3),
+            trigger: Trigger::Loop(Name::parse("l").unwrap()),
+            scheduled_at: Some(started_at),
+            request_id: None,
+            started_at: Some(started_at),
+            finished_at: started_at + Duration::from_millis(6),
+            duration: Duration::from_millis(6),
+            state: CycleState::Degraded,
+            error: "e".into(),
+            critical_path: vec![],
+            subsystems: vec![
+                Arc::new(report("a", SubsystemState::Succeeded)),
+                Arc::new(report("b", SubsystemState::Failed(Code::Internal, "é".repeat(1000)))),
+            ],
+        }
+    }
+
+    fn decoded(max_bytes: usize) -> pb::CycleTelemetry {
+        pb::CycleTelemetry::decode(encode(&cycle(), Revision(9), max_bytes).bytes).unwrap()
+    }
+
+    #[test]
+    fn tells_when_and_how_long() {
+        let telemetry = decoded(usize::MAX);
+        assert_eq!((telemetry.cycle_id, telemetry.revision, telemetry.epoch), (7, 9, 3));
+        assert_eq!(telemetry.r#loop, "l");
+        let a = &telemetry.subsystems[0];
+        assert_eq!(a.started_at.unwrap().nanos, 2_000_000);
+        assert!((a.duration_ms - 3.0).abs() < 1e-9);
+        let b = &telemetry.subsystems[1];
+        assert_eq!((b.error_code.as_str(), b.error_message.len()), ("INTERNAL", MAX_MESSAGE));
+    }
+
+    #[test]
+    fn what_is_too_large_loses_outputs_then_details_then_ends_of_messages() {
+        let whole = decoded(usize::MAX);
+        assert!(!whole.truncated && !whole.subsystems[0].output.is_empty());
+        let without_outputs = decoded(whole.encoded_len() - 1);
+        assert!(without_outputs.truncated && without_outputs.subsystems[0].output.is_empty());
+        assert_eq!(without_outputs.subsystems[0].issues.len(), 1);
+        let without_details = decoded(without_outputs.encoded_len() - 1);
+        assert!(without_details.subsystems[0].issues.is_empty());
+        assert_eq!(without_details.subsystems[1].error_message.len(), MAX_MESSAGE);
+        let short = decoded(without_details.encoded_len() - 1);
+        assert_eq!(short.subsystems[1].error_message.len(), SHORT_MESSAGE);
+    }
+
+    #[test]
+    fn participants_are_found_in_the_bytes() {
+        let record = encode(&cycle(), Revision(9), usize::MAX);
+        let wants = |names: &[&str], states: &[pb::SubsystemState]| {
+            let subsystems = names.iter().map(|name| Name::parse(name).unwrap()).collect();
+            Participation { subsystems, states: states.iter().map(|&state| state.into()).collect() }
+                .wants(&record.bytes)
+        };
+        assert!(wants(&[], &[]));
+        assert!(wants(&["x", "b"], &[]));
+        assert!(!wants(&["x"], &[]));
+        assert!(wants(&["b"], &[pb::SubsystemState::Failed]));
+        assert!(!wants(&["a"], &[pb::SubsystemState::Failed]));
+    }
+
+    #[test]
+    fn times_before_1970_count_forward() {
+        let time = timestamp("1969-12-31T23:59:59.75Z".parse().unwrap());
+        assert_eq!((time.seconds, time.nanos), (-1, 750_000_000));
+    }
+}
