@@ -3,6 +3,8 @@
 pub mod clock;
 pub mod engine;
 pub mod model;
+pub mod orchestrator;
 pub mod ports;
 pub mod proto;
 pub mod record;
+pub mod schedule;

@@ -72,10 +72,10 @@ pub struct Ran {
 
 /// Follows a cycle live. Called from inside it, so it must not wait.
 pub trait Observer: Sync {
-    /// A subsystem is being called, for the `attempt`-th time.
-    fn called(&self, name: &Name, attempt: u32, elapsed: Duration);
-    /// A subsystem's part has ended.
-    fn ended(&self, name: &Name, state: &SubsystemState, attempts: u32, elapsed: Duration);
+    /// The subsystem at this position of the plan is being called, for the `attempt`-th time.
+    fn called(&self, position: usize, attempt: u32, elapsed: Duration);
+    /// The part of the subsystem at this position has ended.
+    fn ended(&self, position: usize, state: &SubsystemState, attempts: u32, elapsed: Duration);
 }
 
 impl Engine {
@@ -139,7 +139,7 @@ impl Engine {
             is_probe: call.is_probe,
             attempts: &attempts[call.position],
         };
-        let make = calls.make(|attempt| observer.called(&subsystem.name, attempt, start.elapsed()));
+        let make = calls.make(|attempt| observer.called(call.position, attempt, start.elapsed()));
         let result = match timeout_at(deadline, make).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(CallError { code: Code::DeadlineExceeded, message })) => Err(SubsystemState::TimedOut(message)),
@@ -386,7 +386,7 @@ impl<'a> Run<'a> {
         let step = &self.cycle.plan.steps[position];
         if let Some(state) = &state {
             let attempts = self.attempts[position].load(Ordering::Relaxed);
-            self.observer.ended(&step.member.subsystem.name, state, attempts, elapsed);
+            self.observer.ended(position, state, attempts, elapsed);
         }
         let part = &mut self.parts[position];
         part.ended = Some(elapsed);
@@ -487,7 +487,7 @@ impl<'a> Run<'a> {
             (End::Cancelled | End::Complete, _) => SubsystemState::Cancelled,
         };
         let attempts = self.attempts[position].load(Ordering::Relaxed);
-        self.observer.ended(&step.member.subsystem.name, &state, attempts, now);
+        self.observer.ended(position, &state, attempts, now);
         part.ended = Some(now);
         part.state = Some(state);
     }

@@ -170,6 +170,18 @@ impl Plan {
         self.steps.iter().map(|step| &step.member)
     }
 
+    /// The member at a position.
+    pub fn member(&self, position: usize) -> Option<&Member> {
+        self.steps.get(position).map(|step| &step.member)
+    }
+
+    /// The names of those that take part in a cycle over `subset`, in the order of the plan.
+    pub fn names<'a>(&'a self, subset: Option<&[Name]>) -> impl Iterator<Item = &'a Name> + use<'a> {
+        let (takes_part, _) = self.select(subset);
+        let names = self.members().map(|member| &member.subsystem.name);
+        names.zip(takes_part).filter_map(|(name, takes_part)| takes_part.then_some(name))
+    }
+
     /// Which steps take part in a cycle over `subset`, and which of its names are not registered.
     pub(super) fn select(&self, subset: Option<&[Name]>) -> (Vec<bool>, Vec<Name>) {
         let Some(subset) = subset else { return (vec![true; self.steps.len()], Vec::new()) };

@@ -1,0 +1,1088 @@
+//! The use cases, behind one handle that is cheap to clone.
+//!
+//! All durable changes are built and committed one after another under one lock ([`Shared::write`]), and change what
+//! is in memory only once they are committed; so memory and store see them in one order, and nothing is shown that a
+//! crash could take back.
+
+mod conductor;
+mod live;
+mod refusal;
+mod registry;
+mod watch;
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{StreamExt, stream};
+use jiff::Timestamp;
+use tokio::{
+    select,
+    sync::{Notify, watch as newest},
+    task::{JoinHandle, JoinSet},
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use self::{conductor::Admitted, live::Live, registry::Registry};
+use crate::{
+    clock::Clock,
+    engine::{Engine, Member, OutputBudget, Standing},
+    model::{
+        CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, Revision, Subsystem, TickDisposition,
+        Trigger,
+    },
+    ports::{
+        CallError, Contents, Filter, PageLimits, Record, Retention, Store, StoreError, StoredSubsystem, Subsystems,
+        Write,
+    },
+    record::{self, Participation},
+    schedule::Loops,
+};
+
+pub use self::{
+    conductor::Ticket,
+    live::{LiveCycle, LiveEvent, RunningCycle, Update},
+    refusal::Refusal,
+    registry::{Lease, Registered},
+    watch::{Event, From, WatchFilter, Watcher},
+};
+pub use crate::{
+    engine::{BreakerState, LastPart, PlannedSubsystem, Ring, Schedule},
+    schedule::LoopEntry,
+};
+
+/// What can be set, and set anew while the process runs, except for `orchestrator_id`.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Told to every subsystem in `Initialize`.
+    pub orchestrator_id: Arc<str>,
+    /// Of cycles whose request names none.
+    pub cycle_deadline: Duration,
+    /// How many subsystems are called at one time.
+    pub max_concurrent_calls: usize,
+    /// How many cycles may wait.
+    pub max_queued: usize,
+    /// Bytes of one record.
+    pub max_record_bytes: usize,
+    /// Bytes of the latest outputs of all subsystems together.
+    pub max_outputs_bytes: usize,
+    /// How many subsystems may be registered.
+    pub max_subsystems: usize,
+    /// How many loops there may be.
+    pub max_loops: usize,
+    /// How many watchers there may be.
+    pub max_watchers: usize,
+    /// What is kept of the history.
+    pub retention: Retention,
+}
+
+/// What the configuration file declares.
+#[derive(Clone, Debug, Default)]
+pub struct Declared {
+    /// Subsystems, each name once.
+    pub subsystems: Vec<Subsystem>,
+    /// Loops, each name once.
+    pub loops: Vec<IntervalLoop>,
+}
+
+/// Runs cycles over the registry, records them, and streams the record.
+#[derive(Clone)]
+pub struct Orchestrator(Arc<Shared>);
+
+/// The tasks of an [`Orchestrator`].
+pub struct Tasks {
+    conductor: JoinHandle<Result<(), StoreError>>,
+    helpers: JoinSet<()>,
+}
+
+struct Shared {
+    settings: Mutex<Arc<Settings>>,
+    clock: Clock,
+    started_at: Timestamp,
+    started: Instant,
+    engine: Engine,
+    store: Arc<dyn Store>,
+    state: Mutex<State>,
+    /// Held while a durable change is built and committed.
+    writing: tokio::sync::Mutex<()>,
+    queue_changed: Notify,
+    loops_changed: Notify,
+    leases_changed: Notify,
+    newest: newest::Sender<Revision>,
+    live: Live,
+    watchers: AtomicUsize,
+    /// A later epoch writes to the store.
+    fenced: CancellationToken,
+    /// The last write is done.
+    closed: CancellationToken,
+}
+
+struct State {
+    registry: Registry,
+    loops: Loops,
+    /// Admitted cycles that wait, and the one that runs.
+    queue: VecDeque<Arc<Admitted>>,
+    running: Option<Arc<Admitted>>,
+    /// Those of them that have a request id.
+    requests: HashMap<String, Arc<Admitted>>,
+    last_admitted: CycleId,
+    /// The last record, and how far the history goes.
+    last: Option<Arc<Record>>,
+    last_cycle_id: CycleId,
+    last_revision: Revision,
+    pruned_to: Revision,
+    /// The latest records without a gap, oldest first, for watchers that are nearly up to date.
+    recent: VecDeque<Arc<Record>>,
+    recent_bytes: usize,
+    store_error: Option<StoreError>,
+    draining: bool,
+}
+
+impl State {
+    /// How much of the history is kept at hand: enough that only those who were away read the store.
+    const RECENT_RECORDS: usize = 256;
+    const RECENT_BYTES: usize = 8 << 20;
+
+    /// Whether a cycle waits or runs.
+    fn is_live(&self, admitted: &Arc<Admitted>) -> bool {
+        self.queue.iter().chain(&self.running).any(|live| Arc::ptr_eq(live, admitted))
+    }
+
+    fn publish(&mut self, record: Arc<Record>) {
+        self.last_cycle_id = record.cycle_id;
+        self.last_revision = record.revision;
+        self.last = Some(record.clone());
+        self.recent_bytes += record.bytes.len();
+        self.recent.push_back(record);
+        while self.recent.len() > Self::RECENT_RECORDS
+            || (self.recent_bytes > Self::RECENT_BYTES && self.recent.len() > 1)
+        {
+            if let Some(oldest) = self.recent.pop_front() {
+                self.recent_bytes -= oldest.bytes.len();
+            }
+        }
+    }
+}
+
+/// What the orchestrator is doing and has done last.
+pub struct Status {
+    /// The record of the last cycle.
+    pub last: Option<Arc<Record>>,
+    /// Cycles ever recorded.
+    pub total_cycles: u64,
+    /// The cycle that runs.
+    pub running: Option<RunningCycle>,
+    /// Cycles that wait.
+    pub queued: usize,
+    /// The loops, by name.
+    pub loops: Vec<LoopEntry>,
+    /// The term of this process.
+    pub epoch: Epoch,
+    /// When this process started.
+    pub started_at: Timestamp,
+    /// Time since then.
+    pub uptime: Duration,
+    /// The configured id.
+    pub orchestrator_id: Arc<str>,
+    /// How many are registered.
+    pub subsystem_count: usize,
+    /// The oldest revision that can still be watched.
+    pub oldest_revision: Revision,
+    /// The newest revision.
+    pub newest_revision: Revision,
+    /// Why nothing can be written.
+    pub store_error: Option<StoreError>,
+    /// Watchers connected.
+    pub watchers: usize,
+}
+
+/// A page of records, newest first.
+pub struct Page {
+    /// The records.
+    pub records: Vec<Record>,
+    /// Where the next page begins: below this cycle. `None` when there is nothing more.
+    pub next: Option<CycleId>,
+}
+
+impl Orchestrator {
+    /// Takes up what an earlier process left in the store, and begins to run cycles.
+    ///
+    /// # Errors
+    /// The order of what is declared and stored has a ring, or the store can't be written.
+    pub async fn start(
+        settings: Settings,
+        clock: Clock,
+        subsystems: Arc<dyn Subsystems>,
+        store: Arc<dyn Store>,
+        contents: Contents,
+        declared: Declared,
+    ) -> Result<(Self, Tasks), Refusal> {
+        let now = clock.now();
+        let outputs: usize = contents.outputs.iter().map(|(_, output)| output.payload.len()).sum();
+        let mut state = State {
+            registry: Registry::default(),
+            loops: Loops::default(),
+            queue: VecDeque::new(),
+            running: None,
+            requests: HashMap::new(),
+            last_admitted: contents.last_cycle_id,
+            last: contents.last_record.map(Arc::new),
+            last_cycle_id: contents.last_cycle_id,
+            last_revision: contents.last_revision,
+            pruned_to: contents.pruned_to,
+            recent: VecDeque::new(),
+            recent_bytes: 0,
+            store_error: None,
+            draining: false,
+        };
+        let mut write = Write { epoch: contents.epoch, ..Write::default() };
+
+        // The registry: what is declared wins over what was registered by RPC under the same name.
+        let mut latest: HashMap<Name, _> = contents.outputs.into_iter().collect();
+        let mut stored: BTreeMap<Name, StoredSubsystem> =
+            contents.subsystems.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
+        let mut entries = BTreeMap::new();
+        let mut standing = |name: &Name| {
+            latest.remove(name).map_or_else(Arc::default, |output| Arc::new(Standing::with_output(output)))
+        };
+        for subsystem in declared.subsystems {
+            let name = subsystem.name.clone();
+            let suspended = stored.remove(&name).is_some_and(|stored| {
+                if stored.spec.is_some() {
+                    let kept = StoredSubsystem { spec: None, lease: None, ..stored.clone() };
+                    write.subsystems.insert(name.clone(), Some(kept));
+                }
+                stored.suspended
+            });
+            let member = Member::new(Arc::new(subsystem), suspended, standing(&name));
+            entries.insert(name, Registered { member, declared: true, lease: None });
+        }
+        for (name, stored) in stored {
+            let Some(spec) = &stored.spec else {
+                // It was declared once, and is no more.
+                write.subsystems.insert(name, None);
+                continue;
+            };
+            match Subsystem::from_spec(spec) {
+                Ok(subsystem) => {
+                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing(&name));
+                    entries.insert(name, Registered { member, declared: false, lease: stored.lease.map(Lease::new) });
+                }
+                // Rules have become stricter since. It stays stored, for a version that takes it.
+                Err(violations) => tracing::error!(%name, %violations, "left out: a stored registration is invalid"),
+            }
+        }
+        // Outputs whose subsystem nobody registers any more.
+        let forgotten: usize = latest.values().map(|output| output.payload.len()).sum();
+        write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
+        state.registry.replace(entries).map_err(Refusal::OrderRing)?;
+
+        // The loops.
+        let mut stored: BTreeMap<Name, _> =
+            contents.loops.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
+        for settings in declared.loops {
+            if let Some(stored) = stored.remove(&settings.name) {
+                state.loops.restore(settings, true, stored.state, now);
+            } else {
+                let entry = state.loops.started(settings, true, now);
+                state.loops.put(entry);
+            }
+        }
+        for (name, stored) in stored {
+            match stored.spec.as_ref().map(IntervalLoop::from_spec) {
+                Some(Ok(settings)) => state.loops.restore(settings, false, stored.state, now),
+                Some(Err(violations)) => tracing::error!(%name, %violations, "left out: a stored loop is invalid"),
+                None => {
+                    write.loops.insert(name, None);
+                }
+            }
+        }
+
+        // Cycles that an earlier process had begun.
+        let open: BTreeMap<CycleId, _> = contents.open.iter().map(|open| (open.cycle_id, open)).collect();
+        let last_open = open.keys().next_back().copied().unwrap_or_default();
+        let last_lost = if contents.may_lack_open { state.last_cycle_id.next() } else { CycleId::default() };
+        while state.last_cycle_id < last_open.max(last_lost) {
+            let cycle_id = state.last_cycle_id.next();
+            let finished = conductor::interrupted(cycle_id, open.get(&cycle_id).copied(), contents.epoch, now);
+            let record = record::encode(&finished, state.last_revision.next(), settings.max_record_bytes);
+            tracing::warn!(%cycle_id, "recorded as interrupted: an earlier process ended in the middle of it");
+            write.records.push(record.clone());
+            state.publish(Arc::new(record));
+            state.last_admitted = cycle_id;
+        }
+        let (loops, mark) = state.loops.unwritten();
+        for (name, stored) in loops {
+            write.loops.entry(name).or_insert(stored);
+        }
+        store.commit(Arc::new(write)).await?;
+        state.loops.written(mark);
+
+        let registered: Vec<_> = state.registry.iter().map(|entry| entry.member.subsystem.clone()).collect();
+        subsystems.retain(&registered);
+        let shared = Arc::new(Shared {
+            engine: Engine {
+                subsystems,
+                orchestrator_id: settings.orchestrator_id.clone(),
+                epoch: contents.epoch,
+                outputs: Arc::new(OutputBudget::new(outputs - forgotten, settings.max_outputs_bytes)),
+            },
+            newest: newest::Sender::new(state.last_revision),
+            settings: Mutex::new(Arc::new(settings)),
+            clock,
+            started_at: now,
+            started: Instant::now(),
+            store,
+            state: Mutex::new(state),
+            writing: tokio::sync::Mutex::new(()),
+            queue_changed: Notify::new(),
+            loops_changed: Notify::new(),
+            leases_changed: Notify::new(),
+            live: Live::new(),
+            watchers: AtomicUsize::new(0),
+            fenced: CancellationToken::new(),
+            closed: CancellationToken::new(),
+        });
+        let mut helpers = JoinSet::new();
+        helpers.spawn(shared.clone().fire_ticks());
+        helpers.spawn(shared.clone().expire_leases());
+        helpers.spawn(shared.clone().prune());
+        helpers.spawn(shared.clone().send_progress());
+        let conductor = tokio::spawn(shared.clone().conduct());
+        Ok((Self(shared), Tasks { conductor, helpers }))
+    }
+
+    // -----------------------------------------------------------------------------------------------------------
+    // Cycles
+
+    /// Admits a cycle, or finds the one that an earlier call with the same request id started. With `durably` it is
+    /// known to the store before this returns, and recorded whatever happens then.
+    ///
+    /// # Errors
+    /// An unknown subsystem, or what the overlap policy says.
+    pub async fn run_cycle(&self, request: CycleRequest, durably: bool) -> Result<Ticket, Refusal> {
+        let admitted = match self.0.admit_once(request).await? {
+            Found::Recorded(record) => return Ok(Ticket::of_record(Arc::new(record))),
+            Found::Admitted(admitted) => admitted,
+        };
+        if durably {
+            let build = |state: &State| Write {
+                open: state.is_live(&admitted).then(|| admitted.to_open()).into_iter().collect(),
+                ..Write::default()
+            };
+            let written = self.0.write(build, |_| ()).await;
+            written.map_err(|error| Refusal::StoreUnavailable(Some(admitted.cycle_id), error))?;
+        }
+        Ok(admitted.ticket())
+    }
+
+    /// Cancels a cycle that runs or waits, and waits for its record.
+    ///
+    /// # Errors
+    /// It has finished, or never was.
+    pub async fn cancel_cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
+        let ticket = {
+            let state = self.0.state();
+            let admitted = state.queue.iter().chain(&state.running).find(|admitted| admitted.cycle_id == cycle_id);
+            match admitted {
+                Some(admitted) => {
+                    admitted.cancel.cancel();
+                    admitted.ticket()
+                }
+                None if cycle_id.0 > 0 && cycle_id <= state.last_cycle_id => {
+                    return Err(Refusal::CycleFinished(cycle_id));
+                }
+                None => return Err(Refusal::CycleNotFound(cycle_id)),
+            }
+        };
+        ticket.recorded().await
+    }
+
+    /// What a cycle would do now.
+    ///
+    /// # Errors
+    /// None; names that are not registered are in the answer.
+    pub fn plan_cycle(&self, subset: Option<&[Name]>) -> Schedule {
+        let plan = self.0.state().registry.plan();
+        plan.schedule(subset)
+    }
+
+    /// That all these are registered.
+    ///
+    /// # Errors
+    /// One is not.
+    pub fn check_registered(&self, subset: Option<&[Name]>) -> Result<(), Refusal> {
+        let state = self.0.state();
+        subset.unwrap_or_default().iter().try_for_each(|name| state.registry.get(name).map(|_| ()))
+    }
+
+    /// The record of a cycle.
+    ///
+    /// # Errors
+    /// There is none, or not yet.
+    pub async fn cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
+        {
+            let state = self.0.state();
+            if let Some(recent) = state.recent.iter().find(|record| record.cycle_id == cycle_id) {
+                return Ok(recent.clone());
+            }
+            if cycle_id > state.last_cycle_id && cycle_id <= state.last_admitted {
+                return Err(Refusal::CycleNotFinished(cycle_id));
+            }
+        }
+        let record = self.0.store.cycle(cycle_id).await?;
+        record.map(Arc::new).ok_or(Refusal::CycleNotFound(cycle_id))
+    }
+
+    /// A page of records below `before`, newest first, of at most `max_records`.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    pub async fn cycles(
+        &self,
+        before: Option<CycleId>,
+        filter: Filter,
+        participation: Participation,
+        max_records: usize,
+    ) -> Result<Page, Refusal> {
+        const MAX_BYTES: usize = 3 << 20;
+        const MAX_SCANNED: usize = 10_000;
+        let mut before = before.unwrap_or(CycleId(u64::MAX >> 1));
+        let mut records: Vec<Record> = Vec::new();
+        let (mut bytes, mut scanned) = (0, 0);
+        while scanned < MAX_SCANNED {
+            let limits = PageLimits { records: (max_records - records.len()).max(64), bytes: MAX_BYTES - bytes };
+            let found = self.0.store.cycles_before(before, filter.clone(), limits).await?;
+            if found.is_empty() {
+                return Ok(Page { records, next: None });
+            }
+            for record in found {
+                scanned += 1;
+                if participation.wants(&record.bytes) {
+                    if records.len() == max_records || (!records.is_empty() && bytes + record.bytes.len() > MAX_BYTES) {
+                        return Ok(Page { records, next: Some(before) });
+                    }
+                    bytes += record.bytes.len();
+                    records.push(record.clone());
+                }
+                before = record.cycle_id;
+            }
+        }
+        Ok(Page { records, next: Some(before) })
+    }
+
+    /// What is being done and was done last.
+    pub fn status(&self) -> Status {
+        let running = self.0.live.running();
+        let state = self.0.state();
+        Status {
+            last: state.last.clone(),
+            total_cycles: state.last_cycle_id.0,
+            running,
+            queued: state.queue.len(),
+            loops: state.loops.iter().cloned().collect(),
+            epoch: self.0.engine.epoch,
+            started_at: self.0.started_at,
+            uptime: self.0.started.elapsed(),
+            orchestrator_id: self.0.engine.orchestrator_id.clone(),
+            subsystem_count: state.registry.len(),
+            oldest_revision: state.pruned_to.next(),
+            newest_revision: state.last_revision,
+            store_error: state.store_error.clone(),
+            watchers: self.0.watchers.load(Ordering::Relaxed),
+        }
+    }
+
+    // -----------------------------------------------------------------------------------------------------------
+    // Registry
+
+    /// Registers a subsystem, or replaces its registration. Returns it, and whether it is new.
+    ///
+    /// # Errors
+    /// The order would have a ring, the file declares the name, the registry is full, or the store can't be written.
+    pub async fn register(&self, subsystem: Subsystem, lease: Option<Duration>) -> Result<(Registered, bool), Refusal> {
+        let _writing = self.0.writing.lock().await;
+        let name = subsystem.name.clone();
+        let (entry, is_new) = {
+            let mut state = self.0.state();
+            if state.draining {
+                return Err(Refusal::Draining);
+            }
+            let earlier = state.registry.get(&name).ok().cloned();
+            if earlier.as_ref().is_some_and(|earlier| earlier.declared) {
+                return Err(Refusal::DeclaredInConfig(name));
+            }
+            let lease = lease.map(Lease::new);
+            if let Some(earlier) = &earlier {
+                let same_length = earlier.lease.map(|lease| lease.length) == lease.map(|lease| lease.length);
+                if *earlier.member.subsystem == subsystem && same_length {
+                    // Nothing durable changes: this only renews the lease.
+                    let entry = Registered { lease, ..earlier.clone() };
+                    state.registry.renew_in_place(&entry);
+                    return Ok((entry, false));
+                }
+            } else if state.registry.len() >= self.0.settings().max_subsystems {
+                return Err(Refusal::RegistryFull(state.registry.len()));
+            }
+            let (suspended, standing) = earlier
+                .as_ref()
+                .map(|earlier| (earlier.member.suspended, earlier.member.standing.clone()))
+                .unwrap_or_default();
+            let member = Member::new(Arc::new(subsystem), suspended, standing);
+            let entry = Registered { member, declared: false, lease };
+            state.registry.check_order(&entry).map_err(Refusal::OrderRing)?;
+            (entry, earlier.is_none())
+        };
+        let put = entry.clone();
+        self.0.write_subsystem(&name, Some(entry.to_stored()), |state| state.registry.put(put)).await?;
+        self.0.leases_changed.notify_one();
+        self.0.retain_registered();
+        Ok((entry, is_new))
+    }
+
+    /// Removes a subsystem and its latest output.
+    ///
+    /// # Errors
+    /// It is not registered, the file declares it, or the store can't be written.
+    pub async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
+        let _writing = self.0.writing.lock().await;
+        if self.0.state().registry.get(name)?.declared {
+            return Err(Refusal::DeclaredInConfig(name.clone()));
+        }
+        self.0.forget(name).await?;
+        Ok(())
+    }
+
+    /// Takes a subsystem out of cycles, or puts it back and closes its breaker.
+    ///
+    /// # Errors
+    /// It is not registered, or the store can't be written.
+    pub async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
+        let _writing = self.0.writing.lock().await;
+        let earlier = self.0.state().registry.get(name)?.clone();
+        if !suspended {
+            earlier.member.standing.close_breaker();
+        }
+        if earlier.member.suspended == suspended {
+            return Ok(earlier);
+        }
+        let member = earlier.member.suspended(suspended);
+        let entry = Registered { member, ..earlier };
+        let stored = entry.to_stored();
+        let put = |state: &mut State| {
+            // Its lease may have been renewed in between.
+            let lease = state.registry.get(name).ok().and_then(|now| now.lease);
+            let entry = Registered { lease, ..entry };
+            state.registry.put(entry.clone());
+            entry
+        };
+        Ok(self.0.write_subsystem(name, Some(stored), put).await?)
+    }
+
+    /// Renews a lease. Returns when it ends now.
+    ///
+    /// # Errors
+    /// It is not registered, or has no lease.
+    pub fn renew_lease(&self, name: &Name) -> Result<Timestamp, Refusal> {
+        let lease = self.0.state().registry.renew(name)?;
+        Ok(self.lease_ends_at(&lease))
+    }
+
+    /// When a lease ends, on the wall clock.
+    pub fn lease_ends_at(&self, lease: &Lease) -> Timestamp {
+        let left = lease.expires.saturating_duration_since(Instant::now());
+        self.0.clock.now().saturating_add(left).unwrap_or(Timestamp::MAX)
+    }
+
+    /// A subsystem.
+    ///
+    /// # Errors
+    /// It is not registered.
+    pub fn subsystem(&self, name: &Name) -> Result<Registered, Refusal> {
+        self.0.state().registry.get(name).cloned()
+    }
+
+    /// Up to `max` subsystems after this name, by name.
+    pub fn subsystems(&self, after: Option<&str>, max: usize) -> Vec<Registered> {
+        self.0.state().registry.after(after).take(max).cloned().collect()
+    }
+
+    /// Asks subsystems for their own snapshots, some at a time, each for at most five seconds. Answers in order.
+    pub async fn snapshots(&self, of: &[Registered]) -> Vec<Result<Payload, CallError>> {
+        const AT_ONCE: usize = 64;
+        const PATIENCE: Duration = Duration::from_secs(5);
+        let subsystems = &self.0.engine.subsystems;
+        let ask = |registered: &Registered| {
+            let subsystem = registered.member.subsystem.clone();
+            async move {
+                let asked = timeout(PATIENCE, subsystems.get_status(&subsystem, PATIENCE)).await;
+                asked.unwrap_or_else(|_| {
+                    Err(CallError {
+                        code: crate::model::Code::DeadlineExceeded,
+                        message: format!("no answer within {PATIENCE:?}"),
+                    })
+                })
+            }
+        };
+        stream::iter(of.iter().map(ask).collect::<Vec<_>>()).buffered(AT_ONCE).collect().await
+    }
+
+    // -----------------------------------------------------------------------------------------------------------
+    // Loops
+
+    /// Starts a loop, or gives a running one new settings.
+    ///
+    /// # Errors
+    /// A field is malformed, the file declares the name with other settings, or the store can't be written.
+    pub async fn start_loop(&self, spec: &LoopSpec) -> Result<LoopEntry, Refusal> {
+        let _writing = self.0.writing.lock().await;
+        let now = self.0.clock.now();
+        let (settings, declared) = {
+            let state = self.0.state();
+            if state.draining {
+                return Err(Refusal::Draining);
+            }
+            let earlier = Name::parse(&spec.name).ok().and_then(|name| state.loops.get(&name).cloned());
+            match earlier {
+                Some(earlier) if earlier.declared => {
+                    let only_named = *spec == LoopSpec { name: spec.name.clone(), ..LoopSpec::default() };
+                    if !only_named && IntervalLoop::from_spec(spec)? != *earlier.settings {
+                        return Err(Refusal::DeclaredInConfig(earlier.settings.name.clone()));
+                    }
+                    if !earlier.state.stopped {
+                        return Ok(earlier);
+                    }
+                    ((*earlier.settings).clone(), true)
+                }
+                Some(earlier) => {
+                    let settings = IntervalLoop::from_spec(spec)?;
+                    if settings == *earlier.settings {
+                        return Ok(earlier);
+                    }
+                    (settings, false)
+                }
+                None => {
+                    let settings = IntervalLoop::from_spec(spec)?;
+                    if state.loops.len() >= self.0.settings().max_loops {
+                        return Err(Refusal::TooManyLoops(state.loops.len()));
+                    }
+                    (settings, false)
+                }
+            }
+        };
+        let build = |state: &State| {
+            let entry = state.loops.started(settings.clone(), declared, now);
+            Write { loops: BTreeMap::from([(settings.name.clone(), Some(entry.to_stored()))]), ..Write::default() }
+        };
+        let put = |state: &mut State| {
+            // Ticks may have been accounted for in between.
+            let entry = state.loops.started(settings.clone(), declared, now);
+            state.loops.put(entry.clone());
+            entry
+        };
+        let entry = self.0.write_locked(build, put).await?;
+        self.0.loops_changed.notify_one();
+        Ok(entry)
+    }
+
+    /// Stops a loop. One that the file declares stays listed; others are forgotten.
+    ///
+    /// # Errors
+    /// There is none of that name, or the store can't be written.
+    pub async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
+        let _writing = self.0.writing.lock().await;
+        if self.0.state().loops.get(name).is_none() {
+            return Err(Refusal::LoopNotFound(name.clone()));
+        }
+        let stopped = |state: &State| state.loops.get(name).cloned().map(LoopEntry::stopped);
+        let build = |state: &State| {
+            let stored = stopped(state).filter(|entry| entry.declared).map(|entry| entry.to_stored());
+            Write { loops: BTreeMap::from([(name.clone(), stored)]), ..Write::default() }
+        };
+        let put = |state: &mut State| {
+            let entry = stopped(state)?;
+            if entry.declared {
+                state.loops.put(entry.clone());
+            } else {
+                state.loops.remove(name);
+            }
+            Some(entry)
+        };
+        let entry = self.0.write_locked(build, put).await?;
+        entry.ok_or_else(|| Refusal::LoopNotFound(name.clone()))
+    }
+
+    /// The loops, by name.
+    pub fn loops(&self) -> Vec<LoopEntry> {
+        self.0.state().loops.iter().cloned().collect()
+    }
+
+    // -----------------------------------------------------------------------------------------------------------
+    // Stream
+
+    /// Follows the record.
+    ///
+    /// # Errors
+    /// Too many watch already, or the records wanted are not all there.
+    pub fn watch(&self, from: From, filter: WatchFilter, progress: bool) -> Result<Watcher, Refusal> {
+        Watcher::new(self.0.clone(), from, filter, progress)
+    }
+
+    // -----------------------------------------------------------------------------------------------------------
+    // Life
+
+    /// Puts other settings and declarations in the place of the present ones.
+    ///
+    /// # Errors
+    /// The order would have a ring, or the store can't be written; then nothing has changed.
+    pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
+        self.0.reload(settings, declared).await
+    }
+
+    /// Admits nothing any more, and cancels what waits. The running cycle may finish; then [`Tasks::finished`]
+    /// returns.
+    pub fn drain(&self) {
+        let mut state = self.0.state();
+        state.draining = true;
+        for waiting in &state.queue {
+            waiting.cancel.cancel();
+        }
+        drop(state);
+        self.0.queue_changed.notify_one();
+    }
+
+    /// Cancels the running cycle, if there is one.
+    pub fn cancel_running(&self) {
+        if let Some(running) = &self.0.state().running {
+            running.cancel.cancel();
+        }
+    }
+}
+
+impl Tasks {
+    /// Waits until the last write is done, after [`Orchestrator::drain`], or until this process may no longer write.
+    ///
+    /// # Errors
+    /// A later epoch has taken over the store, or the last write failed.
+    pub async fn finished(&mut self) -> Result<(), StoreError> {
+        let finished = (&mut self.conductor).await;
+        self.helpers.shutdown().await;
+        finished.unwrap_or_else(|panicked| Err(StoreError::Other("the conductor".into(), panicked.to_string())))
+    }
+}
+
+/// Where a cycle that was asked for stands.
+enum Found {
+    Recorded(Record),
+    Admitted(Arc<Admitted>),
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic while this is held is a defect that must not turn into a second one.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn settings(&self) -> Arc<Settings> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    async fn admit_once(&self, request: CycleRequest) -> Result<Found, Refusal> {
+        let max_queued = self.settings().max_queued;
+        let mut looked_at = None;
+        loop {
+            {
+                let mut state = self.state();
+                if let Some(live) = request.request_id.as_ref().and_then(|id| state.requests.get(id)) {
+                    return Ok(Found::Admitted(live.clone()));
+                }
+                // A cycle that was recorded since the history was looked into may be the one.
+                let is_new = request.request_id.is_none() || looked_at == Some(state.last_revision);
+                if is_new {
+                    for name in request.subset.iter().flat_map(|names| names.iter()) {
+                        state.registry.get(name)?;
+                    }
+                    let admitted = state.admit(request, max_queued)?;
+                    drop(state);
+                    self.queue_changed.notify_one();
+                    return Ok(Found::Admitted(admitted));
+                }
+                looked_at = Some(state.last_revision);
+            }
+            if let Some(request_id) = &request.request_id
+                && let Some(record) = self.store.cycle_of_request(request_id.clone()).await?
+            {
+                return Ok(Found::Recorded(record));
+            }
+        }
+    }
+
+    /// Builds and commits one durable change, and with it what has changed in loops since the last one. Once it is
+    /// committed, `apply` changes what is in memory.
+    async fn write<T>(
+        &self,
+        build: impl Fn(&State) -> Write,
+        apply: impl FnOnce(&mut State) -> T,
+    ) -> Result<T, StoreError> {
+        let _writing = self.writing.lock().await;
+        self.write_locked(build, apply).await
+    }
+
+    /// The same, for those who hold `writing` already.
+    async fn write_locked<T>(
+        &self,
+        build: impl Fn(&State) -> Write,
+        apply: impl FnOnce(&mut State) -> T,
+    ) -> Result<T, StoreError> {
+        let (write, mark) = {
+            let state = self.state();
+            let mut write = Write { epoch: self.engine.epoch, ..build(&state) };
+            let (loops, mark) = state.loops.unwritten();
+            if !loops.is_empty() {
+                // A tick counts as run when its cycle is admitted: then that must be known as well.
+                let known: Vec<_> = write.open.iter().map(|open| open.cycle_id).collect();
+                let waiting = state.queue.iter().filter(|waiting| !known.contains(&waiting.cycle_id));
+                write.open.extend(waiting.map(|waiting| waiting.to_open()));
+            }
+            for (name, stored) in loops {
+                write.loops.entry(name).or_insert(stored);
+            }
+            (write, mark)
+        };
+        if let Err(error) = self.store.commit(Arc::new(write)).await {
+            if matches!(error, StoreError::Fenced(_)) {
+                self.fenced.cancel();
+            }
+            return Err(error);
+        }
+        let mut state = self.state();
+        state.loops.written(mark);
+        Ok(apply(&mut state))
+    }
+
+    /// Writes what is now known of a subsystem. `writing` is held.
+    async fn write_subsystem<T>(
+        &self,
+        name: &Name,
+        stored: Option<StoredSubsystem>,
+        apply: impl FnOnce(&mut State) -> T,
+    ) -> Result<T, StoreError> {
+        let build =
+            |_: &State| Write { subsystems: BTreeMap::from([(name.clone(), stored.clone())]), ..Write::default() };
+        self.write_locked(build, apply).await
+    }
+
+    /// Removes a subsystem durably. `writing` is held.
+    async fn forget(&self, name: &Name) -> Result<(), StoreError> {
+        let removed = self.write_subsystem(name, None, |state| state.registry.remove(name)).await?;
+        if let Some(output) = removed.and_then(|entry| entry.member.standing.latest()) {
+            self.engine.outputs.give_back(&output);
+        }
+        self.retain_registered();
+        Ok(())
+    }
+
+    fn retain_registered(&self) {
+        let registered: Vec<_> = self.state().registry.iter().map(|entry| entry.member.subsystem.clone()).collect();
+        self.engine.subsystems.retain(&registered);
+    }
+
+    async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
+        let _writing = self.writing.lock().await;
+        let now = self.clock.now();
+        let (before, registry, write) = {
+            let state = self.state();
+            let before = state.registry.entries();
+            let mut entries: BTreeMap<_, _> = before
+                .iter()
+                .filter(|(_, entry)| !entry.declared)
+                .map(|(name, entry)| (name.clone(), entry.clone()))
+                .collect();
+            let mut write = Write::default();
+            for subsystem in declared.subsystems {
+                let name = subsystem.name.clone();
+                let earlier = before.get(&name);
+                let member = match earlier {
+                    // What did not change stays initialized.
+                    Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone(),
+                    Some(earlier) => {
+                        Member::new(Arc::new(subsystem), earlier.member.suspended, earlier.member.standing.clone())
+                    }
+                    None => Member::new(Arc::new(subsystem), false, Arc::default()),
+                };
+                let entry = Registered { member, declared: true, lease: None };
+                if earlier.is_some_and(|earlier| !earlier.declared) {
+                    write.subsystems.insert(name.clone(), Some(entry.to_stored()));
+                }
+                entries.insert(name, entry);
+            }
+            for name in before.keys().filter(|name| !entries.contains_key(*name)) {
+                write.subsystems.insert(name.clone(), None);
+            }
+            let mut registry = Registry::default();
+            registry.replace(entries).map_err(Refusal::OrderRing)?;
+            for entry in state.loops.iter().filter(|entry| entry.declared) {
+                if !declared.loops.iter().any(|settings| settings.name == entry.settings.name) {
+                    write.loops.insert(entry.settings.name.clone(), None);
+                }
+            }
+            (before, registry, write)
+        };
+        let gone: Vec<_> =
+            write.subsystems.iter().filter(|(_, stored)| stored.is_none()).map(|(name, _)| name.clone()).collect();
+        let stopped: Vec<_> = write.loops.keys().cloned().collect();
+        let apply = |state: &mut State| {
+            // Leases may have been renewed in between; they are the only thing that changes without `writing`.
+            let mut registry = registry;
+            registry.keep_leases_of(&state.registry);
+            state.registry = registry;
+            for name in stopped {
+                state.loops.remove(&name);
+            }
+            for settings in declared.loops {
+                let entry = match state.loops.get(&settings.name) {
+                    Some(earlier) if earlier.declared && *earlier.settings == settings => continue,
+                    Some(earlier) if earlier.state.stopped => state.loops.started(settings, true, now).stopped(),
+                    _ => state.loops.started(settings, true, now),
+                };
+                state.loops.put(entry);
+            }
+        };
+        self.write_locked(|_| write.clone(), apply).await?;
+
+        for name in gone {
+            if let Some(output) = before.get(&name).and_then(|entry| entry.member.standing.latest()) {
+                self.engine.outputs.give_back(&output);
+            }
+        }
+        self.engine.outputs.set_max(settings.max_outputs_bytes);
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) =
+            Arc::new(Settings { orchestrator_id: self.engine.orchestrator_id.clone(), ..settings });
+        self.loops_changed.notify_one();
+        self.retain_registered();
+        Ok(())
+    }
+
+    // -----------------------------------------------------------------------------------------------------------
+    // Helpers: each is one task that sleeps, and does one pass when there is something to do.
+
+    /// Starts the cycles of loops when their ticks are due.
+    async fn fire_ticks(self: Arc<Self>) {
+        /// The wall clock may be set: it is looked at this often at least.
+        const LOOK_AGAIN: Duration = Duration::from_secs(1);
+        loop {
+            let next = self.state().loops.next_at();
+            let wait = next.map(|at| Duration::try_from(at.duration_since(self.clock.now())).unwrap_or_default());
+            select! {
+                () = self.loops_changed.notified() => {}
+                () = sleep(wait.unwrap_or(LOOK_AGAIN).min(LOOK_AGAIN)), if next.is_some() => {}
+            }
+            self.fire_due_ticks();
+        }
+    }
+
+    fn fire_due_ticks(&self) {
+        let now = self.clock.now();
+        let max_queued = self.settings().max_queued;
+        let mut state = self.state();
+        for (settings, due_at) in state.loops.due(now) {
+            let request = CycleRequest {
+                trigger: Trigger::Loop(settings.name.clone()),
+                scheduled_at: due_at,
+                subset: settings.subset.clone(),
+                parameters: settings.parameters.clone(),
+                request_id: None,
+                overlap: settings.overlap,
+                deadline: settings.deadline,
+                record_outputs: settings.record_outputs,
+            };
+            let (disposition, cycle_id) = match state.admit(request, max_queued) {
+                Ok(admitted) => (TickDisposition::Ran, Some(admitted.cycle_id)),
+                Err(Refusal::CycleRunning(_)) => (TickDisposition::Skipped, None),
+                Err(Refusal::CycleWaiting(_)) => (TickDisposition::Coalesced, None),
+                Err(refusal) => {
+                    tracing::warn!(name = %settings.name, %due_at, %refusal, "a tick was dropped");
+                    (TickDisposition::Dropped, None)
+                }
+            };
+            state.loops.account(&settings.name, due_at, disposition, cycle_id, now);
+        }
+        drop(state);
+        self.queue_changed.notify_one();
+    }
+
+    /// Unregisters those whose lease has ended.
+    async fn expire_leases(self: Arc<Self>) {
+        /// When the store could not be written.
+        const RETRY: Duration = Duration::from_secs(1);
+        loop {
+            let next = self.state().registry.next_expiry();
+            select! {
+                () = self.leases_changed.notified() => continue,
+                () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
+            }
+            if let Err(error) = self.forget_expired().await {
+                tracing::error!(%error, "can't unregister those whose lease was not renewed; trying again");
+                sleep(RETRY).await;
+            }
+        }
+    }
+
+    async fn forget_expired(&self) -> Result<(), StoreError> {
+        let _writing = self.writing.lock().await;
+        let expired = self.state().registry.expired(Instant::now());
+        for name in expired {
+            self.forget(&name).await?;
+            tracing::info!(%name, "unregistered: its lease was not renewed");
+        }
+        Ok(())
+    }
+
+    /// Removes what is no longer to be kept.
+    async fn prune(self: Arc<Self>) {
+        /// Age passes without new records.
+        const EVERY: Duration = Duration::from_mins(1);
+        /// So many new records are worth a look.
+        const RECORDS: u64 = 64;
+        /// One pass, short enough that a commit hardly waits for it.
+        const BATCH: usize = 256;
+        let mut newest = self.newest.subscribe();
+        let mut looked_at = Revision::default();
+        loop {
+            let retention = self.settings().retention.clone();
+            match self.store.prune(retention, self.clock.now(), BATCH).await {
+                Ok(pruned) => {
+                    self.state().pruned_to = pruned.pruned_to;
+                    if pruned.removed == BATCH {
+                        continue;
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "can't remove old records"),
+            }
+            select! {
+                () = sleep(EVERY) => {}
+                changed = newest.wait_for(|revision| revision.0 >= looked_at.0 + RECORDS) => {
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+            }
+            looked_at = *newest.borrow();
+        }
+    }
+
+    /// Sends live progress in batches.
+    async fn send_progress(self: Arc<Self>) {
+        loop {
+            self.live.pending.notified().await;
+            sleep(Live::BATCH_EVERY).await;
+            self.live.flush();
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! Runs admitted cycles one after another: takes the next in line, notes durably that it begins, has the engine run
+//! it, writes its record, and publishes that.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use tokio::{select, sync::watch, time::sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::{LiveCycle, Refusal, Shared, State};
+use crate::{
+    engine::{Cycle, Ran, Standing},
+    model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Name, Output, OverlapPolicy, Trigger},
+    ports::{Durability, OpenCycle, Record, StoreError, Write},
+    record,
+};
+
+/// Waits between tries to write: from the first, doubled up to the second.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// A cycle that has its number.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub(super) cycle_id: CycleId,
+    pub(super) request: CycleRequest,
+    pub(super) cancel: CancellationToken,
+    started_at: OnceLock<Timestamp>,
+    /// Its record, or why that is not written yet.
+    done: watch::Sender<Option<Result<Arc<Record>, Refusal>>>,
+}
+
+/// A cycle that somebody waits for.
+#[derive(Debug)]
+pub struct Ticket {
+    /// Its number.
+    pub cycle_id: CycleId,
+    done: watch::Receiver<Option<Result<Arc<Record>, Refusal>>>,
+}
+
+impl Ticket {
+    /// The ticket of a cycle that was recorded earlier.
+    pub(super) fn of_record(record: Arc<Record>) -> Self {
+        Self { cycle_id: record.cycle_id, done: watch::channel(Some(Ok(record))).1 }
+    }
+
+    /// The record, if there is one now.
+    pub fn record_now(&self) -> Option<Arc<Record>> {
+        self.done.borrow().clone()?.ok()
+    }
+
+    /// Waits for the record.
+    ///
+    /// # Errors
+    /// It could not be written when it was due, or this process ends before it is.
+    pub async fn recorded(mut self) -> Result<Arc<Record>, Refusal> {
+        match self.done.wait_for(Option::is_some).await {
+            Ok(done) => done.clone().unwrap_or(Err(Refusal::Draining)),
+            Err(_closed) => Err(Refusal::Draining),
+        }
+    }
+}
+
+impl Admitted {
+    pub(super) fn ticket(&self) -> Ticket {
+        Ticket { cycle_id: self.cycle_id, done: self.done.subscribe() }
+    }
+
+    pub(super) fn to_open(&self) -> OpenCycle {
+        OpenCycle {
+            cycle_id: self.cycle_id,
+            trigger: self.request.trigger.clone(),
+            scheduled_at: self.request.scheduled_at,
+            started_at: self.started_at.get().copied(),
+            request_id: self.request.request_id.clone(),
+        }
+    }
+}
+
+impl State {
+    /// The one way into the line, for callers and loops alike.
+    pub(super) fn admit(&mut self, request: CycleRequest, max_queued: usize) -> Result<Arc<Admitted>, Refusal> {
+        if self.draining {
+            return Err(Refusal::Draining);
+        }
+        if let Some(error) = &self.store_error {
+            return Err(Refusal::StoreUnavailable(None, error.clone()));
+        }
+        let running = self.running.as_ref().or(self.queue.front());
+        match (request.overlap, running) {
+            (OverlapPolicy::Skip, Some(running)) => return Err(Refusal::CycleRunning(running.cycle_id)),
+            (OverlapPolicy::BufferOne, Some(_)) => {
+                let waits = self.queue.iter().find(|waiting| waiting.request.trigger == request.trigger);
+                if let Some(waits) = waits {
+                    return Err(Refusal::CycleWaiting(waits.cycle_id));
+                }
+            }
+            _ => {}
+        }
+        if running.is_some() && self.queue.len() >= max_queued {
+            return Err(Refusal::QueueFull(self.queue.len()));
+        }
+        if let (OverlapPolicy::CancelOther, Some(running)) = (request.overlap, &self.running) {
+            running.cancel.cancel();
+        }
+        self.last_admitted = self.last_admitted.next();
+        let admitted = Arc::new(Admitted {
+            cycle_id: self.last_admitted,
+            cancel: CancellationToken::new(),
+            started_at: OnceLock::new(),
+            done: watch::Sender::new(None),
+            request,
+        });
+        if let Some(request_id) = &admitted.request.request_id {
+            self.requests.insert(request_id.clone(), admitted.clone());
+        }
+        self.queue.push_back(admitted.clone());
+        Ok(admitted)
+    }
+}
+
+impl Shared {
+    /// Runs cycles until the process drains.
+    ///
+    /// # Errors
+    /// A later epoch has taken over the store.
+    pub(super) async fn conduct(self: Arc<Self>) -> Result<(), StoreError> {
+        while let Some(admitted) = self.next_in_line().await? {
+            let (finished, outputs) = match self.begin(&admitted).await? {
+                Some(cycle) => {
+                    let Ran { finished, outputs } = self.engine.run(&cycle, &admitted.cancel, &self.live).await;
+                    (finished, outputs)
+                }
+                None => (self.cancelled_in_line(&admitted), Vec::new()),
+            };
+            self.record(&admitted, &finished, &outputs).await?;
+        }
+        self.close().await
+    }
+
+    async fn next_in_line(&self) -> Result<Option<Arc<Admitted>>, StoreError> {
+        loop {
+            {
+                let mut state = self.state();
+                if let Some(admitted) = state.queue.pop_front() {
+                    state.running = Some(admitted.clone());
+                    return Ok(Some(admitted));
+                }
+                if state.draining {
+                    return Ok(None);
+                }
+            }
+            select! {
+                () = self.queue_changed.notified() => {}
+                () = self.fenced.cancelled() => return Err(StoreError::Fenced(self.engine.epoch.next())),
+            }
+        }
+    }
+
+    /// Notes that the cycle begins, in a way that survives the death of this process, before any subsystem hears of
+    /// it. `None`: it was cancelled before that.
+    async fn begin(&self, admitted: &Admitted) -> Result<Option<Cycle>, StoreError> {
+        let settings = self.settings();
+        let opened = |_: &State| Write {
+            durability: Durability::Buffered,
+            open: vec![OpenCycle { started_at: Some(self.clock.now()), ..admitted.to_open() }],
+            ..Write::default()
+        };
+        let begun = self.insist(admitted, opened, |_| ());
+        select! {
+            biased;
+            () = admitted.cancel.cancelled() => return Ok(None),
+            begun = begun => begun?,
+        }
+        let (plan, revision) = {
+            let mut state = self.state();
+            (state.registry.plan(), state.last_revision)
+        };
+        let cycle = Cycle {
+            cycle_id: admitted.cycle_id,
+            request: admitted.request.clone(),
+            started_at: *admitted.started_at.get_or_init(|| self.clock.now()),
+            deadline: admitted.request.deadline.unwrap_or(settings.cycle_deadline),
+            max_concurrent_calls: settings.max_concurrent_calls,
+            plan: plan.clone(),
+        };
+        let live =
+            LiveCycle { cycle_id: cycle.cycle_id, request: cycle.request.clone(), started_at: cycle.started_at, plan };
+        self.live.start(Arc::new(live), revision);
+        Ok(Some(cycle))
+    }
+
+    fn cancelled_in_line(&self, admitted: &Admitted) -> FinishedCycle {
+        FinishedCycle {
+            cycle_id: admitted.cycle_id,
+            epoch: self.engine.epoch,
+            trigger: admitted.request.trigger.clone(),
+            scheduled_at: Some(admitted.request.scheduled_at),
+            request_id: admitted.request.request_id.clone(),
+            started_at: None,
+            finished_at: self.clock.now(),
+            duration: Duration::ZERO,
+            state: CycleState::Cancelled,
+            error: "cancelled while it waited".into(),
+            critical_path: Vec::new(),
+            subsystems: Vec::new(),
+        }
+    }
+
+    /// Writes the record, durably, and publishes it.
+    async fn record(
+        &self,
+        admitted: &Admitted,
+        finished: &FinishedCycle,
+        outputs: &[(Name, Arc<Standing>, Output)],
+    ) -> Result<(), StoreError> {
+        self.live.end();
+        let revision = self.state().last_revision.next();
+        let record = Arc::new(record::encode(finished, revision, self.settings().max_record_bytes));
+        let is_current = |state: &State, name: &Name, standing: &Arc<Standing>| {
+            // It may have been unregistered while the cycle ran, and is then forgotten.
+            state.registry.get(name).is_ok_and(|now| Arc::ptr_eq(&now.member.standing, standing))
+        };
+        let build = |state: &State| {
+            let current = outputs.iter().filter(|(name, standing, _)| is_current(state, name, standing));
+            Write {
+                records: vec![(*record).clone()],
+                outputs: current.map(|(name, _, output)| (name.clone(), output.clone())).collect(),
+                ..Write::default()
+            }
+        };
+        let publish = |state: &mut State| {
+            state.running = None;
+            if let Some(request_id) = &admitted.request.request_id {
+                state.requests.remove(request_id);
+            }
+            state.publish(record.clone());
+        };
+        self.insist(admitted, build, publish).await?;
+        self.newest.send_replace(revision);
+        admitted.done.send_replace(Some(Ok(record)));
+        Ok(())
+    }
+
+    /// Writes until it is written. Whoever waits for the cycle learns of the first failure, and nothing new is
+    /// admitted in between.
+    async fn insist(
+        &self,
+        admitted: &Admitted,
+        build: impl Fn(&State) -> Write,
+        apply: impl Fn(&mut State),
+    ) -> Result<(), StoreError> {
+        let mut pause = RETRY.0;
+        loop {
+            let applied = self.write(&build, |state| {
+                state.store_error = None;
+                apply(state);
+            });
+            let error = match applied.await {
+                Ok(()) => return Ok(()),
+                Err(error @ StoreError::Fenced(_)) => return Err(error),
+                Err(error) => error,
+            };
+            tracing::error!(cycle_id = %admitted.cycle_id, %error, "can't write the record; trying again in {pause:?}");
+            let refusal = Refusal::StoreUnavailable(Some(admitted.cycle_id), error.clone());
+            self.state().store_error = Some(error);
+            admitted.done.send_replace(Some(Err(refusal)));
+            sleep(pause).await;
+            pause = (pause * 2).min(RETRY.1);
+        }
+    }
+
+    /// The last write of this process.
+    async fn close(&self) -> Result<(), StoreError> {
+        let written = self.write(|_| Write { close: true, ..Write::default() }, |_| ()).await;
+        self.closed.cancel();
+        written
+    }
+}
+
+/// The record of a cycle that an earlier process had begun and not finished.
+pub(super) fn interrupted(cycle_id: CycleId, open: Option<&OpenCycle>, epoch: Epoch, now: Timestamp) -> FinishedCycle {
+    let started_at = open.and_then(|open| open.started_at);
+    let duration = started_at.map(|started_at| now.duration_since(started_at));
+    FinishedCycle {
+        cycle_id,
+        epoch,
+        trigger: open.map_or(Trigger::Unknown, |open| open.trigger.clone()),
+        scheduled_at: open.map(|open| open.scheduled_at),
+        request_id: open.and_then(|open| open.request_id.clone()),
+        started_at,
+        finished_at: now,
+        duration: duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default(),
+        state: CycleState::Interrupted,
+        error: "the process that ran it ended in the middle of it".into(),
+        critical_path: Vec::new(),
+        subsystems: Vec::new(),
+    }
+}

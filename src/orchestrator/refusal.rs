@@ -1,0 +1,89 @@
+//! Why something that was asked for is not done.
+
+use crate::{
+    engine::Ring,
+    model::{CycleId, Name, Revision, Violations},
+    ports::StoreError,
+};
+
+/// Why something that was asked for is not done. Each message says what was wrong and what to do.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Refusal {
+    /// Fields of the request are malformed.
+    #[error("{0}")]
+    Invalid(Violations),
+    /// No such subsystem.
+    #[error("no subsystem {0} is registered; see ListSubsystems for those that are, or register it")]
+    SubsystemNotFound(Name),
+    /// Its policy does not let it wait.
+    #[error("cycle {0} is running; wait for it, cancel it, or choose an overlap policy that waits")]
+    CycleRunning(CycleId),
+    /// Its policy lets one wait, and one does.
+    #[error("cycle {0} is waiting already; wait for it, or choose overlap policy BUFFER_ALL")]
+    CycleWaiting(CycleId),
+    /// Too many wait.
+    #[error("{0} cycles are waiting, which is the most that may (cycle.max_queued); try again later")]
+    QueueFull(usize),
+    /// The record can't be written or read now. The cycle that this is about, if one was admitted, runs all the same
+    /// and is recorded once writing works again.
+    #[error("the record is not available now: {1}")]
+    StoreUnavailable(Option<CycleId>, StoreError),
+    /// No such cycle.
+    #[error("cycle {0} is not in the record: it was never assigned, or is no longer retained")]
+    CycleNotFound(CycleId),
+    /// It can't be cancelled any more.
+    #[error("cycle {0} has already finished; see GetCycle for how")]
+    CycleFinished(CycleId),
+    /// There is no record yet.
+    #[error("cycle {0} is still waiting or running; wait for it with WatchCycles, or try again later")]
+    CycleNotFinished(CycleId),
+    /// The records that a watcher wants are not there.
+    #[error(
+        "records after revision {after} are not all there: {oldest} is the oldest revision that is, {newest} the newest; \
+         start from there, or with from_oldest"
+    )]
+    RevisionNotRetained {
+        /// After which one records were wanted.
+        after: Revision,
+        /// The oldest revision from which on none is missing.
+        oldest: Revision,
+        /// The newest revision.
+        newest: Revision,
+    },
+    /// Too many watch.
+    #[error("{0} watchers are connected, which is the most that may be (server.max_watchers)")]
+    TooManyWatchers(usize),
+    /// The order would bite its own tail.
+    #[error("{0}")]
+    OrderRing(Ring),
+    /// The configuration file has the say.
+    #[error("{0} is declared in the configuration file; change it there")]
+    DeclaredInConfig(Name),
+    /// Too many are registered.
+    #[error("{0} subsystems are registered, which is the most that may be (registry.max_subsystems)")]
+    RegistryFull(usize),
+    /// It does not end by itself.
+    #[error("{0} was registered without a lease, so there is none to renew; register it again with one")]
+    NoLease(Name),
+    /// Too many run.
+    #[error("{0} loops are there, which is the most that may be (registry.max_loops)")]
+    TooManyLoops(usize),
+    /// No such loop.
+    #[error("there is no loop {0}; see ListIntervalLoops for those that are")]
+    LoopNotFound(Name),
+    /// The process is shutting down.
+    #[error("this orchestrator is shutting down; try again with the one that takes over")]
+    Draining,
+}
+
+impl From<Violations> for Refusal {
+    fn from(violations: Violations) -> Self {
+        Self::Invalid(violations)
+    }
+}
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        Self::StoreUnavailable(None, error)
+    }
+}

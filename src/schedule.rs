@@ -1,0 +1,345 @@
+//! Interval loops: which ticks are due, and the account of every one of them. Pure bookkeeping: the orchestrator
+//! supplies the time and does what is due.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use jiff::Timestamp;
+
+use crate::{
+    model::{CatchUp, CycleId, IntervalLoop, LoopState, Name, TickDisposition},
+    ports::StoredLoop,
+};
+
+/// The loops of a process.
+#[derive(Debug, Default)]
+pub struct Loops {
+    entries: BTreeMap<Name, LoopEntry>,
+    /// Those whose state has changed since it was last written, with the version that changed it.
+    dirty: BTreeMap<Name, u64>,
+    version: u64,
+}
+
+/// One loop.
+#[derive(Clone, Debug)]
+pub struct LoopEntry {
+    /// Its settings.
+    pub settings: Arc<IntervalLoop>,
+    /// The configuration file declares it.
+    pub declared: bool,
+    /// Where it stands.
+    pub state: LoopState,
+    /// Its next tick; `None` when it is stopped.
+    pub next: Option<Tick>,
+}
+
+/// A tick that is to come.
+#[derive(Clone, Copy, Debug)]
+pub struct Tick {
+    /// When it is due.
+    pub due_at: Timestamp,
+    /// When its cycle starts: jitter later.
+    pub fires_at: Timestamp,
+}
+
+impl Loops {
+    /// The loops, by name.
+    pub fn iter(&self) -> impl Iterator<Item = &LoopEntry> {
+        self.entries.values()
+    }
+
+    /// The loop of that name.
+    pub fn get(&self, name: &Name) -> Option<&LoopEntry> {
+        self.entries.get(name)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// There is none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Takes up a loop whose state was stored by an earlier process: gives the ticks that fell due in between their
+    /// disposition.
+    pub fn restore(&mut self, settings: IntervalLoop, declared: bool, state: LoopState, now: Timestamp) {
+        let mut entry = LoopEntry { settings: Arc::new(settings), declared, state, next: None };
+        if !entry.state.stopped {
+            entry.catch_up(now);
+        }
+        self.put(entry);
+    }
+
+    /// A loop as it is when it is started now: a new one, or one that is there with other settings and its account
+    /// kept.
+    pub fn started(&self, settings: IntervalLoop, declared: bool, now: Timestamp) -> LoopEntry {
+        let mut state = self.entries.get(&settings.name).map(|entry| entry.state.clone()).unwrap_or_default();
+        let earlier = state.accounted_to.unwrap_or(Timestamp::MIN);
+        state.stopped = false;
+        state.accounted_to = Some(now.max(earlier));
+        let mut entry = LoopEntry { settings: Arc::new(settings), declared, state, next: None };
+        entry.plan_next(now);
+        entry
+    }
+
+    /// Puts a loop in the place of the one of its name.
+    pub fn put(&mut self, entry: LoopEntry) {
+        let name = entry.settings.name.clone();
+        self.entries.insert(name.clone(), entry);
+        self.touch(name);
+    }
+
+    /// Forgets a loop.
+    pub fn remove(&mut self, name: &Name) {
+        self.entries.remove(name);
+        self.dirty.remove(name);
+    }
+
+    /// When to look again.
+    pub fn next_at(&self) -> Option<Timestamp> {
+        self.entries.values().filter_map(|entry| entry.next).map(|tick| tick.fires_at).min()
+    }
+
+    /// The loops that have a tick to fire, each with when that tick was due. If several ticks of one loop have
+    /// passed, the latest fires and those before it are missed. Each has to be accounted for with
+    /// [`Loops::account`].
+    pub fn due(&mut self, now: Timestamp) -> Vec<(Arc<IntervalLoop>, Timestamp)> {
+        let mut due = Vec::new();
+        let mut touched = Vec::new();
+        for (name, entry) in &mut self.entries {
+            let Some(tick) = entry.next.filter(|tick| tick.fires_at <= now) else { continue };
+            let settings = &entry.settings;
+            let latest = settings.first_after(now).checked_sub(1).and_then(|n| settings.due_at(n));
+            let latest = latest.unwrap_or(tick.due_at).max(tick.due_at);
+            entry.account_up_to(latest, TickDisposition::Missed);
+            due.push((entry.settings.clone(), latest));
+            touched.push(name.clone());
+        }
+        for name in touched {
+            self.touch(name);
+        }
+        due
+    }
+
+    /// Says what became of the tick that [`Loops::due`] gave out.
+    pub fn account(
+        &mut self,
+        name: &Name,
+        due_at: Timestamp,
+        disposition: TickDisposition,
+        cycle_id: Option<CycleId>,
+        now: Timestamp,
+    ) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        entry.state.account(due_at, due_at, 1, disposition);
+        if let Some(cycle_id) = cycle_id {
+            entry.state.last_cycle_id = cycle_id;
+        }
+        entry.plan_next(now);
+        self.touch(name.clone());
+    }
+
+    /// What has changed since it was last written, and a mark for [`Loops::written`].
+    pub fn unwritten(&self) -> (BTreeMap<Name, Option<StoredLoop>>, u64) {
+        let stored = self.dirty.keys().filter_map(|name| {
+            let entry = self.entries.get(name)?;
+            Some((name.clone(), Some(entry.to_stored())))
+        });
+        (stored.collect(), self.version)
+    }
+
+    /// What [`Loops::unwritten`] gave out with this mark is written.
+    pub fn written(&mut self, mark: u64) {
+        self.dirty.retain(|_, version| *version > mark);
+    }
+
+    fn touch(&mut self, name: Name) {
+        self.version += 1;
+        self.dirty.insert(name, self.version);
+    }
+}
+
+impl LoopEntry {
+    /// As it is stored.
+    pub fn to_stored(&self) -> StoredLoop {
+        StoredLoop {
+            name: self.settings.name.clone(),
+            spec: (!self.declared).then(|| self.settings.to_spec()),
+            state: self.state.clone(),
+        }
+    }
+
+    /// The loop as it is when it is stopped: it stays listed, and has no ticks.
+    #[must_use]
+    pub fn stopped(mut self) -> Self {
+        self.state.stopped = true;
+        self.next = None;
+        self
+    }
+
+    /// Accounts for what fell due while no process ran, and plans the next tick.
+    fn catch_up(&mut self, now: Timestamp) {
+        if self.state.accounted_to.is_none() {
+            self.state.accounted_to = Some(now);
+        }
+        let settings = self.settings.clone();
+        let latest = settings.first_after(now).checked_sub(1).and_then(|n| settings.due_at(n));
+        let pending = latest.filter(|latest| self.state.accounted_to.is_some_and(|to| *latest > to));
+        match (settings.catch_up, pending) {
+            (CatchUp::One, Some(latest)) => {
+                let window = now.saturating_sub(settings.catch_up_window).unwrap_or(Timestamp::MIN);
+                let first_inside = settings.due_at(settings.first_after(window)).unwrap_or(now);
+                if latest > window {
+                    self.account_up_to(first_inside, TickDisposition::Missed);
+                    self.account_up_to(latest, TickDisposition::Coalesced);
+                    self.next = Some(Tick { due_at: latest, fires_at: now });
+                    return;
+                }
+                self.account_through(latest, TickDisposition::Missed);
+            }
+            (CatchUp::None, Some(latest)) => self.account_through(latest, TickDisposition::Missed),
+            (_, None) => {}
+        }
+        self.plan_next(now);
+    }
+
+    /// Gives all ticks that have no disposition and are due before `end` this one.
+    fn account_up_to(&mut self, end: Timestamp, disposition: TickDisposition) {
+        let Some(accounted_to) = self.state.accounted_to else { return };
+        let first = self.settings.first_after(accounted_to);
+        let before_end = self.settings.first_after(end).saturating_sub(1);
+        // `end` is itself the time of a tick, which is left.
+        if let (Some(first_due), Some(last_due)) = (
+            self.settings.due_at(first),
+            before_end.checked_sub(1).filter(|last| *last >= first).and_then(|last| self.settings.due_at(last)),
+        ) {
+            self.state.account(first_due, last_due, before_end - first, disposition);
+        }
+    }
+
+    /// Gives all ticks that have no disposition and are due up to `last` this one.
+    fn account_through(&mut self, last: Timestamp, disposition: TickDisposition) {
+        let Some(accounted_to) = self.state.accounted_to else { return };
+        let first = self.settings.first_after(accounted_to);
+        let count = self.settings.first_after(last).saturating_sub(first);
+        if let Some(first_due) = self.settings.due_at(first) {
+            self.state.account(first_due, last, count, disposition);
+        }
+    }
+
+    fn plan_next(&mut self, now: Timestamp) {
+        let after = self.state.accounted_to.unwrap_or(now);
+        let due_at = self.settings.due_at(self.settings.first_after(after));
+        self.next = due_at.map(|due_at| {
+            let jitter = self.settings.jitter.mul_f64(fastrand::f64());
+            Tick { due_at, fires_at: due_at.saturating_add(jitter).unwrap_or(due_at) }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::SignedDuration;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::LoopSpec;
+
+    fn every(seconds: i64, catch_up: CatchUp) -> IntervalLoop {
+        IntervalLoop::from_spec(&LoopSpec {
+            name: "l".into(),
+            interval: Some(SignedDuration::from_secs(seconds)),
+            catch_up: Some(catch_up),
+            ..LoopSpec::default()
+        })
+        .unwrap()
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(1_000_000 + second).unwrap()
+    }
+
+    fn name() -> Name {
+        Name::parse("l").unwrap()
+    }
+
+    fn fire(loops: &mut Loops, now: Timestamp) -> Vec<Timestamp> {
+        let due = loops.due(now);
+        for (settings, due_at) in &due {
+            loops.account(&settings.name, *due_at, TickDisposition::Ran, Some(CycleId(1)), now);
+        }
+        due.into_iter().map(|(_, due_at)| due_at).collect()
+    }
+
+    #[test]
+    fn ticks_fire_when_due_and_late_ones_are_missed() {
+        let mut loops = Loops::default();
+        loops.put(loops.started(every(10, CatchUp::None), false, at(3)));
+        assert_eq!(loops.next_at(), Some(at(10)));
+        assert!(fire(&mut loops, at(9)).is_empty());
+        assert_eq!(fire(&mut loops, at(10)), [at(10)]);
+        assert_eq!(fire(&mut loops, at(45)), [at(40)]);
+        let state = &loops.get(&name()).unwrap().state;
+        assert_eq!((state.ticks.ran, state.ticks.missed), (2, 2));
+        assert_eq!((state.not_run[0].first, state.not_run[0].last), (at(20), at(30)));
+    }
+
+    #[test]
+    fn downtime_is_caught_up_once_or_missed() {
+        let down = LoopState { accounted_to: Some(at(10)), ..LoopState::default() };
+        let mut loops = Loops::default();
+        loops.restore(every(10, CatchUp::None), false, down.clone(), at(55));
+        let state = &loops.get(&name()).unwrap().state;
+        assert_eq!((state.ticks.missed, state.accounted_to), (4, Some(at(50))));
+        assert_eq!(loops.next_at(), Some(at(60)));
+
+        let mut loops = Loops::default();
+        loops.restore(every(10, CatchUp::One), false, down, at(105));
+        // The window is a minute: 50 to 100 lie inside it, 20 to 40 before.
+        assert_eq!(fire(&mut loops, at(105)), [at(100)]);
+        let ticks = loops.get(&name()).unwrap().state.ticks;
+        assert_eq!((ticks.missed, ticks.coalesced, ticks.ran), (3, 5, 1));
+    }
+
+    #[test]
+    fn what_changed_is_written_once() {
+        let mut loops = Loops::default();
+        loops.put(loops.started(every(10, CatchUp::None), false, at(3)));
+        let (unwritten, mark) = loops.unwritten();
+        assert_eq!(unwritten.len(), 1);
+        fire(&mut loops, at(10));
+        loops.written(mark);
+        let (unwritten, mark) = loops.unwritten();
+        assert_eq!(unwritten[&name()].as_ref().unwrap().state.ticks.ran, 1);
+        loops.written(mark);
+        assert!(loops.unwritten().0.is_empty());
+    }
+
+    proptest! {
+        /// Whatever the process does and however long it is down, every tick gets one disposition.
+        #[test]
+        fn dispositions_add_up_to_the_due_ticks(
+            interval in 1_i64..20,
+            one in any::<bool>(),
+            steps in proptest::collection::vec((0_i64..200, any::<bool>()), 1..30),
+        ) {
+            let settings = every(interval, if one { CatchUp::One } else { CatchUp::None });
+            let mut loops = Loops::default();
+            loops.put(loops.started(settings.clone(), false, at(0)));
+            let mut now = 0;
+            for (pause, restart) in steps {
+                now += pause;
+                if restart {
+                    let state = loops.get(&name()).unwrap().state.clone();
+                    loops = Loops::default();
+                    loops.restore(settings.clone(), false, state, at(now));
+                }
+                fire(&mut loops, at(now));
+            }
+            let due = settings.first_after(at(now)) - settings.first_after(at(0));
+            prop_assert_eq!(loops.get(&name()).unwrap().state.ticks.due(), due);
+        }
+    }
+}
