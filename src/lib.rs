@@ -1,6 +1,8 @@
 //! A control plane that runs a fleet of remote components ("subsystems") in cycles.
 
+pub mod api;
 pub mod clock;
+pub mod dial;
 pub mod engine;
 pub mod model;
 pub mod orchestrator;
