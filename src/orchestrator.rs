@@ -772,7 +772,8 @@ impl Tasks {
     /// A later epoch has taken over the store, or the last write failed.
     pub async fn finished(&mut self) -> Result<(), StoreError> {
         let finished = (&mut self.conductor).await;
-        self.helpers.shutdown().await;
+        // They hold nothing that would have to be written.
+        self.helpers.abort_all();
         finished.unwrap_or_else(|panicked| Err(StoreError::Other("the conductor".into(), panicked.to_string())))
     }
 }
