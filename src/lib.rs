@@ -1,6 +1,7 @@
 //! A control plane that runs a fleet of remote components ("subsystems") in cycles.
 
 pub mod clock;
+pub mod config;
 pub mod engine;
 pub mod model;
 pub mod orchestrator;
