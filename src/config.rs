@@ -216,9 +216,9 @@ pub struct Reload {
 
 /// Variables that are no settings: for the command line's other commands, and for tests.
 const OTHER_VARIABLES: [&str; 4] = ["ADDRESS", "CONFIG", "OUTPUT", "TIMEOUT"];
-/// Beginnings of variables that are no settings. Kubernetes sets the latter three in every pod beside a service that
-/// is called `orchestrator`.
-const OTHER_PREFIXES: [&str; 5] = ["TEST_", "TORTURE_", "SERVICE_", "PORT_", "PORT"];
+/// How the names of variables begin that are no settings. The latter two Kubernetes sets in every pod beside a service
+/// that is called `orchestrator`.
+const OTHER_PREFIXES: [&str; 4] = ["TEST_", "TORTURE_", "SERVICE_", "PORT_"];
 
 impl Config {
     /// Puts the file, `environment` and the flags together. Of the environment, only `ORCHESTRATOR_…` counts.
@@ -274,11 +274,7 @@ impl Config {
         Reload { config: new, needs_restart }
     }
 
-    fn read(
-        table: Table,
-        variables: BTreeMap<String, Node>,
-        mut problems: Vec<Problem>,
-    ) -> Result<Self, ConfigError> {
+    fn read(table: Table, variables: BTreeMap<String, Node>, mut problems: Vec<Problem>) -> Result<Self, ConfigError> {
         let mut reader = Reader::new(table, variables, &mut problems);
         let config = Self::from_reader(&mut reader);
         reader.finish();
@@ -377,13 +373,13 @@ impl StoreUrl {
         }
         match text.strip_prefix("sqlite:") {
             // SQLite has meanings of its own for these.
-            Some(path) if !path.is_empty() && !path.starts_with([':', '?']) && !path.starts_with("file:") => {
-                match path.strip_prefix("//") {
-                    Some(_) => Err("write the path right after sqlite:, such as sqlite:/var/lib/orchestrator.db".into()),
-                    None if path.contains('\0') => Err("a path holds no NUL".into()),
-                    None => Ok(Self::Sqlite(path.into())),
-                }
-            }
+            Some(path) if !path.is_empty() && !path.starts_with([':', '?']) && !path.starts_with("file:") => match path
+                .strip_prefix("//")
+            {
+                Some(_) => Err("write the path right after sqlite:, such as sqlite:/var/lib/orchestrator.db".into()),
+                None if path.contains('\0') => Err("a path holds no NUL".into()),
+                None => Ok(Self::Sqlite(path.into())),
+            },
             _ => Err("give sqlite:PATH, such as sqlite:/var/lib/orchestrator.db, or memory:".into()),
         }
     }
@@ -550,7 +546,9 @@ fn read_environment(
     for (name, value) in environment {
         let Ok(name) = name.into_string() else { continue };
         let Some(rest) = name.strip_prefix(PREFIX) else { continue };
-        if OTHER_VARIABLES.contains(&rest) || OTHER_PREFIXES.iter().any(|prefix| rest.starts_with(prefix)) {
+        // Of Kubernetes as well.
+        let is_link = rest == "PORT" && value.to_string_lossy().contains("://");
+        if is_link || OTHER_VARIABLES.contains(&rest) || OTHER_PREFIXES.iter().any(|it| rest.starts_with(it)) {
             continue;
         }
         let origin = Origin::Environment(name.as_str().into());

@@ -9,3 +9,4 @@ pub mod ports;
 pub mod proto;
 pub mod record;
 pub mod schedule;
+pub mod telemetry;

@@ -261,8 +261,7 @@ impl<'a> Reader<'a> {
     fn take(&mut self, key: &str) -> Option<Node> {
         self.known.push(key.to_owned());
         let written = take(&mut self.table, key);
-        let variable =
-            if self.environment.is_empty() { None } else { self.environment.remove(&variable_name(key)) };
+        let variable = if self.environment.is_empty() { None } else { self.environment.remove(&variable_name(key)) };
         let node = match written {
             Some(Node { origin: Origin::Flag(_), .. }) => written,
             _ => variable.or(written),
@@ -325,9 +324,11 @@ impl<'a> Reader<'a> {
     pub(super) fn choice<T: Copy>(&mut self, key: &str, choices: &[(&str, T)]) -> Option<T> {
         self.parsed(key, |text| {
             let words = || choices.iter().map(|(word, _)| format!("{word:?}")).collect::<Vec<_>>().join(" or ");
-            choices.iter().find(|(word, _)| *word == text).map(|(_, choice)| *choice).ok_or_else(|| {
-                format!("give {}", words())
-            })
+            choices
+                .iter()
+                .find(|(word, _)| *word == text)
+                .map(|(_, choice)| *choice)
+                .ok_or_else(|| format!("give {}", words()))
         })
     }
 
