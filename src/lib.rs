@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod clock;
+pub mod config;
 pub mod dial;
 pub mod engine;
 pub mod model;
@@ -10,3 +11,5 @@ pub mod ports;
 pub mod proto;
 pub mod record;
 pub mod schedule;
+pub mod serve;
+pub mod store;
