@@ -37,7 +37,9 @@ use crate::{
         CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, Revision, Subsystem, TickDisposition,
         Trigger,
     },
-    ports::{Contents, PageLimits, SCAN_LIMIT, Record, Retention, Store, StoreError, StoredSubsystem, Subsystems, Write},
+    ports::{
+        Contents, PageLimits, Record, Retention, SCAN_LIMIT, Store, StoreError, StoredSubsystem, Subsystems, Write,
+    },
     record::{self, Participation},
     schedule::Loops,
 };

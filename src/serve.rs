@@ -30,8 +30,7 @@ use crate::{
     dial::Dialer,
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::StoreError,
-    proto,
-    store,
+    proto, store,
 };
 
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
@@ -44,7 +43,7 @@ pub enum StartError {
     #[error("can't listen on {0}: {1}; is another process using it?")]
     Listen(SocketAddr, io::Error),
     /// The file of trusted certificates can't be read.
-    #[error("can't read dial.ca_file {}: {1}", .0.display())]
+    #[error("can't read dial.ca_file {path}: {error}", path = .0.display(), error = .1)]
     CaFile(PathBuf, io::Error),
     /// The store can't be opened.
     #[error(transparent)]
@@ -95,14 +94,12 @@ impl Service {
         let listener = TcpListener::bind(address).await.map_err(|error| StartError::Listen(address, error))?;
         let address = listener.local_addr().map_err(|error| StartError::Listen(address, error))?;
         let ca = match &config.dial.ca_file {
-            Some(path) => {
-                Some(tokio::fs::read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?)
-            }
+            Some(path) => Some(tokio::fs::read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?),
             None => None,
         };
         let dialer = Arc::new(Dialer::new(config.dial.connect_timeout, ca.as_deref()));
         let (store, contents) = store::open(&config.store.url).await?;
-        tracing::info!(store = config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store opened");
+        tracing::info!(store = %config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store opened");
         let (orchestrator, tasks) =
             Orchestrator::start(settings(config), Clock::System, dialer, store, contents, declared(config)).await?;
 
@@ -125,15 +122,7 @@ impl Service {
         let incoming = listen::incoming(listener, config.server.max_connections);
         let server = tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped));
         tracing::info!(%address, "listening");
-        Ok(Self {
-            address,
-            orchestrator,
-            tasks,
-            health,
-            server,
-            stop_server,
-            drain_grace: config.server.drain_grace,
-        })
+        Ok(Self { address, orchestrator, tasks, health, server, stop_server, drain_grace: config.server.drain_grace })
     }
 
     /// Where it listens.
@@ -167,6 +156,8 @@ impl Service {
     }
 
     async fn drain(mut self) -> Exit {
+        /// Long enough to write a record, short enough for those who wait for the process to end.
+        const LAST_WRITE: Duration = Duration::from_secs(10);
         tracing::info!(grace = ?self.drain_grace, "shutting down: the running cycle may finish");
         self.health.set_service_status(SERVICE, ServingStatus::NotServing).await;
         self.health.set_service_status("", ServingStatus::NotServing).await;
@@ -176,8 +167,6 @@ impl Service {
         } else {
             tracing::warn!("the grace has passed: cancelling the running cycle");
             self.orchestrator.cancel_running();
-            /// Long enough to write a record, short enough for those who wait for the process to end.
-            const LAST_WRITE: Duration = Duration::from_secs(10);
             let not_written = || StoreError::Other("the record".into(), "could not be written in time".into());
             timeout(LAST_WRITE, self.tasks.finished()).await.unwrap_or_else(|_| Err(not_written()))
         };

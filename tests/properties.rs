@@ -3,6 +3,8 @@
 //!
 //! Runs 1,000 cases; `ORCHESTRATOR_TEST_CASES` sets another number.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
@@ -17,8 +19,8 @@ use jiff::SignedDuration;
 use orchestrator_core::{
     clock::Clock,
     model::{
-        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, Name, OverlapPolicy,
-        Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, Trigger,
+        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, Name,
+        OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, Trigger,
     },
     orchestrator::{Declared, Orchestrator, Refusal, Settings},
     ports::{CallError, Filter, InitializeCall, Retention, RunCall, Subsystems},
@@ -120,7 +122,7 @@ fn scripted(i: usize) -> impl Strategy<Value = Scripted> {
                 },
                 critical,
                 limits: LimitsSpec { max_output_bytes: Some(2000), max_issues: Some(4), ..LimitsSpec::default() },
-                record_output: i % 2 == 0,
+                record_output: i.is_multiple_of(2),
                 ..SubsystemSpec::default()
             };
             // Mostly quick, now and then later than the timeout.
@@ -302,7 +304,7 @@ async fn run(case: Case) {
         in_flight: AtomicUsize::new(0),
         most_in_flight: AtomicUsize::new(0),
     });
-    let (store, contents) = store::open("memory:").await.unwrap();
+    let (store, contents) = store::open(&store::StoreUrl::Memory).await.unwrap();
     let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
     let (orchestrator, mut tasks) =
         Orchestrator::start(settings(), clock, fleet.clone(), store, contents, Declared::default()).await.unwrap();
@@ -323,7 +325,7 @@ async fn run(case: Case) {
 
     for (i, step) in case.steps.iter().enumerate() {
         if let Some(suspend) = step.suspend.map(name).filter(|name| known.contains(name)) {
-            orchestrator.suspend(&Name::parse(&suspend).unwrap(), i % 2 == 0).await.unwrap();
+            orchestrator.suspend(&Name::parse(&suspend).unwrap(), i.is_multiple_of(2)).await.unwrap();
         }
         let before = Instant::now();
         let ticket = orchestrator.run_cycle(request(step, &known), false).await.unwrap();
@@ -336,8 +338,8 @@ async fn run(case: Case) {
         }
         let record = ticket.recorded().await.unwrap();
         // Promise 6, on a clock that moves only when everything waits.
-        let took = before.elapsed().max(step.cancel_after.unwrap_or_default()) - step.cancel_after.unwrap_or_default();
-        assert!(took <= step.deadline + Duration::from_millis(250), "took {took:?} of {:?}", step.deadline);
+        let allowed = step.deadline.max(step.cancel_after.unwrap_or_default()) + Duration::from_millis(250);
+        assert!(before.elapsed() <= allowed, "took {:?} of {allowed:?}", before.elapsed());
         // Promise 7: calls, records, and what is kept of outputs.
         assert_eq!(fleet.in_flight.load(Ordering::Relaxed), 0, "a call outlives its cycle");
         assert!(fleet.most_in_flight.load(Ordering::Relaxed) <= MAX_CONCURRENT_CALLS);
@@ -370,17 +372,15 @@ fn check_reports(telemetry: &pb::CycleTelemetry, registered: &BTreeMap<String, S
     let expected = if expected.is_empty() { registered.keys().cloned().collect() } else { expected };
     assert_eq!(reported.iter().cloned().collect::<BTreeSet<_>>(), expected);
     assert_eq!(reported.len(), expected.len(), "reported twice");
-    let state = |name: &str| telemetry.subsystems.iter().find(|part| part.name == name).map(|part| part.state());
+    let state =
+        |name: &str| telemetry.subsystems.iter().find(|part| part.name == name).map(pb::SubsystemTelemetry::state);
     for part in &telemetry.subsystems {
         if part.state() == pb::SubsystemState::Succeeded {
             for required in &registered[&part.name].requires {
                 assert_eq!(state(required.as_str()), Some(pb::SubsystemState::Succeeded), "{}", part.name);
             }
         }
-        assert_eq!(part.attempts == 0, part.started_at.is_none() || part.error_message.starts_with("Initialize") || {
-            // Cut off in the middle of Initialize.
-            part.state() == pb::SubsystemState::TimedOut || part.state() == pb::SubsystemState::Cancelled
-        } && part.attempts == 0);
+        assert!(part.attempts > 0 || part.state() != pb::SubsystemState::Succeeded, "succeeded without a call");
     }
     for name in &telemetry.critical_path {
         assert!(reported.contains(name));

@@ -104,7 +104,8 @@ mod tests {
         for url in ["memory:", "sqlite:a.db", "sqlite:/var/a.db"] {
             assert_eq!(StoreUrl::parse(url).unwrap().to_string(), url);
         }
-        for url in ["", "memory", "memory:x", "sqlite:", "sqlite:///a.db", "sqlite::memory:", "postgres://h/d", "a.db"] {
+        for url in ["", "memory", "memory:x", "sqlite:", "sqlite:///a.db", "sqlite::memory:", "postgres://h/d", "a.db"]
+        {
             assert!(StoreUrl::parse(url).is_err(), "{url}");
         }
     }

@@ -24,7 +24,9 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, TransactionBehavior, named_params};
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, TransactionBehavior, named_params,
+};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::{check_sequence, memory::to_prune};
@@ -75,13 +77,13 @@ impl Sqlite {
             fs::create_dir_all(directory).map_err(|error| unwritable(&path, &error))?;
         }
         let lock = lock(&path)?;
-        let mut connection = connect(&path).map_err(|error| explain(&path, error))?;
+        let mut connection = connect(&path).map_err(|error| explain(&path, &error))?;
         let contents = (|| {
             migrate(&mut connection, &path)?;
             begin_epoch(&mut connection, &path)
         })()?;
         let readers = (0..READERS).map(|_| connect(&path)).collect::<Result<_, _>>();
-        let readers = readers.map_err(|error| explain(&path, error))?;
+        let readers = readers.map_err(|error| explain(&path, &error))?;
 
         let path = Arc::new(path);
         let (jobs, incoming) = mpsc::channel(QUEUE);
@@ -127,12 +129,12 @@ impl Sqlite {
             let pooled = readers.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let mut connection = match pooled {
                 Some(connection) => connection,
-                None => connect(&path).map_err(|error| explain(&path, error))?,
+                None => connect(&path).map_err(|error| explain(&path, &error))?,
             };
             let result = read(&mut connection);
             readers.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
             result.map_err(|error| match error {
-                ReadError::Sqlite(error) => explain(&path, error),
+                ReadError::Sqlite(error) => explain(&path, &error),
                 ReadError::Store(error) => error,
             })
         });
@@ -295,7 +297,7 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
 /// Applies what the database lacks.
 fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     let migrations: Vec<&str> = SCHEMA.split(MIGRATION).skip(1).collect();
-    let explained = |error| explain(path, error);
+    let explained = |error| explain(path, &error);
     let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(explained)?;
     let known = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
     if found > known {
@@ -329,7 +331,7 @@ fn boot_id() -> Option<String> {
 
 /// Begins an epoch, durably, and reads everything but the history.
 fn begin_epoch(connection: &mut Connection, path: &Path) -> Result<Contents, StoreError> {
-    let explained = |error| explain(path, error);
+    let explained = |error| explain(path, &error);
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(explained)?;
     let mut contents = (|| {
         let boot_id = boot_id();
@@ -386,7 +388,8 @@ fn read_all<T>(
     query: &str,
     read: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
 ) -> Result<Vec<T>, StoreError> {
-    (|| transaction.prepare(query)?.query_map([], read)?.collect())().map_err(|error| explain(path, error))
+    (|| transaction.prepare(query)?.query_map([], read)?.collect::<rusqlite::Result<_>>())()
+        .map_err(|error| explain(path, &error))
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -425,7 +428,7 @@ impl Writer {
         }
         let path = self.path.display().to_string();
         let last = check_sequence(&path, &write.records, self.last.0, self.last.1)?;
-        let is_current = self.transact(write, last).map_err(|error| explain(&self.path, error))?;
+        let is_current = self.transact(write, last).map_err(|error| explain(&self.path, &error))?;
         if let Some(epoch) = is_current {
             return Err(StoreError::Fenced(epoch));
         }
@@ -500,9 +503,7 @@ impl Writer {
                 transaction
                     .prepare_cached("UPDATE counts SET cycles = cycles - 1 WHERE state = ?1")?
                     .execute([state])?;
-                transaction
-                    .prepare_cached("UPDATE meta SET pruned_to = max(pruned_to, ?1)")?
-                    .execute([revision])?;
+                transaction.prepare_cached("UPDATE meta SET pruned_to = max(pruned_to, ?1)")?.execute([revision])?;
             }
             let pruned_to = transaction.query_row("SELECT pruned_to FROM meta", [], |row| number(row, 0))?;
             if gone.is_empty() {
@@ -513,7 +514,7 @@ impl Writer {
             }
             Ok(Pruned { removed: gone.len(), pruned_to: Revision(pruned_to) })
         })()
-        .map_err(|error| explain(&self.path, error))
+        .map_err(|error| explain(&self.path, &error))
     }
 
     /// Copies the log into the database once it has grown, so that it can begin anew.
@@ -588,9 +589,12 @@ fn put_knowledge(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Resu
             Some(stored) => {
                 let lease_ms = stored.lease.map(|lease| i64::try_from(lease.as_millis()).unwrap_or(i64::MAX));
                 let spec = stored.spec.as_ref().map(to_json).transpose()?;
-                transaction
-                    .prepare_cached("INSERT OR REPLACE INTO subsystems VALUES (?1, ?2, ?3, ?4)")?
-                    .execute((name.as_str(), spec, lease_ms, stored.suspended))?;
+                transaction.prepare_cached("INSERT OR REPLACE INTO subsystems VALUES (?1, ?2, ?3, ?4)")?.execute((
+                    name.as_str(),
+                    spec,
+                    lease_ms,
+                    stored.suspended,
+                ))?;
             }
             None => {
                 for forget in ["DELETE FROM subsystems WHERE name = ?1", "DELETE FROM outputs WHERE name = ?1"] {
@@ -603,9 +607,11 @@ fn put_knowledge(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Resu
         match stored {
             Some(stored) => {
                 let spec = stored.spec.as_ref().map(to_json).transpose()?;
-                transaction
-                    .prepare_cached("INSERT OR REPLACE INTO loops VALUES (?1, ?2, ?3)")?
-                    .execute((name.as_str(), spec, to_json(&stored.state)?))?;
+                transaction.prepare_cached("INSERT OR REPLACE INTO loops VALUES (?1, ?2, ?3)")?.execute((
+                    name.as_str(),
+                    spec,
+                    to_json(&stored.state)?,
+                ))?;
             }
             None => {
                 transaction.prepare_cached("DELETE FROM loops WHERE name = ?1")?.execute([name.as_str()])?;
@@ -652,11 +658,7 @@ fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
 }
 
 /// A value that no version of this software has written.
-fn wrong(
-    row: &Row<'_>,
-    column: &str,
-    error: impl std::error::Error + Send + Sync + 'static,
-) -> rusqlite::Error {
+fn wrong(row: &Row<'_>, column: &str, error: impl std::error::Error + Send + Sync + 'static) -> rusqlite::Error {
     let index = row.as_ref().column_index(column).unwrap_or(0);
     rusqlite::Error::FromSqlConversionFailure(index, rusqlite::types::Type::Null, Box::new(error))
 }
@@ -733,7 +735,7 @@ struct Unknown(i64);
 // Errors
 
 /// What an error of SQLite means for who uses the store.
-fn explain(path: &Path, error: rusqlite::Error) -> StoreError {
+fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
     let shown = path.display().to_string();
     let what = error.to_string();
     if let rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..) = error {
@@ -755,7 +757,9 @@ fn explain(path: &Path, error: rusqlite::Error) -> StoreError {
 fn unwritable(path: &Path, error: &std::io::Error) -> StoreError {
     let shown = path.display().to_string();
     match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => StoreError::Full(shown, error.to_string()),
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            StoreError::Full(shown, error.to_string())
+        }
         _ => StoreError::ReadOnly(shown, error.to_string()),
     }
 }
