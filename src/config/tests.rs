@@ -1,10 +1,8 @@
 use std::collections::BTreeSet;
 
 use super::{reader::variable_name, *};
-use crate::engine::{Member, Plan, Standing};
 
 const REFERENCE: &str = include_str!("../../examples/orchestrator.toml");
-const DREAMNET: &str = include_str!("../../examples/dreamnet.toml");
 
 fn read(text: &str) -> Result<Config, ConfigError> {
     Config::from_toml_str("orchestrator.toml", text)
@@ -556,22 +554,4 @@ fn the_reference_lists_every_key_once_with_a_comment() {
         above = line;
     }
     assert_eq!(listed, keys);
-}
-
-#[test]
-fn dreamnet_is_28_subsystems_in_ten_phases_every_five_seconds() {
-    let config = Config::from_toml_str("examples/dreamnet.toml", DREAMNET).unwrap();
-    assert_eq!(config.subsystems.len(), 28);
-    let phases: BTreeSet<_> = config.subsystems.iter().map(|subsystem| subsystem.phase).collect();
-    assert_eq!(phases.into_iter().collect::<Vec<_>>(), [0, 10, 15, 20, 30, 40, 50, 55, 56, 60]);
-    let names: BTreeSet<_> = config.subsystems.iter().map(|subsystem| &subsystem.name).collect();
-    for subsystem in &config.subsystems {
-        assert!(subsystem.input_names().all(|input| names.contains(input)), "{}", subsystem.name);
-    }
-    let members =
-        config.subsystems.iter().map(|it| Member::new(Arc::new(it.clone()), false, Arc::<Standing>::default()));
-    Plan::compile(members).unwrap();
-    let [heartbeat] = &config.loops[..] else { panic!("one loop") };
-    assert_eq!(heartbeat.interval, Duration::from_secs(5));
-    assert!(heartbeat.deadline.unwrap() + Duration::from_millis(250) < heartbeat.interval);
 }
