@@ -26,6 +26,7 @@ use crate::{
         SubsystemSpec, Violations,
     },
     ports::{Retention, RetentionRule},
+    store::StoreUrl,
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -87,15 +88,6 @@ pub struct Store {
     /// Default: the newest 100,000 cycles. At a cycle every 5 s that is five days, and with 28 subsystems some
     /// 300 MB.
     pub retention: Retention,
-}
-
-/// Where the record is kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StoreUrl {
-    /// `memory:`: gone when the process ends.
-    Memory,
-    /// `sqlite:PATH`: a SQLite database. A relative path starts at the working directory.
-    Sqlite(PathBuf),
 }
 
 /// Bounds of cycles.
@@ -363,34 +355,6 @@ impl Server {
             );
         }
         server
-    }
-}
-
-impl StoreUrl {
-    fn parse(text: &str) -> Result<Self, String> {
-        if text == "memory:" {
-            return Ok(Self::Memory);
-        }
-        match text.strip_prefix("sqlite:") {
-            // SQLite has meanings of its own for these.
-            Some(path) if !path.is_empty() && !path.starts_with([':', '?']) && !path.starts_with("file:") => match path
-                .strip_prefix("//")
-            {
-                Some(_) => Err("write the path right after sqlite:, such as sqlite:/var/lib/orchestrator.db".into()),
-                None if path.contains('\0') => Err("a path holds no NUL".into()),
-                None => Ok(Self::Sqlite(path.into())),
-            },
-            _ => Err("give sqlite:PATH, such as sqlite:/var/lib/orchestrator.db, or memory:".into()),
-        }
-    }
-}
-
-impl Display for StoreUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Memory => f.write_str("memory:"),
-            Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
-        }
     }
 }
 
