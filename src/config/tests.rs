@@ -362,26 +362,6 @@ fn beyond_loopback_only_when_told_so() {
 }
 
 #[test]
-fn stores() {
-    for url in ["memory:", "sqlite:a.db", "sqlite:/var/lib/a b.db", "sqlite:../a"] {
-        assert_eq!(StoreUrl::parse(url).unwrap().to_string(), url);
-    }
-    for url in [
-        "",
-        "sqlite:",
-        "sqlite",
-        "a.db",
-        "memory:x",
-        "sqlite://a",
-        "sqlite::memory:",
-        "sqlite:file:a?mode=memory",
-        "sqlite:a\0",
-    ] {
-        assert!(StoreUrl::parse(url).is_err(), "{url}");
-    }
-}
-
-#[test]
 fn log_filters() {
     for filter in ["off", "INFO", "info,orchestrator_core=debug", "warn,h2=off", "orchestrator_core[cycle{id=1}]=trace"]
     {
