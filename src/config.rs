@@ -5,8 +5,6 @@
 //! the reference of all keys.
 
 mod reader;
-#[cfg(test)]
-mod tests;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -606,3 +604,6 @@ impl Display for ConfigError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,3 +13,4 @@ pub mod record;
 pub mod schedule;
 pub mod serve;
 pub mod store;
+pub mod telemetry;

@@ -1,10 +1,8 @@
 use std::collections::BTreeSet;
 
 use super::{reader::variable_name, *};
-use crate::engine::{Member, Plan, Standing};
 
 const REFERENCE: &str = include_str!("../../examples/orchestrator.toml");
-const DREAMNET: &str = include_str!("../../examples/dreamnet.toml");
 
 fn read(text: &str) -> Result<Config, ConfigError> {
     Config::from_toml_str("orchestrator.toml", text)
@@ -364,26 +362,6 @@ fn beyond_loopback_only_when_told_so() {
 }
 
 #[test]
-fn stores() {
-    for url in ["memory:", "sqlite:a.db", "sqlite:/var/lib/a b.db", "sqlite:../a"] {
-        assert_eq!(StoreUrl::parse(url).unwrap().to_string(), url);
-    }
-    for url in [
-        "",
-        "sqlite:",
-        "sqlite",
-        "a.db",
-        "memory:x",
-        "sqlite://a",
-        "sqlite::memory:",
-        "sqlite:file:a?mode=memory",
-        "sqlite:a\0",
-    ] {
-        assert!(StoreUrl::parse(url).is_err(), "{url}");
-    }
-}
-
-#[test]
 fn log_filters() {
     for filter in ["off", "INFO", "info,orchestrator_core=debug", "warn,h2=off", "orchestrator_core[cycle{id=1}]=trace"]
     {
@@ -556,22 +534,4 @@ fn the_reference_lists_every_key_once_with_a_comment() {
         above = line;
     }
     assert_eq!(listed, keys);
-}
-
-#[test]
-fn dreamnet_is_28_subsystems_in_ten_phases_every_five_seconds() {
-    let config = Config::from_toml_str("examples/dreamnet.toml", DREAMNET).unwrap();
-    assert_eq!(config.subsystems.len(), 28);
-    let phases: BTreeSet<_> = config.subsystems.iter().map(|subsystem| subsystem.phase).collect();
-    assert_eq!(phases.into_iter().collect::<Vec<_>>(), [0, 10, 15, 20, 30, 40, 50, 55, 56, 60]);
-    let names: BTreeSet<_> = config.subsystems.iter().map(|subsystem| &subsystem.name).collect();
-    for subsystem in &config.subsystems {
-        assert!(subsystem.input_names().all(|input| names.contains(input)), "{}", subsystem.name);
-    }
-    let members =
-        config.subsystems.iter().map(|it| Member::new(Arc::new(it.clone()), false, Arc::<Standing>::default()));
-    Plan::compile(members).unwrap();
-    let [heartbeat] = &config.loops[..] else { panic!("one loop") };
-    assert_eq!(heartbeat.interval, Duration::from_secs(5));
-    assert!(heartbeat.deadline.unwrap() + Duration::from_millis(250) < heartbeat.interval);
 }

@@ -1,0 +1,28 @@
+//! The examples say what their comments say.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use orchestrator_core::{
+    config::Config,
+    engine::{Member, Plan, Standing},
+};
+
+#[test]
+fn dreamnet_is_28_subsystems_in_ten_phases_every_five_seconds() {
+    let text = include_str!("../examples/dreamnet.toml");
+    let config = Config::from_toml_str("examples/dreamnet.toml", text).unwrap();
+    assert_eq!(config.subsystems.len(), 28);
+    let phases: BTreeSet<_> = config.subsystems.iter().map(|subsystem| subsystem.phase).collect();
+    assert_eq!(phases.into_iter().collect::<Vec<_>>(), [0, 10, 15, 20, 30, 40, 50, 55, 56, 60]);
+    let names: BTreeSet<_> = config.subsystems.iter().map(|subsystem| &subsystem.name).collect();
+    for subsystem in &config.subsystems {
+        assert!(subsystem.requires.is_empty(), "{}", subsystem.name);
+        assert!(subsystem.input_names().all(|input| names.contains(input)), "{}", subsystem.name);
+    }
+    let [heartbeat] = &config.loops[..] else { panic!("one loop") };
+    assert_eq!(heartbeat.interval, Duration::from_secs(5));
+    let longest = heartbeat.deadline.unwrap() + Duration::from_millis(250);
+    assert!(longest < heartbeat.interval, "a cycle that takes {longest:?} skips a tick");
+    let members = config.subsystems.into_iter().map(|it| Member::new(Arc::new(it), false, Arc::<Standing>::default()));
+    Plan::compile(members).unwrap();
+}
