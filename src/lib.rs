@@ -1,6 +1,9 @@
 //! A control plane that runs a fleet of remote components ("subsystems") in cycles.
 
+pub mod api;
 pub mod clock;
+pub mod config;
+pub mod dial;
 pub mod engine;
 pub mod model;
 pub mod orchestrator;
@@ -8,3 +11,5 @@ pub mod ports;
 pub mod proto;
 pub mod record;
 pub mod schedule;
+pub mod serve;
+pub mod store;

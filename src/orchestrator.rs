@@ -37,10 +37,7 @@ use crate::{
         CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, Revision, Subsystem, TickDisposition,
         Trigger,
     },
-    ports::{
-        CallError, Contents, Filter, PageLimits, Record, Retention, Store, StoreError, StoredSubsystem, Subsystems,
-        Write,
-    },
+    ports::{Contents, PageLimits, Record, Retention, Store, StoreError, StoredSubsystem, Subsystems, Write},
     record::{self, Participation},
     schedule::Loops,
 };
@@ -54,6 +51,7 @@ pub use self::{
 };
 pub use crate::{
     engine::{BreakerState, LastPart, PlannedSubsystem, Ring, Schedule},
+    ports::{CallError, Filter, TriggerKind},
     schedule::LoopEntry,
 };
 
@@ -542,7 +540,9 @@ impl Orchestrator {
         let put = entry.clone();
         self.0.write_subsystem(&name, Some(entry.to_stored()), |state| state.registry.put(put)).await?;
         self.0.leases_changed.notify_one();
-        self.0.retain_registered();
+        if !is_new {
+            self.0.retain_registered();
+        }
         Ok((entry, is_new))
     }
 
@@ -772,7 +772,8 @@ impl Tasks {
     /// A later epoch has taken over the store, or the last write failed.
     pub async fn finished(&mut self) -> Result<(), StoreError> {
         let finished = (&mut self.conductor).await;
-        self.helpers.shutdown().await;
+        // They hold nothing that would have to be written.
+        self.helpers.abort_all();
         finished.unwrap_or_else(|panicked| Err(StoreError::Other("the conductor".into(), panicked.to_string())))
     }
 }

@@ -16,9 +16,10 @@ use crate::model::{
 
 /// The fleet, as far as it can be called. Hides how calls travel.
 ///
-/// Every call ends by itself when its `timeout` has passed, and its work is cancelled when its future is dropped.
+/// A call tells the subsystem its `timeout`. Who awaits the call enforces it, by dropping the future, which cancels the
+/// call.
 pub trait Subsystems: Send + Sync + 'static {
-    /// Makes a subsystem ready. One that needs no initialization succeeds.
+    /// Makes a subsystem ready. One that needs no initialization answers UNIMPLEMENTED.
     fn initialize<'a>(&'a self, to: &'a Subsystem, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>>;
 
     /// Runs a subsystem's share of a cycle. The answer has not been held against the subsystem's limits, except for
@@ -39,7 +40,7 @@ pub struct InitializeCall {
     pub orchestrator_id: Arc<str>,
     /// The term of this process.
     pub epoch: Epoch,
-    /// When to give up, from now.
+    /// How long the subsystem has, from now.
     pub timeout: Duration,
 }
 
@@ -58,7 +59,7 @@ pub struct RunCall {
     pub parameters: Payload,
     /// One per name in `requires`, `after` and `reads`.
     pub inputs: Vec<Input>,
-    /// When to give up, from now.
+    /// How long the subsystem has, from now.
     pub timeout: Duration,
 }
 

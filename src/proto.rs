@@ -21,3 +21,26 @@ pub mod orchestrator {
 
 /// An encoded `google.protobuf.FileDescriptorSet` of both packages, with imports and source info.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// A time as protobuf has it.
+pub fn timestamp(time: jiff::Timestamp) -> prost_types::Timestamp {
+    // Protobuf counts the nanoseconds forward also before 1970, jiff away from it.
+    let nanos = time.as_nanosecond();
+    let (seconds, nanos) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000));
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "a time of the calendar has few seconds, a remainder few digits"
+    )]
+    prost_types::Timestamp { seconds: seconds as i64, nanos: nanos as i32 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_before_1970_count_forward() {
+        let time = timestamp("1969-12-31T23:59:59.75Z".parse().unwrap());
+        assert_eq!((time.seconds, time.nanos), (-1, 750_000_000));
+    }
+}

@@ -12,7 +12,7 @@ use crate::{
         Trigger, excerpt,
     },
     ports::Record,
-    proto::{orchestrator::v1 as pb, subsystem::v1 as pbs},
+    proto::{orchestrator::v1 as pb, subsystem::v1 as pbs, timestamp},
 };
 
 /// The most bytes of an error message in a record.
@@ -103,12 +103,17 @@ pub fn part(report: &SubsystemReport, cycle_started_at: Option<Timestamp>) -> pb
         queued_ms: queued.as_secs_f64() * 1e3,
         attempts: *attempts,
         error_code: state.code().map(|code| code.name().to_owned()).unwrap_or_default(),
-        error_message: excerpt(state.message(), MAX_MESSAGE).to_owned(),
+        error_message: message(state).to_owned(),
         issues: issues.iter().map(issue).collect(),
         metrics: metrics.clone(),
         output: recorded_output.as_ref().map(|output| output.as_bytes().clone()).unwrap_or_default(),
         skip_reason: skip_reason(state).into(),
     }
+}
+
+/// What went wrong, as long as it may be in a record.
+pub fn message(state: &SubsystemState) -> &str {
+    excerpt(state.message(), MAX_MESSAGE)
 }
 
 fn issue(issue: &Issue) -> pbs::Issue {
@@ -118,17 +123,6 @@ fn issue(issue: &Issue) -> pbs::Issue {
         Severity::Error => pbs::Severity::Error,
     };
     pbs::Issue { severity: severity.into(), code: issue.code.clone(), message: issue.message.clone() }
-}
-
-/// A time as protobuf has it.
-pub fn timestamp(time: Timestamp) -> prost_types::Timestamp {
-    let since_1970 = time.as_duration();
-    // Protobuf counts the nanoseconds forward also before 1970, jiff away from it.
-    let (seconds, nanos) = match since_1970.subsec_nanos() {
-        nanos if nanos < 0 => (since_1970.as_secs() - 1, nanos + 1_000_000_000),
-        nanos => (since_1970.as_secs(), nanos),
-    };
-    prost_types::Timestamp { seconds, nanos }
 }
 
 /// A state as the contract has it.
@@ -309,11 +303,5 @@ mod tests {
         assert!(!wants(&["x"], &[]));
         assert!(wants(&["b"], &[pb::SubsystemState::Failed]));
         assert!(!wants(&["a"], &[pb::SubsystemState::Failed]));
-    }
-
-    #[test]
-    fn times_before_1970_count_forward() {
-        let time = timestamp("1969-12-31T23:59:59.75Z".parse().unwrap());
-        assert_eq!((time.seconds, time.nanos), (-1, 750_000_000));
     }
 }

@@ -17,11 +17,11 @@ const YEAR: Duration = Duration::from_hours(24 * 366);
 pub enum OverlapPolicy {
     /// It does not run.
     Skip,
-    /// It waits, if none waits yet.
+    /// It waits, unless one with the same trigger waits already.
     BufferOne,
     /// It waits in line, up to a bound.
     BufferAll,
-    /// The running one is cancelled, and this one runs next.
+    /// The running one is cancelled, and this one runs after those that wait already.
     CancelOther,
 }
 

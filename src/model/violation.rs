@@ -1,6 +1,6 @@
 //! What is wrong with an input, field by field.
 
-use std::{fmt, ops::RangeInclusive, time::Duration};
+use std::{collections::HashSet, fmt, ops::RangeInclusive, time::Duration};
 
 use jiff::SignedDuration;
 
@@ -23,7 +23,18 @@ pub struct Violations(pub Vec<Violation>);
 impl Violations {
     /// Notes that `field` breaks a rule.
     pub fn add(&mut self, field: impl Into<String>, problem: impl Into<String>) {
-        self.0.push(Violation { field: field.into(), problem: problem.into() });
+        // A request can be wrong in a million places; nobody reads more than a few.
+        const MAX: usize = 64;
+        if self.0.len() < MAX {
+            self.0.push(Violation { field: field.into(), problem: problem.into() });
+        }
+    }
+
+    /// The same violations, of fields that are inside of `message`.
+    #[must_use]
+    pub fn inside(self, message: &str) -> Self {
+        let inside = |violation: Violation| Violation { field: format!("{message}.{}", violation.field), ..violation };
+        Self(self.0.into_iter().map(inside).collect())
     }
 
     /// `value` if nothing was noted.
@@ -34,18 +45,21 @@ impl Violations {
         if self.0.is_empty() { Ok(value) } else { Err(self) }
     }
 
-    pub(super) fn name(&mut self, field: &str, value: &str) -> Name {
+    /// Reads a name. What is returned for a bad one is not to be used: [`Violations::into_result`] will say so.
+    pub fn name(&mut self, field: &str, value: &str) -> Name {
         Name::parse(value).unwrap_or_else(|error| {
             self.add(field, error.to_string());
             Name::placeholder()
         })
     }
 
-    pub(super) fn names(&mut self, field: &str, values: &[String]) -> Vec<Name> {
+    /// Reads names, each of which may stand once.
+    pub fn names(&mut self, field: &str, values: &[String]) -> Vec<Name> {
         let mut names = Vec::with_capacity(values.len());
+        let mut seen = HashSet::with_capacity(values.len());
         for (i, value) in values.iter().enumerate() {
             let name = self.name(&format!("{field}[{i}]"), value);
-            if names.contains(&name) {
+            if !seen.insert(value) {
                 self.add(format!("{field}[{i}]"), format!("names {name} twice; list it once"));
             }
             names.push(name);
@@ -53,7 +67,8 @@ impl Violations {
         names
     }
 
-    pub(super) fn duration(
+    /// Reads a duration that is in a range.
+    pub fn duration(
         &mut self,
         field: &str,
         value: Option<SignedDuration>,

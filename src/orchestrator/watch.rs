@@ -17,7 +17,7 @@ use tokio::{
 
 use super::{LiveCycle, LiveEvent, Refusal, Shared};
 use crate::{
-    model::{CycleState, Name, Revision, Trigger},
+    model::{CycleId, CycleState, Name, Revision, Trigger},
     ports::{PageLimits, Record, StoreError},
     record::Participation,
 };
@@ -66,8 +66,10 @@ impl WatchFilter {
 pub enum Event {
     /// A cycle was recorded.
     Recorded(Arc<Record>),
-    /// The running cycle has started or moved on. The number tells how many updates were lost before these.
-    Live(Arc<LiveEvent>, u64),
+    /// A cycle has started.
+    Started(Arc<LiveEvent>),
+    /// The running cycle has moved on. The number tells how many updates were lost before these.
+    Progress(Arc<LiveEvent>, u64),
     /// Everything up to this revision that passes the filter was given.
     Bookmark(Revision),
 }
@@ -84,7 +86,9 @@ pub struct Watcher {
     live: Option<broadcast::Receiver<Arc<LiveEvent>>>,
     /// Read and not yet given, because records come before it.
     next_live: Option<Arc<LiveEvent>>,
-    /// Updates of the running cycle that were given or passed over.
+    /// The last cycle whose start was given.
+    cycle_seen: CycleId,
+    /// Updates of it that were given or passed over.
     updates_seen: u64,
     caught_up: bool,
     bookmark_at: Instant,
@@ -127,6 +131,7 @@ impl Watcher {
             progress,
             live: None,
             next_live: None,
+            cycle_seen: CycleId::default(),
             updates_seen: 0,
             caught_up: false,
             bookmark_at: Instant::now() + Self::BOOKMARK_EVERY,
@@ -198,13 +203,19 @@ impl Watcher {
         Event::Bookmark(self.cursor)
     }
 
+    /// A watcher that comes to a running cycle is told that it has started, and then how it stands.
     fn live_event(&mut self, event: Arc<LiveEvent>) -> Event {
-        if event.started {
+        if event.started && self.cycle_seen != event.cycle.cycle_id {
+            self.cycle_seen = event.cycle.cycle_id;
             self.updates_seen = event.first;
+            if !event.updates.is_empty() {
+                self.next_live = Some(event.clone());
+            }
+            return Event::Started(event);
         }
-        let lost = event.first.saturating_sub(self.updates_seen);
+        let lost = if event.started { 0 } else { event.first.saturating_sub(self.updates_seen) };
         self.updates_seen = event.first + if event.started { 0 } else { event.updates.len() as u64 };
-        Event::Live(event, lost)
+        Event::Progress(event, lost)
     }
 
     /// The records after the cursor: those at hand, or a page from the store.

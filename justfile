@@ -1,0 +1,36 @@
+# Daily work. `just` lists what there is.
+
+_list:
+    @just --list --unsorted
+
+# The service and 28 simulated subsystems, live on the terminal.
+demo:
+    cargo run -- demo
+
+# The tests, as the README has them.
+test:
+    cargo test
+
+# What must hold before a commit: formatting, lints, docs, tests.
+check:
+    cargo fmt --check
+    cargo clippy --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+    cargo test
+
+# The figures, each beside its floor in the same run.
+bench:
+    cargo bench --bench cycle
+
+# The long runs: 100,000 random fleets and 1,000 kills.
+soak:
+    ORCHESTRATOR_TEST_CASES=100000 cargo test --release --test properties
+    ORCHESTRATOR_TORTURE_KILLS=1000 cargo test --release --test torture
+
+# The contract, by buf's rules. Needs buf.
+lint-proto:
+    cd proto && buf lint
+
+# Licenses, advisories and sources of the dependencies. Needs cargo-deny.
+deny:
+    cargo deny check

@@ -1,0 +1,357 @@
+//! Requests, from the messages of the contract to validated types. Everything malformed in a request is found in one
+//! pass and named field by field.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use jiff::{SignedDuration, Timestamp};
+
+use crate::{
+    model::{
+        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, LimitsSpec, LoopSpec, Name, OverlapPolicy, Payload,
+        RetrySpec, Revision, Subsystem, SubsystemSpec, Trigger, Violations,
+    },
+    orchestrator::{Filter, From as WatchFrom, TriggerKind, WatchFilter},
+    proto::orchestrator::v1 as pb,
+    record::Participation,
+};
+
+pub(super) fn cycle(request: pb::RunCycleRequest, now: Timestamp) -> Result<CycleRequest, Violations> {
+    let pb::RunCycleRequest {
+        subsystems,
+        parameters,
+        request_id,
+        overlap_policy,
+        validate_only: _,
+        r#async: _,
+        deadline,
+        record_outputs,
+    } = request;
+    let mut bad = Violations::default();
+    if request_id.len() > CycleRequest::MAX_REQUEST_ID {
+        let problem = format!("is {} bytes long; allowed are {}", request_id.len(), CycleRequest::MAX_REQUEST_ID);
+        bad.add("request_id", problem);
+    }
+    let overlap = overlap(&mut bad, "overlap_policy", overlap_policy);
+    let deadline = deadline.and_then(|deadline| {
+        let range = Duration::from_millis(1)..=Duration::from_hours(24);
+        let deadline = duration(&mut bad, "deadline", Some(deadline))?;
+        Some(bad.duration("deadline", Some(deadline), Duration::ZERO, range))
+    });
+    let request = CycleRequest {
+        trigger: Trigger::Manual,
+        scheduled_at: now,
+        subset: subset(&mut bad, &subsystems),
+        parameters: self::parameters(&mut bad, parameters),
+        request_id: (!request_id.is_empty()).then_some(request_id),
+        overlap: overlap.unwrap_or(OverlapPolicy::BufferAll),
+        deadline,
+        record_outputs,
+    };
+    bad.into_result(request)
+}
+
+/// The subset that a request names; nothing named means all.
+pub(super) fn subset_only(subsystems: &[String]) -> Result<Option<Arc<[Name]>>, Violations> {
+    let mut bad = Violations::default();
+    let subset = subset(&mut bad, subsystems);
+    bad.into_result(subset)
+}
+
+fn subset(bad: &mut Violations, subsystems: &[String]) -> Option<Arc<[Name]>> {
+    let names = bad.names("subsystems", subsystems);
+    (!names.is_empty()).then(|| names.into())
+}
+
+pub(super) fn name(field: &str, name: &str) -> Result<Name, Violations> {
+    let mut bad = Violations::default();
+    let name = bad.name(field, name);
+    bad.into_result(name)
+}
+
+pub(super) fn cycle_id(cycle_id: u64) -> Result<CycleId, Violations> {
+    let mut bad = Violations::default();
+    if cycle_id == 0 {
+        bad.add("cycle_id", "is missing; give the number of a cycle, 1 or more");
+    }
+    bad.into_result(CycleId(cycle_id))
+}
+
+pub(super) fn registration(registration: Option<pb::Registration>) -> Result<Subsystem, Violations> {
+    let mut bad = Violations::default();
+    let Some(registration) = registration else {
+        bad.add("registration", "is missing");
+        return Err(bad);
+    };
+    let pb::Registration {
+        name,
+        endpoint,
+        phase,
+        requires,
+        after,
+        reads,
+        timeout,
+        retry,
+        breaker,
+        critical,
+        parameters,
+        limits,
+        record_output,
+    } = registration;
+    let pb::RetryPolicy { max_attempts, initial_backoff, max_backoff, backoff_multiplier, retryable_status_codes } =
+        retry.unwrap_or_default();
+    let pb::BreakerPolicy { failure_threshold, open_for, disabled } = breaker.unwrap_or_default();
+    let pb::Limits { max_message_bytes, max_output_bytes, max_metrics, max_issues } = limits.unwrap_or_default();
+    let spec = SubsystemSpec {
+        name,
+        endpoint,
+        phase: Some(phase),
+        requires,
+        after,
+        reads,
+        timeout: duration(&mut bad, "timeout", timeout),
+        retry: RetrySpec {
+            max_attempts: unless_zero(max_attempts),
+            initial_backoff: duration(&mut bad, "retry.initial_backoff", initial_backoff),
+            max_backoff: duration(&mut bad, "retry.max_backoff", max_backoff),
+            backoff_multiplier: (backoff_multiplier != 0.0).then_some(backoff_multiplier),
+            retryable_status_codes,
+        },
+        breaker: BreakerSpec {
+            failure_threshold: unless_zero(failure_threshold),
+            open_for: duration(&mut bad, "breaker.open_for", open_for),
+            disabled,
+        },
+        critical,
+        parameters: self::parameters(&mut bad, parameters).to_json(),
+        limits: LimitsSpec {
+            max_message_bytes: unless_zero(max_message_bytes),
+            max_output_bytes: unless_zero(max_output_bytes),
+            max_metrics: unless_zero(max_metrics),
+            max_issues: unless_zero(max_issues),
+        },
+        record_output,
+    };
+    let subsystem = bad.into_result(()).and_then(|()| Subsystem::from_spec(&spec));
+    subsystem.map_err(|bad| bad.inside("registration"))
+}
+
+/// How long a registration lasts.
+pub(super) fn lease(lease: Option<prost_types::Duration>) -> Result<Option<Duration>, Violations> {
+    let mut bad = Violations::default();
+    let lease = duration(&mut bad, "lease", lease).map(|lease| {
+        let range = Duration::from_secs(1)..=Duration::from_hours(24);
+        bad.duration("lease", Some(lease), Duration::ZERO, range)
+    });
+    bad.into_result(lease)
+}
+
+pub(super) fn interval_loop(settings: Option<pb::IntervalLoop>) -> Result<LoopSpec, Violations> {
+    let mut bad = Violations::default();
+    let Some(settings) = settings else {
+        bad.add("loop", "is missing");
+        return Err(bad);
+    };
+    let pb::IntervalLoop {
+        name,
+        interval,
+        offset,
+        jitter,
+        overlap_policy,
+        catch_up,
+        catch_up_window,
+        subsystems,
+        parameters,
+        deadline,
+        record_outputs,
+    } = settings;
+    let spec = LoopSpec {
+        name,
+        interval: duration(&mut bad, "interval", interval),
+        offset: duration(&mut bad, "offset", offset),
+        jitter: duration(&mut bad, "jitter", jitter),
+        overlap_policy: overlap(&mut bad, "overlap_policy", overlap_policy),
+        catch_up: match pb::CatchUp::try_from(catch_up) {
+            Ok(pb::CatchUp::Unspecified) => None,
+            Ok(pb::CatchUp::None) => Some(CatchUp::None),
+            Ok(pb::CatchUp::One) => Some(CatchUp::One),
+            Err(_) => {
+                bad.add("catch_up", format!("is {catch_up}, which is no CatchUp"));
+                None
+            }
+        },
+        catch_up_window: duration(&mut bad, "catch_up_window", catch_up_window),
+        subsystems,
+        parameters: self::parameters(&mut bad, parameters).to_json(),
+        deadline: duration(&mut bad, "deadline", deadline),
+        record_outputs,
+    };
+    bad.into_result(spec).map_err(|bad| bad.inside("loop"))
+}
+
+pub(super) fn watch(request: pb::WatchCyclesRequest) -> Result<(WatchFrom, WatchFilter, bool), Violations> {
+    let pb::WatchCyclesRequest { after_revision, from_oldest, progress, loops, states, subsystems } = request;
+    let mut bad = Violations::default();
+    if from_oldest && after_revision.is_some() {
+        bad.add("from_oldest", "is set together with after_revision; give one of them");
+    }
+    let from = match after_revision {
+        _ if from_oldest => WatchFrom::Oldest,
+        Some(revision) => WatchFrom::After(Revision(revision)),
+        None => WatchFrom::Now,
+    };
+    let filter = WatchFilter {
+        loops: bad.names("loops", &loops),
+        states: cycle_states(&mut bad, &states),
+        participation: Participation { subsystems: bad.names("subsystems", &subsystems), states: Vec::new() },
+    };
+    bad.into_result((from, filter, progress))
+}
+
+/// Which records a page is to hold.
+pub(super) struct List {
+    pub(super) before: Option<CycleId>,
+    pub(super) filter: Filter,
+    pub(super) participation: Participation,
+    pub(super) page_size: usize,
+}
+
+pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
+    let pb::ListCyclesRequest {
+        page_size,
+        page_token,
+        states,
+        trigger,
+        r#loop,
+        subsystem,
+        subsystem_states,
+        finished_from,
+        finished_before,
+    } = request;
+    let mut bad = Violations::default();
+    let before = (!page_token.is_empty()).then(|| {
+        let before = page_token.parse();
+        if before.is_err() {
+            bad.add("page_token", "is none that this service gave out; leave it empty to start over");
+        }
+        CycleId(before.unwrap_or_default())
+    });
+    let trigger = match pb::Trigger::try_from(trigger) {
+        Ok(pb::Trigger::Unspecified) => None,
+        Ok(pb::Trigger::Manual) => Some(TriggerKind::Manual),
+        Ok(pb::Trigger::Loop) => Some(TriggerKind::Loop),
+        Err(_) => {
+            bad.add("trigger", format!("is {trigger}, which is no Trigger"));
+            None
+        }
+    };
+    if subsystem.is_empty() && !subsystem_states.is_empty() {
+        bad.add("subsystem_states", "needs `subsystem`, whose states they are");
+    }
+    for (i, state) in subsystem_states.iter().enumerate() {
+        if pb::SubsystemState::try_from(*state).is_err() {
+            bad.add(format!("subsystem_states[{i}]"), format!("is {state}, which is no SubsystemState"));
+        }
+    }
+    let list = List {
+        before,
+        filter: Filter {
+            states: cycle_states(&mut bad, &states),
+            trigger,
+            loop_name: (!r#loop.is_empty()).then(|| bad.name("loop", &r#loop)),
+            finished_from: finished_from.and_then(|time| timestamp(&mut bad, "finished_from", time)),
+            finished_before: finished_before.and_then(|time| timestamp(&mut bad, "finished_before", time)),
+        },
+        participation: Participation {
+            subsystems: if subsystem.is_empty() { Vec::new() } else { vec![bad.name("subsystem", &subsystem)] },
+            states: subsystem_states,
+        },
+        page_size: self::page_size(&mut bad, page_size, 50),
+    };
+    bad.into_result(list)
+}
+
+/// How many subsystems a page is to hold, and after which name.
+pub(super) fn list_subsystems(request: pb::ListSubsystemsRequest) -> Result<(Option<Name>, usize), Violations> {
+    let pb::ListSubsystemsRequest { page_size, page_token } = request;
+    let mut bad = Violations::default();
+    let after = (!page_token.is_empty()).then(|| bad.name("page_token", &page_token));
+    let page_size = self::page_size(&mut bad, page_size, 100);
+    bad.into_result((after, page_size))
+}
+
+fn page_size(bad: &mut Violations, page_size: u32, default: usize) -> usize {
+    const MAX: u32 = 1000;
+    match page_size {
+        0 => default,
+        1..=MAX => page_size as usize,
+        _ => {
+            bad.add("page_size", format!("is {page_size}; allowed is 1 to {MAX}"));
+            default
+        }
+    }
+}
+
+fn cycle_states(bad: &mut Violations, states: &[i32]) -> Vec<CycleState> {
+    let mut found = Vec::new();
+    for (i, state) in states.iter().enumerate() {
+        match pb::CycleState::try_from(*state) {
+            Ok(pb::CycleState::Succeeded) => found.push(CycleState::Succeeded),
+            Ok(pb::CycleState::Degraded) => found.push(CycleState::Degraded),
+            Ok(pb::CycleState::Failed) => found.push(CycleState::Failed),
+            Ok(pb::CycleState::Cancelled) => found.push(CycleState::Cancelled),
+            Ok(pb::CycleState::Interrupted) => found.push(CycleState::Interrupted),
+            Ok(pb::CycleState::Unspecified) | Err(_) => {
+                bad.add(format!("states[{i}]"), format!("is {state}; give the state of a finished cycle"));
+            }
+        }
+    }
+    found
+}
+
+fn overlap(bad: &mut Violations, field: &str, policy: i32) -> Option<OverlapPolicy> {
+    match pb::OverlapPolicy::try_from(policy) {
+        Ok(pb::OverlapPolicy::Unspecified) => None,
+        Ok(pb::OverlapPolicy::Skip) => Some(OverlapPolicy::Skip),
+        Ok(pb::OverlapPolicy::BufferOne) => Some(OverlapPolicy::BufferOne),
+        Ok(pb::OverlapPolicy::BufferAll) => Some(OverlapPolicy::BufferAll),
+        Ok(pb::OverlapPolicy::CancelOther) => Some(OverlapPolicy::CancelOther),
+        Err(_) => {
+            bad.add(field, format!("is {policy}, which is no OverlapPolicy"));
+            None
+        }
+    }
+}
+
+fn parameters(bad: &mut Violations, bytes: Bytes) -> Payload {
+    if bytes.len() > Subsystem::MAX_PARAMETERS {
+        bad.add("parameters", format!("is {} bytes; allowed are {}", bytes.len(), Subsystem::MAX_PARAMETERS));
+        return Payload::default();
+    }
+    Payload::check(bytes).unwrap_or_else(|malformed| {
+        bad.add("parameters", malformed.to_string());
+        Payload::default()
+    })
+}
+
+fn unless_zero(value: u32) -> Option<u32> {
+    (value != 0).then_some(value)
+}
+
+fn duration(bad: &mut Violations, field: &str, value: Option<prost_types::Duration>) -> Option<SignedDuration> {
+    let prost_types::Duration { seconds, nanos } = value?;
+    let same_sign = (seconds <= 0 && nanos <= 0) || (seconds >= 0 && nanos >= 0);
+    if nanos.unsigned_abs() >= 1_000_000_000 || !same_sign {
+        bad.add(field, format!("is {seconds} s and {nanos} ns, which is no google.protobuf.Duration"));
+        return None;
+    }
+    Some(SignedDuration::new(seconds, nanos))
+}
+
+fn timestamp(bad: &mut Violations, field: &str, value: prost_types::Timestamp) -> Option<Timestamp> {
+    let time = Timestamp::new(value.seconds, value.nanos).ok();
+    if time.is_none() {
+        bad.add(field, "is no time of the calendar");
+    }
+    time
+}

@@ -1,0 +1,301 @@
+//! Answers, from the inside's types to the messages of the contract.
+
+use std::time::Duration;
+
+use jiff::SignedDuration;
+use tokio::time::Instant;
+
+use crate::{
+    model::{CatchUp, IntervalLoop, OverlapPolicy, Payload, Subsystem, SubsystemState, TickDisposition, TickRange},
+    orchestrator::{
+        BreakerState, CallError, Event, LiveEvent, LoopEntry, Orchestrator, PlannedSubsystem, Registered, RunningCycle,
+        Schedule, Status, Update,
+    },
+    proto::{orchestrator::v1 as pb, timestamp},
+    record,
+};
+
+pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
+    let Status {
+        last,
+        total_cycles,
+        running,
+        queued,
+        loops,
+        epoch,
+        started_at,
+        uptime,
+        orchestrator_id,
+        subsystem_count,
+        oldest_revision,
+        newest_revision,
+        store_error,
+        watchers,
+    } = status;
+    pb::OrchestratorStatus {
+        last_cycle: last.map(|record| record.bytes.clone()).unwrap_or_default(),
+        total_cycles,
+        running_cycle: running.map(running_cycle),
+        queued_cycles: count(queued),
+        loops: loops.iter().map(loop_status).collect(),
+        epoch: epoch.0,
+        started_at: Some(timestamp(started_at)),
+        uptime: duration(uptime),
+        version: env!("CARGO_PKG_VERSION").into(),
+        orchestrator_id: orchestrator_id.to_string(),
+        subsystem_count: count(subsystem_count),
+        subsystems: Vec::new(),
+        oldest_revision: oldest_revision.0,
+        newest_revision: newest_revision.0,
+        store_error: store_error.map(|error| error.to_string()).unwrap_or_default(),
+        watchers: count(watchers),
+    }
+}
+
+fn running_cycle(running: RunningCycle) -> pb::RunningCycle {
+    let RunningCycle { cycle, total, ended, running } = running;
+    pb::RunningCycle {
+        cycle_id: cycle.cycle_id.0,
+        started_at: Some(timestamp(cycle.started_at)),
+        trigger: record::trigger(cycle.trigger()).into(),
+        r#loop: cycle.trigger().loop_name().map(ToString::to_string).unwrap_or_default(),
+        total: count(total),
+        ended: count(ended),
+        running: count(running),
+    }
+}
+
+pub(super) fn plan(schedule: Schedule) -> pb::Plan {
+    let Schedule { subsystems, levels, critical_path, duration } = schedule;
+    let subsystems = subsystems.into_iter().map(|planned| {
+        let PlannedSubsystem { name, phase, level, waits_for, skip, duration } = planned;
+        pb::PlannedSubsystem {
+            name: name.to_string(),
+            phase,
+            level,
+            waits_for: waits_for.iter().map(ToString::to_string).collect(),
+            skip_reason: record::reason_to_skip(skip).into(),
+            expected_duration_ms: milliseconds(duration),
+        }
+    });
+    pb::Plan {
+        subsystems: subsystems.collect(),
+        levels,
+        critical_path: critical_path.iter().map(ToString::to_string).collect(),
+        expected_duration_ms: milliseconds(duration),
+    }
+}
+
+pub(super) fn subsystem_status(
+    orchestrator: &Orchestrator,
+    registered: &Registered,
+    include_output: bool,
+    snapshot: Option<Result<Payload, CallError>>,
+) -> pb::SubsystemStatus {
+    let Registered { member, declared, lease } = registered;
+    let output = member.standing.latest();
+    let last = member.standing.last();
+    let (snapshot, snapshot_error) = match snapshot {
+        Some(Ok(snapshot)) => (snapshot.as_bytes().clone(), String::new()),
+        Some(Err(error)) => (bytes::Bytes::new(), error.to_string()),
+        None => Default::default(),
+    };
+    pb::SubsystemStatus {
+        registration: Some(registration(&member.subsystem)),
+        origin: origin(*declared).into(),
+        lease_expires_at: lease.as_ref().map(|lease| timestamp(orchestrator.lease_ends_at(lease))),
+        suspended: member.suspended,
+        breaker: match member.breaker(Instant::now()) {
+            BreakerState::Closed => pb::BreakerState::Closed,
+            BreakerState::Open(_) => pb::BreakerState::Open,
+            BreakerState::HalfOpen => pb::BreakerState::HalfOpen,
+        }
+        .into(),
+        initialized: member.is_initialized(),
+        last_cycle_id: last.as_ref().map_or(0, |last| last.cycle_id.0),
+        last: last.map(|last| record::part(&last.report, Some(last.started_at))),
+        output_cycle_id: output.as_ref().map_or(0, |output| output.cycle_id.0),
+        output: output.filter(|_| include_output).map(|output| output.payload.as_bytes().clone()).unwrap_or_default(),
+        snapshot,
+        snapshot_error,
+    }
+}
+
+fn registration(subsystem: &Subsystem) -> pb::Registration {
+    let Subsystem {
+        name,
+        endpoint,
+        phase,
+        requires,
+        after,
+        reads,
+        timeout,
+        retry,
+        breaker,
+        critical,
+        parameters,
+        limits,
+        record_output,
+    } = subsystem;
+    let names = |names: &[crate::model::Name]| names.iter().map(ToString::to_string).collect();
+    let policy = breaker.unwrap_or_default();
+    pb::Registration {
+        name: name.to_string(),
+        endpoint: endpoint.to_string(),
+        phase: *phase,
+        requires: names(requires),
+        after: names(after),
+        reads: names(reads),
+        timeout: duration(*timeout),
+        retry: Some(pb::RetryPolicy {
+            max_attempts: retry.max_attempts,
+            initial_backoff: duration(retry.initial_backoff),
+            max_backoff: duration(retry.max_backoff),
+            backoff_multiplier: retry.backoff_multiplier,
+            retryable_status_codes: retry.retryable.iter().map(ToString::to_string).collect(),
+        }),
+        breaker: Some(pb::BreakerPolicy {
+            failure_threshold: policy.failure_threshold,
+            open_for: duration(policy.open_for),
+            disabled: breaker.is_none(),
+        }),
+        critical: *critical,
+        parameters: parameters.as_bytes().clone(),
+        limits: Some(pb::Limits {
+            max_message_bytes: limits.max_message_bytes,
+            max_output_bytes: limits.max_output_bytes,
+            max_metrics: limits.max_metrics,
+            max_issues: limits.max_issues,
+        }),
+        record_output: *record_output,
+    }
+}
+
+pub(super) fn loop_status(entry: &LoopEntry) -> pb::IntervalLoopStatus {
+    let LoopEntry { settings, declared, state, next } = entry;
+    let ticks = state.ticks;
+    pb::IntervalLoopStatus {
+        r#loop: Some(interval_loop(settings)),
+        origin: origin(*declared).into(),
+        stopped: state.stopped,
+        next_due_at: next.map(|tick| timestamp(tick.due_at)),
+        ticks: Some(pb::TickCounts {
+            due: ticks.due(),
+            ran: ticks.ran,
+            skipped: ticks.skipped,
+            missed: ticks.missed,
+            coalesced: ticks.coalesced,
+            dropped: ticks.dropped,
+        }),
+        not_run: state.not_run.iter().map(tick_range).collect(),
+        last_cycle_id: state.last_cycle_id.0,
+    }
+}
+
+fn tick_range(range: &TickRange) -> pb::TickRange {
+    let disposition = match range.disposition {
+        TickDisposition::Ran => pb::TickDisposition::Ran,
+        TickDisposition::Skipped => pb::TickDisposition::Skipped,
+        TickDisposition::Missed => pb::TickDisposition::Missed,
+        TickDisposition::Coalesced => pb::TickDisposition::Coalesced,
+        TickDisposition::Dropped => pb::TickDisposition::Dropped,
+    };
+    pb::TickRange {
+        first_due_at: Some(timestamp(range.first)),
+        last_due_at: Some(timestamp(range.last)),
+        count: range.count,
+        disposition: disposition.into(),
+    }
+}
+
+fn interval_loop(settings: &IntervalLoop) -> pb::IntervalLoop {
+    let IntervalLoop {
+        name,
+        interval,
+        offset,
+        jitter,
+        overlap,
+        catch_up,
+        catch_up_window,
+        subset,
+        parameters,
+        deadline,
+        record_outputs,
+    } = settings;
+    let overlap = match overlap {
+        OverlapPolicy::Skip => pb::OverlapPolicy::Skip,
+        OverlapPolicy::BufferOne => pb::OverlapPolicy::BufferOne,
+        OverlapPolicy::BufferAll => pb::OverlapPolicy::BufferAll,
+        OverlapPolicy::CancelOther => pb::OverlapPolicy::CancelOther,
+    };
+    let catch_up = match catch_up {
+        CatchUp::None => pb::CatchUp::None,
+        CatchUp::One => pb::CatchUp::One,
+    };
+    pb::IntervalLoop {
+        name: name.to_string(),
+        interval: duration(*interval),
+        offset: duration(*offset),
+        jitter: duration(*jitter),
+        overlap_policy: overlap.into(),
+        catch_up: catch_up.into(),
+        catch_up_window: duration(*catch_up_window),
+        subsystems: subset.iter().flat_map(|names| names.iter().map(ToString::to_string)).collect(),
+        parameters: parameters.as_bytes().clone(),
+        deadline: deadline.and_then(duration),
+        record_outputs: *record_outputs,
+    }
+}
+
+pub(super) fn event(event: Event) -> pb::WatchCyclesResponse {
+    use pb::cycle_event::Event as Is;
+    let (revision, event) = match event {
+        Event::Recorded(record) => (record.revision, Is::Recorded(record.bytes.clone())),
+        Event::Bookmark(revision) => (revision, Is::Bookmark(pb::Bookmark {})),
+        Event::Started(event) => (event.revision, Is::Started(started(&event))),
+        Event::Progress(event, lost) => (event.revision, Is::Progress(progress(&event, lost))),
+    };
+    pb::WatchCyclesResponse { event: Some(pb::CycleEvent { revision: revision.0, event: Some(event) }) }
+}
+
+fn started(event: &LiveEvent) -> pb::CycleStarted {
+    let cycle = &event.cycle;
+    pb::CycleStarted {
+        cycle_id: cycle.cycle_id.0,
+        started_at: Some(timestamp(cycle.started_at)),
+        trigger: record::trigger(cycle.trigger()).into(),
+        r#loop: cycle.trigger().loop_name().map(ToString::to_string).unwrap_or_default(),
+        scheduled_at: Some(timestamp(cycle.request.scheduled_at)),
+        subsystems: cycle.names().map(ToString::to_string).collect(),
+    }
+}
+
+fn progress(event: &LiveEvent, lost: u64) -> pb::CycleProgress {
+    let updates = event.updates.iter().map(|Update { name, state, elapsed, attempts }| pb::SubsystemProgress {
+        name: name.to_string(),
+        state: state.as_ref().map_or(pb::SubsystemState::Running, record::subsystem_state).into(),
+        elapsed_ms: milliseconds(*elapsed),
+        attempts: *attempts,
+        error_code: state.as_ref().and_then(SubsystemState::code).map(|code| code.to_string()).unwrap_or_default(),
+        error_message: state.as_ref().map(|state| record::message(state).to_owned()).unwrap_or_default(),
+    });
+    pb::CycleProgress { cycle_id: event.cycle.cycle_id.0, updates: updates.collect(), dropped: lost }
+}
+
+fn origin(declared: bool) -> pb::Origin {
+    if declared { pb::Origin::Config } else { pb::Origin::Rpc }
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// A duration as protobuf has it; `None` beyond its range.
+fn duration(duration: Duration) -> Option<prost_types::Duration> {
+    let duration = SignedDuration::try_from(duration).ok()?;
+    Some(prost_types::Duration { seconds: duration.as_secs(), nanos: duration.subsec_nanos() })
+}
+
+fn count(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}

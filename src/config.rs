@@ -1,0 +1,644 @@
+//! One [`Config`], from a file, the environment and flags; the later overrides the earlier.
+//!
+//! Every key has a default, so that no file at all works. Unknown keys are refused. All errors are found in one go, and
+//! each says where the value was written, what is wrong with it and what is allowed. `examples/orchestrator.toml` is
+//! the reference of all keys.
+
+mod reader;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    ffi::OsString,
+    fmt::{self, Display},
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tracing_subscriber::EnvFilter;
+
+use self::reader::{Node, PREFIX, Reader, Table, parse, put};
+use crate::{
+    model::{
+        BreakerSpec, CatchUp, CycleState, IntervalLoop, LimitsSpec, LoopSpec, Name, OverlapPolicy, RetrySpec,
+        Subsystem, SubsystemSpec, Violations,
+    },
+    ports::{Retention, RetentionRule},
+};
+
+const MS: Duration = Duration::from_millis(1);
+const HOUR: Duration = Duration::from_hours(1);
+const DAY: Duration = Duration::from_hours(24);
+const KIB: usize = 1 << 10;
+const MIB: usize = 1 << 20;
+const GIB: usize = 1 << 30;
+
+/// The settings of one orchestrator, valid.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Told to every subsystem in `Initialize`. 1 to 128 characters, default `orchestrator`.
+    pub orchestrator_id: String,
+    /// How it is served.
+    pub server: Server,
+    /// What it keeps.
+    pub store: Store,
+    /// Bounds of cycles.
+    pub cycle: Cycle,
+    /// Bounds of the registry.
+    pub registry: Registry,
+    /// How subsystems are dialed.
+    pub dial: Dial,
+    /// What it logs.
+    pub log: Log,
+    /// Declared subsystems, each name once.
+    pub subsystems: Vec<Subsystem>,
+    /// Declared loops, each name once.
+    pub loops: Vec<IntervalLoop>,
+}
+
+/// How it is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Server {
+    /// Default `127.0.0.1:7700`. Port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Lets `listen` be an address that others can reach, though callers can't be authenticated. Default false.
+    pub insecure_listen_beyond_loopback: bool,
+    /// Open connections. 1 to 1,000,000, default 4,096: each costs a file descriptor and some 30 KB.
+    pub max_connections: usize,
+    /// Open calls and watches of one connection. 1 to 100,000, default 256: room for a gateway that brings the watches
+    /// of many people, and still a bound on what one connection can make the server hold. Clients wait for a free
+    /// stream when they have as many.
+    pub max_concurrent_streams: u32,
+    /// Bytes of one request. 64 KiB to 64 MiB, default 4 MiB, as gRPC has it.
+    pub max_request_bytes: usize,
+    /// Watchers at one time, over all connections. 0 to 100,000, default 2,000.
+    pub max_watchers: usize,
+    /// How long a shutdown waits for the running cycle and open calls. 0 s to 1 h, default 30 s.
+    pub drain_grace: Duration,
+}
+
+/// What it keeps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Store {
+    /// Default `sqlite:orchestrator.db`.
+    pub url: StoreUrl,
+    /// Default: the newest 100,000 cycles. At a cycle every 5 s that is five days, and with 28 subsystems some
+    /// 300 MB.
+    pub retention: Retention,
+}
+
+/// Where the record is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreUrl {
+    /// `memory:`: gone when the process ends.
+    Memory,
+    /// `sqlite:PATH`: a SQLite database. A relative path starts at the working directory.
+    Sqlite(PathBuf),
+}
+
+/// Bounds of cycles.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cycle {
+    /// Of a cycle whose request or loop names none. 1 ms to 24 h, default 60 s.
+    pub deadline: Duration,
+    /// Subsystems that are called at one time. 1 to 100,000, default 1,024.
+    pub max_concurrent_calls: usize,
+    /// Cycles that wait while one runs. 0 to 10,000, default 64.
+    pub max_queued: usize,
+    /// Bytes of the record of one cycle; beyond, details are left out. 64 KiB to 64 MiB, default 3 MiB, which fits the
+    /// 4 MiB that gRPC clients read by default.
+    pub max_record_bytes: usize,
+    /// Bytes of the latest outputs of all subsystems together. 1 MiB to 64 GiB, default 256 MiB.
+    pub max_outputs_bytes: usize,
+}
+
+/// Bounds of the registry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registry {
+    /// Subsystems. 1 to 1,000,000, default 20,000.
+    pub max_subsystems: usize,
+    /// Interval loops. 1 to 10,000, default 256.
+    pub max_loops: usize,
+}
+
+/// How subsystems are dialed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dial {
+    /// Certificates (PEM) that `https` endpoints are checked against, beside those of the system. Default: none.
+    pub ca_file: Option<PathBuf>,
+    /// How long connecting may take. 1 ms to 1 h, default 5 s.
+    pub connect_timeout: Duration,
+}
+
+/// What it logs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// Directives of [`EnvFilter`], valid. Default `info`.
+    pub filter: String,
+    /// Default: text.
+    pub format: LogFormat,
+}
+
+/// How a log line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// What the command line says about the configuration.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct Overrides {
+    /// Configuration file (TOML); without one, defaults apply
+    #[arg(long, value_name = "PATH", env = "ORCHESTRATOR_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Address to listen on, such as 127.0.0.1:7700 [key: server.listen]
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<String>,
+    /// Where the record is kept: sqlite:PATH or memory: [key: store.url]
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
+    /// What to log, such as info or orchestrator_core=debug [key: log.filter]
+    #[arg(long, value_name = "FILTER")]
+    pub log_filter: Option<String>,
+    /// How to log: text or json [key: log.format]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<String>,
+    /// Allow an address that others can reach, though callers can't be authenticated: whoever reaches it can run,
+    /// change and read everything
+    #[arg(long)]
+    pub insecure_listen_beyond_loopback: bool,
+    /// Set any key of the configuration file, such as cycle.deadline=30s; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// Where a value was written.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// Nowhere.
+    Default,
+    /// In this file, on this line; the whole file is line 0.
+    File(Arc<str>, usize),
+    /// In this environment variable.
+    Environment(Arc<str>),
+    /// In this flag.
+    Flag(Arc<str>),
+}
+
+/// One thing that is wrong with a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Where it was written.
+    pub origin: Origin,
+    /// The key, with the subsystem or loop that it belongs to; empty when it is about no key.
+    pub key: String,
+    /// What is wrong and what is allowed.
+    pub problem: String,
+}
+
+/// Everything that is wrong with a configuration, in the order of the file, the environment, the flags. One line each.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct ConfigError(pub Vec<Problem>);
+
+/// What becomes of a configuration that is put in place of another one while the process runs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reload {
+    /// What applies now: the new one, except for what only a restart can change.
+    pub config: Config,
+    /// Keys that have changed and need a restart.
+    pub needs_restart: Vec<&'static str>,
+}
+
+/// Variables that are no settings: for the command line's other commands, and for tests.
+const OTHER_VARIABLES: [&str; 4] = ["ADDRESS", "CONFIG", "OUTPUT", "TIMEOUT"];
+/// How the names of variables begin that are no settings. The latter two Kubernetes sets in every pod beside a service
+/// that is called `orchestrator`.
+const OTHER_PREFIXES: [&str; 4] = ["TEST_", "TORTURE_", "SERVICE_", "PORT_"];
+
+impl Config {
+    /// Puts the file, `environment` and the flags together. Of the environment, only `ORCHESTRATOR_…` counts.
+    ///
+    /// # Errors
+    /// Everything that is wrong, in one go; but a file that is no TOML is not looked into any further.
+    pub fn load(
+        overrides: &Overrides,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Result<Self, ConfigError> {
+        let mut problems = Vec::new();
+        let mut table = match &overrides.config {
+            Some(path) => read_file(path).map_err(ConfigError)?,
+            None => Table::new(),
+        };
+        let variables = read_environment(environment, &mut problems);
+        overrides.put_into(&mut table, &mut problems);
+        Self::read(table, variables, problems)
+    }
+
+    /// Reads the text of a file, which errors call `name`. Neither the environment nor flags count.
+    ///
+    /// # Errors
+    /// As in [`Config::load`].
+    pub fn from_toml_str(name: &str, text: &str) -> Result<Self, ConfigError> {
+        Self::read(parse(name, text).map_err(ConfigError)?, BTreeMap::new(), Vec::new())
+    }
+
+    /// What becomes of `new` when it is to apply from now on, in a process that runs with `self`.
+    #[must_use]
+    pub fn reload(&self, mut new: Self) -> Reload {
+        let mut needs_restart = Vec::new();
+        macro_rules! keep {
+            ($($key:literal: $($field:ident).+,)+) => {
+                $(if new.$($field).+ != self.$($field).+ {
+                    new.$($field).+.clone_from(&self.$($field).+);
+                    needs_restart.push($key);
+                })+
+            };
+        }
+        keep! {
+            "orchestrator_id": orchestrator_id,
+            "server.listen": server.listen,
+            "server.insecure_listen_beyond_loopback": server.insecure_listen_beyond_loopback,
+            "server.max_connections": server.max_connections,
+            "server.max_concurrent_streams": server.max_concurrent_streams,
+            "server.max_request_bytes": server.max_request_bytes,
+            "store.url": store.url,
+            "dial.ca_file": dial.ca_file,
+            "dial.connect_timeout": dial.connect_timeout,
+            "log.format": log.format,
+        }
+        Reload { config: new, needs_restart }
+    }
+
+    fn read(table: Table, variables: BTreeMap<String, Node>, mut problems: Vec<Problem>) -> Result<Self, ConfigError> {
+        let mut reader = Reader::new(table, variables, &mut problems);
+        let config = Self::from_reader(&mut reader);
+        reader.finish();
+        if problems.is_empty() { Ok(config) } else { Err(ConfigError::new(problems)) }
+    }
+
+    /// Reads every key. What is refused gets its default, until the pass ends.
+    fn from_reader(read: &mut Reader<'_>) -> Self {
+        let config = Self {
+            orchestrator_id: read.parsed("orchestrator_id", orchestrator_id).unwrap_or_else(|| "orchestrator".into()),
+            server: Server::from_reader(read),
+            store: Store {
+                url: read
+                    .parsed("store.url", StoreUrl::parse)
+                    .unwrap_or_else(|| StoreUrl::Sqlite("orchestrator.db".into())),
+                retention: retention(read),
+            },
+            cycle: Cycle {
+                deadline: read.duration("cycle.deadline", MS..=DAY).unwrap_or(Duration::from_mins(1)),
+                max_concurrent_calls: read.number("cycle.max_concurrent_calls", 1..=100_000).unwrap_or(1024),
+                max_queued: read.number("cycle.max_queued", 0..=10_000).unwrap_or(64),
+                max_record_bytes: read.number("cycle.max_record_bytes", 64 * KIB..=64 * MIB).unwrap_or(3 * MIB),
+                max_outputs_bytes: read.number("cycle.max_outputs_bytes", MIB..=64 * GIB).unwrap_or(256 * MIB),
+            },
+            registry: Registry {
+                max_subsystems: read.number("registry.max_subsystems", 1..=1_000_000).unwrap_or(20_000),
+                max_loops: read.number("registry.max_loops", 1..=10_000).unwrap_or(256),
+            },
+            dial: Dial {
+                ca_file: read.parsed("dial.ca_file", path),
+                connect_timeout: read.duration("dial.connect_timeout", MS..=HOUR).unwrap_or(Duration::from_secs(5)),
+            },
+            log: Log {
+                filter: read.parsed("log.filter", log_filter).unwrap_or_else(|| "info".into()),
+                format: read
+                    .choice("log.format", &[("text", LogFormat::Text), ("json", LogFormat::Json)])
+                    .unwrap_or(LogFormat::Text),
+            },
+            subsystems: entries(read, "subsystem", "subsystems", subsystem_spec, Subsystem::from_spec, |it| &it.name),
+            loops: entries(read, "loop", "loops", loop_spec, IntervalLoop::from_spec, |it| &it.name),
+        };
+        for (key, declared, bound, max) in [
+            ("subsystems", config.subsystems.len(), "registry.max_subsystems", config.registry.max_subsystems),
+            ("loops", config.loops.len(), "registry.max_loops", config.registry.max_loops),
+        ] {
+            if declared > max {
+                read.refuse(key, format!("are {declared}; {bound} allows {max}"));
+            }
+        }
+        config
+    }
+}
+
+impl Default for Config {
+    /// Every default, and nothing declared.
+    fn default() -> Self {
+        Self::from_reader(&mut Reader::new(Table::new(), BTreeMap::new(), &mut Vec::new()))
+    }
+}
+
+impl Server {
+    fn from_reader(read: &mut Reader<'_>) -> Self {
+        let server = Self {
+            listen: read
+                .parsed("server.listen", |text| {
+                    let example = "give an IP address and a port, such as 127.0.0.1:7700 or [::1]:7700";
+                    text.parse().map_err(|_| example.to_owned())
+                })
+                .unwrap_or_else(|| (Ipv4Addr::LOCALHOST, 7700).into()),
+            insecure_listen_beyond_loopback: read.flag("server.insecure_listen_beyond_loopback").unwrap_or(false),
+            max_connections: read.number("server.max_connections", 1..=1_000_000).unwrap_or(4096),
+            max_concurrent_streams: read.number("server.max_concurrent_streams", 1..=100_000).unwrap_or(256),
+            max_request_bytes: read.number("server.max_request_bytes", 64 * KIB..=64 * MIB).unwrap_or(4 * MIB),
+            max_watchers: read.number("server.max_watchers", 0..=100_000).unwrap_or(2000),
+            drain_grace: read.duration("server.drain_grace", Duration::ZERO..=HOUR).unwrap_or(Duration::from_secs(30)),
+        };
+        if !server.listen.ip().to_canonical().is_loopback() && !server.insecure_listen_beyond_loopback {
+            read.refuse(
+                "server.listen",
+                format!(
+                    "is {}, which others can reach, and callers can't be authenticated yet: whoever reaches it could \
+                     run, change and read everything; give a loopback address such as 127.0.0.1:7700, or accept that \
+                     with --insecure-listen-beyond-loopback",
+                    server.listen
+                ),
+            );
+        }
+        server
+    }
+}
+
+impl StoreUrl {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text == "memory:" {
+            return Ok(Self::Memory);
+        }
+        match text.strip_prefix("sqlite:") {
+            // SQLite has meanings of its own for these.
+            Some(path) if !path.is_empty() && !path.starts_with([':', '?']) && !path.starts_with("file:") => match path
+                .strip_prefix("//")
+            {
+                Some(_) => Err("write the path right after sqlite:, such as sqlite:/var/lib/orchestrator.db".into()),
+                None if path.contains('\0') => Err("a path holds no NUL".into()),
+                None => Ok(Self::Sqlite(path.into())),
+            },
+            _ => Err("give sqlite:PATH, such as sqlite:/var/lib/orchestrator.db, or memory:".into()),
+        }
+    }
+}
+
+impl Display for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Memory => f.write_str("memory:"),
+            Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
+        }
+    }
+}
+
+fn orchestrator_id(text: &str) -> Result<String, String> {
+    let fits = (1..=128).contains(&text.len()) && text.chars().all(|c| c.is_ascii_graphic());
+    if fits { Ok(text.to_owned()) } else { Err("give 1 to 128 letters, digits and signs, without spaces".into()) }
+}
+
+fn path(text: &str) -> Result<PathBuf, String> {
+    if text.is_empty() { Err("give the path of a file, or leave it out".into()) } else { Ok(text.into()) }
+}
+
+fn log_filter(text: &str) -> Result<String, String> {
+    const EXAMPLE: &str = "give a level (off, error, warn, info, debug, trace), or several such as \
+                           info,orchestrator_core=debug";
+    if text.trim().is_empty() {
+        return Err(EXAMPLE.into());
+    }
+    // The parser takes a word that is no level for the name of a module, so that a slip would silence everything.
+    let is_word = |part: &str| part.chars().all(|c| c.is_ascii_alphabetic());
+    if let Some(word) = text.split(',').map(str::trim).find(|part| {
+        is_word(part) && !["off", "error", "warn", "info", "debug", "trace"].contains(&part.to_lowercase().as_str())
+    }) {
+        return Err(format!("{word:?} is no level; {EXAMPLE}"));
+    }
+    EnvFilter::builder().parse(text).map(|_| text.to_owned()).map_err(|error| format!("{error}; {EXAMPLE}"))
+}
+
+fn retention(read: &mut Reader<'_>) -> Retention {
+    let mut rule = |prefix: &str| RetentionRule {
+        max_cycles: read.number(&format!("{prefix}.max_cycles"), 1..=i64::MAX.unsigned_abs()),
+        max_age: read.duration(&format!("{prefix}.max_age"), Duration::from_secs(1)..=DAY * 36_600),
+    };
+    let mut default = rule("store.retention");
+    default.max_cycles.get_or_insert(100_000);
+    let by_state = CycleState::ALL
+        .into_iter()
+        .map(|state| (state, rule(&format!("store.retention.{}", state_key(state)))))
+        .filter(|(_, rule)| *rule != RetentionRule::default())
+        .collect();
+    Retention { default, by_state }
+}
+
+fn state_key(state: CycleState) -> &'static str {
+    match state {
+        CycleState::Succeeded => "succeeded",
+        CycleState::Degraded => "degraded",
+        CycleState::Failed => "failed",
+        CycleState::Cancelled => "cancelled",
+        CycleState::Interrupted => "interrupted",
+    }
+}
+
+/// Reads a list of tables: each becomes what was written, then what that means.
+fn entries<S, T>(
+    read: &mut Reader<'_>,
+    kind: &str,
+    list: &str,
+    spec: fn(&mut Reader<'_>) -> S,
+    validate: fn(&S) -> Result<T, Violations>,
+    name: fn(&T) -> &Name,
+) -> Vec<T> {
+    let mut all = Vec::new();
+    let mut first: HashMap<Name, Origin> = HashMap::new();
+    for (number, node) in read.list(list).into_iter().enumerate() {
+        let origin = node.origin.clone();
+        let mut entry = read.entry(kind, list, number, node);
+        match validate(&spec(&mut entry)) {
+            Err(violations) => entry.refuse_all(violations),
+            Ok(valid) => {
+                if let Some(first) = first.get(name(&valid)) {
+                    entry.refuse("name", format!("is declared twice, first at {first}; rename or remove one"));
+                } else {
+                    first.insert(name(&valid).clone(), origin);
+                }
+                all.push(valid);
+            }
+        }
+        entry.finish();
+    }
+    all
+}
+
+fn subsystem_spec(read: &mut Reader<'_>) -> SubsystemSpec {
+    SubsystemSpec {
+        name: read.text("name").unwrap_or_default(),
+        endpoint: read.text("endpoint").unwrap_or_default(),
+        phase: read.number("phase", i32::MIN..=i32::MAX),
+        requires: read.texts("requires"),
+        after: read.texts("after"),
+        reads: read.texts("reads"),
+        timeout: read.signed_duration("timeout"),
+        retry: RetrySpec {
+            max_attempts: read.number("retry.max_attempts", 0..=u32::MAX),
+            initial_backoff: read.signed_duration("retry.initial_backoff"),
+            max_backoff: read.signed_duration("retry.max_backoff"),
+            backoff_multiplier: read.float("retry.backoff_multiplier"),
+            retryable_status_codes: read.texts("retry.retryable_status_codes"),
+        },
+        breaker: BreakerSpec {
+            failure_threshold: read.number("breaker.failure_threshold", 0..=u32::MAX),
+            open_for: read.signed_duration("breaker.open_for"),
+            disabled: read.flag("breaker.disabled").unwrap_or_default(),
+        },
+        critical: read.flag("critical").unwrap_or_default(),
+        parameters: read.object("parameters"),
+        limits: LimitsSpec {
+            max_message_bytes: read.number("limits.max_message_bytes", 0..=u32::MAX),
+            max_output_bytes: read.number("limits.max_output_bytes", 0..=u32::MAX),
+            max_metrics: read.number("limits.max_metrics", 0..=u32::MAX),
+            max_issues: read.number("limits.max_issues", 0..=u32::MAX),
+        },
+        record_output: read.flag("record_output").unwrap_or_default(),
+    }
+}
+
+fn loop_spec(read: &mut Reader<'_>) -> LoopSpec {
+    const OVERLAP_POLICIES: [(&str, OverlapPolicy); 4] = [
+        ("skip", OverlapPolicy::Skip),
+        ("buffer_one", OverlapPolicy::BufferOne),
+        ("buffer_all", OverlapPolicy::BufferAll),
+        ("cancel_other", OverlapPolicy::CancelOther),
+    ];
+    LoopSpec {
+        name: read.text("name").unwrap_or_default(),
+        interval: read.signed_duration("interval"),
+        offset: read.signed_duration("offset"),
+        jitter: read.signed_duration("jitter"),
+        overlap_policy: read.choice("overlap_policy", &OVERLAP_POLICIES),
+        catch_up: read.choice("catch_up", &[("none", CatchUp::None), ("one", CatchUp::One)]),
+        catch_up_window: read.signed_duration("catch_up_window"),
+        subsystems: read.texts("subsystems"),
+        parameters: read.object("parameters"),
+        deadline: read.signed_duration("deadline"),
+        record_outputs: read.flag("record_outputs").unwrap_or_default(),
+    }
+}
+
+fn read_file(path: &Path) -> Result<Table, Vec<Problem>> {
+    let name = path.display().to_string();
+    match fs::read(path).map(String::from_utf8) {
+        Ok(Ok(text)) => parse(&name, &text),
+        Ok(Err(_)) => Err(vec![Problem::new(Origin::File(name.into(), 0), "", "is not UTF-8")]),
+        Err(error) => Err(vec![Problem::new(Origin::File(name.into(), 0), "", format!("can't be read: {error}"))]),
+    }
+}
+
+fn read_environment(
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+    problems: &mut Vec<Problem>,
+) -> BTreeMap<String, Node> {
+    let mut variables = BTreeMap::new();
+    for (name, value) in environment {
+        let Ok(name) = name.into_string() else { continue };
+        let Some(rest) = name.strip_prefix(PREFIX) else { continue };
+        // Of Kubernetes as well.
+        let is_link = rest == "PORT" && value.to_string_lossy().contains("://");
+        if is_link || OTHER_VARIABLES.contains(&rest) || OTHER_PREFIXES.iter().any(|it| rest.starts_with(it)) {
+            continue;
+        }
+        let origin = Origin::Environment(name.as_str().into());
+        let node = value
+            .into_string()
+            .map_err(|_| "is not UTF-8".to_owned())
+            .and_then(|value| Node::from_word(&value, &origin));
+        match node {
+            Ok(node) => drop(variables.insert(name, node)),
+            Err(problem) => problems.push(Problem::new(origin, "", problem)),
+        }
+    }
+    variables
+}
+
+impl Overrides {
+    fn put_into(&self, table: &mut Table, problems: &mut Vec<Problem>) {
+        let mut set = |flag: String, key: &str, value: &str| {
+            let origin = Origin::Flag(flag.into());
+            let put = Node::from_word(value, &origin).and_then(|node| put(table, key, node));
+            if let Err(problem) = put {
+                problems.push(Problem::new(origin, key, problem));
+            }
+        };
+        for setting in &self.set {
+            match setting.split_once('=') {
+                Some((key, value)) => set(format!("--set {}", key.trim()), key.trim(), value.trim()),
+                None => set(format!("--set {setting}"), "", ""),
+            }
+        }
+        let insecure = self.insecure_listen_beyond_loopback.then(|| "true".to_owned());
+        for (flag, key, value) in [
+            ("--listen", "server.listen", &self.listen),
+            ("--store", "store.url", &self.store),
+            ("--log-filter", "log.filter", &self.log_filter),
+            ("--log-format", "log.format", &self.log_format),
+            ("--insecure-listen-beyond-loopback", "server.insecure_listen_beyond_loopback", &insecure),
+        ] {
+            if let Some(value) = value {
+                set(flag.to_owned(), key, value);
+            }
+        }
+    }
+}
+
+impl Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File(name, 0) => f.write_str(name),
+            Self::File(name, line) => write!(f, "{name}:{line}"),
+            Self::Environment(name) => write!(f, "environment variable {name}"),
+            Self::Flag(flag) => write!(f, "flag {flag}"),
+        }
+    }
+}
+
+impl Problem {
+    fn new(origin: Origin, key: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self { origin, key: key.into(), problem: problem.into() }
+    }
+}
+
+impl Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { origin, key, problem } = self;
+        let space = if key.is_empty() { "" } else { " " };
+        write!(f, "{origin}: {key}{space}{problem}")
+    }
+}
+
+impl ConfigError {
+    /// The most problems that are shown: a file made by a program can have as many as it has lines.
+    const SHOWN: usize = 100;
+
+    fn new(mut problems: Vec<Problem>) -> Self {
+        problems.sort_by(|a, b| a.origin.cmp(&b.origin));
+        Self(problems)
+    }
+}
+
+impl Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, problem) in self.0.iter().take(Self::SHOWN).enumerate() {
+            let line_end = if i == 0 { "" } else { "\n" };
+            write!(f, "{line_end}{problem}")?;
+        }
+        match self.0.len().saturating_sub(Self::SHOWN) {
+            0 => Ok(()),
+            more => write!(f, "\nand {more} more"),
+        }
+    }
+}

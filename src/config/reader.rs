@@ -1,0 +1,485 @@
+//! Reads settings one key at a time, and remembers where each was written, so that every error can say so.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt::{self, Display},
+    ops::RangeInclusive,
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::SignedDuration;
+use serde_json::Map;
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use super::{Origin, Problem};
+use crate::model::{Name, Violations};
+
+/// The prefix of every environment variable.
+pub(super) const PREFIX: &str = "ORCHESTRATOR_";
+
+/// What was written for a key, and where.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) origin: Origin,
+    value: Value,
+}
+
+pub(super) type Table = BTreeMap<String, Node>;
+
+#[derive(Debug)]
+enum Value {
+    Text(String),
+    Integer(i64),
+    Float(f64),
+    Bool(bool),
+    List(Vec<Node>),
+    Table(Table),
+    /// From the environment or a flag, where nobody writes quotes: whatever the key takes.
+    Word(String),
+    /// What no key takes: a date, or a number beyond 64 bits.
+    Other(String),
+}
+
+impl Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 80;
+        match self {
+            Self::Text(text) | Self::Word(text) if text.chars().count() > SHOWN => {
+                write!(f, "{:?}…", text.chars().take(SHOWN).collect::<String>())
+            }
+            Self::Text(text) | Self::Word(text) => write!(f, "{text:?}"),
+            Self::Integer(number) => number.fmt(f),
+            Self::Float(number) => number.fmt(f),
+            Self::Bool(truth) => truth.fmt(f),
+            Self::List(_) => f.write_str("a list"),
+            Self::Table(_) => f.write_str("a table"),
+            Self::Other(text) => f.write_str(text),
+        }
+    }
+}
+
+impl Value {
+    fn text(self) -> Result<String, Self> {
+        match self {
+            Self::Text(text) | Self::Word(text) => Ok(text),
+            other => Err(other),
+        }
+    }
+
+    fn integer<T: TryFrom<i64>>(&self) -> Option<T> {
+        let number = match self {
+            Self::Integer(number) => *number,
+            Self::Word(word) => word.parse().ok()?,
+            _ => return None,
+        };
+        number.try_into().ok()
+    }
+}
+
+impl Node {
+    fn new(value: Spanned<DeValue<'_>>, at: usize, origin: &impl Fn(usize) -> Origin) -> Self {
+        let value = match value.into_inner() {
+            DeValue::String(text) => Value::Text(text.into_owned()),
+            DeValue::Integer(number) => match i64::from_str_radix(number.as_str(), number.radix()) {
+                Ok(number) => Value::Integer(number),
+                Err(_) => Value::Other(number.to_string()),
+            },
+            DeValue::Float(number) => match number.as_str().parse() {
+                Ok(number) => Value::Float(number),
+                Err(_) => Value::Other(number.to_string()),
+            },
+            DeValue::Boolean(truth) => Value::Bool(truth),
+            DeValue::Datetime(time) => Value::Other(time.to_string()),
+            DeValue::Array(items) => Value::List(
+                items
+                    .into_iter()
+                    .map(|item| {
+                        let at = item.span().start;
+                        Self::new(item, at, origin)
+                    })
+                    .collect(),
+            ),
+            DeValue::Table(entries) => Value::Table(table(entries, origin)),
+        };
+        Self { origin: origin(at), value }
+    }
+
+    /// Reads what stands in an environment variable or in a flag: a TOML value, or a word without quotes.
+    pub(super) fn from_word(raw: &str, origin: &Origin) -> Result<Self, String> {
+        let value = if raw.starts_with(['[', '{', '"', '\'']) {
+            let value = DeValue::parse(raw).map_err(|error| error.message().to_owned())?;
+            Self::new(value, 0, &|_| origin.clone()).value
+        } else {
+            Value::Word(raw.to_owned())
+        };
+        Ok(Self { origin: origin.clone(), value })
+    }
+
+    /// As JSON.
+    fn json(self) -> Result<serde_json::Value, (Origin, String)> {
+        Ok(match self.value {
+            Value::Text(text) | Value::Word(text) => text.into(),
+            Value::Integer(number) => number.into(),
+            Value::Float(number) if number.is_finite() => number.into(),
+            Value::Bool(truth) => truth.into(),
+            Value::List(nodes) => nodes.into_iter().map(Self::json).collect::<Result<_, _>>()?,
+            Value::Table(table) => json_object(table)?.into(),
+            value @ (Value::Float(_) | Value::Other(_)) => {
+                return Err((self.origin, format!("holds {value}, for which JSON has no value; write it in quotes")));
+            }
+        })
+    }
+}
+
+fn json_object(table: Table) -> Result<Map<String, serde_json::Value>, (Origin, String)> {
+    table.into_iter().map(|(key, node)| Ok((key, node.json()?))).collect()
+}
+
+fn table(entries: DeTable<'_>, origin: &impl Fn(usize) -> Origin) -> Table {
+    entries
+        .into_iter()
+        .map(|(key, value)| {
+            let at = key.span().start;
+            (key.into_inner().into_owned(), Node::new(value, at, origin))
+        })
+        .collect()
+}
+
+/// Reads a file.
+pub(super) fn parse(name: &str, text: &str) -> Result<Table, Vec<Problem>> {
+    let name: Arc<str> = name.into();
+    let line_ends: Vec<_> = text.match_indices('\n').map(|(at, _)| at).collect();
+    let origin = |at: usize| Origin::File(name.clone(), line_ends.partition_point(|end| *end < at) + 1);
+    let (entries, errors) = DeTable::parse_recoverable(text);
+    if errors.is_empty() {
+        return Ok(table(entries.into_inner(), &origin));
+    }
+    let problem = |error: &toml::de::Error| {
+        let at = error.span().map_or(0, |span| span.start);
+        Problem::new(origin(at), "", format!("is not TOML: {}", error.message()))
+    };
+    Err(errors.iter().map(problem).collect())
+}
+
+/// Puts `node` at the dotted `path`.
+pub(super) fn put(table: &mut Table, path: &str, node: Node) -> Result<(), String> {
+    match path.split_once('.') {
+        _ if path.is_empty() => Err("is no key: a key is names joined by dots, such as server.listen".into()),
+        None => {
+            merge(table, path.to_owned(), node);
+            Ok(())
+        }
+        Some((key, rest)) => {
+            let empty = || Node { origin: node.origin.clone(), value: Value::Table(Table::new()) };
+            match &mut table.entry(key.to_owned()).or_insert_with(empty).value {
+                Value::Table(table) => put(table, rest, node),
+                Value::List(_) => Err(format!("goes into {key}, which is a list; set the list as a whole")),
+                value => Err(format!("goes into {key}, which is {value} and no table")),
+            }
+        }
+    }
+}
+
+/// Puts `node` at `key`. A table goes into the table that is there; anything else replaces.
+fn merge(table: &mut Table, key: String, node: Node) {
+    match (table.get_mut(&key), node) {
+        (Some(Node { value: Value::Table(there), .. }), Node { value: Value::Table(over), .. }) => {
+            over.into_iter().for_each(|(key, node)| merge(there, key, node));
+        }
+        (_, node) => {
+            table.insert(key, node);
+        }
+    }
+}
+
+/// Takes the value at the dotted `path` out.
+fn take(table: &mut Table, path: &str) -> Option<Node> {
+    match path.split_once('.') {
+        None => table.remove(path),
+        Some((key, rest)) => match &mut table.get_mut(key)?.value {
+            Value::Table(table) => take(table, rest),
+            _ => None,
+        },
+    }
+}
+
+/// Reads a table of settings. Each key that is asked for is taken out; what is left at the end is unknown.
+pub(super) struct Reader<'a> {
+    table: Table,
+    /// Environment variables by name, for the settings of the whole process.
+    environment: BTreeMap<String, Node>,
+    /// What the table is about; empty for the settings of the whole process.
+    subject: String,
+    /// Where the table is; `None` for the settings of the whole process.
+    origin: Option<Origin>,
+    /// Every key that was asked for.
+    pub(super) known: Vec<String>,
+    /// Where each value was written that was taken out.
+    origins: HashMap<String, Origin>,
+    /// Keys with a problem.
+    refused: Vec<String>,
+    problems: &'a mut Vec<Problem>,
+}
+
+impl<'a> Reader<'a> {
+    /// For the settings of the whole process.
+    pub(super) fn new(table: Table, environment: BTreeMap<String, Node>, problems: &'a mut Vec<Problem>) -> Self {
+        Self {
+            table,
+            environment,
+            subject: String::new(),
+            origin: None,
+            known: Vec::new(),
+            origins: HashMap::new(),
+            refused: Vec::new(),
+            problems,
+        }
+    }
+
+    /// For one entry of a list of tables, such as the `number`-th of `[[subsystems]]`, each of which is a `kind`.
+    pub(super) fn entry(&mut self, kind: &str, list: &str, number: usize, node: Node) -> Reader<'_> {
+        let subject = format!("{list}[{number}]");
+        let table = match node.value {
+            Value::Table(table) => table,
+            value => {
+                let problem = format!("is {value}; write a table, [[{list}]]");
+                self.problems.push(Problem::new(node.origin.clone(), subject.clone(), problem));
+                Table::new()
+            }
+        };
+        let subject = match table.get("name").map(|node| &node.value) {
+            Some(Value::Text(name)) if Name::parse(name).is_ok() => format!("{kind} {name}: "),
+            _ => format!("{subject}: "),
+        };
+        Reader { subject, origin: Some(node.origin), ..Reader::new(table, BTreeMap::new(), self.problems) }
+    }
+
+    fn take(&mut self, key: &str) -> Option<Node> {
+        self.known.push(key.to_owned());
+        let written = take(&mut self.table, key);
+        let variable = if self.environment.is_empty() { None } else { self.environment.remove(&variable_name(key)) };
+        let node = match written {
+            Some(Node { origin: Origin::Flag(_), .. }) => written,
+            _ => variable.or(written),
+        }?;
+        self.origins.insert(key.to_owned(), node.origin.clone());
+        Some(node)
+    }
+
+    /// Where `key`, or what it is part of, was written. `None` when it was not written at all.
+    pub(super) fn origin(&self, key: &str) -> Option<&Origin> {
+        let shorter = || key.rfind(['.', '[']).and_then(|at| self.origin(&key[..at]));
+        self.origins.get(key).or_else(shorter)
+    }
+
+    /// Notes that `key`, which was asked for, has a problem.
+    pub(super) fn refuse(&mut self, key: &str, problem: impl Into<String>) {
+        // A default can be refused as well: it does not fit what was set beside it.
+        let origin = self.origin(key).or(self.origin.as_ref()).cloned().unwrap_or(Origin::Default);
+        self.refused.push(key.to_owned());
+        self.problems.push(Problem::new(origin, format!("{}{key}", self.subject), problem));
+    }
+
+    /// Notes what validation found, except for what was refused already.
+    pub(super) fn refuse_all(&mut self, violations: Violations) {
+        for violation in violations.0 {
+            if !self.refused.contains(&violation.field) {
+                self.refuse(&violation.field, violation.problem);
+            }
+        }
+    }
+
+    /// The value of `key`, which `read` makes of what was written, or gives back what it can't use.
+    fn read<T>(&mut self, key: &str, allowed: &str, read: impl FnOnce(Value) -> Result<T, Value>) -> Option<T> {
+        match read(self.take(key)?.value) {
+            Ok(value) => Some(value),
+            Err(value) => {
+                self.refuse(key, format!("is {value}; give {allowed}"));
+                None
+            }
+        }
+    }
+
+    pub(super) fn text(&mut self, key: &str) -> Option<String> {
+        self.read(key, "a text in quotes", Value::text)
+    }
+
+    /// A text that `parse` reads, or says what is allowed instead.
+    pub(super) fn parsed<T>(&mut self, key: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
+        let text = self.text(key)?;
+        match parse(&text) {
+            Ok(value) => Some(value),
+            Err(allowed) => {
+                self.refuse(key, format!("is {text:?}; {allowed}"));
+                None
+            }
+        }
+    }
+
+    /// One of these words.
+    pub(super) fn choice<T: Copy>(&mut self, key: &str, choices: &[(&str, T)]) -> Option<T> {
+        self.parsed(key, |text| {
+            let words = || choices.iter().map(|(word, _)| format!("{word:?}")).collect::<Vec<_>>().join(" or ");
+            choices
+                .iter()
+                .find(|(word, _)| *word == text)
+                .map(|(_, choice)| *choice)
+                .ok_or_else(|| format!("give {}", words()))
+        })
+    }
+
+    pub(super) fn flag(&mut self, key: &str) -> Option<bool> {
+        self.read(key, "true or false", |value| match value {
+            Value::Bool(truth) => Ok(truth),
+            Value::Word(word) => word.parse().map_err(|_| Value::Word(word)),
+            other => Err(other),
+        })
+    }
+
+    /// A whole number.
+    pub(super) fn number<T>(&mut self, key: &str, allowed: RangeInclusive<T>) -> Option<T>
+    where
+        T: TryFrom<i64> + PartialOrd + Display,
+    {
+        let words = format!("a whole number from {} to {}", allowed.start(), allowed.end());
+        self.read(key, &words, |value| value.integer().filter(|number| allowed.contains(number)).ok_or(value))
+    }
+
+    pub(super) fn float(&mut self, key: &str) -> Option<f64> {
+        #[allow(clippy::cast_precision_loss, reason = "a number so large is out of every bound")]
+        self.read(key, "a number", |value| match value {
+            Value::Float(number) => Ok(number),
+            Value::Integer(number) => Ok(number as f64),
+            Value::Word(word) => word.parse().map_err(|_| Value::Word(word)),
+            other => Err(other),
+        })
+    }
+
+    /// A duration whose bounds are checked later.
+    pub(super) fn signed_duration(&mut self, key: &str) -> Option<SignedDuration> {
+        self.read(key, "a duration with its unit, such as \"5s\" or \"1m 30s\"", |value| duration(&value).ok_or(value))
+    }
+
+    pub(super) fn duration(&mut self, key: &str, allowed: RangeInclusive<Duration>) -> Option<Duration> {
+        let [low, high] = [*allowed.start(), *allowed.end()].map(short);
+        let words = format!("a duration with its unit, such as \"5s\" or \"1m 30s\", from {low} to {high}");
+        self.read(key, &words, |value| {
+            let duration = duration(&value).and_then(|duration| Duration::try_from(duration).ok());
+            duration.filter(|duration| allowed.contains(duration)).ok_or(value)
+        })
+    }
+
+    /// A list; where each item was written is remembered.
+    pub(super) fn list(&mut self, key: &str) -> Vec<Node> {
+        let list = self.read(key, "a list", |value| match value {
+            Value::List(items) => Ok(items),
+            other => Err(other),
+        });
+        let list = list.unwrap_or_default();
+        for (number, node) in list.iter().enumerate() {
+            self.origins.insert(format!("{key}[{number}]"), node.origin.clone());
+        }
+        list
+    }
+
+    pub(super) fn texts(&mut self, key: &str) -> Vec<String> {
+        let mut texts = Vec::new();
+        for (number, node) in self.list(key).into_iter().enumerate() {
+            texts.push(node.value.text().unwrap_or_else(|value| {
+                self.refuse(&format!("{key}[{number}]"), format!("is {value}; give a text in quotes"));
+                String::new()
+            }));
+        }
+        texts
+    }
+
+    /// A table of any shape, as JSON.
+    pub(super) fn object(&mut self, key: &str) -> Map<String, serde_json::Value> {
+        let table = self.read(key, "a table", |value| match value {
+            Value::Table(table) => Ok(table),
+            other => Err(other),
+        });
+        json_object(table.unwrap_or_default()).unwrap_or_else(|(origin, problem)| {
+            self.origins.insert(key.to_owned(), origin);
+            self.refuse(key, problem);
+            Map::new()
+        })
+    }
+
+    /// Refuses every key that was not asked for. Returns those that were.
+    pub(super) fn finish(mut self) -> Vec<String> {
+        let rest = std::mem::take(&mut self.table);
+        self.refuse_rest("", rest);
+        for (name, node) in std::mem::take(&mut self.environment) {
+            let variables: Vec<_> = self.known.iter().map(|key| variable_name(key)).collect();
+            let hint = match nearest(&name, variables.iter().map(String::as_str)) {
+                Some(variable) => format!("; did you mean {variable}?"),
+                None => format!("; a setting's variable is {PREFIX} and its key, such as {PREFIX}SERVER_LISTEN"),
+            };
+            self.problems.push(Problem::new(node.origin, "", format!("sets nothing{hint}")));
+        }
+        self.known
+    }
+
+    fn refuse_rest(&mut self, prefix: &str, rest: Table) {
+        for (name, node) in rest {
+            let key = format!("{prefix}{name}");
+            let below = format!("{key}.");
+            let is_table = self.known.iter().any(|known| known.starts_with(&below));
+            let problem = match node.value {
+                Value::Table(table) if is_table => {
+                    self.refuse_rest(&below, table);
+                    continue;
+                }
+                value if is_table => format!("is {value}; it is a table, so write [{key}]"),
+                _ => self.unknown(prefix, &name),
+            };
+            self.problems.push(Problem::new(node.origin, format!("{}{key}", self.subject), problem));
+        }
+    }
+
+    fn unknown(&self, prefix: &str, name: &str) -> String {
+        let mut siblings: Vec<_> = self
+            .known
+            .iter()
+            .filter_map(|known| known.strip_prefix(prefix))
+            .map(|known| known.split_once('.').map_or(known, |(name, _)| name))
+            .collect();
+        siblings.sort_unstable();
+        siblings.dedup();
+        let elsewhere = self.known.iter().find(|known| known.rsplit_once('.').is_some_and(|(_, last)| last == name));
+        match (nearest(name, siblings.iter().copied()), elsewhere) {
+            (Some(sibling), _) => format!("is unknown; did you mean {prefix}{sibling}?"),
+            (None, Some(elsewhere)) => format!("is unknown; did you mean {elsewhere}?"),
+            (None, None) => format!("is unknown; known here are {}", siblings.join(", ")),
+        }
+    }
+}
+
+/// The name of the environment variable for `key`.
+pub(super) fn variable_name(key: &str) -> String {
+    // ORCHESTRATOR_ORCHESTRATOR_ID would say it twice.
+    let key = key.strip_prefix("orchestrator_").unwrap_or(key);
+    format!("{PREFIX}{}", key.replace('.', "_").to_uppercase())
+}
+
+/// What was probably meant, if anything is near.
+fn nearest<'k>(name: &str, known: impl Iterator<Item = &'k str>) -> Option<&'k str> {
+    let near = |known: &&str| strsim::osa_distance(name, known) <= 1 + known.len().min(name.len()) / 4;
+    known.filter(near).min_by_key(|known| strsim::osa_distance(name, known))
+}
+
+fn duration(value: &Value) -> Option<SignedDuration> {
+    match value {
+        Value::Text(text) | Value::Word(text) => text.parse().ok(),
+        _ => None,
+    }
+}
+
+fn short(duration: Duration) -> String {
+    SignedDuration::try_from(duration).map_or_else(|_| format!("{duration:?}"), |duration| format!("{duration:#}"))
+}

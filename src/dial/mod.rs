@@ -1,0 +1,154 @@
+//! The gRPC client side: calls subsystems over connections that those with one endpoint share.
+
+mod convert;
+mod outcome;
+
+use std::{
+    collections::{HashMap, HashSet},
+    future::Future,
+    panic::AssertUnwindSafe,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures_util::{FutureExt, future::BoxFuture};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::{
+    Request, Response, Status,
+    transport::{self, Certificate, Channel, ClientTlsConfig, Uri},
+};
+use tower::service_fn;
+
+use crate::{
+    model::{Answer, Code, Endpoint, Payload, Subsystem},
+    ports::{CallError, InitializeCall, RunCall, Subsystems},
+    proto::subsystem::v1::{self as pb, subsystem_client::SubsystemClient},
+};
+
+/// Calls subsystems over gRPC.
+pub struct Dialer {
+    connect_timeout: Duration,
+    tls: ClientTlsConfig,
+    channels: Mutex<HashMap<Endpoint, Channel>>,
+}
+
+impl Dialer {
+    /// A ping goes out after so long without an answer. Peers that follow gRPC's rules take offence at less.
+    const KEEPALIVE: Duration = Duration::from_secs(30);
+    /// The connection is given up when a ping has no answer for so long.
+    const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+    /// The most bytes of headers and trailers in an answer, error messages included.
+    const MAX_HEADERS: u32 = 16 << 10;
+
+    /// A dialer that gives up connecting after `connect_timeout`, and trusts the certificates of the system and those
+    /// in `ca`, which is PEM.
+    pub fn new(connect_timeout: Duration, ca: Option<&[u8]>) -> Self {
+        let mut tls = ClientTlsConfig::new().with_native_roots();
+        if let Some(ca) = ca {
+            tls = tls.ca_certificate(Certificate::from_pem(ca));
+        }
+        Self { connect_timeout, tls, channels: Mutex::default() }
+    }
+
+    fn channels(&self) -> MutexGuard<'_, HashMap<Endpoint, Channel>> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The client for a subsystem. Connects when it is first used, and again when the connection is lost.
+    fn client(&self, subsystem: &Subsystem) -> Result<SubsystemClient<Channel>, CallError> {
+        let mut channels = self.channels();
+        let channel = if let Some(channel) = channels.get(&subsystem.endpoint) {
+            channel.clone()
+        } else {
+            let channel = self.connect(&subsystem.endpoint).map_err(|error| CallError {
+                code: Code::Unavailable,
+                message: format!("can't dial {}: {}", subsystem.endpoint, outcome::chain(&error)),
+            })?;
+            channels.insert(subsystem.endpoint.clone(), channel.clone());
+            channel
+        };
+        let max_message_bytes = subsystem.limits.max_message_bytes as usize;
+        Ok(SubsystemClient::new(channel).max_decoding_message_size(max_message_bytes))
+    }
+
+    fn connect(&self, endpoint: &Endpoint) -> Result<Channel, transport::Error> {
+        let configure = |uri: String| {
+            Ok(transport::Endpoint::from_shared(uri)?
+                .user_agent(concat!("orchestrator/", env!("CARGO_PKG_VERSION")))?
+                .connect_timeout(self.connect_timeout)
+                .tcp_nodelay(true)
+                .http2_keep_alive_interval(Self::KEEPALIVE)
+                .keep_alive_timeout(Self::KEEPALIVE_TIMEOUT)
+                .http2_max_header_list_size(Self::MAX_HEADERS))
+        };
+        match endpoint {
+            Endpoint::Http(uri) => Ok(configure(uri.clone())?.connect_lazy()),
+            Endpoint::Https(uri) => Ok(configure(uri.clone())?.tls_config(self.tls.clone())?.connect_lazy()),
+            Endpoint::Unix(path) => {
+                let path = Arc::new(PathBuf::from(path));
+                // The URI only names the authority, which a socket has none of.
+                let endpoint = configure("http://localhost".into())?;
+                Ok(endpoint.connect_with_connector_lazy(service_fn(move |_: Uri| {
+                    let path = path.clone();
+                    async move { UnixStream::connect(&*path).await.map(TokioIo::new) }
+                })))
+            }
+        }
+    }
+}
+
+impl Subsystems for Dialer {
+    fn initialize<'a>(&'a self, to: &'a Subsystem, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
+        Box::pin(async move {
+            let mut client = self.client(to)?;
+            let timeout = call.timeout;
+            let request = with_timeout(convert::initialize_request(to, &call), timeout);
+            answered(client.initialize(request), timeout).await.map(|pb::InitializeResponse {}| ())
+        })
+    }
+
+    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Answer, CallError>> {
+        Box::pin(async move {
+            let mut client = self.client(to)?;
+            let timeout = call.timeout;
+            let request = with_timeout(convert::run_cycle_request(to, call), timeout);
+            convert::answer(answered(client.run_cycle(request), timeout).await?)
+        })
+    }
+
+    fn get_status<'a>(&'a self, of: &'a Subsystem, timeout: Duration) -> BoxFuture<'a, Result<Payload, CallError>> {
+        Box::pin(async move {
+            let mut client = self.client(of)?;
+            let request = pb::GetStatusRequest { subsystem: of.name.to_string() };
+            let answer = answered(client.get_status(with_timeout(request, timeout)), timeout).await?;
+            convert::payload("status", answer.status)
+        })
+    }
+
+    fn retain(&self, registered: &[Arc<Subsystem>]) {
+        let endpoints: HashSet<_> = registered.iter().map(|subsystem| &subsystem.endpoint).collect();
+        self.channels().retain(|endpoint, _| endpoints.contains(endpoint));
+    }
+}
+
+fn with_timeout<T>(message: T, timeout: Duration) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(timeout);
+    request
+}
+
+/// Awaits an answer. The client library may panic over malformed trailers, and a subsystem must not be able to end
+/// more than its own call.
+async fn answered<T>(
+    call: impl Future<Output = Result<Response<T>, Status>>,
+    timeout: Duration,
+) -> Result<T, CallError> {
+    let called_at = tokio::time::Instant::now();
+    match AssertUnwindSafe(call).catch_unwind().await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(outcome::of(&status, called_at.elapsed() >= timeout)),
+        Err(_panic) => Err(CallError { code: Code::Internal, message: "its answer breaks the gRPC protocol".into() }),
+    }
+}

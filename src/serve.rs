@@ -1,0 +1,331 @@
+//! The composition root: builds everything from a configuration, owns the tasks, and shuts down in order.
+
+mod listen;
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use notify::Watcher as _;
+use tokio::{
+    net::TcpListener,
+    select,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{self, Server};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    api,
+    clock::Clock,
+    config::{Config, ConfigErrors, ReloadDifference},
+    dial::Dialer,
+    orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
+    ports::StoreError,
+    proto,
+    store,
+};
+
+/// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
+const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
+
+/// Why the service did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address can't be listened on.
+    #[error("can't listen on {0}: {1}; is another process using it?")]
+    Listen(SocketAddr, io::Error),
+    /// The file of trusted certificates can't be read.
+    #[error("can't read dial.ca_file {}: {1}", .0.display())]
+    CaFile(PathBuf, io::Error),
+    /// The store can't be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// What is declared and stored can't be run.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The reflection service can't be built.
+    #[error("can't describe the contract: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// Signals can't be received.
+    #[error("can't listen for signals: {0}")]
+    Signals(io::Error),
+}
+
+/// How the service ended. The number is the exit code of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Everything was finished and written.
+    Drained = 0,
+    /// The last state could not be written, or a defect ended the service.
+    Failed = 1,
+    /// Another process has taken over the store.
+    Fenced = 3,
+    /// A second signal cut the shutdown short. A cycle that was running is recorded as interrupted at the next start.
+    Aborted = 130,
+}
+
+/// A running service.
+pub struct Service {
+    address: SocketAddr,
+    orchestrator: Orchestrator,
+    tasks: Tasks,
+    health: HealthReporter,
+    server: JoinHandle<Result<(), transport::Error>>,
+    stop_server: CancellationToken,
+    drain_grace: Duration,
+}
+
+impl Service {
+    /// Opens the store, takes up what is in it, and serves.
+    ///
+    /// # Errors
+    /// Each names what was wrong and what to do. Nothing was changed but the store's epoch.
+    pub async fn start(config: &Config) -> Result<Self, StartError> {
+        // The address comes first: a second process by mistake fails here, before it touches the store.
+        let address = config.server.listen;
+        let listener = TcpListener::bind(address).await.map_err(|error| StartError::Listen(address, error))?;
+        let address = listener.local_addr().map_err(|error| StartError::Listen(address, error))?;
+        let ca = match &config.dial.ca_file {
+            Some(path) => {
+                Some(tokio::fs::read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?)
+            }
+            None => None,
+        };
+        let dialer = Arc::new(Dialer::new(config.dial.connect_timeout, ca.as_deref()));
+        let (store, contents) = store::open(&config.store.url).await?;
+        tracing::info!(store = config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store opened");
+        let (orchestrator, tasks) =
+            Orchestrator::start(settings(config), Clock::System, dialer, store, contents, declared(config)).await?;
+
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_service_status(SERVICE, ServingStatus::Serving).await;
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                .with_service_name(SERVICE)
+                .with_service_name("grpc.health.v1.Health")
+        };
+        let stop_server = CancellationToken::new();
+        let stopped = stop_server.clone().cancelled_owned();
+        let router = listen::limits(Server::builder(), config)
+            .add_service(api::service(orchestrator.clone(), config.server.max_request_bytes))
+            .add_service(health_service)
+            .add_service(reflection().build_v1()?)
+            .add_service(reflection().build_v1alpha()?);
+        let incoming = listen::incoming(listener, config.server.max_connections);
+        let server = tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped));
+        tracing::info!(%address, "listening");
+        Ok(Self {
+            address,
+            orchestrator,
+            tasks,
+            health,
+            server,
+            stop_server,
+            drain_grace: config.server.drain_grace,
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Puts a new configuration in the place of `config`, as far as that can be done while running, and says what
+    /// can't.
+    ///
+    /// # Errors
+    /// Nothing was changed: its order has a ring, or the store can't be written.
+    pub async fn reload(&mut self, config: &mut Config, new: Config) -> Result<ReloadDifference, Refusal> {
+        let difference = config.reload_difference(&new);
+        self.orchestrator.reload(settings(&new), declared(&new)).await?;
+        self.drain_grace = new.server.drain_grace;
+        *config = new;
+        Ok(difference)
+    }
+
+    /// Serves until `stop` or until this process may no longer write, then shuts down in order: nothing new is
+    /// admitted, the running cycle may finish within the grace, the last state is written, watchers are told, and
+    /// the connections are closed. When `abort` comes in between, that is the end.
+    pub async fn run(mut self, stop: impl Future<Output = ()>, abort: impl Future<Output = ()>) -> Exit {
+        select! {
+            () = stop => {}
+            // Only a store that another process has taken over ends this without having been asked to.
+            ended = self.tasks.finished() => return self.ended(ended).await,
+        }
+        select! {
+            exit = self.drain() => exit,
+            () = abort => Exit::Aborted,
+        }
+    }
+
+    async fn drain(mut self) -> Exit {
+        tracing::info!(grace = ?self.drain_grace, "shutting down: the running cycle may finish");
+        self.health.set_service_status(SERVICE, ServingStatus::NotServing).await;
+        self.health.set_service_status("", ServingStatus::NotServing).await;
+        self.orchestrator.drain();
+        let finished = if let Ok(finished) = timeout(self.drain_grace, self.tasks.finished()).await {
+            finished
+        } else {
+            tracing::warn!("the grace has passed: cancelling the running cycle");
+            self.orchestrator.cancel_running();
+            /// Long enough to write a record, short enough for those who wait for the process to end.
+            const LAST_WRITE: Duration = Duration::from_secs(10);
+            let not_written = || StoreError::Other("the record".into(), "could not be written in time".into());
+            timeout(LAST_WRITE, self.tasks.finished()).await.unwrap_or_else(|_| Err(not_written()))
+        };
+        self.ended(finished).await
+    }
+
+    /// The orchestrator has ended; closes the connections.
+    async fn ended(self, finished: Result<(), StoreError>) -> Exit {
+        /// For answers that are on their way.
+        const LAST_ANSWERS: Duration = Duration::from_secs(5);
+        self.stop_server.cancel();
+        let abort = self.server.abort_handle();
+        match timeout(LAST_ANSWERS, self.server).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::error!(%error, "the server failed"),
+            Ok(Err(error)) => tracing::error!(%error, "the server failed"),
+            Err(_) => abort.abort(),
+        }
+        match finished {
+            Ok(()) => Exit::Drained,
+            Err(error @ StoreError::Fenced(_)) => {
+                tracing::error!(%error, "stopped");
+                Exit::Fenced
+            }
+            Err(error) => {
+                tracing::error!(%error, "the last state was not written");
+                Exit::Failed
+            }
+        }
+    }
+}
+
+/// Serves until a signal: the first of SIGTERM and SIGINT drains, the second aborts. SIGHUP, or a change of the file
+/// that the configuration came from, reads it again with `load`. `ready` is called once requests are answered.
+///
+/// # Errors
+/// The service did not start.
+pub async fn serve(
+    mut config: Config,
+    load: impl Fn() -> Result<Config, ConfigErrors>,
+    apply_log_filter: impl Fn(&Config),
+    ready: impl FnOnce(SocketAddr),
+) -> Result<Exit, StartError> {
+    let listen_for = |kind| signal(kind).map_err(StartError::Signals);
+    let (mut terminate, mut interrupt) = (listen_for(SignalKind::terminate())?, listen_for(SignalKind::interrupt())?);
+    let mut hangup = listen_for(SignalKind::hangup())?;
+    let mut service = Service::start(&config).await?;
+    let mut changes = FileChanges::of(config.path.as_deref());
+    ready(service.address());
+
+    loop {
+        select! {
+            () = first_of(&mut terminate, &mut interrupt) => break,
+            ended = service.tasks.finished() => return Ok(service.ended(ended).await),
+            _ = hangup.recv() => tracing::info!("reloading: SIGHUP"),
+            () = changes.next() => tracing::info!("reloading: the configuration file has changed"),
+        }
+        let new = match load() {
+            Ok(new) => new,
+            Err(errors) => {
+                tracing::error!("not reloaded, the old configuration goes on:\n{errors}");
+                continue;
+            }
+        };
+        match service.reload(&mut config, new).await {
+            Ok(difference) => {
+                apply_log_filter(&config);
+                tracing::info!(needs_restart = ?difference.needs_restart, "reloaded");
+            }
+            Err(refusal) => tracing::error!(%refusal, "not reloaded, the old configuration goes on"),
+        }
+    }
+    let abort = first_of(&mut terminate, &mut interrupt);
+    Ok(service.run(async {}, abort).await)
+}
+
+async fn first_of(terminate: &mut Signal, interrupt: &mut Signal) {
+    select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+/// Tells when a file was written, replaced or removed.
+struct FileChanges {
+    changed: mpsc::Receiver<()>,
+    /// Watches as long as it lives.
+    _watcher: Option<notify::RecommendedWatcher>,
+}
+
+impl FileChanges {
+    /// Editors write a file in several steps; this long after the last one it is read.
+    const SETTLE: Duration = Duration::from_millis(200);
+
+    fn of(path: Option<&Path>) -> Self {
+        // One place is enough: it stands for any number of changes that nobody has looked at.
+        let (tell, changed) = mpsc::channel(1);
+        let watcher = path.and_then(|path| match Self::watch(path, tell) {
+            Ok(watcher) => Some(watcher),
+            Err(error) => {
+                tracing::warn!(%error, "changes of the configuration file are not noticed; SIGHUP reloads it");
+                None
+            }
+        });
+        Self { changed, _watcher: watcher }
+    }
+
+    fn watch(path: &Path, tell: mpsc::Sender<()>) -> notify::Result<notify::RecommendedWatcher> {
+        let path = path.canonicalize()?;
+        // The directory, because many editors put a new file in the place of the old one.
+        let directory = path.parent().unwrap_or(Path::new("/")).to_owned();
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            if event.is_ok_and(|event| !event.kind.is_access() && event.paths.contains(&path)) {
+                // A full channel means that a change is noted already.
+                let _ = tell.try_send(());
+            }
+        })?;
+        watcher.watch(&directory, notify::RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    }
+
+    async fn next(&mut self) {
+        if self.changed.recv().await.is_none() {
+            // Nothing watches.
+            return std::future::pending().await;
+        }
+        while timeout(Self::SETTLE, self.changed.recv()).await.is_ok_and(|change| change.is_some()) {}
+    }
+}
+
+fn settings(config: &Config) -> Settings {
+    Settings {
+        orchestrator_id: config.orchestrator_id.as_str().into(),
+        cycle_deadline: config.cycle.deadline,
+        max_concurrent_calls: config.cycle.max_concurrent_calls,
+        max_queued: config.cycle.max_queued,
+        max_record_bytes: config.cycle.max_record_bytes,
+        max_outputs_bytes: config.cycle.max_outputs_bytes,
+        max_subsystems: config.registry.max_subsystems,
+        max_loops: config.registry.max_loops,
+        max_watchers: config.server.max_watchers,
+        retention: config.store.retention.clone(),
+    }
+}
+
+fn declared(config: &Config) -> Declared {
+    Declared { subsystems: config.subsystems.clone(), loops: config.loops.clone() }
+}
