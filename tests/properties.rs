@@ -17,8 +17,8 @@ use jiff::SignedDuration;
 use orchestrator_core::{
     clock::Clock,
     model::{
-        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, Name, OverlapPolicy,
-        Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, Trigger,
+        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, Name,
+        OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, Trigger,
     },
     orchestrator::{Declared, Orchestrator, Refusal, Settings},
     ports::{CallError, Filter, InitializeCall, Retention, RunCall, Subsystems},
@@ -377,10 +377,13 @@ fn check_reports(telemetry: &pb::CycleTelemetry, registered: &BTreeMap<String, S
                 assert_eq!(state(required.as_str()), Some(pb::SubsystemState::Succeeded), "{}", part.name);
             }
         }
-        assert_eq!(part.attempts == 0, part.started_at.is_none() || part.error_message.starts_with("Initialize") || {
-            // Cut off in the middle of Initialize.
-            part.state() == pb::SubsystemState::TimedOut || part.state() == pb::SubsystemState::Cancelled
-        } && part.attempts == 0);
+        assert_eq!(
+            part.attempts == 0,
+            part.started_at.is_none() || part.error_message.starts_with("Initialize") || {
+                // Cut off in the middle of Initialize.
+                part.state() == pb::SubsystemState::TimedOut || part.state() == pb::SubsystemState::Cancelled
+            } && part.attempts == 0
+        );
     }
     for name in &telemetry.critical_path {
         assert!(reported.contains(name));
