@@ -73,9 +73,14 @@ impl Home {
 
     /// Starts the service and waits until it listens, or has ended without.
     pub async fn try_serve(&self) -> Result<Service, ExitStatus> {
+        self.spawn().listening().await
+    }
+
+    /// Starts the service and does not wait.
+    pub fn spawn(&self) -> Starting {
         let log = self.path("log");
         let stderr = fs::File::options().create(true).append(true).open(&log).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_orchestrator"))
+        let child = Command::new(env!("CARGO_BIN_EXE_orchestrator"))
             .args(["serve", "--listen", "127.0.0.1:0", "--store"])
             .arg(format!("sqlite:{}", self.path("o.db").display()))
             .args(&self.args)
@@ -85,14 +90,7 @@ impl Home {
             .kill_on_drop(true)
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let line = patiently("the service to listen", lines.next_line()).await.unwrap();
-        let Some(line) = line else {
-            return Err(patiently("the service to end", child.wait()).await.unwrap());
-        };
-        let address = line.strip_prefix("listening on ").and_then(|address| address.parse().ok());
-        let address = address.unwrap_or_else(|| panic!("the service printed {line:?}"));
-        Ok(Service { child, address, log })
+        Starting { child, log }
     }
 
     /// What its services have logged last.
@@ -107,6 +105,31 @@ fn tail(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(LINES)..].join("\n")
+}
+
+/// A service that may not listen yet. It is killed when it is dropped.
+pub struct Starting {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Starting {
+    /// Waits until it listens, or has ended without.
+    pub async fn listening(mut self) -> Result<Service, ExitStatus> {
+        let mut lines = BufReader::new(self.child.stdout.take().unwrap()).lines();
+        let line = patiently("the service to listen", lines.next_line()).await.unwrap();
+        let Some(line) = line else {
+            return Err(patiently("the service to end", self.child.wait()).await.unwrap());
+        };
+        let address = line.strip_prefix("listening on ").and_then(|address| address.parse().ok());
+        let address = address.unwrap_or_else(|| panic!("the service printed {line:?}"));
+        Ok(Service { child: self.child, address, log: self.log })
+    }
+
+    /// Kills it with SIGKILL, and waits until it is gone.
+    pub async fn kill(mut self) {
+        self.child.kill().await.unwrap();
+    }
 }
 
 /// A running service. It is killed when it is dropped.
