@@ -25,12 +25,7 @@ use fastrand::Rng;
 use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, OverlapPolicy, cycle_event::Event};
 use prost_types::Duration as Span;
 use serde_json::json;
-use tokio::{
-    select,
-    sync::watch,
-    task::JoinSet,
-    time::sleep,
-};
+use tokio::{select, sync::watch, task::JoinSet, time::sleep};
 use tonic::{Code, Response, Status};
 use tonic_types::StatusExt;
 
