@@ -5,6 +5,8 @@
 //! the reference of all keys.
 
 mod reader;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,10 +24,11 @@ use tracing_subscriber::EnvFilter;
 use self::reader::{Node, PREFIX, Reader, Table, parse, put};
 use crate::{
     model::{
-        BreakerSpec, CatchUp, CycleState, IntervalLoop, LimitsSpec, LoopSpec, Name, OverlapPolicy, RetrySpec,
-        Subsystem, SubsystemSpec, Violations,
+        BreakerSpec, CatchUp, CycleState, IntervalLoop, LimitsSpec, LoopSpec, OverlapPolicy, RetrySpec, Subsystem,
+        SubsystemSpec, Violations,
     },
     ports::{Retention, RetentionRule},
+    store::StoreUrl,
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -87,15 +90,6 @@ pub struct Store {
     /// Default: the newest 100,000 cycles. At a cycle every 5 s that is five days, and with 28 subsystems some
     /// 300 MB.
     pub retention: Retention,
-}
-
-/// Where the record is kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StoreUrl {
-    /// `memory:`: gone when the process ends.
-    Memory,
-    /// `sqlite:PATH`: a SQLite database. A relative path starts at the working directory.
-    Sqlite(PathBuf),
 }
 
 /// Bounds of cycles.
@@ -231,7 +225,7 @@ impl Config {
     ) -> Result<Self, ConfigError> {
         let mut problems = Vec::new();
         let mut table = match &overrides.config {
-            Some(path) => read_file(path).map_err(ConfigError)?,
+            Some(path) => read_file(path)?,
             None => Table::new(),
         };
         let variables = read_environment(environment, &mut problems);
@@ -244,7 +238,7 @@ impl Config {
     /// # Errors
     /// As in [`Config::load`].
     pub fn from_toml_str(name: &str, text: &str) -> Result<Self, ConfigError> {
-        Self::read(parse(name, text).map_err(ConfigError)?, BTreeMap::new(), Vec::new())
+        Self::read(parse(name, text)?, BTreeMap::new(), Vec::new())
     }
 
     /// What becomes of `new` when it is to apply from now on, in a process that runs with `self`.
@@ -366,34 +360,6 @@ impl Server {
     }
 }
 
-impl StoreUrl {
-    fn parse(text: &str) -> Result<Self, String> {
-        if text == "memory:" {
-            return Ok(Self::Memory);
-        }
-        match text.strip_prefix("sqlite:") {
-            // SQLite has meanings of its own for these.
-            Some(path) if !path.is_empty() && !path.starts_with([':', '?']) && !path.starts_with("file:") => match path
-                .strip_prefix("//")
-            {
-                Some(_) => Err("write the path right after sqlite:, such as sqlite:/var/lib/orchestrator.db".into()),
-                None if path.contains('\0') => Err("a path holds no NUL".into()),
-                None => Ok(Self::Sqlite(path.into())),
-            },
-            _ => Err("give sqlite:PATH, such as sqlite:/var/lib/orchestrator.db, or memory:".into()),
-        }
-    }
-}
-
-impl Display for StoreUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Memory => f.write_str("memory:"),
-            Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
-        }
-    }
-}
-
 fn orchestrator_id(text: &str) -> Result<String, String> {
     let fits = (1..=128).contains(&text.len()) && text.chars().all(|c| c.is_ascii_graphic());
     if fits { Ok(text.to_owned()) } else { Err("give 1 to 128 letters, digits and signs, without spaces".into()) }
@@ -406,14 +372,17 @@ fn path(text: &str) -> Result<PathBuf, String> {
 fn log_filter(text: &str) -> Result<String, String> {
     const EXAMPLE: &str = "give a level (off, error, warn, info, debug, trace), or several such as \
                            info,orchestrator_core=debug";
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
     if text.trim().is_empty() {
         return Err(EXAMPLE.into());
     }
     // The parser takes a word that is no level for the name of a module, so that a slip would silence everything.
-    let is_word = |part: &str| part.chars().all(|c| c.is_ascii_alphabetic());
-    if let Some(word) = text.split(',').map(str::trim).find(|part| {
-        is_word(part) && !["off", "error", "warn", "info", "debug", "trace"].contains(&part.to_lowercase().as_str())
-    }) {
+    let is_slip = |part: &&str| {
+        let word = part.trim();
+        let is_level = part.len() == word.len() && LEVELS.contains(&word.to_lowercase().as_str());
+        word.chars().all(|c| c.is_ascii_alphabetic()) && !is_level
+    };
+    if let Some(word) = text.split(',').find(is_slip) {
         return Err(format!("{word:?} is no level; {EXAMPLE}"));
     }
     EnvFilter::builder().parse(text).map(|_| text.to_owned()).map_err(|error| format!("{error}; {EXAMPLE}"))
@@ -451,23 +420,22 @@ fn entries<S, T>(
     list: &str,
     spec: fn(&mut Reader<'_>) -> S,
     validate: fn(&S) -> Result<T, Violations>,
-    name: fn(&T) -> &Name,
+    name: fn(&S) -> &str,
 ) -> Vec<T> {
     let mut all = Vec::new();
-    let mut first: HashMap<Name, Origin> = HashMap::new();
+    let mut first: HashMap<String, Origin> = HashMap::new();
     for (number, node) in read.list(list).into_iter().enumerate() {
         let origin = node.origin.clone();
         let mut entry = read.entry(kind, list, number, node);
-        match validate(&spec(&mut entry)) {
+        let spec = spec(&mut entry);
+        match validate(&spec) {
+            Ok(valid) => all.push(valid),
             Err(violations) => entry.refuse_all(violations),
-            Ok(valid) => {
-                if let Some(first) = first.get(name(&valid)) {
-                    entry.refuse("name", format!("is declared twice, first at {first}; rename or remove one"));
-                } else {
-                    first.insert(name(&valid).clone(), origin);
-                }
-                all.push(valid);
-            }
+        }
+        match first.get(name(&spec)) {
+            _ if name(&spec).is_empty() => {}
+            Some(first) => entry.refuse("name", format!("is declared twice, first at {first}; rename or remove one")),
+            None => drop(first.insert(name(&spec).to_owned(), origin)),
         }
         entry.finish();
     }
@@ -529,13 +497,14 @@ fn loop_spec(read: &mut Reader<'_>) -> LoopSpec {
     }
 }
 
-fn read_file(path: &Path) -> Result<Table, Vec<Problem>> {
+fn read_file(path: &Path) -> Result<Table, ConfigError> {
     let name = path.display().to_string();
-    match fs::read(path).map(String::from_utf8) {
-        Ok(Ok(text)) => parse(&name, &text),
-        Ok(Err(_)) => Err(vec![Problem::new(Origin::File(name.into(), 0), "", "is not UTF-8")]),
-        Err(error) => Err(vec![Problem::new(Origin::File(name.into(), 0), "", format!("can't be read: {error}"))]),
-    }
+    let problem = match fs::read(path).map(String::from_utf8) {
+        Ok(Ok(text)) => return parse(&name, &text),
+        Ok(Err(_)) => "is not UTF-8".to_owned(),
+        Err(error) => format!("can't be read: {error}"),
+    };
+    Err(ConfigError(vec![Problem::new(Origin::File(name.into(), 0), "", problem)]))
 }
 
 fn read_environment(
@@ -552,13 +521,9 @@ fn read_environment(
             continue;
         }
         let origin = Origin::Environment(name.as_str().into());
-        let node = value
-            .into_string()
-            .map_err(|_| "is not UTF-8".to_owned())
-            .and_then(|value| Node::from_word(&value, &origin));
-        match node {
-            Ok(node) => drop(variables.insert(name, node)),
-            Err(problem) => problems.push(Problem::new(origin, "", problem)),
+        match value.into_string() {
+            Ok(value) => drop(variables.insert(name, Node::from_word(&value, origin))),
+            Err(_) => problems.push(Problem::new(origin, "", "is not UTF-8")),
         }
     }
     variables
@@ -568,8 +533,7 @@ impl Overrides {
     fn put_into(&self, table: &mut Table, problems: &mut Vec<Problem>) {
         let mut set = |flag: String, key: &str, value: &str| {
             let origin = Origin::Flag(flag.into());
-            let put = Node::from_word(value, &origin).and_then(|node| put(table, key, node));
-            if let Err(problem) = put {
+            if let Err(problem) = put(table, key, Node::from_word(value, origin.clone())) {
                 problems.push(Problem::new(origin, key, problem));
             }
         };

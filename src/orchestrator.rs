@@ -37,7 +37,7 @@ use crate::{
         CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, Revision, Subsystem, TickDisposition,
         Trigger,
     },
-    ports::{Contents, PageLimits, Record, Retention, Store, StoreError, StoredSubsystem, Subsystems, Write},
+    ports::{Contents, PageLimits, SCAN_LIMIT, Record, Retention, Store, StoreError, StoredSubsystem, Subsystems, Write},
     record::{self, Participation},
     schedule::Loops,
 };
@@ -51,7 +51,7 @@ pub use self::{
 };
 pub use crate::{
     engine::{BreakerState, LastPart, PlannedSubsystem, Ring, Schedule},
-    ports::{CallError, Filter, TriggerKind},
+    ports::{CallError, Filter, Page, TriggerKind},
     schedule::LoopEntry,
 };
 
@@ -198,14 +198,6 @@ pub struct Status {
     pub store_error: Option<StoreError>,
     /// Watchers connected.
     pub watchers: usize,
-}
-
-/// A page of records, newest first.
-pub struct Page {
-    /// The records.
-    pub records: Vec<Record>,
-    /// Where the next page begins: below this cycle. `None` when there is nothing more.
-    pub next: Option<CycleId>,
 }
 
 impl Orchestrator {
@@ -450,29 +442,29 @@ impl Orchestrator {
         max_records: usize,
     ) -> Result<Page, Refusal> {
         const MAX_BYTES: usize = 3 << 20;
-        const MAX_SCANNED: usize = 10_000;
         let mut before = before.unwrap_or(CycleId(u64::MAX >> 1));
-        let mut records: Vec<Record> = Vec::new();
+        let mut page = Page::default();
         let (mut bytes, mut scanned) = (0, 0);
-        while scanned < MAX_SCANNED {
-            let limits = PageLimits { records: (max_records - records.len()).max(64), bytes: MAX_BYTES - bytes };
+        loop {
+            // A filter that looks into the records sees more of them than it lets through.
+            let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
             let found = self.0.store.cycles_before(before, filter.clone(), limits).await?;
-            if found.is_empty() {
-                return Ok(Page { records, next: None });
-            }
-            for record in found {
-                scanned += 1;
+            for record in found.records {
                 if participation.wants(&record.bytes) {
-                    if records.len() == max_records || (!records.is_empty() && bytes + record.bytes.len() > MAX_BYTES) {
-                        return Ok(Page { records, next: Some(before) });
-                    }
                     bytes += record.bytes.len();
-                    records.push(record.clone());
+                    if page.records.len() == max_records || (!page.records.is_empty() && bytes > MAX_BYTES) {
+                        return Ok(Page { next: Some(record.cycle_id.next()), ..page });
+                    }
+                    page.records.push(record);
+                } else {
+                    scanned += 1;
                 }
-                before = record.cycle_id;
+            }
+            match found.next {
+                Some(next) if page.records.len() < max_records && scanned < SCAN_LIMIT => before = next,
+                next => return Ok(Page { next, ..page }),
             }
         }
-        Ok(Page { records, next: Some(before) })
     }
 
     /// What is being done and was done last.

@@ -93,19 +93,19 @@ pub trait Store: Send + Sync + 'static {
     /// The record of the latest cycle that this request started.
     fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>>;
 
-    /// Records of cycles below `before`, newest first, that pass `filter`: at most `page.records`, and no more once
-    /// they hold `page.bytes`, but at least one if there is any.
+    /// Records of cycles below `before`, newest first, that pass `filter`. Ends at the limits of `page`, or when it has
+    /// looked at [`SCAN_LIMIT`] records.
     fn cycles_before(
         &self,
         before: CycleId,
         filter: Filter,
         page: PageLimits,
-    ) -> BoxFuture<'_, Result<Vec<Record>, StoreError>>;
+    ) -> BoxFuture<'_, Result<Page, StoreError>>;
 
-    /// Records after `revision`, oldest first, without a gap; limits as in [`Store::cycles_before`].
+    /// Records after `revision`, oldest first, without a gap, up to the limits of `page`.
     ///
     /// # Errors
-    /// [`StoreError::NotRetained`] when some of them have been pruned.
+    /// [`StoreError::NotRetained`] when some of them have been pruned, or `revision` was never given.
     fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Record>, StoreError>>;
 
     /// Removes at most `limit` records that `retention` no longer wants, oldest first, never the newest one. Returns
@@ -278,13 +278,25 @@ impl TriggerKind {
     }
 }
 
-/// How much one read returns at most.
+/// How much one read returns at most; but one record whatever its size, if there is any.
 #[derive(Clone, Copy, Debug)]
 pub struct PageLimits {
-    /// Records.
+    /// Records. At least 1.
     pub records: usize,
-    /// Bytes of encoded telemetry after which no further record is added.
+    /// Bytes of encoded telemetry.
     pub bytes: usize,
+}
+
+/// So many records one page looks at: a filter that hardly any record passes must not read the whole history at once.
+pub const SCAN_LIMIT: usize = 10_000;
+
+/// A part of the history, newest first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Page {
+    /// The records.
+    pub records: Vec<Record>,
+    /// Go on below this cycle; `None` when there is nothing more.
+    pub next: Option<CycleId>,
 }
 
 /// What is kept: a record goes when either bound of its rule has passed.

@@ -26,7 +26,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     api,
     clock::Clock,
-    config::{Config, ConfigErrors, ReloadDifference},
+    config::{Config, ConfigError, Reload},
     dial::Dialer,
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::StoreError,
@@ -141,17 +141,14 @@ impl Service {
         self.address
     }
 
-    /// Puts a new configuration in the place of `config`, as far as that can be done while running, and says what
-    /// can't.
+    /// Applies what of another configuration can be applied while running.
     ///
     /// # Errors
     /// Nothing was changed: its order has a ring, or the store can't be written.
-    pub async fn reload(&mut self, config: &mut Config, new: Config) -> Result<ReloadDifference, Refusal> {
-        let difference = config.reload_difference(&new);
-        self.orchestrator.reload(settings(&new), declared(&new)).await?;
-        self.drain_grace = new.server.drain_grace;
-        *config = new;
-        Ok(difference)
+    pub async fn reload(&mut self, config: &Config) -> Result<(), Refusal> {
+        self.orchestrator.reload(settings(config), declared(config)).await?;
+        self.drain_grace = config.server.drain_grace;
+        Ok(())
     }
 
     /// Serves until `stop` or until this process may no longer write, then shuts down in order: nothing new is
@@ -213,22 +210,24 @@ impl Service {
     }
 }
 
-/// Serves until a signal: the first of SIGTERM and SIGINT drains, the second aborts. SIGHUP, or a change of the file
-/// that the configuration came from, reads it again with `load`. `ready` is called once requests are answered.
+/// Serves until a signal: the first of SIGTERM and SIGINT drains, the second aborts. SIGHUP, or a change of `file`,
+/// reads the configuration again with `load`, and `applied` is told what applies from then on. `ready` is told the
+/// address once requests are answered.
 ///
 /// # Errors
 /// The service did not start.
 pub async fn serve(
     mut config: Config,
-    load: impl Fn() -> Result<Config, ConfigErrors>,
-    apply_log_filter: impl Fn(&Config),
+    file: Option<&Path>,
+    load: impl Fn() -> Result<Config, ConfigError>,
+    applied: impl Fn(&Config),
     ready: impl FnOnce(SocketAddr),
 ) -> Result<Exit, StartError> {
     let listen_for = |kind| signal(kind).map_err(StartError::Signals);
     let (mut terminate, mut interrupt) = (listen_for(SignalKind::terminate())?, listen_for(SignalKind::interrupt())?);
     let mut hangup = listen_for(SignalKind::hangup())?;
     let mut service = Service::start(&config).await?;
-    let mut changes = FileChanges::of(config.path.as_deref());
+    let mut changes = FileChanges::of(file);
     ready(service.address());
 
     loop {
@@ -240,15 +239,20 @@ pub async fn serve(
         }
         let new = match load() {
             Ok(new) => new,
-            Err(errors) => {
-                tracing::error!("not reloaded, the old configuration goes on:\n{errors}");
+            Err(error) => {
+                tracing::error!("not reloaded, the old configuration goes on:\n{error}");
                 continue;
             }
         };
-        match service.reload(&mut config, new).await {
-            Ok(difference) => {
-                apply_log_filter(&config);
-                tracing::info!(needs_restart = ?difference.needs_restart, "reloaded");
+        let Reload { config: new, needs_restart } = config.reload(new);
+        match service.reload(&new).await {
+            Ok(()) => {
+                config = new;
+                applied(&config);
+                tracing::info!("reloaded");
+                if !needs_restart.is_empty() {
+                    tracing::warn!(keys = needs_restart.join(", "), "changed, and applied only by a restart");
+                }
             }
             Err(refusal) => tracing::error!(%refusal, "not reloaded, the old configuration goes on"),
         }

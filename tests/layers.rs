@@ -19,7 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("store", &["model", "ports"]),
     ("dial", &["model", "ports", "proto"]),
     ("api", &["model", "orchestrator", "proto", "record"]),
-    ("config", &["model", "ports"]),
+    ("config", &["model", "ports", "store"]),
     ("telemetry", &["config"]),
     ("serve", &["api", "clock", "config", "dial", "orchestrator", "ports", "proto", "store"]),
     ("cli", &["config", "engine", "model", "proto", "serve", "telemetry"]),

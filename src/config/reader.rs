@@ -15,11 +15,12 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{Origin, Problem};
+use super::{ConfigError, Origin, Problem};
 use crate::model::{Name, Violations};
 
 /// The prefix of every environment variable.
 pub(super) const PREFIX: &str = "ORCHESTRATOR_";
+const A_DURATION: &str = "a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\"";
 
 /// What was written for a key, and where.
 #[derive(Debug)]
@@ -108,15 +109,13 @@ impl Node {
         Self { origin: origin(at), value }
     }
 
-    /// Reads what stands in an environment variable or in a flag: a TOML value, or a word without quotes.
-    pub(super) fn from_word(raw: &str, origin: &Origin) -> Result<Self, String> {
-        let value = if raw.starts_with(['[', '{', '"', '\'']) {
-            let value = DeValue::parse(raw).map_err(|error| error.message().to_owned())?;
-            Self::new(value, 0, &|_| origin.clone()).value
-        } else {
-            Value::Word(raw.to_owned())
-        };
-        Ok(Self { origin: origin.clone(), value })
+    /// Reads what stands in an environment variable or in a flag: a list, a table or a text in quotes as TOML has them,
+    /// or a word.
+    pub(super) fn from_word(raw: &str, origin: Origin) -> Self {
+        match DeValue::parse(raw) {
+            Ok(value) if raw.starts_with(['[', '{', '"', '\'']) => Self::new(value, 0, &|_| origin.clone()),
+            _ => Self { value: Value::Word(raw.to_owned()), origin },
+        }
     }
 
     /// As JSON.
@@ -150,7 +149,7 @@ fn table(entries: DeTable<'_>, origin: &impl Fn(usize) -> Origin) -> Table {
 }
 
 /// Reads a file.
-pub(super) fn parse(name: &str, text: &str) -> Result<Table, Vec<Problem>> {
+pub(super) fn parse(name: &str, text: &str) -> Result<Table, ConfigError> {
     let name: Arc<str> = name.into();
     let line_ends: Vec<_> = text.match_indices('\n').map(|(at, _)| at).collect();
     let origin = |at: usize| Origin::File(name.clone(), line_ends.partition_point(|end| *end < at) + 1);
@@ -162,7 +161,7 @@ pub(super) fn parse(name: &str, text: &str) -> Result<Table, Vec<Problem>> {
         let at = error.span().map_or(0, |span| span.start);
         Problem::new(origin(at), "", format!("is not TOML: {}", error.message()))
     };
-    Err(errors.iter().map(problem).collect())
+    Err(ConfigError::new(errors.iter().map(problem).collect()))
 }
 
 /// Puts `node` at the dotted `path`.
@@ -188,7 +187,9 @@ pub(super) fn put(table: &mut Table, path: &str, node: Node) -> Result<(), Strin
 fn merge(table: &mut Table, key: String, node: Node) {
     match (table.get_mut(&key), node) {
         (Some(Node { value: Value::Table(there), .. }), Node { value: Value::Table(over), .. }) => {
-            over.into_iter().for_each(|(key, node)| merge(there, key, node));
+            for (key, node) in over {
+                merge(there, key, node);
+            }
         }
         (_, node) => {
             table.insert(key, node);
@@ -361,12 +362,12 @@ impl<'a> Reader<'a> {
 
     /// A duration whose bounds are checked later.
     pub(super) fn signed_duration(&mut self, key: &str) -> Option<SignedDuration> {
-        self.read(key, "a duration with its unit, such as \"5s\" or \"1m 30s\"", |value| duration(&value).ok_or(value))
+        self.read(key, A_DURATION, |value| duration(&value).ok_or(value))
     }
 
     pub(super) fn duration(&mut self, key: &str, allowed: RangeInclusive<Duration>) -> Option<Duration> {
         let [low, high] = [*allowed.start(), *allowed.end()].map(short);
-        let words = format!("a duration with its unit, such as \"5s\" or \"1m 30s\", from {low} to {high}");
+        let words = format!("{A_DURATION}, from {low} to {high}");
         self.read(key, &words, |value| {
             let duration = duration(&value).and_then(|duration| Duration::try_from(duration).ok());
             duration.filter(|duration| allowed.contains(duration)).ok_or(value)

@@ -1,0 +1,577 @@
+use std::collections::BTreeSet;
+
+use super::{reader::variable_name, *};
+use crate::engine::{Member, Plan, Standing};
+
+const REFERENCE: &str = include_str!("../../examples/orchestrator.toml");
+const DREAMNET: &str = include_str!("../../examples/dreamnet.toml");
+
+fn read(text: &str) -> Result<Config, ConfigError> {
+    Config::from_toml_str("orchestrator.toml", text)
+}
+
+fn problems(text: &str) -> Vec<String> {
+    read(text).unwrap_err().0.iter().map(ToString::to_string).collect()
+}
+
+/// The only problem of a configuration with these flags and variables.
+fn problem(set: &[&str], environment: &[(&str, &str)]) -> String {
+    let ConfigError(problems) = load(set, environment).unwrap_err();
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    problems[0].to_string()
+}
+
+fn load(set: &[&str], environment: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    let overrides = Overrides { set: set.iter().map(ToString::to_string).collect(), ..Overrides::default() };
+    Config::load(&overrides, variables(environment))
+}
+
+fn variables(environment: &[(&str, &str)]) -> Vec<(OsString, OsString)> {
+    environment.iter().map(|(name, value)| (name.into(), value.into())).collect()
+}
+
+#[test]
+fn no_file_at_all_works() {
+    assert_eq!(load(&[], &[]).unwrap(), Config::default());
+    assert_eq!(read("").unwrap(), Config::default());
+    assert_eq!(read("[server]\n[store.retention.failed]\n").unwrap(), Config::default());
+}
+
+#[test]
+fn the_later_of_file_environment_and_flag_wins() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), "[cycle]\ndeadline = \"1s\"\nmax_queued = 1\n[registry]\nmax_loops = 1\n").unwrap();
+    let overrides = Overrides {
+        config: Some(file.path().into()),
+        set: vec!["cycle.deadline=3s".into(), "server={max_watchers = 3}".into(), "log.format=json".into()],
+        listen: Some("[::1]:3".into()),
+        log_format: Some("text".into()),
+        ..Overrides::default()
+    };
+    let environment = variables(&[
+        ("ORCHESTRATOR_CYCLE_DEADLINE", "2s"),
+        ("ORCHESTRATOR_CYCLE_MAX_QUEUED", "2"),
+        ("ORCHESTRATOR_SERVER_LISTEN", "127.0.0.1:2"),
+        ("ORCHESTRATOR_SERVER_DRAIN_GRACE", "2s"),
+        // A word is whatever the key takes.
+        ("ORCHESTRATOR_ID", "7"),
+        ("PATH", "/bin"),
+    ]);
+    let config = Config::load(&overrides, environment).unwrap();
+    assert_eq!(config.cycle.deadline, Duration::from_secs(3));
+    assert_eq!(config.cycle.max_queued, 2);
+    assert_eq!(config.registry.max_loops, 1);
+    assert_eq!(config.server.listen.to_string(), "[::1]:3");
+    assert_eq!(config.server.max_watchers, 3);
+    assert_eq!(config.server.drain_grace, Duration::from_secs(2));
+    assert_eq!(config.orchestrator_id, "7");
+    assert_eq!(config.log.format, LogFormat::Text);
+    assert_eq!(config.dial, Config::default().dial);
+}
+
+#[test]
+fn flags_are_read() {
+    #[derive(clap::Parser)]
+    struct Command {
+        #[command(flatten)]
+        overrides: Overrides,
+    }
+    let line = "serve --listen 0.0.0.0:1 --insecure-listen-beyond-loopback --store memory: --log-filter debug \
+                --log-format json --set cycle.deadline=1s --set cycle.max_queued=1";
+    let Command { overrides } = clap::Parser::parse_from(line.split_whitespace());
+    let expected = Config {
+        server: Server {
+            listen: "0.0.0.0:1".parse().unwrap(),
+            insecure_listen_beyond_loopback: true,
+            ..Config::default().server
+        },
+        store: Store { url: StoreUrl::Memory, ..Config::default().store },
+        cycle: Cycle { deadline: Duration::from_secs(1), max_queued: 1, ..Config::default().cycle },
+        log: Log { filter: "debug".into(), format: LogFormat::Json },
+        ..Config::default()
+    };
+    assert_eq!(Config::load(&Overrides { config: None, ..overrides }, []).unwrap(), expected);
+}
+
+#[test]
+fn lists_can_come_from_flags_and_variables() {
+    let config = load(
+        &[r#"subsystems=[{name = "A", endpoint = "unix:/a", retry = {max_attempts = 5}}]"#],
+        &[("ORCHESTRATOR_LOOPS", r#"[{name = "l", interval = "1s"}]"#)],
+    )
+    .unwrap();
+    assert_eq!(config.subsystems[0].retry.max_attempts, 5);
+    assert_eq!(config.loops[0].interval, Duration::from_secs(1));
+}
+
+#[test]
+fn every_problem_is_found_at_once_and_says_where() {
+    let found = problems(
+        r#"
+orchestrator_id = ""
+listen = "127.0.0.1:1"
+
+[server]
+listn = "127.0.0.1:1"
+listen = "localhost:7700"
+max_watchers = -1
+max_connections = "many"
+drain_grace = 30
+
+[store]
+url = "postgres://db"
+retention.failed.max_age = "0s"
+
+[cycle]
+deadline = "25h"
+max_queued = 1.5
+started = 2026-01-01
+
+[log]
+filter = "inof"
+format = "xml"
+
+[servers]
+a = 1
+b = 2
+"#,
+    );
+    assert_eq!(
+        found,
+        [
+            "orchestrator.toml:2: orchestrator_id is \"\"; give 1 to 128 letters, digits and signs, without spaces",
+            "orchestrator.toml:3: listen is unknown; did you mean server.listen?",
+            "orchestrator.toml:6: server.listn is unknown; did you mean server.listen?",
+            "orchestrator.toml:7: server.listen is \"localhost:7700\"; give an IP address and a port, such as \
+             127.0.0.1:7700 or [::1]:7700",
+            "orchestrator.toml:8: server.max_watchers is -1; give a whole number from 0 to 100000",
+            "orchestrator.toml:9: server.max_connections is \"many\"; give a whole number from 1 to 1000000",
+            "orchestrator.toml:10: server.drain_grace is 30; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from 0s to 1h",
+            "orchestrator.toml:13: store.url is \"postgres://db\"; give sqlite:PATH, such as \
+             sqlite:/var/lib/orchestrator.db, or memory:",
+            "orchestrator.toml:14: store.retention.failed.max_age is \"0s\"; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from 1s to 878400h",
+            "orchestrator.toml:17: cycle.deadline is \"25h\"; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from 1ms to 24h",
+            "orchestrator.toml:18: cycle.max_queued is 1.5; give a whole number from 0 to 10000",
+            "orchestrator.toml:19: cycle.started is unknown; known here are deadline, max_concurrent_calls, \
+             max_outputs_bytes, max_queued, max_record_bytes",
+            "orchestrator.toml:22: log.filter is \"inof\"; \"inof\" is no level; give a level (off, error, warn, info, \
+             debug, trace), or several such as info,orchestrator_core=debug",
+            "orchestrator.toml:23: log.format is \"xml\"; give \"text\" or \"json\"",
+            "orchestrator.toml:25: servers is unknown; did you mean server?",
+        ]
+    );
+}
+
+#[test]
+fn problems_of_subsystems_and_loops_name_them_and_their_line() {
+    let found = problems(
+        r#"
+subsystems = 5
+[[loops]]
+name = "pulse"
+overlap_policy = "wait"
+
+[[loops]]
+name = "pulse 2"
+interval = "5s"
+offset = "5s"
+"#,
+    );
+    assert_eq!(
+        found,
+        [
+            "orchestrator.toml:2: subsystems is 5; give a list",
+            "orchestrator.toml:3: loop pulse: interval is missing; give the time between ticks, such as 5s",
+            "orchestrator.toml:5: loop pulse: overlap_policy is \"wait\"; give \"skip\" or \"buffer_one\" or \
+             \"buffer_all\" or \"cancel_other\"",
+            "orchestrator.toml:8: loops[1]: name \"pulse 2\" is no name: a name is 1 to 63 characters, a letter, then \
+             letters, digits, '_', '-' or '.'",
+            "orchestrator.toml:10: loops[1]: offset is 5s; allowed is 0s to 4s 999ms 999µs 999ns",
+        ]
+    );
+
+    let found = problems(
+        r#"[[subsystems]]
+name = "A"
+endpoint = "nowhere"
+timeout = 5
+after = [
+    "B",
+    "not ok",
+    7,
+]
+
+[subsystems.retry]
+max_attempts = 11
+max_atempts = 2
+
+[subsystems.parameters]
+since = 2026-01-01
+
+[[subsystems]]
+name = "B"
+endpoint = "http://h:1"
+phase = "first"
+breaker = true
+
+[[subsystems]]
+name = "B"
+endpoint = "http://h:1"
+limits = { max_issues = 5000 }
+
+[[subsystems]]
+endpoint = "http://h:1"
+timeout = "5 parsecs"
+"#,
+    );
+    assert_eq!(
+        found,
+        [
+            "orchestrator.toml:3: subsystem A: endpoint is \"nowhere\"; give http://host:port, https://host:port or \
+             unix:/path",
+            "orchestrator.toml:4: subsystem A: timeout is 5; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\"",
+            "orchestrator.toml:7: subsystem A: after[1] \"not ok\" is no name: a name is 1 to 63 characters, a letter, \
+             then letters, digits, '_', '-' or '.'",
+            "orchestrator.toml:8: subsystem A: after[2] is 7; give a text in quotes",
+            "orchestrator.toml:12: subsystem A: retry.max_attempts is 11; allowed is 1 to 10",
+            "orchestrator.toml:13: subsystem A: retry.max_atempts is unknown; did you mean retry.max_attempts?",
+            "orchestrator.toml:16: subsystem A: parameters holds 2026-01-01, for which JSON has no value; write it in \
+             quotes",
+            "orchestrator.toml:21: subsystem B: phase is \"first\"; give a whole number from -2147483648 to 2147483647",
+            "orchestrator.toml:22: subsystem B: breaker is true; it is a table, so write [breaker]",
+            "orchestrator.toml:25: subsystem B: name is declared twice, first at orchestrator.toml:18; rename or \
+             remove one",
+            "orchestrator.toml:27: subsystem B: limits.max_issues is 5000; allowed is 0 to 1024",
+            "orchestrator.toml:29: subsystems[3]: name \"\" is no name: a name is 1 to 63 characters, a letter, then \
+             letters, digits, '_', '-' or '.'",
+            "orchestrator.toml:31: subsystems[3]: timeout is \"5 parsecs\"; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\"",
+        ]
+    );
+}
+
+#[test]
+fn every_syntax_error_has_its_line() {
+    let found = problems("b = 1\na = \nb = 2\n[c\n");
+    assert!(found.iter().all(|problem| problem.contains("is not TOML: ")), "{found:#?}");
+    let lines: Vec<_> = found.iter().filter_map(|problem| problem.split(':').nth(1)).collect();
+    assert_eq!(lines, ["2", "3", "4"], "{found:#?}");
+}
+
+#[test]
+fn files_that_cannot_be_read_are_named() {
+    let overrides = Overrides { config: Some("no/such/file.toml".into()), ..Overrides::default() };
+    let error = Config::load(&overrides, []).unwrap_err().to_string();
+    assert!(error.starts_with("no/such/file.toml: can't be read: "), "{error}");
+
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), b"a = \"\xff\"").unwrap();
+    let overrides = Overrides { config: Some(file.path().into()), ..Overrides::default() };
+    let error = Config::load(&overrides, []).unwrap_err().to_string();
+    assert!(error.ends_with(": is not UTF-8"), "{error}");
+}
+
+#[test]
+fn flags_are_named() {
+    let bad = |set: &str| problem(&[set], &[]);
+    assert_eq!(
+        bad("cycle.deadlin=5s"),
+        "flag --set cycle.deadlin: cycle.deadlin is unknown; did you mean cycle.deadline?"
+    );
+    assert_eq!(
+        bad("cycle.max_queued=lots"),
+        "flag --set cycle.max_queued: cycle.max_queued is \"lots\"; give a whole number from 0 to 10000"
+    );
+    assert!(bad("cycle").contains("flag --set cycle: "));
+    assert!(bad("cycle.=1").contains("is no key"));
+    assert!(bad("cycle=1").contains("it is a table, so write [cycle]"));
+    assert_eq!(bad("subsystems=[{name = ]"), "flag --set subsystems: subsystems is \"[{name = ]\"; give a list");
+    let ConfigError(found) = load(&["subsystems=[]", "subsystems.A=1", "log.filter.x=1"], &[]).unwrap_err();
+    assert!(found.iter().any(|it| it.problem.contains("which is a list; set the list as a whole")), "{found:?}");
+}
+
+#[test]
+fn variables_are_named_and_only_settings_are_looked_at() {
+    assert_eq!(
+        problem(&[], &[("ORCHESTRATOR_CYCLE_DEADLINE", "5")]),
+        "environment variable ORCHESTRATOR_CYCLE_DEADLINE: cycle.deadline is \"5\"; give a duration with its unit, \
+         such as \"5s\", \"1m 30s\" or \"48h\", from 1ms to 24h"
+    );
+    assert_eq!(
+        problem(&[], &[("ORCHESTRATOR_SERVER_LISTN", "x")]),
+        "environment variable ORCHESTRATOR_SERVER_LISTN: sets nothing; did you mean ORCHESTRATOR_SERVER_LISTEN?"
+    );
+    assert!(problem(&[], &[("ORCHESTRATOR_PORT", "80")]).contains("ORCHESTRATOR_PORT: sets nothing"));
+    assert!(problem(&[], &[("ORCHESTRATOR_WHATEVER", "80")]).contains("such as ORCHESTRATOR_SERVER_LISTEN"));
+    let others = [
+        "ADDRESS",
+        "CONFIG",
+        "OUTPUT",
+        "TIMEOUT",
+        "TEST_X",
+        "TORTURE_KILLS",
+        "SERVICE_HOST",
+        "SERVICE_PORT_GRPC",
+        "PORT_7700_TCP_ADDR",
+    ]
+    .map(|name| (format!("ORCHESTRATOR_{name}"), "x"));
+    let mut others: Vec<_> = others.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+    others.push(("ORCHESTRATOR_PORT", "tcp://10.0.0.1:7700"));
+    assert_eq!(load(&[], &others).unwrap(), Config::default());
+}
+
+#[test]
+#[cfg(unix)]
+fn a_variable_that_is_no_text_is_refused() {
+    use std::os::unix::ffi::OsStringExt;
+    let environment = [("ORCHESTRATOR_ID".into(), OsString::from_vec(vec![0xff]))];
+    let error = Config::load(&Overrides::default(), environment).unwrap_err().to_string();
+    assert_eq!(error, "environment variable ORCHESTRATOR_ID: is not UTF-8");
+}
+
+#[test]
+fn every_variable_has_one_meaning() {
+    let keys = known(Config::from_reader);
+    let names: BTreeSet<_> = keys.iter().map(|key| variable_name(key)).collect();
+    assert_eq!(names.len(), keys.len());
+    for name in names {
+        let rest = name.strip_prefix(PREFIX).unwrap();
+        assert!(!OTHER_VARIABLES.contains(&rest) && !OTHER_PREFIXES.iter().any(|it| rest.starts_with(it)), "{name}");
+    }
+}
+
+#[test]
+fn beyond_loopback_only_when_told_so() {
+    for (listen, is_allowed) in [
+        ("127.8.8.8:1", true),
+        ("[::1]:1", true),
+        ("[::ffff:127.0.0.1]:1", true),
+        ("0.0.0.0:1", false),
+        ("[::]:1", false),
+        ("10.0.0.1:1", false),
+        ("[::ffff:10.0.0.1]:1", false),
+    ] {
+        let mut overrides = Overrides { listen: Some(listen.into()), ..Overrides::default() };
+        match Config::load(&overrides, []) {
+            Ok(_) => assert!(is_allowed, "{listen}"),
+            Err(error) => {
+                assert!(!is_allowed, "{error}");
+                assert!(error.to_string().contains("callers can't be authenticated"), "{error}");
+            }
+        }
+        overrides.insecure_listen_beyond_loopback = true;
+        assert_eq!(Config::load(&overrides, []).unwrap().server.listen.to_string(), listen);
+    }
+}
+
+#[test]
+fn stores() {
+    for url in ["memory:", "sqlite:a.db", "sqlite:/var/lib/a b.db", "sqlite:../a"] {
+        assert_eq!(StoreUrl::parse(url).unwrap().to_string(), url);
+    }
+    for url in [
+        "",
+        "sqlite:",
+        "sqlite",
+        "a.db",
+        "memory:x",
+        "sqlite://a",
+        "sqlite::memory:",
+        "sqlite:file:a?mode=memory",
+        "sqlite:a\0",
+    ] {
+        assert!(StoreUrl::parse(url).is_err(), "{url}");
+    }
+}
+
+#[test]
+fn log_filters() {
+    for filter in ["off", "INFO", "info,orchestrator_core=debug", "warn,h2=off", "orchestrator_core[cycle{id=1}]=trace"]
+    {
+        assert_eq!(log_filter(filter).as_deref(), Ok(filter));
+    }
+    for filter in ["", " ", "inof", "info,deubg", "a=b=c", "info, warn", "info,h2=loud"] {
+        assert!(log_filter(filter).is_err(), "{filter}");
+    }
+}
+
+#[test]
+fn durations() {
+    let deadline = |text: &str| read(&format!("[cycle]\ndeadline = {text}")).map(|config| config.cycle.deadline);
+    for (text, ms) in
+        [("'5s'", 5000), ("'1m 30s'", 90_000), ("'250 ms'", 250), ("'1.5s'", 1500), ("'PT24H'", 86_400_000)]
+    {
+        assert_eq!(deadline(text).unwrap(), Duration::from_millis(ms), "{text}");
+    }
+    for text in ["5", "5.0", "'5'", "''", "'-5s'", "'5s ago'", "'1d'", "'0.5ms'", "'24h 1ns'", "true", "['5s']"] {
+        assert!(deadline(text).unwrap_err().to_string().contains("with its unit"), "{text}");
+    }
+}
+
+#[test]
+fn retention_has_rules_for_single_states() {
+    let retention = read("[store.retention]\nmax_age = \"720h\"\nfailed.max_cycles = 5\n").unwrap().store.retention;
+    let day = Duration::from_hours(24);
+    assert_eq!(retention.default, RetentionRule { max_cycles: Some(100_000), max_age: Some(30 * day) });
+    let failed = RetentionRule { max_cycles: Some(5), max_age: None };
+    assert_eq!(retention.by_state, BTreeMap::from([(CycleState::Failed, failed)]));
+}
+
+#[test]
+fn no_more_is_declared_than_the_registry_takes() {
+    let found = problems(
+        "[registry]\nmax_loops = 1\n[[loops]]\nname = \"a\"\ninterval = \"1s\"\n[[loops]]\nname = \"b\"\ninterval = \"1s\"\n",
+    );
+    assert_eq!(found, ["orchestrator.toml:3: loops are 2; registry.max_loops allows 1"]);
+}
+
+#[test]
+fn no_more_problems_are_shown_than_a_person_reads() {
+    let text: String = (0..150).flat_map(|n| ["[x".to_owned(), n.to_string(), "]\n".to_owned()]).collect();
+    let error = read(&text).unwrap_err();
+    assert_eq!(error.0.len(), 150);
+    assert_eq!(error.to_string().lines().count(), 101);
+    assert!(error.to_string().ends_with("\nand 50 more"));
+}
+
+#[test]
+fn a_reload_keeps_what_needs_a_restart() {
+    let running = Config::default();
+    let new = read(
+        r#"
+orchestrator_id = "new"
+[server]
+listen = "0.0.0.0:1"
+insecure_listen_beyond_loopback = true
+max_connections = 1
+max_concurrent_streams = 1
+max_request_bytes = 65536
+max_watchers = 1
+drain_grace = "1s"
+[store]
+url = "memory:"
+retention.max_cycles = 1
+[cycle]
+deadline = "1s"
+max_concurrent_calls = 1
+max_queued = 1
+max_record_bytes = 65536
+max_outputs_bytes = 1048576
+[registry]
+max_subsystems = 1
+max_loops = 1
+[dial]
+ca_file = "ca.pem"
+connect_timeout = "1s"
+[log]
+filter = "debug"
+format = "json"
+[[subsystems]]
+name = "A"
+endpoint = "http://h:1"
+[[loops]]
+name = "l"
+interval = "1s"
+"#,
+    )
+    .unwrap();
+    let Reload { config, needs_restart } = running.reload(new.clone());
+    assert_eq!(
+        needs_restart,
+        [
+            "orchestrator_id",
+            "server.listen",
+            "server.insecure_listen_beyond_loopback",
+            "server.max_connections",
+            "server.max_concurrent_streams",
+            "server.max_request_bytes",
+            "store.url",
+            "dial.ca_file",
+            "dial.connect_timeout",
+            "log.format",
+        ]
+    );
+    let expected = Config {
+        orchestrator_id: running.orchestrator_id.clone(),
+        server: Server { max_watchers: 1, drain_grace: Duration::from_secs(1), ..running.server.clone() },
+        store: Store { url: running.store.url.clone(), retention: new.store.retention.clone() },
+        dial: running.dial.clone(),
+        log: Log { filter: "debug".into(), format: LogFormat::Text },
+        ..new.clone()
+    };
+    assert_eq!(config, expected);
+    assert_eq!(new.reload(new.clone()), Reload { config: new, needs_restart: Vec::new() });
+}
+
+/// Every key that `read` asks for.
+fn known<T>(read: impl FnOnce(&mut Reader<'_>) -> T) -> BTreeSet<String> {
+    let mut problems = Vec::new();
+    let mut reader = Reader::new(Table::new(), BTreeMap::new(), &mut problems);
+    read(&mut reader);
+    reader.known.into_iter().collect()
+}
+
+/// The reference with what stands behind a `#` without a space put in force.
+fn whole_reference() -> String {
+    REFERENCE
+        .lines()
+        .map(|line| line.strip_prefix('#').filter(|rest| !rest.is_empty() && !rest.starts_with(' ')).unwrap_or(line))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+#[test]
+fn the_reference_shows_the_defaults() {
+    assert_eq!(read(REFERENCE).unwrap(), Config::default());
+
+    let whole = read(&whole_reference()).unwrap();
+    let minimal =
+        SubsystemSpec { name: "Example".into(), endpoint: "http://127.0.0.1:50051".into(), ..SubsystemSpec::default() };
+    assert_eq!(whole.subsystems, [Subsystem::from_spec(&minimal).unwrap()]);
+    let minimal = LoopSpec {
+        name: "example".into(),
+        interval: Some("5s".parse().unwrap()),
+        deadline: Some("60s".parse().unwrap()),
+        ..LoopSpec::default()
+    };
+    assert_eq!(whole.loops, [IntervalLoop::from_spec(&minimal).unwrap()]);
+}
+
+#[test]
+fn the_reference_lists_every_key_once_with_a_comment() {
+    let mut keys: BTreeSet<_> = known(Config::from_reader);
+    for (list, of_entries) in [("subsystems", known(subsystem_spec)), ("loops", known(loop_spec))] {
+        keys.remove(list);
+        keys.extend(of_entries.into_iter().map(|key| format!("{list}.{key}")));
+    }
+    let mut listed = BTreeSet::new();
+    let (mut table, mut above) = (String::new(), "");
+    let whole = whole_reference();
+    for line in whole.lines() {
+        if line.starts_with('[') {
+            table = format!("{}.", line.trim_matches(['[', ']']));
+        } else if let Some((key, _)) = line.split_once(" = ").filter(|_| !line.starts_with('#')) {
+            assert!(above.starts_with("# "), "no comment above {table}{key}");
+            assert!(listed.insert(format!("{table}{key}")), "{table}{key} is there twice");
+        }
+        above = line;
+    }
+    assert_eq!(listed, keys);
+}
+
+#[test]
+fn dreamnet_is_28_subsystems_in_ten_phases_every_five_seconds() {
+    let config = Config::from_toml_str("examples/dreamnet.toml", DREAMNET).unwrap();
+    assert_eq!(config.subsystems.len(), 28);
+    let phases: BTreeSet<_> = config.subsystems.iter().map(|subsystem| subsystem.phase).collect();
+    assert_eq!(phases.into_iter().collect::<Vec<_>>(), [0, 10, 15, 20, 30, 40, 50, 55, 56, 60]);
+    let names: BTreeSet<_> = config.subsystems.iter().map(|subsystem| &subsystem.name).collect();
+    for subsystem in &config.subsystems {
+        assert!(subsystem.input_names().all(|input| names.contains(input)), "{}", subsystem.name);
+    }
+    let members =
+        config.subsystems.iter().map(|it| Member::new(Arc::new(it.clone()), false, Arc::<Standing>::default()));
+    Plan::compile(members).unwrap();
+    let [heartbeat] = &config.loops[..] else { panic!("one loop") };
+    assert_eq!(heartbeat.interval, Duration::from_secs(5));
+    assert!(heartbeat.deadline.unwrap() + Duration::from_millis(250) < heartbeat.interval);
+}

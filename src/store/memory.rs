@@ -1,0 +1,164 @@
+//! The store that forgets: everything is gone when the process ends. For trying things out and for tests: it runs
+//! inline, without threads, so that tests can pause the clock.
+
+use std::{
+    collections::BTreeMap,
+    future::ready,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+
+use super::check_sequence;
+use crate::{
+    model::{CycleId, CycleState, Epoch, Revision},
+    ports::{
+        Contents, Filter, Page, PageLimits, Pruned, Record, Retention, RetentionRule, SCAN_LIMIT, Store, StoreError,
+        Write,
+    },
+};
+
+const EPOCH: Epoch = Epoch(1);
+
+/// Keeps the history in memory. The rest of what it is told only a restart would need, and it does not see one.
+pub(super) struct Memory(Mutex<History>);
+
+#[derive(Default)]
+struct History {
+    records: BTreeMap<CycleId, Record>,
+    last_cycle_id: CycleId,
+    last_revision: Revision,
+    pruned_to: Revision,
+}
+
+impl Memory {
+    pub(super) fn new() -> (Self, Contents) {
+        (Self(Mutex::default()), Contents { epoch: EPOCH, ..Contents::default() })
+    }
+
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Store for Memory {
+    fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
+        let mut history = self.history();
+        let checked = if write.epoch == EPOCH {
+            check_sequence("memory:", &write.records, history.last_cycle_id, history.last_revision)
+        } else {
+            Err(StoreError::Fenced(EPOCH))
+        };
+        Box::pin(ready(checked.map(|(last_cycle_id, last_revision)| {
+            (history.last_cycle_id, history.last_revision) = (last_cycle_id, last_revision);
+            history.records.extend(write.records.iter().map(|record| (record.cycle_id, record.clone())));
+        })))
+    }
+
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+        let found = self.history().records.get(&cycle_id).cloned();
+        Box::pin(ready(Ok(found)))
+    }
+
+    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+        let history = self.history();
+        let found = history.records.values().rev().find(|record| record.request_id.as_ref() == Some(&request_id));
+        Box::pin(ready(Ok(found.cloned())))
+    }
+
+    fn cycles_before(
+        &self,
+        before: CycleId,
+        filter: Filter,
+        limits: PageLimits,
+    ) -> BoxFuture<'_, Result<Page, StoreError>> {
+        let history = self.history();
+        let mut page = Page::default();
+        let mut bytes = 0;
+        for (scanned, record) in history.records.range(..before).rev().map(|(_, record)| record).enumerate() {
+            let is_full = page.records.len() == limits.records
+                || (!page.records.is_empty() && bytes + record.bytes.len() > limits.bytes);
+            if scanned == SCAN_LIMIT || (is_full && filter.wants(record)) {
+                page.next = Some(record.cycle_id.next());
+                break;
+            }
+            if filter.wants(record) {
+                bytes += record.bytes.len();
+                page.records.push(record.clone());
+            }
+        }
+        Box::pin(ready(Ok(page)))
+    }
+
+    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Record>, StoreError>> {
+        let history = self.history();
+        if revision < history.pruned_to || revision > history.last_revision {
+            let (oldest, newest) = (history.pruned_to.next(), history.last_revision);
+            return Box::pin(ready(Err(StoreError::NotRetained { oldest, newest })));
+        }
+        let mut records: Vec<Record> = Vec::new();
+        let mut bytes = 0;
+        // Cycles are recorded in the order of their ids, so that is the order of revisions as well.
+        for record in history.records.values().filter(|record| record.revision > revision) {
+            bytes += record.bytes.len();
+            if records.len() == limits.records || (!records.is_empty() && bytes > limits.bytes) {
+                break;
+            }
+            records.push(record.clone());
+        }
+        Box::pin(ready(Ok(records)))
+    }
+
+    fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
+        let mut history = self.history();
+        let mut oldest_first: Vec<_> = Vec::new();
+        for (rule, states) in retention.rules() {
+            let of_rule: Vec<_> = history.records.values().filter(|record| states.contains(&record.state)).collect();
+            let keep = history.last_cycle_id;
+            oldest_first.extend(to_prune(
+                rule,
+                of_rule.len() as u64,
+                of_rule.iter().map(|record| (record.cycle_id, record.finished_at)),
+                now,
+                keep,
+            ));
+        }
+        oldest_first.sort_unstable();
+        oldest_first.truncate(limit);
+        for cycle_id in &oldest_first {
+            if let Some(record) = history.records.remove(cycle_id) {
+                history.pruned_to = history.pruned_to.max(record.revision);
+            }
+        }
+        let pruned = Pruned { removed: oldest_first.len(), pruned_to: history.pruned_to };
+        Box::pin(ready(Ok(pruned)))
+    }
+}
+
+/// Which of the oldest records of one rule go, given how many there are; `oldest` has them oldest first.
+pub(super) fn to_prune(
+    rule: RetentionRule,
+    count: u64,
+    oldest: impl Iterator<Item = (CycleId, Timestamp)>,
+    now: Timestamp,
+    keep: CycleId,
+) -> Vec<CycleId> {
+    let too_many = rule.max_cycles.map_or(0, |max| count.saturating_sub(max));
+    let too_old = rule.max_age.and_then(|age| now.checked_sub(age).ok());
+    (0_u64..)
+        .zip(oldest)
+        .take_while(|(i, (_, finished_at))| *i < too_many || too_old.is_some_and(|limit| *finished_at <= limit))
+        .map(|(_, (cycle_id, _))| cycle_id)
+        .filter(|cycle_id| *cycle_id != keep)
+        .collect()
+}
+
+impl Retention {
+    /// Each rule with the states that it is for.
+    pub(super) fn rules(&self) -> Vec<(RetentionRule, Vec<CycleState>)> {
+        let own = self.by_state.iter().map(|(state, rule)| (*rule, vec![*state]));
+        let others = CycleState::ALL.into_iter().filter(|state| !self.by_state.contains_key(state)).collect();
+        own.chain([(self.default, others)]).collect()
+    }
+}

@@ -1,0 +1,111 @@
+//! Stores: where the record is kept. One contract, the trait [`Store`](crate::ports::Store) in `ports`, and one suite of
+//! tests that every store passes.
+
+mod memory;
+mod sqlite;
+#[cfg(test)]
+mod suite;
+
+use std::{fmt, path::PathBuf, sync::Arc};
+
+use crate::{
+    model::{CycleId, Revision},
+    ports::{Contents, Record, Store, StoreError},
+};
+
+/// Where the record is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreUrl {
+    /// `memory:`: gone when the process ends.
+    Memory,
+    /// `sqlite:PATH`: a SQLite database. A relative path starts at the working directory.
+    Sqlite(PathBuf),
+}
+
+impl StoreUrl {
+    /// Reads a URL.
+    ///
+    /// # Errors
+    /// It is none of a store; the message says what is.
+    pub fn parse(url: &str) -> Result<Self, String> {
+        if url == "memory:" {
+            return Ok(Self::Memory);
+        }
+        match url.strip_prefix("sqlite:") {
+            // SQLite has meanings of its own for these.
+            Some(path) if !path.is_empty() && !path.starts_with([':', '?']) && !path.starts_with("file:") => {
+                if path.starts_with("//") {
+                    Err("write the path right after sqlite:, such as sqlite:/var/lib/orchestrator.db".into())
+                } else if path.contains('\0') {
+                    Err("a path holds no NUL".into())
+                } else {
+                    Ok(Self::Sqlite(path.into()))
+                }
+            }
+            _ => Err("give sqlite:PATH, such as sqlite:/var/lib/orchestrator.db, or memory:".into()),
+        }
+    }
+}
+
+impl fmt::Display for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Memory => f.write_str("memory:"),
+            Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
+        }
+    }
+}
+
+/// Opens a store, which begins a new epoch in it, and reads what an earlier process left.
+///
+/// # Errors
+/// Another process has it open, or it can't be opened, read or written.
+pub async fn open(url: &StoreUrl) -> Result<(Arc<dyn Store>, Contents), StoreError> {
+    match url {
+        StoreUrl::Memory => {
+            let (store, contents) = memory::Memory::new();
+            Ok((Arc::new(store), contents))
+        }
+        StoreUrl::Sqlite(path) => {
+            let (store, contents) = sqlite::Sqlite::open(path.clone()).await?;
+            Ok((Arc::new(store), contents))
+        }
+    }
+}
+
+/// Checks that each record is the next cycle and the next revision.
+fn check_sequence(
+    store: &str,
+    records: &[Record],
+    mut last_cycle_id: CycleId,
+    mut last_revision: Revision,
+) -> Result<(CycleId, Revision), StoreError> {
+    for record in records {
+        if (record.cycle_id, record.revision) != (last_cycle_id.next(), last_revision.next()) {
+            return Err(StoreError::Other(
+                store.into(),
+                format!(
+                    "cycle {} as revision {} can't follow cycle {last_cycle_id} and revision {last_revision}",
+                    record.cycle_id, record.revision
+                ),
+            ));
+        }
+        (last_cycle_id, last_revision) = (record.cycle_id, record.revision);
+    }
+    Ok((last_cycle_id, last_revision))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls() {
+        for url in ["memory:", "sqlite:a.db", "sqlite:/var/a.db"] {
+            assert_eq!(StoreUrl::parse(url).unwrap().to_string(), url);
+        }
+        for url in ["", "memory", "memory:x", "sqlite:", "sqlite:///a.db", "sqlite::memory:", "postgres://h/d", "a.db"] {
+            assert!(StoreUrl::parse(url).is_err(), "{url}");
+        }
+    }
+}

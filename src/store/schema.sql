@@ -1,0 +1,71 @@
+-- The layout of a SQLite store, as numbered migrations. `PRAGMA user_version` says up to which one a database is; each is
+-- applied in one transaction and never changed once it is released. Times are nanoseconds since 1970.
+
+-- migration 1
+
+-- One row: who writes, and how far the history goes.
+CREATE TABLE meta (
+    id            INTEGER PRIMARY KEY CHECK (id = 0),
+    epoch         INTEGER NOT NULL,  -- of the process that writes; checked in every commit
+    last_cycle_id INTEGER NOT NULL,
+    last_revision INTEGER NOT NULL,
+    pruned_to     INTEGER NOT NULL,  -- the highest revision that was ever removed
+    boot_id       TEXT,              -- of the machine's start in which the last process opened this
+    is_closed     INTEGER NOT NULL   -- the last process wrote everything that it had to
+);
+INSERT INTO meta VALUES (0, 0, 0, 0, 0, NULL, 1);
+
+-- The history. `record` is the encoded CycleTelemetry, byte for byte as it was first written; the other columns only
+-- find it.
+CREATE TABLE cycles (
+    cycle_id    INTEGER PRIMARY KEY,
+    revision    INTEGER NOT NULL UNIQUE,
+    epoch       INTEGER NOT NULL,
+    state       INTEGER NOT NULL,    -- 1 succeeded, 2 degraded, 3 failed, 4 cancelled, 5 interrupted
+    trigger     INTEGER NOT NULL,    -- 0 unknown, 1 manual, 2 loop
+    loop        TEXT,
+    request_id  TEXT,
+    finished_at INTEGER NOT NULL,
+    record      BLOB NOT NULL
+);
+CREATE INDEX cycles_by_state ON cycles (state);
+CREATE INDEX cycles_by_request ON cycles (request_id) WHERE request_id IS NOT NULL;
+
+-- How many records there are of each state, so that retention need not count them.
+CREATE TABLE counts (
+    state  INTEGER PRIMARY KEY,
+    cycles INTEGER NOT NULL
+);
+INSERT INTO counts VALUES (1, 0), (2, 0), (3, 0), (4, 0), (5, 0);
+
+-- Cycles that were admitted and are not recorded yet.
+CREATE TABLE open_cycles (
+    cycle_id     INTEGER PRIMARY KEY,
+    trigger      INTEGER NOT NULL,
+    loop         TEXT,
+    scheduled_at INTEGER NOT NULL,
+    started_at   INTEGER,
+    request_id   TEXT
+);
+
+-- The latest output of each subsystem, as an encoded google.protobuf.Struct.
+CREATE TABLE outputs (
+    name     TEXT PRIMARY KEY,
+    cycle_id INTEGER NOT NULL,
+    payload  BLOB NOT NULL
+);
+
+-- What is known of subsystems beyond the configuration file. `spec` is JSON; NULL when the file has the registration.
+CREATE TABLE subsystems (
+    name      TEXT PRIMARY KEY,
+    spec      TEXT,
+    lease_ms  INTEGER,
+    suspended INTEGER NOT NULL
+);
+
+-- The same for loops. `state` is JSON.
+CREATE TABLE loops (
+    name  TEXT PRIMARY KEY,
+    spec  TEXT,
+    state TEXT NOT NULL
+);

@@ -1,0 +1,779 @@
+//! The store in a SQLite database: the default.
+//!
+//! How it keeps what is promised:
+//!
+//! * What is acknowledged is not lost: durable writes are one transaction in WAL mode with `synchronous=FULL`, which
+//!   returns after the log is on the disk. Buffered writes use `NORMAL`, which hands the log to the operating system:
+//!   the death of the process loses nothing, the loss of power may, and a database that was not closed before the
+//!   machine restarted is opened with [`Contents::may_lack_open`].
+//! * One writer: a lock on the file `<database>.lock` keeps a second process out. Should somebody remove that file, the
+//!   epoch that every transaction checks stops the first process as soon as a second one has opened the database.
+//! * Nothing half: a write that fails, for want of room or permission, is rolled back as a whole, and the next one
+//!   finds everything as it was.
+//!
+//! One thread writes. A few connections read beside it, which in WAL mode neither wait for it nor keep it waiting.
+
+use std::{
+    fs::{self, File, TryLockError},
+    io::{Read, Seek, Write as _},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, TransactionBehavior, named_params};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use super::{check_sequence, memory::to_prune};
+use crate::{
+    model::{CycleId, CycleState, Epoch, Name, Output, Payload, Revision, Trigger},
+    ports::{
+        Contents, Durability, Filter, OpenCycle, Page, PageLimits, Pruned, Record, Retention, SCAN_LIMIT, Store,
+        StoreError, StoredLoop, StoredSubsystem, TriggerKind, Write,
+    },
+};
+
+/// The migrations, each from its own line on.
+const SCHEMA: &str = include_str!("schema.sql");
+const MIGRATION: &str = "-- migration ";
+
+/// Writes that may wait for the thread: the orchestrator makes one at a time, and pruning another.
+const QUEUE: usize = 8;
+/// Connections that read: pages of the history are short, and two cores are kept busy by two.
+const READERS: usize = 2;
+/// How long a statement waits for a program that has locked the database, such as a backup.
+const BUSY: Duration = Duration::from_secs(5);
+/// After so many bytes the log is copied into the database, between two writes.
+const CHECKPOINT_BYTES: usize = 4 << 20;
+
+/// A SQLite database.
+pub(super) struct Sqlite {
+    path: Arc<PathBuf>,
+    jobs: Option<mpsc::Sender<Job>>,
+    writer: Option<thread::JoinHandle<()>>,
+    readers: Arc<Mutex<Vec<Connection>>>,
+    reading: Arc<Semaphore>,
+}
+
+enum Job {
+    Commit(Arc<Write>, oneshot::Sender<Result<(), StoreError>>),
+    Prune(Retention, Timestamp, usize, oneshot::Sender<Result<Pruned, StoreError>>),
+}
+
+impl Sqlite {
+    pub(super) async fn open(path: PathBuf) -> Result<(Self, Contents), StoreError> {
+        let shown = path.display().to_string();
+        let opened = tokio::task::spawn_blocking(move || Self::open_blocking(path)).await;
+        opened.unwrap_or_else(|error| Err(StoreError::Other(shown, error.to_string())))
+    }
+
+    fn open_blocking(path: PathBuf) -> Result<(Self, Contents), StoreError> {
+        if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+            fs::create_dir_all(directory).map_err(|error| unwritable(&path, &error))?;
+        }
+        let lock = lock(&path)?;
+        let mut connection = connect(&path).map_err(|error| explain(&path, error))?;
+        let contents = (|| {
+            migrate(&mut connection, &path)?;
+            begin_epoch(&mut connection, &path)
+        })()?;
+        let readers = (0..READERS).map(|_| connect(&path)).collect::<Result<_, _>>();
+        let readers = readers.map_err(|error| explain(&path, error))?;
+
+        let path = Arc::new(path);
+        let (jobs, incoming) = mpsc::channel(QUEUE);
+        let writer = Writer {
+            path: path.clone(),
+            connection,
+            epoch: contents.epoch,
+            last: (contents.last_cycle_id, contents.last_revision),
+            synchronous: Durability::Durable,
+            unchecked_bytes: 0,
+            _lock: lock,
+        };
+        let writer = thread::Builder::new().name("store".into()).spawn(move || writer.run(incoming));
+        let writer = writer.map_err(|error| StoreError::Other(path.display().to_string(), error.to_string()))?;
+        let store = Self {
+            path,
+            jobs: Some(jobs),
+            writer: Some(writer),
+            readers: Arc::new(Mutex::new(readers)),
+            reading: Arc::new(Semaphore::new(READERS)),
+        };
+        Ok((store, contents))
+    }
+
+    async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Job) -> Result<T, StoreError> {
+        let gone = || StoreError::Other(self.path.display().to_string(), "its writer has ended".into());
+        let (reply, answer) = oneshot::channel();
+        let jobs = self.jobs.as_ref().ok_or_else(gone)?;
+        jobs.send(job(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&mut Connection) -> Result<T, ReadError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let path = self.path.clone();
+        let other = |path: &Path, what: String| StoreError::Other(path.display().to_string(), what);
+        let permit = self.reading.clone().acquire_owned().await.map_err(|error| other(&path, error.to_string()))?;
+        let readers = self.readers.clone();
+        let task = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            let pooled = readers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let mut connection = match pooled {
+                Some(connection) => connection,
+                None => connect(&path).map_err(|error| explain(&path, error))?,
+            };
+            let result = read(&mut connection);
+            readers.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+            result.map_err(|error| match error {
+                ReadError::Sqlite(error) => explain(&path, error),
+                ReadError::Store(error) => error,
+            })
+        });
+        let path = self.path.clone();
+        task.await.unwrap_or_else(|error| Err(other(&path, error.to_string())))
+    }
+}
+
+enum ReadError {
+    Sqlite(rusqlite::Error),
+    Store(StoreError),
+}
+
+impl From<rusqlite::Error> for ReadError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error)
+    }
+}
+
+impl Drop for Sqlite {
+    fn drop(&mut self) {
+        // The thread ends when nobody can send any more; joining it makes sure that the lock is free afterwards.
+        self.jobs = None;
+        if let Some(writer) = self.writer.take() {
+            let _ = writer.join();
+        }
+    }
+}
+
+impl Store for Sqlite {
+    fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.ask(|reply| Job::Commit(write, reply)))
+    }
+
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+        Box::pin(self.read(move |connection| {
+            let mut query = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
+            Ok(query.query_row([integer(cycle_id.0)], record).optional()?)
+        }))
+    }
+
+    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+        Box::pin(self.read(move |connection| {
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM cycles WHERE request_id = ?1 ORDER BY cycle_id DESC LIMIT 1"
+            ))?;
+            Ok(query.query_row([request_id], record).optional()?)
+        }))
+    }
+
+    fn cycles_before(
+        &self,
+        before: CycleId,
+        filter: Filter,
+        limits: PageLimits,
+    ) -> BoxFuture<'_, Result<Page, StoreError>> {
+        Box::pin(self.read(move |connection| {
+            let mut query = connection
+                .prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id < ?1 ORDER BY cycle_id DESC"))?;
+            let mut rows = query.query([integer(before.0)])?;
+            let mut page = Page::default();
+            let (mut bytes, mut scanned) = (0, 0);
+            while let Some(row) = rows.next()? {
+                // The record itself stands last in a row, and is not touched unless it is wanted.
+                let found = found(row)?;
+                let wanted = filter.wants(&found);
+                let is_full = page.records.len() == limits.records;
+                if scanned == SCAN_LIMIT || (wanted && is_full) {
+                    page.next = Some(found.cycle_id.next());
+                    break;
+                }
+                if wanted {
+                    let record = record(row)?;
+                    if !page.records.is_empty() && bytes + record.bytes.len() > limits.bytes {
+                        page.next = Some(found.cycle_id.next());
+                        break;
+                    }
+                    bytes += record.bytes.len();
+                    page.records.push(record);
+                }
+                scanned += 1;
+            }
+            Ok(page)
+        }))
+    }
+
+    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Record>, StoreError>> {
+        Box::pin(self.read(move |connection| {
+            // One transaction, so that nothing is pruned between the check and the reading.
+            let transaction = connection.transaction()?;
+            let (pruned_to, newest) = transaction
+                .prepare_cached("SELECT pruned_to, last_revision FROM meta")?
+                .query_row([], |row| Ok((Revision(number(row, 0)?), Revision(number(row, 1)?))))?;
+            if revision < pruned_to || revision > newest {
+                return Err(ReadError::Store(StoreError::NotRetained { oldest: pruned_to.next(), newest }));
+            }
+            let mut query = transaction
+                .prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE revision > ?1 ORDER BY revision"))?;
+            let mut rows = query.query([integer(revision.0)])?;
+            let mut records: Vec<Record> = Vec::new();
+            let mut bytes = 0;
+            while let Some(row) = rows.next()? {
+                if records.len() == limits.records {
+                    break;
+                }
+                let record = record(row)?;
+                bytes += record.bytes.len();
+                if !records.is_empty() && bytes > limits.bytes {
+                    break;
+                }
+                records.push(record);
+            }
+            Ok(records)
+        }))
+    }
+
+    fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
+        Box::pin(self.ask(move |reply| Job::Prune(retention, now, limit, reply)))
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Opening
+
+/// Takes the lock beside the database. It is free as soon as the process that has it ends, however that ends.
+fn lock(path: &Path) -> Result<File, StoreError> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let options = File::options().read(true).write(true).create(true).truncate(false).open(&name);
+    let mut file = options.map_err(|error| unwritable(path, &error))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            let holder = holder.trim();
+            let holder = if holder.is_empty() { String::new() } else { format!(" (pid {holder})") };
+            return Err(StoreError::InUse(path.display().to_string(), holder));
+        }
+        Err(TryLockError::Error(error)) => return Err(unwritable(path, &error)),
+    }
+    // The number only helps people; the lock is what counts.
+    let noted = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
+    noted.map_err(|error| unwritable(path, &error))?;
+    Ok(file)
+}
+
+fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(BUSY)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    // Copying the log into the database waits for the disk, so the writer chooses when.
+    connection.pragma_update(None, "wal_autocheckpoint", 0)?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+/// Applies what the database lacks.
+fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
+    let migrations: Vec<&str> = SCHEMA.split(MIGRATION).skip(1).collect();
+    let explained = |error| explain(path, error);
+    let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(explained)?;
+    let known = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
+    if found > known {
+        return Err(StoreError::TooNew { path: path.display().to_string(), found, known });
+    }
+    let tables: i64 =
+        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0)).map_err(explained)?;
+    if found == 0 && tables > 0 {
+        let what = "it is a database of some other software".into();
+        return Err(StoreError::Corrupt(path.display().to_string(), what));
+    }
+    for (version, migration) in (1_i64..).zip(migrations).skip(usize::try_from(found).unwrap_or(0)) {
+        // Its first line is its number.
+        let (_, statements) = migration.split_once('\n').unwrap_or_default();
+        (|| {
+            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            transaction.execute_batch(statements)?;
+            transaction.pragma_update(None, "user_version", version)?;
+            transaction.commit()
+        })()
+        .map_err(explained)?;
+    }
+    Ok(())
+}
+
+/// What `/proc` says of the machine's start; `None` where there is no such thing.
+fn boot_id() -> Option<String> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned())
+}
+
+/// Begins an epoch, durably, and reads everything but the history.
+fn begin_epoch(connection: &mut Connection, path: &Path) -> Result<Contents, StoreError> {
+    let explained = |error| explain(path, error);
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(explained)?;
+    let mut contents = (|| {
+        let boot_id = boot_id();
+        let mut contents = transaction.query_row("SELECT * FROM meta", [], |row| {
+            let (was_closed, last_boot_id): (bool, Option<String>) = (row.get("is_closed")?, row.get("boot_id")?);
+            Ok(Contents {
+                epoch: Epoch(number(row, "epoch")?).next(),
+                last_cycle_id: CycleId(number(row, "last_cycle_id")?),
+                last_revision: Revision(number(row, "last_revision")?),
+                pruned_to: Revision(number(row, "pruned_to")?),
+                may_lack_open: !was_closed && (boot_id.is_none() || last_boot_id != boot_id),
+                ..Contents::default()
+            })
+        })?;
+        transaction.execute(
+            "UPDATE meta SET epoch = :epoch, boot_id = :boot_id, is_closed = 0",
+            named_params! { ":epoch": integer(contents.epoch.0), ":boot_id": boot_id },
+        )?;
+        contents.last_record = transaction
+            .query_row(&format!("SELECT {COLUMNS} FROM cycles ORDER BY cycle_id DESC LIMIT 1"), [], record)
+            .optional()?;
+        contents.open = transaction
+            .prepare("SELECT * FROM open_cycles ORDER BY cycle_id")?
+            .query_map([], open_cycle)?
+            .collect::<rusqlite::Result<_>>()?;
+        Ok(contents)
+    })()
+    .map_err(explained)?;
+    contents.subsystems = read_all(&transaction, path, "SELECT * FROM subsystems ORDER BY name", |row| {
+        let lease_ms: Option<i64> = row.get("lease_ms")?;
+        Ok(StoredSubsystem {
+            name: name(row, "name")?,
+            spec: json(row, "spec")?,
+            lease: lease_ms.map(|ms| Duration::from_millis(ms.unsigned_abs())),
+            suspended: row.get("suspended")?,
+        })
+    })?;
+    contents.loops = read_all(&transaction, path, "SELECT * FROM loops ORDER BY name", |row| {
+        let state = json(row, "state")?.unwrap_or_default();
+        Ok(StoredLoop { name: name(row, "name")?, spec: json(row, "spec")?, state })
+    })?;
+    contents.outputs = read_all(&transaction, path, "SELECT * FROM outputs ORDER BY name", |row| {
+        let bytes: Vec<u8> = row.get("payload")?;
+        let payload = Payload::check(bytes.into()).map_err(|malformed| wrong(row, "payload", malformed))?;
+        Ok((name(row, "name")?, Output { cycle_id: CycleId(number(row, "cycle_id")?), payload }))
+    })?;
+    transaction.commit().map_err(explained)?;
+    Ok(contents)
+}
+
+fn read_all<T>(
+    transaction: &Transaction<'_>,
+    path: &Path,
+    query: &str,
+    read: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
+) -> Result<Vec<T>, StoreError> {
+    (|| transaction.prepare(query)?.query_map([], read)?.collect())().map_err(|error| explain(path, error))
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Writing
+
+struct Writer {
+    path: Arc<PathBuf>,
+    connection: Connection,
+    epoch: Epoch,
+    last: (CycleId, Revision),
+    /// What the connection is set to.
+    synchronous: Durability,
+    /// Bytes in the log that are not yet in the database.
+    unchecked_bytes: usize,
+    /// Held as long as something may be written.
+    _lock: File,
+}
+
+impl Writer {
+    fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+        while let Some(job) = jobs.blocking_recv() {
+            // Who asked may have gone away; what was done is done.
+            match job {
+                Job::Commit(write, reply) => drop(reply.send(self.commit(&write))),
+                Job::Prune(retention, now, limit, reply) => drop(reply.send(self.prune(&retention, now, limit))),
+            }
+            self.checkpoint();
+        }
+    }
+
+    fn commit(&mut self, write: &Write) -> Result<(), StoreError> {
+        #[cfg(test)]
+        self.apply_page_limit();
+        if write.epoch != self.epoch {
+            return Err(StoreError::Fenced(self.epoch));
+        }
+        let path = self.path.display().to_string();
+        let last = check_sequence(&path, &write.records, self.last.0, self.last.1)?;
+        let is_current = self.transact(write, last).map_err(|error| explain(&self.path, error))?;
+        if let Some(epoch) = is_current {
+            return Err(StoreError::Fenced(epoch));
+        }
+        self.last = last;
+        self.unchecked_bytes += write.records.iter().map(|record| record.bytes.len()).sum::<usize>()
+            + write.outputs.iter().map(|(_, output)| output.payload.len()).sum::<usize>()
+            + 4096;
+        Ok(())
+    }
+
+    /// Does it in one transaction; `Some` is the epoch that has taken over, and then nothing was done.
+    fn transact(&mut self, write: &Write, last: (CycleId, Revision)) -> rusqlite::Result<Option<Epoch>> {
+        if self.synchronous != write.durability {
+            let level = match write.durability {
+                Durability::Durable => "FULL",
+                Durability::Buffered => "NORMAL",
+            };
+            self.connection.pragma_update(None, "synchronous", level)?;
+            self.synchronous = write.durability;
+        }
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let written = transaction
+            .prepare_cached(
+                "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed
+                 WHERE epoch = :epoch",
+            )?
+            .execute(named_params! {
+                ":cycle_id": integer(last.0.0),
+                ":revision": integer(last.1.0),
+                ":is_closed": write.close,
+                ":epoch": integer(self.epoch.0),
+            })?;
+        if written == 0 {
+            let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0))?;
+            return Ok(Some(Epoch(epoch)));
+        }
+        put_cycles(&transaction, write)?;
+        put_knowledge(&transaction, write)?;
+        transaction.commit()?;
+        Ok(None)
+    }
+
+    fn prune(&mut self, retention: &Retention, now: Timestamp, limit: usize) -> Result<Pruned, StoreError> {
+        let keep = self.last.0;
+        (|| {
+            let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let mut gone = Vec::new();
+            for (rule, states) in retention.rules() {
+                let mut count = 0;
+                let mut oldest = Vec::new();
+                for state in states {
+                    count += transaction
+                        .prepare_cached("SELECT cycles FROM counts WHERE state = ?1")?
+                        .query_row([state_number(state)], |row| number(row, 0))?;
+                    let mut query = transaction.prepare_cached(
+                        "SELECT cycle_id, finished_at FROM cycles WHERE state = ?1 ORDER BY cycle_id LIMIT ?2",
+                    )?;
+                    let rows = query.query_map([state_number(state), integer(limit as u64)], |row| {
+                        Ok((CycleId(number(row, 0)?), time(row, "finished_at")?))
+                    })?;
+                    oldest.extend(rows.collect::<rusqlite::Result<Vec<_>>>()?);
+                }
+                oldest.sort_unstable();
+                gone.extend(to_prune(rule, count, oldest.into_iter(), now, keep));
+            }
+            gone.sort_unstable();
+            gone.truncate(limit);
+            for cycle_id in &gone {
+                let (state, revision): (i64, i64) = transaction
+                    .prepare_cached("DELETE FROM cycles WHERE cycle_id = ?1 RETURNING state, revision")?
+                    .query_row([integer(cycle_id.0)], |row| Ok((row.get(0)?, row.get(1)?)))?;
+                transaction
+                    .prepare_cached("UPDATE counts SET cycles = cycles - 1 WHERE state = ?1")?
+                    .execute([state])?;
+                transaction
+                    .prepare_cached("UPDATE meta SET pruned_to = max(pruned_to, ?1)")?
+                    .execute([revision])?;
+            }
+            let pruned_to = transaction.query_row("SELECT pruned_to FROM meta", [], |row| number(row, 0))?;
+            if gone.is_empty() {
+                // Nothing was changed, so there is nothing to write.
+                transaction.rollback()?;
+            } else {
+                transaction.commit()?;
+            }
+            Ok(Pruned { removed: gone.len(), pruned_to: Revision(pruned_to) })
+        })()
+        .map_err(|error| explain(&self.path, error))
+    }
+
+    /// Copies the log into the database once it has grown, so that it can begin anew.
+    fn checkpoint(&mut self) {
+        if self.unchecked_bytes < CHECKPOINT_BYTES {
+            return;
+        }
+        let copied = self.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+        match copied {
+            Ok(()) => self.unchecked_bytes = 0,
+            // Nothing is lost: the log goes on, and the next write tries again.
+            Err(error) => tracing::warn!(%error, "can't copy the log into the database"),
+        }
+    }
+}
+
+fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
+    for open in &write.open {
+        transaction
+            .prepare_cached(
+                "INSERT INTO open_cycles (cycle_id, trigger, loop, scheduled_at, started_at, request_id)
+                 VALUES (:cycle_id, :trigger, :loop, :scheduled_at, :started_at, :request_id)
+                 ON CONFLICT (cycle_id) DO UPDATE SET started_at = excluded.started_at",
+            )?
+            .execute(named_params! {
+                ":cycle_id": integer(open.cycle_id.0),
+                ":trigger": trigger_number(&open.trigger),
+                ":loop": open.trigger.loop_name().map(Name::as_str),
+                ":scheduled_at": nanoseconds(open.scheduled_at),
+                ":started_at": open.started_at.map(nanoseconds),
+                ":request_id": open.request_id,
+            })?;
+    }
+    for record in &write.records {
+        transaction
+            .prepare_cached(
+                "INSERT INTO cycles (cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record)
+                 VALUES (:cycle_id, :revision, :epoch, :state, :trigger, :loop, :request_id, :finished_at, :record)",
+            )?
+            .execute(named_params! {
+                ":cycle_id": integer(record.cycle_id.0),
+                ":revision": integer(record.revision.0),
+                ":epoch": integer(record.epoch.0),
+                ":state": state_number(record.state),
+                ":trigger": trigger_number(&record.trigger),
+                ":loop": record.trigger.loop_name().map(Name::as_str),
+                ":request_id": record.request_id,
+                ":finished_at": nanoseconds(record.finished_at),
+                ":record": &record.bytes[..],
+            })?;
+        transaction
+            .prepare_cached("UPDATE counts SET cycles = cycles + 1 WHERE state = ?1")?
+            .execute([state_number(record.state)])?;
+        transaction
+            .prepare_cached("DELETE FROM open_cycles WHERE cycle_id <= ?1")?
+            .execute([integer(record.cycle_id.0)])?;
+    }
+    Ok(())
+}
+
+fn put_knowledge(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
+    for (name, output) in &write.outputs {
+        transaction
+            .prepare_cached(
+                "INSERT INTO outputs (name, cycle_id, payload) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (name) DO UPDATE SET cycle_id = excluded.cycle_id, payload = excluded.payload",
+            )?
+            .execute((name.as_str(), integer(output.cycle_id.0), &output.payload.as_bytes()[..]))?;
+    }
+    for (name, stored) in &write.subsystems {
+        match stored {
+            Some(stored) => {
+                let lease_ms = stored.lease.map(|lease| i64::try_from(lease.as_millis()).unwrap_or(i64::MAX));
+                let spec = stored.spec.as_ref().map(to_json).transpose()?;
+                transaction
+                    .prepare_cached("INSERT OR REPLACE INTO subsystems VALUES (?1, ?2, ?3, ?4)")?
+                    .execute((name.as_str(), spec, lease_ms, stored.suspended))?;
+            }
+            None => {
+                for forget in ["DELETE FROM subsystems WHERE name = ?1", "DELETE FROM outputs WHERE name = ?1"] {
+                    transaction.prepare_cached(forget)?.execute([name.as_str()])?;
+                }
+            }
+        }
+    }
+    for (name, stored) in &write.loops {
+        match stored {
+            Some(stored) => {
+                let spec = stored.spec.as_ref().map(to_json).transpose()?;
+                transaction
+                    .prepare_cached("INSERT OR REPLACE INTO loops VALUES (?1, ?2, ?3)")?
+                    .execute((name.as_str(), spec, to_json(&stored.state)?))?;
+            }
+            None => {
+                transaction.prepare_cached("DELETE FROM loops WHERE name = ?1")?.execute([name.as_str()])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Rows
+
+/// In this order, so that a row can be looked at without reading the record, which stands last and may be large.
+const COLUMNS: &str = "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record";
+
+/// A row without its record.
+fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
+    Ok(Record {
+        cycle_id: CycleId(number(row, "cycle_id")?),
+        revision: Revision(number(row, "revision")?),
+        epoch: Epoch(number(row, "epoch")?),
+        state: state(row)?,
+        trigger: trigger(row)?,
+        request_id: row.get("request_id")?,
+        finished_at: time(row, "finished_at")?,
+        bytes: bytes::Bytes::new(),
+    })
+}
+
+fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
+    let bytes: Vec<u8> = row.get("record")?;
+    Ok(Record { bytes: bytes.into(), ..found(row)? })
+}
+
+fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
+    let started_at: Option<i64> = row.get("started_at")?;
+    Ok(OpenCycle {
+        cycle_id: CycleId(number(row, "cycle_id")?),
+        trigger: trigger(row)?,
+        scheduled_at: time(row, "scheduled_at")?,
+        started_at: started_at.map(|_| time(row, "started_at")).transpose()?,
+        request_id: row.get("request_id")?,
+    })
+}
+
+/// A value that no version of this software has written.
+fn wrong(
+    row: &Row<'_>,
+    column: &str,
+    error: impl std::error::Error + Send + Sync + 'static,
+) -> rusqlite::Error {
+    let index = row.as_ref().column_index(column).unwrap_or(0);
+    rusqlite::Error::FromSqlConversionFailure(index, rusqlite::types::Type::Null, Box::new(error))
+}
+
+fn number(row: &Row<'_>, column: impl rusqlite::RowIndex) -> rusqlite::Result<u64> {
+    let number: i64 = row.get(column)?;
+    Ok(number.unsigned_abs())
+}
+
+/// Ids and counts stay far below the 63 bits of SQLite's integers.
+fn integer(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// In the 64 bits that reach to the year 2262.
+fn nanoseconds(time: Timestamp) -> i64 {
+    i64::try_from(time.as_nanosecond()).unwrap_or(i64::MAX)
+}
+
+fn time(row: &Row<'_>, column: &str) -> rusqlite::Result<Timestamp> {
+    let nanoseconds: i64 = row.get(column)?;
+    Timestamp::from_nanosecond(nanoseconds.into()).map_err(|error| wrong(row, column, error))
+}
+
+fn name(row: &Row<'_>, column: &str) -> rusqlite::Result<Name> {
+    let name: String = row.get(column)?;
+    Name::parse(&name).map_err(|error| wrong(row, column, error))
+}
+
+fn json<T: serde::de::DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {
+    let text: Option<String> = row.get(column)?;
+    text.map(|text| serde_json::from_str(&text)).transpose().map_err(|error| wrong(row, column, error))
+}
+
+fn to_json<T: serde::Serialize>(value: &T) -> rusqlite::Result<String> {
+    serde_json::to_string(value).map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))
+}
+
+/// The numbers of the schema, which are those of the contract.
+const STATES: [CycleState; 5] = CycleState::ALL;
+
+fn state_number(state: CycleState) -> i64 {
+    (1..).zip(STATES).find(|(_, known)| *known == state).map_or(0, |(number, _)| number)
+}
+
+fn state(row: &Row<'_>) -> rusqlite::Result<CycleState> {
+    let number: i64 = row.get("state")?;
+    let state = (1..).zip(STATES).find(|(known, _)| *known == number);
+    state.map(|(_, state)| state).ok_or_else(|| wrong(row, "state", Unknown(number)))
+}
+
+fn trigger_number(trigger: &Trigger) -> i64 {
+    match TriggerKind::of(trigger) {
+        TriggerKind::Unknown => 0,
+        TriggerKind::Manual => 1,
+        TriggerKind::Loop => 2,
+    }
+}
+
+fn trigger(row: &Row<'_>) -> rusqlite::Result<Trigger> {
+    match row.get("trigger")? {
+        0 => Ok(Trigger::Unknown),
+        1 => Ok(Trigger::Manual),
+        2 => Ok(Trigger::Loop(name(row, "loop")?)),
+        number => Err(wrong(row, "trigger", Unknown(number))),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("{0} stands for nothing")]
+struct Unknown(i64);
+
+// ---------------------------------------------------------------------------------------------------------------
+// Errors
+
+/// What an error of SQLite means for who uses the store.
+fn explain(path: &Path, error: rusqlite::Error) -> StoreError {
+    let shown = path.display().to_string();
+    let what = error.to_string();
+    if let rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..) = error {
+        return StoreError::Corrupt(shown, what);
+    }
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => StoreError::Full(shown, what),
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
+            StoreError::ReadOnly(shown, what)
+        }
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => StoreError::Corrupt(shown, what),
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+            StoreError::Other(shown, format!("{what}: another program has locked it; end that program's transaction"))
+        }
+        _ => StoreError::Other(shown, what),
+    }
+}
+
+fn unwritable(path: &Path, error: &std::io::Error) -> StoreError {
+    let shown = path.display().to_string();
+    match error.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => StoreError::Full(shown, error.to_string()),
+        _ => StoreError::ReadOnly(shown, error.to_string()),
+    }
+}
+
+/// What tests ask of writers: a database that is full at so many pages.
+#[cfg(test)]
+static PAGE_LIMITS: Mutex<std::collections::BTreeMap<PathBuf, u32>> = Mutex::new(std::collections::BTreeMap::new());
+
+#[cfg(test)]
+pub(super) fn limit_pages(path: &Path, pages: u32) {
+    PAGE_LIMITS.lock().unwrap().insert(path.to_owned(), pages);
+}
+
+#[cfg(test)]
+impl Writer {
+    fn apply_page_limit(&self) {
+        if let Some(pages) = PAGE_LIMITS.lock().unwrap().get(&*self.path) {
+            self.connection.pragma_update_and_check(None, "max_page_count", pages, |_| Ok(())).unwrap();
+        }
+    }
+}

@@ -1,0 +1,401 @@
+//! What every store has to do, and what only one that outlives its process can.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use proptest::prelude::*;
+
+use super::{StoreUrl, open};
+use crate::{
+    model::{
+        CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Payload, Revision, SubsystemSpec, Trigger,
+    },
+    ports::{
+        Contents, Durability, Filter, OpenCycle, PageLimits, Record, Retention, RetentionRule, SCAN_LIMIT, Store,
+        StoreError, StoredLoop, StoredSubsystem, TriggerKind, Write,
+    },
+};
+
+const ALL: PageLimits = PageLimits { records: usize::MAX, bytes: usize::MAX };
+
+fn name(name: &str) -> Name {
+    Name::parse(name).unwrap()
+}
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(1_700_000_000 + second).unwrap()
+}
+
+fn record(id: u64, epoch: Epoch) -> Record {
+    Record {
+        cycle_id: CycleId(id),
+        revision: Revision(id),
+        epoch,
+        state: if id.is_multiple_of(3) { CycleState::Failed } else { CycleState::Succeeded },
+        trigger: if id.is_multiple_of(2) { Trigger::Loop(name("l")) } else { Trigger::Manual },
+        request_id: id.is_multiple_of(5).then(|| "five".to_owned()),
+        finished_at: at(i64::try_from(id).unwrap()),
+        bytes: vec![u8::try_from(id % 251).unwrap(); 100].into(),
+    }
+}
+
+fn output(cycle_id: u64, text: &str) -> Output {
+    let object = serde_json::json!({ "text": text });
+    Output { cycle_id: CycleId(cycle_id), payload: Payload::from_json(object.as_object().unwrap()).unwrap() }
+}
+
+async fn commit(store: &dyn Store, write: Write) {
+    store.commit(Arc::new(write)).await.unwrap();
+}
+
+/// A store with so many records.
+async fn filled(store: &dyn Store, epoch: Epoch, records: u64) {
+    let records = (1..=records).map(|id| record(id, epoch)).collect();
+    commit(store, Write { epoch, records, ..Write::default() }).await;
+}
+
+fn ids(records: &[Record]) -> Vec<u64> {
+    records.iter().map(|record| record.cycle_id.0).collect()
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Every store
+
+async fn what_is_written_is_read(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 12).await;
+    assert_eq!(store.cycle(CycleId(7)).await.unwrap(), Some(record(7, epoch)));
+    assert_eq!(store.cycle(CycleId(13)).await.unwrap(), None);
+    let of_request = |id: &str| store.cycle_of_request(id.to_owned());
+    assert_eq!(of_request("five").await.unwrap(), Some(record(10, epoch)));
+    assert_eq!(of_request("six").await.unwrap(), None);
+}
+
+async fn records_follow_each_other(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 3).await;
+    for bad in [vec![3], vec![5], vec![4, 6]] {
+        let records = bad.iter().map(|id| record(*id, epoch)).collect();
+        let write = Write { epoch, records, outputs: vec![(name("a"), output(4, "x"))], ..Write::default() };
+        assert!(store.commit(Arc::new(write)).await.is_err(), "{bad:?}");
+    }
+    commit(store, Write { epoch, records: vec![record(4, epoch)], ..Write::default() }).await;
+}
+
+async fn another_epoch_is_fenced(store: &dyn Store, epoch: Epoch) {
+    let write = Write { epoch: Epoch(epoch.0 + 1), records: vec![record(1, epoch)], ..Write::default() };
+    assert!(matches!(store.commit(Arc::new(write)).await, Err(StoreError::Fenced(_))));
+    assert_eq!(store.cycle(CycleId(1)).await.unwrap(), None);
+}
+
+async fn pages_go_down(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 12).await;
+    let page = async |before: u64, filter: Filter, limits: PageLimits| {
+        let page = store.cycles_before(CycleId(before), filter, limits).await.unwrap();
+        (ids(&page.records), page.next.map(|next| next.0))
+    };
+    let three = PageLimits { records: 3, ..ALL };
+    assert_eq!(page(u64::MAX >> 1, Filter::default(), three).await, (vec![12, 11, 10], Some(10)));
+    assert_eq!(page(3, Filter::default(), three).await, (vec![2, 1], None));
+    assert_eq!(page(4, Filter::default(), three).await, (vec![3, 2, 1], None));
+    assert_eq!(page(100, Filter::default(), PageLimits { bytes: 250, ..ALL }).await, (vec![12, 11], Some(11)));
+    assert_eq!(page(100, Filter::default(), PageLimits { bytes: 1, ..ALL }).await, (vec![12], Some(12)));
+
+    let failed = Filter { states: vec![CycleState::Failed], ..Filter::default() };
+    assert_eq!(page(100, failed.clone(), ALL).await, (vec![12, 9, 6, 3], None));
+    assert_eq!(page(100, failed, PageLimits { records: 2, ..ALL }).await, (vec![12, 9], Some(7)));
+    let of_loop = Filter { loop_name: Some(name("l")), trigger: Some(TriggerKind::Loop), ..Filter::default() };
+    assert_eq!(page(7, of_loop, ALL).await, (vec![6, 4, 2], None));
+    let some_time = Filter { finished_from: Some(at(3)), finished_before: Some(at(5)), ..Filter::default() };
+    assert_eq!(page(100, some_time, ALL).await, (vec![4, 3], None));
+}
+
+async fn a_page_does_not_read_everything(store: &dyn Store, epoch: Epoch) {
+    let count = SCAN_LIMIT as u64 + 10;
+    filled(store, epoch, count).await;
+    let none = Filter { states: vec![CycleState::Interrupted], ..Filter::default() };
+    let page = store.cycles_before(CycleId(count + 1), none.clone(), ALL).await.unwrap();
+    assert_eq!((page.records.len(), page.next), (0, Some(CycleId(11))));
+    let rest = store.cycles_before(CycleId(11), none, ALL).await.unwrap();
+    assert_eq!((rest.records.len(), rest.next), (0, None));
+}
+
+async fn revisions_go_up(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 5).await;
+    let after = async |revision: u64, limits| store.cycles_after(Revision(revision), limits).await;
+    assert_eq!(ids(&after(0, ALL).await.unwrap()), [1, 2, 3, 4, 5]);
+    assert_eq!(ids(&after(3, ALL).await.unwrap()), [4, 5]);
+    assert_eq!(ids(&after(5, ALL).await.unwrap()), []);
+    assert_eq!(ids(&after(1, PageLimits { records: 2, ..ALL }).await.unwrap()), [2, 3]);
+    assert_eq!(ids(&after(1, PageLimits { bytes: 1, ..ALL }).await.unwrap()), [2]);
+    let oldest_and_newest = |oldest, newest| {
+        Err(StoreError::NotRetained { oldest: Revision(oldest), newest: Revision(newest) })
+    };
+    assert_eq!(after(6, ALL).await, oldest_and_newest(1, 5));
+
+    let newest_three = Retention {
+        default: RetentionRule { max_cycles: Some(3), max_age: None },
+        ..Retention::default()
+    };
+    let pruned = store.prune(newest_three, at(0), 100).await.unwrap();
+    assert_eq!((pruned.removed, pruned.pruned_to), (2, Revision(2)));
+    assert_eq!(after(1, ALL).await, oldest_and_newest(3, 5));
+    assert_eq!(ids(&after(2, ALL).await.unwrap()), [3, 4, 5]);
+}
+
+async fn retention_counts_ages_and_distinguishes(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 30).await;
+    let all = async || ids(&store.cycles_before(CycleId(100), Filter::default(), ALL).await.unwrap().records);
+    let rule = |max_cycles, seconds| RetentionRule { max_cycles, max_age: seconds.map(Duration::from_secs) };
+    let prune = async |retention, limit| store.prune(retention, at(30), limit).await.unwrap().removed;
+    let everything = Retention::default();
+    assert_eq!(prune(everything, 100).await, 0);
+    // 20 succeeded and 10 failed; those that failed are kept longer.
+    let by_state = BTreeMap::from([(CycleState::Failed, rule(Some(9), None))]);
+    let mixed = Retention { default: rule(Some(5), None), by_state };
+    assert_eq!(prune(mixed.clone(), 10).await, 10);
+    assert_eq!(prune(mixed.clone(), 10).await, 6);
+    assert_eq!(prune(mixed, 10).await, 0);
+    assert_eq!(all().await, [30, 29, 28, 27, 26, 25, 24, 23, 21, 18, 15, 12, 9, 6]);
+    let young = Retention { default: rule(None, Some(5)), ..Retention::default() };
+    assert_eq!(prune(young, 100).await, 9);
+    assert_eq!(all().await, [30, 29, 28, 27, 26]);
+    let nothing = Retention { default: rule(Some(0), None), ..Retention::default() };
+    prune(nothing, 100).await;
+    assert_eq!(all().await, [30], "the newest one always stays");
+}
+
+macro_rules! every_store {
+    ($($test:ident)+) => {
+        mod memory {
+            $(#[tokio::test]
+            async fn $test() {
+                let (store, contents) = super::open(&super::StoreUrl::Memory).await.unwrap();
+                super::$test(&*store, contents.epoch).await;
+            })+
+        }
+
+        mod sqlite {
+            $(#[tokio::test]
+            async fn $test() {
+                let directory = tempfile::tempdir().unwrap();
+                let url = super::StoreUrl::Sqlite(directory.path().join("o.db"));
+                let (store, contents) = super::open(&url).await.unwrap();
+                super::$test(&*store, contents.epoch).await;
+            })+
+        }
+    };
+}
+
+every_store! {
+    what_is_written_is_read
+    records_follow_each_other
+    another_epoch_is_fenced
+    pages_go_down
+    a_page_does_not_read_everything
+    revisions_go_up
+    retention_counts_ages_and_distinguishes
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// SQLite
+
+async fn opened(path: &Path) -> (Arc<dyn Store>, Contents) {
+    open(&StoreUrl::Sqlite(path.to_owned())).await.unwrap()
+}
+
+async fn refused(path: &Path) -> StoreError {
+    open(&StoreUrl::Sqlite(path.to_owned())).await.err().unwrap()
+}
+
+fn stored_subsystem(name: &str) -> (Name, Option<StoredSubsystem>) {
+    let spec = SubsystemSpec { name: name.into(), endpoint: "http://h:1".into(), ..SubsystemSpec::default() };
+    let name = self::name(name);
+    let lease = Some(Duration::from_millis(1500));
+    (name.clone(), Some(StoredSubsystem { spec: Some(spec), lease, suspended: true, name }))
+}
+
+fn open_cycle(id: u64) -> OpenCycle {
+    OpenCycle {
+        cycle_id: CycleId(id),
+        trigger: Trigger::Loop(name("l")),
+        scheduled_at: at(1),
+        started_at: Some(at(2)),
+        request_id: Some("r".into()),
+    }
+}
+
+#[tokio::test]
+async fn everything_is_there_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("new/directory/o.db");
+    let (store, first) = opened(&path).await;
+    assert_eq!((first.epoch, first.last_cycle_id, first.may_lack_open), (Epoch(1), CycleId(0), false));
+    let loop_spec = LoopSpec { name: "l".into(), ..LoopSpec::default() };
+    let state = LoopState { last_cycle_id: CycleId(2), accounted_to: Some(at(9)), ..LoopState::default() };
+    let stored_loop = StoredLoop { spec: Some(loop_spec), state, name: name("l") };
+    let write = Write {
+        epoch: first.epoch,
+        durability: Durability::Buffered,
+        open: vec![open_cycle(2), open_cycle(3)],
+        records: vec![record(1, first.epoch), record(2, first.epoch)],
+        outputs: vec![(name("a"), output(1, "old")), (name("a"), output(2, "new")), (name("b"), output(2, "b"))],
+        subsystems: BTreeMap::from([stored_subsystem("a"), stored_subsystem("b")]),
+        loops: BTreeMap::from([(name("l"), Some(stored_loop.clone()))]),
+        close: false,
+    };
+    commit(&*store, write).await;
+    commit(&*store, Write { epoch: first.epoch, subsystems: [(name("b"), None)].into(), ..Write::default() }).await;
+    drop(store);
+
+    let (store, second) = opened(&path).await;
+    assert_eq!((second.epoch, second.last_cycle_id, second.last_revision), (Epoch(2), CycleId(2), Revision(2)));
+    assert_eq!(second.last_record, Some(record(2, first.epoch)));
+    assert_eq!(second.open, [open_cycle(3)], "what is recorded is no longer open");
+    assert_eq!(second.outputs, [(name("a"), output(2, "new"))]);
+    assert_eq!(second.subsystems, [stored_subsystem("a").1.unwrap()]);
+    assert_eq!(second.loops, [stored_loop]);
+    assert!(!second.may_lack_open, "the machine has not restarted");
+    commit(&*store, Write { epoch: second.epoch, close: true, ..Write::default() }).await;
+}
+
+#[tokio::test]
+async fn a_restart_of_the_machine_without_a_close_is_noticed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 1).await;
+    drop(store);
+    let restart_machine =
+        || rusqlite::Connection::open(&path).unwrap().execute("UPDATE meta SET boot_id = 'another'", []).unwrap();
+    restart_machine();
+    let (store, contents) = opened(&path).await;
+    assert!(contents.may_lack_open);
+    commit(&*store, Write { epoch: contents.epoch, close: true, ..Write::default() }).await;
+    drop(store);
+    restart_machine();
+    assert!(!opened(&path).await.1.may_lack_open, "it was closed");
+}
+
+#[tokio::test]
+async fn a_second_process_is_kept_out_and_fences_if_the_lock_is_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (first, contents) = opened(&path).await;
+    let StoreError::InUse(_, holder) = refused(&path).await else { panic!("opened twice") };
+    assert_eq!(holder, format!(" (pid {})", std::process::id()));
+
+    std::fs::remove_file(directory.path().join("o.db.lock")).unwrap();
+    let (second, taken_over) = opened(&path).await;
+    let write = Arc::new(Write { epoch: contents.epoch, records: vec![record(1, Epoch(1))], ..Write::default() });
+    assert_eq!(first.commit(write).await, Err(StoreError::Fenced(taken_over.epoch)));
+    filled(&*second, taken_over.epoch, 1).await;
+}
+
+#[tokio::test]
+async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    std::fs::write(&path, vec![b'x'; 10_000]).unwrap();
+    assert!(matches!(refused(&path).await, StoreError::Corrupt(..)));
+
+    std::fs::remove_file(&path).unwrap();
+    drop(opened(&path).await);
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.pragma_update(None, "user_version", 99).unwrap();
+    assert!(matches!(refused(&path).await, StoreError::TooNew { found: 99, known: 1, .. }));
+
+    raw.pragma_update(None, "user_version", 1).unwrap();
+    raw.execute("INSERT INTO loops VALUES ('l', NULL, 'no json')", []).unwrap();
+    assert!(matches!(refused(&path).await, StoreError::Corrupt(..)));
+    raw.execute("DELETE FROM loops", []).unwrap();
+    drop(opened(&path).await);
+
+    let other = directory.path().join("other.db");
+    rusqlite::Connection::open(&other).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
+    assert!(matches!(refused(&other).await, StoreError::Corrupt(..)));
+    assert!(matches!(refused(directory.path()).await, StoreError::ReadOnly(..)), "a directory");
+}
+
+#[tokio::test]
+async fn damage_in_the_middle_is_found_when_it_is_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 2000).await;
+    drop(store);
+    // A page of the history in the middle of the file becomes noise.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2 / 4096 * 4096;
+    bytes[middle..middle + 4096].fill(0xa5);
+    std::fs::write(&path, bytes).unwrap();
+    let (store, _) = opened(&path).await;
+    let read = store.cycles_before(CycleId(3000), Filter::default(), ALL).await;
+    assert!(matches!(read, Err(StoreError::Corrupt(..))), "{read:?}");
+    assert!(store.cycle(CycleId(2000)).await.unwrap().is_some(), "the rest is still there");
+}
+
+#[tokio::test]
+async fn a_full_disk_loses_nothing_and_passes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 10).await;
+    let big = |id| Arc::new(Write {
+        epoch: contents.epoch,
+        records: vec![Record { bytes: vec![0; 1 << 20].into(), ..record(id, contents.epoch) }],
+        ..Write::default()
+    });
+    // The writer's own connection has to have the limit, so it is asked for in a way that only tests use.
+    super::sqlite::limit_pages(&path, 40);
+    assert!(matches!(store.commit(big(11)).await, Err(StoreError::Full(..))));
+    assert_eq!(store.cycle(CycleId(11)).await.unwrap(), None);
+    assert!(store.cycle(CycleId(10)).await.unwrap().is_some());
+    super::sqlite::limit_pages(&path, 1_000_000);
+    store.commit(big(11)).await.unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever is written, pruned and read, SQLite answers what memory answers.
+    #[test]
+    fn sqlite_agrees_with_memory(steps in proptest::collection::vec((0..3_u8, 1..8_u64, 0..20_u64), 1..25)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let directory = tempfile::tempdir().unwrap();
+            let url = StoreUrl::Sqlite(directory.path().join("o.db"));
+            let (memory, one) = open(&StoreUrl::Memory).await.unwrap();
+            let (mut sqlite, mut contents) = open(&url).await.unwrap();
+            let mut last = 0;
+            for (what, n, m) in steps {
+                match what {
+                    0 => {
+                        let records = (last + 1..=last + n).map(|id| record(id, Epoch(1))).collect::<Vec<_>>();
+                        last += n;
+                        commit(&*memory, Write { epoch: one.epoch, records: records.clone(), ..Write::default() }).await;
+                        commit(&*sqlite, Write { epoch: contents.epoch, records, ..Write::default() }).await;
+                    }
+                    1 => {
+                        let rule = RetentionRule { max_cycles: Some(m), max_age: Some(Duration::from_secs(m + 5)) };
+                        let by_state = BTreeMap::from([(CycleState::Failed, RetentionRule::default())]);
+                        let by_state = if n > 4 { by_state } else { BTreeMap::new() };
+                        let retention = Retention { default: rule, by_state };
+                        let now = at(i64::try_from(last).unwrap());
+                        let limit = usize::try_from(n).unwrap();
+                        let pruned = memory.prune(retention.clone(), now, limit).await;
+                        assert_eq!(sqlite.prune(retention, now, limit).await, pruned);
+                    }
+                    _ => {
+                        drop(sqlite);
+                        (sqlite, contents) = open(&url).await.unwrap();
+                        assert_eq!(contents.last_cycle_id, CycleId(last));
+                    }
+                }
+                let limits = PageLimits { records: usize::try_from(n).unwrap(), bytes: 450 };
+                let page = memory.cycles_before(CycleId(m), Filter::default(), limits).await;
+                assert_eq!(sqlite.cycles_before(CycleId(m), Filter::default(), limits).await, page);
+                let after = memory.cycles_after(Revision(m), limits).await;
+                assert_eq!(sqlite.cycles_after(Revision(m), limits).await, after);
+            }
+        });
+    }
+}
