@@ -1,0 +1,269 @@
+//! What a cycle costs, beside its floor in the same run.
+//!
+//! The floor is a bare tonic client that sends the same calls over connections that it keeps open, all at once, on the
+//! same runtime. It knows no order, no deadlines and no record. Its rounds alternate with ours, and the server is a
+//! process of its own, the same for both.
+//!
+//! `cargo bench --bench cycle` measures every fleet; `cargo bench --bench cycle -- 28x1` only the one of that name.
+//! Prints a table for people, and one line of JSON per fleet.
+
+use std::{
+    env,
+    error::Error,
+    io::{BufRead, BufReader, Read},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use futures_util::{StreamExt, TryStreamExt, future::try_join_all, stream};
+use orchestrator_core::proto::subsystem::v1::{
+    self as pb,
+    subsystem_client::SubsystemClient,
+    subsystem_server::{Subsystem, SubsystemServer},
+};
+use rustix::{
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+    time::{ClockId, clock_gettime},
+};
+use tokio::{net::TcpListener, runtime::Runtime};
+use tonic::{
+    Request, Response, Status,
+    transport::{Channel, Endpoint, Server, server::TcpIncoming},
+};
+
+// As the service has it; it serves both sides.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// A fleet of subsystems that do nothing.
+struct Fleet {
+    subsystems: usize,
+    endpoints: usize,
+    /// Cycles of one side before the other side's turn.
+    cycles: usize,
+    rounds: usize,
+}
+
+const FLEETS: [Fleet; 5] = [
+    Fleet { subsystems: 28, endpoints: 28, cycles: 100, rounds: 30 },
+    Fleet { subsystems: 28, endpoints: 1, cycles: 100, rounds: 30 },
+    Fleet { subsystems: 2_800, endpoints: 2_800, cycles: 5, rounds: 10 },
+    Fleet { subsystems: 2_800, endpoints: 5, cycles: 5, rounds: 10 },
+    Fleet { subsystems: 10_000, endpoints: 5, cycles: 2, rounds: 10 },
+];
+
+impl Fleet {
+    fn name(&self) -> String {
+        format!("{}x{}", self.subsystems, self.endpoints)
+    }
+
+    /// The server's share is the larger one: it listens, and accepts from both sides.
+    fn open_files(&self) -> u64 {
+        3 * self.endpoints as u64 + 100
+    }
+}
+
+fn main() -> Result<()> {
+    const NOOP: &str = "--noop-server";
+    let mut args = env::args().skip(1);
+    let first = args.next();
+    if first.as_deref() == Some(NOOP) {
+        return serve_noop(args.next().unwrap_or_default().parse()?);
+    }
+    // Cargo says `--bench` when it benches; otherwise this is only tried out.
+    let all: Vec<_> = first.into_iter().chain(args).collect();
+    let measure = all.iter().any(|arg| arg == "--bench");
+    let wanted = all.iter().find(|arg| !arg.starts_with('-'));
+
+    let open_files = raise_open_files()?;
+    println!("{:>12} {:>6} {:>10} {:>10} {:>14}", "fleet", "side", "p50 ms", "p99 ms", "CPU ms/cycle");
+    for fleet in FLEETS {
+        let name = fleet.name();
+        if wanted.is_some_and(|wanted| *wanted != name) {
+            continue;
+        }
+        if open_files.is_some_and(|limit| limit < fleet.open_files()) {
+            println!("{name:>12} left out: it needs {} open files; raise the hard limit", fleet.open_files());
+            continue;
+        }
+        let fleet = if measure { fleet } else { Fleet { cycles: 1, rounds: 1, ..fleet } };
+        let server = NoopServer::start(NOOP, fleet.endpoints)?;
+        Runtime::new()?.block_on(compare(&fleet, &server.endpoints))?;
+        if !measure {
+            break;
+        }
+    }
+    Ok(())
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Measuring
+
+/// What the cycles of one side took.
+#[derive(Default)]
+struct Measured {
+    cycles: Vec<Duration>,
+    cpu: Duration,
+}
+
+impl Measured {
+    fn quantile(&mut self, quantile: f64) -> f64 {
+        self.cycles.sort_unstable();
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+        let index = ((self.cycles.len() - 1) as f64 * quantile).round() as usize;
+        self.cycles[index].as_secs_f64() * 1e3
+    }
+
+    /// p50, p99 and CPU of a cycle, in milliseconds.
+    #[allow(clippy::cast_precision_loss)]
+    fn figures(&mut self) -> [f64; 3] {
+        let cpu = self.cpu.as_secs_f64() * 1e3 / self.cycles.len() as f64;
+        [self.quantile(0.5), self.quantile(0.99), cpu]
+    }
+}
+
+async fn compare(fleet: &Fleet, endpoints: &[String]) -> Result<()> {
+    let floor = Floor::connect(fleet, endpoints).await?;
+    let mut of_floor = Measured::default();
+    // The first round of each side fills caches and buffers.
+    for round in 0..=fleet.rounds {
+        let cpu = cpu_time();
+        for _ in 0..fleet.cycles {
+            let start = Instant::now();
+            floor.cycle().await?;
+            of_floor.cycles.push(start.elapsed());
+        }
+        of_floor.cpu += cpu_time().saturating_sub(cpu);
+        if round == 0 && fleet.rounds > 1 {
+            of_floor = Measured::default();
+        }
+    }
+    print_side(fleet, "floor", of_floor.figures());
+    Ok(())
+}
+
+fn print_side(fleet: &Fleet, side: &str, [p50, p99, cpu]: [f64; 3]) {
+    println!("{:>12} {side:>6} {p50:>10.3} {p99:>10.3} {cpu:>14.3}", fleet.name());
+}
+
+/// The CPU time that this process has used, in all its threads.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
+/// Raises the soft limit of open files to the hard one, and returns it.
+fn raise_open_files() -> Result<Option<u64>> {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
+    Ok(maximum)
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The sides
+
+/// Sends the calls, and nothing else.
+struct Floor(Vec<(SubsystemClient<Channel>, pb::RunCycleRequest)>);
+
+impl Floor {
+    async fn connect(fleet: &Fleet, endpoints: &[String]) -> Result<Self> {
+        let channels: Vec<Channel> = stream::iter(endpoints)
+            .map(|endpoint| async { Endpoint::from_shared(endpoint.clone())?.connect().await })
+            .buffered(16)
+            .try_collect()
+            .await?;
+        let calls = (0..fleet.subsystems).map(|i| {
+            let client = SubsystemClient::new(channels[i % channels.len()].clone());
+            let request = pb::RunCycleRequest {
+                subsystem: format!("s{i}"),
+                cycle_id: 1,
+                epoch: 1,
+                attempt: 1,
+                scheduled_at: Some(std::time::SystemTime::now().into()),
+                ..pb::RunCycleRequest::default()
+            };
+            (client, request)
+        });
+        Ok(Self(calls.collect()))
+    }
+
+    async fn cycle(&self) -> Result<()> {
+        let calls = self.0.iter().map(|(client, request)| {
+            let mut client = client.clone();
+            let request = request.clone();
+            async move { client.run_cycle(request).await }
+        });
+        try_join_all(calls).await?;
+        Ok(())
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The server
+
+/// The server process. It ends when this end of its input is closed.
+struct NoopServer {
+    process: Child,
+    endpoints: Vec<String>,
+}
+
+impl NoopServer {
+    fn start(arg: &str, endpoints: usize) -> Result<Self> {
+        let mut process = Command::new(env::current_exe()?)
+            .args([arg, &endpoints.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let output = process.stdout.take().ok_or("the server has no output")?;
+        let endpoints = BufReader::new(output).lines().take(endpoints).collect::<std::io::Result<_>>()?;
+        Ok(Self { process, endpoints })
+    }
+}
+
+impl Drop for NoopServer {
+    fn drop(&mut self) {
+        drop(self.process.stdin.take());
+        let _ = self.process.wait();
+    }
+}
+
+fn serve_noop(endpoints: usize) -> Result<()> {
+    Runtime::new()?.block_on(async {
+        for _ in 0..endpoints {
+            let listener = TcpListener::bind("127.0.0.1:0").await?;
+            println!("http://{}", listener.local_addr()?);
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            tokio::spawn(Server::builder().add_service(SubsystemServer::new(Noop)).serve_with_incoming(incoming));
+        }
+        tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new())).await??;
+        Ok(())
+    })
+}
+
+struct Noop;
+
+#[tonic::async_trait]
+impl Subsystem for Noop {
+    async fn initialize(
+        &self,
+        _: Request<pb::InitializeRequest>,
+    ) -> std::result::Result<Response<pb::InitializeResponse>, Status> {
+        Ok(Response::new(pb::InitializeResponse {}))
+    }
+
+    async fn run_cycle(
+        &self,
+        _: Request<pb::RunCycleRequest>,
+    ) -> std::result::Result<Response<pb::RunCycleResponse>, Status> {
+        Ok(Response::new(pb::RunCycleResponse::default()))
+    }
+
+    async fn get_status(
+        &self,
+        _: Request<pb::GetStatusRequest>,
+    ) -> std::result::Result<Response<pb::GetStatusResponse>, Status> {
+        Ok(Response::new(pb::GetStatusResponse::default()))
+    }
+}

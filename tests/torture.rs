@@ -1,0 +1,642 @@
+//! The service is killed with SIGKILL at random moments, again and again, under load. What it promised is checked from
+//! outside: by what callers were told, what subsystems saw, and what a watcher followed through all of it.
+//!
+//! `ORCHESTRATOR_TORTURE_KILLS` sets how often (default 50), `ORCHESTRATOR_TORTURE_SEED` the seed of the load and of
+//! the moments. The seed is printed; how the processes are scheduled is not part of it.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    env,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use common::{
+    fleet::{Fleet, Method, Run, from_struct, to_struct},
+    patiently,
+    service::{Client, Home, Service, decode, registration},
+};
+use fastrand::Rng;
+use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, OverlapPolicy, cycle_event::Event};
+use prost_types::Duration as Span;
+use serde_json::json;
+use tokio::{select, sync::watch, task::JoinSet, time::sleep};
+use tonic::{Code, Response, Status};
+use tonic_types::StatusExt;
+
+/// Always registered; each runs after the one before it.
+const CHAIN: [&str; 4] = ["first", "second", "third", "fourth"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn promises_hold_whenever_the_process_is_killed() {
+    let number = |name: &str| env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
+    let kills = number("ORCHESTRATOR_TORTURE_KILLS").unwrap_or(50);
+    let seed = number("ORCHESTRATOR_TORTURE_SEED").unwrap_or_else(|| fastrand::u64(..));
+    println!("{kills} kills, ORCHESTRATOR_TORTURE_SEED={seed}");
+    let mut rng = Rng::with_seed(seed);
+
+    let home = Home::new();
+    let fleet = Fleet::behind(3).await;
+    fleet.run("second", Run::Late(Duration::from_millis(2), Box::new(Run::Echo)));
+    fleet.run("third", Run::fail(Code::Internal));
+    let told = Arc::new(Told::default());
+    let clients = watch::Sender::new(None);
+    let watched = Arc::new(Watched::default());
+    let mut watcher = tokio::spawn(watched.clone().follow(clients.subscribe(), rng.fork()));
+    let mut callers: Vec<Caller> = vec![
+        Caller::Runner(Runner::new(1, &mut rng, &told)),
+        Caller::Runner(Runner::new(2, &mut rng, &told)),
+        Caller::Runner(Runner::new(3, &mut rng, &told)),
+        Caller::Registrar(Registrar::new(1, &mut rng, &told, &fleet)),
+        Caller::Registrar(Registrar::new(2, &mut rng, &told, &fleet)),
+        Caller::Looper(Looper::new(&mut rng, &told)),
+    ];
+
+    let mut last_epoch = 0;
+    for life in 0..kills {
+        if life > 0 && rng.u8(..10) == 0 {
+            // In the middle of starting, where the history is taken up.
+            let starting = home.spawn();
+            sleep(Duration::from_millis(rng.u64(..60))).await;
+            starting.kill().await;
+            continue;
+        }
+        let (service, client) = start(&home, &mut last_epoch).await;
+        if life == 0 {
+            register_chain(client.clone(), &fleet).await;
+        }
+        clients.send_replace(Some(client.clone()));
+        let mut running: JoinSet<Caller> = callers.into_iter().map(|caller| caller.live(client.clone())).collect();
+
+        select! {
+            () = moment(&mut rng, &told, &fleet, &watched) => {}
+            ended = running.join_next() => panic!("a caller lost the service before it was killed: {:?}", ended.map(|ended| ended.map(drop))),
+            ended = &mut watcher => panic!("the watcher has failed: {ended:?}"),
+        }
+        service.kill().await;
+        callers = patiently("callers to notice that the service is gone", running.join_all()).await;
+        // Then nothing of the dead process is still on its way.
+        fleet.until("the connections of the dead process to close", |state| state.connections == 0).await;
+    }
+
+    let (service, mut client) = start(&home, &mut last_epoch).await;
+    clients.send_replace(Some(client.clone()));
+    for caller in callers {
+        caller.settle(client.clone()).await;
+    }
+    let last = client.run().await.unwrap();
+    assert_eq!(last.revision, last.cycle_id);
+    watched.until(last.revision).await;
+    watcher.abort();
+    let history = client.history().await.unwrap();
+    check_history(&history, &told, &watched);
+    check_calls(&fleet, &history);
+
+    // And once more, after an end in good order.
+    assert_eq!(service.stop().await.code(), Some(0));
+    let (_service, mut client) = start(&home, &mut last_epoch).await;
+    assert_eq!(client.history().await.unwrap(), history);
+    summarize(&history);
+}
+
+async fn start(home: &Home, last_epoch: &mut u64) -> (Service, Client) {
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    let epoch = client.status().await.unwrap().epoch;
+    assert!(epoch > *last_epoch, "epoch {epoch} came after {last_epoch}");
+    *last_epoch = epoch;
+    (service, client)
+}
+
+async fn register_chain(mut client: Client, fleet: &Fleet) {
+    let mut before = None;
+    for (i, name) in CHAIN.into_iter().enumerate() {
+        let chained = pb::Registration {
+            after: before.into_iter().collect(),
+            breaker: Some(pb::BreakerPolicy { disabled: true, ..pb::BreakerPolicy::default() }),
+            ..registration(name, &fleet.endpoints()[i % 3])
+        };
+        client.register(chained).await.unwrap();
+        before = Some(name.to_owned());
+    }
+}
+
+/// Waits for the moment to kill: after some acknowledgements, calls or records, or after a short while.
+async fn moment(rng: &mut Rng, told: &Told, fleet: &Fleet, watched: &Watched) {
+    match rng.u8(..4) {
+        0 => told.until(told.count() + rng.usize(..40)).await,
+        1 => {
+            let calls = fleet.now(|state| state.calls.len()) + rng.usize(..60);
+            fleet.until("calls", |state| state.calls.len() >= calls).await;
+        }
+        2 => watched.until(watched.revision() + rng.u64(..10)).await,
+        _ => sleep(Duration::from_millis(rng.u64(..60))).await,
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// What is known outside
+
+/// What callers were told.
+#[derive(Default)]
+struct Told {
+    cycles: Mutex<BTreeMap<u64, Option<Bytes>>>,
+    requests: Mutex<BTreeMap<String, u64>>,
+    count: watch::Sender<usize>,
+}
+
+impl Told {
+    /// Something was acknowledged.
+    fn acknowledged(&self) {
+        self.count.send_modify(|count| *count += 1);
+    }
+
+    /// A cycle was acknowledged, with its record or without, and with its request id if it has one.
+    fn cycle(&self, cycle_id: u64, record: Bytes, request_id: &str) {
+        assert!(cycle_id > 0);
+        {
+            let mut cycles = self.cycles.lock().unwrap();
+            let known = cycles.entry(cycle_id).or_default();
+            if !record.is_empty() {
+                let told = known.get_or_insert_with(|| record.clone());
+                assert_eq!(*told, record, "cycle {cycle_id} was told in two ways");
+            }
+        }
+        if !request_id.is_empty() {
+            let first = *self.requests.lock().unwrap().entry(request_id.to_owned()).or_insert(cycle_id);
+            assert_eq!(first, cycle_id, "request {request_id} started two cycles");
+        }
+        self.acknowledged();
+    }
+
+    fn count(&self) -> usize {
+        *self.count.borrow()
+    }
+
+    async fn until(&self, count: usize) {
+        let mut counts = self.count.subscribe();
+        patiently("acknowledgements", counts.wait_for(|now| *now >= count)).await.unwrap();
+    }
+}
+
+/// What the watcher saw: the record of each revision.
+#[derive(Default)]
+struct Watched {
+    records: Mutex<Vec<Bytes>>,
+    revision: watch::Sender<u64>,
+}
+
+impl Watched {
+    fn revision(&self) -> u64 {
+        *self.revision.borrow()
+    }
+
+    async fn until(&self, revision: u64) {
+        let mut revisions = self.revision.subscribe();
+        patiently("the watcher", revisions.wait_for(|now| *now >= revision)).await.unwrap();
+    }
+
+    /// Watches, and goes on where it was whenever the stream breaks.
+    async fn follow(self: Arc<Self>, mut clients: watch::Receiver<Option<Client>>, mut rng: Rng) {
+        while clients.changed().await.is_ok() {
+            let client = clients.borrow_and_update().clone();
+            let mut client = client.unwrap();
+            // It also leaves and comes back by itself.
+            while self.watch(&mut client, rng.usize(1..100)).await {}
+        }
+    }
+
+    /// Takes at most so many events. False when the service was killed.
+    async fn watch(&self, client: &mut Client, events: usize) -> bool {
+        let Answer::Told(mut stream) = answer(client.watch_after(self.revision()).await.map(Response::new), &[]) else {
+            return false;
+        };
+        for _ in 0..events {
+            let Answer::Told(next) = answer(stream.message().await.map(Response::new), &[]) else { return false };
+            let event = next.unwrap().event.unwrap();
+            match event.event.unwrap() {
+                Event::Recorded(record) => {
+                    assert_eq!(event.revision, self.revision() + 1, "the watcher saw a gap or a repetition");
+                    self.records.lock().unwrap().push(record);
+                    self.revision.send_replace(event.revision);
+                }
+                Event::Bookmark(pb::Bookmark {}) => assert_eq!(event.revision, self.revision()),
+                live => panic!("nobody asked for {live:?}"),
+            }
+        }
+        true
+    }
+}
+
+/// What became of a call.
+enum Answer<T> {
+    Told(T),
+    Refused,
+    Killed,
+}
+
+/// Tells refusals, of which only these are expected, from the end of the process.
+fn answer<T>(answer: Result<Response<T>, Status>, expected: &[&str]) -> Answer<T> {
+    match answer {
+        Ok(response) => Answer::Told(response.into_inner()),
+        Err(status) => match status.get_details_error_info() {
+            Some(info) if expected.contains(&info.reason.as_str()) => Answer::Refused,
+            None if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled) => {
+                Answer::Killed
+            }
+            _ => panic!("{status:?}"),
+        },
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Callers
+
+/// Someone who uses the service until it is killed, and goes on when it is back.
+enum Caller {
+    Runner(Runner),
+    Registrar(Registrar),
+    Looper(Looper),
+}
+
+impl Caller {
+    /// Uses the service until it is killed.
+    async fn live(mut self, mut client: Client) -> Self {
+        match &mut self {
+            Self::Runner(runner) => while runner.act(&mut client).await.is_some() {},
+            Self::Registrar(registrar) => while registrar.act(&mut client).await.is_some() {},
+            Self::Looper(looper) => while looper.act(&mut client).await.is_some() {},
+        }
+        self
+    }
+
+    /// Finds out what became of what was never answered.
+    async fn settle(mut self, mut client: Client) {
+        let settled = match &mut self {
+            Self::Runner(runner) => runner.settle(&mut client).await,
+            Self::Registrar(registrar) => registrar.settle(&mut client).await,
+            Self::Looper(looper) => looper.settle(&mut client).await,
+        };
+        assert!(settled.is_some(), "the service has failed");
+    }
+}
+
+/// Runs cycles in every way.
+struct Runner {
+    name: u32,
+    rng: Rng,
+    told: Arc<Told>,
+    requests: u32,
+    /// Asked with a request id, and never answered.
+    unanswered: Option<pb::RunCycleRequest>,
+}
+
+impl Runner {
+    fn new(name: u32, rng: &mut Rng, told: &Arc<Told>) -> Self {
+        Self { name, rng: rng.fork(), told: told.clone(), requests: 0, unanswered: None }
+    }
+
+    /// `None` when the service was killed.
+    async fn act(&mut self, client: &mut Client) -> Option<()> {
+        self.settle(client).await?;
+        match self.rng.u8(..8) {
+            0..=2 => {
+                let overlap_policy = match self.rng.u8(..8) {
+                    0 => OverlapPolicy::Skip,
+                    1 => OverlapPolicy::BufferOne,
+                    2 => OverlapPolicy::CancelOther,
+                    _ => OverlapPolicy::BufferAll,
+                };
+                let request = pb::RunCycleRequest {
+                    overlap_policy: overlap_policy.into(),
+                    record_outputs: self.rng.bool(),
+                    ..pb::RunCycleRequest::default()
+                };
+                self.run(client, request, &["CYCLE_RUNNING"]).await.map(|_| ())
+            }
+            3..=5 => {
+                self.requests += 1;
+                self.unanswered = Some(pb::RunCycleRequest {
+                    request_id: format!("runner {} request {}", self.name, self.requests),
+                    r#async: self.rng.bool(),
+                    ..pb::RunCycleRequest::default()
+                });
+                self.settle(client).await
+            }
+            6 if self.requests > 0 => {
+                // An earlier one again: `Told` sees to it that it is the same cycle.
+                let request_id = format!("runner {} request {}", self.name, self.rng.u32(1..=self.requests));
+                let request = pb::RunCycleRequest { request_id, ..pb::RunCycleRequest::default() };
+                self.run(client, request, &[]).await.map(|_| ())
+            }
+            _ => {
+                let request = pb::RunCycleRequest { r#async: true, ..pb::RunCycleRequest::default() };
+                let cycle_id = self.run(client, request, &[]).await?;
+                let cancelled = client.cancel_cycle(pb::CancelCycleRequest { cycle_id }).await;
+                match answer(cancelled, &["CYCLE_FINISHED"]) {
+                    Answer::Told(response) => self.told.cycle(cycle_id, response.telemetry, ""),
+                    Answer::Refused => {}
+                    Answer::Killed => return None,
+                }
+                Some(())
+            }
+        }
+    }
+
+    async fn settle(&mut self, client: &mut Client) -> Option<()> {
+        if let Some(request) = self.unanswered.clone() {
+            self.run(client, request, &[]).await?;
+            self.unanswered = None;
+        }
+        Some(())
+    }
+
+    /// The id of the cycle; 0 if it was refused.
+    async fn run(&self, client: &mut Client, request: pb::RunCycleRequest, expected: &[&str]) -> Option<u64> {
+        let (request_id, is_async) = (request.request_id.clone(), request.r#async);
+        match answer(client.run_cycle(request).await, expected) {
+            Answer::Told(response) => {
+                if !is_async {
+                    let record = decode(response.telemetry.clone());
+                    assert_eq!((record.cycle_id, &record.request_id), (response.cycle_id, &request_id));
+                }
+                self.told.cycle(response.cycle_id, response.telemetry, &request_id);
+                Some(response.cycle_id)
+            }
+            Answer::Refused => Some(0),
+            Answer::Killed => None,
+        }
+    }
+}
+
+/// Registers, unregisters, suspends and resumes subsystems of its own.
+struct Registrar {
+    rng: Rng,
+    told: Arc<Told>,
+    endpoints: Vec<String>,
+    version: u32,
+    /// By name, how it may stand: in one way, or in two after a call that was never answered.
+    possible: BTreeMap<String, Vec<Standing>>,
+}
+
+/// How a subsystem stands; `None` is not registered.
+type Standing = Option<Registered>;
+
+#[derive(Clone, Debug, PartialEq)]
+struct Registered {
+    version: u32,
+    suspended: bool,
+}
+
+impl Registrar {
+    fn new(name: u32, rng: &mut Rng, told: &Arc<Told>, fleet: &Fleet) -> Self {
+        Self {
+            rng: rng.fork(),
+            told: told.clone(),
+            endpoints: fleet.endpoints().to_vec(),
+            version: 0,
+            possible: (1..=3).map(|i| (format!("registrar{name}-{i}"), vec![None])).collect(),
+        }
+    }
+
+    /// The registration of a subsystem in this version.
+    fn registration(&self, name: &str, version: u32) -> pb::Registration {
+        pb::Registration {
+            phase: i32::try_from(version % 3).unwrap(),
+            after: vec![CHAIN[version as usize % CHAIN.len()].to_owned()],
+            timeout: Some(Span { seconds: 1, nanos: i32::try_from(version).unwrap() * 1000 }),
+            parameters: to_struct(&json!({ "version": version })),
+            critical: version % 2 == 0,
+            ..registration(name, &self.endpoints[version as usize % self.endpoints.len()])
+        }
+    }
+
+    /// How a subsystem stands, read from its status; every field that was given must be there.
+    fn standing(&self, status: &pb::SubsystemStatus) -> Standing {
+        let found = status.registration.clone().unwrap();
+        let version = from_struct(&found.parameters)["version"].as_u64().unwrap();
+        let version = u32::try_from(version).unwrap();
+        let given = pb::Registration {
+            retry: found.retry.clone(),
+            breaker: found.breaker,
+            limits: found.limits,
+            ..self.registration(&found.name, version)
+        };
+        assert_eq!(found, given);
+        Some(Registered { version, suspended: status.suspended })
+    }
+
+    async fn act(&mut self, client: &mut Client) -> Option<()> {
+        self.settle(client).await?;
+        loop {
+            let index = self.rng.usize(..self.possible.len());
+            let (name, possible) = self.possible.iter().nth(index).unwrap();
+            let (name, now) = (name.clone(), possible[0].clone());
+            match (now, self.rng.u8(..5)) {
+                (now, 0 | 1) => {
+                    self.version += 1;
+                    let registration = self.registration(&name, self.version);
+                    let suspended = now.as_ref().is_some_and(|now| now.suspended);
+                    self.possible(&name, Some(Registered { version: self.version, suspended }));
+                    let response = self.answered(client.register(registration).await.map(Response::new))?;
+                    assert_eq!(response.created, now.is_none());
+                    self.certain(&name, response.subsystem.as_ref());
+                }
+                (None, _) => {}
+                (Some(_), 2) => {
+                    self.possible(&name, None);
+                    let request = pb::UnregisterSubsystemRequest { name: name.clone() };
+                    self.answered(client.unregister_subsystem(request).await)?;
+                    self.certain(&name, None);
+                }
+                (Some(now), 3) => {
+                    self.possible(&name, Some(Registered { suspended: true, ..now }));
+                    let request = pb::SuspendSubsystemRequest { name: name.clone() };
+                    let response = self.answered(client.suspend_subsystem(request).await)?;
+                    self.certain(&name, response.subsystem.as_ref());
+                }
+                (Some(now), _) => {
+                    self.possible(&name, Some(Registered { suspended: false, ..now }));
+                    let request = pb::ResumeSubsystemRequest { name: name.clone() };
+                    let response = self.answered(client.resume_subsystem(request).await)?;
+                    self.certain(&name, response.subsystem.as_ref());
+                }
+            }
+        }
+    }
+
+    /// Looks how each stands: as it was acknowledged, or in one of the ways that it may.
+    async fn settle(&mut self, client: &mut Client) -> Option<()> {
+        for name in self.possible.keys().cloned().collect::<Vec<_>>() {
+            let request = pb::GetSubsystemRequest { name: name.clone(), ..pb::GetSubsystemRequest::default() };
+            let found = match answer(client.get_subsystem(request).await, &["SUBSYSTEM_NOT_FOUND"]) {
+                Answer::Told(response) => self.standing(&response.subsystem.unwrap()),
+                Answer::Refused => None,
+                Answer::Killed => return None,
+            };
+            let possible = self.possible.get_mut(&name).unwrap();
+            assert!(possible.contains(&found), "{name} is {found:?}, but was acknowledged as {possible:?}");
+            *possible = vec![found];
+        }
+        Some(())
+    }
+
+    fn possible(&mut self, name: &str, standing: Standing) {
+        self.possible.get_mut(name).unwrap().push(standing);
+    }
+
+    /// The last of the ways in which it may stand was acknowledged.
+    fn certain(&mut self, name: &str, status: Option<&pb::SubsystemStatus>) {
+        let told = status.and_then(|status| self.standing(status));
+        let possible = self.possible.get_mut(name).unwrap();
+        assert_eq!(possible.last(), Some(&told));
+        *possible = vec![told];
+    }
+
+    fn answered<T>(&self, response: Result<Response<T>, Status>) -> Option<T> {
+        let Answer::Told(response) = answer(response, &[]) else { return None };
+        self.told.acknowledged();
+        Some(response)
+    }
+}
+
+/// Starts and stops a loop.
+struct Looper {
+    rng: Rng,
+    told: Arc<Told>,
+    /// The intervals that it may have, in milliseconds; `None` is stopped.
+    possible: Vec<Option<i32>>,
+    /// Its ticks, when they were last looked at.
+    due: u64,
+}
+
+impl Looper {
+    const NAME: &str = "heartbeat";
+
+    fn new(rng: &mut Rng, told: &Arc<Told>) -> Self {
+        Self { rng: rng.fork(), told: told.clone(), possible: vec![None], due: 0 }
+    }
+
+    async fn act(&mut self, client: &mut Client) -> Option<()> {
+        self.settle(client).await?;
+        if self.possible[0].is_some() && self.rng.u8(..8) == 0 {
+            self.possible.push(None);
+            let request = pb::StopIntervalLoopRequest { name: Self::NAME.into() };
+            let Answer::Told(_) = answer(client.stop_interval_loop(request).await, &[]) else { return None };
+            self.possible = vec![None];
+        } else {
+            let interval = self.rng.i32(10..80);
+            self.possible.push(Some(interval));
+            let settings = pb::IntervalLoop {
+                name: Self::NAME.into(),
+                interval: Some(Span { seconds: 0, nanos: interval * 1_000_000 }),
+                subsystems: CHAIN[..2].iter().map(ToString::to_string).collect(),
+                overlap_policy: OverlapPolicy::BufferOne.into(),
+                ..pb::IntervalLoop::default()
+            };
+            let request = pb::StartIntervalLoopRequest { r#loop: Some(settings) };
+            let Answer::Told(_) = answer(client.start_interval_loop(request).await, &[]) else { return None };
+            self.possible = vec![Some(interval)];
+        }
+        self.told.acknowledged();
+        // Let it tick for a while.
+        sleep(Duration::from_millis(self.rng.u64(..40))).await;
+        Some(())
+    }
+
+    /// Looks how it stands, and whether its ticks add up.
+    async fn settle(&mut self, client: &mut Client) -> Option<()> {
+        let response = client.list_interval_loops(pb::ListIntervalLoopsRequest {}).await;
+        let Answer::Told(pb::ListIntervalLoopsResponse { loops }) = answer(response, &[]) else { return None };
+        let found = loops.first().map(|status| {
+            let settings = status.r#loop.as_ref().unwrap();
+            assert_eq!((settings.name.as_str(), settings.subsystems.len()), (Self::NAME, 2));
+            let ticks = status.ticks.unwrap();
+            let pb::TickCounts { due, ran, skipped, missed, coalesced, dropped } = ticks;
+            assert_eq!(due, ran + skipped + missed + coalesced + dropped, "{ticks:?}");
+            assert!(self.possible.contains(&None) || due >= self.due, "{due} ticks after {}", self.due);
+            self.due = due;
+            settings.interval.unwrap().nanos / 1_000_000
+        });
+        assert!(self.possible.contains(&found), "the loop is {found:?}, but was acknowledged as {:?}", self.possible);
+        self.possible = vec![found];
+        Some(())
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// What must hold at the end
+
+fn check_history(history: &[Bytes], told: &Told, watched: &Watched) {
+    // A watcher sees every durable record once, in order, with no gap.
+    let watched = watched.records.lock().unwrap();
+    assert_eq!(watched.len(), history.len());
+    for (seen, kept) in watched.iter().zip(history) {
+        assert_eq!(seen, kept, "the watcher saw {:?}", decode(seen.clone()));
+    }
+    // Ids are gapless and increasing, a cycle is recorded once, and nothing of an older epoch comes after a newer one.
+    let cycles: Vec<_> = history.iter().cloned().map(decode).collect();
+    for (cycle, number) in cycles.iter().zip(1..) {
+        assert_eq!((cycle.cycle_id, cycle.revision), (number, number));
+    }
+    assert!(cycles.is_sorted_by_key(|cycle| cycle.epoch));
+    // An acknowledged cycle is never lost, nor changed.
+    for (&cycle_id, record) in told.cycles.lock().unwrap().iter() {
+        let index = usize::try_from(cycle_id).unwrap() - 1;
+        let kept = history.get(index).unwrap_or_else(|| panic!("cycle {cycle_id} was acknowledged, and is lost"));
+        assert!(record.as_ref().is_none_or(|record| record == kept), "cycle {cycle_id} has changed");
+    }
+    // A request starts one cycle.
+    let mut requests = HashMap::new();
+    for cycle in cycles.iter().filter(|cycle| !cycle.request_id.is_empty()) {
+        let earlier = requests.insert(cycle.request_id.clone(), cycle.cycle_id);
+        assert_eq!(earlier, None, "request {:?} started two cycles", cycle.request_id);
+    }
+    for (request, cycle_id) in told.requests.lock().unwrap().iter() {
+        assert_eq!(requests.get(request), Some(cycle_id), "request {request:?}");
+    }
+}
+
+fn check_calls(fleet: &Fleet, history: &[Bytes]) {
+    let calls = fleet.calls();
+    // Once a newer epoch has called, no older one does.
+    assert!(calls.is_sorted_by_key(|call| call.epoch));
+    assert_eq!(fleet.now(|state| state.stale_calls), 0);
+    let mut epochs = HashMap::new();
+    let mut once = HashSet::new();
+    let mut parts: HashMap<u64, BTreeMap<&str, (u64, u64)>> = HashMap::new();
+    for call in calls.iter().filter(|call| call.method == Method::RunCycle) {
+        // A cycle runs in one epoch, and no call of it is made twice.
+        assert_eq!(*epochs.entry(call.cycle_id).or_insert(call.epoch), call.epoch, "{call:?}");
+        assert!(once.insert((call.cycle_id, &call.subsystem, call.attempt)), "made twice: {call:?}");
+        // Whatever ran is recorded.
+        let index = usize::try_from(call.cycle_id).unwrap() - 1;
+        assert!(index < history.len(), "not recorded: {call:?}");
+        let ended = call.ended.map_or(u64::MAX, |(position, _)| position);
+        let part = parts.entry(call.cycle_id).or_default().entry(&call.subsystem).or_insert((call.began, ended));
+        part.1 = ended;
+    }
+    // No subsystem runs before what it waits for has ended.
+    for (cycle_id, parts) in parts {
+        for pair in CHAIN.windows(2) {
+            if let (Some((_, ended)), Some((began, _))) = (parts.get(pair[0]), parts.get(pair[1])) {
+                assert!(ended < began, "cycle {cycle_id}: {} ran before {} had ended", pair[1], pair[0]);
+            }
+        }
+    }
+}
+
+/// Shows that there was something to check.
+fn summarize(history: &[Bytes]) {
+    let mut states: BTreeMap<&str, usize> = BTreeMap::new();
+    for cycle in history.iter().cloned().map(decode) {
+        *states.entry(cycle.state().as_str_name()).or_default() += 1;
+    }
+    println!("{} cycles: {states:?}", history.len());
+    assert!(states.contains_key(CycleState::Degraded.as_str_name()));
+}
