@@ -1,6 +1,7 @@
 //! A control plane that runs a fleet of remote components ("subsystems") in cycles.
 
 pub mod api;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod dial;

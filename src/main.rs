@@ -1,1 +1,14 @@
-fn main() {}
+//! The `orchestrator` binary.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use orchestrator_core::cli::Cli;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    Cli::parse().run().await
+}

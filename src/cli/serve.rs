@@ -1,0 +1,75 @@
+//! `orchestrator serve`: runs the service.
+
+use std::{env, io::Write as _, process::ExitCode};
+
+use crate::{
+    config::{Config, Overrides},
+    serve::{self, Exit},
+    telemetry,
+};
+
+/// Exit code of a configuration that is wrong, as clap has it for wrong arguments.
+const BAD_CONFIG: u8 = 2;
+
+/// Run the service until SIGTERM or SIGINT
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Prints one line on stdout, \"listening on ADDRESS\", once requests are answered. Logs go to stderr.
+
+Signals:
+  SIGTERM, SIGINT   the first drains: the running cycle may finish within server.drain_grace; the second aborts
+  SIGHUP            reads the configuration again, as does a change of its file
+
+Exit codes:
+  0    drained: everything was finished and recorded
+  1    could not start, or the last state could not be written
+  2    the configuration is wrong
+  3    another process has taken over the store
+  130  a second signal cut the shutdown short; the cycle that ran is recorded as interrupted at the next start
+
+Examples:
+  orchestrator serve
+  orchestrator serve --config orchestrator.toml
+  orchestrator serve --listen 127.0.0.1:7701 --store sqlite:/var/lib/orchestrator/orchestrator.db
+  orchestrator serve --set cycle.deadline=30s --log-format json")]
+pub(super) struct Serve {
+    #[command(flatten)]
+    overrides: Overrides,
+}
+
+impl Serve {
+    /// Serves until it is told to stop.
+    pub(super) async fn run(self) -> ExitCode {
+        let load = || Config::load(&self.overrides, env::vars_os());
+        let config = match load() {
+            Ok(config) => config,
+            Err(error) => {
+                eprintln!("{error}");
+                return BAD_CONFIG.into();
+            }
+        };
+        let log_filter = match telemetry::init(&config.log) {
+            Ok(log_filter) => log_filter,
+            Err(error) => {
+                eprintln!("{error}");
+                return BAD_CONFIG.into();
+            }
+        };
+        let applied = |config: &Config| {
+            if let Err(error) = log_filter.set(&config.log.filter) {
+                tracing::error!(%error, "the log filter stays as it was");
+            }
+        };
+        let ready = |address| {
+            // Nobody reading it is no reason to stop.
+            let _ = writeln!(std::io::stdout(), "listening on {address}");
+        };
+        match serve::serve(config, self.overrides.config.as_deref(), load, applied, ready).await {
+            Ok(exit) => ExitCode::from(exit as u8),
+            Err(error) => {
+                eprintln!("{error}");
+                ExitCode::from(Exit::Failed as u8)
+            }
+        }
+    }
+}
