@@ -47,7 +47,7 @@ async fn promises_hold_whenever_the_process_is_killed() {
     let told = Arc::new(Told::default());
     let clients = watch::Sender::new(None);
     let watched = Arc::new(Watched::default());
-    let mut watcher = tokio::spawn(watched.clone().follow(clients.subscribe(), rng.fork()));
+    let mut following = tokio::spawn(watched.clone().follow(clients.subscribe(), rng.fork()));
     let mut callers: Vec<Caller> = vec![
         Caller::Runner(Runner::new(1, &mut rng, &told)),
         Caller::Runner(Runner::new(2, &mut rng, &told)),
@@ -76,7 +76,7 @@ async fn promises_hold_whenever_the_process_is_killed() {
         select! {
             () = moment(&mut rng, &told, &fleet, &watched) => {}
             ended = running.join_next() => panic!("a caller lost the service before it was killed: {:?}", ended.map(|ended| ended.map(drop))),
-            ended = &mut watcher => panic!("the watcher has failed: {ended:?}"),
+            ended = &mut following => panic!("the watcher has failed: {ended:?}"),
         }
         service.kill().await;
         callers = patiently("callers to notice that the service is gone", running.join_all()).await;
@@ -92,7 +92,7 @@ async fn promises_hold_whenever_the_process_is_killed() {
     let last = client.run().await.unwrap();
     assert_eq!(last.revision, last.cycle_id);
     watched.until(last.revision).await;
-    watcher.abort();
+    following.abort();
     let history = client.history().await.unwrap();
     check_history(&history, &told, &watched);
     check_calls(&fleet, &history);
@@ -157,14 +157,14 @@ impl Told {
     }
 
     /// A cycle was acknowledged, with its record or without, and with its request id if it has one.
-    fn cycle(&self, cycle_id: u64, record: Bytes, request_id: &str) {
+    fn cycle(&self, cycle_id: u64, record: &Bytes, request_id: &str) {
         assert!(cycle_id > 0);
         {
             let mut cycles = self.cycles.lock().unwrap();
             let known = cycles.entry(cycle_id).or_default();
             if !record.is_empty() {
                 let told = known.get_or_insert_with(|| record.clone());
-                assert_eq!(*told, record, "cycle {cycle_id} was told in two ways");
+                assert_eq!(told, record, "cycle {cycle_id} was told in two ways");
             }
         }
         if !request_id.is_empty() {
@@ -339,7 +339,7 @@ impl Runner {
                 let cycle_id = self.run(client, request, &[]).await?;
                 let cancelled = client.cancel_cycle(pb::CancelCycleRequest { cycle_id }).await;
                 match answer(cancelled, &["CYCLE_FINISHED"]) {
-                    Answer::Told(response) => self.told.cycle(cycle_id, response.telemetry, ""),
+                    Answer::Told(response) => self.told.cycle(cycle_id, &response.telemetry, ""),
                     Answer::Refused => {}
                     Answer::Killed => return None,
                 }
@@ -365,7 +365,7 @@ impl Runner {
                     let record = decode(response.telemetry.clone());
                     assert_eq!((record.cycle_id, &record.request_id), (response.cycle_id, &request_id));
                 }
-                self.told.cycle(response.cycle_id, response.telemetry, &request_id);
+                self.told.cycle(response.cycle_id, &response.telemetry, &request_id);
                 Some(response.cycle_id)
             }
             Answer::Refused => Some(0),
@@ -411,13 +411,13 @@ impl Registrar {
             after: vec![CHAIN[version as usize % CHAIN.len()].to_owned()],
             timeout: Some(Span { seconds: 1, nanos: i32::try_from(version).unwrap() * 1000 }),
             parameters: to_struct(&json!({ "version": version })),
-            critical: version % 2 == 0,
+            critical: version.is_multiple_of(2),
             ..registration(name, &self.endpoints[version as usize % self.endpoints.len()])
         }
     }
 
     /// How a subsystem stands, read from its status; every field that was given must be there.
-    fn standing(&self, status: &pb::SubsystemStatus) -> Standing {
+    fn standing(&self, status: &pb::SubsystemStatus) -> Registered {
         let found = status.registration.clone().unwrap();
         let version = from_struct(&found.parameters)["version"].as_u64().unwrap();
         let version = u32::try_from(version).unwrap();
@@ -428,7 +428,7 @@ impl Registrar {
             ..self.registration(&found.name, version)
         };
         assert_eq!(found, given);
-        Some(Registered { version, suspended: status.suspended })
+        Registered { version, suspended: status.suspended }
     }
 
     async fn act(&mut self, client: &mut Client) -> Option<()> {
@@ -475,7 +475,7 @@ impl Registrar {
         for name in self.possible.keys().cloned().collect::<Vec<_>>() {
             let request = pb::GetSubsystemRequest { name: name.clone(), ..pb::GetSubsystemRequest::default() };
             let found = match answer(client.get_subsystem(request).await, &["SUBSYSTEM_NOT_FOUND"]) {
-                Answer::Told(response) => self.standing(&response.subsystem.unwrap()),
+                Answer::Told(response) => Some(self.standing(&response.subsystem.unwrap())),
                 Answer::Refused => None,
                 Answer::Killed => return None,
             };
@@ -492,7 +492,7 @@ impl Registrar {
 
     /// The last of the ways in which it may stand was acknowledged.
     fn certain(&mut self, name: &str, status: Option<&pb::SubsystemStatus>) {
-        let told = status.and_then(|status| self.standing(status));
+        let told = status.map(|status| self.standing(status));
         let possible = self.possible.get_mut(name).unwrap();
         assert_eq!(possible.last(), Some(&told));
         *possible = vec![told];
