@@ -81,7 +81,7 @@ async fn a_subsystem_in_python_takes_part() {
         assert_eq!(cycle.state(), CycleState::Succeeded, "{cycle:?}");
         let part = cycle.subsystems.iter().find(|part| part.name == "average").unwrap();
         assert_eq!(from_struct(&part.output), json!({ "average": average, "values": values }));
-        assert_eq!(part.metrics["values"], f64::from(values));
+        assert_eq!(part.metrics, [("values".to_owned(), f64::from(values))].into());
         let issues: Vec<_> = part.issues.iter().map(|issue| (issue.code.as_str(), issue.message.as_str())).collect();
         assert_eq!(issues, [("NO_VALUE", "nobody gave no value")]);
         assert_eq!(part.attempts, 1);
