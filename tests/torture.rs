@@ -89,6 +89,10 @@ async fn promises_hold_whenever_the_process_is_killed() {
     for caller in callers {
         caller.settle(client.clone()).await;
     }
+    // Nothing starts after the last cycle, so that what is compared stands still.
+    let stop = pb::StopIntervalLoopRequest { name: Looper::NAME.into() };
+    let stopped = answer(client.stop_interval_loop(stop).await, &["LOOP_NOT_FOUND"]);
+    assert!(!matches!(stopped, Answer::Killed), "the service has failed");
     let last = client.run().await.unwrap();
     assert_eq!(last.revision, last.cycle_id);
     watched.until(last.revision).await;
@@ -529,6 +533,7 @@ impl Looper {
             let request = pb::StopIntervalLoopRequest { name: Self::NAME.into() };
             let Answer::Told(_) = answer(client.stop_interval_loop(request).await, &[]) else { return None };
             self.possible = vec![None];
+            self.due = 0;
         } else {
             let interval = self.rng.i32(10..80);
             self.possible.push(Some(interval));
@@ -563,6 +568,10 @@ impl Looper {
             self.due = due;
             settings.interval.unwrap().nanos / 1_000_000
         });
+        if found.is_none() {
+            // A loop that is started after this begins to count anew.
+            self.due = 0;
+        }
         assert!(self.possible.contains(&found), "the loop is {found:?}, but was acknowledged as {:?}", self.possible);
         self.possible = vec![found];
         Some(())
