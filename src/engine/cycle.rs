@@ -13,6 +13,7 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 use jiff::Timestamp;
 use tokio::{
     pin, select,
+    task::unconstrained,
     time::{Instant, sleep_until, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
@@ -94,11 +95,15 @@ impl Engine {
             while let Some(call) = run.next_call(calls.len()) {
                 calls.push(self.call(cycle, call, start, &attempts, observer));
             }
+            // Without tokio's budget, which is that of one task and so of all these calls: those that it leaves out
+            // are polled again in reverse order, so that under load the first would wait for all others. The select
+            // around them still yields.
+            let ended = unconstrained(calls.next());
             select! {
                 biased;
                 () = &mut cancelled => break End::Cancelled,
                 () = &mut deadline => break End::Deadline,
-                ended = calls.next() => match ended {
+                ended = ended => match ended {
                     Some(call) => run.called(call),
                     // Nothing runs, so nothing more can become ready: every part has ended.
                     None => break End::Complete,
