@@ -1,8 +1,9 @@
 //! What a cycle costs, beside its floor in the same run.
 //!
 //! The floor is a bare tonic client that sends the same calls over connections that it keeps open, all at once, on the
-//! same runtime. It knows no order, no deadlines and no record. Its rounds alternate with ours, and the server is a
-//! process of its own, the same for both.
+//! same runtime. It knows no order, no deadlines and no record. A cycle of ours is asked for and waited for in this
+//! process, and ends when its record is written: to a SQLite database on the disk, or to memory. The rounds of all
+//! sides alternate, and the server is a process of its own, the same for all.
 //!
 //! `cargo bench --bench cycle` measures every fleet; `cargo bench --bench cycle -- 28x1` only the one of that name.
 //! Prints a table for people, and one line of JSON per fleet.
@@ -12,14 +13,25 @@ use std::{
     error::Error,
     io::{BufRead, BufReader, Read},
     process::{Child, Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use futures_util::{StreamExt, TryStreamExt, future::try_join_all, stream};
-use orchestrator_core::proto::subsystem::v1::{
-    self as pb,
-    subsystem_client::SubsystemClient,
-    subsystem_server::{Subsystem, SubsystemServer},
+use jiff::Timestamp;
+use orchestrator_core::{
+    clock::Clock,
+    config::Config,
+    dial::Dialer,
+    model::{CycleRequest, CycleState, OverlapPolicy, Payload, Subsystem, SubsystemSpec, Trigger},
+    orchestrator::{Declared, Orchestrator, Tasks},
+    proto::subsystem::v1::{
+        self as pb,
+        subsystem_client::SubsystemClient,
+        subsystem_server::{Subsystem as Service, SubsystemServer},
+    },
+    serve,
+    store::{self, StoreUrl},
 };
 use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
@@ -59,9 +71,9 @@ impl Fleet {
         format!("{}x{}", self.subsystems, self.endpoints)
     }
 
-    /// The server's share is the larger one: it listens, and accepts from both sides.
+    /// The server's share is the larger one: it listens, and accepts from all sides.
     fn open_files(&self) -> u64 {
-        3 * self.endpoints as u64 + 100
+        4 * self.endpoints as u64 + 100
     }
 }
 
@@ -78,7 +90,10 @@ fn main() -> Result<()> {
     let wanted = all.iter().find(|arg| !arg.starts_with('-'));
 
     let open_files = raise_open_files()?;
-    println!("{:>12} {:>6} {:>10} {:>10} {:>14}", "fleet", "side", "p50 ms", "p99 ms", "CPU ms/cycle");
+    println!(
+        "{:>12} {:>7} {:>10} {:>10} {:>14} {:>12} {:>12}",
+        "fleet", "side", "p50 ms", "p99 ms", "CPU ms/cycle", "p50 / floor", "CPU / floor"
+    );
     for fleet in FLEETS {
         let name = fleet.name();
         if wanted.is_some_and(|wanted| *wanted != name) {
@@ -125,27 +140,44 @@ impl Measured {
 }
 
 async fn compare(fleet: &Fleet, endpoints: &[String]) -> Result<()> {
-    let floor = Floor::connect(fleet, endpoints).await?;
-    let mut of_floor = Measured::default();
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let sqlite = StoreUrl::Sqlite(directory.path().join("orchestrator.db"));
+    let mut sides = [
+        (Side::Floor(Floor::connect(fleet, endpoints).await?), Measured::default()),
+        (Side::Ours("memory", Ours::start(fleet, endpoints, &StoreUrl::Memory).await?), Measured::default()),
+        (Side::Ours("sqlite", Ours::start(fleet, endpoints, &sqlite).await?), Measured::default()),
+    ];
     // The first round of each side fills caches and buffers.
     for round in 0..=fleet.rounds {
-        let cpu = cpu_time();
-        for _ in 0..fleet.cycles {
-            let start = Instant::now();
-            floor.cycle().await?;
-            of_floor.cycles.push(start.elapsed());
-        }
-        of_floor.cpu += cpu_time().saturating_sub(cpu);
-        if round == 0 && fleet.rounds > 1 {
-            of_floor = Measured::default();
+        for (side, measured) in &mut sides {
+            if round == 1 {
+                *measured = Measured::default();
+            }
+            let cpu = cpu_time();
+            for _ in 0..fleet.cycles {
+                let start = Instant::now();
+                side.cycle().await?;
+                measured.cycles.push(start.elapsed());
+            }
+            measured.cpu += cpu_time().saturating_sub(cpu);
         }
     }
-    print_side(fleet, "floor", of_floor.figures());
+    let name = fleet.name();
+    let mut floor = None;
+    for (side, mut measured) in sides {
+        let [p50, p99, cpu] = measured.figures();
+        let [floor_p50, _, floor_cpu] = *floor.get_or_insert([p50, p99, cpu]);
+        let (p50_ratio, cpu_ratio) = (p50 / floor_p50, cpu / floor_cpu);
+        let side_name = side.name();
+        println!("{name:>12} {side_name:>7} {p50:>10.3} {p99:>10.3} {cpu:>14.3} {p50_ratio:>12.2} {cpu_ratio:>12.2}");
+        let json = serde_json::json!({
+            "fleet": name, "side": side_name, "p50_ms": p50, "p99_ms": p99, "cpu_ms": cpu,
+            "p50_to_floor": p50_ratio, "cpu_to_floor": cpu_ratio,
+        });
+        println!("{json}");
+        side.end().await?;
+    }
     Ok(())
-}
-
-fn print_side(fleet: &Fleet, side: &str, [p50, p99, cpu]: [f64; 3]) {
-    println!("{:>12} {side:>6} {p50:>10.3} {p99:>10.3} {cpu:>14.3}", fleet.name());
 }
 
 /// The CPU time that this process has used, in all its threads.
@@ -163,6 +195,76 @@ fn raise_open_files() -> Result<Option<u64>> {
 
 // ---------------------------------------------------------------------------------------------------------------
 // The sides
+
+enum Side {
+    Floor(Floor),
+    Ours(&'static str, Ours),
+}
+
+impl Side {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Floor(_) => "floor",
+            Self::Ours(store, _) => store,
+        }
+    }
+
+    async fn cycle(&self) -> Result<()> {
+        match self {
+            Self::Floor(floor) => floor.cycle().await,
+            Self::Ours(_, ours) => ours.cycle().await,
+        }
+    }
+
+    async fn end(self) -> Result<()> {
+        match self {
+            Self::Floor(_) => Ok(()),
+            Self::Ours(_, ours) => ours.end().await,
+        }
+    }
+}
+
+/// The orchestrator, with what it dials and where it writes, as the service puts it together.
+struct Ours {
+    orchestrator: Orchestrator,
+    tasks: Tasks,
+}
+
+impl Ours {
+    async fn start(fleet: &Fleet, endpoints: &[String], store: &StoreUrl) -> Result<Self> {
+        let subsystems = (0..fleet.subsystems).map(|i| {
+            let endpoint = endpoints[i % endpoints.len()].clone();
+            Subsystem::from_spec(&SubsystemSpec { name: format!("s{i}"), endpoint, ..SubsystemSpec::default() })
+        });
+        let declared = Declared { subsystems: subsystems.collect::<std::result::Result<_, _>>()?, loops: Vec::new() };
+        let dialer = Arc::new(Dialer::new(Duration::from_secs(5), None));
+        let (store, contents) = store::open(store).await?;
+        let settings = serve::settings(&Config::default());
+        let (orchestrator, tasks) =
+            Orchestrator::start(settings, Clock::System, dialer, store, contents, declared).await?;
+        Ok(Self { orchestrator, tasks })
+    }
+
+    async fn cycle(&self) -> Result<()> {
+        let request = CycleRequest {
+            trigger: Trigger::Manual,
+            scheduled_at: Timestamp::now(),
+            subset: None,
+            parameters: Payload::default(),
+            request_id: None,
+            overlap: OverlapPolicy::BufferAll,
+            deadline: None,
+            record_outputs: false,
+        };
+        let record = self.orchestrator.run_cycle(request, false).await?.recorded().await?;
+        if record.state == CycleState::Succeeded { Ok(()) } else { Err("a cycle did not succeed".into()) }
+    }
+
+    async fn end(mut self) -> Result<()> {
+        self.orchestrator.drain();
+        Ok(self.tasks.finished().await?)
+    }
+}
 
 /// Sends the calls, and nothing else.
 struct Floor(Vec<(SubsystemClient<Channel>, pb::RunCycleRequest)>);
@@ -245,7 +347,7 @@ fn serve_noop(endpoints: usize) -> Result<()> {
 struct Noop;
 
 #[tonic::async_trait]
-impl Subsystem for Noop {
+impl Service for Noop {
     async fn initialize(
         &self,
         _: Request<pb::InitializeRequest>,

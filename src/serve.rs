@@ -304,7 +304,8 @@ impl FileChanges {
     }
 }
 
-fn settings(config: &Config) -> Settings {
+/// What of a configuration the orchestrator itself is set to.
+pub fn settings(config: &Config) -> Settings {
     Settings {
         orchestrator_id: config.orchestrator_id.as_str().into(),
         cycle_deadline: config.cycle.deadline,
