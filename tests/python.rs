@@ -75,7 +75,7 @@ async fn a_subsystem_in_python_takes_part() {
     client.register(average).await.unwrap();
 
     // The parameters of `Initialize`, the FRESH input, the ABSENT one, output, metrics and issues.
-    for (value, average, values) in [(10, 10.0, 1), (20, 15.0, 2), (30, 25.0, 2)] {
+    for (value, average, values) in [(10, 10, 1), (20, 15, 2), (30, 25, 2)] {
         fleet.run("sensor", Run::output(&json!({ "value": value })));
         let cycle = client.run().await.unwrap();
         assert_eq!(cycle.state(), CycleState::Succeeded, "{cycle:?}");
