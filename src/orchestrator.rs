@@ -12,6 +12,7 @@ mod watch;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
+    panic::resume_unwind,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -27,7 +28,7 @@ use tokio::{
     task::{JoinHandle, JoinSet},
     time::{Instant, sleep, sleep_until, timeout},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{conductor::Admitted, live::Live, registry::Registry};
 use crate::{
@@ -111,6 +112,8 @@ struct Shared {
     state: Mutex<State>,
     /// Held while a durable change is built and committed.
     writing: tokio::sync::Mutex<()>,
+    /// Durable changes that callers have asked for. The last write waits for them.
+    changes: TaskTracker,
     queue_changed: Notify,
     loops_changed: Notify,
     leases_changed: Notify,
@@ -333,6 +336,7 @@ impl Orchestrator {
             store,
             state: Mutex::new(state),
             writing: tokio::sync::Mutex::new(()),
+            changes: TaskTracker::new(),
             queue_changed: Notify::new(),
             loops_changed: Notify::new(),
             leases_changed: Notify::new(),
@@ -499,45 +503,7 @@ impl Orchestrator {
     /// # Errors
     /// The order would have a ring, the file declares the name, the registry is full, or the store can't be written.
     pub async fn register(&self, subsystem: Subsystem, lease: Option<Duration>) -> Result<(Registered, bool), Refusal> {
-        let _writing = self.0.writing.lock().await;
-        let name = subsystem.name.clone();
-        let (entry, is_new) = {
-            let mut state = self.0.state();
-            if state.draining {
-                return Err(Refusal::Draining);
-            }
-            let earlier = state.registry.get(&name).ok().cloned();
-            if earlier.as_ref().is_some_and(|earlier| earlier.declared) {
-                return Err(Refusal::DeclaredInConfig(name));
-            }
-            let lease = lease.map(Lease::new);
-            if let Some(earlier) = &earlier {
-                let same_length = earlier.lease.map(|lease| lease.length) == lease.map(|lease| lease.length);
-                if *earlier.member.subsystem == subsystem && same_length {
-                    // Nothing durable changes: this only renews the lease.
-                    let entry = Registered { lease, ..earlier.clone() };
-                    state.registry.renew_in_place(&entry);
-                    return Ok((entry, false));
-                }
-            } else if state.registry.len() >= self.0.settings().max_subsystems {
-                return Err(Refusal::RegistryFull(state.registry.len()));
-            }
-            let (suspended, standing) = earlier
-                .as_ref()
-                .map(|earlier| (earlier.member.suspended, earlier.member.standing.clone()))
-                .unwrap_or_default();
-            let member = Member::new(Arc::new(subsystem), suspended, standing);
-            let entry = Registered { member, declared: false, lease };
-            state.registry.check_order(&entry).map_err(Refusal::OrderRing)?;
-            (entry, earlier.is_none())
-        };
-        let put = entry.clone();
-        self.0.write_subsystem(&name, Some(entry.to_stored()), |state| state.registry.put(put)).await?;
-        self.0.leases_changed.notify_one();
-        if !is_new {
-            self.0.retain_registered();
-        }
-        Ok((entry, is_new))
+        self.change(|shared| async move { shared.register(subsystem, lease).await }).await
     }
 
     /// Removes a subsystem and its latest output.
@@ -545,12 +511,8 @@ impl Orchestrator {
     /// # Errors
     /// It is not registered, the file declares it, or the store can't be written.
     pub async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
-        let _writing = self.0.writing.lock().await;
-        if self.0.state().registry.get(name)?.declared {
-            return Err(Refusal::DeclaredInConfig(name.clone()));
-        }
-        self.0.forget(name).await?;
-        Ok(())
+        let name = name.clone();
+        self.change(|shared| async move { shared.unregister(&name).await }).await
     }
 
     /// Takes a subsystem out of cycles, or puts it back and closes its breaker.
@@ -558,25 +520,8 @@ impl Orchestrator {
     /// # Errors
     /// It is not registered, or the store can't be written.
     pub async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
-        let _writing = self.0.writing.lock().await;
-        let earlier = self.0.state().registry.get(name)?.clone();
-        if !suspended {
-            earlier.member.standing.close_breaker();
-        }
-        if earlier.member.suspended == suspended {
-            return Ok(earlier);
-        }
-        let member = earlier.member.suspended(suspended);
-        let entry = Registered { member, ..earlier };
-        let stored = entry.to_stored();
-        let put = |state: &mut State| {
-            // Its lease may have been renewed in between.
-            let lease = state.registry.get(name).ok().and_then(|now| now.lease);
-            let entry = Registered { lease, ..entry };
-            state.registry.put(entry.clone());
-            entry
-        };
-        Ok(self.0.write_subsystem(name, Some(stored), put).await?)
+        let name = name.clone();
+        self.change(|shared| async move { shared.suspend(&name, suspended).await }).await
     }
 
     /// Renews a lease. Returns when it ends now.
@@ -634,55 +579,8 @@ impl Orchestrator {
     ///
     /// # Errors
     /// A field is malformed, the file declares the name with other settings, or the store can't be written.
-    pub async fn start_loop(&self, spec: &LoopSpec) -> Result<LoopEntry, Refusal> {
-        let _writing = self.0.writing.lock().await;
-        let now = self.0.clock.now();
-        let (settings, declared) = {
-            let state = self.0.state();
-            if state.draining {
-                return Err(Refusal::Draining);
-            }
-            let earlier = Name::parse(&spec.name).ok().and_then(|name| state.loops.get(&name).cloned());
-            match earlier {
-                Some(earlier) if earlier.declared => {
-                    let only_named = *spec == LoopSpec { name: spec.name.clone(), ..LoopSpec::default() };
-                    if !only_named && IntervalLoop::from_spec(spec)? != *earlier.settings {
-                        return Err(Refusal::DeclaredInConfig(earlier.settings.name.clone()));
-                    }
-                    if !earlier.state.stopped {
-                        return Ok(earlier);
-                    }
-                    ((*earlier.settings).clone(), true)
-                }
-                Some(earlier) => {
-                    let settings = IntervalLoop::from_spec(spec)?;
-                    if settings == *earlier.settings {
-                        return Ok(earlier);
-                    }
-                    (settings, false)
-                }
-                None => {
-                    let settings = IntervalLoop::from_spec(spec)?;
-                    if state.loops.len() >= self.0.settings().max_loops {
-                        return Err(Refusal::TooManyLoops(state.loops.len()));
-                    }
-                    (settings, false)
-                }
-            }
-        };
-        let build = |state: &State| {
-            let entry = state.loops.started(settings.clone(), declared, now);
-            Write { loops: BTreeMap::from([(settings.name.clone(), Some(entry.to_stored()))]), ..Write::default() }
-        };
-        let put = |state: &mut State| {
-            // Ticks may have been accounted for in between.
-            let entry = state.loops.started(settings.clone(), declared, now);
-            state.loops.put(entry.clone());
-            entry
-        };
-        let entry = self.0.write_locked(build, put).await?;
-        self.0.loops_changed.notify_one();
-        Ok(entry)
+    pub async fn start_loop(&self, spec: LoopSpec) -> Result<LoopEntry, Refusal> {
+        self.change(|shared| async move { shared.start_loop(&spec).await }).await
     }
 
     /// Stops a loop. One that the file declares stays listed; others are forgotten.
@@ -690,26 +588,8 @@ impl Orchestrator {
     /// # Errors
     /// There is none of that name, or the store can't be written.
     pub async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
-        let _writing = self.0.writing.lock().await;
-        if self.0.state().loops.get(name).is_none() {
-            return Err(Refusal::LoopNotFound(name.clone()));
-        }
-        let stopped = |state: &State| state.loops.get(name).cloned().map(LoopEntry::stopped);
-        let build = |state: &State| {
-            let stored = stopped(state).filter(|entry| entry.declared).map(|entry| entry.to_stored());
-            Write { loops: BTreeMap::from([(name.clone(), stored)]), ..Write::default() }
-        };
-        let put = |state: &mut State| {
-            let entry = stopped(state)?;
-            if entry.declared {
-                state.loops.put(entry.clone());
-            } else {
-                state.loops.remove(name);
-            }
-            Some(entry)
-        };
-        let entry = self.0.write_locked(build, put).await?;
-        entry.ok_or_else(|| Refusal::LoopNotFound(name.clone()))
+        let name = name.clone();
+        self.change(|shared| async move { shared.stop_loop(&name).await }).await
     }
 
     /// The loops, by name.
@@ -730,6 +610,25 @@ impl Orchestrator {
 
     // -----------------------------------------------------------------------------------------------------------
     // Life
+
+    /// Makes a durable change to its end, also when whoever asks for it goes away: what is dropped half-way would be
+    /// committed, and not be in memory.
+    async fn change<T, F>(&self, change: impl FnOnce(Arc<Shared>) -> F) -> Result<T, Refusal>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Refusal>> + Send + 'static,
+    {
+        if self.0.state().draining {
+            return Err(Refusal::Draining);
+        }
+        match self.0.changes.spawn(change(self.0.clone())).await {
+            Ok(changed) => changed,
+            Err(ended) => match ended.try_into_panic() {
+                Ok(panic) => resume_unwind(panic),
+                Err(_runtime_is_shut_down) => Err(Refusal::Draining),
+            },
+        }
+    }
 
     /// Puts other settings and declarations in the place of the present ones.
     ///
@@ -816,6 +715,147 @@ impl Shared {
                 return Ok(Found::Recorded(record));
             }
         }
+    }
+
+    async fn register(&self, subsystem: Subsystem, lease: Option<Duration>) -> Result<(Registered, bool), Refusal> {
+        let _writing = self.writing.lock().await;
+        let name = subsystem.name.clone();
+        let (entry, is_new) = {
+            let mut state = self.state();
+            let earlier = state.registry.get(&name).ok().cloned();
+            if earlier.as_ref().is_some_and(|earlier| earlier.declared) {
+                return Err(Refusal::DeclaredInConfig(name));
+            }
+            let lease = lease.map(Lease::new);
+            if let Some(earlier) = &earlier {
+                let same_length = earlier.lease.map(|lease| lease.length) == lease.map(|lease| lease.length);
+                if *earlier.member.subsystem == subsystem && same_length {
+                    // Nothing durable changes: this only renews the lease.
+                    let entry = Registered { lease, ..earlier.clone() };
+                    state.registry.renew_in_place(&entry);
+                    return Ok((entry, false));
+                }
+            } else if state.registry.len() >= self.settings().max_subsystems {
+                return Err(Refusal::RegistryFull(state.registry.len()));
+            }
+            let (suspended, standing) = earlier
+                .as_ref()
+                .map(|earlier| (earlier.member.suspended, earlier.member.standing.clone()))
+                .unwrap_or_default();
+            let member = Member::new(Arc::new(subsystem), suspended, standing);
+            let entry = Registered { member, declared: false, lease };
+            state.registry.check_order(&entry).map_err(Refusal::OrderRing)?;
+            (entry, earlier.is_none())
+        };
+        let put = entry.clone();
+        self.write_subsystem(&name, Some(entry.to_stored()), |state| state.registry.put(put)).await?;
+        self.leases_changed.notify_one();
+        if !is_new {
+            self.retain_registered();
+        }
+        Ok((entry, is_new))
+    }
+
+    async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
+        let _writing = self.writing.lock().await;
+        if self.state().registry.get(name)?.declared {
+            return Err(Refusal::DeclaredInConfig(name.clone()));
+        }
+        self.forget(name).await?;
+        Ok(())
+    }
+
+    async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
+        let _writing = self.writing.lock().await;
+        let earlier = self.state().registry.get(name)?.clone();
+        if !suspended {
+            earlier.member.standing.close_breaker();
+        }
+        if earlier.member.suspended == suspended {
+            return Ok(earlier);
+        }
+        let member = earlier.member.suspended(suspended);
+        let entry = Registered { member, ..earlier };
+        let stored = entry.to_stored();
+        let put = |state: &mut State| {
+            // Its lease may have been renewed in between.
+            let lease = state.registry.get(name).ok().and_then(|now| now.lease);
+            let entry = Registered { lease, ..entry };
+            state.registry.put(entry.clone());
+            entry
+        };
+        Ok(self.write_subsystem(name, Some(stored), put).await?)
+    }
+
+    async fn start_loop(&self, spec: &LoopSpec) -> Result<LoopEntry, Refusal> {
+        let _writing = self.writing.lock().await;
+        let now = self.clock.now();
+        let (settings, declared) = {
+            let state = self.state();
+            let earlier = Name::parse(&spec.name).ok().and_then(|name| state.loops.get(&name).cloned());
+            match earlier {
+                Some(earlier) if earlier.declared => {
+                    let only_named = *spec == LoopSpec { name: spec.name.clone(), ..LoopSpec::default() };
+                    if !only_named && IntervalLoop::from_spec(spec)? != *earlier.settings {
+                        return Err(Refusal::DeclaredInConfig(earlier.settings.name.clone()));
+                    }
+                    if !earlier.state.stopped {
+                        return Ok(earlier);
+                    }
+                    ((*earlier.settings).clone(), true)
+                }
+                Some(earlier) => {
+                    let settings = IntervalLoop::from_spec(spec)?;
+                    if settings == *earlier.settings {
+                        return Ok(earlier);
+                    }
+                    (settings, false)
+                }
+                None => {
+                    let settings = IntervalLoop::from_spec(spec)?;
+                    if state.loops.len() >= self.settings().max_loops {
+                        return Err(Refusal::TooManyLoops(state.loops.len()));
+                    }
+                    (settings, false)
+                }
+            }
+        };
+        let build = |state: &State| {
+            let entry = state.loops.started(settings.clone(), declared, now);
+            Write { loops: BTreeMap::from([(settings.name.clone(), Some(entry.to_stored()))]), ..Write::default() }
+        };
+        let put = |state: &mut State| {
+            // Ticks may have been accounted for in between.
+            let entry = state.loops.started(settings.clone(), declared, now);
+            state.loops.put(entry.clone());
+            entry
+        };
+        let entry = self.write_locked(build, put).await?;
+        self.loops_changed.notify_one();
+        Ok(entry)
+    }
+
+    async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
+        let _writing = self.writing.lock().await;
+        if self.state().loops.get(name).is_none() {
+            return Err(Refusal::LoopNotFound(name.clone()));
+        }
+        let stopped = |state: &State| state.loops.get(name).cloned().map(LoopEntry::stopped);
+        let build = |state: &State| {
+            let stored = stopped(state).filter(|entry| entry.declared).map(|entry| entry.to_stored());
+            Write { loops: BTreeMap::from([(name.clone(), stored)]), ..Write::default() }
+        };
+        let put = |state: &mut State| {
+            let entry = stopped(state)?;
+            if entry.declared {
+                state.loops.put(entry.clone());
+            } else {
+                state.loops.remove(name);
+            }
+            Some(entry)
+        };
+        let entry = self.write_locked(build, put).await?;
+        entry.ok_or_else(|| Refusal::LoopNotFound(name.clone()))
     }
 
     /// Builds and commits one durable change, and with it what has changed in loops since the last one. Once it is

@@ -55,7 +55,8 @@ impl Api {
         for some in of.chunks(AT_ONCE) {
             let mut snapshots = if with_snapshots { self.0.snapshots(some).await } else { Vec::new() }.into_iter();
             for registered in some {
-                let status = response::subsystem_status(&self.0, registered, false, snapshots.next());
+                let mut status = response::subsystem_status(&self.0, registered, false, snapshots.next());
+                status.last = status.last.map(response::listed_part);
                 bytes += status.encoded_len() + 8;
                 if bytes > room {
                     return (statuses, false);
@@ -214,7 +215,7 @@ impl Service for Api {
         request: Request<pb::StartIntervalLoopRequest>,
     ) -> Answer<pb::StartIntervalLoopResponse> {
         let spec = request::interval_loop(request.into_inner().r#loop).map_err(invalid)?;
-        let entry = self.0.start_loop(&spec).await.map_err(|refusal| match refusal {
+        let entry = self.0.start_loop(spec).await.map_err(|refusal| match refusal {
             Refusal::Invalid(violations) => invalid(violations.inside("loop")),
             refusal => status(refusal),
         })?;

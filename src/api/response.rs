@@ -1,8 +1,9 @@
 //! Answers, from the inside's types to the messages of the contract.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use jiff::SignedDuration;
+use prost::Message;
 use tokio::time::Instant;
 
 use crate::{
@@ -119,6 +120,15 @@ pub(super) fn subsystem_status(
         snapshot,
         snapshot_error,
     }
+}
+
+/// A part as it stands in a list: one that says much must not take the place of the others.
+pub(super) fn listed_part(part: pb::SubsystemTelemetry) -> pb::SubsystemTelemetry {
+    const MAX: usize = 64 << 10;
+    if part.encoded_len() <= MAX {
+        return part;
+    }
+    pb::SubsystemTelemetry { output: bytes::Bytes::new(), issues: Vec::new(), metrics: BTreeMap::new(), ..part }
 }
 
 fn registration(subsystem: &Subsystem) -> pb::Registration {

@@ -39,8 +39,9 @@ impl Dialer {
     const KEEPALIVE: Duration = Duration::from_secs(30);
     /// The connection is given up when a ping has no answer for so long.
     const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-    /// The most bytes of headers and trailers in an answer, error messages included.
-    const MAX_HEADERS: u32 = 16 << 10;
+    /// The most bytes of headers and trailers in an answer, error messages included. Room for a stack trace: when
+    /// it meets much more, the HTTP/2 library gives up the whole connection, and the calls of others on it.
+    const MAX_HEADERS: u32 = 64 << 10;
 
     /// A dialer that gives up connecting after `connect_timeout`, and trusts the certificates of the system and those
     /// in `ca`, which is PEM.

@@ -16,8 +16,9 @@ pub(super) fn of(status: &Status, late: bool) -> CallError {
     let code = match Code::from_number(status.code() as i32) {
         // Servers answer an expired deadline with either.
         Code::Cancelled if late => Code::DeadlineExceeded,
-        // The connection broke, and gRPC's word for that is UNAVAILABLE.
-        Code::Unknown | Code::Cancelled if is_local => Code::Unavailable,
+        // The connection broke, and gRPC's word for that is UNAVAILABLE. RESOURCE_EXHAUSTED: because of what another
+        // call on it was sent.
+        Code::Unknown | Code::Cancelled | Code::ResourceExhausted if is_local => Code::Unavailable,
         Code::OutOfRange if status.message().starts_with(TOO_LARGE) => Code::ResourceExhausted,
         // An error by definition, though the peer says otherwise.
         Code::Ok => Code::Internal,

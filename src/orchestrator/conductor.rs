@@ -274,6 +274,8 @@ impl Shared {
 
     /// The last write of this process.
     async fn close(&self) -> Result<(), StoreError> {
+        self.changes.close();
+        self.changes.wait().await;
         let written = self.write(|_| Write { close: true, ..Write::default() }, |_| ()).await;
         self.closed.cancel();
         written

@@ -22,6 +22,7 @@ use orchestrator_core::{
     },
 };
 use prost::Message;
+use prost_types::Timestamp;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -152,6 +153,12 @@ pub struct Call {
     pub epoch: u64,
     /// The attempt; 0 where the RPC has none.
     pub attempt: u32,
+    /// How long its caller waits.
+    pub timeout: Option<Duration>,
+    /// The orchestrator's id; empty where the RPC has none.
+    pub orchestrator_id: String,
+    /// When the cycle was due, where the RPC says so.
+    pub scheduled_at: Option<Timestamp>,
     /// The parameters.
     pub parameters: Value,
     /// The inputs.
@@ -225,6 +232,11 @@ impl State {
     /// The calls of `RunCycle` of a subsystem.
     pub fn runs<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Call> {
         self.calls.iter().filter(move |call| call.method == Method::RunCycle && call.subsystem == name)
+    }
+
+    /// The calls of `Initialize` of a subsystem.
+    pub fn initializations<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Call> {
+        self.calls.iter().filter(move |call| call.method == Method::Initialize && call.subsystem == name)
     }
 }
 
@@ -340,6 +352,16 @@ impl Fleet {
     pub async fn until(&self, what: &str, holds: impl FnMut(&State) -> bool) {
         let mut state = self.state.subscribe();
         patiently(what, state.wait_for(holds)).await.unwrap();
+    }
+
+    /// The calls of `RunCycle` of a subsystem so far.
+    pub fn runs(&self, name: &str) -> Vec<Call> {
+        self.now(|state| state.runs(name).cloned().collect())
+    }
+
+    /// The calls of `Initialize` of a subsystem so far.
+    pub fn initializations(&self, name: &str) -> Vec<Call> {
+        self.now(|state| state.initializations(name).cloned().collect())
     }
 
     /// Waits until a subsystem is being called in its `nth` run (1 is the first).
@@ -472,9 +494,12 @@ impl Subsystem for FakeService {
         &self,
         request: Request<pb::InitializeRequest>,
     ) -> Result<Response<pb::InitializeResponse>, Status> {
+        let timeout = timeout_of(&request);
         let request = request.into_inner();
         let mut ongoing = self.begin(Call {
             epoch: request.epoch,
+            timeout,
+            orchestrator_id: request.orchestrator_id,
             parameters: from_struct(&request.parameters),
             ..Call::of(Method::Initialize, &request.subsystem)
         });
@@ -486,12 +511,15 @@ impl Subsystem for FakeService {
 
     async fn run_cycle(&self, request: Request<pb::RunCycleRequest>) -> Result<Response<pb::RunCycleResponse>, Status> {
         let connection = request.extensions().get::<CancellationToken>().cloned().unwrap_or_default();
+        let timeout = timeout_of(&request);
         let request = request.into_inner();
         let inputs = request.inputs.iter().map(|(name, input)| (name.clone(), SeenInput::of(input))).collect();
         let mut ongoing = self.begin(Call {
             cycle_id: request.cycle_id,
             epoch: request.epoch,
             attempt: request.attempt,
+            timeout,
+            scheduled_at: request.scheduled_at,
             parameters: from_struct(&request.parameters),
             inputs,
             ..Call::of(Method::RunCycle, &request.subsystem)
@@ -521,12 +549,30 @@ impl Call {
             cycle_id: 0,
             epoch: 0,
             attempt: 0,
+            timeout: None,
+            orchestrator_id: String::new(),
+            scheduled_at: None,
             parameters: json!({}),
             inputs: BTreeMap::new(),
             began: 0,
             ended: None,
         }
     }
+}
+
+/// What `grpc-timeout` says.
+fn timeout_of<T>(request: &Request<T>) -> Option<Duration> {
+    let text = request.metadata().get("grpc-timeout")?.to_str().unwrap();
+    let (number, unit) = text.split_at(text.len() - 1);
+    let number: u64 = number.parse().unwrap();
+    Some(match unit {
+        "H" => Duration::from_hours(number),
+        "M" => Duration::from_mins(number),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        _ => Duration::from_nanos(number),
+    })
 }
 
 impl End {

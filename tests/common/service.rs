@@ -1,6 +1,7 @@
 //! The real service: a process of its own that can be killed, and a client of it.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::SocketAddr,
     ops::{Deref, DerefMut},
@@ -9,7 +10,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use orchestrator_core::proto::orchestrator::v1::{self as pb, orchestrator_client::OrchestratorClient};
+use orchestrator_core::proto::orchestrator::v1::{
+    self as pb, cycle_event::Event, orchestrator_client::OrchestratorClient,
+};
 use prost::Message;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -18,15 +21,17 @@ use tokio::{
     process::{Child, Command},
 };
 use tonic::{
-    Status, Streaming,
+    Code, Status, Streaming,
     transport::{Channel, Endpoint},
 };
+use tonic_types::StatusExt;
 
 use super::patiently;
 
 /// Where a service lives: its database, its configuration and its log survive its restarts.
 pub struct Home {
     dir: TempDir,
+    wrapper: Vec<String>,
     args: Vec<String>,
 }
 
@@ -39,7 +44,7 @@ impl Default for Home {
 impl Home {
     /// An empty home.
     pub fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap(), args: Vec::new() }
+        Self { dir: tempfile::tempdir().unwrap(), wrapper: Vec::new(), args: Vec::new() }
     }
 
     /// A path inside it.
@@ -62,6 +67,13 @@ impl Home {
         self
     }
 
+    /// The same home, whose services are started by this command, which is given theirs as arguments.
+    #[must_use]
+    pub fn with_wrapper<A: Into<String>>(mut self, wrapper: impl IntoIterator<Item = A>) -> Self {
+        self.wrapper.extend(wrapper.into_iter().map(Into::into));
+        self
+    }
+
     /// Starts the service and waits until it listens.
     pub async fn serve(&self) -> Service {
         let log = self.path("log");
@@ -80,7 +92,10 @@ impl Home {
     pub fn spawn(&self) -> Starting {
         let log = self.path("log");
         let stderr = fs::File::options().create(true).append(true).open(&log).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_orchestrator"))
+        let command: Vec<_> =
+            self.wrapper.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_orchestrator")]).collect();
+        let child = Command::new(command[0])
+            .args(&command[1..])
             .args(["serve", "--listen", "127.0.0.1:0", "--store"])
             .arg(format!("sqlite:{}", self.path("o.db").display()))
             .args(&self.args)
@@ -184,7 +199,8 @@ impl Service {
         (field("VmRSS:"), field("VmHWM:"))
     }
 
-    fn pid(&self) -> Pid {
+    /// Its process.
+    pub fn pid(&self) -> Pid {
         let id = self.child.id().unwrap();
         Pid::from_raw(id.try_into().unwrap()).unwrap()
     }
@@ -275,6 +291,44 @@ impl Client {
         Ok(response.status.unwrap())
     }
 
+    /// Admits a cycle of everything and returns its number.
+    pub async fn admit(&mut self) -> Result<u64, Status> {
+        self.admit_with(pb::RunCycleRequest::default()).await
+    }
+
+    /// Admits a cycle and returns its number.
+    pub async fn admit_with(&mut self, request: pb::RunCycleRequest) -> Result<u64, Status> {
+        Ok(self.run_cycle(pb::RunCycleRequest { r#async: true, ..request }).await?.into_inner().cycle_id)
+    }
+
+    /// Cancels a cycle and returns its telemetry.
+    pub async fn cancel(&mut self, cycle_id: u64) -> Result<pb::CycleTelemetry, Status> {
+        Ok(decode(self.cancel_cycle(pb::CancelCycleRequest { cycle_id }).await?.into_inner().telemetry))
+    }
+
+    /// The record of a cycle.
+    pub async fn cycle(&mut self, cycle_id: u64) -> Result<pb::CycleTelemetry, Status> {
+        Ok(decode(self.get_cycle(pb::GetCycleRequest { cycle_id }).await?.into_inner().telemetry))
+    }
+
+    /// The record of a cycle, as soon as there is one.
+    pub async fn recorded(&mut self, cycle_id: u64) -> pb::CycleTelemetry {
+        let request = pb::WatchCyclesRequest { from_oldest: true, ..pb::WatchCyclesRequest::default() };
+        let mut cycles = self.watch_cycles(request).await.unwrap().into_inner();
+        loop {
+            let cycle = decode(next_recorded(&mut cycles).await);
+            if cycle.cycle_id == cycle_id {
+                return cycle;
+            }
+        }
+    }
+
+    /// One registered subsystem, with its latest output.
+    pub async fn subsystem(&mut self, name: &str) -> Result<pb::SubsystemStatus, Status> {
+        let request = pb::GetSubsystemRequest { name: name.to_owned(), include_output: true, include_snapshot: false };
+        Ok(self.get_subsystem(request).await?.into_inner().subsystem.unwrap())
+    }
+
     /// Watches the recorded cycles after a revision.
     pub async fn watch_after(&mut self, revision: u64) -> Result<Streaming<pb::WatchCyclesResponse>, Status> {
         let request = pb::WatchCyclesRequest { after_revision: Some(revision), ..pb::WatchCyclesRequest::default() };
@@ -282,9 +336,77 @@ impl Client {
     }
 }
 
+/// The next event of a stream.
+pub async fn next_event(stream: &mut Streaming<pb::WatchCyclesResponse>) -> Result<pb::CycleEvent, Status> {
+    let next = patiently("the next event", stream.message()).await?;
+    Ok(next.expect("the stream ends only with an error").event.unwrap())
+}
+
+/// The next recorded cycle of a stream, as the bytes that were recorded.
+pub async fn next_recorded(stream: &mut Streaming<pb::WatchCyclesResponse>) -> Bytes {
+    loop {
+        if let Some(Event::Recorded(record)) = next_event(stream).await.unwrap().event {
+            return record;
+        }
+    }
+}
+
+/// What an error says to machines.
+#[derive(Debug, PartialEq)]
+pub struct Reason {
+    /// The gRPC status code.
+    pub code: Code,
+    /// The reason of its `ErrorInfo`.
+    pub reason: String,
+    /// The metadata of its `ErrorInfo`.
+    pub metadata: BTreeMap<String, String>,
+    /// The fields of its `BadRequest`, by path.
+    pub fields: Vec<String>,
+}
+
+/// Reads the details that every error has.
+pub fn reason(status: &Status) -> Reason {
+    let details = status.get_error_details();
+    let info = details.error_info().unwrap_or_else(|| panic!("{status:?} has no ErrorInfo"));
+    assert_eq!(info.domain, "orchestrator.dreamnet");
+    assert!(!status.message().is_empty());
+    let violations = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
+    Reason {
+        code: status.code(),
+        reason: info.reason.clone(),
+        metadata: info.metadata.clone().into_iter().collect(),
+        fields: violations.into_iter().map(|violation| violation.field).collect(),
+    }
+}
+
+/// What an error with this reason and no fields says.
+pub fn because<const N: usize>(code: Code, reason: &str, metadata: [(&str, &str); N]) -> Reason {
+    let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+    Reason { code, reason: reason.to_owned(), metadata, fields: Vec::new() }
+}
+
+/// What an error about these fields says.
+pub fn invalid<const N: usize>(fields: [&str; N]) -> Reason {
+    let fields = fields.map(str::to_owned).into();
+    Reason { fields, ..because(Code::InvalidArgument, "INVALID_FIELDS", []) }
+}
+
 /// A registration with nothing but defaults.
 pub fn registration(name: &str, endpoint: &str) -> pb::Registration {
     pb::Registration { name: name.to_owned(), endpoint: endpoint.to_owned(), ..pb::Registration::default() }
+}
+
+/// One subsystem's part in a cycle.
+pub fn part<'a>(cycle: &'a pb::CycleTelemetry, name: &str) -> &'a pb::SubsystemTelemetry {
+    let part = cycle.subsystems.iter().find(|part| part.name == name);
+    part.unwrap_or_else(|| panic!("{name} is not in {cycle:?}"))
+}
+
+/// A duration as protobuf has it.
+pub fn ms(milliseconds: i64) -> Option<prost_types::Duration> {
+    #[allow(clippy::cast_possible_truncation, reason = "a remainder has few digits")]
+    let nanos = (milliseconds % 1000 * 1_000_000) as i32;
+    Some(prost_types::Duration { seconds: milliseconds / 1000, nanos })
 }
 
 /// A record as it is read.

@@ -1,0 +1,339 @@
+//! Interval loops: their cycles, the account of their ticks, and what becomes of both through restarts.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use common::{
+    Stage,
+    fleet::{Run, to_struct},
+    patiently,
+    service::{Client, Home, Reason, because, decode, invalid, ms, next_recorded, part, reason},
+};
+use orchestrator_core::proto::orchestrator::v1::{
+    self as pb, CatchUp, CycleState, IntervalLoop, IntervalLoopStatus, Origin, OverlapPolicy, SkipReason,
+    SubsystemState, TickDisposition, Trigger,
+};
+use serde_json::json;
+use tonic::Code;
+
+fn every(name: &str, milliseconds: i64) -> IntervalLoop {
+    IntervalLoop { name: name.into(), interval: ms(milliseconds), ..Default::default() }
+}
+
+async fn start(client: &mut Client, settings: IntervalLoop) -> Result<IntervalLoopStatus, Reason> {
+    let request = pb::StartIntervalLoopRequest { r#loop: Some(settings) };
+    let started = client.start_interval_loop(request).await;
+    started.map(|answer| answer.into_inner().r#loop.unwrap()).map_err(|status| reason(&status))
+}
+
+async fn stop(client: &mut Client, name: &str) -> Result<IntervalLoopStatus, Reason> {
+    let stopped = client.stop_interval_loop(pb::StopIntervalLoopRequest { name: name.into() }).await;
+    stopped.map(|answer| answer.into_inner().r#loop.unwrap()).map_err(|status| reason(&status))
+}
+
+async fn list(client: &mut Client) -> Vec<IntervalLoopStatus> {
+    let loops = client.list_interval_loops(pb::ListIntervalLoopsRequest {}).await.unwrap().into_inner().loops;
+    for entry in &loops {
+        let ticks = entry.ticks.unwrap();
+        assert_eq!(ticks.due, ticks.ran + ticks.skipped + ticks.missed + ticks.coalesced + ticks.dropped, "{entry:?}");
+    }
+    loops
+}
+
+async fn get(client: &mut Client, name: &str) -> IntervalLoopStatus {
+    list(client).await.into_iter().find(|entry| name == entry.r#loop.as_ref().unwrap().name).unwrap()
+}
+
+/// Waits until something holds of a loop.
+async fn until(client: &mut Client, name: &str, holds: impl Fn(&IntervalLoopStatus) -> bool) -> IntervalLoopStatus {
+    let asking = async {
+        loop {
+            let entry = get(client, name).await;
+            if holds(&entry) {
+                return entry;
+            }
+        }
+    };
+    patiently(&format!("what is awaited of loop {name}"), asking).await
+}
+
+fn nanos(time: prost_types::Timestamp) -> i128 {
+    i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos)
+}
+
+fn next_due(entry: &IntervalLoopStatus) -> i128 {
+    nanos(entry.next_due_at.unwrap())
+}
+
+#[tokio::test]
+async fn loops_start_cycles_each_at_its_own_pace_with_its_own_subsystems() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["a", "b"]).await;
+    let mut cycles = stage.client.watch_after(0).await.unwrap();
+    let quick = IntervalLoop {
+        subsystems: vec!["a".into(), "nobody".into()],
+        parameters: to_struct(&json!({ "pace": "quick" })),
+        offset: ms(7),
+        jitter: ms(5),
+        record_outputs: true,
+        overlap_policy: OverlapPolicy::BufferOne.into(),
+        ..every("quick", 20)
+    };
+    let started = start(&mut stage.client, quick.clone()).await.unwrap();
+    // Every default is filled in.
+    let expected = IntervalLoop { catch_up: CatchUp::None.into(), catch_up_window: ms(60_000), ..quick };
+    assert_eq!((started.r#loop.as_ref(), started.origin()), (Some(&expected), Origin::Rpc));
+    assert_eq!((started.stopped, started.ticks.unwrap().due), (false, 0));
+    start(&mut stage.client, IntervalLoop { deadline: ms(5000), ..every("calm", 30) }).await.unwrap();
+    start(&mut stage.client, every("never", 3_600_000)).await.unwrap();
+    let names: Vec<_> = list(&mut stage.client).await.into_iter().map(|it| it.r#loop.unwrap().name).collect();
+    assert_eq!(names, ["calm", "never", "quick"]);
+
+    let (mut quick, mut calm) = (0, 0);
+    while quick < 3 || calm < 3 {
+        let cycle = decode(next_recorded(&mut cycles).await);
+        assert_eq!(cycle.trigger(), Trigger::Loop);
+        let due = nanos(cycle.scheduled_at.unwrap());
+        assert!(due <= nanos(cycle.started_at.unwrap()));
+        if cycle.r#loop == "quick" {
+            quick += 1;
+            assert_eq!(due.rem_euclid(20_000_000), 7_000_000);
+            assert_eq!(cycle.state(), CycleState::Degraded);
+            assert_eq!(cycle.subsystems.len(), 2);
+            assert_eq!(part(&cycle, "nobody").skip_reason(), SkipReason::NotRegistered);
+            assert!(!part(&cycle, "a").output.is_empty());
+            let runs = stage.fleet.runs("a");
+            let run = runs.iter().find(|run| run.cycle_id == cycle.cycle_id).unwrap();
+            assert_eq!((&run.parameters, run.scheduled_at), (&json!({ "pace": "quick" }), cycle.scheduled_at));
+        } else {
+            calm += 1;
+            assert_eq!((cycle.r#loop.as_str(), due.rem_euclid(30_000_000)), ("calm", 0));
+            assert_eq!((cycle.state(), cycle.subsystems.len()), (CycleState::Succeeded, 2));
+        }
+    }
+    let status = stage.client.status().await.unwrap();
+    assert_eq!(status.loops.len(), 3);
+    let entry = get(&mut stage.client, "quick").await;
+    assert!(entry.ticks.unwrap().ran >= 3 && entry.last_cycle_id > 0);
+    assert_eq!(get(&mut stage.client, "never").await.ticks.unwrap().due, 0);
+
+    let last = stop(&mut stage.client, "quick").await.unwrap();
+    assert!(last.stopped && last.next_due_at.is_none() && last.ticks.unwrap().ran >= 3);
+    let gone = because(Code::NotFound, "LOOP_NOT_FOUND", [("loop", "quick")]);
+    assert_eq!(stop(&mut stage.client, "quick").await.unwrap_err(), gone);
+    assert_eq!(list(&mut stage.client).await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_cycle_of_a_loop_that_is_stopped_runs_on() {
+    let mut stage = Stage::new().await;
+    stage.register("held", |_| {}).await;
+    stage.fleet.run("held", Run::Hold);
+    start(&mut stage.client, every("l", 10)).await.unwrap();
+    stage.fleet.until_run("held", 1).await;
+    let running = stage.client.status().await.unwrap().running_cycle.unwrap();
+    assert_eq!((running.trigger(), running.r#loop.as_str()), (Trigger::Loop, "l"));
+    let last = stop(&mut stage.client, "l").await.unwrap();
+    assert_eq!(last.last_cycle_id, running.cycle_id);
+    stage.fleet.run("held", Run::Echo);
+    assert_eq!(stage.client.recorded(running.cycle_id).await.state(), CycleState::Succeeded);
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, running.cycle_id + 1);
+}
+
+#[tokio::test]
+async fn new_settings_take_the_place_of_old_ones_and_the_account_goes_on() {
+    let mut stage = Stage::new().await;
+    start(&mut stage.client, every("l", 10)).await.unwrap();
+    let before = until(&mut stage.client, "l", |entry| entry.ticks.unwrap().ran >= 2).await;
+    let replaced = start(&mut stage.client, every("l", 3_600_000)).await.unwrap();
+    assert!(replaced.ticks.unwrap().due >= before.ticks.unwrap().due);
+    assert!(replaced.last_cycle_id >= before.last_cycle_id);
+    assert_eq!(next_due(&replaced).rem_euclid(3_600_000_000_000), 0);
+    // The same settings change nothing.
+    assert_eq!(start(&mut stage.client, every("l", 3_600_000)).await.unwrap(), replaced);
+    assert_eq!(list(&mut stage.client).await, [replaced]);
+}
+
+#[tokio::test]
+async fn overruns_are_counted_and_listed() {
+    let mut stage = Stage::new().await;
+    stage.register("held", |_| {}).await;
+    stage.fleet.run("held", Run::Hold);
+    start(&mut stage.client, every("l", 10)).await.unwrap();
+    stage.fleet.until_run("held", 1).await;
+    let entry = until(&mut stage.client, "l", |entry| entry.ticks.unwrap().skipped >= 3).await;
+    let ticks = entry.ticks.unwrap();
+    assert_eq!(ticks.ran, 1);
+    let listed: Vec<_> = entry.not_run.iter().filter(|it| it.disposition() == TickDisposition::Skipped).collect();
+    assert_eq!(listed.iter().map(|range| range.count).sum::<u64>(), ticks.skipped, "{entry:?}");
+    for range in listed {
+        let (first, last) = (nanos(range.first_due_at.unwrap()), nanos(range.last_due_at.unwrap()));
+        assert_eq!(first + i128::from(range.count - 1) * 10_000_000, last);
+    }
+    // No cycle was started for them.
+    let status = stage.client.status().await.unwrap();
+    assert_eq!((status.queued_cycles, status.running_cycle.unwrap().cycle_id), (0, 1));
+    stage.fleet.run("held", Run::Echo);
+    until(&mut stage.client, "l", |entry| entry.ticks.unwrap().ran >= 2).await;
+}
+
+#[tokio::test]
+async fn overlapping_ticks_are_coalesced_queued_dropped_or_cancel() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.max_queued=2"])).await;
+    stage.register("held", |_| {}).await;
+    stage.fleet.run("held", Run::Hold);
+    let with = |policy: OverlapPolicy| IntervalLoop { overlap_policy: policy.into(), ..every("l", 10) };
+
+    start(&mut stage.client, with(OverlapPolicy::BufferOne)).await.unwrap();
+    let entry = until(&mut stage.client, "l", |entry| entry.ticks.unwrap().coalesced >= 3).await;
+    // One runs, one waits.
+    assert_eq!(entry.ticks.unwrap().ran, 2);
+    assert_eq!(stage.client.status().await.unwrap().queued_cycles, 1);
+    assert!(entry.not_run.iter().any(|range| range.disposition() == TickDisposition::Coalesced));
+
+    start(&mut stage.client, with(OverlapPolicy::BufferAll)).await.unwrap();
+    let entry = until(&mut stage.client, "l", |entry| entry.ticks.unwrap().dropped >= 3).await;
+    assert_eq!(entry.ticks.unwrap().ran, 3);
+    assert!(entry.not_run.iter().any(|range| range.disposition() == TickDisposition::Dropped));
+
+    let mut cycles = stage.client.watch_after(0).await.unwrap();
+    stop(&mut stage.client, "l").await.unwrap();
+    for cycle_id in 1..=3 {
+        stage.client.cancel(cycle_id).await.unwrap();
+    }
+    start(&mut stage.client, with(OverlapPolicy::CancelOther)).await.unwrap();
+    let mut cancelled = 0;
+    while cancelled < 5 {
+        let cycle = decode(next_recorded(&mut cycles).await);
+        assert_eq!(cycle.state(), CycleState::Cancelled);
+        cancelled += 1;
+    }
+    assert_eq!(get(&mut stage.client, "l").await.ticks.unwrap().skipped, 0);
+}
+
+#[tokio::test]
+async fn loops_started_by_rpc_survive_and_stopped_ones_stay_so() {
+    let config = "[[loops]]\nname = \"declared\"\ninterval = \"10ms\"\njitter = \"1ms\"\n";
+    let mut stage = Stage::at(Home::new().with_config(config)).await;
+    start(&mut stage.client, IntervalLoop { offset: ms(3), ..every("by_rpc", 10) }).await.unwrap();
+    start(&mut stage.client, every("forgotten", 10)).await.unwrap();
+    let before = until(&mut stage.client, "by_rpc", |entry| entry.ticks.unwrap().ran >= 2).await;
+    until(&mut stage.client, "declared", |entry| entry.ticks.unwrap().ran >= 2).await;
+    assert_eq!(get(&mut stage.client, "declared").await.origin(), Origin::Config);
+    // What is declared keeps its settings, and may be named, alike or stopped.
+    let refused = because(Code::FailedPrecondition, "DECLARED_IN_CONFIG", [("name", "declared")]);
+    assert_eq!(start(&mut stage.client, every("declared", 10)).await.unwrap_err(), refused);
+    let alike = IntervalLoop { jitter: ms(1), ..every("declared", 10) };
+    assert!(!start(&mut stage.client, alike.clone()).await.unwrap().stopped);
+    stop(&mut stage.client, "forgotten").await.unwrap();
+    let stopped = stop(&mut stage.client, "declared").await.unwrap();
+    assert!(stopped.stopped && stopped.next_due_at.is_none());
+
+    for restart in ["stop", "kill"] {
+        stage = if restart == "stop" { stage.restarted().await } else { stage.killed().await };
+        let names: Vec<_> = list(&mut stage.client).await.into_iter().map(|it| it.r#loop.unwrap().name).collect();
+        assert_eq!(names, ["by_rpc", "declared"], "{restart}");
+        assert_eq!(get(&mut stage.client, "declared").await, stopped, "{restart}");
+        let after = get(&mut stage.client, "by_rpc").await;
+        assert_eq!(after.r#loop, before.r#loop);
+        let ran = after.ticks.unwrap().ran;
+        assert!(ran >= before.ticks.unwrap().ran);
+        until(&mut stage.client, "by_rpc", |entry| entry.ticks.unwrap().ran > ran).await;
+    }
+    let only_named = IntervalLoop { name: "declared".into(), ..Default::default() };
+    let again = start(&mut stage.client, only_named).await.unwrap();
+    assert_eq!((again.stopped, again.r#loop.as_ref().unwrap().jitter), (false, alike.jitter));
+    let ran = again.ticks.unwrap().ran;
+    until(&mut stage.client, "declared", |entry| entry.ticks.unwrap().ran > ran).await;
+    // What the file no longer declares is gone.
+    std::fs::write(stage.home.path("orchestrator.toml"), "").unwrap();
+    let mut stage = stage.restarted().await;
+    assert_eq!(list(&mut stage.client).await.len(), 1);
+}
+
+#[tokio::test]
+async fn every_tick_is_accounted_for_also_while_the_service_is_down() {
+    let mut stage = Stage::new().await;
+    let one = |window| IntervalLoop { catch_up: CatchUp::One.into(), catch_up_window: ms(window), ..every("", 10) };
+    // Out of step, so that one does not skip for another.
+    for (name, offset, settings) in [("none", 0, every("", 10)), ("one", 3, one(60_000)), ("outside", 6, one(0))] {
+        start(&mut stage.client, IntervalLoop { name: name.into(), offset: ms(offset), ..settings }).await.unwrap();
+        until(&mut stage.client, name, |entry| entry.ticks.unwrap().ran >= 1).await;
+    }
+    let names = ["none", "one", "outside"];
+    let mut before = Vec::new();
+    for name in names {
+        before.push(get(&mut stage.client, name).await);
+    }
+    let mut stage = stage.restarted().await;
+    for (name, before) in names.into_iter().zip(before) {
+        let after = until(&mut stage.client, name, |after| after.ticks.unwrap().ran > before.ticks.unwrap().ran).await;
+        // As many as lie between the two moments, whatever happened in between.
+        let due = i128::from(after.ticks.unwrap().due - before.ticks.unwrap().due);
+        assert_eq!(next_due(&after) - next_due(&before), due * 10_000_000, "{name}");
+        // A start takes longer than a few ticks.
+        let coalesced = after.ticks.unwrap().coalesced - before.ticks.unwrap().coalesced;
+        let missed = after.ticks.unwrap().missed - before.ticks.unwrap().missed;
+        if name == "one" {
+            assert!(coalesced > 0, "{after:?}");
+        } else {
+            assert_eq!(coalesced, 0, "{after:?}");
+            assert!(missed > 0, "{after:?}");
+            assert!(after.not_run.iter().any(|range| range.disposition() == TickDisposition::Missed));
+        }
+    }
+    // The same when it is killed: what it did not write down is missed.
+    let before = get(&mut stage.client, "none").await;
+    let mut stage = stage.killed().await;
+    let after = get(&mut stage.client, "none").await;
+    let due = i128::from(after.ticks.unwrap().due - before.ticks.unwrap().due);
+    assert_eq!(next_due(&after) - next_due(&before), due * 10_000_000);
+}
+
+#[tokio::test]
+async fn bad_settings_are_refused_field_by_field() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "registry.max_loops=2"])).await;
+    let good = || every("l", 1000);
+    let cases = [
+        (IntervalLoop { name: "9".into(), ..good() }, vec!["name"]),
+        (IntervalLoop { interval: None, ..good() }, vec!["interval"]),
+        (IntervalLoop { interval: ms(9), ..good() }, vec!["interval"]),
+        (IntervalLoop { interval: ms(366 * 86_400_000 + 1), ..good() }, vec!["interval"]),
+        (IntervalLoop { offset: ms(1000), jitter: ms(1000), ..good() }, vec!["offset", "jitter"]),
+        (IntervalLoop { overlap_policy: 99, catch_up: 99, ..good() }, vec!["overlap_policy", "catch_up"]),
+        (IntervalLoop { catch_up_window: ms(366 * 86_400_000 + 1), ..good() }, vec!["catch_up_window"]),
+        (IntervalLoop { subsystems: vec!["a".into(), "a".into()], ..good() }, vec!["subsystems[1]"]),
+        (IntervalLoop { parameters: b"\xff".as_slice().into(), ..good() }, vec!["parameters"]),
+        (IntervalLoop { parameters: to_struct(&json!({ "p": "x".repeat(64 << 10) })), ..good() }, vec!["parameters"]),
+        (IntervalLoop { deadline: ms(0), ..good() }, vec!["deadline"]),
+    ];
+    for (settings, fields) in cases {
+        let refused = start(&mut stage.client, settings).await.unwrap_err();
+        assert_eq!(refused.fields, fields.iter().map(|field| format!("loop.{field}")).collect::<Vec<_>>());
+        assert_eq!((refused.code, refused.reason.as_str()), (Code::InvalidArgument, "INVALID_FIELDS"));
+    }
+    let nothing = stage.client.start_interval_loop(pb::StartIntervalLoopRequest::default()).await.unwrap_err();
+    assert_eq!(reason(&nothing), invalid(["loop"]));
+    assert_eq!(stop(&mut stage.client, "").await.unwrap_err(), invalid(["name"]));
+
+    for name in ["one", "two"] {
+        start(&mut stage.client, every(name, 3_600_000)).await.unwrap();
+    }
+    let full = because(Code::ResourceExhausted, "TOO_MANY_LOOPS", []);
+    assert_eq!(start(&mut stage.client, every("three", 3_600_000)).await.unwrap_err(), full);
+    start(&mut stage.client, every("two", 7_200_000)).await.unwrap();
+    stop(&mut stage.client, "one").await.unwrap();
+    start(&mut stage.client, every("three", 3_600_000)).await.unwrap();
+}
+
+#[tokio::test]
+async fn cycles_of_loops_have_deadlines_of_their_own() {
+    let mut stage = Stage::new().await;
+    stage.fleet.run("late", Run::Hang);
+    stage.register("late", |_| {}).await;
+    let mut cycles = stage.client.watch_after(0).await.unwrap();
+    start(&mut stage.client, IntervalLoop { deadline: ms(50), ..every("l", 20) }).await.unwrap();
+    let cycle = decode(next_recorded(&mut cycles).await);
+    assert_eq!((cycle.state(), part(&cycle, "late").state()), (CycleState::Failed, SubsystemState::TimedOut));
+}

@@ -1,0 +1,501 @@
+//! The registry: what is registered by RPC and declared in the configuration file, leases, maintenance, snapshots.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{
+    Stage,
+    fleet::{Method, Run, from_struct, to_struct},
+    service::{Client, Home, Reason, because, decode, invalid, ms, next_recorded, part, reason, registration},
+};
+use orchestrator_core::proto::{
+    orchestrator::v1::{self as pb, BreakerState, CycleState, Origin, SkipReason, SubsystemState},
+    subsystem::v1 as subsystem,
+};
+use serde_json::json;
+use tokio::time::timeout;
+use tonic::{Code, Status};
+
+const NOWHERE: &str = "http://127.0.0.1:1";
+
+async fn register(
+    client: &mut Client,
+    registration: pb::Registration,
+) -> Result<pb::RegisterSubsystemResponse, Reason> {
+    client.register(registration).await.map_err(|status| reason(&status))
+}
+
+async fn lease(
+    client: &mut Client,
+    name: &str,
+    lease: Option<prost_types::Duration>,
+) -> Result<pb::SubsystemStatus, Status> {
+    let registration = Some(registration(name, NOWHERE));
+    let answer = client.register_subsystem(pb::RegisterSubsystemRequest { registration, lease }).await?;
+    Ok(answer.into_inner().subsystem.unwrap())
+}
+
+async fn renew(client: &mut Client, name: &str) -> Result<prost_types::Timestamp, Reason> {
+    let renewed = client.renew_lease(pb::RenewLeaseRequest { name: name.into() }).await;
+    renewed.map(|answer| answer.into_inner().lease_expires_at.unwrap()).map_err(|status| reason(&status))
+}
+
+async fn suspend(client: &mut Client, name: &str) -> Result<pb::SubsystemStatus, Reason> {
+    let suspended = client.suspend_subsystem(pb::SuspendSubsystemRequest { name: name.into() }).await;
+    suspended.map(|answer| answer.into_inner().subsystem.unwrap()).map_err(|status| reason(&status))
+}
+
+async fn resume(client: &mut Client, name: &str) -> Result<pb::SubsystemStatus, Reason> {
+    let resumed = client.resume_subsystem(pb::ResumeSubsystemRequest { name: name.into() }).await;
+    resumed.map(|answer| answer.into_inner().subsystem.unwrap()).map_err(|status| reason(&status))
+}
+
+async fn unregister(client: &mut Client, name: &str) -> Result<(), Reason> {
+    let gone = client.unregister_subsystem(pb::UnregisterSubsystemRequest { name: name.into() }).await;
+    gone.map(|_| ()).map_err(|status| reason(&status))
+}
+
+async fn registered(client: &mut Client) -> Vec<String> {
+    let statuses = client.subsystems().await.unwrap();
+    statuses.into_iter().map(|status| status.registration.unwrap().name).collect()
+}
+
+fn not_found(name: &str) -> Reason {
+    because(Code::NotFound, "SUBSYSTEM_NOT_FOUND", [("subsystem", name)])
+}
+
+#[tokio::test]
+async fn registering_is_an_idempotent_upsert_that_survives_restarts() {
+    let mut stage = Stage::new().await;
+    let first = pb::Registration { requires: vec!["b".into()], ..stage.registration("a") };
+    let answer = register(&mut stage.client, first.clone()).await.unwrap();
+    assert!(answer.created);
+    let status = answer.subsystem.unwrap();
+    assert_eq!((status.origin(), status.breaker(), status.suspended), (Origin::Rpc, BreakerState::Closed, false));
+    assert_eq!((status.lease_expires_at, status.last_cycle_id, status.output_cycle_id), (None, 0, 0));
+    // Every default is filled in.
+    let shown = status.registration.unwrap();
+    let expected = pb::Registration {
+        timeout: ms(10_000),
+        retry: Some(pb::RetryPolicy {
+            max_attempts: 3,
+            initial_backoff: ms(100),
+            max_backoff: ms(1000),
+            backoff_multiplier: 2.0,
+            retryable_status_codes: vec!["UNAVAILABLE".into()],
+        }),
+        breaker: Some(pb::BreakerPolicy { failure_threshold: 5, open_for: ms(30_000), disabled: false }),
+        limits: Some(pb::Limits {
+            max_message_bytes: 4 << 20,
+            max_output_bytes: 1 << 20,
+            max_metrics: 64,
+            max_issues: 32,
+        }),
+        ..first.clone()
+    };
+    assert_eq!(shown, expected);
+    for again in [first, shown.clone()] {
+        let answer = register(&mut stage.client, again).await.unwrap();
+        assert_eq!((answer.created, answer.subsystem.unwrap().registration.as_ref()), (false, Some(&shown)));
+    }
+    let full = pb::Registration {
+        phase: -7,
+        requires: vec!["x".into()],
+        after: vec!["y".into()],
+        reads: vec!["a".into()],
+        timeout: ms(1500),
+        retry: Some(pb::RetryPolicy {
+            max_attempts: 10,
+            initial_backoff: ms(1),
+            max_backoff: ms(3_600_000),
+            backoff_multiplier: 1.5,
+            retryable_status_codes: vec!["INTERNAL".into(), "DATA_LOSS".into()],
+        }),
+        breaker: Some(pb::BreakerPolicy { failure_threshold: 1000, open_for: ms(86_400_000), disabled: false }),
+        critical: true,
+        parameters: to_struct(&json!({ "nested": { "list": [1, "two", null, true] } })),
+        limits: Some(pb::Limits { max_message_bytes: 1, max_output_bytes: 2, max_metrics: 3, max_issues: 4 }),
+        record_output: true,
+        ..stage.registration("a")
+    };
+    let answer = register(&mut stage.client, full.clone()).await.unwrap();
+    assert_eq!((answer.created, answer.subsystem.unwrap().registration), (false, Some(full.clone())));
+    for restart in ["stop", "kill"] {
+        stage = if restart == "stop" { stage.restarted().await } else { stage.killed().await };
+        let shown = stage.client.subsystem("a").await.unwrap().registration.unwrap();
+        assert_eq!(from_struct(&shown.parameters), from_struct(&full.parameters), "{restart}");
+        assert_eq!(pb::Registration { parameters: full.parameters.clone(), ..shown }, full, "{restart}");
+    }
+    unregister(&mut stage.client, "a").await.unwrap();
+    let mut stage = stage.killed().await;
+    assert!(registered(&mut stage.client).await.is_empty());
+    assert!(register(&mut stage.client, full).await.unwrap().created);
+}
+
+#[tokio::test]
+async fn a_ring_is_refused_and_named() {
+    let mut stage = Stage::new().await;
+    let ring = |names| because(Code::InvalidArgument, "ORDER_RING", [("ring", names)]);
+    stage.register("a", |it| it.requires = vec!["b".into()]).await;
+    stage.register("b", |it| it.after = vec!["c".into()]).await;
+    let closes = pb::Registration { after: vec!["a".into()], ..stage.registration("c") };
+    let status = stage.client.register(closes).await.unwrap_err();
+    assert_eq!(reason(&status), ring("a,b,c"));
+    assert!(status.message().contains("a requires b, b is after c, c is after a"), "{}", status.message());
+    // Nothing has changed, and `reads` makes no order.
+    assert_eq!(registered(&mut stage.client).await, ["a", "b"]);
+    stage.register("c", |it| it.reads = vec!["a".into()]).await;
+    let later = pb::Registration { phase: 3, ..stage.registration("c") };
+    assert_eq!(register(&mut stage.client, later).await.unwrap_err(), ring("b,c"));
+    let itself = pb::Registration { after: vec!["d".into()], ..stage.registration("d") };
+    assert_eq!(register(&mut stage.client, itself).await.unwrap_err(), invalid(["registration.after"]));
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+}
+
+#[tokio::test]
+async fn every_bad_field_is_named_by_its_path() {
+    let mut stage = Stage::new().await;
+    let names = |n: usize| (0..n).map(|i| format!("n{i}")).collect::<Vec<_>>();
+    let good = || registration("a", NOWHERE);
+    let bad = pb::Registration {
+        name: "9".into(),
+        endpoint: "nowhere".into(),
+        phase: 1_000_001,
+        requires: vec!["a b".into()],
+        after: vec!["x".into(), "x".into()],
+        reads: vec![String::new()],
+        timeout: ms(0),
+        retry: Some(pb::RetryPolicy {
+            max_attempts: 11,
+            initial_backoff: ms(3_600_001),
+            max_backoff: ms(3_600_001),
+            backoff_multiplier: 0.5,
+            retryable_status_codes: vec!["INTERNAL".into(), "OK".into(), "CANCELLED".into(), "14".into()],
+        }),
+        breaker: Some(pb::BreakerPolicy { failure_threshold: 1001, open_for: ms(86_400_001), disabled: false }),
+        limits: Some(pb::Limits {
+            max_message_bytes: (64 << 20) + 1,
+            max_output_bytes: (64 << 20) + 1,
+            max_metrics: 4097,
+            max_issues: 1025,
+        }),
+        ..Default::default()
+    };
+    let mut fields = register(&mut stage.client, bad).await.unwrap_err().fields;
+    fields.sort();
+    let expected = [
+        "after[1]",
+        "breaker.failure_threshold",
+        "breaker.open_for",
+        "endpoint",
+        "limits.max_issues",
+        "limits.max_message_bytes",
+        "limits.max_metrics",
+        "limits.max_output_bytes",
+        "name",
+        "phase",
+        "reads[0]",
+        "requires[0]",
+        "retry.backoff_multiplier",
+        "retry.initial_backoff",
+        "retry.max_attempts",
+        "retry.max_backoff",
+        "retry.retryable_status_codes[1]",
+        "retry.retryable_status_codes[2]",
+        "retry.retryable_status_codes[3]",
+        "timeout",
+    ];
+    assert_eq!(fields, expected.map(|field| format!("registration.{field}")));
+
+    let no_duration = Some(prost_types::Duration { seconds: 1, nanos: -1 });
+    let cases = [
+        (pb::Registration { name: "a".repeat(64), ..good() }, "name"),
+        (pb::Registration { timeout: no_duration, ..good() }, "timeout"),
+        (pb::Registration { timeout: ms(86_400_001), ..good() }, "timeout"),
+        (pb::Registration { timeout: ms(-1), ..good() }, "timeout"),
+        (pb::Registration { reads: names(1025), ..good() }, "reads"),
+        (pb::Registration { parameters: b"\xff".as_slice().into(), ..good() }, "parameters"),
+        (pb::Registration { parameters: to_struct(&json!({ "p": "x".repeat(64 << 10) })), ..good() }, "parameters"),
+        (pb::Registration { endpoint: "unix:relative".into(), ..good() }, "endpoint"),
+        (
+            pb::Registration {
+                retry: Some(pb::RetryPolicy { initial_backoff: ms(2000), max_backoff: ms(1000), ..Default::default() }),
+                ..good()
+            },
+            "retry.max_backoff",
+        ),
+        (
+            pb::Registration {
+                retry: Some(pb::RetryPolicy { backoff_multiplier: f64::NAN, ..Default::default() }),
+                ..good()
+            },
+            "retry.backoff_multiplier",
+        ),
+    ];
+    for (registration, field) in cases {
+        let refused = register(&mut stage.client, registration).await.unwrap_err();
+        assert_eq!(refused, invalid([&*format!("registration.{field}")]));
+    }
+    let nothing = pb::RegisterSubsystemRequest::default();
+    let refused = stage.client.register_subsystem(nothing).await.unwrap_err();
+    assert_eq!(reason(&refused), invalid(["registration"]));
+    for length in [999, 86_400_001] {
+        let refused = lease(&mut stage.client, "a", ms(length)).await.unwrap_err();
+        assert_eq!(reason(&refused), invalid(["lease"]));
+    }
+    assert!(registered(&mut stage.client).await.is_empty());
+    let largest = pb::Registration { name: "a".repeat(63), reads: names(1024), timeout: ms(1), ..good() };
+    register(&mut stage.client, largest).await.unwrap();
+    // Names of those asked for are checked alike.
+    let client = &mut stage.client;
+    let refused = [
+        unregister(client, "").await.unwrap_err(),
+        suspend(client, "a b").await.unwrap_err(),
+        resume(client, "1").await.unwrap_err(),
+        renew(client, "").await.unwrap_err(),
+        reason(&client.subsystem("").await.unwrap_err()),
+    ];
+    assert!(refused.iter().all(|refused| *refused == invalid(["name"])), "{refused:?}");
+}
+
+#[tokio::test]
+async fn what_is_not_registered_is_not_found() {
+    let mut stage = Stage::new().await;
+    let client = &mut stage.client;
+    let refused = [
+        unregister(client, "x").await.unwrap_err(),
+        suspend(client, "x").await.unwrap_err(),
+        resume(client, "x").await.unwrap_err(),
+        renew(client, "x").await.unwrap_err(),
+        reason(&client.subsystem("x").await.unwrap_err()),
+    ];
+    assert!(refused.iter().all(|refused| *refused == not_found("x")), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_lease_ends_unless_it_is_renewed() {
+    let mut stage = Stage::new().await;
+    let client = &mut stage.client;
+    let far = |status: &pb::SubsystemStatus| status.lease_expires_at.unwrap().seconds;
+    let long = lease(client, "long", ms(3_600_000)).await.unwrap();
+    lease(client, "none", None).await.unwrap();
+    lease(client, "short", ms(1000)).await.unwrap();
+    let no_lease = because(Code::FailedPrecondition, "NO_LEASE", [("subsystem", "none")]);
+    assert_eq!(renew(client, "none").await.unwrap_err(), no_lease);
+    assert!(renew(client, "long").await.unwrap().seconds >= far(&long));
+    // The same registration renews it, too, and can give it another length.
+    assert!(far(&lease(client, "long", ms(3_600_000)).await.unwrap()) >= far(&long));
+    let longer = lease(client, "long", ms(7_200_000)).await.unwrap();
+    assert!(far(&longer) > far(&long) + 3000);
+    assert!(lease(client, "long", None).await.unwrap().lease_expires_at.is_none());
+
+    // Only time can end the short one: whoever renews it in time keeps it.
+    let renewing = async {
+        loop {
+            renew(client, "short").await.unwrap();
+        }
+    };
+    assert!(timeout(Duration::from_millis(1300), renewing).await.is_err());
+    while registered(client).await.contains(&"short".to_owned()) {}
+    assert_eq!(renew(client, "short").await.unwrap_err(), not_found("short"));
+    let mut stage = stage.restarted().await;
+    assert_eq!(registered(&mut stage.client).await, ["long", "none"]);
+}
+
+#[tokio::test]
+async fn a_restart_renews_leases_for_their_full_length() {
+    let mut stage = Stage::new().await;
+    let before = lease(&mut stage.client, "a", ms(3_600_000)).await.unwrap().lease_expires_at.unwrap();
+    let mut stage = stage.killed().await;
+    let after = stage.client.subsystem("a").await.unwrap().lease_expires_at.unwrap();
+    assert!((after.seconds, after.nanos) > (before.seconds, before.nanos));
+    // What lives by its lease takes part like any other.
+    assert_eq!(stage.client.run().await.unwrap().subsystems.len(), 1);
+}
+
+#[tokio::test]
+async fn a_suspended_one_stays_registered_and_out_of_cycles_also_after_a_restart() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    stage.client.run().await.unwrap();
+    for _ in 0..2 {
+        assert!(suspend(&mut stage.client, "a").await.unwrap().suspended);
+    }
+    // A new registration does not end it.
+    stage.register("a", |it| it.critical = true).await;
+    let mut stage = stage.killed().await;
+    let status = stage.client.subsystem("a").await.unwrap();
+    assert!(status.suspended && status.registration.unwrap().critical);
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!((cycle.state(), part(&cycle, "a").skip_reason()), (CycleState::Succeeded, SkipReason::Suspended));
+    for _ in 0..2 {
+        assert!(!resume(&mut stage.client, "a").await.unwrap().suspended);
+    }
+    let mut stage = stage.restarted().await;
+    assert_eq!(part(&stage.client.run().await.unwrap(), "a").state(), SubsystemState::Succeeded);
+    assert_eq!(stage.fleet.runs("a").len(), 2);
+}
+
+#[tokio::test]
+async fn what_the_configuration_declares_is_changed_there() {
+    let fleet = common::fleet::Fleet::start().await;
+    let config = format!("[[subsystems]]\nname = \"declared\"\nendpoint = \"{}\"\n", fleet.endpoint());
+    let home = Home::new().with_config(&config);
+    let mut stage = Stage::at(home).await;
+    let refused = because(Code::FailedPrecondition, "DECLARED_IN_CONFIG", [("name", "declared")]);
+    let same = registration("declared", fleet.endpoint());
+    assert_eq!(register(&mut stage.client, same).await.unwrap_err(), refused);
+    assert_eq!(unregister(&mut stage.client, "declared").await.unwrap_err(), refused);
+    assert_eq!(stage.client.subsystem("declared").await.unwrap().origin(), Origin::Config);
+    assert_eq!(renew(&mut stage.client, "declared").await.unwrap_err().reason, "NO_LEASE");
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+    assert_eq!(fleet.runs("declared").len(), 1);
+    // It can be suspended, and that survives.
+    suspend(&mut stage.client, "declared").await.unwrap();
+    let mut stage = stage.killed().await;
+    assert!(stage.client.subsystem("declared").await.unwrap().suspended);
+    let status = resume(&mut stage.client, "declared").await.unwrap();
+    assert_eq!(status.output_cycle_id, 1);
+}
+
+#[tokio::test]
+async fn a_declaration_wins_over_a_registration_by_rpc_and_one_that_is_gone_is_forgotten() {
+    let mut stage = Stage::at(Home::new().with_config("")).await;
+    stage.register("a", |it| it.critical = true).await;
+    stage.client.run().await.unwrap();
+    let declared = format!("[[subsystems]]\nname = \"a\"\nendpoint = \"{}\"\n", stage.fleet.endpoint());
+    std::fs::write(stage.home.path("orchestrator.toml"), declared).unwrap();
+    let mut stage = stage.restarted().await;
+    let status = stage.client.subsystem("a").await.unwrap();
+    assert_eq!((status.origin(), status.output_cycle_id), (Origin::Config, 1));
+    assert!(!status.registration.unwrap().critical);
+    std::fs::write(stage.home.path("orchestrator.toml"), "").unwrap();
+    let mut stage = stage.restarted().await;
+    assert!(registered(&mut stage.client).await.is_empty());
+    // Its output went with it.
+    stage.register("a", |_| {}).await;
+    assert_eq!(stage.client.subsystem("a").await.unwrap().output_cycle_id, 0);
+}
+
+#[tokio::test]
+async fn unregistering_removes_the_output_and_a_running_cycle_keeps_its_subsystems() {
+    let mut stage = Stage::new().await;
+    stage.register("maker", |_| {}).await;
+    stage.register("reader", |it| (it.phase, it.reads) = (1, vec!["maker".into()])).await;
+    stage.client.run().await.unwrap();
+    assert_eq!(stage.client.subsystem("maker").await.unwrap().output_cycle_id, 1);
+    let mut cycles = stage.client.watch_after(1).await.unwrap();
+    stage.fleet.run("maker", Run::Hold);
+    stage.client.admit().await.unwrap();
+    stage.fleet.until_run("maker", 2).await;
+    unregister(&mut stage.client, "maker").await.unwrap();
+    stage.fleet.run("maker", Run::Echo);
+    let cycle = decode(next_recorded(&mut cycles).await);
+    assert_eq!((cycle.cycle_id, part(&cycle, "maker").state()), (2, SubsystemState::Succeeded));
+    // It is forgotten all the same, by this process and by the next.
+    stage.client.run().await.unwrap();
+    let input = |stage: &Stage| stage.fleet.runs("reader").pop().unwrap().inputs["maker"].clone();
+    assert_eq!(input(&stage).freshness, subsystem::Freshness::Absent);
+    let mut stage = stage.restarted().await;
+    stage.register("maker", |it| it.phase = 2).await;
+    stage.client.run().await.unwrap();
+    assert_eq!(input(&stage).freshness, subsystem::Freshness::Absent);
+}
+
+#[tokio::test]
+async fn the_registry_is_bounded_and_listed_by_pages() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "registry.max_subsystems=5"])).await;
+    for name in ["c", "a", "e", "b", "d"] {
+        stage.register(name, |_| {}).await;
+    }
+    let full = because(Code::ResourceExhausted, "REGISTRY_FULL", []);
+    let one_more = stage.registration("f");
+    assert_eq!(register(&mut stage.client, one_more.clone()).await.unwrap_err(), full);
+    // One that is there can be changed, and room comes back.
+    stage.register("a", |it| it.critical = true).await;
+    unregister(&mut stage.client, "e").await.unwrap();
+    register(&mut stage.client, one_more).await.unwrap();
+    assert_eq!(stage.client.status().await.unwrap().subsystem_count, 5);
+
+    let mut pages = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = pb::ListSubsystemsRequest { page_size: 2, page_token };
+        let page = stage.client.list_subsystems(request).await.unwrap().into_inner();
+        let names = page.subsystems.into_iter().map(|status| status.registration.unwrap().name);
+        pages.push(names.collect::<Vec<_>>().concat());
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(pages, ["ab", "cd", "f"]);
+    for (request, field) in [
+        (pb::ListSubsystemsRequest { page_size: 1001, ..Default::default() }, "page_size"),
+        (pb::ListSubsystemsRequest { page_token: "no token".into(), ..Default::default() }, "page_token"),
+    ] {
+        let refused = stage.client.list_subsystems(request).await.unwrap_err();
+        assert_eq!(reason(&refused), invalid([field]));
+    }
+}
+
+#[tokio::test]
+async fn one_that_says_much_does_not_hide_the_others() {
+    let mut stage = Stage::new().await;
+    let issue = subsystem::Issue { severity: 1, code: "C".into(), message: "m".repeat(4 << 10) };
+    stage.fleet.run("b", Run::Answer(subsystem::RunCycleResponse { issues: vec![issue; 1024], ..Default::default() }));
+    stage.register_all(&["a", "c"]).await;
+    let limits = pb::Limits { max_issues: 1024, max_message_bytes: 8 << 20, ..Default::default() };
+    stage.register("b", |it| it.limits = Some(limits)).await;
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+    assert_eq!(registered(&mut stage.client).await, ["a", "b", "c"]);
+    let request = pb::ListSubsystemsRequest::default();
+    let page = stage.client.list_subsystems(request).await.unwrap().into_inner();
+    assert!(prost::Message::encoded_len(&page) <= 3 << 20);
+}
+
+#[tokio::test]
+async fn snapshots_are_asked_for_now_and_their_absence_says_why() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    stage.client.register(registration("nowhere", NOWHERE)).await.unwrap();
+    let request =
+        |name: &str| pb::GetSubsystemRequest { name: name.into(), include_snapshot: true, ..Default::default() };
+    let status = stage.client.get_subsystem(request("a")).await.unwrap().into_inner().subsystem.unwrap();
+    assert_eq!((from_struct(&status.snapshot), status.snapshot_error.as_str()), (json!({ "name": "a" }), ""));
+    assert!(status.output.is_empty());
+    let status = stage.client.get_subsystem(request("nowhere")).await.unwrap().into_inner().subsystem.unwrap();
+    assert!(status.snapshot.is_empty() && status.snapshot_error.starts_with("UNAVAILABLE: "), "{status:?}");
+    assert_eq!(stage.fleet.calls().len(), 1);
+    assert_eq!(stage.fleet.calls()[0].method, Method::GetStatus);
+
+    // The status has them where asked for.
+    let ask = |include_subsystems, include_snapshots| pb::GetStatusRequest { include_subsystems, include_snapshots };
+    for (request, subsystems, snapshots) in
+        [(ask(false, false), 0, 0), (ask(true, false), 2, 0), (ask(false, true), 2, 1)]
+    {
+        let status = stage.client.get_status(request).await.unwrap().into_inner().status.unwrap();
+        assert_eq!(status.subsystems.len(), subsystems);
+        assert_eq!(status.subsystems.iter().filter(|it| !it.snapshot.is_empty()).count(), snapshots);
+    }
+    assert_eq!(stage.fleet.calls().len(), 2);
+}
+
+/// A handler is dropped when its caller goes away, wherever it stands.
+#[tokio::test]
+async fn a_caller_that_goes_away_leaves_nothing_half_done() {
+    let mut stage = Stage::new().await;
+    for i in 0..150_u64 {
+        let mut client = stage.client.clone();
+        let registration = registration(&format!("s{i:03}"), NOWHERE);
+        let _ = timeout(Duration::from_micros(i * 20), client.register(registration)).await;
+    }
+    // Its turn comes after theirs.
+    stage.register("last", |_| {}).await;
+    let before = registered(&mut stage.client).await;
+    let mut stage = stage.killed().await;
+    assert_eq!(registered(&mut stage.client).await, before);
+}
