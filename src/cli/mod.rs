@@ -1,9 +1,19 @@
 //! The command line: one file a command. The remote ones use only the generated client.
 
+mod cancel;
+mod check;
+mod completions;
+mod cycles;
+mod loops;
 mod output;
+mod parameters;
+mod plan;
 mod progress;
 mod remote;
+mod run;
 mod serve;
+mod status;
+mod subsystems;
 mod watch;
 
 use std::process::ExitCode;
@@ -46,7 +56,16 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(serve::Serve),
+    Run(run::Run),
+    Cancel(cancel::Cancel),
+    Status(status::StatusCommand),
     Watch(watch::Watch),
+    Cycles(cycles::Cycles),
+    Subsystems(subsystems::Subsystems),
+    Loops(loops::Loops),
+    Plan(plan::PlanCommand),
+    Check(check::Check),
+    Completions(completions::Completions),
 }
 
 impl Cli {
@@ -54,7 +73,16 @@ impl Cli {
     pub async fn run(self) -> ExitCode {
         let result = match self.command {
             Command::Serve(serve) => return serve.run().await,
+            Command::Run(run) => run.run().await,
+            Command::Cancel(cancel) => cancel.run().await,
+            Command::Status(status) => status.run().await,
             Command::Watch(watch) => watch.run().await,
+            Command::Cycles(cycles) => cycles.run().await,
+            Command::Subsystems(subsystems) => subsystems.run().await,
+            Command::Loops(loops) => loops.run().await,
+            Command::Plan(plan) => plan.run().await,
+            Command::Check(check) => check.run(),
+            Command::Completions(completions) => completions.run(),
         };
         match result {
             Ok(exit) => exit.into(),

@@ -17,7 +17,7 @@ use clap::{
         styling::{AnsiColor, Style},
     },
 };
-use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, TableStyle, presets};
+use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, presets};
 use jiff::{SignedDuration, Timestamp, Unit};
 use prost::Message;
 use prost_reflect::{DescriptorPool, DynamicMessage, SerializeOptions};
@@ -183,6 +183,7 @@ impl JsonList {
     ///
     /// # Errors
     /// As of [`print`].
+    #[allow(clippy::unused_self, reason = "a list ends once")]
     pub(super) fn end(self) -> Result<(), Failure> {
         print("]}\n")
     }
@@ -218,6 +219,12 @@ pub(super) fn clean(text: &str) -> String {
 fn is_unprintable(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}
+
+/// Those that are not empty, with an empty line between them.
+pub(super) fn sections<const N: usize>(sections: [String; N]) -> String {
+    let shown: Vec<_> = sections.into_iter().filter(|section| !section.is_empty()).collect();
+    shown.join("\n")
 }
 
 /// Names in one line, at most `max` of them by name.
@@ -279,7 +286,7 @@ pub(super) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);
@@ -334,8 +341,8 @@ pub(super) fn age(time: Option<&prost_types::Timestamp>) -> String {
 /// A duration without what nobody wants to read: its two largest units.
 pub(super) fn coarse(duration: Duration) -> Duration {
     let unit = match duration.as_secs() {
-        ..3_600 => 1,
-        ..86_400 => 60,
+        0..3_600 => 1,
+        3_600..86_400 => 60,
         _ => 3_600,
     };
     Duration::from_secs(duration.as_secs() / unit * unit)
@@ -349,13 +356,26 @@ fn timestamp(time: &prost_types::Timestamp) -> Option<Timestamp> {
 // Tables
 
 /// A table without borders. It fits the terminal; piped, every row is one line.
-pub(super) struct Table(comfy_table::Table);
+pub(super) struct Table {
+    table: comfy_table::Table,
+    /// Each row is one line on a terminal as well, and what does not fit is cut.
+    is_list: bool,
+}
 
 impl Table {
     /// A table with these headings.
     pub(super) fn new<'a>(headings: impl IntoIterator<Item = &'a str>) -> Self {
         let mut table = Self::bare();
-        table.0.set_header(headings.into_iter().map(Cell::new));
+        table.table.set_header(headings.into_iter().map(Cell::new));
+        table
+    }
+
+    /// A table with these headings to look over: each row is one line.
+    pub(super) fn list<'a>(headings: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut table = Self { is_list: true, ..Self::bare() };
+        let mut headings = comfy_table::Row::from(headings.into_iter().map(Cell::new).collect::<Vec<_>>());
+        headings.max_height(1);
+        table.table.set_header(headings);
         table
     }
 
@@ -365,20 +385,19 @@ impl Table {
     }
 
     fn bare() -> Self {
-        const STYLE: TableStyle = presets::NOTHING;
         let mut table = comfy_table::Table::new();
-        table.load_style(STYLE);
+        table.load_style(presets::NOTHING);
         if is_terminal() {
             table.set_content_arrangement(ContentArrangement::Dynamic);
         } else {
             table.set_content_arrangement(ContentArrangement::Disabled).force_no_tty();
         }
-        Self(table)
+        Self { table, is_list: false }
     }
 
     /// Sets a column of numbers to the right.
     pub(super) fn right(mut self, column: usize) -> Self {
-        if let Some(column) = self.0.column_mut(column) {
+        if let Some(column) = self.table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
         }
         self
@@ -386,7 +405,11 @@ impl Table {
 
     /// Adds a row.
     pub(super) fn row(&mut self, cells: impl IntoIterator<Item = Cell>) {
-        self.0.add_row(cells);
+        let mut row = comfy_table::Row::from(cells.into_iter().collect::<Vec<_>>());
+        if self.is_list {
+            row.max_height(1);
+        }
+        self.table.add_row(row);
     }
 
     /// Adds a row of two columns, unless there is nothing to say.
@@ -396,15 +419,31 @@ impl Table {
         }
     }
 
+    /// The lines of the table; none when it has no rows.
+    pub(super) fn finish_unless_empty(self) -> String {
+        if self.table.is_empty() { String::new() } else { self.finish() }
+    }
+
+    /// The lines of the table; when it has no rows, one that says so.
+    pub(super) fn or(self, none: &str) -> String {
+        if self.table.is_empty() { format!("{none}\n") } else { self.finish() }
+    }
+
     /// The lines of the table.
     pub(super) fn finish(mut self) -> String {
-        let columns = self.0.column_count();
-        for (i, column) in self.0.column_iter_mut().enumerate() {
+        /// Columns up to this wide are never broken: names, states, times.
+        const WHOLE: u16 = 26;
+        let columns = self.table.column_count();
+        let widths = self.table.column_max_content_widths();
+        for ((i, column), width) in self.table.column_iter_mut().enumerate().zip(widths) {
             // Two blanks between columns, none before the first.
             column.set_padding((0, if i + 1 == columns { 0 } else { 2 }));
+            if width <= WHOLE {
+                column.set_constraint(ColumnConstraint::ContentWidth);
+            }
         }
         let mut lines = String::new();
-        for line in self.0.lines() {
+        for line in self.table.lines() {
             lines.push_str(line.trim_end());
             lines.push('\n');
         }
@@ -426,9 +465,9 @@ pub(super) fn number(number: impl Into<u64>) -> Cell {
 pub(super) fn state(word: &str) -> Cell {
     let cell = Cell::new(word);
     match colour(word) {
-        Some(AnsiColor::Green) if has_colours() => cell.fg(Color::Green),
-        Some(AnsiColor::Yellow) if has_colours() => cell.fg(Color::Yellow),
-        Some(AnsiColor::Red) if has_colours() => cell.fg(Color::Red),
+        Some(AnsiColor::Green) if has_colours() => cell.fg(Color::DarkGreen),
+        Some(AnsiColor::Yellow) if has_colours() => cell.fg(Color::DarkYellow),
+        Some(AnsiColor::Red) if has_colours() => cell.fg(Color::DarkRed),
         _ => cell,
     }
 }

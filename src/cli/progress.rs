@@ -12,7 +12,7 @@ use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
 
 /// Shows the running cycle, if there is one, below everything that is printed with [`Bar::above`]. Gone when dropped.
 pub(super) struct Bar {
-    bar: Option<ProgressBar>,
+    shown: Option<ProgressBar>,
     target: fn() -> ProgressDrawTarget,
     cycle_id: u64,
     running: BTreeSet<String>,
@@ -32,12 +32,12 @@ impl Bar {
     }
 
     fn new(target: fn() -> ProgressDrawTarget) -> Self {
-        Self { bar: None, target, cycle_id: 0, running: BTreeSet::new(), ended: HashSet::new(), failed: 0 }
+        Self { shown: None, target, cycle_id: 0, running: BTreeSet::new(), ended: HashSet::new(), failed: 0 }
     }
 
     /// Prints something while the bar is out of the way.
     pub(super) fn above<T>(&self, print: impl FnOnce() -> T) -> T {
-        match &self.bar {
+        match &self.shown {
             Some(bar) => bar.suspend(print),
             None => print(),
         }
@@ -55,7 +55,7 @@ impl Bar {
 
     /// Takes the bar away.
     pub(super) fn clear(&mut self) {
-        if let Some(bar) = self.bar.take() {
+        if let Some(bar) = self.shown.take() {
             bar.finish_and_clear();
         }
         self.cycle_id = 0;
@@ -81,7 +81,7 @@ impl Bar {
         }
         bar.set_prefix(started.cycle_id.to_string());
         bar.enable_steady_tick(TICK);
-        self.bar = Some(bar);
+        self.shown = Some(bar);
     }
 
     fn update(&mut self, updates: &[pb::SubsystemProgress]) {
@@ -101,7 +101,7 @@ impl Bar {
                 }
             }
         }
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = &self.shown {
             bar.set_position(self.ended.len() as u64);
             bar.set_message(self.message());
         }
@@ -151,8 +151,8 @@ mod tests {
         // How the cycle stands is sent again to those who fell behind.
         bar.follow(&progress(vec![update("a", Failed), update("c", Running)]));
         assert_eq!((bar.message().as_str(), bar.ended.len()), ("1 failure  running c", 2));
-        assert_eq!(bar.bar.as_ref().map(ProgressBar::position), Some(2));
+        assert_eq!(bar.shown.as_ref().map(ProgressBar::position), Some(2));
         bar.follow(&Event::Recorded(bytes::Bytes::new()));
-        assert!(bar.bar.is_none() && bar.ended.is_empty());
+        assert!(bar.shown.is_none() && bar.ended.is_empty());
     }
 }

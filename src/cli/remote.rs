@@ -184,7 +184,7 @@ impl Remote {
                 let _ = write!(message, "\n  {} {}", clean(&violation.field), clean(&violation.description));
             }
         }
-        let code = format!("{:?}", status.code());
+        let code = crate::model::Code::from_number(status.code().into()).name();
         match details.error_info() {
             Some(info) => _ = write!(message, "\n({code}, {})", clean(&info.reason)),
             None => _ = write!(message, "\n({code})"),

@@ -168,21 +168,21 @@ pub(super) fn started(started: &pb::CycleStarted) -> String {
 pub(super) fn progress(progress: &pb::CycleProgress) -> String {
     let mut lines = String::new();
     if progress.dropped > 0 {
-        lines += &format!("cycle {}  {} lost on the way\n", progress.cycle_id, count(progress.dropped, "update"));
+        lines = format!("cycle {}  {} lost on the way\n", progress.cycle_id, count(progress.dropped, "update"));
     }
     for update in &progress.updates {
-        let why = format!("  {} {}", update.error_code, update.error_message);
-        let why = if why.trim().is_empty() { String::new() } else { clean(&why) };
+        let why = clean(format!("{} {}", update.error_code, update.error_message).trim());
         let attempts =
             if update.attempts > 1 { format!("  {}", count(update.attempts, "attempt")) } else { String::new() };
-        lines += &format!(
-            "cycle {}  +{:<8} {}  {}{attempts}{}\n",
+        let line = format!(
+            "cycle {}  +{:<8} {}  {}{attempts}  {why}",
             progress.cycle_id,
             milliseconds(update.elapsed_ms),
             painted(subsystem_state(update.state()), 12),
             clean(&update.name),
-            why.trim_end(),
         );
+        lines += line.trim_end();
+        lines.push('\n');
     }
     lines
 }
