@@ -425,9 +425,6 @@ impl Orchestrator {
     pub async fn cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
         {
             let state = self.0.state();
-            if let Some(recent) = state.recent.iter().find(|record| record.cycle_id == cycle_id) {
-                return Ok(recent.clone());
-            }
             if cycle_id > state.last_cycle_id && cycle_id <= state.last_admitted {
                 return Err(Refusal::CycleNotFinished(cycle_id));
             }

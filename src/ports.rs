@@ -345,6 +345,9 @@ pub enum StoreError {
         /// The latest version that is known here.
         known: i64,
     },
+    /// Somebody else's.
+    #[error("{0} is a database of some other software; give this one a store of its own")]
+    Foreign(String),
     /// What it holds makes no sense.
     #[error("{0} is damaged: {1}; restore it from a backup")]
     Corrupt(String, String),

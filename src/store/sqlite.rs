@@ -41,6 +41,8 @@ use crate::{
 /// The migrations, each from its own line on.
 const SCHEMA: &str = include_str!("schema.sql");
 const MIGRATION: &str = "-- migration ";
+/// "DrmO" in the header of a database says whose it is.
+const APPLICATION_ID: i64 = 0x4472_6d4f;
 
 /// Writes that may wait for the thread: the orchestrator makes one at a time, and pruning another.
 const QUEUE: usize = 8;
@@ -77,11 +79,12 @@ impl Sqlite {
             fs::create_dir_all(directory).map_err(|error| unwritable(&path, &error))?;
         }
         let lock = lock(&path)?;
-        let mut connection = connect(&path).map_err(|error| explain(&path, &error))?;
-        let contents = (|| {
-            migrate(&mut connection, &path)?;
-            begin_epoch(&mut connection, &path)
-        })()?;
+        // What is not ours is not touched.
+        let connection = open_file(&path).map_err(|error| explain(&path, &error))?;
+        let version = check_version(&connection, &path)?;
+        let mut connection = configure(connection).map_err(|error| explain(&path, &error))?;
+        migrate(&mut connection, version).map_err(|error| explain(&path, &error))?;
+        let contents = begin_epoch(&mut connection, &path)?;
         let readers = (0..READERS).map(|_| connect(&path)).collect::<Result<_, _>>();
         let readers = readers.map_err(|error| explain(&path, &error))?;
 
@@ -283,9 +286,17 @@ fn lock(path: &Path) -> Result<File, StoreError> {
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    configure(open_file(path)?)
+}
+
+fn open_file(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(BUSY)?;
+    Ok(connection)
+}
+
+fn configure(connection: Connection) -> rusqlite::Result<Connection> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     // Copying the log into the database waits for the disk, so the writer chooses when.
@@ -294,31 +305,35 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Applies what the database lacks.
-fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
-    let migrations: Vec<&str> = SCHEMA.split(MIGRATION).skip(1).collect();
-    let explained = |error| explain(path, &error);
-    let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(explained)?;
-    let known = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
+/// The migrations, each without the line that has its number.
+fn migrations() -> impl Iterator<Item = &'static str> {
+    SCHEMA.split(MIGRATION).skip(1).map(|migration| migration.split_once('\n').unwrap_or_default().1)
+}
+
+/// Up to which migration a database is, if it is one that this software can use.
+fn check_version(connection: &Connection, path: &Path) -> Result<i64, StoreError> {
+    let pragma = |name| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+    let tables = || connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, i64>(0));
+    let read = || Ok((pragma("user_version")?, pragma("application_id")?, tables()?));
+    let (found, application_id, tables) = read().map_err(|error| explain(path, &error))?;
+    if application_id != APPLICATION_ID && (tables > 0 || found > 0) {
+        return Err(StoreError::Foreign(path.display().to_string()));
+    }
+    let known = i64::try_from(migrations().count()).unwrap_or(i64::MAX);
     if found > known {
         return Err(StoreError::TooNew { path: path.display().to_string(), found, known });
     }
-    let tables: i64 =
-        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0)).map_err(explained)?;
-    if found == 0 && tables > 0 {
-        let what = "it is a database of some other software".into();
-        return Err(StoreError::Corrupt(path.display().to_string(), what));
-    }
-    for (version, migration) in (1_i64..).zip(migrations).skip(usize::try_from(found).unwrap_or(0)) {
-        // Its first line is its number.
-        let (_, statements) = migration.split_once('\n').unwrap_or_default();
-        (|| {
-            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            transaction.execute_batch(statements)?;
-            transaction.pragma_update(None, "user_version", version)?;
-            transaction.commit()
-        })()
-        .map_err(explained)?;
+    Ok(found)
+}
+
+/// Applies what a database of this version lacks.
+fn migrate(connection: &mut Connection, found: i64) -> rusqlite::Result<()> {
+    for (version, statements) in (1_i64..).zip(migrations()).filter(|(version, _)| *version > found) {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        transaction.execute_batch(statements)?;
+        transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+        transaction.pragma_update(None, "user_version", version)?;
+        transaction.commit()?;
     }
     Ok(())
 }

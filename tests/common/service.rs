@@ -33,6 +33,7 @@ pub struct Home {
     dir: TempDir,
     wrapper: Vec<String>,
     args: Vec<String>,
+    store: String,
 }
 
 impl Default for Home {
@@ -44,7 +45,9 @@ impl Default for Home {
 impl Home {
     /// An empty home.
     pub fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap(), wrapper: Vec::new(), args: Vec::new() }
+        let dir = tempfile::tempdir().unwrap();
+        let store = format!("sqlite:{}", dir.path().join("o.db").display());
+        Self { dir, wrapper: Vec::new(), args: Vec::new(), store }
     }
 
     /// A path inside it.
@@ -65,6 +68,12 @@ impl Home {
     pub fn with_args<A: Into<String>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
         self.args.extend(args.into_iter().map(Into::into));
         self
+    }
+
+    /// The same home, whose services keep nothing.
+    #[must_use]
+    pub fn in_memory(self) -> Self {
+        Self { store: "memory:".into(), ..self }
     }
 
     /// The same home, whose services are started by this command, which is given theirs as arguments.
@@ -96,8 +105,7 @@ impl Home {
             self.wrapper.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_orchestrator")]).collect();
         let child = Command::new(command[0])
             .args(&command[1..])
-            .args(["serve", "--listen", "127.0.0.1:0", "--store"])
-            .arg(format!("sqlite:{}", self.path("o.db").display()))
+            .args(["serve", "--listen", "127.0.0.1:0", "--store", &self.store])
             .args(&self.args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -1,0 +1,214 @@
+//! The history: `GetCycle`, `ListCycles` with its pages and filters, and what retention keeps of it.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use common::{
+    Stage,
+    fleet::Run,
+    patiently,
+    service::{Client, Home, because, decode, invalid, ms, reason},
+};
+use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, ListCyclesRequest, SubsystemState, Trigger};
+use tonic::Code;
+
+async fn ids(client: &mut Client, request: ListCyclesRequest) -> Vec<u64> {
+    let page = client.list_cycles(request).await.unwrap().into_inner();
+    assert_eq!(page.next_page_token, "");
+    page.cycles.into_iter().map(|record| decode(record).cycle_id).collect()
+}
+
+/// Waits until the records below a revision are gone.
+async fn pruned_to(client: &mut Client, oldest_revision: u64) {
+    let pruned = async { while client.status().await.unwrap().oldest_revision < oldest_revision {} };
+    patiently("old records to be removed", pruned).await;
+}
+
+#[tokio::test]
+async fn a_page_is_newest_first_and_leads_to_the_next() {
+    let mut stage = Stage::new().await;
+    assert!(ids(&mut stage.client, ListCyclesRequest::default()).await.is_empty());
+    for _ in 0..5 {
+        stage.client.run().await.unwrap();
+    }
+    assert_eq!(ids(&mut stage.client, ListCyclesRequest::default()).await, [5, 4, 3, 2, 1]);
+    let mut pages = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = ListCyclesRequest { page_size: 2, page_token, ..Default::default() };
+        let page = stage.client.list_cycles(request).await.unwrap().into_inner();
+        pages.push(page.cycles.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>());
+        // What comes in between does not move the pages.
+        stage.client.run().await.unwrap();
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(pages, [vec![5, 4], vec![3, 2], vec![1]]);
+
+    assert_eq!(stage.client.cycle(3).await.unwrap().cycle_id, 3);
+    let unknown = stage.client.cycle(99).await.unwrap_err();
+    assert_eq!(reason(&unknown), because(Code::NotFound, "CYCLE_NOT_FOUND", [("cycle_id", "99")]));
+    assert_eq!(reason(&stage.client.cycle(0).await.unwrap_err()), invalid(["cycle_id"]));
+}
+
+#[tokio::test]
+async fn large_records_make_small_pages() {
+    let mut stage = Stage::new().await;
+    stage.fleet.run("a", Run::large_output(1_000_000));
+    stage.register("a", |it| it.record_output = true).await;
+    for _ in 0..5 {
+        stage.client.run().await.unwrap();
+    }
+    let page = stage.client.list_cycles(ListCyclesRequest::default()).await.unwrap().into_inner();
+    assert!(prost::Message::encoded_len(&page) < 4 << 20);
+    assert!(!page.next_page_token.is_empty());
+    let history = stage.client.history().await.unwrap();
+    assert_eq!(history.into_iter().map(|it| decode(it).cycle_id).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+}
+
+#[tokio::test]
+async fn each_filter_lets_through_what_it_names() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["a", "b"]).await;
+    let subset = |name: &str| pb::RunCycleRequest { subsystems: vec![name.into()], ..Default::default() };
+    // 1: a, b succeed. 2: only b. 3: a fails. 4: a fails, b succeeds. 5: cancelled. 6: a loop's.
+    stage.client.run().await.unwrap();
+    stage.client.run_with(subset("b")).await.unwrap();
+    stage.fleet.run("a", Run::fail(Code::Internal));
+    stage.client.run_with(subset("a")).await.unwrap();
+    let fourth = stage.client.run().await.unwrap();
+    stage.fleet.run("a", Run::Hold);
+    let fifth = stage.client.admit().await.unwrap();
+    stage.fleet.until_run("a", 4).await;
+    stage.client.cancel(fifth).await.unwrap();
+    stage.fleet.run("a", Run::Echo);
+    let settings = pb::IntervalLoop { name: "l".into(), interval: ms(3_600_000), ..Default::default() };
+    // Its first tick is an hour away at most; the one that was due when it was started with a shorter pace is at once.
+    let quick = pb::IntervalLoop { interval: ms(10), ..settings.clone() };
+    stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(quick) }).await.unwrap();
+    stage.client.recorded(6).await;
+    stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(settings) }).await.unwrap();
+    let last = stage.client.run().await.unwrap().cycle_id;
+    let of_loop: Vec<_> = (6..last).rev().collect();
+
+    let all = ListCyclesRequest::default;
+    let a = || ListCyclesRequest { subsystem: "a".into(), ..all() };
+    let from = |state: &[CycleState]| state.iter().map(|&state| state.into()).collect::<Vec<i32>>();
+    let cases = [
+        (ListCyclesRequest { states: from(&[CycleState::Failed]), ..all() }, vec![3]),
+        (ListCyclesRequest { states: from(&[CycleState::Degraded, CycleState::Cancelled]), ..all() }, vec![5, 4]),
+        (ListCyclesRequest { states: from(&[CycleState::Interrupted]), ..all() }, vec![]),
+        (ListCyclesRequest { trigger: Trigger::Manual.into(), ..all() }, vec![last, 5, 4, 3, 2, 1]),
+        (ListCyclesRequest { trigger: Trigger::Loop.into(), ..all() }, of_loop.clone()),
+        (ListCyclesRequest { r#loop: "l".into(), ..all() }, of_loop.clone()),
+        (ListCyclesRequest { r#loop: "other".into(), ..all() }, vec![]),
+        (a(), [vec![last], of_loop.clone(), vec![5, 4, 3, 1]].concat()),
+        (ListCyclesRequest { subsystem: "other".into(), ..all() }, vec![]),
+        (ListCyclesRequest { subsystem_states: vec![SubsystemState::Failed.into()], ..a() }, vec![4, 3]),
+        (
+            ListCyclesRequest {
+                subsystem_states: vec![SubsystemState::Failed.into(), SubsystemState::Cancelled.into()],
+                states: from(&[CycleState::Cancelled]),
+                ..a()
+            },
+            vec![5],
+        ),
+        (ListCyclesRequest { finished_before: fourth.finished_at, ..all() }, vec![3, 2, 1]),
+        (ListCyclesRequest { finished_from: fourth.finished_at, ..all() }, [vec![last], of_loop, vec![5, 4]].concat()),
+    ];
+    for (request, expected) in cases {
+        assert_eq!(ids(&mut stage.client, request.clone()).await, expected, "{request:?}");
+    }
+    // Pages of what a filter lets through.
+    let request = ListCyclesRequest { page_size: 1, ..a() };
+    let page = stage.client.list_cycles(request.clone()).await.unwrap().into_inner();
+    let next = ListCyclesRequest { page_token: page.next_page_token, ..request };
+    let next = stage.client.list_cycles(next).await.unwrap().into_inner();
+    assert_eq!(decode(next.cycles[0].clone()).cycle_id, last - 1);
+
+    let bad_time = Some(prost_types::Timestamp { seconds: i64::MAX, nanos: 0 });
+    let bad = ListCyclesRequest {
+        page_size: 1001,
+        page_token: "x".into(),
+        states: vec![99],
+        trigger: 99,
+        r#loop: "9".into(),
+        subsystem_states: vec![99],
+        finished_from: bad_time,
+        finished_before: bad_time,
+        ..all()
+    };
+    let mut fields = reason(&stage.client.list_cycles(bad).await.unwrap_err()).fields;
+    fields.sort();
+    let expected = [
+        "finished_before",
+        "finished_from",
+        "loop",
+        "page_size",
+        "page_token",
+        "states[0]",
+        "subsystem_states",
+        "subsystem_states[0]",
+        "trigger",
+    ];
+    assert_eq!(fields, expected);
+}
+
+#[tokio::test]
+async fn retention_keeps_the_newest_and_of_each_state_as_many_as_it_says() {
+    let config = "[store.retention]\nmax_cycles = 2\n[store.retention.failed]\nmax_cycles = 3\n";
+    let mut stage = Stage::at(Home::new().with_config(config)).await;
+    stage.register("a", |_| {}).await;
+    // Odd ones fail.
+    for i in 1..=10 {
+        stage.fleet.run("a", if i % 2 == 0 { Run::Echo } else { Run::fail(Code::Internal) });
+        stage.client.run().await.unwrap();
+    }
+    let mut stage = stage.restarted().await;
+    pruned_to(&mut stage.client, 7).await;
+    assert_eq!(ids(&mut stage.client, ListCyclesRequest::default()).await, [10, 9, 8, 7, 5]);
+    let gone = stage.client.cycle(6).await.unwrap_err();
+    assert_eq!(reason(&gone), because(Code::NotFound, "CYCLE_NOT_FOUND", [("cycle_id", "6")]));
+    // The stream has no gap, so it begins above the highest one that is gone.
+    let status = stage.client.status().await.unwrap();
+    assert_eq!((status.oldest_revision, status.newest_revision, status.total_cycles), (7, 10, 10));
+}
+
+#[tokio::test]
+async fn retention_goes_on_while_the_service_runs_and_what_is_gone_is_gone() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "store.retention.max_cycles=5"])).await;
+    let request = |id: &str| pb::RunCycleRequest { request_id: id.into(), ..Default::default() };
+    assert_eq!(stage.client.run_with(request("first")).await.unwrap().cycle_id, 1);
+    for _ in 0..70 {
+        stage.client.run().await.unwrap();
+    }
+    pruned_to(&mut stage.client, 2).await;
+    let gone = stage.client.cycle(1).await.unwrap_err();
+    assert_eq!(reason(&gone), because(Code::NotFound, "CYCLE_NOT_FOUND", [("cycle_id", "1")]));
+    assert!(!ids(&mut stage.client, ListCyclesRequest { page_size: 1000, ..Default::default() }).await.contains(&1));
+    // With its record its request id is forgotten as well.
+    assert_eq!(stage.client.run_with(request("first")).await.unwrap().cycle_id, 72);
+}
+
+#[tokio::test]
+async fn retention_by_age_keeps_the_newest_one_whatever_its_age() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "store.retention.max_age=1h"])).await;
+    for _ in 0..4 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { fleet, home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    // Time passes.
+    let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
+    database
+        .execute("UPDATE cycles SET finished_at = finished_at - 3600 * 1000000000 WHERE cycle_id <> 3", [])
+        .unwrap();
+    drop(database);
+    let service = home.serve().await;
+    let mut stage = Stage { client: service.client().await, fleet, home, service };
+    pruned_to(&mut stage.client, 3).await;
+    assert_eq!(ids(&mut stage.client, ListCyclesRequest::default()).await, [4, 3]);
+}

@@ -1,0 +1,268 @@
+//! The store from outside: who may open it, what of it is refused, and what happens when it can't be written.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::fs;
+
+use common::{
+    Stage,
+    fleet::Run,
+    patiently,
+    service::{Home, Service, decode, ms, next_event, next_recorded, reason},
+};
+use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Trigger, cycle_event::Event};
+use rusqlite::Connection;
+use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
+use tonic::Code;
+
+/// Starts a service that must refuse to, and returns what it says.
+async fn refused(home: &Home) -> String {
+    match home.try_serve().await {
+        Ok(_) => panic!("it serves:\n{}", home.log()),
+        Err(status) => assert_eq!(status.code(), Some(1), "{}", home.log()),
+    }
+    home.log()
+}
+
+#[tokio::test]
+async fn a_second_process_is_refused_and_told_who_has_the_database() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    let said = refused(&stage.home).await;
+    let pid = stage.service.pid().as_raw_nonzero();
+    assert!(said.contains(&format!("is in use by another process (pid {pid}); stop that one first")), "{said}");
+    // The first one goes on in its epoch.
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 2);
+    let epoch = stage.client.status().await.unwrap().epoch;
+    let mut stage = stage.killed().await;
+    assert_eq!(stage.client.status().await.unwrap().epoch, epoch + 1);
+}
+
+#[tokio::test]
+async fn one_whose_lock_was_removed_is_fenced_by_the_next() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    fs::remove_file(stage.home.path("o.db.lock")).unwrap();
+    let second = stage.home.serve().await;
+    let mut client = second.client().await;
+    assert_eq!(client.run().await.unwrap().cycle_id, 2);
+    // The first one learns of it when it writes, and stops.
+    stage.client.run().await.unwrap_err();
+    assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
+    let history = client.history().await.unwrap();
+    assert_eq!(history.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(client.run().await.unwrap().cycle_id, 3);
+}
+
+#[tokio::test]
+async fn a_database_of_a_newer_version_is_refused_and_not_touched() {
+    let stage = Stage::new().await;
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let database = Connection::open(home.path("o.db")).unwrap();
+    let known: i64 = database.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+    database.pragma_update(None, "user_version", known + 1).unwrap();
+    drop(database);
+    let before = fs::read(home.path("o.db")).unwrap();
+    let said = refused(&home).await;
+    let expected = format!("has schema version {}, and this version of the software knows up to {known}", known + 1);
+    assert!(said.contains(&expected), "{said}");
+    assert_eq!(fs::read(home.path("o.db")).unwrap(), before);
+}
+
+#[tokio::test]
+async fn what_is_no_database_of_ours_is_refused_and_not_touched() {
+    let home = Home::new();
+    fs::write(home.path("o.db"), "It was a dark and stormy night. ".repeat(100)).unwrap();
+    let before = fs::read(home.path("o.db")).unwrap();
+    let said = refused(&home).await;
+    assert!(said.contains("o.db is damaged: file is not a database; restore it from a backup"), "{said}");
+    assert_eq!(fs::read(home.path("o.db")).unwrap(), before);
+
+    // Other software numbers its schemas, too.
+    for version in [0, 1] {
+        let home = Home::new();
+        let database = Connection::open(home.path("o.db")).unwrap();
+        database.execute_batch("CREATE TABLE recipes (name TEXT)").unwrap();
+        database.pragma_update(None, "user_version", version).unwrap();
+        drop(database);
+        let before = fs::read(home.path("o.db")).unwrap();
+        let said = refused(&home).await;
+        assert!(said.contains("o.db is a database of some other software; give this one"), "{version}: {said}");
+        assert_eq!(fs::read(home.path("o.db")).unwrap(), before);
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_database_is_refused() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |it| it.record_output = true).await;
+    for _ in 0..20 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let mut bytes = fs::read(home.path("o.db")).unwrap();
+    // All but the first page, which says what it is.
+    bytes[4096..].fill(0xa5);
+    fs::write(home.path("o.db"), bytes).unwrap();
+    let said = refused(&home).await;
+    assert!(said.contains("o.db is damaged: "), "{said}");
+    assert!(said.contains("restore it from a backup"), "{said}");
+}
+
+#[tokio::test]
+async fn a_place_that_can_not_be_written_is_refused() {
+    // Permissions don't stop every user; a directory in the place of a file does.
+    for name in ["o.db", "o.db.lock"] {
+        let home = Home::new();
+        fs::create_dir(home.path(name)).unwrap();
+        let said = refused(&home).await;
+        assert!(said.contains("o.db can't be written: "), "{said}");
+        assert!(said.contains("make it writable for this process"), "{said}");
+    }
+}
+
+/// A home whose services are told of a file that may not grow, and not killed for it.
+fn limited() -> Home {
+    Home::new().with_wrapper(["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"])
+}
+
+/// Lets the service write no file beyond so many bytes: to a process that is what a full disk is.
+fn limit(service: &Service, bytes: Option<u64>) {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Fsize);
+    let limit = Rlimit { current: bytes.or(maximum), maximum };
+    prlimit(Some(service.pid()), Resource::Fsize, limit).unwrap();
+}
+
+#[tokio::test]
+async fn when_the_disk_is_full_nothing_is_lost_reads_go_on_and_it_recovers_by_itself() {
+    let mut stage = Stage::at(limited()).await;
+    stage.register("a", |_| {}).await;
+    let first = stage.client.run().await.unwrap();
+    let mut stream = stage.client.watch_after(0).await.unwrap();
+    assert_eq!(decode(next_recorded(&mut stream).await), first);
+    assert!(matches!(next_event(&mut stream).await.unwrap().event, Some(Event::Bookmark(_))));
+
+    // It fills up while a cycle runs.
+    stage.fleet.run("a", Run::Hold);
+    let mut client = stage.client.clone();
+    let request = pb::RunCycleRequest { request_id: "r".into(), ..Default::default() };
+    let again = request.clone();
+    let running = tokio::spawn(async move { client.run_with(again).await });
+    stage.fleet.until_run("a", 2).await;
+    limit(&stage.service, Some(1));
+    stage.fleet.run("a", Run::Echo);
+    let told = patiently("the answer", running).await.unwrap().unwrap_err();
+    let told = reason(&told);
+    assert_eq!((told.code, told.reason.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
+    assert_eq!(told.metadata["cycle_id"], "2");
+
+    // Reads go on, and nothing is acknowledged.
+    let status = stage.client.status().await.unwrap();
+    assert!(status.store_error.contains("o.db"), "{status:?}");
+    assert_eq!((status.total_cycles, decode(status.last_cycle)), (1, first.clone()));
+    assert_eq!(stage.client.cycle(1).await.unwrap(), first);
+    assert_eq!(stage.client.history().await.unwrap().len(), 1);
+    assert_eq!(reason(&stage.client.cycle(2).await.unwrap_err()).reason, "CYCLE_NOT_FINISHED");
+    let mut from_oldest = stage.client.watch_after(0).await.unwrap();
+    assert_eq!(decode(next_recorded(&mut from_oldest).await), first);
+    let refused = [
+        stage.client.run().await.unwrap_err(),
+        stage.client.admit().await.unwrap_err(),
+        stage.client.register(stage.registration("b")).await.unwrap_err(),
+        stage.client.suspend_subsystem(pb::SuspendSubsystemRequest { name: "a".into() }).await.unwrap_err(),
+        stage
+            .client
+            .start_interval_loop(pb::StartIntervalLoopRequest {
+                r#loop: Some(pb::IntervalLoop { name: "l".into(), interval: ms(1000), ..Default::default() }),
+            })
+            .await
+            .unwrap_err(),
+    ];
+    for status in refused {
+        assert_eq!(reason(&status).reason, "STORE_UNAVAILABLE", "{status:?}");
+    }
+    assert_eq!(stage.client.subsystems().await.unwrap().len(), 1);
+    assert!(!stage.client.subsystem("a").await.unwrap().suspended);
+    assert!(stage.client.status().await.unwrap().loops.is_empty());
+
+    // There is room again.
+    limit(&stage.service, None);
+    let second = decode(next_recorded(&mut stream).await);
+    assert_eq!((second.cycle_id, second.state()), (2, CycleState::Succeeded));
+    assert_eq!(stage.client.run_with(request).await.unwrap(), second);
+    assert_eq!(stage.client.status().await.unwrap().store_error, "");
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 3);
+    stage.register("b", |_| {}).await;
+    let mut stage = stage.killed().await;
+    let history = stage.client.history().await.unwrap();
+    assert_eq!(history.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>(), [1, 2, 3]);
+    assert_eq!(stage.client.subsystems().await.unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn ticks_are_dropped_while_the_disk_is_full_and_a_kill_then_loses_nothing_acknowledged() {
+    let mut stage = Stage::at(limited()).await;
+    stage.register("a", |_| {}).await;
+    let settings = pb::IntervalLoop { name: "l".into(), interval: ms(20), ..Default::default() };
+    stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(settings) }).await.unwrap();
+    stage.client.recorded(1).await;
+    limit(&stage.service, Some(1));
+    let dropped = async {
+        loop {
+            let status = stage.client.status().await.unwrap();
+            if status.loops[0].ticks.unwrap().dropped >= 2 {
+                return status;
+            }
+        }
+    };
+    let status = patiently("ticks to be dropped", dropped).await;
+    assert!(!status.store_error.is_empty());
+    let before = stage.client.history().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    service.kill().await;
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    let after = client.history().await.unwrap();
+    assert_eq!(after[..before.len()], before);
+    let cycles: Vec<_> = after.into_iter().map(decode).collect();
+    assert!(cycles.iter().map(|cycle| cycle.cycle_id).eq(1..=cycles.len() as u64));
+}
+
+#[tokio::test]
+async fn what_a_kill_interrupts_is_recorded_and_an_idle_process_leaves_no_trace() {
+    let mut stage = Stage::new().await;
+    stage.register("held", |_| {}).await;
+    stage.client.run().await.unwrap();
+    let stage = stage.killed().await;
+    let mut stage = stage.killed().await;
+    assert_eq!(stage.client.status().await.unwrap().total_cycles, 1);
+    stage.fleet.run("held", Run::Hold);
+    let settings = pb::IntervalLoop { name: "l".into(), interval: ms(10), ..Default::default() };
+    stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(settings) }).await.unwrap();
+    stage.fleet.until_run("held", 2).await;
+    let mut stage = stage.killed().await;
+    let interrupted = stage.client.cycle(2).await.unwrap();
+    assert_eq!(interrupted.state(), CycleState::Interrupted);
+    assert_eq!((interrupted.trigger(), interrupted.r#loop.as_str()), (Trigger::Loop, "l"));
+    assert!(interrupted.scheduled_at.is_some() && interrupted.started_at.is_some());
+    assert!(interrupted.finished_at.is_some());
+    assert_eq!(interrupted.epoch, stage.client.status().await.unwrap().epoch);
+}
+
+#[tokio::test]
+async fn a_store_in_memory_forgets_everything() {
+    let home = Home::new().in_memory();
+    let mut stage = Stage::at(home).await;
+    stage.register("a", |_| {}).await;
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!(stage.client.cycle(1).await.unwrap(), cycle);
+    assert!(!stage.home.path("o.db").exists());
+    let mut stage = stage.restarted().await;
+    let status = stage.client.status().await.unwrap();
+    assert_eq!((status.total_cycles, status.subsystem_count), (0, 0));
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 1);
+}
