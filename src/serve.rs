@@ -176,9 +176,13 @@ impl Service {
     }
 
     /// The orchestrator has ended; closes the connections.
-    async fn ended(self, finished: Result<(), StoreError>) -> Exit {
+    async fn ended(mut self, finished: Result<(), StoreError>) -> Exit {
         /// For answers that are on their way.
         const LAST_ANSWERS: Duration = Duration::from_secs(5);
+        // Whoever watches the health would keep the server until then.
+        for service in ["", SERVICE] {
+            self.health.clear_service_status(service).await;
+        }
         self.stop_server.cancel();
         let abort = self.server.abort_handle();
         match timeout(LAST_ANSWERS, self.server).await {

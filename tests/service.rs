@@ -1,0 +1,374 @@
+//! The service itself: what it says of itself, its limits, how it ends, and what a reload applies.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{collections::BTreeSet, fs, process::Stdio};
+
+use common::{
+    Stage,
+    fleet::Run,
+    patiently,
+    service::{Home, Service, because, decode, next_event, reason},
+};
+use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Origin, SubsystemState, cycle_event::Event};
+use rustix::process::Signal;
+use tokio::{process::Command, task::JoinHandle};
+use tonic::{Code, Request, Status, transport::Channel};
+use tonic_health::pb::{
+    HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
+
+async fn channel(service: &Service) -> Channel {
+    Channel::from_shared(format!("http://{}", service.address())).unwrap().connect().await.unwrap()
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// What it says of itself
+
+macro_rules! reflection {
+    ($name:ident, $version:ident) => {
+        /// Asks, and returns the names of services or the encoded files.
+        async fn $name(channel: Channel, symbol: Option<&str>) -> (BTreeSet<String>, Vec<Vec<u8>>) {
+            use tonic_reflection::pb::$version::{
+                ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+                server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+            };
+            let ask = match symbol {
+                None => MessageRequest::ListServices(String::new()),
+                Some(symbol) => MessageRequest::FileContainingSymbol(symbol.to_owned()),
+            };
+            let request = ServerReflectionRequest { host: String::new(), message_request: Some(ask) };
+            let mut client = ServerReflectionClient::new(channel);
+            let asked = client.server_reflection_info(tokio_stream::once(request)).await.unwrap();
+            let answer = asked.into_inner().message().await.unwrap().unwrap();
+            match answer.message_response.unwrap() {
+                MessageResponse::ListServicesResponse(list) => {
+                    (list.service.into_iter().map(|service| service.name).collect(), Vec::new())
+                }
+                MessageResponse::FileDescriptorResponse(files) => (BTreeSet::new(), files.file_descriptor_proto),
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+}
+
+reflection!(reflect_v1, v1);
+reflection!(reflect_v1alpha, v1alpha);
+
+#[tokio::test]
+async fn it_describes_itself_to_new_and_to_old_clients() {
+    let stage = Stage::new().await;
+    let channel = channel(&stage.service).await;
+    for (services, files) in [
+        (reflect_v1(channel.clone(), None).await.0, reflect_v1(channel.clone(), Some(SERVICE)).await.1),
+        (reflect_v1alpha(channel.clone(), None).await.0, reflect_v1alpha(channel.clone(), Some(SERVICE)).await.1),
+    ] {
+        for name in [SERVICE, "grpc.health.v1.Health"] {
+            assert!(services.contains(name), "{services:?}");
+        }
+        let file: prost_types::FileDescriptorProto = prost::Message::decode(&files[0][..]).unwrap();
+        let service = file.service.iter().find(|service| service.name() == "Orchestrator").unwrap();
+        assert_eq!(service.method.len(), 17);
+        // Structs are structs to those who look, whatever the service makes of them inside.
+        let registration = file.message_type.iter().find(|message| message.name() == "Registration").unwrap();
+        let parameters = registration.field.iter().find(|field| field.name() == "parameters").unwrap();
+        assert_eq!(parameters.type_name(), ".google.protobuf.Struct");
+    }
+}
+
+async fn health(client: &mut HealthClient<Channel>, service: &str) -> ServingStatus {
+    let request = HealthCheckRequest { service: service.to_owned() };
+    client.check(request).await.unwrap().into_inner().status()
+}
+
+#[tokio::test]
+async fn it_tells_who_it_is() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "orchestrator_id=me"])).await;
+    let status = stage.client.status().await.unwrap();
+    assert_eq!((status.orchestrator_id.as_str(), status.version.as_str()), ("me", env!("CARGO_PKG_VERSION")));
+    assert_eq!((status.epoch, status.total_cycles, status.subsystem_count), (1, 0, 0));
+    assert!(status.last_cycle.is_empty() && status.running_cycle.is_none() && status.store_error.is_empty());
+    assert_eq!((status.oldest_revision, status.newest_revision), (1, 0));
+    assert!(status.started_at.is_some() && status.uptime.is_some());
+    let mut stage = stage.restarted().await;
+    assert_eq!(stage.client.status().await.unwrap().epoch, 2);
+}
+
+#[tokio::test]
+async fn what_can_not_be_called_or_is_too_large_is_refused_and_the_service_goes_on() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "server.max_request_bytes=65536"])).await;
+    let mut registration = stage.registration("a");
+    registration.reads = (0..20_000).map(|i| format!("name{i}")).collect();
+    let refused = stage.client.register(registration).await.unwrap_err();
+    assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
+    assert!(refused.message().contains("message length too large"), "{refused:?}");
+    // A path that nobody serves.
+    let mut grpc = tonic::client::Grpc::new(channel(&stage.service).await);
+    grpc.ready().await.unwrap();
+    let path = tonic::codegen::http::uri::PathAndQuery::from_static("/dreamnet.orchestrator.v1.Orchestrator/Nothing");
+    let codec = tonic_prost::ProstCodec::<(), ()>::default();
+    let unknown: Status = grpc.unary(Request::new(()), path, codec).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::Unimplemented);
+    stage.register("a", |_| {}).await;
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+}
+
+#[tokio::test]
+async fn a_status_that_would_be_too_large_says_what_to_do() {
+    let mut stage = Stage::new().await;
+    let parameters = common::fleet::to_struct(&serde_json::json!({ "p": "x".repeat(60_000) }));
+    for i in 0..60 {
+        stage.register(&format!("s{i}"), |it| it.parameters = parameters.clone()).await;
+    }
+    let request = pb::GetStatusRequest { include_subsystems: true, include_snapshots: false };
+    let refused = stage.client.get_status(request).await.unwrap_err();
+    assert_eq!(reason(&refused), because(Code::ResourceExhausted, "ANSWER_TOO_LARGE", []));
+    assert!(refused.message().contains("ListSubsystems"));
+    // Pages end where clients would stop reading.
+    let page = stage.client.list_subsystems(pb::ListSubsystemsRequest::default()).await.unwrap().into_inner();
+    assert!(!page.next_page_token.is_empty());
+    assert_eq!(stage.client.subsystems().await.unwrap().len(), 60);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// How it begins and ends
+
+/// Runs the binary to its end, and returns its exit code and what it said.
+async fn run_binary(args: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    command.args(args).stdin(Stdio::null()).kill_on_drop(true);
+    let output = patiently("the service to end", command.output()).await.unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[tokio::test]
+async fn it_listens_on_loopback_unless_told_what_that_risks() {
+    let (code, said) = run_binary(&["serve", "--listen", "0.0.0.0:0", "--store", "memory:"]).await;
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("--listen: server.listen is 0.0.0.0:0, which others can reach"), "{said}");
+    assert!(said.contains("--insecure-listen-beyond-loopback"), "{said}");
+    let (code, said) = run_binary(&["serve", "--listen", "nowhere", "--store", "memory:"]).await;
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("give an IP address and a port"), "{said}");
+}
+
+#[tokio::test]
+async fn what_keeps_it_from_starting_has_an_exit_code_and_a_reason() {
+    let stage = Stage::new().await;
+    let address = stage.service.address().to_string();
+    let (code, said) = run_binary(&["serve", "--listen", &address, "--store", "memory:"]).await;
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains(&format!("can't listen on {address}: ")), "{said}");
+    assert!(said.contains("is another process using it?"), "{said}");
+    let (code, said) = run_binary(&["serve", "--set", "cycle.deadlines=1s"]).await;
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("cycle.deadlines"), "{said}");
+    let home = Home::new().with_config(
+        "[[subsystems]]\nname = \"a\"\nendpoint = \"http://h:1\"\nafter = [\"b\"]\n\
+         [[subsystems]]\nname = \"b\"\nendpoint = \"http://h:1\"\nafter = [\"a\"]\n",
+    );
+    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1));
+    assert!(home.log().contains("the order bites its own tail: a is after b, b is after a"), "{}", home.log());
+}
+
+/// A stage whose only subsystem is held in a running cycle, and another cycle that waits.
+async fn busy(home: Home) -> (Stage, JoinHandle<Result<pb::CycleTelemetry, Status>>) {
+    let mut stage = Stage::at(home).await;
+    stage.register("held", |_| {}).await;
+    stage.fleet.run("held", Run::Hold);
+    let mut client = stage.client.clone();
+    let running = tokio::spawn(async move { client.run().await });
+    stage.fleet.until_run("held", 1).await;
+    (stage, running)
+}
+
+async fn draining(health_client: &mut HealthClient<Channel>) {
+    let draining = async { while health(health_client, SERVICE).await == ServingStatus::Serving {} };
+    patiently("the service to drain", draining).await;
+}
+
+#[tokio::test]
+async fn the_first_signal_lets_the_running_cycle_finish() {
+    let (mut stage, running) = busy(Home::new()).await;
+    let waiting = stage.client.admit().await.unwrap();
+    let mut health_client = HealthClient::new(channel(&stage.service).await);
+    for name in ["", SERVICE] {
+        assert_eq!(health(&mut health_client, name).await, ServingStatus::Serving);
+    }
+    let request = HealthCheckRequest { service: SERVICE.into() };
+    let mut changes = health_client.watch(request).await.unwrap().into_inner();
+    stage.service.signal(Signal::INT);
+    let mut status = ServingStatus::Serving;
+    while status == ServingStatus::Serving {
+        let change: Option<HealthCheckResponse> = patiently("a change of health", changes.message()).await.unwrap();
+        status = change.unwrap().status();
+    }
+    assert_eq!(status, ServingStatus::NotServing);
+    draining(&mut health_client).await;
+    let ended = async { while health(&mut health_client, "").await == ServingStatus::Serving {} };
+    patiently("the whole process to say so", ended).await;
+
+    // Nothing new is begun; what is there can be read.
+    let registration = stage.registration("new");
+    let same = stage.registration("held");
+    let drains = async { while stage.client.register(same.clone()).await.is_ok() {} };
+    patiently("changes to be refused", drains).await;
+    let settings = pb::IntervalLoop { name: "l".into(), interval: common::service::ms(1000), ..Default::default() };
+    let refused = [
+        stage.client.run().await.unwrap_err(),
+        stage.client.admit().await.unwrap_err(),
+        stage.client.register(registration).await.unwrap_err(),
+        stage.client.suspend_subsystem(pb::SuspendSubsystemRequest { name: "held".into() }).await.unwrap_err(),
+        stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(settings) }).await.unwrap_err(),
+    ];
+    for status in refused {
+        assert_eq!(reason(&status), because(Code::Unavailable, "DRAINING", []));
+    }
+    assert_eq!(stage.client.status().await.unwrap().running_cycle.unwrap().cycle_id, 1);
+    stage.fleet.run("held", Run::Echo);
+    let cycle = patiently("the cycle to end", running).await.unwrap().unwrap();
+    assert_eq!(cycle.state(), CycleState::Succeeded);
+    // Whoever watches its health is let go, and not cut off.
+    assert_eq!(patiently("the end of the watch", changes.message()).await.unwrap(), None);
+    assert_eq!(stage.service.ended().await.code(), Some(0), "{}", stage.home.log());
+
+    let Stage { home, .. } = stage;
+    let service = home.serve().await;
+    // What waited was acknowledged, so it has its record.
+    assert_eq!(service.client().await.cycle(waiting).await.unwrap().state(), CycleState::Cancelled);
+}
+
+#[tokio::test]
+async fn when_the_grace_has_passed_the_running_cycle_is_cancelled_and_recorded() {
+    let (mut stage, running) = busy(Home::new().with_args(["--set", "server.drain_grace=50ms"])).await;
+    let waiting = stage.client.admit().await.unwrap();
+    stage.service.signal(Signal::TERM);
+    let cycle = patiently("the cycle to end", running).await.unwrap().unwrap();
+    assert_eq!((cycle.state(), cycle.subsystems[0].state()), (CycleState::Cancelled, SubsystemState::Cancelled));
+    assert_eq!(stage.service.ended().await.code(), Some(0), "{}", stage.home.log());
+    let Stage { fleet, home, .. } = stage;
+    fleet.run("held", Run::Echo);
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    assert_eq!(client.cycle(1).await.unwrap(), cycle);
+    assert_eq!(client.cycle(waiting).await.unwrap().state(), CycleState::Cancelled);
+    assert_eq!(client.run().await.unwrap().cycle_id, waiting + 1);
+}
+
+#[tokio::test]
+async fn the_second_signal_aborts() {
+    let (mut stage, _running) = busy(Home::new()).await;
+    let mut health_client = HealthClient::new(channel(&stage.service).await);
+    stage.service.signal(Signal::TERM);
+    draining(&mut health_client).await;
+    stage.service.signal(Signal::TERM);
+    assert_eq!(stage.service.ended().await.code(), Some(130), "{}", stage.home.log());
+    let Stage { home, .. } = stage;
+    let service = home.serve().await;
+    assert_eq!(service.client().await.cycle(1).await.unwrap().state(), CycleState::Interrupted);
+}
+
+#[tokio::test]
+async fn an_idle_service_with_watchers_ends_at_once() {
+    let mut stage = Stage::new().await;
+    let mut stream = stage.client.watch_after(0).await.unwrap();
+    assert!(matches!(next_event(&mut stream).await.unwrap().event, Some(Event::Bookmark(_))));
+    stage.service.signal(Signal::TERM);
+    assert_eq!(reason(&next_event(&mut stream).await.unwrap_err()).reason, "DRAINING");
+    assert_eq!(stage.service.ended().await.code(), Some(0));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Reloading
+
+const LOOP: &str = "[[loops]]\nname = \"l\"\ninterval = \"1h\"\n";
+
+async fn until_logged(home: &Home, text: &str, times: usize) {
+    let logged = async {
+        while home.log().matches(text).count() < times {
+            tokio::task::yield_now().await;
+        }
+    };
+    patiently(text, logged).await;
+}
+
+#[tokio::test]
+async fn a_reload_applies_what_it_can_and_says_what_it_can_not() {
+    let mut stage = Stage::at(Home::new().with_config("orchestrator_id = \"before\"\n")).await;
+    stage.register_all(&["by_rpc", "both"]).await;
+    stage.client.run().await.unwrap();
+    let endpoint = stage.fleet.endpoint().to_owned();
+    let declare =
+        |name: &str, more: &str| format!("[[subsystems]]\nname = \"{name}\"\nendpoint = \"{endpoint}\"\n{more}");
+    let config = [
+        "orchestrator_id = \"after\"\n[server]\nmax_watchers = 0\nmax_connections = 7\n",
+        "[registry]\nmax_subsystems = 3\n",
+        LOOP,
+        &declare("declared", "critical = true\n"),
+        &declare("both", ""),
+    ];
+    // The change of the file is noticed.
+    let path = stage.home.path("orchestrator.toml");
+    fs::write(&path, config.concat()).unwrap();
+    until_logged(&stage.home, "INFO orchestrator_core::serve: reloaded", 1).await;
+    let log = stage.home.log();
+    assert!(log.contains("keys=\"orchestrator_id, server.max_connections\""), "{log}");
+    let status = stage.client.status().await.unwrap();
+    assert_eq!((status.orchestrator_id.as_str(), status.subsystem_count, status.loops.len()), ("before", 3, 1));
+    let both = stage.client.subsystem("both").await.unwrap();
+    assert_eq!((both.origin(), both.output_cycle_id), (Origin::Config, 1));
+    assert_eq!(stage.client.watch_after(0).await.unwrap_err().code(), Code::ResourceExhausted);
+    let one_more = stage.registration("one_more");
+    assert_eq!(reason(&stage.client.register(one_more).await.unwrap_err()).reason, "REGISTRY_FULL");
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!(cycle.subsystems.len(), 3);
+    // What did not change was not initialized again.
+    assert_eq!(stage.fleet.initializations("by_rpc").len(), 1);
+
+    // What is no longer declared is gone; what was registered by RPC stays. An editor puts a new file in its place.
+    fs::write(stage.home.path("new"), declare("declared", "")).unwrap();
+    fs::rename(stage.home.path("new"), &path).unwrap();
+    until_logged(&stage.home, "INFO orchestrator_core::serve: reloaded", 2).await;
+    let status = stage.client.status().await.unwrap();
+    assert_eq!((status.subsystem_count, status.loops.len()), (2, 0));
+    assert!(!stage.client.subsystem("declared").await.unwrap().registration.unwrap().critical);
+    assert_eq!(stage.client.subsystem("both").await.unwrap_err().code(), Code::NotFound);
+    stage.client.watch_after(0).await.unwrap();
+    let mut stage = stage.killed().await;
+    assert_eq!(stage.client.status().await.unwrap().subsystem_count, 2);
+}
+
+#[tokio::test]
+async fn a_bad_reload_changes_nothing() {
+    let mut stage = Stage::at(Home::new().with_config(LOOP)).await;
+    stage.register("by_rpc", |it| it.after = vec!["declared".into()]).await;
+    let path = stage.home.path("orchestrator.toml");
+    let refused = "not reloaded, the old configuration goes on";
+    let bad = [
+        "[cycle]\ndeadline = \"never\"\n".to_owned(),
+        // A ring with what was registered by RPC.
+        "[[subsystems]]\nname = \"declared\"\nendpoint = \"http://h:1\"\nafter = [\"by_rpc\"]\n".to_owned(),
+    ];
+    for (i, bad) in bad.into_iter().enumerate() {
+        fs::write(&path, bad).unwrap();
+        // SIGHUP asks for it at once; the change of the file may ask again.
+        stage.service.signal(Signal::HUP);
+        until_logged(&stage.home, refused, i + 1).await;
+        let status = stage.client.status().await.unwrap();
+        assert_eq!((status.loops.len(), status.subsystem_count), (1, 1));
+    }
+    let log = stage.home.log();
+    assert!(log.contains("orchestrator.toml:2"), "{log}");
+    until_logged(&stage.home, "the order bites its own tail", 1).await;
+    assert_eq!(stage.client.run().await.unwrap().subsystems.len(), 1);
+    fs::write(&path, "").unwrap();
+    stage.service.signal(Signal::HUP);
+    until_logged(&stage.home, "INFO orchestrator_core::serve: reloaded", 1).await;
+    assert!(stage.client.status().await.unwrap().loops.is_empty());
+    let history = stage.client.history().await.unwrap();
+    assert_eq!(history.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>(), [1]);
+}
