@@ -244,7 +244,7 @@ impl<'a> Events<'a> {
                     };
                     self.resume(&why, &note).await?;
                 }
-                Err(status) => return Err(self.refused(&status)),
+                Err(status) => return Err(self.remote.failure(&status)),
             }
         }
     }
@@ -267,7 +267,7 @@ impl<'a> Events<'a> {
                             return Ok(());
                         }
                         Ok(Err(status)) if passes(&status) => self.remote.failure(&status),
-                        Ok(Err(status)) => return Err(self.refused(&status)),
+                        Ok(Err(status)) => return Err(self.remote.failure(&status)),
                         Err(_) => self.remote.late(Self::LONGEST_PAUSE),
                     }
                 }
@@ -278,17 +278,6 @@ impl<'a> Events<'a> {
                 return Err(Failure::new(Exit::Unreachable, message));
             }
         }
-    }
-
-    fn refused(&self, status: &Status) -> Failure {
-        let mut failure = self.remote.failure(status);
-        if status.code() == Code::OutOfRange {
-            failure.message.push_str(
-                "\nCycles that were recorded meanwhile are gone. Watch again with --from-oldest, or with --after and \
-                 a revision that is still there.",
-            );
-        }
-        failure
     }
 }
 
