@@ -6,7 +6,7 @@ use crate::proto::orchestrator::v1 as pb;
 /// Cancel a running or waiting cycle
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-What had finished in it stays recorded. Waits until the cycle is recorded: for one that waits in line, that is when
+What had finished in it stays recorded. Waits until the cycle is recorded: for one that waits in line, that is when \
 those before it have ended.
 
 Exit codes:

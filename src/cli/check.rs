@@ -18,8 +18,8 @@ use crate::{
 /// Validate a configuration and show its plan, without running anything
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Reads the configuration as `orchestrator serve` would with the same flags and environment, and needs no service. All
-that is wrong is told in one go, each with its file and line. What was registered by RPC is not known here: for that,
+Reads the configuration as `orchestrator serve` would with the same flags and environment, and needs no service. All \
+that is wrong is told in one go, each with its file and line. What was registered by RPC is not known here: for that, \
 see `orchestrator plan`.
 
 Exit codes:

@@ -27,7 +27,7 @@ enum Command {
     #[command(
         visible_alias = "ls",
         after_help = "\
-DUE is the sum of RAN, SKIPPED (another cycle was running), MISSED (the service was down), COALESCED (folded into
+DUE is the sum of RAN, SKIPPED (another cycle was running), MISSED (the service was down), COALESCED (folded into \
 another tick's cycle) and DROPPED (refused). The latest ticks that did not run are listed below the table.
 
 Examples:
@@ -38,7 +38,7 @@ Examples:
     Start(Box<Start>),
     /// Stop a loop
     #[command(after_help = "\
-A cycle that it has started runs on. A loop that was started with `loops start` is forgotten; one that the configuration
+A cycle that it has started runs on. A loop that was started with `loops start` is forgotten; one that the configuration \
 file declares stays listed as stopped, and `loops start NAME` starts it again.
 
 Examples:
@@ -52,10 +52,10 @@ Examples:
 /// Start a loop, or change the settings of one
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-It survives restarts of the service. For one that the configuration file declares and that was stopped, give only its
+It survives restarts of the service. For one that the configuration file declares and that was stopped, give only its \
 name. Ticks are due at multiples of the interval since 1970 (UTC), shifted by --offset.
 
-Overlap policies: skip, the tick's cycle does not run; buffer_one, it waits if none of this loop waits yet; buffer_all,
+Overlap policies: skip, the tick's cycle does not run; buffer_one, it waits if none of this loop waits yet; buffer_all, \
 it waits in line; cancel_other, the running cycle is cancelled.
 
 Examples:

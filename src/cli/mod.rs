@@ -37,9 +37,11 @@ Exit codes of all commands but serve, which says its own:
   130  Ctrl-C
 
 Environment:
-  ORCHESTRATOR_ADDRESS, ORCHESTRATOR_TIMEOUT, ORCHESTRATOR_OUTPUT   stand in for --address, --timeout and --output
-  ORCHESTRATOR_CONFIG                                               stands in for --config
-  NO_COLOR                                                          no colours
+  ORCHESTRATOR_ADDRESS   stands in for --address
+  ORCHESTRATOR_TIMEOUT   stands in for --timeout
+  ORCHESTRATOR_OUTPUT    stands in for --output
+  ORCHESTRATOR_CONFIG    stands in for --config
+  NO_COLOR               no colours
 
 Examples:
   orchestrator serve --config orchestrator.toml

@@ -11,7 +11,7 @@ use crate::proto::orchestrator::v1 as pb;
 /// Show the order of a cycle, and run nothing
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-A subsystem starts the moment what it waits for has ended: everything in lower phases, and those that it waits for by
+A subsystem starts the moment what it waits for has ended: everything in lower phases, and those that it waits for by \
 name. Expected durations are the means of recent ones in this process of the service.
 
 Examples:

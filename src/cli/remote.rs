@@ -56,23 +56,26 @@ impl FromStr for Address {
     fn from_str(text: &str) -> Result<Self, String> {
         const DEFAULT_PORT: u16 = 7700;
         const FORMS: &str = "give HOST, HOST:PORT, http://HOST:PORT or https://HOST:PORT";
-        let text = text.trim().trim_end_matches('/');
-        let url = match text.split_once("://") {
-            Some(("http" | "https", _)) => text.to_owned(),
+        let text = text.trim();
+        let (scheme, place) = match text.split_once("://") {
+            Some((scheme @ ("http" | "https"), place)) => (Some(scheme), place.to_owned()),
             Some((scheme, _)) => return Err(format!("{scheme:?} is no scheme that it is served by; {FORMS}")),
             None if text.starts_with("unix:") => return Err(format!("it is not served on Unix sockets; {FORMS}")),
-            None if text.starts_with(':') => format!("http://127.0.0.1{text}"),
-            None => format!("http://{text}"),
+            None if text.starts_with(':') => (None, format!("127.0.0.1{text}")),
+            None => (None, text.to_owned()),
         };
-        let uri: tonic::transport::Uri = url.parse().map_err(|error| format!("{error}; {FORMS}"))?;
-        if uri.host().is_none_or(str::is_empty) || !matches!(uri.path(), "" | "/") {
+        let place = place.strip_suffix('/').unwrap_or(&place);
+        let authority: tonic::codegen::http::uri::Authority =
+            place.parse().map_err(|error| format!("{error}; {FORMS}"))?;
+        if authority.host().is_empty() {
             return Err(FORMS.to_owned());
         }
-        // A URL without a port has one by its scheme.
-        if uri.port().is_none() && !text.contains("://") {
-            return Ok(Self(format!("{url}:{DEFAULT_PORT}")));
-        }
-        Ok(Self(url))
+        Ok(Self(match (scheme, authority.port()) {
+            // A URL without a port has one by its scheme.
+            (Some(scheme), _) => format!("{scheme}://{authority}"),
+            (None, Some(_)) => format!("http://{authority}"),
+            (None, None) => format!("http://{authority}:{DEFAULT_PORT}"),
+        }))
     }
 }
 
@@ -189,9 +192,18 @@ impl Remote {
             Some(info) => _ = write!(message, "\n({code}, {})", clean(&info.reason)),
             None => _ = write!(message, "\n({code})"),
         }
-        if status.code() == Code::Unimplemented {
-            message.push_str("\nThe service is of another version, or something else listens at this address.");
-        }
+        // What the service says is for users of the contract; this is for those of the command line.
+        let hint = match (status.code(), reason(status).as_str()) {
+            (Code::Unimplemented, _) => {
+                "\nThe service is of another version, or something else listens at this address."
+            }
+            (_, "REVISION_NOT_RETAINED") => {
+                "\nCycles of before are gone, or this is another database. Watch with --from-oldest, or with --after and \
+                 a revision that is there."
+            }
+            _ => "",
+        };
+        message.push_str(hint);
         Failure::new(Exit::Refused, message)
     }
 

@@ -25,10 +25,10 @@ pub(super) const OVERLAP_POLICIES: &[pb::OverlapPolicy] = &[
 /// Run one cycle now
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Waits until the cycle is recorded and shows how it ended. Meanwhile stderr tells how it moves: live on a terminal, else
+Waits until the cycle is recorded and shows how it ended. Meanwhile stderr tells how it moves: live on a terminal, else \
 line by line (not with --output json).
 
-Leaving (Ctrl-C, or --timeout) does not stop the cycle; `orchestrator cancel` does. When the service restarts meanwhile,
+Leaving (Ctrl-C, or --timeout) does not stop the cycle; `orchestrator cancel` does. When the service restarts meanwhile, \
 the cycle is recorded as INTERRUPTED, and this command waits for that, up to a minute.
 
 Exit codes:

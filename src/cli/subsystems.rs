@@ -93,14 +93,14 @@ Examples:
 /// Register a subsystem, or replace its registration
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The flags are the keys of [[subsystems]] in the configuration file. Whatever is not given takes its default, also when
-the subsystem was registered otherwise before. It takes part from the next cycle that starts, and survives restarts of
+The flags are the keys of [[subsystems]] in the configuration file. Whatever is not given takes its default, also when \
+the subsystem was registered otherwise before. It takes part from the next cycle that starts, and survives restarts of \
 the service.
 
 Examples:
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
-  orchestrator subsystems register signals --endpoint unix:/run/signals.sock --requires prices --reads news \\
-      --timeout-per-cycle 2s --critical
+  orchestrator subsystems register signals --endpoint unix:/run/signals.sock --critical \\
+      --requires prices --reads news --timeout-per-cycle 2s
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051 --lease 30s \\
       --retry-max-attempts 5 --retry-retryable-status-codes UNAVAILABLE,RESOURCE_EXHAUSTED")]
 struct Register {

@@ -28,8 +28,8 @@ pub(super) const CYCLE_STATES: &[pb::CycleState] = &[
 /// Follow the cycles as they are recorded
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Prints every recorded cycle once, in order, without a gap. On a terminal the running cycle is shown below as it moves.
-When the service restarts, or the connection breaks, the stream is taken up again after the last cycle that was shown;
+Prints every recorded cycle once, in order, without a gap. On a terminal the running cycle is shown below as it moves. \
+When the service restarts, or the connection breaks, the stream is taken up again after the last cycle that was shown; \
 stderr tells so. Ends only with Ctrl-C, or when the records it needs are no longer retained (exit code 1).
 
 Each cycle has a revision, its position in the history: see `orchestrator cycles show`, or the JSON.
@@ -37,7 +37,7 @@ Each cycle has a revision, its position in the history: see `orchestrator cycles
 Examples:
   orchestrator watch
   orchestrator watch --from-oldest --state failed --state degraded
-  orchestrator watch --after 1200 --output json | jq -c '.event.recorded | select(.) | [.cycleId, .state]'
+  orchestrator watch --after 1200 --output json | jq -r .event.recorded.state
   orchestrator watch --progress --loop heartbeat")]
 pub(super) struct Watch {
     /// Start after this revision; 0 is from the first record ever. Without it, only what comes is shown
@@ -244,7 +244,7 @@ impl<'a> Events<'a> {
                     };
                     self.resume(&why, &note).await?;
                 }
-                Err(status) => return Err(self.refused(&status)),
+                Err(status) => return Err(self.remote.failure(&status)),
             }
         }
     }
@@ -267,7 +267,7 @@ impl<'a> Events<'a> {
                             return Ok(());
                         }
                         Ok(Err(status)) if passes(&status) => self.remote.failure(&status),
-                        Ok(Err(status)) => return Err(self.refused(&status)),
+                        Ok(Err(status)) => return Err(self.remote.failure(&status)),
                         Err(_) => self.remote.late(Self::LONGEST_PAUSE),
                     }
                 }
@@ -278,17 +278,6 @@ impl<'a> Events<'a> {
                 return Err(Failure::new(Exit::Unreachable, message));
             }
         }
-    }
-
-    fn refused(&self, status: &Status) -> Failure {
-        let mut failure = self.remote.failure(status);
-        if status.code() == Code::OutOfRange {
-            failure.message.push_str(
-                "\nCycles that were recorded meanwhile are gone. Watch again with --from-oldest, or with --after and \
-                 a revision that is still there.",
-            );
-        }
-        failure
     }
 }
 
