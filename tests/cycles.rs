@@ -204,6 +204,10 @@ async fn parameters_of_the_cycle_lie_over_those_of_the_registration() {
     assert_eq!(stage.fleet.runs("b")[0].parameters, json!({ "b": { "y": 2 }, "c": null }));
     stage.client.run().await.unwrap();
     assert_eq!(stage.fleet.runs("a")[1].parameters, json!({ "a": 1, "b": { "x": 1 } }));
+    for parameters in [b"\xff".as_slice().into(), to_struct(&json!({ "p": "x".repeat(64 << 10) }))] {
+        let request = pb::RunCycleRequest { parameters, ..Default::default() };
+        assert_eq!(reason(&stage.client.run_with(request).await.unwrap_err()), invalid(["parameters"]));
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -618,12 +622,12 @@ async fn a_cycle_succeeds_is_degraded_or_fails() {
     assert_eq!((empty.state(), empty.subsystems.len(), empty.critical_path.len()), (CycleState::Succeeded, 0, 0));
 
     stage.register_all(&["a", "b"]).await;
-    let state = async |stage: &mut Stage| stage.client.run().await.unwrap().state();
-    assert_eq!(state(&mut stage).await, CycleState::Succeeded);
+    let run = async |stage: &mut Stage| stage.client.run().await.unwrap().state();
+    assert_eq!(run(&mut stage).await, CycleState::Succeeded);
     stage.fleet.run("a", Run::fail(Code::Internal));
-    assert_eq!(state(&mut stage).await, CycleState::Degraded);
+    assert_eq!(run(&mut stage).await, CycleState::Degraded);
     stage.register("a", |it| it.critical = true).await;
-    assert_eq!(state(&mut stage).await, CycleState::Failed);
+    assert_eq!(run(&mut stage).await, CycleState::Failed);
     stage.register("a", |_| {}).await;
     stage.fleet.run("b", Run::fail(Code::Internal));
     let failed = stage.client.run().await.unwrap();
@@ -636,14 +640,15 @@ async fn a_record_says_when_why_and_how_long() {
     let mut stage = Stage::new().await;
     let metrics = BTreeMap::from([("m".to_owned(), 0.25)]);
     let issues = vec![subsystem::Issue { severity: 3, code: "C".into(), message: "text".into() }];
-    stage.fleet.run("a", Run::Answer(subsystem::RunCycleResponse { metrics, issues, ..Default::default() }));
+    let answer = subsystem::RunCycleResponse { metrics: metrics.clone(), issues, ..Default::default() };
+    stage.fleet.run("a", Run::Answer(answer));
     stage.register_all(&["a", "b"]).await;
     let cycle = stage.client.run().await.unwrap();
     let status = stage.client.status().await.unwrap();
     assert_eq!((cycle.cycle_id, cycle.revision, cycle.epoch), (1, 1, status.epoch));
     assert_eq!((cycle.trigger(), cycle.r#loop.as_str()), (Trigger::Manual, ""));
     assert!(!cycle.truncated);
-    assert_eq!(part(&cycle, "a").metrics["m"], 0.25);
+    assert_eq!(part(&cycle, "a").metrics, metrics);
     let issue = &part(&cycle, "a").issues[0];
     assert_eq!(
         (issue.severity(), issue.code.as_str(), issue.message.as_str()),
@@ -736,7 +741,7 @@ async fn a_plan_tells_what_a_cycle_would_do_and_runs_nothing() {
     assert_eq!(planned, expected);
     assert_eq!((plan.levels, plan.expected_duration_ms), (3, 0.0));
     let refused = stage.client.run_cycle(validate(names(["nobody"]))).await.unwrap_err();
-    assert_eq!(reason(&refused).reason, "SUBSYSTEM_NOT_FOUND");
+    assert_eq!(reason(&refused).why, "SUBSYSTEM_NOT_FOUND");
     assert!(stage.fleet.calls().is_empty());
     assert_eq!(stage.client.status().await.unwrap().total_cycles, 0);
 
@@ -950,13 +955,14 @@ async fn a_record_that_is_too_large_is_truncated_and_readers_get_everything() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.max_record_bytes=65536"])).await;
     let output = to_struct(&json!({ "large": "x".repeat(100_000) }));
     let metrics = BTreeMap::from([("m".to_owned(), 1.0)]);
-    stage.fleet.run("large", Run::Answer(subsystem::RunCycleResponse { output, metrics, ..Default::default() }));
+    let answer = subsystem::RunCycleResponse { output, metrics: metrics.clone(), ..Default::default() };
+    stage.fleet.run("large", Run::Answer(answer));
     stage.register("large", |it| it.record_output = true).await;
     stage.register("reader", |it| it.after = names(["large"])).await;
     let cycle = stage.client.run().await.unwrap();
     assert!(cycle.truncated);
     assert!(part(&cycle, "large").output.is_empty());
-    assert_eq!(part(&cycle, "large").metrics["m"], 1.0);
+    assert_eq!(part(&cycle, "large").metrics, metrics);
     let input = &stage.fleet.runs("reader")[0].inputs["large"];
     assert_eq!(input.output["large"].as_str().unwrap().len(), 100_000);
 }

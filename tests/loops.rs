@@ -317,7 +317,7 @@ async fn bad_settings_are_refused_field_by_field() {
     for (settings, fields) in cases {
         let refused = start(&mut stage.client, settings).await.unwrap_err();
         assert_eq!(refused.fields, fields.iter().map(|field| format!("loop.{field}")).collect::<Vec<_>>());
-        assert_eq!((refused.code, refused.reason.as_str()), (Code::InvalidArgument, "INVALID_FIELDS"));
+        assert_eq!((refused.code, refused.why.as_str()), (Code::InvalidArgument, "INVALID_FIELDS"));
     }
     let nothing = stage.client.start_interval_loop(pb::StartIntervalLoopRequest::default()).await.unwrap_err();
     assert_eq!(reason(&nothing), invalid(["loop"]));

@@ -350,7 +350,7 @@ async fn what_the_configuration_declares_is_changed_there() {
     assert_eq!(register(&mut stage.client, same).await.unwrap_err(), refused);
     assert_eq!(unregister(&mut stage.client, "declared").await.unwrap_err(), refused);
     assert_eq!(stage.client.subsystem("declared").await.unwrap().origin(), Origin::Config);
-    assert_eq!(renew(&mut stage.client, "declared").await.unwrap_err().reason, "NO_LEASE");
+    assert_eq!(renew(&mut stage.client, "declared").await.unwrap_err().why, "NO_LEASE");
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
     assert_eq!(fleet.runs("declared").len(), 1);
     // It can be suspended, and that survives.

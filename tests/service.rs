@@ -278,7 +278,7 @@ async fn an_idle_service_with_watchers_ends_at_once() {
     let mut stream = stage.client.watch_after(0).await.unwrap();
     assert!(matches!(next_event(&mut stream).await.unwrap().event, Some(Event::Bookmark(_))));
     stage.service.signal(Signal::TERM);
-    assert_eq!(reason(&next_event(&mut stream).await.unwrap_err()).reason, "DRAINING");
+    assert_eq!(reason(&next_event(&mut stream).await.unwrap_err()).why, "DRAINING");
     assert_eq!(stage.service.ended().await.code(), Some(0));
 }
 
@@ -315,15 +315,14 @@ async fn a_reload_applies_what_it_can_and_says_what_it_can_not() {
     let path = stage.home.path("orchestrator.toml");
     fs::write(&path, config.concat()).unwrap();
     until_logged(&stage.home, "INFO orchestrator_core::serve: reloaded", 1).await;
-    let log = stage.home.log();
-    assert!(log.contains("keys=\"orchestrator_id, server.max_connections\""), "{log}");
+    until_logged(&stage.home, "keys=\"orchestrator_id, server.max_connections\"", 1).await;
     let status = stage.client.status().await.unwrap();
     assert_eq!((status.orchestrator_id.as_str(), status.subsystem_count, status.loops.len()), ("before", 3, 1));
     let both = stage.client.subsystem("both").await.unwrap();
     assert_eq!((both.origin(), both.output_cycle_id), (Origin::Config, 1));
     assert_eq!(stage.client.watch_after(0).await.unwrap_err().code(), Code::ResourceExhausted);
     let one_more = stage.registration("one_more");
-    assert_eq!(reason(&stage.client.register(one_more).await.unwrap_err()).reason, "REGISTRY_FULL");
+    assert_eq!(reason(&stage.client.register(one_more).await.unwrap_err()).why, "REGISTRY_FULL");
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(cycle.subsystems.len(), 3);
     // What did not change was not initialized again.

@@ -157,7 +157,7 @@ async fn when_the_disk_is_full_nothing_is_lost_reads_go_on_and_it_recovers_by_it
     stage.fleet.run("a", Run::Echo);
     let told = patiently("the answer", running).await.unwrap().unwrap_err();
     let told = reason(&told);
-    assert_eq!((told.code, told.reason.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
+    assert_eq!((told.code, told.why.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
     assert_eq!(told.metadata["cycle_id"], "2");
 
     // Reads go on, and nothing is acknowledged.
@@ -166,7 +166,7 @@ async fn when_the_disk_is_full_nothing_is_lost_reads_go_on_and_it_recovers_by_it
     assert_eq!((status.total_cycles, decode(status.last_cycle)), (1, first.clone()));
     assert_eq!(stage.client.cycle(1).await.unwrap(), first);
     assert_eq!(stage.client.history().await.unwrap().len(), 1);
-    assert_eq!(reason(&stage.client.cycle(2).await.unwrap_err()).reason, "CYCLE_NOT_FINISHED");
+    assert_eq!(reason(&stage.client.cycle(2).await.unwrap_err()).why, "CYCLE_NOT_FINISHED");
     let mut from_oldest = stage.client.watch_after(0).await.unwrap();
     assert_eq!(decode(next_recorded(&mut from_oldest).await), first);
     let refused = [
@@ -183,7 +183,7 @@ async fn when_the_disk_is_full_nothing_is_lost_reads_go_on_and_it_recovers_by_it
             .unwrap_err(),
     ];
     for status in refused {
-        assert_eq!(reason(&status).reason, "STORE_UNAVAILABLE", "{status:?}");
+        assert_eq!(reason(&status).why, "STORE_UNAVAILABLE", "{status:?}");
     }
     assert_eq!(stage.client.subsystems().await.unwrap().len(), 1);
     assert!(!stage.client.subsystem("a").await.unwrap().suspended);

@@ -154,6 +154,14 @@ async fn watchers_choose_loops_states_and_subsystems() {
     assert_eq!(reason(&refused), invalid(["loops[0]", "states[0]", "states[1]", "subsystems[1]"]));
 }
 
+async fn started(stream: &mut Stream) {
+    let event = next_event(stream).await.unwrap();
+    let Some(Event::Started(started)) = event.event else { panic!("{event:?} is no start") };
+    assert_eq!((started.cycle_id, started.trigger(), event.revision), (1, Trigger::Manual, 0));
+    assert!(started.started_at.is_some() && started.scheduled_at.is_some());
+    assert_eq!(started.subsystems, ["a", "b"]);
+}
+
 #[tokio::test]
 async fn progress_tells_of_the_start_every_step_and_the_end() {
     let mut stage = Stage::new().await;
@@ -167,13 +175,6 @@ async fn progress_tells_of_the_start_every_step_and_the_end() {
     stage.client.admit().await.unwrap();
     stage.fleet.until_run("a", 1).await;
 
-    async fn started(stream: &mut Stream) {
-        let event = next_event(stream).await.unwrap();
-        let Some(Event::Started(started)) = event.event else { panic!("{event:?} is no start") };
-        assert_eq!((started.cycle_id, started.trigger(), event.revision), (1, Trigger::Manual, 0));
-        assert!(started.started_at.is_some() && started.scheduled_at.is_some());
-        assert_eq!(started.subsystems, ["a", "b"]);
-    }
     started(&mut early).await;
     // Who comes later is told how it stands.
     let mut late = watch(&mut stage.client, progress).await.unwrap();

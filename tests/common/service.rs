@@ -347,7 +347,7 @@ impl Client {
 /// The next event of a stream.
 pub async fn next_event(stream: &mut Streaming<pb::WatchCyclesResponse>) -> Result<pb::CycleEvent, Status> {
     let next = patiently("the next event", stream.message()).await?;
-    Ok(next.expect("the stream ends only with an error").event.unwrap())
+    Ok(next.unwrap_or_else(|| panic!("the stream ended, and not with an error")).event.unwrap())
 }
 
 /// The next recorded cycle of a stream, as the bytes that were recorded.
@@ -365,7 +365,7 @@ pub struct Reason {
     /// The gRPC status code.
     pub code: Code,
     /// The reason of its `ErrorInfo`.
-    pub reason: String,
+    pub why: String,
     /// The metadata of its `ErrorInfo`.
     pub metadata: BTreeMap<String, String>,
     /// The fields of its `BadRequest`, by path.
@@ -381,16 +381,16 @@ pub fn reason(status: &Status) -> Reason {
     let violations = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
     Reason {
         code: status.code(),
-        reason: info.reason.clone(),
+        why: info.reason.clone(),
         metadata: info.metadata.clone().into_iter().collect(),
         fields: violations.into_iter().map(|violation| violation.field).collect(),
     }
 }
 
 /// What an error with this reason and no fields says.
-pub fn because<const N: usize>(code: Code, reason: &str, metadata: [(&str, &str); N]) -> Reason {
+pub fn because<const N: usize>(code: Code, why: &str, metadata: [(&str, &str); N]) -> Reason {
     let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
-    Reason { code, reason: reason.to_owned(), metadata, fields: Vec::new() }
+    Reason { code, why: why.to_owned(), metadata, fields: Vec::new() }
 }
 
 /// What an error about these fields says.
@@ -410,7 +410,8 @@ pub fn part<'a>(cycle: &'a pb::CycleTelemetry, name: &str) -> &'a pb::SubsystemT
     part.unwrap_or_else(|| panic!("{name} is not in {cycle:?}"))
 }
 
-/// A duration as protobuf has it.
+/// A duration as fields of messages have it.
+#[allow(clippy::unnecessary_wraps, reason = "none of those fields has to be set")]
 pub fn ms(milliseconds: i64) -> Option<prost_types::Duration> {
     #[allow(clippy::cast_possible_truncation, reason = "a remainder has few digits")]
     let nanos = (milliseconds % 1000 * 1_000_000) as i32;
