@@ -1,6 +1,6 @@
 //! The use cases, behind one handle that is cheap to clone.
 //!
-//! All durable changes are built and committed one after another under one lock ([`Shared::write`]), and change what
+//! All durable changes are built and committed one after another under one lock (`Shared::write`), and change what
 //! is in memory only once they are committed; so memory and store see them in one order, and nothing is shown that a
 //! crash could take back.
 
