@@ -9,7 +9,7 @@ use std::{
 use super::Member;
 use crate::model::{Name, SkipReason, SubsystemState};
 
-/// The order of a cycle over all registered subsystems. Positions are indices into its steps, which are
+/// The order of a cycle over all registered subsystems. Positions are indices into `Plan::steps`, which are
 /// ordered by level and then by name, so that whatever a subsystem waits for stands before it.
 #[derive(Debug, Default)]
 pub struct Plan {

@@ -1,4 +1,4 @@
-//! Stores: where the record is kept. One contract, the trait [`Store`] of `ports`, and one suite of
+//! Stores: where the record is kept. One contract, the trait [`Store`] in `ports`, and one suite of
 //! tests that every store passes.
 
 mod memory;
