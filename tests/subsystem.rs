@@ -275,6 +275,24 @@ async fn one_that_needs_initialization_asks_for_it() {
 }
 
 #[tokio::test]
+async fn initialization_waits_for_the_work_that_runs() {
+    let (probe, _serving, client) = served().await;
+    let held = start(&client, call("a", 1, "hold"));
+    probe.until("the work to begin", |seen| seen.running == 1).await;
+    let mut initializing = client.clone();
+    let initialized = tokio::spawn(async move { initializing.initialize(initialize("a", 1, &json!({}))).await });
+    // By the time that the second is answered, both have arrived: they use one connection.
+    for _ in 0..2 {
+        client.clone().get_status(pb::GetStatusRequest { subsystem: "a".into() }).await.unwrap();
+    }
+    assert_eq!((probe.seen().running, probe.seen().initialized), (1, None));
+    probe.release();
+    initialized.await.unwrap().unwrap();
+    assert_eq!(held.await.unwrap().unwrap(), json!({ "call": 1 }));
+    assert!(probe.seen().initialized.is_some());
+}
+
+#[tokio::test]
 async fn a_panic_ends_only_its_own_call() {
     let quiet = Probe::default();
     let server = Server::new().subsystem("a", Probe::default()).subsystem("quiet", quiet.clone());
