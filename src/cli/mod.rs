@@ -1,6 +1,20 @@
-//! The command line: one file a command.
+//! The command line: one file a command. The remote ones use only the generated client.
 
+mod cancel;
+mod check;
+mod completions;
+mod cycles;
+mod loops;
+mod output;
+mod parameters;
+mod plan;
+mod progress;
+mod remote;
+mod run;
 mod serve;
+mod status;
+mod subsystems;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -8,7 +22,34 @@ use clap::{Parser, Subcommand};
 
 /// Runs a fleet of remote subsystems in cycles
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(
+    version,
+    about,
+    after_help = "\
+Exit codes of all commands but serve, which says its own:
+  0    done; for run: the cycle SUCCEEDED
+  1    refused, or failed, by the service
+  2    wrong usage or a wrong configuration
+  4    the service can't be reached, or has not answered within --timeout
+  10   run: the cycle was DEGRADED
+  11   run: the cycle FAILED
+  12   run: the cycle was CANCELLED or INTERRUPTED
+  130  Ctrl-C
+
+Environment:
+  ORCHESTRATOR_ADDRESS   stands in for --address
+  ORCHESTRATOR_TIMEOUT   stands in for --timeout
+  ORCHESTRATOR_OUTPUT    stands in for --output
+  ORCHESTRATOR_CONFIG    stands in for --config
+  NO_COLOR               no colours
+
+Examples:
+  orchestrator serve --config orchestrator.toml
+  orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
+  orchestrator run
+  orchestrator watch
+  orchestrator cycles list --state failed --output json"
+)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -17,13 +58,80 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(serve::Serve),
+    Run(run::Run),
+    Cancel(cancel::Cancel),
+    Status(status::StatusCommand),
+    Watch(watch::Watch),
+    Cycles(cycles::Cycles),
+    Subsystems(subsystems::Subsystems),
+    Loops(loops::Loops),
+    Plan(plan::PlanCommand),
+    Check(check::Check),
+    Completions(completions::Completions),
 }
 
 impl Cli {
     /// Does what it says, and returns the exit code.
     pub async fn run(self) -> ExitCode {
-        match self.command {
-            Command::Serve(serve) => serve.run().await,
+        let result = match self.command {
+            Command::Serve(serve) => return serve.run().await,
+            Command::Run(run) => run.run().await,
+            Command::Cancel(cancel) => cancel.run().await,
+            Command::Status(status) => status.run().await,
+            Command::Watch(watch) => watch.run().await,
+            Command::Cycles(cycles) => cycles.run().await,
+            Command::Subsystems(subsystems) => subsystems.run().await,
+            Command::Loops(loops) => loops.run().await,
+            Command::Plan(plan) => plan.run().await,
+            Command::Check(check) => check.run(),
+            Command::Completions(completions) => completions.run(),
+        };
+        match result {
+            Ok(exit) => exit.into(),
+            Err(Failure { exit, message }) => {
+                if !message.is_empty() {
+                    output::note(&message);
+                }
+                exit.into()
+            }
         }
+    }
+}
+
+/// How a command ended, for scripts. The help of [`Cli`] lists the codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Exit {
+    Done = 0,
+    Refused = 1,
+    Usage = 2,
+    Unreachable = 4,
+    Degraded = 10,
+    Failed = 11,
+    Cancelled = 12,
+    Left = 130,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Why a command did not do what it says.
+#[derive(Debug)]
+struct Failure {
+    exit: Exit,
+    /// What was wrong and what to do, for stderr. Nothing to say when it is empty.
+    message: String,
+}
+
+impl Failure {
+    fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self { exit, message: message.into() }
+    }
+
+    /// Whoever read the output has read enough.
+    fn nobody_reads() -> Self {
+        Self::new(Exit::Done, "")
     }
 }

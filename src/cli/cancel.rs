@@ -1,0 +1,43 @@
+//! `orchestrator cancel`: cancels a cycle.
+
+use super::{Exit, Failure, cycles::cycle, output::telemetry, remote::Remote};
+use crate::proto::orchestrator::v1 as pb;
+
+/// Cancel a running or waiting cycle
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+What had finished in it stays recorded. Waits until the cycle is recorded: for one that waits in line, that is when \
+those before it have ended.
+
+Exit codes:
+  0    it is recorded as CANCELLED
+  1    refused: there is no such cycle, or it had finished; or it finished at that very moment
+  2    wrong usage
+  4    the service can't be reached, or has not answered within --timeout
+
+Examples:
+  orchestrator cancel 12
+  orchestrator cancel \"$(orchestrator status --output json | jq -r .status.runningCycle.cycleId)\"")]
+pub(super) struct Cancel {
+    /// The number of the cycle: see `orchestrator status`
+    #[arg(value_name = "CYCLE_ID")]
+    cycle_id: u64,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+impl Cancel {
+    /// Cancels it.
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
+        let mut client = self.remote.connect().await?;
+        let request = pb::CancelCycleRequest { cycle_id: self.cycle_id };
+        let response = self.remote.patiently(client.cancel_cycle(request)).await?.into_inner();
+        let record = telemetry(&response.telemetry)?;
+        self.remote.format.show("CancelCycleResponse", &response, |_| cycle(&record, false))?;
+        if record.state() == pb::CycleState::Cancelled {
+            return Ok(Exit::Done);
+        }
+        let message = format!("cycle {} finished before it could be cancelled", self.cycle_id);
+        Err(Failure::new(Exit::Refused, message))
+    }
+}

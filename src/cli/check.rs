@@ -1,0 +1,105 @@
+//! `orchestrator check`: validates a configuration, and shows what it would do.
+
+use std::{env, sync::Arc};
+
+use super::{
+    Exit, Failure,
+    output::{Format, Table, count, sections, short, text},
+    plan::plan,
+};
+use crate::{
+    config::{Config, Overrides},
+    engine::{Member, Plan, PlannedSubsystem},
+    model::{IntervalLoop, Name},
+    proto::orchestrator::v1 as pb,
+    record,
+};
+
+/// Validate a configuration and show its plan, without running anything
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Reads the configuration as `orchestrator serve` would with the same flags and environment, and needs no service. All \
+that is wrong is told in one go, each with its file and line. What was registered by RPC is not known here: for that, \
+see `orchestrator plan`.
+
+Exit codes:
+  0    it is valid
+  2    it is not; stderr tells all that is wrong
+
+Examples:
+  orchestrator check --config orchestrator.toml
+  orchestrator check --config orchestrator.toml --set cycle.deadline=30s
+  orchestrator check --config orchestrator.toml --output json | jq '.plan.levels'")]
+pub(super) struct Check {
+    #[command(flatten)]
+    overrides: Overrides,
+    #[command(flatten)]
+    format: Format,
+}
+
+impl Check {
+    /// Checks it.
+    pub(super) fn run(&self) -> Result<Exit, Failure> {
+        let wrong = |error: String| Failure::new(Exit::Usage, error);
+        let config = Config::load(&self.overrides, env::vars_os()).map_err(|error| wrong(error.to_string()))?;
+        let members = config.subsystems.iter().cloned();
+        let members = members.map(|subsystem| Member::new(Arc::new(subsystem), false, Arc::default()));
+        let order = Plan::compile(members).map_err(|ring| wrong(ring.to_string()))?;
+        let response = pb::PlanCycleResponse { plan: Some(offline_plan(&order)) };
+        self.format.show("PlanCycleResponse", &response, |response| {
+            sections([self.summary(&config), loops(&config), response.plan.as_ref().map(plan).unwrap_or_default()])
+        })?;
+        Ok(Exit::Done)
+    }
+
+    fn summary(&self, config: &Config) -> String {
+        let mut facts = Table::facts();
+        let path = self.overrides.config.as_ref().map(|path| path.display().to_string());
+        facts.fact("configuration", path.unwrap_or_else(|| "defaults".to_owned()) + " is valid");
+        facts.fact("listens on", config.server.listen.to_string());
+        facts.fact("store", config.store.url.to_string());
+        let subsystems = count(config.subsystems.len() as u64, "subsystem");
+        facts.fact("declares", format!("{subsystems}, {}", count(config.loops.len() as u64, "loop")));
+        facts.finish()
+    }
+}
+
+/// The plan as the service would answer it, were nothing registered but what the configuration declares.
+fn offline_plan(order: &Plan) -> pb::Plan {
+    let schedule = order.schedule(None);
+    let subsystems = schedule.subsystems.into_iter().map(|planned| {
+        let PlannedSubsystem { name, phase, level, waits_for, skip, duration: _never_run } = planned;
+        pb::PlannedSubsystem {
+            name: name.to_string(),
+            phase,
+            level,
+            waits_for: waits_for.iter().map(ToString::to_string).collect(),
+            skip_reason: record::reason_to_skip(skip).into(),
+            expected_duration_ms: 0.0,
+        }
+    });
+    pb::Plan {
+        subsystems: subsystems.collect(),
+        levels: schedule.levels,
+        critical_path: schedule.critical_path.iter().map(ToString::to_string).collect(),
+        expected_duration_ms: 0.0,
+    }
+}
+
+fn loops(config: &Config) -> String {
+    let declared = |name: &Name| config.subsystems.iter().any(|subsystem| subsystem.name == *name);
+    let mut table = Table::new(["LOOP", "INTERVAL", "SUBSYSTEMS"]);
+    for IntervalLoop { name, interval, subset, .. } in &config.loops {
+        let subset = match subset {
+            None => "all".to_owned(),
+            Some(names) => {
+                let said = names
+                    .iter()
+                    .map(|name| if declared(name) { name.to_string() } else { format!("{name} (not declared here)") });
+                said.collect::<Vec<_>>().join(", ")
+            }
+        };
+        table.row([text(name.as_str()), text(short(*interval)), text(subset)]);
+    }
+    table.finish_unless_empty()
+}

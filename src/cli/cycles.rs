@@ -1,0 +1,305 @@
+//! `orchestrator cycles`: the history.
+
+use bytes::Bytes;
+use clap::Subcommand;
+
+use super::{
+    Exit, Failure,
+    output::{
+        JsonList, Table, age, clean, cycle_state, grouped, milliseconds, names, number, one_of, parse_time, payload,
+        print, sections, skip_reason, state, subsystem_state, telemetry, text, time, trigger, word,
+    },
+    remote::Remote,
+    watch::CYCLE_STATES,
+};
+use crate::proto::{orchestrator::v1 as pb, subsystem::v1 as pbs};
+
+/// See the record of past cycles
+#[derive(Debug, clap::Args)]
+pub(super) struct Cycles {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    List(List),
+    Show(Show),
+}
+
+/// List recorded cycles, newest first
+#[derive(Debug, clap::Args)]
+#[command(
+    visible_alias = "ls",
+    after_help = "\
+With --output json, one object: {\"cycles\":[…]}, each a CycleTelemetry, and written as the pages come.
+
+Examples:
+  orchestrator cycles list
+  orchestrator cycles list --state failed --state degraded --finished-from 24h
+  orchestrator cycles list --subsystem prices --subsystem-state timed_out --all
+  orchestrator cycles list --all --output json | jq -r '.cycles[] | [.cycleId, .state, .durationMs] | @tsv'"
+)]
+struct List {
+    /// Cycles at most
+    #[arg(long, value_name = "NUMBER", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
+    limit: u64,
+    /// All that pass the filter, however many
+    #[arg(long, conflicts_with = "limit")]
+    all: bool,
+    /// Only those that ended so; may be repeated
+    #[arg(long = "state", value_name = "STATE", value_delimiter = ',', value_parser = one_of(CYCLE_STATES, cycle_state))]
+    states: Vec<pb::CycleState>,
+    /// Only those that this started
+    #[arg(long, value_name = "TRIGGER", value_parser = one_of(TRIGGERS, trigger_word))]
+    trigger: Option<pb::Trigger>,
+    /// Only those of this loop
+    #[arg(long = "loop", value_name = "NAME")]
+    loop_name: Option<String>,
+    /// Only those in which this subsystem took part
+    #[arg(long, value_name = "NAME")]
+    subsystem: Option<String>,
+    /// Only those in which the part of --subsystem ended so; may be repeated
+    #[arg(long = "subsystem-state", value_name = "STATE", value_delimiter = ',', requires = "subsystem",
+          value_parser = one_of(ENDED, subsystem_state))]
+    subsystem_states: Vec<pb::SubsystemState>,
+    /// Only those that finished at or after this time (RFC 3339), or so long ago at most, such as 2h
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    finished_from: Option<prost_types::Timestamp>,
+    /// Only those that finished before this time (RFC 3339), or longer ago than this, such as 30m
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    finished_before: Option<prost_types::Timestamp>,
+}
+
+/// Show the record of one cycle
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  orchestrator cycles show 12
+  orchestrator cycles show 12 --details
+  orchestrator cycles show 12 --output json | jq '.telemetry.subsystems[] | select(.state != \"SUBSYSTEM_STATE_SUCCEEDED\")'")]
+struct Show {
+    /// The number of the cycle
+    #[arg(value_name = "CYCLE_ID")]
+    cycle_id: u64,
+    /// Also show the metrics and outputs of its subsystems
+    #[arg(long)]
+    details: bool,
+}
+
+const TRIGGERS: &[pb::Trigger] = &[pb::Trigger::Manual, pb::Trigger::Loop];
+
+fn trigger_word(trigger: pb::Trigger) -> &'static str {
+    word(trigger.as_str_name(), "TRIGGER_")
+}
+
+/// How a subsystem's part can end.
+const ENDED: &[pb::SubsystemState] = &[
+    pb::SubsystemState::Succeeded,
+    pb::SubsystemState::Failed,
+    pb::SubsystemState::TimedOut,
+    pb::SubsystemState::Skipped,
+    pb::SubsystemState::CircuitOpen,
+    pb::SubsystemState::Cancelled,
+];
+
+impl Cycles {
+    /// Shows what is asked for.
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
+        match self.command {
+            Command::List(list) => list.run(&self.remote).await,
+            Command::Show(show) => show.run(&self.remote).await,
+        }
+    }
+}
+
+impl List {
+    async fn run(self, remote: &Remote) -> Result<Exit, Failure> {
+        /// Records in one page: some 3 MB where there are 28 subsystems, which is where the service ends a page anyway.
+        const PAGE: u64 = 1000;
+        let mut left = if self.all { u64::MAX } else { self.limit };
+        let mut request = pb::ListCyclesRequest {
+            page_size: 0,
+            page_token: String::new(),
+            states: self.states.into_iter().map(Into::into).collect(),
+            trigger: self.trigger.map_or(0, Into::into),
+            r#loop: self.loop_name.unwrap_or_default(),
+            subsystem: self.subsystem.unwrap_or_default(),
+            subsystem_states: self.subsystem_states.into_iter().map(Into::into).collect(),
+            finished_from: self.finished_from,
+            finished_before: self.finished_before,
+        };
+        let mut client = remote.connect().await?;
+        let mut list = None;
+        let mut table =
+            Table::list(["CYCLE", "STATE", "TRIGGER", "FINISHED", "DURATION", "SUCCEEDED", "ERROR"]).right(4).right(5);
+        loop {
+            request.page_size = u32::try_from(left.min(PAGE)).unwrap_or(u32::MAX);
+            let page = remote.quickly(client.list_cycles(request.clone())).await?.into_inner();
+            left -= page.cycles.len() as u64;
+            if remote.format.is_json() {
+                let list = match &mut list {
+                    Some(list) => list,
+                    None => list.insert(JsonList::begin("cycles")?),
+                };
+                for cycle in &page.cycles {
+                    list.add("CycleTelemetry", cycle)?;
+                }
+            } else {
+                for cycle in &page.cycles {
+                    table.row(row(cycle)?);
+                }
+            }
+            request.page_token = page.next_page_token;
+            if request.page_token.is_empty() || left == 0 {
+                break;
+            }
+        }
+        match list {
+            Some(list) => list.end()?,
+            None => print(&table.or("no cycles"))?,
+        }
+        Ok(Exit::Done)
+    }
+}
+
+impl Show {
+    async fn run(self, remote: &Remote) -> Result<Exit, Failure> {
+        let mut client = remote.connect().await?;
+        let request = pb::GetCycleRequest { cycle_id: self.cycle_id };
+        let response = remote.quickly(client.get_cycle(request)).await?.into_inner();
+        let record = telemetry(&response.telemetry)?;
+        remote.format.show("GetCycleResponse", &response, |_| cycle(&record, self.details))?;
+        Ok(Exit::Done)
+    }
+}
+
+fn row(bytes: &Bytes) -> Result<[comfy_table::Cell; 7], Failure> {
+    let cycle = telemetry(bytes)?;
+    Ok([
+        // No thousands: it is there to be copied.
+        text(cycle.cycle_id.to_string()),
+        state(cycle_state(cycle.state())),
+        text(trigger(cycle.trigger(), &cycle.r#loop)),
+        text(time(cycle.finished_at.as_ref())),
+        text(milliseconds(cycle.duration_ms)),
+        text(succeeded(&cycle)),
+        text(&cycle.error),
+    ])
+}
+
+/// How many of its subsystems succeeded.
+pub(super) fn succeeded(cycle: &pb::CycleTelemetry) -> String {
+    let succeeded = cycle.subsystems.iter().filter(|part| part.state() == pb::SubsystemState::Succeeded).count();
+    format!("{}/{}", grouped(succeeded as u64), grouped(cycle.subsystems.len() as u64))
+}
+
+/// A recorded cycle, with all its subsystems.
+pub(super) fn cycle(cycle: &pb::CycleTelemetry, details: bool) -> String {
+    let mut facts = Table::facts();
+    facts.row([text("cycle"), text(cycle.cycle_id.to_string())]);
+    facts.row([text("state"), state(cycle_state(cycle.state()))]);
+    facts.fact("error", &cycle.error);
+    facts.fact("trigger", trigger(cycle.trigger(), &cycle.r#loop));
+    facts.fact("request id", &cycle.request_id);
+    facts.fact("started", time(cycle.started_at.as_ref()));
+    facts.fact("finished", format!("{} ({})", time(cycle.finished_at.as_ref()), age(cycle.finished_at.as_ref())));
+    facts.fact("duration", milliseconds(cycle.duration_ms));
+    facts.fact("succeeded", succeeded(cycle));
+    facts.fact("critical path", chain(&cycle.critical_path));
+    facts.fact("epoch, revision", format!("{}, {}", cycle.epoch, cycle.revision));
+    if cycle.truncated {
+        facts.fact("truncated", "it would have been larger than the service's cycle.max_record_bytes");
+    }
+    let detail = |show: fn(&[pb::SubsystemTelemetry]) -> String| {
+        if details { show(&cycle.subsystems) } else { String::new() }
+    };
+    sections([facts.finish(), parts(cycle), issues(&cycle.subsystems), detail(metrics), detail(outputs)])
+}
+
+fn parts(cycle: &pb::CycleTelemetry) -> String {
+    let mut table = Table::new(["SUBSYSTEM", "STATE", "START", "DURATION", "QUEUED", "ATTEMPTS", "REASON"]);
+    for part in &cycle.subsystems {
+        let called = part.started_at.is_some();
+        let when_called = |shown: String| if called { text(shown) } else { text("-") };
+        table.row([
+            text(&part.name),
+            state(subsystem_state(part.state())),
+            when_called(format!("+{}", milliseconds(since(cycle, part)))),
+            when_called(milliseconds(part.duration_ms)),
+            when_called(milliseconds(part.queued_ms)),
+            number(part.attempts),
+            text(why(part)),
+        ]);
+    }
+    (2..6).fold(table, Table::right).finish_unless_empty()
+}
+
+/// Why a subsystem did not succeed; empty when it did.
+pub(super) fn why(part: &pb::SubsystemTelemetry) -> String {
+    let reason = match (part.skip_reason(), part.error_message.as_str()) {
+        // The message names the one that it is about.
+        (reason, "") => skip_reason(reason),
+        (_, message) => message,
+    };
+    format!("{} {reason}", part.error_code).trim().to_owned()
+}
+
+/// Milliseconds from the cycle's start to the subsystem's.
+#[allow(clippy::cast_precision_loss, reason = "far below what a float holds")]
+fn since(cycle: &pb::CycleTelemetry, part: &pb::SubsystemTelemetry) -> f64 {
+    let (Some(start), Some(part)) = (cycle.started_at, part.started_at) else { return 0.0 };
+    (part.seconds - start.seconds) as f64 * 1e3 + f64::from(part.nanos - start.nanos) / 1e6
+}
+
+fn issues(parts: &[pb::SubsystemTelemetry]) -> String {
+    let mut table = Table::new(["ISSUE OF", "SEVERITY", "CODE", "MESSAGE"]);
+    for (part, issue) in parts.iter().flat_map(|part| part.issues.iter().map(move |issue| (part, issue))) {
+        let severity = match issue.severity() {
+            pbs::Severity::Unspecified => pbs::Severity::Warning,
+            severity => severity,
+        };
+        let severity = word(severity.as_str_name(), "SEVERITY_");
+        table.row([text(&part.name), text(severity), text(&issue.code), text(&issue.message)]);
+    }
+    table.finish_unless_empty()
+}
+
+fn metrics(parts: &[pb::SubsystemTelemetry]) -> String {
+    let mut table = Table::new(["METRIC OF", "NAME", "VALUE"]).right(2);
+    for (part, (name, value)) in parts.iter().flat_map(|part| part.metrics.iter().map(move |metric| (part, metric))) {
+        table.row([text(&part.name), text(name), text(value.to_string())]);
+    }
+    table.finish_unless_empty()
+}
+
+fn outputs(parts: &[pb::SubsystemTelemetry]) -> String {
+    let mut table = Table::new(["OUTPUT OF", "JSON"]);
+    for part in parts.iter().filter(|part| !part.output.is_empty()) {
+        table.row([text(&part.name), text(payload(&part.output))]);
+    }
+    table.finish_unless_empty()
+}
+
+/// A cycle in one line, as part of something else.
+pub(super) fn in_short(cycle: &pb::CycleTelemetry) -> String {
+    let error = if cycle.error.is_empty() { String::new() } else { format!(": {}", clean(&cycle.error)) };
+    format!(
+        "cycle {} {} in {}, {}, {}, {} succeeded{error}",
+        cycle.cycle_id,
+        cycle_state(cycle.state()),
+        milliseconds(cycle.duration_ms),
+        age(cycle.finished_at.as_ref()),
+        trigger(cycle.trigger(), &cycle.r#loop),
+        succeeded(cycle),
+    )
+}
+
+/// Names with arrows between them.
+pub(super) fn chain(path: &[String]) -> String {
+    /// More is for the JSON.
+    const SHOWN: usize = 30;
+    names(path, SHOWN).replace(", ", " > ")
+}

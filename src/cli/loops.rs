@@ -1,0 +1,221 @@
+//! `orchestrator loops`: interval loops.
+
+use clap::Subcommand;
+
+use super::{
+    Exit, Failure,
+    output::{Table, age, count, duration, names, number, one_of, parse_duration, payload, sections, text, time, word},
+    parameters::Parameters,
+    remote::Remote,
+    run::{OVERLAP_POLICIES, overlap_policy},
+    subsystems::origin,
+};
+use crate::proto::orchestrator::v1 as pb;
+
+/// List, start and stop the interval loops, which start cycles at a fixed rate
+#[derive(Debug, clap::Args)]
+pub(super) struct Loops {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the loops with the account of their ticks
+    #[command(
+        visible_alias = "ls",
+        after_help = "\
+DUE is the sum of RAN, SKIPPED (another cycle was running), MISSED (the service was down), COALESCED (folded into \
+another tick's cycle) and DROPPED (refused). The latest ticks that did not run are listed below the table.
+
+Examples:
+  orchestrator loops list
+  orchestrator loops list --output json | jq '.loops[] | {name: .loop.name, ticks}'"
+    )]
+    List,
+    Start(Box<Start>),
+    /// Stop a loop
+    #[command(after_help = "\
+A cycle that it has started runs on. A loop that was started with `loops start` is forgotten; one that the configuration \
+file declares stays listed as stopped, and `loops start NAME` starts it again.
+
+Examples:
+  orchestrator loops stop heartbeat")]
+    Stop {
+        /// Its name
+        name: String,
+    },
+}
+
+/// Start a loop, or change the settings of one
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+It survives restarts of the service. For one that the configuration file declares and that was stopped, give only its \
+name. Ticks are due at multiples of the interval since 1970 (UTC), shifted by --offset.
+
+Overlap policies: skip, the tick's cycle does not run; buffer_one, it waits if none of this loop waits yet; buffer_all, \
+it waits in line; cancel_other, the running cycle is cancelled.
+
+Examples:
+  orchestrator loops start heartbeat --interval 5s
+  orchestrator loops start nightly --interval 24h --offset 2h --catch-up one --catch-up-window 6h
+  orchestrator loops start fast --interval 500ms --subsystem prices,news --overlap-policy buffer_one
+  orchestrator loops start heartbeat")]
+struct Start {
+    /// Its name
+    name: String,
+    /// Time between ticks, 10ms to 366 days (8784h)
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    interval: Option<prost_types::Duration>,
+    /// Shifts the ticks; less than the interval [default: 0s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    offset: Option<prost_types::Duration>,
+    /// Each cycle starts up to this much after its tick, at random; less than the interval [default: 0s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    jitter: Option<prost_types::Duration>,
+    /// What happens to a tick while a cycle runs [default: skip]
+    #[arg(long, value_name = "POLICY", value_parser = one_of(OVERLAP_POLICIES, overlap_policy))]
+    overlap_policy: Option<pb::OverlapPolicy>,
+    /// What happens to ticks that were due while the service was down: none, they are missed; one, the latest runs
+    /// [default: none]
+    #[arg(long, value_name = "WHAT", value_parser = one_of(CATCH_UPS, catch_up))]
+    catch_up: Option<pb::CatchUp>,
+    /// How far back catching up reaches [default: 60s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    catch_up_window: Option<prost_types::Duration>,
+    /// Only this subsystem; may be repeated [default: all]
+    #[arg(long = "subsystem", value_name = "NAME", value_delimiter = ',')]
+    subsystems: Vec<String>,
+    #[command(flatten)]
+    parameters: Parameters,
+    /// Deadline of its cycles, 1ms to 24h [default: the service's cycle.deadline]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    deadline: Option<prost_types::Duration>,
+    /// Keep all outputs in the record of its cycles
+    #[arg(long)]
+    record_outputs: bool,
+}
+
+const CATCH_UPS: &[pb::CatchUp] = &[pb::CatchUp::None, pb::CatchUp::One];
+
+fn catch_up(catch_up: pb::CatchUp) -> &'static str {
+    word(catch_up.as_str_name(), "CATCH_UP_")
+}
+
+impl Loops {
+    /// Does what is asked for.
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
+        let remote = &self.remote;
+        let format = remote.format;
+        let mut client = remote.connect().await?;
+        match self.command {
+            Command::List => {
+                let request = pb::ListIntervalLoopsRequest {};
+                let response = remote.quickly(client.list_interval_loops(request)).await?.into_inner();
+                format.show("ListIntervalLoopsResponse", &response, |response| table(&response.loops))?;
+            }
+            Command::Start(start) => {
+                let request = pb::StartIntervalLoopRequest { r#loop: Some(start.settings()?) };
+                let response = remote.quickly(client.start_interval_loop(request)).await?.into_inner();
+                format.show("StartIntervalLoopResponse", &response, |response| one(response.r#loop.as_ref()))?;
+            }
+            Command::Stop { name } => {
+                let request = pb::StopIntervalLoopRequest { name };
+                let response = remote.quickly(client.stop_interval_loop(request)).await?.into_inner();
+                format.show("StopIntervalLoopResponse", &response, |response| one(response.r#loop.as_ref()))?;
+            }
+        }
+        Ok(Exit::Done)
+    }
+}
+
+impl Start {
+    fn settings(self) -> Result<pb::IntervalLoop, Failure> {
+        Ok(pb::IntervalLoop {
+            name: self.name,
+            interval: self.interval,
+            offset: self.offset,
+            jitter: self.jitter,
+            overlap_policy: self.overlap_policy.map_or(0, Into::into),
+            catch_up: self.catch_up.map_or(0, Into::into),
+            catch_up_window: self.catch_up_window,
+            subsystems: self.subsystems,
+            parameters: self.parameters.encode()?,
+            deadline: self.deadline,
+            record_outputs: self.record_outputs,
+        })
+    }
+}
+
+/// The loops and their ticks, and below those that did not run.
+pub(super) fn table(loops: &[pb::IntervalLoopStatus]) -> String {
+    let headings =
+        ["LOOP", "INTERVAL", "NEXT", "LAST CYCLE", "DUE", "RAN", "SKIPPED", "MISSED", "COALESCED", "DROPPED"];
+    let mut table = Table::new(headings);
+    let mut not_run = Table::new(["LOOP", "DID NOT RUN", "FROM", "TO", "WHY"]);
+    for status in loops {
+        let settings = status.r#loop.clone().unwrap_or_default();
+        let ticks = status.ticks.unwrap_or_default();
+        table.row([
+            text(&settings.name),
+            text(duration(settings.interval.as_ref())),
+            text(if status.stopped { "stopped".to_owned() } else { age(status.next_due_at.as_ref()) }),
+            text(if status.last_cycle_id == 0 { "-".to_owned() } else { status.last_cycle_id.to_string() }),
+            number(ticks.due),
+            number(ticks.ran),
+            number(ticks.skipped),
+            number(ticks.missed),
+            number(ticks.coalesced),
+            number(ticks.dropped),
+        ]);
+        for range in &status.not_run {
+            not_run.row([
+                text(&settings.name),
+                text(count(range.count, "tick")),
+                text(time(range.first_due_at.as_ref())),
+                text(time(range.last_due_at.as_ref())),
+                text(word(range.disposition().as_str_name(), "TICK_DISPOSITION_")),
+            ]);
+        }
+    }
+    sections([(4..10).fold(table, Table::right).or("no loops"), not_run.finish_unless_empty()])
+}
+
+/// One loop with its settings.
+fn one(status: Option<&pb::IntervalLoopStatus>) -> String {
+    let Some(status) = status else { return String::new() };
+    let settings = status.r#loop.clone().unwrap_or_default();
+    let ticks = status.ticks.unwrap_or_default();
+    let mut facts = Table::facts();
+    facts.fact("loop", &settings.name);
+    facts.fact("declared by", origin(status.origin()));
+    let next = || format!("{} ({})", time(status.next_due_at.as_ref()), age(status.next_due_at.as_ref()));
+    facts.fact("next tick", if status.stopped { "stopped".to_owned() } else { next() });
+    facts.fact("interval", duration(settings.interval.as_ref()));
+    facts.fact("offset", duration(settings.offset.as_ref()));
+    facts.fact("jitter", duration(settings.jitter.as_ref()));
+    facts.fact("overlap policy", overlap_policy(settings.overlap_policy()));
+    let window = duration(settings.catch_up_window.as_ref());
+    facts.fact("catch up", format!("{}, window {window}", catch_up(settings.catch_up())));
+    facts.fact(
+        "subsystems",
+        if settings.subsystems.is_empty() { "all".to_owned() } else { names(&settings.subsystems, usize::MAX) },
+    );
+    if !settings.parameters.is_empty() {
+        facts.fact("parameters", payload(&settings.parameters));
+    }
+    facts.fact("deadline", duration(settings.deadline.as_ref()));
+    if settings.record_outputs {
+        facts.fact("outputs", "recorded");
+    }
+    facts.fact(
+        "ticks",
+        format!(
+            "{} due: {} ran, {} skipped, {} missed, {} coalesced, {} dropped",
+            ticks.due, ticks.ran, ticks.skipped, ticks.missed, ticks.coalesced, ticks.dropped
+        ),
+    );
+    facts.finish()
+}

@@ -1,0 +1,554 @@
+//! What commands print: tables for people, canonical proto JSON for programs.
+//!
+//! Whatever a subsystem or the service has sent goes through [`clean`] on its way to a terminal.
+
+use std::{
+    env,
+    io::{self, IsTerminal, Write as _},
+    sync::OnceLock,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clap::{
+    ValueEnum,
+    builder::{
+        PossibleValuesParser, TypedValueParser,
+        styling::{AnsiColor, Style},
+    },
+};
+use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, presets};
+use jiff::{SignedDuration, Timestamp, Unit};
+use prost::Message;
+use prost_reflect::{DescriptorPool, DynamicMessage, SerializeOptions};
+
+use super::{Exit, Failure};
+use crate::{
+    model::Payload,
+    proto::{DESCRIPTORS, orchestrator::v1 as pb},
+};
+
+/// How to print.
+#[derive(Clone, Copy, Debug, Default, clap::Args)]
+pub(super) struct Format {
+    /// Tables for people, or the service's answers as canonical proto JSON: one object, or one a line for streams
+    #[arg(long, value_name = "FORMAT", env = "ORCHESTRATOR_OUTPUT", default_value = "table", global = true)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Output {
+    #[default]
+    Table,
+    Json,
+}
+
+impl Format {
+    /// Programs read it.
+    pub(super) fn is_json(self) -> bool {
+        self.output == Output::Json
+    }
+
+    /// Prints a message of the contract: as JSON, or as what `text` makes of it.
+    ///
+    /// # Errors
+    /// Nobody reads it any more, or it can't be written.
+    pub(super) fn show<M: Message>(
+        self,
+        kind: &str,
+        message: &M,
+        text: impl FnOnce(&M) -> String,
+    ) -> Result<(), Failure> {
+        if self.is_json() { print(&format!("{}\n", json(kind, message)?)) } else { print(&text(message)) }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Printing
+
+/// Writes to stdout.
+///
+/// # Errors
+/// Nobody reads it any more, or it can't be written.
+pub(super) fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => Failure::nobody_reads(),
+        _ => Failure::new(Exit::Refused, format!("can't write the output: {error}")),
+    })
+}
+
+/// Tells people something beside the output, on stderr.
+pub(super) fn note(text: &str) {
+    // Nobody reading it is no reason to stop.
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Whether a person looks at stdout.
+pub(super) fn is_terminal() -> bool {
+    io::stdout().is_terminal() && is_capable()
+}
+
+/// Whether a person looks at stderr.
+pub(super) fn is_error_terminal() -> bool {
+    io::stderr().is_terminal() && is_capable()
+}
+
+fn is_capable() -> bool {
+    env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// Whether stdout takes colours. <https://no-color.org>
+pub(super) fn has_colours() -> bool {
+    is_terminal() && env::var_os("NO_COLOR").is_none_or(|it| it.is_empty())
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// JSON
+
+/// A message of the contract as canonical proto JSON, on one line. `kind` is the message's name in
+/// `dreamnet.orchestrator.v1`.
+///
+/// # Errors
+/// The service has sent what its contract does not allow.
+pub(super) fn json<M: Message>(kind: &str, message: &M) -> Result<String, Failure> {
+    encoded_json(kind, &message.encode_to_vec())
+}
+
+/// The same of encoded bytes.
+///
+/// # Errors
+/// As of [`json`].
+pub(super) fn encoded_json(kind: &str, bytes: &[u8]) -> Result<String, Failure> {
+    let malformed = |error: &dyn std::error::Error| {
+        Failure::new(Exit::Refused, format!("the service has sent a {kind} that can't be read: {error}"))
+    };
+    let name = format!("dreamnet.orchestrator.v1.{kind}");
+    let descriptor =
+        pool().and_then(|pool| pool.get_message_by_name(&name)).ok_or_else(|| malformed(&std::fmt::Error))?;
+    let message = DynamicMessage::decode(descriptor, bytes).map_err(|error| malformed(&error))?;
+    let mut text = Vec::new();
+    let mut serializer = serde_json::Serializer::new(&mut text);
+    message.serialize_with_options(&mut serializer, &SerializeOptions::new()).map_err(|error| malformed(&error))?;
+    Ok(escaped(&String::from_utf8_lossy(&text)))
+}
+
+fn pool() -> Option<&'static DescriptorPool> {
+    static POOL: OnceLock<Option<DescriptorPool>> = OnceLock::new();
+    POOL.get_or_init(|| DescriptorPool::decode(DESCRIPTORS).ok()).as_ref()
+}
+
+/// JSON in which what a terminal could take for a command is escaped. All of it stands in strings.
+fn escaped(json: &str) -> String {
+    if !json.contains(is_unprintable) {
+        return json.to_owned();
+    }
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        if is_unprintable(c) {
+            text.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
+        } else {
+            text.push(c);
+        }
+    }
+    text
+}
+
+/// A list that is printed as one JSON object, page by page: `{"cycles":[…]}`.
+pub(super) struct JsonList {
+    items: usize,
+}
+
+impl JsonList {
+    /// Begins the list of this name.
+    ///
+    /// # Errors
+    /// As of [`print`].
+    pub(super) fn begin(name: &str) -> Result<Self, Failure> {
+        print(&format!("{{\"{name}\":["))?;
+        Ok(Self { items: 0 })
+    }
+
+    /// Adds one encoded message.
+    ///
+    /// # Errors
+    /// As of [`json`] and [`print`].
+    pub(super) fn add(&mut self, kind: &str, bytes: &[u8]) -> Result<(), Failure> {
+        let comma = if self.items == 0 { "" } else { "," };
+        self.items += 1;
+        print(&format!("{comma}{}", encoded_json(kind, bytes)?))
+    }
+
+    /// Ends the list.
+    ///
+    /// # Errors
+    /// As of [`print`].
+    #[allow(clippy::unused_self, reason = "a list ends once")]
+    pub(super) fn end(self) -> Result<(), Failure> {
+        print("]}\n")
+    }
+}
+
+/// A record as it is read.
+///
+/// # Errors
+/// The service has sent what its contract does not allow.
+pub(super) fn telemetry(bytes: &Bytes) -> Result<pb::CycleTelemetry, Failure> {
+    pb::CycleTelemetry::decode(bytes.clone()).map_err(|error| {
+        Failure::new(Exit::Refused, format!("the service has sent a record that can't be read: {error}"))
+    })
+}
+
+/// A `Struct` as JSON.
+pub(super) fn payload(bytes: &Bytes) -> String {
+    match Payload::check(bytes.clone()) {
+        Ok(payload) => escaped(&serde_json::Value::from(payload.to_json()).to_string()),
+        Err(malformed) => format!("({malformed})"),
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Text
+
+/// Text that a terminal takes for nothing but text: control characters and those that change the direction of writing
+/// are left out, line ends and tabs become blanks.
+pub(super) fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_whitespace() { ' ' } else { c }).filter(|c| !is_unprintable(*c)).collect()
+}
+
+fn is_unprintable(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}
+
+/// Those that are not empty, with an empty line between them.
+pub(super) fn sections<const N: usize>(sections: [String; N]) -> String {
+    let shown: Vec<_> = sections.into_iter().filter(|section| !section.is_empty()).collect();
+    shown.join("\n")
+}
+
+/// Names in one line, at most `max` of them by name.
+pub(super) fn names(names: &[String], max: usize) -> String {
+    let shown: Vec<_> = names.iter().take(max).map(|name| clean(name)).collect();
+    match names.len().saturating_sub(max) {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
+    }
+}
+
+/// A word of the contract without its type: `FAILED` of `CYCLE_STATE_FAILED`.
+pub(super) fn word(name: &'static str, prefix: &str) -> &'static str {
+    name.strip_prefix(prefix).unwrap_or(name)
+}
+
+/// How a cycle ended.
+pub(super) fn cycle_state(state: pb::CycleState) -> &'static str {
+    word(state.as_str_name(), "CYCLE_STATE_")
+}
+
+/// How a subsystem's part stands or ended.
+pub(super) fn subsystem_state(state: pb::SubsystemState) -> &'static str {
+    word(state.as_str_name(), "SUBSYSTEM_STATE_")
+}
+
+/// Why a subsystem is not called, in words; empty when it is.
+pub(super) fn skip_reason(reason: pb::SkipReason) -> &'static str {
+    match reason {
+        pb::SkipReason::Unspecified => "",
+        pb::SkipReason::Suspended => "suspended",
+        pb::SkipReason::RequirementFailed => "one that it requires did not succeed",
+        pb::SkipReason::RequirementMissing => "one that it requires is not registered",
+        pb::SkipReason::RequirementLeftOut => "one that it requires is suspended or not in this cycle",
+        pb::SkipReason::CycleDeadline => "the cycle's deadline had passed",
+        pb::SkipReason::NotRegistered => "not registered",
+    }
+}
+
+/// What started a cycle.
+pub(super) fn trigger(trigger: pb::Trigger, name: &str) -> String {
+    match trigger {
+        pb::Trigger::Unspecified => "unknown".to_owned(),
+        pb::Trigger::Manual => "manual".to_owned(),
+        pb::Trigger::Loop => format!("loop {}", clean(name)),
+    }
+}
+
+/// `1 cycle`, `2 cycles`.
+pub(super) fn count(number: impl Into<u64>, one: &str) -> String {
+    match number.into() {
+        1 => format!("1 {one}"),
+        number => format!("{} {one}s", grouped(number)),
+    }
+}
+
+/// A number with its thousands set apart.
+pub(super) fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Times
+
+/// Milliseconds as people say them, with three digits.
+pub(super) fn milliseconds(ms: f64) -> String {
+    match ms {
+        ..0.0005 => "0 ms".to_owned(),
+        ..9.995 => format!("{ms:.2} ms"),
+        ..99.95 => format!("{ms:.1} ms"),
+        ..999.5 => format!("{ms:.0} ms"),
+        ..9_995.0 => format!("{:.2} s", ms / 1e3),
+        ..59_950.0 => format!("{:.1} s", ms / 1e3),
+        _ => short(Duration::try_from_secs_f64((ms / 1e3).round()).unwrap_or(Duration::MAX)),
+    }
+}
+
+/// A duration as it can be given to a flag.
+pub(super) fn short(duration: Duration) -> String {
+    let signed = SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX);
+    if signed.is_zero() { "0s".to_owned() } else { format!("{signed:#}") }
+}
+
+/// The same of the contract's durations; empty when there is none.
+pub(super) fn duration(duration: Option<&prost_types::Duration>) -> String {
+    let duration = duration.and_then(|&duration| Duration::try_from(duration).ok());
+    duration.map(short).unwrap_or_default()
+}
+
+/// A time, to the second, in UTC; a dash when there is none.
+pub(super) fn time(time: Option<&prost_types::Timestamp>) -> String {
+    match time.and_then(timestamp).and_then(|time| time.round(Unit::Second).ok()) {
+        Some(time) => time.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
+        None => "-".to_owned(),
+    }
+}
+
+/// How far a time is from now: `5s ago`, `in 3m 20s`.
+pub(super) fn age(time: Option<&prost_types::Timestamp>) -> String {
+    let Some(time) = time.and_then(timestamp) else { return "-".to_owned() };
+    let ago = Timestamp::now().duration_since(time);
+    let coarse = short(coarse(ago.unsigned_abs()));
+    if ago.is_negative() { format!("in {coarse}") } else { format!("{coarse} ago") }
+}
+
+/// A duration without what nobody wants to read: its two largest units.
+pub(super) fn coarse(duration: Duration) -> Duration {
+    let unit = match duration.as_secs() {
+        0..3_600 => 1,
+        3_600..86_400 => 60,
+        _ => 3_600,
+    };
+    Duration::from_secs(duration.as_secs() / unit * unit)
+}
+
+fn timestamp(time: &prost_types::Timestamp) -> Option<Timestamp> {
+    Timestamp::new(time.seconds, time.nanos).ok()
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Tables
+
+/// A table without borders. It fits the terminal; piped, every row is one line.
+pub(super) struct Table {
+    table: comfy_table::Table,
+    /// Each row is one line on a terminal as well, and what does not fit is cut.
+    is_list: bool,
+}
+
+impl Table {
+    /// A table with these headings.
+    pub(super) fn new<'a>(headings: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut table = Self::bare();
+        table.table.set_header(headings.into_iter().map(Cell::new));
+        table
+    }
+
+    /// A table with these headings to look over: each row is one line.
+    pub(super) fn list<'a>(headings: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut table = Self { is_list: true, ..Self::bare() };
+        let mut headings = comfy_table::Row::from(headings.into_iter().map(Cell::new).collect::<Vec<_>>());
+        headings.max_height(1);
+        table.table.set_header(headings);
+        table
+    }
+
+    /// A table of two columns: what something is called, and what it is.
+    pub(super) fn facts() -> Self {
+        Self::bare()
+    }
+
+    fn bare() -> Self {
+        let mut table = comfy_table::Table::new();
+        table.load_style(presets::NOTHING);
+        if is_terminal() {
+            table.set_content_arrangement(ContentArrangement::Dynamic);
+        } else {
+            table.set_content_arrangement(ContentArrangement::Disabled).force_no_tty();
+        }
+        Self { table, is_list: false }
+    }
+
+    /// Sets a column of numbers to the right.
+    pub(super) fn right(mut self, column: usize) -> Self {
+        if let Some(column) = self.table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        self
+    }
+
+    /// Adds a row.
+    pub(super) fn row(&mut self, cells: impl IntoIterator<Item = Cell>) {
+        let mut row = comfy_table::Row::from(cells.into_iter().collect::<Vec<_>>());
+        if self.is_list {
+            row.max_height(1);
+        }
+        self.table.add_row(row);
+    }
+
+    /// Adds a row of two columns, unless there is nothing to say.
+    pub(super) fn fact(&mut self, what: &str, is: impl AsRef<str>) {
+        if !is.as_ref().is_empty() {
+            self.row([Cell::new(what), text(is)]);
+        }
+    }
+
+    /// The lines of the table; none when it has no rows.
+    pub(super) fn finish_unless_empty(self) -> String {
+        if self.table.is_empty() { String::new() } else { self.finish() }
+    }
+
+    /// The lines of the table; when it has no rows, one that says so.
+    pub(super) fn or(self, none: &str) -> String {
+        if self.table.is_empty() { format!("{none}\n") } else { self.finish() }
+    }
+
+    /// The lines of the table.
+    pub(super) fn finish(mut self) -> String {
+        /// Columns up to this wide are never broken: names, states, times.
+        const WHOLE: u16 = 26;
+        let columns = self.table.column_count();
+        let widths = self.table.column_max_content_widths();
+        for ((i, column), width) in self.table.column_iter_mut().enumerate().zip(widths) {
+            // Two blanks between columns, none before the first.
+            column.set_padding((0, if i + 1 == columns { 0 } else { 2 }));
+            if width <= WHOLE {
+                column.set_constraint(ColumnConstraint::ContentWidth);
+            }
+        }
+        let mut lines = String::new();
+        for line in self.table.lines() {
+            lines.push_str(line.trim_end());
+            lines.push('\n');
+        }
+        lines
+    }
+}
+
+/// A cell of what somebody sent.
+pub(super) fn text(text: impl AsRef<str>) -> Cell {
+    Cell::new(clean(text.as_ref()))
+}
+
+/// A cell with a number.
+pub(super) fn number(number: impl Into<u64>) -> Cell {
+    Cell::new(grouped(number.into()))
+}
+
+/// A cell with a state, in its colour.
+pub(super) fn state(word: &str) -> Cell {
+    let cell = Cell::new(word);
+    match colour(word) {
+        Some(AnsiColor::Green) if has_colours() => cell.fg(Color::DarkGreen),
+        Some(AnsiColor::Yellow) if has_colours() => cell.fg(Color::DarkYellow),
+        Some(AnsiColor::Red) if has_colours() => cell.fg(Color::DarkRed),
+        _ => cell,
+    }
+}
+
+/// A state in its colour, where there are colours.
+pub(super) fn painted(word: &str, width: usize) -> String {
+    match colour(word) {
+        Some(colour) if has_colours() => {
+            let style = Style::new().fg_color(Some(colour.into()));
+            format!("{style}{word:width$}{style:#}")
+        }
+        _ => format!("{word:width$}"),
+    }
+}
+
+fn colour(state: &str) -> Option<AnsiColor> {
+    match state {
+        "SUCCEEDED" | "CLOSED" => Some(AnsiColor::Green),
+        "DEGRADED" | "SKIPPED" | "CANCELLED" | "HALF_OPEN" | "SUSPENDED" => Some(AnsiColor::Yellow),
+        "FAILED" | "TIMED_OUT" | "CIRCUIT_OPEN" | "INTERRUPTED" | "OPEN" => Some(AnsiColor::Red),
+        _ => None,
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Words of the contract as arguments
+
+/// Reads one of these words of the contract, in lower case, as the configuration file has them.
+pub(super) fn one_of<E: Copy + Send + Sync + 'static>(
+    values: &'static [E],
+    word: fn(E) -> &'static str,
+) -> impl TypedValueParser<Value = E> {
+    let words: Vec<_> = values.iter().map(|&value| word(value).to_lowercase()).collect();
+    PossibleValuesParser::new(words).try_map(move |text| {
+        values.iter().copied().find(|&value| word(value).eq_ignore_ascii_case(&text)).ok_or("is none of these words")
+    })
+}
+
+/// Reads a duration of a request. Its bounds are the service's to check.
+///
+/// # Errors
+/// What to give instead.
+pub(super) fn parse_duration(text: &str) -> Result<prost_types::Duration, String> {
+    let duration: SignedDuration =
+        text.parse().map_err(|_| "give a duration with its unit, such as 250ms, 5s or 1m30s".to_owned())?;
+    Ok(prost_types::Duration { seconds: duration.as_secs(), nanos: duration.subsec_nanos() })
+}
+
+/// Reads a time: as RFC 3339 has it, or as a duration before now.
+///
+/// # Errors
+/// What to give instead.
+pub(super) fn parse_time(text: &str) -> Result<prost_types::Timestamp, String> {
+    let ago = || text.parse().ok().and_then(|ago: SignedDuration| Timestamp::now().checked_sub(ago).ok());
+    let time = text.parse().ok().or_else(ago);
+    time.map(crate::proto::timestamp)
+        .ok_or_else(|| "give a time such as 2026-01-31T12:00:00Z, or how long ago, such as 2h".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_sent_can_not_command_a_terminal() {
+        assert_eq!(clean("a\x1b[31mb\r\nc\u{9b}2Jd\u{202e}e\u{7f}\té"), "a[31mb  c2Jde é");
+        assert_eq!(escaped("{\"a\":\"\u{9b}\u{202e}é\"}"), r#"{"a":"\u009b\u202eé"}"#);
+    }
+
+    #[test]
+    fn durations_read_as_people_say_them() {
+        let said = [0.0, 0.42, 9.996, 132.4, 999.6, 1_234.0, 61_000.0, 7_380_000.0].map(milliseconds);
+        assert_eq!(said, ["0 ms", "0.42 ms", "10.0 ms", "132 ms", "1.00 s", "1.23 s", "1m 1s", "2h 3m"]);
+        assert_eq!(short(coarse(Duration::from_secs(93_784))), "26h");
+        assert_eq!(short(Duration::ZERO), "0s");
+    }
+
+    #[test]
+    fn numbers_and_names_stay_readable() {
+        assert_eq!([0, 999, 1000, 1_234_567].map(grouped), ["0", "999", "1,000", "1,234,567"]);
+        let all = ["a", "b", "c"].map(String::from);
+        assert_eq!((names(&all, 3), names(&all, 2)), ("a, b, c".into(), "a, b and 1 more".into()));
+    }
+}

@@ -1,0 +1,74 @@
+//! `orchestrator plan`: what a cycle would do.
+
+use super::{
+    Exit, Failure,
+    cycles::chain,
+    output::{Table, grouped, milliseconds, names, number, sections, skip_reason, text},
+    remote::Remote,
+};
+use crate::proto::orchestrator::v1 as pb;
+
+/// Show the order of a cycle, and run nothing
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+A subsystem starts the moment what it waits for has ended: everything in lower phases, and those that it waits for by \
+name. Expected durations are the means of recent ones in this process of the service.
+
+Examples:
+  orchestrator plan
+  orchestrator plan --subsystem prices,news
+  orchestrator plan --output json | jq -r '.plan.criticalPath[]'")]
+pub(super) struct PlanCommand {
+    /// Only this subsystem; may be repeated
+    #[arg(long = "subsystem", value_name = "NAME", value_delimiter = ',')]
+    subsystems: Vec<String>,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+impl PlanCommand {
+    /// Shows the plan.
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
+        let mut client = self.remote.connect().await?;
+        let request = pb::PlanCycleRequest { subsystems: self.subsystems };
+        let response = self.remote.quickly(client.plan_cycle(request)).await?.into_inner();
+        self.remote
+            .format
+            .show("PlanCycleResponse", &response, |response| response.plan.as_ref().map(plan).unwrap_or_default())?;
+        Ok(Exit::Done)
+    }
+}
+
+/// A plan: the subsystems by phase and level, and the critical path.
+pub(super) fn plan(plan: &pb::Plan) -> String {
+    /// More would hide the rest of the table.
+    const NAMES: usize = 6;
+    let has_run = plan.expected_duration_ms > 0.0;
+    let skips = plan.subsystems.iter().any(|planned| planned.skip_reason() != pb::SkipReason::Unspecified);
+    let mut headings = vec!["PHASE", "LEVEL", "SUBSYSTEM", "WAITS FOR"];
+    headings.extend(has_run.then_some("EXPECTED"));
+    headings.extend(skips.then_some("SKIPPED"));
+    let mut table = Table::new(headings).right(0).right(1);
+    for planned in &plan.subsystems {
+        let mut row = vec![
+            text(planned.phase.to_string()),
+            number(planned.level),
+            text(&planned.name),
+            text(names(&planned.waits_for, NAMES)),
+        ];
+        row.extend(has_run.then(|| match planned.expected_duration_ms {
+            0.0 => text("-"),
+            expected => text(milliseconds(expected)),
+        }));
+        row.extend(skips.then(|| text(skip_reason(planned.skip_reason()))));
+        table.row(row);
+    }
+    let mut summary = Table::facts();
+    summary.fact("subsystems", grouped(plan.subsystems.len() as u64));
+    summary.fact("levels", grouped(plan.levels.into()));
+    if has_run {
+        summary.fact("expected", milliseconds(plan.expected_duration_ms));
+        summary.fact("critical path", chain(&plan.critical_path));
+    }
+    sections([table.or("no subsystems"), summary.finish()])
+}

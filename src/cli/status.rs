@@ -1,0 +1,135 @@
+//! `orchestrator status`: what the service is doing and has done last.
+
+use futures_util::{StreamExt, stream};
+use tonic::Code;
+
+use super::{
+    Exit, Failure,
+    cycles::in_short,
+    loops,
+    output::{Table, age, count, duration, grouped, payload, sections, telemetry, text, trigger},
+    remote::{Client, Remote},
+    subsystems,
+};
+use crate::proto::orchestrator::v1 as pb;
+
+/// Show what the service is doing and has done last
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+With --output json, one object as GetStatus answers it.
+
+Examples:
+  orchestrator status
+  orchestrator status --subsystems
+  orchestrator status --snapshots
+  orchestrator status --output json | jq -r .status.totalCycles")]
+pub(super) struct StatusCommand {
+    /// Also every subsystem's state
+    #[arg(long)]
+    subsystems: bool,
+    /// Also what each subsystem's own GetStatus answers now; implies --subsystems
+    #[arg(long)]
+    snapshots: bool,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+impl StatusCommand {
+    /// Shows the status.
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
+        let remote = &self.remote;
+        let mut client = remote.connect().await?;
+        let answer = remote.quickly(client.get_status(pb::GetStatusRequest::default())).await?.into_inner();
+        let mut status = answer.status.unwrap_or_default();
+        if self.subsystems || self.snapshots {
+            // Page by page, since one answer has no room for very many.
+            subsystems::pages(remote, &mut client, |page| {
+                status.subsystems.extend(page);
+                Ok(())
+            })
+            .await?;
+        }
+        if self.snapshots {
+            let names = status.subsystems.iter().map(subsystems::name).collect();
+            status.subsystems = with_snapshots(remote, &client, names).await?;
+        }
+        let last = if status.last_cycle.is_empty() { None } else { Some(telemetry(&status.last_cycle)?) };
+        let response = pb::GetStatusResponse { status: Some(status) };
+        remote.format.show("GetStatusResponse", &response, |response| {
+            response.status.as_ref().map(|status| shown(status, last.as_ref())).unwrap_or_default()
+        })?;
+        Ok(Exit::Done)
+    }
+}
+
+/// Each of these, as far as it is still registered, with its snapshot.
+async fn with_snapshots(
+    remote: &Remote,
+    client: &Client,
+    names: Vec<String>,
+) -> Result<Vec<pb::SubsystemStatus>, Failure> {
+    /// Enough to keep the service busy, few enough not to crowd out others.
+    const AT_ONCE: usize = 16;
+    let one = async |name: String| {
+        let mut client = client.clone();
+        let request = pb::GetSubsystemRequest { name, include_output: false, include_snapshot: true };
+        let call = async {
+            match client.get_subsystem(request).await {
+                Ok(response) => Ok(response.into_inner().subsystem),
+                Err(status) if status.code() == Code::NotFound => Ok(None),
+                Err(status) => Err(status),
+            }
+        };
+        remote.patiently(call).await
+    };
+    let found: Vec<_> = stream::iter(names).map(one).buffered(AT_ONCE).collect().await;
+    found.into_iter().filter_map(Result::transpose).collect()
+}
+
+fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>) -> String {
+    let mut facts = Table::facts();
+    facts.fact("orchestrator", format!("{}, version {}", status.orchestrator_id, status.version));
+    let uptime = status.uptime.as_ref().map(|uptime| prost_types::Duration { nanos: 0, ..*uptime });
+    facts.fact("up", format!("{}, epoch {}", duration(uptime.as_ref()), status.epoch));
+    facts.fact("subsystems", grouped(status.subsystem_count.into()));
+    facts.fact("cycles", format!("{} recorded", grouped(status.total_cycles)));
+    facts.fact("last", last.map_or_else(|| "-".to_owned(), in_short));
+    facts.fact("running", status.running_cycle.as_ref().map_or_else(|| "-".to_owned(), running));
+    facts.fact("queued", count(status.queued_cycles, "cycle"));
+    let (oldest, newest) = (status.oldest_revision, status.newest_revision);
+    let history = if oldest > newest { "-".to_owned() } else { format!("revisions {oldest} to {newest}") };
+    facts.fact("to watch", history);
+    facts.fact("watchers", grouped(status.watchers.into()));
+    if !status.store_error.is_empty() {
+        facts.fact("STORE ERROR", format!("{}; no cycle starts until it can be written", status.store_error));
+    }
+    let loops = if status.loops.is_empty() { String::new() } else { loops::table(&status.loops) };
+    let mut table = subsystems::table();
+    status.subsystems.iter().for_each(|status| table.row(subsystems::row(status)));
+    sections([facts.finish(), loops, table.finish_unless_empty(), snapshots(&status.subsystems)])
+}
+
+fn running(running: &pb::RunningCycle) -> String {
+    format!(
+        "cycle {}, {}, started {}: {} of {} ended, {} being called",
+        running.cycle_id,
+        trigger(running.trigger(), &running.r#loop),
+        age(running.started_at.as_ref()),
+        grouped(running.ended.into()),
+        grouped(running.total.into()),
+        grouped(running.running.into()),
+    )
+}
+
+fn snapshots(subsystems: &[pb::SubsystemStatus]) -> String {
+    let mut table = Table::new(["SNAPSHOT OF", "JSON"]);
+    for status in subsystems {
+        let snapshot = match (status.snapshot.is_empty(), status.snapshot_error.as_str()) {
+            (true, "") => continue,
+            (_, "") => payload(&status.snapshot),
+            (_, error) => format!("none: {error}"),
+        };
+        table.row([text(subsystems::name(status)), text(snapshot)]);
+    }
+    table.finish_unless_empty()
+}

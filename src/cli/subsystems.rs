@@ -1,0 +1,457 @@
+//! `orchestrator subsystems`: the registry.
+
+use clap::Subcommand;
+
+use super::{
+    Exit, Failure,
+    cycles::why,
+    output::{
+        JsonList, Table, age, count, duration, grouped, milliseconds, names, parse_duration, payload, print, state,
+        subsystem_state, text, time, word,
+    },
+    parameters::Parameters,
+    remote::{Client, Remote},
+};
+use crate::proto::orchestrator::v1 as pb;
+
+/// See and change the registry
+#[derive(Debug, clap::Args)]
+pub(super) struct Subsystems {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the registered subsystems by name
+    #[command(
+        visible_alias = "ls",
+        after_help = "\
+With --output json, one object: {\"subsystems\":[…]}, each a SubsystemStatus, and written as the pages come.
+
+Examples:
+  orchestrator subsystems list
+  orchestrator subsystems list --output json | jq -r '.subsystems[] | select(.breaker == \"BREAKER_STATE_OPEN\")'"
+    )]
+    List,
+    /// Show one subsystem's registration and state
+    #[command(after_help = "\
+Examples:
+  orchestrator subsystems show prices
+  orchestrator subsystems show prices --latest-output --snapshot")]
+    Show {
+        /// Its name
+        name: String,
+        /// Also its latest output
+        #[arg(long)]
+        latest_output: bool,
+        /// Also what its own GetStatus answers now
+        #[arg(long)]
+        snapshot: bool,
+    },
+    Register(Box<Register>),
+    /// Remove a subsystem and its latest output
+    #[command(after_help = "\
+A cycle that is running keeps it until it ends. One that the configuration file declares is removed there.
+
+Examples:
+  orchestrator subsystems unregister prices")]
+    Unregister {
+        /// Its name
+        name: String,
+    },
+    /// Take a subsystem out of cycles for maintenance
+    #[command(after_help = "\
+It stays registered, and its cycles record it as skipped, which is no failure. Survives restarts of the service.
+
+Examples:
+  orchestrator subsystems suspend prices")]
+    Suspend {
+        /// Its name
+        name: String,
+    },
+    /// End a suspension, and close the subsystem's circuit breaker
+    #[command(after_help = "\
+Examples:
+  orchestrator subsystems resume prices")]
+    Resume {
+        /// Its name
+        name: String,
+    },
+    /// Renew the lease of a subsystem for its full length
+    #[command(after_help = "\
+Examples:
+  orchestrator subsystems renew prices")]
+    Renew {
+        /// Its name
+        name: String,
+    },
+}
+
+/// Register a subsystem, or replace its registration
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The flags are the keys of [[subsystems]] in the configuration file. Whatever is not given takes its default, also when \
+the subsystem was registered otherwise before. It takes part from the next cycle that starts, and survives restarts of \
+the service.
+
+Examples:
+  orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
+  orchestrator subsystems register signals --endpoint unix:/run/signals.sock --critical \\
+      --requires prices --reads news --timeout-per-cycle 2s
+  orchestrator subsystems register prices --endpoint http://127.0.0.1:50051 --lease 30s \\
+      --retry-max-attempts 5 --retry-retryable-status-codes UNAVAILABLE,RESOURCE_EXHAUSTED")]
+struct Register {
+    /// Unique name: a letter, then letters, digits, '_', '-' or '.'; at most 63 characters
+    name: String,
+    /// Where it is dialed: http://HOST:PORT, https://HOST:PORT or unix:/PATH
+    #[arg(long, value_name = "URI")]
+    endpoint: String,
+    /// Everything in a lower phase ends before anything in a higher one starts
+    #[arg(long, value_name = "NUMBER", default_value_t = 0, allow_negative_numbers = true)]
+    phase: i32,
+    /// Runs after these; not when one of them fails or is missing
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    requires: Vec<String>,
+    /// Runs after these, whatever becomes of them
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    after: Vec<String>,
+    /// Gets the latest outputs of these; makes no order
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    reads: Vec<String>,
+    /// Deadline of its share of a cycle, retries included, 1ms to 24h [key: timeout] [default: 10s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    timeout_per_cycle: Option<prost_types::Duration>,
+    /// A cycle in which it fails is FAILED
+    #[arg(long)]
+    critical: bool,
+    /// Keep its output in the record of every cycle
+    #[arg(long)]
+    record_output: bool,
+    /// The registration ends after this time unless renewed, 1s to 24h [default: it does not end]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    lease: Option<prost_types::Duration>,
+    #[command(flatten)]
+    parameters: Parameters,
+    #[command(flatten)]
+    retry: Retry,
+    #[command(flatten)]
+    breaker: Breaker,
+    #[command(flatten)]
+    limits: Limits,
+}
+
+#[derive(Debug, clap::Args)]
+#[allow(clippy::struct_field_names, reason = "they are the names of flags")]
+#[command(next_help_heading = "How its calls are retried")]
+struct Retry {
+    /// Calls at most, the first one included, 1 to 10 [default: 3]
+    #[arg(long, value_name = "NUMBER")]
+    retry_max_attempts: Option<u32>,
+    /// Wait before the first retry, 1ms to 1h [default: 100ms]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    retry_initial_backoff: Option<prost_types::Duration>,
+    /// The longest wait, up to 1h [default: 1s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    retry_max_backoff: Option<prost_types::Duration>,
+    /// Each wait is so many times the one before, 1 to 100 [default: 2]
+    #[arg(long, value_name = "NUMBER")]
+    retry_backoff_multiplier: Option<f64>,
+    /// The gRPC status codes that are retried, by name [default: UNAVAILABLE]
+    #[arg(long, value_name = "CODES", value_delimiter = ',')]
+    retry_retryable_status_codes: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+#[allow(clippy::struct_field_names, reason = "they are the names of flags")]
+#[command(next_help_heading = "When its calls are held back")]
+struct Breaker {
+    /// After so many cycles in a row in which it fails or is late, 1 to 1000 [default: 5]
+    #[arg(long, value_name = "NUMBER")]
+    breaker_failure_threshold: Option<u32>,
+    /// For so long, before one call probes it, 1ms to 24h [default: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    breaker_open_for: Option<prost_types::Duration>,
+    /// Never
+    #[arg(long)]
+    breaker_disabled: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[allow(clippy::struct_field_names, reason = "they are the names of flags")]
+#[command(next_help_heading = "What it may send in one answer")]
+struct Limits {
+    /// Bytes of the whole message, up to 64 MiB [default: 4194304]
+    #[arg(long, value_name = "BYTES")]
+    limits_max_message_bytes: Option<u32>,
+    /// Bytes of the output, up to 64 MiB [default: 1048576]
+    #[arg(long, value_name = "BYTES")]
+    limits_max_output_bytes: Option<u32>,
+    /// Metrics, up to 4096 [default: 64]
+    #[arg(long, value_name = "NUMBER")]
+    limits_max_metrics: Option<u32>,
+    /// Issues, up to 1024 [default: 32]
+    #[arg(long, value_name = "NUMBER")]
+    limits_max_issues: Option<u32>,
+}
+
+impl Subsystems {
+    /// Does what is asked for.
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
+        let remote = &self.remote;
+        let format = remote.format;
+        let mut client = remote.connect().await?;
+        match self.command {
+            Command::List => list(remote, &mut client).await?,
+            Command::Show { name, latest_output, snapshot } => {
+                let request =
+                    pb::GetSubsystemRequest { name, include_output: latest_output, include_snapshot: snapshot };
+                let response = remote.quickly(client.get_subsystem(request)).await?.into_inner();
+                format.show("GetSubsystemResponse", &response, |response| shown(response.subsystem.as_ref()))?;
+            }
+            Command::Register(register) => {
+                let request = register.request()?;
+                let response = remote.quickly(client.register_subsystem(request)).await?.into_inner();
+                format.show("RegisterSubsystemResponse", &response, |response| {
+                    let name = response.subsystem.as_ref().map(name).unwrap_or_default();
+                    let before = if response.created { "" } else { ", in place of what it was registered as before" };
+                    format!("subsystem {name} is registered{before}\n")
+                })?;
+            }
+            Command::Unregister { name } => {
+                let request = pb::UnregisterSubsystemRequest { name: name.clone() };
+                let response = remote.quickly(client.unregister_subsystem(request)).await?.into_inner();
+                format.show("UnregisterSubsystemResponse", &response, |_| format!("subsystem {name} is removed\n"))?;
+            }
+            Command::Suspend { name } => {
+                let request = pb::SuspendSubsystemRequest { name: name.clone() };
+                let response = remote.quickly(client.suspend_subsystem(request)).await?.into_inner();
+                format.show("SuspendSubsystemResponse", &response, |_| format!("subsystem {name} is suspended\n"))?;
+            }
+            Command::Resume { name } => {
+                let request = pb::ResumeSubsystemRequest { name: name.clone() };
+                let response = remote.quickly(client.resume_subsystem(request)).await?.into_inner();
+                format
+                    .show("ResumeSubsystemResponse", &response, |_| format!("subsystem {name} takes part again\n"))?;
+            }
+            Command::Renew { name } => {
+                let request = pb::RenewLeaseRequest { name: name.clone() };
+                let response = remote.quickly(client.renew_lease(request)).await?.into_inner();
+                format.show("RenewLeaseResponse", &response, |response| {
+                    let ends = response.lease_expires_at.as_ref();
+                    format!("the lease of {name} ends at {} ({})\n", time(ends), age(ends))
+                })?;
+            }
+        }
+        Ok(Exit::Done)
+    }
+}
+
+impl Register {
+    fn request(self) -> Result<pb::RegisterSubsystemRequest, Failure> {
+        let registration = pb::Registration {
+            name: self.name,
+            endpoint: self.endpoint,
+            phase: self.phase,
+            requires: self.requires,
+            after: self.after,
+            reads: self.reads,
+            timeout: self.timeout_per_cycle,
+            retry: Some(pb::RetryPolicy {
+                max_attempts: self.retry.retry_max_attempts.unwrap_or_default(),
+                initial_backoff: self.retry.retry_initial_backoff,
+                max_backoff: self.retry.retry_max_backoff,
+                backoff_multiplier: self.retry.retry_backoff_multiplier.unwrap_or_default(),
+                retryable_status_codes: self.retry.retry_retryable_status_codes,
+            }),
+            breaker: Some(pb::BreakerPolicy {
+                failure_threshold: self.breaker.breaker_failure_threshold.unwrap_or_default(),
+                open_for: self.breaker.breaker_open_for,
+                disabled: self.breaker.breaker_disabled,
+            }),
+            critical: self.critical,
+            parameters: self.parameters.encode()?,
+            limits: Some(pb::Limits {
+                max_message_bytes: self.limits.limits_max_message_bytes.unwrap_or_default(),
+                max_output_bytes: self.limits.limits_max_output_bytes.unwrap_or_default(),
+                max_metrics: self.limits.limits_max_metrics.unwrap_or_default(),
+                max_issues: self.limits.limits_max_issues.unwrap_or_default(),
+            }),
+            record_output: self.record_output,
+        };
+        Ok(pb::RegisterSubsystemRequest { registration: Some(registration), lease: self.lease })
+    }
+}
+
+/// Hands every page of the registry to `take`.
+///
+/// # Errors
+/// The service can't be reached or refuses, or what `take` returns.
+pub(super) async fn pages(
+    remote: &Remote,
+    client: &mut Client,
+    mut take: impl FnMut(Vec<pb::SubsystemStatus>) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let mut page_token = String::new();
+    loop {
+        let request = pb::ListSubsystemsRequest { page_size: 1000, page_token };
+        let page = remote.quickly(client.list_subsystems(request)).await?.into_inner();
+        take(page.subsystems)?;
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            return Ok(());
+        }
+    }
+}
+
+async fn list(remote: &Remote, client: &mut Client) -> Result<(), Failure> {
+    use prost::Message as _;
+    if remote.format.is_json() {
+        let mut list = JsonList::begin("subsystems")?;
+        pages(remote, client, |page| {
+            page.iter().try_for_each(|status| list.add("SubsystemStatus", &status.encode_to_vec()))
+        })
+        .await?;
+        return list.end();
+    }
+    let mut table = table();
+    pages(remote, client, |page| {
+        for status in &page {
+            table.row(row(status));
+        }
+        Ok(())
+    })
+    .await?;
+    print(&table.or("no subsystems"))
+}
+
+/// The name of a subsystem.
+pub(super) fn name(status: &pb::SubsystemStatus) -> String {
+    status.registration.as_ref().map(|registration| registration.name.clone()).unwrap_or_default()
+}
+
+/// A table for [`row`]s.
+pub(super) fn table() -> Table {
+    Table::list(["SUBSYSTEM", "PHASE", "STANDS", "LAST", "DURATION", "ENDPOINT", "REASON"]).right(1).right(4)
+}
+
+/// A subsystem in a row.
+pub(super) fn row(status: &pb::SubsystemStatus) -> [comfy_table::Cell; 7] {
+    let registration = status.registration.clone().unwrap_or_default();
+    let last = status.last.as_ref();
+    let dash = || "-".to_owned();
+    [
+        text(&registration.name),
+        text(registration.phase.to_string()),
+        state(stands(status)),
+        last.map_or_else(|| text(dash()), |last| state(subsystem_state(last.state()))),
+        text(last.map_or_else(dash, |last| milliseconds(last.duration_ms))),
+        text(&registration.endpoint),
+        text(last.map(why).unwrap_or_default()),
+    ]
+}
+
+/// Whether the next cycle will call it.
+fn stands(status: &pb::SubsystemStatus) -> &'static str {
+    match (status.suspended, status.breaker()) {
+        (true, _) => "SUSPENDED",
+        (false, pb::BreakerState::Open) => "CIRCUIT_OPEN",
+        (false, pb::BreakerState::HalfOpen) => "HALF_OPEN",
+        (false, pb::BreakerState::Closed | pb::BreakerState::Unspecified) => "READY",
+    }
+}
+
+/// Who declared something, in words.
+pub(super) fn origin(origin: pb::Origin) -> &'static str {
+    match origin {
+        pb::Origin::Unspecified => "",
+        pb::Origin::Config => "the configuration file",
+        pb::Origin::Rpc => "RPC",
+    }
+}
+
+/// One subsystem with its registration and state.
+fn shown(status: Option<&pb::SubsystemStatus>) -> String {
+    let Some(status) = status else { return String::new() };
+    let registration = status.registration.clone().unwrap_or_default();
+    let mut facts = Table::facts();
+    facts.fact("subsystem", &registration.name);
+    facts.fact("declared by", origin(status.origin()));
+    facts.fact("endpoint", &registration.endpoint);
+    facts.fact("phase", registration.phase.to_string());
+    for (list, of) in
+        [("requires", &registration.requires), ("after", &registration.after), ("reads", &registration.reads)]
+    {
+        facts.fact(list, names(of, usize::MAX));
+    }
+    facts.fact("timeout", duration(registration.timeout.as_ref()));
+    if let Some(retry) = &registration.retry {
+        facts.fact(
+            "retry",
+            format!(
+                "{} attempts, backoff {} to {} times {}, for {}",
+                retry.max_attempts,
+                duration(retry.initial_backoff.as_ref()),
+                duration(retry.max_backoff.as_ref()),
+                retry.backoff_multiplier,
+                names(&retry.retryable_status_codes, usize::MAX)
+            ),
+        );
+    }
+    if let Some(breaker) = &registration.breaker {
+        let when = format!(
+            "opens for {} after {} failures in a row",
+            duration(breaker.open_for.as_ref()),
+            breaker.failure_threshold
+        );
+        facts.fact("breaker", if breaker.disabled { "disabled".to_owned() } else { when });
+    }
+    if let Some(limits) = &registration.limits {
+        facts.fact(
+            "limits",
+            format!(
+                "{} bytes in a message, {} of output, {} metrics, {} issues",
+                grouped(limits.max_message_bytes.into()),
+                grouped(limits.max_output_bytes.into()),
+                grouped(limits.max_metrics.into()),
+                grouped(limits.max_issues.into())
+            ),
+        );
+    }
+    if registration.critical {
+        facts.fact("critical", "a cycle in which it fails is FAILED");
+    }
+    if registration.record_output {
+        facts.fact("output", "kept in the record of every cycle");
+    }
+    if !registration.parameters.is_empty() {
+        facts.fact("parameters", payload(&registration.parameters));
+    }
+    facts.row([text("stands"), state(stands(status))]);
+    facts.fact("breaker is", word(status.breaker().as_str_name(), "BREAKER_STATE_"));
+    facts.fact("initialized", if status.initialized { "yes, in this epoch" } else { "not yet" });
+    if status.lease_expires_at.is_some() {
+        let ends = status.lease_expires_at.as_ref();
+        facts.fact("lease ends", format!("{} ({})", time(ends), age(ends)));
+    }
+    if let Some(last) = &status.last {
+        let (cycle, state) = (status.last_cycle_id, subsystem_state(last.state()));
+        let (took, attempts, why) = (milliseconds(last.duration_ms), count(last.attempts, "attempt"), why(last));
+        facts.fact("last", format!("{state} in cycle {cycle}, {took}, {attempts}  {why}").trim());
+    }
+    if status.output_cycle_id != 0 {
+        facts.fact("latest output", format!("of cycle {}", status.output_cycle_id));
+    }
+    if !status.output.is_empty() {
+        facts.fact("output", payload(&status.output));
+    }
+    if !status.snapshot.is_empty() {
+        facts.fact("snapshot", payload(&status.snapshot));
+    }
+    if !status.snapshot_error.is_empty() {
+        facts.fact("snapshot", format!("none: {}", status.snapshot_error));
+    }
+    facts.finish()
+}

@@ -1,0 +1,287 @@
+//! `orchestrator watch`: follows the record, and the running cycle.
+
+use std::{convert::Infallible, time::Duration};
+
+use tokio::time::Instant;
+use tonic::{Code, Status, Streaming};
+
+use super::{
+    Exit, Failure,
+    output::{
+        Format, clean, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted, print, short,
+        subsystem_state, telemetry, time, trigger,
+    },
+    progress::Bar,
+    remote::{Remote, is_connection_lost, reason},
+};
+use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
+
+/// How cycles end, as arguments.
+pub(super) const CYCLE_STATES: &[pb::CycleState] = &[
+    pb::CycleState::Succeeded,
+    pb::CycleState::Degraded,
+    pb::CycleState::Failed,
+    pb::CycleState::Cancelled,
+    pb::CycleState::Interrupted,
+];
+
+/// Follow the cycles as they are recorded
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Prints every recorded cycle once, in order, without a gap. On a terminal the running cycle is shown below as it moves. \
+When the service restarts, or the connection breaks, the stream is taken up again after the last cycle that was shown; \
+stderr tells so. Ends only with Ctrl-C, or when the records it needs are no longer retained (exit code 1).
+
+Each cycle has a revision, its position in the history: see `orchestrator cycles show`, or the JSON.
+
+Examples:
+  orchestrator watch
+  orchestrator watch --from-oldest --state failed --state degraded
+  orchestrator watch --after 1200 --output json | jq -r .event.recorded.state
+  orchestrator watch --progress --loop heartbeat")]
+pub(super) struct Watch {
+    /// Start after this revision; 0 is from the first record ever. Without it, only what comes is shown
+    #[arg(long, value_name = "REVISION")]
+    after: Option<u64>,
+    /// Start with the oldest record that is retained
+    #[arg(long, conflicts_with = "after")]
+    from_oldest: bool,
+    /// Also tell when each subsystem of the running cycle starts and ends
+    #[arg(long)]
+    progress: bool,
+    /// Only cycles of this loop; may be repeated
+    #[arg(long = "loop", value_name = "NAME", value_delimiter = ',')]
+    loops: Vec<String>,
+    /// Only cycles that ended so; may be repeated
+    #[arg(long = "state", value_name = "STATE", value_delimiter = ',', value_parser = one_of(CYCLE_STATES, cycle_state))]
+    states: Vec<pb::CycleState>,
+    /// Only cycles in which this subsystem took part; may be repeated
+    #[arg(long = "subsystem", value_name = "NAME", value_delimiter = ',')]
+    subsystems: Vec<String>,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+impl Watch {
+    /// Follows until it is interrupted.
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
+        let request = pb::WatchCyclesRequest {
+            after_revision: self.after,
+            from_oldest: self.from_oldest,
+            progress: self.progress,
+            loops: self.loops,
+            states: self.states.into_iter().map(Into::into).collect(),
+            subsystems: self.subsystems,
+        };
+        tokio::select! {
+            ended = follow(&self.remote, request) => ended.map(|never| match never {}),
+            _ = tokio::signal::ctrl_c() => Ok(Exit::Left),
+        }
+    }
+}
+
+/// Shows the stream until dropped: on a terminal with the running cycle below what is recorded, else as lines. Each
+/// start and end inside the running cycle has a line of its own only where `request` asks for progress.
+///
+/// # Errors
+/// The service can't be reached at first, or refuses; or nobody reads the output.
+pub(super) async fn follow(remote: &Remote, request: pb::WatchCyclesRequest) -> Result<Infallible, Failure> {
+    let mut view = View::new(remote.format, request.progress);
+    let request = pb::WatchCyclesRequest { progress: request.progress || view.bar.is_some(), ..request };
+    let mut events = Events::open(remote, request, None).await?;
+    loop {
+        let event = events.next(|text| view.note(text)).await?;
+        view.show(event)?;
+    }
+}
+
+/// How events are shown.
+struct View {
+    format: Format,
+    /// Where a person looks at it.
+    bar: Option<Bar>,
+    /// What happens inside a cycle has lines of its own.
+    with_progress: bool,
+}
+
+impl View {
+    fn new(format: Format, with_progress: bool) -> Self {
+        let bar = (!format.is_json() && is_terminal()).then(Bar::on_stdout);
+        Self { format, bar, with_progress }
+    }
+
+    fn note(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.above(|| note(text)),
+            None => note(text),
+        }
+    }
+
+    fn show(&mut self, event: pb::CycleEvent) -> Result<(), Failure> {
+        if self.format.is_json() {
+            let response = pb::WatchCyclesResponse { event: Some(event) };
+            return print(&format!("{}\n", json("WatchCyclesResponse", &response)?));
+        }
+        let Some(event) = event.event else { return Ok(()) };
+        let lines = match &event {
+            Event::Recorded(record) => recorded(&telemetry(record)?),
+            Event::Started(started) if self.with_progress => self::started(started),
+            Event::Progress(progress) if self.with_progress => self::progress(progress),
+            Event::Started(_) | Event::Progress(_) | Event::Bookmark(_) => String::new(),
+        };
+        match &mut self.bar {
+            None => print(&lines),
+            Some(bar) => {
+                // A bar that has to go goes before the line that replaces it.
+                bar.follow(&event);
+                bar.above(|| print(&lines))
+            }
+        }
+    }
+}
+
+/// A recorded cycle in one line.
+pub(super) fn recorded(cycle: &pb::CycleTelemetry) -> String {
+    let failed = if cycle.error.is_empty() { String::new() } else { format!("  {}", clean(&cycle.error)) };
+    format!(
+        "{}  cycle {}  {}  {:>7}  {}{failed}\n",
+        time(cycle.finished_at.as_ref()),
+        cycle.cycle_id,
+        painted(cycle_state(cycle.state()), 11),
+        milliseconds(cycle.duration_ms),
+        trigger(cycle.trigger(), &cycle.r#loop),
+    )
+}
+
+/// The start of a cycle in one line.
+pub(super) fn started(started: &pb::CycleStarted) -> String {
+    format!(
+        "{}  cycle {}  started      {}, {}\n",
+        time(started.started_at.as_ref()),
+        started.cycle_id,
+        count(started.subsystems.len() as u64, "subsystem"),
+        trigger(started.trigger(), &started.r#loop),
+    )
+}
+
+/// What moved inside of a cycle, a line each.
+pub(super) fn progress(progress: &pb::CycleProgress) -> String {
+    let mut lines = String::new();
+    if progress.dropped > 0 {
+        lines = format!("cycle {}  {} lost on the way\n", progress.cycle_id, count(progress.dropped, "update"));
+    }
+    for update in &progress.updates {
+        let why = clean(format!("{} {}", update.error_code, update.error_message).trim());
+        let attempts =
+            if update.attempts > 1 { format!("  {}", count(update.attempts, "attempt")) } else { String::new() };
+        let line = format!(
+            "cycle {}  +{:<8} {}  {}{attempts}  {why}",
+            progress.cycle_id,
+            milliseconds(update.elapsed_ms),
+            painted(subsystem_state(update.state()), 12),
+            clean(&update.name),
+        );
+        lines += line.trim_end();
+        lines.push('\n');
+    }
+    lines
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The stream
+
+/// The events of the stream. When the connection breaks or the service restarts, it is taken up again after the last
+/// revision that was seen.
+pub(super) struct Events<'a> {
+    remote: &'a Remote,
+    request: pb::WatchCyclesRequest,
+    stream: Streaming<pb::WatchCyclesResponse>,
+    give_up_after: Option<Duration>,
+    /// Attempts to take it up again since the last event.
+    failures: u32,
+}
+
+impl<'a> Events<'a> {
+    const FIRST_PAUSE: Duration = Duration::from_millis(100);
+    /// So long a service that is back waits for its watchers at most.
+    const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+    /// Opens the stream. Once it was open, it is taken up again for as long as it takes, or until the service has been
+    /// away for `give_up_after`.
+    ///
+    /// # Errors
+    /// The service can't be reached, or refuses.
+    pub(super) async fn open(
+        remote: &'a Remote,
+        request: pb::WatchCyclesRequest,
+        give_up_after: Option<Duration>,
+    ) -> Result<Self, Failure> {
+        let mut client = remote.connect().await?;
+        let stream = remote.quickly(client.watch_cycles(request.clone())).await?.into_inner();
+        Ok(Self { remote, request, stream, give_up_after, failures: 0 })
+    }
+
+    /// The next event. What keeps it waiting is told to `note`.
+    ///
+    /// # Errors
+    /// The service refuses to go on, or has been away for too long.
+    pub(super) async fn next(&mut self, note: impl Fn(&str)) -> Result<pb::CycleEvent, Failure> {
+        loop {
+            match self.stream.message().await {
+                Ok(Some(pb::WatchCyclesResponse { event: Some(event) })) => {
+                    self.failures = 0;
+                    self.request.after_revision = Some(event.revision);
+                    self.request.from_oldest = false;
+                    return Ok(event);
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => self.resume("the stream has ended", &note).await?,
+                Err(status) if passes(&status) => {
+                    let why = match reason(&status).as_str() {
+                        "DRAINING" => "the service shuts down".to_owned(),
+                        "" => "the connection is lost".to_owned(),
+                        _ => clean(status.message()),
+                    };
+                    self.resume(&why, &note).await?;
+                }
+                Err(status) => return Err(self.remote.failure(&status)),
+            }
+        }
+    }
+
+    async fn resume(&mut self, why: &str, note: impl Fn(&str)) -> Result<(), Failure> {
+        let away_since = Instant::now();
+        note(&format!("{why}; reconnecting"));
+        loop {
+            let pause = Self::FIRST_PAUSE.saturating_mul(1 << self.failures.min(16)).min(Self::LONGEST_PAUSE);
+            self.failures += 1;
+            // Not all watchers at once.
+            tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+            let failure = match self.remote.connect().await {
+                Ok(mut client) => {
+                    let opening = client.watch_cycles(self.request.clone());
+                    match tokio::time::timeout(Self::LONGEST_PAUSE, opening).await {
+                        Ok(Ok(stream)) => {
+                            note("connected again");
+                            self.stream = stream.into_inner();
+                            return Ok(());
+                        }
+                        Ok(Err(status)) if passes(&status) => self.remote.failure(&status),
+                        Ok(Err(status)) => return Err(self.remote.failure(&status)),
+                        Err(_) => self.remote.late(Self::LONGEST_PAUSE),
+                    }
+                }
+                Err(failure) => failure,
+            };
+            if let Some(patience) = self.give_up_after.filter(|patience| away_since.elapsed() > *patience) {
+                let message = format!("{}\nGave up after {}.", failure.message, short(patience));
+                return Err(Failure::new(Exit::Unreachable, message));
+            }
+        }
+    }
+}
+
+/// Trying again helps.
+fn passes(status: &Status) -> bool {
+    is_connection_lost(status) || status.code() == Code::Unavailable
+}

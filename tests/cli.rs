@@ -1,0 +1,776 @@
+//! The command line against the real service: what each command prints, and how it exits.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{
+    fs::File,
+    io::Read,
+    net::SocketAddr,
+    os::fd::OwnedFd,
+    path::Path,
+    process::{Output, Stdio},
+    sync::Arc,
+};
+
+use common::{
+    fleet::{Fleet, Run, to_struct},
+    patiently,
+    service::{Client, Home, Service, registration},
+};
+use orchestrator_core::proto::{orchestrator::v1 as pb, subsystem::v1 as pbs};
+use rustix::{
+    process::{Pid, Signal, kill_process},
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::{Winsize, tcsetwinsize},
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, Lines, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+    process::{Child, ChildStderr, ChildStdout, Command},
+    sync::watch,
+    task::JoinSet,
+};
+use tonic::Code;
+
+// ---------------------------------------------------------------------------------------------------------------
+// The kit
+
+/// How the service is reached from the command line.
+struct Cli(SocketAddr);
+
+/// What a command left behind.
+struct Ended {
+    code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+impl From<Output> for Ended {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+impl Ended {
+    /// Its output, if it ended so.
+    #[track_caller]
+    fn with(self, code: i32) -> String {
+        assert_eq!(self.code, code, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        self.stdout
+    }
+
+    /// What it said went wrong, if it ended so and printed nothing.
+    #[track_caller]
+    fn refused_with(self, code: i32) -> String {
+        assert_eq!((self.code, self.stdout.as_str()), (code, ""), "{}", self.stderr);
+        self.stderr
+    }
+}
+
+/// The binary, without what the environment of the tests may say.
+fn orchestrator() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    for variable in ["ADDRESS", "TIMEOUT", "OUTPUT", "CONFIG"] {
+        command.env_remove(format!("ORCHESTRATOR_{variable}"));
+    }
+    command.env_remove("NO_COLOR").stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+async fn ended(command: &mut Command) -> Ended {
+    patiently("a command to end", command.output()).await.unwrap().into()
+}
+
+impl Cli {
+    fn of(service: &Service) -> Self {
+        Self(service.address())
+    }
+
+    /// A command, which finds the service by its environment.
+    fn command(&self, line: &str) -> Command {
+        let mut command = orchestrator();
+        command.env("ORCHESTRATOR_ADDRESS", self.0.to_string()).args(line.split_whitespace());
+        command
+    }
+
+    async fn run(&self, line: &str) -> Ended {
+        ended(&mut self.command(line)).await
+    }
+
+    /// What it prints as JSON, if it ended well.
+    async fn json(&self, line: &str) -> Value {
+        let output = ended(self.command(line).env("ORCHESTRATOR_OUTPUT", "json")).await.with(0);
+        assert_eq!(output.lines().count(), 1, "{output}");
+        serde_json::from_str(&output).unwrap()
+    }
+
+    /// A command that is read while it runs.
+    fn start(&self, line: &str) -> Running {
+        let mut child = self.command(line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap()).lines();
+        let stderr = BufReader::new(child.stderr.take().unwrap()).lines();
+        Running { child, stdout, stderr }
+    }
+}
+
+struct Running {
+    child: Child,
+    stdout: Lines<BufReader<ChildStdout>>,
+    stderr: Lines<BufReader<ChildStderr>>,
+}
+
+impl Running {
+    async fn line(&mut self) -> String {
+        patiently("a line of output", self.stdout.next_line()).await.unwrap().unwrap()
+    }
+
+    async fn error_line(&mut self) -> String {
+        patiently("a line on stderr", self.stderr.next_line()).await.unwrap().unwrap()
+    }
+
+    /// Reads stderr up to a line that contains this.
+    async fn until_error(&mut self, what: &str) {
+        while !self.error_line().await.contains(what) {}
+    }
+
+    fn interrupt(&self) {
+        let id = self.child.id().unwrap();
+        kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), Signal::INT).unwrap();
+    }
+
+    async fn code(&mut self) -> i32 {
+        patiently("a command to end", self.child.wait()).await.unwrap().code().unwrap()
+    }
+}
+
+/// A service, a fleet, and a subsystem for each name.
+async fn house(names: &[&str]) -> (Home, Fleet, Service, Client) {
+    let (home, fleet) = (Home::new(), Fleet::start().await);
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    for name in names {
+        client.register(registration(name, fleet.endpoint())).await.unwrap();
+    }
+    (home, fleet, service, client)
+}
+
+/// The cells of the row that begins with this.
+#[track_caller]
+fn row<'a>(table: &'a str, first: &str) -> Vec<&'a str> {
+    let line = table.lines().find(|line| line.split_whitespace().next() == Some(first));
+    line.unwrap_or_else(|| panic!("no {first} in\n{table}")).split_whitespace().collect()
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Every command
+
+#[tokio::test]
+async fn subsystems_are_registered_shown_and_removed() {
+    let (_home, fleet, service, mut client) = house(&[]).await;
+    let cli = Cli::of(&service);
+    assert_eq!(cli.run("subsystems list").await.with(0), "no subsystems\n");
+    assert_eq!(cli.json("subsystems list").await, json!({ "subsystems": [] }));
+
+    let register = format!(
+        "subsystems register a --endpoint {} --phase -3 --requires x,y --after z --reads w --timeout-per-cycle 2s \
+         --critical --record-output --lease 30s --param limit=5 --params-json {{\"limit\":1,\"deep\":{{\"er\":true}}}} \
+         --retry-max-attempts 5 --retry-initial-backoff 10ms --retry-max-backoff 20ms --retry-backoff-multiplier 1.5 \
+         --retry-retryable-status-codes UNAVAILABLE,ABORTED --breaker-failure-threshold 7 --breaker-open-for 1m \
+         --limits-max-message-bytes 1000 --limits-max-output-bytes 900 --limits-max-metrics 8 --limits-max-issues 9",
+        fleet.endpoint()
+    );
+    assert_eq!(cli.run(&register).await.with(0), "subsystem a is registered\n");
+    let replaced = cli.json(&register).await;
+    assert_eq!(replaced.get("created"), None, "canonical JSON has no defaults: {replaced}");
+    let expected = json!({
+        "name": "a", "endpoint": fleet.endpoint(), "phase": -3, "requires": ["x", "y"], "after": ["z"],
+        "reads": ["w"], "timeout": "2s", "critical": true, "recordOutput": true,
+        "parameters": { "limit": 5.0, "deep": { "er": true } },
+        "retry": {
+            "maxAttempts": 5, "initialBackoff": "0.010s", "maxBackoff": "0.020s", "backoffMultiplier": 1.5,
+            "retryableStatusCodes": ["UNAVAILABLE", "ABORTED"],
+        },
+        "breaker": { "failureThreshold": 7, "openFor": "60s" },
+        "limits": { "maxMessageBytes": 1000, "maxOutputBytes": 900, "maxMetrics": 8, "maxIssues": 9 },
+    });
+    assert_eq!(replaced["subsystem"]["registration"], expected);
+    let registered = client.subsystems().await.unwrap();
+    assert_eq!(registered[0].registration.as_ref().unwrap().phase, -3);
+
+    let shown = cli.run("subsystems show a --latest-output --snapshot").await.with(0);
+    for expected in ["requires     x, y", "5 attempts, backoff 10ms to 20ms times 1.5", r#"{"name":"a"}"#, "lease ends"]
+    {
+        assert!(shown.contains(expected), "no {expected:?} in\n{shown}");
+    }
+    let snapshot = cli.json("subsystems show a --snapshot").await;
+    assert_eq!(snapshot["subsystem"]["snapshot"], json!({ "name": "a" }));
+    assert_eq!(row(&cli.run("subsystems list").await.with(0), "a")[..3], ["a", "-3", "READY"]);
+
+    assert!(cli.run("subsystems renew a").await.with(0).contains("(in 2"));
+    assert!(cli.json("subsystems renew a").await["leaseExpiresAt"].as_str().unwrap().ends_with('Z'));
+    assert_eq!(cli.run("subsystems suspend a").await.with(0), "subsystem a is suspended\n");
+    assert_eq!(cli.json("subsystems list").await["subsystems"][0]["suspended"], true);
+    assert_eq!(row(&cli.run("subsystems list").await.with(0), "a")[2], "SUSPENDED");
+    assert_eq!(cli.run("subsystems resume a").await.with(0), "subsystem a takes part again\n");
+    assert_eq!(cli.json("subsystems unregister a").await, json!({}));
+    assert!(cli.run("subsystems unregister a").await.refused_with(1).contains("SUBSYSTEM_NOT_FOUND"));
+}
+
+#[tokio::test]
+async fn a_cycle_is_planned_run_and_found_in_the_history() {
+    let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
+    let cli = Cli::of(&service);
+    let c = pb::Registration { requires: vec!["a".into()], ..registration("c", fleet.endpoint()) };
+    client.register(c).await.unwrap();
+
+    assert_eq!(row(&cli.run("plan").await.with(0), "0").len(), 3);
+    let plan = cli.json("plan --subsystem a,c").await;
+    assert_eq!(plan["plan"]["subsystems"][1], json!({ "name": "c", "level": 1, "waitsFor": ["a"] }));
+    for line in ["run --validate-only", "run --dry-run"] {
+        assert!(cli.run(line).await.with(0).contains("WAITS FOR"));
+    }
+    assert_eq!(cli.json("run --validate-only").await["plan"]["levels"], 2);
+    assert_eq!(cli.run("cycles list").await.with(0), "no cycles\n");
+    assert_eq!(cli.json("cycles list").await, json!({ "cycles": [] }));
+    assert!(row(&cli.run("status").await.with(0), "last").contains(&"-"));
+
+    // Nobody looks: plain lines on stderr, the cycle as a table on stdout.
+    let ran = cli.run("run --record-outputs --details --param n=1").await;
+    assert!(ran.stderr.contains("cycle 1  started      3 subsystems, manual"), "{}", ran.stderr);
+    let parts = ran.stderr.lines().filter(|line| line.contains("SUCCEEDED")).count();
+    assert_eq!(parts, 3, "{}", ran.stderr);
+    let table = ran.with(0);
+    assert_eq!(row(&table, "state"), ["state", "SUCCEEDED"]);
+    assert!(table.contains(r#"{"by":"a","cycle":1}"#), "{table}");
+    assert_eq!(fleet.now(|state| state.runs("a").next().unwrap().parameters.clone()), json!({ "n": 1 }));
+
+    let ran = cli.json("run --subsystem b --request-id once").await;
+    assert_eq!(ran["telemetry"]["state"], "CYCLE_STATE_SUCCEEDED");
+    assert_eq!(ran["telemetry"]["subsystems"].as_array().unwrap().len(), 1);
+    assert_eq!(ran, cli.json("run --request-id once").await, "the same id gets the same cycle");
+    assert_eq!(cli.run("run --async").await.with(0), "cycle 3 is admitted\n");
+
+    let listed = cli.run("cycles list --limit 1 --subsystem c --subsystem-state succeeded --trigger manual").await;
+    assert_eq!(row(&listed.with(0), "3")[..3], ["3", "SUCCEEDED", "manual"]);
+    let listed =
+        cli.json("cycles list --state succeeded --finished-from 1h --finished-before 2100-01-01T00:00:00Z").await;
+    let ids: Vec<_> = listed["cycles"].as_array().unwrap().iter().map(|cycle| cycle["cycleId"].clone()).collect();
+    assert_eq!(ids, ["3", "2", "1"]);
+    assert_eq!(cli.json("cycles list --state failed --all").await, json!({ "cycles": [] }));
+    assert_eq!(row(&cli.run("cycles show 2").await.with(0), "request")[2], "once");
+    assert_eq!(cli.json("cycles show 2").await["telemetry"]["requestId"], "once");
+
+    let status = cli.json("status --snapshots").await["status"].clone();
+    assert_eq!((&status["totalCycles"], &status["lastCycle"]["cycleId"]), (&json!("3"), &json!("3")));
+    assert_eq!(status["subsystems"][2]["snapshot"], json!({ "name": "c" }));
+    let status = cli.run("status").await.with(0);
+    assert!(!status.contains("SUBSYSTEM"), "{status}");
+    assert!(status.contains("cycle 3 SUCCEEDED in "), "{status}");
+    let status = cli.run("status --subsystems").await.with(0);
+    assert_eq!(row(&status, "c")[..4], ["c", "0", "READY", "SUCCEEDED"]);
+}
+
+#[tokio::test]
+async fn loops_are_started_listed_and_stopped() {
+    let (_home, _fleet, service, _client) = house(&["a"]).await;
+    let cli = Cli::of(&service);
+    assert_eq!(cli.run("loops list").await.with(0), "no loops\n");
+    let started = cli
+        .json(
+            "loops start l --interval 1h --offset 5m --jitter 1s --overlap-policy buffer_one --catch-up one \
+             --catch-up-window 2h --subsystem a --deadline 3s --record-outputs --param k=true",
+        )
+        .await;
+    let settings = json!({
+        "name": "l", "interval": "3600s", "offset": "300s", "jitter": "1s",
+        "overlapPolicy": "OVERLAP_POLICY_BUFFER_ONE", "catchUp": "CATCH_UP_ONE", "catchUpWindow": "7200s",
+        "subsystems": ["a"], "deadline": "3s", "recordOutputs": true, "parameters": { "k": true },
+    });
+    assert_eq!(started["loop"]["loop"], settings);
+    assert_eq!(cli.json("loops list").await["loops"][0]["loop"], settings);
+    assert_eq!(row(&cli.run("loops list").await.with(0), "l")[..3], ["l", "1h", "in"]);
+    assert_eq!(row(&cli.run("status").await.with(0), "l")[1], "1h");
+    let shown = cli.run("loops start fast --interval 10ms").await.with(0);
+    assert_eq!(row(&shown, "interval"), ["interval", "10ms"]);
+
+    // Its cycles come, and are told apart from others.
+    let mut watch = cli.start("watch --loop fast");
+    assert!(watch.line().await.ends_with("loop fast"));
+    watch.interrupt();
+    assert_eq!(watch.code().await, 130);
+    assert!(cli.run("loops stop fast").await.with(0).contains("stopped"));
+    assert_eq!(cli.json("loops stop l").await["loop"]["stopped"], true);
+    assert!(cli.run("loops stop l").await.refused_with(1).contains("LOOP_NOT_FOUND"));
+    assert_eq!(cli.json("cycles list --trigger loop --loop l").await, json!({ "cycles": [] }));
+}
+
+#[tokio::test]
+async fn long_lists_are_read_page_by_page() {
+    const NAMES: usize = 2500;
+    let entry = |i| format!("[[subsystems]]\nname = \"s{i}\"\nendpoint = \"http://127.0.0.1:1\"\n");
+    let config: String = (0..NAMES).map(entry).collect();
+    let home = Home::new().with_config(&config);
+    let service = home.serve().await;
+    let cli = Cli::of(&service);
+    let table = cli.run("subsystems list").await.with(0);
+    assert_eq!(table.lines().count(), NAMES + 1);
+    let listed = cli.json("subsystems list").await;
+    assert_eq!(listed["subsystems"].as_array().unwrap().len(), NAMES);
+    assert_eq!(cli.json("status --subsystems").await["status"]["subsystems"].as_array().unwrap().len(), NAMES);
+    assert!(cli.run("status").await.with(0).lines().count() < 20);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Exit codes
+
+#[tokio::test]
+async fn how_a_cycle_ended_is_the_exit_code() {
+    let (home, fleet, service, _client) = house(&["a", "b"]).await;
+    let cli = Cli::of(&service);
+    fleet.run("a", Run::fail(Code::Internal));
+    let degraded = cli.run("run --quiet").await;
+    assert_eq!(degraded.stderr, "");
+    let degraded = degraded.with(10);
+    assert_eq!(row(&degraded, "state"), ["state", "DEGRADED"]);
+    assert!(row(&degraded, "a").ends_with(&["INTERNAL", "as", "scripted"]));
+    fleet.run("b", Run::fail(Code::Internal));
+    assert_eq!(row(&cli.run("run").await.with(11), "state"), ["state", "FAILED"]);
+
+    fleet.run("a", Run::Hang);
+    let mut run = cli.start("run");
+    run.until_error("cycle 3  started").await;
+    let cancelled = cli.run("cancel 3").await.with(0);
+    assert_eq!(row(&cancelled, "state"), ["state", "CANCELLED"]);
+    assert_eq!(run.code().await, 12);
+    assert!(cli.run("cancel 3").await.refused_with(1).contains("CYCLE_FINISHED"));
+    assert!(cli.run("cancel 33").await.refused_with(1).contains("CYCLE_NOT_FOUND"));
+
+    // Who leaves is told that the cycle goes on.
+    let mut run = cli.start("run");
+    run.until_error("cycle 4  started").await;
+    assert!(cli.run("run --overlap-policy skip").await.refused_with(1).contains("CYCLE_RUNNING"));
+    run.interrupt();
+    run.until_error(&format!("orchestrator cancel 4 --address http://{}", cli.0)).await;
+    assert_eq!(run.code().await, 130);
+    let status = cli.run("status").await.with(0);
+    assert!(status.contains("cycle 4, manual, started "), "{status}");
+    assert_eq!(cli.json("cancel 4").await["telemetry"]["state"], "CYCLE_STATE_CANCELLED");
+    let late = cli.run("run --timeout 100ms --quiet").await.refused_with(4);
+    assert!(late.contains("within 100ms") && late.contains("Cycle 5 goes on"), "{late}");
+    drop((service, home));
+}
+
+#[tokio::test]
+async fn what_is_refused_says_which_fields_are_wrong() {
+    let (_home, fleet, service, _client) = house(&[]).await;
+    let cli = Cli::of(&service);
+    let wrong = cli.run("subsystems register 1a --endpoint nowhere --timeout-per-cycle 0s").await.refused_with(1);
+    for field in ["registration.name \"1a\"", "registration.endpoint", "registration.timeout"] {
+        assert!(wrong.contains(&format!("\n  {field}")), "{wrong}");
+    }
+    assert!(wrong.ends_with("(INVALID_ARGUMENT, INVALID_FIELDS)\n"), "{wrong}");
+    let endpoint = fleet.endpoint();
+    cli.run(&format!("subsystems register a --endpoint {endpoint} --after b")).await.with(0);
+    let ring = cli.run(&format!("subsystems register b --endpoint {endpoint} --after a")).await.refused_with(1);
+    assert!(ring.contains("b is after a") && ring.contains("ORDER_RING"), "{ring}");
+    assert!(cli.run("run --subsystem nobody").await.refused_with(1).contains("SUBSYSTEM_NOT_FOUND"));
+    assert!(cli.run("cycles show 9").await.refused_with(1).contains("CYCLE_NOT_FOUND"));
+    assert!(cli.run("loops start l").await.refused_with(1).contains("interval"));
+    let gone = cli.run("watch --after 7").await.refused_with(1);
+    assert!(gone.contains("REVISION_NOT_RETAINED") && gone.contains("--from-oldest"), "{gone}");
+}
+
+#[tokio::test]
+async fn wrong_usage_and_no_service_have_codes_of_their_own() {
+    for line in [
+        "",
+        "nonsense",
+        "run --async --validate-only",
+        "run --param x",
+        "run --param x=text",
+        "run --params-json [1]",
+        "run --deadline soon",
+        "run --overlap-policy wait",
+        "cancel",
+        "cancel x",
+        "cycles list --state fine",
+        "cycles list --subsystem-state failed",
+        "cycles list --limit 0",
+        "cycles list --limit 3 --all",
+        "cycles list --finished-from yesterday",
+        "watch --after 1 --from-oldest",
+        "subsystems register a",
+        "status --address unix:/run/o.sock",
+        "status --address ftp://example.org",
+        "status --timeout 0s",
+        "status --output yaml",
+        "completions tcsh",
+    ] {
+        let wrong = ended(orchestrator().args(line.split_whitespace())).await;
+        assert!(!wrong.stderr.is_empty(), "{line}");
+        assert_eq!((wrong.code, wrong.stdout.as_str()), (2, ""), "{line}: {}", wrong.stderr);
+    }
+    // A port that was free a moment ago.
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    for line in ["run", "status", "watch", "cancel 1", "cycles list", "subsystems list", "loops list", "plan"] {
+        let unreachable = Cli(nobody).run(line).await.refused_with(4);
+        assert!(unreachable.contains(&format!("http://{nobody}: ")), "{unreachable}");
+        assert!(unreachable.contains("orchestrator serve"), "{unreachable}");
+    }
+    // Somebody listens and never answers.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let late = Cli(silent.local_addr().unwrap()).run("status --timeout 50ms").await.refused_with(4);
+    assert!(late.contains("50ms"), "{late}");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The stream
+
+/// An address that stays the same while what is behind it changes. Those who connect while nothing is there are
+/// turned away.
+struct Door {
+    address: SocketAddr,
+    behind: watch::Sender<Option<SocketAddr>>,
+    _tasks: JoinSet<()>,
+}
+
+impl Door {
+    async fn open() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let behind = watch::Sender::new(None);
+        let target = behind.subscribe();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((mut from, _)) = listener.accept().await {
+                let target = *target.borrow();
+                connections.spawn(async move {
+                    let Some(target) = target else { return };
+                    let Ok(mut to) = TcpStream::connect(target).await else { return };
+                    let _ = copy_bidirectional(&mut from, &mut to).await;
+                });
+            }
+        });
+        Self { address, behind, _tasks: tasks }
+    }
+
+    fn lead_to(&self, service: Option<&Service>) {
+        self.behind.send_replace(service.map(Service::address));
+    }
+}
+
+#[tokio::test]
+async fn a_watch_goes_on_through_a_crash_without_a_gap_or_a_repetition() {
+    let (home, fleet, service, mut client) = house(&["a"]).await;
+    client.run().await.unwrap();
+    let door = Door::open().await;
+    door.lead_to(Some(&service));
+    let cli = Cli(door.address);
+    let mut json = cli.start("watch --from-oldest --output json");
+    let mut lines = cli.start("watch --from-oldest");
+    let id = |line: &str| line.split_whitespace().nth(3).unwrap().parse::<u64>().unwrap();
+    assert_eq!(id(&lines.line().await), 1);
+    client.run().await.unwrap();
+    assert_eq!(id(&lines.line().await), 2);
+
+    // One that runs when the process dies, seen by who has started it.
+    fleet.run("a", Run::Hang);
+    let mut run = cli.start("run");
+    run.until_error("cycle 3  started").await;
+    door.lead_to(None);
+    service.kill().await;
+    run.until_error("the connection is lost; reconnecting").await;
+    lines.until_error("the connection is lost; reconnecting").await;
+
+    // Recorded before the watchers are back.
+    let service = home.serve().await;
+    fleet.run("a", Run::Echo);
+    service.client().await.run().await.unwrap();
+    door.lead_to(Some(&service));
+    assert_eq!(run.code().await, 12);
+    assert_eq!([id(&lines.line().await), id(&lines.line().await)], [3, 4]);
+    lines.until_error("connected again").await;
+
+    // A shutdown says what it is.
+    door.lead_to(None);
+    service.stop().await;
+    lines.until_error("the service shuts down; reconnecting").await;
+    let service = home.serve().await;
+    service.client().await.run().await.unwrap();
+    door.lead_to(Some(&service));
+    assert_eq!(id(&lines.line().await), 5);
+
+    let mut recorded = Vec::new();
+    let mut revisions = Vec::new();
+    while recorded.len() < 5 {
+        let event: Value = serde_json::from_str(&json.line().await).unwrap();
+        let event = &event["event"];
+        let number = |value: &Value| value.as_str().unwrap().parse::<u64>().unwrap();
+        revisions.push(number(&event["revision"]));
+        if let Some(cycle) = event.get("recorded") {
+            recorded.push(number(&cycle["cycleId"]));
+        }
+    }
+    assert_eq!(recorded, [1, 2, 3, 4, 5]);
+    assert!(revisions.is_sorted(), "{revisions:?}");
+    for mut watch in [json, lines] {
+        watch.interrupt();
+        assert_eq!(watch.code().await, 130);
+    }
+}
+
+#[tokio::test]
+async fn a_watch_shows_what_it_is_asked_for() {
+    let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
+    let cli = Cli::of(&service);
+    fleet.run("a", Run::fail(Code::Internal));
+    client.run().await.unwrap();
+    fleet.run("a", Run::Echo);
+    client.run().await.unwrap();
+    let subset = pb::RunCycleRequest { subsystems: vec!["b".into()], ..pb::RunCycleRequest::default() };
+    client.run_with(subset).await.unwrap();
+    let mut watch = cli.start("watch --after 1 --subsystem a --state succeeded,degraded --progress");
+    let shown = watch.line().await;
+    assert!(shown.contains("cycle 2  SUCCEEDED"), "{shown}");
+    fleet.run("a", Run::fail(Code::Internal));
+    client.run().await.unwrap();
+    let mut shown = Vec::new();
+    while shown.last().is_none_or(|line: &String| !line.contains("DEGRADED")) {
+        shown.push(watch.line().await);
+    }
+    assert!(shown[0].contains("cycle 4  started      2 subsystems, manual"), "{shown:?}");
+    assert!(shown.iter().any(|line| line.contains("FAILED        a  INTERNAL as scripted")), "{shown:?}");
+    assert!(shown.last().unwrap().ends_with("a INTERNAL: as scripted"), "{shown:?}");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Terminals and pipes
+
+/// Commands a terminal.
+const ESCAPE: &str = "\x1b[31mred\x1b]0;title\x07\u{9b}2J\u{202e}\r\nend";
+
+#[tokio::test]
+async fn what_subsystems_send_can_not_command_the_terminal() {
+    let (_home, fleet, service, _client) = house(&["a", "b"]).await;
+    let cli = Cli::of(&service);
+    fleet.run("a", Run::Fail(Code::Internal, ESCAPE.into()));
+    let answer = pbs::RunCycleResponse {
+        output: to_struct(&json!({ ESCAPE: ESCAPE })),
+        metrics: [(ESCAPE.to_owned(), 1.0)].into(),
+        issues: vec![pbs::Issue { severity: 0, code: ESCAPE.into(), message: ESCAPE.into() }],
+    };
+    fleet.run("b", Run::Answer(answer));
+    let clean = |text: &str| {
+        let bad = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+        assert!(!text.contains(bad), "{text:?}");
+    };
+    let ran = cli.run("run --details --record-outputs --request-id \x1b[31mid").await;
+    clean(&ran.stderr);
+    let shown = ran.with(10);
+    clean(&shown);
+    assert!(shown.contains("[31mred]0;title2J  end"), "{shown:?}");
+    assert!(shown.contains("ISSUE OF") && shown.contains("METRIC OF") && shown.contains("OUTPUT OF"), "{shown}");
+    for line in [
+        "run --details --record-outputs --output json --request-id \x1b[31mid",
+        "cycles list",
+        "cycles list --output json",
+        "subsystems list",
+        "subsystems show b --latest-output",
+        "subsystems show a",
+        "status --snapshots",
+    ] {
+        let shown = cli.run(line).await;
+        clean(&shown.stdout);
+        clean(&shown.stderr);
+        assert!(shown.stdout.contains("31m"), "{line}: {}", shown.stdout);
+    }
+    let json = cli.json("cycles show 1").await;
+    let message = &json["telemetry"]["subsystems"][0]["errorMessage"];
+    assert_eq!(message, ESCAPE, "JSON says the same, in escapes");
+    let mut watch = cli.start("watch --from-oldest");
+    clean(&watch.line().await);
+}
+
+#[tokio::test]
+async fn a_closed_pipe_ends_a_command_quietly() {
+    let (_home, _fleet, service, mut client) = house(&["a"]).await;
+    client.run().await.unwrap();
+    let cli = Cli::of(&service);
+    for line in
+        ["cycles list", "cycles list --output json", "subsystems list", "watch --from-oldest", "completions zsh"]
+    {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = cli.command(line);
+        let child = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+        let ended: Ended = patiently("a command to end", child.wait_with_output()).await.unwrap().into();
+        assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "{line}");
+    }
+}
+
+/// What a command shows on a terminal of so many columns.
+async fn on_a_terminal(command: &mut Command, columns: u16) -> (i32, String) {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    tcsetwinsize(&master, Winsize { ws_row: 40, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap();
+    let side = || OwnedFd::from(File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap());
+    let mut child = command.env("TERM", "xterm").stdout(side()).stderr(side()).spawn().unwrap();
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let read = tokio::task::spawn_blocking(move || {
+        let (mut shown, mut chunk) = (Vec::new(), [0; 4096]);
+        let mut master = File::from(master);
+        // The end of a terminal whose other side is closed is an error.
+        while let Ok(length @ 1..) = master.read(&mut chunk) {
+            shown.extend(&chunk[..length]);
+        }
+        String::from_utf8(shown).unwrap()
+    });
+    let code = patiently("a command to end", child.wait()).await.unwrap().code().unwrap();
+    (code, patiently("its output", read).await.unwrap())
+}
+
+#[tokio::test]
+async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
+    let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
+    let cli = Cli::of(&service);
+    fleet.run("a", Run::Hold);
+    fleet.run("b", Run::Fail(Code::Internal, "long ".repeat(60)));
+    let mut run = cli.command("run");
+    let (release, run) = tokio::join!(
+        async {
+            fleet.until_run("a", 1).await;
+            // The bar has been told of it when another watcher has.
+            let request = pb::WatchCyclesRequest { progress: true, ..pb::WatchCyclesRequest::default() };
+            let mut stream = client.watch_cycles(request).await.unwrap().into_inner();
+            let progress = |event| matches!(event, Some(pb::cycle_event::Event::Progress(_)));
+            while !progress(stream.message().await.unwrap().unwrap().event.unwrap().event) {}
+            fleet.run("a", Run::Echo);
+        },
+        on_a_terminal(&mut run, 90)
+    );
+    let () = release;
+    let (code, shown) = run;
+    assert_eq!(code, 10);
+    assert!(shown.contains("cycle 1  ["), "{shown:?}");
+    assert!(shown.contains("1 failure"), "{shown:?}");
+    // The bar is gone before the table comes.
+    let table = shown.rsplit("\x1b[2K").next().unwrap();
+    assert!(table.contains("\x1b[38;5;3mDEGRADED"), "{table:?}");
+
+    let (code, list) = on_a_terminal(&mut cli.command("cycles list"), 90).await;
+    assert_eq!(code, 0);
+    let widths: Vec<_> = list.lines().map(|line| plain(line).chars().count()).collect();
+    assert!(widths.len() == 2 && widths.iter().all(|width| *width <= 90), "{list}");
+    assert!(list.contains('…'), "{list}");
+    let (_, list) = on_a_terminal(cli.command("cycles list").env("NO_COLOR", "1"), 90).await;
+    assert!(!list.contains('\x1b') && list.contains("DEGRADED"), "{list:?}");
+    let piped = cli.run("cycles list").await.with(0);
+    assert!(!piped.contains('\x1b') && piped.contains(&"long ".repeat(20)), "{piped:?}");
+}
+
+/// Text without colours.
+fn plain(text: &str) -> String {
+    let mut parts = text.split('\x1b');
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| text + part.split_once('m').map_or("", |(_, rest)| rest))
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Without a service
+
+#[tokio::test]
+async fn check_tells_the_plan_or_all_that_is_wrong() {
+    let check = async |config: &Path, more: &[&str]| {
+        ended(orchestrator().arg("check").arg("--config").arg(config).args(more)).await
+    };
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let shown = check(&examples.join("dreamnet.toml"), &[]).await.with(0);
+    assert!(shown.contains("28 subsystems, 1 loop") && shown.contains("heartbeat  5s"), "{shown}");
+    let plan: Value =
+        serde_json::from_str(&check(&examples.join("dreamnet.toml"), &["--output", "json"]).await.with(0)).unwrap();
+    assert_eq!(plan["plan"]["subsystems"].as_array().unwrap().len(), 28);
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o.toml");
+    std::fs::write(&path, "[cycle]\ndeadine = \"3s\"\n[[subsystems]]\nname = \"1\"\nendpoint = \"x\"\n").unwrap();
+    let wrong = check(&path, &["--set", "store.url=tape:"]).await.refused_with(2);
+    for problem in
+        ["o.toml:2: cycle.deadine is unknown; did you mean cycle.deadline?", "o.toml:4:", "o.toml:5:", "tape:"]
+    {
+        assert!(wrong.contains(problem), "no {problem:?} in\n{wrong}");
+    }
+    let ring = |a: &str, b: &str| {
+        format!("[[subsystems]]\nname = \"{a}\"\nendpoint = \"http://127.0.0.1:1\"\nafter = [\"{b}\"]\n")
+    };
+    std::fs::write(&path, ring("a", "b") + &ring("b", "a")).unwrap();
+    assert!(check(&path, &[]).await.refused_with(2).contains("a is after b"));
+    std::fs::write(&path, ring("a", "b") + "requires = [\"gone\"]\n").unwrap();
+    assert!(check(&path, &[]).await.with(0).contains("one that it requires is not registered"));
+}
+
+#[tokio::test]
+async fn help_needs_no_other_page() {
+    let help = async |line: &str| ended(orchestrator().args(line.split_whitespace()).arg("--help")).await.with(0);
+    let all = help("").await;
+    for code in ["0 ", "1 ", "2 ", "4 ", "10 ", "11 ", "12 ", "130 "] {
+        assert!(all.contains(&format!("\n  {code}")), "{all}");
+    }
+    for line in [
+        "serve",
+        "run",
+        "cancel",
+        "status",
+        "watch",
+        "cycles list",
+        "cycles show",
+        "subsystems list",
+        "subsystems show",
+        "subsystems register",
+        "subsystems unregister",
+        "subsystems suspend",
+        "subsystems resume",
+        "subsystems renew",
+        "loops list",
+        "loops start",
+        "loops stop",
+        "plan",
+        "check",
+        "completions",
+    ] {
+        let help = help(line).await;
+        assert!(help.contains("Examples:\n  orchestrator "), "{help}");
+    }
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = ended(orchestrator().args(["completions", shell])).await.with(0);
+        assert!(script.contains("validate-only"), "{shell}");
+    }
+}
+
+#[tokio::test]
+async fn the_examples_in_the_help_are_valid() {
+    let mut tried = 0;
+    for line in ["run", "watch", "cycles list", "subsystems register", "loops start", "plan"] {
+        let help = ended(orchestrator().args(line.split_whitespace()).arg("--help")).await.with(0);
+        let examples = help.split("Examples:\n").nth(1).unwrap().replace("\\\n", " ");
+        // Nobody listens, so a valid one gets as far as being refused a connection.
+        let nobody = Arc::new(TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap());
+        for example in examples.lines().filter(|line| line.starts_with("  orchestrator ")) {
+            let example = example.split(" | ").next().unwrap().trim().trim_start_matches("orchestrator ");
+            let arguments = example.split_whitespace().map(|word| word.trim_matches('\''));
+            let tried_one = ended(orchestrator().args(arguments).env("ORCHESTRATOR_ADDRESS", nobody.to_string())).await;
+            assert_eq!(tried_one.code, 4, "{example}: {}", tried_one.stderr);
+            tried += 1;
+        }
+    }
+    assert!(tried > 15, "{tried}");
+}
