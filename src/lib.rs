@@ -14,4 +14,5 @@ pub mod record;
 pub mod schedule;
 pub mod serve;
 pub mod store;
+pub mod subsystem;
 pub mod telemetry;

@@ -20,6 +20,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("orchestrator", &["clock", "engine", "model", "ports", "record", "schedule"]),
     ("store", &["model", "ports"]),
     ("dial", &["model", "ports", "proto"]),
+    ("subsystem", &["model", "proto"]),
     ("api", &["model", "orchestrator", "proto", "record"]),
     ("config", &["model", "ports", "store"]),
     ("telemetry", &["config"]),
@@ -30,7 +31,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
 
 /// Which modules may use a library that must not spread.
 const MAY_DEPEND: &[(&str, &[&str])] = &[
-    ("tonic", &["api", "cli", "dial", "proto", "serve"]),
+    ("tonic", &["api", "cli", "dial", "proto", "serve", "subsystem"]),
     ("prost", &["api", "cli", "proto", "record"]),
     ("rusqlite", &["store"]),
     ("clap", &["cli", "config", "main"]),

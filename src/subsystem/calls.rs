@@ -1,0 +1,386 @@
+//! The rules of the contract: which call does work, which one waits for it, which one is refused.
+
+use std::{
+    any::Any,
+    collections::{BTreeMap, VecDeque},
+    future::Future,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, Shared},
+};
+use jiff::Timestamp;
+use tokio::{
+    task::{AbortHandle, JoinError},
+    time::{Instant, timeout_at},
+};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::{Request, Response, Status, metadata::MetadataMap};
+
+use super::{Answer, Cycle, Failure, Input, Object, Subsystem, connection::Broken};
+use crate::{
+    model::{Payload, Severity, excerpt},
+    proto::subsystem::v1::{self as pb, subsystem_server},
+};
+
+/// The most bytes of a message that a failure is answered with: it travels in headers, which are small by default.
+const MAX_MESSAGE: usize = 4 << 10;
+
+// ---------------------------------------------------------------------------------------------------------------
+// The service
+
+/// All subsystems behind one endpoint.
+pub(super) struct Calls {
+    pub(super) subsystems: BTreeMap<String, Arc<Hosted>>,
+}
+
+impl Calls {
+    fn find(&self, name: &str) -> Result<&Arc<Hosted>, Status> {
+        self.subsystems.get(name).ok_or_else(|| {
+            let name = excerpt(name, MAX_MESSAGE);
+            Status::not_found(format!("no subsystem {name:?} is served here; check its endpoint in the registration"))
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl subsystem_server::Subsystem for Calls {
+    async fn initialize(
+        &self,
+        request: Request<pb::InitializeRequest>,
+    ) -> Result<Response<pb::InitializeResponse>, Status> {
+        let request = request.into_inner();
+        self.find(&request.subsystem)?.initialize(request).await?;
+        Ok(Response::new(pb::InitializeResponse {}))
+    }
+
+    async fn run_cycle(&self, request: Request<pb::RunCycleRequest>) -> Result<Response<pb::RunCycleResponse>, Status> {
+        let deadline = timeout_of(request.metadata()).map(|timeout| Instant::now() + timeout);
+        let broken = request.extensions().get().cloned().unwrap_or_default();
+        let request = request.into_inner();
+        let hosted = self.find(&request.subsystem)?;
+        hosted.run_cycle(request, deadline, broken).await.map(Response::new)
+    }
+
+    async fn get_status(
+        &self,
+        request: Request<pb::GetStatusRequest>,
+    ) -> Result<Response<pb::GetStatusResponse>, Status> {
+        let hosted = self.find(&request.into_inner().subsystem)?;
+        let status = spawned(hosted.implementation.clone().get_status()).await.unwrap_or_else(|end| Err(ended(end)))?;
+        let status = status.ok_or_else(|| Status::unimplemented("it has no status to show"))?;
+        Ok(Response::new(pb::GetStatusResponse { status: to_struct("status", &status)? }))
+    }
+}
+
+/// A task of its own, so that a panic ends nothing else. It stops when the future is dropped.
+fn spawned<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> AbortOnDropHandle<T> {
+    AbortOnDropHandle::new(tokio::spawn(work))
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// One subsystem
+
+/// One subsystem and what it has been called for.
+pub(super) struct Hosted {
+    implementation: Arc<dyn Implementation>,
+    state: Mutex<State>,
+    /// Held by what runs: `initialize` and `run_cycle` never overlap.
+    turn: Arc<tokio::sync::Mutex<()>>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The highest one seen.
+    epoch: u64,
+    is_initialized: bool,
+    /// The latest, oldest first, all of this epoch.
+    works: VecDeque<Arc<Work>>,
+}
+
+/// What runs, or has run, for one cycle.
+struct Work {
+    cycle_id: u64,
+    /// How many wait for the answer. Changed under the lock of the state.
+    callers: AtomicUsize,
+    answer: Shared<BoxFuture<'static, Result<pb::RunCycleResponse, Status>>>,
+    task: AbortHandle,
+}
+
+/// How many cycles are remembered. A call is repeated inside its cycle's deadline, so the latest is nearly enough; the
+/// others are for calls that were held up on the way.
+const REMEMBERED: usize = 4;
+
+impl Hosted {
+    pub(super) fn new(subsystem: impl Subsystem) -> Self {
+        Self { implementation: Arc::new(subsystem), state: Mutex::default(), turn: Arc::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn initialize(&self, request: pb::InitializeRequest) -> Result<(), Status> {
+        let parameters = from_struct("parameters", request.parameters)?;
+        self.state().admit(request.epoch)?;
+        let (implementation, turn) = (self.implementation.clone(), self.turn.clone());
+        let work = spawned(async move {
+            let _turn = turn.lock().await;
+            implementation.initialize(parameters).await
+        });
+        work.await.unwrap_or_else(|end| Err(ended(end)))?;
+        self.state().is_initialized = true;
+        Ok(())
+    }
+
+    async fn run_cycle(
+        self: &Arc<Self>,
+        request: pb::RunCycleRequest,
+        deadline: Option<Instant>,
+        broken: Broken,
+    ) -> Result<pb::RunCycleResponse, Status> {
+        let cycle = cycle(request, deadline)?;
+        let caller = {
+            let mut state = self.state();
+            state.admit(cycle.epoch)?;
+            if self.implementation.needs_initialize() && !state.is_initialized {
+                return Err(Status::failed_precondition("not initialized: call Initialize first"));
+            }
+            let work = match state.known(cycle.cycle_id)? {
+                Some(work) => work,
+                None => state.remember(self.begin(cycle)),
+            };
+            work.callers.fetch_add(1, Ordering::Relaxed);
+            Caller { hosted: self.clone(), work, broken }
+        };
+        caller.work.answer.clone().await
+    }
+
+    fn begin(&self, cycle: Cycle) -> Work {
+        let (implementation, turn) = (self.implementation.clone(), self.turn.clone());
+        let (cycle_id, deadline) = (cycle.cycle_id, cycle.deadline);
+        let run = async move {
+            let _turn = turn.lock().await;
+            implementation.run_cycle(cycle).await
+        };
+        let task = spawned(async move {
+            match deadline {
+                None => run.await,
+                Some(deadline) => timeout_at(deadline, run)
+                    .await
+                    .unwrap_or_else(|_| Err(Status::deadline_exceeded("stopped: its deadline has passed"))),
+            }
+        });
+        Work {
+            cycle_id,
+            callers: AtomicUsize::new(0),
+            task: task.abort_handle(),
+            answer: task.map(|end| end.unwrap_or_else(|end| Err(ended(end)))).boxed().shared(),
+        }
+    }
+}
+
+impl State {
+    /// Refuses a superseded caller. A new epoch ends what was done for the old one: nobody waits for it any more.
+    fn admit(&mut self, epoch: u64) -> Result<(), Status> {
+        let seen = self.epoch;
+        if epoch < seen {
+            return Err(Status::aborted(format!("epoch {epoch} has been superseded by {seen}: stop calling")));
+        }
+        if epoch > seen {
+            self.epoch = epoch;
+            for work in self.works.drain(..) {
+                work.task.abort();
+            }
+        }
+        Ok(())
+    }
+
+    /// The work that was done, or is being done, for this cycle.
+    ///
+    /// When there is none and it may begin, what still runs for earlier cycles is stopped: cycles run one at a time.
+    fn known(&mut self, cycle_id: u64) -> Result<Option<Arc<Work>>, Status> {
+        self.works.retain(|work| !work.has_failed());
+        if let Some(work) = self.works.iter().find(|work| work.cycle_id == cycle_id) {
+            return Ok(Some(work.clone()));
+        }
+        if let Some(later) = self.works.iter().find(|work| work.cycle_id > cycle_id && work.is_running()) {
+            return Err(Status::aborted(format!("cycle {cycle_id} is over: cycle {} is running", later.cycle_id)));
+        }
+        self.works.retain(|work| {
+            let is_running = work.is_running();
+            if is_running {
+                work.task.abort();
+            }
+            !is_running
+        });
+        Ok(None)
+    }
+
+    fn remember(&mut self, work: Work) -> Arc<Work> {
+        let work = Arc::new(work);
+        if self.works.len() == REMEMBERED {
+            self.works.pop_front();
+        }
+        self.works.push_back(work.clone());
+        work
+    }
+}
+
+impl Work {
+    fn is_running(&self) -> bool {
+        !self.task.is_finished()
+    }
+
+    fn has_failed(&self) -> bool {
+        self.answer.clone().now_or_never().is_some_and(|answer| answer.is_err())
+    }
+}
+
+/// A call that waits for work. When the last one leaves because it was told to, the work stops.
+struct Caller {
+    hosted: Arc<Hosted>,
+    work: Arc<Work>,
+    broken: Broken,
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        let mut state = self.hosted.state();
+        let is_last = self.work.callers.fetch_sub(1, Ordering::Relaxed) == 1;
+        if is_last && !self.broken.is_set() && self.work.is_running() {
+            self.work.task.abort();
+            state.works.retain(|work| !Arc::ptr_eq(work, &self.work));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The implementation behind the rules
+
+/// A [`Subsystem`] whose type is forgotten, in the words of the wire.
+trait Implementation: Send + Sync {
+    fn needs_initialize(&self) -> bool;
+    fn initialize(self: Arc<Self>, parameters: Object) -> BoxFuture<'static, Result<(), Status>>;
+    fn run_cycle(self: Arc<Self>, cycle: Cycle) -> BoxFuture<'static, Result<pb::RunCycleResponse, Status>>;
+    fn get_status(self: Arc<Self>) -> BoxFuture<'static, Result<Option<Object>, Status>>;
+}
+
+impl<T: Subsystem> Implementation for T {
+    fn needs_initialize(&self) -> bool {
+        Self::NEEDS_INITIALIZE
+    }
+
+    fn initialize(self: Arc<Self>, parameters: Object) -> BoxFuture<'static, Result<(), Status>> {
+        Box::pin(async move { Subsystem::initialize(&*self, parameters).await.map_err(status) })
+    }
+
+    fn run_cycle(self: Arc<Self>, cycle: Cycle) -> BoxFuture<'static, Result<pb::RunCycleResponse, Status>> {
+        Box::pin(async move { response(Subsystem::run_cycle(&*self, cycle).await.map_err(status)?) })
+    }
+
+    fn get_status(self: Arc<Self>) -> BoxFuture<'static, Result<Option<Object>, Status>> {
+        Box::pin(async move { Ok(Subsystem::get_status(&*self).await) })
+    }
+}
+
+/// What the caller is told of work that ended without a result of its own.
+fn ended(end: JoinError) -> Status {
+    match end.try_into_panic() {
+        Ok(panic) => Status::internal(excerpt(&format!("it panicked: {}", words_of(&*panic)), MAX_MESSAGE)),
+        Err(_) => Status::cancelled("stopped: a later cycle or epoch has begun, or the server stops"),
+    }
+}
+
+fn words_of(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
+}
+
+fn status(Failure { code, message }: Failure) -> Status {
+    // A failure is an error, also when it says OK.
+    let code = if code == super::Code::Ok { super::Code::Unknown } else { code };
+    Status::new(tonic::Code::from_i32(code as i32), excerpt(&message, MAX_MESSAGE))
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// To and from the messages
+
+fn cycle(request: pb::RunCycleRequest, deadline: Option<Instant>) -> Result<Cycle, Status> {
+    let scheduled_at = request.scheduled_at.and_then(|at| Timestamp::new(at.seconds, at.nanos).ok());
+    let inputs = request.inputs.into_iter().map(|(name, input)| {
+        let freshness = input.freshness();
+        let cycle_id = input.cycle_id;
+        let output = || from_struct(&format!("inputs[{name:?}].output"), input.output);
+        let input = match freshness {
+            pb::Freshness::Fresh => Input::Fresh(output()?),
+            pb::Freshness::Stale => Input::Stale { output: output()?, cycle_id },
+            pb::Freshness::Absent | pb::Freshness::Unspecified => Input::Absent,
+        };
+        Ok((name, input))
+    });
+    Ok(Cycle {
+        inputs: inputs.collect::<Result<_, Status>>()?,
+        subsystem: request.subsystem,
+        cycle_id: request.cycle_id,
+        epoch: request.epoch,
+        scheduled_at,
+        deadline,
+        parameters: from_struct("parameters", request.parameters)?,
+    })
+}
+
+fn response(answer: Answer) -> Result<pb::RunCycleResponse, Status> {
+    let issues = answer.issues.into_iter().map(|issue| pb::Issue {
+        severity: match issue.severity {
+            Severity::Info => pb::Severity::Info,
+            Severity::Warning => pb::Severity::Warning,
+            Severity::Error => pb::Severity::Error,
+        }
+        .into(),
+        code: issue.code,
+        message: issue.message,
+    });
+    Ok(pb::RunCycleResponse {
+        issues: issues.collect(),
+        output: to_struct("output", &answer.output)?,
+        metrics: answer.metrics,
+    })
+}
+
+fn from_struct(field: &str, bytes: bytes::Bytes) -> Result<Object, Status> {
+    match Payload::check(bytes) {
+        Ok(payload) => Ok(payload.to_json()),
+        Err(malformed) => Err(Status::invalid_argument(format!("{field} {malformed}"))),
+    }
+}
+
+fn to_struct(field: &str, object: &Object) -> Result<bytes::Bytes, Status> {
+    match Payload::from_json(object) {
+        Ok(payload) => Ok(payload.as_bytes().clone()),
+        Err(malformed) => Err(Status::internal(format!("its {field} {malformed}"))),
+    }
+}
+
+/// What `grpc-timeout` says: at most eight digits and a unit. The library enforces it, but tells nobody.
+fn timeout_of(metadata: &MetadataMap) -> Option<Duration> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let count: u32 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    let unit = match unit {
+        "H" => Duration::from_hours(1),
+        "M" => Duration::from_mins(1),
+        "S" => Duration::from_secs(1),
+        "m" => Duration::from_millis(1),
+        "u" => Duration::from_micros(1),
+        "n" => Duration::from_nanos(1),
+        _ => return None,
+    };
+    Some(unit * count)
+}

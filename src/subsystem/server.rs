@@ -1,0 +1,246 @@
+//! Listening, and stopping.
+
+use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
+
+use futures_util::{Stream, stream};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::AbortOnDropHandle,
+};
+use tonic::transport::{self, server::Router};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use super::{
+    Subsystem,
+    calls::{Calls, Hosted},
+    connection::Connection,
+};
+use crate::{
+    model::{self, Name, NameError},
+    proto::{self, subsystem::v1::subsystem_server::SubsystemServer},
+};
+
+/// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
+const SERVICE: &str = "dreamnet.subsystem.v1.Subsystem";
+
+/// Connections at one time. An orchestrator needs one; the rest is for its successor and for people who look.
+const MAX_CONNECTIONS: usize = 256;
+/// Calls at one time on a connection: as many as an orchestrator makes by default, which may all be for this endpoint.
+const MAX_CONCURRENT_STREAMS: u32 = 1024;
+/// Bytes of one request: the most that an orchestrator hands over as inputs, and room for the rest of the message.
+const MAX_REQUEST: usize = model::Subsystem::MAX_INPUT_BYTES + (1 << 20);
+/// Bytes of one answer: no registration can allow more.
+const MAX_ANSWER: usize = 64 << 20;
+
+/// Why subsystems are not served.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// A name is none.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// Two subsystems can't have one name.
+    #[error("two subsystems are called {0}: names are unique")]
+    SameName(Name),
+    /// The address can't be listened on.
+    #[error("can't listen on {0:?}: {1}; give HOST:PORT, where port 0 takes a free one, or unix:/path")]
+    Address(String, io::Error),
+    /// The reflection service can't be built.
+    #[error("can't describe the contract: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// Subsystems that are to be served at one endpoint, with `grpc.health.v1` and reflection beside them.
+#[derive(Default)]
+pub struct Server {
+    subsystems: Vec<(String, Hosted)>,
+}
+
+impl Server {
+    /// Serves nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Serves one more, under the name that it is registered with.
+    #[must_use]
+    pub fn subsystem(mut self, name: impl Into<String>, subsystem: impl Subsystem) -> Self {
+        self.subsystems.push((name.into(), Hosted::new(subsystem)));
+        self
+    }
+
+    /// Listens on `HOST:PORT`, where port 0 takes a free one, or on `unix:/path`, and serves until [`Serving::stop`] is
+    /// called or the returned value is dropped. Callers are not authenticated, so the host is best a loopback one.
+    ///
+    /// # Errors
+    /// A name is none or comes twice, or the address can't be listened on.
+    pub async fn listen(self, address: &str) -> Result<Serving, ListenError> {
+        let mut subsystems = BTreeMap::new();
+        for (name, hosted) in self.subsystems {
+            let name = Name::parse(&name)?;
+            if subsystems.insert(name.to_string(), Arc::new(hosted)).is_some() {
+                return Err(ListenError::SameName(name));
+            }
+        }
+        let calls = SubsystemServer::new(Calls { subsystems })
+            .max_decoding_message_size(MAX_REQUEST)
+            .max_encoding_message_size(MAX_ANSWER);
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_service_status(SERVICE, ServingStatus::Serving).await;
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                .with_service_name(SERVICE)
+                .with_service_name("grpc.health.v1.Health")
+        };
+        let router = transport::Server::builder()
+            .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
+            // An orchestrator that went away without a word is noticed after 40 s.
+            .http2_keepalive_interval(Some(Duration::from_secs(30)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+            .add_service(calls)
+            .add_service(health_service)
+            .add_service(reflection().build_v1()?)
+            .add_service(reflection().build_v1alpha()?);
+
+        let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
+        let refused = |error| ListenError::Address(address.to_owned(), error);
+        let (endpoint, server, socket) = if let Some(path) = address.strip_prefix("unix:") {
+            let path = PathBuf::from(path);
+            let listener = bind_socket(&path).await.map_err(refused)?;
+            (address.to_owned(), serve(router, listener, stop.clone(), cut_off.clone()), Some(SocketFile(path)))
+        } else {
+            let listener = TcpListener::bind(address).await.map_err(refused)?;
+            let endpoint = format!("http://{}", listener.local_addr().map_err(refused)?);
+            (endpoint, serve(router, listener, stop.clone(), cut_off.clone()), None)
+        };
+        Ok(Serving { endpoint, health, stop, server, _cut_off: cut_off.drop_guard(), _socket: socket })
+    }
+}
+
+/// Subsystems that are being served. Dropped, it stops at once.
+pub struct Serving {
+    endpoint: String,
+    health: HealthReporter,
+    stop: CancellationToken,
+    server: AbortOnDropHandle<Result<(), transport::Error>>,
+    _cut_off: DropGuard,
+    _socket: Option<SocketFile>,
+}
+
+impl Serving {
+    /// What a registration of these subsystems has as its endpoint: `http://HOST:PORT` or `unix:/path`.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// Stops: no new call is taken, and those that run may finish within the grace.
+    pub async fn stop(mut self, grace: Duration) {
+        for service in ["", SERVICE] {
+            self.health.set_service_status(service, ServingStatus::NotServing).await;
+            // Lets go of those who watch it: they would keep the server for the whole grace.
+            self.health.clear_service_status(service).await;
+        }
+        self.stop.cancel();
+        match timeout(grace, self.server).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::error!(%error, "the server of subsystems failed"),
+            Ok(Err(error)) => tracing::error!(%error, "the server of subsystems failed"),
+            Err(_) => tracing::warn!(?grace, "the grace has passed: calls that run are cut off"),
+        }
+    }
+}
+
+/// Serves what comes in until it is told to stop.
+fn serve<L: Listener>(
+    router: Router,
+    listener: L,
+    stop: CancellationToken,
+    cut_off: CancellationToken,
+) -> AbortOnDropHandle<Result<(), transport::Error>> {
+    let stopped = stop.cancelled_owned();
+    AbortOnDropHandle::new(tokio::spawn(router.serve_with_incoming_shutdown(incoming(listener, cut_off), stopped)))
+}
+
+/// The connections that come in: at most so many at a time, further ones wait in the kernel's line.
+fn incoming<L: Listener>(
+    listener: L,
+    cut_off: CancellationToken,
+) -> impl Stream<Item = io::Result<Connection<L::Stream>>> {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    stream::unfold((listener, permits, cut_off), |(listener, permits, cut_off)| async move {
+        /// Accepting fails again at once while files are short, so it waits for some to be closed.
+        const PAUSE: Duration = Duration::from_millis(100);
+        let permit = permits.clone().acquire_owned().await.ok()?;
+        let stream = loop {
+            match listener.accept().await {
+                Ok(stream) => break stream,
+                Err(error) => {
+                    tracing::warn!(%error, "can't accept a connection");
+                    sleep(PAUSE).await;
+                }
+            }
+        };
+        Some((Ok(Connection::new(stream, cut_off.clone(), permit)), (listener, permits, cut_off)))
+    })
+}
+
+/// What connections come in by.
+trait Listener: Send + Sync + 'static {
+    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+
+    async fn accept(&self) -> io::Result<TcpStream> {
+        let (stream, _peer) = self.accept().await?;
+        // Without it small messages wait for acknowledgements of earlier ones.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "can't set TCP_NODELAY");
+        }
+        Ok(stream)
+    }
+}
+
+impl Listener for UnixListener {
+    type Stream = UnixStream;
+
+    async fn accept(&self) -> io::Result<UnixStream> {
+        self.accept().await.map(|(stream, _peer)| stream)
+    }
+}
+
+/// Binds a socket. A file that an earlier process has left there is replaced; one that somebody listens on is not.
+async fn bind_socket(path: &PathBuf) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            match UnixStream::connect(path).await {
+                Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {}
+                _ => return Err(error),
+            }
+            tokio::fs::remove_file(path).await?;
+            UnixListener::bind(path)
+        }
+        bound => bound,
+    }
+}
+
+/// Removes the file of a socket when it is no longer listened on.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::debug!(%error, path = %self.0.display(), "can't remove the socket");
+        }
+    }
+}

@@ -1,0 +1,579 @@
+//! Subsystems served by the library keep the contract's rules, seen through a real client.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{sync::Arc, time::Duration};
+
+use common::{
+    fleet::{from_struct, to_struct},
+    patiently,
+    service::{Home, registration},
+};
+use orchestrator_core::{
+    proto::{
+        orchestrator::v1::{self as core, CycleState, SubsystemState},
+        subsystem::v1::{self as pb, subsystem_client::SubsystemClient},
+    },
+    subsystem::{Answer, Code, Cycle, Failure, Input, ListenError, Object, Server, Serving, Severity, Subsystem},
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UnixListener},
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+use tonic::{
+    Code as Status, Request,
+    transport::{Channel, Endpoint},
+};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_reflection::pb::v1::{
+    ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+    server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+};
+
+/// What a probe has seen so far.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Seen {
+    /// Cycles whose work has begun.
+    begun: Vec<u64>,
+    /// Cycles whose work was stopped.
+    stopped: Vec<u64>,
+    /// How much of its work runs now.
+    running: usize,
+    /// The parameters that it was initialized with last.
+    initialized: Option<Object>,
+    /// Held work may go on.
+    released: bool,
+}
+
+/// Does what the parameter `do` says, and logs it.
+#[derive(Clone, Default)]
+struct Probe(Arc<watch::Sender<Seen>>);
+
+impl Probe {
+    fn seen(&self) -> Seen {
+        self.0.borrow().clone()
+    }
+
+    async fn until(&self, what: &str, holds: impl FnMut(&Seen) -> bool) {
+        patiently(what, self.0.subscribe().wait_for(holds)).await.unwrap();
+    }
+
+    fn release(&self) {
+        self.0.send_modify(|seen| seen.released = true);
+    }
+}
+
+/// Work that runs. Unless it is told that it is done, it logs that it was stopped.
+struct Running {
+    probe: Probe,
+    cycle_id: u64,
+    is_done: bool,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.probe.0.send_modify(|seen| {
+            seen.running -= 1;
+            if !self.is_done {
+                seen.stopped.push(self.cycle_id);
+            }
+        });
+    }
+}
+
+impl Subsystem for Probe {
+    async fn initialize(&self, parameters: Object) -> Result<(), Failure> {
+        self.0.send_modify(|seen| seen.initialized = Some(parameters));
+        Ok(())
+    }
+
+    async fn run_cycle(&self, cycle: Cycle) -> Result<Answer, Failure> {
+        self.0.send_modify(|seen| {
+            seen.begun.push(cycle.cycle_id);
+            seen.running += 1;
+            assert_eq!(seen.running, 1, "overlaps");
+        });
+        let mut running = Running { probe: self.clone(), cycle_id: cycle.cycle_id, is_done: false };
+        match cycle.parameters.get("do").and_then(Value::as_str) {
+            Some("hold") => drop(self.0.subscribe().wait_for(|seen| seen.released).await?),
+            Some("fail") => {
+                running.is_done = true;
+                return Err(Failure::new(Code::ResourceExhausted, "no room"));
+            }
+            Some("panic") => panic!("as told"),
+            _ => {}
+        }
+        running.is_done = true;
+        let mut answer = Answer::default();
+        answer.output("call", self.seen().begun.len());
+        Ok(answer)
+    }
+
+    async fn get_status(&self) -> Option<Object> {
+        Some(Object::from_iter([("begun".into(), self.seen().begun.into())]))
+    }
+}
+
+/// A probe that has to be initialized.
+struct Strict(Probe);
+
+impl Subsystem for Strict {
+    const NEEDS_INITIALIZE: bool = true;
+
+    async fn initialize(&self, parameters: Object) -> Result<(), Failure> {
+        if parameters.contains_key("refuse") {
+            return Err(Failure::new(Code::InvalidArgument, "as told"));
+        }
+        self.0.initialize(parameters).await
+    }
+
+    async fn run_cycle(&self, cycle: Cycle) -> Result<Answer, Failure> {
+        self.0.run_cycle(cycle).await
+    }
+}
+
+/// A probe that is served as `a`, and a client of it.
+async fn served() -> (Probe, Serving, SubsystemClient<Channel>) {
+    let probe = Probe::default();
+    let serving = Server::new().subsystem("a", probe.clone()).listen("127.0.0.1:0").await.unwrap();
+    let client = client(&serving).await;
+    (probe, serving, client)
+}
+
+async fn client(serving: &Serving) -> SubsystemClient<Channel> {
+    SubsystemClient::new(channel(serving).await)
+}
+
+async fn channel(serving: &Serving) -> Channel {
+    Endpoint::from_shared(serving.endpoint().to_owned()).unwrap().connect().await.unwrap()
+}
+
+fn call(subsystem: &str, cycle_id: u64, what: &str) -> pb::RunCycleRequest {
+    let parameters = to_struct(&json!({ "do": what }));
+    pb::RunCycleRequest {
+        subsystem: subsystem.into(),
+        cycle_id,
+        epoch: 1,
+        parameters,
+        ..pb::RunCycleRequest::default()
+    }
+}
+
+fn initialize(subsystem: &str, epoch: u64, parameters: &Value) -> pb::InitializeRequest {
+    pb::InitializeRequest {
+        subsystem: subsystem.into(),
+        epoch,
+        parameters: to_struct(parameters),
+        ..pb::InitializeRequest::default()
+    }
+}
+
+type Called = Result<Value, tonic::Status>;
+
+/// Calls, and reads the output.
+async fn run(client: &SubsystemClient<Channel>, request: impl tonic::IntoRequest<pb::RunCycleRequest>) -> Called {
+    client.clone().run_cycle(request).await.map(|answer| from_struct(&answer.into_inner().output))
+}
+
+fn start(client: &SubsystemClient<Channel>, request: pb::RunCycleRequest) -> JoinHandle<Called> {
+    let client = client.clone();
+    tokio::spawn(async move { run(&client, request).await })
+}
+
+#[tokio::test]
+async fn a_repeated_call_gets_the_first_answer() {
+    let (probe, _serving, mut client) = served().await;
+    for cycle_id in 1..=3 {
+        assert_eq!(run(&client, call("a", cycle_id, "")).await.unwrap(), json!({ "call": cycle_id }));
+    }
+    client.initialize(initialize("a", 1, &json!({ "other": 1 }))).await.unwrap();
+    let repeated = pb::RunCycleRequest { attempt: 2, ..call("a", 3, "fail") };
+    assert_eq!(run(&client, repeated).await.unwrap(), json!({ "call": 3 }));
+    assert_eq!(run(&client, call("a", 2, "")).await.unwrap(), json!({ "call": 2 }));
+    assert_eq!(probe.seen().begun, [1, 2, 3]);
+    // Memory is bounded: what is long over is forgotten.
+    for cycle_id in 4..=10 {
+        run(&client, call("a", cycle_id, "")).await.unwrap();
+    }
+    assert_eq!(run(&client, call("a", 1, "")).await.unwrap(), json!({ "call": 11 }));
+}
+
+#[tokio::test]
+async fn a_repeated_call_waits_for_the_first_one() {
+    let (probe, _serving, client) = served().await;
+    let calls: Vec<_> = (0..3).map(|_| start(&client, call("a", 1, "hold"))).collect();
+    probe.until("the work to begin", |seen| seen.running == 1).await;
+    // One of them may go: the others still wait.
+    calls[0].abort();
+    let others = calls.into_iter().skip(1);
+    client.clone().get_status(pb::GetStatusRequest { subsystem: "a".into() }).await.unwrap();
+    probe.release();
+    for call in others {
+        assert_eq!(call.await.unwrap().unwrap(), json!({ "call": 1 }));
+    }
+    assert_eq!(probe.seen().begun, [1]);
+}
+
+#[tokio::test]
+async fn a_failure_is_no_answer_and_may_be_tried_again() {
+    let (_probe, _serving, client) = served().await;
+    let failure = run(&client, call("a", 1, "fail")).await.unwrap_err();
+    assert_eq!((failure.code(), failure.message()), (Status::ResourceExhausted, "no room"));
+    assert_eq!(run(&client, call("a", 1, "")).await.unwrap(), json!({ "call": 2 }));
+}
+
+#[tokio::test]
+async fn an_older_epoch_is_refused_and_a_newer_one_starts_afresh() {
+    let (probe, _serving, mut client) = served().await;
+    let of_epoch = |epoch, cycle_id, what| pb::RunCycleRequest { epoch, ..call("a", cycle_id, what) };
+    run(&client, of_epoch(2, 7, "")).await.unwrap();
+    assert_eq!(run(&client, of_epoch(1, 8, "")).await.unwrap_err().code(), Status::Aborted);
+    assert_eq!(client.initialize(initialize("a", 1, &json!({}))).await.unwrap_err().code(), Status::Aborted);
+    let old = start(&client, of_epoch(2, 8, "hold"));
+    probe.until("the work to begin", |seen| seen.running == 1).await;
+    client.initialize(initialize("a", 3, &json!({}))).await.unwrap();
+    assert_eq!(old.await.unwrap().unwrap_err().code(), Status::Cancelled);
+    assert_eq!(probe.seen().stopped, [8]);
+    assert_eq!(run(&client, of_epoch(2, 9, "")).await.unwrap_err().code(), Status::Aborted);
+    assert_eq!(run(&client, of_epoch(3, 9, "")).await.unwrap(), json!({ "call": 3 }));
+}
+
+#[tokio::test]
+async fn a_name_that_is_not_served_is_not_found() {
+    let (probe, _serving, mut client) = served().await;
+    let status = run(&client, call("b", 1, "")).await.unwrap_err();
+    assert_eq!(status.code(), Status::NotFound);
+    assert!(status.message().contains("\"b\""), "{status}");
+    assert_eq!(client.initialize(initialize("", 1, &json!({}))).await.unwrap_err().code(), Status::NotFound);
+    let status = client.get_status(pb::GetStatusRequest { subsystem: "A".into() }).await.unwrap_err();
+    assert_eq!(status.code(), Status::NotFound);
+    assert_eq!(probe.seen(), Seen::default());
+}
+
+#[tokio::test]
+async fn one_that_needs_initialization_asks_for_it() {
+    let probe = Probe::default();
+    let serving = Server::new().subsystem("a", Strict(probe.clone())).listen("127.0.0.1:0").await.unwrap();
+    let mut client = client(&serving).await;
+    assert_eq!(run(&client, call("a", 1, "")).await.unwrap_err().code(), Status::FailedPrecondition);
+    let refused = client.initialize(initialize("a", 1, &json!({ "refuse": true }))).await.unwrap_err();
+    assert_eq!(refused.code(), Status::InvalidArgument);
+    assert_eq!(run(&client, call("a", 1, "")).await.unwrap_err().code(), Status::FailedPrecondition);
+    for parameters in [json!({ "n": 1 }), json!({ "n": 2 })] {
+        client.initialize(initialize("a", 1, &parameters)).await.unwrap();
+        assert_eq!(probe.seen().initialized.map(Value::from), Some(parameters));
+    }
+    run(&client, call("a", 1, "")).await.unwrap();
+    // It has no status.
+    let status = client.get_status(pb::GetStatusRequest { subsystem: "a".into() }).await.unwrap_err();
+    assert_eq!(status.code(), Status::Unimplemented);
+}
+
+#[tokio::test]
+async fn initialization_waits_for_the_work_that_runs() {
+    let (probe, _serving, client) = served().await;
+    let held = start(&client, call("a", 1, "hold"));
+    probe.until("the work to begin", |seen| seen.running == 1).await;
+    let mut initializing = client.clone();
+    let initialized = tokio::spawn(async move { initializing.initialize(initialize("a", 1, &json!({}))).await });
+    // By the time that the second is answered, both have arrived: they use one connection.
+    for _ in 0..2 {
+        client.clone().get_status(pb::GetStatusRequest { subsystem: "a".into() }).await.unwrap();
+    }
+    assert_eq!((probe.seen().running, probe.seen().initialized), (1, None));
+    probe.release();
+    initialized.await.unwrap().unwrap();
+    assert_eq!(held.await.unwrap().unwrap(), json!({ "call": 1 }));
+    assert!(probe.seen().initialized.is_some());
+}
+
+#[tokio::test]
+async fn a_panic_ends_only_its_own_call() {
+    let quiet = Probe::default();
+    let server = Server::new().subsystem("a", Probe::default()).subsystem("quiet", quiet.clone());
+    let serving = server.listen("127.0.0.1:0").await.unwrap();
+    let client = client(&serving).await;
+    let other = start(&client, call("quiet", 1, "hold"));
+    quiet.until("the other's work to begin", |seen| seen.running == 1).await;
+    let panicked = run(&client, call("a", 1, "panic")).await.unwrap_err();
+    assert_eq!((panicked.code(), panicked.message()), (Status::Internal, "it panicked: as told"));
+    assert_eq!(run(&client, call("a", 1, "")).await.unwrap(), json!({ "call": 2 }));
+    quiet.release();
+    assert_eq!(other.await.unwrap().unwrap(), json!({ "call": 1 }));
+}
+
+#[tokio::test]
+async fn work_stops_when_its_caller_cancels() {
+    let (probe, _serving, client) = served().await;
+    let cancelled = start(&client, call("a", 1, "hold"));
+    probe.until("the work to begin", |seen| seen.running == 1).await;
+    cancelled.abort();
+    probe.until("the work to stop", |seen| seen.stopped == [1]).await;
+}
+
+/// A client whose connection breaks when it is told to.
+struct Breakable {
+    client: SubsystemClient<Channel>,
+    cut: oneshot::Sender<()>,
+    proxy: JoinHandle<()>,
+}
+
+impl Breakable {
+    async fn to(serving: &Serving) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let server = serving.endpoint().strip_prefix("http://").unwrap().to_owned();
+        let (cut, cut_off) = oneshot::channel();
+        let proxy = tokio::spawn(async move {
+            let (mut near, _) = listener.accept().await.unwrap();
+            let mut far = TcpStream::connect(server).await.unwrap();
+            tokio::select! {
+                _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+                _ = cut_off => {}
+            }
+            // The server hears of nothing but the end, and has seen it when it closes its side.
+            far.shutdown().await.unwrap();
+            far.read_to_end(&mut Vec::new()).await.unwrap();
+        });
+        Self { client: SubsystemClient::connect(address).await.unwrap(), cut, proxy }
+    }
+
+    async fn cut(self) {
+        self.cut.send(()).unwrap();
+        patiently("the server to see that the connection broke", self.proxy).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn work_outlives_its_connection_for_the_retry() {
+    let (probe, serving, client) = served().await;
+    let breakable = Breakable::to(&serving).await;
+    let first = start(&breakable.client, call("a", 1, "hold"));
+    probe.until("the work to begin", |seen| seen.running == 1).await;
+    breakable.cut().await;
+    first.await.unwrap().unwrap_err();
+    let retry = start(&client, pb::RunCycleRequest { attempt: 2, ..call("a", 1, "hold") });
+    // The retry gets the answer whether it comes before the end of the work or after it.
+    probe.release();
+    assert_eq!(retry.await.unwrap().unwrap(), json!({ "call": 1 }));
+    assert_eq!((probe.seen().begun, probe.seen().stopped), (vec![1], vec![]));
+}
+
+#[tokio::test]
+async fn work_stops_at_its_deadline_whether_its_caller_is_there_or_not() {
+    /// Long enough to begin in.
+    const DEADLINE: Duration = Duration::from_millis(300);
+    let (probe, serving, client) = served().await;
+    let within = |cycle_id| {
+        let mut request = Request::new(call("a", cycle_id, "hold"));
+        request.set_timeout(DEADLINE);
+        request
+    };
+    run(&client, within(1)).await.unwrap_err();
+    probe.until("the work to stop", |seen| seen.stopped == [1]).await;
+
+    let breakable = Breakable::to(&serving).await;
+    let of_breakable = breakable.client.clone();
+    let call = tokio::spawn(async move { run(&of_breakable, within(2)).await });
+    probe.until("the work to begin", |seen| seen.begun == [1, 2]).await;
+    breakable.cut().await;
+    call.await.unwrap().unwrap_err();
+    probe.until("the work to stop", |seen| seen.stopped == [1, 2]).await;
+}
+
+#[tokio::test]
+async fn a_later_cycle_ends_the_one_before() {
+    let (probe, _serving, client) = served().await;
+    let earlier = start(&client, call("a", 1, "hold"));
+    probe.until("the work to begin", |seen| seen.begun == [1]).await;
+    let later = start(&client, call("a", 2, "hold"));
+    probe.until("the later work to begin", |seen| seen.begun == [1, 2]).await;
+    assert_eq!(earlier.await.unwrap().unwrap_err().code(), Status::Cancelled);
+    // And not the other way round.
+    assert_eq!(run(&client, call("a", 1, "")).await.unwrap_err().code(), Status::Aborted);
+    probe.release();
+    assert_eq!(later.await.unwrap().unwrap(), json!({ "call": 2 }));
+    assert_eq!(probe.seen().stopped, [1]);
+}
+
+#[tokio::test]
+async fn stopping_lets_calls_finish_within_the_grace() {
+    let (probe, serving, client) = served().await;
+    let endpoint = serving.endpoint().to_owned();
+    let call_that_runs = start(&client, call("a", 1, "hold"));
+    probe.until("the work to begin", |seen| seen.running == 1).await;
+    let stopping = tokio::spawn(serving.stop(Duration::from_mins(1)));
+    // It listens no more, while the call still runs.
+    let refused = async { while SubsystemClient::connect(endpoint.clone()).await.is_ok() {} };
+    patiently("the port to close", refused).await;
+    assert_eq!(probe.seen().running, 1);
+    probe.release();
+    assert_eq!(call_that_runs.await.unwrap().unwrap(), json!({ "call": 1 }));
+    patiently("the end", stopping).await.unwrap();
+
+    let (probe, serving, client) = served().await;
+    let call_that_hangs = start(&client, call("a", 1, "hold"));
+    probe.until("the work to begin", |seen| seen.running == 1).await;
+    serving.stop(Duration::ZERO).await;
+    call_that_hangs.await.unwrap().unwrap_err();
+    probe.until("the work to stop", |seen| seen.stopped == [1]).await;
+}
+
+#[tokio::test]
+async fn health_and_reflection_are_served_beside_it() {
+    let (probe, serving, client) = served().await;
+    let channel = channel(&serving).await;
+    let mut health = HealthClient::new(channel.clone());
+    let request = |service: &str| HealthCheckRequest { service: service.into() };
+    let mut of_subsystems = health.watch(request("dreamnet.subsystem.v1.Subsystem")).await.unwrap().into_inner();
+    let mut is_now = async || of_subsystems.message().await.unwrap().unwrap().status();
+    assert_eq!(is_now().await, ServingStatus::Serving);
+    assert_eq!(health.check(request("")).await.unwrap().into_inner().status(), ServingStatus::Serving);
+
+    let list = ServerReflectionRequest {
+        message_request: Some(MessageRequest::ListServices(String::new())),
+        ..Default::default()
+    };
+    let mut reflection = ServerReflectionClient::new(channel);
+    let mut answers = reflection.server_reflection_info(tokio_stream::once(list)).await.unwrap().into_inner();
+    let Some(MessageResponse::ListServicesResponse(listed)) =
+        answers.message().await.unwrap().unwrap().message_response
+    else {
+        panic!("no list of services")
+    };
+    assert!(listed.service.iter().any(|service| service.name == "dreamnet.subsystem.v1.Subsystem"), "{listed:?}");
+
+    let held = start(&client, call("a", 1, "hold"));
+    probe.until("the work to begin", |seen| seen.running == 1).await;
+    let stopping = tokio::spawn(serving.stop(Duration::from_mins(1)));
+    assert_eq!(is_now().await, ServingStatus::NotServing);
+    probe.release();
+    held.await.unwrap().unwrap();
+    // The watch is still open, and keeps nobody.
+    patiently("the end", stopping).await.unwrap();
+}
+
+#[tokio::test]
+async fn many_are_served_behind_one_endpoint_at_the_same_time() {
+    let probes: Vec<_> = (0..100).map(|i| (format!("s{i}"), Probe::default())).collect();
+    let server = probes.iter().fold(Server::new(), |server, (name, probe)| server.subsystem(name, probe.clone()));
+    let serving = server.listen("127.0.0.1:0").await.unwrap();
+    let client = client(&serving).await;
+    let calls: Vec<_> = probes.iter().map(|(name, _)| start(&client, call(name, 1, "hold"))).collect();
+    for (_, probe) in &probes {
+        probe.until("all to run at once", |seen| seen.running == 1).await;
+    }
+    for ((_, probe), call) in probes.iter().zip(calls) {
+        probe.release();
+        assert_eq!(call.await.unwrap().unwrap(), json!({ "call": 1 }));
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_served_is_refused() {
+    let refused = |server: Server, address: &'static str| async move {
+        server.listen(address).await.err().unwrap_or_else(|| panic!("{address} is listened on"))
+    };
+    let error = refused(Server::new().subsystem("not a name", Probe::default()), "127.0.0.1:0").await;
+    assert!(matches!(error, ListenError::Name(_)), "{error}");
+    let twice = Server::new().subsystem("a", Probe::default()).subsystem("a", Probe::default());
+    assert!(matches!(refused(twice, "127.0.0.1:0").await, ListenError::SameName(_)));
+    assert!(matches!(refused(Server::new(), "nowhere").await, ListenError::Address(..)));
+}
+
+#[tokio::test]
+async fn a_socket_is_served_and_leaves_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.sock");
+    let address = format!("unix:{}", path.display());
+    // What a killed process leaves.
+    drop(UnixListener::bind(&path).unwrap());
+    let serving = Server::new().subsystem("a", Probe::default()).listen(&address).await.unwrap();
+    assert_eq!(serving.endpoint(), address);
+    assert_eq!(run(&client(&serving).await, call("a", 1, "")).await.unwrap(), json!({ "call": 1 }));
+    let second = Server::new().subsystem("a", Probe::default()).listen(&address).await;
+    assert!(matches!(second.err(), Some(ListenError::Address(..))));
+    serving.stop(Duration::from_mins(1)).await;
+    assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn payloads_that_break_the_contract_are_refused() {
+    let deep = |_: Cycle| async {
+        let nested = (0..40).fold(json!(1), |inner, _| json!({ "in": inner }));
+        let mut answer = Answer::default();
+        answer.output("deep", nested);
+        Ok::<_, Failure>(answer)
+    };
+    let serving = Server::new().subsystem("deep", deep).listen("127.0.0.1:0").await.unwrap();
+    let client = client(&serving).await;
+    let status = run(&client, call("deep", 1, "")).await.unwrap_err();
+    assert_eq!(status.code(), Status::Internal);
+    assert!(status.message().starts_with("its output nests"), "{status}");
+    let malformed =
+        pb::RunCycleRequest { parameters: b"\x0a\x05not a struct".as_slice().into(), ..call("deep", 1, "") };
+    assert_eq!(run(&client, malformed).await.unwrap_err().code(), Status::InvalidArgument);
+}
+
+/// Passes on what it gets and says what it got.
+async fn relay(cycle: Cycle) -> Result<Answer, Failure> {
+    let mut answer = Answer::default();
+    for (name, input) in &cycle.inputs {
+        let (code, of) = match input {
+            Input::Fresh(_) => ("FRESH", cycle.cycle_id),
+            Input::Stale { cycle_id, .. } => ("STALE", *cycle_id),
+            Input::Absent => ("ABSENT", 0),
+        };
+        answer.issue(Severity::Info, code, format!("{name} of cycle {of}"));
+        if let Some(output) = input.output() {
+            answer.output(name, output.clone());
+        }
+    }
+    answer.metric("inputs", [0.0, 1.0, 2.0, 3.0][cycle.inputs.len()]);
+    answer.output("has_time_left", cycle.deadline.is_some() && cycle.scheduled_at.is_some());
+    Ok(answer)
+}
+
+#[tokio::test]
+async fn such_a_subsystem_takes_part_in_a_real_cycle() {
+    let source = Probe::default();
+    let server = Server::new().subsystem("source", Strict(source.clone())).subsystem("relay", relay);
+    let serving = server.listen("127.0.0.1:0").await.unwrap();
+    let home = Home::new();
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    let parameters = to_struct(&json!({ "do": "" }));
+    client.register(core::Registration { parameters, ..registration("source", serving.endpoint()) }).await.unwrap();
+    let relay = core::Registration {
+        after: vec!["source".into()],
+        reads: vec!["relay".into(), "nobody".into()],
+        record_output: true,
+        ..registration("relay", serving.endpoint())
+    };
+    client.register(relay).await.unwrap();
+
+    for (cycle_id, relays) in [(1, "ABSENT: relay of cycle 0"), (2, "STALE: relay of cycle 1")] {
+        let cycle = client.run().await.unwrap();
+        assert_eq!(cycle.state(), CycleState::Succeeded, "{cycle:?}");
+        let part = cycle.subsystems.iter().find(|part| part.name == "relay").unwrap();
+        let issues: Vec<_> = part.issues.iter().map(|issue| format!("{}: {}", issue.code, issue.message)).collect();
+        let sources = format!("FRESH: source of cycle {cycle_id}");
+        assert_eq!(issues, ["ABSENT: nobody of cycle 0", relays, &sources]);
+        assert_eq!(from_struct(&part.output)["source"], json!({ "call": cycle_id }));
+        assert_eq!(from_struct(&part.output)["has_time_left"], true);
+        assert_eq!((part.attempts, part.metrics["inputs"]), (1, 3.0));
+    }
+    assert_eq!(source.seen().initialized.map(Value::from), Some(json!({ "do": "" })));
+
+    let failing = to_struct(&json!({ "do": "panic" }));
+    let cycle = client.run_with(core::RunCycleRequest { parameters: failing, ..Default::default() }).await.unwrap();
+    let [source, relay] = &cycle.subsystems[..] else { panic!("{cycle:?}") };
+    assert_eq!((source.state(), source.error_code.as_str()), (SubsystemState::Failed, "INTERNAL"));
+    assert_eq!(relay.state(), SubsystemState::Succeeded);
+    serving.stop(Duration::from_mins(1)).await;
+}
