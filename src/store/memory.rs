@@ -19,10 +19,11 @@ use crate::{
     },
 };
 
-const EPOCH: Epoch = Epoch(1);
-
 /// Keeps the history in memory. The rest of what it is told only a restart would need, and it does not see one.
-pub(super) struct Memory(Mutex<History>);
+pub(super) struct Memory {
+    epoch: Epoch,
+    history: Mutex<History>,
+}
 
 #[derive(Default)]
 struct History {
@@ -34,21 +35,24 @@ struct History {
 
 impl Memory {
     pub(super) fn new() -> (Self, Contents) {
-        (Self(Mutex::default()), Contents { epoch: EPOCH, ..Contents::default() })
+        // Earlier processes are forgotten, but the subsystems that they called may live on, and know their epochs and
+        // their cycles, whose numbers begin anew. By the clock this epoch is a later one.
+        let epoch = Epoch(Timestamp::now().as_millisecond().unsigned_abs());
+        (Self { epoch, history: Mutex::default() }, Contents { epoch, ..Contents::default() })
     }
 
     fn history(&self) -> MutexGuard<'_, History> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Store for Memory {
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
         let mut history = self.history();
-        let checked = if write.epoch == EPOCH {
+        let checked = if write.epoch == self.epoch {
             check_sequence("memory:", &write.records, history.last_cycle_id, history.last_revision)
         } else {
-            Err(StoreError::Fenced(EPOCH))
+            Err(StoreError::Fenced(self.epoch))
         };
         Box::pin(ready(checked.map(|(last_cycle_id, last_revision)| {
             (history.last_cycle_id, history.last_revision) = (last_cycle_id, last_revision);
