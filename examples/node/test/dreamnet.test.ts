@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
-import { after, before, test } from "node:test";
+import { after, afterEach, before, test } from "node:test";
 import { fileURLToPath } from "node:url";
 import { status } from "@grpc/grpc-js";
 import {
@@ -24,6 +24,20 @@ const inputsOf = ({ requires = [], after = [], reads = [] }: Place) => new Set([
 let service: Running;
 before(async () => void (service = await startOrchestrator()));
 after(async () => assert.equal(await service.stop(), 0));
+
+// What a test has opened is closed when it ends, well or badly.
+const open: Array<() => Promise<unknown>> = [];
+afterEach(() => Promise.all(open.splice(0).map((close) => close())));
+
+const serve = async (...args: Parameters<typeof serveSubsystems>) => {
+  const served = await serveSubsystems(...args);
+  open.push(() => served.stop());
+  return served;
+};
+const familiar = <C extends object>(context: C): C => {
+  open.push(() => stopServing(context as OrchestratorContext));
+  return context;
+};
 
 test("the topology is that of examples/dreamnet.toml", async () => {
   const toml = await readFile(fileURLToPath(new URL("../../../dreamnet.toml", import.meta.url)), "utf8");
@@ -81,7 +95,7 @@ function fleet(order: string[] = []) {
 
 test("28 modules that call each other end up as they do in plain sequence in one process", async () => {
   const observed: string[] = [];
-  const context = fleet(observed);
+  const context = familiar(fleet(observed));
   const plain = fleet();
   const options = { orchestrator: service.address };
 
@@ -114,7 +128,6 @@ test("28 modules that call each other end up as they do in plain sequence in one
   }
   const { totalCycles, lastCycle } = await getStatus(options);
   assert.equal(lastCycle?.cycleId, totalCycles);
-  await stopServing(context as OrchestratorContext);
 });
 
 test("side by side, the phases and each `after` still hold", async () => {
@@ -134,11 +147,10 @@ test("side by side, the phases and each `after` still hold", async () => {
       },
     ]),
   );
-  const served = await serveSubsystems(objects, { orchestrator: service.address, sequential: false });
+  await serve(objects, { orchestrator: service.address, sequential: false });
   const telemetry = await cycle(service.address);
   assert.equal(telemetry.error, "");
   assert.deepEqual([...ended].sort(), [...NAMES].sort());
-  await served.stop();
 });
 
 test("a module is offered the very same live objects, those that it declares and no more", async () => {
@@ -151,38 +163,35 @@ test("a module is offered the very same live objects, those that it declares and
     IdentityGrid: { run() {} },
     FieldLayer: { run: (context: Record<string, unknown>) => void seen.push(context) },
   };
-  const served = await serveSubsystems(objects, { orchestrator: service.address });
+  await serve(objects, { orchestrator: service.address });
   await cycle(service.address);
   assert.deepEqual(Object.keys(seen[0]!).sort(), ["neuralMesh", "predatorScavenger", "starBridge"]);
   assert.equal(seen[0]!.neuralMesh, mesh);
   assert.equal(seen[0]!.starBridge, objects.StarBridgeLungs);
   assert.equal(seen[0]!.predatorScavenger, objects.PredatorScavengerLoop);
   assert.ok(!Object.isFrozen(mesh));
-  await served.stop();
 });
 
 test("the `after` of the sequence offers nothing", async () => {
   const seen: string[][] = [];
   const run = (context: object) => void seen.push(Object.keys(context));
-  const served = await serveSubsystems({ ZenGardenCore: { run }, DreamBetCore: { run } }, { orchestrator: service.address });
+  await serve({ ZenGardenCore: { run }, DreamBetCore: { run } }, { orchestrator: service.address });
   await cycle(service.address);
   assert.deepEqual(seen, [[], []]);
-  await served.stop();
 });
 
 test("a subsystem that lives elsewhere is its latest output, frozen", async () => {
   let seen: any;
-  const elsewhere = await serveSubsystems({ NeuralMesh: { run: () => ({ nodes: [{ id: 1 }] }) } }, { orchestrator: service.address });
-  const here = await serveSubsystems({ CitadelCore: { run(context: unknown) { seen = context; } } }, { orchestrator: service.address });
+  await serve({ NeuralMesh: { run: () => ({ nodes: [{ id: 1 }] }) } }, { orchestrator: service.address });
+  await serve({ CitadelCore: { run(context: unknown) { seen = context; } } }, { orchestrator: service.address });
   await cycle(service.address);
   assert.equal(JSON.stringify(seen), '{"neuralMesh":{"nodes":[{"id":1}]}}');
   assert.throws(() => { seen.neuralMesh.nodes[0].id = 2; }, TypeError);
-  await Promise.all([elsewhere.stop(), here.stop()]);
 });
 
 test("a module that throws is that subsystem's failure only", async () => {
   const throwing = (thrown: unknown): Servable => ({ run() { throw thrown; } });
-  const served = await serveSubsystems(
+  await serve(
     {
       WolfPack: throwing(new Error("boom ".repeat(10_000))),
       DreamCortex: throwing(undefined),
@@ -204,12 +213,11 @@ test("a module that throws is that subsystem's failure only", async () => {
   });
   assert.equal(telemetry.state, "CYCLE_STATE_DEGRADED");
   assert.match(telemetry.error, /WolfPack/);
-  await served.stop();
 });
 
 test("odd outputs: an object that is mutated later, an array, nothing, and what JSON can't carry", async () => {
   const same = { n: 0, inner: { n: 0 } };
-  const served = await serveSubsystems(
+  await serve(
     {
       WolfPack: { run() { same.n = same.inner.n = 1; queueMicrotask(() => { same.n = same.inner.n = 2; }); return same; } },
       DreamCortex: { run: async () => [1, undefined] },
@@ -229,12 +237,11 @@ test("odd outputs: an object that is mutated later, an array, nothing, and what 
   assert.deepEqual(Object.keys(output("IdentityGrid").fields), ["ok"]);
   assert.deepEqual(part("IdentityGrid").issues.map(({ code }) => code), ["NOT_JSON"]);
   assert.deepEqual(part("WolfPack").issues, []);
-  await served.stop();
 });
 
 test("the object itself is never sent, not even by another one", async () => {
   const keeper = { key: "secret", run() { return this; }, status() { return { wrapped: this }; } };
-  const served = await serveSubsystems(
+  const served = await serve(
     { NeuralMesh: keeper, CitadelCore: { run: ({ neuralMesh }: any) => ({ neuralMesh, ok: true }) } },
     { orchestrator: service.address },
   );
@@ -242,14 +249,13 @@ test("the object itself is never sent, not even by another one", async () => {
   const shown = await subsystem(served.address)((client, callback) => client.getStatus({ subsystem: "NeuralMesh" }, callback));
   assert.doesNotMatch(JSON.stringify([telemetry, shown]), /secret/);
   assert.deepEqual(telemetry.subsystems.map(({ issues }) => issues.map(({ code }) => code)), [["NOT_JSON"], ["NOT_JSON"]]);
-  await served.stop();
 });
 
 test("those that are only read are never run, shown as such, and not counted as failed", async () => {
   let runs = 0;
   const keeper = { keys: 7, run() { runs += 1; }, status: () => ({ kept: 7 }) };
   let seen: any;
-  const served = await serveSubsystems(
+  await serve(
     { NeuralMesh: keeper, IdentityGrid: { status() { throw new Error("none"); } }, CitadelCore: { run(context: unknown) { seen = context; } } },
     { orchestrator: service.address, readOnly: ["NeuralMesh"] },
   );
@@ -261,8 +267,7 @@ test("those that are only read are never run, shown as such, and not counted as 
   assert.equal(mesh!.issues[0]!.code, "READ_ONLY");
   assert.equal(mesh!.output!.fields!.kept!.numberValue, 7);
   assert.equal(grid!.issues[0]!.code, "READ_ONLY");
-  await served.stop();
-  await assert.rejects(serveSubsystems({}, { readOnly: ["Nobody"] }), /readOnly names Nobody/);
+  await assert.rejects(serve({}, { readOnly: ["Nobody"] }), /readOnly names Nobody/);
 });
 
 test("classes and factories are made once", async () => {
@@ -272,7 +277,7 @@ test("classes and factories are made once", async () => {
     constructor() { made += 1; }
     run() { return { runs: ++this.runs }; }
   }
-  const served = await serveSubsystems({
+  const served = await serve({
     NeuralMesh: Mesh,
     WolfPack: () => new Mesh(),
     DreamCortex: async () => new Mesh(),
@@ -283,7 +288,6 @@ test("classes and factories are made once", async () => {
     assert.equal(output!.fields!.runs!.numberValue, 2);
   }
   assert.equal(made, 3);
-  await served.stop();
 });
 
 test("a repeated call gets the first answer, also while the first is at work, and when it was an error", async () => {
@@ -291,7 +295,7 @@ test("a repeated call gets the first answer, also while the first is at work, an
   let started!: () => void;
   const atWork = new Promise<void>((resolve) => (started = resolve));
   let finish!: (value: unknown) => void;
-  const served = await serveSubsystems({
+  const served = await serve({
     NeuralMesh: { run: () => (runs++, started(), new Promise((resolve) => (finish = resolve))) },
     WolfPack: { run: () => { throw new Error(`run ${++runs}`); } },
   });
@@ -306,13 +310,12 @@ test("a repeated call gets the first answer, also while the first is at work, an
   assert.equal(runs, 1);
   await assert.rejects(call(served.address, "WolfPack", 1), /run 2/);
   await assert.rejects(call(served.address, "WolfPack", 1), /run 2/);
-  await served.stop();
 });
 
 test("a call that is late ends, tells the module, and keeps nobody else from answering", async () => {
   let told!: () => void;
   const aborted = new Promise<void>((resolve) => (told = resolve));
-  const served = await serveSubsystems({
+  const served = await serve({
     NeuralMesh: { run: (_context: unknown, { signal }: Cycle) => new Promise(() => signal.addEventListener("abort", told)) },
     WolfPack: { run() {} },
   });
@@ -322,11 +325,10 @@ test("a call that is late ends, tells the module, and keeps nobody else from ans
   await call(served.address, "WolfPack", 1);
   await assert.rejects(late, { code: status.DEADLINE_EXCEEDED });
   await aborted;
-  await served.stop();
 });
 
 test("a superseded epoch is refused, a name that is not here is not found, and health is served", async () => {
-  const served = await serveSubsystems({ NeuralMesh: { run() {} } });
+  const served = await serve({ NeuralMesh: { run() {} } });
   const initialize = (subsystem_: string, epoch: number) =>
     subsystem(served.address)((client, callback) => client.initialize({ subsystem: subsystem_, epoch }, callback));
   await initialize("NeuralMesh", 5);
@@ -344,20 +346,18 @@ test("a superseded epoch is refused, a name that is not here is not found, and h
     client.makeUnaryRequest("/grpc.health.v1.Health/Check", () => Buffer.alloc(0), (bytes: Buffer) => bytes, {}, callback),
   );
   assert.deepEqual([...(health as Buffer)], [8, 1], "SERVING");
-  await served.stop();
 });
 
 test("an interval loop runs until it is stopped", async () => {
   let ran!: () => void;
   const twice = new Promise<void>((resolve) => (ran = resolve));
   let runs = 0;
-  const context: OrchestratorContext = { NeuralMesh: { run: () => void (++runs === 2 && ran()) } };
+  const context = familiar({ NeuralMesh: { run: () => void (++runs === 2 && ran()) } });
   const loop = startIntervalLoop(context, 20, { orchestrator: service.address });
   await twice;
   await loop.stop();
   const { loops } = await orchestrator(service.address)((client, callback) => client.listIntervalLoops({}, callback));
   assert.deepEqual(loops, []);
-  await stopServing(context);
 });
 
 test("what goes wrong at the start is told", async () => {
@@ -368,7 +368,7 @@ test("what goes wrong at the start is told", async () => {
 
 test("a registration that is gone is made anew", async () => {
   let ran: () => void = () => {};
-  const context: OrchestratorContext = { NeuralMesh: { run: () => ran() } };
+  const context = familiar({ NeuralMesh: { run: () => ran() } });
   const options = { orchestrator: service.address, leaseSeconds: 1 };
   await runSingleCycle(context, options);
   await orchestrator(service.address)((client, callback) => client.unregisterSubsystem({ name: "NeuralMesh" }, callback));
@@ -376,11 +376,10 @@ test("a registration that is gone is made anew", async () => {
   const loop = startIntervalLoop(context, 20, options);
   await again;
   await loop.stop();
-  await stopServing(context);
 });
 
 test("the stand-alone subsystem adds up its inputs", async () => {
-  const mesh = await serveSubsystems({ NeuralMesh: { run: () => ({ value: 41 }) } }, { orchestrator: service.address });
+  const mesh = await serve({ NeuralMesh: { run: () => ({ value: 41 }) } }, { orchestrator: service.address });
   const total = await startSubsystem("--name", "total", "--orchestrator", service.address, "--after", "NeuralMesh", "--reads", "nobody");
   const part = (await cycle(service.address)).subsystems.find(({ name }) => name === "total")!;
   assert.equal(part.output!.fields!.value!.numberValue, 42);
