@@ -4,8 +4,8 @@
 //
 // * Those that one process serves find each other in `context` as the very same live objects. One that lives elsewhere
 //   is there as its latest output: plain data, frozen. `context` has the declared inputs and nothing else.
-// * `run` may be asynchronous, and return anything or nothing. Its output is a copy, made when `run` ended, of what JSON
-//   can carry; what it can't carry is left out, with an issue. The object itself is never sent.
+// * `run` may be asynchronous, and return anything or nothing. Its output is a copy, made when `run` ended, of what
+//   JSON can carry; what it can't carry is left out, with an issue. The object itself is never sent.
 // * `run` is called once in a cycle, and never while it is still at work: a repeated call gets the first answer.
 // * What `run` throws is the failure of that subsystem in that cycle, and of nobody else.
 
@@ -32,7 +32,7 @@ import type { SubsystemHandlers } from "./gen/dreamnet/subsystem/v1/Subsystem.js
 import { describe, frozen, snapshot, type Json } from "./json.js";
 import { contextKey, TOPOLOGY, type Place, type SubsystemName } from "./topology.js";
 
-// ---------------------------------------------------------------------------------------------------- types
+// -------------------------------------------------------------------------------------------- types
 
 /** An existing module. `run` is given its declared inputs; a module that wants more takes the `cycle` as well. */
 export interface Module {
@@ -126,7 +126,7 @@ export interface IntervalLoop {
   stop(): Promise<void>;
 }
 
-// ---------------------------------------------------------------------------------------------------- serving
+// -------------------------------------------------------------------------------------------- serving
 
 /** An error with a gRPC status code. */
 class Refusal extends Error {
@@ -291,7 +291,9 @@ export async function serveSubsystems(
   health.addToServer(server);
   const listen = options.listen ?? "127.0.0.1:0";
   const port = await new Promise<number>((resolve, reject) =>
-    server.bindAsync(listen, ServerCredentials.createInsecure(), (error, port) => (error ? reject(error) : resolve(port))),
+    server.bindAsync(listen, ServerCredentials.createInsecure(), (error, port) =>
+      error ? reject(error) : resolve(port),
+    ),
   );
   const address = `${listen.slice(0, listen.lastIndexOf(":"))}:${port}`;
 
@@ -369,7 +371,7 @@ function handlers(subsystems: ReadonlyMap<string, Subsystem>): SubsystemHandlers
   };
 }
 
-// ---------------------------------------------------------------------------------------------------- the orchestrator
+// -------------------------------------------------------------------------------------------- the orchestrator
 
 type Client = InstanceType<typeof OrchestratorClient>;
 type Callback<A> = (error: ServiceError | null, answer?: A) => void;
@@ -416,7 +418,9 @@ async function register(
     );
   const renewOne = async (registration: Place & { name: string }) => {
     try {
-      await ask(orchestrator, (client, callback) => client.renewLease({ name: registration.name }, deadline(), callback));
+      await ask(orchestrator, (client, callback) =>
+        client.renewLease({ name: registration.name }, deadline(), callback),
+      );
     } catch (error) {
       // The lease has expired, or the orchestrator has lost its record.
       if ((error as ServiceError).code !== status.NOT_FOUND) throw error;
@@ -451,7 +455,7 @@ async function register(
 /** Calls that do no work are answered at once. */
 const deadline = () => ({ deadline: Date.now() + 10_000 });
 
-// ---------------------------------------------------------------------------------------------------- the familiar calls
+// -------------------------------------------------------------------------------------------- the familiar calls
 
 /** Options of the familiar calls. The orchestrator is by default at `ORCHESTRATOR_ADDRESS`, else at 127.0.0.1:7700. */
 export type CallOptions = Omit<ServeOptions, "places">;

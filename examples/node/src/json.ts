@@ -17,12 +17,12 @@ export interface Snapshot {
 const MAX_NESTING = 90;
 // A value that refers to the same parts over and over is small in memory and has no end as JSON.
 const MAX_VALUES = 200_000;
-// They go into the message of one issue, which has 4 KiB.
+// They go into the message of one issue, which has 4 KiB: so many, of 80 characters each, of up to three bytes.
 const MAX_TOLD = 16;
 
 /**
- * Copies `value` as `JSON.stringify` would, once and now. What JSON can't carry is left out and told in `dropped`, and so
- * are the objects of `never`, wherever they turn up. Never throws.
+ * Copies `value` as `JSON.stringify` would, once and now. What JSON can't carry is left out and told in `dropped`, and
+ * so are the objects of `never`, wherever they turn up. Never throws.
  *
  * An output is an object: an array, or any other value, becomes its only field, `value`. Nothing becomes an empty one.
  */
@@ -30,7 +30,7 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
   const dropped: string[] = [];
   let drops = 0;
   const tell = (what: string): undefined => {
-    if (++drops <= MAX_TOLD) dropped.push(what.slice(0, 200).toWellFormed());
+    if (++drops <= MAX_TOLD) dropped.push(what.slice(0, 80).toWellFormed());
   };
   const above = new Set<object>();
   let left = MAX_VALUES;
@@ -103,8 +103,8 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
     }
   }
 
-  // An array gets an object around it.
-  const copied = copy(value, "", Array.isArray(value) ? 3 : 0);
+  // An array gets an object around it, but one can't know of every value whether it is one: a proxy may be revoked.
+  const copied = copy(value, "", types.isProxy(value) || Array.isArray(value) ? 3 : 0);
   if (left < 0) dropped.unshift(`all after the first ${MAX_VALUES} values`);
   if (drops > MAX_TOLD) dropped.push(`and ${drops - MAX_TOLD} more`);
   if (!copied || copied.nullValue) return { struct: { fields: {} }, dropped };

@@ -20,6 +20,9 @@ test("what is no object becomes one", () => {
   assert.deepEqual(arrives(undefined), { data: {}, dropped: [] });
   assert.deepEqual(arrives(null), { data: {}, dropped: [] });
   assert.deepEqual(arrives([1, undefined, 2]), { data: { value: [1, null, 2] }, dropped: [] });
+  const { proxy, revoke } = Proxy.revocable({}, {});
+  revoke();
+  assert.equal(arrives(proxy).dropped.length, 1);
   assert.deepEqual(arrives("text"), { data: { value: "text" }, dropped: [] });
 });
 
@@ -64,6 +67,12 @@ test("what JSON can't carry is left out and told", () => {
   const told = dropped.map((drop) => drop.split(":")[0]);
   const names = ["ring.self", "big", "nan", "infinite", "symbol", "f", "map", "set", "promise", "bytes", "error", "list[0]"];
   assert.deepEqual(told, [...names, "half", "broken", "bad", "__proto__", "and 1 more"].slice(0, 17));
+});
+
+test("what is told of it fits into one issue", () => {
+  const { dropped } = arrives(Object.fromEntries(Array.from({ length: 1000 }, (_, i) => [`${i}`.padEnd(999, "€"), 1n])));
+  assert.equal(dropped.at(-1), "and 984 more");
+  assert.ok(Buffer.byteLength(dropped.join("; ")) < 4000);
 });
 
 test("a value without end as JSON has an end here", () => {
