@@ -1,0 +1,537 @@
+// Existing in-process modules as subsystems of the orchestrator, many behind one port, and the familiar calls.
+//
+// A module is an object with `run(context)` and perhaps `status()` or `getStatus()`. Nothing in it changes:
+//
+// * Those that one process serves find each other in `context` as the very same live objects. One that lives elsewhere
+//   is there as its latest output: plain data, frozen. `context` has the declared inputs and nothing else.
+// * `run` may be asynchronous, and return anything or nothing. Its output is a copy, made when `run` ended, of what
+//   JSON can carry; what it can't carry is left out, with an issue. The object itself is never sent.
+// * `run` is called once in a cycle, and never while it is still at work: a repeated call gets the first answer.
+// * What `run` throws is the failure of that subsystem in that cycle, and of nobody else.
+
+import {
+  credentials,
+  Server,
+  ServerCredentials,
+  status,
+  type sendUnaryData,
+  type ServerUnaryCall,
+  type ServiceError,
+} from "@grpc/grpc-js";
+import { HealthImplementation } from "grpc-health-check";
+import { OrchestratorClient, SubsystemClient } from "./contract.js";
+import type { CycleTelemetry__Output } from "./gen/dreamnet/orchestrator/v1/CycleTelemetry.js";
+import type { GetStatusRequest__Output } from "./gen/dreamnet/subsystem/v1/GetStatusRequest.js";
+import type { GetStatusResponse } from "./gen/dreamnet/subsystem/v1/GetStatusResponse.js";
+import type { InitializeRequest__Output } from "./gen/dreamnet/subsystem/v1/InitializeRequest.js";
+import type { InitializeResponse } from "./gen/dreamnet/subsystem/v1/InitializeResponse.js";
+import type { Issue } from "./gen/dreamnet/subsystem/v1/Issue.js";
+import type { RunCycleRequest__Output } from "./gen/dreamnet/subsystem/v1/RunCycleRequest.js";
+import type { RunCycleResponse } from "./gen/dreamnet/subsystem/v1/RunCycleResponse.js";
+import type { SubsystemHandlers } from "./gen/dreamnet/subsystem/v1/Subsystem.js";
+import { describe, frozen, snapshot, type Json } from "./json.js";
+import { contextKey, TOPOLOGY, type Place, type SubsystemName } from "./topology.js";
+
+// -------------------------------------------------------------------------------------------- types
+
+/** An existing module. `run` is given its declared inputs; a module that wants more takes the `cycle` as well. */
+export interface Module {
+  run?(context: any, cycle: Cycle): unknown;
+  status?: unknown;
+  getStatus?: unknown;
+}
+
+/** What is served: a module, or a class or a factory (also an asynchronous one) that makes it, once. */
+export type Servable = Module | (new () => Module) | (() => Module | Promise<Module>);
+
+/** The cycle that a module runs in. */
+export interface Cycle {
+  readonly cycleId: number;
+  /** When the cycle was due: the same for all of its subsystems. */
+  readonly scheduledAt: Date;
+  /** The parameters of the registration and of the cycle. */
+  readonly parameters: Readonly<Record<string, Json>>;
+  /** Every input by the name of its maker, as data. */
+  readonly inputs: ReadonlyMap<string, InputData>;
+  /** Aborted when the call that started this run is cancelled or too late. */
+  readonly signal: AbortSignal;
+  /** Reports a number worth following over time. */
+  metric(name: string, value: number): void;
+  /** Reports what went wrong, or is worth knowing, without failing. */
+  issue(severity: "INFO" | "WARNING" | "ERROR", code: string, message: string): void;
+}
+
+/** The latest output of another subsystem; without `output` there is none. */
+export interface InputData {
+  readonly output?: Readonly<Record<string, Json>>;
+  readonly fresh: boolean;
+}
+
+/** How modules are served. */
+export interface ServeOptions {
+  /** Where to listen. Port 0 takes a free one. Default "127.0.0.1:0". */
+  listen?: string;
+  /** Registers with the orchestrator at this "host:port". Without it, its configuration file has to name them. */
+  orchestrator?: string;
+  /** How long a registration lives unless it is renewed, which is done three times as often. Default 30 s. */
+  leaseSeconds?: number;
+  /** Where the orchestrator dials it, if not at "http://" and the address it listens on. */
+  endpoint?: string;
+  /** Names of those that have a `run` and are yet only read by the others: no cycle ever runs them. */
+  readOnly?: readonly string[];
+  /** Places of subsystems that are not among DreamNet's 28, or stand elsewhere now. */
+  places?: Readonly<Record<string, Place>>;
+  /**
+   * Runs those of one phase one after another, in the order of DreamNet's table and then of `objects`, as they always
+   * did: live objects that call each other end up in the same state in every cycle. Otherwise they run side by side.
+   * Only with `orchestrator`: it is an `after` in the registration. Default true.
+   */
+  sequential?: boolean;
+}
+
+/** Modules that are being served. */
+export interface Served {
+  /** Where: "127.0.0.1:50051". */
+  readonly address: string;
+  /** The live objects, by name. */
+  readonly objects: ReadonlyMap<string, Module>;
+  /** Takes them out of the registry, lets running calls end (for 10 s at most), and closes the port. */
+  stop(): Promise<void>;
+}
+
+/** DreamNet's 28, each of which may be missing. */
+export type OrchestratorContext = { [name in SubsystemName]?: Servable };
+
+/** The record of a cycle; times are epoch milliseconds. */
+export interface CycleTelemetry {
+  cycleId: number;
+  startedAt: number;
+  finishedAt: number;
+  durationMs: number;
+  /** What failed, in one line. Not there when nothing did. */
+  error?: string;
+}
+
+/** What the orchestrator has done. */
+export interface OrchestratorStatus {
+  lastCycle?: CycleTelemetry;
+  totalCycles: number;
+}
+
+/** A loop that runs in the orchestrator, until it is stopped: it outlives this process. */
+export interface IntervalLoop {
+  /** Settles when the modules are registered and the loop runs, or with the reason why not. */
+  readonly started: Promise<void>;
+  /** Stops the loop, as `clearInterval` did. The modules stay served. */
+  stop(): Promise<void>;
+}
+
+// -------------------------------------------------------------------------------------------- serving
+
+/** An error with a gRPC status code. */
+class Refusal extends Error {
+  constructor(readonly code: status, message: string) {
+    super(message);
+  }
+}
+
+// A retry comes within its cycle, and cycles don't overlap: a few answers are plenty.
+const REMEMBERED = 4;
+
+/** One module under its name: keeps the rules of the contract that need memory. */
+class Subsystem {
+  private epoch = 0;
+  private readonly answers = new Map<number, Promise<RunCycleResponse>>();
+  private atWork: number | undefined;
+
+  constructor(
+    private readonly name: string,
+    private readonly object: Module,
+    private readonly readOnly: boolean,
+    /** Inputs that came with an `after` which is only there for the sequence. */
+    private readonly unoffered: ReadonlySet<string>,
+    private readonly objects: ReadonlyMap<string, Module>,
+    private readonly itself: ReadonlySet<unknown>,
+  ) {}
+
+  checkEpoch(epoch: number): void {
+    if (epoch < this.epoch) {
+      throw new Refusal(status.ABORTED, `epoch ${epoch} has been superseded by ${this.epoch}`);
+    }
+    this.epoch = epoch;
+  }
+
+  runCycle(request: RunCycleRequest__Output, signal: AbortSignal): Promise<RunCycleResponse> {
+    this.checkEpoch(request.epoch);
+    const first = this.answers.get(request.cycleId);
+    if (first) return first;
+    if (this.atWork !== undefined) {
+      throw new Refusal(status.UNAVAILABLE, `${this.name} is still at work in cycle ${this.atWork}`);
+    }
+    this.atWork = request.cycleId;
+    const answer = this.run(request, signal).finally(() => (this.atWork = undefined));
+    this.answers.set(request.cycleId, answer);
+    if (this.answers.size > REMEMBERED) this.answers.delete(this.answers.keys().next().value!);
+    return answer;
+  }
+
+  // Up to the first `await` this is synchronous, and so is the copy of what a synchronous `run` returns.
+  private async run(request: RunCycleRequest__Output, signal: AbortSignal): Promise<RunCycleResponse> {
+    const metrics: Record<string, number> = {};
+    const issues: Issue[] = [];
+    const cycle: Cycle = {
+      cycleId: request.cycleId,
+      scheduledAt: new Date(toMs(request.scheduledAt)),
+      parameters: frozen(request.parameters),
+      inputs: new Map(
+        Object.entries(request.inputs).map(([name, input]) => [
+          name,
+          { fresh: input.freshness === "FRESHNESS_FRESH", ...(input.output && { output: frozen(input.output) }) },
+        ]),
+      ),
+      signal,
+      metric: (name, value) => void (metrics[name] = value),
+      issue: (severity, code, message) => void issues.push({ severity: `SEVERITY_${severity}`, code, message }),
+    };
+    let result: unknown;
+    if (this.readOnly) {
+      // It succeeds, so that no cycle counts it as failed, and its output is its status, for those who read it from
+      // elsewhere. If it were suspended instead, somebody could resume it, and those elsewhere would get nothing.
+      cycle.issue("INFO", "READ_ONLY", `${this.name} is only read by the others: a cycle does not run it`);
+      try {
+        result = await this.statusOf();
+      } catch (error) {
+        cycle.issue("WARNING", "NO_STATUS", describe(error));
+      }
+    } else {
+      result = this.object.run!(this.contextOf(cycle), cycle);
+      if (isThenable(result)) result = await result;
+    }
+    const { struct, dropped } = snapshot(result, this.itself);
+    if (dropped.length > 0) cycle.issue("WARNING", "NOT_JSON", `left out of the output: ${dropped.join("; ")}`);
+    return { output: struct, metrics, issues };
+  }
+
+  private contextOf(cycle: Cycle): Record<string, unknown> {
+    const context: Record<string, unknown> = {};
+    for (const [name, { output }] of cycle.inputs) {
+      if (this.unoffered.has(name)) continue;
+      const value = this.objects.get(name) ?? output;
+      if (value !== undefined) context[contextKey(name)] = value;
+    }
+    return context;
+  }
+
+  private statusOf(): unknown {
+    const { status, getStatus } = this.object;
+    if (typeof status === "function") return status.call(this.object);
+    if (typeof getStatus === "function") return getStatus.call(this.object);
+    return undefined;
+  }
+
+  async getStatus(): Promise<GetStatusResponse> {
+    if (typeof this.object.status !== "function" && typeof this.object.getStatus !== "function") {
+      throw new Refusal(status.UNIMPLEMENTED, `${this.name} has neither status() nor getStatus()`);
+    }
+    return { status: snapshot(await this.statusOf(), this.itself).struct };
+  }
+}
+
+const isThenable = (value: unknown): value is PromiseLike<unknown> =>
+  typeof (value as { then?: unknown } | null | undefined)?.then === "function";
+
+/**
+ * Serves `objects`, by name, at one port, and registers them if `options.orchestrator` is given.
+ *
+ * One without `run` is only read by the others, as are those in `options.readOnly`.
+ *
+ * Throws when the port is taken, a class or factory makes no object, or the orchestrator can't be reached or refuses a
+ * registration.
+ */
+export async function serveSubsystems(
+  objects: Readonly<Record<string, Servable | undefined>>,
+  options: ServeOptions = {},
+): Promise<Served> {
+  const live = new Map<string, Module>();
+  for (const name of inOrder(Object.keys(objects).filter((name) => objects[name] != null), options)) {
+    const object = await instantiate(objects[name]!);
+    if (object === null || (typeof object !== "object" && typeof object !== "function")) {
+      throw new TypeError(`${name} is no object, and no class or factory that makes one`);
+    }
+    live.set(name, object);
+  }
+  // An object is never sent, and neither is one that another module got hold of.
+  const itself = new Set<unknown>([...live.values(), ...Object.values(objects).filter((object) => object != null)]);
+  for (const name of options.readOnly ?? []) {
+    if (!live.has(name)) throw new Error(`readOnly names ${name}, which is not among the objects`);
+  }
+
+  const subsystems = new Map<string, Subsystem>();
+  const registrations: Array<Place & { name: string }> = [];
+  let previous: { name: string; phase: number } | undefined;
+  for (const [name, object] of live) {
+    const readOnly = typeof object.run !== "function" || (options.readOnly ?? []).includes(name);
+    const { phase = 0, requires = [], after = [], reads = [] } = placeOf(name, options);
+    const inputs = new Set([...requires, ...after, ...reads]);
+    const waitsFor = [...after];
+    const unoffered = new Set<string>();
+    if (previous?.phase === phase && options.sequential !== false && options.orchestrator) {
+      if (!requires.includes(previous.name) && !after.includes(previous.name)) waitsFor.push(previous.name);
+      if (!inputs.has(previous.name)) unoffered.add(previous.name);
+    }
+    previous = { name, phase };
+    registrations.push({ name, phase, requires, after: waitsFor, reads: reads.filter((n) => !waitsFor.includes(n)) });
+    subsystems.set(name, new Subsystem(name, object, readOnly, unoffered, live, itself));
+  }
+
+  const health = new HealthImplementation({ "": "SERVING", [HEALTH_SERVICE]: "SERVING" });
+  // Inputs are outputs of others, 1 MiB each by default; the orchestrator's own limit for a message is this.
+  const server = new Server({ "grpc.max_receive_message_length": 64 * 1024 * 1024 });
+  server.addService(SubsystemClient.service, handlers(subsystems));
+  health.addToServer(server);
+  const listen = options.listen ?? "127.0.0.1:0";
+  const port = await new Promise<number>((resolve, reject) =>
+    server.bindAsync(listen, ServerCredentials.createInsecure(), (error, port) =>
+      error ? reject(error) : resolve(port),
+    ),
+  );
+  const address = `${listen.slice(0, listen.lastIndexOf(":"))}:${port}`;
+
+  const endpoint = options.endpoint ?? `http://${address}`;
+
+  let leave = async () => {};
+  const stop = async () => {
+    for (const service of ["", HEALTH_SERVICE]) health.setStatus(service, "NOT_SERVING");
+    await leave();
+    await new Promise<void>((resolve) => {
+      const grace = setTimeout(() => server.forceShutdown(), 10_000);
+      server.tryShutdown(() => resolve(clearTimeout(grace)));
+    });
+  };
+  if (options.orchestrator) {
+    try {
+      leave = await register(registrations, endpoint, options.orchestrator, options.leaseSeconds ?? 30);
+    } catch (error) {
+      server.forceShutdown();
+      throw error;
+    }
+  }
+  let stopped: Promise<void> | undefined;
+  return { address, objects: live, stop: () => (stopped ??= stop()) };
+}
+
+const HEALTH_SERVICE = "dreamnet.subsystem.v1.Subsystem";
+
+function placeOf(name: string, options: ServeOptions): Place {
+  return options.places?.[name] ?? (TOPOLOGY as Record<string, Place>)[name] ?? {};
+}
+
+/** By phase, then as in DreamNet's table, then as they come. */
+function inOrder(names: string[], options: ServeOptions): string[] {
+  const table = Object.keys(TOPOLOGY);
+  const row = (name: string) => (table.includes(name) ? table.indexOf(name) : table.length);
+  const phase = (name: string) => placeOf(name, options).phase ?? 0;
+  return names.sort((a, b) => phase(a) - phase(b) || row(a) - row(b));
+}
+
+async function instantiate(servable: Servable): Promise<Module> {
+  if (typeof servable !== "function" || typeof (servable as Module).run === "function") return servable as Module;
+  const isClass =
+    /^class\b/.test(Function.prototype.toString.call(servable)) || typeof servable.prototype?.run === "function";
+  return isClass ? new (servable as new () => Module)() : await (servable as () => Module | Promise<Module>)();
+}
+
+function handlers(subsystems: ReadonlyMap<string, Subsystem>): SubsystemHandlers {
+  const of = ({ subsystem: name }: { subsystem: string }) => {
+    const subsystem = subsystems.get(name);
+    if (!subsystem) throw new Refusal(status.NOT_FOUND, `no subsystem ${name} here`);
+    return subsystem;
+  };
+  /** Whatever goes wrong in a call is the answer of that call. */
+  const unary =
+    <Q, A>(work: (request: Q, signal: AbortSignal) => A | Promise<A>) =>
+    (call: ServerUnaryCall<Q, A>, callback: sendUnaryData<A>): void => {
+      const gone = new AbortController();
+      call.on("cancelled", () => gone.abort());
+      new Promise<A>((resolve) => resolve(work(call.request, gone.signal))).then(
+        (answer) => callback(null, answer),
+        (error) =>
+          callback({ code: error instanceof Refusal ? error.code : status.INTERNAL, details: describe(error) }),
+      );
+    };
+  return {
+    Initialize: unary<InitializeRequest__Output, InitializeResponse>((request) => {
+      of(request).checkEpoch(request.epoch);
+      return {};
+    }),
+    RunCycle: unary<RunCycleRequest__Output, RunCycleResponse>((request, signal) =>
+      of(request).runCycle(request, signal),
+    ),
+    GetStatus: unary<GetStatusRequest__Output, GetStatusResponse>((request) => of(request).getStatus()),
+  };
+}
+
+// -------------------------------------------------------------------------------------------- the orchestrator
+
+type Client = InstanceType<typeof OrchestratorClient>;
+type Callback<A> = (error: ServiceError | null, answer?: A) => void;
+
+/** Calls the orchestrator at `address` and waits for the answer. */
+async function ask<A>(address: string, call: (client: Client, callback: Callback<A>) => void): Promise<A> {
+  const client = new OrchestratorClient(address, credentials.createInsecure());
+  try {
+    return await new Promise<A>((resolve, reject) =>
+      call(client, (error, answer) => (error ? reject(error) : resolve(answer!))),
+    );
+  } catch (error) {
+    const { code, details } = error as ServiceError;
+    const told = new Error(`the orchestrator at ${address} answered ${status[code]}: ${details}`, { cause: error });
+    throw Object.assign(told, { code });
+  } finally {
+    client.close();
+  }
+}
+
+/** Registers with a lease and renews it, until the function that it returns is called. */
+async function register(
+  registrations: ReadonlyArray<Place & { name: string }>,
+  endpoint: string,
+  orchestrator: string,
+  leaseSeconds: number,
+): Promise<() => Promise<void>> {
+  const registerOne = ({ requires, after, reads, ...registration }: Place & { name: string }) =>
+    ask(orchestrator, (client, callback) =>
+      client.registerSubsystem(
+        {
+          registration: {
+            ...registration,
+            endpoint,
+            requires: [...(requires ?? [])],
+            after: [...(after ?? [])],
+            reads: [...(reads ?? [])],
+          },
+          lease: { seconds: leaseSeconds },
+        },
+        deadline(),
+        callback,
+      ),
+    );
+  const renewOne = async (registration: Place & { name: string }) => {
+    try {
+      await ask(orchestrator, (client, callback) =>
+        client.renewLease({ name: registration.name }, deadline(), callback),
+      );
+    } catch (error) {
+      // The lease has expired, or the orchestrator has lost its record.
+      if ((error as ServiceError).code !== status.NOT_FOUND) throw error;
+      await registerOne(registration);
+    }
+  };
+  for (const registration of registrations) await registerOne(registration);
+
+  let renewal: Promise<unknown> = Promise.resolve();
+  let renewing = false;
+  const timer = setInterval(() => {
+    if (renewing) return;
+    renewing = true;
+    renewal = Promise.allSettled(registrations.map(renewOne)).then((results) => {
+      renewing = false;
+      const failed = results.find((result) => result.status === "rejected");
+      if (failed) console.error(`a lease was not renewed, trying again: ${describe(failed.reason)}`);
+    });
+  }, (leaseSeconds * 1000) / 3);
+  return async () => {
+    clearInterval(timer);
+    await renewal;
+    // Whatever can't be taken out now ends with its lease.
+    await Promise.allSettled(
+      registrations.map(({ name }) =>
+        ask(orchestrator, (client, callback) => client.unregisterSubsystem({ name }, deadline(), callback)),
+      ),
+    );
+  };
+}
+
+/** Calls that do no work are answered at once. */
+const deadline = () => ({ deadline: Date.now() + 10_000 });
+
+// -------------------------------------------------------------------------------------------- the familiar calls
+
+/** Options of the familiar calls. The orchestrator is by default at `ORCHESTRATOR_ADDRESS`, else at 127.0.0.1:7700. */
+export type CallOptions = Omit<ServeOptions, "places">;
+
+const orchestratorOf = (options: CallOptions) =>
+  (options.orchestrator ?? process.env.ORCHESTRATOR_ADDRESS ?? "127.0.0.1:7700").replace(/^http:\/\//, "");
+
+const serving = new Map<OrchestratorContext, Promise<Served>>();
+
+/** Serves and registers what is in `context`; once, however often it is asked. */
+function serve(context: OrchestratorContext, options: CallOptions): Promise<Served> {
+  let served = serving.get(context);
+  if (!served) {
+    served = serveSubsystems(context, { ...options, orchestrator: orchestratorOf(options) });
+    serving.set(context, served);
+    served.catch(() => serving.delete(context));
+  }
+  return served;
+}
+
+/** Ends what `runSingleCycle` and `startIntervalLoop` serve for `context`. Until then the process lives. */
+export async function stopServing(context: OrchestratorContext): Promise<void> {
+  const served = serving.get(context);
+  serving.delete(context);
+  await (await served)?.stop();
+}
+
+/** Serves and registers what is in `context` when it is first called with it, and runs one cycle. */
+export async function runSingleCycle(context: OrchestratorContext, options: CallOptions = {}): Promise<CycleTelemetry> {
+  await serve(context, options);
+  const { telemetry } = await ask<{ telemetry: CycleTelemetry__Output | null }>(
+    orchestratorOf(options),
+    (client, callback) => client.runCycle({}, callback),
+  );
+  return toTelemetry(telemetry!);
+}
+
+/** Serves and registers what is in `context`, and has the orchestrator run a cycle every `intervalMs`. */
+export function startIntervalLoop(
+  context: OrchestratorContext,
+  intervalMs = 5000,
+  options: CallOptions & { /** Default "dreamnet". */ loop?: string } = {},
+): IntervalLoop {
+  const { loop: name = "dreamnet", ...rest } = options;
+  const interval = { seconds: Math.floor(intervalMs / 1000), nanos: Math.round((intervalMs % 1000) * 1e6) };
+  const started = (async () => {
+    await serve(context, rest);
+    await ask(orchestratorOf(rest), (client, callback) =>
+      client.startIntervalLoop({ loop: { name, interval } }, deadline(), callback),
+    );
+  })();
+  return {
+    started,
+    async stop() {
+      await started;
+      await ask(orchestratorOf(rest), (client, callback) => client.stopIntervalLoop({ name }, deadline(), callback));
+    },
+  };
+}
+
+/** What the orchestrator has done last, and how many cycles in all. */
+export async function getStatus(options: CallOptions = {}): Promise<OrchestratorStatus> {
+  const answer = await ask<{ status: { lastCycle: CycleTelemetry__Output | null; totalCycles: number } | null }>(
+    orchestratorOf(options),
+    (client, callback) => client.getStatus({}, deadline(), callback),
+  );
+  const { lastCycle, totalCycles } = answer.status!;
+  return { totalCycles, ...(lastCycle && { lastCycle: toTelemetry(lastCycle) }) };
+}
+
+function toTelemetry(cycle: CycleTelemetry__Output): CycleTelemetry {
+  const { cycleId, durationMs, error } = cycle;
+  const finishedAt = toMs(cycle.finishedAt);
+  // One that never started has no time of start.
+  const startedAt = cycle.startedAt ? toMs(cycle.startedAt) : finishedAt;
+  return { cycleId, startedAt, finishedAt, durationMs, ...(error && { error }) };
+}
+
+const toMs = (time: { seconds: number; nanos: number } | null) => (time ? time.seconds * 1000 + time.nanos / 1e6 : 0);

@@ -1,0 +1,85 @@
+// DreamNet's 28 subsystems, in the order in which they have always run. `examples/dreamnet.toml` says the same to the
+// orchestrator; a test compares the two.
+
+/** Where a subsystem stands in a cycle, and whose outputs are its inputs; see `Registration` in the contract. */
+export interface Place {
+  phase?: number;
+  requires?: readonly string[];
+  after?: readonly string[];
+  reads?: readonly string[];
+}
+
+const place = (phase: number, reads = "", after = ""): Place => ({ phase, after: words(after), reads: words(reads) });
+const words = (text: string) => text.split(" ").filter(Boolean);
+
+export const TOPOLOGY = {
+  IdentityGrid: place(0),
+  ReputationLattice: place(0),
+  NarrativeField: place(0),
+  NeuralMesh: place(0),
+  AgentWalletManager: place(0),
+  QuantumAnticipation: place(0),
+  SlugTimeMemory: place(0),
+  StarBridgeLungs: place(0),
+  DreamCortex: place(0),
+  WolfPack: place(0),
+  PredatorScavengerLoop: place(0),
+  CitadelCore: place(10, "NeuralMesh"),
+  LatentCollaboration: place(15, "NeuralMesh AgentWalletManager", "CitadelCore"),
+  FieldLayer: place(
+    20,
+    "ReputationLattice QuantumAnticipation SlugTimeMemory StarBridgeLungs DreamCortex WolfPack " +
+      "PredatorScavengerLoop NeuralMesh",
+  ),
+  AgentRegistryCore: place(30, "ReputationLattice NarrativeField NeuralMesh", "FieldLayer"),
+  EconomicEngineCore: place(
+    30,
+    "IdentityGrid ZenGardenCore DreamBetCore DreamVault DreamShop SocialHubCore DreamTankCore InitRitualCore " +
+      "NarrativeField NeuralMesh",
+    "FieldLayer AgentRegistryCore",
+  ),
+  DreamTankCore: place(
+    40,
+    "DreamCortex DreamVault ReputationLattice FieldLayer IdentityGrid NarrativeField NeuralMesh",
+  ),
+  InitRitualCore: place(
+    40,
+    "IdentityGrid DreamCortex DreamVault ZenGardenCore SocialHubCore FieldLayer NarrativeField NeuralMesh",
+    "DreamTankCore",
+  ),
+  ZenGardenCore: place(50, "IdentityGrid FieldLayer DreamVault DreamCortex NeuralMesh"),
+  DreamBetCore: place(50, "IdentityGrid ReputationLattice FieldLayer NeuralMesh"),
+  SocialHubCore: place(
+    50,
+    "IdentityGrid ReputationLattice FieldLayer DreamCortex DreamTankCore NarrativeField NeuralMesh",
+  ),
+  DreamShop: place(50, "DreamVault IdentityGrid ReputationLattice DreamCortex NeuralMesh"),
+  DreamVault: place(50, "DreamCortex IdentityGrid NarrativeField NeuralMesh"),
+  LiquidityEngine: place(50, "FieldLayer NeuralMesh CivicPanelCore"),
+  WolfPackFundingCore: place(
+    55,
+    "ReputationLattice FieldLayer DreamTankCore EconomicEngineCore NarrativeField AgentRegistryCore NeuralMesh",
+  ),
+  WolfPackAnalystCore: place(56, "NeuralMesh NarrativeField", "WolfPackFundingCore"),
+  CivicPanelCore: place(
+    60,
+    "DreamVault DreamShop FieldLayer DreamBetCore ZenGardenCore DreamCortex ReputationLattice NarrativeField " +
+      "IdentityGrid DreamTankCore LiquidityEngine SocialHubCore InitRitualCore EconomicEngineCore " +
+      "AgentRegistryCore NeuralMesh WolfPackFundingCore",
+  ),
+  DreamNetOSCore: place(
+    60,
+    "DreamVault DreamShop FieldLayer DreamBetCore ZenGardenCore DreamTankCore LiquidityEngine SocialHubCore " +
+      "InitRitualCore EconomicEngineCore AgentRegistryCore NeuralMesh",
+    "CivicPanelCore",
+  ),
+} as const satisfies Record<string, Place>;
+
+/** The name of one of the 28. */
+export type SubsystemName = keyof typeof TOPOLOGY;
+
+// Keys that don't follow from the name.
+const KEYS: Record<string, string> = { StarBridgeLungs: "starBridge", PredatorScavengerLoop: "predatorScavenger" };
+
+/** The key under which the others find a subsystem in their context: `FieldLayer` is `fieldLayer`. */
+export const contextKey = (name: string): string => KEYS[name] ?? name.charAt(0).toLowerCase() + name.slice(1);

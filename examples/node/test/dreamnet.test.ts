@@ -1,0 +1,396 @@
+// Against the real service: ORCHESTRATOR_BIN, or the one in `target/debug`.
+
+import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
+import { after, afterEach, before, test } from "node:test";
+import { fileURLToPath } from "node:url";
+import { status } from "@grpc/grpc-js";
+import {
+  getStatus,
+  runSingleCycle,
+  serveSubsystems,
+  startIntervalLoop,
+  stopServing,
+  type Cycle,
+  type OrchestratorContext,
+  type Servable,
+} from "../src/dreamnet.js";
+import { contextKey, TOPOLOGY, type Place } from "../src/topology.js";
+import { call, cycle, orchestrator, startOrchestrator, startSubsystem, subsystem, type Running } from "./support.js";
+
+const NAMES = Object.keys(TOPOLOGY) as Array<keyof typeof TOPOLOGY>;
+const inputsOf = ({ requires = [], after = [], reads = [] }: Place) => new Set([...requires, ...after, ...reads]);
+
+let service: Running;
+before(async () => void (service = await startOrchestrator()));
+after(async () => assert.equal(await service.stop(), 0));
+
+// What a test has opened is closed when it ends, well or badly.
+const open: Array<() => Promise<unknown>> = [];
+afterEach(() => Promise.all(open.splice(0).map((close) => close())));
+
+const serve = async (...args: Parameters<typeof serveSubsystems>) => {
+  const served = await serveSubsystems(...args);
+  open.push(() => served.stop());
+  return served;
+};
+const familiar = <C extends object>(context: C): C => {
+  open.push(() => stopServing(context as OrchestratorContext));
+  return context;
+};
+
+test("the topology is that of examples/dreamnet.toml", async () => {
+  const toml = await readFile(fileURLToPath(new URL("../../../dreamnet.toml", import.meta.url)), "utf8");
+  const declared = toml.split("[[subsystems]]").slice(1).map((text) => {
+    const list = (key: string) =>
+      [...(text.match(new RegExp(`^${key} = \\[([^\\]]*)\\]`, "m"))?.[1] ?? "").matchAll(/"(\w+)"/g)].map((m) => m[1]);
+    const [, name] = text.match(/^name = "(\w+)"/m)!;
+    return [name, { phase: Number(text.match(/^phase = (\d+)/m)![1]), after: list("after"), reads: list("reads") }];
+  });
+  assert.deepEqual(declared, Object.entries(TOPOLOGY));
+});
+
+test("keys follow from the names, but for two", () => {
+  assert.deepEqual(
+    ["FieldLayer", "DreamNetOSCore", "StarBridgeLungs", "PredatorScavengerLoop"].map(contextKey),
+    ["fieldLayer", "dreamNetOSCore", "starBridge", "predatorScavenger"],
+  );
+});
+
+/**
+ * A fleet of modules with state that call each other: each remembers something in every module that it is offered, and what
+ * it remembers depends on what they hold at that moment. Some are synchronous, some take a few turns.
+ */
+function fleet(order: string[] = []) {
+  class Stateful {
+    private memory = 1;
+    private runs = 0;
+    constructor(readonly name: string, readonly turns: number) {}
+
+    remember(value: number) {
+      this.memory = (this.memory * 31 + value) % 1_000_003;
+      return this.memory;
+    }
+
+    run(context: Record<string, Stateful>) {
+      order.push(this.name);
+      this.runs += 1;
+      const work = () => {
+        for (const key of Object.keys(context).sort()) this.remember(context[key]!.remember(this.memory));
+        return this.status();
+      };
+      if (this.turns === 0) return work();
+      return (async () => {
+        for (let i = 0; i < this.turns; i++) await new Promise((resolve) => setImmediate(resolve));
+        return work();
+      })();
+    }
+
+    status() {
+      return { memory: this.memory, runs: this.runs };
+    }
+  }
+  return Object.fromEntries(NAMES.map((name, i) => [name, new Stateful(name, i % 3)])) as Record<string, Stateful>;
+}
+
+test("28 modules that call each other end up as they do in plain sequence in one process", async () => {
+  const observed: string[] = [];
+  const context = familiar(fleet(observed));
+  const plain = fleet();
+  const options = { orchestrator: service.address };
+
+  for (let n = 1; n <= 3; n++) {
+    observed.length = 0;
+    const telemetry = await runSingleCycle(context as OrchestratorContext, options);
+    assert.equal(telemetry.error, undefined);
+    assert.ok(telemetry.startedAt <= telemetry.finishedAt && telemetry.finishedAt <= Date.now() + 1);
+    assert.ok(Math.abs(telemetry.finishedAt - telemetry.startedAt - telemetry.durationMs) < 0.01);
+
+    const { plan } = await orchestrator(service.address)((client, callback) => client.planCycle({}, callback));
+    const planned: string[] = plan.subsystems.map(({ name }: { name: string }) => name);
+    assert.deepEqual(planned, NAMES, "the plan is the documented order");
+    assert.deepEqual(observed, planned);
+    for (const name of planned) {
+      const inputs = Object.fromEntries(
+        [...inputsOf(TOPOLOGY[name as keyof typeof TOPOLOGY])].map((name) => [contextKey(name), plain[name]!]),
+      );
+      await plain[name]!.run(inputs);
+    }
+    for (const name of NAMES) assert.deepEqual(context[name]!.status(), plain[name]!.status(), `${name}, cycle ${n}`);
+  }
+
+  // What the orchestrator shows of them is the same.
+  const shown = await orchestrator(service.address)((client, callback) =>
+    client.getStatus({ includeSnapshots: true }, callback),
+  );
+  for (const { registration, snapshot } of shown.status.subsystems) {
+    assert.equal(snapshot.fields.memory.numberValue, plain[registration.name]!.status().memory);
+  }
+  const { totalCycles, lastCycle } = await getStatus(options);
+  assert.equal(lastCycle?.cycleId, totalCycles);
+});
+
+test("side by side, the phases and each `after` still hold", async () => {
+  const ended = new Set<string>();
+  const objects = Object.fromEntries(
+    NAMES.map((name) => [
+      name,
+      {
+        async run(context: object) {
+          const { phase, after } = TOPOLOGY[name] as Place;
+          const before = NAMES.filter((other) => (TOPOLOGY[other].phase ?? 0) < phase!);
+          for (const other of [...before, ...after!]) assert.ok(ended.has(other), `${name} ran before ${other}`);
+          assert.deepEqual(new Set(Object.keys(context)), new Set([...inputsOf(TOPOLOGY[name])].map(contextKey)));
+          await new Promise((resolve) => setImmediate(resolve));
+          ended.add(name);
+        },
+      },
+    ]),
+  );
+  await serve(objects, { orchestrator: service.address, sequential: false });
+  const telemetry = await cycle(service.address);
+  assert.equal(telemetry.error, "");
+  assert.deepEqual([...ended].sort(), [...NAMES].sort());
+});
+
+test("a module is offered the very same live objects, those that it declares and no more", async () => {
+  const seen: Record<string, unknown>[] = [];
+  const mesh = { run() {} };
+  const objects = {
+    NeuralMesh: mesh,
+    StarBridgeLungs: { run() {} },
+    PredatorScavengerLoop: { run() {} },
+    IdentityGrid: { run() {} },
+    FieldLayer: { run: (context: Record<string, unknown>) => void seen.push(context) },
+  };
+  await serve(objects, { orchestrator: service.address });
+  await cycle(service.address);
+  assert.deepEqual(Object.keys(seen[0]!).sort(), ["neuralMesh", "predatorScavenger", "starBridge"]);
+  assert.equal(seen[0]!.neuralMesh, mesh);
+  assert.equal(seen[0]!.starBridge, objects.StarBridgeLungs);
+  assert.equal(seen[0]!.predatorScavenger, objects.PredatorScavengerLoop);
+  assert.ok(!Object.isFrozen(mesh));
+});
+
+test("the `after` of the sequence offers nothing", async () => {
+  const seen: string[][] = [];
+  const run = (context: object) => void seen.push(Object.keys(context));
+  await serve({ ZenGardenCore: { run }, DreamBetCore: { run } }, { orchestrator: service.address });
+  await cycle(service.address);
+  assert.deepEqual(seen, [[], []]);
+});
+
+test("a subsystem that lives elsewhere is its latest output, frozen", async () => {
+  let seen: any;
+  await serve({ NeuralMesh: { run: () => ({ nodes: [{ id: 1 }] }) } }, { orchestrator: service.address });
+  await serve({ CitadelCore: { run(context: unknown) { seen = context; } } }, { orchestrator: service.address });
+  await cycle(service.address);
+  assert.equal(JSON.stringify(seen), '{"neuralMesh":{"nodes":[{"id":1}]}}');
+  assert.throws(() => { seen.neuralMesh.nodes[0].id = 2; }, TypeError);
+});
+
+test("a module that throws is that subsystem's failure only", async () => {
+  const throwing = (thrown: unknown): Servable => ({ run() { throw thrown; } });
+  await serve(
+    {
+      WolfPack: throwing(new Error("boom ".repeat(10_000))),
+      DreamCortex: throwing(undefined),
+      NeuralMesh: { run: () => Promise.reject(Object.create(null)) },
+      IdentityGrid: { run: () => ({ then() { throw new RangeError("late"); } }) },
+      CitadelCore: { run: () => ({ fine: true }) },
+    },
+    { orchestrator: service.address },
+  );
+  const telemetry = await cycle(service.address);
+  const states = Object.fromEntries(telemetry.subsystems.map(({ name, state, errorCode }) => [name, `${state} ${errorCode}`]));
+  const failed = "SUBSYSTEM_STATE_FAILED INTERNAL";
+  assert.deepEqual(states, {
+    WolfPack: failed,
+    DreamCortex: failed,
+    NeuralMesh: failed,
+    IdentityGrid: failed,
+    CitadelCore: "SUBSYSTEM_STATE_SUCCEEDED ",
+  });
+  assert.equal(telemetry.state, "CYCLE_STATE_DEGRADED");
+  assert.match(telemetry.error, /WolfPack/);
+});
+
+test("odd outputs: an object that is mutated later, an array, nothing, and what JSON can't carry", async () => {
+  const same = { n: 0, inner: { n: 0 } };
+  await serve(
+    {
+      WolfPack: { run() { same.n = same.inner.n = 1; queueMicrotask(() => { same.n = same.inner.n = 2; }); return same; } },
+      DreamCortex: { run: async () => [1, undefined] },
+      NeuralMesh: { run() {} },
+      IdentityGrid: { run: () => ({ f() {}, big: 1n, nan: NaN, ok: "yes" }) },
+    },
+    { orchestrator: service.address },
+  );
+  const telemetry = await cycle(service.address);
+  same.n = 3;
+  assert.equal(telemetry.error, "");
+  const part = (name: string) => telemetry.subsystems.find((part) => part.name === name)!;
+  const output = (name: string) => JSON.parse(JSON.stringify(part(name).output));
+  assert.equal(output("WolfPack").fields.n.numberValue, 1);
+  assert.equal(output("WolfPack").fields.inner.structValue.fields.n.numberValue, 1);
+  assert.equal(output("DreamCortex").fields.value.listValue.values.length, 2);
+  assert.deepEqual(Object.keys(output("IdentityGrid").fields), ["ok"]);
+  assert.deepEqual(part("IdentityGrid").issues.map(({ code }) => code), ["NOT_JSON"]);
+  assert.deepEqual(part("WolfPack").issues, []);
+});
+
+test("the object itself is never sent, not even by another one", async () => {
+  const keeper = { key: "secret", run() { return this; }, status() { return { wrapped: this }; } };
+  const served = await serve(
+    { NeuralMesh: keeper, CitadelCore: { run: ({ neuralMesh }: any) => ({ neuralMesh, ok: true }) } },
+    { orchestrator: service.address },
+  );
+  const telemetry = await cycle(service.address);
+  const shown = await subsystem(served.address)((client, callback) => client.getStatus({ subsystem: "NeuralMesh" }, callback));
+  assert.doesNotMatch(JSON.stringify([telemetry, shown]), /secret/);
+  assert.deepEqual(telemetry.subsystems.map(({ issues }) => issues.map(({ code }) => code)), [["NOT_JSON"], ["NOT_JSON"]]);
+});
+
+test("those that are only read are never run, shown as such, and not counted as failed", async () => {
+  let runs = 0;
+  const keeper = { keys: 7, run() { runs += 1; }, status: () => ({ kept: 7 }) };
+  let seen: any;
+  await serve(
+    { NeuralMesh: keeper, IdentityGrid: { status() { throw new Error("none"); } }, CitadelCore: { run(context: unknown) { seen = context; } } },
+    { orchestrator: service.address, readOnly: ["NeuralMesh"] },
+  );
+  const telemetry = await cycle(service.address);
+  assert.equal(telemetry.state, "CYCLE_STATE_SUCCEEDED");
+  assert.equal(runs, 0);
+  assert.equal(seen.neuralMesh, keeper);
+  const [grid, mesh] = telemetry.subsystems;
+  assert.equal(mesh!.issues[0]!.code, "READ_ONLY");
+  assert.equal(mesh!.output!.fields!.kept!.numberValue, 7);
+  assert.equal(grid!.issues[0]!.code, "READ_ONLY");
+  await assert.rejects(serve({}, { readOnly: ["Nobody"] }), /readOnly names Nobody/);
+});
+
+test("classes and factories are made once", async () => {
+  let made = 0;
+  class Mesh {
+    runs = 0;
+    constructor() { made += 1; }
+    run() { return { runs: ++this.runs }; }
+  }
+  const served = await serve({
+    NeuralMesh: Mesh,
+    WolfPack: () => new Mesh(),
+    DreamCortex: async () => new Mesh(),
+  });
+  for (const name of ["NeuralMesh", "WolfPack", "DreamCortex"]) {
+    await call(served.address, name, 1);
+    const { output } = await call(served.address, name, 2);
+    assert.equal(output!.fields!.runs!.numberValue, 2);
+  }
+  assert.equal(made, 3);
+});
+
+test("a repeated call gets the first answer, also while the first is at work, and when it was an error", async () => {
+  let runs = 0;
+  let started!: () => void;
+  const atWork = new Promise<void>((resolve) => (started = resolve));
+  let finish!: (value: unknown) => void;
+  const served = await serve({
+    NeuralMesh: { run: () => (runs++, started(), new Promise((resolve) => (finish = resolve))) },
+    WolfPack: { run: () => { throw new Error(`run ${++runs}`); } },
+  });
+  const first = call(served.address, "NeuralMesh", 1);
+  await atWork;
+  const second = call(served.address, "NeuralMesh", 1, { attempt: 2 });
+  // It does not run beside itself, and says that the call may be sent again.
+  await assert.rejects(call(served.address, "NeuralMesh", 2), { code: status.UNAVAILABLE });
+  finish({ n: 1 });
+  assert.deepEqual(await second, await first);
+  assert.deepEqual(await call(served.address, "NeuralMesh", 1), await first);
+  assert.equal(runs, 1);
+  await assert.rejects(call(served.address, "WolfPack", 1), /run 2/);
+  await assert.rejects(call(served.address, "WolfPack", 1), /run 2/);
+});
+
+test("a call that is late ends, tells the module, and keeps nobody else from answering", async () => {
+  let told!: () => void;
+  const aborted = new Promise<void>((resolve) => (told = resolve));
+  const served = await serve({
+    NeuralMesh: { run: (_context: unknown, { signal }: Cycle) => new Promise(() => signal.addEventListener("abort", told)) },
+    WolfPack: { run() {} },
+  });
+  const late = subsystem(served.address)((client, callback) =>
+    client.runCycle({ subsystem: "NeuralMesh", cycleId: 1 }, { deadline: Date.now() + 100 }, callback),
+  );
+  await call(served.address, "WolfPack", 1);
+  await assert.rejects(late, { code: status.DEADLINE_EXCEEDED });
+  await aborted;
+});
+
+test("a superseded epoch is refused, a name that is not here is not found, and health is served", async () => {
+  const served = await serve({ NeuralMesh: { run() {} } });
+  const initialize = (subsystem_: string, epoch: number) =>
+    subsystem(served.address)((client, callback) => client.initialize({ subsystem: subsystem_, epoch }, callback));
+  await initialize("NeuralMesh", 5);
+  await initialize("NeuralMesh", 5);
+  await assert.rejects(initialize("NeuralMesh", 4), { code: status.ABORTED });
+  await assert.rejects(call(served.address, "NeuralMesh", 1, { epoch: 4 }), { code: status.ABORTED });
+  await call(served.address, "NeuralMesh", 1, { epoch: 6 });
+  await assert.rejects(initialize("NeuralMesh", 5), { code: status.ABORTED });
+  await assert.rejects(call(served.address, "Nobody", 1), { code: status.NOT_FOUND });
+  await assert.rejects(
+    subsystem(served.address)((client, callback) => client.getStatus({ subsystem: "NeuralMesh" }, callback)),
+    { code: status.UNIMPLEMENTED },
+  );
+  const health = await subsystem(served.address)((client, callback) =>
+    client.makeUnaryRequest("/grpc.health.v1.Health/Check", () => Buffer.alloc(0), (bytes: Buffer) => bytes, {}, callback),
+  );
+  assert.deepEqual([...(health as Buffer)], [8, 1], "SERVING");
+});
+
+test("an interval loop runs until it is stopped", async () => {
+  let ran!: () => void;
+  const twice = new Promise<void>((resolve) => (ran = resolve));
+  let runs = 0;
+  const context = familiar({ NeuralMesh: { run: () => void (++runs === 2 && ran()) } });
+  const loop = startIntervalLoop(context, 20, { orchestrator: service.address });
+  await twice;
+  await loop.stop();
+  const { loops } = await orchestrator(service.address)((client, callback) => client.listIntervalLoops({}, callback));
+  assert.deepEqual(loops, []);
+});
+
+test("what goes wrong at the start is told", async () => {
+  const nobody = { orchestrator: "127.0.0.1:1" };
+  await assert.rejects(runSingleCycle({ NeuralMesh: { run() {} } }, nobody), /127\.0\.0\.1:1 answered UNAVAILABLE/);
+  await assert.rejects(getStatus(nobody), /UNAVAILABLE/);
+});
+
+test("a registration that is gone is made anew", async () => {
+  let ran: () => void = () => {};
+  const context = familiar({ NeuralMesh: { run: () => ran() } });
+  const options = { orchestrator: service.address, leaseSeconds: 1 };
+  await runSingleCycle(context, options);
+  await orchestrator(service.address)((client, callback) => client.unregisterSubsystem({ name: "NeuralMesh" }, callback));
+  const again = new Promise<void>((resolve) => (ran = resolve));
+  const loop = startIntervalLoop(context, 20, options);
+  await again;
+  await loop.stop();
+});
+
+test("the stand-alone subsystem adds up its inputs", async () => {
+  const mesh = await serve({ NeuralMesh: { run: () => ({ value: 41 }) } }, { orchestrator: service.address });
+  const total = await startSubsystem("--name", "total", "--orchestrator", service.address, "--after", "NeuralMesh", "--reads", "nobody");
+  const part = (await cycle(service.address)).subsystems.find(({ name }) => name === "total")!;
+  assert.equal(part.output!.fields!.value!.numberValue, 42);
+  assert.deepEqual(part.metrics, { cycles: 1 });
+  assert.deepEqual(part.issues.map(({ code }) => code), ["NO_VALUE"]);
+  assert.equal(await total.stop(), 0);
+  const names = async () =>
+    (await orchestrator(service.address)((client, callback) => client.listSubsystems({}, callback))).subsystems.map(
+      ({ registration }: any) => registration.name,
+    );
+  assert.deepEqual(await names(), ["NeuralMesh"]);
+  await mesh.stop();
+  assert.deepEqual(await names(), []);
+});

@@ -1,0 +1,71 @@
+// A real orchestrator, in memory, on a free port.
+
+import { spawn, type ChildProcess } from "node:child_process";
+import { once } from "node:events";
+import { createInterface } from "node:readline";
+import { fileURLToPath } from "node:url";
+import { credentials, type ServiceError } from "@grpc/grpc-js";
+import { OrchestratorClient, SubsystemClient } from "../src/contract.js";
+import type { RunCycleResponse__Output } from "../src/gen/dreamnet/subsystem/v1/RunCycleResponse.js";
+import type { CycleTelemetry__Output } from "../src/gen/dreamnet/orchestrator/v1/CycleTelemetry.js";
+
+const BINARY =
+  process.env.ORCHESTRATOR_BIN ?? fileURLToPath(new URL("../../../../target/debug/orchestrator", import.meta.url));
+
+/** A process that has told where it listens. */
+export interface Running {
+  address: string;
+  /** Sends SIGTERM and resolves with the exit code. */
+  stop(): Promise<number | null>;
+}
+
+// The settings of the one who tests are not those of the test.
+const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("ORCHESTRATOR_")));
+
+async function start(command: string, args: string[]): Promise<Running> {
+  const child: ChildProcess = spawn(command, args, { env, stdio: ["ignore", "pipe", "inherit"] });
+  const exited = once(child, "exit") as Promise<[number | null]>;
+  const line = await Promise.race([
+    once(createInterface({ input: child.stdout! }), "line").then(([line]) => line as string),
+    exited.then(([code]) => Promise.reject(new Error(`${command} ended with ${code} before it listened`))),
+  ]);
+  return {
+    address: line.replace("listening on ", ""),
+    async stop() {
+      child.kill("SIGTERM");
+      return (await exited)[0];
+    },
+  };
+}
+
+export const startOrchestrator = (): Promise<Running> =>
+  start(BINARY, ["serve", "--listen", "127.0.0.1:0", "--store", "memory:", "--log-filter", "error"]);
+
+export const startSubsystem = (...args: string[]): Promise<Running> =>
+  start(process.execPath, [fileURLToPath(new URL("../src/subsystem.js", import.meta.url)), "--listen", "127.0.0.1:0", ...args]);
+
+type Callback = (error: ServiceError | null, answer?: any) => void;
+
+function asking<C extends { close(): void }>(client: C) {
+  return <A = any>(call: (client: C, callback: Callback) => void): Promise<A> =>
+    new Promise<A>((resolve, reject) =>
+      call(client, (error, answer) => (error ? reject(error) : resolve(answer))),
+    ).finally(() => client.close());
+}
+
+export const orchestrator = (address: string) =>
+  asking(new OrchestratorClient(address, credentials.createInsecure()));
+
+export const subsystem = (address: string) => asking(new SubsystemClient(address, credentials.createInsecure()));
+
+/** Runs a cycle and returns its whole record, with outputs. */
+export async function cycle(address: string): Promise<CycleTelemetry__Output> {
+  const answer = await orchestrator(address)((client, callback) => client.runCycle({ recordOutputs: true }, callback));
+  return answer.telemetry;
+}
+
+/** Calls `RunCycle` of a subsystem as the orchestrator does. */
+export const call = (address: string, name: string, cycleId: number, more = {}): Promise<RunCycleResponse__Output> =>
+  subsystem(address)((client, callback) =>
+    client.runCycle({ subsystem: name, cycleId, epoch: 1, attempt: 1, ...more }, callback),
+  );
