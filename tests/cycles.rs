@@ -295,11 +295,15 @@ async fn what_breaks_the_contract_or_its_limits_is_the_failure_of_that_subsystem
         });
         answers(subsystem::RunCycleResponse { output: object.into(), ..Default::default() })
     };
+    // `{"x": NaN}`, which readers of JSON can't be given.
+    let nan = [b"\x0a\x0e\x0a\x01x\x12\x09\x11".as_slice(), &f64::NAN.to_le_bytes()].concat();
+    let not_finite = answers(subsystem::RunCycleResponse { output: nan.into(), ..Default::default() });
     let cases = [
         ("garbage", Run::Raw(b"\xff\xff".as_slice().into()), "INTERNAL"),
         ("truncated", Run::Truncated, "INTERNAL"),
         ("no_struct", Run::malformed_output(), "INTERNAL"),
         ("too_deep", nested(31), "INTERNAL"),
+        ("not_finite", not_finite, "INTERNAL"),
         ("large_message", Run::large_output(5 << 20), "RESOURCE_EXHAUSTED"),
         ("large_output", Run::large_output(1 << 20), "RESOURCE_EXHAUSTED"),
         ("many_metrics", Run::metrics(65), "RESOURCE_EXHAUSTED"),

@@ -24,7 +24,8 @@ impl Payload {
     /// Takes bytes that someone sent, if they are a well-formed `Struct`.
     ///
     /// # Errors
-    /// The bytes are not the encoding of a `Struct`, or it nests deeper than [`Payload::MAX_DEPTH`].
+    /// The bytes are not the encoding of a `Struct`, it nests deeper than [`Payload::MAX_DEPTH`], or it holds what JSON
+    /// can't carry: a number that is not finite, or a value that is none.
     pub fn check(bytes: Bytes) -> Result<Self, Malformed> {
         check(&bytes, Message::Struct, 1)?;
         Ok(Self(bytes))
@@ -40,7 +41,7 @@ impl Payload {
         Self::check(bytes.freeze())
     }
 
-    /// The JSON object that says the same. Numbers that JSON lacks (NaN, infinities) become `null`.
+    /// The JSON object that says the same.
     #[must_use]
     pub fn to_json(&self) -> Map<String, Value> {
         read_struct(&self.0)
@@ -91,7 +92,15 @@ fn check(bytes: &[u8], message: Message, depth: usize) -> Result<(), Malformed> 
         return Err(Malformed(format!("nests more than {} messages deep", Payload::MAX_DEPTH)));
     }
     let mut fields = Fields(bytes);
+    // A value without a kind is an error by the definition of `Value`, and readers of JSON stop at it.
+    let mut lacks_a_kind = matches!(message, Message::Entry | Message::Value);
     while let Some(field) = fields.next()? {
+        match (message, &field) {
+            (Message::Entry, Field { number: 2, .. }) | (Message::Value, Field { number: 1..=6, .. }) => {
+                lacks_a_kind = false;
+            }
+            _ => {}
+        }
         match (message, field) {
             (Message::Struct, Field { number: 1, wire: Wire::Bytes(entry) }) => {
                 check(entry, Message::Entry, depth + 1)?;
@@ -110,8 +119,12 @@ fn check(bytes: &[u8], message: Message, depth: usize) -> Result<(), Malformed> 
             (Message::Value, Field { number: 6, wire: Wire::Bytes(list) }) => {
                 check(list, Message::List, depth + 1)?;
             }
-            (Message::Value, Field { number: 1 | 4, wire: Wire::Varint(_) })
-            | (Message::Value, Field { number: 2, wire: Wire::Fixed64(_) }) => {}
+            (Message::Value, Field { number: 2, wire: Wire::Fixed64(bits) }) => {
+                if !f64::from_bits(bits).is_finite() {
+                    return Err(malformed("holds a number that is not finite, which JSON can't carry"));
+                }
+            }
+            (Message::Value, Field { number: 1 | 4, wire: Wire::Varint(_) }) => {}
             (Message::Struct | Message::List, Field { number: 1, .. })
             | (Message::Entry, Field { number: 1..=2, .. })
             | (Message::Value, Field { number: 1..=6, .. }) => {
@@ -119,6 +132,9 @@ fn check(bytes: &[u8], message: Message, depth: usize) -> Result<(), Malformed> 
             }
             _unknown_field => {}
         }
+    }
+    if lacks_a_kind {
+        return Err(malformed("holds a value that is none: not even null"));
     }
     Ok(())
 }
@@ -338,6 +354,21 @@ mod tests {
         let peer = prost_types::Struct::decode(under.overlaid(&over).as_bytes().clone()).unwrap();
         assert_eq!(peer.fields.len(), 3);
         assert!(Payload::check(under.overlaid(&over).as_bytes().clone()).is_ok());
+    }
+
+    #[test]
+    fn what_json_can_not_carry_is_refused() {
+        let holding = |kind| {
+            let fields = [("x".to_owned(), prost_types::Value { kind })].into();
+            Payload::check(prost_types::Struct { fields }.encode_to_vec().into())
+        };
+        for number in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            assert!(holding(Some(prost_types::value::Kind::NumberValue(number))).is_err(), "{number}");
+        }
+        assert!(holding(Some(prost_types::value::Kind::NumberValue(f64::MIN))).is_ok());
+        assert!(holding(None).is_err());
+        // An entry without a value.
+        assert!(Payload::check(Bytes::from_static(b"\x0a\x03\x0a\x01x")).is_err());
     }
 
     #[test]

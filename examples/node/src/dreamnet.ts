@@ -158,6 +158,8 @@ class Subsystem {
     if (epoch < this.epoch) {
       throw new Refusal(status.ABORTED, `epoch ${epoch} has been superseded by ${this.epoch}`);
     }
+    // Another orchestrator may have forgotten its cycles, and count them anew.
+    if (epoch > this.epoch) this.answers.clear();
     this.epoch = epoch;
   }
 
