@@ -141,6 +141,8 @@ pub struct Cycle {
     pub cycle_id: u64,
     /// The term of the orchestrator that calls.
     pub epoch: u64,
+    /// Which call of this cycle the work is done for: more than 1 when the earlier ones have failed.
+    pub attempt: u32,
     /// When the cycle was due: "now" for work that must be repeatable. `None` when the caller did not say.
     pub scheduled_at: Option<Timestamp>,
     /// When the work is stopped. `None` when the caller waits without end.

@@ -25,7 +25,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &["model", "ports", "store"]),
     ("telemetry", &["config"]),
     ("serve", &["api", "clock", "config", "dial", "orchestrator", "ports", "proto", "store"]),
-    ("cli", &["config", "engine", "model", "proto", "record", "serve", "telemetry"]),
+    ("cli", &["config", "engine", "model", "proto", "record", "serve", "store", "subsystem", "telemetry"]),
     ("main", &["cli"]),
 ];
 

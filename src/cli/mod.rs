@@ -4,6 +4,7 @@ mod cancel;
 mod check;
 mod completions;
 mod cycles;
+mod demo;
 mod loops;
 mod output;
 mod parameters;
@@ -44,6 +45,7 @@ Environment:
   NO_COLOR               no colours
 
 Examples:
+  orchestrator demo
   orchestrator serve --config orchestrator.toml
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
   orchestrator run
@@ -58,6 +60,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(serve::Serve),
+    Demo(demo::Demo),
     Run(run::Run),
     Cancel(cancel::Cancel),
     Status(status::StatusCommand),
@@ -75,6 +78,7 @@ impl Cli {
     pub async fn run(self) -> ExitCode {
         let result = match self.command {
             Command::Serve(serve) => return serve.run().await,
+            Command::Demo(demo) => demo.run().await,
             Command::Run(run) => run.run().await,
             Command::Cancel(cancel) => cancel.run().await,
             Command::Status(status) => status.run().await,

@@ -87,7 +87,6 @@ fn timeout(text: &str) -> Result<Duration, String> {
 
 impl Remote {
     /// Reaches the service at this address, and shows tables.
-    #[allow(dead_code, reason = "for the demo")]
     pub(super) fn at(address: std::net::SocketAddr) -> Self {
         Self { address: Address(format!("http://{address}")), timeout: None, format: Format::default() }
     }

@@ -1,6 +1,6 @@
 //! `orchestrator watch`: follows the record, and the running cycle.
 
-use std::{convert::Infallible, time::Duration};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
@@ -74,24 +74,32 @@ impl Watch {
             subsystems: self.subsystems,
         };
         tokio::select! {
-            ended = follow(&self.remote, request) => ended.map(|never| match never {}),
+            ended = follow(&self.remote, request, |_| false) => ended.map(|()| Exit::Done),
             _ = tokio::signal::ctrl_c() => Ok(Exit::Left),
         }
     }
 }
 
-/// Shows the stream until dropped: on a terminal with the running cycle below what is recorded, else as lines. Each
+/// Shows the stream until it has shown `the_last` event, or is dropped: on a terminal with the running cycle below what is recorded, else as lines. Each
 /// start and end inside the running cycle has a line of its own only where `request` asks for progress.
 ///
 /// # Errors
 /// The service can't be reached at first, or refuses; or nobody reads the output.
-pub(super) async fn follow(remote: &Remote, request: pb::WatchCyclesRequest) -> Result<Infallible, Failure> {
+pub(super) async fn follow(
+    remote: &Remote,
+    request: pb::WatchCyclesRequest,
+    mut the_last: impl FnMut(&pb::CycleEvent) -> bool,
+) -> Result<(), Failure> {
     let mut view = View::new(remote.format, request.progress);
     let request = pb::WatchCyclesRequest { progress: request.progress || view.bar.is_some(), ..request };
     let mut events = Events::open(remote, request, None).await?;
     loop {
         let event = events.next(|text| view.note(text)).await?;
+        let is_last = the_last(&event);
         view.show(event)?;
+        if is_last {
+            return Ok(());
+        }
     }
 }
 

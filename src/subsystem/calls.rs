@@ -330,6 +330,7 @@ fn cycle(request: pb::RunCycleRequest, deadline: Option<Instant>) -> Result<Cycl
         subsystem: request.subsystem,
         cycle_id: request.cycle_id,
         epoch: request.epoch,
+        attempt: request.attempt,
         scheduled_at,
         deadline,
         parameters: from_struct("parameters", request.parameters)?,

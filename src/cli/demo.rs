@@ -1,0 +1,225 @@
+//! `orchestrator demo`: the service and a simulated DreamNet, live.
+
+mod fleet;
+
+use std::{
+    env,
+    fmt::Display,
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::{
+    select,
+    signal::unix::{SignalKind, signal},
+};
+
+use self::fleet::Fleet;
+use super::{
+    Exit, Failure,
+    output::{count, print, short},
+    remote::Remote,
+    watch,
+};
+use crate::{
+    config::{Config, Log, LogFormat},
+    proto::orchestrator::v1::{self as pb, cycle_event::Event},
+    serve::{self, Service, StartError},
+    store::StoreUrl,
+    telemetry,
+};
+
+/// The topology: names, order, phases, timeouts, which of them share an endpoint, and the loop.
+const DREAMNET: &str = include_str!("../../examples/dreamnet.toml");
+
+/// Run the service with 28 simulated subsystems, live on the terminal
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The subsystems and their order are those of examples/dreamnet.toml. They run in this process, behind real sockets: each \
+makes its output from its inputs, works for a while, and now and then is slow, fails, or hangs until its timeout.
+
+Ctrl-C or SIGTERM stops everything, and cancels the running cycle; nothing is left behind but what --store names.
+
+Examples:
+  orchestrator demo
+  orchestrator demo --interval 2s --seed 42
+  orchestrator demo --store sqlite:demo.db
+  orchestrator demo --cycles 3 | cat")]
+pub(super) struct Demo {
+    /// Time between the starts of cycles, 10ms to 1h
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = interval)]
+    interval: Duration,
+    /// Loopback address to listen on. Without it, 127.0.0.1:7700, or a free port where that one is taken
+    #[arg(long, value_name = "ADDRESS", value_parser = loopback)]
+    listen: Option<SocketAddr>,
+    /// Where the record is kept: memory: or sqlite:PATH
+    #[arg(long, value_name = "URL", default_value = "memory:", value_parser = StoreUrl::parse)]
+    store: StoreUrl,
+    /// What happens to whom in which cycle: the same seed, the same failures
+    #[arg(long, value_name = "NUMBER", default_value_t = 23)]
+    seed: u64,
+    /// Stop after so many cycles
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    cycles: Option<u64>,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let allowed = Duration::from_millis(10)..=Duration::from_hours(1);
+    let given: Option<SignedDuration> = text.parse().ok();
+    let given = given.and_then(|given| Duration::try_from(given).ok()).filter(|given| allowed.contains(given));
+    given.ok_or_else(|| "give a duration from 10ms to 1h, such as 500ms or 5s".to_owned())
+}
+
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    let address: Option<SocketAddr> = text.parse().ok();
+    let address = address.filter(|address| address.ip().to_canonical().is_loopback());
+    address.ok_or_else(|| "give a loopback address and a port, such as 127.0.0.1:7701; port 0 takes a free one".into())
+}
+
+impl Demo {
+    /// Runs until it is told to stop, or the cycles are over.
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
+        // Less than warnings would tear the live view.
+        let log = Log { filter: "warn".into(), format: LogFormat::Text };
+        let log = telemetry::init(&log).map_err(refused)?;
+        let mut config = self.config()?;
+        let fleet = Fleet::start(&mut config.subsystems, self.seed, self.pace()).await.map_err(refused)?;
+        let (service, is_moved) = self.start(&mut config).await.map_err(refused)?;
+        let address = service.address();
+        let greeting = self.greeting(address, is_moved, &fleet);
+
+        let mut shown = Ok(());
+        let until_stopped = async {
+            shown = select! {
+                // Signals are heard before anything is printed.
+                biased;
+                told = told_to_stop() => told.map_err(refused),
+                shown = self.show(address, &greeting) => shown,
+            };
+            // That the running cycle is cancelled is no news to whoever stops it.
+            let _ = log.set("error");
+        };
+        // What comes after the first signal cuts the shutdown short.
+        let exit = service.run(until_stopped, async { told_to_stop().await.unwrap_or(()) }).await;
+        fleet.stop().await;
+        shown?;
+        Ok(match exit {
+            serve::Exit::Drained => Exit::Done,
+            serve::Exit::Aborted => Exit::Left,
+            serve::Exit::Failed | serve::Exit::Fenced => Exit::Refused,
+        })
+    }
+
+    /// How fast the simulation works, against how it does by default: a cycle takes half of the interval.
+    fn pace(&self) -> f64 {
+        const DEFAULT: Duration = Duration::from_secs(5);
+        self.interval.min(DEFAULT).div_duration_f64(DEFAULT)
+    }
+
+    fn config(&self) -> Result<Config, Failure> {
+        let mut config = Config::from_toml_str("examples/dreamnet.toml", DREAMNET).map_err(refused)?;
+        config.store.url = self.store.clone();
+        if let Some(listen) = self.listen {
+            config.server.listen = listen;
+        }
+        // Who stops a demo does not want to wait for its cycle.
+        config.server.drain_grace = Duration::ZERO;
+        for settings in &mut config.loops {
+            settings.interval = self.interval;
+            settings.offset = due_now(self.interval);
+        }
+        Ok(config)
+    }
+
+    /// Starts the service; says whether it had to move because the default port is taken.
+    async fn start(&self, config: &mut Config) -> Result<(Service, bool), StartError> {
+        match Service::start(config).await {
+            Err(StartError::Listen(_, error)) if self.listen.is_none() && error.kind() == io::ErrorKind::AddrInUse => {
+                config.server.listen.set_port(0);
+                Ok((Service::start(config).await?, true))
+            }
+            started => Ok((started?, false)),
+        }
+    }
+
+    /// Shows the cycles until they are over.
+    async fn show(&self, address: SocketAddr, greeting: &str) -> Result<(), Failure> {
+        print(greeting)?;
+        let mut recorded = 0;
+        let is_last = |event: &pb::CycleEvent| {
+            recorded += u64::from(matches!(event.event, Some(Event::Recorded(_))));
+            Some(recorded) == self.cycles
+        };
+        watch::follow(&Remote::at(address), pb::WatchCyclesRequest::default(), is_last).await
+    }
+
+    fn greeting(&self, address: SocketAddr, is_moved: bool, fleet: &Fleet) -> String {
+        const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
+        let taken = if is_moved { ", because 127.0.0.1:7700 is taken" } else { "" };
+        // As it was called, so that the lines can be copied also where it is not installed.
+        let program = env::args().next().unwrap_or_else(|| "orchestrator".into());
+        let remote = Remote::at(address);
+        let export = match remote.flag().as_str() {
+            "" => String::new(),
+            _ => format!("  export ORCHESTRATOR_ADDRESS={address}\n"),
+        };
+        // What grpcurl takes as well, and is short enough for these lines to fit into a terminal.
+        let server = match address {
+            SocketAddr::V4(v4) if *v4.ip() == Ipv4Addr::LOCALHOST => format!(":{}", v4.port()),
+            other => other.to_string(),
+        };
+        format!(
+            "\
+listening on {address}{taken}
+
+DreamNet, simulated: {subsystems} behind {endpoints}, a cycle every {interval}. Each
+makes its output from those of others; now and then one is slow, fails or hangs.
+Store {store}, seed {seed}. Ctrl-C stops it all.
+
+In another terminal:
+{export}  {program} status
+  {program} plan
+  {program} run
+  {program} cycles show 1
+  {program} subsystems show DreamNetOSCore --latest-output
+
+  grpcurl -plaintext {server} list
+  grpcurl -plaintext {server} describe {SERVICE}
+  grpcurl -plaintext {server} {SERVICE}/RunCycle
+  grpcurl -plaintext {server} {SERVICE}/GetStatus
+  grpcurl -plaintext {server} {SERVICE}/WatchCycles
+
+",
+            subsystems = count(fleet.subsystems() as u64, "subsystem"),
+            endpoints = count(fleet.endpoints() as u64, "endpoint"),
+            interval = short(self.interval),
+            store = self.store,
+            seed = self.seed,
+        )
+    }
+}
+
+fn refused(error: impl Display) -> Failure {
+    Failure::new(Exit::Refused, error.to_string())
+}
+
+/// The offset of a loop whose next tick is due at once: nobody wants to wait for the first cycle of a demo.
+fn due_now(interval: Duration) -> Duration {
+    /// Time to start in.
+    const SOON: Duration = Duration::from_millis(500);
+    let now = Duration::try_from(Timestamp::now().as_duration()).unwrap_or_default() + SOON;
+    let beyond = now.as_nanos() % interval.as_nanos().max(1);
+    u64::try_from(beyond).map(Duration::from_nanos).unwrap_or_default()
+}
+
+/// Waits for the next SIGTERM or SIGINT.
+async fn told_to_stop() -> io::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
