@@ -58,7 +58,7 @@ pub(super) struct Demo {
     #[arg(long, value_name = "URL", default_value = "memory:", value_parser = StoreUrl::parse)]
     store: StoreUrl,
     /// What happens to whom in which cycle: the same seed, the same failures
-    #[arg(long, value_name = "NUMBER", default_value_t = 7)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 23)]
     seed: u64,
     /// Stop after so many cycles
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
