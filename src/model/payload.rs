@@ -119,12 +119,11 @@ fn check(bytes: &[u8], message: Message, depth: usize) -> Result<(), Malformed> 
             (Message::Value, Field { number: 6, wire: Wire::Bytes(list) }) => {
                 check(list, Message::List, depth + 1)?;
             }
-            (Message::Value, Field { number: 2, wire: Wire::Fixed64(bits) }) => {
-                if !f64::from_bits(bits).is_finite() {
-                    return Err(malformed("holds a number that is not finite, which JSON can't carry"));
-                }
+            (Message::Value, Field { number: 2, wire: Wire::Fixed64(bits) }) if !f64::from_bits(bits).is_finite() => {
+                return Err(malformed("holds a number that is not finite, which JSON can't carry"));
             }
-            (Message::Value, Field { number: 1 | 4, wire: Wire::Varint(_) }) => {}
+            (Message::Value, Field { number: 1 | 4, wire: Wire::Varint(_) })
+            | (Message::Value, Field { number: 2, wire: Wire::Fixed64(_) }) => {}
             (Message::Struct | Message::List, Field { number: 1, .. })
             | (Message::Entry, Field { number: 1..=2, .. })
             | (Message::Value, Field { number: 1..=6, .. }) => {
