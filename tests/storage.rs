@@ -49,7 +49,9 @@ async fn one_whose_lock_was_removed_is_fenced_by_the_next() {
     let mut client = second.client().await;
     assert_eq!(client.run().await.unwrap().cycle_id, 2);
     // The first one learns of it when it writes, and stops.
-    stage.client.run().await.unwrap_err();
+    let refused = stage.client.run().await.unwrap_err();
+    assert_eq!(reason(&refused).reason, "STORE_UNAVAILABLE", "{refused:?}");
+    assert!(refused.message().contains("epoch 2 has taken over this store"), "{refused:?}");
     assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
     let history = client.history().await.unwrap();
     assert_eq!(history.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>(), [1, 2]);
