@@ -357,6 +357,12 @@ pub enum StoreError {
     /// Not allowed to write.
     #[error("{0} can't be written: {1}; make it writable for this process")]
     ReadOnly(String, String),
+    /// What is open is not what others will find there.
+    #[error(
+        "{0} or its log was removed or replaced while it was in use; put the same files back, or stop this process and \
+         restore it from a backup"
+    )]
+    Gone(String),
     /// The records asked for are gone, or not there yet.
     #[error("revisions {oldest} to {newest} are what there is")]
     NotRetained {

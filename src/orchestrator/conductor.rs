@@ -127,6 +127,14 @@ impl Shared {
     /// # Errors
     /// A later epoch has taken over the store.
     pub(super) async fn conduct(self: Arc<Self>) -> Result<(), StoreError> {
+        let ended = self.run_cycles().await;
+        if let Err(error) = &ended {
+            self.give_up(error);
+        }
+        ended
+    }
+
+    async fn run_cycles(&self) -> Result<(), StoreError> {
         while let Some(admitted) = self.next_in_line().await? {
             let (finished, outputs) = match self.begin(&admitted).await? {
                 Some(cycle) => {
@@ -270,6 +278,18 @@ impl Shared {
             sleep(pause).await;
             pause = (pause * 2).min(RETRY.1);
         }
+    }
+
+    /// Nothing will be written any more: tells everyone who waits.
+    fn give_up(&self, error: &StoreError) {
+        let mut state = self.state();
+        state.draining = true;
+        for admitted in state.queue.iter().chain(&state.running) {
+            let refusal = Refusal::StoreUnavailable(Some(admitted.cycle_id), error.clone());
+            admitted.done.send_replace(Some(Err(refusal)));
+        }
+        drop(state);
+        self.closed.cancel();
     }
 
     /// The last write of this process.

@@ -10,12 +10,15 @@
 //!   epoch that every transaction checks stops the first process as soon as a second one has opened the database.
 //! * Nothing half: a write that fails, for want of room or permission, is rolled back as a whole, and the next one
 //!   finds everything as it was.
+//! * Nothing into the void: a database file that was removed or replaced can still be written by those who have it open,
+//!   and all of that is lost when they end; so every commit checks that the files are still in their places.
 //!
 //! One thread writes. A few connections read beside it, which in WAL mode neither wait for it nor keep it waiting.
 
 use std::{
     fs::{self, File, TryLockError},
-    io::{Read, Seek, Write as _},
+    io::{self, Read, Seek, Write as _},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread,
@@ -88,10 +91,13 @@ impl Sqlite {
         let readers = (0..READERS).map(|_| connect(&path)).collect::<Result<_, _>>();
         let readers = readers.map_err(|error| explain(&path, &error))?;
 
+        let files = files_of(&path).map_err(|error| unwritable(&path, &error))?;
+
         let path = Arc::new(path);
         let (jobs, incoming) = mpsc::channel(QUEUE);
         let writer = Writer {
             path: path.clone(),
+            files,
             connection,
             epoch: contents.epoch,
             last: (contents.last_cycle_id, contents.last_revision),
@@ -285,6 +291,17 @@ fn lock(path: &Path) -> Result<File, StoreError> {
     Ok(file)
 }
 
+/// The device and the inode of the database and of its log.
+type Files = [(u64, u64); 2];
+
+/// Which files are in the places of the database and its log now.
+fn files_of(path: &Path) -> io::Result<Files> {
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    let identify = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
+    Ok([identify(path)?, identify(log.as_ref())?])
+}
+
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
     configure(open_file(path)?)
 }
@@ -412,6 +429,8 @@ fn read_all<T>(
 
 struct Writer {
     path: Arc<PathBuf>,
+    /// Which files the connection has open.
+    files: Files,
     connection: Connection,
     epoch: Epoch,
     last: (CycleId, Revision),
@@ -442,6 +461,9 @@ impl Writer {
             return Err(StoreError::Fenced(self.epoch));
         }
         let path = self.path.display().to_string();
+        if files_of(&self.path).ok() != Some(self.files) {
+            return Err(StoreError::Gone(path));
+        }
         let last = check_sequence(&path, &write.records, self.last.0, self.last.1)?;
         let is_current = self.transact(write, last).map_err(|error| explain(&self.path, &error))?;
         if let Some(epoch) = is_current {
@@ -769,12 +791,10 @@ fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
     }
 }
 
-fn unwritable(path: &Path, error: &std::io::Error) -> StoreError {
+fn unwritable(path: &Path, error: &io::Error) -> StoreError {
     let shown = path.display().to_string();
     match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-            StoreError::Full(shown, error.to_string())
-        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full(shown, error.to_string()),
         _ => StoreError::ReadOnly(shown, error.to_string()),
     }
 }
