@@ -50,7 +50,7 @@ async fn one_whose_lock_was_removed_is_fenced_by_the_next() {
     assert_eq!(client.run().await.unwrap().cycle_id, 2);
     // The first one learns of it when it writes, and stops.
     let refused = stage.client.run().await.unwrap_err();
-    assert_eq!(reason(&refused).reason, "STORE_UNAVAILABLE", "{refused:?}");
+    assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
     assert!(refused.message().contains("epoch 2 has taken over this store"), "{refused:?}");
     assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
     let history = client.history().await.unwrap();
@@ -65,7 +65,7 @@ async fn nothing_is_acknowledged_into_a_database_that_was_removed() {
         stage.client.run().await.unwrap();
         fs::rename(stage.home.path(file), stage.home.path("elsewhere")).unwrap();
         let refused = stage.client.run().await.unwrap_err();
-        assert_eq!(reason(&refused).reason, "STORE_UNAVAILABLE", "{refused:?}");
+        assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
         assert!(refused.message().contains("was removed or replaced"), "{refused:?}");
         // Back in its place, it is written again, and the cycle that ran is in it.
         fs::rename(stage.home.path("elsewhere"), stage.home.path(file)).unwrap();
