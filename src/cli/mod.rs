@@ -3,6 +3,7 @@
 mod cancel;
 mod check;
 mod completions;
+mod conformance;
 mod cycles;
 mod demo;
 mod loops;
@@ -27,7 +28,7 @@ use clap::{Parser, Subcommand};
     version,
     about,
     after_help = "\
-Exit codes of all commands but serve, which says its own:
+Exit codes of all commands but serve and conformance, which say their own:
   0    done; for run: the cycle SUCCEEDED
   1    refused, or failed, by the service
   2    wrong usage or a wrong configuration
@@ -70,6 +71,7 @@ enum Command {
     Loops(loops::Loops),
     Plan(plan::PlanCommand),
     Check(check::Check),
+    Conformance(conformance::Conformance),
     Completions(completions::Completions),
 }
 
@@ -88,6 +90,7 @@ impl Cli {
             Command::Loops(loops) => loops.run().await,
             Command::Plan(plan) => plan.run().await,
             Command::Check(check) => check.run(),
+            Command::Conformance(conformance) => conformance.run().await,
             Command::Completions(completions) => completions.run(),
         };
         match result {

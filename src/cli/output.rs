@@ -139,7 +139,7 @@ fn pool() -> Option<&'static DescriptorPool> {
 }
 
 /// JSON in which what a terminal could take for a command is escaped. All of it stands in strings.
-fn escaped(json: &str) -> String {
+pub(super) fn escaped(json: &str) -> String {
     if !json.contains(is_unprintable) {
         return json.to_owned();
     }
@@ -485,7 +485,7 @@ pub(super) fn painted(word: &str, width: usize) -> String {
 
 fn colour(state: &str) -> Option<AnsiColor> {
     match state {
-        "SUCCEEDED" | "CLOSED" => Some(AnsiColor::Green),
+        "SUCCEEDED" | "PASSED" | "CLOSED" => Some(AnsiColor::Green),
         "DEGRADED" | "SKIPPED" | "CANCELLED" | "HALF_OPEN" | "SUSPENDED" => Some(AnsiColor::Yellow),
         "FAILED" | "TIMED_OUT" | "CIRCUIT_OPEN" | "INTERRUPTED" | "OPEN" => Some(AnsiColor::Red),
         _ => None,

@@ -32,7 +32,11 @@ impl Parameters {
     }
 }
 
-fn parameter(text: &str) -> Result<(String, Value), String> {
+/// Reads KEY=JSON.
+///
+/// # Errors
+/// What to give instead.
+pub(super) fn parameter(text: &str) -> Result<(String, Value), String> {
     let (key, value) = text.split_once('=').ok_or("give KEY=JSON, such as limit=5")?;
     let value = serde_json::from_str(value).map_err(|error| {
         format!("what follows {key}= is not JSON: {error}; a text needs quotes that your shell leaves: '{key}=\"…\"'")

@@ -79,7 +79,11 @@ impl FromStr for Address {
     }
 }
 
-fn timeout(text: &str) -> Result<Duration, String> {
+/// Reads how long to wait.
+///
+/// # Errors
+/// What to give instead.
+pub(super) fn timeout(text: &str) -> Result<Duration, String> {
     let duration: Option<SignedDuration> = text.parse().ok();
     let duration = duration.and_then(|duration| Duration::try_from(duration).ok()).filter(|it| !it.is_zero());
     duration.ok_or_else(|| "give a duration with its unit, such as 500ms, 10s or 2m".to_owned())

@@ -231,7 +231,11 @@ pub enum Endpoint {
 impl Endpoint {
     const MAX_LEN: usize = 1024;
 
-    fn parse(text: &str) -> Result<Self, String> {
+    /// Reads one of these forms.
+    ///
+    /// # Errors
+    /// What is wrong with it, and what to give instead.
+    pub fn parse(text: &str) -> Result<Self, String> {
         if text.is_empty() {
             return Err("is missing; give http://host:port, https://host:port or unix:/path".into());
         }

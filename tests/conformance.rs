@@ -1,0 +1,346 @@
+//! `orchestrator conformance`, against a subsystem that keeps the contract, and against those that break one rule.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    future,
+    net::SocketAddr,
+    process::Output,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use common::{fleet::to_struct, patiently};
+use orchestrator_core::{
+    model::Payload,
+    proto::subsystem::v1::{
+        self as pb,
+        subsystem_server::{Subsystem, SubsystemServer},
+    },
+};
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, process::Command, task::JoinSet};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Code, Request, Response, Status, body::Body, codegen::http, transport::Server};
+use tower::util::MapResponseLayer;
+
+/// The name of the subsystem that is served.
+const NAME: &str = "fake";
+/// The checks, each of which is a rule that the fake can break. All that stand in the report.
+const CHECKS: [&str; 20] = [
+    "status",
+    "run-before-initialize",
+    "initialize",
+    "repeated-cycle",
+    "concurrent-repeats",
+    "older-epoch-in-run-cycle",
+    "older-epoch-in-initialize",
+    "deadline",
+    "cancellation",
+    "unknown-subsystem",
+    "unknown-fields",
+    "absent-and-stale-inputs",
+    "large-input",
+    "larger-input",
+    "concurrent-cycles",
+    "malformed-request",
+    "output-limits",
+    "status-has-no-effects",
+    "health",
+    "dropped-connection",
+];
+const RECOMMENDED: [&str; 4] = ["larger-input", "concurrent-cycles", "malformed-request", "health"];
+
+/// A small subsystem that keeps the contract, except for the rule that is named.
+#[derive(Clone, Default)]
+struct Fake {
+    breaks: &'static str,
+    state: Arc<Mutex<State>>,
+    /// Held while the work of a cycle is done, so that it is done once.
+    work: Arc<tokio::sync::Mutex<()>>,
+}
+
+#[derive(Default)]
+struct State {
+    initialized: u32,
+    epoch: u64,
+    runs: u32,
+    answers: HashMap<(u64, u32), pb::RunCycleResponse>,
+    in_flight: BTreeMap<u64, u32>,
+    first_peer: Option<SocketAddr>,
+    /// The next cycle is never answered.
+    is_stuck: bool,
+}
+
+/// A call that is at work.
+struct AtWork<'a> {
+    fake: &'a Fake,
+    cycle_id: u64,
+    /// When it is dropped before its end, the fake is stuck.
+    sticks: bool,
+}
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        let mut state = self.fake.state.lock().unwrap();
+        state.is_stuck |= self.sticks;
+        let calls = state.in_flight.get_mut(&self.cycle_id).unwrap();
+        *calls -= 1;
+        if *calls == 0 {
+            state.in_flight.remove(&self.cycle_id);
+        }
+    }
+}
+
+impl Fake {
+    fn breaks(&self, rule: &str) -> bool {
+        self.breaks == rule
+    }
+
+    fn epoch(&self, epoch: u64, rule: &str) -> Result<(), Status> {
+        let mut state = self.state.lock().unwrap();
+        if epoch < state.epoch && !self.breaks(rule) {
+            return Err(Status::aborted("superseded"));
+        }
+        state.epoch = state.epoch.max(epoch);
+        Ok(())
+    }
+
+    fn serves(&self, name: &str) -> Result<(), Status> {
+        let serves = name == NAME || self.breaks("unknown-subsystem");
+        if serves { Ok(()) } else { Err(Status::not_found(format!("no {name} here"))) }
+    }
+
+    fn refuses(&self, request: &pb::RunCycleRequest) -> bool {
+        let freshness = |input: &pb::Input| input.freshness() == pb::Freshness::Absent;
+        let largest = request.inputs.values().map(|input| input.output.len()).max().unwrap_or_default();
+        match self.breaks {
+            "absent-and-stale-inputs" => request.inputs.values().any(freshness),
+            "large-input" => (1 << 20..5 << 20).contains(&largest),
+            "larger-input" => largest > 4 << 20,
+            "unknown-fields" => {
+                let parameters = Payload::check(request.parameters.clone()).unwrap();
+                Payload::from_json(&parameters.to_json()).unwrap().len() != parameters.len()
+            }
+            _ => false,
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Subsystem for Fake {
+    async fn initialize(
+        &self,
+        request: Request<pb::InitializeRequest>,
+    ) -> Result<Response<pb::InitializeResponse>, Status> {
+        let request = request.into_inner();
+        self.serves(&request.subsystem)?;
+        self.epoch(request.epoch, "older-epoch-in-initialize")?;
+        let mut state = self.state.lock().unwrap();
+        state.initialized += 1;
+        if self.breaks("initialize") && state.initialized > 1 {
+            return Err(Status::already_exists("initialized <before>"));
+        }
+        Ok(Response::new(pb::InitializeResponse {}))
+    }
+
+    async fn run_cycle(&self, request: Request<pb::RunCycleRequest>) -> Result<Response<pb::RunCycleResponse>, Status> {
+        let peer = request.remote_addr().unwrap();
+        let timeout = request.metadata().get("grpc-timeout").unwrap().to_str().unwrap().to_owned();
+        let request = request.into_inner();
+        self.serves(&request.subsystem)?;
+        self.epoch(request.epoch, "older-epoch-in-run-cycle")?;
+        let cycle_id = request.cycle_id;
+        let (at_once, is_first_peer) = {
+            let mut state = self.state.lock().unwrap();
+            if state.initialized == 0 {
+                let code = if self.breaks("run-before-initialize") { Code::Internal } else { Code::FailedPrecondition };
+                return Err(Status::new(code, "not initialized"));
+            }
+            *state.in_flight.entry(cycle_id).or_default() += 1;
+            let is_first_peer = *state.first_peer.get_or_insert(peer) == peer;
+            (state.in_flight.len(), is_first_peer)
+        };
+        // The check of deadlines gives 50 ms, every other one a second. Nanoseconds have eight digits, so up to 0.1 s.
+        let is_short = timeout.ends_with('n');
+        let sticks = match self.breaks {
+            "deadline" => is_short,
+            "cancellation" => !is_short && is_first_peer,
+            "dropped-connection" => !is_first_peer,
+            _ => false,
+        };
+        let mut at_work = AtWork { fake: self, cycle_id, sticks };
+        if matches!(self.breaks, "deadline" | "cancellation" | "dropped-connection") {
+            // Long enough to be given up, and for one that was given up before to be known.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        if std::mem::take(&mut self.state.lock().unwrap().is_stuck) {
+            at_work.sticks = false;
+            future::pending::<()>().await;
+        }
+        if self.refuses(&request) {
+            at_work.sticks = false;
+            return Err(Status::invalid_argument("refused"));
+        }
+        if self.breaks("concurrent-cycles") {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            if at_once > 4 {
+                return Err(Status::resource_exhausted("one after the other"));
+            }
+        }
+        let attempt = if self.breaks("repeated-cycle") { request.attempt } else { 1 };
+        let before = self.state.lock().unwrap().answers.get(&(cycle_id, attempt)).cloned();
+        let working = if self.breaks("concurrent-repeats") {
+            if before.is_none() {
+                // All that come at once find that nobody has done the work.
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            None
+        } else {
+            Some(self.work.lock().await)
+        };
+        let mut state = self.state.lock().unwrap();
+        let before = if working.is_some() { state.answers.get(&(cycle_id, attempt)).cloned() } else { before };
+        let answer = before.unwrap_or_else(|| {
+            state.runs += 1;
+            let runs = state.runs;
+            let mut answer =
+                pb::RunCycleResponse { output: to_struct(&json!({ "runs": runs, "by": NAME })), ..Default::default() };
+            answer.metrics.insert("runs".into(), f64::from(runs));
+            if self.breaks("output-limits") {
+                answer.metrics.insert(String::new(), 1.0);
+            }
+            state.answers.insert((cycle_id, attempt), answer.clone());
+            answer
+        });
+        drop(state);
+        at_work.sticks = false;
+        Ok(Response::new(answer))
+    }
+
+    async fn get_status(
+        &self,
+        request: Request<pb::GetStatusRequest>,
+    ) -> Result<Response<pb::GetStatusResponse>, Status> {
+        self.serves(&request.into_inner().subsystem)?;
+        let mut state = self.state.lock().unwrap();
+        if self.breaks("status") && state.initialized == 0 {
+            return Err(Status::internal("too early"));
+        }
+        if self.breaks("status-has-no-effects") {
+            state.answers.clear();
+        }
+        Ok(Response::new(pb::GetStatusResponse { status: to_struct(&json!({ "runs": state.runs })) }))
+    }
+}
+
+/// Serves it. It stops when what is returned is dropped.
+async fn serve(breaks: &'static str) -> (String, JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let status =
+        if breaks == "health" { tonic_health::ServingStatus::NotServing } else { tonic_health::ServingStatus::Serving };
+    reporter.set_service_status("", status).await;
+    let service = SubsystemServer::new(Fake { breaks, ..Fake::default() }).max_decoding_message_size(usize::MAX);
+    let spoil = move |mut response: http::Response<Body>| {
+        let internal = response.headers().get("grpc-status").is_some_and(|status| status == "13");
+        if breaks == "malformed-request" && internal {
+            response.headers_mut().insert("grpc-status", http::HeaderValue::from_static("2"));
+        }
+        response
+    };
+    let server = Server::builder().layer(MapResponseLayer::new(spoil)).add_service(service).add_service(health);
+    let mut servers = JoinSet::new();
+    servers.spawn(async move { server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
+    (endpoint, servers)
+}
+
+async fn conformance(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    command.arg("conformance").args(arguments).kill_on_drop(true);
+    patiently("the conformance check", command.output()).await.unwrap()
+}
+
+fn report(output: &Output) -> Value {
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+fn with_outcome(report: &Value, outcome: &str) -> Vec<String> {
+    let checks = report["checks"].as_array().unwrap().iter();
+    checks.filter(|check| check["outcome"] == outcome).map(|check| check["name"].as_str().unwrap().into()).collect()
+}
+
+async fn check(endpoint: &str, more: &[&str]) -> (Option<i32>, Value) {
+    let arguments = [endpoint, "--subsystem", NAME, "--timeout", "1s", "--output", "json"];
+    let output = conformance(&[&arguments[..], more].concat()).await;
+    (output.status.code(), report(&output))
+}
+
+#[tokio::test]
+async fn a_subsystem_that_keeps_the_contract_passes_again_and_again() {
+    let (endpoint, _server) = serve("").await;
+    let (code, first) = check(&endpoint, &["--strict"]).await;
+    assert_eq!(with_outcome(&first, "PASSED"), CHECKS, "{first:#}");
+    assert_eq!((code, &first["passed"]), (Some(0), &json!(true)));
+    // It is initialized now.
+    let (code, again) = check(&endpoint, &["--strict", "--param", "a=1", "--input", r#"prices={"a":1}"#]).await;
+    assert_eq!(with_outcome(&again, "NOT_APPLICABLE"), ["run-before-initialize"], "{again:#}");
+    assert_eq!((code, with_outcome(&again, "PASSED").len()), (Some(0), CHECKS.len() - 1));
+}
+
+#[tokio::test]
+async fn each_check_finds_the_one_that_breaks_its_rule() {
+    for rule in CHECKS {
+        let (endpoint, _server) = serve(rule).await;
+        let (code, report) = check(&endpoint, &[]).await;
+        assert_eq!(with_outcome(&report, "FAILED"), [rule], "{report:#}");
+        let is_recommended = RECOMMENDED.contains(&rule);
+        assert_eq!(code, Some(i32::from(!is_recommended)), "{rule}");
+        let failed = report["checks"].as_array().unwrap().iter().find(|check| check["name"] == rule).unwrap();
+        for said in ["rule", "sent", "came"] {
+            assert_ne!(failed[said].as_str().unwrap(), "", "{rule}: {failed}");
+        }
+        assert_eq!(failed["level"], if is_recommended { "recommended" } else { "required" });
+    }
+}
+
+#[tokio::test]
+async fn what_is_recommended_counts_when_asked_for() {
+    let (endpoint, _server) = serve("health").await;
+    let (code, report) = check(&endpoint, &["--strict"]).await;
+    assert_eq!((code, with_outcome(&report, "FAILED")), (Some(1), vec!["health".to_owned()]));
+}
+
+#[tokio::test]
+async fn a_report_is_for_people_and_for_ci_systems_too() {
+    let (endpoint, _server) = serve("initialize").await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("report.xml");
+    let output = conformance(&[&endpoint, "--subsystem", NAME, "--junit", path.to_str().unwrap()]).await;
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stdout).unwrap();
+    for line in
+        ["initialize failed", "  came      ALREADY_EXISTS: initialized <before>", "20 checks: 19 passed, 1 failed"]
+    {
+        assert!(text.contains(line), "{line:?} is missing:\n{text}");
+    }
+    let xml = std::fs::read_to_string(&path).unwrap();
+    assert!(xml.contains(r#"tests="20" failures="1" skipped="0""#), "{xml}");
+    assert!(xml.contains(r#"<failure message="ALREADY_EXISTS: initialized &lt;before&gt;">"#), "{xml}");
+    assert_eq!(xml.matches("<testcase ").count(), CHECKS.len());
+}
+
+#[tokio::test]
+async fn nobody_there_is_no_verdict() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let output = conformance(&[&endpoint]).await;
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    assert_eq!(conformance(&["ftp://example.org"]).await.status.code(), Some(2));
+}
