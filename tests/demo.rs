@@ -1,108 +1,195 @@
-//! `orchestrator demo`, as a new user starts it.
+//! `orchestrator demo`, as somebody meets it who has nothing else.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
 mod common;
 
-use std::{collections::BTreeMap, process::Stdio};
+use std::{net::SocketAddr, path::Path, process::Stdio};
 
 use common::{
+    fleet::from_struct,
     patiently,
     service::{Client, decode},
 };
 use orchestrator_core::{
     config::Config,
-    proto::orchestrator::v1::{self as pb, cycle_event::Event},
+    proto::orchestrator::v1::{self as pb, CycleState, cycle_event::Event},
 };
 use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
 use tokio::{
-    io::{AsyncBufReadExt, BufReader, Lines},
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines},
+    net::TcpListener,
     process::{Child, ChildStdout, Command},
 };
+use tonic::transport::Endpoint;
 
+/// A demo that runs in an empty directory. It is killed when this is dropped.
 struct Demo {
-    process: Child,
+    child: Child,
     lines: Lines<BufReader<ChildStdout>>,
-    address: String,
+    first_line: String,
+    directory: TempDir,
 }
 
 impl Demo {
     async fn start(args: &[&str]) -> Self {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_orchestrator"))
-            .args(["demo", "--listen", "127.0.0.1:0", "--interval", "300ms"])
+        let directory = tempfile::tempdir().unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_orchestrator"))
+            .arg("demo")
             .args(args)
+            .current_dir(&directory)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        let first = patiently("the demo to listen", lines.next_line()).await.unwrap().unwrap();
-        let address = first.strip_prefix("listening on ").unwrap().to_owned();
-        Self { process, lines, address }
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let first_line = patiently("the demo to listen", lines.next_line()).await.unwrap().unwrap();
+        Self { child, lines, first_line, directory }
+    }
+
+    fn address(&self) -> SocketAddr {
+        let address = self.first_line.strip_prefix("listening on ").unwrap();
+        address.split(',').next().unwrap().parse().unwrap()
     }
 
     async fn client(&self) -> Client {
-        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", self.address)).unwrap();
-        Client::new(endpoint.connect().await.unwrap())
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.address())).unwrap();
+        Client::new(patiently("a connection to the demo", endpoint.connect()).await.unwrap())
     }
 
-    /// The rest of what it prints, and its exit code.
-    async fn end(mut self) -> (String, Option<i32>) {
-        let mut text = String::new();
-        while let Some(line) = patiently("the demo to go on", self.lines.next_line()).await.unwrap() {
-            text += &line;
-            text.push('\n');
+    fn signal(&self, signal: Signal) {
+        let id = self.child.id().unwrap();
+        kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), signal).unwrap();
+    }
+
+    /// Waits until it has ended well, and returns what else it has printed. It leaves no file behind, and no complaint.
+    async fn ended(mut self) -> Vec<String> {
+        let mut rest = Vec::new();
+        while let Some(line) = patiently("the demo to end", self.lines.next_line()).await.unwrap() {
+            rest.push(line);
         }
-        (text, patiently("the demo to end", self.process.wait()).await.unwrap().code())
+        let mut complaints = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut complaints).await.unwrap();
+        let status = patiently("the demo to end", self.child.wait()).await.unwrap();
+        assert!(status.success(), "{status}\n{complaints}");
+        assert_eq!(complaints, "");
+        assert_eq!(files(self.directory.path()), [""; 0]);
+        rest
     }
 }
 
+fn files(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// The lines about recorded cycles.
+fn recorded(lines: &[String]) -> Vec<&str> {
+    lines.iter().filter_map(|line| line.split_once("Z  cycle ").map(|(_, cycle)| cycle)).collect()
+}
+
 #[tokio::test]
-async fn it_runs_the_28_in_the_order_of_their_phases() {
-    let demo = Demo::start(&[]).await;
+async fn it_runs_cycles_over_dreamnet_until_it_is_told_to_stop() {
+    let demo = Demo::start(&["--listen", "127.0.0.1:0", "--interval", "250ms", "--seed", "23"]).await;
     let mut client = demo.client().await;
-    let mut events = client.watch_after(0).await.unwrap();
-    let first = loop {
-        let event = patiently("a cycle", events.message()).await.unwrap().unwrap().event.unwrap();
-        if let Some(Event::Recorded(record)) = event.event {
-            break decode(record);
+
+    // What it runs is recorded, of all subsystems, in the order of their phases.
+    let phases = Config::from_toml_str("dreamnet.toml", include_str!("../examples/dreamnet.toml")).unwrap();
+    let phase_of = |name: &str| phases.subsystems.iter().find(|it| it.name.as_str() == name).unwrap().phase;
+    let mut stream = client.watch_after(0).await.unwrap();
+    let mut cycles = Vec::new();
+    while cycles.len() < 2 {
+        let response = patiently("a cycle", stream.message()).await.unwrap().unwrap();
+        if let Some(Event::Recorded(record)) = response.event.unwrap().event {
+            cycles.push(decode(record));
         }
-    };
-    assert_eq!((first.cycle_id, first.subsystems.len(), first.r#loop.as_str()), (1, 28, "heartbeat"));
-
-    let config = Config::from_toml_str("dreamnet.toml", include_str!("../examples/dreamnet.toml")).unwrap();
-    let phases: BTreeMap<_, _> = config.subsystems.iter().map(|it| (it.name.as_str(), it.phase)).collect();
-    let nanos = |at: prost_types::Timestamp| i128::from(at.seconds) * 1_000_000_000 + i128::from(at.nanos);
-    let called: Vec<_> = first
-        .subsystems
-        .iter()
-        .filter_map(|part| Some((phases[part.name.as_str()], nanos(part.started_at?), nanos(part.finished_at?))))
-        .collect();
-    assert!(called.len() > 14, "{first:?}");
-    for (phase, _, ended) in &called {
-        let later = called.iter().filter(|(other, ..)| other > phase);
-        assert!(later.into_iter().all(|(_, started, _)| started >= ended), "{first:?}");
     }
+    let nanos = |time: &prost_types::Timestamp| i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos);
+    for cycle in &cycles {
+        assert_eq!((cycle.subsystems.len(), cycle.r#loop.as_str()), (28, "heartbeat"));
+        for earlier in &cycle.subsystems {
+            for later in cycle.subsystems.iter().filter(|it| phase_of(&it.name) > phase_of(&earlier.name)) {
+                let (end, start) = (earlier.finished_at.as_ref().unwrap(), later.started_at.as_ref().unwrap());
+                assert!(nanos(end) <= nanos(start), "{} ran before {} had ended", later.name, earlier.name);
+            }
+        }
+    }
+    // The seed has it so.
+    assert_eq!(cycles[0].state(), CycleState::Succeeded, "{:?}", cycles[0]);
+    assert_eq!(cycles[1].state(), CycleState::Degraded, "{:?}", cycles[1]);
 
-    let request = pb::GetStatusRequest { include_subsystems: true, include_snapshots: true };
+    let request = pb::GetStatusRequest { include_subsystems: true, ..pb::GetStatusRequest::default() };
     let status = client.get_status(request).await.unwrap().into_inner().status.unwrap();
     assert_eq!(status.subsystems.len(), 28);
-    assert!(status.subsystems.iter().all(|it| it.snapshot_error.is_empty() && !it.snapshot.is_empty()));
+    assert!(status.total_cycles >= 2);
 
-    let pid = Pid::from_raw(demo.process.id().unwrap().try_into().unwrap()).unwrap();
-    kill_process(pid, Signal::TERM).unwrap();
-    let (text, code) = demo.end().await;
-    assert_eq!(code, Some(0), "{text}");
-    assert!(text.contains("28 subsystems behind 4 endpoints"), "{text}");
-    assert!(text.contains("dreamnet.orchestrator.v1.Orchestrator/RunCycle"), "{text}");
+    // Data flows: what is made from inputs of this cycle, and of the one before where the order goes the other way.
+    let request =
+        pb::GetSubsystemRequest { name: "EconomicEngineCore".into(), include_output: true, include_snapshot: true };
+    let economy = client.get_subsystem(request).await.unwrap().into_inner().subsystem.unwrap();
+    let output = from_struct(&economy.output);
+    assert_eq!(output["heard"]["AgentRegistryCore"], "FRESH");
+    assert!(output["heard"]["DreamVault"].as_str().unwrap().starts_with("STALE, of cycle "), "{output}");
+    assert!(from_struct(&economy.snapshot)["cycles"].as_f64().unwrap() >= 2.0);
+
+    drop(stream);
+    demo.signal(Signal::TERM);
+    let address = demo.address();
+    let lines = demo.ended().await;
+    assert!(recorded(&lines)[0].starts_with("1  SUCCEEDED"), "{lines:#?}");
+    for tried in ["orchestrator status", "/GetStatus", "/WatchCycles", "/RunCycle", " list"] {
+        assert!(lines.iter().any(|line| line.ends_with(tried)), "{tried} is not among {lines:#?}");
+    }
+    assert!(lines.contains(&format!("  export ORCHESTRATOR_ADDRESS={address}")), "{lines:#?}");
+    tokio::net::TcpStream::connect(address).await.unwrap_err();
 }
 
 #[tokio::test]
-async fn it_ends_by_itself_after_so_many_cycles() {
-    let (text, code) = Demo::start(&["--cycles", "2"]).await.end().await;
-    assert_eq!(code, Some(0), "{text}");
-    let recorded: Vec<_> = text.lines().filter(|line| line.contains("  loop heartbeat")).collect();
-    assert_eq!(recorded.len(), 2, "{text}");
-    assert!(recorded[0].contains("cycle 1") && recorded[1].contains("cycle 2"), "{text}");
+async fn it_ends_after_so_many_cycles_and_the_seed_decides_what_happens() {
+    let run = async || {
+        let args = ["--listen", "127.0.0.1:0", "--interval", "100ms", "--seed", "23", "--cycles", "3"];
+        let lines = Demo::start(&args).await.ended().await;
+        let words =
+            |line: &&str| line.split("  ").filter(|word| !word.ends_with(" s") && !word.ends_with(" ms")).collect();
+        recorded(&lines).iter().map(words).collect::<Vec<String>>()
+    };
+    let (once, again) = tokio::join!(run(), run());
+    assert_eq!(once, again);
+    assert!(once.len() == 3 && once[1].contains("DEGRADED"), "{once:?}");
+}
+
+#[tokio::test]
+async fn it_moves_where_its_port_is_taken() {
+    // Whoever else has the port, in the end it is taken.
+    let taken = async {
+        loop {
+            match TcpListener::bind("127.0.0.1:7700").await {
+                Ok(listener) => break listener,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        }
+    };
+    let _taken = patiently("port 7700", taken).await;
+    let demo = Demo::start(&[]).await;
+    assert!(demo.first_line.ends_with(", because 127.0.0.1:7700 is taken"), "{}", demo.first_line);
+    demo.client().await.status().await.unwrap();
+    demo.signal(Signal::INT);
+    demo.ended().await;
+}
+
+#[tokio::test]
+async fn it_keeps_the_record_where_it_is_told_to() {
+    let home = tempfile::tempdir().unwrap();
+    let store = format!("sqlite:{}", home.path().join("demo.db").display());
+    let args = ["--listen", "127.0.0.1:0", "--store", &store, "--interval", "100ms", "--cycles", "1"];
+    let first = Demo::start(&args).await.ended().await;
+    assert_eq!(recorded(&first)[0].split("  ").next(), Some("1"));
+    let demo = Demo::start(&args[..4]).await;
+    let history = demo.client().await.history().await.unwrap();
+    assert_eq!(decode(history[0].clone()).cycle_id, 1);
+    demo.signal(Signal::TERM);
+    demo.ended().await;
 }
