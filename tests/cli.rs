@@ -256,6 +256,9 @@ async fn a_cycle_is_planned_run_and_found_in_the_history() {
     assert_eq!(ran["telemetry"]["subsystems"].as_array().unwrap().len(), 1);
     assert_eq!(ran, cli.json("run --request-id once").await, "the same id gets the same cycle");
     assert_eq!(cli.run("run --async").await.with(0), "cycle 3 is admitted\n");
+    let mut events = client.watch_after(2).await.unwrap();
+    let recorded = async { while events.message().await.unwrap().unwrap().event.unwrap().revision < 3 {} };
+    patiently("cycle 3 to be recorded", recorded).await;
 
     let listed = cli.run("cycles list --limit 1 --subsystem c --subsystem-state succeeded --trigger manual").await;
     assert_eq!(row(&listed.with(0), "3")[..3], ["3", "SUCCEEDED", "manual"]);

@@ -145,11 +145,14 @@ impl Engine {
             attempts: &attempts[call.position],
         };
         let make = calls.make(|attempt| observer.called(call.position, attempt, start.elapsed()));
+        let late = || SubsystemState::TimedOut(format!("no answer within its timeout of {:?}", subsystem.timeout));
         let result = match timeout_at(deadline, make).await {
             Ok(Ok(answer)) => Ok(answer),
+            // Both ends and the library have timers of their own, and any of them may be the first.
+            Ok(Err(CallError { code: Code::DeadlineExceeded, .. })) if Instant::now() >= deadline => Err(late()),
             Ok(Err(CallError { code: Code::DeadlineExceeded, message })) => Err(SubsystemState::TimedOut(message)),
             Ok(Err(CallError { code, message })) => Err(SubsystemState::Failed(code, message)),
-            Err(_) => Err(SubsystemState::TimedOut(format!("no answer within its timeout of {:?}", subsystem.timeout))),
+            Err(_) => Err(late()),
         };
         Ended { position: call.position, input_bytes, result }
     }
