@@ -184,7 +184,7 @@ async fn outputs_flow_across_languages_and_the_others_go_on_when_one_is_killed()
     }
     // The number went all the way: the average of 40 is 40, that is the sum, and without growth the forecast.
     for name in ["python", "go", "java"] {
-        if chain.len() >= 3 && chain.iter().any(|(example, ..)| example.folder == name) {
+        if chain.iter().any(|(example, ..)| example.folder == name) {
             assert!((value(&cycle, name) - 40.0).abs() < 1e-9, "{cycle:?}");
         }
     }
