@@ -1,79 +1,175 @@
 """A whole subsystem in Python, made from the contract alone.
 
-It averages what its inputs call `value`, over as many cycles as its parameter `window` says.
+It averages what its inputs call `value`, over as many values as its parameter `window` says.
 """
 
 import argparse
+import asyncio
 import collections
-import concurrent.futures
-import threading
+import signal
+import sys
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from dreamnet.orchestrator.v1 import orchestrator_pb2 as orchestrator_pb
+from dreamnet.orchestrator.v1 import orchestrator_pb2_grpc as orchestrator_rpc
 from dreamnet.subsystem.v1 import subsystem_pb2 as pb
 from dreamnet.subsystem.v1 import subsystem_pb2_grpc as rpc
 
+ANSWERS_KEPT = 8  # Cycles. A call is repeated only while its cycle runs.
+LEASE = 15  # Seconds until the orchestrator forgets a subsystem that has died.
+GRACE = 5  # Seconds that running calls have to end when the process is asked to stop.
+MAX_MESSAGE = 64 << 20  # Bytes. Inputs can be larger than the 4 MiB that gRPC takes by default.
+
 
 class Average(rpc.SubsystemServicer):
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.epoch = 0
-        self.window = None  # The values of the latest cycles. None means: not initialized.
-        self.last_cycle = None  # Its id, and what it was answered with.
+    # All of it runs on one thread: between two `await`s nobody else touches the state.
 
-    def Initialize(self, request, context):
-        with self.lock:
-            self.refuse_superseded(request.epoch, context)
-            length = request.parameters["window"] if "window" in request.parameters else 10
-            self.window = collections.deque(self.window or (), maxlen=int(length))
+    def __init__(self, name):
+        self.name = name
+        self.epoch = 0
+        self.values = None  # The latest ones. None means: not initialized.
+        self.counted = {}  # By input: the cycle of the output that was counted last.
+        self.answers = {}  # By cycle, oldest first.
+        self.cycles = 0
+        self.turn = asyncio.Lock()
+
+    async def Initialize(self, request, context):
+        await self.admit(request, context)
+        window = request.parameters["window"] if "window" in request.parameters else 10
+        if not isinstance(window, float | int) or not 1 <= window <= 1000:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"window is {window!r}, not 1 to 1000")
+        self.values = collections.deque(self.values or (), maxlen=int(window))
         return pb.InitializeResponse()
 
-    def RunCycle(self, request, context):
-        with self.lock:
-            self.refuse_superseded(request.epoch, context)
-            if self.window is None:
-                # The orchestrator calls Initialize and then asks again.
-                context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not initialized")
-            if self.last_cycle is None or self.last_cycle[0] != request.cycle_id:
-                self.last_cycle = request.cycle_id, self.average(request.inputs)
-            # A call that is repeated is answered as the first one was.
-            return self.last_cycle[1]
+    async def RunCycle(self, request, context):
+        await self.admit(request, context)
+        if self.values is None:  # The orchestrator calls Initialize and then asks again.
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not initialized")
+        async with self.turn:  # A repeated call waits here for the first one's answer.
+            if request.cycle_id not in self.answers:
+                await self.work(request)
+                await self.admit(request, context)  # Superseded in the meantime?
+                self.answers[request.cycle_id] = self.average(request.inputs)
+                if len(self.answers) > ANSWERS_KEPT:
+                    del self.answers[next(iter(self.answers))]
+            return self.answers[request.cycle_id]
 
-    def GetStatus(self, request, context):
+    async def GetStatus(self, request, context):
+        await self.admit(request, context)
         answer = pb.GetStatusResponse()
-        with self.lock:
-            answer.status.update({"values": list(self.window or ())})
+        answer.status.update({"cycles": self.cycles, "values": list(self.values or ())})
         return answer
+
+    async def admit(self, request, context):
+        if request.subsystem != self.name:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.subsystem!r} is not here, only {self.name!r}")
+        epoch = getattr(request, "epoch", self.epoch)
+        if epoch < self.epoch:
+            await context.abort(grpc.StatusCode.ABORTED, f"epoch {epoch} has been superseded by {self.epoch}")
+        if epoch > self.epoch:  # The cycles of an older one are over.
+            self.epoch = epoch
+            self.answers.clear()
+
+    async def work(self, request):
+        """Stands for work that takes time: the parameter `work_ms`. When the deadline passes or the caller cancels,
+        gRPC cancels the call here, before anything has changed."""
+        if "work_ms" in request.parameters:
+            await asyncio.sleep(request.parameters["work_ms"] / 1000)
 
     def average(self, inputs):
         answer = pb.RunCycleResponse()
         for name, given in inputs.items():
-            if given.freshness == pb.FRESHNESS_ABSENT or "value" not in given.output:
+            value = given.output["value"] if "value" in given.output else None
+            if not isinstance(value, float):
                 answer.issues.add(severity=pb.SEVERITY_WARNING, code="NO_VALUE", message=f"{name} gave no value")
+            elif self.counted.get(name) == given.cycle_id:
+                message = f"{name} gave nothing since cycle {given.cycle_id}"
+                answer.issues.add(severity=pb.SEVERITY_INFO, code="NOTHING_NEW", message=message)
             else:
-                self.window.append(given.output["value"])
-        if self.window:
-            answer.output.update({"average": sum(self.window) / len(self.window), "values": len(self.window)})
-        answer.metrics["values"] = len(self.window)
+                self.values.append(value)
+        self.counted = {name: given.cycle_id for name, given in inputs.items()}
+        self.cycles += 1
+        if self.values:
+            answer.output["value"] = sum(self.values) / len(self.values)
+        answer.metrics["values"] = len(self.values)
         return answer
 
-    def refuse_superseded(self, epoch, context):
-        if epoch < self.epoch:
-            context.abort(grpc.StatusCode.ABORTED, f"epoch {epoch} has been superseded by {self.epoch}")
-        self.epoch = epoch
+
+async def stay_registered(registration, orchestrator):
+    """Registers with a lease and renews it. Tries for as long as it takes."""
+    options = [("grpc.max_reconnect_backoff_ms", 1000)]
+    async with grpc.aio.insecure_channel(orchestrator, options) as channel:
+        stub = orchestrator_rpc.OrchestratorStub(channel)
+        register = orchestrator_pb.RegisterSubsystemRequest(registration=registration, lease=Duration(seconds=LEASE))
+        renew = orchestrator_pb.RenewLeaseRequest(name=registration.name)
+        registered = False
+        try:
+            while True:
+                try:
+                    if registered:
+                        await stub.RenewLease(renew, timeout=GRACE)
+                    else:
+                        await stub.RegisterSubsystem(register, timeout=GRACE)
+                        registered = True
+                    await asyncio.sleep(LEASE / 3)
+                except grpc.aio.AioRpcError as error:
+                    print(f"{orchestrator}: {error.code().name}: {error.details()}", file=sys.stderr)
+                    if error.code() == grpc.StatusCode.NOT_FOUND:  # The lease has expired.
+                        registered = False
+                    await asyncio.sleep(1)
+        finally:
+            if registered:
+                await stub.UnregisterSubsystem(
+                    orchestrator_pb.UnregisterSubsystemRequest(name=registration.name), timeout=GRACE
+                )
+
+
+async def serve(args):
+    # Without SO_REUSEPORT a second process on the same port is refused, instead of taking half of the connections.
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE)]
+    server = grpc.aio.server(options=options)
+    rpc.add_SubsystemServicer_to_server(Average(args.name), server)
+    healthy = health.aio.HealthServicer()
+    await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    host, _, _ = args.listen.rpartition(":")
+    address = f"{host}:{server.add_insecure_port(args.listen)}"
+    await server.start()
+    print(f"listening on {address}", flush=True)
+
+    stop = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    tasks = []
+    if args.orchestrator:
+        registration = orchestrator_pb.Registration(
+            name=args.name, endpoint=f"http://{address}", requires=args.requires, after=args.after, reads=args.reads
+        )
+        tasks.append(asyncio.create_task(stay_registered(registration, args.orchestrator)))
+
+    await stop.wait()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await healthy.enter_graceful_shutdown()
+    await server.stop(GRACE)
+
+
+def names(text):
+    return [name for name in text.split(",") if name]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--listen", default="127.0.0.1:50051", help="address to listen on (default: %(default)s)")
-    listen = parser.parse_args().listen
-
-    server = grpc.server(concurrent.futures.ThreadPoolExecutor(max_workers=8))
-    rpc.add_SubsystemServicer_to_server(Average(), server)
-    port = server.add_insecure_port(listen)
-    server.start()
-    print(f"listening on {listen.rpartition(':')[0]}:{port}", flush=True)
-    server.wait_for_termination()
+    parser.add_argument("--listen", default="127.0.0.1:50051", help="host:port (default: %(default)s)")
+    parser.add_argument("--name", default="average", help="the subsystem's name (default: %(default)s)")
+    parser.add_argument("--orchestrator", help="host:port to register with (default: not registered)")
+    for order in ("requires", "after", "reads"):
+        parser.add_argument(f"--{order}", type=names, default=[], metavar="A,B", help="names of other subsystems")
+    asyncio.run(serve(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,297 @@
+// A whole subsystem in Go, made from the contract alone.
+//
+// It adds up what its inputs call `value`, and raises an alarm when that is over its parameter `limit`.
+package main
+
+//go:generate sh generate.sh
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log"
+	"maps"
+	"net"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	orchestratorpb "dreamnet.example/alarm/dreamnet/orchestrator/v1"
+	pb "dreamnet.example/alarm/dreamnet/subsystem/v1"
+)
+
+const (
+	answersKept = 8                // Cycles. A call is repeated only while its cycle runs.
+	lease       = 15 * time.Second // Until the orchestrator forgets a subsystem that has died.
+	grace       = 5 * time.Second  // For running calls to end when the process is asked to stop.
+	maxMessage  = 64 << 20         // Bytes. Inputs can be larger than the 4 MiB that gRPC takes by default.
+)
+
+type alarm struct {
+	pb.UnimplementedSubsystemServer
+	name string
+	turn chan struct{} // Holds one token while a cycle is worked on. Unlike mu, waiting for it can be given up.
+
+	mu          sync.Mutex // Guards what follows, and is never held for long.
+	initialized bool
+	epoch       uint64
+	limit       float64
+	over        int // For how many cycles in a row.
+	cycles      int
+	answers     map[uint64]*pb.RunCycleResponse
+	answered    []uint64 // The keys of answers, oldest first.
+}
+
+func newAlarm(name string) *alarm {
+	return &alarm{name: name, turn: make(chan struct{}, 1), answers: map[uint64]*pb.RunCycleResponse{}}
+}
+
+func (a *alarm) Initialize(_ context.Context, request *pb.InitializeRequest) (*pb.InitializeResponse, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.admit(request.Subsystem, request.Epoch); err != nil {
+		return nil, err
+	}
+	a.limit = 100
+	if given, ok := request.Parameters.GetFields()["limit"]; ok {
+		limit, ok := given.Kind.(*structpb.Value_NumberValue)
+		if !ok {
+			return nil, status.Errorf(codes.InvalidArgument, "limit is %v, not a number", given)
+		}
+		a.limit = limit.NumberValue
+	}
+	a.initialized = true
+	return &pb.InitializeResponse{}, nil
+}
+
+func (a *alarm) RunCycle(ctx context.Context, request *pb.RunCycleRequest) (*pb.RunCycleResponse, error) {
+	if err := a.ready(request); err != nil {
+		return nil, err
+	}
+	select { // A repeated call waits here for the first one's answer.
+	case a.turn <- struct{}{}:
+		defer func() { <-a.turn }()
+	case <-ctx.Done():
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+	if answer := a.answer(request.CycleId); answer != nil {
+		return answer, nil
+	}
+	if err := work(ctx, request); err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.admit(request.Subsystem, request.Epoch); err != nil { // Superseded in the meantime?
+		return nil, err
+	}
+	answer := a.add(request.Inputs)
+	a.answers[request.CycleId] = answer
+	a.answered = append(a.answered, request.CycleId)
+	if len(a.answered) > answersKept {
+		delete(a.answers, a.answered[0])
+		a.answered = a.answered[1:]
+	}
+	return answer, nil
+}
+
+func (a *alarm) GetStatus(_ context.Context, request *pb.GetStatusRequest) (*pb.GetStatusResponse, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.admit(request.Subsystem, a.epoch); err != nil {
+		return nil, err
+	}
+	return &pb.GetStatusResponse{Status: object(map[string]any{"cycles": a.cycles, "over": a.over})}, nil
+}
+
+// admit refuses calls for others and of superseded callers. The caller holds mu.
+func (a *alarm) admit(name string, epoch uint64) error {
+	if name != a.name {
+		return status.Errorf(codes.NotFound, "%q is not here, only %q", name, a.name)
+	}
+	if epoch < a.epoch {
+		return status.Errorf(codes.Aborted, "epoch %d has been superseded by %d", epoch, a.epoch)
+	}
+	if epoch > a.epoch { // The cycles of an older one are over.
+		a.epoch = epoch
+		clear(a.answers)
+		a.answered = nil
+	}
+	return nil
+}
+
+func (a *alarm) ready(request *pb.RunCycleRequest) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.admit(request.Subsystem, request.Epoch); err != nil {
+		return err
+	}
+	if !a.initialized { // The orchestrator calls Initialize and then asks again.
+		return status.Error(codes.FailedPrecondition, "not initialized")
+	}
+	return nil
+}
+
+func (a *alarm) answer(cycle uint64) *pb.RunCycleResponse {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.answers[cycle]
+}
+
+// work stands for work that takes time: the parameter `work_ms`. It ends early when the deadline passes or the caller
+// cancels, before anything has changed.
+func work(ctx context.Context, request *pb.RunCycleRequest) error {
+	ms := request.Parameters.GetFields()["work_ms"].GetNumberValue()
+	select {
+	case <-time.After(time.Duration(ms * float64(time.Millisecond))):
+		return nil
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
+}
+
+func (a *alarm) add(inputs map[string]*pb.Input) *pb.RunCycleResponse {
+	answer := &pb.RunCycleResponse{}
+	issue := func(severity pb.Severity, code, format string, args ...any) {
+		answer.Issues = append(answer.Issues,
+			&pb.Issue{Severity: severity, Code: code, Message: fmt.Sprintf(format, args...)})
+	}
+	sum := 0.0
+	for _, name := range slices.Sorted(maps.Keys(inputs)) {
+		input := inputs[name]
+		value, ok := input.Output.GetFields()["value"].GetKind().(*structpb.Value_NumberValue)
+		if !ok {
+			issue(pb.Severity_SEVERITY_WARNING, "NO_VALUE", "%s gave no value", name)
+			continue
+		}
+		if input.Freshness == pb.Freshness_FRESHNESS_STALE {
+			issue(pb.Severity_SEVERITY_INFO, "STALE_VALUE", "%s gave its value in cycle %d", name, input.CycleId)
+		}
+		sum += value.NumberValue
+	}
+	if sum > a.limit {
+		a.over++
+		issue(pb.Severity_SEVERITY_WARNING, "OVER_LIMIT", "%g is over %g", sum, a.limit)
+	} else {
+		a.over = 0
+	}
+	a.cycles++
+	answer.Output = object(map[string]any{"value": sum, "alarm": a.over > 0})
+	answer.Metrics = map[string]float64{"over": float64(a.over)}
+	return answer
+}
+
+// object makes a Struct of values that are known to fit into one.
+func object(fields map[string]any) *structpb.Struct {
+	made, err := structpb.NewStruct(fields)
+	if err != nil {
+		panic(err)
+	}
+	return made
+}
+
+// stayRegistered registers with a lease and renews it until ctx ends. Tries for as long as it takes.
+func stayRegistered(ctx context.Context, registration *orchestratorpb.Registration, orchestrator string) {
+	connection, err := grpc.NewClient(orchestrator,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: time.Second, Multiplier: 1, MaxDelay: time.Second},
+			MinConnectTimeout: grace,
+		}))
+	if err != nil {
+		log.Fatalf("orchestrator %s: %v", orchestrator, err)
+	}
+	defer connection.Close()
+	client := orchestratorpb.NewOrchestratorClient(connection)
+	registered := false
+	renew := func() (err error) {
+		call, cancel := context.WithTimeout(ctx, grace)
+		defer cancel()
+		if registered {
+			_, err = client.RenewLease(call, &orchestratorpb.RenewLeaseRequest{Name: registration.Name})
+		} else {
+			_, err = client.RegisterSubsystem(call, &orchestratorpb.RegisterSubsystemRequest{
+				Registration: registration, Lease: durationpb.New(lease)})
+		}
+		return err
+	}
+	for ctx.Err() == nil {
+		pause := lease / 3
+		if err := renew(); err == nil {
+			registered = true
+		} else {
+			log.Printf("%s: %v", orchestrator, err)
+			registered = registered && status.Code(err) != codes.NotFound // Then the lease has expired.
+			pause = time.Second
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+	if registered {
+		last, cancel := context.WithTimeout(context.Background(), grace)
+		defer cancel()
+		client.UnregisterSubsystem(last, &orchestratorpb.UnregisterSubsystemRequest{Name: registration.Name})
+	}
+}
+
+func main() {
+	listen := flag.String("listen", "127.0.0.1:50052", "host:port")
+	name := flag.String("name", "alarm", "the subsystem's name")
+	orchestrator := flag.String("orchestrator", "", "host:port to register with (default: not registered)")
+	registration := &orchestratorpb.Registration{}
+	names := func(into *[]string) func(string) error {
+		return func(text string) error {
+			*into = strings.FieldsFunc(text, func(c rune) bool { return c == ',' })
+			return nil
+		}
+	}
+	flag.Func("requires", "names of other subsystems: a,b", names(&registration.Requires))
+	flag.Func("after", "names of other subsystems: a,b", names(&registration.After))
+	flag.Func("reads", "names of other subsystems: a,b", names(&registration.Reads))
+	flag.Parse()
+
+	listener, err := net.Listen("tcp", *listen)
+	if err != nil {
+		log.Fatal(err)
+	}
+	server := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage))
+	pb.RegisterSubsystemServer(server, newAlarm(*name))
+	healthy := health.NewServer()
+	healthpb.RegisterHealthServer(server, healthy)
+
+	asked, forget := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer forget()
+	var stopped sync.WaitGroup
+	stopped.Go(func() {
+		fmt.Println("listening on", listener.Addr())
+		if *orchestrator != "" {
+			registration.Name = *name
+			registration.Endpoint = "http://" + listener.Addr().String()
+			stayRegistered(asked, registration, *orchestrator)
+		}
+		<-asked.Done()
+		healthy.Shutdown()
+		defer time.AfterFunc(grace, server.Stop).Stop()
+		server.GracefulStop()
+	})
+	if err := server.Serve(listener); err != nil {
+		log.Fatal(err)
+	}
+	stopped.Wait()
+}

@@ -1,0 +1,78 @@
+package dreamnet.example;
+
+import com.google.protobuf.Duration;
+import dreamnet.orchestrator.v1.OrchestratorGrpc;
+import dreamnet.orchestrator.v1.OrchestratorGrpc.OrchestratorBlockingStub;
+import dreamnet.orchestrator.v1.OrchestratorOuterClass.RegisterSubsystemRequest;
+import dreamnet.orchestrator.v1.OrchestratorOuterClass.Registration;
+import dreamnet.orchestrator.v1.OrchestratorOuterClass.RenewLeaseRequest;
+import dreamnet.orchestrator.v1.OrchestratorOuterClass.UnregisterSubsystemRequest;
+import io.grpc.Grpc;
+import io.grpc.InsecureChannelCredentials;
+import io.grpc.ManagedChannel;
+import io.grpc.Status;
+import io.grpc.StatusRuntimeException;
+import java.util.concurrent.Executors;
+import java.util.concurrent.ScheduledExecutorService;
+import java.util.concurrent.TimeUnit;
+
+/** Registers a subsystem with a lease and renews it. Tries for as long as it takes. */
+final class Lease implements AutoCloseable {
+    /** Until the orchestrator forgets a subsystem that has died. */
+    private static final int SECONDS = 15;
+
+    private final Registration registration;
+    private final String orchestrator;
+    private final ManagedChannel channel;
+    private final ScheduledExecutorService timer = Executors.newSingleThreadScheduledExecutor();
+    private boolean registered;
+
+    Lease(Registration registration, String orchestrator) {
+        this.registration = registration;
+        this.orchestrator = orchestrator;
+        channel = Grpc.newChannelBuilder(orchestrator, InsecureChannelCredentials.create()).build();
+        timer.execute(this::renew);
+    }
+
+    private void renew() {
+        long pause = SECONDS * 1000 / 3;
+        try {
+            if (registered) {
+                stub().renewLease(RenewLeaseRequest.newBuilder().setName(registration.getName()).build());
+            } else {
+                stub().registerSubsystem(RegisterSubsystemRequest.newBuilder()
+                        .setRegistration(registration)
+                        .setLease(Duration.newBuilder().setSeconds(SECONDS))
+                        .build());
+                registered = true;
+            }
+        } catch (StatusRuntimeException error) {
+            System.err.println(orchestrator + ": " + error.getMessage());
+            if (error.getStatus().getCode() == Status.Code.NOT_FOUND) { // The lease has expired.
+                registered = false;
+            }
+            channel.resetConnectBackoff(); // It would grow to minutes.
+            pause = 1000;
+        }
+        timer.schedule(this::renew, pause, TimeUnit.MILLISECONDS);
+    }
+
+    private OrchestratorBlockingStub stub() {
+        return OrchestratorGrpc.newBlockingStub(channel).withDeadlineAfter(Main.GRACE_SECONDS, TimeUnit.SECONDS);
+    }
+
+    /** Takes the subsystem out of the registry. */
+    @Override
+    public void close() throws InterruptedException {
+        timer.shutdownNow();
+        if (timer.awaitTermination(Main.GRACE_SECONDS, TimeUnit.SECONDS) && registered) {
+            try {
+                stub().unregisterSubsystem(
+                        UnregisterSubsystemRequest.newBuilder().setName(registration.getName()).build());
+            } catch (StatusRuntimeException error) {
+                System.err.println(orchestrator + ": " + error.getMessage());
+            }
+        }
+        channel.shutdownNow();
+    }
+}

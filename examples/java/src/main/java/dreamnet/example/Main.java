@@ -1,0 +1,86 @@
+package dreamnet.example;
+
+import dreamnet.orchestrator.v1.OrchestratorOuterClass.Registration;
+import io.grpc.Server;
+import io.grpc.netty.shaded.io.grpc.netty.NettyServerBuilder;
+import io.grpc.protobuf.services.HealthStatusManager;
+import java.net.InetSocketAddress;
+import java.util.Arrays;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+import java.util.Set;
+import java.util.concurrent.TimeUnit;
+
+/** Serves the forecast until it is asked to stop. */
+final class Main {
+    /** For running calls to end when the process is asked to stop. */
+    static final int GRACE_SECONDS = 5;
+
+    /** Inputs can be larger than the 4 MiB that gRPC takes by default. */
+    private static final int MAX_MESSAGE_BYTES = 64 << 20;
+
+    private static final Set<String> FLAGS =
+            Set.of("--listen", "--name", "--orchestrator", "--requires", "--after", "--reads");
+
+    public static void main(String[] args) throws Exception {
+        Map<String, String> flags = flags(args);
+        String name = flags.getOrDefault("--name", "forecast");
+        String listen = flags.getOrDefault("--listen", "127.0.0.1:50053");
+        int colon = listen.lastIndexOf(':');
+        String host = listen.substring(0, colon);
+
+        HealthStatusManager health = new HealthStatusManager();
+        Server server = NettyServerBuilder.forAddress(
+                        new InetSocketAddress(host, Integer.parseInt(listen.substring(colon + 1))))
+                .maxInboundMessageSize(MAX_MESSAGE_BYTES)
+                .addService(new Forecast(name))
+                .addService(health.getHealthService())
+                .build()
+                .start();
+        String address = host + ":" + server.getPort();
+        System.out.println("listening on " + address);
+
+        Registration registration = Registration.newBuilder()
+                .setName(name)
+                .setEndpoint("http://" + address)
+                .addAllRequires(names(flags, "--requires"))
+                .addAllAfter(names(flags, "--after"))
+                .addAllReads(names(flags, "--reads"))
+                .build();
+        String orchestrator = flags.get("--orchestrator");
+        Lease lease = orchestrator == null ? null : new Lease(registration, orchestrator);
+
+        // Runs at SIGTERM and SIGINT; the process ends after it.
+        Runtime.getRuntime().addShutdownHook(new Thread(() -> {
+            try {
+                if (lease != null) {
+                    lease.close();
+                }
+                health.enterTerminalState();
+                if (!server.shutdown().awaitTermination(GRACE_SECONDS, TimeUnit.SECONDS)) {
+                    server.shutdownNow();
+                }
+            } catch (InterruptedException hurried) {
+                server.shutdownNow();
+            }
+        }));
+        server.awaitTermination();
+    }
+
+    private static Map<String, String> flags(String[] args) {
+        Map<String, String> flags = new HashMap<>();
+        for (int i = 0; i < args.length; i += 2) {
+            if (!FLAGS.contains(args[i]) || i + 1 == args.length) {
+                System.err.println(args[i] + " is none of " + FLAGS + ", or has no value");
+                System.exit(2);
+            }
+            flags.put(args[i], args[i + 1]);
+        }
+        return flags;
+    }
+
+    private static List<String> names(Map<String, String> flags, String flag) {
+        return Arrays.stream(flags.getOrDefault(flag, "").split(",")).filter(name -> !name.isEmpty()).toList();
+    }
+}

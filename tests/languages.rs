@@ -1,0 +1,407 @@
+//! The examples in other languages, made from the contract alone, against the real service.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{
+    env,
+    path::PathBuf,
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use common::{
+    fleet::{Fleet, Run, from_struct, to_struct},
+    patiently,
+    service::{Client, Home, Service, decode, registration},
+};
+use orchestrator_core::proto::{
+    orchestrator::v1::{self as pb, CycleState, SubsystemState, cycle_event::Event},
+    subsystem::v1::{self as subsystem, Freshness, subsystem_client::SubsystemClient},
+};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+    sync::OnceCell,
+};
+use tonic::{Code, Request, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+/// An example: a folder of `examples`, and shell commands that are run in it.
+struct Example {
+    folder: &'static str,
+    /// Succeeds where the language's tools are installed.
+    probe: &'static str,
+    build: &'static str,
+    start: &'static str,
+    /// Whether it could be built. Several tests want it, but two builds in one folder would disturb each other.
+    built: OnceCell<bool>,
+}
+
+impl Example {
+    const fn new(folder: &'static str, probe: &'static str, build: &'static str, start: &'static str) -> Self {
+        Self { folder, probe, build, start, built: OnceCell::const_new() }
+    }
+}
+
+#[rustfmt::skip]
+static EXAMPLES: [Example; 5] = [
+    Example::new("python", "python3 -c 'import grpc, grpc_health, grpc_tools'", "python3 -m grpc_tools.protoc -I ../../proto --python_out=. --grpc_python_out=. ../../proto/dreamnet/*/v1/*.proto", "python3 subsystem.py"),
+    Example::new("go", "go version && python3 -c 'import grpc_tools'", "go generate && go build", "./alarm"),
+    Example::new("java", "mvn --version", "mvn -B -q package", "java -jar target/forecast.jar"),
+    Example::new("node", "npm --version", "npm ci && npm run build", "node dist/src/subsystem.js"),
+    Example::new("rust", "cargo --version", "cargo build --example rust", "../../target/debug/examples/rust"),
+];
+
+impl Example {
+    fn shell(&self, command: &str) -> Command {
+        let mut shell = Command::new("sh");
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples").join(self.folder);
+        shell.args(["-c", command, "sh"]).current_dir(folder).stdin(Stdio::null()).kill_on_drop(true);
+        shell
+    }
+
+    /// Builds it. False where its language's tools are missing, which is a failure where everything must be installed.
+    async fn build(&self) -> bool {
+        *self.built.get_or_init(|| self.build_once()).await
+    }
+
+    async fn build_once(&self) -> bool {
+        let started = Instant::now();
+        let probed = self.shell(self.probe).stdout(Stdio::null()).status().await.unwrap();
+        if !probed.success() {
+            let missing = format!("examples/{} IS NOT TESTED: {:?} failed", self.folder, self.probe);
+            assert!(env::var_os("CI").is_none(), "{missing}");
+            eprintln!("\n*** {missing} ***\n");
+            return false;
+        }
+        let built = self.shell(self.build).stdout(Stdio::null()).status().await.unwrap();
+        assert!(built.success(), "examples/{}: {} failed", self.folder, self.build);
+        eprintln!("examples/{} was built in {:.1?}", self.folder, started.elapsed());
+        true
+    }
+
+    async fn start(&self, args: &[&str]) -> Running {
+        let mut shell = self.shell(&format!("exec {} \"$@\"", self.start));
+        let mut process = shell.args(args).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        let line = patiently(&format!("examples/{} to listen", self.folder), lines.next_line()).await.unwrap();
+        let line = line.unwrap_or_else(|| panic!("examples/{} ended without listening", self.folder));
+        let address = line.strip_prefix("listening on ").unwrap().to_owned();
+        Running { process, address }
+    }
+
+    /// Starts it under the name of its folder, and has it register itself after another one.
+    async fn join(&self, service: &Service, after: &str) -> Running {
+        let orchestrator = service.address().to_string();
+        let flags = ["--listen", "127.0.0.1:0", "--name", self.folder, "--orchestrator", &orchestrator];
+        self.start(&[&flags[..], &["--after", after]].concat()).await
+    }
+}
+
+/// An example as a process. It is killed when it is dropped.
+struct Running {
+    process: Child,
+    address: String,
+}
+
+impl Running {
+    fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    fn signal(&self, signal: Signal) {
+        let id = self.process.id().unwrap();
+        kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), signal).unwrap();
+    }
+
+    async fn kill(mut self) {
+        self.process.kill().await.unwrap();
+    }
+}
+
+/// Waits until the registry holds what is asked for.
+async fn until_registry(client: &mut Client, what: &str, holds: impl Fn(&[pb::SubsystemStatus]) -> bool) {
+    // The registry has no stream of its changes.
+    patiently(what, async { while !holds(&client.subsystems().await.unwrap()) {} }).await;
+}
+
+async fn until_registered(client: &mut Client, name: &str, running: &Running) {
+    let is = |it: &pb::Registration| it.name == name && it.endpoint == running.endpoint();
+    let holds = |all: &[pb::SubsystemStatus]| all.iter().any(|it| it.registration.as_ref().is_some_and(is));
+    until_registry(client, &format!("{name} to register"), holds).await;
+}
+
+fn part<'a>(cycle: &'a pb::CycleTelemetry, name: &str) -> &'a pb::SubsystemTelemetry {
+    cycle.subsystems.iter().find(|part| part.name == name).unwrap()
+}
+
+fn value(cycle: &pb::CycleTelemetry, name: &str) -> f64 {
+    let output = from_struct(&part(cycle, name).output);
+    output["value"].as_f64().unwrap_or_else(|| panic!("{name} gave {output}"))
+}
+
+async fn recorded(client: &mut Client) -> pb::CycleTelemetry {
+    client.run_with(pb::RunCycleRequest { record_outputs: true, ..pb::RunCycleRequest::default() }).await.unwrap()
+}
+
+#[tokio::test]
+#[ignore = "needs Python with grpcio-tools, Go, Maven and npm; .ci/run runs it"]
+async fn outputs_flow_across_languages_and_the_others_go_on_when_one_is_killed() {
+    let fleet = Fleet::start().await;
+    fleet.run("sensor", Run::output(&json!({ "value": 40 })));
+    let home = Home::new();
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    client.register(registration("sensor", fleet.endpoint())).await.unwrap();
+
+    // A chain: each reads the one before it.
+    let mut chain = Vec::new();
+    let mut before = "sensor";
+    for example in &EXAMPLES {
+        // One that is not there yet is added by its name alone.
+        let exists = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples").join(example.folder).exists();
+        if exists && example.build().await {
+            let running = example.join(&service, before).await;
+            until_registered(&mut client, example.folder, &running).await;
+            chain.push((example, before, running));
+            before = example.folder;
+        }
+    }
+    assert!(!chain.is_empty(), "no example could be built");
+
+    let cycle = recorded(&mut client).await;
+    assert_eq!(cycle.state(), CycleState::Succeeded, "{cycle:?}");
+    for (example, before, _) in &chain {
+        let part = part(&cycle, example.folder);
+        // One that has met a value makes one, and has nothing to say about missing ones.
+        assert!(part.issues.iter().all(|issue| issue.code != "NO_VALUE"), "{part:?}");
+        assert!(!part.metrics.is_empty(), "{part:?}");
+        eprintln!("{before} gave {} to {}, which made {}", value(&cycle, before), part.name, value(&cycle, &part.name));
+    }
+    // The number went all the way: the average of 40 is 40, that is the sum, and without growth the forecast.
+    for name in ["python", "go", "java"] {
+        if chain.iter().any(|(example, ..)| example.folder == name) {
+            assert!((value(&cycle, name) - 40.0).abs() < 1e-9, "{cycle:?}");
+        }
+    }
+
+    for killed in 0..chain.len() {
+        let (example, before, running) = chain.remove(killed);
+        // Stopped, it is called and does not answer; then it is killed in the middle of that.
+        let watch = pb::WatchCyclesRequest { progress: true, ..pb::WatchCyclesRequest::default() };
+        let mut events = client.watch_cycles(watch).await.unwrap().into_inner();
+        running.signal(Signal::STOP);
+        let mut caller = client.clone();
+        let running_cycle = tokio::spawn(async move { recorded(&mut caller).await });
+        let until_called = async {
+            loop {
+                let event = events.message().await.unwrap().unwrap().event.unwrap().event.unwrap();
+                let Event::Progress(progress) = event else { continue };
+                let is =
+                    |it: &pb::SubsystemProgress| it.name == example.folder && it.state() == SubsystemState::Running;
+                if progress.updates.iter().any(is) {
+                    break;
+                }
+            }
+        };
+        patiently(&format!("{} to be called", example.folder), until_called).await;
+        running.kill().await;
+
+        let cycle = running_cycle.await.unwrap();
+        assert_eq!(cycle.state(), CycleState::Degraded, "{cycle:?}");
+        let failed = part(&cycle, example.folder);
+        assert_eq!((failed.state(), failed.error_code.as_str()), (SubsystemState::Failed, "UNAVAILABLE"), "{failed:?}");
+        for (other, ..) in &chain {
+            assert_eq!(part(&cycle, other.folder).state(), SubsystemState::Succeeded, "{cycle:?}");
+        }
+        assert_eq!(decode(client.history().await.unwrap().pop().unwrap()), cycle);
+
+        let running = example.join(&service, before).await;
+        until_registered(&mut client, example.folder, &running).await;
+        let cycle = recorded(&mut client).await;
+        assert_eq!(cycle.state(), CycleState::Succeeded, "{cycle:?}");
+        chain.insert(killed, (example, before, running));
+    }
+
+    // An orchestrator that has forgotten them is told again when they renew their lease.
+    for (example, ..) in &chain {
+        let request = pb::UnregisterSubsystemRequest { name: example.folder.into() };
+        client.unregister_subsystem(request).await.unwrap();
+    }
+    for (example, _, running) in &chain {
+        until_registered(&mut client, example.folder, running).await;
+    }
+
+    // Asked to stop, they leave the registry.
+    for (example, _, mut running) in chain {
+        running.signal(Signal::TERM);
+        patiently(&format!("{} to stop", example.folder), running.process.wait()).await.unwrap();
+        let gone = |all: &[pb::SubsystemStatus]| {
+            all.iter().all(|it| it.registration.as_ref().is_some_and(|it| it.name != example.folder))
+        };
+        assert!(gone(&client.subsystems().await.unwrap()), "{} is still registered", example.folder);
+    }
+}
+
+fn request(cycle_id: u64, epoch: u64, parameters: &Value) -> subsystem::RunCycleRequest {
+    subsystem::RunCycleRequest {
+        subsystem: "it".into(),
+        cycle_id,
+        epoch,
+        attempt: 1,
+        parameters: to_struct(parameters),
+        inputs: [
+            ("fresh", Freshness::Fresh, cycle_id, json!({ "value": 3 })),
+            ("stale", Freshness::Stale, cycle_id - 1, json!({ "value": 5 })),
+        ]
+        .into_iter()
+        .map(|(name, freshness, cycle_id, output)| {
+            let input = subsystem::Input { output: to_struct(&output), freshness: freshness.into(), cycle_id };
+            (name.to_owned(), input)
+        })
+        .chain([("absent".to_owned(), subsystem::Input::default())])
+        .collect(),
+        ..subsystem::RunCycleRequest::default()
+    }
+}
+
+async fn cycles(client: &mut SubsystemClient<Channel>) -> Value {
+    let request = subsystem::GetStatusRequest { subsystem: "it".into() };
+    let status = client.get_status(request).await.unwrap().into_inner().status;
+    from_struct(&status)["cycles"].clone()
+}
+
+#[tokio::test]
+#[ignore = "needs Python with grpcio-tools, Go and Maven; .ci/run runs it"]
+async fn each_keeps_the_contract() {
+    for example in &EXAMPLES[..3] {
+        if !example.build().await {
+            continue;
+        }
+        let running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
+        let channel = Channel::from_shared(running.endpoint()).unwrap().connect().await.unwrap();
+        let mut client = SubsystemClient::new(channel.clone());
+        let none = json!({});
+        let long = json!({ "work_ms": 3_600_000 });
+        let name = example.folder;
+
+        let health = HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap().into_inner();
+        assert_eq!(health.status(), ServingStatus::Serving, "{name}");
+
+        // Before `Initialize`.
+        assert_eq!(cycles(&mut client).await, json!(0), "{name}");
+        assert_eq!(
+            client.run_cycle(request(2, 1, &none)).await.unwrap_err().code(),
+            Code::FailedPrecondition,
+            "{name}"
+        );
+        let initialize = |epoch| subsystem::InitializeRequest { subsystem: "it".into(), epoch, ..Default::default() };
+        client.initialize(initialize(1)).await.unwrap();
+
+        // Other names.
+        let other = subsystem::RunCycleRequest { subsystem: "other".into(), ..request(2, 1, &none) };
+        assert_eq!(client.run_cycle(other).await.unwrap_err().code(), Code::NotFound, "{name}");
+        let other = subsystem::InitializeRequest { subsystem: "other".into(), ..initialize(1) };
+        assert_eq!(client.initialize(other).await.unwrap_err().code(), Code::NotFound, "{name}");
+        let other = subsystem::GetStatusRequest { subsystem: "other".into() };
+        assert_eq!(client.get_status(other).await.unwrap_err().code(), Code::NotFound, "{name}");
+
+        // Repeated calls, while the first is at work and after it.
+        let mut second = client.clone();
+        let working = json!({ "work_ms": 100 });
+        let (first, repeated) =
+            tokio::join!(client.run_cycle(request(2, 1, &working)), second.run_cycle(request(2, 1, &working)));
+        let answer = first.unwrap().into_inner();
+        let again = client.run_cycle(request(2, 1, &none)).await.unwrap().into_inner();
+        for repeated in [repeated.unwrap().into_inner(), again] {
+            // Not as bytes: the fields of a Struct have no order.
+            assert_eq!(from_struct(&repeated.output), from_struct(&answer.output), "{name}");
+            assert_eq!((&repeated.metrics, &repeated.issues), (&answer.metrics, &answer.issues), "{name}");
+        }
+        assert_eq!(cycles(&mut client).await, json!(1), "{name}");
+        let codes: Vec<_> = answer.issues.iter().map(|issue| issue.code.as_str()).collect();
+        assert!(codes.contains(&"NO_VALUE"), "{name}: {codes:?}");
+        assert_eq!(answer.issues.iter().filter(|issue| issue.message.starts_with("absent")).count(), 1, "{name}");
+
+        // A call that ends by its deadline, or by its caller, gives its turn to the next; others are answered meanwhile.
+        let mut late = Request::new(request(3, 1, &long));
+        late.set_timeout(Duration::from_millis(100));
+        let mut caller = client.clone();
+        let (late, seen) = tokio::join!(caller.run_cycle(late), cycles(&mut client));
+        assert!(matches!(late.unwrap_err().code(), Code::DeadlineExceeded | Code::Cancelled), "{name}");
+        assert_eq!(seen, json!(1), "{name}");
+        let abandoned = tokio::spawn(async move { caller.run_cycle(request(3, 1, &long)).await });
+        assert_eq!(cycles(&mut client).await, json!(1), "{name}");
+        abandoned.abort();
+        patiently("the turn", client.run_cycle(request(3, 1, &none))).await.unwrap();
+        assert_eq!(cycles(&mut client).await, json!(2), "{name}");
+
+        // Epochs. The cycles of an older one are over.
+        client.run_cycle(request(3, 2, &none)).await.unwrap();
+        assert_eq!(cycles(&mut client).await, json!(3), "{name}");
+        assert_eq!(client.run_cycle(request(4, 1, &none)).await.unwrap_err().code(), Code::Aborted, "{name}");
+        assert_eq!(client.initialize(initialize(1)).await.unwrap_err().code(), Code::Aborted, "{name}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs Python with grpcio-tools; .ci/run runs it"]
+async fn a_subsystem_in_python_takes_part() {
+    let python = &EXAMPLES[0];
+    if !python.build().await {
+        return;
+    }
+    let example = python.start(&["--listen", "127.0.0.1:0"]).await;
+    let fleet = Fleet::start().await;
+    let home = Home::new();
+    let service = home.serve().await;
+    let mut client = service.client().await;
+
+    client.register(registration("sensor", fleet.endpoint())).await.unwrap();
+    let average = pb::Registration {
+        requires: vec!["sensor".into()],
+        reads: vec!["nobody".into()],
+        parameters: to_struct(&json!({ "window": 2 })),
+        record_output: true,
+        ..registration("average", &example.endpoint())
+    };
+    client.register(average).await.unwrap();
+
+    // The parameters of `Initialize`, the FRESH input, the ABSENT one, output, metrics and issues.
+    for (value, average, values) in [(10, 10, 1), (20, 15, 2), (30, 25, 2)] {
+        fleet.run("sensor", Run::output(&json!({ "value": value })));
+        let cycle = client.run().await.unwrap();
+        assert_eq!(cycle.state(), CycleState::Succeeded, "{cycle:?}");
+        let part = part(&cycle, "average");
+        assert_eq!(from_struct(&part.output), json!({ "value": average }));
+        assert_eq!(part.metrics, [("values".to_owned(), f64::from(values))].into());
+        let issues: Vec<_> = part.issues.iter().map(|issue| (issue.code.as_str(), issue.message.as_str())).collect();
+        assert_eq!(issues, [("NO_VALUE", "nobody gave no value")]);
+        assert_eq!(part.attempts, 1);
+    }
+
+    let request = pb::GetSubsystemRequest { name: "average".into(), include_output: true, include_snapshot: true };
+    let status = client.get_subsystem(request).await.unwrap().into_inner().subsystem.unwrap();
+    assert!(status.initialized);
+    assert_eq!(from_struct(&status.snapshot), json!({ "cycles": 3, "values": [20, 30] }));
+    assert_eq!(from_struct(&status.output), json!({ "value": 25 }));
+
+    // It dies, and its part fails; it comes back without its memory, and asks for initialization in the middle of
+    // the cycle.
+    let address = example.address.clone();
+    example.kill().await;
+    let cycle = client.run().await.unwrap();
+    assert_eq!(cycle.state(), CycleState::Degraded, "{cycle:?}");
+    let example = python.start(&["--listen", &address]).await;
+    assert_eq!(example.address, address);
+    let cycle = client.run().await.unwrap();
+    let part = part(&cycle, "average");
+    assert_eq!(part.state(), SubsystemState::Succeeded, "{part:?}");
+    assert_eq!((part.attempts, from_struct(&part.output)), (2, json!({ "value": 30 })));
+    let last = client.history().await.unwrap().pop().unwrap();
+    assert_eq!(decode(last), cycle);
+}
