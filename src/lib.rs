@@ -6,6 +6,7 @@ pub mod clock;
 pub mod config;
 pub mod dial;
 pub mod engine;
+mod listen;
 pub mod model;
 pub mod orchestrator;
 pub mod ports;

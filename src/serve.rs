@@ -1,7 +1,5 @@
 //! The composition root: builds everything from a configuration, owns the tasks, and shuts down in order.
 
-mod listen;
-
 use std::{
     io,
     net::SocketAddr,
@@ -16,11 +14,13 @@ use tokio::{
     select,
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
-    task::JoinHandle,
     time::timeout,
 };
-use tokio_util::sync::CancellationToken;
-use tonic::transport::{self, Server};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::AbortOnDropHandle,
+};
+use tonic::transport;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
@@ -28,9 +28,10 @@ use crate::{
     clock::Clock,
     config::{Config, ConfigError, Reload},
     dial::Dialer,
+    listen,
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::StoreError,
-    proto, store,
+    store,
 };
 
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
@@ -78,8 +79,9 @@ pub struct Service {
     orchestrator: Orchestrator,
     tasks: Tasks,
     health: HealthReporter,
-    server: JoinHandle<Result<(), transport::Error>>,
+    server: AbortOnDropHandle<Result<(), transport::Error>>,
     stop_server: CancellationToken,
+    _cut_off: DropGuard,
     drain_grace: Duration,
 }
 
@@ -105,26 +107,28 @@ impl Service {
 
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
-        let reflection = || {
-            tonic_reflection::server::Builder::configure()
-                .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
-                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-                // So that clients can read the details of errors.
-                .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
-                .with_service_name(SERVICE)
-                .with_service_name("grpc.health.v1.Health")
-        };
-        let stop_server = CancellationToken::new();
+        let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let stopped = stop_server.clone().cancelled_owned();
-        let router = listen::limits(Server::builder(), config)
+        let router = listen::server(config.server.max_concurrent_streams)
+            // What a client may send ahead of being read: requests are small, so this bounds memory and slows nothing.
+            .initial_stream_window_size(256 << 10)
+            .initial_connection_window_size(1 << 20)
             .add_service(api::service(orchestrator.clone(), config.server.max_request_bytes))
-            .add_service(health_service)
-            .add_service(reflection().build_v1()?)
-            .add_service(reflection().build_v1alpha()?);
-        let incoming = listen::incoming(listener, config.server.max_connections);
-        let server = tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped));
+            .add_service(health_service);
+        let router = listen::with_reflection(router, SERVICE)?;
+        let incoming = listen::incoming(listener, config.server.max_connections, cut_off.clone());
+        let server = AbortOnDropHandle::new(tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped)));
         tracing::info!(%address, "listening");
-        Ok(Self { address, orchestrator, tasks, health, server, stop_server, drain_grace: config.server.drain_grace })
+        Ok(Self {
+            address,
+            orchestrator,
+            tasks,
+            health,
+            server,
+            stop_server,
+            _cut_off: cut_off.drop_guard(),
+            drain_grace: config.server.drain_grace,
+        })
     }
 
     /// Where it listens.
@@ -184,12 +188,11 @@ impl Service {
             self.health.clear_service_status(service).await;
         }
         self.stop_server.cancel();
-        let abort = self.server.abort_handle();
         match timeout(LAST_ANSWERS, self.server).await {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(error))) => tracing::error!(%error, "the server failed"),
             Ok(Err(error)) => tracing::error!(%error, "the server failed"),
-            Err(_) => abort.abort(),
+            Err(_) => tracing::warn!("not all answers were taken: those who wait for one are cut off"),
         }
         match finished {
             Ok(()) => Exit::Drained,

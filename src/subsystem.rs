@@ -78,7 +78,6 @@
 //!   alone.
 
 mod calls;
-mod connection;
 mod server;
 
 use std::{collections::BTreeMap, error::Error, future::Future};

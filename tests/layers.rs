@@ -20,18 +20,19 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("orchestrator", &["clock", "engine", "model", "ports", "record", "schedule"]),
     ("store", &["model", "ports"]),
     ("dial", &["model", "ports", "proto"]),
-    ("subsystem", &["model", "proto"]),
+    ("listen", &["proto"]),
+    ("subsystem", &["listen", "model", "proto"]),
     ("api", &["model", "orchestrator", "proto", "record"]),
     ("config", &["model", "ports", "store"]),
     ("telemetry", &["config"]),
-    ("serve", &["api", "clock", "config", "dial", "orchestrator", "ports", "proto", "store"]),
-    ("cli", &["config", "engine", "model", "proto", "record", "serve", "store", "subsystem", "telemetry"]),
+    ("serve", &["api", "clock", "config", "dial", "listen", "orchestrator", "ports", "store"]),
+    ("cli", &["api", "config", "engine", "model", "proto", "serve", "store", "subsystem", "telemetry"]),
     ("main", &["cli"]),
 ];
 
 /// Which modules may use a library that must not spread.
 const MAY_DEPEND: &[(&str, &[&str])] = &[
-    ("tonic", &["api", "cli", "dial", "proto", "serve", "subsystem"]),
+    ("tonic", &["api", "cli", "dial", "listen", "proto", "serve", "subsystem"]),
     ("prost", &["api", "cli", "proto", "record"]),
     ("rusqlite", &["store"]),
     ("clap", &["cli", "config", "main"]),

@@ -12,6 +12,7 @@ use prost::Message;
 use tonic::{Request, Response, Status};
 
 use self::error::status;
+pub use self::response::plan;
 use crate::{
     model::Name,
     orchestrator::{Orchestrator, Page, Refusal, Registered},

@@ -66,7 +66,8 @@ fn running_cycle(running: RunningCycle) -> pb::RunningCycle {
     }
 }
 
-pub(super) fn plan(schedule: Schedule) -> pb::Plan {
+/// A plan as the contract has it.
+pub fn plan(schedule: Schedule) -> pb::Plan {
     let Schedule { subsystems, levels, critical_path, duration } = schedule;
     let subsystems = subsystems.into_iter().map(|planned| {
         let PlannedSubsystem { name, phase, level, waits_for, skip, duration } = planned;

@@ -8,11 +8,11 @@ use super::{
     plan::plan,
 };
 use crate::{
+    api,
     config::{Config, Overrides},
-    engine::{Member, Plan, PlannedSubsystem},
+    engine::{Member, Plan},
     model::{IntervalLoop, Name},
     proto::orchestrator::v1 as pb,
-    record,
 };
 
 /// Validate a configuration and show its plan, without running anything
@@ -45,7 +45,7 @@ impl Check {
         let members = config.subsystems.iter().cloned();
         let members = members.map(|subsystem| Member::new(Arc::new(subsystem), false, Arc::default()));
         let order = Plan::compile(members).map_err(|ring| wrong(ring.to_string()))?;
-        let response = pb::PlanCycleResponse { plan: Some(offline_plan(&order)) };
+        let response = pb::PlanCycleResponse { plan: Some(api::plan(order.schedule(None))) };
         self.format.show("PlanCycleResponse", &response, |response| {
             sections([self.summary(&config), loops(&config), response.plan.as_ref().map(plan).unwrap_or_default()])
         })?;
@@ -61,28 +61,6 @@ impl Check {
         let subsystems = count(config.subsystems.len() as u64, "subsystem");
         facts.fact("declares", format!("{subsystems}, {}", count(config.loops.len() as u64, "loop")));
         facts.finish()
-    }
-}
-
-/// The plan as the service would answer it, were nothing registered but what the configuration declares.
-fn offline_plan(order: &Plan) -> pb::Plan {
-    let schedule = order.schedule(None);
-    let subsystems = schedule.subsystems.into_iter().map(|planned| {
-        let PlannedSubsystem { name, phase, level, waits_for, skip, duration: _never_run } = planned;
-        pb::PlannedSubsystem {
-            name: name.to_string(),
-            phase,
-            level,
-            waits_for: waits_for.iter().map(ToString::to_string).collect(),
-            skip_reason: record::reason_to_skip(skip).into(),
-            expected_duration_ms: 0.0,
-        }
-    });
-    pb::Plan {
-        subsystems: subsystems.collect(),
-        levels: schedule.levels,
-        critical_path: schedule.critical_path.iter().map(ToString::to_string).collect(),
-        expected_duration_ms: 0.0,
     }
 }
 

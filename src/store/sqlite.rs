@@ -512,6 +512,10 @@ impl Writer {
         let keep = self.last.0;
         (|| {
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
+            if epoch != self.epoch {
+                return Ok(Err(StoreError::Fenced(epoch)));
+            }
             let mut gone = Vec::new();
             for (rule, states) in retention.rules() {
                 let mut count = 0;
@@ -549,9 +553,9 @@ impl Writer {
             } else {
                 transaction.commit()?;
             }
-            Ok(Pruned { removed: gone.len(), pruned_to: Revision(pruned_to) })
+            Ok(Ok(Pruned { removed: gone.len(), pruned_to: Revision(pruned_to) }))
         })()
-        .map_err(|error| explain(&self.path, &error))
+        .unwrap_or_else(|error| Err(explain(&self.path, &error)))
     }
 
     /// Copies the log into the database once it has grown, so that it can begin anew.

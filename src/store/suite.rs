@@ -283,6 +283,8 @@ async fn a_second_process_is_kept_out_and_fences_if_the_lock_is_removed() {
     let (second, taken_over) = opened(&path).await;
     let write = Arc::new(Write { epoch: contents.epoch, records: vec![record(1, Epoch(1))], ..Write::default() });
     assert_eq!(first.commit(write).await, Err(StoreError::Fenced(taken_over.epoch)));
+    let pruned = first.prune(Retention::default(), Timestamp::now(), 10).await;
+    assert_eq!(pruned.err(), Some(StoreError::Fenced(taken_over.epoch)), "nor does it forget anything");
     filled(&*second, taken_over.epoch, 1).await;
 }
 

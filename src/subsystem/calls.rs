@@ -23,8 +23,9 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
-use super::{Answer, Cycle, Failure, Input, Object, Subsystem, connection::Broken};
+use super::{Answer, Cycle, Failure, Input, Object, Subsystem};
 use crate::{
+    listen::Broken,
     model::{Payload, Severity, excerpt},
     proto::subsystem::v1::{self as pb, subsystem_server},
 };

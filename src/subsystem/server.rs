@@ -2,12 +2,9 @@
 
 use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
 
-use futures_util::{Stream, stream};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
-    sync::Semaphore,
-    time::{sleep, timeout},
+    net::{TcpListener, UnixListener, UnixStream},
+    time::timeout,
 };
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
@@ -19,11 +16,11 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use super::{
     Subsystem,
     calls::{Calls, Hosted},
-    connection::Connection,
 };
 use crate::{
+    listen::{self, Listener},
     model::{self, Name, NameError},
-    proto::{self, subsystem::v1::subsystem_server::SubsystemServer},
+    proto::subsystem::v1::subsystem_server::SubsystemServer,
 };
 
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
@@ -92,22 +89,8 @@ impl Server {
             .max_encoding_message_size(MAX_ANSWER);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
-        let reflection = || {
-            tonic_reflection::server::Builder::configure()
-                .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
-                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-                .with_service_name(SERVICE)
-                .with_service_name("grpc.health.v1.Health")
-        };
-        let router = transport::Server::builder()
-            .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
-            // An orchestrator that went away without a word is noticed after 40 s.
-            .http2_keepalive_interval(Some(Duration::from_secs(30)))
-            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-            .add_service(calls)
-            .add_service(health_service)
-            .add_service(reflection().build_v1()?)
-            .add_service(reflection().build_v1alpha()?);
+        let router = listen::server(MAX_CONCURRENT_STREAMS).add_service(calls).add_service(health_service);
+        let router = listen::with_reflection(router, SERVICE)?;
 
         let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let refused = |error| ListenError::Address(address.to_owned(), error);
@@ -164,59 +147,8 @@ fn serve<L: Listener>(
     stop: CancellationToken,
     cut_off: CancellationToken,
 ) -> AbortOnDropHandle<Result<(), transport::Error>> {
-    let stopped = stop.cancelled_owned();
-    AbortOnDropHandle::new(tokio::spawn(router.serve_with_incoming_shutdown(incoming(listener, cut_off), stopped)))
-}
-
-/// The connections that come in: at most so many at a time, further ones wait in the kernel's line.
-fn incoming<L: Listener>(
-    listener: L,
-    cut_off: CancellationToken,
-) -> impl Stream<Item = io::Result<Connection<L::Stream>>> {
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    stream::unfold((listener, permits, cut_off), |(listener, permits, cut_off)| async move {
-        /// Accepting fails again at once while files are short, so it waits for some to be closed.
-        const PAUSE: Duration = Duration::from_millis(100);
-        let permit = permits.clone().acquire_owned().await.ok()?;
-        let stream = loop {
-            match listener.accept().await {
-                Ok(stream) => break stream,
-                Err(error) => {
-                    tracing::warn!(%error, "can't accept a connection");
-                    sleep(PAUSE).await;
-                }
-            }
-        };
-        Some((Ok(Connection::new(stream, cut_off.clone(), permit)), (listener, permits, cut_off)))
-    })
-}
-
-/// What connections come in by.
-trait Listener: Send + Sync + 'static {
-    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
-
-    fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
-}
-
-impl Listener for TcpListener {
-    type Stream = TcpStream;
-
-    async fn accept(&self) -> io::Result<TcpStream> {
-        let (stream, _peer) = self.accept().await?;
-        // Without it small messages wait for acknowledgements of earlier ones.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "can't set TCP_NODELAY");
-        }
-        Ok(stream)
-    }
-}
-
-impl Listener for UnixListener {
-    type Stream = UnixStream;
-
-    async fn accept(&self) -> io::Result<UnixStream> {
-        self.accept().await.map(|(stream, _peer)| stream)
-    }
+    let (incoming, stopped) = (listen::incoming(listener, MAX_CONNECTIONS, cut_off), stop.cancelled_owned());
+    AbortOnDropHandle::new(tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped)))
 }
 
 /// Binds a socket. A file that an earlier process has left there is replaced; one that somebody listens on is not.

@@ -1,0 +1,199 @@
+//! The listening side of every gRPC server here: limits set on purpose, connections counted, the contract described.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use futures_util::{Stream, stream};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::sleep,
+};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::transport::{
+    Server,
+    server::{Connected, Router},
+};
+use tonic_reflection::server::{Builder, Error};
+
+use crate::proto;
+
+/// A server with the limits of every connection.
+pub(crate) fn server(max_concurrent_streams: u32) -> Server {
+    Server::builder()
+        .max_concurrent_streams(max_concurrent_streams)
+        // A peer that went away without a word is noticed after 40 s, and its streams end.
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        // A client that opens and resets streams without end is cut off (CVE-2023-44487).
+        .http2_max_pending_accept_reset_streams(Some(64))
+        .http2_max_local_error_reset_streams(Some(256))
+        .http2_max_header_list_size(16 << 10)
+}
+
+/// Adds reflection, v1 and v1alpha, of a service and of the health service beside it.
+///
+/// # Errors
+/// The descriptors of the contract can't be read.
+pub(crate) fn with_reflection(router: Router, service: &str) -> Result<Router, Error> {
+    let descriptions = || {
+        Builder::configure()
+            .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // So that clients can read the details of errors.
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name(service)
+            .with_service_name("grpc.health.v1.Health")
+    };
+    Ok(router.add_service(descriptions().build_v1()?).add_service(descriptions().build_v1alpha()?))
+}
+
+/// What connections come in by.
+pub(crate) trait Listener: Send + Sync + 'static {
+    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+
+    async fn accept(&self) -> io::Result<TcpStream> {
+        let (stream, _peer) = self.accept().await?;
+        // Without it small messages wait for acknowledgements of earlier ones.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "can't set TCP_NODELAY");
+        }
+        Ok(stream)
+    }
+}
+
+impl Listener for UnixListener {
+    type Stream = UnixStream;
+
+    async fn accept(&self) -> io::Result<UnixStream> {
+        self.accept().await.map(|(stream, _peer)| stream)
+    }
+}
+
+/// The connections that come in: at most `max` at a time, further ones wait in the kernel's line. All of them break
+/// when `cut_off` is cancelled: the library has no way to end connections whose calls go on.
+pub(crate) fn incoming<L: Listener>(
+    listener: L,
+    max: usize,
+    cut_off: CancellationToken,
+) -> impl Stream<Item = io::Result<Connection<L::Stream>>> {
+    let permits = Arc::new(Semaphore::new(max));
+    stream::unfold((listener, permits, cut_off), move |(listener, permits, cut_off)| async move {
+        /// Accepting fails again at once while files are short, so it waits for some to be closed.
+        const PAUSE: Duration = Duration::from_millis(100);
+        if permits.available_permits() == 0 {
+            tracing::warn!(max, "as many connections as may be are open: further ones wait");
+        }
+        let permit = permits.clone().acquire_owned().await.ok()?;
+        let stream = loop {
+            match listener.accept().await {
+                Ok(stream) => break stream,
+                Err(error) => {
+                    tracing::warn!(%error, "can't accept a connection");
+                    sleep(PAUSE).await;
+                }
+            }
+        };
+        Some((Ok(Connection::new(stream, cut_off.clone(), permit)), (listener, permits, cut_off)))
+    })
+}
+
+/// Whether the connection of a call is broken: what tells a caller that cancelled from one that was cut off. Travels with
+/// each request.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Broken(Arc<AtomicBool>);
+
+impl Broken {
+    pub(crate) fn is_set(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    fn set(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// The end of a connection is noted here before its calls hear of it.
+    fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        if result.is_err() {
+            self.set();
+        }
+        result
+    }
+}
+
+/// A connection that counts as long as it lives, can be cut off, and remembers whether it broke.
+pub(crate) struct Connection<S> {
+    stream: S,
+    broken: Broken,
+    cut_off: Pin<Box<WaitForCancellationFutureOwned>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl<S> Connection<S> {
+    fn new(stream: S, cut_off: CancellationToken, permit: OwnedSemaphorePermit) -> Self {
+        Self { stream, broken: Broken::default(), cut_off: Box::pin(cut_off.cancelled_owned()), _permit: permit }
+    }
+}
+
+impl<S> Connected for Connection<S> {
+    type ConnectInfo = Broken;
+
+    fn connect_info(&self) -> Broken {
+        self.broken.clone()
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.cut_off.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        let before = buf.filled().len();
+        let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
+        if buf.filled().len() == before {
+            self.broken.set();
+        }
+        Poll::Ready(self.broken.note(read))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf).map(|written| self.broken.note(written))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs).map(|written| self.broken.note(written))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
