@@ -6,6 +6,7 @@
 use std::{
     collections::VecDeque,
     error::Error,
+    process::ExitCode,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -140,29 +141,27 @@ async fn stay_registered(
 #[derive(Parser)]
 #[command(about = "A whole subsystem in Rust")]
 struct Flags {
-    /// HOST:PORT
-    #[arg(long, default_value = "127.0.0.1:50054")]
+    /// Where to listen
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50054")]
     listen: String,
     /// The subsystem's name
-    #[arg(long, default_value = "peak")]
+    #[arg(long, value_name = "NAME", default_value = "peak")]
     name: String,
-    /// HOST:PORT to register with; without it, it is not registered
-    #[arg(long)]
+    /// Where to register. Without it, it is not registered
+    #[arg(long, value_name = "HOST:PORT")]
     orchestrator: Option<String>,
-    /// Names of other subsystems
+    /// Subsystems that it runs after, and not without
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     requires: Vec<String>,
-    /// Names of other subsystems
+    /// Subsystems that it runs after
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     after: Vec<String>,
-    /// Names of other subsystems
+    /// Subsystems whose latest output it reads
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     reads: Vec<String>,
 }
 
-#[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
-    let Flags { listen, name, orchestrator, requires, after, reads } = Flags::parse();
+async fn serve(Flags { listen, name, orchestrator, requires, after, reads }: Flags) -> Result<(), Box<dyn Error>> {
     let [mut terminated, mut interrupted] = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let stop = async {
         select! {
@@ -183,4 +182,15 @@ async fn main() -> Result<(), Box<dyn Error>> {
     }
     serving.stop(GRACE).await;
     Ok(())
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match serve(Flags::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
 }
