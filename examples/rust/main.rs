@@ -122,8 +122,8 @@ async fn stay_registered(
             }
             Err(status) => {
                 eprintln!("{orchestrator}: {:?}: {}", status.code(), status.message());
-                // NOT_FOUND: the lease has expired.
-                registered &= status.code() != tonic::Code::NotFound;
+                // The lease has expired, or somebody has registered it without one.
+                registered &= !matches!(status.code(), tonic::Code::NotFound | tonic::Code::FailedPrecondition);
                 Duration::from_secs(1)
             }
         };
