@@ -187,6 +187,19 @@ impl Report {
             number(Outcome::Failed),
             number(Outcome::NotApplicable)
         );
-        sections([table.finish(), details.join("\n"), summary])
+        sections([table.finish(), details.join("\n"), summary + &self.advice()])
+    }
+
+    /// What to do next.
+    fn advice(&self) -> String {
+        let failed: Vec<_> = self.checks.iter().filter(|finding| finding.has_failed()).collect();
+        let all_came = |code: &str| failed.len() > 2 && failed.iter().all(|finding| finding.came.starts_with(code));
+        if all_came("UNIMPLEMENTED") {
+            format!("{} does not serve dreamnet.subsystem.v1.Subsystem.\n", clean(&self.endpoint))
+        } else if all_came("NOT_FOUND") {
+            format!("No {:?} is served there: give the subsystem's name with --subsystem.\n", clean(&self.subsystem))
+        } else {
+            "Restart it before an orchestrator calls it: it has seen epochs far above those of a real one.\n".to_owned()
+        }
     }
 }
