@@ -219,7 +219,7 @@ impl Orchestrator {
         declared: Declared,
     ) -> Result<(Self, Tasks), Refusal> {
         let now = clock.now();
-        let outputs: usize = contents.outputs.iter().map(|(_, output)| output.payload.len()).sum();
+        let outputs = Arc::new(OutputBudget::new(settings.max_outputs_bytes));
         let mut state = State {
             registry: Registry::default(),
             loops: Loops::default(),
@@ -244,7 +244,8 @@ impl Orchestrator {
             contents.subsystems.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut entries = BTreeMap::new();
         let mut standing = |name: &Name| {
-            latest.remove(name).map_or_else(Arc::default, |output| Arc::new(Standing::with_output(output)))
+            let output = latest.remove(name);
+            output.map_or_else(Arc::default, |output| Arc::new(Standing::with_output(output, &outputs)))
         };
         for subsystem in declared.subsystems {
             let name = subsystem.name.clone();
@@ -274,7 +275,6 @@ impl Orchestrator {
             }
         }
         // Outputs whose subsystem nobody registers any more.
-        let forgotten: usize = latest.values().map(|output| output.payload.len()).sum();
         write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
         state.registry.replace(entries).map_err(Refusal::OrderRing)?;
 
@@ -326,7 +326,7 @@ impl Orchestrator {
                 subsystems,
                 orchestrator_id: settings.orchestrator_id.clone(),
                 epoch: contents.epoch,
-                outputs: Arc::new(OutputBudget::new(outputs - forgotten, settings.max_outputs_bytes)),
+                outputs,
             },
             newest: newest::Sender::new(state.last_revision),
             settings: Mutex::new(Arc::new(settings)),
@@ -912,10 +912,7 @@ impl Shared {
 
     /// Removes a subsystem durably. `writing` is held.
     async fn forget(&self, name: &Name) -> Result<(), StoreError> {
-        let removed = self.write_subsystem(name, None, |state| state.registry.remove(name)).await?;
-        if let Some(output) = removed.and_then(|entry| entry.member.standing.latest()) {
-            self.engine.outputs.give_back(&output);
-        }
+        self.write_subsystem(name, None, |state| state.registry.remove(name)).await?;
         self.retain_registered();
         Ok(())
     }
@@ -928,7 +925,7 @@ impl Shared {
     async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         let _writing = self.writing.lock().await;
         let now = self.clock.now();
-        let (before, registry, write) = {
+        let (registry, write) = {
             let state = self.state();
             let before = state.registry.entries();
             let mut entries: BTreeMap<_, _> = before
@@ -964,10 +961,8 @@ impl Shared {
                     write.loops.insert(entry.settings.name.clone(), None);
                 }
             }
-            (before, registry, write)
+            (registry, write)
         };
-        let gone: Vec<_> =
-            write.subsystems.iter().filter(|(_, stored)| stored.is_none()).map(|(name, _)| name.clone()).collect();
         let stopped: Vec<_> = write.loops.keys().cloned().collect();
         let apply = |state: &mut State| {
             // Leases may have been renewed in between; they are the only thing that changes without `writing`.
@@ -988,11 +983,6 @@ impl Shared {
         };
         self.write_locked(|_| write.clone(), apply).await?;
 
-        for name in gone {
-            if let Some(output) = before.get(&name).and_then(|entry| entry.member.standing.latest()) {
-                self.engine.outputs.give_back(&output);
-            }
-        }
         self.engine.outputs.set_max(settings.max_outputs_bytes);
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner) =
             Arc::new(Settings { orchestrator_id: self.engine.orchestrator_id.clone(), ..settings });

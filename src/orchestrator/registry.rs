@@ -104,9 +104,9 @@ impl Registry {
         self.plan_is_stale = true;
     }
 
-    pub(super) fn remove(&mut self, name: &Name) -> Option<Registered> {
+    pub(super) fn remove(&mut self, name: &Name) {
         self.plan_is_stale = true;
-        self.entries.remove(name)
+        self.entries.remove(name);
     }
 
     /// Puts other entries in the place of all.
