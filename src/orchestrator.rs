@@ -265,12 +265,13 @@ impl Orchestrator {
                 write.subsystems.insert(name, None);
                 continue;
             };
+            let standing = standing(&name);
             match Subsystem::from_spec(spec) {
                 Ok(subsystem) => {
-                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing(&name));
+                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing);
                     entries.insert(name, Registered { member, declared: false, lease: stored.lease.map(Lease::new) });
                 }
-                // Rules have become stricter since. It stays stored, for a version that takes it.
+                // Rules have become stricter since. It stays stored, output and all, for a version that takes it.
                 Err(violations) => tracing::error!(%name, %violations, "left out: a stored registration is invalid"),
             }
         }

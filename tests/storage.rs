@@ -12,7 +12,7 @@ use common::{
     patiently,
     service::{Home, Service, decode, ms, next_event, next_recorded, reason},
 };
-use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Trigger, cycle_event::Event};
+use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Origin, Trigger, cycle_event::Event};
 use rusqlite::Connection;
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use tonic::Code;
@@ -271,6 +271,30 @@ async fn what_a_kill_interrupts_is_recorded_and_an_idle_process_leaves_no_trace(
     assert!(interrupted.scheduled_at.is_some() && interrupted.started_at.is_some());
     assert!(interrupted.finished_at.is_some());
     assert_eq!(interrupted.epoch, stage.client.status().await.unwrap().epoch);
+}
+
+#[tokio::test]
+async fn a_stored_registration_that_breaks_a_rule_is_left_out_and_stays_stored() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let replace = |from: &str, to: &str| {
+        let database = Connection::open(home.path("o.db")).unwrap();
+        let changed = database.execute("UPDATE subsystems SET spec = replace(spec, ?1, ?2)", [from, to]).unwrap();
+        assert_eq!(changed, 1);
+    };
+    // As if a later version had written it, whose bounds are wider.
+    replace(r#""phase":0"#, r#""phase":9999999"#);
+    let service = home.serve().await;
+    assert!(service.client().await.subsystems().await.unwrap().is_empty());
+    assert!(home.log().contains("left out: a stored registration is invalid"), "{}", home.log());
+    assert!(service.stop().await.success());
+    replace(r#""phase":9999999"#, r#""phase":0"#);
+    let service = home.serve().await;
+    let status = service.client().await.subsystem("a").await.unwrap();
+    assert_eq!((status.origin(), status.output_cycle_id), (Origin::Rpc, 1));
 }
 
 #[tokio::test]
