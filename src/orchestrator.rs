@@ -745,8 +745,15 @@ impl Shared {
             state.registry.check_order(&entry).map_err(Refusal::OrderRing)?;
             (entry, earlier.is_none())
         };
-        let put = entry.clone();
-        self.write_subsystem(&name, Some(entry.to_stored()), |state| state.registry.put(put)).await?;
+        let stored = entry.to_stored();
+        let put = |state: &mut State| {
+            // The time that writing took is not part of it, and it may have been renewed in between.
+            let lease = entry.lease.map(|lease| Lease::new(lease.length));
+            let entry = Registered { lease, ..entry };
+            state.registry.put(entry.clone());
+            entry
+        };
+        let entry = self.write_subsystem(&name, Some(stored), put).await?;
         self.leases_changed.notify_one();
         if !is_new {
             self.retain_registered();

@@ -4,13 +4,16 @@
 
 mod common;
 
-use std::fs;
+use std::{
+    fs,
+    time::{Duration, SystemTime},
+};
 
 use common::{
     Stage,
     fleet::Run,
     patiently,
-    service::{Home, Service, decode, ms, next_event, next_recorded, reason},
+    service::{Client, Home, Service, decode, ms, next_event, next_recorded, reason},
 };
 use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Origin, Trigger, cycle_event::Event};
 use rusqlite::Connection;
@@ -295,6 +298,53 @@ async fn a_stored_registration_that_breaks_a_rule_is_left_out_and_stays_stored()
     let service = home.serve().await;
     let status = service.client().await.subsystem("a").await.unwrap();
     assert_eq!((status.origin(), status.output_cycle_id), (Origin::Rpc, 1));
+}
+
+/// Keeps the service from writing, as a program that copies the database may, until it is dropped. The service waits
+/// for at most five seconds.
+fn lock(home: &Home) -> Connection {
+    let database = Connection::open(home.path("o.db")).unwrap();
+    database.execute_batch("BEGIN IMMEDIATE").unwrap();
+    database
+}
+
+fn lease(registration: pb::Registration) -> pb::RegisterSubsystemRequest {
+    pb::RegisterSubsystemRequest { registration: Some(registration), lease: ms(1000) }
+}
+
+async fn lease_ends_at(client: &mut Client) -> SystemTime {
+    client.subsystem("a").await.unwrap().lease_expires_at.unwrap().try_into().unwrap()
+}
+
+#[tokio::test]
+async fn a_lease_that_has_ended_is_not_renewed_while_that_is_being_written() {
+    let mut stage = Stage::new().await;
+    let request = lease(stage.registration("a"));
+    stage.client.register_subsystem(request).await.unwrap();
+    let locked = lock(&stage.home);
+    // One that has ended is shown to end now, whenever that is.
+    let ends_at = lease_ends_at(&mut stage.client).await;
+    while lease_ends_at(&mut stage.client).await < ends_at + Duration::from_millis(200) {}
+    let renewed = stage.client.renew_lease(pb::RenewLeaseRequest { name: "a".into() }).await;
+    drop(locked);
+    patiently("the end of the lease", async { while stage.client.subsystem("a").await.is_ok() {} }).await;
+    assert_eq!(reason(&renewed.unwrap_err()).why, "SUBSYSTEM_NOT_FOUND");
+}
+
+#[tokio::test]
+async fn a_lease_begins_when_it_is_acknowledged() {
+    let mut stage = Stage::new().await;
+    let locked = lock(&stage.home);
+    let (mut client, request) = (stage.client.clone(), lease(stage.registration("a")));
+    let registering = tokio::spawn(async move { client.register_subsystem(request).await });
+    // Long enough for the request to be taken up.
+    for _ in 0..100 {
+        stage.client.status().await.unwrap();
+    }
+    let unlocked_at = SystemTime::now();
+    drop(locked);
+    patiently("the registration", registering).await.unwrap().unwrap();
+    assert!(lease_ends_at(&mut stage.client).await >= unlocked_at + Duration::from_secs(1));
 }
 
 #[tokio::test]

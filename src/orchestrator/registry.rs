@@ -135,10 +135,13 @@ impl Registry {
         }
     }
 
-    /// Renews the lease of an entry, if it has one.
+    /// Renews the lease of an entry, if it has one. Not one that has ended: its end may be being written.
     pub(super) fn renew(&mut self, name: &Name) -> Result<Lease, Refusal> {
         let entry = self.entries.get_mut(name).ok_or_else(|| Refusal::SubsystemNotFound(name.clone()))?;
         let lease = entry.lease.as_mut().ok_or_else(|| Refusal::NoLease(name.clone()))?;
+        if lease.expires <= Instant::now() {
+            return Err(Refusal::SubsystemNotFound(name.clone()));
+        }
         *lease = Lease::new(lease.length);
         Ok(*lease)
     }
