@@ -887,8 +887,10 @@ impl Shared {
             if !loops.is_empty() {
                 // A tick counts as run when its cycle is admitted: then that must be known as well.
                 let known: Vec<_> = write.open.iter().map(|open| open.cycle_id).collect();
-                let waiting = state.queue.iter().filter(|waiting| !known.contains(&waiting.cycle_id));
-                write.open.extend(waiting.map(|waiting| waiting.to_open()));
+                let to_begin = state.running.iter().filter(|running| !running.has_begun());
+                let waiting = state.queue.iter().chain(to_begin);
+                let unknown = waiting.filter(|waiting| !known.contains(&waiting.cycle_id));
+                write.open.extend(unknown.map(|waiting| waiting.to_open()));
             }
             for (name, stored) in loops {
                 write.loops.entry(name).or_insert(stored);

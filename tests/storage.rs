@@ -15,6 +15,7 @@ use common::{
     patiently,
     service::{Client, Home, Service, decode, ms, next_event, next_recorded, reason},
 };
+use futures_util::{StreamExt, stream::FuturesOrdered};
 use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Origin, Trigger, cycle_event::Event};
 use rusqlite::Connection;
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
@@ -345,6 +346,41 @@ async fn a_lease_begins_when_it_is_acknowledged() {
     drop(locked);
     patiently("the registration", registering).await.unwrap().unwrap();
     assert!(lease_ends_at(&mut stage.client).await >= unlocked_at + Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn a_tick_that_ran_has_a_cycle_in_the_history_whenever_the_process_is_killed() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    let settings = pb::IntervalLoop { name: "l".into(), interval: ms(2000), ..Default::default() };
+    stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(settings) }).await.unwrap();
+    let locked = lock(&stage.home);
+    let ran = async |client: &mut Client| client.status().await.unwrap().loops[0].ticks.unwrap().ran;
+    let before = ran(&mut stage.client).await;
+    // They are written one after another, and the beginning of the cycle comes after them.
+    let mut registering: FuturesOrdered<_> = (0..64)
+        .map(|i| {
+            let (mut client, registration) = (stage.client.clone(), stage.registration(&format!("a{i}")));
+            async move { client.register(registration).await }
+        })
+        .collect();
+    let first = async {
+        tokio::select! {
+            first = registering.next() => first.unwrap().unwrap(),
+            () = async {
+                while ran(&mut stage.client.clone()).await == before {}
+                drop(locked);
+                std::future::pending::<()>().await;
+            } => unreachable!(),
+        }
+    };
+    patiently("the first registration", first).await;
+    for _ in 0..4 {
+        registering.next().await.unwrap().unwrap();
+    }
+    let mut stage = stage.killed().await;
+    let status = stage.client.status().await.unwrap();
+    assert!(status.loops[0].last_cycle_id <= status.total_cycles, "{status:?}");
 }
 
 #[tokio::test]

@@ -68,6 +68,11 @@ impl Admitted {
         Ticket { cycle_id: self.cycle_id, done: self.done.subscribe() }
     }
 
+    /// Its beginning is written.
+    pub(super) fn has_begun(&self) -> bool {
+        self.started_at.get().is_some()
+    }
+
     pub(super) fn to_open(&self) -> OpenCycle {
         OpenCycle {
             cycle_id: self.cycle_id,
@@ -176,7 +181,10 @@ impl Shared {
             open: vec![OpenCycle { started_at: Some(self.clock.now()), ..admitted.to_open() }],
             ..Write::default()
         };
-        let begun = self.insist(admitted, opened, |_| ());
+        let start = || *admitted.started_at.get_or_init(|| self.clock.now());
+        let begun = self.insist(admitted, opened, |_| {
+            start();
+        });
         select! {
             biased;
             () = admitted.cancel.cancelled() => return Ok(None),
@@ -189,7 +197,7 @@ impl Shared {
         let cycle = Cycle {
             cycle_id: admitted.cycle_id,
             request: admitted.request.clone(),
-            started_at: *admitted.started_at.get_or_init(|| self.clock.now()),
+            started_at: start(),
             deadline: admitted.request.deadline.unwrap_or(settings.cycle_deadline),
             max_concurrent_calls: settings.max_concurrent_calls,
             plan: plan.clone(),
