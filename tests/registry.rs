@@ -262,6 +262,40 @@ async fn every_bad_field_is_named_by_its_path() {
 }
 
 #[tokio::test]
+async fn what_is_refused_at_length_still_fits_what_clients_take() {
+    // Trailers of gRPC in Java; others take more.
+    const MAX_TRAILERS: usize = 8 << 10;
+    let mut stage = Stage::new().await;
+    let fits = |refused: &Status| {
+        let escaped: usize = refused.message().bytes().map(|byte| if byte.is_ascii_graphic() { 1 } else { 3 }).sum();
+        let trailers = escaped + refused.details().len().div_ceil(3) * 4;
+        assert!(trailers < MAX_TRAILERS, "{trailers}: {refused:?}");
+    };
+    for letter in ["9", "ß", "\u{10ffff}"] {
+        let bad = |i| format!("{}{i}", letter.repeat(60));
+        let after = (0..100).map(bad).collect();
+        let endpoint = letter.repeat(1000 / letter.len());
+        let refused =
+            stage.client.register(pb::Registration { endpoint, after, ..registration("a", "") }).await.unwrap_err();
+        fits(&refused);
+        let Reason { why, fields, .. } = reason(&refused);
+        assert_eq!((why.as_str(), &*fields[0]), ("INVALID_FIELDS", "registration.endpoint"));
+        assert!(fields.len() > 1, "{fields:?}");
+    }
+    let name = |i: usize| format!("{}{i}", "n".repeat(60));
+    let link =
+        |i: usize, after: usize| pb::Registration { after: vec![name(after)], ..registration(&name(i), NOWHERE) };
+    for i in 0..200 {
+        register(&mut stage.client, link(i, i + 1)).await.unwrap();
+    }
+    let refused = stage.client.register(link(200, 0)).await.unwrap_err();
+    fits(&refused);
+    let Reason { why, metadata, .. } = reason(&refused);
+    assert_eq!(why, "ORDER_RING");
+    assert!(metadata["ring"].split(',').all(|name| name.len() >= 61), "{metadata:?}");
+}
+
+#[tokio::test]
 async fn what_is_not_registered_is_not_found() {
     let mut stage = Stage::new().await;
     let client = &mut stage.client;
