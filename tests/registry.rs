@@ -296,6 +296,18 @@ async fn what_is_refused_at_length_still_fits_what_clients_take() {
 }
 
 #[tokio::test]
+async fn numbers_in_parameters_survive_a_restart_to_the_last_bit() {
+    // The first ones are such that a reader of decimals misses them when it is quick rather than exact.
+    let numbers =
+        json!({ "numbers": [393.353_623_069_839_56, 943.994_899_123_776_9, 0.003_469_308_845_626_216_6, -0.0] });
+    let mut stage = Stage::new().await;
+    stage.register("a", |it| it.parameters = to_struct(&numbers)).await;
+    let before = stage.client.subsystem("a").await.unwrap().registration;
+    let mut stage = stage.killed().await;
+    assert_eq!(stage.client.subsystem("a").await.unwrap().registration, before);
+}
+
+#[tokio::test]
 async fn what_is_not_registered_is_not_found() {
     let mut stage = Stage::new().await;
     let client = &mut stage.client;
