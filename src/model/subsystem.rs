@@ -259,7 +259,8 @@ impl Endpoint {
         };
         let authority = authority.strip_suffix('/').unwrap_or(authority);
         let (host, port) = authority.rsplit_once(':').ok_or_else(wrong)?;
-        let port_is_good = port.parse::<u16>().is_ok_and(|port| port != 0);
+        // As it is written back: no sign, no leading zeros.
+        let port_is_good = port.parse::<u16>().is_ok_and(|number| number != 0 && number.to_string() == port);
         let host_is_good = match host.strip_prefix('[').map(|rest| rest.strip_suffix(']')) {
             Some(address) => address.is_some_and(|a| a.parse::<std::net::Ipv6Addr>().is_ok()),
             None => {
@@ -505,6 +506,8 @@ mod tests {
             "http://h",
             "http://h:0",
             "http://h:99999",
+            "http://h:+80",
+            "http://h:080",
             "http://h:1/path",
             "ftp://h:1",
             "unix:relative",
