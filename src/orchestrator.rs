@@ -36,7 +36,7 @@ use crate::{
     engine::{Engine, Member, OutputBudget, Standing},
     model::{
         CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, Revision, Subsystem, TickDisposition,
-        Trigger,
+        Trigger, Violations,
     },
     ports::{
         Contents, PageLimits, Record, Retention, SCAN_LIMIT, Store, StoreError, StoredSubsystem, Subsystems, Write,
@@ -793,6 +793,14 @@ impl Shared {
     }
 
     async fn start_loop(&self, spec: &LoopSpec) -> Result<LoopEntry, Refusal> {
+        // Each name is a part in the record of every cycle.
+        let max = self.settings().max_subsystems;
+        let named = spec.subsystems.len();
+        if named > max {
+            let mut bad = Violations::default();
+            bad.add("subsystems", format!("are {named}; registry.max_subsystems allows {max}"));
+            return Err(Refusal::Invalid(bad));
+        }
         let _writing = self.writing.lock().await;
         let now = self.clock.now();
         let (settings, declared) = {
