@@ -448,11 +448,12 @@ impl Orchestrator {
         const MAX_BYTES: usize = 3 << 20;
         let mut before = before.unwrap_or(CycleId(u64::MAX >> 1));
         let mut page = Page::default();
-        let (mut bytes, mut scanned) = (0, 0);
+        let mut bytes = 0;
         loop {
             // A filter that looks into the records sees more of them than it lets through.
             let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
             let found = self.0.store.cycles_before(before, filter.clone(), limits).await?;
+            page.scanned += found.scanned;
             for record in found.records {
                 if participation.wants(&record.bytes) {
                     bytes += record.bytes.len();
@@ -460,12 +461,10 @@ impl Orchestrator {
                         return Ok(Page { next: Some(record.cycle_id.next()), ..page });
                     }
                     page.records.push(record);
-                } else {
-                    scanned += 1;
                 }
             }
             match found.next {
-                Some(next) if page.records.len() < max_records && scanned < SCAN_LIMIT => before = next,
+                Some(next) if page.records.len() < max_records && page.scanned < SCAN_LIMIT => before = next,
                 next => return Ok(Page { next, ..page }),
             }
         }

@@ -132,7 +132,8 @@ impl Service for Api {
     async fn list_cycles(&self, request: Request<pb::ListCyclesRequest>) -> Answer<pb::ListCyclesResponse> {
         let request::List { before, filter, participation, page_size } =
             request::list(request.into_inner()).map_err(invalid)?;
-        let Page { records, next } = self.0.cycles(before, filter, participation, page_size).await.map_err(status)?;
+        let Page { records, next, .. } =
+            self.0.cycles(before, filter, participation, page_size).await.map_err(status)?;
         Ok(Response::new(pb::ListCyclesResponse {
             cycles: records.into_iter().map(|record| record.bytes).collect(),
             next_page_token: next.map(|next| next.to_string()).unwrap_or_default(),
