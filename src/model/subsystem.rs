@@ -1,6 +1,10 @@
 //! Subsystems: what a registration says, validated, and what one of them receives and returns.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+    time::Duration,
+};
 
 use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
@@ -202,13 +206,8 @@ impl Subsystem {
 
     /// The names of its inputs, each once: `requires`, `after`, `reads`.
     pub fn input_names(&self) -> impl Iterator<Item = &Name> {
-        let earlier = move |list: usize, name: &Name| {
-            [&self.requires, &self.after].into_iter().take(list).any(|names| names.contains(name))
-        };
-        [&self.requires, &self.after, &self.reads]
-            .into_iter()
-            .enumerate()
-            .flat_map(move |(list, names)| names.iter().filter(move |name| !earlier(list, name)))
+        let mut seen = HashSet::new();
+        [&self.requires, &self.after, &self.reads].into_iter().flatten().filter(move |name| seen.insert(*name))
     }
 }
 
