@@ -518,7 +518,14 @@ async fn snapshots_are_asked_for_now_and_their_absence_says_why() {
     assert_eq!(stage.fleet.calls().len(), 1);
     assert_eq!(stage.fleet.calls()[0].method, Method::GetStatus);
 
+    // It is bounded like an output.
+    stage.register("terse", |it| it.limits = Some(pb::Limits { max_output_bytes: 10, ..Default::default() })).await;
+    let status = stage.client.get_subsystem(request("terse")).await.unwrap().into_inner().subsystem.unwrap();
+    assert!(status.snapshot.is_empty() && status.snapshot_error.starts_with("RESOURCE_EXHAUSTED: "), "{status:?}");
+    unregister(&mut stage.client, "terse").await.unwrap();
+
     // The status has them where asked for.
+    stage.fleet.clear_calls();
     let ask = |include_subsystems, include_snapshots| pb::GetStatusRequest { include_subsystems, include_snapshots };
     for (request, subsystems, snapshots) in
         [(ask(false, false), 0, 0), (ask(true, false), 2, 0), (ask(false, true), 2, 1)]
@@ -527,7 +534,7 @@ async fn snapshots_are_asked_for_now_and_their_absence_says_why() {
         assert_eq!(status.subsystems.len(), subsystems);
         assert_eq!(status.subsystems.iter().filter(|it| !it.snapshot.is_empty()).count(), snapshots);
     }
-    assert_eq!(stage.fleet.calls().len(), 2);
+    assert_eq!(stage.fleet.calls().len(), 1);
 }
 
 /// A handler is dropped when its caller goes away, wherever it stands.
