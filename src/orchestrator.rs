@@ -632,7 +632,7 @@ impl Orchestrator {
     /// # Errors
     /// The order would have a ring, or the store can't be written; then nothing has changed.
     pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
-        self.0.reload(settings, declared).await
+        self.change(|shared| async move { shared.reload(settings, declared).await }).await
     }
 
     /// Admits nothing any more, and cancels what waits. The running cycle may finish; then [`Tasks::finished`]

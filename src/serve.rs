@@ -240,7 +240,12 @@ pub async fn serve(
             }
         };
         let Reload { config: new, needs_restart } = config.reload(new);
-        match service.reload(&new).await {
+        let reloaded = select! {
+            // The store may be busy for long.
+            () = first_of(&mut terminate, &mut interrupt) => break,
+            reloaded = service.reload(&new) => reloaded,
+        };
+        match reloaded {
             Ok(()) => {
                 config = new;
                 applied(&config);

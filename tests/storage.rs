@@ -18,7 +18,7 @@ use common::{
 use futures_util::{StreamExt, stream::FuturesOrdered};
 use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Origin, Trigger, cycle_event::Event};
 use rusqlite::Connection;
-use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, prlimit};
 use tonic::Code;
 
 /// Starts a service that must refuse to, and returns what it says.
@@ -381,6 +381,20 @@ async fn a_tick_that_ran_has_a_cycle_in_the_history_whenever_the_process_is_kill
     let mut stage = stage.killed().await;
     let status = stage.client.status().await.unwrap();
     assert!(status.loops[0].last_cycle_id <= status.total_cycles, "{status:?}");
+}
+
+#[tokio::test]
+async fn signals_are_heard_while_a_reload_waits_for_the_store() {
+    let mut stage = Stage::at(Home::new().with_config("")).await;
+    stage.client.run().await.unwrap();
+    let _locked = lock(&stage.home);
+    for (signal, logged) in [(Signal::HUP, "reloading: SIGHUP"), (Signal::TERM, "shutting down")] {
+        stage.service.signal(signal);
+        patiently(logged, async { while !stage.home.log().contains(logged) {} }).await;
+    }
+    assert!(!stage.home.log().contains("not reloaded"), "{}", stage.home.log());
+    stage.service.signal(Signal::TERM);
+    assert_eq!(stage.service.ended().await.code(), Some(130), "{}", stage.home.log());
 }
 
 #[tokio::test]
