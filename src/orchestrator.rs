@@ -659,12 +659,19 @@ impl Tasks {
     /// Waits until the last write is done, after [`Orchestrator::drain`], or until this process may no longer write.
     ///
     /// # Errors
-    /// A later epoch has taken over the store, or the last write failed.
+    /// A later epoch has taken over the store, the last write failed, or a task has ended by a defect: without it,
+    /// loops or leases would stand still and nobody would know.
     pub async fn finished(&mut self) -> Result<(), StoreError> {
-        let finished = (&mut self.conductor).await;
+        let defect = |what: &str, ended: String| Err(StoreError::Other(what.into(), ended));
+        let finished = select! {
+            finished = &mut self.conductor => {
+                finished.unwrap_or_else(|panicked| defect("the conductor", panicked.to_string()))
+            }
+            Some(Err(panicked)) = self.helpers.join_next() => defect("a helper", panicked.to_string()),
+        };
         // They hold nothing that would have to be written.
         self.helpers.abort_all();
-        finished.unwrap_or_else(|panicked| Err(StoreError::Other("the conductor".into(), panicked.to_string())))
+        finished
     }
 }
 
