@@ -398,6 +398,25 @@ async fn signals_are_heard_while_a_reload_waits_for_the_store() {
 }
 
 #[tokio::test]
+async fn a_cycle_does_not_end_before_it_started_though_the_clock_was_set_back() {
+    let mut stage = Stage::new().await;
+    stage.register("held", |_| {}).await;
+    stage.fleet.run("held", Run::Hold);
+    stage.client.admit().await.unwrap();
+    stage.fleet.until_run("held", 1).await;
+    let Stage { home, service, .. } = stage;
+    service.kill().await;
+    let database = Connection::open(home.path("o.db")).unwrap();
+    let an_hour_later = "UPDATE open_cycles SET started_at = started_at + 3600000000000";
+    assert_eq!(database.execute(an_hour_later, []).unwrap(), 1);
+    drop(database);
+    let service = home.serve().await;
+    let cycle = service.client().await.cycle(1).await.unwrap();
+    assert_eq!(cycle.state(), CycleState::Interrupted);
+    assert_eq!((cycle.finished_at, cycle.duration_ms.to_bits()), (cycle.started_at, 0));
+}
+
+#[tokio::test]
 async fn a_store_in_memory_forgets_everything() {
     let home = Home::new().in_memory();
     let mut stage = Stage::at(home).await;

@@ -313,7 +313,9 @@ impl Shared {
 /// The record of a cycle that an earlier process had begun and not finished.
 pub(super) fn interrupted(cycle_id: CycleId, open: Option<&OpenCycle>, epoch: Epoch, now: Timestamp) -> FinishedCycle {
     let started_at = open.and_then(|open| open.started_at);
-    let duration = started_at.map(|started_at| now.duration_since(started_at));
+    // The clock may have been set back since it started.
+    let finished_at = started_at.map_or(now, |started_at| now.max(started_at));
+    let duration = started_at.map(|started_at| finished_at.duration_since(started_at));
     FinishedCycle {
         cycle_id,
         epoch,
@@ -321,7 +323,7 @@ pub(super) fn interrupted(cycle_id: CycleId, open: Option<&OpenCycle>, epoch: Ep
         scheduled_at: open.map(|open| open.scheduled_at),
         request_id: open.and_then(|open| open.request_id.clone()),
         started_at,
-        finished_at: now,
+        finished_at,
         duration: duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default(),
         state: CycleState::Interrupted,
         error: "the process that ran it ended in the middle of it".into(),
