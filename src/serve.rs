@@ -1,8 +1,10 @@
 //! The composition root: builds everything from a configuration, owns the tasks, and shuts down in order.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::SocketAddr,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -243,7 +245,12 @@ pub async fn serve(
             }
         };
         let Reload { config: new, needs_restart } = config.reload(new);
-        match service.reload(&new).await {
+        let reloaded = select! {
+            // The store may be busy for long.
+            () = first_of(&mut terminate, &mut interrupt) => break,
+            reloaded = service.reload(&new) => reloaded,
+        };
+        match reloaded {
             Ok(()) => {
                 config = new;
                 applied(&config);
@@ -291,16 +298,30 @@ impl FileChanges {
     }
 
     fn watch(path: &Path, tell: mpsc::Sender<()>) -> notify::Result<notify::RecommendedWatcher> {
-        let path = path.canonicalize()?;
-        // The directory, because many editors put a new file in the place of the old one.
-        let directory = path.parent().unwrap_or(Path::new("/")).to_owned();
+        let path = std::path::absolute(path)?;
+        let file = path.canonicalize()?;
+        // Directories, because many editors put a new file in the place of the old one. Where the path is a link, both
+        // that of the link and that of the file.
+        let directories: BTreeSet<_> =
+            [&path, &file].into_iter().filter_map(|it| it.parent()).map(Path::to_owned).collect();
+        // A link may lead through others, which are none of the paths that are told: so what is found is compared.
+        let identify =
+            move || path.metadata().ok().map(|it| (it.dev(), it.ino(), it.mtime(), it.mtime_nsec(), it.len()));
+        let mut seen = identify();
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            if event.is_ok_and(|event| !event.kind.is_access() && event.paths.contains(&path)) {
+            if event.is_ok_and(|event| event.kind.is_access()) {
+                return;
+            }
+            let found = identify();
+            if found != seen {
+                seen = found;
                 // A full channel means that a change is noted already.
                 let _ = tell.try_send(());
             }
         })?;
-        watcher.watch(&directory, notify::RecursiveMode::NonRecursive)?;
+        for directory in &directories {
+            watcher.watch(directory, notify::RecursiveMode::NonRecursive)?;
+        }
         Ok(watcher)
     }
 
