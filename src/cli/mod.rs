@@ -12,6 +12,7 @@ mod parameters;
 mod plan;
 mod progress;
 mod remote;
+mod report;
 mod run;
 mod serve;
 mod status;
@@ -69,6 +70,7 @@ enum Command {
     Cycles(cycles::Cycles),
     Subsystems(subsystems::Subsystems),
     Loops(loops::Loops),
+    Report(report::Report),
     Plan(plan::PlanCommand),
     Check(check::Check),
     Conformance(conformance::Conformance),
@@ -88,6 +90,7 @@ impl Cli {
             Command::Cycles(cycles) => cycles.run().await,
             Command::Subsystems(subsystems) => subsystems.run().await,
             Command::Loops(loops) => loops.run().await,
+            Command::Report(report) => report.run().await,
             Command::Plan(plan) => plan.run().await,
             Command::Check(check) => check.run(),
             Command::Conformance(conformance) => conformance.run().await,
