@@ -52,7 +52,8 @@ Examples:
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
   orchestrator run
   orchestrator watch
-  orchestrator cycles list --state failed --output json"
+  orchestrator cycles list --state failed --output json
+  orchestrator report --since 7d"
 )]
 pub struct Cli {
     #[command(subcommand)]

@@ -27,45 +27,49 @@ use crate::proto::{
 /// Analyse the record: how reliable and how fast each subsystem was, and which to speed up first
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Reads the cycles that finished from --since up to --until, and those of the period before: as long, and directly before.
-Memory does not grow with their number.
+Reads the cycles that finished from --since up to --until, and compares them with the period before: as long, and \
+directly before. Its memory does not grow with their number.
 
-The table, most of the critical time first:
-  CYCLES        in which it took part, however that ended
-  SUCCESS       of its parts that succeeded or count as failed: FAILED, TIMED_OUT, CIRCUIT_OPEN, or SKIPPED, unless it
-                or one that it requires was suspended or left out
-  P50 P95 P99   of the durations of its parts that succeeded or timed out, retries included: the shortest duration that
-                50 % (95 %, 99 %) of them don't exceed, which is definition 1 of Hyndman and Fan (1996), and
-                percentile_disc of SQL; told within 0.5 %
-  RETRIES       attempts beyond the first
-  ON PATH       in how many of its cycles it stood on the critical path: the chain of subsystems that ended last
-  OF TIME       its share of the time that all critical paths took. What has most of it is what to speed up first: no
-                cycle gets faster by speeding up what is not on its critical path
-  ±SUCCESS      the change of SUCCESS against the period before, in percentage points; `new` where it took part in none
-                of its cycles, `-` where there is nothing to compare
-  ±P50 ±P95     the change of these, in percent: +10 % is slower
-  ENDED ELSE    its parts that did not succeed, by state
+The table:
+  CYCLES       in which it took part, however that ended
+  SUCCESS      of its parts that succeeded or count as failed: FAILED, TIMED_OUT, CIRCUIT_OPEN,
+               and SKIPPED, unless it or one that it requires was suspended or left out
+  P50 P95 P99  quantiles of the durations, retries included, of its parts that succeeded or
+               timed out
+  RETRIES      attempts beyond the first
+  ON PATH      in how many of its cycles it stood on the critical path
+  OF TIME      its share of the time of all critical paths. What has most of it is what to speed
+               up first: no cycle gets faster by what is not on its critical path
+  ±SUCCESS     change against the period before, in percentage points; `new` where it took part
+               in none of its cycles, `-` where there is nothing to compare
+  ±P50 ±P95    relative change; +10 % is slower
+  ENDED ELSE   its parts that did not succeed, by state
 
-SUCCESS of cycles is the share of SUCCEEDED ones among those that were neither cancelled nor interrupted; their durations
-are those of the same.
+A quantile is the shortest duration that so many do not exceed: definition 1 of Hyndman and Fan (1996), percentile_disc \
+of SQL. It is told within 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, DEGRADED and FAILED \
+ones; only SUCCEEDED is success.
 
 With --output json, one object:
-  since, until, previousSince   the period; the one before is from previousSince to since
-  completeSince                 where retention has removed cycles of the two: from when on the record is complete. Only
-                                what finished later is counted, and stderr says so. Else null
-  cycles                        cycles, one count a state, successRate, p50Ms, p95Ms, p99Ms, criticalMs, startedBy
-  subsystems                    a list: name, cycles, one count a state, successRate, retries, p50Ms, p95Ms, p99Ms,
-                                criticalCycles, criticalCycleShare, criticalMs, criticalTimeShare
-Both also have previousCycles, previousSuccessRate, previousP50Ms and previousP95Ms, and the changes successRateChange (a
-difference), p50Change and p95Change (relative: 0.1 is a tenth slower). Rates and shares are 0 to 1; what there is
-nothing to say of is null. With --output csv, the same of the subsystems: a line of their names, then one a subsystem;
-null is empty. Names begin with a letter and all else are numbers, so that no spreadsheet takes a cell for a formula.
+  since, until    the period
+  previousSince   the period before is from this to since
+  completeSince   null, unless retention has removed cycles of either: from then on the record is
+                  complete, and only what finished since is counted; stderr says so
+  cycles          cycles, succeeded, degraded, failed, cancelled, interrupted, successRate, p50Ms,
+                  p95Ms, p99Ms, criticalMs, startedBy
+  subsystems      of each: name, cycles, succeeded, failed, timedOut, skipped, circuitOpen,
+                  cancelled, successRate, retries, p50Ms, p95Ms, p99Ms, criticalCycles,
+                  criticalCycleShare, criticalMs, criticalTimeShare
+  in both         previousCycles, previousSuccessRate, previousP50Ms, previousP95Ms,
+                  successRateChange (a difference), p50Change, p95Change (relative)
+
+Rates and shares are 0 to 1, and null where there is nothing to say. --output csv has the subsystems, a column for each \
+of these; null is empty. Names begin with a letter and all else are numbers: no spreadsheet takes a cell for a formula.
 
 Examples:
   orchestrator report
   orchestrator report --since 7d --sort p95 --limit 10
   orchestrator report --since 2026-01-31T00:00:00Z --until 2026-02-01T00:00:00Z --loop heartbeat
-  orchestrator report --since 1h --subsystem prices,news --output json | jq '.subsystems[] | {name, successRate}'
+  orchestrator report --since 1h --subsystem prices,news --output json | jq '.subsystems[].p95Ms'
   orchestrator report --since 30d --output csv > report.csv")]
 pub(super) struct Report {
     /// Since when: a time (RFC 3339), or how long ago, such as 2h or 7d
@@ -94,19 +98,19 @@ pub(super) struct Report {
 enum Sort {
     /// The largest share of the critical time
     CriticalTime,
-    /// By name
+    /// The alphabet
     Name,
     /// The lowest success rate
     SuccessRate,
-    /// The longest median duration
+    /// The longest durations by median
     P50,
-    /// The longest
+    /// The longest durations by 95th percentile
     P95,
-    /// The longest
+    /// The longest durations by 99th percentile
     P99,
     /// Most retries
     Retries,
-    /// Those whose P95 has grown most
+    /// The largest relative growth of P95
     P95Change,
 }
 
