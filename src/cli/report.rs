@@ -8,7 +8,7 @@ use bytes::Bytes;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::{SignedDuration, Timestamp};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use self::figures::{CycleFigures, SubsystemFigures, Tally, compare};
 use super::{
@@ -140,12 +140,26 @@ struct Period {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Figures {
+    #[serde(serialize_with = "proto_time")]
     since: Timestamp,
+    #[serde(serialize_with = "proto_time")]
     until: Timestamp,
+    #[serde(serialize_with = "proto_time")]
     previous_since: Timestamp,
+    #[serde(serialize_with = "proto_time_if_any")]
     complete_since: Option<Timestamp>,
     cycles: CycleFigures,
     subsystems: Vec<SubsystemFigures>,
+}
+
+/// With the digits that canonical proto JSON has, as the other commands write times.
+fn proto_time<S: Serializer>(at: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&proto::timestamp(*at))
+}
+
+#[allow(clippy::ref_option, reason = "serde asks so")]
+fn proto_time_if_any<S: Serializer>(at: &Option<Timestamp>, serializer: S) -> Result<S::Ok, S::Error> {
+    at.map(|at| proto::timestamp(at).to_string()).serialize(serializer)
 }
 
 impl Report {
@@ -153,8 +167,10 @@ impl Report {
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         let period = self.period()?;
         let figures = tokio::select! {
-            figures = self.read(period) => figures?,
+            // In this order, Ctrl-C is heeded before the service is asked for anything.
+            biased;
             _ = tokio::signal::ctrl_c() => return Ok(Exit::Left),
+            figures = self.read(period) => figures?,
         };
         if let Some(complete_since) = figures.complete_since {
             let of_what =
