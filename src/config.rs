@@ -74,6 +74,9 @@ pub struct Server {
     pub max_concurrent_streams: u32,
     /// Bytes of one request. 64 KiB to 64 MiB, default 4 MiB, as gRPC has it.
     pub max_request_bytes: usize,
+    /// Bytes of all requests together that are being received at one time. 1 MiB to 64 GiB, default 256 MiB. What comes
+    /// on top is refused.
+    pub max_receiving_bytes: usize,
     /// Watchers at one time, over all connections. 0 to 100,000, default 2,000.
     pub max_watchers: usize,
     /// How long a shutdown waits for the running cycle and open calls. 0 s to 1 h, default 30 s.
@@ -239,6 +242,12 @@ impl Config {
         Self::read(parse(name, text)?, BTreeMap::new(), Vec::new())
     }
 
+    /// It declares subsystems or loops.
+    #[must_use]
+    pub fn declares_something(&self) -> bool {
+        !self.subsystems.is_empty() || !self.loops.is_empty()
+    }
+
     /// What becomes of `new` when it is to apply from now on, in a process that runs with `self`.
     #[must_use]
     pub fn reload(&self, mut new: Self) -> Reload {
@@ -258,6 +267,7 @@ impl Config {
             "server.max_connections": server.max_connections,
             "server.max_concurrent_streams": server.max_concurrent_streams,
             "server.max_request_bytes": server.max_request_bytes,
+            "server.max_receiving_bytes": server.max_receiving_bytes,
             "store.url": store.url,
             "dial.ca_file": dial.ca_file,
             "dial.connect_timeout": dial.connect_timeout,
@@ -340,6 +350,7 @@ impl Server {
             max_connections: read.number("server.max_connections", 1..=1_000_000).unwrap_or(4096),
             max_concurrent_streams: read.number("server.max_concurrent_streams", 1..=100_000).unwrap_or(256),
             max_request_bytes: read.number("server.max_request_bytes", 64 * KIB..=64 * MIB).unwrap_or(4 * MIB),
+            max_receiving_bytes: read.number("server.max_receiving_bytes", MIB..=64 * GIB).unwrap_or(256 * MIB),
             max_watchers: read.number("server.max_watchers", 0..=100_000).unwrap_or(2000),
             drain_grace: read.duration("server.drain_grace", Duration::ZERO..=HOUR).unwrap_or(Duration::from_secs(30)),
         };

@@ -1,5 +1,7 @@
 //! The listening side of every gRPC server here: limits set on purpose, connections counted, the contract described.
 
+mod receiving;
+
 use std::{
     io,
     pin::Pin,
@@ -16,7 +18,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::sleep,
+    time::{Sleep, sleep},
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::{
@@ -25,6 +27,7 @@ use tonic::transport::{
 };
 use tonic_reflection::server::{Builder, Error};
 
+pub(crate) use self::receiving::Receiving;
 use crate::proto;
 
 /// A server with the limits of every connection.
@@ -44,7 +47,7 @@ pub(crate) fn server(max_concurrent_streams: u32) -> Server {
 ///
 /// # Errors
 /// The descriptors of the contract can't be read.
-pub(crate) fn with_reflection(router: Router, service: &str) -> Result<Router, Error> {
+pub(crate) fn with_reflection<L>(router: Router<L>, service: &str) -> Result<Router<L>, Error> {
     let descriptions = || {
         Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
@@ -136,17 +139,38 @@ impl Broken {
     }
 }
 
-/// A connection that counts as long as it lives, can be cut off, and remembers whether it broke.
+/// A connection that counts as long as it lives, can be cut off, and remembers whether it broke. One that says nothing
+/// after it was accepted breaks by itself, for it would take the place of others for ever.
 pub(crate) struct Connection<S> {
     stream: S,
     broken: Broken,
     cut_off: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Until it has said something.
+    silence: Option<Silence>,
     _permit: OwnedSemaphorePermit,
+}
+
+struct Silence {
+    ends: Pin<Box<Sleep>>,
+    heard: usize,
+}
+
+impl Silence {
+    /// How long a peer may take to say what it speaks.
+    const PATIENCE: Duration = Duration::from_secs(10);
+    /// Bytes of HTTP/2's preface; a request of HTTP/1.1 is no shorter.
+    const PREFACE: usize = 24;
 }
 
 impl<S> Connection<S> {
     fn new(stream: S, cut_off: CancellationToken, permit: OwnedSemaphorePermit) -> Self {
-        Self { stream, broken: Broken::default(), cut_off: Box::pin(cut_off.cancelled_owned()), _permit: permit }
+        Self {
+            stream,
+            broken: Broken::default(),
+            cut_off: Box::pin(cut_off.cancelled_owned()),
+            silence: Some(Silence { ends: Box::pin(sleep(Silence::PATIENCE)), heard: 0 }),
+            _permit: permit,
+        }
     }
 }
 
@@ -164,7 +188,16 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         let before = buf.filled().len();
-        let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if let Some(silence) = &mut self.silence {
+            silence.heard += buf.filled().len() - before;
+            if silence.heard >= Silence::PREFACE {
+                self.silence = None;
+            } else if silence.ends.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(self.broken.note(Err(io::ErrorKind::TimedOut.into())));
+            }
+        }
+        let read = ready!(read);
         if buf.filled().len() == before {
             self.broken.set();
         }
@@ -195,5 +228,33 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+    use super::*;
+
+    async fn connection() -> (DuplexStream, Connection<DuplexStream>) {
+        let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        let (peer, stream) = duplex(1024);
+        (peer, Connection::new(stream, CancellationToken::new(), permit))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_says_nothing_breaks() {
+        let (mut peer, mut connection) = connection().await;
+        peer.write_all(b"PRI").await.unwrap();
+        let error = connection.read_to_end(&mut Vec::new()).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(connection.broken.is_set());
+
+        let (mut peer, mut connection) = self::connection().await;
+        peer.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        let mut read = Vec::new();
+        let patience = tokio::time::timeout(Silence::PATIENCE * 10, connection.read_to_end(&mut read)).await;
+        assert!(patience.is_err() && read.len() == Silence::PREFACE, "it may be silent from then on");
     }
 }

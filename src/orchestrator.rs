@@ -120,8 +120,8 @@ struct Shared {
     newest: newest::Sender<Revision>,
     live: Live,
     watchers: AtomicUsize,
-    /// A later epoch writes to the store.
-    fenced: CancellationToken,
+    /// Nothing will be written any more: `State::store_error` says why.
+    store_has_ended: CancellationToken,
     /// The last write is done.
     closed: CancellationToken,
 }
@@ -343,7 +343,7 @@ impl Orchestrator {
             leases_changed: Notify::new(),
             live: Live::new(),
             watchers: AtomicUsize::new(0),
-            fenced: CancellationToken::new(),
+            store_has_ended: CancellationToken::new(),
             closed: CancellationToken::new(),
         });
         let mut helpers = JoinSet::new();
@@ -724,7 +724,7 @@ impl Shared {
     async fn register(&self, subsystem: Subsystem, lease: Option<Duration>) -> Result<(Registered, bool), Refusal> {
         let _writing = self.writing.lock().await;
         let name = subsystem.name.clone();
-        let (entry, is_new) = {
+        let (entry, is_new, has_moved) = {
             let mut state = self.state();
             let earlier = state.registry.get(&name).ok().cloned();
             if earlier.as_ref().is_some_and(|earlier| earlier.declared) {
@@ -746,10 +746,12 @@ impl Shared {
                 .as_ref()
                 .map(|earlier| (earlier.member.suspended, earlier.member.standing.clone()))
                 .unwrap_or_default();
+            let is_new = earlier.is_none();
+            let has_moved = earlier.is_some_and(|earlier| earlier.member.subsystem.endpoint != subsystem.endpoint);
             let member = Member::new(Arc::new(subsystem), suspended, standing);
             let entry = Registered { member, declared: false, lease };
             state.registry.check_order(&entry).map_err(Refusal::OrderRing)?;
-            (entry, earlier.is_none())
+            (entry, is_new, has_moved)
         };
         let stored = entry.to_stored();
         let put = |state: &mut State| {
@@ -757,6 +759,10 @@ impl Shared {
             let lease = entry.lease.map(|lease| Lease::new(lease.length));
             let entry = Registered { lease, ..entry };
             state.registry.put(entry.clone());
+            if has_moved {
+                // What failed was at the other endpoint.
+                entry.member.standing.close_breaker();
+            }
             entry
         };
         let entry = self.write_subsystem(&name, Some(stored), put).await?;
@@ -912,8 +918,9 @@ impl Shared {
             (write, mark)
         };
         if let Err(error) = self.store.commit(Arc::new(write)).await {
-            if matches!(error, StoreError::Fenced(_)) {
-                self.fenced.cancel();
+            if error.is_final() {
+                self.state().store_error = Some(error.clone());
+                self.store_has_ended.cancel();
             }
             return Err(error);
         }
@@ -949,6 +956,7 @@ impl Shared {
     async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         let _writing = self.writing.lock().await;
         let now = self.clock.now();
+        let mut moved = Vec::new();
         let (registry, write) = {
             let state = self.state();
             let before = state.registry.entries();
@@ -965,6 +973,9 @@ impl Shared {
                     // What did not change stays initialized.
                     Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone(),
                     Some(earlier) => {
+                        if earlier.member.subsystem.endpoint != subsystem.endpoint {
+                            moved.push(earlier.member.standing.clone());
+                        }
                         Member::new(Arc::new(subsystem), earlier.member.suspended, earlier.member.standing.clone())
                     }
                     None => Member::new(Arc::new(subsystem), false, Arc::default()),
@@ -1006,6 +1017,9 @@ impl Shared {
             }
         };
         self.write_locked(|_| write.clone(), apply).await?;
+        for standing in moved {
+            standing.close_breaker();
+        }
 
         self.engine.outputs.set_max(settings.max_outputs_bytes);
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner) =

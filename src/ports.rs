@@ -328,6 +328,14 @@ pub struct Pruned {
     pub pruned_to: Revision,
 }
 
+impl StoreError {
+    /// Trying again is of no use: this process will write nothing any more.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Fenced(_) | Self::Ended(..))
+    }
+}
+
 /// Why the store could not do it. Each says what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
@@ -373,6 +381,9 @@ pub enum StoreError {
         /// The newest revision.
         newest: Revision,
     },
+    /// The store has failed by a defect, and nothing will be written any more.
+    #[error("the store of {0} has failed: {1}; restart this process, and report the defect")]
+    Ended(String, String),
     /// Anything else.
     #[error("{0}: {1}")]
     Other(String, String),

@@ -11,6 +11,7 @@ use std::{
 };
 
 use notify::Watcher as _;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     net::TcpListener,
     select,
@@ -24,13 +25,14 @@ use tokio_util::{
 };
 use tonic::transport;
 use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::util::MapRequestLayer;
 
 use crate::{
     api,
     clock::Clock,
     config::{Config, ConfigError, Reload},
     dial::Dialer,
-    listen,
+    listen::{self, Receiving},
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::StoreError,
     store,
@@ -111,10 +113,12 @@ impl Service {
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let stopped = stop_server.clone().cancelled_owned();
+        let receiving = Receiving::new(config.server.max_receiving_bytes);
         let router = listen::server(config.server.max_concurrent_streams)
             // What a client may send ahead of being read: requests are small, so this bounds memory and slows nothing.
             .initial_stream_window_size(256 << 10)
             .initial_connection_window_size(1 << 20)
+            .layer(MapRequestLayer::new(move |request| receiving.bound(request)))
             .add_service(api::service(orchestrator.clone(), config.server.max_request_bytes))
             .add_service(health_service);
         let router = listen::with_reflection(router, SERVICE)?;
@@ -226,6 +230,9 @@ pub async fn serve(
     let listen_for = |kind| signal(kind).map_err(StartError::Signals);
     let (mut terminate, mut interrupt) = (listen_for(SignalKind::terminate())?, listen_for(SignalKind::interrupt())?);
     let mut hangup = listen_for(SignalKind::hangup())?;
+    if let Err(error) = raise_open_files() {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
     let mut service = Service::start(&config).await?;
     let mut changes = FileChanges::of(file);
     ready(service.address());
@@ -244,6 +251,13 @@ pub async fn serve(
                 continue;
             }
         };
+        if config.declares_something() && !new.declares_something() {
+            // A file that is being written is empty for a while, and what is forgotten can't be remembered.
+            tracing::error!(
+                "not reloaded, the old configuration goes on: the new one declares nothing any more; restart to have it so"
+            );
+            continue;
+        }
         let Reload { config: new, needs_restart } = config.reload(new);
         let reloaded = select! {
             // The store may be busy for long.
@@ -264,6 +278,12 @@ pub async fn serve(
     }
     let abort = first_of(&mut terminate, &mut interrupt);
     Ok(service.run(async {}, abort).await)
+}
+
+/// Raises the soft limit of open files to the hard one: each connection and each endpoint takes one.
+fn raise_open_files() -> io::Result<()> {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }
 
 async fn first_of(terminate: &mut Signal, interrupt: &mut Signal) {

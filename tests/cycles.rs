@@ -548,6 +548,16 @@ async fn a_breaker_opens_probes_once_and_closes() {
     stage.client.resume_subsystem(pb::ResumeSubsystemRequest { name: "a".into() }).await.unwrap();
     assert_eq!(run(&mut stage).await.state(), SubsystemState::Succeeded);
 
+    // So does another endpoint: what failed was not there.
+    stage.fleet.run("a", Run::fail(Code::Internal));
+    for _ in 0..2 {
+        run(&mut stage).await;
+    }
+    assert_eq!(stage.client.subsystem("a").await.unwrap().breaker(), BreakerState::Open);
+    let elsewhere = stage.fleet.endpoint().replace("127.0.0.1", "localhost");
+    stage.register("a", |it| it.endpoint = elsewhere).await;
+    assert_eq!(run(&mut stage).await.state(), SubsystemState::Failed);
+
     // Without one, calls go on.
     stage.fleet.run("a", Run::fail(Code::Internal));
     stage

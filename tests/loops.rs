@@ -35,7 +35,7 @@ async fn stop(client: &mut Client, name: &str) -> Result<IntervalLoopStatus, Rea
 }
 
 async fn list(client: &mut Client) -> Vec<IntervalLoopStatus> {
-    let loops = client.list_interval_loops(pb::ListIntervalLoopsRequest {}).await.unwrap().into_inner().loops;
+    let loops = client.list_interval_loops(pb::ListIntervalLoopsRequest::default()).await.unwrap().into_inner().loops;
     for entry in &loops {
         let ticks = entry.ticks.unwrap();
         assert_eq!(ticks.due, ticks.ran + ticks.skipped + ticks.missed + ticks.coalesced + ticks.dropped, "{entry:?}");
@@ -353,4 +353,35 @@ async fn cycles_of_loops_have_deadlines_of_their_own() {
     start(&mut stage.client, IntervalLoop { deadline: ms(50), ..every("l", 20) }).await.unwrap();
     let cycle = decode(next_recorded(&mut cycles).await);
     assert_eq!((cycle.state(), part(&cycle, "late").state()), (CycleState::Failed, SubsystemState::TimedOut));
+}
+
+#[tokio::test]
+async fn loops_are_listed_by_pages_and_too_many_details_do_not_hide_the_status() {
+    let mut stage = Stage::new().await;
+    let large = to_struct(&json!({ "text": "x".repeat(60_000) }));
+    for i in 0..60 {
+        let settings = IntervalLoop { parameters: large.clone(), ..every(&format!("l{i:02}"), 3_600_000) };
+        let request = pb::StartIntervalLoopRequest { r#loop: Some(settings) };
+        stage.client.start_interval_loop(request).await.unwrap();
+    }
+    let mut names = Vec::new();
+    let mut request = pb::ListIntervalLoopsRequest::default();
+    loop {
+        let page = stage.client.list_interval_loops(request.clone()).await.unwrap().into_inner();
+        assert!(prost::Message::encoded_len(&page) < 4 << 20);
+        names.extend(page.loops.into_iter().map(|it| it.r#loop.unwrap().name));
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
+    assert_eq!(names, (0..60).map(|i| format!("l{i:02}")).collect::<Vec<_>>());
+    let request = pb::ListIntervalLoopsRequest { page_size: 2, page_token: "l07".into() };
+    let page = stage.client.list_interval_loops(request).await.unwrap().into_inner();
+    assert_eq!((page.loops.len(), page.next_page_token.as_str()), (2, "l09"));
+
+    let status = stage.client.status().await.unwrap();
+    assert!(prost::Message::encoded_len(&status) < 4 << 20);
+    let last = status.loops[59].r#loop.as_ref().unwrap();
+    assert_eq!((last.name.as_str(), &last.interval, last.parameters.is_empty()), ("l59", &ms(3_600_000), true));
 }

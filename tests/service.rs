@@ -10,12 +10,19 @@ use common::{
     Stage,
     fleet::Run,
     patiently,
-    service::{Home, Service, because, decode, next_event, reason},
+    service::{Home, Service, because, decode, next_event, reason, registration},
 };
+use http_body::Frame;
+use http_body_util::StreamBody;
 use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Origin, SubsystemState, cycle_event::Event};
 use rustix::process::Signal;
 use tokio::{process::Command, task::JoinHandle};
-use tonic::{Code, Request, Status, transport::Channel};
+use tokio_stream::StreamExt;
+use tonic::{
+    Code, Request, Status,
+    codegen::{Service as _, http},
+    transport::Channel,
+};
 use tonic_health::pb::{
     HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -90,12 +97,12 @@ async fn it_tells_who_it_is() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "orchestrator_id=me"])).await;
     let status = stage.client.status().await.unwrap();
     assert_eq!((status.orchestrator_id.as_str(), status.version.as_str()), ("me", env!("CARGO_PKG_VERSION")));
-    assert_eq!((status.epoch, status.total_cycles, status.subsystem_count), (1, 0, 0));
+    assert_eq!((status.total_cycles, status.subsystem_count), (0, 0));
     assert!(status.last_cycle.is_empty() && status.running_cycle.is_none() && status.store_error.is_empty());
     assert_eq!((status.oldest_revision, status.newest_revision), (1, 0));
     assert!(status.started_at.is_some() && status.uptime.is_some());
     let mut stage = stage.restarted().await;
-    assert_eq!(stage.client.status().await.unwrap().epoch, 2);
+    assert!(stage.client.status().await.unwrap().epoch > status.epoch);
 }
 
 #[tokio::test]
@@ -376,6 +383,8 @@ async fn a_bad_reload_changes_nothing() {
         "[cycle]\ndeadline = \"never\"\n".to_owned(),
         // A ring with what was registered by RPC.
         "[[subsystems]]\nname = \"declared\"\nendpoint = \"http://h:1\"\nafter = [\"by_rpc\"]\n".to_owned(),
+        // As it is for a moment while it is being written.
+        String::new(),
     ];
     for (i, bad) in bad.into_iter().enumerate() {
         fs::write(&path, bad).unwrap();
@@ -389,10 +398,44 @@ async fn a_bad_reload_changes_nothing() {
     assert!(log.contains("orchestrator.toml:2"), "{log}");
     until_logged(&stage.home, "the order bites its own tail", 1).await;
     assert_eq!(stage.client.run().await.unwrap().subsystems.len(), 1);
-    fs::write(&path, "").unwrap();
+    fs::write(&path, "[[subsystems]]\nname = \"declared\"\nendpoint = \"http://h:1\"\n").unwrap();
     stage.service.signal(Signal::HUP);
     until_logged(&stage.home, "INFO orchestrator_core::serve: reloaded", 1).await;
-    assert!(stage.client.status().await.unwrap().loops.is_empty());
+    let status = stage.client.status().await.unwrap();
+    assert_eq!((status.loops.len(), status.subsystem_count), (0, 2));
     let history = stage.client.history().await.unwrap();
     assert_eq!(history.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>(), [1]);
+}
+
+#[tokio::test]
+async fn requests_that_never_end_have_bounded_room() {
+    let home = Home::new().with_args(["--set", "server.max_receiving_bytes=1048576"]);
+    let service = home.serve().await;
+    let channel = channel(&service).await;
+    let half_sent = || {
+        // The prefix promises 2 MiB.
+        let begin = [vec![0, 0, 0x20, 0, 0], vec![0; 900 << 10]].concat();
+        let frames = tokio_stream::iter([Ok::<_, Status>(Frame::data(bytes::Bytes::from(begin)))]);
+        let body = StreamBody::new(frames.chain(tokio_stream::pending()));
+        let request = http::Request::post(format!("http://{}/{SERVICE}/RegisterSubsystem", service.address()))
+            .header("content-type", "application/grpc")
+            .body(tonic::body::Body::new(body))
+            .unwrap();
+        let mut channel = channel.clone();
+        async move {
+            std::future::poll_fn(|cx| channel.poll_ready(cx)).await.unwrap();
+            let response = channel.call(request).await.unwrap();
+            response.headers().get("grpc-status").unwrap().to_str().unwrap().to_owned()
+        }
+    };
+    // There is room for one of them.
+    let refused = async {
+        tokio::select! { first = half_sent() => first, second = half_sent() => second }
+    };
+    let code = patiently("one to be refused", refused).await;
+    assert_eq!(code, (Code::ResourceExhausted as i32).to_string());
+    // And for others once those are gone.
+    let mut client = service.client().await;
+    let registered = async { while client.register(registration("a", "http://127.0.0.1:1")).await.is_err() {} };
+    patiently("a registration", registered).await;
 }

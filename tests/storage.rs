@@ -41,7 +41,7 @@ async fn a_second_process_is_refused_and_told_who_has_the_database() {
     assert_eq!(stage.client.run().await.unwrap().cycle_id, 2);
     let epoch = stage.client.status().await.unwrap().epoch;
     let mut stage = stage.killed().await;
-    assert_eq!(stage.client.status().await.unwrap().epoch, epoch + 1);
+    assert!(stage.client.status().await.unwrap().epoch > epoch);
 }
 
 #[tokio::test]
@@ -55,7 +55,7 @@ async fn one_whose_lock_was_removed_is_fenced_by_the_next() {
     // The first one learns of it when it writes, and stops.
     let refused = stage.client.run().await.unwrap_err();
     assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
-    assert!(refused.message().contains("epoch 2 has taken over this store"), "{refused:?}");
+    assert!(refused.message().contains("has taken over this store"), "{refused:?}");
     assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
     let history = client.history().await.unwrap();
     assert_eq!(history.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>(), [1, 2]);

@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use common::{
     Stage,
@@ -301,4 +303,58 @@ async fn a_watcher_follows_through_restarts_and_is_told_of_the_shutdown() {
     let again = recorded(&mut stream).await;
     assert_eq!((again.cycle_id, part(&again, "held").state()), (2, SubsystemState::Succeeded));
     assert_eq!(again, cycle);
+}
+
+#[tokio::test]
+async fn all_steps_of_a_cycle_come_before_its_record() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    stage.register("b", |it| it.requires = vec!["a".into()]).await;
+    let progress = WatchCyclesRequest { progress: true, ..Default::default() };
+    let mut stream = watch(&mut stage.client, progress).await.unwrap();
+    bookmark(&mut stream).await;
+    for _ in 0..50 {
+        stage.client.admit().await.unwrap();
+        let mut last = BTreeMap::new();
+        loop {
+            match next_event(&mut stream).await.unwrap().event.unwrap() {
+                Event::Progress(progress) => {
+                    last.extend(progress.updates.into_iter().map(|it| (it.name.clone(), it.state())));
+                }
+                Event::Recorded(_) => break,
+                _ => {}
+            }
+        }
+        let succeeded = |name: &str| (name.to_owned(), SubsystemState::Succeeded);
+        assert_eq!(last, [succeeded("a"), succeeded("b")].into());
+    }
+}
+
+#[tokio::test]
+async fn who_hangs_before_it_runs_is_seen() {
+    // The kernel takes the connection, and nobody answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    let mut stage = Stage::new().await;
+    stage
+        .register("a", |it| {
+            it.endpoint = endpoint;
+            it.timeout = ms(200);
+        })
+        .await;
+    let progress = WatchCyclesRequest { progress: true, ..Default::default() };
+    let mut stream = watch(&mut stage.client, progress).await.unwrap();
+    bookmark(&mut stream).await;
+    stage.client.admit().await.unwrap();
+    let Some(Event::Started(_)) = next_event(&mut stream).await.unwrap().event else { panic!("it has not started") };
+    let event = next_event(&mut stream).await.unwrap();
+    let Some(Event::Progress(progress)) = event.event else { panic!("{event:?} is no progress") };
+    assert_eq!((progress.updates[0].name.as_str(), progress.updates[0].state()), ("a", SubsystemState::Running));
+    let timed_out = loop {
+        if let Event::Recorded(record) = next_event(&mut stream).await.unwrap().event.unwrap() {
+            break decode(record).subsystems.remove(0);
+        }
+    };
+    assert_eq!((timed_out.state(), timed_out.attempts), (SubsystemState::TimedOut, 0));
+    assert!(timed_out.error_message.contains("no answer to Initialize"), "{timed_out:?}");
 }

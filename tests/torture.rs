@@ -556,8 +556,10 @@ impl Looper {
 
     /// Looks how it stands, and whether its ticks add up.
     async fn settle(&mut self, client: &mut Client) -> Option<()> {
-        let response = client.list_interval_loops(pb::ListIntervalLoopsRequest {}).await;
-        let Answer::Told(pb::ListIntervalLoopsResponse { loops }) = answer(response, &[]) else { return None };
+        let response = client.list_interval_loops(pb::ListIntervalLoopsRequest::default()).await;
+        let Answer::Told(pb::ListIntervalLoopsResponse { loops, next_page_token: _ }) = answer(response, &[]) else {
+            return None;
+        };
         let found = loops.first().map(|status| {
             let settings = status.r#loop.as_ref().unwrap();
             assert_eq!((settings.name.as_str(), settings.subsystems.len()), (Self::NAME, 2));

@@ -108,6 +108,14 @@ impl Service for Api {
     async fn get_status(&self, request: Request<pb::GetStatusRequest>) -> Answer<pb::GetStatusResponse> {
         let pb::GetStatusRequest { include_subsystems, include_snapshots } = request.into_inner();
         let mut answer = response::status(self.orchestrator.status());
+        if answer.encoded_len() > MAX_ANSWER {
+            for status in &mut answer.loops {
+                status.not_run.clear();
+                let settings = status.r#loop.take().unwrap_or_default();
+                status.r#loop =
+                    Some(pb::IntervalLoop { subsystems: Vec::new(), parameters: bytes::Bytes::new(), ..settings });
+            }
+        }
         if include_subsystems || include_snapshots {
             let room = MAX_ANSWER.saturating_sub(answer.encoded_len());
             let registered = self.orchestrator.subsystems(None, usize::MAX);
@@ -192,7 +200,8 @@ impl Service for Api {
     }
 
     async fn list_subsystems(&self, request: Request<pb::ListSubsystemsRequest>) -> Answer<pb::ListSubsystemsResponse> {
-        let (after, page_size) = request::list_subsystems(request.into_inner()).map_err(invalid)?;
+        let pb::ListSubsystemsRequest { page_size, page_token } = request.into_inner();
+        let (after, page_size) = request::page(page_size, &page_token, 100).map_err(invalid)?;
         let mut found = self.orchestrator.subsystems(after.as_ref().map(Name::as_str), page_size + 1);
         let more_follow = found.len() > page_size;
         found.truncate(page_size);
@@ -249,10 +258,28 @@ impl Service for Api {
 
     async fn list_interval_loops(
         &self,
-        _request: Request<pb::ListIntervalLoopsRequest>,
+        request: Request<pb::ListIntervalLoopsRequest>,
     ) -> Answer<pb::ListIntervalLoopsResponse> {
-        let loops = self.orchestrator.loops().iter().map(response::loop_status).collect();
-        Ok(Response::new(pb::ListIntervalLoopsResponse { loops }))
+        let pb::ListIntervalLoopsRequest { page_size, page_token } = request.into_inner();
+        let (after, page_size) = request::page(page_size, &page_token, 1000).map_err(invalid)?;
+        let mut answer = pb::ListIntervalLoopsResponse::default();
+        let mut last = None;
+        let mut bytes = 0;
+        for entry in self.orchestrator.loops() {
+            if after.as_ref().is_some_and(|after| entry.settings.name <= *after) {
+                continue;
+            }
+            let status = response::loop_status(&entry);
+            bytes += status.encoded_len() + 8;
+            // One alone always fits.
+            if let Some(last) = last.filter(|_| answer.loops.len() == page_size || bytes > MAX_ANSWER) {
+                answer.next_page_token = last;
+                break;
+            }
+            last = Some(entry.settings.name.to_string());
+            answer.loops.push(status);
+        }
+        Ok(Response::new(answer))
     }
 }
 

@@ -275,11 +275,11 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
 }
 
 /// How many subsystems a page is to hold, and after which name.
-pub(super) fn list_subsystems(request: pb::ListSubsystemsRequest) -> Result<(Option<Name>, usize), Violations> {
-    let pb::ListSubsystemsRequest { page_size, page_token } = request;
+/// A page of what is listed by name: the name before it, and how much it may hold.
+pub(super) fn page(page_size: u32, page_token: &str, default: usize) -> Result<(Option<Name>, usize), Violations> {
     let mut bad = Violations::default();
-    let after = (!page_token.is_empty()).then(|| bad.name("page_token", &page_token));
-    let page_size = self::page_size(&mut bad, page_size, 100);
+    let after = (!page_token.is_empty()).then(|| bad.name("page_token", page_token));
+    let page_size = self::page_size(&mut bad, page_size, default);
     bad.into_result((after, page_size))
 }
 

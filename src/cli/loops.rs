@@ -116,16 +116,24 @@ impl Loops {
         let mut client = remote.connect().await?;
         match self.command {
             Command::List => {
-                let request = pb::ListIntervalLoopsRequest {};
-                let response = remote.quickly(client.list_interval_loops(request)).await?.into_inner();
+                let mut request = pb::ListIntervalLoopsRequest::default();
+                let mut loops = Vec::new();
+                loop {
+                    let page = remote.quickly(client.list_interval_loops(request)).await?.into_inner();
+                    loops.extend(page.loops);
+                    if page.next_page_token.is_empty() {
+                        break;
+                    }
+                    request = pb::ListIntervalLoopsRequest { page_token: page.next_page_token, ..Default::default() };
+                }
                 if format.is_json() {
                     let mut list = JsonList::begin("loops")?;
-                    for status in &response.loops {
+                    for status in &loops {
                         list.add("IntervalLoopStatus", &status.encode_to_vec())?;
                     }
                     list.end()?;
                 } else {
-                    print(&table(&response.loops))?;
+                    print(&table(&loops))?;
                 }
             }
             Command::Start(start) => {

@@ -144,8 +144,18 @@ impl Engine {
             is_probe: call.is_probe,
             attempts: &attempts[call.position],
         };
-        let make = calls.make(|attempt| observer.called(call.position, attempt, start.elapsed()));
-        let late = || SubsystemState::TimedOut(format!("no answer within its timeout of {:?}", subsystem.timeout));
+        // From the first call on, which may be that to `Initialize`: who hangs there is seen as well.
+        observer.called(call.position, 1, start.elapsed());
+        let make = calls.make(|attempt| {
+            if attempt > 1 {
+                observer.called(call.position, attempt, start.elapsed());
+            }
+        });
+        let late = || {
+            let was_run = attempts[call.position].load(Ordering::Relaxed) > 0;
+            let what = if was_run { "no answer" } else { "no connection, or no answer to Initialize," };
+            SubsystemState::TimedOut(format!("{what} within its timeout of {:?}", subsystem.timeout))
+        };
         let result = match timeout_at(deadline, make).await {
             Ok(Ok(answer)) => Ok(answer),
             // Both ends and the library have timers of their own, and any of them may be the first.

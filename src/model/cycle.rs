@@ -42,6 +42,15 @@ counter! {
     Revision
 }
 
+impl Epoch {
+    /// An epoch that is later than those of stores that are gone: subsystems may live on that know their epochs, and
+    /// their cycles, whose numbers begin anew. In milliseconds since 1970.
+    #[must_use]
+    pub fn by_clock(now: Timestamp) -> Self {
+        Self(now.as_millisecond().unsigned_abs())
+    }
+}
+
 /// What started a cycle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trigger {

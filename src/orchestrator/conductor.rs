@@ -167,9 +167,15 @@ impl Shared {
             }
             select! {
                 () = self.queue_changed.notified() => {}
-                () = self.fenced.cancelled() => return Err(StoreError::Fenced(self.engine.epoch.next())),
+                () = self.store_has_ended.cancelled() => return Err(self.store_ended()),
             }
         }
+    }
+
+    /// Why nothing will be written any more.
+    fn store_ended(&self) -> StoreError {
+        let error = self.state().store_error.clone().filter(StoreError::is_final);
+        error.unwrap_or_else(|| StoreError::Fenced(self.engine.epoch.next()))
     }
 
     /// Notes that the cycle begins, in a way that survives the death of this process, before any subsystem hears of
@@ -276,7 +282,7 @@ impl Shared {
             });
             let error = match applied.await {
                 Ok(()) => return Ok(()),
-                Err(error @ StoreError::Fenced(_)) => return Err(error),
+                Err(error) if error.is_final() => return Err(error),
                 Err(error) => error,
             };
             tracing::error!(cycle_id = %admitted.cycle_id, %error, "can't write the record; trying again in {pause:?}");

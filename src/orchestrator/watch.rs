@@ -151,6 +151,10 @@ impl Watcher {
                 }
             }
             if self.cursor < *self.newest.borrow_and_update() {
+                // What is left of the cycle whose record is next comes before that.
+                if let Some(event) = self.before_next_record() {
+                    return Ok(self.live_event(event));
+                }
                 self.page = self.read_page().await?.into();
                 continue;
             }
@@ -194,6 +198,23 @@ impl Watcher {
                     }
                 }
                 () = sleep_until(self.bookmark_at) => return Ok(self.bookmark()),
+            }
+        }
+    }
+
+    /// Something that happened before the record that is next, if it is at hand.
+    fn before_next_record(&mut self) -> Option<Arc<LiveEvent>> {
+        loop {
+            let event = match self.next_live.take() {
+                Some(event) => event,
+                None => self.live.as_mut()?.try_recv().ok()?,
+            };
+            if event.revision > self.cursor {
+                self.next_live = Some(event);
+                return None;
+            }
+            if event.revision == self.cursor && self.filter.wants_live(&event.cycle) {
+                return Some(event);
             }
         }
     }

@@ -35,9 +35,7 @@ struct History {
 
 impl Memory {
     pub(super) fn new() -> (Self, Contents) {
-        // Earlier processes are forgotten, but the subsystems that they called may live on, and know their epochs and
-        // their cycles, whose numbers begin anew. By the clock this epoch is a later one.
-        let epoch = Epoch(Timestamp::now().as_millisecond().unsigned_abs());
+        let epoch = Epoch::by_clock(Timestamp::now());
         (Self { epoch, history: Mutex::default() }, Contents { epoch, ..Contents::default() })
     }
 

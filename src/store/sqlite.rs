@@ -118,7 +118,7 @@ impl Sqlite {
     }
 
     async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Job) -> Result<T, StoreError> {
-        let gone = || StoreError::Other(self.path.display().to_string(), "its writer has ended".into());
+        let gone = || StoreError::Ended(self.path.display().to_string(), "its writer has ended".into());
         let (reply, answer) = oneshot::channel();
         let jobs = self.jobs.as_ref().ok_or_else(gone)?;
         jobs.send(job(reply)).await.map_err(|_| gone())?;
@@ -370,7 +370,7 @@ fn begin_epoch(connection: &mut Connection, path: &Path) -> Result<Contents, Sto
         let mut contents = transaction.query_row("SELECT * FROM meta", [], |row| {
             let (was_closed, last_boot_id): (bool, Option<String>) = (row.get("is_closed")?, row.get("boot_id")?);
             Ok(Contents {
-                epoch: Epoch(number(row, "epoch")?).next(),
+                epoch: Epoch(number(row, "epoch")?).next().max(Epoch::by_clock(Timestamp::now())),
                 last_cycle_id: CycleId(number(row, "last_cycle_id")?),
                 last_revision: Revision(number(row, "last_revision")?),
                 pruned_to: Revision(number(row, "pruned_to")?),

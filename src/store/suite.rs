@@ -224,7 +224,7 @@ async fn everything_is_there_after_a_restart() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("new/directory/o.db");
     let (store, first) = opened(&path).await;
-    assert_eq!((first.epoch, first.last_cycle_id, first.may_lack_open), (Epoch(1), CycleId(0), false));
+    assert_eq!((first.last_cycle_id, first.may_lack_open), (CycleId(0), false));
     let loop_spec = LoopSpec { name: "l".into(), ..LoopSpec::default() };
     let state = LoopState { last_cycle_id: CycleId(2), accounted_to: Some(at(9)), ..LoopState::default() };
     let stored_loop = StoredLoop { spec: Some(loop_spec), state, name: name("l") };
@@ -243,7 +243,8 @@ async fn everything_is_there_after_a_restart() {
     drop(store);
 
     let (store, second) = opened(&path).await;
-    assert_eq!((second.epoch, second.last_cycle_id, second.last_revision), (Epoch(2), CycleId(2), Revision(2)));
+    assert!(second.epoch > first.epoch);
+    assert_eq!((second.last_cycle_id, second.last_revision), (CycleId(2), Revision(2)));
     assert_eq!(second.last_record, Some(record(2, first.epoch)));
     assert_eq!(second.open, [open_cycle(3)], "what is recorded is no longer open");
     assert_eq!(second.outputs, [(name("a"), output(2, "new"))]);
@@ -251,6 +252,21 @@ async fn everything_is_there_after_a_restart() {
     assert_eq!(second.loops, [stored_loop]);
     assert!(!second.may_lack_open, "the machine has not restarted");
     commit(&*store, Write { epoch: second.epoch, close: true, ..Write::default() }).await;
+}
+
+#[tokio::test]
+async fn epochs_grow_whatever_the_clock_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, first) = opened(&path).await;
+    assert!(first.epoch >= Epoch::by_clock(at(0)), "subsystems that know another store's epochs take it for later");
+    drop(store);
+    // As if the clock had been set back since.
+    let ahead = Epoch(first.epoch.0 + 1_000_000_000);
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute("UPDATE meta SET epoch = ?1", [i64::try_from(ahead.0).unwrap()]).unwrap();
+    drop(raw);
+    assert_eq!(opened(&path).await.1.epoch, ahead.next());
 }
 
 #[tokio::test]
