@@ -190,6 +190,30 @@ async fn it_filters_sorts_and_opens_a_subsystem() {
 }
 
 #[tokio::test]
+async fn ten_thousand_subsystems_are_looked_through() {
+    let entry = |i| format!("[[subsystems]]\nname = \"s{i:04}\"\nendpoint = \"http://127.0.0.1:1\"\n");
+    let config: String = (0..10_000).map(entry).collect();
+    let service = Home::new().with_config(&config).serve().await;
+    let mut top = Top::start(service.address(), 80, 24);
+    top.terminal.until_shown("fleet: 10,000 subsystems").await;
+    top.row("s0000", &["ABSENT"]).await;
+    top.terminal.press("G");
+    top.row("s9999", &["ABSENT"]).await;
+    top.terminal.press("/777\r");
+    top.terminal.until_shown("fleet: 19 of 10,000 with \"777\"").await;
+    top.row("s7770", &["ABSENT"]).await;
+    top.terminal.press("G\r");
+    top.terminal.until_shown("─ s9777 ").await;
+    top.terminal.press("\x1b");
+    top.row("s9777", &["ABSENT"]).await;
+    // First out of the filter, then out of it all.
+    top.terminal.press("\x1b");
+    top.terminal.until_shown("fleet: 10,000 subsystems").await;
+    top.terminal.press("\x1b");
+    assert_eq!(top.ended().await, 0);
+}
+
+#[tokio::test]
 async fn colours_are_left_out_where_they_are_not_wanted() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a"]).await;

@@ -4,6 +4,7 @@ mod detail;
 mod draw;
 mod feed;
 mod model;
+mod pieces;
 mod view;
 
 use std::{io, time::Duration};
@@ -21,7 +22,7 @@ use tokio::{
 use self::{
     draw::Look,
     feed::Feed,
-    model::{Model, News},
+    model::Model,
     view::{Then, View, action},
 };
 use super::{
@@ -112,8 +113,8 @@ impl Screen {
     ) -> Result<Exit, Failure> {
         let mut view = View::default();
         let mut keys = EventStream::new();
-        let mut drawn_at = Instant::now();
-        let mut draw_at = drawn_at;
+        let mut last_drawn = Instant::now();
+        let mut next_drawing = last_drawn;
         loop {
             select! {
                 // Keys and signals are heard however much news there is.
@@ -130,31 +131,28 @@ impl Screen {
                         }
                     }
                     // Also when it was resized.
-                    draw_at = Instant::now();
+                    next_drawing = Instant::now();
                 }
-                () = sleep_until(draw_at) => {
+                () = sleep_until(next_drawing) => {
                     let look = Look { now: Timestamp::now(), colours };
                     self.terminal.draw(|frame| draw::draw(frame, &model, &mut view, look)).map_err(broken)?;
-                    drawn_at = Instant::now();
-                    draw_at = drawn_at + Self::TICK;
+                    last_drawn = Instant::now();
+                    next_drawing = last_drawn + Self::TICK;
                 }
-                news = feed.news.recv() => {
+                news = feed.next() => {
                     let Some(news) = news else {
-                        return Err(Failure::new(Exit::Refused, "no more news: this is a defect"));
+                        return Err(Failure::new(Exit::Refused, "what follows the service has ended; this is a defect"));
                     };
-                    learn(&mut model, &mut view, news);
-                    draw_at = draw_at.min(drawn_at + Self::FRAME);
+                    view.learn(&news);
+                    model.learn(news, Timestamp::now());
+                    next_drawing = next_drawing.min(last_drawn + Self::FRAME);
                 }
             }
         }
     }
 }
 
-fn learn(model: &mut Model, view: &mut View, news: News) {
-    view.learn(&news);
-    model.learn(news, Timestamp::now());
-}
-
+#[allow(clippy::needless_pass_by_value, reason = "errors are given away")]
 fn broken(error: io::Error) -> Failure {
     Failure::new(Exit::Refused, format!("can't use the terminal: {error}"))
 }

@@ -19,6 +19,7 @@ use super::{
     },
     detail::Entry,
     model::{Column, Counts, Cycle, Live, Model, Row, Stand},
+    pieces::{Col, as_u16, bold, cut, put_lines, table_of, wrapped},
     view::{Detail, Mode, Pane, View},
 };
 use crate::proto::orchestrator::v1 as pb;
@@ -40,7 +41,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, view: &mut View, look: 
     let buffer = frame.buffer_mut();
     if area.width < SMALLEST.0 || area.height < SMALLEST.1 {
         let needs = format!("too small: {} x {} needed", SMALLEST.0, SMALLEST.1);
-        look.lines(buffer, area, [Line::from(needs), Line::from("q quits")]);
+        put_lines(buffer, area, [Line::from(needs), Line::from("q quits")]);
         return;
     }
     let mut header = look.header(model, area.width);
@@ -50,7 +51,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, view: &mut View, look: 
         Constraint::Min(1),
         Constraint::Length(1),
     ]));
-    look.lines(buffer, top, header);
+    put_lines(buffer, top, header);
     match (&mut view.mode, view.pane) {
         (Mode::Help, _) => look.help(buffer, rest, &mut view.top, &mut view.page),
         (Mode::Detail(detail), _) => look.detail(buffer, rest, model, detail, &mut view.top, &mut view.page),
@@ -63,7 +64,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, view: &mut View, look: 
         let was = Rect { y: area.y + 1, height: rest.bottom() - area.y - 1, ..area };
         buffer.set_style(was, Style::new().add_modifier(Modifier::DIM));
     }
-    look.lines(buffer, bottom, [look.footer(view)]);
+    put_lines(buffer, bottom, [footer(view)]);
 }
 
 impl Look {
@@ -78,16 +79,16 @@ impl Look {
             (None, Some(why)) => self.loud(clean(why)),
             (None, None) => self.state("SUCCEEDED", "connected"),
         };
-        let mut who = Line::from(vec![bold(name), Span::raw(format!("  {}  ", model.address)), link]);
-        let Some(status) = status else { return vec![who] };
+        let mut first = Line::from(vec![bold(name), Span::raw(format!("  {}  ", model.address)), link]);
+        let Some(status) = status else { return vec![first] };
         let uptime = status.uptime.and_then(|uptime| Duration::try_from(uptime).ok()).unwrap_or_default();
         let process =
             format!("up {}  epoch {}  version {}", short(coarse(uptime)), status.epoch, clean(&status.version));
-        let left = usize::from(width).saturating_sub(who.width());
+        let left = usize::from(width).saturating_sub(first.width());
         // What has no room is left out from its end.
         let ends = process.match_indices("  ").map(|(end, _)| end).chain([process.len()]);
         if let Some(end) = ends.filter(|end| *end + 2 <= left).last() {
-            who.push_span(format!("{:>left$}", &process[..end]));
+            first.push_span(format!("{:>left$}", &process[..end]));
         }
         let (mut failing, mut suspended, mut open) = (0, 0, 0);
         for row in model.fleet() {
@@ -96,55 +97,31 @@ impl Look {
             open += u64::from(row.registered.breaker == "OPEN");
         }
         let facts = [
-            ("cycles", model.total_cycles(), "", true),
-            ("queue", status.queued_cycles.into(), "", true),
-            ("subsystems", status.subsystem_count.into(), "", true),
-            ("failing", failing, "FAILED", true),
-            ("breakers open", open, "FAILED", open > 0),
-            ("suspended", suspended, "SUSPENDED", suspended > 0),
-            ("watchers", status.watchers.into(), "", true),
+            ("cycles", model.total_cycles(), ""),
+            ("queue", status.queued_cycles.into(), ""),
+            ("subsystems", status.subsystem_count.into(), ""),
+            ("failing", failing, "FAILED"),
+            ("breakers open", open, "OPEN"),
+            ("suspended", suspended, "SUSPENDED"),
+            ("watchers", status.watchers.into(), ""),
         ];
-        let mut line = Line::default();
-        for (what, number, state, _) in facts.into_iter().filter(|(.., is_shown)| *is_shown) {
+        let mut second = Line::default();
+        for (what, number, state) in facts {
+            // What is seldom is told when it is so.
+            if number == 0 && matches!(state, "OPEN" | "SUSPENDED") {
+                continue;
+            }
             let style = if number > 0 { self.style(state) } else { Style::new() };
-            line.push_span(format!("{what} "));
-            line.push_span(Span::styled(grouped(number), style.add_modifier(Modifier::BOLD)));
-            line.push_span("  ");
+            second.push_span(format!("{what} "));
+            second.push_span(Span::styled(grouped(number), style.add_modifier(Modifier::BOLD)));
+            second.push_span("  ");
         }
-        let mut header = vec![who, line];
+        let mut header = vec![first, second];
         if !status.store_error.is_empty() {
             let error = clean(&status.store_error);
             header.push(self.loud(format!("STORE ERROR: {error}; no cycle starts until it can be written")).into());
         }
         header
-    }
-
-    fn footer(self, view: &View) -> Line<'static> {
-        let keys: &[_] = match (&view.mode, view.pane) {
-            (Mode::Filter, _) => {
-                return vec![
-                    bold("/"),
-                    Span::raw(clean(&view.filter)),
-                    reversed(" "),
-                    "  Enter keeps it, Esc drops it".into(),
-                ]
-                .into();
-            }
-            (Mode::Help, _) => &[("Esc", "back"), ("↑↓", "scroll")],
-            (Mode::Detail(_), _) => &[("Esc", "back"), ("↑↓←→", "scroll"), ("PgUp PgDn", "page"), ("?", "help")],
-            (Mode::Browse, Pane::Fleet) => &[
-                ("q", "quit"),
-                ("?", "help"),
-                ("/", "filter"),
-                ("s", "sort"),
-                ("r", "reverse"),
-                ("Enter", "detail"),
-                ("Tab", "cycles, loops"),
-            ],
-            (Mode::Browse, _) => &[("Esc", "fleet"), ("Tab", "next"), ("↑↓", "scroll"), ("?", "help"), ("q", "quit")],
-        };
-        let keys = keys.iter().flat_map(|&(key, what)| [bold(key), Span::raw(format!(" {what}  "))]);
-        keys.collect::<Vec<_>>().into()
     }
 
     // -----------------------------------------------------------------------------------------------------------
@@ -190,15 +167,12 @@ impl Look {
             let inner = self.titled(buffer, area, " no cycle runs ", "");
             let Some((cycle_id, last)) = model.cycles.last_key_value() else { return };
             let when = self.ago(last.finished_at);
-            let said = format!(
-                " in {}, {when} ago, {}, {} succeeded",
-                milliseconds(last.duration_ms),
-                last.trigger,
-                last.succeeded
-            );
+            let took =
+                if last.has_duration() { format!(" in {}", milliseconds(last.duration_ms)) } else { String::new() };
+            let said = format!("{took}, {when} ago, {}, {} succeeded", last.trigger, last.succeeded);
             let last_one =
                 vec![format!("last: cycle {cycle_id} ").into(), self.state(last.state, last.state), said.into()];
-            self.lines(buffer, inner, [last_one.into(), Line::from(last.error.clone())]);
+            put_lines(buffer, inner, [last_one.into(), Line::from(last.error.clone())]);
             return;
         };
         let counts = live.counts();
@@ -211,23 +185,23 @@ impl Look {
             self.running_for(live, 0.0),
         );
         let inner = self.titled(buffer, area, title, "");
-        let mut line = Line::default();
+        let mut text = Line::default();
         if counts.failed > 0 {
-            line.push_span(self.state("FAILED", format!("{} failed  ", grouped(counts.failed as u64))));
+            text.push_span(self.state("FAILED", format!("{} failed  ", grouped(counts.failed as u64))));
         }
-        line.push_span(format!(
+        text.push_span(format!(
             "{} waiting  {} running",
             grouped(counts.waiting as u64),
             grouped(counts.running as u64)
         ));
         for (i, stand) in live.running().into_iter().enumerate() {
-            if line.width() >= usize::from(area.width) {
+            if text.width() >= usize::from(area.width) {
                 break;
             }
             let gap = if i == 0 { ": " } else { ", " };
-            line.push_span(format!("{gap}{}{}", clean(&stand.name), self.called_for(live, stand)));
+            text.push_span(format!("{gap}{}{}", clean(&stand.name), self.called_for(live, stand)));
         }
-        self.lines(buffer, inner, [self.strip(live, usize::from(area.width)), line]);
+        put_lines(buffer, inner, [self.strip(live, usize::from(area.width)), text]);
     }
 
     /// How long since this moment of the running cycle, to the tenth of a second.
@@ -326,7 +300,7 @@ impl Look {
             }
             Line::from(vec![bold(clean(&settings.name)), text.into()])
         });
-        self.lines(buffer, inner, lines);
+        put_lines(buffer, inner, lines);
         if loops.len() > shown {
             let more = format!(" and {} more: Tab ", loops.len() - shown);
             let x = area.right().saturating_sub(as_u16(more.len()));
@@ -388,7 +362,7 @@ impl Look {
         table_of(buffer, inner, &table, shown_rows);
         if rows.is_empty() && model.is_loaded {
             let none = if view.filter.is_empty() { "no subsystems are registered" } else { "none has this text" };
-            self.lines(buffer, Rect { y: inner.y + 1, height: 1, ..inner }, [Line::from(none)]);
+            put_lines(buffer, Rect { y: inner.y + 1, height: 1, ..inner }, [Line::from(none)]);
         }
     }
 
@@ -552,7 +526,7 @@ impl Look {
             ]
             .into()
         });
-        self.lines(buffer, inner, lines);
+        put_lines(buffer, inner, lines);
     }
 
     // -----------------------------------------------------------------------------------------------------------
@@ -587,11 +561,11 @@ impl Look {
         let range = fit(top, page, lines.len(), area.height.saturating_sub(1));
         let title = format!(" {}{} ", clean(&detail.name), of_all(&range).trim_end());
         let inner = self.titled(buffer, area, title, stand);
-        self.lines(buffer, inner, lines.into_iter().skip(range.start).take(range.len()));
+        put_lines(buffer, inner, lines.into_iter().skip(range.start).take(range.len()));
     }
 
     /// The lines of an entry. A fact is broken where it has to be; an output can be moved to the side.
-    fn entry<'a>(self, entry: &'a Entry, label: usize, width: usize, left: usize) -> Vec<Line<'a>> {
+    fn entry(self, entry: &Entry, label: usize, width: usize, left: usize) -> Vec<Line<'_>> {
         match entry {
             Entry::Heading(heading) => vec![Line::default(), bold(*heading).into()],
             Entry::State(what, is) => vec![vec![format!("{what:label$}  ").into(), self.state(is, is.as_str())].into()],
@@ -631,7 +605,7 @@ impl Look {
         let range = fit(top, page, HELP.len(), area.height.saturating_sub(1));
         let inner = self.titled(buffer, area, " help ", "");
         let lines = HELP[range].iter().map(|&(key, what)| vec![bold(format!("{key:15}")), Span::raw(what)].into());
-        self.lines(buffer, inner, lines);
+        put_lines(buffer, inner, lines);
     }
 
     // -----------------------------------------------------------------------------------------------------------
@@ -659,17 +633,6 @@ impl Look {
         let inner = block.inner(area);
         block.render(area, buffer);
         inner
-    }
-
-    /// As many of these lines as fit, each cut where the area ends.
-    fn lines<'a>(self, buffer: &mut Buffer, area: Rect, lines: impl IntoIterator<Item = Line<'a>>) {
-        for (row, line) in area.rows().zip(lines) {
-            let is_cut = line.width() > usize::from(row.width);
-            buffer.set_line(row.x, row.y, &line, row.width);
-            if is_cut && row.width > 0 {
-                buffer.set_string(row.right() - 1, row.y, "…", line.style);
-            }
-        }
     }
 
     /// How long ago, in one unit.
@@ -705,6 +668,35 @@ impl Look {
     }
 }
 
+/// The keys that do something.
+fn footer(view: &View) -> Line<'static> {
+    let keys: &[_] = match (&view.mode, view.pane) {
+        (Mode::Filter, _) => {
+            return vec![
+                bold("/"),
+                Span::raw(clean(&view.filter)),
+                reversed(" "),
+                "  Enter keeps it, Esc drops it".into(),
+            ]
+            .into();
+        }
+        (Mode::Help, _) => &[("Esc", "back"), ("↑↓", "scroll")],
+        (Mode::Detail(_), _) => &[("Esc", "back"), ("↑↓←→", "scroll"), ("PgUp PgDn", "page"), ("?", "help")],
+        (Mode::Browse, Pane::Fleet) => &[
+            ("q", "quit"),
+            ("?", "help"),
+            ("/", "filter"),
+            ("s", "sort"),
+            ("r", "reverse"),
+            ("Enter", "detail"),
+            ("Tab", "cycles, loops"),
+        ],
+        (Mode::Browse, _) => &[("Esc", "fleet"), ("Tab", "next"), ("↑↓", "scroll"), ("?", "help"), ("q", "quit")],
+    };
+    let keys = keys.iter().flat_map(|&(key, what)| [bold(key), Span::raw(format!(" {what}  "))]);
+    keys.collect::<Vec<_>>().into()
+}
+
 impl View {
     /// The lines that are shown of so many, when so many have room.
     fn fit(&mut self, all: usize, room: u16) -> Range<usize> {
@@ -735,99 +727,14 @@ fn fleet_columns(width: u16) -> impl Iterator<Item = Column> {
     })
 }
 
-/// A column of a table.
-struct Col {
-    heading: String,
-    width: Constraint,
-    is_right: bool,
-}
-
-impl Col {
-    fn left(heading: &str, width: u16) -> Self {
-        Self { heading: heading.to_owned(), width: Constraint::Length(width), is_right: false }
-    }
-
-    fn right(heading: &str, width: u16) -> Self {
-        Self { is_right: true, ..Self::left(heading, width) }
-    }
-
-    /// It takes what is left.
-    fn rest(heading: &str) -> Self {
-        Self { width: Constraint::Fill(1), ..Self::left(heading, 0) }
-    }
-
-    fn sorted(self, arrow: &str) -> Self {
-        Self { heading: format!("{}{arrow}", self.heading), ..self }
-    }
-}
-
-/// A table: its headings, and as many rows as fit, each with whether it is selected. What has no room is cut.
-fn table_of<'a>(buffer: &mut Buffer, area: Rect, columns: &[Col], rows: impl Iterator<Item = (bool, Vec<Span<'a>>)>) {
-    let layout = Layout::horizontal(columns.iter().map(|column| column.width)).spacing(1);
-    let places = layout.split(Rect { height: area.height.min(1), ..area });
-    let headings = columns.iter().map(|column| bold(column.heading.clone())).collect();
-    for (line, (is_selected, cells)) in area.rows().zip(std::iter::once((false, headings)).chain(rows)) {
-        for ((cell, column), place) in cells.iter().zip(columns).zip(places.iter()) {
-            let text = cut(&cell.content, usize::from(place.width));
-            let gap = if column.is_right { place.width.saturating_sub(as_u16(Span::raw(&text).width())) } else { 0 };
-            buffer.set_string(place.x + gap, line.y, text, cell.style);
-        }
-        if is_selected {
-            buffer.set_style(line, Modifier::REVERSED);
-        }
-    }
-}
-
-fn bold<'a>(text: impl Into<Cow<'a, str>>) -> Span<'a> {
-    Span::styled(text, Modifier::BOLD)
-}
-
 fn reversed(text: &'static str) -> Span<'static> {
     Span::styled(text, Modifier::REVERSED)
-}
-
-/// Text that fits.
-fn cut(text: &str, width: usize) -> String {
-    if Span::raw(text).width() <= width {
-        return text.to_owned();
-    }
-    let mut shorter: String = text.chars().take(width).collect();
-    while Span::raw(format!("{shorter}…")).width() > width && shorter.pop().is_some() {}
-    shorter.push('…');
-    shorter
-}
-
-/// Text in lines that fit, broken between words where that can be.
-fn wrapped(text: &str, width: usize) -> Vec<String> {
-    let width = width.max(1);
-    let mut lines = vec![String::new()];
-    for word in text.split_inclusive(' ') {
-        let fits = |line: &str| Span::raw(line.to_owned() + word.trim_end()).width() <= width;
-        if lines.last().is_some_and(|line| !line.is_empty() && !fits(line)) {
-            lines.push(String::new());
-        }
-        for c in word.chars() {
-            // A word that is longer than a line.
-            if lines.last().is_some_and(|line| Span::raw(line.trim_end()).width() >= width) && c != ' ' {
-                lines.push(String::new());
-            }
-            if let Some(line) = lines.last_mut() {
-                line.push(c);
-            }
-        }
-    }
-    lines
 }
 
 /// The part of `all` that the `i`th of so many columns is of.
 fn part_of(all: usize, columns: usize, i: usize) -> Range<usize> {
     let columns = columns.max(1);
     i * all / columns..(i + 1) * all / columns
-}
-
-/// No terminal has more.
-fn as_u16(number: usize) -> u16 {
-    u16::try_from(number).unwrap_or(u16::MAX)
 }
 
 #[cfg(test)]
@@ -985,7 +892,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
 
     #[test]
     fn the_store_s_error_and_a_late_answer_are_loud() {
-        let News::Status(status) = status() else { return };
+        let News::Status(status) = status() else { panic!("no status") };
         let mut model = house();
         let status = pb::OrchestratorStatus { store_error: "disk\x1b full".into(), ..*status };
         model.learn(News::Status(Box::new(status)), at(9));
@@ -1005,7 +912,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
             view.learn(&News::Subsystem("alpha".into(), Ok(Box::new(registered("alpha")))));
             view
         };
-        let modes: [fn() -> View; 4] = [
+        let views: [fn() -> View; 4] = [
             View::default,
             || View { mode: Mode::Help, ..View::default() },
             || View { pane: Pane::Cycles, top: 99, ..View::default() },
@@ -1015,7 +922,9 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         for (width, height) in
             [0, 1, 39, 40, 50, 80, 110].into_iter().flat_map(|width| heights.map(|height| (width, height)))
         {
-            modes.iter().for_each(|view| _ = drawn(&model, &mut view(), 10, width, height));
+            for view in views {
+                drawn(&model, &mut view(), 10, width, height);
+            }
             drawn(&model, &mut detail(), 10, width, height);
             drawn(&Model::default(), &mut View::default(), 10, width, height);
         }
@@ -1106,12 +1015,5 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         };
         assert_eq!(paint(false), 0);
         assert!(paint(true) > 0);
-    }
-
-    #[test]
-    fn long_text_is_broken_between_words() {
-        assert_eq!(wrapped("one two three", 8), ["one two ", "three"]);
-        assert_eq!(wrapped("abcdefgh", 3), ["abc", "def", "gh"]);
-        assert_eq!(cut("abcdef", 4), "abc…");
     }
 }

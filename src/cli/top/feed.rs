@@ -28,10 +28,9 @@ const BACKLOG: usize = 8;
 
 /// The tasks that bring news. They end when this is dropped.
 pub(super) struct Feed {
-    /// What they bring; it ends when one of them has failed.
-    pub(super) news: mpsc::Receiver<News>,
+    news: mpsc::Receiver<News>,
     wants: watch::Sender<Option<String>>,
-    _tasks: JoinSet<Ended>,
+    tasks: JoinSet<Ended>,
 }
 
 impl Feed {
@@ -47,7 +46,15 @@ impl Feed {
         let mut tasks = JoinSet::new();
         tasks.spawn(follow(remote.clone(), client.clone(), events, sender.clone()));
         tasks.spawn(ask(remote.clone(), client, wanted, sender));
-        Ok(Self { news, wants, _tasks: tasks })
+        Ok(Self { news, wants, tasks })
+    }
+
+    /// What comes next; nothing when a task has ended, which none does while this is there.
+    pub(super) async fn next(&mut self) -> Option<News> {
+        tokio::select! {
+            news = self.news.recv() => news,
+            _ = self.tasks.join_next() => None,
+        }
     }
 
     /// From now on, also asks for this subsystem.
@@ -184,9 +191,9 @@ async fn ask(
             return closed;
         }
         // What somebody waits for is asked for at once.
-        match timeout(asker.pause().saturating_sub(began.elapsed()), wanted.changed()).await {
-            Ok(Err(_nobody_wants)) => return Ended::Closed,
-            Ok(Ok(())) | Err(_) => {}
+        let pause = asker.pause().saturating_sub(began.elapsed());
+        if let Ok(Err(_nobody_wants)) = timeout(pause, wanted.changed()).await {
+            return Ended::Closed;
         }
     }
 }

@@ -556,8 +556,8 @@ pub(super) mod tests {
         Timestamp::from_second(1_800_000_000 + seconds).unwrap()
     }
 
-    fn time(seconds: i64) -> Option<prost_types::Timestamp> {
-        Some(crate::proto::timestamp(at(seconds)))
+    fn time(seconds: i64) -> prost_types::Timestamp {
+        crate::proto::timestamp(at(seconds))
     }
 
     pub(in super::super) fn registered(name: &str) -> pb::SubsystemStatus {
@@ -578,8 +578,8 @@ pub(super) mod tests {
         pb::SubsystemTelemetry {
             name: name.into(),
             state: state.into(),
-            started_at: time(0),
-            finished_at: time(0),
+            started_at: Some(time(0)),
+            finished_at: Some(time(0)),
             duration_ms,
             attempts: if failed { 3 } else { 1 },
             error_code: if failed { "INTERNAL".into() } else { String::new() },
@@ -595,12 +595,14 @@ pub(super) mod tests {
         state: pb::CycleState,
         mut subsystems: Vec<pb::SubsystemTelemetry>,
     ) -> pb::CycleTelemetry {
-        subsystems.iter_mut().for_each(|part| part.finished_at = time(seconds));
+        for part in &mut subsystems {
+            part.finished_at = Some(time(seconds));
+        }
         pb::CycleTelemetry {
             cycle_id,
             revision: cycle_id,
             state: state.into(),
-            finished_at: time(seconds),
+            finished_at: Some(time(seconds)),
             duration_ms: 100.0 * f64::from(u32::try_from(cycle_id).unwrap()),
             trigger: pb::Trigger::Loop.into(),
             r#loop: "heartbeat".into(),
@@ -613,7 +615,7 @@ pub(super) mod tests {
     pub(in super::super) fn started(cycle_id: u64, seconds: i64, names: &[&str]) -> News {
         News::Started(pb::CycleStarted {
             cycle_id,
-            started_at: time(seconds),
+            started_at: Some(time(seconds)),
             subsystems: names.iter().map(|&name| name.into()).collect(),
             ..pb::CycleStarted::default()
         })
