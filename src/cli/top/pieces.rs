@@ -101,7 +101,7 @@ pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
             }
         }
     }
-    lines
+    lines.iter().map(|line| line.trim_end().to_owned()).collect()
 }
 
 /// What stands out.
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn long_text_is_broken_between_words() {
-        assert_eq!(wrapped("one two three", 8), ["one two ", "three"]);
+        assert_eq!(wrapped("one two three", 8), ["one two", "three"]);
         assert_eq!(wrapped("abcdefgh", 3), ["abc", "def", "gh"]);
         assert_eq!(cut("abcdef", 4), "abc…");
     }
