@@ -175,6 +175,7 @@ impl Look {
             put_lines(buffer, inner, [last_one.into(), Line::from(last.error.clone())]);
             return;
         };
+        let heard = self.as_heard(model);
         let counts = live.counts();
         let title = format!(
             " cycle {}, {}: {} of {} ended, {} ",
@@ -182,7 +183,7 @@ impl Look {
             live.trigger,
             grouped(counts.ended() as u64),
             grouped(live.stands.len() as u64),
-            self.running_for(live, 0.0),
+            heard.running_for(live, 0.0),
         );
         let inner = self.titled(buffer, area, title, "");
         let mut text = Line::default();
@@ -199,9 +200,14 @@ impl Look {
                 break;
             }
             let gap = if i == 0 { ": " } else { ", " };
-            text.push_span(format!("{gap}{}{}", clean(&stand.name), self.called_for(live, stand)));
+            text.push_span(format!("{gap}{}{}", clean(&stand.name), heard.called_for(live, stand)));
         }
         put_lines(buffer, inner, [self.strip(live, usize::from(area.width)), text]);
+    }
+
+    /// At the time at which the service was last heard: nobody knows what goes on after that.
+    fn as_heard(self, model: &Model) -> Self {
+        Self { now: model.lost.as_ref().map_or(self.now, |(_, since)| *since), ..self }
     }
 
     /// How long since this moment of the running cycle, to the tenth of a second.
@@ -413,7 +419,7 @@ impl Look {
         if let (Some(stand), Some(live)) = (row.stand, &model.live)
             && stand.state == pb::SubsystemState::Running
         {
-            notes.push(format!("running{}", self.called_for(live, stand)));
+            notes.push(format!("running{}", self.as_heard(model).called_for(live, stand)));
         }
         if row.registered.suspended && row.reason() != "suspended" {
             notes.push("suspended".to_owned());
@@ -878,11 +884,15 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     #[test]
     fn a_lost_connection_dims_what_was_known() {
         let mut model = house();
+        model.learn(started(3, 2, &["alpha"]), at(2));
+        model.learn(progress(3, &[("alpha", Running)]), at(2));
         model.learn(News::Lost("the connection is lost; reconnecting".into()), at(3));
         let buffer = drawn(&model, &mut View::default(), 10, 100, 24);
         let lines = lines(&buffer);
         assert!(lines[0].contains("the connection is lost; reconnecting (7s)"), "{}", lines[0]);
-        assert!(line_with(&lines, "alpha").contains("SUCCEEDED"));
+        assert!(line_with(&lines, "▸ alpha").contains("SUCCEEDED"));
+        line_with(&lines, "cycle 3, unknown: 0 of 1 ended, 1.00 s");
+        line_with(&lines, "1 running: alpha 500 ms");
         let dim = |x, y: u16| buffer[(x, y)].modifier.contains(Modifier::DIM);
         assert!((1..23).all(|y| dim(3, y)) && !dim(3, 0));
         model.learn(News::CaughtUp, at(11));
