@@ -8,33 +8,28 @@ use std::{
     fs::File,
     io::Read,
     net::SocketAddr,
-    os::fd::OwnedFd,
     path::Path,
     process::{Output, Stdio},
     sync::Arc,
 };
 
 use common::{
+    door::Door,
     fleet::{Fleet, Run, to_struct},
     patiently,
     service::{Client, Home, Service, decode, ms, part, registration},
+    terminal,
 };
 use orchestrator_core::proto::{
     orchestrator::v1::{self as pb, SubsystemState},
     subsystem::v1 as pbs,
 };
-use rustix::{
-    process::{Pid, Signal, kill_process},
-    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
-    termios::{Winsize, tcsetwinsize},
-};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines, copy_bidirectional},
-    net::{TcpListener, TcpStream},
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines},
+    net::TcpListener,
     process::{Child, ChildStderr, ChildStdout, Command},
-    sync::watch,
-    task::JoinSet,
 };
 use tonic::Code;
 
@@ -669,47 +664,13 @@ async fn wrong_usage_and_no_service_have_codes_of_their_own() {
 // ---------------------------------------------------------------------------------------------------------------
 // The stream
 
-/// An address that stays the same while what is behind it changes. Those who connect while nothing is there are
-/// turned away.
-struct Door {
-    address: SocketAddr,
-    behind: watch::Sender<Option<SocketAddr>>,
-    _tasks: JoinSet<()>,
-}
-
-impl Door {
-    async fn open() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let behind = watch::Sender::new(None);
-        let target = behind.subscribe();
-        let mut tasks = JoinSet::new();
-        tasks.spawn(async move {
-            let mut connections = JoinSet::new();
-            while let Ok((mut from, _)) = listener.accept().await {
-                let target = *target.borrow();
-                connections.spawn(async move {
-                    let Some(target) = target else { return };
-                    let Ok(mut to) = TcpStream::connect(target).await else { return };
-                    let _ = copy_bidirectional(&mut from, &mut to).await;
-                });
-            }
-        });
-        Self { address, behind, _tasks: tasks }
-    }
-
-    fn lead_to(&self, service: Option<&Service>) {
-        self.behind.send_replace(service.map(Service::address));
-    }
-}
-
 #[tokio::test]
 async fn a_watch_goes_on_through_a_crash_without_a_gap_or_a_repetition() {
     let (home, fleet, service, mut client) = house(&["a"]).await;
     client.run().await.unwrap();
     let door = Door::open().await;
     door.lead_to(Some(&service));
-    let cli = Cli(door.address);
+    let cli = Cli(door.address());
     let mut json = cli.start("watch --from-oldest --output json");
     let mut lines = cli.start("watch --from-oldest");
     let id = |line: &str| line.split_whitespace().nth(3).unwrap().parse::<u64>().unwrap();
@@ -854,14 +815,11 @@ async fn a_closed_pipe_ends_a_command_quietly() {
 
 /// What a command shows on a terminal of so many columns.
 async fn on_a_terminal(command: &mut Command, columns: u16) -> (i32, String) {
-    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    grantpt(&master).unwrap();
-    unlockpt(&master).unwrap();
-    tcsetwinsize(&master, Winsize { ws_row: 40, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
-    let name = ptsname(&master, Vec::new()).unwrap();
-    let side = || OwnedFd::from(File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap());
+    let (master, program) = terminal::open(columns, 40);
+    let side = || program.try_clone().unwrap();
     let mut child = command.env("TERM", "xterm").stdout(side()).stderr(side()).spawn().unwrap();
     command.stdout(Stdio::null()).stderr(Stdio::null());
+    drop(program);
     let read = tokio::task::spawn_blocking(move || {
         let (mut shown, mut chunk) = (Vec::new(), [0; 4096]);
         let mut master = File::from(master);

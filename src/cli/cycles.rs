@@ -257,14 +257,18 @@ fn since(cycle: &pb::CycleTelemetry, part: &pb::SubsystemTelemetry) -> f64 {
 fn issues(parts: &[pb::SubsystemTelemetry]) -> String {
     let mut table = Table::new(["ISSUE OF", "SEVERITY", "CODE", "MESSAGE"]);
     for (part, issue) in parts.iter().flat_map(|part| part.issues.iter().map(move |issue| (part, issue))) {
-        let severity = match issue.severity() {
-            pbs::Severity::Unspecified => pbs::Severity::Warning,
-            severity => severity,
-        };
-        let severity = word(severity.as_str_name(), "SEVERITY_");
-        table.row([text(&part.name), text(severity), text(&issue.code), text(&issue.message)]);
+        table.row([text(&part.name), text(severity(issue)), text(&issue.code), text(&issue.message)]);
     }
     table.finish_unless_empty()
+}
+
+/// How bad an issue is: a warning, unless it says otherwise.
+pub(super) fn severity(issue: &pbs::Issue) -> &'static str {
+    let severity = match issue.severity() {
+        pbs::Severity::Unspecified => pbs::Severity::Warning,
+        severity => severity,
+    };
+    word(severity.as_str_name(), "SEVERITY_")
 }
 
 fn metrics(parts: &[pb::SubsystemTelemetry]) -> String {

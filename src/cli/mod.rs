@@ -17,6 +17,7 @@ mod run;
 mod serve;
 mod status;
 mod subsystems;
+mod top;
 mod watch;
 
 use std::process::ExitCode;
@@ -53,6 +54,7 @@ Examples:
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
   orchestrator run
   orchestrator watch
+  orchestrator top
   orchestrator cycles list --state failed --output json
   orchestrator report --since 7d"
 )]
@@ -69,6 +71,7 @@ enum Command {
     Cancel(cancel::Cancel),
     Status(status::StatusCommand),
     Watch(watch::Watch),
+    Top(top::Top),
     Cycles(cycles::Cycles),
     Subsystems(subsystems::Subsystems),
     Loops(loops::Loops),
@@ -89,6 +92,7 @@ impl Cli {
             Command::Cancel(cancel) => cancel.run().await,
             Command::Status(status) => status.run().await,
             Command::Watch(watch) => watch.run().await,
+            Command::Top(top) => top.run().await,
             Command::Cycles(cycles) => cycles.run().await,
             Command::Subsystems(subsystems) => subsystems.run().await,
             Command::Loops(loops) => loops.run().await,

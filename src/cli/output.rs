@@ -350,7 +350,7 @@ pub(super) fn coarse(duration: Duration) -> Duration {
     Duration::from_secs(duration.as_secs() / unit * unit)
 }
 
-/// A time to reckon with; none when it is none of the calendar.
+/// A time as it is reckoned with; `None` when it is beyond the calendar.
 pub(super) fn timestamp(time: &prost_types::Timestamp) -> Option<Timestamp> {
     Timestamp::new(time.seconds, time.nanos).ok()
 }
@@ -486,7 +486,8 @@ pub(super) fn painted(word: &str, width: usize) -> String {
     }
 }
 
-fn colour(state: &str) -> Option<AnsiColor> {
+/// The colour of a state; `None` for one that is no news.
+pub(super) fn colour(state: &str) -> Option<AnsiColor> {
     match state {
         "SUCCEEDED" | "PASSED" | "CLOSED" => Some(AnsiColor::Green),
         "DEGRADED" | "SKIPPED" | "CANCELLED" | "HALF_OPEN" | "SUSPENDED" => Some(AnsiColor::Yellow),

@@ -1,6 +1,12 @@
 //! The connection to a running service: where it is, how long to wait for it, and what its refusals say to people.
 
-use std::{error::Error as _, fmt::Write as _, future::Future, str::FromStr, time::Duration};
+use std::{
+    error::Error as _,
+    fmt::{self, Write as _},
+    future::Future,
+    str::FromStr,
+    time::Duration,
+};
 
 use jiff::SignedDuration;
 use tonic::{
@@ -49,6 +55,12 @@ pub(super) struct Remote<F: clap::Args = Format> {
 /// Where a service listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Address(String);
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 impl FromStr for Address {
     type Err = String;

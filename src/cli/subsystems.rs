@@ -375,20 +375,43 @@ pub(super) fn origin(origin: pb::Origin) -> &'static str {
 /// One subsystem with its registration and state.
 fn shown(status: Option<&pb::SubsystemStatus>) -> String {
     let Some(status) = status else { return String::new() };
+    let mut table = Table::facts();
+    for (what, is) in facts(status) {
+        if what == STANDS { table.row([text(what), state(&is)]) } else { table.fact(what, is) }
+    }
+    if !status.output.is_empty() {
+        table.fact("output", payload(&status.output));
+    }
+    if !status.snapshot.is_empty() {
+        table.fact("snapshot", payload(&status.snapshot));
+    }
+    if !status.snapshot_error.is_empty() {
+        table.fact("snapshot", format!("none: {}", status.snapshot_error));
+    }
+    table.finish()
+}
+
+/// The fact that is a state.
+pub(super) const STANDS: &str = "stands";
+
+/// The registration and the state of a subsystem, but for what it has sent as JSON: what something is called, and what it
+/// is. Nothing to say is empty.
+pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)> {
     let registration = status.registration.clone().unwrap_or_default();
-    let mut facts = Table::facts();
-    facts.fact("subsystem", &registration.name);
-    facts.fact("declared by", origin(status.origin()));
-    facts.fact("endpoint", &registration.endpoint);
-    facts.fact("phase", registration.phase.to_string());
+    let mut facts = Vec::new();
+    let mut fact = |what, is| facts.push((what, is));
+    fact("subsystem", registration.name.clone());
+    fact("declared by", origin(status.origin()).to_owned());
+    fact("endpoint", registration.endpoint.clone());
+    fact("phase", registration.phase.to_string());
     for (list, of) in
         [("requires", &registration.requires), ("after", &registration.after), ("reads", &registration.reads)]
     {
-        facts.fact(list, names(of, usize::MAX));
+        fact(list, names(of, usize::MAX));
     }
-    facts.fact("timeout", duration(registration.timeout.as_ref()));
+    fact("timeout", duration(registration.timeout.as_ref()));
     if let Some(retry) = &registration.retry {
-        facts.fact(
+        fact(
             "retry",
             format!(
                 "{} attempts, backoff {} to {} times {}, for {}",
@@ -406,10 +429,10 @@ fn shown(status: Option<&pb::SubsystemStatus>) -> String {
             duration(breaker.open_for.as_ref()),
             breaker.failure_threshold
         );
-        facts.fact("breaker", if breaker.disabled { "disabled".to_owned() } else { when });
+        fact("breaker", if breaker.disabled { "disabled".to_owned() } else { when });
     }
     if let Some(limits) = &registration.limits {
-        facts.fact(
+        fact(
             "limits",
             format!(
                 "{} bytes in a message, {} of output, {} metrics, {} issues",
@@ -421,37 +444,28 @@ fn shown(status: Option<&pb::SubsystemStatus>) -> String {
         );
     }
     if registration.critical {
-        facts.fact("critical", "a cycle in which it fails is FAILED");
+        fact("critical", "a cycle in which it fails is FAILED".to_owned());
     }
     if registration.record_output {
-        facts.fact("output", "kept in the record of every cycle");
+        fact("output", "kept in the record of every cycle".to_owned());
     }
     if !registration.parameters.is_empty() {
-        facts.fact("parameters", payload(&registration.parameters));
+        fact("parameters", payload(&registration.parameters));
     }
-    facts.row([text("stands"), state(stands(status))]);
-    facts.fact("breaker is", word(status.breaker().as_str_name(), "BREAKER_STATE_"));
-    facts.fact("initialized", if status.initialized { "yes, in this epoch" } else { "not yet" });
+    fact(STANDS, stands(status).to_owned());
+    fact("breaker is", word(status.breaker().as_str_name(), "BREAKER_STATE_").to_owned());
+    fact("initialized", if status.initialized { "yes, in this epoch" } else { "not yet" }.to_owned());
     if status.lease_expires_at.is_some() {
         let ends = status.lease_expires_at.as_ref();
-        facts.fact("lease ends", format!("{} ({})", time(ends), age(ends)));
+        fact("lease ends", format!("{} ({})", time(ends), age(ends)));
     }
     if let Some(last) = &status.last {
         let (cycle, state) = (status.last_cycle_id, subsystem_state(last.state()));
         let (took, attempts, why) = (milliseconds(last.duration_ms), count(last.attempts, "attempt"), why(last));
-        facts.fact("last", format!("{state} in cycle {cycle}, {took}, {attempts}  {why}").trim());
+        fact("last", format!("{state} in cycle {cycle}, {took}, {attempts}  {why}").trim().to_owned());
     }
     if status.output_cycle_id != 0 {
-        facts.fact("latest output", format!("of cycle {}", status.output_cycle_id));
+        fact("latest output", format!("of cycle {}", status.output_cycle_id));
     }
-    if !status.output.is_empty() {
-        facts.fact("output", payload(&status.output));
-    }
-    if !status.snapshot.is_empty() {
-        facts.fact("snapshot", payload(&status.snapshot));
-    }
-    if !status.snapshot_error.is_empty() {
-        facts.fact("snapshot", format!("none: {}", status.snapshot_error));
-    }
-    facts.finish()
+    facts
 }

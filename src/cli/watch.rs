@@ -200,8 +200,8 @@ pub(super) fn progress(progress: &pb::CycleProgress) -> String {
 
 /// The events of the stream. When the connection breaks or the service restarts, it is taken up again after the last
 /// revision that was seen.
-pub(super) struct Events<'a> {
-    remote: &'a Remote,
+pub(super) struct Events {
+    remote: Remote,
     request: pb::WatchCyclesRequest,
     stream: Streaming<pb::WatchCyclesResponse>,
     give_up_after: Option<Duration>,
@@ -209,7 +209,7 @@ pub(super) struct Events<'a> {
     failures: u32,
 }
 
-impl<'a> Events<'a> {
+impl Events {
     const FIRST_PAUSE: Duration = Duration::from_millis(100);
     /// So long a service that is back waits for its watchers at most.
     const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -220,13 +220,13 @@ impl<'a> Events<'a> {
     /// # Errors
     /// The service can't be reached, or refuses.
     pub(super) async fn open(
-        remote: &'a Remote,
+        remote: &Remote,
         request: pb::WatchCyclesRequest,
         give_up_after: Option<Duration>,
     ) -> Result<Self, Failure> {
         let mut client = remote.connect().await?;
         let stream = remote.quickly(client.watch_cycles(request.clone())).await?.into_inner();
-        Ok(Self { remote, request, stream, give_up_after, failures: 0 })
+        Ok(Self { remote: remote.clone(), request, stream, give_up_after, failures: 0 })
     }
 
     /// The next event. What keeps it waiting is told to `note`.

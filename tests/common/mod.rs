@@ -3,8 +3,10 @@
 #![allow(dead_code, unreachable_pub, reason = "each test uses its own part of the kit")]
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "in tests, a panic is how to say what is wrong")]
 
+pub mod door;
 pub mod fleet;
 pub mod service;
+pub mod terminal;
 
 use std::{future::Future, time::Duration};
 
@@ -15,9 +17,11 @@ use self::{
     service::{Client, Home, Service, registration},
 };
 
-/// Awaits something that must come. The bound only turns a hang into a failure that says what was awaited.
+/// How long something that must come is awaited. The bound only turns a hang into a failure that says what was awaited.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// Awaits something that must come.
 pub async fn patiently<T>(what: &str, awaited: impl Future<Output = T>) -> T {
-    const PATIENCE: Duration = Duration::from_mins(1);
     let came = tokio::time::timeout(PATIENCE, awaited).await;
     came.unwrap_or_else(|_| panic!("waited {PATIENCE:?} for {what}"))
 }

@@ -1,0 +1,184 @@
+//! `orchestrator top`: the fleet, the running cycle, the history and the loops, live on a terminal.
+
+mod detail;
+mod draw;
+mod feed;
+mod model;
+mod pieces;
+mod view;
+
+use std::{io, time::Duration};
+
+use crossterm::event::{Event, EventStream, KeyEventKind};
+use futures_util::StreamExt;
+use jiff::Timestamp;
+use ratatui::DefaultTerminal;
+use tokio::{
+    select,
+    signal::unix::{Signal, SignalKind, signal},
+    time::{Instant, sleep_until},
+};
+
+use self::{
+    draw::Look,
+    feed::Feed,
+    model::Model,
+    view::{Then, View, action},
+};
+use super::{
+    Exit, Failure,
+    output::{has_colours, is_terminal},
+    remote::Remote,
+};
+
+/// Watch the fleet, the running cycle, the history and the loops live on the terminal
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Everything moves by itself: the running cycle and what is recorded as the service streams it, the registry by pages at a \
+bounded pace, so that ten thousand subsystems can be looked at as well as ten. Nothing is changed by looking.
+
+Keys: arrows move, Enter opens a subsystem with its latest output, / filters, s sorts by the next column, r reverses, \
+Tab shows the latest cycles and the loops, ? tells all keys, q quits.
+
+When the service restarts, or the connection breaks, what was known stays on the screen, dimmed, until the stream is \
+taken up again where it broke. Needs a terminal of at least 40 x 10; for pipes and programs there are `orchestrator watch` \
+and `orchestrator status`.
+
+Exit codes: 0 after q, 130 after Ctrl-C or a signal.
+
+Examples:
+  orchestrator top
+  orchestrator top --address build.example.org:7700
+  NO_COLOR=1 orchestrator top")]
+pub(super) struct Top {
+    #[command(flatten)]
+    remote: Remote,
+}
+
+impl Top {
+    /// Shows everything until it is told to stop.
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
+        if self.remote.format.is_json() || !is_terminal() {
+            return Err(Failure::new(
+                Exit::Usage,
+                "top draws on a terminal and prints nothing else; for pipes and programs use `orchestrator watch` or \
+                 `orchestrator status`, with --output json where wanted",
+            ));
+        }
+        let feed = Feed::open(&self.remote).await?;
+        let model = Model::new(self.remote.address.to_string());
+        let colours = has_colours();
+        // From here on signals end it in order, so that the terminal is given back.
+        let signals = Signals::listen().map_err(broken)?;
+        let mut screen = Screen::take().map_err(broken)?;
+        screen.show(feed, model, colours, signals).await
+    }
+}
+
+/// The terminal while it is ours: it is given back when this is dropped. Ratatui does so as well when something panics.
+struct Screen {
+    terminal: DefaultTerminal,
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        // Nothing can be done about a terminal that is gone.
+        let _ = ratatui::try_restore();
+    }
+}
+
+impl Screen {
+    /// As often as this at most something is drawn, however fast news comes.
+    const FRAME: Duration = Duration::from_millis(50);
+    /// As often as this at least, since ages grow.
+    const TICK: Duration = Duration::from_millis(250);
+
+    fn take() -> io::Result<Self> {
+        match ratatui::try_init() {
+            Ok(terminal) => Ok(Self { terminal }),
+            Err(error) => {
+                let _ = ratatui::try_restore();
+                Err(error)
+            }
+        }
+    }
+
+    /// The loop: whatever happens is taken in, and then drawn.
+    async fn show(
+        &mut self,
+        mut feed: Feed,
+        mut model: Model,
+        colours: bool,
+        mut signals: Signals,
+    ) -> Result<Exit, Failure> {
+        let mut view = View::default();
+        let mut keys = EventStream::new();
+        let mut last_drawn = Instant::now();
+        let mut next_drawing = last_drawn;
+        loop {
+            select! {
+                // Keys and signals are heard however much news there is.
+                biased;
+                () = signals.next() => return Ok(Exit::Left),
+                event = keys.next() => {
+                    let Some(event) = event else { return Ok(Exit::Left) };
+                    if let Event::Key(key) = event.map_err(broken)? && key.kind != KeyEventKind::Release {
+                        match action(key, &view.mode).map_or(Then::GoOn, |action| view.act(action, &model)) {
+                            Then::GoOn => feed.want(view.wants()),
+                            Then::Redraw => self.terminal.clear().map_err(broken)?,
+                            Then::Quit => return Ok(Exit::Done),
+                            Then::Interrupt => return Ok(Exit::Left),
+                        }
+                    }
+                    // Also when it was resized.
+                    next_drawing = Instant::now();
+                }
+                () = sleep_until(next_drawing) => {
+                    let look = Look { now: Timestamp::now(), colours };
+                    self.terminal.draw(|frame| draw::draw(frame, &model, &mut view, look)).map_err(broken)?;
+                    last_drawn = Instant::now();
+                    next_drawing = last_drawn + Self::TICK;
+                }
+                news = feed.next() => {
+                    let Some(news) = news else {
+                        return Err(Failure::new(Exit::Refused, "what follows the service has ended; this is a defect"));
+                    };
+                    view.learn(&news);
+                    model.learn(news, Timestamp::now());
+                    next_drawing = next_drawing.min(last_drawn + Self::FRAME);
+                }
+            }
+        }
+    }
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "errors are given away")]
+fn broken(error: io::Error) -> Failure {
+    Failure::new(Exit::Refused, format!("can't use the terminal: {error}"))
+}
+
+/// What tells it to stop from outside.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    /// The terminal is closed.
+    hangup: Signal,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+            _ = self.hangup.recv() => {}
+        }
+    }
+}

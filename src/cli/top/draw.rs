@@ -1,0 +1,1029 @@
+//! What is known, as it looks on a terminal. Draws only the lines that fit.
+
+use std::{borrow::Cow, fmt::Write as _, ops::Range, time::Duration};
+
+use clap::builder::styling::AnsiColor;
+use jiff::Timestamp;
+use ratatui::{
+    Frame,
+    buffer::Buffer,
+    layout::{Constraint, Layout, Rect},
+    style::{Color, Modifier, Style},
+    text::{Line, Span},
+    widgets::{Block, Borders, Widget},
+};
+
+use super::{
+    super::output::{
+        clean, coarse, colour, count, duration, grouped, milliseconds, short, subsystem_state, timestamp, word,
+    },
+    detail::Entry,
+    model::{Column, Counts, Cycle, Live, Model, Row, Stand},
+    pieces::{Col, as_u16, bold, cut, put_lines, table_of, wrapped},
+    view::{Detail, Mode, Pane, View},
+};
+use crate::proto::orchestrator::v1 as pb;
+
+/// Below this there is no room for anything of use.
+const SMALLEST: (u16, u16) = (40, 10);
+
+/// How it is drawn.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Look {
+    /// What ages are reckoned from.
+    pub(super) now: Timestamp,
+    pub(super) colours: bool,
+}
+
+/// Draws everything.
+pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, view: &mut View, look: Look) {
+    let area = frame.area();
+    let buffer = frame.buffer_mut();
+    if area.width < SMALLEST.0 || area.height < SMALLEST.1 {
+        let needs = format!("too small: {} x {} needed", SMALLEST.0, SMALLEST.1);
+        put_lines(buffer, area, [Line::from(needs), Line::from("q quits")]);
+        return;
+    }
+    let mut header = look.header(model, area.width);
+    header.truncate(usize::from(area.height / 3));
+    let [top, rest, bottom] = area.layout(&Layout::vertical([
+        Constraint::Length(as_u16(header.len())),
+        Constraint::Min(1),
+        Constraint::Length(1),
+    ]));
+    put_lines(buffer, top, header);
+    match (&mut view.mode, view.pane) {
+        (Mode::Help, _) => look.help(buffer, rest, &mut view.top, &mut view.page),
+        (Mode::Detail(detail), _) => look.detail(buffer, rest, model, detail, &mut view.top, &mut view.page),
+        (_, Pane::Fleet) => look.overview(buffer, rest, model, view),
+        (_, Pane::Cycles) => look.cycles(buffer, rest, model, view),
+        (_, Pane::Loops) => look.loops(buffer, rest, model, view),
+    }
+    if model.lost.is_some() {
+        // Everything but the line that says so is how it was.
+        let was = Rect { y: area.y + 1, height: rest.bottom() - area.y - 1, ..area };
+        buffer.set_style(was, Style::new().add_modifier(Modifier::DIM));
+    }
+    put_lines(buffer, bottom, [footer(view)]);
+}
+
+impl Look {
+    // -----------------------------------------------------------------------------------------------------------
+    // Above and below
+
+    fn header(self, model: &Model, width: u16) -> Vec<Line<'static>> {
+        let status = model.status.as_ref();
+        let name = status.map_or_else(|| "orchestrator".to_owned(), |status| clean(&status.orchestrator_id));
+        let link = match (&model.lost, &model.unanswered) {
+            (Some((why, since)), _) => self.loud(format!("{} ({})", clean(why), self.ago(Some(*since)))),
+            (None, Some(why)) => self.loud(clean(why)),
+            (None, None) => self.state("SUCCEEDED", "connected"),
+        };
+        let mut first = Line::from(vec![bold(name), Span::raw(format!("  {}  ", model.address)), link]);
+        let Some(status) = status else { return vec![first] };
+        let uptime = status.uptime.and_then(|uptime| Duration::try_from(uptime).ok()).unwrap_or_default();
+        let process =
+            format!("up {}  epoch {}  version {}", short(coarse(uptime)), status.epoch, clean(&status.version));
+        let left = usize::from(width).saturating_sub(first.width());
+        // What has no room is left out from its end.
+        let ends = process.match_indices("  ").map(|(end, _)| end).chain([process.len()]);
+        if let Some(end) = ends.filter(|end| *end + 2 <= left).last() {
+            first.push_span(format!("{:>left$}", &process[..end]));
+        }
+        let (mut failing, mut suspended, mut open) = (0, 0, 0);
+        for row in model.fleet() {
+            failing += u64::from(row.is_failing());
+            suspended += u64::from(row.registered.suspended);
+            open += u64::from(row.registered.breaker == "OPEN");
+        }
+        let facts = [
+            ("cycles", model.total_cycles(), ""),
+            ("queue", status.queued_cycles.into(), ""),
+            ("subsystems", status.subsystem_count.into(), ""),
+            ("failing", failing, "FAILED"),
+            ("breakers open", open, "OPEN"),
+            ("suspended", suspended, "SUSPENDED"),
+            ("watchers", status.watchers.into(), ""),
+        ];
+        let mut second = Line::default();
+        for (what, number, state) in facts {
+            // What is seldom is told when it is so.
+            if number == 0 && matches!(state, "OPEN" | "SUSPENDED") {
+                continue;
+            }
+            let style = if number > 0 { self.style(state) } else { Style::new() };
+            second.push_span(format!("{what} "));
+            second.push_span(Span::styled(grouped(number), style.add_modifier(Modifier::BOLD)));
+            second.push_span("  ");
+        }
+        let mut header = vec![first, second];
+        if !status.store_error.is_empty() {
+            let error = clean(&status.store_error);
+            header.push(self.loud(format!("STORE ERROR: {error}; no cycle starts until it can be written")).into());
+        }
+        header
+    }
+
+    // -----------------------------------------------------------------------------------------------------------
+    // The fleet and what is about it
+
+    fn overview(self, buffer: &mut Buffer, area: Rect, model: &Model, view: &mut View) {
+        /// From so many columns on, the loops stand beside the history.
+        const WIDE: u16 = 110;
+        let loops = model.status.as_ref().map_or(0, |status| status.loops.len());
+        let (cycle, bars, loops) = match area.height {
+            ..11 => (0, 0, 0),
+            11..18 => (3, 0, 0),
+            18..28 => (3, 2, loops.min(2)),
+            28..38 => (3, 4, loops.min(4)),
+            _ => (3, 6, loops.min(6)),
+        };
+        // A title, the bars, and a line of marks.
+        let history = if bars == 0 { 0 } else { bars + 2 };
+        let loops = if bars == 0 { 0 } else { as_u16(loops.max(1)) + 1 };
+        let rows = if area.width >= WIDE { [history, 0] } else { [history, loops] };
+        let [cycle, history, loops, fleet] = area.layout(&Layout::vertical([
+            Constraint::Length(cycle),
+            Constraint::Length(rows[0]),
+            Constraint::Length(rows[1]),
+            Constraint::Min(3),
+        ]));
+        let [history, loops] = if area.width >= WIDE {
+            history.layout(&Layout::horizontal([Constraint::Fill(1), Constraint::Length(52)]).spacing(2))
+        } else {
+            [history, loops]
+        };
+        self.running_cycle(buffer, cycle, model);
+        self.history(buffer, history, model);
+        self.loops_in_short(buffer, loops, model);
+        self.fleet(buffer, fleet, model, view);
+    }
+
+    fn running_cycle(self, buffer: &mut Buffer, area: Rect, model: &Model) {
+        if area.is_empty() {
+            return;
+        }
+        let Some(live) = &model.live else {
+            let inner = self.titled(buffer, area, " no cycle runs ", "");
+            let Some((cycle_id, last)) = model.cycles.last_key_value() else { return };
+            let when = self.ago(last.finished_at);
+            let took =
+                if last.has_duration() { format!(" in {}", milliseconds(last.duration_ms)) } else { String::new() };
+            let said = format!("{took}, {when} ago, {}, {} succeeded", last.trigger, last.succeeded);
+            let last_one =
+                vec![format!("last: cycle {cycle_id} ").into(), self.state(last.state, last.state), said.into()];
+            put_lines(buffer, inner, [last_one.into(), Line::from(last.error.clone())]);
+            return;
+        };
+        let heard = self.as_heard(model);
+        let counts = live.counts();
+        let title = format!(
+            " cycle {}, {}: {} of {} ended, {} ",
+            live.cycle_id,
+            live.trigger,
+            grouped(counts.ended() as u64),
+            grouped(live.stands.len() as u64),
+            heard.running_for(live, 0.0),
+        );
+        let inner = self.titled(buffer, area, title, "");
+        let mut text = Line::default();
+        if counts.failed > 0 {
+            text.push_span(self.state("FAILED", format!("{} failed  ", grouped(counts.failed as u64))));
+        }
+        text.push_span(format!(
+            "{} waiting  {} running",
+            grouped(counts.waiting as u64),
+            grouped(counts.running as u64)
+        ));
+        for (i, stand) in live.running().into_iter().enumerate() {
+            if text.width() >= usize::from(area.width) {
+                break;
+            }
+            let gap = if i == 0 { ": " } else { ", " };
+            text.push_span(format!("{gap}{}{}", clean(&stand.name), heard.called_for(live, stand)));
+        }
+        put_lines(buffer, inner, [self.strip(live, usize::from(area.width)), text]);
+    }
+
+    /// At the time at which the service was last heard: nobody knows what goes on after that.
+    fn as_heard(self, model: &Model) -> Self {
+        Self { now: model.lost.as_ref().map_or(self.now, |(_, since)| *since), ..self }
+    }
+
+    /// How long since this moment of the running cycle, to the tenth of a second.
+    fn running_for(self, live: &Live, since_ms: f64) -> String {
+        let running = live.started_at.map_or(0.0, |at| self.now.duration_since(at).as_millis_f64());
+        milliseconds(((running - since_ms) / 100.0).floor().max(0.0) * 100.0)
+    }
+
+    /// The same of a part, where its beginning was seen.
+    fn called_for(self, live: &Live, stand: &Stand) -> String {
+        stand.began_ms.map_or_else(String::new, |began_ms| format!(" {}", self.running_for(live, began_ms)))
+    }
+
+    /// How every subsystem of the cycle stands, in the order of the plan. Where they are more than columns, each
+    /// column is of many, and shows the worst.
+    fn strip(self, live: &Live, width: usize) -> Line<'static> {
+        let all = live.stands.len();
+        let columns = all.min(width);
+        let marks = (0..columns).map(|i| {
+            let counts = live.counts_of(part_of(all, columns, i));
+            let Counts { waiting, running, succeeded, failed, other } = counts;
+            match (failed, running, waiting) {
+                (1.., _, _) => self.state("FAILED", "✗"),
+                (0, 1.., _) => bold("▸"),
+                (0, 0, 0) if succeeded == 0 && other > 0 => self.state("SKIPPED", "-"),
+                (0, 0, 0) => self.state("SUCCEEDED", "■"),
+                (0, 0, 1..) if counts.ended() > 0 => Span::raw("▪"),
+                (0, 0, 1..) => self.faint("·"),
+            }
+        });
+        marks.collect::<Vec<_>>().into()
+    }
+
+    fn history(self, buffer: &mut Buffer, area: Rect, model: &Model) {
+        const EIGHTHS: [&str; 9] = [" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"];
+        if area.is_empty() {
+            return;
+        }
+        let mut shown: Vec<_> = model.cycles.values().rev().take(usize::from(area.width)).collect();
+        shown.reverse();
+        let mut durations: Vec<_> =
+            shown.iter().filter(|cycle| cycle.has_duration()).map(|cycle| cycle.duration_ms).collect();
+        durations.sort_by(f64::total_cmp);
+        let longest = durations.last().copied().unwrap_or(0.0);
+        let right = match durations.get(durations.len() / 2) {
+            Some(median) => format!(" median {}, longest {} ", milliseconds(*median), milliseconds(longest)),
+            None => String::new(),
+        };
+        let title = format!(" history: {} ", count(shown.len() as u64, "cycle"));
+        let inner = self.titled(buffer, area, title, right);
+        let lines = inner.height.saturating_sub(1);
+        for (x, cycle) in (inner.x..).zip(shown) {
+            let share = if cycle.has_duration() && longest > 0.0 { cycle.duration_ms / longest } else { 0.0 };
+            #[allow(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "at most eight times the lines of a terminal"
+            )]
+            let eighths = ((share * f64::from(lines) * 8.0).round() as usize).max(1);
+            for line in 0..lines {
+                let filled = eighths.saturating_sub(usize::from(line) * 8).min(8);
+                buffer.set_string(x, inner.y + lines - 1 - line, EIGHTHS[filled], self.style(cycle.state));
+            }
+            // What is wrong can be told without colours: D is DEGRADED, F is FAILED, C is CANCELLED, I is INTERRUPTED.
+            let mark = if cycle.state == "SUCCEEDED" { " " } else { &cycle.state[..1] };
+            buffer.set_string(x, inner.y + lines, mark, self.style(cycle.state));
+        }
+    }
+
+    fn loops_in_short(self, buffer: &mut Buffer, area: Rect, model: &Model) {
+        if area.is_empty() {
+            return;
+        }
+        let loops = model.status.as_ref().map(|status| &status.loops[..]).unwrap_or_default();
+        let inner = self.titled(buffer, area, format!(" {} ", count(loops.len() as u64, "loop")), "");
+        let shown = usize::from(inner.height);
+        let lines = loops.iter().take(shown).map(|status| {
+            let settings = status.r#loop.clone().unwrap_or_default();
+            let ticks = status.ticks.unwrap_or_default();
+            let mut text = format!(
+                "  every {}, {}{}: {} ran",
+                duration(settings.interval.as_ref()),
+                if status.stopped { "" } else { "next " },
+                self.next_tick(status),
+                grouped(ticks.ran)
+            );
+            for (ended, ticks) in [
+                ("skipped", ticks.skipped),
+                ("missed", ticks.missed),
+                ("coalesced", ticks.coalesced),
+                ("dropped", ticks.dropped),
+            ] {
+                if ticks > 0 {
+                    let _ = write!(text, ", {} {ended}", grouped(ticks));
+                }
+            }
+            Line::from(vec![bold(clean(&settings.name)), text.into()])
+        });
+        put_lines(buffer, inner, lines);
+        if loops.len() > shown {
+            let more = format!(" and {} more: Tab ", loops.len() - shown);
+            let x = area.right().saturating_sub(as_u16(more.len()));
+            buffer.set_stringn(x, area.y, &more, more.len(), Style::new());
+        }
+    }
+
+    fn next_tick(self, status: &pb::IntervalLoopStatus) -> String {
+        let Some(due) = status.next_due_at.as_ref().and_then(timestamp).filter(|_| !status.stopped) else {
+            return "stopped".to_owned();
+        };
+        let left = due.duration_since(self.now);
+        // What is shown is there at least as long as it says.
+        let left = coarse(left.unsigned_abs().saturating_add(Duration::from_millis(999)));
+        if due > self.now { format!("in {}", short(left)) } else { "due".to_owned() }
+    }
+
+    fn fleet(self, buffer: &mut Buffer, area: Rect, model: &Model, view: &mut View) {
+        let rows = model.rows(&view.filter, view.sort, view.reversed);
+        let lines = usize::from(area.height.saturating_sub(2));
+        let selected = view.position(rows.iter().map(|row| row.name));
+        // The selected row is among those that are shown.
+        view.top = view.top.clamp((selected + 1).saturating_sub(lines), selected).min(rows.len().saturating_sub(lines));
+        view.page = lines.max(1);
+        let shown = view.top..(view.top + lines).min(rows.len());
+
+        let found = match (view.filter.is_empty(), model.is_loaded) {
+            (_, false) => format!(" fleet: reading, {} so far ", grouped(rows.len() as u64)),
+            (true, true) => format!(" fleet: {} ", count(rows.len() as u64, "subsystem")),
+            (false, true) => {
+                let of = model.fleet().count() as u64;
+                format!(" fleet: {} of {} with {:?} ", grouped(rows.len() as u64), grouped(of), clean(&view.filter))
+            }
+        };
+        let arrow = if view.reversed == view.sort.is_text() { "▼" } else { "▲" };
+        let range = if rows.is_empty() { String::new() } else { format!("{} to {}, ", shown.start + 1, shown.end) };
+        let inner = self.titled(buffer, area, found, format!(" {range}by {} {arrow} ", view.sort.name()));
+
+        let longest = model.fleet().map(|row| row.name.len()).max().unwrap_or(0);
+        let name = as_u16(longest).clamp(10, (area.width / 4).max(10));
+        let columns: Vec<_> = fleet_columns(area.width).collect();
+        let mut table = vec![Col::left("", 1)];
+        table.extend(columns.iter().map(|column| {
+            let heading = column.name();
+            let col = match column {
+                Column::Subsystem => Col::left(heading, name),
+                Column::Last => Col::left(heading, 12),
+                Column::Duration | Column::Attempts => Col::right(heading, 9),
+                Column::Breaker => Col::left(heading, 9),
+                Column::Output => Col::left(heading, 16),
+                Column::Reason => Col::rest(heading),
+            };
+            if *column == view.sort { col.sorted(arrow) } else { col }
+        }));
+        let shown_rows = rows[shown.clone()].iter().enumerate().map(|(i, row)| {
+            let cells = columns.iter().map(|column| self.cell(row, *column, model));
+            (shown.start + i == selected, std::iter::once(self.mark(row)).chain(cells).collect())
+        });
+        table_of(buffer, inner, &table, shown_rows);
+        if rows.is_empty() && model.is_loaded {
+            let none = if view.filter.is_empty() { "no subsystems are registered" } else { "none has this text" };
+            put_lines(buffer, Rect { y: inner.y + 1, height: 1, ..inner }, [Line::from(none)]);
+        }
+    }
+
+    /// How it stands in the running cycle.
+    fn mark(self, row: &Row<'_>) -> Span<'static> {
+        match row.stand.map(|stand| stand.state) {
+            None => Span::raw(" "),
+            Some(pb::SubsystemState::Waiting | pb::SubsystemState::Unspecified) => self.faint("·"),
+            Some(pb::SubsystemState::Running) => bold("▸"),
+            Some(pb::SubsystemState::Succeeded) => self.state("SUCCEEDED", "✓"),
+            Some(pb::SubsystemState::Skipped | pb::SubsystemState::Cancelled) => self.state("SKIPPED", "-"),
+            Some(_) => self.state("FAILED", "✗"),
+        }
+    }
+
+    fn cell(self, row: &Row<'_>, column: Column, model: &Model) -> Span<'static> {
+        match column {
+            Column::Subsystem => Span::raw(clean(row.name)),
+            Column::Last => self.state(if row.is_failing() { "FAILED" } else { row.last() }, row.last()),
+            Column::Duration => match row.part.and_then(|part| part.duration_ms) {
+                Some(duration_ms) => Span::raw(milliseconds(duration_ms)),
+                None => Span::raw("-"),
+            },
+            Column::Attempts => match row.part.map_or(0, |part| part.attempts) {
+                0 => Span::raw("-"),
+                attempts => Span::raw(attempts.to_string()),
+            },
+            Column::Breaker => self.state(row.registered.breaker, row.registered.breaker),
+            Column::Output => {
+                let is_current = row.freshness() == "FRESH";
+                Span::styled(self.output(row), self.style(if is_current { "" } else { "SKIPPED" }))
+            }
+            Column::Reason => Span::raw(self.note(row, model)),
+        }
+    }
+
+    /// How current its latest output is, its age, and the cycle that made it.
+    fn output(self, row: &Row<'_>) -> String {
+        let freshness = row.freshness();
+        let Some(output) = row.output else { return freshness.to_owned() };
+        let age = output.made_at.map_or_else(String::new, |at| format!(" {}", self.ago(Some(at))));
+        format!("{freshness}{age} #{}", output.cycle_id)
+    }
+
+    /// What else there is to say of it.
+    fn note(self, row: &Row<'_>, model: &Model) -> String {
+        let mut notes = Vec::new();
+        if let (Some(stand), Some(live)) = (row.stand, &model.live)
+            && stand.state == pb::SubsystemState::Running
+        {
+            notes.push(format!("running{}", self.as_heard(model).called_for(live, stand)));
+        }
+        if row.registered.suspended && row.reason() != "suspended" {
+            notes.push("suspended".to_owned());
+        }
+        if let Some(ends) = row.registered.lease_expires_at {
+            let left = ends.duration_since(self.now);
+            let left = if left.is_positive() { short(coarse(left.unsigned_abs())) } else { "over".to_owned() };
+            notes.push(format!("lease {left}"));
+        }
+        if !row.reason().is_empty() {
+            notes.push(row.reason().to_owned());
+        }
+        notes.join("; ")
+    }
+
+    // -----------------------------------------------------------------------------------------------------------
+    // The other panes
+
+    fn cycles(self, buffer: &mut Buffer, area: Rect, model: &Model, view: &mut View) {
+        /// The position of that column.
+        const SUCCEEDED: usize = 4;
+        let range = view.fit(model.cycles.len(), area.height.saturating_sub(2));
+        let title = format!(" cycles: {}, the latest first ", grouped(model.cycles.len() as u64));
+        let inner = self.titled(buffer, area, title, of_all(&range));
+        let is_wide = area.width >= 100;
+        let longest = |text: fn(&Cycle) -> &str| model.cycles.values().map(|it| text(it).len()).max().unwrap_or(0);
+        let mut columns = vec![
+            Col::right("CYCLE", 7),
+            Col::left("STATE", 11),
+            Col::right("FINISHED", 8),
+            Col::right("DURATION", 8),
+            Col::right("SUCCEEDED", as_u16(longest(|cycle| &cycle.succeeded)).max(9)),
+            Col::left("TRIGGER", as_u16(longest(|cycle| &cycle.trigger)).clamp(7, if is_wide { 30 } else { 14 })),
+            Col::rest("ERROR"),
+        ];
+        let rows = model.cycles.iter().rev().skip(range.start).take(range.len()).map(|(cycle_id, cycle)| {
+            let duration_ms = Some(cycle.duration_ms).filter(|_| cycle.has_duration());
+            let mut cells = vec![
+                Span::raw(cycle_id.to_string()),
+                self.state(cycle.state, cycle.state),
+                Span::raw(format!("{} ago", self.ago(cycle.finished_at))),
+                Span::raw(duration_ms.map_or_else(|| "-".to_owned(), milliseconds)),
+                Span::raw(cycle.succeeded.as_str()),
+                Span::raw(cycle.trigger.as_str()),
+                Span::raw(cycle.error.as_str()),
+            ];
+            if !is_wide {
+                // The error says it as well.
+                cells.remove(SUCCEEDED);
+            }
+            (false, cells)
+        });
+        if !is_wide {
+            columns.remove(SUCCEEDED);
+        }
+        table_of(buffer, inner, &columns, rows);
+    }
+
+    fn loops(self, buffer: &mut Buffer, area: Rect, model: &Model, view: &mut View) {
+        let loops = model.status.as_ref().map(|status| &status.loops[..]).unwrap_or_default();
+        let not_run: usize = loops.iter().map(|status| status.not_run.len()).sum();
+        // Those that did not run stand below, and have half of the room at most.
+        let below = if not_run == 0 { 0 } else { as_u16(not_run + 2).min(area.height / 2) };
+        let [above, below] = area.layout(&Layout::vertical([Constraint::Min(3), Constraint::Length(below)]));
+        let range = view.fit(loops.len(), above.height.saturating_sub(2));
+        let inner = self.titled(buffer, above, format!(" {} ", count(loops.len() as u64, "loop")), of_all(&range));
+        let columns = [
+            Col::rest("LOOP"),
+            Col::left("INTERVAL", 8),
+            Col::left("NEXT", 7),
+            Col::right("DUE", 7),
+            Col::right("RAN", 7),
+            Col::right("SKIPPED", 7),
+            Col::right("MISSED", 7),
+            Col::right("COALESCED", 9),
+            Col::right("DROPPED", 7),
+        ];
+        let rows = loops[range].iter().map(|status| {
+            let settings = status.r#loop.clone().unwrap_or_default();
+            let ticks = status.ticks.unwrap_or_default();
+            let counts = [ticks.due, ticks.ran, ticks.skipped, ticks.missed, ticks.coalesced, ticks.dropped];
+            let mut cells = vec![
+                bold(clean(&settings.name)),
+                Span::raw(duration(settings.interval.as_ref())),
+                Span::raw(self.next_tick(status)),
+            ];
+            cells.extend(counts.map(|count| Span::raw(grouped(count))));
+            (false, cells)
+        });
+        table_of(buffer, inner, &columns, rows);
+
+        if below.is_empty() {
+            return;
+        }
+        let inner = self.titled(buffer, below, " ticks that did not run, the latest first ", "");
+        let mut ranges: Vec<_> =
+            loops.iter().flat_map(|status| status.not_run.iter().map(move |range| (status, range))).collect();
+        ranges.sort_by_key(|(_, range)| std::cmp::Reverse(range.last_due_at.as_ref().and_then(timestamp)));
+        let lines = ranges.into_iter().map(|(status, range)| {
+            let state = word(range.disposition().as_str_name(), "TICK_DISPOSITION_");
+            let name = status.r#loop.as_ref().map(|settings| clean(&settings.name)).unwrap_or_default();
+            let [first, last] =
+                [&range.first_due_at, &range.last_due_at].map(|at| self.ago(at.as_ref().and_then(timestamp)));
+            let when = if range.count == 1 { format!("{last} ago") } else { format!("{first} to {last} ago") };
+            vec![
+                bold(name),
+                format!("  {} ", count(range.count, "tick")).into(),
+                self.state("SKIPPED", state),
+                format!(", {when}").into(),
+            ]
+            .into()
+        });
+        put_lines(buffer, inner, lines);
+    }
+
+    // -----------------------------------------------------------------------------------------------------------
+    // What lies over the panes
+
+    fn detail(
+        self,
+        buffer: &mut Buffer,
+        area: Rect,
+        model: &Model,
+        detail: &Detail,
+        top: &mut usize,
+        page: &mut usize,
+    ) {
+        let stand = match model.row(&detail.name).and_then(|row| row.stand) {
+            Some(stand) => format!(" {} in the running cycle ", subsystem_state(stand.state)),
+            None => String::new(),
+        };
+        let lines: Vec<_> = match &detail.is {
+            None => vec![Line::from("asking …")],
+            Some(Err(why)) => vec![self.loud(clean(why)).into()],
+            Some(Ok(entries)) => {
+                let labels = entries.iter().map(|entry| match entry {
+                    Entry::Fact(what, _) => what.chars().count(),
+                    Entry::State(..) | Entry::Heading(_) | Entry::Text(_) => 0,
+                });
+                let label = labels.max().unwrap_or(0).clamp(12, usize::from(area.width / 3));
+                let width = usize::from(area.width).saturating_sub(label + 2);
+                entries.iter().flat_map(|entry| self.entry(entry, label, width, detail.left)).collect()
+            }
+        };
+        let range = fit(top, page, lines.len(), area.height.saturating_sub(1));
+        let title = format!(" {}{} ", clean(&detail.name), of_all(&range).trim_end());
+        let inner = self.titled(buffer, area, title, stand);
+        put_lines(buffer, inner, lines.into_iter().skip(range.start).take(range.len()));
+    }
+
+    /// The lines of an entry. A fact is broken where it has to be; an output can be moved to the side.
+    fn entry(self, entry: &Entry, label: usize, width: usize, left: usize) -> Vec<Line<'_>> {
+        match entry {
+            Entry::Heading(heading) => vec![Line::default(), bold(*heading).into()],
+            Entry::State(what, is) => vec![vec![format!("{what:label$}  ").into(), self.state(is, is.as_str())].into()],
+            Entry::Text(text) => vec![text.chars().skip(left).collect::<String>().into()],
+            Entry::Fact(what, is) => {
+                let pieces = wrapped(is, width).into_iter().enumerate();
+                let line = |(i, piece): (usize, String)| {
+                    let what = if i == 0 { cut(what, label) } else { String::new() };
+                    vec![Span::raw(format!("{what:label$}  ")), Span::raw(piece)].into()
+                };
+                pieces.map(line).collect()
+            }
+        }
+    }
+
+    fn help(self, buffer: &mut Buffer, area: Rect, top: &mut usize, page: &mut usize) {
+        const HELP: &[(&str, &str)] = &[
+            ("↑ ↓  k j", "the row before, the next row"),
+            ("PgUp PgDn", "a page"),
+            ("Home End  g G", "the first, the last"),
+            ("Enter", "all of the selected subsystem, with its latest output"),
+            ("/", "show only rows with a text: a name, FAILED, OPEN, STALE, …"),
+            ("s S  → ←", "sort by the next, the previous column"),
+            ("r", "reverse the order"),
+            ("1 2 3  Tab", "the fleet, the latest cycles, the loops"),
+            ("Ctrl-L", "draw anew"),
+            ("Esc", "back; from the fleet: quit"),
+            ("q  Ctrl-C", "quit"),
+            ("", ""),
+            ("· ▸ ✓ ✗ -", "now: it waits, is called, succeeded, failed, was skipped"),
+            ("■ ▪", "where a mark is of many: all have ended, some have"),
+            ("D F C I", "of a cycle: DEGRADED, FAILED, CANCELLED, INTERRUPTED"),
+            ("LAST", "how its last part ended"),
+            ("OUTPUT", "FRESH: made by its last part, STALE: by an earlier one;"),
+            ("", "with its age, and the cycle that made it"),
+        ];
+        let range = fit(top, page, HELP.len(), area.height.saturating_sub(1));
+        let inner = self.titled(buffer, area, " help ", "");
+        let lines = HELP[range].iter().map(|&(key, what)| vec![bold(format!("{key:15}")), Span::raw(what)].into());
+        put_lines(buffer, inner, lines);
+    }
+
+    // -----------------------------------------------------------------------------------------------------------
+    // Pieces
+
+    /// A line across with a title, and what is below it.
+    fn titled<'a>(
+        self,
+        buffer: &mut Buffer,
+        area: Rect,
+        title: impl Into<Cow<'a, str>>,
+        right: impl Into<Cow<'a, str>>,
+    ) -> Rect {
+        let (title, right) = (title.into(), right.into());
+        let title = cut(&title, usize::from(area.width.saturating_sub(2)));
+        let left = usize::from(area.width).saturating_sub(Span::raw(&title).width() + 4);
+        let block = Block::new().borders(Borders::TOP).border_style(self.faint("").style);
+        let block = block.title(Line::from(vec![self.faint("─"), bold(title)]));
+        let fits = Span::raw(&*right).width() <= left;
+        let block = if fits && !right.is_empty() {
+            block.title(Line::from(vec![Span::styled(right, Style::reset()), self.faint("─")]).right_aligned())
+        } else {
+            block
+        };
+        let inner = block.inner(area);
+        block.render(area, buffer);
+        inner
+    }
+
+    /// How long ago, in one unit.
+    fn ago(self, at: Option<Timestamp>) -> String {
+        let Some(at) = at else { return "-".to_owned() };
+        match self.now.duration_since(at).as_secs().max(0) {
+            seconds @ ..60 => format!("{seconds}s"),
+            seconds @ 60..3_600 => format!("{}m", seconds / 60),
+            seconds @ 3_600..86_400 => format!("{}h", seconds / 3_600),
+            seconds => format!("{}d", seconds / 86_400),
+        }
+    }
+
+    fn style(self, state: &str) -> Style {
+        match colour(state).filter(|_| self.colours) {
+            Some(AnsiColor::Green) => Style::new().fg(Color::Green),
+            Some(AnsiColor::Yellow) => Style::new().fg(Color::Yellow),
+            Some(AnsiColor::Red) => Style::new().fg(Color::Red).add_modifier(Modifier::BOLD),
+            _ => Style::new(),
+        }
+    }
+
+    fn state<'a>(self, state: &str, text: impl Into<Cow<'a, str>>) -> Span<'a> {
+        Span::styled(text, self.style(state))
+    }
+
+    fn loud(self, text: String) -> Span<'static> {
+        Span::styled(text, self.style("FAILED").add_modifier(Modifier::BOLD))
+    }
+
+    fn faint(self, text: &'static str) -> Span<'static> {
+        Span::styled(text, if self.colours { Style::new().fg(Color::DarkGray) } else { Style::new() })
+    }
+}
+
+/// The keys that do something.
+fn footer(view: &View) -> Line<'static> {
+    let keys: &[_] = match (&view.mode, view.pane) {
+        (Mode::Filter, _) => {
+            return vec![
+                bold("/"),
+                Span::raw(clean(&view.filter)),
+                reversed(" "),
+                "  Enter keeps it, Esc drops it".into(),
+            ]
+            .into();
+        }
+        (Mode::Help, _) => &[("Esc", "back"), ("↑↓", "scroll")],
+        (Mode::Detail(_), _) => &[("Esc", "back"), ("↑↓←→", "scroll"), ("PgUp PgDn", "page"), ("?", "help")],
+        (Mode::Browse, Pane::Fleet) => &[
+            ("q", "quit"),
+            ("?", "help"),
+            ("/", "filter"),
+            ("s", "sort"),
+            ("r", "reverse"),
+            ("Enter", "detail"),
+            ("Tab", "cycles, loops"),
+        ],
+        (Mode::Browse, _) => &[("Esc", "fleet"), ("Tab", "next"), ("↑↓", "scroll"), ("?", "help"), ("q", "quit")],
+    };
+    let keys = keys.iter().flat_map(|&(key, what)| [bold(key), Span::raw(format!(" {what}  "))]);
+    keys.collect::<Vec<_>>().into()
+}
+
+impl View {
+    /// The lines that are shown of so many, when so many have room.
+    fn fit(&mut self, all: usize, room: u16) -> Range<usize> {
+        fit(&mut self.top, &mut self.page, all, room)
+    }
+}
+
+fn fit(top: &mut usize, page: &mut usize, all: usize, room: u16) -> Range<usize> {
+    let room = usize::from(room).max(1);
+    *page = room;
+    *top = (*top).min(all.saturating_sub(room));
+    *top..(*top + room).min(all)
+}
+
+/// Which lines these are.
+fn of_all(range: &Range<usize>) -> String {
+    if range.is_empty() { String::new() } else { format!(" {} to {} ", range.start + 1, range.end) }
+}
+
+/// The columns of the fleet that have room.
+fn fleet_columns(width: u16) -> impl Iterator<Item = Column> {
+    Column::ALL.into_iter().filter(move |column| match column {
+        Column::Subsystem | Column::Last | Column::Reason => true,
+        Column::Duration => width >= 50,
+        Column::Output => width >= 68,
+        Column::Breaker => width >= 96,
+        Column::Attempts => width >= 108,
+    })
+}
+
+fn reversed(text: &'static str) -> Span<'static> {
+    Span::styled(text, Modifier::REVERSED)
+}
+
+/// The part of `all` that the `i`th of so many columns is of.
+fn part_of(all: usize, columns: usize, i: usize) -> Range<usize> {
+    let columns = columns.max(1);
+    i * all / columns..(i + 1) * all / columns
+}
+
+#[cfg(test)]
+mod tests {
+    use ratatui::{Terminal, backend::TestBackend};
+
+    use super::{
+        super::{
+            model::{
+                News,
+                tests::{at, cycle, knowing, page, part, progress, registered, started},
+            },
+            view::Action,
+        },
+        *,
+    };
+    use pb::{
+        CycleState,
+        SubsystemState::{Failed, Running, Succeeded},
+    };
+
+    const LOOK: Look = Look { now: Timestamp::UNIX_EPOCH, colours: false };
+
+    /// What it looks like so many seconds after the beginning of all time.
+    fn drawn(model: &Model, view: &mut View, seconds: i64, width: u16, height: u16) -> Buffer {
+        let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+        terminal.draw(|frame| draw(frame, model, view, Look { now: at(seconds), ..LOOK })).unwrap();
+        terminal.backend().buffer().clone()
+    }
+
+    fn lines(buffer: &Buffer) -> Vec<String> {
+        let line = |row: Rect| row.positions().map(|at| buffer[at].symbol()).collect::<String>();
+        buffer.area.rows().map(line).map(|line| line.trim_end().to_owned()).collect()
+    }
+
+    fn shown(model: &Model, view: &mut View, width: u16, height: u16) -> Vec<String> {
+        lines(&drawn(model, view, 10, width, height))
+    }
+
+    /// The line that has this.
+    #[track_caller]
+    fn line_with<'a>(lines: &'a [String], text: &str) -> &'a str {
+        lines.iter().find(|line| line.contains(text)).unwrap_or_else(|| panic!("no {text:?} in\n{}", lines.join("\n")))
+    }
+
+    fn status() -> News {
+        let heartbeat = pb::IntervalLoopStatus {
+            r#loop: Some(pb::IntervalLoop {
+                name: "heartbeat".into(),
+                interval: Some(prost_types::Duration { seconds: 5, nanos: 0 }),
+                ..pb::IntervalLoop::default()
+            }),
+            next_due_at: Some(crate::proto::timestamp(at(12))),
+            ticks: Some(pb::TickCounts { due: 4, ran: 3, skipped: 1, ..pb::TickCounts::default() }),
+            ..pb::IntervalLoopStatus::default()
+        };
+        News::Status(Box::new(pb::OrchestratorStatus {
+            orchestrator_id: "orchestrator".into(),
+            epoch: 7,
+            version: "0.1.0".into(),
+            uptime: Some(prost_types::Duration { seconds: 61, nanos: 5 }),
+            subsystem_count: 3,
+            total_cycles: 2,
+            queued_cycles: 1,
+            watchers: 4,
+            loops: vec![heartbeat],
+            ..pb::OrchestratorStatus::default()
+        }))
+    }
+
+    fn recorded(cycle: pb::CycleTelemetry) -> News {
+        News::Recorded(Box::new(cycle))
+    }
+
+    /// Three subsystems, two cycles, and in the second one a failure.
+    fn house() -> Model {
+        let leased =
+            pb::SubsystemStatus { lease_expires_at: Some(crate::proto::timestamp(at(40))), ..registered("gamma") };
+        let all =
+            |state| vec![part("alpha", Succeeded, 12.0), part("beta", state, 250.0), part("gamma", Succeeded, 1.0)];
+        knowing([
+            status(),
+            page(vec![registered("alpha"), registered("beta"), leased]),
+            recorded(cycle(1, 1, CycleState::Succeeded, all(Succeeded))),
+            recorded(cycle(2, 6, CycleState::Degraded, all(Failed))),
+        ])
+    }
+
+    #[test]
+    fn between_cycles_everything_has_its_place() {
+        let lines = shown(&house(), &mut View::default(), 80, 24);
+        let expected = "\
+orchestrator  http://127.0.0.1:7700  connected  up 1m 1s  epoch 7  version 0.1.0
+cycles 2  queue 1  subsystems 3  failing 1  watchers 4
+─ no cycle runs ────────────────────────────────────────────────────────────────
+last: cycle 2 DEGRADED in 200 ms, 4s ago, loop heartbeat, 2/3 succeeded
+1 of 2 failed
+─ history: 2 cycles ─────────────────────────────── median 200 ms, longest 200 ms ─
+ █
+██
+ D
+─ 1 loop ───────────────────────────────────────────────────────────────────────
+heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
+─ fleet: 3 subsystems ───────────────────────────────── 1 to 3, by SUBSYSTEM ▲ ─
+  SUBSYSTEM▲ LAST          DURATION OUTPUT           REASON
+  alpha     SUCCEEDED      12.0 ms FRESH 4s #2
+  beta      FAILED          250 ms STALE 9s #1      INTERNAL beta is [31mbroken
+  gamma     SUCCEEDED      1.00 ms FRESH 4s #2      lease 30s";
+        for (line, expected) in lines.iter().zip(expected.lines()) {
+            let squeeze = |text: &str| text.split_whitespace().map(|word| word.trim_matches('─')).collect::<String>();
+            assert_eq!(squeeze(line), squeeze(expected), "in\n{}", lines.join("\n"));
+        }
+        assert!(lines[23].starts_with("q quit  ? help  / filter"), "{lines:?}");
+        let wide = shown(&house(), &mut View::default(), 140, 45);
+        assert!(wide[0].ends_with("up 1m 1s  epoch 7  version 0.1.0"), "{}", wide[0]);
+        assert!(line_with(&wide, "history: 2 cycles").contains("1 loop"));
+        assert!(line_with(&wide, "  beta ").contains("3 CLOSED    STALE 9s #1"), "{wide:?}");
+    }
+
+    #[test]
+    fn a_running_cycle_shows_who_waits_runs_and_has_failed() {
+        let mut model = house();
+        model.learn(started(3, 8, &["alpha", "beta", "gamma"]), at(8));
+        model.learn(progress(3, &[("alpha", Running), ("beta", Running)]), at(8));
+        model.learn(progress(3, &[("beta", Failed)]), at(9));
+        let lines = shown(&model, &mut View::default(), 80, 24);
+        assert!(line_with(&lines, "cycle 3, unknown: 1 of 3 ended, 2.00 s").starts_with('─'));
+        assert_eq!(lines[3], "▸✗·");
+        assert_eq!(lines[4], "1 failed  1 waiting  1 running: alpha 1.50 s");
+        assert!(line_with(&lines, "▸ alpha").ends_with("running 1.50 s"));
+        assert!(line_with(&lines, "✗ beta").contains("FAILED"));
+        // In one line, however many they are.
+        let names: Vec<_> = (0..10_000).map(|i| format!("s{i}")).collect();
+        let names: Vec<_> = names.iter().map(String::as_str).collect();
+        model.learn(started(4, 8, &names), at(8));
+        model.learn(progress(4, &[("s0", Succeeded), ("s5000", Running), ("s9999", Failed)]), at(8));
+        let lines = shown(&model, &mut View::default(), 80, 24);
+        assert_eq!(lines[3], format!("▪{}▸{}✗", "·".repeat(39), "·".repeat(38)));
+    }
+
+    #[test]
+    fn a_lost_connection_dims_what_was_known() {
+        let mut model = house();
+        model.learn(started(3, 2, &["alpha"]), at(2));
+        model.learn(progress(3, &[("alpha", Running)]), at(2));
+        model.learn(News::Lost("the connection is lost; reconnecting".into()), at(3));
+        let buffer = drawn(&model, &mut View::default(), 10, 100, 24);
+        let lines = lines(&buffer);
+        assert!(lines[0].contains("the connection is lost; reconnecting (7s)"), "{}", lines[0]);
+        assert!(line_with(&lines, "▸ alpha").contains("SUCCEEDED"));
+        line_with(&lines, "cycle 3, unknown: 0 of 1 ended, 1.00 s");
+        line_with(&lines, "1 running: alpha 500 ms");
+        let dim = |x, y: u16| buffer[(x, y)].modifier.contains(Modifier::DIM);
+        assert!((1..23).all(|y| dim(3, y)) && !dim(3, 0));
+        model.learn(News::CaughtUp, at(11));
+        let buffer = drawn(&model, &mut View::default(), 12, 100, 24);
+        assert!(!buffer.content.iter().any(|cell| cell.modifier.contains(Modifier::DIM)));
+    }
+
+    #[test]
+    fn the_store_s_error_and_a_late_answer_are_loud() {
+        let News::Status(status) = status() else { panic!("no status") };
+        let mut model = house();
+        let status = pb::OrchestratorStatus { store_error: "disk\x1b full".into(), ..*status };
+        model.learn(News::Status(Box::new(status)), at(9));
+        model.learn(News::Unanswered("the service has not answered within 10s".into()), at(9));
+        let lines = shown(&model, &mut View::default(), 100, 24);
+        assert!(lines[0].contains("not answered within 10s"));
+        assert_eq!(lines[2], "STORE ERROR: disk full; no cycle starts until it can be written");
+    }
+
+    #[test]
+    fn no_size_panics_and_the_smallest_say_so() {
+        let mut model = house();
+        model.learn(started(3, 8, &["alpha", "beta"]), at(8));
+        let detail = || {
+            let mut view = View::default();
+            view.act(Action::Open, &model);
+            view.learn(&News::Subsystem("alpha".into(), Ok(Box::new(registered("alpha")))));
+            view
+        };
+        let views: [fn() -> View; 4] = [
+            View::default,
+            || View { mode: Mode::Help, ..View::default() },
+            || View { pane: Pane::Cycles, top: 99, ..View::default() },
+            || View { pane: Pane::Loops, top: 99, filter: "x".into(), ..View::default() },
+        ];
+        let heights = [0, 1, 9, 10, 11, 17, 18, 24, 28, 40];
+        for (width, height) in
+            [0, 1, 39, 40, 50, 80, 110].into_iter().flat_map(|width| heights.map(|height| (width, height)))
+        {
+            for view in views {
+                drawn(&model, &mut view(), 10, width, height);
+            }
+            drawn(&model, &mut detail(), 10, width, height);
+            drawn(&Model::default(), &mut View::default(), 10, width, height);
+        }
+        assert_eq!(shown(&model, &mut View::default(), 39, 3)[0], "too small: 40 x 10 needed");
+        assert!(line_with(&shown(&model, &mut View::default(), 40, 10), "beta").contains("FAILED"));
+    }
+
+    #[test]
+    fn a_filter_says_what_it_leaves() {
+        let model = house();
+        let mut view = View { filter: "bet".into(), mode: Mode::Filter, ..View::default() };
+        let lines = shown(&model, &mut view, 80, 24);
+        assert!(line_with(&lines, "fleet:").contains("1 of 3 with \"bet\""));
+        assert!(!lines.iter().any(|line| line.contains("alpha")));
+        assert!(lines[23].starts_with("/bet"));
+        view.filter = "nothing".into();
+        line_with(&shown(&model, &mut view, 80, 24), "none has this text");
+    }
+
+    #[test]
+    fn the_selected_row_is_always_shown() {
+        let names: Vec<_> = (0..10_000).map(|i| format!("s{i:05}")).collect();
+        let model = knowing([status(), page(names.iter().map(|name| registered(name)).collect())]);
+        let mut view = View::default();
+        shown(&model, &mut view, 80, 24);
+        let selected = |view: &mut View| {
+            let buffer = drawn(&model, view, 10, 80, 24);
+            let row = buffer.area.rows().find(|row| buffer[(0, row.y)].modifier.contains(Modifier::REVERSED)).unwrap();
+            lines(&buffer)[usize::from(row.y)].split_whitespace().next().unwrap().to_owned()
+        };
+        assert_eq!(selected(&mut view), "s00000");
+        view.act(Action::Last, &model);
+        assert_eq!(selected(&mut view), "s09999");
+        view.act(Action::PageUp, &model);
+        assert_eq!(selected(&mut view), format!("s{:05}", 9_999 - view.page));
+        line_with(&shown(&model, &mut view, 80, 24), "fleet: 10,000 subsystems");
+    }
+
+    #[test]
+    fn the_other_panes_list_cycles_and_loops() {
+        let model = house();
+        let cycles = shown(&model, &mut View { pane: Pane::Cycles, ..View::default() }, 120, 24);
+        assert!(line_with(&cycles, "DEGRADED").ends_with("4s ago   200 ms       2/3 loop heartbeat 1 of 2 failed"));
+        let narrow = shown(&model, &mut View { pane: Pane::Cycles, ..View::default() }, 80, 24);
+        assert!(line_with(&narrow, "DEGRADED").ends_with("1 of 2 failed"));
+        let loops = shown(&model, &mut View { pane: Pane::Loops, ..View::default() }, 80, 24);
+        let row: Vec<_> = line_with(&loops, "heartbeat").split_whitespace().collect();
+        assert_eq!(row, ["heartbeat", "5s", "in", "2s", "4", "3", "1", "0", "0", "0"]);
+    }
+
+    #[test]
+    fn hostile_names_and_messages_are_text() {
+        const HOSTILE: &str = "x\x1b]0;title\x07\u{9b}2J\u{202e}\ny";
+        let broken = pb::SubsystemTelemetry { error_message: HOSTILE.into(), ..part(HOSTILE, Failed, 1.0) };
+        let failed = pb::CycleTelemetry {
+            error: HOSTILE.into(),
+            r#loop: HOSTILE.into(),
+            ..cycle(1, 1, CycleState::Failed, vec![broken])
+        };
+        let model = knowing([
+            status(),
+            page(vec![registered(HOSTILE)]),
+            recorded(failed),
+            started(2, 3, &[HOSTILE]),
+            progress(2, &[(HOSTILE, Running)]),
+            News::Lost(HOSTILE.into()),
+        ]);
+        for pane in [Pane::Fleet, Pane::Cycles, Pane::Loops] {
+            let buffer = drawn(&model, &mut View { pane, filter: String::new(), ..View::default() }, 10, 120, 30);
+            let bad = |c: char| c.is_control() || c == '\u{202e}';
+            assert!(!buffer.content.iter().any(|cell| cell.symbol().contains(bad)));
+        }
+        let mut view = View::default();
+        view.act(Action::Open, &model);
+        let lines = shown(&model, &mut view, 120, 30);
+        line_with(&lines, "x]0;title2J y");
+        line_with(&lines, "asking …");
+    }
+
+    #[test]
+    fn colours_are_only_used_where_they_are_wanted() {
+        let model = house();
+        let paint = |colours| {
+            let mut terminal = Terminal::new(TestBackend::new(100, 30)).unwrap();
+            let look = Look { now: at(10), colours };
+            terminal.draw(|frame| draw(frame, &model, &mut View::default(), look)).unwrap();
+            terminal.backend().buffer().content.iter().filter(|cell| cell.fg != Color::Reset).count()
+        };
+        assert_eq!(paint(false), 0);
+        assert!(paint(true) > 0);
+    }
+}

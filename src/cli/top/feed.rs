@@ -1,0 +1,274 @@
+//! Where news comes from: one task follows the stream, another asks for what the stream does not tell.
+
+use std::{convert::Infallible, time::Duration};
+
+use bytes::Bytes;
+use prost::Message;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{Instant, sleep, timeout},
+};
+use tonic::Code;
+
+use super::{
+    super::{
+        Failure,
+        output::{clean, telemetry},
+        remote::{Client, Remote},
+        watch::Events,
+    },
+    model::{KEPT_CYCLES, News},
+};
+use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
+
+/// News that waits to be taken: little, since one may be the record of a large cycle. The rest waits on the other side of
+/// the connection.
+const BACKLOG: usize = 8;
+
+/// The tasks that bring news. They end when this is dropped.
+pub(super) struct Feed {
+    news: mpsc::Receiver<News>,
+    wants: watch::Sender<Option<String>>,
+    tasks: JoinSet<Ended>,
+}
+
+impl Feed {
+    /// Reaches the service and begins to follow it.
+    ///
+    /// # Errors
+    /// The service can't be reached, or refuses.
+    pub(super) async fn open(remote: &Remote) -> Result<Self, Failure> {
+        let mut client = remote.connect().await?;
+        let events = open(remote, &mut client).await?;
+        let (sender, news) = mpsc::channel(BACKLOG);
+        let (wants, wanted) = watch::channel(None);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(follow(remote.clone(), client.clone(), events, sender.clone()));
+        tasks.spawn(ask(remote.clone(), client, wanted, sender));
+        Ok(Self { news, wants, tasks })
+    }
+
+    /// What comes next; nothing when a task has ended, which none does while this is there.
+    pub(super) async fn next(&mut self) -> Option<News> {
+        tokio::select! {
+            news = self.news.recv() => news,
+            _ = self.tasks.join_next() => None,
+        }
+    }
+
+    /// From now on, also asks for this subsystem.
+    pub(super) fn want(&self, name: Option<&str>) {
+        self.wants.send_if_modified(|wants| {
+            let changes = wants.as_deref() != name;
+            if changes {
+                *wants = name.map(str::to_owned);
+            }
+            changes
+        });
+    }
+}
+
+/// Why something ends.
+enum Ended {
+    /// Nobody takes news any more.
+    Closed,
+    /// The service can't be reached, or refuses.
+    Failed(Failure),
+}
+
+impl From<Failure> for Ended {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+async fn tell(news: &mpsc::Sender<News>, what: News) -> Result<(), Ended> {
+    news.send(what).await.map_err(|_| Ended::Closed)
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The stream
+
+/// Opens the stream after the newest record of now.
+async fn open(remote: &Remote, client: &mut Client) -> Result<Events, Failure> {
+    let status = remote.quickly(client.get_status(pb::GetStatusRequest::default())).await?.into_inner();
+    let newest = status.status.map_or(0, |status| status.newest_revision);
+    let request =
+        pb::WatchCyclesRequest { after_revision: Some(newest), progress: true, ..pb::WatchCyclesRequest::default() };
+    Events::open(remote, request, None).await
+}
+
+/// Follows the stream as long as somebody takes news.
+async fn follow(remote: Remote, mut client: Client, mut events: Events, news: mpsc::Sender<News>) -> Ended {
+    /// So long it waits after a refusal: whatever that was, it does not pass at once.
+    const PAUSE: Duration = Duration::from_secs(3);
+    loop {
+        let mut ended = forward(&remote, &mut client, &mut events, &news).await;
+        // Records are gone that it needs, or this is another database, or there are too many watchers: begin anew.
+        events = loop {
+            let Err(Ended::Failed(failure)) = ended else { return Ended::Closed };
+            if let Err(closed) = tell(&news, News::Lost(first_line(&failure))).await {
+                return closed;
+            }
+            sleep(PAUSE).await;
+            match open(&remote, &mut client).await {
+                Ok(events) => break events,
+                Err(again) => ended = Err(again.into()),
+            }
+        };
+        if let Err(closed) = tell(&news, News::Forget).await {
+            return closed;
+        }
+    }
+}
+
+/// Brings the latest history, and then the stream until it fails.
+async fn forward(
+    remote: &Remote,
+    client: &mut Client,
+    events: &mut Events,
+    news: &mpsc::Sender<News>,
+) -> Result<Infallible, Ended> {
+    for cycle in history(remote, client).await?.into_iter().rev() {
+        tell(news, News::Past(Box::new(cycle))).await?;
+    }
+    loop {
+        // Only the latest note says how it stands, and one that finds no room would be replaced soon.
+        let event = events.next(|note| _ = news.try_send(News::Lost(note.to_owned()))).await?;
+        let what = match event.event {
+            Some(Event::Recorded(record)) => News::Recorded(Box::new(telemetry(&record)?)),
+            Some(Event::Started(started)) => News::Started(started),
+            Some(Event::Progress(progress)) => News::Progress(progress),
+            Some(Event::Bookmark(_)) | None => News::CaughtUp,
+        };
+        tell(news, what).await?;
+    }
+}
+
+/// The latest cycles, the newest first.
+async fn history(remote: &Remote, client: &mut Client) -> Result<Vec<pb::CycleTelemetry>, Failure> {
+    /// A page has at most 3 MiB: cycles of a large fleet are few in it, and enough to begin with.
+    const PAGES: usize = 4;
+    let mut cycles = Vec::new();
+    let mut request = pb::ListCyclesRequest { page_size: 250, ..pb::ListCyclesRequest::default() };
+    for _ in 0..PAGES {
+        let page = remote.quickly(client.list_cycles(request.clone())).await?.into_inner();
+        for record in &page.cycles {
+            cycles.push(telemetry(record)?);
+        }
+        request.page_token = page.next_page_token;
+        if request.page_token.is_empty() || cycles.len() >= KEPT_CYCLES {
+            break;
+        }
+    }
+    Ok(cycles)
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The questions
+
+/// Asks again and again: for the status, for one page of the registry, and for the subsystem that is wanted.
+async fn ask(
+    remote: Remote,
+    client: Client,
+    mut wanted: watch::Receiver<Option<String>>,
+    news: mpsc::Sender<News>,
+) -> Ended {
+    let mut asker = Asker { remote, client, news, page_token: String::new(), bytes: 0, is_first_reading: true };
+    loop {
+        let began = Instant::now();
+        let name = wanted.borrow_and_update().clone();
+        let told = match asker.round(name).await {
+            Err(Ended::Failed(failure)) => {
+                // Tokens of another process may mean nothing to this one.
+                asker.page_token.clear();
+                tell(&asker.news, News::Unanswered(first_line(&failure))).await
+            }
+            told => told,
+        };
+        if let Err(closed) = told {
+            return closed;
+        }
+        // What somebody waits for is asked for at once.
+        let pause = asker.pause().saturating_sub(began.elapsed());
+        if let Ok(Err(_nobody_wants)) = timeout(pause, wanted.changed()).await {
+            return Ended::Closed;
+        }
+    }
+}
+
+struct Asker {
+    remote: Remote,
+    client: Client,
+    news: mpsc::Sender<News>,
+    page_token: String,
+    /// Bytes that were answered in this round.
+    bytes: usize,
+    is_first_reading: bool,
+}
+
+impl Asker {
+    /// Subsystems of a page.
+    const PAGE: u32 = 500;
+
+    /// The registry is being read for the first time: everything else can wait.
+    fn is_hasty(&self) -> bool {
+        self.is_first_reading && !self.page_token.is_empty()
+    }
+
+    /// How long one round takes at least: a second, and longer where answers are large, so that looking at a large
+    /// fleet takes at most so many bytes a second of the service and the network.
+    fn pause(&self) -> Duration {
+        const BYTES_PER_SECOND: f64 = 1_048_576.0;
+        if self.is_hasty() {
+            return Duration::ZERO;
+        }
+        #[allow(clippy::cast_precision_loss, reason = "far below what a float holds")]
+        let seconds = self.bytes as f64 / BYTES_PER_SECOND;
+        Duration::from_secs_f64(seconds.clamp(1.0, 30.0))
+    }
+
+    async fn round(&mut self, name: Option<String>) -> Result<(), Ended> {
+        self.bytes = 0;
+        if let Some(name) = name {
+            let is = self.subsystem(&name).await?;
+            tell(&self.news, News::Subsystem(name, is)).await?;
+        }
+        if !self.is_hasty() {
+            let request = pb::GetStatusRequest::default();
+            let response = self.remote.quickly(self.client.get_status(request)).await?.into_inner();
+            self.bytes += response.encoded_len();
+            // The stream brings it.
+            let status = pb::OrchestratorStatus { last_cycle: Bytes::new(), ..response.status.unwrap_or_default() };
+            tell(&self.news, News::Status(Box::new(status))).await?;
+        }
+        let request = pb::ListSubsystemsRequest { page_size: Self::PAGE, page_token: self.page_token.clone() };
+        let page = self.remote.quickly(self.client.list_subsystems(request)).await?.into_inner();
+        self.bytes += page.encoded_len();
+        self.page_token = page.next_page_token;
+        let is_last = self.page_token.is_empty();
+        self.is_first_reading &= !is_last;
+        tell(&self.news, News::Page { subsystems: page.subsystems, is_last }).await
+    }
+
+    /// A subsystem with its latest output, or that it is gone.
+    async fn subsystem(&mut self, name: &str) -> Result<Result<Box<pb::SubsystemStatus>, String>, Failure> {
+        let request = pb::GetSubsystemRequest { name: name.to_owned(), include_output: true, include_snapshot: false };
+        let call = async {
+            match self.client.get_subsystem(request).await {
+                Ok(response) => Ok(response.into_inner().subsystem),
+                Err(status) if status.code() == Code::NotFound => Ok(None),
+                Err(status) => Err(status),
+            }
+        };
+        let subsystem = self.remote.quickly(call).await?;
+        self.bytes += subsystem.as_ref().map_or(0, Message::encoded_len);
+        Ok(subsystem.map(Box::new).ok_or_else(|| "it is no longer registered".to_owned()))
+    }
+}
+
+/// What a failure says in one line.
+fn first_line(failure: &Failure) -> String {
+    clean(failure.message.lines().next().unwrap_or_default())
+}

@@ -1,0 +1,756 @@
+//! What is known of the service. News goes in, rows come out; no I/O, no terminal, no clock.
+
+use std::{
+    cmp::{Ordering, Reverse},
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+
+use super::super::{
+    cycles::{succeeded, why},
+    output::{clean, cycle_state, subsystem_state, timestamp, trigger, word},
+};
+use crate::proto::orchestrator::v1 as pb;
+
+/// Cycles that are kept to be shown: more than the widest terminal has columns.
+pub(super) const KEPT_CYCLES: usize = 500;
+
+/// Something that the service has said, or that it says nothing.
+#[derive(Debug)]
+pub(super) enum News {
+    /// How the service stands, without its last cycle.
+    Status(Box<pb::OrchestratorStatus>),
+    /// A page of the registry. After the last one comes the first again.
+    Page { subsystems: Vec<pb::SubsystemStatus>, is_last: bool },
+    /// One subsystem with its latest output, or why it can't be shown.
+    Subsystem(String, Result<Box<pb::SubsystemStatus>, String>),
+    /// A question has not been answered.
+    Unanswered(String),
+    /// A cycle of before, from the history.
+    Past(Box<pb::CycleTelemetry>),
+    /// A cycle was recorded.
+    Recorded(Box<pb::CycleTelemetry>),
+    /// A cycle has started, or runs as the stream is taken up.
+    Started(pb::CycleStarted),
+    /// The running cycle has moved on.
+    Progress(pb::CycleProgress),
+    /// The stream has nothing more to tell at this moment.
+    CaughtUp,
+    /// The stream is interrupted, and why.
+    Lost(String),
+    /// What was known of cycles is of another history.
+    Forget,
+}
+
+/// All that is known.
+#[derive(Debug, Default)]
+pub(super) struct Model {
+    /// Where the service is.
+    pub(super) address: String,
+    /// The last status.
+    pub(super) status: Option<pb::OrchestratorStatus>,
+    /// The stream is interrupted: why, and since when.
+    pub(super) lost: Option<(String, Timestamp)>,
+    /// The last question that was not answered.
+    pub(super) unanswered: Option<String>,
+    /// Every page of the registry has come once.
+    pub(super) is_loaded: bool,
+    /// The latest cycles by their number.
+    pub(super) cycles: BTreeMap<u64, Cycle>,
+    /// The running cycle.
+    pub(super) live: Option<Live>,
+    subsystems: BTreeMap<String, Subsystem>,
+    /// Counts the readings of the registry, so that what is no longer in it can be told.
+    reading: u64,
+}
+
+/// A recorded cycle, in short.
+#[derive(Clone, Debug)]
+pub(super) struct Cycle {
+    pub(super) state: &'static str,
+    pub(super) trigger: String,
+    pub(super) finished_at: Option<Timestamp>,
+    pub(super) duration_ms: f64,
+    pub(super) succeeded: String,
+    pub(super) error: String,
+}
+
+/// What is known of one subsystem.
+#[derive(Debug, Default)]
+struct Subsystem {
+    /// Not yet read from the registry when there is none.
+    registered: Option<Registered>,
+    part: Option<Part>,
+    output: Option<Output>,
+    /// The last reading of the registry that had it.
+    reading: u64,
+}
+
+/// How a subsystem stands in the registry.
+#[derive(Debug)]
+pub(super) struct Registered {
+    pub(super) endpoint: String,
+    pub(super) suspended: bool,
+    /// `CLOSED`, `OPEN` or `HALF_OPEN`; a dash when it has none.
+    pub(super) breaker: &'static str,
+    pub(super) lease_expires_at: Option<Timestamp>,
+}
+
+/// A subsystem's part in the last cycle in which it has ended.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) cycle_id: u64,
+    pub(super) state: &'static str,
+    /// It counts as a failure of the cycle.
+    pub(super) failed: bool,
+    /// None of one that was not called.
+    pub(super) duration_ms: Option<f64>,
+    pub(super) attempts: u32,
+    pub(super) reason: String,
+    finished_at: Option<Timestamp>,
+}
+
+/// A subsystem's latest output.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Output {
+    /// The cycle that made it.
+    pub(super) cycle_id: u64,
+    /// When that was, as far as it is known.
+    pub(super) made_at: Option<Timestamp>,
+}
+
+/// The cycle that runs.
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) cycle_id: u64,
+    pub(super) trigger: String,
+    pub(super) started_at: Option<Timestamp>,
+    /// In the order of the plan.
+    pub(super) stands: Vec<Stand>,
+    positions: HashMap<String, usize>,
+}
+
+/// How a subsystem's part in the running cycle stands.
+#[derive(Clone, Debug)]
+pub(super) struct Stand {
+    pub(super) name: String,
+    pub(super) state: pb::SubsystemState,
+    /// When its first call was seen to begin, since the cycle's start.
+    pub(super) began_ms: Option<f64>,
+}
+
+/// How many parts of the running cycle stand how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub(super) waiting: usize,
+    pub(super) running: usize,
+    pub(super) succeeded: usize,
+    pub(super) failed: usize,
+    /// Skipped, or cancelled.
+    pub(super) other: usize,
+}
+
+/// One subsystem as it is shown.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Row<'a> {
+    pub(super) name: &'a str,
+    pub(super) registered: &'a Registered,
+    pub(super) part: Option<&'a Part>,
+    pub(super) output: Option<Output>,
+    pub(super) stand: Option<&'a Stand>,
+}
+
+/// What the fleet can be sorted by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Column {
+    #[default]
+    Subsystem,
+    Last,
+    Duration,
+    Attempts,
+    Breaker,
+    Output,
+    Reason,
+}
+
+impl Column {
+    pub(super) const ALL: [Self; 7] =
+        [Self::Subsystem, Self::Last, Self::Duration, Self::Attempts, Self::Breaker, Self::Output, Self::Reason];
+
+    /// It is sorted from A to Z, and not by what is largest or worst.
+    pub(super) fn is_text(self) -> bool {
+        matches!(self, Self::Subsystem | Self::Reason)
+    }
+
+    /// Its heading.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Subsystem => "SUBSYSTEM",
+            Self::Last => "LAST",
+            Self::Duration => "DURATION",
+            Self::Attempts => "ATTEMPTS",
+            Self::Breaker => "BREAKER",
+            Self::Output => "OUTPUT",
+            Self::Reason => "REASON",
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// What goes in
+
+impl Model {
+    pub(super) fn new(address: String) -> Self {
+        Self { address, reading: 1, ..Self::default() }
+    }
+
+    /// Learns something.
+    pub(super) fn learn(&mut self, news: News, now: Timestamp) {
+        match news {
+            News::Status(status) => {
+                self.status = Some(*status);
+                self.unanswered = None;
+            }
+            News::Page { subsystems, is_last } => self.read(subsystems, is_last),
+            // It is of the one who looks at it.
+            News::Subsystem(..) => {}
+            News::Unanswered(why) => self.unanswered = Some(why),
+            News::Past(cycle) => self.record(&cycle),
+            News::Recorded(cycle) => {
+                self.is_heard();
+                if self.live.as_ref().is_some_and(|live| live.cycle_id <= cycle.cycle_id) {
+                    self.live = None;
+                }
+                self.record(&cycle);
+            }
+            News::Started(started) => {
+                self.is_heard();
+                self.live = Some(Live::new(started));
+            }
+            News::Progress(progress) => {
+                self.is_heard();
+                let Some(live) = self.live.as_mut().filter(|live| live.cycle_id == progress.cycle_id) else { return };
+                for update in &progress.updates {
+                    if let Some(part) = live.update(update) {
+                        self.subsystems.entry(update.name.clone()).or_default().take_part(part);
+                    }
+                }
+            }
+            News::CaughtUp => self.is_heard(),
+            News::Lost(why) => {
+                let since = self.lost.take().map_or(now, |(_, since)| since);
+                self.lost = Some((why, since));
+            }
+            News::Forget => {
+                self.cycles.clear();
+                self.live = None;
+                self.subsystems.values_mut().for_each(|it| (it.part, it.output) = (None, None));
+            }
+        }
+    }
+
+    /// The stream goes on. Whatever ran before it was interrupted is told anew.
+    fn is_heard(&mut self) {
+        if self.lost.take().is_some() {
+            self.live = None;
+        }
+    }
+
+    fn record(&mut self, cycle: &pb::CycleTelemetry) {
+        for part in &cycle.subsystems {
+            let known = self.subsystems.entry(part.name.clone()).or_default();
+            known.take_part(Part::new(cycle.cycle_id, part));
+        }
+        self.cycles.insert(cycle.cycle_id, Cycle::new(cycle));
+        if self.cycles.len() > KEPT_CYCLES {
+            self.cycles.pop_first();
+        }
+    }
+
+    fn read(&mut self, page: Vec<pb::SubsystemStatus>, is_last: bool) {
+        for status in page {
+            let breaker = word(status.breaker().as_str_name(), "BREAKER_STATE_");
+            let registration = status.registration.unwrap_or_default();
+            let known = self.subsystems.entry(registration.name).or_default();
+            known.reading = self.reading;
+            known.registered = Some(Registered {
+                endpoint: clean(&registration.endpoint),
+                suspended: status.suspended,
+                breaker: if registration.breaker.is_some_and(|breaker| breaker.disabled) { "-" } else { breaker },
+                lease_expires_at: status.lease_expires_at.as_ref().and_then(timestamp),
+            });
+            if let Some(last) = &status.last {
+                known.take_part(Part::new(status.last_cycle_id, last));
+            }
+            let cycle_id = status.output_cycle_id;
+            known.output = match known.output {
+                _ if cycle_id == 0 => None,
+                // The stream may be ahead.
+                Some(output) if output.cycle_id >= cycle_id => Some(output),
+                _ => {
+                    let made_at = self.cycles.get(&cycle_id).and_then(|cycle| cycle.finished_at);
+                    Some(Output { cycle_id, made_at })
+                }
+            };
+        }
+        if is_last {
+            let reading = self.reading;
+            self.subsystems.retain(|_, known| known.reading == reading);
+            self.reading += 1;
+            self.is_loaded = true;
+        }
+    }
+}
+
+impl Subsystem {
+    fn take_part(&mut self, part: Part) {
+        if self.part.as_ref().is_some_and(|known| known.cycle_id > part.cycle_id) {
+            return;
+        }
+        if part.state == subsystem_state(pb::SubsystemState::Succeeded) {
+            self.output = Some(Output { cycle_id: part.cycle_id, made_at: part.finished_at });
+        }
+        self.part = Some(part);
+    }
+}
+
+impl Part {
+    fn new(cycle_id: u64, part: &pb::SubsystemTelemetry) -> Self {
+        let skipped_by_choice =
+            matches!(part.skip_reason(), pb::SkipReason::Suspended | pb::SkipReason::RequirementLeftOut);
+        let is_skipped = part.state() == pb::SubsystemState::Skipped;
+        Self {
+            cycle_id,
+            state: subsystem_state(part.state()),
+            failed: is_failure(part.state()) || (is_skipped && !skipped_by_choice),
+            duration_ms: part.started_at.map(|_| part.duration_ms),
+            attempts: part.attempts,
+            reason: clean(&why(part)),
+            finished_at: part.finished_at.as_ref().and_then(timestamp),
+        }
+    }
+}
+
+/// It failed by itself. Why one was skipped is told only by the record.
+fn is_failure(state: pb::SubsystemState) -> bool {
+    matches!(state, pb::SubsystemState::Failed | pb::SubsystemState::TimedOut | pb::SubsystemState::CircuitOpen)
+}
+
+impl Cycle {
+    fn new(cycle: &pb::CycleTelemetry) -> Self {
+        Self {
+            state: cycle_state(cycle.state()),
+            trigger: trigger(cycle.trigger(), &cycle.r#loop),
+            finished_at: cycle.finished_at.as_ref().and_then(timestamp),
+            duration_ms: cycle.duration_ms,
+            succeeded: succeeded(cycle),
+            error: clean(&cycle.error),
+        }
+    }
+
+    /// How long it ran says something: nobody knows when an interrupted one ended.
+    pub(super) fn has_duration(&self) -> bool {
+        self.state != cycle_state(pb::CycleState::Interrupted)
+    }
+}
+
+impl Live {
+    fn new(started: pb::CycleStarted) -> Self {
+        let mut live = Self {
+            cycle_id: started.cycle_id,
+            trigger: trigger(started.trigger(), &started.r#loop),
+            started_at: started.started_at.as_ref().and_then(timestamp),
+            stands: Vec::with_capacity(started.subsystems.len()),
+            positions: HashMap::with_capacity(started.subsystems.len()),
+        };
+        started.subsystems.into_iter().for_each(|name| _ = live.stand(name));
+        live
+    }
+
+    fn stand(&mut self, name: String) -> &mut Stand {
+        let position = *self.positions.entry(name.clone()).or_insert_with(|| {
+            self.stands.push(Stand { name, state: pb::SubsystemState::Waiting, began_ms: None });
+            self.stands.len() - 1
+        });
+        &mut self.stands[position]
+    }
+
+    /// Moves on, and returns the part of a subsystem if that has ended. What is not said yet comes with the record.
+    fn update(&mut self, update: &pb::SubsystemProgress) -> Option<Part> {
+        let state = update.state();
+        let stand = self.stand(update.name.clone());
+        stand.state = state;
+        match state {
+            pb::SubsystemState::Unspecified | pb::SubsystemState::Waiting => return None,
+            pb::SubsystemState::Running => {
+                // A further attempt is no new beginning.
+                stand.began_ms.get_or_insert(update.elapsed_ms);
+                return None;
+            }
+            _ => {}
+        }
+        let began_ms = stand.began_ms;
+        Some(Part {
+            cycle_id: self.cycle_id,
+            state: subsystem_state(state),
+            failed: is_failure(state),
+            duration_ms: began_ms.map(|began_ms| update.elapsed_ms - began_ms),
+            attempts: update.attempts,
+            reason: clean(format!("{} {}", update.error_code, update.error_message).trim()),
+            finished_at: self.started_at.map(|at| {
+                let elapsed = Duration::try_from_secs_f64(update.elapsed_ms / 1e3).unwrap_or_default();
+                at.saturating_add(elapsed).unwrap_or(at)
+            }),
+        })
+    }
+
+    /// How many stand how.
+    pub(super) fn counts(&self) -> Counts {
+        self.counts_of(0..self.stands.len())
+    }
+
+    /// The same of some of them.
+    pub(super) fn counts_of(&self, range: Range<usize>) -> Counts {
+        let mut counts = Counts::default();
+        for stand in &self.stands[range] {
+            *match stand.state {
+                pb::SubsystemState::Waiting | pb::SubsystemState::Unspecified => &mut counts.waiting,
+                pb::SubsystemState::Running => &mut counts.running,
+                pb::SubsystemState::Succeeded => &mut counts.succeeded,
+                state if is_failure(state) => &mut counts.failed,
+                _ => &mut counts.other,
+            } += 1;
+        }
+        counts
+    }
+
+    /// Those that are being called, the longest first.
+    pub(super) fn running(&self) -> Vec<&Stand> {
+        let mut running: Vec<_> = self.stands.iter().filter(|it| it.state == pb::SubsystemState::Running).collect();
+        running.sort_by(|a, b| a.began_ms.unwrap_or(0.0).total_cmp(&b.began_ms.unwrap_or(0.0)));
+        running
+    }
+}
+
+impl Counts {
+    /// Those whose part has ended.
+    pub(super) fn ended(self) -> usize {
+        self.succeeded + self.failed + self.other
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// What comes out
+
+impl Model {
+    /// The registered subsystems, by name.
+    pub(super) fn fleet(&self) -> impl Iterator<Item = Row<'_>> {
+        self.subsystems.iter().filter_map(|(name, known)| self.shown(name, known))
+    }
+
+    /// One of them.
+    pub(super) fn row(&self, name: &str) -> Option<Row<'_>> {
+        self.subsystems.get_key_value(name).and_then(|(name, known)| self.shown(name, known))
+    }
+
+    fn shown<'a>(&'a self, name: &'a str, known: &'a Subsystem) -> Option<Row<'a>> {
+        let registered = known.registered.as_ref()?;
+        let stand = self.live.as_ref().and_then(|live| Some(&live.stands[*live.positions.get(name)?]));
+        Some(Row { name, registered, part: known.part.as_ref(), output: known.output, stand })
+    }
+
+    /// The rows that have this text, in this order: troubles and the largest first, names from A to Z.
+    pub(super) fn rows(&self, filter: &str, by: Column, reversed: bool) -> Vec<Row<'_>> {
+        let filter = filter.to_lowercase();
+        let mut rows: Vec<_> = self.fleet().filter(|row| row.has(&filter)).collect();
+        // They come by name, and the sort keeps the order of what is equal.
+        match by {
+            Column::Subsystem => {}
+            Column::Last => rows.sort_by_key(|row| (row.severity(), row.last())),
+            Column::Duration => rows.sort_by(|a, b| b.duration_ms().total_cmp(&a.duration_ms())),
+            Column::Attempts => rows.sort_by_key(|row| Reverse(row.part.map_or(0, |part| part.attempts))),
+            Column::Breaker => rows.sort_by_key(|row| match row.registered.breaker {
+                "OPEN" => 0,
+                "HALF_OPEN" => 1,
+                _ => 2,
+            }),
+            Column::Output => rows.sort_by(|a, b| match (a.output, b.output) {
+                (Some(a), Some(b)) => a.made_at.cmp(&b.made_at).then(a.cycle_id.cmp(&b.cycle_id)),
+                (a, b) => a.is_some().cmp(&b.is_some()),
+            }),
+            Column::Reason => rows.sort_by(|a, b| match (a.reason(), b.reason()) {
+                ("", "") => Ordering::Equal,
+                ("", _) => Ordering::Greater,
+                (_, "") => Ordering::Less,
+                (a, b) => a.cmp(b),
+            }),
+        }
+        if reversed {
+            rows.reverse();
+        }
+        rows
+    }
+
+    /// How many cycles were recorded. Their numbers have no gap, and the stream is ahead of the status.
+    pub(super) fn total_cycles(&self) -> u64 {
+        let newest = self.cycles.last_key_value().map_or(0, |(cycle_id, _)| *cycle_id);
+        self.status.as_ref().map_or(0, |status| status.total_cycles).max(newest)
+    }
+}
+
+impl<'a> Row<'a> {
+    /// How its last part has ended; a dash before the first.
+    pub(super) fn last(&self) -> &'static str {
+        self.part.map_or("-", |part| part.state)
+    }
+
+    /// FRESH when its last part made its latest output.
+    pub(super) fn freshness(&self) -> &'static str {
+        match (self.output, self.part) {
+            (None, _) => "ABSENT",
+            (Some(output), Some(part)) if part.cycle_id > output.cycle_id => "STALE",
+            (Some(_), _) => "FRESH",
+        }
+    }
+
+    /// Why its last part did not succeed.
+    pub(super) fn reason(&self) -> &'a str {
+        self.part.map_or("", |part| part.reason.as_str())
+    }
+
+    /// Its last part counts as a failure.
+    pub(super) fn is_failing(&self) -> bool {
+        self.part.is_some_and(|part| part.failed)
+    }
+
+    fn severity(&self) -> u8 {
+        match self.last() {
+            _ if self.is_failing() => 0,
+            "SUCCEEDED" => 3,
+            "-" => 2,
+            _ => 1,
+        }
+    }
+
+    fn duration_ms(&self) -> f64 {
+        self.part.and_then(|part| part.duration_ms).unwrap_or(-1.0)
+    }
+
+    /// Anything that is shown of it has this text, which is in lower case.
+    fn has(&self, filter: &str) -> bool {
+        let suspended = if self.registered.suspended { "suspended" } else { "" };
+        let Registered { endpoint, breaker, .. } = self.registered;
+        let shown = [self.name, self.last(), self.reason(), self.freshness(), breaker, endpoint, suspended];
+        filter.is_empty() || shown.iter().any(|text| text.to_lowercase().contains(filter))
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(in super::super) fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_second(1_800_000_000 + seconds).unwrap()
+    }
+
+    fn time(seconds: i64) -> prost_types::Timestamp {
+        crate::proto::timestamp(at(seconds))
+    }
+
+    pub(in super::super) fn registered(name: &str) -> pb::SubsystemStatus {
+        let registration = pb::Registration {
+            name: name.into(),
+            endpoint: "http://127.0.0.1:1".into(),
+            ..pb::Registration::default()
+        };
+        pb::SubsystemStatus {
+            registration: Some(registration),
+            breaker: pb::BreakerState::Closed.into(),
+            ..pb::SubsystemStatus::default()
+        }
+    }
+
+    pub(in super::super) fn part(name: &str, state: pb::SubsystemState, duration_ms: f64) -> pb::SubsystemTelemetry {
+        let failed = state == pb::SubsystemState::Failed;
+        pb::SubsystemTelemetry {
+            name: name.into(),
+            state: state.into(),
+            started_at: Some(time(0)),
+            finished_at: Some(time(0)),
+            duration_ms,
+            attempts: if failed { 3 } else { 1 },
+            error_code: if failed { "INTERNAL".into() } else { String::new() },
+            error_message: if failed { format!("{name} is \x1b[31mbroken") } else { String::new() },
+            ..pb::SubsystemTelemetry::default()
+        }
+    }
+
+    /// A cycle that ended so many seconds after the beginning of all time, each of whose parts ended then.
+    pub(in super::super) fn cycle(
+        cycle_id: u64,
+        seconds: i64,
+        state: pb::CycleState,
+        mut subsystems: Vec<pb::SubsystemTelemetry>,
+    ) -> pb::CycleTelemetry {
+        for part in &mut subsystems {
+            part.finished_at = Some(time(seconds));
+        }
+        pb::CycleTelemetry {
+            cycle_id,
+            revision: cycle_id,
+            state: state.into(),
+            finished_at: Some(time(seconds)),
+            duration_ms: 100.0 * f64::from(u32::try_from(cycle_id).unwrap()),
+            trigger: pb::Trigger::Loop.into(),
+            r#loop: "heartbeat".into(),
+            error: if state == pb::CycleState::Succeeded { String::new() } else { "1 of 2 failed".into() },
+            subsystems,
+            ..pb::CycleTelemetry::default()
+        }
+    }
+
+    pub(in super::super) fn started(cycle_id: u64, seconds: i64, names: &[&str]) -> News {
+        News::Started(pb::CycleStarted {
+            cycle_id,
+            started_at: Some(time(seconds)),
+            subsystems: names.iter().map(|&name| name.into()).collect(),
+            ..pb::CycleStarted::default()
+        })
+    }
+
+    pub(in super::super) fn progress(cycle_id: u64, updates: &[(&str, pb::SubsystemState)]) -> News {
+        let updates = updates.iter().map(|&(name, state)| pb::SubsystemProgress {
+            name: name.into(),
+            state: state.into(),
+            elapsed_ms: 500.0,
+            ..pb::SubsystemProgress::default()
+        });
+        News::Progress(pb::CycleProgress { cycle_id, updates: updates.collect(), dropped: 0 })
+    }
+
+    pub(in super::super) fn page(subsystems: Vec<pb::SubsystemStatus>) -> News {
+        News::Page { subsystems, is_last: true }
+    }
+
+    pub(in super::super) fn knowing(news: impl IntoIterator<Item = News>) -> Model {
+        let mut model = Model::new("http://127.0.0.1:7700".into());
+        news.into_iter().for_each(|news| model.learn(news, at(0)));
+        model
+    }
+
+    fn recorded(cycle: pb::CycleTelemetry) -> News {
+        News::Recorded(Box::new(cycle))
+    }
+
+    fn names<'a>(rows: &[Row<'a>]) -> Vec<&'a str> {
+        rows.iter().map(|row| row.name).collect()
+    }
+
+    #[test]
+    fn a_cycle_moves_and_ends() {
+        use pb::SubsystemState::{Failed, Running, Skipped, Succeeded};
+        let mut model = knowing([page(vec![registered("a"), registered("b"), registered("c")])]);
+        model.learn(started(4, 0, &["a", "b", "c"]), at(0));
+        model.learn(progress(4, &[("a", Running), ("b", Running)]), at(0));
+        model.learn(progress(3, &[("c", Running)]), at(0));
+        let live = model.live.as_ref().unwrap();
+        assert_eq!(live.counts(), Counts { waiting: 1, running: 2, ..Counts::default() });
+        assert_eq!(live.running()[0].name, "a");
+        model.learn(progress(4, &[("a", Failed), ("b", Succeeded), ("c", Skipped)]), at(0));
+        let counts = model.live.as_ref().unwrap().counts();
+        assert_eq!(counts, Counts { succeeded: 1, failed: 1, other: 1, ..Counts::default() });
+        assert_eq!(counts.ended(), 3);
+        let row = model.row("a").unwrap();
+        assert_eq!((row.last(), row.part.unwrap().duration_ms, row.reason()), ("FAILED", Some(0.0), ""));
+        assert_eq!(model.row("b").unwrap().freshness(), "FRESH");
+        let parts = vec![part("a", Failed, 3.0), part("b", Succeeded, 2.0)];
+        model.learn(recorded(cycle(4, 1, pb::CycleState::Degraded, parts)), at(1));
+        assert!(model.live.is_none());
+        assert_eq!((model.total_cycles(), model.cycles[&4].state), (4, "DEGRADED"));
+        assert_eq!(model.row("a").unwrap().reason(), "INTERNAL a is [31mbroken");
+    }
+
+    #[test]
+    fn freshness_is_that_of_the_latest_output() {
+        use pb::SubsystemState::{Failed, Succeeded};
+        let mut model = knowing([page(vec![registered("a"), registered("b")])]);
+        assert_eq!(model.row("a").unwrap().freshness(), "ABSENT");
+        model.learn(recorded(cycle(1, 1, pb::CycleState::Succeeded, vec![part("a", Succeeded, 1.0)])), at(1));
+        assert_eq!(model.row("a").unwrap().freshness(), "FRESH");
+        model.learn(recorded(cycle(2, 9, pb::CycleState::Degraded, vec![part("a", Failed, 1.0)])), at(9));
+        let stale = model.row("a").unwrap();
+        assert_eq!((stale.freshness(), stale.output.unwrap().made_at), ("STALE", Some(at(1))));
+        // A page that was read before the stream moved on changes nothing; one after a restart neither.
+        let old = pb::SubsystemStatus {
+            last: Some(part("a", Succeeded, 1.0)),
+            last_cycle_id: 1,
+            output_cycle_id: 1,
+            ..registered("a")
+        };
+        model.learn(page(vec![old]), at(9));
+        assert_eq!((model.row("a").unwrap().last(), model.row("a").unwrap().freshness()), ("FAILED", "STALE"));
+        // Registered anew, it has none.
+        model.learn(page(vec![registered("a")]), at(9));
+        assert_eq!(model.row("a").unwrap().freshness(), "ABSENT");
+    }
+
+    #[test]
+    fn what_is_no_longer_registered_goes_after_a_whole_reading() {
+        let first = News::Page { subsystems: vec![registered("a")], is_last: false };
+        let mut model = knowing([first, page(vec![registered("b")])]);
+        assert_eq!(names(&model.rows("", Column::Subsystem, false)), ["a", "b"]);
+        model.learn(News::Page { subsystems: vec![registered("b")], is_last: false }, at(1));
+        assert!(model.row("a").is_some());
+        model.learn(page(vec![]), at(1));
+        assert_eq!(names(&model.rows("", Column::Subsystem, false)), ["b"]);
+    }
+
+    #[test]
+    fn rows_are_sorted_and_filtered() {
+        use pb::SubsystemState::{Failed, Succeeded, TimedOut};
+        let open = pb::SubsystemStatus { breaker: pb::BreakerState::Open.into(), ..registered("c") };
+        let suspended = pb::SubsystemStatus { suspended: true, ..registered("d") };
+        let parts = vec![part("a", Succeeded, 5.0), part("b", Failed, 9.0), part("c", TimedOut, 7.0)];
+        let model = knowing([
+            page(vec![registered("a"), registered("b"), open, suspended]),
+            recorded(cycle(1, 1, pb::CycleState::Degraded, parts)),
+        ]);
+        let sorted = |by, reversed| names(&model.rows("", by, reversed));
+        assert_eq!(sorted(Column::Subsystem, true), ["d", "c", "b", "a"]);
+        assert_eq!(sorted(Column::Last, false), ["b", "c", "d", "a"]);
+        assert_eq!(sorted(Column::Duration, false), ["b", "c", "a", "d"]);
+        assert_eq!(sorted(Column::Attempts, false), ["b", "a", "c", "d"]);
+        assert_eq!(sorted(Column::Breaker, false), ["c", "a", "b", "d"]);
+        assert_eq!(sorted(Column::Output, true), ["a", "d", "c", "b"]);
+        assert_eq!(sorted(Column::Reason, false), ["b", "a", "c", "d"]);
+        let filtered = |filter| names(&model.rows(filter, Column::Subsystem, false));
+        for (filter, found) in [("B", vec!["b", "c", "d"]), ("suspend", vec!["d"]), ("timed_out", vec!["c"])] {
+            // "b" is also in ABSENT.
+            assert_eq!(filtered(filter), found, "{filter}");
+        }
+        assert!(filtered("nothing has this").is_empty());
+    }
+
+    #[test]
+    fn a_lost_connection_keeps_what_is_known_until_the_stream_goes_on() {
+        let mut model = knowing([page(vec![registered("a")]), started(7, 0, &["a"])]);
+        model.learn(News::Lost("the connection is lost".into()), at(5));
+        model.learn(News::Lost("still".into()), at(8));
+        assert_eq!(model.lost, Some(("still".into(), at(5))));
+        assert!(model.live.is_some());
+        model.learn(News::CaughtUp, at(9));
+        assert!(model.lost.is_none() && model.live.is_none());
+        model.learn(News::Forget, at(9));
+        assert!(model.cycles.is_empty() && model.row("a").is_some());
+    }
+
+    #[test]
+    fn the_history_is_bounded() {
+        let many = u64::try_from(KEPT_CYCLES).unwrap() + 10;
+        let model = knowing((1..=many).map(|id| recorded(cycle(id, 0, pb::CycleState::Succeeded, vec![]))));
+        assert_eq!((model.cycles.len(), model.total_cycles()), (KEPT_CYCLES, many));
+    }
+}

@@ -1,0 +1,127 @@
+//! Lines, tables and text that fit, whatever they say.
+
+use std::borrow::Cow;
+
+use ratatui::{
+    buffer::Buffer,
+    layout::{Constraint, Layout, Rect},
+    style::Modifier,
+    text::{Line, Span},
+};
+
+/// As many of these lines as fit, each cut where the area ends.
+pub(super) fn put_lines<'a>(buffer: &mut Buffer, area: Rect, lines: impl IntoIterator<Item = Line<'a>>) {
+    for (row, line) in area.rows().zip(lines) {
+        let is_cut = line.width() > usize::from(row.width);
+        buffer.set_line(row.x, row.y, &line, row.width);
+        if is_cut && row.width > 0 {
+            buffer.set_string(row.right() - 1, row.y, "…", line.style);
+        }
+    }
+}
+
+/// A column of a table.
+pub(super) struct Col {
+    heading: String,
+    width: Constraint,
+    is_right: bool,
+}
+
+impl Col {
+    /// A column of text.
+    pub(super) fn left(heading: &str, width: u16) -> Self {
+        Self { heading: heading.to_owned(), width: Constraint::Length(width), is_right: false }
+    }
+
+    /// A column of numbers.
+    pub(super) fn right(heading: &str, width: u16) -> Self {
+        Self { is_right: true, ..Self::left(heading, width) }
+    }
+
+    /// It takes what is left.
+    pub(super) fn rest(heading: &str) -> Self {
+        Self { width: Constraint::Fill(1), ..Self::left(heading, 0) }
+    }
+
+    /// The table is sorted by it, in the direction of this arrow.
+    pub(super) fn sorted(self, arrow: &str) -> Self {
+        Self { heading: format!("{}{arrow}", self.heading), ..self }
+    }
+}
+
+/// A table: its headings, and as many rows as fit, each with whether it is selected. What has no room is cut.
+pub(super) fn table_of<'a>(
+    buffer: &mut Buffer,
+    area: Rect,
+    columns: &[Col],
+    rows: impl Iterator<Item = (bool, Vec<Span<'a>>)>,
+) {
+    let layout = Layout::horizontal(columns.iter().map(|column| column.width)).spacing(1);
+    let places = layout.split(Rect { height: area.height.min(1), ..area });
+    let headings = columns.iter().map(|column| bold(column.heading.clone())).collect();
+    for (line, (is_selected, cells)) in area.rows().zip(std::iter::once((false, headings)).chain(rows)) {
+        for ((cell, column), place) in cells.iter().zip(columns).zip(places.iter()) {
+            let text = cut(&cell.content, usize::from(place.width));
+            let gap = if column.is_right { place.width.saturating_sub(as_u16(Span::raw(&text).width())) } else { 0 };
+            buffer.set_string(place.x + gap, line.y, text, cell.style);
+        }
+        if is_selected {
+            buffer.set_style(line, Modifier::REVERSED);
+        }
+    }
+}
+
+/// Text that fits.
+pub(super) fn cut(text: &str, width: usize) -> String {
+    if Span::raw(text).width() <= width {
+        return text.to_owned();
+    }
+    let mut shorter: String = text.chars().take(width).collect();
+    while Span::raw(format!("{shorter}…")).width() > width && shorter.pop().is_some() {}
+    shorter.push('…');
+    shorter
+}
+
+/// Text in lines that fit, broken between words where that can be.
+pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let width = width.max(1);
+    let mut lines = vec![String::new()];
+    for word in text.split_inclusive(' ') {
+        let fits = |line: &str| Span::raw(line.to_owned() + word.trim_end()).width() <= width;
+        if lines.last().is_some_and(|line| !line.is_empty() && !fits(line)) {
+            lines.push(String::new());
+        }
+        for c in word.chars() {
+            // A word that is longer than a line.
+            if lines.last().is_some_and(|line| Span::raw(line.trim_end()).width() >= width) && c != ' ' {
+                lines.push(String::new());
+            }
+            if let Some(line) = lines.last_mut() {
+                line.push(c);
+            }
+        }
+    }
+    lines.iter().map(|line| line.trim_end().to_owned()).collect()
+}
+
+/// What stands out.
+pub(super) fn bold<'a>(text: impl Into<Cow<'a, str>>) -> Span<'a> {
+    Span::styled(text, Modifier::BOLD)
+}
+
+/// No terminal has more.
+pub(super) fn as_u16(number: usize) -> u16 {
+    u16::try_from(number).unwrap_or(u16::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_text_is_broken_between_words() {
+        assert_eq!(wrapped("one two three", 8), ["one two", "three"]);
+        assert_eq!(wrapped("abcdefgh", 3), ["abc", "def", "gh"]);
+        assert_eq!(cut("abcdef", 4), "abc…");
+    }
+}

@@ -1,0 +1,351 @@
+//! What is looked at, and what keys do to it. No terminal and no I/O.
+
+use crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
+
+use super::{
+    detail::{self, Entry},
+    model::{Column, Model, News},
+};
+
+/// Which part of the screen, and how.
+#[derive(Debug, Default)]
+pub(super) struct View {
+    pub(super) pane: Pane,
+    pub(super) mode: Mode,
+    pub(super) sort: Column,
+    pub(super) reversed: bool,
+    /// Only subsystems that have this text are shown.
+    pub(super) filter: String,
+    /// The subsystem that is selected: it stays so wherever its row goes. Without one it is the first row.
+    pub(super) selected: Option<String>,
+    /// The first line shown of the pane, or of what lies over it.
+    pub(super) top: usize,
+    /// Lines that the last drawing had room for.
+    pub(super) page: usize,
+}
+
+/// What fills the screen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Pane {
+    /// The fleet, with the running cycle, the history and the loops in short.
+    #[default]
+    Fleet,
+    Cycles,
+    Loops,
+}
+
+/// What keys do.
+#[derive(Debug, Default)]
+pub(super) enum Mode {
+    /// They move and choose.
+    #[default]
+    Browse,
+    /// They write the filter.
+    Filter,
+    Help,
+    /// They scroll through what is known of one subsystem.
+    Detail(Detail),
+}
+
+/// What is known of one subsystem.
+#[derive(Debug)]
+pub(super) struct Detail {
+    pub(super) name: String,
+    /// Not yet answered when there is none.
+    pub(super) is: Option<Result<Vec<Entry>, String>>,
+    /// Columns of the output that are left out at the left.
+    pub(super) left: usize,
+}
+
+/// What a key asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Action {
+    Quit,
+    /// Ctrl-C.
+    Interrupt,
+    Redraw,
+    /// Out of what lies over the panes, or out of the filter; else quit.
+    Back,
+    Up,
+    Down,
+    Left,
+    Right,
+    PageUp,
+    PageDown,
+    First,
+    Last,
+    NextColumn,
+    PreviousColumn,
+    Reverse,
+    Open,
+    Help,
+    Show(Pane),
+    NextPane,
+    Filter,
+    Type(char),
+    Erase,
+    EraseAll,
+    Accept,
+}
+
+/// What is to be done beyond the view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Then {
+    GoOn,
+    Redraw,
+    Quit,
+    Interrupt,
+}
+
+/// What a key asks for; nothing, for most.
+pub(super) fn action(key: KeyEvent, mode: &Mode) -> Option<Action> {
+    if key.modifiers.contains(KeyModifiers::CONTROL) {
+        return match (key.code, mode) {
+            (KeyCode::Char('c'), _) => Some(Action::Interrupt),
+            (KeyCode::Char('l'), _) => Some(Action::Redraw),
+            (KeyCode::Char('u'), Mode::Filter) => Some(Action::EraseAll),
+            (KeyCode::Char('f'), _) => Some(Action::PageDown),
+            (KeyCode::Char('b'), _) => Some(Action::PageUp),
+            _ => None,
+        };
+    }
+    match (key.code, mode) {
+        (KeyCode::Enter, Mode::Filter) => Some(Action::Accept),
+        (KeyCode::Backspace, Mode::Filter) => Some(Action::Erase),
+        (KeyCode::Char(c), Mode::Filter) => Some(Action::Type(c)),
+        (KeyCode::Esc, _) | (KeyCode::Char('q'), Mode::Help | Mode::Detail(_)) => Some(Action::Back),
+        (KeyCode::Up, _) | (KeyCode::Char('k'), _) => Some(Action::Up),
+        (KeyCode::Down, _) | (KeyCode::Char('j'), _) => Some(Action::Down),
+        (KeyCode::PageUp, _) => Some(Action::PageUp),
+        (KeyCode::PageDown | KeyCode::Char(' '), _) => Some(Action::PageDown),
+        (KeyCode::Home | KeyCode::Char('g'), _) => Some(Action::First),
+        (KeyCode::End | KeyCode::Char('G'), _) => Some(Action::Last),
+        (KeyCode::Char('q'), Mode::Browse) => Some(Action::Quit),
+        (KeyCode::Char('?') | KeyCode::F(1), _) => Some(Action::Help),
+        (KeyCode::Left | KeyCode::Char('h'), Mode::Detail(_)) => Some(Action::Left),
+        (KeyCode::Right | KeyCode::Char('l'), Mode::Detail(_)) => Some(Action::Right),
+        (KeyCode::Enter, Mode::Browse) => Some(Action::Open),
+        (KeyCode::Tab, Mode::Browse) => Some(Action::NextPane),
+        (KeyCode::Char('1'), Mode::Browse) => Some(Action::Show(Pane::Fleet)),
+        (KeyCode::Char('2'), Mode::Browse) => Some(Action::Show(Pane::Cycles)),
+        (KeyCode::Char('3'), Mode::Browse) => Some(Action::Show(Pane::Loops)),
+        (KeyCode::Char('/'), Mode::Browse) => Some(Action::Filter),
+        (KeyCode::Char('s' | '>') | KeyCode::Right, Mode::Browse) => Some(Action::NextColumn),
+        (KeyCode::Char('S' | '<') | KeyCode::Left, Mode::Browse) => Some(Action::PreviousColumn),
+        (KeyCode::Char('r'), Mode::Browse) => Some(Action::Reverse),
+        _ => None,
+    }
+}
+
+impl View {
+    /// Does what a key asks for.
+    pub(super) fn act(&mut self, action: Action, model: &Model) -> Then {
+        match action {
+            Action::Quit => return Then::Quit,
+            Action::Interrupt => return Then::Interrupt,
+            Action::Redraw => return Then::Redraw,
+            Action::Back => match self.mode {
+                Mode::Browse if self.pane != Pane::Fleet => self.show(Pane::Fleet),
+                Mode::Browse if !self.filter.is_empty() => self.choose(|view| view.filter.clear()),
+                Mode::Browse => return Then::Quit,
+                Mode::Filter => {
+                    self.mode = Mode::Browse;
+                    self.choose(|view| view.filter.clear());
+                }
+                Mode::Help | Mode::Detail(_) => {
+                    self.mode = Mode::Browse;
+                    self.top = 0;
+                }
+            },
+            Action::Up => self.scroll(model, |line, _| line.saturating_sub(1)),
+            Action::Down => self.scroll(model, |line, _| line.saturating_add(1)),
+            Action::PageUp => self.scroll(model, usize::saturating_sub),
+            Action::PageDown => self.scroll(model, usize::saturating_add),
+            Action::First => self.scroll(model, |_, _| 0),
+            Action::Last => self.scroll(model, |_, _| usize::MAX),
+            Action::Left => self.shift(|left| left.saturating_sub(SHIFT)),
+            Action::Right => self.shift(|left| left.saturating_add(SHIFT).min(detail::MAX_COLUMNS)),
+            Action::NextColumn => self.choose(|view| view.sort = neighbour(view.sort, 1)),
+            Action::PreviousColumn => self.choose(|view| view.sort = neighbour(view.sort, Column::ALL.len() - 1)),
+            Action::Reverse => self.choose(|view| view.reversed = !view.reversed),
+            Action::Open => self.open(model),
+            Action::Help => {
+                self.mode = if matches!(self.mode, Mode::Help) { Mode::Browse } else { Mode::Help };
+                self.top = 0;
+            }
+            Action::Show(pane) => self.show(pane),
+            Action::NextPane => self.show(match self.pane {
+                Pane::Fleet => Pane::Cycles,
+                Pane::Cycles => Pane::Loops,
+                Pane::Loops => Pane::Fleet,
+            }),
+            Action::Filter => {
+                self.show(Pane::Fleet);
+                self.mode = Mode::Filter;
+            }
+            Action::Type(c) if self.filter.len() < MAX_FILTER && !c.is_control() => {
+                self.choose(|view| view.filter.push(c));
+            }
+            Action::Type(_) => {}
+            Action::Erase => self.choose(|view| _ = view.filter.pop()),
+            Action::EraseAll => self.choose(|view| view.filter.clear()),
+            Action::Accept => self.mode = Mode::Browse,
+        }
+        Then::GoOn
+    }
+
+    /// Takes the answer that it waits for.
+    pub(super) fn learn(&mut self, news: &News) {
+        if let (Mode::Detail(detail), News::Subsystem(name, is)) = (&mut self.mode, news)
+            && detail.name == *name
+        {
+            detail.is = Some(is.as_ref().map(|status| detail::entries(status)).map_err(Clone::clone));
+        }
+    }
+
+    /// The subsystem whose detail is shown.
+    pub(super) fn wants(&self) -> Option<&str> {
+        match &self.mode {
+            Mode::Detail(detail) => Some(&detail.name),
+            _ => None,
+        }
+    }
+
+    fn show(&mut self, pane: Pane) {
+        if self.pane != pane {
+            (self.pane, self.top) = (pane, 0);
+        }
+    }
+
+    /// Changes which rows there are, or their order, and looks at the first of them.
+    fn choose(&mut self, change: impl FnOnce(&mut Self)) {
+        if self.pane == Pane::Fleet {
+            change(self);
+            (self.selected, self.top) = (None, 0);
+        }
+    }
+
+    /// Moves the selected row where rows can be selected, and what is shown everywhere else. How far one can go is
+    /// known when it is drawn.
+    fn scroll(&mut self, model: &Model, to: impl Fn(usize, usize) -> usize) {
+        if matches!(self.mode, Mode::Help | Mode::Detail(_)) || self.pane != Pane::Fleet {
+            self.top = to(self.top, self.page);
+            return;
+        }
+        let rows = model.rows(&self.filter, self.sort, self.reversed);
+        let selected = to(self.position(rows.iter().map(|row| row.name)), self.page);
+        self.selected = rows.get(selected.min(rows.len().saturating_sub(1))).map(|row| row.name.to_owned());
+    }
+
+    /// Where the selected row is among these.
+    pub(super) fn position<'a>(&self, mut names: impl Iterator<Item = &'a str>) -> usize {
+        self.selected.as_ref().and_then(|selected| names.position(|name| name == selected)).unwrap_or(0)
+    }
+
+    fn open(&mut self, model: &Model) {
+        if self.pane != Pane::Fleet {
+            return;
+        }
+        let rows = model.rows(&self.filter, self.sort, self.reversed);
+        let Some(row) = rows.get(self.position(rows.iter().map(|row| row.name))) else { return };
+        self.selected = Some(row.name.to_owned());
+        self.mode = Mode::Detail(Detail { name: row.name.to_owned(), is: None, left: 0 });
+        self.top = 0;
+    }
+
+    fn shift(&mut self, to: impl FnOnce(usize) -> usize) {
+        if let Mode::Detail(detail) = &mut self.mode {
+            detail.left = to(detail.left);
+        }
+    }
+}
+
+/// Longer than any name.
+const MAX_FILTER: usize = 100;
+/// Columns that one key moves a detail to the side.
+const SHIFT: usize = 8;
+
+fn neighbour(column: Column, away: usize) -> Column {
+    let all = Column::ALL;
+    let position = all.iter().position(|it| *it == column).unwrap_or(0);
+    all[(position + away) % all.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::model::tests::{knowing, page, registered},
+        *,
+    };
+
+    fn key(code: KeyCode) -> KeyEvent {
+        KeyEvent::new(code, KeyModifiers::NONE)
+    }
+
+    /// Presses these keys one after the other, and tells what the last one did.
+    fn press(view: &mut View, model: &Model, keys: impl IntoIterator<Item = KeyCode>) -> Then {
+        keys.into_iter().fold(Then::GoOn, |_, code| match action(key(code), &view.mode) {
+            Some(action) => view.act(action, model),
+            None => Then::GoOn,
+        })
+    }
+
+    fn fleet() -> Model {
+        knowing([page(["alpha", "beta", "gamma"].map(registered).to_vec())])
+    }
+
+    #[test]
+    fn keys_end_it_from_the_outermost_only() {
+        let (mut view, model) = (View::default(), fleet());
+        assert_eq!(press(&mut view, &model, [KeyCode::Char('q')]), Then::Quit);
+        assert_eq!(press(&mut view, &model, [KeyCode::Esc]), Then::Quit);
+        let interrupt = KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL);
+        for mode in [Mode::Browse, Mode::Filter, Mode::Help] {
+            assert_eq!(action(interrupt, &mode), Some(Action::Interrupt));
+        }
+        for opens in [KeyCode::Char('?'), KeyCode::Enter, KeyCode::Char('/'), KeyCode::Tab] {
+            assert_eq!(press(&mut view, &model, [opens, KeyCode::Esc]), Then::GoOn, "{opens}");
+            assert!(matches!((&view.mode, view.pane), (Mode::Browse, Pane::Fleet)), "{opens}");
+        }
+        assert_eq!(press(&mut view, &model, [KeyCode::Char('?'), KeyCode::Char('q')]), Then::GoOn);
+    }
+
+    #[test]
+    fn the_selected_row_moves_and_is_opened() {
+        let (mut view, model) = (View { page: 10, ..View::default() }, fleet());
+        press(&mut view, &model, [KeyCode::Down]);
+        assert_eq!(view.selected.as_deref(), Some("beta"));
+        press(&mut view, &model, [KeyCode::PageDown]);
+        assert_eq!(view.selected.as_deref(), Some("gamma"));
+        press(&mut view, &model, [KeyCode::Home, KeyCode::Up]);
+        assert_eq!(view.selected.as_deref(), Some("alpha"));
+        press(&mut view, &model, [KeyCode::Char('G'), KeyCode::Enter]);
+        assert_eq!(view.wants(), Some("gamma"));
+        let of_another = News::Subsystem("alpha".into(), Err("gone".into()));
+        view.learn(&of_another);
+        assert!(matches!(&view.mode, Mode::Detail(Detail { is: None, .. })));
+        view.learn(&News::Subsystem("gamma".into(), Ok(Box::new(registered("gamma")))));
+        assert!(matches!(&view.mode, Mode::Detail(Detail { is: Some(Ok(_)), .. })));
+        press(&mut view, &model, [KeyCode::Down, KeyCode::Right]);
+        assert!(matches!(&view.mode, Mode::Detail(Detail { left: SHIFT, .. })) && view.top == 1);
+        press(&mut view, &model, [KeyCode::Esc]);
+        assert_eq!((view.wants(), view.selected.as_deref()), (None, Some("gamma")));
+    }
+
+    #[test]
+    fn text_filters_and_columns_sort() {
+        let (mut view, model) = (View::default(), fleet());
+        press(&mut view, &model, "/qx?".chars().map(KeyCode::Char));
+        assert_eq!(view.filter, "qx?");
+        press(&mut view, &model, [KeyCode::Backspace, KeyCode::Backspace, KeyCode::Enter]);
+        assert_eq!((view.filter.as_str(), matches!(view.mode, Mode::Browse)), ("q", true));
+        assert_eq!(press(&mut view, &model, [KeyCode::Enter]), Then::GoOn, "no row is no subsystem");
+        assert_eq!(view.wants(), None);
+        assert_eq!(press(&mut view, &model, [KeyCode::Esc]), Then::GoOn, "first out of the filter");
+        assert_eq!(view.filter, "");
+        press(&mut view, &model, [KeyCode::Char('s'), KeyCode::Char('s'), KeyCode::Char('r')]);
+        assert_eq!((view.sort, view.reversed), (Column::Duration, true));
+        press(&mut view, &model, "SSS".chars().map(KeyCode::Char));
+        assert_eq!(view.sort, Column::Reason);
+    }
+}

@@ -1,0 +1,109 @@
+//! Terminals, as programs meet them.
+
+use std::{
+    fs::File,
+    io::{Read, Write},
+    os::fd::OwnedFd,
+    process::Stdio,
+    sync::Arc,
+};
+
+use rustix::{
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize},
+};
+use tokio::{process::Command, sync::watch, time::timeout};
+
+use super::PATIENCE;
+
+/// A new terminal of this size: the side of who looks at it, and that of the program.
+pub fn open(columns: u16, rows: u16) -> (OwnedFd, OwnedFd) {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    tcsetwinsize(&master, size(columns, rows)).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap();
+    let program = File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
+    (master, program.into())
+}
+
+fn size(columns: u16, rows: u16) -> Winsize {
+    Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }
+}
+
+/// A terminal that understands what is written to it, and a person at it.
+pub struct Terminal {
+    master: File,
+    program: OwnedFd,
+    screen: Arc<watch::Sender<vt100::Parser>>,
+}
+
+impl Terminal {
+    /// An empty terminal of this size.
+    pub fn new(columns: u16, rows: u16) -> Self {
+        let (master, program) = open(columns, rows);
+        let master = File::from(master);
+        let [height, width] = [rows, columns].map(|it| it.try_into().unwrap());
+        let screen = Arc::new(watch::Sender::new(vt100::Parser::new(height, width, 0)));
+        let (mut read, written) = (master.try_clone().unwrap(), screen.clone());
+        std::thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            // The end of a terminal whose other side is closed is an error.
+            while let Ok(length @ 1..) = read.read(&mut chunk) {
+                written.send_modify(|parser| parser.process(&chunk[..length]));
+            }
+        });
+        Self { master, program, screen }
+    }
+
+    /// Lets a command use it.
+    pub fn connect(&self, command: &mut Command) {
+        let side = || Stdio::from(self.program.try_clone().unwrap());
+        command.env("TERM", "xterm-256color").stdin(side()).stdout(side()).stderr(side());
+    }
+
+    /// Presses keys, as the bytes that they send.
+    pub fn press(&mut self, keys: &str) {
+        self.master.write_all(keys.as_bytes()).unwrap();
+    }
+
+    /// Changes the size.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        let [height, width] = [rows, columns].map(|it| it.try_into().unwrap());
+        self.screen.send_modify(|parser| parser.screen_mut().set_size(height, width));
+        tcsetwinsize(&self.master, size(columns, rows)).unwrap();
+    }
+
+    /// Waits until what is shown fulfills this, and returns it.
+    pub async fn until(&self, what: &str, holds: impl Fn(&str) -> bool) -> String {
+        self.until_screen(what, |screen| holds(&screen.contents())).await
+    }
+
+    /// Waits until this text is shown, and returns all that is.
+    pub async fn until_shown(&self, text: &str) -> String {
+        self.until(text, |shown| shown.contains(text)).await
+    }
+
+    /// The same of all that a screen is.
+    pub async fn until_screen(&self, what: &str, holds: impl Fn(&vt100::Screen) -> bool) -> String {
+        let mut screen = self.screen.subscribe();
+        let came = timeout(PATIENCE, screen.wait_for(|parser| holds(parser.screen()))).await;
+        let came = came.map(|parser| parser.unwrap().screen().contents());
+        came.unwrap_or_else(|_| panic!("waited {PATIENCE:?} for {what} in\n{}", self.look(vt100::Screen::contents)))
+    }
+
+    /// Looks at the screen as it is now.
+    pub fn look<T>(&self, look: impl FnOnce(&vt100::Screen) -> T) -> T {
+        look(self.screen.borrow().screen())
+    }
+
+    /// Waits until it is as programs expect it: what is typed is shown, in lines, and the first screen is back.
+    pub async fn until_given_back(&self) {
+        self.until_screen("the terminal to be given back", |screen| {
+            !screen.alternate_screen() && !screen.hide_cursor()
+        })
+        .await;
+        let modes = tcgetattr(&self.program).unwrap().local_modes;
+        assert!(modes.contains(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG), "{modes:?}");
+    }
+}

@@ -1,0 +1,259 @@
+//! `orchestrator top` on a terminal, as a person meets it.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{net::SocketAddr, process::Stdio};
+
+use common::{
+    Stage,
+    door::Door,
+    fleet::{Run, to_struct},
+    patiently,
+    service::Home,
+    terminal::Terminal,
+};
+use orchestrator_core::proto::subsystem::v1 as pbs;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+use tokio::process::{Child, Command};
+use tonic::Code;
+
+/// It, on a terminal.
+struct Top {
+    child: Child,
+    terminal: Terminal,
+}
+
+fn command(address: SocketAddr) -> Command {
+    // In a session of its own, so that it has the terminal that it is given, and not the one of whoever runs the tests.
+    let mut command = Command::new("setsid");
+    command.args(["--ctty", env!("CARGO_BIN_EXE_orchestrator"), "top"]);
+    for variable in ["TIMEOUT", "OUTPUT", "CONFIG"] {
+        command.env_remove(format!("ORCHESTRATOR_{variable}"));
+    }
+    command.env("ORCHESTRATOR_ADDRESS", address.to_string()).env_remove("NO_COLOR").kill_on_drop(true);
+    command
+}
+
+impl Top {
+    fn start(address: SocketAddr, columns: u16, rows: u16) -> Self {
+        let terminal = Terminal::new(columns, rows);
+        let mut command = command(address);
+        terminal.connect(&mut command);
+        Self { child: command.spawn().unwrap(), terminal }
+    }
+
+    /// The row of a subsystem, once it has all of this.
+    async fn row(&mut self, name: &str, has: &[&str]) {
+        self.terminal
+            .until(&format!("a row of {name} with {has:?}"), |shown| {
+                let of_it = |line: &&str| line.split_whitespace().any(|word| word == name);
+                shown.lines().filter(of_it).any(|line| has.iter().all(|text| line.contains(text)))
+            })
+            .await;
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_raw(self.child.id().unwrap().try_into().unwrap()).unwrap(), signal).unwrap();
+    }
+
+    /// Waits until it has ended and given the terminal back, and returns its exit code.
+    async fn ended(mut self) -> i32 {
+        let code = patiently("top to end", self.child.wait()).await.unwrap().code().unwrap();
+        self.terminal.until_given_back().await;
+        code
+    }
+}
+
+#[tokio::test]
+async fn a_cycle_moves_and_a_failure_shows() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["calm", "held", "ill"]).await;
+    stage.register("late", |it| it.requires = vec!["held".into()]).await;
+    stage.fleet.run("held", Run::Hold);
+    stage.fleet.run("ill", Run::fail(Code::Internal));
+    let mut top = Top::start(stage.service.address(), 120, 30);
+    top.terminal.until_shown("no cycle runs").await;
+    top.row("calm", &["-", "ABSENT"]).await;
+
+    stage.client.admit().await.unwrap();
+    let shown = top.terminal.until_shown("1 failed  1 waiting  1 running: held").await;
+    assert!(shown.contains("cycle 1, manual: 2 of 4 ended"), "{shown}");
+    top.row("held", &["▸", "running"]).await;
+    top.row("late", &["·"]).await;
+    top.row("calm", &["✓", "SUCCEEDED", "FRESH"]).await;
+    top.row("ill", &["✗", "FAILED", "ABSENT", "INTERNAL as scripted"]).await;
+
+    stage.fleet.run("held", Run::Echo);
+    let shown = top.terminal.until_shown("last: cycle 1 DEGRADED").await;
+    assert!(shown.contains("1 of 4 failed: ill INTERNAL: as scripted"), "{shown}");
+    top.row("late", &["SUCCEEDED", "FRESH", "#1"]).await;
+    stage.fleet.run("ill", Run::Echo);
+    stage.client.run().await.unwrap();
+    top.row("ill", &["SUCCEEDED", "FRESH", "#2"]).await;
+    top.terminal.until_shown("history: 2 cycles").await;
+
+    top.terminal.press("q");
+    assert_eq!(top.ended().await, 0);
+}
+
+#[tokio::test]
+async fn it_survives_a_crash_of_the_service() {
+    let home = Home::new();
+    let mut stage = Stage::at(home).await;
+    stage.register_all(&["a", "b"]).await;
+    stage.client.run().await.unwrap();
+    let door = Door::open().await;
+    door.lead_to(Some(&stage.service));
+    let mut top = Top::start(door.address(), 80, 24);
+    top.row("a", &["SUCCEEDED", "#1"]).await;
+    top.terminal.until_shown("cycles 1 ").await;
+
+    stage.fleet.run("a", Run::Hold);
+    stage.client.admit().await.unwrap();
+    top.terminal.until_shown("running: a").await;
+    let Stage { fleet, home, service, .. } = stage;
+    door.lead_to(None);
+    service.kill().await;
+    let shown = top.terminal.until_shown("the connection is lost; reconnecting").await;
+    assert!(shown.contains("running: a") && shown.contains("FRESH"), "what was known stays\n{shown}");
+    let dim = |screen: &vt100::Screen| screen.cell(12, 0).is_some_and(vt100::Cell::dim);
+    top.terminal.until_screen("the fleet to be dimmed", dim).await;
+
+    let service = home.serve().await;
+    fleet.run("a", Run::Echo);
+    service.client().await.run().await.unwrap();
+    door.lead_to(Some(&service));
+    top.terminal.until_shown("  connected").await;
+    top.terminal.until_screen("the fleet to be lit", |screen| !dim(screen)).await;
+    // What was recorded meanwhile is there: the cycle in which it died, and the one after.
+    let shown = top.terminal.until_shown("last: cycle 3 SUCCEEDED").await;
+    assert!(shown.contains("history: 3 cycles"), "{shown}");
+    top.row("a", &["SUCCEEDED", "#3"]).await;
+    top.terminal.press("\t");
+    top.row("2", &["INTERRUPTED"]).await;
+
+    top.terminal.press("\x03");
+    assert_eq!(top.ended().await, 130);
+}
+
+#[tokio::test]
+async fn it_filters_sorts_and_opens_a_subsystem() {
+    /// Commands a terminal.
+    const ESCAPE: &str = "\x1b]0;title\x07\u{9b}2Jend";
+    let mut stage = Stage::new().await;
+    stage.register_all(&["alpha", "beta", "gamma"]).await;
+    let answer = pbs::RunCycleResponse {
+        output: to_struct(&json!({ "deep": { "er": ESCAPE } })),
+        metrics: [("speed".to_owned(), 4.5)].into(),
+        issues: vec![pbs::Issue { severity: 0, code: "SLOW".into(), message: ESCAPE.into() }],
+    };
+    stage.fleet.run("beta", Run::Answer(answer));
+    stage.fleet.run("gamma", Run::Fail(Code::Internal, ESCAPE.into()));
+    stage.client.run().await.unwrap();
+    let mut top = Top::start(stage.service.address(), 100, 50);
+    top.row("gamma", &["FAILED", "INTERNAL ]0;title2Jend"]).await;
+
+    let order = |names: [&'static str; 3]| {
+        move |shown: &str| {
+            let lines: Vec<_> = shown.lines().collect();
+            let position = |name: &str| lines.iter().rposition(|line| line.trim().starts_with(name));
+            names.map(position).is_sorted() && names.iter().all(|name| position(name).is_some())
+        }
+    };
+    top.terminal.press("s");
+    top.terminal.until("those that fail first", order(["gamma", "alpha", "beta"])).await;
+    top.terminal.press("r");
+    top.terminal.until("those that fail last", order(["beta", "alpha", "gamma"])).await;
+
+    top.terminal.press("/bet");
+    top.terminal.until("only beta", |shown| shown.contains("1 of 3 with \"bet\"") && !shown.contains("alpha")).await;
+    top.terminal.press("\r\r");
+    let shown = top.terminal.until_shown("\"deep\": {").await;
+    for expected in ["endpoint", "READY", "SLOW", "]0;title2Jend", "speed", "4.5", r#""er": "\u001b]0;title\u0007"#] {
+        assert!(shown.contains(expected), "no {expected:?} in\n{shown}");
+    }
+    // Smaller than anything, and large again.
+    top.terminal.resize(20, 5);
+    top.terminal.until_shown("too small").await;
+    top.terminal.resize(100, 50);
+    top.terminal.until_shown("\"deep\": {").await;
+    top.terminal.press("?");
+    top.terminal.until_shown("reverse the order").await;
+    top.terminal.press("q");
+    top.terminal.until_shown("fleet: 1 of 3").await;
+
+    top.signal(Signal::TERM);
+    assert_eq!(top.ended().await, 130);
+}
+
+#[tokio::test]
+async fn ten_thousand_subsystems_are_looked_through() {
+    let entry = |i| format!("[[subsystems]]\nname = \"s{i:04}\"\nendpoint = \"http://127.0.0.1:1\"\n");
+    let config: String = (0..10_000).map(entry).collect();
+    let service = Home::new().with_config(&config).serve().await;
+    let mut top = Top::start(service.address(), 80, 24);
+    top.terminal.until_shown("fleet: 10,000 subsystems").await;
+    top.row("s0000", &["ABSENT"]).await;
+    top.terminal.press("G");
+    top.row("s9999", &["ABSENT"]).await;
+    top.terminal.press("/777\r");
+    top.terminal.until_shown("fleet: 19 of 10,000 with \"777\"").await;
+    top.row("s7770", &["ABSENT"]).await;
+    top.terminal.press("G\r");
+    top.terminal.until_shown("─ s9777 ").await;
+    top.terminal.press("\x1b");
+    top.row("s9777", &["ABSENT"]).await;
+    // First out of the filter, then out of it all.
+    top.terminal.press("\x1b");
+    top.terminal.until_shown("fleet: 10,000 subsystems").await;
+    top.terminal.press("\x1b");
+    assert_eq!(top.ended().await, 0);
+}
+
+#[tokio::test]
+async fn colours_are_left_out_where_they_are_not_wanted() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["a"]).await;
+    stage.client.run().await.unwrap();
+    let coloured = async |no_color: &str| {
+        let terminal = Terminal::new(80, 24);
+        let mut command = command(stage.service.address());
+        terminal.connect(command.env("NO_COLOR", no_color));
+        let mut top = Top { child: command.spawn().unwrap(), terminal };
+        top.row("a", &["SUCCEEDED"]).await;
+        let is_coloured = |screen: &vt100::Screen| {
+            let cells = (0..24).flat_map(|row| (0..80).filter_map(move |column| screen.cell(row, column)));
+            cells.filter(|cell| cell.fgcolor() != vt100::Color::Default).count() > 0
+        };
+        let coloured = top.terminal.look(is_coloured);
+        top.terminal.press("q");
+        assert_eq!(top.ended().await, 0);
+        coloured
+    };
+    assert_eq!((coloured("").await, coloured("1").await), (true, false));
+}
+
+#[tokio::test]
+async fn without_a_terminal_or_a_service_it_says_what_to_do() {
+    let stage = Stage::new().await;
+    let refused = async |command: &mut Command| {
+        let ended = patiently("top to end", command.output()).await.unwrap();
+        assert_eq!((ended.status.code(), ended.stdout.as_slice()), (Some(2), &[][..]));
+        let why = String::from_utf8(ended.stderr).unwrap();
+        assert!(why.contains("orchestrator watch") && why.contains("orchestrator status"), "{why}");
+    };
+    let mut piped = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    refused(piped.arg("top").stdin(Stdio::null())).await;
+
+    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let top = Top::start(nobody, 100, 24);
+    top.terminal.until_shown("can't reach the service").await;
+    assert_eq!(top.ended().await, 4);
+    let terminal = Terminal::new(80, 24);
+    let mut command = command(stage.service.address());
+    terminal.connect(command.args(["--output", "json"]));
+    refused(command.stdout(Stdio::piped()).stderr(Stdio::piped())).await;
+}
