@@ -30,10 +30,19 @@ const MAX_ANSWER: usize = 3 << 20;
 
 /// Serves an orchestrator; requests may have this many bytes.
 pub fn service(orchestrator: Orchestrator, max_request_bytes: usize) -> OrchestratorServer<impl Service> {
-    OrchestratorServer::new(Api(orchestrator)).max_decoding_message_size(max_request_bytes)
+    OrchestratorServer::new(Api::new(orchestrator)).max_decoding_message_size(max_request_bytes)
 }
 
-struct Api(Orchestrator);
+/// The service's RPCs.
+#[derive(Clone)]
+pub struct Api(Orchestrator);
+
+impl Api {
+    /// The RPCs of this orchestrator.
+    pub fn new(orchestrator: Orchestrator) -> Self {
+        Self(orchestrator)
+    }
+}
 
 /// What every handler returns.
 type Answer<T> = Result<Response<T>, Status>;
