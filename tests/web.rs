@@ -49,8 +49,10 @@ impl Answer {
 /// Sends a request with these lines of header.
 async fn send(address: SocketAddr, request: &str, headers: &[&str]) -> Answer {
     let mut stream = TcpStream::connect(address).await.unwrap();
-    let headers: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
-    stream.write_all(format!("{request} HTTP/1.1\r\n{headers}Connection: close\r\n\r\n").as_bytes()).await.unwrap();
+    stream
+        .write_all(format!("{request} HTTP/1.1\r\n{}\r\nConnection: close\r\n\r\n", headers.join("\r\n")).as_bytes())
+        .await
+        .unwrap();
     let mut body = BufReader::new(stream);
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
