@@ -483,7 +483,7 @@ fn subsystem_spec(read: &mut Reader<'_>) -> SubsystemSpec {
     SubsystemSpec {
         name: read.text("name").unwrap_or_default(),
         endpoint: read.text("endpoint").unwrap_or_default(),
-        phase: read.number("phase", i32::MIN..=i32::MAX),
+        phase: read.number("phase", Subsystem::PHASES),
         requires: read.texts("requires"),
         after: read.texts("after"),
         reads: read.texts("reads"),

@@ -64,7 +64,8 @@
 //! }
 //! ```
 //!
-//! A function will do where there is no state: `.subsystem("Pulse", |cycle: Cycle| async move { … })`.
+//! A function will do where there is no state: `.subsystem("Pulse", |cycle: Cycle| async move { … })`. A whole process,
+//! which also registers itself, is in `examples/rust`.
 //!
 //! What the contract asks of a subsystem and the [`Server`] sees to:
 //!

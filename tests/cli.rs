@@ -366,7 +366,9 @@ async fn how_a_cycle_ended_is_the_exit_code() {
     assert!(status.contains("cycle 4, manual, started "), "{status}");
     assert_eq!(cli.json("cancel 4").await["telemetry"]["state"], "CYCLE_STATE_CANCELLED");
     let late = cli.run("run --timeout 100ms --quiet").await.refused_with(4);
-    assert!(late.contains("within 100ms") && late.contains("Cycle 5 goes on"), "{late}");
+    assert!(late.contains("within 100ms"), "{late}");
+    // Which one depends on how fast the machine is.
+    assert!(late.contains("Cycle 5 goes on") || late.contains("The cycle may have been admitted"), "{late}");
     drop((service, home));
 }
 

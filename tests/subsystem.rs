@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UnixListener},
+    process::Command,
     sync::{oneshot, watch},
     task::JoinHandle,
 };
@@ -518,6 +519,15 @@ async fn payloads_that_break_the_contract_are_refused() {
     let malformed =
         pb::RunCycleRequest { parameters: b"\x0a\x05not a struct".as_slice().into(), ..call("deep", 1, "") };
     assert_eq!(run(&client, malformed).await.unwrap_err().code(), Status::InvalidArgument);
+}
+
+#[tokio::test]
+async fn such_a_subsystem_passes_the_conformance_check() {
+    let serving = Server::new().subsystem("a", Strict(Probe::default())).listen("127.0.0.1:0").await.unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    command.args(["conformance", serving.endpoint(), "--subsystem", "a"]).kill_on_drop(true);
+    let output = patiently("the conformance check", command.output()).await.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
 /// Passes on what it gets and says what it got.

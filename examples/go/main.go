@@ -124,7 +124,7 @@ func (a *alarm) admit(name string, epoch uint64) error {
 		return status.Errorf(codes.NotFound, "%q is not here, only %q", name, a.name)
 	}
 	if epoch < a.epoch {
-		return status.Errorf(codes.Aborted, "epoch %d has been superseded by %d", epoch, a.epoch)
+		return status.Errorf(codes.Aborted, "epoch %d is over, epoch %d has called; restart %s if that one is gone", epoch, a.epoch, a.name)
 	}
 	if epoch > a.epoch { // The cycles of an older one are over.
 		a.epoch = epoch
@@ -235,7 +235,9 @@ func stayRegistered(ctx context.Context, registration *orchestratorpb.Registrati
 			registered = true
 		} else {
 			log.Printf("%s: %v", orchestrator, err)
-			registered = registered && status.Code(err) != codes.NotFound // Then the lease has expired.
+			// The lease has expired, or somebody has registered it without one.
+			gone := status.Code(err) == codes.NotFound || status.Code(err) == codes.FailedPrecondition
+			registered = registered && !gone
 			pause = time.Second
 		}
 		select {

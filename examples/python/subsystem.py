@@ -68,7 +68,8 @@ class Average(rpc.SubsystemServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.subsystem!r} is not here, only {self.name!r}")
         epoch = getattr(request, "epoch", self.epoch)
         if epoch < self.epoch:
-            await context.abort(grpc.StatusCode.ABORTED, f"epoch {epoch} has been superseded by {self.epoch}")
+            message = f"epoch {epoch} is over, epoch {self.epoch} has called; restart {self.name} if that one is gone"
+            await context.abort(grpc.StatusCode.ABORTED, message)
         if epoch > self.epoch:  # The cycles of an older one are over.
             self.epoch = epoch
             self.answers.clear()
@@ -117,7 +118,8 @@ async def stay_registered(registration, orchestrator):
                     await asyncio.sleep(LEASE / 3)
                 except grpc.aio.AioRpcError as error:
                     print(f"{orchestrator}: {error.code().name}: {error.details()}", file=sys.stderr)
-                    if error.code() == grpc.StatusCode.NOT_FOUND:  # The lease has expired.
+                    # The lease has expired, or somebody has registered it without one.
+                    if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
                         registered = False
                     await asyncio.sleep(1)
         finally:

@@ -54,8 +54,8 @@ impl Check {
 
     fn summary(&self, config: &Config) -> String {
         let mut facts = Table::facts();
-        let path = self.overrides.config.as_ref().map(|path| path.display().to_string());
-        facts.fact("configuration", path.unwrap_or_else(|| "defaults".to_owned()) + " is valid");
+        let path = self.overrides.config.as_ref().map(|path| format!("{} is valid", path.display()));
+        facts.fact("configuration", path.unwrap_or_else(|| "the defaults".to_owned()));
         facts.fact("listens on", config.server.listen.to_string());
         facts.fact("store", config.store.url.to_string());
         let subsystems = count(config.subsystems.len() as u64, "subsystem");

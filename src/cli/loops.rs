@@ -1,10 +1,14 @@
 //! `orchestrator loops`: interval loops.
 
 use clap::Subcommand;
+use prost::Message;
 
 use super::{
     Exit, Failure,
-    output::{Table, age, count, duration, names, number, one_of, parse_duration, payload, sections, text, time, word},
+    output::{
+        JsonList, Table, age, count, duration, names, number, one_of, parse_duration, payload, print, sections, text,
+        time, word,
+    },
     parameters::Parameters,
     remote::Remote,
     run::{OVERLAP_POLICIES, overlap_policy},
@@ -114,7 +118,15 @@ impl Loops {
             Command::List => {
                 let request = pb::ListIntervalLoopsRequest {};
                 let response = remote.quickly(client.list_interval_loops(request)).await?.into_inner();
-                format.show("ListIntervalLoopsResponse", &response, |response| table(&response.loops))?;
+                if format.is_json() {
+                    let mut list = JsonList::begin("loops")?;
+                    for status in &response.loops {
+                        list.add("IntervalLoopStatus", &status.encode_to_vec())?;
+                    }
+                    list.end()?;
+                } else {
+                    print(&table(&response.loops))?;
+                }
             }
             Command::Start(start) => {
                 let request = pb::StartIntervalLoopRequest { r#loop: Some(start.settings()?) };

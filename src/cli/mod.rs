@@ -25,6 +25,7 @@ use clap::{Parser, Subcommand};
 /// Runs a fleet of remote subsystems in cycles
 #[derive(Debug, Parser)]
 #[command(
+    name = "orchestrator",
     version,
     about,
     after_help = "\

@@ -17,7 +17,7 @@ use clap::{
     },
 };
 use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, presets};
-use jiff::{SignedDuration, Timestamp, Unit};
+use jiff::{RoundMode, SignedDuration, Timestamp, TimestampRound, Unit};
 use prost::Message;
 
 use super::{Exit, Failure};
@@ -309,7 +309,9 @@ pub(super) fn duration(duration: Option<&prost_types::Duration>) -> String {
 
 /// A time, to the second, in UTC; a dash when there is none.
 pub(super) fn time(time: Option<&prost_types::Timestamp>) -> String {
-    match time.and_then(timestamp).and_then(|time| time.round(Unit::Second).ok()) {
+    // Not rounded up: what is shown is a bound that can be asked for.
+    let whole_seconds = TimestampRound::new().smallest(Unit::Second).mode(RoundMode::Trunc);
+    match time.and_then(timestamp).and_then(|time| time.round(whole_seconds).ok()) {
         Some(time) => time.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
         None => "-".to_owned(),
     }

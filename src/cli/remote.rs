@@ -39,7 +39,7 @@ pub(super) struct Remote {
     )]
     pub(super) address: Address,
     /// How long to wait for the service, such as 500ms, 10s or 2m. Without it, most commands wait 10s for their answer;
-    /// run, cancel and watch wait as long as it takes
+    /// run and cancel wait as long as it takes. A watch never ends by itself: for it, only connecting
     #[arg(long, value_name = "DURATION", env = "ORCHESTRATOR_TIMEOUT", value_parser = timeout, global = true)]
     pub(super) timeout: Option<Duration>,
     #[command(flatten)]
@@ -67,7 +67,9 @@ impl FromStr for Address {
         let place = place.strip_suffix('/').unwrap_or(&place);
         let authority: tonic::codegen::http::uri::Authority =
             place.parse().map_err(|error| format!("{error}; {FORMS}"))?;
-        if authority.host().is_empty() {
+        // What follows the host is a port, if it can be one.
+        let is_bare = authority.as_str() == authority.host();
+        if authority.host().is_empty() || (authority.port().is_none() && !is_bare) {
             return Err(FORMS.to_owned());
         }
         Ok(Self(match (scheme, authority.port()) {
@@ -86,7 +88,7 @@ impl FromStr for Address {
 pub(super) fn timeout(text: &str) -> Result<Duration, String> {
     let duration: Option<SignedDuration> = text.parse().ok();
     let duration = duration.and_then(|duration| Duration::try_from(duration).ok()).filter(|it| !it.is_zero());
-    duration.ok_or_else(|| "give a duration with its unit, such as 500ms, 10s or 2m".to_owned())
+    duration.ok_or_else(|| "give a duration above zero with its unit, such as 500ms, 10s or 2m".to_owned())
 }
 
 impl Remote {
@@ -256,7 +258,17 @@ mod tests {
         ] {
             assert_eq!(url(text).as_deref(), Ok(expected), "{text}");
         }
-        for text in ["", "unix:/run/o.sock", "ftp://example.org", "http://", "http://a/b", "a b"] {
+        for text in [
+            "",
+            "127.0.0.1:99999",
+            "[::1]:99999",
+            "localhost:",
+            "unix:/run/o.sock",
+            "ftp://example.org",
+            "http://",
+            "http://a/b",
+            "a b",
+        ] {
             assert!(url(text).is_err(), "{text:?}");
         }
     }

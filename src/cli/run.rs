@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use clap::builder::NonEmptyStringValueParser;
+
 use super::{
     Exit, Failure,
     cycles::cycle,
@@ -55,7 +57,7 @@ pub(super) struct Run {
     #[command(flatten)]
     parameters: Parameters,
     /// Makes the call idempotent: the same id again gets the same cycle. At most 128 bytes
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     request_id: Option<String>,
     /// What to do when another cycle is running [default: buffer_all]
     #[arg(long, value_name = "POLICY", value_parser = one_of(OVERLAP_POLICIES, overlap_policy))]
@@ -139,6 +141,10 @@ impl Run {
             print(&format!("{}\n", json("RunCycleResponse", &response)?))?;
         } else {
             print(&cycle(&record, self.details))?;
+            let is_skipped = |part: &pb::SubsystemTelemetry| part.state() == pb::SubsystemState::Skipped;
+            if record.state() == pb::CycleState::Succeeded && record.subsystems.iter().all(is_skipped) {
+                note("No subsystem was called: all were skipped, or none is registered.");
+            }
         }
         Ok(match record.state() {
             pb::CycleState::Succeeded => Exit::Done,

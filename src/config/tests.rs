@@ -235,7 +235,7 @@ timeout = "5 parsecs"
             "orchestrator.toml:13: subsystem A: retry.max_atempts is unknown; did you mean retry.max_attempts?",
             "orchestrator.toml:16: subsystem A: parameters holds 2026-01-01, for which JSON has no value; write it in \
              quotes",
-            "orchestrator.toml:21: subsystem B: phase is \"first\"; give a whole number from -2147483648 to 2147483647",
+            "orchestrator.toml:21: subsystem B: phase is \"first\"; give a whole number from -1000000 to 1000000",
             "orchestrator.toml:22: subsystem B: breaker is true; it is a table, so write [breaker]",
             "orchestrator.toml:25: subsystem B: name is declared twice, first at orchestrator.toml:18; rename or \
              remove one",

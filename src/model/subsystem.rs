@@ -1,6 +1,6 @@
 //! Subsystems: what a registration says, validated, and what one of them receives and returns.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, ops::RangeInclusive, time::Duration};
 
 use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
@@ -117,6 +117,8 @@ pub struct Subsystem {
 impl Subsystem {
     /// The most bytes of parameters.
     pub const MAX_PARAMETERS: usize = 64 << 10;
+    /// What a phase can be.
+    pub const PHASES: RangeInclusive<i32> = -1_000_000..=1_000_000;
     /// The most names in `requires`, `after` and `reads` together: each is an input of every call.
     pub const MAX_INPUTS: usize = 1024;
     /// The most bytes of inputs in one call. More than any reader takes by default (4 MiB), and a bound all the same.
@@ -147,7 +149,7 @@ impl Subsystem {
         }
         let subsystem = Self {
             endpoint,
-            phase: bad.number("phase", spec.phase, 0, -1_000_000..=1_000_000),
+            phase: bad.number("phase", spec.phase, 0, Self::PHASES),
             timeout: bad.duration("timeout", spec.timeout, Duration::from_secs(10), MS..=DAY),
             retry: RetryPolicy::from_spec(&spec.retry, &mut bad),
             breaker: BreakerPolicy::from_spec(&spec.breaker, &mut bad),

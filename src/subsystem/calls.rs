@@ -192,7 +192,9 @@ impl State {
     fn admit(&mut self, epoch: u64) -> Result<(), Status> {
         let seen = self.epoch;
         if epoch < seen {
-            return Err(Status::aborted(format!("epoch {epoch} has been superseded by {seen}: stop calling")));
+            return Err(Status::aborted(format!(
+                "epoch {epoch} is over, epoch {seen} has called; restart this subsystem if that orchestrator is gone"
+            )));
         }
         if epoch > seen {
             self.epoch = epoch;

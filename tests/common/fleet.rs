@@ -1,5 +1,8 @@
 //! A scripted fleet: any number of fake subsystems behind a few endpoints, each with a script that can be changed
 //! while it runs, and a log of every call.
+//!
+//! It is not made with `orchestrator_core::subsystem`, which keeps the contract for whoever it serves: a fake must be able
+//! to break it, down to the bytes, and must log every call, also the one that the library would answer from memory.
 
 use std::{
     collections::{BTreeMap, HashMap},

@@ -119,7 +119,7 @@ final class Forecast extends SubsystemGrpc.SubsystemImplBase {
             throw Status.NOT_FOUND.withDescription(message).asRuntimeException();
         }
         if (Long.compareUnsigned(callersEpoch, epoch) < 0) {
-            String message = "epoch " + callersEpoch + " has been superseded by " + epoch;
+            String message = "epoch %d is over, epoch %d has called; restart %s if that one is gone".formatted(callersEpoch, epoch, name);
             throw Status.ABORTED.withDescription(message).asRuntimeException();
         }
         if (callersEpoch != epoch) { // The cycles of an older one are over.

@@ -48,7 +48,9 @@ final class Lease implements AutoCloseable {
             }
         } catch (StatusRuntimeException error) {
             System.err.println(orchestrator + ": " + error.getMessage());
-            if (error.getStatus().getCode() == Status.Code.NOT_FOUND) { // The lease has expired.
+            Status.Code code = error.getStatus().getCode();
+            // The lease has expired, or somebody has registered it without one.
+            if (code == Status.Code.NOT_FOUND || code == Status.Code.FAILED_PRECONDITION) {
                 registered = false;
             }
             channel.resetConnectBackoff(); // It would grow to minutes.

@@ -1,0 +1,196 @@
+//! A whole subsystem in Rust, made with the library.
+//!
+//! It adds up what its inputs call `value`, and knows the highest sum of the latest cycles, over as many of them as its
+//! parameter `window` says.
+
+use std::{
+    collections::VecDeque,
+    error::Error,
+    process::ExitCode,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use clap::Parser;
+use orchestrator_core::{
+    proto::orchestrator::v1::{self as pb, orchestrator_client::OrchestratorClient},
+    subsystem::{Answer, Code, Cycle, Failure, Input, Object, Server, Severity, Subsystem},
+};
+use serde_json::{Value, json};
+use tokio::{
+    pin, select,
+    signal::unix::{SignalKind, signal},
+    time::sleep,
+};
+use tonic::transport::Endpoint;
+
+/// Until the orchestrator forgets a subsystem that has died.
+const LEASE: Duration = Duration::from_secs(15);
+/// For running calls to end when the process is asked to stop, and for the orchestrator to answer.
+const GRACE: Duration = Duration::from_secs(5);
+
+#[derive(Default)]
+struct Peak(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    window: usize,
+    /// The latest ones, at most `window`.
+    sums: VecDeque<f64>,
+    cycles: u64,
+}
+
+impl Peak {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Subsystem for Peak {
+    // After a restart the orchestrator calls `initialize` first, in the same cycle.
+    const NEEDS_INITIALIZE: bool = true;
+
+    async fn initialize(&self, parameters: Object) -> Result<(), Failure> {
+        let given = parameters.get("window").cloned().unwrap_or(json!(60));
+        let window = given.as_u64().filter(|window| (1..=1000).contains(window));
+        let refusal = || Failure::new(Code::InvalidArgument, format!("window is {given}, not 1 to 1000"));
+        self.state().window = usize::try_from(window.ok_or_else(refusal)?)?;
+        Ok(())
+    }
+
+    async fn run_cycle(&self, cycle: Cycle) -> Result<Answer, Failure> {
+        work(&cycle.parameters).await?;
+        let mut answer = Answer::default();
+        let mut sum = 0.0;
+        for (name, input) in &cycle.inputs {
+            let Some(value) = input.output().and_then(|output| output.get("value")?.as_f64()) else {
+                answer.issue(Severity::Warning, "NO_VALUE", format!("{name} gave no value"));
+                continue;
+            };
+            if let Input::Stale { cycle_id, .. } = input {
+                answer.issue(Severity::Info, "STALE_VALUE", format!("{name} gave its value in cycle {cycle_id}"));
+            }
+            sum += value;
+        }
+        let mut state = self.state();
+        state.cycles += 1;
+        state.sums.push_back(sum);
+        let over = state.sums.len().saturating_sub(state.window);
+        state.sums.drain(..over);
+        let peak = state.sums.iter().copied().fold(sum, f64::max);
+        answer.output("value", peak);
+        answer.metric("below_peak", peak - sum);
+        Ok(answer)
+    }
+
+    async fn get_status(&self) -> Option<Object> {
+        let State { cycles, sums, .. } = &*self.state();
+        Some(Object::from_iter([("cycles".into(), json!(cycles)), ("sums".into(), json!(sums))]))
+    }
+}
+
+/// Stands for work that takes time: the parameter `work_ms`. When the deadline passes or the caller cancels, it is
+/// dropped here, before anything has changed.
+async fn work(parameters: &Object) -> Result<(), Failure> {
+    let ms = parameters.get("work_ms").and_then(Value::as_f64).unwrap_or_default();
+    sleep(Duration::try_from_secs_f64(ms / 1000.0)?).await;
+    Ok(())
+}
+
+/// Registers with a lease and renews it until it is told to stop. Tries for as long as it takes.
+async fn stay_registered(
+    orchestrator: &str,
+    registration: pb::Registration,
+    stop: impl Future<Output = ()>,
+) -> Result<(), Box<dyn Error>> {
+    let channel = Endpoint::from_shared(format!("http://{orchestrator}"))?.timeout(GRACE).connect_lazy();
+    let mut client = OrchestratorClient::new(channel);
+    let name = registration.name.clone();
+    let register = pb::RegisterSubsystemRequest { registration: Some(registration), lease: Some(LEASE.try_into()?) };
+    let mut registered = false;
+    pin!(stop);
+    loop {
+        let answer = if registered {
+            client.renew_lease(pb::RenewLeaseRequest { name: name.clone() }).await.map(drop)
+        } else {
+            client.register_subsystem(register.clone()).await.map(drop)
+        };
+        let pause = match answer {
+            Ok(()) => {
+                registered = true;
+                LEASE / 3
+            }
+            Err(status) => {
+                eprintln!("{orchestrator}: {:?}: {}", status.code(), status.message());
+                // The lease has expired, or somebody has registered it without one.
+                registered &= !matches!(status.code(), tonic::Code::NotFound | tonic::Code::FailedPrecondition);
+                Duration::from_secs(1)
+            }
+        };
+        select! {
+            () = sleep(pause) => {}
+            () = &mut stop => break,
+        }
+    }
+    if registered && let Err(status) = client.unregister_subsystem(pb::UnregisterSubsystemRequest { name }).await {
+        eprintln!("{orchestrator}: {:?}: {}", status.code(), status.message());
+    }
+    Ok(())
+}
+
+#[derive(Parser)]
+#[command(about = "A whole subsystem in Rust")]
+struct Flags {
+    /// Where to listen
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50054")]
+    listen: String,
+    /// The subsystem's name
+    #[arg(long, value_name = "NAME", default_value = "peak")]
+    name: String,
+    /// Where to register. Without it, it is not registered
+    #[arg(long, value_name = "HOST:PORT")]
+    orchestrator: Option<String>,
+    /// Subsystems that it runs after, and not without
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    requires: Vec<String>,
+    /// Subsystems that it runs after
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    after: Vec<String>,
+    /// Subsystems whose latest output it reads
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    reads: Vec<String>,
+}
+
+async fn serve(Flags { listen, name, orchestrator, requires, after, reads }: Flags) -> Result<(), Box<dyn Error>> {
+    let [mut terminated, mut interrupted] = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    let stop = async {
+        select! {
+            _ = terminated.recv() => {}
+            _ = interrupted.recv() => {}
+        }
+    };
+
+    let serving = Server::new().subsystem(&name, Peak::default()).listen(&listen).await?;
+    let endpoint = serving.endpoint().to_owned();
+    println!("listening on {}", endpoint.trim_start_matches("http://"));
+    match orchestrator {
+        None => stop.await,
+        Some(orchestrator) => {
+            let registration = pb::Registration { name, endpoint, requires, after, reads, ..Default::default() };
+            stay_registered(&orchestrator, registration, stop).await?;
+        }
+    }
+    serving.stop(GRACE).await;
+    Ok(())
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match serve(Flags::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
