@@ -36,7 +36,7 @@ use crate::{
     engine::{Engine, Member, OutputBudget, Standing},
     model::{
         CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, Revision, Subsystem, TickDisposition,
-        Trigger,
+        Trigger, Violations,
     },
     ports::{
         Contents, PageLimits, Record, Retention, SCAN_LIMIT, Store, StoreError, StoredSubsystem, Subsystems, Write,
@@ -219,7 +219,7 @@ impl Orchestrator {
         declared: Declared,
     ) -> Result<(Self, Tasks), Refusal> {
         let now = clock.now();
-        let outputs: usize = contents.outputs.iter().map(|(_, output)| output.payload.len()).sum();
+        let outputs = Arc::new(OutputBudget::new(settings.max_outputs_bytes));
         let mut state = State {
             registry: Registry::default(),
             loops: Loops::default(),
@@ -244,7 +244,8 @@ impl Orchestrator {
             contents.subsystems.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut entries = BTreeMap::new();
         let mut standing = |name: &Name| {
-            latest.remove(name).map_or_else(Arc::default, |output| Arc::new(Standing::with_output(output)))
+            let output = latest.remove(name);
+            output.map_or_else(Arc::default, |output| Arc::new(Standing::with_output(output, &outputs)))
         };
         for subsystem in declared.subsystems {
             let name = subsystem.name.clone();
@@ -264,17 +265,17 @@ impl Orchestrator {
                 write.subsystems.insert(name, None);
                 continue;
             };
+            let standing = standing(&name);
             match Subsystem::from_spec(spec) {
                 Ok(subsystem) => {
-                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing(&name));
+                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing);
                     entries.insert(name, Registered { member, declared: false, lease: stored.lease.map(Lease::new) });
                 }
-                // Rules have become stricter since. It stays stored, for a version that takes it.
+                // Rules have become stricter since. It stays stored, output and all, for a version that takes it.
                 Err(violations) => tracing::error!(%name, %violations, "left out: a stored registration is invalid"),
             }
         }
         // Outputs whose subsystem nobody registers any more.
-        let forgotten: usize = latest.values().map(|output| output.payload.len()).sum();
         write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
         state.registry.replace(entries).map_err(Refusal::OrderRing)?;
 
@@ -326,7 +327,7 @@ impl Orchestrator {
                 subsystems,
                 orchestrator_id: settings.orchestrator_id.clone(),
                 epoch: contents.epoch,
-                outputs: Arc::new(OutputBudget::new(outputs - forgotten, settings.max_outputs_bytes)),
+                outputs,
             },
             newest: newest::Sender::new(state.last_revision),
             settings: Mutex::new(Arc::new(settings)),
@@ -447,11 +448,12 @@ impl Orchestrator {
         const MAX_BYTES: usize = 3 << 20;
         let mut before = before.unwrap_or(CycleId(u64::MAX >> 1));
         let mut page = Page::default();
-        let (mut bytes, mut scanned) = (0, 0);
+        let mut bytes = 0;
         loop {
             // A filter that looks into the records sees more of them than it lets through.
             let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
             let found = self.0.store.cycles_before(before, filter.clone(), limits).await?;
+            page.scanned += found.scanned;
             for record in found.records {
                 if participation.wants(&record.bytes) {
                     bytes += record.bytes.len();
@@ -459,12 +461,10 @@ impl Orchestrator {
                         return Ok(Page { next: Some(record.cycle_id.next()), ..page });
                     }
                     page.records.push(record);
-                } else {
-                    scanned += 1;
                 }
             }
             match found.next {
-                Some(next) if page.records.len() < max_records && scanned < SCAN_LIMIT => before = next,
+                Some(next) if page.records.len() < max_records && page.scanned < SCAN_LIMIT => before = next,
                 next => return Ok(Page { next, ..page }),
             }
         }
@@ -632,7 +632,7 @@ impl Orchestrator {
     /// # Errors
     /// The order would have a ring, or the store can't be written; then nothing has changed.
     pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
-        self.0.reload(settings, declared).await
+        self.change(|shared| async move { shared.reload(settings, declared).await }).await
     }
 
     /// Admits nothing any more, and cancels what waits. The running cycle may finish; then [`Tasks::finished`]
@@ -659,12 +659,19 @@ impl Tasks {
     /// Waits until the last write is done, after [`Orchestrator::drain`], or until this process may no longer write.
     ///
     /// # Errors
-    /// A later epoch has taken over the store, or the last write failed.
+    /// A later epoch has taken over the store, the last write failed, or a task has ended by a defect: without it,
+    /// loops or leases would stand still and nobody would know.
     pub async fn finished(&mut self) -> Result<(), StoreError> {
-        let finished = (&mut self.conductor).await;
+        let defect = |what: &str, ended: String| Err(StoreError::Other(what.into(), ended));
+        let finished = select! {
+            finished = &mut self.conductor => {
+                finished.unwrap_or_else(|panicked| defect("the conductor", panicked.to_string()))
+            }
+            Some(Err(panicked)) = self.helpers.join_next() => defect("a helper", panicked.to_string()),
+        };
         // They hold nothing that would have to be written.
         self.helpers.abort_all();
-        finished.unwrap_or_else(|panicked| Err(StoreError::Other("the conductor".into(), panicked.to_string())))
+        finished
     }
 }
 
@@ -744,8 +751,15 @@ impl Shared {
             state.registry.check_order(&entry).map_err(Refusal::OrderRing)?;
             (entry, earlier.is_none())
         };
-        let put = entry.clone();
-        self.write_subsystem(&name, Some(entry.to_stored()), |state| state.registry.put(put)).await?;
+        let stored = entry.to_stored();
+        let put = |state: &mut State| {
+            // The time that writing took is not part of it, and it may have been renewed in between.
+            let lease = entry.lease.map(|lease| Lease::new(lease.length));
+            let entry = Registered { lease, ..entry };
+            state.registry.put(entry.clone());
+            entry
+        };
+        let entry = self.write_subsystem(&name, Some(stored), put).await?;
         self.leases_changed.notify_one();
         if !is_new {
             self.retain_registered();
@@ -785,6 +799,14 @@ impl Shared {
     }
 
     async fn start_loop(&self, spec: &LoopSpec) -> Result<LoopEntry, Refusal> {
+        // Each name is a part in the record of every cycle.
+        let max = self.settings().max_subsystems;
+        let named = spec.subsystems.len();
+        if named > max {
+            let mut bad = Violations::default();
+            bad.add("subsystems", format!("are {named}; registry.max_subsystems allows {max}"));
+            return Err(Refusal::Invalid(bad));
+        }
         let _writing = self.writing.lock().await;
         let now = self.clock.now();
         let (settings, declared) = {
@@ -879,8 +901,10 @@ impl Shared {
             if !loops.is_empty() {
                 // A tick counts as run when its cycle is admitted: then that must be known as well.
                 let known: Vec<_> = write.open.iter().map(|open| open.cycle_id).collect();
-                let waiting = state.queue.iter().filter(|waiting| !known.contains(&waiting.cycle_id));
-                write.open.extend(waiting.map(|waiting| waiting.to_open()));
+                let to_begin = state.running.iter().filter(|running| !running.has_begun());
+                let waiting = state.queue.iter().chain(to_begin);
+                let unknown = waiting.filter(|waiting| !known.contains(&waiting.cycle_id));
+                write.open.extend(unknown.map(|waiting| waiting.to_open()));
             }
             for (name, stored) in loops {
                 write.loops.entry(name).or_insert(stored);
@@ -912,10 +936,7 @@ impl Shared {
 
     /// Removes a subsystem durably. `writing` is held.
     async fn forget(&self, name: &Name) -> Result<(), StoreError> {
-        let removed = self.write_subsystem(name, None, |state| state.registry.remove(name)).await?;
-        if let Some(output) = removed.and_then(|entry| entry.member.standing.latest()) {
-            self.engine.outputs.give_back(&output);
-        }
+        self.write_subsystem(name, None, |state| state.registry.remove(name)).await?;
         self.retain_registered();
         Ok(())
     }
@@ -928,7 +949,7 @@ impl Shared {
     async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         let _writing = self.writing.lock().await;
         let now = self.clock.now();
-        let (before, registry, write) = {
+        let (registry, write) = {
             let state = self.state();
             let before = state.registry.entries();
             let mut entries: BTreeMap<_, _> = before
@@ -964,10 +985,8 @@ impl Shared {
                     write.loops.insert(entry.settings.name.clone(), None);
                 }
             }
-            (before, registry, write)
+            (registry, write)
         };
-        let gone: Vec<_> =
-            write.subsystems.iter().filter(|(_, stored)| stored.is_none()).map(|(name, _)| name.clone()).collect();
         let stopped: Vec<_> = write.loops.keys().cloned().collect();
         let apply = |state: &mut State| {
             // Leases may have been renewed in between; they are the only thing that changes without `writing`.
@@ -988,11 +1007,6 @@ impl Shared {
         };
         self.write_locked(|_| write.clone(), apply).await?;
 
-        for name in gone {
-            if let Some(output) = before.get(&name).and_then(|entry| entry.member.standing.latest()) {
-                self.engine.outputs.give_back(&output);
-            }
-        }
         self.engine.outputs.set_max(settings.max_outputs_bytes);
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner) =
             Arc::new(Settings { orchestrator_id: self.engine.orchestrator_id.clone(), ..settings });

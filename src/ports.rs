@@ -297,6 +297,8 @@ pub struct Page {
     pub records: Vec<Record>,
     /// Go on below this cycle; `None` when there is nothing more.
     pub next: Option<CycleId>,
+    /// How many records were looked at for it.
+    pub scanned: usize,
 }
 
 /// What is kept: a record goes when either bound of its rule has passed.

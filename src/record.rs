@@ -2,6 +2,8 @@
 //!
 //! A cycle is encoded once, here, and the bytes are what is committed, answered and streamed.
 
+use std::collections::HashSet;
+
 use bytes::Bytes;
 use jiff::Timestamp;
 use prost::Message;
@@ -181,7 +183,7 @@ pub fn reason_to_skip(reason: Option<SkipReason>) -> pb::SkipReason {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Participation {
     /// Cycles in which one of these took part; empty means any.
-    pub subsystems: Vec<Name>,
+    pub subsystems: HashSet<Name>,
     /// And its part ended so, by the numbers of the contract; empty means any.
     pub states: Vec<i32>,
 }
@@ -195,7 +197,7 @@ impl Participation {
         // What was written by this module can be read; what can't is not withheld.
         let Ok(Participants { subsystems }) = Participants::decode(record.clone()) else { return true };
         subsystems.iter().any(|part| {
-            self.subsystems.iter().any(|name| name.as_str() == part.name)
+            self.subsystems.contains(part.name.as_str())
                 && (self.states.is_empty() || self.states.contains(&part.state))
         })
     }

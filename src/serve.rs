@@ -1,9 +1,11 @@
 //! The composition root: builds everything from a configuration, owns the tasks, and shuts down in order.
 
 use std::{
+    collections::BTreeSet,
     fmt::Display,
     io,
     net::SocketAddr,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -117,11 +119,12 @@ impl Service {
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let stopped = stop_server.clone().cancelled_owned();
+        let api = Api::new(orchestrator.clone());
         let router = listen::server(config.server.max_concurrent_streams)
             // What a client may send ahead of being read: requests are small, so this bounds memory and slows nothing.
             .initial_stream_window_size(256 << 10)
             .initial_connection_window_size(1 << 20)
-            .add_service(api::service(orchestrator.clone(), config.server.max_request_bytes))
+            .add_service(api::service(api.clone(), config.server.max_request_bytes))
             .add_service(health_service);
         let router = listen::with_reflection(router, SERVICE)?;
         let incoming = listen::incoming(listener, config.server.max_connections, cut_off.clone());
@@ -131,7 +134,6 @@ impl Service {
         let admin_address = admin.as_ref().map(|(_, address)| *address);
         if let Some((listener, address)) = admin {
             let beyond_loopback = config.server.insecure_listen_beyond_loopback;
-            let api = Api::new(orchestrator.clone());
             servers.spawn(logged(web::serve(listener, api, beyond_loopback, stop_server.clone(), cut_off.clone())));
             tracing::info!(%address, "dashboard");
         }
@@ -263,7 +265,12 @@ pub async fn serve(
             }
         };
         let Reload { config: new, needs_restart } = config.reload(new);
-        match service.reload(&new).await {
+        let reloaded = select! {
+            // The store may be busy for long.
+            () = first_of(&mut terminate, &mut interrupt) => break,
+            reloaded = service.reload(&new) => reloaded,
+        };
+        match reloaded {
             Ok(()) => {
                 config = new;
                 applied(&config);
@@ -323,16 +330,30 @@ impl FileChanges {
     }
 
     fn watch(path: &Path, tell: mpsc::Sender<()>) -> notify::Result<notify::RecommendedWatcher> {
-        let path = path.canonicalize()?;
-        // The directory, because many editors put a new file in the place of the old one.
-        let directory = path.parent().unwrap_or(Path::new("/")).to_owned();
+        let path = std::path::absolute(path)?;
+        let file = path.canonicalize()?;
+        // Directories, because many editors put a new file in the place of the old one. Where the path is a link, both
+        // that of the link and that of the file.
+        let directories: BTreeSet<_> =
+            [&path, &file].into_iter().filter_map(|it| it.parent()).map(Path::to_owned).collect();
+        // A link may lead through others, which are none of the paths that are told: so what is found is compared.
+        let identify =
+            move || path.metadata().ok().map(|it| (it.dev(), it.ino(), it.mtime(), it.mtime_nsec(), it.len()));
+        let mut seen = identify();
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            if event.is_ok_and(|event| !event.kind.is_access() && event.paths.contains(&path)) {
+            if event.is_ok_and(|event| event.kind.is_access()) {
+                return;
+            }
+            let found = identify();
+            if found != seen {
+                seen = found;
                 // A full channel means that a change is noted already.
                 let _ = tell.try_send(());
             }
         })?;
-        watcher.watch(&directory, notify::RecursiveMode::NonRecursive)?;
+        for directory in &directories {
+            watcher.watch(directory, notify::RecursiveMode::NonRecursive)?;
+        }
         Ok(watcher)
     }
 

@@ -17,9 +17,12 @@ use std::{
 use common::{
     fleet::{Fleet, Run, to_struct},
     patiently,
-    service::{Client, Home, Service, registration},
+    service::{Client, Home, Service, decode, ms, part, registration},
 };
-use orchestrator_core::proto::{orchestrator::v1 as pb, subsystem::v1 as pbs};
+use orchestrator_core::proto::{
+    orchestrator::v1::{self as pb, SubsystemState},
+    subsystem::v1 as pbs,
+};
 use rustix::{
     process::{Pid, Signal, kill_process},
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
@@ -27,7 +30,7 @@ use rustix::{
 };
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, BufReader, Lines, copy_bidirectional},
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines, copy_bidirectional},
     net::{TcpListener, TcpStream},
     process::{Child, ChildStderr, ChildStdout, Command},
     sync::watch,
@@ -331,6 +334,233 @@ async fn long_lists_are_read_page_by_page() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
+// The report
+
+/// Four cycles of a chain a, b, c, d in which all is well, then eight with e at its end: in two of them d fails at once,
+/// in one after two retries, and in one a does, which b and c require. Says when the second part begins.
+async fn two_periods(fleet: &Fleet, client: &mut Client) -> String {
+    let chained = |name: &str| registration(name, fleet.endpoint());
+    let quickly = pb::RetryPolicy { max_attempts: 3, initial_backoff: ms(1), max_backoff: ms(1), ..Default::default() };
+    for registration in [
+        chained("a"),
+        pb::Registration { requires: vec!["a".into()], ..chained("b") },
+        pb::Registration { requires: vec!["b".into()], ..chained("c") },
+        pb::Registration { after: vec!["c".into()], retry: Some(quickly), ..chained("d") },
+    ] {
+        client.register(registration).await.unwrap();
+    }
+    for _ in 0..4 {
+        client.run().await.unwrap();
+    }
+    client.register(pb::Registration { after: vec!["d".into()], ..chained("e") }).await.unwrap();
+    let first = client.run().await.unwrap();
+    for (name, run) in [
+        ("d", Run::fail(Code::Internal)),
+        ("d", Run::fail(Code::Internal)),
+        ("d", Run::fail(Code::Unavailable)),
+        ("a", Run::fail(Code::Internal)),
+        ("a", Run::Echo),
+        ("a", Run::Echo),
+        ("a", Run::Echo),
+    ] {
+        fleet.run(name, run);
+        client.run().await.unwrap();
+        fleet.run(name, Run::Echo);
+    }
+    first.finished_at.unwrap().to_string()
+}
+
+#[tokio::test]
+async fn a_report_tells_what_the_record_says() {
+    let (_home, fleet, service, mut client) = house(&[]).await;
+    let cli = Cli::of(&service);
+    let since = two_periods(&fleet, &mut client).await;
+    // Its end lies ahead, so that the period before is long enough.
+    let period = format!("report --since {since} --until 2100-01-01T00:00:00Z");
+
+    let report = cli.json(&format!("{period} --sort name")).await;
+    assert_eq!(report["completeSince"], Value::Null);
+    assert_eq!(report["until"], "2100-01-01T00:00:00Z");
+    let cycles = &report["cycles"];
+    let counted = ["cycles", "succeeded", "degraded", "failed", "cancelled", "interrupted", "previousCycles"];
+    assert_eq!(counted.map(|count| cycles[count].as_u64().unwrap()), [8, 4, 4, 0, 0, 0, 4]);
+    assert_eq!(cycles["startedBy"], json!([{ "trigger": "TRIGGER_MANUAL", "loop": "", "cycles": 8 }]));
+    assert_eq!((&cycles["successRate"], &cycles["successRateChange"]), (&json!(0.5), &json!(-0.5)));
+
+    let subsystems = report["subsystems"].as_array().unwrap();
+    let column = |column: &str| subsystems.iter().map(|it| it[column].clone()).collect::<Vec<_>>();
+    let all = |figures: Value| figures.as_array().unwrap().clone();
+    assert_eq!(column("name"), all(json!(["a", "b", "c", "d", "e"])));
+    assert_eq!(column("cycles"), all(json!([8, 8, 8, 8, 8])));
+    assert_eq!(column("succeeded"), all(json!([7, 7, 7, 5, 8])));
+    assert_eq!(column("failed"), all(json!([1, 0, 0, 3, 0])));
+    assert_eq!(column("skipped"), all(json!([0, 1, 1, 0, 0])));
+    assert_eq!(column("successRate"), all(json!([0.875, 0.875, 0.875, 0.625, 1.0])));
+    assert_eq!(column("retries"), all(json!([0, 0, 0, 2, 0])));
+    assert_eq!(column("previousCycles"), all(json!([4, 4, 4, 4, 0])));
+    assert_eq!(column("successRateChange"), all(json!([-0.125, -0.125, -0.125, -0.375, null])));
+    // All wait for one another, so all that are called are on the critical path.
+    assert_eq!(column("criticalCycles"), all(json!([8, 7, 7, 8, 8])));
+    assert_eq!(column("criticalCycleShare"), all(json!([1.0, 0.875, 0.875, 1.0, 1.0])));
+
+    // The times, against the records.
+    let records: Vec<_> =
+        client.history().await.unwrap().into_iter().map(decode).filter(|it| it.cycle_id > 4).collect();
+    let close = |told: &Value, expected: f64| (told.as_f64().unwrap() - expected).abs() <= expected * 0.005 + 0.001;
+    let mut shares = 0.0;
+    for it in subsystems {
+        let parts: Vec<_> = records.iter().map(|cycle| part(cycle, it["name"].as_str().unwrap())).collect();
+        assert!(close(&it["criticalMs"], parts.iter().map(|part| part.duration_ms).sum()), "{it}");
+        let mut durations: Vec<_> =
+            parts.iter().filter(|it| it.state() == SubsystemState::Succeeded).map(|part| part.duration_ms).collect();
+        durations.sort_by(f64::total_cmp);
+        assert!(close(&it["p50Ms"], durations[durations.len().div_ceil(2) - 1]), "{it} {durations:?}");
+        assert!(close(&it["p99Ms"], durations[durations.len() - 1]), "{it} {durations:?}");
+        let share = it["criticalTimeShare"].as_f64().unwrap();
+        let expected = it["criticalMs"].as_f64().unwrap() / cycles["criticalMs"].as_f64().unwrap();
+        assert!((share - expected).abs() < 0.01, "{it}");
+        shares += share;
+        if let Some(before) = it["previousP95Ms"].as_f64() {
+            let expected = it["p95Ms"].as_f64().unwrap() / before - 1.0;
+            assert!((it["p95Change"].as_f64().unwrap() - expected).abs() < 1e-9, "{it}");
+        }
+    }
+    assert!((shares - 1.0).abs() < 1e-9, "{shares}");
+
+    // The same for people.
+    let table = cli.run(&format!("{period} --sort success-rate")).await.with(0);
+    assert_eq!(row(&table, "cycles")[1..], ["8:", "4", "SUCCEEDED,", "4", "DEGRADED"]);
+    assert_eq!(row(&table, "started"), ["started", "by", "manual", "8"]);
+    let names: Vec<_> =
+        table.lines().skip_while(|line| !line.starts_with("SUBSYSTEM")).map(|line| &line[..1]).collect();
+    assert_eq!(names, ["S", "d", "a", "b", "c", "e"], "{table}");
+    assert_eq!(row(&table, "d")[1..4], ["8", "62.5", "%"]);
+    assert!(row(&table, "d").ends_with(&["3", "FAILED"]), "{table}");
+    assert!(row(&table, "b").ends_with(&["1", "SKIPPED"]), "{table}");
+    assert!(table.contains("-37.5 pp") && row(&table, "e").ends_with(&["new", "new", "new"]), "{table}");
+
+    // And for spreadsheets.
+    let csv = cli.run(&format!("{period} --sort name --output csv")).await.with(0);
+    let mut reader = csv::Reader::from_reader(csv.as_bytes());
+    let headings: Vec<_> = reader.headers().unwrap().iter().map(str::to_owned).collect();
+    let lines: Vec<_> = reader.records().map(Result::unwrap).collect();
+    assert_eq!(lines.len(), 5);
+    for (line, it) in lines.iter().zip(subsystems) {
+        for (heading, cell) in headings.iter().zip(line) {
+            match &it[heading] {
+                Value::Null => assert_eq!(cell, "", "{heading} of {line:?}"),
+                Value::String(name) => assert_eq!(cell, name),
+                // The last digit may differ with who has read it.
+                figure => {
+                    let difference = cell.parse::<f64>().unwrap() - figure.as_f64().unwrap();
+                    assert!(difference.abs() < 1e-9, "{heading} of {line:?}: {figure}");
+                }
+            }
+        }
+    }
+    assert_eq!(headings.len(), subsystems[0].as_object().unwrap().len());
+
+    // Parts of it.
+    let some = cli.json(&format!("{period} --subsystem e,d --limit 1 --sort retries")).await;
+    assert_eq!(some["subsystems"], json!([subsystems[3]]), "shares are among all");
+    assert_eq!(&some["cycles"], cycles);
+    let none = cli.json(&format!("{period} --loop nobody")).await;
+    assert_eq!((&none["cycles"]["cycles"], &none["subsystems"]), (&json!(0), &json!([])));
+    let none = cli.run("report --since 2000-01-01T00:00:00Z --until 2000-01-02T00:00:00Z").await.with(0);
+    assert_eq!(row(&none, "cycles"), ["cycles", "none"]);
+    let all_as_new = cli.run("report --since 1h").await.with(0);
+    assert!(all_as_new.contains("no cycles to compare with") && !all_as_new.contains("new"), "{all_as_new}");
+}
+
+#[tokio::test]
+async fn a_report_counts_only_what_is_complete() {
+    let config = "[store.retention]\nmax_cycles = 2\n[store.retention.failed]\nmax_cycles = 5\n";
+    let home = Home::new().with_config(config);
+    let (fleet, service) = (Fleet::start().await, home.serve().await);
+    let mut client = service.client().await;
+    client.register(registration("a", fleet.endpoint())).await.unwrap();
+    // Odd ones fail, and are kept for longer.
+    for i in 1..=8 {
+        fleet.run("a", if i % 2 == 0 { Run::Echo } else { Run::fail(Code::Internal) });
+        client.run().await.unwrap();
+    }
+    // What is too much is removed when it starts.
+    assert!(service.stop().await.success());
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    let pruned = async { while client.status().await.unwrap().oldest_revision < 5 {} };
+    patiently("old records to be removed", pruned).await;
+    assert_eq!(client.history().await.unwrap().len(), 6);
+
+    let cli = Cli::of(&service);
+    let report = cli.run("report --output json").await;
+    let begins = client.cycle(5).await.unwrap().finished_at.unwrap().to_string();
+    assert!(report.stderr.contains("the record begins at "), "{}", report.stderr);
+    assert!(report.stderr.contains("a part of this period is counted"), "{}", report.stderr);
+    let report: Value = serde_json::from_str(&report.with(0)).unwrap();
+    assert_eq!(report["completeSince"], begins);
+    let a = &report["subsystems"][0];
+    assert_eq!((&a["cycles"], &a["failed"], &a["successRate"]), (&json!(4), &json!(2), &json!(0.5)));
+    // What began later is complete.
+    let period = format!("report --since {begins} --until 2100-01-01T00:00:00Z");
+    let complete = cli.run(&period).await;
+    assert!(complete.stderr.contains("a part of the period before"), "{}", complete.stderr);
+}
+
+#[tokio::test]
+async fn a_long_report_shows_how_far_it_is() {
+    let (_home, fleet, service, mut client) = house(&[]).await;
+    // So large that a few fill a page.
+    fleet.run("a", Run::large_output(1_000_000));
+    client.register(pb::Registration { record_output: true, ..registration("a", fleet.endpoint()) }).await.unwrap();
+    for _ in 0..7 {
+        client.run().await.unwrap();
+    }
+    let cli = Cli::of(&service);
+    let (code, shown) = on_a_terminal(&mut cli.command("report"), 200).await;
+    assert_eq!(code, 0, "{shown}");
+    assert!(shown.contains("reading  [") && shown.contains("cycles, back to "), "{shown:?}");
+    // It is gone before the table comes.
+    let table = shown.rsplit("\x1b[2K").next().unwrap();
+    assert_eq!(row(table, "cycles")[1..], ["7:", "7", "SUCCEEDED"]);
+    assert_eq!(row(table, "a")[1], "7");
+}
+
+#[tokio::test]
+async fn a_report_can_be_left() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut report = Cli(listener.local_addr().unwrap()).start("report");
+    let (mut connection, _) = patiently("a connection", listener.accept()).await.unwrap();
+    // It has been sent something, and will not answer.
+    patiently("a request", connection.read_u8()).await.unwrap();
+    report.interrupt();
+    assert_eq!(report.code().await, 130);
+}
+
+#[tokio::test]
+async fn a_report_says_what_is_wrong_with_what_is_asked_for() {
+    let (_home, _fleet, service, mut client) = house(&["a"]).await;
+    client.run().await.unwrap();
+    let cli = Cli::of(&service);
+    for (line, code, expected) in [
+        ("report --since 2100-01-01T00:00:00Z", 2, "--since is 2100-01-01 00:00:00Z, which is not in the past"),
+        ("report --since 1h --until 2h", 2, "which is not after --since"),
+        ("report --since yesterday", 2, "such as 2h or 7d"),
+        ("report --output yaml", 2, "[possible values: table, json, csv]"),
+        ("report --sort speed", 2, "critical-time"),
+        ("report --limit 0", 2, "--limit"),
+        ("report --subsystem a,nobody", 1, "nobody took part in no cycle that finished from "),
+        ("report --subsystem a --loop l", 1, "a took part in no cycle of loop l that finished from "),
+        ("report --loop 1", 1, "loop \"1\" is no name"),
+    ] {
+        let wrong = cli.run(line).await.refused_with(code);
+        assert!(wrong.contains(expected), "{line}: {wrong}");
+    }
+    // The other commands have no CSV.
+    assert!(cli.run("status --output csv").await.refused_with(2).contains("[possible values: table, json]"));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
 // Exit codes
 
 #[tokio::test]
@@ -410,6 +640,7 @@ async fn wrong_usage_and_no_service_have_codes_of_their_own() {
         "cycles list --limit 0",
         "cycles list --limit 3 --all",
         "cycles list --finished-from yesterday",
+        "report --since soon",
         "watch --after 1 --from-oldest",
         "subsystems register a",
         "status --address unix:/run/o.sock",
@@ -748,6 +979,7 @@ async fn help_needs_no_other_page() {
         "loops list",
         "loops start",
         "loops stop",
+        "report",
         "plan",
         "check",
         "completions",
@@ -764,13 +996,14 @@ async fn help_needs_no_other_page() {
 #[tokio::test]
 async fn the_examples_in_the_help_are_valid() {
     let mut tried = 0;
-    for line in ["run", "watch", "cycles list", "subsystems register", "loops start", "plan"] {
+    for line in ["run", "watch", "cycles list", "subsystems register", "loops start", "report", "plan"] {
         let help = ended(orchestrator().args(line.split_whitespace()).arg("--help")).await.with(0);
         let examples = help.split("Examples:\n").nth(1).unwrap().replace("\\\n", " ");
         // Nobody listens, so a valid one gets as far as being refused a connection.
         let nobody = Arc::new(TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap());
         for example in examples.lines().filter(|line| line.starts_with("  orchestrator ")) {
-            let example = example.split(" | ").next().unwrap().trim().trim_start_matches("orchestrator ");
+            let example = example.split(" | ").next().unwrap().split(" > ").next().unwrap();
+            let example = example.trim().trim_start_matches("orchestrator ");
             let arguments = example.split_whitespace().map(|word| word.trim_matches('\''));
             let tried_one = ended(orchestrator().args(arguments).env("ORCHESTRATOR_ADDRESS", nobody.to_string())).await;
             assert_eq!(tried_one.code, 4, "{example}: {}", tried_one.stderr);

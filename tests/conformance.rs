@@ -6,6 +6,7 @@ mod common;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    convert::Infallible,
     future,
     net::SocketAddr,
     process::Output,
@@ -14,6 +15,8 @@ use std::{
 };
 
 use common::{fleet::to_struct, patiently};
+use futures_util::{FutureExt as _, StreamExt as _, stream};
+use http_body_util::{BodyExt as _, BodyStream, StreamBody};
 use orchestrator_core::{
     model::Payload,
     proto::subsystem::v1::{
@@ -24,13 +27,16 @@ use orchestrator_core::{
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, process::Command, task::JoinSet};
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{Code, Request, Response, Status, body::Body, codegen::http, transport::Server};
-use tower::util::MapResponseLayer;
+use tonic::{Code, Request, Response, Status, body::Body, codegen::http, service::Routes, transport::Server};
+use tower::{Service, util::MapFutureLayer};
 
-/// The name of the subsystem that is served.
-const NAME: &str = "fake";
+/// The names of the subsystems that are served.
+const NAMES: [&str; 2] = ["fake", "other"];
+/// How long a fake takes for a cycle when it matters what becomes of a call in the middle. The checks give up after 50 ms;
+/// the rest is for a busy machine.
+const WORK: Duration = Duration::from_millis(300);
 /// The checks, each of which is a rule that the fake can break. All that stand in the report.
-const CHECKS: [&str; 20] = [
+const CHECKS: [&str; 21] = [
     "status",
     "run-before-initialize",
     "initialize",
@@ -38,6 +44,7 @@ const CHECKS: [&str; 20] = [
     "concurrent-repeats",
     "older-epoch-in-run-cycle",
     "older-epoch-in-initialize",
+    "status-while-running",
     "deadline",
     "cancellation",
     "unknown-subsystem",
@@ -45,19 +52,27 @@ const CHECKS: [&str; 20] = [
     "absent-and-stale-inputs",
     "large-input",
     "larger-input",
-    "concurrent-cycles",
+    "concurrent-subsystems",
     "malformed-request",
     "output-limits",
     "status-has-no-effects",
     "health",
     "dropped-connection",
 ];
-const RECOMMENDED: [&str; 4] = ["larger-input", "concurrent-cycles", "malformed-request", "health"];
+const RECOMMENDED: [&str; 3] = ["larger-input", "malformed-request", "health"];
+/// So many fakes are checked at the same time, each of which reads requests of 64 MiB.
+const AT_ONCE: usize = 4;
+/// Those that look at a call in the middle, which there is none when it is answered at once.
+const IN_THE_MIDDLE: [&str; 4] = ["status-while-running", "deadline", "cancellation", "dropped-connection"];
+
+/// What may be, but leaves less to see: `GetStatus` is not implemented, and only says so when no cycle runs.
+const WITHOUT_STATUS: &str = "without-status";
 
 /// A small subsystem that keeps the contract, except for the rule that is named.
 #[derive(Clone, Default)]
 struct Fake {
     breaks: &'static str,
+    takes: Duration,
     state: Arc<Mutex<State>>,
     /// Held while the work of a cycle is done, so that it is done once.
     work: Arc<tokio::sync::Mutex<()>>,
@@ -68,8 +83,8 @@ struct State {
     initialized: u32,
     epoch: u64,
     runs: u32,
-    answers: HashMap<(u64, u32), pb::RunCycleResponse>,
-    in_flight: BTreeMap<u64, u32>,
+    answers: HashMap<(String, u64, u32), pb::RunCycleResponse>,
+    in_flight: BTreeMap<String, u32>,
     first_peer: Option<SocketAddr>,
     /// The next cycle is never answered.
     is_stuck: bool,
@@ -78,7 +93,7 @@ struct State {
 /// A call that is at work.
 struct AtWork<'a> {
     fake: &'a Fake,
-    cycle_id: u64,
+    subsystem: String,
     /// When it is dropped before its end, the fake is stuck.
     sticks: bool,
 }
@@ -87,10 +102,10 @@ impl Drop for AtWork<'_> {
     fn drop(&mut self) {
         let mut state = self.fake.state.lock().unwrap();
         state.is_stuck |= self.sticks;
-        let calls = state.in_flight.get_mut(&self.cycle_id).unwrap();
+        let calls = state.in_flight.get_mut(&self.subsystem).unwrap();
         *calls -= 1;
         if *calls == 0 {
-            state.in_flight.remove(&self.cycle_id);
+            state.in_flight.remove(&self.subsystem);
         }
     }
 }
@@ -110,7 +125,7 @@ impl Fake {
     }
 
     fn serves(&self, name: &str) -> Result<(), Status> {
-        let serves = name == NAME || self.breaks("unknown-subsystem");
+        let serves = NAMES.contains(&name) || self.breaks("unknown-subsystem");
         if serves { Ok(()) } else { Err(Status::not_found(format!("no {name} here"))) }
     }
 
@@ -153,29 +168,27 @@ impl Subsystem for Fake {
         let request = request.into_inner();
         self.serves(&request.subsystem)?;
         self.epoch(request.epoch, "older-epoch-in-run-cycle")?;
-        let cycle_id = request.cycle_id;
-        let (at_once, is_first_peer) = {
+        let subsystem = request.subsystem.clone();
+        let is_first_peer = {
             let mut state = self.state.lock().unwrap();
             if state.initialized == 0 {
                 let code = if self.breaks("run-before-initialize") { Code::Internal } else { Code::FailedPrecondition };
                 return Err(Status::new(code, "not initialized"));
             }
-            *state.in_flight.entry(cycle_id).or_default() += 1;
-            let is_first_peer = *state.first_peer.get_or_insert(peer) == peer;
-            (state.in_flight.len(), is_first_peer)
+            *state.in_flight.entry(subsystem.clone()).or_default() += 1;
+            *state.first_peer.get_or_insert(peer) == peer
         };
-        // The check of deadlines gives 50 ms, every other one a second. Nanoseconds have eight digits, so up to 0.1 s.
+        // The check of deadlines gives 50 ms, every other one seconds. Nanoseconds have eight digits, so up to 0.1 s.
         let is_short = timeout.ends_with('n');
         let sticks = match self.breaks {
-            "deadline" => is_short,
             "cancellation" => !is_short && is_first_peer,
-            "dropped-connection" => !is_first_peer,
+            "dropped-connection" => !is_short && !is_first_peer,
             _ => false,
         };
-        let mut at_work = AtWork { fake: self, cycle_id, sticks };
-        if matches!(self.breaks, "deadline" | "cancellation" | "dropped-connection") {
-            // Long enough to be given up, and for one that was given up before to be known.
-            tokio::time::sleep(Duration::from_millis(200)).await;
+        let mut at_work = AtWork { fake: self, subsystem: subsystem.clone(), sticks };
+        if matches!(self.breaks, "cancellation" | "dropped-connection") {
+            // Long enough for one that was given up before to be known.
+            tokio::time::sleep(WORK).await;
         }
         if std::mem::take(&mut self.state.lock().unwrap().is_stuck) {
             at_work.sticks = false;
@@ -185,35 +198,41 @@ impl Subsystem for Fake {
             at_work.sticks = false;
             return Err(Status::invalid_argument("refused"));
         }
-        if self.breaks("concurrent-cycles") {
+        if self.breaks("concurrent-subsystems") {
             tokio::time::sleep(Duration::from_millis(100)).await;
-            if at_once > 4 {
+            if self.state.lock().unwrap().in_flight.len() > 1 {
                 return Err(Status::resource_exhausted("one after the other"));
             }
         }
         let attempt = if self.breaks("repeated-cycle") { request.attempt } else { 1 };
-        let before = self.state.lock().unwrap().answers.get(&(cycle_id, attempt)).cloned();
-        let working = if self.breaks("concurrent-repeats") {
-            if before.is_none() {
+        let key = (subsystem, request.cycle_id, attempt);
+        let before = || self.state.lock().unwrap().answers.get(&key).cloned();
+        let (answered, _working) = if self.breaks("concurrent-repeats") {
+            let answered = before();
+            if answered.is_none() {
                 // All that come at once find that nobody has done the work.
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
-            None
+            (answered, None)
         } else {
-            Some(self.work.lock().await)
+            let working = self.work.lock().await;
+            let answered = before();
+            if answered.is_none() {
+                tokio::time::sleep(self.takes).await;
+            }
+            (answered, Some(working))
         };
         let mut state = self.state.lock().unwrap();
-        let before = if working.is_some() { state.answers.get(&(cycle_id, attempt)).cloned() } else { before };
-        let answer = before.unwrap_or_else(|| {
+        let answer = answered.unwrap_or_else(|| {
             state.runs += 1;
             let runs = state.runs;
-            let mut answer =
-                pb::RunCycleResponse { output: to_struct(&json!({ "runs": runs, "by": NAME })), ..Default::default() };
+            let output = to_struct(&json!({ "runs": runs, "by": request.subsystem }));
+            let mut answer = pb::RunCycleResponse { output, ..Default::default() };
             answer.metrics.insert("runs".into(), f64::from(runs));
             if self.breaks("output-limits") {
                 answer.metrics.insert(String::new(), 1.0);
             }
-            state.answers.insert((cycle_id, attempt), answer.clone());
+            state.answers.insert(key, answer.clone());
             answer
         });
         drop(state);
@@ -226,6 +245,14 @@ impl Subsystem for Fake {
         request: Request<pb::GetStatusRequest>,
     ) -> Result<Response<pb::GetStatusResponse>, Status> {
         self.serves(&request.into_inner().subsystem)?;
+        if matches!(self.breaks, "status-while-running" | WITHOUT_STATUS) {
+            // Well after the one that is at work has been answered.
+            let _working = self.work.lock().await;
+            tokio::time::sleep(WORK / 2).await;
+        }
+        if self.breaks(WITHOUT_STATUS) {
+            return Err(Status::unimplemented("nothing to show"));
+        }
         let mut state = self.state.lock().unwrap();
         if self.breaks("status") && state.initialized == 0 {
             return Err(Status::internal("too early"));
@@ -237,6 +264,20 @@ impl Subsystem for Fake {
     }
 }
 
+type Answering = <Routes as Service<http::Request<Body>>>::Future;
+
+/// Announces an answer at once, which ends the library's watch over the deadline, and gives it when it is there.
+fn announced(answer: Answering) -> http::Response<Body> {
+    let frames = stream::once(answer).flat_map(|answer| {
+        let (head, body) = answer.unwrap().into_parts();
+        // A refusal has nothing but a head; its status goes where that of an answer is.
+        let refusal = head.headers.contains_key("grpc-status").then(|| Ok(head.headers));
+        BodyStream::new(body.with_trailers(future::ready(refusal)))
+    });
+    let head = http::Response::builder().header("content-type", "application/grpc");
+    head.body(Body::new(StreamBody::new(frames))).unwrap()
+}
+
 /// Serves it. It stops when what is returned is dropped.
 async fn serve(breaks: &'static str) -> (String, JoinSet<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -245,15 +286,25 @@ async fn serve(breaks: &'static str) -> (String, JoinSet<()>) {
     let status =
         if breaks == "health" { tonic_health::ServingStatus::NotServing } else { tonic_health::ServingStatus::Serving };
     reporter.set_service_status("", status).await;
-    let service = SubsystemServer::new(Fake { breaks, ..Fake::default() }).max_decoding_message_size(usize::MAX);
-    let spoil = move |mut response: http::Response<Body>| {
-        let internal = response.headers().get("grpc-status").is_some_and(|status| status == "13");
-        if breaks == "malformed-request" && internal {
-            response.headers_mut().insert("grpc-status", http::HeaderValue::from_static("2"));
+    // Those that get stuck by what happens in the middle take their time before.
+    let is_slow = matches!(breaks, "" | WITHOUT_STATUS | "status-while-running" | "deadline");
+    let takes = if is_slow { WORK } else { Duration::ZERO };
+    let fake = Fake { breaks, takes, ..Fake::default() };
+    let service = SubsystemServer::new(fake).max_decoding_message_size(usize::MAX);
+    let spoil = move |answer: Answering| match breaks {
+        "deadline" => future::ready(Ok::<_, Infallible>(announced(answer))).boxed(),
+        "malformed-request" => async {
+            let answer = answer.await?;
+            match answer.headers().get("grpc-status") {
+                // What the library answers to it.
+                Some(status) if status == "13" => future::pending().await,
+                _ => Ok(answer),
+            }
         }
-        response
+        .boxed(),
+        _ => answer.boxed(),
     };
-    let server = Server::builder().layer(MapResponseLayer::new(spoil)).add_service(service).add_service(health);
+    let server = Server::builder().layer(MapFutureLayer::new(spoil)).add_service(service).add_service(health);
     let mut servers = JoinSet::new();
     servers.spawn(async move { server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
     (endpoint, servers)
@@ -276,7 +327,8 @@ fn with_outcome(report: &Value, outcome: &str) -> Vec<String> {
 }
 
 async fn check(endpoint: &str, more: &[&str]) -> (Option<i32>, Value) {
-    let arguments = [endpoint, "--subsystem", NAME, "--timeout", "1s", "--output", "json"];
+    let [name, other] = NAMES;
+    let arguments = [endpoint, "--subsystem", name, "--subsystem", other, "--timeout", "8s", "--output", "json"];
     let output = conformance(&[&arguments[..], more].concat()).await;
     (output.status.code(), report(&output))
 }
@@ -295,7 +347,7 @@ async fn a_subsystem_that_keeps_the_contract_passes_again_and_again() {
 
 #[tokio::test]
 async fn each_check_finds_the_one_that_breaks_its_rule() {
-    for rule in CHECKS {
+    let broken = stream::iter(CHECKS).for_each_concurrent(AT_ONCE, |rule| async move {
         let (endpoint, _server) = serve(rule).await;
         let (code, report) = check(&endpoint, &[]).await;
         assert_eq!(with_outcome(&report, "FAILED"), [rule], "{report:#}");
@@ -306,7 +358,33 @@ async fn each_check_finds_the_one_that_breaks_its_rule() {
             assert_ne!(failed[said].as_str().unwrap(), "", "{rule}: {failed}");
         }
         assert_eq!(failed["level"], if is_recommended { "recommended" } else { "required" });
-    }
+    });
+    broken.await;
+}
+
+#[tokio::test]
+async fn what_can_not_be_seen_is_not_applicable() {
+    let (endpoint, _server) = serve("health").await;
+    let output = conformance(&[&endpoint, "--subsystem", NAMES[0], "--output", "json"]).await;
+    let unseen = with_outcome(&self::report(&output), "NOT_APPLICABLE");
+    let expected = CHECKS.into_iter().filter(|it| IN_THE_MIDDLE.contains(it) || *it == "concurrent-subsystems");
+    assert_eq!(unseen, expected.collect::<Vec<_>>(), "{output:?}");
+    let (endpoint, _server) = serve(WITHOUT_STATUS).await;
+    let (code, report) = check(&endpoint, &["--strict"]).await;
+    assert_eq!(
+        with_outcome(&report, "NOT_APPLICABLE"),
+        ["status", "status-while-running", "status-has-no-effects"],
+        "{report:#}"
+    );
+    assert_eq!((code, &report["passed"]), (Some(0), &json!(true)));
+    // Without a name, it also can't be told which one would be unknown; but the fake takes no made-up name.
+    let (endpoint, _server) = serve("unknown-subsystem").await;
+    let output = conformance(&[&endpoint, "--output", "json"]).await;
+    assert!(
+        with_outcome(&self::report(&output), "NOT_APPLICABLE").contains(&"unknown-subsystem".to_owned()),
+        "{output:?}"
+    );
+    assert_eq!(output.status.code(), Some(0));
 }
 
 #[tokio::test]
@@ -321,16 +399,18 @@ async fn a_report_is_for_people_and_for_ci_systems_too() {
     let (endpoint, _server) = serve("initialize").await;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("report.xml");
-    let output = conformance(&[&endpoint, "--subsystem", NAME, "--junit", path.to_str().unwrap()]).await;
+    let output = conformance(&[&endpoint, "--subsystem", NAMES[0], "--junit", path.to_str().unwrap()]).await;
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stdout).unwrap();
-    for line in
-        ["initialize failed", "  came      ALREADY_EXISTS: initialized <before>", "20 checks: 19 passed, 1 failed"]
-    {
+    for line in [
+        "initialize failed",
+        "  came      ALREADY_EXISTS: initialized <before>",
+        "21 checks: 15 passed, 1 failed, 5 not applicable",
+    ] {
         assert!(text.contains(line), "{line:?} is missing:\n{text}");
     }
     let xml = std::fs::read_to_string(&path).unwrap();
-    assert!(xml.contains(r#"tests="20" failures="1" skipped="0""#), "{xml}");
+    assert!(xml.contains(r#"tests="21" failures="1" skipped="5""#), "{xml}");
     assert!(xml.contains(r#"<failure message="ALREADY_EXISTS: initialized &lt;before&gt;">"#), "{xml}");
     assert_eq!(xml.matches("<testcase ").count(), CHECKS.len());
 }

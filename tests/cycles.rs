@@ -993,6 +993,21 @@ async fn an_output_that_finds_no_room_is_a_failure_and_room_comes_back() {
 }
 
 #[tokio::test]
+async fn one_that_is_unregistered_in_the_middle_of_its_call_gives_its_room_back() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.max_outputs_bytes=1048576"])).await;
+    for nth in 1..=3 {
+        stage.fleet.run("a", Run::Hold);
+        stage.register("a", |_| {}).await;
+        let running = start(&stage.client, pb::RunCycleRequest::default());
+        stage.fleet.until_run("a", nth).await;
+        stage.client.unregister_subsystem(pb::UnregisterSubsystemRequest { name: "a".into() }).await.unwrap();
+        stage.fleet.run("a", Run::large_output(700_000));
+        let cycle = ended(running).await.unwrap();
+        assert_eq!(part(&cycle, "a").state(), SubsystemState::Succeeded, "{cycle:?}");
+    }
+}
+
+#[tokio::test]
 async fn one_endpoint_is_one_connection_also_at_a_socket() {
     let dir = tempfile::tempdir().unwrap();
     let at_socket = Fleet::at_socket(&dir.path().join("fleet.sock"));

@@ -55,6 +55,31 @@ async fn a_page_is_newest_first_and_leads_to_the_next() {
 }
 
 #[tokio::test]
+async fn a_filter_that_hardly_any_record_passes_does_not_read_the_whole_history_at_once() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    let Stage { fleet, home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    // The same cycle again and again is quicker than so many cycles.
+    let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
+    let many = "WITH RECURSIVE more(id) AS (SELECT 2 UNION ALL SELECT id + 1 FROM more WHERE id < 10100)
+        INSERT INTO cycles SELECT id, id, epoch, state, trigger, loop, request_id, finished_at, record FROM cycles, more;
+        UPDATE counts SET cycles = 10100 WHERE state = 1;
+        UPDATE meta SET last_cycle_id = 10100, last_revision = 10100";
+    database.execute_batch(many).unwrap();
+    drop(database);
+    let service = home.serve().await;
+    let client = service.client().await;
+    let mut stage = Stage { fleet, home, service, client };
+    let none_passes = ListCyclesRequest { trigger: Trigger::Loop.into(), ..Default::default() };
+    let page = stage.client.list_cycles(none_passes.clone()).await.unwrap().into_inner();
+    assert_eq!((page.cycles.len(), page.next_page_token.as_str()), (0, "101"));
+    let rest = ListCyclesRequest { page_token: page.next_page_token, ..none_passes };
+    let page = stage.client.list_cycles(rest).await.unwrap().into_inner();
+    assert_eq!((page.cycles.len(), page.next_page_token.as_str()), (0, ""));
+}
+
+#[tokio::test]
 async fn large_records_make_small_pages() {
     let mut stage = Stage::new().await;
     stage.fleet.run("a", Run::large_output(1_000_000));

@@ -309,8 +309,8 @@ async fn each_passes_the_conformance_check() {
     for example in examples().await {
         let running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
         let endpoint = running.endpoint();
-        // Where there is a `work_ms`, it works for longer than the checks wait that give up a call.
-        let given = ["--param", "work_ms=100", "--input", r#"sensor={"value":3}"#];
+        // With `work_ms` it works for longer than the checks wait that give up a call.
+        let given = ["--strict", "--param", "work_ms=200", "--input", r#"sensor={"value":3}"#];
         let arguments = [&["conformance", &endpoint, "--subsystem", "it"], &given[..]].concat();
         let code = show(&format!("conformance of examples/{}", example.folder), &arguments).await;
         assert_eq!(code, Some(0), "{}", example.folder);

@@ -334,6 +334,17 @@ async fn bad_settings_are_refused_field_by_field() {
 }
 
 #[tokio::test]
+async fn a_loop_names_no_more_subsystems_than_there_may_be() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "registry.max_subsystems=2"])).await;
+    let over = |names: &[&str]| IntervalLoop {
+        subsystems: names.iter().map(ToString::to_string).collect(),
+        ..every("l", 3_600_000)
+    };
+    start(&mut stage.client, over(&["a", "b"])).await.unwrap();
+    assert_eq!(start(&mut stage.client, over(&["a", "b", "c"])).await.unwrap_err(), invalid(["loop.subsystems"]));
+}
+
+#[tokio::test]
 async fn cycles_of_loops_have_deadlines_of_their_own() {
     let mut stage = Stage::new().await;
     stage.fleet.run("late", Run::Hang);

@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{collections::BTreeSet, fs, process::Stdio};
+use std::{collections::BTreeSet, fs, os::unix::fs::symlink, process::Stdio};
 
 use common::{
     Stage,
@@ -339,6 +339,31 @@ async fn a_reload_applies_what_it_can_and_says_what_it_can_not() {
     stage.client.watch_after(0).await.unwrap();
     let mut stage = stage.killed().await;
     assert_eq!(stage.client.status().await.unwrap().subsystem_count, 2);
+}
+
+#[tokio::test]
+async fn a_file_behind_links_is_reloaded_each_time_a_link_is_moved() {
+    // As Kubernetes mounts a ConfigMap: the file is a link through a link, which is what an update replaces.
+    let home = Home::new();
+    let at = home.path("");
+    let point_to = |version: u32| {
+        let directory = at.join(format!("v{version}"));
+        fs::create_dir(&directory).unwrap();
+        let declares = format!("[[subsystems]]\nname = \"s{version}\"\nendpoint = \"http://127.0.0.1:1\"\n");
+        fs::write(directory.join("orchestrator.toml"), declares).unwrap();
+        symlink(&directory, at.join("new")).unwrap();
+        fs::rename(at.join("new"), at.join("data")).unwrap();
+    };
+    point_to(0);
+    let path = home.path("orchestrator.toml");
+    symlink("data/orchestrator.toml", &path).unwrap();
+    let mut stage = Stage::at(home.with_args(["--config".to_owned(), path.display().to_string()])).await;
+    for version in 1..=3 {
+        point_to(version);
+        fs::remove_dir_all(at.join(format!("v{}", version - 1))).unwrap();
+        let name = format!("s{version}");
+        patiently("the reload", async { while stage.client.subsystem(&name).await.is_err() {} }).await;
+    }
 }
 
 #[tokio::test]

@@ -4,17 +4,21 @@
 
 mod common;
 
-use std::fs;
+use std::{
+    fs,
+    time::{Duration, SystemTime},
+};
 
 use common::{
     Stage,
     fleet::Run,
     patiently,
-    service::{Home, Service, decode, ms, next_event, next_recorded, reason},
+    service::{Client, Home, Service, decode, ms, next_event, next_recorded, reason},
 };
-use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Trigger, cycle_event::Event};
+use futures_util::{StreamExt, stream::FuturesOrdered};
+use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Origin, Trigger, cycle_event::Event};
 use rusqlite::Connection;
-use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, prlimit};
 use tonic::Code;
 
 /// Starts a service that must refuse to, and returns what it says.
@@ -271,6 +275,145 @@ async fn what_a_kill_interrupts_is_recorded_and_an_idle_process_leaves_no_trace(
     assert!(interrupted.scheduled_at.is_some() && interrupted.started_at.is_some());
     assert!(interrupted.finished_at.is_some());
     assert_eq!(interrupted.epoch, stage.client.status().await.unwrap().epoch);
+}
+
+#[tokio::test]
+async fn a_stored_registration_that_breaks_a_rule_is_left_out_and_stays_stored() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let replace = |from: &str, to: &str| {
+        let database = Connection::open(home.path("o.db")).unwrap();
+        let changed = database.execute("UPDATE subsystems SET spec = replace(spec, ?1, ?2)", [from, to]).unwrap();
+        assert_eq!(changed, 1);
+    };
+    // As if a later version had written it, whose bounds are wider.
+    replace(r#""phase":0"#, r#""phase":9999999"#);
+    let service = home.serve().await;
+    assert!(service.client().await.subsystems().await.unwrap().is_empty());
+    assert!(home.log().contains("left out: a stored registration is invalid"), "{}", home.log());
+    assert!(service.stop().await.success());
+    replace(r#""phase":9999999"#, r#""phase":0"#);
+    let service = home.serve().await;
+    let status = service.client().await.subsystem("a").await.unwrap();
+    assert_eq!((status.origin(), status.output_cycle_id), (Origin::Rpc, 1));
+}
+
+/// Keeps the service from writing, as a program that copies the database may, until it is dropped. The service waits
+/// for at most five seconds.
+fn lock(home: &Home) -> Connection {
+    let database = Connection::open(home.path("o.db")).unwrap();
+    database.execute_batch("BEGIN IMMEDIATE").unwrap();
+    database
+}
+
+fn lease(registration: pb::Registration) -> pb::RegisterSubsystemRequest {
+    pb::RegisterSubsystemRequest { registration: Some(registration), lease: ms(1000) }
+}
+
+async fn lease_ends_at(client: &mut Client) -> SystemTime {
+    client.subsystem("a").await.unwrap().lease_expires_at.unwrap().try_into().unwrap()
+}
+
+#[tokio::test]
+async fn a_lease_that_has_ended_is_not_renewed_while_that_is_being_written() {
+    let mut stage = Stage::new().await;
+    let request = lease(stage.registration("a"));
+    stage.client.register_subsystem(request).await.unwrap();
+    let locked = lock(&stage.home);
+    // One that has ended is shown to end now, whenever that is.
+    let ends_at = lease_ends_at(&mut stage.client).await;
+    while lease_ends_at(&mut stage.client).await < ends_at + Duration::from_millis(200) {}
+    let renewed = stage.client.renew_lease(pb::RenewLeaseRequest { name: "a".into() }).await;
+    drop(locked);
+    patiently("the end of the lease", async { while stage.client.subsystem("a").await.is_ok() {} }).await;
+    assert_eq!(reason(&renewed.unwrap_err()).why, "SUBSYSTEM_NOT_FOUND");
+}
+
+#[tokio::test]
+async fn a_lease_begins_when_it_is_acknowledged() {
+    let mut stage = Stage::new().await;
+    let locked = lock(&stage.home);
+    let (mut client, request) = (stage.client.clone(), lease(stage.registration("a")));
+    let registering = tokio::spawn(async move { client.register_subsystem(request).await });
+    // Long enough for the request to be taken up.
+    for _ in 0..100 {
+        stage.client.status().await.unwrap();
+    }
+    let unlocked_at = SystemTime::now();
+    drop(locked);
+    patiently("the registration", registering).await.unwrap().unwrap();
+    assert!(lease_ends_at(&mut stage.client).await >= unlocked_at + Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn a_tick_that_ran_has_a_cycle_in_the_history_whenever_the_process_is_killed() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    let settings = pb::IntervalLoop { name: "l".into(), interval: ms(2000), ..Default::default() };
+    stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(settings) }).await.unwrap();
+    let locked = lock(&stage.home);
+    let ran = async |client: &mut Client| client.status().await.unwrap().loops[0].ticks.unwrap().ran;
+    let before = ran(&mut stage.client).await;
+    // They are written one after another, and the beginning of the cycle comes after them.
+    let mut registering: FuturesOrdered<_> = (0..64)
+        .map(|i| {
+            let (mut client, registration) = (stage.client.clone(), stage.registration(&format!("a{i}")));
+            async move { client.register(registration).await }
+        })
+        .collect();
+    let first = async {
+        tokio::select! {
+            first = registering.next() => first.unwrap().unwrap(),
+            () = async {
+                while ran(&mut stage.client.clone()).await == before {}
+                drop(locked);
+                std::future::pending::<()>().await;
+            } => unreachable!(),
+        }
+    };
+    patiently("the first registration", first).await;
+    for _ in 0..4 {
+        registering.next().await.unwrap().unwrap();
+    }
+    let mut stage = stage.killed().await;
+    let status = stage.client.status().await.unwrap();
+    assert!(status.loops[0].last_cycle_id <= status.total_cycles, "{status:?}");
+}
+
+#[tokio::test]
+async fn signals_are_heard_while_a_reload_waits_for_the_store() {
+    let mut stage = Stage::at(Home::new().with_config("")).await;
+    stage.client.run().await.unwrap();
+    let _locked = lock(&stage.home);
+    for (signal, logged) in [(Signal::HUP, "reloading: SIGHUP"), (Signal::TERM, "shutting down")] {
+        stage.service.signal(signal);
+        patiently(logged, async { while !stage.home.log().contains(logged) {} }).await;
+    }
+    assert!(!stage.home.log().contains("not reloaded"), "{}", stage.home.log());
+    stage.service.signal(Signal::TERM);
+    assert_eq!(stage.service.ended().await.code(), Some(130), "{}", stage.home.log());
+}
+
+#[tokio::test]
+async fn a_cycle_does_not_end_before_it_started_though_the_clock_was_set_back() {
+    let mut stage = Stage::new().await;
+    stage.register("held", |_| {}).await;
+    stage.fleet.run("held", Run::Hold);
+    stage.client.admit().await.unwrap();
+    stage.fleet.until_run("held", 1).await;
+    let Stage { home, service, .. } = stage;
+    service.kill().await;
+    let database = Connection::open(home.path("o.db")).unwrap();
+    let an_hour_later = "UPDATE open_cycles SET started_at = started_at + 3600000000000";
+    assert_eq!(database.execute(an_hour_later, []).unwrap(), 1);
+    drop(database);
+    let service = home.serve().await;
+    let cycle = service.client().await.cycle(1).await.unwrap();
+    assert_eq!(cycle.state(), CycleState::Interrupted);
+    assert_eq!((cycle.finished_at, cycle.duration_ms.to_bits()), (cycle.started_at, 0));
 }
 
 #[tokio::test]

@@ -523,9 +523,12 @@ async fn payloads_that_break_the_contract_are_refused() {
 
 #[tokio::test]
 async fn such_a_subsystem_passes_the_conformance_check() {
-    let serving = Server::new().subsystem("a", Strict(Probe::default())).listen("127.0.0.1:0").await.unwrap();
+    let serving = Server::new().subsystem("a", Strict(Probe::default())).subsystem("b", Strict(Probe::default()));
+    let serving = serving.listen("127.0.0.1:0").await.unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
-    command.args(["conformance", serving.endpoint(), "--subsystem", "a"]).kill_on_drop(true);
+    command
+        .args(["conformance", serving.endpoint(), "--strict", "--subsystem", "a", "--subsystem", "b"])
+        .kill_on_drop(true);
     let output = patiently("the conformance check", command.output()).await.unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }

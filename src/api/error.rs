@@ -6,12 +6,20 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
-    model::{Violation, Violations},
+    model::{Name, Violation, Violations, excerpt},
     orchestrator::Refusal,
 };
 
 /// The domain of every reason: the contract gives it.
 const DOMAIN: &str = "orchestrator.dreamnet";
+
+/// Bounds of what a status says. It travels in trailers, its message there twice, once in escaped text and once with the
+/// details in base64; and clients refuse trailers of more than 8 KiB (Java) or 16 KiB (C++, Python), so that nobody would
+/// see it. Together these stay below 8 KiB.
+const MAX_MESSAGE: usize = 768;
+const MAX_DETAILS: usize = 3 << 10;
+/// The most bytes of what is said of one field.
+const MAX_PROBLEM: usize = 512;
 
 /// The status of a refusal, with its details.
 pub(super) fn status(refusal: Refusal) -> Status {
@@ -43,8 +51,8 @@ pub(super) fn status(refusal: Refusal) -> Status {
         ),
         Refusal::TooManyWatchers(_) => (Code::ResourceExhausted, "TOO_MANY_WATCHERS", vec![]),
         Refusal::OrderRing(ring) => {
-            let names: Vec<_> = ring.names().map(ToString::to_string).collect();
-            (Code::InvalidArgument, "ORDER_RING", vec![("ring", names.join(","))])
+            let names = while_it_fits(ring.names().map(Name::as_str), |name| name.len());
+            (Code::InvalidArgument, "ORDER_RING", vec![("ring", names.collect::<Vec<_>>().join(","))])
         }
         Refusal::DeclaredInConfig(name) => {
             (Code::FailedPrecondition, "DECLARED_IN_CONFIG", vec![("name", name.to_string())])
@@ -60,12 +68,31 @@ pub(super) fn status(refusal: Refusal) -> Status {
 
 /// The status of a request with malformed fields, each named.
 fn invalid(violations: Violations) -> Status {
-    let message = violations.to_string();
+    let message = shortened(violations.to_string(), MAX_MESSAGE);
     let mut details = ErrorDetails::with_error_info("INVALID_FIELDS", DOMAIN, HashMap::new());
-    for Violation { field, problem } in violations.0 {
+    let shortened = violations
+        .0
+        .into_iter()
+        .map(|Violation { field, problem }| Violation { field, problem: shortened(problem, MAX_PROBLEM) });
+    for Violation { field, problem } in while_it_fits(shortened, |it| it.field.len() + it.problem.len()) {
         details.add_bad_request_violation(field, problem);
     }
     Status::with_error_details(Code::InvalidArgument, message, details)
+}
+
+/// The first items, as many as have room in the details of a status.
+fn while_it_fits<T>(items: impl Iterator<Item = T>, bytes: impl Fn(&T) -> usize) -> impl Iterator<Item = T> {
+    /// What each item takes beside what it says.
+    const AROUND: usize = 8;
+    let mut taken = 0;
+    items.take_while(move |item| {
+        taken += bytes(item) + AROUND;
+        taken <= MAX_DETAILS
+    })
+}
+
+fn shortened(text: String, max: usize) -> String {
+    if text.len() <= max { text } else { format!("{}…", excerpt(&text, max)) }
 }
 
 /// The status of an answer that would be larger than clients take.
@@ -76,5 +103,6 @@ pub(super) fn answer_too_large(what_to_do: &str) -> Status {
 
 fn with_reason(code: Code, message: String, reason: &str, metadata: Vec<(&str, String)>) -> Status {
     let metadata: HashMap<_, _> = metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    let message = shortened(message, MAX_MESSAGE);
     Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, metadata))
 }

@@ -4,11 +4,12 @@ mod error;
 mod request;
 mod response;
 
-use std::pin::Pin;
+use std::{pin::Pin, sync::Arc};
 
 use futures_util::{Stream, stream};
 use jiff::Timestamp;
 use prost::Message;
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use self::error::status;
@@ -28,21 +29,29 @@ use crate::{
 /// The most bytes of an answer: below the 4 MiB that clients take by default.
 const MAX_ANSWER: usize = 3 << 20;
 
-/// Serves an orchestrator; requests may have this many bytes.
-pub fn service(orchestrator: Orchestrator, max_request_bytes: usize) -> OrchestratorServer<impl Service> {
-    OrchestratorServer::new(Api::new(orchestrator)).max_decoding_message_size(max_request_bytes)
+/// Serves these RPCs; requests may have this many bytes.
+pub fn service(api: Api, max_request_bytes: usize) -> OrchestratorServer<impl Service> {
+    OrchestratorServer::new(api).max_decoding_message_size(max_request_bytes)
 }
 
-/// The service's RPCs.
+/// The service's RPCs. All clones share their bounds.
 #[derive(Clone)]
-pub struct Api(Orchestrator);
+pub struct Api {
+    orchestrator: Orchestrator,
+    /// For those who ask for the snapshots of all: what comes is of any size until it is seen what fits.
+    asking_all: Arc<Semaphore>,
+}
+
+/// How many may ask for the snapshots of all at one time; the others wait.
+const MAX_ASKING_ALL: usize = 2;
 
 impl Api {
     /// The RPCs of this orchestrator.
     pub fn new(orchestrator: Orchestrator) -> Self {
-        Self(orchestrator)
+        Self { orchestrator, asking_all: Arc::new(Semaphore::new(MAX_ASKING_ALL)) }
     }
 }
+
 
 /// What every handler returns.
 type Answer<T> = Result<Response<T>, Status>;
@@ -53,19 +62,21 @@ fn invalid(violations: crate::model::Violations) -> Status {
 
 impl Api {
     fn subsystem_status(&self, registered: &Registered) -> pb::SubsystemStatus {
-        response::subsystem_status(&self.0, registered, false, None)
+        response::subsystem_status(&self.orchestrator, registered, false, None)
     }
 
     /// The status of each, as many as fit in one answer.
     async fn statuses(&self, of: &[Registered], with_snapshots: bool, room: usize) -> (Vec<pb::SubsystemStatus>, bool) {
         /// Snapshots are of any size, so they are asked for a few at a time.
         const AT_ONCE: usize = 64;
+        let _permit = if with_snapshots { self.asking_all.acquire().await.ok() } else { None };
         let mut statuses = Vec::with_capacity(of.len());
         let mut bytes = 0;
         for some in of.chunks(AT_ONCE) {
-            let mut snapshots = if with_snapshots { self.0.snapshots(some).await } else { Vec::new() }.into_iter();
+            let mut snapshots =
+                if with_snapshots { self.orchestrator.snapshots(some).await } else { Vec::new() }.into_iter();
             for registered in some {
-                let mut status = response::subsystem_status(&self.0, registered, false, snapshots.next());
+                let mut status = response::subsystem_status(&self.orchestrator, registered, false, snapshots.next());
                 status.last = status.last.map(response::listed_part);
                 bytes += status.encoded_len() + 8;
                 if bytes > room {
@@ -86,11 +97,11 @@ impl Service for Api {
         let request = request::cycle(request, Timestamp::now()).map_err(invalid)?;
         if validate_only {
             let subset = request.subset.as_deref();
-            self.0.check_registered(subset).map_err(status)?;
-            let plan = response::plan(self.0.plan_cycle(subset));
+            self.orchestrator.check_registered(subset).map_err(status)?;
+            let plan = response::plan(self.orchestrator.plan_cycle(subset));
             return Ok(Response::new(pb::RunCycleResponse { plan: Some(plan), ..Default::default() }));
         }
-        let ticket = self.0.run_cycle(request, is_async).await.map_err(status)?;
+        let ticket = self.orchestrator.run_cycle(request, is_async).await.map_err(status)?;
         let cycle_id = ticket.cycle_id.0;
         let record = if is_async { ticket.record_now() } else { Some(ticket.recorded().await.map_err(status)?) };
         let telemetry = record.map(|record| record.bytes.clone()).unwrap_or_default();
@@ -99,16 +110,16 @@ impl Service for Api {
 
     async fn cancel_cycle(&self, request: Request<pb::CancelCycleRequest>) -> Answer<pb::CancelCycleResponse> {
         let cycle_id = request::cycle_id(request.into_inner().cycle_id).map_err(invalid)?;
-        let record = self.0.cancel_cycle(cycle_id).await.map_err(status)?;
+        let record = self.orchestrator.cancel_cycle(cycle_id).await.map_err(status)?;
         Ok(Response::new(pb::CancelCycleResponse { telemetry: record.bytes.clone() }))
     }
 
     async fn get_status(&self, request: Request<pb::GetStatusRequest>) -> Answer<pb::GetStatusResponse> {
         let pb::GetStatusRequest { include_subsystems, include_snapshots } = request.into_inner();
-        let mut answer = response::status(self.0.status());
+        let mut answer = response::status(self.orchestrator.status());
         if include_subsystems || include_snapshots {
             let room = MAX_ANSWER.saturating_sub(answer.encoded_len());
-            let registered = self.0.subsystems(None, usize::MAX);
+            let registered = self.orchestrator.subsystems(None, usize::MAX);
             let (subsystems, all_fit) = self.statuses(&registered, include_snapshots, room).await;
             if !all_fit {
                 return Err(error::answer_too_large("page through ListSubsystems, and ask for snapshots one by one"));
@@ -122,7 +133,7 @@ impl Service for Api {
 
     async fn watch_cycles(&self, request: Request<pb::WatchCyclesRequest>) -> Answer<Self::WatchCyclesStream> {
         let (from, filter, progress) = request::watch(request.into_inner()).map_err(invalid)?;
-        let watcher = self.0.watch(from, filter, progress).map_err(status)?;
+        let watcher = self.orchestrator.watch(from, filter, progress).map_err(status)?;
         let events = stream::unfold(Some(watcher), |watcher| async {
             let mut watcher = watcher?;
             match watcher.next().await {
@@ -135,14 +146,15 @@ impl Service for Api {
 
     async fn get_cycle(&self, request: Request<pb::GetCycleRequest>) -> Answer<pb::GetCycleResponse> {
         let cycle_id = request::cycle_id(request.into_inner().cycle_id).map_err(invalid)?;
-        let record = self.0.cycle(cycle_id).await.map_err(status)?;
+        let record = self.orchestrator.cycle(cycle_id).await.map_err(status)?;
         Ok(Response::new(pb::GetCycleResponse { telemetry: record.bytes.clone() }))
     }
 
     async fn list_cycles(&self, request: Request<pb::ListCyclesRequest>) -> Answer<pb::ListCyclesResponse> {
         let request::List { before, filter, participation, page_size } =
             request::list(request.into_inner()).map_err(invalid)?;
-        let Page { records, next } = self.0.cycles(before, filter, participation, page_size).await.map_err(status)?;
+        let Page { records, next, .. } =
+            self.orchestrator.cycles(before, filter, participation, page_size).await.map_err(status)?;
         Ok(Response::new(pb::ListCyclesResponse {
             cycles: records.into_iter().map(|record| record.bytes).collect(),
             next_page_token: next.map(|next| next.to_string()).unwrap_or_default(),
@@ -151,7 +163,7 @@ impl Service for Api {
 
     async fn plan_cycle(&self, request: Request<pb::PlanCycleRequest>) -> Answer<pb::PlanCycleResponse> {
         let subset = request::subset_only(&request.into_inner().subsystems).map_err(invalid)?;
-        let plan = response::plan(self.0.plan_cycle(subset.as_deref()));
+        let plan = response::plan(self.orchestrator.plan_cycle(subset.as_deref()));
         Ok(Response::new(pb::PlanCycleResponse { plan: Some(plan) }))
     }
 
@@ -162,7 +174,7 @@ impl Service for Api {
         let pb::RegisterSubsystemRequest { registration, lease } = request.into_inner();
         let subsystem = request::registration(registration).map_err(invalid)?;
         let lease = request::lease(lease).map_err(invalid)?;
-        let (registered, created) = self.0.register(subsystem, lease).await.map_err(status)?;
+        let (registered, created) = self.orchestrator.register(subsystem, lease).await.map_err(status)?;
         let subsystem = Some(self.subsystem_status(&registered));
         Ok(Response::new(pb::RegisterSubsystemResponse { subsystem, created }))
     }
@@ -172,22 +184,25 @@ impl Service for Api {
         request: Request<pb::UnregisterSubsystemRequest>,
     ) -> Answer<pb::UnregisterSubsystemResponse> {
         let name = subsystem_name(&request.into_inner().name)?;
-        self.0.unregister(&name).await.map_err(status)?;
+        self.orchestrator.unregister(&name).await.map_err(status)?;
         Ok(Response::new(pb::UnregisterSubsystemResponse {}))
     }
 
     async fn get_subsystem(&self, request: Request<pb::GetSubsystemRequest>) -> Answer<pb::GetSubsystemResponse> {
         let pb::GetSubsystemRequest { name, include_output, include_snapshot } = request.into_inner();
-        let registered = self.0.subsystem(&subsystem_name(&name)?).map_err(status)?;
-        let snapshot =
-            if include_snapshot { self.0.snapshots(std::slice::from_ref(&registered)).await.pop() } else { None };
-        let subsystem = response::subsystem_status(&self.0, &registered, include_output, snapshot);
+        let registered = self.orchestrator.subsystem(&subsystem_name(&name)?).map_err(status)?;
+        let snapshot = if include_snapshot {
+            self.orchestrator.snapshots(std::slice::from_ref(&registered)).await.pop()
+        } else {
+            None
+        };
+        let subsystem = response::subsystem_status(&self.orchestrator, &registered, include_output, snapshot);
         Ok(Response::new(pb::GetSubsystemResponse { subsystem: Some(subsystem) }))
     }
 
     async fn list_subsystems(&self, request: Request<pb::ListSubsystemsRequest>) -> Answer<pb::ListSubsystemsResponse> {
         let (after, page_size) = request::list_subsystems(request.into_inner()).map_err(invalid)?;
-        let mut found = self.0.subsystems(after.as_ref().map(Name::as_str), page_size + 1);
+        let mut found = self.orchestrator.subsystems(after.as_ref().map(Name::as_str), page_size + 1);
         let more_follow = found.len() > page_size;
         found.truncate(page_size);
         let (subsystems, all_fit) = self.statuses(&found, false, MAX_ANSWER).await;
@@ -198,7 +213,7 @@ impl Service for Api {
 
     async fn renew_lease(&self, request: Request<pb::RenewLeaseRequest>) -> Answer<pb::RenewLeaseResponse> {
         let name = subsystem_name(&request.into_inner().name)?;
-        let expires_at = self.0.renew_lease(&name).map_err(status)?;
+        let expires_at = self.orchestrator.renew_lease(&name).map_err(status)?;
         Ok(Response::new(pb::RenewLeaseResponse { lease_expires_at: Some(timestamp(expires_at)) }))
     }
 
@@ -207,7 +222,7 @@ impl Service for Api {
         request: Request<pb::SuspendSubsystemRequest>,
     ) -> Answer<pb::SuspendSubsystemResponse> {
         let name = subsystem_name(&request.into_inner().name)?;
-        let registered = self.0.suspend(&name, true).await.map_err(status)?;
+        let registered = self.orchestrator.suspend(&name, true).await.map_err(status)?;
         Ok(Response::new(pb::SuspendSubsystemResponse { subsystem: Some(self.subsystem_status(&registered)) }))
     }
 
@@ -216,7 +231,7 @@ impl Service for Api {
         request: Request<pb::ResumeSubsystemRequest>,
     ) -> Answer<pb::ResumeSubsystemResponse> {
         let name = subsystem_name(&request.into_inner().name)?;
-        let registered = self.0.suspend(&name, false).await.map_err(status)?;
+        let registered = self.orchestrator.suspend(&name, false).await.map_err(status)?;
         Ok(Response::new(pb::ResumeSubsystemResponse { subsystem: Some(self.subsystem_status(&registered)) }))
     }
 
@@ -225,7 +240,7 @@ impl Service for Api {
         request: Request<pb::StartIntervalLoopRequest>,
     ) -> Answer<pb::StartIntervalLoopResponse> {
         let spec = request::interval_loop(request.into_inner().r#loop).map_err(invalid)?;
-        let entry = self.0.start_loop(spec).await.map_err(|refusal| match refusal {
+        let entry = self.orchestrator.start_loop(spec).await.map_err(|refusal| match refusal {
             Refusal::Invalid(violations) => invalid(violations.inside("loop")),
             refusal => status(refusal),
         })?;
@@ -237,7 +252,7 @@ impl Service for Api {
         request: Request<pb::StopIntervalLoopRequest>,
     ) -> Answer<pb::StopIntervalLoopResponse> {
         let name = subsystem_name(&request.into_inner().name)?;
-        let entry = self.0.stop_loop(&name).await.map_err(status)?;
+        let entry = self.orchestrator.stop_loop(&name).await.map_err(status)?;
         Ok(Response::new(pb::StopIntervalLoopResponse { r#loop: Some(response::loop_status(&entry)) }))
     }
 
@@ -245,7 +260,7 @@ impl Service for Api {
         &self,
         _request: Request<pb::ListIntervalLoopsRequest>,
     ) -> Answer<pb::ListIntervalLoopsResponse> {
-        let loops = self.0.loops().iter().map(response::loop_status).collect();
+        let loops = self.orchestrator.loops().iter().map(response::loop_status).collect();
         Ok(Response::new(pb::ListIntervalLoopsResponse { loops }))
     }
 }

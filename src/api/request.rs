@@ -203,7 +203,10 @@ pub(super) fn watch(request: pb::WatchCyclesRequest) -> Result<(WatchFrom, Watch
     let filter = WatchFilter {
         loops: bad.names("loops", &loops),
         states: cycle_states(&mut bad, &states),
-        participation: Participation { subsystems: bad.names("subsystems", &subsystems), states: Vec::new() },
+        participation: Participation {
+            subsystems: bad.names("subsystems", &subsystems).into_iter().collect(),
+            states: Vec::new(),
+        },
     };
     bad.into_result((from, filter, progress))
 }
@@ -263,7 +266,7 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
             finished_before: finished_before.and_then(|time| timestamp(&mut bad, "finished_before", time)),
         },
         participation: Participation {
-            subsystems: if subsystem.is_empty() { Vec::new() } else { vec![bad.name("subsystem", &subsystem)] },
+            subsystems: (!subsystem.is_empty()).then(|| bad.name("subsystem", &subsystem)).into_iter().collect(),
             states: subsystem_states,
         },
         page_size: self::page_size(&mut bad, page_size, 50),

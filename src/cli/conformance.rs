@@ -27,7 +27,8 @@ It runs real cycles against the subsystem, so it is for test instances. It calls
 the clock, far above those of an orchestrator: restart the instance before an orchestrator uses it.
 
 What is required, every subsystem has to keep; what is recommended makes it better. Without --subsystem a made-up name
-is used, which only a subsystem that takes every name answers.
+is used, which only a subsystem that takes every name answers. What happens to a call in the middle shows only when
+cycles take 0.2 s or longer: if parameters can make them, give those.
 
 Exit codes:
   0    all that is required has passed; with --strict, also all that is recommended
@@ -43,9 +44,9 @@ pub(super) struct Conformance {
     /// Where it is dialed: http://HOST:PORT, https://HOST:PORT or unix:/PATH
     #[arg(value_parser = Endpoint::parse)]
     endpoint: Endpoint,
-    /// The name of a subsystem that is served there
-    #[arg(long, value_name = "NAME")]
-    subsystem: Option<String>,
+    /// The name of the subsystem to check; when repeated, of others that are served there, to be called beside it
+    #[arg(long = "subsystem", value_name = "NAME")]
+    subsystems: Vec<String>,
     #[command(flatten)]
     parameters: Parameters,
     /// An input of every cycle, its output as a JSON object; may be repeated
@@ -134,8 +135,8 @@ impl Finding {
 impl Conformance {
     /// Runs all checks, one after the other.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
-        let Self { endpoint, subsystem, parameters, inputs, timeout, strict, junit, format } = self;
-        let probe = Probe::connect(endpoint, subsystem, parameters.encode()?, inputs, timeout).await?;
+        let Self { endpoint, subsystems, parameters, inputs, timeout, strict, junit, format } = self;
+        let probe = Probe::connect(endpoint, subsystems, parameters.encode()?, inputs, timeout).await?;
         let mut checks = Vec::with_capacity(CHECKS.len());
         for check in CHECKS {
             checks.push(Finding::new(check, (check.run)(&probe).await, strict));
@@ -186,6 +187,19 @@ impl Report {
             number(Outcome::Failed),
             number(Outcome::NotApplicable)
         );
-        sections([table.finish(), details.join("\n"), summary])
+        sections([table.finish(), details.join("\n"), summary + &self.advice()])
+    }
+
+    /// What to do next.
+    fn advice(&self) -> String {
+        let failed: Vec<_> = self.checks.iter().filter(|finding| finding.has_failed()).collect();
+        let all_came = |code: &str| failed.len() > 2 && failed.iter().all(|finding| finding.came.starts_with(code));
+        if all_came("UNIMPLEMENTED") {
+            format!("{} does not serve dreamnet.subsystem.v1.Subsystem.\n", clean(&self.endpoint))
+        } else if all_came("NOT_FOUND") {
+            format!("No {:?} is served there: give the subsystem's name with --subsystem.\n", clean(&self.subsystem))
+        } else {
+            "Restart it before an orchestrator calls it: it has seen epochs far above those of a real one.\n".to_owned()
+        }
     }
 }

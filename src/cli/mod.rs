@@ -12,6 +12,7 @@ mod parameters;
 mod plan;
 mod progress;
 mod remote;
+mod report;
 mod run;
 mod serve;
 mod status;
@@ -52,7 +53,8 @@ Examples:
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
   orchestrator run
   orchestrator watch
-  orchestrator cycles list --state failed --output json"
+  orchestrator cycles list --state failed --output json
+  orchestrator report --since 7d"
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -70,6 +72,7 @@ enum Command {
     Cycles(cycles::Cycles),
     Subsystems(subsystems::Subsystems),
     Loops(loops::Loops),
+    Report(report::Report),
     Plan(plan::PlanCommand),
     Check(check::Check),
     Conformance(conformance::Conformance),
@@ -89,6 +92,7 @@ impl Cli {
             Command::Cycles(cycles) => cycles.run().await,
             Command::Subsystems(subsystems) => subsystems.run().await,
             Command::Loops(loops) => loops.run().await,
+            Command::Report(report) => report.run().await,
             Command::Plan(plan) => plan.run().await,
             Command::Check(check) => check.run(),
             Command::Conformance(conformance) => conformance.run().await,

@@ -17,7 +17,7 @@ use clap::{
     },
 };
 use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, presets};
-use jiff::{RoundMode, SignedDuration, Timestamp, TimestampRound, Unit};
+use jiff::{RoundMode, SignedDuration, Span, SpanRelativeTo, Timestamp, TimestampRound, Unit};
 use prost::Message;
 
 use super::{Exit, Failure};
@@ -335,7 +335,8 @@ pub(super) fn coarse(duration: Duration) -> Duration {
     Duration::from_secs(duration.as_secs() / unit * unit)
 }
 
-fn timestamp(time: &prost_types::Timestamp) -> Option<Timestamp> {
+/// A time to reckon with; none when it is none of the calendar.
+pub(super) fn timestamp(time: &prost_types::Timestamp) -> Option<Timestamp> {
     Timestamp::new(time.seconds, time.nanos).ok()
 }
 
@@ -503,15 +504,20 @@ pub(super) fn parse_duration(text: &str) -> Result<prost_types::Duration, String
     Ok(prost_types::Duration { seconds: duration.as_secs(), nanos: duration.subsec_nanos() })
 }
 
-/// Reads a time: as RFC 3339 has it, or as a duration before now.
+/// Reads a time: as RFC 3339 has it, or as a duration before now, in which a day has 24 hours.
 ///
 /// # Errors
 /// What to give instead.
 pub(super) fn parse_time(text: &str) -> Result<prost_types::Timestamp, String> {
-    let ago = || text.parse().ok().and_then(|ago: SignedDuration| Timestamp::now().checked_sub(ago).ok());
+    let ago = || {
+        let ago: Span = text.parse().ok()?;
+        let ago = ago.to_duration(SpanRelativeTo::days_are_24_hours()).ok()?;
+        // "2h ago" reads as less than nothing.
+        Timestamp::now().checked_sub(ago.unsigned_abs()).ok()
+    };
     let time = text.parse().ok().or_else(ago);
     time.map(crate::proto::timestamp)
-        .ok_or_else(|| "give a time such as 2026-01-31T12:00:00Z, or how long ago, such as 2h".to_owned())
+        .ok_or_else(|| "give a time such as 2026-01-31T12:00:00Z, or how long ago, such as 2h or 7d".to_owned())
 }
 
 #[cfg(test)]
@@ -530,6 +536,18 @@ mod tests {
         assert_eq!(said, ["0 ms", "0.42 ms", "10.0 ms", "132 ms", "1.00 s", "1.23 s", "1m 1s", "2h 3m"]);
         assert_eq!(short(coarse(Duration::from_secs(93_784))), "26h");
         assert_eq!(short(Duration::ZERO), "0s");
+    }
+
+    #[test]
+    fn a_time_is_said_as_such_or_as_how_long_ago() {
+        let seconds_ago = |text: &str| parse_time(text).map(|time| Timestamp::now().as_second() - time.seconds);
+        for (text, expected) in [("90m", 5_400), ("7d", 604_800), ("1w 1d", 691_200), ("2h ago", 7_200)] {
+            assert!(seconds_ago(text).is_ok_and(|ago| (0..60).contains(&(ago - expected))), "{text}");
+        }
+        assert_eq!(parse_time("1970-01-01T00:00:07Z").map(|time| time.seconds), Ok(7));
+        for text in ["", "yesterday", "7", "1mo", "99999999d"] {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
     }
 
     #[test]

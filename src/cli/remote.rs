@@ -25,10 +25,10 @@ const QUICK: Duration = Duration::from_secs(10);
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// How a remote command reaches the service and shows what that says.
+/// How a remote command reaches the service and shows what that says, in the formats that all have or in its own.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Connection and output")]
-pub(super) struct Remote {
+pub(super) struct Remote<F: clap::Args = Format> {
     /// Where the service listens: HOST, HOST:PORT, or a URL that begins with http:// or https://
     #[arg(
         long,
@@ -43,7 +43,7 @@ pub(super) struct Remote {
     #[arg(long, value_name = "DURATION", env = "ORCHESTRATOR_TIMEOUT", value_parser = timeout, global = true)]
     pub(super) timeout: Option<Duration>,
     #[command(flatten)]
-    pub(super) format: Format,
+    pub(super) format: F,
 }
 
 /// Where a service listens.
@@ -96,7 +96,9 @@ impl Remote {
     pub(super) fn at(address: std::net::SocketAddr) -> Self {
         Self { address: Address(format!("http://{address}")), timeout: None, format: Format::default() }
     }
+}
 
+impl<F: clap::Args> Remote<F> {
     /// Connects.
     ///
     /// # Errors

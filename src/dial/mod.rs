@@ -124,7 +124,13 @@ impl Subsystems for Dialer {
             let mut client = self.client(of)?;
             let request = pb::GetStatusRequest { subsystem: of.name.to_string() };
             let answer = answered(client.get_status(with_timeout(request, timeout)), timeout).await?;
-            convert::payload("status", answer.status)
+            let status = convert::payload("status", answer.status)?;
+            let (bytes, allowed) = (status.len(), of.limits.max_output_bytes as usize);
+            if bytes > allowed {
+                let message = format!("its status is {bytes} bytes; allowed are {allowed}, as of output");
+                return Err(CallError { code: Code::ResourceExhausted, message });
+            }
+            Ok(status)
         })
     }
 

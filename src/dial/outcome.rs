@@ -4,10 +4,16 @@ use std::error::Error;
 
 use tonic::Status;
 
-use crate::{model::Code, ports::CallError};
+use crate::{
+    model::{Code, excerpt},
+    ports::CallError,
+};
 
 /// How tonic begins the message of the OUT_OF_RANGE status that it makes up for an answer over the limit.
 const TOO_LARGE: &str = "Error, decoded message length too large";
+
+/// The most bytes of a peer's message that are kept. A record takes no more, and all that tells of a call holds it.
+const MAX_MESSAGE: usize = 1 << 10;
 
 /// Reads a status. `late` says that the deadline had passed when it came.
 pub(super) fn of(status: &Status, late: bool) -> CallError {
@@ -26,7 +32,7 @@ pub(super) fn of(status: &Status, late: bool) -> CallError {
     };
     let message = match status.source() {
         Some(source) => chain(source),
-        None => status.message().to_owned(),
+        None => excerpt(status.message(), MAX_MESSAGE).to_owned(),
     };
     CallError { code, message }
 }
@@ -57,6 +63,12 @@ mod tests {
         assert_eq!(peer(tonic::Code::Cancelled, true), Code::DeadlineExceeded);
         assert_eq!(peer(tonic::Code::Unknown, false), Code::Unknown);
         assert_eq!(peer(tonic::Code::OutOfRange, false), Code::OutOfRange);
+    }
+
+    #[test]
+    fn of_a_long_message_the_beginning_is_kept() {
+        let kept = of(&Status::internal("ß".repeat(10_000)), false).message;
+        assert_eq!((kept.len(), kept.capacity()), (MAX_MESSAGE, MAX_MESSAGE));
     }
 
     #[test]

@@ -377,14 +377,12 @@ impl<'a> Run<'a> {
 
     /// Makes an output the latest one, if there is room for it.
     fn keep(&self, standing: &Standing, answer: Answer) -> Result<Answer, SubsystemState> {
-        let mut remembered = standing.lock();
-        let old = remembered.latest.as_ref().map_or(0, |output| output.payload.len());
-        let new = answer.output.len();
-        if let Err(max) = self.engine.outputs.exchange(old, new) {
+        let output = Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() };
+        standing.keep(output, &self.engine.outputs).map_err(|max| {
+            let new = answer.output.len();
             let message = format!("no room for its output of {new} bytes: all outputs together may take {max} bytes");
-            return Err(SubsystemState::Failed(Code::ResourceExhausted, message));
-        }
-        remembered.latest = Some(Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() });
+            SubsystemState::Failed(Code::ResourceExhausted, message)
+        })?;
         Ok(answer)
     }
 

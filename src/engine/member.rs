@@ -61,7 +61,7 @@ pub struct Standing(Mutex<Remembered>);
 #[derive(Debug, Default)]
 pub(super) struct Remembered {
     pub(super) breaker: Breaker,
-    pub(super) latest: Option<Output>,
+    latest: Option<(Output, Room)>,
     pub(super) last: Option<LastPart>,
     pub(super) mean: Option<Duration>,
 }
@@ -78,9 +78,10 @@ pub struct LastPart {
 }
 
 impl Standing {
-    /// What is remembered of a subsystem whose latest output is known.
-    pub fn with_output(output: Output) -> Self {
-        Self(Mutex::new(Remembered { latest: Some(output), ..Remembered::default() }))
+    /// What is remembered of a subsystem whose latest output is known. Takes its room in `budget`, also beyond its end.
+    pub fn with_output(output: Output, budget: &Arc<OutputBudget>) -> Self {
+        let room = Room::of(budget, output.payload.len());
+        Self(Mutex::new(Remembered { latest: Some((output, room)), ..Remembered::default() }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Remembered> {
@@ -90,7 +91,25 @@ impl Standing {
 
     /// Its latest output.
     pub fn latest(&self) -> Option<Output> {
-        self.lock().latest.clone()
+        self.lock().latest.as_ref().map(|(output, _)| output.clone())
+    }
+
+    /// Makes an output the latest one.
+    ///
+    /// # Errors
+    /// There is no room for it: so many bytes all outputs together may take.
+    pub(super) fn keep(&self, output: Output, budget: &Arc<OutputBudget>) -> Result<(), usize> {
+        let bytes = output.payload.len();
+        let latest = &mut self.lock().latest;
+        if let Some((old, room)) = latest {
+            room.resize(bytes)?;
+            *old = output;
+        } else {
+            let mut room = Room::of(budget, 0);
+            room.resize(bytes)?;
+            *latest = Some((output, room));
+        }
+        Ok(())
     }
 
     /// Its part in the last cycle.
@@ -115,7 +134,7 @@ impl Remembered {
     }
 }
 
-/// Room for the latest outputs of all subsystems together.
+/// Room for the latest outputs of all subsystems together, in bytes.
 #[derive(Debug)]
 pub struct OutputBudget {
     used: AtomicUsize,
@@ -123,28 +142,46 @@ pub struct OutputBudget {
 }
 
 impl OutputBudget {
-    /// Room for `max` bytes, of which `used` are taken.
-    pub fn new(used: usize, max: usize) -> Self {
-        Self { used: AtomicUsize::new(used), max: AtomicUsize::new(max) }
-    }
-
-    /// Takes `new` bytes in place of `old` ones, if they fit.
-    pub(super) fn exchange(&self, old: usize, new: usize) -> Result<(), usize> {
-        let max = self.max.load(Ordering::Relaxed);
-        let taken = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-            let used = used.saturating_sub(old) + new;
-            (new <= old || used <= max).then_some(used)
-        });
-        taken.map(|_| ()).map_err(|_| max)
-    }
-
-    /// Gives back the bytes of an output that is forgotten.
-    pub fn give_back(&self, output: &Output) {
-        let _ = self.exchange(output.payload.len(), 0);
+    /// Room for `max` bytes, all of it free.
+    pub fn new(max: usize) -> Self {
+        Self { used: AtomicUsize::new(0), max: AtomicUsize::new(max) }
     }
 
     /// Changes how much room there is. What is kept now stays.
     pub fn set_max(&self, max: usize) {
         self.max.store(max, Ordering::Relaxed);
+    }
+}
+
+/// The part of a budget that one output takes. It comes back when nobody holds the output any more: one that is
+/// unregistered in the middle of a cycle is still read by others until that ends.
+#[derive(Debug)]
+struct Room {
+    budget: Arc<OutputBudget>,
+    bytes: usize,
+}
+
+impl Room {
+    fn of(budget: &Arc<OutputBudget>, bytes: usize) -> Self {
+        budget.used.fetch_add(bytes, Ordering::Relaxed);
+        Self { budget: budget.clone(), bytes }
+    }
+
+    /// Takes `bytes` in place of those it has, if they fit, or are fewer.
+    fn resize(&mut self, bytes: usize) -> Result<(), usize> {
+        let max = self.budget.max.load(Ordering::Relaxed);
+        let taken = self.budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+            let used = used - self.bytes + bytes;
+            (bytes <= self.bytes || used <= max).then_some(used)
+        });
+        taken.map_err(|_| max)?;
+        self.bytes = bytes;
+        Ok(())
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }

@@ -187,7 +187,8 @@ fn text_of(bytes: &[u8]) -> String {
 /// Whole numbers in the range where `f64` is exact are shown without a fraction, as JSON writers elsewhere do.
 fn number(value: f64) -> Value {
     const EXACT: f64 = 9_007_199_254_740_992.0;
-    if value.fract() == 0.0 && value.abs() <= EXACT {
+    let is_negative_zero = value == 0.0 && value.is_sign_negative();
+    if value.fract() == 0.0 && value.abs() <= EXACT && !is_negative_zero {
         #[allow(clippy::cast_possible_truncation, reason = "whole and in range, as was just seen")]
         return Value::Number((value as i64).into());
     }

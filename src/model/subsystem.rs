@@ -1,6 +1,11 @@
 //! Subsystems: what a registration says, validated, and what one of them receives and returns.
 
-use std::{collections::BTreeMap, fmt, ops::RangeInclusive, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+    ops::RangeInclusive,
+    time::Duration,
+};
 
 use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
@@ -204,13 +209,8 @@ impl Subsystem {
 
     /// The names of its inputs, each once: `requires`, `after`, `reads`.
     pub fn input_names(&self) -> impl Iterator<Item = &Name> {
-        let earlier = move |list: usize, name: &Name| {
-            [&self.requires, &self.after].into_iter().take(list).any(|names| names.contains(name))
-        };
-        [&self.requires, &self.after, &self.reads]
-            .into_iter()
-            .enumerate()
-            .flat_map(move |(list, names)| names.iter().filter(move |name| !earlier(list, name)))
+        let mut seen = HashSet::new();
+        [&self.requires, &self.after, &self.reads].into_iter().flatten().filter(move |name| seen.insert(*name))
     }
 }
 
@@ -261,7 +261,8 @@ impl Endpoint {
         };
         let authority = authority.strip_suffix('/').unwrap_or(authority);
         let (host, port) = authority.rsplit_once(':').ok_or_else(wrong)?;
-        let port_is_good = port.parse::<u16>().is_ok_and(|port| port != 0);
+        // As it is written back: no sign, no leading zeros.
+        let port_is_good = port.parse::<u16>().is_ok_and(|number| number != 0 && number.to_string() == port);
         let host_is_good = match host.strip_prefix('[').map(|rest| rest.strip_suffix(']')) {
             Some(address) => address.is_some_and(|a| a.parse::<std::net::Ipv6Addr>().is_ok()),
             None => {
@@ -507,6 +508,8 @@ mod tests {
             "http://h",
             "http://h:0",
             "http://h:99999",
+            "http://h:+80",
+            "http://h:080",
             "http://h:1/path",
             "ftp://h:1",
             "unix:relative",

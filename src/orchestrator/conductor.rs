@@ -68,6 +68,11 @@ impl Admitted {
         Ticket { cycle_id: self.cycle_id, done: self.done.subscribe() }
     }
 
+    /// Its beginning is written.
+    pub(super) fn has_begun(&self) -> bool {
+        self.started_at.get().is_some()
+    }
+
     pub(super) fn to_open(&self) -> OpenCycle {
         OpenCycle {
             cycle_id: self.cycle_id,
@@ -176,7 +181,10 @@ impl Shared {
             open: vec![OpenCycle { started_at: Some(self.clock.now()), ..admitted.to_open() }],
             ..Write::default()
         };
-        let begun = self.insist(admitted, opened, |_| ());
+        let start = || *admitted.started_at.get_or_init(|| self.clock.now());
+        let begun = self.insist(admitted, opened, |_| {
+            start();
+        });
         select! {
             biased;
             () = admitted.cancel.cancelled() => return Ok(None),
@@ -189,7 +197,7 @@ impl Shared {
         let cycle = Cycle {
             cycle_id: admitted.cycle_id,
             request: admitted.request.clone(),
-            started_at: *admitted.started_at.get_or_init(|| self.clock.now()),
+            started_at: start(),
             deadline: admitted.request.deadline.unwrap_or(settings.cycle_deadline),
             max_concurrent_calls: settings.max_concurrent_calls,
             plan: plan.clone(),
@@ -305,7 +313,9 @@ impl Shared {
 /// The record of a cycle that an earlier process had begun and not finished.
 pub(super) fn interrupted(cycle_id: CycleId, open: Option<&OpenCycle>, epoch: Epoch, now: Timestamp) -> FinishedCycle {
     let started_at = open.and_then(|open| open.started_at);
-    let duration = started_at.map(|started_at| now.duration_since(started_at));
+    // The clock may have been set back since it started.
+    let finished_at = started_at.map_or(now, |started_at| now.max(started_at));
+    let duration = started_at.map(|started_at| finished_at.duration_since(started_at));
     FinishedCycle {
         cycle_id,
         epoch,
@@ -313,7 +323,7 @@ pub(super) fn interrupted(cycle_id: CycleId, open: Option<&OpenCycle>, epoch: Ep
         scheduled_at: open.map(|open| open.scheduled_at),
         request_id: open.and_then(|open| open.request_id.clone()),
         started_at,
-        finished_at: now,
+        finished_at,
         duration: duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default(),
         state: CycleState::Interrupted,
         error: "the process that ran it ended in the middle of it".into(),

@@ -104,9 +104,9 @@ impl Registry {
         self.plan_is_stale = true;
     }
 
-    pub(super) fn remove(&mut self, name: &Name) -> Option<Registered> {
+    pub(super) fn remove(&mut self, name: &Name) {
         self.plan_is_stale = true;
-        self.entries.remove(name)
+        self.entries.remove(name);
     }
 
     /// Puts other entries in the place of all.
@@ -135,10 +135,13 @@ impl Registry {
         }
     }
 
-    /// Renews the lease of an entry, if it has one.
+    /// Renews the lease of an entry, if it has one. Not one that has ended: its end may be being written.
     pub(super) fn renew(&mut self, name: &Name) -> Result<Lease, Refusal> {
         let entry = self.entries.get_mut(name).ok_or_else(|| Refusal::SubsystemNotFound(name.clone()))?;
         let lease = entry.lease.as_mut().ok_or_else(|| Refusal::NoLease(name.clone()))?;
+        if lease.expires <= Instant::now() {
+            return Err(Refusal::SubsystemNotFound(name.clone()));
+        }
         *lease = Lease::new(lease.length);
         Ok(*lease)
     }

@@ -80,10 +80,10 @@ impl Store for Memory {
         let history = self.history();
         let mut page = Page::default();
         let mut bytes = 0;
-        for (scanned, record) in history.records.range(..before).rev().map(|(_, record)| record).enumerate() {
+        for record in history.records.range(..before).rev().map(|(_, record)| record) {
             let is_full = page.records.len() == limits.records
                 || (!page.records.is_empty() && bytes + record.bytes.len() > limits.bytes);
-            if scanned == SCAN_LIMIT || (is_full && filter.wants(record)) {
+            if page.scanned == SCAN_LIMIT || (is_full && filter.wants(record)) {
                 page.next = Some(record.cycle_id.next());
                 break;
             }
@@ -91,6 +91,7 @@ impl Store for Memory {
                 bytes += record.bytes.len();
                 page.records.push(record.clone());
             }
+            page.scanned += 1;
         }
         Box::pin(ready(Ok(page)))
     }

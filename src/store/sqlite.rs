@@ -205,13 +205,13 @@ impl Store for Sqlite {
                 .prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id < ?1 ORDER BY cycle_id DESC"))?;
             let mut rows = query.query([integer(before.0)])?;
             let mut page = Page::default();
-            let (mut bytes, mut scanned) = (0, 0);
+            let mut bytes = 0;
             while let Some(row) = rows.next()? {
                 // The record itself stands last in a row, and is not touched unless it is wanted.
                 let found = found(row)?;
                 let wanted = filter.wants(&found);
                 let is_full = page.records.len() == limits.records;
-                if scanned == SCAN_LIMIT || (wanted && is_full) {
+                if page.scanned == SCAN_LIMIT || (wanted && is_full) {
                     page.next = Some(found.cycle_id.next());
                     break;
                 }
@@ -224,7 +224,7 @@ impl Store for Sqlite {
                     bytes += record.bytes.len();
                     page.records.push(record);
                 }
-                scanned += 1;
+                page.scanned += 1;
             }
             Ok(page)
         }))

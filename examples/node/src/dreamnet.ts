@@ -3,7 +3,8 @@
 // A module is an object with `run(context)` and perhaps `status()` or `getStatus()`. Nothing in it changes:
 //
 // * Those that one process serves find each other in `context` as the very same live objects. One that lives elsewhere
-//   is there as its latest output: plain data, frozen. `context` has the declared inputs and nothing else.
+//   is there as its latest output: plain data, frozen. So is CitadelCore always, as `citadelSnapshot`. `context` has the
+//   declared inputs and nothing else.
 // * `run` may be asynchronous, and return anything or nothing. Its output is a copy, made when `run` ended, of what
 //   JSON can carry; what it can't carry is left out, with an issue. The object itself is never sent.
 // * `run` is called once in a cycle, and never while it is still at work: a repeated call gets the first answer.
@@ -25,12 +26,13 @@ import type { GetStatusRequest__Output } from "./gen/dreamnet/subsystem/v1/GetSt
 import type { GetStatusResponse } from "./gen/dreamnet/subsystem/v1/GetStatusResponse.js";
 import type { InitializeRequest__Output } from "./gen/dreamnet/subsystem/v1/InitializeRequest.js";
 import type { InitializeResponse } from "./gen/dreamnet/subsystem/v1/InitializeResponse.js";
+import type { Input__Output } from "./gen/dreamnet/subsystem/v1/Input.js";
 import type { Issue } from "./gen/dreamnet/subsystem/v1/Issue.js";
 import type { RunCycleRequest__Output } from "./gen/dreamnet/subsystem/v1/RunCycleRequest.js";
 import type { RunCycleResponse } from "./gen/dreamnet/subsystem/v1/RunCycleResponse.js";
 import type { SubsystemHandlers } from "./gen/dreamnet/subsystem/v1/Subsystem.js";
 import { describe, frozen, snapshot, type Json } from "./json.js";
-import { contextKey, TOPOLOGY, type Place, type SubsystemName } from "./topology.js";
+import { contextKey, ONLY_OUTPUT, TOPOLOGY, type Settings, type SubsystemName } from "./topology.js";
 
 // -------------------------------------------------------------------------------------------- types
 
@@ -41,8 +43,11 @@ export interface Module {
   getStatus?: unknown;
 }
 
-/** What is served: a module, or a class or a factory (also an asynchronous one) that makes it, once. */
-export type Servable = Module | (new () => Module) | (() => Module | Promise<Module>);
+/**
+ * What is served: a module, or a class or a factory (also an asynchronous one) that makes it, once. One that is only read
+ * by the others may be any object.
+ */
+export type Servable = Module | (new () => Module) | (() => Module | Promise<Module>) | object;
 
 /** The cycle that a module runs in. */
 export interface Cycle {
@@ -53,7 +58,10 @@ export interface Cycle {
   readonly parameters: Readonly<Record<string, Json>>;
   /** Every input by the name of its maker, as data. */
   readonly inputs: ReadonlyMap<string, InputData>;
-  /** Aborted when the call that started this run is cancelled or too late. */
+  /**
+   * Aborted when the call that started this run is cancelled or too late. A module that gives up then, with an AbortError,
+   * is run again when the call is repeated.
+   */
   readonly signal: AbortSignal;
   /** Reports a number worth following over time. */
   metric(name: string, value: number): void;
@@ -79,8 +87,11 @@ export interface ServeOptions {
   endpoint?: string;
   /** Names of those that have a `run` and are yet only read by the others: no cycle ever runs them. */
   readOnly?: readonly string[];
-  /** Places of subsystems that are not among DreamNet's 28, or stand elsewhere now. */
-  places?: Readonly<Record<string, Place>>;
+  /**
+   * What is registered of a subsystem, by name: its `timeout`, whether it is `critical`, `requires`, `parameters` and so on.
+   * What is left out is as in DreamNet's table, and else the service's default. Only with `orchestrator`.
+   */
+  registrations?: Readonly<Record<string, Settings>>;
   /**
    * Runs those of one phase one after another, in the order of DreamNet's table and then of `objects`, as they always
    * did: live objects that call each other end up in the same state in every cycle. Otherwise they run side by side.
@@ -99,8 +110,8 @@ export interface Served {
   stop(): Promise<void>;
 }
 
-/** DreamNet's 28, each of which may be missing. */
-export type OrchestratorContext = { [name in SubsystemName]?: Servable };
+/** DreamNet's 28, each of which may be missing: what `serveSubsystems` takes, by these names. */
+export type OrchestratorContext = { [name in SubsystemName]?: any };
 
 /** The record of a cycle; times are epoch milliseconds. */
 export interface CycleTelemetry {
@@ -118,13 +129,16 @@ export interface OrchestratorStatus {
   totalCycles: number;
 }
 
-/** A loop that runs in the orchestrator, until it is stopped: it outlives this process. */
-export interface IntervalLoop {
+/**
+ * A loop that runs in the orchestrator, until it is stopped: it outlives this process. The handle is a timer, so that
+ * `clearInterval(loop)` stops it as ever, within half a second.
+ */
+export type IntervalLoop = NodeJS.Timeout & {
   /** Settles when the modules are registered and the loop runs, or with the reason why not. */
   readonly started: Promise<void>;
-  /** Stops the loop, as `clearInterval` did. The modules stay served. */
+  /** Stops the loop at once. The modules stay served. */
   stop(): Promise<void>;
-}
+};
 
 // -------------------------------------------------------------------------------------------- serving
 
@@ -141,7 +155,8 @@ const REMEMBERED = 4;
 /** One module under its name: keeps the rules of the contract that need memory. */
 class Subsystem {
   private epoch = 0;
-  private readonly answers = new Map<number, Promise<RunCycleResponse>>();
+  /** By cycle; without an answer where a run gave up because nobody waited for it any more. */
+  private readonly answers = new Map<number, Promise<RunCycleResponse | undefined>>();
   private atWork: number | undefined;
 
   constructor(
@@ -163,18 +178,28 @@ class Subsystem {
     this.epoch = epoch;
   }
 
-  runCycle(request: RunCycleRequest__Output, signal: AbortSignal): Promise<RunCycleResponse> {
+  async runCycle(request: RunCycleRequest__Output, signal: AbortSignal): Promise<RunCycleResponse> {
     this.checkEpoch(request.epoch);
-    const first = this.answers.get(request.cycleId);
-    if (first) return first;
+    const { cycleId } = request;
+    const first = this.answers.get(cycleId);
+    if (first) return (await first) ?? this.runCycle(request, signal);
     if (this.atWork !== undefined) {
       throw new Refusal(status.UNAVAILABLE, `${this.name} is still at work in cycle ${this.atWork}`);
     }
-    this.atWork = request.cycleId;
-    const answer = this.run(request, signal).finally(() => (this.atWork = undefined));
-    this.answers.set(request.cycleId, answer);
+    this.atWork = cycleId;
+    const answer = this.run(request, signal)
+      .catch((error) => {
+        const gaveUp = signal.aborted && (error === signal.reason || (error as Error | undefined)?.name === "AbortError");
+        if (!gaveUp) throw error;
+        this.answers.delete(cycleId);
+        return undefined;
+      })
+      .finally(() => (this.atWork = undefined));
+    this.answers.set(cycleId, answer);
     if (this.answers.size > REMEMBERED) this.answers.delete(this.answers.keys().next().value!);
-    return answer;
+    const done = await answer;
+    if (!done) throw new Refusal(status.CANCELLED, `${this.name} gave up: nobody waits for it`);
+    return done;
   }
 
   // Up to the first `await` this is synchronous, and so is the copy of what a synchronous `run` returns.
@@ -185,12 +210,7 @@ class Subsystem {
       cycleId: request.cycleId,
       scheduledAt: new Date(toMs(request.scheduledAt)),
       parameters: frozen(request.parameters),
-      inputs: new Map(
-        Object.entries(request.inputs).map(([name, input]) => [
-          name,
-          { fresh: input.freshness === "FRESHNESS_FRESH", ...(input.output && { output: frozen(input.output) }) },
-        ]),
-      ),
+      inputs: new Map(Object.entries(request.inputs).map(([name, input]) => [name, toInputData(input)])),
       signal,
       metric: (name, value) => void (metrics[name] = value),
       issue: (severity, code, message) => void issues.push({ severity: `SEVERITY_${severity}`, code, message }),
@@ -218,7 +238,7 @@ class Subsystem {
     const context: Record<string, unknown> = {};
     for (const [name, { output }] of cycle.inputs) {
       if (this.unoffered.has(name)) continue;
-      const value = this.objects.get(name) ?? output;
+      const value = (ONLY_OUTPUT.has(name) ? undefined : this.objects.get(name)) ?? output;
       if (value !== undefined) context[contextKey(name)] = value;
     }
     return context;
@@ -237,6 +257,12 @@ class Subsystem {
     }
     return { status: snapshot(await this.statusOf(), this.itself).struct };
   }
+}
+
+function toInputData({ freshness, output }: Input__Output): InputData {
+  const fresh = freshness === "FRESHNESS_FRESH";
+  // An output that is empty may be left out on the way.
+  return { fresh, ...((fresh || freshness === "FRESHNESS_STALE") && { output: frozen(output) }) };
 }
 
 const isThenable = (value: unknown): value is PromiseLike<unknown> =>
@@ -264,16 +290,19 @@ export async function serveSubsystems(
   }
   // An object is never sent, and neither is one that another module got hold of.
   const itself = new Set<unknown>([...live.values(), ...Object.values(objects).filter((object) => object != null)]);
-  for (const name of options.readOnly ?? []) {
-    if (!live.has(name)) throw new Error(`readOnly names ${name}, which is not among the objects`);
+  const named = { readOnly: options.readOnly ?? [], registrations: Object.keys(options.registrations ?? {}) };
+  for (const [option, names] of Object.entries(named)) {
+    const unknown = names.find((name) => !live.has(name));
+    if (unknown !== undefined) throw new Error(`${option} names ${unknown}, which is not among the objects`);
   }
 
   const subsystems = new Map<string, Subsystem>();
-  const registrations: Array<Place & { name: string }> = [];
+  const registrations: Array<Settings & { name: string }> = [];
   let previous: { name: string; phase: number } | undefined;
   for (const [name, object] of live) {
     const readOnly = typeof object.run !== "function" || (options.readOnly ?? []).includes(name);
-    const { phase = 0, requires = [], after = [], reads = [] } = placeOf(name, options);
+    const settings = settingsOf(name, options);
+    const { phase = 0, requires = [], after = [], reads = [] } = settings;
     const inputs = new Set([...requires, ...after, ...reads]);
     const waitsFor = [...after];
     const unoffered = new Set<string>();
@@ -282,7 +311,7 @@ export async function serveSubsystems(
       if (!inputs.has(previous.name)) unoffered.add(previous.name);
     }
     previous = { name, phase };
-    registrations.push({ name, phase, requires, after: waitsFor, reads: reads.filter((n) => !waitsFor.includes(n)) });
+    registrations.push({ ...settings, name, after: waitsFor, reads: reads.filter((n) => !waitsFor.includes(n)) });
     subsystems.set(name, new Subsystem(name, object, readOnly, unoffered, live, itself));
   }
 
@@ -324,15 +353,15 @@ export async function serveSubsystems(
 
 const HEALTH_SERVICE = "dreamnet.subsystem.v1.Subsystem";
 
-function placeOf(name: string, options: ServeOptions): Place {
-  return options.places?.[name] ?? (TOPOLOGY as Record<string, Place>)[name] ?? {};
+function settingsOf(name: string, options: ServeOptions): Settings {
+  return { ...(TOPOLOGY as Record<string, Settings>)[name], ...options.registrations?.[name] };
 }
 
 /** By phase, then as in DreamNet's table, then as they come. */
 function inOrder(names: string[], options: ServeOptions): string[] {
   const table = Object.keys(TOPOLOGY);
   const row = (name: string) => (table.includes(name) ? table.indexOf(name) : table.length);
-  const phase = (name: string) => placeOf(name, options).phase ?? 0;
+  const phase = (name: string) => settingsOf(name, options).phase ?? 0;
   return names.sort((a, b) => phase(a) - phase(b) || row(a) - row(b));
 }
 
@@ -396,29 +425,20 @@ async function ask<A>(address: string, call: (client: Client, callback: Callback
 
 /** Registers with a lease and renews it, until the function that it returns is called. */
 async function register(
-  registrations: ReadonlyArray<Place & { name: string }>,
+  registrations: ReadonlyArray<Settings & { name: string }>,
   endpoint: string,
   orchestrator: string,
   leaseSeconds: number,
 ): Promise<() => Promise<void>> {
-  const registerOne = ({ requires, after, reads, ...registration }: Place & { name: string }) =>
+  const registerOne = (registration: Settings & { name: string }) =>
     ask(orchestrator, (client, callback) =>
       client.registerSubsystem(
-        {
-          registration: {
-            ...registration,
-            endpoint,
-            requires: [...(requires ?? [])],
-            after: [...(after ?? [])],
-            reads: [...(reads ?? [])],
-          },
-          lease: { seconds: leaseSeconds },
-        },
+        { registration: { ...registration, endpoint }, lease: { seconds: leaseSeconds } },
         deadline(),
         callback,
       ),
     );
-  const renewOne = async (registration: Place & { name: string }) => {
+  const renewOne = async (registration: Settings & { name: string }) => {
     try {
       await ask(orchestrator, (client, callback) =>
         client.renewLease({ name: registration.name }, deadline(), callback),
@@ -460,7 +480,7 @@ const deadline = () => ({ deadline: Date.now() + 10_000 });
 // -------------------------------------------------------------------------------------------- the familiar calls
 
 /** Options of the familiar calls. The orchestrator is by default at `ORCHESTRATOR_ADDRESS`, else at 127.0.0.1:7700. */
-export type CallOptions = Omit<ServeOptions, "places">;
+export type CallOptions = ServeOptions;
 
 const orchestratorOf = (options: CallOptions) =>
   (options.orchestrator ?? process.env.ORCHESTRATOR_ADDRESS ?? "127.0.0.1:7700").replace(/^http:\/\//, "");
@@ -495,27 +515,61 @@ export async function runSingleCycle(context: OrchestratorContext, options: Call
   return toTelemetry(telemetry!);
 }
 
-/** Serves and registers what is in `context`, and has the orchestrator run a cycle every `intervalMs`. */
+// How often the handle of a loop shows that it has not been cleared.
+const BEAT_MS = 100;
+
+/** The loops that this process has started, by orchestrator and name, and when what was last asked of them is done. */
+const loops = new Map<string, { settled: Promise<void> }>();
+
+/**
+ * Serves and registers what is in `context`, and has the orchestrator run a cycle every `intervalMs`. A loop of the same
+ * name is replaced.
+ */
 export function startIntervalLoop(
   context: OrchestratorContext,
   intervalMs = 5000,
   options: CallOptions & { /** Default "dreamnet". */ loop?: string } = {},
 ): IntervalLoop {
   const { loop: name = "dreamnet", ...rest } = options;
+  const orchestrator = orchestratorOf(rest);
   const interval = { seconds: Math.floor(intervalMs / 1000), nanos: Math.round((intervalMs % 1000) * 1e6) };
+  const key = `${orchestrator} ${name}`;
+  const earlier = loops.get(key);
   const started = (async () => {
+    await earlier?.settled;
     await serve(context, rest);
-    await ask(orchestratorOf(rest), (client, callback) =>
+    await ask(orchestrator, (client, callback) =>
       client.startIntervalLoop({ loop: { name, interval } }, deadline(), callback),
     );
   })();
-  return {
-    started,
-    async stop() {
-      await started;
-      await ask(orchestratorOf(rest), (client, callback) => client.stopIntervalLoop({ name }, deadline(), callback));
-    },
-  };
+
+  const own = { settled: started.catch(() => {}) };
+  loops.set(key, own);
+
+  // `clearInterval` calls nobody, but a cleared timer no longer beats, and that can be watched.
+  let beats = 0;
+  const timer = setInterval(() => (beats += 1), BEAT_MS);
+  const watch = setInterval(() => {
+    if (beats === 0) stop().catch((error) => console.error(`a loop was not stopped, trying again: ${describe(error)}`));
+    beats = 0;
+  }, 4 * BEAT_MS);
+  started.catch(() => [timer, watch].forEach(clearInterval));
+
+  async function stop(): Promise<void> {
+    clearInterval(timer);
+    await started;
+    // One that was started again under the same name is no longer this handle's to stop.
+    if (loops.get(key) === own) {
+      const stopped = ask(orchestrator, (client, callback) => client.stopIntervalLoop({ name }, deadline(), callback));
+      own.settled = stopped.then(() => {}, () => {});
+      await stopped.catch((error: ServiceError) => {
+        // Not found: somebody else has stopped it.
+        if (error.code !== status.NOT_FOUND) throw error;
+      });
+    }
+    clearInterval(watch);
+  }
+  return Object.assign(timer, { started, stop });
 }
 
 /** What the orchestrator has done last, and how many cycles in all. */

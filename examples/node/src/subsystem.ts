@@ -2,6 +2,7 @@
 //
 //   node dist/src/subsystem.js --listen 127.0.0.1:0 --name total --orchestrator 127.0.0.1:7700 --reads sensor
 
+import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { serveSubsystems, type Cycle } from "./dreamnet.js";
 
@@ -21,7 +22,10 @@ class Total {
   private cycles = 0;
   private value = 0;
 
-  run(_context: unknown, cycle: Cycle) {
+  async run(_context: unknown, cycle: Cycle) {
+    // Stands for work that takes time. A call that is late or cancelled ends it, before anything has changed.
+    const workMs = cycle.parameters.work_ms;
+    if (typeof workMs === "number") await setTimeout(workMs, undefined, { signal: cycle.signal });
     this.cycles += 1;
     this.value = 1;
     for (const [name, { output }] of cycle.inputs) {
@@ -42,7 +46,7 @@ const served = await serveSubsystems(
   {
     listen: flags.listen,
     ...(flags.orchestrator && { orchestrator: flags.orchestrator }),
-    places: {
+    registrations: {
       [flags.name]: { requires: names(flags.requires), after: names(flags.after), reads: names(flags.reads) },
     },
   },

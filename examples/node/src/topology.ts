@@ -1,15 +1,12 @@
 // DreamNet's 28 subsystems, in the order in which they have always run. `examples/dreamnet.toml` says the same to the
 // orchestrator; a test compares the two.
 
-/** Where a subsystem stands in a cycle, and whose outputs are its inputs; see `Registration` in the contract. */
-export interface Place {
-  phase?: number;
-  requires?: readonly string[];
-  after?: readonly string[];
-  reads?: readonly string[];
-}
+import type { Registration } from "./gen/dreamnet/orchestrator/v1/Registration.js";
 
-const place = (phase: number, reads = "", after = ""): Place => ({ phase, after: words(after), reads: words(reads) });
+/** What a registration says of a subsystem, beside its name and its endpoint; see `Registration` in the contract. */
+export type Settings = Omit<Registration, "name" | "endpoint">;
+
+const place = (phase: number, reads = "", after = "") => ({ phase, after: words(after), reads: words(reads) });
 const words = (text: string) => text.split(" ").filter(Boolean);
 
 export const TOPOLOGY = {
@@ -73,13 +70,20 @@ export const TOPOLOGY = {
       "InitRitualCore EconomicEngineCore AgentRegistryCore NeuralMesh",
     "CivicPanelCore",
   ),
-} as const satisfies Record<string, Place>;
+} as const satisfies Record<string, Settings>;
 
 /** The name of one of the 28. */
 export type SubsystemName = keyof typeof TOPOLOGY;
 
 // Keys that don't follow from the name.
-const KEYS: Record<string, string> = { StarBridgeLungs: "starBridge", PredatorScavengerLoop: "predatorScavenger" };
+const KEYS: Record<string, string> = {
+  CitadelCore: "citadelSnapshot",
+  StarBridgeLungs: "starBridge",
+  PredatorScavengerLoop: "predatorScavenger",
+};
+
+/** Those that the others have never met themselves: what they are offered is what its `run` returned last. */
+export const ONLY_OUTPUT: ReadonlySet<string> = new Set(["CitadelCore"]);
 
 /** The key under which the others find a subsystem in their context: `FieldLayer` is `fieldLayer`. */
 export const contextKey = (name: string): string => KEYS[name] ?? name.charAt(0).toLowerCase() + name.slice(1);

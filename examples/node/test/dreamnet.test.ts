@@ -1,4 +1,4 @@
-// Against the real service: ORCHESTRATOR_BIN, or the one in `target/debug`.
+// Against the real service: the binary TEST_ORCHESTRATOR, or the one in `target/debug`.
 
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
@@ -12,14 +12,15 @@ import {
   startIntervalLoop,
   stopServing,
   type Cycle,
+  type IntervalLoop,
   type OrchestratorContext,
   type Servable,
 } from "../src/dreamnet.js";
-import { contextKey, TOPOLOGY, type Place } from "../src/topology.js";
+import { contextKey, TOPOLOGY, type Settings } from "../src/topology.js";
 import { call, cycle, orchestrator, startOrchestrator, startSubsystem, subsystem, type Running } from "./support.js";
 
 const NAMES = Object.keys(TOPOLOGY) as Array<keyof typeof TOPOLOGY>;
-const inputsOf = ({ requires = [], after = [], reads = [] }: Place) => new Set([...requires, ...after, ...reads]);
+const inputsOf = ({ requires = [], after = [], reads = [] }: Settings) => new Set([...requires, ...after, ...reads]);
 
 let service: Running;
 before(async () => void (service = await startOrchestrator()));
@@ -39,6 +40,12 @@ const familiar = <C extends object>(context: C): C => {
   return context;
 };
 
+const loopOf = (...args: Parameters<typeof startIntervalLoop>): IntervalLoop => {
+  const loop = startIntervalLoop(...args);
+  open.push(() => loop.stop());
+  return loop;
+};
+
 test("the topology is that of examples/dreamnet.toml", async () => {
   const toml = await readFile(fileURLToPath(new URL("../../../dreamnet.toml", import.meta.url)), "utf8");
   const declared = toml.split("[[subsystems]]").slice(1).map((text) => {
@@ -50,10 +57,10 @@ test("the topology is that of examples/dreamnet.toml", async () => {
   assert.deepEqual(declared, Object.entries(TOPOLOGY));
 });
 
-test("keys follow from the names, but for two", () => {
+test("keys follow from the names, but for three", () => {
   assert.deepEqual(
-    ["FieldLayer", "DreamNetOSCore", "StarBridgeLungs", "PredatorScavengerLoop"].map(contextKey),
-    ["fieldLayer", "dreamNetOSCore", "starBridge", "predatorScavenger"],
+    ["FieldLayer", "DreamNetOSCore", "CitadelCore", "StarBridgeLungs", "PredatorScavengerLoop"].map(contextKey),
+    ["fieldLayer", "dreamNetOSCore", "citadelSnapshot", "starBridge", "predatorScavenger"],
   );
 });
 
@@ -63,7 +70,7 @@ test("keys follow from the names, but for two", () => {
  */
 function fleet(order: string[] = []) {
   class Stateful {
-    private memory = 1;
+    memory = 1;
     private runs = 0;
     constructor(readonly name: string, readonly turns: number) {}
 
@@ -76,7 +83,11 @@ function fleet(order: string[] = []) {
       order.push(this.name);
       this.runs += 1;
       const work = () => {
-        for (const key of Object.keys(context).sort()) this.remember(context[key]!.remember(this.memory));
+        for (const key of Object.keys(context).sort()) {
+          const other = context[key]!;
+          // What Citadel has returned is no object that could be called.
+          this.remember(key === "citadelSnapshot" ? other.memory : other.remember(this.memory));
+        }
         return this.status();
       };
       if (this.turns === 0) return work();
@@ -114,6 +125,7 @@ test("28 modules that call each other end up as they do in plain sequence in one
       const inputs = Object.fromEntries(
         [...inputsOf(TOPOLOGY[name as keyof typeof TOPOLOGY])].map((name) => [contextKey(name), plain[name]!]),
       );
+      if (inputs.citadelSnapshot) Object.assign(inputs, { citadelSnapshot: inputs.citadelSnapshot.status() });
       await plain[name]!.run(inputs);
     }
     for (const name of NAMES) assert.deepEqual(context[name]!.status(), plain[name]!.status(), `${name}, cycle ${n}`);
@@ -137,7 +149,7 @@ test("side by side, the phases and each `after` still hold", async () => {
       name,
       {
         async run(context: object) {
-          const { phase, after } = TOPOLOGY[name] as Place;
+          const { phase, after } = TOPOLOGY[name] as Settings;
           const before = NAMES.filter((other) => (TOPOLOGY[other].phase ?? 0) < phase!);
           for (const other of [...before, ...after!]) assert.ok(ended.has(other), `${name} ran before ${other}`);
           assert.deepEqual(new Set(Object.keys(context)), new Set([...inputsOf(TOPOLOGY[name])].map(contextKey)));
@@ -187,6 +199,48 @@ test("a subsystem that lives elsewhere is its latest output, frozen", async () =
   await cycle(service.address);
   assert.equal(JSON.stringify(seen), '{"neuralMesh":{"nodes":[{"id":1}]}}');
   assert.throws(() => { seen.neuralMesh.nodes[0].id = 2; }, TypeError);
+});
+
+test("Citadel is what its run has returned, and what is none of the 28 can be an input too", async () => {
+  let seen: any;
+  const agents = [{ id: "wolf" }];
+  await serve(
+    {
+      CitadelCore: { run: async () => ({ snapshot: { plan: "grow" } }) },
+      LatentCollaboration: { run(context: unknown) { seen = context; } },
+      agents,
+    },
+    { orchestrator: service.address, registrations: { LatentCollaboration: { reads: ["agents"] } } },
+  );
+  await cycle(service.address);
+  assert.deepEqual(Object.keys(seen).sort(), ["agents", "citadelSnapshot"]);
+  assert.equal(JSON.stringify(seen.citadelSnapshot), '{"snapshot":{"plan":"grow"}}');
+  assert.throws(() => { seen.citadelSnapshot.snapshot.plan = "shrink"; }, TypeError);
+  assert.equal(seen.agents, agents);
+});
+
+test("what is said of a registration is registered, and the rest is as in the table", async () => {
+  const context = familiar({
+    NeuralMesh: { run: () => new Promise(() => {}) },
+    CitadelCore: { run: () => ({ fine: true }) },
+    FieldLayer: { run: () => ({ fine: true }) },
+  });
+  const telemetry = await runSingleCycle(context, {
+    orchestrator: service.address,
+    registrations: {
+      NeuralMesh: { timeout: { nanos: 50_000_000 }, critical: true },
+      FieldLayer: { requires: ["NeuralMesh"], reads: [] },
+    },
+  });
+  assert.match(telemetry.error!, /NeuralMesh/);
+  const { subsystems } = await orchestrator(service.address)((client, callback) => client.listSubsystems({}, callback));
+  const [citadel, field, mesh] = subsystems.map(({ registration }: any) => registration);
+  assert.deepEqual([citadel.phase, citadel.reads, citadel.timeout.seconds], [10, ["NeuralMesh"], 10]);
+  assert.deepEqual([field.phase, field.requires, field.reads], [20, ["NeuralMesh"], []]);
+  assert.deepEqual([mesh.phase, mesh.timeout.nanos, mesh.critical], [0, 50_000_000, true]);
+  const parts = subsystems.map(({ last }: any) => last.state);
+  assert.deepEqual(parts, ["SUBSYSTEM_STATE_SUCCEEDED", "SUBSYSTEM_STATE_SKIPPED", "SUBSYSTEM_STATE_TIMED_OUT"]);
+  await assert.rejects(serve({}, { registrations: { Nobody: {} } }), /registrations names Nobody/);
 });
 
 test("a module that throws is that subsystem's failure only", async () => {
@@ -327,6 +381,24 @@ test("a call that is late ends, tells the module, and keeps nobody else from ans
   await aborted;
 });
 
+test("a module that gives up with its call is run again when the call is repeated", async () => {
+  let runs = 0;
+  const served = await serve({
+    NeuralMesh: {
+      run: (_context: unknown, { signal }: Cycle) =>
+        ++runs > 1 ? { runs } : new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason))),
+    },
+  });
+  const late = subsystem(served.address)((client, callback) =>
+    client.runCycle({ subsystem: "NeuralMesh", cycleId: 1 }, { deadline: Date.now() + 100 }, callback),
+  );
+  // This one waits for the first, and does not give up with it.
+  const second = call(served.address, "NeuralMesh", 1, { epoch: 0, attempt: 2 });
+  await assert.rejects(late, { code: status.DEADLINE_EXCEEDED });
+  assert.equal((await second).output!.fields!.runs!.numberValue, 2);
+  assert.deepEqual(await call(served.address, "NeuralMesh", 1, { epoch: 0 }), await second);
+});
+
 test("a superseded epoch is refused, a name that is not here is not found, and health is served", async () => {
   const served = await serve({ NeuralMesh: { run() {} } });
   const initialize = (subsystem_: string, epoch: number) =>
@@ -353,11 +425,33 @@ test("an interval loop runs until it is stopped", async () => {
   const twice = new Promise<void>((resolve) => (ran = resolve));
   let runs = 0;
   const context = familiar({ NeuralMesh: { run: () => void (++runs === 2 && ran()) } });
-  const loop = startIntervalLoop(context, 20, { orchestrator: service.address });
+  const loop = loopOf(context, 20, { orchestrator: service.address });
   await twice;
   await loop.stop();
   const { loops } = await orchestrator(service.address)((client, callback) => client.listIntervalLoops({}, callback));
   assert.deepEqual(loops, []);
+});
+
+test("clearInterval stops an interval loop, and not one that was started after it", async () => {
+  const context = familiar({ NeuralMesh: { run() {} } });
+  const options = { orchestrator: service.address };
+  const intervals = async (): Promise<number[]> => {
+    const { loops } = await orchestrator(service.address)((client, callback) => client.listIntervalLoops({}, callback));
+    return loops.map(({ loop }: any) => loop.interval.seconds);
+  };
+  const first: NodeJS.Timeout = loopOf(context, 5000, options);
+  clearInterval(first);
+  const second = loopOf(context, 6000, options);
+  await second.started;
+  const other = loopOf(context, 7000, { ...options, loop: "other" });
+  await other.started;
+  assert.deepEqual(await intervals(), [6, 7]);
+  clearInterval(other);
+  // By then the first one's handle has noticed as well.
+  while ((await intervals()).length > 1);
+  assert.deepEqual(await intervals(), [6]);
+  await second.stop();
+  assert.deepEqual(await intervals(), []);
 });
 
 test("what goes wrong at the start is told", async () => {
@@ -373,7 +467,7 @@ test("a registration that is gone is made anew", async () => {
   await runSingleCycle(context, options);
   await orchestrator(service.address)((client, callback) => client.unregisterSubsystem({ name: "NeuralMesh" }, callback));
   const again = new Promise<void>((resolve) => (ran = resolve));
-  const loop = startIntervalLoop(context, 20, options);
+  const loop = loopOf(context, 20, options);
   await again;
   await loop.stop();
 });

@@ -10,7 +10,7 @@ import type { RunCycleResponse__Output } from "../src/gen/dreamnet/subsystem/v1/
 import type { CycleTelemetry__Output } from "../src/gen/dreamnet/orchestrator/v1/CycleTelemetry.js";
 
 const BINARY =
-  process.env.ORCHESTRATOR_BIN ?? fileURLToPath(new URL("../../../../target/debug/orchestrator", import.meta.url));
+  process.env.TEST_ORCHESTRATOR ?? fileURLToPath(new URL("../../../../target/debug/orchestrator", import.meta.url));
 
 /** A process that has told where it listens. */
 export interface Running {
@@ -19,11 +19,8 @@ export interface Running {
   stop(): Promise<number | null>;
 }
 
-// The settings of the one who tests are not those of the test.
-const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("ORCHESTRATOR_")));
-
 async function start(command: string, args: string[]): Promise<Running> {
-  const child: ChildProcess = spawn(command, args, { env, stdio: ["ignore", "pipe", "inherit"] });
+  const child: ChildProcess = spawn(command, args, { stdio: ["ignore", "pipe", "inherit"] });
   const exited = once(child, "exit") as Promise<[number | null]>;
   const line = await Promise.race([
     once(createInterface({ input: child.stdout! }), "line").then(([line]) => line as string),

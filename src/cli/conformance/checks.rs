@@ -3,15 +3,19 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, join_all},
+};
 use prost::Message;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Status};
 
 use super::probe::Probe;
 use crate::{
-    model::{self, Answer, Issue, Limits, Payload, Severity},
+    model::{self, Answer, Issue, Limits, Payload, Severity, Subsystem},
     proto::subsystem::v1 as pb,
 };
 
@@ -53,67 +57,79 @@ macro_rules! checks {
 }
 
 /// All checks, in the order in which they run. The first two look at a subsystem that may not be initialized yet.
+///
+/// A rule is what stands in the comments of `subsystem.proto`, word for word; "…" is where something is left out.
 pub(super) const CHECKS: &[Check] = checks! {
     Required "status" status
-        "GetStatus: a snapshot of the subsystem's own state, bounded like an output. Answered also before Initialize \
-         and while a cycle runs. UNIMPLEMENTED means that there is none to show.",
+        "Returns a snapshot of the subsystem's own state, for people and dashboards. Free of side effects, answered also \
+         before `Initialize` and while a cycle runs. UNIMPLEMENTED means that there is none to show. … Bounded like an \
+         output.",
     Required "run-before-initialize" run_before_initialize
-        "RunCycle: FAILED_PRECONDITION means not initialized; the orchestrator calls Initialize and then this once more.",
+        "FAILED_PRECONDITION: not initialized (for instance because the process restarted). The orchestrator calls \
+         `Initialize` and then this once more, inside the same deadline.",
     Required "initialize" initialize
-        "Initialize is idempotent: it may be called any number of times with the same or with other parameters. A \
+        "Idempotent: it may be called any number of times with the same or with other parameters; the last call counts. A \
          subsystem that needs no initialization answers UNIMPLEMENTED, which counts as success.",
     Required "repeated-cycle" repeated_cycle
-        "(cycle_id, subsystem) is the idempotency key: a repeated call, whatever its attempt, must do the work once and \
-         return the first answer.",
+        "a repeated call, whatever its `attempt`, must do the work once and return the first answer.",
     Required "concurrent-repeats" concurrent_repeats
-        "(cycle_id, subsystem) is the idempotency key: a repeated call must do the work once and return the first \
-         answer, also while the first one runs.",
+        "a repeated call, whatever its `attempt`, must do the work once and return the first answer. While the first call \
+         is at work, it waits for that one's answer.",
     Required "older-epoch-in-run-cycle" older_epoch_in_run_cycle
-        "RunCycle: ABORTED when epoch is older than one already seen: the caller has been superseded.",
+        "ABORTED: `epoch` is older than one already seen: the caller has been superseded.",
     Required "older-epoch-in-initialize" older_epoch_in_initialize
-        "Initialize: ABORTED when epoch is older than one already seen.",
+        "ABORTED when `epoch` is older than one already seen.",
+    Required "status-while-running" status_while_running
+        "Free of side effects, answered also before `Initialize` and while a cycle runs.",
     Required "deadline" deadline
-        "A call that is late should stop working: nobody reads its answer. It must not keep the subsystem from \
-         answering others.",
+        "The orchestrator sends a `grpc-timeout` with each call and stops waiting when it has passed. The server ends the \
+         call then, as gRPC libraries do by themselves.",
     Required "cancellation" cancellation
-        "A call that is cancelled should stop working: nobody reads its answer. The next cycle is answered.",
+        "A call that is cancelled, late or cut off with its connection ends alone: it may be repeated, and all others are \
+         answered as before.",
     Required "unknown-subsystem" unknown_subsystem
-        "Each request names the subsystem it is for; an endpoint that doesn't serve that name answers NOT_FOUND.",
+        "Each request names the one it is for; an endpoint that doesn't serve that name answers NOT_FOUND.",
     Required "unknown-fields" unknown_fields
         "Unknown fields are ignored by both sides, so that either can be newer than the other.",
     Required "absent-and-stale-inputs" absent_and_stale_inputs
-        "inputs: one entry for each name in requires, after and reads, also when it is absent. An input may be \
-         FRESHNESS_FRESH, FRESHNESS_STALE or FRESHNESS_ABSENT.",
+        "one entry for each name in `requires`, `after` and `reads` of the registration, also when it is absent. … Whether \
+         `output` was made in this cycle, in an earlier one, or never. … Not set means an empty one, or, when `freshness` is \
+         FRESHNESS_ABSENT, none.",
     Required "large-input" large_input
-        "inputs: an output may be as large as its registration allows. Servers of gRPC read 4 MiB by default, and so much \
-         must be read.",
+        "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones should \
+         be.",
     Recommended "larger-input" larger_input
-        "inputs: an output may be as large as its registration allows, and several may come in one request. A server \
-         should read more than the 4 MiB of gRPC's default.",
-    Recommended "concurrent-cycles" concurrent_cycles
-        "Several subsystems may be served at one endpoint, over one connection, and are called at the same time.",
+        "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones should \
+         be.",
+    Required "concurrent-subsystems" concurrent_subsystems
+        "Several subsystems may be served at one endpoint, over one connection, and called at the same time.",
     Recommended "malformed-request" malformed_request
-        "Errors are plain gRPC status codes. A request that can't be read is refused with one, other than UNKNOWN.",
+        "Errors are plain gRPC status codes. … A request that can't be read gets any of them.",
     Required "output-limits" output_limits
-        "output: at most 90 nested messages deep and as large as max_output_bytes. Metrics: a name is 1 to 128 bytes, at \
-         most max_metrics of them. Issues: code at most 128 bytes, message at most 4 KiB, at most max_issues. The \
-         defaults are 1 MiB, 64 and 32.",
+        "At most 90 nested messages deep, which is 30 nested objects … and at most as large as the `max_output_bytes` of \
+         the registration (default 1 MiB). … A name is 1 to 128 bytes; at most `max_metrics` of them (default 64). … At \
+         most `max_issues` (default 32). … At most 128 bytes. … At most 4 KiB.",
     Required "status-has-no-effects" status_has_no_effects
-        "GetStatus is free of side effects.",
+        "Free of side effects, answered also before `Initialize` and while a cycle runs.",
     Recommended "health" health
-        "grpc.health.v1.Health may be served beside this service. It is never required; where it is, a subsystem that \
-         answers is SERVING.",
+        "`grpc.health.v1.Health` may be served beside this service. It is never required. Who answers calls is SERVING.",
     Required "dropped-connection" dropped_connection
-        "A call that is cancelled should stop working. A connection that drops in the middle of a call ends that call \
-         only.",
+        "A call that is cancelled, late or cut off with its connection ends alone: it may be repeated, and all others are \
+         answered as before.",
 };
 
 /// Long enough for a call to arrive, short enough for most to be still at work.
 const SOON: Duration = Duration::from_millis(50);
+/// So long works a subsystem that can be met in the middle of a call.
+const LONG: Duration = Duration::from_millis(100);
+/// Between two calls of one that has asked to be called again.
+const AGAIN: Duration = Duration::from_millis(10);
 /// How many calls are made at the same time.
 const AT_ONCE: usize = 8;
 /// What gRPC servers read by default.
 const DEFAULT_LIMIT: usize = 4 << 20;
+/// Room for what else is in a request, so that one with a large input is just below a limit.
+const REST: usize = 64 << 10;
 /// Field 2047 of the contract's messages, which has no meaning: a text.
 const UNKNOWN_FIELD: &[u8] = b"\xfa\x7f\x05later";
 
@@ -198,29 +214,62 @@ async fn older_epoch_in_initialize(probe: &Probe) -> Result<(), Problem> {
     refused(Code::Aborted, sent, probe.initialize(&request).await)
 }
 
+async fn status_while_running(probe: &Probe) -> Result<(), Problem> {
+    let request = probe.next_cycle();
+    let run = probe.run(&request);
+    tokio::pin!(run);
+    let begun = Instant::now();
+    if timeout(SOON, &mut run).await.is_ok() {
+        return too_quick(begun.elapsed());
+    }
+    let asked = Instant::now();
+    let status = probe.status().map(|answer| (answer, asked.elapsed()));
+    let run = run.map(|answer| (answer, asked.elapsed()));
+    let ((status, status_took), (answer, cycle_took)) = tokio::join!(status, run);
+    let sent = || format!("GetStatus during {}", describe(&request));
+    match status {
+        Err(status) if status.code() != Code::Unimplemented => failed(sent(), said(&status)),
+        Err(_) if status_took > cycle_took => {
+            Err(Problem::NotApplicable("GetStatus is not implemented, and says so when the cycle has ended".into()))
+        }
+        // When the cycle ended just then, that may be chance.
+        _ if status_took > cycle_took && cycle_took > SOON => {
+            is_slow(probe).await?;
+            failed(sent(), format!("nothing until the cycle had ended, {cycle_took:.1?} later"))
+        }
+        _ => answer.map(|_| ()).or_else(|status| failed(describe(&request), said(&status))),
+    }
+}
+
 async fn deadline(probe: &Probe) -> Result<(), Problem> {
-    let (late, other) = (probe.next_cycle(), probe.next_cycle());
-    let limit = SOON.min(probe.timeout());
-    let (_whatever, answer) = tokio::join!(probe.run_within(&late, limit), probe.run(&other));
-    let sent = |request| format!("{} beside one with a deadline of {limit:?}", describe(request));
-    answer.or_else(|status| failed(sent(&other), said(&status)))?;
-    let next = probe.next_cycle();
-    let answer = probe.run(&next).await;
-    answer.map(|_| ()).or_else(|status| failed(format!("{} after one that was late", describe(&next)), said(&status)))
+    let late = probe.next_cycle();
+    let sent = || format!("{} with a deadline of {SOON:?}", describe(&late));
+    let Some((answer, took)) = probe.run_late(&late, SOON).await else {
+        return Err(Problem::NotApplicable("over https it can't be told which side has ended a call".into()));
+    };
+    match answer {
+        // The answer was on its way.
+        Ok(_) if took < LONG => too_quick(took),
+        Ok(_) => {
+            is_slow(probe).await?;
+            failed(sent(), format!("OK, after {took:.1?}"))
+        }
+        Err(status) if took >= probe.timeout() => failed(sent(), said(&status)),
+        Err(_) => ends_alone(probe, &late, "was late").await,
+    }
 }
 
 async fn cancellation(probe: &Probe) -> Result<(), Problem> {
     let cancelled = probe.next_cycle();
+    let begun = Instant::now();
     // Dropping the call cancels it.
-    let _ = tokio::time::timeout(SOON, probe.run(&cancelled)).await;
-    let next = probe.next_cycle();
-    let answer = probe.run(&next).await;
-    let sent = || format!("{} after one that was cancelled", describe(&next));
-    answer.map(|_| ()).or_else(|status| failed(sent(), said(&status)))
+    let took = timeout(SOON, probe.run(&cancelled)).await.map(|_| begun.elapsed());
+    ends_alone(probe, &cancelled, "was cancelled").await?;
+    took.map_or(Ok(()), too_quick)
 }
 
 async fn unknown_subsystem(probe: &Probe) -> Result<(), Problem> {
-    if !probe.is_named() {
+    if probe.names().is_empty() {
         let why = "no --subsystem was given, and a subsystem that answers to a made-up name answers to every one";
         return Err(Problem::NotApplicable(why.into()));
     }
@@ -245,18 +294,19 @@ async fn absent_and_stale_inputs(probe: &Probe) -> Result<(), Problem> {
     request.inputs.insert("absent-one".into(), absent());
     let output = object(&[("value", json!(1))])?;
     request.inputs.insert("stale-one".into(), stale(output, request.cycle_id - 1));
+    let empty = pb::Input { freshness: pb::Freshness::Fresh.into(), cycle_id: request.cycle_id, output: Bytes::new() };
+    request.inputs.insert("empty-one".into(), empty);
     let answer = probe.run(&request).await;
-    let sent = || format!("{} with inputs that are absent and stale", describe(&request));
+    let sent = || format!("{} with inputs that are absent, stale and empty", describe(&request));
     answer.map(|_| ()).or_else(|status| failed(sent(), said(&status)))
 }
 
 async fn large_input(probe: &Probe) -> Result<(), Problem> {
-    // Room for what else is in the request, so that the whole is just below the limit.
-    with_input_of(probe, DEFAULT_LIMIT - (64 << 10)).await
+    with_input_of(probe, DEFAULT_LIMIT - REST).await
 }
 
 async fn larger_input(probe: &Probe) -> Result<(), Problem> {
-    with_input_of(probe, 2 * DEFAULT_LIMIT).await
+    with_input_of(probe, Subsystem::MAX_INPUT_BYTES - REST).await
 }
 
 async fn with_input_of(probe: &Probe, bytes: usize) -> Result<(), Problem> {
@@ -269,11 +319,23 @@ async fn with_input_of(probe: &Probe, bytes: usize) -> Result<(), Problem> {
     answer.map(|_| ()).or_else(|status| failed(sent(), said(&status)))
 }
 
-async fn concurrent_cycles(probe: &Probe) -> Result<(), Problem> {
-    let requests: Vec<_> = (0..AT_ONCE).map(|_| probe.next_cycle()).collect();
+async fn concurrent_subsystems(probe: &Probe) -> Result<(), Problem> {
+    let names = probe.names();
+    if names.len() < 2 {
+        let why = "it takes several; repeat --subsystem with the names of others that are served there";
+        return Err(Problem::NotApplicable(why.into()));
+    }
+    for subsystem in names {
+        // The check of Initialize tells what is wrong with it.
+        let _ =
+            probe.initialize(&pb::InitializeRequest { subsystem: subsystem.clone(), ..probe.initialization() }).await;
+    }
+    let cycle = probe.next_cycle();
+    let requests: Vec<_> =
+        names.iter().map(|name| pb::RunCycleRequest { subsystem: name.clone(), ..cycle.clone() }).collect();
     let answers = join_all(requests.iter().map(|request| probe.run(request))).await;
     requests.iter().zip(answers).try_for_each(|(request, answer)| {
-        let sent = || format!("{}, with {} others at once", describe(request), AT_ONCE - 1);
+        let sent = || format!("{} for {}, beside those for the others", describe(request), request.subsystem);
         answer.map(|_| ()).or_else(|status| failed(sent(), said(&status)))
     })
 }
@@ -283,8 +345,8 @@ async fn malformed_request(probe: &Probe) -> Result<(), Problem> {
     // Field 1 announces more bytes than there are.
     match probe.run_raw(Bytes::from_static(b"\x0a\x7fshort")).await {
         Ok(_) => failed(sent(), "OK".into()),
-        Err(status) if status.code() == Code::Unknown => failed(sent(), said(&status)),
-        Err(_) => Ok(()),
+        Err(status) if status.code() == Code::DeadlineExceeded => failed(sent(), said(&status)),
+        Err(_) => answered(probe, &probe.next_cycle()).await.map(|_| ()),
     }
 }
 
@@ -306,12 +368,16 @@ async fn output_limits(probe: &Probe) -> Result<(), Problem> {
 async fn status_has_no_effects(probe: &Probe) -> Result<(), Problem> {
     let request = probe.next_cycle();
     let first = answered(probe, &request).await?;
-    if let Err(status) = probe.status().await
-        && status.code() == Code::Unimplemented
-    {
-        return Err(Problem::NotApplicable("GetStatus is not implemented".into()));
+    // Two snapshots need not be alike: there may be a clock in them.
+    for _ in 0..2 {
+        if let Err(status) = probe.status().await
+            && status.code() == Code::Unimplemented
+        {
+            return Err(Problem::NotApplicable("GetStatus is not implemented".into()));
+        }
     }
-    same(&first, &answered(probe, &request).await?, || format!("{} again after GetStatus", describe(&request)))
+    same(&first, &answered(probe, &request).await?, || format!("{} again after GetStatus", describe(&request)))?;
+    answered(probe, &probe.next_cycle()).await.map(|_| ())
 }
 
 async fn health(probe: &Probe) -> Result<(), Problem> {
@@ -329,14 +395,12 @@ async fn health(probe: &Probe) -> Result<(), Problem> {
 
 async fn dropped_connection(probe: &Probe) -> Result<(), Problem> {
     let cut = probe.next_cycle();
-    let sent = |request| format!("{} after a connection was cut in the middle of one", describe(request));
-    probe
-        .cut_off(cut.clone(), SOON)
-        .await
-        .or_else(|error| failed(describe(&cut) + " on a second connection", error))?;
-    let next = probe.next_cycle();
-    let answer = probe.run(&next).await;
-    answer.map(|_| ()).or_else(|status| failed(sent(&next), said(&status)))
+    let took = match probe.cut_off(&cut, SOON).await {
+        Ok(took) => took,
+        Err(error) => return failed(format!("{} on a second connection", describe(&cut)), error),
+    };
+    ends_alone(probe, &cut, "was cut off with its connection").await?;
+    took.map_or(Ok(()), too_quick)
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -358,6 +422,41 @@ fn said(status: &Status) -> String {
 
 async fn answered(probe: &Probe, request: &pb::RunCycleRequest) -> Result<pb::RunCycleResponse, Problem> {
     probe.run(request).await.or_else(|status| failed(describe(request), said(&status)))
+}
+
+/// Asks again as long as it is told that this is safe and nothing was done.
+async fn answered_at_last(probe: &Probe, request: &pb::RunCycleRequest) -> Result<pb::RunCycleResponse, Status> {
+    let give_up = Instant::now() + probe.timeout();
+    loop {
+        match probe.run(request).await {
+            Err(status) if status.code() == Code::Unavailable && Instant::now() < give_up => sleep(AGAIN).await,
+            answer => return answer,
+        }
+    }
+}
+
+/// A call that ended before it was answered may be repeated, and the next cycle is answered.
+async fn ends_alone(probe: &Probe, ended: &pb::RunCycleRequest, how: &str) -> Result<(), Problem> {
+    let again = pb::RunCycleRequest { attempt: ended.attempt + 1, ..ended.clone() };
+    let sent = || format!("{}, after the first one {how}", describe(&again));
+    let first = answered_at_last(probe, &again).await.or_else(|status| failed(sent(), said(&status)))?;
+    same(&first, &answered(probe, &again).await?, || format!("{}, and once more", sent()))?;
+    let next = probe.next_cycle();
+    let answer = answered_at_last(probe, &next).await;
+    answer.map(|_| ()).or_else(|status| failed(format!("{}, after one that {how}", describe(&next)), said(&status)))
+}
+
+/// It takes long for a cycle as a rule, and not only just now, because the machine was busy.
+async fn is_slow(probe: &Probe) -> Result<(), Problem> {
+    let begun = Instant::now();
+    answered(probe, &probe.next_cycle()).await?;
+    let took = begun.elapsed();
+    if took < LONG { too_quick(took) } else { Ok(()) }
+}
+
+fn too_quick(took: Duration) -> Result<(), Problem> {
+    let why = format!("its cycle took only {took:.1?}; with parameters that make it work for longer, it can be seen");
+    Err(Problem::NotApplicable(why))
 }
 
 fn refused<T>(code: Code, sent: String, answer: Result<T, Status>) -> Result<(), Problem> {
@@ -400,4 +499,22 @@ fn object(fields: &[(&str, Value)]) -> Result<Bytes, Problem> {
     payload
         .map(|payload| payload.as_bytes().clone())
         .or_else(|malformed| failed("nothing".into(), format!("the input {malformed}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::CHECKS;
+
+    #[test]
+    fn every_rule_stands_in_the_contract() {
+        let contract = include_str!("../../../proto/dreamnet/subsystem/v1/subsystem.proto");
+        let comments = contract.lines().filter_map(|line| line.trim_start().strip_prefix("//"));
+        let words: Vec<_> = comments.flat_map(str::split_whitespace).collect();
+        let comments = words.join(" ");
+        for check in CHECKS {
+            for part in check.rule.split(" … ") {
+                assert!(comments.contains(part), "{}: the contract does not say {part:?}", check.name);
+            }
+        }
+    }
 }

@@ -14,13 +14,21 @@ use std::{
 };
 
 use bytes::{BufMut as _, Bytes};
-use hyper_util::rt::TokioIo;
+use futures_util::{FutureExt as _, future::BoxFuture};
+use hyper_util::{
+    client::legacy::{Client, connect::Connect},
+    rt::{TokioExecutor, TokioIo},
+};
 use jiff::Timestamp;
 use prost::Message;
 use serde_json::Value;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::{
+    net::{TcpStream, UnixStream},
+    time::Instant,
+};
 use tonic::{
-    Request, Status,
+    Request, Response, Status,
+    body::Body,
     client::Grpc,
     codec::{BufferSettings, Codec, EncodeBuf, Encoder},
     codegen::http::uri::PathAndQuery,
@@ -28,7 +36,7 @@ use tonic::{
 };
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient};
 use tonic_prost::{ProstCodec, ProstDecoder};
-use tower::service_fn;
+use tower::{Service, service_fn};
 
 use super::super::{Exit, Failure};
 use crate::{
@@ -44,12 +52,14 @@ const MADE_UP_NAME: &str = "conformance";
 /// The most that is read in one answer: as much as any registration can allow.
 const MAX_ANSWER: usize = 64 << 20;
 const CONNECT: Duration = Duration::from_secs(5);
+/// The authority that a socket has none of.
+const LOCAL: &str = "http://localhost";
 
 /// The caller of one subsystem, with an epoch of its own and cycle ids that grow with every request.
 pub(super) struct Probe {
     endpoint: Endpoint,
-    name: String,
-    is_named: bool,
+    /// The one that is checked, and others that are served beside it. None when the user has named none.
+    names: Vec<String>,
     parameters: Bytes,
     inputs: BTreeMap<String, pb::Input>,
     timeout: Duration,
@@ -65,7 +75,7 @@ impl Probe {
     /// It can't be reached, or an input is not an object or nests too deep.
     pub(super) async fn connect(
         endpoint: Endpoint,
-        name: Option<String>,
+        names: Vec<String>,
         parameters: Bytes,
         inputs: Vec<(String, Value)>,
         timeout: Duration,
@@ -88,23 +98,22 @@ impl Probe {
         // Both grow from run to run, so that a subsystem can be checked again. A run makes fewer cycles than it takes
         // milliseconds, times 100, and the ids stay exact in languages whose numbers are doubles.
         let now = u64::try_from(Timestamp::now().as_millisecond()).unwrap_or_default();
-        let is_named = name.is_some();
-        let name = name.unwrap_or_else(|| MADE_UP_NAME.to_owned());
         let next_cycle = AtomicU64::new(now * 100);
-        Ok(Self { endpoint, name, is_named, parameters, inputs, timeout, epoch: now, next_cycle, channel })
+        Ok(Self { endpoint, names, parameters, inputs, timeout, epoch: now, next_cycle, channel })
     }
 
     pub(super) fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
+    /// The subsystem that is checked.
     pub(super) fn name(&self) -> &str {
-        &self.name
+        self.names.first().map_or(MADE_UP_NAME, String::as_str)
     }
 
-    /// The user has named the subsystem.
-    pub(super) fn is_named(&self) -> bool {
-        self.is_named
+    /// What the user has named: the subsystem that is checked, and others that are served beside it.
+    pub(super) fn names(&self) -> &[String] {
+        &self.names
     }
 
     pub(super) fn timeout(&self) -> Duration {
@@ -129,7 +138,7 @@ impl Probe {
             input.cycle_id = cycle_id;
         }
         pb::RunCycleRequest {
-            subsystem: self.name.clone(),
+            subsystem: self.name().to_owned(),
             cycle_id,
             epoch: self.epoch,
             attempt: 1,
@@ -142,29 +151,69 @@ impl Probe {
     /// What `Initialize` is called with.
     pub(super) fn initialization(&self) -> pb::InitializeRequest {
         pb::InitializeRequest {
-            subsystem: self.name.clone(),
+            subsystem: self.name().to_owned(),
             orchestrator_id: "conformance".into(),
             epoch: self.epoch,
             parameters: self.parameters.clone(),
         }
     }
 
+    /// Waits for an answer. The library calls a late one cancelled, as if somebody had cancelled it.
+    async fn answer<T>(&self, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Status> {
+        let begun = Instant::now();
+        match call.await {
+            Err(_) if begun.elapsed() >= self.timeout => Err(self.no_answer()),
+            answer => answer.map(Response::into_inner),
+        }
+    }
+
+    fn no_answer(&self) -> Status {
+        Status::deadline_exceeded(format!("no answer within {:?}", self.timeout))
+    }
+
     pub(super) async fn initialize(&self, request: &pb::InitializeRequest) -> Result<(), Status> {
-        self.client().initialize(self.within(request.clone())).await.map(|_| ())
+        self.answer(self.client().initialize(self.within(request.clone()))).await.map(|_| ())
     }
 
     pub(super) async fn run(&self, request: &pb::RunCycleRequest) -> Result<pb::RunCycleResponse, Status> {
-        self.run_within(request, self.timeout).await
+        self.answer(self.client().run_cycle(self.within(request.clone()))).await
     }
 
-    pub(super) async fn run_within(
+    /// `RunCycle` with a deadline that only the server keeps: the client of the library would end the call itself. Also
+    /// tells how long it took. `None` where the server is dialed by https, which only that client can.
+    pub(super) async fn run_late(
         &self,
         request: &pb::RunCycleRequest,
-        timeout: Duration,
-    ) -> Result<pb::RunCycleResponse, Status> {
+        deadline: Duration,
+    ) -> Option<(Result<pb::RunCycleResponse, Status>, Duration)> {
+        let handle = Handle::default();
+        match &self.endpoint {
+            Endpoint::Http(uri) => Some(self.run_patiently(tcp(&handle), uri, request, deadline).await),
+            Endpoint::Unix(path) => Some(self.run_patiently(unix(path, &handle), LOCAL, request, deadline).await),
+            Endpoint::Https(_) => None,
+        }
+    }
+
+    async fn run_patiently(
+        &self,
+        connector: impl Connect + Clone + Send + Sync + 'static,
+        origin: &str,
+        request: &pb::RunCycleRequest,
+        deadline: Duration,
+    ) -> (Result<pb::RunCycleResponse, Status>, Duration) {
+        let origin = origin.parse().unwrap_or_default();
+        let client = Client::builder(TokioExecutor::new()).http2_only(true).build::<_, Body>(connector);
+        let mut client = SubsystemClient::with_origin(client, origin).max_decoding_message_size(MAX_ANSWER);
+        // The time to connect is none of the call's.
+        let _ = tokio::time::timeout(self.timeout, client.get_status(self.asking_for_status())).await;
         let mut request = Request::new(request.clone());
-        request.set_timeout(timeout);
-        self.client().run_cycle(request).await.map(tonic::Response::into_inner)
+        request.set_timeout(deadline);
+        let begun = Instant::now();
+        let answer = match tokio::time::timeout(self.timeout, client.run_cycle(request)).await {
+            Ok(answer) => answer.map(Response::into_inner),
+            Err(_) => Err(self.no_answer()),
+        };
+        (answer, begun.elapsed())
     }
 
     /// `RunCycle` with these bytes as the request, whatever they are.
@@ -172,39 +221,42 @@ impl Probe {
         let mut client = Grpc::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER);
         client.ready().await.map_err(|error| Status::unavailable(chain(&error)))?;
         let path = PathAndQuery::from_static("/dreamnet.subsystem.v1.Subsystem/RunCycle");
-        let answer = client.unary(self.within(request), path, RawRequest(PhantomData)).await;
-        answer.map(tonic::Response::into_inner)
+        self.answer(client.unary(self.within(request), path, RawRequest(PhantomData))).await
     }
 
     pub(super) async fn status(&self) -> Result<pb::GetStatusResponse, Status> {
-        let request = pb::GetStatusRequest { subsystem: self.name.clone() };
-        self.client().get_status(self.within(request)).await.map(tonic::Response::into_inner)
+        self.answer(self.client().get_status(self.asking_for_status())).await
+    }
+
+    fn asking_for_status(&self) -> Request<pb::GetStatusRequest> {
+        self.within(pb::GetStatusRequest { subsystem: self.name().to_owned() })
     }
 
     pub(super) async fn health(&self, service: &str) -> Result<HealthCheckResponse, Status> {
         let request = HealthCheckRequest { service: service.to_owned() };
-        HealthClient::new(self.channel.clone()).check(self.within(request)).await.map(tonic::Response::into_inner)
+        self.answer(HealthClient::new(self.channel.clone()).check(self.within(request))).await
     }
 
-    /// Begins a call on a connection of its own, and cuts that after a while.
+    /// Begins a call on a connection of its own, and cuts that after a while. Tells how long the call took, if it was
+    /// answered before that.
     ///
     /// # Errors
     /// There is no second connection to be had, or it could not be cut.
-    pub(super) async fn cut_off(&self, request: pb::RunCycleRequest, after: Duration) -> Result<(), String> {
+    pub(super) async fn cut_off(
+        &self,
+        request: &pb::RunCycleRequest,
+        after: Duration,
+    ) -> Result<Option<Duration>, String> {
         let handle = Handle::default();
         let channel = dial(&self.endpoint, &handle).await.map_err(|error| chain(&error))?;
         let mut client = SubsystemClient::new(channel);
-        let call = client.run_cycle(self.within(request));
-        let cut = async {
-            tokio::time::sleep(after).await;
-            handle.cut().map_err(|error| error.to_string())
-        };
-        tokio::pin!(call, cut);
-        tokio::select! {
-            cut = &mut cut => cut,
-            // It was quicker: the connection is cut all the same.
-            _answer = &mut call => cut.await,
-        }
+        let begun = Instant::now();
+        let call = client.run_cycle(self.within(request.clone()));
+        // Dropped only after the cut: dropping the call cancels it.
+        tokio::pin!(call);
+        let took = tokio::time::timeout(after, &mut call).await.ok().map(|_| begun.elapsed());
+        handle.cut().map_err(|error| error.to_string())?;
+        Ok(took)
     }
 }
 
@@ -266,47 +318,58 @@ impl Handle {
     }
 }
 
+/// How a connection comes about.
+type Dial<S> = BoxFuture<'static, io::Result<TokioIo<S>>>;
+
 async fn dial(to: &Endpoint, handle: &Handle) -> Result<Channel, transport::Error> {
-    let configure = |uri: String| {
-        let endpoint = transport::Endpoint::from_shared(uri)?;
+    let configure = |uri: &str| {
+        let endpoint = transport::Endpoint::from_shared(uri.to_owned())?;
         Ok(endpoint.user_agent(concat!("orchestrator/", env!("CARGO_PKG_VERSION")))?.connect_timeout(CONNECT))
     };
-    let tcp = || {
-        let handle = handle.clone();
-        service_fn(move |uri: Uri| {
-            let handle = handle.clone();
-            async move {
-                let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 });
-                // A socket has no use for the brackets of an IPv6 address in a URI.
-                let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-                let stream = TcpStream::connect((host, port)).await?;
-                stream.set_nodelay(true)?;
-                let stream = stream.into_std()?;
-                handle.keep(Socket::Tcp(stream.try_clone()?));
-                io::Result::Ok(TokioIo::new(TcpStream::from_std(stream)?))
-            }
-        })
-    };
     match to {
-        Endpoint::Http(uri) => configure(uri.clone())?.connect_with_connector(tcp()).await,
+        Endpoint::Http(uri) => configure(uri)?.connect_with_connector(tcp(handle)).await,
         Endpoint::Https(uri) => {
             let tls = ClientTlsConfig::new().with_native_roots();
-            configure(uri.clone())?.tls_config(tls)?.connect_with_connector(tcp()).await
+            configure(uri)?.tls_config(tls)?.connect_with_connector(tcp(handle)).await
         }
-        Endpoint::Unix(path) => {
-            let (path, handle) = (Arc::new(PathBuf::from(path)), handle.clone());
-            let connector = service_fn(move |_: Uri| {
-                let (path, handle) = (path.clone(), handle.clone());
-                async move {
-                    let stream = UnixStream::connect(&*path).await?.into_std()?;
-                    handle.keep(Socket::Unix(stream.try_clone()?));
-                    io::Result::Ok(TokioIo::new(UnixStream::from_std(stream)?))
-                }
-            });
-            // The URI only names the authority, which a socket has none of.
-            configure("http://localhost".into())?.connect_with_connector(connector).await
-        }
+        Endpoint::Unix(path) => configure(LOCAL)?.connect_with_connector(unix(path, handle)).await,
     }
+}
+
+fn tcp(
+    handle: &Handle,
+) -> impl Service<Uri, Response = TokioIo<TcpStream>, Error = io::Error, Future = Dial<TcpStream>> + Clone + use<> {
+    let handle = handle.clone();
+    service_fn(move |uri: Uri| {
+        let handle = handle.clone();
+        let dial = async move {
+            let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 });
+            // A socket has no use for the brackets of an IPv6 address in a URI.
+            let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+            let stream = TcpStream::connect((host, port)).await?;
+            stream.set_nodelay(true)?;
+            let stream = stream.into_std()?;
+            handle.keep(Socket::Tcp(stream.try_clone()?));
+            Ok(TokioIo::new(TcpStream::from_std(stream)?))
+        };
+        dial.boxed()
+    })
+}
+
+fn unix(
+    path: &str,
+    handle: &Handle,
+) -> impl Service<Uri, Response = TokioIo<UnixStream>, Error = io::Error, Future = Dial<UnixStream>> + Clone + use<> {
+    let (path, handle) = (Arc::new(PathBuf::from(path)), handle.clone());
+    service_fn(move |_: Uri| {
+        let (path, handle) = (path.clone(), handle.clone());
+        let dial = async move {
+            let stream = UnixStream::connect(&*path).await?.into_std()?;
+            handle.keep(Socket::Unix(stream.try_clone()?));
+            Ok(TokioIo::new(UnixStream::from_std(stream)?))
+        };
+        dial.boxed()
+    })
 }
 
 /// An error and what caused it, in one line.

@@ -1,0 +1,519 @@
+//! `orchestrator report`: what the record says of a period, subsystem by subsystem.
+
+mod figures;
+
+use std::cmp::Ordering;
+
+use bytes::Bytes;
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use jiff::{SignedDuration, Timestamp};
+use serde::{Serialize, Serializer};
+
+use self::figures::{CycleFigures, SubsystemFigures, Tally, compare};
+use super::{
+    Exit, Failure,
+    output::{
+        Table, coarse, count, escaped, grouped, is_error_terminal, milliseconds, note, number, parse_time, print,
+        sections, short, telemetry, text, time, timestamp, trigger,
+    },
+    remote::{Client, Remote},
+};
+use crate::proto::{
+    self,
+    orchestrator::v1::{self as pb, cycle_event::Event},
+};
+
+/// Analyse the record: how reliable and how fast each subsystem was, and which to speed up first
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Reads the cycles that finished from --since up to --until, and compares them with the period before: as long, and \
+directly before. Its memory does not grow with their number.
+
+The table:
+  CYCLES       in which it took part, however that ended
+  SUCCESS      of its parts that succeeded or count as failed: FAILED, TIMED_OUT, CIRCUIT_OPEN,
+               and SKIPPED, unless it or one that it requires was suspended or left out
+  P50 P95 P99  quantiles of the durations, retries included, of its parts that succeeded or
+               timed out
+  RETRIES      attempts beyond the first
+  ON PATH      in how many of its cycles it stood on the critical path
+  OF TIME      its share of the time of all critical paths. What has most of it is what to speed
+               up first: no cycle gets faster by what is not on its critical path
+  ±SUCCESS     change against the period before, in percentage points; `new` where it took part
+               in none of its cycles, `-` where there is nothing to compare
+  ±P50 ±P95    relative change; +10 % is slower
+  ENDED ELSE   its parts that did not succeed, by state
+
+A quantile is the shortest duration that so many do not exceed: definition 1 of Hyndman and Fan (1996), percentile_disc \
+of SQL. It is told within 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, DEGRADED and FAILED \
+ones; only SUCCEEDED is success.
+
+With --output json, one object:
+  since, until    the period
+  previousSince   the period before is from this to since
+  completeSince   null, unless retention has removed cycles of either: from then on the record is
+                  complete, and only what finished since is counted; stderr says so
+  cycles          cycles, succeeded, degraded, failed, cancelled, interrupted, successRate, p50Ms,
+                  p95Ms, p99Ms, criticalMs, startedBy
+  subsystems      of each: name, cycles, succeeded, failed, timedOut, skipped, circuitOpen,
+                  cancelled, successRate, retries, p50Ms, p95Ms, p99Ms, criticalCycles,
+                  criticalCycleShare, criticalMs, criticalTimeShare
+  in both         previousCycles, previousSuccessRate, previousP50Ms, previousP95Ms,
+                  successRateChange (a difference), p50Change, p95Change (relative)
+
+Rates and shares are 0 to 1, and null where there is nothing to say. --output csv has the subsystems, a column for each \
+of these; null is empty. Names begin with a letter and all else are numbers: no spreadsheet takes a cell for a formula.
+
+Examples:
+  orchestrator report
+  orchestrator report --since 7d --sort p95 --limit 10
+  orchestrator report --since 2026-01-31T00:00:00Z --until 2026-02-01T00:00:00Z --loop heartbeat
+  orchestrator report --since 1h --subsystem prices,news --output json | jq '.subsystems[].p95Ms'
+  orchestrator report --since 30d --output csv > report.csv")]
+pub(super) struct Report {
+    /// Since when: a time (RFC 3339), or how long ago, such as 2h or 7d
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = parse_time)]
+    since: prost_types::Timestamp,
+    /// Until when, likewise [default: now]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    until: Option<prost_types::Timestamp>,
+    /// Only cycles of this loop
+    #[arg(long = "loop", value_name = "NAME")]
+    loop_name: Option<String>,
+    /// Show only this subsystem; may be repeated. Shares stay those among all
+    #[arg(long = "subsystem", value_name = "NAME", value_delimiter = ',')]
+    subsystems: Vec<String>,
+    /// Which subsystems come first
+    #[arg(long, value_name = "BY", default_value = "critical-time")]
+    sort: Sort,
+    /// Subsystems at most [default: all]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+    #[command(flatten)]
+    remote: Remote<Format>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Sort {
+    /// The largest share of the critical time
+    CriticalTime,
+    /// The alphabet
+    Name,
+    /// The lowest success rate
+    SuccessRate,
+    /// The longest durations by median
+    P50,
+    /// The longest durations by 95th percentile
+    P95,
+    /// The longest durations by 99th percentile
+    P99,
+    /// Most retries
+    Retries,
+    /// The largest relative growth of P95
+    P95Change,
+}
+
+#[derive(Clone, Copy, Debug, clap::Args)]
+struct Format {
+    /// A table for people; one JSON object; or the subsystems as CSV
+    #[arg(long, value_name = "FORMAT", env = "ORCHESTRATOR_OUTPUT", default_value = "table", global = true)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Output {
+    Table,
+    Json,
+    Csv,
+}
+
+/// What was asked for, and the time before that it is compared with.
+#[derive(Clone, Copy)]
+struct Period {
+    previous_since: Timestamp,
+    since: Timestamp,
+    until: Timestamp,
+}
+
+/// The whole of it, as the JSON has it.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Figures {
+    #[serde(serialize_with = "proto_time")]
+    since: Timestamp,
+    #[serde(serialize_with = "proto_time")]
+    until: Timestamp,
+    #[serde(serialize_with = "proto_time")]
+    previous_since: Timestamp,
+    #[serde(serialize_with = "proto_time_if_any")]
+    complete_since: Option<Timestamp>,
+    cycles: CycleFigures,
+    subsystems: Vec<SubsystemFigures>,
+}
+
+/// With the digits that canonical proto JSON has, as the other commands write times.
+fn proto_time<S: Serializer>(at: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&proto::timestamp(*at))
+}
+
+#[allow(clippy::ref_option, reason = "serde asks so")]
+fn proto_time_if_any<S: Serializer>(at: &Option<Timestamp>, serializer: S) -> Result<S::Ok, S::Error> {
+    at.map(|at| proto::timestamp(at).to_string()).serialize(serializer)
+}
+
+impl Report {
+    /// Reads the record and shows what it says.
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
+        let period = self.period()?;
+        let figures = tokio::select! {
+            // In this order, Ctrl-C is heeded before the service is asked for anything.
+            biased;
+            _ = tokio::signal::ctrl_c() => return Ok(Exit::Left),
+            figures = self.read(period) => figures?,
+        };
+        if let Some(complete_since) = figures.complete_since {
+            let of_what =
+                if complete_since > period.since { "this period" } else { "the period before, for the trend" };
+            note(&format!(
+                "the record begins at {}: older cycles are no longer retained, so only a part of {of_what} is counted",
+                said(complete_since)
+            ));
+        }
+        let figures = self.select(figures)?;
+        print(&match self.remote.format.output {
+            Output::Table => figures.tables(),
+            Output::Json => figures.json()?,
+            Output::Csv => figures.csv()?,
+        })?;
+        Ok(Exit::Done)
+    }
+
+    fn period(&self) -> Result<Period, Failure> {
+        let wrong = |message: String| Failure::new(Exit::Usage, message);
+        let read = |flag: &str, time: &prost_types::Timestamp| {
+            timestamp(time).ok_or_else(|| wrong(format!("{flag} is no time of the calendar")))
+        };
+        let now = Timestamp::now();
+        let since = read("--since", &self.since)?;
+        let until = self.until.as_ref().map_or(Ok(now), |until| read("--until", until))?;
+        if since >= now {
+            return Err(wrong(format!("--since is {}, which is not in the past", said(since))));
+        }
+        if since >= until {
+            return Err(wrong(format!("--until is {}, which is not after --since, {}", said(until), said(since))));
+        }
+        let previous_since = since.checked_sub(until.duration_since(since)).unwrap_or(Timestamp::MIN);
+        Ok(Period { previous_since, since, until })
+    }
+
+    async fn read(&self, period: Period) -> Result<Figures, Failure> {
+        let mut client = self.remote.connect().await?;
+        let oldest = self.oldest(&mut client).await?;
+        let (now, previous) = self.count(&mut client, period, oldest.revision).await?;
+        let (cycles, subsystems) = compare(&now, &previous);
+        let Period { previous_since, since, until } = period;
+        let complete_since = oldest.finished_at.filter(|at| oldest.revision > 1 && *at > previous_since);
+        Ok(Figures { since, until, previous_since, complete_since, cycles, subsystems })
+    }
+
+    /// The oldest record above which none is missing. Where none was removed, that is the first ever.
+    ///
+    /// What is retained below it is a choice: of FAILED cycles maybe more than of others. No rate holds for that.
+    async fn oldest(&self, client: &mut Client) -> Result<Oldest, Failure> {
+        let request = pb::WatchCyclesRequest { from_oldest: true, ..pb::WatchCyclesRequest::default() };
+        let first = async { client.watch_cycles(request).await?.into_inner().message().await };
+        let first = self.remote.quickly(first).await?.and_then(|response| response.event);
+        match first {
+            Some(pb::CycleEvent { revision, event: Some(Event::Recorded(record)) }) => {
+                Ok(Oldest { revision, finished_at: finished_at(&telemetry(&record)?) })
+            }
+            _ => Ok(Oldest { revision: 0, finished_at: None }),
+        }
+    }
+
+    /// Counts the cycles from this revision on: those of the period, and those before it.
+    async fn count(&self, client: &mut Client, period: Period, oldest: u64) -> Result<(Tally, Tally), Failure> {
+        /// Records in one page: some 3 MB where there are 28 subsystems, which is where the service ends a page anyway.
+        const PAGE: u32 = 1000;
+        // The service would look through all of the history for what finished later than some time.
+        let mut request = pb::ListCyclesRequest {
+            page_size: PAGE,
+            r#loop: self.loop_name.clone().unwrap_or_default(),
+            finished_before: Some(proto::timestamp(period.until)),
+            ..pb::ListCyclesRequest::default()
+        };
+        let (mut now, mut previous) = (Tally::default(), Tally::default());
+        let mut progress = Progress::new(period);
+        loop {
+            let page = self.remote.quickly(client.list_cycles(request.clone())).await?.into_inner();
+            // A clock that was set back leaves some out of order, so it takes a page to see that the period is over.
+            let mut is_over = !page.cycles.is_empty();
+            for record in &page.cycles {
+                let cycle = telemetry(record)?;
+                let Some(finished_at) = finished_at(&cycle).filter(|_| cycle.revision >= oldest) else { continue };
+                let tally = match finished_at {
+                    at if at >= period.since => &mut now,
+                    at if at >= period.previous_since => &mut previous,
+                    _ => continue,
+                };
+                is_over = false;
+                tally.add(&cycle).map_err(|error| Failure::new(Exit::Refused, error.to_string()))?;
+            }
+            request.page_token = page.next_page_token;
+            if is_over || request.page_token.is_empty() {
+                return Ok((now, previous));
+            }
+            progress.counted(&page.cycles)?;
+        }
+    }
+
+    /// Only what was asked for, in that order.
+    fn select(&self, mut figures: Figures) -> Result<Figures, Failure> {
+        let is_there = |name: &&String| figures.subsystems.iter().any(|it| it.name.as_str() == name.as_str());
+        if let Some(name) = self.subsystems.iter().find(|name| !is_there(name)) {
+            let of_loop = self.loop_name.as_ref().map_or_else(String::new, |name| format!(" of loop {name}"));
+            let (since, until) = (said(figures.since), said(figures.until));
+            let message = format!("{name} took part in no cycle{of_loop} that finished from {since} to {until}");
+            return Err(Failure::new(Exit::Refused, message));
+        }
+        if !self.subsystems.is_empty() {
+            figures.subsystems.retain(|it| self.subsystems.iter().any(|name| name == it.name.as_str()));
+        }
+        let largest = |a: Option<f64>, b: Option<f64>| b.partial_cmp(&a).unwrap_or(Ordering::Equal);
+        figures.subsystems.sort_by(|a, b| {
+            let order = match self.sort {
+                Sort::CriticalTime => largest(a.critical_time_share, b.critical_time_share),
+                Sort::Name => Ordering::Equal,
+                Sort::SuccessRate => largest(a.success_rate.map(|rate| -rate), b.success_rate.map(|rate| -rate)),
+                Sort::P50 => largest(a.p50_ms, b.p50_ms),
+                Sort::P95 => largest(a.p95_ms, b.p95_ms),
+                Sort::P99 => largest(a.p99_ms, b.p99_ms),
+                Sort::Retries => b.retries.cmp(&a.retries),
+                Sort::P95Change => largest(a.p95_change, b.p95_change),
+            };
+            order.then_with(|| a.name.cmp(&b.name))
+        });
+        let limit = self.limit.and_then(|limit| usize::try_from(limit).ok());
+        figures.subsystems.truncate(limit.unwrap_or(usize::MAX));
+        Ok(figures)
+    }
+}
+
+struct Oldest {
+    /// 0 when there is no record.
+    revision: u64,
+    finished_at: Option<Timestamp>,
+}
+
+fn finished_at(cycle: &pb::CycleTelemetry) -> Option<Timestamp> {
+    cycle.finished_at.as_ref().and_then(timestamp)
+}
+
+fn said(at: Timestamp) -> String {
+    time(Some(&proto::timestamp(at)))
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Progress
+
+/// How far a long history has been read, for a person who waits. Gone when dropped.
+struct Progress {
+    period: Period,
+    cycles: u64,
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    /// Nothing is shown yet: most histories take one page.
+    fn new(period: Period) -> Self {
+        Self { period, cycles: 0, bar: None }
+    }
+
+    /// These were counted, and more follow.
+    fn counted(&mut self, records: &[Bytes]) -> Result<(), Failure> {
+        self.cycles += records.len() as u64;
+        let Some(last) = records.last().filter(|_| is_error_terminal()) else { return Ok(()) };
+        let Some(at) = finished_at(&telemetry(last)?) else { return Ok(()) };
+        let seconds = |length: SignedDuration| u64::try_from(length.as_secs()).unwrap_or_default();
+        let bar = self.bar.get_or_insert_with(|| {
+            let length = seconds(self.period.until.duration_since(self.period.previous_since));
+            let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr());
+            match ProgressStyle::with_template("reading  [{bar:24}]  {wide_msg}") {
+                Ok(style) => bar.with_style(style.progress_chars("=> ")),
+                Err(_) => bar,
+            }
+        });
+        bar.set_message(format!("{}, back to {}", count(self.cycles, "cycle"), said(at)));
+        bar.set_position(seconds(self.period.until.duration_since(at)));
+        Ok(())
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Showing
+
+impl Figures {
+    fn json(&self) -> Result<String, Failure> {
+        let json = serde_json::to_string(self).map_err(|error| unwritable(&error))?;
+        Ok(format!("{}\n", escaped(&json)))
+    }
+
+    /// The subsystems. A [`crate::model::Name`] begins with a letter, so that a spreadsheet takes no cell for a formula.
+    fn csv(&self) -> Result<String, Failure> {
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        self.subsystems.iter().try_for_each(|it| writer.serialize(it)).map_err(|error| unwritable(&error))?;
+        let bytes = writer.into_inner().map_err(|error| unwritable(&error))?;
+        String::from_utf8(bytes).map_err(|error| unwritable(&error))
+    }
+
+    fn tables(&self) -> String {
+        sections([self.facts(), self.table()])
+    }
+
+    fn facts(&self) -> String {
+        let cycles = &self.cycles;
+        let length = short(coarse(self.until.duration_since(self.since).unsigned_abs()));
+        let mut facts = Table::facts();
+        facts.fact("period", format!("{} to {} ({length})", said(self.since), said(self.until)));
+        let by_state = counts([
+            (cycles.succeeded, "SUCCEEDED"),
+            (cycles.degraded, "DEGRADED"),
+            (cycles.failed, "FAILED"),
+            (cycles.cancelled, "CANCELLED"),
+            (cycles.interrupted, "INTERRUPTED"),
+        ]);
+        if cycles.cycles == 0 {
+            facts.fact("cycles", "none");
+        } else {
+            facts.fact("cycles", format!("{}: {by_state}", grouped(cycles.cycles)));
+        }
+        let started_by = cycles.started_by.iter();
+        let started_by = started_by.map(|it| format!("{} {}", trigger(it.trigger, &it.r#loop), grouped(it.cycles)));
+        facts.fact("started by", started_by.collect::<Vec<_>>().join(", "));
+        facts.fact("success", cycles.success_rate.map_or_else(String::new, percent));
+        if let (Some(p50), Some(p95), Some(p99)) = (cycles.p50_ms, cycles.p95_ms, cycles.p99_ms) {
+            let [p50, p95, p99] = [p50, p95, p99].map(milliseconds);
+            facts.fact("duration", format!("p50 {p50}, p95 {p95}, p99 {p99}"));
+        }
+        let trend = || {
+            let points = cycles.success_rate_change.map_or_else(|| "-".to_owned(), percentage_points);
+            let [p50, p95] = [cycles.p50_change, cycles.p95_change].map(|it| it.map_or_else(|| "-".to_owned(), change));
+            format!("success {points}, p50 {p50}, p95 {p95}")
+        };
+        facts.fact(
+            "period before",
+            match cycles.previous_cycles {
+                0 => "no cycles to compare with".to_owned(),
+                before => format!("{}; since then {}", count(before, "cycle"), trend()),
+            },
+        );
+        facts.finish()
+    }
+
+    fn table(&self) -> String {
+        let headings = [
+            "SUBSYSTEM",
+            "CYCLES",
+            "SUCCESS",
+            "P50",
+            "P95",
+            "P99",
+            "RETRIES",
+            "ON PATH",
+            "OF TIME",
+            "±SUCCESS",
+            "±P50",
+            "±P95",
+            "ENDED ELSE",
+        ];
+        let mut table = (1..12).fold(Table::list(headings), Table::right);
+        for it in &self.subsystems {
+            let shown = |figure: Option<f64>, show: fn(f64) -> String| text(figure.map_or_else(|| "-".into(), show));
+            let is_new = it.previous_cycles == 0 && self.cycles.previous_cycles > 0;
+            let compared = |change: Option<f64>, show: fn(f64) -> String| match change {
+                None if is_new => text("new"),
+                change => shown(change, show),
+            };
+            let ended_else = counts([
+                (it.failed, "FAILED"),
+                (it.timed_out, "TIMED_OUT"),
+                (it.circuit_open, "CIRCUIT_OPEN"),
+                (it.skipped, "SKIPPED"),
+                (it.cancelled, "CANCELLED"),
+            ]);
+            table.row([
+                text(it.name.as_str()),
+                number(it.cycles),
+                shown(it.success_rate, percent),
+                shown(it.p50_ms, milliseconds),
+                shown(it.p95_ms, milliseconds),
+                shown(it.p99_ms, milliseconds),
+                number(it.retries),
+                shown(it.critical_cycle_share, percent),
+                shown(it.critical_time_share, percent),
+                compared(it.success_rate_change, percentage_points),
+                compared(it.p50_change, change),
+                compared(it.p95_change, change),
+                text(ended_else),
+            ]);
+        }
+        table.finish_unless_empty()
+    }
+}
+
+fn unwritable(error: &dyn std::error::Error) -> Failure {
+    Failure::new(Exit::Refused, format!("can't write the report: {error}"))
+}
+
+/// Those that there are.
+fn counts<const N: usize>(counts: [(u64, &str); N]) -> String {
+    let counts = counts.into_iter().filter(|(count, _)| *count > 0);
+    counts.map(|(count, of_what)| format!("{} {of_what}", grouped(count))).collect::<Vec<_>>().join(", ")
+}
+
+/// A share in percent. What is not quite all is never said to be all.
+fn percent(share: f64) -> String {
+    let percent = share * 100.0;
+    match percent {
+        0.0 | 100.0 => format!("{percent:.0} %"),
+        _ => format!("{:.1} %", percent.clamp(0.1, 99.9)),
+    }
+}
+
+/// The change of a share.
+fn percentage_points(change: f64) -> String {
+    signed(change * 100.0, 1, "pp")
+}
+
+/// A relative change in percent.
+fn change(change: f64) -> String {
+    signed(change * 100.0, 0, "%")
+}
+
+/// With a sign, unless it rounds to none.
+fn signed(number: f64, decimals: usize, unit: &str) -> String {
+    let text = format!("{number:+.decimals$}");
+    let is_none = text.chars().all(|c| !('1'..='9').contains(&c));
+    if is_none { format!("0 {unit}") } else { format!("{text} {unit}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_read_as_people_say_them() {
+        assert_eq!([0.0, 0.000_01, 0.5, 0.999_9, 1.0].map(percent), ["0 %", "0.1 %", "50.0 %", "99.9 %", "100 %"]);
+        assert_eq!([-0.25, 0.0001, 0.001].map(percentage_points), ["-25.0 pp", "0 pp", "+0.1 pp"]);
+        assert_eq!([0.104, -0.004, 20.0].map(change), ["+10 %", "0 %", "+2000 %"]);
+    }
+}
