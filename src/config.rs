@@ -43,6 +43,8 @@ pub struct Config {
     pub orchestrator_id: String,
     /// How it is served.
     pub server: Server,
+    /// Where it can be looked at.
+    pub admin: Admin,
     /// What it keeps.
     pub store: Store,
     /// Bounds of cycles.
@@ -81,6 +83,13 @@ pub struct Server {
     pub max_watchers: usize,
     /// How long a shutdown waits for the running cycle and open calls. 0 s to 1 h, default 30 s.
     pub drain_grace: Duration,
+}
+
+/// Where it can be looked at: the dashboard, JSON and metrics, over HTTP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admin {
+    /// Default `127.0.0.1:7780`. Port 0 takes a free one. `None`, written `off`: nowhere.
+    pub listen: Option<SocketAddr>,
 }
 
 /// What it keeps.
@@ -154,6 +163,9 @@ pub struct Overrides {
     /// Address to listen on, such as 127.0.0.1:7700 [key: server.listen]
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<String>,
+    /// Address of the dashboard and the metrics, such as 127.0.0.1:7780, or off [key: admin.listen]
+    #[arg(long, value_name = "ADDRESS")]
+    pub admin_listen: Option<String>,
     /// Where the record is kept: sqlite:PATH or memory: [key: store.url]
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,
@@ -263,6 +275,7 @@ impl Config {
         keep! {
             "orchestrator_id": orchestrator_id,
             "server.listen": server.listen,
+            "admin.listen": admin.listen,
             "server.insecure_listen_beyond_loopback": server.insecure_listen_beyond_loopback,
             "server.max_connections": server.max_connections,
             "server.max_concurrent_streams": server.max_concurrent_streams,
@@ -285,9 +298,10 @@ impl Config {
 
     /// Reads every key. What is refused gets its default, until the pass ends.
     fn from_reader(read: &mut Reader<'_>) -> Self {
-        let config = Self {
+        let mut config = Self {
             orchestrator_id: read.parsed("orchestrator_id", orchestrator_id).unwrap_or_else(|| "orchestrator".into()),
             server: Server::from_reader(read),
+            admin: Admin::default(),
             store: Store {
                 url: read
                     .parsed("store.url", StoreUrl::parse)
@@ -318,6 +332,7 @@ impl Config {
             subsystems: entries(read, "subsystem", "subsystems", subsystem_spec, Subsystem::from_spec, |it| &it.name),
             loops: entries(read, "loop", "loops", loop_spec, IntervalLoop::from_spec, |it| &it.name),
         };
+        config.admin = Admin::from_reader(read, config.server.insecure_listen_beyond_loopback);
         for (key, declared, bound, max) in [
             ("subsystems", config.subsystems.len(), "registry.max_subsystems", config.registry.max_subsystems),
             ("loops", config.loops.len(), "registry.max_loops", config.registry.max_loops),
@@ -340,12 +355,7 @@ impl Default for Config {
 impl Server {
     fn from_reader(read: &mut Reader<'_>) -> Self {
         let server = Self {
-            listen: read
-                .parsed("server.listen", |text| {
-                    let example = "give an IP address and a port, such as 127.0.0.1:7700 or [::1]:7700";
-                    text.parse().map_err(|_| example.to_owned())
-                })
-                .unwrap_or_else(|| (Ipv4Addr::LOCALHOST, 7700).into()),
+            listen: read.parsed("server.listen", listen_address).unwrap_or_else(|| (Ipv4Addr::LOCALHOST, 7700).into()),
             insecure_listen_beyond_loopback: read.flag("server.insecure_listen_beyond_loopback").unwrap_or(false),
             max_connections: read.number("server.max_connections", 1..=1_000_000).unwrap_or(4096),
             max_concurrent_streams: read.number("server.max_concurrent_streams", 1..=100_000).unwrap_or(256),
@@ -354,18 +364,47 @@ impl Server {
             max_watchers: read.number("server.max_watchers", 0..=100_000).unwrap_or(2000),
             drain_grace: read.duration("server.drain_grace", Duration::ZERO..=HOUR).unwrap_or(Duration::from_secs(30)),
         };
-        if !server.listen.ip().to_canonical().is_loopback() && !server.insecure_listen_beyond_loopback {
-            read.refuse(
-                "server.listen",
-                format!(
-                    "is {}, which others can reach, and callers can't be authenticated yet: whoever reaches it could \
-                     run, change and read everything; give a loopback address such as 127.0.0.1:7700, or accept that \
-                     with --insecure-listen-beyond-loopback",
-                    server.listen
-                ),
-            );
+        if !server.insecure_listen_beyond_loopback {
+            refuse_beyond_loopback(read, "server.listen", server.listen, "run, change and read everything");
         }
         server
+    }
+}
+
+impl Admin {
+    fn from_reader(read: &mut Reader<'_>, may_be_reached: bool) -> Self {
+        let listen = read.parsed("admin.listen", |text| match text {
+            "off" => Ok(None),
+            _ => listen_address(text).map(Some).map_err(|example| format!("{example}, or off")),
+        });
+        let admin = listen.map_or_else(Self::default, |listen| Self { listen });
+        if let Some(listen) = admin.listen.filter(|_| !may_be_reached) {
+            refuse_beyond_loopback(read, "admin.listen", listen, "read everything");
+        }
+        admin
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { listen: Some((Ipv4Addr::LOCALHOST, 7780).into()) }
+    }
+}
+
+fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "give an IP address and a port, such as 127.0.0.1:7700 or [::1]:7700".to_owned())
+}
+
+fn refuse_beyond_loopback(read: &mut Reader<'_>, key: &str, listen: SocketAddr, could: &str) {
+    if !listen.ip().to_canonical().is_loopback() {
+        read.refuse(
+            key,
+            format!(
+                "is {listen}, which others can reach, and callers can't be authenticated yet: whoever reaches it could \
+                 {could}; give a loopback address such as 127.0.0.1:7700, or accept that with \
+                 --insecure-listen-beyond-loopback"
+            ),
+        );
     }
 }
 
@@ -555,6 +594,7 @@ impl Overrides {
         let insecure = self.insecure_listen_beyond_loopback.then(|| "true".to_owned());
         for (flag, key, value) in [
             ("--listen", "server.listen", &self.listen),
+            ("--admin-listen", "admin.listen", &self.admin_listen),
             ("--store", "store.url", &self.store),
             ("--log-filter", "log.filter", &self.log_filter),
             ("--log-format", "log.format", &self.log_format),

@@ -3,6 +3,8 @@
 
 #![allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated; the proto files are the reference")]
 
+pub mod json;
+
 /// What subsystems implement.
 pub mod subsystem {
     /// `dreamnet.subsystem.v1`

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    fmt::Display,
     io,
     net::SocketAddr,
     os::unix::fs::MetadataExt,
@@ -17,25 +18,22 @@ use tokio::{
     select,
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
+    task::JoinSet,
     time::timeout,
 };
-use tokio_util::{
-    sync::{CancellationToken, DropGuard},
-    task::AbortOnDropHandle,
-};
-use tonic::transport;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::util::MapRequestLayer;
 
 use crate::{
-    api,
+    api::{self, Api},
     clock::Clock,
     config::{Config, ConfigError, Reload},
     dial::Dialer,
     listen::{self, Receiving},
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::StoreError,
-    store,
+    store, web,
 };
 
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
@@ -47,6 +45,9 @@ pub enum StartError {
     /// The address can't be listened on.
     #[error("can't listen on {0}: {1}; is another process using it?")]
     Listen(SocketAddr, io::Error),
+    /// The address of the dashboard can't be listened on.
+    #[error("can't listen on {0} for the dashboard: {1}; give another address with --admin-listen, or off")]
+    AdminListen(SocketAddr, io::Error),
     /// The file of trusted certificates can't be read.
     #[error("can't read dial.ca_file {path}: {error}", path = .0.display(), error = .1)]
     CaFile(PathBuf, io::Error),
@@ -80,10 +81,11 @@ pub enum Exit {
 /// A running service.
 pub struct Service {
     address: SocketAddr,
+    admin_address: Option<SocketAddr>,
     orchestrator: Orchestrator,
     tasks: Tasks,
     health: HealthReporter,
-    server: AbortOnDropHandle<Result<(), transport::Error>>,
+    servers: JoinSet<()>,
     stop_server: CancellationToken,
     _cut_off: DropGuard,
     drain_grace: Duration,
@@ -99,6 +101,12 @@ impl Service {
         let address = config.server.listen;
         let listener = TcpListener::bind(address).await.map_err(|error| StartError::Listen(address, error))?;
         let address = listener.local_addr().map_err(|error| StartError::Listen(address, error))?;
+        let admin = match config.admin.listen {
+            Some(address) => {
+                Some(listen_for_admin(address).await.map_err(|error| StartError::AdminListen(address, error))?)
+            }
+            None => None,
+        };
         let ca = match &config.dial.ca_file {
             Some(path) => Some(tokio::fs::read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?),
             None => None,
@@ -114,23 +122,32 @@ impl Service {
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let stopped = stop_server.clone().cancelled_owned();
         let receiving = Receiving::new(config.server.max_receiving_bytes);
+        let api = Api::new(orchestrator.clone());
         let router = listen::server(config.server.max_concurrent_streams)
             // What a client may send ahead of being read: requests are small, so this bounds memory and slows nothing.
             .initial_stream_window_size(256 << 10)
             .initial_connection_window_size(1 << 20)
             .layer(MapRequestLayer::new(move |request| receiving.bound(request)))
-            .add_service(api::service(orchestrator.clone(), config.server.max_request_bytes))
+            .add_service(api::service(api.clone(), config.server.max_request_bytes))
             .add_service(health_service);
         let router = listen::with_reflection(router, SERVICE)?;
         let incoming = listen::incoming(listener, config.server.max_connections, cut_off.clone());
-        let server = AbortOnDropHandle::new(tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped)));
+        let mut servers = JoinSet::new();
+        servers.spawn(logged(router.serve_with_incoming_shutdown(incoming, stopped)));
         tracing::info!(%address, "listening");
+        let admin_address = admin.as_ref().map(|(_, address)| *address);
+        if let Some((listener, address)) = admin {
+            let beyond_loopback = config.server.insecure_listen_beyond_loopback;
+            servers.spawn(logged(web::serve(listener, api, beyond_loopback, stop_server.clone(), cut_off.clone())));
+            tracing::info!(%address, "dashboard");
+        }
         Ok(Self {
             address,
+            admin_address,
             orchestrator,
             tasks,
             health,
-            server,
+            servers,
             stop_server,
             _cut_off: cut_off.drop_guard(),
             drain_grace: config.server.drain_grace,
@@ -140,6 +157,11 @@ impl Service {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where the dashboard is.
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin_address
     }
 
     /// Applies what of another configuration can be applied while running.
@@ -194,11 +216,9 @@ impl Service {
             self.health.clear_service_status(service).await;
         }
         self.stop_server.cancel();
-        match timeout(LAST_ANSWERS, self.server).await {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => tracing::error!(%error, "the server failed"),
-            Ok(Err(error)) => tracing::error!(%error, "the server failed"),
-            Err(_) => tracing::warn!("not all answers were taken: those who wait for one are cut off"),
+        let ended = timeout(LAST_ANSWERS, async { while self.servers.join_next().await.is_some() {} });
+        if ended.await.is_err() {
+            tracing::warn!("not all answers were taken: those who wait for one are cut off");
         }
         match finished {
             Ok(()) => Exit::Drained,
@@ -215,8 +235,8 @@ impl Service {
 }
 
 /// Serves until a signal: the first of SIGTERM and SIGINT drains, the second aborts. SIGHUP, or a change of `file`,
-/// reads the configuration again with `load`, and `applied` is told what applies from then on. `ready` is told the
-/// address once requests are answered.
+/// reads the configuration again with `load`, and `applied` is told what applies from then on. `ready` is told once
+/// requests are answered.
 ///
 /// # Errors
 /// The service did not start.
@@ -225,7 +245,7 @@ pub async fn serve(
     file: Option<&Path>,
     load: impl Fn() -> Result<Config, ConfigError>,
     applied: impl Fn(&Config),
-    ready: impl FnOnce(SocketAddr),
+    ready: impl FnOnce(&Service),
 ) -> Result<Exit, StartError> {
     let listen_for = |kind| signal(kind).map_err(StartError::Signals);
     let (mut terminate, mut interrupt) = (listen_for(SignalKind::terminate())?, listen_for(SignalKind::interrupt())?);
@@ -235,7 +255,7 @@ pub async fn serve(
     }
     let mut service = Service::start(&config).await?;
     let mut changes = FileChanges::of(file);
-    ready(service.address());
+    ready(&service);
 
     loop {
         select! {
@@ -284,6 +304,18 @@ pub async fn serve(
 fn raise_open_files() -> io::Result<()> {
     let maximum = getrlimit(Resource::Nofile).maximum;
     Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
+}
+
+async fn logged<E: Display>(server: impl Future<Output = Result<(), E>>) {
+    if let Err(error) = server.await {
+        tracing::error!(%error, "a server failed");
+    }
+}
+
+async fn listen_for_admin(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
+    let listener = TcpListener::bind(address).await?;
+    let address = listener.local_addr()?;
+    Ok((listener, address))
 }
 
 async fn first_of(terminate: &mut Signal, interrupt: &mut Signal) {

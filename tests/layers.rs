@@ -23,17 +23,19 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("listen", &["proto"]),
     ("subsystem", &["listen", "model", "proto"]),
     ("api", &["model", "orchestrator", "proto", "record"]),
+    ("web", &["api", "listen", "model", "proto"]),
     ("config", &["model", "ports", "store"]),
     ("telemetry", &["config"]),
-    ("serve", &["api", "clock", "config", "dial", "listen", "orchestrator", "ports", "store"]),
+    ("serve", &["api", "clock", "config", "dial", "listen", "orchestrator", "ports", "store", "web"]),
     ("cli", &["api", "config", "engine", "model", "proto", "serve", "store", "subsystem", "telemetry"]),
     ("main", &["cli"]),
 ];
 
 /// Which modules may use a library that must not spread.
 const MAY_DEPEND: &[(&str, &[&str])] = &[
-    ("tonic", &["api", "cli", "dial", "listen", "proto", "serve", "subsystem"]),
-    ("prost", &["api", "cli", "proto", "record"]),
+    ("tonic", &["api", "cli", "dial", "listen", "proto", "serve", "subsystem", "web"]),
+    ("prost", &["api", "cli", "proto", "record", "web"]),
+    ("axum", &["web"]),
     ("rusqlite", &["store"]),
     ("clap", &["cli", "config", "main"]),
 ];

@@ -4,7 +4,7 @@ mod error;
 mod request;
 mod response;
 
-use std::pin::Pin;
+use std::{pin::Pin, sync::Arc};
 
 use futures_util::{Stream, stream};
 use jiff::Timestamp;
@@ -29,20 +29,29 @@ use crate::{
 /// The most bytes of an answer: below the 4 MiB that clients take by default.
 const MAX_ANSWER: usize = 3 << 20;
 
-/// Serves an orchestrator; requests may have this many bytes.
-pub fn service(orchestrator: Orchestrator, max_request_bytes: usize) -> OrchestratorServer<impl Service> {
-    let api = Api { orchestrator, asking_all: Semaphore::new(MAX_ASKING_ALL) };
+/// Serves these RPCs; requests may have this many bytes.
+pub fn service(api: Api, max_request_bytes: usize) -> OrchestratorServer<impl Service> {
     OrchestratorServer::new(api).max_decoding_message_size(max_request_bytes)
 }
 
-struct Api {
+/// The service's RPCs. All clones share their bounds.
+#[derive(Clone)]
+pub struct Api {
     orchestrator: Orchestrator,
     /// For those who ask for the snapshots of all: what comes is of any size until it is seen what fits.
-    asking_all: Semaphore,
+    asking_all: Arc<Semaphore>,
 }
 
 /// How many may ask for the snapshots of all at one time; the others wait.
 const MAX_ASKING_ALL: usize = 2;
+
+impl Api {
+    /// The RPCs of this orchestrator.
+    pub fn new(orchestrator: Orchestrator) -> Self {
+        Self { orchestrator, asking_all: Arc::new(Semaphore::new(MAX_ASKING_ALL)) }
+    }
+}
+
 
 /// What every handler returns.
 type Answer<T> = Result<Response<T>, Status>;

@@ -88,7 +88,7 @@ impl Demo {
         let fleet = Fleet::start(&mut config.subsystems, self.seed, self.pace()).await.map_err(refused)?;
         let (service, is_moved) = self.start(&mut config).await.map_err(refused)?;
         let address = service.address();
-        let greeting = self.greeting(address, is_moved, &fleet);
+        let greeting = self.greeting(&service, is_moved, &fleet);
 
         let mut shown = Ok(());
         let until_stopped = async {
@@ -135,12 +135,18 @@ impl Demo {
 
     /// Starts the service; says whether it had to move because the default port is taken.
     async fn start(&self, config: &mut Config) -> Result<(Service, bool), StartError> {
-        match Service::start(config).await {
-            Err(StartError::Listen(_, error)) if self.listen.is_none() && error.kind() == io::ErrorKind::AddrInUse => {
-                config.server.listen.set_port(0);
-                Ok((Service::start(config).await?, true))
+        let mut is_moved = false;
+        loop {
+            match Service::start(config).await {
+                Err(StartError::Listen(_, error)) if !is_moved && self.listen.is_none() && is_taken(&error) => {
+                    config.server.listen.set_port(0);
+                    is_moved = true;
+                }
+                Err(StartError::AdminListen(taken, error)) if taken.port() != 0 && is_taken(&error) => {
+                    config.admin.listen = Some((taken.ip(), 0).into());
+                }
+                started => return Ok((started?, is_moved)),
             }
-            started => Ok((started?, false)),
         }
     }
 
@@ -155,8 +161,10 @@ impl Demo {
         watch::follow(&Remote::at(address), pb::WatchCyclesRequest::default(), is_last).await
     }
 
-    fn greeting(&self, address: SocketAddr, is_moved: bool, fleet: &Fleet) -> String {
+    fn greeting(&self, service: &Service, is_moved: bool, fleet: &Fleet) -> String {
         const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
+        let address = service.address();
+        let dashboard = service.admin_address().map(|address| format!("dashboard at http://{address}/\n"));
         let taken = if is_moved { ", because 127.0.0.1:7700 is taken" } else { "" };
         // As it was called, so that the lines can be copied also where it is not installed.
         let program = env::args().next().unwrap_or_else(|| "orchestrator".into());
@@ -173,7 +181,7 @@ impl Demo {
         format!(
             "\
 listening on {address}{taken}
-
+{dashboard}
 DreamNet, simulated: {subsystems} behind {endpoints}, a cycle every {interval}. Each
 makes its output from those of others; now and then one is slow, fails or hangs.
 Store {store}, seed {seed}. Ctrl-C stops it all.
@@ -194,11 +202,16 @@ In another terminal:
 ",
             subsystems = count(fleet.subsystems() as u64, "subsystem"),
             endpoints = count(fleet.endpoints() as u64, "endpoint"),
+            dashboard = dashboard.unwrap_or_default(),
             interval = short(self.interval),
             store = self.store,
             seed = self.seed,
         )
     }
+}
+
+fn is_taken(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrInUse
 }
 
 fn refused(error: impl Display) -> Failure {

@@ -5,7 +5,6 @@
 use std::{
     env,
     io::{self, IsTerminal, Write as _},
-    sync::OnceLock,
     time::Duration,
 };
 
@@ -20,12 +19,11 @@ use clap::{
 use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, presets};
 use jiff::{RoundMode, SignedDuration, Span, SpanRelativeTo, Timestamp, TimestampRound, Unit};
 use prost::Message;
-use prost_reflect::{DescriptorPool, DynamicMessage, SerializeOptions};
 
 use super::{Exit, Failure};
 use crate::{
     model::Payload,
-    proto::{DESCRIPTORS, orchestrator::v1 as pb},
+    proto::{self, orchestrator::v1 as pb},
 };
 
 /// How to print.
@@ -55,7 +53,7 @@ impl Format {
     /// Nobody reads it any more, or it can't be written.
     pub(super) fn show<M: Message>(
         self,
-        kind: &str,
+        kind: &'static str,
         message: &M,
         text: impl FnOnce(&M) -> String,
     ) -> Result<(), Failure> {
@@ -111,7 +109,7 @@ pub(super) fn has_colours() -> bool {
 ///
 /// # Errors
 /// The service has sent what its contract does not allow.
-pub(super) fn json<M: Message>(kind: &str, message: &M) -> Result<String, Failure> {
+pub(super) fn json<M: Message>(kind: &'static str, message: &M) -> Result<String, Failure> {
     encoded_json(kind, &message.encode_to_vec())
 }
 
@@ -119,23 +117,10 @@ pub(super) fn json<M: Message>(kind: &str, message: &M) -> Result<String, Failur
 ///
 /// # Errors
 /// As of [`json`].
-pub(super) fn encoded_json(kind: &str, bytes: &[u8]) -> Result<String, Failure> {
-    let malformed = |error: &dyn std::error::Error| {
-        Failure::new(Exit::Refused, format!("the service has sent a {kind} that can't be read: {error}"))
-    };
-    let name = format!("dreamnet.orchestrator.v1.{kind}");
-    let descriptor =
-        pool().and_then(|pool| pool.get_message_by_name(&name)).ok_or_else(|| malformed(&std::fmt::Error))?;
-    let message = DynamicMessage::decode(descriptor, bytes).map_err(|error| malformed(&error))?;
-    let mut text = Vec::new();
-    let mut serializer = serde_json::Serializer::new(&mut text);
-    message.serialize_with_options(&mut serializer, &SerializeOptions::new()).map_err(|error| malformed(&error))?;
-    Ok(escaped(&String::from_utf8_lossy(&text)))
-}
-
-fn pool() -> Option<&'static DescriptorPool> {
-    static POOL: OnceLock<Option<DescriptorPool>> = OnceLock::new();
-    POOL.get_or_init(|| DescriptorPool::decode(DESCRIPTORS).ok()).as_ref()
+pub(super) fn encoded_json(kind: &'static str, bytes: &[u8]) -> Result<String, Failure> {
+    let malformed = |error| format!("the service has sent what can't be read: {error}");
+    let text = proto::json::encode(kind, bytes).map_err(|error| Failure::new(Exit::Refused, malformed(error)))?;
+    Ok(escaped(&text))
 }
 
 /// JSON in which what a terminal could take for a command is escaped. All of it stands in strings.
@@ -173,7 +158,7 @@ impl JsonList {
     ///
     /// # Errors
     /// As of [`json`] and [`print`].
-    pub(super) fn add(&mut self, kind: &str, bytes: &[u8]) -> Result<(), Failure> {
+    pub(super) fn add(&mut self, kind: &'static str, bytes: &[u8]) -> Result<(), Failure> {
         let comma = if self.items == 0 { "" } else { "," };
         self.items += 1;
         print(&format!("{comma}{}", encoded_json(kind, bytes)?))

@@ -1,10 +1,10 @@
 //! `orchestrator serve`: runs the service.
 
-use std::{env, io::Write as _, process::ExitCode};
+use std::{env, fmt::Write as _, io::Write as _, process::ExitCode};
 
 use crate::{
     config::{Config, Overrides},
-    serve::{self, Exit},
+    serve::{self, Exit, Service},
     telemetry,
 };
 
@@ -14,7 +14,8 @@ const BAD_CONFIG: u8 = 2;
 /// Run the service until SIGTERM or SIGINT
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Prints one line on stdout, \"listening on ADDRESS\", once requests are answered. Logs go to stderr.
+Prints on stdout, once requests are answered, \"listening on ADDRESS\", and on a second line \"dashboard at URL\".
+Logs go to stderr.
 
 Signals:
   SIGTERM, SIGINT   the first drains: the running cycle may finish within server.drain_grace; the second aborts
@@ -60,9 +61,13 @@ impl Serve {
                 tracing::error!(%error, "the log filter stays as it was");
             }
         };
-        let ready = |address| {
+        let ready = |service: &Service| {
+            let mut text = format!("listening on {}\n", service.address());
+            if let Some(address) = service.admin_address() {
+                let _ = writeln!(text, "dashboard at http://{address}/");
+            }
             // Nobody reading it is no reason to stop.
-            let _ = writeln!(std::io::stdout(), "listening on {address}");
+            let _ = std::io::stdout().write_all(text.as_bytes());
         };
         match serve::serve(config, self.overrides.config.as_deref(), load, applied, ready).await {
             Ok(exit) => ExitCode::from(exit as u8),

@@ -34,6 +34,7 @@ pub struct Home {
     wrapper: Vec<String>,
     args: Vec<String>,
     store: String,
+    admin: String,
 }
 
 impl Default for Home {
@@ -47,7 +48,7 @@ impl Home {
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = format!("sqlite:{}", dir.path().join("o.db").display());
-        Self { dir, wrapper: Vec::new(), args: Vec::new(), store }
+        Self { dir, wrapper: Vec::new(), args: Vec::new(), store, admin: "127.0.0.1:0".into() }
     }
 
     /// A path inside it.
@@ -74,6 +75,12 @@ impl Home {
     #[must_use]
     pub fn in_memory(self) -> Self {
         Self { store: "memory:".into(), ..self }
+    }
+
+    /// The same home, whose services have their dashboard there.
+    #[must_use]
+    pub fn with_admin(self, address: SocketAddr) -> Self {
+        Self { admin: address.to_string(), ..self }
     }
 
     /// The same home, whose services are started by this command, which is given theirs as arguments.
@@ -105,7 +112,7 @@ impl Home {
             self.wrapper.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_orchestrator")]).collect();
         let child = Command::new(command[0])
             .args(&command[1..])
-            .args(["serve", "--listen", "127.0.0.1:0", "--store", &self.store])
+            .args(["serve", "--listen", "127.0.0.1:0", "--admin-listen", &self.admin, "--store", &self.store])
             .args(&self.args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -146,7 +153,10 @@ impl Starting {
         };
         let address = line.strip_prefix("listening on ").and_then(|address| address.parse().ok());
         let address = address.unwrap_or_else(|| panic!("the service printed {line:?}"));
-        Ok(Service { child: self.child, address, log: self.log })
+        let line = patiently("the address of the dashboard", lines.next_line()).await.unwrap().unwrap();
+        let admin = line.strip_prefix("dashboard at http://").and_then(|url| url.strip_suffix('/')?.parse().ok());
+        let admin = admin.unwrap_or_else(|| panic!("the service printed {line:?}"));
+        Ok(Service { child: self.child, address, admin, log: self.log })
     }
 
     /// Kills it with SIGKILL, and waits until it is gone.
@@ -159,6 +169,7 @@ impl Starting {
 pub struct Service {
     child: Child,
     address: SocketAddr,
+    admin: SocketAddr,
     log: PathBuf,
 }
 
@@ -166,6 +177,11 @@ impl Service {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where its dashboard is.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
     }
 
     /// A client on a connection of its own.

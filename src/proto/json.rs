@@ -1,0 +1,132 @@
+//! Messages of the contract as canonical proto JSON, and back.
+//!
+//! <https://protobuf.dev/programming-guides/json/>
+
+use std::sync::OnceLock;
+
+use prost::Message;
+use prost_reflect::{DescriptorPool, DynamicMessage, Kind, MessageDescriptor, SerializeOptions};
+use serde_json::Value;
+
+use super::DESCRIPTORS;
+
+/// Why something is no message, or no JSON of one.
+#[derive(Debug, thiserror::Error)]
+pub enum JsonError {
+    /// There is no such message.
+    #[error("{0} is no message of dreamnet.orchestrator.v1")]
+    NoMessage(String),
+    /// The bytes are none.
+    #[error("no {0}: {1}")]
+    Bytes(&'static str, prost::DecodeError),
+    /// It can't be written.
+    #[error("{0}")]
+    Json(#[from] serde_json::Error),
+    /// A value is none of its field.
+    #[error("{field} is {value:?}: {error}")]
+    Value {
+        /// The field.
+        field: String,
+        /// What was given.
+        value: String,
+        /// What is wrong with it.
+        error: serde_json::Error,
+    },
+    /// No such field.
+    #[error("there is no {field}; {allowed}")]
+    NoField {
+        /// What was given.
+        field: String,
+        /// What could be.
+        allowed: String,
+    },
+}
+
+/// An encoded message as canonical proto JSON, on one line. `kind` is its name in `dreamnet.orchestrator.v1`.
+///
+/// # Errors
+/// The bytes are no such message.
+pub fn encode(kind: &'static str, bytes: &[u8]) -> Result<String, JsonError> {
+    let message = DynamicMessage::decode(descriptor(kind)?, bytes).map_err(|error| JsonError::Bytes(kind, error))?;
+    let mut text = Vec::new();
+    message.serialize_with_options(&mut serde_json::Serializer::new(&mut text), &SerializeOptions::new())?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// The message that the parameters of a URL stand for: names are those of fields, as in JSON or as in the contract; a
+/// field that is a list takes several. Fields that are messages are given by what JSON has for them as text, such as a
+/// time.
+///
+/// # Errors
+/// A field is unknown, or a value is none of its kind.
+pub fn from_parameters<M: Message + Default>(
+    kind: &'static str,
+    parameters: impl IntoIterator<Item = (String, String)>,
+) -> Result<M, JsonError> {
+    let descriptor = descriptor(kind)?;
+    let mut bytes = Vec::new();
+    for (name, text) in parameters {
+        let field = descriptor.get_field_by_json_name(&name).or_else(|| descriptor.get_field_by_name(&name));
+        let Some(field) = field else {
+            let names: Vec<_> = descriptor.fields().map(|field| field.json_name().to_owned()).collect();
+            let allowed = if names.is_empty() { "there are none".into() } else { format!("give {}", names.join(", ")) };
+            return Err(JsonError::NoField { field: name, allowed });
+        };
+        // JSON takes numbers as text, but not truth.
+        let value = match (field.kind(), text.as_str()) {
+            (Kind::Bool, "true" | "") => Value::Bool(true),
+            (Kind::Bool, "false") => Value::Bool(false),
+            _ => Value::String(text.clone()),
+        };
+        let value = if field.is_list() { Value::Array(vec![value]) } else { value };
+        let object = Value::Object([(field.json_name().to_owned(), value)].into_iter().collect());
+        let message = DynamicMessage::deserialize(descriptor.clone(), object).map_err(|error| JsonError::Value {
+            field: name,
+            value: text,
+            error,
+        })?;
+        // Encoded messages one after the other are one message: lists are joined, and of others the last one counts.
+        bytes.extend(message.encode_to_vec());
+    }
+    M::decode(bytes.as_slice()).map_err(|error| JsonError::Bytes(kind, error))
+}
+
+fn descriptor(kind: &str) -> Result<MessageDescriptor, JsonError> {
+    static POOL: OnceLock<Option<DescriptorPool>> = OnceLock::new();
+    let pool = POOL.get_or_init(|| DescriptorPool::decode(DESCRIPTORS).ok()).as_ref();
+    let descriptor = pool.and_then(|pool| pool.get_message_by_name(&format!("dreamnet.orchestrator.v1.{kind}")));
+    descriptor.ok_or_else(|| JsonError::NoMessage(kind.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::orchestrator::v1 as pb;
+
+    fn list(parameters: &[(&str, &str)]) -> Result<pb::ListCyclesRequest, JsonError> {
+        let parameters = parameters.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        from_parameters("ListCyclesRequest", parameters)
+    }
+
+    #[test]
+    fn parameters_are_fields() {
+        let request = list(&[
+            ("pageSize", "5"),
+            ("states", "CYCLE_STATE_FAILED"),
+            ("states", "CYCLE_STATE_DEGRADED"),
+            ("finished_from", "2026-01-01T00:00:00Z"),
+        ]);
+        let request = request.unwrap();
+        assert_eq!(request.page_size, 5);
+        assert_eq!(request.states, [pb::CycleState::Failed as i32, pb::CycleState::Degraded as i32]);
+        assert_eq!(request.finished_from.unwrap().seconds, 1_767_225_600);
+        assert!(list(&[("size", "5")]).unwrap_err().to_string().contains("give pageSize, "));
+        assert!(list(&[("pageSize", "many")]).is_err());
+    }
+
+    #[test]
+    fn truth_is_text_in_a_url() {
+        let parameters = [("progress".to_owned(), "true".to_owned())];
+        assert!(from_parameters::<pb::WatchCyclesRequest>("WatchCyclesRequest", parameters).unwrap().progress);
+    }
+}

@@ -1,0 +1,83 @@
+//! Who may read, and what browsers may do with it.
+
+use axum::{
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, header},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+
+/// The dashboard's own scripts and styles, and nothing else from anywhere.
+const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; \
+                                       connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Guard {
+    /// The address is open to others on purpose, so that its name may be any.
+    pub(super) beyond_loopback: bool,
+}
+
+/// Lets pass what a person or a program on this machine asks for itself.
+///
+/// A page of some other site that is open in a browser here can send requests to loopback addresses, and if its name
+/// is made to stand for such an address, also read the answers (DNS rebinding). The name in `Host` and the browser's
+/// `Sec-Fetch-Site` give that away.
+pub(super) async fn check(State(guard): State<Guard>, request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    let mut response = if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "GET, HEAD")], "this address is only read from\n")
+            .into_response()
+    } else if !guard.beyond_loopback && !is_local(headers) {
+        (StatusCode::FORBIDDEN, "the name in Host is none of this machine's loopback; ask for localhost\n")
+            .into_response()
+    } else if is_cross_site(headers) {
+        (StatusCode::FORBIDDEN, "pages of other sites may not read here\n").into_response()
+    } else {
+        next.run(request).await
+    };
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+fn is_local(headers: &HeaderMap) -> bool {
+    let Some(host) = headers.get(header::HOST).and_then(|host| host.to_str().ok()) else { return false };
+    let Ok(authority) = host.parse::<axum::http::uri::Authority>() else { return false };
+    let name = authority.host().trim_start_matches('[').trim_end_matches(']');
+    let ip: Option<std::net::IpAddr> = name.parse().ok();
+    ip.map_or_else(|| name == "localhost" || name.ends_with(".localhost"), |ip| ip.to_canonical().is_loopback())
+}
+
+/// A browser says so itself; an address that was typed or followed into has its page shown and no page reads it.
+fn is_cross_site(headers: &HeaderMap) -> bool {
+    let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    header("sec-fetch-site") == Some("cross-site") && header("sec-fetch-mode") != Some("navigate")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_this_machine_are_local() {
+        let is_local = |host: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, host.parse().unwrap());
+            super::is_local(&headers)
+        };
+        for host in ["localhost", "localhost:7780", "127.0.0.1:7780", "[::1]:7780", "a.localhost:1"] {
+            assert!(is_local(host), "{host}");
+        }
+        for host in ["evil.example", "evil.example:7780", "10.0.0.1", "localhost.evil.example", ""] {
+            assert!(!is_local(host), "{host}");
+        }
+    }
+}

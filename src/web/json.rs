@@ -1,0 +1,169 @@
+//! RPCs as JSON: parameters become a request, its answer becomes a body.
+
+use std::{convert::Infallible, future::Future};
+
+use axum::{
+    body::{Body, Bytes},
+    extract::{Query, State},
+    http::{HeaderMap, StatusCode, Uri, header},
+    response::{
+        IntoResponse, Response,
+        sse::{self, KeepAlive, Sse},
+    },
+};
+use futures_util::{Stream, StreamExt};
+use prost::Message;
+use tonic::{Code, Request, Status};
+use tonic_types::StatusExt;
+
+use super::Parameters;
+use crate::{
+    api::Api,
+    model,
+    proto::{
+        json::{self, JsonError},
+        orchestrator::v1::{self as pb, cycle_event::Event, orchestrator_server::Orchestrator as _},
+    },
+};
+
+const JSON: &str = "application/json";
+const LINES: &str = "application/x-ndjson";
+
+/// Makes a call and answers with what it answered.
+pub(super) async fn answer<Q, A, F>(
+    request: &'static str,
+    response: &'static str,
+    parameters: Vec<(String, String)>,
+    call: impl FnOnce(Request<Q>) -> F,
+) -> Response
+where
+    Q: Message + Default,
+    A: Message,
+    F: Future<Output = Result<tonic::Response<A>, Status>>,
+{
+    let request = match json::from_parameters(request, parameters) {
+        Ok(request) => request,
+        Err(error) => return refused(&invalid(&error)),
+    };
+    match call(Request::new(request)).await {
+        Ok(answer) => match json::encode(response, &answer.into_inner().encode_to_vec()) {
+            Ok(text) => ([(header::CONTENT_TYPE, JSON)], text).into_response(),
+            Err(error) => refused(&Status::internal(error.to_string())),
+        },
+        Err(status) => refused(&status),
+    }
+}
+
+pub(super) async fn no_such_path(uri: Uri) -> Response {
+    let message = format!(
+        "there is no {}; see /, /metrics, /api/status, /api/cycles, /api/cycles/ID, /api/plan, /api/subsystems, \
+         /api/subsystems/NAME, /api/loops and /api/events",
+        uri.path()
+    );
+    refused(&Status::not_found(message))
+}
+
+/// `WatchCycles`, as server-sent events, or as lines of JSON to whoever accepts those.
+///
+/// <https://html.spec.whatwg.org/multipage/server-sent-events.html>
+pub(super) async fn events(State(api): State<Api>, headers: HeaderMap, Query(mut parameters): Parameters) -> Response {
+    let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let as_lines = header(header::ACCEPT.as_str()).is_some_and(|accepted| accepted.contains(LINES));
+    // A browser that has lost its connection says what it saw last, and reads no status: it is told inside the stream.
+    let resumed = header("last-event-id").filter(|id| !id.is_empty()).map(str::to_owned);
+    if let Some(revision) = &resumed {
+        parameters.retain(|(name, _)| {
+            !["afterRevision", "after_revision", "fromOldest", "from_oldest"].contains(&name.as_str())
+        });
+        parameters.push(("afterRevision".into(), revision.clone()));
+    }
+    let request = match json::from_parameters("WatchCyclesRequest", parameters) {
+        Ok(request) => request,
+        Err(error) => return refused(&invalid(&error)),
+    };
+    let events = match api.watch_cycles(Request::new(request)).await {
+        Ok(events) => events.into_inner(),
+        Err(status) if resumed.is_some() && !as_lines => {
+            return Sse::new(futures_util::stream::iter([Ok::<_, Infallible>(sse_refused(&status))])).into_response();
+        }
+        Err(status) => return refused(&status),
+    };
+    if as_lines {
+        return ([(header::CONTENT_TYPE, LINES)], Body::from_stream(lines(events))).into_response();
+    }
+    let events =
+        events.map(|event| Ok::<_, Infallible>(event.map_or_else(|status| sse_refused(&status), |event| sse(&event))));
+    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+}
+
+fn lines(
+    events: impl Stream<Item = Result<pb::WatchCyclesResponse, Status>>,
+) -> impl Stream<Item = Result<Bytes, Infallible>> {
+    events.map(|event| {
+        let line = match event {
+            Ok(event) => json::encode("WatchCyclesResponse", &event.encode_to_vec())
+                .unwrap_or_else(|error| error_text(&Status::internal(error.to_string())).1),
+            Err(status) => error_text(&status).1,
+        };
+        Ok(Bytes::from(line + "\n"))
+    })
+}
+
+fn sse(response: &pb::WatchCyclesResponse) -> sse::Event {
+    let Some(event) = &response.event else { return sse::Event::default().comment("") };
+    let name = match event.event {
+        Some(Event::Recorded(_)) => "recorded",
+        Some(Event::Started(_)) => "started",
+        Some(Event::Progress(_)) => "progress",
+        Some(Event::Bookmark(_)) | None => "bookmark",
+    };
+    match json::encode("CycleEvent", &event.encode_to_vec()) {
+        Ok(text) => sse::Event::default().id(event.revision.to_string()).event(name).data(text),
+        Err(error) => sse_refused(&Status::internal(error.to_string())),
+    }
+}
+
+fn sse_refused(status: &Status) -> sse::Event {
+    sse::Event::default().event("refused").data(error_text(status).1)
+}
+
+fn invalid(error: &JsonError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+fn refused(status: &Status) -> Response {
+    let (code, text) = error_text(status);
+    (code, [(header::CONTENT_TYPE, JSON)], text).into_response()
+}
+
+/// <https://google.aip.dev/193>
+fn error_text(status: &Status) -> (StatusCode, String) {
+    let code = http_code(status.code());
+    let mut error = serde_json::json!({
+        "code": code.as_u16(),
+        "status": model::Code::from_number(status.code() as i32).name(),
+        "message": status.message(),
+    });
+    if let Some(info) = status.get_details_error_info() {
+        error["reason"] = info.reason.into();
+        error["metadata"] = serde_json::json!(info.metadata);
+    }
+    (code, serde_json::json!({ "error": error }).to_string())
+}
+
+/// As `google/rpc/code.proto` maps them.
+fn http_code(code: Code) -> StatusCode {
+    match code {
+        Code::Ok => StatusCode::OK,
+        Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange => StatusCode::BAD_REQUEST,
+        Code::Unauthenticated => StatusCode::UNAUTHORIZED,
+        Code::PermissionDenied => StatusCode::FORBIDDEN,
+        Code::NotFound => StatusCode::NOT_FOUND,
+        Code::AlreadyExists | Code::Aborted => StatusCode::CONFLICT,
+        Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
+        Code::Unimplemented => StatusCode::NOT_IMPLEMENTED,
+        Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+        Code::Cancelled | Code::Unknown | Code::Internal | Code::DataLoss => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}

@@ -1,0 +1,192 @@
+//! The admin address: JSON, events, and who may read them.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::net::SocketAddr;
+
+use common::{Stage, fleet::Run, patiently, service::Home};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::TcpStream,
+};
+use tonic::Code;
+
+/// An answer, of which the head is read.
+struct Answer {
+    status: u16,
+    head: String,
+    body: BufReader<TcpStream>,
+}
+
+impl Answer {
+    /// The rest.
+    async fn text(mut self) -> String {
+        let mut text = String::new();
+        patiently("an answer", self.body.read_to_string(&mut text)).await.unwrap();
+        text
+    }
+
+    async fn json(self) -> Value {
+        serde_json::from_str(&self.text().await).unwrap()
+    }
+
+    /// The next line that is not empty and no chunk's length.
+    async fn line(&mut self) -> String {
+        loop {
+            let mut line = String::new();
+            assert!(patiently("a line", self.body.read_line(&mut line)).await.unwrap() > 0, "the stream has ended");
+            let line = line.trim();
+            if !line.is_empty() && u32::from_str_radix(line, 16).is_err() {
+                return line.to_owned();
+            }
+        }
+    }
+}
+
+/// Sends a request with these lines of header.
+async fn send(address: SocketAddr, request: &str, headers: &[&str]) -> Answer {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream
+        .write_all(format!("{request} HTTP/1.1\r\n{}\r\nConnection: close\r\n\r\n", headers.join("\r\n")).as_bytes())
+        .await
+        .unwrap();
+    let mut body = BufReader::new(stream);
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        assert!(patiently("an answer", body.read_line(&mut head)).await.unwrap() > 0, "no answer: {head}");
+    }
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    Answer { status, head, body }
+}
+
+async fn get(address: SocketAddr, path: &str) -> Answer {
+    send(address, &format!("GET {path}"), &["Host: localhost"]).await
+}
+
+#[tokio::test]
+async fn what_rpcs_answer_is_there_as_json() {
+    let mut stage = Stage::new().await;
+    let admin = stage.service.admin();
+    stage.register_all(&["a", "b"]).await;
+    stage.client.run().await.unwrap();
+    stage.fleet.run("b", Run::fail(Code::Internal));
+    stage.client.run().await.unwrap();
+
+    let status = get(admin, "/api/status").await.json().await;
+    assert_eq!(status["status"]["totalCycles"], "2");
+    let cycles = get(admin, "/api/cycles?states=CYCLE_STATE_DEGRADED&pageSize=5").await.json().await;
+    assert_eq!(cycles["cycles"].as_array().unwrap().len(), 1);
+    assert_eq!(cycles["cycles"][0]["cycleId"], "2");
+    let cycle = get(admin, "/api/cycles/1").await.json().await;
+    assert_eq!(cycle["telemetry"]["state"], "CYCLE_STATE_SUCCEEDED");
+    let page = get(admin, "/api/subsystems?page_size=1").await.json().await;
+    assert_eq!((&page["subsystems"][0]["registration"]["name"], &page["nextPageToken"]), (&"a".into(), &"a".into()));
+    let subsystem = get(admin, "/api/subsystems/b?includeOutput").await.json().await;
+    assert_eq!(subsystem["subsystem"]["outputCycleId"], "1");
+    let plan = get(admin, "/api/plan").await.json().await;
+    assert_eq!(plan["plan"]["subsystems"].as_array().unwrap().len(), 2);
+    assert_eq!(get(admin, "/api/loops").await.json().await, serde_json::json!({}));
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_told() {
+    let stage = Stage::new().await;
+    let admin = stage.service.admin();
+    for (path, status, code, word) in [
+        ("/api/cycles/9", 404, "NOT_FOUND", "9"),
+        ("/api/cycles/none", 400, "INVALID_ARGUMENT", "none"),
+        ("/api/cycles?size=5", 400, "INVALID_ARGUMENT", "there is no size; give pageSize, "),
+        ("/api/cycles?pageSize=5000", 400, "INVALID_ARGUMENT", "page_size"),
+        ("/api/cycle", 404, "NOT_FOUND", "/api/cycles"),
+        ("/api/events?afterRevision=7", 400, "OUT_OF_RANGE", "7"),
+    ] {
+        let answer = get(admin, path).await;
+        assert_eq!(answer.status, status, "{path}");
+        let error = answer.json().await;
+        assert_eq!(error["error"]["status"], code, "{path}");
+        assert!(error["error"]["message"].as_str().unwrap().contains(word), "{path}: {error}");
+    }
+    let missing = get(admin, "/api/subsystems/none").await.json().await;
+    assert_eq!(missing["error"]["reason"], "SUBSYSTEM_NOT_FOUND");
+    assert_eq!(missing["error"]["metadata"]["subsystem"], "none");
+}
+
+#[tokio::test]
+async fn only_this_machine_reads_and_nobody_writes() {
+    let stage = Stage::new().await;
+    let admin = stage.service.admin();
+    for host in ["evil.example", "10.0.0.1:7780"] {
+        assert_eq!(send(admin, "GET /api/status", &[&format!("Host: {host}")]).await.status, 403);
+    }
+    let cross_site = ["Host: localhost", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors"];
+    assert_eq!(send(admin, "GET /api/status", &cross_site).await.status, 403);
+    assert_eq!(send(admin, "POST /api/status", &["Host: localhost", "Content-Length: 0"]).await.status, 405);
+
+    let page = get(admin, "/").await;
+    assert_eq!(page.status, 200);
+    let head = page.head.to_lowercase();
+    assert!(head.contains("content-security-policy: default-src 'none'; script-src 'self'"), "{head}");
+    assert!(head.contains("x-content-type-options: nosniff"), "{head}");
+    let page = page.text().await;
+    for asset in ["/app.js", "/style.css"] {
+        assert!(page.contains(asset));
+        assert_eq!(get(admin, asset).await.status, 200);
+    }
+}
+
+#[tokio::test]
+async fn events_are_streamed_and_resumed() {
+    let mut stage = Stage::new().await;
+    let admin = stage.service.admin();
+    stage.register("a", |_| ()).await;
+    stage.client.run().await.unwrap();
+    stage.client.run().await.unwrap();
+
+    let mut events = get(admin, "/api/events?fromOldest=true").await;
+    assert!(events.head.contains("text/event-stream"));
+    let mut next = async || [events.line().await, events.line().await, events.line().await];
+    for revision in ["1", "2"] {
+        let [id, event, data] = next().await;
+        assert_eq!((id.as_str(), event.as_str()), (format!("id: {revision}").as_str(), "event: recorded"));
+        let data: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+        assert_eq!(data["recorded"]["cycleId"], revision);
+    }
+    assert_eq!(next().await[1], "event: bookmark");
+    stage.client.run().await.unwrap();
+    assert_eq!(next().await[0], "id: 3");
+
+    // As a browser resumes, whatever the address says.
+    let mut resumed = send(admin, "GET /api/events?fromOldest=true", &["Host: localhost", "Last-Event-ID: 2"]).await;
+    assert_eq!(resumed.line().await, "id: 3");
+    let mut gone = send(admin, "GET /api/events", &["Host: localhost", "Last-Event-ID: 99"]).await;
+    assert_eq!((gone.status, gone.line().await.as_str()), (200, "event: refused"));
+    assert!(gone.line().await.contains("OUT_OF_RANGE"));
+
+    let lines = ["Host: localhost", "Accept: application/x-ndjson"];
+    let mut lines = send(admin, "GET /api/events?afterRevision=1", &lines).await;
+    let line: Value = serde_json::from_str(&lines.line().await).unwrap();
+    assert_eq!(line["event"]["recorded"]["cycleId"], "2");
+}
+
+#[tokio::test]
+async fn open_streams_end_with_the_service() {
+    let home = Home::new();
+    let service = home.serve().await;
+    let events = get(service.admin(), "/api/events").await;
+    let idle = TcpStream::connect(service.admin()).await.unwrap();
+    assert!(service.stop().await.success());
+    assert!(events.text().await.contains("event: refused"));
+    drop(idle);
+}
+
+#[tokio::test]
+async fn an_address_that_is_taken_is_named() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let home = Home::new().with_admin(address);
+    assert_eq!(home.try_serve().await.err().and_then(|status| status.code()), Some(1));
+    assert!(home.log().contains(&format!("can't listen on {address} for the dashboard")), "{}", home.log());
+}
