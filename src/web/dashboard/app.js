@@ -108,7 +108,9 @@ function showConnection() {
 function showStatus() {
   const { status } = model;
   if (!status) return;
-  setText(element("orchestrator-id"), visible(status.orchestratorId ?? "", 100));
+  // The default says nothing that does not stand beside it.
+  const id = status.orchestratorId === "orchestrator" ? "" : status.orchestratorId;
+  setText(element("orchestrator-id"), visible(id, 100));
   const problem = element("store-error");
   problem.hidden = !status.storeError;
   if (status.storeError) {

@@ -19,6 +19,8 @@ const CHOICES = {
   running: ["running", (parts) => parts.filter((part) => part.state === "SUBSYSTEM_STATE_RUNNING")],
   critical: ["critical path", (parts, critical) => parts.filter((part) => critical.has(part.name))],
   slowest: ["slowest first", (parts) => parts.filter((part) => part.end !== undefined).sort((a, b) => lasted(b) - lasted(a))],
+  notable: ["failed, then slowest", (parts) => parts.filter((part) => part.end !== undefined || hasFailed(part))
+    .sort((a, b) => hasFailed(b) - hasFailed(a) || lasted(b) - lasted(a))],
 };
 
 /**
@@ -26,6 +28,8 @@ const CHOICES = {
  * where they are known.
  */
 export function partsView({ caption, href, details = false }) {
+  // Of few, all are seen; of many, those that matter first.
+  let chosen = "";
   let choice = "all";
   let needle = "";
   let page = 0;
@@ -33,7 +37,7 @@ export function partsView({ caption, href, details = false }) {
 
   const counts = h("div", { class: "legend" });
   const levelsTable = h("table", { class: "levels" },
-    h("caption", {}, "By level of the plan"),
+    h("caption", { class: "unseen" }, "By level of the plan"),
     h("thead", {}, h("tr", {}, ["Level", "Subsystems", "How they stand", "Failed", "From", "To"].map((text, i) =>
       h("th", { scope: "col", class: i === 2 ? "wide" : "number" }, text)))),
     h("tbody"));
@@ -65,6 +69,7 @@ export function partsView({ caption, href, details = false }) {
     drawn = [parts, options];
     const { critical = new Set(), levels = new Map(), scale } = options;
     const areMany = parts.length > MANY;
+    choice = chosen || (areMany ? "notable" : "all");
     drawLegend(parts, critical);
     filters.hidden = !areMany && !parts.some(hasFailed);
     levelsBox.hidden = !areMany || levels.size === 0;
@@ -102,10 +107,11 @@ export function partsView({ caption, href, details = false }) {
   function drawChips(parts, critical) {
     const items = Object.entries(CHOICES)
       .filter(([id]) => id !== "running" || parts.some((part) => part.state === "SUBSYSTEM_STATE_RUNNING") || choice === id)
+      .filter(([id]) => id !== (parts.length > MANY ? "slowest" : "notable") || choice === id)
       .filter(([id]) => id !== "critical" || critical.size || choice === id);
     keyed(chips, items, ([id]) => id,
       ([id, [text]]) => h("button", { type: "button", class: "chip", onclick: () => {
-        choice = id;
+        chosen = id;
         page = 0;
         redraw();
       } }, text),

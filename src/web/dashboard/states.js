@@ -43,7 +43,7 @@ export function hasFailed(part) {
 /** Why a part did not succeed, in one line; empty when it did. */
 export function reasonOf(part) {
   const skip = word(part?.skipReason, "SKIP_REASON_");
-  if (skip) return `skipped: ${SKIP_REASONS[skip] ?? lower(skip)}`;
+  if (skip) return SKIP_REASONS[skip] ?? lower(skip);
   const { errorCode, errorMessage } = part ?? {};
   if (errorCode && errorMessage) return `${errorCode}: ${errorMessage}`;
   return errorMessage || errorCode || "";

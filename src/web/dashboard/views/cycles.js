@@ -11,7 +11,7 @@ import { badge, CYCLE_STATES, SUBSYSTEM_STATES } from "../states.js";
 const PAGE = 50;
 
 /** A page can be shorter than asked for, and even empty: so many are asked for before people are asked to go on. */
-const REQUESTS = 4;
+const REQUESTS = 12;
 
 export const title = () => "Cycles";
 
@@ -26,13 +26,13 @@ export function mount(main, route, scope) {
   const chart = h("div");
   const note = h("p", { class: "summary", role: "status" }, "Reading the history …");
   const rows = h("tbody");
-  const table = h("table", { class: "cycles" }, h("caption", { class: "unseen" }, "Recorded cycles, newest first"),
+  const table = h("table", { class: "cycles", hidden: true }, h("caption", { class: "unseen" }, "Recorded cycles, newest first"),
     h("thead", {}, h("tr", {}, ["Cycle", "State", "Trigger", "Finished"].map((text) => h("th", { scope: "col" }, text)),
       h("th", { scope: "col", class: "number" }, "Duration"), h("th", { scope: "col", class: "wide" }, "Subsystems"), h("th", { scope: "col" }, "Error"))),
     rows);
   const newer = h("button", { type: "button", rel: "prev", onclick: () => { tokens.pop(); turn(); } }, "Newer");
   const older = h("button", { type: "button", rel: "next", onclick: () => { tokens.push(next); turn(); } }, "Older");
-  const pager = h("nav", { class: "pager", "aria-label": "Pages of cycles" }, newer, h("span"), older);
+  const pager = h("nav", { class: "pager", "aria-label": "Pages of cycles", hidden: true }, newer, h("span"), older);
   const loops = h("select", { id: "loop" }, h("option", { value: "" }, "any"));
   main.append(form(), note, chart, table, pager);
 
@@ -56,6 +56,7 @@ export function mount(main, route, scope) {
   }
 
   function turn() {
+    shown = [];
     setQuery({ ...filter, before: tokens.at(-1) });
     read();
   }
@@ -72,12 +73,14 @@ export function mount(main, route, scope) {
         });
         found.push(...page.cycles.map(summary));
         pageToken = page.nextPageToken;
+        if (scope.signal.aborted || mine !== reading) return;
+        // Large records come a few at a time; and some may have been recorded while these were read.
+        const isNewer = (cycle) => tokens.length === 1 && found.length > 0 && Number(cycle.id) > Number(found[0].id);
+        shown = [...shown.filter(isNewer), ...found];
+        next = pageToken;
+        draw();
         if (!pageToken) break;
       }
-      if (scope.signal.aborted || mine !== reading) return;
-      shown = found;
-      next = pageToken;
-      draw();
     }, note);
   }
 

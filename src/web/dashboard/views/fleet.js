@@ -242,6 +242,7 @@ function update(line, one, recent) {
   setText(state.lastChild, reason);
   setAttribute(state.lastChild, "title", reason || null);
   line.classList.toggle("failed", Boolean(last && hasFailed(last)));
+  line.classList.toggle("with-reason", reason !== "");
   drawStrip(strip, registration.name, recent);
   setText(lasted, last?.startedAt ? duration(last.durationMs ?? 0) : "–");
   const stands = word(one.breaker, "BREAKER_STATE_");

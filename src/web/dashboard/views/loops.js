@@ -106,7 +106,7 @@ function update(element, status) {
   const shown = JSON.stringify(notRun);
   if (ranges.dataset.shown !== shown) {
     ranges.dataset.shown = shown;
-    replace(ranges, notRun.length === 0 ? h("p", { class: "quiet" }, "Every tick ran.") : notRunTable([...notRun].reverse()));
+    replace(ranges, notRun.length === 0 ? h("p", { class: "quiet" }, "Every tick that was due has run.") : notRunTable([...notRun].reverse()));
   }
 }
 
