@@ -1,1 +1,219 @@
+// The frame: which view is shown, the state of the connection, and the keys.
 
+import { h, replace, setText } from "./dom.js";
+import { counted, visible } from "./format.js";
+import { model, on, start } from "./model.js";
+import { href, parse } from "./route.js";
+import * as cycle from "./views/cycle.js";
+import * as cycles from "./views/cycles.js";
+import * as fleet from "./views/fleet.js";
+import * as live from "./views/live.js";
+import * as loops from "./views/loops.js";
+import * as part from "./views/part.js";
+import * as plan from "./views/plan.js";
+import * as subsystem from "./views/subsystem.js";
+
+/** By path; the first is the one that is shown without any. */
+const VIEWS = [
+  { path: "fleet", view: fleet },
+  { path: "live", view: live },
+  { path: "cycles", view: cycles },
+  { path: "cycles/:id", view: cycle, within: "cycles" },
+  { path: "cycles/:id/:name", view: part, within: "cycles" },
+  { path: "plan", view: plan },
+  { path: "loops", view: loops },
+  { path: "subsystems/:name", view: subsystem, within: "fleet" },
+];
+
+const element = (id) => document.getElementById(id);
+const main = element("main");
+let scope = null;
+
+// ----------------------------------------------------------------------------------------- the views
+
+/** What a view began, and what ends when another one is shown. */
+class Scope {
+  #ends = [];
+  #aborter = new AbortController();
+
+  /** Aborted at the end. */
+  get signal() {
+    return this.#aborter.signal;
+  }
+
+  /** Listens to the model until the end. */
+  on(event, listener) {
+    this.#ends.push(on(event, listener));
+  }
+
+  /** Calls `work` every so many milliseconds until the end, as long as somebody looks. */
+  every(ms, work) {
+    const timer = setInterval(() => document.hidden || work(), ms);
+    this.#ends.push(() => clearInterval(timer));
+  }
+
+  /** Shows why something can't be shown, unless the view is over. */
+  async attempt(work, place = main) {
+    try {
+      await work();
+    } catch (error) {
+      if (this.signal.aborted) return;
+      // A lost connection is told once, at the top of the page, and what was read stays.
+      if (error instanceof TypeError && model.connection !== "open") return;
+      replace(place, h("p", { class: "problem", role: "alert" }, visible(error.message, 1000)));
+      if (!error.status) console.error(error);
+    }
+  }
+
+  end() {
+    this.#aborter.abort();
+    for (const end of this.#ends) end();
+  }
+}
+
+function show(isFirst = false) {
+  const route = parse(location.hash, VIEWS.map(({ path }) => path));
+  const entry = VIEWS.find(({ path }) => path === route.pattern) ?? VIEWS[0];
+  scope?.end();
+  scope = new Scope();
+  const heading = h("h1", { tabindex: -1 }, visible(entry.view.title(route)));
+  replace(main, heading);
+  document.title = `${entry.view.title(route)} · orchestrator`;
+  for (const link of document.querySelectorAll("#views a")) {
+    const isCurrent = link.getAttribute("href") === href(entry.within ?? entry.path);
+    if (isCurrent) link.setAttribute("aria-current", entry.within ? "true" : "page");
+    else link.removeAttribute("aria-current");
+  }
+  entry.view.mount(main, route, scope);
+  if (!isFirst) {
+    heading.focus({ preventScroll: true });
+    window.scrollTo(0, 0);
+  }
+}
+
+// ------------------------------------------------------------------------------------ the connection
+
+function showConnection() {
+  const words = {
+    connecting: "Connecting",
+    open: "Live",
+    lost: "Connection lost, reconnecting",
+  };
+  const state = element("connection");
+  state.dataset.connection = model.connection;
+  setText(state.lastElementChild, words[model.connection]);
+  document.body.classList.toggle("lost", model.connection === "lost");
+}
+
+function showStatus() {
+  const { status } = model;
+  if (!status) return;
+  // The default says nothing that does not stand beside it.
+  const id = status.orchestratorId === "orchestrator" ? "" : status.orchestratorId;
+  setText(element("orchestrator-id"), visible(id, 100));
+  const problem = element("store-error");
+  problem.hidden = !status.storeError;
+  if (status.storeError) {
+    setText(problem, `The store can't be written, and no cycle starts until it can: ${visible(status.storeError, 1000)}`);
+  }
+}
+
+// What a screen reader is told: changes of how cycles end, and not every cycle.
+let told = "";
+
+function announce(record) {
+  const state = record.state.replace("CYCLE_STATE_", "").toLowerCase();
+  if (state === told) return;
+  const isFirst = told === "";
+  told = state;
+  if (isFirst) return;
+  const failed = record.error ? `: ${visible(record.error, 200)}` : "";
+  setText(element("announcer"), `Cycle ${record.cycleId} ${state}${failed}`);
+}
+
+// ------------------------------------------------------------------------------------------- the keys
+
+const THEMES = ["auto", "light", "dark"];
+
+function setTheme(theme) {
+  if (theme === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
+  setText(element("theme"), `Theme: ${theme}`);
+  store("theme", theme);
+}
+
+function nextTheme() {
+  setTheme(THEMES[(THEMES.indexOf(stored("theme") ?? "auto") + 1) % THEMES.length]);
+}
+
+// Storage may be forbidden; then choices last as long as the page.
+const choices = new Map();
+
+function stored(name) {
+  try {
+    return localStorage.getItem(name) ?? choices.get(name);
+  } catch {
+    return choices.get(name);
+  }
+}
+
+function store(name, value) {
+  choices.set(name, value);
+  try {
+    localStorage.setItem(name, value);
+  } catch {
+    // As said above.
+  }
+}
+
+const KEYS = {
+  1: () => (location.hash = href("fleet")),
+  2: () => (location.hash = href("live")),
+  3: () => (location.hash = href("cycles")),
+  4: () => (location.hash = href("plan")),
+  5: () => (location.hash = href("loops")),
+  "/": () => main.querySelector("input[type=search]")?.focus(),
+  "[": () => main.querySelector("[rel=prev]")?.click(),
+  "]": () => main.querySelector("[rel=next]")?.click(),
+  h: () => main.querySelector("#hold")?.click(),
+  t: nextTheme,
+  "?": () => element("help").showModal(),
+};
+
+function press(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || element("help").open) return;
+  if (event.target.closest("input, select, textarea")) {
+    if (event.key === "Escape") event.target.blur();
+    return;
+  }
+  const action = KEYS[event.key];
+  // Whoever speaks to the machine may need single keys for something else.
+  if (!action || (stored("keys") === "off" && event.key !== "?")) return;
+  event.preventDefault();
+  action();
+}
+
+// ------------------------------------------------------------------------------------------ the start
+
+setTheme(stored("theme") ?? "auto");
+element("theme").addEventListener("click", nextTheme);
+element("help-open").addEventListener("click", () => element("help").showModal());
+element("keys-on").checked = stored("keys") !== "off";
+element("keys-on").addEventListener("change", (event) => store("keys", event.target.checked ? "on" : "off"));
+element("skip").addEventListener("click", (event) => {
+  // Its target is no view.
+  event.preventDefault();
+  main.querySelector("h1").focus();
+});
+document.addEventListener("keydown", press);
+window.addEventListener("hashchange", () => show());
+on("connection", showConnection);
+on("status", showStatus);
+on("recorded", announce);
+on("connection", () => {
+  const words = { open: "Connected", lost: "Connection lost, reconnecting" }[model.connection];
+  if (words) setText(element("announcer"), `${words}${model.connection === "open" && model.status ? `, ${counted(model.status.totalCycles, "cycle")} recorded` : ""}`);
+});
+show(true);
+showConnection();
+start();

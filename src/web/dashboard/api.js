@@ -1,0 +1,53 @@
+// What is read from the service: see the contract, `dreamnet.orchestrator.v1`.
+
+/** An answer that is a refusal: `status` is a gRPC code, such as "NOT_FOUND". */
+export class Refusal extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/** Gets a path below /api with these parameters; lists become repeated ones. */
+export async function get(path, parameters = {}, signal) {
+  const query = new URLSearchParams();
+  for (const [name, value] of Object.entries(parameters)) {
+    for (const one of Array.isArray(value) ? value : [value]) {
+      if (one !== undefined && one !== null && one !== "") query.append(name, one);
+    }
+  }
+  const answer = await fetch(`/api/${path}${query.size ? `?${query}` : ""}`, { signal });
+  const body = await answer.json();
+  if (!answer.ok) throw new Refusal(body.error?.status ?? "UNKNOWN", body.error?.message ?? answer.statusText);
+  return body;
+}
+
+export const getStatus = async () => (await get("status")).status ?? {};
+
+export const getCycle = async (id) => (await get(`cycles/${encodeURIComponent(id)}`)).telemetry;
+
+export const getPlan = async () => (await get("plan")).plan ?? {};
+
+export const getLoops = async () => (await get("loops")).loops ?? [];
+
+export const getSubsystem = async (name, options = {}) =>
+  (await get(`subsystems/${encodeURIComponent(name)}`, options)).subsystem;
+
+/** One page: { cycles, nextPageToken }. */
+export async function listCycles(filter) {
+  const page = await get("cycles", filter);
+  return { cycles: page.cycles ?? [], nextPageToken: page.nextPageToken ?? "" };
+}
+
+/** All of them, by name. `tell` is given what there is after each page. */
+export async function listSubsystems(tell = () => {}) {
+  const all = [];
+  let pageToken = "";
+  do {
+    const page = await get("subsystems", { pageSize: 1000, pageToken });
+    all.push(...(page.subsystems ?? []));
+    pageToken = page.nextPageToken ?? "";
+    tell(all);
+  } while (pageToken);
+  return all;
+}

@@ -1,0 +1,73 @@
+// Drawings, each with the same in words: colours and shapes are never all there is.
+
+import { h, s } from "./dom.js";
+import { count, counted, duration, lower, setting, time } from "./format.js";
+import { sign } from "./states.js";
+
+/** One bar, divided by these counts: { state: number }. `order` gives the states and their order. */
+export function stacked(counts, order, label) {
+  const present = order.filter((state) => counts[state]);
+  const words = present.map((state) => `${count(counts[state])} ${lower(state)}`).join(", ");
+  return h("div", { class: "stacked", role: "img", "aria-label": `${label}: ${words || "none"}` },
+    present.map((state) => h("span", { "data-state": state, style: { "flex-grow": counts[state] }, title: `${count(counts[state])} ${lower(state)}` })));
+}
+
+/** Cycles over time, oldest first: height is duration, and a sign above each one that did not succeed. */
+export function durations(cycles, href) {
+  const [WIDTH, HEIGHT, TOP, LEFT] = [1000, 180, 20, 0];
+  const highest = Math.max(...cycles.map((cycle) => cycle.durationMs), 0) || 1;
+  const top = niceCeiling(highest);
+  const slot = (WIDTH - LEFT) / Math.max(cycles.length, 20);
+  const y = (ms) => HEIGHT - (ms / top) * (HEIGHT - TOP);
+  const bars = cycles.map((cycle, i) => {
+    const x = LEFT + i * slot;
+    const text = `Cycle ${cycle.id}, ${lower(cycle.state)}, ${duration(cycle.durationMs)}, ${time(cycle.finishedAt)}`;
+    const bar = s("rect", {
+      class: "bar", "data-state": cycle.state, x: x + slot * 0.12, width: slot * 0.76, y: Math.min(y(cycle.durationMs), HEIGHT - 2),
+      height: Math.max(HEIGHT - y(cycle.durationMs), 2),
+    });
+    // Not a stop of the Tab key each: the table below has the same links.
+    return s("a", { href: href(cycle), tabindex: -1, "aria-hidden": "true" },
+      s("title", {}, text),
+      s("rect", { class: "hit", x, width: slot, y: 0, height: HEIGHT }),
+      bar);
+  });
+  const lines = [top / 2, top].map((ms) => s("line", { class: "line", x1: LEFT, x2: WIDTH, y1: y(ms), y2: y(ms) }));
+  const drawing = s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true", focusable: "false" }, lines, bars);
+  const marks = cycles.map((cycle, i) =>
+    cycle.state !== "SUCCEEDED" &&
+    h("span", { class: "mark", "data-state": cycle.state, style: { left: `${((i + 0.5) * slot * 100) / WIDTH}%` } }, sign(cycle.state)));
+  const bad = cycles.filter((cycle) => cycle.state !== "SUCCEEDED").length;
+  const sorted = cycles.map((cycle) => cycle.durationMs).sort((a, b) => a - b);
+  const words = cycles.length === 0 ? "No cycles." :
+    `Durations of cycles ${cycles[0].id} to ${cycles.at(-1).id}: median ${duration(sorted[Math.floor(sorted.length / 2)])}, ` +
+    `longest ${duration(highest)}; ${bad ? counted(bad, "cycle") : "none"} of ${count(cycles.length)} did not succeed.`;
+  return h("figure", { class: "chart" },
+    h("div", { class: "plot" },
+      h("div", { class: "scale", "aria-hidden": "true" }, [top, top / 2, 0].map((ms) => h("span", {}, ms ? setting(ms) : "0"))),
+      h("div", { class: "canvas" }, h("div", { class: "marks", "aria-hidden": "true" }, marks), drawing)),
+    h("figcaption", {}, words));
+}
+
+/** How many ran at one time: see `concurrency`. */
+export function profile({ steps, highest }, scale) {
+  const [WIDTH, HEIGHT] = [1000, 90];
+  const x = (ms) => ((ms / scale) * WIDTH).toFixed(1);
+  const y = (running) => (HEIGHT - (running / (highest || 1)) * (HEIGHT - 4)).toFixed(1);
+  // More steps than pixels only cost.
+  const every = Math.ceil(steps.length / 2000);
+  let path = `M0 ${HEIGHT}`;
+  let last = HEIGHT;
+  steps.filter((_, i) => i % every === 0 || i === steps.length - 1).forEach(([at, running]) => {
+    path += `L${x(at)} ${last}L${x(at)} ${(last = y(running))}`;
+  });
+  return h("figure", { class: "chart profile" },
+    s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true", focusable: "false" },
+      s("path", { d: `${path}L${x(scale)} ${last}L${x(scale)} ${HEIGHT}Z` })),
+    h("figcaption", {}, `Subsystems at work at one time: up to ${count(highest)}, over ${duration(scale)}.`));
+}
+
+function niceCeiling(value) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return [1, 2, 4, 5, 10].map((n) => n * power).find((step) => step >= value) ?? value;
+}

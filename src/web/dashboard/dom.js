@@ -1,0 +1,105 @@
+// Elements without a template language: whatever text goes in, it goes in as text.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/**
+ * Makes an element. Properties that begin with "on" are listeners, `style` is an object of CSS properties, `true` is an
+ * attribute without a value, and `false`, `null` and `undefined` are none. Children are nodes, or become text.
+ */
+export function h(tag, properties = {}, ...children) {
+  return fill(document.createElement(tag), properties, children);
+}
+
+/** The same for SVG. */
+export function s(tag, properties = {}, ...children) {
+  return fill(document.createElementNS(SVG, tag), properties, children);
+}
+
+function fill(element, properties, children) {
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === false || value === null || value === undefined) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [property, to] of Object.entries(value)) element.style.setProperty(property, to);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  append(element, children);
+  return element;
+}
+
+/** Adds these after what is inside: nodes, texts, lists of them, or nothing. */
+export function add(element, ...children) {
+  append(element, children);
+}
+
+function append(element, children) {
+  for (const child of children.flat(3)) {
+    if (child === false || child === null || child === undefined) continue;
+    element.append(child instanceof Node ? child : String(child));
+  }
+}
+
+/** Puts these in the place of what is inside. */
+export function replace(element, ...children) {
+  element.replaceChildren();
+  append(element, children);
+  return element;
+}
+
+/** Sets the text, and touches nothing that says it already: what has focus or is being selected stays so. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** Sets an attribute, or removes it for `null`, and touches nothing that is so already. */
+export function setAttribute(element, name, value) {
+  if (value === null || value === false) element.removeAttribute(name);
+  else if (element.getAttribute(name) !== value) element.setAttribute(name, value);
+}
+
+/**
+ * Keeps children of `parent` in step with `items`: `make(item)` makes one, `update(element, item)` brings it up to date.
+ * One that stays is not replaced, and keeps focus.
+ */
+export function keyed(parent, items, key, make, update = () => {}) {
+  const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  let at = parent.firstElementChild;
+  for (const item of items) {
+    const name = String(key(item));
+    let element = old.get(name);
+    if (element) {
+      old.delete(name);
+    } else {
+      element = make(item);
+      element.dataset.key = name;
+    }
+    update(element, item);
+    if (element === at) at = at.nextElementSibling;
+    else parent.insertBefore(element, at);
+  }
+  for (const element of old.values()) element.remove();
+}
+
+/** What may be wider than the page scrolls by itself, also by keyboard. */
+export function scrolling(label, ...children) {
+  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, children);
+}
+
+/** Calls `work` at most once in `gap` milliseconds, and once more after the last call in between. */
+export function throttled(gap, work) {
+  let timer = 0;
+  let last = -Infinity;
+  const run = () => {
+    timer = 0;
+    last = performance.now();
+    work();
+  };
+  const call = () => {
+    if (timer) return;
+    timer = setTimeout(run, Math.max(0, last + (typeof gap === "function" ? gap() : gap) - performance.now()));
+  };
+  call.cancel = () => {
+    clearTimeout(timer);
+    timer = 0;
+  };
+  return call;
+}

@@ -1,0 +1,100 @@
+// What people read: times, numbers, and text of unknown origin.
+
+/** "850 µs", "14.2 ms", "1.52 s", "3 min 20 s", "2 h 5 min", "4 d 3 h". */
+export function duration(ms) {
+  if (!Number.isFinite(ms)) return "–";
+  if (ms < 0) return `−${duration(-ms)}`;
+  if (ms === 0) return "0 ms";
+  if (ms < 1) return `${Math.round(ms * 1000)} µs`;
+  if (ms < 999.5) return `${digits(ms)} ms`;
+  if (ms < 59_950) return `${digits(ms / 1000)} s`;
+  return long(ms / 1000);
+}
+
+/** The same for what was set and not measured: "3 s", not "3.00 s". */
+export function setting(ms) {
+  return duration(ms).replace(/(\.\d*?)0+ /, "$1 ").replace(". ", " ");
+}
+
+/** The same without fractions, for what is seen to count: "14 s", "3 min 20 s". */
+export function whole(ms) {
+  if (!Number.isFinite(ms)) return "–";
+  const seconds = Math.max(0, Math.round(ms / 1000));
+  return seconds < 60 ? `${seconds} s` : long(seconds);
+}
+
+function long(seconds) {
+  seconds = Math.round(seconds);
+  const [d, h, m, s] = [seconds / 86_400, (seconds / 3600) % 24, (seconds / 60) % 60, seconds % 60].map(Math.floor);
+  if (d) return h ? `${d} d ${h} h` : `${d} d`;
+  if (h) return m ? `${h} h ${m} min` : `${h} h`;
+  return s ? `${m} min ${s} s` : `${m} min`;
+}
+
+function digits(number) {
+  return number.toFixed(number < 9.995 ? 2 : number < 99.95 ? 1 : 0);
+}
+
+/** A proto duration, "4.500s", in milliseconds. */
+export function milliseconds(text) {
+  return text ? Number.parseFloat(text) * 1000 : NaN;
+}
+
+/** A proto timestamp in milliseconds since 1970; `NaN` for none. */
+export function instant(text) {
+  if (!text) return NaN;
+  // `Date` knows whole milliseconds only, and parts of a cycle are often shorter.
+  const below = /\.\d{3}(\d+)/.exec(text)?.[1] ?? "";
+  return Date.parse(text) + Number(`0.${below}0`);
+}
+
+const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
+const DAY = new Intl.DateTimeFormat(undefined, { year: "numeric", month: "short", day: "numeric" });
+
+/** The time of day, and the day where that is not today. */
+export function time(text) {
+  const at = instant(text);
+  if (Number.isNaN(at)) return "–";
+  const today = new Date().toDateString() === new Date(at).toDateString();
+  return today ? CLOCK.format(at) : `${DAY.format(at)}, ${CLOCK.format(at)}`;
+}
+
+/** A whole number with its thousands apart. */
+export function count(number) {
+  return Number(number ?? 0).toLocaleString("en-US");
+}
+
+/** "1 cycle", "2 cycles". */
+export function counted(number, word) {
+  return `${count(number)} ${word}${Number(number) === 1 ? "" : "s"}`;
+}
+
+/** A number as it was sent: doubles come as JSON numbers, or as "NaN" and "Infinity". */
+export function number(value) {
+  if (typeof value !== "number") return String(value ?? "–");
+  if (Number.isInteger(value)) return Math.abs(value) < 1e15 ? count(value) : String(value);
+  return String(Number(value.toPrecision(6)));
+}
+
+// Control characters, and those that turn the direction of what follows or are not seen: they would let a text look like
+// something else. Tabs and line breaks are spared.
+const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffc]/g;
+
+/** Text from outside, so that all of it can be seen: what can't is written as its code. It is cut after `limit`. */
+export function visible(text, limit = 4000) {
+  text = String(text ?? "");
+  const rest = text.length - limit;
+  if (rest > 0) text = text.slice(0, limit);
+  text = text.replace(UNSEEN, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  return rest > 0 ? `${text} … (${counted(rest, "more character")})` : text;
+}
+
+/** What an enum value says: `word("SUBSYSTEM_STATE_TIMED_OUT", "SUBSYSTEM_STATE_")` is "TIMED_OUT". */
+export function word(value, prefix) {
+  return value ? value.replace(prefix, "") : "";
+}
+
+/** "TIMED_OUT" as people write it: "timed out". */
+export function lower(name) {
+  return name.toLowerCase().replaceAll("_", " ");
+}

@@ -1,0 +1,268 @@
+// What the page knows of the service, kept up to date by its events.
+
+import { getStatus, listCycles } from "./api.js";
+import { throttled } from "./dom.js";
+import { instant, milliseconds, word } from "./format.js";
+import { cycleStateOf, hasFailed, stateOf, tally } from "./states.js";
+
+/** Beyond so many subsystems, views sum up instead of drawing each one, and what is large is read less often. */
+export const MANY = 300;
+
+/** Cycles whose outcomes are at hand for every subsystem. */
+export const RECENT = 30;
+
+/** Beyond so many subsystems there is no `recent`: records are megabytes then. */
+const RECENT_SUBSYSTEMS = 1000;
+
+export const model = {
+  /** "connecting", "open" or "lost". */
+  connection: "connecting",
+  /** `OrchestratorStatus`, or null before the first. */
+  status: null,
+  /** The cycle that runs, or the last one that did while this page looked. See `Live`. */
+  live: null,
+  /** Summaries of the latest cycles, oldest first, each with `parts`. */
+  recent: [],
+};
+
+const listeners = new Map();
+
+/**
+ * Calls `listener` with what happened, until the returned function is called: "connection"; "status"; "live" (the
+ * running cycle has moved); "recorded" (with the telemetry); "reloaded" (events may have been missed: read anew).
+ */
+export function on(event, listener) {
+  if (!listeners.has(event)) listeners.set(event, new Set());
+  listeners.get(event).add(listener);
+  return () => listeners.get(event).delete(listener);
+}
+
+function tell(event, detail) {
+  for (const listener of listeners.get(event) ?? []) listener(detail);
+}
+
+// ------------------------------------------------------------------------------------------- the clock
+
+let skew = 0;
+
+/** The service's wall clock, in milliseconds since 1970: ages are right also where this machine's clock is not. */
+export function now() {
+  return Date.now() + skew;
+}
+
+// ----------------------------------------------------------------------------------------- the status
+
+/** The number of registered subsystems, as far as it is known. */
+export function fleetSize() {
+  return model.status?.subsystemCount ?? 0;
+}
+
+async function readStatus() {
+  try {
+    const status = await getStatus();
+    skew = instant(status.startedAt) + milliseconds(status.uptime) - Date.now() || 0;
+    model.status = status;
+    tell("status");
+  } catch {
+    // That there is no connection is told by the stream of events.
+  }
+}
+
+// The status holds the last cycle's record, so a large fleet's is megabytes.
+const refreshStatus = throttled(() => (fleetSize() > MANY ? 10_000 : 500), readStatus);
+
+// --------------------------------------------------------------------------------- the running cycle
+
+/** A cycle as it runs: how each of its parts stands, by name and in the order of the plan. */
+class Live {
+  constructor(started) {
+    this.cycleId = started.cycleId;
+    this.startedAt = instant(started.startedAt);
+    this.trigger = started.trigger;
+    this.loop = started.loop;
+    this.parts = new Map((started.subsystems ?? []).map((name) => [name, waiting(name)]));
+    /** Updates that were lost on the way. */
+    this.dropped = 0;
+    /** Its record, once it has ended. */
+    this.record = null;
+  }
+
+  progress({ updates = [], dropped = 0 }) {
+    this.dropped += Number(dropped);
+    for (const update of updates) {
+      const part = this.parts.get(update.name) ?? waiting(update.name);
+      const elapsed = update.elapsedMs ?? 0;
+      part.state = update.state;
+      part.attempts = update.attempts ?? 0;
+      part.errorCode = update.errorCode;
+      part.errorMessage = update.errorMessage;
+      if (stateOf(update) === "RUNNING") part.start ??= elapsed;
+      else part.end = elapsed;
+      this.parts.set(update.name, part);
+    }
+  }
+
+  /** Its parts, in order; those of the record once there is one. */
+  list() {
+    return [...this.parts.values()];
+  }
+
+  end(record) {
+    this.record = record;
+    this.parts = new Map(partsOf(record).map((part) => [part.name, part]));
+  }
+
+  /** Milliseconds since its start; its duration once it has ended. */
+  elapsed() {
+    return this.record ? (this.record.durationMs ?? 0) : Math.max(0, now() - this.startedAt);
+  }
+}
+
+function waiting(name) {
+  return { name, state: "SUBSYSTEM_STATE_WAITING", attempts: 0 };
+}
+
+/** The parts of a record, each with `start` and `end`, in milliseconds since the cycle's start. */
+export function partsOf(record) {
+  const origin = instant(record.startedAt);
+  return (record.subsystems ?? []).map((part) => {
+    const start = instant(part.startedAt) - origin;
+    const isTimed = Number.isFinite(start);
+    return { ...part, start: isTimed ? start : undefined, end: isTimed ? start + (part.durationMs ?? 0) : undefined };
+  });
+}
+
+/** A record as a view that has ended. */
+export function liveOf(record) {
+  const live = new Live({ ...record, subsystems: [] });
+  live.end(record);
+  return live;
+}
+
+// ------------------------------------------------------------------------------------- recent cycles
+
+/** What lists and charts need of a cycle: the rest of a record can be large. */
+export function summary(record) {
+  const parts = record.subsystems ?? [];
+  return {
+    id: record.cycleId,
+    state: cycleStateOf(record),
+    trigger: word(record.trigger, "TRIGGER_"),
+    loop: record.loop ?? "",
+    startedAt: record.startedAt,
+    finishedAt: record.finishedAt,
+    durationMs: record.durationMs ?? 0,
+    error: record.error ?? "",
+    total: parts.length,
+    failed: parts.filter(hasFailed).length,
+    counts: tally(parts),
+  };
+}
+
+function remember(record) {
+  if (fleetSize() > RECENT_SUBSYSTEMS) return;
+  const parts = new Map((record.subsystems ?? []).map((part) => [part.name, stateOf(part)]));
+  model.recent.push({ ...summary(record), parts });
+  model.recent.splice(0, model.recent.length - RECENT);
+}
+
+async function readRecent() {
+  model.recent = [];
+  if (fleetSize() > RECENT_SUBSYSTEMS) return;
+  const { cycles } = await listCycles({ pageSize: RECENT });
+  model.recent = [];
+  cycles.reverse().forEach(remember);
+}
+
+// ----------------------------------------------------------------------------------------- the events
+
+/** How long after a failure the next connection is tried. */
+const AGAIN = 1000;
+
+let source = null;
+let timer = 0;
+
+function connect() {
+  clearTimeout(timer);
+  source?.close();
+  // Always anew, and not from the last revision: after a long absence what matters is read in one page, and needs no
+  // stream of all that was missed. What has happened before the bookmark is in what is read after it.
+  source = new EventSource("/api/events?progress=true");
+  source.onerror = lose;
+  listen("refused", lose);
+  listen("bookmark", async () => {
+    if (model.connection === "open") return;
+    await readStatus();
+    await readRecent().catch(() => {});
+    setConnection("open");
+    tell("reloaded");
+  });
+  listen("started", ({ started }) => {
+    model.live = new Live(started);
+    tell("live");
+    refreshStatus();
+  });
+  listen("progress", ({ progress }) => {
+    if (model.live?.cycleId !== progress.cycleId) return;
+    model.live.progress(progress);
+    tell("live");
+  });
+  listen("recorded", ({ recorded }) => {
+    if (model.live?.cycleId === recorded.cycleId) model.live.end(recorded);
+    else if (!model.live || model.live.record) model.live = liveOf(recorded);
+    remember(recorded);
+    if (model.status) {
+      model.status.lastCycle = recorded;
+      model.status.totalCycles = recorded.cycleId;
+      if (model.status.runningCycle?.cycleId === recorded.cycleId) delete model.status.runningCycle;
+    }
+    tell("live");
+    tell("recorded", recorded);
+    tell("status");
+    refreshStatus();
+  });
+}
+
+function listen(name, handle) {
+  const mine = source;
+  source.addEventListener(name, (event) => {
+    if (source === mine) handle(event.data && JSON.parse(event.data));
+  });
+}
+
+function lose() {
+  source.close();
+  clearTimeout(timer);
+  timer = setTimeout(connect, AGAIN);
+  // What ran is not known any more.
+  if (model.live && !model.live.record) model.live = null;
+  setConnection("lost");
+  tell("live");
+}
+
+function setConnection(state) {
+  if (model.connection === state) return;
+  model.connection = state;
+  tell("connection");
+}
+
+/** Begins to read. A page that nobody looks at lets go of its connection: a browser has six for all pages of a site. */
+export function start() {
+  connect();
+  let tick = 0;
+  setInterval(() => {
+    tick += 1;
+    const isDue = fleetSize() <= MANY || tick % 6 === 0;
+    if (model.connection === "open" && !document.hidden && isDue) refreshStatus();
+  }, 5000);
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) {
+      clearTimeout(timer);
+      source.close();
+      model.connection = "connecting";
+    } else {
+      tell("connection");
+      connect();
+    }
+  });
+}

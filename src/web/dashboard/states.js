@@ -1,0 +1,101 @@
+// The states of cycles and subsystems: their words, their signs, and what counts as a failure.
+
+import { h, s } from "./dom.js";
+import { lower, word } from "./format.js";
+
+/** How subsystems' parts end or stand, the worst first. */
+export const SUBSYSTEM_STATES = [
+  "FAILED", "TIMED_OUT", "CIRCUIT_OPEN", "SKIPPED", "CANCELLED", "RUNNING", "WAITING", "SUCCEEDED",
+];
+
+/** How cycles end, the worst first. */
+export const CYCLE_STATES = ["FAILED", "DEGRADED", "INTERRUPTED", "CANCELLED", "SUCCEEDED"];
+
+/** What a skipped one is skipped for, where that counts as a failure of its own. */
+const FAILING_SKIPS = new Set(["REQUIREMENT_FAILED", "REQUIREMENT_MISSING", "CYCLE_DEADLINE", "NOT_REGISTERED"]);
+
+const SKIP_REASONS = {
+  SUSPENDED: "it is suspended",
+  REQUIREMENT_FAILED: "one that it requires did not succeed",
+  REQUIREMENT_MISSING: "one that it requires is not registered",
+  REQUIREMENT_LEFT_OUT: "one that it requires is suspended or not in this cycle",
+  CYCLE_DEADLINE: "the cycle's deadline had passed before its turn",
+  NOT_REGISTERED: "the loop names it, but it is not registered",
+};
+
+/** "SUCCEEDED" of a `SubsystemTelemetry` or a `SubsystemProgress`. */
+export function stateOf(part) {
+  return word(part?.state, "SUBSYSTEM_STATE_");
+}
+
+/** "DEGRADED" of a `CycleTelemetry`. */
+export function cycleStateOf(cycle) {
+  return word(cycle?.state, "CYCLE_STATE_");
+}
+
+/** Whether a part counts as a failure of its cycle. */
+export function hasFailed(part) {
+  const state = stateOf(part);
+  if (state === "SKIPPED") return FAILING_SKIPS.has(word(part.skipReason, "SKIP_REASON_"));
+  return state === "FAILED" || state === "TIMED_OUT" || state === "CIRCUIT_OPEN";
+}
+
+/** Why a part did not succeed, in one line; empty when it did. */
+export function reasonOf(part) {
+  const skip = word(part?.skipReason, "SKIP_REASON_");
+  if (skip) return SKIP_REASONS[skip] ?? lower(skip);
+  const { errorCode, errorMessage } = part ?? {};
+  if (errorCode && errorMessage) return `${errorCode}: ${errorMessage}`;
+  return errorMessage || errorCode || "";
+}
+
+/** How many of these parts stand how, by state. */
+export function tally(parts) {
+  const counts = {};
+  for (const part of parts) {
+    const state = stateOf(part) || "NONE";
+    counts[state] = (counts[state] ?? 0) + 1;
+  }
+  return counts;
+}
+
+// One sign a state, so that colour is never the only one: a 12 × 12 path, drawn as a line.
+const SIGNS = {
+  SUCCEEDED: "M2.5 6.5 5 9l4.5-6",
+  FAILED: "M3 3l6 6M9 3 3 9",
+  DEGRADED: "M6 1.8 10.6 10H1.4ZM6 5v2M6 8.4v.4",
+  TIMED_OUT: "M6 1.5a4.5 4.5 0 1 1 0 9 4.5 4.5 0 0 1 0-9M6 3.5V6l1.8 1.2",
+  SKIPPED: "M2.5 3l4 3-4 3M9 3v6",
+  CIRCUIT_OPEN: "M1 7h3M8 7h3M4 7l3.5-4",
+  CANCELLED: "M6 1.5a4.5 4.5 0 1 1 0 9 4.5 4.5 0 0 1 0-9M2.9 9.1l6.2-6.2",
+  INTERRUPTED: "M7 1 3 6.5h3L5 11l4-5.5H6Z",
+  RUNNING: "M4 2.5v7L9.5 6Z",
+  WAITING: "M3 6h.2M6 6h.2M9 6h.2",
+  NONE: "M3 6h6",
+  SUSPENDED: "M4 3v6M8 3v6",
+  STALE: "M6 1.5a4.5 4.5 0 1 1 0 9 4.5 4.5 0 0 1 0-9M6 3.5V6l1.8 1.2",
+  FRESH: "M2.5 6.5 5 9l4.5-6",
+  ABSENT: "M3 6h6",
+};
+
+/** The sign alone; whoever uses it says the word as well. */
+export function sign(state) {
+  return s(
+    "svg",
+    { class: "sign", viewBox: "0 0 12 12", "aria-hidden": "true", "data-state": state },
+    s("path", { d: SIGNS[state] ?? SIGNS.NONE }),
+  );
+}
+
+/** A state's sign and word. */
+export function badge(state, text = lower(state || "none")) {
+  return h("span", { class: "state", "data-state": state || "NONE" }, sign(state || "NONE"), h("span", {}, text));
+}
+
+/** Brings a badge up to date, and leaves it alone where it is so already. */
+export function setBadge(element, state, text = lower(state || "none")) {
+  const name = state || "NONE";
+  if (element.dataset.state === name && element.lastChild.textContent === text) return;
+  element.dataset.state = name;
+  element.replaceChildren(sign(name), h("span", {}, text));
+}

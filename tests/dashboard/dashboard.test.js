@@ -1,0 +1,508 @@
+// The dashboard, in a real browser, against the real service.
+
+import assert from "node:assert/strict";
+import { after, before, describe, test } from "node:test";
+import { Browser, failure, Fleet, inaccessible, says, Service, show, struct } from "./harness.js";
+
+let browser;
+before(async () => (browser = await Browser.start()));
+after(() => browser?.stop());
+
+/** A service and a fleet for one test. */
+async function stage(t, config) {
+  const fleet = await Fleet.start();
+  const service = await Service.start(typeof config === "function" ? config(fleet) : config);
+  t.after(async () => {
+    await browser.closePages();
+    await service.stop();
+    fleet.stop();
+  });
+  return { fleet, service };
+}
+
+/** The row of a subsystem. */
+const row = (name) => `main tr[data-key="${name}"]`;
+
+const sees = (page, selector) => page.waitForSelector(selector, { visible: true });
+
+test("the page loads, and each view has its title", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "alpha");
+  await service.run();
+  const page = await browser.open(service.url);
+  for (const [hash, heading, content] of [
+    ["#/fleet", "Fleet", row("alpha")],
+    ["#/live", "Live", row("alpha")],
+    ["#/cycles", "Cycles", 'main tr[data-key="1"]'],
+    ["#/cycles/1", "Cycle 1", row("alpha")],
+    ["#/cycles/1/alpha", "alpha in cycle 1", "main .json"],
+    ["#/plan", "Plan", "main .graph .node"],
+    ["#/loops", "Loops", "main"],
+    ["#/subsystems/alpha", "alpha", "main .settings"],
+  ]) {
+    await show(page, hash);
+    await says(page, "h1", heading);
+    await sees(page, content);
+    assert.equal(await page.title(), `${heading} · orchestrator`);
+    assert.equal(await page.$$eval("h1", (all) => all.length), 1);
+  }
+  assert.deepEqual(page.problems, []);
+});
+
+test("a running cycle moves, and its critical path is marked at its end", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "first");
+  await service.register(fleet, "second", { after: ["first"] });
+  const releases = [fleet.hold("first"), fleet.hold("second")];
+  const page = await browser.open(`${service.url}/#/live`);
+  await says(page, "main .summary", "No cycle has run yet");
+
+  const running = service.run();
+  await sees(page, `${row("first")} [data-state=RUNNING].bar`);
+  await sees(page, `${row("second")} .state[data-state=WAITING]`);
+  // The bar of what runs grows by itself, with no event.
+  const lasted = `${row("first")} td:nth-child(5)`;
+  const early = await page.$eval(lasted, (cell) => cell.textContent);
+  await page.waitForFunction((selector, early) => document.querySelector(selector).textContent !== early, {}, lasted, early);
+  releases[0]();
+  await sees(page, `${row("first")} [data-state=SUCCEEDED].bar`);
+  await sees(page, `${row("second")} [data-state=RUNNING].bar`);
+  assert.equal(await page.$eval("progress", (bar) => bar.value), 1);
+  releases[1]();
+  await running;
+  await sees(page, `${row("second")}.critical .critical-mark`);
+  await says(page, ".headline .state", "succeeded");
+  assert.equal(await page.$$eval("main tr.critical", (all) => all.length), 2);
+  assert.deepEqual(page.problems, []);
+});
+
+test("who comes into a running cycle sees how it stands", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "first");
+  await service.register(fleet, "second", { after: ["first"] });
+  const release = fleet.hold("second");
+  const running = service.run();
+  const page = await browser.open(`${service.url}/#/live`);
+  await sees(page, `${row("second")} [data-state=RUNNING].bar`);
+  await sees(page, `${row("first")} .state[data-state=SUCCEEDED]`);
+
+  // A cycle that is held stays, whatever comes after it.
+  await page.click("#hold");
+  release();
+  await running;
+  await service.run();
+  await says(page, "main .summary", "held");
+  await says(page, ".cycle-name", "Cycle 1");
+  await page.click("#hold");
+  await says(page, ".cycle-name", "Cycle 2");
+  assert.deepEqual(page.problems, []);
+});
+
+test("a failed subsystem shows, everywhere", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "sound");
+  await service.register(fleet, "broken");
+  await service.register(fleet, "hungry", { requires: ["broken"] });
+  const page = await browser.open(service.url);
+  await sees(page, row("broken"));
+  await service.run();
+  await says(page, `${row("broken")} .state`, "succeeded");
+  fleet.script("broken", () => {
+    throw failure("the disk is gone");
+  });
+  await service.run();
+  await says(page, `${row("broken")} .state`, "failed");
+  await says(page, `${row("broken")} .reason`, "INTERNAL: the disk is gone");
+  await says(page, `${row("hungry")} .reason`, "one that it requires did not succeed");
+  await says(page, `${row("broken")} [data-freshness]`, "stale");
+  await says(page, "main .summary", "2 failed");
+
+  // Filtered, and the filter is in the address.
+  await page.click(".chip[data-state=FAILED]");
+  await page.waitForFunction(() => document.querySelectorAll("main tbody tr").length === 1);
+  assert.match(page.url(), /#\/fleet\?state=FAILED$/);
+
+  await show(page, "#/cycles");
+  await says(page, 'main tr[data-key="2"].failed', "INTERNAL: the disk is gone");
+  await sees(page, ".chart .mark[data-state=DEGRADED]");
+  await show(page, "#/cycles/2");
+  await says(page, ".failures", "INTERNAL: the disk is gone");
+  await sees(page, `${row("broken")}.failed`);
+  await show(page, "#/cycles/2/broken");
+  await says(page, ".problem", "the disk is gone");
+  await says(page, "main", "It made none in this cycle. Its latest output, of cycle 1:");
+  await show(page, "#/cycles/2/hungry");
+  await says(page, "main table tbody tr", "brokenrequiresabsent");
+  assert.deepEqual(page.problems, []);
+});
+
+test("a cycle's outputs, and what has changed in them", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "maker", { recordOutput: true });
+  await service.register(fleet, "reader", { after: ["maker"], reads: ["nobody"] });
+  for (const level of [1, 2]) {
+    fleet.script("maker", () => ({
+      output: struct({ level, same: true, list: [1, level], ...(level === 2 && { added: "x" }) }),
+      metrics: { load: level / 4 },
+      issues: [{ severity: "SEVERITY_ERROR", code: "LATE", message: "a feed is late" }],
+    }));
+    await service.run();
+  }
+  const page = await browser.open(`${service.url}/#/cycles/2/maker`);
+  await says(page, ".json", '"level": 2');
+  await says(page, ".diff caption", "3 values differ");
+  assert.deepEqual(await page.$$eval(".diff tbody tr", (rows) => rows.map((row) => [...row.cells].map((cell) => cell.textContent)).sort()),
+    [["added", "none", '"x"'], ["level", "1", "2"], ["list[1]", "1", "2"]]);
+  await says(page, "main table", "load");
+  await says(page, "main table", "a feed is late");
+  await show(page, "#/cycles/1/maker");
+  await says(page, "main", "There is none before");
+  await show(page, "#/cycles/1/reader");
+  await says(page, "main", "It is not in the record");
+  await says(page, "main table tbody tr", "makerafterfreshcycle 1");
+  await says(page, "main table tbody tr", "nobodyreadsabsent");
+  await says(page, "main details", '"level": 1');
+  await show(page, "#/subsystems/maker");
+  await says(page, ".json", '"level": 2');
+  await (await sees(page, "main button")).click();
+  await says(page, ".json", "at work");
+  assert.deepEqual(page.problems, []);
+});
+
+test("the ticks of a loop add up", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "slow");
+  const release = fleet.hold("slow");
+  const page = await browser.open(`${service.url}/#/loops`);
+  await says(page, "main .summary", "There is no loop");
+  await service.call("StartIntervalLoop", { loop: { name: "quick", interval: { nanos: 50_000_000 } } });
+  // The first cycle holds; the ticks after it are skipped.
+  await page.waitForFunction(() => Number(document.querySelector("[data-tick=skipped] td")?.textContent) > 2);
+  await sees(page, ".not-run tbody tr");
+  release();
+  await page.waitForFunction(() => Number(document.querySelector("[data-tick=ran] td")?.textContent) > 2);
+  const [due, ...ends] = await page.$eval(".equation", (line) => line.textContent.replaceAll(",", "").match(/\d+/g).map(Number));
+  assert.equal(due, ends.reduce((sum, end) => sum + end, 0));
+  await service.call("StopIntervalLoop", { name: "quick" });
+  assert.deepEqual(page.problems, []);
+});
+
+test("a service that was killed and started again is picked up again", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "steady");
+  await service.run();
+  const page = await browser.open(service.url);
+  await sees(page, row("steady"));
+  const release = fleet.hold("steady");
+  const interrupted = service.run().catch(() => {});
+  await says(page, ".facts", "cycle 2, 0 of 1");
+  await service.kill();
+  await interrupted;
+  await sees(page, "#connection[data-connection=lost]");
+  await says(page, "#connection", "Connection lost, reconnecting");
+  await says(page, "#announcer", "Connection lost");
+  // What was read stays in sight.
+  await says(page, `${row("steady")} .state`, "succeeded");
+  release();
+  await service.restart();
+  await sees(page, "#connection[data-connection=open]");
+  await says(page, `${row("steady")} .state`, "not run yet");
+  await says(page, ".facts", "Epoch2");
+
+  // Again, while the history is shown.
+  await show(page, "#/cycles");
+  await says(page, 'main tr[data-key="2"]', "interrupted");
+  await service.kill();
+  await sees(page, "#connection[data-connection=lost]");
+  await service.restart();
+  await sees(page, "#connection[data-connection=open]");
+  await service.run();
+  await says(page, 'main tr[data-key="3"]', "succeeded");
+  // The browser itself says that a connection broke, or was refused.
+  assert.deepEqual(page.problems.filter((text) => !/net::ERR_(CONNECTION|INCOMPLETE|EMPTY)/.test(text)), []);
+});
+
+test("a page that nobody looks at lets go, and is up to date when somebody does", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "alpha");
+  const page = await browser.open(`${service.url}/#/cycles`);
+  await says(page, "main .summary", "No cycle is recorded");
+  const other = await browser.open(service.url);
+  await says(other, ".facts", "Watchers1");
+  await service.run();
+  await page.bringToFront();
+  await sees(page, 'main tr[data-key="1"]');
+  await sees(page, "#connection[data-connection=open]");
+  assert.deepEqual([...page.problems, ...other.problems], []);
+});
+
+test("what subsystems send does nothing", async (t) => {
+  const attack = '<img src=x onerror="window.harmed=1"><script>window.harmed=1</script><style>*{display:none}</style>';
+  const turned = "safe\u202egnp.exe\u0000\u0007\u200b\u2066";
+  const long = "M".repeat(5000);
+  const { fleet, service } = await stage(t);
+  const hostile = `${attack}${turned}${long}`;
+  await service.register(fleet, "hostile", { recordOutput: true, parameters: struct({ [attack]: turned }) });
+  await service.register(fleet, "failing", { after: ["hostile"] });
+  fleet.script("hostile", ({ cycleId }) => ({
+    output: struct({ [attack]: `${hostile}${cycleId}`, constructor: attack, ["__proto__"]: turned, [turned]: cycleId, javascript: "javascript:alert(1)" }),
+    metrics: { '<b onclick="alert(1)">': 1 },
+    issues: [{ severity: "SEVERITY_ERROR", code: "<script>alert(1)</script>", message: `${attack}${turned}` }],
+  }));
+  fleet.script("failing", () => {
+    throw failure(`${attack}\u202e${long}`);
+  });
+  await service.run();
+  await service.run({ requestId: attack });
+  const page = await browser.open(service.url, { width: 390 });
+  const before = await page.$$eval("head script", (all) => all.length);
+  for (const [hash, selector, text] of [
+    ["#/fleet", `${row("failing")} .reason`, "<img src=x"],
+    ["#/live", row("failing"), "failed"],
+    ["#/cycles", "main tr", "<img src=x"],
+    ["#/cycles/2", ".failures", "<img src=x"],
+    ["#/cycles/2/hostile", ".diff", "<img src=x"],
+    ["#/cycles/2/hostile", "main", "safe\\u202egnp.exe\\u0000\\u0007\\u200b\\u2066"],
+    ["#/cycles/2/hostile", "main table", "<b onclick"],
+    ["#/cycles/2/failing", ".problem", "<img src=x"],
+    ["#/subsystems/hostile", ".json", "<img src=x"],
+    ["#/plan", ".node", "hostile"],
+    [`#/subsystems/${encodeURIComponent(attack)}`, ".problem", "<img"],
+    [`#/cycles/${encodeURIComponent(attack)}`, ".problem", "<img"],
+    [`#/fleet?q=${encodeURIComponent(attack)}&state=${encodeURIComponent(attack)}`, ".empty", "No subsystem passes"],
+    ["#/%E0%A4%A/%ff", "h1", "Fleet"],
+  ]) {
+    await show(page, hash);
+    await says(page, selector, text);
+    const seen = await page.evaluate(() => ({
+      isHarmed: "harmed" in window,
+      made: document.querySelectorAll("main img, main script, main style, main b, main iframe").length,
+      handlers: [...document.querySelectorAll("main *")].filter((one) => one.getAttributeNames().some((name) => name.startsWith("on"))).length,
+      links: [...document.querySelectorAll("main a[href]")].filter((one) => !one.getAttribute("href").startsWith("#/")).length,
+      turned: /[\u0000\u202e\u2066\u200b]/.test(document.body.textContent),
+      scrolls: document.documentElement.scrollWidth > document.documentElement.clientWidth,
+    }));
+    assert.deepEqual(seen, { isHarmed: false, made: 0, handlers: 0, links: 0, turned: false, scrolls: false }, hash);
+  }
+  assert.equal(await page.$$eval("head script", (all) => all.length), before);
+  // A cycle and a subsystem that do not exist are refused, which the browser notes.
+  assert.deepEqual(page.problems.filter((text) => !/status of 40[04]/.test(text)), []);
+});
+
+test("everything is reached by keyboard", async (t) => {
+  const { fleet, service } = await stage(t);
+  for (const name of ["beta", "alpha"]) await service.register(fleet, name);
+  await service.run();
+  const page = await browser.open(service.url);
+  await sees(page, row("alpha"));
+  const focused = () => page.evaluate(() => document.activeElement.textContent || document.activeElement.id);
+
+  await page.keyboard.press("Tab");
+  assert.equal(await focused(), "Skip to the content");
+  await page.keyboard.press("Enter");
+  assert.equal(await focused(), "Fleet");
+
+  // From the top, every stop shows that it has the focus, and all that can be done is among them.
+  await page.evaluate(() => {
+    document.activeElement.blur();
+    getSelection().removeAllRanges();
+  });
+  await page.reload();
+  await sees(page, row("alpha"));
+  const stops = [];
+  for (;;) {
+    await page.keyboard.press("Tab");
+    const stop = await page.evaluate(() => {
+      const it = document.activeElement;
+      if (it === document.body) return null;
+      const style = getComputedStyle(it);
+      return { text: (it.getAttribute("aria-label") ?? it.textContent ?? "").trim() || it.id, isSeen: style.outlineStyle !== "none" && Number.parseFloat(style.outlineWidth) >= 2 };
+    });
+    if (!stop) break;
+    stops.push(stop);
+    assert.ok(stops.length < 80, "the focus goes round");
+  }
+  assert.deepEqual(stops.filter((stop) => !stop.isSeen), []);
+  const texts = stops.map((stop) => stop.text);
+  for (const text of ["Fleet", "Live", "Cycles", "Plan", "Loops", "Theme: auto", "Keyboard shortcuts", "search", "alpha", "beta", "Duration", "cycle 1"]) {
+    assert.ok(texts.includes(text), `${text} is not among ${texts.join(", ")}`);
+  }
+
+  for (const [key, heading] of [["2", "Live"], ["3", "Cycles"], ["4", "Plan"], ["5", "Loops"], ["1", "Fleet"]]) {
+    await page.keyboard.press(key);
+    await says(page, "h1", heading);
+    // A screen reader goes on from the new heading.
+    assert.equal(await focused(), heading);
+  }
+  await page.keyboard.press("/");
+  await page.keyboard.type("alp3?");
+  assert.equal(await page.$eval("#search", (field) => field.value), "alp3?");
+  await page.keyboard.press("Backspace");
+  await page.keyboard.press("Backspace");
+  await page.waitForFunction(() => document.querySelectorAll("main tbody tr").length === 1);
+  await page.keyboard.press("Escape");
+  await page.keyboard.press("?");
+  await sees(page, "#help[open]");
+  await page.keyboard.press("Escape");
+  await page.waitForSelector("#help:not([open])");
+  await page.keyboard.press("t");
+  assert.equal(await page.evaluate(() => document.documentElement.dataset.theme), "light");
+
+  await page.focus(`${row("alpha")} a`);
+  await page.keyboard.press("Enter");
+  await says(page, "h1", "alpha");
+  await service.run();
+  await show(page, "#/cycles/2");
+  await sees(page, "[rel=prev]");
+  await page.keyboard.press("[");
+  await says(page, "h1", "Cycle 1");
+  await page.keyboard.press("]");
+  await says(page, "h1", "Cycle 2");
+  assert.deepEqual(page.problems, []);
+});
+
+test("the history is filtered, and goes back page by page", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "alpha");
+  await service.register(fleet, "beta");
+  for (let i = 0; i < 55; i += 1) await service.run({ subsystems: i % 10 === 0 ? ["beta"] : [] });
+  const page = await browser.open(`${service.url}/#/cycles`);
+  const ids = () => page.$$eval("main tbody th", (all) => all.map((one) => Number(one.textContent)));
+  await sees(page, 'main tr[data-key="55"]');
+  assert.equal((await ids()).length, 50);
+  await page.keyboard.press("]");
+  await sees(page, 'main tr[data-key="1"]');
+  assert.deepEqual(await ids(), [5, 4, 3, 2, 1]);
+  await page.reload();
+  await sees(page, 'main tr[data-key="1"]');
+  assert.deepEqual(await ids(), [5, 4, 3, 2, 1]);
+  await page.keyboard.press("[");
+  await sees(page, 'main tr[data-key="55"]');
+  // The newest page grows by itself.
+  await service.run();
+  await sees(page, 'main tr[data-key="56"]');
+  await page.type("#subsystem", "alpha");
+  await page.keyboard.press("Enter");
+  await page.waitForFunction(() => !document.querySelector('main tr[data-key="51"]'));
+  assert.equal((await ids()).length, 50);
+  assert.match(page.url(), /subsystem=alpha/);
+  assert.deepEqual(page.problems, []);
+});
+
+test("10,000 subsystems stay usable", async (t) => {
+  const SUBSYSTEMS = 10_000;
+  /** Elements in the page: what is drawn is bounded, however many there are. */
+  const NODES = 3000;
+  const { fleet, service } = await stage(t, (fleet) => Array.from({ length: SUBSYSTEMS }, (_, i) =>
+    `[[subsystems]]\nname = "s${i}"\nendpoint = "${fleet.endpoint}"\n${i % 10 ? `after = ["s${i - 1}"]\n` : ""}`).join(""));
+  fleet.script("s4321", () => {
+    throw failure("one among many");
+  });
+  const page = await browser.open(service.url);
+  await says(page, "main .summary", "10,000 subsystems: none has run");
+  const isBounded = async () => {
+    const nodes = await page.evaluate(() => document.querySelectorAll("*").length);
+    assert.ok(nodes < NODES, `${nodes} elements at ${page.url()}`);
+    return nodes;
+  };
+  await isBounded();
+
+  // A cycle of many, watched as it runs.
+  await show(page, "#/live");
+  const release = fleet.hold("s9999");
+  const running = service.run({ deadline: { seconds: 300 } });
+  await sees(page, ".levels tbody tr");
+  await says(page, "main .summary", "9999 of 10,000 subsystems ended");
+  await isBounded();
+  release();
+  const cycle = await running;
+  assert.equal(cycle.subsystems.length, SUBSYSTEMS);
+  await says(page, ".headline .state", "degraded");
+  await isBounded();
+  await (await page.waitForSelector("::-p-xpath(//button[text()='failed'])")).click();
+  await page.waitForFunction(() => document.querySelectorAll("main .gantt tbody tr").length === 1);
+  await sees(page, `${row("s4321")}.failed`);
+
+  await show(page, "#/fleet");
+  await says(page, "main .summary", "10,000 subsystems: 1 failed");
+  assert.equal(await page.$$eval("main tbody tr", (rows) => rows.length), 100);
+  await page.keyboard.press("]");
+  await says(page, ".pager", "101 to 200 of 10,000");
+  await page.type("#search", "s777");
+  await page.waitForFunction(() => document.querySelectorAll("main tbody tr").length === 11);
+  await isBounded();
+
+  for (const [hash, selector, text] of [
+    ["#/cycles", 'main tr[data-key="1"]', "degraded"],
+    ["#/cycles/1", ".levels caption", "By level"],
+    ["#/cycles/1/s4321", ".problem", "one among many"],
+    ["#/plan", ".levels tbody tr:last-child", "9"],
+    ["#/subsystems/s4321", ".problem", "one among many"],
+  ]) {
+    await show(page, hash);
+    await says(page, selector, text);
+    t.diagnostic(`${hash}: ${await isBounded()} elements`);
+  }
+  assert.deepEqual(page.problems, []);
+});
+
+describe("for everyone: contrast, names, order, and no sideways scrolling", () => {
+  let fleet;
+  let service;
+
+  before(async () => {
+    fleet = await Fleet.start();
+    service = await Service.start();
+    const names = ["a-subsystem-with-quite-a-long-name-as-some-have", "beta", "gamma", "delta", "suspended", "late"];
+    for (const [i, name] of names.entries()) {
+      await service.register(fleet, name, { after: i ? [names[i - 1]] : [], phase: i > 2 ? 10 : 0, recordOutput: true, ...(name === "late" && { timeout: { nanos: 50_000_000 } }) });
+    }
+    await service.register(fleet, "needy", { phase: 10, requires: ["late"], reads: ["beta", "nobody"], recordOutput: true, breaker: { failureThreshold: 1 } });
+    await service.call("SuspendSubsystem", { name: "suspended" });
+    await service.call("StartIntervalLoop", { loop: { name: "daily", interval: { seconds: 86_400 } } });
+    await service.run();
+    await service.run({ recordOutputs: true });
+    fleet.script("beta", () => ({ output: struct({ by: "beta", more: [1, 2, 3] }), metrics: { load: 0.5 }, issues: [{ code: "OLD", message: "a feed is old" }] }));
+    fleet.script("gamma", () => {
+      throw failure("it has no memory left, and there is much to say about why that is so", 8);
+    });
+    fleet.hold("late");
+    await service.run();
+  });
+  after(async () => {
+    await service?.stop();
+    fleet?.stop();
+  });
+
+  const VIEWS = {
+    "#/fleet": ".fleet tbody tr.failed",
+    "#/live": ".gantt tbody tr.failed",
+    "#/cycles": ".cycles tbody tr.failed",
+    "#/cycles/3": ".failures li",
+    "#/cycles/3/beta": ".diff",
+    "#/cycles/3/needy": "main table",
+    "#/plan": ".graph .node",
+    "#/loops": ".card",
+    "#/subsystems/gamma": ".settings",
+  };
+  for (const theme of ["light", "dark"]) {
+    for (const width of [1280, 390]) {
+      test(`${theme}, ${width} wide`, async (t) => {
+        const page = await browser.open(service.url, { theme, width });
+        for (const [hash, selector] of Object.entries(VIEWS)) {
+          await show(page, hash);
+          await sees(page, selector);
+          assert.deepEqual(await inaccessible(page), [], hash);
+          const wide = await page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
+          assert.equal(wide, 0, `${hash} scrolls sideways`);
+        }
+        await page.keyboard.press("?");
+        await sees(page, "#help[open]");
+        assert.deepEqual(await inaccessible(page), [], "help");
+        assert.deepEqual(page.problems, []);
+        t.diagnostic(`${Object.keys(VIEWS).length + 1} views, nothing serious`);
+        await page.close();
+      });
+    }
+  }
+});

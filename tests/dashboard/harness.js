@@ -1,0 +1,228 @@
+// The real service, a scripted fleet, and a real browser.
+
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import path from "node:path";
+import { createInterface } from "node:readline";
+import { fileURLToPath } from "node:url";
+import { credentials, loadPackageDefinition, Server, ServerCredentials, status } from "@grpc/grpc-js";
+import { loadSync } from "@grpc/proto-loader";
+import axe from "axe-core";
+import puppeteer from "puppeteer-core";
+
+const ROOT = fileURLToPath(new URL("../..", import.meta.url));
+const PROGRAM = process.env.ORCHESTRATOR ?? path.join(ROOT, process.env.CARGO_TARGET_DIR ?? "target", "debug", "orchestrator");
+const CHROMIUM = [process.env.CHROMIUM, "/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"]
+  .find((program) => program && existsSync(program));
+
+/** How long anything awaited may take. Nothing waits that long unless it is broken. */
+const PATIENCE = 30_000;
+
+const { dreamnet } = loadPackageDefinition(loadSync(
+  ["dreamnet/subsystem/v1/subsystem.proto", "dreamnet/orchestrator/v1/orchestrator.proto"],
+  { includeDirs: [path.join(ROOT, "proto")], longs: Number, enums: String, defaults: true, oneofs: true },
+));
+
+// ----------------------------------------------------------------------------------------- the fleet
+
+/** A JSON object as a `google.protobuf.Struct`. */
+export function struct(object) {
+  return { fields: Object.fromEntries(Object.entries(object).map(([key, each]) => [key, value(each)])) };
+}
+
+function value(of) {
+  if (of === null) return { nullValue: "NULL_VALUE" };
+  if (Array.isArray(of)) return { listValue: { values: of.map(value) } };
+  if (typeof of === "object") return { structValue: struct(of) };
+  return { [{ number: "numberValue", string: "stringValue", boolean: "boolValue" }[typeof of]]: of };
+}
+
+/** Subsystems behind one port. Each does what its script says: a function that answers or throws. */
+export class Fleet {
+  scripts = new Map();
+  #server = new Server();
+
+  static async start() {
+    const fleet = new Fleet();
+    fleet.#server.addService(dreamnet.subsystem.v1.Subsystem.service, {
+      Initialize: (_, answer) => answer({ code: status.UNIMPLEMENTED }),
+      GetStatus: (_, answer) => answer(null, { status: struct({ state: "at work" }) }),
+      RunCycle: async ({ request }, answer) => {
+        try {
+          answer(null, await (fleet.scripts.get(request.subsystem) ?? echo)(request));
+        } catch (error) {
+          answer({ code: error.code ?? status.INTERNAL, message: error.message });
+        }
+      },
+    });
+    const port = await new Promise((done, fail) =>
+      fleet.#server.bindAsync("127.0.0.1:0", ServerCredentials.createInsecure(), (error, port) => (error ? fail(error) : done(port))));
+    fleet.endpoint = `http://127.0.0.1:${port}`;
+    return fleet;
+  }
+
+  /** From now on, this one does that. */
+  script(name, run) {
+    this.scripts.set(name, run);
+  }
+
+  /** From now on, this one does not answer until the returned function is called. */
+  hold(name) {
+    let release;
+    const held = new Promise((done) => (release = done));
+    this.script(name, async (request) => {
+      await held;
+      return echo(request);
+    });
+    return release;
+  }
+
+  stop() {
+    this.#server.forceShutdown();
+  }
+}
+
+function echo(request) {
+  return { output: struct({ by: request.subsystem, cycle: request.cycleId }) };
+}
+
+/** What a script throws to fail. */
+export function failure(message, code = status.INTERNAL) {
+  return Object.assign(new Error(message), { code });
+}
+
+// --------------------------------------------------------------------------------------- the service
+
+/** The service, with a client. It keeps its record and its admin address through restarts. */
+export class Service {
+  #home = mkdtempSync(path.join(tmpdir(), "dashboard-"));
+  #config;
+  #admin = "127.0.0.1:0";
+  #child;
+  #client;
+
+  static async start(config = "") {
+    const service = new Service();
+    service.#config = path.join(service.#home, "orchestrator.toml");
+    writeFileSync(service.#config, config);
+    await service.restart();
+    return service;
+  }
+
+  async restart() {
+    this.#child = spawn(PROGRAM, [
+      "serve", "--listen", "127.0.0.1:0", "--admin-listen", this.#admin,
+      "--store", `sqlite:${path.join(this.#home, "o.db")}`, "--config", this.#config, "--log-filter", "warn",
+    ], { stdio: ["ignore", "pipe", "inherit"] });
+    const lines = createInterface({ input: this.#child.stdout })[Symbol.asyncIterator]();
+    const address = await named(lines, /^listening on (.+)$/);
+    this.#admin = await named(lines, /^dashboard at http:\/\/(.+)\/$/);
+    this.url = `http://${this.#admin}`;
+    this.#client?.close();
+    this.#client = new dreamnet.orchestrator.v1.Orchestrator(address, credentials.createInsecure(),
+      { "grpc.max_receive_message_length": 64 << 20 });
+  }
+
+  /** As rude as can be. */
+  async kill() {
+    this.#child.kill("SIGKILL");
+    await once(this.#child, "exit");
+  }
+
+  async stop() {
+    if (this.#child.exitCode === null && this.#child.signalCode === null) await this.kill();
+    this.#client.close();
+    rmSync(this.#home, { recursive: true });
+  }
+
+  call(method, request = {}) {
+    return new Promise((done, fail) =>
+      this.#client[method](request, { deadline: Date.now() + PATIENCE }, (error, answer) => (error ? fail(error) : done(answer))));
+  }
+
+  register(fleet, name, registration = {}) {
+    return this.call("RegisterSubsystem", { registration: { name, endpoint: fleet.endpoint, ...registration } });
+  }
+
+  async run(request = {}) {
+    return (await this.call("RunCycle", request)).telemetry;
+  }
+}
+
+async function named(lines, pattern) {
+  const { value: line } = await lines.next();
+  const [, found] = pattern.exec(line ?? "") ?? [];
+  if (!found) throw new Error(`the service printed ${line}`);
+  return found;
+}
+
+// --------------------------------------------------------------------------------------- the browser
+
+/** A browser whose pages note everything that is not as it should be. */
+export class Browser {
+  #browser;
+
+  static async start() {
+    if (!CHROMIUM) throw new Error("there is no Chromium; install Debian's chromium, or name one in CHROMIUM");
+    const browser = new Browser();
+    const isRoot = process.getuid() === 0;
+    browser.#browser = await puppeteer.launch({ executablePath: CHROMIUM, args: isRoot ? ["--no-sandbox"] : [] });
+    return browser;
+  }
+
+  stop() {
+    return this.#browser.close();
+  }
+
+  /** Closes the pages of a test. */
+  async closePages() {
+    const [, ...pages] = await this.#browser.pages();
+    await Promise.all(pages.map((page) => page.close()));
+  }
+
+  /** A page at this address of the dashboard. `page.problems` are errors on its console and broken policies. */
+  async open(url, { width = 1280, theme = "light" } = {}) {
+    const page = await this.#browser.newPage();
+    page.setDefaultTimeout(PATIENCE);
+    page.problems = [];
+    page.on("console", (message) => ["error", "warn"].includes(message.type()) && page.problems.push(message.text()));
+    page.on("pageerror", (error) => page.problems.push(error.message));
+    page.on("dialog", (dialog) => {
+      page.problems.push(`a dialog: ${dialog.message()}`);
+      dialog.dismiss();
+    });
+    await page.evaluateOnNewDocument(() => {
+      addEventListener("securitypolicyviolation", (event) => console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`));
+    });
+    await page.setViewport({ width, height: 844 });
+    await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: theme }]);
+    await page.goto(url);
+    await page.waitForSelector("#connection[data-connection=open]");
+    return page;
+  }
+}
+
+/** Shows another view. */
+export async function show(page, hash) {
+  await page.evaluate((hash) => (location.hash = hash), hash);
+}
+
+/** Waits until an element that this selects has this text in it. */
+export async function says(page, selector, text) {
+  try {
+    await page.waitForFunction((selector, text) => [...document.querySelectorAll(selector)].some((one) => one.textContent.includes(text)), {}, selector, text);
+  } catch {
+    const found = await page.$$eval(selector, (all) => all.map((one) => one.textContent.slice(0, 300)));
+    throw new Error(`no ${selector} says ${JSON.stringify(text)}, but: ${JSON.stringify(found.slice(0, 20))}`);
+  }
+}
+
+/** What axe finds that is serious or critical. */
+export async function inaccessible(page) {
+  await page.evaluate(axe.source);
+  const { violations } = await page.evaluate(() => axe.run());
+  return violations.filter(({ impact }) => impact === "serious" || impact === "critical")
+    .map(({ id, nodes }) => `${id}: ${nodes.slice(0, 3).map((node) => `${node.html} (${node.failureSummary})`).join(" | ")}`);
+}
