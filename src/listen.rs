@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -85,21 +85,64 @@ impl Listener for UnixListener {
     }
 }
 
-/// The connections that come in: at most `max` at a time, further ones wait in the kernel's line. All of them break
+/// How many connections a server may have at a time, and has.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    max: usize,
+    permits: Arc<Semaphore>,
+    open: AtomicUsize,
+}
+
+impl Connections {
+    /// None yet, and room for so many.
+    pub(crate) fn at_most(max: usize) -> Arc<Self> {
+        Arc::new(Self { max, permits: Arc::new(Semaphore::new(max)), open: AtomicUsize::new(0) })
+    }
+
+    /// How many there may be.
+    pub(crate) fn max(&self) -> usize {
+        self.max
+    }
+
+    /// How many are open.
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+}
+
+/// One of the connections that a server may have. Given back when it is dropped.
+struct Slot {
+    connections: Arc<Connections>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Slot {
+    fn new(connections: Arc<Connections>, permit: OwnedSemaphorePermit) -> Self {
+        connections.open.fetch_add(1, Ordering::Relaxed);
+        Self { connections, _permit: permit }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.connections.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The connections that come in: as many as may be at a time, further ones wait in the kernel's line. All of them break
 /// when `cut_off` is cancelled: the library has no way to end connections whose calls go on.
 pub(crate) fn incoming<L: Listener>(
     listener: L,
-    max: usize,
+    connections: Arc<Connections>,
     cut_off: CancellationToken,
 ) -> impl Stream<Item = io::Result<Connection<L::Stream>>> {
-    let permits = Arc::new(Semaphore::new(max));
-    stream::unfold((listener, permits, cut_off), move |(listener, permits, cut_off)| async move {
+    stream::unfold((listener, connections, cut_off), move |(listener, connections, cut_off)| async move {
         /// Accepting fails again at once while files are short, so it waits for some to be closed.
         const PAUSE: Duration = Duration::from_millis(100);
-        if permits.available_permits() == 0 {
-            tracing::warn!(max, "as many connections as may be are open: further ones wait");
+        if connections.permits.available_permits() == 0 {
+            tracing::warn!(max = connections.max, "as many connections as may be are open: further ones wait");
         }
-        let permit = permits.clone().acquire_owned().await.ok()?;
+        let permit = connections.permits.clone().acquire_owned().await.ok()?;
         let stream = loop {
             match listener.accept().await {
                 Ok(stream) => break stream,
@@ -109,7 +152,8 @@ pub(crate) fn incoming<L: Listener>(
                 }
             }
         };
-        Some((Ok(Connection::new(stream, cut_off.clone(), permit)), (listener, permits, cut_off)))
+        let slot = Slot::new(connections.clone(), permit);
+        Some((Ok(Connection::new(stream, cut_off.clone(), slot)), (listener, connections, cut_off)))
     })
 }
 
@@ -141,12 +185,12 @@ pub(crate) struct Connection<S> {
     stream: S,
     broken: Broken,
     cut_off: Pin<Box<WaitForCancellationFutureOwned>>,
-    _permit: OwnedSemaphorePermit,
+    _slot: Slot,
 }
 
 impl<S> Connection<S> {
-    fn new(stream: S, cut_off: CancellationToken, permit: OwnedSemaphorePermit) -> Self {
-        Self { stream, broken: Broken::default(), cut_off: Box::pin(cut_off.cancelled_owned()), _permit: permit }
+    fn new(stream: S, cut_off: CancellationToken, slot: Slot) -> Self {
+        Self { stream, broken: Broken::default(), cut_off: Box::pin(cut_off.cancelled_owned()), _slot: slot }
     }
 }
 

@@ -5,6 +5,7 @@
 //! crash could take back.
 
 mod conductor;
+mod figures;
 mod live;
 mod refusal;
 mod registry;
@@ -13,10 +14,7 @@ mod watch;
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     panic::resume_unwind,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -30,7 +28,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{conductor::Admitted, live::Live, registry::Registry};
+use self::{conductor::Admitted, figures::Watchers, live::Live, registry::Registry};
 use crate::{
     clock::Clock,
     engine::{Engine, Member, OutputBudget, Standing},
@@ -39,7 +37,8 @@ use crate::{
         Trigger,
     },
     ports::{
-        Contents, PageLimits, Record, Retention, SCAN_LIMIT, Store, StoreError, StoredSubsystem, Subsystems, Write,
+        Contents, PageLimits, Record, Retention, SCAN_LIMIT, Store, StoreError, StoredOutput, StoredSubsystem,
+        Subsystems, Write,
     },
     record::{self, Participation},
     schedule::Loops,
@@ -47,14 +46,15 @@ use crate::{
 
 pub use self::{
     conductor::Ticket,
+    figures::{Counts, Figures},
     live::{LiveCycle, LiveEvent, RunningCycle, Update},
     refusal::Refusal,
     registry::{Lease, Registered},
     watch::{Event, From, WatchFilter, Watcher},
 };
 pub use crate::{
-    engine::{BreakerState, LastPart, PlannedSubsystem, Ring, Schedule},
-    ports::{CallError, Filter, Page, TriggerKind},
+    engine::{BreakerState, LastPart, Outcomes, PlannedSubsystem, Ring, Schedule, Tally},
+    ports::{CallError, Durability, Filter, Page, StoreSize, TriggerKind},
     schedule::LoopEntry,
 };
 
@@ -119,7 +119,7 @@ struct Shared {
     leases_changed: Notify,
     newest: newest::Sender<Revision>,
     live: Live,
-    watchers: AtomicUsize,
+    watchers: Watchers,
     /// A later epoch writes to the store.
     fenced: CancellationToken,
     /// The last write is done.
@@ -145,6 +145,7 @@ struct State {
     recent_bytes: usize,
     store_error: Option<StoreError>,
     draining: bool,
+    counts: Counts,
 }
 
 impl State {
@@ -157,7 +158,9 @@ impl State {
         self.queue.iter().chain(&self.running).any(|live| Arc::ptr_eq(live, admitted))
     }
 
-    fn publish(&mut self, record: Arc<Record>) {
+    /// `ran_for` is missing where this process did not run the cycle.
+    fn publish(&mut self, record: Arc<Record>, ran_for: Option<Duration>) {
+        self.counts.recorded(&record, ran_for);
         self.last_cycle_id = record.cycle_id;
         self.last_revision = record.revision;
         self.last = Some(record.clone());
@@ -219,7 +222,7 @@ impl Orchestrator {
         declared: Declared,
     ) -> Result<(Self, Tasks), Refusal> {
         let now = clock.now();
-        let outputs: usize = contents.outputs.iter().map(|(_, output)| output.payload.len()).sum();
+        let outputs: usize = contents.outputs.iter().map(|stored| stored.output.payload.len()).sum();
         let mut state = State {
             registry: Registry::default(),
             loops: Loops::default(),
@@ -235,16 +238,19 @@ impl Orchestrator {
             recent_bytes: 0,
             store_error: None,
             draining: false,
+            counts: Counts::default(),
         };
         let mut write = Write { epoch: contents.epoch, ..Write::default() };
 
         // The registry: what is declared wins over what was registered by RPC under the same name.
-        let mut latest: HashMap<Name, _> = contents.outputs.into_iter().collect();
+        let mut latest: HashMap<Name, _> =
+            contents.outputs.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut stored: BTreeMap<Name, StoredSubsystem> =
             contents.subsystems.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut entries = BTreeMap::new();
         let mut standing = |name: &Name| {
-            latest.remove(name).map_or_else(Arc::default, |output| Arc::new(Standing::with_output(output)))
+            let standing = |stored: StoredOutput| Arc::new(Standing::with_output(stored.output, stored.finished_at));
+            latest.remove(name).map_or_else(Arc::default, standing)
         };
         for subsystem in declared.subsystems {
             let name = subsystem.name.clone();
@@ -274,7 +280,7 @@ impl Orchestrator {
             }
         }
         // Outputs whose subsystem nobody registers any more.
-        let forgotten: usize = latest.values().map(|output| output.payload.len()).sum();
+        let forgotten: usize = latest.values().map(|stored| stored.output.payload.len()).sum();
         write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
         state.registry.replace(entries).map_err(Refusal::OrderRing)?;
 
@@ -309,7 +315,7 @@ impl Orchestrator {
             let record = record::encode(&finished, state.last_revision.next(), settings.max_record_bytes);
             tracing::warn!(%cycle_id, "recorded as interrupted: an earlier process ended in the middle of it");
             write.records.push(record.clone());
-            state.publish(Arc::new(record));
+            state.publish(Arc::new(record), None);
             state.last_admitted = cycle_id;
         }
         let (loops, mark) = state.loops.unwritten();
@@ -341,7 +347,7 @@ impl Orchestrator {
             loops_changed: Notify::new(),
             leases_changed: Notify::new(),
             live: Live::new(),
-            watchers: AtomicUsize::new(0),
+            watchers: Watchers::default(),
             fenced: CancellationToken::new(),
             closed: CancellationToken::new(),
         });
@@ -488,7 +494,7 @@ impl Orchestrator {
             oldest_revision: state.pruned_to.next(),
             newest_revision: state.last_revision,
             store_error: state.store_error.clone(),
-            watchers: self.0.watchers.load(Ordering::Relaxed),
+            watchers: self.0.watchers.len(),
         }
     }
 
@@ -887,13 +893,14 @@ impl Shared {
             }
             (write, mark)
         };
-        if let Err(error) = self.store.commit(Arc::new(write)).await {
-            if matches!(error, StoreError::Fenced(_)) {
-                self.fenced.cancel();
-            }
-            return Err(error);
+        let (durability, started) = (write.durability, Instant::now());
+        let committed = self.store.commit(Arc::new(write)).await;
+        if let Err(StoreError::Fenced(_)) = &committed {
+            self.fenced.cancel();
         }
         let mut state = self.state();
+        state.counts.committed(durability, started.elapsed(), &committed);
+        committed?;
         state.loops.written(mark);
         Ok(apply(&mut state))
     }

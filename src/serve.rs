@@ -26,10 +26,12 @@ use crate::{
     clock::Clock,
     config::{Config, ConfigError, Reload},
     dial::Dialer,
-    listen,
+    listen::{self, Connections},
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::StoreError,
-    store, web,
+    store,
+    telemetry::metrics::Metrics,
+    web,
 };
 
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
@@ -124,7 +126,8 @@ impl Service {
             .add_service(api::service(orchestrator.clone(), config.server.max_request_bytes))
             .add_service(health_service);
         let router = listen::with_reflection(router, SERVICE)?;
-        let incoming = listen::incoming(listener, config.server.max_connections, cut_off.clone());
+        let connections = Connections::at_most(config.server.max_connections);
+        let incoming = listen::incoming(listener, connections.clone(), cut_off.clone());
         let mut servers = JoinSet::new();
         servers.spawn(logged(router.serve_with_incoming_shutdown(incoming, stopped)));
         tracing::info!(%address, "listening");
@@ -132,7 +135,10 @@ impl Service {
         if let Some((listener, address)) = admin {
             let beyond_loopback = config.server.insecure_listen_beyond_loopback;
             let api = Api::new(orchestrator.clone());
-            servers.spawn(logged(web::serve(listener, api, beyond_loopback, stop_server.clone(), cut_off.clone())));
+            let admin = Connections::at_most(web::MAX_CONNECTIONS);
+            let metrics = Metrics::new(orchestrator.clone(), vec![("grpc", connections), ("admin", admin.clone())]);
+            let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
+            servers.spawn(logged(web::serve(listener, admin, api, metrics.into(), beyond_loopback, stop, cut_off)));
             tracing::info!(%address, "dashboard");
         }
         Ok(Self {

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "in tests, a panic is how to say what is wrong")]
 
 pub mod fleet;
+pub mod http;
 pub mod service;
 
 use std::{future::Future, time::Duration};
