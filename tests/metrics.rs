@@ -263,7 +263,7 @@ async fn loops_account_for_their_ticks() {
 #[tokio::test]
 async fn watchers_are_counted_and_those_that_stall_are_seen() {
     /// As many records as are at hand for watchers, and more.
-    const CYCLES: usize = 300;
+    const CYCLES: u32 = 300;
     let mut stage = Stage::new().await;
     let admin = stage.service.admin();
     stage.register_all(&["large"]).await;
@@ -280,7 +280,7 @@ async fn watchers_are_counted_and_those_that_stall_are_seen() {
         until(admin, "the watcher to be behind", |scrape| scrape.sum("orchestrator_watchers_lagging") > 0.0).await;
     scrape.has([("orchestrator_watchers", 2.0), ("orchestrator_watchers_lagging", 1.0)]);
     let events = scrape.sum("orchestrator_watcher_events_total");
-    assert!(events > CYCLES as f64 && events < 2.0 * CYCLES as f64, "{events}");
+    assert!(events > CYCLES.into() && events < (2 * CYCLES).into(), "{events}");
 
     drop(stalled);
     let left = until(admin, "the watcher to leave", |scrape| scrape.sum("orchestrator_watchers") == 1.0).await;
