@@ -17,4 +17,4 @@ pub mod serve;
 pub mod store;
 pub mod subsystem;
 pub mod telemetry;
-pub mod web;
+mod web;

@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -88,21 +88,64 @@ impl Listener for UnixListener {
     }
 }
 
-/// The connections that come in: at most `max` at a time, further ones wait in the kernel's line. All of them break
+/// How many connections a server may have at a time, and has.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    max: usize,
+    permits: Arc<Semaphore>,
+    open: AtomicUsize,
+}
+
+impl Connections {
+    /// None yet, and room for so many.
+    pub(crate) fn at_most(max: usize) -> Arc<Self> {
+        Arc::new(Self { max, permits: Arc::new(Semaphore::new(max)), open: AtomicUsize::new(0) })
+    }
+
+    /// How many there may be.
+    pub(crate) fn max(&self) -> usize {
+        self.max
+    }
+
+    /// How many are open.
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+}
+
+/// One of the connections that a server may have. Given back when it is dropped.
+struct Slot {
+    connections: Arc<Connections>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Slot {
+    fn new(connections: Arc<Connections>, permit: OwnedSemaphorePermit) -> Self {
+        connections.open.fetch_add(1, Ordering::Relaxed);
+        Self { connections, _permit: permit }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.connections.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The connections that come in: as many as may be at a time, further ones wait in the kernel's line. All of them break
 /// when `cut_off` is cancelled: the library has no way to end connections whose calls go on.
 pub(crate) fn incoming<L: Listener>(
     listener: L,
-    max: usize,
+    connections: Arc<Connections>,
     cut_off: CancellationToken,
 ) -> impl Stream<Item = io::Result<Connection<L::Stream>>> {
-    let permits = Arc::new(Semaphore::new(max));
-    stream::unfold((listener, permits, cut_off), move |(listener, permits, cut_off)| async move {
+    stream::unfold((listener, connections, cut_off), move |(listener, connections, cut_off)| async move {
         /// Accepting fails again at once while files are short, so it waits for some to be closed.
         const PAUSE: Duration = Duration::from_millis(100);
-        if permits.available_permits() == 0 {
-            tracing::warn!(max, "as many connections as may be are open: further ones wait");
+        if connections.permits.available_permits() == 0 {
+            tracing::warn!(max = connections.max, "as many connections as may be are open: further ones wait");
         }
-        let permit = permits.clone().acquire_owned().await.ok()?;
+        let permit = connections.permits.clone().acquire_owned().await.ok()?;
         let stream = loop {
             match listener.accept().await {
                 Ok(stream) => break stream,
@@ -112,7 +155,8 @@ pub(crate) fn incoming<L: Listener>(
                 }
             }
         };
-        Some((Ok(Connection::new(stream, cut_off.clone(), permit)), (listener, permits, cut_off)))
+        let slot = Slot::new(connections.clone(), permit);
+        Some((Ok(Connection::new(stream, cut_off.clone(), slot)), (listener, connections, cut_off)))
     })
 }
 
@@ -147,7 +191,7 @@ pub(crate) struct Connection<S> {
     cut_off: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Until it has said something.
     silence: Option<Silence>,
-    _permit: OwnedSemaphorePermit,
+    _slot: Slot,
 }
 
 struct Silence {
@@ -163,13 +207,13 @@ impl Silence {
 }
 
 impl<S> Connection<S> {
-    fn new(stream: S, cut_off: CancellationToken, permit: OwnedSemaphorePermit) -> Self {
+    fn new(stream: S, cut_off: CancellationToken, slot: Slot) -> Self {
         Self {
             stream,
             broken: Broken::default(),
             cut_off: Box::pin(cut_off.cancelled_owned()),
             silence: Some(Silence { ends: Box::pin(sleep(Silence::PATIENCE)), heard: 0 }),
-            _permit: permit,
+            _slot: slot,
         }
     }
 }
@@ -238,9 +282,10 @@ mod tests {
     use super::*;
 
     async fn connection() -> (DuplexStream, Connection<DuplexStream>) {
-        let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        let connections = Connections::at_most(1);
+        let permit = connections.permits.clone().acquire_owned().await.unwrap();
         let (peer, stream) = duplex(1024);
-        (peer, Connection::new(stream, CancellationToken::new(), permit))
+        (peer, Connection::new(stream, CancellationToken::new(), Slot::new(connections, permit)))
     }
 
     #[tokio::test(start_paused = true)]

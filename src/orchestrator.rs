@@ -5,6 +5,7 @@
 //! crash could take back.
 
 mod conductor;
+mod figures;
 mod live;
 mod refusal;
 mod registry;
@@ -13,10 +14,7 @@ mod watch;
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     panic::resume_unwind,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -30,7 +28,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{conductor::Admitted, live::Live, registry::Registry};
+use self::{conductor::Admitted, figures::Watchers, live::Live, registry::Registry};
 use crate::{
     clock::Clock,
     engine::{Engine, Member, OutputBudget, Standing},
@@ -39,7 +37,8 @@ use crate::{
         Trigger, Violations,
     },
     ports::{
-        Contents, PageLimits, Record, Retention, SCAN_LIMIT, Store, StoreError, StoredSubsystem, Subsystems, Write,
+        Contents, PageLimits, Record, Retention, SCAN_LIMIT, Store, StoreError, StoredOutput, StoredSubsystem,
+        Subsystems, Write,
     },
     record::{self, Participation},
     schedule::Loops,
@@ -47,14 +46,15 @@ use crate::{
 
 pub use self::{
     conductor::Ticket,
+    figures::{Counts, Figures},
     live::{LiveCycle, LiveEvent, RunningCycle, Update},
     refusal::Refusal,
     registry::{Lease, Registered},
     watch::{Event, From, WatchFilter, Watcher},
 };
 pub use crate::{
-    engine::{BreakerState, LastPart, PlannedSubsystem, Ring, Schedule},
-    ports::{CallError, Filter, Page, TriggerKind},
+    engine::{BreakerState, LastPart, Outcomes, PlannedSubsystem, Ring, Schedule, Tally},
+    ports::{CallError, Durability, Filter, Page, StoreSize, TriggerKind},
     schedule::LoopEntry,
 };
 
@@ -119,7 +119,7 @@ struct Shared {
     leases_changed: Notify,
     newest: newest::Sender<Revision>,
     live: Live,
-    watchers: AtomicUsize,
+    watchers: Watchers,
     /// Nothing will be written any more: `State::store_error` says why.
     store_has_ended: CancellationToken,
     /// The last write is done.
@@ -145,6 +145,7 @@ struct State {
     recent_bytes: usize,
     store_error: Option<StoreError>,
     draining: bool,
+    counts: Counts,
 }
 
 impl State {
@@ -157,7 +158,9 @@ impl State {
         self.queue.iter().chain(&self.running).any(|live| Arc::ptr_eq(live, admitted))
     }
 
-    fn publish(&mut self, record: Arc<Record>) {
+    /// `ran_for` is missing where this process did not run the cycle.
+    fn publish(&mut self, record: Arc<Record>, ran_for: Option<Duration>) {
+        self.counts.recorded(&record, ran_for);
         self.last_cycle_id = record.cycle_id;
         self.last_revision = record.revision;
         self.last = Some(record.clone());
@@ -235,17 +238,20 @@ impl Orchestrator {
             recent_bytes: 0,
             store_error: None,
             draining: false,
+            counts: Counts::default(),
         };
         let mut write = Write { epoch: contents.epoch, ..Write::default() };
 
         // The registry: what is declared wins over what was registered by RPC under the same name.
-        let mut latest: HashMap<Name, _> = contents.outputs.into_iter().collect();
+        let mut latest: HashMap<Name, _> =
+            contents.outputs.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut stored: BTreeMap<Name, StoredSubsystem> =
             contents.subsystems.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut entries = BTreeMap::new();
         let mut standing = |name: &Name| {
-            let output = latest.remove(name);
-            output.map_or_else(Arc::default, |output| Arc::new(Standing::with_output(output, &outputs)))
+            let standing =
+                |stored: StoredOutput| Arc::new(Standing::with_output(stored.output, stored.finished_at, &outputs));
+            latest.remove(name).map_or_else(Arc::default, standing)
         };
         for subsystem in declared.subsystems {
             let name = subsystem.name.clone();
@@ -310,7 +316,7 @@ impl Orchestrator {
             let record = record::encode(&finished, state.last_revision.next(), settings.max_record_bytes);
             tracing::warn!(%cycle_id, "recorded as interrupted: an earlier process ended in the middle of it");
             write.records.push(record.clone());
-            state.publish(Arc::new(record));
+            state.publish(Arc::new(record), None);
             state.last_admitted = cycle_id;
         }
         let (loops, mark) = state.loops.unwritten();
@@ -342,7 +348,7 @@ impl Orchestrator {
             loops_changed: Notify::new(),
             leases_changed: Notify::new(),
             live: Live::new(),
-            watchers: AtomicUsize::new(0),
+            watchers: Watchers::default(),
             store_has_ended: CancellationToken::new(),
             closed: CancellationToken::new(),
         });
@@ -488,7 +494,7 @@ impl Orchestrator {
             oldest_revision: state.pruned_to.next(),
             newest_revision: state.last_revision,
             store_error: state.store_error.clone(),
-            watchers: self.0.watchers.load(Ordering::Relaxed),
+            watchers: self.0.watchers.len(),
         }
     }
 
@@ -917,14 +923,17 @@ impl Shared {
             }
             (write, mark)
         };
-        if let Err(error) = self.store.commit(Arc::new(write)).await {
-            if error.is_final() {
-                self.state().store_error = Some(error.clone());
-                self.store_has_ended.cancel();
-            }
-            return Err(error);
+        let (durability, started) = (write.durability, Instant::now());
+        let committed = self.store.commit(Arc::new(write)).await;
+        if let Err(error) = &committed
+            && error.is_final()
+        {
+            self.state().store_error = Some(error.clone());
+            self.store_has_ended.cancel();
         }
         let mut state = self.state();
+        state.counts.committed(durability, started.elapsed(), &committed);
+        committed?;
         state.loops.written(mark);
         Ok(apply(&mut state))
     }

@@ -111,6 +111,9 @@ pub trait Store: Send + Sync + 'static {
     /// Removes at most `limit` records that `retention` no longer wants, oldest first, never the newest one. Returns
     /// how many it removed, and the highest revision that was ever removed.
     fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>>;
+
+    /// How much there is now. Cheap, however long the history is.
+    fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>>;
 }
 
 /// What a store held when it was opened. Opening has begun a new epoch in it, durably.
@@ -136,7 +139,7 @@ pub struct Contents {
     /// What is known of loops.
     pub loops: Vec<StoredLoop>,
     /// The latest outputs.
-    pub outputs: Vec<(Name, Output)>,
+    pub outputs: Vec<StoredOutput>,
 }
 
 /// One atomic change.
@@ -161,7 +164,7 @@ pub struct Write {
 }
 
 /// What a write must survive.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Durability {
     /// The loss of power.
     #[default]
@@ -230,6 +233,17 @@ pub struct StoredLoop {
     pub name: Name,
 }
 
+/// The latest output of a subsystem, as it was stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredOutput {
+    /// The subsystem.
+    pub name: Name,
+    /// The output.
+    pub output: Output,
+    /// When the cycle that made it ended; `None` when its record is not retained.
+    pub finished_at: Option<Timestamp>,
+}
+
 /// Which records are wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
@@ -258,7 +272,7 @@ impl Filter {
 }
 
 /// A [`Trigger`] without its loop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[allow(missing_docs, reason = "the variants are those of `Trigger`")]
 pub enum TriggerKind {
     Unknown,
@@ -334,6 +348,15 @@ impl StoreError {
     pub fn is_final(&self) -> bool {
         matches!(self, Self::Fenced(_) | Self::Ended(..))
     }
+}
+
+/// How much a store holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoreSize {
+    /// Records that are retained.
+    pub records: u64,
+    /// Bytes that everything takes where it is kept.
+    pub bytes: u64,
 }
 
 /// Why the store could not do it. Each says what to do about it.

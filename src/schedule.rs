@@ -1,7 +1,7 @@
 //! Interval loops: which ticks are due, and the account of every one of them. Pure bookkeeping: the orchestrator
 //! supplies the time and does what is due.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 
@@ -30,6 +30,10 @@ pub struct LoopEntry {
     pub state: LoopState,
     /// Its next tick; `None` when it is stopped.
     pub next: Option<Tick>,
+    /// How late after its tick its last cycle began, in this process.
+    pub lag: Option<Duration>,
+    /// When the last cycle that it started ended, in this process.
+    pub last_finished_at: Option<Timestamp>,
 }
 
 /// A tick that is to come.
@@ -65,7 +69,7 @@ impl Loops {
     /// Takes up a loop whose state was stored by an earlier process: gives the ticks that fell due in between their
     /// disposition.
     pub fn restore(&mut self, settings: IntervalLoop, declared: bool, state: LoopState, now: Timestamp) {
-        let mut entry = LoopEntry { settings: Arc::new(settings), declared, state, next: None };
+        let mut entry = LoopEntry::new(settings, declared, state);
         if !entry.state.stopped {
             entry.catch_up(now);
         }
@@ -79,7 +83,7 @@ impl Loops {
         let earlier = state.accounted_to.unwrap_or(Timestamp::MIN);
         state.stopped = false;
         state.accounted_to = Some(now.max(earlier));
-        let mut entry = LoopEntry { settings: Arc::new(settings), declared, state, next: None };
+        let mut entry = LoopEntry::new(settings, declared, state);
         entry.plan_next(now);
         entry
     }
@@ -141,6 +145,20 @@ impl Loops {
         self.touch(name.clone());
     }
 
+    /// The cycle of a tick begins.
+    pub fn begun(&mut self, name: &Name, due_at: Timestamp, now: Timestamp) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.lag = Some(Duration::try_from(now.duration_since(due_at)).unwrap_or_default());
+        }
+    }
+
+    /// The cycle of a tick has ended.
+    pub fn finished(&mut self, name: &Name, finished_at: Timestamp) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.last_finished_at = Some(finished_at);
+        }
+    }
+
     /// What has changed since it was last written, and a mark for [`Loops::written`].
     pub fn unwritten(&self) -> (BTreeMap<Name, Option<StoredLoop>>, u64) {
         let stored = self.dirty.keys().filter_map(|name| {
@@ -162,6 +180,10 @@ impl Loops {
 }
 
 impl LoopEntry {
+    fn new(settings: IntervalLoop, declared: bool, state: LoopState) -> Self {
+        Self { settings: Arc::new(settings), declared, state, next: None, lag: None, last_finished_at: None }
+    }
+
     /// As it is stored.
     pub fn to_stored(&self) -> StoredLoop {
         StoredLoop {

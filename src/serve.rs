@@ -30,10 +30,12 @@ use crate::{
     clock::Clock,
     config::{Config, ConfigError, Reload},
     dial::Dialer,
-    listen::{self, Receiving},
+    listen::{self, Connections, Receiving},
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::StoreError,
-    store, web,
+    store,
+    telemetry::metrics::Metrics,
+    web,
 };
 
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
@@ -131,14 +133,18 @@ impl Service {
             .add_service(api::service(api.clone(), config.server.max_request_bytes))
             .add_service(health_service);
         let router = listen::with_reflection(router, SERVICE)?;
-        let incoming = listen::incoming(listener, config.server.max_connections, cut_off.clone());
+        let connections = Connections::at_most(config.server.max_connections);
+        let incoming = listen::incoming(listener, connections.clone(), cut_off.clone());
         let mut servers = JoinSet::new();
         servers.spawn(logged(router.serve_with_incoming_shutdown(incoming, stopped)));
         tracing::info!(%address, "listening");
         let admin_address = admin.as_ref().map(|(_, address)| *address);
         if let Some((listener, address)) = admin {
             let beyond_loopback = config.server.insecure_listen_beyond_loopback;
-            servers.spawn(logged(web::serve(listener, api, beyond_loopback, stop_server.clone(), cut_off.clone())));
+            let admin = Connections::at_most(web::MAX_CONNECTIONS);
+            let metrics = Metrics::new(orchestrator.clone(), vec![("grpc", connections), ("admin", admin.clone())]);
+            let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
+            servers.spawn(logged(web::serve(listener, admin, api, metrics.into(), beyond_loopback, stop, cut_off)));
             tracing::info!(%address, "dashboard");
         }
         Ok(Self {

@@ -1,4 +1,6 @@
-//! What the process says about itself: log lines on stderr.
+//! What the process says about itself: log lines on stderr, and metrics to whoever scrapes them.
+
+pub mod metrics;
 
 use std::{
     ffi::OsStr,

@@ -23,10 +23,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("listen", &["proto"]),
     ("subsystem", &["listen", "model", "proto"]),
     ("api", &["model", "orchestrator", "proto", "record"]),
-    ("web", &["api", "listen", "model", "proto"]),
+    ("web", &["api", "listen", "model", "proto", "telemetry"]),
     ("config", &["model", "ports", "store"]),
-    ("telemetry", &["config"]),
-    ("serve", &["api", "clock", "config", "dial", "listen", "orchestrator", "ports", "store", "web"]),
+    ("telemetry", &["config", "listen", "model", "orchestrator"]),
+    ("serve", &["api", "clock", "config", "dial", "listen", "orchestrator", "ports", "store", "telemetry", "web"]),
     ("cli", &["api", "config", "engine", "model", "proto", "serve", "store", "subsystem", "telemetry"]),
     ("main", &["cli"]),
 ];
@@ -36,6 +36,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("tonic", &["api", "cli", "dial", "listen", "proto", "serve", "subsystem", "web"]),
     ("prost", &["api", "cli", "proto", "record", "web"]),
     ("axum", &["web"]),
+    ("prometheus", &["telemetry"]),
     ("rusqlite", &["store"]),
     ("clap", &["cli", "config", "main"]),
 ];

@@ -8,13 +8,14 @@ use std::{collections::HashSet, fmt::Write, sync::Arc};
 
 use common::{
     fleet::{Fleet, Method, Run},
+    http::get,
     patiently,
-    service::{Client, Home, decode, registration},
+    service::{Client, Home, Service, decode, registration},
 };
 use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, SubsystemState, cycle_event::Event};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     sync::Barrier,
     task::JoinSet,
 };
@@ -57,6 +58,33 @@ async fn ten_thousand_subsystems_run_in_one_cycle() {
     assert!(last_beginning < (whole_fleet + its_initialization) / 4, "{last_beginning}");
     assert_eq!(fleet.now(|state| state.connections), 5);
     assert_eq!(client.subsystems().await.unwrap().len(), SUBSYSTEMS);
+    metrics_of_all_are_sent_piece_by_piece(&service, SUBSYSTEMS).await;
+}
+
+async fn metrics_of_all_are_sent_piece_by_piece(service: &Service, subsystems: usize) {
+    /// They ask for more than 20 MB each, and never read.
+    const STALLED: usize = 16;
+    /// What one of them may cost: a piece, and the server's buffer.
+    const EACH: u64 = 1 << 20;
+    let (before, _) = service.memory();
+    let mut stalled = Vec::new();
+    for _ in 0..STALLED {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        let mut stream = socket.connect(service.admin()).await.unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        stalled.push(stream);
+    }
+    let text = get(service.admin(), "/metrics").await.text().await;
+    let (after, _) = service.memory();
+    println!("{} bytes of metrics; MiB: {} before, {} after", text.len(), before >> 20, after >> 20);
+    assert!(after < before + EACH * (STALLED as u64 + 1), "{before} bytes became {after}");
+
+    let up = text.lines().filter(|line| line.starts_with("orchestrator_subsystem_up{") && line.ends_with(" 1"));
+    assert_eq!(up.count(), subsystems);
+    let heads = text.lines().filter(|line| line.starts_with("# TYPE "));
+    let families: HashSet<_> = heads.clone().collect();
+    assert_eq!(heads.count(), families.len(), "the head of a family is written once");
 }
 
 /// The output of one subsystem, in every record: so large that few records fill the buffers of one who does not read.

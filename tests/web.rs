@@ -4,67 +4,17 @@
 
 mod common;
 
-use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
-use common::{Stage, fleet::Run, patiently, service::Home};
-use serde_json::Value;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
-    net::TcpStream,
+use common::{
+    Stage,
+    fleet::Run,
+    http::{get, send},
+    service::Home,
 };
+use serde_json::Value;
+use tokio::net::TcpStream;
 use tonic::Code;
-
-/// An answer, of which the head is read.
-struct Answer {
-    status: u16,
-    head: String,
-    body: BufReader<TcpStream>,
-}
-
-impl Answer {
-    /// The rest.
-    async fn text(mut self) -> String {
-        let mut text = String::new();
-        patiently("an answer", self.body.read_to_string(&mut text)).await.unwrap();
-        text
-    }
-
-    async fn json(self) -> Value {
-        serde_json::from_str(&self.text().await).unwrap()
-    }
-
-    /// The next line that is not empty and no chunk's length.
-    async fn line(&mut self) -> String {
-        loop {
-            let mut line = String::new();
-            assert!(patiently("a line", self.body.read_line(&mut line)).await.unwrap() > 0, "the stream has ended");
-            let line = line.trim();
-            if !line.is_empty() && u32::from_str_radix(line, 16).is_err() {
-                return line.to_owned();
-            }
-        }
-    }
-}
-
-/// Sends a request with these lines of header.
-async fn send(address: SocketAddr, request: &str, headers: &[&str]) -> Answer {
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    stream
-        .write_all(format!("{request} HTTP/1.1\r\n{}\r\nConnection: close\r\n\r\n", headers.join("\r\n")).as_bytes())
-        .await
-        .unwrap();
-    let mut body = BufReader::new(stream);
-    let mut head = String::new();
-    while !head.ends_with("\r\n\r\n") {
-        assert!(patiently("an answer", body.read_line(&mut head)).await.unwrap() > 0, "no answer: {head}");
-    }
-    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    Answer { status, head, body }
-}
-
-async fn get(address: SocketAddr, path: &str) -> Answer {
-    send(address, &format!("GET {path}"), &["Host: localhost"]).await
-}
 
 #[tokio::test]
 async fn what_rpcs_answer_is_there_as_json() {

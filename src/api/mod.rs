@@ -52,7 +52,6 @@ impl Api {
     }
 }
 
-
 /// What every handler returns.
 type Answer<T> = Result<Response<T>, Status>;
 

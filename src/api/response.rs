@@ -183,7 +183,7 @@ fn registration(subsystem: &Subsystem) -> pb::Registration {
 }
 
 pub(super) fn loop_status(entry: &LoopEntry) -> pb::IntervalLoopStatus {
-    let LoopEntry { settings, declared, state, next } = entry;
+    let LoopEntry { settings, declared, state, next, lag: _, last_finished_at: _ } = entry;
     let ticks = state.ticks;
     pb::IntervalLoopStatus {
         r#loop: Some(interval_loop(settings)),

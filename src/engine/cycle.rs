@@ -432,6 +432,7 @@ impl<'a> Run<'a> {
         }
         let Self { cycle, parts, takes_part, attempts, .. } = self;
         let plan = &cycle.plan;
+        let finished_at = cycle.started_at.saturating_add(duration).unwrap_or(cycle.started_at);
         let called = |position: usize| takes_part[position] && parts[position].started.is_some();
         let last = (0..parts.len()).filter(|&p| called(p)).max_by_key(|&p| parts[p].ended);
         let critical_path = plan.chain(last, |position| parts[position].released_by, called);
@@ -456,7 +457,7 @@ impl<'a> Run<'a> {
                 state,
             });
             let last_part = LastPart { cycle_id: cycle.cycle_id, started_at: cycle.started_at, report: report.clone() };
-            member.standing.lock().last = Some(last_part);
+            member.standing.lock().ended(last_part, finished_at);
             if succeeded {
                 let output = Output { cycle_id: cycle.cycle_id, payload: part.answer.output };
                 outputs.push((subsystem.name.clone(), member.standing.clone(), output));
@@ -475,7 +476,7 @@ impl<'a> Run<'a> {
             scheduled_at: Some(cycle.request.scheduled_at),
             request_id: cycle.request.request_id.clone(),
             started_at: Some(cycle.started_at),
-            finished_at: cycle.started_at.saturating_add(duration).unwrap_or(cycle.started_at),
+            finished_at,
             duration,
             state,
             error,

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::{Breaker, BreakerState};
-use crate::model::{CycleId, Output, Subsystem, SubsystemReport};
+use crate::model::{CycleId, Histogram, Output, Subsystem, SubsystemReport, SubsystemState};
 
 /// One registered subsystem, as plans hold it.
 #[derive(Clone, Debug)]
@@ -64,6 +64,36 @@ pub(super) struct Remembered {
     latest: Option<(Output, Room)>,
     pub(super) last: Option<LastPart>,
     pub(super) mean: Option<Duration>,
+    tally: Tally,
+}
+
+/// What is counted of a subsystem since this process started, or since it was registered.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// How its parts ended.
+    pub outcomes: Outcomes,
+    /// Calls of its `RunCycle`.
+    pub attempts: u64,
+    /// Those of them that were not the first of their part.
+    pub retries: u64,
+    /// How long its parts took from the first call to the end, unless they were cancelled.
+    pub durations: Histogram,
+    /// Whether the last part that says something about it succeeded: one that was skipped or cancelled says nothing.
+    pub is_up: Option<bool>,
+    /// When the cycle that made its latest output ended; `None` when there is no output, or that is not known any more.
+    pub output_at: Option<Timestamp>,
+}
+
+/// How parts ended, counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each field counts the state of its name")]
+pub struct Outcomes {
+    pub succeeded: u64,
+    pub failed: u64,
+    pub timed_out: u64,
+    pub skipped: u64,
+    pub circuit_open: u64,
+    pub cancelled: u64,
 }
 
 /// A subsystem's part in the last cycle that this process ran with it.
@@ -78,10 +108,12 @@ pub struct LastPart {
 }
 
 impl Standing {
-    /// What is remembered of a subsystem whose latest output is known. Takes its room in `budget`, also beyond its end.
-    pub fn with_output(output: Output, budget: &Arc<OutputBudget>) -> Self {
+    /// What is remembered of a subsystem whose latest output is known, and perhaps when its cycle ended. The output takes
+    /// its room in `budget`, also beyond its end.
+    pub fn with_output(output: Output, output_at: Option<Timestamp>, budget: &Arc<OutputBudget>) -> Self {
         let room = Room::of(budget, output.payload.len());
-        Self(Mutex::new(Remembered { latest: Some((output, room)), ..Remembered::default() }))
+        let tally = Tally { output_at, ..Tally::default() };
+        Self(Mutex::new(Remembered { latest: Some((output, room)), tally, ..Remembered::default() }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Remembered> {
@@ -122,6 +154,12 @@ impl Standing {
         self.lock().mean
     }
 
+    /// Looks at what is counted of it, and at its part in the last cycle.
+    pub fn look<T>(&self, look: impl FnOnce(&Tally, Option<&LastPart>) -> T) -> T {
+        let remembered = self.lock();
+        look(&remembered.tally, remembered.last.as_ref())
+    }
+
     /// Closes its breaker.
     pub fn close_breaker(&self) {
         self.lock().breaker.succeeded();
@@ -131,6 +169,32 @@ impl Standing {
 impl Remembered {
     pub(super) fn took(&mut self, duration: Duration) {
         self.mean = Some(self.mean.map_or(duration, |mean| mean * 7 / 8 + duration / 8));
+    }
+
+    /// Its part in a cycle that ended at this time.
+    pub(super) fn ended(&mut self, part: LastPart, cycle_ended_at: Timestamp) {
+        let SubsystemReport { state, attempts, started, ended, .. } = &*part.report;
+        let tally = &mut self.tally;
+        let Outcomes { succeeded, failed, timed_out, skipped, circuit_open, cancelled } = &mut tally.outcomes;
+        let (counter, is_up) = match state {
+            SubsystemState::Succeeded => (succeeded, Some(true)),
+            SubsystemState::Failed(..) => (failed, Some(false)),
+            SubsystemState::TimedOut(_) => (timed_out, Some(false)),
+            SubsystemState::CircuitOpen(_) => (circuit_open, Some(false)),
+            SubsystemState::Skipped(..) => (skipped, None),
+            SubsystemState::Cancelled => (cancelled, None),
+        };
+        *counter += 1;
+        tally.is_up = is_up.or(tally.is_up);
+        tally.attempts += u64::from(*attempts);
+        tally.retries += u64::from(attempts.saturating_sub(1));
+        if let Some(started) = started.filter(|_| *state != SubsystemState::Cancelled) {
+            tally.durations.observe(ended.saturating_sub(started));
+        }
+        if *state == SubsystemState::Succeeded {
+            tally.output_at = Some(cycle_ended_at);
+        }
+        self.last = Some(part);
     }
 }
 

@@ -9,5 +9,5 @@ mod retry;
 
 pub use breaker::{Breaker, BreakerState};
 pub use cycle::{Cycle, Engine, Observer, Ran};
-pub use member::{LastPart, Member, OutputBudget, Standing};
+pub use member::{LastPart, Member, Outcomes, OutputBudget, Standing, Tally};
 pub use plan::{Plan, PlannedSubsystem, Ring, Schedule};

@@ -3,6 +3,7 @@
 
 mod code;
 mod cycle;
+mod histogram;
 mod name;
 mod payload;
 mod schedule;
@@ -14,6 +15,7 @@ pub use cycle::{
     CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Revision, SkipReason, SubsystemReport, SubsystemState,
     Trigger, excerpt,
 };
+pub use histogram::Histogram;
 pub use name::{Name, NameError};
 pub use payload::{Malformed, Payload};
 pub use schedule::{CatchUp, IntervalLoop, LoopSpec, LoopState, OverlapPolicy, TickCounts, TickDisposition, TickRange};

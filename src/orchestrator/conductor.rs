@@ -196,8 +196,12 @@ impl Shared {
             () = admitted.cancel.cancelled() => return Ok(None),
             begun = begun => begun?,
         }
+        let started_at = *admitted.started_at.get_or_init(|| self.clock.now());
         let (plan, revision) = {
             let mut state = self.state();
+            if let Some(name) = admitted.request.trigger.loop_name() {
+                state.loops.begun(name, admitted.request.scheduled_at, started_at);
+            }
             (state.registry.plan(), state.last_revision)
         };
         let cycle = Cycle {
@@ -258,7 +262,11 @@ impl Shared {
             if let Some(request_id) = &admitted.request.request_id {
                 state.requests.remove(request_id);
             }
-            state.publish(record.clone());
+            if let Some(name) = finished.trigger.loop_name() {
+                state.loops.finished(name, finished.finished_at);
+            }
+            let ran = finished.started_at.is_some();
+            state.publish(record.clone(), ran.then_some(finished.duration));
         };
         self.insist(admitted, build, publish).await?;
         self.newest.send_replace(revision);

@@ -3,11 +3,7 @@
 //! It costs its cursor and the records that it is about to be given, however slowly it reads; being behind is no
 //! state of its own.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use tokio::{
     select,
@@ -15,7 +11,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{LiveCycle, LiveEvent, Refusal, Shared};
+use super::{LiveCycle, LiveEvent, Refusal, Shared, figures::Place};
 use crate::{
     model::{CycleId, CycleState, Name, Revision, Trigger},
     ports::{PageLimits, Record, StoreError},
@@ -77,6 +73,7 @@ pub enum Event {
 /// Follows the record.
 pub struct Watcher {
     shared: Arc<Shared>,
+    place: Place,
     filter: WatchFilter,
     cursor: Revision,
     newest: watch::Receiver<Revision>,
@@ -118,12 +115,10 @@ impl Watcher {
                 From::After(after) => after,
             }
         };
-        if shared.watchers.fetch_add(1, Ordering::Relaxed) >= max {
-            shared.watchers.fetch_sub(1, Ordering::Relaxed);
-            return Err(Refusal::TooManyWatchers(max));
-        }
+        let place = shared.watchers.enter(cursor, max).ok_or(Refusal::TooManyWatchers(max))?;
         Ok(Self {
             shared,
+            place,
             filter,
             cursor,
             newest,
@@ -143,6 +138,12 @@ impl Watcher {
     /// # Errors
     /// The process shuts down, records were pruned before they could be given, or the store can't be read.
     pub async fn next(&mut self) -> Result<Event, Refusal> {
+        let event = self.find_next().await?;
+        self.place.given(self.cursor);
+        Ok(event)
+    }
+
+    async fn find_next(&mut self) -> Result<Event, Refusal> {
         loop {
             while let Some(record) = self.page.pop_front() {
                 self.cursor = record.revision;
@@ -262,6 +263,6 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        self.shared.watchers.fetch_sub(1, Ordering::Relaxed);
+        self.shared.watchers.leave(&self.place);
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     model::{CycleId, CycleState, Epoch, Revision},
     ports::{
         Contents, Filter, Page, PageLimits, Pruned, Record, Retention, RetentionRule, SCAN_LIMIT, Store, StoreError,
-        Write,
+        StoreSize, Write,
     },
 };
 
@@ -28,6 +28,8 @@ pub(super) struct Memory {
 #[derive(Default)]
 struct History {
     records: BTreeMap<CycleId, Record>,
+    /// Of all records.
+    bytes: u64,
     last_cycle_id: CycleId,
     last_revision: Revision,
     pruned_to: Revision,
@@ -54,6 +56,7 @@ impl Store for Memory {
         };
         Box::pin(ready(checked.map(|(last_cycle_id, last_revision)| {
             (history.last_cycle_id, history.last_revision) = (last_cycle_id, last_revision);
+            history.bytes += write.records.iter().map(|record| record.bytes.len() as u64).sum::<u64>();
             history.records.extend(write.records.iter().map(|record| (record.cycle_id, record.clone())));
         })))
     }
@@ -132,10 +135,17 @@ impl Store for Memory {
         for cycle_id in &oldest_first {
             if let Some(record) = history.records.remove(cycle_id) {
                 history.pruned_to = history.pruned_to.max(record.revision);
+                history.bytes -= record.bytes.len() as u64;
             }
         }
         let pruned = Pruned { removed: oldest_first.len(), pruned_to: history.pruned_to };
         Box::pin(ready(Ok(pruned)))
+    }
+
+    fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
+        let history = self.history();
+        let size = StoreSize { records: history.records.len() as u64, bytes: history.bytes };
+        Box::pin(ready(Ok(size)))
     }
 }
 

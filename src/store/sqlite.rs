@@ -37,7 +37,7 @@ use crate::{
     model::{CycleId, CycleState, Epoch, Name, Output, Payload, Revision, Trigger},
     ports::{
         Contents, Durability, Filter, OpenCycle, Page, PageLimits, Pruned, Record, Retention, SCAN_LIMIT, Store,
-        StoreError, StoredLoop, StoredSubsystem, TriggerKind, Write,
+        StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
     },
 };
 
@@ -263,6 +263,17 @@ impl Store for Sqlite {
     fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
         Box::pin(self.ask(move |reply| Job::Prune(retention, now, limit, reply)))
     }
+
+    fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
+        let path = self.path.clone();
+        Box::pin(self.read(move |connection| {
+            let records =
+                connection.prepare_cached("SELECT sum(cycles) FROM counts")?.query_row([], |row| number(row, 0))?;
+            let files = [path.to_path_buf(), log_of(&path)];
+            let bytes = files.iter().map(|file| fs::metadata(file).map_or(0, |file| file.len())).sum();
+            Ok(StoreSize { records, bytes })
+        }))
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -296,10 +307,14 @@ type Files = [(u64, u64); 2];
 
 /// Which files are in the places of the database and its log now.
 fn files_of(path: &Path) -> io::Result<Files> {
+    let identify = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
+    Ok([identify(path)?, identify(&log_of(path))?])
+}
+
+fn log_of(path: &Path) -> PathBuf {
     let mut log = path.as_os_str().to_owned();
     log.push("-wal");
-    let identify = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
-    Ok([identify(path)?, identify(log.as_ref())?])
+    log.into()
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
@@ -405,10 +420,16 @@ fn begin_epoch(connection: &mut Connection, path: &Path) -> Result<Contents, Sto
         let state = json(row, "state")?.unwrap_or_default();
         Ok(StoredLoop { name: name(row, "name")?, spec: json(row, "spec")?, state })
     })?;
-    contents.outputs = read_all(&transaction, path, "SELECT * FROM outputs ORDER BY name", |row| {
+    let outputs = "SELECT outputs.*, finished_at FROM outputs LEFT JOIN cycles USING (cycle_id) ORDER BY name";
+    contents.outputs = read_all(&transaction, path, outputs, |row| {
         let bytes: Vec<u8> = row.get("payload")?;
         let payload = Payload::check(bytes.into()).map_err(|malformed| wrong(row, "payload", malformed))?;
-        Ok((name(row, "name")?, Output { cycle_id: CycleId(number(row, "cycle_id")?), payload }))
+        let finished_at: Option<i64> = row.get("finished_at")?;
+        Ok(StoredOutput {
+            name: name(row, "name")?,
+            output: Output { cycle_id: CycleId(number(row, "cycle_id")?), payload },
+            finished_at: finished_at.map(|_| time(row, "finished_at")).transpose()?,
+        })
     })?;
     transaction.commit().map_err(explained)?;
     Ok(contents)

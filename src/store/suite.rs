@@ -10,7 +10,7 @@ use crate::{
     model::{CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Payload, Revision, SubsystemSpec, Trigger},
     ports::{
         Contents, Durability, Filter, OpenCycle, PageLimits, Record, Retention, RetentionRule, SCAN_LIMIT, Store,
-        StoreError, StoredLoop, StoredSubsystem, TriggerKind, Write,
+        StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
     },
 };
 
@@ -136,6 +136,18 @@ async fn revisions_go_up(store: &dyn Store, epoch: Epoch) {
     assert_eq!(ids(&after(2, ALL).await.unwrap()), [3, 4, 5]);
 }
 
+async fn its_size_goes_up_and_its_records_down_again(store: &dyn Store, epoch: Epoch) {
+    let empty = store.size().await.unwrap();
+    assert_eq!(empty.records, 0);
+    filled(store, epoch, 30).await;
+    let full = store.size().await.unwrap();
+    assert_eq!(full.records, 30);
+    assert!(full.bytes >= empty.bytes + 3000, "{full:?} after {empty:?}");
+    let newest = Retention { default: RetentionRule { max_cycles: Some(1), max_age: None }, ..Retention::default() };
+    store.prune(newest, at(0), 100).await.unwrap();
+    assert_eq!(store.size().await.unwrap().records, 1);
+}
+
 async fn retention_counts_ages_and_distinguishes(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 30).await;
     let all = async || ids(&store.cycles_before(CycleId(100), Filter::default(), ALL).await.unwrap().records);
@@ -188,6 +200,7 @@ every_store! {
     pages_go_down
     a_page_does_not_read_everything
     revisions_go_up
+    its_size_goes_up_and_its_records_down_again
     retention_counts_ages_and_distinguishes
 }
 
@@ -247,7 +260,8 @@ async fn everything_is_there_after_a_restart() {
     assert_eq!((second.last_cycle_id, second.last_revision), (CycleId(2), Revision(2)));
     assert_eq!(second.last_record, Some(record(2, first.epoch)));
     assert_eq!(second.open, [open_cycle(3)], "what is recorded is no longer open");
-    assert_eq!(second.outputs, [(name("a"), output(2, "new"))]);
+    let made = StoredOutput { name: name("a"), output: output(2, "new"), finished_at: Some(at(2)) };
+    assert_eq!(second.outputs, [made]);
     assert_eq!(second.subsystems, [stored_subsystem("a").1.unwrap()]);
     assert_eq!(second.loops, [stored_loop]);
     assert!(!second.may_lack_open, "the machine has not restarted");

@@ -18,7 +18,7 @@ use super::{
     calls::{Calls, Hosted},
 };
 use crate::{
-    listen::{self, Listener},
+    listen::{self, Connections, Listener},
     model::{self, Name, NameError},
     proto::subsystem::v1::subsystem_server::SubsystemServer,
 };
@@ -147,7 +147,8 @@ fn serve<L: Listener>(
     stop: CancellationToken,
     cut_off: CancellationToken,
 ) -> AbortOnDropHandle<Result<(), transport::Error>> {
-    let (incoming, stopped) = (listen::incoming(listener, MAX_CONNECTIONS, cut_off), stop.cancelled_owned());
+    let incoming = listen::incoming(listener, Connections::at_most(MAX_CONNECTIONS), cut_off);
+    let stopped = stop.cancelled_owned();
     AbortOnDropHandle::new(tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped)))
 }
 

@@ -7,13 +7,15 @@ mod dashboard;
 mod guard;
 mod json;
 
-use std::{io, net::SocketAddr, pin::Pin};
+use std::{io, net::SocketAddr, pin::Pin, sync::Arc};
 
 use axum::{
     Router,
+    body::Body,
     extract::{Path, Query, State},
+    http::header,
     middleware,
-    response::Response,
+    response::{IntoResponse, Response},
     routing::get,
     serve::Listener,
 };
@@ -24,12 +26,13 @@ use tokio_util::sync::CancellationToken;
 use self::guard::Guard;
 use crate::{
     api::Api,
-    listen::{self, Connection},
+    listen::{self, Connection, Connections},
     proto::orchestrator::v1::orchestrator_server::Orchestrator as _,
+    telemetry::metrics::{self, Metrics},
 };
 
 /// Connections at one time: people's browsers have six each, and a monitoring system one.
-const MAX_CONNECTIONS: usize = 256;
+pub(crate) const MAX_CONNECTIONS: usize = 256;
 
 /// The parameters of a URL, in their order.
 type Parameters = Query<Vec<(String, String)>>;
@@ -39,18 +42,22 @@ type Parameters = Query<Vec<(String, String)>>;
 ///
 /// # Errors
 /// The listener's address can't be told.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
+    connections: Arc<Connections>,
     api: Api,
+    metrics: Arc<Metrics>,
     beyond_loopback: bool,
     stop: CancellationToken,
     cut_off: CancellationToken,
 ) -> io::Result<()> {
     let address = listener.local_addr()?;
-    let router =
-        routes().with_state(api).layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
-    let connections = Connections { address, incoming: Box::pin(listen::incoming(listener, MAX_CONNECTIONS, cut_off)) };
-    axum::serve(connections, router).with_graceful_shutdown(stop.cancelled_owned()).await
+    let router = routes()
+        .with_state(api)
+        .route("/metrics", get(scrape).with_state(metrics))
+        .layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
+    let incoming = Incoming { address, incoming: Box::pin(listen::incoming(listener, connections, cut_off)) };
+    axum::serve(incoming, router).with_graceful_shutdown(stop.cancelled_owned()).await
 }
 
 fn routes() -> Router<Api> {
@@ -99,13 +106,17 @@ async fn loops(State(api): State<Api>, Query(parameters): Parameters) -> Respons
     json::answer("ListIntervalLoopsRequest", "ListIntervalLoopsResponse", parameters, list).await
 }
 
+async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], Body::from_stream(metrics.scrape())).into_response()
+}
+
 /// Counted connections, as the HTTP server takes them.
-struct Connections<S> {
+struct Incoming<S> {
     address: SocketAddr,
     incoming: Pin<Box<S>>,
 }
 
-impl<S> Listener for Connections<S>
+impl<S> Listener for Incoming<S>
 where
     S: Stream<Item = io::Result<Connection<TcpStream>>> + Send + 'static,
 {

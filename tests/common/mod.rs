@@ -5,6 +5,7 @@
 
 pub mod door;
 pub mod fleet;
+pub mod http;
 pub mod service;
 pub mod terminal;
 

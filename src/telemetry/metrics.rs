@@ -1,0 +1,370 @@
+//! Metrics in Prometheus' text format.
+//!
+//! They are built when somebody scrapes them, from the state that exists anyway; nothing is registered, so what is
+//! unregistered is not shown any more, without anybody's doing. The text is made in pieces while it is sent: a scrape
+//! of a large fleet holds one piece, and never holds up a cycle for longer than making one takes.
+
+mod definitions;
+
+use std::sync::Arc;
+
+use futures_util::{Stream, stream};
+use jiff::Timestamp;
+use prometheus::{
+    Error, TextEncoder,
+    proto::{Bucket, Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType},
+};
+#[cfg(target_os = "linux")]
+use prometheus::{core::Collector, process_collector::ProcessCollector};
+use tokio::{runtime::Handle, task::yield_now, time::Instant};
+
+#[allow(clippy::wildcard_imports, reason = "it is a list, and this is where all of it is shown")]
+use self::definitions::*;
+pub use self::definitions::{ALL, Definition, Kind};
+use crate::{
+    listen::Connections,
+    model::{CycleState, Histogram, Name},
+    orchestrator::{BreakerState, Durability, Figures, Orchestrator, Outcomes, Registered, TriggerKind},
+};
+
+/// The media type of what is written.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// So many subsystems make one piece: about 100 kB, in about a millisecond.
+const PAGE: usize = 64;
+
+/// What can be scraped.
+pub struct Metrics {
+    orchestrator: Orchestrator,
+    servers: Vec<(&'static str, Arc<Connections>)>,
+    #[cfg(target_os = "linux")]
+    process: ProcessCollector,
+}
+
+/// Where a scrape is.
+enum Position {
+    Start,
+    Subsystems {
+        /// Which one of [`BY_SUBSYSTEM`] is being written.
+        family: usize,
+        /// Its head is written.
+        begun: bool,
+        /// The last subsystem whose share of it is written.
+        after: Option<Name>,
+    },
+}
+
+impl Metrics {
+    /// The metrics of an orchestrator and of the servers in front of it, by name.
+    pub(crate) fn new(orchestrator: Orchestrator, servers: Vec<(&'static str, Arc<Connections>)>) -> Self {
+        Self {
+            orchestrator,
+            servers,
+            #[cfg(target_os = "linux")]
+            process: ProcessCollector::for_self(),
+        }
+    }
+
+    /// Writes all metrics, piece by piece.
+    pub fn scrape(self: Arc<Self>) -> impl Stream<Item = Result<String, Error>> {
+        stream::unfold(Position::Start, move |position| {
+            let this = self.clone();
+            async move {
+                match position {
+                    Position::Start => {
+                        let next = Position::Subsystems { family: 0, begun: false, after: None };
+                        Some((encode(&this.general().await), next))
+                    }
+                    Position::Subsystems { family, begun, after } => {
+                        // Cycles come first.
+                        yield_now().await;
+                        this.page(family, begun, after.as_ref())
+                    }
+                }
+            }
+        })
+    }
+
+    /// Everything but what there is of each subsystem.
+    async fn general(&self) -> Vec<MetricFamily> {
+        let figures = self.orchestrator.figures();
+        let runtime = Handle::current().metrics();
+        let mut families = of_process_and_cycles(&figures);
+        families.extend(of_loops(&figures));
+        families.extend([
+            SUBSYSTEMS.family(vec![
+                SUBSYSTEMS.value(&["config"], count(figures.declared)),
+                SUBSYSTEMS.value(&["rpc"], count(figures.registered)),
+            ]),
+            LEASES.single(count(figures.leases)),
+            WATCHERS.single(count(figures.watchers)),
+            WATCHERS_LAGGING.single(count(figures.lagging)),
+            WATCHER_EVENTS.single(number(figures.events)),
+            STORE_COMMIT_DURATION.family(
+                [("durable", Durability::Durable), ("buffered", Durability::Buffered)]
+                    .map(|(label, kind)| STORE_COMMIT_DURATION.durations(&[label], &figures.counts.commits(kind)))
+                    .into(),
+            ),
+            STORE_COMMIT_ERRORS.single(number(figures.counts.commit_errors)),
+        ]);
+        match self.orchestrator.store_size().await {
+            Ok(size) => {
+                families.extend([STORE_SIZE.single(number(size.bytes)), STORE_RECORDS.single(number(size.records))]);
+            }
+            // Everything else is worth showing all the more.
+            Err(error) => tracing::warn!(%error, "the size of the store is missing in the metrics"),
+        }
+        let by_server = |of: &Definition, figure: fn(&Connections) -> usize| {
+            of.family(self.servers.iter().map(|(name, it)| of.value(&[name], count(figure(it)))).collect())
+        };
+        families.extend([
+            by_server(&CONNECTIONS, Connections::open),
+            by_server(&CONNECTIONS_LIMIT, Connections::max),
+            RUNTIME_WORKERS.single(count(runtime.num_workers())),
+            RUNTIME_TASKS.single(count(runtime.num_alive_tasks())),
+            RUNTIME_QUEUED_TASKS.single(count(runtime.global_queue_depth())),
+        ]);
+        #[cfg(target_os = "linux")]
+        families.extend(self.process.collect());
+        families
+    }
+
+    /// The next piece of what there is of each subsystem; `None` when that was all.
+    fn page(&self, family: usize, begun: bool, after: Option<&Name>) -> Option<(Result<String, Error>, Position)> {
+        let (definition, metrics) = BY_SUBSYSTEM.get(family)?;
+        let subsystems = self.orchestrator.subsystems(after.map(Name::as_str), PAGE);
+        let found: Vec<_> = subsystems.iter().flat_map(|it| metrics(&self.orchestrator, it)).collect();
+        let has_begun = begun || !found.is_empty();
+        let text =
+            encode(&[definition.family(found)]).map(|text| if begun { without_head(&text).to_owned() } else { text });
+        let next = match subsystems.last() {
+            Some(last) if subsystems.len() == PAGE => {
+                Position::Subsystems { family, begun: has_begun, after: Some(last.member.subsystem.name.clone()) }
+            }
+            _ => Position::Subsystems { family: family + 1, begun: false, after: None },
+        };
+        Some((text, next))
+    }
+}
+
+/// Families without a metric are left out, as the format asks.
+fn encode(families: &[MetricFamily]) -> Result<String, Error> {
+    let mut text = String::new();
+    for family in families.iter().filter(|family| !family.get_metric().is_empty()) {
+        TextEncoder::new().encode_utf8(std::slice::from_ref(family), &mut text)?;
+    }
+    Ok(text)
+}
+
+/// A family has its help and its type once, in the two lines before its first metric.
+fn without_head(text: &str) -> &str {
+    text.splitn(3, '\n').nth(2).unwrap_or_default()
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// What is shown
+
+fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
+    const TRIGGERS: [(&str, TriggerKind); 3] =
+        [("manual", TriggerKind::Manual), ("loop", TriggerKind::Loop), ("unknown", TriggerKind::Unknown)];
+    let cycles = CycleState::ALL.into_iter().flat_map(|state| {
+        let counted = move |(trigger, kind)| (state, trigger, figures.counts.cycles(state, kind));
+        TRIGGERS.into_iter().map(counted)
+    });
+    let cycles = cycles.map(|(state, trigger, cycles)| CYCLES.value(&[cycle_state(state), trigger], number(cycles)));
+    let durations = CycleState::ALL.into_iter().filter(|state| *state != CycleState::Interrupted);
+    let durations = durations.map(|it| CYCLE_DURATION.durations(&[cycle_state(it)], &figures.counts.durations(it)));
+    vec![
+        BUILD_INFO.family(vec![BUILD_INFO.value(&[env!("CARGO_PKG_VERSION")], 1.0)]),
+        START_TIME.single(unix_time(figures.started_at)),
+        EPOCH.single(number(figures.epoch.0)),
+        DRAINING.single(truth(figures.draining)),
+        CYCLES.family(cycles.collect()),
+        CYCLE_DURATION.family(durations.collect()),
+        CYCLES_QUEUED.single(count(figures.queued)),
+        CYCLES_RUNNING.single(truth(figures.running)),
+    ]
+}
+
+fn of_loops(figures: &Figures) -> Vec<MetricFamily> {
+    let mut of_each = [LOOP_TICKS, LOOP_INTERVAL, LOOP_LAG, LOOP_LAST_CYCLE, LOOP_STOPPED].map(|it| (it, Vec::new()));
+    let [ticks, interval, lag, last_cycle, stopped] = &mut of_each;
+    for (entry, late) in &figures.loops {
+        let name = entry.settings.name.as_str();
+        let of = entry.state.ticks;
+        ticks.1.extend(
+            [
+                ("ran", of.ran),
+                ("skipped", of.skipped),
+                ("missed", of.missed),
+                ("coalesced", of.coalesced),
+                ("dropped", of.dropped),
+            ]
+            .map(|(disposition, ticks)| LOOP_TICKS.value(&[name, disposition], number(ticks))),
+        );
+        interval.1.push(LOOP_INTERVAL.value(&[name], entry.settings.interval.as_secs_f64()));
+        lag.1.extend(late.map(|late| LOOP_LAG.value(&[name], late.as_secs_f64())));
+        last_cycle.1.extend(entry.last_finished_at.map(|at| LOOP_LAST_CYCLE.value(&[name], unix_time(at))));
+        stopped.1.push(LOOP_STOPPED.value(&[name], truth(entry.state.stopped)));
+    }
+    of_each.map(|(definition, metrics)| definition.family(metrics)).into()
+}
+
+/// What there is of one subsystem of one metric.
+type OfSubsystem = fn(&Orchestrator, &Registered) -> Vec<Metric>;
+
+const BY_SUBSYSTEM: [(Definition, OfSubsystem); 11] = [
+    (SUBSYSTEM_UP, |_, it| {
+        let is_up = it.member.standing.look(|tally, _| tally.is_up);
+        is_up.map(|is_up| SUBSYSTEM_UP.value(&[name(it)], truth(is_up))).into_iter().collect()
+    }),
+    (SUBSYSTEM_OUTCOMES, |_, it| {
+        let Outcomes { succeeded, failed, timed_out, skipped, circuit_open, cancelled } =
+            it.member.standing.look(|tally, _| tally.outcomes);
+        [
+            ("succeeded", succeeded),
+            ("failed", failed),
+            ("timed_out", timed_out),
+            ("skipped", skipped),
+            ("circuit_open", circuit_open),
+            ("cancelled", cancelled),
+        ]
+        .map(|(state, parts)| SUBSYSTEM_OUTCOMES.value(&[name(it), state], number(parts)))
+        .into()
+    }),
+    (SUBSYSTEM_DURATION, |_, it| {
+        let durations = it.member.standing.look(|tally, _| tally.durations.clone());
+        vec![SUBSYSTEM_DURATION.durations(&[name(it)], &durations)]
+    }),
+    (SUBSYSTEM_ATTEMPTS, |_, it| {
+        let attempts = it.member.standing.look(|tally, _| tally.attempts);
+        vec![SUBSYSTEM_ATTEMPTS.value(&[name(it)], number(attempts))]
+    }),
+    (SUBSYSTEM_RETRIES, |_, it| {
+        let retries = it.member.standing.look(|tally, _| tally.retries);
+        vec![SUBSYSTEM_RETRIES.value(&[name(it)], number(retries))]
+    }),
+    (SUBSYSTEM_BREAKER_STATE, |_, it| {
+        let breaker = it.member.breaker(Instant::now());
+        [
+            ("closed", breaker == BreakerState::Closed),
+            ("open", matches!(breaker, BreakerState::Open(_))),
+            ("half_open", breaker == BreakerState::HalfOpen),
+        ]
+        .map(|(state, is)| SUBSYSTEM_BREAKER_STATE.value(&[name(it), state], truth(is)))
+        .into()
+    }),
+    (SUBSYSTEM_SUSPENDED, |_, it| vec![SUBSYSTEM_SUSPENDED.value(&[name(it)], truth(it.member.suspended))]),
+    (SUBSYSTEM_OUTPUT_TIME, |_, it| {
+        let at = it.member.standing.look(|tally, _| tally.output_at);
+        at.map(|at| SUBSYSTEM_OUTPUT_TIME.value(&[name(it)], unix_time(at))).into_iter().collect()
+    }),
+    (SUBSYSTEM_LEASE_EXPIRY, |orchestrator, it| {
+        let ends_at = it.lease.map(|lease| unix_time(orchestrator.lease_ends_at(&lease)));
+        ends_at.map(|at| SUBSYSTEM_LEASE_EXPIRY.value(&[name(it)], at)).into_iter().collect()
+    }),
+    (SUBSYSTEM_LEASE, |_, it| {
+        let lease = it.lease.map(|lease| SUBSYSTEM_LEASE.value(&[name(it)], lease.length.as_secs_f64()));
+        lease.into_iter().collect()
+    }),
+    (SUBSYSTEM_METRIC, |_, it| {
+        let last = it.member.standing.last();
+        let metrics = last.iter().flat_map(|last| &last.report.metrics);
+        metrics.map(|(metric, value)| SUBSYSTEM_METRIC.value(&[name(it), metric], *value)).collect()
+    }),
+];
+
+fn name(registered: &Registered) -> &str {
+    registered.member.subsystem.name.as_str()
+}
+
+fn cycle_state(state: CycleState) -> &'static str {
+    match state {
+        CycleState::Succeeded => "succeeded",
+        CycleState::Degraded => "degraded",
+        CycleState::Failed => "failed",
+        CycleState::Cancelled => "cancelled",
+        CycleState::Interrupted => "interrupted",
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// As the library has it
+
+impl Definition {
+    fn family(&self, metrics: Vec<Metric>) -> MetricFamily {
+        let mut family = MetricFamily::default();
+        family.set_name(self.name.to_owned());
+        family.set_help(self.help.to_owned());
+        family.set_field_type(match self.kind {
+            Kind::Counter => MetricType::COUNTER,
+            Kind::Gauge => MetricType::GAUGE,
+            Kind::Histogram => MetricType::HISTOGRAM,
+        });
+        family.set_metric(metrics);
+        family
+    }
+
+    /// The family of a metric without labels.
+    fn single(&self, value: f64) -> MetricFamily {
+        self.family(vec![self.value(&[], value)])
+    }
+
+    fn labelled(&self, values: &[&str]) -> Metric {
+        debug_assert_eq!(values.len(), self.labels.len(), "{}", self.name);
+        let label = |(name, value): (&&str, &&str)| {
+            let mut label = LabelPair::default();
+            label.set_name((*name).to_owned());
+            label.set_value((*value).to_owned());
+            label
+        };
+        Metric::from_label(self.labels.iter().zip(values).map(label).collect())
+    }
+
+    fn value(&self, labels: &[&str], value: f64) -> Metric {
+        let mut metric = self.labelled(labels);
+        if self.kind == Kind::Counter {
+            let mut counter = Counter::default();
+            counter.set_value(value);
+            metric.set_counter(counter);
+        } else {
+            let mut gauge = Gauge::default();
+            gauge.set_value(value);
+            metric.set_gauge(gauge);
+        }
+        metric
+    }
+
+    fn durations(&self, labels: &[&str], durations: &Histogram) -> Metric {
+        let bucket = |(bound, count)| {
+            let mut bucket = Bucket::default();
+            bucket.set_upper_bound(bound);
+            bucket.set_cumulative_count(count);
+            bucket
+        };
+        let mut histogram = prometheus::proto::Histogram::default();
+        histogram.set_bucket(durations.cumulative().map(bucket).collect());
+        histogram.set_sample_count(durations.count());
+        histogram.set_sample_sum(durations.sum().as_secs_f64());
+        let mut metric = self.labelled(labels);
+        metric.set_histogram(histogram);
+        metric
+    }
+}
+
+#[allow(clippy::cast_precision_loss, reason = "Prometheus' numbers are floats, and exact up to 2^53")]
+fn number(count: u64) -> f64 {
+    count as f64
+}
+
+fn count(count: usize) -> f64 {
+    number(count as u64)
+}
+
+fn truth(is: bool) -> f64 {
+    f64::from(u8::from(is))
+}
+
+fn unix_time(at: Timestamp) -> f64 {
+    at.as_duration().as_secs_f64()
+}

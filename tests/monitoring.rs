@@ -1,0 +1,319 @@
+//! The ready-made monitoring: its files speak of metrics that there are, and Prometheus itself takes all of it.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    env,
+    fmt::Write as _,
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use common::{
+    Stage,
+    fleet::Run,
+    http::get,
+    patiently,
+    service::{Service, ms},
+};
+use orchestrator_core::{
+    proto::{orchestrator::v1 as pb, subsystem::v1 as subsystem},
+    telemetry::metrics::{ALL, Kind},
+};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    process::{Child, Command},
+};
+
+fn examples() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/monitoring")
+}
+
+fn read(name: &str) -> String {
+    fs::read_to_string(examples().join(name)).unwrap()
+}
+
+fn dashboard() -> Value {
+    serde_json::from_str(&read("grafana.json")).unwrap()
+}
+
+/// The panels that show something.
+fn panels(dashboard: &Value) -> impl Iterator<Item = &Value> {
+    dashboard["panels"].as_array().unwrap().iter().filter(|panel| panel["type"] != "row")
+}
+
+/// Every expression of the dashboard, as a person who looks at it sends it.
+fn expressions(dashboard: &Value) -> Vec<String> {
+    let targets = panels(dashboard).flat_map(|panel| panel["targets"].as_array().unwrap());
+    let filled_in = |target: &Value| {
+        let expression = target["expr"].as_str().unwrap();
+        let variables = [("$__rate_interval", "1m"), ("$__range", "1h"), ("$instance", ".*"), ("$subsystem", ".*")];
+        variables.into_iter().fold(expression.to_owned(), |text, (name, value)| text.replace(name, value))
+    };
+    targets.map(filled_in).collect()
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The files
+
+/// The names in a text that are those of metrics, by how they begin.
+fn names(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':');
+    words.filter(|word| word.contains("orchestrator_") || word.starts_with("process_")).collect()
+}
+
+#[test]
+fn they_speak_of_metrics_that_there_are() {
+    let recording = read("recording.yml");
+    let recorded: BTreeSet<_> = recording.lines().filter_map(|line| line.trim().strip_prefix("- record: ")).collect();
+    assert!(!recorded.is_empty());
+    let mut known: BTreeSet<String> = recorded.iter().map(|name| (*name).to_owned()).collect();
+    for definition in ALL {
+        match definition.kind {
+            Kind::Histogram => {
+                known.extend(["bucket", "sum", "count"].map(|part| format!("{}_{part}", definition.name)));
+            }
+            Kind::Counter | Kind::Gauge => {
+                known.insert(definition.name.to_owned());
+            }
+        }
+    }
+    let (alerts, tests) = (read("alerts.yml"), read("rules_test.yml"));
+    let dashboard = expressions(&dashboard()).join("\n");
+    for (file, text) in [
+        ("recording.yml", &recording),
+        ("alerts.yml", &alerts),
+        ("rules_test.yml", &tests),
+        ("grafana.json", &dashboard),
+    ] {
+        let names = names(text);
+        assert!(names.len() > 5, "{file} was not read: {names:?}");
+        for name in names {
+            assert!(known.contains(name), "{file} speaks of {name}, which there is not");
+        }
+    }
+}
+
+#[test]
+fn every_alert_is_tested_and_says_what_to_do() {
+    let (alerts, tests) = (read("alerts.yml"), read("rules_test.yml"));
+    let (_, rules) = alerts.split_once("rules:").unwrap();
+    for rule in rules.split("- alert: ").skip(1) {
+        let name = rule.lines().next().unwrap();
+        for part in ["severity: ", "summary: ", "description: "] {
+            assert!(rule.contains(part), "{name} lacks {part}");
+        }
+        assert!(
+            tests.contains(&format!("ALERTS{{alertname=\"{name}\", alertstate=\"firing\"")),
+            "{name} is not tested"
+        );
+    }
+}
+
+#[test]
+fn the_dashboard_is_one_that_grafana_shows() {
+    let dashboard = dashboard();
+    let mut ids = BTreeSet::new();
+    let mut places = BTreeSet::new();
+    for panel in dashboard["panels"].as_array().unwrap() {
+        let title = panel["title"].as_str().unwrap();
+        assert!(ids.insert(panel["id"].as_u64().unwrap()), "{title} has the id of another one");
+        let place = |side| panel["gridPos"][side].as_u64().unwrap();
+        for (column, line) in (place("x")..place("x") + place("w"))
+            .flat_map(|column| (place("y")..place("y") + place("h")).map(move |line| (column, line)))
+        {
+            assert!(column < 24 && places.insert((column, line)), "{title} lies over another one, or beyond the edge");
+        }
+    }
+    let variables = dashboard["templating"]["list"].as_array().unwrap();
+    assert!(variables.iter().any(|it| it["type"] == "datasource" && it["name"] == "datasource"));
+    assert!(panels(&dashboard).count() > 20);
+    for panel in panels(&dashboard) {
+        assert!(!panel["description"].as_str().unwrap().is_empty(), "{panel}");
+        assert_eq!(panel["datasource"]["uid"], "${datasource}");
+        let mut references = BTreeSet::new();
+        for target in panel["targets"].as_array().unwrap() {
+            assert_eq!(target["datasource"]["uid"], "${datasource}");
+            assert!(references.insert(target["refId"].as_str().unwrap()), "{panel}");
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The real thing
+
+/// Whether Prometheus is installed. Where everything must be, it is a failure if it is not.
+async fn is_installed() -> bool {
+    for tool in ["promtool", "prometheus"] {
+        let probed = Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().await;
+        if !probed.is_ok_and(|status| status.success()) {
+            let missing = format!("Prometheus IS NOT TESTED WITH: {tool} --version failed");
+            assert!(env::var_os("CI").is_none(), "{missing}");
+            eprintln!("\n*** {missing} ***\n");
+            return false;
+        }
+    }
+    true
+}
+
+/// A service with something of everything, after a cycle.
+async fn stage() -> Stage {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["good", "bad"]).await;
+    let odd = [("quote \" backslash \\ newline \n} 1", 1.0), ("𝄞 grüße", f64::MIN), ("\u{1}\u{7f}\r\t", f64::INFINITY)];
+    let metrics = odd.map(|(name, value)| (name.to_owned(), value)).into();
+    let answer = subsystem::RunCycleResponse { metrics, ..subsystem::RunCycleResponse::default() };
+    stage.fleet.run("good", Run::Answer(answer));
+    stage.fleet.run("bad", Run::fail(tonic::Code::Internal));
+    let registration = Some(stage.registration("leased"));
+    let lease = pb::RegisterSubsystemRequest { registration, lease: ms(3_600_000) };
+    stage.client.register_subsystem(lease).await.unwrap();
+    let hourly = pb::IntervalLoop { name: "hourly".into(), interval: ms(3_600_000), ..pb::IntervalLoop::default() };
+    let hourly = pb::StartIntervalLoopRequest { r#loop: Some(hourly) };
+    stage.client.start_interval_loop(hourly).await.unwrap();
+    stage.client.run().await.unwrap();
+    stage
+}
+
+#[tokio::test]
+#[ignore = "needs Prometheus; .ci/run has it"]
+async fn promtool_finds_nothing_wrong_with_the_metrics() {
+    if !is_installed().await {
+        return;
+    }
+    let stage = stage().await;
+    let text = get(stage.service.admin(), "/metrics").await.text().await;
+    let mut promtool = Command::new("promtool");
+    promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut promtool = promtool.kill_on_drop(true).spawn().unwrap();
+    let mut input = promtool.stdin.take().unwrap();
+    input.write_all(text.as_bytes()).await.unwrap();
+    drop(input);
+    let checked = patiently("promtool", promtool.wait_with_output()).await.unwrap();
+    let said = String::from_utf8([checked.stdout, checked.stderr].concat()).unwrap();
+    assert!(checked.status.success() && said.is_empty(), "{said}");
+}
+
+#[tokio::test]
+#[ignore = "needs Prometheus; .ci/run has it"]
+async fn promtool_finds_nothing_wrong_with_the_rules_and_they_do_what_they_should() {
+    if !is_installed().await {
+        return;
+    }
+    for check in [
+        &["check", "config", "prometheus.yml"][..],
+        &["check", "rules", "recording.yml", "alerts.yml"],
+        &["test", "rules", "rules_test.yml"],
+    ] {
+        let checked = Command::new("promtool").args(check).current_dir(examples()).output().await.unwrap();
+        let said = String::from_utf8([checked.stdout, checked.stderr].concat()).unwrap();
+        assert!(checked.status.success(), "promtool {}:\n{said}", check.join(" "));
+        println!("{said}");
+    }
+}
+
+/// A Prometheus that watches a service, as the example has it but more often. It is killed when it is dropped.
+struct Prometheus {
+    _process: Child,
+    address: SocketAddr,
+}
+
+impl Prometheus {
+    async fn watch(service: &Service, home: &Path) -> Self {
+        for rules in ["recording.yml", "alerts.yml"] {
+            fs::copy(examples().join(rules), home.join(rules)).unwrap();
+        }
+        let config = read("prometheus.yml").replace("127.0.0.1:7780", &service.admin().to_string());
+        fs::write(home.join("prometheus.yml"), config.replace("interval: 15s", "interval: 500ms")).unwrap();
+        let mut process = Command::new("prometheus")
+            .args(["--config.file=prometheus.yml", "--storage.tsdb.path=data", "--web.listen-address=127.0.0.1:0"])
+            .current_dir(home)
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let mut listening = String::new();
+        let address = loop {
+            let line = patiently("Prometheus to listen", lines.next_line()).await.unwrap();
+            let line = line.unwrap_or_else(|| panic!("Prometheus has ended:\n{listening}"));
+            listening += &line;
+            listening.push('\n');
+            if let Some((_, address)) = line.split_once("msg=\"Listening on\" address=") {
+                break address.trim().parse().unwrap();
+            }
+        };
+        // What it says later is read too, so that it is never held up.
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        let ready = async { while get(address, "/-/ready").await.status != 200 {} };
+        patiently("Prometheus to be ready", ready).await;
+        Self { _process: process, address }
+    }
+
+    /// Asks for the values of an expression now.
+    async fn query(&self, expression: &str) -> Value {
+        let mut path = "/api/v1/query?query=".to_owned();
+        for byte in expression.bytes() {
+            write!(path, "%{byte:02x}").unwrap();
+        }
+        let answer = get(self.address, &path).await.json().await;
+        assert_eq!(answer["status"], "success", "{expression}: {answer}");
+        answer["data"]["result"].clone()
+    }
+
+    /// Asks until an expression has one value, and that is this one.
+    async fn until(&self, expression: &str, value: &str) {
+        let asking = async {
+            while self.query(expression).await[0]["value"][1] != value {
+                tokio::task::yield_now().await;
+            }
+        };
+        patiently(&format!("{expression} to be {value}"), asking).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs Prometheus; .ci/run has it"]
+async fn prometheus_watches_the_service() {
+    if !is_installed().await {
+        return;
+    }
+    let mut stage = stage().await;
+    let home = tempfile::tempdir().unwrap();
+    let prometheus = Prometheus::watch(&stage.service, home.path()).await;
+    prometheus.until("up{job=\"orchestrator\"}", "1").await;
+    prometheus.until("orchestrator_cycles_total{state=\"degraded\",trigger=\"manual\"}", "1").await;
+    stage.client.run().await.unwrap();
+    stage.client.run().await.unwrap();
+    prometheus.until("orchestrator_cycles_total{state=\"degraded\",trigger=\"manual\"}", "3").await;
+    prometheus.until("count(orchestrator_subsystem_metric)", "3").await;
+    prometheus
+        .until("ALERTS{alertname=\"OrchestratorSubsystemDown\",subsystem=\"bad\",alertstate=\"pending\"}", "1")
+        .await;
+    prometheus.until("count(instance_loop:orchestrator_loop_last_cycle:timestamp_seconds)", "1").await;
+
+    // Rates need two scrapes. Then everything that the dashboard asks for is there, but for what there is nothing of.
+    prometheus.until("count_over_time(orchestrator_epoch[1m]) > bool 2", "1").await;
+    let mut empty = BTreeSet::new();
+    for expression in expressions(&dashboard()) {
+        if prometheus.query(&expression).await.as_array().unwrap().is_empty() {
+            empty.insert(expression);
+        }
+    }
+    let nothing = |expression: &&String| {
+        ["orchestrator_loop_lag_seconds", "retries_total", "disposition!=\"ran\""]
+            .iter()
+            .any(|of| expression.contains(of))
+    };
+    let missing: Vec<_> = empty.iter().filter(|expression| !nothing(expression)).collect();
+    assert!(missing.is_empty(), "these have no value: {missing:#?}");
+
+    stage.service.kill().await;
+    prometheus.until("up{job=\"orchestrator\"}", "0").await;
+}
