@@ -1,7 +1,7 @@
 //! Interval loops: which ticks are due, and the account of every one of them. Pure bookkeeping: the orchestrator
 //! supplies the time and does what is due.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 
@@ -17,6 +17,8 @@ pub struct Loops {
     /// Those whose state has changed since it was last written, with the version that changed it.
     dirty: BTreeMap<Name, u64>,
     version: u64,
+    /// When the log said last that ticks of a loop are dropped.
+    warned_at: BTreeMap<Name, Timestamp>,
 }
 
 /// One loop.
@@ -95,6 +97,7 @@ impl Loops {
     pub fn remove(&mut self, name: &Name) {
         self.entries.remove(name);
         self.dirty.remove(name);
+        self.warned_at.remove(name);
     }
 
     /// When to look again.
@@ -139,6 +142,17 @@ impl Loops {
         }
         entry.plan_next(now);
         self.touch(name.clone());
+    }
+
+    /// Whether the log should say now that ticks of this loop are dropped: once a minute. A loop may have a hundred ticks
+    /// a second.
+    pub fn warns_of_drops(&mut self, name: &Name, now: Timestamp) -> bool {
+        const PAUSE: Duration = Duration::from_mins(1);
+        let is_news = self.warned_at.get(name).is_none_or(|at| now.duration_since(*at).unsigned_abs() >= PAUSE);
+        if is_news {
+            self.warned_at.insert(name.clone(), now);
+        }
+        is_news
     }
 
     /// What has changed since it was last written, and a mark for [`Loops::written`].

@@ -25,8 +25,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("api", &["model", "orchestrator", "proto", "record"]),
     ("web", &["api", "listen", "model", "proto"]),
     ("config", &["model", "ports", "store"]),
-    ("telemetry", &["config"]),
-    ("serve", &["api", "clock", "config", "dial", "listen", "orchestrator", "ports", "store", "web"]),
+    ("telemetry", &["config", "model", "ports"]),
+    ("serve", &["api", "clock", "config", "dial", "listen", "orchestrator", "ports", "store", "telemetry", "web"]),
     ("cli", &["api", "config", "engine", "model", "proto", "serve", "store", "subsystem", "telemetry"]),
     ("main", &["cli"]),
 ];
@@ -36,6 +36,9 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("tonic", &["api", "cli", "dial", "listen", "proto", "serve", "subsystem", "web"]),
     ("prost", &["api", "cli", "proto", "record", "web"]),
     ("axum", &["web"]),
+    ("opentelemetry", &["telemetry"]),
+    ("opentelemetry_otlp", &["telemetry"]),
+    ("opentelemetry_sdk", &["telemetry"]),
     ("rusqlite", &["store"]),
     ("clap", &["cli", "config", "main"]),
 ];

@@ -122,9 +122,9 @@ impl Standing {
         self.lock().mean
     }
 
-    /// Closes its breaker.
-    pub fn close_breaker(&self) {
-        self.lock().breaker.succeeded();
+    /// Closes its breaker. Whether it was open.
+    pub fn close_breaker(&self) -> bool {
+        self.lock().breaker.succeeded()
     }
 }
 
