@@ -24,7 +24,7 @@ use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
     net::TcpListener,
     process::Command,
     sync::watch,
@@ -152,13 +152,14 @@ impl Trace {
     }
 
     /// The header with which a span is told of.
-    fn parent_header(&self, span: &Span) -> Option<String> {
-        Some(format!("00-{}-{}-01", self.id, hex(&span.span_id)))
+    fn parent_header(&self, span: &Span) -> String {
+        format!("00-{}-{}-01", self.id, hex(&span.span_id))
     }
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let number = bytes.iter().fold(0, |number, byte| number << 8 | u128::from(*byte));
+    format!("{number:0digits$x}", digits = 2 * bytes.len())
 }
 
 fn attributes(attributes: &[KeyValue]) -> Value {
@@ -262,7 +263,7 @@ async fn a_cycle_is_a_trace_of_its_calls_and_its_commit() {
         });
         // Each subsystem is told of the very span of its call.
         let sent: Vec<_> = calls.iter().filter(|call| call.subsystem == name).map(header_of).collect();
-        assert_eq!(sent, [[trace.parent_header(initialized), None], [trace.parent_header(ran), None]]);
+        assert_eq!(sent, [[Some(trace.parent_header(initialized)), None], [Some(trace.parent_header(ran)), None]]);
     }
     // The times are those of the record.
     let a = common::service::part(&cycle, "a").started_at.unwrap();
@@ -312,7 +313,7 @@ async fn every_attempt_and_every_kind_of_failure_is_a_span() {
     // Every attempt had a context of its own.
     let sent: Vec<_> = stage.fleet.runs("flaky").into_iter().map(|call| call.trace[0].clone()).collect();
     let spans = trace.calls("flaky", "RunCycle");
-    assert_eq!(sent, spans.into_iter().map(|span| trace.parent_header(span)).collect::<Vec<_>>());
+    assert_eq!(sent, spans.into_iter().map(|span| Some(trace.parent_header(span))).collect::<Vec<_>>());
 }
 
 #[tokio::test]
@@ -358,7 +359,7 @@ async fn the_trace_of_a_caller_is_joined() {
     let trace = collector.of_cycle(&cycle).await;
     assert_eq!(hex(&trace.root().parent_span_id), "b7ad6b7169203331");
     let [ran] = trace.calls("a", "RunCycle")[..] else { panic!() };
-    assert_eq!(last_headers(&stage, "a"), [trace.parent_header(ran), Some("x=1,y=2".into())]);
+    assert_eq!(last_headers(&stage, "a"), [Some(trace.parent_header(ran)), Some("x=1,y=2".into())]);
 
     // A caller that does not want its trace kept is heard, and handed on.
     let cycle = run_from(&mut stage.client, &[("traceparent", NOT_SAMPLED), ("tracestate", "x=1")]).await;
@@ -477,6 +478,18 @@ async fn a_collector_that_hangs_does_not_hold_up_a_shutdown() {
     assert_eq!(stage.service.stop().await.code(), Some(0), "{}", stage.home.log());
     let log = stage.home.log();
     assert!(log.contains("the collector did not take the last spans in time"), "{log}");
+}
+
+#[tokio::test]
+async fn a_collector_behind_https_is_dialed_with_tls() {
+    const HANDSHAKE: u8 = 0x16;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("tracing.otlp_endpoint=https://{}", listener.local_addr().unwrap());
+    let mut stage = Stage::at(Home::new().with_args(["--set".to_owned(), endpoint])).await;
+    stage.register("a", |_| {}).await;
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+    let (mut connection, _) = patiently("the exporter to connect", listener.accept()).await.unwrap();
+    assert_eq!(patiently("its first byte", connection.read_u8()).await.unwrap(), HANDSHAKE);
 }
 
 #[tokio::test]

@@ -31,8 +31,8 @@ use crate::{
     ports::Spans,
 };
 
-/// Spans that wait to be sent, at some 300 bytes each: 15 MB. When the collector is away or slow, the cycles that come on
-/// top are not traced.
+/// Spans that wait to be sent, of some 300 bytes: 15 MB, and four times that if every call fails with as long a message as
+/// is kept. When the collector is away or slow, the cycles that come on top are not traced.
 const MAX_WAITING: usize = 50_000;
 /// Spans in one message: with error messages of 1 KiB still below the 4 MiB that collectors take.
 const BATCH: usize = 1_000;
