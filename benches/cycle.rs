@@ -2,8 +2,9 @@
 //!
 //! The floor is a bare tonic client that sends the same calls over connections that it keeps open, all at once, on the
 //! same runtime. It knows no order, no deadlines and no record. A cycle of ours is asked for and waited for in this
-//! process, and ends when its record is written: to a SQLite database on the disk, or to memory. The rounds of all
-//! sides alternate, and the server is a process of its own, the same for all.
+//! process, and ends when its record is written: to a SQLite database on the disk, or to memory. `traced` is `sqlite`
+//! with every span of every cycle exported. The rounds of all sides alternate, and the server is a process of its own, the
+//! same for all; the collector, which throws away what it gets, is in it as well.
 //!
 //! `cargo bench --bench cycle` measures every fleet; `cargo bench --bench cycle -- 28x1` only the one of that name.
 //! Prints a table for people, and one line of JSON per fleet.
@@ -19,12 +20,17 @@ use std::{
 
 use futures_util::{StreamExt, TryStreamExt, future::try_join_all, stream};
 use jiff::Timestamp;
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTraceServiceRequest, ExportTraceServiceResponse,
+    trace_service_server::{TraceService, TraceServiceServer},
+};
 use orchestrator_core::{
     clock::Clock,
     config::Config,
     dial::Dialer,
     model::{CycleRequest, CycleState, OverlapPolicy, Payload, Subsystem, SubsystemSpec, Trigger},
     orchestrator::{Declared, Orchestrator, Tasks},
+    ports::{Spans, Untraced},
     proto::subsystem::v1::{
         self as pb,
         subsystem_client::SubsystemClient,
@@ -32,12 +38,14 @@ use orchestrator_core::{
     },
     serve,
     store::{self, StoreUrl},
+    telemetry::otlp,
 };
 use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
     time::{ClockId, clock_gettime},
 };
-use tokio::{net::TcpListener, runtime::Runtime};
+use tokio::{net::TcpListener, runtime::Runtime, task::JoinHandle, time::sleep};
+use tokio_util::sync::CancellationToken;
 use tonic::{
     Request, Response, Status,
     transport::{Channel, Endpoint, Server, server::TcpIncoming},
@@ -105,7 +113,7 @@ fn main() -> Result<()> {
         }
         let fleet = if measure { fleet } else { Fleet { cycles: 1, rounds: 1, ..fleet } };
         let server = NoopServer::start(NOOP, fleet.endpoints)?;
-        Runtime::new()?.block_on(compare(&fleet, &server.endpoints))?;
+        Runtime::new()?.block_on(compare(&fleet, &server))?;
         if !measure {
             break;
         }
@@ -139,13 +147,16 @@ impl Measured {
     }
 }
 
-async fn compare(fleet: &Fleet, endpoints: &[String]) -> Result<()> {
+async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
+    let endpoints = &server.endpoints[..];
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let sqlite = StoreUrl::Sqlite(directory.path().join("orchestrator.db"));
+    let [sqlite, traced] = ["o.db", "traced.db"].map(|name| StoreUrl::Sqlite(directory.path().join(name)));
+    let collector = Some(server.collector.as_str());
     let mut sides = [
         (Side::Floor(Floor::connect(fleet, endpoints).await?), Measured::default()),
-        (Side::Ours("memory", Ours::start(fleet, endpoints, &StoreUrl::Memory).await?), Measured::default()),
-        (Side::Ours("sqlite", Ours::start(fleet, endpoints, &sqlite).await?), Measured::default()),
+        (Side::Ours("memory", Ours::start(fleet, endpoints, &StoreUrl::Memory, None).await?), Measured::default()),
+        (Side::Ours("sqlite", Ours::start(fleet, endpoints, &sqlite, None).await?), Measured::default()),
+        (Side::Ours("traced", Ours::start(fleet, endpoints, &traced, collector).await?), Measured::default()),
     ];
     // The first round of each side fills caches and buffers.
     for round in 0..=fleet.rounds {
@@ -159,6 +170,7 @@ async fn compare(fleet: &Fleet, endpoints: &[String]) -> Result<()> {
                 side.cycle().await?;
                 measured.cycles.push(start.elapsed());
             }
+            side.settle().await;
             measured.cpu += cpu_time().saturating_sub(cpu);
         }
     }
@@ -216,6 +228,15 @@ impl Side {
         }
     }
 
+    /// Waits until nothing of its cycles is left to be done.
+    async fn settle(&self) {
+        /// Longer than spans are gathered before they are sent. Waiting takes no CPU time.
+        const EXPORT: Duration = Duration::from_millis(400);
+        if let Self::Ours(_, Ours { exporting: Some(_), .. }) = self {
+            sleep(EXPORT).await;
+        }
+    }
+
     async fn end(self) -> Result<()> {
         match self {
             Self::Floor(_) => Ok(()),
@@ -228,10 +249,12 @@ impl Side {
 struct Ours {
     orchestrator: Orchestrator,
     tasks: Tasks,
+    /// Sends the spans, until it is told to stop.
+    exporting: Option<(JoinHandle<()>, CancellationToken)>,
 }
 
 impl Ours {
-    async fn start(fleet: &Fleet, endpoints: &[String], store: &StoreUrl) -> Result<Self> {
+    async fn start(fleet: &Fleet, endpoints: &[String], store: &StoreUrl, collector: Option<&str>) -> Result<Self> {
         let subsystems = (0..fleet.subsystems).map(|i| {
             let endpoint = endpoints[i % endpoints.len()].clone();
             Subsystem::from_spec(&SubsystemSpec { name: format!("s{i}"), endpoint, ..SubsystemSpec::default() })
@@ -240,9 +263,16 @@ impl Ours {
         let dialer = Arc::new(Dialer::new(Duration::from_secs(5), None));
         let (store, contents) = store::open(store).await?;
         let settings = serve::settings(&Config::default());
+        let (mut spans, mut exporting): (Arc<dyn Spans>, _) = (Arc::new(Untraced), None);
+        if let Some(collector) = collector {
+            let (exporter, sender) = otlp::exporter(collector, 1.0, "bench")?;
+            spans = Arc::new(exporter);
+            let stop = CancellationToken::new();
+            exporting = Some((tokio::spawn(sender.run(stop.clone())), stop));
+        }
         let (orchestrator, tasks) =
-            Orchestrator::start(settings, Clock::System, dialer, store, contents, declared).await?;
-        Ok(Self { orchestrator, tasks })
+            Orchestrator::start(settings, Clock::System, dialer, store, contents, declared, spans).await?;
+        Ok(Self { orchestrator, tasks, exporting })
     }
 
     async fn cycle(&self) -> Result<()> {
@@ -255,6 +285,7 @@ impl Ours {
             overlap: OverlapPolicy::BufferAll,
             deadline: None,
             record_outputs: false,
+            trace: None,
         };
         let record = self.orchestrator.run_cycle(request, false).await?.recorded().await?;
         if record.state == CycleState::Succeeded { Ok(()) } else { Err("a cycle did not succeed".into()) }
@@ -262,7 +293,12 @@ impl Ours {
 
     async fn end(mut self) -> Result<()> {
         self.orchestrator.drain();
-        Ok(self.tasks.finished().await?)
+        self.tasks.finished().await?;
+        if let Some((sending, stop)) = self.exporting {
+            stop.cancel();
+            sending.await?;
+        }
+        Ok(())
     }
 }
 
@@ -309,6 +345,8 @@ impl Floor {
 struct NoopServer {
     process: Child,
     endpoints: Vec<String>,
+    /// Where it takes spans.
+    collector: String,
 }
 
 impl NoopServer {
@@ -319,8 +357,10 @@ impl NoopServer {
             .stdout(Stdio::piped())
             .spawn()?;
         let output = process.stdout.take().ok_or("the server has no output")?;
-        let endpoints = BufReader::new(output).lines().take(endpoints).collect::<std::io::Result<_>>()?;
-        Ok(Self { process, endpoints })
+        let mut lines = BufReader::new(output).lines();
+        let collector = lines.next().ok_or("the server has not started")??;
+        let endpoints = lines.take(endpoints).collect::<std::io::Result<_>>()?;
+        Ok(Self { process, endpoints, collector })
     }
 }
 
@@ -332,11 +372,16 @@ impl Drop for NoopServer {
 }
 
 fn serve_noop(endpoints: usize) -> Result<()> {
+    async fn listen() -> Result<TcpIncoming> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        println!("http://{}", listener.local_addr()?);
+        Ok(TcpIncoming::from(listener).with_nodelay(Some(true)))
+    }
     Runtime::new()?.block_on(async {
+        let collector = TraceServiceServer::new(Noop).max_decoding_message_size(usize::MAX);
+        tokio::spawn(Server::builder().add_service(collector).serve_with_incoming(listen().await?));
         for _ in 0..endpoints {
-            let listener = TcpListener::bind("127.0.0.1:0").await?;
-            println!("http://{}", listener.local_addr()?);
-            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            let incoming = listen().await?;
             tokio::spawn(Server::builder().add_service(SubsystemServer::new(Noop)).serve_with_incoming(incoming));
         }
         tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new())).await??;
@@ -345,6 +390,16 @@ fn serve_noop(endpoints: usize) -> Result<()> {
 }
 
 struct Noop;
+
+#[tonic::async_trait]
+impl TraceService for Noop {
+    async fn export(
+        &self,
+        _: Request<ExportTraceServiceRequest>,
+    ) -> std::result::Result<Response<ExportTraceServiceResponse>, Status> {
+        Ok(Response::new(ExportTraceServiceResponse::default()))
+    }
+}
 
 #[tonic::async_trait]
 impl Service for Noop {

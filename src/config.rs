@@ -7,7 +7,7 @@
 mod reader;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ffi::OsString,
     fmt::{self, Display},
     fs,
@@ -22,8 +22,8 @@ use tracing_subscriber::EnvFilter;
 use self::reader::{Node, PREFIX, Reader, Table, parse, put};
 use crate::{
     model::{
-        BreakerSpec, CatchUp, CycleState, IntervalLoop, LimitsSpec, LoopSpec, OverlapPolicy, RetrySpec, Subsystem,
-        SubsystemSpec, Violations,
+        BreakerSpec, CatchUp, CycleState, Endpoint, IntervalLoop, LimitsSpec, LoopSpec, Name, OverlapPolicy, RetrySpec,
+        Subsystem, SubsystemSpec, Violations,
     },
     ports::{Retention, RetentionRule},
     store::StoreUrl,
@@ -55,6 +55,8 @@ pub struct Config {
     pub dial: Dial,
     /// What it logs.
     pub log: Log,
+    /// What it traces.
+    pub tracing: Tracing,
     /// Declared subsystems, each name once.
     pub subsystems: Vec<Subsystem>,
     /// Declared loops, each name once.
@@ -141,17 +143,28 @@ pub struct Dial {
 pub struct Log {
     /// Directives of [`EnvFilter`], valid. Default `info`.
     pub filter: String,
-    /// Default: text.
+    /// Default: [`LogFormat::Auto`].
     pub format: LogFormat,
 }
 
 /// How a log line looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
+    /// Text on a terminal, JSON elsewhere.
+    Auto,
     /// For people.
     Text,
     /// One JSON object a line.
     Json,
+}
+
+/// What it traces: where the spans of cycles go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tracing {
+    /// A collector that takes OTLP over gRPC, `http://host:port` or `https://host:port`. Default: none, and no spans.
+    pub otlp_endpoint: Option<String>,
+    /// Of cycles whose caller does not say whether its trace is kept, the part that is. 0 to 1, default 1.
+    pub sample_ratio: f64,
 }
 
 /// What the command line says about the configuration.
@@ -172,7 +185,7 @@ pub struct Overrides {
     /// What to log, such as info or orchestrator_core=debug [key: log.filter]
     #[arg(long, value_name = "FILTER")]
     pub log_filter: Option<String>,
-    /// How to log: text or json [key: log.format]
+    /// How to log: text, json, or auto, which is text on a terminal and json elsewhere [key: log.format]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<String>,
     /// Allow an address that others can reach, though callers can't be authenticated: whoever reaches it can run,
@@ -219,6 +232,8 @@ pub struct Reload {
     pub config: Config,
     /// Keys that have changed and need a restart.
     pub needs_restart: Vec<&'static str>,
+    /// What else has changed: keys, and subsystems and loops by their names.
+    pub changed: Vec<String>,
 }
 
 /// Variables that are no settings: for the command line's other commands, and for tests.
@@ -285,8 +300,40 @@ impl Config {
             "dial.ca_file": dial.ca_file,
             "dial.connect_timeout": dial.connect_timeout,
             "log.format": log.format,
+            "tracing.otlp_endpoint": tracing.otlp_endpoint,
         }
-        Reload { config: new, needs_restart }
+        let changed = self.changes(&new);
+        Reload { config: new, needs_restart, changed }
+    }
+
+    /// What is different in `new`, of all that can change while the process runs.
+    #[allow(clippy::float_cmp, reason = "a number that was not changed is the very same")]
+    fn changes(&self, new: &Self) -> Vec<String> {
+        let mut changed = Vec::new();
+        macro_rules! compare {
+            ($($key:literal: $($field:ident).+,)+) => {
+                $(if new.$($field).+ != self.$($field).+ {
+                    changed.push($key.to_owned());
+                })+
+            };
+        }
+        compare! {
+            "server.max_watchers": server.max_watchers,
+            "server.drain_grace": server.drain_grace,
+            "store.retention": store.retention,
+            "cycle.deadline": cycle.deadline,
+            "cycle.max_concurrent_calls": cycle.max_concurrent_calls,
+            "cycle.max_queued": cycle.max_queued,
+            "cycle.max_record_bytes": cycle.max_record_bytes,
+            "cycle.max_outputs_bytes": cycle.max_outputs_bytes,
+            "registry.max_subsystems": registry.max_subsystems,
+            "registry.max_loops": registry.max_loops,
+            "log.filter": log.filter,
+            "tracing.sample_ratio": tracing.sample_ratio,
+        }
+        changed.extend(changed_entries("subsystem", &self.subsystems, &new.subsystems, |it| &it.name));
+        changed.extend(changed_entries("loop", &self.loops, &new.loops, |it| &it.name));
+        changed
     }
 
     fn read(table: Table, variables: BTreeMap<String, Node>, mut problems: Vec<Problem>) -> Result<Self, ConfigError> {
@@ -326,8 +373,15 @@ impl Config {
             log: Log {
                 filter: read.parsed("log.filter", log_filter).unwrap_or_else(|| "info".into()),
                 format: read
-                    .choice("log.format", &[("text", LogFormat::Text), ("json", LogFormat::Json)])
-                    .unwrap_or(LogFormat::Text),
+                    .choice(
+                        "log.format",
+                        &[("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json)],
+                    )
+                    .unwrap_or(LogFormat::Auto),
+            },
+            tracing: Tracing {
+                otlp_endpoint: read.parsed("tracing.otlp_endpoint", collector),
+                sample_ratio: read.ratio("tracing.sample_ratio").unwrap_or(1.0),
             },
             subsystems: entries(read, "subsystem", "subsystems", subsystem_spec, Subsystem::from_spec, |it| &it.name),
             loops: entries(read, "loop", "loops", loop_spec, IntervalLoop::from_spec, |it| &it.name),
@@ -434,6 +488,37 @@ fn log_filter(text: &str) -> Result<String, String> {
         return Err(format!("{word:?} is no level; {EXAMPLE}"));
     }
     EnvFilter::builder().parse(text).map(|_| text.to_owned()).map_err(|error| format!("{error}; {EXAMPLE}"))
+}
+
+fn collector(text: &str) -> Result<String, String> {
+    match Endpoint::parse(text) {
+        Ok(Endpoint::Http(uri) | Endpoint::Https(uri)) => Ok(uri),
+        Ok(Endpoint::Unix(_)) | Err(_) => {
+            Err("give http://host:port or https://host:port, where OTLP is taken over gRPC, most often port 4317"
+                .into())
+        }
+    }
+}
+
+/// Which entries of a list are new, gone or different, each with its name.
+fn changed_entries<'a, T: PartialEq>(
+    kind: &str,
+    old: &'a [T],
+    new: &'a [T],
+    name: fn(&T) -> &Name,
+) -> impl Iterator<Item = String> {
+    let by_name = |list: &'a [T]| list.iter().map(|it| (name(it), it)).collect::<BTreeMap<_, _>>();
+    let (old, new) = (by_name(old), by_name(new));
+    let names: BTreeSet<_> = old.keys().chain(new.keys()).copied().collect();
+    names.into_iter().filter_map(move |name| {
+        let what = match (old.get(name), new.get(name)) {
+            (Some(old), Some(new)) if old == new => return None,
+            (Some(_), Some(_)) => "changed",
+            (None, _) => "added",
+            (_, None) => "removed",
+        };
+        Some(format!("{kind} {name} {what}"))
+    })
 }
 
 fn retention(read: &mut Reader<'_>) -> Retention {

@@ -37,7 +37,7 @@ use crate::{
         Trigger, Violations,
     },
     ports::{
-        Contents, PageLimits, Record, Retention, SCAN_LIMIT, Store, StoreError, StoredOutput, StoredSubsystem,
+        Contents, PageLimits, Record, Retention, SCAN_LIMIT, Spans, Store, StoreError, StoredOutput, StoredSubsystem,
         Subsystems, Write,
     },
     record::{self, Participation},
@@ -220,6 +220,7 @@ impl Orchestrator {
         store: Arc<dyn Store>,
         contents: Contents,
         declared: Declared,
+        spans: Arc<dyn Spans>,
     ) -> Result<(Self, Tasks), Refusal> {
         let now = clock.now();
         let outputs = Arc::new(OutputBudget::new(settings.max_outputs_bytes));
@@ -278,7 +279,9 @@ impl Orchestrator {
                     entries.insert(name, Registered { member, declared: false, lease: stored.lease.map(Lease::new) });
                 }
                 // Rules have become stricter since. It stays stored, output and all, for a version that takes it.
-                Err(violations) => tracing::error!(%name, %violations, "left out: a stored registration is invalid"),
+                Err(violations) => {
+                    tracing::error!(subsystem = %name, %violations, "left out: a stored registration is invalid");
+                }
             }
         }
         // Outputs whose subsystem nobody registers any more.
@@ -299,7 +302,9 @@ impl Orchestrator {
         for (name, stored) in stored {
             match stored.spec.as_ref().map(IntervalLoop::from_spec) {
                 Some(Ok(settings)) => state.loops.restore(settings, false, stored.state, now),
-                Some(Err(violations)) => tracing::error!(%name, %violations, "left out: a stored loop is invalid"),
+                Some(Err(violations)) => {
+                    tracing::error!("loop" = %name, %violations, "left out: a stored loop is invalid");
+                }
                 None => {
                     write.loops.insert(name, None);
                 }
@@ -314,7 +319,10 @@ impl Orchestrator {
             let cycle_id = state.last_cycle_id.next();
             let finished = conductor::interrupted(cycle_id, open.get(&cycle_id).copied(), contents.epoch, now);
             let record = record::encode(&finished, state.last_revision.next(), settings.max_record_bytes);
-            tracing::warn!(%cycle_id, "recorded as interrupted: an earlier process ended in the middle of it");
+            tracing::warn!(
+                cycle_id = cycle_id.0,
+                "recorded as interrupted: an earlier process ended in the middle of it"
+            );
             write.records.push(record.clone());
             state.publish(Arc::new(record), None);
             state.last_admitted = cycle_id;
@@ -334,6 +342,7 @@ impl Orchestrator {
                 orchestrator_id: settings.orchestrator_id.clone(),
                 epoch: contents.epoch,
                 outputs,
+                spans,
             },
             newest: newest::Sender::new(state.last_revision),
             settings: Mutex::new(Arc::new(settings)),
@@ -773,7 +782,11 @@ impl Shared {
         };
         let entry = self.write_subsystem(&name, Some(stored), put).await?;
         self.leases_changed.notify_one();
-        if !is_new {
+        let endpoint = &entry.member.subsystem.endpoint;
+        if is_new {
+            tracing::info!(subsystem = %name, %endpoint, "registered");
+        } else {
+            tracing::info!(subsystem = %name, %endpoint, "registered with changes");
             self.retain_registered();
         }
         Ok((entry, is_new))
@@ -785,14 +798,15 @@ impl Shared {
             return Err(Refusal::DeclaredInConfig(name.clone()));
         }
         self.forget(name).await?;
+        tracing::info!(subsystem = %name, "unregistered");
         Ok(())
     }
 
     async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
         let _writing = self.writing.lock().await;
         let earlier = self.state().registry.get(name)?.clone();
-        if !suspended {
-            earlier.member.standing.close_breaker();
+        if !suspended && earlier.member.standing.close_breaker() {
+            tracing::info!(subsystem = %name, "its circuit breaker is closed: it is resumed");
         }
         if earlier.member.suspended == suspended {
             return Ok(earlier);
@@ -807,7 +821,9 @@ impl Shared {
             state.registry.put(entry.clone());
             entry
         };
-        Ok(self.write_subsystem(name, Some(stored), put).await?)
+        let entry = self.write_subsystem(name, Some(stored), put).await?;
+        tracing::info!(subsystem = %name, "{}", if suspended { "suspended" } else { "resumed" });
+        Ok(entry)
     }
 
     async fn start_loop(&self, spec: &LoopSpec) -> Result<LoopEntry, Refusal> {
@@ -863,6 +879,7 @@ impl Shared {
         };
         let entry = self.write_locked(build, put).await?;
         self.loops_changed.notify_one();
+        tracing::info!("loop" = %entry.settings.name, interval = ?entry.settings.interval, "a loop has started");
         Ok(entry)
     }
 
@@ -886,6 +903,7 @@ impl Shared {
             Some(entry)
         };
         let entry = self.write_locked(build, put).await?;
+        tracing::info!("loop" = %name, "a loop has stopped");
         entry.ok_or_else(|| Refusal::LoopNotFound(name.clone()))
     }
 
@@ -1070,13 +1088,18 @@ impl Shared {
                 overlap: settings.overlap,
                 deadline: settings.deadline,
                 record_outputs: settings.record_outputs,
+                trace: None,
             };
             let (disposition, cycle_id) = match state.admit(request, max_queued) {
                 Ok(admitted) => (TickDisposition::Ran, Some(admitted.cycle_id)),
                 Err(Refusal::CycleRunning(_)) => (TickDisposition::Skipped, None),
                 Err(Refusal::CycleWaiting(_)) => (TickDisposition::Coalesced, None),
                 Err(refusal) => {
-                    tracing::warn!(name = %settings.name, %due_at, %refusal, "a tick was dropped");
+                    let is_news = state.loops.warns_of_drops(&settings.name, now);
+                    // Those of a process that drains are no surprise.
+                    if is_news && !matches!(refusal, Refusal::Draining) {
+                        tracing::warn!("loop" = %settings.name, %due_at, %refusal, "ticks are dropped");
+                    }
                     (TickDisposition::Dropped, None)
                 }
             };
@@ -1108,7 +1131,7 @@ impl Shared {
         let expired = self.state().registry.expired(Instant::now());
         for name in expired {
             self.forget(&name).await?;
-            tracing::info!(%name, "unregistered: its lease was not renewed");
+            tracing::info!(subsystem = %name, "unregistered: its lease was not renewed");
         }
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! What the inside needs of the outside: a [`Store`] that keeps the record, and [`Subsystems`] that can be called.
+//! What the inside needs of the outside: a [`Store`] that keeps the record, [`Subsystems`] that can be called, and
+//! [`Spans`] that takes what is traced.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -7,8 +8,8 @@ use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 
 use crate::model::{
-    Answer, Code, CycleId, CycleState, Epoch, Input, LoopSpec, LoopState, Name, Output, Payload, Revision, Subsystem,
-    SubsystemSpec, Trigger,
+    Answer, Code, CycleId, CycleState, Epoch, Input, LoopSpec, LoopState, Name, Output, Payload, Revision, Span,
+    SpanContext, Subsystem, SubsystemSpec, Trigger,
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -42,6 +43,8 @@ pub struct InitializeCall {
     pub epoch: Epoch,
     /// How long the subsystem has, from now.
     pub timeout: Duration,
+    /// What its spans join.
+    pub trace: Option<SpanContext>,
 }
 
 /// What `RunCycle` carries.
@@ -61,6 +64,8 @@ pub struct RunCall {
     pub inputs: Vec<Input>,
     /// How long the subsystem has, from now.
     pub timeout: Duration,
+    /// What its spans join.
+    pub trace: Option<SpanContext>,
 }
 
 /// Why a call failed.
@@ -71,6 +76,30 @@ pub struct CallError {
     pub code: Code,
     /// What went wrong.
     pub message: String,
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Spans
+
+/// Takes the spans of cycles.
+pub trait Spans: Send + Sync + 'static {
+    /// Whether the spans of a cycle whose caller has no say in it are to be collected. `None`: of no cycle at all.
+    fn samples(&self) -> Option<bool>;
+
+    /// Takes those of one cycle. Called from inside the line of cycles, so it must not wait.
+    fn ended(&self, spans: Vec<Span>);
+}
+
+/// Nobody traces.
+#[derive(Clone, Copy, Debug)]
+pub struct Untraced;
+
+impl Spans for Untraced {
+    fn samples(&self) -> Option<bool> {
+        None
+    }
+
+    fn ended(&self, _: Vec<Span>) {}
 }
 
 // ---------------------------------------------------------------------------------------------------------------

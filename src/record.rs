@@ -65,6 +65,7 @@ fn telemetry(cycle: &FinishedCycle, revision: Revision) -> pb::CycleTelemetry {
         trigger,
         scheduled_at,
         request_id,
+        trace_id,
         started_at,
         finished_at,
         duration,
@@ -89,6 +90,7 @@ fn telemetry(cycle: &FinishedCycle, revision: Revision) -> pb::CycleTelemetry {
         request_id: request_id.clone().unwrap_or_default(),
         revision: revision.0,
         truncated: false,
+        trace_id: trace_id.map(|trace_id| trace_id.to_string()).unwrap_or_default(),
     }
 }
 
@@ -224,7 +226,7 @@ mod tests {
     use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
     use super::*;
-    use crate::model::{Code, CycleId, Epoch, Payload};
+    use crate::model::{Code, CycleId, Epoch, Payload, TraceId};
 
     fn report(name: &str, state: SubsystemState) -> SubsystemReport {
         let output = serde_json::json!({ "text": "x".repeat(1000) });
@@ -249,6 +251,7 @@ mod tests {
             trigger: Trigger::Loop(Name::parse("l").unwrap()),
             scheduled_at: Some(started_at),
             request_id: None,
+            trace_id: Some(TraceId(10)),
             started_at: Some(started_at),
             finished_at: started_at + Duration::from_millis(6),
             duration: Duration::from_millis(6),
@@ -271,6 +274,7 @@ mod tests {
         let telemetry = decoded(usize::MAX);
         assert_eq!((telemetry.cycle_id, telemetry.revision, telemetry.epoch), (7, 9, 3));
         assert_eq!(telemetry.r#loop, "l");
+        assert_eq!(telemetry.trace_id, "0000000000000000000000000000000a");
         let a = &telemetry.subsystems[0];
         assert_eq!(a.started_at.unwrap().nanos, 2_000_000);
         assert!((a.duration_ms - 3.0).abs() < 1e-9);

@@ -17,6 +17,8 @@ pub struct Loops {
     /// Those whose state has changed since it was last written, with the version that changed it.
     dirty: BTreeMap<Name, u64>,
     version: u64,
+    /// When the log said last that ticks of a loop are dropped.
+    warned_at: BTreeMap<Name, Timestamp>,
 }
 
 /// One loop.
@@ -99,6 +101,7 @@ impl Loops {
     pub fn remove(&mut self, name: &Name) {
         self.entries.remove(name);
         self.dirty.remove(name);
+        self.warned_at.remove(name);
     }
 
     /// When to look again.
@@ -157,6 +160,17 @@ impl Loops {
         if let Some(entry) = self.entries.get_mut(name) {
             entry.last_finished_at = Some(finished_at);
         }
+    }
+
+    /// Whether the log should say now that ticks of this loop are dropped: once a minute. A loop may have a hundred ticks
+    /// a second.
+    pub fn warns_of_drops(&mut self, name: &Name, now: Timestamp) -> bool {
+        const PAUSE: Duration = Duration::from_mins(1);
+        let is_news = self.warned_at.get(name).is_none_or(|at| now.duration_since(*at).unsigned_abs() >= PAUSE);
+        if is_news {
+            self.warned_at.insert(name.clone(), now);
+        }
+        is_news
     }
 
     /// What has changed since it was last written, and a mark for [`Loops::written`].

@@ -14,6 +14,7 @@ use std::{
 use notify::Watcher as _;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
+    join,
     net::TcpListener,
     select,
     signal::unix::{Signal, SignalKind, signal},
@@ -32,9 +33,12 @@ use crate::{
     dial::Dialer,
     listen::{self, Connections, Receiving},
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
-    ports::StoreError,
+    ports::{Spans, StoreError, Untraced},
     store,
-    telemetry::metrics::Metrics,
+    telemetry::{
+        metrics::Metrics,
+        otlp::{self, Exporter},
+    },
     web,
 };
 
@@ -62,6 +66,9 @@ pub enum StartError {
     /// The reflection service can't be built.
     #[error("can't describe the contract: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
+    /// Spans can't be exported.
+    #[error("can't export spans to tracing.otlp_endpoint: {0}")]
+    Otlp(#[from] otlp::ExporterError),
     /// Signals can't be received.
     #[error("can't listen for signals: {0}")]
     Signals(io::Error),
@@ -90,6 +97,9 @@ pub struct Service {
     servers: JoinSet<()>,
     stop_server: CancellationToken,
     _cut_off: DropGuard,
+    exporter: Option<Arc<Exporter>>,
+    exporting: JoinSet<()>,
+    stop_exporting: CancellationToken,
     drain_grace: Duration,
 }
 
@@ -116,8 +126,17 @@ impl Service {
         let dialer = Arc::new(Dialer::new(config.dial.connect_timeout, ca.as_deref()));
         let (store, contents) = store::open(&config.store.url).await?;
         tracing::info!(store = %config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store opened");
+        let (mut exporting, stop_exporting) = (JoinSet::new(), CancellationToken::new());
+        let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
+        if let Some(endpoint) = &config.tracing.otlp_endpoint {
+            let (made, sender) = otlp::exporter(endpoint, config.tracing.sample_ratio, &config.orchestrator_id)?;
+            let made = Arc::new(made);
+            exporting.spawn(sender.run(stop_exporting.clone()));
+            (exporter, spans) = (Some(made.clone()), made);
+        }
+        let (settings, declared) = (settings(config), declared(config));
         let (orchestrator, tasks) =
-            Orchestrator::start(settings(config), Clock::System, dialer, store, contents, declared(config)).await?;
+            Orchestrator::start(settings, Clock::System, dialer, store, contents, declared, spans).await?;
 
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
@@ -156,6 +175,9 @@ impl Service {
             servers,
             stop_server,
             _cut_off: cut_off.drop_guard(),
+            exporter,
+            exporting,
+            stop_exporting,
             drain_grace: config.server.drain_grace,
         })
     }
@@ -177,6 +199,9 @@ impl Service {
     pub async fn reload(&mut self, config: &Config) -> Result<(), Refusal> {
         self.orchestrator.reload(settings(config), declared(config)).await?;
         self.drain_grace = config.server.drain_grace;
+        if let Some(exporter) = &self.exporter {
+            exporter.set_sample_ratio(config.tracing.sample_ratio);
+        }
         Ok(())
     }
 
@@ -191,7 +216,10 @@ impl Service {
         }
         select! {
             exit = self.drain() => exit,
-            () = abort => Exit::Aborted,
+            () = abort => {
+                tracing::warn!("aborted by a second signal");
+                Exit::Aborted
+            }
         }
     }
 
@@ -217,17 +245,30 @@ impl Service {
     async fn ended(mut self, finished: Result<(), StoreError>) -> Exit {
         /// For answers that are on their way.
         const LAST_ANSWERS: Duration = Duration::from_secs(5);
+        /// Those of the last cycles; a collector is not worth more waiting.
+        const LAST_SPANS: Duration = Duration::from_secs(3);
         // Whoever watches the health would keep the server until then.
         for service in ["", SERVICE] {
             self.health.clear_service_status(service).await;
         }
         self.stop_server.cancel();
-        let ended = timeout(LAST_ANSWERS, async { while self.servers.join_next().await.is_some() {} });
-        if ended.await.is_err() {
+        // No span comes any more: the last record is written.
+        self.stop_exporting.cancel();
+        let (answered, exported) = join!(
+            timeout(LAST_ANSWERS, async { while self.servers.join_next().await.is_some() {} }),
+            timeout(LAST_SPANS, async { while self.exporting.join_next().await.is_some() {} }),
+        );
+        if answered.is_err() {
             tracing::warn!("not all answers were taken: those who wait for one are cut off");
         }
+        if exported.is_err() {
+            tracing::warn!("the collector did not take the last spans in time: they are dropped");
+        }
         match finished {
-            Ok(()) => Exit::Drained,
+            Ok(()) => {
+                tracing::info!("drained: everything was finished and recorded");
+                Exit::Drained
+            }
             Err(error @ StoreError::Fenced(_)) => {
                 tracing::error!(%error, "stopped");
                 Exit::Fenced
@@ -284,7 +325,7 @@ pub async fn serve(
             );
             continue;
         }
-        let Reload { config: new, needs_restart } = config.reload(new);
+        let Reload { config: new, needs_restart, changed } = config.reload(new);
         let reloaded = select! {
             // The store may be busy for long.
             () = first_of(&mut terminate, &mut interrupt) => break,
@@ -294,7 +335,7 @@ pub async fn serve(
             Ok(()) => {
                 config = new;
                 applied(&config);
-                tracing::info!("reloaded");
+                tracing::info!(changed = listed(&changed), "reloaded");
                 if !needs_restart.is_empty() {
                     tracing::warn!(keys = needs_restart.join(", "), "changed, and applied only by a restart");
                 }
@@ -310,6 +351,18 @@ pub async fn serve(
 fn raise_open_files() -> io::Result<()> {
     let maximum = getrlimit(Resource::Nofile).maximum;
     Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
+}
+
+/// What has changed, in one line of the log.
+fn listed(changed: &[String]) -> String {
+    /// More are counted.
+    const NAMED: usize = 20;
+    let named = changed[..changed.len().min(NAMED)].join(", ");
+    match changed.len().saturating_sub(NAMED) {
+        0 if named.is_empty() => "nothing".into(),
+        0 => named,
+        more => format!("{named} and {more} more"),
+    }
 }
 
 async fn logged<E: Display>(server: impl Future<Output = Result<(), E>>) {

@@ -1,6 +1,8 @@
-//! What the process says about itself: log lines on stderr, and metrics to whoever scrapes them.
+//! What the process says about itself: log lines on stderr, metrics to whoever scrapes them, and spans to a collector
+//! ([`otlp`]).
 
 pub mod metrics;
+pub mod otlp;
 
 use std::{
     ffi::OsStr,
@@ -51,22 +53,34 @@ impl LogFilter {
 /// # Errors
 /// The filter can't be read, or logging has been set up before.
 pub fn init(log: &Log) -> Result<LogFilter, LogError> {
-    let colour = wants_colour(io::stderr().is_terminal(), std::env::var_os("NO_COLOR").as_deref());
-    let (subscriber, filter) = subscriber(log, colour, io::stderr)?;
+    let is_terminal = io::stderr().is_terminal();
+    let format = match log.format {
+        LogFormat::Auto if is_terminal => LogFormat::Text,
+        LogFormat::Auto => LogFormat::Json,
+        format => format,
+    };
+    let colour = wants_colour(is_terminal, std::env::var_os("NO_COLOR").as_deref());
+    let (subscriber, filter) = subscriber(&log.filter, format == LogFormat::Json, colour, io::stderr)?;
     tracing::subscriber::set_global_default(subscriber)?;
     Ok(filter)
 }
 
-fn subscriber<W>(log: &Log, colour: bool, writer: W) -> Result<(Box<dyn Subscriber + Send + Sync>, LogFilter), LogError>
+fn subscriber<W>(
+    filter: &str,
+    as_json: bool,
+    colour: bool,
+    writer: W,
+) -> Result<(Box<dyn Subscriber + Send + Sync>, LogFilter), LogError>
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
-    let (filter, handle) = reload::Layer::new(parse(&log.filter)?);
+    let (filter, handle) = reload::Layer::new(parse(filter)?);
     let filtered = tracing_subscriber::registry().with(filter);
     let lines = fmt::layer().with_writer(writer);
-    let subscriber: Box<dyn Subscriber + Send + Sync> = match log.format {
-        LogFormat::Text => Box::new(filtered.with(lines.with_ansi(colour))),
-        LogFormat::Json => Box::new(filtered.with(lines.json().flatten_event(true))),
+    let subscriber: Box<dyn Subscriber + Send + Sync> = if as_json {
+        Box::new(filtered.with(lines.json().flatten_event(true)))
+    } else {
+        Box::new(filtered.with(lines.with_ansi(colour)))
     };
     Ok((subscriber, LogFilter(handle)))
 }
@@ -108,15 +122,11 @@ mod tests {
         }
     }
 
-    fn log(filter: &str, format: LogFormat) -> Log {
-        Log { filter: filter.into(), format }
-    }
-
     #[test]
     fn json_lines_carry_their_fields() {
         let lines = Lines::default();
         let to = lines.clone();
-        let (subscriber, _filter) = subscriber(&log("info", LogFormat::Json), true, move || to.clone()).unwrap();
+        let (subscriber, _filter) = subscriber("info", true, true, move || to.clone()).unwrap();
         tracing::subscriber::with_default(subscriber, || {
             info!(cycle_id = 7, "recorded");
             info!("again");
@@ -133,7 +143,7 @@ mod tests {
     fn the_filter_can_be_changed_while_it_runs() {
         let lines = Lines::default();
         let to = lines.clone();
-        let (subscriber, filter) = subscriber(&log("info", LogFormat::Text), false, move || to.clone()).unwrap();
+        let (subscriber, filter) = subscriber("info", false, false, move || to.clone()).unwrap();
         tracing::subscriber::with_default(subscriber, || {
             debug!("one");
             filter.set("debug").unwrap();

@@ -25,7 +25,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("api", &["model", "orchestrator", "proto", "record"]),
     ("web", &["api", "listen", "model", "proto", "telemetry"]),
     ("config", &["model", "ports", "store"]),
-    ("telemetry", &["config", "listen", "model", "orchestrator"]),
+    ("telemetry", &["config", "listen", "model", "orchestrator", "ports"]),
     ("serve", &["api", "clock", "config", "dial", "listen", "orchestrator", "ports", "store", "telemetry", "web"]),
     ("cli", &["api", "config", "engine", "model", "proto", "serve", "store", "subsystem", "telemetry"]),
     ("main", &["cli"]),
@@ -37,6 +37,9 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("prost", &["api", "cli", "proto", "record", "web"]),
     ("axum", &["web"]),
     ("prometheus", &["telemetry"]),
+    ("opentelemetry", &["telemetry"]),
+    ("opentelemetry_otlp", &["telemetry"]),
+    ("opentelemetry_sdk", &["telemetry"]),
     ("rusqlite", &["store"]),
     ("clap", &["cli", "config", "main"]),
 ];

@@ -23,7 +23,7 @@ use orchestrator_core::{
         OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, Trigger,
     },
     orchestrator::{Declared, Orchestrator, Refusal, Settings},
-    ports::{CallError, Filter, InitializeCall, Retention, RunCall, Subsystems},
+    ports::{CallError, Filter, InitializeCall, Retention, RunCall, Subsystems, Untraced},
     proto::orchestrator::v1 as pb,
     record::Participation,
     store,
@@ -292,6 +292,7 @@ fn request(step: &Step, registered: &BTreeSet<String>) -> CycleRequest {
         overlap: OverlapPolicy::BufferAll,
         deadline: Some(step.deadline),
         record_outputs: false,
+        trace: None,
     }
 }
 
@@ -307,7 +308,9 @@ async fn run(case: Case) {
     let (store, contents) = store::open(&store::StoreUrl::Memory).await.unwrap();
     let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
     let (orchestrator, mut tasks) =
-        Orchestrator::start(settings(), clock, fleet.clone(), store, contents, Declared::default()).await.unwrap();
+        Orchestrator::start(settings(), clock, fleet.clone(), store, contents, Declared::default(), Arc::new(Untraced))
+            .await
+            .unwrap();
 
     let mut registered = BTreeMap::new();
     for Scripted { spec, .. } in &case.fleet {

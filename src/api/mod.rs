@@ -91,9 +91,10 @@ impl Api {
 #[tonic::async_trait]
 impl Service for Api {
     async fn run_cycle(&self, request: Request<pb::RunCycleRequest>) -> Answer<pb::RunCycleResponse> {
+        let trace = request::trace(request.metadata());
         let request = request.into_inner();
         let (validate_only, is_async) = (request.validate_only, request.r#async);
-        let request = request::cycle(request, Timestamp::now()).map_err(invalid)?;
+        let request = request::cycle(request, trace, Timestamp::now()).map_err(invalid)?;
         if validate_only {
             let subset = request.subset.as_deref();
             self.orchestrator.check_registered(subset).map_err(status)?;

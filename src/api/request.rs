@@ -5,18 +5,31 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
+use tonic::metadata::MetadataMap;
 
 use crate::{
     model::{
         BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, LimitsSpec, LoopSpec, Name, OverlapPolicy, Payload,
-        RetrySpec, Revision, Subsystem, SubsystemSpec, Trigger, Violations,
+        RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, Trigger, Violations,
     },
     orchestrator::{Filter, From as WatchFrom, TriggerKind, WatchFilter},
     proto::orchestrator::v1 as pb,
     record::Participation,
 };
 
-pub(super) fn cycle(request: pb::RunCycleRequest, now: Timestamp) -> Result<CycleRequest, Violations> {
+/// The caller's span. As W3C Trace Context wants it, a header that is malformed or there twice counts for none, and the
+/// parts of `tracestate` are put together.
+pub(super) fn trace(metadata: &MetadataMap) -> Option<SpanContext> {
+    let all = |header| metadata.get_all(header).iter().map(|value| value.to_str().ok()).collect::<Option<Vec<_>>>();
+    let [parent] = all("traceparent")?[..] else { return None };
+    SpanContext::parse(parent, all("tracestate").map(|parts| parts.join(",")).as_deref())
+}
+
+pub(super) fn cycle(
+    request: pb::RunCycleRequest,
+    trace: Option<SpanContext>,
+    now: Timestamp,
+) -> Result<CycleRequest, Violations> {
     let pb::RunCycleRequest {
         subsystems,
         parameters,
@@ -47,6 +60,7 @@ pub(super) fn cycle(request: pb::RunCycleRequest, now: Timestamp) -> Result<Cycl
         overlap: overlap.unwrap_or(OverlapPolicy::BufferAll),
         deadline,
         record_outputs,
+        trace,
     };
     bad.into_result(request)
 }

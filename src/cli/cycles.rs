@@ -204,6 +204,7 @@ pub(super) fn cycle(cycle: &pb::CycleTelemetry, details: bool) -> String {
     facts.fact("error", &cycle.error);
     facts.fact("trigger", trigger(cycle.trigger(), &cycle.r#loop));
     facts.fact("request id", &cycle.request_id);
+    facts.fact("trace", &cycle.trace_id);
     facts.fact("started", time(cycle.started_at.as_ref()));
     facts.fact("finished", format!("{} ({})", time(cycle.finished_at.as_ref()), age(cycle.finished_at.as_ref())));
     facts.fact("duration", milliseconds(cycle.duration_ms));

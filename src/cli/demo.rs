@@ -81,9 +81,9 @@ fn loopback(text: &str) -> Result<SocketAddr, String> {
 impl Demo {
     /// Runs until it is told to stop, or the cycles are over.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
-        // Less than warnings would tear the live view.
-        let log = Log { filter: "warn".into(), format: LogFormat::Text };
-        let log = telemetry::init(&log).map_err(refused)?;
+        // More would tear the live view, which tells of cycles that did not succeed itself.
+        let log = Log { filter: "error".into(), format: LogFormat::Text };
+        telemetry::init(&log).map_err(refused)?;
         let mut config = self.config()?;
         let fleet = Fleet::start(&mut config.subsystems, self.seed, self.pace()).await.map_err(refused)?;
         let (service, is_moved) = self.start(&mut config).await.map_err(refused)?;
@@ -98,8 +98,6 @@ impl Demo {
                 told = told_to_stop() => told.map_err(refused),
                 shown = self.show(address, &greeting) => shown,
             };
-            // That the running cycle is cancelled is no news to whoever stops it.
-            let _ = log.set("error");
         };
         // What comes after the first signal cuts the shutdown short.
         let exit = service.run(until_stopped, async { told_to_stop().await.unwrap_or(()) }).await;

@@ -15,7 +15,7 @@ const BAD_CONFIG: u8 = 2;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Prints on stdout, once requests are answered, \"listening on ADDRESS\", and on a second line \"dashboard at URL\".
-Logs go to stderr.
+Logs go to stderr, as text on a terminal and as JSON elsewhere (log.format).
 
 Signals:
   SIGTERM, SIGINT   the first drains: the running cycle may finish within server.drain_grace; the second aborts

@@ -360,6 +360,16 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// A number from 0 to 1.
+    pub(super) fn ratio(&mut self, key: &str) -> Option<f64> {
+        let ratio = self.float(key)?;
+        if (0.0..=1.0).contains(&ratio) {
+            return Some(ratio);
+        }
+        self.refuse(key, format!("is {ratio}; give a number from 0 to 1"));
+        None
+    }
+
     /// A duration whose bounds are checked later.
     pub(super) fn signed_duration(&mut self, key: &str) -> Option<SignedDuration> {
         self.read(key, A_DURATION, |value| duration(&value).ok_or(value))

@@ -154,7 +154,7 @@ b = 2
              max_outputs_bytes, max_queued, max_record_bytes",
             "orchestrator.toml:22: log.filter is \"inof\"; \"inof\" is no level; give a level (off, error, warn, info, \
              debug, trace), or several such as info,orchestrator_core=debug",
-            "orchestrator.toml:23: log.format is \"xml\"; give \"text\" or \"json\"",
+            "orchestrator.toml:23: log.format is \"xml\"; give \"auto\" or \"text\" or \"json\"",
             "orchestrator.toml:25: servers is unknown; did you mean server?",
         ]
     );
@@ -443,6 +443,9 @@ connect_timeout = "1s"
 [log]
 filter = "debug"
 format = "json"
+[tracing]
+otlp_endpoint = "http://h:4317"
+sample_ratio = 0.5
 [[subsystems]]
 name = "A"
 endpoint = "http://h:1"
@@ -452,7 +455,7 @@ interval = "1s"
 "#,
     )
     .unwrap();
-    let Reload { config, needs_restart } = running.reload(new.clone());
+    let Reload { config, needs_restart, changed } = running.reload(new.clone());
     assert_eq!(
         needs_restart,
         [
@@ -466,6 +469,26 @@ interval = "1s"
             "dial.ca_file",
             "dial.connect_timeout",
             "log.format",
+            "tracing.otlp_endpoint",
+        ]
+    );
+    assert_eq!(
+        changed,
+        [
+            "server.max_watchers",
+            "server.drain_grace",
+            "store.retention",
+            "cycle.deadline",
+            "cycle.max_concurrent_calls",
+            "cycle.max_queued",
+            "cycle.max_record_bytes",
+            "cycle.max_outputs_bytes",
+            "registry.max_subsystems",
+            "registry.max_loops",
+            "log.filter",
+            "tracing.sample_ratio",
+            "subsystem A added",
+            "loop l added",
         ]
     );
     let expected = Config {
@@ -473,11 +496,12 @@ interval = "1s"
         server: Server { max_watchers: 1, drain_grace: Duration::from_secs(1), ..running.server.clone() },
         store: Store { url: running.store.url.clone(), retention: new.store.retention.clone() },
         dial: running.dial.clone(),
-        log: Log { filter: "debug".into(), format: LogFormat::Text },
+        log: Log { filter: "debug".into(), format: LogFormat::Auto },
+        tracing: Tracing { otlp_endpoint: None, sample_ratio: 0.5 },
         ..new.clone()
     };
     assert_eq!(config, expected);
-    assert_eq!(new.reload(new.clone()), Reload { config: new, needs_restart: Vec::new() });
+    assert_eq!(new.reload(new.clone()), Reload { config: new, needs_restart: Vec::new(), changed: Vec::new() });
 }
 
 /// Every key that `read` asks for.

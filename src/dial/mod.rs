@@ -22,7 +22,7 @@ use tonic::{
 use tower::service_fn;
 
 use crate::{
-    model::{Answer, Code, Endpoint, Payload, Subsystem},
+    model::{Answer, Code, Endpoint, Payload, SpanContext, Subsystem},
     ports::{CallError, InitializeCall, RunCall, Subsystems},
     proto::subsystem::v1::{self as pb, subsystem_client::SubsystemClient},
 };
@@ -105,7 +105,8 @@ impl Subsystems for Dialer {
         Box::pin(async move {
             let mut client = self.client(to)?;
             let timeout = call.timeout;
-            let request = with_timeout(convert::initialize_request(to, &call), timeout);
+            let mut request = with_timeout(convert::initialize_request(to, &call), timeout);
+            join_trace(&mut request, call.trace);
             answered(client.initialize(request), timeout).await.map(|pb::InitializeResponse {}| ())
         })
     }
@@ -113,8 +114,9 @@ impl Subsystems for Dialer {
     fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Answer, CallError>> {
         Box::pin(async move {
             let mut client = self.client(to)?;
-            let timeout = call.timeout;
-            let request = with_timeout(convert::run_cycle_request(to, call), timeout);
+            let (timeout, trace) = (call.timeout, call.trace.clone());
+            let mut request = with_timeout(convert::run_cycle_request(to, call), timeout);
+            join_trace(&mut request, trace);
             convert::answer(answered(client.run_cycle(request), timeout).await?)
         })
     }
@@ -144,6 +146,18 @@ fn with_timeout<T>(message: T, timeout: Duration) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(timeout);
     request
+}
+
+/// Tells of the trace, in the headers of W3C Trace Context.
+fn join_trace<T>(request: &mut Request<T>, trace: Option<SpanContext>) {
+    let Some(trace) = trace else { return };
+    let state = trace.state.as_deref().map(|state| ("tracestate", state.to_owned()));
+    for (header, value) in [("traceparent", trace.to_string())].into_iter().chain(state) {
+        // Neither can be malformed: it was checked, or made here.
+        if let Ok(value) = value.try_into() {
+            request.metadata_mut().insert(header, value);
+        }
+    }
 }
 
 /// Awaits an answer. The client library may panic over malformed trailers, and a subsystem must not be able to end

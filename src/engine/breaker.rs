@@ -34,17 +34,20 @@ impl Breaker {
         }
     }
 
-    /// A cycle in which the subsystem was called has ended well.
-    pub fn succeeded(&mut self) {
-        *self = Self::default();
+    /// A cycle in which the subsystem was called has ended well. Whether that closes it.
+    pub fn succeeded(&mut self) -> bool {
+        std::mem::take(self).open_since.is_some()
     }
 
     /// A cycle in which the subsystem was called has ended badly. A failed probe opens the breaker again.
-    pub fn failed(&mut self, policy: Option<BreakerPolicy>, now: Instant) {
+    /// Whether it was closed and opens.
+    pub fn failed(&mut self, policy: Option<BreakerPolicy>, now: Instant) -> bool {
         self.failures = self.failures.saturating_add(1);
-        if self.open_since.is_some() || policy.is_some_and(|policy| self.failures >= policy.failure_threshold) {
+        let was_open = self.open_since.is_some();
+        if was_open || policy.is_some_and(|policy| self.failures >= policy.failure_threshold) {
             self.open_since = Some(now);
         }
+        !was_open && self.open_since.is_some()
     }
 
     /// Cycles in a row that ended badly.

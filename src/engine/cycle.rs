@@ -19,21 +19,25 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    BreakerState, LastPart, OutputBudget, Plan, Standing,
+    BreakerState, LastPart, Member, OutputBudget, Plan, Standing, Trace,
     plan::{Fate, Step},
     retry::{self, Calls},
+    trace::CallSpans,
 };
 use crate::{
     model::{
         Answer, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Freshness, Input, Name, Output,
         SkipReason, Subsystem, SubsystemReport, SubsystemState, excerpt,
     },
-    ports::{CallError, RunCall, Subsystems},
+    ports::{CallError, RunCall, Spans, Subsystems},
 };
 
 /// The most bytes of inputs that wait in calls at one time, so that a fan-out of large outputs can't take all
 /// memory. A call whose inputs alone are larger travels alone.
 const MAX_INPUT_BYTES_IN_FLIGHT: usize = 256 << 20;
+
+/// The most bytes of a subsystem's message in the log.
+const MAX_LOGGED: usize = 200;
 
 /// Runs cycles, one at a time.
 pub struct Engine {
@@ -45,6 +49,8 @@ pub struct Engine {
     pub epoch: Epoch,
     /// Room for outputs.
     pub outputs: Arc<OutputBudget>,
+    /// Takes the spans of cycles.
+    pub spans: Arc<dyn Spans>,
 }
 
 /// A cycle that is about to run.
@@ -61,6 +67,8 @@ pub struct Cycle {
     pub deadline: Duration,
     /// How many subsystems are called at one time.
     pub max_concurrent_calls: usize,
+    /// The trace that its calls join.
+    pub trace: Trace,
 }
 
 /// What a cycle has made.
@@ -138,9 +146,11 @@ impl Engine {
                 parameters: subsystem.parameters.overlaid(&cycle.request.parameters),
                 inputs: call.inputs,
                 timeout: Duration::ZERO,
+                trace: None,
             },
             orchestrator_id: &self.orchestrator_id,
             deadline,
+            spans: CallSpans { cycle, start, subsystem: &member.subsystem, deadline },
             is_probe: call.is_probe,
             attempts: &attempts[call.position],
         };
@@ -372,17 +382,32 @@ impl<'a> Run<'a> {
             Ok(answer) => {
                 self.parts[position].answer = answer;
                 let mut remembered = member.standing.lock();
-                remembered.breaker.succeeded();
+                let closes = remembered.breaker.succeeded();
                 remembered.took(duration);
+                drop(remembered);
+                if closes {
+                    let (cycle_id, subsystem) = (self.cycle.cycle_id.0, &member.subsystem.name);
+                    tracing::info!(cycle_id, %subsystem, "its circuit breaker has closed");
+                }
                 SubsystemState::Succeeded
             }
             Err(state) => {
-                member.standing.lock().breaker.failed(member.subsystem.breaker, Instant::now());
+                self.count_failure(member, &state);
                 state
             }
         };
         let free = self.end(position, Some(state));
         self.release(free);
+    }
+
+    /// Tells the breaker of a failure.
+    fn count_failure(&self, member: &Member, state: &SubsystemState) {
+        let policy = member.subsystem.breaker;
+        if member.standing.lock().breaker.failed(policy, Instant::now()) {
+            let (cycle_id, subsystem) = (self.cycle.cycle_id.0, &member.subsystem.name);
+            let error = excerpt(state.message(), MAX_LOGGED);
+            tracing::warn!(cycle_id, %subsystem, error, "its circuit breaker has opened: it is not called for a while");
+        }
     }
 
     /// Makes an output the latest one, if there is room for it.
@@ -475,6 +500,7 @@ impl<'a> Run<'a> {
             trigger: cycle.request.trigger.clone(),
             scheduled_at: Some(cycle.request.scheduled_at),
             request_id: cycle.request.request_id.clone(),
+            trace_id: cycle.trace.id(),
             started_at: Some(cycle.started_at),
             finished_at,
             duration,
@@ -490,12 +516,11 @@ impl<'a> Run<'a> {
     fn cut_off(&mut self, position: usize, end: End, now: Duration) {
         let step = &self.cycle.plan.steps[position];
         let deadline = self.cycle.deadline;
-        let part = &mut self.parts[position];
-        let state = match (end, part.started) {
+        let state = match (end, self.parts[position].started) {
             (End::Deadline, Some(_)) => {
-                let policy = step.member.subsystem.breaker;
-                step.member.standing.lock().breaker.failed(policy, Instant::now());
-                SubsystemState::TimedOut(format!("no answer within the cycle's deadline of {deadline:?}"))
+                let state = SubsystemState::TimedOut(format!("no answer within the cycle's deadline of {deadline:?}"));
+                self.count_failure(&step.member, &state);
+                state
             }
             (End::Deadline, None) => SubsystemState::Skipped(
                 SkipReason::CycleDeadline,
@@ -505,6 +530,7 @@ impl<'a> Run<'a> {
         };
         let attempts = self.attempts[position].load(Ordering::Relaxed);
         self.observer.ended(position, &state, attempts, now);
+        let part = &mut self.parts[position];
         part.ended = Some(now);
         part.state = Some(state);
     }
@@ -554,7 +580,7 @@ fn sum_up(reports: &[(Arc<SubsystemReport>, bool)], end: End) -> (CycleState, St
 }
 
 fn cause(name: &Name, state: &SubsystemState) -> String {
-    let message = excerpt(state.message(), 200);
+    let message = excerpt(state.message(), MAX_LOGGED);
     match state {
         SubsystemState::Failed(code, _) => format!("{name} {code}: {message}"),
         SubsystemState::CircuitOpen(_) => format!("{name} circuit open: {message}"),

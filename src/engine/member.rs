@@ -160,9 +160,9 @@ impl Standing {
         look(&remembered.tally, remembered.last.as_ref())
     }
 
-    /// Closes its breaker.
-    pub fn close_breaker(&self) {
-        self.lock().breaker.succeeded();
+    /// Closes its breaker. Whether it was open.
+    pub fn close_breaker(&self) -> bool {
+        self.lock().breaker.succeeded()
     }
 }
 

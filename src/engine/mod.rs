@@ -6,8 +6,10 @@ mod cycle;
 mod member;
 mod plan;
 mod retry;
+mod trace;
 
 pub use breaker::{Breaker, BreakerState};
 pub use cycle::{Cycle, Engine, Observer, Ran};
 pub use member::{LastPart, Member, Outcomes, OutputBudget, Standing, Tally};
 pub use plan::{Plan, PlannedSubsystem, Ring, Schedule};
+pub use trace::{Collected, Trace};

@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::time::{Instant, sleep};
 
-use super::Member;
+use super::{Member, trace::CallSpans};
 use crate::{
-    model::{Answer, Code, Input, Subsystem},
+    model::{Answer, Code, Input, Method, Subsystem},
     ports::{CallError, InitializeCall, RunCall, Subsystems},
 };
 
@@ -14,11 +14,13 @@ use crate::{
 pub(super) struct Calls<'a> {
     pub(super) subsystems: &'a dyn Subsystems,
     pub(super) member: &'a Member,
-    /// The call that is made, but for `attempt` and `timeout`.
+    /// The call that is made, but for `attempt`, `timeout` and `trace`.
     pub(super) run: RunCall,
     pub(super) orchestrator_id: &'a std::sync::Arc<str>,
     /// When the subsystem's deadline, or that of the cycle if it is earlier, has passed.
     pub(super) deadline: Instant,
+    /// Where the spans of the calls come from.
+    pub(super) spans: CallSpans<'a>,
     /// Its breaker is half open: one attempt, whatever the retry policy says.
     pub(super) is_probe: bool,
     /// Where the number of attempts made is written.
@@ -55,12 +57,16 @@ impl Calls<'_> {
 
     async fn attempt(&self, subsystem: &Subsystem, on_attempt: &impl Fn(u32)) -> Result<Answer, CallError> {
         if !self.member.is_initialized() {
+            let span = self.spans.begin(Method::Initialize, self.attempts.load(Ordering::Relaxed) + 1);
             let call = InitializeCall {
                 orchestrator_id: self.orchestrator_id.clone(),
                 epoch: self.run.epoch,
                 timeout: self.deadline - Instant::now(),
+                trace: span.context(),
             };
-            match self.subsystems.initialize(subsystem, call).await {
+            let initialized = self.subsystems.initialize(subsystem, call).await;
+            span.end(&initialized);
+            match initialized {
                 Ok(()) => {}
                 // The contract's way to say that it needs none.
                 Err(error) if error.code == Code::Unimplemented => {}
@@ -70,15 +76,19 @@ impl Calls<'_> {
         }
         let attempt = self.attempts.fetch_add(1, Ordering::Relaxed) + 1;
         on_attempt(attempt);
-        let call = RunCall { attempt, timeout: self.deadline - Instant::now(), ..self.run.clone() };
-        let answer = self.subsystems.run_cycle(subsystem, call).await?;
-        match subsystem.limits.check(&answer) {
+        let span = self.spans.begin(Method::RunCycle, attempt);
+        let timeout = self.deadline - Instant::now();
+        let call = RunCall { attempt, timeout, trace: span.context(), ..self.run.clone() };
+        let answered = self.subsystems.run_cycle(subsystem, call).await;
+        let result = answered.and_then(|answer| match subsystem.limits.check(&answer) {
             Ok(()) => Ok(answer),
             Err(over) => Err(CallError {
                 code: Code::ResourceExhausted,
                 message: format!("its answer goes over its limits: {over}"),
             }),
-        }
+        });
+        span.end(&result);
+        result
     }
 }
 

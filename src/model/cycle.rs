@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Code, Issue, Name, OverlapPolicy, Payload};
+use super::{Code, Issue, Name, OverlapPolicy, Payload, SpanContext, TraceId};
 
 macro_rules! counter {
     ($(#[$doc:meta])* $name:ident) => {
@@ -71,6 +71,16 @@ impl Trigger {
             Self::Unknown | Self::Manual => None,
         }
     }
+
+    /// The word for it, such as `MANUAL`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Unknown => "UNKNOWN",
+            Self::Manual => "MANUAL",
+            Self::Loop(_) => "LOOP",
+        }
+    }
 }
 
 /// A cycle that somebody wants to be run.
@@ -92,6 +102,8 @@ pub struct CycleRequest {
     pub deadline: Option<Duration>,
     /// Keep all outputs in the record.
     pub record_outputs: bool,
+    /// The span of the caller that asks for it.
+    pub trace: Option<SpanContext>,
 }
 
 impl CycleRequest {
@@ -118,6 +130,18 @@ pub enum CycleState {
 impl CycleState {
     /// All of them.
     pub const ALL: [Self; 5] = [Self::Succeeded, Self::Degraded, Self::Failed, Self::Cancelled, Self::Interrupted];
+
+    /// The word for it, such as `DEGRADED`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Succeeded => "SUCCEEDED",
+            Self::Degraded => "DEGRADED",
+            Self::Failed => "FAILED",
+            Self::Cancelled => "CANCELLED",
+            Self::Interrupted => "INTERRUPTED",
+        }
+    }
 }
 
 /// How a subsystem's part in a cycle ended.
@@ -259,6 +283,8 @@ pub struct FinishedCycle {
     pub scheduled_at: Option<Timestamp>,
     /// The id of the request.
     pub request_id: Option<String>,
+    /// The trace that it belongs to.
+    pub trace_id: Option<TraceId>,
     /// When it started; `None` when it never did, or that is not known.
     pub started_at: Option<Timestamp>,
     /// When it ended, or was found.

@@ -8,6 +8,7 @@ mod name;
 mod payload;
 mod schedule;
 mod subsystem;
+mod trace;
 mod violation;
 
 pub use code::Code;
@@ -23,4 +24,5 @@ pub use subsystem::{
     Answer, BreakerPolicy, BreakerSpec, Endpoint, Freshness, Input, Issue, Limits, LimitsSpec, Output, RetryPolicy,
     RetrySpec, Severity, Subsystem, SubsystemSpec,
 };
+pub use trace::{Method, Span, SpanContext, TraceId, Work};
 pub use violation::{Violation, Violations};

@@ -2,17 +2,22 @@
 //! it, writes its record, and publishes that.
 
 use std::{
+    ops::Range,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use jiff::Timestamp;
-use tokio::{select, sync::watch, time::sleep};
+use tokio::{
+    select,
+    sync::watch,
+    time::{Instant, sleep},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{LiveCycle, Refusal, Shared, State};
 use crate::{
-    engine::{Cycle, Ran, Standing},
+    engine::{Cycle, Ran, Standing, Trace},
     model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Name, Output, OverlapPolicy, Trigger},
     ports::{Durability, OpenCycle, Record, StoreError, Write},
     record,
@@ -141,14 +146,19 @@ impl Shared {
 
     async fn run_cycles(&self) -> Result<(), StoreError> {
         while let Some(admitted) = self.next_in_line().await? {
-            let (finished, outputs) = match self.begin(&admitted).await? {
+            let (finished, outputs, trace) = match self.begin(&admitted).await? {
                 Some(cycle) => {
                     let Ran { finished, outputs } = self.engine.run(&cycle, &admitted.cancel, &self.live).await;
-                    (finished, outputs)
+                    (finished, outputs, cycle.trace)
                 }
-                None => (self.cancelled_in_line(&admitted), Vec::new()),
+                None => (self.cancelled_in_line(&admitted), Vec::new(), Trace::None),
             };
-            self.record(&admitted, &finished, &outputs).await?;
+            let ended = Instant::now();
+            let commit = self.record(&admitted, &finished, &outputs).await?;
+            tell(&finished);
+            if let Trace::Collected(spans) = trace {
+                self.engine.spans.ended(spans.finish(&finished, ended, commit));
+            }
         }
         self.close().await
     }
@@ -211,6 +221,7 @@ impl Shared {
             deadline: admitted.request.deadline.unwrap_or(settings.cycle_deadline),
             max_concurrent_calls: settings.max_concurrent_calls,
             plan: plan.clone(),
+            trace: Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans),
         };
         let live =
             LiveCycle { cycle_id: cycle.cycle_id, request: cycle.request.clone(), started_at: cycle.started_at, plan };
@@ -225,6 +236,7 @@ impl Shared {
             trigger: admitted.request.trigger.clone(),
             scheduled_at: Some(admitted.request.scheduled_at),
             request_id: admitted.request.request_id.clone(),
+            trace_id: admitted.request.trace.as_ref().map(|trace| trace.trace_id),
             started_at: None,
             finished_at: self.clock.now(),
             duration: Duration::ZERO,
@@ -235,13 +247,13 @@ impl Shared {
         }
     }
 
-    /// Writes the record, durably, and publishes it.
+    /// Writes the record, durably, and publishes it. Returns from when to when it wrote.
     async fn record(
         &self,
         admitted: &Admitted,
         finished: &FinishedCycle,
         outputs: &[(Name, Arc<Standing>, Output)],
-    ) -> Result<(), StoreError> {
+    ) -> Result<Range<Instant>, StoreError> {
         self.live.end();
         let revision = self.state().last_revision.next();
         let record = Arc::new(record::encode(finished, revision, self.settings().max_record_bytes));
@@ -268,10 +280,12 @@ impl Shared {
             let ran = finished.started_at.is_some();
             state.publish(record.clone(), ran.then_some(finished.duration));
         };
+        let start = Instant::now();
         self.insist(admitted, build, publish).await?;
+        let commit = start..Instant::now();
         self.newest.send_replace(revision);
         admitted.done.send_replace(Some(Ok(record)));
-        Ok(())
+        Ok(commit)
     }
 
     /// Writes until it is written. Whoever waits for the cycle learns of the first failure, and nothing new is
@@ -293,7 +307,7 @@ impl Shared {
                 Err(error) if error.is_final() => return Err(error),
                 Err(error) => error,
             };
-            tracing::error!(cycle_id = %admitted.cycle_id, %error, "can't write the record; trying again in {pause:?}");
+            tracing::error!(cycle_id = admitted.cycle_id.0, %error, "can't write the record; trying again in {pause:?}");
             let refusal = Refusal::StoreUnavailable(Some(admitted.cycle_id), error.clone());
             self.state().store_error = Some(error);
             admitted.done.send_replace(Some(Err(refusal)));
@@ -324,6 +338,30 @@ impl Shared {
     }
 }
 
+/// One line in the log for each cycle; that of one that succeeded is for those who look closely.
+fn tell(cycle: &FinishedCycle) {
+    let (cycle_id, state, error) = (cycle.cycle_id.0, cycle.state.name(), &cycle.error);
+    let duration_ms = cycle.duration.as_secs_f64() * 1e3;
+    let loop_name = cycle.trigger.loop_name().map(tracing::field::display);
+    let trace_id = cycle.trace_id.map(tracing::field::display);
+    match cycle.state {
+        CycleState::Succeeded => {
+            tracing::debug!(cycle_id, state, duration_ms, "loop" = loop_name, trace_id, "recorded");
+        }
+        _ => {
+            tracing::warn!(
+                cycle_id,
+                state,
+                error,
+                duration_ms,
+                "loop" = loop_name,
+                trace_id,
+                "a cycle did not succeed"
+            );
+        }
+    }
+}
+
 /// The record of a cycle that an earlier process had begun and not finished.
 pub(super) fn interrupted(cycle_id: CycleId, open: Option<&OpenCycle>, epoch: Epoch, now: Timestamp) -> FinishedCycle {
     let started_at = open.and_then(|open| open.started_at);
@@ -336,6 +374,7 @@ pub(super) fn interrupted(cycle_id: CycleId, open: Option<&OpenCycle>, epoch: Ep
         trigger: open.map_or(Trigger::Unknown, |open| open.trigger.clone()),
         scheduled_at: open.map(|open| open.scheduled_at),
         request_id: open.and_then(|open| open.request_id.clone()),
+        trace_id: None,
         started_at,
         finished_at,
         duration: duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default(),

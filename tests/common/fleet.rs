@@ -158,6 +158,8 @@ pub struct Call {
     pub attempt: u32,
     /// How long its caller waits.
     pub timeout: Option<Duration>,
+    /// `traceparent` and `tracestate`, where they were sent.
+    pub trace: [Option<String>; 2],
     /// The orchestrator's id; empty where the RPC has none.
     pub orchestrator_id: String,
     /// When the cycle was due, where the RPC says so.
@@ -497,11 +499,12 @@ impl Subsystem for FakeService {
         &self,
         request: Request<pb::InitializeRequest>,
     ) -> Result<Response<pb::InitializeResponse>, Status> {
-        let timeout = timeout_of(&request);
+        let (timeout, trace) = (timeout_of(&request), trace_of(&request));
         let request = request.into_inner();
         let mut ongoing = self.begin(Call {
             epoch: request.epoch,
             timeout,
+            trace,
             orchestrator_id: request.orchestrator_id,
             parameters: from_struct(&request.parameters),
             ..Call::of(Method::Initialize, &request.subsystem)
@@ -514,7 +517,7 @@ impl Subsystem for FakeService {
 
     async fn run_cycle(&self, request: Request<pb::RunCycleRequest>) -> Result<Response<pb::RunCycleResponse>, Status> {
         let connection = request.extensions().get::<CancellationToken>().cloned().unwrap_or_default();
-        let timeout = timeout_of(&request);
+        let (timeout, trace) = (timeout_of(&request), trace_of(&request));
         let request = request.into_inner();
         let inputs = request.inputs.iter().map(|(name, input)| (name.clone(), SeenInput::of(input))).collect();
         let mut ongoing = self.begin(Call {
@@ -522,6 +525,7 @@ impl Subsystem for FakeService {
             epoch: request.epoch,
             attempt: request.attempt,
             timeout,
+            trace,
             scheduled_at: request.scheduled_at,
             parameters: from_struct(&request.parameters),
             inputs,
@@ -553,6 +557,7 @@ impl Call {
             epoch: 0,
             attempt: 0,
             timeout: None,
+            trace: [None, None],
             orchestrator_id: String::new(),
             scheduled_at: None,
             parameters: json!({}),
@@ -576,6 +581,11 @@ fn timeout_of<T>(request: &Request<T>) -> Option<Duration> {
         "u" => Duration::from_micros(number),
         _ => Duration::from_nanos(number),
     })
+}
+
+/// What the headers of W3C Trace Context say.
+fn trace_of<T>(request: &Request<T>) -> [Option<String>; 2] {
+    ["traceparent", "tracestate"].map(|header| Some(request.metadata().get(header)?.to_str().unwrap().to_owned()))
 }
 
 impl End {

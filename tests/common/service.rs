@@ -35,6 +35,7 @@ pub struct Home {
     args: Vec<String>,
     store: String,
     admin: String,
+    log_format: &'static str,
 }
 
 impl Default for Home {
@@ -48,7 +49,7 @@ impl Home {
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = format!("sqlite:{}", dir.path().join("o.db").display());
-        Self { dir, wrapper: Vec::new(), args: Vec::new(), store, admin: "127.0.0.1:0".into() }
+        Self { dir, wrapper: Vec::new(), args: Vec::new(), store, admin: "127.0.0.1:0".into(), log_format: "text" }
     }
 
     /// A path inside it.
@@ -75,6 +76,12 @@ impl Home {
     #[must_use]
     pub fn in_memory(self) -> Self {
         Self { store: "memory:".into(), ..self }
+    }
+
+    /// The same home, whose services log like this and not as text.
+    #[must_use]
+    pub fn with_log_format(self, log_format: &'static str) -> Self {
+        Self { log_format, ..self }
     }
 
     /// The same home, whose services have their dashboard there.
@@ -113,6 +120,7 @@ impl Home {
         let child = Command::new(command[0])
             .args(&command[1..])
             .args(["serve", "--listen", "127.0.0.1:0", "--admin-listen", &self.admin, "--store", &self.store])
+            .args(["--log-format", self.log_format])
             .args(&self.args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

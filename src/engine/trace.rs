@@ -1,0 +1,178 @@
+//! The spans of a cycle: made as it runs, and only if somebody wants them.
+
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::time::Instant;
+
+use super::Cycle;
+use crate::{
+    model::{Code, FinishedCycle, Method, Span, SpanContext, Subsystem, TraceId, Work},
+    ports::{CallError, Spans},
+};
+
+/// The trace that a cycle belongs to.
+#[derive(Debug)]
+pub enum Trace {
+    /// None.
+    None,
+    /// Nobody keeps its spans here. Subsystems are told of it all the same: they, too, keep none, or others do.
+    HandedOn(SpanContext),
+    /// The spans of this cycle are collected.
+    Collected(Collected),
+}
+
+/// The spans of a cycle. As many as it makes calls, and two.
+#[derive(Debug)]
+pub struct Collected {
+    root: SpanContext,
+    parent: Option<u64>,
+    calls: Mutex<Vec<Span>>,
+}
+
+impl Trace {
+    /// The trace of a cycle that `caller` asks for. Where there is a caller with a trace, it has decided whether that is
+    /// kept; otherwise `spans` does.
+    pub fn begin(caller: Option<&SpanContext>, spans: &dyn Spans) -> Self {
+        let collected = |root, parent| Self::Collected(Collected { root, parent, calls: Mutex::default() });
+        match (spans.samples(), caller) {
+            (None, None) => Self::None,
+            (Some(_), Some(caller)) if caller.is_sampled => collected(caller.sibling(), Some(caller.span_id)),
+            (_, Some(caller)) => Self::HandedOn(caller.clone()),
+            (Some(true), None) => collected(SpanContext::root(true), None),
+            (Some(false), None) => Self::HandedOn(SpanContext::root(false)),
+        }
+    }
+
+    /// Which one it is.
+    pub fn id(&self) -> Option<TraceId> {
+        match self {
+            Self::None => None,
+            Self::HandedOn(context) => Some(context.trace_id),
+            Self::Collected(collected) => Some(collected.root.trace_id),
+        }
+    }
+}
+
+impl Collected {
+    /// All spans of a cycle that had run at `ended`, and was then committed.
+    pub fn finish(self, cycle: &FinishedCycle, ended: Instant, commit: Range<Instant>) -> Vec<Span> {
+        let Self { root, parent, calls } = self;
+        let mut spans = calls.into_inner().unwrap_or_else(PoisonError::into_inner);
+        spans.reserve_exact(2);
+        let before_commit = commit.start.saturating_duration_since(ended);
+        spans.push(Span {
+            context: root.sibling(),
+            parent: Some(root.span_id),
+            started_at: cycle.finished_at.saturating_add(before_commit).unwrap_or(cycle.finished_at),
+            duration: commit.end - commit.start,
+            work: Work::Commit,
+        });
+        spans.push(Span {
+            context: root,
+            parent,
+            started_at: cycle.started_at.unwrap_or(cycle.finished_at),
+            duration: cycle.duration + commit.end.saturating_duration_since(ended),
+            work: Work::Cycle {
+                cycle_id: cycle.cycle_id,
+                epoch: cycle.epoch,
+                trigger: cycle.trigger.clone(),
+                state: cycle.state,
+                error: cycle.error.clone(),
+                has_remote_parent: parent.is_some(),
+            },
+        });
+        spans
+    }
+
+    fn calls(&self) -> MutexGuard<'_, Vec<Span>> {
+        // A list is as good as before, whoever panicked.
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where the calls of one subsystem in one cycle get their spans.
+#[derive(Clone, Copy)]
+pub(super) struct CallSpans<'a> {
+    pub(super) cycle: &'a Cycle,
+    /// When the cycle began to run.
+    pub(super) start: Instant,
+    pub(super) subsystem: &'a Arc<Subsystem>,
+    /// When a call that has not ended is given up.
+    pub(super) deadline: Instant,
+}
+
+impl<'a> CallSpans<'a> {
+    /// A call begins.
+    pub(super) fn begin(self, method: Method, attempt: u32) -> CallSpan<'a> {
+        match &self.cycle.trace {
+            Trace::None => CallSpan { context: None, open: None },
+            Trace::HandedOn(context) => CallSpan { context: Some(context.clone()), open: None },
+            Trace::Collected(collected) => {
+                let open = Open { of: self, collected, method, attempt, started: Instant::now() };
+                CallSpan { context: Some(collected.root.sibling()), open: Some(open) }
+            }
+        }
+    }
+}
+
+/// A call that has begun. Dropped before its end, it was given up.
+pub(super) struct CallSpan<'a> {
+    context: Option<SpanContext>,
+    open: Option<Open<'a>>,
+}
+
+struct Open<'a> {
+    of: CallSpans<'a>,
+    collected: &'a Collected,
+    method: Method,
+    attempt: u32,
+    started: Instant,
+}
+
+impl CallSpan<'_> {
+    /// What the subsystem is told.
+    pub(super) fn context(&self) -> Option<SpanContext> {
+        self.context.clone()
+    }
+
+    /// The call has ended.
+    pub(super) fn end<T>(mut self, result: &Result<T, CallError>) {
+        match result {
+            Ok(_) => self.ended(Code::Ok, ""),
+            Err(error) => self.ended(error.code, &error.message),
+        }
+    }
+
+    fn ended(&mut self, code: Code, message: &str) {
+        let (Some(open), Some(context)) = (self.open.take(), self.context.take()) else { return };
+        let Open { of: CallSpans { cycle, start, subsystem, .. }, collected, method, attempt, started } = open;
+        let since_start = started.saturating_duration_since(start);
+        collected.calls().push(Span {
+            context,
+            parent: Some(collected.root.span_id),
+            started_at: cycle.started_at.saturating_add(since_start).unwrap_or(cycle.started_at),
+            duration: started.elapsed(),
+            work: Work::Call {
+                subsystem: subsystem.clone(),
+                method,
+                cycle_id: cycle.cycle_id,
+                attempt,
+                code,
+                message: message.to_owned(),
+            },
+        });
+    }
+}
+
+impl Drop for CallSpan<'_> {
+    fn drop(&mut self) {
+        if self.open.as_ref().is_some_and(|open| Instant::now() >= open.of.deadline) {
+            self.ended(Code::DeadlineExceeded, "given up: its deadline has passed");
+        } else {
+            self.ended(Code::Cancelled, "given up: the cycle was cancelled");
+        }
+    }
+}

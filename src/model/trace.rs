@@ -1,0 +1,179 @@
+//! Traces: what joins the spans of a cycle, of who started it and of the subsystems into one.
+//!
+//! By <https://www.w3.org/TR/trace-context/>.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+
+use super::{Code, CycleId, CycleState, Epoch, Subsystem, Trigger};
+
+/// The number of a trace. Not zero. Written as everywhere: 32 hex digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceId(pub u128);
+
+impl fmt::Display for TraceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// One span, as its neighbours refer to it. Displayed as the header `traceparent`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpanContext {
+    /// The trace.
+    pub trace_id: TraceId,
+    /// The span in it. Not zero.
+    pub span_id: u64,
+    /// Somebody keeps the trace.
+    pub is_sampled: bool,
+    /// What vendors add, handed on as it came.
+    pub state: Option<Arc<str>>,
+}
+
+impl SpanContext {
+    /// The most bytes of `tracestate` that are handed on: as many as everybody has to.
+    const MAX_STATE: usize = 512;
+
+    /// A new trace.
+    #[must_use]
+    pub fn root(is_sampled: bool) -> Self {
+        let trace_id = TraceId(fastrand::u128(1..));
+        Self { trace_id, span_id: fastrand::u64(1..), is_sampled, state: None }
+    }
+
+    /// Another span of the same trace.
+    #[must_use]
+    pub fn sibling(&self) -> Self {
+        Self { span_id: fastrand::u64(1..), ..self.clone() }
+    }
+
+    /// Reads the headers `traceparent` and `tracestate`; `None` when they are none, as the standard wants it.
+    #[must_use]
+    pub fn parse(traceparent: &str, tracestate: Option<&str>) -> Option<Self> {
+        let parts: Vec<_> = traceparent.split('-').collect();
+        let [version, trace_id, span_id, flags, more @ ..] = &parts[..] else { return None };
+        let is_hex = |text: &str, digits: usize| {
+            text.len() == digits && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+        };
+        // A later version may add something behind.
+        if !is_hex(version, 2) || *version == "ff" || (*version == "00" && !more.is_empty()) {
+            return None;
+        }
+        if !is_hex(trace_id, 32) || !is_hex(span_id, 16) || !is_hex(flags, 2) {
+            return None;
+        }
+        let trace_id = u128::from_str_radix(trace_id, 16).ok().filter(|id| *id != 0).map(TraceId)?;
+        let span_id = u64::from_str_radix(span_id, 16).ok().filter(|id| *id != 0)?;
+        let is_sampled = u8::from_str_radix(flags, 16).ok()? & 1 == 1;
+        let is_header = |text: &&str| text.len() <= Self::MAX_STATE && text.bytes().all(|b| (b' '..=b'~').contains(&b));
+        let state = tracestate.filter(|text| !text.is_empty()).filter(is_header).map(Arc::from);
+        Some(Self { trace_id, span_id, is_sampled, state })
+    }
+}
+
+impl fmt::Display for SpanContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "00-{}-{:016x}-{:02x}", self.trace_id, self.span_id, u8::from(self.is_sampled))
+    }
+}
+
+/// A span that has ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Span {
+    /// Which one.
+    pub context: SpanContext,
+    /// The one that it is a part of.
+    pub parent: Option<u64>,
+    /// When it started.
+    pub started_at: Timestamp,
+    /// How long it took.
+    pub duration: Duration,
+    /// What was done.
+    pub work: Work,
+}
+
+/// What a span stands for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Work {
+    /// A cycle, from its start until it was recorded.
+    Cycle {
+        /// Its number.
+        cycle_id: CycleId,
+        /// The term of the process that ran it.
+        epoch: Epoch,
+        /// What started it.
+        trigger: Trigger,
+        /// How it ended.
+        state: CycleState,
+        /// What failed.
+        error: String,
+        /// The span of the caller is of another process.
+        has_remote_parent: bool,
+    },
+    /// One call of a subsystem.
+    Call {
+        /// The subsystem.
+        subsystem: Arc<Subsystem>,
+        /// What was called.
+        method: Method,
+        /// The cycle.
+        cycle_id: CycleId,
+        /// The attempt that it belongs to.
+        attempt: u32,
+        /// How it ended. One that was given up: DEADLINE_EXCEEDED or CANCELLED.
+        code: Code,
+        /// What went wrong.
+        message: String,
+    },
+    /// Writing the record.
+    Commit,
+}
+
+/// A method of a subsystem that cycles call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// `Initialize`.
+    Initialize,
+    /// `RunCycle`.
+    RunCycle,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+    #[test]
+    fn a_context_is_read_as_it_was_written() {
+        let context = SpanContext::parse(PARENT, Some("a=1,b=2")).unwrap();
+        assert_eq!(context.to_string(), PARENT);
+        assert_eq!(context.trace_id.to_string(), "0af7651916cd43dd8448eb211c80319c");
+        assert!(context.is_sampled);
+        assert_eq!(context.state.as_deref(), Some("a=1,b=2"));
+        let sibling = context.sibling();
+        assert_eq!((sibling.trace_id, &sibling.state), (context.trace_id, &context.state));
+        assert_ne!(sibling.span_id, context.span_id);
+    }
+
+    #[test]
+    fn what_is_none_is_ignored() {
+        for header in [
+            "",
+            "00",
+            "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
+            "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-1",
+            "00-+af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        ] {
+            assert_eq!(SpanContext::parse(header, None), None, "{header}");
+        }
+        let later = "01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more";
+        assert!(SpanContext::parse(later, None).is_some());
+        assert_eq!(SpanContext::parse(PARENT, Some("a\u{1b}")).unwrap().state, None);
+    }
+}

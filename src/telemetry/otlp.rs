@@ -1,0 +1,254 @@
+//! Spans to a collector, over OTLP.
+//!
+//! The engine makes its spans itself, as plain values, once a cycle: so a cycle that nobody traces costs nothing, and
+//! what is exported are the very times of the record. Names and attributes are those of OpenTelemetry:
+//! <https://opentelemetry.io/docs/specs/semconv/rpc/>.
+
+use std::{
+    mem,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, UNIX_EPOCH},
+};
+
+use opentelemetry::{
+    InstrumentationScope, KeyValue,
+    trace::{SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState},
+};
+pub use opentelemetry_otlp::ExporterBuildError as ExporterError;
+use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithTonicConfig, tonic_types::transport::ClientTlsConfig};
+use opentelemetry_sdk::{
+    Resource,
+    trace::{SpanData, SpanEvents, SpanExporter as _, SpanLinks},
+};
+use tokio::{select, sync::mpsc, time::sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    model::{self, Code, CycleState, Endpoint, Method, Work},
+    ports::Spans,
+};
+
+/// Spans that wait to be sent, of some 300 bytes: 15 MB, and four times that if every call fails with as long a message as
+/// is kept. When the collector is away or slow, the cycles that come on top are not traced.
+const MAX_WAITING: usize = 50_000;
+/// Spans in one message: with error messages of 1 KiB still below the 4 MiB that collectors take.
+const BATCH: usize = 1_000;
+/// How long spans are gathered before they are sent, so that not every short cycle is a message of its own.
+const LINGER: Duration = Duration::from_millis(200);
+/// How long a collector may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Takes the spans of cycles for a [`Sender`].
+#[derive(Debug)]
+pub struct Exporter {
+    queue: mpsc::UnboundedSender<Vec<model::Span>>,
+    /// Spans in `queue`, which that bounds.
+    waiting: Arc<AtomicUsize>,
+    /// The bits of the number.
+    sample_ratio: AtomicU64,
+}
+
+/// Sends them.
+pub struct Sender {
+    queue: mpsc::UnboundedReceiver<Vec<model::Span>>,
+    waiting: Arc<AtomicUsize>,
+    exporter: SpanExporter,
+    scope: InstrumentationScope,
+    /// The last message was not taken.
+    is_away: bool,
+}
+
+/// An exporter to the collector at `endpoint`, which is connected to when there is something to send, and a sender, which
+/// sends it as long as it runs. `sample_ratio` is the part of cycles that is traced.
+///
+/// # Errors
+/// The endpoint is none, or a variable that OpenTelemetry defines (`OTEL_EXPORTER_OTLP_…`) is malformed.
+pub fn exporter(endpoint: &str, sample_ratio: f64, orchestrator_id: &str) -> Result<(Exporter, Sender), ExporterError> {
+    let mut builder = SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(PATIENCE);
+    if endpoint.starts_with("https:") {
+        builder = builder.with_tls_config(ClientTlsConfig::new().with_native_roots());
+    }
+    let mut exporter = builder.build()?;
+    let resource = Resource::builder()
+        .with_service_name("orchestrator")
+        .with_attribute(KeyValue::new("service.instance.id", orchestrator_id.to_owned()))
+        .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
+        .build();
+    exporter.set_resource(&resource);
+    let (queue, queued) = mpsc::unbounded_channel();
+    let waiting = Arc::new(AtomicUsize::new(0));
+    let scope = InstrumentationScope::builder("orchestrator").with_version(env!("CARGO_PKG_VERSION")).build();
+    let sender = Sender { queue: queued, waiting: waiting.clone(), exporter, scope, is_away: false };
+    Ok((Exporter { queue, waiting, sample_ratio: AtomicU64::new(sample_ratio.to_bits()) }, sender))
+}
+
+impl Exporter {
+    /// Traces another part of cycles from now on.
+    pub fn set_sample_ratio(&self, ratio: f64) {
+        self.sample_ratio.store(ratio.to_bits(), Ordering::Relaxed);
+    }
+}
+
+impl Spans for Exporter {
+    fn samples(&self) -> Option<bool> {
+        Some(fastrand::f64() < f64::from_bits(self.sample_ratio.load(Ordering::Relaxed)))
+    }
+
+    fn ended(&self, spans: Vec<model::Span>) {
+        let count = spans.len();
+        // The first always has room, whatever its size: a cycle makes no more spans than calls.
+        let has_room = |waiting| (waiting == 0 || waiting + count <= MAX_WAITING).then_some(waiting + count);
+        let taken = self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, has_room);
+        if taken.is_err() || self.queue.send(spans).is_err() {
+            tracing::debug!("the spans of a cycle are dropped: the collector is away, or too slow");
+        }
+    }
+}
+
+impl Sender {
+    /// Sends spans, and after `stop` those that wait then.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut batch = Vec::new();
+        while let Some(spans) = self.next(&stop).await {
+            self.put(spans, &mut batch);
+            select! {
+                () = sleep(LINGER) => {}
+                () = stop.cancelled() => {}
+            }
+            while let Ok(spans) = self.queue.try_recv() {
+                self.put(spans, &mut batch);
+                while batch.len() >= BATCH {
+                    let rest = batch.split_off(BATCH);
+                    self.send(mem::replace(&mut batch, rest)).await;
+                }
+            }
+            while !batch.is_empty() {
+                let rest = batch.split_off(batch.len().min(BATCH));
+                self.send(mem::replace(&mut batch, rest)).await;
+            }
+        }
+    }
+
+    async fn next(&mut self, stop: &CancellationToken) -> Option<Vec<model::Span>> {
+        select! {
+            biased;
+            spans = self.queue.recv() => return spans,
+            () = stop.cancelled() => {}
+        }
+        self.queue.close();
+        self.queue.recv().await
+    }
+
+    fn put(&self, spans: Vec<model::Span>, batch: &mut Vec<SpanData>) {
+        self.waiting.fetch_sub(spans.len(), Ordering::Relaxed);
+        batch.extend(spans.into_iter().map(|span| self.data(span)));
+    }
+
+    async fn send(&mut self, batch: Vec<SpanData>) {
+        let sent = self.exporter.export(batch).await;
+        // Told once, not with every message.
+        match (&sent, self.is_away) {
+            (Err(error), false) => tracing::warn!(%error, "can't send spans to the collector; they are dropped"),
+            (Ok(()), true) => tracing::info!("the collector takes spans again"),
+            _ => {}
+        }
+        self.is_away = sent.is_err();
+    }
+
+    fn data(&self, span: model::Span) -> SpanData {
+        let model::Span { context, parent, started_at, duration, work } = span;
+        let is_remote = matches!(work, Work::Cycle { has_remote_parent: true, .. });
+        let Described { name, kind, attributes, status } = describe(work);
+        let start_time = UNIX_EPOCH + Duration::try_from(started_at.as_duration()).unwrap_or_default();
+        SpanData {
+            span_context: SpanContext::new(
+                TraceId::from_bytes(context.trace_id.0.to_be_bytes()),
+                SpanId::from_bytes(context.span_id.to_be_bytes()),
+                TraceFlags::default().with_sampled(context.is_sampled),
+                false,
+                context.state.and_then(|state| state.parse().ok()).unwrap_or(TraceState::NONE),
+            ),
+            parent_span_id: parent.map_or(SpanId::INVALID, |id| SpanId::from_bytes(id.to_be_bytes())),
+            parent_span_is_remote: is_remote,
+            span_kind: kind,
+            name: name.into(),
+            start_time,
+            end_time: start_time + duration,
+            attributes,
+            dropped_attributes_count: 0,
+            events: SpanEvents::default(),
+            links: SpanLinks::default(),
+            status,
+            instrumentation_scope: self.scope.clone(),
+        }
+    }
+}
+
+struct Described {
+    name: &'static str,
+    kind: SpanKind,
+    attributes: Vec<KeyValue>,
+    status: Status,
+}
+
+fn describe(work: Work) -> Described {
+    // Attributes have no unsigned numbers.
+    let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    match work {
+        Work::Cycle { cycle_id, epoch, trigger, state, error, has_remote_parent: _ } => {
+            let mut attributes = vec![
+                KeyValue::new("orchestrator.cycle_id", number(cycle_id.0)),
+                KeyValue::new("orchestrator.epoch", number(epoch.0)),
+                KeyValue::new("orchestrator.cycle.state", state.name()),
+                KeyValue::new("orchestrator.cycle.trigger", trigger.name()),
+            ];
+            attributes.extend(trigger.loop_name().map(|name| KeyValue::new("orchestrator.loop", name.to_string())));
+            let status = if state == CycleState::Succeeded { Status::Unset } else { Status::error(error) };
+            Described { name: "cycle", kind: SpanKind::Internal, attributes, status }
+        }
+        Work::Call { subsystem, method, cycle_id, attempt, code, message } => {
+            let name = match method {
+                Method::Initialize => "dreamnet.subsystem.v1.Subsystem/Initialize",
+                Method::RunCycle => "dreamnet.subsystem.v1.Subsystem/RunCycle",
+            };
+            let mut attributes = vec![
+                KeyValue::new("rpc.system.name", "grpc"),
+                KeyValue::new("rpc.method", name),
+                KeyValue::new("rpc.response.status_code", code.name()),
+                KeyValue::new("orchestrator.subsystem", subsystem.name.to_string()),
+                KeyValue::new("orchestrator.cycle_id", number(cycle_id.0)),
+                KeyValue::new("orchestrator.attempt", i64::from(attempt)),
+            ];
+            attributes.extend(server(&subsystem.endpoint));
+            let status = match (method, code) {
+                // UNIMPLEMENTED is how a subsystem says that it needs no initialization.
+                (_, Code::Ok) | (Method::Initialize, Code::Unimplemented) => Status::Unset,
+                _ => {
+                    attributes.push(KeyValue::new("error.type", code.name()));
+                    Status::error(message)
+                }
+            };
+            Described { name, kind: SpanKind::Client, attributes, status }
+        }
+        Work::Commit => {
+            Described { name: "commit", kind: SpanKind::Internal, attributes: Vec::new(), status: Status::Unset }
+        }
+    }
+}
+
+/// Where a call went.
+fn server(endpoint: &Endpoint) -> Vec<KeyValue> {
+    match endpoint {
+        Endpoint::Unix(path) => vec![KeyValue::new("server.address", path.clone())],
+        Endpoint::Http(uri) | Endpoint::Https(uri) => {
+            let authority = uri.split_once("://").map_or(uri.as_str(), |(_, authority)| authority);
+            let (host, port) = authority.rsplit_once(':').unwrap_or((authority, ""));
+            let mut attributes = vec![KeyValue::new("server.address", host.to_owned())];
+            attributes.extend(port.parse::<i64>().ok().map(|port| KeyValue::new("server.port", port)));
+            attributes
+        }
+    }
+}

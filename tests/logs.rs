@@ -1,0 +1,159 @@
+//! What the service says in its log.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{fmt::Write as _, fs};
+
+use common::{
+    Stage,
+    fleet::Run,
+    patiently,
+    service::{Home, ms},
+};
+use orchestrator_core::proto::orchestrator::v1 as pb;
+use rustix::process::Signal;
+use serde_json::Value;
+use tonic::{Code, Request};
+
+/// A home whose services log JSON, as they do where no terminal is.
+fn home(config: &str) -> Home {
+    Home::new().with_config(config).with_log_format("auto")
+}
+
+/// Every line so far.
+fn lines(home: &Home) -> Vec<Value> {
+    let text = fs::read_to_string(home.path("log")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line:?} is no JSON"))).collect()
+}
+
+fn with_message(home: &Home, message: &str) -> Vec<Value> {
+    lines(home).into_iter().filter(|line| line["message"].as_str().is_some_and(|it| it.starts_with(message))).collect()
+}
+
+async fn until_logged(home: &Home, message: &str, times: usize) -> Vec<Value> {
+    let logged = async {
+        loop {
+            let found = with_message(home, message);
+            if found.len() >= times {
+                return found;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    patiently(message, logged).await
+}
+
+#[tokio::test]
+async fn a_cycle_that_does_not_succeed_is_told_with_its_fields_and_the_others_for_those_who_look_closely() {
+    let mut stage = Stage::at(home("")).await;
+    stage.register_all(&["a", "b"]).await;
+    stage.client.run().await.unwrap();
+    stage.fleet.run("a", Run::Fail(Code::Internal, "no fuel".into()));
+    let mut request = Request::new(pb::RunCycleRequest::default());
+    let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
+    request.metadata_mut().insert("traceparent", parent.parse().unwrap());
+    stage.client.run_cycle(request).await.unwrap();
+
+    let told = until_logged(&stage.home, "a cycle did not succeed", 1).await;
+    assert_eq!(told.len(), 1);
+    assert_eq!((&told[0]["level"], &told[0]["cycle_id"]), (&"WARN".into(), &2.into()));
+    assert_eq!(told[0]["state"], "DEGRADED");
+    assert_eq!(told[0]["error"], "1 of 2 failed: a INTERNAL: no fuel");
+    assert_eq!(told[0]["trace_id"], "0af7651916cd43dd8448eb211c80319c");
+    let registered = with_message(&stage.home, "registered");
+    assert_eq!(registered.iter().map(|line| &line["subsystem"]).collect::<Vec<_>>(), ["a", "b"]);
+    assert!(with_message(&stage.home, "recorded").is_empty());
+
+    // The level can be changed while it runs.
+    fs::write(stage.home.path("orchestrator.toml"), "[log]\nfilter = \"orchestrator_core=debug\"\n").unwrap();
+    stage.service.signal(Signal::HUP);
+    let reloaded = until_logged(&stage.home, "reloaded", 1).await;
+    assert_eq!(reloaded[0]["changed"], "log.filter");
+    stage.fleet.run("a", Run::Echo);
+    stage.client.run().await.unwrap();
+    let told = until_logged(&stage.home, "recorded", 1).await;
+    assert_eq!((&told[0]["level"], &told[0]["cycle_id"]), (&"DEBUG".into(), &3.into()));
+    assert_eq!(stage.service.stop().await.code(), Some(0));
+    assert_eq!(with_message(&stage.home, "drained").len(), 1);
+}
+
+#[tokio::test]
+async fn what_changes_in_the_registry_and_in_breakers_is_told_once() {
+    let mut stage = Stage::at(home("")).await;
+    let breaker = |it: &mut pb::Registration| {
+        it.breaker = Some(pb::BreakerPolicy { failure_threshold: 2, open_for: ms(1), ..Default::default() });
+    };
+    stage.register("a", breaker).await;
+    // The same again only renews.
+    stage.register("a", breaker).await;
+    stage.fleet.run("a", Run::Fail(Code::Internal, "no fuel".into()));
+    for _ in 0..6 {
+        stage.client.run().await.unwrap();
+    }
+    let opened = with_message(&stage.home, "its circuit breaker has opened");
+    assert_eq!(opened.len(), 1, "{opened:?}");
+    assert_eq!((&opened[0]["level"], &opened[0]["subsystem"]), (&"WARN".into(), &"a".into()));
+    assert_eq!((&opened[0]["cycle_id"], &opened[0]["error"]), (&2.into(), &"no fuel".into()));
+    stage.fleet.run("a", Run::Echo);
+    let closed = async {
+        while with_message(&stage.home, "its circuit breaker has closed").is_empty() {
+            stage.client.run().await.unwrap();
+        }
+    };
+    patiently("the breaker to close", closed).await;
+
+    stage.client.suspend_subsystem(pb::SuspendSubsystemRequest { name: "a".into() }).await.unwrap();
+    stage.client.resume_subsystem(pb::ResumeSubsystemRequest { name: "a".into() }).await.unwrap();
+    stage.client.unregister_subsystem(pb::UnregisterSubsystemRequest { name: "a".into() }).await.unwrap();
+    let spec = pb::IntervalLoop { name: "l".into(), interval: ms(3_600_000), ..Default::default() };
+    stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(spec) }).await.unwrap();
+    stage.client.stop_interval_loop(pb::StopIntervalLoopRequest { name: "l".into() }).await.unwrap();
+    for (message, field, name) in [
+        ("registered", "subsystem", "a"),
+        ("suspended", "subsystem", "a"),
+        ("resumed", "subsystem", "a"),
+        ("unregistered", "subsystem", "a"),
+        ("a loop has started", "loop", "l"),
+        ("a loop has stopped", "loop", "l"),
+    ] {
+        let told = with_message(&stage.home, message);
+        assert_eq!(told.len(), 1, "{message}: {told:?}");
+        assert_eq!((&told[0]["level"], &told[0][field]), (&"INFO".into(), &name.into()), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn a_reload_names_what_it_changes() {
+    let entry = |name: &str, phase: i32| {
+        format!("[[subsystems]]\nname = \"{name}\"\nendpoint = \"http://127.0.0.1:1\"\nphase = {phase}\n")
+    };
+    let stage = Stage::at(home(&[entry("a", 1), entry("b", 1)].concat())).await;
+    let mut config = String::from("[cycle]\ndeadline = \"1s\"\n");
+    for (name, phase) in [("b", 2), ("c", 1)] {
+        write!(config, "{}", entry(name, phase)).unwrap();
+    }
+    fs::write(stage.home.path("orchestrator.toml"), config).unwrap();
+    stage.service.signal(Signal::HUP);
+    let told = until_logged(&stage.home, "reloaded", 1).await;
+    assert_eq!(told[0]["changed"], "cycle.deadline, subsystem a removed, subsystem b changed, subsystem c added");
+}
+
+#[tokio::test]
+async fn ticks_that_are_dropped_are_told_once() {
+    let mut stage = Stage::at(home("[cycle]\nmax_queued = 0\n")).await;
+    stage.register_all(&["a"]).await;
+    stage.fleet.run("a", Run::Hold);
+    stage.client.admit().await.unwrap();
+    stage.fleet.until_run("a", 1).await;
+    let overlap_policy = pb::OverlapPolicy::BufferAll.into();
+    let spec = pb::IntervalLoop { name: "fast".into(), interval: ms(10), overlap_policy, ..Default::default() };
+    stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(spec) }).await.unwrap();
+    let dropped = async { while stage.client.status().await.unwrap().loops[0].ticks.as_ref().unwrap().dropped < 20 {} };
+    patiently("twenty dropped ticks", dropped).await;
+    let told = with_message(&stage.home, "ticks are dropped");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!((&told[0]["level"], &told[0]["loop"]), (&"WARN".into(), &"fast".into()));
+    stage.fleet.run("a", Run::Echo);
+}
