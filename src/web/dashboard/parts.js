@@ -49,7 +49,7 @@ export function partsView({ caption, href, details = false }) {
     redraw();
   } });
   const chips = h("div", { class: "chips", role: "group", "aria-label": "Which of them" });
-  const filters = h("div", { class: "filters", hidden: true }, h("label", { for: "search" }, "Search"), search, chips);
+  const filters = h("div", { class: "filters" }, h("label", { for: "search" }, "Search"), search, chips);
   const chart = gantt({ caption, href, details });
   const nothing = h("p", { class: "quiet empty", hidden: true }, "No subsystem passes the filter.");
   const pager = h("div", { class: "pager", hidden: true },
@@ -71,7 +71,7 @@ export function partsView({ caption, href, details = false }) {
     const areMany = parts.length > MANY;
     choice = chosen || (areMany ? "notable" : "all");
     drawLegend(parts, critical);
-    filters.hidden = !areMany && !parts.some(hasFailed);
+    filters.hidden = parts.length === 0;
     levelsBox.hidden = !areMany || levels.size === 0;
     if (!levelsBox.hidden) drawLevels(parts, levels);
     if (areMany && options.isOver) drawShape(parts, scale);
