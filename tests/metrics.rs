@@ -289,6 +289,26 @@ async fn watchers_are_counted_and_those_that_stall_are_seen() {
 }
 
 #[tokio::test]
+async fn a_store_that_fails_is_seen() {
+    let mut stage = Stage::new().await;
+    let admin = stage.service.admin();
+    stage.register_all(&["a"]).await;
+    stage.client.run().await.unwrap();
+    let (database, elsewhere) = (stage.home.path("o.db"), stage.home.path("elsewhere"));
+    fs::rename(&database, &elsewhere).unwrap();
+    stage.client.run().await.unwrap_err();
+    let errors = "orchestrator_store_commit_errors_total";
+    let failing = until(admin, "the next try", |scrape| scrape.get(errors) > Some(1.0)).await;
+    failing
+        .has([("orchestrator_subsystem_up{subsystem=\"a\"}", 1.0), ("orchestrator_connections{server=\"grpc\"}", 1.0)]);
+
+    fs::rename(&elsewhere, &database).unwrap();
+    let records = until(admin, "the record", |scrape| scrape.get("orchestrator_store_records") == Some(2.0)).await;
+    assert!(records.get(errors) > Some(1.0), "what was counted stays counted");
+    records.has([("orchestrator_cycles_total{state=\"succeeded\",trigger=\"manual\"}", 2.0)]);
+}
+
+#[tokio::test]
 async fn names_of_metrics_may_be_any_text() {
     let mut stage = Stage::new().await;
     stage.register_all(&["odd"]).await;

@@ -99,7 +99,11 @@ impl Orchestrator {
         // From here on the latest records are at hand.
         let at_hand = state.recent.front().map_or(state.last_revision, |first| Revision(first.revision.0 - 1));
         let (watchers, lagging, events) = self.0.watchers.look(at_hand);
-        let declared = state.registry.iter().filter(|entry| entry.declared).count();
+        let (mut declared, mut leases) = (0, 0);
+        for entry in state.registry.iter() {
+            declared += usize::from(entry.declared);
+            leases += usize::from(entry.lease.is_some());
+        }
         Figures {
             counts: state.counts.clone(),
             queued: state.queue.len(),
@@ -110,7 +114,7 @@ impl Orchestrator {
             events,
             declared,
             registered: state.registry.len() - declared,
-            leases: state.registry.iter().filter(|entry| entry.lease.is_some()).count(),
+            leases,
             epoch: self.0.engine.epoch,
             started_at: self.0.started_at,
             draining: state.draining,
