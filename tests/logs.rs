@@ -4,7 +4,12 @@
 
 mod common;
 
-use std::{fmt::Write as _, fs};
+use std::{
+    fmt::Write as _,
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    process::Stdio,
+};
 
 use common::{
     Stage,
@@ -13,8 +18,12 @@ use common::{
     service::{Home, ms},
 };
 use orchestrator_core::proto::orchestrator::v1 as pb;
-use rustix::process::Signal;
+use rustix::{
+    process::Signal,
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+};
 use serde_json::Value;
+use tokio::process::Command;
 use tonic::{Code, Request};
 
 /// A home whose services log JSON, as they do where no terminal is.
@@ -156,4 +165,27 @@ async fn ticks_that_are_dropped_are_told_once() {
     assert_eq!(told.len(), 1, "{told:?}");
     assert_eq!((&told[0]["level"], &told[0]["loop"]), (&"WARN".into(), &"fast".into()));
     stage.fleet.run("a", Run::Echo);
+}
+
+#[tokio::test]
+async fn on_a_terminal_lines_are_for_people() {
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let mut service = Command::new(env!("CARGO_BIN_EXE_orchestrator"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--admin-listen", "off", "--store", "memory:"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(File::options().write(true).open(name.to_str().unwrap()).unwrap())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let read = tokio::task::spawn_blocking(move || {
+        let mut line = String::new();
+        BufReader::new(File::from(terminal)).read_line(&mut line).map(|_| line)
+    });
+    let line = patiently("the first line of the log", read).await.unwrap().unwrap();
+    assert!(line.contains("INFO") && line.contains("store opened") && !line.starts_with('{'), "{line:?}");
+    service.kill().await.unwrap();
 }

@@ -32,7 +32,8 @@ Examples:
   orchestrator serve
   orchestrator serve --config orchestrator.toml
   orchestrator serve --listen 127.0.0.1:7701 --store sqlite:/var/lib/orchestrator/orchestrator.db
-  orchestrator serve --set cycle.deadline=30s --log-format json")]
+  orchestrator serve --set cycle.deadline=30s --log-format json
+  orchestrator serve --set tracing.otlp_endpoint=http://127.0.0.1:4317")]
 pub(super) struct Serve {
     #[command(flatten)]
     overrides: Overrides,

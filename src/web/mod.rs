@@ -1,6 +1,6 @@
 //! The admin address: the dashboard, the same as JSON, and metrics, over HTTP/1.1 and only to be read.
 //!
-//! What a path answers is what the RPC beside it in [`routes`] answers, as canonical proto JSON; its parameters are the
+//! What a path answers is what the RPC beside it in `routes` answers, as canonical proto JSON; its parameters are the
 //! fields of that RPC's request.
 
 mod dashboard;
