@@ -231,7 +231,7 @@ async fn a_cycle_is_a_trace_of_its_calls_and_its_commit() {
     assert_eq!(
         attributes(&root.attributes),
         json!({
-            "orchestrator.cycle_id": 1, "orchestrator.epoch": 1,
+            "orchestrator.cycle_id": 1, "orchestrator.epoch": cycle.epoch,
             "orchestrator.cycle.state": "SUCCEEDED", "orchestrator.cycle.trigger": "MANUAL",
         })
     );
