@@ -114,7 +114,7 @@ async fn the_dashboard_is_all_there_and_needs_nothing_else() {
         for reference in text.split('"').skip(1).step_by(2) {
             if kind == "text/html" && reference.starts_with('/') && !reference.starts_with("/api/") {
                 wanted.push(reference.to_owned());
-            } else if kind == "text/javascript" && reference.starts_with('.') && reference.ends_with(".js") {
+            } else if kind == "text/javascript" && (reference.starts_with("./") || reference.starts_with("../")) {
                 let folder = page.parent().unwrap();
                 let target = match reference.strip_prefix("../") {
                     Some(name) => folder.parent().unwrap().join(name),
