@@ -354,10 +354,15 @@ test("everything is reached by keyboard", async (t) => {
   await service.run();
   await show(page, "#/cycles/2");
   await sees(page, "[rel=prev]");
+  assert.equal(await page.$("[rel=next]:not([hidden])"), null);
   await page.keyboard.press("[");
   await says(page, "h1", "Cycle 1");
+  await sees(page, "[rel=next]");
   await page.keyboard.press("]");
   await says(page, "h1", "Cycle 2");
+  // There is a next one as soon as it is recorded.
+  await service.run();
+  await sees(page, "[rel=next]");
   assert.deepEqual(page.problems, []);
 });
 

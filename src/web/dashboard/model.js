@@ -57,9 +57,14 @@ export function fleetSize() {
   return model.status?.subsystemCount ?? 0;
 }
 
+/** The newest revision that an event told of. */
+let revision = 0;
+
 async function readStatus() {
   try {
     const status = await getStatus();
+    // An answer can be older than an event that came while it was on its way.
+    if (Number(status.newestRevision ?? 0) < revision) return;
     skew = instant(status.startedAt) + milliseconds(status.uptime) - Date.now() || 0;
     model.status = status;
     tell("status");
@@ -187,6 +192,7 @@ function connect() {
   source?.close();
   // Always anew, and not from the last revision: after a long absence what matters is read in one page, and needs no
   // stream of all that was missed. What has happened before the bookmark is in what is read after it.
+  revision = 0;
   source = new EventSource("/api/events?progress=true");
   source.onerror = lose;
   listen("refused", lose);
@@ -208,6 +214,7 @@ function connect() {
     tell("live");
   });
   listen("recorded", ({ recorded }) => {
+    revision = Number(recorded.revision);
     if (model.live?.cycleId === recorded.cycleId) model.live.end(recorded);
     else if (!model.live || model.live.record) model.live = liveOf(recorded);
     remember(recorded);

@@ -15,7 +15,7 @@ export const title = ({ parameters }) => `Cycle ${parameters.id}`;
 
 export function mount(main, { parameters: { id } }, scope) {
   const place = h("div", {}, h("p", { class: "summary", role: "status" }, "Reading the record …"));
-  main.append(neighbours(id, (number) => href("cycles", number)), place);
+  main.append(neighbours(id, (number) => href("cycles", number), scope), place);
   let isShown = false;
   const read = () => scope.attempt(async () => {
     const record = await getCycle(id);
@@ -31,13 +31,16 @@ export function mount(main, { parameters: { id } }, scope) {
 }
 
 /** Links to the cycle before and the one after. */
-export function neighbours(id, link) {
+export function neighbours(id, link, scope) {
   const number = Number(id);
-  const isLast = number >= Number(model.status?.totalCycles ?? Infinity);
+  const next = h("a", { href: link(number + 1), rel: "next" }, `Cycle ${number + 1}`);
+  const update = () => (next.hidden = number >= Number(model.status?.totalCycles ?? Infinity));
+  scope.on("status", update);
+  update();
   return h("nav", { class: "neighbours", "aria-label": "Other cycles" },
     h("a", { href: href("cycles") }, "All cycles"),
     number > 1 && h("a", { href: link(number - 1), rel: "prev" }, `Cycle ${number - 1}`),
-    !isLast && h("a", { href: link(number + 1), rel: "next" }, `Cycle ${number + 1}`));
+    next);
 }
 
 async function show(place, record, scope) {

@@ -19,7 +19,7 @@ export const title = ({ parameters }) => `${parameters.name} in cycle ${paramete
 
 export function mount(main, { parameters: { id, name } }, scope) {
   const place = h("div", {}, h("p", { class: "summary", role: "status" }, "Reading the record …"));
-  const links = neighbours(id, (number) => href("cycles", number, name));
+  const links = neighbours(id, (number) => href("cycles", number, name), scope);
   add(links, h("a", { href: href("subsystems", name) }, "The subsystem now"));
   links.firstChild.after(h("a", { href: href("cycles", id) }, `All of cycle ${id}`));
   main.append(links, place);
