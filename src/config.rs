@@ -530,20 +530,10 @@ fn retention(read: &mut Reader<'_>) -> Retention {
     default.max_cycles.get_or_insert(100_000);
     let by_state = CycleState::ALL
         .into_iter()
-        .map(|state| (state, rule(&format!("store.retention.{}", state_key(state)))))
+        .map(|state| (state, rule(&format!("store.retention.{}", state.key()))))
         .filter(|(_, rule)| *rule != RetentionRule::default())
         .collect();
     Retention { default, by_state }
-}
-
-fn state_key(state: CycleState) -> &'static str {
-    match state {
-        CycleState::Succeeded => "succeeded",
-        CycleState::Degraded => "degraded",
-        CycleState::Failed => "failed",
-        CycleState::Cancelled => "cancelled",
-        CycleState::Interrupted => "interrupted",
-    }
 }
 
 /// Reads a list of tables: each becomes what was written, then what that means.

@@ -131,6 +131,18 @@ impl CycleState {
     /// All of them.
     pub const ALL: [Self; 5] = [Self::Succeeded, Self::Degraded, Self::Failed, Self::Cancelled, Self::Interrupted];
 
+    /// Its name in settings and labels, such as `succeeded`.
+    #[must_use]
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Succeeded => "succeeded",
+            Self::Degraded => "degraded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Interrupted => "interrupted",
+        }
+    }
+
     /// The word for it, such as `DEGRADED`.
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -171,9 +171,9 @@ fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
         let counted = move |(trigger, kind)| (state, trigger, figures.counts.cycles(state, kind));
         TRIGGERS.into_iter().map(counted)
     });
-    let cycles = cycles.map(|(state, trigger, cycles)| CYCLES.value(&[cycle_state(state), trigger], number(cycles)));
+    let cycles = cycles.map(|(state, trigger, cycles)| CYCLES.value(&[state.key(), trigger], number(cycles)));
     let durations = CycleState::ALL.into_iter().filter(|state| *state != CycleState::Interrupted);
-    let durations = durations.map(|it| CYCLE_DURATION.durations(&[cycle_state(it)], &figures.counts.durations(it)));
+    let durations = durations.map(|it| CYCLE_DURATION.durations(&[it.key()], &figures.counts.durations(it)));
     vec![
         BUILD_INFO.family(vec![BUILD_INFO.value(&[env!("CARGO_PKG_VERSION")], 1.0)]),
         START_TIME.single(unix_time(figures.started_at)),
@@ -276,16 +276,6 @@ const BY_SUBSYSTEM: [(Definition, OfSubsystem); 11] = [
 
 fn name(registered: &Registered) -> &str {
     registered.member.subsystem.name.as_str()
-}
-
-fn cycle_state(state: CycleState) -> &'static str {
-    match state {
-        CycleState::Succeeded => "succeeded",
-        CycleState::Degraded => "degraded",
-        CycleState::Failed => "failed",
-        CycleState::Cancelled => "cancelled",
-        CycleState::Interrupted => "interrupted",
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
