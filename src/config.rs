@@ -21,6 +21,7 @@ use tracing_subscriber::EnvFilter;
 
 use self::reader::{Node, PREFIX, Reader, Table, parse, put};
 use crate::{
+    engine::{Member, Plan},
     model::{
         BreakerSpec, CatchUp, CycleState, Endpoint, IntervalLoop, LimitsSpec, LoopSpec, Name, OverlapPolicy, RetrySpec,
         Subsystem, SubsystemSpec, Violations,
@@ -387,6 +388,10 @@ impl Config {
             loops: entries(read, "loop", "loops", loop_spec, IntervalLoop::from_spec, |it| &it.name),
         };
         config.admin = Admin::from_reader(read, config.server.insecure_listen_beyond_loopback);
+        // What was refused is left out of the list: then positions in it say nothing, and a ring can wait.
+        if read.is_content() {
+            refuse_ring(read, &config.subsystems);
+        }
         for (key, declared, bound, max) in [
             ("subsystems", config.subsystems.len(), "registry.max_subsystems", config.registry.max_subsystems),
             ("loops", config.loops.len(), "registry.max_loops", config.registry.max_loops),
@@ -534,6 +539,22 @@ fn retention(read: &mut Reader<'_>) -> Retention {
         .filter(|(_, rule)| *rule != RetentionRule::default())
         .collect();
     Retention { default, by_state }
+}
+
+/// The order of what is declared has to be one. What was registered by RPC is not known here.
+fn refuse_ring(read: &mut Reader<'_>, subsystems: &[Subsystem]) {
+    /// A ring can be as long as the list.
+    const LOCATED: usize = 8;
+    let members = subsystems.iter().map(|it| Member::new(Arc::new(it.clone()), false, Arc::default()));
+    let Err(ring) = Plan::compile(members) else { return };
+    let key = |name: &Name| {
+        let number = subsystems.iter().position(|it| it.name == *name).unwrap_or_default();
+        format!("subsystems[{number}]")
+    };
+    let located = ring.names().take(LOCATED).filter_map(|name| Some(format!("{name} at {}", read.origin(&key(name))?)));
+    let located = located.collect::<Vec<_>>().join(", ");
+    let first = ring.names().next().map(key).unwrap_or_default();
+    read.refuse(&first, format!("can't be ordered: {ring} ({located})"));
 }
 
 /// Reads a list of tables: each becomes what was written, then what that means.

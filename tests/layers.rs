@@ -24,7 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("subsystem", &["listen", "model", "proto"]),
     ("api", &["model", "orchestrator", "proto", "record"]),
     ("web", &["api", "listen", "model", "proto", "telemetry"]),
-    ("config", &["model", "ports", "store"]),
+    ("config", &["engine", "model", "ports", "store"]),
     ("telemetry", &["config", "listen", "model", "orchestrator", "ports"]),
     ("serve", &["api", "clock", "config", "dial", "listen", "orchestrator", "ports", "store", "telemetry", "web"]),
     ("cli", &["api", "config", "engine", "model", "proto", "serve", "store", "subsystem", "telemetry"]),

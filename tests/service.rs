@@ -178,8 +178,25 @@ async fn what_keeps_it_from_starting_has_an_exit_code_and_a_reason() {
         "[[subsystems]]\nname = \"a\"\nendpoint = \"http://h:1\"\nafter = [\"b\"]\n\
          [[subsystems]]\nname = \"b\"\nendpoint = \"http://h:1\"\nafter = [\"a\"]\n",
     );
-    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1));
+    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(2));
     assert!(home.log().contains("the order bites its own tail: a is after b, b is after a"), "{}", home.log());
+    assert!(home.log().contains("orchestrator.toml:5)"), "{}", home.log());
+}
+
+#[tokio::test]
+async fn what_is_declared_and_what_was_registered_can_be_a_ring_that_says_who_is_what() {
+    let mut stage = Stage::at(Home::new().with_config("")).await;
+    stage.register("by_rpc", |it| it.requires = vec!["declared".into()]).await;
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let config = home.path("orchestrator.toml");
+    fs::write(&config, "[[subsystems]]\nname = \"declared\"\nendpoint = \"http://h:1\"\nafter = [\"by_rpc\"]\n")
+        .unwrap();
+    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1));
+    assert!(home.log().contains("of these, by_rpc was registered by RPC, so change what"), "{}", home.log());
+    // Nothing was lost.
+    fs::write(&config, "").unwrap();
+    assert!(home.serve().await.client().await.subsystem("by_rpc").await.is_ok());
 }
 
 /// A stage whose only subsystem is held in a running cycle, and another cycle that waits.
@@ -396,7 +413,7 @@ async fn a_bad_reload_changes_nothing() {
     }
     let log = stage.home.log();
     assert!(log.contains("orchestrator.toml:2"), "{log}");
-    until_logged(&stage.home, "the order bites its own tail", 1).await;
+    until_logged(&stage.home, "of these, by_rpc was registered by RPC", 1).await;
     assert_eq!(stage.client.run().await.unwrap().subsystems.len(), 1);
     fs::write(&path, "[[subsystems]]\nname = \"declared\"\nendpoint = \"http://h:1\"\n").unwrap();
     stage.service.signal(Signal::HUP);

@@ -50,7 +50,7 @@ pub(super) fn status(refusal: Refusal) -> Status {
             vec![("oldest_revision", oldest.to_string()), ("newest_revision", newest.to_string())],
         ),
         Refusal::TooManyWatchers(_) => (Code::ResourceExhausted, "TOO_MANY_WATCHERS", vec![]),
-        Refusal::OrderRing(ring) => {
+        Refusal::OrderRing(ring) | Refusal::DeclaredRing { ring, .. } => {
             let names = while_it_fits(ring.names().map(Name::as_str), |name| name.len());
             (Code::InvalidArgument, "ORDER_RING", vec![("ring", names.collect::<Vec<_>>().join(","))])
         }

@@ -277,6 +277,11 @@ impl<'a> Reader<'a> {
         self.origins.get(key).or_else(shorter)
     }
 
+    /// Nothing has been refused yet.
+    pub(super) fn is_content(&self) -> bool {
+        self.problems.is_empty()
+    }
+
     /// Notes that `key`, which was asked for, has a problem.
     pub(super) fn refuse(&mut self, key: &str, problem: impl Into<String>) {
         // A default can be refused as well: it does not fit what was set beside it.

@@ -56,6 +56,19 @@ pub enum Refusal {
     /// The order would bite its own tail.
     #[error("{0}")]
     OrderRing(Ring),
+    /// The order of what the configuration file declares, together with what was registered by RPC, would bite its own
+    /// tail.
+    #[error(
+        "{ring}; of these, {} registered by RPC, so change what the configuration file declares, or unregister them while \
+         the service runs with the file as it was",
+        were(.by_rpc)
+    )]
+    DeclaredRing {
+        /// The ring.
+        ring: Ring,
+        /// Those in it that the file does not declare.
+        by_rpc: Vec<Name>,
+    },
     /// The configuration file has the say.
     #[error("{0} is declared in the configuration file; change it there")]
     DeclaredInConfig(Name),
@@ -74,6 +87,12 @@ pub enum Refusal {
     /// The process is shutting down.
     #[error("this orchestrator is shutting down; try again with the one that takes over")]
     Draining,
+}
+
+/// `a was`, `a, b were`.
+fn were(names: &[Name]) -> String {
+    let names: Vec<_> = names.iter().map(Name::as_str).collect();
+    format!("{} {}", names.join(", "), if names.len() == 1 { "was" } else { "were" })
 }
 
 impl From<Violations> for Refusal {

@@ -109,12 +109,14 @@ impl Registry {
         self.entries.remove(name);
     }
 
-    /// Puts other entries in the place of all.
-    pub(super) fn replace(&mut self, entries: BTreeMap<Name, Registered>) -> Result<(), Ring> {
-        self.plan = Arc::new(Plan::compile(entries.values().map(|entry| entry.member.clone()))?);
-        self.entries = entries;
-        self.plan_is_stale = false;
-        Ok(())
+    /// A registry of these entries, some of which the configuration file declares.
+    pub(super) fn of(entries: BTreeMap<Name, Registered>) -> Result<Self, Refusal> {
+        let plan = Plan::compile(entries.values().map(|entry| entry.member.clone())).map_err(|ring| {
+            let is_by_rpc = |name: &&Name| entries.get(*name).is_some_and(|entry| !entry.declared);
+            let by_rpc = ring.names().filter(is_by_rpc).cloned().collect();
+            Refusal::DeclaredRing { ring, by_rpc }
+        })?;
+        Ok(Self { entries, plan: Arc::new(plan), plan_is_stale: false })
     }
 
     pub(super) fn entries(&self) -> BTreeMap<Name, Registered> {
