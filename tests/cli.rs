@@ -907,9 +907,14 @@ async fn check_tells_the_plan_or_all_that_is_wrong() {
         format!("[[subsystems]]\nname = \"{a}\"\nendpoint = \"http://127.0.0.1:1\"\nafter = [\"{b}\"]\n")
     };
     std::fs::write(&path, ring("a", "b") + &ring("b", "a")).unwrap();
-    assert!(check(&path, &[]).await.refused_with(2).contains("a is after b"));
+    let wrong = check(&path, &[]).await.refused_with(2);
+    assert!(
+        wrong.contains("o.toml:1: subsystems[0] can't be ordered: the order bites its own tail: a is after b"),
+        "{wrong}"
+    );
+    assert!(wrong.contains(&format!("(a at {0}:1, b at {0}:5)", path.display())), "{wrong}");
     std::fs::write(&path, ring("a", "b") + "requires = [\"gone\"]\n").unwrap();
-    assert!(check(&path, &[]).await.with(0).contains("one that it requires is not registered"));
+    assert!(check(&path, &[]).await.with(0).contains("requires gone, which is not registered"));
 }
 
 #[tokio::test]

@@ -71,13 +71,15 @@ pub fn plan(schedule: Schedule) -> pb::Plan {
     let Schedule { subsystems, levels, critical_path, duration } = schedule;
     let subsystems = subsystems.into_iter().map(|planned| {
         let PlannedSubsystem { name, phase, level, waits_for, skip, duration } = planned;
+        let (skip_reason, requirement) = skip.map_or((None, None), |(reason, requirement)| (Some(reason), requirement));
         pb::PlannedSubsystem {
             name: name.to_string(),
             phase,
             level,
             waits_for: waits_for.iter().map(ToString::to_string).collect(),
-            skip_reason: record::reason_to_skip(skip).into(),
+            skip_reason: record::reason_to_skip(skip_reason).into(),
             expected_duration_ms: milliseconds(duration),
+            skip_requirement: requirement.map(|name| name.to_string()).unwrap_or_default(),
         }
     });
     pb::Plan {

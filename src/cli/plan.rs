@@ -60,7 +60,7 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
             0.0 => text("-"),
             expected => text(milliseconds(expected)),
         }));
-        row.extend(skips.then(|| text(skip_reason(planned.skip_reason()))));
+        row.extend(skips.then(|| text(why_skipped(planned))));
         table.row(row);
     }
     let mut summary = Table::facts();
@@ -71,4 +71,14 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
         summary.fact("critical path", chain(&plan.critical_path));
     }
     sections([table.or("no subsystems"), summary.finish()])
+}
+
+fn why_skipped(planned: &pb::PlannedSubsystem) -> String {
+    let what = match planned.skip_reason() {
+        pb::SkipReason::RequirementMissing => "is not registered",
+        pb::SkipReason::RequirementLeftOut => "is suspended or not in this cycle",
+        pb::SkipReason::RequirementFailed => "can't succeed",
+        reason => return skip_reason(reason).to_owned(),
+    };
+    format!("requires {}, which {what}", planned.skip_requirement)
 }

@@ -100,8 +100,8 @@ pub struct PlannedSubsystem {
     pub level: u32,
     /// What it waits for by name, inside its phase.
     pub waits_for: Vec<Name>,
-    /// Why it will not be called.
-    pub skip: Option<SkipReason>,
+    /// Why it will not be called, and which of those that it requires is the reason, if one is.
+    pub skip: Option<(SkipReason, Option<Name>)>,
     /// How long it is expected to take; zero when it has never run.
     pub duration: Duration,
 }
@@ -235,16 +235,17 @@ impl Plan {
             }
             let subsystem = &step.member.subsystem;
             let skip = if step.member.suspended {
-                Some(SkipReason::Suspended)
+                Some((SkipReason::Suspended, None))
             } else {
-                self.unmet_requirement(position, |earlier| fates[earlier]).map(|(reason, _)| reason)
+                let unmet = self.unmet_requirement(position, |earlier| fates[earlier]);
+                unmet.map(|(reason, name)| (reason, Some(name.clone())))
             };
             let duration = step.member.standing.mean_duration().unwrap_or_default();
             let runs = takes_part[position] && skip.is_none();
-            fates.push(match skip {
+            fates.push(match &skip {
                 _ if !takes_part[position] => Fate::LeftOut,
                 None => Fate::Succeeded,
-                Some(reason) if reason.is_failure() => Fate::Failed,
+                Some((reason, _)) if reason.is_failure() => Fate::Failed,
                 Some(_) => Fate::LeftOut,
             });
             let last = step.waits_for.iter().copied().chain(lower).max_by_key(|&earlier| ends[earlier]);
@@ -270,7 +271,7 @@ impl Plan {
             phase: 0,
             level: 0,
             waits_for: Vec::new(),
-            skip: Some(SkipReason::NotRegistered),
+            skip: Some((SkipReason::NotRegistered, None)),
             duration: Duration::ZERO,
         }));
         Schedule {
@@ -463,21 +464,27 @@ mod tests {
         ])
         .unwrap();
         let all = plan.schedule(None);
-        let skips: Vec<_> = all.subsystems.iter().map(|planned| (planned.name.as_str(), planned.skip)).collect();
+        let skips = |schedule: Schedule| -> Vec<_> {
+            let skip = |planned: PlannedSubsystem| {
+                let (reason, requirement) = planned.skip?;
+                Some((planned.name.to_string(), reason, requirement.map(|name| name.to_string()).unwrap_or_default()))
+            };
+            schedule.subsystems.into_iter().filter_map(skip).collect()
+        };
+        let skipped = |name: &str, reason, requirement: &str| (name.to_owned(), reason, requirement.to_owned());
         assert_eq!(
-            skips,
+            skips(all),
             [
-                ("a", Some(SkipReason::RequirementMissing)),
-                ("c", Some(SkipReason::Suspended)),
-                ("b", Some(SkipReason::RequirementFailed)),
-                ("d", Some(SkipReason::RequirementLeftOut)),
-                ("e", None),
+                skipped("a", SkipReason::RequirementMissing, "nobody"),
+                skipped("c", SkipReason::Suspended, ""),
+                skipped("b", SkipReason::RequirementFailed, "a"),
+                skipped("d", SkipReason::RequirementLeftOut, "c"),
             ]
         );
         let subset = [Name::parse("e").unwrap(), Name::parse("x").unwrap()];
         let some = plan.schedule(Some(&subset));
-        let skips: Vec<_> = some.subsystems.iter().map(|planned| (planned.name.as_str(), planned.skip)).collect();
-        assert_eq!(skips, [("e", None), ("x", Some(SkipReason::NotRegistered))]);
+        assert_eq!(some.subsystems.len(), 2);
+        assert_eq!(skips(some), [skipped("x", SkipReason::NotRegistered, "")]);
     }
 
     #[test]
