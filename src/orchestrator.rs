@@ -286,7 +286,7 @@ impl Orchestrator {
         }
         // Outputs whose subsystem nobody registers any more.
         write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
-        state.registry.replace(entries).map_err(Refusal::OrderRing)?;
+        state.registry = Registry::of(entries)?;
 
         // The loops.
         let mut stored: BTreeMap<Name, _> =
@@ -1016,8 +1016,7 @@ impl Shared {
             for name in before.keys().filter(|name| !entries.contains_key(*name)) {
                 write.subsystems.insert(name.clone(), None);
             }
-            let mut registry = Registry::default();
-            registry.replace(entries).map_err(Refusal::OrderRing)?;
+            let registry = Registry::of(entries)?;
             for entry in state.loops.iter().filter(|entry| entry.declared) {
                 if !declared.loops.iter().any(|settings| settings.name == entry.settings.name) {
                     write.loops.insert(entry.settings.name.clone(), None);
@@ -1078,6 +1077,9 @@ impl Shared {
         let now = self.clock.now();
         let max_queued = self.settings().max_queued;
         let mut state = self.state();
+        for name in state.loops.follow_clock(now) {
+            tracing::warn!("loop" = %name, "the clock was set back: its ticks go on from there");
+        }
         for (settings, due_at) in state.loops.due(now) {
             let request = CycleRequest {
                 trigger: Trigger::Loop(settings.name.clone()),

@@ -48,6 +48,10 @@ pub struct Tick {
 }
 
 impl Loops {
+    /// Corrections of the clock are waited out, so that no tick comes twice. Further back is another time, and
+    /// waiting could take years.
+    pub const MAX_SET_BACK: Duration = Duration::from_mins(1);
+
     /// The loops, by name.
     pub fn iter(&self) -> impl Iterator<Item = &LoopEntry> {
         self.entries.values()
@@ -82,10 +86,10 @@ impl Loops {
     /// kept.
     pub fn started(&self, settings: IntervalLoop, declared: bool, now: Timestamp) -> LoopEntry {
         let mut state = self.entries.get(&settings.name).map(|entry| entry.state.clone()).unwrap_or_default();
-        let earlier = state.accounted_to.unwrap_or(Timestamp::MIN);
         state.stopped = false;
-        state.accounted_to = Some(now.max(earlier));
         let mut entry = LoopEntry::new(settings, declared, state);
+        entry.follow_clock(now);
+        entry.state.accounted_to = entry.state.accounted_to.max(Some(now));
         entry.plan_next(now);
         entry
     }
@@ -104,12 +108,31 @@ impl Loops {
         self.warned_at.remove(name);
     }
 
+    /// Lets the loops go on from `now` if the clock was set back by more than [`Self::MAX_SET_BACK`]. Returns those
+    /// that do.
+    pub fn follow_clock(&mut self, now: Timestamp) -> Vec<Name> {
+        let ticking = self.entries.iter_mut().filter(|(_, entry)| entry.next.is_some());
+        let set_back: Vec<_> = ticking
+            .filter_map(|(name, entry)| {
+                entry.follow_clock(now).then(|| {
+                    entry.plan_next(now);
+                    name.clone()
+                })
+            })
+            .collect();
+        for name in &set_back {
+            self.touch(name.clone());
+        }
+        set_back
+    }
+
     /// When to look again.
     pub fn next_at(&self) -> Option<Timestamp> {
         self.entries.values().filter_map(|entry| entry.next).map(|tick| tick.fires_at).min()
     }
 
-    /// The loops that have a tick to fire, each with when that tick was due. If several ticks of one loop have
+    /// The loops that have a tick to fire, the one whose last cycle is the oldest first, each with when that tick was
+    /// due. If several ticks of one loop have
     /// passed, the latest fires and those before it are missed. Each has to be accounted for with
     /// [`Loops::account`].
     pub fn due(&mut self, now: Timestamp) -> Vec<(Arc<IntervalLoop>, Timestamp)> {
@@ -121,13 +144,15 @@ impl Loops {
             let latest = settings.first_after(now).checked_sub(1).and_then(|n| settings.due_at(n));
             let latest = latest.unwrap_or(tick.due_at).max(tick.due_at);
             entry.account_up_to(latest, TickDisposition::Missed);
-            due.push((entry.settings.clone(), latest));
+            due.push((entry.settings.clone(), latest, entry.state.last_cycle_id));
             touched.push(name.clone());
         }
+        // Of loops whose ticks coincide, the first may keep the others from running: that is never the same one.
+        due.sort_by_key(|(.., last_cycle_id)| *last_cycle_id);
         for name in touched {
             self.touch(name);
         }
-        due
+        due.into_iter().map(|(settings, due_at, _)| (settings, due_at)).collect()
     }
 
     /// Says what became of the tick that [`Loops::due`] gave out.
@@ -215,8 +240,20 @@ impl LoopEntry {
         self
     }
 
+    /// Gives up ticks that lie further ahead than a correction of the clock explains. Whether there were any: what was
+    /// accounted for lay in the past then.
+    fn follow_clock(&mut self, now: Timestamp) -> bool {
+        let latest = now.saturating_add(Loops::MAX_SET_BACK).unwrap_or(Timestamp::MAX);
+        let set_back = self.state.accounted_to.is_some_and(|to| to > latest);
+        if set_back {
+            self.state.accounted_to = Some(now);
+        }
+        set_back
+    }
+
     /// Accounts for what fell due while no process ran, and plans the next tick.
     fn catch_up(&mut self, now: Timestamp) {
+        self.follow_clock(now);
         if self.state.accounted_to.is_none() {
             self.state.accounted_to = Some(now);
         }
@@ -337,6 +374,47 @@ mod tests {
         assert_eq!(fire(&mut loops, at(105)), [at(100)]);
         let ticks = loops.get(&name()).unwrap().state.ticks;
         assert_eq!((ticks.missed, ticks.coalesced, ticks.ran), (3, 5, 1));
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_is_waited_for_or_followed() {
+        let mut loops = Loops::default();
+        loops.put(loops.started(every(10, CatchUp::None), false, at(1_000)));
+        assert_eq!(fire(&mut loops, at(1_010)), [at(1_010)]);
+        assert!(loops.follow_clock(at(955)).is_empty());
+        assert_eq!(loops.next_at(), Some(at(1_020)));
+        assert_eq!(loops.follow_clock(at(505)), [name()]);
+        assert_eq!(loops.next_at(), Some(at(510)));
+        assert!(loops.follow_clock(at(506)).is_empty());
+        assert_eq!(fire(&mut loops, at(510)), [at(510)]);
+        assert_eq!(loops.get(&name()).unwrap().state.ticks.due(), 2);
+
+        // The same at a restart, and when it is stopped and started again.
+        let ahead = LoopState { accounted_to: Some(at(1_010)), ..LoopState::default() };
+        loops.restore(every(10, CatchUp::One), false, ahead.clone(), at(505));
+        assert_eq!((loops.next_at(), fire(&mut loops, at(505)).len()), (Some(at(510)), 0));
+        loops.put(LoopEntry::new(every(10, CatchUp::None), false, ahead).stopped());
+        loops.put(loops.started(every(10, CatchUp::None), false, at(505)));
+        assert_eq!(loops.next_at(), Some(at(510)));
+    }
+
+    #[test]
+    fn of_two_loops_on_the_same_ticks_each_comes_first_in_turn() {
+        let mut loops = Loops::default();
+        let named = |name: &str| IntervalLoop { name: Name::parse(name).unwrap(), ..every(10, CatchUp::None) };
+        for name in ["a", "b"] {
+            loops.put(loops.started(named(name), false, at(0)));
+        }
+        let mut first = Vec::new();
+        for cycle in 1_u32..=4 {
+            let now = at(10 * i64::from(cycle));
+            let due = loops.due(now);
+            assert_eq!(due.len(), 2);
+            first.push(due[0].0.name.to_string());
+            loops.account(&due[0].0.name, now, TickDisposition::Ran, Some(CycleId(cycle.into())), now);
+            loops.account(&due[1].0.name, now, TickDisposition::Skipped, None, now);
+        }
+        assert_eq!(first, ["a", "b", "a", "b"]);
     }
 
     #[test]

@@ -4,18 +4,19 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use bytes::Bytes;
 use common::{
     Stage,
-    fleet::Run,
+    fleet::{Run, Script},
     patiently,
     service::{Client, Home, because, decode, invalid, ms, next_event, next_recorded, part, reason},
 };
 use orchestrator_core::proto::orchestrator::v1::{
     self as pb, CycleState, SubsystemState, Trigger, WatchCyclesRequest, cycle_event::Event,
 };
+use prost::Message;
 use tonic::{Code, Status, Streaming};
 
 type Stream = Streaming<pb::WatchCyclesResponse>;
@@ -357,4 +358,40 @@ async fn who_hangs_before_it_runs_is_seen() {
     };
     assert_eq!((timed_out.state(), timed_out.attempts), (SubsystemState::TimedOut, 0));
     assert!(timed_out.error_message.contains("no answer to Initialize"), "{timed_out:?}");
+}
+
+/// How a large fleet stands, with a long error each, is more than clients take in one message.
+#[tokio::test]
+async fn who_comes_to_a_large_cycle_is_told_in_pieces_how_it_stands() {
+    const FAILED: usize = 1_500;
+    let mut stage = Stage::at(Home::new().in_memory()).await;
+    stage.fleet.default_script(Script { run: Run::Fail(Code::Internal, "x".repeat(1 << 10)), ..Script::default() });
+    stage.fleet.run("held", Run::Hold);
+    let names: Vec<_> = (0..FAILED).map(|n| format!("s{n}")).collect();
+    for name in names.iter().map(String::as_str).chain(["held"]) {
+        stage.register(name, |_| {}).await;
+    }
+    stage.client.admit().await.unwrap();
+    stage.fleet.until("all but one to have ended", |fleet| fleet.calls.len() > 2 * FAILED).await;
+
+    let mut late = watch(&mut stage.client, WatchCyclesRequest { progress: true, ..Default::default() }).await.unwrap();
+    bookmark(&mut late).await;
+    let Some(Event::Started(started)) = next_event(&mut late).await.unwrap().event else { panic!("no start") };
+    assert_eq!(started.subsystems.len(), FAILED + 1);
+    let mut failed = HashSet::new();
+    while failed.len() < FAILED {
+        let event = next_event(&mut late).await.unwrap();
+        assert!(event.encoded_len() < 1 << 20, "{} bytes", event.encoded_len());
+        let Some(Event::Progress(progress)) = event.event else { panic!("{event:?} is no progress") };
+        assert_eq!(progress.dropped, 0);
+        let ended = progress.updates.into_iter().filter(|it| it.state() == SubsystemState::Failed);
+        failed.extend(ended.map(|it| it.name));
+    }
+    stage.fleet.run("held", Run::default());
+    let state = loop {
+        if let Some(Event::Recorded(record)) = next_event(&mut late).await.unwrap().event {
+            break decode(record).state();
+        }
+    };
+    assert_eq!(state, CycleState::Degraded);
 }

@@ -366,7 +366,9 @@ fn duration(bad: &mut Violations, field: &str, value: Option<prost_types::Durati
 }
 
 fn timestamp(bad: &mut Violations, field: &str, value: prost_types::Timestamp) -> Option<Timestamp> {
-    let time = Timestamp::new(value.seconds, value.nanos).ok();
+    // Of what counts from before 1970, protobuf has the nanoseconds count forward as well.
+    let time =
+        Some(value.nanos).filter(|nanos| *nanos >= 0).and_then(|nanos| Timestamp::new(value.seconds, nanos).ok());
     if time.is_none() {
         bad.add(field, "is no time of the calendar");
     }

@@ -107,8 +107,9 @@ impl Live {
     /// How long updates are gathered before they are sent together: too short for an eye to see, and long enough
     /// that a large cycle does not become a flood of small messages.
     pub(super) const BATCH_EVERY: Duration = Duration::from_millis(40);
-    /// Updates after which a batch is sent at once.
-    const BATCH: usize = 512;
+    /// The most updates of one event, so that with error messages of 1 KiB it is well below what clients take. After so
+    /// many a batch is sent at once.
+    pub(super) const BATCH: usize = 512;
 
     pub(super) fn new() -> Self {
         Self { running: Mutex::default(), events: broadcast::Sender::new(BACKLOG), pending: Notify::new() }

@@ -11,7 +11,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{LiveCycle, LiveEvent, Refusal, Shared, figures::Place};
+use super::{Live, LiveCycle, LiveEvent, Refusal, Shared, figures::Place};
 use crate::{
     model::{CycleId, CycleState, Name, Revision, Trigger},
     ports::{PageLimits, Record, StoreError},
@@ -235,9 +235,21 @@ impl Watcher {
             }
             return Event::Started(event);
         }
+        let event = self.first_piece(event);
         let lost = if event.started { 0 } else { event.first.saturating_sub(self.updates_seen) };
         self.updates_seen = event.first + if event.started { 0 } else { event.updates.len() as u64 };
         Event::Progress(event, lost)
+    }
+
+    /// How a large cycle stands is more than one message may hold: the rest is given next.
+    fn first_piece(&mut self, event: Arc<LiveEvent>) -> Arc<LiveEvent> {
+        if event.updates.len() <= Live::BATCH {
+            return event;
+        }
+        let mut first = Arc::unwrap_or_clone(event);
+        let rest = first.updates.split_off(Live::BATCH);
+        self.next_live = Some(Arc::new(LiveEvent { updates: rest, cycle: first.cycle.clone(), ..first }));
+        Arc::new(first)
     }
 
     /// The records after the cursor: those at hand, or a page from the store.
