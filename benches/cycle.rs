@@ -260,7 +260,7 @@ impl Ours {
             Subsystem::from_spec(&SubsystemSpec { name: format!("s{i}"), endpoint, ..SubsystemSpec::default() })
         });
         let declared = Declared { subsystems: subsystems.collect::<std::result::Result<_, _>>()?, loops: Vec::new() };
-        let dialer = Arc::new(Dialer::new(Duration::from_secs(5), None));
+        let dialer = Arc::new(Dialer::new(Duration::from_secs(5)));
         let (store, contents) = store::open(store).await?;
         let settings = serve::settings(&Config::default());
         let (mut spans, mut exporting): (Arc<dyn Spans>, _) = (Arc::new(Untraced), None);

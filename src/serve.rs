@@ -30,7 +30,7 @@ use crate::{
     api::{self, Api},
     clock::Clock,
     config::{Config, ConfigError, Reload},
-    dial::Dialer,
+    dial::{Dialer, NoCertificate},
     listen::{self, Connections, Receiving},
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::{Spans, StoreError, Untraced},
@@ -57,6 +57,9 @@ pub enum StartError {
     /// The file of trusted certificates can't be read.
     #[error("can't read dial.ca_file {path}: {error}", path = .0.display(), error = .1)]
     CaFile(PathBuf, io::Error),
+    /// The file of trusted certificates holds none.
+    #[error("dial.ca_file {path} {error}", path = .0.display(), error = .1)]
+    NoCertificate(PathBuf, NoCertificate),
     /// The store can't be opened.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -119,11 +122,14 @@ impl Service {
             }
             None => None,
         };
-        let ca = match &config.dial.ca_file {
-            Some(path) => Some(tokio::fs::read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?),
-            None => None,
-        };
-        let dialer = Arc::new(Dialer::new(config.dial.connect_timeout, ca.as_deref()));
+        let dialer = Dialer::new(config.dial.connect_timeout);
+        let dialer = Arc::new(match &config.dial.ca_file {
+            Some(path) => {
+                let ca = tokio::fs::read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?;
+                dialer.and_trust(&ca).map_err(|error| StartError::NoCertificate(path.clone(), error))?
+            }
+            None => dialer,
+        });
         let (store, contents) = store::open(&config.store.url).await?;
         tracing::info!(store = %config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store opened");
         let (mut exporting, stop_exporting) = (JoinSet::new(), CancellationToken::new());

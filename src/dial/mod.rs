@@ -14,6 +14,7 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use hyper_util::rt::TokioIo;
+use rustls_pki_types::{CertificateDer, pem::PemObject};
 use tokio::net::UnixStream;
 use tonic::{
     Request, Response, Status,
@@ -26,6 +27,11 @@ use crate::{
     ports::{CallError, InitializeCall, RunCall, Subsystems},
     proto::subsystem::v1::{self as pb, subsystem_client::SubsystemClient},
 };
+
+/// There is no certificate where one should be.
+#[derive(Debug, thiserror::Error)]
+#[error("holds no certificate; give PEM, which begins with -----BEGIN CERTIFICATE-----")]
+pub struct NoCertificate;
 
 /// Calls subsystems over gRPC.
 pub struct Dialer {
@@ -43,14 +49,27 @@ impl Dialer {
     /// it meets much more, the HTTP/2 library gives up the whole connection, and the calls of others on it.
     const MAX_HEADERS: u32 = 64 << 10;
 
-    /// A dialer that gives up connecting after `connect_timeout`, and trusts the certificates of the system and those
-    /// in `ca`, which is PEM.
-    pub fn new(connect_timeout: Duration, ca: Option<&[u8]>) -> Self {
-        let mut tls = ClientTlsConfig::new().with_native_roots();
-        if let Some(ca) = ca {
-            tls = tls.ca_certificate(Certificate::from_pem(ca));
+    /// A dialer that gives up connecting after `connect_timeout`, and trusts the certificates of the system.
+    pub fn new(connect_timeout: Duration) -> Self {
+        Self { connect_timeout, tls: ClientTlsConfig::new().with_native_roots(), channels: Mutex::default() }
+    }
+
+    /// Trusts the certificates in `ca`, which is PEM, as well.
+    ///
+    /// # Errors
+    /// There is none in it.
+    pub fn and_trust(mut self, ca: &[u8]) -> Result<Self, NoCertificate> {
+        // tonic passes over what it can't read.
+        if !matches!(CertificateDer::pem_slice_iter(ca).next(), Some(Ok(_))) {
+            return Err(NoCertificate);
         }
-        Self { connect_timeout, tls, channels: Mutex::default() }
+        let ca = Certificate::from_pem(ca);
+        let with_system = self.tls.ca_certificate(ca.clone());
+        // Where the system has none, as in a small container, tonic would not take these either.
+        let system_has_some =
+            transport::Endpoint::from_static("https://localhost").tls_config(with_system.clone()).is_ok();
+        self.tls = if system_has_some { with_system } else { ClientTlsConfig::new().ca_certificate(ca) };
+        Ok(self)
     }
 
     fn channels(&self) -> MutexGuard<'_, HashMap<Endpoint, Channel>> {

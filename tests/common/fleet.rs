@@ -39,7 +39,10 @@ use tonic::{
     Code, Request, Response, Status,
     body::Body,
     codegen::http,
-    transport::server::{Connected, Server},
+    transport::{
+        Identity, ServerTlsConfig,
+        server::{Connected, Server},
+    },
 };
 use tower::util::MapResponseLayer;
 
@@ -273,7 +276,7 @@ impl Fleet {
                     Ok(stream)
                 })
             });
-            fleet.serve(incoming);
+            fleet.serve(incoming, None);
         }
         fleet
     }
@@ -282,7 +285,16 @@ impl Fleet {
     pub fn at_socket(path: &Path) -> Self {
         let mut fleet = Self::unserved();
         fleet.endpoints.push(format!("unix:{}", path.display()));
-        fleet.serve(UnixListenerStream::new(UnixListener::bind(path).unwrap()));
+        fleet.serve(UnixListenerStream::new(UnixListener::bind(path).unwrap()), None);
+        fleet
+    }
+
+    /// A fleet behind TLS, which shows this certificate.
+    pub async fn behind_tls(identity: Identity) -> Self {
+        let mut fleet = Self::unserved();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        fleet.endpoints.push(format!("https://{}", listener.local_addr().unwrap()));
+        fleet.serve(TcpListenerStream::new(listener), Some(ServerTlsConfig::new().identity(identity)));
         fleet
     }
 
@@ -290,7 +302,7 @@ impl Fleet {
         Self { endpoints: Vec::new(), state: Arc::new(watch::Sender::new(State::default())), servers: JoinSet::new() }
     }
 
-    fn serve<S>(&mut self, incoming: impl Stream<Item = io::Result<S>> + Send + 'static)
+    fn serve<S>(&mut self, incoming: impl Stream<Item = io::Result<S>> + Send + 'static, tls: Option<ServerTlsConfig>)
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
@@ -300,7 +312,11 @@ impl Fleet {
         let service = SubsystemServer::new(FakeService { state })
             .max_decoding_message_size(usize::MAX)
             .max_encoding_message_size(usize::MAX);
-        let server = Server::builder().layer(MapResponseLayer::new(spoil)).add_service(service);
+        let mut server = Server::builder();
+        if let Some(tls) = tls {
+            server = server.tls_config(tls).unwrap();
+        }
+        let server = server.layer(MapResponseLayer::new(spoil)).add_service(service);
         self.servers.spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
     }
 
