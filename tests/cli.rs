@@ -18,7 +18,7 @@ use common::{
     fleet::{Fleet, Run, to_struct},
     patiently,
     service::{Client, Home, Service, decode, ms, part, registration},
-    terminal,
+    terminal::{self, Terminal},
 };
 use orchestrator_core::proto::{
     orchestrator::v1::{self as pb, SubsystemState},
@@ -870,6 +870,24 @@ async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
     assert!(!list.contains('\x1b') && list.contains("DEGRADED"), "{list:?}");
     let piped = cli.run("cycles list").await.with(0);
     assert!(!piped.contains('\x1b') && piped.contains(&"long ".repeat(20)), "{piped:?}");
+}
+
+#[tokio::test]
+async fn who_interrupts_a_cycle_is_left_without_a_bar() {
+    let (_home, fleet, service, _client) = house(&["a"]).await;
+    fleet.run("a", Run::Hold);
+    let mut terminal = Terminal::new(80, 24);
+    // In a session of its own, so that Ctrl-C reaches it, and not whoever runs the tests.
+    let mut command = Command::new("setsid");
+    command.args(["--ctty", env!("CARGO_BIN_EXE_orchestrator"), "run"]);
+    command.env("ORCHESTRATOR_ADDRESS", service.address().to_string()).kill_on_drop(true);
+    terminal.connect(&mut command);
+    let mut run = command.spawn().unwrap();
+    terminal.until_shown("running a").await;
+    terminal.press("\x03");
+    let shown = terminal.until_shown("To see how it ended").await;
+    assert!(shown.contains("Cycle 1 goes on") && !shown.contains("running a"), "{shown}");
+    assert_eq!(patiently("it to end", run.wait()).await.unwrap().code(), Some(130));
 }
 
 /// Text without colours.

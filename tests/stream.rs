@@ -388,10 +388,10 @@ async fn who_comes_to_a_large_cycle_is_told_in_pieces_how_it_stands() {
         failed.extend(ended.map(|it| it.name));
     }
     stage.fleet.run("held", Run::default());
-    let state = loop {
+    let ended = loop {
         if let Some(Event::Recorded(record)) = next_event(&mut late).await.unwrap().event {
             break decode(record).state();
         }
     };
-    assert_eq!(state, CycleState::Degraded);
+    assert_eq!(ended, CycleState::Degraded);
 }

@@ -2,10 +2,12 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
+    io,
     time::Duration,
 };
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use console::Term;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle, TermLike};
 
 use super::output::{count, milliseconds, names};
 use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
@@ -23,12 +25,12 @@ pub(super) struct Bar {
 impl Bar {
     /// On stdout.
     pub(super) fn on_stdout() -> Self {
-        Self::new(ProgressDrawTarget::stdout)
+        Self::new(|| Margin::on(Term::buffered_stdout()))
     }
 
     /// On stderr.
     pub(super) fn on_stderr() -> Self {
-        Self::new(ProgressDrawTarget::stderr)
+        Self::new(|| Margin::on(Term::buffered_stderr()))
     }
 
     fn new(target: fn() -> ProgressDrawTarget) -> Self {
@@ -124,6 +126,68 @@ impl Bar {
 impl Drop for Bar {
     fn drop(&mut self) {
         self.clear();
+    }
+}
+
+/// A terminal whose last columns are left free. indicatif fills a line with spaces, and when somebody presses Ctrl-C then,
+/// the terminal shows `^C` on a line of its own, below a bar that can't be taken away any more.
+#[derive(Debug)]
+struct Margin(Term);
+
+impl Margin {
+    /// Those that `^C` takes, and one more.
+    const COLUMNS: u16 = 3;
+
+    fn on(terminal: Term) -> ProgressDrawTarget {
+        /// As indicatif has it.
+        const REDRAWS_PER_SECOND: u8 = 20;
+        if terminal.is_term() {
+            ProgressDrawTarget::term_like_with_hz(Box::new(Self(terminal)), REDRAWS_PER_SECOND)
+        } else {
+            ProgressDrawTarget::hidden()
+        }
+    }
+}
+
+impl TermLike for Margin {
+    fn width(&self) -> u16 {
+        self.0.width().saturating_sub(Self::COLUMNS)
+    }
+
+    fn height(&self) -> u16 {
+        self.0.height()
+    }
+
+    fn move_cursor_up(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_up(n)
+    }
+
+    fn move_cursor_down(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_down(n)
+    }
+
+    fn move_cursor_right(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_right(n)
+    }
+
+    fn move_cursor_left(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_left(n)
+    }
+
+    fn write_line(&self, text: &str) -> io::Result<()> {
+        self.0.write_line(text)
+    }
+
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        self.0.write_str(text)
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        self.0.clear_line()
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
