@@ -21,11 +21,12 @@ use orchestrator_core::{
     model::Payload,
     proto::subsystem::v1::{
         self as pb,
+        subsystem_client::SubsystemClient,
         subsystem_server::{Subsystem, SubsystemServer},
     },
 };
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, process::Command, task::JoinSet};
+use tokio::{io::AsyncWriteExt as _, net::TcpListener, process::Command, task::JoinSet};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Code, Request, Response, Status, body::Body, codegen::http, service::Routes, transport::Server};
 use tower::{Service, util::MapFutureLayer};
@@ -67,6 +68,11 @@ const IN_THE_MIDDLE: [&str; 4] = ["status-while-running", "deadline", "cancellat
 
 /// What may be, but leaves less to see: `GetStatus` is not implemented, and only says so when no cycle runs.
 const WITHOUT_STATUS: &str = "without-status";
+
+/// What is no rule of its own: every answer begins at once and never ends.
+const STALLS: &str = "stalls";
+/// What is no rule of its own: an error of 8 KiB.
+const LONG_ERROR: &str = "long-error";
 
 /// A small subsystem that keeps the contract, except for the rule that is named.
 #[derive(Clone, Default)]
@@ -154,6 +160,9 @@ impl Subsystem for Fake {
         let request = request.into_inner();
         self.serves(&request.subsystem)?;
         self.epoch(request.epoch, "older-epoch-in-initialize")?;
+        if self.breaks(LONG_ERROR) {
+            return Err(Status::internal("long".repeat(2 << 10)));
+        }
         let mut state = self.state.lock().unwrap();
         state.initialized += 1;
         if self.breaks("initialize") && state.initialized > 1 {
@@ -265,9 +274,10 @@ impl Subsystem for Fake {
 }
 
 type Answering = <Routes as Service<http::Request<Body>>>::Future;
+type Answered = Result<http::Response<Body>, Infallible>;
 
 /// Announces an answer at once, which ends the library's watch over the deadline, and gives it when it is there.
-fn announced(answer: Answering) -> http::Response<Body> {
+fn announced(answer: impl Future<Output = Answered> + Send + 'static) -> http::Response<Body> {
     let frames = stream::once(answer).flat_map(|answer| {
         let (head, body) = answer.unwrap().into_parts();
         // A refusal has nothing but a head; its status goes where that of an answer is.
@@ -292,7 +302,8 @@ async fn serve(breaks: &'static str) -> (String, JoinSet<()>) {
     let fake = Fake { breaks, takes, ..Fake::default() };
     let service = SubsystemServer::new(fake).max_decoding_message_size(usize::MAX);
     let spoil = move |answer: Answering| match breaks {
-        "deadline" => future::ready(Ok::<_, Infallible>(announced(answer))).boxed(),
+        "deadline" => future::ready(Ok(announced(answer))).boxed(),
+        STALLS => future::ready(Ok(announced(future::pending()))).boxed(),
         "malformed-request" => async {
             let answer = answer.await?;
             match answer.headers().get("grpc-status") {
@@ -413,6 +424,75 @@ async fn a_report_is_for_people_and_for_ci_systems_too() {
     assert!(xml.contains(r#"tests="21" failures="1" skipped="5""#), "{xml}");
     assert!(xml.contains(r#"<failure message="ALREADY_EXISTS: initialized &lt;before&gt;">"#), "{xml}");
     assert_eq!(xml.matches("<testcase ").count(), CHECKS.len());
+}
+
+#[tokio::test]
+async fn answers_that_never_end_are_waited_for_no_longer_than_others() {
+    let (endpoint, _server) = serve(STALLS).await;
+    let output = conformance(&[&endpoint, "--subsystem", NAMES[0], "--timeout", "200ms"]).await;
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("21 checks: 0 passed, 20 failed, 1 not applicable"), "{text}");
+    assert!(text.contains("came      DEADLINE_EXCEEDED: no answer within 200ms"), "{text}");
+}
+
+#[tokio::test]
+async fn a_server_that_speaks_no_grpc_is_told() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let mut server = JoinSet::new();
+    server.spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            // Whoever has sent a preface of HTTP/2 may have left.
+            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
+        }
+    });
+    let output = conformance(&[&endpoint, "--subsystem", NAMES[0]]).await;
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("21 checks: 0 passed, 20 failed, 1 not applicable"), "{text}");
+    assert!(text.contains(&format!("does a gRPC server answer at {endpoint}")), "{text}");
+}
+
+#[tokio::test]
+async fn another_caller_with_a_later_epoch_is_told() {
+    let (endpoint, _server) = serve("").await;
+    let mut other = SubsystemClient::connect(endpoint.clone()).await.unwrap();
+    let later = pb::InitializeRequest { subsystem: NAMES[0].into(), epoch: u64::MAX, ..Default::default() };
+    other.initialize(later).await.unwrap();
+    let output = conformance(&[&endpoint, "--subsystem", NAMES[0]]).await;
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("Somebody has called \"fake\" with a later epoch: restart it"), "{text}");
+}
+
+#[tokio::test]
+async fn a_report_is_bounded_and_not_lost_when_its_file_can_not_be_written() {
+    let (endpoint, _server) = serve(LONG_ERROR).await;
+    let output = conformance(&[&endpoint, "--subsystem", NAMES[0], "--junit", "/nowhere/report.xml"]).await;
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(
+        String::from_utf8_lossy(&output.stderr).starts_with("can't write --junit /nowhere/report.xml"),
+        "{output:?}"
+    );
+    let text = String::from_utf8_lossy(&output.stdout);
+    let came = text.lines().find(|line| line.starts_with("  came      INTERNAL: longlong")).unwrap();
+    assert!(came.ends_with("… (8202 bytes in all)") && came.len() < 5000, "{came}");
+}
+
+#[tokio::test]
+async fn what_can_not_be_meant_is_wrong_usage() {
+    let (endpoint, _server) = serve("").await;
+    for wrong in [["--timeout", "100000000h"], ["--timeout", "0s"], ["--subsystem", ""], ["--subsystem", "a b"]] {
+        assert_eq!(conformance(&[&[&*endpoint], &wrong[..]].concat()).await.status.code(), Some(2), "{wrong:?}");
+    }
+    // One name, however often it is given, is one subsystem.
+    let [name, _] = NAMES;
+    let twice = [&*endpoint, "--subsystem", name, "--subsystem", name, "--output", "json"];
+    let output = conformance(&twice).await;
+    let unseen = with_outcome(&self::report(&output), "NOT_APPLICABLE");
+    assert!(unseen.contains(&"concurrent-subsystems".to_owned()), "{unseen:?}");
 }
 
 #[tokio::test]

@@ -18,7 +18,12 @@ use super::{
     output::{Format, Table, clean, count, escaped, print, sections, state, text},
     parameters::{self, Parameters},
 };
-use crate::model::Endpoint;
+use crate::model::{Endpoint, Name, excerpt};
+
+/// The most bytes of what was sent and of what came in a report: an error or an output can be of any size.
+const MAX_TEXT: usize = 4 << 10;
+/// How long a call may take at most: as long as a registration can allow.
+const MAX_TIMEOUT: Duration = Duration::from_hours(24);
 
 /// Check that a subsystem keeps the contract
 #[derive(Debug, clap::Args)]
@@ -45,15 +50,15 @@ pub(super) struct Conformance {
     #[arg(value_parser = Endpoint::parse)]
     endpoint: Endpoint,
     /// The name of the subsystem to check; when repeated, of others that are served there, to be called beside it
-    #[arg(long = "subsystem", value_name = "NAME")]
-    subsystems: Vec<String>,
+    #[arg(long = "subsystem", value_name = "NAME", value_parser = Name::parse)]
+    subsystems: Vec<Name>,
     #[command(flatten)]
     parameters: Parameters,
     /// An input of every cycle, its output as a JSON object; may be repeated
     #[arg(long = "input", value_name = "NAME=OBJECT", value_parser = parameters::parameter)]
     inputs: Vec<(String, Value)>,
     /// How long one call may take
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = super::remote::timeout)]
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = timeout)]
     timeout: Duration,
     /// What is recommended counts like what is required
     #[arg(long)]
@@ -123,7 +128,9 @@ impl Finding {
         match found {
             Ok(()) => finding,
             Err(Problem::NotApplicable(reason)) => Self { outcome: Outcome::NotApplicable, reason, ..finding },
-            Err(Problem::Failed { sent, came }) => Self { outcome: Outcome::Failed, sent, came, ..finding },
+            Err(Problem::Failed { sent, came }) => {
+                Self { outcome: Outcome::Failed, sent: bounded(sent), came: bounded(came), ..finding }
+            }
         }
     }
 
@@ -132,11 +139,30 @@ impl Finding {
     }
 }
 
+fn timeout(text: &str) -> Result<Duration, String> {
+    let timeout = super::remote::timeout(text)?;
+    if timeout > MAX_TIMEOUT { Err("give at most 24h".to_owned()) } else { Ok(timeout) }
+}
+
+/// A text that fits into a report.
+fn bounded(text: String) -> String {
+    match excerpt(&text, MAX_TEXT) {
+        whole if whole.len() == text.len() => text,
+        part => format!("{part}… ({} bytes in all)", text.len()),
+    }
+}
+
 impl Conformance {
     /// Runs all checks, one after the other.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         let Self { endpoint, subsystems, parameters, inputs, timeout, strict, junit, format } = self;
-        let probe = Probe::connect(endpoint, subsystems, parameters.encode()?, inputs, timeout).await?;
+        let mut names: Vec<String> = Vec::with_capacity(subsystems.len());
+        for name in subsystems {
+            if !names.iter().any(|other| other == name.as_str()) {
+                names.push(name.to_string());
+            }
+        }
+        let probe = Probe::connect(endpoint, names, parameters.encode()?, inputs, timeout).await?;
         let mut checks = Vec::with_capacity(CHECKS.len());
         for check in CHECKS {
             checks.push(Finding::new(check, (check.run)(&probe).await, strict));
@@ -144,17 +170,17 @@ impl Conformance {
         let passed = !checks.iter().any(|finding| finding.counts && finding.has_failed());
         let report =
             Report { endpoint: probe.endpoint().to_string(), subsystem: probe.name().to_owned(), passed, checks };
-        if let Some(path) = junit {
-            fs::write(&path, junit::document(&report)).map_err(|error| {
-                Failure::new(Exit::Usage, format!("can't write --junit {}: {error}", path.display()))
-            })?;
-        }
         if format.is_json() {
             let json = serde_json::to_string(&report)
                 .map_err(|error| Failure::new(Exit::Refused, format!("can't write the report: {error}")))?;
             print(&format!("{}\n", escaped(&json)))?;
         } else {
             print(&report.text())?;
+        }
+        if let Some(path) = junit {
+            fs::write(&path, junit::document(&report)).map_err(|error| {
+                Failure::new(Exit::Usage, format!("can't write --junit {}: {error}", path.display()))
+            })?;
         }
         Ok(if passed { Exit::Done } else { Exit::Refused })
     }
@@ -194,10 +220,19 @@ impl Report {
     fn advice(&self) -> String {
         let failed: Vec<_> = self.checks.iter().filter(|finding| finding.has_failed()).collect();
         let all_came = |code: &str| failed.len() > 2 && failed.iter().all(|finding| finding.came.starts_with(code));
+        let (endpoint, subsystem) = (clean(&self.endpoint), clean(&self.subsystem));
         if all_came("UNIMPLEMENTED") {
-            format!("{} does not serve dreamnet.subsystem.v1.Subsystem.\n", clean(&self.endpoint))
+            format!("{endpoint} does not serve dreamnet.subsystem.v1.Subsystem.\n")
         } else if all_came("NOT_FOUND") {
-            format!("No {:?} is served there: give the subsystem's name with --subsystem.\n", clean(&self.subsystem))
+            format!("No {subsystem:?} is served there: give the subsystem's name with --subsystem.\n")
+        } else if all_came("ABORTED") {
+            format!(
+                "Somebody has called {subsystem:?} with a later epoch: restart it, and let nobody else call it meanwhile.\n"
+            )
+        } else if !self.checks.iter().any(|finding| finding.outcome == Outcome::Passed) {
+            format!(
+                "No check has passed: does a gRPC server answer at {endpoint}, with TLS if it is https and without if not?\n"
+            )
         } else {
             "Restart it before an orchestrator calls it: it has seen epochs far above those of a real one.\n".to_owned()
         }

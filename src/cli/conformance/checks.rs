@@ -1,6 +1,6 @@
 //! The checks: each holds one rule of `subsystem.proto` against what the subsystem does.
 
-use std::time::Duration;
+use std::{error::Error as _, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{
@@ -219,8 +219,10 @@ async fn status_while_running(probe: &Probe) -> Result<(), Problem> {
     let run = probe.run(&request);
     tokio::pin!(run);
     let begun = Instant::now();
-    if timeout(SOON, &mut run).await.is_ok() {
-        return too_quick(begun.elapsed());
+    match timeout(SOON, &mut run).await {
+        Ok(Ok(_)) => return too_quick(begun.elapsed()),
+        Ok(Err(status)) => return failed(describe(&request), said(&status)),
+        Err(_) => {}
     }
     let asked = Instant::now();
     let status = probe.status().map(|answer| (answer, asked.elapsed()));
@@ -416,8 +418,20 @@ fn describe(request: &pb::RunCycleRequest) -> String {
 }
 
 fn said(status: &Status) -> String {
-    let code = model::Code::from_number(status.code().into());
-    if status.message().is_empty() { code.to_string() } else { format!("{code}: {}", status.message()) }
+    let mut text = model::Code::from_number(status.code().into()).to_string();
+    let mut add = |words: &str| {
+        if !words.is_empty() && !text.contains(words) {
+            text = format!("{text}: {words}");
+        }
+    };
+    add(status.message());
+    // The library says of a connection that breaks little more than that.
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        add(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 async fn answered(probe: &Probe, request: &pb::RunCycleRequest) -> Result<pb::RunCycleResponse, Problem> {

@@ -158,12 +158,14 @@ impl Probe {
         }
     }
 
-    /// Waits for an answer. The library calls a late one cancelled, as if somebody had cancelled it.
+    /// Waits for an answer. The library calls a late one cancelled, as if somebody had cancelled it, and waits without
+    /// end for the rest of one that has begun.
     async fn answer<T>(&self, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Status> {
         let begun = Instant::now();
-        match call.await {
-            Err(_) if begun.elapsed() >= self.timeout => Err(self.no_answer()),
-            answer => answer.map(Response::into_inner),
+        match tokio::time::timeout(self.timeout, call).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(status)) if begun.elapsed() < self.timeout => Err(status),
+            Ok(Err(_)) | Err(_) => Err(self.no_answer()),
         }
     }
 
@@ -219,9 +221,12 @@ impl Probe {
     /// `RunCycle` with these bytes as the request, whatever they are.
     pub(super) async fn run_raw(&self, request: Bytes) -> Result<pb::RunCycleResponse, Status> {
         let mut client = Grpc::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER);
-        client.ready().await.map_err(|error| Status::unavailable(chain(&error)))?;
         let path = PathAndQuery::from_static("/dreamnet.subsystem.v1.Subsystem/RunCycle");
-        self.answer(client.unary(self.within(request), path, RawRequest(PhantomData))).await
+        self.answer(async {
+            client.ready().await.map_err(|error| Status::unavailable(chain(&error)))?;
+            client.unary(self.within(request), path, RawRequest(PhantomData)).await
+        })
+        .await
     }
 
     pub(super) async fn status(&self) -> Result<pb::GetStatusResponse, Status> {
