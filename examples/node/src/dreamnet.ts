@@ -171,7 +171,8 @@ class Subsystem {
 
   checkEpoch(epoch: number): void {
     if (epoch < this.epoch) {
-      throw new Refusal(status.ABORTED, `epoch ${epoch} has been superseded by ${this.epoch}`);
+      const over = `epoch ${epoch} is over, epoch ${this.epoch} has called`;
+      throw new Refusal(status.ABORTED, `${over}; restart ${this.name} if that one is gone`);
     }
     // Another orchestrator may have forgotten its cycles, and count them anew.
     if (epoch > this.epoch) this.answers.clear();
@@ -265,8 +266,14 @@ function toInputData({ freshness, output }: Input__Output): InputData {
   return { fresh, ...((fresh || freshness === "FRESHNESS_STALE") && { output: frozen(output) }) };
 }
 
-const isThenable = (value: unknown): value is PromiseLike<unknown> =>
-  typeof (value as { then?: unknown } | null | undefined)?.then === "function";
+function isThenable(value: unknown): value is PromiseLike<unknown> {
+  try {
+    return typeof (value as { then?: unknown } | null | undefined)?.then === "function";
+  } catch {
+    // What can't be read is left out of the output, and told.
+    return false;
+  }
+}
 
 /**
  * Serves `objects`, by name, at one port, and registers them if `options.orchestrator` is given.
@@ -335,7 +342,8 @@ export async function serveSubsystems(
     for (const service of ["", HEALTH_SERVICE]) health.setStatus(service, "NOT_SERVING");
     await leave();
     await new Promise<void>((resolve) => {
-      const grace = setTimeout(() => server.forceShutdown(), 10_000);
+      // The server waits for peers to close their connections, also for those that are gone without a word.
+      const grace = setTimeout(() => resolve(server.forceShutdown()), 10_000);
       server.tryShutdown(() => resolve(clearTimeout(grace)));
     });
   };
@@ -357,12 +365,23 @@ function settingsOf(name: string, options: ServeOptions): Settings {
   return { ...(TOPOLOGY as Record<string, Settings>)[name], ...options.registrations?.[name] };
 }
 
-/** By phase, then as in DreamNet's table, then as they come. */
+/** By phase, then as in DreamNet's table, then as they come; but no one before those of its phase that it waits for. */
 function inOrder(names: string[], options: ServeOptions): string[] {
   const table = Object.keys(TOPOLOGY);
   const row = (name: string) => (table.includes(name) ? table.indexOf(name) : table.length);
   const phase = (name: string) => settingsOf(name, options).phase ?? 0;
-  return names.sort((a, b) => phase(a) - phase(b) || row(a) - row(b));
+  const sorted = names.sort((a, b) => phase(a) - phase(b) || row(a) - row(b));
+  const [met, order] = [new Set<string>(), [] as string[]];
+  const place = (name: string): void => {
+    if (met.has(name)) return;
+    met.add(name);
+    const { requires = [], after = [] } = settingsOf(name, options);
+    const first = [...requires, ...after];
+    sorted.filter((other) => first.includes(other) && phase(other) === phase(name)).forEach(place);
+    order.push(name);
+  };
+  sorted.forEach(place);
+  return order;
 }
 
 async function instantiate(servable: Servable): Promise<Module> {
@@ -387,7 +406,9 @@ function handlers(subsystems: ReadonlyMap<string, Subsystem>): SubsystemHandlers
       new Promise<A>((resolve) => resolve(work(call.request, gone.signal))).then(
         (answer) => callback(null, answer),
         (error) =>
-          callback({ code: error instanceof Refusal ? error.code : status.INTERNAL, details: describe(error) }),
+          error instanceof Refusal
+            ? callback({ code: error.code, details: error.message })
+            : callback({ code: status.INTERNAL, details: describe(error) }),
       );
     };
   return {
@@ -444,12 +465,27 @@ async function register(
         client.renewLease({ name: registration.name }, deadline(), callback),
       );
     } catch (error) {
-      // The lease has expired, or the orchestrator has lost its record.
-      if ((error as ServiceError).code !== status.NOT_FOUND) throw error;
+      // The lease has expired, or somebody has registered it without one.
+      const { code } = error as ServiceError;
+      if (code !== status.NOT_FOUND && code !== status.FAILED_PRECONDITION) throw error;
       await registerOne(registration);
     }
   };
-  for (const registration of registrations) await registerOne(registration);
+  // Whatever can't be taken out now ends with its lease.
+  const unregister = (registered: typeof registrations) =>
+    Promise.allSettled(
+      registered.map(({ name }) =>
+        ask(orchestrator, (client, callback) => client.unregisterSubsystem({ name }, deadline(), callback)),
+      ),
+    );
+  for (const [position, registration] of registrations.entries()) {
+    try {
+      await registerOne(registration);
+    } catch (error) {
+      await unregister(registrations.slice(0, position));
+      throw error;
+    }
+  }
 
   let renewal: Promise<unknown> = Promise.resolve();
   let renewing = false;
@@ -465,12 +501,7 @@ async function register(
   return async () => {
     clearInterval(timer);
     await renewal;
-    // Whatever can't be taken out now ends with its lease.
-    await Promise.allSettled(
-      registrations.map(({ name }) =>
-        ask(orchestrator, (client, callback) => client.unregisterSubsystem({ name }, deadline(), callback)),
-      ),
-    );
+    await unregister(registrations);
   };
 }
 
@@ -553,9 +584,18 @@ export function startIntervalLoop(
     if (beats === 0) stop().catch((error) => console.error(`a loop was not stopped, trying again: ${describe(error)}`));
     beats = 0;
   }, 4 * BEAT_MS);
-  started.catch(() => [timer, watch].forEach(clearInterval));
+  started.catch((error) => {
+    [timer, watch].forEach(clearInterval);
+    // Who only keeps the handle, as ever, has to hear of it too.
+    console.error(`the loop ${name} was not started: ${describe(error)}`);
+  });
 
-  async function stop(): Promise<void> {
+  let stopping: Promise<void> | undefined;
+  const stop = () => (stopping ??= stopOnce().catch((error) => {
+    stopping = undefined;
+    throw error;
+  }));
+  async function stopOnce(): Promise<void> {
     clearInterval(timer);
     await started;
     // One that was started again under the same name is no longer this handle's to stop.

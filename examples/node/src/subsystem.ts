@@ -4,7 +4,8 @@
 
 import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
-import { serveSubsystems, type Cycle } from "./dreamnet.js";
+import { status, type ServiceError } from "@grpc/grpc-js";
+import { serveSubsystems, type Cycle, type Served } from "./dreamnet.js";
 
 const { values: flags } = parseArgs({
   options: {
@@ -41,15 +42,31 @@ class Total {
   }
 }
 
-const served = await serveSubsystems(
-  { [flags.name]: Total },
-  {
-    listen: flags.listen,
-    ...(flags.orchestrator && { orchestrator: flags.orchestrator }),
-    registrations: {
-      [flags.name]: { requires: names(flags.requires), after: names(flags.after), reads: names(flags.reads) },
+const serve = () =>
+  serveSubsystems(
+    { [flags.name]: Total },
+    {
+      listen: flags.listen,
+      ...(flags.orchestrator && { orchestrator: flags.orchestrator }),
+      registrations: {
+        [flags.name]: { requires: names(flags.requires), after: names(flags.after), reads: names(flags.reads) },
+      },
     },
-  },
-);
-for (const signal of ["SIGTERM", "SIGINT"] as const) process.once(signal, () => void served.stop());
-console.log(`listening on ${served.address}`);
+  );
+
+let served: Served | undefined;
+while (!served) {
+  try {
+    served = await serve();
+  } catch (error) {
+    const { code, message } = error as ServiceError;
+    if (code !== status.UNAVAILABLE && code !== status.DEADLINE_EXCEEDED) throw error;
+    // The orchestrator is not there yet.
+    console.error(message);
+    await setTimeout(1000);
+  }
+}
+const { address, stop: stopServing } = served;
+const stop = () => void stopServing().then(() => process.exit());
+for (const signal of ["SIGTERM", "SIGINT"] as const) process.once(signal, stop);
+console.log(`listening on ${address}`);

@@ -76,14 +76,14 @@ export const TOPOLOGY = {
 export type SubsystemName = keyof typeof TOPOLOGY;
 
 // Keys that don't follow from the name.
-const KEYS: Record<string, string> = {
-  CitadelCore: "citadelSnapshot",
-  StarBridgeLungs: "starBridge",
-  PredatorScavengerLoop: "predatorScavenger",
-};
+const KEYS: ReadonlyMap<string, string> = new Map([
+  ["CitadelCore", "citadelSnapshot"],
+  ["StarBridgeLungs", "starBridge"],
+  ["PredatorScavengerLoop", "predatorScavenger"],
+]);
 
 /** Those that the others have never met themselves: what they are offered is what its `run` returned last. */
 export const ONLY_OUTPUT: ReadonlySet<string> = new Set(["CitadelCore"]);
 
 /** The key under which the others find a subsystem in their context: `FieldLayer` is `fieldLayer`. */
-export const contextKey = (name: string): string => KEYS[name] ?? name.charAt(0).toLowerCase() + name.slice(1);
+export const contextKey = (name: string): string => KEYS.get(name) ?? name.charAt(0).toLowerCase() + name.slice(1);

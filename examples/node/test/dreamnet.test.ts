@@ -1,8 +1,10 @@
 // Against the real service: the binary TEST_ORCHESTRATOR, or the one in `target/debug`.
 
 import assert from "node:assert/strict";
+import { once } from "node:events";
 import { readFile } from "node:fs/promises";
-import { after, afterEach, before, test } from "node:test";
+import { createServer, type AddressInfo } from "node:net";
+import { after, afterEach, before, mock, test } from "node:test";
 import { fileURLToPath } from "node:url";
 import { status } from "@grpc/grpc-js";
 import {
@@ -62,6 +64,8 @@ test("keys follow from the names, but for three", () => {
     ["FieldLayer", "DreamNetOSCore", "CitadelCore", "StarBridgeLungs", "PredatorScavengerLoop"].map(contextKey),
     ["fieldLayer", "dreamNetOSCore", "citadelSnapshot", "starBridge", "predatorScavenger"],
   );
+  // What every object has by that name is no key.
+  assert.deepEqual(["constructor", "toString", "valueOf"].map(contextKey), ["constructor", "toString", "valueOf"]);
 });
 
 /**
@@ -243,6 +247,24 @@ test("what is said of a registration is registered, and the rest is as in the ta
   await assert.rejects(serve({}, { registrations: { Nobody: {} } }), /registrations names Nobody/);
 });
 
+test("what waits for another one of its phase comes after it, in whatever order they are given", async () => {
+  const order: string[] = [];
+  const module = (name: string) => ({ run: () => void order.push(name) });
+  await serve(
+    { last: module("last"), middle: module("middle"), first: module("first") },
+    { orchestrator: service.address, registrations: { last: { after: ["middle"] }, middle: { requires: ["first"] } } },
+  );
+  assert.equal((await cycle(service.address)).state, "CYCLE_STATE_SUCCEEDED");
+  assert.deepEqual(order, ["first", "middle", "last"]);
+});
+
+test("when one is refused, none stays registered", async () => {
+  const objects = { fine: { run() {} }, "no name!": { run() {} } };
+  await assert.rejects(serve(objects, { orchestrator: service.address }), /"no name!" is no name/);
+  const { subsystems } = await orchestrator(service.address)((client, callback) => client.listSubsystems({}, callback));
+  assert.deepEqual(subsystems, []);
+});
+
 test("a module that throws is that subsystem's failure only", async () => {
   const throwing = (thrown: unknown): Servable => ({ run() { throw thrown; } });
   await serve(
@@ -277,6 +299,7 @@ test("odd outputs: an object that is mutated later, an array, nothing, and what 
       DreamCortex: { run: async () => [1, undefined] },
       NeuralMesh: { run() {} },
       IdentityGrid: { run: () => ({ f() {}, big: 1n, nan: NaN, ok: "yes" }) },
+      SlugTimeMemory: { run: () => ({ get then() { throw new Error("no"); }, ok: "yes" }) },
     },
     { orchestrator: service.address },
   );
@@ -288,8 +311,10 @@ test("odd outputs: an object that is mutated later, an array, nothing, and what 
   assert.equal(output("WolfPack").fields.n.numberValue, 1);
   assert.equal(output("WolfPack").fields.inner.structValue.fields.n.numberValue, 1);
   assert.equal(output("DreamCortex").fields.value.listValue.values.length, 2);
-  assert.deepEqual(Object.keys(output("IdentityGrid").fields), ["ok"]);
-  assert.deepEqual(part("IdentityGrid").issues.map(({ code }) => code), ["NOT_JSON"]);
+  for (const name of ["IdentityGrid", "SlugTimeMemory"]) {
+    assert.deepEqual(Object.keys(output(name).fields), ["ok"]);
+    assert.deepEqual(part(name).issues.map(({ code }) => code), ["NOT_JSON"]);
+  }
   assert.deepEqual(part("WolfPack").issues, []);
 });
 
@@ -458,6 +483,14 @@ test("what goes wrong at the start is told", async () => {
   const nobody = { orchestrator: "127.0.0.1:1" };
   await assert.rejects(runSingleCycle({ NeuralMesh: { run() {} } }, nobody), /127\.0\.0\.1:1 answered UNAVAILABLE/);
   await assert.rejects(getStatus(nobody), /UNAVAILABLE/);
+  const error = mock.method(console, "error", () => {});
+  try {
+    const loop = startIntervalLoop({ NeuralMesh: { run() {} } }, 5000, nobody);
+    await assert.rejects(loop.started, /UNAVAILABLE/);
+    assert.match(String(error.mock.calls[0]?.arguments[0]), /the loop dreamnet was not started: .*UNAVAILABLE/);
+  } finally {
+    error.mock.restore();
+  }
 });
 
 test("a registration that is gone is made anew", async () => {
@@ -470,6 +503,23 @@ test("a registration that is gone is made anew", async () => {
   const loop = loopOf(context, 20, options);
   await again;
   await loop.stop();
+});
+
+test("the stand-alone subsystem waits until the orchestrator is there", async () => {
+  let called!: () => void;
+  const refused = new Promise<void>((resolve) => (called = resolve));
+  const nobody = createServer((socket) => (socket.destroy(), called())).listen(0, "127.0.0.1");
+  await once(nobody, "listening");
+  const address = `127.0.0.1:${(nobody.address() as AddressInfo).port}`;
+  const starting = startSubsystem("--name", "total", "--orchestrator", address);
+  await refused;
+  nobody.close();
+  await once(nobody, "close");
+  const late = await startOrchestrator(address);
+  open.push(() => late.stop());
+  const total = await starting;
+  assert.equal((await cycle(late.address)).subsystems[0]!.state, "SUBSYSTEM_STATE_SUCCEEDED");
+  assert.equal(await total.stop(), 0);
 });
 
 test("the stand-alone subsystem adds up its inputs", async () => {

@@ -35,8 +35,8 @@ async function start(command: string, args: string[]): Promise<Running> {
   };
 }
 
-export const startOrchestrator = (): Promise<Running> =>
-  start(BINARY, ["serve", "--listen", "127.0.0.1:0", "--admin-listen", "off", "--store", "memory:", "--log-filter", "error"]);
+export const startOrchestrator = (listen = "127.0.0.1:0"): Promise<Running> =>
+  start(BINARY, ["serve", "--listen", listen, "--admin-listen", "off", "--store", "memory:", "--log-filter", "error"]);
 
 export const startSubsystem = (...args: string[]): Promise<Running> =>
   start(process.execPath, [fileURLToPath(new URL("../src/subsystem.js", import.meta.url)), "--listen", "127.0.0.1:0", ...args]);
