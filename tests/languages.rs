@@ -22,7 +22,8 @@ use orchestrator_core::proto::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::TcpStream,
     process::{Child, Command},
     sync::OnceCell,
 };
@@ -385,6 +386,21 @@ async fn each_keeps_the_contract() {
         assert_eq!(cycles(&mut client).await, json!(3), "{name}");
         assert_eq!(client.run_cycle(request(5, 1, &none)).await.unwrap_err().code(), Code::Aborted, "{name}");
         assert_eq!(client.initialize(initialize(1)).await.unwrap_err().code(), Code::Aborted, "{name}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs Python with grpcio-tools, Go, Maven and npm; .ci/run runs it"]
+async fn each_stops_though_somebody_stays_connected() {
+    for example in examples().await {
+        let mut running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
+        // One says nothing at all, the other nothing after its preface and its settings, as a peer that is gone.
+        let _silent = TcpStream::connect(&running.address).await.unwrap();
+        let mut gone = TcpStream::connect(&running.address).await.unwrap();
+        gone.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+        gone.read_exact(&mut [0; 9]).await.unwrap();
+        running.signal(Signal::TERM);
+        patiently(&format!("{} to stop", example.folder), running.process.wait()).await.unwrap();
     }
 }
 

@@ -272,7 +272,8 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	server := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage))
+	// A connection that never says a word would hold up the stop for two minutes.
+	server := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.ConnectionTimeout(grace))
 	pb.RegisterSubsystemServer(server, newAlarm(*name))
 	healthy := health.NewServer()
 	healthpb.RegisterHealthServer(server, healthy)
