@@ -253,6 +253,8 @@ async fn a_name_that_is_not_served_is_not_found() {
     assert_eq!(client.initialize(initialize("", 1, &json!({}))).await.unwrap_err().code(), Status::NotFound);
     let status = client.get_status(pb::GetStatusRequest { subsystem: "A".into() }).await.unwrap_err();
     assert_eq!(status.code(), Status::NotFound);
+    let status = run(&client, call(&"\u{1}".repeat(5000), 1, "")).await.unwrap_err();
+    assert_eq!(status.code(), Status::NotFound, "{status}");
     assert_eq!(probe.seen(), Seen::default());
 }
 

@@ -29,7 +29,7 @@ const MAX_TIMEOUT: Duration = Duration::from_hours(24);
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 It runs real cycles against the subsystem, so it is for test instances. It calls with an epoch and cycle ids taken from
-the clock, far above those of an orchestrator: restart the instance before an orchestrator uses it.
+the clock: the instance refuses an orchestrator that was started before, until it is restarted.
 
 What is required, every subsystem has to keep; what is recommended makes it better. Without --subsystem a made-up name
 is used, which only a subsystem that takes every name answers. What happens to a call in the middle shows only when
@@ -234,7 +234,8 @@ impl Report {
                 "No check has passed: does a gRPC server answer at {endpoint}, with TLS if it is https and without if not?\n"
             )
         } else {
-            "Restart it before an orchestrator calls it: it has seen epochs far above those of a real one.\n".to_owned()
+            "Restart it before an orchestrator calls it that was started earlier: it has seen a later epoch.\n"
+                .to_owned()
         }
     }
 }

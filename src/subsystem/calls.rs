@@ -26,7 +26,7 @@ use tonic::{Request, Response, Status, metadata::MetadataMap};
 use super::{Answer, Cycle, Failure, Input, Object, Subsystem};
 use crate::{
     listen::Broken,
-    model::{Payload, Severity, excerpt},
+    model::{Name, Payload, Severity, excerpt},
     proto::subsystem::v1::{self as pb, subsystem_server},
 };
 
@@ -44,7 +44,8 @@ pub(super) struct Calls {
 impl Calls {
     fn find(&self, name: &str) -> Result<&Arc<Hosted>, Status> {
         self.subsystems.get(name).ok_or_else(|| {
-            let name = excerpt(name, MAX_MESSAGE);
+            // What is longer is no name, and would not fit into the headers that answer.
+            let name = excerpt(name, Name::MAX_LEN);
             Status::not_found(format!("no subsystem {name:?} is served here; check its endpoint in the registration"))
         })
     }

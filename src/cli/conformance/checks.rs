@@ -1,6 +1,6 @@
 //! The checks: each holds one rule of `subsystem.proto` against what the subsystem does.
 
-use std::{error::Error as _, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{
@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Status};
 
-use super::probe::Probe;
+use super::probe::{Probe, with_causes};
 use crate::{
     model::{self, Answer, Issue, Limits, Payload, Severity, Subsystem},
     proto::subsystem::v1 as pb,
@@ -418,20 +418,10 @@ fn describe(request: &pb::RunCycleRequest) -> String {
 }
 
 fn said(status: &Status) -> String {
-    let mut text = model::Code::from_number(status.code().into()).to_string();
-    let mut add = |words: &str| {
-        if !words.is_empty() && !text.contains(words) {
-            text = format!("{text}: {words}");
-        }
-    };
-    add(status.message());
+    let code = model::Code::from_number(status.code().into());
+    let text = if status.message().is_empty() { code.to_string() } else { format!("{code}: {}", status.message()) };
     // The library says of a connection that breaks little more than that.
-    let mut cause = status.source();
-    while let Some(error) = cause {
-        add(&error.to_string());
-        cause = error.source();
-    }
-    text
+    with_causes(text, status)
 }
 
 async fn answered(probe: &Probe, request: &pb::RunCycleRequest) -> Result<pb::RunCycleResponse, Problem> {

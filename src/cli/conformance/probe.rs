@@ -379,10 +379,17 @@ fn unix(
 
 /// An error and what caused it, in one line.
 fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
+    with_causes(error.to_string(), error)
+}
+
+/// A text and what caused the error that it is of, in one line. Nothing is said twice.
+pub(super) fn with_causes(mut text: String, error: &dyn std::error::Error) -> String {
     let mut next = error.source();
     while let Some(error) = next {
-        text = format!("{text}: {error}");
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
         next = error.source();
     }
     text
