@@ -170,6 +170,10 @@ impl Conformance {
         let passed = !checks.iter().any(|finding| finding.counts && finding.has_failed());
         let report =
             Report { endpoint: probe.endpoint().to_string(), subsystem: probe.name().to_owned(), passed, checks };
+        let written = junit.map_or(Ok(()), |path| {
+            fs::write(&path, junit::document(&report))
+                .map_err(|error| Failure::new(Exit::Usage, format!("can't write --junit {}: {error}", path.display())))
+        });
         if format.is_json() {
             let json = serde_json::to_string(&report)
                 .map_err(|error| Failure::new(Exit::Refused, format!("can't write the report: {error}")))?;
@@ -177,11 +181,7 @@ impl Conformance {
         } else {
             print(&report.text())?;
         }
-        if let Some(path) = junit {
-            fs::write(&path, junit::document(&report)).map_err(|error| {
-                Failure::new(Exit::Usage, format!("can't write --junit {}: {error}", path.display()))
-            })?;
-        }
+        written?;
         Ok(if passed { Exit::Done } else { Exit::Refused })
     }
 }

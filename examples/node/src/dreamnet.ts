@@ -94,8 +94,9 @@ export interface ServeOptions {
   registrations?: Readonly<Record<string, Settings>>;
   /**
    * Runs those of one phase one after another, in the order of DreamNet's table and then of `objects`, as they always
-   * did: live objects that call each other end up in the same state in every cycle. Otherwise they run side by side.
-   * Only with `orchestrator`: it is an `after` in the registration. Default true.
+   * did: live objects that call each other end up in the same state in every cycle. What a registration says of their
+   * order comes first. Otherwise they run side by side. Only with `orchestrator`: it is an `after` in the registration.
+   * Default true.
    */
   sequential?: boolean;
 }
@@ -281,7 +282,7 @@ function isThenable(value: unknown): value is PromiseLike<unknown> {
  * One without `run` is only read by the others, as are those in `options.readOnly`.
  *
  * Throws when the port is taken, a class or factory makes no object, or the orchestrator can't be reached or refuses a
- * registration.
+ * registration. Then none of them stays registered.
  */
 export async function serveSubsystems(
   objects: Readonly<Record<string, Servable | undefined>>,
