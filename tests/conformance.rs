@@ -73,6 +73,8 @@ const WITHOUT_STATUS: &str = "without-status";
 const STALLS: &str = "stalls";
 /// What is no rule of its own: an error of 8 KiB.
 const LONG_ERROR: &str = "long-error";
+/// What is no rule of its own: answers of 8 KiB, no two of which are the same.
+const LONG_ANSWERS: &str = "long-answers";
 
 /// A small subsystem that keeps the contract, except for the rule that is named.
 #[derive(Clone, Default)]
@@ -232,12 +234,15 @@ impl Subsystem for Fake {
             (answered, Some(working))
         };
         let mut state = self.state.lock().unwrap();
-        let answer = answered.unwrap_or_else(|| {
+        let answer = answered.filter(|_| !self.breaks(LONG_ANSWERS)).unwrap_or_else(|| {
             state.runs += 1;
             let runs = state.runs;
             let output = to_struct(&json!({ "runs": runs, "by": request.subsystem }));
             let mut answer = pb::RunCycleResponse { output, ..Default::default() };
             answer.metrics.insert("runs".into(), f64::from(runs));
+            if self.breaks(LONG_ANSWERS) {
+                answer.output = to_struct(&json!({ "runs": runs, "the rest": "long".repeat(2 << 10) }));
+            }
             if self.breaks("output-limits") {
                 answer.metrics.insert(String::new(), 1.0);
             }
@@ -479,6 +484,13 @@ async fn a_report_is_bounded_and_not_lost_when_its_file_can_not_be_written() {
     let text = String::from_utf8_lossy(&output.stdout);
     let came = text.lines().find(|line| line.starts_with("  came      INTERNAL: longlong")).unwrap();
     assert!(came.ends_with("… (8202 bytes in all)") && came.len() < 5000, "{came}");
+
+    // Of two answers that should be the same, both are to be seen.
+    let (endpoint, _server) = serve(LONG_ANSWERS).await;
+    let (_, report) = check(&endpoint, &[]).await;
+    let check = report["checks"].as_array().unwrap().iter().find(|check| check["name"] == "repeated-cycle").unwrap();
+    let came = check["came"].as_str().unwrap();
+    assert_eq!((came.matches(r#"output {"runs":"#).count(), came.len() < 5000), (2, true), "{came}");
 }
 
 #[tokio::test]

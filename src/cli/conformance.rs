@@ -129,7 +129,8 @@ impl Finding {
             Ok(()) => finding,
             Err(Problem::NotApplicable(reason)) => Self { outcome: Outcome::NotApplicable, reason, ..finding },
             Err(Problem::Failed { sent, came }) => {
-                Self { outcome: Outcome::Failed, sent: bounded(sent), came: bounded(came), ..finding }
+                let [sent, came] = [sent, came].map(|text| bounded(text, MAX_TEXT));
+                Self { outcome: Outcome::Failed, sent, came, ..finding }
             }
         }
     }
@@ -145,8 +146,8 @@ fn timeout(text: &str) -> Result<Duration, String> {
 }
 
 /// A text that fits into a report.
-fn bounded(text: String) -> String {
-    match excerpt(&text, MAX_TEXT) {
+fn bounded(text: String, max: usize) -> String {
+    match excerpt(&text, max) {
         whole if whole.len() == text.len() => text,
         part => format!("{part}… ({} bytes in all)", text.len()),
     }

@@ -13,7 +13,10 @@ use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Status};
 
-use super::probe::{Probe, with_causes};
+use super::{
+    MAX_TEXT, bounded,
+    probe::{Probe, with_causes},
+};
 use crate::{
     model::{self, Answer, Issue, Limits, Payload, Severity, Subsystem},
     proto::subsystem::v1 as pb,
@@ -478,7 +481,11 @@ fn same(
     sent: impl FnOnce() -> String,
 ) -> Result<(), Problem> {
     let [first, again] = [first, again].map(canonical);
-    if first == again { Ok(()) } else { failed(sent(), format!("{again}, though the first answer was {first}")) }
+    if first == again {
+        return Ok(());
+    }
+    let [first, again] = [first, again].map(|answer| bounded(answer, MAX_TEXT / 3));
+    failed(sent(), format!("{again}, though the first answer was {first}"))
 }
 
 fn canonical(response: &pb::RunCycleResponse) -> String {
