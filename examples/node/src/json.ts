@@ -127,7 +127,9 @@ function unfitFor(value: object): string | undefined {
 export function describe(error: unknown): string {
   let text: string;
   try {
-    text = error instanceof Error ? `${error.name}: ${error.message}` : String(error);
+    // Of an object that is no error, its message says more than its text.
+    const { message = error } = Object(error) as { message?: unknown };
+    text = error instanceof Error ? `${error.name}: ${error.message}` : String(message);
   } catch {
     text = "something that can't be printed";
   }

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { SubsystemClient } from "../src/contract.js";
-import { frozen, snapshot } from "../src/json.js";
+import { describe, frozen, snapshot } from "../src/json.js";
 
 /** What arrives of a value: through the bytes of the wire. */
 function arrives(value: unknown, never: unknown[] = []) {
@@ -102,4 +102,13 @@ test("a subsystem itself is never sent, wherever it turns up", () => {
 test("data is frozen all through", () => {
   const { data } = arrives({ inner: { list: [{ a: 1 }] } }) as { data: any };
   for (const part of [data, data.inner, data.inner.list, data.inner.list[0]]) assert.ok(Object.isFrozen(part));
+});
+
+test("what is thrown is told, whatever it is", () => {
+  const odd = { get message() { throw new Error("no"); } };
+  const thrown = [new RangeError("far"), "text", undefined, null, 7, { message: "busy" }, Object.create(null), odd, Symbol("s")];
+  const unprintable = "something that can't be printed";
+  const told = ["RangeError: far", "text", "undefined", "null", "7", "busy", unprintable, unprintable, "Symbol(s)"];
+  assert.deepEqual(thrown.map(describe), told);
+  assert.equal(describe("x".repeat(5000)).length, 1024);
 });
