@@ -116,6 +116,10 @@ test("a failed subsystem shows, everywhere", async (t) => {
   await says(page, `${row("hungry")} .reason`, "one that it requires did not succeed");
   await says(page, `${row("broken")} [data-freshness]`, "stale");
   await says(page, "main .summary", "2 failed");
+  // The two are told apart, and add up.
+  await says(page, ".chip[data-state=FAILED]", "failed1");
+  await says(page, ".chip[data-state=SKIPPED_FOR_A_FAILURE]", "skipped for a failure1");
+  await sees(page, 'main .stacked[aria-label="Last parts: 1 failed, 1 skipped for a failure, 1 succeeded"]');
 
   // Filtered, and the filter is in the address.
   await page.click(".chip[data-state=FAILED]");
@@ -124,6 +128,7 @@ test("a failed subsystem shows, everywhere", async (t) => {
 
   await show(page, "#/cycles");
   await says(page, 'main tr[data-key="2"].failed', "INTERNAL: the disk is gone");
+  await sees(page, 'main tr[data-key="2"] .stacked [data-state=SKIPPED_FOR_A_FAILURE]');
   await sees(page, ".chart .mark[data-state=DEGRADED]");
   await show(page, "#/cycles/2");
   await says(page, ".failures", "INTERNAL: the disk is gone");
@@ -210,6 +215,14 @@ test("a service that was killed and started again is picked up again", async (t)
   const { status } = await (await fetch(new URL("/api/status", service.url))).json();
   await says(page, ".facts", `Epoch${status.epoch}`);
 
+  // What is asked for while there is nobody to answer comes as soon as there is.
+  await service.kill();
+  await sees(page, "#connection[data-connection=lost]");
+  await show(page, "#/cycles/1/steady");
+  await says(page, "main .summary", "Reading the record");
+  await service.restart();
+  await says(page, "main", "still the latest output known");
+
   // Again, while the history is shown.
   await show(page, "#/cycles");
   await says(page, 'main tr[data-key="2"]', "interrupted");
@@ -221,6 +234,114 @@ test("a service that was killed and started again is picked up again", async (t)
   await says(page, 'main tr[data-key="3"]', "succeeded");
   // The browser itself says that a connection broke, or was refused.
   assert.deepEqual(page.problems.filter((text) => !/net::ERR_(CONNECTION|INCOMPLETE|EMPTY)/.test(text)), []);
+});
+
+test("a store that can't be written is told, until it can", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "alpha");
+  await service.run();
+  const page = await browser.open(service.url);
+  await sees(page, row("alpha"));
+  const release = fleet.hold("alpha");
+  const refused = assert.rejects(service.run(), /the record is not available now/);
+  await says(page, ".facts", "cycle 2, 0 of 1");
+  const putBack = service.moveDatabaseAway();
+  release();
+  await refused;
+  await sees(page, "#store-error");
+  await says(page, "#store-error", "The store can't be written, and no cycle starts until it can: ");
+  assert.equal(await page.$eval("#store-error", (banner) => banner.getAttribute("role")), "alert");
+  assert.deepEqual(await inaccessible(page), []);
+  // It stays in sight wherever one goes, and what was read does too.
+  await show(page, "#/cycles");
+  await says(page, 'main tr[data-key="1"]', "succeeded");
+  await sees(page, "#store-error");
+  putBack();
+  await page.waitForSelector("#store-error", { hidden: true });
+  await says(page, 'main tr[data-key="2"]', "succeeded");
+  assert.deepEqual(page.problems, []);
+});
+
+test("a cycle that is recorded while the recent ones are read counts once", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "alpha");
+  await service.run();
+  const page = await browser.open(service.url);
+  await says(page, `${row("alpha")} td a`, "cycle 1");
+  for (const isAnsweredBefore of [true, false]) {
+    let answer;
+    const asked = new Promise((done) => (answer = done));
+    await page.setRequestInterception(true);
+    const hold = (request) => (request.url().includes("/api/cycles") ? answer(request) : request.continue());
+    page.on("request", hold);
+    await service.kill();
+    await sees(page, "#connection[data-connection=lost]");
+    await service.restart();
+    const request = await asked;
+    const read = async () => ({ contentType: "application/json", body: await (await fetch(new URL(new URL(request.url()).pathname, service.url) + "?pageSize=30")).text() });
+    const early = isAnsweredBefore && await read();
+    const { cycleId } = await service.run();
+    await says(page, `${row("alpha")} td a`, `cycle ${cycleId}`);
+    await request.respond(early || await read());
+    page.off("request", hold);
+    await page.setRequestInterception(false);
+    await sees(page, "#connection[data-connection=open]");
+    await page.waitForSelector(`${row("alpha")} .ticks[title="${cycleId} of ${cycleId} succeeded"]`);
+  }
+});
+
+test("what moves keeps the focus", async (t) => {
+  const { fleet, service } = await stage(t);
+  for (const name of ["first", "second", "last"]) await service.register(fleet, name, name === "last" ? { after: ["first", "second"] } : {});
+  // The two change places with every cycle: in the fleet by their durations, and in the plan on its critical path.
+  const slow = async (name) => {
+    for (const other of ["first", "second"]) {
+      fleet.script(other, async ({ cycleId }) => {
+        if (other === name) await new Promise((done) => setTimeout(done, 150));
+        return { output: struct({ cycle: cycleId }) };
+      });
+    }
+    return (await service.run()).cycleId;
+  };
+  await slow("first");
+  const page = await browser.open(`${service.url}/#/fleet?sort=duration`);
+  const leads = (selector, name) => page.waitForFunction((selector, name) => document.querySelector(selector)?.textContent.startsWith(name), {}, selector, name);
+  const focused = () => page.evaluate(() => document.activeElement.textContent);
+  for (const [at, name] of [["main tbody tr th", "first"], ["main tbody tr th", "second"]]) {
+    await slow(name);
+    await leads(at, name);
+    await page.focus(`${row("first")} a`);
+    await slow(name === "first" ? "second" : "first");
+    await leads(at, name === "first" ? "second" : "first");
+    assert.equal(await focused(), "first");
+  }
+
+  await show(page, "#/plan");
+  await leads(".node[data-critical]", "first");
+  await page.focus(".node");
+  await says(page, ".readout", "first: ");
+  for (let i = 0; i < 8; i += 1) await slow("second");
+  await leads(".node[data-critical]", "second");
+  assert.match(await focused(), /^first/);
+  await says(page, ".readout", "first: ");
+  assert.deepEqual(page.problems, []);
+});
+
+test("a theme that is chosen wins over the system's", async (t) => {
+  const { service } = await stage(t);
+  for (const theme of ["light", "dark"]) {
+    const page = await browser.open(service.url, { theme });
+    const shown = () => page.evaluate(() => [document.documentElement, document.querySelector("header")].map((one) => getComputedStyle(one).backgroundColor));
+    const grounds = { light: ["rgb(246, 247, 249)", "rgb(255, 255, 255)"], dark: ["rgb(15, 19, 24)", "rgb(23, 28, 35)"] };
+    for (const [chosen, expected] of [["auto", theme], ["light", "light"], ["dark", "dark"], ["auto", theme]]) {
+      assert.equal(await page.$eval("#theme", (button) => button.textContent), `Theme: ${chosen}`);
+      assert.deepEqual(await shown(), grounds[expected], `${chosen} on ${theme}`);
+      if (chosen !== "auto" || expected === theme) await page.keyboard.press("t");
+    }
+    // As it was, for the pages after this one.
+    await page.evaluate(() => localStorage.clear());
+    await page.close();
+  }
 });
 
 test("a page that nobody looks at lets go, and is up to date when somebody does", async (t) => {
@@ -239,7 +360,7 @@ test("a page that nobody looks at lets go, and is up to date when somebody does"
 
 test("what subsystems send does nothing", async (t) => {
   const attack = '<img src=x onerror="window.harmed=1"><script>window.harmed=1</script><style>*{display:none}</style>';
-  const turned = "safe\u202egnp.exe\u0000\u0007\u200b\u2066";
+  const turned = "safe\u202egnp.exe\u0000\u0007\u200b\u2066\u3164\u{e0041}";
   const long = "M".repeat(5000);
   const { fleet, service } = await stage(t);
   const hostile = `${attack}${turned}${long}`;
@@ -248,7 +369,7 @@ test("what subsystems send does nothing", async (t) => {
   fleet.script("hostile", ({ cycleId }) => ({
     output: struct({ [attack]: `${hostile}${cycleId}`, constructor: attack, ["__proto__"]: turned, [turned]: cycleId, javascript: "javascript:alert(1)" }),
     metrics: { '<b onclick="alert(1)">': 1 },
-    issues: [{ severity: "SEVERITY_ERROR", code: "<script>alert(1)</script>", message: `${attack}${turned}` }],
+    issues: [{ severity: "SEVERITY_ERROR", code: `<script>alert(1)</script>${"C".repeat(100)}`, message: `${attack}${turned}${"m".repeat(1000)}` }],
   }));
   fleet.script("failing", () => {
     throw failure(`${attack}\u202e${long}`);
@@ -263,7 +384,7 @@ test("what subsystems send does nothing", async (t) => {
     ["#/cycles", "main tr", "<img src=x"],
     ["#/cycles/2", ".failures", "<img src=x"],
     ["#/cycles/2/hostile", ".diff", "<img src=x"],
-    ["#/cycles/2/hostile", "main", "safe\\u202egnp.exe\\u0000\\u0007\\u200b\\u2066"],
+    ["#/cycles/2/hostile", "main", "safe\\u202egnp.exe\\u0000\\u0007\\u200b\\u2066\\u3164\\u{e0041}"],
     ["#/cycles/2/hostile", "main table", "<b onclick"],
     ["#/cycles/2/failing", ".problem", "<img src=x"],
     ["#/subsystems/hostile", ".json", "<img src=x"],
@@ -280,7 +401,7 @@ test("what subsystems send does nothing", async (t) => {
       made: document.querySelectorAll("main img, main script, main style, main b, main iframe").length,
       handlers: [...document.querySelectorAll("main *")].filter((one) => one.getAttributeNames().some((name) => name.startsWith("on"))).length,
       links: [...document.querySelectorAll("main a[href]")].filter((one) => !one.getAttribute("href").startsWith("#/")).length,
-      turned: /[\u0000\u202e\u2066\u200b]/.test(document.body.textContent),
+      turned: /[\u0000\u202e\u2066\u200b\u3164\u{e0041}]/u.test(document.body.textContent),
       scrolls: document.documentElement.scrollWidth > document.documentElement.clientWidth,
     }));
     assert.deepEqual(seen, { isHarmed: false, made: 0, handlers: 0, links: 0, turned: false, scrolls: false }, hash);
@@ -418,7 +539,7 @@ test("10,000 subsystems stay usable", async (t) => {
   const release = fleet.hold("s9999");
   const running = service.run({ deadline: { seconds: 300 } });
   await sees(page, ".levels tbody tr");
-  await says(page, "main .summary", "9999 of 10,000 subsystems ended");
+  await says(page, "main .summary", "9,999 of 10,000 subsystems ended");
   await isBounded();
   release();
   const cycle = await running;

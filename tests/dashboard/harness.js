@@ -2,7 +2,7 @@
 
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import { createInterface } from "node:readline";
@@ -111,10 +111,21 @@ export class Service {
     return service;
   }
 
+  get #database() {
+    return path.join(this.#home, "o.db");
+  }
+
+  /** Takes the database from its place, under the running service; the returned function puts it back. */
+  moveDatabaseAway() {
+    const files = ["", "-wal", "-shm"].map((suffix) => this.#database + suffix).filter((file) => existsSync(file));
+    for (const file of files) renameSync(file, `${file}.away`);
+    return () => files.forEach((file) => renameSync(`${file}.away`, file));
+  }
+
   async restart() {
     this.#child = spawn(PROGRAM, [
       "serve", "--listen", "127.0.0.1:0", "--admin-listen", this.#admin,
-      "--store", `sqlite:${path.join(this.#home, "o.db")}`, "--config", this.#config, "--log-filter", "warn",
+      "--store", `sqlite:${this.#database}`, "--config", this.#config, "--log-filter", "warn",
     ], { stdio: ["ignore", "pipe", "inherit"] });
     const lines = createInterface({ input: this.#child.stdout })[Symbol.asyncIterator]();
     const address = await named(lines, /^listening on (.+)$/);

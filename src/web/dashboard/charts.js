@@ -69,5 +69,5 @@ export function profile({ steps, highest }, scale) {
 
 function niceCeiling(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 4, 5, 10].map((n) => n * power).find((step) => step >= value) ?? value;
+  return [1, 2, 3, 4, 6, 8, 10].map((n) => n * power).find((step) => step >= value) ?? value;
 }

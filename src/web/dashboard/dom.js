@@ -58,10 +58,11 @@ export function setAttribute(element, name, value) {
 
 /**
  * Keeps children of `parent` in step with `items`: `make(item)` makes one, `update(element, item)` brings it up to date.
- * One that stays is not replaced, and keeps focus.
+ * One that stays is not replaced, and keeps focus wherever it goes.
  */
 export function keyed(parent, items, key, make, update = () => {}) {
   const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  const focused = parent.contains(document.activeElement) ? document.activeElement : null;
   let at = parent.firstElementChild;
   for (const item of items) {
     const name = String(key(item));
@@ -77,6 +78,8 @@ export function keyed(parent, items, key, make, update = () => {}) {
     else parent.insertBefore(element, at);
   }
   for (const element of old.values()) element.remove();
+  // To be moved costs an element its focus.
+  if (focused?.isConnected && document.activeElement !== focused) focused.focus({ preventScroll: true });
 }
 
 /** What may be wider than the page scrolls by itself, also by keyboard. */

@@ -77,16 +77,21 @@ export function number(value) {
 }
 
 // Control characters, and those that turn the direction of what follows or are not seen: they would let a text look like
-// something else. Tabs and line breaks are spared.
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffc]/g;
+// something else. Tabs and line breaks are spared, and what only chooses how the sign before it looks.
+const UNSEEN = /(?![\t\n\ufe00-\ufe0f])[\p{Cc}\p{Default_Ignorable_Code_Point}\u2028\u2029\ufff9-\ufffc]/gu;
 
 /** Text from outside, so that all of it can be seen: what can't is written as its code. It is cut after `limit`. */
 export function visible(text, limit = 4000) {
   text = String(text ?? "");
   const rest = text.length - limit;
   if (rest > 0) text = text.slice(0, limit);
-  text = text.replace(UNSEEN, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  text = text.replace(UNSEEN, escaped);
   return rest > 0 ? `${text} … (${counted(rest, "more character")})` : text;
+}
+
+function escaped(character) {
+  const code = character.codePointAt(0).toString(16);
+  return code.length > 4 ? `\\u{${code}}` : `\\u${code.padStart(4, "0")}`;
 }
 
 /** What an enum value says: `word("SUBSYSTEM_STATE_TIMED_OUT", "SUBSYSTEM_STATE_")` is "TIMED_OUT". */

@@ -3,7 +3,7 @@
 import { getStatus, listCycles } from "./api.js";
 import { throttled } from "./dom.js";
 import { instant, milliseconds, word } from "./format.js";
-import { cycleStateOf, hasFailed, stateOf, tally } from "./states.js";
+import { cycleStateOf, hasFailed, standing, stateOf, tally } from "./states.js";
 
 /** Beyond so many subsystems, views sum up instead of drawing each one, and what is large is read less often. */
 export const MANY = 300;
@@ -166,8 +166,14 @@ export function summary(record) {
 
 function remember(record) {
   if (fleetSize() > RECENT_SUBSYSTEMS) return;
-  const parts = new Map((record.subsystems ?? []).map((part) => [part.name, stateOf(part)]));
-  model.recent.push({ ...summary(record), parts });
+  const parts = new Map((record.subsystems ?? []).map((part) => [part.name, standing(part)]));
+  keep({ ...summary(record), parts });
+}
+
+function keep(cycle) {
+  // One that was recorded while these were being read may be among them, and in an event.
+  if (Number(cycle.id) <= Number(model.recent.at(-1)?.id ?? 0)) return;
+  model.recent.push(cycle);
   model.recent.splice(0, model.recent.length - RECENT);
 }
 
@@ -175,8 +181,10 @@ async function readRecent() {
   model.recent = [];
   if (fleetSize() > RECENT_SUBSYSTEMS) return;
   const { cycles } = await listCycles({ pageSize: RECENT });
+  const meanwhile = model.recent;
   model.recent = [];
   cycles.reverse().forEach(remember);
+  meanwhile.forEach(keep);
 }
 
 // ----------------------------------------------------------------------------------------- the events

@@ -3,9 +3,9 @@
 import { h, s } from "./dom.js";
 import { lower, word } from "./format.js";
 
-/** How subsystems' parts end or stand, the worst first. */
+/** How subsystems' parts end or stand, the worst first; see `standing`. */
 export const SUBSYSTEM_STATES = [
-  "FAILED", "TIMED_OUT", "CIRCUIT_OPEN", "SKIPPED", "CANCELLED", "RUNNING", "WAITING", "SUCCEEDED",
+  "FAILED", "TIMED_OUT", "CIRCUIT_OPEN", "SKIPPED_FOR_A_FAILURE", "SKIPPED", "CANCELLED", "RUNNING", "WAITING", "SUCCEEDED",
 ];
 
 /** How cycles end, the worst first. */
@@ -40,6 +40,12 @@ export function hasFailed(part) {
   return state === "FAILED" || state === "TIMED_OUT" || state === "CIRCUIT_OPEN";
 }
 
+/** The state of a part, where those that are skipped and count as a failure are told from those that don't. */
+export function standing(part) {
+  const state = stateOf(part) || "NONE";
+  return state === "SKIPPED" && hasFailed(part) ? "SKIPPED_FOR_A_FAILURE" : state;
+}
+
 /** Why a part did not succeed, in one line; empty when it did. */
 export function reasonOf(part) {
   const skip = word(part?.skipReason, "SKIP_REASON_");
@@ -49,11 +55,11 @@ export function reasonOf(part) {
   return errorMessage || errorCode || "";
 }
 
-/** How many of these parts stand how, by state. */
+/** How many of these parts stand how. */
 export function tally(parts) {
   const counts = {};
   for (const part of parts) {
-    const state = stateOf(part) || "NONE";
+    const state = standing(part);
     counts[state] = (counts[state] ?? 0) + 1;
   }
   return counts;
@@ -66,6 +72,7 @@ const SIGNS = {
   DEGRADED: "M6 1.8 10.6 10H1.4ZM6 5v2M6 8.4v.4",
   TIMED_OUT: "M6 1.5a4.5 4.5 0 1 1 0 9 4.5 4.5 0 0 1 0-9M6 3.5V6l1.8 1.2",
   SKIPPED: "M2.5 3l4 3-4 3M9 3v6",
+  SKIPPED_FOR_A_FAILURE: "M2.5 3l4 3-4 3M9 3v6",
   CIRCUIT_OPEN: "M1 7h3M8 7h3M4 7l3.5-4",
   CANCELLED: "M6 1.5a4.5 4.5 0 1 1 0 9 4.5 4.5 0 0 1 0-9M2.9 9.1l6.2-6.2",
   INTERRUPTED: "M7 1 3 6.5h3L5 11l4-5.5H6Z",

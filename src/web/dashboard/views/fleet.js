@@ -6,7 +6,7 @@ import { h, keyed, replace, setAttribute, setText, throttled } from "../dom.js";
 import { count, counted, duration, instant, lower, visible, whole, word } from "../format.js";
 import { fleetSize, MANY, model, now, on } from "../model.js";
 import { href, setQuery } from "../route.js";
-import { badge, hasFailed, reasonOf, setBadge, sign, stateOf } from "../states.js";
+import { badge, hasFailed, reasonOf, setBadge, sign, standing, stateOf } from "../states.js";
 
 /** Rows at one time: more would be slow to draw, and nobody reads them. */
 const PAGE = 100;
@@ -18,7 +18,7 @@ const SPECIAL = {
   STALE: ["output stale or absent", (one) => freshness(one) !== "FRESH"],
 };
 
-const STATES = ["FAILED", "TIMED_OUT", "CIRCUIT_OPEN", "SKIPPED", "CANCELLED", "SUCCEEDED", "NONE"];
+const STATES = ["FAILED", "TIMED_OUT", "CIRCUIT_OPEN", "SKIPPED_FOR_A_FAILURE", "SKIPPED", "CANCELLED", "SUCCEEDED", "NONE"];
 
 const COLUMNS = [
   { id: "name", title: "Subsystem", value: (one) => one.registration.name },
@@ -39,7 +39,7 @@ export function freshness(one) {
 }
 
 function shownState(one) {
-  return stateOf(one.last) || "NONE";
+  return standing(one.last);
 }
 
 /** The newest of what is known of the fleet; it outlives the view, so that coming back is instant. */
@@ -237,7 +237,7 @@ function update(line, one, recent) {
   ].filter(Boolean);
   setText(name.lastChild, notes.join(", "));
   const shown = shownState(one);
-  setBadge(state.firstChild, shown, shown === "NONE" ? "not run yet" : lower(shown));
+  setBadge(state.firstChild, shown, shown === "NONE" ? "not run yet" : lower(stateOf(last)));
   const reason = last && shown !== "SUCCEEDED" ? visible(reasonOf(last), 300) : "";
   setText(state.lastChild, reason);
   setAttribute(state.lastChild, "title", reason || null);
@@ -275,9 +275,9 @@ function madeAt(one) {
 
 /** One tick a cycle, newest at the right: small where it went well, tall where it did not. */
 function drawStrip(cell, name, recent) {
-  const newest = recent.at(-1)?.id ?? "";
-  if (cell.dataset.newest === newest) return;
-  cell.dataset.newest = newest;
+  const drawn = `${recent.at(0)?.id} ${recent.at(-1)?.id} ${recent.length}`;
+  if (cell.dataset.drawn === drawn) return;
+  cell.dataset.drawn = drawn;
   const states = recent.map((cycle) => cycle.parts.get(name) ?? "");
   const bad = states.filter((state) => state && state !== "SUCCEEDED").length;
   const ran = states.filter(Boolean).length;

@@ -2,7 +2,7 @@
 
 import { getPlan } from "../api.js";
 import { h, replace, setText, throttled } from "../dom.js";
-import { counted, duration, instant, lower, visible, whole, word } from "../format.js";
+import { count, counted, duration, instant, lower, visible, whole, word } from "../format.js";
 import { liveOf, MANY, model, now } from "../model.js";
 import { partsView } from "../parts.js";
 import { href } from "../route.js";
@@ -55,8 +55,8 @@ export function mount(main, _, scope) {
     const failed = list.filter(hasFailed).length;
     setText(facts, [
       trigger,
-      `${ended} of ${counted(list.length, "subsystem")} ended`,
-      failed && `${failed} failed`,
+      `${count(ended)} of ${counted(list.length, "subsystem")} ended`,
+      failed && `${count(failed)} failed`,
       record ? duration(elapsed) : `${(elapsed / 1000).toFixed(1)} s`,
       shown.dropped && `${counted(shown.dropped, "update")} lost on the way`,
       held ? "held" : record && nextTick(),

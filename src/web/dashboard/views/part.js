@@ -23,24 +23,23 @@ export function mount(main, { parameters: { id, name } }, scope) {
   add(links, h("a", { href: href("subsystems", name) }, "The subsystem now"));
   links.firstChild.after(h("a", { href: href("cycles", id) }, `All of cycle ${id}`));
   main.append(links, place);
+  let isShown = false;
   const read = () => scope.attempt(async () => {
     const record = await getCycle(id);
     const part = (record.subsystems ?? []).find((one) => one.name === name);
     if (scope.signal.aborted) return;
     if (!part) {
+      isShown = true;
       replace(place, h("p", { class: "quiet" }, `${visible(name)} took no part in cycle ${id}.`));
       return;
     }
     await show(place, record, part, scope);
+    isShown = true;
   }, place);
-  let isRead = false;
-  const once = () => {
-    if (isRead) return;
-    isRead = true;
-    read();
-  };
-  scope.on("reloaded", once);
-  if (model.connection !== "connecting") once();
+  // It may be running still, or nobody may be there to answer.
+  scope.on("recorded", (record) => !isShown && record.cycleId === id && read());
+  scope.on("reloaded", () => !isShown && read());
+  if (model.connection !== "connecting") read();
 }
 
 async function show(place, record, part, scope) {
@@ -64,13 +63,23 @@ async function show(place, record, part, scope) {
     output, before, inputs);
 
   const [now, earlier] = await Promise.all([
-    getSubsystem(part.name, { includeOutput: true }).catch(() => null),
+    registered(part.name),
     lastSuccess(part.name, record.finishedAt),
   ]);
   if (scope.signal.aborted) return;
   showOutput(output, record, part, now);
   showDiff(before, record, part, earlier);
   await showInputs(inputs, record, part, now, scope);
+}
+
+/** The subsystem as it is now; null where it is not registered any more. */
+async function registered(name) {
+  try {
+    return await getSubsystem(name, { includeOutput: true });
+  } catch (error) {
+    if (error.status === "NOT_FOUND") return null;
+    throw error;
+  }
 }
 
 /** Its latest part that succeeded before a time, with the cycle's record; null where none is retained. */
@@ -84,7 +93,7 @@ async function lastSuccess(name, finishedBefore) {
 function issues(list) {
   if (list.length === 0) return null;
   return h("section", {}, h("h2", {}, counted(list.length, "issue")),
-    h("table", {}, h("caption", { class: "unseen" }, "Issues: what went wrong without failing"),
+    h("table", { class: "issues" }, h("caption", { class: "unseen" }, "Issues: what went wrong without failing"),
       h("thead", {}, h("tr", {}, ["Severity", "Code", "Message"].map((text) => h("th", { scope: "col" }, text)))),
       h("tbody", {}, list.slice(0, SHOWN).map((issue) => {
         const severity = word(issue.severity, "SEVERITY_") || "WARNING";
@@ -161,7 +170,7 @@ async function showInputs(place, record, part, now, scope) {
     const isInTime = relation !== "reads" || instant(other?.finishedAt) <= instant(part.startedAt);
     if (stateOf(other) === "SUCCEEDED" && isInTime) return { name, relation, freshness: "FRESH", id: record.cycleId, part: other };
     if (relation === "requires") return { name, relation, freshness: "ABSENT" };
-    const last = await lastSuccess(name, record.startedAt).catch(() => null);
+    const last = await lastSuccess(name, record.startedAt);
     return last ? { name, relation, freshness: "STALE", id: last.id, part: last.part } : { name, relation, freshness: "ABSENT" };
   }));
   if (scope.signal.aborted) return;

@@ -28,6 +28,7 @@ export function mount(main, _, scope) {
   main.append(note, graph, list);
   let plan = null;
   let drawn = "";
+  let observer = null;
 
   const read = throttled(() => ((plan?.subsystems?.length ?? 0) > MANY ? 30_000 : 3000), () => scope.attempt(async () => {
     plan = await getPlan();
@@ -42,7 +43,8 @@ export function mount(main, _, scope) {
     const shape = JSON.stringify([plan.subsystems.map((one) => [one.name, one.level, one.phase, one.waitsFor, one.skipReason]), plan.criticalPath, registrations.map((one) => [one.requires, one.after, one.reads])]);
     if (shape !== drawn) {
       drawn = shape;
-      if (areFew) drawGraph(graph, plan, registrations, scope);
+      observer?.disconnect();
+      if (areFew) observer = drawGraph(graph, plan, registrations);
       else drawLevels(graph, plan);
     }
     table();
@@ -69,7 +71,10 @@ export function mount(main, _, scope) {
     setText(rest, shown.length < found.length ? `The first ${count(shown.length)} of ${count(found.length)}: search for others.` : found.length === 0 ? "No subsystem has such a name." : "");
   }
 
-  scope.signal.addEventListener("abort", () => read.cancel());
+  scope.signal.addEventListener("abort", () => {
+    read.cancel();
+    observer?.disconnect();
+  });
   scope.on("recorded", read);
   scope.on("reloaded", read);
   if (model.connection === "open") read();
@@ -80,8 +85,11 @@ function skipped(one) {
   return reason ? `will be skipped: ${lower(reason)}` : "";
 }
 
-/** Levels from top to bottom, which unlike columns need no more width however many they are. */
-function drawGraph(place, plan, registrations, scope) {
+/**
+ * Levels from top to bottom, which unlike columns need no more width however many they are. What is returned keeps
+ * the lines in their places.
+ */
+function drawGraph(place, plan, registrations) {
   const critical = plan.criticalPath ?? [];
   const onPath = new Set(critical);
   const nodes = new Map();
@@ -96,7 +104,7 @@ function drawGraph(place, plan, registrations, scope) {
     return h("li", { class: isNew ? "level new-phase" : "level" },
       h("span", { class: "phase" }, isNew ? `Phase ${phase}` : h("span", { class: "unseen" }, `Phase ${phase}`)),
       h("div", { class: "nodes" }, level.map((one) => {
-        const node = h("a", { class: "node", href: href("subsystems", one.name), "data-critical": onPath.has(one.name), "data-skipped": Boolean(one.skipReason), title: skipped(one) || null },
+        const node = h("a", { class: "node", "data-name": one.name, href: href("subsystems", one.name), "data-critical": onPath.has(one.name), "data-skipped": Boolean(one.skipReason), title: skipped(one) || null },
           visible(one.name), onPath.has(one.name) && h("span", { class: "unseen" }, ", on the critical path"));
         nodes.set(one.name, node);
         return node;
@@ -115,6 +123,7 @@ function drawGraph(place, plan, registrations, scope) {
   const silent = `Lines: requires and after. Bold: the critical path${critical.length ? `, ${counted(critical.length, "subsystem")} long` : ""}. Point at a subsystem, or tab to it, for what it reads and who reads it.`;
   readout.textContent = silent;
   const picture = h("div", { class: "graph" }, lines, h("ol", {}, bands));
+  const focused = place.contains(document.activeElement) ? document.activeElement.dataset.name : undefined;
   replace(place, h("h2", { id: "graph-title" }, "Order"), readout, picture);
 
   let chosen = "";
@@ -163,7 +172,9 @@ function drawGraph(place, plan, registrations, scope) {
   }
   const observer = new ResizeObserver(draw);
   observer.observe(picture);
-  scope.signal.addEventListener("abort", () => observer.disconnect());
+  // Whoever was at one of them stays there.
+  nodes.get(focused)?.focus({ preventScroll: true });
+  return observer;
 }
 
 function drawLevels(place, plan) {
