@@ -100,6 +100,41 @@ async fn a_cycle_moves_and_a_failure_shows() {
 }
 
 #[tokio::test]
+async fn what_is_skipped_for_a_failure_keeps_failing_while_the_next_cycle_runs() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["held"]).await;
+    stage.register("needy", |it| it.requires = vec!["nobody".into()]).await;
+    stage.client.run().await.unwrap();
+    let mut top = Top::start(stage.service.address(), 100, 24);
+    top.row("needy", &["SKIPPED", "it requires nobody"]).await;
+    top.terminal.until_shown("failing 1").await;
+
+    stage.fleet.run("held", Run::Hold);
+    stage.client.admit().await.unwrap();
+    let shown = top.terminal.until("needy to be passed over", |shown| shown.contains("1 of 2 ended")).await;
+    assert!(shown.contains("running: held") && shown.contains("failing 1"), "{shown}");
+    stage.fleet.run("held", Run::Echo);
+    top.terminal.until_shown("last: cycle 2 DEGRADED").await;
+    top.terminal.until_shown("failing 1").await;
+    top.terminal.press("q");
+    assert_eq!(top.ended().await, 0);
+}
+
+#[tokio::test]
+async fn the_smallest_terminal_tells_whether_the_service_is_heard() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["a"]).await;
+    stage.client.run().await.unwrap();
+    let mut top = Top::start(stage.service.address(), 40, 10);
+    top.row("a", &["SUCCEEDED"]).await;
+    top.terminal.until_shown("  connected").await;
+    stage.service.kill().await;
+    top.terminal.until_shown("  the connection is lost").await;
+    top.terminal.press("q");
+    assert_eq!(top.ended().await, 0);
+}
+
+#[tokio::test]
 async fn it_survives_a_crash_of_the_service() {
     let home = Home::new();
     let mut stage = Stage::at(home).await;

@@ -80,6 +80,10 @@ impl Look {
             (None, None) => self.state("SUCCEEDED", "connected"),
         };
         let mut first = Line::from(vec![bold(name), Span::raw(format!("  {}  ", model.address)), link]);
+        if first.width() > usize::from(width) {
+            // Where the service is matters less than whether it is heard.
+            first.spans[1] = Span::raw("  ");
+        }
         let Some(status) = status else { return vec![first] };
         let uptime = status.uptime.and_then(|uptime| Duration::try_from(uptime).ok()).unwrap_or_default();
         let process =

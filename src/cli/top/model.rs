@@ -334,7 +334,7 @@ impl Part {
     }
 }
 
-/// It failed by itself. Why one was skipped is told only by the record.
+/// It failed by itself.
 fn is_failure(state: pb::SubsystemState) -> bool {
     matches!(state, pb::SubsystemState::Failed | pb::SubsystemState::TimedOut | pb::SubsystemState::CircuitOpen)
 }
@@ -384,7 +384,8 @@ impl Live {
         let stand = self.stand(update.name.clone());
         stand.state = state;
         match state {
-            pb::SubsystemState::Unspecified | pb::SubsystemState::Waiting => return None,
+            // Whether a skipped one counts as a failure is only told by the record.
+            pb::SubsystemState::Unspecified | pb::SubsystemState::Waiting | pb::SubsystemState::Skipped => return None,
             pb::SubsystemState::Running => {
                 // A further attempt is no new beginning.
                 stand.began_ms.get_or_insert(update.elapsed_ms);
