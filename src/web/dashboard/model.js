@@ -12,7 +12,7 @@ export const MANY = 300;
 export const RECENT = 30;
 
 /** Beyond so many subsystems there is no `recent`: records are megabytes then. */
-const RECENT_SUBSYSTEMS = 1000;
+export const RECENT_SUBSYSTEMS = 1000;
 
 export const model = {
   /** "connecting", "open" or "lost". */

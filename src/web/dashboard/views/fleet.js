@@ -4,7 +4,7 @@ import { listSubsystems } from "../api.js";
 import { stacked } from "../charts.js";
 import { h, keyed, replace, setAttribute, setText, throttled } from "../dom.js";
 import { count, counted, duration, instant, lower, visible, whole, word } from "../format.js";
-import { fleetSize, MANY, model, now, on } from "../model.js";
+import { fleetSize, MANY, model, now, on, RECENT_SUBSYSTEMS } from "../model.js";
 import { href, setQuery } from "../route.js";
 import { badge, hasFailed, reasonOf, setBadge, sign, standing, stateOf } from "../states.js";
 
@@ -114,6 +114,7 @@ export function mount(main, route, scope) {
     const pages = Math.max(1, Math.ceil(found.length / PAGE));
     page = Math.min(page, pages - 1);
     keyed(rows, found.slice(page * PAGE, (page + 1) * PAGE), (one) => one.registration.name, row, (line, one) => update(line, one, model.recent));
+    table.classList.toggle("without-recent", fleetSize() > RECENT_SUBSYSTEMS);
     table.hidden = found.length === 0;
     nothing.hidden = found.length > 0;
     setText(nothing, known.all.length ? "No subsystem passes the filter." : known.isWhole ? "No subsystem is registered." : "");
