@@ -201,9 +201,15 @@ pub(super) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_whitespace() { ' ' } else { c }).filter(|c| !is_unprintable(*c)).collect()
 }
 
+/// It commands a terminal, turns the direction of what follows, or is not seen. Those that only choose how the sign before
+/// them looks are spared.
 fn is_unprintable(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+        || matches!(c,
+            '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{feff}'
+            | '\u{ffa0}' | '\u{fff0}'..='\u{fffc}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}')
 }
 
 /// Those that are not empty, with an empty line between them.
@@ -528,6 +534,7 @@ mod tests {
     #[test]
     fn what_was_sent_can_not_command_a_terminal() {
         assert_eq!(clean("a\x1b[31mb\r\nc\u{9b}2Jd\u{202e}e\u{7f}\té"), "a[31mb  c2Jde é");
+        assert_eq!(clean("s\u{61c}a\u{ad}f\u{3164}e\u{e0041}"), "safe");
         assert_eq!(escaped("{\"a\":\"\u{9b}\u{202e}é\"}"), r#"{"a":"\u009b\u202eé"}"#);
     }
 
