@@ -137,6 +137,9 @@ fn the_dashboard_is_one_that_grafana_shows() {
     for panel in panels(&dashboard) {
         assert!(!panel["description"].as_str().unwrap().is_empty(), "{panel}");
         assert_eq!(panel["datasource"]["uid"], "${datasource}");
+        // Its schema has no default for these.
+        let has_legend = panel["options"]["legend"]["showLegend"] == true;
+        assert!(has_legend || panel["type"] != "timeseries", "{panel}");
         let mut references = BTreeSet::new();
         for target in panel["targets"].as_array().unwrap() {
             assert_eq!(target["datasource"]["uid"], "${datasource}");
