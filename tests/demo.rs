@@ -140,7 +140,7 @@ async fn it_runs_cycles_over_dreamnet_until_it_is_told_to_stop() {
     let address = demo.address();
     let lines = demo.ended().await;
     assert!(recorded(&lines)[0].starts_with("1  SUCCEEDED"), "{lines:#?}");
-    for tried in ["orchestrator status", "/GetStatus", "/WatchCycles", "/RunCycle", " list"] {
+    for tried in ["orchestrator top", "orchestrator status", "/GetStatus", "/WatchCycles", "/RunCycle", " list"] {
         assert!(lines.iter().any(|line| line.ends_with(tried)), "{tried} is not among {lines:#?}");
     }
     assert!(lines.contains(&format!("  export ORCHESTRATOR_ADDRESS={address}")), "{lines:#?}");

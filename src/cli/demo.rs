@@ -185,7 +185,8 @@ makes its output from those of others; now and then one is slow, fails or hangs.
 Store {store}, seed {seed}. Ctrl-C stops it all.
 
 In another terminal:
-{export}  {program} status
+{export}  {program} top
+  {program} status
   {program} plan
   {program} run
   {program} cycles show 1
