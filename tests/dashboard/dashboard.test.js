@@ -49,6 +49,26 @@ test("the page loads, and each view has its title", async (t) => {
   assert.deepEqual(page.problems, []);
 });
 
+test("where there is nothing yet, each view says so", async (t) => {
+  const { service } = await stage(t);
+  const page = await browser.open(service.url);
+  for (const [hash, text] of [
+    ["#/fleet", "No subsystem is registered."],
+    ["#/live", "No cycle has run yet."],
+    ["#/cycles", "No cycle is recorded."],
+    ["#/cycles?state=FAILED", "No cycle is recorded that passes the filter."],
+    ["#/plan", "No subsystem is registered."],
+    ["#/loops", "There is no loop"],
+  ]) {
+    await show(page, hash);
+    await says(page, "main .summary", text);
+    const seen = await page.$eval("main", (main) => main.innerText);
+    assert.ok(!seen.includes("…"), `${hash} still reads: ${seen}`);
+    assert.equal(await page.$("main .graph"), null, hash);
+  }
+  assert.deepEqual(page.problems, []);
+});
+
 test("a running cycle moves, and its critical path is marked at its end", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "first");
@@ -407,6 +427,11 @@ test("what subsystems send does nothing", async (t) => {
     assert.deepEqual(seen, { isHarmed: false, made: 0, handlers: 0, links: 0, turned: false, scrolls: false }, hash);
   }
   assert.equal(await page.$$eval("head script", (all) => all.length), before);
+  // However long its code, there is room for what an issue says.
+  await show(page, "#/cycles/2/hostile");
+  await sees(page, ".issues .message");
+  const share = await page.$eval(".issues .message", (cell) => cell.clientWidth / document.documentElement.clientWidth);
+  assert.ok(share > 0.7, `${share} of the width`);
   // A cycle and a subsystem that do not exist are refused, which the browser notes.
   assert.deepEqual(page.problems.filter((text) => !/status of 40[04]/.test(text)), []);
 });

@@ -97,7 +97,8 @@ export function mount(main, route, scope) {
     const bad = shown.filter((cycle) => cycle.state !== "SUCCEEDED").length;
     replace(note, shown.length
       ? `${counted(shown.length, "cycle")}${tokens.length > 1 ? "" : ", newest first"}: ${bad ? `${count(bad)} did not succeed.` : "all succeeded."}`
-      : next ? "None among the cycles looked at so far; go on with Older." : "No cycle is recorded that passes the filter.");
+      : next ? "None among the cycles looked at so far; go on with Older."
+      : Object.values(filter).some(Boolean) ? "No cycle is recorded that passes the filter." : "No cycle is recorded.");
     table.hidden = chart.hidden = shown.length === 0;
     if (shown.length) replace(chart, durations([...shown].reverse(), (cycle) => href("cycles", cycle.id)));
     keyed(rows, shown, (cycle) => cycle.id, row);

@@ -72,7 +72,7 @@ export function mount(main, route, scope) {
   const table = h("table", { class: "fleet" }, h("caption", { class: "unseen" }, "Subsystems and their last part"),
     h("thead", {}, h("tr", {}, heads)), rows);
   const pager = h("nav", { class: "pager", "aria-label": "Pages of subsystems", hidden: true });
-  const nothing = h("p", { class: "quiet empty", hidden: true });
+  const nothing = h("p", { class: "quiet empty", hidden: true }, "No subsystem passes the filter.");
 
   main.append(
     facts, summary, bar,
@@ -116,8 +116,7 @@ export function mount(main, route, scope) {
     keyed(rows, found.slice(page * PAGE, (page + 1) * PAGE), (one) => one.registration.name, row, (line, one) => update(line, one, model.recent));
     table.classList.toggle("without-recent", fleetSize() > RECENT_SUBSYSTEMS);
     table.hidden = found.length === 0;
-    nothing.hidden = found.length > 0;
-    setText(nothing, known.all.length ? "No subsystem passes the filter." : known.isWhole ? "No subsystem is registered." : "");
+    nothing.hidden = found.length > 0 || known.all.length === 0;
     drawPager(found.length, pages);
   }
 
@@ -143,7 +142,11 @@ export function mount(main, route, scope) {
   }
 
   function drawSummary(counts) {
-    if (!known.all.length) return;
+    if (!known.all.length) {
+      if (known.isWhole) setText(summary, "No subsystem is registered.");
+      bar.replaceChildren();
+      return;
+    }
     const failed = known.all.filter((one) => one.last && hasFailed(one.last)).length;
     const text = `${counted(known.all.length, "subsystem")}${known.isWhole ? "" : " so far"}: ` +
       (counts.NONE === known.all.length ? "none has run in this process yet." : failed ? `${count(failed)} failed in the last part.` : "none failed in the last part.");

@@ -31,7 +31,7 @@ export function mount(main, _, scope) {
 
   function draw() {
     shown = held ?? model.live ?? (model.status?.lastCycle ? liveOf(model.status.lastCycle) : null);
-    hold.hidden = !shown;
+    hold.hidden = name.hidden = !shown;
     progress.hidden = !shown;
     progress.classList.toggle("over", Boolean(shown?.record));
     if (!shown) {

@@ -44,7 +44,8 @@ export function mount(main, _, scope) {
     if (shape !== drawn) {
       drawn = shape;
       observer?.disconnect();
-      if (areFew) observer = drawGraph(graph, plan, registrations);
+      if (plan.subsystems.length === 0) graph.replaceChildren();
+      else if (areFew) observer = drawGraph(graph, plan, registrations);
       else drawLevels(graph, plan);
     }
     table();
