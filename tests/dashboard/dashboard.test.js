@@ -158,6 +158,11 @@ test("a failed subsystem shows, everywhere", async (t) => {
   await says(page, "main", "It made none in this cycle. Its latest output, of cycle 1:");
   await show(page, "#/cycles/2/hungry");
   await says(page, "main table tbody tr", "brokenrequiresabsent");
+
+  // Who can't run is told before, with the reason.
+  await service.register(fleet, "lonely", { requires: ["nobody"] });
+  await show(page, "#/plan");
+  await says(page, row("lonely"), "will be skipped: it requires nobody, which is not registered");
   assert.deepEqual(page.problems, []);
 });
 

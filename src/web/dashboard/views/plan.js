@@ -83,7 +83,13 @@ export function mount(main, _, scope) {
 
 function skipped(one) {
   const reason = word(one.skipReason, "SKIP_REASON_");
-  return reason ? `will be skipped: ${lower(reason)}` : "";
+  if (!reason) return "";
+  const ofRequired = {
+    REQUIREMENT_MISSING: "is not registered",
+    REQUIREMENT_LEFT_OUT: "is suspended or not in this cycle",
+    REQUIREMENT_FAILED: "can't succeed",
+  }[reason];
+  return `will be skipped: ${ofRequired ? `it requires ${visible(one.skipRequirement)}, which ${ofRequired}` : lower(reason)}`;
 }
 
 /**
