@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use crate::model::{
     Answer, Code, CycleId, CycleState, Epoch, Input, LoopSpec, LoopState, Name, Output, Payload, Revision, Span,
-    SpanContext, Subsystem, SubsystemSpec, Trigger,
+    SpanContext, Subsystem, SubsystemSpec, TraceId, Trigger,
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -236,6 +236,8 @@ pub struct OpenCycle {
     pub started_at: Option<Timestamp>,
     /// The id of the request.
     pub request_id: Option<String>,
+    /// The trace that it belongs to.
+    pub trace_id: Option<TraceId>,
 }
 
 /// What is durably known of a subsystem.

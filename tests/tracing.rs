@@ -345,6 +345,57 @@ async fn what_is_given_up_has_ended_as_well() {
     seen.await;
 }
 
+#[tokio::test]
+async fn what_is_cancelled_in_line_is_a_trace_as_well() {
+    let collector = Collector::start().await;
+    let mut stage = Stage::at(collector.home()).await;
+    stage.register("a", |_| {}).await;
+    stage.fleet.run("a", Run::Hold);
+    stage.client.admit().await.unwrap();
+    stage.fleet.until_run("a", 1).await;
+    let own = stage.client.admit().await.unwrap();
+    let mut request = Request::new(pb::RunCycleRequest { r#async: true, ..Default::default() });
+    request.metadata_mut().insert("traceparent", SAMPLED.parse().unwrap());
+    let of_caller = stage.client.run_cycle(request).await.unwrap().into_inner().cycle_id;
+    let mut cancelling = Vec::new();
+    for waiting in [own, of_caller] {
+        let mut client = stage.client.clone();
+        cancelling.push(tokio::spawn(async move { client.cancel(waiting).await.unwrap() }));
+    }
+    // What waits is recorded when its turn comes.
+    stage.client.cancel(1).await.unwrap();
+    for cancelled in cancelling {
+        let cycle = patiently("a cancelled cycle", cancelled).await.unwrap();
+        let trace = collector.of_cycle(&cycle).await;
+        assert_eq!(attributes(&trace.root().attributes)["orchestrator.cycle.state"], "CANCELLED");
+        assert_eq!((trace.named("commit").len(), trace.spans.len()), (1, 2), "{:?}", trace.spans);
+        assert_eq!(cycle.trace_id == TRACE_ID, cycle.cycle_id == of_caller);
+        assert_eq!(trace.root().parent_span_id.is_empty(), cycle.cycle_id == own);
+    }
+}
+
+/// Its spans are gone with the process, but those of its subsystems are found by the id.
+#[tokio::test]
+async fn what_is_interrupted_keeps_the_id_of_its_trace() {
+    let collector = Collector::start().await;
+    let mut stage = Stage::at(collector.home()).await;
+    stage.register("a", |_| {}).await;
+    stage.fleet.run("a", Run::Hold);
+    let running = stage.client.admit().await.unwrap();
+    stage.fleet.until_run("a", 1).await;
+    let [parent, _] = last_headers(&stage, "a");
+    let mut request = Request::new(pb::RunCycleRequest { r#async: true, ..Default::default() });
+    request.metadata_mut().insert("traceparent", SAMPLED.parse().unwrap());
+    let waiting = stage.client.run_cycle(request).await.unwrap().into_inner().cycle_id;
+
+    let mut stage = stage.killed().await;
+    let interrupted = stage.client.cycle(running).await.unwrap();
+    assert_eq!((interrupted.state(), interrupted.trace_id.len()), (CycleState::Interrupted, 32));
+    let parent = parent.unwrap();
+    assert!(parent.starts_with(&format!("00-{}-", interrupted.trace_id)), "{parent}");
+    assert_eq!(stage.client.cycle(waiting).await.unwrap().trace_id, TRACE_ID);
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // Callers
 

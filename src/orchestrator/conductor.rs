@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::{LiveCycle, Refusal, Shared, State};
 use crate::{
     engine::{Cycle, Ran, Standing, Trace},
-    model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Name, Output, OverlapPolicy, Trigger},
+    model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Name, Output, OverlapPolicy, TraceId, Trigger},
     ports::{Durability, OpenCycle, Record, StoreError, Write},
     record,
 };
@@ -32,9 +32,16 @@ pub(super) struct Admitted {
     pub(super) cycle_id: CycleId,
     pub(super) request: CycleRequest,
     pub(super) cancel: CancellationToken,
-    started_at: OnceLock<Timestamp>,
+    begun: OnceLock<Begun>,
     /// Its record, or why that is not written yet.
     done: watch::Sender<Option<Result<Arc<Record>, Refusal>>>,
+}
+
+/// What is known of a cycle since its beginning was written.
+#[derive(Clone, Copy, Debug)]
+struct Begun {
+    at: Timestamp,
+    trace_id: Option<TraceId>,
 }
 
 /// A cycle that somebody waits for.
@@ -75,16 +82,19 @@ impl Admitted {
 
     /// Its beginning is written.
     pub(super) fn has_begun(&self) -> bool {
-        self.started_at.get().is_some()
+        self.begun.get().is_some()
     }
 
     pub(super) fn to_open(&self) -> OpenCycle {
+        let begun = self.begun.get();
+        let trace_of_caller = || self.request.trace.as_ref().map(|trace| trace.trace_id);
         OpenCycle {
             cycle_id: self.cycle_id,
             trigger: self.request.trigger.clone(),
             scheduled_at: self.request.scheduled_at,
-            started_at: self.started_at.get().copied(),
+            started_at: begun.map(|begun| begun.at),
             request_id: self.request.request_id.clone(),
+            trace_id: begun.map_or_else(trace_of_caller, |begun| begun.trace_id),
         }
     }
 }
@@ -119,7 +129,7 @@ impl State {
         let admitted = Arc::new(Admitted {
             cycle_id: self.last_admitted,
             cancel: CancellationToken::new(),
-            started_at: OnceLock::new(),
+            begun: OnceLock::new(),
             done: watch::Sender::new(None),
             request,
         });
@@ -146,12 +156,13 @@ impl Shared {
 
     async fn run_cycles(&self) -> Result<(), StoreError> {
         while let Some(admitted) = self.next_in_line().await? {
-            let (finished, outputs, trace) = match self.begin(&admitted).await? {
-                Some(cycle) => {
+            let trace = Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans);
+            let (finished, outputs, trace) = match self.begin(&admitted, trace).await? {
+                Ok(cycle) => {
                     let Ran { finished, outputs } = self.engine.run(&cycle, &admitted.cancel, &self.live).await;
                     (finished, outputs, cycle.trace)
                 }
-                None => (self.cancelled_in_line(&admitted), Vec::new(), Trace::None),
+                Err(trace) => (self.cancelled_in_line(&admitted, trace.id()), Vec::new(), trace),
             };
             let ended = Instant::now();
             let commit = self.record(&admitted, &finished, &outputs).await?;
@@ -189,24 +200,25 @@ impl Shared {
     }
 
     /// Notes that the cycle begins, in a way that survives the death of this process, before any subsystem hears of
-    /// it. `None`: it was cancelled before that.
-    async fn begin(&self, admitted: &Admitted) -> Result<Option<Cycle>, StoreError> {
+    /// it. Gives the trace back if it was cancelled before that.
+    async fn begin(&self, admitted: &Admitted, trace: Trace) -> Result<Result<Cycle, Trace>, StoreError> {
         let settings = self.settings();
+        let trace_id = trace.id();
         let opened = |_: &State| Write {
             durability: Durability::Buffered,
-            open: vec![OpenCycle { started_at: Some(self.clock.now()), ..admitted.to_open() }],
+            open: vec![OpenCycle { started_at: Some(self.clock.now()), trace_id, ..admitted.to_open() }],
             ..Write::default()
         };
-        let start = || *admitted.started_at.get_or_init(|| self.clock.now());
+        let start = || admitted.begun.get_or_init(|| Begun { at: self.clock.now(), trace_id }).at;
         let begun = self.insist(admitted, opened, |_| {
             start();
         });
         select! {
             biased;
-            () = admitted.cancel.cancelled() => return Ok(None),
+            () = admitted.cancel.cancelled() => return Ok(Err(trace)),
             begun = begun => begun?,
         }
-        let started_at = *admitted.started_at.get_or_init(|| self.clock.now());
+        let started_at = start();
         let (plan, revision) = {
             let mut state = self.state();
             if let Some(name) = admitted.request.trigger.loop_name() {
@@ -217,26 +229,26 @@ impl Shared {
         let cycle = Cycle {
             cycle_id: admitted.cycle_id,
             request: admitted.request.clone(),
-            started_at: start(),
+            started_at,
             deadline: admitted.request.deadline.unwrap_or(settings.cycle_deadline),
             max_concurrent_calls: settings.max_concurrent_calls,
             plan: plan.clone(),
-            trace: Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans),
+            trace,
         };
         let live =
             LiveCycle { cycle_id: cycle.cycle_id, request: cycle.request.clone(), started_at: cycle.started_at, plan };
         self.live.start(Arc::new(live), revision);
-        Ok(Some(cycle))
+        Ok(Ok(cycle))
     }
 
-    fn cancelled_in_line(&self, admitted: &Admitted) -> FinishedCycle {
+    fn cancelled_in_line(&self, admitted: &Admitted, trace_id: Option<TraceId>) -> FinishedCycle {
         FinishedCycle {
             cycle_id: admitted.cycle_id,
             epoch: self.engine.epoch,
             trigger: admitted.request.trigger.clone(),
             scheduled_at: Some(admitted.request.scheduled_at),
             request_id: admitted.request.request_id.clone(),
-            trace_id: admitted.request.trace.as_ref().map(|trace| trace.trace_id),
+            trace_id,
             started_at: None,
             finished_at: self.clock.now(),
             duration: Duration::ZERO,
@@ -374,7 +386,7 @@ pub(super) fn interrupted(cycle_id: CycleId, open: Option<&OpenCycle>, epoch: Ep
         trigger: open.map_or(Trigger::Unknown, |open| open.trigger.clone()),
         scheduled_at: open.map(|open| open.scheduled_at),
         request_id: open.and_then(|open| open.request_id.clone()),
-        trace_id: None,
+        trace_id: open.and_then(|open| open.trace_id),
         started_at,
         finished_at,
         duration: duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default(),

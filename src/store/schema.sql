@@ -69,3 +69,8 @@ CREATE TABLE loops (
     spec  TEXT,
     state TEXT NOT NULL
 );
+
+-- migration 2
+
+-- The trace that a cycle belongs to, as 16 bytes.
+ALTER TABLE open_cycles ADD COLUMN trace_id BLOB;

@@ -34,7 +34,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::{check_sequence, memory::to_prune};
 use crate::{
-    model::{CycleId, CycleState, Epoch, Name, Output, Payload, Revision, Trigger},
+    model::{CycleId, CycleState, Epoch, Name, Output, Payload, Revision, TraceId, Trigger},
     ports::{
         Contents, Durability, Filter, OpenCycle, Page, PageLimits, Pruned, Record, Retention, SCAN_LIMIT, Store,
         StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
@@ -597,9 +597,9 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<
     for open in &write.open {
         transaction
             .prepare_cached(
-                "INSERT INTO open_cycles (cycle_id, trigger, loop, scheduled_at, started_at, request_id)
-                 VALUES (:cycle_id, :trigger, :loop, :scheduled_at, :started_at, :request_id)
-                 ON CONFLICT (cycle_id) DO UPDATE SET started_at = excluded.started_at",
+                "INSERT INTO open_cycles (cycle_id, trigger, loop, scheduled_at, started_at, request_id, trace_id)
+                 VALUES (:cycle_id, :trigger, :loop, :scheduled_at, :started_at, :request_id, :trace_id)
+                 ON CONFLICT (cycle_id) DO UPDATE SET started_at = excluded.started_at, trace_id = excluded.trace_id",
             )?
             .execute(named_params! {
                 ":cycle_id": integer(open.cycle_id.0),
@@ -608,6 +608,7 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<
                 ":scheduled_at": nanoseconds(open.scheduled_at),
                 ":started_at": open.started_at.map(nanoseconds),
                 ":request_id": open.request_id,
+                ":trace_id": open.trace_id.map(|trace_id| trace_id.0.to_be_bytes()),
             })?;
     }
     for record in &write.records {
@@ -710,12 +711,14 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
 
 fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
     let started_at: Option<i64> = row.get("started_at")?;
+    let trace_id: Option<[u8; 16]> = row.get("trace_id")?;
     Ok(OpenCycle {
         cycle_id: CycleId(number(row, "cycle_id")?),
         trigger: trigger(row)?,
         scheduled_at: time(row, "scheduled_at")?,
         started_at: started_at.map(|_| time(row, "started_at")).transpose()?,
         request_id: row.get("request_id")?,
+        trace_id: trace_id.map(|bytes| TraceId(u128::from_be_bytes(bytes))),
     })
 }
 

@@ -7,7 +7,10 @@ use proptest::prelude::*;
 
 use super::{StoreUrl, open};
 use crate::{
-    model::{CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Payload, Revision, SubsystemSpec, Trigger},
+    model::{
+        CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Payload, Revision, SubsystemSpec, TraceId,
+        Trigger,
+    },
     ports::{
         Contents, Durability, Filter, OpenCycle, PageLimits, Record, Retention, RetentionRule, SCAN_LIMIT, Store,
         StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
@@ -229,6 +232,7 @@ fn open_cycle(id: u64) -> OpenCycle {
         scheduled_at: at(1),
         started_at: Some(at(2)),
         request_id: Some("r".into()),
+        trace_id: Some(TraceId(u128::MAX - 1)),
     }
 }
 
@@ -266,6 +270,24 @@ async fn everything_is_there_after_a_restart() {
     assert_eq!(second.loops, [stored_loop]);
     assert!(!second.may_lack_open, "the machine has not restarted");
     commit(&*store, Write { epoch: second.epoch, close: true, ..Write::default() }).await;
+}
+
+#[tokio::test]
+async fn a_database_of_an_earlier_version_is_brought_up_to_date_with_what_is_in_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, first) = opened(&path).await;
+    filled(&*store, first.epoch, 1).await;
+    commit(&*store, Write { epoch: first.epoch, open: vec![open_cycle(2)], ..Write::default() }).await;
+    drop(store);
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute_batch("ALTER TABLE open_cycles DROP COLUMN trace_id; PRAGMA user_version = 1").unwrap();
+    drop(raw);
+    let (store, second) = opened(&path).await;
+    assert_eq!(second.open, [OpenCycle { trace_id: None, ..open_cycle(2) }]);
+    commit(&*store, Write { epoch: second.epoch, open: vec![open_cycle(3)], ..Write::default() }).await;
+    drop(store);
+    assert_eq!(opened(&path).await.1.open[1], open_cycle(3));
 }
 
 #[tokio::test]
@@ -329,9 +351,9 @@ async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
     drop(opened(&path).await);
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.pragma_update(None, "user_version", 99).unwrap();
-    assert!(matches!(refused(&path).await, StoreError::TooNew { found: 99, known: 1, .. }));
+    assert!(matches!(refused(&path).await, StoreError::TooNew { found: 99, known: 2, .. }));
 
-    raw.pragma_update(None, "user_version", 1).unwrap();
+    raw.pragma_update(None, "user_version", 2).unwrap();
     raw.execute("INSERT INTO loops VALUES ('l', NULL, 'no json')", []).unwrap();
     assert!(matches!(refused(&path).await, StoreError::Corrupt(..)));
     raw.execute("DELETE FROM loops", []).unwrap();
