@@ -184,13 +184,16 @@ impl Broken {
 }
 
 /// A connection that counts as long as it lives, can be cut off, and remembers whether it broke. One that says nothing
-/// after it was accepted breaks by itself, for it would take the place of others for ever.
+/// after it was accepted, or does not take what it is sent, breaks by itself, for it would take the place of others for
+/// ever.
 pub(crate) struct Connection<S> {
     stream: S,
     broken: Broken,
     cut_off: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Until it has said something.
     silence: Option<Silence>,
+    /// Since the peer takes nothing of what is to be written.
+    stall: Option<Pin<Box<Sleep>>>,
     _slot: Slot,
 }
 
@@ -213,8 +216,21 @@ impl<S> Connection<S> {
             broken: Broken::default(),
             cut_off: Box::pin(cut_off.cancelled_owned()),
             silence: Some(Silence { ends: Box::pin(sleep(Silence::PATIENCE)), heard: 0 }),
+            stall: None,
             _slot: slot,
         }
+    }
+
+    /// How long a peer may take nothing.
+    const STALL: Duration = Duration::from_mins(1);
+
+    fn written<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stall = None;
+        } else if self.stall.get_or_insert_with(|| Box::pin(sleep(Self::STALL))).as_mut().poll(cx).is_ready() {
+            return Poll::Ready(self.broken.note(Err(io::ErrorKind::TimedOut.into())));
+        }
+        written.map(|written| self.broken.note(written))
     }
 }
 
@@ -251,7 +267,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf).map(|written| self.broken.note(written))
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.written(cx, written)
     }
 
     fn poll_write_vectored(
@@ -259,7 +276,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs).map(|written| self.broken.note(written))
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.written(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -301,5 +319,22 @@ mod tests {
         let mut read = Vec::new();
         let patience = tokio::time::timeout(Silence::PATIENCE * 10, connection.read_to_end(&mut read)).await;
         assert!(patience.is_err() && read.len() == Silence::PREFACE, "it may be silent from then on");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_takes_nothing_breaks() {
+        let (mut peer, mut connection) = connection().await;
+        let sent = tokio::spawn(async move {
+            let sent = connection.write_all(&[0; 5000]).await;
+            (connection, sent)
+        });
+        // It may be slow.
+        for _ in 0..3 {
+            tokio::time::sleep(Connection::<DuplexStream>::STALL / 2).await;
+            peer.read_exact(&mut [0; 1024]).await.unwrap();
+        }
+        let (connection, sent) = sent.await.unwrap();
+        assert_eq!(sent.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(connection.broken.is_set());
     }
 }

@@ -169,7 +169,7 @@ impl Service {
             let admin = Connections::at_most(web::MAX_CONNECTIONS);
             let metrics = Metrics::new(orchestrator.clone(), vec![("grpc", connections), ("admin", admin.clone())]);
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
-            servers.spawn(logged(web::serve(listener, admin, api, metrics.into(), beyond_loopback, stop, cut_off)));
+            servers.spawn(web::serve(listener, admin, api, metrics.into(), beyond_loopback, stop, cut_off));
             tracing::info!(%address, "dashboard");
         }
         Ok(Self {

@@ -10,6 +10,7 @@ use common::{
     Stage,
     fleet::Run,
     http::{get, send},
+    patiently,
     service::Home,
 };
 use serde_json::Value;
@@ -50,6 +51,15 @@ async fn what_is_wrong_is_told() {
         ("/api/cycles/none", 400, "INVALID_ARGUMENT", "none"),
         ("/api/cycles?size=5", 400, "INVALID_ARGUMENT", "there is no size; give pageSize, "),
         ("/api/cycles?pageSize=5000", 400, "INVALID_ARGUMENT", "page_size"),
+        ("/api/cycles?pageSize=5&pageSize=6", 400, "INVALID_ARGUMENT", "pageSize is given more than once"),
+        (
+            "/api/cycles?finishedFrom=2026-01-01T00:00:00.5Z&finishedFrom=2027-01-01T00:00:00Z",
+            400,
+            "INVALID_ARGUMENT",
+            "finishedFrom is given",
+        ),
+        ("/api/cycles/1?cycleId=2", 400, "INVALID_ARGUMENT", "cycleId is given more than once"),
+        ("/api/subsystems/a?name=b", 400, "INVALID_ARGUMENT", "name is given more than once"),
         ("/api/cycle", 404, "NOT_FOUND", "/api/cycles"),
         ("/api/events?afterRevision=7", 400, "OUT_OF_RANGE", "7"),
     ] {
@@ -160,11 +170,39 @@ async fn events_are_streamed_and_resumed() {
     let mut gone = send(admin, "GET /api/events", &["Host: localhost", "Last-Event-ID: 99"]).await;
     assert_eq!((gone.status, gone.line().await.as_str()), (200, "event: refused"));
     assert!(gone.line().await.contains("OUT_OF_RANGE"));
+    for garbage in ["2x", "\u{ff}", "-1"] {
+        let header = format!("Last-Event-ID: {garbage}");
+        assert_eq!(send(admin, "GET /api/events", &["Host: localhost", &header]).await.status, 400, "{garbage}");
+    }
 
     let lines = ["Host: localhost", "Accept: application/x-ndjson"];
     let mut lines = send(admin, "GET /api/events?afterRevision=1", &lines).await;
     let line: Value = serde_json::from_str(&lines.line().await).unwrap();
     assert_eq!(line["event"]["recorded"]["cycleId"], "2");
+}
+
+/// Whoever leaves many streams open, read or not, does not blind the monitoring.
+#[tokio::test]
+async fn streams_leave_room_for_others() {
+    let stage = Stage::new().await;
+    let admin = stage.service.admin();
+    let mut streams = Vec::new();
+    let refused = loop {
+        let answer = get(admin, "/api/events").await;
+        if answer.status != 200 {
+            break answer;
+        }
+        streams.push(answer);
+    };
+    assert_eq!((refused.status, streams.len()), (429, 192));
+    let error = refused.json().await;
+    assert_eq!(error["error"]["status"], "RESOURCE_EXHAUSTED");
+    assert_eq!(get(admin, "/metrics").await.status, 200);
+    // A browser is told inside the stream, and comes again by itself.
+    let mut resumed = send(admin, "GET /api/events", &["Host: localhost", "Last-Event-ID: 0"]).await;
+    assert_eq!((resumed.status, resumed.line().await.as_str()), (200, "event: refused"));
+    drop(streams);
+    patiently("a place", async { while get(admin, "/api/events").await.status != 200 {} }).await;
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 //!
 //! <https://protobuf.dev/programming-guides/json/>
 
-use std::sync::OnceLock;
+use std::{collections::HashSet, sync::OnceLock};
 
 use prost::Message;
 use prost_reflect::{DescriptorPool, DynamicMessage, Kind, MessageDescriptor, SerializeOptions};
@@ -32,6 +32,9 @@ pub enum JsonError {
         /// What is wrong with it.
         error: serde_json::Error,
     },
+    /// It takes one value, and several were given.
+    #[error("{0} is given more than once; give it once")]
+    Twice(String),
     /// No such field.
     #[error("there is no {field}; {allowed}")]
     NoField {
@@ -58,13 +61,14 @@ pub fn encode(kind: &'static str, bytes: &[u8]) -> Result<String, JsonError> {
 /// time.
 ///
 /// # Errors
-/// A field is unknown, or a value is none of its kind.
+/// A field is unknown, a value is none of its kind, or a field that is no list is given more than once.
 pub fn from_parameters<M: Message + Default>(
     kind: &'static str,
     parameters: impl IntoIterator<Item = (String, String)>,
 ) -> Result<M, JsonError> {
     let descriptor = descriptor(kind)?;
     let mut bytes = Vec::new();
+    let mut given = HashSet::new();
     for (name, text) in parameters {
         let field = descriptor.get_field_by_json_name(&name).or_else(|| descriptor.get_field_by_name(&name));
         let Some(field) = field else {
@@ -72,6 +76,9 @@ pub fn from_parameters<M: Message + Default>(
             let allowed = if names.is_empty() { "there are none".into() } else { format!("give {}", names.join(", ")) };
             return Err(JsonError::NoField { field: name, allowed });
         };
+        if !given.insert(field.number()) && !field.is_list() {
+            return Err(JsonError::Twice(name));
+        }
         // JSON takes numbers as text, but not truth.
         let value = match (field.kind(), text.as_str()) {
             (Kind::Bool, "true" | "") => Value::Bool(true),
@@ -85,7 +92,7 @@ pub fn from_parameters<M: Message + Default>(
             value: text,
             error,
         })?;
-        // Encoded messages one after the other are one message: lists are joined, and of others the last one counts.
+        // Encoded messages one after the other are one message.
         bytes.extend(message.encode_to_vec());
     }
     M::decode(bytes.as_slice()).map_err(|error| JsonError::Bytes(kind, error))
@@ -122,6 +129,8 @@ mod tests {
         assert_eq!(request.finished_from.unwrap().seconds, 1_767_225_600);
         assert!(list(&[("size", "5")]).unwrap_err().to_string().contains("give pageSize, "));
         assert!(list(&[("pageSize", "many")]).is_err());
+        let twice = list(&[("pageSize", "5"), ("page_size", "5")]).unwrap_err();
+        assert_eq!(twice.to_string(), "page_size is given more than once; give it once");
     }
 
     #[test]

@@ -52,8 +52,11 @@ fn is_local(headers: &HeaderMap) -> bool {
     let Some(host) = headers.get(header::HOST).and_then(|host| host.to_str().ok()) else { return false };
     let Ok(authority) = host.parse::<axum::http::uri::Authority>() else { return false };
     let name = authority.host().trim_start_matches('[').trim_end_matches(']');
-    let ip: Option<std::net::IpAddr> = name.parse().ok();
-    ip.map_or_else(|| name == "localhost" || name.ends_with(".localhost"), |ip| ip.to_canonical().is_loopback())
+    if let Ok(ip) = name.parse::<std::net::IpAddr>() {
+        return ip.to_canonical().is_loopback();
+    }
+    let name = name.to_ascii_lowercase();
+    name == "localhost" || name.ends_with(".localhost")
 }
 
 /// A browser says so itself; an address that was typed or followed into has its page shown and no page reads it.
@@ -73,7 +76,7 @@ mod tests {
             headers.insert(header::HOST, host.parse().unwrap());
             super::is_local(&headers)
         };
-        for host in ["localhost", "localhost:7780", "127.0.0.1:7780", "[::1]:7780", "a.localhost:1"] {
+        for host in ["localhost", "LocalHost:7780", "127.0.0.1:7780", "[::1]:7780", "a.localhost:1"] {
             assert!(is_local(host), "{host}");
         }
         for host in ["evil.example", "evil.example:7780", "10.0.0.1", "localhost.evil.example", ""] {

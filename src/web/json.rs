@@ -1,10 +1,10 @@
 //! RPCs as JSON: parameters become a request, its answer becomes a body.
 
-use std::{convert::Infallible, future::Future};
+use std::{convert::Infallible, future::Future, sync::Arc};
 
 use axum::{
     body::{Body, Bytes},
-    extract::{Query, State},
+    extract::Query,
     http::{HeaderMap, StatusCode, Uri, header},
     response::{
         IntoResponse, Response,
@@ -13,6 +13,7 @@ use axum::{
 };
 use futures_util::{Stream, StreamExt};
 use prost::Message;
+use tokio::sync::Semaphore;
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
@@ -28,6 +29,20 @@ use crate::{
 
 const JSON: &str = "application/json";
 const LINES: &str = "application/x-ndjson";
+
+/// Room for streams of events.
+#[derive(Clone)]
+pub(super) struct Streams {
+    max: usize,
+    room: Arc<Semaphore>,
+}
+
+impl Streams {
+    /// For so many at one time.
+    pub(super) fn at_most(max: usize) -> Self {
+        Self { max, room: Arc::new(Semaphore::new(max)) }
+    }
+}
 
 /// Makes a call and answers with what it answered.
 pub(super) async fn answer<Q, A, F>(
@@ -66,11 +81,17 @@ pub(super) async fn no_such_path(uri: Uri) -> Response {
 /// `WatchCycles`, as server-sent events, or as lines of JSON to whoever accepts those.
 ///
 /// <https://html.spec.whatwg.org/multipage/server-sent-events.html>
-pub(super) async fn events(State(api): State<Api>, headers: HeaderMap, Query(mut parameters): Parameters) -> Response {
-    let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
+pub(super) async fn events(
+    api: Api,
+    headers: HeaderMap,
+    Query(mut parameters): Parameters,
+    streams: Streams,
+) -> Response {
+    // What is no text is no number either, and is refused as such.
+    let header = |name| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let as_lines = header(header::ACCEPT.as_str()).is_some_and(|accepted| accepted.contains(LINES));
     // A browser that has lost its connection says what it saw last, and reads no status: it is told inside the stream.
-    let resumed = header("last-event-id").filter(|id| !id.is_empty()).map(str::to_owned);
+    let resumed = header("last-event-id").filter(|id| !id.is_empty());
     if let Some(revision) = &resumed {
         parameters.retain(|(name, _)| {
             !["afterRevision", "after_revision", "fromOldest", "from_oldest"].contains(&name.as_str())
@@ -81,8 +102,18 @@ pub(super) async fn events(State(api): State<Api>, headers: HeaderMap, Query(mut
         Ok(request) => request,
         Err(error) => return refused(&invalid(&error)),
     };
-    let events = match api.watch_cycles(Request::new(request)).await {
-        Ok(events) => events.into_inner(),
+    let events = async {
+        let Ok(place) = streams.room.try_acquire_owned() else {
+            let message =
+                format!("{} streams of events are open here, and no more may be; try again later", streams.max);
+            return Err(Status::resource_exhausted(message));
+        };
+        let events = api.watch_cycles(Request::new(request)).await?.into_inner();
+        // It has the place as long as it lives.
+        Ok(events.inspect(move |_| _ = &place))
+    };
+    let events = match events.await {
+        Ok(events) => events,
         Err(status) if resumed.is_some() && !as_lines => {
             return Sse::new(futures_util::stream::iter([Ok::<_, Infallible>(sse_refused(&status))])).into_response();
         }

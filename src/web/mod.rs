@@ -7,26 +7,36 @@ mod dashboard;
 mod guard;
 mod json;
 
-use std::{io, net::SocketAddr, pin::Pin, sync::Arc};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use axum::{
     Router,
     body::Body,
-    extract::{Path, Query, State},
+    extract::{Path, Query, Request, State},
     http::header,
     middleware,
     response::{IntoResponse, Response},
     routing::get,
-    serve::Listener,
 };
-use futures_util::{Stream, StreamExt};
-use tokio::net::{TcpListener, TcpStream};
+use futures_util::StreamExt;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    select,
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
 
-use self::guard::Guard;
+use self::{guard::Guard, json::Streams};
 use crate::{
     api::Api,
-    listen::{self, Connection, Connections},
+    listen::{self, Connections},
     proto::orchestrator::v1::orchestrator_server::Orchestrator as _,
     telemetry::metrics::{self, Metrics},
 };
@@ -34,14 +44,19 @@ use crate::{
 /// Connections at one time: people's browsers have six each, and a monitoring system one.
 pub(crate) const MAX_CONNECTIONS: usize = 256;
 
+/// Those of them that may be streams of events, which stay open: the others are left for whoever asks and goes, above all
+/// for the monitoring system.
+const MAX_STREAMS: usize = 192;
+
+/// How long a client may take to send the head of a request, and how long a connection may be idle: longer than the 30 s
+/// to a minute in which monitoring systems come back.
+const PATIENCE: Duration = Duration::from_secs(75);
+
 /// The parameters of a URL, in their order.
 type Parameters = Query<Vec<(String, String)>>;
 
 /// Serves until `stop` is cancelled, and then for what answers are on their way; everything breaks when `cut_off` is
 /// cancelled. With `beyond_loopback`, whoever reaches the address may read.
-///
-/// # Errors
-/// The listener's address can't be told.
 pub(crate) async fn serve(
     listener: TcpListener,
     connections: Arc<Connections>,
@@ -50,17 +65,49 @@ pub(crate) async fn serve(
     beyond_loopback: bool,
     stop: CancellationToken,
     cut_off: CancellationToken,
-) -> io::Result<()> {
-    let address = listener.local_addr()?;
-    let router = routes()
+) {
+    let router = routes(Streams::at_most(MAX_STREAMS))
         .with_state(api)
         .route("/metrics", get(scrape).with_state(metrics))
         .layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
-    let incoming = Incoming { address, incoming: Box::pin(listen::incoming(listener, connections, cut_off)) };
-    axum::serve(incoming, router).with_graceful_shutdown(stop.cancelled_owned()).await
+    let mut open = JoinSet::new();
+    {
+        let mut incoming = pin!(listen::incoming(listener, connections, cut_off));
+        loop {
+            select! {
+                () = stop.cancelled() => break,
+                Some(_) = open.join_next() => {}
+                Some(Ok(connection)) = incoming.next() => {
+                    open.spawn(serve_connection(connection, router.clone(), stop.clone()));
+                }
+            }
+        }
+    }
+    while open.join_next().await.is_some() {}
 }
 
-fn routes() -> Router<Api> {
+/// Serves one connection. Not by `axum::serve`, which waits for requests for ever, and takes HTTP/2 without a limit.
+async fn serve_connection<S>(stream: S, router: Router, stop: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let service = TowerToHyperService::new(router.map_request(|request: Request<_>| request.map(Body::new)));
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(PATIENCE);
+    let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service));
+    let served = select! {
+        served = connection.as_mut() => served,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = served {
+        tracing::debug!(%error, "a connection has ended");
+    }
+}
+
+fn routes(streams: Streams) -> Router<Api> {
     Router::new()
         .merge(dashboard::routes())
         .route("/api/status", get(status))
@@ -70,7 +117,7 @@ fn routes() -> Router<Api> {
         .route("/api/subsystems", get(subsystems))
         .route("/api/subsystems/{name}", get(subsystem))
         .route("/api/loops", get(loops))
-        .route("/api/events", get(json::events))
+        .route("/api/events", get(move |State(api), headers, query| json::events(api, headers, query, streams)))
         .fallback(json::no_such_path)
 }
 
@@ -110,31 +157,39 @@ async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {
     ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], Body::from_stream(metrics.scrape())).into_response()
 }
 
-/// Counted connections, as the HTTP server takes them.
-struct Incoming<S> {
-    address: SocketAddr,
-    incoming: Pin<Box<S>>,
-}
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+        time::timeout,
+    };
 
-impl<S> Listener for Incoming<S>
-where
-    S: Stream<Item = io::Result<Connection<TcpStream>>> + Send + 'static,
-{
-    type Io = Connection<TcpStream>;
-    type Addr = SocketAddr;
+    use super::*;
 
-    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
-        loop {
-            match self.incoming.next().await {
-                Some(Ok(connection)) => return (connection, self.address),
-                Some(Err(error)) => tracing::warn!(%error, "can't accept a connection"),
-                // It has ended, and the server ends by being told to.
-                None => std::future::pending().await,
-            }
+    fn connect() -> DuplexStream {
+        let (peer, stream) = duplex(1024);
+        let router = Router::new().route("/", get(async || "it"));
+        tokio::spawn(serve_connection(stream, router, CancellationToken::new()));
+        peer
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_come_to_an_end_does_not_keep_the_connection() {
+        for said in ["GET / HTTP/1.1\r\nHost: localhost\r\nX: ", "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"] {
+            let mut peer = connect();
+            peer.write_all(said.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            timeout(PATIENCE * 2, peer.read_to_string(&mut answer)).await.unwrap().unwrap();
+            assert_eq!(answer.starts_with("HTTP/1.1 200"), said.ends_with("\r\n\r\n"), "{answer}");
         }
     }
 
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        Ok(self.address)
+    #[tokio::test(start_paused = true)]
+    async fn nothing_but_the_first_version_is_spoken() {
+        let mut peer = connect();
+        peer.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        timeout(PATIENCE / 2, peer.read_to_end(&mut answer)).await.unwrap().unwrap();
+        assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 4"), "{answer:?}");
     }
 }
