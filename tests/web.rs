@@ -195,6 +195,7 @@ async fn streams_leave_room_for_others() {
         streams.push(answer);
     };
     assert_eq!((refused.status, streams.len()), (429, 192));
+    assert!(refused.head.contains("connection: close"), "{}", refused.head);
     let error = refused.json().await;
     assert_eq!(error["error"]["status"], "RESOURCE_EXHAUSTED");
     assert_eq!(get(admin, "/metrics").await.status, 200);

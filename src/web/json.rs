@@ -29,6 +29,7 @@ use crate::{
 
 const JSON: &str = "application/json";
 const LINES: &str = "application/x-ndjson";
+const CLOSE: [(header::HeaderName, &str); 1] = [(header::CONNECTION, "close")];
 
 /// Room for streams of events.
 #[derive(Clone)]
@@ -115,9 +116,11 @@ pub(super) async fn events(
     let events = match events.await {
         Ok(events) => events,
         Err(status) if resumed.is_some() && !as_lines => {
-            return Sse::new(futures_util::stream::iter([Ok::<_, Infallible>(sse_refused(&status))])).into_response();
+            let told = futures_util::stream::iter([Ok::<_, Infallible>(sse_refused(&status))]);
+            return (CLOSE, Sse::new(told)).into_response();
         }
-        Err(status) => return refused(&status),
+        // Its connection may be what others wait for.
+        Err(status) => return (CLOSE, refused(&status)).into_response(),
     };
     if as_lines {
         return ([(header::CONTENT_TYPE, LINES)], Body::from_stream(lines(events))).into_response();

@@ -48,9 +48,9 @@ pub(crate) const MAX_CONNECTIONS: usize = 256;
 /// for the monitoring system.
 const MAX_STREAMS: usize = 192;
 
-/// How long a client may take to send the head of a request, and how long a connection may be idle: longer than the 30 s
-/// to a minute in which monitoring systems come back.
-const PATIENCE: Duration = Duration::from_secs(75);
+/// How long a client may take to send the head of a request, and how long a connection may be idle: so long are others
+/// kept out when all are taken.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The parameters of a URL, in their order.
 type Parameters = Query<Vec<(String, String)>>;
