@@ -526,7 +526,11 @@ async fn snapshots_are_asked_for_now_and_their_absence_says_why() {
 
     // The status has them where asked for.
     stage.fleet.clear_calls();
-    let ask = |include_subsystems, include_snapshots| pb::GetStatusRequest { include_subsystems, include_snapshots };
+    let ask = |include_subsystems, include_snapshots| pb::GetStatusRequest {
+        include_subsystems,
+        include_snapshots,
+        omit_last_cycle: false,
+    };
     for (request, subsystems, snapshots) in
         [(ask(false, false), 0, 0), (ask(true, false), 2, 0), (ask(false, true), 2, 1)]
     {

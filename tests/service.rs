@@ -125,13 +125,27 @@ async fn what_can_not_be_called_or_is_too_large_is_refused_and_the_service_goes_
 }
 
 #[tokio::test]
+async fn a_status_is_told_without_the_last_cycle_to_who_does_not_want_it() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    let ran = stage.client.run().await.unwrap();
+    let whole = stage.client.status().await.unwrap();
+    assert_eq!(decode(whole.last_cycle.clone()), ran);
+    let request = pb::GetStatusRequest { omit_last_cycle: true, ..pb::GetStatusRequest::default() };
+    let without = stage.client.get_status(request).await.unwrap().into_inner().status.unwrap();
+    let rest = |status| pb::OrchestratorStatus { last_cycle: Vec::new().into(), uptime: None, ..status };
+    assert!(without.last_cycle.is_empty());
+    assert_eq!(rest(without), rest(whole));
+}
+
+#[tokio::test]
 async fn a_status_that_would_be_too_large_says_what_to_do() {
     let mut stage = Stage::new().await;
     let parameters = common::fleet::to_struct(&serde_json::json!({ "p": "x".repeat(60_000) }));
     for i in 0..60 {
         stage.register(&format!("s{i}"), |it| it.parameters = parameters.clone()).await;
     }
-    let request = pb::GetStatusRequest { include_subsystems: true, include_snapshots: false };
+    let request = pb::GetStatusRequest { include_subsystems: true, ..pb::GetStatusRequest::default() };
     let refused = stage.client.get_status(request).await.unwrap_err();
     assert_eq!(reason(&refused), because(Code::ResourceExhausted, "ANSWER_TOO_LARGE", []));
     assert!(refused.message().contains("ListSubsystems"));

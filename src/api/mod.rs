@@ -115,8 +115,12 @@ impl Service for Api {
     }
 
     async fn get_status(&self, request: Request<pb::GetStatusRequest>) -> Answer<pb::GetStatusResponse> {
-        let pb::GetStatusRequest { include_subsystems, include_snapshots } = request.into_inner();
-        let mut answer = response::status(self.orchestrator.status());
+        let pb::GetStatusRequest { include_subsystems, include_snapshots, omit_last_cycle } = request.into_inner();
+        let mut status = self.orchestrator.status();
+        if omit_last_cycle {
+            status.last = None;
+        }
+        let mut answer = response::status(status);
         if answer.encoded_len() > MAX_ANSWER {
             for status in &mut answer.loops {
                 status.not_run.clear();

@@ -2,7 +2,6 @@
 
 use std::{convert::Infallible, time::Duration};
 
-use bytes::Bytes;
 use prost::Message;
 use tokio::{
     sync::{mpsc, watch},
@@ -236,12 +235,11 @@ impl Asker {
             tell(&self.news, News::Subsystem(name, is)).await?;
         }
         if !self.is_hasty() {
-            let request = pb::GetStatusRequest::default();
+            // The stream brings the last cycle.
+            let request = pb::GetStatusRequest { omit_last_cycle: true, ..pb::GetStatusRequest::default() };
             let response = self.remote.quickly(self.client.get_status(request)).await?.into_inner();
             self.bytes += response.encoded_len();
-            // The stream brings it.
-            let status = pb::OrchestratorStatus { last_cycle: Bytes::new(), ..response.status.unwrap_or_default() };
-            tell(&self.news, News::Status(Box::new(status))).await?;
+            tell(&self.news, News::Status(Box::new(response.status.unwrap_or_default()))).await?;
         }
         let request = pb::ListSubsystemsRequest { page_size: Self::PAGE, page_token: self.page_token.clone() };
         let page = self.remote.quickly(self.client.list_subsystems(request)).await?.into_inner();
