@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, fs, net::SocketAddr, path::Path, process::Stdio
 use common::{
     Stage,
     fleet::{Call, Run},
+    http::get,
     patiently,
     service::{Client, Home, decode, ms, registration},
 };
@@ -495,10 +496,20 @@ async fn a_collector_that_is_away_costs_its_spans_and_nothing_else() {
     patiently("the collector to be found again", back).await;
     let log = stage.home.log();
     assert_eq!(log.matches(told).count(), 1, "{log}");
+    let metrics = metrics(&stage).await;
+    assert!(metrics["not_taken"] > 0 && metrics["sent"] > 0 && metrics["no_room"] == 0, "{metrics:?}");
     patiently("its return to be told", async {
         while !stage.home.log().contains("the collector takes spans again") {}
     })
     .await;
+}
+
+/// What has become of spans, by the metrics.
+async fn metrics(stage: &Stage) -> BTreeMap<String, u64> {
+    let text = get(stage.service.admin(), "/metrics").await.text().await;
+    let found =
+        text.lines().filter_map(|line| line.strip_prefix("orchestrator_spans_total{result=\"")?.split_once("\"} "));
+    found.map(|(result, spans)| (result.to_owned(), spans.parse().unwrap())).collect()
 }
 
 #[tokio::test]

@@ -16,11 +16,12 @@ use prometheus::{
 };
 #[cfg(target_os = "linux")]
 use prometheus::{core::Collector, process_collector::ProcessCollector};
-use tokio::{runtime::Handle, task::yield_now, time::Instant};
+use tokio::{runtime::Handle, sync::Semaphore, task::yield_now, time::Instant};
 
 #[allow(clippy::wildcard_imports, reason = "it is a list, and this is where all of it is shown")]
 use self::definitions::*;
 pub use self::definitions::{ALL, Definition, Kind};
+use super::otlp::Exporter;
 use crate::{
     listen::Connections,
     model::{CycleState, Histogram, Name},
@@ -36,6 +37,9 @@ const PAGE: usize = 64;
 /// What can be scraped.
 pub struct Metrics {
     orchestrator: Orchestrator,
+    /// Who makes a piece: one at a time, so that however many scrape take no more than one processor from cycles.
+    turn: Semaphore,
+    exporter: Option<Arc<Exporter>>,
     servers: Vec<(&'static str, Arc<Connections>)>,
     #[cfg(target_os = "linux")]
     process: ProcessCollector,
@@ -55,10 +59,16 @@ enum Position {
 }
 
 impl Metrics {
-    /// The metrics of an orchestrator and of the servers in front of it, by name.
-    pub(crate) fn new(orchestrator: Orchestrator, servers: Vec<(&'static str, Arc<Connections>)>) -> Self {
+    /// The metrics of an orchestrator, of what exports its spans, and of the servers in front of it, by name.
+    pub(crate) fn new(
+        orchestrator: Orchestrator,
+        exporter: Option<Arc<Exporter>>,
+        servers: Vec<(&'static str, Arc<Connections>)>,
+    ) -> Self {
         Self {
             orchestrator,
+            turn: Semaphore::new(1),
+            exporter,
             servers,
             #[cfg(target_os = "linux")]
             process: ProcessCollector::for_self(),
@@ -78,6 +88,7 @@ impl Metrics {
                     Position::Subsystems { family, begun, after } => {
                         // Cycles come first.
                         yield_now().await;
+                        let _turn = this.turn.acquire().await;
                         this.page(family, begun, after.as_ref())
                     }
                 }
@@ -117,7 +128,13 @@ impl Metrics {
         let by_server = |of: &Definition, figure: fn(&Connections) -> usize| {
             of.family(self.servers.iter().map(|(name, it)| of.value(&[name], count(figure(it)))).collect())
         };
+        let spans = self.exporter.as_ref().map(|exporter| exporter.exported()).unwrap_or_default();
         families.extend([
+            SPANS.family(
+                [("sent", spans.sent), ("not_taken", spans.not_taken), ("no_room", spans.no_room)]
+                    .map(|(result, spans)| SPANS.value(&[result], number(spans)))
+                    .into(),
+            ),
             by_server(&CONNECTIONS, Connections::open),
             by_server(&CONNECTIONS_LIMIT, Connections::max),
             RUNTIME_WORKERS.single(count(runtime.num_workers())),

@@ -41,12 +41,32 @@ const LINGER: Duration = Duration::from_millis(200);
 /// How long a collector may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// What has become of spans.
+#[derive(Debug, Default)]
+struct Counts {
+    /// Not yet sent, which bounds the queue.
+    waiting: AtomicUsize,
+    sent: AtomicU64,
+    no_room: AtomicU64,
+    not_taken: AtomicU64,
+}
+
+/// How many spans had which end since this process started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exported {
+    /// The collector has taken them.
+    pub sent: u64,
+    /// Dropped: too many waited already.
+    pub no_room: u64,
+    /// Dropped: the collector was away, too slow, or refused them.
+    pub not_taken: u64,
+}
+
 /// Takes the spans of cycles for a [`Sender`].
 #[derive(Debug)]
 pub struct Exporter {
     queue: mpsc::UnboundedSender<Vec<model::Span>>,
-    /// Spans in `queue`, which that bounds.
-    waiting: Arc<AtomicUsize>,
+    counts: Arc<Counts>,
     /// The bits of the number.
     sample_ratio: AtomicU64,
 }
@@ -54,7 +74,7 @@ pub struct Exporter {
 /// Sends them.
 pub struct Sender {
     queue: mpsc::UnboundedReceiver<Vec<model::Span>>,
-    waiting: Arc<AtomicUsize>,
+    counts: Arc<Counts>,
     exporter: SpanExporter,
     scope: InstrumentationScope,
     /// The last message was not taken.
@@ -79,16 +99,23 @@ pub fn exporter(endpoint: &str, sample_ratio: f64, orchestrator_id: &str) -> Res
         .build();
     exporter.set_resource(&resource);
     let (queue, queued) = mpsc::unbounded_channel();
-    let waiting = Arc::new(AtomicUsize::new(0));
+    let counts = Arc::<Counts>::default();
     let scope = InstrumentationScope::builder("orchestrator").with_version(env!("CARGO_PKG_VERSION")).build();
-    let sender = Sender { queue: queued, waiting: waiting.clone(), exporter, scope, is_away: false };
-    Ok((Exporter { queue, waiting, sample_ratio: AtomicU64::new(sample_ratio.to_bits()) }, sender))
+    let sender = Sender { queue: queued, counts: counts.clone(), exporter, scope, is_away: false };
+    Ok((Exporter { queue, counts, sample_ratio: AtomicU64::new(sample_ratio.to_bits()) }, sender))
 }
 
 impl Exporter {
     /// Traces another part of cycles from now on.
     pub fn set_sample_ratio(&self, ratio: f64) {
         self.sample_ratio.store(ratio.to_bits(), Ordering::Relaxed);
+    }
+
+    /// What has become of spans so far.
+    pub fn exported(&self) -> Exported {
+        let Counts { waiting: _, sent, no_room, not_taken } = &*self.counts;
+        let [sent, no_room, not_taken] = [sent, no_room, not_taken].map(|count| count.load(Ordering::Relaxed));
+        Exported { sent, no_room, not_taken }
     }
 }
 
@@ -101,8 +128,9 @@ impl Spans for Exporter {
         let count = spans.len();
         // The first always has room, whatever its size: a cycle makes no more spans than calls.
         let has_room = |waiting| (waiting == 0 || waiting + count <= MAX_WAITING).then_some(waiting + count);
-        let taken = self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, has_room);
+        let taken = self.counts.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, has_room);
         if taken.is_err() || self.queue.send(spans).is_err() {
+            self.counts.no_room.fetch_add(count as u64, Ordering::Relaxed);
             tracing::debug!("the spans of a cycle are dropped: the collector is away, or too slow");
         }
     }
@@ -113,13 +141,13 @@ impl Sender {
     pub async fn run(mut self, stop: CancellationToken) {
         let mut batch = Vec::new();
         while let Some(spans) = self.next(&stop).await {
-            self.put(spans, &mut batch);
+            batch.extend(spans);
             select! {
                 () = sleep(LINGER) => {}
                 () = stop.cancelled() => {}
             }
             while let Ok(spans) = self.queue.try_recv() {
-                self.put(spans, &mut batch);
+                batch.extend(spans);
                 while batch.len() >= BATCH {
                     let rest = batch.split_off(BATCH);
                     self.send(mem::replace(&mut batch, rest)).await;
@@ -142,13 +170,12 @@ impl Sender {
         self.queue.recv().await
     }
 
-    fn put(&self, spans: Vec<model::Span>, batch: &mut Vec<SpanData>) {
-        self.waiting.fetch_sub(spans.len(), Ordering::Relaxed);
-        batch.extend(spans.into_iter().map(|span| self.data(span)));
-    }
-
-    async fn send(&mut self, batch: Vec<SpanData>) {
-        let sent = self.exporter.export(batch).await;
+    async fn send(&mut self, batch: Vec<model::Span>) {
+        let count = batch.len();
+        let sent = self.exporter.export(batch.into_iter().map(|span| self.data(span)).collect()).await;
+        self.counts.waiting.fetch_sub(count, Ordering::Relaxed);
+        let end = if sent.is_ok() { &self.counts.sent } else { &self.counts.not_taken };
+        end.fetch_add(count as u64, Ordering::Relaxed);
         // Told once, not with every message.
         match (&sent, self.is_away) {
             (Err(error), false) => tracing::warn!(%error, "can't send spans to the collector; they are dropped"),
@@ -250,5 +277,29 @@ fn server(endpoint: &Endpoint) -> Vec<KeyValue> {
             attributes.extend(port.parse::<i64>().ok().map(|port| KeyValue::new("server.port", port)));
             attributes
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Span, SpanContext};
+
+    #[tokio::test]
+    async fn what_finds_no_room_is_counted() {
+        let (exporter, _sender) = exporter("http://127.0.0.1:1", 1.0, "o").unwrap();
+        let span = || Span {
+            context: SpanContext::root(true),
+            parent: None,
+            started_at: jiff::Timestamp::UNIX_EPOCH,
+            duration: Duration::ZERO,
+            work: Work::Commit,
+        };
+        let spans = |count| (0..count).map(|_| span()).collect::<Vec<_>>();
+        exporter.ended(spans(MAX_WAITING - 1));
+        exporter.ended(spans(2));
+        exporter.ended(spans(1));
+        exporter.ended(spans(1));
+        assert_eq!(exporter.exported(), Exported { no_room: 3, ..Exported::default() });
     }
 }

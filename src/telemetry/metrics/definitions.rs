@@ -96,6 +96,9 @@ definitions! {
     STORE_RECORDS: Gauge "orchestrator_store_records" []
         "Cycles that are retained in the history.";
 
+    SPANS: Counter "orchestrator_spans_total" ["result"]
+        "Spans of cycles that were collected, by what became of them: sent to the collector; dropped because it did not take them (not_taken), or because too many waited for it already (no_room). All 0 where there is no collector.";
+
     CONNECTIONS: Gauge "orchestrator_connections" ["server"]
         "Connections that are open: to the gRPC server, or to the admin address.";
     CONNECTIONS_LIMIT: Gauge "orchestrator_connections_limit" ["server"]
