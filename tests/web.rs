@@ -13,8 +13,12 @@ use common::{
     patiently,
     service::Home,
 };
+use orchestrator_core::proto::{orchestrator::v1 as pb, subsystem::v1 as subsystem};
 use serde_json::Value;
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::Code;
 
 #[tokio::test]
@@ -27,7 +31,12 @@ async fn what_rpcs_answer_is_there_as_json() {
     stage.client.run().await.unwrap();
 
     let status = get(admin, "/api/status").await.json().await;
-    assert_eq!(status["status"]["totalCycles"], "2");
+    assert_eq!(
+        (&status["status"]["totalCycles"], &status["status"]["lastCycle"]["cycleId"]),
+        (&"2".into(), &"2".into())
+    );
+    let status = get(admin, "/api/status?omitLastCycle=true").await.json().await;
+    assert_eq!((&status["status"]["totalCycles"], &status["status"]["lastCycle"]), (&"2".into(), &Value::Null));
     let cycles = get(admin, "/api/cycles?states=CYCLE_STATE_DEGRADED&pageSize=5").await.json().await;
     assert_eq!(cycles["cycles"].as_array().unwrap().len(), 1);
     assert_eq!(cycles["cycles"][0]["cycleId"], "2");
@@ -224,4 +233,38 @@ async fn an_address_that_is_taken_is_named() {
     let home = Home::new().with_admin(address);
     assert_eq!(home.try_serve().await.err().and_then(|status| status.code()), Some(1));
     assert!(home.log().contains(&format!("can't listen on {address} for the dashboard")), "{}", home.log());
+}
+
+/// What nobody takes is not made without end.
+#[tokio::test]
+async fn answers_that_nobody_takes_have_bounded_room() {
+    /// Each is 6 MB: the JSON of a control character is six times as long as it is.
+    const ASKING: usize = 100;
+    let mut stage = Stage::new().await;
+    let admin = stage.service.admin();
+    let output = common::fleet::to_struct(&serde_json::json!({ "text": "\u{1}".repeat(1 << 20) }));
+    let answer = subsystem::RunCycleResponse { output, ..subsystem::RunCycleResponse::default() };
+    stage
+        .register("a", |it| {
+            it.record_output = true;
+            it.limits = Some(pb::Limits { max_output_bytes: 2 << 20, ..pb::Limits::default() });
+        })
+        .await;
+    stage.fleet.run("a", Run::Answer(answer));
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!(cycle.state(), pb::CycleState::Succeeded, "{}", cycle.error);
+    let mut asking = Vec::new();
+    for _ in 0..ASKING {
+        let mut stream = TcpStream::connect(admin).await.unwrap();
+        stream.write_all(b"GET /api/cycles/1 HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        asking.push(stream);
+    }
+    // Some have an answer, and the others wait for them to take it.
+    let took = patiently("an answer", asking[0].read_u8()).await.unwrap();
+    assert_eq!(took, b'H');
+    assert_eq!(get(admin, "/metrics").await.status, 200);
+    let (_, most) = stage.service.memory();
+    assert!(most < 500 << 20, "{} MB", most >> 20);
+    drop(asking);
+    assert_eq!(get(admin, "/api/cycles/1").await.json().await["telemetry"]["cycleId"], "1");
 }

@@ -2,7 +2,7 @@
 
 use axum::{Router, http::header, routing::get};
 
-use crate::api::Api;
+use super::json::Answers;
 
 const HTML: &str = "text/html; charset=utf-8";
 const STYLE: &str = "text/css; charset=utf-8";
@@ -35,7 +35,7 @@ const ASSETS: &[(&str, &str, &str)] = &[
     ("/views/subsystem.js", SCRIPT, include_str!("dashboard/views/subsystem.js")),
 ];
 
-pub(super) fn routes() -> Router<Api> {
+pub(super) fn routes() -> Router<Answers> {
     ASSETS.iter().fold(Router::new(), |router, &(path, kind, text)| {
         router.route(path, get(move || async move { ([(header::CONTENT_TYPE, kind)], text) }))
     })

@@ -4,7 +4,7 @@ use std::{convert::Infallible, future::Future, sync::Arc};
 
 use axum::{
     body::{Body, Bytes},
-    extract::Query,
+    extract::{Query, State},
     http::{HeaderMap, StatusCode, Uri, header},
     response::{
         IntoResponse, Response,
@@ -13,7 +13,7 @@ use axum::{
 };
 use futures_util::{Stream, StreamExt};
 use prost::Message;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
@@ -31,22 +31,62 @@ const JSON: &str = "application/json";
 const LINES: &str = "application/x-ndjson";
 const CLOSE: [(header::HeaderName, &str); 1] = [(header::CONNECTION, "close")];
 
-/// Room for streams of events.
+/// The RPCs, and room for what they answer here.
 #[derive(Clone)]
-pub(super) struct Streams {
-    max: usize,
-    room: Arc<Semaphore>,
+pub(super) struct Answers {
+    pub(super) api: Api,
+    /// For what is asked and not made yet: a large page of the history is held meanwhile.
+    asking: Arc<Semaphore>,
+    /// Answers are made one at a time, so that a large one takes no more than one processor from cycles.
+    turn: Arc<Semaphore>,
+    /// For the bytes of answers that are not taken yet, in units of [`Answers::UNIT`]. Those that find none wait; a peer
+    /// that takes nothing is cut off.
+    bytes: Arc<Semaphore>,
+    /// For streams of events.
+    streams: Arc<Semaphore>,
 }
 
-impl Streams {
-    /// For so many at one time.
-    pub(super) fn at_most(max: usize) -> Self {
-        Self { max, room: Arc::new(Semaphore::new(max)) }
+impl Answers {
+    /// Connections that may be streams of events, which stay open: the others are left for whoever asks and goes, above
+    /// all for the monitoring system.
+    const MAX_STREAMS: usize = 192;
+    /// More than the processors are, since some ask subsystems and wait for them.
+    const MAX_ASKING: usize = 16;
+    /// Some ten of the largest pages.
+    const MAX_BYTES: usize = 128 << 20;
+    const UNIT: usize = 1 << 10;
+
+    pub(super) fn new(api: Api) -> Self {
+        let semaphore = |permits| Arc::new(Semaphore::new(permits));
+        Self {
+            api,
+            asking: semaphore(Self::MAX_ASKING),
+            turn: semaphore(1),
+            bytes: semaphore(Self::MAX_BYTES / Self::UNIT),
+            streams: semaphore(Self::MAX_STREAMS),
+        }
+    }
+
+    /// A text that has its room as long as any of it is to be sent.
+    async fn hold(&self, text: String) -> Bytes {
+        struct Held {
+            text: String,
+            _room: Option<OwnedSemaphorePermit>,
+        }
+        impl AsRef<[u8]> for Held {
+            fn as_ref(&self) -> &[u8] {
+                self.text.as_bytes()
+            }
+        }
+        let units = text.capacity().min(Self::MAX_BYTES).div_ceil(Self::UNIT);
+        let room = self.bytes.clone().acquire_many_owned(u32::try_from(units).unwrap_or(u32::MAX)).await;
+        Bytes::from_owner(Held { text, _room: room.ok() })
     }
 }
 
 /// Makes a call and answers with what it answered.
 pub(super) async fn answer<Q, A, F>(
+    answers: &Answers,
     request: &'static str,
     response: &'static str,
     parameters: Vec<(String, String)>,
@@ -61,13 +101,20 @@ where
         Ok(request) => request,
         Err(error) => return refused(&invalid(&error)),
     };
+    let _asking = answers.asking.acquire().await;
     match call(Request::new(request)).await {
-        Ok(answer) => match json::encode(response, &answer.into_inner().encode_to_vec()) {
-            Ok(text) => ([(header::CONTENT_TYPE, JSON)], text).into_response(),
+        Ok(answer) => match encode(answers, response, answer.into_inner()).await {
+            Ok(bytes) => ([(header::CONTENT_TYPE, JSON)], bytes).into_response(),
             Err(error) => refused(&Status::internal(error.to_string())),
         },
         Err(status) => refused(&status),
     }
+}
+
+async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> Result<Bytes, JsonError> {
+    let _turn = answers.turn.acquire().await;
+    let text = json::encode(kind, &answer.encode_to_vec())?;
+    Ok(answers.hold(text).await)
 }
 
 pub(super) async fn no_such_path(uri: Uri) -> Response {
@@ -83,10 +130,9 @@ pub(super) async fn no_such_path(uri: Uri) -> Response {
 ///
 /// <https://html.spec.whatwg.org/multipage/server-sent-events.html>
 pub(super) async fn events(
-    api: Api,
+    State(answers): State<Answers>,
     headers: HeaderMap,
     Query(mut parameters): Parameters,
-    streams: Streams,
 ) -> Response {
     // What is no text is no number either, and is refused as such.
     let header = |name| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
@@ -104,12 +150,12 @@ pub(super) async fn events(
         Err(error) => return refused(&invalid(&error)),
     };
     let events = async {
-        let Ok(place) = streams.room.try_acquire_owned() else {
-            let message =
-                format!("{} streams of events are open here, and no more may be; try again later", streams.max);
+        let Ok(place) = answers.streams.try_acquire_owned() else {
+            let max = Answers::MAX_STREAMS;
+            let message = format!("{max} streams of events are open here, and no more may be; try again later");
             return Err(Status::resource_exhausted(message));
         };
-        let events = api.watch_cycles(Request::new(request)).await?.into_inner();
+        let events = answers.api.watch_cycles(Request::new(request)).await?.into_inner();
         // It has the place as long as it lives.
         Ok(events.inspect(move |_| _ = &place))
     };

@@ -33,7 +33,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use self::{guard::Guard, json::Streams};
+use self::{guard::Guard, json::Answers};
 use crate::{
     api::Api,
     listen::{self, Connections},
@@ -43,10 +43,6 @@ use crate::{
 
 /// Connections at one time: people's browsers have six each, and a monitoring system one.
 pub(crate) const MAX_CONNECTIONS: usize = 256;
-
-/// Those of them that may be streams of events, which stay open: the others are left for whoever asks and goes, above all
-/// for the monitoring system.
-const MAX_STREAMS: usize = 192;
 
 /// How long a client may take to send the head of a request, and how long a connection may be idle: so long are others
 /// kept out when all are taken.
@@ -66,8 +62,8 @@ pub(crate) async fn serve(
     stop: CancellationToken,
     cut_off: CancellationToken,
 ) {
-    let router = routes(Streams::at_most(MAX_STREAMS))
-        .with_state(api)
+    let router = routes()
+        .with_state(Answers::new(api))
         .route("/metrics", get(scrape).with_state(metrics))
         .layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
     let mut open = JoinSet::new();
@@ -107,7 +103,7 @@ where
     }
 }
 
-fn routes(streams: Streams) -> Router<Api> {
+fn routes() -> Router<Answers> {
     Router::new()
         .merge(dashboard::routes())
         .route("/api/status", get(status))
@@ -117,40 +113,49 @@ fn routes(streams: Streams) -> Router<Api> {
         .route("/api/subsystems", get(subsystems))
         .route("/api/subsystems/{name}", get(subsystem))
         .route("/api/loops", get(loops))
-        .route("/api/events", get(move |State(api), headers, query| json::events(api, headers, query, streams)))
+        .route("/api/events", get(json::events))
         .fallback(json::no_such_path)
 }
 
-async fn status(State(api): State<Api>, Query(parameters): Parameters) -> Response {
-    json::answer("GetStatusRequest", "GetStatusResponse", parameters, |request| api.get_status(request)).await
+async fn status(State(answers): State<Answers>, Query(parameters): Parameters) -> Response {
+    let call = |request| answers.api.get_status(request);
+    json::answer(&answers, "GetStatusRequest", "GetStatusResponse", parameters, call).await
 }
 
-async fn cycles(State(api): State<Api>, Query(parameters): Parameters) -> Response {
-    json::answer("ListCyclesRequest", "ListCyclesResponse", parameters, |request| api.list_cycles(request)).await
+async fn cycles(State(answers): State<Answers>, Query(parameters): Parameters) -> Response {
+    let call = |request| answers.api.list_cycles(request);
+    json::answer(&answers, "ListCyclesRequest", "ListCyclesResponse", parameters, call).await
 }
 
-async fn cycle(State(api): State<Api>, Path(id): Path<String>, Query(mut parameters): Parameters) -> Response {
+async fn cycle(State(answers): State<Answers>, Path(id): Path<String>, Query(mut parameters): Parameters) -> Response {
     parameters.push(("cycleId".into(), id));
-    json::answer("GetCycleRequest", "GetCycleResponse", parameters, |request| api.get_cycle(request)).await
+    let call = |request| answers.api.get_cycle(request);
+    json::answer(&answers, "GetCycleRequest", "GetCycleResponse", parameters, call).await
 }
 
-async fn plan(State(api): State<Api>, Query(parameters): Parameters) -> Response {
-    json::answer("PlanCycleRequest", "PlanCycleResponse", parameters, |request| api.plan_cycle(request)).await
+async fn plan(State(answers): State<Answers>, Query(parameters): Parameters) -> Response {
+    let call = |request| answers.api.plan_cycle(request);
+    json::answer(&answers, "PlanCycleRequest", "PlanCycleResponse", parameters, call).await
 }
 
-async fn subsystems(State(api): State<Api>, Query(parameters): Parameters) -> Response {
-    let list = |request| api.list_subsystems(request);
-    json::answer("ListSubsystemsRequest", "ListSubsystemsResponse", parameters, list).await
+async fn subsystems(State(answers): State<Answers>, Query(parameters): Parameters) -> Response {
+    let call = |request| answers.api.list_subsystems(request);
+    json::answer(&answers, "ListSubsystemsRequest", "ListSubsystemsResponse", parameters, call).await
 }
 
-async fn subsystem(State(api): State<Api>, Path(name): Path<String>, Query(mut parameters): Parameters) -> Response {
+async fn subsystem(
+    State(answers): State<Answers>,
+    Path(name): Path<String>,
+    Query(mut parameters): Parameters,
+) -> Response {
     parameters.push(("name".into(), name));
-    json::answer("GetSubsystemRequest", "GetSubsystemResponse", parameters, |request| api.get_subsystem(request)).await
+    let call = |request| answers.api.get_subsystem(request);
+    json::answer(&answers, "GetSubsystemRequest", "GetSubsystemResponse", parameters, call).await
 }
 
-async fn loops(State(api): State<Api>, Query(parameters): Parameters) -> Response {
-    let list = |request| api.list_interval_loops(request);
-    json::answer("ListIntervalLoopsRequest", "ListIntervalLoopsResponse", parameters, list).await
+async fn loops(State(answers): State<Answers>, Query(parameters): Parameters) -> Response {
+    let call = |request| answers.api.list_interval_loops(request);
+    json::answer(&answers, "ListIntervalLoopsRequest", "ListIntervalLoopsResponse", parameters, call).await
 }
 
 async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {
