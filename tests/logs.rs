@@ -15,7 +15,7 @@ use common::{
     Stage,
     fleet::Run,
     patiently,
-    service::{Home, ms},
+    service::{Home, ms, registration},
 };
 use orchestrator_core::proto::orchestrator::v1 as pb;
 use rustix::{
@@ -165,6 +165,24 @@ async fn ticks_that_are_dropped_are_told_once() {
     assert_eq!(told.len(), 1, "{told:?}");
     assert_eq!((&told[0]["level"], &told[0]["loop"]), (&"WARN".into(), &"fast".into()));
     stage.fleet.run("a", Run::Echo);
+}
+
+#[tokio::test]
+async fn what_others_say_stays_inside_its_line() {
+    const HOSTILE: &str = "no fuel\n2026-01-01T00:00:00Z  INFO forged\u{1b}[31m\u{9b}31m\r";
+    let mut stage = Stage::new().await;
+    let breaker = Some(pb::BreakerPolicy { failure_threshold: 1, ..Default::default() });
+    stage.register("a", |it| it.breaker = breaker).await;
+    stage.fleet.run("a", Run::Fail(Code::Internal, HOSTILE.into()));
+    let endpoint = format!("unix:/{HOSTILE}");
+    let refused = stage.client.register(registration("b", &endpoint)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert_eq!(stage.client.run().await.unwrap().error, format!("1 of 1 failed: a INTERNAL: {HOSTILE}"));
+    let log = stage.home.log();
+    let lines = log.lines().filter(|line| line.contains("forged")).count();
+    assert_eq!(lines, 2, "of the cycle and of the breaker: {log}");
+    assert!(log.lines().all(|line| !line.starts_with("2026-01-01")), "{log}");
+    assert!(!log.contains(['\u{1b}', '\u{9b}', '\r']), "{log}");
 }
 
 #[tokio::test]

@@ -247,11 +247,13 @@ impl Endpoint {
         let wrong = || format!("is {text:?}; give http://host:port, https://host:port or unix:/path");
         if let Some(path) = text.strip_prefix("unix:") {
             let path = path.strip_prefix("//").unwrap_or(path);
-            let fits = path.starts_with('/') && path.len() < 108 && !path.contains('\0');
+            let fits = path.starts_with('/') && path.len() < 108 && !path.contains(char::is_control);
             return if fits {
                 Ok(Self::Unix(path.to_owned()))
             } else {
-                Err(format!("is {text:?}; the path of a unix: endpoint is absolute and shorter than 108 bytes"))
+                Err(format!(
+                    "is {text:?}; the path of a unix: endpoint is absolute, shorter than 108 bytes and without control characters"
+                ))
             };
         }
         let (tls, authority) = match (text.strip_prefix("http://"), text.strip_prefix("https://")) {
@@ -513,6 +515,8 @@ mod tests {
             "http://h:1/path",
             "ftp://h:1",
             "unix:relative",
+            "unix:/new\nline",
+            "unix:/\u{1b}[31m",
             "http://[::1:5",
             "http://user@h:1",
         ] {
