@@ -91,14 +91,14 @@ where
     let mut server = http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(PATIENCE);
     let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service));
-    let served = select! {
-        served = connection.as_mut() => served,
+    let ended = select! {
+        ended = connection.as_mut() => ended,
         () = stop.cancelled() => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
     };
-    if let Err(error) = served {
+    if let Err(error) = ended {
         tracing::debug!(%error, "a connection has ended");
     }
 }
