@@ -11,9 +11,9 @@ use axum::{
         sse::{self, KeepAlive, Sse},
     },
 };
-use futures_util::{Stream, StreamExt};
+use futures_util::StreamExt;
 use prost::Message;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
@@ -44,6 +44,9 @@ pub(super) struct Answers {
     bytes: Arc<Semaphore>,
     /// For streams of events.
     streams: Arc<Semaphore>,
+    /// The text of the record that a stream was given last, by its revision: most others are given the same. It is also
+    /// their turn, so that however many take no more than one processor from cycles.
+    recorded: Arc<Mutex<(u64, Arc<str>)>>,
 }
 
 impl Answers {
@@ -64,7 +67,22 @@ impl Answers {
             turn: semaphore(1),
             bytes: semaphore(Self::MAX_BYTES / Self::UNIT),
             streams: semaphore(Self::MAX_STREAMS),
+            recorded: Arc::new(Mutex::new((0, "".into()))),
         }
+    }
+
+    /// An event as JSON.
+    async fn event(&self, event: &pb::CycleEvent) -> Result<Arc<str>, JsonError> {
+        let is_record = matches!(event.event, Some(Event::Recorded(_)));
+        let mut recorded = self.recorded.lock().await;
+        if is_record && recorded.0 == event.revision {
+            return Ok(recorded.1.clone());
+        }
+        let text: Arc<str> = json::encode("CycleEvent", &event.encode_to_vec())?.into();
+        if is_record {
+            *recorded = (event.revision, text.clone());
+        }
+        Ok(text)
     }
 
     /// A text that has its room as long as any of it is to be sent.
@@ -105,7 +123,7 @@ where
     match call(Request::new(request)).await {
         Ok(answer) => match encode(answers, response, answer.into_inner()).await {
             Ok(bytes) => ([(header::CONTENT_TYPE, JSON)], bytes).into_response(),
-            Err(error) => refused(&Status::internal(error.to_string())),
+            Err(error) => refused(&internal(error)),
         },
         Err(status) => refused(&status),
     }
@@ -150,7 +168,7 @@ pub(super) async fn events(
         Err(error) => return refused(&invalid(&error)),
     };
     let events = async {
-        let Ok(place) = answers.streams.try_acquire_owned() else {
+        let Ok(place) = answers.streams.clone().try_acquire_owned() else {
             let max = Answers::MAX_STREAMS;
             let message = format!("{max} streams of events are open here, and no more may be; try again later");
             return Err(Status::resource_exhausted(message));
@@ -169,42 +187,46 @@ pub(super) async fn events(
         Err(status) => return (CLOSE, refused(&status)).into_response(),
     };
     if as_lines {
-        return ([(header::CONTENT_TYPE, LINES)], Body::from_stream(lines(events))).into_response();
+        let lines = events.then(move |event| line(answers.clone(), event));
+        return ([(header::CONTENT_TYPE, LINES)], Body::from_stream(lines)).into_response();
     }
-    let events =
-        events.map(|event| Ok::<_, Infallible>(event.map_or_else(|status| sse_refused(&status), |event| sse(&event))));
+    let events = events.then(move |event| sse(answers.clone(), event));
     Sse::new(events).keep_alive(KeepAlive::default()).into_response()
 }
 
-fn lines(
-    events: impl Stream<Item = Result<pb::WatchCyclesResponse, Status>>,
-) -> impl Stream<Item = Result<Bytes, Infallible>> {
-    events.map(|event| {
-        let line = match event {
-            Ok(event) => json::encode("WatchCyclesResponse", &event.encode_to_vec())
-                .unwrap_or_else(|error| error_text(&Status::internal(error.to_string())).1),
-            Err(status) => error_text(&status).1,
-        };
-        Ok(Bytes::from(line + "\n"))
-    })
+type Watched = Result<pb::WatchCyclesResponse, Status>;
+
+async fn line(answers: Answers, event: Watched) -> Result<Bytes, Infallible> {
+    let made = async { answers.event(&event?.event.unwrap_or_default()).await.map_err(internal) };
+    let line = match made.await {
+        Ok(event) => format!("{{\"event\":{event}}}\n"),
+        Err(status) => error_text(&status).1 + "\n",
+    };
+    Ok(line.into())
 }
 
-fn sse(response: &pb::WatchCyclesResponse) -> sse::Event {
-    let Some(event) = &response.event else { return sse::Event::default().comment("") };
-    let name = match event.event {
-        Some(Event::Recorded(_)) => "recorded",
-        Some(Event::Started(_)) => "started",
-        Some(Event::Progress(_)) => "progress",
-        Some(Event::Bookmark(_)) | None => "bookmark",
+async fn sse(answers: Answers, event: Watched) -> Result<sse::Event, Infallible> {
+    let made = async {
+        let event = event?.event.unwrap_or_default();
+        let name = match event.event {
+            Some(Event::Recorded(_)) => "recorded",
+            Some(Event::Started(_)) => "started",
+            Some(Event::Progress(_)) => "progress",
+            Some(Event::Bookmark(_)) | None => "bookmark",
+        };
+        let text = answers.event(&event).await.map_err(internal)?;
+        Ok(sse::Event::default().id(event.revision.to_string()).event(name).data(text))
     };
-    match json::encode("CycleEvent", &event.encode_to_vec()) {
-        Ok(text) => sse::Event::default().id(event.revision.to_string()).event(name).data(text),
-        Err(error) => sse_refused(&Status::internal(error.to_string())),
-    }
+    Ok(made.await.unwrap_or_else(|status: Status| sse_refused(&status)))
 }
 
 fn sse_refused(status: &Status) -> sse::Event {
     sse::Event::default().event("refused").data(error_text(status).1)
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "it is for `map_err`")]
+fn internal(error: JsonError) -> Status {
+    Status::internal(error.to_string())
 }
 
 fn invalid(error: &JsonError) -> Status {
