@@ -254,14 +254,19 @@ async fn answers_that_nobody_takes_have_bounded_room() {
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(cycle.state(), pb::CycleState::Succeeded, "{}", cycle.error);
     let mut asking = Vec::new();
-    for _ in 0..ASKING {
-        let mut stream = TcpStream::connect(admin).await.unwrap();
-        stream.write_all(b"GET /api/cycles/1 HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
-        asking.push(stream);
+    for path in ["/api/cycles/1", "/api/events?fromOldest=true"] {
+        for _ in 0..ASKING {
+            let mut stream = TcpStream::connect(admin).await.unwrap();
+            stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
+            asking.push(stream);
+        }
     }
     // Some have an answer, and the others wait for them to take it.
-    let took = patiently("an answer", asking[0].read_u8()).await.unwrap();
-    assert_eq!(took, b'H');
+    // Events are shared, and come to all.
+    let (answers, events) = asking.split_at_mut(ASKING);
+    for stream in answers[..1].iter_mut().chain(events) {
+        patiently("an answer", stream.read_exact(&mut [0; 2000])).await.unwrap();
+    }
     assert_eq!(get(admin, "/metrics").await.status, 200);
     let (_, most) = stage.service.memory();
     assert!(most < 500 << 20, "{} MB", most >> 20);

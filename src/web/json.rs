@@ -6,12 +6,9 @@ use axum::{
     body::{Body, Bytes},
     extract::{Query, State},
     http::{HeaderMap, StatusCode, Uri, header},
-    response::{
-        IntoResponse, Response,
-        sse::{self, KeepAlive, Sse},
-    },
+    response::{IntoResponse, Response},
 };
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream};
 use prost::Message;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Request, Status};
@@ -29,6 +26,7 @@ use crate::{
 
 const JSON: &str = "application/json";
 const LINES: &str = "application/x-ndjson";
+const SSE: &str = "text/event-stream";
 const CLOSE: [(header::HeaderName, &str); 1] = [(header::CONNECTION, "close")];
 
 /// The RPCs, and room for what they answer here.
@@ -46,7 +44,7 @@ pub(super) struct Answers {
     streams: Arc<Semaphore>,
     /// The text of the record that a stream was given last, by its revision: most others are given the same. It is also
     /// their turn, so that however many take no more than one processor from cycles.
-    recorded: Arc<Mutex<(u64, Arc<str>)>>,
+    recorded: Arc<Mutex<(u64, Bytes)>>,
 }
 
 impl Answers {
@@ -67,18 +65,18 @@ impl Answers {
             turn: semaphore(1),
             bytes: semaphore(Self::MAX_BYTES / Self::UNIT),
             streams: semaphore(Self::MAX_STREAMS),
-            recorded: Arc::new(Mutex::new((0, "".into()))),
+            recorded: Arc::new(Mutex::new((0, Bytes::new()))),
         }
     }
 
     /// An event as JSON.
-    async fn event(&self, event: &pb::CycleEvent) -> Result<Arc<str>, JsonError> {
+    async fn event(&self, event: &pb::CycleEvent) -> Result<Bytes, JsonError> {
         let is_record = matches!(event.event, Some(Event::Recorded(_)));
         let mut recorded = self.recorded.lock().await;
         if is_record && recorded.0 == event.revision {
             return Ok(recorded.1.clone());
         }
-        let text: Arc<str> = json::encode("CycleEvent", &event.encode_to_vec())?.into();
+        let text: Bytes = json::encode("CycleEvent", &event.encode_to_vec())?.into();
         if is_record {
             *recorded = (event.revision, text.clone());
         }
@@ -180,48 +178,45 @@ pub(super) async fn events(
     let events = match events.await {
         Ok(events) => events,
         Err(status) if resumed.is_some() && !as_lines => {
-            let told = futures_util::stream::iter([Ok::<_, Infallible>(sse_refused(&status))]);
-            return (CLOSE, Sse::new(told)).into_response();
+            return (CLOSE, [(header::CONTENT_TYPE, SSE)], sse_refused(&status)).into_response();
         }
         // Its connection may be what others wait for.
         Err(status) => return (CLOSE, refused(&status)).into_response(),
     };
-    if as_lines {
-        let lines = events.then(move |event| line(answers.clone(), event));
-        return ([(header::CONTENT_TYPE, LINES)], Body::from_stream(lines)).into_response();
-    }
-    let events = events.then(move |event| sse(answers.clone(), event));
-    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+    // Nothing has to keep the stream alive: bookmarks do.
+    let pieces = events.then(move |event| pieces(answers.clone(), event, as_lines));
+    let pieces = pieces.flat_map(|pieces| stream::iter(pieces).map(Ok::<_, Infallible>));
+    ([(header::CONTENT_TYPE, if as_lines { LINES } else { SSE })], Body::from_stream(pieces)).into_response()
 }
 
 type Watched = Result<pb::WatchCyclesResponse, Status>;
 
-async fn line(answers: Answers, event: Watched) -> Result<Bytes, Infallible> {
-    let made = async { answers.event(&event?.event.unwrap_or_default()).await.map_err(internal) };
-    let line = match made.await {
-        Ok(event) => format!("{{\"event\":{event}}}\n"),
-        Err(status) => error_text(&status).1 + "\n",
-    };
-    Ok(line.into())
-}
-
-async fn sse(answers: Answers, event: Watched) -> Result<sse::Event, Infallible> {
+/// An event as it is sent, in pieces, so that its text is there once however many it waits for.
+async fn pieces(answers: Answers, event: Watched, as_line: bool) -> Vec<Bytes> {
     let made = async {
         let event = event?.event.unwrap_or_default();
-        let name = match event.event {
-            Some(Event::Recorded(_)) => "recorded",
-            Some(Event::Started(_)) => "started",
-            Some(Event::Progress(_)) => "progress",
-            Some(Event::Bookmark(_)) | None => "bookmark",
-        };
         let text = answers.event(&event).await.map_err(internal)?;
-        Ok(sse::Event::default().id(event.revision.to_string()).event(name).data(text))
+        Ok((event, text))
     };
-    Ok(made.await.unwrap_or_else(|status: Status| sse_refused(&status)))
+    let (event, text) = match made.await {
+        Ok(made) => made,
+        Err(status) if as_line => return vec![(error_text(&status).1 + "\n").into()],
+        Err(status) => return vec![sse_refused(&status)],
+    };
+    if as_line {
+        return vec!["{\"event\":".into(), text, "}\n".into()];
+    }
+    let name = match event.event {
+        Some(Event::Recorded(_)) => "recorded",
+        Some(Event::Started(_)) => "started",
+        Some(Event::Progress(_)) => "progress",
+        Some(Event::Bookmark(_)) | None => "bookmark",
+    };
+    vec![format!("id: {}\nevent: {name}\ndata: ", event.revision).into(), text, "\n\n".into()]
 }
 
-fn sse_refused(status: &Status) -> sse::Event {
-    sse::Event::default().event("refused").data(error_text(status).1)
+fn sse_refused(status: &Status) -> Bytes {
+    format!("event: refused\ndata: {}\n\n", error_text(status).1).into()
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "it is for `map_err`")]

@@ -17,6 +17,8 @@ pub struct Answer {
     /// Its status line and headers.
     pub head: String,
     body: BufReader<TcpStream>,
+    /// What was read of the body and not yet given as lines, if it comes in chunks.
+    read: Option<String>,
 }
 
 impl Answer {
@@ -24,7 +26,7 @@ impl Answer {
     pub async fn text(mut self) -> String {
         let mut text = String::new();
         patiently("an answer", self.body.read_to_string(&mut text)).await.unwrap();
-        if self.head.to_lowercase().contains("transfer-encoding: chunked") { without_chunks(&text) } else { text }
+        if self.read.is_some() { without_chunks(&text) } else { text }
     }
 
     /// The rest, as JSON.
@@ -32,16 +34,36 @@ impl Answer {
         serde_json::from_str(&self.text().await).unwrap()
     }
 
-    /// The next line that is not empty and no chunk's length.
+    /// The next line that is not empty.
     pub async fn line(&mut self) -> String {
         loop {
-            let mut line = String::new();
-            assert!(patiently("a line", self.body.read_line(&mut line)).await.unwrap() > 0, "the stream has ended");
+            let line = self.any_line().await;
             let line = line.trim();
-            if !line.is_empty() && u32::from_str_radix(line, 16).is_err() {
+            if !line.is_empty() {
                 return line.to_owned();
             }
         }
+    }
+
+    async fn any_line(&mut self) -> String {
+        let mut line = String::new();
+        let Some(read) = &mut self.read else {
+            assert!(patiently("a line", self.body.read_line(&mut line)).await.unwrap() > 0, "the stream has ended");
+            return line;
+        };
+        while !read.contains('\n') {
+            line.clear();
+            patiently("a chunk", self.body.read_line(&mut line)).await.unwrap();
+            let length = usize::from_str_radix(line.trim(), 16).unwrap();
+            assert!(length > 0, "the stream has ended");
+            let mut chunk = vec![0; length + "\r\n".len()];
+            patiently("a chunk", self.body.read_exact(&mut chunk)).await.unwrap();
+            *read += str::from_utf8(&chunk[..length]).unwrap();
+        }
+        let (line, rest) = read.split_once('\n').unwrap();
+        let (line, rest) = (line.to_owned(), rest.to_owned());
+        *read = rest;
+        line
     }
 }
 
@@ -70,7 +92,8 @@ pub async fn send(address: SocketAddr, request: &str, headers: &[&str]) -> Answe
         assert!(patiently("an answer", body.read_line(&mut head)).await.unwrap() > 0, "no answer: {head}");
     }
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    Answer { status, head, body }
+    let read = head.to_lowercase().contains("transfer-encoding: chunked").then(String::new);
+    Answer { status, head, body, read }
 }
 
 /// Asks for a path.
