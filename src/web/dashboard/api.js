@@ -22,7 +22,7 @@ export async function get(path, parameters = {}, signal) {
   return body;
 }
 
-export const getStatus = async () => (await get("status")).status ?? {};
+export const getStatus = async (options = {}) => (await get("status", options)).status ?? {};
 
 export const getCycle = async (id) => (await get(`cycles/${encodeURIComponent(id)}`)).telemetry;
 

@@ -60,21 +60,21 @@ export function fleetSize() {
 /** The newest revision that an event told of. */
 let revision = 0;
 
-async function readStatus() {
+async function readStatus(options) {
   try {
-    const status = await getStatus();
+    const status = await getStatus(options);
     // An answer can be older than an event that came while it was on its way.
     if (Number(status.newestRevision ?? 0) < revision) return;
     skew = instant(status.startedAt) + milliseconds(status.uptime) - Date.now() || 0;
-    model.status = status;
+    model.status = options?.omitLastCycle ? { ...status, lastCycle: model.status?.lastCycle } : status;
     tell("status");
   } catch {
     // That there is no connection is told by the stream of events.
   }
 }
 
-// The status holds the last cycle's record, so a large fleet's is megabytes.
-const refreshStatus = throttled(() => (fleetSize() > MANY ? 10_000 : 500), readStatus);
+// The stream brings the last cycle, which is megabytes where the fleet is large.
+const refreshStatus = throttled(500, () => readStatus({ omitLastCycle: true }));
 
 // --------------------------------------------------------------------------------- the running cycle
 
@@ -264,11 +264,8 @@ function setConnection(state) {
 /** Begins to read. A page that nobody looks at lets go of its connection: a browser has six for all pages of a site. */
 export function start() {
   connect();
-  let tick = 0;
   setInterval(() => {
-    tick += 1;
-    const isDue = fleetSize() <= MANY || tick % 6 === 0;
-    if (model.connection === "open" && !document.hidden && isDue) refreshStatus();
+    if (model.connection === "open" && !document.hidden) refreshStatus();
   }, 5000);
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) {
