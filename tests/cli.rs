@@ -598,6 +598,20 @@ async fn how_a_cycle_ended_is_the_exit_code() {
 }
 
 #[tokio::test]
+async fn who_asks_at_the_wrong_door_is_told_which_one_it_is() {
+    let (_home, _fleet, service, _client) = house(&[]).await;
+    let cli = Cli::of(&service);
+    let asked = async |address: String| cli.run(&format!("status --address {address}")).await.refused_with(4);
+    let dashboard = asked(service.admin().to_string()).await;
+    assert!(dashboard.contains("does not speak gRPC: the dashboard has an address of its own"), "{dashboard}");
+    let tls = asked(format!("https://{}", service.address())).await;
+    assert!(tls.contains("it does not speak TLS, so give http://"), "{tls}");
+    for line in ["cycles show abc", "cycles show 0", "cancel null"] {
+        assert!(cli.run(line).await.refused_with(2).contains("give the number of a cycle: see"), "{line}");
+    }
+}
+
+#[tokio::test]
 async fn what_is_refused_says_which_fields_are_wrong() {
     let (_home, fleet, service, _client) = house(&[]).await;
     let cli = Cli::of(&service);
@@ -931,8 +945,10 @@ async fn check_tells_the_plan_or_all_that_is_wrong() {
         "{wrong}"
     );
     assert!(wrong.contains(&format!("(a at {0}:1, b at {0}:5)", path.display())), "{wrong}");
-    std::fs::write(&path, ring("a", "b") + "requires = [\"gone\"]\n").unwrap();
-    assert!(check(&path, &[]).await.with(0).contains("requires gone, which is not registered"));
+    std::fs::write(&path, ring("a", "b") + "requires = [\"gone\"]\nreads = [\"gone\"]\n").unwrap();
+    let shown = check(&path, &[]).await.with(0);
+    assert!(shown.contains("requires gone, which is not registered"), "{shown}");
+    assert!(shown.contains("gone (a requires it), b (a is after it), gone (a reads it)"), "{shown}");
 }
 
 #[tokio::test]

@@ -32,11 +32,14 @@ async fn who_shows_a_trusted_certificate_for_its_host_is_called() {
     fs::write(&ca, certificate + &for_another_host).unwrap();
     let mut stage = Stage::at(home.with_args(["--set".to_owned(), format!("dial.ca_file={}", ca.display())])).await;
     let plain = trusted.endpoint().replace("https", "http");
+    let without_tls = Fleet::start().await;
+    let no_tls = without_tls.endpoint().replace("http", "https");
     for (name, endpoint) in [
         ("trusted", trusted.endpoint()),
         ("elsewhere", elsewhere.endpoint()),
         ("stranger", stranger.endpoint()),
         ("plain", &plain),
+        ("no_tls", &no_tls),
     ] {
         stage.client.register(registration(name, endpoint)).await.unwrap();
     }
@@ -48,7 +51,11 @@ async fn who_shows_a_trusted_certificate_for_its_host_is_called() {
         assert_eq!(part(&cycle, name).state(), SubsystemState::Succeeded, "{cycle:?}");
     }
     assert_eq!(part(&cycle, "plain").state(), SubsystemState::Failed);
-    for (name, why) in [("elsewhere", "not valid for name"), ("stranger", "invalid peer certificate")] {
+    for (name, why) in [
+        ("elsewhere", "not valid for name"),
+        ("stranger", "invalid peer certificate"),
+        ("no_tls", "it does not speak TLS, so give http://"),
+    ] {
         let part = part(&cycle, name);
         assert_eq!((part.state(), part.error_code.as_str()), (SubsystemState::Failed, "UNAVAILABLE"), "{part:?}");
         assert!(part.error_message.contains(why), "{part:?}");

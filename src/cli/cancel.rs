@@ -1,6 +1,11 @@
 //! `orchestrator cancel`: cancels a cycle.
 
-use super::{Exit, Failure, cycles::cycle, output::telemetry, remote::Remote};
+use super::{
+    Exit, Failure,
+    cycles::{cycle, parse_cycle_id},
+    output::telemetry,
+    remote::Remote,
+};
 use crate::proto::orchestrator::v1 as pb;
 
 /// Cancel a running or waiting cycle
@@ -17,10 +22,10 @@ Exit codes:
 
 Examples:
   orchestrator cancel 12
-  orchestrator cancel \"$(orchestrator status --output json | jq -r .status.runningCycle.cycleId)\"")]
+  orchestrator cancel \"$(orchestrator status --output json | jq -r '.status.runningCycle.cycleId // empty')\"")]
 pub(super) struct Cancel {
     /// The number of the cycle: see `orchestrator status`
-    #[arg(value_name = "CYCLE_ID")]
+    #[arg(value_name = "CYCLE_ID", value_parser = parse_cycle_id)]
     cycle_id: u64,
     #[command(flatten)]
     remote: Remote,

@@ -1,17 +1,17 @@
 //! `orchestrator check`: validates a configuration, and shows what it would do.
 
-use std::{env, sync::Arc};
+use std::{collections::HashSet, env, sync::Arc};
 
 use super::{
     Exit, Failure,
-    output::{Format, Table, count, sections, short, text},
+    output::{Format, Table, count, names, sections, short, text},
     plan::plan,
 };
 use crate::{
     api,
     config::{Config, Overrides},
     engine::{Member, Plan},
-    model::{IntervalLoop, Name},
+    model::{IntervalLoop, Name, Subsystem},
     proto::orchestrator::v1 as pb,
 };
 
@@ -60,9 +60,30 @@ impl Check {
         facts.fact("store", config.store.url.to_string());
         let subsystems = count(config.subsystems.len() as u64, "subsystem");
         facts.fact("declares", format!("{subsystems}, {}", count(config.loops.len() as u64, "loop")));
+        // It may be registered by RPC, and it may be a slip.
+        let elsewhere = undeclared(config);
+        if !elsewhere.is_empty() {
+            facts.fact("not declared", names(&elsewhere, NAMES));
+        }
         facts.finish()
     }
 }
+
+/// Whom subsystems wait for or read, though nobody of that name is declared, and who does.
+fn undeclared(config: &Config) -> Vec<String> {
+    let declared: HashSet<_> = config.subsystems.iter().map(|subsystem| &subsystem.name).collect();
+    let mut found = Vec::new();
+    for Subsystem { name, requires, after, reads, .. } in &config.subsystems {
+        for (relation, others) in [("requires", requires), ("is after", after), ("reads", reads)] {
+            let missing = others.iter().filter(|other| !declared.contains(other));
+            found.extend(missing.map(|other| format!("{other} ({name} {relation} it)")));
+        }
+    }
+    found
+}
+
+/// More would hide the rest.
+const NAMES: usize = 8;
 
 fn loops(config: &Config) -> String {
     let declared = |name: &Name| config.subsystems.iter().any(|subsystem| subsystem.name == *name);

@@ -82,7 +82,7 @@ Examples:
   orchestrator cycles show 12 --output json | jq '.telemetry.subsystems[] | select(.state != \"SUBSYSTEM_STATE_SUCCEEDED\")'")]
 struct Show {
     /// The number of the cycle
-    #[arg(value_name = "CYCLE_ID")]
+    #[arg(value_name = "CYCLE_ID", value_parser = parse_cycle_id)]
     cycle_id: u64,
     /// Also show the metrics and outputs of its subsystems
     #[arg(long)]
@@ -307,4 +307,14 @@ pub(super) fn chain(path: &[String]) -> String {
     /// More is for the JSON.
     const SHOWN: usize = 30;
     names(path, SHOWN).replace(", ", " > ")
+}
+
+/// Reads the number of a cycle.
+///
+/// # Errors
+/// What to give instead.
+pub(super) fn parse_cycle_id(text: &str) -> Result<u64, String> {
+    let none =
+        || "give the number of a cycle: see `orchestrator cycles list`, and `orchestrator status` for the running one";
+    text.parse().ok().filter(|id| *id > 0).ok_or_else(|| none().to_owned())
 }

@@ -57,7 +57,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 It survives restarts of the service. For one that the configuration file declares and that was stopped, give only its \
-name. Ticks are due at multiples of the interval since 1970 (UTC), shifted by --offset.
+name. Ticks are due at multiples of the interval since 1970 (UTC), shifted by --offset: loops with the same interval want \
+different offsets, or they take turns. --subsystem may name one that is registered later; until then its part fails.
 
 Overlap policies: skip, the tick's cycle does not run; buffer_one, it waits if none of this loop waits yet; buffer_all, \
 it waits in line; cancel_other, the running cycle is cancelled.

@@ -179,7 +179,13 @@ impl<F: clap::Args> Remote<F> {
 
     fn unreachable(&self, why: &str) -> Failure {
         let Address(address) = &self.address;
-        let why = clean(why);
+        let mut why = clean(why);
+        // What TLS says to an answer that is none of its own, and HTTP/2 to a peer that hangs up on it.
+        if why.contains("InvalidContentType") {
+            why = format!("it does not speak TLS, so give http:// ({why})");
+        } else if why.contains("broken pipe") || why.contains("http2 error") {
+            why = format!("what listens there does not speak gRPC: the dashboard has an address of its own ({why})");
+        }
         Failure::new(
             Exit::Unreachable,
             format!(

@@ -34,7 +34,8 @@ Leaving (Ctrl-C, or --timeout) does not stop the cycle; `orchestrator cancel` do
 the cycle is recorded as INTERRUPTED, and this command waits for that, up to a minute.
 
 Exit codes:
-  0    it SUCCEEDED; with --async: it is admitted; with --validate-only: it could run
+  0    it SUCCEEDED, which is also a cycle in which all subsystems were skipped and none failed: stderr says so then;
+       with --async: it is admitted; with --validate-only: it could run
   1    refused by the service
   2    wrong usage
   4    the service can't be reached, or the cycle has not ended within --timeout; it may run on

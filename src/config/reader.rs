@@ -167,7 +167,10 @@ pub(super) fn parse(name: &str, text: &str) -> Result<Table, ConfigError> {
 /// Puts `node` at the dotted `path`.
 pub(super) fn put(table: &mut Table, path: &str, node: Node) -> Result<(), String> {
     match path.split_once('.') {
-        _ if path.is_empty() => Err("is no key: a key is names joined by dots, such as server.listen".into()),
+        _ if path.is_empty() => {
+            Err("is no key with its value: give names joined by dots, and =, such as server.listen=127.0.0.1:7700"
+                .into())
+        }
         None => {
             merge(table, path.to_owned(), node);
             Ok(())

@@ -240,8 +240,8 @@ timeout = "5 parsecs"
             "orchestrator.toml:25: subsystem B: name is declared twice, first at orchestrator.toml:18; rename or \
              remove one",
             "orchestrator.toml:27: subsystem B: limits.max_issues is 5000; allowed is 0 to 1024",
-            "orchestrator.toml:29: subsystems[3]: name \"\" is no name: a name is 1 to 63 characters, a letter, then \
-             letters, digits, '_', '-' or '.'",
+            "orchestrator.toml:29: subsystems[3]: name is missing; a name is 1 to 63 characters, a letter, then letters, \
+             digits, '_', '-' or '.'",
             "orchestrator.toml:31: subsystems[3]: timeout is \"5 parsecs\"; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\"",
         ]
     );
@@ -281,6 +281,7 @@ fn flags_are_named() {
     );
     assert!(bad("cycle").contains("flag --set cycle: "));
     assert!(bad("cycle.=1").contains("is no key"));
+    assert!(bad("cycle.deadline").contains("is no key with its value"));
     assert!(bad("cycle=1").contains("it is a table, so write [cycle]"));
     assert_eq!(bad("subsystems=[{name = ]"), "flag --set subsystems: subsystems is \"[{name = ]\"; give a list");
     let ConfigError(found) = load(&["subsystems=[]", "subsystems.A=1", "log.filter.x=1"], &[]).unwrap_err();

@@ -49,7 +49,9 @@ pub(super) fn chain(error: &dyn Error) -> String {
         }
         next = error.source();
     }
-    if parts.is_empty() { error.to_string() } else { parts.join(": ") }
+    let text = if parts.is_empty() { error.to_string() } else { parts.join(": ") };
+    // What rustls says to an answer that is no TLS.
+    if text.contains("InvalidContentType") { format!("it does not speak TLS, so give http:// ({text})") } else { text }
 }
 
 #[cfg(test)]

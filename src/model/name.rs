@@ -35,6 +35,9 @@ impl Name {
         &self.0
     }
 
+    /// What a name is.
+    pub(super) const RULE: &str = "a name is 1 to 63 characters, a letter, then letters, digits, '_', '-' or '.'";
+
     /// Stands in for a name that was refused, until the pass that refused it ends.
     pub(super) fn placeholder() -> Self {
         Self("".into())
@@ -43,7 +46,7 @@ impl Name {
 
 /// A text that is no [`Name`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no name: a name is 1 to 63 characters, a letter, then letters, digits, '_', '-' or '.'")]
+#[error("{0:?} is no name: {rule}", rule = Name::RULE)]
 pub struct NameError(String);
 
 impl fmt::Display for Name {

@@ -48,7 +48,7 @@ impl Violations {
     /// Reads a name. What is returned for a bad one is not to be used: [`Violations::into_result`] will say so.
     pub fn name(&mut self, field: &str, value: &str) -> Name {
         Name::parse(value).unwrap_or_else(|error| {
-            self.add(field, error.to_string());
+            self.add(field, if value.is_empty() { format!("is missing; {}", Name::RULE) } else { error.to_string() });
             Name::placeholder()
         })
     }

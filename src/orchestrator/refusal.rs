@@ -76,7 +76,10 @@ pub enum Refusal {
     #[error("{0} subsystems are registered, which is the most that may be (registry.max_subsystems)")]
     RegistryFull(usize),
     /// It does not end by itself.
-    #[error("{0} was registered without a lease, so there is none to renew; register it again with one")]
+    #[error(
+        "{0} has no lease, so there is none to renew: what the configuration file declares needs none, and anything else \
+         can be registered again with one"
+    )]
     NoLease(Name),
     /// Too many run.
     #[error("{0} loops are there, which is the most that may be (registry.max_loops)")]

@@ -23,14 +23,14 @@ pub enum JsonError {
     #[error("{0}")]
     Json(#[from] serde_json::Error),
     /// A value is none of its field.
-    #[error("{field} is {value:?}: {error}")]
+    #[error("{field} is {value:?}; give {allowed}")]
     Value {
         /// The field.
         field: String,
         /// What was given.
         value: String,
-        /// What is wrong with it.
-        error: serde_json::Error,
+        /// What could be.
+        allowed: String,
     },
     /// It takes one value, and several were given.
     #[error("{0} is given more than once; give it once")]
@@ -90,12 +90,25 @@ pub fn from_parameters<M: Message + Default>(
         let message = DynamicMessage::deserialize(descriptor.clone(), object).map_err(|error| JsonError::Value {
             field: name,
             value: text,
-            error,
+            allowed: allowed(&field.kind(), &error),
         })?;
         // Encoded messages one after the other are one message.
         bytes.extend(message.encode_to_vec());
     }
     M::decode(bytes.as_slice()).map_err(|error| JsonError::Bytes(kind, error))
+}
+
+/// What a parameter of this kind could be, which `error` says it is not.
+fn allowed(kind: &Kind, error: &serde_json::Error) -> String {
+    match kind {
+        Kind::Bool => "true or false".to_owned(),
+        Kind::Uint32 | Kind::Uint64 => "a whole number from 0 on".to_owned(),
+        Kind::Enum(of) => of.values().map(|value| value.name().to_owned()).collect::<Vec<_>>().join(", "),
+        Kind::Message(of) if of.full_name() == "google.protobuf.Timestamp" => {
+            "a time, such as 2026-01-31T00:00:00Z".to_owned()
+        }
+        _ => format!("what the contract says ({error})"),
+    }
 }
 
 fn descriptor(kind: &str) -> Result<MessageDescriptor, JsonError> {
@@ -128,7 +141,17 @@ mod tests {
         assert_eq!(request.states, [pb::CycleState::Failed as i32, pb::CycleState::Degraded as i32]);
         assert_eq!(request.finished_from.unwrap().seconds, 1_767_225_600);
         assert!(list(&[("size", "5")]).unwrap_err().to_string().contains("give pageSize, "));
-        assert!(list(&[("pageSize", "many")]).is_err());
+        for (parameter, told) in [
+            (("pageSize", "many"), "pageSize is \"many\"; give a whole number from 0 on"),
+            (("finishedFrom", "today"), "finishedFrom is \"today\"; give a time, such as 2026-01-31T00:00:00Z"),
+        ] {
+            assert_eq!(list(&[parameter]).unwrap_err().to_string(), told);
+        }
+        let state = list(&[("states", "FAILED")]).unwrap_err().to_string();
+        assert!(
+            state.starts_with("states is \"FAILED\"; give CYCLE_STATE_UNSPECIFIED, CYCLE_STATE_SUCCEEDED, "),
+            "{state}"
+        );
         let twice = list(&[("pageSize", "5"), ("page_size", "5")]).unwrap_err();
         assert_eq!(twice.to_string(), "page_size is given more than once; give it once");
     }
