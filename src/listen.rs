@@ -67,6 +67,11 @@ pub(crate) trait Listener: Send + Sync + 'static {
     fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
 }
 
+/// Bytes that the kernel takes and can't send yet. Left alone it takes megabytes, and no more before a third of them is
+/// sent: a slow peer would look like one that takes nothing, and what keeps a connection alive would wait behind them.
+#[cfg(target_os = "linux")]
+const MAX_UNSENT: u32 = 16 << 10;
+
 impl Listener for TcpListener {
     type Stream = TcpStream;
 
@@ -75,6 +80,10 @@ impl Listener for TcpListener {
         // Without it small messages wait for acknowledgements of earlier ones.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "can't set TCP_NODELAY");
+        }
+        #[cfg(target_os = "linux")]
+        if let Err(error) = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(MAX_UNSENT) {
+            tracing::debug!(%error, "can't set TCP_NOTSENT_LOWAT");
         }
         Ok(stream)
     }
@@ -295,7 +304,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+        time::timeout,
+    };
 
     use super::*;
 
@@ -336,5 +348,27 @@ mod tests {
         let (connection, sent) = sent.await.unwrap();
         assert_eq!(sent.unwrap_err().kind(), io::ErrorKind::TimedOut);
         assert!(connection.broken.is_set());
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn what_a_slow_peer_takes_is_soon_seen() {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let stream = Listener::accept(&listener).await.unwrap();
+        let fill = || {
+            let mut filled = 0;
+            while let Ok(written) = stream.try_write(&[0; 16 << 10]) {
+                filled += written;
+            }
+            filled
+        };
+        stream.writable().await.unwrap();
+        // The peer's side of the kernel gathers some before it tells ours.
+        let some = fill().min(256 << 10);
+        peer.read_exact(&mut vec![0; some]).await.unwrap();
+        timeout(PATIENCE, stream.writable()).await.unwrap().unwrap();
+        assert!(fill() > 0);
     }
 }
