@@ -261,13 +261,17 @@ async fn answers_that_nobody_takes_have_bounded_room() {
             asking.push(stream);
         }
     }
-    // Some have an answer, and the others wait for them to take it.
-    // Events are shared, and come to all.
+    // Some have an answer, and there is no room for the others. Events are shared, and come to all.
     let (answers, events) = asking.split_at_mut(ASKING);
     for stream in answers[..1].iter_mut().chain(events) {
         patiently("an answer", stream.read_exact(&mut [0; 2000])).await.unwrap();
     }
-    assert_eq!(get(admin, "/metrics").await.status, 200);
+    for small in ["/metrics", "/api/loops", "/api/status?omitLastCycle=true"] {
+        assert_eq!(get(admin, small).await.status, 200, "{small}");
+    }
+    let refused = get(admin, "/api/cycles/1").await;
+    assert_eq!(refused.status, 429);
+    assert!(refused.text().await.contains("128 MiB of answers are not taken yet"));
     let (_, most) = stage.service.memory();
     assert!(most < 500 << 20, "{} MB", most >> 20);
     drop(asking);

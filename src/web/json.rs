@@ -1,6 +1,6 @@
 //! RPCs as JSON: parameters become a request, its answer becomes a body.
 
-use std::{convert::Infallible, future::Future, sync::Arc};
+use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
@@ -10,7 +10,10 @@ use axum::{
 };
 use futures_util::{StreamExt, stream};
 use prost::Message;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{Mutex, OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
@@ -37,8 +40,10 @@ pub(super) struct Answers {
     asking: Arc<Semaphore>,
     /// Answers are made one at a time, so that a large one takes no more than one processor from cycles.
     turn: Arc<Semaphore>,
-    /// For the bytes of answers that are not taken yet, in units of [`Answers::UNIT`]. Those that find none wait; a peer
-    /// that takes nothing is cut off.
+    /// Who looks for room for a large answer: one at a time, for it has been made by then.
+    large: Arc<Semaphore>,
+    /// For the bytes of large answers that are not taken yet, in units of [`Answers::UNIT`]. Peers may take theirs as slowly
+    /// as they like.
     bytes: Arc<Semaphore>,
     /// For streams of events.
     streams: Arc<Semaphore>,
@@ -56,6 +61,11 @@ impl Answers {
     /// Some ten of the largest pages.
     const MAX_BYTES: usize = 128 << 20;
     const UNIT: usize = 1 << 10;
+    /// The most bytes of an answer, before it becomes text, that needs no room: all connections together can't have many.
+    const SMALL: usize = 16 << 10;
+    /// How long an answer may wait for room: if there is none by then, those who have it are slow. All that ask meanwhile may
+    /// have to wait for it.
+    const PATIENCE: Duration = Duration::from_secs(1);
 
     pub(super) fn new(api: Api) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
@@ -63,6 +73,7 @@ impl Answers {
             api,
             asking: semaphore(Self::MAX_ASKING),
             turn: semaphore(1),
+            large: semaphore(1),
             bytes: semaphore(Self::MAX_BYTES / Self::UNIT),
             streams: semaphore(Self::MAX_STREAMS),
             recorded: Arc::new(Mutex::new((0, Bytes::new()))),
@@ -121,16 +132,31 @@ where
     match call(Request::new(request)).await {
         Ok(answer) => match encode(answers, response, answer.into_inner()).await {
             Ok(bytes) => ([(header::CONTENT_TYPE, JSON)], bytes).into_response(),
-            Err(error) => refused(&internal(error)),
+            Err(status) => refused(&status),
         },
         Err(status) => refused(&status),
     }
 }
 
-async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> Result<Bytes, JsonError> {
-    let _turn = answers.turn.acquire().await;
-    let text = json::encode(kind, &answer.encode_to_vec())?;
-    Ok(answers.hold(text).await)
+async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> Result<Bytes, Status> {
+    let bytes = answer.encode_to_vec();
+    let text = async {
+        let _turn = answers.turn.acquire().await;
+        json::encode(kind, &bytes).map_err(internal)
+    };
+    if bytes.len() <= Answers::SMALL {
+        return text.await.map(Bytes::from);
+    }
+    let held = async {
+        let _large = answers.large.acquire().await;
+        Ok(answers.hold(text.await?).await)
+    };
+    timeout(Answers::PATIENCE, held).await.unwrap_or_else(|_| {
+        let max = Answers::MAX_BYTES >> 20;
+        let message =
+            format!("{max} MiB of answers are not taken yet, and no more may be; ask for less, or try again later");
+        Err(Status::resource_exhausted(message))
+    })
 }
 
 pub(super) async fn no_such_path(uri: Uri) -> Response {
