@@ -70,7 +70,8 @@ async fn certificates_that_are_none_keep_it_from_starting() {
     let home = home.with_args(["--set".to_owned(), format!("dial.ca_file={}", ca.display())]);
     assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1));
     assert!(home.log().contains("can't read dial.ca_file"), "{}", home.log());
-    for none in ["", "no certificate", "-----BEGIN CERTIFICATE-----\n?\n-----END CERTIFICATE-----\n"] {
+    let pem = |what| format!("-----BEGIN CERTIFICATE-----\n{what}\n-----END CERTIFICATE-----\n");
+    for none in ["", "no certificate", &pem("?"), &pem("bm8gY2VydGlmaWNhdGU=")] {
         fs::write(&ca, none).unwrap();
         assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{none}");
         assert!(home.log().contains("ca.pem holds no certificate; give PEM"), "{}", home.log());
