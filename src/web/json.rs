@@ -12,7 +12,7 @@ use futures_util::{StreamExt, stream};
 use prost::Message;
 use tokio::{
     sync::{Mutex, OwnedSemaphorePermit, Semaphore},
-    time::timeout,
+    time::{Instant, timeout_at},
 };
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
@@ -147,15 +147,14 @@ async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> 
     if bytes.len() <= Answers::SMALL {
         return text.await.map(Bytes::from);
     }
-    let held = async {
-        let _large = answers.large.acquire().await;
-        Ok(answers.hold(text.await?).await)
-    };
-    timeout(Answers::PATIENCE, held).await.unwrap_or_else(|_| {
+    let patience = Instant::now() + Answers::PATIENCE;
+    let _large = answers.large.acquire().await;
+    let text = text.await?;
+    timeout_at(patience, answers.hold(text)).await.map_err(|_| {
         let max = Answers::MAX_BYTES >> 20;
         let message =
             format!("{max} MiB of answers are not taken yet, and no more may be; ask for less, or try again later");
-        Err(Status::resource_exhausted(message))
+        Status::resource_exhausted(message)
     })
 }
 
