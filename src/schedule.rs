@@ -132,9 +132,8 @@ impl Loops {
     }
 
     /// The loops that have a tick to fire, the one whose last cycle is the oldest first, each with when that tick was
-    /// due. If several ticks of one loop have
-    /// passed, the latest fires and those before it are missed. Each has to be accounted for with
-    /// [`Loops::account`].
+    /// due. If several ticks of one loop have passed, the latest fires and those before it are missed. Each has to be
+    /// accounted for with [`Loops::account`].
     pub fn due(&mut self, now: Timestamp) -> Vec<(Arc<IntervalLoop>, Timestamp)> {
         let mut due = Vec::new();
         let mut touched = Vec::new();

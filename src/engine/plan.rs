@@ -66,13 +66,18 @@ impl Ring {
 
 impl fmt::Display for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// A ring can be as long as the registry.
+        const SHOWN: usize = 16;
         f.write_str("the order bites its own tail: ")?;
-        for (i, (name, why)) in self.0.iter().enumerate() {
+        for (i, (name, why)) in self.0.iter().take(SHOWN).enumerate() {
             let (next, _) = &self.0[(i + 1) % self.0.len()];
             let separator = if i == 0 { "" } else { ", " };
             write!(f, "{separator}{name} {why} {next}")?;
         }
-        f.write_str("; remove one of these")
+        match self.0.len().saturating_sub(SHOWN) {
+            0 => f.write_str("; remove one of these"),
+            more => write!(f, ", and {more} more; remove one of these"),
+        }
     }
 }
 
@@ -441,6 +446,16 @@ mod tests {
             ring.to_string(),
             "the order bites its own tail: a requires b, b is after c, c is after a; remove one of these"
         );
+    }
+
+    #[test]
+    fn of_a_long_ring_the_beginning_is_told() {
+        let names: Vec<_> = (0..1000).map(|n| format!("s{n}")).collect();
+        let links = names.iter().zip(names.iter().cycle().skip(1));
+        let ring = Plan::compile(links.map(|(name, next)| member(name, 0, &[next], &[]))).unwrap_err();
+        assert_eq!(ring.names().count(), 1000);
+        let text = ring.to_string();
+        assert!(text.ends_with(", and 984 more; remove one of these") && text.len() < 1000, "{text}");
     }
 
     #[test]

@@ -94,8 +94,10 @@ pub enum Refusal {
 
 /// `a was`, `a, b were`.
 fn were(names: &[Name]) -> String {
-    let names: Vec<_> = names.iter().map(Name::as_str).collect();
-    format!("{} {}", names.join(", "), if names.len() == 1 { "was" } else { "were" })
+    const SHOWN: usize = 16;
+    let shown: Vec<_> = names.iter().take(SHOWN).map(Name::as_str).collect();
+    let more = if names.len() > SHOWN { ", …" } else { "" };
+    format!("{}{more} {}", shown.join(", "), if names.len() == 1 { "was" } else { "were" })
 }
 
 impl From<Violations> for Refusal {
