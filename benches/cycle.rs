@@ -2,8 +2,9 @@
 //!
 //! The floor is a bare tonic client that sends the same calls over connections that it keeps open, all at once, on the
 //! same runtime. It knows no order, no deadlines and no record. A cycle of ours is asked for and waited for in this
-//! process, and ends when its record is written: to a SQLite database on the disk, or to memory. `traced` is `sqlite`
-//! with every span of every cycle exported. The rounds of all sides alternate, and the server is a process of its own, the
+//! process, and ends when its record is written: to a SQLite database on the disk, or to memory. `scraped` is `sqlite`
+//! with all metrics written once a round, which is far oftener than monitoring asks for them; `traced` is `sqlite` with
+//! every span of every cycle exported. Cycles count for the metrics on all sides. The rounds of all sides alternate, and the server is a process of its own, the
 //! same for all; the collector, which throws away what it gets, is in it as well.
 //!
 //! `cargo bench --bench cycle` measures every fleet; `cargo bench --bench cycle -- 28x1` only the one of that name.
@@ -12,6 +13,7 @@
 use std::{
     env,
     error::Error,
+    hint::black_box,
     io::{BufRead, BufReader, Read},
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -38,7 +40,7 @@ use orchestrator_core::{
     },
     serve,
     store::{self, StoreUrl},
-    telemetry::otlp,
+    telemetry::{metrics::Metrics, otlp},
 };
 use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
@@ -81,7 +83,7 @@ impl Fleet {
 
     /// The server's share is the larger one: it listens, and accepts from all sides.
     fn open_files(&self) -> u64 {
-        4 * self.endpoints as u64 + 100
+        5 * self.endpoints as u64 + 100
     }
 }
 
@@ -150,12 +152,16 @@ impl Measured {
 async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
     let endpoints = &server.endpoints[..];
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let [sqlite, traced] = ["o.db", "traced.db"].map(|name| StoreUrl::Sqlite(directory.path().join(name)));
+    let [sqlite, scraped, traced] =
+        ["o.db", "scraped.db", "traced.db"].map(|name| StoreUrl::Sqlite(directory.path().join(name)));
     let collector = Some(server.collector.as_str());
+    let scraped = Ours::start(fleet, endpoints, &scraped, None).await?;
+    let scraped = Ours { metrics: Some(Arc::new(Metrics::new(scraped.orchestrator.clone()))), ..scraped };
     let mut sides = [
         (Side::Floor(Floor::connect(fleet, endpoints).await?), Measured::default()),
         (Side::Ours("memory", Ours::start(fleet, endpoints, &StoreUrl::Memory, None).await?), Measured::default()),
         (Side::Ours("sqlite", Ours::start(fleet, endpoints, &sqlite, None).await?), Measured::default()),
+        (Side::Ours("scraped", scraped), Measured::default()),
         (Side::Ours("traced", Ours::start(fleet, endpoints, &traced, collector).await?), Measured::default()),
     ];
     // The first round of each side fills caches and buffers.
@@ -170,7 +176,7 @@ async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
                 side.cycle().await?;
                 measured.cycles.push(start.elapsed());
             }
-            side.settle().await;
+            side.settle().await?;
             measured.cpu += cpu_time().saturating_sub(cpu);
         }
     }
@@ -228,13 +234,19 @@ impl Side {
         }
     }
 
-    /// Waits until nothing of its cycles is left to be done.
-    async fn settle(&self) {
+    /// Does what is done once a round, and waits until nothing of its cycles is left to be done.
+    async fn settle(&self) -> Result<()> {
         /// Longer than spans are gathered before they are sent. Waiting takes no CPU time.
         const EXPORT: Duration = Duration::from_millis(400);
-        if let Self::Ours(_, Ours { exporting: Some(_), .. }) = self {
+        let Self::Ours(_, ours) = self else { return Ok(()) };
+        if let Some(metrics) = &ours.metrics {
+            let pieces: Vec<_> = metrics.clone().scrape().try_collect().await?;
+            black_box(pieces);
+        }
+        if ours.exporting.is_some() {
             sleep(EXPORT).await;
         }
+        Ok(())
     }
 
     async fn end(self) -> Result<()> {
@@ -249,6 +261,8 @@ impl Side {
 struct Ours {
     orchestrator: Orchestrator,
     tasks: Tasks,
+    /// Written once a round.
+    metrics: Option<Arc<Metrics>>,
     /// Sends the spans, until it is told to stop.
     exporting: Option<(JoinHandle<()>, CancellationToken)>,
 }
@@ -272,7 +286,7 @@ impl Ours {
         }
         let (orchestrator, tasks) =
             Orchestrator::start(settings, Clock::System, dialer, store, contents, declared, spans).await?;
-        Ok(Self { orchestrator, tasks, exporting })
+        Ok(Self { orchestrator, tasks, metrics: None, exporting })
     }
 
     async fn cycle(&self) -> Result<()> {

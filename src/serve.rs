@@ -167,11 +167,8 @@ impl Service {
         if let Some((listener, address)) = admin {
             let beyond_loopback = config.server.insecure_listen_beyond_loopback;
             let admin = Connections::at_most(web::MAX_CONNECTIONS);
-            let metrics = Metrics::new(
-                orchestrator.clone(),
-                exporter.clone(),
-                vec![("grpc", connections), ("admin", admin.clone())],
-            );
+            let in_front = vec![("grpc", connections), ("admin", admin.clone())];
+            let metrics = Metrics::new(orchestrator.clone()).and_of(exporter.clone(), in_front);
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
             servers.spawn(web::serve(listener, admin, api, metrics.into(), beyond_loopback, stop, cut_off));
             tracing::info!(%address, "dashboard");

@@ -59,20 +59,25 @@ enum Position {
 }
 
 impl Metrics {
-    /// The metrics of an orchestrator, of what exports its spans, and of the servers in front of it, by name.
-    pub(crate) fn new(
-        orchestrator: Orchestrator,
-        exporter: Option<Arc<Exporter>>,
-        servers: Vec<(&'static str, Arc<Connections>)>,
-    ) -> Self {
+    /// The metrics of an orchestrator and of its process.
+    pub fn new(orchestrator: Orchestrator) -> Self {
         Self {
             orchestrator,
             turn: Semaphore::new(1),
-            exporter,
-            servers,
+            exporter: None,
+            servers: Vec::new(),
             #[cfg(target_os = "linux")]
             process: ProcessCollector::for_self(),
         }
+    }
+
+    /// Also those of what exports its spans, and of the servers in front of it, by name.
+    pub(crate) fn and_of(
+        self,
+        exporter: Option<Arc<Exporter>>,
+        servers: Vec<(&'static str, Arc<Connections>)>,
+    ) -> Self {
+        Self { exporter, servers, ..self }
     }
 
     /// Writes all metrics, piece by piece.
