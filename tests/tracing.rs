@@ -603,3 +603,48 @@ async fn a_subsystem_in_python_joins_the_trace() {
     collector.until("the span of its work", |seen| by_python(seen, "think", &server).is_some()).await;
     python.kill().await.unwrap();
 }
+
+/// Needs `tests/collector`, built as `otel-collector` in the `PATH`.
+#[tokio::test]
+#[ignore = "needs OpenTelemetry's Collector; .ci/run builds it"]
+async fn the_collector_of_opentelemetry_takes_a_cycle() {
+    let home = Home::new();
+    // The Collector does not say which port it was given.
+    let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let config = json!({
+        "receivers": { "otlp": { "protocols": { "grpc": { "endpoint": address.to_string() } } } },
+        "exporters": { "debug": { "verbosity": "detailed" } },
+        "service": {
+            "telemetry": { "metrics": { "level": "none" } },
+            "pipelines": { "traces": { "receivers": ["otlp"], "exporters": ["debug"] } },
+        },
+    });
+    let path = home.path("collector.yaml");
+    // JSON is YAML, too.
+    fs::write(&path, config.to_string()).unwrap();
+    let mut command = Command::new("otel-collector");
+    command.arg(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    let mut collector = command.spawn().unwrap();
+    let mut lines = BufReader::new(collector.stderr.take().unwrap()).lines();
+    let mut next = async || patiently("a line of the Collector", lines.next_line()).await.unwrap().unwrap();
+    while !next().await.contains("Everything is ready") {}
+
+    let home = home.with_args(["--set".to_owned(), format!("tracing.otlp_endpoint=http://{address}")]);
+    let mut stage = Stage::at(home).await;
+    stage.register_all(&["a", "b"]).await;
+    stage.fleet.run("b", Run::fail(Code::Internal));
+    let cycle = stage.client.run().await.unwrap();
+    let (mut names, mut errors) = (Vec::new(), 0);
+    while names.len() < 6 || errors == 0 {
+        let line = next().await;
+        match line.split_once(": ").map(|(key, value)| (key.trim(), value.trim())) {
+            Some(("Trace ID", trace_id)) => assert_eq!(trace_id, cycle.trace_id),
+            Some(("Name", name)) => names.push(name.rsplit('/').next().unwrap().to_owned()),
+            Some(("Status code", "Error")) => errors += 1,
+            _ => {}
+        }
+    }
+    names.sort();
+    assert_eq!(names, ["Initialize", "Initialize", "RunCycle", "RunCycle", "commit", "cycle"]);
+    collector.kill().await.unwrap();
+}
