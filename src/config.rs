@@ -46,6 +46,8 @@ pub struct Config {
     pub server: Server,
     /// Where it can be looked at.
     pub admin: Admin,
+    /// How much memory it takes.
+    pub memory: Memory,
     /// What it keeps.
     pub store: Store,
     /// Bounds of cycles.
@@ -79,7 +81,7 @@ pub struct Server {
     pub max_concurrent_streams: u32,
     /// Bytes of one request. 64 KiB to 64 MiB, default 4 MiB, as gRPC has it.
     pub max_request_bytes: usize,
-    /// Bytes of all requests together that are being received at one time. 1 MiB to 64 GiB, default 256 MiB. What comes
+    /// Bytes of all requests together that are being received at one time. 1 MiB to 64 GiB, default 96 MiB. What comes
     /// on top is refused.
     pub max_receiving_bytes: usize,
     /// Watchers at one time, over all connections. 0 to 100,000, default 2,000.
@@ -93,6 +95,14 @@ pub struct Server {
 pub struct Admin {
     /// Default `127.0.0.1:7780`. Port 0 takes a free one. `None`, written `off`: nowhere.
     pub listen: Option<SocketAddr>,
+}
+
+/// How much memory it takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Bytes of everything whose size clients and subsystems decide: requests, answers, outputs, records, registrations.
+    /// 64 MiB to 1 TiB, default 1 GiB. Each purpose has its share (`memory::Shares`); beyond it is refused.
+    pub max_bytes: usize,
 }
 
 /// What it keeps.
@@ -297,6 +307,7 @@ impl Config {
             "server.max_concurrent_streams": server.max_concurrent_streams,
             "server.max_request_bytes": server.max_request_bytes,
             "server.max_receiving_bytes": server.max_receiving_bytes,
+            "memory.max_bytes": memory.max_bytes,
             "store.url": store.url,
             "dial.ca_file": dial.ca_file,
             "dial.connect_timeout": dial.connect_timeout,
@@ -350,6 +361,7 @@ impl Config {
             orchestrator_id: read.parsed("orchestrator_id", orchestrator_id).unwrap_or_else(|| "orchestrator".into()),
             server: Server::from_reader(read),
             admin: Admin::default(),
+            memory: Memory { max_bytes: read.number("memory.max_bytes", 64 * MIB..=1024 * GIB).unwrap_or(GIB) },
             store: Store {
                 url: read
                     .parsed("store.url", StoreUrl::parse)
@@ -419,7 +431,7 @@ impl Server {
             max_connections: read.number("server.max_connections", 1..=1_000_000).unwrap_or(4096),
             max_concurrent_streams: read.number("server.max_concurrent_streams", 1..=100_000).unwrap_or(256),
             max_request_bytes: read.number("server.max_request_bytes", 64 * KIB..=64 * MIB).unwrap_or(4 * MIB),
-            max_receiving_bytes: read.number("server.max_receiving_bytes", MIB..=64 * GIB).unwrap_or(256 * MIB),
+            max_receiving_bytes: read.number("server.max_receiving_bytes", MIB..=64 * GIB).unwrap_or(96 * MIB),
             max_watchers: read.number("server.max_watchers", 0..=100_000).unwrap_or(2000),
             drain_grace: read.duration("server.drain_grace", Duration::ZERO..=HOUR).unwrap_or(Duration::from_secs(30)),
         };

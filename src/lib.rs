@@ -7,6 +7,7 @@ pub mod config;
 pub mod dial;
 pub mod engine;
 mod listen;
+pub mod memory;
 pub mod model;
 pub mod orchestrator;
 pub mod ports;

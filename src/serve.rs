@@ -32,6 +32,7 @@ use crate::{
     config::{Config, ConfigError, Reload},
     dial::{Dialer, NoCertificate},
     listen::{self, Connections, Receiving},
+    memory::Shares,
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::{Spans, StoreError, Untraced},
     store,
@@ -122,6 +123,7 @@ impl Service {
             }
             None => None,
         };
+        let memory = Shares::of(config.memory.max_bytes);
         let dialer = Dialer::new(config.dial.connect_timeout);
         let dialer = Arc::new(match &config.dial.ca_file {
             Some(path) => {
@@ -148,7 +150,8 @@ impl Service {
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let stopped = stop_server.clone().cancelled_owned();
-        let receiving = Receiving::new(config.server.max_receiving_bytes);
+        memory.requests.set_max(config.server.max_receiving_bytes);
+        let receiving = Receiving::new(memory.requests.clone());
         let api = Api::new(orchestrator.clone());
         let router = listen::server(config.server.max_concurrent_streams)
             // What a client may send ahead of being read: requests are small, so this bounds memory and slows nothing.

@@ -3,37 +3,32 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Sleep, sleep},
-};
+use tokio::time::{Sleep, sleep};
 use tonic::{Status, body::Body, codegen::http::Request};
+
+use crate::memory::{Held, Memory};
 
 /// Room for the requests that are being received.
 #[derive(Clone)]
 pub(crate) struct Receiving {
-    /// In units of [`Receiving::UNIT`].
-    room: Arc<Semaphore>,
+    room: Memory,
 }
 
 impl Receiving {
-    /// Small enough that a small request takes little.
-    const UNIT: usize = 1 << 10;
     /// How long a request may take to come: enough for the largest one over a slow line.
     const PATIENCE: Duration = Duration::from_secs(30);
     /// Requests of other services may be streams, which stay open, and are small.
     const BOUNDED: &str = "/dreamnet.";
 
-    /// Room for so many bytes.
-    pub(crate) fn new(max_bytes: usize) -> Self {
-        Self { room: Arc::new(Semaphore::new((max_bytes / Self::UNIT).min(Semaphore::MAX_PERMITS))) }
+    /// All of them within this limit.
+    pub(crate) fn new(room: Memory) -> Self {
+        Self { room }
     }
 
     /// Has the body of a request take its room as it comes.
@@ -50,24 +45,18 @@ impl Receiving {
 
 struct Bounded {
     body: Body,
-    room: Arc<Semaphore>,
-    taken: Option<OwnedSemaphorePermit>,
+    room: Memory,
+    taken: Option<Held>,
     ends: Pin<Box<Sleep>>,
 }
 
 impl Bounded {
     fn take(&mut self, bytes: usize) -> Result<(), Status> {
-        let units = u32::try_from(bytes.div_ceil(Receiving::UNIT)).unwrap_or(u32::MAX);
-        let Ok(permit) = self.room.clone().try_acquire_many_owned(units) else {
-            return Err(Status::resource_exhausted(
-                "the requests that are being received take all the room of server.max_receiving_bytes; try again later",
-            ));
+        let taken = match &mut self.taken {
+            Some(taken) => taken.grow(bytes),
+            None => self.room.try_hold(bytes).map(|held| self.taken = Some(held)),
         };
-        match &mut self.taken {
-            Some(taken) => taken.merge(permit),
-            None => self.taken = Some(permit),
-        }
-        Ok(())
+        taken.map_err(|full| Status::resource_exhausted(format!("{full}; try again later")))
     }
 }
 
@@ -114,7 +103,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn all_that_come_have_bounded_room_until_they_are_gone() {
-        let receiving = Receiving::new(10 << 10);
+        let receiving = Receiving::new(Memory::whole(10 << 10));
         let mut first = receiving.bound(half_sent("/dreamnet.a/B", 8 << 10));
         assert!(first.body_mut().frame().await.unwrap().is_ok());
         let mut second = receiving.bound(half_sent("/dreamnet.a/B", 8 << 10));
@@ -126,7 +115,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_that_does_not_end_is_ended() {
-        let receiving = Receiving::new(10 << 10);
+        let receiving = Receiving::new(Memory::whole(10 << 10));
         let mut request = receiving.bound(half_sent("/dreamnet.a/B", 1));
         assert!(request.body_mut().frame().await.unwrap().is_ok());
         assert_eq!(request.body_mut().frame().await.unwrap().unwrap_err().code(), Code::DeadlineExceeded);

@@ -1,0 +1,296 @@
+//! How much memory the service gives to what others send, ask for, and don't take: one limit over everything, and under
+//! it one for each purpose.
+//!
+//! Whoever keeps something of a size that a peer decides holds a [`Held`] beside it, for the bytes that are reserved
+//! rather than for those in use. A purpose whose limit is reached refuses; it never makes another one wait.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use tokio::sync::Notify;
+
+/// A limit of bytes, and the bytes held under it. Clones share both.
+#[derive(Clone, Debug)]
+pub struct Memory(Arc<Pool>);
+
+#[derive(Debug)]
+struct Pool {
+    purpose: &'static str,
+    max: AtomicUsize,
+    held: AtomicUsize,
+    /// The limit that this one stands under.
+    whole: Option<Memory>,
+    freed: Notify,
+}
+
+/// The purposes, each with its share of the whole: by default they add up to it, so that what one peer makes the service
+/// hold takes nothing from what others need. A share that the configuration sets larger is still bounded by the whole.
+#[derive(Clone, Debug)]
+pub struct Shares {
+    /// The limit over all of them.
+    pub whole: Memory,
+    /// Requests that clients send, while they are being received and read. 3/32.
+    pub requests: Memory,
+    /// Answers and events on gRPC streams that clients have not taken yet. 4/32.
+    pub answers: Memory,
+    /// Answers and events on the admin address that clients have not taken yet. 2/32.
+    pub admin: Memory,
+    /// Records of the history that are at hand, or read for a page. 4/32.
+    pub history: Memory,
+    /// The latest outputs of all subsystems. 8/32.
+    pub outputs: Memory,
+    /// Inputs in calls to subsystems. 4/32.
+    pub inputs: Memory,
+    /// What subsystems answer, while it is being received and read, and until the cycle is recorded. 5/32.
+    pub replies: Memory,
+    /// Registrations, loops, and what is remembered of each subsystem. 2/32.
+    pub registry: Memory,
+}
+
+/// Bytes held under a limit. Dropping it gives them back.
+#[derive(Debug)]
+pub struct Held {
+    memory: Memory,
+    bytes: usize,
+}
+
+/// A limit is reached.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the limit of {} for {purpose} is reached", Size(*.max))]
+pub struct Full {
+    /// What the memory is for.
+    pub purpose: &'static str,
+    /// The limit, in bytes.
+    pub max: usize,
+}
+
+impl Memory {
+    /// The limit over everything: `max` bytes, none of them held.
+    #[must_use]
+    pub fn whole(max: usize) -> Self {
+        Self::pool("all memory", max, None)
+    }
+
+    /// A limit for one purpose, under this one. The purpose reads well after "the limit of 1 MiB for".
+    #[must_use]
+    pub fn part(&self, purpose: &'static str, max: usize) -> Self {
+        Self::pool(purpose, max, Some(self.clone()))
+    }
+
+    fn pool(purpose: &'static str, max: usize, whole: Option<Self>) -> Self {
+        let (max, held) = (AtomicUsize::new(max), AtomicUsize::new(0));
+        Self(Arc::new(Pool { purpose, max, held, whole, freed: Notify::new() }))
+    }
+
+    /// What the memory is for.
+    pub fn purpose(&self) -> &'static str {
+        self.0.purpose
+    }
+
+    /// The limit, in bytes.
+    pub fn max(&self) -> usize {
+        self.0.max.load(Ordering::Relaxed)
+    }
+
+    /// Changes the limit. What is held stays, even if it is more.
+    pub fn set_max(&self, max: usize) {
+        self.0.max.store(max, Ordering::Relaxed);
+        self.0.freed.notify_waiters();
+    }
+
+    /// Bytes that are held now.
+    pub fn held(&self) -> usize {
+        self.0.held.load(Ordering::Relaxed)
+    }
+
+    /// Holds `bytes`.
+    ///
+    /// # Errors
+    /// They don't fit under this limit, or under one that it stands under.
+    pub fn try_hold(&self, bytes: usize) -> Result<Held, Full> {
+        self.add(bytes)?;
+        Ok(Held { memory: self.clone(), bytes })
+    }
+
+    /// Holds `bytes` once they fit. Waits for ever if they are more than the limit: bound the wait, or the bytes.
+    pub async fn hold(&self, bytes: usize) -> Held {
+        loop {
+            // Registered first, so that what is given back in between is not missed.
+            let own = self.0.freed.notified();
+            let whole = async {
+                match &self.0.whole {
+                    Some(whole) => whole.0.freed.notified().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::pin!(own, whole);
+            own.as_mut().enable();
+            let held = self.try_hold(bytes);
+            if let Ok(held) = held {
+                return held;
+            }
+            tokio::select! {
+                () = own => {}
+                () = whole => {}
+            }
+        }
+    }
+
+    fn add(&self, bytes: usize) -> Result<(), Full> {
+        let max = self.max();
+        let fits = |held: usize| held.checked_add(bytes).filter(|held| *held <= max);
+        if self.0.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_err() {
+            return Err(Full { purpose: self.0.purpose, max });
+        }
+        if let Some(whole) = &self.0.whole
+            && let Err(full) = whole.add(bytes)
+        {
+            self.0.held.fetch_sub(bytes, Ordering::Relaxed);
+            return Err(full);
+        }
+        Ok(())
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.0.held.fetch_sub(bytes, Ordering::Relaxed);
+        self.0.freed.notify_waiters();
+        if let Some(whole) = &self.0.whole {
+            whole.give_back(bytes);
+        }
+    }
+}
+
+impl Shares {
+    /// The shares of `max` bytes.
+    #[must_use]
+    pub fn of(max: usize) -> Self {
+        let whole = Memory::whole(max);
+        let share = |purpose, parts| whole.part(purpose, max / 32 * parts);
+        Self {
+            requests: share("requests that are being received", 3),
+            answers: share("answers that clients have not taken yet", 4),
+            admin: share("answers that the admin address's clients have not taken yet", 2),
+            history: share("records of the history", 4),
+            outputs: share("the latest outputs", 8),
+            inputs: share("inputs in calls to subsystems", 4),
+            replies: share("answers of subsystems", 5),
+            registry: share("registrations and loops", 2),
+            whole,
+        }
+    }
+
+    /// Each purpose, without the whole.
+    pub fn iter(&self) -> impl Iterator<Item = &Memory> {
+        let Self { whole: _, requests, answers, admin, history, outputs, inputs, replies, registry } = self;
+        [requests, answers, admin, history, outputs, inputs, replies, registry].into_iter()
+    }
+}
+
+impl Held {
+    /// The bytes held.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Holds `bytes` from now on, more or fewer than before.
+    ///
+    /// # Errors
+    /// They are more than before, and don't fit. As many as before are held then.
+    pub fn resize(&mut self, bytes: usize) -> Result<(), Full> {
+        match bytes.checked_sub(self.bytes) {
+            // Where the limit was lowered, what is held already is more than it, and stays.
+            Some(0) => {}
+            Some(more) => self.memory.add(more)?,
+            None => self.memory.give_back(self.bytes - bytes),
+        }
+        self.bytes = bytes;
+        Ok(())
+    }
+
+    /// Holds `more` bytes beside those it has.
+    ///
+    /// # Errors
+    /// They don't fit. As many as before are held then.
+    pub fn grow(&mut self, more: usize) -> Result<(), Full> {
+        self.resize(self.bytes.saturating_add(more))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.memory.give_back(self.bytes);
+        }
+    }
+}
+
+/// A number of bytes in the largest unit that it fills.
+struct Size(usize);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bytes if bytes >= 1 << 20 => write!(f, "{} MiB", bytes >> 20),
+            bytes if bytes >= 1 << 10 => write!(f, "{} KiB", bytes >> 10),
+            bytes => write!(f, "{bytes} bytes"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_bounded_by_its_own_limit_and_by_the_whole() {
+        let whole = Memory::whole(100);
+        let (requests, answers) = (whole.part("requests", 80), whole.part("answers", 80));
+        let held = requests.try_hold(60).unwrap();
+        assert_eq!(requests.try_hold(30).unwrap_err().to_string(), "the limit of 80 bytes for requests is reached");
+        assert_eq!(answers.try_hold(60).unwrap_err(), Full { purpose: "all memory", max: 100 });
+        assert_eq!((requests.held(), answers.held(), whole.held()), (60, 0, 60));
+        drop(held);
+        assert_eq!((requests.held(), whole.held()), (0, 0));
+        assert!(answers.try_hold(usize::MAX).is_err());
+    }
+
+    #[test]
+    fn the_shares_add_up_to_the_whole() {
+        let shares = Shares::of(1 << 30);
+        assert_eq!(shares.iter().map(Memory::max).sum::<usize>(), shares.whole.max());
+    }
+
+    #[test]
+    fn what_is_held_grows_and_shrinks() {
+        let memory = Memory::whole(10).part("outputs", 10);
+        let mut held = memory.try_hold(4).unwrap();
+        assert!(held.grow(7).is_err());
+        held.resize(10).unwrap();
+        held.resize(1).unwrap();
+        assert_eq!((held.bytes(), memory.held()), (1, 1));
+        // A limit that was lowered refuses more, and takes nothing back.
+        memory.set_max(0);
+        assert!(held.grow(1).is_err());
+        held.resize(1).unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_ends_when_there_is_room_in_the_part_and_in_the_whole() {
+        let whole = Memory::whole(10);
+        let (requests, answers) = (whole.part("requests", 10), whole.part("answers", 10));
+        let mut others = answers.try_hold(8).unwrap();
+        let waiting = tokio::spawn({
+            let requests = requests.clone();
+            async move { requests.hold(5).await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        others.resize(5).unwrap();
+        assert_eq!(waiting.await.unwrap().bytes(), 5);
+    }
+}
