@@ -15,7 +15,7 @@ use self::{
 };
 use super::{
     Exit, Failure,
-    output::{Format, Table, clean, count, escaped, print, sections, state, text},
+    output::{Format, Table, clean, count, escape_json, print, sections, state, text},
     parameters::{self, Parameters},
 };
 use crate::model::{Endpoint, Name, excerpt};
@@ -178,7 +178,7 @@ impl Conformance {
         if format.is_json() {
             let json = serde_json::to_string(&report)
                 .map_err(|error| Failure::new(Exit::Refused, format!("can't write the report: {error}")))?;
-            print(&format!("{}\n", escaped(&json)))?;
+            print(&format!("{}\n", escape_json(&json)))?;
         } else {
             print(&report.text())?;
         }

@@ -21,6 +21,7 @@ use jiff::{RoundMode, SignedDuration, Span, SpanRelativeTo, Timestamp, Timestamp
 use prost::Message;
 
 use super::{Exit, Failure};
+pub(super) use crate::model::text::{clean, escape_json};
 use crate::{
     model::Payload,
     proto::{self, orchestrator::v1 as pb},
@@ -120,23 +121,7 @@ pub(super) fn json<M: Message>(kind: &'static str, message: &M) -> Result<String
 pub(super) fn encoded_json(kind: &'static str, bytes: &[u8]) -> Result<String, Failure> {
     let malformed = |error| format!("the service has sent what can't be read: {error}");
     let text = proto::json::encode(kind, bytes).map_err(|error| Failure::new(Exit::Refused, malformed(error)))?;
-    Ok(escaped(&text))
-}
-
-/// JSON in which what a terminal could take for a command is escaped. All of it stands in strings.
-pub(super) fn escaped(json: &str) -> String {
-    if !json.contains(is_unprintable) {
-        return json.to_owned();
-    }
-    let mut text = String::with_capacity(json.len());
-    for c in json.chars() {
-        if is_unprintable(c) {
-            text.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
-        } else {
-            text.push(c);
-        }
-    }
-    text
+    Ok(escape_json(&text).into_owned())
 }
 
 /// A list that is printed as one JSON object, page by page: `{"cycles":[…]}`.
@@ -187,30 +172,13 @@ pub(super) fn telemetry(bytes: &Bytes) -> Result<pb::CycleTelemetry, Failure> {
 /// A `Struct` as JSON.
 pub(super) fn payload(bytes: &Bytes) -> String {
     match Payload::check(bytes.clone()) {
-        Ok(payload) => escaped(&serde_json::Value::from(payload.to_json()).to_string()),
+        Ok(payload) => escape_json(&serde_json::Value::from(payload.to_json()).to_string()).into_owned(),
         Err(malformed) => format!("({malformed})"),
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Text
-
-/// Text that a terminal takes for nothing but text: control characters and those that change the direction of writing
-/// are left out, line ends and tabs become blanks.
-pub(super) fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_whitespace() { ' ' } else { c }).filter(|c| !is_unprintable(*c)).collect()
-}
-
-/// It commands a terminal, turns the direction of what follows, or is not seen. Those that only choose how the sign before
-/// them looks are spared.
-fn is_unprintable(c: char) -> bool {
-    c.is_control()
-        || matches!(c,
-            '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}'
-            | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{feff}'
-            | '\u{ffa0}' | '\u{fff0}'..='\u{fffc}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
-            | '\u{e0000}'..='\u{e0fff}')
-}
 
 /// Those that are not empty, with an empty line between them.
 pub(super) fn sections<const N: usize>(sections: [String; N]) -> String {
@@ -530,13 +498,6 @@ pub(super) fn parse_time(text: &str) -> Result<prost_types::Timestamp, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_was_sent_can_not_command_a_terminal() {
-        assert_eq!(clean("a\x1b[31mb\r\nc\u{9b}2Jd\u{202e}e\u{7f}\té"), "a[31mb  c2Jde é");
-        assert_eq!(clean("s\u{61c}a\u{ad}f\u{3164}e\u{e0041}"), "safe");
-        assert_eq!(escaped("{\"a\":\"\u{9b}\u{202e}é\"}"), r#"{"a":"\u009b\u202eé"}"#);
-    }
 
     #[test]
     fn durations_read_as_people_say_them() {

@@ -14,7 +14,7 @@ use self::figures::{CycleFigures, SubsystemFigures, Tally, compare};
 use super::{
     Exit, Failure,
     output::{
-        Table, coarse, count, escaped, grouped, is_error_terminal, milliseconds, note, number, parse_time, print,
+        Table, coarse, count, escape_json, grouped, is_error_terminal, milliseconds, note, number, parse_time, print,
         sections, short, telemetry, text, time, timestamp, trigger,
     },
     remote::{Client, Remote},
@@ -364,7 +364,7 @@ impl Drop for Progress {
 impl Figures {
     fn json(&self) -> Result<String, Failure> {
         let json = serde_json::to_string(self).map_err(|error| unwritable(&error))?;
-        Ok(format!("{}\n", escaped(&json)))
+        Ok(format!("{}\n", escape_json(&json)))
     }
 
     /// The subsystems. A [`crate::model::Name`] begins with a letter, so that a spreadsheet takes no cell for a formula.

@@ -8,6 +8,7 @@ mod name;
 mod payload;
 mod schedule;
 mod subsystem;
+pub mod text;
 mod trace;
 mod violation;
 

@@ -2,7 +2,7 @@
 
 use super::super::{
     cycles::severity,
-    output::{clean, escaped},
+    output::{clean, escape_json},
     subsystems::{STANDS, facts},
 };
 use crate::{model::Payload, proto::orchestrator::v1 as pb};
@@ -53,7 +53,7 @@ pub(super) fn entries(status: &pb::SubsystemStatus) -> Vec<Entry> {
                 let json = format!("{:#}", serde_json::Value::from(payload.to_json()));
                 let mut lines = json.lines();
                 let shown = lines.by_ref().take(MAX_LINES);
-                entries.extend(shown.map(|line| Entry::Text(escaped(line).chars().take(MAX_COLUMNS).collect())));
+                entries.extend(shown.map(|line| Entry::Text(escape_json(line).chars().take(MAX_COLUMNS).collect())));
                 let more = lines.count();
                 if more > 0 {
                     entries.push(Entry::Text(format!("… and {more} more lines")));

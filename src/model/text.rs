@@ -1,0 +1,67 @@
+//! Text from elsewhere, as it may be shown: what a terminal, or the page that a log is read on, takes for nothing but
+//! text. This is the one place that knows which characters are more than that.
+
+use std::borrow::Cow;
+
+/// The character commands a terminal, changes the direction of what follows, or can't be seen. Those that only choose how
+/// the one before them looks (variation selectors) are spared.
+///
+/// These are Unicode's control characters (general category Cc) and `Default_Ignorable_Code_Point` with the separators of
+/// lines and paragraphs and the interlinear annotations: <https://www.unicode.org/reports/tr44/#Default_Ignorable_Code_Point>.
+#[must_use]
+pub fn is_unprintable(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{feff}'
+            | '\u{ffa0}' | '\u{fff0}'..='\u{fffc}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}')
+}
+
+/// Text on one line, for people: unprintable characters are left out, line ends and tabs become blanks.
+#[must_use]
+pub fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_whitespace() { ' ' } else { c }).filter(|c| !is_unprintable(*c)).collect()
+}
+
+/// JSON in which unprintable characters are escaped. All of them have to stand in strings: JSON on one line.
+#[must_use]
+pub fn escape_json(json: &str) -> Cow<'_, str> {
+    escape(json, is_unprintable, |c, text| {
+        text.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
+    })
+}
+
+/// Text in which the characters that `is_to_escape` picks are escaped as in Rust's strings: `\n`, `\u{202e}`.
+#[must_use]
+pub fn escape_text(text: &str, is_to_escape: impl Fn(char) -> bool) -> Cow<'_, str> {
+    escape(text, is_to_escape, |c, text| text.extend(c.escape_default()))
+}
+
+fn escape(text: &str, is_to_escape: impl Fn(char) -> bool, put: impl Fn(char, &mut String)) -> Cow<'_, str> {
+    if !text.contains(&is_to_escape) {
+        return text.into();
+    }
+    let mut escaped = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if is_to_escape(c) {
+            put(c, &mut escaped);
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_sent_can_not_command_a_terminal() {
+        assert_eq!(clean("a\x1b[31mb\r\nc\u{9b}2Jd\u{202e}e\u{7f}\té"), "a[31mb  c2Jde é");
+        assert_eq!(clean("s\u{61c}a\u{ad}f\u{3164}e\u{e0041}"), "safe");
+        assert_eq!(escape_json("{\"a\":\"\u{9b}\u{202e}\u{e0041}é\"}"), r#"{"a":"\u009b\u202e\udb40\udc41é"}"#);
+        assert_eq!(escape_text("a\n\u{202e}é", is_unprintable), "a\\n\\u{202e}é");
+    }
+}
