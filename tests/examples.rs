@@ -1,6 +1,6 @@
 //! The examples say what their comments say.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use orchestrator_core::{
     config::Config,
@@ -25,4 +25,15 @@ fn dreamnet_is_28_subsystems_in_ten_phases_every_five_seconds() {
     assert!(longest < heartbeat.interval, "a cycle that takes {longest:?} skips a tick");
     let members = config.subsystems.into_iter().map(|it| Member::new(Arc::new(it), false, Arc::<Standing>::default()));
     Plan::compile(members).unwrap();
+}
+
+#[test]
+fn the_contract_in_the_example_for_node_is_this_one() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for package in ["subsystem", "orchestrator"] {
+        let file = format!("proto/dreamnet/{package}/v1/{package}.proto");
+        let [ours, copy] = [root.join(&file), root.join("examples/node").join(&file)]
+            .map(|path| std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())));
+        assert!(ours == copy, "examples/node/{file} is another one: cp {file} examples/node/{file}");
+    }
 }

@@ -10,7 +10,7 @@ const definition = loadSync(
   ["dreamnet/subsystem/v1/subsystem.proto", "dreamnet/orchestrator/v1/orchestrator.proto"],
   {
     // Seen from `dist/src`, where this file is compiled to.
-    includeDirs: [fileURLToPath(new URL("../../../../proto", import.meta.url))],
+    includeDirs: [fileURLToPath(new URL("../../proto", import.meta.url))],
     longs: Number,
     enums: String,
     defaults: true,

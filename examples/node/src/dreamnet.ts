@@ -8,10 +8,11 @@
 // * `run` may be asynchronous, and return anything or nothing. Its output is a copy, made when `run` ended, of what
 //   JSON can carry; what it can't carry is left out, with an issue. The object itself is never sent.
 // * `run` is called once in a cycle, and never while it is still at work: a repeated call gets the first answer.
-// * What `run` throws is the failure of that subsystem in that cycle, and of nobody else.
+// * What `run` throws is the failure of that subsystem in that cycle, and of nobody else. Its stack is on stderr.
+// * Those that are only read (`READ_ONLY`, and any without `run`) are never run: their output is their status.
 
+import { isDeepStrictEqual } from "node:util";
 import {
-  credentials,
   Server,
   ServerCredentials,
   status,
@@ -20,7 +21,7 @@ import {
   type ServiceError,
 } from "@grpc/grpc-js";
 import { HealthImplementation } from "grpc-health-check";
-import { OrchestratorClient, SubsystemClient } from "./contract.js";
+import { SubsystemClient } from "./contract.js";
 import type { CycleTelemetry__Output } from "./gen/dreamnet/orchestrator/v1/CycleTelemetry.js";
 import type { GetStatusRequest__Output } from "./gen/dreamnet/subsystem/v1/GetStatusRequest.js";
 import type { GetStatusResponse } from "./gen/dreamnet/subsystem/v1/GetStatusResponse.js";
@@ -31,8 +32,22 @@ import type { Issue } from "./gen/dreamnet/subsystem/v1/Issue.js";
 import type { RunCycleRequest__Output } from "./gen/dreamnet/subsystem/v1/RunCycleRequest.js";
 import type { RunCycleResponse } from "./gen/dreamnet/subsystem/v1/RunCycleResponse.js";
 import type { SubsystemHandlers } from "./gen/dreamnet/subsystem/v1/Subsystem.js";
-import { describe, frozen, snapshot, type Json } from "./json.js";
-import { contextKey, ONLY_OUTPUT, TOPOLOGY, type Settings, type SubsystemName } from "./topology.js";
+import { frozen, snapshot, type Json } from "./json.js";
+import {
+  checkLoop,
+  checkOptions,
+  misspelt,
+  orchestratorAddress,
+  parametersOf,
+  suggest,
+  type ServeOptions,
+} from "./options.js";
+import { ask, duration, register, type Orchestrator } from "./orchestrator.js";
+import { describe, describeWithPlace, describeWithStack } from "./thrown.js";
+import { contextKey, ONLY_OUTPUT, READ_ONLY, TOPOLOGY, type Settings, type SubsystemName } from "./topology.js";
+
+export type { Json, ServeOptions, Settings, SubsystemName };
+export { READ_ONLY };
 
 // -------------------------------------------------------------------------------------------- types
 
@@ -73,32 +88,6 @@ export interface Cycle {
 export interface InputData {
   readonly output?: Readonly<Record<string, Json>>;
   readonly fresh: boolean;
-}
-
-/** How modules are served. */
-export interface ServeOptions {
-  /** Where to listen. Port 0 takes a free one. Default "127.0.0.1:0". */
-  listen?: string;
-  /** Registers with the orchestrator at this "host:port". Without it, its configuration file has to name them. */
-  orchestrator?: string;
-  /** How long a registration lives unless it is renewed, which is done three times as often. Default 30 s. */
-  leaseSeconds?: number;
-  /** Where the orchestrator dials it, if not at "http://" and the address it listens on. */
-  endpoint?: string;
-  /** Names of those that have a `run` and are yet only read by the others: no cycle ever runs them. */
-  readOnly?: readonly string[];
-  /**
-   * What is registered of a subsystem, by name: its `timeout`, whether it is `critical`, `requires`, `parameters` and so on.
-   * What is left out is as in DreamNet's table, and else the service's default. Only with `orchestrator`.
-   */
-  registrations?: Readonly<Record<string, Settings>>;
-  /**
-   * Runs those of one phase one after another, in the order of DreamNet's table and then of `objects`, as they always
-   * did: live objects that call each other end up in the same state in every cycle. What a registration says of their
-   * order comes first. Otherwise they run side by side. Only with `orchestrator`: it is an `after` in the registration.
-   * Default true.
-   */
-  sequential?: boolean;
 }
 
 /** Modules that are being served. */
@@ -192,7 +181,7 @@ class Subsystem {
     const answer = this.run(request, signal)
       .catch((error) => {
         const gaveUp = signal.aborted && (error === signal.reason || (error as Error | undefined)?.name === "AbortError");
-        if (!gaveUp) throw error;
+        if (!gaveUp) throw this.failure(`failed in cycle ${cycleId}`, error);
         this.answers.delete(cycleId);
         return undefined;
       })
@@ -214,8 +203,14 @@ class Subsystem {
       parameters: frozen(request.parameters),
       inputs: new Map(Object.entries(request.inputs).map(([name, input]) => [name, toInputData(input)])),
       signal,
-      metric: (name, value) => void (metrics[name] = value),
-      issue: (severity, code, message) => void issues.push({ severity: `SEVERITY_${severity}`, code, message }),
+      metric(name, value) {
+        if (typeof value !== "number") throw new TypeError(`the metric ${name} is a ${typeof value}: give a number`);
+        metrics[name] = value;
+      },
+      issue(severity, code, message) {
+        if (!SEVERITIES.includes(severity)) throw new TypeError(`${severity} is none of ${SEVERITIES.join(", ")}`);
+        issues.push({ severity: `SEVERITY_${severity}`, code: String(code), message: String(message) });
+      },
     };
     let result: unknown;
     if (this.readOnly) {
@@ -225,14 +220,15 @@ class Subsystem {
       try {
         result = await this.statusOf();
       } catch (error) {
-        cycle.issue("WARNING", "NO_STATUS", describe(error));
+        this.log(`has no status in cycle ${request.cycleId}`, error);
+        cycle.issue("WARNING", "NO_STATUS", describeWithPlace(error));
       }
     } else {
       result = this.object.run!(this.contextOf(cycle), cycle);
       if (isThenable(result)) result = await result;
     }
     const { struct, dropped } = snapshot(result, this.itself);
-    if (dropped.length > 0) cycle.issue("WARNING", "NOT_JSON", `left out of the output: ${dropped.join("; ")}`);
+    if (dropped.length > 0) cycle.issue("WARNING", "NOT_JSON", `not in the output, or not as it was: ${dropped.join("; ")}`);
     return { output: struct, metrics, issues };
   }
 
@@ -257,9 +253,25 @@ class Subsystem {
     if (typeof this.object.status !== "function" && typeof this.object.getStatus !== "function") {
       throw new Refusal(status.UNIMPLEMENTED, `${this.name} has neither status() nor getStatus()`);
     }
-    return { status: snapshot(await this.statusOf(), this.itself).struct };
+    try {
+      return { status: snapshot(await this.statusOf(), this.itself).struct };
+    } catch (error) {
+      throw this.failure("has no status", error);
+    }
+  }
+
+  /** What the module has thrown: here with its stack, to the caller as its place. */
+  private failure(what: string, error: unknown): Refusal {
+    this.log(what, error);
+    return new Refusal(status.INTERNAL, describeWithPlace(error));
+  }
+
+  private log(what: string, error: unknown): void {
+    console.error(`${this.name} ${what}: ${describeWithStack(error)}`);
   }
 }
+
+const SEVERITIES: readonly string[] = ["INFO", "WARNING", "ERROR"];
 
 function toInputData({ freshness, output }: Input__Output): InputData {
   const fresh = freshness === "FRESHNESS_FRESH";
@@ -279,48 +291,49 @@ function isThenable(value: unknown): value is PromiseLike<unknown> {
 /**
  * Serves `objects`, by name, at one port, and registers them if `options.orchestrator` is given.
  *
- * One without `run` is only read by the others, as are those in `options.readOnly`.
+ * One without `run` is only read by the others, as are those of `READ_ONLY` and of `options.readOnly`.
  *
- * Throws when the port is taken, a class or factory makes no object, or the orchestrator can't be reached or refuses a
- * registration. Then none of them stays registered.
+ * Throws when an option does not exist or does not take its value, a name looks misspelt, the port is taken, a class or
+ * factory makes no object, or the orchestrator can't be reached or refuses a registration. Then none stays registered.
  */
 export async function serveSubsystems(
   objects: Readonly<Record<string, Servable | undefined>>,
   options: ServeOptions = {},
 ): Promise<Served> {
+  checkOptions(options);
+  const given = Object.keys(objects).filter((name) => objects[name] != null);
+  checkNames(given, options);
   const live = new Map<string, Module>();
-  for (const name of inOrder(Object.keys(objects).filter((name) => objects[name] != null), options)) {
+  for (const name of inOrder(given, options)) {
     const object = await instantiate(objects[name]!);
     if (object === null || (typeof object !== "object" && typeof object !== "function")) {
       throw new TypeError(`${name} is no object, and no class or factory that makes one`);
     }
     live.set(name, object);
   }
+  const readOnly = new Set<string>([...READ_ONLY, ...(options.readOnly ?? [])]);
+  for (const name of options.run ?? []) readOnly.delete(name);
   // An object is never sent, and neither is one that another module got hold of.
   const itself = new Set<unknown>([...live.values(), ...Object.values(objects).filter((object) => object != null)]);
-  const named = { readOnly: options.readOnly ?? [], registrations: Object.keys(options.registrations ?? {}) };
-  for (const [option, names] of Object.entries(named)) {
-    const unknown = names.find((name) => !live.has(name));
-    if (unknown !== undefined) throw new Error(`${option} names ${unknown}, which is not among the objects`);
-  }
 
   const subsystems = new Map<string, Subsystem>();
   const registrations: Array<Settings & { name: string }> = [];
   let previous: { name: string; phase: number } | undefined;
   for (const [name, object] of live) {
-    const readOnly = typeof object.run !== "function" || (options.readOnly ?? []).includes(name);
+    const isRun = typeof object.run === "function" && !readOnly.has(name);
     const settings = settingsOf(name, options);
     const { phase = 0, requires = [], after = [], reads = [] } = settings;
     const inputs = new Set([...requires, ...after, ...reads]);
     const waitsFor = [...after];
     const unoffered = new Set<string>();
-    if (previous?.phase === phase && options.sequential !== false && options.orchestrator) {
+    // Those that are not run change nothing, so their order makes no difference.
+    if (isRun && previous?.phase === phase && options.sequential !== false && options.orchestrator) {
       if (!requires.includes(previous.name) && !after.includes(previous.name)) waitsFor.push(previous.name);
       if (!inputs.has(previous.name)) unoffered.add(previous.name);
     }
-    previous = { name, phase };
+    if (isRun) previous = { name, phase };
     registrations.push({ ...settings, name, after: waitsFor, reads: reads.filter((n) => !waitsFor.includes(n)) });
-    subsystems.set(name, new Subsystem(name, object, readOnly, unoffered, live, itself));
+    subsystems.set(name, new Subsystem(name, object, !isRun, unoffered, live, itself));
   }
 
   const health = new HealthImplementation({ "": "SERVING", [HEALTH_SERVICE]: "SERVING" });
@@ -349,8 +362,13 @@ export async function serveSubsystems(
     });
   };
   if (options.orchestrator) {
+    const all = registrations.map(({ parameters, ...registration }) => ({
+      ...registration,
+      endpoint,
+      ...(parameters && { parameters: parametersOf(parameters, "parameters") }),
+    }));
     try {
-      leave = await register(registrations, endpoint, options.orchestrator, options.leaseSeconds ?? 30);
+      leave = await register(all, orchestratorOf(options), options.leaseSeconds ?? 30);
     } catch (error) {
       server.forceShutdown();
       throw error;
@@ -361,6 +379,33 @@ export async function serveSubsystems(
 }
 
 const HEALTH_SERVICE = "dreamnet.subsystem.v1.Subsystem";
+
+/** Refuses options that name none of `given`, and names that look like a misspelt one of DreamNet's. */
+function checkNames(given: readonly string[], options: ServeOptions): void {
+  const { readOnly = [], run = [], registrations = {} } = options;
+  for (const name of given) {
+    const meant = misspelt(name);
+    if (meant && !given.includes(meant) && !Object.hasOwn(registrations, name)) {
+      const own = `One of your own is named in registrations as well: { ${JSON.stringify(name)}: {} }`;
+      throw new Error(`${name} is none of DreamNet's: did you mean ${meant}? ${own}`);
+    }
+  }
+  for (const [option, names] of Object.entries({ readOnly, run, registrations: Object.keys(registrations) })) {
+    const unknown = names.find((name) => !given.includes(name));
+    if (unknown === undefined) continue;
+    const meant = suggest(unknown, given);
+    throw new Error(`${option} names ${unknown}, which is not among the objects${meant ? `: ${meant}` : ""}`);
+  }
+  const both = run.find((name) => readOnly.includes(name));
+  if (both !== undefined) throw new Error(`${both} is named in run and in readOnly`);
+  for (const name of Object.keys(registrations)) {
+    const { requires = [], after = [], reads = [] } = registrations[name] ?? {};
+    for (const input of [...requires, ...after, ...reads]) {
+      const meant = given.includes(input) ? undefined : misspelt(input);
+      if (meant) throw new Error(`registrations.${name} names ${input}, which is none of DreamNet's: did you mean ${meant}?`);
+    }
+  }
+}
 
 function settingsOf(name: string, options: ServeOptions): Settings {
   return { ...(TOPOLOGY as Record<string, Settings>)[name], ...options.registrations?.[name] };
@@ -406,10 +451,11 @@ function handlers(subsystems: ReadonlyMap<string, Subsystem>): SubsystemHandlers
       call.on("cancelled", () => gone.abort());
       new Promise<A>((resolve) => resolve(work(call.request, gone.signal))).then(
         (answer) => callback(null, answer),
-        (error) =>
-          error instanceof Refusal
-            ? callback({ code: error.code, details: error.message })
-            : callback({ code: status.INTERNAL, details: describe(error) }),
+        (error) => {
+          if (error instanceof Refusal) return callback({ code: error.code, details: error.message });
+          console.error(`a call failed: ${describeWithStack(error)}`);
+          callback({ code: status.INTERNAL, details: describeWithPlace(error) });
+        },
       );
     };
   return {
@@ -424,125 +470,54 @@ function handlers(subsystems: ReadonlyMap<string, Subsystem>): SubsystemHandlers
   };
 }
 
-// -------------------------------------------------------------------------------------------- the orchestrator
-
-type Client = InstanceType<typeof OrchestratorClient>;
-type Callback<A> = (error: ServiceError | null, answer?: A) => void;
-
-/** Calls the orchestrator at `address` and waits for the answer. */
-async function ask<A>(address: string, call: (client: Client, callback: Callback<A>) => void): Promise<A> {
-  const client = new OrchestratorClient(address, credentials.createInsecure());
-  try {
-    return await new Promise<A>((resolve, reject) =>
-      call(client, (error, answer) => (error ? reject(error) : resolve(answer!))),
-    );
-  } catch (error) {
-    const { code, details } = error as ServiceError;
-    const told = new Error(`the orchestrator at ${address} answered ${status[code]}: ${details}`, { cause: error });
-    throw Object.assign(told, { code });
-  } finally {
-    client.close();
-  }
-}
-
-/** Registers with a lease and renews it, until the function that it returns is called. */
-async function register(
-  registrations: ReadonlyArray<Settings & { name: string }>,
-  endpoint: string,
-  orchestrator: string,
-  leaseSeconds: number,
-): Promise<() => Promise<void>> {
-  const registerOne = (registration: Settings & { name: string }) =>
-    ask(orchestrator, (client, callback) =>
-      client.registerSubsystem(
-        { registration: { ...registration, endpoint }, lease: { seconds: leaseSeconds } },
-        deadline(),
-        callback,
-      ),
-    );
-  const renewOne = async (registration: Settings & { name: string }) => {
-    try {
-      await ask(orchestrator, (client, callback) =>
-        client.renewLease({ name: registration.name }, deadline(), callback),
-      );
-    } catch (error) {
-      // The lease has expired, or somebody has registered it without one.
-      const { code } = error as ServiceError;
-      if (code !== status.NOT_FOUND && code !== status.FAILED_PRECONDITION) throw error;
-      await registerOne(registration);
-    }
-  };
-  // Whatever can't be taken out now ends with its lease.
-  const unregister = (registered: typeof registrations) =>
-    Promise.allSettled(
-      registered.map(({ name }) =>
-        ask(orchestrator, (client, callback) => client.unregisterSubsystem({ name }, deadline(), callback)),
-      ),
-    );
-  for (const [position, registration] of registrations.entries()) {
-    try {
-      await registerOne(registration);
-    } catch (error) {
-      await unregister(registrations.slice(0, position));
-      throw error;
-    }
-  }
-
-  let renewal: Promise<unknown> = Promise.resolve();
-  let renewing = false;
-  const timer = setInterval(() => {
-    if (renewing) return;
-    renewing = true;
-    renewal = Promise.allSettled(registrations.map(renewOne)).then((results) => {
-      renewing = false;
-      const failed = results.find((result) => result.status === "rejected");
-      if (failed) console.error(`a lease was not renewed, trying again: ${describe(failed.reason)}`);
-    });
-  }, (leaseSeconds * 1000) / 3);
-  return async () => {
-    clearInterval(timer);
-    await renewal;
-    await unregister(registrations);
-  };
-}
-
-/** Calls that do no work are answered at once. */
-const deadline = () => ({ deadline: Date.now() + 10_000 });
-
 // -------------------------------------------------------------------------------------------- the familiar calls
 
 /** Options of the familiar calls. The orchestrator is by default at `ORCHESTRATOR_ADDRESS`, else at 127.0.0.1:7700. */
 export type CallOptions = ServeOptions;
 
-const orchestratorOf = (options: CallOptions) =>
-  (options.orchestrator ?? process.env.ORCHESTRATOR_ADDRESS ?? "127.0.0.1:7700").replace(/^http:\/\//, "");
+function orchestratorOf({ orchestrator, waitSeconds }: CallOptions): Orchestrator {
+  const elsewhere = process.env.ORCHESTRATOR_ADDRESS || "127.0.0.1:7700";
+  const address = orchestrator ? orchestratorAddress(orchestrator) : orchestratorAddress(elsewhere, "ORCHESTRATOR_ADDRESS");
+  return { address, waitSeconds: waitSeconds ?? 30 };
+}
 
-const serving = new Map<OrchestratorContext, Promise<Served>>();
+const serving = new Map<OrchestratorContext, { options: ServeOptions; served: Promise<Served> }>();
 
 /** Serves and registers what is in `context`; once, however often it is asked. */
-function serve(context: OrchestratorContext, options: CallOptions): Promise<Served> {
-  let served = serving.get(context);
-  if (!served) {
-    served = serveSubsystems(context, { ...options, orchestrator: orchestratorOf(options) });
-    serving.set(context, served);
-    served.catch(() => serving.delete(context));
+async function serve(context: OrchestratorContext, options: CallOptions): Promise<void> {
+  const known = serving.get(context);
+  const all = { ...options, orchestrator: orchestratorOf(options).address };
+  if (known) {
+    const differs = (Object.keys(all) as Array<keyof CallOptions>).find(
+      (option) =>
+        option !== "waitSeconds" && all[option] !== undefined && !isDeepStrictEqual(all[option], known.options[option]),
+    );
+    if (differs) throw new Error(`what is in context is served with another ${differs}: first await stopServing(context)`);
+    await known.served;
+    return;
   }
-  return served;
+  const served = serveSubsystems(context, all);
+  serving.set(context, { options: all, served });
+  served.catch(() => serving.delete(context));
+  await served;
 }
 
 /** Ends what `runSingleCycle` and `startIntervalLoop` serve for `context`. Until then the process lives. */
 export async function stopServing(context: OrchestratorContext): Promise<void> {
-  const served = serving.get(context);
+  const known = serving.get(context);
   serving.delete(context);
-  await (await served)?.stop();
+  await (await known?.served)?.stop();
 }
 
 /** Serves and registers what is in `context` when it is first called with it, and runs one cycle. */
 export async function runSingleCycle(context: OrchestratorContext, options: CallOptions = {}): Promise<CycleTelemetry> {
+  checkOptions(options);
   await serve(context, options);
   const { telemetry } = await ask<{ telemetry: CycleTelemetry__Output | null }>(
     orchestratorOf(options),
-    (client, callback) => client.runCycle({}, callback),
+    (client, options, callback) => client.runCycle({}, options, callback),
+    // As long as the cycle takes.
+    Infinity,
   );
   return toTelemetry(telemetry!);
 }
@@ -562,27 +537,31 @@ export function startIntervalLoop(
   intervalMs = 5000,
   options: CallOptions & { /** Default "dreamnet". */ loop?: string } = {},
 ): IntervalLoop {
+  checkLoop(intervalMs, options);
   const { loop: name = "dreamnet", ...rest } = options;
   const orchestrator = orchestratorOf(rest);
-  const interval = { seconds: Math.floor(intervalMs / 1000), nanos: Math.round((intervalMs % 1000) * 1e6) };
-  const key = `${orchestrator} ${name}`;
+  const interval = duration(intervalMs);
+  const key = `${orchestrator.address} ${name}`;
   const earlier = loops.get(key);
   const started = (async () => {
     await earlier?.settled;
     await serve(context, rest);
-    await ask(orchestrator, (client, callback) =>
-      client.startIntervalLoop({ loop: { name, interval } }, deadline(), callback),
+    await ask(orchestrator, (client, options, callback) =>
+      client.startIntervalLoop({ loop: { name, interval } }, options, callback),
     );
   })();
 
   const own = { settled: started.catch(() => {}) };
   loops.set(key, own);
 
+  let stopping: Promise<void> | undefined;
   // `clearInterval` calls nobody, but a cleared timer no longer beats, and that can be watched.
   let beats = 0;
   const timer = setInterval(() => (beats += 1), BEAT_MS);
   const watch = setInterval(() => {
-    if (beats === 0) stop().catch((error) => console.error(`a loop was not stopped, trying again: ${describe(error)}`));
+    if (beats === 0 && !stopping) {
+      stop().catch((error) => console.error(`a loop was not stopped, trying again: ${describe(error)}`));
+    }
     beats = 0;
   }, 4 * BEAT_MS);
   started.catch((error) => {
@@ -591,7 +570,6 @@ export function startIntervalLoop(
     console.error(`the loop ${name} was not started: ${describe(error)}`);
   });
 
-  let stopping: Promise<void> | undefined;
   const stop = () => (stopping ??= stopOnce().catch((error) => {
     stopping = undefined;
     throw error;
@@ -601,7 +579,7 @@ export function startIntervalLoop(
     await started;
     // One that was started again under the same name is no longer this handle's to stop.
     if (loops.get(key) === own) {
-      const stopped = ask(orchestrator, (client, callback) => client.stopIntervalLoop({ name }, deadline(), callback));
+      const stopped = ask(orchestrator, (client, options, callback) => client.stopIntervalLoop({ name }, options, callback));
       own.settled = stopped.then(() => {}, () => {});
       await stopped.catch((error: ServiceError) => {
         // Not found: somebody else has stopped it.
@@ -615,9 +593,10 @@ export function startIntervalLoop(
 
 /** What the orchestrator has done last, and how many cycles in all. */
 export async function getStatus(options: CallOptions = {}): Promise<OrchestratorStatus> {
+  checkOptions(options);
   const answer = await ask<{ status: { lastCycle: CycleTelemetry__Output | null; totalCycles: number } | null }>(
     orchestratorOf(options),
-    (client, callback) => client.getStatus({}, deadline(), callback),
+    (client, options, callback) => client.getStatus({}, options, callback),
   );
   const { lastCycle, totalCycles } = answer.status!;
   return { totalCycles, ...(lastCycle && { lastCycle: toTelemetry(lastCycle) }) };

@@ -3,11 +3,12 @@
 import { types } from "node:util";
 import type { Struct, Struct__Output } from "./gen/google/protobuf/Struct.js";
 import type { Value, Value__Output } from "./gen/google/protobuf/Value.js";
+import { describe } from "./thrown.js";
 
 /** Plain data, as JSON has it. */
 export type Json = null | boolean | number | string | Json[] | { [key: string]: Json };
 
-/** A copy of a value as plain data, and what of it could not be copied: "PATH: WHY" each. */
+/** A copy of a value as plain data, and what of it is not as it was: "PATH: WHY" each. */
 export interface Snapshot {
   struct: Struct;
   dropped: string[];
@@ -52,7 +53,11 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
         case "boolean":
           return { boolValue: value };
         case "number":
-          return Number.isFinite(value) ? { numberValue: value } : drop(String(value));
+          if (!Number.isFinite(value)) return drop(String(value));
+          if (Math.abs(value) > Number.MAX_SAFE_INTEGER) drop("over 2^53, so not exact: give it as text");
+          return { numberValue: value };
+        case "bigint":
+          return drop("a BigInt: give it as text");
         case "string":
           if (!value.isWellFormed()) drop("half a surrogate pair, replaced");
           return { stringValue: value.toWellFormed() };
@@ -121,19 +126,6 @@ function unfitFor(value: object): string | undefined {
   if (types.isNativeError(value)) return "an Error";
   if (types.isAnyArrayBuffer(value) || ArrayBuffer.isView(value)) return "binary data";
   return undefined;
-}
-
-/** What was thrown, in words; of bounded length, whatever it is. */
-export function describe(error: unknown): string {
-  let text: string;
-  try {
-    // Of an object that is no error, its message says more than its text.
-    const { message = error } = Object(error) as { message?: unknown };
-    text = error instanceof Error ? `${error.name}: ${error.message}` : String(message);
-  } catch {
-    text = "something that can't be printed";
-  }
-  return text.slice(0, 1024).toWellFormed();
 }
 
 /** The fields of a `Struct` as plain data, frozen all through. */

@@ -47,7 +47,7 @@ const serve = () =>
     { [flags.name]: Total },
     {
       listen: flags.listen,
-      ...(flags.orchestrator && { orchestrator: flags.orchestrator }),
+      ...(flags.orchestrator && { orchestrator: flags.orchestrator, waitSeconds: 5 }),
       registrations: {
         [flags.name]: { requires: names(flags.requires), after: names(flags.after), reads: names(flags.reads) },
       },
@@ -61,7 +61,7 @@ while (!served) {
   } catch (error) {
     const { code, message } = error as ServiceError;
     if (code !== status.UNAVAILABLE && code !== status.DEADLINE_EXCEEDED) throw error;
-    // The orchestrator is not there yet.
+    // The orchestrator is not there yet: says so, and tries again for as long as it takes.
     console.error(message);
     await setTimeout(1000);
   }

@@ -1,10 +1,17 @@
-// DreamNet's 28 subsystems, in the order in which they have always run. `examples/dreamnet.toml` says the same to the
-// orchestrator; a test compares the two.
+// DreamNet's 28 subsystems, in the order of its own loop. `examples/dreamnet.toml` says the same to the orchestrator; a test
+// compares the two.
 
 import type { Registration } from "./gen/dreamnet/orchestrator/v1/Registration.js";
+import type { Json } from "./json.js";
 
-/** What a registration says of a subsystem, beside its name and its endpoint; see `Registration` in the contract. */
-export type Settings = Omit<Registration, "name" | "endpoint">;
+/**
+ * What a registration says of a subsystem, beside its name and its endpoint: see `Registration` in the contract. A duration
+ * is an object, `{ seconds: 30 }` or `{ nanos: 500_000_000 }`.
+ */
+export type Settings = Omit<Registration, "name" | "endpoint" | "parameters"> & {
+  /** Plain data. Numbers over 2^53 are refused: they are not exact. */
+  parameters?: Readonly<Record<string, Json>>;
+};
 
 const place = (phase: number, reads = "", after = "") => ({ phase, after: words(after), reads: words(reads) });
 const words = (text: string) => text.split(" ").filter(Boolean);
@@ -74,6 +81,22 @@ export const TOPOLOGY = {
 
 /** The name of one of the 28. */
 export type SubsystemName = keyof typeof TOPOLOGY;
+
+/**
+ * Those that DreamNet's loop hands to the others and never runs, though they have a `run`. NeuralMesh and
+ * AgentWalletManager, which it doesn't run either, have none.
+ */
+export const READ_ONLY = [
+  "IdentityGrid",
+  "ReputationLattice",
+  "NarrativeField",
+  "QuantumAnticipation",
+  "SlugTimeMemory",
+  "StarBridgeLungs",
+  "DreamCortex",
+  "WolfPack",
+  "PredatorScavengerLoop",
+] as const satisfies readonly SubsystemName[];
 
 // Keys that don't follow from the name.
 const KEYS: ReadonlyMap<string, string> = new Map([

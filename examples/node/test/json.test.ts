@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { SubsystemClient } from "../src/contract.js";
-import { describe, frozen, snapshot } from "../src/json.js";
+import { frozen, snapshot } from "../src/json.js";
+import { describe } from "../src/thrown.js";
 
 /** What arrives of a value: through the bytes of the wire. */
 function arrives(value: unknown, never: unknown[] = []) {

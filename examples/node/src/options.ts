@@ -1,0 +1,222 @@
+// What users give, checked before anything is served or asked. A refusal names the option, what it is, and what it takes.
+
+import { inspect } from "node:util";
+import { distance } from "fastest-levenshtein";
+import type { Struct } from "./gen/google/protobuf/Struct.js";
+import { snapshot } from "./json.js";
+import { TOPOLOGY, type Settings } from "./topology.js";
+
+/** How modules are served. */
+export interface ServeOptions {
+  /** Where to listen, "HOST:PORT". Port 0 takes a free one. Default "127.0.0.1:0". */
+  listen?: string;
+  /**
+   * Registers with the orchestrator at this "HOST", "HOST:PORT" or "http://HOST:PORT". Without it, its configuration file
+   * has to name them.
+   */
+  orchestrator?: string;
+  /** How long to wait for an orchestrator that is not up yet. Default 30 s; 0 does not wait. */
+  waitSeconds?: number;
+  /** How long a registration lives unless it is renewed, which is done three times as often. Default 30 s. */
+  leaseSeconds?: number;
+  /** Where the orchestrator dials it, if not at "http://" and the address it listens on. */
+  endpoint?: string;
+  /** Names of further ones that have a `run` and are yet only read by the others, beside those of `READ_ONLY`. */
+  readOnly?: readonly string[];
+  /** Names of those in `READ_ONLY` that cycles run all the same. */
+  run?: readonly string[];
+  /**
+   * What is registered of a subsystem, by name: its `timeout`, whether it is `critical`, `requires`, `parameters` and so on.
+   * What is left out is as in DreamNet's table, and else the service's default. Only with `orchestrator`.
+   */
+  registrations?: Readonly<Record<string, Settings>>;
+  /**
+   * Runs those of one phase one after another, in the order of DreamNet's table and then of `objects`, as DreamNet's own
+   * loop does: live objects that call each other end up in the same state in every cycle. Those that are only read have no
+   * place in that order, and what a registration says of it comes first. Otherwise they run side by side. Only with
+   * `orchestrator`: it is an `after` in the registration. Default true.
+   */
+  sequential?: boolean;
+}
+
+/** The port of an orchestrator whose address names none. */
+const PORT = 7700;
+
+/**
+ * Parses where an orchestrator listens: "HOST", "HOST:PORT" or "http://HOST:PORT", as its command line does.
+ *
+ * @returns "HOST:PORT"
+ * @throws what to give instead; `option` is what it was given as
+ */
+export function orchestratorAddress(value: unknown, option = "orchestrator"): string {
+  const takes = "HOST, HOST:PORT or http://HOST:PORT";
+  if (typeof value !== "string") return refuse(option, value, takes);
+  const [, scheme, rest] = /^(?:(\w+):\/\/)?(.*?)\/?$/s.exec(value.trim())!;
+  if (scheme === "https") return refuse(option, value, `${takes}: TLS is not spoken here`);
+  const address = scheme === undefined || scheme === "http" ? hostAndPort(rest!) : undefined;
+  if (!address || (scheme && !address.host)) return refuse(option, value, takes);
+  return `${address.host ?? "127.0.0.1"}:${address.port ?? (scheme ? 80 : PORT)}`;
+}
+
+function hostAndPort(text: string): { host?: string; port?: number } | undefined {
+  const [, host, port] = /^(\[[\da-f:.]+\]|[\w.-]+)?(?::(\d{1,5}))?$/i.exec(text) ?? [];
+  if ((host ?? port) === undefined || Number(port ?? 0) > 65_535) return undefined;
+  return { ...(host && { host }), ...(port && { port: Number(port) }) };
+}
+
+// -------------------------------------------------------------------------------------------- options
+
+/** Throws what to give instead of `value`, unless that is fine. `at` is the option that it was given as. */
+type Check = (value: unknown, at: string) => unknown;
+
+// The compiler misses here what is added to the options, or to the contract.
+type Checks<T> = { readonly [K in keyof Required<T>]: Check };
+type In<K extends keyof Settings> = Checks<NonNullable<Settings[K]>>;
+
+const RETRY: In<"retry"> = {
+  maxAttempts: whole(0),
+  initialBackoff: duration,
+  maxBackoff: duration,
+  backoffMultiplier: number("a number", Number.isFinite),
+  retryableStatusCodes: names,
+};
+const BREAKER: In<"breaker"> = { failureThreshold: whole(0), openFor: duration, disabled: flag };
+const LIMITS: In<"limits"> = {
+  maxMessageBytes: whole(0),
+  maxOutputBytes: whole(0),
+  maxMetrics: whole(0),
+  maxIssues: whole(0),
+};
+const REGISTRATION: Checks<Settings> = {
+  phase: whole(-(2 ** 31)),
+  requires: names,
+  after: names,
+  reads: names,
+  timeout: duration,
+  retry: fields(RETRY, "field of a retry policy"),
+  breaker: fields(BREAKER, "field of a breaker policy"),
+  critical: flag,
+  parameters: parametersOf,
+  limits: fields(LIMITS, "field of limits"),
+  recordOutput: flag,
+};
+const OPTIONS: Checks<ServeOptions> = {
+  listen: (value, at) => {
+    if (typeof value !== "string" || hostAndPort(value)?.port === undefined) refuse(at, value, 'a string, "HOST:PORT"');
+  },
+  orchestrator: orchestratorAddress,
+  waitSeconds: number("seconds, 0 or more", (seconds) => seconds >= 0),
+  leaseSeconds: number("seconds, more than 0", (seconds) => seconds > 0),
+  endpoint: text('a URL, such as "http://127.0.0.1:50051"'),
+  readOnly: names,
+  run: names,
+  registrations: (value, at) => {
+    for (const [name, settings] of entries(value, at, "an object with what is registered, by name")) {
+      fields(REGISTRATION, "field of a registration")(settings, `${at}.${name}`);
+    }
+  },
+  sequential: flag,
+};
+const LOOP_OPTIONS: Checks<ServeOptions & { loop?: string }> = { ...OPTIONS, loop: text("the loop's name") };
+
+/** Refuses what is no option, and what an option does not take. */
+export const checkOptions = (options: ServeOptions): void => void fields(OPTIONS, "option")(options, "");
+
+/** As `checkOptions`, for an interval loop. */
+export function checkLoop(intervalMs: number, options: ServeOptions & { loop?: string }): void {
+  number("milliseconds, more than 0", (ms) => ms > 0)(intervalMs, "intervalMs");
+  fields(LOOP_OPTIONS, "option")(options, "");
+}
+
+function refuse(at: string, value: unknown, takes: string): never {
+  const shown = inspect(value, { depth: 1, breakLength: Infinity, maxStringLength: 80 }).slice(0, 200);
+  throw new TypeError(`${at || "options"} is ${shown}: give ${takes}`);
+}
+
+function entries(value: unknown, at: string, takes: string): Array<[string, unknown]> {
+  if (typeof value !== "object" || value === null || Array.isArray(value)) return refuse(at, value, takes);
+  return Object.entries(value).filter(([, item]) => item !== undefined);
+}
+
+/** An object with no other fields than those of `checks`. */
+function fields<T>(checks: Checks<T>, what: string): Check {
+  return (value, at) => {
+    const known = Object.keys(checks);
+    for (const [name, item] of entries(value, at, `an object with ${known.join(", ")}`)) {
+      const inside = at ? `${at}.${name}` : name;
+      if (!known.includes(name)) {
+        throw new TypeError(`${inside} is no ${what}: ${suggest(name, known) ?? `there are ${known.join(", ")}`}`);
+      }
+      if (item !== null) checks[name as keyof T](item, inside);
+    }
+  };
+}
+
+function flag(value: unknown, at: string): void {
+  if (typeof value !== "boolean") refuse(at, value, "true or false");
+}
+
+function text(takes: string): Check {
+  return (value, at) => (typeof value === "string" && value) || refuse(at, value, takes);
+}
+
+function number(takes: string, fits: (value: number) => boolean): Check {
+  return (value, at) => (typeof value === "number" && Number.isFinite(value) && fits(value)) || refuse(at, value, takes);
+}
+
+/** A whole number that the contract has 32 bits for. */
+function whole(least: number): Check {
+  const most = least < 0 ? -least - 1 : 2 ** 32 - 1;
+  return number(`a whole number from ${least} to ${most}`, (value) => {
+    return Number.isInteger(value) && least <= value && value <= most;
+  });
+}
+
+function names(value: unknown, at: string): void {
+  const fine = Array.isArray(value) && value.every((name) => typeof name === "string");
+  if (!fine) refuse(at, value, 'an array of names, such as ["FieldLayer"]');
+}
+
+function duration(value: unknown, at: string): void {
+  const example = typeof value === "number" && Number.isInteger(value) ? value : 30;
+  const takes = `a duration as an object, such as { seconds: ${example} } or { nanos: 500_000_000 }`;
+  for (const [field, item] of entries(value, at, takes)) {
+    // Of what is no number, the contract takes one as text, or as a Long.
+    const fine = Number.isSafeInteger(typeof item === "number" ? item : Number(String(item)));
+    if (!fine || (field !== "seconds" && field !== "nanos")) refuse(at, value, takes);
+  }
+}
+
+/**
+ * Parameters as the contract has them.
+ *
+ * @throws what of them can't be sent: what JSON can't carry, and numbers that are not exact
+ */
+export function parametersOf(value: unknown, at: string): Struct {
+  entries(value, at, "an object with plain data");
+  const { struct, dropped } = snapshot(value);
+  if (dropped.length > 0) throw new TypeError(`${at} can't be sent: ${dropped.join("; ")}`);
+  return struct;
+}
+
+// -------------------------------------------------------------------------------------------- names
+
+/** The question whether one of `known` is meant by `name`, if one looks like it. */
+export function suggest(name: string, known: Iterable<string>): string | undefined {
+  const meant = alike(name, known);
+  return meant && `did you mean ${meant}?`;
+}
+
+/** The one of DreamNet's 28 that `name` seems to mean, but is not. */
+export const misspelt = (name: string): string | undefined =>
+  // One that has a number has it on purpose: another instance.
+  Object.hasOwn(TOPOLOGY, name) || /\d/.test(name) ? undefined : alike(name, Object.keys(TOPOLOGY));
+
+/** The one of `known` that differs in case, a sign, "Core", or in a letter or two. */
+function alike(name: string, known: Iterable<string>): string | undefined {
+  const plain = (name: string) => name.toLowerCase().replace(/[^\p{L}\p{N}]|core$/gu, "");
+  const near = [...known].map((other) => ({ other, letters: distance(plain(name), plain(other)) }));
+  near.sort((a, b) => a.letters - b.letters);
+  const [best] = near;
+  return best && best.letters <= Math.min(2, Math.floor(best.other.length / 4)) ? best.other : undefined;
+}

@@ -1,0 +1,119 @@
+// Calls of the orchestrator. They wait until it is up.
+
+import { credentials, status, type ServiceError } from "@grpc/grpc-js";
+import { OrchestratorClient } from "./contract.js";
+import type { Registration } from "./gen/dreamnet/orchestrator/v1/Registration.js";
+import { describe } from "./thrown.js";
+
+/** An orchestrator, and how long to wait for it. */
+export interface Orchestrator {
+  /** "HOST:PORT". */
+  readonly address: string;
+  readonly waitSeconds: number;
+}
+
+type Client = InstanceType<typeof OrchestratorClient>;
+type Deadline = { deadline: number };
+type Callback<A> = (error: ServiceError | null, answer?: A) => void;
+
+/** Calls that do no work are answered at once. */
+const ANSWER_MS = 10_000;
+
+/** Waits until the orchestrator is up, calls it, and waits for the answer: for 10 s, if `answerMs` does not say otherwise. */
+export async function ask<A>(
+  { address, waitSeconds }: Orchestrator,
+  call: (client: Client, options: Deadline, callback: Callback<A>) => void,
+  answerMs = ANSWER_MS,
+): Promise<A> {
+  // One that comes up is noticed within a second.
+  const client = new OrchestratorClient(address, credentials.createInsecure(), { "grpc.max_reconnect_backoff_ms": 1000 });
+  const answer = <A>(call: (client: Client, options: Deadline, callback: Callback<A>) => void, ms: number) =>
+    new Promise<A>((resolve, reject) =>
+      call(client, { deadline: Date.now() + ms }, (error, answer) => (error ? reject(error) : resolve(answer!))),
+    );
+  const failure = (what: string, error: unknown) =>
+    Object.assign(new Error(`the orchestrator at ${address} ${what}`, { cause: error }), {
+      code: (error as ServiceError).code,
+    });
+  try {
+    const isUp = await new Promise<boolean>((resolve) =>
+      client.waitForReady(Date.now() + waitSeconds * 1000, (error) => resolve(!error)),
+    );
+    if (!isUp) {
+      // Only a call is told why, or finds it up by now.
+      await answer((client, options, callback) => client.getStatus({}, options, callback), ANSWER_MS).catch((error) => {
+        const { code, details } = error as ServiceError;
+        if (code !== status.UNAVAILABLE && code !== status.DEADLINE_EXCEEDED) return;
+        throw failure(`can't be reached, tried for ${waitSeconds} s: ${status[code]}: ${details}`, error);
+      });
+    }
+    return await answer(call, answerMs).catch((error) => {
+      const { code, details } = error as ServiceError;
+      throw failure(`answered ${status[code]}: ${details}`, error);
+    });
+  } finally {
+    client.close();
+  }
+}
+
+/** Registers with a lease and renews it, until the function that it returns is called. */
+export async function register(
+  registrations: ReadonlyArray<Registration & { name: string }>,
+  orchestrator: Orchestrator,
+  leaseSeconds: number,
+): Promise<() => Promise<void>> {
+  const lease = duration(leaseSeconds * 1000);
+  const registerOne = (registration: Registration, orchestrator: Orchestrator) =>
+    ask(orchestrator, (client, options, callback) => client.registerSubsystem({ registration, lease }, options, callback));
+  // It is tried again soon, or not needed any more.
+  const atOnce = { ...orchestrator, waitSeconds: 0 };
+  const renewOne = async (registration: Registration & { name: string }) => {
+    try {
+      const { name } = registration;
+      await ask(atOnce, (client, options, callback) => client.renewLease({ name }, options, callback));
+    } catch (error) {
+      // The lease has expired, or somebody has registered it without one.
+      const { code } = error as ServiceError;
+      if (code !== status.NOT_FOUND && code !== status.FAILED_PRECONDITION) throw error;
+      await registerOne(registration, atOnce);
+    }
+  };
+  // Whatever can't be taken out now ends with its lease.
+  const unregister = (registered: typeof registrations) =>
+    Promise.allSettled(
+      registered.map(({ name }) =>
+        ask(atOnce, (client, options, callback) => client.unregisterSubsystem({ name }, options, callback)),
+      ),
+    );
+  for (const [position, registration] of registrations.entries()) {
+    try {
+      await registerOne(registration, orchestrator);
+    } catch (error) {
+      await unregister(registrations.slice(0, position));
+      throw error;
+    }
+  }
+
+  let renewal: Promise<unknown> = Promise.resolve();
+  let renewing = false;
+  const timer = setInterval(() => {
+    if (renewing) return;
+    renewing = true;
+    renewal = Promise.allSettled(registrations.map(renewOne)).then((results) => {
+      renewing = false;
+      const failed = results.find((result) => result.status === "rejected");
+      if (failed) console.error(`a lease was not renewed, trying again: ${describe(failed.reason)}`);
+    });
+  }, (leaseSeconds * 1000) / 3);
+  return async () => {
+    clearInterval(timer);
+    await renewal;
+    await unregister(registrations);
+  };
+}
+
+/** Milliseconds as the contract has them. */
+export const duration = (ms: number) => ({
+  seconds: Math.floor(ms / 1000),
+  nanos: Math.min(Math.round((ms % 1000) * 1e6), 999_999_999),
+});

@@ -1,0 +1,150 @@
+// What users give wrong is refused before anything is served: by its name, with what to give instead.
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { getStatus, runSingleCycle, serveSubsystems, startIntervalLoop } from "../src/dreamnet.js";
+import { orchestratorAddress, parametersOf } from "../src/options.js";
+
+const module = { run() {} };
+// Whoever gets as far as this has been accepted.
+const nobody = { orchestrator: "127.0.0.1:1", waitSeconds: 0 };
+
+/** Serving with these options is refused with just this text. */
+async function refused(options: object, text: string, objects: Record<string, object> = { FieldLayer: module }) {
+  await assert.rejects(serveSubsystems(objects, { ...nobody, ...options }), { message: text });
+}
+
+test("what is no option is refused, with the one that is meant", async () => {
+  await refused({ leaseSecond: 30 }, "leaseSecond is no option: did you mean leaseSeconds?");
+  await refused({ readonly: [] }, "readonly is no option: did you mean readOnly?");
+  const all = "listen, orchestrator, waitSeconds, leaseSeconds, endpoint, readOnly, run, registrations, sequential";
+  await refused({ timeout: 30 }, `timeout is no option: there are ${all}`);
+  for (const call of [
+    () => runSingleCycle({}, { ...nobody, orchestrater: "x" } as object),
+    () => getStatus({ ...nobody, orchestrater: "x" } as object),
+    async () => startIntervalLoop({}, 5000, { ...nobody, orchestrater: "x" } as object),
+  ]) {
+    await assert.rejects(call(), { message: "orchestrater is no option: did you mean orchestrator?" });
+  }
+  assert.throws(() => startIntervalLoop({}, 5000, { lop: "x" } as object), { message: "lop is no option: did you mean loop?" });
+  await refused({ loop: "x" }, `loop is no option: there are ${all}`);
+});
+
+test("what an option does not take is refused, with what it takes", async () => {
+  await refused({ listen: "127.0.0.1" }, "listen is '127.0.0.1': give a string, \"HOST:PORT\"");
+  await refused({ listen: 50051 }, 'listen is 50051: give a string, "HOST:PORT"');
+  await refused({ leaseSeconds: 0 }, "leaseSeconds is 0: give seconds, more than 0");
+  await refused({ leaseSeconds: "30s" }, "leaseSeconds is '30s': give seconds, more than 0");
+  await refused({ waitSeconds: NaN }, "waitSeconds is NaN: give seconds, 0 or more");
+  await refused({ readOnly: "FieldLayer" }, "readOnly is 'FieldLayer': give an array of names, such as [\"FieldLayer\"]");
+  await refused({ sequential: "no" }, "sequential is 'no': give true or false");
+  await refused({ registrations: [] }, "registrations is []: give an object with what is registered, by name");
+  assert.throws(() => startIntervalLoop({}, NaN, nobody), { message: "intervalMs is NaN: give milliseconds, more than 0" });
+  assert.throws(() => startIntervalLoop({}, "5s" as any, nobody), { message: "intervalMs is '5s': give milliseconds, more than 0" });
+});
+
+test("what a registration does not take is refused by its place", async () => {
+  const registered = (settings: object, text: string) => refused({ registrations: { FieldLayer: settings } }, text);
+  const at = "registrations.FieldLayer";
+  const duration = "give a duration as an object, such as { seconds: 30 } or { nanos: 500_000_000 }";
+  await registered({ timeout: 30 }, `${at}.timeout is 30: ${duration}`);
+  await registered({ timeout: "30s" }, `${at}.timeout is '30s': ${duration}`);
+  await registered({ timeout: { seconds: 0.5 } }, `${at}.timeout is { seconds: 0.5 }: ${duration}`);
+  await registered({ timeout: { ms: 500 } }, `${at}.timeout is { ms: 500 }: ${duration}`);
+  await registered({ breaker: { openFor: 5 } }, `${at}.breaker.openFor is 5: ${duration.replace("30", "5")}`);
+  await registered({ timout: {} }, `${at}.timout is no field of a registration: did you mean timeout?`);
+  await registered({ retry: { attempts: 3 } }, `${at}.retry.attempts is no field of a retry policy: ` +
+    "there are maxAttempts, initialBackoff, maxBackoff, backoffMultiplier, retryableStatusCodes");
+  await registered({ retry: { maxAttempt: 3 } }, `${at}.retry.maxAttempt is no field of a retry policy: did you mean maxAttempts?`);
+  await registered({ limits: { maxMetrics: -1 } }, `${at}.limits.maxMetrics is -1: give a whole number from 0 to 4294967295`);
+  await registered({ phase: "30" }, `${at}.phase is '30': give a whole number from -2147483648 to 2147483647`);
+  await registered({ critical: "no" }, `${at}.critical is 'no': give true or false`);
+  await registered({ reads: "NeuralMesh" }, `${at}.reads is 'NeuralMesh': give an array of names, such as ["FieldLayer"]`);
+  await registered(30 as any, `${at} is 30: give an object with phase, requires, after, reads, timeout, retry, breaker, ` +
+    "critical, parameters, limits, recordOutput");
+});
+
+test("parameters are plain data, and refused where they would arrive as something else", async () => {
+  const registered = (parameters: unknown, text: string) =>
+    refused({ registrations: { FieldLayer: { parameters } } }, `registrations.FieldLayer.parameters ${text}`);
+  await registered({ id: 2n ** 60n }, "can't be sent: id: a BigInt: give it as text");
+  await registered({ id: 2 ** 53 }, "can't be sent: id: over 2^53, so not exact: give it as text");
+  await registered({ inner: [{ ratio: NaN }] }, "can't be sent: inner[0].ratio: NaN");
+  await registered({ made: new Map() }, "can't be sent: made: a Map");
+  await registered("fast", "is 'fast': give an object with plain data");
+  assert.deepEqual(parametersOf({ most: 2 ** 53 - 1, slow: true }, "parameters"), {
+    fields: { most: { numberValue: 2 ** 53 - 1 }, slow: { boolValue: true } },
+  });
+});
+
+test("misspelt names of modules are refused, with the one that is meant", async () => {
+  const own = (name: string) => `One of your own is named in registrations as well: { "${name}": {} }`;
+  for (const [name, meant] of [
+    ["FieldLayr", "FieldLayer"],
+    ["fieldLayer", "FieldLayer"],
+    ["DreamVaultCore", "DreamVault"],
+    ["DreamTank", "DreamTankCore"],
+    ["wolf_pack", "WolfPack"],
+  ] as const) {
+    await refused({}, `${name} is none of DreamNet's: did you mean ${meant}? ${own(name)}`, { [name]: module });
+    await assert.rejects(runSingleCycle({ [name]: module }, nobody), /did you mean/);
+  }
+  await refused({ readOnly: ["FieldLayr"] }, "readOnly names FieldLayr, which is not among the objects: did you mean FieldLayer?");
+  await refused({ run: ["WolfPack"] }, "run names WolfPack, which is not among the objects");
+  await refused({ run: ["FieldLayer"], readOnly: ["FieldLayer"] }, "FieldLayer is named in run and in readOnly");
+  await refused(
+    { registrations: { Fieldlayer: {} } },
+    "registrations names Fieldlayer, which is not among the objects: did you mean FieldLayer?",
+  );
+  await refused(
+    { registrations: { FieldLayer: { reads: ["NeuralMsh"] } } },
+    "registrations.FieldLayer names NeuralMsh, which is none of DreamNet's: did you mean NeuralMesh?",
+  );
+});
+
+test("names of one's own are taken", async () => {
+  // None of these gets any further than to an orchestrator that isn't there.
+  const taken = (objects: object, options = {}) =>
+    assert.rejects(serveSubsystems(objects as Record<string, object>, { ...nobody, ...options }), /can't be reached/);
+  await taken({ total: module, agents: [], Wolf: module });
+  // Another instance, and one that is said to be meant.
+  await taken({ FieldLayer2: module });
+  await taken({ DreamShip: module }, { registrations: { DreamShip: { reads: ["sensor", "NeuralMesh3"] } } });
+});
+
+test("an orchestrator is given in the same forms everywhere", async () => {
+  for (const [given, address] of [
+    ["127.0.0.1:7701", "127.0.0.1:7701"],
+    ["http://127.0.0.1:7701", "127.0.0.1:7701"],
+    ["http://127.0.0.1:7701/", "127.0.0.1:7701"],
+    [" orchestrator.internal:80 ", "orchestrator.internal:80"],
+    ["orchestrator.internal", "orchestrator.internal:7700"],
+    ["http://orchestrator.internal", "orchestrator.internal:80"],
+    ["[::1]:7701", "[::1]:7701"],
+    ["http://[::1]", "[::1]:80"],
+    [":7701", "127.0.0.1:7701"],
+  ] as const) {
+    assert.equal(orchestratorAddress(given), address);
+  }
+  const forms = "give HOST, HOST:PORT or http://HOST:PORT";
+  for (const given of ["", "http://", "http://:1", "ftp://host", "unix:/run/it", "host:99999", "a b:1", "host:1/path", "::1", 7700, {}]) {
+    assert.throws(() => orchestratorAddress(given), (error: Error) => error.message.endsWith(forms), String(given));
+  }
+  assert.throws(() => orchestratorAddress("https://host:1"), { message: `orchestrator is 'https://host:1': ${forms}: TLS is not spoken here` });
+
+  const orchestrator = "http://127.0.0.1:1";
+  const unreachable = /the orchestrator at 127\.0\.0\.1:1 can't be reached/;
+  await refusedBy(() => serveSubsystems({ FieldLayer: module }, { ...nobody, orchestrator }), unreachable);
+  await refusedBy(() => runSingleCycle({ FieldLayer: module }, { ...nobody, orchestrator }), unreachable);
+  await refusedBy(() => getStatus({ ...nobody, orchestrator }), unreachable);
+  process.env.ORCHESTRATOR_ADDRESS = orchestrator;
+  try {
+    await refusedBy(() => getStatus({ waitSeconds: 0 }), unreachable);
+    process.env.ORCHESTRATOR_ADDRESS = "https://127.0.0.1:1";
+    await refusedBy(() => getStatus({ waitSeconds: 0 }), /^ORCHESTRATOR_ADDRESS is 'https:\/\/127\.0\.0\.1:1': give HOST/);
+  } finally {
+    delete process.env.ORCHESTRATOR_ADDRESS;
+  }
+});
+
+const refusedBy = (call: () => Promise<unknown>, message: RegExp) => assert.rejects(call(), { message });
