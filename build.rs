@@ -23,7 +23,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write(out, descriptors.encode_to_vec())?;
 
     carry_as_bytes(&mut descriptors);
-    tonic_prost_build::configure().bytes(".").btree_map(".").compile_fds(descriptors)?;
+    let mut config = prost_build::Config::new();
+    // A request is looked over by the name of its message.
+    config.enable_type_names();
+    let builder = tonic_prost_build::configure().bytes(".").btree_map(".").codec_path("crate::proto::codec::Codec");
+    builder.compile_fds_with_config(descriptors, config)?;
     Ok(())
 }
 

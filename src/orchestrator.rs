@@ -425,6 +425,11 @@ impl Orchestrator {
         plan.schedule(subset)
     }
 
+    /// How many subsystems are registered.
+    pub fn subsystem_count(&self) -> usize {
+        self.0.state().registry.len()
+    }
+
     /// That all these are registered.
     ///
     /// # Errors
@@ -706,7 +711,7 @@ impl Shared {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    async fn admit_once(&self, request: CycleRequest) -> Result<Found, Refusal> {
+    async fn admit_once(&self, mut request: CycleRequest) -> Result<Found, Refusal> {
         let max_queued = self.settings().max_queued;
         let mut looked_at = None;
         loop {
@@ -718,8 +723,10 @@ impl Shared {
                 // A cycle that was recorded since the history was looked into may be the one.
                 let is_new = request.request_id.is_none() || looked_at == Some(state.last_revision);
                 if is_new {
-                    for name in request.subset.iter().flat_map(|names| names.iter()) {
-                        state.registry.get(name)?;
+                    if let Some(subset) = &mut request.subset {
+                        // Its names are kept as long as it waits: those of the registry are there anyway.
+                        let kept = |name| Ok(state.registry.get(name)?.member.subsystem.name.clone());
+                        *subset = subset.iter().map(kept).collect::<Result<_, Refusal>>()?;
                     }
                     let admitted = state.admit(request, max_queued)?;
                     drop(state);
@@ -835,6 +842,8 @@ impl Shared {
             bad.add("subsystems", format!("are {named}; registry.max_subsystems allows {max}"));
             return Err(Refusal::Invalid(bad));
         }
+        // Many names take a while to read.
+        let wanted = IntervalLoop::from_spec(spec);
         let _writing = self.writing.lock().await;
         let now = self.clock.now();
         let (settings, declared) = {
@@ -843,7 +852,7 @@ impl Shared {
             match earlier {
                 Some(earlier) if earlier.declared => {
                     let only_named = *spec == LoopSpec { name: spec.name.clone(), ..LoopSpec::default() };
-                    if !only_named && IntervalLoop::from_spec(spec)? != *earlier.settings {
+                    if !only_named && wanted? != *earlier.settings {
                         return Err(Refusal::DeclaredInConfig(earlier.settings.name.clone()));
                     }
                     if !earlier.state.stopped {
@@ -852,14 +861,14 @@ impl Shared {
                     ((*earlier.settings).clone(), true)
                 }
                 Some(earlier) => {
-                    let settings = IntervalLoop::from_spec(spec)?;
+                    let settings = wanted?;
                     if settings == *earlier.settings {
                         return Ok(earlier);
                     }
                     (settings, false)
                 }
                 None => {
-                    let settings = IntervalLoop::from_spec(spec)?;
+                    let settings = wanted?;
                     if state.loops.len() >= self.settings().max_loops {
                         return Err(Refusal::TooManyLoops(state.loops.len()));
                     }

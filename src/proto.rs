@@ -3,6 +3,10 @@
 
 #![allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated; the proto files are the reference")]
 
+use std::sync::OnceLock;
+
+pub mod bounds;
+pub mod codec;
 pub mod json;
 
 /// What subsystems implement.
@@ -23,6 +27,12 @@ pub mod orchestrator {
 
 /// An encoded `google.protobuf.FileDescriptorSet` of both packages, with imports and source info.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// [`DESCRIPTORS`], read.
+fn descriptors() -> Option<&'static prost_reflect::DescriptorPool> {
+    static POOL: OnceLock<Option<prost_reflect::DescriptorPool>> = OnceLock::new();
+    POOL.get_or_init(|| prost_reflect::DescriptorPool::decode(DESCRIPTORS).ok()).as_ref()
+}
 
 /// A time as protobuf has it.
 pub fn timestamp(time: jiff::Timestamp) -> prost_types::Timestamp {

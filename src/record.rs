@@ -2,7 +2,7 @@
 //!
 //! A cycle is encoded once, here, and the bytes are what is committed, answered and streamed.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -187,7 +187,7 @@ pub struct Participation {
     /// Cycles in which one of these took part; empty means any.
     pub subsystems: HashSet<Name>,
     /// And its part ended so, by the numbers of the contract; empty means any.
-    pub states: Vec<i32>,
+    pub states: BTreeSet<i32>,
 }
 
 impl Participation {

@@ -152,7 +152,7 @@ impl Service {
         let stopped = stop_server.clone().cancelled_owned();
         memory.requests.set_max(config.server.max_receiving_bytes);
         let receiving = Receiving::new(memory.requests.clone());
-        let api = Api::new(orchestrator.clone());
+        let api = Api::new(orchestrator.clone(), memory.requests.clone());
         let router = listen::server(config.server.max_concurrent_streams)
             // What a client may send ahead of being read: requests are small, so this bounds memory and slows nothing.
             .initial_stream_window_size(256 << 10)

@@ -760,7 +760,7 @@ async fn a_plan_tells_what_a_cycle_would_do_and_runs_nothing() {
     assert_eq!(stage.client.status().await.unwrap().total_cycles, 0);
 
     stage.client.run().await.unwrap();
-    let request = pb::PlanCycleRequest { subsystems: names(["b", "nobody"]) };
+    let request = pb::PlanCycleRequest { subsystems: names(["b", "nobody"]), ..Default::default() };
     let plan = stage.client.plan_cycle(request).await.unwrap().into_inner().plan.unwrap();
     let planned: Vec<_> = plan.subsystems.iter().map(|it| (it.name.as_str(), it.skip_reason())).collect();
     assert_eq!(planned, [("b", SkipReason::Unspecified), ("nobody", SkipReason::NotRegistered)]);

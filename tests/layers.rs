@@ -12,7 +12,7 @@ use std::{
 const MAY_USE: &[(&str, &[&str])] = &[
     ("memory", &[]),
     ("model", &[]),
-    ("proto", &[]),
+    ("proto", &["model"]),
     ("clock", &[]),
     ("ports", &["model"]),
     ("engine", &["memory", "model", "ports"]),

@@ -4,19 +4,23 @@ mod error;
 mod request;
 mod response;
 
-use std::{pin::Pin, sync::Arc};
+use std::{panic::resume_unwind, pin::Pin, sync::Arc};
 
 use futures_util::{Stream, stream};
 use jiff::Timestamp;
 use prost::Message;
-use tokio::sync::Semaphore;
+use tokio::{
+    sync::Semaphore,
+    task::{spawn_blocking, yield_now},
+};
 use tonic::{Request, Response, Status};
 
 use self::error::status;
 pub use self::response::plan;
 use crate::{
+    memory::{Held, Memory},
     model::Name,
-    orchestrator::{Orchestrator, Page, Refusal, Registered},
+    orchestrator::{Orchestrator, Page, Refusal, Registered, Schedule},
     proto::{
         orchestrator::v1::{
             self as pb,
@@ -38,17 +42,57 @@ pub fn service(api: Api, max_request_bytes: usize) -> OrchestratorServer<impl Se
 #[derive(Clone)]
 pub struct Api {
     orchestrator: Orchestrator,
+    /// What requests have become, while they wait.
+    requests: Memory,
     /// For those who ask for the snapshots of all: what comes is of any size until it is seen what fits.
     asking_all: Arc<Semaphore>,
+    /// What takes long is done one at a time, so that it takes no more than one processor from cycles.
+    turn: Arc<Semaphore>,
 }
 
 /// How many may ask for the snapshots of all at one time; the others wait.
 const MAX_ASKING_ALL: usize = 2;
 
 impl Api {
-    /// The RPCs of this orchestrator.
-    pub fn new(orchestrator: Orchestrator) -> Self {
-        Self { orchestrator, asking_all: Arc::new(Semaphore::new(MAX_ASKING_ALL)) }
+    /// The RPCs of this orchestrator. What requests become is held under the limit for `requests`.
+    pub fn new(orchestrator: Orchestrator, requests: Memory) -> Self {
+        let [asking_all, turn] = [MAX_ASKING_ALL, 1].map(|places| Arc::new(Semaphore::new(places)));
+        Self { orchestrator, requests, asking_all, turn }
+    }
+
+    /// Room for what a request becomes, for as long as it waits: lists of short texts grow the most.
+    fn hold(&self, request: &impl Message) -> Result<Held, Status> {
+        const GROWTH: usize = 16;
+        self.requests
+            .try_hold(request.encoded_len().saturating_mul(GROWTH))
+            .map_err(|full| status(Refusal::MemoryFull(full)))
+    }
+
+    /// Does what goes over so many subsystems: where they are many it may take milliseconds, and is done where no cycle waits
+    /// for it.
+    async fn over<T: Send + 'static>(
+        &self,
+        subsystems: usize,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        const FEW: usize = 512;
+        if subsystems <= FEW {
+            return Ok(work());
+        }
+        let turn = self.turn.clone().acquire_owned().await;
+        let done = spawn_blocking(move || {
+            let _turn = turn;
+            work()
+        });
+        done.await.map_err(|ended| match ended.try_into_panic() {
+            Ok(panic) => resume_unwind(panic),
+            Err(_runtime_is_shut_down) => status(Refusal::Draining),
+        })
+    }
+
+    async fn schedule(&self, subset: Option<Arc<[Name]>>) -> Result<Schedule, Status> {
+        let orchestrator = self.orchestrator.clone();
+        self.over(orchestrator.subsystem_count(), move || orchestrator.plan_cycle(subset.as_deref())).await
     }
 }
 
@@ -61,7 +105,8 @@ fn invalid(violations: crate::model::Violations) -> Status {
 
 impl Api {
     fn subsystem_status(&self, registered: &Registered) -> pb::SubsystemStatus {
-        response::subsystem_status(&self.orchestrator, registered, false, None)
+        let status = response::subsystem_status(&self.orchestrator, registered, false, None);
+        pb::SubsystemStatus { last: status.last.map(response::listed_part), ..status }
     }
 
     /// The status of each, as many as fit in one answer.
@@ -72,12 +117,14 @@ impl Api {
         let mut statuses = Vec::with_capacity(of.len());
         let mut bytes = 0;
         for some in of.chunks(AT_ONCE) {
+            // Of many it takes a while.
+            yield_now().await;
             let mut snapshots =
                 if with_snapshots { self.orchestrator.snapshots(some).await } else { Vec::new() }.into_iter();
             for registered in some {
                 let mut status = response::subsystem_status(&self.orchestrator, registered, false, snapshots.next());
                 status.last = status.last.map(response::listed_part);
-                bytes += status.encoded_len() + 8;
+                bytes += status.encoded_len() + response::AROUND;
                 if bytes > room {
                     return (statuses, false);
                 }
@@ -93,15 +140,21 @@ impl Service for Api {
     async fn run_cycle(&self, request: Request<pb::RunCycleRequest>) -> Answer<pb::RunCycleResponse> {
         let trace = request::trace(request.metadata());
         let request = request.into_inner();
+        let (held, named) = (self.hold(&request)?, request.subsystems.len());
         let (validate_only, is_async) = (request.validate_only, request.r#async);
-        let request = request::cycle(request, trace, Timestamp::now()).map_err(invalid)?;
+        let read = move || request::cycle(request, trace, Timestamp::now());
+        let request = self.over(named, read).await?.map_err(invalid)?;
         if validate_only {
-            let subset = request.subset.as_deref();
-            self.orchestrator.check_registered(subset).map_err(status)?;
-            let plan = response::plan(self.orchestrator.plan_cycle(subset));
+            self.orchestrator.check_registered(request.subset.as_deref()).map_err(status)?;
+            let (plan, next) = response::plan_page(self.schedule(request.subset).await?, 0, usize::MAX, MAX_ANSWER);
+            if next.is_some() {
+                return Err(error::answer_too_large("ask PlanCycle, which has pages"));
+            }
             return Ok(Response::new(pb::RunCycleResponse { plan: Some(plan), ..Default::default() }));
         }
         let ticket = self.orchestrator.run_cycle(request, is_async).await.map_err(status)?;
+        // What is left of the request is the cycle's.
+        drop(held);
         let cycle_id = ticket.cycle_id.0;
         let record = if is_async { ticket.record_now() } else { Some(ticket.recorded().await.map_err(status)?) };
         let telemetry = record.map(|record| record.bytes.clone()).unwrap_or_default();
@@ -120,14 +173,12 @@ impl Service for Api {
         if omit_last_cycle {
             status.last = None;
         }
+        let loops = std::mem::take(&mut status.loops);
         let mut answer = response::status(status);
-        if answer.encoded_len() > MAX_ANSWER {
-            for status in &mut answer.loops {
-                status.not_run.clear();
-                let settings = status.r#loop.take().unwrap_or_default();
-                status.r#loop =
-                    Some(pb::IntervalLoop { subsystems: Vec::new(), parameters: bytes::Bytes::new(), ..settings });
-            }
+        let room = MAX_ANSWER.saturating_sub(answer.encoded_len());
+        answer.loops = response::listed_loops(&loops, room);
+        if answer.encoded_len() > MAX_ANSWER && !answer.loops.is_empty() {
+            answer.last_cycle.clear();
         }
         if include_subsystems || include_snapshots {
             let room = MAX_ANSWER.saturating_sub(answer.encoded_len());
@@ -174,16 +225,22 @@ impl Service for Api {
     }
 
     async fn plan_cycle(&self, request: Request<pb::PlanCycleRequest>) -> Answer<pb::PlanCycleResponse> {
-        let subset = request::subset_only(&request.into_inner().subsystems).map_err(invalid)?;
-        let plan = response::plan(self.orchestrator.plan_cycle(subset.as_deref()));
-        Ok(Response::new(pb::PlanCycleResponse { plan: Some(plan) }))
+        let request = request.into_inner();
+        let _held = self.hold(&request)?;
+        let read = self.over(request.subsystems.len(), move || request::plan(request)).await?;
+        let request::PlanPage { subset, from, page_size } = read.map_err(invalid)?;
+        let (plan, next) = response::plan_page(self.schedule(subset).await?, from, page_size, MAX_ANSWER);
+        let next_page_token = next.map(|next| next.to_string()).unwrap_or_default();
+        Ok(Response::new(pb::PlanCycleResponse { plan: Some(plan), next_page_token }))
     }
 
     async fn register_subsystem(
         &self,
         request: Request<pb::RegisterSubsystemRequest>,
     ) -> Answer<pb::RegisterSubsystemResponse> {
-        let pb::RegisterSubsystemRequest { registration, lease } = request.into_inner();
+        let request = request.into_inner();
+        let _held = self.hold(&request)?;
+        let pb::RegisterSubsystemRequest { registration, lease } = request;
         let subsystem = request::registration(registration).map_err(invalid)?;
         let lease = request::lease(lease).map_err(invalid)?;
         let (registered, created) = self.orchestrator.register(subsystem, lease).await.map_err(status)?;
@@ -208,7 +265,22 @@ impl Service for Api {
         } else {
             None
         };
-        let subsystem = response::subsystem_status(&self.orchestrator, &registered, include_output, snapshot);
+        let mut subsystem = response::subsystem_status(&self.orchestrator, &registered, include_output, snapshot);
+        if subsystem.encoded_len() + response::AROUND > MAX_ANSWER {
+            subsystem.last = subsystem.last.map(response::listed_part);
+        }
+        if subsystem.encoded_len() + response::AROUND > MAX_ANSWER {
+            let (output, snapshot) = (subsystem.output.len(), subsystem.snapshot.len());
+            return Err(error::answer_too_large(&if output.max(snapshot) < MAX_ANSWER - (1 << 20) {
+                format!("ask for the output of {name} and for its snapshot one by one")
+            } else {
+                let [output, snapshot] = [output, snapshot].map(|bytes| format!("{bytes} bytes"));
+                format!(
+                    "of {name}, {output} are its output and {snapshot} its snapshot: ask without the larger one, and keep it \
+                     below 2 MiB by limits.max_output_bytes of the registration"
+                )
+            }));
+        }
         Ok(Response::new(pb::GetSubsystemResponse { subsystem: Some(subsystem) }))
     }
 
@@ -252,7 +324,9 @@ impl Service for Api {
         &self,
         request: Request<pb::StartIntervalLoopRequest>,
     ) -> Answer<pb::StartIntervalLoopResponse> {
-        let spec = request::interval_loop(request.into_inner().r#loop).map_err(invalid)?;
+        let request = request.into_inner();
+        let _held = self.hold(&request)?;
+        let spec = request::interval_loop(request.r#loop).map_err(invalid)?;
         let entry = self.orchestrator.start_loop(spec).await.map_err(|refusal| match refusal {
             Refusal::Invalid(violations) => invalid(violations.inside("loop")),
             refusal => status(refusal),
@@ -283,7 +357,7 @@ impl Service for Api {
                 continue;
             }
             let status = response::loop_status(&entry);
-            bytes += status.encoded_len() + 8;
+            bytes += status.encoded_len() + response::AROUND;
             // One alone always fits.
             if let Some(last) = last.filter(|_| answer.loops.len() == page_size || bytes > MAX_ANSWER) {
                 answer.next_page_token = last;

@@ -1,7 +1,7 @@
 //! Requests, from the messages of the contract to validated types. Everything malformed in a request is found in one
 //! pass and named field by field.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
@@ -66,12 +66,6 @@ pub(super) fn cycle(
 }
 
 /// The subset that a request names; nothing named means all.
-pub(super) fn subset_only(subsystems: &[String]) -> Result<Option<Arc<[Name]>>, Violations> {
-    let mut bad = Violations::default();
-    let subset = subset(&mut bad, subsystems);
-    bad.into_result(subset)
-}
-
 fn subset(bad: &mut Violations, subsystems: &[String]) -> Option<Arc<[Name]>> {
     let names = bad.names("subsystems", subsystems);
     (!names.is_empty()).then(|| names.into())
@@ -219,7 +213,7 @@ pub(super) fn watch(request: pb::WatchCyclesRequest) -> Result<(WatchFrom, Watch
         states: cycle_states(&mut bad, &states),
         participation: Participation {
             subsystems: bad.names("subsystems", &subsystems).into_iter().collect(),
-            states: Vec::new(),
+            states: BTreeSet::new(),
         },
     };
     bad.into_result((from, filter, progress))
@@ -281,14 +275,36 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
         },
         participation: Participation {
             subsystems: (!subsystem.is_empty()).then(|| bad.name("subsystem", &subsystem)).into_iter().collect(),
-            states: subsystem_states,
+            states: subsystem_states.into_iter().collect(),
         },
         page_size: self::page_size(&mut bad, page_size, 50),
     };
     bad.into_result(list)
 }
 
-/// How many subsystems a page is to hold, and after which name.
+/// What of a plan is to be shown: of which subsystems, from which position on, and how many.
+pub(super) struct PlanPage {
+    pub(super) subset: Option<Arc<[Name]>>,
+    pub(super) from: usize,
+    pub(super) page_size: usize,
+}
+
+pub(super) fn plan(request: pb::PlanCycleRequest) -> Result<PlanPage, Violations> {
+    const MAX: u32 = 1_000_000;
+    let pb::PlanCycleRequest { subsystems, page_size, page_token } = request;
+    let mut bad = Violations::default();
+    let from = if page_token.is_empty() { Ok(0) } else { page_token.parse() };
+    if from.is_err() {
+        bad.add("page_token", "is none that this service gave out; leave it empty to start over");
+    }
+    if page_size > MAX {
+        bad.add("page_size", format!("is {page_size}; allowed is 1 to {MAX}"));
+    }
+    let page_size = if page_size == 0 { usize::MAX } else { page_size as usize };
+    let page = PlanPage { subset: subset(&mut bad, &subsystems), from: from.unwrap_or_default(), page_size };
+    bad.into_result(page)
+}
+
 /// A page of what is listed by name: the name before it, and how much it may hold.
 pub(super) fn page(page_size: u32, page_token: &str, default: usize) -> Result<(Option<Name>, usize), Violations> {
     let mut bad = Violations::default();
@@ -309,21 +325,32 @@ fn page_size(bad: &mut Violations, page_size: u32, default: usize) -> usize {
     }
 }
 
+/// Each once, however often it is listed.
 fn cycle_states(bad: &mut Violations, states: &[i32]) -> Vec<CycleState> {
-    let mut found = Vec::new();
+    let mut found = BTreeSet::new();
     for (i, state) in states.iter().enumerate() {
         match pb::CycleState::try_from(*state) {
-            Ok(pb::CycleState::Succeeded) => found.push(CycleState::Succeeded),
-            Ok(pb::CycleState::Degraded) => found.push(CycleState::Degraded),
-            Ok(pb::CycleState::Failed) => found.push(CycleState::Failed),
-            Ok(pb::CycleState::Cancelled) => found.push(CycleState::Cancelled),
-            Ok(pb::CycleState::Interrupted) => found.push(CycleState::Interrupted),
+            Ok(pb::CycleState::Succeeded) => {
+                found.insert(CycleState::Succeeded);
+            }
+            Ok(pb::CycleState::Degraded) => {
+                found.insert(CycleState::Degraded);
+            }
+            Ok(pb::CycleState::Failed) => {
+                found.insert(CycleState::Failed);
+            }
+            Ok(pb::CycleState::Cancelled) => {
+                found.insert(CycleState::Cancelled);
+            }
+            Ok(pb::CycleState::Interrupted) => {
+                found.insert(CycleState::Interrupted);
+            }
             Ok(pb::CycleState::Unspecified) | Err(_) => {
                 bad.add(format!("states[{i}]"), format!("is {state}; give the state of a finished cycle"));
             }
         }
     }
-    found
+    found.into_iter().collect()
 }
 
 fn overlap(bad: &mut Violations, field: &str, policy: i32) -> Option<OverlapPolicy> {
@@ -345,7 +372,8 @@ fn parameters(bad: &mut Violations, bytes: Bytes) -> Payload {
         bad.add("parameters", format!("is {} bytes; allowed are {}", bytes.len(), Subsystem::MAX_PARAMETERS));
         return Payload::default();
     }
-    Payload::check(bytes).unwrap_or_else(|malformed| {
+    // The bytes that came are a part of the whole request, which is not to be kept with them.
+    Payload::check(Bytes::copy_from_slice(&bytes)).unwrap_or_else(|malformed| {
         bad.add("parameters", malformed.to_string());
         Payload::default()
     })

@@ -7,7 +7,10 @@ use prost::Message;
 use tokio::time::Instant;
 
 use crate::{
-    model::{CatchUp, IntervalLoop, OverlapPolicy, Payload, Subsystem, SubsystemState, TickDisposition, TickRange},
+    model::{
+        CatchUp, CycleRequest, IntervalLoop, OverlapPolicy, Payload, Subsystem, SubsystemState, TickDisposition,
+        TickRange,
+    },
     orchestrator::{
         BreakerState, CallError, Event, LiveEvent, LoopEntry, Orchestrator, PlannedSubsystem, Registered, RunningCycle,
         Schedule, Status, Update,
@@ -16,13 +19,17 @@ use crate::{
     record,
 };
 
+/// What an entry of a list takes beside its own bytes, at most.
+pub(super) const AROUND: usize = 8;
+
+/// The status, without its loops.
 pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
     let Status {
         last,
         total_cycles,
         running,
         queued,
-        loops,
+        loops: _,
         epoch,
         started_at,
         uptime,
@@ -38,7 +45,7 @@ pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
         total_cycles,
         running_cycle: running.map(running_cycle),
         queued_cycles: count(queued),
-        loops: loops.iter().map(loop_status).collect(),
+        loops: Vec::new(),
         epoch: epoch.0,
         started_at: Some(timestamp(started_at)),
         uptime: duration(uptime),
@@ -66,27 +73,77 @@ fn running_cycle(running: RunningCycle) -> pb::RunningCycle {
     }
 }
 
+/// The loops of a status: where all of them would be larger than `room`, without what can be long.
+pub(super) fn listed_loops(loops: &[LoopEntry], room: usize) -> Vec<pb::IntervalLoopStatus> {
+    let mut whole = Vec::with_capacity(loops.len());
+    let mut bytes = 0;
+    for entry in loops {
+        let status = loop_status(entry);
+        bytes += status.encoded_len() + AROUND;
+        if bytes > room {
+            return loops.iter().map(brief_loop_status).collect();
+        }
+        whole.push(status);
+    }
+    whole
+}
+
+fn brief_loop_status(entry: &LoopEntry) -> pb::IntervalLoopStatus {
+    let settings = IntervalLoop { subset: None, parameters: Payload::default(), ..(*entry.settings).clone() };
+    let mut status = loop_status_of(&settings, entry);
+    status.not_run.clear();
+    status
+}
+
 /// A plan as the contract has it.
 pub fn plan(schedule: Schedule) -> pb::Plan {
+    plan_page(schedule, 0, usize::MAX, usize::MAX).0
+}
+
+/// A page of a plan: from this position on, at most so many subsystems, in as many bytes. With where the next one begins, if
+/// there is one.
+pub(super) fn plan_page(
+    schedule: Schedule,
+    from: usize,
+    page_size: usize,
+    max_bytes: usize,
+) -> (pb::Plan, Option<usize>) {
+    /// More than anybody reads, and with the longest names still far below what an answer may have.
+    const MAX_PATH: usize = 10_000;
     let Schedule { subsystems, levels, critical_path, duration } = schedule;
-    let subsystems = subsystems.into_iter().map(|planned| {
-        let PlannedSubsystem { name, phase, level, waits_for, skip, duration } = planned;
-        let (skip_reason, requirement) = skip.map_or((None, None), |(reason, requirement)| (Some(reason), requirement));
-        pb::PlannedSubsystem {
-            name: name.to_string(),
-            phase,
-            level,
-            waits_for: waits_for.iter().map(ToString::to_string).collect(),
-            skip_reason: record::reason_to_skip(skip_reason).into(),
-            expected_duration_ms: milliseconds(duration),
-            skip_requirement: requirement.map(|name| name.to_string()).unwrap_or_default(),
-        }
-    });
-    pb::Plan {
-        subsystems: subsystems.collect(),
+    let path = &critical_path[critical_path.len().saturating_sub(MAX_PATH)..];
+    let all = subsystems.len();
+    let mut plan = pb::Plan {
+        subsystems: Vec::new(),
         levels,
-        critical_path: critical_path.iter().map(ToString::to_string).collect(),
+        critical_path: if from == 0 { path.iter().map(ToString::to_string).collect() } else { Vec::new() },
         expected_duration_ms: milliseconds(duration),
+        subsystem_count: count(all),
+    };
+    let mut bytes = plan.encoded_len() + AROUND;
+    for planned in subsystems.into_iter().skip(from).take(page_size) {
+        let planned = planned_subsystem(planned);
+        bytes = bytes.saturating_add(planned.encoded_len() + AROUND);
+        if bytes > max_bytes {
+            break;
+        }
+        plan.subsystems.push(planned);
+    }
+    let next = from.saturating_add(plan.subsystems.len());
+    (plan, (next < all).then_some(next))
+}
+
+fn planned_subsystem(planned: PlannedSubsystem) -> pb::PlannedSubsystem {
+    let PlannedSubsystem { name, phase, level, waits_for, skip, duration } = planned;
+    let (skip_reason, requirement) = skip.map_or((None, None), |(reason, requirement)| (Some(reason), requirement));
+    pb::PlannedSubsystem {
+        name: name.to_string(),
+        phase,
+        level,
+        waits_for: waits_for.iter().map(ToString::to_string).collect(),
+        skip_reason: record::reason_to_skip(skip_reason).into(),
+        expected_duration_ms: milliseconds(duration),
+        skip_requirement: requirement.map(|name| name.to_string()).unwrap_or_default(),
     }
 }
 
@@ -185,7 +242,11 @@ fn registration(subsystem: &Subsystem) -> pb::Registration {
 }
 
 pub(super) fn loop_status(entry: &LoopEntry) -> pb::IntervalLoopStatus {
-    let LoopEntry { settings, declared, state, next, lag: _, last_finished_at: _ } = entry;
+    loop_status_of(&entry.settings, entry)
+}
+
+fn loop_status_of(settings: &IntervalLoop, entry: &LoopEntry) -> pb::IntervalLoopStatus {
+    let LoopEntry { settings: _, declared, state, next, lag: _, last_finished_at: _ } = entry;
     let ticks = state.ticks;
     pb::IntervalLoopStatus {
         r#loop: Some(interval_loop(settings)),
@@ -279,7 +340,7 @@ fn started(event: &LiveEvent) -> pb::CycleStarted {
         trigger: record::trigger(cycle.trigger()).into(),
         r#loop: cycle.trigger().loop_name().map(ToString::to_string).unwrap_or_default(),
         scheduled_at: Some(timestamp(cycle.request.scheduled_at)),
-        subsystems: cycle.names().map(ToString::to_string).collect(),
+        subsystems: cycle.names().take(CycleRequest::MAX_SUBSET).map(ToString::to_string).collect(),
     }
 }
 

@@ -30,8 +30,21 @@ impl PlanCommand {
     /// Shows the plan.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         let mut client = self.remote.connect().await?;
-        let request = pb::PlanCycleRequest { subsystems: self.subsystems };
-        let response = self.remote.quickly(client.plan_cycle(request)).await?.into_inner();
+        let mut response = pb::PlanCycleResponse::default();
+        loop {
+            let page_token = std::mem::take(&mut response.next_page_token);
+            let request = pb::PlanCycleRequest { subsystems: self.subsystems.clone(), page_size: 0, page_token };
+            let page = self.remote.quickly(client.plan_cycle(request)).await?.into_inner();
+            response.next_page_token = page.next_page_token;
+            match (&mut response.plan, page.plan) {
+                // Further pages have more subsystems of the same plan.
+                (Some(plan), Some(more)) => plan.subsystems.extend(more.subsystems),
+                (first, more) => *first = first.take().or(more),
+            }
+            if response.next_page_token.is_empty() {
+                break;
+            }
+        }
         self.remote
             .format
             .show("PlanCycleResponse", &response, |response| response.plan.as_ref().map(plan).unwrap_or_default())?;

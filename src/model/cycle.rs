@@ -109,6 +109,8 @@ pub struct CycleRequest {
 impl CycleRequest {
     /// The most bytes of a `request_id`.
     pub const MAX_REQUEST_ID: usize = 128;
+    /// The most names in a subset.
+    pub const MAX_SUBSET: usize = 20_000;
 }
 
 /// How a cycle ended.

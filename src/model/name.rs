@@ -19,7 +19,8 @@ impl Name {
     /// # Errors
     /// The name breaks the rule of this type.
     pub fn parse(name: &str) -> Result<Self, NameError> {
-        let mut characters = name.chars();
+        // What is longer is not read to its end.
+        let mut characters = name.chars().take(Self::MAX_LEN + 1);
         let starts_well = characters.next().is_some_and(|c| c.is_ascii_alphabetic());
         let goes_on_well = characters.all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.'));
         if starts_well && goes_on_well && name.len() <= Self::MAX_LEN {

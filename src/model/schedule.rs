@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{CycleId, Name, Payload, Subsystem, Violations};
+use super::{CycleId, CycleRequest, Name, Payload, Subsystem, Violations};
 
 const YEAR: Duration = Duration::from_hours(24 * 366);
 
@@ -79,7 +79,7 @@ pub struct IntervalLoop {
     pub catch_up: CatchUp,
     /// How far back catching up reaches. Up to 366 days, default 60 s.
     pub catch_up_window: Duration,
-    /// Only these subsystems; `None` means all.
+    /// Only these subsystems, at most [`CycleRequest::MAX_SUBSET`]; `None` means all.
     pub subset: Option<Arc<[Name]>>,
     /// Over those of the registrations.
     pub parameters: Payload,
@@ -102,6 +102,9 @@ impl IntervalLoop {
         }
         let interval = bad.duration("interval", spec.interval, YEAR, Duration::from_millis(10)..=YEAR);
         let below_interval = Duration::ZERO..=interval.saturating_sub(Duration::from_nanos(1));
+        if spec.subsystems.len() > CycleRequest::MAX_SUBSET {
+            bad.add("subsystems", format!("are {}; allowed are {}", spec.subsystems.len(), CycleRequest::MAX_SUBSET));
+        }
         let subset = bad.names("subsystems", &spec.subsystems);
         let deadline =
             spec.deadline.map(|deadline| bad.duration("deadline", Some(deadline), MS, MS..=Duration::from_hours(24)));

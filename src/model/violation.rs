@@ -58,7 +58,8 @@ impl Violations {
         let mut names = Vec::with_capacity(values.len());
         let mut seen = HashSet::with_capacity(values.len());
         for (i, value) in values.iter().enumerate() {
-            let name = self.name(&format!("{field}[{i}]"), value);
+            // The path is only made where it is told: lists may be long.
+            let name = Name::parse(value).unwrap_or_else(|_| self.name(&format!("{field}[{i}]"), value));
             if !seen.insert(value) {
                 self.add(format!("{field}[{i}]"), format!("names {name} twice; list it once"));
             }

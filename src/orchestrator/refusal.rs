@@ -2,6 +2,7 @@
 
 use crate::{
     engine::Ring,
+    memory::Full,
     model::{CycleId, Name, Revision, Violations},
     ports::StoreError,
 };
@@ -87,6 +88,9 @@ pub enum Refusal {
     /// No such loop.
     #[error("there is no loop {0}; see ListIntervalLoops for those that are")]
     LoopNotFound(Name),
+    /// What the service may hold for others is used up.
+    #[error("{0}; try again later")]
+    MemoryFull(#[from] Full),
     /// The process is shutting down.
     #[error("this orchestrator is shutting down; try again with the one that takes over")]
     Draining,

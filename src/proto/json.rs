@@ -2,13 +2,13 @@
 //!
 //! <https://protobuf.dev/programming-guides/json/>
 
-use std::{collections::HashSet, sync::OnceLock};
+use std::collections::HashMap;
 
 use prost::Message;
-use prost_reflect::{DescriptorPool, DynamicMessage, Kind, MessageDescriptor, SerializeOptions};
+use prost_reflect::{DynamicMessage, Kind, MessageDescriptor, SerializeOptions};
 use serde_json::Value;
 
-use super::DESCRIPTORS;
+use super::{bounds, descriptors};
 
 /// Why something is no message, or no JSON of one.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +35,9 @@ pub enum JsonError {
     /// It takes one value, and several were given.
     #[error("{0} is given more than once; give it once")]
     Twice(String),
+    /// It takes a list, and more were given than it may have.
+    #[error("{0} is given more than {1} times, which is the most that are allowed")]
+    TooMany(String, usize),
     /// No such field.
     #[error("there is no {field}; {allowed}")]
     NoField {
@@ -61,14 +64,15 @@ pub fn encode(kind: &'static str, bytes: &[u8]) -> Result<String, JsonError> {
 /// time.
 ///
 /// # Errors
-/// A field is unknown, a value is none of its kind, or a field that is no list is given more than once.
+/// A field is unknown, a value is none of its kind, a field that is no list is given more than once, or a list is longer
+/// than it may be.
 pub fn from_parameters<M: Message + Default>(
     kind: &'static str,
     parameters: impl IntoIterator<Item = (String, String)>,
 ) -> Result<M, JsonError> {
     let descriptor = descriptor(kind)?;
     let mut bytes = Vec::new();
-    let mut given = HashSet::new();
+    let mut given: HashMap<u32, usize> = HashMap::new();
     for (name, text) in parameters {
         let field = descriptor.get_field_by_json_name(&name).or_else(|| descriptor.get_field_by_name(&name));
         let Some(field) = field else {
@@ -76,8 +80,13 @@ pub fn from_parameters<M: Message + Default>(
             let allowed = if names.is_empty() { "there are none".into() } else { format!("give {}", names.join(", ")) };
             return Err(JsonError::NoField { field: name, allowed });
         };
-        if !given.insert(field.number()) && !field.is_list() {
+        let count = given.entry(field.number()).or_default();
+        *count += 1;
+        if *count > 1 && !field.is_list() {
             return Err(JsonError::Twice(name));
+        }
+        if field.is_list() && *count > bounds::max_entries(field.full_name()) {
+            return Err(JsonError::TooMany(name, bounds::max_entries(field.full_name())));
         }
         // JSON takes numbers as text, but not truth.
         let value = match (field.kind(), text.as_str()) {
@@ -112,9 +121,8 @@ fn allowed(kind: &Kind, error: &serde_json::Error) -> String {
 }
 
 fn descriptor(kind: &str) -> Result<MessageDescriptor, JsonError> {
-    static POOL: OnceLock<Option<DescriptorPool>> = OnceLock::new();
-    let pool = POOL.get_or_init(|| DescriptorPool::decode(DESCRIPTORS).ok()).as_ref();
-    let descriptor = pool.and_then(|pool| pool.get_message_by_name(&format!("dreamnet.orchestrator.v1.{kind}")));
+    let descriptor =
+        descriptors().and_then(|pool| pool.get_message_by_name(&format!("dreamnet.orchestrator.v1.{kind}")));
     descriptor.ok_or_else(|| JsonError::NoMessage(kind.to_owned()))
 }
 

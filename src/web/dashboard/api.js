@@ -26,7 +26,16 @@ export const getStatus = async (options = {}) => (await get("status", options)).
 
 export const getCycle = async (id) => (await get(`cycles/${encodeURIComponent(id)}`)).telemetry;
 
-export const getPlan = async () => (await get("plan")).plan ?? {};
+/** The whole of it: further pages have more subsystems of the same plan. */
+export async function getPlan() {
+  let page = await get("plan");
+  const plan = { ...page.plan, subsystems: page.plan?.subsystems ?? [] };
+  while (page.nextPageToken) {
+    page = await get("plan", { pageToken: page.nextPageToken });
+    plan.subsystems.push(...(page.plan?.subsystems ?? []));
+  }
+  return plan;
+}
 
 export const getLoops = async () => (await get("loops")).loops ?? [];
 

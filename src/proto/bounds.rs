@@ -1,0 +1,369 @@
+//! How much a request may hold: looked at in its encoded form, before anything is built from it.
+//!
+//! A list of empty texts takes 2 bytes an entry on the wire and a dozen times as much in memory, so a limit on the bytes
+//! of a message does not bound what it becomes.
+
+use std::{collections::HashMap, ops::Range, sync::OnceLock};
+
+use prost::{
+    DecodeError,
+    encoding::{WireType, decode_key, decode_varint},
+};
+use prost_reflect::{FieldDescriptor, Kind, MessageDescriptor};
+
+use super::descriptors;
+use crate::model::{CycleRequest, Subsystem};
+
+/// The most fields in one request, at all depths together, where each entry of a list is one and unknown fields count as
+/// well: what is left to do is done within a millisecond.
+pub const MAX_FIELDS: usize = 100_000;
+
+/// The most names that a watcher filters by.
+pub const MAX_FILTER: usize = 1000;
+/// The most states that a filter lists: more than there are.
+const MAX_STATES: usize = 16;
+/// The most codes that are retried: as many as there are, nearly.
+const MAX_CODES: usize = 16;
+
+/// The most entries of each list and map that can come in a request. The contract has them beside the fields.
+const MAX_ENTRIES: &[(&str, usize)] = &[
+    ("dreamnet.orchestrator.v1.IntervalLoop.subsystems", CycleRequest::MAX_SUBSET),
+    ("dreamnet.orchestrator.v1.ListCyclesRequest.states", MAX_STATES),
+    ("dreamnet.orchestrator.v1.ListCyclesRequest.subsystem_states", MAX_STATES),
+    ("dreamnet.orchestrator.v1.PlanCycleRequest.subsystems", CycleRequest::MAX_SUBSET),
+    ("dreamnet.orchestrator.v1.Registration.after", Subsystem::MAX_INPUTS),
+    ("dreamnet.orchestrator.v1.Registration.reads", Subsystem::MAX_INPUTS),
+    ("dreamnet.orchestrator.v1.Registration.requires", Subsystem::MAX_INPUTS),
+    ("dreamnet.orchestrator.v1.RetryPolicy.retryable_status_codes", MAX_CODES),
+    ("dreamnet.orchestrator.v1.RunCycleRequest.subsystems", CycleRequest::MAX_SUBSET),
+    ("dreamnet.orchestrator.v1.WatchCyclesRequest.loops", MAX_FILTER),
+    ("dreamnet.orchestrator.v1.WatchCyclesRequest.states", MAX_STATES),
+    ("dreamnet.orchestrator.v1.WatchCyclesRequest.subsystems", MAX_FILTER),
+    ("dreamnet.subsystem.v1.RunCycleRequest.inputs", Subsystem::MAX_INPUTS),
+];
+
+/// The most entries of the list or map with this full name. One that has no bound takes none: a test holds that all have.
+pub(super) fn max_entries(full_name: &str) -> usize {
+    MAX_ENTRIES.iter().find(|(name, _)| *name == full_name).map_or(0, |(_, max)| *max)
+}
+
+/// Why a request is not read.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Unreadable {
+    /// A list or map is longer than it may be.
+    #[error("{field} has more than {max} entries, which is the most that are allowed")]
+    TooManyEntries {
+        /// Its path, such as `registration.requires`.
+        field: String,
+        /// The most entries.
+        max: usize,
+    },
+    /// The whole is more than may be.
+    #[error("the request has more than {MAX_FIELDS} fields and entries of lists, which is the most that are allowed")]
+    TooManyFields,
+    /// The bytes are no such message.
+    #[error("the request is no {message}: {error}; encode it by the contract that reflection describes")]
+    Malformed {
+        /// Its full name.
+        message: String,
+        /// What the library says.
+        error: String,
+    },
+}
+
+impl Unreadable {
+    fn inside(self, outer: &str) -> Self {
+        match self {
+            Self::TooManyEntries { field, max } => Self::TooManyEntries { field: format!("{outer}.{field}"), max },
+            other => other,
+        }
+    }
+
+    /// What can't be decoded as the message of this name.
+    pub(super) fn malformed(message: &str, error: impl ToString) -> Self {
+        Self::Malformed { message: message.to_owned(), error: error.to_string() }
+    }
+}
+
+/// Looks over an encoded message, if it is one that servers of the contract take; stops at the first excess.
+///
+/// # Errors
+/// A list is longer than it may be, there are too many fields, or these are not the fields of any message. That values are
+/// those of their fields is for decoding to see.
+pub fn check(full_name: &str, bytes: &[u8]) -> Result<(), Unreadable> {
+    match requests().get(full_name) {
+        Some(request) => {
+            let mut scan = Scan { counts: vec![0; request.slots.end], fields: 0 };
+            scan.message(bytes, request).map_err(|excess| match excess {
+                Excess::Unreadable(unreadable) => unreadable,
+                Excess::Malformed(error) => Unreadable::malformed(full_name, error),
+            })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Whether servers of the contract take this message.
+pub(super) fn is_request(full_name: &str) -> bool {
+    requests().contains_key(full_name)
+}
+
+/// What each method of the contract takes, by its full name.
+fn requests() -> &'static HashMap<String, Shape> {
+    static REQUESTS: OnceLock<HashMap<String, Shape>> = OnceLock::new();
+    REQUESTS.get_or_init(|| {
+        let methods = descriptors().into_iter().flat_map(|pool| {
+            pool.services().flat_map(|service| service.methods().collect::<Vec<_>>()).collect::<Vec<_>>()
+        });
+        methods.map(|method| method.input()).map(|of| (of.full_name().to_owned(), Shape::of(&of, 0))).collect()
+    })
+}
+
+/// What of a message is looked at. The contract's requests do not nest in themselves, so that each list in one has a count
+/// of its own: also where a message that is no list comes in several parts, which protobuf puts together.
+struct Shape {
+    /// By number. They are few.
+    fields: Vec<(u32, Field)>,
+    /// The places of the counts of all lists in it.
+    slots: Range<usize>,
+}
+
+struct Field {
+    name: String,
+    list: Option<List>,
+    message: Option<Shape>,
+}
+
+struct List {
+    slot: usize,
+    max: usize,
+    packed: Option<Packed>,
+}
+
+/// How entries of a list stand in one field.
+enum Packed {
+    Varints,
+    Fixed(usize),
+}
+
+impl Shape {
+    fn of(message: &MessageDescriptor, first_slot: usize) -> Self {
+        let mut slots = first_slot..first_slot;
+        let fields = message.fields().filter_map(|field| {
+            let list = (field.is_list() || field.is_map()).then(|| {
+                slots.end += 1;
+                List { slot: slots.end - 1, max: max_entries(field.full_name()), packed: Packed::of(&field) }
+            });
+            let kind = field.kind();
+            // What is carried as bytes is no message here: `model::Payload` looks into it.
+            let inner = kind.as_message().filter(|inner| inner.full_name() != "google.protobuf.Struct");
+            let message = inner.map(|inner| Self::of(inner, slots.end));
+            slots.end = message.as_ref().map_or(slots.end, |message| message.slots.end);
+            let is_looked_at = list.is_some() || message.is_some();
+            is_looked_at.then(|| (field.number(), Field { name: field.name().to_owned(), list, message }))
+        });
+        let fields = fields.collect();
+        Self { fields, slots }
+    }
+}
+
+impl Packed {
+    fn of(field: &FieldDescriptor) -> Option<Self> {
+        match field.kind() {
+            Kind::Message(_) | Kind::String | Kind::Bytes => None,
+            Kind::Double | Kind::Fixed64 | Kind::Sfixed64 => Some(Self::Fixed(8)),
+            Kind::Float | Kind::Fixed32 | Kind::Sfixed32 => Some(Self::Fixed(4)),
+            _ => Some(Self::Varints),
+        }
+    }
+
+    /// How many entries there are; more than `max` is all that is known of what is longer.
+    fn count(&self, bytes: &[u8], max: usize) -> usize {
+        const LONGEST: usize = 10;
+        match self {
+            Self::Fixed(width) => bytes.len().div_ceil(*width),
+            Self::Varints if bytes.len() > max * LONGEST => max + 1,
+            Self::Varints => bytes.iter().filter(|byte| **byte < 0x80).count(),
+        }
+    }
+}
+
+struct Scan {
+    counts: Vec<usize>,
+    fields: usize,
+}
+
+enum Excess {
+    Unreadable(Unreadable),
+    Malformed(String),
+}
+
+impl From<DecodeError> for Excess {
+    fn from(error: DecodeError) -> Self {
+        Self::Malformed(error.to_string())
+    }
+}
+
+impl Scan {
+    fn message(&mut self, mut bytes: &[u8], shape: &Shape) -> Result<(), Excess> {
+        while !bytes.is_empty() {
+            let (number, wire_type) = decode_key(&mut bytes)?;
+            let skipped = match wire_type {
+                WireType::Varint => {
+                    decode_varint(&mut bytes)?;
+                    0
+                }
+                WireType::SixtyFourBit => 8,
+                WireType::ThirtyTwoBit => 4,
+                WireType::LengthDelimited => decode_varint(&mut bytes)?,
+                // This version of protobuf has none, and there is no telling how much is in one.
+                WireType::StartGroup | WireType::EndGroup => {
+                    return Err(Excess::Malformed(format!("field {number} is a group")));
+                }
+            };
+            let split = usize::try_from(skipped).ok().and_then(|len| bytes.split_at_checked(len));
+            let Some((content, rest)) = split else {
+                return Err(Excess::Malformed(format!("it ends inside of field {number}")));
+            };
+            bytes = rest;
+            self.count(1)?;
+            let Some(field) = shape.fields.iter().find(|(of, _)| *of == number).map(|(_, field)| field) else {
+                continue;
+            };
+            let content = Some(content).filter(|_| wire_type == WireType::LengthDelimited);
+            if let Some(list) = &field.list {
+                let packed = content.zip(list.packed.as_ref());
+                let entries = packed.map_or(1, |(content, packed)| packed.count(content, list.max));
+                let count = &mut self.counts[list.slot];
+                *count += entries;
+                if *count > list.max {
+                    let (field, max) = (field.name.clone(), list.max);
+                    return Err(Excess::Unreadable(Unreadable::TooManyEntries { field, max }));
+                }
+                self.count(entries - entries.min(1))?;
+            }
+            let Some((message, content)) = field.message.as_ref().zip(content) else { continue };
+            let outer = match &field.list {
+                None => field.name.clone(),
+                Some(list) => {
+                    self.counts[message.slots.clone()].fill(0);
+                    format!("{}[{}]", field.name, self.counts[list.slot] - 1)
+                }
+            };
+            self.message(content, message).map_err(|excess| match excess {
+                Excess::Unreadable(unreadable) => Excess::Unreadable(unreadable.inside(&outer)),
+                malformed @ Excess::Malformed(_) => malformed,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, more: usize) -> Result<(), Excess> {
+        self.fields += more;
+        if self.fields > MAX_FIELDS { Err(Excess::Unreadable(Unreadable::TooManyFields)) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use prost::{Message, Name};
+
+    use super::*;
+    use crate::proto::{orchestrator::v1 as pb, subsystem::v1 as pbs};
+
+    fn check_of<M: Message + Name>(message: &M) -> Result<(), Unreadable> {
+        check(&M::full_name(), &message.encode_to_vec())
+    }
+
+    fn too_many(field: &str, max: usize) -> Unreadable {
+        Unreadable::TooManyEntries { field: field.into(), max }
+    }
+
+    fn add_lists(message: &MessageDescriptor, found: &mut BTreeSet<String>) {
+        for field in message.fields() {
+            if field.is_list() || field.is_map() {
+                found.insert(field.full_name().to_owned());
+            }
+            if let Some(inner) = field.kind().as_message().filter(|inner| inner.full_name() != "google.protobuf.Struct")
+            {
+                add_lists(inner, found);
+            }
+        }
+    }
+
+    #[test]
+    fn every_list_and_map_of_every_request_has_a_bound_and_no_other_has() {
+        let mut lists = BTreeSet::new();
+        for service in descriptors().unwrap().services() {
+            service.methods().for_each(|method| add_lists(&method.input(), &mut lists));
+        }
+        assert_eq!(lists, MAX_ENTRIES.iter().map(|(name, _)| (*name).to_owned()).collect());
+    }
+
+    #[test]
+    fn the_contract_tells_the_bound_of_every_list_and_map() {
+        for message in descriptors().unwrap().all_messages().filter(|it| it.full_name().starts_with("dreamnet.")) {
+            for field in message.fields().filter(|field| field.is_list() || field.is_map()) {
+                let name = field.full_name();
+                let file = field.parent_file();
+                let locations = &file.file_descriptor_proto().source_code_info.as_ref().unwrap().location;
+                let location = locations.iter().find(|location| location.path == field.path());
+                let comment = location.unwrap_or_else(|| panic!("{name} has no comment")).leading_comments();
+                let told = ["t most ", "up to ", "One entry per ", "one entry for each ", "ne for each "];
+                assert!(told.iter().any(|words| comment.contains(words)), "{name} tells no bound: {comment}");
+                if let Some((_, max)) = MAX_ENTRIES.iter().find(|(bounded, _)| *bounded == name) {
+                    let text = max.to_string();
+                    let (thousands, rest) = text.split_at(text.len().saturating_sub(3));
+                    let separator = if thousands.is_empty() { "" } else { "," };
+                    let number = format!("{thousands}{separator}{rest}");
+                    assert!(comment.contains(&number), "{name} tells another bound than {number}: {comment}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_list_may_be_as_long_as_its_bound_and_no_longer() {
+        let of = |names| pb::RunCycleRequest { subsystems: vec![String::new(); names], ..Default::default() };
+        assert_eq!(check_of(&of(CycleRequest::MAX_SUBSET)), Ok(()));
+        assert_eq!(check_of(&of(CycleRequest::MAX_SUBSET + 1)), Err(too_many("subsystems", CycleRequest::MAX_SUBSET)));
+        let packed = |states| pb::ListCyclesRequest { states: vec![1; states], ..Default::default() };
+        assert_eq!(check_of(&packed(16)), Ok(()));
+        assert_eq!(check_of(&packed(17)), Err(too_many("states", 16)));
+        assert_eq!(check_of(&packed(1000)), Err(too_many("states", 16)));
+        let inputs = |inputs| {
+            let inputs = (0..inputs).map(|i| (format!("i{i}"), pbs::Input::default())).collect();
+            pbs::RunCycleRequest { inputs, ..Default::default() }
+        };
+        assert_eq!(check_of(&inputs(1024)), Ok(()));
+        assert_eq!(check_of(&inputs(1025)), Err(too_many("inputs", 1024)));
+    }
+
+    #[test]
+    fn a_message_that_comes_in_parts_is_counted_as_the_one_that_it_becomes() {
+        let part = pb::Registration { requires: vec![String::new(); 600], ..Default::default() };
+        let part = pb::RegisterSubsystemRequest { registration: Some(part), lease: None }.encode_to_vec();
+        let name = pb::RegisterSubsystemRequest::full_name();
+        assert_eq!(check(&name, &part), Ok(()));
+        assert_eq!(check(&name, &[&part[..], &part].concat()), Err(too_many("registration.requires", 1024)));
+    }
+
+    #[test]
+    fn fields_that_nobody_knows_count_as_well() {
+        let name = pb::GetCycleRequest::full_name();
+        let unknown = [15 << 3, 0];
+        assert_eq!(check(&name, &unknown.repeat(MAX_FIELDS)), Ok(()));
+        assert_eq!(check(&name, &unknown.repeat(MAX_FIELDS + 1)), Err(Unreadable::TooManyFields));
+    }
+
+    #[test]
+    fn bytes_that_are_no_message_are_named_as_such() {
+        let name = pb::GetCycleRequest::full_name();
+        for bytes in [&[0xff][..], &[1 << 3 | 2, 5, 0], &[1 << 3 | 1, 0], &[1 << 3 | 3, 1 << 3 | 4], &[0, 0]] {
+            let refused = check(&name, bytes).unwrap_err();
+            assert!(matches!(&refused, Unreadable::Malformed { message, .. } if *message == name), "{refused}");
+        }
+    }
+}
