@@ -43,11 +43,11 @@ pub(crate) fn server(max_concurrent_streams: u32) -> Server {
         .http2_max_header_list_size(16 << 10)
 }
 
-/// Adds reflection, v1 and v1alpha, of a service and of the health service beside it.
+/// What adds reflection, v1 and v1alpha, of a service and of the health service beside it.
 ///
 /// # Errors
 /// The descriptors of the contract can't be read.
-pub(crate) fn with_reflection<L>(router: Router<L>, service: &str) -> Result<Router<L>, Error> {
+pub(crate) fn reflection<L>(service: &str) -> Result<impl FnOnce(Router<L>) -> Router<L> + use<L>, Error> {
     let descriptions = || {
         Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
@@ -57,7 +57,8 @@ pub(crate) fn with_reflection<L>(router: Router<L>, service: &str) -> Result<Rou
             .with_service_name(service)
             .with_service_name("grpc.health.v1.Health")
     };
-    Ok(router.add_service(descriptions().build_v1()?).add_service(descriptions().build_v1alpha()?))
+    let (v1, v1alpha) = (descriptions().build_v1()?, descriptions().build_v1alpha()?);
+    Ok(|router: Router<L>| router.add_service(v1).add_service(v1alpha))
 }
 
 /// What connections come in by.

@@ -679,7 +679,7 @@ impl Tasks {
     /// Waits until the last write is done, after [`Orchestrator::drain`], or until this process may no longer write.
     ///
     /// # Errors
-    /// A later epoch has taken over the store, the last write failed, or a task has ended by a defect: without it,
+    /// The store takes nothing any more, the last write failed, or a task has ended by a defect: without it,
     /// loops or leases would stand still and nobody would know.
     pub async fn finished(&mut self) -> Result<(), StoreError> {
         let defect = |what: &str, ended: String| Err(StoreError::Other(what.into(), ended));
@@ -955,14 +955,19 @@ impl Shared {
         if let Err(error) = &committed
             && error.is_final()
         {
-            self.state().store_error = Some(error.clone());
-            self.store_has_ended.cancel();
+            self.store_ends(error);
         }
         let mut state = self.state();
         state.counts.committed(durability, started.elapsed(), &committed);
         committed?;
         state.loops.written(mark);
         Ok(apply(&mut state))
+    }
+
+    /// Nothing will be written any more: ends the process.
+    fn store_ends(&self, error: &StoreError) {
+        self.state().store_error = Some(error.clone());
+        self.store_has_ended.cancel();
     }
 
     /// Writes what is now known of a subsystem. `writing` is held.
@@ -1166,6 +1171,9 @@ impl Shared {
                         continue;
                     }
                 }
+                // One that has nothing to write learns of it here.
+                Err(error @ (StoreError::Fenced(_) | StoreError::Ended(..))) => self.store_ends(&error),
+                // Damage to what is old does not keep new cycles from being recorded.
                 Err(error) => tracing::warn!(%error, "can't remove old records"),
             }
             select! {

@@ -108,12 +108,14 @@ impl Spans for Untraced {
 /// The durable record. One process writes to it; everything that it is told in one [`Write`] holds or fails as a
 /// whole.
 pub trait Store: Send + Sync + 'static {
-    /// Writes atomically. With [`Durability::Durable`] it returns once the write survives the loss of power, with
+    /// Writes atomically. The first write of a process begins its epoch, so that a process that gives up before that has
+    /// taken nothing over. With [`Durability::Durable`] it returns once the write survives the loss of power, with
     /// [`Durability::Buffered`] once it survives the death of this process.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] when a later epoch has taken over: nothing of this one will be written any more.
-    /// Otherwise nothing of `write` was kept, and the same write may be tried again.
+    /// Otherwise nothing of `write` was kept, and the same write may be tried again, unless the error
+    /// [is final](StoreError::is_final).
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>>;
 
     /// The record of a cycle.
@@ -145,10 +147,10 @@ pub trait Store: Send + Sync + 'static {
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>>;
 }
 
-/// What a store held when it was opened. Opening has begun a new epoch in it, durably.
+/// What a store held when it was opened.
 #[derive(Clone, Debug, Default)]
 pub struct Contents {
-    /// The epoch that opening began.
+    /// The epoch that the first commit begins.
     pub epoch: Epoch,
     /// The highest cycle ever recorded.
     pub last_cycle_id: CycleId,
@@ -163,12 +165,25 @@ pub struct Contents {
     /// The process before this one did not close the store, and the machine has restarted since, so that buffered
     /// writes, and with them an entry of `open`, may be lost.
     pub may_lack_open: bool,
+    /// What was acknowledged, and is missing.
+    pub lost: Option<Lost>,
     /// What is known of subsystems.
     pub subsystems: Vec<StoredSubsystem>,
     /// What is known of loops.
     pub loops: Vec<StoredLoop>,
     /// The latest outputs.
     pub outputs: Vec<StoredOutput>,
+}
+
+/// What was acknowledged and is not in the store any more: its end was damaged, or an older copy was put in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// The highest cycle that was recorded.
+    pub last_cycle_id: CycleId,
+    /// The highest revision that was given.
+    pub last_revision: Revision,
+    /// Commits that are missing, those of records among them.
+    pub commits: u64,
 }
 
 /// One atomic change.
@@ -374,10 +389,26 @@ pub struct Pruned {
 }
 
 impl StoreError {
-    /// Trying again is of no use: this process will write nothing any more.
+    /// Whether trying again is of no use to whoever could not commit for this: this process will write nothing any more.
+    /// A full disk, missing permissions, a lock, a failure of the hardware and files that are not in their places may pass.
     #[must_use]
     pub fn is_final(&self) -> bool {
-        matches!(self, Self::Fenced(_) | Self::Ended(..))
+        match self {
+            Self::Fenced(_) | Self::Corrupt(..) | Self::Unusable(..) | Self::Ended(..) => true,
+            Self::InUse(..)
+            | Self::TooNew { .. }
+            | Self::Foreign(_)
+            | Self::Linked(..)
+            | Self::Copy { .. }
+            | Self::LogLeftBehind { .. }
+            | Self::Behind { .. }
+            | Self::Missing(_)
+            | Self::Full(..)
+            | Self::ReadOnly(..)
+            | Self::Gone(_)
+            | Self::NotRetained { .. }
+            | Self::Other(..) => false,
+        }
     }
 }
 
@@ -412,9 +443,56 @@ pub enum StoreError {
     /// Somebody else's.
     #[error("{0} is a database of some other software; give this one a store of its own")]
     Foreign(String),
+    /// It has more than one name.
+    #[error(
+        "{0} is the same file as {1} (a hard link), and SQLite looks for a database's log beside the name that it is opened \
+         by: remove the names that are not its own, and open it by the one that is"
+    )]
+    Linked(String, String),
+    /// A copy of a database.
+    #[error(
+        "{path} is a copy of {original}: served, it would take the fleet over from there. To have it go on in that one's \
+         place, see that no process serves that one any more, and run `orchestrator store accept sqlite:{path}`"
+    )]
+    Copy {
+        /// The copy.
+        path: String,
+        /// The database that it was copied from.
+        original: String,
+    },
+    /// It was renamed without its log.
+    #[error("{path} was renamed, and the log with its latest records is still at {log}; move that to {path}-wal")]
+    LogLeftBehind {
+        /// The database.
+        path: String,
+        /// Its log.
+        log: String,
+    },
+    /// It is an older state of a database than the one that was in its place.
+    #[error(
+        "{path} ends with cycle {has}, and cycle {noted} was acknowledged: an older copy was put in its place. To have it \
+         go on, with the numbers after {has} given again, run `orchestrator store accept sqlite:{path}`"
+    )]
+    Behind {
+        /// The database.
+        path: String,
+        /// Its last cycle.
+        has: CycleId,
+        /// The last cycle that was acknowledged.
+        noted: CycleId,
+    },
+    /// There is none.
+    #[error("there is no database {0}")]
+    Missing(String),
     /// What it holds makes no sense.
     #[error("{0} is damaged: {1}; restore it from a backup")]
     Corrupt(String, String),
+    /// It takes nothing, though it is sound.
+    #[error(
+        "{0} does not take what has to be written: {1}; restore it from a backup if another program has changed it, or else \
+         report the defect"
+    )]
+    Unusable(String, String),
     /// No room.
     #[error("no room left to write {0}: {1}; free some, and writing goes on by itself")]
     Full(String, String),

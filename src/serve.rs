@@ -111,7 +111,8 @@ impl Service {
     /// Opens the store, takes up what is in it, and serves.
     ///
     /// # Errors
-    /// Each names what was wrong and what to do. Nothing was changed but the store's epoch.
+    /// Each names what was wrong and what to do. Nothing was changed; but what an older version of the software had
+    /// written is brought up to date.
     pub async fn start(config: &Config) -> Result<Self, StartError> {
         // The address comes first: a second process by mistake fails here, before it touches the store.
         let address = config.server.listen;
@@ -142,7 +143,9 @@ impl Service {
             exporting.spawn(sender.run(stop_exporting.clone()));
             (exporter, spans) = (Some(made.clone()), made);
         }
+        let with_reflection = listen::reflection(SERVICE)?;
         let (settings, declared) = (settings(config), declared(config));
+        // The last that may refuse, and with it the new epoch begins: until then nothing is taken over.
         let (orchestrator, tasks) =
             Orchestrator::start(settings, Clock::System, dialer, store, contents, declared, spans).await?;
 
@@ -160,7 +163,7 @@ impl Service {
             .layer(MapRequestLayer::new(move |request| receiving.bound(request)))
             .add_service(api::service(api.clone(), config.server.max_request_bytes))
             .add_service(health_service);
-        let router = listen::with_reflection(router, SERVICE)?;
+        let router = with_reflection(router);
         let connections = Connections::at_most(config.server.max_connections);
         let incoming = listen::incoming(listener, connections.clone(), cut_off.clone());
         let mut servers = JoinSet::new();
@@ -282,6 +285,10 @@ impl Service {
             Err(error @ StoreError::Fenced(_)) => {
                 tracing::error!(%error, "stopped");
                 Exit::Fenced
+            }
+            Err(error) if error.is_final() => {
+                tracing::error!(%error, "stopped: the store takes nothing any more");
+                Exit::Failed
             }
             Err(error) => {
                 tracing::error!(%error, "the last state was not written");

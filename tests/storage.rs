@@ -6,6 +6,10 @@ mod common;
 
 use std::{
     fs,
+    os::unix::fs::symlink,
+    path::Path,
+    process::Command,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -13,12 +17,21 @@ use common::{
     Stage,
     fleet::Run,
     patiently,
-    service::{Client, Home, Service, decode, ms, next_event, next_recorded, reason},
+    service::{Client, Home, Service, decode, invalid, ms, next_event, next_recorded, reason},
 };
 use futures_util::{StreamExt, stream::FuturesOrdered};
-use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Origin, Trigger, cycle_event::Event};
+use orchestrator_core::{
+    clock::Clock,
+    config::Config,
+    dial::Dialer,
+    orchestrator::{Declared, Orchestrator},
+    ports::{StoreError, Untraced},
+    proto::orchestrator::v1::{self as pb, CycleState, Origin, Trigger, cycle_event::Event},
+    serve, store,
+};
 use rusqlite::Connection;
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, prlimit};
+use tokio::time::timeout;
 use tonic::Code;
 
 /// Starts a service that must refuse to, and returns what it says.
@@ -44,22 +57,281 @@ async fn a_second_process_is_refused_and_told_who_has_the_database() {
     assert!(stage.client.status().await.unwrap().epoch > epoch);
 }
 
+/// A home whose services come to the database by this path.
+fn at_store(path: &Path) -> Home {
+    Home::new().with_store(&format!("sqlite:{}", path.display()))
+}
+
 #[tokio::test]
-async fn one_whose_lock_was_removed_is_fenced_by_the_next() {
+async fn a_second_process_is_refused_by_whichever_path_it_comes_and_the_first_goes_on() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();
-    fs::remove_file(stage.home.path("o.db.lock")).unwrap();
-    let second = stage.home.serve().await;
-    let mut client = second.client().await;
-    assert_eq!(client.run().await.unwrap().cycle_id, 2);
-    // The first one learns of it when it writes, and stops.
+    let epoch = stage.client.status().await.unwrap().epoch;
+    let (database, directory) = (stage.home.path("o.db"), stage.home.path(""));
+    let elsewhere = tempfile::tempdir().unwrap();
+    let link = elsewhere.path().join("link.db");
+    symlink(&database, &link).unwrap();
+    let linked_directory = elsewhere.path().join("directory");
+    symlink(&directory, &linked_directory).unwrap();
+    let cd = format!("cd {} && exec \"$@\"", elsewhere.path().display());
+    let relative = Home::new().with_wrapper(["sh", "-c", &cd, "sh"]).with_store("sqlite:directory/./o.db");
+    for home in [at_store(&link), at_store(&linked_directory.join("o.db")), relative] {
+        let said = refused(&home).await;
+        assert!(said.contains("o.db is in use by another process (pid "), "{said}");
+        assert_eq!(stage.client.run().await.unwrap().epoch, epoch, "{}", stage.home.log());
+    }
+    // It is the same file, with another log and another lock beside it.
+    for hard_link in [stage.home.path("hard.db"), elsewhere.path().join("hard.db")] {
+        fs::hard_link(&database, &hard_link).unwrap();
+        let said = refused(&at_store(&hard_link)).await;
+        assert!(said.contains("hard.db is in use by another process, which has it open by another name"), "{said}");
+        assert_eq!(stage.client.run().await.unwrap().epoch, epoch, "{}", stage.home.log());
+        fs::remove_file(hard_link).unwrap();
+    }
+    let mut stage = stage.killed().await;
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 7);
+}
+
+#[tokio::test]
+async fn a_database_behind_a_link_is_opened_and_made_where_the_link_leads() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let home = Home::new();
+    symlink(home.path("o.db"), elsewhere.path().join("link.db")).unwrap();
+    let linked = at_store(&elsewhere.path().join("link.db"));
+    for cycle_id in 1..=2 {
+        let service = linked.serve().await;
+        assert_eq!(service.client().await.run().await.unwrap().cycle_id, cycle_id);
+        service.kill().await;
+    }
+    let service = home.serve().await;
+    assert_eq!(service.client().await.run().await.unwrap().cycle_id, 3);
+}
+
+#[tokio::test]
+async fn a_start_that_is_refused_takes_nothing_over() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |it| it.after = vec!["b".into()]).await;
+    let Stage { home, service, fleet, .. } = stage;
+    assert!(service.stop().await.success());
+    let epoch = || -> i64 {
+        let database = Connection::open(home.path("o.db")).unwrap();
+        database.query_row("SELECT epoch FROM meta", [], |row| row.get(0)).unwrap()
+    };
+    let before = epoch();
+    let database = format!("sqlite:{}", home.path("o.db").display());
+    let ring = format!("[[subsystems]]\nname = \"b\"\nendpoint = \"{}\"\nafter = [\"a\"]\n", fleet.endpoint());
+    let said = refused(&Home::new().with_store(&database).with_config(&ring)).await;
+    assert!(said.contains("circular dependency") || said.contains("ring") || said.contains("tail"), "{said}");
+    assert_eq!(epoch(), before);
+}
+
+/// As if another process had taken over, past all locks.
+fn take_over(home: &Home) {
+    let database = Connection::open(home.path("o.db")).unwrap();
+    assert_eq!(database.execute("UPDATE meta SET epoch = epoch + 1", []).unwrap(), 1);
+}
+
+#[tokio::test]
+async fn one_that_was_overtaken_is_fenced_when_it_writes() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    take_over(&stage.home);
     let refused = stage.client.run().await.unwrap_err();
     assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
     assert!(refused.message().contains("has taken over this store"), "{refused:?}");
     assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
-    let history = client.history().await.unwrap();
-    assert_eq!(history.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>(), [1, 2]);
-    assert_eq!(client.run().await.unwrap().cycle_id, 3);
+}
+
+#[tokio::test]
+async fn one_that_was_overtaken_in_the_middle_of_a_cycle_ends_without_waiting_for_it() {
+    let mut stage = Stage::new().await;
+    stage.register("held", |_| {}).await;
+    stage.fleet.run("held", Run::Hold);
+    stage.client.admit().await.unwrap();
+    stage.fleet.until_run("held", 1).await;
+    take_over(&stage.home);
+    let registration = stage.registration("b");
+    assert_eq!(reason(&stage.client.register(registration).await.unwrap_err()).why, "STORE_UNAVAILABLE");
+    assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_was_overtaken_while_it_is_idle_learns_of_it() {
+    let home = Home::new();
+    let (store, contents) = store::open(&store::StoreUrl::Sqlite(home.path("o.db"))).await.unwrap();
+    let dialer = Arc::new(Dialer::new(Duration::from_secs(1)));
+    let settings = serve::settings(&Config::default());
+    let start =
+        Orchestrator::start(settings, Clock::System, dialer, store, contents, Declared::default(), Arc::new(Untraced));
+    let (_orchestrator, mut tasks) = start.await.unwrap();
+    take_over(&home);
+    let ended = timeout(Duration::from_hours(1), tasks.finished()).await;
+    assert!(matches!(ended, Ok(Err(StoreError::Fenced(_)))), "{ended:?}");
+}
+
+#[tokio::test]
+async fn what_no_further_try_can_write_ends_the_service() {
+    let changes = [
+        ("DROP TABLE cycles", "does not take what has to be written: no such table"),
+        (
+            "INSERT INTO cycles SELECT 2, 2, epoch, state, trigger, loop, request_id, finished_at, record FROM cycles",
+            "does not take what has to be written: UNIQUE constraint failed",
+        ),
+        (
+            "PRAGMA writable_schema = 1; UPDATE sqlite_schema SET rootpage = 999 WHERE name = 'cycles_by_state'",
+            "is damaged: ",
+        ),
+    ];
+    for (change, expected) in changes {
+        let mut stage = Stage::new().await;
+        stage.client.run().await.unwrap();
+        let database = Connection::open(stage.home.path("o.db")).unwrap();
+        database.execute_batch(change).unwrap();
+        // Other connections look at the schema again.
+        if change.contains("writable_schema") {
+            database.execute_batch("CREATE TABLE again (x)").unwrap();
+        }
+        drop(database);
+        let refused = stage.client.run().await.unwrap_err();
+        assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
+        assert!(refused.message().contains(expected), "{refused:?}");
+        assert_eq!(stage.service.ended().await.code(), Some(1), "{}", stage.home.log());
+        assert!(stage.home.log().contains("stopped: the store takes nothing any more"), "{}", stage.home.log());
+    }
+}
+
+#[tokio::test]
+async fn a_request_id_that_a_store_does_not_take_is_refused_before_anything_is_admitted() {
+    let mut stage = Stage::new().await;
+    let request = pb::RunCycleRequest { request_id: "a\0b".into(), ..Default::default() };
+    assert_eq!(reason(&stage.client.run_with(request).await.unwrap_err()), invalid(["request_id"]));
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 1);
+}
+
+#[tokio::test]
+async fn a_cycle_whose_beginning_could_not_be_written_at_first_is_waited_for_and_cancelled_like_others() {
+    let mut stage = Stage::at(limited()).await;
+    stage.register("a", |_| {}).await;
+    stage.fleet.run("a", Run::Hold);
+    limit(&stage.service, Some(1));
+    let request = pb::RunCycleRequest { request_id: "r".into(), ..Default::default() };
+    let told = stage.client.run_with(request.clone()).await.unwrap_err();
+    assert_eq!(reason(&told).why, "STORE_UNAVAILABLE", "{told:?}");
+    limit(&stage.service, None);
+    stage.fleet.until_run("a", 1).await;
+    let (mut client, again) = (stage.client.clone(), request.clone());
+    let waiting = tokio::spawn(async move { client.run_with(again).await });
+    let cancelled = stage.client.cancel(1).await.unwrap();
+    assert_eq!(cancelled.state(), CycleState::Cancelled);
+    assert_eq!(patiently("the answer", waiting).await.unwrap().unwrap(), cancelled);
+}
+
+#[tokio::test]
+async fn a_log_that_a_reader_has_let_grow_is_told_of_once_and_cut_when_the_reader_leaves() {
+    let mut stage = Stage::new().await;
+    stage.register("large", |it| it.record_output = true).await;
+    stage.fleet.run("large", Run::large_output(900_000));
+    let log_bytes = || fs::metadata(stage.home.path("o.db-wal")).unwrap().len();
+    let reader = Connection::open(stage.home.path("o.db")).unwrap();
+    reader.execute_batch("BEGIN; SELECT * FROM meta").unwrap();
+    let mut client = stage.client.clone();
+    while log_bytes() < 32 << 20 {
+        client.run().await.unwrap();
+    }
+    let told = "the log can't be copied into the database, and grows";
+    assert_eq!(stage.home.log().matches(told).count(), 1, "{}", stage.home.log());
+    reader.execute_batch("COMMIT").unwrap();
+    stage.fleet.run("large", Run::Echo);
+    patiently("the log to be cut", async {
+        while log_bytes() > 4 << 20 {
+            client.run().await.unwrap();
+        }
+    })
+    .await;
+    assert_eq!(stage.home.log().matches(told).count(), 1, "{}", stage.home.log());
+    assert!(stage.home.log().contains("the log was copied into the database"), "{}", stage.home.log());
+}
+
+/// `orchestrator store accept`, and what it says.
+fn accept(path: &Path) -> (Option<i32>, String) {
+    let url = format!("sqlite:{}", path.display());
+    let output = Command::new(env!("CARGO_BIN_EXE_orchestrator")).args(["store", "accept", &url]).output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(said).unwrap())
+}
+
+#[tokio::test]
+async fn a_copy_is_refused_until_it_is_accepted_and_the_original_goes_on() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    stage.client.run().await.unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let original = Connection::open(stage.home.path("o.db")).unwrap();
+    let backup = |name: &str| {
+        let path = elsewhere.path().join(name);
+        original.execute("VACUUM INTO ?1", [path.to_str().unwrap()]).unwrap();
+        path
+    };
+    let (look, moved) = (backup("look.db"), backup("moved.db"));
+    let before = fs::read(&look).unwrap();
+    let said = refused(&at_store(&look)).await;
+    assert!(said.contains("look.db is a copy of ") && said.contains("orchestrator store accept sqlite:"), "{said}");
+    assert_eq!(fs::read(&look).unwrap(), before, "it was not touched");
+    // Its subsystems have not heard of another epoch.
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+
+    let Stage { home, service, fleet, .. } = stage;
+    let (code, said) = accept(&home.path("o.db"));
+    assert!(code == Some(1) && said.contains("is in use by another process"), "{said}");
+    assert!(service.stop().await.success());
+    let (code, said) = accept(&moved);
+    assert!(code == Some(0) && said.contains("moved.db may be served; its last cycle is 1"), "{said}");
+    let moved = at_store(&moved);
+    for cycle_id in 2..=3 {
+        let service = moved.serve().await;
+        let cycle = service.client().await.run().await.unwrap();
+        assert_eq!((cycle.cycle_id, cycle.state()), (cycle_id, CycleState::Succeeded));
+        service.kill().await;
+    }
+    drop(fleet);
+    let (code, said) = accept(&elsewhere.path().join("none.db"));
+    assert!(code == Some(1) && said.contains("there is no database"), "{said}");
+    assert!(!elsewhere.path().join("none.db").exists());
+}
+
+#[tokio::test]
+async fn a_database_that_was_renamed_is_the_same_but_not_without_its_log_nor_by_two_names() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    service.kill().await;
+    let renamed = home.path("renamed.db");
+    fs::hard_link(home.path("o.db"), &renamed).unwrap();
+    let said = refused(&at_store(&renamed)).await;
+    assert!(said.contains("renamed.db is the same file as ") && said.contains("a hard link"), "{said}");
+    // By its own name it goes on.
+    let service = home.serve().await;
+    assert_eq!(service.client().await.run().await.unwrap().cycle_id, 2);
+    service.kill().await;
+    fs::remove_file(home.path("o.db")).unwrap();
+    let said = refused(&at_store(&renamed)).await;
+    assert!(said.contains("the log with its latest records is still at ") && said.contains("o.db-wal"), "{said}");
+    fs::rename(home.path("o.db-wal"), home.path("renamed.db-wal")).unwrap();
+    let service = at_store(&renamed).serve().await;
+    assert_eq!(service.client().await.run().await.unwrap().cycle_id, 3);
+}
+
+#[tokio::test]
+async fn a_backup_that_is_put_back_in_its_place_is_the_same_database() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    fs::copy(home.path("o.db"), home.path("backup.db")).unwrap();
+    fs::rename(home.path("backup.db"), home.path("o.db")).unwrap();
+    let service = home.serve().await;
+    assert_eq!(service.client().await.run().await.unwrap().cycle_id, 2);
+    assert!(home.log().contains("another file is in the place of this database"), "{}", home.log());
 }
 
 #[tokio::test]

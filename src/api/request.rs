@@ -45,6 +45,9 @@ pub(super) fn cycle(
         let problem = format!("is {} bytes long; allowed are {}", request_id.len(), CycleRequest::MAX_REQUEST_ID);
         bad.add("request_id", problem);
     }
+    if request_id.contains('\0') {
+        bad.add("request_id", "holds a NUL, which no store takes");
+    }
     let overlap = overlap(&mut bad, "overlap_policy", overlap_policy);
     let deadline = deadline.and_then(|deadline| {
         let range = Duration::from_millis(1)..=Duration::from_hours(24);

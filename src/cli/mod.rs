@@ -16,6 +16,7 @@ mod report;
 mod run;
 mod serve;
 mod status;
+mod store;
 mod subsystems;
 mod top;
 mod watch;
@@ -78,6 +79,7 @@ enum Command {
     Report(report::Report),
     Plan(plan::PlanCommand),
     Check(check::Check),
+    Store(store::Store),
     Conformance(conformance::Conformance),
     Completions(completions::Completions),
 }
@@ -99,6 +101,7 @@ impl Cli {
             Command::Report(report) => report.run().await,
             Command::Plan(plan) => plan.run().await,
             Command::Check(check) => check.run(),
+            Command::Store(store) => store.run(),
             Command::Conformance(conformance) => conformance.run().await,
             Command::Completions(completions) => completions.run(),
         };

@@ -145,7 +145,7 @@ impl Shared {
     /// Runs cycles until the process drains.
     ///
     /// # Errors
-    /// A later epoch has taken over the store.
+    /// The store takes nothing any more: a later epoch has taken it over, or it is damaged.
     pub(super) async fn conduct(self: Arc<Self>) -> Result<(), StoreError> {
         let ended = self.run_cycles().await;
         if let Err(error) = &ended {
@@ -159,7 +159,11 @@ impl Shared {
             let trace = Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans);
             let (finished, outputs, trace) = match self.begin(&admitted, trace).await? {
                 Ok(cycle) => {
-                    let Ran { finished, outputs } = self.engine.run(&cycle, &admitted.cancel, &self.live).await;
+                    let Ran { finished, outputs } = select! {
+                        ran = self.engine.run(&cycle, &admitted.cancel, &self.live) => ran,
+                        // It could not be recorded, and another process may have its subsystems by now.
+                        () = self.store_has_ended.cancelled() => return Err(self.store_ended()),
+                    };
                     (finished, outputs, cycle.trace)
                 }
                 Err(trace) => (self.cancelled_in_line(&admitted, trace.id()), Vec::new(), trace),
@@ -315,7 +319,11 @@ impl Shared {
                 apply(state);
             });
             let error = match applied.await {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    // Whoever comes to it from now on waits for the record.
+                    admitted.done.send_if_modified(|done| done.take_if(|done| done.is_err()).is_some());
+                    return Ok(());
+                }
                 Err(error) if error.is_final() => return Err(error),
                 Err(error) => error,
             };

@@ -56,10 +56,10 @@ impl fmt::Display for StoreUrl {
     }
 }
 
-/// Opens a store, which begins a new epoch in it, and reads what an earlier process left.
+/// Opens a store, and reads what an earlier process left. A new epoch begins in it with the first commit.
 ///
 /// # Errors
-/// Another process has it open, or it can't be opened, read or written.
+/// Another process has it open, it is a copy, or it can't be opened, read or written.
 pub async fn open(url: &StoreUrl) -> Result<(Arc<dyn Store>, Contents), StoreError> {
     match url {
         StoreUrl::Memory => {
@@ -73,6 +73,30 @@ pub async fn open(url: &StoreUrl) -> Result<(Arc<dyn Store>, Contents), StoreErr
     }
 }
 
+/// What [`accept`] has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Accepted {
+    /// The database.
+    pub path: PathBuf,
+    /// Where it was when it was last used, if that was elsewhere.
+    pub earlier: Option<PathBuf>,
+    /// Its last cycle.
+    pub last_cycle_id: CycleId,
+    /// The last cycle that is known to have been acknowledged in it.
+    pub noted_cycle_id: CycleId,
+}
+
+/// Lets a store be opened as what it is now, though it is a copy, or lacks what was acknowledged. Waits for the disk.
+///
+/// # Errors
+/// There is none, another process has it open, or it can't be opened or written.
+pub fn accept(url: &StoreUrl) -> Result<Accepted, StoreError> {
+    match url {
+        StoreUrl::Memory => Err(StoreError::Missing(url.to_string())),
+        StoreUrl::Sqlite(path) => sqlite::accept(path),
+    }
+}
+
 /// Checks that each record is the next cycle and the next revision.
 fn check_sequence(
     store: &str,
@@ -82,7 +106,7 @@ fn check_sequence(
 ) -> Result<(CycleId, Revision), StoreError> {
     for record in records {
         if (record.cycle_id, record.revision) != (last_cycle_id.next(), last_revision.next()) {
-            return Err(StoreError::Other(
+            return Err(StoreError::Ended(
                 store.into(),
                 format!(
                     "cycle {} as revision {} can't follow cycle {last_cycle_id} and revision {last_revision}",

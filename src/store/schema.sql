@@ -74,3 +74,14 @@ CREATE TABLE loops (
 
 -- The trace that a cycle belongs to, as 16 bytes.
 ALTER TABLE open_cycles ADD COLUMN trace_id BLOB;
+
+-- migration 3
+
+-- Which database this is, and which file it was when it was last written by a process that had opened it: a copy is another
+-- file, and is told by that. `path` is absolute and without links; NULL before that was noted.
+ALTER TABLE meta ADD COLUMN database_id BLOB;  -- 16 random bytes, which a copy shares
+ALTER TABLE meta ADD COLUMN path    BLOB;
+ALTER TABLE meta ADD COLUMN device  INTEGER;
+ALTER TABLE meta ADD COLUMN inode   INTEGER;
+ALTER TABLE meta ADD COLUMN commits INTEGER NOT NULL DEFAULT 0;  -- made so far
+UPDATE meta SET database_id = randomblob(16);

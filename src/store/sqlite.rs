@@ -6,23 +6,28 @@
 //!   returns after the log is on the disk. Buffered writes use `NORMAL`, which hands the log to the operating system:
 //!   the death of the process loses nothing, the loss of power may, and a database that was not closed before the
 //!   machine restarted is opened with [`Contents::may_lack_open`].
-//! * One writer: a lock on the file `<database>.lock` keeps a second process out. Should somebody remove that file, the
-//!   epoch that every transaction checks stops the first process as soon as a second one has opened the database.
+//! * One writer: locks on the file `<database>.lock` and on the database itself keep a second process out, by whichever
+//!   path it comes. Where it comes in all the same, the epoch that every transaction checks stops the first process. The
+//!   epoch begins with the first commit, so that a process that does not get that far takes nothing over.
 //! * Nothing half: a write that fails, for want of room or permission, is rolled back as a whole, and the next one
 //!   finds everything as it was.
+//! * No copy for the original: see `identity`.
+//! * Nothing lost unnoticed: see `note`.
 //! * Nothing into the void: a database file that was removed or replaced can still be written by those who have it open,
 //!   and all of that is lost when they end; so every commit checks that the files are still in their places.
 //!
 //! One thread writes. A few connections read beside it, which in WAL mode neither wait for it nor keep it waiting.
 
+mod identity;
+mod note;
+mod place;
+
 use std::{
-    fs::{self, File, TryLockError},
-    io::{self, Read, Seek, Write as _},
-    os::unix::fs::MetadataExt,
+    fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::BoxFuture;
@@ -32,11 +37,16 @@ use rusqlite::{
 };
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-use super::{check_sequence, memory::to_prune};
+use self::{
+    identity::Identity,
+    note::{Mark, Note},
+    place::{FileId, Place, file_id, log_of},
+};
+use super::{Accepted, check_sequence, memory::to_prune};
 use crate::{
     model::{CycleId, CycleState, Epoch, Name, Output, Payload, Revision, TraceId, Trigger},
     ports::{
-        Contents, Durability, Filter, OpenCycle, Page, PageLimits, Pruned, Record, Retention, SCAN_LIMIT, Store,
+        Contents, Durability, Filter, Lost, OpenCycle, Page, PageLimits, Pruned, Record, Retention, SCAN_LIMIT, Store,
         StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
     },
 };
@@ -55,6 +65,14 @@ const READERS: usize = 2;
 const BUSY: Duration = Duration::from_secs(5);
 /// After so many bytes the log is copied into the database, between two writes.
 const CHECKPOINT_BYTES: usize = 4 << 20;
+/// A log that a reader, or one large commit, has let grow beyond this is cut once it is copied; up to this the file is
+/// written over from its beginning, which is faster than letting it grow anew.
+const LARGE_LOG: u64 = 16 << 20;
+/// How often copying is tried again while a reader is in its way.
+const TRY_COPYING_EVERY: Duration = Duration::from_secs(1);
+/// So many records that are missing at the end are taken for lost, and recorded as such. More are not what a damaged log
+/// held: an older copy was put in the place of the database.
+const MAX_LOST: u64 = 10_000;
 
 /// A SQLite database.
 pub(super) struct Sqlite {
@@ -63,6 +81,8 @@ pub(super) struct Sqlite {
     writer: Option<thread::JoinHandle<()>>,
     readers: Arc<Mutex<Vec<Connection>>>,
     reading: Arc<Semaphore>,
+    /// Given up last, after all connections are closed.
+    _place: Place,
 }
 
 enum Job {
@@ -73,37 +93,32 @@ enum Job {
 impl Sqlite {
     pub(super) async fn open(path: PathBuf) -> Result<(Self, Contents), StoreError> {
         let shown = path.display().to_string();
-        let opened = tokio::task::spawn_blocking(move || Self::open_blocking(path)).await;
+        let opened = tokio::task::spawn_blocking(move || Self::open_blocking(&path)).await;
         opened.unwrap_or_else(|error| Err(StoreError::Other(shown, error.to_string())))
     }
 
-    fn open_blocking(path: PathBuf) -> Result<(Self, Contents), StoreError> {
-        if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
-            fs::create_dir_all(directory).map_err(|error| unwritable(&path, &error))?;
-        }
-        let lock = lock(&path)?;
-        // What is not ours is not touched.
-        let connection = open_file(&path).map_err(|error| explain(&path, &error))?;
-        let version = check_version(&connection, &path)?;
-        let mut connection = configure(connection).map_err(|error| explain(&path, &error))?;
-        migrate(&mut connection, version).map_err(|error| explain(&path, &error))?;
-        let contents = begin_epoch(&mut connection, &path)?;
-        let readers = (0..READERS).map(|_| connect(&path)).collect::<Result<_, _>>();
-        let readers = readers.map_err(|error| explain(&path, &error))?;
+    fn open_blocking(path: &Path) -> Result<(Self, Contents), StoreError> {
+        let Opened { place, mut connection, here, .. } = Opened::at(path, false)?;
+        let (before, mark, mut contents) = read_contents(&mut connection, &place.path)?;
+        let (note, noted) = Note::open(&place.path).map_err(|error| unwritable(&place.path, &error))?;
+        contents.lost = lost(&place.path, &mark, noted)?;
+        let readers = (0..READERS).map(|_| connect(&place.path)).collect::<Result<_, _>>();
+        let readers = readers.map_err(|error| explain(&place.path, &error))?;
+        let files = files_of(&place.path).map_err(|error| unwritable(&place.path, &error))?;
 
-        let files = files_of(&path).map_err(|error| unwritable(&path, &error))?;
-
-        let path = Arc::new(path);
+        let path = Arc::new(place.path.clone());
         let (jobs, incoming) = mpsc::channel(QUEUE);
         let writer = Writer {
             path: path.clone(),
             files,
             connection,
             epoch: contents.epoch,
-            last: (contents.last_cycle_id, contents.last_revision),
+            beginning: Some(Beginning { before, here }),
+            mark,
+            note: Some(note),
             synchronous: Durability::Durable,
             unchecked_bytes: 0,
-            _lock: lock,
+            held: None,
         };
         let writer = thread::Builder::new().name("store".into()).spawn(move || writer.run(incoming));
         let writer = writer.map_err(|error| StoreError::Other(path.display().to_string(), error.to_string()))?;
@@ -113,6 +128,7 @@ impl Sqlite {
             writer: Some(writer),
             readers: Arc::new(Mutex::new(readers)),
             reading: Arc::new(Semaphore::new(READERS)),
+            _place: place,
         };
         Ok((store, contents))
     }
@@ -279,42 +295,96 @@ impl Store for Sqlite {
 // ---------------------------------------------------------------------------------------------------------------
 // Opening
 
-/// Takes the lock beside the database. It is free as soon as the process that has it ends, however that ends.
-fn lock(path: &Path) -> Result<File, StoreError> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let options = File::options().read(true).write(true).create(true).truncate(false).open(&name);
-    let mut file = options.map_err(|error| unwritable(path, &error))?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            let mut holder = String::new();
-            let _ = file.read_to_string(&mut holder);
-            let holder = holder.trim();
-            let holder = if holder.is_empty() { String::new() } else { format!(" (pid {holder})") };
-            return Err(StoreError::InUse(path.display().to_string(), holder));
+/// A database that is ours and up to date.
+struct Opened {
+    place: Place,
+    connection: Connection,
+    /// Which file it is.
+    here: Identity,
+    /// Which file it was when it was last used.
+    noted: Option<Identity>,
+}
+
+impl Opened {
+    fn at(path: &Path, even_a_copy: bool) -> Result<Self, StoreError> {
+        let place = Place::take(path)?;
+        let path = &place.path;
+        let explained = |error| explain(path, &error);
+        // What is not ours, or is a copy, is not touched.
+        let connection = open_file(path).map_err(explained)?;
+        let version = check_version(&connection, path)?;
+        let here = Identity::at(path).map_err(|error| unwritable(path, &error))?;
+        let noted = if version < Identity::SINCE { None } else { Identity::noted(&connection).map_err(explained)? };
+        match here.check(noted.as_ref()) {
+            Err(StoreError::Copy { .. }) if even_a_copy => {}
+            checked => checked?,
         }
-        Err(TryLockError::Error(error)) => return Err(unwritable(path, &error)),
+        let mut connection = configure(connection).map_err(explained)?;
+        migrate(&mut connection, version).map_err(explained)?;
+        Ok(Self { place, connection, here, noted })
     }
-    // The number only helps people; the lock is what counts.
-    let noted = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
-    noted.map_err(|error| unwritable(path, &error))?;
-    Ok(file)
 }
 
-/// The device and the inode of the database and of its log.
-type Files = [(u64, u64); 2];
+/// Lets a database be used as the file that it is now, with what it holds now.
+pub(super) fn accept(path: &Path) -> Result<Accepted, StoreError> {
+    if !path.exists() {
+        return Err(StoreError::Missing(path.display().to_string()));
+    }
+    let Opened { place, mut connection, here, noted } = Opened::at(path, true)?;
+    let mark = (|| {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        here.note(&transaction)?;
+        let mark = transaction.query_row("SELECT * FROM meta", [], mark)?;
+        transaction.commit()?;
+        Ok(mark)
+    })()
+    .map_err(|error| explain(&place.path, &error))?;
+    let (note, known) = Note::open(&place.path).map_err(|error| unwritable(&place.path, &error))?;
+    note.write(&mark).map_err(|error| unwritable(&place.path, &error))?;
+    Ok(Accepted {
+        path: place.path.clone(),
+        earlier: noted.map(|noted| noted.path).filter(|earlier| *earlier != place.path),
+        last_cycle_id: mark.last_cycle_id,
+        noted_cycle_id: known
+            .filter(|known| known.id == mark.id)
+            .map_or(mark.last_cycle_id, |known| known.last_cycle_id),
+    })
+}
 
-/// Which files are in the places of the database and its log now.
+fn mark(row: &Row<'_>) -> rusqlite::Result<Mark> {
+    Ok(Mark {
+        id: row.get("database_id")?,
+        commits: number(row, "commits")?,
+        last_cycle_id: CycleId(number(row, "last_cycle_id")?),
+        last_revision: Revision(number(row, "last_revision")?),
+    })
+}
+
+/// What of this database was acknowledged and is not there, by what was noted beside it.
+fn lost(path: &Path, mark: &Mark, noted: Option<Mark>) -> Result<Option<Lost>, StoreError> {
+    let Some(noted) = noted else { return Ok(None) };
+    if noted.id != mark.id {
+        tracing::warn!(store = %path.display(), "another database was at this path before; this one has a history of its own");
+        return Ok(None);
+    }
+    let cycles = noted.last_cycle_id.0.saturating_sub(mark.last_cycle_id.0);
+    if cycles > MAX_LOST {
+        let path = path.display().to_string();
+        return Err(StoreError::Behind { path, has: mark.last_cycle_id, noted: noted.last_cycle_id });
+    }
+    let changes = noted.commits.saturating_sub(mark.commits);
+    Ok((changes > 0).then_some(Lost {
+        last_cycle_id: noted.last_cycle_id.max(mark.last_cycle_id),
+        last_revision: noted.last_revision.max(mark.last_revision),
+        commits: changes,
+    }))
+}
+
+/// Which files are in the places of the database and its log.
+type Files = [FileId; 2];
+
 fn files_of(path: &Path) -> io::Result<Files> {
-    let identify = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
-    Ok([identify(path)?, identify(&log_of(path))?])
-}
-
-fn log_of(path: &Path) -> PathBuf {
-    let mut log = path.as_os_str().to_owned();
-    log.push("-wal");
-    log.into()
+    Ok([file_id(path)?, file_id(&log_of(path))?])
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
@@ -376,27 +446,25 @@ fn boot_id() -> Option<String> {
     Some(id.trim().to_owned())
 }
 
-/// Begins an epoch, durably, and reads everything but the history.
-fn begin_epoch(connection: &mut Connection, path: &Path) -> Result<Contents, StoreError> {
+/// Reads everything but the history, with the epoch that comes next. The one that was there is returned with it.
+fn read_contents(connection: &mut Connection, path: &Path) -> Result<(Epoch, Mark, Contents), StoreError> {
     let explained = |error| explain(path, &error);
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(explained)?;
-    let mut contents = (|| {
+    let transaction = connection.transaction().map_err(explained)?;
+    let (before, mark, mut contents) = (|| {
         let boot_id = boot_id();
-        let mut contents = transaction.query_row("SELECT * FROM meta", [], |row| {
+        let (before, mark, mut contents) = transaction.query_row("SELECT * FROM meta", [], |row| {
             let (was_closed, last_boot_id): (bool, Option<String>) = (row.get("is_closed")?, row.get("boot_id")?);
-            Ok(Contents {
-                epoch: Epoch(number(row, "epoch")?).next().max(Epoch::by_clock(Timestamp::now())),
-                last_cycle_id: CycleId(number(row, "last_cycle_id")?),
-                last_revision: Revision(number(row, "last_revision")?),
+            let (before, mark) = (Epoch(number(row, "epoch")?), mark(row)?);
+            let contents = Contents {
+                epoch: before.next().max(Epoch::by_clock(Timestamp::now())),
+                last_cycle_id: mark.last_cycle_id,
+                last_revision: mark.last_revision,
                 pruned_to: Revision(number(row, "pruned_to")?),
                 may_lack_open: !was_closed && (boot_id.is_none() || last_boot_id != boot_id),
                 ..Contents::default()
-            })
+            };
+            Ok((before, mark, contents))
         })?;
-        transaction.execute(
-            "UPDATE meta SET epoch = :epoch, boot_id = :boot_id, is_closed = 0",
-            named_params! { ":epoch": integer(contents.epoch.0), ":boot_id": boot_id },
-        )?;
         contents.last_record = transaction
             .query_row(&format!("SELECT {COLUMNS} FROM cycles ORDER BY cycle_id DESC LIMIT 1"), [], record)
             .optional()?;
@@ -404,7 +472,7 @@ fn begin_epoch(connection: &mut Connection, path: &Path) -> Result<Contents, Sto
             .prepare("SELECT * FROM open_cycles ORDER BY cycle_id")?
             .query_map([], open_cycle)?
             .collect::<rusqlite::Result<_>>()?;
-        Ok(contents)
+        Ok((before, mark, contents))
     })()
     .map_err(explained)?;
     contents.subsystems = read_all(&transaction, path, "SELECT * FROM subsystems ORDER BY name", |row| {
@@ -431,8 +499,7 @@ fn begin_epoch(connection: &mut Connection, path: &Path) -> Result<Contents, Sto
             finished_at: finished_at.map(|_| time(row, "finished_at")).transpose()?,
         })
     })?;
-    transaction.commit().map_err(explained)?;
-    Ok(contents)
+    Ok((before, mark, contents))
 }
 
 fn read_all<T>(
@@ -454,13 +521,29 @@ struct Writer {
     files: Files,
     connection: Connection,
     epoch: Epoch,
-    last: (CycleId, Revision),
+    /// `None` once the epoch has begun, which it does with the first commit.
+    beginning: Option<Beginning>,
+    mark: Mark,
+    /// Where the mark is noted; `None` once that has failed.
+    note: Option<Note>,
     /// What the connection is set to.
     synchronous: Durability,
     /// Bytes in the log that are not yet in the database.
     unchecked_bytes: usize,
-    /// Held as long as something may be written.
-    _lock: File,
+    /// What kept the log from being copied as a whole.
+    held: Option<Held>,
+}
+
+struct Beginning {
+    /// The epoch that is there.
+    before: Epoch,
+    here: Identity,
+}
+
+/// A reader keeps the log from being copied.
+struct Held {
+    tried_at: Instant,
+    is_told: bool,
 }
 
 impl Writer {
@@ -485,12 +568,21 @@ impl Writer {
         if files_of(&self.path).ok() != Some(self.files) {
             return Err(StoreError::Gone(path));
         }
-        let last = check_sequence(&path, &write.records, self.last.0, self.last.1)?;
-        let is_current = self.transact(write, last).map_err(|error| explain(&self.path, &error))?;
-        if let Some(epoch) = is_current {
+        let (last_cycle_id, last_revision) =
+            check_sequence(&path, &write.records, self.mark.last_cycle_id, self.mark.last_revision)?;
+        let mark = Mark { commits: self.mark.commits + 1, last_cycle_id, last_revision, ..self.mark };
+        let fenced_by = self.transact(write, &mark).map_err(|error| explain(&self.path, &error))?;
+        if let Some(epoch) = fenced_by {
             return Err(StoreError::Fenced(epoch));
         }
-        self.last = last;
+        self.mark = mark;
+        if write.durability == Durability::Durable {
+            self.note();
+        }
+        if self.beginning.take().is_some() {
+            // Now the database itself says which one it is, without its log.
+            self.copy_log();
+        }
         self.unchecked_bytes += write.records.iter().map(|record| record.bytes.len()).sum::<usize>()
             + write.outputs.iter().map(|(_, output)| output.payload.len()).sum::<usize>()
             + 4096;
@@ -498,7 +590,7 @@ impl Writer {
     }
 
     /// Does it in one transaction; `Some` is the epoch that has taken over, and then nothing was done.
-    fn transact(&mut self, write: &Write, last: (CycleId, Revision)) -> rusqlite::Result<Option<Epoch>> {
+    fn transact(&mut self, write: &Write, mark: &Mark) -> rusqlite::Result<Option<Epoch>> {
         if self.synchronous != write.durability {
             let level = match write.durability {
                 Durability::Durable => "FULL",
@@ -507,21 +599,28 @@ impl Writer {
             self.connection.pragma_update(None, "synchronous", level)?;
             self.synchronous = write.durability;
         }
+        let before = self.current_epoch();
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let written = transaction
             .prepare_cached(
-                "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed
-                 WHERE epoch = :epoch",
+                "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
+                 commits = :commits, epoch = :epoch WHERE epoch = :before",
             )?
             .execute(named_params! {
-                ":cycle_id": integer(last.0.0),
-                ":revision": integer(last.1.0),
+                ":cycle_id": integer(mark.last_cycle_id.0),
+                ":revision": integer(mark.last_revision.0),
                 ":is_closed": write.close,
+                ":commits": integer(mark.commits),
                 ":epoch": integer(self.epoch.0),
+                ":before": integer(before.0),
             })?;
         if written == 0 {
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0))?;
             return Ok(Some(Epoch(epoch)));
+        }
+        if let Some(Beginning { here, .. }) = &self.beginning {
+            transaction.execute("UPDATE meta SET boot_id = ?1", [boot_id()])?;
+            here.note(&transaction)?;
         }
         put_cycles(&transaction, write)?;
         put_knowledge(&transaction, write)?;
@@ -529,12 +628,28 @@ impl Writer {
         Ok(None)
     }
 
+    /// The epoch that the database has as long as nobody has taken over.
+    fn current_epoch(&self) -> Epoch {
+        self.beginning.as_ref().map_or(self.epoch, |beginning| beginning.before)
+    }
+
+    /// Notes how far the database was written.
+    fn note(&mut self) {
+        if let Some(note) = &self.note
+            && let Err(error) = note.write(&self.mark)
+        {
+            // What is in the database holds all the same.
+            tracing::warn!(store = %self.path.display(), %error, "can't note how far the database was written");
+            self.note = None;
+        }
+    }
+
     fn prune(&mut self, retention: &Retention, now: Timestamp, limit: usize) -> Result<Pruned, StoreError> {
-        let keep = self.last.0;
-        (|| {
+        let (keep, current) = (self.mark.last_cycle_id, self.current_epoch());
+        let pruned = (|| {
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
-            if epoch != self.epoch {
+            if epoch != current {
                 return Ok(Err(StoreError::Fenced(epoch)));
             }
             let mut gone = Vec::new();
@@ -576,19 +691,57 @@ impl Writer {
             }
             Ok(Ok(Pruned { removed: gone.len(), pruned_to: Revision(pruned_to) }))
         })()
-        .unwrap_or_else(|error| Err(explain(&self.path, &error)))
+        .unwrap_or_else(|error| Err(explain(&self.path, &error)));
+        // Each touches a page or two.
+        self.unchecked_bytes += pruned.as_ref().map_or(0, |pruned| pruned.removed * 4096);
+        pruned
     }
 
     /// Copies the log into the database once it has grown, so that it can begin anew.
     fn checkpoint(&mut self) {
-        if self.unchecked_bytes < CHECKPOINT_BYTES {
-            return;
+        let again = self.held.as_ref().is_some_and(|held| held.tried_at.elapsed() >= TRY_COPYING_EVERY);
+        if again || self.unchecked_bytes >= CHECKPOINT_BYTES {
+            self.copy_log();
         }
-        let copied = self.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+    }
+
+    /// Copies the log into the database, as far as readers don't need what is there, and cuts it where it is large.
+    fn copy_log(&mut self) {
+        let log = log_of(&self.path);
+        let bytes = || fs::metadata(&log).map_or(0, |log| log.len());
+        let (size, store) = (bytes(), self.path.display());
+        let copy = if size > LARGE_LOG { "PRAGMA wal_checkpoint(TRUNCATE)" } else { "PRAGMA wal_checkpoint(PASSIVE)" };
+        // Commits don't wait for readers.
+        let copied = self.connection.busy_timeout(Duration::ZERO).and_then(|()| {
+            self.connection.query_row(copy, [], |row| {
+                let (is_busy, frames, copied): (bool, i64, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
+                Ok(!is_busy && copied == frames)
+            })
+        });
+        let copied = copied.and_then(|is_whole| self.connection.busy_timeout(BUSY).map(|()| is_whole));
+        let was_told = self.held.as_ref().is_some_and(|held| held.is_told);
         match copied {
-            Ok(()) => self.unchecked_bytes = 0,
+            Ok(true) => {
+                if was_told {
+                    tracing::info!(%store, bytes = bytes(), "the log was copied into the database");
+                }
+                self.unchecked_bytes = 0;
+                self.held = None;
+            }
+            Ok(false) => {
+                if size > LARGE_LOG && !was_told {
+                    tracing::warn!(
+                        %store,
+                        bytes = size,
+                        "the log can't be copied into the database, and grows: another program reads the database, and has not \
+                         ended its transaction"
+                    );
+                }
+                self.unchecked_bytes = 0;
+                self.held = Some(Held { tried_at: Instant::now(), is_told: was_told || size > LARGE_LOG });
+            }
             // Nothing is lost: the log goes on, and the next write tries again.
-            Err(error) => tracing::warn!(%error, "can't copy the log into the database"),
+            Err(error) => tracing::warn!(%store, %error, "can't copy the log into the database"),
         }
     }
 }
@@ -803,19 +956,25 @@ struct Unknown(i64);
 fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
     let shown = path.display().to_string();
     let what = error.to_string();
-    if let rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..) = error {
+    let Some(code) = error.sqlite_error_code() else {
+        // A value that no version of this software has written, or one that is missing.
         return StoreError::Corrupt(shown, what);
-    }
-    match error.sqlite_error_code() {
-        Some(ErrorCode::DiskFull) => StoreError::Full(shown, what),
-        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
-            StoreError::ReadOnly(shown, what)
-        }
-        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => StoreError::Corrupt(shown, what),
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+    };
+    match code {
+        ErrorCode::DiskFull => StoreError::Full(shown, what),
+        ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied => StoreError::ReadOnly(shown, what),
+        ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => StoreError::Corrupt(shown, what),
+        ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => {
             StoreError::Other(shown, format!("{what}: another program has locked it; end that program's transaction"))
         }
-        _ => StoreError::Other(shown, what),
+        // These pass, or may.
+        ErrorCode::SystemIoFailure
+        | ErrorCode::OutOfMemory
+        | ErrorCode::OperationAborted
+        | ErrorCode::OperationInterrupted
+        | ErrorCode::FileLockingProtocolFailed => StoreError::Other(shown, what),
+        // Above all a table or a column that is gone, and a row that is there already.
+        _ => StoreError::Unusable(shown, what),
     }
 }
 

@@ -281,6 +281,9 @@ async fn a_database_of_an_earlier_version_is_brought_up_to_date_with_what_is_in_
     commit(&*store, Write { epoch: first.epoch, open: vec![open_cycle(2)], ..Write::default() }).await;
     drop(store);
     let raw = rusqlite::Connection::open(&path).unwrap();
+    for column in ["database_id", "path", "device", "inode", "commits"] {
+        raw.execute_batch(&format!("ALTER TABLE meta DROP COLUMN {column}")).unwrap();
+    }
     raw.execute_batch("ALTER TABLE open_cycles DROP COLUMN trace_id; PRAGMA user_version = 1").unwrap();
     drop(raw);
     let (store, second) = opened(&path).await;
@@ -296,6 +299,7 @@ async fn epochs_grow_whatever_the_clock_says() {
     let path = directory.path().join("o.db");
     let (store, first) = opened(&path).await;
     assert!(first.epoch >= Epoch::by_clock(at(0)), "subsystems that know another store's epochs take it for later");
+    filled(&*store, first.epoch, 1).await;
     drop(store);
     // As if the clock had been set back since.
     let ahead = Epoch(first.epoch.0 + 1_000_000_000);
@@ -324,20 +328,40 @@ async fn a_restart_of_the_machine_without_a_close_is_noticed() {
 }
 
 #[tokio::test]
-async fn a_second_process_is_kept_out_and_fences_if_the_lock_is_removed() {
+async fn a_second_process_is_kept_out_and_one_that_is_overtaken_is_fenced() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (first, contents) = opened(&path).await;
     let StoreError::InUse(_, holder) = refused(&path).await else { panic!("opened twice") };
     assert_eq!(holder, format!(" (pid {})", std::process::id()));
 
+    filled(&*first, contents.epoch, 1).await;
+
     std::fs::remove_file(directory.path().join("o.db.lock")).unwrap();
-    let (second, taken_over) = opened(&path).await;
-    let write = Arc::new(Write { epoch: contents.epoch, records: vec![record(1, Epoch(1))], ..Write::default() });
-    assert_eq!(first.commit(write).await, Err(StoreError::Fenced(taken_over.epoch)));
+    #[cfg(target_os = "linux")]
+    assert!(matches!(refused(&path).await, StoreError::InUse(..)), "the database itself is locked as well");
+
+    let later = Epoch(contents.epoch.0 + 1);
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute("UPDATE meta SET epoch = ?1", [i64::try_from(later.0).unwrap()]).unwrap();
+    let write = Arc::new(Write { epoch: contents.epoch, records: vec![record(2, Epoch(1))], ..Write::default() });
+    assert_eq!(first.commit(write).await, Err(StoreError::Fenced(later)));
     let pruned = first.prune(Retention::default(), Timestamp::now(), 10).await;
-    assert_eq!(pruned.err(), Some(StoreError::Fenced(taken_over.epoch)), "nor does it forget anything");
-    filled(&*second, taken_over.epoch, 1).await;
+    assert_eq!(pruned.err(), Some(StoreError::Fenced(later)), "nor does it forget anything");
+}
+
+#[tokio::test]
+async fn an_epoch_begins_with_the_first_commit() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    let epoch = || {
+        let raw = rusqlite::Connection::open(&path).unwrap();
+        raw.query_row("SELECT epoch FROM meta", [], |row| row.get::<_, i64>(0)).unwrap()
+    };
+    assert_eq!(epoch(), 0);
+    filled(&*store, contents.epoch, 1).await;
+    assert_eq!(epoch(), i64::try_from(contents.epoch.0).unwrap());
 }
 
 #[tokio::test]
@@ -351,9 +375,9 @@ async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
     drop(opened(&path).await);
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.pragma_update(None, "user_version", 99).unwrap();
-    assert!(matches!(refused(&path).await, StoreError::TooNew { found: 99, known: 2, .. }));
+    assert!(matches!(refused(&path).await, StoreError::TooNew { found: 99, known: 3, .. }));
 
-    raw.pragma_update(None, "user_version", 2).unwrap();
+    raw.pragma_update(None, "user_version", 3).unwrap();
     raw.execute("INSERT INTO loops VALUES ('l', NULL, 'no json')", []).unwrap();
     assert!(matches!(refused(&path).await, StoreError::Corrupt(..)));
     raw.execute("DELETE FROM loops", []).unwrap();

@@ -90,7 +90,7 @@ impl Server {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let router = listen::server(MAX_CONCURRENT_STREAMS).add_service(calls).add_service(health_service);
-        let router = listen::with_reflection(router, SERVICE)?;
+        let router = listen::reflection(SERVICE)?(router);
 
         let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let refused = |error| ListenError::Address(address.to_owned(), error);

@@ -72,6 +72,12 @@ impl Home {
         self
     }
 
+    /// The same home, whose services keep their record there.
+    #[must_use]
+    pub fn with_store(self, url: &str) -> Self {
+        Self { store: url.into(), ..self }
+    }
+
     /// The same home, whose services keep nothing.
     #[must_use]
     pub fn in_memory(self) -> Self {

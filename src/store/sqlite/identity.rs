@@ -1,0 +1,100 @@
+//! Which file a database is. A copy carries the identity of the file that it was copied from, and is told by that: it
+//! would take the fleet over from the original by its epoch.
+//!
+//! A file is told by its path and by its device and inode. Either of them changes without a copy being made: a rename
+//! changes the path, a backup that is put back, or a file system that numbers its files at each mount, the inode. So a
+//! database is a copy where both have changed.
+
+use std::{
+    ffi::OsStr,
+    fs, io,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use rusqlite::{Connection, OptionalExtension, named_params};
+
+use super::place::{FileId, file_id, log_of};
+use crate::ports::StoreError;
+
+/// Which file a database is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    pub(super) path: PathBuf,
+    file: FileId,
+}
+
+impl Identity {
+    /// The schema that notes it.
+    pub(super) const SINCE: i64 = 3;
+
+    /// What is at this path now, which is absolute and without links.
+    pub(super) fn at(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), file: file_id(path)? })
+    }
+
+    /// Which file the database was when it was last used, if that was noted in it.
+    pub(super) fn noted(connection: &Connection) -> rusqlite::Result<Option<Self>> {
+        let noted = connection.query_row("SELECT path, device, inode FROM meta", [], |row| {
+            let (path, device, inode): (Option<Vec<u8>>, Option<i64>, Option<i64>) =
+                (row.get(0)?, row.get(1)?, row.get(2)?);
+            Ok((path, device.zip(inode)))
+        });
+        let Some((Some(path), Some((device, inode)))) = noted.optional()? else { return Ok(None) };
+        Ok(Some(Self { path: OsStr::from_bytes(&path).into(), file: (device.cast_unsigned(), inode.cast_unsigned()) }))
+    }
+
+    /// Notes in the database that it is this file.
+    pub(super) fn note(&self, connection: &Connection) -> rusqlite::Result<()> {
+        let note = "UPDATE meta SET path = :path, device = :device, inode = :inode";
+        connection.execute(
+            note,
+            named_params! {
+                ":path": self.path.as_os_str().as_bytes(),
+                ":device": self.file.0.cast_signed(),
+                ":inode": self.file.1.cast_signed(),
+            },
+        )?;
+        Ok(())
+    }
+
+    /// That this file is the database that was `noted` in it.
+    ///
+    /// # Errors
+    /// It is a copy, or it can be reached by another name, where its log may be.
+    pub(super) fn check(&self, noted: Option<&Self>) -> Result<(), StoreError> {
+        let Self { path, file } = self;
+        let shown = path.display().to_string();
+        let links = fs::metadata(path).map_or(1, |file| file.nlink());
+        let is_known = noted == Some(self);
+        let Some(noted) = noted else {
+            return if links > 1 { Err(StoreError::Linked(shown, "other names".into())) } else { Ok(()) };
+        };
+        if noted.path == *path {
+            if links > 1 && !is_known {
+                return Err(StoreError::Linked(shown, "other names".into()));
+            }
+            if !is_known {
+                tracing::info!(
+                    store = shown,
+                    "another file is in the place of this database than when it was last used, such as a backup that was \
+                     put back; it is taken for the same database"
+                );
+            }
+            return Ok(());
+        }
+        let earlier = noted.path.display().to_string();
+        if noted.file != *file {
+            return Err(StoreError::Copy { path: shown, original: earlier });
+        }
+        if file_id(&noted.path).is_ok_and(|there| there == *file) || links > 1 {
+            return Err(StoreError::Linked(shown, earlier));
+        }
+        let log = log_of(&noted.path);
+        if fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
+            return Err(StoreError::LogLeftBehind { path: shown, log: log.display().to_string() });
+        }
+        tracing::info!(store = shown, earlier, "the database was renamed");
+        Ok(())
+    }
+}

@@ -1,0 +1,78 @@
+//! How far a database was written, noted beside it: what tells at the next start that the end of it is missing, because its
+//! log was damaged or an older copy put in its place.
+//!
+//! The note is written after each durable commit, and does not wait for the disk: it survives the death of the process, as
+//! do the writes that it tells of. The loss of power may take it back to an earlier one, never ahead of the database.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::FileExt,
+    path::Path,
+};
+
+use super::place::beside;
+use crate::model::{CycleId, Revision};
+
+/// How far a database was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mark {
+    /// Which database it is of: another one may have been made at the same path.
+    pub(super) id: [u8; 16],
+    /// The commits that were made.
+    pub(super) commits: u64,
+    pub(super) last_cycle_id: CycleId,
+    pub(super) last_revision: Revision,
+}
+
+/// The file in which the mark is noted.
+pub(super) struct Note(File);
+
+impl Note {
+    /// The note beside this database, and what it says; `None` where it says nothing that can be read.
+    pub(super) fn open(database: &Path) -> io::Result<(Self, Option<Mark>)> {
+        /// More than it ever holds.
+        const MAX: u64 = 1 << 10;
+        let path = beside(database, ".last");
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        let mut text = String::new();
+        let read = (&file).take(MAX).read_to_string(&mut text);
+        Ok((Self(file), read.ok().and_then(|_| Mark::parse(&text))))
+    }
+
+    /// Notes it, in the place of what was noted before.
+    pub(super) fn write(&self, mark: &Mark) -> io::Result<()> {
+        self.0.write_all_at(mark.to_text().as_bytes(), 0)
+    }
+}
+
+impl Mark {
+    /// Always of the same length, so that one write replaces another.
+    fn to_text(self) -> String {
+        let Self { id, commits, last_cycle_id, last_revision } = self;
+        format!("{:032x} {commits:020} {:020} {:020}\n", u128::from_be_bytes(id), last_cycle_id.0, last_revision.0)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.strip_suffix('\n')?.split(' ');
+        let id = u128::from_str_radix(words.next()?, 16).ok()?.to_be_bytes();
+        let mut number = || words.next()?.parse().ok();
+        Some(Self { id, commits: number()?, last_cycle_id: CycleId(number()?), last_revision: Revision(number()?) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_is_read_as_it_was_written_and_nothing_else_is() {
+        let mark = Mark { id: [7; 16], commits: u64::MAX, last_cycle_id: CycleId(1), last_revision: Revision(2) };
+        let text = mark.to_text();
+        assert_eq!(Mark::parse(&text), Some(mark));
+        for end in 0..text.len() {
+            assert_eq!(Mark::parse(&text[..end]), None);
+        }
+        assert_eq!(Mark::parse(&"\0".repeat(96)), None);
+    }
+}

@@ -1,0 +1,109 @@
+//! Where a database is: its real path, whichever links lead to it, and the locks that keep a second process out.
+
+use std::{
+    fs::{self, File, TryLockError},
+    io::{self, Read, Seek, Write as _},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use super::unwritable;
+use crate::ports::StoreError;
+
+/// A database that this process alone may open, for as long as this lives.
+pub(super) struct Place {
+    /// The path of the file itself, absolute and without links.
+    pub(super) path: PathBuf,
+    /// Beside the database, so that it is found by whoever opens it by the same path. It holds the number of the process.
+    _lock: File,
+    /// The database itself, for those that came by another path. Closing it would free the locks that SQLite has on the
+    /// same file, so it stays open for longer than all of SQLite's connections.
+    _database: File,
+}
+
+/// The device and the inode of a file.
+pub(super) type FileId = (u64, u64);
+
+impl Place {
+    /// Finds the database, makes an empty one where there is none, and locks it.
+    pub(super) fn take(path: &Path) -> Result<Self, StoreError> {
+        let failed = |error: &io::Error| unwritable(path, error);
+        if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+            fs::create_dir_all(directory).map_err(|error| failed(&error))?;
+        }
+        // Also where a link leads to a file that is not there yet.
+        let create = || File::options().read(true).write(true).create(true).truncate(false).open(path);
+        let path = match path.canonicalize() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => create().and_then(|_| path.canonicalize()),
+            found => found,
+        };
+        let path = path.map_err(|error| failed(&error))?;
+        let lock = lock_beside(&path)?;
+        let database = File::options().read(true).write(true).open(&path).map_err(|error| unwritable(&path, &error))?;
+        if !lock_file(&database) {
+            return Err(StoreError::InUse(path.display().to_string(), ", which has it open by another name".into()));
+        }
+        Ok(Self { path, _lock: lock, _database: database })
+    }
+}
+
+/// Takes the lock on a file beside the database. It is free as soon as the process that has it ends, however that ends.
+fn lock_beside(path: &Path) -> Result<File, StoreError> {
+    let name = beside(path, ".lock");
+    let options = File::options().read(true).write(true).create(true).truncate(false).open(name);
+    let mut file = options.map_err(|error| unwritable(path, &error))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            let holder = holder.trim();
+            let holder = if holder.is_empty() { String::new() } else { format!(" (pid {holder})") };
+            return Err(StoreError::InUse(path.display().to_string(), holder));
+        }
+        Err(TryLockError::Error(error)) => return Err(unwritable(path, &error)),
+    }
+    // The number only helps people; the lock is what counts.
+    let noted = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
+    noted.map_err(|error| unwritable(path, &error))?;
+    Ok(file)
+}
+
+/// Whether this process alone has this file now, by whichever name: a hard link, or a mount of the file itself, has another
+/// lock beside it. `true` where file systems can't tell.
+#[cfg(target_os = "linux")]
+fn lock_file(file: &File) -> bool {
+    use nix::{errno::Errno, fcntl, libc};
+    // The last byte that can be locked: SQLite locks bytes at 1 GiB. It is of the open file and not of the process, so
+    // closing another descriptor of the database does not free it.
+    let byte = libc::flock {
+        l_type: libc::c_short::try_from(libc::F_WRLCK).unwrap_or_default(),
+        l_whence: libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default(),
+        l_start: libc::off_t::MAX - 1,
+        l_len: 1,
+        l_pid: 0,
+    };
+    !matches!(fcntl::fcntl(file, fcntl::FcntlArg::F_OFD_SETLK(&byte)), Err(Errno::EAGAIN | Errno::EACCES))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn lock_file(_: &File) -> bool {
+    true
+}
+
+/// Which file is at this path.
+pub(super) fn file_id(path: &Path) -> io::Result<FileId> {
+    fs::metadata(path).map(|file| (file.dev(), file.ino()))
+}
+
+/// SQLite's log of a database.
+pub(super) fn log_of(path: &Path) -> PathBuf {
+    beside(path, "-wal")
+}
+
+/// The file beside this one whose name goes on like this.
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
