@@ -30,6 +30,7 @@ use orchestrator_core::{
     clock::Clock,
     config::Config,
     dial::Dialer,
+    memory::Shares,
     model::{CycleRequest, CycleState, OverlapPolicy, Payload, Subsystem, SubsystemSpec, Trigger},
     orchestrator::{Declared, Orchestrator, Tasks},
     ports::{Spans, Untraced},
@@ -274,7 +275,8 @@ impl Ours {
             Subsystem::from_spec(&SubsystemSpec { name: format!("s{i}"), endpoint, ..SubsystemSpec::default() })
         });
         let declared = Declared { subsystems: subsystems.collect::<std::result::Result<_, _>>()?, loops: Vec::new() };
-        let dialer = Arc::new(Dialer::new(Duration::from_secs(5)));
+        let memory = Shares::of(1 << 30);
+        let dialer = Arc::new(Dialer::new(Duration::from_secs(5), memory.replies.clone()));
         let (store, contents) = store::open(store).await?;
         let settings = serve::settings(&Config::default());
         let (mut spans, mut exporting): (Arc<dyn Spans>, _) = (Arc::new(Untraced), None);
@@ -285,7 +287,7 @@ impl Ours {
             exporting = Some((tokio::spawn(sender.run(stop.clone())), stop));
         }
         let (orchestrator, tasks) =
-            Orchestrator::start(settings, Clock::System, dialer, store, contents, declared, spans).await?;
+            Orchestrator::start(settings, &memory, Clock::System, dialer, (store, contents), declared, spans).await?;
         Ok(Self { orchestrator, tasks, metrics: None, exporting })
     }
 

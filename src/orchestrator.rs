@@ -32,9 +32,10 @@ use self::{conductor::Admitted, figures::Watchers, live::Live, registry::Registr
 use crate::{
     clock::Clock,
     engine::{Engine, Member, OutputBudget, Standing},
+    memory::Shares,
     model::{
-        CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, Revision, Subsystem, TickDisposition,
-        Trigger, Violations,
+        CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Revision, Subsystem, TickDisposition, Trigger,
+        Violations,
     },
     ports::{
         Contents, PageLimits, Record, Retention, SCAN_LIMIT, Spans, Store, StoreError, StoredOutput, StoredSubsystem,
@@ -54,7 +55,7 @@ pub use self::{
 };
 pub use crate::{
     engine::{BreakerState, LastPart, Outcomes, PlannedSubsystem, Ring, Schedule, Tally},
-    ports::{CallError, Durability, Filter, Page, StoreSize, TriggerKind},
+    ports::{CallError, Durability, Filter, Page, Snapshot, StoreSize, TriggerKind},
     schedule::LoopEntry,
 };
 
@@ -209,16 +210,17 @@ pub struct Status {
 }
 
 impl Orchestrator {
-    /// Takes up what an earlier process left in the store, and begins to run cycles.
+    /// Takes up what an earlier process left in the store, and begins to run cycles. The store comes with what it held
+    /// when it was opened.
     ///
     /// # Errors
     /// The order of what is declared and stored has a ring, or the store can't be written.
     pub async fn start(
         settings: Settings,
+        memory: &Shares,
         clock: Clock,
         subsystems: Arc<dyn Subsystems>,
-        store: Arc<dyn Store>,
-        contents: Contents,
+        (store, contents): (Arc<dyn Store>, Contents),
         declared: Declared,
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, Tasks), Refusal> {
@@ -342,6 +344,7 @@ impl Orchestrator {
                 orchestrator_id: settings.orchestrator_id.clone(),
                 epoch: contents.epoch,
                 outputs,
+                inputs: memory.inputs.clone(),
                 spans,
             },
             newest: newest::Sender::new(state.last_revision),
@@ -570,7 +573,7 @@ impl Orchestrator {
     }
 
     /// Asks subsystems for their own snapshots, some at a time, each for at most five seconds. Answers in order.
-    pub async fn snapshots(&self, of: &[Registered]) -> Vec<Result<Payload, CallError>> {
+    pub async fn snapshots(&self, of: &[Registered]) -> Vec<Result<Snapshot, CallError>> {
         const AT_ONCE: usize = 64;
         const PATIENCE: Duration = Duration::from_secs(5);
         let subsystems = &self.0.engine.subsystems;

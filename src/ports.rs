@@ -7,9 +7,12 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 
-use crate::model::{
-    Answer, Code, CycleId, CycleState, Epoch, Input, LoopSpec, LoopState, Name, Output, Payload, Revision, Span,
-    SpanContext, Subsystem, SubsystemSpec, TraceId, Trigger,
+use crate::{
+    memory::Held,
+    model::{
+        Answer, Code, CycleId, CycleState, Epoch, Input, LoopSpec, LoopState, Name, Output, Payload, Revision, Span,
+        SpanContext, Subsystem, SubsystemSpec, TraceId, Trigger,
+    },
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -23,12 +26,11 @@ pub trait Subsystems: Send + Sync + 'static {
     /// Makes a subsystem ready. One that needs no initialization answers UNIMPLEMENTED.
     fn initialize<'a>(&'a self, to: &'a Subsystem, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>>;
 
-    /// Runs a subsystem's share of a cycle. The answer has not been held against the subsystem's limits, except for
-    /// the size of the whole message.
-    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Answer, CallError>>;
+    /// Runs a subsystem's share of a cycle.
+    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>>;
 
     /// Asks for a snapshot of a subsystem's state.
-    fn get_status<'a>(&'a self, of: &'a Subsystem, timeout: Duration) -> BoxFuture<'a, Result<Payload, CallError>>;
+    fn get_status<'a>(&'a self, of: &'a Subsystem, timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>>;
 
     /// Only these subsystems are registered from now on: whatever is kept for others can go.
     fn retain(&self, registered: &[Arc<Subsystem>]);
@@ -66,6 +68,24 @@ pub struct RunCall {
     pub timeout: Duration,
     /// What its spans join.
     pub trace: Option<SpanContext>,
+}
+
+/// What a subsystem answered, and the memory that it takes.
+#[derive(Debug)]
+pub struct Reply {
+    /// The answer.
+    pub answer: Answer,
+    /// Kept as long as the answer is.
+    pub held: Held,
+}
+
+/// A snapshot of a subsystem's state, and the memory that it takes.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// What it shows.
+    pub status: Payload,
+    /// Kept as long as the status is.
+    pub held: Held,
 }
 
 /// Why a call failed.

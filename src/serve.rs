@@ -125,7 +125,7 @@ impl Service {
             None => None,
         };
         let memory = Shares::of(config.memory.max_bytes);
-        let dialer = Dialer::new(config.dial.connect_timeout);
+        let dialer = Dialer::new(config.dial.connect_timeout, memory.replies.clone());
         let dialer = Arc::new(match &config.dial.ca_file {
             Some(path) => {
                 let ca = tokio::fs::read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?;
@@ -147,7 +147,7 @@ impl Service {
         let (settings, declared) = (settings(config), declared(config));
         // The last that may refuse, and with it the new epoch begins: until then nothing is taken over.
         let (orchestrator, tasks) =
-            Orchestrator::start(settings, Clock::System, dialer, store, contents, declared, spans).await?;
+            Orchestrator::start(settings, &memory, Clock::System, dialer, (store, contents), declared, spans).await?;
 
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;

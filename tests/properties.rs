@@ -18,12 +18,13 @@ use futures_util::future::BoxFuture;
 use jiff::SignedDuration;
 use orchestrator_core::{
     clock::Clock,
+    memory::{Memory, Shares},
     model::{
         Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, Name,
         OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, Trigger,
     },
     orchestrator::{Declared, Orchestrator, Refusal, Settings},
-    ports::{CallError, Filter, InitializeCall, Retention, RunCall, Subsystems, Untraced},
+    ports::{CallError, Filter, InitializeCall, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
     proto::orchestrator::v1 as pb,
     record::Participation,
     store,
@@ -239,7 +240,7 @@ impl Subsystems for Fleet {
         })
     }
 
-    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Answer, CallError>> {
+    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
             let inputs = call.inputs.iter().map(|input| {
                 let made = input.output.as_ref().map(|(output, freshness)| (output.cycle_id, *freshness));
@@ -252,11 +253,12 @@ impl Subsystems for Fleet {
             let mut ending = Ending { fleet: self, name, cycle_id, output: false };
             let answer = self.answer(to, &call).await;
             ending.output = answer.is_ok();
-            answer
+            let held = Memory::whole(0).try_hold(0).unwrap();
+            answer.map(|answer| Reply { answer, held })
         })
     }
 
-    fn get_status<'a>(&'a self, _of: &'a Subsystem, _timeout: Duration) -> BoxFuture<'a, Result<Payload, CallError>> {
+    fn get_status<'a>(&'a self, _of: &'a Subsystem, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
         Box::pin(async { error(Code::Unimplemented) })
     }
 
@@ -307,10 +309,17 @@ async fn run(case: Case) {
     });
     let (store, contents) = store::open(&store::StoreUrl::Memory).await.unwrap();
     let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
-    let (orchestrator, mut tasks) =
-        Orchestrator::start(settings(), clock, fleet.clone(), store, contents, Declared::default(), Arc::new(Untraced))
-            .await
-            .unwrap();
+    let (orchestrator, mut tasks) = Orchestrator::start(
+        settings(),
+        &Shares::of(1 << 30),
+        clock,
+        fleet.clone(),
+        (store, contents),
+        Declared::default(),
+        Arc::new(Untraced),
+    )
+    .await
+    .unwrap();
 
     let mut registered = BTreeMap::new();
     for Scripted { spec, .. } in &case.fleet {

@@ -119,8 +119,8 @@ impl Api {
         for some in of.chunks(AT_ONCE) {
             // Of many it takes a while.
             yield_now().await;
-            let mut snapshots =
-                if with_snapshots { self.orchestrator.snapshots(some).await } else { Vec::new() }.into_iter();
+            let snapshots = if with_snapshots { self.orchestrator.snapshots(some).await } else { Vec::new() };
+            let mut snapshots = snapshots.iter();
             for registered in some {
                 let mut status = response::subsystem_status(&self.orchestrator, registered, false, snapshots.next());
                 status.last = status.last.map(response::listed_part);
@@ -265,7 +265,8 @@ impl Service for Api {
         } else {
             None
         };
-        let mut subsystem = response::subsystem_status(&self.orchestrator, &registered, include_output, snapshot);
+        let mut subsystem =
+            response::subsystem_status(&self.orchestrator, &registered, include_output, snapshot.as_ref());
         if subsystem.encoded_len() + response::AROUND > MAX_ANSWER {
             subsystem.last = subsystem.last.map(response::listed_part);
         }

@@ -13,7 +13,7 @@ use crate::{
     },
     orchestrator::{
         BreakerState, CallError, Event, LiveEvent, LoopEntry, Orchestrator, PlannedSubsystem, Registered, RunningCycle,
-        Schedule, Status, Update,
+        Schedule, Snapshot, Status, Update,
     },
     proto::{orchestrator::v1 as pb, timestamp},
     record,
@@ -151,13 +151,13 @@ pub(super) fn subsystem_status(
     orchestrator: &Orchestrator,
     registered: &Registered,
     include_output: bool,
-    snapshot: Option<Result<Payload, CallError>>,
+    snapshot: Option<&Result<Snapshot, CallError>>,
 ) -> pb::SubsystemStatus {
     let Registered { member, declared, lease } = registered;
     let output = member.standing.latest();
     let last = member.standing.last();
     let (snapshot, snapshot_error) = match snapshot {
-        Some(Ok(snapshot)) => (snapshot.as_bytes().clone(), String::new()),
+        Some(Ok(snapshot)) => (snapshot.status.as_bytes().clone(), String::new()),
         Some(Err(error)) => (bytes::Bytes::new(), error.to_string()),
         None => Default::default(),
     };

@@ -1,194 +1,225 @@
 //! The gRPC client side: calls subsystems over connections that those with one endpoint share.
+//!
+//! It is a client of our own over the `h2` crate, for unary calls only, because what a subsystem sends must cost no more than
+//! its own call: not its neighbours' connection, not the memory of all, not the time of a worker that others need.
+//! `client` has the connection of one endpoint (`connection`, by `connect`, `resolve` and `tls`, seen through by `wire`),
+//! `unary` makes one call on it, `outcome` says what became of it, and `decode` reads the answer.
 
-mod convert;
+mod client;
+mod connect;
+mod connection;
+mod decode;
 mod outcome;
+mod request;
+mod resolve;
+mod tls;
+mod unary;
+mod wire;
 
 use std::{
     collections::{HashMap, HashSet},
-    future::Future,
-    panic::AssertUnwindSafe,
-    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use futures_util::{FutureExt, future::BoxFuture};
-use hyper_util::rt::TokioIo;
-use rustls_pki_types::{CertificateDer, pem::PemObject};
-use tokio::net::UnixStream;
-use tonic::{
-    Request, Response, Status,
-    transport::{self, Certificate, Channel, ClientTlsConfig, Uri},
-};
-use tower::service_fn;
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use prost::Message;
+use tokio::sync::Semaphore;
 
+use self::{client::Failure, connect::Connector, resolve::Resolver, tls::Trust};
+pub use self::{
+    client::{Client, Received},
+    tls::NoCertificate,
+    unary::{Call, framed, framed_bytes},
+};
 use crate::{
-    model::{Answer, Code, Endpoint, Payload, SpanContext, Subsystem},
-    ports::{CallError, InitializeCall, RunCall, Subsystems},
-    proto::subsystem::v1::{self as pb, subsystem_client::SubsystemClient},
+    memory::{Held, Memory},
+    model::{Endpoint, Limits, Name, SpanContext, Subsystem, excerpt},
+    ports::{CallError, InitializeCall, Reply, RunCall, Snapshot, Subsystems},
 };
-
-/// There is no certificate where one should be.
-#[derive(Debug, thiserror::Error)]
-#[error("holds no certificate; give PEM, which begins with -----BEGIN CERTIFICATE-----")]
-pub struct NoCertificate;
 
 /// Calls subsystems over gRPC.
 pub struct Dialer {
-    connect_timeout: Duration,
-    tls: ClientTlsConfig,
-    channels: Mutex<HashMap<Endpoint, Channel>>,
+    connector: Arc<Connector>,
+    replies: Memory,
+    endpoints: Mutex<HashMap<Endpoint, Clients>>,
+    /// Places beside the workers for what takes long to encode or to read.
+    aside: Arc<Semaphore>,
+}
+
+/// The clients of one endpoint.
+struct Clients {
+    /// That of all subsystems there,
+    shared: Arc<Client>,
+    /// but for those that have sent what costs a connection: each has one of its own from then on.
+    apart: HashMap<Name, Arc<Client>>,
 }
 
 impl Dialer {
-    /// A ping goes out after so long without an answer. Peers that follow gRPC's rules take offence at less.
-    const KEEPALIVE: Duration = Duration::from_secs(30);
-    /// The connection is given up when a ping has no answer for so long.
-    const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-    /// The most bytes of headers and trailers in an answer, error messages included. Room for a stack trace: when
-    /// it meets much more, the HTTP/2 library gives up the whole connection, and the calls of others on it.
-    const MAX_HEADERS: u32 = 64 << 10;
+    /// What is longer is encoded and read beside the workers: it can take longer than a millisecond.
+    const LONG: usize = 64 << 10;
+    /// So much of that at one time: it must leave processors to others.
+    const ASIDE_AT_ONCE: usize = 2;
+    /// The most bytes of a peer's message that are kept. A record takes no more, and all that tells of a call holds it.
+    const MAX_MESSAGE: usize = 1 << 10;
 
-    /// A dialer that gives up connecting after `connect_timeout`, and trusts the certificates of the system.
-    pub fn new(connect_timeout: Duration) -> Self {
-        Self { connect_timeout, tls: ClientTlsConfig::new().with_native_roots(), channels: Mutex::default() }
+    /// A dialer that gives up connecting after `connect_timeout`, trusts the certificates of the system, and takes memory
+    /// for answers from `replies`.
+    pub fn new(connect_timeout: Duration, replies: Memory) -> Self {
+        let connector = Connector { timeout: connect_timeout, trust: Trust::default(), resolver: Resolver::system() };
+        Self {
+            connector: Arc::new(connector),
+            replies,
+            endpoints: Mutex::default(),
+            aside: Arc::new(Semaphore::new(Self::ASIDE_AT_ONCE)),
+        }
     }
 
     /// Trusts the certificates in `ca`, which is PEM, as well.
     ///
     /// # Errors
     /// There is none in it.
-    pub fn and_trust(mut self, ca: &[u8]) -> Result<Self, NoCertificate> {
-        // tonic passes over what it can't read.
-        if !CertificateDer::pem_slice_iter(ca).flatten().any(|it| webpki::anchor_from_trusted_cert(&it).is_ok()) {
-            return Err(NoCertificate);
+    pub fn and_trust(self, ca: &[u8]) -> Result<Self, NoCertificate> {
+        let Connector { timeout, trust, resolver } = &*self.connector;
+        let connector = Connector { timeout: *timeout, trust: trust.and(ca)?, resolver: resolver.clone() };
+        Ok(Self { connector: Arc::new(connector), ..self })
+    }
+
+    /// A client of one endpoint, with a connection of its own.
+    ///
+    /// # Errors
+    /// The endpoint can't be dialed.
+    pub fn client(&self, endpoint: &Endpoint) -> Result<Client, CallError> {
+        Client::new(endpoint, self.connector.clone(), self.replies.clone())
+    }
+
+    fn endpoints(&self) -> MutexGuard<'_, HashMap<Endpoint, Clients>> {
+        self.endpoints.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The client for a subsystem.
+    fn client_of(&self, subsystem: &Subsystem) -> Result<Arc<Client>, CallError> {
+        let mut endpoints = self.endpoints();
+        if let Some(clients) = endpoints.get(&subsystem.endpoint) {
+            return Ok(clients.apart.get(&subsystem.name).unwrap_or(&clients.shared).clone());
         }
-        let ca = Certificate::from_pem(ca);
-        let with_system = self.tls.ca_certificate(ca.clone());
-        // Where the system has none, as in a small container, tonic would not take these either.
-        let system_has_some =
-            transport::Endpoint::from_static("https://localhost").tls_config(with_system.clone()).is_ok();
-        self.tls = if system_has_some { with_system } else { ClientTlsConfig::new().ca_certificate(ca) };
-        Ok(self)
+        let shared = Arc::new(self.client(&subsystem.endpoint)?);
+        let clients = Clients { shared: shared.clone(), apart: HashMap::new() };
+        endpoints.insert(subsystem.endpoint.clone(), clients);
+        Ok(shared)
     }
 
-    fn channels(&self) -> MutexGuard<'_, HashMap<Endpoint, Channel>> {
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Gives a subsystem a connection of its own, as long as it is registered there.
+    fn put_apart(&self, subsystem: &Subsystem) {
+        let Ok(own) = self.client(&subsystem.endpoint) else { return };
+        let mut endpoints = self.endpoints();
+        let Some(clients) = endpoints.get_mut(&subsystem.endpoint) else { return };
+        if clients.apart.contains_key(&subsystem.name) {
+            return;
+        }
+        clients.apart.insert(subsystem.name.clone(), Arc::new(own));
+        drop(endpoints);
+        let (subsystem, endpoint) = (&subsystem.name, &subsystem.endpoint);
+        tracing::warn!(%subsystem, %endpoint, "its answer would have cost others their connection: it has its own now");
     }
 
-    /// The client for a subsystem. Connects when it is first used, and again when the connection is lost.
-    fn client(&self, subsystem: &Subsystem) -> Result<SubsystemClient<Channel>, CallError> {
-        let mut channels = self.channels();
-        let channel = if let Some(channel) = channels.get(&subsystem.endpoint) {
-            channel.clone()
-        } else {
-            let channel = self.connect(&subsystem.endpoint).map_err(|error| CallError {
-                code: Code::Unavailable,
-                message: format!("can't dial {}: {}", subsystem.endpoint, outcome::chain(&error)),
-            })?;
-            channels.insert(subsystem.endpoint.clone(), channel.clone());
-            channel
-        };
-        let max_message_bytes = subsystem.limits.max_message_bytes as usize;
-        Ok(SubsystemClient::new(channel).max_decoding_message_size(max_message_bytes))
-    }
-
-    fn connect(&self, endpoint: &Endpoint) -> Result<Channel, transport::Error> {
-        let configure = |uri: String| {
-            Ok(transport::Endpoint::from_shared(uri)?
-                .user_agent(concat!("orchestrator/", env!("CARGO_PKG_VERSION")))?
-                .connect_timeout(self.connect_timeout)
-                .tcp_nodelay(true)
-                .http2_keep_alive_interval(Self::KEEPALIVE)
-                .keep_alive_timeout(Self::KEEPALIVE_TIMEOUT)
-                .http2_max_header_list_size(Self::MAX_HEADERS))
-        };
-        match endpoint {
-            Endpoint::Http(uri) => Ok(configure(uri.clone())?.connect_lazy()),
-            Endpoint::Https(uri) => Ok(configure(uri.clone())?.tls_config(self.tls.clone())?.connect_lazy()),
-            Endpoint::Unix(path) => {
-                let path = Arc::new(PathBuf::from(path));
-                // The URI only names the authority, which a socket has none of.
-                let endpoint = configure("http://localhost".into())?;
-                Ok(endpoint.connect_with_connector_lazy(service_fn(move |_: Uri| {
-                    let path = path.clone();
-                    async move { UnixStream::connect(&*path).await.map(TokioIo::new) }
-                })))
+    /// Makes a call and reads the answer.
+    async fn call<T: Send + 'static>(
+        &self,
+        to: &Subsystem,
+        call: Call,
+        read: impl FnOnce(&[u8], &Limits) -> Result<T, CallError> + Send + 'static,
+    ) -> Result<(T, Held), CallError> {
+        let client = self.client_of(to)?;
+        let received = client.make(&call).await.map_err(|Failure { error, breaks_connection }| {
+            if breaks_connection {
+                self.put_apart(to);
             }
+            CallError { message: excerpt(&error.message, Self::MAX_MESSAGE).to_owned(), ..error }
+        })?;
+        // It is not sent again.
+        drop(call);
+        let Received { message, mut held } = received;
+        // What is read of it has no more bytes than it has itself, and is there beside it for a while.
+        held.grow(message.len()).map_err(|full| unary::no_room(&full))?;
+        let limits = to.limits;
+        let len = message.len();
+        self.aside(len, move || read(&message, &limits).map(|read| (read, held))).await?
+    }
+
+    fn described(
+        to: &Subsystem,
+        path: &'static str,
+        timeout: Duration,
+        trace: Option<SpanContext>,
+        message: Bytes,
+    ) -> Call {
+        Call { path, timeout, trace, message, max_answer: to.limits.max_message_bytes as usize }
+    }
+
+    /// Does what may take long beside the workers, if it is for so many bytes.
+    async fn aside<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, CallError> {
+        if bytes <= Self::LONG {
+            return Ok(work());
         }
+        let ended = |error: &dyn std::error::Error| outcome::broken(format!("a large message was given up: {error}"));
+        let place = self.aside.clone().acquire_owned().await.map_err(|error| ended(&error))?;
+        let work = move || {
+            let _place = place;
+            work()
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|error| ended(&error))
     }
 }
 
 impl Subsystems for Dialer {
     fn initialize<'a>(&'a self, to: &'a Subsystem, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
         Box::pin(async move {
-            let mut client = self.client(to)?;
-            let timeout = call.timeout;
-            let mut request = with_timeout(convert::initialize_request(to, &call), timeout);
-            join_trace(&mut request, call.trace);
-            answered(client.initialize(request), timeout).await.map(|pb::InitializeResponse {}| ())
+            let message = framed(&request::initialize(to, &call));
+            let path = "/dreamnet.subsystem.v1.Subsystem/Initialize";
+            let call = Self::described(to, path, call.timeout, call.trace, message);
+            // There is nothing in it.
+            self.call(to, call, |_, _| Ok(())).await.map(|_| ())
         })
     }
 
-    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Answer, CallError>> {
+    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
-            let mut client = self.client(to)?;
             let (timeout, trace) = (call.timeout, call.trace.clone());
-            let mut request = with_timeout(convert::run_cycle_request(to, call), timeout);
-            join_trace(&mut request, trace);
-            convert::answer(answered(client.run_cycle(request), timeout).await?)
+            let request = request::run_cycle(to, call);
+            let message = self.aside(request.encoded_len(), move || framed(&request)).await?;
+            let path = "/dreamnet.subsystem.v1.Subsystem/RunCycle";
+            let call = Self::described(to, path, timeout, trace, message);
+            let (answer, mut held) = self.call(to, call, decode::answer).await?;
+            held.resize(decode::size(&answer)).map_err(|full| unary::no_room(&full))?;
+            Ok(Reply { answer, held })
         })
     }
 
-    fn get_status<'a>(&'a self, of: &'a Subsystem, timeout: Duration) -> BoxFuture<'a, Result<Payload, CallError>> {
+    fn get_status<'a>(&'a self, of: &'a Subsystem, timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
         Box::pin(async move {
-            let mut client = self.client(of)?;
-            let request = pb::GetStatusRequest { subsystem: of.name.to_string() };
-            let answer = answered(client.get_status(with_timeout(request, timeout)), timeout).await?;
-            let status = convert::payload("status", answer.status)?;
-            let (bytes, allowed) = (status.len(), of.limits.max_output_bytes as usize);
-            if bytes > allowed {
-                let message = format!("its status is {bytes} bytes; allowed are {allowed}, as of output");
-                return Err(CallError { code: Code::ResourceExhausted, message });
-            }
-            Ok(status)
+            let request = crate::proto::subsystem::v1::GetStatusRequest { subsystem: of.name.to_string() };
+            let path = "/dreamnet.subsystem.v1.Subsystem/GetStatus";
+            let call = Self::described(of, path, timeout, None, framed(&request));
+            let (status, mut held) = self.call(of, call, decode::status).await?;
+            // Fewer than before, so there is room.
+            let _ = held.resize(status.len());
+            Ok(Snapshot { status, held })
         })
     }
 
     fn retain(&self, registered: &[Arc<Subsystem>]) {
         let endpoints: HashSet<_> = registered.iter().map(|subsystem| &subsystem.endpoint).collect();
-        self.channels().retain(|endpoint, _| endpoints.contains(endpoint));
-    }
-}
-
-fn with_timeout<T>(message: T, timeout: Duration) -> Request<T> {
-    let mut request = Request::new(message);
-    request.set_timeout(timeout);
-    request
-}
-
-/// Tells of the trace, in the headers of W3C Trace Context.
-fn join_trace<T>(request: &mut Request<T>, trace: Option<SpanContext>) {
-    let Some(trace) = trace else { return };
-    let state = trace.state.as_deref().map(|state| ("tracestate", state.to_owned()));
-    for (header, value) in [("traceparent", trace.to_string())].into_iter().chain(state) {
-        // Neither can be malformed: it was checked, or made here.
-        if let Ok(value) = value.try_into() {
-            request.metadata_mut().insert(header, value);
-        }
-    }
-}
-
-/// Awaits an answer. The client library may panic over malformed trailers, and a subsystem must not be able to end
-/// more than its own call.
-async fn answered<T>(
-    call: impl Future<Output = Result<Response<T>, Status>>,
-    timeout: Duration,
-) -> Result<T, CallError> {
-    let called_at = tokio::time::Instant::now();
-    match AssertUnwindSafe(call).catch_unwind().await {
-        Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) => Err(outcome::of(&status, called_at.elapsed() >= timeout)),
-        Err(_panic) => Err(CallError { code: Code::Internal, message: "its answer breaks the gRPC protocol".into() }),
+        let subsystems: HashSet<_> =
+            registered.iter().map(|subsystem| (&subsystem.endpoint, &subsystem.name)).collect();
+        self.endpoints().retain(|endpoint, clients| {
+            clients.apart.retain(|name, _| subsystems.contains(&(endpoint, name)));
+            endpoints.contains(endpoint)
+        });
     }
 }

@@ -1,82 +1,213 @@
-//! What a gRPC status means for a call.
+//! What became of a call, from what HTTP/2 and gRPC say of it.
+//!
+//! - gRPC over HTTP/2: <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md> (status, messages, error codes)
+//! - answers without a gRPC status: <https://github.com/grpc/grpc/blob/master/doc/http-grpc-status-mapping.md>
+//! - what may be sent again unseen: <https://github.com/grpc/proposal/blob/master/A6-client-retries.md>
 
-use std::error::Error;
+use std::{error::Error, io};
 
-use tonic::Status;
+use h2::Reason;
+use http::{HeaderMap, StatusCode, header::CONTENT_TYPE};
 
-use crate::{
-    model::{Code, excerpt},
-    ports::CallError,
-};
+use crate::{model::Code, ports::CallError};
 
-/// How tonic begins the message of the OUT_OF_RANGE status that it makes up for an answer over the limit.
-const TOO_LARGE: &str = "Error, decoded message length too large";
-
-/// The most bytes of a peer's message that are kept. A record takes no more, and all that tells of a call holds it.
-const MAX_MESSAGE: usize = 1 << 10;
-
-/// Reads a status. `late` says that the deadline had passed when it came.
-pub(super) fn of(status: &Status, late: bool) -> CallError {
-    // The peer's own words come without a source; what the client makes up for a broken connection has one.
-    let is_local = status.source().is_some();
-    let code = match Code::from_number(status.code() as i32) {
+/// The status in headers or trailers; `None` when there is none in them. `late` says that the deadline had passed when
+/// they came.
+pub(super) fn of_status(headers: &HeaderMap, late: bool) -> Option<Result<(), CallError>> {
+    let status = headers.get("grpc-status")?.as_bytes();
+    let message = headers.get("grpc-message").map(|it| percent_decoded(it.as_bytes())).unwrap_or_default();
+    let number = std::str::from_utf8(status).ok().and_then(|text| text.parse().ok());
+    let code = number.map_or(Code::Unknown, Code::from_number);
+    let message = if matches!(number, Some(0..=16)) {
+        message
+    } else {
+        // The code says nothing, so what stands in its place is told.
+        let told = String::from_utf8_lossy(excerpt_of(status, 20));
+        format!("its grpc-status {told:?} is no status code of gRPC: {message}")
+    };
+    Some(match code {
+        Code::Ok => Ok(()),
         // Servers answer an expired deadline with either.
-        Code::Cancelled if late => Code::DeadlineExceeded,
-        // The connection broke, and gRPC's word for that is UNAVAILABLE. RESOURCE_EXHAUSTED: because of what another
-        // call on it was sent.
-        Code::Unknown | Code::Cancelled | Code::ResourceExhausted if is_local => Code::Unavailable,
-        Code::OutOfRange if status.message().starts_with(TOO_LARGE) => Code::ResourceExhausted,
-        // An error by definition, though the peer says otherwise.
-        Code::Ok => Code::Internal,
-        code => code,
-    };
-    let message = match status.source() {
-        Some(source) => chain(source),
-        None => excerpt(status.message(), MAX_MESSAGE).to_owned(),
-    };
-    CallError { code, message }
+        Code::Cancelled if late => Err(CallError { code: Code::DeadlineExceeded, message }),
+        code => Err(CallError { code, message }),
+    })
 }
 
-/// An error and what caused it, in one line, without the words that say nothing.
+/// What an answer means that carries no gRPC status, and so is not a gRPC server's; `None` when it may be one that is only
+/// beginning.
+pub(super) fn of_http(status: StatusCode, headers: &HeaderMap) -> Option<CallError> {
+    let content_type = headers.get(CONTENT_TYPE).map(|it| String::from_utf8_lossy(excerpt_of(it.as_bytes(), 100)));
+    let is_grpc = content_type.as_deref().is_some_and(|it| it.starts_with("application/grpc"));
+    if status == StatusCode::OK && is_grpc {
+        return None;
+    }
+    let code = match status.as_u16() {
+        400 => Code::Internal,
+        401 => Code::Unauthenticated,
+        403 => Code::PermissionDenied,
+        404 => Code::Unimplemented,
+        429 | 502 | 503 | 504 => Code::Unavailable,
+        _ => Code::Unknown,
+    };
+    let what = content_type.map_or("of no type".to_owned(), |it| format!("of type {it:?}"));
+    Some(CallError { code, message: format!("no gRPC server has answered, but HTTP {status} with content {what}") })
+}
+
+/// What it means that the peer has ended the call's stream with this error code.
+pub(super) fn of_reset(reason: Reason, late: bool) -> CallError {
+    let code = match reason {
+        Reason::REFUSED_STREAM => Code::Unavailable,
+        Reason::CANCEL if late => Code::DeadlineExceeded,
+        Reason::CANCEL => Code::Cancelled,
+        Reason::ENHANCE_YOUR_CALM => Code::ResourceExhausted,
+        Reason::INADEQUATE_SECURITY => Code::PermissionDenied,
+        _ => Code::Internal,
+    };
+    CallError { code, message: format!("it has reset the stream of the call: {reason}") }
+}
+
+/// There is no connection, or no longer one, and so no answer.
+pub(super) fn unavailable(message: String) -> CallError {
+    CallError { code: Code::Unavailable, message }
+}
+
+/// The answer is whole but for its status.
+pub(super) fn without_status() -> CallError {
+    CallError { code: Code::Unknown, message: "it has ended its answer without a grpc-status".into() }
+}
+
+/// The answer breaks the rules.
+pub(super) fn broken(message: impl Into<String>) -> CallError {
+    CallError { code: Code::Internal, message: message.into() }
+}
+
+/// The answer is larger than it may be, or than there is room for.
+pub(super) fn too_large(message: impl Into<String>) -> CallError {
+    CallError { code: Code::ResourceExhausted, message: message.into() }
+}
+
+/// Why a connection has ended, in words.
+pub(super) fn of_connection(error: &h2::Error) -> String {
+    match error.get_io() {
+        // What the HTTP/2 library makes up where the other side has just closed the connection.
+        Some(io) if io.raw_os_error().is_none() && io.get_ref().is_none_or(|inner| inner.source().is_none()) => {
+            match io.kind() {
+                io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof => "it has closed the connection".into(),
+                _ => chain(io),
+            }
+        }
+        Some(io) => chain(io),
+        None if error.is_go_away() && error.is_remote() => format!("it has closed the connection: {error}"),
+        None => error.to_string(),
+    }
+}
+
+/// An error and what caused it, in one line.
 pub(super) fn chain(error: &dyn Error) -> String {
-    let mut parts: Vec<String> = Vec::new();
-    let mut next = Some(error);
+    let mut text = error.to_string();
+    let mut next = error.source();
     while let Some(error) = next {
-        let text = error.to_string();
-        let says_nothing = text == "transport error" || text.is_empty();
-        if !says_nothing && !parts.iter().any(|part| part.contains(&text)) {
-            parts.push(text);
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
         }
         next = error.source();
     }
-    let text = if parts.is_empty() { error.to_string() } else { parts.join(": ") };
     // What rustls says to an answer that is no TLS.
     if text.contains("InvalidContentType") { format!("it does not speak TLS, so give http:// ({text})") } else { text }
 }
 
+/// The text in a `grpc-message`. As the protocol asks, what is not encoded well is kept as it is, and what is not UTF-8 is
+/// replaced: a status must not get lost over its text.
+fn percent_decoded(encoded: &[u8]) -> String {
+    let mut bytes = Vec::with_capacity(encoded.len());
+    let mut rest = encoded;
+    while let [first, after @ ..] = rest {
+        let digit = |at: usize| after.get(at).and_then(|digit| char::from(*digit).to_digit(16));
+        if let (b'%', Some(high), Some(low)) = (first, digit(0), digit(1)) {
+            #[allow(clippy::cast_possible_truncation, reason = "two hexadecimal digits make a byte")]
+            bytes.push((high << 4 | low) as u8);
+            rest = &after[2..];
+        } else {
+            bytes.push(*first);
+            rest = after;
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn excerpt_of(bytes: &[u8], max: usize) -> &[u8] {
+    &bytes[..bytes.len().min(max)]
+}
+
 #[cfg(test)]
 mod tests {
+    use http::HeaderValue;
+
     use super::*;
+
+    fn status(status: &[u8], message: &[u8], late: bool) -> Result<(), CallError> {
+        let value = |bytes| HeaderValue::from_bytes(bytes).unwrap();
+        let headers = [("grpc-status", value(status)), ("grpc-message", value(message))];
+        of_status(&headers.into_iter().map(|(name, value)| (name.parse().unwrap(), value)).collect(), late).unwrap()
+    }
 
     #[test]
     fn the_peers_words_count_but_for_an_expired_deadline() {
-        let peer = |code, late| of(&Status::new(code, "m"), late).code;
-        assert_eq!(peer(tonic::Code::Cancelled, false), Code::Cancelled);
-        assert_eq!(peer(tonic::Code::Cancelled, true), Code::DeadlineExceeded);
-        assert_eq!(peer(tonic::Code::Unknown, false), Code::Unknown);
-        assert_eq!(peer(tonic::Code::OutOfRange, false), Code::OutOfRange);
+        let code = |number, late| status(number, b"m", late).unwrap_err().code;
+        assert_eq!(code(b"1", false), Code::Cancelled);
+        assert_eq!(code(b"1", true), Code::DeadlineExceeded);
+        assert_eq!(code(b"2", false), Code::Unknown);
+        assert_eq!(code(b"14", false), Code::Unavailable);
+        assert_eq!(status(b"0", b"", false), Ok(()));
     }
 
     #[test]
-    fn of_a_long_message_the_beginning_is_kept() {
-        let kept = of(&Status::internal("ß".repeat(10_000)), false).message;
-        assert_eq!((kept.len(), kept.capacity()), (MAX_MESSAGE, MAX_MESSAGE));
+    fn a_status_is_not_lost_over_its_text() {
+        for (encoded, text) in [
+            (&b"50%25 %C3%BC"[..], "50% ü"),
+            (b"%FF|\xff", "\u{fffd}|\u{fffd}"),
+            (b"100%", "100%"),
+            (b"%zz%4", "%zz%4"),
+        ] {
+            let error = status(b"14", encoded, false).unwrap_err();
+            assert_eq!((error.code, error.message.as_str()), (Code::Unavailable, text));
+        }
+        for number in [&b"99"[..], b"-1", b"abc", b"\xff", b"99999999999999999999999"] {
+            let error = status(number, b"why", false).unwrap_err();
+            assert_eq!(error.code, Code::Unknown);
+            assert!(error.message.ends_with("is no status code of gRPC: why"), "{}", error.message);
+        }
     }
 
     #[test]
-    fn a_broken_connection_is_unavailable_and_says_why() {
-        let io = std::io::Error::new(std::io::ErrorKind::ConnectionReset, "reset by peer");
-        let error = of(&Status::from_error(Box::new(io)), false);
-        assert_eq!((error.code, error.message.as_str()), (Code::Unavailable, "reset by peer"));
+    fn without_a_status_http_speaks() {
+        let of = |status: u16, content_type: &'static str| {
+            let headers = [(CONTENT_TYPE, HeaderValue::from_static(content_type))].into_iter().collect();
+            of_http(StatusCode::from_u16(status).unwrap(), &headers).map(|error| error.code)
+        };
+        assert_eq!(of(200, "application/grpc"), None);
+        assert_eq!(of(200, "application/grpc+proto"), None);
+        assert_eq!(of(200, "text/html"), Some(Code::Unknown));
+        assert_eq!(of(503, "application/grpc"), Some(Code::Unavailable));
+        for (status, code) in [
+            (400, Code::Internal),
+            (401, Code::Unauthenticated),
+            (403, Code::PermissionDenied),
+            (404, Code::Unimplemented),
+            (429, Code::Unavailable),
+            (500, Code::Unknown),
+            (502, Code::Unavailable),
+            (503, Code::Unavailable),
+            (504, Code::Unavailable),
+        ] {
+            assert_eq!(of(status, "text/html"), Some(code), "{status}");
+        }
+    }
+
+    #[test]
+    fn a_connection_that_ends_is_told_in_words() {
+        let reset = io::Error::new(io::ErrorKind::ConnectionReset, "reset by peer");
+        assert_eq!(chain(&reset), "reset by peer");
     }
 }

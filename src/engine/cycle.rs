@@ -25,16 +25,13 @@ use super::{
     trace::CallSpans,
 };
 use crate::{
+    memory::{Full, Held, Memory},
     model::{
         Answer, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Freshness, Input, Name, Output,
         SkipReason, Subsystem, SubsystemReport, SubsystemState, excerpt,
     },
-    ports::{CallError, RunCall, Spans, Subsystems},
+    ports::{CallError, Reply, RunCall, Spans, Subsystems},
 };
-
-/// The most bytes of inputs that wait in calls at one time, so that a fan-out of large outputs can't take all
-/// memory. A call whose inputs alone are larger travels alone.
-const MAX_INPUT_BYTES_IN_FLIGHT: usize = 256 << 20;
 
 /// The most bytes of a subsystem's message in the log.
 const MAX_LOGGED: usize = 200;
@@ -49,6 +46,8 @@ pub struct Engine {
     pub epoch: Epoch,
     /// Room for outputs.
     pub outputs: Arc<OutputBudget>,
+    /// Memory for inputs in calls, so that a fan-out of large outputs can't take all of it.
+    pub inputs: Memory,
     /// Takes the spans of cycles.
     pub spans: Arc<dyn Spans>,
 }
@@ -77,6 +76,8 @@ pub struct Ran {
     pub finished: FinishedCycle,
     /// The outputs of those that succeeded.
     pub outputs: Vec<(Name, Arc<Standing>, Output)>,
+    /// The memory of what was answered. Kept until the report is recorded.
+    pub held: Vec<Held>,
 }
 
 /// Follows a cycle live. Called from inside it, so it must not wait.
@@ -131,9 +132,10 @@ impl Engine {
         attempts: &[AtomicU32],
         observer: &dyn Observer,
     ) -> Ended {
-        let member = &cycle.plan.steps[call.position].member;
+        let Call { position, inputs, held: _held, is_probe } = call;
+        let member = &cycle.plan.steps[position].member;
         let subsystem = &*member.subsystem;
-        let (started, input_bytes) = (Instant::now(), retry::size(&call.inputs));
+        let started = Instant::now();
         let deadline = (started + subsystem.timeout).min(start + cycle.deadline);
         let calls = Calls {
             subsystems: &*self.subsystems,
@@ -144,37 +146,37 @@ impl Engine {
                 attempt: 0,
                 scheduled_at: cycle.request.scheduled_at,
                 parameters: subsystem.parameters.overlaid(&cycle.request.parameters),
-                inputs: call.inputs,
+                inputs,
                 timeout: Duration::ZERO,
                 trace: None,
             },
             orchestrator_id: &self.orchestrator_id,
             deadline,
             spans: CallSpans { cycle, start, subsystem: &member.subsystem, deadline },
-            is_probe: call.is_probe,
-            attempts: &attempts[call.position],
+            is_probe,
+            attempts: &attempts[position],
         };
         // From the first call on, which may be that to `Initialize`: who hangs there is seen as well.
-        observer.called(call.position, 1, start.elapsed());
+        observer.called(position, 1, start.elapsed());
         let make = calls.make(|attempt| {
             if attempt > 1 {
-                observer.called(call.position, attempt, start.elapsed());
+                observer.called(position, attempt, start.elapsed());
             }
         });
         let late = || {
-            let was_run = attempts[call.position].load(Ordering::Relaxed) > 0;
+            let was_run = attempts[position].load(Ordering::Relaxed) > 0;
             let what = if was_run { "no answer" } else { "no connection, or no answer to Initialize," };
             SubsystemState::TimedOut(format!("{what} within its timeout of {:?}", subsystem.timeout))
         };
         let result = match timeout_at(deadline, make).await {
-            Ok(Ok(answer)) => Ok(answer),
+            Ok(Ok(reply)) => Ok(reply),
             // Both ends and the library have timers of their own, and any of them may be the first.
             Ok(Err(CallError { code: Code::DeadlineExceeded, .. })) if Instant::now() >= deadline => Err(late()),
             Ok(Err(CallError { code: Code::DeadlineExceeded, message })) => Err(SubsystemState::TimedOut(message)),
             Ok(Err(CallError { code, message })) => Err(SubsystemState::Failed(code, message)),
             Err(_) => Err(late()),
         };
-        Ended { position: call.position, input_bytes, result }
+        Ended { position, result }
     }
 }
 
@@ -182,14 +184,23 @@ impl Engine {
 struct Call {
     position: usize,
     inputs: Vec<Input>,
+    /// The memory of the inputs.
+    held: Held,
     is_probe: bool,
+}
+
+/// Why a subsystem is not called.
+enum NotNow {
+    /// Its part ends so.
+    Ends(SubsystemState),
+    /// There is no memory for inputs of so many bytes.
+    NoMemory(usize, Full),
 }
 
 /// A subsystem whose calls have ended.
 struct Ended {
     position: usize,
-    input_bytes: usize,
-    result: Result<Answer, SubsystemState>,
+    result: Result<Reply, SubsystemState>,
 }
 
 /// How a cycle came to its end.
@@ -216,9 +227,8 @@ struct Run<'a> {
     left_in_phase: usize,
     /// Waits for a call slot.
     ready: VecDeque<usize>,
-    /// Waits for room in flight.
-    held: Option<Call>,
-    input_bytes_in_flight: usize,
+    /// Would be called, but waits for memory for its inputs.
+    waiting: Option<usize>,
     last_ended: Option<usize>,
 }
 
@@ -232,6 +242,8 @@ struct Part {
     ended: Option<Duration>,
     state: Option<SubsystemState>,
     answer: Answer,
+    /// The memory of the answer, but for an output that has its own by now.
+    held: Option<Held>,
 }
 
 impl<'a> Run<'a> {
@@ -257,8 +269,7 @@ impl<'a> Run<'a> {
             phase_end: 0,
             left_in_phase: 0,
             ready: VecDeque::new(),
-            held: None,
-            input_bytes_in_flight: 0,
+            waiting: None,
             last_ended: None,
         };
         let first = run.open_phase();
@@ -315,49 +326,54 @@ impl<'a> Run<'a> {
         if in_flight >= self.cycle.max_concurrent_calls {
             return None;
         }
-        let call = loop {
-            if let Some(held) = self.held.take() {
-                break held;
-            }
-            let position = self.ready.pop_front()?;
+        loop {
+            let position = self.waiting.take().or_else(|| self.ready.pop_front())?;
             match self.prepare(position) {
-                Ok(call) => break call,
-                Err(state) => {
-                    let free = self.end(position, Some(state));
-                    self.release(free);
+                Ok(call) => {
+                    self.parts[position].started = Some(self.start.elapsed());
+                    return Some(call);
                 }
+                // Those that run give some back when they end.
+                Err(NotNow::NoMemory(..)) if in_flight > 0 => {
+                    self.waiting = Some(position);
+                    return None;
+                }
+                Err(NotNow::NoMemory(bytes, full)) => {
+                    let message = format!("there is no room for its inputs of {bytes} bytes: {full}");
+                    self.end_at_once(position, SubsystemState::Failed(Code::ResourceExhausted, message));
+                }
+                Err(NotNow::Ends(state)) => self.end_at_once(position, state),
             }
-        };
-        let bytes = retry::size(&call.inputs);
-        if in_flight > 0 && self.input_bytes_in_flight + bytes > MAX_INPUT_BYTES_IN_FLIGHT {
-            self.held = Some(call);
-            return None;
         }
-        self.input_bytes_in_flight += bytes;
-        self.parts[call.position].started = Some(self.start.elapsed());
-        Some(call)
+    }
+
+    /// Ends a part without a call.
+    fn end_at_once(&mut self, position: usize, state: SubsystemState) {
+        let free = self.end(position, Some(state));
+        self.release(free);
     }
 
     /// Asks the breaker and gathers the inputs.
-    fn prepare(&self, position: usize) -> Result<Call, SubsystemState> {
+    fn prepare(&self, position: usize) -> Result<Call, NotNow> {
         let step = &self.cycle.plan.steps[position];
         let is_probe = match step.member.breaker(Instant::now()) {
             BreakerState::Closed => false,
             BreakerState::HalfOpen => true,
             BreakerState::Open(left) => {
                 let failures = step.member.standing.lock().breaker.failures();
-                return Err(SubsystemState::CircuitOpen(format!(
+                return Err(NotNow::Ends(SubsystemState::CircuitOpen(format!(
                     "held back after {failures} failures in a row; one probe call in {left:.0?}"
-                )));
+                ))));
             }
         };
         let inputs = self.inputs(step);
         let bytes = retry::size(&inputs);
         if bytes > Subsystem::MAX_INPUT_BYTES {
             let message = format!("its inputs are {bytes} bytes; allowed are {}", Subsystem::MAX_INPUT_BYTES);
-            return Err(SubsystemState::Failed(Code::ResourceExhausted, message));
+            return Err(NotNow::Ends(SubsystemState::Failed(Code::ResourceExhausted, message)));
         }
-        Ok(Call { position, inputs, is_probe })
+        let held = self.engine.inputs.try_hold(bytes).map_err(|full| NotNow::NoMemory(bytes, full))?;
+        Ok(Call { position, inputs, held, is_probe })
     }
 
     fn inputs(&self, step: &Step) -> Vec<Input> {
@@ -374,13 +390,13 @@ impl<'a> Run<'a> {
     }
 
     /// The calls of a subsystem have ended.
-    fn called(&mut self, Ended { position, input_bytes, result }: Ended) {
-        self.input_bytes_in_flight -= input_bytes;
+    fn called(&mut self, Ended { position, result }: Ended) {
         let duration = self.start.elapsed().saturating_sub(self.parts[position].started.unwrap_or_default());
         let member = &self.cycle.plan.steps[position].member;
-        let state = match result.and_then(|answer| self.keep(&member.standing, answer)) {
-            Ok(answer) => {
-                self.parts[position].answer = answer;
+        let state = match result.and_then(|reply| self.keep(&member.standing, reply)) {
+            Ok(Reply { answer, held }) => {
+                let part = &mut self.parts[position];
+                (part.answer, part.held) = (answer, Some(held));
                 let mut remembered = member.standing.lock();
                 let closes = remembered.breaker.succeeded();
                 remembered.took(duration);
@@ -411,14 +427,17 @@ impl<'a> Run<'a> {
     }
 
     /// Makes an output the latest one, if there is room for it.
-    fn keep(&self, standing: &Standing, answer: Answer) -> Result<Answer, SubsystemState> {
+    fn keep(&self, standing: &Standing, reply: Reply) -> Result<Reply, SubsystemState> {
+        let Reply { answer, mut held } = reply;
         let output = Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() };
         standing.keep(output, &self.engine.outputs).map_err(|max| {
             let new = answer.output.len();
             let message = format!("no room for its output of {new} bytes: all outputs together may take {max} bytes");
             SubsystemState::Failed(Code::ResourceExhausted, message)
         })?;
-        Ok(answer)
+        // Fewer than before, so there is room.
+        let _ = held.resize(held.bytes().saturating_sub(answer.output.len()));
+        Ok(Reply { answer, held })
     }
 
     /// A part has ended; `None` when it was left out of the cycle. Returns those that waited for nothing else.
@@ -464,8 +483,10 @@ impl<'a> Run<'a> {
 
         let mut reports = Vec::with_capacity(parts.len());
         let mut outputs = Vec::new();
+        let mut held = Vec::new();
         for (position, part) in parts.into_iter().enumerate() {
             let (true, Some(state)) = (takes_part[position], part.state) else { continue };
+            held.extend(part.held);
             let member = &plan.steps[position].member;
             let subsystem = &member.subsystem;
             let records_output = subsystem.record_output || cycle.request.record_outputs;
@@ -509,7 +530,7 @@ impl<'a> Run<'a> {
             critical_path,
             subsystems: reports.into_iter().map(|(report, _)| report).collect(),
         };
-        Ran { finished, outputs }
+        Ran { finished, outputs, held }
     }
 
     /// Ends a part that had not ended when the cycle did.

@@ -6,8 +6,8 @@ use tokio::time::{Instant, sleep};
 
 use super::{Member, trace::CallSpans};
 use crate::{
-    model::{Answer, Code, Input, Method, Subsystem},
-    ports::{CallError, InitializeCall, RunCall, Subsystems},
+    model::{Code, Input, Method, Subsystem},
+    ports::{CallError, InitializeCall, Reply, RunCall, Subsystems},
 };
 
 /// What is the same in all calls of one subsystem in one cycle.
@@ -29,7 +29,7 @@ pub(super) struct Calls<'a> {
 
 impl Calls<'_> {
     /// Makes the calls. Does not end by itself at the deadline: who awaits it sees to that.
-    pub(super) async fn make(self, on_attempt: impl Fn(u32)) -> Result<Answer, CallError> {
+    pub(super) async fn make(self, on_attempt: impl Fn(u32)) -> Result<Reply, CallError> {
         let subsystem = &*self.member.subsystem;
         let max_attempts = if self.is_probe { 1 } else { subsystem.retry.max_attempts };
         let mut failed = 0;
@@ -55,7 +55,7 @@ impl Calls<'_> {
         }
     }
 
-    async fn attempt(&self, subsystem: &Subsystem, on_attempt: &impl Fn(u32)) -> Result<Answer, CallError> {
+    async fn attempt(&self, subsystem: &Subsystem, on_attempt: &impl Fn(u32)) -> Result<Reply, CallError> {
         if !self.member.is_initialized() {
             let span = self.spans.begin(Method::Initialize, self.attempts.load(Ordering::Relaxed) + 1);
             let call = InitializeCall {
@@ -80,8 +80,8 @@ impl Calls<'_> {
         let timeout = self.deadline - Instant::now();
         let call = RunCall { attempt, timeout, trace: span.context(), ..self.run.clone() };
         let answered = self.subsystems.run_cycle(subsystem, call).await;
-        let result = answered.and_then(|answer| match subsystem.limits.check(&answer) {
-            Ok(()) => Ok(answer),
+        let result = answered.and_then(|reply| match subsystem.limits.check(&reply.answer) {
+            Ok(()) => Ok(reply),
             Err(over) => Err(CallError {
                 code: Code::ResourceExhausted,
                 message: format!("its answer goes over its limits: {over}"),

@@ -11,6 +11,7 @@ mod subsystem;
 pub mod text;
 mod trace;
 mod violation;
+mod wire;
 
 pub use code::Code;
 pub use cycle::{
@@ -19,7 +20,7 @@ pub use cycle::{
 };
 pub use histogram::Histogram;
 pub use name::{Name, NameError};
-pub use payload::{Malformed, Payload};
+pub use payload::Payload;
 pub use schedule::{CatchUp, IntervalLoop, LoopSpec, LoopState, OverlapPolicy, TickCounts, TickDisposition, TickRange};
 pub use subsystem::{
     Answer, BreakerPolicy, BreakerSpec, Endpoint, Freshness, Input, Issue, Limits, LimitsSpec, Output, RetryPolicy,
@@ -27,3 +28,5 @@ pub use subsystem::{
 };
 pub use trace::{Method, Span, SpanContext, TraceId, Work};
 pub use violation::{Violation, Violations};
+pub use wire::Malformed;
+pub(crate) use wire::{Field, Fields, Wire};

@@ -1,20 +1,16 @@
 //! The one payload of the system: a `google.protobuf.Struct`, carried as the bytes that came.
 //!
-//! The wire format is <https://protobuf.dev/programming-guides/encoding/>; the messages are those of
-//! `google/protobuf/struct.proto`. Reading them here, and not with a general decoder, lets the hot path check an
-//! output without building a tree of it.
+//! The messages are those of `google/protobuf/struct.proto`. Reading them here, and not with a general decoder, lets the
+//! hot path check an output without building a tree of it.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde_json::{Map, Number, Value};
 
+use super::wire::{Field, Fields, Malformed, Wire, malformed};
+
 /// A `google.protobuf.Struct` as its encoded bytes, known to be well-formed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Payload(Bytes);
-
-/// Why bytes are no [`Payload`].
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct Malformed(pub String);
 
 impl Payload {
     /// How deep messages may nest in a payload. Readers in C++, Java and Python stop at 100, and a payload is itself
@@ -193,87 +189,6 @@ fn number(value: f64) -> Value {
         return Value::Number((value as i64).into());
     }
     Number::from_f64(value).map_or(Value::Null, Value::Number)
-}
-
-#[derive(Clone, Copy)]
-struct Field<'a> {
-    number: u64,
-    wire: Wire<'a>,
-}
-
-#[derive(Clone, Copy)]
-enum Wire<'a> {
-    Varint(u64),
-    Fixed64(u64),
-    Bytes(&'a [u8]),
-    Fixed32,
-}
-
-/// The fields of one encoded message, in order.
-struct Fields<'a>(&'a [u8]);
-
-impl<'a> Fields<'a> {
-    fn next(&mut self) -> Result<Option<Field<'a>>, Malformed> {
-        if self.0.is_empty() {
-            return Ok(None);
-        }
-        let key = self.varint()?;
-        let number = key >> 3;
-        if number == 0 || number > 0x1fff_ffff {
-            return Err(malformed("has a field number that protobuf does not allow"));
-        }
-        let wire = match key & 7 {
-            0 => Wire::Varint(self.varint()?),
-            1 => {
-                let bytes = self.take(8)?;
-                Wire::Fixed64(bytes.iter().rev().fold(0, |bits, byte| bits << 8 | u64::from(*byte)))
-            }
-            2 => {
-                let len = usize::try_from(self.varint()?).map_err(|_| malformed("ends too early"))?;
-                Wire::Bytes(self.take(len)?)
-            }
-            5 => {
-                self.take(4)?;
-                Wire::Fixed32
-            }
-            _ => return Err(malformed("has a wire type that is not supported")),
-        };
-        Ok(Some(Field { number, wire }))
-    }
-
-    fn varint(&mut self) -> Result<u64, Malformed> {
-        let mut value = 0;
-        for shift in (0..70).step_by(7) {
-            let byte = self.take(1)?[0];
-            // The tenth byte carries the one bit that is left of 64.
-            if shift == 63 && byte > 1 {
-                break;
-            }
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte & 0x80 == 0 {
-                return Ok(value);
-            }
-        }
-        Err(malformed("has a number of more than 64 bits"))
-    }
-
-    fn take(&mut self, len: usize) -> Result<&'a [u8], Malformed> {
-        let (taken, rest) = self.0.split_at_checked(len).ok_or_else(|| malformed("ends too early"))?;
-        self.0 = rest;
-        Ok(taken)
-    }
-}
-
-impl<'a> Iterator for Fields<'a> {
-    type Item = Field<'a>;
-
-    fn next(&mut self) -> Option<Field<'a>> {
-        Fields::next(self).ok().flatten()
-    }
-}
-
-fn malformed(problem: &str) -> Malformed {
-    Malformed(problem.to_owned())
 }
 
 fn put_struct(out: &mut BytesMut, object: &Map<String, Value>) {

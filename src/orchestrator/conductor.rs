@@ -157,19 +157,20 @@ impl Shared {
     async fn run_cycles(&self) -> Result<(), StoreError> {
         while let Some(admitted) = self.next_in_line().await? {
             let trace = Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans);
-            let (finished, outputs, trace) = match self.begin(&admitted, trace).await? {
+            let (finished, outputs, held, trace) = match self.begin(&admitted, trace).await? {
                 Ok(cycle) => {
-                    let Ran { finished, outputs } = select! {
+                    let Ran { finished, outputs, held } = select! {
                         ran = self.engine.run(&cycle, &admitted.cancel, &self.live) => ran,
                         // It could not be recorded, and another process may have its subsystems by now.
                         () = self.store_has_ended.cancelled() => return Err(self.store_ended()),
                     };
-                    (finished, outputs, cycle.trace)
+                    (finished, outputs, held, cycle.trace)
                 }
-                Err(trace) => (self.cancelled_in_line(&admitted, trace.id()), Vec::new(), trace),
+                Err(trace) => (self.cancelled_in_line(&admitted, trace.id()), Vec::new(), Vec::new(), trace),
             };
             let ended = Instant::now();
             let commit = self.record(&admitted, &finished, &outputs).await?;
+            drop(held);
             tell(&finished);
             if let Trace::Collected(spans) = trace {
                 self.engine.spans.ended(spans.finish(&finished, ended, commit));

@@ -11,14 +11,11 @@ use prost::Message;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep, timeout};
-use tonic::{Code, Status};
 
-use super::{
-    MAX_TEXT, bounded,
-    probe::{Probe, with_causes},
-};
+use super::{MAX_TEXT, bounded, probe::Probe};
 use crate::{
-    model::{self, Answer, Issue, Limits, Payload, Severity, Subsystem},
+    model::{Answer, Code, Issue, Limits, Payload, Severity, Subsystem},
+    ports::CallError,
     proto::subsystem::v1 as pb,
 };
 
@@ -145,10 +142,10 @@ async fn status(probe: &Probe) -> Result<(), Problem> {
         Ok(answer) => Payload::check(answer.status)
             .map(|_| ())
             .map_err(|malformed| Problem::Failed { sent: sent(), came: format!("a status that {malformed}") }),
-        Err(status) if status.code() == Code::Unimplemented => {
+        Err(error) if error.code == Code::Unimplemented => {
             Err(Problem::NotApplicable("GetStatus is not implemented".into()))
         }
-        Err(status) => failed(sent(), said(&status)),
+        Err(error) => failed(sent(), said(&error)),
     }
 }
 
@@ -156,8 +153,8 @@ async fn run_before_initialize(probe: &Probe) -> Result<(), Problem> {
     let request = probe.next_cycle();
     match probe.run(&request).await {
         Ok(_) => Err(Problem::NotApplicable("it needs no initialization, or has been initialized before".into())),
-        Err(status) if status.code() == Code::FailedPrecondition => Ok(()),
-        Err(status) => failed(format!("{}, before any Initialize", describe(&request)), said(&status)),
+        Err(error) if error.code == Code::FailedPrecondition => Ok(()),
+        Err(error) => failed(format!("{}, before any Initialize", describe(&request)), said(&error)),
     }
 }
 
@@ -166,9 +163,9 @@ async fn initialize(probe: &Probe) -> Result<(), Problem> {
     for call in ["the first", "the second"] {
         match probe.initialize(&request).await {
             Ok(()) => {}
-            Err(status) if status.code() == Code::Unimplemented => {}
-            Err(status) => {
-                return failed(format!("Initialize of epoch {}, {call} time", request.epoch), said(&status));
+            Err(error) if error.code == Code::Unimplemented => {}
+            Err(error) => {
+                return failed(format!("Initialize of epoch {}, {call} time", request.epoch), said(&error));
             }
         }
     }
@@ -206,7 +203,7 @@ async fn older_epoch_in_run_cycle(probe: &Probe) -> Result<(), Problem> {
 async fn older_epoch_in_initialize(probe: &Probe) -> Result<(), Problem> {
     let current = probe.initialization();
     match probe.initialize(&current).await {
-        Err(status) if status.code() == Code::Unimplemented => {
+        Err(error) if error.code == Code::Unimplemented => {
             return Err(Problem::NotApplicable("Initialize is not implemented".into()));
         }
         // The check of Initialize tells what is wrong with it.
@@ -224,7 +221,7 @@ async fn status_while_running(probe: &Probe) -> Result<(), Problem> {
     let begun = Instant::now();
     match timeout(SOON, &mut run).await {
         Ok(Ok(_)) => return too_quick(begun.elapsed()),
-        Ok(Err(status)) => return failed(describe(&request), said(&status)),
+        Ok(Err(error)) => return failed(describe(&request), said(&error)),
         Err(_) => {}
     }
     let asked = Instant::now();
@@ -233,7 +230,7 @@ async fn status_while_running(probe: &Probe) -> Result<(), Problem> {
     let ((status, status_took), (answer, cycle_took)) = tokio::join!(status, run);
     let sent = || format!("GetStatus during {}", describe(&request));
     match status {
-        Err(status) if status.code() != Code::Unimplemented => failed(sent(), said(&status)),
+        Err(error) if error.code != Code::Unimplemented => failed(sent(), said(&error)),
         Err(_) if status_took > cycle_took => {
             Err(Problem::NotApplicable("GetStatus is not implemented, and says so when the cycle has ended".into()))
         }
@@ -242,16 +239,14 @@ async fn status_while_running(probe: &Probe) -> Result<(), Problem> {
             is_slow(probe).await?;
             failed(sent(), format!("nothing until the cycle had ended, {cycle_took:.1?} later"))
         }
-        _ => answer.map(|_| ()).or_else(|status| failed(describe(&request), said(&status))),
+        _ => answer.map(|_| ()).or_else(|error| failed(describe(&request), said(&error))),
     }
 }
 
 async fn deadline(probe: &Probe) -> Result<(), Problem> {
     let late = probe.next_cycle();
     let sent = || format!("{} with a deadline of {SOON:?}", describe(&late));
-    let Some((answer, took)) = probe.run_late(&late, SOON).await else {
-        return Err(Problem::NotApplicable("over https it can't be told which side has ended a call".into()));
-    };
+    let (answer, took) = probe.run_late(&late, SOON).await;
     match answer {
         // The answer was on its way.
         Ok(_) if took < LONG => too_quick(took),
@@ -259,7 +254,7 @@ async fn deadline(probe: &Probe) -> Result<(), Problem> {
             is_slow(probe).await?;
             failed(sent(), format!("OK, after {took:.1?}"))
         }
-        Err(status) if took >= probe.timeout() => failed(sent(), said(&status)),
+        Err(error) if took >= probe.timeout() => failed(sent(), said(&error)),
         Err(_) => ends_alone(probe, &late, "was late").await,
     }
 }
@@ -288,7 +283,7 @@ async fn unknown_fields(probe: &Probe) -> Result<(), Problem> {
     let bytes = [&request.encode_to_vec(), UNKNOWN_FIELD].concat();
     let answer = probe.run_raw(bytes.into()).await;
     let sent = || format!("{} with field 2047 in it and in its parameters", describe(&request));
-    answer.map(|_| ()).or_else(|status| failed(sent(), said(&status)))
+    answer.map(|_| ()).or_else(|error| failed(sent(), said(&error)))
 }
 
 async fn absent_and_stale_inputs(probe: &Probe) -> Result<(), Problem> {
@@ -303,7 +298,7 @@ async fn absent_and_stale_inputs(probe: &Probe) -> Result<(), Problem> {
     request.inputs.insert("empty-one".into(), empty);
     let answer = probe.run(&request).await;
     let sent = || format!("{} with inputs that are absent, stale and empty", describe(&request));
-    answer.map(|_| ()).or_else(|status| failed(sent(), said(&status)))
+    answer.map(|_| ()).or_else(|error| failed(sent(), said(&error)))
 }
 
 async fn large_input(probe: &Probe) -> Result<(), Problem> {
@@ -321,7 +316,7 @@ async fn with_input_of(probe: &Probe, bytes: usize) -> Result<(), Problem> {
     request.inputs.insert("large-one".into(), fresh);
     let answer = probe.run(&request).await;
     let sent = || format!("{} of {} bytes", describe(&request), request.encoded_len());
-    answer.map(|_| ()).or_else(|status| failed(sent(), said(&status)))
+    answer.map(|_| ()).or_else(|error| failed(sent(), said(&error)))
 }
 
 async fn concurrent_subsystems(probe: &Probe) -> Result<(), Problem> {
@@ -341,7 +336,7 @@ async fn concurrent_subsystems(probe: &Probe) -> Result<(), Problem> {
     let answers = join_all(requests.iter().map(|request| probe.run(request))).await;
     requests.iter().zip(answers).try_for_each(|(request, answer)| {
         let sent = || format!("{} for {}, beside those for the others", describe(request), request.subsystem);
-        answer.map(|_| ()).or_else(|status| failed(sent(), said(&status)))
+        answer.map(|_| ()).or_else(|error| failed(sent(), said(&error)))
     })
 }
 
@@ -350,7 +345,7 @@ async fn malformed_request(probe: &Probe) -> Result<(), Problem> {
     // Field 1 announces more bytes than there are.
     match probe.run_raw(Bytes::from_static(b"\x0a\x7fshort")).await {
         Ok(_) => failed(sent(), "OK".into()),
-        Err(status) if status.code() == Code::DeadlineExceeded => failed(sent(), said(&status)),
+        Err(error) if error.code == Code::DeadlineExceeded => failed(sent(), said(&error)),
         Err(_) => answered(probe, &probe.next_cycle()).await.map(|_| ()),
     }
 }
@@ -375,8 +370,8 @@ async fn status_has_no_effects(probe: &Probe) -> Result<(), Problem> {
     let first = answered(probe, &request).await?;
     // Two snapshots need not be alike: there may be a clock in them.
     for _ in 0..2 {
-        if let Err(status) = probe.status().await
-            && status.code() == Code::Unimplemented
+        if let Err(error) = probe.status().await
+            && error.code == Code::Unimplemented
         {
             return Err(Problem::NotApplicable("GetStatus is not implemented".into()));
         }
@@ -391,10 +386,10 @@ async fn health(probe: &Probe) -> Result<(), Problem> {
     match probe.health("").await {
         Ok(answer) if answer.status() == ServingStatus::Serving => Ok(()),
         Ok(answer) => failed(sent(), answer.status().as_str_name().to_owned()),
-        Err(status) if status.code() == Code::Unimplemented => {
+        Err(error) if error.code == Code::Unimplemented => {
             Err(Problem::NotApplicable("grpc.health.v1.Health is not served".into()))
         }
-        Err(status) => failed(sent(), said(&status)),
+        Err(error) => failed(sent(), said(&error)),
     }
 }
 
@@ -402,7 +397,7 @@ async fn dropped_connection(probe: &Probe) -> Result<(), Problem> {
     let cut = probe.next_cycle();
     let took = match probe.cut_off(&cut, SOON).await {
         Ok(took) => took,
-        Err(error) => return failed(format!("{} on a second connection", describe(&cut)), error),
+        Err(error) => return failed(format!("{} on a second connection", describe(&cut)), said(&error)),
     };
     ends_alone(probe, &cut, "was cut off with its connection").await?;
     took.map_or(Ok(()), too_quick)
@@ -420,23 +415,20 @@ fn describe(request: &pb::RunCycleRequest) -> String {
     format!("RunCycle of cycle {cycle_id}, epoch {epoch}, attempt {attempt}")
 }
 
-fn said(status: &Status) -> String {
-    let code = model::Code::from_number(status.code().into());
-    let text = if status.message().is_empty() { code.to_string() } else { format!("{code}: {}", status.message()) };
-    // The library says of a connection that breaks little more than that.
-    with_causes(text, status)
+fn said(error: &CallError) -> String {
+    if error.message.is_empty() { error.code.to_string() } else { error.to_string() }
 }
 
 async fn answered(probe: &Probe, request: &pb::RunCycleRequest) -> Result<pb::RunCycleResponse, Problem> {
-    probe.run(request).await.or_else(|status| failed(describe(request), said(&status)))
+    probe.run(request).await.or_else(|error| failed(describe(request), said(&error)))
 }
 
 /// Asks again as long as it is told that this is safe and nothing was done.
-async fn answered_at_last(probe: &Probe, request: &pb::RunCycleRequest) -> Result<pb::RunCycleResponse, Status> {
+async fn answered_at_last(probe: &Probe, request: &pb::RunCycleRequest) -> Result<pb::RunCycleResponse, CallError> {
     let give_up = Instant::now() + probe.timeout();
     loop {
         match probe.run(request).await {
-            Err(status) if status.code() == Code::Unavailable && Instant::now() < give_up => sleep(AGAIN).await,
+            Err(error) if error.code == Code::Unavailable && Instant::now() < give_up => sleep(AGAIN).await,
             answer => return answer,
         }
     }
@@ -446,11 +438,11 @@ async fn answered_at_last(probe: &Probe, request: &pb::RunCycleRequest) -> Resul
 async fn ends_alone(probe: &Probe, ended: &pb::RunCycleRequest, how: &str) -> Result<(), Problem> {
     let again = pb::RunCycleRequest { attempt: ended.attempt + 1, ..ended.clone() };
     let sent = || format!("{}, after the first one {how}", describe(&again));
-    let first = answered_at_last(probe, &again).await.or_else(|status| failed(sent(), said(&status)))?;
+    let first = answered_at_last(probe, &again).await.or_else(|error| failed(sent(), said(&error)))?;
     same(&first, &answered(probe, &again).await?, || format!("{}, and once more", sent()))?;
     let next = probe.next_cycle();
     let answer = answered_at_last(probe, &next).await;
-    answer.map(|_| ()).or_else(|status| failed(format!("{}, after one that {how}", describe(&next)), said(&status)))
+    answer.map(|_| ()).or_else(|error| failed(format!("{}, after one that {how}", describe(&next)), said(&error)))
 }
 
 /// It takes long for a cycle as a rule, and not only just now, because the machine was busy.
@@ -466,10 +458,10 @@ fn too_quick(took: Duration) -> Result<(), Problem> {
     Err(Problem::NotApplicable(why))
 }
 
-fn refused<T>(code: Code, sent: String, answer: Result<T, Status>) -> Result<(), Problem> {
+fn refused<T>(code: Code, sent: String, answer: Result<T, CallError>) -> Result<(), Problem> {
     match answer {
-        Err(status) if status.code() == code => Ok(()),
-        Err(status) => failed(sent, said(&status)),
+        Err(error) if error.code == code => Ok(()),
+        Err(error) => failed(sent, said(&error)),
         Ok(_) => failed(sent, "OK".into()),
     }
 }

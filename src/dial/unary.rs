@@ -1,0 +1,334 @@
+//! One call of gRPC over HTTP/2: a request with one message, and an answer with one message or none, and a status.
+//!
+//! The rules are those of <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>.
+
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use h2::{Reason, RecvStream, client::SendRequest};
+use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version, header};
+use prost::Message;
+use tokio::time::Instant;
+
+use super::{
+    connection::{MAX_HEADERS, STREAM_WINDOW},
+    outcome,
+    wire::Seen,
+};
+use crate::{
+    memory::{Full, Held},
+    model::SpanContext,
+    ports::CallError,
+};
+
+/// The flag and the length before a message.
+const PREFIX: usize = 5;
+
+const USER_AGENT: &str = concat!("orchestrator/", env!("CARGO_PKG_VERSION"));
+
+/// A call that is to be made.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// The method, such as `/package.Service/Method`.
+    pub path: &'static str,
+    /// What the peer is told as its deadline, from now. Whoever awaits the call enforces it.
+    pub timeout: Duration,
+    /// The span that those of the peer join.
+    pub trace: Option<SpanContext>,
+    /// The message, as [`framed`] or [`framed_bytes`] gives it.
+    pub message: Bytes,
+    /// The most bytes of the message in the answer.
+    pub max_answer: usize,
+}
+
+/// How a call has failed.
+#[derive(Debug)]
+pub(super) enum Failed {
+    /// It was not sent: the connection takes no more calls.
+    NotSent,
+    /// It was sent, and has surely not been processed.
+    Unprocessed(CallError),
+    /// The connection has ended over what was sent in another call.
+    CutOff,
+    /// The peer, or what it sent, is at fault. `breaks_connection` says that it costs the connection, or may do so.
+    Call { error: CallError, breaks_connection: bool },
+}
+
+impl From<CallError> for Failed {
+    fn from(error: CallError) -> Self {
+        Self::Call { error, breaks_connection: false }
+    }
+}
+
+/// Makes a call on a connection. Dropping it cancels the call.
+///
+/// The answer takes its memory from `held`, which has room for what the peer sends ahead.
+pub(super) async fn make(
+    call: &Call,
+    to: Uri,
+    mut send: SendRequest<Bytes>,
+    seen: &Seen,
+    held: &mut Held,
+) -> Result<Vec<u8>, Failed> {
+    let called_at = Instant::now();
+    let is_late = || called_at.elapsed() >= call.timeout;
+    let (response, mut request) = send.send_request(head(call, to), false).map_err(|_| Failed::NotSent)?;
+    let stream = response.stream_id().as_u32();
+    let failed = |error: &h2::Error| failure(error, stream, seen, is_late());
+    // The library has no copy of it, and keeps it until the peer gives it a window. Where the stream has ended already,
+    // the answer says why.
+    let _ = request.send_data(call.message.clone(), true);
+    let (answer, mut body) = response.await.map_err(|error| failed(&error))?.into_parts();
+    // A status counts wherever it stands; one in the headers is all of the answer.
+    if let Some(status) = outcome::of_status(&answer.headers, is_late()) {
+        status?;
+        return Err(outcome::broken("it answers OK without a message").into());
+    }
+    if let Some(error) = outcome::of_http(answer.status, &answer.headers) {
+        return Err(error.into());
+    }
+    let mut incoming = Incoming::default();
+    loop {
+        let chunk = match body.data().await {
+            None => break,
+            Some(Ok(chunk)) => chunk,
+            Some(Err(error)) if is_end(&error) => break,
+            Some(Err(error)) => return Err(failed(&error)),
+        };
+        let window = body.flow_control();
+        window.release_capacity(chunk.len()).map_err(|error| failed(&error))?;
+        incoming.take(&chunk, call.max_answer, held)?;
+    }
+    let trailers = trailers(&mut body).await.map_err(|error| failed(&error))?;
+    let status = outcome::of_status(&trailers, is_late());
+    if let Some(status) = &status {
+        status.clone()?;
+    }
+    let message = incoming.finish()?;
+    if status.is_none() {
+        return Err(outcome::without_status().into());
+    }
+    Ok(message)
+}
+
+async fn trailers(body: &mut RecvStream) -> Result<HeaderMap, h2::Error> {
+    match body.trailers().await {
+        Ok(trailers) => Ok(trailers.unwrap_or_default()),
+        Err(error) if is_end(&error) => Ok(HeaderMap::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// A server that needs no more of the request resets its stream so, once it has answered (RFC 9113, section 8.1).
+fn is_end(error: &h2::Error) -> bool {
+    error.is_reset() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR)
+}
+
+fn head(call: &Call, to: Uri) -> Request<()> {
+    let mut request = Request::new(());
+    *request.method_mut() = Method::POST;
+    *request.version_mut() = Version::HTTP_2;
+    *request.uri_mut() = to;
+    let headers = request.headers_mut();
+    headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));
+    let mut insert = |name: &'static str, value: String| {
+        // None of them can be malformed: each was checked, or made here.
+        if let Ok(value) = value.try_into() {
+            headers.insert(name, value);
+        }
+    };
+    insert("grpc-timeout", timeout(call.timeout));
+    // The headers of W3C Trace Context.
+    if let Some(trace) = &call.trace {
+        insert("traceparent", trace.to_string());
+        if let Some(state) = trace.state.as_deref() {
+            insert("tracestate", state.to_owned());
+        }
+    }
+    request
+}
+
+/// A `grpc-timeout`: at most eight digits, and the finest unit for which they are enough.
+fn timeout(timeout: Duration) -> String {
+    const MAX: u128 = 99_999_999;
+    let nanos = timeout.as_nanos();
+    let units = [(1, 'n'), (1_000, 'u'), (1_000_000, 'm'), (1_000_000_000, 'S'), (60_000_000_000, 'M')];
+    let fitting = units.into_iter().find(|(unit, _)| nanos / unit <= MAX);
+    fitting.map_or_else(|| format!("{MAX}M"), |(unit, name)| format!("{}{name}", nanos / unit))
+}
+
+/// A message as it travels: behind a flag that says that it is not compressed, and its length.
+pub fn framed(message: &impl Message) -> Bytes {
+    let len = message.encoded_len();
+    let mut framed = begin(len);
+    // There is room for all of it.
+    let _ = message.encode(&mut framed);
+    framed.freeze()
+}
+
+/// The same for a message that is encoded already, or whatever else is to be sent as one.
+pub fn framed_bytes(message: &[u8]) -> Bytes {
+    let mut framed = begin(message.len());
+    framed.extend_from_slice(message);
+    framed.freeze()
+}
+
+fn begin(len: usize) -> BytesMut {
+    let mut framed = BytesMut::with_capacity(PREFIX + len);
+    framed.put_u8(0);
+    // A request is far below 4 GiB.
+    framed.put_u32(u32::try_from(len).unwrap_or(u32::MAX));
+    framed
+}
+
+/// What an error of HTTP/2 means for the call on this stream.
+fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed {
+    if seen.is_unprocessed(stream) {
+        return Failed::Unprocessed(outcome::unavailable("it is going away and has not processed the call".into()));
+    }
+    if error.is_reset() && error.is_remote() {
+        let reason = error.reason().unwrap_or(Reason::INTERNAL_ERROR);
+        let error = outcome::of_reset(reason, is_late);
+        return if reason == Reason::REFUSED_STREAM { Failed::Unprocessed(error) } else { error.into() };
+    }
+    // The library has taken offence at a frame: that of this call, or that of another one on the connection.
+    if error.is_library() {
+        let is_own = error.is_reset() || seen.stream() == stream;
+        if !is_own && seen.stream() != 0 {
+            return Failed::CutOff;
+        }
+        if is_own {
+            let error = if seen.header_bytes() > MAX_HEADERS as usize / 2 {
+                outcome::too_large(format!("its headers or its error text are over {MAX_HEADERS} bytes"))
+            } else {
+                outcome::broken(format!("its answer breaks HTTP/2: {error}"))
+            };
+            return Failed::Call { error, breaks_connection: true };
+        }
+    }
+    outcome::unavailable(outcome::of_connection(error)).into()
+}
+
+/// The message of an answer, as it comes. Memory grows with what has come, not with what is announced.
+#[derive(Default)]
+struct Incoming {
+    prefix: [u8; PREFIX],
+    prefix_len: usize,
+    announced: usize,
+    message: Vec<u8>,
+}
+
+impl Incoming {
+    /// The least room for a message that is longer.
+    const LEAST: usize = 16 << 10;
+
+    fn take(&mut self, mut chunk: &[u8], max: usize, held: &mut Held) -> Result<(), CallError> {
+        if self.prefix_len < PREFIX {
+            let step = chunk.len().min(PREFIX - self.prefix_len);
+            self.prefix[self.prefix_len..][..step].copy_from_slice(&chunk[..step]);
+            self.prefix_len += step;
+            chunk = &chunk[step..];
+            if self.prefix_len == PREFIX {
+                self.announce(max)?;
+            }
+        }
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        let len = self.message.len() + chunk.len();
+        if len > self.announced {
+            return Err(outcome::broken("it answers with more than one message, where the method has one"));
+        }
+        if len > self.message.capacity() {
+            let room = (2 * self.message.capacity()).max(Self::LEAST).max(len).min(self.announced);
+            held.resize(STREAM_WINDOW as usize + room).map_err(|full| no_room(&full))?;
+            self.message.reserve_exact(room - self.message.len());
+        }
+        self.message.extend_from_slice(chunk);
+        Ok(())
+    }
+
+    fn announce(&mut self, max: usize) -> Result<(), CallError> {
+        let [flag, length @ ..] = self.prefix;
+        self.announced = u32::from_be_bytes(length) as usize;
+        match flag {
+            0 if self.announced > max => {
+                let announced = self.announced;
+                Err(outcome::too_large(format!("its answer is {announced} bytes; allowed are {max} of one message")))
+            }
+            0 => Ok(()),
+            1 => Err(outcome::broken("its message is compressed, though no compression was offered")),
+            _ => Err(outcome::broken(format!("what it answers is no gRPC: its message begins with the flag {flag}"))),
+        }
+    }
+
+    /// The message, of an answer whose status is OK.
+    fn finish(self) -> Result<Vec<u8>, CallError> {
+        let (came, announced) = (self.message.len(), self.announced);
+        match self.prefix_len {
+            0 => Err(outcome::broken("it answers OK without a message")),
+            PREFIX if came == announced => Ok(self.message),
+            _ => Err(outcome::broken(format!("its answer ends early: {came} bytes of the {announced} announced"))),
+        }
+    }
+}
+
+/// What is said where an answer does not fit into the memory for all of them.
+pub(super) fn no_room(full: &Full) -> CallError {
+    outcome::too_large(format!("there is no room for its answer: {full}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{memory::Memory, model::Code};
+
+    #[test]
+    fn a_timeout_has_at_most_eight_digits() {
+        for (given, expected) in [
+            (Duration::from_nanos(1), "1n"),
+            (Duration::from_millis(99), "99000000n"),
+            (Duration::from_millis(100), "100000u"),
+            (Duration::from_secs(10), "10000000u"),
+            (Duration::from_hours(24), "86400000m"),
+            (Duration::from_hours(48), "172800S"),
+            (Duration::MAX, "99999999M"),
+        ] {
+            assert_eq!(timeout(given), expected);
+        }
+    }
+
+    #[test]
+    fn an_answer_takes_memory_as_it_comes_and_is_one_message() {
+        let memory = Memory::whole(1 << 20);
+        let mut held = memory.try_hold(0).unwrap();
+        let take = |incoming: &mut Incoming, bytes: &[u8], held: &mut Held| incoming.take(bytes, 1 << 22, held);
+        // All that it announces but the last byte is not there yet.
+        let mut incoming = Incoming::default();
+        take(&mut incoming, &[0, 0, 0x3f, 0xff], &mut held).unwrap();
+        take(&mut incoming, &[0xff, 1, 2], &mut held).unwrap();
+        assert_eq!(memory.held(), STREAM_WINDOW as usize + Incoming::LEAST);
+        assert_eq!(incoming.finish().unwrap_err().code, Code::Internal);
+        // More than there is room for.
+        let mut incoming = Incoming::default();
+        take(&mut incoming, &[0, 0, 0x3f, 0xff, 0xff], &mut held).unwrap();
+        let error = take(&mut incoming, &vec![0; 1 << 20], &mut held).unwrap_err();
+        assert_eq!(error.code, Code::ResourceExhausted, "{error}");
+        for (bytes, code, words) in [
+            (&[0, 0, 0x40, 0, 1][..], Code::ResourceExhausted, "4194305 bytes; allowed are 4194304"),
+            (&[1, 0, 0, 0, 0], Code::Internal, "compressed"),
+            (b"<html>", Code::Internal, "the flag 60"),
+            (&[0, 0, 0, 0, 1, 7, 0, 0, 0, 0, 0], Code::Internal, "more than one message"),
+            (&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0], Code::Internal, "more than one message"),
+        ] {
+            let error = take(&mut Incoming::default(), bytes, &mut held).unwrap_err();
+            assert!(error.code == code && error.message.contains(words), "{error}");
+        }
+        let mut whole = Incoming::default();
+        take(&mut whole, &[0, 0, 0, 0, 1, 7], &mut held).unwrap();
+        assert_eq!(whole.finish().unwrap(), [7]);
+        assert!(Incoming::default().finish().unwrap_err().message.contains("without a message"));
+    }
+}

@@ -1,0 +1,329 @@
+//! The bytes of a connection, looked at on their way to the HTTP/2 library: whether they are HTTP/2 at all, and of which
+//! stream the frame is that the library reads. It gives up a whole connection over what one stream has sent, and does not
+//! say which one that was.
+//!
+//! Frames are those of RFC 9113, section 4.1; a server's first one is SETTINGS (section 3.4).
+
+use std::{
+    error::Error,
+    fmt, io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// The bytes in the head of a frame.
+const HEAD: usize = 9;
+/// The bytes of a GOAWAY frame up to the end of the stream that it names.
+const GOAWAY_HEAD: usize = HEAD + 4;
+
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
+const CONTINUATION: u8 = 9;
+
+/// A connection whose frames are handed on so that those of one stream never come together with those of another.
+pub(super) struct Watched<T> {
+    io: T,
+    /// What was read and is of a later stream.
+    held_back: BytesMut,
+    frames: Frames,
+}
+
+/// What has been seen of a connection.
+#[derive(Debug)]
+pub(super) struct Seen {
+    is_settled: AtomicBool,
+    stream: AtomicU32,
+    header_bytes: AtomicUsize,
+    last_processed: AtomicU32,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self {
+            is_settled: AtomicBool::new(false),
+            stream: AtomicU32::new(0),
+            header_bytes: AtomicUsize::new(0),
+            last_processed: AtomicU32::new(u32::MAX),
+        }
+    }
+}
+
+impl Seen {
+    /// The peer has sent its settings: it speaks HTTP/2.
+    pub(super) fn is_settled(&self) -> bool {
+        self.is_settled.load(Ordering::Relaxed)
+    }
+
+    /// The stream of the frame that was read last; 0 is the connection itself.
+    pub(super) fn stream(&self) -> u32 {
+        self.stream.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the block of headers that was read last, as far as it has come.
+    pub(super) fn header_bytes(&self) -> usize {
+        self.header_bytes.load(Ordering::Relaxed)
+    }
+
+    /// The peer has said that it takes no more calls on this connection.
+    pub(super) fn is_going_away(&self) -> bool {
+        self.last_processed.load(Ordering::Relaxed) != u32::MAX
+    }
+
+    /// The peer has said that it does not process this stream.
+    pub(super) fn is_unprocessed(&self, stream: u32) -> bool {
+        stream > self.last_processed.load(Ordering::Relaxed)
+    }
+}
+
+/// Where the reading of frames stands.
+struct Frames {
+    seen: Arc<Seen>,
+    /// The beginning of the frame that is being read.
+    head: [u8; GOAWAY_HEAD],
+    /// Bytes of that frame that were read.
+    read: usize,
+    /// Bytes that it has in all; known when its head is there.
+    len: usize,
+}
+
+impl<T> Watched<T> {
+    pub(super) fn new(io: T, seen: Arc<Seen>) -> Self {
+        let frames = Frames { seen, head: [0; GOAWAY_HEAD], read: 0, len: HEAD };
+        Self { io, held_back: BytesMut::new(), frames }
+    }
+}
+
+impl Frames {
+    /// Takes note of bytes, and says how many of them may be handed on: those up to a frame of another stream.
+    fn take(&mut self, bytes: &[u8]) -> Result<usize, Stranger> {
+        let mut at = 0;
+        while at < bytes.len() {
+            if self.read == self.len {
+                (self.read, self.len) = (0, HEAD);
+            }
+            if self.read == 0 && at > 0 {
+                let same = bytes[at..].first_chunk().is_some_and(|head| stream_of(head) == self.seen.stream());
+                if !same {
+                    break;
+                }
+            }
+            let rest = &bytes[at..];
+            let step = rest.len().min(self.len - self.read);
+            if let Some(room) = self.head.get_mut(self.read..) {
+                let copied = room.len().min(step);
+                room[..copied].copy_from_slice(&rest[..copied]);
+            }
+            let had = self.read;
+            self.read += step;
+            at += step;
+            self.look(had, bytes)?;
+        }
+        Ok(at)
+    }
+
+    /// Looks at what was read of a frame, of which `had` bytes were there before.
+    fn look(&mut self, had: usize, greeting: &[u8]) -> Result<(), Stranger> {
+        let settled = self.seen.is_settled();
+        // A length of less than 64 KiB, and the kind.
+        if !settled && self.read >= 4 && (self.head[0] != 0 || self.head[3] != SETTINGS) {
+            let mut said = self.head[..had.min(HEAD)].to_vec();
+            said.extend(greeting);
+            return Err(Stranger::of(&said));
+        }
+        let kind = self.head[3];
+        if had < HEAD && self.read >= HEAD {
+            let [a, b, c, ..] = self.head;
+            let payload = u32::from_be_bytes([0, a, b, c]) as usize;
+            self.len = HEAD + payload;
+            self.seen.stream.store(stream_of(&self.head[..HEAD].try_into().unwrap_or_default()), Ordering::Relaxed);
+            let before = if kind == CONTINUATION { self.seen.header_bytes() } else { 0 };
+            if kind == HEADERS || kind == CONTINUATION {
+                self.seen.header_bytes.store(before + payload, Ordering::Relaxed);
+            }
+        }
+        if kind == GOAWAY && had < GOAWAY_HEAD && self.read >= GOAWAY_HEAD {
+            let [.., a, b, c, d] = self.head;
+            self.seen.last_processed.store(u32::from_be_bytes([a & 0x7f, b, c, d]), Ordering::Relaxed);
+        }
+        if !settled && self.read == self.len {
+            self.seen.is_settled.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+/// The stream that the head of a frame names.
+fn stream_of(head: &[u8; HEAD]) -> u32 {
+    let [.., a, b, c, d] = *head;
+    u32::from_be_bytes([a & 0x7f, b, c, d])
+}
+
+/// What answers is no HTTP/2 server.
+#[derive(Debug)]
+struct Stranger(String);
+
+impl Stranger {
+    fn of(said: &[u8]) -> Self {
+        /// More is not needed to know it.
+        const SHOWN: usize = 40;
+        let line = said.split(|byte| matches!(byte, b'\r' | b'\n')).next().unwrap_or_default();
+        let shown: String = String::from_utf8_lossy(line).chars().take(SHOWN).collect();
+        Self(match said {
+            [0x15 | 0x16, 0x03, ..] => "it speaks TLS, so give https://".into(),
+            [b'H', b'T', b'T', b'P', b'/', b'1', ..] => {
+                format!("it speaks HTTP/1 and no gRPC ({shown:?}); give the port of a gRPC server")
+            }
+            [b'S', b'S', b'H', b'-', ..] => format!("it speaks SSH ({shown:?}); give the port of a gRPC server"),
+            _ => format!("it speaks no HTTP/2 (it says {shown:?}); give the port of a gRPC server"),
+        })
+    }
+}
+
+impl fmt::Display for Stranger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Error for Stranger {}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Self { io, held_back, frames } = self.get_mut();
+        let stranger = |stranger| io::Error::new(io::ErrorKind::InvalidData, stranger);
+        if !held_back.is_empty() {
+            let fitting = held_back.len().min(buf.remaining());
+            let taken = frames.take(&held_back[..fitting]).map_err(stranger)?;
+            buf.put_slice(&held_back[..taken]);
+            held_back.advance(taken);
+            if held_back.is_empty() {
+                *held_back = BytesMut::new();
+            }
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(io).poll_read(cx, buf))?;
+        let taken = match frames.take(&buf.filled()[before..]) {
+            Ok(taken) => taken,
+            Err(error) => {
+                buf.set_filled(before);
+                return Poll::Ready(Err(stranger(error)));
+            }
+        };
+        held_back.extend_from_slice(&buf.filled()[before + taken..]);
+        buf.set_filled(before + taken);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    fn frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&length[1..], &[kind, 0], &stream.to_be_bytes(), payload].concat()
+    }
+
+    #[tokio::test]
+    async fn frames_of_two_streams_never_come_together() {
+        let settings = frame(SETTINGS, 0, &[]);
+        let first = [frame(HEADERS, 1, b"headers"), frame(CONTINUATION, 1, b"more"), frame(0, 1, &[])].concat();
+        let (second, goaway) = (frame(0, 3, b"data"), frame(GOAWAY, 0, &[0, 0, 0, 1, 0, 0, 0, 0]));
+        let all = [&settings[..], &first, &second, &goaway].concat();
+        // All at once, and torn apart at every place.
+        for pieces in 1..all.len() {
+            let seen = Arc::new(Seen::default());
+            let mut io = tokio_test_io(&all, pieces);
+            let mut watched = Watched::new(&mut io, seen.clone());
+            let (mut came, mut buffer) = (Vec::new(), [0; 1024]);
+            loop {
+                let read = watched.read(&mut buffer).await.unwrap();
+                if read == 0 {
+                    break;
+                }
+                came.extend_from_slice(&buffer[..read]);
+                // What is said to be the last one is that of the last byte that came, once its head is there.
+                let expected = [(settings.len(), 0), (first.len(), 1), (second.len(), 3), (goaway.len(), 0)];
+                let mut end = 0;
+                for (len, stream) in expected {
+                    let whole_head = came.len() >= end + HEAD;
+                    end += len;
+                    if came.len() <= end && whole_head {
+                        assert_eq!(seen.stream(), stream, "{} of {}", came.len(), all.len());
+                        break;
+                    }
+                }
+            }
+            assert_eq!(came, all);
+            assert_eq!((seen.header_bytes(), seen.is_settled()), (11, true));
+            assert!(seen.is_unprocessed(3) && !seen.is_unprocessed(1));
+        }
+    }
+
+    /// Gives these bytes in pieces of this size.
+    fn tokio_test_io(bytes: &[u8], size: usize) -> impl AsyncRead + Unpin {
+        struct Pieces(Vec<u8>, usize);
+        impl AsyncRead for Pieces {
+            fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+                let size = self.1.min(self.0.len()).min(buf.remaining());
+                buf.put_slice(&self.0.drain(..size).collect::<Vec<_>>());
+                Poll::Ready(Ok(()))
+            }
+        }
+        Pieces(bytes.to_vec(), size)
+    }
+
+    #[tokio::test]
+    async fn who_speaks_no_http2_is_named() {
+        for (said, words) in [
+            (&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], "it speaks HTTP/1 and no gRPC (\"HTTP/1.1 400 Bad Request\")"),
+            (b"SSH-2.0-OpenSSH_9.2\r\n", "it speaks SSH"),
+            (b"\x15\x03\x01\x00\x02\x02\x46", "it speaks TLS, so give https://"),
+            (b"220 mail\r\n", "it speaks no HTTP/2 (it says \"220 mail\")"),
+        ] {
+            for size in [1, 100] {
+                let mut io = tokio_test_io(said, size);
+                let error = Watched::new(&mut io, Arc::default()).read_to_end(&mut Vec::new()).await.unwrap_err();
+                let (whole, beginning) = (error.to_string(), words.split(" (").next().unwrap());
+                assert!(whole.contains(if size == 1 { beginning } else { words }), "{whole}");
+            }
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Protobuf's wire format, field by field, so that what a peer sends can be looked at without being built.
+//!
+//! The format is <https://protobuf.dev/programming-guides/encoding/>.
+
+/// Why bytes are not what they should be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Malformed(pub String);
+
+/// A field of a message.
+#[derive(Clone, Copy)]
+pub(crate) struct Field<'a> {
+    pub(crate) number: u64,
+    pub(crate) wire: Wire<'a>,
+}
+
+/// What a field holds.
+#[derive(Clone, Copy)]
+pub(crate) enum Wire<'a> {
+    Varint(u64),
+    Fixed64(u64),
+    Bytes(&'a [u8]),
+    Fixed32,
+}
+
+/// The fields of one encoded message, in order.
+pub(crate) struct Fields<'a>(pub(crate) &'a [u8]);
+
+impl<'a> Fields<'a> {
+    /// The next field.
+    ///
+    /// # Errors
+    /// What follows is no field.
+    pub(crate) fn next(&mut self) -> Result<Option<Field<'a>>, Malformed> {
+        if self.0.is_empty() {
+            return Ok(None);
+        }
+        let key = self.varint()?;
+        let number = key >> 3;
+        if number == 0 || number > 0x1fff_ffff {
+            return Err(malformed("has a field number that protobuf does not allow"));
+        }
+        let wire = match key & 7 {
+            0 => Wire::Varint(self.varint()?),
+            1 => {
+                let bytes = self.take(8)?;
+                Wire::Fixed64(bytes.iter().rev().fold(0, |bits, byte| bits << 8 | u64::from(*byte)))
+            }
+            2 => {
+                let len = usize::try_from(self.varint()?).map_err(|_| malformed("ends too early"))?;
+                Wire::Bytes(self.take(len)?)
+            }
+            5 => {
+                self.take(4)?;
+                Wire::Fixed32
+            }
+            _ => return Err(malformed("has a wire type that is not supported")),
+        };
+        Ok(Some(Field { number, wire }))
+    }
+
+    fn varint(&mut self) -> Result<u64, Malformed> {
+        let mut value = 0;
+        for shift in (0..70).step_by(7) {
+            let byte = self.take(1)?[0];
+            // The tenth byte carries the one bit that is left of 64.
+            if shift == 63 && byte > 1 {
+                break;
+            }
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(malformed("has a number of more than 64 bits"))
+    }
+
+    fn take(&mut self, len: usize) -> Result<&'a [u8], Malformed> {
+        let (taken, rest) = self.0.split_at_checked(len).ok_or_else(|| malformed("ends too early"))?;
+        self.0 = rest;
+        Ok(taken)
+    }
+}
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Field<'a>;
+
+    fn next(&mut self) -> Option<Field<'a>> {
+        Fields::next(self).ok().flatten()
+    }
+}
+
+pub(super) fn malformed(problem: &str) -> Malformed {
+    Malformed(problem.to_owned())
+}

@@ -1,0 +1,748 @@
+//! Subsystems that send what no gRPC library would, and what answers in their place: proxies, other servers, nobody. Each
+//! costs no more than its own part of the cycle.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{
+    collections::HashMap,
+    fs,
+    future::Future,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use common::{
+    Stage,
+    fleet::{Fleet, Run},
+    patiently,
+    service::{Home, ms, part, registration},
+};
+use futures_util::future::BoxFuture;
+use h2::{Reason, server::SendResponse};
+use http::{HeaderMap, HeaderValue, Request, Response};
+use orchestrator_core::{
+    dial::Dialer,
+    memory::Memory,
+    model::{CycleId, Epoch, Payload, Subsystem, SubsystemSpec},
+    ports::{RunCall, Subsystems},
+    proto::{
+        orchestrator::v1::{self as pb, CycleState, CycleTelemetry, SubsystemState},
+        subsystem::v1 as subsystem,
+    },
+};
+use prost::Message;
+use rcgen::{CertifiedKey, generate_simple_self_signed};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::Notify,
+    task::JoinSet,
+};
+use tonic::transport::Identity;
+
+// ---------------------------------------------------------------------------------------------------------------
+// The stage: HTTP/2 servers that do what they are told, frame by frame
+
+/// What a server does with a call of `RunCycle`, as the subsystem of this name.
+type Act = Arc<dyn Fn(String, SendResponse<Bytes>) -> BoxFuture<'static, ()> + Send + Sync>;
+
+fn act<F: Future<Output = ()> + Send + 'static>(
+    act: impl Fn(String, SendResponse<Bytes>) -> F + Send + Sync + 'static,
+) -> Act {
+    Arc::new(move |name, respond| Box::pin(act(name, respond)))
+}
+
+/// An HTTP/2 server. It ends when it is dropped.
+struct Raw {
+    endpoint: String,
+    connections: Arc<AtomicUsize>,
+    _server: JoinSet<()>,
+}
+
+impl Raw {
+    async fn start(act: Act) -> Self {
+        Self::with(h2::server::Builder::new(), act).await
+    }
+
+    async fn with(settings: h2::server::Builder, act: Act) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let connections = Arc::new(AtomicUsize::new(0));
+        let counted = connections.clone();
+        let mut server = JoinSet::new();
+        server.spawn(async move {
+            let mut serving = JoinSet::new();
+            while let Ok((socket, _)) = listener.accept().await {
+                counted.fetch_add(1, Ordering::Relaxed);
+                socket.set_nodelay(true).unwrap();
+                serving.spawn(serve(socket, settings.clone(), act.clone()));
+            }
+        });
+        Self { endpoint, connections, _server: server }
+    }
+}
+
+async fn serve(socket: TcpStream, settings: h2::server::Builder, act: Act) {
+    let Ok(mut connection) = settings.handshake::<_, Bytes>(socket).await else { return };
+    let mut calls = JoinSet::new();
+    while let Some(Ok((request, respond))) = connection.accept().await {
+        calls.spawn(answer(request, respond, act.clone()));
+    }
+}
+
+async fn answer(request: Request<h2::RecvStream>, mut respond: SendResponse<Bytes>, act: Act) {
+    let method = request.uri().path().rsplit('/').next().unwrap().to_owned();
+    let mut body = request.into_body();
+    let mut message = BytesMut::new();
+    while let Some(Ok(chunk)) = body.data().await {
+        let _ = body.flow_control().release_capacity(chunk.len());
+        message.extend_from_slice(&chunk);
+    }
+    if method != "RunCycle" {
+        // Neither is there.
+        let _ = respond.send_response(status("12", ""), true);
+        return;
+    }
+    let request = subsystem::RunCycleRequest::decode(&message[5..]).unwrap();
+    act(request.subsystem, respond).await;
+}
+
+/// The headers of an answer that is nothing but a status.
+fn status(code: &str, message: &str) -> Response<()> {
+    let response = grpc().header("grpc-status", code);
+    response.header("grpc-message", HeaderValue::from_bytes(message.as_bytes()).unwrap()).body(()).unwrap()
+}
+
+fn grpc() -> http::response::Builder {
+    Response::builder().status(200).header("content-type", "application/grpc")
+}
+
+fn ok() -> HeaderMap {
+    [("grpc-status".parse().unwrap(), HeaderValue::from_static("0"))].into_iter().collect()
+}
+
+fn framed(message: &[u8]) -> Bytes {
+    let mut framed = BytesMut::new();
+    framed.put_u8(0);
+    framed.put_u32(u32::try_from(message.len()).unwrap());
+    framed.put_slice(message);
+    framed.freeze()
+}
+
+/// Answers with these bytes of body, whatever they are, and OK.
+fn body(mut respond: SendResponse<Bytes>, bytes: impl Into<Bytes>) {
+    let Ok(mut stream) = respond.send_response(grpc().body(()).unwrap(), false) else { return };
+    let _ = stream.send_data(bytes.into(), false);
+    let _ = stream.send_trailers(ok());
+}
+
+/// Answers with an empty answer.
+fn succeed(respond: SendResponse<Bytes>) {
+    body(respond, framed(b""));
+}
+
+/// A server that listens and does something else with each connection.
+async fn other_server<F: Future<Output = ()> + Send + 'static>(
+    serve: impl Fn(TcpStream) -> F + Send + 'static,
+) -> (SocketAddr, JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut server = JoinSet::new();
+    server.spawn(async move {
+        let mut serving = JoinSet::new();
+        while let Ok((socket, _)) = listener.accept().await {
+            serving.spawn(serve(socket));
+        }
+    });
+    (address, server)
+}
+
+/// Says this once it has been spoken to, and hangs up.
+async fn says(what: &'static [u8]) -> (SocketAddr, JoinSet<()>) {
+    other_server(move |mut socket| async move {
+        let mut preface = [0; 24];
+        let _ = socket.read_exact(&mut preface).await;
+        let _ = socket.write_all(what).await;
+        let _ = socket.shutdown().await;
+        // Until the other side has had enough: what is closed with unread bytes is reset.
+        let _ = socket.read_to_end(&mut Vec::new()).await;
+    })
+    .await
+}
+
+fn retried(max_attempts: u32) -> pb::RetryPolicy {
+    pb::RetryPolicy { max_attempts, initial_backoff: ms(1), max_backoff: ms(1), ..Default::default() }
+}
+
+async fn register(stage: &mut Stage, name: &str, endpoint: &str, max_attempts: u32) {
+    let registration = pb::Registration { retry: Some(retried(max_attempts)), ..registration(name, endpoint) };
+    stage.client.register(registration).await.unwrap();
+}
+
+/// How a part has ended: state, code, message, attempts.
+fn ended<'a>(cycle: &'a CycleTelemetry, name: &str) -> (SubsystemState, &'a str, &'a str, u32) {
+    let part = part(cycle, name);
+    (part.state(), &part.error_code, &part.error_message, part.attempts)
+}
+
+const SUCCEEDED: SubsystemState = SubsystemState::Succeeded;
+const FAILED: SubsystemState = SubsystemState::Failed;
+
+// ---------------------------------------------------------------------------------------------------------------
+// What costs a connection
+
+#[tokio::test]
+async fn an_error_text_of_any_size_costs_its_sender_alone() {
+    let server = Raw::start(act(|name, mut respond| async move {
+        match name.strip_prefix("says_") {
+            Some(bytes) => _ = respond.send_response(status("10", &"e".repeat(bytes.parse().unwrap())), true),
+            None => succeed(respond),
+        }
+    }))
+    .await;
+    let mut stage = Stage::new().await;
+    for name in ["says_120000", "says_170000", "says_1000000", "one", "other"] {
+        // Whatever is lost to a neighbour is not retried by its policy.
+        register(&mut stage, name, &server.endpoint, 1).await;
+    }
+    let cycle = stage.client.run().await.unwrap();
+    for _ in 0..5 {
+        let cycle = stage.client.run().await.unwrap();
+        for name in ["one", "other"] {
+            assert_eq!(ended(&cycle, name), (SUCCEEDED, "", "", 1));
+        }
+    }
+    // What fits is kept, and of what does not it is said why.
+    assert_eq!(ended(&cycle, "says_120000"), (FAILED, "ABORTED", &*"e".repeat(1 << 10), 1));
+    for name in ["says_170000", "says_1000000"] {
+        let too_long = "its headers or its error text are over 131072 bytes";
+        assert_eq!(ended(&cycle, name), (FAILED, "RESOURCE_EXHAUSTED", too_long, 1));
+    }
+}
+
+#[tokio::test]
+async fn who_breaks_http2_again_and_again_breaks_a_connection_of_its_own() {
+    let server = Raw::start(act(|name, mut respond| async move {
+        // A length that is none costs the stream, and the library's patience with the connection.
+        let answer = match name.as_str() {
+            "broken" => grpc().header("content-length", "7").body(()).unwrap(),
+            _ => return succeed(respond),
+        };
+        let _ = respond.send_response(answer, true);
+    }))
+    .await;
+    let mut stage = Stage::new().await;
+    register(&mut stage, "broken", &server.endpoint, 1).await;
+    register(&mut stage, "neighbour", &server.endpoint, 1).await;
+    for _ in 0..3 {
+        let cycle = stage.client.run().await.unwrap();
+        let (how, code, message, _) = ended(&cycle, "broken");
+        assert_eq!((how, code), (FAILED, "INTERNAL"), "{message}");
+        assert!(message.starts_with("its answer breaks HTTP/2"), "{message}");
+        assert_eq!(ended(&cycle, "neighbour"), (SUCCEEDED, "", "", 1));
+    }
+    assert_eq!(server.connections.load(Ordering::Relaxed), 2);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// What takes memory and time
+
+#[tokio::test]
+async fn an_answer_is_read_only_up_to_its_limits_and_takes_no_more_memory_than_it_has() {
+    const SENDERS: usize = 3;
+    let server = Raw::start(act(|name, respond| async move {
+        let message = match name.split('-').next().unwrap() {
+            // Issues of two bytes each; a field that nobody knows; one output in many pieces.
+            "issues" => b"\x1a\x00".repeat(2 << 20),
+            "unknown" => b"\xf8\x7f\x00".repeat(4 << 18),
+            "pieces" => b"\x0a\x00".repeat(2 << 20),
+            _ => unreachable!("{name}"),
+        };
+        body(respond, framed(&message[..message.len().min(4 << 20)]));
+    }))
+    .await;
+    let mut stage = Stage::new().await;
+    for kind in ["issues", "unknown", "pieces"] {
+        for sender in 0..SENDERS {
+            let name = format!("{kind}-{sender}");
+            // Reading takes its time where the code is not optimized.
+            let registration = pb::Registration { timeout: ms(60_000), ..registration(&name, &server.endpoint) };
+            stage.client.register(registration).await.unwrap();
+        }
+    }
+    let (before, _) = stage.service.memory();
+    let cycle = stage.client.run().await.unwrap();
+    let (_, most) = stage.service.memory();
+    for sender in 0..SENDERS {
+        let (how, code, message, _) = ended(&cycle, &format!("issues-{sender}"));
+        assert_eq!((how, code), (FAILED, "RESOURCE_EXHAUSTED"), "{message}");
+        assert!(message.contains("issues: 33 or more, allowed are 32"), "{message}");
+        assert_eq!(ended(&cycle, &format!("unknown-{sender}")), (SUCCEEDED, "", "", 1));
+        assert_eq!(ended(&cycle, &format!("pieces-{sender}")), (SUCCEEDED, "", "", 1));
+    }
+    // Nine messages of up to 4 MiB; each one of issues took 275 MiB.
+    let taken = most.saturating_sub(before) >> 20;
+    assert!(taken < 150, "{taken} MiB");
+}
+
+#[tokio::test]
+async fn what_is_announced_takes_nothing_and_over_the_limit_is_refused_at_once() {
+    let hold = || {
+        act(|name, mut respond| async move {
+            let mut stream = respond.send_response(grpc().body(()).unwrap(), false).unwrap();
+            // Just the limit, or one more, and then nothing.
+            let announced: u32 = if name.starts_with("over") { (4 << 20) + 1 } else { 4 << 20 };
+            let _ = stream.send_data([&[0][..], &announced.to_be_bytes(), b"x"].concat().into(), false);
+            let _ = std::future::poll_fn(|cx| stream.poll_reset(cx)).await;
+        })
+    };
+    // Apart from each other: some servers take offence at so many cancelled calls.
+    let (server, other) = (Raw::start(hold()).await, Raw::start(hold()).await);
+    let mut stage = Stage::new().await;
+    for i in 0..200 {
+        let timeout = ms(500);
+        let hangs = pb::Registration { timeout, ..registration(&format!("hangs-{i}"), &server.endpoint) };
+        stage.client.register(hangs).await.unwrap();
+    }
+    register(&mut stage, "over", &other.endpoint, 1).await;
+    let (before, _) = stage.service.memory();
+    let cycle = stage.client.run().await.unwrap();
+    let (_, most) = stage.service.memory();
+    let too_large = "its answer is 4194305 bytes; allowed are 4194304 of one message";
+    assert_eq!(ended(&cycle, "over"), (FAILED, "RESOURCE_EXHAUSTED", too_large, 1));
+    assert_eq!(ended(&cycle, "hangs-0").0, SubsystemState::TimedOut);
+    // 800 MiB are announced.
+    let taken = most.saturating_sub(before) >> 20;
+    assert!(taken < 100, "{taken} MiB");
+}
+
+#[tokio::test]
+async fn answers_for_which_there_is_no_memory_are_refused_and_all_others_are_taken() {
+    let server = Raw::start(act(|name, respond| async move {
+        let output = if name.starts_with("large") { "x".repeat(3 << 20) } else { "x".to_owned() };
+        let output = common::fleet::to_struct(&serde_json::json!({ "large": output }));
+        body(respond, framed(&subsystem::RunCycleResponse { output, ..Default::default() }.encode_to_vec()));
+    }))
+    .await;
+    // Their share is 10 MiB.
+    let mut stage = Stage::at(Home::new().with_args(["--set", "memory.max_bytes=67108864"])).await;
+    let limits = Some(pb::Limits { max_output_bytes: 4 << 20, ..Default::default() });
+    for name in ["large-1", "large-2", "large-3", "large-4", "small-1", "small-2"] {
+        let registration = pb::Registration { limits, ..registration(name, &server.endpoint) };
+        stage.client.register(registration).await.unwrap();
+    }
+    let cycle = stage.client.run().await.unwrap();
+    for name in ["small-1", "small-2"] {
+        assert_eq!(ended(&cycle, name), (SUCCEEDED, "", "", 1));
+    }
+    let refused = cycle.subsystems.iter().filter(|part| part.state() == FAILED).collect::<Vec<_>>();
+    assert!(!refused.is_empty());
+    for part in refused {
+        assert_eq!(part.error_code, "RESOURCE_EXHAUSTED");
+        assert!(part.error_message.starts_with("there is no room for its answer: the limit of"), "{part:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_cycle_ends_by_its_deadline_whatever_is_sent() {
+    let server = Raw::start(act(|_, respond| async move {
+        body(respond, framed(&b"\xf8\x7f\x00".repeat(20 << 20)));
+    }))
+    .await;
+    let mut stage = Stage::new().await;
+    let limits = Some(pb::Limits { max_message_bytes: 64 << 20, ..Default::default() });
+    for i in 0..4 {
+        let registration = pb::Registration { limits, ..registration(&format!("large-{i}"), &server.endpoint) };
+        stage.client.register(registration).await.unwrap();
+    }
+    let request = pb::RunCycleRequest { deadline: ms(1000), ..Default::default() };
+    let cycle = stage.client.run_with(request).await.unwrap();
+    assert!(cycle.duration_ms <= 1250.0, "{}", cycle.duration_ms);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// What answers say
+
+#[tokio::test]
+async fn what_proxies_and_restarts_say_is_told_as_grpc_has_it() {
+    let calls = Arc::new(std::sync::Mutex::new(HashMap::<String, usize>::new()));
+    let seen = calls.clone();
+    let server = Raw::start(act(move |name, mut respond| {
+        let nth = {
+            let mut calls = seen.lock().unwrap();
+            let nth = calls.entry(name.clone()).or_default();
+            *nth += 1;
+            *nth
+        };
+        async move {
+            let html = |status: u16| Response::builder().status(status).header("content-type", "text/html");
+            match name.as_str() {
+                "reset_refused" => respond.send_reset(Reason::REFUSED_STREAM),
+                "refused_once" if nth == 1 => respond.send_reset(Reason::REFUSED_STREAM),
+                "reset_cancelled" => respond.send_reset(Reason::CANCEL),
+                "reset_internal" => respond.send_reset(Reason::INTERNAL_ERROR),
+                "reset_calm" => respond.send_reset(Reason::ENHANCE_YOUR_CALM),
+                "refused_once" => succeed(respond),
+                "html_200" => {
+                    let mut stream = respond.send_response(html(200).body(()).unwrap(), false).unwrap();
+                    stream.send_data(Bytes::from_static(b"<html>"), true).unwrap();
+                }
+                "status_in_503" => {
+                    let answer = html(503).header("grpc-status", "9").header("grpc-message", "mine").body(()).unwrap();
+                    let _ = respond.send_response(answer, true);
+                }
+                "two" => body(respond, [framed(b""), framed(b"")].concat()),
+                "none" => body(respond, Bytes::new()),
+                "compressed" => body(respond, Bytes::from_static(b"\x01\0\0\0\0")),
+                "no_status" => {
+                    let mut stream = respond.send_response(grpc().body(()).unwrap(), false).unwrap();
+                    stream.send_data(framed(b""), true).unwrap();
+                }
+                "no_number" => _ = respond.send_response(status("abc", "why"), true),
+                http => {
+                    let status = http.strip_prefix("http_").unwrap().parse().unwrap();
+                    let mut stream = respond.send_response(html(status).body(()).unwrap(), false).unwrap();
+                    stream.send_data(Bytes::from_static(b"<html>a proxy's page</html>"), true).unwrap();
+                }
+            }
+        }
+    }))
+    .await;
+    let mut stage = Stage::new().await;
+    let proxy =
+        |status: &str| format!("no gRPC server has answered, but HTTP {status} with content of type \"text/html\"");
+    let reset = |reason: &str| format!("it has reset the stream of the call: {reason}");
+    let cases = [
+        ("http_400", "INTERNAL", proxy("400 Bad Request")),
+        ("http_401", "UNAUTHENTICATED", proxy("401 Unauthorized")),
+        ("http_403", "PERMISSION_DENIED", proxy("403 Forbidden")),
+        ("http_404", "UNIMPLEMENTED", proxy("404 Not Found")),
+        ("http_429", "UNAVAILABLE", proxy("429 Too Many Requests")),
+        ("http_500", "UNKNOWN", proxy("500 Internal Server Error")),
+        ("http_502", "UNAVAILABLE", proxy("502 Bad Gateway")),
+        ("http_503", "UNAVAILABLE", proxy("503 Service Unavailable")),
+        ("http_504", "UNAVAILABLE", proxy("504 Gateway Timeout")),
+        ("html_200", "UNKNOWN", proxy("200 OK")),
+        ("status_in_503", "FAILED_PRECONDITION", "mine".into()),
+        ("reset_refused", "UNAVAILABLE", reset("refused stream before processing any application logic")),
+        ("reset_cancelled", "CANCELLED", reset("stream no longer needed")),
+        ("reset_internal", "INTERNAL", reset("unexpected internal error encountered")),
+        ("reset_calm", "RESOURCE_EXHAUSTED", reset("detected excessive load generating behavior")),
+        ("two", "INTERNAL", "it answers with more than one message, where the method has one".into()),
+        ("none", "INTERNAL", "it answers OK without a message".into()),
+        ("compressed", "INTERNAL", "its message is compressed, though no compression was offered".into()),
+        ("no_status", "UNKNOWN", "it has ended its answer without a grpc-status".into()),
+        ("no_number", "UNKNOWN", "its grpc-status \"abc\" is no status code of gRPC: why".into()),
+    ];
+    for (name, ..) in &cases {
+        register(&mut stage, name, &server.endpoint, 2).await;
+    }
+    register(&mut stage, "refused_once", &server.endpoint, 1).await;
+    let cycle = stage.client.run().await.unwrap();
+    for (name, code, message) in &cases {
+        let attempts = match *code {
+            // The latter because it is initialized again, once.
+            "UNAVAILABLE" | "FAILED_PRECONDITION" => 2,
+            _ => 1,
+        };
+        assert_eq!(ended(&cycle, name), (FAILED, *code, &**message, attempts), "{name}");
+    }
+    // What was surely not processed is sent again unseen.
+    assert_eq!(ended(&cycle, "refused_once"), (SUCCEEDED, "", "", 1));
+    assert_eq!(server.connections.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn a_call_that_a_restarting_server_has_not_processed_is_made_again() {
+    let restarted = Arc::new(AtomicBool::new(false));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let flag = restarted.clone();
+    let mut servers = JoinSet::new();
+    servers.spawn(async move {
+        // The first connection answers Initialize, and goes away over RunCycle without having looked at it.
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let settings = [&[0, 0, 0, 4, 0, 0, 0, 0, 0][..], &[0, 0, 0, 4, 1, 0, 0, 0, 0]].concat();
+        socket.write_all(&settings).await.unwrap();
+        let mut received = [0; 16 << 10];
+        // UNIMPLEMENTED, as literals without indexing: RFC 7541, 6.2.2.
+        let literal = |name: &str, value: &str| {
+            let length = |text: &str| u8::try_from(text.len()).unwrap();
+            [&[0, length(name)][..], name.as_bytes(), &[length(value)], value.as_bytes()].concat()
+        };
+        let block = [&[0x88][..], &literal("content-type", "application/grpc"), &literal("grpc-status", "12")].concat();
+        let mut seen = Vec::new();
+        let headers_of =
+            |bytes: &[u8], stream: u8| bytes.windows(6).any(|head| head[0] == 1 && head[2..] == [0, 0, 0, stream]);
+        while !headers_of(&seen, 1) {
+            let read = socket.read(&mut received).await.unwrap();
+            seen.extend_from_slice(&received[..read]);
+        }
+        let length = u8::try_from(block.len()).unwrap();
+        socket.write_all(&[&[0, 0, length, 1, 5, 0, 0, 0, 1][..], &block].concat()).await.unwrap();
+        while !headers_of(&seen, 3) {
+            let read = socket.read(&mut received).await.unwrap();
+            seen.extend_from_slice(&received[..read]);
+        }
+        socket.write_all(&[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]).await.unwrap();
+        let (second, _) = listener.accept().await.unwrap();
+        flag.store(true, Ordering::Relaxed);
+        serve(second, h2::server::Builder::new(), act(|_, respond| async { succeed(respond) })).await;
+    });
+    let mut stage = Stage::new().await;
+    register(&mut stage, "a", &endpoint, 1).await;
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!(ended(&cycle, "a"), (SUCCEEDED, "", "", 1));
+    assert!(restarted.load(Ordering::Relaxed));
+}
+
+#[tokio::test]
+async fn bad_fields_beside_a_status_destroy_neither_its_code_nor_its_text() {
+    let server = Raw::start(act(|name, mut respond| async move {
+        let bytes = |bytes: &'static [u8]| HeaderValue::from_bytes(bytes).unwrap();
+        let (message, details) = match name.as_str() {
+            "text" => (bytes(b"caf\xe9 %FF"), None),
+            "details" => (bytes(b"gone"), Some(bytes(b"not base64!"))),
+            _ => (bytes(b"gone"), Some(bytes(b"\xff\xfe"))),
+        };
+        let mut answer = grpc().header("grpc-status", "14").header("grpc-message", message);
+        if let Some(details) = details {
+            answer = answer.header("grpc-status-details-bin", details);
+        }
+        let _ = respond.send_response(answer.body(()).unwrap(), true);
+    }))
+    .await;
+    let mut stage = Stage::at(Home::new().with_log_format("json")).await;
+    for name in ["text", "details", "bytes"] {
+        register(&mut stage, name, &server.endpoint, 2).await;
+    }
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!(ended(&cycle, "text"), (FAILED, "UNAVAILABLE", "caf\u{fffd} \u{fffd}", 2));
+    for name in ["details", "bytes"] {
+        assert_eq!(ended(&cycle, name), (FAILED, "UNAVAILABLE", "gone", 2));
+    }
+    // Every line of the log is still one of JSON.
+    assert!(stage.home.log().lines().all(|line| line.starts_with('{')), "{}", stage.home.log());
+}
+
+#[tokio::test]
+async fn conformance_reports_bad_details_as_a_finding() {
+    let server = Raw::start(act(|_, mut respond| async move {
+        let bad = HeaderValue::from_bytes(b"\xff not base64!").unwrap();
+        let answer =
+            grpc().header("grpc-status", "13").header("grpc-message", "told").header("grpc-status-details-bin", bad);
+        let _ = respond.send_response(answer.body(()).unwrap(), true);
+    }))
+    .await;
+    let checked = tokio::process::Command::new(env!("CARGO_BIN_EXE_orchestrator"))
+        .args(["conformance", &server.endpoint, "--subsystem", "a", "--timeout", "2s"])
+        .output();
+    let checked = patiently("the verdict", checked).await.unwrap();
+    let report = String::from_utf8_lossy(&checked.stdout);
+    assert_eq!(checked.status.code(), Some(1), "{report}");
+    assert!(report.contains("came      INTERNAL: told"), "{report}");
+    assert!(checked.stderr.is_empty(), "{}", String::from_utf8_lossy(&checked.stderr));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Who answers
+
+#[tokio::test]
+async fn who_speaks_something_else_is_named() {
+    let mut stage = Stage::new().await;
+    let CertifiedKey { cert, signing_key } = generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let tls = Fleet::behind_tls(Identity::from_pem(cert.pem(), signing_key.serialize_pem())).await;
+    let (http1, _http1) = says(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await;
+    let (ssh, _ssh) = says(b"SSH-2.0-OpenSSH_9.2p1\r\n").await;
+    let (alert, _alert) = says(b"\x15\x03\x01\x00\x02\x02\x46").await;
+    let (mute, _mute) = says(b"").await;
+    let cases = [
+        ("http1", format!("http://{http1}"), "it speaks HTTP/1 and no gRPC (\"HTTP/1.1 400 Bad Request\")"),
+        ("ssh", format!("http://{ssh}"), "it speaks SSH (\"SSH-2.0-OpenSSH_9.2p1\"); give the port of a gRPC server"),
+        ("alert", format!("http://{alert}"), "it speaks TLS, so give https://"),
+        ("tls", tls.endpoint().replace("https", "http"), "https://"),
+        ("mute", format!("http://{mute}"), "it has closed the connection without a word of HTTP/2"),
+        ("plain", stage.fleet.endpoint().replace("http", "https"), "it does not speak TLS, so give http://"),
+    ];
+    for (name, endpoint, _) in &cases {
+        register(&mut stage, name, endpoint, 1).await;
+    }
+    let cycle = stage.client.run().await.unwrap();
+    for (name, _, words) in &cases {
+        let (how, code, message, _) = ended(&cycle, name);
+        assert_eq!((how, code), (FAILED, "UNAVAILABLE"), "{name}: {message}");
+        assert!(message.contains(words), "{name}: {message}");
+    }
+}
+
+#[tokio::test]
+async fn who_takes_a_connection_and_says_nothing_costs_the_connect_timeout() {
+    let (mute, _server) = other_server(|socket| async move {
+        let _socket = socket;
+        std::future::pending::<()>().await;
+    })
+    .await;
+    let mut stage = Stage::at(Home::new().with_args(["--set", "dial.connect_timeout=300ms"])).await;
+    for (name, scheme) in [("plain", "http"), ("tls", "https")] {
+        register(&mut stage, name, &format!("{scheme}://{mute}"), 1).await;
+    }
+    let cycle = stage.client.run().await.unwrap();
+    let silent = "Initialize: it has taken the connection and said nothing within 300ms";
+    assert_eq!(ended(&cycle, "plain"), (FAILED, "UNAVAILABLE", silent, 0));
+    assert_eq!(ended(&cycle, "tls"), (FAILED, "UNAVAILABLE", "Initialize: no TLS handshake within 300ms", 0));
+}
+
+#[tokio::test]
+async fn the_certificates_of_the_system_are_read_once() {
+    let CertifiedKey { cert, signing_key } = generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let identity = || Identity::from_pem(cert.pem(), signing_key.serialize_pem());
+    let (first, second) = (Fleet::behind_tls(identity()).await, Fleet::behind_tls(identity()).await);
+    let home = Home::new();
+    let (trusted, nothing) = (home.path("system.pem"), home.path("nothing"));
+    fs::write(&trusted, cert.pem()).unwrap();
+    fs::create_dir(&nothing).unwrap();
+    let system =
+        [format!("SSL_CERT_FILE={}", trusted.display()), format!("SSL_CERT_DIR={}", nothing.display())].map(Into::into);
+    let mut stage = Stage::at(home.with_wrapper(["env".to_owned()]).with_wrapper::<String>(system)).await;
+    stage.client.register(registration("first", first.endpoint())).await.unwrap();
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+    fs::remove_file(&trusted).unwrap();
+    stage.client.register(registration("second", second.endpoint())).await.unwrap();
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+}
+
+#[tokio::test]
+async fn names_that_hang_hold_up_neither_reads_nor_the_end() {
+    // A name server that never answers, in a mount namespace of the service's own.
+    let silent = std::net::UdpSocket::bind("127.0.0.1:53");
+    let home = Home::new();
+    let resolv = home.path("resolv.conf");
+    fs::write(&resolv, "nameserver 127.0.0.1\noptions timeout:20 attempts:2\n").unwrap();
+    let script = format!("mount --bind {} /etc/resolv.conf && exec \"$@\"", resolv.display());
+    let wrapper = ["unshare", "-rm", "sh", "-c", &script, "sh"].map(str::to_owned);
+    let can = std::process::Command::new(&wrapper[0]).args(&wrapper[1..]).arg("true").output();
+    if silent.is_err() || !can.is_ok_and(|it| it.status.success()) {
+        eprintln!("SKIPPED: this takes port 53 of the loopback interface and a mount namespace");
+        return;
+    }
+    let mut stage = Stage::at(home.with_wrapper(wrapper).with_args(["--set", "dial.connect_timeout=500ms"])).await;
+    for i in 0..600 {
+        register(&mut stage, &format!("hangs-{i}"), &format!("http://hangs-{i}.example:1"), 1).await;
+    }
+    let first = stage.client.run().await.unwrap();
+    let no_address = "Initialize: can't find the address of hangs-0.example: no answer within 500ms";
+    assert_eq!(ended(&first, "hangs-0"), (FAILED, "UNAVAILABLE", no_address, 0));
+    // Every lookup hangs for 40 s more, and who reads or waits for the end does not.
+    patiently("the record", stage.client.cycle(first.cycle_id)).await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(15), stage.service.stop()).await;
+    assert!(ended.expect("it waits for lookups").success());
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Connections
+
+#[tokio::test]
+async fn no_more_calls_are_made_at_one_time_than_the_peer_takes_and_all_come_to_their_turn() {
+    const TAKEN: usize = 3;
+    const SUBSYSTEMS: usize = 40;
+    let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let (now, seen, names) = (running.clone(), most.clone(), order.clone());
+    let full = Arc::new(Notify::new());
+    let mut settings = h2::server::Builder::new();
+    settings.max_concurrent_streams(u32::try_from(TAKEN).unwrap());
+    let server = Raw::with(
+        settings,
+        act(move |name, respond| {
+            let (now, seen, names, full) = (now.clone(), seen.clone(), names.clone(), full.clone());
+            async move {
+                names.lock().unwrap().push(name);
+                seen.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                // The first waits until as many as may are here.
+                if now.load(Ordering::SeqCst) == TAKEN {
+                    full.notify_waiters();
+                } else if names.lock().unwrap().len() < TAKEN {
+                    full.notified().await;
+                }
+                now.fetch_sub(1, Ordering::SeqCst);
+                succeed(respond);
+            }
+        }),
+    )
+    .await;
+    let mut stage = Stage::new().await;
+    for i in 0..SUBSYSTEMS {
+        register(&mut stage, &format!("s{i:02}"), &server.endpoint, 1).await;
+    }
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!(cycle.state(), CycleState::Succeeded, "{}", cycle.error);
+    assert_eq!(most.load(Ordering::SeqCst), TAKEN);
+    assert_eq!(server.connections.load(Ordering::Relaxed), 1);
+    assert_eq!(order.lock().unwrap().len(), SUBSYSTEMS);
+}
+
+/// On a clock that moves when everything waits, a call takes three hours. Servers of grpcio and grpc-go count pings, and end
+/// the connection of whoever sends more than a few.
+#[tokio::test(start_paused = true)]
+async fn a_call_of_hours_is_waited_for_without_pings() {
+    const PING: u8 = 6;
+    let (address, _server) = other_server(|mut socket| async move {
+        let settings = [&[0, 0, 0, 4, 0, 0, 0, 0, 0][..], &[0, 0, 0, 4, 1, 0, 0, 0, 0]].concat();
+        socket.write_all(&settings).await.unwrap();
+        let mut preface = [0; 24];
+        socket.read_exact(&mut preface).await.unwrap();
+        let frames = async {
+            loop {
+                let mut head = [0; 9];
+                socket.read_exact(&mut head).await.unwrap();
+                assert_ne!(head[3], PING);
+                let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+                let mut payload = vec![0; length as usize];
+                socket.read_exact(&mut payload).await.unwrap();
+            }
+        };
+        let _: Result<(), _> = tokio::time::timeout(Duration::from_hours(3), frames).await;
+        let block =
+            [&[0x88, 0, 11][..], b"grpc-status", &[1], b"5", &[0, 12], b"content-type", &[16], b"application/grpc"];
+        let block = block.concat();
+        let length = u8::try_from(block.len()).unwrap();
+        socket.write_all(&[&[0, 0, length, 1, 5, 0, 0, 0, 1][..], &block].concat()).await.unwrap();
+        let _ = socket.read_to_end(&mut Vec::new()).await;
+    })
+    .await;
+    let spec = SubsystemSpec { name: "a".into(), endpoint: format!("http://{address}"), ..Default::default() };
+    let subsystem = Subsystem::from_spec(&spec).unwrap();
+    let dialer = Dialer::new(Duration::from_hours(1), Memory::whole(1 << 20));
+    let call = RunCall {
+        cycle_id: CycleId(1),
+        epoch: Epoch(1),
+        attempt: 1,
+        scheduled_at: jiff::Timestamp::UNIX_EPOCH,
+        parameters: Payload::default(),
+        inputs: Vec::new(),
+        timeout: Duration::from_hours(24),
+        trace: None,
+    };
+    let error = dialer.run_cycle(&subsystem, call).await.unwrap_err();
+    assert_eq!(error.to_string(), "NOT_FOUND: ");
+}
+
+#[tokio::test]
+async fn a_connection_is_made_when_it_is_used_and_again_when_it_is_lost() {
+    let fleet = Fleet::start().await;
+    let mut stage = Stage::new().await;
+    register(&mut stage, "a", fleet.endpoint(), 1).await;
+    assert_eq!(fleet.now(|state| state.connections), 0);
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+    fleet.run("a", Run::Disconnect);
+    assert_eq!(ended(&stage.client.run().await.unwrap(), "a").1, "UNAVAILABLE");
+    fleet.run("a", Run::Echo);
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+}
