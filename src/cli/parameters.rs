@@ -1,6 +1,7 @@
 //! Parameters on the command line: JSON, as a `google.protobuf.Struct`.
 
 use bytes::Bytes;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{Exit, Failure};
@@ -21,7 +22,7 @@ impl Parameters {
     /// As the contract carries them.
     ///
     /// # Errors
-    /// They nest too deep.
+    /// They nest too deep, or hold a whole number that would change.
     pub(super) fn encode(self) -> Result<Bytes, Failure> {
         let mut object = self.all.unwrap_or_default();
         object.extend(self.one);
@@ -38,12 +39,51 @@ impl Parameters {
 /// What to give instead.
 pub(super) fn parameter(text: &str) -> Result<(String, Value), String> {
     let (key, value) = text.split_once('=').ok_or("give KEY=JSON, such as limit=5")?;
-    let value = serde_json::from_str(value).map_err(|error| {
+    let value = unchanged(value).map_err(|error| {
         format!("what follows {key}= is not JSON: {error}; a text needs quotes that your shell leaves: '{key}=\"…\"'")
-    })?;
+    })??;
     Ok((key.to_owned(), value))
 }
 
 fn object(text: &str) -> Result<Map<String, Value>, String> {
-    serde_json::from_str(text).map_err(|error| format!("it is not a JSON object: {error}"))
+    unchanged(text).map_err(|error| format!("it is not a JSON object: {error}"))?
+}
+
+/// Reads JSON. Of whole numbers beyond 64 bits the library makes doubles and does not tell, so they are refused here;
+/// smaller ones can be seen later.
+fn unchanged<T: DeserializeOwned>(json: &str) -> Result<Result<T, String>, serde_json::Error> {
+    let value = serde_json::from_str(json)?;
+    let mut outside_of_texts = String::with_capacity(json.len());
+    let (mut in_text, mut is_escaped) = (false, false);
+    for c in json.chars() {
+        match c {
+            '"' if !is_escaped => in_text = !in_text,
+            _ if !in_text => outside_of_texts.push(c),
+            _ => {}
+        }
+        is_escaped = in_text && c == '\\' && !is_escaped;
+    }
+    let words = outside_of_texts.split(|c: char| !c.is_ascii_alphanumeric() && !"+-.".contains(c));
+    let is_whole = |word: &&str| word.trim_start_matches('-').bytes().all(|byte| byte.is_ascii_digit());
+    let mut whole = words.filter(|word| !word.is_empty()).filter(is_whole);
+    let changes = whole.find(|word| word.parse::<i64>().is_err() && word.parse::<u64>().is_err());
+    Ok(changes.map_or(Ok(value), |number| Err(format!("it {}", Payload::changes(number)))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_number_of_more_than_64_bits_is_refused() {
+        for json in ["18446744073709551616", "[{\"a\\\"\": -99999999999999999999}]"] {
+            let refused = parameter(&format!("id={json}")).unwrap_err();
+            assert!(refused.contains("which would change"), "{refused}");
+        }
+        for json in ["1e30", "1.5", "18446744073709551615", "\"99999999999999999999\"", "\"\\\"99999999999999999999\""]
+        {
+            assert!(parameter(&format!("id={json}")).is_ok(), "{json}");
+        }
+        assert!(object("{\"id\": 99999999999999999999}").is_err());
+    }
 }

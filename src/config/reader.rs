@@ -16,7 +16,7 @@ use toml::{
 };
 
 use super::{ConfigError, Origin, Problem};
-use crate::model::{Name, Violations};
+use crate::model::{Name, Payload, Violations};
 
 /// The prefix of every environment variable.
 pub(super) const PREFIX: &str = "ORCHESTRATOR_";
@@ -122,6 +122,9 @@ impl Node {
     fn json(self) -> Result<serde_json::Value, (Origin, String)> {
         Ok(match self.value {
             Value::Text(text) | Value::Word(text) => text.into(),
+            Value::Integer(number) if number.unsigned_abs() > Payload::MAX_WHOLE => {
+                return Err((self.origin, Payload::changes(number).0));
+            }
             Value::Integer(number) => number.into(),
             Value::Float(number) if number.is_finite() => number.into(),
             Value::Bool(truth) => truth.into(),

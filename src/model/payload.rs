@@ -27,14 +27,31 @@ impl Payload {
         Ok(Self(bytes))
     }
 
+    /// The largest whole number, and without its sign the smallest one, that JSON and a `Struct` carry alike. Numbers of a
+    /// `Struct` are doubles: above 2^53 they leave some out, and an identifier would become another one. It is also where
+    /// I-JSON ends, less one: <https://www.rfc-editor.org/rfc/rfc7493#section-2.2>.
+    pub const MAX_WHOLE: u64 = 1 << 53;
+
     /// The payload that says the same as a JSON object.
     ///
     /// # Errors
-    /// The object nests deeper than [`Payload::MAX_DEPTH`].
+    /// The object nests deeper than [`Payload::MAX_DEPTH`], or holds a whole number beyond [`Payload::MAX_WHOLE`].
     pub fn from_json(object: &Map<String, Value>) -> Result<Self, Malformed> {
+        if let Some(number) = object.values().find_map(beyond_whole) {
+            return Err(Self::changes(number));
+        }
         let mut bytes = BytesMut::new();
         put_struct(&mut bytes, object);
         Self::check(bytes.freeze())
+    }
+
+    /// That a whole number would become another one.
+    pub(crate) fn changes(number: impl std::fmt::Display) -> Malformed {
+        Malformed(format!(
+            "holds the whole number {number}, which would change: numbers are doubles, exact up to {} (2^53); write it in \
+             quotes",
+            Self::MAX_WHOLE
+        ))
     }
 
     /// The JSON object that says the same.
@@ -191,6 +208,19 @@ fn number(value: f64) -> Value {
     Number::from_f64(value).map_or(Value::Null, Value::Number)
 }
 
+/// The first whole number that a double can't be trusted to carry.
+fn beyond_whole(value: &Value) -> Option<&Number> {
+    match value {
+        Value::Number(number) => {
+            let size = number.as_u64().or_else(|| number.as_i64().map(i64::unsigned_abs));
+            (size > Some(Payload::MAX_WHOLE)).then_some(number)
+        }
+        Value::Array(values) => values.iter().find_map(beyond_whole),
+        Value::Object(object) => object.values().find_map(beyond_whole),
+        _ => None,
+    }
+}
+
 fn put_struct(out: &mut BytesMut, object: &Map<String, Value>) {
     for (key, value) in object {
         put_message(out, 1, |entry| {
@@ -284,6 +314,18 @@ mod tests {
         assert!(holding(None).is_err());
         // An entry without a value.
         assert!(Payload::check(Bytes::from_static(b"\x0a\x03\x0a\x01x")).is_err());
+    }
+
+    #[test]
+    fn a_whole_number_that_would_become_another_one_is_refused() {
+        let holding = |number: Value| Payload::from_json(&object(json!({"deep": [{"number": number}]})));
+        for whole in [json!(1_u64 << 53), json!(-(1_i64 << 53)), json!(1e300), json!(0.1)] {
+            assert!(holding(whole.clone()).is_ok(), "{whole}");
+        }
+        for whole in [json!((1_u64 << 53) + 1), json!(-(1_i64 << 53) - 1), json!(u64::MAX), json!(i64::MIN)] {
+            let refused = holding(whole.clone()).unwrap_err().to_string();
+            assert!(refused.contains(&format!("holds the whole number {whole}, which would change")), "{refused}");
+        }
     }
 
     #[test]
