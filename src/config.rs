@@ -10,7 +10,6 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ffi::OsString,
     fmt::{self, Display},
-    fs,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -22,6 +21,7 @@ use tracing_subscriber::EnvFilter;
 use self::reader::{Node, PREFIX, Reader, Table, parse, put};
 use crate::{
     engine::{Member, Plan},
+    file,
     model::{
         BreakerSpec, CatchUp, CycleState, Endpoint, IntervalLoop, LimitsSpec, LoopSpec, Name, OverlapPolicy, RetrySpec,
         Subsystem, SubsystemSpec, Violations,
@@ -655,10 +655,10 @@ fn loop_spec(read: &mut Reader<'_>) -> LoopSpec {
 
 fn read_file(path: &Path) -> Result<Table, ConfigError> {
     let name = path.display().to_string();
-    let problem = match fs::read(path).map(String::from_utf8) {
+    let problem = match file::read(path).map(String::from_utf8) {
         Ok(Ok(text)) => return parse(&name, &text),
         Ok(Err(_)) => "is not UTF-8".to_owned(),
-        Err(error) => format!("can't be read: {error}"),
+        Err(error) => error.to_string(),
     };
     Err(ConfigError(vec![Problem::new(Origin::File(name.into(), 0), "", problem)]))
 }
@@ -744,6 +744,11 @@ impl Display for Problem {
 impl ConfigError {
     /// The most problems that are shown: a file made by a program can have as many as it has lines.
     const SHOWN: usize = 100;
+
+    /// Reading it ended by a defect.
+    pub(crate) fn unread(defect: &dyn Display) -> Self {
+        Self(vec![Problem::new(Origin::Default, "", format!("the configuration can't be read: {defect}"))])
+    }
 
     fn new(mut problems: Vec<Problem>) -> Self {
         problems.sort_by(|a, b| a.origin.cmp(&b.origin));

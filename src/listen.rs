@@ -14,6 +14,7 @@ use std::{
 };
 
 use futures_util::{Stream, stream};
+use rustix::io::Errno;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -143,7 +144,8 @@ impl Drop for Slot {
 }
 
 /// The connections that come in: as many as may be at a time, further ones wait in the kernel's line. All of them break
-/// when `cut_off` is cancelled: the library has no way to end connections whose calls go on.
+/// when `cut_off` is cancelled: the library has no way to end connections whose calls go on. Ends when the listener can't
+/// accept any more.
 pub(crate) fn incoming<L: Listener>(
     listener: L,
     connections: Arc<Connections>,
@@ -159,6 +161,10 @@ pub(crate) fn incoming<L: Listener>(
         let stream = loop {
             match listener.accept().await {
                 Ok(stream) => break stream,
+                Err(error) if is_final(&error) => {
+                    tracing::error!(%error, "can't accept connections any more");
+                    return None;
+                }
                 Err(error) => {
                     tracing::warn!(%error, "can't accept a connection");
                     sleep(PAUSE).await;
@@ -168,6 +174,12 @@ pub(crate) fn incoming<L: Listener>(
         let slot = Slot::new(connections.clone(), permit);
         Some((Ok(Connection::new(stream, cut_off.clone(), slot)), (listener, connections, cut_off)))
     })
+}
+
+/// It is the listening socket itself that is no good any more. Everything else passes: files or memory are short, or it
+/// is about the connection that was to be accepted. <https://man7.org/linux/man-pages/man2/accept.2.html>
+fn is_final(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::BADF | Errno::INVAL | Errno::NOTSOCK))
 }
 
 /// Whether the connection of a call is broken: what tells a caller that cancelled from one that was cut off. Travels with

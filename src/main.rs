@@ -8,7 +8,6 @@ use orchestrator_core::cli::Cli;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    Cli::parse().run().await
+fn main() -> ExitCode {
+    Cli::parse().run()
 }

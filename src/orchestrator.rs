@@ -13,6 +13,7 @@ mod watch;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
+    convert::Infallible,
     panic::resume_unwind,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -23,7 +24,7 @@ use jiff::Timestamp;
 use tokio::{
     select,
     sync::{Notify, watch as newest},
-    task::{JoinHandle, JoinSet},
+    task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -37,6 +38,7 @@ use crate::{
         CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Revision, Subsystem, TickDisposition, Trigger,
         Violations,
     },
+    parts::{Ended, Parts},
     ports::{
         Contents, PageLimits, Record, Retention, SCAN_LIMIT, Spans, Store, StoreError, StoredOutput, StoredSubsystem,
         Subsystems, Write,
@@ -100,7 +102,22 @@ pub struct Orchestrator(Arc<Shared>);
 /// The tasks of an [`Orchestrator`].
 pub struct Tasks {
     conductor: JoinHandle<Result<(), StoreError>>,
-    helpers: JoinSet<()>,
+    helpers: Parts,
+}
+
+/// Why an [`Orchestrator`] has ended before its last write was done.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Stopped {
+    /// A later epoch has taken over the store, or the last write failed.
+    #[error(transparent)]
+    Store(StoreError),
+    /// What runs the cycles has ended by a defect.
+    #[error(transparent)]
+    Conductor(Ended),
+    /// A task beside it has ended by a defect: without it, loops or leases would stand still and nobody would know. Cycles
+    /// still run, and [`Orchestrator::drain`] ends them.
+    #[error(transparent)]
+    Helper(Ended),
 }
 
 struct Shared {
@@ -364,11 +381,11 @@ impl Orchestrator {
             store_has_ended: CancellationToken::new(),
             closed: CancellationToken::new(),
         });
-        let mut helpers = JoinSet::new();
-        helpers.spawn(shared.clone().fire_ticks());
-        helpers.spawn(shared.clone().expire_leases());
-        helpers.spawn(shared.clone().prune());
-        helpers.spawn(shared.clone().send_progress());
+        let mut helpers = Parts::default();
+        helpers.start("the timer of loops", lasting(shared.clone().fire_ticks()));
+        helpers.start("the timer of leases", lasting(shared.clone().expire_leases()));
+        helpers.start("the retention of the history", lasting(shared.clone().prune()));
+        helpers.start("the live progress", lasting(shared.clone().send_progress()));
         let conductor = tokio::spawn(shared.clone().conduct());
         Ok((Self(shared), Tasks { conductor, helpers }))
     }
@@ -679,23 +696,29 @@ impl Orchestrator {
 }
 
 impl Tasks {
-    /// Waits until the last write is done, after [`Orchestrator::drain`], or until this process may no longer write.
+    /// Waits until the last write is done, after [`Orchestrator::drain`], or until this process may no longer write, or
+    /// a task has ended by a defect. May be called again after [`Stopped::Helper`] only.
     ///
     /// # Errors
-    /// The store takes nothing any more, the last write failed, or a task has ended by a defect: without it,
-    /// loops or leases would stand still and nobody would know.
-    pub async fn finished(&mut self) -> Result<(), StoreError> {
-        let defect = |what: &str, ended: String| Err(StoreError::Other(what.into(), ended));
+    /// Why it has ended before the last write.
+    pub async fn finished(&mut self) -> Result<(), Stopped> {
         let finished = select! {
-            finished = &mut self.conductor => {
-                finished.unwrap_or_else(|panicked| defect("the conductor", panicked.to_string()))
-            }
-            Some(Err(panicked)) = self.helpers.join_next() => defect("a helper", panicked.to_string()),
+            finished = &mut self.conductor => match finished {
+                Ok(finished) => finished.map_err(Stopped::Store),
+                Err(panicked) => Err(Stopped::Conductor(Ended::of("the conductor of cycles", panicked))),
+            },
+            ended = self.helpers.next_ended() => return Err(Stopped::Helper(ended)),
         };
         // They hold nothing that would have to be written.
-        self.helpers.abort_all();
+        self.helpers.abort();
         finished
     }
+}
+
+/// A task that runs for ever, as a part: its end says nothing.
+async fn lasting(task: impl Future<Output = ()>) -> Result<(), Infallible> {
+    task.await;
+    Ok(())
 }
 
 /// Where a cycle that was asked for stands.

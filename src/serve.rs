@@ -1,39 +1,36 @@
 //! The composition root: builds everything from a configuration, owns the tasks, and shuts down in order.
 
+mod operator;
+
 use std::{
-    collections::BTreeSet,
-    fmt::Display,
+    convert::Infallible,
     io,
     net::SocketAddr,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
-use notify::Watcher as _;
+use futures_util::{StreamExt, stream};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::{
-    join,
-    net::TcpListener,
-    select,
-    signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc,
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::{join, net::TcpListener, select, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::util::MapRequestLayer;
 
+pub use self::operator::Operator;
+use self::operator::Wish;
 use crate::{
     api::{self, Api},
     clock::Clock,
-    config::{Config, ConfigError, Reload},
+    config::{Config, Reload},
     dial::{Dialer, NoCertificate},
+    file::{self, FileError},
     listen::{self, Connections, Receiving},
     memory::Shares,
-    orchestrator::{Declared, Orchestrator, Refusal, Settings, Tasks},
+    orchestrator::{Declared, Orchestrator, Refusal, Settings, Stopped, Tasks},
+    parts::{Ended, Parts},
     ports::{Spans, StoreError, Untraced},
     store,
     telemetry::{
@@ -56,8 +53,8 @@ pub enum StartError {
     #[error("can't listen on {0} for the dashboard: {1}; give another address with --admin-listen, or off")]
     AdminListen(SocketAddr, io::Error),
     /// The file of trusted certificates can't be read.
-    #[error("can't read dial.ca_file {path}: {error}", path = .0.display(), error = .1)]
-    CaFile(PathBuf, io::Error),
+    #[error("dial.ca_file {path} {error}", path = .0.display(), error = .1)]
+    CaFile(PathBuf, FileError),
     /// The file of trusted certificates holds none.
     #[error("dial.ca_file {path} {error}", path = .0.display(), error = .1)]
     NoCertificate(PathBuf, NoCertificate),
@@ -73,9 +70,6 @@ pub enum StartError {
     /// Spans can't be exported.
     #[error("can't export spans to tracing.otlp_endpoint: {0}")]
     Otlp(#[from] otlp::ExporterError),
-    /// Signals can't be received.
-    #[error("can't listen for signals: {0}")]
-    Signals(io::Error),
 }
 
 /// How the service ended. The number is the exit code of the process.
@@ -91,6 +85,16 @@ pub enum Exit {
     Aborted = 130,
 }
 
+/// Why the service ends.
+enum End {
+    /// It was told to.
+    Asked,
+    /// Its orchestrator has ended.
+    Orchestrator(Result<(), Stopped>),
+    /// Another part of it has ended by a defect.
+    Part(Ended),
+}
+
 /// A running service.
 pub struct Service {
     address: SocketAddr,
@@ -98,11 +102,11 @@ pub struct Service {
     orchestrator: Orchestrator,
     tasks: Tasks,
     health: HealthReporter,
-    servers: JoinSet<()>,
+    servers: Parts,
     stop_server: CancellationToken,
     _cut_off: DropGuard,
     exporter: Option<Arc<Exporter>>,
-    exporting: JoinSet<()>,
+    exporting: Parts,
     stop_exporting: CancellationToken,
     drain_grace: Duration,
 }
@@ -128,19 +132,19 @@ impl Service {
         let dialer = Dialer::new(config.dial.connect_timeout, memory.replies.clone());
         let dialer = Arc::new(match &config.dial.ca_file {
             Some(path) => {
-                let ca = tokio::fs::read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?;
+                let ca = read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?;
                 dialer.and_trust(&ca).map_err(|error| StartError::NoCertificate(path.clone(), error))?
             }
             None => dialer,
         });
         let (store, contents) = store::open(&config.store.url).await?;
         tracing::info!(store = %config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store opened");
-        let (mut exporting, stop_exporting) = (JoinSet::new(), CancellationToken::new());
+        let (mut exporting, stop_exporting) = (Parts::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
             let (made, sender) = otlp::exporter(endpoint, config.tracing.sample_ratio, &config.orchestrator_id)?;
             let made = Arc::new(made);
-            exporting.spawn(sender.run(stop_exporting.clone()));
+            exporting.start("the exporter of spans", told(sender.run(stop_exporting.clone())));
             (exporter, spans) = (Some(made.clone()), made);
         }
         let with_reflection = listen::reflection(SERVICE)?;
@@ -166,8 +170,22 @@ impl Service {
         let router = with_reflection(router);
         let connections = Connections::at_most(config.server.max_connections);
         let incoming = listen::incoming(listener, connections.clone(), cut_off.clone());
-        let mut servers = JoinSet::new();
-        servers.spawn(logged(router.serve_with_incoming_shutdown(incoming, stopped)));
+        let mut servers = Parts::default();
+        let no_more = CancellationToken::new();
+        let incoming = incoming.chain(stream::poll_fn({
+            let no_more = no_more.clone();
+            move |_| {
+                no_more.cancel();
+                Poll::Ready(None)
+            }
+        }));
+        servers.start("the gRPC server", async move {
+            select! {
+                served = router.serve_with_incoming_shutdown(incoming, stopped) => served,
+                // Those that it has would keep it, and nobody would know that it takes no others.
+                () = no_more.cancelled() => Ok(()),
+            }
+        });
         tracing::info!(%address, "listening");
         let admin_address = admin.as_ref().map(|(_, address)| *address);
         if let Some((listener, address)) = admin {
@@ -176,7 +194,8 @@ impl Service {
             let in_front = vec![("grpc", connections), ("admin", admin.clone())];
             let metrics = Metrics::new(orchestrator.clone()).and_of(exporter.clone(), in_front);
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
-            servers.spawn(web::serve(listener, admin, api, metrics.into(), beyond_loopback, stop, cut_off));
+            let server = web::serve(listener, admin, api, metrics.into(), beyond_loopback, stop, cut_off);
+            servers.start("the admin server", told(server));
             tracing::info!(%address, "dashboard");
         }
         Ok(Self {
@@ -218,17 +237,45 @@ impl Service {
         Ok(())
     }
 
-    /// Serves until `stop` or until this process may no longer write, then shuts down in order: nothing new is
-    /// admitted, the running cycle may finish within the grace, the last state is written, watchers are told, and
-    /// the connections are closed. When `abort` comes in between, that is the end.
+    /// Serves until `stop`, or until it ends by itself: another process has taken over the store, or a part of it has
+    /// ended by a defect. Then it shuts down in order: nothing new is admitted, the running cycle may finish within the
+    /// grace, the last state is written, watchers are told, and the connections are closed. When `abort` comes in
+    /// between, that is the end.
     pub async fn run(mut self, stop: impl Future<Output = ()>, abort: impl Future<Output = ()>) -> Exit {
+        let end = select! {
+            () = stop => End::Asked,
+            end = self.end() => end,
+        };
+        self.shut_down(end, abort).await
+    }
+
+    /// Waits until it ends without having been asked to.
+    async fn end(&mut self) -> End {
         select! {
-            () = stop => {}
-            // Only a store that another process has taken over ends this without having been asked to.
-            ended = self.tasks.finished() => return self.ended(ended).await,
+            finished = self.tasks.finished() => match finished {
+                Err(Stopped::Helper(ended)) => End::Part(ended),
+                finished => End::Orchestrator(finished),
+            },
+            ended = self.servers.next_ended() => End::Part(ended),
+            ended = self.exporting.next_ended() => End::Part(ended),
         }
+    }
+
+    async fn shut_down(self, end: End, abort: impl Future<Output = ()>) -> Exit {
+        let missing = match end {
+            End::Orchestrator(finished) => return self.ended(finished).await,
+            End::Part(ended) => {
+                tracing::error!(
+                    part = ended.part,
+                    why = ended.why,
+                    "a part of the service has ended: stopping the rest"
+                );
+                true
+            }
+            End::Asked => false,
+        };
         select! {
-            exit = self.drain() => exit,
+            exit = self.drain() => if missing && exit == Exit::Drained { Exit::Failed } else { exit },
             () = abort => {
                 tracing::warn!("aborted by a second signal");
                 Exit::Aborted
@@ -249,13 +296,13 @@ impl Service {
             tracing::warn!("the grace has passed: cancelling the running cycle");
             self.orchestrator.cancel_running();
             let not_written = || StoreError::Other("the record".into(), "could not be written in time".into());
-            timeout(LAST_WRITE, self.tasks.finished()).await.unwrap_or_else(|_| Err(not_written()))
+            timeout(LAST_WRITE, self.tasks.finished()).await.unwrap_or_else(|_| Err(Stopped::Store(not_written())))
         };
         self.ended(finished).await
     }
 
     /// The orchestrator has ended; closes the connections.
-    async fn ended(mut self, finished: Result<(), StoreError>) -> Exit {
+    async fn ended(mut self, finished: Result<(), Stopped>) -> Exit {
         /// For answers that are on their way.
         const LAST_ANSWERS: Duration = Duration::from_secs(5);
         /// Those of the last cycles; a collector is not worth more waiting.
@@ -267,10 +314,8 @@ impl Service {
         self.stop_server.cancel();
         // No span comes any more: the last record is written.
         self.stop_exporting.cancel();
-        let (answered, exported) = join!(
-            timeout(LAST_ANSWERS, async { while self.servers.join_next().await.is_some() {} }),
-            timeout(LAST_SPANS, async { while self.exporting.join_next().await.is_some() {} }),
-        );
+        let (answered, exported) =
+            join!(timeout(LAST_ANSWERS, self.servers.all_ended()), timeout(LAST_SPANS, self.exporting.all_ended()),);
         if answered.is_err() {
             tracing::warn!("not all answers were taken: those who wait for one are cut off");
         }
@@ -282,58 +327,74 @@ impl Service {
                 tracing::info!("drained: everything was finished and recorded");
                 Exit::Drained
             }
-            Err(error @ StoreError::Fenced(_)) => {
+            Err(Stopped::Store(error @ StoreError::Fenced(_))) => {
                 tracing::error!(%error, "stopped");
                 Exit::Fenced
             }
-            Err(error) if error.is_final() => {
+            Err(Stopped::Store(error)) if error.is_final() => {
                 tracing::error!(%error, "stopped: the store takes nothing any more");
                 Exit::Failed
             }
-            Err(error) => {
+            Err(Stopped::Store(error)) => {
                 tracing::error!(%error, "the last state was not written");
+                Exit::Failed
+            }
+            Err(Stopped::Conductor(Ended { part, why }) | Stopped::Helper(Ended { part, why })) => {
+                tracing::error!(part, why, "a part of the service has ended: stopped");
                 Exit::Failed
             }
         }
     }
 }
 
-/// Serves until a signal: the first of SIGTERM and SIGINT drains, the second aborts. SIGHUP, or a change of `file`,
-/// reads the configuration again with `load`, and `applied` is told what applies from then on. `ready` is told once
-/// requests are answered.
+/// Serves until the operator says so: the first of SIGTERM and SIGINT drains, the second aborts. SIGHUP, or a change of
+/// the configuration file, reads the configuration again, and `applied` is told what applies from then on. `ready` is told
+/// once requests are answered.
 ///
 /// # Errors
 /// The service did not start.
 pub async fn serve(
+    mut operator: Operator,
     mut config: Config,
-    file: Option<&Path>,
-    load: impl Fn() -> Result<Config, ConfigError>,
     applied: impl Fn(&Config),
     ready: impl FnOnce(&Service),
 ) -> Result<Exit, StartError> {
-    let listen_for = |kind| signal(kind).map_err(StartError::Signals);
-    let (mut terminate, mut interrupt) = (listen_for(SignalKind::terminate())?, listen_for(SignalKind::interrupt())?);
-    let mut hangup = listen_for(SignalKind::hangup())?;
     if let Err(error) = raise_open_files() {
         tracing::warn!(%error, "the limit of open files stays as it is");
     }
-    let mut service = Service::start(&config).await?;
-    let mut changes = FileChanges::of(file);
+    let mut service = select! {
+        started = Service::start(&config) => started?,
+        // The disk of the store may be slow.
+        () = operator.stop() => {
+            tracing::info!("stopped before it was started");
+            return Ok(Exit::Drained);
+        }
+    };
     ready(&service);
 
-    loop {
-        select! {
-            () = first_of(&mut terminate, &mut interrupt) => break,
-            ended = service.tasks.finished() => return Ok(service.ended(ended).await),
-            _ = hangup.recv() => tracing::info!("reloading: SIGHUP"),
-            () = changes.next() => tracing::info!("reloading: the configuration file has changed"),
-        }
-        let new = match load() {
-            Ok(new) => new,
-            Err(error) => {
-                tracing::error!("not reloaded, the old configuration goes on:\n{error}");
+    let end = loop {
+        let why = select! {
+            wish = operator.wish() => match wish {
+                Wish::Stop => break End::Asked,
+                Wish::Reload(why) => why,
+            },
+            end = service.end() => break end,
+        };
+        tracing::info!("reloading: {why}");
+        let new = select! {
+            new = operator.configuration() => new,
+            end = service.end() => break end,
+        };
+        let new = match new {
+            Some(Ok(new)) => new,
+            Some(Err(error)) => {
+                for problem in error.to_string().lines() {
+                    tracing::error!(%problem, "the configuration is wrong");
+                }
+                tracing::error!("not reloaded, the old configuration goes on");
                 continue;
             }
+            None => break End::Asked,
         };
         if config.declares_something() && !new.declares_something() {
             // A file that is being written is empty for a while, and what is forgotten can't be remembered.
@@ -345,7 +406,7 @@ pub async fn serve(
         let Reload { config: new, needs_restart, changed } = config.reload(new);
         let reloaded = select! {
             // The store may be busy for long.
-            () = first_of(&mut terminate, &mut interrupt) => break,
+            () = operator.stop() => break End::Asked,
             reloaded = service.reload(&new) => reloaded,
         };
         match reloaded {
@@ -359,9 +420,8 @@ pub async fn serve(
             }
             Err(refusal) => tracing::error!(%refusal, "not reloaded, the old configuration goes on"),
         }
-    }
-    let abort = first_of(&mut terminate, &mut interrupt);
-    Ok(service.run(async {}, abort).await)
+    };
+    Ok(service.shut_down(end, operator.stop()).await)
 }
 
 /// Raises the soft limit of open files to the hard one: each connection and each endpoint takes one.
@@ -382,84 +442,23 @@ fn listed(changed: &[String]) -> String {
     }
 }
 
-async fn logged<E: Display>(server: impl Future<Output = Result<(), E>>) {
-    if let Err(error) = server.await {
-        tracing::error!(%error, "a server failed");
-    }
+/// A part that ends without an error when it is told to.
+async fn told(part: impl Future<Output = ()>) -> Result<(), Infallible> {
+    part.await;
+    Ok(())
+}
+
+/// Reads a file off the tasks that others need: its disk can take its time.
+async fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+    let path = path.to_owned();
+    let read = tokio::task::spawn_blocking(move || file::read(&path)).await;
+    read.unwrap_or_else(|defect| Err(FileError::Unreadable(io::Error::other(defect))))
 }
 
 async fn listen_for_admin(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
     let listener = TcpListener::bind(address).await?;
     let address = listener.local_addr()?;
     Ok((listener, address))
-}
-
-async fn first_of(terminate: &mut Signal, interrupt: &mut Signal) {
-    select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-}
-
-/// Tells when a file was written, replaced or removed.
-struct FileChanges {
-    changed: mpsc::Receiver<()>,
-    /// Watches as long as it lives.
-    _watcher: Option<notify::RecommendedWatcher>,
-}
-
-impl FileChanges {
-    /// Editors write a file in several steps; this long after the last one it is read.
-    const SETTLE: Duration = Duration::from_millis(200);
-
-    fn of(path: Option<&Path>) -> Self {
-        // One place is enough: it stands for any number of changes that nobody has looked at.
-        let (tell, changed) = mpsc::channel(1);
-        let watcher = path.and_then(|path| match Self::watch(path, tell) {
-            Ok(watcher) => Some(watcher),
-            Err(error) => {
-                tracing::warn!(%error, "changes of the configuration file are not noticed; SIGHUP reloads it");
-                None
-            }
-        });
-        Self { changed, _watcher: watcher }
-    }
-
-    fn watch(path: &Path, tell: mpsc::Sender<()>) -> notify::Result<notify::RecommendedWatcher> {
-        let path = std::path::absolute(path)?;
-        let file = path.canonicalize()?;
-        // Directories, because many editors put a new file in the place of the old one. Where the path is a link, both
-        // that of the link and that of the file.
-        let directories: BTreeSet<_> =
-            [&path, &file].into_iter().filter_map(|it| it.parent()).map(Path::to_owned).collect();
-        // A link may lead through others, which are none of the paths that are told: so what is found is compared.
-        let identify =
-            move || path.metadata().ok().map(|it| (it.dev(), it.ino(), it.mtime(), it.mtime_nsec(), it.len()));
-        let mut seen = identify();
-        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            if event.is_ok_and(|event| event.kind.is_access()) {
-                return;
-            }
-            let found = identify();
-            if found != seen {
-                seen = found;
-                // A full channel means that a change is noted already.
-                let _ = tell.try_send(());
-            }
-        })?;
-        for directory in &directories {
-            watcher.watch(directory, notify::RecursiveMode::NonRecursive)?;
-        }
-        Ok(watcher)
-    }
-
-    async fn next(&mut self) {
-        if self.changed.recv().await.is_none() {
-            // Nothing watches.
-            return std::future::pending().await;
-        }
-        while timeout(Self::SETTLE, self.changed.recv()).await.is_ok_and(|change| change.is_some()) {}
-    }
 }
 
 /// What of a configuration the orchestrator itself is set to.

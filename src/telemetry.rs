@@ -3,22 +3,31 @@
 
 pub mod metrics;
 pub mod otlp;
+mod writer;
 
 use std::{
+    backtrace::{Backtrace, BacktraceStatus},
     ffi::OsStr,
+    fmt::Debug,
     io::{self, IsTerminal},
+    panic::PanicHookInfo,
 };
 
-use tracing::{Subscriber, subscriber::SetGlobalDefaultError};
+use tracing::{Subscriber, field::Field, subscriber::SetGlobalDefaultError};
 use tracing_subscriber::{
     EnvFilter, Registry,
+    field::MakeExt,
     filter::ParseError,
-    fmt::{self, MakeWriter},
+    fmt::{self, MakeWriter, format},
     layer::SubscriberExt,
     reload,
 };
 
-use crate::config::{Log, LogFormat};
+use self::writer::{Printable, Writer};
+use crate::{
+    config::{Log, LogFormat},
+    model::text,
+};
 
 /// Why logging can't be set up or changed.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +38,9 @@ pub enum LogError {
     /// Something else logs already.
     #[error("logging is set up already: {0}")]
     SetUpAlready(#[from] SetGlobalDefaultError),
+    /// There is no room for the thread that writes it.
+    #[error("can't start the thread that writes the log: {0}")]
+    Thread(#[from] io::Error),
     /// It is no longer in use.
     #[error("the log filter can't be changed: {0}")]
     Reload(#[from] reload::Error),
@@ -48,11 +60,26 @@ impl LogFilter {
     }
 }
 
-/// Sends the log of the whole process to stderr. Once in a process.
+/// The log of this process. Dropping it waits a moment for the last lines to be written.
+#[derive(Debug)]
+pub struct ProcessLog {
+    /// What is logged.
+    pub filter: LogFilter,
+    writer: Writer,
+}
+
+impl Drop for ProcessLog {
+    fn drop(&mut self) {
+        self.writer.flush();
+    }
+}
+
+/// Sends the log of the whole process to stderr, panics included, each of which is one line. Nobody who logs waits for
+/// whoever reads it: lines beyond 1 MiB that wait are dropped, counted, and told of. Once in a process.
 ///
 /// # Errors
-/// The filter can't be read, or logging has been set up before.
-pub fn init(log: &Log) -> Result<LogFilter, LogError> {
+/// The filter can't be read, the thread that writes can't be started, or logging has been set up before.
+pub fn init(log: &Log) -> Result<ProcessLog, LogError> {
     let is_terminal = io::stderr().is_terminal();
     let format = match log.format {
         LogFormat::Auto if is_terminal => LogFormat::Text,
@@ -60,9 +87,25 @@ pub fn init(log: &Log) -> Result<LogFilter, LogError> {
         format => format,
     };
     let colour = wants_colour(is_terminal, std::env::var_os("NO_COLOR").as_deref());
-    let (subscriber, filter) = subscriber(&log.filter, format == LogFormat::Json, colour, io::stderr)?;
+    let tell = |lines| tracing::warn!(lines, "lines of the log were dropped: they were not read in time");
+    let writer = Writer::start(io::stderr(), tell)?;
+    let (subscriber, filter) = subscriber(&log.filter, format == LogFormat::Json, colour, writer.clone())?;
     tracing::subscriber::set_global_default(subscriber)?;
-    Ok(filter)
+    std::panic::set_hook(Box::new(log_panic));
+    Ok(ProcessLog { filter, writer })
+}
+
+/// How many lines of the log were dropped since this process started.
+pub fn dropped_lines() -> u64 {
+    writer::dropped()
+}
+
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let backtrace = Backtrace::capture();
+    let backtrace = (backtrace.status() == BacktraceStatus::Captured).then(|| tracing::field::display(&backtrace));
+    let location = panic.location().map(tracing::field::display);
+    let said = panic.payload_as_str().unwrap_or("without a message");
+    tracing::error!(said, location, backtrace, "a panic, which is a defect of this software");
 }
 
 fn subscriber<W>(
@@ -76,13 +119,27 @@ where
 {
     let (filter, handle) = reload::Layer::new(parse(filter)?);
     let filtered = tracing_subscriber::registry().with(filter);
-    let lines = fmt::layer().with_writer(writer);
+    let writer = Printable { inner: writer, as_json, colour: colour && !as_json };
+    // What it could say of its own troubles it would write to stderr, and wait for that.
+    let lines = fmt::layer().log_internal_errors(false).with_writer(writer);
     let subscriber: Box<dyn Subscriber + Send + Sync> = if as_json {
         Box::new(filtered.with(lines.json().flatten_event(true)))
     } else {
-        Box::new(filtered.with(lines.with_ansi(colour)))
+        let fields = format::debug_fn(write_field).delimited(" ");
+        Box::new(filtered.with(lines.with_ansi(colour).fmt_fields(fields)))
     };
     Ok((subscriber, LogFilter(handle)))
+}
+
+/// Writes one field of a text line. What it holds may come from others: the only commands to the terminal are our own.
+fn write_field(line: &mut format::Writer<'_>, field: &Field, value: &dyn Debug) -> std::fmt::Result {
+    let value = format!("{value:?}");
+    let value = text::escape_text(&value, text::is_unprintable);
+    match field.name() {
+        "message" => write!(line, "{value}"),
+        name if line.has_ansi_escapes() => write!(line, "\u{1b}[3m{name}\u{1b}[0m\u{1b}[2m=\u{1b}[0m{value}"),
+        name => write!(line, "{name}={value}"),
+    }
 }
 
 fn parse(filter: &str) -> Result<EnvFilter, ParseError> {
@@ -137,6 +194,29 @@ mod tests {
         assert_eq!(lines[0]["message"], "recorded");
         assert_eq!(lines[0]["cycle_id"], 7);
         assert_eq!(lines[0]["level"], "INFO");
+    }
+
+    #[test]
+    fn what_others_say_stays_text_on_its_line_in_both_formats() {
+        const HOSTILE: &str = "a\n\u{1b}[31m\u{9b}31m\u{202e}\u{200b}\r\té";
+        for (as_json, colour) in [(true, false), (false, false), (false, true)] {
+            let lines = Lines::default();
+            let to = lines.clone();
+            let (subscriber, _filter) = subscriber("info", as_json, colour, move || to.clone()).unwrap();
+            tracing::subscriber::with_default(subscriber, || {
+                info!(shown = %HOSTILE, quoted = HOSTILE, debugged = ?HOSTILE, "{HOSTILE}");
+            });
+            let written = lines.take();
+            let line = written.strip_suffix('\n').unwrap();
+            assert!(line.contains('é'), "{line:?}");
+            let own = if colour { '\u{1b}' } else { 'é' };
+            assert!(!line.contains(|c| text::is_unprintable(c) && c != own), "{line:?}");
+            assert!(!line.contains("\u{1b}[31m"), "{line:?}");
+            if as_json {
+                let line: serde_json::Value = serde_json::from_str(line).unwrap();
+                assert_eq!((&line["message"], &line["shown"]), (&HOSTILE.into(), &HOSTILE.into()));
+            }
+        }
     }
 
     #[test]

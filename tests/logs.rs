@@ -7,15 +7,15 @@ mod common;
 use std::{
     fmt::Write as _,
     fs::{self, File},
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader},
     process::Stdio,
 };
 
 use common::{
     Stage,
     fleet::Run,
-    patiently,
-    service::{Home, ms, registration},
+    http, patiently,
+    service::{Home, Service, ms, registration},
 };
 use orchestrator_core::proto::orchestrator::v1 as pb;
 use rustix::{
@@ -23,7 +23,7 @@ use rustix::{
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
 };
 use serde_json::Value;
-use tokio::process::Command;
+use tokio::{process::Command, task};
 use tonic::{Code, Request};
 
 /// A home whose services log JSON, as they do where no terminal is.
@@ -101,7 +101,7 @@ async fn what_changes_in_the_registry_and_in_breakers_is_told_once() {
     for _ in 0..6 {
         stage.client.run().await.unwrap();
     }
-    let opened = with_message(&stage.home, "its circuit breaker has opened");
+    let opened = until_logged(&stage.home, "its circuit breaker has opened", 1).await;
     assert_eq!(opened.len(), 1, "{opened:?}");
     assert_eq!((&opened[0]["level"], &opened[0]["subsystem"]), (&"WARN".into(), &"a".into()));
     assert_eq!((&opened[0]["cycle_id"], &opened[0]["error"]), (&2.into(), &"no fuel".into()));
@@ -127,7 +127,7 @@ async fn what_changes_in_the_registry_and_in_breakers_is_told_once() {
         ("a loop has started", "loop", "l"),
         ("a loop has stopped", "loop", "l"),
     ] {
-        let told = with_message(&stage.home, message);
+        let told = until_logged(&stage.home, message, 1).await;
         assert_eq!(told.len(), 1, "{message}: {told:?}");
         assert_eq!((&told[0]["level"], &told[0][field]), (&"INFO".into(), &name.into()), "{message}");
     }
@@ -161,7 +161,7 @@ async fn ticks_that_are_dropped_are_told_once() {
     stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(spec) }).await.unwrap();
     let dropped = async { while stage.client.status().await.unwrap().loops[0].ticks.as_ref().unwrap().dropped < 20 {} };
     patiently("twenty dropped ticks", dropped).await;
-    let told = with_message(&stage.home, "ticks are dropped");
+    let told = until_logged(&stage.home, "ticks are dropped", 1).await;
     assert_eq!(told.len(), 1, "{told:?}");
     assert_eq!((&told[0]["level"], &told[0]["loop"]), (&"WARN".into(), &"fast".into()));
     stage.fleet.run("a", Run::Echo);
@@ -169,20 +169,80 @@ async fn ticks_that_are_dropped_are_told_once() {
 
 #[tokio::test]
 async fn what_others_say_stays_inside_its_line() {
-    const HOSTILE: &str = "no fuel\n2026-01-01T00:00:00Z  INFO forged\u{1b}[31m\u{9b}31m\r";
-    let mut stage = Stage::new().await;
-    let breaker = Some(pb::BreakerPolicy { failure_threshold: 1, ..Default::default() });
-    stage.register("a", |it| it.breaker = breaker).await;
-    stage.fleet.run("a", Run::Fail(Code::Internal, HOSTILE.into()));
-    let endpoint = format!("unix:/{HOSTILE}");
-    let refused = stage.client.register(registration("b", &endpoint)).await.unwrap_err();
-    assert_eq!(refused.code(), Code::InvalidArgument);
-    assert_eq!(stage.client.run().await.unwrap().error, format!("1 of 1 failed: a INTERNAL: {HOSTILE}"));
-    let log = stage.home.log();
-    let lines = log.lines().filter(|line| line.contains("forged")).count();
-    assert_eq!(lines, 2, "of the cycle and of the breaker: {log}");
-    assert!(log.lines().all(|line| !line.starts_with("2026-01-01")), "{log}");
-    assert!(!log.contains(['\u{1b}', '\u{9b}', '\r']), "{log}");
+    const HOSTILE: &str = "no fuel\n2026-01-01T00:00:00Z  INFO forged\u{1b}[31m\u{9b}31m\u{202e}\u{200b}\r";
+    for format in ["text", "json"] {
+        let mut stage = Stage::at(Home::new().with_log_format(format)).await;
+        let breaker = Some(pb::BreakerPolicy { failure_threshold: 1, ..Default::default() });
+        stage.register("a", |it| it.breaker = breaker).await;
+        stage.fleet.run("a", Run::Fail(Code::Internal, HOSTILE.into()));
+        let endpoint = format!("unix:/{HOSTILE}");
+        let refused = stage.client.register(registration("b", &endpoint)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert_eq!(stage.client.run().await.unwrap().error, format!("1 of 1 failed: a INTERNAL: {HOSTILE}"));
+        // All of it is written when it has ended.
+        let Stage { home, service, .. } = stage;
+        assert!(service.stop().await.success());
+        let log = home.log();
+        let forged = log.lines().filter(|line| line.contains("forged")).count();
+        assert_eq!(forged, 2, "of the cycle and of the breaker: {log}");
+        assert!(log.lines().all(|line| !line.starts_with("2026-01-01")), "{log}");
+        assert!(!log.contains(['\u{1b}', '\u{9b}', '\u{202e}', '\u{200b}', '\r']), "{log}");
+        if format == "json" {
+            let told = with_message(&home, "a cycle did not succeed");
+            assert_eq!(told[0]["error"], format!("1 of 1 failed: a INTERNAL: {HOSTILE}"));
+        }
+    }
+}
+
+/// How many lines of the log were dropped.
+async fn dropped(service: &Service) -> u64 {
+    let metrics = http::get(service.admin(), "/metrics").await;
+    let metric = "orchestrator_log_lines_dropped_total ";
+    metrics.text().await.lines().find_map(|line| line.strip_prefix(metric)?.parse().ok()).unwrap()
+}
+
+#[tokio::test]
+async fn a_log_that_nobody_reads_stops_nothing_and_what_is_dropped_is_told() {
+    let home = Home::new().with_args(["--log-filter", "trace"]).with_log_format("json");
+    let (log, unread) = io::pipe().unwrap();
+    let mut service = home.spawn_with_log(unread).listening().await.unwrap();
+    let mut client = service.client().await;
+    let mut log = Some(BufReader::new(log));
+    for _ in 0..2 {
+        let before = dropped(&service).await;
+        let until_dropped = async {
+            while dropped(&service).await == before {
+                client.run().await.unwrap();
+            }
+        };
+        patiently("lines to be dropped", until_dropped).await;
+        client.run().await.unwrap();
+        // Once it is read again, it says so itself.
+        let mut reading = log.take().unwrap();
+        let told = task::spawn_blocking(move || {
+            loop {
+                let mut line = String::new();
+                reading.read_line(&mut line).unwrap();
+                let line: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line:?} is no JSON"));
+                if line["message"].as_str().is_some_and(|it| it.starts_with("lines of the log were dropped")) {
+                    return (reading, line);
+                }
+            }
+        });
+        let (reading, line) = patiently("the log to tell", told).await.unwrap();
+        assert_eq!(line["level"], "WARN");
+        assert!(line["lines"].as_u64() > Some(0), "{line}");
+        log = Some(reading);
+    }
+    let before = dropped(&service).await;
+    let until_dropped = async {
+        while dropped(&service).await == before {
+            client.run().await.unwrap();
+        }
+    };
+    patiently("lines to be dropped", until_dropped).await;
+    service.signal(Signal::TERM);
+    assert_eq!(service.ended().await.code(), Some(0));
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{collections::BTreeSet, fs, os::unix::fs::symlink, process::Stdio};
+use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path, process::Stdio};
 
 use common::{
     Stage,
@@ -15,7 +15,10 @@ use common::{
 use http_body::Frame;
 use http_body_util::StreamBody;
 use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Origin, SubsystemState, cycle_event::Event};
-use rustix::process::Signal;
+use rustix::{
+    fs::{CWD, FileType, Mode, mknodat},
+    process::{Signal, kill_process},
+};
 use tokio::{process::Command, task::JoinHandle};
 use tokio_stream::StreamExt;
 use tonic::{
@@ -320,6 +323,38 @@ async fn an_idle_service_with_watchers_ends_at_once() {
     assert_eq!(stage.service.ended().await.code(), Some(0));
 }
 
+#[tokio::test]
+async fn a_signal_is_heard_while_it_still_starts() {
+    let home = Home::new();
+    assert!(home.serve().await.stop().await.success());
+    // Somebody else writes into the database, and does not come to an end.
+    let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
+    database.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    fs::remove_file(home.path("o.db.lock")).unwrap();
+    let mut starting = home.spawn();
+    let opening = async {
+        while !home.path("o.db.lock").exists() {
+            tokio::task::yield_now().await;
+        }
+    };
+    patiently("the store to be opened", opening).await;
+    kill_process(starting.pid(), Signal::TERM).unwrap();
+    assert_eq!(starting.ended().await.code(), Some(0), "{}", home.log());
+    assert!(home.log().contains("stopped before it was started"), "{}", home.log());
+}
+
+#[tokio::test]
+async fn too_few_open_files_are_told_of() {
+    for files in [5, 6, 7, 8, 12, 16, 20, 24] {
+        let limited = ["sh".to_owned(), "-c".to_owned(), format!("ulimit -n {files}; exec \"$0\" \"$@\"")];
+        let home = Home::new().with_wrapper(limited);
+        let ended = home.try_serve().await.err().unwrap();
+        assert_eq!(ended.code(), Some(1), "{files}: {}", home.log());
+        assert!(home.log().contains("open files"), "{files}: {}", home.log());
+        assert!(!home.log().contains("panic"), "{files}: {}", home.log());
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // Reloading
 
@@ -402,6 +437,62 @@ async fn a_file_behind_links_is_reloaded_each_time_a_link_is_moved() {
         let name = format!("s{version}");
         patiently("the reload", async { while stage.client.subsystem(&name).await.is_err() {} }).await;
     }
+}
+
+#[tokio::test]
+async fn every_change_is_noticed_whatever_on_the_path_is_replaced() {
+    let home = Home::new();
+    let at = home.path("");
+    let write = |directory: &str, version: u32| {
+        let directory = at.join(directory);
+        fs::create_dir_all(&directory).unwrap();
+        let declares = format!("[[subsystems]]\nname = \"s{version}\"\nendpoint = \"http://127.0.0.1:1\"\n");
+        fs::write(directory.join("orchestrator.toml"), declares).unwrap();
+    };
+    // A link to a directory above the file, and a directory below it.
+    write("releases/1/etc", 0);
+    symlink("releases/1", at.join("current")).unwrap();
+    let path = at.join("current/etc/orchestrator.toml");
+    let mut stage = Stage::at(home.with_args(["--config".to_owned(), path.display().to_string()])).await;
+    let swap = |version: u32| {
+        write(&format!("releases/{version}/etc"), version);
+        symlink(format!("releases/{version}"), at.join("new")).unwrap();
+        fs::rename(at.join("new"), at.join("current")).unwrap();
+    };
+    let replace = |version: u32| {
+        fs::rename(at.join("current/etc"), at.join(format!("old{version}"))).unwrap();
+        write("current/etc", version);
+    };
+    let rewrite = |version: u32| write("current/etc", version);
+    let changes: [&dyn Fn(u32); 6] = [&swap, &rewrite, &replace, &rewrite, &replace, &swap];
+    for (version, change) in (2..).zip(changes) {
+        change(version);
+        let name = format!("s{version}");
+        patiently(&name, async { while stage.client.subsystem(&name).await.is_err() {} }).await;
+    }
+}
+
+#[tokio::test]
+async fn a_configuration_that_is_no_regular_file_is_refused_and_not_waited_for() {
+    let home = Home::new().with_config(LOOP);
+    let path = home.path("orchestrator.toml");
+    let pipe = home.path("pipe");
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let cases =
+        [(&*pipe, "is a pipe; give a regular file"), (Path::new("/dev/zero"), "is a device; give a regular file")];
+    for (file, why) in cases {
+        let (code, said) = run_binary(&["serve", "--config", file.to_str().unwrap()]).await;
+        assert_eq!((code, said), (Some(2), format!("{}: {why}\n", file.display())));
+    }
+    // Also in the place of one that was.
+    let mut stage = Stage::at(home).await;
+    for (file, why) in cases {
+        symlink(file, stage.home.path("new")).unwrap();
+        fs::rename(stage.home.path("new"), &path).unwrap();
+        until_logged(&stage.home, why, 1).await;
+        assert_eq!(stage.client.status().await.unwrap().loops.len(), 1);
+    }
+    assert_eq!(stage.service.stop().await.code(), Some(0));
 }
 
 #[tokio::test]

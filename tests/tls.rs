@@ -69,13 +69,24 @@ async fn certificates_that_are_none_keep_it_from_starting() {
     let ca = home.path("ca.pem");
     let home = home.with_args(["--set".to_owned(), format!("dial.ca_file={}", ca.display())]);
     assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1));
-    assert!(home.log().contains("can't read dial.ca_file"), "{}", home.log());
+    assert!(home.log().contains("ca.pem can't be read: No such file"), "{}", home.log());
     let pem = |what| format!("-----BEGIN CERTIFICATE-----\n{what}\n-----END CERTIFICATE-----\n");
     for none in ["", "no certificate", &pem("?"), &pem("bm8gY2VydGlmaWNhdGU=")] {
         fs::write(&ca, none).unwrap();
         assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{none}");
         assert!(home.log().contains("ca.pem holds no certificate; give PEM"), "{}", home.log());
     }
+}
+
+#[tokio::test]
+async fn a_certificate_file_as_editors_on_windows_write_it_is_taken() {
+    let (fleet, certificate) = fleet_for("127.0.0.1").await;
+    let home = Home::new();
+    let ca = home.path("ca.pem");
+    fs::write(&ca, format!("\u{feff}{}", certificate.replace('\n', "\r\n"))).unwrap();
+    let mut stage = Stage::at(home.with_args(["--set".to_owned(), format!("dial.ca_file={}", ca.display())])).await;
+    stage.client.register(registration("a", fleet.endpoint())).await.unwrap();
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
 }
 
 #[tokio::test]

@@ -83,7 +83,7 @@ impl Demo {
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         // More would tear the live view, which tells of cycles that did not succeed itself.
         let log = Log { filter: "error".into(), format: LogFormat::Text };
-        telemetry::init(&log).map_err(refused)?;
+        let _log = telemetry::init(&log).map_err(refused)?;
         let mut config = self.config()?;
         let fleet = Fleet::start(&mut config.subsystems, self.seed, self.pace()).await.map_err(refused)?;
         let (service, is_moved) = self.start(&mut config).await.map_err(refused)?;

@@ -21,9 +21,10 @@ mod subsystems;
 mod top;
 mod watch;
 
-use std::process::ExitCode;
+use std::{fs::File, io, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
+use tokio::runtime;
 
 /// Runs a fleet of remote subsystems in cycles
 #[derive(Debug, Parser)]
@@ -86,7 +87,25 @@ enum Command {
 
 impl Cli {
     /// Does what it says, and returns the exit code.
-    pub async fn run(self) -> ExitCode {
+    pub fn run(self) -> ExitCode {
+        /// For tasks to end, and to close what they have open. What hangs in a thread of its own, such as the resolution of
+        /// a name or the reading of a file, is left behind.
+        const LAST_TASKS: Duration = Duration::from_millis(500);
+        let runtime = match has_files().and_then(|()| runtime::Builder::new_multi_thread().enable_all().build()) {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                output::note(&format!(
+                    "can't start: {error}; it takes some {FILES} open files to begin with (ulimit -n)"
+                ));
+                return Exit::Refused.into();
+            }
+        };
+        let exit = runtime.block_on(self.execute());
+        runtime.shutdown_timeout(LAST_TASKS);
+        exit
+    }
+
+    async fn execute(self) -> ExitCode {
         let result = match self.command {
             Command::Serve(serve) => return serve.run().await,
             Command::Demo(demo) => demo.run().await,
@@ -115,6 +134,14 @@ impl Cli {
             }
         }
     }
+}
+
+/// What a command has open before it does anything. It is tried out first: the library that listens for signals panics when
+/// there are too few.
+const FILES: usize = 24;
+
+fn has_files() -> io::Result<()> {
+    (0..FILES).map(|_| File::open("/dev/null")).collect::<io::Result<Vec<_>>>().map(drop)
 }
 
 /// How a command ended, for scripts. The help of [`Cli`] lists the codes.

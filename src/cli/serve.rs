@@ -2,9 +2,12 @@
 
 use std::{env, fmt::Write as _, io::Write as _, process::ExitCode};
 
+use tokio::{select, task::spawn_blocking};
+
+use super::output::note;
 use crate::{
     config::{Config, Overrides},
-    serve::{self, Exit, Service},
+    serve::{self, Exit, Operator, Service},
     telemetry,
 };
 
@@ -23,7 +26,7 @@ Signals:
 
 Exit codes:
   0    drained: everything was finished and recorded
-  1    could not start, or the last state could not be written
+  1    could not start, the last state could not be written, or a part of the service ended by a defect
   2    the configuration is wrong
   3    another process has taken over the store
   130  a second signal cut the shutdown short; the cycle that ran is recorded as interrupted at the next start
@@ -42,23 +45,36 @@ pub(super) struct Serve {
 impl Serve {
     /// Serves until it is told to stop.
     pub(super) async fn run(self) -> ExitCode {
-        let load = || Config::load(&self.overrides, env::vars_os());
-        let config = match load() {
-            Ok(config) => config,
+        let file = self.overrides.config.clone();
+        let load = move || Config::load(&self.overrides, env::vars_os());
+        let mut operator = match Operator::of(file, load).await {
+            Ok(operator) => operator,
             Err(error) => {
-                eprintln!("{error}");
-                return BAD_CONFIG.into();
+                note(&format!("can't listen for signals: {error}"));
+                return failed();
             }
         };
-        let log_filter = match telemetry::init(&config.log) {
-            Ok(log_filter) => log_filter,
+        let log_and_config = match operator.configuration().await {
+            // It was told to stop, and has begun nothing.
+            None => return ExitCode::SUCCESS,
+            Some(Ok(config)) => {
+                telemetry::init(&config.log).map(|log| (log, config)).map_err(|error| error.to_string())
+            }
+            Some(Err(error)) => Err(error.to_string()),
+        };
+        let (log, config) = match log_and_config {
+            Ok(log_and_config) => log_and_config,
             Err(error) => {
-                eprintln!("{error}");
+                // There can be much to say, and nobody who reads it.
+                select! {
+                    _ = spawn_blocking(move || note(&error)) => {}
+                    () = operator.stop() => {}
+                }
                 return BAD_CONFIG.into();
             }
         };
         let applied = |config: &Config| {
-            if let Err(error) = log_filter.set(&config.log.filter) {
+            if let Err(error) = log.filter.set(&config.log.filter) {
                 tracing::error!(%error, "the log filter stays as it was");
             }
         };
@@ -67,15 +83,23 @@ impl Serve {
             if let Some(address) = service.admin_address() {
                 let _ = writeln!(text, "dashboard at http://{address}/");
             }
-            // Nobody reading it is no reason to stop.
-            let _ = std::io::stdout().write_all(text.as_bytes());
+            // Nobody reading it is no reason to stop, nor to wait.
+            drop(spawn_blocking(move || std::io::stdout().write_all(text.as_bytes())));
         };
-        match serve::serve(config, self.overrides.config.as_deref(), load, applied, ready).await {
+        match serve::serve(operator, config, applied, ready).await {
             Ok(exit) => ExitCode::from(exit as u8),
             Err(error) => {
-                eprintln!("{error}");
-                ExitCode::from(Exit::Failed as u8)
+                if tracing::enabled!(tracing::Level::ERROR) {
+                    tracing::error!("{error}");
+                } else {
+                    note(&error.to_string());
+                }
+                failed()
             }
         }
     }
+}
+
+fn failed() -> ExitCode {
+    ExitCode::from(Exit::Failed as u8)
 }

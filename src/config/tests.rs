@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fs};
 
 use super::{reader::variable_name, *};
 
@@ -253,6 +253,19 @@ fn every_syntax_error_has_its_line() {
     assert!(found.iter().all(|problem| problem.contains("is not TOML: ")), "{found:#?}");
     let lines: Vec<_> = found.iter().filter_map(|problem| problem.split(':').nth(1)).collect();
     assert_eq!(lines, ["2", "3", "4"], "{found:#?}");
+}
+
+#[test]
+fn a_whole_number_that_would_change_is_named() {
+    let text = "[[subsystems]]\nname = \"A\"\nendpoint = \"http://h:1\"\n[subsystems.parameters]\nsmall = 9007199254740992\n\
+                ids = [\n  9007199254740993,\n]\n";
+    let [problem] = &problems(text)[..] else { panic!("{:?}", problems(text)) };
+    assert!(
+        problem.starts_with(
+            "orchestrator.toml:7: subsystem A: parameters holds the whole number 9007199254740993, which would change"
+        ),
+        "{problem}"
+    );
 }
 
 #[test]

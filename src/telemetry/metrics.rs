@@ -140,6 +140,7 @@ impl Metrics {
                     .map(|(result, spans)| SPANS.value(&[result], number(spans)))
                     .into(),
             ),
+            LOG_LINES_DROPPED.single(number(super::dropped_lines())),
             by_server(&CONNECTIONS, Connections::open),
             by_server(&CONNECTIONS_LIMIT, Connections::max),
             RUNTIME_WORKERS.single(count(runtime.num_workers())),

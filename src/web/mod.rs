@@ -73,9 +73,14 @@ pub(crate) async fn serve(
             select! {
                 () = stop.cancelled() => break,
                 Some(_) = open.join_next() => {}
-                Some(Ok(connection)) = incoming.next() => {
-                    open.spawn(serve_connection(connection, router.clone(), stop.clone()));
-                }
+                next = incoming.next() => match next {
+                    Some(Ok(connection)) => {
+                        open.spawn(serve_connection(connection, router.clone(), stop.clone()));
+                    }
+                    Some(Err(_)) => {}
+                    // It can't accept any more: without waiting for those that it has, for this is told by its end.
+                    None => return,
+                },
             }
         }
     }

@@ -119,8 +119,12 @@ impl Home {
 
     /// Starts the service and does not wait.
     pub fn spawn(&self) -> Starting {
+        self.spawn_with_log(fs::File::options().create(true).append(true).open(self.path("log")).unwrap())
+    }
+
+    /// Starts the service, whose log goes elsewhere, and does not wait.
+    pub fn spawn_with_log(&self, stderr: impl Into<Stdio>) -> Starting {
         let log = self.path("log");
-        let stderr = fs::File::options().create(true).append(true).open(&log).unwrap();
         let command: Vec<_> =
             self.wrapper.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_orchestrator")]).collect();
         let child = Command::new(command[0])
@@ -171,6 +175,16 @@ impl Starting {
         let admin = line.strip_prefix("dashboard at http://").and_then(|url| url.strip_suffix('/')?.parse().ok());
         let admin = admin.unwrap_or_else(|| panic!("the service printed {line:?}"));
         Ok(Service { child: self.child, address, admin, log: self.log })
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().unwrap().try_into().unwrap()).unwrap()
+    }
+
+    /// Waits until it has ended.
+    pub async fn ended(&mut self) -> ExitStatus {
+        patiently("the service to end", self.child.wait()).await.unwrap()
     }
 
     /// Kills it with SIGKILL, and waits until it is gone.

@@ -99,6 +99,9 @@ definitions! {
     SPANS: Counter "orchestrator_spans_total" ["result"]
         "Spans of cycles that were collected, by what became of them: sent to the collector; dropped because it did not take them (not_taken), or because too many waited for it already (no_room). All 0 where there is no collector.";
 
+    LOG_LINES_DROPPED: Counter "orchestrator_log_lines_dropped_total" []
+        "Lines of the log that were dropped because stderr was not read in time, or could not be written to.";
+
     CONNECTIONS: Gauge "orchestrator_connections" ["server"]
         "Connections that are open: to the gRPC server, or to the admin address.";
     CONNECTIONS_LIMIT: Gauge "orchestrator_connections_limit" ["server"]

@@ -1,0 +1,88 @@
+//! The files that people name: how they are read, and how a change of one is noticed.
+
+mod changes;
+
+use std::{
+    fs::{self, File, FileType},
+    io::{self, Read},
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    path::Path,
+};
+
+use rustix::fs::OFlags;
+
+pub use self::changes::Changes;
+
+/// The most that is read of a file: room for the declarations of 20,000 subsystems of 800 bytes, which is what a registry
+/// holds by default; without parameters they take some 200.
+pub const MAX_BYTES: u64 = 16 << 20;
+
+/// Why a file is not read. Reads well behind its name.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The system says why.
+    #[error("can't be read: {0}")]
+    Unreadable(#[from] io::Error),
+    /// It is something whose content does not lie there, and may come slowly, never, or without end.
+    #[error("is {0}; give a regular file")]
+    NotRegular(&'static str),
+    /// It is too large.
+    #[error("is larger than {} MiB", MAX_BYTES >> 20)]
+    TooLarge,
+}
+
+/// Reads a regular file of at most [`MAX_BYTES`], without the mark (BOM) that some editors put before UTF-8. Blocks, for as
+/// long as its disk takes; what is no regular file is refused without waiting for it.
+///
+/// # Errors
+/// It can't be read, is not a regular file, or is too large.
+pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+    check(fs::metadata(path)?.file_type())?;
+    // Opening a pipe would wait for its other end, should one have come into this place in between.
+    let no_wait = OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(no_wait).open(path)?;
+    check(file.metadata()?.file_type())?;
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(FileError::TooLarge);
+    }
+    if bytes.starts_with(b"\xef\xbb\xbf") {
+        bytes.drain(..3);
+    }
+    Ok(bytes)
+}
+
+fn check(kind: FileType) -> Result<(), FileError> {
+    match kind {
+        kind if kind.is_file() => Ok(()),
+        kind if kind.is_dir() => Err(FileError::NotRegular("a directory")),
+        kind if kind.is_fifo() => Err(FileError::NotRegular("a pipe")),
+        kind if kind.is_socket() => Err(FileError::NotRegular("a socket")),
+        _ => Err(FileError::NotRegular("a device")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_regular_files_of_bounded_size_are_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let said = |path: &Path| read(path).unwrap_err().to_string();
+        fs::write(at("text"), "\u{feff}a\r\n").unwrap();
+        assert_eq!(read(&at("text")).unwrap(), b"a\r\n");
+        assert!(said(&at("nothing")).starts_with("can't be read: "));
+        assert_eq!(said(directory.path()), "is a directory; give a regular file");
+        assert_eq!(said(Path::new("/dev/zero")), "is a device; give a regular file");
+        let _listener = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        assert_eq!(said(&at("socket")), "is a socket; give a regular file");
+        let large = File::create(at("large")).unwrap();
+        large.set_len(MAX_BYTES).unwrap();
+        assert_eq!(read(&at("large")).unwrap().len() as u64, MAX_BYTES);
+        large.set_len(MAX_BYTES + 1).unwrap();
+        assert_eq!(said(&at("large")), "is larger than 16 MiB");
+    }
+}

@@ -1,0 +1,130 @@
+//! The parts of the running service: tasks with a name, which are owned together, and whose end is noticed.
+
+use std::{any::Any, collections::HashMap, fmt::Display, future::pending};
+
+use tokio::task::{Id, JoinError, JoinSet};
+
+/// Tasks that run until they are told to stop. One that ends before that is missing from then on, and nobody would know.
+#[derive(Debug, Default)]
+pub struct Parts {
+    tasks: JoinSet<Result<(), String>>,
+    names: HashMap<Id, &'static str>,
+}
+
+/// A part has ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{part} has ended: {why}")]
+pub struct Ended {
+    /// Which one, such as "the gRPC server".
+    pub part: &'static str,
+    /// What it said last: its error, or what it panicked with.
+    pub why: String,
+}
+
+impl Parts {
+    /// Starts a part. Its name is one to be read, such as "the gRPC server".
+    pub fn start<E: Display>(
+        &mut self,
+        name: &'static str,
+        part: impl Future<Output = Result<(), E>> + Send + 'static,
+    ) {
+        let task = self.tasks.spawn(async move { part.await.map_err(|error| error.to_string()) });
+        self.names.insert(task.id(), name);
+    }
+
+    /// Waits until one of them ends; for ever if there is none. Nothing is lost if it is dropped.
+    pub async fn next_ended(&mut self) -> Ended {
+        match self.tasks.join_next_with_id().await {
+            Some(Ok((id, result))) => self.ended(id, result.err().unwrap_or_else(|| "it returned".to_owned())),
+            Some(Err(error)) => self.ended(error.id(), why(error)),
+            None => pending().await,
+        }
+    }
+
+    fn ended(&mut self, id: Id, why: String) -> Ended {
+        Ended { part: self.names.remove(&id).unwrap_or("a part"), why }
+    }
+
+    /// Waits until all of them have ended, after they were told to. Those that failed in it are logged.
+    pub async fn all_ended(&mut self) {
+        while let Some(ended) = self.tasks.join_next_with_id().await {
+            let (id, why) = match ended {
+                Ok((_, Ok(()))) => continue,
+                Ok((id, Err(error))) => (id, error),
+                Err(error) => (error.id(), why(error)),
+            };
+            let ended = self.ended(id, why);
+            tracing::error!(part = ended.part, why = ended.why, "a part failed while it ended");
+        }
+    }
+
+    /// Ends all of them at once.
+    pub fn abort(&mut self) {
+        self.tasks.abort_all();
+    }
+}
+
+impl Ended {
+    /// Of a task that was joined.
+    pub fn of(part: &'static str, error: JoinError) -> Self {
+        Self { part, why: why(error) }
+    }
+}
+
+fn why(error: JoinError) -> String {
+    match error.try_into_panic() {
+        Ok(panic) => format!("it panicked: {}", message(&*panic)),
+        Err(error) => error.to_string(),
+    }
+}
+
+/// What a panic says; most say a text.
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{convert::Infallible, future::ready};
+
+    use super::*;
+
+    fn lasting() -> impl Future<Output = Result<(), Infallible>> {
+        pending()
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_part_is_told_with_its_name_and_reason() {
+        let fails = || async {
+            tokio::task::yield_now().await;
+            if true {
+                panic!("out of {}", "luck");
+            }
+            Ok::<_, Infallible>(())
+        };
+        for (expected, end) in [("it returned", 0), ("no port", 1), ("it panicked: out of luck", 2)] {
+            let mut parts = Parts::default();
+            parts.start("the gRPC server", lasting());
+            match end {
+                0 => parts.start("the admin server", ready(Ok::<_, Infallible>(()))),
+                1 => parts.start("the admin server", ready(Err("no port"))),
+                _ => parts.start("the admin server", fails()),
+            }
+            let ended = parts.next_ended().await;
+            assert_eq!(ended, Ended { part: "the admin server", why: expected.to_owned() });
+            assert_eq!(ended.to_string(), format!("the admin server has ended: {expected}"));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn parts_that_go_on_are_waited_for() {
+        let mut parts = Parts::default();
+        parts.start("the gRPC server", lasting());
+        let patience = std::time::Duration::from_secs(3600);
+        assert!(tokio::time::timeout(patience, parts.next_ended()).await.is_err());
+        assert!(tokio::time::timeout(patience, Parts::default().next_ended()).await.is_err());
+        parts.abort();
+        parts.all_ended().await;
+    }
+}

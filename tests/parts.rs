@@ -1,0 +1,50 @@
+//! What becomes of the service when a part of it ends.
+
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{
+    net::{Shutdown, SocketAddr},
+    os::fd::OwnedFd,
+};
+
+use common::service::Home;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use socket2::Socket;
+
+/// Ends the listening of another process at an address: what that accepts from is shut down.
+fn shut(pid: Pid, address: SocketAddr) {
+    let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    let sockets = (0..256).filter_map(|fd| {
+        let fd: OwnedFd = pidfd_getfd(&process, fd, PidfdGetfdFlags::empty()).ok()?;
+        Some(Socket::from(fd))
+    });
+    let listens_there = |socket: &Socket| {
+        socket.is_listener().unwrap_or_default() && socket.local_addr().is_ok_and(|it| it.as_socket() == Some(address))
+    };
+    let listener = { sockets }.find(listens_there).unwrap();
+    listener.shutdown(Shutdown::Both).unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_can_not_accept_any_more_ends_the_service_and_is_named() {
+    for part in ["the gRPC server", "the admin server"] {
+        let home = Home::new().with_log_format("json");
+        let mut service = home.serve().await;
+        // Those that are served already do not keep it.
+        let mut client = service.client().await;
+        let _watch = client.watch_after(0).await.unwrap();
+        let address = if part == "the gRPC server" { service.address() } else { service.admin() };
+        shut(service.pid(), address);
+        let ended = service.ended().await;
+        let log = home.log();
+        assert_eq!(ended.code(), Some(1), "{log}");
+        let told = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let told: Vec<_> = told.filter(|line| line["part"] == part).collect();
+        assert_eq!(told.len(), 1, "{log}");
+        assert_eq!((&told[0]["level"], &told[0]["why"]), (&"ERROR".into(), &"it returned".into()));
+        assert!(!log.contains("the last state was not written"), "{log}");
+    }
+}
