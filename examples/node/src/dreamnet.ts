@@ -37,6 +37,7 @@ import {
   checkLoop,
   checkOptions,
   misspelt,
+  namesOf,
   orchestratorAddress,
   parametersOf,
   suggest,
@@ -301,7 +302,7 @@ export async function serveSubsystems(
   options: ServeOptions = {},
 ): Promise<Served> {
   checkOptions(options);
-  const given = Object.keys(objects).filter((name) => objects[name] != null);
+  const given = namesOf(objects);
   checkNames(given, options);
   const live = new Map<string, Module>();
   for (const name of inOrder(given, options)) {
@@ -344,7 +345,7 @@ export async function serveSubsystems(
   const listen = options.listen ?? "127.0.0.1:0";
   const port = await new Promise<number>((resolve, reject) =>
     server.bindAsync(listen, ServerCredentials.createInsecure(), (error, port) =>
-      error ? reject(error) : resolve(port),
+      error ? reject(new Error(`can't listen on ${listen}: ${error.message}`, { cause: error })) : resolve(port),
     ),
   );
   const address = `${listen.slice(0, listen.lastIndexOf(":"))}:${port}`;

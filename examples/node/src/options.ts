@@ -102,7 +102,8 @@ const REGISTRATION: Checks<Settings> = {
 };
 const OPTIONS: Checks<ServeOptions> = {
   listen: (value, at) => {
-    if (typeof value !== "string" || hostAndPort(value)?.port === undefined) refuse(at, value, 'a string, "HOST:PORT"');
+    const { host, port } = (typeof value === "string" && hostAndPort(value)) || {};
+    if (host === undefined || port === undefined) refuse(at, value, 'a string, "HOST:PORT"');
   },
   orchestrator: orchestratorAddress,
   waitSeconds: number("seconds, 0 or more", (seconds) => seconds >= 0),
@@ -118,6 +119,12 @@ const OPTIONS: Checks<ServeOptions> = {
   sequential: flag,
 };
 const LOOP_OPTIONS: Checks<ServeOptions & { loop?: string }> = { ...OPTIONS, loop: text("the loop's name") };
+
+/** The names of the modules in `objects`. */
+export const namesOf = (objects: unknown): string[] =>
+  entries(objects, "the first argument", "an object with the modules by name")
+    .filter(([, object]) => object !== null)
+    .map(([name]) => name);
 
 /** Refuses what is no option, and what an option does not take. */
 export const checkOptions = (options: ServeOptions): void => void fields(OPTIONS, "option")(options, "");

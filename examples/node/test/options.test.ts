@@ -32,6 +32,7 @@ test("what is no option is refused, with the one that is meant", async () => {
 
 test("what an option does not take is refused, with what it takes", async () => {
   await refused({ listen: "127.0.0.1" }, "listen is '127.0.0.1': give a string, \"HOST:PORT\"");
+  await refused({ listen: ":50051" }, "listen is ':50051': give a string, \"HOST:PORT\"");
   await refused({ listen: 50051 }, 'listen is 50051: give a string, "HOST:PORT"');
   await refused({ leaseSeconds: 0 }, "leaseSeconds is 0: give seconds, more than 0");
   await refused({ leaseSeconds: "30s" }, "leaseSeconds is '30s': give seconds, more than 0");
@@ -41,6 +42,23 @@ test("what an option does not take is refused, with what it takes", async () => 
   await refused({ registrations: [] }, "registrations is []: give an object with what is registered, by name");
   assert.throws(() => startIntervalLoop({}, NaN, nobody), { message: "intervalMs is NaN: give milliseconds, more than 0" });
   assert.throws(() => startIntervalLoop({}, "5s" as any, nobody), { message: "intervalMs is '5s': give milliseconds, more than 0" });
+});
+
+test("what is no object with modules is refused", async () => {
+  const takes = "give an object with the modules by name";
+  await assert.rejects((serveSubsystems as any)(), { message: `the first argument is undefined: ${takes}` });
+  await assert.rejects((runSingleCycle as any)(), { message: `the first argument is undefined: ${takes}` });
+  await refused({}, `the first argument is []: ${takes}`, [] as any);
+});
+
+test("a port that is taken is named", async () => {
+  const first = await serveSubsystems({ total: module });
+  try {
+    const listen = first.address;
+    await assert.rejects(serveSubsystems({ total: module }, { listen }), new RegExp(`can't listen on ${listen}: .*EADDRINUSE`));
+  } finally {
+    await first.stop();
+  }
 });
 
 test("what a registration does not take is refused by its place", async () => {

@@ -19,8 +19,17 @@ export interface Running {
   stop(): Promise<number | null>;
 }
 
+// A test that takes too long is ended by a signal; those that it has started would outlive it.
+const children = new Set<ChildProcess>();
+process.once("SIGTERM", () => {
+  for (const child of children) child.kill("SIGKILL");
+  process.exit(1);
+});
+
 async function start(command: string, args: string[]): Promise<Running> {
   const child: ChildProcess = spawn(command, args, { stdio: ["ignore", "pipe", "inherit"] });
+  children.add(child);
+  child.once("exit", () => children.delete(child));
   const exited = once(child, "exit") as Promise<[number | null]>;
   const line = await Promise.race([
     once(createInterface({ input: child.stdout! }), "line").then(([line]) => line as string),

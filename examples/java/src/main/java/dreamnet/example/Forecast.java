@@ -197,6 +197,7 @@ final class Forecast extends SubsystemGrpc.SubsystemImplBase {
             observer.onError(refusal);
             return;
         } catch (Exception failure) {
+            failure.printStackTrace(); // The caller is told what, and not where.
             observer.onError(Status.INTERNAL.withDescription(failure.toString()).asRuntimeException());
             return;
         }
