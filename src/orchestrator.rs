@@ -24,15 +24,20 @@ use jiff::Timestamp;
 use tokio::{
     select,
     sync::{Notify, watch as newest},
-    task::JoinHandle,
+    task::{JoinHandle, spawn_blocking},
     time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{conductor::Admitted, figures::Watchers, live::Live, registry::Registry};
+use self::{
+    conductor::Admitted,
+    figures::Watchers,
+    live::Live,
+    registry::{Declarations, Entries, Registry},
+};
 use crate::{
     clock::Clock,
-    engine::{Engine, Member, OutputBudget, Standing},
+    engine::{Engine, Member, Order, OutputBudget, Plan, Standing},
     memory::Shares,
     model::{
         CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Revision, Subsystem, TickDisposition, Trigger,
@@ -86,6 +91,17 @@ pub struct Settings {
     pub retention: Retention,
 }
 
+/// What registering a subsystem has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It was not registered before.
+    Created,
+    /// Its registration or the length of its lease was another one.
+    Replaced,
+    /// It was registered just so: at most its lease has begun anew.
+    Renewed,
+}
+
 /// What the configuration file declares.
 #[derive(Clone, Debug, Default)]
 pub struct Declared {
@@ -128,8 +144,10 @@ struct Shared {
     engine: Engine,
     store: Arc<dyn Store>,
     state: Mutex<State>,
-    /// Held while a durable change is built and committed.
-    writing: tokio::sync::Mutex<()>,
+    /// Held while a durable change is built and committed. The order of what is registered changes only then.
+    writing: Arc<tokio::sync::Mutex<Order>>,
+    /// Held while the plan is made anew, so that it is made once for all who ask for it.
+    planning: tokio::sync::Mutex<()>,
     /// Durable changes that callers have asked for. The last write waits for them.
     changes: TaskTracker,
     queue_changed: Notify,
@@ -241,7 +259,7 @@ impl Orchestrator {
         declared: Declared,
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, Tasks), Refusal> {
-        let now = clock.now();
+        let (now, begin) = (clock.now(), Instant::now());
         let outputs = Arc::new(OutputBudget::new(settings.max_outputs_bytes));
         let mut state = State {
             registry: Registry::default(),
@@ -267,7 +285,7 @@ impl Orchestrator {
             contents.outputs.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut stored: BTreeMap<Name, StoredSubsystem> =
             contents.subsystems.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
-        let mut entries = BTreeMap::new();
+        let mut entries = Vec::new();
         let mut standing = |name: &Name| {
             let standing =
                 |stored: StoredOutput| Arc::new(Standing::with_output(stored.output, stored.finished_at, &outputs));
@@ -283,7 +301,7 @@ impl Orchestrator {
                 stored.suspended
             });
             let member = Member::new(Arc::new(subsystem), suspended, standing(&name));
-            entries.insert(name, Registered { member, declared: true, lease: None });
+            entries.push(Registered { member, declared: true, lease: None });
         }
         for (name, stored) in stored {
             let Some(spec) = &stored.spec else {
@@ -295,7 +313,8 @@ impl Orchestrator {
             match Subsystem::from_spec(spec) {
                 Ok(subsystem) => {
                     let member = Member::new(Arc::new(subsystem), stored.suspended, standing);
-                    entries.insert(name, Registered { member, declared: false, lease: stored.lease.map(Lease::new) });
+                    let lease = stored.lease.map(|length| Lease::new(length, begin));
+                    entries.push(Registered { member, declared: false, lease });
                 }
                 // Rules have become stricter since. It stays stored, output and all, for a version that takes it.
                 Err(violations) => {
@@ -305,6 +324,7 @@ impl Orchestrator {
         }
         // Outputs whose subsystem nobody registers any more.
         write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
+        let order = Order::of(entries.iter().map(|entry| entry.member.subsystem.clone()));
         state.registry = Registry::of(entries)?;
 
         // The loops.
@@ -353,8 +373,6 @@ impl Orchestrator {
         store.commit(Arc::new(write)).await?;
         state.loops.written(mark);
 
-        let registered: Vec<_> = state.registry.iter().map(|entry| entry.member.subsystem.clone()).collect();
-        subsystems.retain(&registered);
         let shared = Arc::new(Shared {
             engine: Engine {
                 subsystems,
@@ -371,7 +389,8 @@ impl Orchestrator {
             started: Instant::now(),
             store,
             state: Mutex::new(state),
-            writing: tokio::sync::Mutex::new(()),
+            writing: Arc::new(tokio::sync::Mutex::new(order)),
+            planning: tokio::sync::Mutex::new(()),
             changes: TaskTracker::new(),
             queue_changed: Notify::new(),
             loops_changed: Notify::new(),
@@ -440,23 +459,18 @@ impl Orchestrator {
     ///
     /// # Errors
     /// None; names that are not registered are in the answer.
-    pub fn plan_cycle(&self, subset: Option<&[Name]>) -> Schedule {
-        let plan = self.0.state().registry.plan();
-        plan.schedule(subset)
+    pub async fn plan_cycle(&self, subset: Option<Arc<[Name]>>) -> Schedule {
+        let plan = self.0.plan().await;
+        let size = plan.members().len();
+        aside(size, move || plan.schedule(subset.as_deref())).await
     }
 
-    /// How many subsystems are registered.
-    pub fn subsystem_count(&self) -> usize {
-        self.0.state().registry.len()
-    }
-
-    /// That all these are registered.
+    /// The same names, as the registry has them.
     ///
     /// # Errors
-    /// One is not.
-    pub fn check_registered(&self, subset: Option<&[Name]>) -> Result<(), Refusal> {
-        let state = self.0.state();
-        subset.unwrap_or_default().iter().try_for_each(|name| state.registry.get(name).map(|_| ()))
+    /// One is not registered.
+    pub async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
+        self.0.registered_names(subset).await
     }
 
     /// The record of a cycle.
@@ -535,12 +549,31 @@ impl Orchestrator {
     // -----------------------------------------------------------------------------------------------------------
     // Registry
 
-    /// Registers a subsystem, or replaces its registration. Returns it, and whether it is new.
+    /// Registers a subsystem, or replaces its registration. Returns it, and what that has changed.
     ///
     /// # Errors
     /// The order would have a ring, the file declares the name, the registry is full, or the store can't be written.
-    pub async fn register(&self, subsystem: Subsystem, lease: Option<Duration>) -> Result<(Registered, bool), Refusal> {
-        self.change(|shared| async move { shared.register(subsystem, lease).await }).await
+    pub async fn register(
+        &self,
+        subsystem: Subsystem,
+        lease: Option<Duration>,
+    ) -> Result<(Registered, Change), Refusal> {
+        let mut registered = self.register_all(vec![subsystem], lease).await?;
+        // One for each.
+        Ok(registered.remove(0))
+    }
+
+    /// Registers all of these subsystems, each name once, or none: in one commit. Otherwise as [`Orchestrator::register`],
+    /// for each, in their order.
+    ///
+    /// # Errors
+    /// One can't be registered.
+    pub async fn register_all(
+        &self,
+        subsystems: Vec<Subsystem>,
+        lease: Option<Duration>,
+    ) -> Result<Vec<(Registered, Change)>, Refusal> {
+        self.change(move |shared| async move { shared.register(subsystems, lease).await }).await
     }
 
     /// Removes a subsystem and its latest output.
@@ -585,16 +618,16 @@ impl Orchestrator {
     }
 
     /// Up to `max` subsystems after this name, by name.
-    pub fn subsystems(&self, after: Option<&str>, max: usize) -> Vec<Registered> {
+    pub fn subsystems(&self, after: Option<&str>, max: usize) -> Vec<Arc<Registered>> {
         self.0.state().registry.after(after).take(max).cloned().collect()
     }
 
     /// Asks subsystems for their own snapshots, some at a time, each for at most five seconds. Answers in order.
-    pub async fn snapshots(&self, of: &[Registered]) -> Vec<Result<Snapshot, CallError>> {
+    pub async fn snapshots(&self, of: &[Arc<Registered>]) -> Vec<Result<Snapshot, CallError>> {
         const AT_ONCE: usize = 64;
         const PATIENCE: Duration = Duration::from_secs(5);
         let subsystems = &self.0.engine.subsystems;
-        let ask = |registered: &Registered| {
+        let ask = |registered: &Arc<Registered>| {
             let subsystem = registered.member.subsystem.clone();
             async move {
                 let asked = timeout(PATIENCE, subsystems.get_status(&subsystem, PATIENCE)).await;
@@ -740,6 +773,7 @@ impl Shared {
     async fn admit_once(&self, mut request: CycleRequest) -> Result<Found, Refusal> {
         let max_queued = self.settings().max_queued;
         let mut looked_at = None;
+        let mut is_checked = request.subset.is_none();
         loop {
             {
                 let mut state = self.state();
@@ -748,12 +782,7 @@ impl Shared {
                 }
                 // A cycle that was recorded since the history was looked into may be the one.
                 let is_new = request.request_id.is_none() || looked_at == Some(state.last_revision);
-                if is_new {
-                    if let Some(subset) = &mut request.subset {
-                        // Its names are kept as long as it waits: those of the registry are there anyway.
-                        let kept = |name| Ok(state.registry.get(name)?.member.subsystem.name.clone());
-                        *subset = subset.iter().map(kept).collect::<Result<_, Refusal>>()?;
-                    }
+                if is_new && is_checked {
                     let admitted = state.admit(request, max_queued)?;
                     drop(state);
                     self.queue_changed.notify_one();
@@ -766,71 +795,145 @@ impl Shared {
             {
                 return Ok(Found::Recorded(record));
             }
+            if !is_checked {
+                request.subset = self.registered_names(request.subset).await?;
+                is_checked = true;
+            }
         }
     }
 
-    async fn register(&self, subsystem: Subsystem, lease: Option<Duration>) -> Result<(Registered, bool), Refusal> {
-        let _writing = self.writing.lock().await;
-        let name = subsystem.name.clone();
-        let (entry, is_new, has_moved) = {
-            let mut state = self.state();
-            let earlier = state.registry.get(&name).ok().cloned();
-            if earlier.as_ref().is_some_and(|earlier| earlier.declared) {
-                return Err(Refusal::DeclaredInConfig(name));
-            }
-            let lease = lease.map(Lease::new);
-            if let Some(earlier) = &earlier {
-                let same_length = earlier.lease.map(|lease| lease.length) == lease.map(|lease| lease.length);
-                if *earlier.member.subsystem == subsystem && same_length {
-                    // Nothing durable changes: this only renews the lease.
-                    let entry = Registered { lease, ..earlier.clone() };
-                    state.registry.renew_in_place(&entry);
-                    return Ok((entry, false));
-                }
-            } else if state.registry.len() >= self.settings().max_subsystems {
-                return Err(Refusal::RegistryFull(state.registry.len()));
-            }
-            let (suspended, standing) = earlier
-                .as_ref()
-                .map(|earlier| (earlier.member.suspended, earlier.member.standing.clone()))
-                .unwrap_or_default();
-            let is_new = earlier.is_none();
-            let has_moved = earlier.is_some_and(|earlier| earlier.member.subsystem.endpoint != subsystem.endpoint);
-            let member = Member::new(Arc::new(subsystem), suspended, standing);
-            let entry = Registered { member, declared: false, lease };
-            state.registry.check_order(&entry).map_err(Refusal::OrderRing)?;
-            (entry, is_new, has_moved)
-        };
-        let stored = entry.to_stored();
-        let put = |state: &mut State| {
-            // The time that writing took is not part of it, and it may have been renewed in between.
-            let lease = entry.lease.map(|lease| Lease::new(lease.length));
-            let entry = Registered { lease, ..entry };
-            state.registry.put(entry.clone());
-            if has_moved {
-                // What failed was at the other endpoint.
-                entry.member.standing.close_breaker();
-            }
-            entry
-        };
-        let entry = self.write_subsystem(&name, Some(stored), put).await?;
-        self.leases_changed.notify_one();
-        let endpoint = &entry.member.subsystem.endpoint;
-        if is_new {
-            tracing::info!(subsystem = %name, %endpoint, "registered");
-        } else {
-            tracing::info!(subsystem = %name, %endpoint, "registered with changes");
-            self.retain_registered();
+    /// The same names, as the registry has them.
+    async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
+        let Some(subset) = subset else { return Ok(None) };
+        let plan = self.plan().await;
+        let names = aside(subset.len(), move || plan.own_names(&subset)).await;
+        names.map(Some).map_err(Refusal::SubsystemNotFound)
+    }
+
+    /// The order over all that is registered now. After changes it is made anew, once for all of them and apart from
+    /// those who change more.
+    async fn plan(&self) -> Arc<Plan> {
+        if let Ok(plan) = self.state().registry.plan() {
+            return plan;
         }
-        Ok((entry, is_new))
+        let _planning = self.planning.lock().await;
+        let snapshot = match self.state().registry.plan() {
+            Ok(plan) => return plan,
+            Err(snapshot) => snapshot,
+        };
+        let (snapshot, plan) = aside(snapshot.entries.len(), move || {
+            let plan = snapshot.plan();
+            (snapshot, plan)
+        })
+        .await;
+        self.state().registry.planned(&snapshot, plan)
+    }
+
+    async fn register(
+        &self,
+        subsystems: Vec<Subsystem>,
+        lease: Option<Duration>,
+    ) -> Result<Vec<(Registered, Change)>, Refusal> {
+        let order = self.writing.clone().lock_owned().await;
+        let max = self.settings().max_subsystems;
+        let (earlier, registered): (Vec<_>, _) = {
+            let state = self.state();
+            let earlier = subsystems.iter().map(|subsystem| state.registry.get(&subsystem.name).ok().cloned());
+            (earlier.collect(), state.registry.len())
+        };
+        if let Some(declared) = earlier.iter().flatten().find(|earlier| earlier.declared) {
+            return Err(Refusal::DeclaredInConfig(declared.name().clone()));
+        }
+        let new = earlier.iter().filter(|earlier| earlier.is_none()).count();
+        if new > 0 && registered + new > max {
+            return Err(Refusal::RegistryFull { registered, new, max });
+        }
+        let mut moved = Vec::new();
+        let change = |(subsystem, earlier): (Subsystem, Option<Registered>)| {
+            let Some(earlier) = earlier else {
+                let member = Member::new(Arc::new(subsystem), false, Arc::default());
+                return (Registered { member, declared: false, lease: None }, Change::Created);
+            };
+            if *earlier.member.subsystem == subsystem && earlier.lease.map(|lease| lease.length) == lease {
+                return (earlier, Change::Renewed);
+            }
+            let Member { subsystem: before, suspended, standing, .. } = &earlier.member;
+            if before.endpoint != subsystem.endpoint {
+                moved.push(standing.clone());
+            }
+            let member = Member::new(Arc::new(subsystem), *suspended, standing.clone());
+            (Registered { member, ..earlier }, Change::Replaced)
+        };
+        let mut entries: Vec<_> = subsystems.into_iter().zip(earlier).map(change).collect();
+
+        let changed = entries.iter().filter(|(_, change)| *change != Change::Renewed);
+        let changed: Vec<_> = changed.map(|(entry, _)| entry.clone()).collect();
+        let mut put = |state: &mut State| {
+            let mut left = Vec::new();
+            // The time that writing took is not part of it.
+            let begin = Instant::now();
+            for (entry, change) in &mut entries {
+                entry.lease = lease.map(|length| Lease::new(length, begin));
+                match (*change, entry.lease) {
+                    // Nothing durable changes.
+                    (Change::Renewed, Some(lease)) => state.registry.set_lease(entry.name(), lease),
+                    (Change::Renewed, None) => {}
+                    (Change::Created | Change::Replaced, _) => left.extend(state.registry.put(entry.clone())),
+                }
+            }
+            // What failed was at the other endpoint.
+            for standing in &moved {
+                standing.close_breaker();
+            }
+            left
+        };
+        if changed.is_empty() {
+            put(&mut self.state());
+        } else {
+            let names =
+                changed.iter().map(|entry| &entry.member.subsystem).map(|it| it.requires.len() + it.after.len());
+            let work = registered + names.sum::<usize>();
+            let (mut order, checked) = aside(work, move || {
+                let mut order = order;
+                let subsystems = changed.iter().map(|entry| entry.member.subsystem.clone()).collect();
+                let checked = order.change(subsystems, &[]).map(|undo| {
+                    let stored = |entry: &Registered| StoredSubsystem { lease, ..entry.to_stored() };
+                    let stored = changed.iter().map(|entry| (entry.name().clone(), Some(stored(entry))));
+                    (undo, stored.collect())
+                });
+                (order, checked)
+            })
+            .await;
+            let (undo, subsystems) = checked.map_err(Refusal::OrderRing)?;
+            let written = self.write_locked(|_| Write { subsystems, ..Write::default() }, put).await;
+            match written {
+                Ok(left) => self.engine.subsystems.forget(&left),
+                Err(error) => {
+                    order.undo(undo);
+                    return Err(error.into());
+                }
+            }
+        }
+        self.leases_changed.notify_one();
+        for (entry, change) in &entries {
+            let endpoint = &entry.member.subsystem.endpoint;
+            match change {
+                Change::Created => tracing::info!(subsystem = %entry.name(), %endpoint, "registered"),
+                Change::Replaced => {
+                    tracing::info!(subsystem = %entry.name(), %endpoint, "registered with changes");
+                }
+                Change::Renewed => {}
+            }
+        }
+        Ok(entries)
     }
 
     async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
-        let _writing = self.writing.lock().await;
+        let mut order = self.writing.lock().await;
         if self.state().registry.get(name)?.declared {
             return Err(Refusal::DeclaredInConfig(name.clone()));
         }
-        self.forget(name).await?;
+        self.forget(&mut order, std::slice::from_ref(name)).await?;
         tracing::info!(subsystem = %name, "unregistered");
         Ok(())
     }
@@ -846,7 +949,7 @@ impl Shared {
         }
         let member = earlier.member.suspended(suspended);
         let entry = Registered { member, ..earlier };
-        let stored = entry.to_stored();
+        let subsystems = BTreeMap::from([(name.clone(), Some(entry.to_stored()))]);
         let put = |state: &mut State| {
             // Its lease may have been renewed in between.
             let lease = state.registry.get(name).ok().and_then(|now| now.lease);
@@ -854,7 +957,7 @@ impl Shared {
             state.registry.put(entry.clone());
             entry
         };
-        let entry = self.write_subsystem(name, Some(stored), put).await?;
+        let entry = self.write_locked(|_| Write { subsystems, ..Write::default() }, put).await?;
         tracing::info!(subsystem = %name, "{}", if suspended { "suspended" } else { "resumed" });
         Ok(entry)
     }
@@ -907,7 +1010,9 @@ impl Shared {
             Write { loops: BTreeMap::from([(settings.name.clone(), Some(entry.to_stored()))]), ..Write::default() }
         };
         let put = |state: &mut State| {
-            // Ticks may have been accounted for in between.
+            // Ticks may have fallen due and been accounted for in between.
+            let now = self.clock.now();
+            self.follow_clock(state, now);
             let entry = state.loops.started(settings.clone(), declared, now);
             state.loops.put(entry.clone());
             entry
@@ -923,12 +1028,13 @@ impl Shared {
         if self.state().loops.get(name).is_none() {
             return Err(Refusal::LoopNotFound(name.clone()));
         }
-        let stopped = |state: &State| state.loops.get(name).cloned().map(LoopEntry::stopped);
+        let stopped = |state: &State| Some(state.loops.get(name)?.clone().stopped(self.clock.now()));
         let build = |state: &State| {
             let stored = stopped(state).filter(|entry| entry.declared).map(|entry| entry.to_stored());
             Write { loops: BTreeMap::from([(name.clone(), stored)]), ..Write::default() }
         };
         let put = |state: &mut State| {
+            self.follow_clock(state, self.clock.now());
             let entry = stopped(state)?;
             if entry.declared {
                 state.loops.put(entry.clone());
@@ -946,7 +1052,7 @@ impl Shared {
     /// committed, `apply` changes what is in memory.
     async fn write<T>(
         &self,
-        build: impl Fn(&State) -> Write,
+        build: impl FnOnce(&State) -> Write,
         apply: impl FnOnce(&mut State) -> T,
     ) -> Result<T, StoreError> {
         let _writing = self.writing.lock().await;
@@ -956,7 +1062,7 @@ impl Shared {
     /// The same, for those who hold `writing` already.
     async fn write_locked<T>(
         &self,
-        build: impl Fn(&State) -> Write,
+        build: impl FnOnce(&State) -> Write,
         apply: impl FnOnce(&mut State) -> T,
     ) -> Result<T, StoreError> {
         let (write, mark) = {
@@ -996,93 +1102,66 @@ impl Shared {
         self.store_has_ended.cancel();
     }
 
-    /// Writes what is now known of a subsystem. `writing` is held.
-    async fn write_subsystem<T>(
-        &self,
-        name: &Name,
-        stored: Option<StoredSubsystem>,
-        apply: impl FnOnce(&mut State) -> T,
-    ) -> Result<T, StoreError> {
-        let build =
-            |_: &State| Write { subsystems: BTreeMap::from([(name.clone(), stored.clone())]), ..Write::default() };
-        self.write_locked(build, apply).await
-    }
-
-    /// Removes a subsystem durably. `writing` is held.
-    async fn forget(&self, name: &Name) -> Result<(), StoreError> {
-        self.write_subsystem(name, None, |state| state.registry.remove(name)).await?;
-        self.retain_registered();
+    /// Removes subsystems durably. `writing` is held.
+    async fn forget(&self, order: &mut Order, names: &[Name]) -> Result<(), Refusal> {
+        let subsystems = names.iter().map(|name| (name.clone(), None)).collect();
+        let remove =
+            |state: &mut State| names.iter().filter_map(|name| state.registry.remove(name)).collect::<Vec<_>>();
+        let left = self.write_locked(|_| Write { subsystems, ..Write::default() }, remove).await?;
+        // Without some of them, there still is an order.
+        order.change(Vec::new(), names).map_err(Refusal::OrderRing)?;
+        self.engine.subsystems.forget(&left);
         Ok(())
     }
 
-    fn retain_registered(&self) {
-        let registered: Vec<_> = self.state().registry.iter().map(|entry| entry.member.subsystem.clone()).collect();
-        self.engine.subsystems.retain(&registered);
-    }
-
     async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
-        let _writing = self.writing.lock().await;
-        let now = self.clock.now();
-        let mut moved = Vec::new();
-        let (registry, write) = {
+        let order = self.writing.clone().lock_owned().await;
+        let Entries { entries: before, .. } = self.state().registry.snapshot();
+        let Declared { subsystems, loops } = declared;
+        let (mut order, changes) = aside(before.len() + subsystems.len(), move || {
+            let mut order = order;
+            let changes = Declarations::of(subsystems, &before);
+            let put = changes.put.iter().map(|entry| entry.member.subsystem.clone()).collect();
+            let ordered = order.change(put, &changes.removed).map_err(|ring| changes.refuse(ring));
+            (order, ordered.map(|undo| (undo, changes)))
+        })
+        .await;
+        let (undo, Declarations { put, removed, moved, stored, .. }) = changes?;
+        let stopped: Vec<_> = {
             let state = self.state();
-            let before = state.registry.entries();
-            let mut entries: BTreeMap<_, _> = before
-                .iter()
-                .filter(|(_, entry)| !entry.declared)
-                .map(|(name, entry)| (name.clone(), entry.clone()))
-                .collect();
-            let mut write = Write::default();
-            for subsystem in declared.subsystems {
-                let name = subsystem.name.clone();
-                let earlier = before.get(&name);
-                let member = match earlier {
-                    // What did not change stays initialized.
-                    Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone(),
-                    Some(earlier) => {
-                        if earlier.member.subsystem.endpoint != subsystem.endpoint {
-                            moved.push(earlier.member.standing.clone());
-                        }
-                        Member::new(Arc::new(subsystem), earlier.member.suspended, earlier.member.standing.clone())
-                    }
-                    None => Member::new(Arc::new(subsystem), false, Arc::default()),
-                };
-                let entry = Registered { member, declared: true, lease: None };
-                if earlier.is_some_and(|earlier| !earlier.declared) {
-                    write.subsystems.insert(name.clone(), Some(entry.to_stored()));
-                }
-                entries.insert(name, entry);
-            }
-            for name in before.keys().filter(|name| !entries.contains_key(*name)) {
-                write.subsystems.insert(name.clone(), None);
-            }
-            let registry = Registry::of(entries)?;
-            for entry in state.loops.iter().filter(|entry| entry.declared) {
-                if !declared.loops.iter().any(|settings| settings.name == entry.settings.name) {
-                    write.loops.insert(entry.settings.name.clone(), None);
-                }
-            }
-            (registry, write)
+            let declared = state.loops.iter().filter(|entry| entry.declared).map(|entry| &entry.settings.name);
+            declared.filter(|name| !loops.iter().any(|settings| settings.name == **name)).cloned().collect()
         };
-        let stopped: Vec<_> = write.loops.keys().cloned().collect();
+        let write = Write {
+            subsystems: stored,
+            loops: stopped.iter().map(|name| (name.clone(), None)).collect(),
+            ..Write::default()
+        };
         let apply = |state: &mut State| {
-            // Leases may have been renewed in between; they are the only thing that changes without `writing`.
-            let mut registry = registry;
-            registry.keep_leases_of(&state.registry);
-            state.registry = registry;
+            let mut left: Vec<_> = removed.iter().filter_map(|name| state.registry.remove(name)).collect();
+            left.extend(put.into_iter().filter_map(|entry| state.registry.put(entry)));
             for name in stopped {
                 state.loops.remove(&name);
             }
-            for settings in declared.loops {
+            let now = self.clock.now();
+            self.follow_clock(state, now);
+            for settings in loops {
                 let entry = match state.loops.get(&settings.name) {
                     Some(earlier) if earlier.declared && *earlier.settings == settings => continue,
-                    Some(earlier) if earlier.state.stopped => state.loops.started(settings, true, now).stopped(),
+                    Some(earlier) if earlier.state.stopped => state.loops.started(settings, true, now).stopped(now),
                     _ => state.loops.started(settings, true, now),
                 };
                 state.loops.put(entry);
             }
+            left
         };
-        self.write_locked(|_| write.clone(), apply).await?;
+        match self.write_locked(|_| write, apply).await {
+            Ok(left) => self.engine.subsystems.forget(&left),
+            Err(error) => {
+                order.undo(undo);
+                return Err(error.into());
+            }
+        }
         for standing in moved {
             standing.close_breaker();
         }
@@ -1091,7 +1170,6 @@ impl Shared {
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner) =
             Arc::new(Settings { orchestrator_id: self.engine.orchestrator_id.clone(), ..settings });
         self.loops_changed.notify_one();
-        self.retain_registered();
         Ok(())
     }
 
@@ -1113,13 +1191,17 @@ impl Shared {
         }
     }
 
+    fn follow_clock(&self, state: &mut State, now: Timestamp) {
+        for name in state.loops.follow_clock(now) {
+            tracing::warn!("loop" = %name, "the clock was set back: its ticks go on from there");
+        }
+    }
+
     fn fire_due_ticks(&self) {
         let now = self.clock.now();
         let max_queued = self.settings().max_queued;
         let mut state = self.state();
-        for name in state.loops.follow_clock(now) {
-            tracing::warn!("loop" = %name, "the clock was set back: its ticks go on from there");
-        }
+        self.follow_clock(&mut state, now);
         for (settings, due_at) in state.loops.due(now) {
             let request = CycleRequest {
                 trigger: Trigger::Loop(settings.name.clone()),
@@ -1168,11 +1250,15 @@ impl Shared {
         }
     }
 
-    async fn forget_expired(&self) -> Result<(), StoreError> {
-        let _writing = self.writing.lock().await;
-        let expired = self.state().registry.expired(Instant::now());
+    /// Those that end together in one commit, up to a number in which a cycle that is to begin hardly waits for it.
+    async fn forget_expired(&self) -> Result<(), Refusal> {
+        const MAX: usize = 1000;
+        let mut order = self.writing.lock().await;
+        let expired = self.state().registry.expired(Instant::now(), MAX);
+        if !expired.is_empty() {
+            self.forget(&mut order, &expired).await?;
+        }
         for name in expired {
-            self.forget(&name).await?;
             tracing::info!(subsystem = %name, "unregistered: its lease was not renewed");
         }
         Ok(())
@@ -1221,5 +1307,22 @@ impl Shared {
             sleep(Live::BATCH_EVERY).await;
             self.live.flush();
         }
+    }
+}
+
+/// Does what takes the longer the larger the registry is: where that may take longer than a millisecond, on a thread that
+/// no other task waits for.
+async fn aside<T: Send + 'static>(size: usize, work: impl FnOnce() -> T + Send + 'static) -> T {
+    const SHORT: usize = 256;
+    if size <= SHORT {
+        return work();
+    }
+    match spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(ended) => match ended.try_into_panic() {
+            Ok(panic) => resume_unwind(panic),
+            // The runtime is shut down, and this task with it.
+            Err(_) => std::future::pending().await,
+        },
     }
 }

@@ -10,8 +10,8 @@ use jiff::Timestamp;
 use crate::{
     memory::Held,
     model::{
-        Answer, Code, CycleId, CycleState, Epoch, Input, LoopSpec, LoopState, Name, Output, Payload, Revision, Span,
-        SpanContext, Subsystem, SubsystemSpec, TraceId, Trigger,
+        Answer, Code, CycleId, CycleState, Endpoint, Epoch, Input, LoopSpec, LoopState, Name, Output, Payload,
+        Revision, Span, SpanContext, Subsystem, SubsystemSpec, TraceId, Trigger,
     },
 };
 
@@ -32,8 +32,19 @@ pub trait Subsystems: Send + Sync + 'static {
     /// Asks for a snapshot of a subsystem's state.
     fn get_status<'a>(&'a self, of: &'a Subsystem, timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>>;
 
-    /// Only these subsystems are registered from now on: whatever is kept for others can go.
-    fn retain(&self, registered: &[Arc<Subsystem>]);
+    /// These have left: whatever is kept for them can go.
+    fn forget(&self, left: &[Left]);
+}
+
+/// A subsystem that is no longer at an endpoint: it was unregistered, or is elsewhere now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Left {
+    /// Where it was.
+    pub endpoint: Endpoint,
+    /// Its name.
+    pub name: Name,
+    /// No other subsystem is there.
+    pub was_last: bool,
 }
 
 /// What `Initialize` carries.

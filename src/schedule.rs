@@ -45,6 +45,8 @@ pub struct Tick {
     pub due_at: Timestamp,
     /// When its cycle starts: jitter later.
     pub fires_at: Timestamp,
+    /// The clock has shown `due_at`; it may have been set back since.
+    has_come: bool,
 }
 
 impl Loops {
@@ -83,14 +85,30 @@ impl Loops {
     }
 
     /// A loop as it is when it is started now: a new one, or one that is there with other settings and its account
-    /// kept.
+    /// kept. A tick that is due already and waits for its jitter goes on waiting, for no longer than the new settings
+    /// let it; where they have other due times, it is dropped.
     pub fn started(&self, settings: IntervalLoop, declared: bool, now: Timestamp) -> LoopEntry {
-        let mut state = self.entries.get(&settings.name).map(|entry| entry.state.clone()).unwrap_or_default();
-        state.stopped = false;
-        let mut entry = LoopEntry::new(settings, declared, state);
+        let Some(earlier) = self.entries.get(&settings.name) else {
+            let mut entry = LoopEntry::new(settings, declared, LoopState::default());
+            entry.begin_at(now);
+            return entry;
+        };
+        let has_same_ticks =
+            (earlier.settings.interval, earlier.settings.offset) == (settings.interval, settings.offset);
+        let mut entry = earlier.clone();
         entry.follow_clock(now);
-        entry.state.accounted_to = entry.state.accounted_to.max(Some(now));
-        entry.plan_next(now);
+        let waiting = entry.waiting(now).filter(|_| has_same_ticks);
+        if waiting.is_none() {
+            entry.drop_waiting(now);
+        }
+        (entry.settings, entry.declared, entry.state.stopped) = (Arc::new(settings), declared, false);
+        match waiting {
+            Some(tick) => {
+                let latest = tick.due_at.saturating_add(entry.settings.jitter).unwrap_or(tick.due_at);
+                entry.next = Some(Tick { fires_at: tick.fires_at.min(latest), ..tick });
+            }
+            None => entry.begin_at(now),
+        }
         entry
     }
 
@@ -109,17 +127,17 @@ impl Loops {
     }
 
     /// Lets the loops go on from `now` if the clock was set back by more than [`Self::MAX_SET_BACK`]. Returns those
-    /// that do.
+    /// that do. A tick that was due before that and waits for its jitter is dropped, since its time comes again.
     pub fn follow_clock(&mut self, now: Timestamp) -> Vec<Name> {
-        let ticking = self.entries.iter_mut().filter(|(_, entry)| entry.next.is_some());
-        let set_back: Vec<_> = ticking
-            .filter_map(|(name, entry)| {
-                entry.follow_clock(now).then(|| {
-                    entry.plan_next(now);
-                    name.clone()
-                })
-            })
-            .collect();
+        let mut set_back = Vec::new();
+        for (name, entry) in &mut self.entries {
+            let Some(tick) = &mut entry.next else { continue };
+            tick.has_come |= tick.due_at <= now;
+            if entry.follow_clock(now) {
+                entry.plan_next(now);
+                set_back.push(name.clone());
+            }
+        }
         for name in &set_back {
             self.touch(name.clone());
         }
@@ -139,9 +157,7 @@ impl Loops {
         let mut touched = Vec::new();
         for (name, entry) in &mut self.entries {
             let Some(tick) = entry.next.filter(|tick| tick.fires_at <= now) else { continue };
-            let settings = &entry.settings;
-            let latest = settings.first_after(now).checked_sub(1).and_then(|n| settings.due_at(n));
-            let latest = latest.unwrap_or(tick.due_at).max(tick.due_at);
+            let latest = entry.latest_due(now).unwrap_or(tick.due_at).max(tick.due_at);
             entry.account_up_to(latest, TickDisposition::Missed);
             due.push((entry.settings.clone(), latest, entry.state.last_cycle_id));
             touched.push(name.clone());
@@ -231,18 +247,49 @@ impl LoopEntry {
         }
     }
 
-    /// The loop as it is when it is stopped: it stays listed, and has no ticks.
+    /// The loop as it is when it is stopped now: it stays listed, and has no ticks. One that is due and waits for its
+    /// jitter is dropped.
     #[must_use]
-    pub fn stopped(mut self) -> Self {
+    pub fn stopped(mut self, now: Timestamp) -> Self {
+        self.drop_waiting(now);
         self.state.stopped = true;
         self.next = None;
         self
+    }
+
+    /// The tick that has fallen due and has not fired.
+    fn waiting(&self, now: Timestamp) -> Option<Tick> {
+        self.next.filter(|tick| tick.has_come || tick.due_at <= now)
+    }
+
+    /// Gives all ticks that have fallen due and have not fired their disposition: the latest is dropped, and those
+    /// before it, for which the process came too late, are missed.
+    fn drop_waiting(&mut self, now: Timestamp) {
+        let Some(tick) = self.waiting(now) else { return };
+        let latest = self.latest_due(now).unwrap_or(tick.due_at).max(tick.due_at);
+        self.account_up_to(latest, TickDisposition::Missed);
+        self.state.account(latest, latest, 1, TickDisposition::Dropped);
+        self.next = None;
+    }
+
+    /// When the latest tick was due that is due by `now`.
+    fn latest_due(&self, now: Timestamp) -> Option<Timestamp> {
+        self.settings.first_after(now).checked_sub(1).and_then(|n| self.settings.due_at(n))
+    }
+
+    /// Lets ticks be due from `now` on.
+    fn begin_at(&mut self, now: Timestamp) {
+        self.state.accounted_to = self.state.accounted_to.max(Some(now));
+        self.plan_next(now);
     }
 
     /// Gives up ticks that lie further ahead than a correction of the clock explains. Whether there were any: what was
     /// accounted for lay in the past then.
     fn follow_clock(&mut self, now: Timestamp) -> bool {
         let latest = now.saturating_add(Loops::MAX_SET_BACK).unwrap_or(Timestamp::MAX);
+        if self.waiting(now).is_some_and(|tick| tick.due_at > latest) {
+            self.drop_waiting(now);
+        }
         let set_back = self.state.accounted_to.is_some_and(|to| to > latest);
         if set_back {
             self.state.accounted_to = Some(now);
@@ -257,8 +304,7 @@ impl LoopEntry {
             self.state.accounted_to = Some(now);
         }
         let settings = self.settings.clone();
-        let latest = settings.first_after(now).checked_sub(1).and_then(|n| settings.due_at(n));
-        let pending = latest.filter(|latest| self.state.accounted_to.is_some_and(|to| *latest > to));
+        let pending = self.latest_due(now).filter(|latest| self.state.accounted_to.is_some_and(|to| *latest > to));
         match (settings.catch_up, pending) {
             (CatchUp::One, Some(latest)) => {
                 let window = now.saturating_sub(settings.catch_up_window).unwrap_or(Timestamp::MIN);
@@ -266,7 +312,7 @@ impl LoopEntry {
                 if latest > window {
                     self.account_up_to(first_inside, TickDisposition::Missed);
                     self.account_up_to(latest, TickDisposition::Coalesced);
-                    self.next = Some(Tick { due_at: latest, fires_at: now });
+                    self.next = Some(Tick { due_at: latest, fires_at: now, has_come: true });
                     return;
                 }
                 self.account_through(latest, TickDisposition::Missed);
@@ -306,7 +352,7 @@ impl LoopEntry {
         let due_at = self.settings.due_at(self.settings.first_after(after));
         self.next = due_at.map(|due_at| {
             let jitter = self.settings.jitter.mul_f64(fastrand::f64());
-            Tick { due_at, fires_at: due_at.saturating_add(jitter).unwrap_or(due_at) }
+            Tick { due_at, fires_at: due_at.saturating_add(jitter).unwrap_or(due_at), has_come: false }
         });
     }
 }
@@ -317,7 +363,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::LoopSpec;
+    use crate::model::{LoopSpec, TickCounts};
 
     fn every(seconds: i64, catch_up: CatchUp) -> IntervalLoop {
         IntervalLoop::from_spec(&LoopSpec {
@@ -392,7 +438,7 @@ mod tests {
         let ahead = LoopState { accounted_to: Some(at(1_010)), ..LoopState::default() };
         loops.restore(every(10, CatchUp::One), false, ahead.clone(), at(505));
         assert_eq!((loops.next_at(), fire(&mut loops, at(505)).len()), (Some(at(510)), 0));
-        loops.put(LoopEntry::new(every(10, CatchUp::None), false, ahead).stopped());
+        loops.put(LoopEntry::new(every(10, CatchUp::None), false, ahead).stopped(at(505)));
         loops.put(loops.started(every(10, CatchUp::None), false, at(505)));
         assert_eq!(loops.next_at(), Some(at(510)));
     }
@@ -430,29 +476,121 @@ mod tests {
         assert!(loops.unwritten().0.is_empty());
     }
 
+    #[derive(Clone, Debug)]
+    enum Step {
+        TimePasses(i64),
+        ClockIsSetBack(i64),
+        Restart,
+        Edit { interval: i64, offset: f64, jitter: f64 },
+        Stop,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let below_one = || prop_oneof![Just(0.0), 0.0..1.0];
+        prop_oneof![
+            6 => (0_i64..200).prop_map(Step::TimePasses),
+            1 => (1_i64..300).prop_map(Step::ClockIsSetBack),
+            1 => Just(Step::Restart),
+            3 => (prop_oneof![Just(10_i64), 1_i64..100], below_one(), below_one())
+                .prop_map(|(interval, offset, jitter)| Step::Edit { interval, offset, jitter }),
+            1 => Just(Step::Stop),
+        ]
+    }
+
     proptest! {
-        /// Whatever the process does and however long it is down, every tick gets one disposition.
+        /// Whatever becomes of the process, the clock and the settings, every tick that falls due gets one disposition.
         #[test]
         fn dispositions_add_up_to_the_due_ticks(
-            interval in 1_i64..20,
             one in any::<bool>(),
-            steps in proptest::collection::vec((0_i64..200, any::<bool>()), 1..30),
+            steps in proptest::collection::vec(step(), 1..40),
         ) {
-            let settings = every(interval, if one { CatchUp::One } else { CatchUp::None });
+            let catch_up = if one { CatchUp::One } else { CatchUp::None };
+            let mut settings = every(10, catch_up);
             let mut loops = Loops::default();
             loops.put(loops.started(settings.clone(), false, at(0)));
-            let mut now = 0;
-            for (pause, restart) in steps {
-                now += pause;
-                if restart {
-                    let state = loops.get(&name()).unwrap().state.clone();
-                    loops = Loops::default();
-                    loops.restore(settings.clone(), false, state, at(now));
+            let (mut now, mut is_stopped) = (0, false);
+            // How many ticks fell due, and up to when they are counted.
+            let (mut due, mut counted_to) = (0, at(0));
+            let end = [Step::Edit { interval: 10, offset: 0.0, jitter: 0.9 }, Step::TimePasses(1_000)];
+            for step in steps.into_iter().chain(end) {
+                match step {
+                    Step::TimePasses(pause) => {
+                        now += pause;
+                        let (first, end) = (settings.first_after(counted_to), settings.first_after(at(now)));
+                        if !is_stopped && end > first {
+                            due += end - first;
+                            counted_to = settings.due_at(end - 1).unwrap();
+                        }
+                    }
+                    Step::ClockIsSetBack(by) => now -= by,
+                    Step::Restart => {
+                        let LoopEntry { state, next, .. } = loops.get(&name()).unwrap().clone();
+                        if next.is_some_and(|tick| tick.has_come && tick.due_at > at(now)) {
+                            // The clock was set back, and a new process does not know that it was ahead: it comes again.
+                            due -= 1;
+                            counted_to = state.accounted_to.unwrap();
+                        }
+                        let mut others = Loops::default();
+                        others.follow_clock(at(now));
+                        others.restore(settings.clone(), false, state, at(now));
+                        loops = others;
+                    }
+                    Step::Edit { interval, offset, jitter } => {
+                        let before = settings.clone();
+                        let part_of_interval = |part: f64| Duration::from_secs(interval.unsigned_abs()).mul_f64(part);
+                        settings = IntervalLoop {
+                            offset: part_of_interval(offset),
+                            jitter: part_of_interval(jitter),
+                            ..every(interval, catch_up)
+                        };
+                        let waits = loops.get(&name()).unwrap().waiting(at(now)).is_some();
+                        loops.put(loops.started(settings.clone(), false, at(now)));
+                        let has_same_ticks = (before.interval, before.offset) == (settings.interval, settings.offset);
+                        if !(waits && has_same_ticks) {
+                            let is_far_ahead = counted_to > at(now + 60);
+                            counted_to = if is_far_ahead { at(now) } else { counted_to.max(at(now)) };
+                        }
+                        is_stopped = false;
+                    }
+                    Step::Stop => {
+                        let entry = loops.get(&name()).unwrap().clone();
+                        loops.put(entry.stopped(at(now)));
+                        is_stopped = true;
+                    }
+                }
+                loops.follow_clock(at(now));
+                if !is_stopped && counted_to > at(now + 60) {
+                    // Times that come again have ticks again.
+                    counted_to = at(now);
                 }
                 fire(&mut loops, at(now));
             }
-            let due = settings.first_after(at(now)) - settings.first_after(at(0));
-            prop_assert_eq!(loops.get(&name()).unwrap().state.ticks.due(), due);
+            let entry = loops.get(&name()).unwrap();
+            prop_assert_eq!(entry.state.ticks.due() + u64::from(entry.waiting(at(now)).is_some()), due);
         }
+    }
+
+    #[test]
+    fn a_tick_that_waits_for_its_jitter_is_kept_or_counted() {
+        let jittered = |interval, jitter| IntervalLoop { jitter, ..every(interval, CatchUp::None) };
+        let almost_all = Duration::from_millis(9_999);
+        let mut loops = Loops::default();
+        loops.put(loops.started(jittered(10, almost_all), false, at(3)));
+        let waiting = |loops: &Loops| loops.get(&name()).unwrap().next.map(|tick| tick.due_at);
+        // Other settings, and the same due times.
+        loops.put(loops.started(jittered(10, almost_all / 2), false, at(10)));
+        assert_eq!((waiting(&loops), loops.get(&name()).unwrap().state.ticks.due()), (Some(at(10)), 0));
+        // Without jitter, there is nothing to wait for.
+        loops.put(loops.started(jittered(10, Duration::ZERO), false, at(10)));
+        assert_eq!(fire(&mut loops, at(10)), [at(10)]);
+        // Other due times.
+        loops.put(loops.started(jittered(10, almost_all), false, at(11)));
+        loops.put(loops.started(jittered(7, almost_all / 2), false, at(20)));
+        assert_eq!(loops.get(&name()).unwrap().state.ticks, TickCounts { ran: 1, dropped: 1, ..TickCounts::default() });
+        // It is stopped while the last of several ticks waits.
+        let next = waiting(&loops).unwrap();
+        let late = next.saturating_add(Duration::from_secs(14)).unwrap();
+        let stopped = loops.get(&name()).unwrap().clone().stopped(late);
+        assert_eq!((stopped.state.ticks.missed, stopped.state.ticks.dropped, stopped.next.is_none()), (2, 2, true));
     }
 }

@@ -632,6 +632,36 @@ async fn what_is_refused_says_which_fields_are_wrong() {
 }
 
 #[tokio::test]
+async fn all_that_a_file_declares_is_registered_at_once() {
+    let (home, fleet, service, mut client) = house(&["a"]).await;
+    let cli = Cli::of(&service);
+    let endpoint = fleet.endpoint();
+    let table =
+        |name: &str, more: &str| format!("[[subsystems]]\nname = \"{name}\"\nendpoint = \"{endpoint}\"\n{more}\n");
+    let write = |text: String| {
+        let path = home.path("fleet.toml");
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let many = (0..1500).map(|i| table(&format!("s{i}"), "after = [\"a\"]")).collect::<String>();
+    let file = write(format!("[log]\nfilter = \"debug\"\n{}{}{many}", table("a", ""), table("b", "critical = true")));
+    let said = cli.run(&format!("subsystems register --file {file}")).await.with(0);
+    assert_eq!(said, "1502 subsystems are registered: 1501 new, 0 changed, the others as before\n");
+    assert!(client.subsystem("b").await.unwrap().registration.unwrap().critical);
+    assert_eq!(client.status().await.unwrap().subsystem_count, 1502);
+    let file = write(table("a", "") + &table("b", ""));
+    let said = cli.json(&format!("subsystems register --file {file} --lease 1h")).await;
+    assert_eq!(said, json!({ "replaced": ["a", "b"] }));
+
+    let file = write(table("c", "after = [\"d\"]") + &table("d", "after = [\"c\"]"));
+    let ring = cli.run(&format!("subsystems register --file {file}")).await.refused_with(2);
+    assert!(ring.contains("fleet.toml:1: subsystems[0] can't be ordered"), "{ring}");
+    let two = cli.run(&format!("subsystems register a --file {file}")).await.refused_with(2);
+    assert!(two.contains("cannot be used with"), "{two}");
+    assert!(client.subsystem("c").await.is_err());
+}
+
+#[tokio::test]
 async fn wrong_usage_and_no_service_have_codes_of_their_own() {
     for line in [
         "",

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use common::{
     Stage,
-    fleet::{Call, End, Fleet, Initialize, Run, State, from_struct, to_struct},
+    fleet::{Call, End, Fleet, Initialize, Method, Run, State, from_struct, to_struct},
     patiently,
     service::{Client, Home, because, decode, invalid, ms, next_recorded, part, reason, registration},
 };
@@ -946,6 +946,44 @@ async fn calls_wait_for_a_free_slot() {
         runs.iter().all(|one| runs.iter().filter(|other| other.began < one.began).all(|it| ended_at(it) < one.began))
     );
     assert!(cycle.subsystems.iter().filter(|part| part.queued_ms > 0.0).count() >= 2, "{cycle:?}");
+}
+
+#[tokio::test]
+async fn those_that_wait_for_a_slot_get_it_in_the_order_of_the_plan() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.max_concurrent_calls=1"])).await;
+    stage.register_all(&["a", "b", "c", "d"]).await;
+    stage.register("e", |it| it.requires = names(["missing"])).await;
+    for name in ["f", "g"] {
+        stage.register(name, |it| it.after = names(["e"])).await;
+    }
+    stage.client.run().await.unwrap();
+    let called: Vec<_> = stage.fleet.calls().into_iter().filter(|call| call.method == Method::RunCycle).collect();
+    let called: Vec<_> = called.iter().map(|call| call.subsystem.as_str()).collect();
+    assert_eq!(called, ["a", "b", "c", "d", "f", "g"]);
+}
+
+#[tokio::test]
+async fn where_slots_are_short_every_subsystem_gets_its_turn_within_some_cycles() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.max_concurrent_calls=1"])).await;
+    let hanging = |it: &mut pb::Registration| {
+        it.breaker = Some(pb::BreakerPolicy { disabled: true, ..Default::default() });
+    };
+    for name in ["a", "b", "c"] {
+        stage.fleet.run(name, Run::Hang);
+        stage.register(name, hanging).await;
+    }
+    stage.register_all(&["d", "suspended"]).await;
+    stage.client.suspend_subsystem(pb::SuspendSubsystemRequest { name: "suspended".into() }).await.unwrap();
+    stage.register("last", |it| it.after = names(["d"])).await;
+    let mut called = Vec::new();
+    for _ in 0..6 {
+        let request = pb::RunCycleRequest { deadline: ms(500), ..Default::default() };
+        let cycle = stage.client.run_with(request).await.unwrap();
+        let parts = cycle.subsystems.iter().filter(|part| part.started_at.is_some());
+        called.push(parts.map(|part| part.name.clone()).collect::<Vec<_>>().join(" "));
+    }
+    // Whoever hangs takes one cycle, and then stands behind those that waited meanwhile.
+    assert_eq!(called, ["a", "b", "c", "a d last", "b", "c"]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

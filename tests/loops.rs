@@ -16,6 +16,7 @@ use orchestrator_core::proto::orchestrator::v1::{
     self as pb, CatchUp, CycleState, IntervalLoop, IntervalLoopStatus, Origin, OverlapPolicy, SkipReason,
     SubsystemState, TickDisposition, Trigger,
 };
+use rustix::process::Signal;
 use serde_json::json;
 use tonic::Code;
 
@@ -125,6 +126,52 @@ async fn loops_start_cycles_each_at_its_own_pace_with_its_own_subsystems() {
     let gone = because(Code::NotFound, "LOOP_NOT_FOUND", [("loop", "quick")]);
     assert_eq!(stop(&mut stage.client, "quick").await.unwrap_err(), gone);
     assert_eq!(list(&mut stage.client).await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_due_tick_that_waits_for_its_jitter_outlives_an_edit_and_is_counted_when_its_loop_stops() {
+    const YEAR: i64 = 366 * 86_400_000;
+    let now = || i128::from(jiff::Timestamp::now().as_millisecond());
+    // Due in a moment, and fired at some time of the year after it.
+    let due_soon = || IntervalLoop {
+        offset: ms(i64::try_from((now() + 300) % i128::from(YEAR)).unwrap()),
+        jitter: ms(YEAR - 1),
+        ..every("yearly", YEAR)
+    };
+    let declared = |settings: &IntervalLoop, overlap: &str| {
+        let offset = settings.offset.unwrap();
+        format!(
+            "[[loops]]\nname = \"declared\"\ninterval = \"{YEAR}ms\"\njitter = \"{}ms\"\noffset = \"{}ms\"\n\
+             overlap_policy = \"{overlap}\"\n",
+            YEAR - 1,
+            offset.seconds * 1000 + i64::from(offset.nanos / 1_000_000),
+        )
+    };
+    let settings = due_soon();
+    let home = Home::new().with_config(&declared(&settings, "skip"));
+    let mut stage = Stage::at(home).await;
+    let client = &mut stage.client;
+    let due = next_due(&start(client, settings.clone()).await.unwrap());
+    assert_eq!(next_due(&get(client, "declared").await), due);
+    until(client, "yearly", |_| now() * 1_000_000 > due).await;
+
+    // By RPC and by the file: other parameters, the same due times.
+    let edited = IntervalLoop { parameters: to_struct(&json!({ "edited": true })), ..settings.clone() };
+    assert_eq!(next_due(&start(client, edited).await.unwrap()), due);
+    std::fs::write(stage.home.path("orchestrator.toml"), declared(&settings, "buffer_one")).unwrap();
+    stage.service.signal(Signal::HUP);
+    let is_edited = |it: &IntervalLoopStatus| it.r#loop.as_ref().unwrap().overlap_policy() == OverlapPolicy::BufferOne;
+    assert_eq!(next_due(&until(client, "declared", is_edited).await), due);
+
+    // Other due times, and none.
+    let moved = start(client, every("yearly", YEAR)).await.unwrap();
+    assert!(next_due(&moved) > due);
+    for dropped in [moved, stop(client, "declared").await.unwrap()] {
+        let ticks = dropped.ticks.unwrap();
+        assert_eq!((ticks.due, ticks.dropped), (1, 1), "{dropped:?}");
+        assert_eq!(dropped.not_run[0].disposition(), TickDisposition::Dropped);
+        assert_eq!(nanos(dropped.not_run[0].first_due_at.unwrap()), due);
+    }
 }
 
 #[tokio::test]

@@ -23,8 +23,8 @@ use orchestrator_core::{
         Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, Name,
         OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, Trigger,
     },
-    orchestrator::{Declared, Orchestrator, Refusal, Settings},
-    ports::{CallError, Filter, InitializeCall, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
+    orchestrator::{Change, Declared, Orchestrator, Refusal, Settings},
+    ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
     proto::orchestrator::v1 as pb,
     record::Participation,
     store,
@@ -262,7 +262,7 @@ impl Subsystems for Fleet {
         Box::pin(async { error(Code::Unimplemented) })
     }
 
-    fn retain(&self, _registered: &[Arc<Subsystem>]) {}
+    fn forget(&self, _left: &[Left]) {}
 }
 
 fn settings() -> Settings {
@@ -326,7 +326,7 @@ async fn run(case: Case) {
         let Ok(subsystem) = Subsystem::from_spec(spec) else { continue };
         match orchestrator.register(subsystem.clone(), None).await {
             Ok((_, created)) => {
-                assert!(created);
+                assert_eq!(created, Change::Created);
                 registered.insert(spec.name.clone(), subsystem);
             }
             Err(Refusal::OrderRing(ring)) => assert!(ring.names().any(|name| name.as_str() == spec.name), "{ring}"),

@@ -9,6 +9,7 @@ use std::time::Duration;
 use common::{
     Stage,
     fleet::{Method, Run, from_struct, to_struct},
+    http, patiently,
     service::{Client, Home, Reason, because, decode, invalid, ms, next_recorded, part, reason, registration},
 };
 use orchestrator_core::proto::{
@@ -17,7 +18,7 @@ use orchestrator_core::proto::{
 };
 use serde_json::json;
 use tokio::time::timeout;
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
 
 const NOWHERE: &str = "http://127.0.0.1:1";
 
@@ -26,6 +27,23 @@ async fn register(
     registration: pb::Registration,
 ) -> Result<pb::RegisterSubsystemResponse, Reason> {
     client.register(registration).await.map_err(|status| reason(&status))
+}
+
+async fn register_all(
+    client: &mut Client,
+    registrations: Vec<pb::Registration>,
+    lease: Option<prost_types::Duration>,
+) -> Result<pb::RegisterSubsystemsResponse, Reason> {
+    let registered = client.register_subsystems(pb::RegisterSubsystemsRequest { registrations, lease }).await;
+    registered.map(Response::into_inner).map_err(|status| reason(&status))
+}
+
+/// How many durable commits the service has made.
+async fn commits(stage: &Stage) -> u64 {
+    const COUNT: &str = "orchestrator_store_commit_duration_seconds_count{durability=\"durable\"} ";
+    let metrics = http::get(stage.service.admin(), "/metrics").await.text().await;
+    let line = metrics.lines().find(|line| line.starts_with(COUNT));
+    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or_else(|| panic!("{metrics}"))
 }
 
 async fn lease(
@@ -153,6 +171,87 @@ async fn a_ring_is_refused_and_named() {
     let itself = pb::Registration { after: vec!["d".into()], ..stage.registration("d") };
     assert_eq!(register(&mut stage.client, itself).await.unwrap_err(), invalid(["registration.after"]));
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+}
+
+#[tokio::test]
+async fn a_ring_that_is_closed_by_a_name_that_was_registered_later_is_refused_in_a_large_registry_too() {
+    let mut stage = Stage::new().await;
+    let name = |i: usize| format!("s{i:03}");
+    let link =
+        |i: usize, after: usize| pb::Registration { after: vec![name(after)], ..registration(&name(i), NOWHERE) };
+    // More than are compared on the spot. Each waits for one that comes after it.
+    let chain: Vec<_> = (0..300).map(|i| link(i, i + 1)).collect();
+    register_all(&mut stage.client, chain, None).await.unwrap();
+    for closes in [0, 150, 299] {
+        let refused = stage.client.register(link(300, closes)).await.unwrap_err();
+        let Reason { why, metadata, .. } = reason(&refused);
+        assert_eq!(why, "ORDER_RING");
+        assert!(metadata["ring"].starts_with(&format!("{},", name(closes))), "{metadata:?}");
+    }
+    let open = pb::Registration { reads: vec![name(0)], ..registration(&name(300), NOWHERE) };
+    stage.client.register(open).await.unwrap();
+    // A cycle sees all that were registered before it, each time.
+    for last in 301..304 {
+        stage.client.register(registration(&name(last), NOWHERE)).await.unwrap();
+        let plan = stage.client.plan_cycle(pb::PlanCycleRequest::default()).await.unwrap().into_inner().plan.unwrap();
+        assert_eq!((plan.subsystems.len(), plan.levels), (last + 1, 301));
+    }
+}
+
+#[tokio::test]
+async fn many_are_registered_at_once_all_or_none_and_survive() {
+    let mut stage = Stage::new().await;
+    let fleet = |n: usize| (0..n).map(|i| stage.registration(&format!("s{i:04}"))).collect::<Vec<_>>();
+    let (all, one_more) = (fleet(1000), fleet(1001));
+    let before = commits(&stage).await;
+    let answer = register_all(&mut stage.client, all.clone(), None).await.unwrap();
+    assert_eq!((answer.created.len(), answer.replaced.len()), (1000, 0));
+    assert_eq!(answer.created[17], "s0017");
+    assert_eq!(commits(&stage).await, before + 1);
+    // Again, it is nothing new, and a change is one.
+    let mut stage = stage.killed().await;
+    assert_eq!(registered(&mut stage.client).await.len(), 1000);
+    assert_eq!(register_all(&mut stage.client, all.clone(), None).await.unwrap(), Default::default());
+    let changed = pb::Registration { critical: true, ..all[3].clone() };
+    let answer = register_all(&mut stage.client, vec![all[2].clone(), changed], None).await.unwrap();
+    assert_eq!((answer.created, answer.replaced), (vec![], vec!["s0003".to_owned()]));
+
+    let client = &mut stage.client;
+    let refused = register_all(client, one_more, None).await.unwrap_err();
+    assert_eq!(refused, invalid(["registrations"]));
+    assert_eq!(register_all(client, vec![], None).await.unwrap_err(), invalid(["registrations"]));
+    let named = |name: &str, endpoint: &str| registration(name, endpoint);
+    let bad = vec![named("new", NOWHERE), named("b", "nowhere"), named("1", NOWHERE), named("new", NOWHERE)];
+    let fields = ["registrations[1].endpoint", "registrations[2].name", "registrations[3].name"];
+    assert_eq!(register_all(client, bad, None).await.unwrap_err(), invalid(fields));
+    let waits = |name: &str, after: &str| pb::Registration { after: vec![after.into()], ..named(name, NOWHERE) };
+    let ring = vec![named("new", NOWHERE), waits("b", "a"), waits("a", "b")];
+    let refused = register_all(client, ring, None).await.unwrap_err();
+    assert_eq!(refused, because(Code::InvalidArgument, "ORDER_RING", [("ring", "a,b")]));
+    let refused = register_all(client, vec![named("new", NOWHERE)], ms(1)).await.unwrap_err();
+    assert_eq!(refused, invalid(["lease"]));
+    assert_eq!(registered(client).await.len(), 1000);
+    // Turned around as a whole, an order stays one, in whatever order they are given.
+    register_all(client, vec![waits("a", "b"), named("b", NOWHERE)], None).await.unwrap();
+    register_all(client, vec![waits("b", "a"), named("a", NOWHERE)], None).await.unwrap();
+}
+
+#[tokio::test]
+async fn leases_that_run_out_together_end_in_one_commit_also_after_a_restart() {
+    let mut stage = Stage::new().await;
+    let fleet: Vec<_> = (0..500).map(|i| stage.registration(&format!("s{i}"))).collect();
+    for restart in [false, true] {
+        let answer = register_all(&mut stage.client, fleet.clone(), ms(2000)).await.unwrap();
+        assert_eq!(answer.created.len(), 500);
+        if restart {
+            stage = stage.restarted().await;
+        }
+        assert!(stage.client.subsystem("s7").await.unwrap().lease_expires_at.is_some());
+        let before = commits(&stage).await;
+        let ended = async { while !registered(&mut stage.client).await.is_empty() {} };
+        patiently("the leases to end", ended).await;
+        assert_eq!(commits(&stage).await, before + 1, "{restart}");
+    }
 }
 
 #[tokio::test]

@@ -16,11 +16,11 @@ use tokio::{
 use tonic::{Request, Response, Status};
 
 use self::error::status;
-pub use self::response::plan;
+pub use self::response::{plan, registration};
 use crate::{
     memory::{Held, Memory},
     model::Name,
-    orchestrator::{Orchestrator, Page, Refusal, Registered, Schedule},
+    orchestrator::{Change, Orchestrator, Page, Refusal, Registered, Schedule},
     proto::{
         orchestrator::v1::{
             self as pb,
@@ -90,9 +90,9 @@ impl Api {
         })
     }
 
-    async fn schedule(&self, subset: Option<Arc<[Name]>>) -> Result<Schedule, Status> {
-        let orchestrator = self.orchestrator.clone();
-        self.over(orchestrator.subsystem_count(), move || orchestrator.plan_cycle(subset.as_deref())).await
+    async fn schedule(&self, subset: Option<Arc<[Name]>>) -> Schedule {
+        let _turn = self.turn.acquire().await;
+        self.orchestrator.plan_cycle(subset).await
     }
 }
 
@@ -110,7 +110,12 @@ impl Api {
     }
 
     /// The status of each, as many as fit in one answer.
-    async fn statuses(&self, of: &[Registered], with_snapshots: bool, room: usize) -> (Vec<pb::SubsystemStatus>, bool) {
+    async fn statuses(
+        &self,
+        of: &[Arc<Registered>],
+        with_snapshots: bool,
+        room: usize,
+    ) -> (Vec<pb::SubsystemStatus>, bool) {
         /// Snapshots are of any size, so they are asked for a few at a time.
         const AT_ONCE: usize = 64;
         let _permit = if with_snapshots { self.asking_all.acquire().await.ok() } else { None };
@@ -145,8 +150,8 @@ impl Service for Api {
         let read = move || request::cycle(request, trace, Timestamp::now());
         let request = self.over(named, read).await?.map_err(invalid)?;
         if validate_only {
-            self.orchestrator.check_registered(request.subset.as_deref()).map_err(status)?;
-            let (plan, next) = response::plan_page(self.schedule(request.subset).await?, 0, usize::MAX, MAX_ANSWER);
+            let subset = self.orchestrator.registered_names(request.subset).await.map_err(status)?;
+            let (plan, next) = response::plan_page(self.schedule(subset).await, 0, usize::MAX, MAX_ANSWER);
             if next.is_some() {
                 return Err(error::answer_too_large("ask PlanCycle, which has pages"));
             }
@@ -229,7 +234,7 @@ impl Service for Api {
         let _held = self.hold(&request)?;
         let read = self.over(request.subsystems.len(), move || request::plan(request)).await?;
         let request::PlanPage { subset, from, page_size } = read.map_err(invalid)?;
-        let (plan, next) = response::plan_page(self.schedule(subset).await?, from, page_size, MAX_ANSWER);
+        let (plan, next) = response::plan_page(self.schedule(subset).await, from, page_size, MAX_ANSWER);
         let next_page_token = next.map(|next| next.to_string()).unwrap_or_default();
         Ok(Response::new(pb::PlanCycleResponse { plan: Some(plan), next_page_token }))
     }
@@ -243,9 +248,32 @@ impl Service for Api {
         let pb::RegisterSubsystemRequest { registration, lease } = request;
         let subsystem = request::registration(registration).map_err(invalid)?;
         let lease = request::lease(lease).map_err(invalid)?;
-        let (registered, created) = self.orchestrator.register(subsystem, lease).await.map_err(status)?;
+        let (registered, change) = self.orchestrator.register(subsystem, lease).await.map_err(status)?;
         let subsystem = Some(self.subsystem_status(&registered));
-        Ok(Response::new(pb::RegisterSubsystemResponse { subsystem, created }))
+        Ok(Response::new(pb::RegisterSubsystemResponse { subsystem, created: change == Change::Created }))
+    }
+
+    async fn register_subsystems(
+        &self,
+        request: Request<pb::RegisterSubsystemsRequest>,
+    ) -> Answer<pb::RegisterSubsystemsResponse> {
+        let request = request.into_inner();
+        let _held = self.hold(&request)?;
+        let named =
+            request.registrations.iter().map(|it| 1 + it.requires.len() + it.after.len() + it.reads.len()).sum();
+        let read = self.over(named, move || request::registrations(request)).await?;
+        let (subsystems, lease) = read.map_err(invalid)?;
+        let registered = self.orchestrator.register_all(subsystems, lease).await.map_err(status)?;
+        let mut answer = pb::RegisterSubsystemsResponse::default();
+        for (registered, change) in registered {
+            let name = registered.member.subsystem.name.to_string();
+            match change {
+                Change::Created => answer.created.push(name),
+                Change::Replaced => answer.replaced.push(name),
+                Change::Renewed => {}
+            }
+        }
+        Ok(Response::new(answer))
     }
 
     async fn unregister_subsystem(
@@ -259,7 +287,7 @@ impl Service for Api {
 
     async fn get_subsystem(&self, request: Request<pb::GetSubsystemRequest>) -> Answer<pb::GetSubsystemResponse> {
         let pb::GetSubsystemRequest { name, include_output, include_snapshot } = request.into_inner();
-        let registered = self.orchestrator.subsystem(&subsystem_name(&name)?).map_err(status)?;
+        let registered = self.orchestrator.subsystem(&subsystem_name(&name)?).map(Arc::new).map_err(status)?;
         let snapshot = if include_snapshot {
             self.orchestrator.snapshots(std::slice::from_ref(&registered)).await.pop()
         } else {

@@ -1,7 +1,11 @@
 //! Requests, from the messages of the contract to validated types. Everything malformed in a request is found in one
 //! pass and named field by field.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
@@ -13,7 +17,7 @@ use crate::{
         RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, Trigger, Violations,
     },
     orchestrator::{Filter, From as WatchFrom, TriggerKind, WatchFilter},
-    proto::orchestrator::v1 as pb,
+    proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
     record::Participation,
 };
 
@@ -94,6 +98,43 @@ pub(super) fn registration(registration: Option<pb::Registration>) -> Result<Sub
         bad.add("registration", "is missing");
         return Err(bad);
     };
+    subsystem(registration).map_err(|bad| bad.inside("registration"))
+}
+
+/// Several registrations, and for how long they last.
+pub(super) fn registrations(
+    request: pb::RegisterSubsystemsRequest,
+) -> Result<(Vec<Subsystem>, Option<Duration>), Violations> {
+    let pb::RegisterSubsystemsRequest { registrations, lease } = request;
+    let mut bad = Violations::default();
+    if registrations.is_empty() {
+        bad.add("registrations", format!("are missing; give 1 to {MAX_REGISTRATIONS}"));
+    }
+    let mut subsystems = Vec::with_capacity(registrations.len());
+    let mut first = HashMap::new();
+    for (i, registration) in registrations.into_iter().enumerate() {
+        match subsystem(registration) {
+            Ok(subsystem) => {
+                if let Some(first) = first.insert(subsystem.name.clone(), i) {
+                    let problem = format!("is {} as in registrations[{first}]; give each name once", subsystem.name);
+                    bad.add(format!("registrations[{i}].name"), problem);
+                }
+                subsystems.push(subsystem);
+            }
+            Err(problems) => bad.extend(problems.inside(&format!("registrations[{i}]"))),
+        }
+    }
+    match self::lease(lease) {
+        Ok(lease) => bad.into_result((subsystems, lease)),
+        Err(problems) => {
+            bad.extend(problems);
+            Err(bad)
+        }
+    }
+}
+
+fn subsystem(registration: pb::Registration) -> Result<Subsystem, Violations> {
+    let mut bad = Violations::default();
     let pb::Registration {
         name,
         endpoint,
@@ -143,8 +184,7 @@ pub(super) fn registration(registration: Option<pb::Registration>) -> Result<Sub
         },
         record_output,
     };
-    let subsystem = bad.into_result(()).and_then(|()| Subsystem::from_spec(&spec));
-    subsystem.map_err(|bad| bad.inside("registration"))
+    bad.into_result(()).and_then(|()| Subsystem::from_spec(&spec))
 }
 
 /// How long a registration lasts.

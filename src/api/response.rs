@@ -191,7 +191,8 @@ pub(super) fn listed_part(part: pb::SubsystemTelemetry) -> pb::SubsystemTelemetr
     pb::SubsystemTelemetry { output: bytes::Bytes::new(), issues: Vec::new(), metrics: BTreeMap::new(), ..part }
 }
 
-fn registration(subsystem: &Subsystem) -> pb::Registration {
+/// A registration as the contract has it, with every default filled in.
+pub fn registration(subsystem: &Subsystem) -> pb::Registration {
     let Subsystem {
         name,
         endpoint,

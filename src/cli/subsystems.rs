@@ -1,5 +1,7 @@
 //! `orchestrator subsystems`: the registry.
 
+use std::path::PathBuf;
+
 use clap::Subcommand;
 
 use super::{
@@ -12,7 +14,14 @@ use super::{
     parameters::Parameters,
     remote::{Client, Remote},
 };
-use crate::proto::orchestrator::v1 as pb;
+use crate::{
+    api::registration,
+    config::{Config, Overrides},
+    proto::{
+        bounds::{MAX_FIELDS, MAX_REGISTRATIONS},
+        orchestrator::v1 as pb,
+    },
+};
 
 /// See and change the registry
 #[derive(Debug, clap::Args)]
@@ -97,18 +106,26 @@ The flags are the keys of [[subsystems]] in the configuration file. Whatever is 
 the subsystem was registered otherwise before. It takes part from the next cycle that starts, and survives restarts of \
 the service.
 
+With --file, all subsystems that a file has in [[subsystems]] are registered, as many as 1,000 at once: either all of \
+these or none. Nothing else in the file counts, so that a configuration file will do.
+
 Examples:
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
   orchestrator subsystems register signals --endpoint unix:/run/signals.sock --critical \\
       --requires prices --reads news --timeout-per-cycle 2s
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051 --lease 30s \\
-      --retry-max-attempts 5 --retry-retryable-status-codes UNAVAILABLE,RESOURCE_EXHAUSTED")]
+      --retry-max-attempts 5 --retry-retryable-status-codes UNAVAILABLE,RESOURCE_EXHAUSTED
+  orchestrator subsystems register --file fleet.toml")]
 struct Register {
     /// Unique name: a letter, then letters, digits, '_', '-' or '.'; at most 63 characters
-    name: String,
+    #[arg(required_unless_present = "file")]
+    name: Option<String>,
     /// Where it is dialed: http://HOST:PORT, https://HOST:PORT or unix:/PATH
-    #[arg(long, value_name = "URI")]
-    endpoint: String,
+    #[arg(long, value_name = "URI", required_unless_present = "file")]
+    endpoint: Option<String>,
+    /// Register all that this file (TOML) has in [[subsystems]]
+    #[arg(long, value_name = "PATH", conflicts_with_all = FLAGS_OF_ONE)]
+    file: Option<PathBuf>,
     /// Everything in a lower phase ends before anything in a higher one starts
     #[arg(long, value_name = "NUMBER", default_value_t = 0, allow_negative_numbers = true)]
     phase: i32,
@@ -142,6 +159,33 @@ struct Register {
     #[command(flatten)]
     limits: Limits,
 }
+
+/// What is said of one subsystem, and so not of those in a file.
+const FLAGS_OF_ONE: [&str; 23] = [
+    "name",
+    "endpoint",
+    "phase",
+    "requires",
+    "after",
+    "reads",
+    "timeout_per_cycle",
+    "critical",
+    "record_output",
+    "one",
+    "all",
+    "retry_max_attempts",
+    "retry_initial_backoff",
+    "retry_max_backoff",
+    "retry_backoff_multiplier",
+    "retry_retryable_status_codes",
+    "breaker_failure_threshold",
+    "breaker_open_for",
+    "breaker_disabled",
+    "limits_max_message_bytes",
+    "limits_max_output_bytes",
+    "limits_max_metrics",
+    "limits_max_issues",
+];
 
 #[derive(Debug, clap::Args)]
 #[allow(clippy::struct_field_names, reason = "they are the names of flags")]
@@ -211,6 +255,13 @@ impl Subsystems {
                 let response = remote.quickly(client.get_subsystem(request)).await?.into_inner();
                 format.show("GetSubsystemResponse", &response, |response| shown(response.subsystem.as_ref()))?;
             }
+            Command::Register(register) if register.file.is_some() => {
+                let registered = register_file(remote, &mut client, *register).await?;
+                format.show("RegisterSubsystemsResponse", &registered.0, |answer| {
+                    let (all, new, changed) = (registered.1, answer.created.len(), answer.replaced.len());
+                    format!("{all} subsystems are registered: {new} new, {changed} changed, the others as before\n")
+                })?;
+            }
             Command::Register(register) => {
                 let request = register.request()?;
                 let response = remote.quickly(client.register_subsystem(request)).await?.into_inner();
@@ -252,8 +303,8 @@ impl Subsystems {
 impl Register {
     fn request(self) -> Result<pb::RegisterSubsystemRequest, Failure> {
         let registration = pb::Registration {
-            name: self.name,
-            endpoint: self.endpoint,
+            name: self.name.unwrap_or_default(),
+            endpoint: self.endpoint.unwrap_or_default(),
             phase: self.phase,
             requires: self.requires,
             after: self.after,
@@ -283,6 +334,39 @@ impl Register {
         };
         Ok(pb::RegisterSubsystemRequest { registration: Some(registration), lease: self.lease })
     }
+}
+
+/// Registers what a file declares. Returns what that has changed, and how many there are.
+async fn register_file(
+    remote: &Remote,
+    client: &mut Client,
+    Register { file, lease, .. }: Register,
+) -> Result<(pb::RegisterSubsystemsResponse, usize), Failure> {
+    use prost::Message as _;
+    /// Well below what a service takes by default.
+    const MAX_BYTES: usize = 3 << 20;
+    /// The fields of a registration, but for the names in its lists.
+    const FIELDS: usize = 32;
+    let overrides = Overrides { config: file, ..Overrides::default() };
+    let config = Config::load(&overrides, []).map_err(|error| Failure::new(Exit::Usage, error.to_string()))?;
+    let mut registered = pb::RegisterSubsystemsResponse::default();
+    let mut left = config.subsystems.iter().map(registration).peekable();
+    while left.peek().is_some() {
+        let (mut registrations, mut bytes, mut fields) = (Vec::new(), 0, 0);
+        while let Some(next) = left.next_if(|next| {
+            bytes += next.encoded_len();
+            fields += FIELDS + next.requires.len() + next.after.len() + next.reads.len();
+            let fits = registrations.len() < MAX_REGISTRATIONS && bytes <= MAX_BYTES && fields <= MAX_FIELDS;
+            fits || registrations.is_empty()
+        }) {
+            registrations.push(next);
+        }
+        let request = pb::RegisterSubsystemsRequest { registrations, lease };
+        let answer = remote.quickly(client.register_subsystems(request)).await?.into_inner();
+        registered.created.extend(answer.created);
+        registered.replaced.extend(answer.replaced);
+    }
+    Ok((registered, config.subsystems.len()))
 }
 
 /// Hands every page of the registry to `take`.

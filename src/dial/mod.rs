@@ -17,7 +17,7 @@ mod unary;
 mod wire;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -36,7 +36,7 @@ pub use self::{
 use crate::{
     memory::{Held, Memory},
     model::{Endpoint, Limits, Name, SpanContext, Subsystem, excerpt},
-    ports::{CallError, InitializeCall, Reply, RunCall, Snapshot, Subsystems},
+    ports::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
 };
 
 /// Calls subsystems over gRPC.
@@ -213,13 +213,14 @@ impl Subsystems for Dialer {
         })
     }
 
-    fn retain(&self, registered: &[Arc<Subsystem>]) {
-        let endpoints: HashSet<_> = registered.iter().map(|subsystem| &subsystem.endpoint).collect();
-        let subsystems: HashSet<_> =
-            registered.iter().map(|subsystem| (&subsystem.endpoint, &subsystem.name)).collect();
-        self.endpoints().retain(|endpoint, clients| {
-            clients.apart.retain(|name, _| subsystems.contains(&(endpoint, name)));
-            endpoints.contains(endpoint)
-        });
+    fn forget(&self, left: &[Left]) {
+        let mut endpoints = self.endpoints();
+        for Left { endpoint, name, was_last } in left {
+            if *was_last {
+                endpoints.remove(endpoint);
+            } else if let Some(clients) = endpoints.get_mut(endpoint) {
+                clients.apart.remove(name);
+            }
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! Runs one cycle, from the first call to the report. Its life reads top to bottom in [`Engine::run`].
 
 use std::{
-    collections::VecDeque,
+    cmp::Reverse,
+    collections::BinaryHeap,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -20,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     BreakerState, LastPart, Member, OutputBudget, Plan, Standing, Trace,
+    member::Turn,
     plan::{Fate, Step},
     retry::{self, Calls},
     trace::CallSpans,
@@ -225,8 +227,10 @@ struct Run<'a> {
     phase: usize,
     phase_end: usize,
     left_in_phase: usize,
-    /// Waits for a call slot.
-    ready: VecDeque<usize>,
+    /// Waits for a call slot: the part first that had its last [`Turn`] the longest ago, and of equals the one that stands
+    /// first in the plan. Where slots are so few that the deadline cuts cycles short, those that were left out of one
+    /// thus come first in the next, and each gets its turn; where no cycle is cut short, all are equal.
+    ready: BinaryHeap<Reverse<(Turn, usize)>>,
     /// Would be called, but waits for memory for its inputs.
     waiting: Option<usize>,
     last_ended: Option<usize>,
@@ -240,6 +244,8 @@ struct Part {
     ready: Duration,
     started: Option<Duration>,
     ended: Option<Duration>,
+    /// It had its turn, as [`Turn::was_whole`] says.
+    turn: Option<bool>,
     state: Option<SubsystemState>,
     answer: Answer,
     /// The memory of the answer, but for an output that has its own by now.
@@ -268,7 +274,7 @@ impl<'a> Run<'a> {
             phase: 0,
             phase_end: 0,
             left_in_phase: 0,
-            ready: VecDeque::new(),
+            ready: BinaryHeap::new(),
             waiting: None,
             last_ended: None,
         };
@@ -287,15 +293,19 @@ impl<'a> Run<'a> {
         positions.filter(|&position| self.parts[position].waits == 0).collect()
     }
 
-    /// Lets go those whose waits are over. What can't run ends at once, which may let others go.
-    fn release(&mut self, mut free: Vec<usize>) {
+    /// Lets go those whose waits are over, in the order of the plan. What can't run ends at once, which may let others go.
+    fn release(&mut self, free: Vec<usize>) {
         let now = self.start.elapsed();
-        while let Some(position) = free.pop() {
+        let mut free: BinaryHeap<_> = free.into_iter().map(Reverse).collect();
+        while let Some(Reverse(position)) = free.pop() {
             self.parts[position].ready = now;
             self.parts[position].released_by = self.last_ended;
             match self.why_not(position) {
-                None if self.takes_part[position] => self.ready.push_back(position),
-                state => free.extend(self.end(position, state)),
+                None if self.takes_part[position] => {
+                    let last_turn = self.cycle.plan.steps[position].member.standing.lock().last_turn;
+                    self.ready.push(Reverse((last_turn, position)));
+                }
+                state => free.extend(self.end(position, state).into_iter().map(Reverse)),
             }
         }
     }
@@ -327,7 +337,8 @@ impl<'a> Run<'a> {
             return None;
         }
         loop {
-            let position = self.waiting.take().or_else(|| self.ready.pop_front())?;
+            let next = self.waiting.take().or_else(|| self.ready.pop().map(|Reverse((_, position))| position));
+            let position = next?;
             match self.prepare(position) {
                 Ok(call) => {
                     self.parts[position].started = Some(self.start.elapsed());
@@ -450,6 +461,7 @@ impl<'a> Run<'a> {
         }
         let part = &mut self.parts[position];
         part.ended = Some(elapsed);
+        part.turn = Some(true);
         part.state = state;
         self.last_ended = Some(position);
         let mut free = Vec::new();
@@ -503,7 +515,12 @@ impl<'a> Run<'a> {
                 state,
             });
             let last_part = LastPart { cycle_id: cycle.cycle_id, started_at: cycle.started_at, report: report.clone() };
-            member.standing.lock().ended(last_part, finished_at);
+            let mut remembered = member.standing.lock();
+            if let Some(was_whole) = part.turn {
+                remembered.last_turn = Turn { cycle_id: cycle.cycle_id, was_whole };
+            }
+            remembered.ended(last_part, finished_at);
+            drop(remembered);
             if succeeded {
                 let output = Output { cycle_id: cycle.cycle_id, payload: part.answer.output };
                 outputs.push((subsystem.name.clone(), member.standing.clone(), output));
@@ -553,6 +570,7 @@ impl<'a> Run<'a> {
         self.observer.ended(position, &state, attempts, now);
         let part = &mut self.parts[position];
         part.ended = Some(now);
+        part.turn = part.started.map(|_| false);
         part.state = Some(state);
     }
 }

@@ -64,7 +64,17 @@ pub(super) struct Remembered {
     latest: Option<(Output, Room)>,
     pub(super) last: Option<LastPart>,
     pub(super) mean: Option<Duration>,
+    pub(super) last_turn: Turn,
     tally: Tally,
+}
+
+/// When a subsystem had its turn: it was called, or was not called for a reason of its own. The greater, the more lately.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Turn {
+    /// The cycle; 0 before the first.
+    pub(super) cycle_id: CycleId,
+    /// Its call was not cut short by the end of the cycle.
+    pub(super) was_whole: bool,
 }
 
 /// What is counted of a subsystem since this process started, or since it was registered.

@@ -4,6 +4,7 @@
 mod breaker;
 mod cycle;
 mod member;
+mod order;
 mod plan;
 mod retry;
 mod trace;
@@ -11,5 +12,6 @@ mod trace;
 pub use breaker::{Breaker, BreakerState};
 pub use cycle::{Cycle, Engine, Observer, Ran};
 pub use member::{LastPart, Member, Outcomes, OutputBudget, Standing, Tally};
+pub use order::{Order, Undo};
 pub use plan::{Plan, PlannedSubsystem, Ring, Schedule};
 pub use trace::{Collected, Trace};

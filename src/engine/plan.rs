@@ -3,11 +3,12 @@
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
+    sync::Arc,
     time::Duration,
 };
 
 use super::Member;
-use crate::model::{Name, SkipReason, SubsystemState};
+use crate::model::{Name, SkipReason, Subsystem, SubsystemState};
 
 /// The order of a cycle over all registered subsystems. Positions are indices into `Plan::steps`, which are
 /// ordered by level and then by name, so that whatever a subsystem waits for stands before it.
@@ -58,6 +59,30 @@ impl From<&SubsystemState> for Fate {
 pub struct Ring(Vec<(Name, String)>);
 
 impl Ring {
+    /// The ring of these, each of which waits for the next one, and the last for the first. Told from the one on that
+    /// comes first by name.
+    pub(super) fn of(members: &[&Subsystem]) -> Self {
+        let first = (0..members.len()).min_by_key(|&i| &members[i].name).unwrap_or_default();
+        let from_first = members.iter().cycle().skip(first).take(members.len());
+        let next = members.iter().cycle().skip(first + 1);
+        let why = |member: &Subsystem, next: &Subsystem| {
+            let relation = order_of(member).find(|(name, _)| **name == next.name);
+            relation.map_or("", |(_, relation)| relation).to_owned()
+        };
+        Self(from_first.zip(next).map(|(member, next)| (member.name.clone(), why(member, next))).collect())
+    }
+
+    /// The ring of one that waits for another one of a later phase.
+    pub(super) fn across_phases(waiting: &Subsystem, later: &Subsystem) -> Self {
+        let relation = order_of(waiting).find(|(name, _)| **name == later.name);
+        let starts_only_after =
+            format!("(phase {}) starts only after phase {} and so after", later.phase, waiting.phase);
+        Self(vec![
+            (waiting.name.clone(), relation.map_or("", |(_, relation)| relation).to_owned()),
+            (later.name.clone(), starts_only_after),
+        ])
+    }
+
     /// The subsystems in the ring, each before the one that it waits for.
     pub fn names(&self) -> impl Iterator<Item = &Name> {
         self.0.iter().map(|(name, _)| name)
@@ -187,6 +212,18 @@ impl Plan {
         names.zip(takes_part).filter_map(|(name, takes_part)| takes_part.then_some(name))
     }
 
+    /// The same names, as the registrations have them: those take no further memory, however long they are kept.
+    ///
+    /// # Errors
+    /// The first one that is not registered.
+    pub fn own_names(&self, names: &[Name]) -> Result<Arc<[Name]>, Name> {
+        let own = |name: &Name| {
+            let position = self.positions.get(name).ok_or_else(|| name.clone())?;
+            Ok(self.steps[*position].member.subsystem.name.clone())
+        };
+        names.iter().map(own).collect()
+    }
+
     /// Which steps take part in a cycle over `subset`, and which of its names are not registered.
     pub(super) fn select(&self, subset: Option<&[Name]>) -> (Vec<bool>, Vec<Name>) {
         let Some(subset) = subset else { return (vec![true; self.steps.len()], Vec::new()) };
@@ -311,25 +348,21 @@ impl Plan {
 fn waits_inside_phase(member: &Member, members: &[Member], index: &HashMap<Name, usize>) -> Result<Vec<usize>, Ring> {
     let subsystem = &member.subsystem;
     let mut found = Vec::new();
-    for (name, relation) in order_of(member) {
+    for (name, _) in order_of(subsystem) {
         let Some(&i) = index.get(name) else { continue };
-        let phase = members[i].subsystem.phase;
-        if phase > subsystem.phase {
-            return Err(Ring(vec![
-                (subsystem.name.clone(), relation.into()),
-                (name.clone(), format!("(phase {phase}) starts only after phase {} and so after", subsystem.phase)),
-            ]));
+        let earlier = &members[i].subsystem;
+        if earlier.phase > subsystem.phase {
+            return Err(Ring::across_phases(subsystem, earlier));
         }
-        if phase == subsystem.phase && !found.contains(&i) {
+        if earlier.phase == subsystem.phase && !found.contains(&i) {
             found.push(i);
         }
     }
     Ok(found)
 }
 
-/// Whom a member has to run after, and in which words.
-fn order_of(member: &Member) -> impl Iterator<Item = (&Name, &'static str)> {
-    let subsystem = &member.subsystem;
+/// What a subsystem has to run after, and in which words.
+pub(super) fn order_of(subsystem: &Subsystem) -> impl Iterator<Item = (&Name, &'static str)> {
     let requires = subsystem.requires.iter().map(|name| (name, "requires"));
     requires.chain(subsystem.after.iter().map(|name| (name, "is after")))
 }
@@ -375,17 +408,8 @@ fn ring_among(members: &[Member], waits_for: &[Vec<usize>], stuck: &[bool]) -> R
     let mut next = stuck.iter().position(|&stuck| stuck);
     while let Some(i) = next {
         if let Some(start) = path.iter().position(|&earlier| earlier == i) {
-            let ring = &path[start..];
-            return Ring(
-                ring.iter()
-                    .enumerate()
-                    .map(|(at, &i)| {
-                        let after = &members[ring[(at + 1) % ring.len()]].subsystem.name;
-                        let why = order_of(&members[i]).find(|(name, _)| *name == after);
-                        (members[i].subsystem.name.clone(), why.map_or("", |(_, relation)| relation).to_owned())
-                    })
-                    .collect(),
-            );
+            let ring: Vec<_> = path[start..].iter().map(|&i| &*members[i].subsystem).collect();
+            return Ring::of(&ring);
         }
         path.push(i);
         next = waits_for[i].iter().copied().find(|&earlier| stuck[earlier]);
@@ -395,8 +419,6 @@ fn ring_among(members: &[Member], waits_for: &[Vec<usize>], stuck: &[bool]) -> R
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::model::{Subsystem, SubsystemSpec};
 

@@ -30,6 +30,11 @@ impl Violations {
         }
     }
 
+    /// Notes others too.
+    pub fn extend(&mut self, others: Self) {
+        others.0.into_iter().for_each(|Violation { field, problem }| self.add(field, problem));
+    }
+
     /// The same violations, of fields that are inside of `message`.
     #[must_use]
     pub fn inside(self, message: &str) -> Self {

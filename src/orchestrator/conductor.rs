@@ -17,8 +17,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{LiveCycle, Refusal, Shared, State};
 use crate::{
-    engine::{Cycle, Ran, Standing, Trace},
-    model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Name, Output, OverlapPolicy, TraceId, Trigger},
+    engine::{Cycle, Plan, Ran, Standing, Trace},
+    model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Name, OverlapPolicy, TraceId, Trigger},
     ports::{Durability, OpenCycle, Record, StoreError, Write},
     record,
 };
@@ -157,20 +157,23 @@ impl Shared {
     async fn run_cycles(&self) -> Result<(), StoreError> {
         while let Some(admitted) = self.next_in_line().await? {
             let trace = Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans);
-            let (finished, outputs, held, trace) = match self.begin(&admitted, trace).await? {
+            let (ran, plan, trace) = match self.begin(&admitted, trace).await? {
                 Ok(cycle) => {
-                    let Ran { finished, outputs, held } = select! {
+                    let ran = select! {
                         ran = self.engine.run(&cycle, &admitted.cancel, &self.live) => ran,
                         // It could not be recorded, and another process may have its subsystems by now.
                         () = self.store_has_ended.cancelled() => return Err(self.store_ended()),
                     };
-                    (finished, outputs, held, cycle.trace)
+                    (ran, Some(cycle.plan), cycle.trace)
                 }
-                Err(trace) => (self.cancelled_in_line(&admitted, trace.id()), Vec::new(), Vec::new(), trace),
+                Err(trace) => {
+                    let finished = self.cancelled_in_line(&admitted, trace.id());
+                    (Ran { finished, outputs: Vec::new(), held: Vec::new() }, None, trace)
+                }
             };
             let ended = Instant::now();
-            let commit = self.record(&admitted, &finished, &outputs).await?;
-            drop(held);
+            let commit = self.record(&admitted, &ran, plan.as_ref()).await?;
+            let finished = ran.finished;
             tell(&finished);
             if let Trace::Collected(spans) = trace {
                 self.engine.spans.ended(spans.finish(&finished, ended, commit));
@@ -209,6 +212,8 @@ impl Shared {
     async fn begin(&self, admitted: &Admitted, trace: Trace) -> Result<Result<Cycle, Trace>, StoreError> {
         let settings = self.settings();
         let trace_id = trace.id();
+        // What was registered meanwhile counts too: so it is asked for again below, and has then hardly to be waited for.
+        self.plan().await;
         let opened = |_: &State| Write {
             durability: Durability::Buffered,
             open: vec![OpenCycle { started_at: Some(self.clock.now()), trace_id, ..admitted.to_open() }],
@@ -224,13 +229,14 @@ impl Shared {
             begun = begun => begun?,
         }
         let started_at = start();
-        let (plan, revision) = {
+        let revision = {
             let mut state = self.state();
             if let Some(name) = admitted.request.trigger.loop_name() {
                 state.loops.begun(name, admitted.request.scheduled_at, started_at);
             }
-            (state.registry.plan(), state.last_revision)
+            state.last_revision
         };
+        let plan = self.plan().await;
         let cycle = Cycle {
             cycle_id: admitted.cycle_id,
             request: admitted.request.clone(),
@@ -268,8 +274,8 @@ impl Shared {
     async fn record(
         &self,
         admitted: &Admitted,
-        finished: &FinishedCycle,
-        outputs: &[(Name, Arc<Standing>, Output)],
+        Ran { finished, outputs, .. }: &Ran,
+        plan: Option<&Arc<Plan>>,
     ) -> Result<Range<Instant>, StoreError> {
         self.live.end();
         let revision = self.state().last_revision.next();
@@ -279,7 +285,8 @@ impl Shared {
             state.registry.get(name).is_ok_and(|now| Arc::ptr_eq(&now.member.standing, standing))
         };
         let build = |state: &State| {
-            let current = outputs.iter().filter(|(name, standing, _)| is_current(state, name, standing));
+            let all_are = plan.is_some_and(|plan| state.registry.is_as_planned(plan));
+            let current = outputs.iter().filter(|(name, standing, _)| all_are || is_current(state, name, standing));
             Write {
                 records: vec![(*record).clone()],
                 outputs: current.map(|(name, _, output)| (name.clone(), output.clone())).collect(),

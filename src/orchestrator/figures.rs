@@ -99,11 +99,6 @@ impl Orchestrator {
         // From here on the latest records are at hand.
         let at_hand = state.recent.front().map_or(state.last_revision, |first| Revision(first.revision.0 - 1));
         let (watchers, lagging, events) = self.0.watchers.look(at_hand);
-        let (mut declared, mut leases) = (0, 0);
-        for entry in state.registry.iter() {
-            declared += usize::from(entry.declared);
-            leases += usize::from(entry.lease.is_some());
-        }
         Figures {
             counts: state.counts.clone(),
             queued: state.queue.len(),
@@ -112,9 +107,9 @@ impl Orchestrator {
             watchers,
             lagging,
             events,
-            declared,
-            registered: state.registry.len() - declared,
-            leases,
+            declared: state.registry.declared(),
+            registered: state.registry.len() - state.registry.declared(),
+            leases: state.registry.leases(),
             epoch: self.0.engine.epoch,
             started_at: self.0.started_at,
             draining: state.draining,

@@ -73,9 +73,19 @@ pub enum Refusal {
     /// The configuration file has the say.
     #[error("{0} is declared in the configuration file; change it there")]
     DeclaredInConfig(Name),
-    /// Too many are registered.
-    #[error("{0} subsystems are registered, which is the most that may be (registry.max_subsystems)")]
-    RegistryFull(usize),
+    /// More would be registered than may be.
+    #[error(
+        "{registered} subsystems are registered, and with {new} more they would be over the {max} that may be \
+         (registry.max_subsystems); unregister those that are gone, or give those that come and go a lease"
+    )]
+    RegistryFull {
+        /// How many are registered.
+        registered: usize,
+        /// How many new ones there would be.
+        new: usize,
+        /// How many may be.
+        max: usize,
+    },
     /// It does not end by itself.
     #[error(
         "{0} has no lease, so there is none to renew: what the configuration file declares needs none, and anything else \

@@ -1,23 +1,35 @@
 //! The registry: which subsystems are registered now, and their order.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
 use super::Refusal;
 use crate::{
-    engine::{Member, Plan, Ring},
-    model::Name,
-    ports::StoredSubsystem,
+    engine::{Member, Plan, Ring, Standing},
+    model::{Endpoint, Name, Subsystem},
+    ports::{Left, StoredSubsystem},
 };
 
-/// The registered subsystems and the plan over them.
+/// The registered subsystems, and what is asked of all of them again and again: then nobody has to look at each.
 #[derive(Debug, Default)]
 pub(super) struct Registry {
-    entries: BTreeMap<Name, Registered>,
-    plan: Arc<Plan>,
-    /// The plan is older than the entries.
-    plan_is_stale: bool,
+    /// Shared, so that those who have to look at each take them along, and do so without holding the others up.
+    entries: BTreeMap<Name, Arc<Registered>>,
+    /// When leases end.
+    expiries: BTreeSet<(Instant, Name)>,
+    /// How many the configuration file declares.
+    declared: usize,
+    /// How many are at each endpoint.
+    endpoints: HashMap<Endpoint, usize>,
+    /// Counts the changes.
+    version: u64,
+    /// The latest plan, and the version that it is of.
+    plan: (Arc<Plan>, u64),
 }
 
 /// One registered subsystem.
@@ -40,14 +52,25 @@ pub struct Lease {
     pub expires: Instant,
 }
 
+/// All entries of a registry, and its version.
+pub(super) struct Entries {
+    pub(super) entries: Vec<Arc<Registered>>,
+    version: u64,
+}
+
 impl Lease {
-    /// A lease that begins now.
-    pub(super) fn new(length: Duration) -> Self {
-        Self { length, expires: Instant::now() + length }
+    /// A lease that begins at this time: those that begin together end together.
+    pub(super) fn new(length: Duration, begin: Instant) -> Self {
+        Self { length, expires: begin + length }
     }
 }
 
 impl Registered {
+    /// Its name.
+    pub(super) fn name(&self) -> &Name {
+        &self.member.subsystem.name
+    }
+
     /// As it is stored.
     pub(super) fn to_stored(&self) -> StoredSubsystem {
         let subsystem = &self.member.subsystem;
@@ -60,115 +83,206 @@ impl Registered {
     }
 }
 
+impl Entries {
+    /// The order over all entries. There has to be one.
+    pub(super) fn plan(&self) -> Option<Arc<Plan>> {
+        match Plan::compile(self.entries.iter().map(|entry| entry.member.clone())) {
+            Ok(plan) => Some(Arc::new(plan)),
+            // Every entry was checked before it was put, so this is a defect.
+            Err(ring) => {
+                tracing::error!(%ring, "the registry has no order");
+                None
+            }
+        }
+    }
+}
+
+/// What other declarations of the configuration file change.
+pub(super) struct Declarations {
+    /// Entries that are new or different.
+    pub(super) put: Vec<Registered>,
+    /// Names that are no more.
+    pub(super) removed: Vec<Name>,
+    /// Those of `put` that are now elsewhere.
+    pub(super) moved: Vec<Arc<Standing>>,
+    /// What becomes of what is stored.
+    pub(super) stored: BTreeMap<Name, Option<StoredSubsystem>>,
+    /// Names that are registered by RPC, and stay so.
+    by_rpc: HashSet<Name>,
+}
+
+impl Declarations {
+    /// What these change in a registry of those entries.
+    pub(super) fn of(subsystems: Vec<Subsystem>, before: &[Arc<Registered>]) -> Self {
+        let before: HashMap<_, _> = before.iter().map(|entry| (entry.name(), entry)).collect();
+        let names: HashSet<_> = subsystems.iter().map(|subsystem| subsystem.name.clone()).collect();
+        let others = || before.values().filter(|entry| !names.contains(entry.name()));
+        let removed: Vec<_> = others().filter(|entry| entry.declared).map(|entry| entry.name().clone()).collect();
+        let by_rpc = others().filter(|entry| !entry.declared).map(|entry| entry.name().clone()).collect();
+        let mut stored: BTreeMap<_, _> = removed.iter().map(|name| (name.clone(), None)).collect();
+        let (mut put, mut moved) = (Vec::new(), Vec::new());
+        for subsystem in subsystems {
+            let earlier = before.get(&subsystem.name);
+            let member = match earlier {
+                // What did not change stays initialized.
+                Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone(),
+                Some(earlier) => {
+                    if earlier.member.subsystem.endpoint != subsystem.endpoint {
+                        moved.push(earlier.member.standing.clone());
+                    }
+                    Member::new(Arc::new(subsystem), earlier.member.suspended, earlier.member.standing.clone())
+                }
+                None => Member::new(Arc::new(subsystem), false, Arc::default()),
+            };
+            let is_same = earlier.is_some_and(|it| it.declared && Arc::ptr_eq(&it.member.subsystem, &member.subsystem));
+            let entry = Registered { member, declared: true, lease: None };
+            if earlier.is_some_and(|earlier| !earlier.declared) {
+                stored.insert(entry.name().clone(), Some(entry.to_stored()));
+            }
+            if !is_same {
+                put.push(entry);
+            }
+        }
+        Self { put, removed, moved, stored, by_rpc }
+    }
+
+    /// Why they can't be.
+    pub(super) fn refuse(&self, ring: Ring) -> Refusal {
+        let by_rpc = ring.names().filter(|name| self.by_rpc.contains(*name)).cloned().collect();
+        Refusal::DeclaredRing { ring, by_rpc }
+    }
+}
+
 impl Registry {
+    /// A registry of these entries, some of which the configuration file declares.
+    ///
+    /// # Errors
+    /// They have no order.
+    pub(super) fn of(entries: Vec<Registered>) -> Result<Self, Refusal> {
+        let plan = Plan::compile(entries.iter().map(|entry| entry.member.clone())).map_err(|ring| {
+            let is_by_rpc = |name: &&Name| entries.iter().any(|entry| entry.name() == *name && !entry.declared);
+            let by_rpc = ring.names().filter(is_by_rpc).cloned().collect();
+            Refusal::DeclaredRing { ring, by_rpc }
+        })?;
+        let mut registry = Self::default();
+        for entry in entries {
+            registry.put(entry);
+        }
+        registry.plan = (Arc::new(plan), registry.version);
+        Ok(registry)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
 
-    pub(super) fn get(&self, name: &Name) -> Result<&Registered, Refusal> {
-        self.entries.get(name).ok_or_else(|| Refusal::SubsystemNotFound(name.clone()))
+    /// How many the configuration file declares.
+    pub(super) fn declared(&self) -> usize {
+        self.declared
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Registered> {
-        self.entries.values()
+    /// How many have a lease.
+    pub(super) fn leases(&self) -> usize {
+        self.expiries.len()
+    }
+
+    pub(super) fn get(&self, name: &Name) -> Result<&Registered, Refusal> {
+        self.entries.get(name).map(|entry| &**entry).ok_or_else(|| Refusal::SubsystemNotFound(name.clone()))
     }
 
     /// Those after `name` in the order of names.
-    pub(super) fn after(&self, name: Option<&str>) -> impl Iterator<Item = &Registered> {
+    pub(super) fn after(&self, name: Option<&str>) -> impl Iterator<Item = &Arc<Registered>> {
         use std::ops::Bound::{Excluded, Unbounded};
         let from = name.map_or(Unbounded, Excluded);
         self.entries.range::<str, _>((from, Unbounded)).map(|(_, entry)| entry)
     }
 
-    /// Whether the order would still be one with this entry.
-    pub(super) fn check_order(&self, entry: &Registered) -> Result<(), Ring> {
-        let subsystem = &entry.member.subsystem;
-        // One that waits for nobody and for whom nobody waits can't be in a ring.
-        let waits = !subsystem.requires.is_empty() || !subsystem.after.is_empty();
-        let is_waited_for = || {
-            self.entries
-                .values()
-                .map(|other| &other.member.subsystem)
-                .any(|other| other.requires.contains(&subsystem.name) || other.after.contains(&subsystem.name))
-        };
-        if waits || is_waited_for() {
-            let others = self.entries.values().filter(|other| other.member.subsystem.name != subsystem.name);
-            Plan::compile(others.chain([entry]).map(|entry| entry.member.clone()))?;
+    pub(super) fn snapshot(&self) -> Entries {
+        Entries { entries: self.entries.values().cloned().collect(), version: self.version }
+    }
+
+    /// Puts an entry whose order was checked, in the place of the one of its name. Returns what is elsewhere now.
+    pub(super) fn put(&mut self, entry: Registered) -> Option<Left> {
+        let endpoint = entry.member.subsystem.endpoint.clone();
+        let name = entry.name().clone();
+        let left = self.remove(&name).filter(|left| left.endpoint != endpoint);
+        *self.endpoints.entry(endpoint).or_default() += 1;
+        self.declared += usize::from(entry.declared);
+        self.expiries.extend(entry.lease.map(|lease| (lease.expires, name.clone())));
+        self.entries.insert(name, Arc::new(entry));
+        left
+    }
+
+    /// Removes an entry. Returns what has left.
+    pub(super) fn remove(&mut self, name: &Name) -> Option<Left> {
+        self.version += 1;
+        let entry = self.entries.remove(name)?;
+        self.declared -= usize::from(entry.declared);
+        if let Some(lease) = entry.lease {
+            self.expiries.remove(&(lease.expires, name.clone()));
         }
-        Ok(())
-    }
-
-    /// Puts an entry whose order was checked.
-    pub(super) fn put(&mut self, entry: Registered) {
-        self.entries.insert(entry.member.subsystem.name.clone(), entry);
-        self.plan_is_stale = true;
-    }
-
-    pub(super) fn remove(&mut self, name: &Name) {
-        self.plan_is_stale = true;
-        self.entries.remove(name);
-    }
-
-    /// A registry of these entries, some of which the configuration file declares.
-    pub(super) fn of(entries: BTreeMap<Name, Registered>) -> Result<Self, Refusal> {
-        let plan = Plan::compile(entries.values().map(|entry| entry.member.clone())).map_err(|ring| {
-            let is_by_rpc = |name: &&Name| entries.get(*name).is_some_and(|entry| !entry.declared);
-            let by_rpc = ring.names().filter(is_by_rpc).cloned().collect();
-            Refusal::DeclaredRing { ring, by_rpc }
-        })?;
-        Ok(Self { entries, plan: Arc::new(plan), plan_is_stale: false })
-    }
-
-    pub(super) fn entries(&self) -> BTreeMap<Name, Registered> {
-        self.entries.clone()
-    }
-
-    /// Takes over the lease of an entry that is otherwise the same.
-    pub(super) fn renew_in_place(&mut self, entry: &Registered) {
-        if let Some(kept) = self.entries.get_mut(&entry.member.subsystem.name) {
-            kept.lease = entry.lease;
+        let endpoint = entry.member.subsystem.endpoint.clone();
+        let others = self.endpoints.remove(&endpoint)?.saturating_sub(1);
+        if others > 0 {
+            self.endpoints.insert(endpoint.clone(), others);
         }
-    }
-
-    /// Takes over the leases of entries that are in both.
-    pub(super) fn keep_leases_of(&mut self, other: &Self) {
-        for (name, entry) in &mut self.entries {
-            entry.lease = other.entries.get(name).filter(|_| !entry.declared).and_then(|other| other.lease);
-        }
+        Some(Left { endpoint, name: name.clone(), was_last: others == 0 })
     }
 
     /// Renews the lease of an entry, if it has one. Not one that has ended: its end may be being written.
     pub(super) fn renew(&mut self, name: &Name) -> Result<Lease, Refusal> {
-        let entry = self.entries.get_mut(name).ok_or_else(|| Refusal::SubsystemNotFound(name.clone()))?;
-        let lease = entry.lease.as_mut().ok_or_else(|| Refusal::NoLease(name.clone()))?;
-        if lease.expires <= Instant::now() {
+        let entry = self.get(name)?;
+        let lease = entry.lease.ok_or_else(|| Refusal::NoLease(name.clone()))?;
+        let now = Instant::now();
+        if lease.expires <= now {
             return Err(Refusal::SubsystemNotFound(name.clone()));
         }
-        *lease = Lease::new(lease.length);
-        Ok(*lease)
+        let lease = Lease::new(lease.length, now);
+        self.set_lease(name, lease);
+        Ok(lease)
+    }
+
+    /// Puts a lease in the place of that of an entry, if it has one.
+    pub(super) fn set_lease(&mut self, name: &Name, lease: Lease) {
+        if let Some(entry) = self.entries.get_mut(name)
+            && let Some(earlier) = entry.lease
+        {
+            self.expiries.remove(&(earlier.expires, name.clone()));
+            self.expiries.insert((lease.expires, name.clone()));
+            Arc::make_mut(entry).lease = Some(lease);
+        }
     }
 
     /// When the next lease ends.
     pub(super) fn next_expiry(&self) -> Option<Instant> {
-        self.entries.values().filter_map(|entry| entry.lease).map(|lease| lease.expires).min()
+        self.expiries.first().map(|(expires, _)| *expires)
     }
 
-    /// Those whose lease has ended.
-    pub(super) fn expired(&self, now: Instant) -> Vec<Name> {
-        let expired = self.entries.values().filter(|entry| entry.lease.is_some_and(|lease| lease.expires <= now));
-        expired.map(|entry| entry.member.subsystem.name.clone()).collect()
+    /// At most `max` of those whose lease has ended, the earliest first.
+    pub(super) fn expired(&self, now: Instant, max: usize) -> Vec<Name> {
+        let expired = self.expiries.iter().take_while(|(expires, _)| *expires <= now);
+        expired.take(max).map(|(_, name)| name.clone()).collect()
     }
 
-    /// The order over all entries. Compiled when it is first asked for after a change.
-    pub(super) fn plan(&mut self) -> Arc<Plan> {
-        if self.plan_is_stale {
-            match Plan::compile(self.entries.values().map(|entry| entry.member.clone())) {
-                Ok(plan) => self.plan = Arc::new(plan),
-                // Every entry was checked before it was put, so this is a defect; the old order goes on.
-                Err(ring) => tracing::error!(%ring, "the registry has no order"),
-            }
-            self.plan_is_stale = false;
-        }
-        self.plan.clone()
+    /// The order over all entries.
+    ///
+    /// # Errors
+    /// There were changes since it was last made: from the snapshot, it can be made again.
+    pub(super) fn plan(&self) -> Result<Arc<Plan>, Entries> {
+        let (plan, version) = &self.plan;
+        if *version == self.version { Ok(plan.clone()) } else { Err(self.snapshot()) }
+    }
+
+    /// Keeps the plan that was made from a snapshot; where none could be made, the one before goes on. Returns the one that
+    /// is kept.
+    pub(super) fn planned(&mut self, snapshot: &Entries, plan: Option<Arc<Plan>>) -> Arc<Plan> {
+        let plan = plan.unwrap_or_else(|| self.plan.0.clone());
+        self.plan = (plan.clone(), snapshot.version);
+        plan
+    }
+
+    /// Whether there were no changes since this plan was made.
+    pub(super) fn is_as_planned(&self, plan: &Arc<Plan>) -> bool {
+        Arc::ptr_eq(&self.plan.0, plan) && self.plan.1 == self.version
     }
 }

@@ -20,6 +20,8 @@ pub const MAX_FIELDS: usize = 100_000;
 
 /// The most names that a watcher filters by.
 pub const MAX_FILTER: usize = 1000;
+/// The most subsystems that are registered by one call: one commit of so many hardly holds up a cycle that is to begin.
+pub const MAX_REGISTRATIONS: usize = 1000;
 /// The most states that a filter lists: more than there are.
 const MAX_STATES: usize = 16;
 /// The most codes that are retried: as many as there are, nearly.
@@ -31,6 +33,7 @@ const MAX_ENTRIES: &[(&str, usize)] = &[
     ("dreamnet.orchestrator.v1.ListCyclesRequest.states", MAX_STATES),
     ("dreamnet.orchestrator.v1.ListCyclesRequest.subsystem_states", MAX_STATES),
     ("dreamnet.orchestrator.v1.PlanCycleRequest.subsystems", CycleRequest::MAX_SUBSET),
+    ("dreamnet.orchestrator.v1.RegisterSubsystemsRequest.registrations", MAX_REGISTRATIONS),
     ("dreamnet.orchestrator.v1.Registration.after", Subsystem::MAX_INPUTS),
     ("dreamnet.orchestrator.v1.Registration.reads", Subsystem::MAX_INPUTS),
     ("dreamnet.orchestrator.v1.Registration.requires", Subsystem::MAX_INPUTS),
