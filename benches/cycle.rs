@@ -39,7 +39,7 @@ use orchestrator_core::{
         subsystem_client::SubsystemClient,
         subsystem_server::{Subsystem as Service, SubsystemServer},
     },
-    serve,
+    record, serve,
     store::{self, StoreUrl},
     telemetry::{metrics::Metrics, otlp},
 };
@@ -277,7 +277,7 @@ impl Ours {
         let declared = Declared { subsystems: subsystems.collect::<std::result::Result<_, _>>()?, loops: Vec::new() };
         let memory = Shares::of(1 << 30);
         let dialer = Arc::new(Dialer::new(Duration::from_secs(5), memory.replies.clone()));
-        let (store, contents) = store::open(store).await?;
+        let (store, contents) = store::open(store, record::check).await?;
         let settings = serve::settings(&Config::default());
         let (mut spans, mut exporting): (Arc<dyn Spans>, _) = (Arc::new(Untraced), None);
         if let Some(collector) = collector {

@@ -12,7 +12,7 @@ mod registry;
 mod watch;
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     convert::Infallible,
     panic::resume_unwind,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -45,8 +45,8 @@ use crate::{
     },
     parts::{Ended, Parts},
     ports::{
-        Contents, PageLimits, Record, Retention, SCAN_LIMIT, Spans, Store, StoreError, StoredOutput, StoredSubsystem,
-        Subsystems, Write,
+        Contents, Lost, PageLimits, Record, Retention, SCAN_LIMIT, Spans, Store, StoreError, StoredOutput,
+        StoredSubsystem, Subsystems, UnreadableRow, Write,
     },
     record::{self, Participation},
     schedule::Loops,
@@ -62,7 +62,7 @@ pub use self::{
 };
 pub use crate::{
     engine::{BreakerState, LastPart, Outcomes, PlannedSubsystem, Ring, Schedule, Tally},
-    ports::{CallError, Durability, Filter, Page, Snapshot, StoreSize, TriggerKind},
+    ports::{CallError, Durability, Filter, Page, Snapshot, StoreSize, TriggerKind, Unreadable},
     schedule::LoopEntry,
 };
 
@@ -180,6 +180,8 @@ struct State {
     recent: VecDeque<Arc<Record>>,
     recent_bytes: usize,
     store_error: Option<StoreError>,
+    /// The records that could not be read, each of which was told of.
+    unreadable: BTreeSet<(CycleId, Revision)>,
     draining: bool,
     counts: Counts,
 }
@@ -188,6 +190,24 @@ impl State {
     /// How much of the history is kept at hand: enough that only those who were away read the store.
     const RECENT_RECORDS: usize = 256;
     const RECENT_BYTES: usize = 8 << 20;
+
+    /// So many records that can't be read are told of one by one. More are not remembered, nor told of.
+    const MAX_UNREADABLE: usize = 10_000;
+
+    /// Tells of a record that can't be read, once.
+    fn tell_unreadable(&mut self, unreadable: &Unreadable) {
+        let Unreadable { cycle_id, revision, problem } = unreadable;
+        let is_full = self.unreadable.len() == Self::MAX_UNREADABLE;
+        if !is_full && self.unreadable.insert((*cycle_id, *revision)) {
+            self.counts.unreadable_records += 1;
+            tracing::error!(
+                cycle_id = cycle_id.0,
+                revision = revision.0,
+                problem,
+                "the record of a cycle can't be read, and is passed over"
+            );
+        }
+    }
 
     /// Whether a cycle waits or runs.
     fn is_live(&self, admitted: &Arc<Admitted>) -> bool {
@@ -268,16 +288,23 @@ impl Orchestrator {
             running: None,
             requests: HashMap::new(),
             last_admitted: contents.last_cycle_id,
-            last: contents.last_record.map(Arc::new),
+            last: None,
             last_cycle_id: contents.last_cycle_id,
             last_revision: contents.last_revision,
             pruned_to: contents.pruned_to,
             recent: VecDeque::new(),
             recent_bytes: 0,
             store_error: None,
+            unreadable: BTreeSet::new(),
             draining: false,
             counts: Counts::default(),
         };
+        match contents.last_record {
+            Some(Ok(record)) => state.last = Some(Arc::new(record)),
+            Some(Err(unreadable)) => state.tell_unreadable(&unreadable),
+            None => {}
+        }
+        tell_unreadable_rows(&contents.unreadable);
         let mut write = Write { epoch: contents.epoch, ..Write::default() };
 
         // The registry: what is declared wins over what was registered by RPC under the same name.
@@ -322,6 +349,10 @@ impl Orchestrator {
                 }
             }
         }
+        // What can't be read stays stored, with its output.
+        for row in contents.unreadable.iter().filter(|row| row.what == "subsystem") {
+            latest.remove(row.key.as_str());
+        }
         // Outputs whose subsystem nobody registers any more.
         write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
         let order = Order::of(entries.iter().map(|entry| entry.member.subsystem.clone()));
@@ -352,16 +383,22 @@ impl Orchestrator {
 
         // Cycles that an earlier process had begun.
         let open: BTreeMap<CycleId, _> = contents.open.iter().map(|open| (open.cycle_id, open)).collect();
-        let last_open = open.keys().next_back().copied().unwrap_or_default();
-        let last_lost = if contents.may_lack_open { state.last_cycle_id.next() } else { CycleId::default() };
-        while state.last_cycle_id < last_open.max(last_lost) {
+        let last_lost = contents.lost.map(|lost| lost.last_cycle_id).unwrap_or_default();
+        if let Some(lost) = &contents.lost {
+            tell_lost(lost, &state);
+        }
+        let may_be_lost = if contents.may_lack_open { state.last_cycle_id.next() } else { CycleId::default() };
+        while state.last_cycle_id < contents.last_open.max(may_be_lost).max(last_lost) {
             let cycle_id = state.last_cycle_id.next();
-            let finished = conductor::interrupted(cycle_id, open.get(&cycle_id).copied(), contents.epoch, now);
+            let is_lost = cycle_id <= last_lost;
+            let finished = conductor::interrupted(cycle_id, open.get(&cycle_id).copied(), is_lost, contents.epoch, now);
             let record = record::encode(&finished, state.last_revision.next(), settings.max_record_bytes);
-            tracing::warn!(
-                cycle_id = cycle_id.0,
-                "recorded as interrupted: an earlier process ended in the middle of it"
-            );
+            if !is_lost {
+                tracing::warn!(
+                    cycle_id = cycle_id.0,
+                    "recorded as interrupted: an earlier process ended in the middle of it"
+                );
+            }
             write.records.push(record.clone());
             state.publish(Arc::new(record), None);
             state.last_admitted = cycle_id;
@@ -484,7 +521,7 @@ impl Orchestrator {
                 return Err(Refusal::CycleNotFinished(cycle_id));
             }
         }
-        let record = self.0.store.cycle(cycle_id).await?;
+        let record = self.0.tell_if_unreadable(self.0.store.cycle(cycle_id).await)?;
         record.map(Arc::new).ok_or(Refusal::CycleNotFound(cycle_id))
     }
 
@@ -508,13 +545,20 @@ impl Orchestrator {
             let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
             let found = self.0.store.cycles_before(before, filter.clone(), limits).await?;
             page.scanned += found.scanned;
-            for record in found.records {
-                if participation.wants(&record.bytes) {
-                    bytes += record.bytes.len();
-                    if page.records.len() == max_records || (!page.records.is_empty() && bytes > MAX_BYTES) {
-                        return Ok(Page { next: Some(record.cycle_id.next()), ..page });
+            for found in found.records {
+                let (cycle_id, length, is_wanted) = match &found {
+                    Ok(record) => (record.cycle_id, record.bytes.len(), participation.wants(&record.bytes)),
+                    Err(unreadable) => {
+                        self.0.state().tell_unreadable(unreadable);
+                        (unreadable.cycle_id, 0, true)
                     }
-                    page.records.push(record);
+                };
+                if is_wanted {
+                    bytes += length;
+                    if page.records.len() == max_records || (!page.records.is_empty() && bytes > MAX_BYTES) {
+                        return Ok(Page { next: Some(cycle_id.next()), ..page });
+                    }
+                    page.records.push(found);
                 }
             }
             match found.next {
@@ -754,6 +798,41 @@ async fn lasting(task: impl Future<Output = ()>) -> Result<(), Infallible> {
     Ok(())
 }
 
+/// Tells what of an earlier process's state can't be read, and is left out.
+fn tell_unreadable_rows(rows: &[UnreadableRow]) {
+    /// Where all is damaged, that is known after a few.
+    const TOLD: usize = 64;
+    for UnreadableRow { what, key, problem } in rows.iter().take(TOLD) {
+        tracing::error!(what, key, problem, "left out: a row of the store can't be read; it stays there");
+    }
+    if rows.len() > TOLD {
+        tracing::error!(rows = rows.len() - TOLD, "left out: further rows of the store can't be read");
+    }
+}
+
+/// Tells what was acknowledged and is not in the store any more.
+fn tell_lost(lost: &Lost, state: &State) {
+    let (last_cycle_id, last_revision, commits) = (lost.last_cycle_id, lost.last_revision, lost.commits);
+    if last_cycle_id > state.last_cycle_id {
+        let cycles = format!("{} to {last_cycle_id}", state.last_cycle_id.next());
+        let revisions = format!("{} to {last_revision}", state.last_revision.next());
+        tracing::error!(
+            cycles,
+            revisions,
+            commits,
+            "records that were acknowledged are missing: the end of the store was damaged, or an older copy was put in its \
+             place. They are recorded as interrupted, so that their numbers are not given again; what was registered or \
+             changed meanwhile is missing as well"
+        );
+    } else {
+        tracing::error!(
+            commits,
+            "changes that were acknowledged are missing, such as registrations, loops or suspensions: the end of the store was \
+             damaged, or an older copy was put in its place"
+        );
+    }
+}
+
 /// Where a cycle that was asked for stands.
 enum Found {
     Recorded(Record),
@@ -791,7 +870,7 @@ impl Shared {
                 looked_at = Some(state.last_revision);
             }
             if let Some(request_id) = &request.request_id
-                && let Some(record) = self.store.cycle_of_request(request_id.clone()).await?
+                && let Some(record) = self.tell_if_unreadable(self.store.cycle_of_request(request_id.clone()).await)?
             {
                 return Ok(Found::Recorded(record));
             }
@@ -1094,6 +1173,14 @@ impl Shared {
         committed?;
         state.loops.written(mark);
         Ok(apply(&mut state))
+    }
+
+    /// Tells of a record that can't be read, if that is why.
+    fn tell_if_unreadable<T>(&self, found: Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Err(StoreError::Unreadable(unreadable)) = &found {
+            self.state().tell_unreadable(unreadable);
+        }
+        found
     }
 
     /// Nothing will be written any more: ends the process.

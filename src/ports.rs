@@ -150,13 +150,19 @@ pub trait Store: Send + Sync + 'static {
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>>;
 
     /// The record of a cycle.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreadable`] when it is damaged.
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>>;
 
     /// The record of the latest cycle that this request started.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreadable`] when it is damaged.
     fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>>;
 
     /// Records of cycles below `before`, newest first, that pass `filter`. Ends at the limits of `page`, or when it has
-    /// looked at [`SCAN_LIMIT`] records.
+    /// looked at [`SCAN_LIMIT`] records. One that can't be read passes where what the filter looks at can't be read.
     fn cycles_before(
         &self,
         before: CycleId,
@@ -164,11 +170,12 @@ pub trait Store: Send + Sync + 'static {
         page: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>>;
 
-    /// Records after `revision`, oldest first, without a gap, up to the limits of `page`.
+    /// Records after `revision`, oldest first, without a gap, up to the limits of `page`. One that can't be read, or is
+    /// not there though nobody has pruned it, stands in its place as such.
     ///
     /// # Errors
     /// [`StoreError::NotRetained`] when some of them have been pruned, or `revision` was never given.
-    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Record>, StoreError>>;
+    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>>;
 
     /// Removes at most `limit` records that `retention` no longer wants, oldest first, never the newest one. Returns
     /// how many it removed, and the highest revision that was ever removed.
@@ -190,9 +197,11 @@ pub struct Contents {
     /// The highest revision ever pruned: those above are all there.
     pub pruned_to: Revision,
     /// The record of `last_cycle_id`, if there is one.
-    pub last_record: Option<Record>,
+    pub last_record: Option<Found>,
     /// Cycles that were admitted and never recorded, by id.
     pub open: Vec<OpenCycle>,
+    /// The highest cycle that was admitted and never recorded, also where no more is known of it; 0 when there is none.
+    pub last_open: CycleId,
     /// The process before this one did not close the store, and the machine has restarted since, so that buffered
     /// writes, and with them an entry of `open`, may be lost.
     pub may_lack_open: bool,
@@ -204,6 +213,34 @@ pub struct Contents {
     pub loops: Vec<StoredLoop>,
     /// The latest outputs.
     pub outputs: Vec<StoredOutput>,
+    /// What can't be read of all that. It stays in the store.
+    pub unreadable: Vec<UnreadableRow>,
+}
+
+/// A record as it was found.
+pub type Found = Result<Record, Unreadable>;
+
+/// A record that is in the history and can't be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the record of cycle {cycle_id}, revision {revision}, can't be read: {problem}")]
+pub struct Unreadable {
+    /// The cycle; 0 where that can't be read either.
+    pub cycle_id: CycleId,
+    /// The revision; 0 where that can't be read either.
+    pub revision: Revision,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+/// Something else that is in the store and can't be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnreadableRow {
+    /// What it is: an open cycle, a subsystem, a loop or an output.
+    pub what: &'static str,
+    /// Its name or its number, as it is there.
+    pub key: String,
+    /// What is wrong with it.
+    pub problem: String,
 }
 
 /// What was acknowledged and is not in the store any more: its end was damaged, or an older copy was put in its place.
@@ -385,7 +422,7 @@ pub const SCAN_LIMIT: usize = 10_000;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Page {
     /// The records.
-    pub records: Vec<Record>,
+    pub records: Vec<Found>,
     /// Go on below this cycle; `None` when there is nothing more.
     pub next: Option<CycleId>,
     /// How many records were looked at for it.
@@ -434,6 +471,7 @@ impl StoreError {
             | Self::LogLeftBehind { .. }
             | Self::Behind { .. }
             | Self::Missing(_)
+            | Self::Unreadable(_)
             | Self::Full(..)
             | Self::ReadOnly(..)
             | Self::Gone(_)
@@ -512,6 +550,9 @@ pub enum StoreError {
         /// The last cycle that was acknowledged.
         noted: CycleId,
     },
+    /// A record is damaged. Nothing else is the matter.
+    #[error(transparent)]
+    Unreadable(Unreadable),
     /// There is none.
     #[error("there is no database {0}")]
     Missing(String),

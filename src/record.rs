@@ -10,8 +10,8 @@ use prost::Message;
 
 use crate::{
     model::{
-        CycleState, FinishedCycle, Issue, Name, Revision, Severity, SkipReason, SubsystemReport, SubsystemState,
-        Trigger, excerpt,
+        CycleState, FinishedCycle, Issue, Name, Payload, Revision, Severity, SkipReason, SubsystemReport,
+        SubsystemState, Trigger, excerpt,
     },
     ports::Record,
     proto::{orchestrator::v1 as pb, subsystem::v1 as pbs, timestamp},
@@ -43,6 +43,22 @@ pub fn encode(cycle: &FinishedCycle, revision: Revision, max_bytes: usize) -> Re
         finished_at: cycle.finished_at,
         bytes: telemetry.encode_to_vec().into(),
     }
+}
+
+/// Checks that a record can be read, by everybody who knows the contract.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check(record: &Record) -> Result<(), String> {
+    let telemetry = pb::CycleTelemetry::decode(record.bytes.clone()).map_err(|error| error.to_string())?;
+    let (cycle_id, revision) = (telemetry.cycle_id, telemetry.revision);
+    if (cycle_id, revision) != (record.cycle_id.0, record.revision.0) {
+        return Err(format!("it says that it is that of cycle {cycle_id}, revision {revision}"));
+    }
+    for part in telemetry.subsystems {
+        Payload::check(part.output).map_err(|malformed| format!("the output of {}: {malformed}", part.name))?;
+    }
+    Ok(())
 }
 
 fn leave_out_outputs(part: &mut pb::SubsystemTelemetry) {

@@ -32,7 +32,7 @@ use crate::{
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Stopped, Tasks},
     parts::{Ended, Parts},
     ports::{Spans, StoreError, Untraced},
-    store,
+    record, store,
     telemetry::{
         metrics::Metrics,
         otlp::{self, Exporter},
@@ -137,7 +137,7 @@ impl Service {
             }
             None => dialer,
         });
-        let (store, contents) = store::open(&config.store.url).await?;
+        let (store, contents) = store::open(&config.store.url, record::check).await?;
         tracing::info!(store = %config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store opened");
         let (mut exporting, stop_exporting) = (Parts::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));

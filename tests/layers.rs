@@ -42,6 +42,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "orchestrator",
             "parts",
             "ports",
+            "record",
             "store",
             "telemetry",
             "web",

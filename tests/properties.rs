@@ -26,7 +26,7 @@ use orchestrator_core::{
     orchestrator::{Change, Declared, Orchestrator, Refusal, Settings},
     ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
     proto::orchestrator::v1 as pb,
-    record::Participation,
+    record::{self, Participation},
     store,
 };
 use proptest::prelude::*;
@@ -307,7 +307,7 @@ async fn run(case: Case) {
         in_flight: AtomicUsize::new(0),
         most_in_flight: AtomicUsize::new(0),
     });
-    let (store, contents) = store::open(&store::StoreUrl::Memory).await.unwrap();
+    let (store, contents) = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
     let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
     let (orchestrator, mut tasks) = Orchestrator::start(
         settings(),

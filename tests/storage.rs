@@ -16,22 +16,23 @@ use std::{
 use common::{
     Stage,
     fleet::Run,
-    patiently,
-    service::{Client, Home, Service, decode, invalid, ms, next_event, next_recorded, reason},
+    http, patiently,
+    service::{Client, Home, Service, because, decode, invalid, ms, next_event, next_recorded, reason},
 };
 use futures_util::{StreamExt, stream::FuturesOrdered};
 use orchestrator_core::{
     clock::Clock,
     config::Config,
     dial::Dialer,
-    orchestrator::{Declared, Orchestrator},
+    memory::Shares,
+    orchestrator::{Declared, Orchestrator, Stopped},
     ports::{StoreError, Untraced},
     proto::orchestrator::v1::{self as pb, CycleState, Origin, Trigger, cycle_event::Event},
-    serve, store,
+    record, serve, store,
 };
 use rusqlite::Connection;
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, prlimit};
-use tokio::time::timeout;
+use tokio::time;
 use tonic::Code;
 
 /// Starts a service that must refuse to, and returns what it says.
@@ -155,18 +156,31 @@ async fn one_that_was_overtaken_in_the_middle_of_a_cycle_ends_without_waiting_fo
     assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn one_that_was_overtaken_while_it_is_idle_learns_of_it() {
     let home = Home::new();
-    let (store, contents) = store::open(&store::StoreUrl::Sqlite(home.path("o.db"))).await.unwrap();
-    let dialer = Arc::new(Dialer::new(Duration::from_secs(1)));
-    let settings = serve::settings(&Config::default());
+    let (store, contents) = store::open(&store::StoreUrl::Sqlite(home.path("o.db")), record::check).await.unwrap();
+    let memory = Shares::of(1 << 30);
+    let dialer = Arc::new(Dialer::new(Duration::from_secs(1), memory.replies.clone()));
+    let (settings, declared) = (serve::settings(&Config::default()), Declared::default());
     let start =
-        Orchestrator::start(settings, Clock::System, dialer, store, contents, Declared::default(), Arc::new(Untraced));
-    let (_orchestrator, mut tasks) = start.await.unwrap();
+        Orchestrator::start(settings, &memory, Clock::System, dialer, (store, contents), declared, Arc::new(Untraced));
+    let (orchestrator, mut tasks) = start.await.unwrap();
     take_over(&home);
-    let ended = timeout(Duration::from_hours(1), tasks.finished()).await;
-    assert!(matches!(ended, Ok(Err(StoreError::Fenced(_)))), "{ended:?}");
+    for _ in 0..1000 {
+        time::pause();
+        time::advance(Duration::from_mins(1)).await;
+        time::resume();
+        tokio::select! {
+            ended = tasks.finished() => {
+                assert!(matches!(ended, Err(Stopped::Store(StoreError::Fenced(_)))), "{ended:?}");
+                return;
+            }
+            // The store is at work meanwhile.
+            size = orchestrator.store_size() => assert!(size.is_ok(), "{size:?}"),
+        }
+    }
+    panic!("it goes on for hours");
 }
 
 #[tokio::test]
@@ -250,6 +264,127 @@ async fn a_log_that_a_reader_has_let_grow_is_told_of_once_and_cut_when_the_reade
     .await;
     assert_eq!(stage.home.log().matches(told).count(), 1, "{}", stage.home.log());
     assert!(stage.home.log().contains("the log was copied into the database"), "{}", stage.home.log());
+}
+
+#[tokio::test]
+async fn records_that_can_not_be_read_are_named_once_and_everything_goes_on_past_them() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    for _ in 0..6 {
+        stage.client.run().await.unwrap();
+    }
+    let database = Connection::open(stage.home.path("o.db")).unwrap();
+    database
+        .execute_batch(
+            "UPDATE cycles SET record = (SELECT record FROM cycles WHERE cycle_id = 1) WHERE cycle_id = 3;
+             UPDATE cycles SET record = x'ff' WHERE cycle_id = 2;
+             UPDATE cycles SET state = 99 WHERE cycle_id = 4;
+             UPDATE cycles SET record = 'text' WHERE cycle_id = 6",
+        )
+        .unwrap();
+    drop(database);
+    // Now all are read from the store.
+    let mut stage = stage.killed().await;
+    for _ in 0..2 {
+        let page = stage.client.list_cycles(pb::ListCyclesRequest::default()).await.unwrap().into_inner();
+        assert_eq!(page.cycles.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>(), [5, 1]);
+        let unreadable: Vec<_> = page.unreadable.iter().map(|cycle| (cycle.cycle_id, cycle.revision)).collect();
+        assert_eq!(unreadable, [(6, 6), (4, 4), (3, 3), (2, 2)]);
+    }
+    let told = reason(&stage.client.cycle(2).await.unwrap_err());
+    assert_eq!(told, because(Code::DataLoss, "RECORD_UNREADABLE", [("cycle_id", "2"), ("revision", "2")]));
+    let mut stream = stage.client.watch_after(0).await.unwrap();
+    let mut seen = Vec::new();
+    loop {
+        let event = next_event(&mut stream).await.unwrap();
+        match event.event.unwrap() {
+            Event::Recorded(record) => seen.push((decode(record).revision, true)),
+            Event::Unreadable(cycle) => seen.push((cycle.revision, false)),
+            _ => break,
+        }
+    }
+    assert_eq!(seen, [(1, true), (2, false), (3, false), (4, false), (5, true), (6, false)]);
+    assert_eq!(stage.client.status().await.unwrap().total_cycles, 6);
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 7);
+
+    let address = format!("http://{}", stage.service.address());
+    for command in [&["cycles", "list"][..], &["report"], &["status"]] {
+        let command =
+            Command::new(env!("CARGO_BIN_EXE_orchestrator")).args(command).args(["--address", &address]).output();
+        let said = command.unwrap();
+        assert!(said.status.success(), "{said:?}");
+    }
+    let answer = http::get(stage.service.admin(), "/api/cycles").await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.json().await["unreadable"][0]["cycleId"], "6");
+    let metrics = http::get(stage.service.admin(), "/metrics").await.text().await;
+    assert!(metrics.contains("orchestrator_store_unreadable_records_total 4\n"), "{metrics}");
+    assert_eq!(stage.home.log().matches("the record of a cycle can't be read").count(), 4, "{}", stage.home.log());
+}
+
+#[tokio::test]
+async fn what_a_damaged_end_of_the_log_has_lost_is_told_and_its_numbers_are_not_given_again() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { home, service, .. } = stage;
+    service.kill().await;
+    let log = home.path("o.db-wal");
+    let mut bytes = fs::read(&log).unwrap();
+    bytes[32..].fill(0xa5);
+    fs::write(&log, bytes).unwrap();
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    let said = home.log();
+    assert!(said.contains("records that were acknowledged are missing") && said.contains("1 to 3"), "{said}");
+    for cycle in client.history().await.unwrap().into_iter().map(decode) {
+        assert_eq!(cycle.state(), CycleState::Interrupted);
+        assert!(cycle.error.contains("its record was lost"), "{cycle:?}");
+    }
+    // Who had seen all of them goes on where it was.
+    let mut stream = client.watch_after(3).await.unwrap();
+    assert_eq!(client.run().await.unwrap().cycle_id, 4);
+    assert_eq!(decode(next_recorded(&mut stream).await).cycle_id, 4);
+    assert!(client.subsystems().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn stored_rows_that_can_not_be_read_are_named_and_don_t_keep_the_service_from_starting() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["a", "b"]).await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, fleet, .. } = stage;
+    service.kill().await;
+    let database = Connection::open(home.path("o.db")).unwrap();
+    database
+        .execute_batch(
+            "UPDATE subsystems SET spec = '{' WHERE name = 'b';
+             INSERT INTO loops VALUES ('l', '{', '{}');
+             INSERT INTO open_cycles VALUES (2, 9, NULL, 0, NULL, NULL, NULL)",
+        )
+        .unwrap();
+    drop(database);
+    for _ in 0..2 {
+        let service = home.serve().await;
+        let names: Vec<_> = service.client().await.subsystems().await.unwrap();
+        assert_eq!(names.len(), 1);
+        for key in ["key=\"b\"", "key=\"l\""] {
+            assert!(home.log().contains(key), "{}", home.log());
+        }
+        // What is not known of the cycle that was open is not made up.
+        let cycle = service.client().await.cycle(2).await.unwrap();
+        assert_eq!((cycle.state(), cycle.trigger()), (CycleState::Interrupted, Trigger::Unspecified));
+        assert!(service.stop().await.success());
+    }
+    // It is there for who mends it, with its output.
+    let database = Connection::open(home.path("o.db")).unwrap();
+    let spec = format!("{{\"name\":\"b\",\"endpoint\":\"{}\"}}", fleet.endpoint());
+    assert_eq!(database.execute("UPDATE subsystems SET spec = ?1 WHERE name = 'b'", [spec]).unwrap(), 1);
+    drop(database);
+    let service = home.serve().await;
+    assert_eq!(service.client().await.subsystem("b").await.unwrap().output_cycle_id, 1);
 }
 
 /// `orchestrator store accept`, and what it says.

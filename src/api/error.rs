@@ -7,7 +7,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
     model::{Name, Violation, Violations, excerpt},
-    orchestrator::Refusal,
+    orchestrator::{Refusal, Unreadable},
 };
 
 /// The domain of every reason: the contract gives it.
@@ -39,6 +39,11 @@ pub(super) fn status(refusal: Refusal) -> Status {
             let id = id.map(|id| ("cycle_id", id.to_string()));
             (Code::Unavailable, "STORE_UNAVAILABLE", id.into_iter().collect())
         }
+        Refusal::Unreadable(Unreadable { cycle_id, revision, .. }) => (
+            Code::DataLoss,
+            "RECORD_UNREADABLE",
+            vec![("cycle_id", cycle_id.to_string()), ("revision", revision.to_string())],
+        ),
         Refusal::CycleNotFound(id) => (Code::NotFound, "CYCLE_NOT_FOUND", vec![("cycle_id", id.to_string())]),
         Refusal::CycleFinished(id) => (Code::FailedPrecondition, "CYCLE_FINISHED", vec![("cycle_id", id.to_string())]),
         Refusal::CycleNotFinished(id) => {

@@ -223,10 +223,17 @@ impl Service for Api {
             request::list(request.into_inner()).map_err(invalid)?;
         let Page { records, next, .. } =
             self.orchestrator.cycles(before, filter, participation, page_size).await.map_err(status)?;
-        Ok(Response::new(pb::ListCyclesResponse {
-            cycles: records.into_iter().map(|record| record.bytes).collect(),
+        let mut answer = pb::ListCyclesResponse {
             next_page_token: next.map(|next| next.to_string()).unwrap_or_default(),
-        }))
+            ..Default::default()
+        };
+        for found in records {
+            match found {
+                Ok(record) => answer.cycles.push(record.bytes),
+                Err(unreadable) => answer.unreadable.push(response::unreadable(unreadable)),
+            }
+        }
+        Ok(Response::new(answer))
     }
 
     async fn plan_cycle(&self, request: Request<pb::PlanCycleRequest>) -> Answer<pb::PlanCycleResponse> {

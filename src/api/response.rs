@@ -13,7 +13,7 @@ use crate::{
     },
     orchestrator::{
         BreakerState, CallError, Event, LiveEvent, LoopEntry, Orchestrator, PlannedSubsystem, Registered, RunningCycle,
-        Schedule, Snapshot, Status, Update,
+        Schedule, Snapshot, Status, Unreadable, Update,
     },
     proto::{orchestrator::v1 as pb, timestamp},
     record,
@@ -326,11 +326,18 @@ pub(super) fn event(event: Event) -> pb::WatchCyclesResponse {
     use pb::cycle_event::Event as Is;
     let (revision, event) = match event {
         Event::Recorded(record) => (record.revision, Is::Recorded(record.bytes.clone())),
+        Event::Unreadable(it) => (it.revision, Is::Unreadable(unreadable(it))),
         Event::Bookmark(revision) => (revision, Is::Bookmark(pb::Bookmark {})),
         Event::Started(event) => (event.revision, Is::Started(started(&event))),
         Event::Progress(event, lost) => (event.revision, Is::Progress(progress(&event, lost))),
     };
     pb::WatchCyclesResponse { event: Some(pb::CycleEvent { revision: revision.0, event: Some(event) }) }
+}
+
+/// A record that can't be read, as the contract has it.
+pub(super) fn unreadable(unreadable: Unreadable) -> pb::UnreadableCycle {
+    let Unreadable { cycle_id, revision, problem } = unreadable;
+    pb::UnreadableCycle { cycle_id: cycle_id.0, revision: revision.0, problem }
 }
 
 fn started(event: &LiveEvent) -> pb::CycleStarted {

@@ -6,11 +6,11 @@ use clap::Subcommand;
 use super::{
     Exit, Failure,
     output::{
-        JsonList, Table, age, clean, cycle_state, grouped, milliseconds, names, number, one_of, parse_time, payload,
-        print, sections, skip_reason, state, subsystem_state, telemetry, text, time, trigger, word,
+        JsonList, Table, age, clean, cycle_state, grouped, milliseconds, names, note, number, one_of, parse_time,
+        payload, print, sections, skip_reason, state, subsystem_state, telemetry, text, time, trigger, word,
     },
     remote::Remote,
-    watch::CYCLE_STATES,
+    watch::{CYCLE_STATES, unreadable},
 };
 use crate::proto::{orchestrator::v1 as pb, subsystem::v1 as pbs};
 
@@ -138,7 +138,10 @@ impl List {
         loop {
             request.page_size = u32::try_from(left.min(PAGE)).unwrap_or(u32::MAX);
             let page = remote.quickly(client.list_cycles(request.clone())).await?.into_inner();
-            left -= page.cycles.len() as u64;
+            left = left.saturating_sub((page.cycles.len() + page.unreadable.len()) as u64);
+            for cycle in &page.unreadable {
+                note(&unreadable(cycle));
+            }
             if remote.format.is_json() {
                 let list = match &mut list {
                     Some(list) => list,

@@ -51,7 +51,7 @@ impl Bar {
             Event::Started(started) => self.start(started),
             Event::Progress(progress) if progress.cycle_id == self.cycle_id => self.update(&progress.updates),
             Event::Progress(_) | Event::Bookmark(_) => {}
-            Event::Recorded(_) => self.clear(),
+            Event::Recorded(_) | Event::Unreadable(_) => self.clear(),
         }
     }
 

@@ -18,6 +18,7 @@ use super::{
         sections, short, telemetry, text, time, timestamp, trigger,
     },
     remote::{Client, Remote},
+    watch::unreadable,
 };
 use crate::proto::{
     self,
@@ -228,6 +229,9 @@ impl Report {
             Some(pb::CycleEvent { revision, event: Some(Event::Recorded(record)) }) => {
                 Ok(Oldest { revision, finished_at: finished_at(&telemetry(&record)?) })
             }
+            Some(pb::CycleEvent { revision, event: Some(Event::Unreadable(_)) }) => {
+                Ok(Oldest { revision, finished_at: None })
+            }
             _ => Ok(Oldest { revision: 0, finished_at: None }),
         }
     }
@@ -249,6 +253,9 @@ impl Report {
             let page = self.remote.quickly(client.list_cycles(request.clone())).await?.into_inner();
             // A clock that was set back leaves some out of order, so it takes a page to see that the period is over.
             let mut is_over = !page.cycles.is_empty();
+            for cycle in &page.unreadable {
+                note(&format!("left out: {}", unreadable(cycle)));
+            }
             for record in &page.cycles {
                 let cycle = telemetry(record)?;
                 let Some(finished_at) = finished_at(&cycle).filter(|_| cycle.revision >= oldest) else { continue };

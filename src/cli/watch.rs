@@ -133,6 +133,7 @@ impl View {
         let Some(event) = event.event else { return Ok(()) };
         let lines = match &event {
             Event::Recorded(record) => recorded(&telemetry(record)?),
+            Event::Unreadable(cycle) => unreadable(cycle) + "\n",
             Event::Started(started) if self.with_progress => self::started(started),
             Event::Progress(progress) if self.with_progress => self::progress(progress),
             Event::Started(_) | Event::Progress(_) | Event::Bookmark(_) => String::new(),
@@ -159,6 +160,13 @@ pub(super) fn recorded(cycle: &pb::CycleTelemetry) -> String {
         milliseconds(cycle.duration_ms),
         trigger(cycle.trigger(), &cycle.r#loop),
     )
+}
+
+/// A recorded cycle that can't be read in one line.
+pub(super) fn unreadable(cycle: &pb::UnreadableCycle) -> String {
+    let pb::UnreadableCycle { cycle_id, revision, problem } = cycle;
+    let which = if *cycle_id == 0 { "a cycle".to_owned() } else { format!("cycle {cycle_id}") };
+    format!("{which}  UNREADABLE  revision {revision}: {}", clean(problem))
 }
 
 /// The start of a cycle in one line.

@@ -390,8 +390,14 @@ fn tell(cycle: &FinishedCycle) {
     }
 }
 
-/// The record of a cycle that an earlier process had begun and not finished.
-pub(super) fn interrupted(cycle_id: CycleId, open: Option<&OpenCycle>, epoch: Epoch, now: Timestamp) -> FinishedCycle {
+/// The record of a cycle that an earlier process had begun and not finished, or had recorded and whose record is lost.
+pub(super) fn interrupted(
+    cycle_id: CycleId,
+    open: Option<&OpenCycle>,
+    is_lost: bool,
+    epoch: Epoch,
+    now: Timestamp,
+) -> FinishedCycle {
     let started_at = open.and_then(|open| open.started_at);
     // The clock may have been set back since it started.
     let finished_at = started_at.map_or(now, |started_at| now.max(started_at));
@@ -407,7 +413,11 @@ pub(super) fn interrupted(cycle_id: CycleId, open: Option<&OpenCycle>, epoch: Ep
         finished_at,
         duration: duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default(),
         state: CycleState::Interrupted,
-        error: "the process that ran it ended in the middle of it".into(),
+        error: if is_lost {
+            "its record was lost with the damaged end of the store".into()
+        } else {
+            "the process that ran it ended in the middle of it".into()
+        },
         critical_path: Vec::new(),
         subsystems: Vec::new(),
     }

@@ -56,6 +56,8 @@ pub struct Counts {
     commits: BTreeMap<Durability, Histogram>,
     /// Commits that failed.
     pub commit_errors: u64,
+    /// Records that can't be read, each once.
+    pub unreadable_records: u64,
 }
 
 impl Counts {

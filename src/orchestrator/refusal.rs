@@ -4,7 +4,7 @@ use crate::{
     engine::Ring,
     memory::Full,
     model::{CycleId, Name, Revision, Violations},
-    ports::StoreError,
+    ports::{StoreError, Unreadable},
 };
 
 /// Why something that was asked for is not done. Each message says what was wrong and what to do.
@@ -29,6 +29,9 @@ pub enum Refusal {
     /// and is recorded once writing works again.
     #[error("the record is not available now: {1}")]
     StoreUnavailable(Option<CycleId>, StoreError),
+    /// A record is damaged.
+    #[error("{0}; restore the store from a backup to have it back")]
+    Unreadable(Unreadable),
     /// No such cycle.
     #[error("cycle {0} is not in the record: it was never assigned, or is no longer retained")]
     CycleNotFound(CycleId),
@@ -122,6 +125,9 @@ impl From<Violations> for Refusal {
 
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
-        Self::StoreUnavailable(None, error)
+        match error {
+            StoreError::Unreadable(unreadable) => Self::Unreadable(unreadable),
+            error => Self::StoreUnavailable(None, error),
+        }
     }
 }

@@ -14,7 +14,7 @@ use tokio::{
 use super::{Live, LiveCycle, LiveEvent, Refusal, Shared, figures::Place};
 use crate::{
     model::{CycleId, CycleState, Name, Revision, Trigger},
-    ports::{PageLimits, Record, StoreError},
+    ports::{PageLimits, Record, StoreError, Unreadable},
     record::Participation,
 };
 
@@ -62,6 +62,8 @@ impl WatchFilter {
 pub enum Event {
     /// A cycle was recorded.
     Recorded(Arc<Record>),
+    /// A cycle was recorded, and its record can't be read.
+    Unreadable(Unreadable),
     /// A cycle has started.
     Started(Arc<LiveEvent>),
     /// The running cycle has moved on. The number tells how many updates were lost before these.
@@ -78,7 +80,7 @@ pub struct Watcher {
     cursor: Revision,
     newest: watch::Receiver<Revision>,
     /// Read and not yet given.
-    page: VecDeque<Arc<Record>>,
+    page: VecDeque<Result<Arc<Record>, Unreadable>>,
     progress: bool,
     live: Option<broadcast::Receiver<Arc<LiveEvent>>>,
     /// Read and not yet given, because records come before it.
@@ -145,7 +147,15 @@ impl Watcher {
 
     async fn find_next(&mut self) -> Result<Event, Refusal> {
         loop {
-            while let Some(record) = self.page.pop_front() {
+            while let Some(found) = self.page.pop_front() {
+                let record = match found {
+                    Ok(record) => record,
+                    Err(unreadable) => {
+                        self.cursor = unreadable.revision;
+                        self.shared.state().tell_unreadable(&unreadable);
+                        return Ok(Event::Unreadable(unreadable));
+                    }
+                };
                 self.cursor = record.revision;
                 if self.filter.wants(&record) {
                     return Ok(Event::Recorded(record));
@@ -253,18 +263,18 @@ impl Watcher {
     }
 
     /// The records after the cursor: those at hand, or a page from the store.
-    async fn read_page(&self) -> Result<Vec<Arc<Record>>, Refusal> {
+    async fn read_page(&self) -> Result<Vec<Result<Arc<Record>, Unreadable>>, Refusal> {
         let wanted = self.cursor.next();
         {
             let state = self.shared.state();
             if let Some(first) = state.recent.front().filter(|first| first.revision <= wanted) {
                 #[allow(clippy::cast_possible_truncation, reason = "at most the length of the queue")]
                 let skip = (wanted.0 - first.revision.0) as usize;
-                return Ok(state.recent.iter().skip(skip).take(Self::PAGE.records).cloned().collect());
+                return Ok(state.recent.iter().skip(skip).take(Self::PAGE.records).cloned().map(Ok).collect());
             }
         }
         match self.shared.store.cycles_after(self.cursor, Self::PAGE).await {
-            Ok(records) => Ok(records.into_iter().map(Arc::new).collect()),
+            Ok(records) => Ok(records.into_iter().map(|found| found.map(Arc::new)).collect()),
             Err(StoreError::NotRetained { oldest, newest }) => {
                 Err(Refusal::RevisionNotRetained { after: self.cursor, oldest, newest })
             }

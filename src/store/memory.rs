@@ -14,8 +14,8 @@ use super::check_sequence;
 use crate::{
     model::{CycleId, CycleState, Epoch, Revision},
     ports::{
-        Contents, Filter, Page, PageLimits, Pruned, Record, Retention, RetentionRule, SCAN_LIMIT, Store, StoreError,
-        StoreSize, Write,
+        Contents, Filter, Found, Page, PageLimits, Pruned, Record, Retention, RetentionRule, SCAN_LIMIT, Store,
+        StoreError, StoreSize, Write,
     },
 };
 
@@ -90,20 +90,20 @@ impl Store for Memory {
             }
             if filter.wants(record) {
                 bytes += record.bytes.len();
-                page.records.push(record.clone());
+                page.records.push(Ok(record.clone()));
             }
             page.scanned += 1;
         }
         Box::pin(ready(Ok(page)))
     }
 
-    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Record>, StoreError>> {
+    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>> {
         let history = self.history();
         if revision < history.pruned_to || revision > history.last_revision {
             let (oldest, newest) = (history.pruned_to.next(), history.last_revision);
             return Box::pin(ready(Err(StoreError::NotRetained { oldest, newest })));
         }
-        let mut records: Vec<Record> = Vec::new();
+        let mut records: Vec<Found> = Vec::new();
         let mut bytes = 0;
         // Cycles are recorded in the order of their ids, so that is the order of revisions as well.
         for record in history.records.values().filter(|record| record.revision > revision) {
@@ -111,7 +111,7 @@ impl Store for Memory {
             if records.len() == limits.records || (!records.is_empty() && bytes > limits.bytes) {
                 break;
             }
-            records.push(record.clone());
+            records.push(Ok(record.clone()));
         }
         Box::pin(ready(Ok(records)))
     }

@@ -56,18 +56,22 @@ impl fmt::Display for StoreUrl {
     }
 }
 
-/// Opens a store, and reads what an earlier process left. A new epoch begins in it with the first commit.
+/// Says what is wrong with a record's bytes. What passes can be read by everybody.
+pub type Check = fn(&Record) -> Result<(), String>;
+
+/// Opens a store, and reads what an earlier process left. A new epoch begins in it with the first commit. Each record that
+/// is read has to pass `check`, which is done where it keeps nobody waiting.
 ///
 /// # Errors
 /// Another process has it open, it is a copy, or it can't be opened, read or written.
-pub async fn open(url: &StoreUrl) -> Result<(Arc<dyn Store>, Contents), StoreError> {
+pub async fn open(url: &StoreUrl, check: Check) -> Result<(Arc<dyn Store>, Contents), StoreError> {
     match url {
         StoreUrl::Memory => {
             let (store, contents) = memory::Memory::new();
             Ok((Arc::new(store), contents))
         }
         StoreUrl::Sqlite(path) => {
-            let (store, contents) = sqlite::Sqlite::open(path.clone()).await?;
+            let (store, contents) = sqlite::Sqlite::open(path.clone(), check).await?;
             Ok((Arc::new(store), contents))
         }
     }

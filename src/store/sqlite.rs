@@ -34,6 +34,7 @@ use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use rusqlite::{
     Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, TransactionBehavior, named_params,
+    types::ValueRef,
 };
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -42,12 +43,13 @@ use self::{
     note::{Mark, Note},
     place::{FileId, Place, file_id, log_of},
 };
-use super::{Accepted, check_sequence, memory::to_prune};
+use super::{Accepted, Check, check_sequence, memory::to_prune};
 use crate::{
     model::{CycleId, CycleState, Epoch, Name, Output, Payload, Revision, TraceId, Trigger},
     ports::{
-        Contents, Durability, Filter, Lost, OpenCycle, Page, PageLimits, Pruned, Record, Retention, SCAN_LIMIT, Store,
-        StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
+        Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Pruned, Record, Retention, SCAN_LIMIT,
+        Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Unreadable,
+        UnreadableRow, Write,
     },
 };
 
@@ -73,10 +75,13 @@ const TRY_COPYING_EVERY: Duration = Duration::from_secs(1);
 /// So many records that are missing at the end are taken for lost, and recorded as such. More are not what a damaged log
 /// held: an older copy was put in the place of the database.
 const MAX_LOST: u64 = 10_000;
+/// The most bytes of a record that is read: as many as `cycle.max_record_bytes` allows.
+const MAX_RECORD: usize = 64 << 20;
 
 /// A SQLite database.
 pub(super) struct Sqlite {
     path: Arc<PathBuf>,
+    check: Check,
     jobs: Option<mpsc::Sender<Job>>,
     writer: Option<thread::JoinHandle<()>>,
     readers: Arc<Mutex<Vec<Connection>>>,
@@ -91,15 +96,15 @@ enum Job {
 }
 
 impl Sqlite {
-    pub(super) async fn open(path: PathBuf) -> Result<(Self, Contents), StoreError> {
+    pub(super) async fn open(path: PathBuf, check: Check) -> Result<(Self, Contents), StoreError> {
         let shown = path.display().to_string();
-        let opened = tokio::task::spawn_blocking(move || Self::open_blocking(&path)).await;
+        let opened = tokio::task::spawn_blocking(move || Self::open_blocking(&path, check)).await;
         opened.unwrap_or_else(|error| Err(StoreError::Other(shown, error.to_string())))
     }
 
-    fn open_blocking(path: &Path) -> Result<(Self, Contents), StoreError> {
+    fn open_blocking(path: &Path, check: Check) -> Result<(Self, Contents), StoreError> {
         let Opened { place, mut connection, here, .. } = Opened::at(path, false)?;
-        let (before, mark, mut contents) = read_contents(&mut connection, &place.path)?;
+        let (before, mark, mut contents) = read_contents(&mut connection, &place.path, check)?;
         let (note, noted) = Note::open(&place.path).map_err(|error| unwritable(&place.path, &error))?;
         contents.lost = lost(&place.path, &mark, noted)?;
         let readers = (0..READERS).map(|_| connect(&place.path)).collect::<Result<_, _>>();
@@ -124,6 +129,7 @@ impl Sqlite {
         let writer = writer.map_err(|error| StoreError::Other(path.display().to_string(), error.to_string()))?;
         let store = Self {
             path,
+            check,
             jobs: Some(jobs),
             writer: Some(writer),
             readers: Arc::new(Mutex::new(readers)),
@@ -173,6 +179,12 @@ enum ReadError {
     Store(StoreError),
 }
 
+impl From<Unreadable> for ReadError {
+    fn from(unreadable: Unreadable) -> Self {
+        Self::Store(StoreError::Unreadable(unreadable))
+    }
+}
+
 impl From<rusqlite::Error> for ReadError {
     fn from(error: rusqlite::Error) -> Self {
         Self::Sqlite(error)
@@ -195,18 +207,22 @@ impl Store for Sqlite {
     }
 
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+        let check = self.check;
         Box::pin(self.read(move |connection| {
             let mut query = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
-            Ok(query.query_row([integer(cycle_id.0)], record).optional()?)
+            let found = query.query_row([integer(cycle_id.0)], |row| Ok(read(row, check))).optional()?;
+            Ok(found.transpose()?)
         }))
     }
 
     fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+        let check = self.check;
         Box::pin(self.read(move |connection| {
             let mut query = connection.prepare_cached(&format!(
                 "SELECT {COLUMNS} FROM cycles WHERE request_id = ?1 ORDER BY cycle_id DESC LIMIT 1"
             ))?;
-            Ok(query.query_row([request_id], record).optional()?)
+            let found = query.query_row([request_id], |row| Ok(read(row, check))).optional()?;
+            Ok(found.transpose()?)
         }))
     }
 
@@ -216,6 +232,7 @@ impl Store for Sqlite {
         filter: Filter,
         limits: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>> {
+        let check = self.check;
         Box::pin(self.read(move |connection| {
             let mut query = connection
                 .prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id < ?1 ORDER BY cycle_id DESC"))?;
@@ -224,21 +241,22 @@ impl Store for Sqlite {
             let mut bytes = 0;
             while let Some(row) = rows.next()? {
                 // The record itself stands last in a row, and is not touched unless it is wanted.
-                let found = found(row)?;
-                let wanted = filter.wants(&found);
+                let wanted = found(row).map_or(true, |found| filter.wants(&found));
                 let is_full = page.records.len() == limits.records;
+                let cycle_id = CycleId(number(row, "cycle_id")?);
                 if page.scanned == SCAN_LIMIT || (wanted && is_full) {
-                    page.next = Some(found.cycle_id.next());
+                    page.next = Some(cycle_id.next());
                     break;
                 }
                 if wanted {
-                    let record = record(row)?;
-                    if !page.records.is_empty() && bytes + record.bytes.len() > limits.bytes {
-                        page.next = Some(found.cycle_id.next());
+                    let found = read(row, check);
+                    let length = length(&found);
+                    if !page.records.is_empty() && bytes + length > limits.bytes {
+                        page.next = Some(cycle_id.next());
                         break;
                     }
-                    bytes += record.bytes.len();
-                    page.records.push(record);
+                    bytes += length;
+                    page.records.push(found);
                 }
                 page.scanned += 1;
             }
@@ -246,7 +264,8 @@ impl Store for Sqlite {
         }))
     }
 
-    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Record>, StoreError>> {
+    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>> {
+        let check = self.check;
         Box::pin(self.read(move |connection| {
             // One transaction, so that nothing is pruned between the check and the reading.
             let transaction = connection.transaction()?;
@@ -259,18 +278,30 @@ impl Store for Sqlite {
             let mut query = transaction
                 .prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE revision > ?1 ORDER BY revision"))?;
             let mut rows = query.query([integer(revision.0)])?;
-            let mut records: Vec<Record> = Vec::new();
-            let mut bytes = 0;
-            while let Some(row) = rows.next()? {
-                if records.len() == limits.records {
-                    break;
+            let mut records: Vec<Found> = Vec::new();
+            let (mut bytes, mut next) = (0, revision.next());
+            loop {
+                let row = rows.next()?;
+                let at = match row.map(|row| row.get::<_, i64>("revision")) {
+                    Some(Ok(at)) => Revision(at.unsigned_abs()),
+                    // Damaged; what is missing for it is seen below.
+                    Some(Err(_)) => continue,
+                    None => newest.next(),
+                };
+                // Above what was pruned every revision is there.
+                while next < at && records.len() < limits.records {
+                    let problem = "no row has this revision".to_owned();
+                    records.push(Err(Unreadable { cycle_id: CycleId::default(), revision: next, problem }));
+                    next = next.next();
                 }
-                let record = record(row)?;
-                bytes += record.bytes.len();
+                let Some(row) = row.filter(|_| records.len() < limits.records) else { break };
+                let found = read(row, check);
+                bytes += length(&found);
                 if !records.is_empty() && bytes > limits.bytes {
                     break;
                 }
-                records.push(record);
+                records.push(found);
+                next = at.next();
             }
             Ok(records)
         }))
@@ -447,7 +478,11 @@ fn boot_id() -> Option<String> {
 }
 
 /// Reads everything but the history, with the epoch that comes next. The one that was there is returned with it.
-fn read_contents(connection: &mut Connection, path: &Path) -> Result<(Epoch, Mark, Contents), StoreError> {
+fn read_contents(
+    connection: &mut Connection,
+    path: &Path,
+    check: Check,
+) -> Result<(Epoch, Mark, Contents), StoreError> {
     let explained = |error| explain(path, &error);
     let transaction = connection.transaction().map_err(explained)?;
     let (before, mark, mut contents) = (|| {
@@ -466,16 +501,27 @@ fn read_contents(connection: &mut Connection, path: &Path) -> Result<(Epoch, Mar
             Ok((before, mark, contents))
         })?;
         contents.last_record = transaction
-            .query_row(&format!("SELECT {COLUMNS} FROM cycles ORDER BY cycle_id DESC LIMIT 1"), [], record)
+            .query_row(&format!("SELECT {COLUMNS} FROM cycles ORDER BY cycle_id DESC LIMIT 1"), [], |row| {
+                Ok(read(row, check))
+            })
             .optional()?;
-        contents.open = transaction
-            .prepare("SELECT * FROM open_cycles ORDER BY cycle_id")?
-            .query_map([], open_cycle)?
-            .collect::<rusqlite::Result<_>>()?;
         Ok((before, mark, contents))
     })()
     .map_err(explained)?;
-    contents.subsystems = read_all(&transaction, path, "SELECT * FROM subsystems ORDER BY name", |row| {
+    let mut unreadable = Vec::new();
+    let mut rows = Rows { transaction: &transaction, path, unreadable: &mut unreadable };
+    let highest = contents.last_cycle_id.0.saturating_add(MAX_LOST);
+    let mut last_open = CycleId::default();
+    contents.open = rows.read_all("open cycle", "SELECT * FROM open_cycles ORDER BY cycle_id", |row| {
+        let cycle_id = CycleId(number(row, "cycle_id")?);
+        if cycle_id.0 > highest {
+            return Err(wrong(row, "cycle_id", TooHigh));
+        }
+        last_open = last_open.max(cycle_id);
+        open_cycle(row)
+    })?;
+    contents.last_open = last_open;
+    contents.subsystems = rows.read_all("subsystem", "SELECT * FROM subsystems ORDER BY name", |row| {
         let lease_ms: Option<i64> = row.get("lease_ms")?;
         Ok(StoredSubsystem {
             name: name(row, "name")?,
@@ -484,12 +530,12 @@ fn read_contents(connection: &mut Connection, path: &Path) -> Result<(Epoch, Mar
             suspended: row.get("suspended")?,
         })
     })?;
-    contents.loops = read_all(&transaction, path, "SELECT * FROM loops ORDER BY name", |row| {
+    contents.loops = rows.read_all("loop", "SELECT * FROM loops ORDER BY name", |row| {
         let state = json(row, "state")?.unwrap_or_default();
         Ok(StoredLoop { name: name(row, "name")?, spec: json(row, "spec")?, state })
     })?;
     let outputs = "SELECT outputs.*, finished_at FROM outputs LEFT JOIN cycles USING (cycle_id) ORDER BY name";
-    contents.outputs = read_all(&transaction, path, outputs, |row| {
+    contents.outputs = rows.read_all("output", outputs, |row| {
         let bytes: Vec<u8> = row.get("payload")?;
         let payload = Payload::check(bytes.into()).map_err(|malformed| wrong(row, "payload", malformed))?;
         let finished_at: Option<i64> = row.get("finished_at")?;
@@ -499,18 +545,56 @@ fn read_contents(connection: &mut Connection, path: &Path) -> Result<(Epoch, Mar
             finished_at: finished_at.map(|_| time(row, "finished_at")).transpose()?,
         })
     })?;
+    contents.unreadable = unreadable;
     Ok((before, mark, contents))
 }
 
-fn read_all<T>(
-    transaction: &Transaction<'_>,
-    path: &Path,
-    query: &str,
-    read: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
-) -> Result<Vec<T>, StoreError> {
-    (|| transaction.prepare(query)?.query_map([], read)?.collect::<rusqlite::Result<_>>())()
-        .map_err(|error| explain(path, &error))
+/// Reads tables, and keeps what can't be read apart.
+struct Rows<'a> {
+    transaction: &'a Transaction<'a>,
+    path: &'a Path,
+    unreadable: &'a mut Vec<UnreadableRow>,
 }
+
+impl Rows<'_> {
+    fn read_all<T>(
+        &mut self,
+        what: &'static str,
+        query: &str,
+        mut read: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
+    ) -> Result<Vec<T>, StoreError> {
+        let mut all = Vec::new();
+        let mut read_rows = || {
+            let mut query = self.transaction.prepare(query)?;
+            let mut rows = query.query([])?;
+            while let Some(row) = rows.next()? {
+                match read(row) {
+                    Ok(read) => all.push(read),
+                    Err(error) => {
+                        let key = row.get_ref(0).map_or_else(|_| String::new(), key);
+                        self.unreadable.push(UnreadableRow { what, key, problem: error.to_string() });
+                    }
+                }
+            }
+            Ok(())
+        };
+        read_rows().map_err(|error| explain(self.path, &error))?;
+        Ok(all)
+    }
+}
+
+/// A primary key as text, as far as it is one.
+fn key(value: ValueRef<'_>) -> String {
+    match value {
+        ValueRef::Integer(number) => number.to_string(),
+        ValueRef::Text(text) => String::from_utf8_lossy(text).into_owned(),
+        ValueRef::Null | ValueRef::Real(_) | ValueRef::Blob(_) => String::new(),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("it is far above the last cycle")]
+struct TooHigh;
 
 // ---------------------------------------------------------------------------------------------------------------
 // Writing
@@ -860,6 +944,27 @@ fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
 fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
     let bytes: Vec<u8> = row.get("record")?;
     Ok(Record { bytes: bytes.into(), ..found(row)? })
+}
+
+/// A row with its record, if both can be read.
+fn read(row: &Row<'_>, check: Check) -> Found {
+    let unreadable = |problem| Unreadable {
+        cycle_id: CycleId(number(row, "cycle_id").unwrap_or_default()),
+        revision: Revision(number(row, "revision").unwrap_or_default()),
+        problem,
+    };
+    if let Ok(ValueRef::Blob(bytes)) = row.get_ref("record")
+        && bytes.len() > MAX_RECORD
+    {
+        return Err(unreadable(format!("it is {} bytes long", bytes.len())));
+    }
+    let record = record(row).map_err(|error| unreadable(error.to_string()))?;
+    check(&record).map_err(unreadable)?;
+    Ok(record)
+}
+
+fn length(found: &Found) -> usize {
+    found.as_ref().map_or(0, |record| record.bytes.len())
 }
 
 fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {

@@ -12,8 +12,8 @@ use crate::{
         Trigger,
     },
     ports::{
-        Contents, Durability, Filter, OpenCycle, PageLimits, Record, Retention, RetentionRule, SCAN_LIMIT, Store,
-        StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
+        Contents, Durability, Filter, Found, Lost, OpenCycle, PageLimits, Record, Retention, RetentionRule, SCAN_LIMIT,
+        Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
     },
 };
 
@@ -55,8 +55,13 @@ async fn filled(store: &dyn Store, epoch: Epoch, records: u64) {
     commit(store, Write { epoch, records, ..Write::default() }).await;
 }
 
-fn ids(records: &[Record]) -> Vec<u64> {
-    records.iter().map(|record| record.cycle_id.0).collect()
+fn ids(records: &[Found]) -> Vec<u64> {
+    records.iter().map(|record| record.as_ref().unwrap().cycle_id.0).collect()
+}
+
+/// Bytes that begin so stand for a record that can't be read.
+fn check(record: &Record) -> Result<(), String> {
+    if record.bytes.starts_with(b"unreadable") { Err("as scripted".into()) } else { Ok(()) }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -179,7 +184,7 @@ macro_rules! every_store {
         mod memory {
             $(#[tokio::test]
             async fn $test() {
-                let (store, contents) = super::open(&super::StoreUrl::Memory).await.unwrap();
+                let (store, contents) = super::open(&super::StoreUrl::Memory, super::check).await.unwrap();
                 super::$test(&*store, contents.epoch).await;
             })+
         }
@@ -189,7 +194,7 @@ macro_rules! every_store {
             async fn $test() {
                 let directory = tempfile::tempdir().unwrap();
                 let url = super::StoreUrl::Sqlite(directory.path().join("o.db"));
-                let (store, contents) = super::open(&url).await.unwrap();
+                let (store, contents) = super::open(&url, super::check).await.unwrap();
                 super::$test(&*store, contents.epoch).await;
             })+
         }
@@ -211,11 +216,11 @@ every_store! {
 // SQLite
 
 async fn opened(path: &Path) -> (Arc<dyn Store>, Contents) {
-    open(&StoreUrl::Sqlite(path.to_owned())).await.unwrap()
+    open(&StoreUrl::Sqlite(path.to_owned()), check).await.unwrap()
 }
 
 async fn refused(path: &Path) -> StoreError {
-    open(&StoreUrl::Sqlite(path.to_owned())).await.err().unwrap()
+    open(&StoreUrl::Sqlite(path.to_owned()), check).await.err().unwrap()
 }
 
 fn stored_subsystem(name: &str) -> (Name, Option<StoredSubsystem>) {
@@ -262,7 +267,7 @@ async fn everything_is_there_after_a_restart() {
     let (store, second) = opened(&path).await;
     assert!(second.epoch > first.epoch);
     assert_eq!((second.last_cycle_id, second.last_revision), (CycleId(2), Revision(2)));
-    assert_eq!(second.last_record, Some(record(2, first.epoch)));
+    assert_eq!(second.last_record, Some(Ok(record(2, first.epoch))));
     assert_eq!(second.open, [open_cycle(3)], "what is recorded is no longer open");
     let made = StoredOutput { name: name("a"), output: output(2, "new"), finished_at: Some(at(2)) };
     assert_eq!(second.outputs, [made]);
@@ -378,15 +383,151 @@ async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
     assert!(matches!(refused(&path).await, StoreError::TooNew { found: 99, known: 3, .. }));
 
     raw.pragma_update(None, "user_version", 3).unwrap();
-    raw.execute("INSERT INTO loops VALUES ('l', NULL, 'no json')", []).unwrap();
+    raw.execute("UPDATE meta SET epoch = 'none'", []).unwrap();
     assert!(matches!(refused(&path).await, StoreError::Corrupt(..)));
-    raw.execute("DELETE FROM loops", []).unwrap();
+    raw.execute("UPDATE meta SET epoch = 0", []).unwrap();
     drop(opened(&path).await);
 
     let other = directory.path().join("other.db");
     rusqlite::Connection::open(&other).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
     assert!(matches!(refused(&other).await, StoreError::Foreign(..)));
     assert!(matches!(refused(directory.path()).await, StoreError::ReadOnly(..)), "a directory");
+}
+
+#[tokio::test]
+async fn what_can_not_be_read_stands_in_its_place_and_the_rest_is_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 12).await;
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute_batch(
+        "UPDATE cycles SET record = CAST('unreadable' AS BLOB) WHERE cycle_id = 2;
+         UPDATE cycles SET record = 'text' WHERE cycle_id = 3;
+         UPDATE cycles SET state = 99 WHERE cycle_id = 4;
+         UPDATE cycles SET trigger = 2, loop = 'no name!' WHERE cycle_id = 5;
+         UPDATE cycles SET finished_at = 'noon' WHERE cycle_id = 6;
+         UPDATE cycles SET request_id = CAST(x'ff' AS TEXT) WHERE cycle_id = 7;
+         UPDATE cycles SET epoch = x'00' WHERE cycle_id = 8;
+         UPDATE cycles SET revision = 'nine' WHERE cycle_id = 9;
+         DELETE FROM cycles WHERE cycle_id IN (10, 12)",
+    )
+    .unwrap();
+    let told = |found: &[Found]| {
+        let told = found.iter().map(|found| match found {
+            Ok(record) => (record.revision.0, true),
+            Err(unreadable) => (unreadable.revision.0, false),
+        });
+        told.collect::<Vec<_>>()
+    };
+    let after = store.cycles_after(Revision(0), ALL).await.unwrap();
+    let unreadable = (2..=10).map(|revision| (revision, false));
+    let all: Vec<_> = [(1, true)].into_iter().chain(unreadable).chain([(11, true), (12, false)]).collect();
+    assert_eq!(told(&after), all);
+    let three = PageLimits { records: 3, ..ALL };
+    assert_eq!(told(&store.cycles_after(Revision(8), three).await.unwrap()), all[8..11]);
+    assert_eq!(told(&store.cycles_after(Revision(11), three).await.unwrap()), all[11..]);
+
+    let page = store.cycles_before(CycleId(100), Filter::default(), ALL).await.unwrap();
+    assert_eq!(
+        told(&page.records),
+        [
+            (11, true),
+            (0, false),
+            (8, false),
+            (7, false),
+            (6, false),
+            (5, false),
+            (4, false),
+            (3, false),
+            (2, false),
+            (1, true)
+        ]
+    );
+    // What the filter looks at can be read of cycles 2 and 3, and of no other.
+    let interrupted = Filter { states: vec![CycleState::Interrupted], ..Filter::default() };
+    let page = store.cycles_before(CycleId(9), interrupted, ALL).await.unwrap();
+    assert_eq!(told(&page.records), [(8, false), (7, false), (6, false), (5, false), (4, false)]);
+    for cycle_id in 2..=9 {
+        let found = store.cycle(CycleId(cycle_id)).await;
+        let Err(StoreError::Unreadable(unreadable)) = found else { panic!("{found:?}") };
+        assert_eq!(unreadable.cycle_id, CycleId(cycle_id));
+    }
+    drop(store);
+    let contents = opened(&path).await.1;
+    assert_eq!(contents.last_record.unwrap().unwrap().cycle_id, CycleId(11));
+}
+
+#[tokio::test]
+async fn rows_that_can_not_be_read_are_named_and_the_rest_is_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, first) = opened(&path).await;
+    let write = Write {
+        epoch: first.epoch,
+        open: vec![open_cycle(1)],
+        outputs: vec![(name("a"), output(1, "a"))],
+        subsystems: BTreeMap::from([stored_subsystem("a")]),
+        ..Write::default()
+    };
+    commit(&*store, write).await;
+    drop(store);
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute_batch(
+        "INSERT INTO loops VALUES ('l', NULL, 'no json');
+         INSERT INTO subsystems VALUES ('b', '{\"endpoint\":', NULL, 0);
+         INSERT INTO subsystems VALUES ('c', x'00', NULL, 0);
+         INSERT INTO outputs VALUES ('b', 1, x'ff');
+         INSERT INTO open_cycles VALUES (2, 9, NULL, 0, NULL, NULL, NULL);
+         INSERT INTO open_cycles VALUES (1000000000, 1, NULL, 0, NULL, NULL, NULL)",
+    )
+    .unwrap();
+    for _ in 0..2 {
+        let (store, contents) = opened(&path).await;
+        let unreadable: Vec<_> = contents.unreadable.iter().map(|row| (row.what, row.key.as_str())).collect();
+        let open = [("open cycle", "2"), ("open cycle", "1000000000")];
+        assert_eq!(unreadable[..2], open);
+        assert_eq!(unreadable[2..], [("subsystem", "b"), ("subsystem", "c"), ("loop", "l"), ("output", "b")]);
+        assert_eq!((contents.open, contents.last_open), (vec![open_cycle(1)], CycleId(2)));
+        assert_eq!(contents.subsystems, [stored_subsystem("a").1.unwrap()]);
+        assert_eq!(contents.outputs.len(), 1);
+        drop(store);
+    }
+}
+
+#[tokio::test]
+async fn what_is_missing_at_the_end_is_known_and_an_older_copy_is_told_from_a_damaged_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, first) = opened(&path).await;
+    filled(&*store, first.epoch, 3).await;
+    drop(store);
+    let older = std::fs::read(&path).unwrap();
+    let (store, second) = opened(&path).await;
+    assert_eq!(second.lost, None);
+    commit(&*store, Write { epoch: second.epoch, records: vec![record(4, second.epoch)], ..Write::default() }).await;
+    commit(&*store, Write { epoch: second.epoch, ..Write::default() }).await;
+    drop(store);
+    std::fs::write(&path, &older).unwrap();
+    let (store, third) = opened(&path).await;
+    assert_eq!(third.lost, Some(Lost { last_cycle_id: CycleId(4), last_revision: Revision(4), commits: 2 }));
+    let write = Write { epoch: third.epoch, records: vec![record(4, third.epoch)], ..Write::default() };
+    commit(&*store, write).await;
+    drop(store);
+    let (store, fourth) = opened(&path).await;
+    assert_eq!(fourth.lost, None, "it is told once");
+    let records = (5..20_000).map(|id| record(id, fourth.epoch)).collect();
+    commit(&*store, Write { epoch: fourth.epoch, records, ..Write::default() }).await;
+    drop(store);
+    std::fs::write(&path, &older).unwrap();
+    let behind = refused(&path).await;
+    assert!(matches!(behind, StoreError::Behind { has: CycleId(3), noted: CycleId(19_999), .. }), "{behind}");
+    let accepted = super::accept(&StoreUrl::Sqlite(path.clone())).unwrap();
+    assert_eq!((accepted.last_cycle_id, accepted.noted_cycle_id), (CycleId(3), CycleId(19_999)));
+    assert_eq!(opened(&path).await.1.lost, None);
+    // Another database at the same path has a history of its own.
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(opened(&path).await.1.lost, None);
 }
 
 #[tokio::test]
@@ -440,8 +581,8 @@ proptest! {
         runtime.block_on(async {
             let directory = tempfile::tempdir().unwrap();
             let url = StoreUrl::Sqlite(directory.path().join("o.db"));
-            let (memory, one) = open(&StoreUrl::Memory).await.unwrap();
-            let (mut sqlite, mut contents) = open(&url).await.unwrap();
+            let (memory, one) = open(&StoreUrl::Memory, check).await.unwrap();
+            let (mut sqlite, mut contents) = open(&url, check).await.unwrap();
             let mut last = 0;
             for (what, n, m) in steps {
                 match what {
@@ -463,7 +604,7 @@ proptest! {
                     }
                     _ => {
                         drop(sqlite);
-                        (sqlite, contents) = open(&url).await.unwrap();
+                        (sqlite, contents) = open(&url, check).await.unwrap();
                         assert_eq!(contents.last_cycle_id, CycleId(last));
                     }
                 }

@@ -122,6 +122,7 @@ impl Metrics {
                     .into(),
             ),
             STORE_COMMIT_ERRORS.single(number(figures.counts.commit_errors)),
+            STORE_UNREADABLE.single(number(figures.counts.unreadable_records)),
         ]);
         match self.orchestrator.store_size().await {
             Ok(size) => {

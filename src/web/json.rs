@@ -233,6 +233,7 @@ async fn pieces(answers: Answers, event: Watched, as_line: bool) -> Vec<Bytes> {
     }
     let name = match event.event {
         Some(Event::Recorded(_)) => "recorded",
+        Some(Event::Unreadable(_)) => "unreadable",
         Some(Event::Started(_)) => "started",
         Some(Event::Progress(_)) => "progress",
         Some(Event::Bookmark(_)) | None => "bookmark",

@@ -139,6 +139,8 @@ async fn forward(
             Some(Event::Recorded(record)) => News::Recorded(Box::new(telemetry(&record)?)),
             Some(Event::Started(started)) => News::Started(started),
             Some(Event::Progress(progress)) => News::Progress(progress),
+            // Nothing of it can be shown.
+            Some(Event::Unreadable(_)) => continue,
             Some(Event::Bookmark(_)) | None => News::CaughtUp,
         };
         tell(news, what).await?;

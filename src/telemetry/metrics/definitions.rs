@@ -91,6 +91,8 @@ definitions! {
         "Duration of commits that succeeded: durable ones wait for the disk, buffered ones for the operating system.";
     STORE_COMMIT_ERRORS: Counter "orchestrator_store_commit_errors_total" []
         "Commits that failed. What can be tried again is tried again, and counts each time.";
+    STORE_UNREADABLE: Counter "orchestrator_store_unreadable_records_total" []
+        "Records that this process has come upon and could not read, each once. The log names them.";
     STORE_SIZE: Gauge "orchestrator_store_size_bytes" []
         "Bytes that the store takes where it is kept, its log included.";
     STORE_RECORDS: Gauge "orchestrator_store_records" []
