@@ -79,11 +79,14 @@ pub struct Server {
     /// of many people, and still a bound on what one connection can make the server hold. Clients wait for a free
     /// stream when they have as many.
     pub max_concurrent_streams: u32,
+    /// Open calls and watches of all connections. 1 to 1,000,000, default 4,096: each costs some 10 KB, and further ones
+    /// are refused, but for one of each connection.
+    pub max_streams: usize,
     /// Bytes of one request. 64 KiB to 64 MiB, default 4 MiB, as gRPC has it.
     pub max_request_bytes: usize,
-    /// Bytes of all requests together that are being received at one time. 1 MiB to 64 GiB, default 96 MiB. What comes
-    /// on top is refused.
-    pub max_receiving_bytes: usize,
+    /// Bytes of all requests together that are being received at one time. 1 MiB to 64 GiB, default 3/32 of
+    /// `memory.max_bytes`. What comes on top is refused.
+    pub max_receiving_bytes: Option<usize>,
     /// Watchers at one time, over all connections. 0 to 100,000, default 2,000.
     pub max_watchers: usize,
     /// How long a shutdown waits for the running cycle and open calls. 0 s to 1 h, default 30 s.
@@ -101,8 +104,9 @@ pub struct Admin {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Memory {
     /// Bytes of everything whose size clients and subsystems decide: requests, answers, outputs, records, registrations.
-    /// 64 MiB to 1 TiB, default 1 GiB. Each purpose has its share (`memory::Shares`); beyond it is refused.
-    pub max_bytes: usize,
+    /// 64 MiB to 1 TiB. Each purpose has its share (`memory::Shares`); beyond it is refused. Default: 1 GiB, or half of what
+    /// the machine has or the memory group (cgroup) of the process allows, if that is less.
+    pub max_bytes: Option<usize>,
 }
 
 /// What it keeps.
@@ -305,6 +309,7 @@ impl Config {
             "server.insecure_listen_beyond_loopback": server.insecure_listen_beyond_loopback,
             "server.max_connections": server.max_connections,
             "server.max_concurrent_streams": server.max_concurrent_streams,
+            "server.max_streams": server.max_streams,
             "server.max_request_bytes": server.max_request_bytes,
             "server.max_receiving_bytes": server.max_receiving_bytes,
             "memory.max_bytes": memory.max_bytes,
@@ -361,7 +366,7 @@ impl Config {
             orchestrator_id: read.parsed("orchestrator_id", orchestrator_id).unwrap_or_else(|| "orchestrator".into()),
             server: Server::from_reader(read),
             admin: Admin::default(),
-            memory: Memory { max_bytes: read.number("memory.max_bytes", 64 * MIB..=1024 * GIB).unwrap_or(GIB) },
+            memory: Memory { max_bytes: read.number("memory.max_bytes", 64 * MIB..=1024 * GIB) },
             store: Store {
                 url: read
                     .parsed("store.url", StoreUrl::parse)
@@ -430,8 +435,9 @@ impl Server {
             insecure_listen_beyond_loopback: read.flag("server.insecure_listen_beyond_loopback").unwrap_or(false),
             max_connections: read.number("server.max_connections", 1..=1_000_000).unwrap_or(4096),
             max_concurrent_streams: read.number("server.max_concurrent_streams", 1..=100_000).unwrap_or(256),
+            max_streams: read.number("server.max_streams", 1..=1_000_000).unwrap_or(4096),
             max_request_bytes: read.number("server.max_request_bytes", 64 * KIB..=64 * MIB).unwrap_or(4 * MIB),
-            max_receiving_bytes: read.number("server.max_receiving_bytes", MIB..=64 * GIB).unwrap_or(96 * MIB),
+            max_receiving_bytes: read.number("server.max_receiving_bytes", MIB..=64 * GIB),
             max_watchers: read.number("server.max_watchers", 0..=100_000).unwrap_or(2000),
             drain_grace: read.duration("server.drain_grace", Duration::ZERO..=HOUR).unwrap_or(Duration::from_secs(30)),
         };

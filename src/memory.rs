@@ -5,7 +5,8 @@
 //! rather than for those in use. A purpose whose limit is reached refuses; it never makes another one wait.
 
 use std::{
-    fmt,
+    fmt, fs,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -184,11 +185,57 @@ impl Shares {
         }
     }
 
-    /// Each purpose, without the whole.
-    pub fn iter(&self) -> impl Iterator<Item = &Memory> {
+    /// Each purpose with its name, without the whole.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, &Memory)> {
         let Self { whole: _, requests, answers, admin, history, outputs, inputs, replies, registry } = self;
-        [requests, answers, admin, history, outputs, inputs, replies, registry].into_iter()
+        [
+            ("requests", requests),
+            ("answers", answers),
+            ("admin", admin),
+            ("history", history),
+            ("outputs", outputs),
+            ("inputs", inputs),
+            ("replies", replies),
+            ("registry", registry),
+        ]
+        .into_iter()
     }
+}
+
+/// Bytes of memory that this process may use at most: what the machine has, or what the memory group (cgroup, of either
+/// version) that the process runs in allows, if that is less. `None` where neither says so.
+///
+/// <https://docs.kernel.org/admin-guide/cgroup-v2.html>
+#[must_use]
+pub fn allowed() -> Option<usize> {
+    let read = |path: &Path| fs::read_to_string(path).ok();
+    let machine = read(Path::new("/proc/meminfo")).and_then(|text| {
+        let kibibytes = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        kibibytes.trim().trim_end_matches(" kB").parse::<usize>().ok()?.checked_mul(1 << 10)
+    });
+    let groups = read(Path::new("/proc/self/cgroup")).unwrap_or_default();
+    limits_of(&groups).filter_map(|path| read(&path)?.trim().parse().ok()).chain(machine).min()
+}
+
+/// The files with the limits of all groups that hold this process, by what it says of its own ones. In a container their
+/// paths may be those of the machine, of which only the root is there.
+fn limits_of(groups: &str) -> impl Iterator<Item = PathBuf> {
+    groups.lines().flat_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
+        let place = match controllers {
+            "" => Some(("/sys/fs/cgroup", "memory.max")),
+            _ if controllers.split(',').any(|it| it == "memory") => {
+                Some(("/sys/fs/cgroup/memory", "memory.limit_in_bytes"))
+            }
+            _ => None,
+        };
+        let own = Path::new(path.trim_start_matches('/'));
+        let each = move |(mount, file): (&str, &str)| {
+            own.ancestors().map(|group| Path::new(mount).join(group).join(file)).collect::<Vec<_>>()
+        };
+        place.map(each).unwrap_or_default()
+    })
 }
 
 impl Held {
@@ -262,7 +309,19 @@ mod tests {
     #[test]
     fn the_shares_add_up_to_the_whole() {
         let shares = Shares::of(1 << 30);
-        assert_eq!(shares.iter().map(Memory::max).sum::<usize>(), shares.whole.max());
+        assert_eq!(shares.iter().map(|(_, share)| share.max()).sum::<usize>(), shares.whole.max());
+    }
+
+    #[test]
+    fn the_limits_of_memory_groups_are_found() {
+        let of = |groups| limits_of(groups).map(|path| path.display().to_string()).collect::<Vec<_>>();
+        let second = ["/sys/fs/cgroup/a/b/memory.max", "/sys/fs/cgroup/a/memory.max", "/sys/fs/cgroup/memory.max"];
+        assert_eq!(of("0::/a/b\n"), second);
+        let first = "/sys/fs/cgroup/memory/a/memory.limit_in_bytes";
+        assert_eq!(of("3:cpu:/x\n2:hugetlb,memory:/a\n"), [first, "/sys/fs/cgroup/memory/memory.limit_in_bytes"]);
+        assert!(of("1:name=systemd:/").is_empty() && of("").is_empty());
+        #[cfg(target_os = "linux")]
+        assert!(allowed().is_some_and(|bytes| bytes > 1 << 20));
     }
 
     #[test]

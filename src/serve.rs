@@ -8,27 +8,25 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
-    task::Poll,
     time::Duration,
 };
 
-use futures_util::{StreamExt, stream};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{join, net::TcpListener, select, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
-use tower::util::MapRequestLayer;
 
 pub use self::operator::Operator;
 use self::operator::Wish;
 use crate::{
     api::{self, Api},
     clock::Clock,
-    config::{Config, Reload},
+    config::{self, Config, Reload},
     dial::{Dialer, NoCertificate},
     file::{self, FileError},
-    listen::{self, Connections, Receiving},
-    memory::Shares,
+    listen::{self, Connections, Limits},
+    memory::{self, Shares},
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Stopped, Tasks},
     parts::{Ended, Parts},
     ports::{Spans, StoreError, Untraced},
@@ -37,7 +35,7 @@ use crate::{
         metrics::Metrics,
         otlp::{self, Exporter},
     },
-    web,
+    web::{self, Web},
 };
 
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
@@ -128,7 +126,7 @@ impl Service {
             }
             None => None,
         };
-        let memory = Shares::of(config.memory.max_bytes);
+        let memory = shares(config);
         let dialer = Dialer::new(config.dial.connect_timeout, memory.replies.clone());
         let dialer = Arc::new(match &config.dial.ca_file {
             Some(path) => {
@@ -156,46 +154,24 @@ impl Service {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
-        let stopped = stop_server.clone().cancelled_owned();
-        memory.requests.set_max(config.server.max_receiving_bytes);
-        let receiving = Receiving::new(memory.requests.clone());
         let api = Api::new(orchestrator.clone(), memory.requests.clone());
-        let router = listen::server(config.server.max_concurrent_streams)
-            // What a client may send ahead of being read: requests are small, so this bounds memory and slows nothing.
-            .initial_stream_window_size(256 << 10)
-            .initial_connection_window_size(1 << 20)
-            .layer(MapRequestLayer::new(move |request| receiving.bound(request)))
-            .add_service(api::service(api.clone(), config.server.max_request_bytes))
-            .add_service(health_service);
-        let router = with_reflection(router);
+        let routes =
+            Routes::new(api::service(api.clone(), config.server.max_request_bytes)).add_service(health_service);
+        let server = listen::Server::new(with_reflection(routes), limits(&config.server, &memory));
         let connections = Connections::at_most(config.server.max_connections);
-        let incoming = listen::incoming(listener, connections.clone(), cut_off.clone());
         let mut servers = Parts::default();
-        let no_more = CancellationToken::new();
-        let incoming = incoming.chain(stream::poll_fn({
-            let no_more = no_more.clone();
-            move |_| {
-                no_more.cancel();
-                Poll::Ready(None)
-            }
-        }));
-        servers.start("the gRPC server", async move {
-            select! {
-                served = router.serve_with_incoming_shutdown(incoming, stopped) => served,
-                // Those that it has would keep it, and nobody would know that it takes no others.
-                () = no_more.cancelled() => Ok(()),
-            }
-        });
+        let served = server.serve(listener, connections.clone(), stop_server.clone(), cut_off.clone());
+        servers.start("the gRPC server", told(served));
         tracing::info!(%address, "listening");
         let admin_address = admin.as_ref().map(|(_, address)| *address);
         if let Some((listener, address)) = admin {
             let beyond_loopback = config.server.insecure_listen_beyond_loopback;
             let admin = Connections::at_most(web::MAX_CONNECTIONS);
             let in_front = vec![("grpc", connections), ("admin", admin.clone())];
-            let metrics = Metrics::new(orchestrator.clone()).and_of(exporter.clone(), in_front);
+            let metrics = Metrics::new(orchestrator.clone()).and_of(exporter.clone(), in_front, memory.clone());
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
-            let server = web::serve(listener, admin, api, metrics.into(), beyond_loopback, stop, cut_off);
-            servers.start("the admin server", told(server));
+            let web = Web { api, metrics: metrics.into(), memory: memory.admin, beyond_loopback };
+            servers.start("the admin server", told(web.serve(listener, admin, stop, cut_off)));
             tracing::info!(%address, "dashboard");
         }
         Ok(Self {
@@ -453,6 +429,41 @@ async fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     let path = path.to_owned();
     let read = tokio::task::spawn_blocking(move || file::read(&path)).await;
     read.unwrap_or_else(|defect| Err(FileError::Unreadable(io::Error::other(defect))))
+}
+
+/// How much memory there is for what.
+fn shares(config: &Config) -> Shares {
+    const DEFAULT: usize = 1 << 30;
+    /// The smallest that can be configured.
+    const LEAST: usize = 64 << 20;
+    let (max_bytes, because) = match (config.memory.max_bytes, memory::allowed()) {
+        (Some(max_bytes), _) => (max_bytes, "as memory.max_bytes says"),
+        (None, Some(allowed)) if allowed / 2 < DEFAULT => {
+            ((allowed / 2).max(LEAST), "half of what the machine has, or its memory group allows")
+        }
+        (None, _) => (DEFAULT, "by default"),
+    };
+    tracing::info!(max_bytes, because, "memory for what clients and subsystems decide");
+    let shares = Shares::of(max_bytes);
+    if let Some(max_bytes) = config.server.max_receiving_bytes {
+        shares.requests.set_max(max_bytes);
+    }
+    shares
+}
+
+/// What each client gets, and all of them together.
+fn limits(server: &config::Server, memory: &Shares) -> Limits {
+    Limits {
+        max_concurrent_streams: server.max_concurrent_streams,
+        max_streams: server.max_streams,
+        max_request_bytes: server.max_request_bytes,
+        // Requests are small, so this bounds memory and slows nothing. The library takes a client for a flood when half of
+        // the second is used up by small frames, of which each stream may send one.
+        windows: (64 << 10, server.max_concurrent_streams.saturating_mul(512).clamp(128 << 10, 16 << 20)),
+        requests: memory.requests.clone(),
+        answers: memory.answers.clone(),
+        large_streams: &["/dreamnet.orchestrator.v1.Orchestrator/WatchCycles"],
+    }
 }
 
 async fn listen_for_admin(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {

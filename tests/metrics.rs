@@ -144,6 +144,9 @@ async fn cycles_and_their_parts_are_counted() {
         ("orchestrator_store_records", 3.0),
         ("orchestrator_store_commit_errors_total", 0.0),
         ("orchestrator_connections{server=\"grpc\"}", 1.0),
+        ("orchestrator_memory_limit_bytes{purpose=\"all\"}", 1_073_741_824.0),
+        ("orchestrator_memory_limit_bytes{purpose=\"answers\"}", 134_217_728.0),
+        ("orchestrator_memory_held_bytes{purpose=\"answers\"}", 0.0),
         ("orchestrator_draining", 0.0),
     ]);
     for nothing_known in ["needs-bad", "idle"] {

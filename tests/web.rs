@@ -271,7 +271,12 @@ async fn answers_that_nobody_takes_have_bounded_room() {
     }
     let refused = get(admin, "/api/cycles/1").await;
     assert_eq!(refused.status, 429);
-    assert!(refused.text().await.contains("128 MiB of answers are not taken yet"));
+    assert!(
+        refused
+            .text()
+            .await
+            .contains("the limit of 64 MiB for answers that the admin address's clients have not taken yet is reached")
+    );
     let (_, most) = stage.service.memory();
     assert!(most < 500 << 20, "{} MB", most >> 20);
     drop(asking);

@@ -61,11 +61,15 @@ impl Api {
     }
 
     /// Room for what a request becomes, for as long as it waits: lists of short texts grow the most.
-    fn hold(&self, request: &impl Message) -> Result<Held, Status> {
+    fn hold(&self, request: &impl Message) -> Result<Option<Held>, Status> {
         const GROWTH: usize = 16;
-        self.requests
-            .try_hold(request.encoded_len().saturating_mul(GROWTH))
-            .map_err(|full| status(Refusal::MemoryFull(full)))
+        /// Bytes of one that needs none: as long as others fill it, small requests go on.
+        const SMALL: usize = 512;
+        let bytes = request.encoded_len();
+        match self.requests.try_hold(bytes.saturating_mul(GROWTH)) {
+            Err(full) if bytes > SMALL => Err(status(Refusal::MemoryFull(full))),
+            held => Ok(held.ok()),
+        }
     }
 
     /// Does what goes over so many subsystems: where they are many it may take milliseconds, and is done where no cycle waits

@@ -62,7 +62,7 @@ pub(super) fn cycle(
         trigger: Trigger::Manual,
         scheduled_at: now,
         subset: subset(&mut bad, &subsystems),
-        parameters: self::parameters(&mut bad, parameters),
+        parameters: self::parameters(&mut bad, &parameters),
         request_id: (!request_id.is_empty()).then_some(request_id),
         overlap: overlap.unwrap_or(OverlapPolicy::BufferAll),
         deadline,
@@ -175,7 +175,7 @@ fn subsystem(registration: pb::Registration) -> Result<Subsystem, Violations> {
             disabled,
         },
         critical,
-        parameters: self::parameters(&mut bad, parameters).to_json(),
+        parameters: self::parameters(&mut bad, &parameters).to_json(),
         limits: LimitsSpec {
             max_message_bytes: unless_zero(max_message_bytes),
             max_output_bytes: unless_zero(max_output_bytes),
@@ -233,7 +233,7 @@ pub(super) fn interval_loop(settings: Option<pb::IntervalLoop>) -> Result<LoopSp
         },
         catch_up_window: duration(&mut bad, "catch_up_window", catch_up_window),
         subsystems,
-        parameters: self::parameters(&mut bad, parameters).to_json(),
+        parameters: self::parameters(&mut bad, &parameters).to_json(),
         deadline: duration(&mut bad, "deadline", deadline),
         record_outputs,
     };
@@ -410,13 +410,13 @@ fn overlap(bad: &mut Violations, field: &str, policy: i32) -> Option<OverlapPoli
     }
 }
 
-fn parameters(bad: &mut Violations, bytes: Bytes) -> Payload {
+fn parameters(bad: &mut Violations, bytes: &Bytes) -> Payload {
     if bytes.len() > Subsystem::MAX_PARAMETERS {
         bad.add("parameters", format!("is {} bytes; allowed are {}", bytes.len(), Subsystem::MAX_PARAMETERS));
         return Payload::default();
     }
     // The bytes that came are a part of the whole request, which is not to be kept with them.
-    Payload::check(Bytes::copy_from_slice(&bytes)).unwrap_or_else(|malformed| {
+    Payload::check(Bytes::copy_from_slice(bytes)).unwrap_or_else(|malformed| {
         bad.add("parameters", malformed.to_string());
         Payload::default()
     })

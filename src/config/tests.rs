@@ -436,6 +436,7 @@ listen = "0.0.0.0:1"
 insecure_listen_beyond_loopback = true
 max_connections = 1
 max_concurrent_streams = 1
+max_streams = 1
 max_request_bytes = 65536
 max_watchers = 1
 drain_grace = "1s"
@@ -478,6 +479,7 @@ interval = "1s"
             "server.insecure_listen_beyond_loopback",
             "server.max_connections",
             "server.max_concurrent_streams",
+            "server.max_streams",
             "server.max_request_bytes",
             "store.url",
             "dial.ca_file",

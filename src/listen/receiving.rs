@@ -1,127 +1,315 @@
-//! What requests cost while they are being received: each one alone is bounded by the size of a message, and all of
+//! What requests cost while they are being received: each message alone is bounded by its size and its time, and all of
 //! them together here.
 
 use std::{
+    error::Error,
     pin::Pin,
-    task::{Context, Poll},
+    sync::Arc,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::Bytes;
-use http_body::{Body as _, Frame, SizeHint};
-use tokio::time::{Sleep, sleep};
-use tonic::{Status, body::Body, codegen::http::Request};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http_body::Frame;
+use tokio::time::{Instant, Sleep, sleep_until};
+use tonic::Status;
 
+use super::streams::Taking;
 use crate::memory::{Held, Memory};
 
-/// Room for the requests that are being received.
-#[derive(Clone)]
-pub(crate) struct Receiving {
-    room: Memory,
+/// What a path takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rule {
+    /// Bytes of one message.
+    pub(super) max_bytes: usize,
+    /// Whether there may be many messages.
+    pub(super) is_stream: bool,
 }
 
-impl Receiving {
-    /// How long a request may take to come: enough for the largest one over a slow line.
+/// The body of a request, of which whole messages are passed on. The library would reserve what the prefix of a message
+/// promises; here room grows with what comes, and is counted before it is reserved.
+///
+/// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
+pub(super) struct Received<B> {
+    body: B,
+    rule: Rule,
+    room: Memory,
+    held: Option<Held>,
+    /// For the headers, which are kept as long.
+    _headers: Option<Held>,
+    /// What has come and is not passed on.
+    gathered: BytesMut,
+    /// A message whose prefix is passed on.
+    message: Option<Bytes>,
+    messages: usize,
+    taking: Arc<Taking>,
+    /// When what is awaited must have come.
+    due: Option<Instant>,
+    clock: Option<Pin<Box<Sleep>>>,
+}
+
+/// Bytes that say whether a message is compressed, and its length.
+const PREFIX: usize = 5;
+
+impl<B> Received<B> {
+    /// How long a message may take to come: enough for the largest one over a slow line.
     const PATIENCE: Duration = Duration::from_secs(30);
-    /// Requests of other services may be streams, which stay open, and are small.
-    const BOUNDED: &str = "/dreamnet.";
+    /// Bytes of the headers of a request.
+    pub(super) const MAX_HEADERS: u32 = 16 << 10;
+    /// Bytes of a message that always fits: what a stream costs contains it.
+    const SMALL: usize = 8 << 10;
 
-    /// All of them within this limit.
-    pub(crate) fn new(room: Memory) -> Self {
-        Self { room }
-    }
-
-    /// Has the body of a request take its room as it comes.
-    pub(crate) fn bound(&self, request: Request<Body>) -> Request<Body> {
-        if !request.uri().path().starts_with(Self::BOUNDED) || request.body().is_end_stream() {
-            return request;
+    pub(super) fn new(body: B, rule: Rule, room: Memory, headers: Option<Held>, taking: Arc<Taking>) -> Self {
+        Self {
+            body,
+            rule,
+            room,
+            held: None,
+            _headers: headers,
+            gathered: BytesMut::new(),
+            message: None,
+            messages: 0,
+            taking,
+            // A stream may be silent before each message; any other request is to come whole.
+            due: (!rule.is_stream).then(|| Instant::now() + Self::PATIENCE),
+            clock: None,
         }
-        request.map(|body| {
-            let ends = Box::pin(sleep(Self::PATIENCE));
-            Body::new(Bounded { body, room: self.room.clone(), taken: None, ends })
-        })
     }
-}
 
-struct Bounded {
-    body: Body,
-    room: Memory,
-    taken: Option<Held>,
-    ends: Pin<Box<Sleep>>,
-}
+    /// Bytes of the message that is being gathered, with its prefix, once that is known.
+    fn announced(&self) -> Result<Option<usize>, Status> {
+        let Some(prefix) = self.gathered.get(..PREFIX) else { return Ok(None) };
+        let length = (&prefix[1..]).get_u32() as usize;
+        let Rule { max_bytes, is_stream } = self.rule;
+        if !is_stream && self.messages > 0 {
+            return Err(Status::invalid_argument("the request has more than one message; send one"));
+        }
+        if length > max_bytes {
+            let message =
+                format!("message length too large: it has {length} bytes, and the limit is {max_bytes} bytes");
+            return Err(Status::out_of_range(message));
+        }
+        Ok(Some(PREFIX + length))
+    }
 
-impl Bounded {
-    fn take(&mut self, bytes: usize) -> Result<(), Status> {
-        let taken = match &mut self.taken {
-            Some(taken) => taken.grow(bytes),
-            None => self.room.try_hold(bytes).map(|held| self.taken = Some(held)),
+    fn is_whole(&self) -> Result<bool, Status> {
+        Ok(self.announced()?.is_some_and(|bytes| self.gathered.len() >= bytes))
+    }
+
+    fn gather(&mut self, mut data: Bytes) -> Result<(), Status> {
+        while !data.is_empty() {
+            let needed = self.gathered.len() + data.len();
+            let most = match self.announced()? {
+                // First the prefix, which says how much there is to come.
+                None => PREFIX,
+                // A stream may be sent further messages before the earlier ones are answered.
+                Some(_) if self.is_whole()? && self.rule.is_stream => 2 * (PREFIX + self.rule.max_bytes),
+                Some(_) if self.is_whole()? => {
+                    return Err(Status::invalid_argument("the request has more than one message; send one"));
+                }
+                Some(bytes) => bytes,
+            };
+            if self.gathered.len() >= most {
+                return Err(Status::resource_exhausted("too much is sent ahead of the answers; wait for them"));
+            }
+            let some = data.split_to(data.len().min(most - self.gathered.len()));
+            let needed = needed.min(most);
+            if self.gathered.capacity() < needed {
+                // Twice as much each time, so that little is copied, and never more than there is to come.
+                let capacity = (self.gathered.capacity() * 2).clamp(needed, most);
+                self.hold(capacity)?;
+                let mut grown = BytesMut::with_capacity(capacity);
+                grown.put_slice(&self.gathered);
+                self.gathered = grown;
+            }
+            self.gathered.put(some);
+        }
+        self.announced().map(|_| ())
+    }
+
+    /// Takes the message that has come whole.
+    fn take(&mut self) -> Result<Frame<Bytes>, Status> {
+        let bytes = self.announced()?.unwrap_or_default();
+        // The library makes a copy.
+        self.hold(self.gathered.capacity() + bytes)?;
+        let mut message = self.gathered.split_to(bytes).freeze();
+        let prefix = message.split_to(PREFIX);
+        self.message = Some(message);
+        self.messages += 1;
+        if self.rule.is_stream {
+            (self.due, self.clock) = (None, None);
+        }
+        Ok(Frame::data(prefix))
+    }
+
+    fn hold(&mut self, bytes: usize) -> Result<(), Status> {
+        let held = match &mut self.held {
+            Some(held) => held.resize(bytes),
+            None => self.room.try_hold(bytes).map(|held| self.held = Some(held)),
         };
-        taken.map_err(|full| Status::resource_exhausted(format!("{full}; try again later")))
+        match held {
+            Err(full) if bytes > 2 * Self::SMALL => Err(Status::resource_exhausted(format!("{full}; try again later"))),
+            _ => Ok(()),
+        }
     }
 }
 
-impl http_body::Body for Bounded {
-    type Data = Bytes;
-    type Error = Status;
+type Failure = Box<dyn Error + Send + Sync>;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        match Pin::new(&mut self.body).poll_frame(cx) {
-            Poll::Ready(Some(Ok(frame))) => {
-                let taken = frame.data_ref().map_or(Ok(()), |data| self.take(data.len()));
-                Poll::Ready(Some(taken.map(|()| frame)))
-            }
-            Poll::Pending if self.ends.as_mut().poll(cx).is_ready() => {
-                let message = format!("the request has not come whole within {:?}", Receiving::PATIENCE);
-                Poll::Ready(Some(Err(Status::deadline_exceeded(message))))
-            }
-            other => other,
+impl<B> Received<B>
+where
+    B: http_body::Body<Data = Bytes, Error: Into<Failure>> + Unpin,
+{
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Frame<Bytes>>, Failure>> {
+        if let Some(message) = self.message.take() {
+            return Poll::Ready(Ok(Some(Frame::data(message))));
         }
+        loop {
+            let is_whole = self.is_whole()?;
+            if is_whole && self.taking.poll_turn(cx, self.messages).is_ready() {
+                return Poll::Ready(self.take().map(Some).map_err(Into::into));
+            }
+            match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Ready(Some(frame)) => {
+                    // There may be trailers, which have no meaning in a request.
+                    if let Ok(data) = frame.map_err(Into::into)?.into_data() {
+                        self.gather(data)?;
+                    }
+                }
+                Poll::Ready(None) if is_whole => return Poll::Pending,
+                Poll::Ready(None) if self.gathered.is_empty() => return Poll::Ready(Ok(None)),
+                Poll::Ready(None) => {
+                    return Poll::Ready(Err(Status::invalid_argument("the request ends inside of a message").into()));
+                }
+                Poll::Pending => {
+                    if !is_whole && !self.gathered.is_empty() {
+                        self.due.get_or_insert_with(|| Instant::now() + Self::PATIENCE);
+                    }
+                    let Some(due) = self.due else { return Poll::Pending };
+                    ready!(self.clock.get_or_insert_with(|| Box::pin(sleep_until(due))).as_mut().poll(cx));
+                    let message = format!("the request has not come whole within {:?}", Self::PATIENCE);
+                    return Poll::Ready(Err(Status::deadline_exceeded(message).into()));
+                }
+            }
+        }
+    }
+}
+
+impl<B> http_body::Body for Received<B>
+where
+    B: http_body::Body<Data = Bytes, Error: Into<Failure>> + Unpin,
+{
+    type Data = Bytes;
+    type Error = Failure;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        let next = ready!(self.poll_next(cx)).map_err(|failure| match failure.downcast::<Status>() {
+            Ok(status) => self.taking.refuse(*status).into(),
+            Err(failure) => failure,
+        });
+        Poll::Ready(next.transpose())
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.gathered.is_empty() && self.message.is_none() && self.body.is_end_stream()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use futures_util::{StreamExt, stream};
-    use http_body_util::{BodyExt, StreamBody};
+    use http_body_util::{BodyExt, StreamBody, combinators::BoxBody};
+    use tokio::time::timeout;
     use tonic::Code;
 
     use super::*;
 
-    /// A request of which so much comes, and then nothing.
-    fn half_sent(path: &str, bytes: usize) -> Request<Body> {
-        let frames = stream::iter([Ok::<_, Status>(Frame::data(Bytes::from(vec![0; bytes])))]).chain(stream::pending());
-        Request::builder().uri(path).body(Body::new(StreamBody::new(frames))).unwrap()
+    const ONE: Rule = Rule { max_bytes: 40 << 10, is_stream: false };
+    const MANY: Rule = Rule { max_bytes: 1 << 10, is_stream: true };
+
+    /// A request of which these pieces come, and then nothing.
+    fn unfinished(rule: Rule, room: &Memory, pieces: &[&[u8]]) -> Received<BoxBody<Bytes, Status>> {
+        let pieces: Vec<_> = pieces.iter().map(|it| Ok(Frame::data(Bytes::copy_from_slice(it)))).collect();
+        let body = StreamBody::new(stream::iter(pieces).chain(stream::pending()));
+        Received::new(BoxBody::new(body), rule, room.clone(), None, Arc::default())
+    }
+
+    fn prefix(bytes: u32) -> [u8; PREFIX] {
+        let [a, b, c, d] = bytes.to_be_bytes();
+        [0, a, b, c, d]
+    }
+
+    /// What is passed on next.
+    async fn next<B>(received: &mut Received<B>) -> Result<Bytes, Code>
+    where
+        B: http_body::Body<Data = Bytes, Error: Into<Failure>> + Unpin,
+    {
+        let frame = received.frame().await.unwrap();
+        frame
+            .map(|frame| frame.into_data().unwrap())
+            .map_err(|failure| failure.downcast_ref::<Status>().unwrap().code())
     }
 
     #[tokio::test(start_paused = true)]
     async fn all_that_come_have_bounded_room_until_they_are_gone() {
-        let receiving = Receiving::new(Memory::whole(10 << 10));
-        let mut first = receiving.bound(half_sent("/dreamnet.a/B", 8 << 10));
-        assert!(first.body_mut().frame().await.unwrap().is_ok());
-        let mut second = receiving.bound(half_sent("/dreamnet.a/B", 8 << 10));
-        assert_eq!(second.body_mut().frame().await.unwrap().unwrap_err().code(), Code::ResourceExhausted);
-        drop(first);
-        let mut third = receiving.bound(half_sent("/dreamnet.a/B", 8 << 10));
-        assert!(third.body_mut().frame().await.unwrap().is_ok());
+        let room = Memory::whole(60 << 10);
+        let begun = [&prefix(40 << 10)[..], &vec![0; 36 << 10]].concat();
+        let mut first = unfinished(ONE, &room, &[&begun]);
+        // It has room as long as it is not whole.
+        assert!(timeout(Duration::from_secs(1), first.frame()).await.is_err());
+        let mut second = unfinished(ONE, &room, &[&begun]);
+        assert_eq!(next(&mut second).await, Err(Code::ResourceExhausted));
+        // A small one always has some.
+        let mut small = unfinished(ONE, &room, &[&prefix(1), &[7]]);
+        assert_eq!((next(&mut small).await.unwrap().len(), next(&mut small).await.unwrap().len()), (PREFIX, 1));
+        drop((first, small));
+        assert!(timeout(Duration::from_secs(1), unfinished(ONE, &room, &[&begun]).frame()).await.is_err());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_that_does_not_end_is_ended() {
-        let receiving = Receiving::new(Memory::whole(10 << 10));
-        let mut request = receiving.bound(half_sent("/dreamnet.a/B", 1));
-        assert!(request.body_mut().frame().await.unwrap().is_ok());
-        assert_eq!(request.body_mut().frame().await.unwrap().unwrap_err().code(), Code::DeadlineExceeded);
-        let mut stream = receiving.bound(half_sent("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 1));
-        assert!(stream.body_mut().frame().await.unwrap().is_ok());
-        let patience = Receiving::PATIENCE * 10;
-        assert!(tokio::time::timeout(patience, stream.body_mut().frame()).await.is_err(), "it stays open");
+    async fn room_is_taken_for_what_comes_and_not_for_what_is_promised() {
+        let room = Memory::whole(1 << 20);
+        let mut begun = unfinished(ONE, &room, &[&prefix(40 << 10), &[0; 100]]);
+        assert!(timeout(Duration::from_secs(1), begun.frame()).await.is_err());
+        assert!(room.held() <= 2 * (PREFIX + 100), "{}", room.held());
+        let mut too_large = unfinished(ONE, &room, &[&prefix((40 << 10) + 1)]);
+        assert_eq!(next(&mut too_large).await, Err(Code::OutOfRange));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_has_begun_ends_or_is_ended() {
+        let room = Memory::whole(1 << 20);
+        for rule in [ONE, MANY] {
+            let begun = Instant::now();
+            assert_eq!(next(&mut unfinished(rule, &room, &[&prefix(100), &[0]])).await, Err(Code::DeadlineExceeded));
+            assert_eq!(begun.elapsed().as_secs(), 30);
+        }
+        assert_eq!(next(&mut unfinished(ONE, &room, &[])).await, Err(Code::DeadlineExceeded));
+        // A stream may be silent, before its first message and between two.
+        let mut silent = unfinished(MANY, &room, &[]);
+        assert!(timeout(Duration::from_hours(1), silent.frame()).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn messages_of_a_stream_wait_until_the_earlier_ones_are_answered() {
+        let room = Memory::whole(1 << 20);
+        let both = [&prefix(1)[..], &[1], &prefix(1), &[2]].concat();
+        let mut received = unfinished(MANY, &room, &[&both]);
+        let taking = received.taking.clone();
+        next(&mut received).await.unwrap();
+        assert_eq!(next(&mut received).await.unwrap()[..], [1]);
+        assert!(timeout(Duration::from_hours(1), received.frame()).await.is_err());
+        let answer = taking.piece(Bytes::from_static(b"1"), None);
+        taking.answered();
+        assert!(timeout(Duration::from_hours(1), received.frame()).await.is_err(), "it is not taken");
+        drop(answer);
+        next(&mut received).await.unwrap();
+        assert_eq!(next(&mut received).await.unwrap()[..], [2]);
+        // And what is sent ahead is bounded.
+        let message = [&prefix(1000)[..], &[0; 1000]].concat();
+        let mut eager = unfinished(MANY, &room, &[&message, &message, &message]);
+        next(&mut eager).await.unwrap();
+        next(&mut eager).await.unwrap();
+        assert_eq!(next(&mut eager).await, Err(Code::ResourceExhausted));
     }
 }

@@ -8,7 +8,6 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use futures_util::{
@@ -21,11 +20,11 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Request, Response, Status, metadata::MetadataMap};
+use tonic::{Request, Response, Status};
 
 use super::{Answer, Cycle, Failure, Input, Object, Subsystem};
 use crate::{
-    listen::Broken,
+    listen::{Broken, timeout_of},
     model::{Name, Payload, Severity, excerpt},
     proto::subsystem::v1::{self as pb, subsystem_server},
 };
@@ -63,7 +62,7 @@ impl subsystem_server::Subsystem for Calls {
     }
 
     async fn run_cycle(&self, request: Request<pb::RunCycleRequest>) -> Result<Response<pb::RunCycleResponse>, Status> {
-        let deadline = timeout_of(request.metadata()).map(|timeout| Instant::now() + timeout);
+        let deadline = timeout_of(request.metadata().as_ref()).map(|timeout| Instant::now() + timeout);
         let broken = request.extensions().get().cloned().unwrap_or_default();
         let request = request.into_inner();
         let hosted = self.find(&request.subsystem)?;
@@ -371,21 +370,4 @@ fn to_struct(field: &str, object: &Object) -> Result<bytes::Bytes, Status> {
         Ok(payload) => Ok(payload.as_bytes().clone()),
         Err(malformed) => Err(Status::internal(format!("its {field} {malformed}"))),
     }
-}
-
-/// What `grpc-timeout` says: at most eight digits and a unit. The library enforces it, but tells nobody.
-fn timeout_of(metadata: &MetadataMap) -> Option<Duration> {
-    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let count: u32 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
-    let unit = match unit {
-        "H" => Duration::from_hours(1),
-        "M" => Duration::from_mins(1),
-        "S" => Duration::from_secs(1),
-        "m" => Duration::from_millis(1),
-        "u" => Duration::from_micros(1),
-        "n" => Duration::from_nanos(1),
-        _ => return None,
-    };
-    Some(unit * count)
 }

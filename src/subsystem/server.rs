@@ -10,7 +10,7 @@ use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::AbortOnDropHandle,
 };
-use tonic::transport::{self, server::Router};
+use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use super::{
@@ -18,7 +18,8 @@ use super::{
     calls::{Calls, Hosted},
 };
 use crate::{
-    listen::{self, Connections, Listener},
+    listen::{self, Connections, Limits, Listener},
+    memory::Memory,
     model::{self, Name, NameError},
     proto::subsystem::v1::subsystem_server::SubsystemServer,
 };
@@ -30,6 +31,10 @@ const SERVICE: &str = "dreamnet.subsystem.v1.Subsystem";
 const MAX_CONNECTIONS: usize = 256;
 /// Calls at one time on a connection: as many as an orchestrator makes by default, which may all be for this endpoint.
 const MAX_CONCURRENT_STREAMS: u32 = 1024;
+/// Calls at one time on all connections.
+const MAX_STREAMS: usize = 8 * MAX_CONCURRENT_STREAMS as usize;
+/// Bytes of all requests that are being received, and of all answers that are not taken yet: some of the largest.
+const MAX_MEMORY: usize = 1 << 30;
 /// Bytes of one request: the most that an orchestrator hands over as inputs, and room for the rest of the message.
 const MAX_REQUEST: usize = model::Subsystem::MAX_INPUT_BYTES + (1 << 20);
 /// Bytes of one answer: no registration can allow more.
@@ -89,19 +94,19 @@ impl Server {
             .max_encoding_message_size(MAX_ANSWER);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
-        let router = listen::server(MAX_CONCURRENT_STREAMS).add_service(calls).add_service(health_service);
-        let router = listen::reflection(SERVICE)?(router);
+        let routes = listen::reflection(SERVICE)?(Routes::new(calls).add_service(health_service));
+        let server = listen::Server::new(routes, limits());
 
         let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let refused = |error| ListenError::Address(address.to_owned(), error);
         let (endpoint, server, socket) = if let Some(path) = address.strip_prefix("unix:") {
             let path = PathBuf::from(path);
             let listener = bind_socket(&path).await.map_err(refused)?;
-            (address.to_owned(), serve(router, listener, stop.clone(), cut_off.clone()), Some(SocketFile(path)))
+            (address.to_owned(), serve(server, listener, stop.clone(), cut_off.clone()), Some(SocketFile(path)))
         } else {
             let listener = TcpListener::bind(address).await.map_err(refused)?;
             let endpoint = format!("http://{}", listener.local_addr().map_err(refused)?);
-            (endpoint, serve(router, listener, stop.clone(), cut_off.clone()), None)
+            (endpoint, serve(server, listener, stop.clone(), cut_off.clone()), None)
         };
         Ok(Serving { endpoint, health, stop, server, _cut_off: cut_off.drop_guard(), _socket: socket })
     }
@@ -112,7 +117,7 @@ pub struct Serving {
     endpoint: String,
     health: HealthReporter,
     stop: CancellationToken,
-    server: AbortOnDropHandle<Result<(), transport::Error>>,
+    server: AbortOnDropHandle<()>,
     _cut_off: DropGuard,
     _socket: Option<SocketFile>,
 }
@@ -132,8 +137,7 @@ impl Serving {
         }
         self.stop.cancel();
         match timeout(grace, self.server).await {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => tracing::error!(%error, "the server of subsystems failed"),
+            Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::error!(%error, "the server of subsystems failed"),
             Err(_) => tracing::warn!(?grace, "the grace has passed: calls that run are cut off"),
         }
@@ -142,14 +146,26 @@ impl Serving {
 
 /// Serves what comes in until it is told to stop.
 fn serve<L: Listener>(
-    router: Router,
+    server: listen::Server,
     listener: L,
     stop: CancellationToken,
     cut_off: CancellationToken,
-) -> AbortOnDropHandle<Result<(), transport::Error>> {
-    let incoming = listen::incoming(listener, Connections::at_most(MAX_CONNECTIONS), cut_off);
-    let stopped = stop.cancelled_owned();
-    AbortOnDropHandle::new(tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped)))
+) -> AbortOnDropHandle<()> {
+    let connections = Connections::at_most(MAX_CONNECTIONS);
+    AbortOnDropHandle::new(tokio::spawn(server.serve(listener, connections, stop, cut_off)))
+}
+
+/// What each peer gets, and all of them together.
+fn limits() -> Limits {
+    Limits {
+        max_concurrent_streams: MAX_CONCURRENT_STREAMS,
+        max_streams: MAX_STREAMS,
+        max_request_bytes: MAX_REQUEST,
+        windows: (1 << 20, 1 << 20),
+        requests: Memory::whole(MAX_MEMORY).part("requests that are being received", MAX_MEMORY),
+        answers: Memory::whole(MAX_MEMORY).part("answers that are not taken yet", MAX_MEMORY),
+        large_streams: &[],
+    }
 }
 
 /// Binds a socket. A file that an earlier process has left there is replaced; one that somebody listens on is not.

@@ -24,6 +24,7 @@ pub use self::definitions::{ALL, Definition, Kind};
 use super::otlp::Exporter;
 use crate::{
     listen::Connections,
+    memory::{Memory, Shares},
     model::{CycleState, Histogram, Name},
     orchestrator::{BreakerState, Durability, Figures, Orchestrator, Outcomes, Registered, TriggerKind},
 };
@@ -41,6 +42,7 @@ pub struct Metrics {
     turn: Semaphore,
     exporter: Option<Arc<Exporter>>,
     servers: Vec<(&'static str, Arc<Connections>)>,
+    memory: Option<Shares>,
     #[cfg(target_os = "linux")]
     process: ProcessCollector,
 }
@@ -66,18 +68,20 @@ impl Metrics {
             turn: Semaphore::new(1),
             exporter: None,
             servers: Vec::new(),
+            memory: None,
             #[cfg(target_os = "linux")]
             process: ProcessCollector::for_self(),
         }
     }
 
-    /// Also those of what exports its spans, and of the servers in front of it, by name.
+    /// Also those of what exports its spans, of the servers in front of it, by name, and of the memory of all.
     pub(crate) fn and_of(
         self,
         exporter: Option<Arc<Exporter>>,
         servers: Vec<(&'static str, Arc<Connections>)>,
+        memory: Shares,
     ) -> Self {
-        Self { exporter, servers, ..self }
+        Self { exporter, servers, memory: Some(memory), ..self }
     }
 
     /// Writes all metrics, piece by piece.
@@ -134,6 +138,10 @@ impl Metrics {
         let by_server = |of: &Definition, figure: fn(&Connections) -> usize| {
             of.family(self.servers.iter().map(|(name, it)| of.value(&[name], count(figure(it)))).collect())
         };
+        let memory: Vec<_> = self.memory.iter().flat_map(|it| it.iter().chain([("all", &it.whole)])).collect();
+        let by_purpose = |of: &Definition, figure: fn(&Memory) -> usize| {
+            of.family(memory.iter().map(|(purpose, it)| of.value(&[purpose], count(figure(it)))).collect())
+        };
         let spans = self.exporter.as_ref().map(|exporter| exporter.exported()).unwrap_or_default();
         families.extend([
             SPANS.family(
@@ -144,6 +152,8 @@ impl Metrics {
             LOG_LINES_DROPPED.single(number(super::dropped_lines())),
             by_server(&CONNECTIONS, Connections::open),
             by_server(&CONNECTIONS_LIMIT, Connections::max),
+            by_purpose(&MEMORY_HELD, Memory::held),
+            by_purpose(&MEMORY_LIMIT, Memory::max),
             RUNTIME_WORKERS.single(count(runtime.num_workers())),
             RUNTIME_TASKS.single(count(runtime.num_alive_tasks())),
             RUNTIME_QUEUED_TASKS.single(count(runtime.global_queue_depth())),

@@ -11,7 +11,7 @@ use axum::{
 use futures_util::{StreamExt, stream};
 use prost::Message;
 use tokio::{
-    sync::{Mutex, OwnedSemaphorePermit, Semaphore},
+    sync::{Mutex, Semaphore},
     time::{Instant, timeout_at},
 };
 use tonic::{Code, Request, Status};
@@ -20,6 +20,7 @@ use tonic_types::StatusExt;
 use super::Parameters;
 use crate::{
     api::Api,
+    memory::{Full, Held, Memory},
     model,
     proto::{
         json::{self, JsonError},
@@ -30,6 +31,8 @@ use crate::{
 const JSON: &str = "application/json";
 const LINES: &str = "application/x-ndjson";
 const SSE: &str = "text/event-stream";
+/// What asks subsystems for their snapshots, in both spellings of proto JSON.
+const SNAPSHOTS: [&str; 4] = ["includeSnapshots", "include_snapshots", "includeSnapshot", "include_snapshot"];
 const CLOSE: [(header::HeaderName, &str); 1] = [(header::CONNECTION, "close")];
 
 /// The RPCs, and room for what they answer here.
@@ -38,13 +41,14 @@ pub(super) struct Answers {
     pub(super) api: Api,
     /// For what is asked and not made yet: a large page of the history is held meanwhile.
     asking: Arc<Semaphore>,
+    /// For what is asked of subsystems, which may let it wait: the places of others are not for that.
+    asking_subsystems: Arc<Semaphore>,
     /// Answers are made one at a time, so that a large one takes no more than one processor from cycles.
     turn: Arc<Semaphore>,
     /// Who looks for room for a large answer: one at a time, for it has been made by then.
     large: Arc<Semaphore>,
-    /// For the bytes of large answers that are not taken yet, in units of [`Answers::UNIT`]. Peers may take theirs as slowly
-    /// as they like.
-    bytes: Arc<Semaphore>,
+    /// For large answers that are not taken yet. Peers may take theirs as slowly as they like.
+    memory: Memory,
     /// For streams of events.
     streams: Arc<Semaphore>,
     /// The text of the record that a stream was given last, by its revision: most others are given the same. It is also
@@ -56,25 +60,25 @@ impl Answers {
     /// Connections that may be streams of events, which stay open: the others are left for whoever asks and goes, above
     /// all for the monitoring system.
     const MAX_STREAMS: usize = 192;
-    /// More than the processors are, since some ask subsystems and wait for them.
+    /// More than the processors are, since some wait for the store.
     const MAX_ASKING: usize = 16;
-    /// Some ten of the largest pages.
-    const MAX_BYTES: usize = 128 << 20;
-    const UNIT: usize = 1 << 10;
+    /// Enough for the people who look.
+    const MAX_ASKING_SUBSYSTEMS: usize = 16;
     /// The most bytes of an answer, before it becomes text, that needs no room: all connections together can't have many.
     const SMALL: usize = 16 << 10;
     /// How long an answer may wait for room: if there is none by then, those who have it are slow. All that ask meanwhile may
     /// have to wait for it.
     const PATIENCE: Duration = Duration::from_secs(1);
 
-    pub(super) fn new(api: Api) -> Self {
+    pub(super) fn new(api: Api, memory: Memory) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
         Self {
             api,
             asking: semaphore(Self::MAX_ASKING),
+            asking_subsystems: semaphore(Self::MAX_ASKING_SUBSYSTEMS),
             turn: semaphore(1),
             large: semaphore(1),
-            bytes: semaphore(Self::MAX_BYTES / Self::UNIT),
+            memory,
             streams: semaphore(Self::MAX_STREAMS),
             recorded: Arc::new(Mutex::new((0, Bytes::new()))),
         }
@@ -96,18 +100,17 @@ impl Answers {
 
     /// A text that has its room as long as any of it is to be sent.
     async fn hold(&self, text: String) -> Bytes {
-        struct Held {
+        struct Text {
             text: String,
-            _room: Option<OwnedSemaphorePermit>,
+            _held: Held,
         }
-        impl AsRef<[u8]> for Held {
+        impl AsRef<[u8]> for Text {
             fn as_ref(&self) -> &[u8] {
                 self.text.as_bytes()
             }
         }
-        let units = text.capacity().min(Self::MAX_BYTES).div_ceil(Self::UNIT);
-        let room = self.bytes.clone().acquire_many_owned(u32::try_from(units).unwrap_or(u32::MAX)).await;
-        Bytes::from_owner(Held { text, _room: room.ok() })
+        let held = self.memory.hold(text.capacity()).await;
+        Bytes::from_owner(Text { text, _held: held })
     }
 }
 
@@ -124,11 +127,23 @@ where
     A: Message,
     F: Future<Output = Result<tonic::Response<A>, Status>>,
 {
+    let asks_subsystems = parameters.iter().any(|(name, _)| SNAPSHOTS.contains(&name.as_str()));
     let request = match json::from_parameters(request, parameters) {
         Ok(request) => request,
         Err(error) => return refused(&invalid(&error)),
     };
-    let _asking = answers.asking.acquire().await;
+    let asking = if asks_subsystems {
+        answers.asking_subsystems.try_acquire().map_err(|_| {
+            let max = Answers::MAX_ASKING_SUBSYSTEMS;
+            Status::resource_exhausted(format!("{max} requests wait for snapshots, and no more may; try again later"))
+        })
+    } else {
+        answers.asking.acquire().await.map_err(|error| Status::unavailable(error.to_string()))
+    };
+    let _asking = match asking {
+        Ok(asking) => asking,
+        Err(status) => return refused(&status),
+    };
     match call(Request::new(request)).await {
         Ok(answer) => match encode(answers, response, answer.into_inner()).await {
             Ok(bytes) => ([(header::CONTENT_TYPE, JSON)], bytes).into_response(),
@@ -151,10 +166,8 @@ async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> 
     let _large = answers.large.acquire().await;
     let text = text.await?;
     timeout_at(patience, answers.hold(text)).await.map_err(|_| {
-        let max = Answers::MAX_BYTES >> 20;
-        let message =
-            format!("{max} MiB of answers are not taken yet, and no more may be; ask for less, or try again later");
-        Status::resource_exhausted(message)
+        let full = Full { purpose: answers.memory.purpose(), max: answers.memory.max() };
+        Status::resource_exhausted(format!("{full}; ask for less, or try again later"))
     })
 }
 

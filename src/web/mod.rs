@@ -7,18 +7,23 @@ mod dashboard;
 mod guard;
 mod json;
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use axum::{
     Router,
-    body::Body,
+    body::{Body, Bytes},
     extract::{Path, Query, Request, State},
     http::header,
     middleware,
     response::{IntoResponse, Response},
     routing::get,
 };
-use futures_util::StreamExt;
+use http_body::{Frame, SizeHint};
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -27,8 +32,6 @@ use hyper_util::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
-    select,
-    task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -36,7 +39,8 @@ use tower::ServiceExt;
 use self::{guard::Guard, json::Answers};
 use crate::{
     api::Api,
-    listen::{self, Connections},
+    listen::{self, Busy, Connection, Connections},
+    memory::Memory,
     proto::orchestrator::v1::orchestrator_server::Orchestrator as _,
     telemetry::metrics::{self, Metrics},
 };
@@ -51,60 +55,75 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// The parameters of a URL, in their order.
 type Parameters = Query<Vec<(String, String)>>;
 
-/// Serves until `stop` is cancelled, and then for what answers are on their way; everything breaks when `cut_off` is
-/// cancelled. With `beyond_loopback`, whoever reaches the address may read.
-pub(crate) async fn serve(
-    listener: TcpListener,
-    connections: Arc<Connections>,
-    api: Api,
-    metrics: Arc<Metrics>,
-    beyond_loopback: bool,
-    stop: CancellationToken,
-    cut_off: CancellationToken,
-) {
-    let router = routes()
-        .with_state(Answers::new(api))
-        .route("/metrics", get(scrape).with_state(metrics))
-        .layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
-    let mut open = JoinSet::new();
-    {
-        let mut incoming = pin!(listen::incoming(listener, connections, cut_off));
-        loop {
-            select! {
-                () = stop.cancelled() => break,
-                Some(_) = open.join_next() => {}
-                next = incoming.next() => match next {
-                    Some(Ok(connection)) => {
-                        open.spawn(serve_connection(connection, router.clone(), stop.clone()));
-                    }
-                    Some(Err(_)) => {}
-                    // It can't accept any more: without waiting for those that it has, for this is told by its end.
-                    None => return,
-                },
-            }
-        }
+/// What is served, and with what.
+pub(crate) struct Web {
+    pub(crate) api: Api,
+    pub(crate) metrics: Arc<Metrics>,
+    /// For large answers that clients have not taken yet.
+    pub(crate) memory: Memory,
+    /// Whoever reaches the address may read.
+    pub(crate) beyond_loopback: bool,
+}
+
+impl Web {
+    /// Serves until `stop` is cancelled, and then for what answers are on their way; everything breaks when `cut_off` is
+    /// cancelled.
+    pub(crate) async fn serve(
+        self,
+        listener: TcpListener,
+        connections: Arc<Connections>,
+        stop: CancellationToken,
+        cut_off: CancellationToken,
+    ) {
+        let Self { api, metrics, memory, beyond_loopback } = self;
+        let router = routes()
+            .with_state(Answers::new(api, memory))
+            .route("/metrics", get(scrape).with_state(metrics))
+            .layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
+        let serve = |connection| serve_connection(connection, router.clone(), stop.clone());
+        listen::serve_each(listener, connections, &stop, cut_off, serve).await;
     }
-    while open.join_next().await.is_some() {}
 }
 
 /// Serves one connection. Not by `axum::serve`, which waits for requests for ever, and takes HTTP/2 without a limit.
-async fn serve_connection<S>(stream: S, router: Router, stop: CancellationToken)
+async fn serve_connection<S>(connection: Connection<S>, router: Router, stop: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let service = TowerToHyperService::new(router.map_request(|request: Request<_>| request.map(Body::new)));
-    let mut server = http1::Builder::new();
-    server.timer(TokioTimer::new()).header_read_timeout(PATIENCE);
-    let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service));
-    let ended = select! {
-        ended = connection.as_mut() => ended,
-        () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = ended {
+    let place = connection.place();
+    let busy = place.clone();
+    let router = router.map_request(|request: Request<_>| request.map(Body::new)).map_future(move |answer| {
+        let busy = busy.busy();
+        async move { answer.await.map(|response| response.map(|body| Open { body, _busy: busy })) }
+    });
+    let mut http1 = http1::Builder::new();
+    http1.timer(TokioTimer::new()).header_read_timeout(PATIENCE);
+    let served = http1.serve_connection(TokioIo::new(connection), TowerToHyperService::new(router));
+    if let Some(Err(error)) = place.serve(served, http1::Connection::graceful_shutdown, &stop).await {
         tracing::debug!(%error, "a connection has ended");
+    }
+}
+
+/// The body of an answer, whose connection is busy as long as it is not sent.
+struct Open {
+    body: Body,
+    _busy: Busy,
+}
+
+impl http_body::Body for Open {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -176,17 +195,17 @@ mod tests {
 
     use super::*;
 
-    fn connect() -> DuplexStream {
+    async fn connect() -> DuplexStream {
         let (peer, stream) = duplex(1024);
         let router = Router::new().route("/", get(async || "it"));
-        tokio::spawn(serve_connection(stream, router, CancellationToken::new()));
+        tokio::spawn(serve_connection(Connection::of(stream).await, router, CancellationToken::new()));
         peer
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_does_not_come_to_an_end_does_not_keep_the_connection() {
         for said in ["GET / HTTP/1.1\r\nHost: localhost\r\nX: ", "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"] {
-            let mut peer = connect();
+            let mut peer = connect().await;
             peer.write_all(said.as_bytes()).await.unwrap();
             let mut answer = String::new();
             timeout(PATIENCE * 2, peer.read_to_string(&mut answer)).await.unwrap().unwrap();
@@ -196,7 +215,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn nothing_but_the_first_version_is_spoken() {
-        let mut peer = connect();
+        let mut peer = connect().await;
         peer.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         let mut answer = Vec::new();
         timeout(PATIENCE / 2, peer.read_to_end(&mut answer)).await.unwrap().unwrap();

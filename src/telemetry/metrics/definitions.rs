@@ -107,7 +107,12 @@ definitions! {
     CONNECTIONS: Gauge "orchestrator_connections" ["server"]
         "Connections that are open: to the gRPC server, or to the admin address.";
     CONNECTIONS_LIMIT: Gauge "orchestrator_connections_limit" ["server"]
-        "Connections that may be open. Further ones wait.";
+        "Connections that may be open. Where they are, idle ones give way to further ones, which wait if none is idle.";
+
+    MEMORY_HELD: Gauge "orchestrator_memory_held_bytes" ["purpose"]
+        "Bytes held for what clients and subsystems decide the size of, by what they are for: requests that are being received, answers that clients have not taken yet, those of the admin address, records of the history, the latest outputs, inputs in calls, replies of subsystems, and the registry; all is all of them together.";
+    MEMORY_LIMIT: Gauge "orchestrator_memory_limit_bytes" ["purpose"]
+        "Bytes that may be held. Where a limit is reached, what comes on top is refused.";
 
     RUNTIME_WORKERS: Gauge "orchestrator_runtime_workers" []
         "Threads that run tasks.";

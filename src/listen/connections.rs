@@ -1,0 +1,504 @@
+//! Connections: counted, idle ones giving way to newcomers, broken when the peer says or takes nothing.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    pin::{Pin, pin},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use futures_util::{Stream, StreamExt, stream};
+use rustix::io::Errno;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    select,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
+    time::{Instant, Sleep, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Listener, repeated::Repeated};
+
+/// Serves each connection that comes in until `stop` is cancelled, and then waits until those that are open have ended.
+/// All of them break when `cut_off` is cancelled.
+pub(crate) async fn serve_each<L, F>(
+    listener: L,
+    connections: Arc<Connections>,
+    stop: &CancellationToken,
+    cut_off: CancellationToken,
+    serve: impl Fn(Connection<L::Stream>) -> F,
+) where
+    L: Listener,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut open = JoinSet::new();
+    {
+        let mut incoming = pin!(incoming(listener, connections, cut_off));
+        loop {
+            select! {
+                () = stop.cancelled() => break,
+                Some(_) = open.join_next() => {}
+                next = incoming.next() => match next {
+                    Some(connection) => {
+                        open.spawn(serve(connection));
+                    }
+                    // It can't accept any more: without waiting for those that it has, for this is told by its end.
+                    None => return,
+                },
+            }
+        }
+    }
+    while open.join_next().await.is_some() {}
+}
+
+/// The connections that come in: as many as may be at a time. Where there is no room, idle ones give way; if none is
+/// idle, further ones wait, one here and the others in the kernel's line. Ends when the listener can't accept any more.
+fn incoming<L: Listener>(
+    listener: L,
+    connections: Arc<Connections>,
+    cut_off: CancellationToken,
+) -> impl Stream<Item = Connection<L::Stream>> {
+    stream::unfold((listener, connections, cut_off), move |(listener, connections, cut_off)| async move {
+        /// Accepting fails again at once while files are short, so it waits for some to be closed.
+        const PAUSE: Duration = Duration::from_millis(100);
+        let stream = loop {
+            match listener.accept().await {
+                Ok(stream) => break stream,
+                Err(error) if is_final(&error) => {
+                    tracing::error!(%error, "can't accept connections any more");
+                    return None;
+                }
+                Err(error) => {
+                    if let Some(times) = connections.refused.note() {
+                        tracing::warn!(%error, times, "can't accept a connection");
+                    }
+                    sleep(PAUSE).await;
+                }
+            }
+        };
+        let slot = connections.clone().slot(&cut_off).await?;
+        Some((Connection::new(stream, slot), (listener, connections, cut_off)))
+    })
+}
+
+/// It is the listening socket itself that is no good any more. Everything else passes: files or memory are short, or it
+/// is about the connection that was to be accepted. <https://man7.org/linux/man-pages/man2/accept.2.html>
+fn is_final(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::BADF | Errno::INVAL | Errno::NOTSOCK))
+}
+
+/// How many connections a server may have at a time, and which ones it has.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    max: usize,
+    permits: Arc<Semaphore>,
+    open: Mutex<BTreeMap<u64, Arc<Place>>>,
+    next: AtomicU64,
+    full: Repeated,
+    refused: Repeated,
+}
+
+impl Connections {
+    /// None yet, and room for so many.
+    pub(crate) fn at_most(max: usize) -> Arc<Self> {
+        Arc::new(Self {
+            max,
+            permits: Arc::new(Semaphore::new(max)),
+            open: Mutex::default(),
+            next: AtomicU64::new(0),
+            full: Repeated::default(),
+            refused: Repeated::default(),
+        })
+    }
+
+    /// How many there may be.
+    pub(crate) fn max(&self) -> usize {
+        self.max
+    }
+
+    /// How many are open.
+    pub(crate) fn open(&self) -> usize {
+        self.places().len()
+    }
+
+    fn places(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Place>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for one more, as soon as there is one.
+    async fn slot(self: Arc<Self>, cut_off: &CancellationToken) -> Option<Slot> {
+        /// One that is busy may be idle by then.
+        const AGAIN: Duration = Duration::from_millis(100);
+        let permit = loop {
+            if let Ok(permit) = self.permits.clone().try_acquire_owned() {
+                break permit;
+            }
+            if let Some(times) = self.full.note() {
+                let max = self.max;
+                tracing::warn!(
+                    max,
+                    times,
+                    "as many connections as may be are open: idle ones give way to further ones"
+                );
+            }
+            self.make_way();
+            if let Ok(permit) = timeout(AGAIN, self.permits.clone().acquire_owned()).await {
+                break permit.ok()?;
+            }
+        };
+        let place = Arc::new(Place {
+            calls: AtomicUsize::new(0),
+            idle_since: Mutex::new(Instant::now()),
+            is_stalled: AtomicBool::new(false),
+            gives_way: CancellationToken::new(),
+            cut_off: cut_off.child_token(),
+        });
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        self.places().insert(id, place.clone());
+        Some(Slot { connections: self, id, place, _permit: permit })
+    }
+
+    /// Tells those that have been idle longest to give way: a few at a time where there are many, since a peer may take its
+    /// time over it.
+    fn make_way(&self) {
+        let at_once = (self.max / 64).clamp(1, 64);
+        let places = self.places();
+        let leaving = places.values().filter(|place| place.gives_way.is_cancelled()).count();
+        let mut idle: Vec<_> = places.values().filter_map(|place| Some((place.idle_since()?, place))).collect();
+        idle.retain(|(_, place)| !place.gives_way.is_cancelled());
+        idle.sort_unstable_by_key(|(since, _)| *since);
+        for (_, place) in idle.into_iter().take(at_once.saturating_sub(leaving)) {
+            place.gives_way.cancel();
+        }
+    }
+}
+
+/// What is known of one connection beside its bytes.
+#[derive(Debug)]
+pub(crate) struct Place {
+    /// Calls that are open on it.
+    calls: AtomicUsize,
+    /// When the last of them ended.
+    idle_since: Mutex<Instant>,
+    /// The peer takes nothing of what is to be written.
+    is_stalled: AtomicBool,
+    gives_way: CancellationToken,
+    cut_off: CancellationToken,
+}
+
+impl Place {
+    /// How long one that gives way may take to say good-bye.
+    const PARTING: Duration = Duration::from_secs(1);
+
+    /// Notes a call, which is open until the returned value is dropped.
+    pub(crate) fn busy(self: &Arc<Self>) -> Busy {
+        let is_only = self.calls.fetch_add(1, Ordering::SeqCst) == 0;
+        Busy { place: self.clone(), is_only }
+    }
+
+    fn idle_since(&self) -> Option<Instant> {
+        let is_idle = self.calls.load(Ordering::SeqCst) == 0;
+        is_idle.then(|| *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether the peer takes nothing of what is to be written.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.is_stalled.load(Ordering::Relaxed)
+    }
+
+    /// Breaks the connection.
+    pub(super) fn cut_off(&self) {
+        self.cut_off.cancel();
+    }
+
+    /// Runs a connection until it ends, or is cut off. It is told to `end` when `stop` is cancelled, or when it has to give
+    /// way.
+    pub(crate) async fn serve<C, T>(
+        &self,
+        connection: C,
+        end: impl Fn(Pin<&mut C>),
+        stop: &CancellationToken,
+    ) -> Option<T>
+    where
+        C: Future<Output = T>,
+    {
+        let served = async {
+            let mut connection = pin!(connection);
+            select! {
+                ended = connection.as_mut() => return Some(ended),
+                () = stop.cancelled() => end(connection.as_mut()),
+                () = self.gives_way.cancelled() => {
+                    end(connection.as_mut());
+                    if let Ok(ended) = timeout(Self::PARTING, connection.as_mut()).await {
+                        return Some(ended);
+                    }
+                    // A call may have begun meanwhile. Else the peer has not answered, and others wait for its place.
+                    if self.idle_since().is_some() {
+                        return None;
+                    }
+                }
+            }
+            Some(connection.await)
+        };
+        select! {
+            ended = served => ended,
+            () = self.cut_off.cancelled() => None,
+        }
+    }
+}
+
+/// A call that is open on a connection.
+#[derive(Debug)]
+pub(crate) struct Busy {
+    place: Arc<Place>,
+    is_only: bool,
+}
+
+impl Busy {
+    /// Whether it was the only one when it began.
+    pub(super) fn is_only(&self) -> bool {
+        self.is_only
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        // Before it counts as idle, so that it is not taken for one that has been for long.
+        *self.place.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.place.calls.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// One of the connections that a server may have. Given back when it is dropped.
+struct Slot {
+    connections: Arc<Connections>,
+    id: u64,
+    place: Arc<Place>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.connections.places().remove(&self.id);
+    }
+}
+
+/// Whether the connection of a call is broken: what tells a caller that cancelled from one that was cut off. Travels with
+/// each request.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Broken(Arc<AtomicBool>);
+
+impl Broken {
+    pub(crate) fn is_set(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    fn set(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// The end of a connection is noted here before its calls hear of it.
+    fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        if result.is_err() {
+            self.set();
+        }
+        result
+    }
+}
+
+/// A connection that counts as long as it lives, and remembers whether it broke. One that says nothing
+/// after it was accepted, or does not take what it is sent, breaks by itself, for it would take the place of others for
+/// ever.
+pub(crate) struct Connection<S> {
+    stream: S,
+    broken: Broken,
+    place: Arc<Place>,
+    /// Until it has said something.
+    silence: Option<Silence>,
+    /// Since the peer takes nothing of what is to be written.
+    stall: Option<Pin<Box<Sleep>>>,
+    _slot: Slot,
+}
+
+struct Silence {
+    ends: Pin<Box<Sleep>>,
+    heard: usize,
+}
+
+impl Silence {
+    /// How long a peer may take to say what it speaks.
+    const PATIENCE: Duration = Duration::from_secs(10);
+    /// Bytes of HTTP/2's preface; a request of HTTP/1.1 is no shorter.
+    const PREFACE: usize = 24;
+}
+
+impl<S> Connection<S> {
+    fn new(stream: S, slot: Slot) -> Self {
+        let place = slot.place.clone();
+        Self {
+            stream,
+            broken: Broken::default(),
+            place,
+            silence: Some(Silence { ends: Box::pin(sleep(Silence::PATIENCE)), heard: 0 }),
+            stall: None,
+            _slot: slot,
+        }
+    }
+
+    /// One that is the only one of its server.
+    #[cfg(test)]
+    pub(crate) async fn of(stream: S) -> Self {
+        let slot = Connections::at_most(1).slot(&CancellationToken::new()).await;
+        Self::new(stream, slot.unwrap_or_else(|| unreachable!("there is room for one")))
+    }
+
+    /// Whether it is broken, by then and later.
+    pub(crate) fn broken(&self) -> Broken {
+        self.broken.clone()
+    }
+
+    /// What is known of it beside its bytes.
+    pub(crate) fn place(&self) -> Arc<Place> {
+        self.place.clone()
+    }
+
+    /// How long a peer may take nothing.
+    const STALL: Duration = Duration::from_mins(1);
+
+    fn written<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            if self.stall.take().is_some() {
+                self.place.is_stalled.store(false, Ordering::Relaxed);
+            }
+            return written.map(|written| self.broken.note(written));
+        }
+        self.place.is_stalled.store(true, Ordering::Relaxed);
+        if self.stall.get_or_insert_with(|| Box::pin(sleep(Self::STALL))).as_mut().poll(cx).is_ready() {
+            return Poll::Ready(self.broken.note(Err(io::ErrorKind::TimedOut.into())));
+        }
+        Poll::Pending
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if let Some(silence) = &mut self.silence {
+            silence.heard += buf.filled().len() - before;
+            if silence.heard >= Silence::PREFACE {
+                self.silence = None;
+            } else if silence.ends.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(self.broken.note(Err(io::ErrorKind::TimedOut.into())));
+            }
+        }
+        let read = ready!(read);
+        if buf.filled().len() == before {
+            self.broken.set();
+        }
+        Poll::Ready(self.broken.note(read))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.written(cx, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.written(cx, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    async fn connection() -> (DuplexStream, Connection<DuplexStream>) {
+        let (peer, stream) = duplex(1024);
+        (peer, Connection::of(stream).await)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_says_nothing_breaks() {
+        let (mut peer, mut connection) = connection().await;
+        peer.write_all(b"PRI").await.unwrap();
+        let error = connection.read_to_end(&mut Vec::new()).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(connection.broken.is_set());
+
+        let (mut peer, mut connection) = self::connection().await;
+        peer.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        let mut read = Vec::new();
+        let patience = tokio::time::timeout(Silence::PATIENCE * 10, connection.read_to_end(&mut read)).await;
+        assert!(patience.is_err() && read.len() == Silence::PREFACE, "it may be silent from then on");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_takes_nothing_breaks() {
+        let (mut peer, mut connection) = connection().await;
+        let sent = tokio::spawn(async move {
+            let sent = connection.write_all(&[0; 5000]).await;
+            (connection, sent)
+        });
+        // It may be slow.
+        for _ in 0..3 {
+            tokio::time::sleep(Connection::<DuplexStream>::STALL / 2).await;
+            peer.read_exact(&mut [0; 1024]).await.unwrap();
+        }
+        let (connection, sent) = sent.await.unwrap();
+        assert_eq!(sent.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(connection.broken.is_set());
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn what_a_slow_peer_takes_is_soon_seen() {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let stream = Listener::accept(&listener).await.unwrap();
+        let fill = || {
+            let mut filled = 0;
+            while let Ok(written) = stream.try_write(&[0; 16 << 10]) {
+                filled += written;
+            }
+            filled
+        };
+        stream.writable().await.unwrap();
+        // The peer's side of the kernel gathers some before it tells ours.
+        let some = fill().min(256 << 10);
+        peer.read_exact(&mut vec![0; some]).await.unwrap();
+        timeout(PATIENCE, stream.writable()).await.unwrap().unwrap();
+        assert!(fill() > 0);
+    }
+}

@@ -1,0 +1,49 @@
+//! Log lines that a flood would repeat without end.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+/// Something that may happen very often: said when it happens first, and then now and then with how often it was.
+#[derive(Debug, Default)]
+pub(crate) struct Repeated(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    said: Option<Instant>,
+    times: u64,
+}
+
+impl Repeated {
+    /// Between two lines about the same.
+    const INTERVAL: Duration = Duration::from_secs(10);
+
+    /// It has happened. Returns how many times since it was last said, when it is to be said now.
+    pub(crate) fn note(&self) -> Option<u64> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.times += 1;
+        let now = Instant::now();
+        if state.said.is_some_and(|said| now < said + Self::INTERVAL) {
+            return None;
+        }
+        state.said = Some(now);
+        Some(std::mem::take(&mut state.times))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_is_said_once_in_a_while_with_how_often_it_was() {
+        let repeated = Repeated::default();
+        let said = || (0..1000).filter_map(|_| repeated.note()).collect::<Vec<_>>();
+        assert_eq!(said(), [1]);
+        tokio::time::advance(Repeated::INTERVAL).await;
+        assert_eq!(said(), [1000]);
+    }
+}

@@ -1,0 +1,294 @@
+//! The loop of a gRPC server: every path by the same rules, every task owned.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use futures_util::future::BoxFuture;
+use hyper::{body::Incoming, server::conn::http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    select,
+    sync::Semaphore,
+    time::timeout,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{
+    Status,
+    body::Body,
+    codegen::{
+        Service,
+        http::{HeaderMap, Request, Response},
+    },
+    service::Routes,
+};
+
+use super::{
+    Listener,
+    answering::{Answer, Patience},
+    connections::{Broken, Connection, Connections, serve_each},
+    receiving::{Received, Rule},
+    repeated::Repeated,
+    streams::{Streams, Taking},
+    timeout_of,
+};
+use crate::memory::Memory;
+
+/// What a server gives to its clients.
+#[derive(Clone, Debug)]
+pub(crate) struct Limits {
+    /// Streams of one connection. A client waits for a free one.
+    pub(crate) max_concurrent_streams: u32,
+    /// Streams of all connections. Further ones are refused.
+    pub(crate) max_streams: usize,
+    /// Bytes of one request to a service of its own.
+    pub(crate) max_request_bytes: usize,
+    /// What a client may send on one stream, and on one connection, before it is read.
+    pub(crate) windows: (u32, u32),
+    /// For requests while they are being received.
+    pub(crate) requests: Memory,
+    /// For answers until they are taken.
+    pub(crate) answers: Memory,
+    /// Paths whose answers are streams of large messages, which wait for room.
+    pub(crate) large_streams: &'static [&'static str],
+}
+
+/// Services, and their limits.
+#[derive(Clone)]
+pub(crate) struct Server(Arc<Shared>);
+
+struct Shared {
+    routes: Routes,
+    limits: Limits,
+    places: Arc<Semaphore>,
+    full: Repeated,
+    cut_off: Repeated,
+}
+
+impl Server {
+    /// Serves nothing yet.
+    pub(crate) fn new(routes: Routes, limits: Limits) -> Self {
+        let places = Arc::new(Semaphore::new(limits.max_streams));
+        let (full, cut_off) = Default::default();
+        Self(Arc::new(Shared { routes: routes.prepare(), limits, places, full, cut_off }))
+    }
+
+    /// Serves until `stop` is cancelled, and then for what calls are open; everything breaks when `cut_off` is cancelled.
+    pub(crate) async fn serve<L: Listener>(
+        self,
+        listener: L,
+        connections: Arc<Connections>,
+        stop: CancellationToken,
+        cut_off: CancellationToken,
+    ) {
+        let serve = |connection| self.clone().serve_connection(connection, stop.clone());
+        serve_each(listener, connections, &stop, cut_off, serve).await;
+    }
+
+    async fn serve_connection<S>(self, connection: Connection<S>, stop: CancellationToken)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let (place, broken) = (connection.place(), connection.broken());
+        let limits = &self.0.limits;
+        let streams = Streams {
+            place: place.clone(),
+            places: self.0.places.clone(),
+            answers: limits.answers.clone(),
+            ends: Arc::default(),
+            tasks: TaskTracker::new(),
+        };
+        let calls = Calls { server: self.clone(), streams: streams.clone(), broken };
+        let mut http2 = http2::Builder::new(streams.clone());
+        http2
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(limits.max_concurrent_streams)
+            .initial_stream_window_size(limits.windows.0)
+            .initial_connection_window_size(limits.windows.1)
+            // A peer that went away without a word is noticed after 40 s, and its streams end.
+            .keep_alive_interval(Some(Duration::from_secs(30)))
+            .keep_alive_timeout(Duration::from_secs(10))
+            // A client that opens and resets streams without end is cut off (CVE-2023-44487).
+            .max_pending_accept_reset_streams(Some(64))
+            .max_local_error_reset_streams(Some(256))
+            .max_header_list_size(Received::<Incoming>::MAX_HEADERS);
+        let served = http2.serve_connection(TokioIo::new(connection), calls);
+        let ended = select! {
+            ended = place.serve(served, http2::Connection::graceful_shutdown, &stop) => ended,
+            () = streams.left() => None,
+        };
+        if let Some(Err(error)) = ended {
+            tracing::debug!(%error, "a connection has ended");
+            if let Some(error) = flood(&error)
+                && let Some(times) = self.0.cut_off.note()
+            {
+                tracing::warn!(%error, times, "a connection was cut off: its client asks for too much without an end");
+            }
+        }
+        streams.tasks.close();
+        streams.tasks.wait().await;
+    }
+
+    fn rule(&self, path: &str) -> Rule {
+        /// Bytes of a request to the services beside: names.
+        const SMALL: usize = 8 << 10;
+        if path.starts_with("/grpc.") {
+            Rule { max_bytes: SMALL, is_stream: path.starts_with("/grpc.reflection.") }
+        } else {
+            Rule { max_bytes: self.0.limits.max_request_bytes, is_stream: false }
+        }
+    }
+
+    async fn answer(self, mut request: Request<Incoming>, broken: Broken, streams: Streams) -> Response<Answer> {
+        let taking = Taking::current();
+        let limits = &self.0.limits;
+        let path = request.uri().path();
+        let (rule, is_large_stream) = (self.rule(path), limits.large_streams.contains(&path));
+        let patience = if is_large_stream { Patience::AfterFirst } else { Patience::None };
+        let size = size_of_headers(request.headers());
+        let headers = limits.requests.try_hold(size);
+        let refused = match &headers {
+            _ if !taking.has_place() => Some(format!("{} calls are open, and no more may be", limits.max_streams)),
+            Err(full) if size > SMALL_HEADERS => Some(full.to_string()),
+            _ => None,
+        };
+        let response = if let Some(refused) = refused {
+            if let Some(times) = self.0.full.note() {
+                tracing::warn!(times, "a call was refused: {refused}");
+            }
+            // Its refusals would wait as its answers do.
+            if streams.place.is_stalled() {
+                streams.place.cut_off();
+            }
+            Status::resource_exhausted(format!("{refused}; try again later")).into_http()
+        } else {
+            let within = timeout_of(request.headers());
+            request.extensions_mut().insert(broken);
+            let received = |body| Received::new(body, rule, limits.requests.clone(), headers.ok(), taking.clone());
+            let call = self.0.routes.clone().call(request.map(|body| Body::new(received(body))));
+            let answered = match within {
+                None => call.await,
+                Some(within) => timeout(within, call).await.unwrap_or_else(|_| {
+                    Ok(Status::deadline_exceeded("the deadline of the call has passed").into_http())
+                }),
+            };
+            answered.unwrap_or_else(|infallible| match infallible {})
+        };
+        response.map(|body| Answer::new(body, limits.answers.clone(), taking, patience))
+    }
+}
+
+/// Bytes of headers that always have room: what a stream costs contains them.
+const SMALL_HEADERS: usize = 4 << 10;
+
+/// About what they take in memory.
+fn size_of_headers(headers: &HeaderMap) -> usize {
+    /// Of the table that they are kept in.
+    const OF_EACH: usize = 128;
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + OF_EACH).sum()
+}
+
+/// What the client did, if it is what only floods do.
+fn flood(error: &hyper::Error) -> Option<&h2::Error> {
+    let error = std::error::Error::source(error)?.downcast_ref::<h2::Error>()?;
+    (error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM)).then_some(error)
+}
+
+/// The calls of one connection.
+struct Calls {
+    server: Server,
+    streams: Streams,
+    broken: Broken,
+}
+
+impl hyper::service::Service<Request<Incoming>> for Calls {
+    type Response = Response<Answer>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response<Answer>, Infallible>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let (server, broken, streams) = (self.server.clone(), self.broken.clone(), self.streams.clone());
+        Box::pin(async move { Ok(server.answer(request, broken, streams).await) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{Router, routing::post};
+    use bytes::Bytes;
+    use h2::{RecvStream, client::SendRequest};
+    use tokio::{
+        io::duplex,
+        time::{Instant, sleep},
+    };
+
+    use super::*;
+
+    /// A client of a server whose answers have so much memory. It gives each stream this much room at a time.
+    async fn connect(answers: usize, window: u32) -> SendRequest<Bytes> {
+        let router = Router::new()
+            .route("/large", post(async || vec![0; 100 << 10]))
+            .route("/small", post(async || vec![0; 10 << 10]));
+        let limits = Limits {
+            max_concurrent_streams: 10,
+            max_streams: 10,
+            max_request_bytes: 1 << 10,
+            windows: (64 << 10, 64 << 10),
+            requests: Memory::whole(1 << 20),
+            answers: Memory::whole(answers),
+            large_streams: &[],
+        };
+        let (peer, stream) = duplex(1 << 20);
+        let server = Server::new(Routes::from(router), limits);
+        tokio::spawn(server.serve_connection(Connection::of(stream).await, CancellationToken::new()));
+        let made = h2::client::Builder::new().initial_window_size(window).handshake(peer).await;
+        let (send, connection) = made.unwrap();
+        tokio::spawn(async move { drop(connection.await) });
+        send
+    }
+
+    async fn ask(send: &mut SendRequest<Bytes>, path: &str) -> RecvStream {
+        let request = Request::post(format!("http://localhost{path}")).body(()).unwrap();
+        let (response, _) = send.clone().ready().await.unwrap().send_request(request, true).unwrap();
+        let response = response.await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.into_body()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_whose_client_takes_nothing_ends_and_its_connection_goes_on() {
+        // Sooner, if others may need the memory.
+        for (answers, after) in [(1 << 20, 60), (150 << 10, 5)] {
+            let mut client = connect(answers, 0).await;
+            let begun = Instant::now();
+            let mut answer = ask(&mut client, "/large").await;
+            let error = answer.data().await.unwrap().unwrap_err();
+            assert_eq!(error.reason(), Some(h2::Reason::CANCEL));
+            assert_eq!(begun.elapsed().as_secs(), after);
+            drop(ask(&mut client, "/large").await);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_client_gets_its_whole_answer() {
+        let mut client = connect(1 << 20, 16 << 10).await;
+        let mut answer = ask(&mut client, "/large").await;
+        let mut taken = 0;
+        while let Some(data) = answer.data().await {
+            let bytes = data.unwrap().len();
+            taken += bytes;
+            sleep(Duration::from_secs(40)).await;
+            answer.flow_control().release_capacity(bytes).unwrap();
+        }
+        assert_eq!(taken, 100 << 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_leaves_the_end_of_an_answer_loses_its_connection() {
+        let mut client = connect(1 << 20, 1).await;
+        let begun = Instant::now();
+        let mut answer = ask(&mut client, "/small").await;
+        assert_eq!(answer.data().await.unwrap().unwrap().len(), 1);
+        assert!(answer.data().await.unwrap().is_err());
+        assert_eq!(begun.elapsed().as_secs(), 60);
+    }
+}

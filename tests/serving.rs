@@ -1,0 +1,320 @@
+//! What clients can make the server hold, by bare HTTP/2: answers that they don't take, messages that they don't end,
+//! streams and connections.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use common::{
+    Stage,
+    fleet::{self, Run},
+    http::get,
+    patiently,
+    service::Home,
+};
+use h2::{RecvStream, SendStream, client::SendRequest};
+use orchestrator_core::proto::{orchestrator::v1 as pb, subsystem::v1 as subsystem};
+use prost::Message;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
+use tonic::{
+    Code,
+    codegen::http::{HeaderMap, Request, Response},
+};
+
+const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
+const REFLECTION: &str = "grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+
+/// A bare connection, whose streams give the server this much room for its answers.
+struct Bare {
+    send: SendRequest<Bytes>,
+    address: SocketAddr,
+    /// Drives it.
+    _connection: JoinSet<()>,
+}
+
+impl Bare {
+    async fn connect(address: SocketAddr, window: u32) -> Self {
+        let stream = TcpStream::connect(address).await.unwrap();
+        let made = h2::client::Builder::new().initial_window_size(window).handshake(stream);
+        let (send, connection) = patiently("a connection", made).await.unwrap();
+        let mut connections = JoinSet::new();
+        connections.spawn(async move { drop(connection.await) });
+        Self { send: patiently("a connection", send.ready()).await.unwrap(), address, _connection: connections }
+    }
+
+    /// Opens a stream, and sends these bytes as the beginning, or all, of its body.
+    async fn call(&mut self, path: &str, body: &[u8], is_all: bool) -> Call {
+        let request =
+            Request::post(format!("http://{}/{path}", self.address)).header("content-type", "application/grpc");
+        self.send = patiently("room for a stream", self.send.clone().ready()).await.unwrap();
+        let (response, mut sent) = self.send.send_request(request.body(()).unwrap(), false).unwrap();
+        sent.send_data(Bytes::copy_from_slice(body), is_all).unwrap();
+        Call { response, _sent: sent }
+    }
+}
+
+struct Call {
+    response: h2::client::ResponseFuture,
+    /// Its request is open as long as this lives.
+    _sent: SendStream<Bytes>,
+}
+
+impl Call {
+    /// How it ended, where that is said before any message.
+    async fn code(self) -> Code {
+        let response: Response<RecvStream> = patiently("an answer", self.response).await.unwrap();
+        if let Some(code) = code_of(response.headers()) {
+            return code;
+        }
+        let mut body = response.into_body();
+        let trailers = patiently("the end of the answer", async {
+            while let Some(data) = body.data().await {
+                body.flow_control().release_capacity(data.unwrap().len()).unwrap();
+            }
+            body.trailers().await.unwrap()
+        });
+        code_of(&trailers.await.unwrap()).unwrap()
+    }
+}
+
+fn code_of(headers: &HeaderMap) -> Option<Code> {
+    Some(Code::from_bytes(headers.get("grpc-status")?.as_bytes()))
+}
+
+/// A message as it travels.
+fn framed(message: &impl Message) -> Vec<u8> {
+    let bytes = message.encode_to_vec();
+    [vec![0], u32::try_from(bytes.len()).unwrap().to_be_bytes().to_vec(), bytes].concat()
+}
+
+/// A prefix that promises a message of so many bytes.
+fn prefix(bytes: u32) -> Vec<u8> {
+    [vec![0], bytes.to_be_bytes().to_vec()].concat()
+}
+
+/// A stage with one recorded cycle of 2 MB.
+async fn with_large_record(home: Home) -> Stage {
+    let mut stage = Stage::at(home).await;
+    let output = fleet::to_struct(&serde_json::json!({ "text": "x".repeat(2 << 20) }));
+    let answer = subsystem::RunCycleResponse { output, ..subsystem::RunCycleResponse::default() };
+    let limits = Some(pb::Limits { max_output_bytes: 3 << 20, ..pb::Limits::default() });
+    stage
+        .register("a", |it| {
+            it.record_output = true;
+            it.limits = limits;
+        })
+        .await;
+    stage.fleet.run("a", Run::Answer(answer));
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!(cycle.state(), pb::CycleState::Succeeded, "{}", cycle.error);
+    stage
+}
+
+fn with(settings: &[&str]) -> Home {
+    Home::new().with_args(settings.iter().flat_map(|setting| ["--set", setting]))
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Answers
+
+#[tokio::test]
+async fn answers_that_no_stream_takes_have_bounded_room_together() {
+    const CALLS: usize = 100;
+    let mut stage = with_large_record(with(&["memory.max_bytes=134217728"])).await;
+    let (_, before) = stage.service.memory();
+    // Each alone would take what it is sent, if only its window were not shut.
+    let mut bare = Bare::connect(stage.service.address(), 0).await;
+    let get = framed(&pb::GetCycleRequest { cycle_id: 1 });
+    let mut calls = Vec::new();
+    for _ in 0..CALLS {
+        calls.push(bare.call(&format!("{SERVICE}/GetCycle"), &get, true).await);
+    }
+    // Room for 16 MiB: seven of them at most. The others are refused, in trailers, which no window holds up.
+    let mut refused = JoinSet::new();
+    for call in calls {
+        refused.spawn(call.code());
+    }
+    for _ in 0..CALLS - 7 {
+        let code = patiently("calls to be refused", refused.join_next()).await.unwrap().unwrap();
+        assert_eq!(code, Code::ResourceExhausted);
+    }
+    // Small ones go on, and large ones are refused with a reason.
+    stage.client.get_status(pb::GetStatusRequest { omit_last_cycle: true, ..Default::default() }).await.unwrap();
+    let status = stage.client.cycle(1).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert!(status.message().contains("the limit of 16 MiB for answers"), "{status:?}");
+    let (_, most) = stage.service.memory();
+    assert!(most - before < 100 << 20, "{} MB more", (most - before) >> 20);
+    // What is not wanted any more leaves its room to others.
+    drop((refused, bare));
+    patiently("room", async { while stage.client.cycle(1).await.is_err() {} }).await;
+}
+
+#[tokio::test]
+async fn a_stream_of_reflection_is_read_no_faster_than_its_answers_are_taken() {
+    let stage = Stage::new().await;
+    let (_, before) = stage.service.memory();
+    let mut bare = Bare::connect(stage.service.address(), 0).await;
+    let ask = framed(&tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(
+            tonic_reflection::pb::v1::server_reflection_request::MessageRequest::FileContainingSymbol(SERVICE.into()),
+        ),
+    });
+    let mut calls = Vec::new();
+    for _ in 0..200 {
+        calls.push(bare.call(REFLECTION, &ask.repeat(50), false).await);
+    }
+    // They are all being answered by the time that another one is.
+    assert_eq!(
+        Bare::connect(stage.service.address(), 65_535).await.call(REFLECTION, &ask, true).await.code().await,
+        Code::Ok
+    );
+    let (_, most) = stage.service.memory();
+    assert!(most - before < 60 << 20, "{} MB more", (most - before) >> 20);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Requests
+
+#[tokio::test]
+async fn one_limit_of_a_message_holds_on_every_path() {
+    let stage = Stage::new().await;
+    let mut bare = Bare::connect(stage.service.address(), 65_535).await;
+    let own = format!("{SERVICE}/RegisterSubsystem");
+    for (path, limit) in [
+        (own.as_str(), 4 << 20),
+        ("grpc.health.v1.Health/Check", 8 << 10),
+        ("grpc.health.v1.Health/Watch", 8 << 10),
+        (REFLECTION, 8 << 10),
+        ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", 8 << 10),
+    ] {
+        // It is refused as soon as the prefix is there.
+        let refused = bare.call(path, &prefix(limit + 1), false).await.code().await;
+        assert!(matches!(refused, Code::OutOfRange), "{path}: {refused:?}");
+    }
+    // Two messages where there may be one, and half of one.
+    let check = "grpc.health.v1.Health/Check";
+    assert_eq!(bare.call(check, &prefix(0).repeat(2), true).await.code().await, Code::InvalidArgument);
+    assert_eq!(bare.call(check, &prefix(1), true).await.code().await, Code::InvalidArgument);
+    assert_eq!(bare.call(check, &prefix(0), true).await.code().await, Code::Ok);
+}
+
+#[tokio::test]
+async fn nothing_is_reserved_for_what_a_prefix_promises() {
+    let mut stage = Stage::new().await;
+    let (_, before) = stage.service.memory();
+    let mut bare = Bare::connect(stage.service.address(), 65_535).await;
+    let begun = [prefix((4 << 20) - 1), vec![0]].concat();
+    let mut calls = Vec::new();
+    for _ in 0..200 {
+        calls.push(bare.call(&format!("{SERVICE}/RegisterSubsystem"), &begun, false).await);
+    }
+    // What was sent before this is read by then.
+    bare.call("grpc.health.v1.Health/Check", &prefix(0), true).await.code().await;
+    stage.client.status().await.unwrap();
+    let (_, most) = stage.service.memory();
+    assert!(most - before < 50 << 20, "{} MB more", (most - before) >> 20);
+    drop(calls);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Streams and connections
+
+#[tokio::test]
+async fn streams_of_all_connections_are_bounded_together() {
+    let stage = Stage::at(with(&["server.max_streams=3"])).await;
+    let address = stage.service.address();
+    let (watch, check) = ("grpc.health.v1.Health/Watch", "grpc.health.v1.Health/Check");
+    let mut watches = Vec::new();
+    let mut bare = Bare::connect(address, 65_535).await;
+    for _ in 0..3 {
+        let mut call = bare.call(watch, &prefix(0), true).await;
+        patiently("a watch", &mut call.response).await.unwrap();
+        watches.push(call);
+    }
+    assert_eq!(bare.call(check, &prefix(0), true).await.code().await, Code::ResourceExhausted);
+    // Others are not kept out: each has one.
+    let mut another = Bare::connect(address, 65_535).await;
+    let mut call = another.call(watch, &prefix(0), true).await;
+    patiently("a watch", &mut call.response).await.unwrap();
+    assert_eq!(another.call(check, &prefix(0), true).await.code().await, Code::ResourceExhausted);
+    watches.pop();
+    let room = async { while another.call(check, &prefix(0), true).await.code().await != Code::Ok {} };
+    patiently("room", room).await;
+}
+
+#[tokio::test]
+async fn idle_connections_give_way_to_newcomers_and_busy_ones_stay() {
+    let mut stage = Stage::at(with(&["server.max_connections=3"])).await;
+    let address = stage.service.address();
+    let mut busy = stage.client.watch_after(0).await.unwrap();
+    common::service::next_event(&mut busy).await.unwrap();
+    // One after another, and nobody goes. Some don't even say what they speak.
+    let mut idle = Vec::new();
+    for i in 0..9 {
+        if i % 3 == 0 {
+            idle.push((None, Some(TcpStream::connect(address).await.unwrap())));
+        } else {
+            let mut bare = Bare::connect(address, 65_535).await;
+            assert_eq!(bare.call("grpc.health.v1.Health/Check", &prefix(0), true).await.code().await, Code::Ok);
+            idle.push((Some(bare), None));
+        }
+    }
+    stage.client.status().await.unwrap();
+    // It was said, and not each time.
+    let said = stage.home.log().matches("as many connections as may be are open").count();
+    assert!((1..4).contains(&said), "{}", stage.home.log());
+}
+
+#[tokio::test]
+async fn idle_connections_to_the_admin_address_give_way() {
+    const PLACES: usize = 256;
+    let stage = Stage::new().await;
+    let mut idle = Vec::new();
+    for _ in 0..PLACES {
+        let mut stream = TcpStream::connect(stage.service.admin()).await.unwrap();
+        stream.write_all(b"GET /api/loops HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        patiently("an answer", stream.read_exact(&mut [0; 20])).await.unwrap();
+        idle.push(stream);
+    }
+    // They would go by themselves after a while, which is longer than this is waited for.
+    let answer = tokio::time::timeout(std::time::Duration::from_secs(10), get(stage.service.admin(), "/metrics"));
+    assert_eq!(answer.await.unwrap().status, 200);
+}
+
+#[tokio::test]
+async fn snapshots_of_hanging_subsystems_leave_the_admin_address_to_others() {
+    let mut stage = Stage::new().await;
+    // It is connected to, and never says anything.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    stage
+        .register("hangs", |it| {
+            it.endpoint = endpoint;
+            it.timeout = common::service::ms(600_000);
+        })
+        .await;
+    let admin = stage.service.admin();
+    let mut asking = Vec::new();
+    for i in 0..40 {
+        let path = ["/api/status?includeSnapshots=true", "/api/subsystems/hangs?includeSnapshot=true"][i % 2];
+        let mut stream = TcpStream::connect(admin).await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
+        asking.push(stream);
+    }
+    for path in ["/api/status", "/api/loops", "/metrics"] {
+        let answer = patiently("an answer beside them", get(admin, path)).await;
+        assert_eq!(answer.status, 200, "{path}");
+    }
+    // Those that ask are bounded too.
+    let refused = patiently("one more to be refused", get(admin, "/api/status?includeSnapshots=true")).await;
+    assert_eq!(refused.status, 429);
+}
