@@ -24,7 +24,7 @@ use crate::{
     file,
     model::{
         BreakerSpec, CatchUp, CycleState, Endpoint, IntervalLoop, LimitsSpec, LoopSpec, Name, OverlapPolicy, RetrySpec,
-        Subsystem, SubsystemSpec, Violations,
+        Subsystem, SubsystemSpec, Violations, text::clean,
     },
     ports::{Retention, RetentionRule},
     store::StoreUrl,
@@ -743,7 +743,8 @@ impl Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { origin, key, problem } = self;
         let space = if key.is_empty() { "" } else { " " };
-        write!(f, "{origin}: {key}{space}{problem}")
+        // Keys and values are whatever somebody has written.
+        f.write_str(&clean(&format!("{origin}: {key}{space}{problem}")))
     }
 }
 

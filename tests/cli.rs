@@ -133,6 +133,16 @@ impl Running {
         patiently("a line on stderr", self.stderr.next_line()).await.unwrap().unwrap()
     }
 
+    /// What is left of its output.
+    async fn rest(&mut self) -> String {
+        let mut rest = String::new();
+        while let Some(line) = patiently("a line of output", self.stdout.next_line()).await.unwrap() {
+            rest += &line;
+            rest.push('\n');
+        }
+        rest
+    }
+
     /// Reads stderr up to a line that contains this.
     async fn until_error(&mut self, what: &str) {
         while !self.error_line().await.contains(what) {}
@@ -307,9 +317,9 @@ async fn loops_are_started_listed_and_stopped() {
     watch.interrupt();
     assert_eq!(watch.code().await, 130);
     assert!(cli.run("loops stop fast").await.with(0).contains("stopped"));
+    assert_eq!(cli.json("cycles list --trigger loop --loop l").await, json!({ "cycles": [] }));
     assert_eq!(cli.json("loops stop l").await["loop"]["stopped"], true);
     assert!(cli.run("loops stop l").await.refused_with(1).contains("LOOP_NOT_FOUND"));
-    assert_eq!(cli.json("cycles list --trigger loop --loop l").await, json!({ "cycles": [] }));
 }
 
 #[tokio::test]
@@ -459,7 +469,7 @@ async fn a_report_tells_what_the_record_says() {
     let some = cli.json(&format!("{period} --subsystem e,d --limit 1 --sort retries")).await;
     assert_eq!(some["subsystems"], json!([subsystems[3]]), "shares are among all");
     assert_eq!(&some["cycles"], cycles);
-    let none = cli.json(&format!("{period} --loop nobody")).await;
+    let none = cli.json("report --since 2000-01-01T00:00:00Z --until 2000-01-02T00:00:00Z").await;
     assert_eq!((&none["cycles"]["cycles"], &none["subsystems"]), (&json!(0), &json!([])));
     let none = cli.run("report --since 2000-01-01T00:00:00Z --until 2000-01-02T00:00:00Z").await.with(0);
     assert_eq!(row(&none, "cycles"), ["cycles", "none"]);
@@ -534,8 +544,9 @@ async fn a_report_can_be_left() {
 
 #[tokio::test]
 async fn a_report_says_what_is_wrong_with_what_is_asked_for() {
-    let (_home, _fleet, service, mut client) = house(&["a"]).await;
+    let (_home, fleet, service, mut client) = house(&["a"]).await;
     client.run().await.unwrap();
+    client.register(registration("b", fleet.endpoint())).await.unwrap();
     let cli = Cli::of(&service);
     for (line, code, expected) in [
         ("report --since 2100-01-01T00:00:00Z", 2, "--since is 2100-01-01 00:00:00Z, which is not in the past"),
@@ -544,8 +555,9 @@ async fn a_report_says_what_is_wrong_with_what_is_asked_for() {
         ("report --output yaml", 2, "[possible values: table, json, csv]"),
         ("report --sort speed", 2, "critical-time"),
         ("report --limit 0", 2, "--limit"),
-        ("report --subsystem a,nobody", 1, "nobody took part in no cycle that finished from "),
-        ("report --subsystem a --loop l", 1, "a took part in no cycle of loop l that finished from "),
+        ("report --subsystem a,nobody", 1, "no subsystem nobody is registered, and the record has none of that name"),
+        ("report --subsystem a --loop l", 1, "there is no loop l, and the record has no cycle of one of that name"),
+        ("report --subsystem b", 1, "b took part in no cycle that finished from "),
         ("report --loop 1", 1, "loop \"1\" is no name"),
     ] {
         let wrong = cli.run(line).await.refused_with(code);
@@ -662,6 +674,125 @@ async fn all_that_a_file_declares_is_registered_at_once() {
 }
 
 #[tokio::test]
+async fn of_a_name_with_a_slip_the_one_that_was_meant_is_told() {
+    let (_home, fleet, service, mut client) = house(&["prices", "news", "gone"]).await;
+    let cli = Cli::of(&service);
+    client.run().await.unwrap();
+    cli.run("subsystems unregister gone").await.with(0);
+    cli.run("loops start heartbeat --interval 24h").await.with(0);
+    let refused = async |line: &str| {
+        let refused = cli.run(line).await.refused_with(1);
+        // What to do is told in commands, not in RPCs.
+        for rpc in ["ListSubsystems", "ListIntervalLoops", "GetCycle", "WatchCycles"] {
+            assert!(!refused.contains(rpc), "{line}: {refused}");
+        }
+        refused
+    };
+    for line in [
+        "cycles list --subsystem price",
+        "cycles list --subsystem price --state failed --all --output json",
+        "cycles list --subsystem price --loop heartbeat",
+        "plan --subsystem news,price",
+        "run --subsystem price",
+        "run --async --subsystem price",
+        "run --validate-only --subsystem price",
+        "watch --subsystem news,price",
+        "watch --from-oldest --subsystem PRICES",
+        "report --subsystem price",
+        "subsystems show price",
+        "subsystems unregister price",
+        "subsystems suspend price",
+        "subsystems resume price",
+        "subsystems renew price",
+    ] {
+        let refused = refused(line).await;
+        assert!(refused.contains("Did you mean prices? "), "{line}: {refused}");
+        assert!(refused.contains("orchestrator subsystems list --address"), "{line}: {refused}");
+    }
+    for line in
+        ["cycles list --loop heartbat", "watch --loop heartbat", "report --loop heartbat", "loops stop heartbat"]
+    {
+        let refused = refused(line).await;
+        assert!(refused.contains("there is no loop heartbat"), "{line}: {refused}");
+        assert!(refused.contains("Did you mean heartbeat? ") && refused.contains("loops list"), "{line}: {refused}");
+    }
+    // Where none is like it, none is told.
+    let unlike = refused("cycles list --subsystem Nope").await;
+    assert!(unlike.contains("no subsystem Nope is registered") && !unlike.contains("Did you mean"), "{unlike}");
+    assert!(refused("cancel 1").await.contains("orchestrator cycles show 1 --address"));
+
+    // The history knows those that are gone, also where nothing passes the other filters.
+    assert_eq!(row(&cli.run("cycles list --subsystem gone").await.with(0), "1")[1], "SUCCEEDED");
+    assert_eq!(cli.run("cycles list --subsystem gone --state failed").await.with(0), "no cycles\n");
+    assert_eq!(cli.run("cycles list --loop heartbeat").await.with(0), "no cycles\n");
+    let mut watch = cli.start("watch --from-oldest --subsystem gone");
+    assert!(watch.line().await.contains("cycle 1  SUCCEEDED"));
+
+    // What may come later is no error, and may be a slip.
+    let endpoint = fleet.endpoint();
+    for line in [
+        "loops start other --interval 24h --subsystem price".to_owned(),
+        format!("subsystems register sums --endpoint {endpoint} --reads price"),
+    ] {
+        let started = cli.run(&line).await;
+        assert!(started.stderr.contains("no subsystem price is registered: until it is, "), "{}", started.stderr);
+        assert!(started.stderr.contains("Did you mean prices? "), "{}", started.stderr);
+        started.with(0);
+    }
+}
+
+#[tokio::test]
+async fn a_run_that_calls_nobody_is_told_from_one_that_succeeds() {
+    let (_home, fleet, service, mut client) = house(&[]).await;
+    let cli = Cli::of(&service);
+    let why = async |line: &str| {
+        let ran = cli.run(line).await;
+        assert_eq!(ran.code, 1, "{line}: {}", ran.stderr);
+        assert!(ran.stdout.contains("SUCCEEDED"), "{line}: the record is shown\n{}", ran.stdout);
+        ran.stderr
+    };
+    assert!(why("run").await.contains("no subsystem was called: none is registered"));
+    client.register(registration("a", fleet.endpoint())).await.unwrap();
+    let b = pb::Registration { requires: vec!["a".into()], ..registration("b", fleet.endpoint()) };
+    client.register(b).await.unwrap();
+    for line in ["run --subsystem b", "run --quiet --subsystem b", "run --output json --subsystem b"] {
+        let why = why(line).await;
+        assert!(why.contains("no subsystem was called: b: it requires a, which is not in this cycle"), "{line}: {why}");
+    }
+    cli.run("subsystems suspend a").await.with(0);
+    assert!(why("run").await.contains("a: it is suspended; b: it requires a"));
+    cli.run("subsystems resume a").await.with(0);
+    assert_eq!(cli.run("run").await.code, 0);
+
+    // A plan of one has one level, whatever it waits for elsewhere.
+    assert_eq!(cli.json("plan --subsystem b").await["plan"]["levels"], 1);
+}
+
+#[tokio::test]
+async fn usage_lists_what_is_missing_and_not_what_the_environment_gives() {
+    let wrong = async |line: &str, address: &str| {
+        let mut command = orchestrator();
+        command.args(line.split_whitespace()).env("ORCHESTRATOR_ADDRESS", address);
+        ended(command.env("ORCHESTRATOR_TIMEOUT", "3s").env("ORCHESTRATOR_OUTPUT", "json")).await.refused_with(2)
+    };
+    for line in ["subsystems register", "cancel", "cycles show", "cycles list --limit 3 --all", "loops start"] {
+        let wrong = wrong(line, "127.0.0.1:7701").await;
+        assert!(wrong.contains("Usage: "), "{line}: {wrong}");
+        for flag in ["--address", "--timeout", "--output"] {
+            assert!(!wrong.contains(flag), "{line}: {wrong}");
+        }
+    }
+    let (_home, fleet, service, _client) = house(&[]).await;
+    let line = format!("subsystems register a --endpoint {} --timeout 2s", fleet.endpoint());
+    let registered = Cli::of(&service).run(&line).await;
+    assert!(registered.stderr.contains("the subsystem's own is --timeout-per-cycle"), "{}", registered.stderr);
+
+    let environment = wrong("status", "ftp://example.org").await;
+    assert!(environment.contains("comes from the environment") && environment.contains("ftp"), "{environment}");
+    assert!(!wrong("status --timeout soon", "127.0.0.1:7701").await.contains("environment"));
+}
+
+#[tokio::test]
 async fn wrong_usage_and_no_service_have_codes_of_their_own() {
     for line in [
         "",
@@ -678,6 +809,10 @@ async fn wrong_usage_and_no_service_have_codes_of_their_own() {
         "cycles list --subsystem-state failed",
         "cycles list --limit 0",
         "cycles list --limit 3 --all",
+        "cycles list --finished-from 1h --finished-before 2h",
+        "watch --after latest",
+        "subsystems register a --endpoint http://127.0.0.1:1 --retry-max-attempts 0",
+        "subsystems register a --endpoint http://127.0.0.1:1 --limits-max-issues 0",
         "cycles list --finished-from yesterday",
         "report --since soon",
         "watch --after 1 --from-oldest",
@@ -690,6 +825,9 @@ async fn wrong_usage_and_no_service_have_codes_of_their_own() {
     ] {
         let wrong = ended(orchestrator().args(line.split_whitespace())).await;
         assert!(!wrong.stderr.is_empty(), "{line}");
+        for words_of_machines in ["18446744073709551615", "invalid digit"] {
+            assert!(!wrong.stderr.contains(words_of_machines), "{line}: {}", wrong.stderr);
+        }
         assert_eq!((wrong.code, wrong.stdout.as_str()), (2, ""), "{line}: {}", wrong.stderr);
     }
     // A port that was free a moment ago.
@@ -766,6 +904,43 @@ async fn a_watch_goes_on_through_a_crash_without_a_gap_or_a_repetition() {
         watch.interrupt();
         assert_eq!(watch.code().await, 130);
     }
+}
+
+#[tokio::test]
+async fn a_service_that_falls_silent_is_left_and_taken_up_again() {
+    // Somebody listens and never answers.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut cancel = Cli(silent.local_addr().unwrap()).start("cancel 3");
+
+    let (_home, fleet, service, mut client) = house(&[]).await;
+    let a = pb::Registration { timeout: ms(3_600_000), ..registration("a", fleet.endpoint()) };
+    client.register(a).await.unwrap();
+    client.run().await.unwrap();
+    let cli = Cli::of(&service);
+    let mut watch = cli.start("watch --from-oldest");
+    assert!(watch.line().await.contains("cycle 1  SUCCEEDED"));
+    fleet.run("a", Run::Hold);
+    let mut run = cli.start("run --deadline 1h");
+    run.until_error("RUNNING").await;
+    client.admit().await.unwrap();
+
+    // Its process stops and keeps its connections.
+    service.signal(Signal::STOP);
+    assert_eq!(watch.error_line().await, "the service does not answer; reconnecting");
+    run.until_error("the service does not answer; reconnecting").await;
+    fleet.run("a", Run::Echo);
+    service.signal(Signal::CONT);
+    let shown = run.rest().await;
+    assert_eq!(run.code().await, 0, "{shown}");
+    assert_eq!(row(&shown, "cycle"), ["cycle", "2"]);
+    for expected in ["cycle 2  SUCCEEDED", "cycle 3  SUCCEEDED"] {
+        let line = watch.line().await;
+        assert!(line.contains(expected), "no gap and no repetition: {line}");
+    }
+
+    cancel.until_error("has not answered within 5s").await;
+    cancel.until_error("orchestrator cycles show 3 --address").await;
+    assert_eq!(cancel.code().await, 4);
 }
 
 #[tokio::test]
@@ -914,6 +1089,20 @@ async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
     assert!(!list.contains('\x1b') && list.contains("DEGRADED"), "{list:?}");
     let piped = cli.run("cycles list").await.with(0);
     assert!(!piped.contains('\x1b') && piped.contains(&"long ".repeat(20)), "{piped:?}");
+}
+
+#[tokio::test]
+async fn the_bar_goes_with_the_last_part_also_where_the_record_is_not_asked_for() {
+    let (_home, fleet, service, mut client) = house(&["a"]).await;
+    fleet.run("a", Run::Hold);
+    let terminal = Terminal::new(80, 24);
+    let mut command = Cli::of(&service).command("watch --state failed");
+    terminal.connect(&mut command);
+    let _watch = command.spawn().unwrap();
+    client.admit().await.unwrap();
+    terminal.until_shown("running a").await;
+    fleet.run("a", Run::Echo);
+    terminal.until("the bar to be gone", |shown| !shown.contains("cycle 1  [")).await;
 }
 
 #[tokio::test]

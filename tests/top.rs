@@ -175,6 +175,39 @@ async fn it_survives_a_crash_of_the_service() {
 }
 
 #[tokio::test]
+async fn a_network_that_falls_silent_is_noticed_and_left() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["a"]).await;
+    let door = Door::open().await;
+    door.lead_to(Some(&stage.service));
+    let mut top = Top::start(door.address(), 100, 24);
+    top.terminal.until_shown("  connected").await;
+    door.fall_silent();
+    top.terminal.until_shown("the service does not answer; reconnecting").await;
+    stage.client.run().await.unwrap();
+    door.lead_to(Some(&stage.service));
+    // What it asks for comes again as well as the stream.
+    top.terminal.until("all to be heard", |shown| shown.contains("  connected") && shown.contains("cycles 1 ")).await;
+    top.row("a", &["SUCCEEDED", "#1"]).await;
+    stage.register_all(&["b"]).await;
+    top.row("b", &["ABSENT"]).await;
+    top.terminal.press("q");
+    assert_eq!(top.ended().await, 0);
+}
+
+#[tokio::test]
+async fn keys_are_heard_while_it_connects() {
+    // Somebody listens and never answers.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    for (key, code) in [("q", 0), ("\x03", 130)] {
+        let mut top = Top::start(silent.local_addr().unwrap(), 80, 24);
+        top.terminal.until_shown("connecting").await;
+        top.terminal.press(key);
+        assert_eq!(top.ended().await, code, "{key:?}");
+    }
+}
+
+#[tokio::test]
 async fn it_filters_sorts_and_opens_a_subsystem() {
     /// Commands a terminal.
     const ESCAPE: &str = "\x1b]0;title\x07\u{9b}2Jend";

@@ -34,9 +34,18 @@ pub(super) struct Cancel {
 impl Cancel {
     /// Cancels it.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
-        let mut client = self.remote.connect().await?;
+        let (mut client, health) = self.remote.connect_for_long().await?;
         let request = pb::CancelCycleRequest { cycle_id: self.cycle_id };
-        let response = self.remote.patiently(client.cancel_cycle(request)).await?.into_inner();
+        let response = match self.remote.patiently(&health, client.cancel_cycle(request)).await {
+            Ok(response) => response.into_inner(),
+            Err(failure) if failure.exit == Exit::Unreachable => {
+                let (id, flag) = (self.cycle_id, self.remote.flag());
+                return Err(failure.and(&format!(
+                    "Cycle {id} may be cancelled all the same. To see how it ended: orchestrator cycles show {id}{flag}"
+                )));
+            }
+            Err(failure) => return Err(failure),
+        };
         let record = telemetry(&response.telemetry)?;
         self.remote.format.show("CancelCycleResponse", &response, |_| cycle(&record, false))?;
         if record.state() == pb::CycleState::Cancelled {

@@ -4,10 +4,11 @@ use bytes::Bytes;
 use clap::Subcommand;
 
 use super::{
-    Exit, Failure,
+    Exit, Failure, known,
     output::{
-        JsonList, Table, age, clean, cycle_state, grouped, milliseconds, names, note, number, one_of, parse_time,
-        payload, print, sections, skip_reason, state, subsystem_state, telemetry, text, time, trigger, word,
+        JsonList, Table, age, clean, cycle_state, grouped, milliseconds, names, note, number, one_of, parse_positive,
+        parse_time, payload, print, sections, skip_reason, state, subsystem_state, telemetry, text, time, trigger,
+        word,
     },
     remote::Remote,
     watch::{CYCLE_STATES, unreadable},
@@ -44,7 +45,7 @@ Examples:
 )]
 struct List {
     /// Cycles at most
-    #[arg(long, value_name = "NUMBER", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 20, value_parser = parse_positive::<u64>)]
     limit: u64,
     /// All that pass the filter, however many
     #[arg(long, conflicts_with = "limit")]
@@ -119,7 +120,14 @@ impl List {
     async fn run(self, remote: &Remote) -> Result<Exit, Failure> {
         /// Records in one page: some 3 MB where there are 28 subsystems, which is where the service ends a page anyway.
         const PAGE: u64 = 1000;
-        let mut left = if self.all { u64::MAX } else { self.limit };
+        if let (Some(from), Some(before)) = (&self.finished_from, &self.finished_before)
+            && (from.seconds, from.nanos) >= (before.seconds, before.nanos)
+        {
+            let (from, before) = (time(Some(from)), time(Some(before)));
+            let message = format!("--finished-before is {before}, which is not after --finished-from, {from}");
+            return Err(Failure::new(Exit::Usage, message));
+        }
+        let max = if self.all { u64::MAX } else { self.limit };
         let mut request = pb::ListCyclesRequest {
             page_size: 0,
             page_token: String::new(),
@@ -135,14 +143,23 @@ impl List {
         let mut list = None;
         let mut table =
             Table::list(["CYCLE", "STATE", "TRIGGER", "FINISHED", "DURATION", "SUCCEEDED", "ERROR"]).right(4).right(5);
+        let mut found = 0;
         loop {
-            request.page_size = u32::try_from(left.min(PAGE)).unwrap_or(u32::MAX);
+            request.page_size = u32::try_from(max.saturating_sub(found).min(PAGE)).unwrap_or(u32::MAX);
             let page = remote.quickly(client.list_cycles(request.clone())).await?.into_inner();
-            left = left.saturating_sub((page.cycles.len() + page.unreadable.len()) as u64);
+            found += (page.cycles.len() + page.unreadable.len()) as u64;
             for cycle in &page.unreadable {
                 note(&unreadable(cycle));
             }
-            if remote.format.is_json() {
+            let is_last = page.next_page_token.is_empty() || found >= max;
+            if is_last && found == 0 {
+                // A name of which there is nothing may be a slip.
+                let named = |name: &String| if name.is_empty() { Vec::new() } else { vec![name.clone()] };
+                known::check(remote, &mut client, &named(&request.subsystem), &named(&request.r#loop)).await?;
+            }
+            if found == 0 && !is_last {
+                // Nothing to print yet.
+            } else if remote.format.is_json() {
                 let list = match &mut list {
                     Some(list) => list,
                     None => list.insert(JsonList::begin("cycles")?),
@@ -155,10 +172,10 @@ impl List {
                     table.row(row(cycle)?);
                 }
             }
-            request.page_token = page.next_page_token;
-            if request.page_token.is_empty() || left == 0 {
+            if is_last {
                 break;
             }
+            request.page_token = page.next_page_token;
         }
         match list {
             Some(list) => list.end()?,

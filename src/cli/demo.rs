@@ -19,7 +19,7 @@ use tokio::{
 use self::fleet::Fleet;
 use super::{
     Exit, Failure,
-    output::{count, print, short},
+    output::{count, parse_positive, print, short},
     remote::Remote,
     watch,
 };
@@ -61,7 +61,7 @@ pub(super) struct Demo {
     #[arg(long, value_name = "NUMBER", default_value_t = 23)]
     seed: u64,
     /// Stop after so many cycles
-    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u64>)]
     cycles: Option<u64>,
 }
 

@@ -4,13 +4,13 @@ use clap::Subcommand;
 use prost::Message;
 
 use super::{
-    Exit, Failure,
+    Exit, Failure, known,
     output::{
         JsonList, Table, age, count, duration, names, number, one_of, parse_duration, payload, print, sections, text,
         time, word,
     },
     parameters::Parameters,
-    remote::Remote,
+    remote::{Client, Remote},
     run::{OVERLAP_POLICIES, overlap_policy},
     subsystems::origin,
 };
@@ -112,21 +112,20 @@ fn catch_up(catch_up: pb::CatchUp) -> &'static str {
 impl Loops {
     /// Does what is asked for.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
-        let remote = &self.remote;
+        let mut client = self.remote.connect().await?;
+        match self.command.run(&self.remote, &mut client).await {
+            Ok(()) => Ok(Exit::Done),
+            Err(failure) => Err(known::explain(failure, &self.remote, &mut client).await),
+        }
+    }
+}
+
+impl Command {
+    async fn run(self, remote: &Remote, client: &mut Client) -> Result<(), Failure> {
         let format = remote.format;
-        let mut client = remote.connect().await?;
-        match self.command {
-            Command::List => {
-                let mut request = pb::ListIntervalLoopsRequest::default();
-                let mut loops = Vec::new();
-                loop {
-                    let page = remote.quickly(client.list_interval_loops(request)).await?.into_inner();
-                    loops.extend(page.loops);
-                    if page.next_page_token.is_empty() {
-                        break;
-                    }
-                    request = pb::ListIntervalLoopsRequest { page_token: page.next_page_token, ..Default::default() };
-                }
+        match self {
+            Self::List => {
+                let loops = all(remote, client).await?;
                 if format.is_json() {
                     let mut list = JsonList::begin("loops")?;
                     for status in &loops {
@@ -137,18 +136,41 @@ impl Loops {
                     print(&table(&loops))?;
                 }
             }
-            Command::Start(start) => {
-                let request = pb::StartIntervalLoopRequest { r#loop: Some(start.settings()?) };
+            Self::Start(start) => {
+                let settings = start.settings()?;
+                let subsystems = settings.subsystems.clone();
+                let request = pb::StartIntervalLoopRequest { r#loop: Some(settings) };
                 let response = remote.quickly(client.start_interval_loop(request)).await?.into_inner();
                 format.show("StartIntervalLoopResponse", &response, |response| one(response.r#loop.as_ref()))?;
+                known::note_missing(remote, client, &subsystems, "until it is, its part in these cycles fails").await;
             }
-            Command::Stop { name } => {
+            Self::Stop { name } => {
                 let request = pb::StopIntervalLoopRequest { name };
                 let response = remote.quickly(client.stop_interval_loop(request)).await?.into_inner();
                 format.show("StopIntervalLoopResponse", &response, |response| one(response.r#loop.as_ref()))?;
             }
         }
-        Ok(Exit::Done)
+        Ok(())
+    }
+}
+
+/// All loops, by name.
+///
+/// # Errors
+/// The service can't be reached or refuses.
+pub(super) async fn all<F: clap::Args>(
+    remote: &Remote<F>,
+    client: &mut Client,
+) -> Result<Vec<pb::IntervalLoopStatus>, Failure> {
+    let mut request = pb::ListIntervalLoopsRequest::default();
+    let mut loops = Vec::new();
+    loop {
+        let page = remote.quickly(client.list_interval_loops(request)).await?.into_inner();
+        loops.extend(page.loops);
+        if page.next_page_token.is_empty() {
+            return Ok(loops);
+        }
+        request = pb::ListIntervalLoopsRequest { page_token: page.next_page_token, ..Default::default() };
     }
 }
 

@@ -6,6 +6,7 @@ mod completions;
 mod conformance;
 mod cycles;
 mod demo;
+mod known;
 mod loops;
 mod output;
 mod parameters;
@@ -23,7 +24,7 @@ mod watch;
 
 use std::{fs::File, io, process::ExitCode, time::Duration};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use tokio::runtime;
 
 /// Runs a fleet of remote subsystems in cycles
@@ -35,7 +36,7 @@ use tokio::runtime;
     after_help = "\
 Exit codes of all commands but serve and conformance, which say their own:
   0    done; for run: the cycle SUCCEEDED
-  1    refused, or failed, by the service
+  1    refused, or failed, by the service; for run: no subsystem was called
   2    wrong usage or a wrong configuration
   4    the service can't be reached, or has not answered within --timeout
   10   run: the cycle was DEGRADED
@@ -86,6 +87,24 @@ enum Command {
 }
 
 impl Cli {
+    /// Reads the command line and the environment. Where they are wrong, or ask for help, the process ends here.
+    pub fn read() -> Self {
+        Self::try_parse().unwrap_or_else(|error| Self::without_environment(error).exit())
+    }
+
+    /// The error as the command line alone makes it: clap lists whatever the environment sets as part of the usage, as
+    /// though it was required. Where the environment is what is wrong, says so.
+    fn without_environment(error: clap::Error) -> clap::Error {
+        if !error.use_stderr() {
+            return error;
+        }
+        if let Err(error) = ignore_environment(Self::command()).try_get_matches() {
+            return error;
+        }
+        output::note("what is wrong comes from the environment: see `orchestrator help` for its variables");
+        error
+    }
+
     /// Does what it says, and returns the exit code.
     pub fn run(self) -> ExitCode {
         /// For tasks to end, and to close what they have open. What hangs in a thread of its own, such as the resolution of
@@ -126,9 +145,9 @@ impl Cli {
         };
         match result {
             Ok(exit) => exit.into(),
-            Err(Failure { exit, message }) => {
+            Err(Failure { exit, message, .. }) => {
                 if !message.is_empty() {
-                    output::note(&message);
+                    output::note(&output::clean_lines(&message));
                 }
                 exit.into()
             }
@@ -142,6 +161,11 @@ const FILES: usize = 24;
 
 fn has_files() -> io::Result<()> {
     (0..FILES).map(|_| File::open("/dev/null")).collect::<io::Result<Vec<_>>>().map(drop)
+}
+
+/// The same command and its subcommands, which take nothing from the environment.
+fn ignore_environment(command: clap::Command) -> clap::Command {
+    command.mut_args(|argument| argument.env(None::<&str>)).mut_subcommands(ignore_environment)
 }
 
 /// How a command ended, for scripts. The help of [`Cli`] lists the codes.
@@ -169,11 +193,24 @@ struct Failure {
     exit: Exit,
     /// What was wrong and what to do, for stderr. Nothing to say when it is empty.
     message: String,
+    /// The name that was not found, if that is why.
+    unknown: Option<known::Unknown>,
 }
 
 impl Failure {
     fn new(exit: Exit, message: impl Into<String>) -> Self {
-        Self { exit, message: message.into() }
+        Self { exit, message: message.into(), unknown: None }
+    }
+
+    /// The same, with one more line.
+    fn and(self, line: &str) -> Self {
+        Self { message: format!("{}\n{line}", self.message), ..self }
+    }
+
+    /// The service does not know this name.
+    fn unknown(unknown: known::Unknown) -> Self {
+        let message = unknown.message();
+        Self { unknown: Some(unknown), ..Self::new(Exit::Refused, message) }
     }
 
     /// Whoever read the output has read enough.

@@ -5,6 +5,7 @@
 use std::{
     env,
     io::{self, IsTerminal, Write as _},
+    str::FromStr,
     time::Duration,
 };
 
@@ -179,6 +180,11 @@ pub(super) fn payload(bytes: &Bytes) -> String {
 
 // ---------------------------------------------------------------------------------------------------------------
 // Text
+
+/// Text of several lines, each [`clean`].
+pub(super) fn clean_lines(text: &str) -> String {
+    text.lines().map(clean).collect::<Vec<_>>().join("\n")
+}
 
 /// Those that are not empty, with an empty line between them.
 pub(super) fn sections<const N: usize>(sections: [String; N]) -> String {
@@ -467,6 +473,15 @@ pub(super) fn one_of<E: Copy + Send + Sync + 'static>(
     PossibleValuesParser::new(words).try_map(move |text| {
         values.iter().copied().find(|&value| word(value).eq_ignore_ascii_case(&text)).ok_or("is none of these words")
     })
+}
+
+/// Reads a number of at least 1, where 0 would mean that none is given.
+///
+/// # Errors
+/// What to give instead.
+pub(super) fn parse_positive<N: FromStr + Default + PartialEq>(text: &str) -> Result<N, String> {
+    let number = text.parse().ok().filter(|number| *number != N::default());
+    number.ok_or_else(|| "give a whole number from 1 on".to_owned())
 }
 
 /// Reads a duration of a request. Its bounds are the service's to check.

@@ -3,6 +3,7 @@
 use super::{
     Exit, Failure,
     cycles::chain,
+    known::{self, Unknown},
     output::{Table, grouped, milliseconds, names, number, sections, skip_reason, text},
     remote::Remote,
 };
@@ -44,6 +45,11 @@ impl PlanCommand {
             if response.next_page_token.is_empty() {
                 break;
             }
+        }
+        let planned = response.plan.iter().flat_map(|plan| &plan.subsystems);
+        if let Some(none) = planned.into_iter().find(|it| it.skip_reason() == pb::SkipReason::NotRegistered) {
+            let unknown = Failure::unknown(Unknown::Subsystem(none.name.clone()));
+            return Err(known::explain(unknown, &self.remote, &mut client).await);
         }
         self.remote
             .format

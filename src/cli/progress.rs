@@ -17,6 +17,8 @@ pub(super) struct Bar {
     shown: Option<ProgressBar>,
     target: fn() -> ProgressDrawTarget,
     cycle_id: u64,
+    /// Where the history stood when the cycle started.
+    started_after: u64,
     running: BTreeSet<String>,
     ended: HashSet<String>,
     failed: u64,
@@ -34,7 +36,15 @@ impl Bar {
     }
 
     fn new(target: fn() -> ProgressDrawTarget) -> Self {
-        Self { shown: None, target, cycle_id: 0, running: BTreeSet::new(), ended: HashSet::new(), failed: 0 }
+        Self {
+            shown: None,
+            target,
+            cycle_id: 0,
+            started_after: 0,
+            running: BTreeSet::new(),
+            ended: HashSet::new(),
+            failed: 0,
+        }
     }
 
     /// Prints something while the bar is out of the way.
@@ -45,13 +55,20 @@ impl Bar {
         }
     }
 
-    /// Moves on by an event.
-    pub(super) fn follow(&mut self, event: &Event) {
+    /// Moves on by an event that stands at this revision.
+    pub(super) fn follow(&mut self, revision: u64, event: &Event) {
         match event {
-            Event::Started(started) => self.start(started),
+            Event::Started(started) => {
+                self.start(started);
+                self.started_after = revision;
+            }
             Event::Progress(progress) if progress.cycle_id == self.cycle_id => self.update(&progress.updates),
             Event::Progress(_) | Event::Bookmark(_) => {}
             Event::Recorded(_) | Event::Unreadable(_) => self.clear(),
+        }
+        // Its record may pass no filter, and the end of its last part may be lost on the way.
+        if revision > self.started_after {
+            self.clear();
         }
     }
 
@@ -104,8 +121,13 @@ impl Bar {
             }
         }
         if let Some(bar) = &self.shown {
-            bar.set_position(self.ended.len() as u64);
+            let ended = self.ended.len() as u64;
+            bar.set_position(ended);
             bar.set_message(self.message());
+            if bar.length() == Some(ended) {
+                // Nothing moves any more.
+                self.clear();
+            }
         }
     }
 
@@ -208,15 +230,28 @@ mod tests {
         use pb::SubsystemState::{Failed, Running, Succeeded};
         let mut bar = Bar::new(ProgressDrawTarget::hidden);
         let subsystems = ["a", "b", "c"].map(String::from).to_vec();
-        bar.follow(&Event::Started(pb::CycleStarted { cycle_id: 7, subsystems, ..pb::CycleStarted::default() }));
-        bar.follow(&progress(vec![update("a", Running), update("b\x1b[2J", Running)]));
+        let started = Event::Started(pb::CycleStarted { cycle_id: 7, subsystems, ..pb::CycleStarted::default() });
+        bar.follow(4, &started);
+        bar.follow(4, &progress(vec![update("a", Running), update("b\x1b[2J", Running)]));
         assert_eq!(bar.message(), "running a, b[2J");
-        bar.follow(&progress(vec![update("a", Failed), update("b\x1b[2J", Succeeded)]));
+        bar.follow(4, &progress(vec![update("a", Failed), update("b\x1b[2J", Succeeded)]));
         // How the cycle stands is sent again to those who fell behind.
-        bar.follow(&progress(vec![update("a", Failed), update("c", Running)]));
+        bar.follow(4, &progress(vec![update("a", Failed), update("c", Running)]));
         assert_eq!((bar.message().as_str(), bar.ended.len()), ("1 failure  running c", 2));
         assert_eq!(bar.shown.as_ref().map(ProgressBar::position), Some(2));
-        bar.follow(&Event::Recorded(bytes::Bytes::new()));
+        bar.follow(5, &Event::Recorded(bytes::Bytes::new()));
         assert!(bar.shown.is_none() && bar.ended.is_empty());
+
+        // It is gone with the last part, and when the history has gone past it: the record itself may pass no filter.
+        bar.follow(5, &started);
+        bar.follow(5, &progress(vec![update("a", Failed), update("b", Succeeded), update("c", Running)]));
+        assert!(bar.shown.is_some());
+        bar.follow(5, &progress(vec![update("c", Succeeded)]));
+        assert!(bar.shown.is_none());
+        bar.follow(6, &started);
+        bar.follow(6, &Event::Bookmark(pb::Bookmark {}));
+        assert!(bar.shown.is_some());
+        bar.follow(7, &Event::Bookmark(pb::Bookmark {}));
+        assert!(bar.shown.is_none());
     }
 }

@@ -4,6 +4,7 @@ use std::{
     error::Error as _,
     fmt::{self, Write as _},
     future::Future,
+    pin::pin,
     str::FromStr,
     time::Duration,
 };
@@ -13,10 +14,12 @@ use tonic::{
     Code, Status,
     transport::{Channel, ClientTlsConfig, Endpoint},
 };
-use tonic_types::StatusExt;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_types::{ErrorInfo, StatusExt};
 
 use super::{
     Exit, Failure,
+    known::Unknown,
     output::{Format, clean, short},
 };
 use crate::proto::orchestrator::v1::orchestrator_client::OrchestratorClient;
@@ -24,12 +27,20 @@ use crate::proto::orchestrator::v1::orchestrator_client::OrchestratorClient;
 /// The generated client.
 pub(super) type Client = OrchestratorClient<Channel>;
 
+/// Asks over the connection of a [`Client`] whether the service is still there.
+pub(super) type Health = HealthClient<Channel>;
+
 /// The most bytes of an answer: the largest record that a service can be configured for, and some room.
 const MAX_ANSWER: usize = 80 << 20;
 /// How long to wait for an answer that takes no work.
 const QUICK: Duration = Duration::from_secs(10);
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(5);
+/// After so long without a sign of it, the service is asked whether it is still there. TCP and HTTP/2 can't tell: a process
+/// that was stopped keeps its connections, and a proxy answers pings itself.
+const SILENCE: Duration = Duration::from_secs(5);
+/// How long it may take to say so. It takes no work.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// How a remote command reaches the service and shows what that says, in the formats that all have or in its own.
 #[derive(Clone, Debug, clap::Args)]
@@ -45,7 +56,8 @@ pub(super) struct Remote<F: clap::Args = Format> {
     )]
     pub(super) address: Address,
     /// How long to wait for the service, such as 500ms, 10s or 2m. Without it, most commands wait 10s for their answer;
-    /// run and cancel wait as long as it takes. A watch never ends by itself: for it, only connecting
+    /// run and cancel wait as long as it takes. A watch never ends by itself: for it, how long connecting may take, and a
+    /// service that is silent to say that it is still there
     #[arg(long, value_name = "DURATION", env = "ORCHESTRATOR_TIMEOUT", value_parser = timeout, global = true)]
     pub(super) timeout: Option<Duration>,
     #[command(flatten)]
@@ -116,22 +128,30 @@ impl<F: clap::Args> Remote<F> {
     /// # Errors
     /// The service can't be reached.
     pub(super) async fn connect(&self) -> Result<Client, Failure> {
+        self.connect_for_long().await.map(|(client, _)| client)
+    }
+
+    /// Connects for what may take any time.
+    ///
+    /// # Errors
+    /// The service can't be reached.
+    pub(super) async fn connect_for_long(&self) -> Result<(Client, Health), Failure> {
         let unreachable = |error: &dyn std::error::Error| self.unreachable(&innermost(error));
         let connect = self.timeout.map_or(CONNECT, |timeout| timeout.min(CONNECT));
         let mut endpoint = Endpoint::from_shared(self.address.0.clone())
             .map_err(|error| unreachable(&error))?
             .connect_timeout(connect)
-            .tcp_nodelay(true)
-            // A watch may be silent for longer than a dead connection should go unnoticed.
-            .http2_keep_alive_interval(Duration::from_secs(30))
-            .keep_alive_timeout(Duration::from_secs(10));
+            .tcp_nodelay(true);
         if self.address.0.starts_with("https://") {
             let tls = ClientTlsConfig::new().with_enabled_roots();
             endpoint = endpoint.tls_config(tls).map_err(|error| unreachable(&error))?;
         }
         // The bound holds for names that don't resolve as well.
         match tokio::time::timeout(connect, endpoint.connect()).await {
-            Ok(Ok(channel)) => Ok(Client::new(channel).max_decoding_message_size(MAX_ANSWER)),
+            Ok(Ok(channel)) => {
+                let client = Client::new(channel.clone()).max_decoding_message_size(MAX_ANSWER);
+                Ok((client, Health::new(channel)))
+            }
             Ok(Err(error)) => Err(unreachable(&error)),
             Err(_) => Err(self.unreachable(&format!("no connection within {}", short(connect)))),
         }
@@ -142,30 +162,57 @@ impl<F: clap::Args> Remote<F> {
     /// # Errors
     /// The service can't be reached, is late, or refuses.
     pub(super) async fn quickly<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, Failure> {
-        self.within(Some(self.timeout.unwrap_or(QUICK)), call).await
+        self.within(self.timeout.unwrap_or(QUICK), call).await
     }
 
     /// Makes one call that takes as long as it takes, unless the user said how long to wait.
     ///
     /// # Errors
-    /// The service can't be reached, is late, or refuses.
-    pub(super) async fn patiently<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, Failure> {
-        self.within(self.timeout, call).await
-    }
-
-    async fn within<T>(
+    /// The service can't be reached, is late or no longer there, or refuses.
+    pub(super) async fn patiently<T>(
         &self,
-        limit: Option<Duration>,
+        health: &Health,
         call: impl Future<Output = Result<T, Status>>,
     ) -> Result<T, Failure> {
-        let answer = match limit {
-            None => call.await,
-            Some(limit) => match tokio::time::timeout(limit, call).await {
-                Ok(answer) => answer,
-                Err(_) => return Err(self.late(limit)),
-            },
-        };
-        answer.map_err(|status| self.failure(&status))
+        match self.timeout {
+            Some(limit) => self.within(limit, call).await,
+            None => self.while_there(health, call).await?.map_err(|status| self.failure(&status)),
+        }
+    }
+
+    async fn within<T>(&self, limit: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<T, Failure> {
+        match tokio::time::timeout(limit, call).await {
+            Ok(answer) => answer.map_err(|status| self.failure(&status)),
+            Err(_) => Err(self.late(limit)),
+        }
+    }
+
+    /// Awaits what may take any time, as long as the service is there.
+    ///
+    /// # Errors
+    /// It gives no sign of life.
+    pub(super) async fn while_there<T>(&self, health: &Health, awaited: impl Future<Output = T>) -> Result<T, Failure> {
+        let mut awaited = pin!(awaited);
+        loop {
+            if let Ok(came) = tokio::time::timeout(SILENCE, &mut awaited).await {
+                return Ok(came);
+            }
+            tokio::select! {
+                biased;
+                came = &mut awaited => return Ok(came),
+                there = self.is_there(health.clone()) => there?,
+            }
+        }
+    }
+
+    /// Whatever it answers, it is there.
+    async fn is_there(&self, mut health: Health) -> Result<(), Failure> {
+        let limit = self.timeout.map_or(SIGN_OF_LIFE, |timeout| timeout.min(SIGN_OF_LIFE));
+        match tokio::time::timeout(limit, health.check(HealthCheckRequest::default())).await {
+            Ok(Err(status)) if is_connection_lost(&status) => Err(self.failure(&status)),
+            Ok(_) => Ok(()),
+            Err(_) => Err(self.late(limit)),
+        }
     }
 
     /// The service has not answered in time.
@@ -183,7 +230,7 @@ impl<F: clap::Args> Remote<F> {
         // What TLS says to an answer that is none of its own, and HTTP/2 to a peer that hangs up on it.
         if why.contains("InvalidContentType") {
             why = format!("it does not speak TLS, so give http:// ({why})");
-        } else if why.contains("broken pipe") || why.contains("http2 error") {
+        } else if ["broken pipe", "connection closed", "http2 error"].iter().any(|said| why.contains(said)) {
             why = format!("what listens there does not speak gRPC: the dashboard has an address of its own ({why})");
         }
         Failure::new(
@@ -204,7 +251,10 @@ impl<F: clap::Args> Remote<F> {
         let details = status.get_error_details();
         let mut message = String::from("the service refuses: ");
         let violations = details.bad_request().map(|bad| &bad.field_violations[..]).unwrap_or_default();
-        if violations.is_empty() {
+        let in_commands = details.error_info().and_then(|info| self.in_commands(info));
+        if let Some((what, _)) = &in_commands {
+            message.push_str(what);
+        } else if violations.is_empty() {
             message.push_str(&clean(status.message()));
         } else {
             message.push_str("these fields are wrong");
@@ -217,19 +267,54 @@ impl<F: clap::Args> Remote<F> {
             Some(info) => _ = write!(message, "\n({code}, {})", clean(&info.reason)),
             None => _ = write!(message, "\n({code})"),
         }
-        // What the service says is for users of the contract; this is for those of the command line.
-        let hint = match (status.code(), reason(status).as_str()) {
-            (Code::Unimplemented, _) => {
-                "\nThe service is of another version, or something else listens at this address."
+        if let Some((_, what_to_do)) = in_commands {
+            message.push_str(&what_to_do);
+        } else if status.code() == Code::Unimplemented {
+            message.push_str("\nThe service is of another version, or something else listens at this address.");
+        }
+        let unknown = details.error_info().and_then(unknown);
+        Failure { unknown, ..Failure::new(Exit::Refused, message) }
+    }
+
+    /// What was wrong and what to do, where the service says that in RPCs: it speaks to users of the contract, and this to
+    /// those of the command line.
+    fn in_commands(&self, info: &ErrorInfo) -> Option<(String, String)> {
+        if let Some(unknown) = unknown(info) {
+            // What to do depends on which others there are.
+            return Some((unknown.message(), String::new()));
+        }
+        let metadata = |key: &str| info.metadata.get(key).map(|value| clean(value));
+        let flag = self.flag();
+        let cycle = || metadata("cycle_id");
+        Some(match info.reason.as_str() {
+            "CYCLE_FINISHED" => {
+                let id = cycle()?;
+                let what = format!("cycle {id} has already finished");
+                (what, format!("\nTo see how it ended: orchestrator cycles show {id}{flag}"))
             }
-            (_, "REVISION_NOT_RETAINED") => {
-                "\nCycles of before are gone, or this is another database. Watch with --from-oldest, or with --after and \
-                 a revision that is there."
+            "CYCLE_NOT_FINISHED" => {
+                let what = format!("cycle {} is still waiting or running", cycle()?);
+                (what, format!("\nTo see it being recorded: orchestrator watch{flag}"))
             }
-            _ => "",
-        };
-        message.push_str(hint);
-        Failure::new(Exit::Refused, message)
+            "CYCLE_NOT_FOUND" => {
+                let what =
+                    format!("the record has no cycle {}: there was none yet, or it is no longer retained", cycle()?);
+                (what, format!("\nTo see what there is: orchestrator cycles list{flag}"))
+            }
+            "REVISION_NOT_RETAINED" => {
+                let (oldest, newest) = (metadata("oldest_revision")?, metadata("newest_revision")?);
+                let what = match (oldest.parse::<u64>(), newest.parse::<u64>()) {
+                    (Ok(oldest), Ok(newest)) if oldest > newest => {
+                        format!("there is no record after that revision; the newest was {newest}")
+                    }
+                    _ => format!("not all records after that revision are there, only revisions {oldest} to {newest}"),
+                };
+                let what_to_do = "\nCycles of before are gone, or this is another database. Watch with --from-oldest, or \
+                                  with --after and a revision that is there.";
+                (what, what_to_do.to_owned())
+            }
+            _ => return None,
+        })
     }
 
     /// The flag that another command needs to reach the same service; empty for the default.
@@ -239,11 +324,26 @@ impl<F: clap::Args> Remote<F> {
     }
 }
 
+/// Whether the environment says how long to wait, for all commands.
+pub(super) fn has_timeout_by_environment() -> bool {
+    std::env::var_os("ORCHESTRATOR_TIMEOUT").is_some()
+}
+
 /// It is not the service that has spoken: there is no connection to it, or no longer one.
 pub(super) fn is_connection_lost(status: &Status) -> bool {
     let answered = status.get_error_details().error_info().is_some();
     // A status that came over the wire has no source.
     !answered && (status.source().is_some() || status.code() == Code::Unavailable)
+}
+
+/// The name that was not found, if that is the reason.
+fn unknown(info: &ErrorInfo) -> Option<Unknown> {
+    let name = |key: &str| info.metadata.get(key).cloned();
+    match info.reason.as_str() {
+        "SUBSYSTEM_NOT_FOUND" => name("subsystem").map(Unknown::Subsystem),
+        "LOOP_NOT_FOUND" => name("loop").map(Unknown::Loop),
+        _ => None,
+    }
 }
 
 /// The reason that the service gives for a refusal; empty when it gives none.

@@ -12,10 +12,10 @@ use serde::{Serialize, Serializer};
 
 use self::figures::{CycleFigures, SubsystemFigures, Tally, compare};
 use super::{
-    Exit, Failure,
+    Exit, Failure, known,
     output::{
-        Table, coarse, count, escape_json, grouped, is_error_terminal, milliseconds, note, number, parse_time, print,
-        sections, short, telemetry, text, time, timestamp, trigger,
+        Table, coarse, count, escape_json, grouped, is_error_terminal, milliseconds, note, number, parse_positive,
+        parse_time, print, sections, short, telemetry, text, time, timestamp, trigger,
     },
     remote::{Client, Remote},
     watch::unreadable,
@@ -89,7 +89,7 @@ pub(super) struct Report {
     #[arg(long, value_name = "BY", default_value = "critical-time")]
     sort: Sort,
     /// Subsystems at most [default: all]
-    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u64>)]
     limit: Option<u64>,
     #[command(flatten)]
     remote: Remote<Format>,
@@ -171,7 +171,7 @@ impl Report {
             // In this order, Ctrl-C is heeded before the service is asked for anything.
             biased;
             _ = tokio::signal::ctrl_c() => return Ok(Exit::Left),
-            figures = self.read(period) => figures?,
+            figures = self.figures(period) => figures?,
         };
         if let Some(complete_since) = figures.complete_since {
             let of_what =
@@ -181,7 +181,6 @@ impl Report {
                 said(complete_since)
             ));
         }
-        let figures = self.select(figures)?;
         print(&match self.remote.format.output {
             Output::Table => figures.tables(),
             Output::Json => figures.json()?,
@@ -208,10 +207,26 @@ impl Report {
         Ok(Period { previous_since, since, until })
     }
 
-    async fn read(&self, period: Period) -> Result<Figures, Failure> {
+    /// What was asked for.
+    async fn figures(&self, period: Period) -> Result<Figures, Failure> {
         let mut client = self.remote.connect().await?;
-        let oldest = self.oldest(&mut client).await?;
-        let (now, previous) = self.count(&mut client, period, oldest.revision).await?;
+        let figures = self.read(&mut client, period).await?;
+        if figures.cycles.cycles == 0 {
+            // A loop of which there is nothing may be a slip.
+            known::check(&self.remote, &mut client, &[], self.loop_name.as_slice()).await?;
+        }
+        match self.select(figures) {
+            Ok(figures) => Ok(figures),
+            Err(failure) => {
+                known::check(&self.remote, &mut client, &self.subsystems, &[]).await?;
+                Err(failure)
+            }
+        }
+    }
+
+    async fn read(&self, client: &mut Client, period: Period) -> Result<Figures, Failure> {
+        let oldest = self.oldest(client).await?;
+        let (now, previous) = self.count(client, period, oldest.revision).await?;
         let (cycles, subsystems) = compare(&now, &previous);
         let Period { previous_since, since, until } = period;
         let complete_since = oldest.finished_at.filter(|at| oldest.revision > 1 && *at > previous_since);

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use clap::builder::NonEmptyStringValueParser;
+use tokio::time::Instant;
 
 use super::{
     Exit, Failure,
-    cycles::cycle,
-    output::{is_error_terminal, json, note, one_of, parse_duration, print, telemetry, word},
+    cycles::{cycle, why as why_skipped},
+    known,
+    output::{clean, is_error_terminal, json, note, one_of, parse_duration, print, telemetry, word},
     parameters::Parameters,
     plan::plan,
     progress::Bar,
@@ -30,13 +33,12 @@ pub(super) const OVERLAP_POLICIES: &[pb::OverlapPolicy] = &[
 Waits until the cycle is recorded and shows how it ended. Meanwhile stderr tells how it moves: live on a terminal, else \
 line by line (not with --output json).
 
-Leaving (Ctrl-C, or --timeout) does not stop the cycle; `orchestrator cancel` does. When the service restarts meanwhile, \
-the cycle is recorded as INTERRUPTED, and this command waits for that, up to a minute.
+Leaving (Ctrl-C, or --timeout) does not stop the cycle; `orchestrator cancel` does. When the service restarts or falls \
+silent meanwhile, this command waits for it, up to a minute. What a restart cuts off is recorded as INTERRUPTED.
 
 Exit codes:
-  0    it SUCCEEDED, which is also a cycle in which all subsystems were skipped and none failed: stderr says so then;
-       with --async: it is admitted; with --validate-only: it could run
-  1    refused by the service
+  0    it SUCCEEDED; with --async: it is admitted; with --validate-only: it could run
+  1    refused by the service; or no subsystem was called, because none is registered or all were skipped: stderr says why
   2    wrong usage
   4    the service can't be reached, or the cycle has not ended within --timeout; it may run on
   10   it was DEGRADED: some subsystems failed
@@ -106,14 +108,14 @@ impl Run {
         };
         let remote = &self.remote;
         if self.validate_only {
-            let response = remote.quickly(remote.connect().await?.run_cycle(request)).await?.into_inner();
+            let response = ask(remote, request).await?;
             remote
                 .format
                 .show("RunCycleResponse", &response, |response| response.plan.as_ref().map(plan).unwrap_or_default())?;
             return Ok(Exit::Done);
         }
         if self.r#async {
-            let response = remote.quickly(remote.connect().await?.run_cycle(request)).await?.into_inner();
+            let response = ask(remote, request).await?;
             remote
                 .format
                 .show("RunCycleResponse", &response, |response| format!("cycle {} is admitted\n", response.cycle_id))?;
@@ -123,7 +125,7 @@ impl Run {
         let mut view = View::new(self.quiet || remote.format.is_json(), self.quiet);
         let mut admitted = None;
         let ended = tokio::select! {
-            ended = run_and_follow(remote, request, &mut view, &mut admitted) => Some(ended?),
+            ended = run_and_follow(remote, request, &mut view, &mut admitted) => Some(ended),
             () = expired(remote.timeout) => None,
             _ = tokio::signal::ctrl_c() => {
                 view.clear();
@@ -132,20 +134,23 @@ impl Run {
             }
         };
         view.clear();
-        let Some(response) = ended else {
-            let mut late = remote.late(remote.timeout.unwrap_or_default());
-            late.message = format!("{}\n{}", late.message, goes_on(remote, admitted));
-            return Err(late);
+        let response = match ended {
+            Some(Ok(response)) => response,
+            Some(Err(failure)) if admitted.is_none() => return Err(failure),
+            ended => {
+                let late = || remote.late(remote.timeout.unwrap_or_default());
+                let failure = ended.and_then(Result::err).unwrap_or_else(late);
+                return Err(failure.and(&goes_on(remote, admitted)));
+            }
         };
         let record = telemetry(&response.telemetry)?;
         if remote.format.is_json() {
             print(&format!("{}\n", json("RunCycleResponse", &response)?))?;
         } else {
             print(&cycle(&record, self.details))?;
-            let is_skipped = |part: &pb::SubsystemTelemetry| part.state() == pb::SubsystemState::Skipped;
-            if record.state() == pb::CycleState::Succeeded && record.subsystems.iter().all(is_skipped) {
-                note("No subsystem was called: all were skipped, or none is registered.");
-            }
+        }
+        if let Some(why) = nobody_called(&record) {
+            return Err(Failure::new(Exit::Refused, why));
         }
         Ok(match record.state() {
             pb::CycleState::Succeeded => Exit::Done,
@@ -156,6 +161,29 @@ impl Run {
     }
 }
 
+/// Why no subsystem was called in a cycle that did not fail; `None` when one was. Whoever starts a cycle wants something
+/// to be done.
+fn nobody_called(record: &pb::CycleTelemetry) -> Option<String> {
+    /// More say the same again.
+    const SHOWN: usize = 3;
+    let is_skipped = |part: &pb::SubsystemTelemetry| part.state() == pb::SubsystemState::Skipped;
+    if record.state() != pb::CycleState::Succeeded || !record.subsystems.iter().all(is_skipped) {
+        return None;
+    }
+    let none = "none is registered. Register one with `orchestrator subsystems register`, or declare it in the \
+                configuration";
+    let reasons = record.subsystems.iter().map(|part| clean(&format!("{}: {}", part.name, why_skipped(part))));
+    let reasons = reasons.take(SHOWN).collect::<Vec<_>>().join("; ");
+    Some(match record.subsystems.len() {
+        0 => format!("no subsystem was called: {none}"),
+        1..=SHOWN => format!("no subsystem was called: {reasons}"),
+        all => format!("no subsystem was called: {reasons}; and {} more", all - SHOWN),
+    })
+}
+
+/// A restart takes seconds; a service that stays away longer is another matter than this cycle.
+const GIVE_UP_AFTER: Duration = Duration::from_mins(1);
+
 /// Has the cycle admitted, and follows the stream until it is recorded.
 async fn run_and_follow(
     remote: &Remote,
@@ -163,29 +191,79 @@ async fn run_and_follow(
     view: &mut View,
     admitted: &mut Option<u64>,
 ) -> Result<pb::RunCycleResponse, Failure> {
-    /// A restart takes seconds; a service that stays away longer is another matter than this cycle.
-    const GIVE_UP_AFTER: Duration = Duration::from_mins(1);
     // Watching begins before the cycle can, so that nothing of it is missed.
     let watch = pb::WatchCyclesRequest { progress: view.wants_progress(), ..pb::WatchCyclesRequest::default() };
     let mut events = Events::open(remote, watch, Some(GIVE_UP_AFTER)).await?;
     // With the first event it is known where to take the stream up again.
     events.next(|text| view.note(text)).await?;
-    let response = remote.quickly(remote.connect().await?.run_cycle(request)).await?.into_inner();
+    let response = admit(remote, request, |text| view.note(text)).await?;
     if !response.telemetry.is_empty() {
         // An earlier call with this request id has run it.
         return Ok(response);
     }
     let cycle_id = response.cycle_id;
     *admitted = Some(cycle_id);
-    loop {
-        let event = events.next(|text| view.note(text)).await?.event;
+    let record = loop {
+        let pb::CycleEvent { revision, event } = match events.next(|text| view.note(text)).await {
+            Ok(event) => event,
+            // It can't be taken up again where it broke, because records are gone: the cycle's own may be there.
+            Err(failure) if failure.exit == Exit::Refused => match recorded(remote, cycle_id).await {
+                Some(record) => break record,
+                None => return Err(failure),
+            },
+            Err(failure) => return Err(failure),
+        };
         match event {
-            Some(Event::Recorded(record)) if telemetry(&record)?.cycle_id == cycle_id => {
-                return Ok(pb::RunCycleResponse { telemetry: record, ..response });
-            }
-            Some(event) => view.show(&event, cycle_id),
+            Some(Event::Recorded(record)) if telemetry(&record)?.cycle_id == cycle_id => break record,
+            Some(event) => view.show(revision, &event, cycle_id),
             None => {}
         }
+    };
+    Ok(pb::RunCycleResponse { telemetry: record, ..response })
+}
+
+/// Has the cycle admitted. Whether a call whose answer got lost was heard is not known: it is made again where it is
+/// idempotent.
+async fn admit(
+    remote: &Remote,
+    request: pb::RunCycleRequest,
+    note: impl Fn(&str),
+) -> Result<pb::RunCycleResponse, Failure> {
+    /// Each attempt waits for its answer as well.
+    const PAUSE: Duration = Duration::from_secs(1);
+    let asked_since = Instant::now();
+    loop {
+        match ask(remote, request.clone()).await {
+            Err(failure) if failure.exit != Exit::Unreachable => return Err(failure),
+            Err(failure) if request.request_id.is_empty() || asked_since.elapsed() > GIVE_UP_AFTER => {
+                let flag = remote.flag();
+                return Err(failure.and(&format!(
+                    "The cycle may have been admitted. To see: orchestrator status{flag}\nWith --request-id the same \
+                     command can be given again, and gets the same cycle."
+                )));
+            }
+            Err(_) => {
+                note("the service does not answer; asking again");
+                tokio::time::sleep(PAUSE).await;
+            }
+            answer => return answer,
+        }
+    }
+}
+
+/// The record of a cycle, if it is there.
+async fn recorded(remote: &Remote, cycle_id: u64) -> Option<Bytes> {
+    let mut client = remote.connect().await.ok()?;
+    let answer = remote.quickly(client.get_cycle(pb::GetCycleRequest { cycle_id })).await.ok()?;
+    Some(answer.into_inner().telemetry)
+}
+
+/// Makes the call, which is answered at once.
+async fn ask(remote: &Remote, request: pb::RunCycleRequest) -> Result<pb::RunCycleResponse, Failure> {
+    let mut client = remote.connect().await?;
+    match remote.quickly(client.run_cycle(request)).await {
+        Ok(response) => Ok(response.into_inner()),
+        Err(failure) => Err(known::explain(failure, remote, &mut client).await),
     }
 }
 
@@ -236,9 +314,9 @@ impl View {
         }
     }
 
-    fn show(&mut self, event: &Event, cycle_id: u64) {
+    fn show(&mut self, revision: u64, event: &Event, cycle_id: u64) {
         match (self, event) {
-            (Self::Live(bar), event) => bar.follow(event),
+            (Self::Live(bar), event) => bar.follow(revision, event),
             (Self::Lines, Event::Started(event)) if event.cycle_id == cycle_id => note(started(event).trim_end()),
             (Self::Lines, Event::Progress(event)) if event.cycle_id == cycle_id => note(progress(event).trim_end()),
             _ => {}

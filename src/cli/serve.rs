@@ -4,7 +4,7 @@ use std::{env, fmt::Write as _, io::Write as _, process::ExitCode};
 
 use tokio::{select, task::spawn_blocking};
 
-use super::output::note;
+use super::output::{clean_lines, note};
 use crate::{
     config::{Config, Overrides},
     serve::{self, Exit, Operator, Service},
@@ -67,7 +67,7 @@ impl Serve {
             Err(error) => {
                 // There can be much to say, and nobody who reads it.
                 select! {
-                    _ = spawn_blocking(move || note(&error)) => {}
+                    _ = spawn_blocking(move || note(&clean_lines(&error))) => {}
                     () = operator.stop() => {}
                 }
                 return BAD_CONFIG.into();
@@ -92,7 +92,7 @@ impl Serve {
                 if tracing::enabled!(tracing::Level::ERROR) {
                     tracing::error!("{error}");
                 } else {
-                    note(&error.to_string());
+                    note(&clean_lines(&error.to_string()));
                 }
                 failed()
             }

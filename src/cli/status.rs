@@ -8,7 +8,7 @@ use super::{
     cycles::in_short,
     loops,
     output::{Table, age, count, duration, grouped, payload, sections, telemetry, text, trigger},
-    remote::{Client, Remote},
+    remote::{Client, Health, Remote},
     subsystems,
 };
 use crate::proto::orchestrator::v1 as pb;
@@ -38,7 +38,7 @@ impl StatusCommand {
     /// Shows the status.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         let remote = &self.remote;
-        let mut client = remote.connect().await?;
+        let (mut client, health) = remote.connect_for_long().await?;
         let answer = remote.quickly(client.get_status(pb::GetStatusRequest::default())).await?.into_inner();
         let mut status = answer.status.unwrap_or_default();
         if self.subsystems || self.snapshots {
@@ -51,7 +51,7 @@ impl StatusCommand {
         }
         if self.snapshots {
             let names = status.subsystems.iter().map(subsystems::name).collect();
-            status.subsystems = with_snapshots(remote, &client, names).await?;
+            status.subsystems = with_snapshots(remote, &client, &health, names).await?;
         }
         let last = if status.last_cycle.is_empty() { None } else { Some(telemetry(&status.last_cycle)?) };
         let response = pb::GetStatusResponse { status: Some(status) };
@@ -66,6 +66,7 @@ impl StatusCommand {
 async fn with_snapshots(
     remote: &Remote,
     client: &Client,
+    health: &Health,
     names: Vec<String>,
 ) -> Result<Vec<pb::SubsystemStatus>, Failure> {
     /// Enough to keep the service busy, few enough not to crowd out others.
@@ -80,7 +81,7 @@ async fn with_snapshots(
                 Err(status) => Err(status),
             }
         };
-        remote.patiently(call).await
+        remote.patiently(health, call).await
     };
     let found: Vec<_> = stream::iter(names).map(one).buffered(AT_ONCE).collect().await;
     found.into_iter().filter_map(Result::transpose).collect()

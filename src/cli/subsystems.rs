@@ -1,18 +1,19 @@
 //! `orchestrator subsystems`: the registry.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use clap::Subcommand;
 
 use super::{
     Exit, Failure,
     cycles::why,
+    known,
     output::{
-        JsonList, Table, age, count, duration, grouped, milliseconds, names, parse_duration, payload, print, state,
-        subsystem_state, text, time, word,
+        JsonList, Table, age, clean, count, duration, grouped, milliseconds, names, note, parse_duration,
+        parse_positive, payload, print, state, subsystem_state, text, time, word,
     },
     parameters::Parameters,
-    remote::{Client, Remote},
+    remote::{Client, Remote, has_timeout_by_environment},
 };
 use crate::{
     api::registration,
@@ -192,7 +193,7 @@ const FLAGS_OF_ONE: [&str; 23] = [
 #[command(next_help_heading = "How its calls are retried")]
 struct Retry {
     /// Calls at most, the first one included, 1 to 10 [default: 3]
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u32>)]
     retry_max_attempts: Option<u32>,
     /// Wait before the first retry, 1ms to 1h [default: 100ms]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
@@ -213,7 +214,7 @@ struct Retry {
 #[command(next_help_heading = "When its calls are held back")]
 struct Breaker {
     /// After so many cycles in a row in which it fails or is late, 1 to 1000 [default: 5]
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u32>)]
     breaker_failure_threshold: Option<u32>,
     /// For so long, before one call probes it, 1ms to 24h [default: 30s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
@@ -228,80 +229,106 @@ struct Breaker {
 #[command(next_help_heading = "What it may send in one answer")]
 struct Limits {
     /// Bytes of the whole message, up to 64 MiB [default: 4194304]
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", value_parser = parse_positive::<u32>)]
     limits_max_message_bytes: Option<u32>,
     /// Bytes of the output, up to 64 MiB [default: 1048576]
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", value_parser = parse_positive::<u32>)]
     limits_max_output_bytes: Option<u32>,
     /// Metrics, up to 4096 [default: 64]
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u32>)]
     limits_max_metrics: Option<u32>,
     /// Issues, up to 1024 [default: 32]
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u32>)]
     limits_max_issues: Option<u32>,
 }
 
 impl Subsystems {
     /// Does what is asked for.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
-        let remote = &self.remote;
+        let mut client = self.remote.connect().await?;
+        match self.command.run(&self.remote, &mut client).await {
+            Ok(()) => Ok(Exit::Done),
+            Err(failure) => Err(known::explain(failure, &self.remote, &mut client).await),
+        }
+    }
+}
+
+impl Command {
+    async fn run(self, remote: &Remote, client: &mut Client) -> Result<(), Failure> {
         let format = remote.format;
-        let mut client = remote.connect().await?;
-        match self.command {
-            Command::List => list(remote, &mut client).await?,
-            Command::Show { name, latest_output, snapshot } => {
+        match self {
+            Self::List => list(remote, client).await?,
+            Self::Show { name, latest_output, snapshot } => {
                 let request =
                     pb::GetSubsystemRequest { name, include_output: latest_output, include_snapshot: snapshot };
                 let response = remote.quickly(client.get_subsystem(request)).await?.into_inner();
                 format.show("GetSubsystemResponse", &response, |response| shown(response.subsystem.as_ref()))?;
             }
-            Command::Register(register) if register.file.is_some() => {
-                let registered = register_file(remote, &mut client, *register).await?;
+            Self::Register(register) if register.file.is_some() => {
+                let registered = register_file(remote, client, *register).await?;
                 format.show("RegisterSubsystemsResponse", &registered.0, |answer| {
                     let (all, new, changed) = (registered.1, answer.created.len(), answer.replaced.len());
                     format!("{all} subsystems are registered: {new} new, {changed} changed, the others as before\n")
                 })?;
             }
-            Command::Register(register) => {
+            Self::Register(register) => {
+                if remote.timeout.is_some() && register.timeout_per_cycle.is_none() && !has_timeout_by_environment() {
+                    note("--timeout is how long this command waits; the subsystem's own is --timeout-per-cycle");
+                }
                 let request = register.request()?;
+                let others = request.registration.as_ref().map(others).unwrap_or_default();
                 let response = remote.quickly(client.register_subsystem(request)).await?.into_inner();
                 format.show("RegisterSubsystemResponse", &response, |response| {
                     let name = response.subsystem.as_ref().map(name).unwrap_or_default();
                     let before = if response.created { "" } else { ", in place of what it was registered as before" };
-                    format!("subsystem {name} is registered{before}\n")
+                    format!("subsystem {} is registered{before}\n", clean(&name))
                 })?;
+                known::note_missing(remote, client, &others, "until it is, it counts as missing").await;
             }
-            Command::Unregister { name } => {
+            Self::Unregister { name } => {
                 let request = pb::UnregisterSubsystemRequest { name: name.clone() };
                 let response = remote.quickly(client.unregister_subsystem(request)).await?.into_inner();
-                format.show("UnregisterSubsystemResponse", &response, |_| format!("subsystem {name} is removed\n"))?;
+                format.show("UnregisterSubsystemResponse", &response, |_| {
+                    format!("subsystem {} is removed\n", clean(&name))
+                })?;
             }
-            Command::Suspend { name } => {
+            Self::Suspend { name } => {
                 let request = pb::SuspendSubsystemRequest { name: name.clone() };
                 let response = remote.quickly(client.suspend_subsystem(request)).await?.into_inner();
-                format.show("SuspendSubsystemResponse", &response, |_| format!("subsystem {name} is suspended\n"))?;
+                format.show("SuspendSubsystemResponse", &response, |_| {
+                    format!("subsystem {} is suspended\n", clean(&name))
+                })?;
             }
-            Command::Resume { name } => {
+            Self::Resume { name } => {
                 let request = pb::ResumeSubsystemRequest { name: name.clone() };
                 let response = remote.quickly(client.resume_subsystem(request)).await?.into_inner();
-                format
-                    .show("ResumeSubsystemResponse", &response, |_| format!("subsystem {name} takes part again\n"))?;
+                format.show("ResumeSubsystemResponse", &response, |_| {
+                    format!("subsystem {} takes part again\n", clean(&name))
+                })?;
             }
-            Command::Renew { name } => {
+            Self::Renew { name } => {
                 let request = pb::RenewLeaseRequest { name: name.clone() };
                 let response = remote.quickly(client.renew_lease(request)).await?.into_inner();
                 format.show("RenewLeaseResponse", &response, |response| {
                     let ends = response.lease_expires_at.as_ref();
-                    format!("the lease of {name} ends at {} ({})\n", time(ends), age(ends))
+                    format!("the lease of {} ends at {} ({})\n", clean(&name), time(ends), age(ends))
                 })?;
             }
         }
-        Ok(Exit::Done)
+        Ok(())
     }
+}
+
+/// Those that a registration waits for or reads, each once.
+fn others(registration: &pb::Registration) -> Vec<String> {
+    let pb::Registration { requires, after, reads, .. } = registration;
+    let others: BTreeSet<_> = requires.iter().chain(after).chain(reads).cloned().collect();
+    others.into_iter().collect()
 }
 
 impl Register {
     fn request(self) -> Result<pb::RegisterSubsystemRequest, Failure> {
+        let codes = self.retry.retry_retryable_status_codes.iter();
         let registration = pb::Registration {
             name: self.name.unwrap_or_default(),
             endpoint: self.endpoint.unwrap_or_default(),
@@ -315,7 +342,7 @@ impl Register {
                 initial_backoff: self.retry.retry_initial_backoff,
                 max_backoff: self.retry.retry_max_backoff,
                 backoff_multiplier: self.retry.retry_backoff_multiplier.unwrap_or_default(),
-                retryable_status_codes: self.retry.retry_retryable_status_codes,
+                retryable_status_codes: codes.map(|code| code.to_uppercase()).collect(),
             }),
             breaker: Some(pb::BreakerPolicy {
                 failure_threshold: self.breaker.breaker_failure_threshold.unwrap_or_default(),
@@ -373,8 +400,8 @@ async fn register_file(
 ///
 /// # Errors
 /// The service can't be reached or refuses, or what `take` returns.
-pub(super) async fn pages(
-    remote: &Remote,
+pub(super) async fn pages<F: clap::Args>(
+    remote: &Remote<F>,
     client: &mut Client,
     mut take: impl FnMut(Vec<pb::SubsystemStatus>) -> Result<(), Failure>,
 ) -> Result<(), Failure> {

@@ -65,13 +65,13 @@ impl Top {
                  `orchestrator status`, with --output json where wanted",
             ));
         }
-        let feed = Feed::open(&self.remote).await?;
         let model = Model::new(self.remote.address.to_string());
         let colours = has_colours();
         // From here on signals end it in order, so that the terminal is given back.
         let signals = Signals::listen().map_err(broken)?;
         let mut screen = Screen::take().map_err(broken)?;
-        screen.show(feed, model, colours, signals).await
+        // Keys are heard also while the service is not.
+        screen.show(Feed::open(self.remote), model, colours, signals).await
     }
 }
 
@@ -140,9 +140,7 @@ impl Screen {
                     next_drawing = last_drawn + Self::TICK;
                 }
                 news = feed.next() => {
-                    let Some(news) = news else {
-                        return Err(Failure::new(Exit::Refused, "what follows the service has ended; this is a defect"));
-                    };
+                    let news = news?;
                     view.learn(&news);
                     model.learn(news, Timestamp::now());
                     next_drawing = next_drawing.min(last_drawn + Self::FRAME);

@@ -6,13 +6,13 @@ use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
 
 use super::{
-    Exit, Failure,
+    Exit, Failure, known,
     output::{
         Format, clean, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted, print, short,
         subsystem_state, telemetry, time, trigger,
     },
     progress::Bar,
-    remote::{Remote, is_connection_lost, reason},
+    remote::{Health, Remote, is_connection_lost, reason},
 };
 use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
 
@@ -29,8 +29,9 @@ pub(super) const CYCLE_STATES: &[pb::CycleState] = &[
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Prints every recorded cycle once, in order, without a gap. On a terminal the running cycle is shown below as it moves. \
-When the service restarts, or the connection breaks, the stream is taken up again after the last cycle that was shown; \
-stderr tells so. Ends only with Ctrl-C, or when the records it needs are no longer retained (exit code 1).
+When the service restarts, or the connection breaks or falls silent, the stream is taken up again after the last cycle that was shown; \
+stderr tells so. Ends only with Ctrl-C, or when the records it needs are no longer retained (exit code 1). Subsystems and loops have to be \
+there, or to be in the record, since a name with a slip in it would never come.
 
 Each cycle has a revision, its position in the history: see `orchestrator cycles show`, or the JSON.
 
@@ -41,7 +42,7 @@ Examples:
   orchestrator watch --progress --loop heartbeat")]
 pub(super) struct Watch {
     /// Start after this revision; 0 is from the first record ever. Without it, only what comes is shown
-    #[arg(long, value_name = "REVISION")]
+    #[arg(long, value_name = "REVISION", value_parser = parse_revision)]
     after: Option<u64>,
     /// Start with the oldest record that is retained
     #[arg(long, conflicts_with = "after")]
@@ -62,6 +63,10 @@ pub(super) struct Watch {
     remote: Remote,
 }
 
+fn parse_revision(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| "give a revision, a whole number: see `orchestrator cycles show`".to_owned())
+}
+
 impl Watch {
     /// Follows until it is interrupted.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
@@ -73,8 +78,14 @@ impl Watch {
             states: self.states.into_iter().map(Into::into).collect(),
             subsystems: self.subsystems,
         };
+        let watched = async {
+            let mut client = self.remote.connect().await?;
+            // A slip in a name would be silent for ever.
+            known::check(&self.remote, &mut client, &request.subsystems, &request.loops).await?;
+            follow(&self.remote, request, |_| false).await
+        };
         tokio::select! {
-            ended = follow(&self.remote, request, |_| false) => ended.map(|()| Exit::Done),
+            ended = watched => ended.map(|()| Exit::Done),
             _ = tokio::signal::ctrl_c() => Ok(Exit::Left),
         }
     }
@@ -130,6 +141,7 @@ impl View {
             let response = pb::WatchCyclesResponse { event: Some(event) };
             return print(&format!("{}\n", json("WatchCyclesResponse", &response)?));
         }
+        let revision = event.revision;
         let Some(event) = event.event else { return Ok(()) };
         let lines = match &event {
             Event::Recorded(record) => recorded(&telemetry(record)?),
@@ -142,7 +154,7 @@ impl View {
             None => print(&lines),
             Some(bar) => {
                 // A bar that has to go goes before the line that replaces it.
-                bar.follow(&event);
+                bar.follow(revision, &event);
                 bar.above(|| print(&lines))
             }
         }
@@ -206,11 +218,12 @@ pub(super) fn progress(progress: &pb::CycleProgress) -> String {
 // ---------------------------------------------------------------------------------------------------------------
 // The stream
 
-/// The events of the stream. When the connection breaks or the service restarts, it is taken up again after the last
-/// revision that was seen.
+/// The events of the stream. When the connection breaks or falls silent, or the service restarts, it is taken up again
+/// after the last revision that was seen.
 pub(super) struct Events {
     remote: Remote,
     request: pb::WatchCyclesRequest,
+    health: Health,
     stream: Streaming<pb::WatchCyclesResponse>,
     give_up_after: Option<Duration>,
     /// Attempts to take it up again since the last event.
@@ -232,9 +245,9 @@ impl Events {
         request: pb::WatchCyclesRequest,
         give_up_after: Option<Duration>,
     ) -> Result<Self, Failure> {
-        let mut client = remote.connect().await?;
+        let (mut client, health) = remote.connect_for_long().await?;
         let stream = remote.quickly(client.watch_cycles(request.clone())).await?.into_inner();
-        Ok(Self { remote: remote.clone(), request, stream, give_up_after, failures: 0 })
+        Ok(Self { remote: remote.clone(), request, health, stream, give_up_after, failures: 0 })
     }
 
     /// The next event. What keeps it waiting is told to `note`.
@@ -243,7 +256,11 @@ impl Events {
     /// The service refuses to go on, or has been away for too long.
     pub(super) async fn next(&mut self, note: impl Fn(&str)) -> Result<pb::CycleEvent, Failure> {
         loop {
-            match self.stream.message().await {
+            let Ok(message) = self.remote.while_there(&self.health, self.stream.message()).await else {
+                self.resume("the service does not answer", &note).await?;
+                continue;
+            };
+            match message {
                 Ok(Some(pb::WatchCyclesResponse { event: Some(event) })) => {
                     self.failures = 0;
                     self.request.after_revision = Some(event.revision);
@@ -273,12 +290,13 @@ impl Events {
             self.failures += 1;
             // Not all watchers at once.
             tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-            let failure = match self.remote.connect().await {
-                Ok(mut client) => {
+            let failure = match self.remote.connect_for_long().await {
+                Ok((mut client, health)) => {
                     let opening = client.watch_cycles(self.request.clone());
                     match tokio::time::timeout(Self::LONGEST_PAUSE, opening).await {
                         Ok(Ok(stream)) => {
                             note("connected again");
+                            self.health = health;
                             self.stream = stream.into_inner();
                             return Ok(());
                         }

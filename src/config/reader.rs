@@ -16,7 +16,7 @@ use toml::{
 };
 
 use super::{ConfigError, Origin, Problem};
-use crate::model::{Name, Payload, Violations};
+use crate::model::{Name, Payload, Violations, nearest};
 
 /// The prefix of every environment variable.
 pub(super) const PREFIX: &str = "ORCHESTRATOR_";
@@ -487,12 +487,6 @@ pub(super) fn variable_name(key: &str) -> String {
     // ORCHESTRATOR_ORCHESTRATOR_ID would say it twice.
     let key = key.strip_prefix("orchestrator_").unwrap_or(key);
     format!("{PREFIX}{}", key.replace('.', "_").to_uppercase())
-}
-
-/// What was probably meant, if anything is near.
-fn nearest<'k>(name: &str, known: impl Iterator<Item = &'k str>) -> Option<&'k str> {
-    let near = |known: &&str| strsim::osa_distance(name, known) <= 1 + known.len().min(name.len()) / 4;
-    known.filter(near).min_by_key(|known| strsim::osa_distance(name, known))
 }
 
 fn duration(value: &Value) -> Option<SignedDuration> {

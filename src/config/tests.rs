@@ -184,7 +184,7 @@ offset = "5s"
              \"buffer_all\" or \"cancel_other\"",
             "orchestrator.toml:8: loops[1]: name \"pulse 2\" is no name: a name is 1 to 63 characters, a letter, then \
              letters, digits, '_', '-' or '.'",
-            "orchestrator.toml:10: loops[1]: offset is 5s; allowed is 0s to 4s 999ms 999µs 999ns",
+            "orchestrator.toml:10: loops[1]: offset is 5s; give less than 5s, the interval, and no less than 0s",
         ]
     );
 

@@ -24,7 +24,6 @@ pub struct Plan {
 #[derive(Debug)]
 pub(super) struct Step {
     pub(super) member: Member,
-    pub(super) level: u32,
     /// Those of `requires` and `after` in the same phase. Lower phases have ended anyway.
     pub(super) waits_for: Vec<usize>,
     /// Those that wait for this one.
@@ -183,7 +182,6 @@ impl Plan {
                 let subsystem = &members[i].subsystem;
                 let at = |name: &Name| positions.get(name).copied();
                 Step {
-                    level: levels[i],
                     waits_for: waits_for[i].iter().map(|&j| position_of[j]).collect(),
                     releases,
                     requires: subsystem.requires.iter().map(at).collect(),
@@ -264,6 +262,10 @@ impl Plan {
         let mut fates: Vec<Fate> = Vec::with_capacity(self.steps.len());
         let mut ends: Vec<Duration> = Vec::with_capacity(self.steps.len());
         let mut after: Vec<Option<usize>> = Vec::with_capacity(self.steps.len());
+        // The level of what waits for the step, and of what is in a higher phase. One that is left out takes up no level,
+        // but what waits for it still comes after what it waits for.
+        let mut levels: Vec<u32> = Vec::with_capacity(self.steps.len());
+        let (mut lower_level, mut latest_level) = (0, 0);
         let mut subsystems = Vec::new();
         let mut phases = self.phases.iter();
         let mut phase_ends_at = 0;
@@ -274,6 +276,7 @@ impl Plan {
             if position == phase_ends_at {
                 phase_ends_at += phases.next().unwrap_or(&0);
                 lower = latest;
+                lower_level = latest_level;
             }
             let subsystem = &step.member.subsystem;
             let skip = if step.member.suspended {
@@ -296,12 +299,15 @@ impl Plan {
             if latest.is_none_or(|latest| ends[position] > ends[latest]) {
                 latest = Some(position);
             }
+            let level = step.waits_for.iter().map(|&earlier| levels[earlier]).fold(lower_level, u32::max);
+            levels.push(level + u32::from(takes_part[position]));
+            latest_level = latest_level.max(levels[position]);
             if takes_part[position] {
                 let waits_for = step.waits_for.iter().filter(|&&earlier| takes_part[earlier]);
                 subsystems.push(PlannedSubsystem {
                     name: subsystem.name.clone(),
                     phase: subsystem.phase,
-                    level: step.level,
+                    level,
                     waits_for: waits_for.map(|&earlier| self.steps[earlier].member.subsystem.name.clone()).collect(),
                     skip,
                     duration,
@@ -316,6 +322,10 @@ impl Plan {
             skip: Some((SkipReason::NotRegistered, None)),
             duration: Duration::ZERO,
         }));
+        if subset.is_some() {
+            // By level, and then by name: levels that were apart in the whole plan may be one here.
+            subsystems.sort_by(|a, b| (a.level, &a.name).cmp(&(b.level, &b.name)));
+        }
         Schedule {
             levels: subsystems.iter().map(|planned| planned.level + 1).max().unwrap_or(0),
             critical_path: self.chain(
@@ -436,7 +446,8 @@ mod tests {
     }
 
     fn shown(plan: &Plan) -> Vec<(String, u32)> {
-        plan.steps.iter().map(|step| (step.member.subsystem.name.to_string(), step.level)).collect()
+        let planned = plan.schedule(None).subsystems;
+        planned.into_iter().map(|planned| (planned.name.to_string(), planned.level)).collect()
     }
 
     #[test]
@@ -522,6 +533,31 @@ mod tests {
         let some = plan.schedule(Some(&subset));
         assert_eq!(some.subsystems.len(), 2);
         assert_eq!(skips(some), [skipped("x", SkipReason::NotRegistered, "")]);
+    }
+
+    #[test]
+    fn the_levels_of_a_subset_are_its_own() {
+        let plan = Plan::compile([
+            member("a", 0, &[], &[]),
+            member("b", 0, &[], &["a"]),
+            member("c", 0, &[], &["b"]),
+            member("z", 0, &[], &["c"]),
+            member("late", 1, &[], &[]),
+            member("later", 2, &[], &["late"]),
+        ])
+        .unwrap();
+        let levels = |names: &[&str]| -> Vec<_> {
+            let subset: Vec<_> = names.iter().map(|name| Name::parse(name).unwrap()).collect();
+            let schedule = plan.schedule(Some(&subset));
+            assert_eq!(schedule.levels, schedule.subsystems.last().unwrap().level + 1);
+            schedule.subsystems.iter().map(|planned| (planned.name.to_string(), planned.level)).collect()
+        };
+        let level = |name: &str, level: u32| (name.to_owned(), level);
+        assert_eq!(levels(&["z"]), [level("z", 0)]);
+        assert_eq!(levels(&["later"]), [level("later", 0)]);
+        // z still waits for a, by way of those that are left out; a phase waits for the lower ones.
+        assert_eq!(levels(&["later", "z", "a"]), [level("a", 0), level("z", 1), level("later", 2)]);
+        assert_eq!(levels(&["b", "absent"]), [level("absent", 0), level("b", 0)]);
     }
 
     #[test]

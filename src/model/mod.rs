@@ -19,7 +19,7 @@ pub use cycle::{
     Trigger, excerpt,
 };
 pub use histogram::Histogram;
-pub use name::{Name, NameError};
+pub use name::{Name, NameError, nearest};
 pub use payload::Payload;
 pub use schedule::{CatchUp, IntervalLoop, LoopSpec, LoopState, OverlapPolicy, TickCounts, TickDisposition, TickRange};
 pub use subsystem::{

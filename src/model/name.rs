@@ -45,6 +45,22 @@ impl Name {
     }
 }
 
+/// Which of the `known` names was probably meant by `name`, if one is near: by a slip of the hand, in another case, or its
+/// beginning.
+pub fn nearest<'k>(name: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
+    /// What is shorter is the beginning of too many.
+    const MIN_BEGINNING: usize = 3;
+    let name = name.to_lowercase();
+    let distance = |known: &str| {
+        let known = known.to_lowercase();
+        let distance = strsim::osa_distance(&name, &known);
+        let is_beginning = name.len() >= MIN_BEGINNING && known.starts_with(&name);
+        (is_beginning || distance <= 1 + known.len().min(name.len()) / 4).then_some(distance)
+    };
+    let near = known.into_iter().filter_map(|known| Some((distance(known)?, known)));
+    near.min_by_key(|(distance, _)| *distance).map(|(_, known)| known)
+}
+
 /// A text that is no [`Name`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no name: {rule}", rule = Name::RULE)]
@@ -78,5 +94,24 @@ impl<'de> Deserialize<'de> for Name {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let name = String::deserialize(deserializer)?;
         Self::parse(&name).map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slip_in_a_name_is_recognised() {
+        let known = ["prices", "news", "DreamBetCore", "a"];
+        let meant = |name| nearest(name, known);
+        for (name, expected) in
+            [("price", "prices"), ("pirces", "prices"), ("PRICES", "prices"), ("dreambet", "DreamBetCore")]
+        {
+            assert_eq!(meant(name), Some(expected), "{name}");
+        }
+        for name in ["nobody", "de", "signals"] {
+            assert_eq!(meant(name), None, "{name}");
+        }
     }
 }

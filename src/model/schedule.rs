@@ -101,7 +101,6 @@ impl IntervalLoop {
             bad.add("interval", "is missing; give the time between ticks, such as 5s");
         }
         let interval = bad.duration("interval", spec.interval, YEAR, Duration::from_millis(10)..=YEAR);
-        let below_interval = Duration::ZERO..=interval.saturating_sub(Duration::from_nanos(1));
         if spec.subsystems.len() > CycleRequest::MAX_SUBSET {
             bad.add("subsystems", format!("are {}; allowed are {}", spec.subsystems.len(), CycleRequest::MAX_SUBSET));
         }
@@ -111,8 +110,8 @@ impl IntervalLoop {
         let this = Self {
             name: bad.name("name", &spec.name),
             interval,
-            offset: bad.duration("offset", spec.offset, Duration::ZERO, below_interval.clone()),
-            jitter: bad.duration("jitter", spec.jitter, Duration::ZERO, below_interval),
+            offset: bad.duration_below("offset", spec.offset, interval, "the interval"),
+            jitter: bad.duration_below("jitter", spec.jitter, interval, "the interval"),
             overlap: spec.overlap_policy.unwrap_or(OverlapPolicy::Skip),
             catch_up: spec.catch_up.unwrap_or(CatchUp::None),
             catch_up_window: bad.duration(

@@ -92,6 +92,24 @@ impl Violations {
         }
     }
 
+    /// Reads a duration that is shorter than another one, `limit`, which `of` names.
+    pub(super) fn duration_below(
+        &mut self,
+        field: &str,
+        value: Option<SignedDuration>,
+        limit: Duration,
+        of: &str,
+    ) -> Duration {
+        let Some(value) = value else { return Duration::ZERO };
+        match Duration::try_from(value) {
+            Ok(duration) if duration < limit => duration,
+            _ => {
+                self.add(field, format!("is {value:#}; give less than {}, {of}, and no less than 0s", short(limit)));
+                Duration::ZERO
+            }
+        }
+    }
+
     pub(super) fn number<T: PartialOrd + fmt::Display + Copy>(
         &mut self,
         field: &str,

@@ -11,12 +11,20 @@ use tokio::{
 
 use super::service::Service;
 
-/// An address that stays the same while what is behind it changes. Those who connect while nothing is there are
-/// turned away.
+/// An address that stays the same while what is behind it changes.
 pub struct Door {
     address: SocketAddr,
-    behind: watch::Sender<Option<SocketAddr>>,
+    behind: watch::Sender<Behind>,
     _tasks: JoinSet<()>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Behind {
+    /// Those who connect are turned away.
+    Nothing,
+    /// Those who connect, and those who have connected, hear nothing any more.
+    Silence,
+    Service(SocketAddr),
 }
 
 impl Door {
@@ -24,17 +32,28 @@ impl Door {
     pub async fn open() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let behind = watch::Sender::new(None);
-        let target = behind.subscribe();
+        let behind = watch::Sender::new(Behind::Nothing);
+        let now = behind.subscribe();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((mut from, _)) = listener.accept().await {
-                let target = *target.borrow();
+                let mut behind = now.clone();
+                let target = *behind.borrow();
                 connections.spawn(async move {
-                    let Some(target) = target else { return };
+                    let target = match target {
+                        Behind::Nothing => return,
+                        Behind::Silence => std::future::pending().await,
+                        Behind::Service(address) => address,
+                    };
                     let Ok(mut to) = TcpStream::connect(target).await else { return };
-                    let _ = copy_bidirectional(&mut from, &mut to).await;
+                    let fell_silent = tokio::select! {
+                        _ = copy_bidirectional(&mut from, &mut to) => false,
+                        silent = behind.wait_for(|behind| *behind == Behind::Silence) => silent.is_ok(),
+                    };
+                    if fell_silent {
+                        std::future::pending::<()>().await;
+                    }
                 });
             }
         });
@@ -48,6 +67,12 @@ impl Door {
 
     /// Leads to this service from now on, or nowhere.
     pub fn lead_to(&self, service: Option<&Service>) {
-        self.behind.send_replace(service.map(Service::address));
+        let behind = service.map_or(Behind::Nothing, |service| Behind::Service(service.address()));
+        self.behind.send_replace(behind);
+    }
+
+    /// Nothing comes through any more, and nobody is told so. Those who connect after it leads somewhere again are heard.
+    pub fn fall_silent(&self) {
+        self.behind.send_replace(Behind::Silence);
     }
 }

@@ -5,7 +5,7 @@ use std::{
     io::{Read, Write},
     os::fd::OwnedFd,
     process::Stdio,
-    sync::Arc,
+    sync::{Arc, Mutex},
 };
 
 use rustix::{
@@ -36,6 +36,7 @@ pub struct Terminal {
     master: File,
     program: OwnedFd,
     screen: Arc<watch::Sender<vt100::Parser>>,
+    written: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Terminal {
@@ -45,15 +46,18 @@ impl Terminal {
         let master = File::from(master);
         let [height, width] = [rows, columns].map(|it| it.try_into().unwrap());
         let screen = Arc::new(watch::Sender::new(vt100::Parser::new(height, width, 0)));
-        let (mut read, written) = (master.try_clone().unwrap(), screen.clone());
+        let (mut read, shown) = (master.try_clone().unwrap(), screen.clone());
+        let written = Arc::new(Mutex::new(Vec::new()));
+        let kept = written.clone();
         std::thread::spawn(move || {
             let mut chunk = [0; 4096];
             // The end of a terminal whose other side is closed is an error.
             while let Ok(length @ 1..) = read.read(&mut chunk) {
-                written.send_modify(|parser| parser.process(&chunk[..length]));
+                kept.lock().unwrap().extend(&chunk[..length]);
+                shown.send_modify(|parser| parser.process(&chunk[..length]));
             }
         });
-        Self { master, program, screen }
+        Self { master, program, screen, written }
     }
 
     /// Lets a command use it.
@@ -95,6 +99,11 @@ impl Terminal {
     /// Looks at the screen as it is now.
     pub fn look<T>(&self, look: impl FnOnce(&vt100::Screen) -> T) -> T {
         look(self.screen.borrow().screen())
+    }
+
+    /// All that was ever written to it.
+    pub fn written(&self) -> String {
+        String::from_utf8_lossy(&self.written.lock().unwrap()).into_owned()
     }
 
     /// Waits until it is as programs expect it: what is typed is shown, in lines, and the first screen is back.

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{Outcome, Report};
+use crate::model::text::is_unprintable;
 
 /// The whole document. What is only recommended, and has failed without `--strict`, is a skipped test: a CI system
 /// would take a failure for more than it is.
@@ -47,6 +48,8 @@ fn escaped(text: &str) -> String {
             '"' => escaped.push_str("&quot;"),
             '\n' => escaped.push_str("&#10;"),
             c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => escaped.push('\u{fffd}'),
+            // Who looks at the file on a terminal sees what it says.
+            c if is_unprintable(c) => _ = write!(escaped, "&#x{:x};", u32::from(c)),
             c => escaped.push(c),
         }
     }
@@ -57,6 +60,9 @@ fn escaped(text: &str) -> String {
 mod tests {
     #[test]
     fn text_can_not_end_its_element() {
-        assert_eq!(super::escaped("<a b=\"c\">&\n\u{1}é"), "&lt;a b=&quot;c&quot;&gt;&amp;&#10;\u{fffd}é");
+        assert_eq!(
+            super::escaped("<a b=\"c\">&\n\u{1}\u{202e}é"),
+            "&lt;a b=&quot;c&quot;&gt;&amp;&#10;\u{fffd}&#x202e;é"
+        );
     }
 }

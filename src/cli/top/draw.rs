@@ -77,6 +77,7 @@ impl Look {
         let link = match (&model.lost, &model.unanswered) {
             (Some((why, since)), _) => self.loud(format!("{} ({})", clean(why), self.ago(Some(*since)))),
             (None, Some(why)) => self.loud(clean(why)),
+            (None, None) if status.is_none() => Span::raw("connecting"),
             (None, None) => self.state("SUCCEEDED", "connected"),
         };
         let mut first = Line::from(vec![bold(name), Span::raw(format!("  {}  ", model.address)), link]);

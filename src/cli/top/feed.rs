@@ -12,7 +12,7 @@ use tonic::Code;
 
 use super::{
     super::{
-        Failure,
+        Exit, Failure,
         output::{clean, telemetry},
         remote::{Client, Remote},
         watch::Events,
@@ -25,34 +25,36 @@ use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
 /// the connection.
 const BACKLOG: usize = 8;
 
-/// The tasks that bring news. They end when this is dropped.
+/// The task that brings news. It ends when this is dropped.
 pub(super) struct Feed {
     news: mpsc::Receiver<News>,
     wants: watch::Sender<Option<String>>,
-    tasks: JoinSet<Ended>,
+    task: JoinSet<Ended>,
 }
 
 impl Feed {
-    /// Reaches the service and begins to follow it.
-    ///
-    /// # Errors
-    /// The service can't be reached, or refuses.
-    pub(super) async fn open(remote: &Remote) -> Result<Self, Failure> {
-        let mut client = remote.connect().await?;
-        let events = open(remote, &mut client).await?;
+    /// Begins to reach the service and to follow it.
+    pub(super) fn open(remote: Remote) -> Self {
         let (sender, news) = mpsc::channel(BACKLOG);
         let (wants, wanted) = watch::channel(None);
-        let mut tasks = JoinSet::new();
-        tasks.spawn(follow(remote.clone(), client.clone(), events, sender.clone()));
-        tasks.spawn(ask(remote.clone(), client, wanted, sender));
-        Ok(Self { news, wants, tasks })
+        let mut task = JoinSet::new();
+        task.spawn(bring(remote, wanted, sender));
+        Self { news, wants, task }
     }
 
-    /// What comes next; nothing when a task has ended, which none does while this is there.
-    pub(super) async fn next(&mut self) -> Option<News> {
+    /// What comes next.
+    ///
+    /// # Errors
+    /// The service can't be reached at first, or refuses then.
+    pub(super) async fn next(&mut self) -> Result<News, Failure> {
+        let defect = || Failure::new(Exit::Refused, "what follows the service has ended; this is a defect");
         tokio::select! {
-            news = self.news.recv() => news,
-            _ = self.tasks.join_next() => None,
+            Some(news) = self.news.recv() => Ok(news),
+            Some(ended) = self.task.join_next() => match ended {
+                Ok(Ended::Failed(failure)) => Err(failure),
+                Ok(Ended::Closed) | Err(_) => Err(defect()),
+            },
+            else => Err(defect()),
         }
     }
 
@@ -86,16 +88,29 @@ async fn tell(news: &mpsc::Sender<News>, what: News) -> Result<(), Ended> {
     news.send(what).await.map_err(|_| Ended::Closed)
 }
 
+/// Reaches the service, and then brings what comes from it for as long as somebody takes it.
+async fn bring(remote: Remote, wanted: watch::Receiver<Option<String>>, news: mpsc::Sender<News>) -> Ended {
+    let (client, events) = match open(&remote).await {
+        Ok(opened) => opened,
+        Err(failure) => return failure.into(),
+    };
+    tokio::select! {
+        ended = follow(remote.clone(), client.clone(), events, news.clone()) => ended,
+        ended = ask(remote.clone(), client, wanted, news) => ended,
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // The stream
 
-/// Opens the stream after the newest record of now.
-async fn open(remote: &Remote, client: &mut Client) -> Result<Events, Failure> {
+/// Connects, and opens the stream after the newest record of now.
+async fn open(remote: &Remote) -> Result<(Client, Events), Failure> {
+    let mut client = remote.connect().await?;
     let status = remote.quickly(client.get_status(pb::GetStatusRequest::default())).await?.into_inner();
     let newest = status.status.map_or(0, |status| status.newest_revision);
     let request =
         pb::WatchCyclesRequest { after_revision: Some(newest), progress: true, ..pb::WatchCyclesRequest::default() };
-    Events::open(remote, request, None).await
+    Ok((client, Events::open(remote, request, None).await?))
 }
 
 /// Follows the stream as long as somebody takes news.
@@ -105,14 +120,14 @@ async fn follow(remote: Remote, mut client: Client, mut events: Events, news: mp
     loop {
         let mut ended = forward(&remote, &mut client, &mut events, &news).await;
         // Records are gone that it needs, or this is another database, or there are too many watchers: begin anew.
-        events = loop {
+        (client, events) = loop {
             let Err(Ended::Failed(failure)) = ended else { return Ended::Closed };
             if let Err(closed) = tell(&news, News::Lost(first_line(&failure))).await {
                 return closed;
             }
             sleep(PAUSE).await;
-            match open(&remote, &mut client).await {
-                Ok(events) => break events,
+            match open(&remote).await {
+                Ok(opened) => break opened,
                 Err(again) => ended = Err(again.into()),
             }
         };
@@ -184,6 +199,12 @@ async fn ask(
             Err(Ended::Failed(failure)) => {
                 // Tokens of another process may mean nothing to this one.
                 asker.page_token.clear();
+                // A connection that has fallen silent does not end by itself.
+                if failure.exit == Exit::Unreachable
+                    && let Ok(client) = asker.remote.connect().await
+                {
+                    asker.client = client;
+                }
                 tell(&asker.news, News::Unanswered(first_line(&failure))).await
             }
             told => told,

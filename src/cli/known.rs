@@ -1,0 +1,175 @@
+//! Names that a user gives: whether the service knows them, and which were probably meant. A slip would otherwise look
+//! like a subsystem or a loop of which there is nothing to show.
+
+use tonic::Code;
+
+use super::{
+    Exit, Failure,
+    output::{clean, note},
+    remote::{Client, Remote},
+    subsystems,
+};
+use crate::{model::nearest, proto::orchestrator::v1 as pb};
+
+/// A name that the service does not know.
+#[derive(Clone, Debug)]
+pub(super) enum Unknown {
+    Subsystem(String),
+    Loop(String),
+}
+
+impl Unknown {
+    fn name(&self) -> &str {
+        match self {
+            Self::Subsystem(name) | Self::Loop(name) => name,
+        }
+    }
+
+    /// That it is not there now.
+    pub(super) fn message(&self) -> String {
+        let name = clean(self.name());
+        match self {
+            Self::Subsystem(_) => format!("no subsystem {name} is registered"),
+            Self::Loop(_) => format!("there is no loop {name}"),
+        }
+    }
+
+    /// The command that lists those that are there.
+    pub(super) fn list(&self) -> &'static str {
+        match self {
+            Self::Subsystem(_) => "orchestrator subsystems list",
+            Self::Loop(_) => "orchestrator loops list",
+        }
+    }
+
+    /// Of those that are there, the one that was probably meant.
+    async fn meant<F: clap::Args>(&self, remote: &Remote<F>, client: &mut Client) -> Result<Option<String>, Failure> {
+        let mut names = Vec::new();
+        match self {
+            Self::Subsystem(_) => {
+                let take = |page: Vec<pb::SubsystemStatus>| {
+                    names.extend(page.iter().map(subsystems::name));
+                    Ok(())
+                };
+                subsystems::pages(remote, client, take).await?;
+            }
+            Self::Loop(_) => names = loops(remote, client).await?,
+        }
+        Ok(nearest(self.name(), names.iter().map(String::as_str)).map(str::to_owned))
+    }
+
+    /// What to do.
+    async fn hint<F: clap::Args>(&self, remote: &Remote<F>, client: &mut Client) -> String {
+        // What was refused is said also where no more can be found out.
+        let meant = self.meant(remote, client).await.unwrap_or_default();
+        let did_you_mean = meant.map_or_else(String::new, |meant| format!("Did you mean {}? ", clean(&meant)));
+        format!("{did_you_mean}To see those that are there: {}{}", self.list(), remote.flag())
+    }
+
+    async fn into_failure<F: clap::Args>(self, message: &str, remote: &Remote<F>, client: &mut Client) -> Failure {
+        Failure::new(Exit::Refused, format!("{message}\n{}", self.hint(remote, client).await))
+    }
+}
+
+/// The same failure. Where it is about a name that the service does not know, it says which one was probably meant.
+pub(super) async fn explain<F: clap::Args>(failure: Failure, remote: &Remote<F>, client: &mut Client) -> Failure {
+    match failure.unknown {
+        Some(unknown) => unknown.into_failure(&failure.message, remote, client).await,
+        None => failure,
+    }
+}
+
+/// Whether the service knows these subsystems and loops: they are there now, or in the record, since the history also
+/// tells of those that are gone.
+///
+/// # Errors
+/// It does not know one, or can't be asked.
+pub(super) async fn check<F: clap::Args>(
+    remote: &Remote<F>,
+    client: &mut Client,
+    subsystems: &[String],
+    of_loops: &[String],
+) -> Result<(), Failure> {
+    for name in missing(remote, client, subsystems).await? {
+        let request = pb::ListCyclesRequest { subsystem: name.clone(), ..pb::ListCyclesRequest::default() };
+        if !is_in_record(remote, client, request).await? {
+            let message = format!("no subsystem {} is registered, and the record has none of that name", clean(&name));
+            return Err(Unknown::Subsystem(name).into_failure(&message, remote, client).await);
+        }
+    }
+    if of_loops.is_empty() {
+        return Ok(());
+    }
+    let loops = loops(remote, client).await?;
+    for name in of_loops.iter().filter(|name| !loops.contains(name)) {
+        let request = pb::ListCyclesRequest { r#loop: name.clone(), ..pb::ListCyclesRequest::default() };
+        if !is_in_record(remote, client, request).await? {
+            let message = format!("there is no loop {}, and the record has no cycle of one of that name", clean(name));
+            return Err(Unknown::Loop(name.clone()).into_failure(&message, remote, client).await);
+        }
+    }
+    Ok(())
+}
+
+/// Tells of those that may well be registered later, and may be a slip.
+pub(super) async fn note_missing(remote: &Remote, client: &mut Client, names: &[String], consequence: &str) {
+    // It is only a hint: the command has done what it says.
+    for name in missing(remote, client, names).await.unwrap_or_default() {
+        let unknown = Unknown::Subsystem(name);
+        note(&format!("{}: {consequence}\n{}", unknown.message(), unknown.hint(remote, client).await));
+    }
+}
+
+/// Those that are not registered.
+async fn missing<F: clap::Args>(
+    remote: &Remote<F>,
+    client: &mut Client,
+    names: &[String],
+) -> Result<Vec<String>, Failure> {
+    /// A slip is among few: who gives more has not typed them.
+    const MAX: usize = 32;
+    let mut missing = Vec::new();
+    for name in names.iter().take(MAX) {
+        let request = pb::GetSubsystemRequest { name: name.clone(), ..pb::GetSubsystemRequest::default() };
+        let call = async {
+            match client.get_subsystem(request).await {
+                Ok(_) => Ok(true),
+                Err(status) if status.code() == Code::NotFound => Ok(false),
+                Err(status) => Err(status),
+            }
+        };
+        if !remote.quickly(call).await? {
+            missing.push(name.clone());
+        }
+    }
+    Ok(missing)
+}
+
+/// The names of all loops.
+async fn loops<F: clap::Args>(remote: &Remote<F>, client: &mut Client) -> Result<Vec<String>, Failure> {
+    let loops = super::loops::all(remote, client).await?;
+    Ok(loops.into_iter().filter_map(|status| status.r#loop).map(|settings| settings.name).collect())
+}
+
+/// Whether a cycle passes this filter.
+async fn is_in_record<F: clap::Args>(
+    remote: &Remote<F>,
+    client: &mut Client,
+    mut request: pb::ListCyclesRequest,
+) -> Result<bool, Failure> {
+    /// The service looks through some 10,000 records for a page. Of a history that goes back further nobody is told that it
+    /// does not know a name.
+    const PAGES: usize = 20;
+    request.page_size = 1;
+    for _ in 0..PAGES {
+        let page = remote.quickly(client.list_cycles(request.clone())).await?.into_inner();
+        if !(page.cycles.is_empty() && page.unreadable.is_empty()) {
+            return Ok(true);
+        }
+        request.page_token = page.next_page_token;
+        if request.page_token.is_empty() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
