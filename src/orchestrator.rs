@@ -9,6 +9,7 @@ mod figures;
 mod live;
 mod refusal;
 mod registry;
+mod retention;
 mod watch;
 
 use std::{
@@ -1349,42 +1350,6 @@ impl Shared {
             tracing::info!(subsystem = %name, "unregistered: its lease was not renewed");
         }
         Ok(())
-    }
-
-    /// Removes what is no longer to be kept.
-    async fn prune(self: Arc<Self>) {
-        /// Age passes without new records.
-        const EVERY: Duration = Duration::from_mins(1);
-        /// So many new records are worth a look.
-        const RECORDS: u64 = 64;
-        /// One pass, short enough that a commit hardly waits for it.
-        const BATCH: usize = 256;
-        let mut newest = self.newest.subscribe();
-        let mut looked_at = Revision::default();
-        loop {
-            let retention = self.settings().retention.clone();
-            match self.store.prune(retention, self.clock.now(), BATCH).await {
-                Ok(pruned) => {
-                    self.state().pruned_to = pruned.pruned_to;
-                    if pruned.removed == BATCH {
-                        continue;
-                    }
-                }
-                // One that has nothing to write learns of it here.
-                Err(error @ (StoreError::Fenced(_) | StoreError::Ended(..))) => self.store_ends(&error),
-                // Damage to what is old does not keep new cycles from being recorded.
-                Err(error) => tracing::warn!(%error, "can't remove old records"),
-            }
-            select! {
-                () = sleep(EVERY) => {}
-                changed = newest.wait_for(|revision| revision.0 >= looked_at.0 + RECORDS) => {
-                    if changed.is_err() {
-                        return;
-                    }
-                }
-            }
-            looked_at = *newest.borrow();
-        }
     }
 
     /// Sends live progress in batches.

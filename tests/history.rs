@@ -218,22 +218,34 @@ async fn retention_goes_on_while_the_service_runs_and_what_is_gone_is_gone() {
     assert_eq!(stage.client.run_with(request("first")).await.unwrap().cycle_id, 72);
 }
 
-#[tokio::test]
-async fn retention_by_age_keeps_the_newest_one_whatever_its_age() {
+/// A service that keeps an hour, after these of its four cycles have become an hour older while it was down.
+async fn grown_older(which: &str) -> Stage {
     let mut stage = Stage::at(Home::new().with_args(["--set", "store.retention.max_age=1h"])).await;
     for _ in 0..4 {
         stage.client.run().await.unwrap();
     }
     let Stage { fleet, home, service, .. } = stage;
     assert!(service.stop().await.success());
-    // Time passes.
     let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
-    database
-        .execute("UPDATE cycles SET finished_at = finished_at - 3600 * 1000000000 WHERE cycle_id <> 3", [])
-        .unwrap();
+    let older = format!("UPDATE cycles SET finished_at = finished_at - 3600 * 1000000000 WHERE {which}");
+    database.execute(&older, []).unwrap();
     drop(database);
     let service = home.serve().await;
-    let mut stage = Stage { client: service.client().await, fleet, home, service };
+    Stage { client: service.client().await, fleet, home, service }
+}
+
+#[tokio::test]
+async fn retention_by_age_removes_what_is_too_old() {
+    let mut stage = grown_older("cycle_id < 3").await;
     pruned_to(&mut stage.client, 3).await;
     assert_eq!(ids(&mut stage.client, ListCyclesRequest::default()).await, [4, 3]);
+}
+
+#[tokio::test]
+async fn a_clock_that_is_far_ahead_of_the_last_cycle_removes_nothing_at_once() {
+    let mut stage = grown_older("true").await;
+    let doubted = "the clock is ahead of the last cycle";
+    patiently(doubted, async { while !stage.home.log().contains(doubted) {} }).await;
+    assert_eq!(ids(&mut stage.client, ListCyclesRequest::default()).await, [4, 3, 2, 1]);
+    assert_eq!(stage.service.stop().await.code(), Some(0));
 }
