@@ -1,7 +1,7 @@
 //! One HTTP/2 connection: a task that connects, waits for the peer's settings, and then moves what its calls send and are
 //! sent.
 
-use std::sync::Arc;
+use std::{future::poll_fn, io, pin::Pin, sync::Arc, task::Poll};
 
 use bytes::Bytes;
 use h2::client::{Builder, SendRequest};
@@ -102,15 +102,15 @@ async fn live(connector: Arc<Connector>, target: Arc<Target>, seen: Arc<Seen>, t
         Err(error) => return over(outcome::of_connection(&error)),
     };
     // Only who has sent its settings speaks HTTP/2, and only then is it known how many calls it takes at one time.
-    let settled = std::future::poll_fn(|cx| match std::pin::Pin::new(&mut connection).poll(cx) {
-        std::task::Poll::Ready(ended) => std::task::Poll::Ready(Some(ended)),
-        std::task::Poll::Pending if seen.is_settled() => std::task::Poll::Ready(None),
-        std::task::Poll::Pending => std::task::Poll::Pending,
+    let settled = poll_fn(|cx| match Pin::new(&mut connection).poll(cx) {
+        Poll::Ready(ended) => Poll::Ready(Some(ended)),
+        Poll::Pending if seen.is_settled() => Poll::Ready(None),
+        Poll::Pending => Poll::Pending,
     });
     match timeout_at(deadline, settled).await {
         Ok(None) => {}
         Ok(Some(Ok(()))) => return over(silent()),
-        Ok(Some(Err(error))) if error.get_io().is_some_and(|it| it.kind() == std::io::ErrorKind::BrokenPipe) => {
+        Ok(Some(Err(error))) if error.get_io().is_some_and(|it| it.kind() == io::ErrorKind::BrokenPipe) => {
             return over(silent());
         }
         Ok(Some(Err(error))) => return over(outcome::of_connection(&error)),
