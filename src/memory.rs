@@ -118,6 +118,15 @@ impl Memory {
         Ok(Held { memory: self.clone(), bytes })
     }
 
+    /// Holds `bytes` also where they don't fit: for what was kept before the limit was lowered, and is not to be lost.
+    pub fn hold_beyond(&self, bytes: usize) -> Held {
+        let pools = std::iter::successors(Some(self), |memory| memory.0.whole.as_ref());
+        for memory in pools {
+            memory.0.held.fetch_add(bytes, Ordering::Relaxed);
+        }
+        Held { memory: self.clone(), bytes }
+    }
+
     /// Holds `bytes` once they fit. Waits for ever if they are more than the limit: bound the wait, or the bytes.
     pub async fn hold(&self, bytes: usize) -> Held {
         loop {
@@ -336,6 +345,10 @@ mod tests {
         memory.set_max(0);
         assert!(held.grow(1).is_err());
         held.resize(1).unwrap();
+        let beyond = memory.hold_beyond(20);
+        assert_eq!((memory.held(), memory.0.whole.as_ref().unwrap().held()), (21, 21));
+        drop((held, beyond));
+        assert_eq!((memory.held(), memory.0.whole.as_ref().unwrap().held()), (0, 0));
     }
 
     #[tokio::test(start_paused = true)]

@@ -38,8 +38,8 @@ use self::{
 };
 use crate::{
     clock::Clock,
-    engine::{Engine, Member, Order, OutputBudget, Plan, Standing},
-    memory::Shares,
+    engine::{Engine, Member, Order, Plan, Standing},
+    memory::{Memory, Shares},
     model::{
         CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Revision, Subsystem, TickDisposition, Trigger,
         Violations,
@@ -139,6 +139,8 @@ pub enum Stopped {
 
 struct Shared {
     settings: Mutex<Arc<Settings>>,
+    /// For registrations and loops.
+    memory: Memory,
     clock: Clock,
     started_at: Timestamp,
     started: Instant,
@@ -270,7 +272,7 @@ impl Orchestrator {
     /// when it was opened.
     ///
     /// # Errors
-    /// The order of what is declared and stored has a ring, or the store can't be written.
+    /// The order of what is declared and stored has a ring, there is no memory for it, or the store can't be written.
     pub async fn start(
         settings: Settings,
         memory: &Shares,
@@ -281,7 +283,8 @@ impl Orchestrator {
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, Tasks), Refusal> {
         let (now, begin) = (clock.now(), Instant::now());
-        let outputs = Arc::new(OutputBudget::new(settings.max_outputs_bytes));
+        memory.outputs.set_max(settings.max_outputs_bytes);
+        let hold = |bytes| memory.registry.try_hold(bytes).map_err(Refusal::RegistryMemoryFull);
         let mut state = State {
             registry: Registry::default(),
             loops: Loops::default(),
@@ -315,8 +318,9 @@ impl Orchestrator {
             contents.subsystems.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut entries = Vec::new();
         let mut standing = |name: &Name| {
-            let standing =
-                |stored: StoredOutput| Arc::new(Standing::with_output(stored.output, stored.finished_at, &outputs));
+            let standing = |stored: StoredOutput| {
+                Arc::new(Standing::with_output(stored.output, stored.finished_at, &memory.outputs))
+            };
             latest.remove(name).map_or_else(Arc::default, standing)
         };
         for subsystem in declared.subsystems {
@@ -328,7 +332,8 @@ impl Orchestrator {
                 }
                 stored.suspended
             });
-            let member = Member::new(Arc::new(subsystem), suspended, standing(&name));
+            let held = hold(subsystem.footprint())?;
+            let member = Member::new(Arc::new(subsystem), suspended, standing(&name)).holding(held);
             entries.push(Registered { member, declared: true, lease: None });
         }
         for (name, stored) in stored {
@@ -340,7 +345,8 @@ impl Orchestrator {
             let standing = standing(&name);
             match Subsystem::from_spec(spec) {
                 Ok(subsystem) => {
-                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing);
+                    let held = hold(subsystem.footprint())?;
+                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing).holding(held);
                     let lease = stored.lease.map(|length| Lease::new(length, begin));
                     entries.push(Registered { member, declared: false, lease });
                 }
@@ -363,16 +369,20 @@ impl Orchestrator {
         let mut stored: BTreeMap<Name, _> =
             contents.loops.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         for settings in declared.loops {
+            let held = hold(settings.footprint())?;
             if let Some(stored) = stored.remove(&settings.name) {
-                state.loops.restore(settings, true, stored.state, now);
+                state.loops.restore(settings, true, stored.state, Some(held), now);
             } else {
                 let entry = state.loops.started(settings, true, now);
-                state.loops.put(entry);
+                state.loops.put(entry.holding(held));
             }
         }
         for (name, stored) in stored {
             match stored.spec.as_ref().map(IntervalLoop::from_spec) {
-                Some(Ok(settings)) => state.loops.restore(settings, false, stored.state, now),
+                Some(Ok(settings)) => {
+                    let held = hold(settings.footprint())?;
+                    state.loops.restore(settings, false, stored.state, Some(held), now);
+                }
                 Some(Err(violations)) => {
                     tracing::error!("loop" = %name, %violations, "left out: a stored loop is invalid");
                 }
@@ -416,12 +426,14 @@ impl Orchestrator {
                 subsystems,
                 orchestrator_id: settings.orchestrator_id.clone(),
                 epoch: contents.epoch,
-                outputs,
+                outputs: memory.outputs.clone(),
+                remembered: memory.registry.clone(),
                 inputs: memory.inputs.clone(),
                 spans,
             },
             newest: newest::Sender::new(state.last_revision),
             settings: Mutex::new(Arc::new(settings)),
+            memory: memory.registry.clone(),
             clock,
             started_at: now,
             started: Instant::now(),
@@ -930,21 +942,26 @@ impl Shared {
         }
         let mut moved = Vec::new();
         let change = |(subsystem, earlier): (Subsystem, Option<Registered>)| {
-            let Some(earlier) = earlier else {
-                let member = Member::new(Arc::new(subsystem), false, Arc::default());
-                return (Registered { member, declared: false, lease: None }, Change::Created);
-            };
-            if *earlier.member.subsystem == subsystem && earlier.lease.map(|lease| lease.length) == lease {
-                return (earlier, Change::Renewed);
+            if let Some(earlier) = &earlier
+                && *earlier.member.subsystem == subsystem
+                && earlier.lease.map(|lease| lease.length) == lease
+            {
+                return Ok((earlier.clone(), Change::Renewed));
             }
+            let held = self.memory.try_hold(subsystem.footprint()).map_err(Refusal::RegistryMemoryFull)?;
+            let Some(earlier) = earlier else {
+                let member = Member::new(Arc::new(subsystem), false, Arc::default()).holding(held);
+                return Ok((Registered { member, declared: false, lease: None }, Change::Created));
+            };
             let Member { subsystem: before, suspended, standing, .. } = &earlier.member;
             if before.endpoint != subsystem.endpoint {
                 moved.push(standing.clone());
             }
-            let member = Member::new(Arc::new(subsystem), *suspended, standing.clone());
-            (Registered { member, ..earlier }, Change::Replaced)
+            let member = Member::new(Arc::new(subsystem), *suspended, standing.clone()).holding(held);
+            Ok((Registered { member, ..earlier }, Change::Replaced))
         };
-        let mut entries: Vec<_> = subsystems.into_iter().zip(earlier).map(change).collect();
+        let entries: Result<Vec<_>, Refusal> = subsystems.into_iter().zip(earlier).map(change).collect();
+        let mut entries = entries?;
 
         let changed = entries.iter().filter(|(_, change)| *change != Change::Renewed);
         let changed: Vec<_> = changed.map(|(entry, _)| entry.clone()).collect();
@@ -1085,6 +1102,7 @@ impl Shared {
                 }
             }
         };
+        let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
         let build = |state: &State| {
             let entry = state.loops.started(settings.clone(), declared, now);
             Write { loops: BTreeMap::from([(settings.name.clone(), Some(entry.to_stored()))]), ..Write::default() }
@@ -1093,7 +1111,7 @@ impl Shared {
             // Ticks may have fallen due and been accounted for in between.
             let now = self.clock.now();
             self.follow_clock(state, now);
-            let entry = state.loops.started(settings.clone(), declared, now);
+            let entry = state.loops.started(settings.clone(), declared, now).holding(held);
             state.loops.put(entry.clone());
             entry
         };
@@ -1206,19 +1224,27 @@ impl Shared {
         let order = self.writing.clone().lock_owned().await;
         let Entries { entries: before, .. } = self.state().registry.snapshot();
         let Declared { subsystems, loops } = declared;
+        let hold = |settings: IntervalLoop| {
+            let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
+            Ok((settings, held))
+        };
+        let loops = loops.into_iter().map(hold).collect::<Result<Vec<_>, Refusal>>()?;
+        let memory = self.memory.clone();
         let (mut order, changes) = aside(before.len() + subsystems.len(), move || {
             let mut order = order;
-            let changes = Declarations::of(subsystems, &before);
-            let put = changes.put.iter().map(|entry| entry.member.subsystem.clone()).collect();
-            let ordered = order.change(put, &changes.removed).map_err(|ring| changes.refuse(ring));
-            (order, ordered.map(|undo| (undo, changes)))
+            let changes = Declarations::of(subsystems, &before, &memory).and_then(|changes| {
+                let put = changes.put.iter().map(|entry| entry.member.subsystem.clone()).collect();
+                let ordered = order.change(put, &changes.removed).map_err(|ring| changes.refuse(ring));
+                ordered.map(|undo| (undo, changes))
+            });
+            (order, changes)
         })
         .await;
         let (undo, Declarations { put, removed, moved, stored, .. }) = changes?;
         let stopped: Vec<_> = {
             let state = self.state();
             let declared = state.loops.iter().filter(|entry| entry.declared).map(|entry| &entry.settings.name);
-            declared.filter(|name| !loops.iter().any(|settings| settings.name == **name)).cloned().collect()
+            declared.filter(|name| !loops.iter().any(|(settings, _)| settings.name == **name)).cloned().collect()
         };
         let write = Write {
             subsystems: stored,
@@ -1233,13 +1259,13 @@ impl Shared {
             }
             let now = self.clock.now();
             self.follow_clock(state, now);
-            for settings in loops {
+            for (settings, held) in loops {
                 let entry = match state.loops.get(&settings.name) {
                     Some(earlier) if earlier.declared && *earlier.settings == settings => continue,
                     Some(earlier) if earlier.state.stopped => state.loops.started(settings, true, now).stopped(now),
                     _ => state.loops.started(settings, true, now),
                 };
-                state.loops.put(entry);
+                state.loops.put(entry.holding(held));
             }
             left
         };

@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use jiff::Timestamp;
 
 use crate::{
+    memory::Held,
     model::{CatchUp, CycleId, IntervalLoop, LoopState, Name, TickDisposition},
     ports::StoredLoop,
 };
@@ -36,6 +37,8 @@ pub struct LoopEntry {
     pub lag: Option<Duration>,
     /// When the last cycle that it started ended, in this process.
     pub last_finished_at: Option<Timestamp>,
+    /// The memory that its settings take.
+    pub(crate) _held: Option<Arc<Held>>,
 }
 
 /// A tick that is to come.
@@ -76,8 +79,15 @@ impl Loops {
 
     /// Takes up a loop whose state was stored by an earlier process: gives the ticks that fell due in between their
     /// disposition.
-    pub fn restore(&mut self, settings: IntervalLoop, declared: bool, state: LoopState, now: Timestamp) {
-        let mut entry = LoopEntry::new(settings, declared, state);
+    pub fn restore(
+        &mut self,
+        settings: IntervalLoop,
+        declared: bool,
+        state: LoopState,
+        held: Option<Held>,
+        now: Timestamp,
+    ) {
+        let mut entry = LoopEntry { _held: held.map(Arc::new), ..LoopEntry::new(settings, declared, state) };
         if !entry.state.stopped {
             entry.catch_up(now);
         }
@@ -235,7 +245,15 @@ impl Loops {
 
 impl LoopEntry {
     fn new(settings: IntervalLoop, declared: bool, state: LoopState) -> Self {
-        Self { settings: Arc::new(settings), declared, state, next: None, lag: None, last_finished_at: None }
+        Self {
+            settings: Arc::new(settings),
+            declared,
+            state,
+            next: None,
+            lag: None,
+            last_finished_at: None,
+            _held: None,
+        }
     }
 
     /// As it is stored.
@@ -245,6 +263,12 @@ impl LoopEntry {
             spec: (!self.declared).then(|| self.settings.to_spec()),
             state: self.state.clone(),
         }
+    }
+
+    /// The same loop, with the memory that its settings take.
+    #[must_use]
+    pub fn holding(self, held: Held) -> Self {
+        Self { _held: Some(Arc::new(held)), ..self }
     }
 
     /// The loop as it is when it is stopped now: it stays listed, and has no ticks. One that is due and waits for its
@@ -408,13 +432,13 @@ mod tests {
     fn downtime_is_caught_up_once_or_missed() {
         let down = LoopState { accounted_to: Some(at(10)), ..LoopState::default() };
         let mut loops = Loops::default();
-        loops.restore(every(10, CatchUp::None), false, down.clone(), at(55));
+        loops.restore(every(10, CatchUp::None), false, down.clone(), None, at(55));
         let state = &loops.get(&name()).unwrap().state;
         assert_eq!((state.ticks.missed, state.accounted_to), (4, Some(at(50))));
         assert_eq!(loops.next_at(), Some(at(60)));
 
         let mut loops = Loops::default();
-        loops.restore(every(10, CatchUp::One), false, down, at(105));
+        loops.restore(every(10, CatchUp::One), false, down, None, at(105));
         // The window is a minute: 50 to 100 lie inside it, 20 to 40 before.
         assert_eq!(fire(&mut loops, at(105)), [at(100)]);
         let ticks = loops.get(&name()).unwrap().state.ticks;
@@ -436,7 +460,7 @@ mod tests {
 
         // The same at a restart, and when it is stopped and started again.
         let ahead = LoopState { accounted_to: Some(at(1_010)), ..LoopState::default() };
-        loops.restore(every(10, CatchUp::One), false, ahead.clone(), at(505));
+        loops.restore(every(10, CatchUp::One), false, ahead.clone(), None, at(505));
         assert_eq!((loops.next_at(), fire(&mut loops, at(505)).len()), (Some(at(510)), 0));
         loops.put(LoopEntry::new(every(10, CatchUp::None), false, ahead).stopped(at(505)));
         loops.put(loops.started(every(10, CatchUp::None), false, at(505)));
@@ -532,7 +556,7 @@ mod tests {
                         }
                         let mut others = Loops::default();
                         others.follow_clock(at(now));
-                        others.restore(settings.clone(), false, state, at(now));
+                        others.restore(settings.clone(), false, state, None, at(now));
                         loops = others;
                     }
                     Step::Edit { interval, offset, jitter } => {

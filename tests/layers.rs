@@ -19,7 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("ports", &["memory", "model"]),
     ("engine", &["memory", "model", "ports"]),
     ("record", &["model", "ports", "proto"]),
-    ("schedule", &["model", "ports"]),
+    ("schedule", &["memory", "model", "ports"]),
     ("orchestrator", &["clock", "engine", "memory", "model", "parts", "ports", "record", "schedule"]),
     ("store", &["memory", "model", "ports"]),
     ("dial", &["memory", "model", "ports", "proto"]),

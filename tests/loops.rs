@@ -134,7 +134,7 @@ async fn a_due_tick_that_waits_for_its_jitter_outlives_an_edit_and_is_counted_wh
     let now = || i128::from(jiff::Timestamp::now().as_millisecond());
     // Due in a moment, and fired at some time of the year after it.
     let due_soon = || IntervalLoop {
-        offset: ms(i64::try_from((now() + 300) % i128::from(YEAR)).unwrap()),
+        offset: ms(i64::try_from((now() + 2000) % i128::from(YEAR)).unwrap()),
         jitter: ms(YEAR - 1),
         ..every("yearly", YEAR)
     };
@@ -147,11 +147,14 @@ async fn a_due_tick_that_waits_for_its_jitter_outlives_an_edit_and_is_counted_wh
             offset.seconds * 1000 + i64::from(offset.nanos / 1_000_000),
         )
     };
-    let settings = due_soon();
-    let home = Home::new().with_config(&declared(&settings, "skip"));
-    let mut stage = Stage::at(home).await;
+    let mut stage = Stage::at(Home::new().with_config("")).await;
     let client = &mut stage.client;
+    let settings = due_soon();
     let due = next_due(&start(client, settings.clone()).await.unwrap());
+    std::fs::write(stage.home.path("orchestrator.toml"), declared(&settings, "skip")).unwrap();
+    stage.service.signal(Signal::HUP);
+    let is_declared = async { while list(client).await.len() < 2 {} };
+    patiently("the loop that the file declares", is_declared).await;
     assert_eq!(next_due(&get(client, "declared").await), due);
     until(client, "yearly", |_| now() * 1_000_000 > due).await;
 

@@ -255,6 +255,57 @@ async fn leases_that_run_out_together_end_in_one_commit_also_after_a_restart() {
 }
 
 #[tokio::test]
+async fn what_registrations_loops_and_last_parts_take_together_is_bounded() {
+    // Registrations and loops have a sixteenth of it.
+    let mut stage = Stage::at(Home::new().with_args(["--set", "memory.max_bytes=67108864"])).await;
+    let large = to_struct(&json!({ "p": "x".repeat(60 << 10) }));
+    let full = || because(Code::ResourceExhausted, "REGISTRY_FULL", []);
+    let issues = subsystem::RunCycleResponse {
+        issues: (0..30).map(|_| subsystem::Issue { message: "x".repeat(4 << 10), ..Default::default() }).collect(),
+        ..Default::default()
+    };
+    stage.fleet.run("talks", Run::Answer(issues));
+    stage.register("talks", |_| {}).await;
+    let registration =
+        |i: usize| pb::Registration { parameters: large.clone(), ..registration(&format!("s{i}"), NOWHERE) };
+    let mut registered = 0;
+    let refused = loop {
+        match stage.client.register(registration(registered)).await {
+            Ok(_) => registered += 1,
+            Err(refused) => break refused,
+        }
+    };
+    assert_eq!(reason(&refused), full());
+    assert!((60..70).contains(&registered), "{registered}");
+    assert!(refused.message().contains("the limit of 4 MiB for registrations and loops"), "{}", refused.message());
+    let many = (100..103).map(registration).collect();
+    assert_eq!(register_all(&mut stage.client, many, None).await.unwrap_err(), full());
+    let interval_loop =
+        pb::IntervalLoop { name: "l".into(), interval: ms(3_600_000), parameters: large.clone(), ..Default::default() };
+    let start = |interval_loop: &pb::IntervalLoop| pb::StartIntervalLoopRequest { r#loop: Some(interval_loop.clone()) };
+    let refused = stage.client.start_interval_loop(start(&interval_loop)).await.unwrap_err();
+    assert_eq!(reason(&refused), full());
+
+    // The record has what is not remembered besides.
+    let request = pb::RunCycleRequest { subsystems: vec!["talks".into()], ..Default::default() };
+    let cycle = stage.client.run_with(request.clone()).await.unwrap();
+    assert_eq!(part(&cycle, "talks").issues.len(), 30);
+    let last = stage.client.subsystem("talks").await.unwrap().last.unwrap();
+    assert_eq!((last.state(), last.issues.len()), (SubsystemState::Succeeded, 0));
+
+    // What is gone makes room.
+    for gone in ["s0", "s1", "s2"] {
+        unregister(&mut stage.client, gone).await.unwrap();
+    }
+    stage.client.run_with(request).await.unwrap();
+    assert_eq!(stage.client.subsystem("talks").await.unwrap().last.unwrap().issues.len(), 30);
+    stage.client.start_interval_loop(start(&interval_loop)).await.unwrap();
+    let registered_now = stage.client.status().await.unwrap().subsystem_count;
+    let mut stage = stage.restarted().await;
+    assert_eq!(registered_now, stage.client.status().await.unwrap().subsystem_count);
+}
+
+#[tokio::test]
 async fn every_bad_field_is_named_by_its_path() {
     let mut stage = Stage::new().await;
     let names = |n: usize| (0..n).map(|i| format!("n{i}")).collect::<Vec<_>>();

@@ -62,7 +62,9 @@ pub(super) fn status(refusal: Refusal) -> Status {
         Refusal::DeclaredInConfig(name) => {
             (Code::FailedPrecondition, "DECLARED_IN_CONFIG", vec![("name", name.to_string())])
         }
-        Refusal::RegistryFull { .. } => (Code::ResourceExhausted, "REGISTRY_FULL", vec![]),
+        Refusal::RegistryFull { .. } | Refusal::RegistryMemoryFull(_) => {
+            (Code::ResourceExhausted, "REGISTRY_FULL", vec![])
+        }
         Refusal::NoLease(name) => (Code::FailedPrecondition, "NO_LEASE", vec![("subsystem", name.to_string())]),
         Refusal::TooManyLoops(_) => (Code::ResourceExhausted, "TOO_MANY_LOOPS", vec![]),
         Refusal::LoopNotFound(name) => (Code::NotFound, "LOOP_NOT_FOUND", vec![("loop", name.to_string())]),

@@ -247,7 +247,7 @@ pub(super) fn loop_status(entry: &LoopEntry) -> pb::IntervalLoopStatus {
 }
 
 fn loop_status_of(settings: &IntervalLoop, entry: &LoopEntry) -> pb::IntervalLoopStatus {
-    let LoopEntry { settings: _, declared, state, next, lag: _, last_finished_at: _ } = entry;
+    let LoopEntry { settings: _, declared, state, next, lag: _, last_finished_at: _, _held: _ } = entry;
     let ticks = state.ticks;
     pb::IntervalLoopStatus {
         r#loop: Some(interval_loop(settings)),

@@ -20,7 +20,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    BreakerState, LastPart, Member, OutputBudget, Plan, Standing, Trace,
+    BreakerState, LastPart, Member, Plan, Standing, Trace,
     member::Turn,
     plan::{Fate, Step},
     retry::{self, Calls},
@@ -46,10 +46,12 @@ pub struct Engine {
     pub orchestrator_id: Arc<str>,
     /// The term of this process.
     pub epoch: Epoch,
-    /// Room for outputs.
-    pub outputs: Arc<OutputBudget>,
+    /// Memory for the latest outputs.
+    pub outputs: Memory,
     /// Memory for inputs in calls, so that a fan-out of large outputs can't take all of it.
     pub inputs: Memory,
+    /// Memory for what is remembered of each subsystem's last part.
+    pub remembered: Memory,
     /// Takes the spans of cycles.
     pub spans: Arc<dyn Spans>,
 }
@@ -441,9 +443,9 @@ impl<'a> Run<'a> {
     fn keep(&self, standing: &Standing, reply: Reply) -> Result<Reply, SubsystemState> {
         let Reply { answer, mut held } = reply;
         let output = Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() };
-        standing.keep(output, &self.engine.outputs).map_err(|max| {
+        standing.keep(output, &self.engine.outputs).map_err(|full| {
             let new = answer.output.len();
-            let message = format!("no room for its output of {new} bytes: all outputs together may take {max} bytes");
+            let message = format!("no room for its output of {new} bytes: {full}");
             SubsystemState::Failed(Code::ResourceExhausted, message)
         })?;
         // Fewer than before, so there is room.
@@ -486,7 +488,7 @@ impl<'a> Run<'a> {
                 self.cut_off(position, end, duration);
             }
         }
-        let Self { cycle, parts, takes_part, attempts, .. } = self;
+        let Self { engine, cycle, parts, takes_part, attempts, .. } = self;
         let plan = &cycle.plan;
         let finished_at = cycle.started_at.saturating_add(duration).unwrap_or(cycle.started_at);
         let called = |position: usize| takes_part[position] && parts[position].started.is_some();
@@ -519,7 +521,7 @@ impl<'a> Run<'a> {
             if let Some(was_whole) = part.turn {
                 remembered.last_turn = Turn { cycle_id: cycle.cycle_id, was_whole };
             }
-            remembered.ended(last_part, finished_at);
+            remembered.ended(last_part, finished_at, &engine.remembered);
             drop(remembered);
             if succeeded {
                 let output = Output { cycle_id: cycle.cycle_id, payload: part.answer.output };
@@ -534,7 +536,7 @@ impl<'a> Run<'a> {
         let (state, error) = sum_up(&reports, end);
         let finished = FinishedCycle {
             cycle_id: cycle.cycle_id,
-            epoch: self.engine.epoch,
+            epoch: engine.epoch,
             trigger: cycle.request.trigger.clone(),
             scheduled_at: Some(cycle.request.scheduled_at),
             request_id: cycle.request.request_id.clone(),

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -12,7 +12,10 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::{Breaker, BreakerState};
-use crate::model::{CycleId, Histogram, Output, Subsystem, SubsystemReport, SubsystemState};
+use crate::{
+    memory::{Full, Held, Memory},
+    model::{CycleId, Histogram, Output, Subsystem, SubsystemReport, SubsystemState},
+};
 
 /// One registered subsystem, as plans hold it.
 #[derive(Clone, Debug)]
@@ -23,14 +26,28 @@ pub struct Member {
     pub suspended: bool,
     /// What is remembered of it. Kept when its registration is replaced.
     pub standing: Arc<Standing>,
-    /// It has been initialized with this registration in this epoch. New with every registration.
-    initialized: Arc<AtomicBool>,
+    kept: Arc<Kept>,
+}
+
+/// What is kept for as long as anybody has the registration. New with every one.
+#[derive(Debug, Default)]
+struct Kept {
+    /// It has been initialized with this registration in this epoch.
+    initialized: AtomicBool,
+    /// The memory that the registration takes.
+    _held: Option<Held>,
 }
 
 impl Member {
     /// A member that has not been initialized.
     pub fn new(subsystem: Arc<Subsystem>, suspended: bool, standing: Arc<Standing>) -> Self {
-        Self { subsystem, suspended, standing, initialized: Arc::default() }
+        Self { subsystem, suspended, standing, kept: Arc::default() }
+    }
+
+    /// The same member, not initialized yet, with the memory that its registration takes.
+    #[must_use]
+    pub fn holding(self, held: Held) -> Self {
+        Self { kept: Arc::new(Kept { _held: Some(held), ..Kept::default() }), ..self }
     }
 
     /// The same member, taken out of cycles or put back.
@@ -41,11 +58,11 @@ impl Member {
 
     /// It has been initialized and has not asked for it again since.
     pub fn is_initialized(&self) -> bool {
-        self.initialized.load(Ordering::Relaxed)
+        self.kept.initialized.load(Ordering::Relaxed)
     }
 
     pub(super) fn set_initialized(&self, initialized: bool) {
-        self.initialized.store(initialized, Ordering::Relaxed);
+        self.kept.initialized.store(initialized, Ordering::Relaxed);
     }
 
     /// How its breaker stands.
@@ -61,8 +78,8 @@ pub struct Standing(Mutex<Remembered>);
 #[derive(Debug, Default)]
 pub(super) struct Remembered {
     pub(super) breaker: Breaker,
-    latest: Option<(Output, Room)>,
-    pub(super) last: Option<LastPart>,
+    latest: Option<(Output, Held)>,
+    last: Option<(LastPart, Held)>,
     pub(super) mean: Option<Duration>,
     pub(super) last_turn: Turn,
     tally: Tally,
@@ -113,17 +130,17 @@ pub struct LastPart {
     pub cycle_id: CycleId,
     /// When the cycle started.
     pub started_at: Timestamp,
-    /// Its part.
+    /// Its part. Without issues, metrics and output where there was no memory for them.
     pub report: Arc<SubsystemReport>,
 }
 
 impl Standing {
-    /// What is remembered of a subsystem whose latest output is known, and perhaps when its cycle ended. The output takes
-    /// its room in `budget`, also beyond its end.
-    pub fn with_output(output: Output, output_at: Option<Timestamp>, budget: &Arc<OutputBudget>) -> Self {
-        let room = Room::of(budget, output.payload.len());
+    /// What is remembered of a subsystem whose latest output is known, and perhaps when its cycle ended. The output is held
+    /// in `outputs`, also beyond the limit.
+    pub fn with_output(output: Output, output_at: Option<Timestamp>, outputs: &Memory) -> Self {
+        let held = outputs.hold_beyond(output.payload.len());
         let tally = Tally { output_at, ..Tally::default() };
-        Self(Mutex::new(Remembered { latest: Some((output, room)), tally, ..Remembered::default() }))
+        Self(Mutex::new(Remembered { latest: Some((output, held)), tally, ..Remembered::default() }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Remembered> {
@@ -139,24 +156,22 @@ impl Standing {
     /// Makes an output the latest one.
     ///
     /// # Errors
-    /// There is no room for it: so many bytes all outputs together may take.
-    pub(super) fn keep(&self, output: Output, budget: &Arc<OutputBudget>) -> Result<(), usize> {
+    /// There is no room for it in `outputs`.
+    pub(super) fn keep(&self, output: Output, outputs: &Memory) -> Result<(), Full> {
         let bytes = output.payload.len();
         let latest = &mut self.lock().latest;
-        if let Some((old, room)) = latest {
-            room.resize(bytes)?;
+        if let Some((old, held)) = latest {
+            held.resize(bytes)?;
             *old = output;
         } else {
-            let mut room = Room::of(budget, 0);
-            room.resize(bytes)?;
-            *latest = Some((output, room));
+            *latest = Some((output, outputs.try_hold(bytes)?));
         }
         Ok(())
     }
 
     /// Its part in the last cycle.
     pub fn last(&self) -> Option<LastPart> {
-        self.lock().last.clone()
+        self.lock().last.as_ref().map(|(last, _)| last.clone())
     }
 
     /// The moving mean of the durations of its successful parts; each new one weighs an eighth.
@@ -167,7 +182,7 @@ impl Standing {
     /// Looks at what is counted of it, and at its part in the last cycle.
     pub fn look<T>(&self, look: impl FnOnce(&Tally, Option<&LastPart>) -> T) -> T {
         let remembered = self.lock();
-        look(&remembered.tally, remembered.last.as_ref())
+        look(&remembered.tally, remembered.last.as_ref().map(|(last, _)| last))
     }
 
     /// Closes its breaker. Whether it was open.
@@ -181,8 +196,9 @@ impl Remembered {
         self.mean = Some(self.mean.map_or(duration, |mean| mean * 7 / 8 + duration / 8));
     }
 
-    /// Its part in a cycle that ended at this time.
-    pub(super) fn ended(&mut self, part: LastPart, cycle_ended_at: Timestamp) {
+    /// Its part in a cycle that ended at this time. It is remembered whole if there is room in `memory`; the record of the
+    /// cycle has it anyway.
+    pub(super) fn ended(&mut self, mut part: LastPart, cycle_ended_at: Timestamp, memory: &Memory) {
         let SubsystemReport { state, attempts, started, ended, .. } = &*part.report;
         let tally = &mut self.tally;
         let Outcomes { succeeded, failed, timed_out, skipped, circuit_open, cancelled } = &mut tally.outcomes;
@@ -204,58 +220,12 @@ impl Remembered {
         if *state == SubsystemState::Succeeded {
             tally.output_at = Some(cycle_ended_at);
         }
-        self.last = Some(part);
-    }
-}
-
-/// Room for the latest outputs of all subsystems together, in bytes.
-#[derive(Debug)]
-pub struct OutputBudget {
-    used: AtomicUsize,
-    max: AtomicUsize,
-}
-
-impl OutputBudget {
-    /// Room for `max` bytes, all of it free.
-    pub fn new(max: usize) -> Self {
-        Self { used: AtomicUsize::new(0), max: AtomicUsize::new(max) }
-    }
-
-    /// Changes how much room there is. What is kept now stays.
-    pub fn set_max(&self, max: usize) {
-        self.max.store(max, Ordering::Relaxed);
-    }
-}
-
-/// The part of a budget that one output takes. It comes back when nobody holds the output any more: one that is
-/// unregistered in the middle of a cycle is still read by others until that ends.
-#[derive(Debug)]
-struct Room {
-    budget: Arc<OutputBudget>,
-    bytes: usize,
-}
-
-impl Room {
-    fn of(budget: &Arc<OutputBudget>, bytes: usize) -> Self {
-        budget.used.fetch_add(bytes, Ordering::Relaxed);
-        Self { budget: budget.clone(), bytes }
-    }
-
-    /// Takes `bytes` in place of those it has, if they fit, or are fewer.
-    fn resize(&mut self, bytes: usize) -> Result<(), usize> {
-        let max = self.budget.max.load(Ordering::Relaxed);
-        let taken = self.budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-            let used = used - self.bytes + bytes;
-            (bytes <= self.bytes || used <= max).then_some(used)
+        // The one before gives way to it.
+        self.last = None;
+        let held = memory.try_hold(part.report.details()).unwrap_or_else(|_full| {
+            part.report = Arc::new(part.report.without_details());
+            memory.hold_beyond(0)
         });
-        taken.map_err(|_| max)?;
-        self.bytes = bytes;
-        Ok(())
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.last = Some((part, held));
     }
 }

@@ -11,7 +11,7 @@ mod trace;
 
 pub use breaker::{Breaker, BreakerState};
 pub use cycle::{Cycle, Engine, Observer, Ran};
-pub use member::{LastPart, Member, Outcomes, OutputBudget, Standing, Tally};
+pub use member::{LastPart, Member, Outcomes, Standing, Tally};
 pub use order::{Order, Undo};
 pub use plan::{Plan, PlannedSubsystem, Ring, Schedule};
 pub use trace::{Collected, Trace};

@@ -261,6 +261,33 @@ pub struct SubsystemReport {
 }
 
 impl SubsystemReport {
+    /// Bytes that issues, metrics and the output take in memory.
+    #[must_use]
+    pub fn details(&self) -> usize {
+        /// What an entry takes beside its texts.
+        const AROUND: usize = 96;
+        let issues = self.issues.iter().map(|issue| issue.code.len() + issue.message.len() + AROUND).sum::<usize>();
+        let metrics = self.metrics.keys().map(|name| name.len() + AROUND).sum::<usize>();
+        issues + metrics + self.recorded_output.as_ref().map_or(0, Payload::len)
+    }
+
+    /// The same without issues, metrics and output.
+    #[must_use]
+    pub fn without_details(&self) -> Self {
+        let Self { name, state, started, ended, queued, attempts, issues: _, metrics: _, recorded_output: _ } = self;
+        Self {
+            name: name.clone(),
+            state: state.clone(),
+            started: *started,
+            ended: *ended,
+            queued: *queued,
+            attempts: *attempts,
+            issues: Vec::new(),
+            metrics: BTreeMap::new(),
+            recorded_output: None,
+        }
+    }
+
     /// The report of one that was skipped as soon as the cycle started.
     #[must_use]
     pub fn not_called(name: Name, reason: SkipReason, message: String) -> Self {

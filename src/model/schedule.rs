@@ -128,6 +128,16 @@ impl IntervalLoop {
         bad.into_result(this)
     }
 
+    /// Bytes that the loop takes in memory at most.
+    #[must_use]
+    pub fn footprint(&self) -> usize {
+        /// What a loop takes beside what is counted, its account included, and a name in its list beside its text.
+        const ALONE: usize = 2 << 10;
+        const NAMED: usize = 48;
+        let names = self.subset.iter().flat_map(|names| names.iter());
+        ALONE + self.parameters.len() + names.map(|name| name.as_str().len() + NAMED).sum::<usize>()
+    }
+
     /// The loop with every default filled in, as it is shown and stored.
     #[must_use]
     pub fn to_spec(&self) -> LoopSpec {

@@ -207,6 +207,17 @@ impl Subsystem {
         }
     }
 
+    /// Bytes that the registration takes in memory at most, with its places in the order and in plans.
+    #[must_use]
+    pub fn footprint(&self) -> usize {
+        /// What a subsystem takes beside what is counted, and a name in a list beside its text.
+        const ALONE: usize = 1 << 10;
+        const NAMED: usize = 128;
+        let named = [&self.requires, &self.after, &self.reads].into_iter().flatten();
+        let names = named.map(|name| name.as_str().len() + NAMED).sum::<usize>();
+        ALONE + self.parameters.len() + self.endpoint.to_string().len() + names
+    }
+
     /// The names of its inputs, each once: `requires`, `after`, `reads`.
     pub fn input_names(&self) -> impl Iterator<Item = &Name> {
         let mut seen = HashSet::new();

@@ -89,6 +89,12 @@ pub enum Refusal {
         /// How many may be.
         max: usize,
     },
+    /// More memory would be taken by what is registered than may be.
+    #[error(
+        "{0}; unregister or stop what is not needed, or raise memory.max_bytes, of which registrations and loops have a \
+         sixteenth"
+    )]
+    RegistryMemoryFull(Full),
     /// It does not end by itself.
     #[error(
         "{0} has no lease, so there is none to renew: what the configuration file declares needs none, and anything else \

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::Refusal;
 use crate::{
     engine::{Member, Plan, Ring, Standing},
+    memory::Memory,
     model::{Endpoint, Name, Subsystem},
     ports::{Left, StoredSubsystem},
 };
@@ -113,7 +114,10 @@ pub(super) struct Declarations {
 
 impl Declarations {
     /// What these change in a registry of those entries.
-    pub(super) fn of(subsystems: Vec<Subsystem>, before: &[Arc<Registered>]) -> Self {
+    ///
+    /// # Errors
+    /// There is no memory for them.
+    pub(super) fn of(subsystems: Vec<Subsystem>, before: &[Arc<Registered>], memory: &Memory) -> Result<Self, Refusal> {
         let before: HashMap<_, _> = before.iter().map(|entry| (entry.name(), entry)).collect();
         let names: HashSet<_> = subsystems.iter().map(|subsystem| subsystem.name.clone()).collect();
         let others = || before.values().filter(|entry| !names.contains(entry.name()));
@@ -126,13 +130,16 @@ impl Declarations {
             let member = match earlier {
                 // What did not change stays initialized.
                 Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone(),
-                Some(earlier) => {
-                    if earlier.member.subsystem.endpoint != subsystem.endpoint {
-                        moved.push(earlier.member.standing.clone());
+                earlier => {
+                    let held = memory.try_hold(subsystem.footprint()).map_err(Refusal::RegistryMemoryFull)?;
+                    let (suspended, standing) = earlier.map_or_else(Default::default, |earlier| {
+                        (earlier.member.suspended, earlier.member.standing.clone())
+                    });
+                    if earlier.is_some_and(|earlier| earlier.member.subsystem.endpoint != subsystem.endpoint) {
+                        moved.push(standing.clone());
                     }
-                    Member::new(Arc::new(subsystem), earlier.member.suspended, earlier.member.standing.clone())
+                    Member::new(Arc::new(subsystem), suspended, standing).holding(held)
                 }
-                None => Member::new(Arc::new(subsystem), false, Arc::default()),
             };
             let is_same = earlier.is_some_and(|it| it.declared && Arc::ptr_eq(&it.member.subsystem, &member.subsystem));
             let entry = Registered { member, declared: true, lease: None };
@@ -143,7 +150,7 @@ impl Declarations {
                 put.push(entry);
             }
         }
-        Self { put, removed, moved, stored, by_rpc }
+        Ok(Self { put, removed, moved, stored, by_rpc })
     }
 
     /// Why they can't be.
