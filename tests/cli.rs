@@ -1092,20 +1092,6 @@ async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
 }
 
 #[tokio::test]
-async fn the_bar_goes_with_the_last_part_also_where_the_record_is_not_asked_for() {
-    let (_home, fleet, service, mut client) = house(&["a"]).await;
-    fleet.run("a", Run::Hold);
-    let terminal = Terminal::new(80, 24);
-    let mut command = Cli::of(&service).command("watch --state failed");
-    terminal.connect(&mut command);
-    let _watch = command.spawn().unwrap();
-    client.admit().await.unwrap();
-    terminal.until_shown("running a").await;
-    fleet.run("a", Run::Echo);
-    terminal.until("the bar to be gone", |shown| !shown.contains("cycle 1  [")).await;
-}
-
-#[tokio::test]
 async fn who_interrupts_a_cycle_is_left_without_a_bar() {
     let (_home, fleet, service, _client) = house(&["a"]).await;
     fleet.run("a", Run::Hold);
