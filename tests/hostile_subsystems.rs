@@ -354,15 +354,14 @@ async fn answers_for_which_there_is_no_memory_are_refused_and_all_others_are_tak
 async fn a_cycle_ends_by_its_deadline_whatever_is_sent() {
     let server = Raw::start(act(|name, respond| async move {
         // Issues of two bytes each, or a field that nobody knows.
-        let message = if name == "issues" { b"\x1a\x00".repeat(16 << 20) } else { b"\xf8\x7f\x00".repeat(20 << 20) };
+        let message =
+            if name == "issues" { b"\x1a\x00".repeat(2 << 20) } else { b"\xf8\x7f\x00".repeat((4 << 20) / 3) };
         body(respond, framed(&message));
     }))
     .await;
     let mut stage = Stage::new().await;
-    let limits = Some(pb::Limits { max_message_bytes: 64 << 20, ..Default::default() });
     for name in ["issues", "unknown-1", "unknown-2", "unknown-3"] {
-        let registration = pb::Registration { limits, ..registration(name, &server.endpoint) };
-        stage.client.register(registration).await.unwrap();
+        register(&mut stage, name, &server.endpoint, 1).await;
     }
     let request = pb::RunCycleRequest { deadline: ms(1000), ..Default::default() };
     let cycle = stage.client.run_with(request).await.unwrap();

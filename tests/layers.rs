@@ -73,7 +73,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("tonic", &["api", "cli", "listen", "proto", "serve", "subsystem", "web"]),
     ("prost", &["api", "cli", "dial", "proto", "record", "web"]),
     ("axum", &["web"]),
-    ("h2", &["dial"]),
+    ("h2", &["dial", "listen"]),
     ("prometheus", &["telemetry"]),
     ("opentelemetry", &["telemetry"]),
     ("opentelemetry_otlp", &["telemetry"]),
