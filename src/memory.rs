@@ -13,6 +13,7 @@ use std::{
     },
 };
 
+use bytes::Bytes;
 use tokio::sync::Notify;
 
 /// A limit of bytes, and the bytes held under it. Clones share both.
@@ -41,7 +42,8 @@ pub struct Shares {
     pub answers: Memory,
     /// Answers and events on the admin address that clients have not taken yet. 2/32.
     pub admin: Memory,
-    /// Records of the history that are at hand, or read for a page. 4/32.
+    /// Records of the history that are at hand, read for a page or a watcher, or in answers that are not made yet, and what
+    /// watchers look for. 4/32.
     pub history: Memory,
     /// The latest outputs of all subsystems. 8/32.
     pub outputs: Memory,
@@ -277,6 +279,28 @@ impl Held {
     }
 }
 
+impl Held {
+    /// Takes so many of the bytes into a hold of their own, or all where there are fewer.
+    #[must_use]
+    pub fn split(&mut self, bytes: usize) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self { memory: self.memory.clone(), bytes }
+    }
+
+    /// These bytes, which have their room from now on for as long as anybody keeps them, or a part of them.
+    #[must_use]
+    pub fn around(self, bytes: Bytes) -> Bytes {
+        struct Owner(Bytes, #[allow(dead_code, reason = "it is held")] Held);
+        impl AsRef<[u8]> for Owner {
+            fn as_ref(&self) -> &[u8] {
+                &self.0
+            }
+        }
+        Bytes::from_owner(Owner(bytes, self))
+    }
+}
+
 impl Drop for Held {
     fn drop(&mut self) {
         if self.bytes > 0 {
@@ -349,6 +373,20 @@ mod tests {
         assert_eq!((memory.held(), memory.0.whole.as_ref().unwrap().held()), (21, 21));
         drop((held, beyond));
         assert_eq!((memory.held(), memory.0.whole.as_ref().unwrap().held()), (0, 0));
+    }
+
+    #[test]
+    fn bytes_have_their_room_as_long_as_any_of_them_is_kept() {
+        let memory = Memory::whole(10).part("history", 10);
+        let mut held = memory.try_hold(10).unwrap();
+        let mut bytes = held.split(6).around(Bytes::from_static(b"record"));
+        drop(held);
+        assert_eq!(memory.held(), 6);
+        let rest = bytes.split_off(3);
+        drop(bytes);
+        assert_eq!((&rest[..], memory.held()), (&b"ord"[..], 6));
+        drop(rest);
+        assert_eq!(memory.held(), 0);
     }
 
     #[tokio::test(start_paused = true)]

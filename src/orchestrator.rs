@@ -6,6 +6,7 @@
 
 mod conductor;
 mod figures;
+mod history;
 mod live;
 mod refusal;
 mod registry;
@@ -20,6 +21,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 use tokio::{
@@ -33,21 +35,22 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::{
     conductor::Admitted,
     figures::Watchers,
+    history::Recent,
     live::Live,
     registry::{Declarations, Entries, Registry},
 };
 use crate::{
     clock::Clock,
     engine::{Engine, Member, Order, Plan, Standing},
-    memory::{Memory, Shares},
+    memory::{Held, Memory, Shares},
     model::{
         CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Revision, Subsystem, TickDisposition, Trigger,
         Violations,
     },
     parts::{Ended, Parts},
     ports::{
-        Contents, Lost, PageLimits, Record, Retention, SCAN_LIMIT, Spans, Store, StoreError, StoredOutput,
-        StoredSubsystem, Subsystems, UnreadableRow, Write,
+        Contents, Lost, Record, Retention, Spans, Store, StoreError, StoredOutput, StoredSubsystem, Subsystems,
+        UnreadableRow, Write,
     },
     record::{self, Participation},
     schedule::Loops,
@@ -146,6 +149,12 @@ struct Shared {
     started: Instant,
     engine: Engine,
     store: Arc<dyn Store>,
+    /// Room for records that are read, or wait in answers.
+    history: Memory,
+    /// The part of it for what watchers look for, and have read and not been given.
+    watching: Memory,
+    /// The part of it for `State::recent`.
+    _recent: Option<Held>,
     state: Mutex<State>,
     /// Held while a durable change is built and committed. The order of what is registered changes only then.
     writing: Arc<tokio::sync::Mutex<Order>>,
@@ -180,7 +189,7 @@ struct State {
     last_revision: Revision,
     pruned_to: Revision,
     /// The latest records without a gap, oldest first, for watchers that are nearly up to date.
-    recent: VecDeque<Arc<Record>>,
+    recent: VecDeque<Arc<Recent>>,
     recent_bytes: usize,
     store_error: Option<StoreError>,
     /// The records that could not be read, each of which was told of.
@@ -224,12 +233,12 @@ impl State {
         self.last_revision = record.revision;
         self.last = Some(record.clone());
         self.recent_bytes += record.bytes.len();
-        self.recent.push_back(record);
+        self.recent.push_back(Recent::new(record));
         while self.recent.len() > Self::RECENT_RECORDS
             || (self.recent_bytes > Self::RECENT_BYTES && self.recent.len() > 1)
         {
             if let Some(oldest) = self.recent.pop_front() {
-                self.recent_bytes -= oldest.bytes.len();
+                self.recent_bytes -= oldest.record.bytes.len();
             }
         }
     }
@@ -432,6 +441,10 @@ impl Orchestrator {
                 spans,
             },
             newest: newest::Sender::new(state.last_revision),
+            watching: memory.history.part("what watchers look for and read ahead", memory.history.max() / 4),
+            // With what is known of them, if it is asked for.
+            _recent: memory.history.try_hold(3 * State::RECENT_BYTES).ok(),
+            history: memory.history.clone(),
             settings: Mutex::new(Arc::new(settings)),
             memory: memory.registry.clone(),
             clock,
@@ -523,10 +536,18 @@ impl Orchestrator {
         self.0.registered_names(subset).await
     }
 
+    /// The bytes of a record that is at hand, as an answer that may wait for its client.
+    ///
+    /// # Errors
+    /// Too many answers wait.
+    pub async fn keep(&self, record: &Record) -> Result<Bytes, Refusal> {
+        self.0.keep(record).await
+    }
+
     /// The record of a cycle.
     ///
     /// # Errors
-    /// There is none, or not yet.
+    /// There is none, or not yet; or too much is being read.
     pub async fn cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
         {
             let state = self.0.state();
@@ -534,14 +555,14 @@ impl Orchestrator {
                 return Err(Refusal::CycleNotFinished(cycle_id));
             }
         }
-        let record = self.0.tell_if_unreadable(self.0.store.cycle(cycle_id).await)?;
+        let record = self.0.read_one(self.0.store.cycle(cycle_id)).await?;
         record.map(Arc::new).ok_or(Refusal::CycleNotFound(cycle_id))
     }
 
     /// A page of records below `before`, newest first, of at most `max_records`.
     ///
     /// # Errors
-    /// The store can't be read.
+    /// The store can't be read, or too much is being read.
     pub async fn cycles(
         &self,
         before: Option<CycleId>,
@@ -549,36 +570,7 @@ impl Orchestrator {
         participation: Participation,
         max_records: usize,
     ) -> Result<Page, Refusal> {
-        const MAX_BYTES: usize = 3 << 20;
-        let mut before = before.unwrap_or(CycleId(u64::MAX >> 1));
-        let mut page = Page::default();
-        let mut bytes = 0;
-        loop {
-            // A filter that looks into the records sees more of them than it lets through.
-            let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
-            let found = self.0.store.cycles_before(before, filter.clone(), limits).await?;
-            page.scanned += found.scanned;
-            for found in found.records {
-                let (cycle_id, length, is_wanted) = match &found {
-                    Ok(record) => (record.cycle_id, record.bytes.len(), participation.wants(&record.bytes)),
-                    Err(unreadable) => {
-                        self.0.state().tell_unreadable(unreadable);
-                        (unreadable.cycle_id, 0, true)
-                    }
-                };
-                if is_wanted {
-                    bytes += length;
-                    if page.records.len() == max_records || (!page.records.is_empty() && bytes > MAX_BYTES) {
-                        return Ok(Page { next: Some(cycle_id.next()), ..page });
-                    }
-                    page.records.push(found);
-                }
-            }
-            match found.next {
-                Some(next) if page.records.len() < max_records && page.scanned < SCAN_LIMIT => before = next,
-                next => return Ok(Page { next, ..page }),
-            }
-        }
+        self.0.page(before, filter, participation, max_records).await
     }
 
     /// What is being done and was done last.
@@ -883,7 +875,7 @@ impl Shared {
                 looked_at = Some(state.last_revision);
             }
             if let Some(request_id) = &request.request_id
-                && let Some(record) = self.tell_if_unreadable(self.store.cycle_of_request(request_id.clone()).await)?
+                && let Some(record) = self.read_one(self.store.cycle_of_request(request_id.clone())).await?
             {
                 return Ok(Found::Recorded(record));
             }

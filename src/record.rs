@@ -212,25 +212,44 @@ impl Participation {
         if self.subsystems.is_empty() {
             return true;
         }
-        // What was written by this module can be read; what can't is not withheld.
-        let Ok(Participants { subsystems }) = Participants::decode(record.clone()) else { return true };
-        subsystems.iter().any(|part| {
-            self.subsystems.contains(part.name.as_str())
-                && (self.states.is_empty() || self.states.contains(&part.state))
-        })
+        self.is_among(&Participants::of(record))
+    }
+
+    /// Whether one of those that are wanted took part.
+    pub fn is_among(&self, participants: &Participants) -> bool {
+        let Some(parts) = &participants.0 else { return true };
+        self.subsystems.is_empty()
+            || self.subsystems.iter().any(|name| {
+                let found = parts.binary_search_by(|part| part.name.as_str().cmp(name.as_str()));
+                found.is_ok_and(|found| self.states.is_empty() || self.states.contains(&parts[found].state))
+            })
+    }
+}
+
+/// Who took part in a cycle, by name, and how their parts ended.
+#[derive(Debug)]
+pub struct Participants(Option<Vec<Part>>);
+
+impl Participants {
+    /// Those of an encoded cycle. What was written by this module can be read; what can't is not withheld from anybody.
+    pub fn of(record: &Bytes) -> Self {
+        Self(Parts::decode(record.clone()).ok().map(|Parts { mut subsystems }| {
+            subsystems.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+            subsystems
+        }))
     }
 }
 
 /// The few fields of `CycleTelemetry` that tell who took part; the others are skipped over. A test holds it against
 /// the contract.
 #[derive(Clone, PartialEq, prost::Message)]
-struct Participants {
+struct Parts {
     #[prost(message, repeated, tag = "12")]
-    subsystems: Vec<Participant>,
+    subsystems: Vec<Part>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct Participant {
+struct Part {
     #[prost(string, tag = "1")]
     name: String,
     #[prost(int32, tag = "2")]

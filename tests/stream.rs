@@ -17,7 +17,7 @@ use orchestrator_core::proto::orchestrator::v1::{
     self as pb, CycleState, SubsystemState, Trigger, WatchCyclesRequest, cycle_event::Event,
 };
 use prost::Message;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status, Streaming, transport::Endpoint};
 
 type Stream = Streaming<pb::WatchCyclesResponse>;
 
@@ -394,4 +394,44 @@ async fn who_comes_to_a_large_cycle_is_told_in_pieces_how_it_stands() {
         }
     };
     assert_eq!(ended, CycleState::Degraded);
+}
+
+#[tokio::test]
+async fn watchers_that_stall_keep_no_records() {
+    const ROUNDS: usize = 8;
+    const LARGE: usize = 8;
+    const MIB: u64 = 1 << 20;
+    let mut stage = Stage::new().await;
+    // More than the library gathers before it sends, and less than a page.
+    for (name, bytes) in [("small", 40 << 10), ("large", MIB as usize - (64 << 10))] {
+        stage.fleet.run(name, Run::large_output(bytes));
+        stage.register(name, |it| it.record_output = true).await;
+    }
+    let mut stalled = Vec::new();
+    let mut before = 0;
+    for round in 0..ROUNDS {
+        let revision = stage.client.status().await.unwrap().newest_revision;
+        for name in ["small"].into_iter().chain(["large"; LARGE]) {
+            let only = pb::RunCycleRequest { subsystems: vec![name.into()], ..Default::default() };
+            assert_eq!(stage.client.run_with(only).await.unwrap().state(), CycleState::Succeeded);
+        }
+        // It has room for the beginning of the small record, and reads nothing.
+        let endpoint = Endpoint::from_shared(format!("http://{}", stage.service.address())).unwrap();
+        let channel = endpoint.initial_stream_window_size(1024).connect().await.unwrap();
+        let mut client = Client::new(channel);
+        stalled.push((client.watch_after(revision).await.unwrap(), client));
+        if round == 0 {
+            before = stage.service.memory().0;
+        }
+    }
+    let grown = stage.service.memory().0.saturating_sub(before);
+    // What is at hand for all is 8 MiB; that of all watchers would be 56.
+    assert!(grown < 32 * MIB, "{} MiB more", grown / MIB);
+    // Each goes on where it was.
+    for (i, (mut stream, _client)) in stalled.into_iter().enumerate() {
+        for n in 0..=LARGE {
+            let cycle = decode(next_recorded(&mut stream).await);
+            assert_eq!(cycle.cycle_id as usize, i * (LARGE + 1) + n + 1);
+        }
+    }
 }

@@ -68,6 +68,9 @@ pub(super) fn status(refusal: Refusal) -> Status {
         Refusal::NoLease(name) => (Code::FailedPrecondition, "NO_LEASE", vec![("subsystem", name.to_string())]),
         Refusal::TooManyLoops(_) => (Code::ResourceExhausted, "TOO_MANY_LOOPS", vec![]),
         Refusal::LoopNotFound(name) => (Code::NotFound, "LOOP_NOT_FOUND", vec![("loop", name.to_string())]),
+        Refusal::RecordHasNoRoom(id, _) => {
+            (Code::ResourceExhausted, "MEMORY_LIMIT", vec![("cycle_id", id.to_string())])
+        }
         Refusal::MemoryFull(_) => (Code::ResourceExhausted, "MEMORY_LIMIT", vec![]),
         Refusal::Draining => (Code::Unavailable, "DRAINING", vec![]),
     };

@@ -166,14 +166,18 @@ impl Service for Api {
         drop(held);
         let cycle_id = ticket.cycle_id.0;
         let record = if is_async { ticket.record_now() } else { Some(ticket.recorded().await.map_err(status)?) };
-        let telemetry = record.map(|record| record.bytes.clone()).unwrap_or_default();
+        let telemetry = match record {
+            Some(record) => self.orchestrator.keep(&record).await.map_err(status)?,
+            None => bytes::Bytes::new(),
+        };
         Ok(Response::new(pb::RunCycleResponse { cycle_id, telemetry, plan: None }))
     }
 
     async fn cancel_cycle(&self, request: Request<pb::CancelCycleRequest>) -> Answer<pb::CancelCycleResponse> {
         let cycle_id = request::cycle_id(request.into_inner().cycle_id).map_err(invalid)?;
         let record = self.orchestrator.cancel_cycle(cycle_id).await.map_err(status)?;
-        Ok(Response::new(pb::CancelCycleResponse { telemetry: record.bytes.clone() }))
+        let telemetry = self.orchestrator.keep(&record).await.map_err(status)?;
+        Ok(Response::new(pb::CancelCycleResponse { telemetry }))
     }
 
     async fn get_status(&self, request: Request<pb::GetStatusRequest>) -> Answer<pb::GetStatusResponse> {
@@ -182,8 +186,11 @@ impl Service for Api {
         if omit_last_cycle {
             status.last = None;
         }
-        let loops = std::mem::take(&mut status.loops);
+        let (loops, last) = (std::mem::take(&mut status.loops), status.last.take());
         let mut answer = response::status(status);
+        if let Some(last) = last {
+            answer.last_cycle = self.orchestrator.keep(&last).await.map_err(self::status)?;
+        }
         let room = MAX_ANSWER.saturating_sub(answer.encoded_len());
         answer.loops = response::listed_loops(&loops, room);
         if answer.encoded_len() > MAX_ANSWER && !answer.loops.is_empty() {

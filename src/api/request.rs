@@ -252,7 +252,7 @@ pub(super) fn watch(request: pb::WatchCyclesRequest) -> Result<(WatchFrom, Watch
         None => WatchFrom::Now,
     };
     let filter = WatchFilter {
-        loops: bad.names("loops", &loops),
+        loops: bad.names("loops", &loops).into_iter().collect(),
         states: cycle_states(&mut bad, &states),
         participation: Participation {
             subsystems: bad.names("subsystems", &subsystems).into_iter().collect(),

@@ -203,6 +203,11 @@ impl Plan {
         self.steps.get(position).map(|step| &step.member)
     }
 
+    /// Whether this one is a member.
+    pub fn has(&self, name: &Name) -> bool {
+        self.positions.contains_key(name)
+    }
+
     /// The names of those that take part in a cycle over `subset`, in the order of the plan.
     pub fn names<'a>(&'a self, subset: Option<&[Name]>) -> impl Iterator<Item = &'a Name> + use<'a> {
         let (takes_part, _) = self.select(subset);

@@ -99,7 +99,7 @@ impl Orchestrator {
         let now = self.0.clock.now();
         let state = self.0.state();
         // From here on the latest records are at hand.
-        let at_hand = state.recent.front().map_or(state.last_revision, |first| Revision(first.revision.0 - 1));
+        let at_hand = state.recent.front().map_or(state.last_revision, |first| Revision(first.record.revision.0 - 1));
         let (watchers, lagging, events) = self.0.watchers.look(at_hand);
         Figures {
             counts: state.counts.clone(),

@@ -1,6 +1,7 @@
 //! The live progress of the running cycle: for those who watch it, and for the status.
 
 use std::{
+    collections::HashSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -10,6 +11,7 @@ use tokio::sync::{Notify, broadcast};
 
 use crate::{
     engine::{Observer, Plan},
+    memory::{Held, Memory},
     model::{CycleId, CycleRequest, Name, Revision, SubsystemState, Trigger},
 };
 
@@ -56,6 +58,14 @@ impl LiveCycle {
         self.plan.names(self.request.subset.as_deref())
     }
 
+    /// Whether one of these takes part.
+    pub fn has_any(&self, names: &HashSet<Name>) -> bool {
+        match self.request.subset.as_deref() {
+            None => names.iter().any(|name| self.plan.has(name)),
+            Some(subset) => subset.iter().any(|name| names.contains(name) && self.plan.has(name)),
+        }
+    }
+
     /// What started it.
     pub fn trigger(&self) -> &Trigger {
         &self.request.trigger
@@ -73,6 +83,13 @@ pub struct Update {
     pub elapsed: Duration,
     /// Calls so far.
     pub attempts: u32,
+}
+
+impl Update {
+    /// What it takes.
+    fn bytes(&self) -> usize {
+        size_of::<Self>() + self.state.as_ref().map_or(0, |state| state.message().len())
+    }
 }
 
 /// Something that happened in the running cycle.
@@ -160,18 +177,21 @@ impl Live {
         *running = None;
     }
 
-    /// Everything from now on, and how the running cycle stands.
-    pub(super) fn join(&self) -> (Option<LiveEvent>, broadcast::Receiver<Arc<LiveEvent>>) {
+    /// Everything from now on, and how the running cycle stands, with its room. Where there is none, all updates until now are
+    /// lost to who joins.
+    pub(super) fn join(
+        &self,
+        room: &Memory,
+    ) -> (Option<(LiveEvent, Option<Held>)>, broadcast::Receiver<Arc<LiveEvent>>) {
         let mut running = self.lock();
         let now = running.as_mut().map(|running| {
             self.send(running);
-            LiveEvent {
-                revision: running.revision,
-                cycle: running.cycle.clone(),
-                started: true,
-                first: running.sent,
-                updates: running.stands.iter().flatten().cloned().collect(),
-            }
+            let stands = || running.stands.iter().flatten();
+            let held = room.try_hold(stands().map(Update::bytes).sum()).ok();
+            let updates = if held.is_some() { stands().cloned().collect() } else { Vec::new() };
+            let first = if held.is_some() { running.sent } else { 0 };
+            let (revision, cycle) = (running.revision, running.cycle.clone());
+            (LiveEvent { revision, cycle, started: true, first, updates }, held)
         });
         (now, self.events.subscribe())
     }

@@ -107,6 +107,9 @@ pub enum Refusal {
     /// No such loop.
     #[error("there is no loop {0}; see ListIntervalLoops for those that are")]
     LoopNotFound(Name),
+    /// Too much waits in answers.
+    #[error("cycle {0} is recorded, but its record can't be answered now: {1}; ask GetCycle for it later")]
+    RecordHasNoRoom(CycleId, Full),
     /// What the service may hold for others is used up.
     #[error("{0}; try again later")]
     MemoryFull(#[from] Full),

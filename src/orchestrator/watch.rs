@@ -1,20 +1,30 @@
 //! The stream: a watcher is a cursor into the history, and waits at its end.
 //!
-//! It costs its cursor and the records that it is about to be given, however slowly it reads; being behind is no
-//! state of its own.
+//! It costs its cursor, however slowly it reads; being behind is no state of its own. What it has read ahead from the store,
+//! and what it looks for, it has as long as there is room for that of all watchers.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     select,
     sync::{broadcast, watch},
+    task::yield_now,
     time::{Instant, sleep_until},
 };
 
-use super::{Live, LiveCycle, LiveEvent, Refusal, Shared, figures::Place};
+use super::{
+    Live, LiveCycle, LiveEvent, Refusal, Shared,
+    figures::Place,
+    history::{Recent, which_have, with_room},
+};
 use crate::{
+    memory::Held,
     model::{CycleId, CycleState, Name, Revision, Trigger},
-    ports::{PageLimits, Record, StoreError, Unreadable},
+    ports::{Found, PageLimits, Record, StoreError, Unreadable},
     record::Participation,
 };
 
@@ -33,7 +43,7 @@ pub enum From {
 #[derive(Clone, Debug, Default)]
 pub struct WatchFilter {
     /// Cycles of these loops; empty means any.
-    pub loops: Vec<Name>,
+    pub loops: HashSet<Name>,
     /// Cycles that ended so; empty means any.
     pub states: Vec<CycleState>,
     /// Cycles in which these took part.
@@ -45,15 +55,20 @@ impl WatchFilter {
         self.loops.is_empty() || trigger.loop_name().is_some_and(|name| self.loops.contains(name))
     }
 
-    fn wants(&self, record: &Record) -> bool {
-        self.wants_trigger(&record.trigger)
-            && (self.states.is_empty() || self.states.contains(&record.state))
-            && self.participation.wants(&record.bytes)
+    /// Whether it wants this record, as far as that can be told without looking into it.
+    fn wants_outside(&self, record: &Record) -> bool {
+        self.wants_trigger(&record.trigger) && (self.states.is_empty() || self.states.contains(&record.state))
     }
 
     fn wants_live(&self, cycle: &LiveCycle) -> bool {
         let names = &self.participation.subsystems;
-        self.wants_trigger(cycle.trigger()) && (names.is_empty() || cycle.names().any(|name| names.contains(name)))
+        self.wants_trigger(cycle.trigger()) && (names.is_empty() || cycle.has_any(names))
+    }
+
+    /// Bytes that it takes, about.
+    fn bytes(&self) -> usize {
+        const NAME: usize = 128;
+        (self.loops.len() + self.participation.subsystems.len()) * NAME
     }
 }
 
@@ -77,14 +92,20 @@ pub struct Watcher {
     shared: Arc<Shared>,
     place: Place,
     filter: WatchFilter,
+    /// For the filter.
+    _room: Held,
     cursor: Revision,
     newest: watch::Receiver<Revision>,
-    /// Read and not yet given.
-    page: VecDeque<Result<Arc<Record>, Unreadable>>,
+    /// Read from the store and not yet given, by revision; without those that are not wanted.
+    page: VecDeque<(Revision, Option<Found>)>,
     progress: bool,
     live: Option<broadcast::Receiver<Arc<LiveEvent>>>,
     /// Read and not yet given, because records come before it.
     next_live: Option<Arc<LiveEvent>>,
+    /// For how the running cycle stands, until that is given.
+    standing: Option<Held>,
+    /// Whether the running cycle is wanted.
+    live_wanted: Option<(CycleId, bool)>,
     /// The last cycle whose start was given.
     cycle_seen: CycleId,
     /// Updates of it that were given or passed over.
@@ -117,17 +138,21 @@ impl Watcher {
                 From::After(after) => after,
             }
         };
+        let room = shared.watching.try_hold(filter.bytes())?;
         let place = shared.watchers.enter(cursor, max).ok_or(Refusal::TooManyWatchers(max))?;
         Ok(Self {
             shared,
             place,
             filter,
+            _room: room,
             cursor,
             newest,
             page: VecDeque::new(),
             progress,
             live: None,
             next_live: None,
+            standing: None,
+            live_wanted: None,
             cycle_seen: CycleId::default(),
             updates_seen: 0,
             caught_up: false,
@@ -147,18 +172,15 @@ impl Watcher {
 
     async fn find_next(&mut self) -> Result<Event, Refusal> {
         loop {
-            while let Some(found) = self.page.pop_front() {
-                let record = match found {
-                    Ok(record) => record,
-                    Err(unreadable) => {
-                        self.cursor = unreadable.revision;
+            while let Some((revision, found)) = self.page.pop_front() {
+                self.cursor = revision;
+                match found {
+                    Some(Ok(record)) => return Ok(Event::Recorded(Arc::new(record))),
+                    Some(Err(unreadable)) => {
                         self.shared.state().tell_unreadable(&unreadable);
                         return Ok(Event::Unreadable(unreadable));
                     }
-                };
-                self.cursor = record.revision;
-                if self.filter.wants(&record) {
-                    return Ok(Event::Recorded(record));
+                    None => {}
                 }
             }
             if self.cursor < *self.newest.borrow_and_update() {
@@ -166,7 +188,9 @@ impl Watcher {
                 if let Some(event) = self.before_next_record() {
                     return Ok(self.live_event(event));
                 }
-                self.page = self.read_page().await?.into();
+                if let Some(record) = self.read_on().await? {
+                    return Ok(Event::Recorded(record));
+                }
                 continue;
             }
             if !self.caught_up {
@@ -174,17 +198,20 @@ impl Watcher {
                 return Ok(self.bookmark());
             }
             if self.progress && self.live.is_none() {
-                let (now, live) = self.shared.live.join();
+                let (now, live) = self.shared.live.join(&self.shared.watching);
                 self.live = Some(live);
-                self.next_live = now.map(Arc::new);
+                let (now, standing) = now.unzip();
+                (self.next_live, self.standing) = (now.map(Arc::new), standing.flatten());
             }
             if let Some(event) = self.next_live.take() {
                 if event.revision > self.cursor {
                     // It belongs after records that are not given yet.
                     self.next_live = Some(event);
                     self.newest.mark_changed();
-                    self.page = self.read_page().await?.into();
-                } else if event.revision == self.cursor && self.filter.wants_live(&event.cycle) {
+                    if let Some(record) = self.read_on().await? {
+                        return Ok(Event::Recorded(record));
+                    }
+                } else if event.revision == self.cursor && self.wants_live(&event.cycle) {
                     return Ok(self.live_event(event));
                 }
                 continue;
@@ -224,7 +251,7 @@ impl Watcher {
                 self.next_live = Some(event);
                 return None;
             }
-            if event.revision == self.cursor && self.filter.wants_live(&event.cycle) {
+            if event.revision == self.cursor && self.wants_live(&event.cycle) {
                 return Some(event);
             }
         }
@@ -254,6 +281,7 @@ impl Watcher {
     /// How a large cycle stands is more than one message may hold: the rest is given next.
     fn first_piece(&mut self, event: Arc<LiveEvent>) -> Arc<LiveEvent> {
         if event.updates.len() <= Live::BATCH {
+            self.standing = None;
             return event;
         }
         let mut first = Arc::unwrap_or_clone(event);
@@ -262,24 +290,79 @@ impl Watcher {
         Arc::new(first)
     }
 
-    /// The records after the cursor: those at hand, or a page from the store.
-    async fn read_page(&self) -> Result<Vec<Result<Arc<Record>, Unreadable>>, Refusal> {
+    fn wants_live(&mut self, cycle: &LiveCycle) -> bool {
+        if let Some((_, wanted)) = self.live_wanted.filter(|(of, _)| *of == cycle.cycle_id) {
+            return wanted;
+        }
+        let wanted = self.filter.wants_live(cycle);
+        self.live_wanted = Some((cycle.cycle_id, wanted));
+        wanted
+    }
+
+    /// Goes on in the history: to the next record if it is at hand, which is given if it is wanted, or else by a page from the
+    /// store.
+    async fn read_on(&mut self) -> Result<Option<Arc<Record>>, Refusal> {
+        let Some(recent) = self.at_hand() else {
+            self.read_page().await?;
+            return Ok(None);
+        };
+        let wanted = self.filter.wants_outside(&recent.record) && recent.has(&self.filter.participation).await;
+        self.cursor = recent.record.revision;
+        if !wanted {
+            // There may be many of them.
+            yield_now().await;
+        }
+        Ok(wanted.then(|| recent.record.clone()))
+    }
+
+    /// The record after the cursor, if it is at hand.
+    fn at_hand(&self) -> Option<Arc<Recent>> {
         let wanted = self.cursor.next();
-        {
-            let state = self.shared.state();
-            if let Some(first) = state.recent.front().filter(|first| first.revision <= wanted) {
-                #[allow(clippy::cast_possible_truncation, reason = "at most the length of the queue")]
-                let skip = (wanted.0 - first.revision.0) as usize;
-                return Ok(state.recent.iter().skip(skip).take(Self::PAGE.records).cloned().map(Ok).collect());
-            }
-        }
-        match self.shared.store.cycles_after(self.cursor, Self::PAGE).await {
-            Ok(records) => Ok(records.into_iter().map(|found| found.map(Arc::new)).collect()),
+        let state = self.shared.state();
+        let first = state.recent.front()?.record.revision;
+        let skip = usize::try_from(wanted.0.checked_sub(first.0)?).ok()?;
+        state.recent.get(skip).cloned()
+    }
+
+    /// Reads what follows the cursor from the store, and keeps of it what there is room for, but one record anyway: the one that
+    /// is given at once.
+    async fn read_page(&mut self) -> Result<(), Refusal> {
+        let shared = &self.shared;
+        let mut room = select! {
+            biased;
+            room = shared.history.hold(shared.max_record().max(Self::PAGE.bytes).min(shared.history.max())) => room,
+            () = shared.closed.cancelled() => return Err(Refusal::Draining),
+        };
+        let records = match shared.store.cycles_after(self.cursor, Self::PAGE).await {
+            Ok(records) => records,
             Err(StoreError::NotRetained { oldest, newest }) => {
-                Err(Refusal::RevisionNotRetained { after: self.cursor, oldest, newest })
+                return Err(Refusal::RevisionNotRetained { after: self.cursor, oldest, newest });
             }
-            Err(error) => Err(error.into()),
+            Err(error) => return Err(error.into()),
+        };
+        let have = which_have(&records, &self.filter.participation).await;
+        let mut is_first = true;
+        for (found, has) in records.into_iter().zip(have) {
+            let record = match found {
+                Ok(record) => record,
+                Err(unreadable) => {
+                    self.page.push_back((unreadable.revision, Some(Err(unreadable))));
+                    continue;
+                }
+            };
+            let revision = record.revision;
+            if !has || !self.filter.wants_outside(&record) {
+                self.page.push_back((revision, None));
+            } else if is_first {
+                is_first = false;
+                self.page.push_back((revision, Some(Ok(with_room(record, &mut room)))));
+            } else if let Ok(mut room) = shared.watching.try_hold(record.bytes.len()) {
+                self.page.push_back((revision, Some(Ok(with_room(record, &mut room)))));
+            } else {
+                break;
+            }
         }
+        Ok(())
     }
 }
 
