@@ -307,7 +307,7 @@ mod tests {
         assert_eq!(next(&mut received).await.unwrap()[..], [2]);
         // And what is sent ahead is bounded.
         let message = [&prefix(1000)[..], &[0; 1000]].concat();
-        let mut eager = unfinished(MANY, &room, &[&message, &message, &message]);
+        let mut eager = unfinished(MANY, &room, &[&message, &message, &message, &message]);
         next(&mut eager).await.unwrap();
         next(&mut eager).await.unwrap();
         assert_eq!(next(&mut eager).await, Err(Code::ResourceExhausted));
