@@ -22,10 +22,12 @@ check:
 bench:
     cargo bench --bench cycle
 
-# The long runs: 100,000 random fleets and 1,000 kills.
+# The long runs: 100,000 random fleets, 1,000 kills, an hour of fuzzing, and a minute under siege.
 soak:
     ORCHESTRATOR_TEST_CASES=100000 cargo test --release --test properties
     ORCHESTRATOR_TORTURE_KILLS=1000 cargo test --release --test torture
+    ORCHESTRATOR_TEST_FUZZ_SECONDS=900 cargo test --release --test fuzz -- --test-threads 1
+    cargo test --release --test siege -- --ignored --nocapture
 
 # The contract, by buf's rules. Needs buf.
 lint-proto:
