@@ -291,7 +291,7 @@ async fn unharmed(home: &Home, service: &mut Service) {
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_subsystems_answer_is_theirs_alone() {
     const HOSTILE: usize = 24;
-    let cases = Cases::of(40);
+    let cases = Cases::of(25);
     let config = "[cycle]\ndeadline = \"2s\"\n";
     let home = Home::new().with_config(config);
     let mut service = home.serve().await;
@@ -303,7 +303,7 @@ async fn whatever_subsystems_answer_is_theirs_alone() {
     for i in 0..HOSTILE {
         let endpoint = if i % 8 == 0 { &garbage } else { &endpoint };
         let registration = pb::Registration {
-            timeout: ms(700),
+            timeout: ms(300),
             breaker: Some(pb::BreakerPolicy { disabled: true, ..pb::BreakerPolicy::default() }),
             ..registration(&format!("hostile{i}"), endpoint)
         };

@@ -78,8 +78,16 @@ impl<B> Received<B> {
 
     /// Bytes of the message that is being gathered, with its prefix, once that is known.
     fn announced(&self) -> Result<Option<usize>, Status> {
-        let Some(prefix) = self.gathered.get(..PREFIX) else { return Ok(None) };
-        let length = (&prefix[1..]).get_u32() as usize;
+        let Some([flag, length @ ..]) = self.gathered.get(..PREFIX) else { return Ok(None) };
+        match flag {
+            0 => {}
+            1 => return Err(Status::unimplemented("the request is compressed; send it as it is")),
+            flag => {
+                let message = format!("the request is no gRPC: its message begins with the flag {flag}, not 0");
+                return Err(Status::invalid_argument(message));
+            }
+        }
+        let length = (&length[..]).get_u32() as usize;
         let Rule { max_bytes, is_stream } = self.rule;
         if !is_stream && self.messages > 0 {
             return Err(Status::invalid_argument("the request has more than one message; send one"));
@@ -177,7 +185,13 @@ where
                     }
                 }
                 Poll::Ready(None) if is_whole => return Poll::Pending,
-                Poll::Ready(None) if self.gathered.is_empty() => return Poll::Ready(Ok(None)),
+                Poll::Ready(None) if self.gathered.is_empty() => {
+                    if self.messages == 0 && !self.rule.is_stream {
+                        let status = Status::invalid_argument("the request has no message; send one, if an empty one");
+                        return Poll::Ready(Err(status.into()));
+                    }
+                    return Poll::Ready(Ok(None));
+                }
                 Poll::Ready(None) => {
                     return Poll::Ready(Err(Status::invalid_argument("the request ends inside of a message").into()));
                 }
@@ -274,6 +288,19 @@ mod tests {
         assert!(room.held() <= 2 * (PREFIX + 100), "{}", room.held());
         let mut too_large = unfinished(ONE, &room, &[&prefix((40 << 10) + 1)]);
         assert_eq!(next(&mut too_large).await, Err(Code::OutOfRange));
+    }
+
+    #[tokio::test]
+    async fn what_is_no_message_is_the_clients_fault() {
+        let room = Memory::whole(1 << 20);
+        assert_eq!(next(&mut unfinished(ONE, &room, &[&[1, 0, 0, 0, 1, 0]])).await, Err(Code::Unimplemented));
+        assert_eq!(next(&mut unfinished(ONE, &room, &[b"<html>"])).await, Err(Code::InvalidArgument));
+        for (rule, expected) in [(ONE, Some(Code::InvalidArgument)), (MANY, None)] {
+            let nothing = StreamBody::new(stream::empty::<Result<Frame<Bytes>, Status>>());
+            let mut received = Received::new(BoxBody::new(nothing), rule, room.clone(), None, Arc::default());
+            let next = received.frame().await.map(|frame| frame.unwrap_err());
+            assert_eq!(next.map(|failure| failure.downcast_ref::<Status>().unwrap().code()), expected);
+        }
     }
 
     #[tokio::test(start_paused = true)]
