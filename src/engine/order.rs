@@ -4,7 +4,7 @@
 //! that it takes no longer where the registry is large.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,
 };
 
@@ -42,7 +42,14 @@ impl Order {
         for subsystem in put {
             undo.0.push((subsystem.name.clone(), self.put(subsystem)));
         }
-        match names.iter().try_for_each(|name| self.check(name)) {
+        // Mostly those that wait come after those that they wait for: then only settled ones wait for the last of the others.
+        let mut settled = HashSet::new();
+        let checked = names.iter().rev().try_for_each(|name| {
+            self.check(name, &settled)?;
+            settled.insert(name);
+            Ok(())
+        });
+        match checked {
             Ok(()) => Ok(undo),
             Err(ring) => {
                 self.undo(undo);
@@ -85,8 +92,9 @@ impl Order {
     }
 
     /// Whether there still is an order after the subsystem of this name was put, where there was one before: a ring that it
-    /// closes goes through it. Where several were put, all have to be there before each is checked.
-    fn check(&self, name: &Name) -> Result<(), Ring> {
+    /// closes goes through it. Where several were put, all have to be there before each is checked; none goes through those
+    /// that are `settled`, which were checked before.
+    fn check(&self, name: &Name, settled: &HashSet<&Name>) -> Result<(), Ring> {
         let Some(subsystem) = self.subsystems.get(name) else { return Ok(()) };
         for (earlier, _) in order_of(subsystem) {
             if let Some(earlier) = self.subsystems.get(earlier).filter(|earlier| earlier.phase > subsystem.phase) {
@@ -97,7 +105,7 @@ impl Order {
             return Err(Ring::across_phases(waiting, subsystem));
         }
         // Other than that, phases decide between those of different phases.
-        self.ring_through(subsystem).map_or(Ok(()), Err)
+        self.ring_through(subsystem, settled).map_or(Ok(()), Err)
     }
 
     fn waiting_for(&self, name: &Name) -> impl Iterator<Item = &Subsystem> {
@@ -106,19 +114,18 @@ impl Order {
 
     /// A ring needs both a way out of the subsystem and a way back into it. They are searched for in turn, step by step,
     /// so that whichever ends first decides: most that are registered wait for others, and nobody for them yet.
-    fn ring_through(&self, subsystem: &Subsystem) -> Option<Ring> {
+    fn ring_through(&self, subsystem: &Subsystem, settled: &HashSet<&Name>) -> Option<Ring> {
+        let counts = |other: &Subsystem| other.phase == subsystem.phase && !settled.contains(&other.name);
         let (mut out, mut back) = (Search::from(subsystem), Search::from(subsystem));
         while let (Some(at), Some(to)) = (out.frontier.pop_front(), back.frontier.pop_front()) {
             for (name, _) in order_of(at) {
-                let Some(earlier) = self.subsystems.get(name).filter(|it| it.phase == subsystem.phase) else {
-                    continue;
-                };
+                let Some(earlier) = self.subsystems.get(name).filter(|it| counts(it)) else { continue };
                 if back.found.contains_key(&earlier.name) {
                     return Some(ring(&out, at, &back, earlier));
                 }
                 out.go(at, earlier);
             }
-            for waiting in self.waiting_for(&to.name).filter(|it| it.phase == subsystem.phase) {
+            for waiting in self.waiting_for(&to.name).filter(|it| counts(it)) {
                 if out.found.contains_key(&waiting.name) {
                     return Some(ring(&out, waiting, &back, to));
                 }
