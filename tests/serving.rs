@@ -60,6 +60,31 @@ impl Bare {
     }
 }
 
+#[tokio::test]
+async fn what_is_no_call_by_its_content_type_is_refused_on_every_path() {
+    let stage = Stage::new().await;
+    let mut bare = Bare::connect(stage.service.address(), 1 << 16).await;
+    let mut status_of = async |path: &str, kind: Option<&str>| {
+        let mut request = Request::post(format!("http://{}/{path}", bare.address));
+        if let Some(kind) = kind {
+            request = request.header("content-type", kind);
+        }
+        bare.send = patiently("room for a stream", bare.send.clone().ready()).await.unwrap();
+        let (response, mut sent) = bare.send.send_request(request.body(()).unwrap(), false).unwrap();
+        sent.send_data(Bytes::from_static(&[0; 5]), true).unwrap();
+        let response = patiently("an answer", response).await.unwrap();
+        (response.status().as_u16(), code_of(response.headers()))
+    };
+    for path in [&format!("{SERVICE}/GetStatus"), "grpc.health.v1.Health/Check", REFLECTION] {
+        for kind in [None, Some("application/json"), Some("application/grpc+json"), Some("application/grpcx")] {
+            assert_eq!(status_of(path, kind).await, (415, Some(Code::InvalidArgument)), "{path} {kind:?}");
+        }
+        for kind in ["application/grpc", "application/grpc+proto", "Application/gRPC; charset=utf-8"] {
+            assert_eq!(status_of(path, Some(kind)).await.0, 200, "{path} {kind}");
+        }
+    }
+}
+
 struct Call {
     response: h2::client::ResponseFuture,
     /// Its request is open as long as this lives.

@@ -17,7 +17,7 @@ use tonic::{
     body::Body,
     codegen::{
         Service,
-        http::{HeaderMap, Request, Response},
+        http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE},
     },
     service::Routes,
 };
@@ -160,6 +160,8 @@ impl Server {
                 streams.place.cut_off();
             }
             Status::resource_exhausted(format!("{refused}; try again later")).into_http()
+        } else if !is_grpc(request.headers()) {
+            unsupported(request.headers())
         } else {
             let within = timeout_of(request.headers());
             request.extensions_mut().insert(broken);
@@ -175,6 +177,27 @@ impl Server {
         };
         response.map(|body| Answer::new(body, limits.answers.clone(), taking, patience))
     }
+}
+
+/// Whether this is a call, in the encoding that is spoken here.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim_end();
+    ["application/grpc", "application/grpc+proto"].iter().any(|it| kind.eq_ignore_ascii_case(it))
+}
+
+/// The answer to what is no call, as the protocol has it; with a status, for clients that look for one.
+///
+/// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#requests>
+fn unsupported(headers: &HeaderMap) -> Response<Body> {
+    const SHOWN: usize = 64;
+    let kind = headers.get(CONTENT_TYPE).map_or("missing".into(), |kind| {
+        format!("{:?}", String::from_utf8_lossy(&kind.as_bytes()[..kind.len().min(SHOWN)]))
+    });
+    let message = format!("the content-type is {kind}; send application/grpc, with messages in protobuf");
+    let mut response = Status::invalid_argument(message).into_http();
+    *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    response
 }
 
 /// Bytes of headers that always have room: what a stream costs contains them.
@@ -247,7 +270,8 @@ mod tests {
     }
 
     async fn ask(send: &mut SendRequest<Bytes>, path: &str) -> RecvStream {
-        let request = Request::post(format!("http://localhost{path}")).body(()).unwrap();
+        let request = Request::post(format!("http://localhost{path}")).header(CONTENT_TYPE, "application/grpc");
+        let request = request.body(()).unwrap();
         let (response, _) = send.clone().ready().await.unwrap().send_request(request, true).unwrap();
         let response = response.await.unwrap();
         assert_eq!(response.status(), 200);
