@@ -206,6 +206,13 @@ impl State {
     /// So many records that can't be read are told of one by one. More are not remembered, nor told of.
     const MAX_UNREADABLE: usize = 10_000;
 
+    /// Has loops go on from where the clock was set back to.
+    fn follow_clock(&mut self, now: Timestamp) {
+        for name in self.loops.follow_clock(now) {
+            tracing::warn!("loop" = %name, "the clock was set back: its ticks go on from there");
+        }
+    }
+
     /// Tells of a record that can't be read, once.
     fn tell_unreadable(&mut self, unreadable: &Unreadable) {
         let Unreadable { cycle_id, revision, problem } = unreadable;
@@ -1102,7 +1109,7 @@ impl Shared {
         let put = |state: &mut State| {
             // Ticks may have fallen due and been accounted for in between.
             let now = self.clock.now();
-            self.follow_clock(state, now);
+            state.follow_clock(now);
             let entry = state.loops.started(settings.clone(), declared, now).holding(held);
             state.loops.put(entry.clone());
             entry
@@ -1124,7 +1131,7 @@ impl Shared {
             Write { loops: BTreeMap::from([(name.clone(), stored)]), ..Write::default() }
         };
         let put = |state: &mut State| {
-            self.follow_clock(state, self.clock.now());
+            state.follow_clock(self.clock.now());
             let entry = stopped(state)?;
             if entry.declared {
                 state.loops.put(entry.clone());
@@ -1250,7 +1257,7 @@ impl Shared {
                 state.loops.remove(&name);
             }
             let now = self.clock.now();
-            self.follow_clock(state, now);
+            state.follow_clock(now);
             for (settings, held) in loops {
                 let entry = match state.loops.get(&settings.name) {
                     Some(earlier) if earlier.declared && *earlier.settings == settings => continue,
@@ -1297,17 +1304,11 @@ impl Shared {
         }
     }
 
-    fn follow_clock(&self, state: &mut State, now: Timestamp) {
-        for name in state.loops.follow_clock(now) {
-            tracing::warn!("loop" = %name, "the clock was set back: its ticks go on from there");
-        }
-    }
-
     fn fire_due_ticks(&self) {
         let now = self.clock.now();
         let max_queued = self.settings().max_queued;
         let mut state = self.state();
-        self.follow_clock(&mut state, now);
+        state.follow_clock(now);
         for (settings, due_at) in state.loops.due(now) {
             let request = CycleRequest {
                 trigger: Trigger::Loop(settings.name.clone()),

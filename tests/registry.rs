@@ -211,7 +211,10 @@ async fn many_are_registered_at_once_all_or_none_and_survive() {
     // Again, it is nothing new, and a change is one.
     let mut stage = stage.killed().await;
     assert_eq!(registered(&mut stage.client).await.len(), 1000);
-    assert_eq!(register_all(&mut stage.client, all.clone(), None).await.unwrap(), Default::default());
+    assert_eq!(
+        register_all(&mut stage.client, all.clone(), None).await.unwrap(),
+        pb::RegisterSubsystemsResponse::default()
+    );
     let changed = pb::Registration { critical: true, ..all[3].clone() };
     let answer = register_all(&mut stage.client, vec![all[2].clone(), changed], None).await.unwrap();
     assert_eq!((answer.created, answer.replaced), (vec![], vec!["s0003".to_owned()]));

@@ -101,7 +101,7 @@ impl Order {
                 return Err(Ring::across_phases(subsystem, earlier));
             }
         }
-        for waiting in self.waiting_for(name).filter(|waiting| subsystem.phase > waiting.phase) {
+        if let Some(waiting) = self.waiting_for(name).find(|waiting| subsystem.phase > waiting.phase) {
             return Err(Ring::across_phases(waiting, subsystem));
         }
         // Other than that, phases decide between those of different phases.

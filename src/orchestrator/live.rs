@@ -120,6 +120,9 @@ pub struct RunningCycle {
     pub running: usize,
 }
 
+/// What happens from the moment on at which it was taken.
+pub(super) type Events = broadcast::Receiver<Arc<LiveEvent>>;
+
 impl Live {
     /// How long updates are gathered before they are sent together: too short for an eye to see, and long enough
     /// that a large cycle does not become a flood of small messages.
@@ -179,10 +182,7 @@ impl Live {
 
     /// Everything from now on, and how the running cycle stands, with its room. Where there is none, all updates until now are
     /// lost to who joins.
-    pub(super) fn join(
-        &self,
-        room: &Memory,
-    ) -> (Option<(LiveEvent, Option<Held>)>, broadcast::Receiver<Arc<LiveEvent>>) {
+    pub(super) fn join(&self, room: &Memory) -> (Option<(LiveEvent, Option<Held>)>, Events) {
         let mut running = self.lock();
         let now = running.as_mut().map(|running| {
             self.send(running);

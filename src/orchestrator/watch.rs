@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     select,
-    sync::{broadcast, watch},
+    sync::watch,
     task::yield_now,
     time::{Instant, sleep_until},
 };
@@ -20,6 +20,7 @@ use super::{
     Live, LiveCycle, LiveEvent, Refusal, Shared,
     figures::Place,
     history::{Recent, which_have, with_room},
+    live::Events,
 };
 use crate::{
     memory::Held,
@@ -99,7 +100,7 @@ pub struct Watcher {
     /// Read from the store and not yet given, by revision; without those that are not wanted.
     page: VecDeque<(Revision, Option<Found>)>,
     progress: bool,
-    live: Option<broadcast::Receiver<Arc<LiveEvent>>>,
+    live: Option<Events>,
     /// Read and not yet given, because records come before it.
     next_live: Option<Arc<LiveEvent>>,
     /// For how the running cycle stands, until that is given.
