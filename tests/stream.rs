@@ -403,7 +403,7 @@ async fn watchers_that_stall_keep_no_records() {
     const MIB: u64 = 1 << 20;
     let mut stage = Stage::new().await;
     // More than the library gathers before it sends, and less than a page.
-    for (name, bytes) in [("small", 40 << 10), ("large", MIB as usize - (64 << 10))] {
+    for (name, bytes) in [("small", 40 << 10), ("large", (1 << 20) - (64 << 10))] {
         stage.fleet.run(name, Run::large_output(bytes));
         stage.register(name, |it| it.record_output = true).await;
     }
@@ -431,7 +431,7 @@ async fn watchers_that_stall_keep_no_records() {
     for (i, (mut stream, _client)) in stalled.into_iter().enumerate() {
         for n in 0..=LARGE {
             let cycle = decode(next_recorded(&mut stream).await);
-            assert_eq!(cycle.cycle_id as usize, i * (LARGE + 1) + n + 1);
+            assert_eq!(usize::try_from(cycle.cycle_id).unwrap(), i * (LARGE + 1) + n + 1);
         }
     }
 }

@@ -178,7 +178,8 @@ impl Stranger {
         let shown: String = String::from_utf8_lossy(line).chars().take(SHOWN).collect();
         Self(match said {
             [0x15 | 0x16, 0x03, ..] => "it speaks TLS, so give https://".into(),
-            [b'H', b'T', b'T', b'P', b'/', b'1', ..] => {
+            // Of a slow peer no more has come yet.
+            [b'H', b'T', b'T', b'P', ..] => {
                 format!("it speaks HTTP/1 and no gRPC ({shown:?}); give the port of a gRPC server")
             }
             [b'S', b'S', b'H', b'-', ..] => format!("it speaks SSH ({shown:?}); give the port of a gRPC server"),
