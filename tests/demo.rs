@@ -185,3 +185,17 @@ async fn it_keeps_the_record_where_it_is_told_to() {
     demo.signal(Signal::TERM);
     demo.ended().await;
 }
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn it_stops_when_told_to_though_nobody_reads_what_it_prints() {
+    use nix::fcntl::{FcntlArg, fcntl};
+    let args = ["--listen", "127.0.0.1:0", "--interval", "10ms"];
+    let mut demo = Demo::start(&args).await;
+    // The least that a pipe holds: a page, which the lines of some fifty cycles fill.
+    fcntl(demo.lines.get_ref().get_ref(), FcntlArg::F_SETPIPE_SZ(1)).unwrap();
+    let mut client = demo.client().await;
+    patiently("cycles", async { while client.status().await.unwrap().total_cycles < 100 {} }).await;
+    demo.signal(Signal::TERM);
+    assert!(patiently("the demo to end", demo.child.wait()).await.unwrap().success());
+}

@@ -224,7 +224,11 @@ async fn grown_older(which: &str) -> Stage {
     for _ in 0..4 {
         stage.client.run().await.unwrap();
     }
-    let Stage { fleet, home, service, .. } = stage;
+    older(stage, which).await
+}
+
+/// The same after these of its cycles have become an hour older while it was down.
+async fn older(Stage { fleet, home, service, .. }: Stage, which: &str) -> Stage {
     assert!(service.stop().await.success());
     let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
     let older = format!("UPDATE cycles SET finished_at = finished_at - 3600 * 1000000000 WHERE {which}");
@@ -248,4 +252,17 @@ async fn a_clock_that_is_far_ahead_of_the_last_cycle_removes_nothing_at_once() {
     patiently(doubted, async { while !stage.home.log().contains(doubted) {} }).await;
     assert_eq!(ids(&mut stage.client, ListCyclesRequest::default()).await, [4, 3, 2, 1]);
     assert_eq!(stage.service.stop().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn no_more_than_a_batch_is_removed_at_once_for_its_age() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "store.retention.max_age=1h"])).await;
+    for _ in 0..300 {
+        stage.client.run().await.unwrap();
+    }
+    // The last cycle is as young as the clock says that it is, also where the clock is wrong.
+    let mut stage = older(stage, "cycle_id < 300").await;
+    let told = "many records are too old at once";
+    patiently(told, async { while !stage.home.log().contains(told) {} }).await;
+    assert_eq!(stage.client.status().await.unwrap().oldest_revision, 257);
 }

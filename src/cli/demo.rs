@@ -19,7 +19,7 @@ use tokio::{
 use self::fleet::Fleet;
 use super::{
     Exit, Failure,
-    output::{count, parse_positive, print, short},
+    output::{count, parse_positive, print_aside, short},
     remote::Remote,
     watch,
 };
@@ -96,7 +96,7 @@ impl Demo {
                 // Signals are heard before anything is printed.
                 biased;
                 told = told_to_stop() => told.map_err(refused),
-                shown = self.show(address, &greeting) => shown,
+                shown = self.show(address, greeting) => shown,
             };
         };
         // What comes after the first signal cuts the shutdown short.
@@ -149,8 +149,8 @@ impl Demo {
     }
 
     /// Shows the cycles until they are over.
-    async fn show(&self, address: SocketAddr, greeting: &str) -> Result<(), Failure> {
-        print(greeting)?;
+    async fn show(&self, address: SocketAddr, greeting: String) -> Result<(), Failure> {
+        print_aside(greeting).await?;
         let mut recorded = 0;
         let is_last = |event: &pb::CycleEvent| {
             recorded += u64::from(matches!(event.event, Some(Event::Recorded(_))));

@@ -20,6 +20,7 @@ use clap::{
 use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, presets};
 use jiff::{RoundMode, SignedDuration, Span, SpanRelativeTo, Timestamp, TimestampRound, Unit};
 use prost::Message;
+use tokio::task::spawn_blocking;
 
 use super::{Exit, Failure};
 pub(super) use crate::model::text::{clean, escape_json};
@@ -76,6 +77,25 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
         io::ErrorKind::BrokenPipe => Failure::nobody_reads(),
         _ => Failure::new(Exit::Refused, format!("can't write the output: {error}")),
     })
+}
+
+/// The same on a thread of its own: who is told to stop does not wait for a reader that pauses.
+///
+/// # Errors
+/// As of [`print`].
+pub(super) async fn print_aside(text: String) -> Result<(), Failure> {
+    aside(move || print(&text)).await
+}
+
+/// Has a thread of its own do what waits for whoever reads. If this is dropped, the thread is left behind.
+///
+/// # Errors
+/// What `print` says.
+pub(super) async fn aside<T: Send + 'static>(
+    print: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let printed = spawn_blocking(print).await;
+    printed.unwrap_or_else(|error| Err(Failure::new(Exit::Refused, format!("can't write the output: {error}"))))
 }
 
 /// Tells people something beside the output, on stderr.

@@ -8,7 +8,7 @@ use tonic::{Code, Status, Streaming};
 use super::{
     Exit, Failure, known,
     output::{
-        Format, clean, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted, print, short,
+        Format, aside, clean, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted, print, short,
         subsystem_state, telemetry, time, trigger,
     },
     progress::Bar,
@@ -107,7 +107,7 @@ pub(super) async fn follow(
     loop {
         let event = events.next(|text| view.note(text)).await?;
         let is_last = the_last(&event);
-        view.show(event)?;
+        view = aside(move || view.show(event).map(|()| view)).await?;
         if is_last {
             return Ok(());
         }

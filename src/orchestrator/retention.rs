@@ -9,10 +9,11 @@ use tokio::{
 };
 
 use super::Shared;
-use crate::{
-    model::Revision,
-    ports::{Retention, StoreError},
-};
+use crate::ports::{Retention, StoreError};
+
+/// What one pass removes, short enough that a commit hardly waits for it. More than a look finds that has become too old
+/// since the last one.
+const BATCH: usize = 256;
 
 impl Shared {
     /// Removes what is no longer to be kept.
@@ -21,21 +22,23 @@ impl Shared {
         const EVERY: Duration = Duration::from_mins(1);
         /// So many new records are worth a look.
         const RECORDS: u64 = 64;
-        /// One pass, short enough that a commit hardly waits for it.
-        const BATCH: usize = 256;
         let mut newest = self.newest.subscribe();
-        let mut looked_at = Revision::default();
+        let mut looked_at = *newest.borrow();
         let last = self.state().last.as_ref().map(|record| record.finished_at);
         let mut doubt = Doubt::new(last.unwrap_or_else(|| self.clock.now()));
+        let mut is_told = false;
         loop {
-            let now = self.clock.now();
-            let retention = doubt.without_ages_in_doubt(&self.settings().retention, now);
-            match self.store.prune(retention, now, BATCH).await {
-                Ok(pruned) => {
-                    self.state().pruned_to = pruned.pruned_to;
-                    if pruned.removed == BATCH {
-                        continue;
+            match self.look(&mut doubt).await {
+                Ok(removed_for_age) => {
+                    let is_full = removed_for_age == BATCH;
+                    if is_full && !is_told {
+                        tracing::warn!(
+                            removed = BATCH,
+                            "many records are too old at once: no more than these are removed for it at a time, every minute \
+                             and every {RECORDS} cycles; if the clock is wrong, set it right"
+                        );
                     }
+                    is_told = is_full;
                 }
                 // One that has nothing to write learns of it here.
                 Err(error @ (StoreError::Fenced(_) | StoreError::Ended(..))) => self.store_ends(&error),
@@ -53,6 +56,39 @@ impl Shared {
             looked_at = *newest.borrow();
         }
     }
+
+    /// Removes all that are too many, and then one batch of those that are too old, however many there are: the clock may
+    /// be wrong in ways that nothing tells, and somebody may notice. Returns how many were too old.
+    async fn look(&self, doubt: &mut Doubt) -> Result<usize, StoreError> {
+        let now = self.clock.now();
+        let retention = self.settings().retention.clone();
+        let by_number = without_ages(&retention);
+        while self.remove(by_number.clone(), now).await? == BATCH {}
+        match shortest_age(&retention) {
+            Some(shortest) if !doubt.doubts(now, shortest) => self.remove(retention, now).await,
+            _ => Ok(0),
+        }
+    }
+
+    async fn remove(&self, retention: Retention, now: Timestamp) -> Result<usize, StoreError> {
+        let pruned = self.store.prune(retention, now, BATCH).await?;
+        self.state().pruned_to = pruned.pruned_to;
+        Ok(pruned.removed)
+    }
+}
+
+fn shortest_age(Retention { default, by_state }: &Retention) -> Option<Duration> {
+    by_state.values().chain([default]).filter_map(|rule| rule.max_age).min()
+}
+
+/// The same rules, but without those for ages.
+fn without_ages(retention: &Retention) -> Retention {
+    let mut retention = retention.clone();
+    retention.default.max_age = None;
+    for rule in retention.by_state.values_mut() {
+        rule.max_age = None;
+    }
+    retention
 }
 
 /// A clock that leaps forward makes everything old. It may be wrong, and what is removed is gone, so for some time nothing
@@ -75,21 +111,7 @@ impl Doubt {
         Self { shown, at: Instant::now(), until: None }
     }
 
-    /// The same rules, but without those for ages while the clock is in doubt.
-    fn without_ages_in_doubt(&mut self, retention: &Retention, now: Timestamp) -> Retention {
-        let Retention { default, by_state } = retention;
-        let ages = by_state.values().chain([default]).filter_map(|rule| rule.max_age);
-        if !ages.min().is_some_and(|shortest| self.doubts(now, shortest)) {
-            return retention.clone();
-        }
-        let mut retention = retention.clone();
-        retention.default.max_age = None;
-        for rule in retention.by_state.values_mut() {
-            rule.max_age = None;
-        }
-        retention
-    }
-
+    /// Whether nothing is to be removed for its age now.
     fn doubts(&mut self, now: Timestamp, shortest_age: Duration) -> bool {
         let passed = SignedDuration::try_from(self.at.elapsed()).unwrap_or(SignedDuration::MAX);
         let leap = now.duration_since(self.shown).saturating_sub(passed);
