@@ -143,7 +143,9 @@ fn write_field(line: &mut format::Writer<'_>, field: &Field, value: &dyn Debug) 
 }
 
 fn parse(filter: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::builder().parse(filter)
+    /// The HTTP/2 library warns of each connection alone of a flood, which `listen` sums up. Who wants it names it.
+    const QUIET: &str = "h2=off";
+    EnvFilter::builder().parse(format!("{QUIET},{filter}"))
 }
 
 /// By <https://no-color.org>: colour is for terminals, unless `NO_COLOR` is set and not empty.
@@ -235,6 +237,17 @@ mod tests {
         assert!(!written.contains("one"), "{written}");
         assert!(written.contains("two") && written.contains("three"), "{written}");
         assert!(!written.contains('\u{1b}'), "{written}");
+    }
+
+    #[test]
+    fn the_http2_library_is_heard_when_it_is_named() {
+        for (filter, is_heard) in [("info", false), ("debug", false), ("info,h2=warn", true)] {
+            let lines = Lines::default();
+            let to = lines.clone();
+            let (subscriber, _filter) = subscriber(filter, false, false, move || to.clone()).unwrap();
+            tracing::subscriber::with_default(subscriber, || tracing::warn!(target: "h2::proto", "reached"));
+            assert_eq!(lines.take().contains("reached"), is_heard, "{filter}");
+        }
     }
 
     #[test]

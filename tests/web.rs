@@ -235,13 +235,8 @@ async fn an_address_that_is_taken_is_named() {
     assert!(home.log().contains(&format!("can't listen on {address} for the dashboard")), "{}", home.log());
 }
 
-/// What nobody takes is not made without end.
-#[tokio::test]
-async fn answers_that_nobody_takes_have_bounded_room() {
-    /// Each is 6 MB: the JSON of a control character is six times as long as it is.
-    const ASKING: usize = 100;
-    let mut stage = Stage::new().await;
-    let admin = stage.service.admin();
+/// Registers a subsystem whose records are 6 MB as JSON: a control character is six times as long there as it is.
+async fn register_one_with_a_large_output(stage: &mut Stage) {
     let output = common::fleet::to_struct(&serde_json::json!({ "text": "\u{1}".repeat(1 << 20) }));
     let answer = subsystem::RunCycleResponse { output, ..subsystem::RunCycleResponse::default() };
     stage
@@ -251,6 +246,15 @@ async fn answers_that_nobody_takes_have_bounded_room() {
         })
         .await;
     stage.fleet.run("a", Run::Answer(answer));
+}
+
+/// What nobody takes is not made without end.
+#[tokio::test]
+async fn answers_that_nobody_takes_have_bounded_room() {
+    const ASKING: usize = 100;
+    let mut stage = Stage::new().await;
+    let admin = stage.service.admin();
+    register_one_with_a_large_output(&mut stage).await;
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(cycle.state(), pb::CycleState::Succeeded, "{}", cycle.error);
     let mut asking = Vec::new();
@@ -275,10 +279,57 @@ async fn answers_that_nobody_takes_have_bounded_room() {
         refused
             .text()
             .await
-            .contains("the limit of 64 MiB for answers that the admin address's clients have not taken yet is reached")
+            .contains("the limit of 32 MiB for answers that the admin address's clients have not taken yet is reached")
     );
     let (_, most) = stage.service.memory();
     assert!(most < 500 << 20, "{} MB", most >> 20);
     drop(asking);
     assert_eq!(get(admin, "/api/cycles/1").await.json().await["telemetry"]["cycleId"], "1");
+}
+
+/// Neither is what each stream waits with alone.
+#[tokio::test]
+async fn events_that_nobody_takes_have_bounded_room() {
+    /// Of which five have room at a time.
+    const RECORDS: usize = 7;
+    let mut stage = Stage::new().await;
+    let admin = stage.service.admin();
+    register_one_with_a_large_output(&mut stage).await;
+    for _ in 0..RECORDS {
+        stage.client.run().await.unwrap();
+    }
+    let mut given = Vec::new();
+    let mut refused = Vec::new();
+    for revision in 0..RECORDS {
+        let mut events = get(admin, &format!("/api/events?afterRevision={revision}")).await;
+        let line = events.line().await;
+        if line == "event: refused" {
+            refused.push(events);
+        } else {
+            assert_eq!(line, format!("id: {}", revision + 1));
+            given.push(events);
+        }
+    }
+    assert_eq!((given.len(), refused.len()), (5, RECORDS - 5));
+    // It ends with that, and whoever comes again misses nothing once there is room.
+    for mut events in refused {
+        let told = events.line().await;
+        assert!(told.contains("the limit of 32 MiB for events"), "{told}");
+        assert_eq!(events.text().await, "");
+    }
+    // Small ones, and answers, have theirs anyway.
+    let mut newest = get(admin, &format!("/api/events?afterRevision={RECORDS}")).await;
+    assert_eq!([newest.line().await, newest.line().await], [format!("id: {RECORDS}"), "event: bookmark".to_owned()]);
+    assert_eq!(get(admin, "/api/cycles/1").await.status, 200);
+    drop(given);
+    let again = async || get(admin, &format!("/api/events?afterRevision={}", RECORDS - 1)).await.line().await;
+    patiently("room", async { while again().await == "event: refused" {} }).await;
+}
+
+#[tokio::test]
+async fn a_head_of_a_request_that_has_no_end_is_refused() {
+    let stage = Stage::new().await;
+    let long = format!("Cookie: {}", "x".repeat(200 << 10));
+    assert_eq!(send(stage.service.admin(), "GET /", &["Host: localhost", &long]).await.status, 431);
+    assert_eq!(send(stage.service.admin(), "GET /", &["Host: localhost", &long[..20 << 10]]).await.status, 200);
 }

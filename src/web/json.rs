@@ -20,7 +20,7 @@ use tonic_types::StatusExt;
 use super::Parameters;
 use crate::{
     api::Api,
-    memory::{Full, Held, Memory},
+    memory::{Full, Memory},
     model,
     proto::{
         json::{self, JsonError},
@@ -51,6 +51,10 @@ pub(super) struct Answers {
     memory: Memory,
     /// For streams of events.
     streams: Arc<Semaphore>,
+    /// For large events that are not taken yet, so that neither they nor answers keep the other out.
+    memory_for_events: Memory,
+    /// As `large`, for events.
+    large_events: Arc<Semaphore>,
     /// The text of the record that a stream was given last, by its revision: most others are given the same. It is also
     /// their turn, so that however many take no more than one processor from cycles.
     recorded: Arc<Mutex<(u64, Bytes)>>,
@@ -78,40 +82,53 @@ impl Answers {
             asking_subsystems: semaphore(Self::MAX_ASKING_SUBSYSTEMS),
             turn: semaphore(1),
             large: semaphore(1),
-            memory,
+            memory: memory.part("answers that the admin address's clients have not taken yet", memory.max() / 2),
             streams: semaphore(Self::MAX_STREAMS),
+            memory_for_events: memory
+                .part("events that the admin address's clients have not taken yet", memory.max() / 2),
+            large_events: semaphore(1),
             recorded: Arc::new(Mutex::new((0, Bytes::new()))),
         }
     }
 
     /// An event as JSON.
-    async fn event(&self, event: &pb::CycleEvent) -> Result<Bytes, JsonError> {
+    async fn event(&self, event: &pb::CycleEvent) -> Result<Bytes, Status> {
         let is_record = matches!(event.event, Some(Event::Recorded(_)));
+        let bytes = event.encode_to_vec();
+        let is_large = bytes.len() > Self::SMALL;
+        let patience = Instant::now() + Self::PATIENCE;
+        let _large = if is_large { self.large_events.acquire().await.ok() } else { None };
         let mut recorded = self.recorded.lock().await;
         if is_record && recorded.0 == event.revision {
             return Ok(recorded.1.clone());
         }
-        let text: Bytes = json::encode("CycleEvent", &event.encode_to_vec())?.into();
+        let text = json::encode("CycleEvent", &bytes).map_err(internal)?;
+        let text = if is_large {
+            // What is kept for others makes room, and nobody waits for this one but large ones.
+            *recorded = (0, Bytes::new());
+            drop(recorded);
+            let text = hold(&self.memory_for_events, text, patience).await?;
+            recorded = self.recorded.lock().await;
+            text
+        } else {
+            text.into()
+        };
         if is_record {
             *recorded = (event.revision, text.clone());
         }
         Ok(text)
     }
+}
 
-    /// A text that has its room as long as any of it is to be sent.
-    async fn hold(&self, text: String) -> Bytes {
-        struct Text {
-            text: String,
-            _held: Held,
-        }
-        impl AsRef<[u8]> for Text {
-            fn as_ref(&self) -> &[u8] {
-                self.text.as_bytes()
-            }
-        }
-        let held = self.memory.hold(text.capacity()).await;
-        Bytes::from_owner(Text { text, _held: held })
-    }
+/// A text that has its room as long as any of it is to be sent.
+async fn hold(memory: &Memory, text: String, patience: Instant) -> Result<Bytes, Status> {
+    let max = memory.max();
+    // One that is larger than all room takes it all.
+    let held = timeout_at(patience, memory.hold(text.capacity().min(max))).await.map_err(|_| {
+        let full = Full { purpose: memory.purpose(), max };
+        Status::resource_exhausted(format!("{full}; ask for less, or try again later"))
+    })?;
+    Ok(held.around(text.into()))
 }
 
 /// Makes a call and answers with what it answered.
@@ -164,11 +181,7 @@ async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> 
     }
     let patience = Instant::now() + Answers::PATIENCE;
     let _large = answers.large.acquire().await;
-    let text = text.await?;
-    timeout_at(patience, answers.hold(text)).await.map_err(|_| {
-        let full = Full { purpose: answers.memory.purpose(), max: answers.memory.max() };
-        Status::resource_exhausted(format!("{full}; ask for less, or try again later"))
-    })
+    hold(&answers.memory, text.await?, patience).await
 }
 
 pub(super) async fn no_such_path(uri: Uri) -> Response {
@@ -222,7 +235,15 @@ pub(super) async fn events(
         Err(status) => return (CLOSE, refused(&status)).into_response(),
     };
     // Nothing has to keep the stream alive: bookmarks do.
-    let pieces = events.then(move |event| pieces(answers.clone(), event, as_lines));
+    let pieces = stream::unfold(Some((answers, events)), move |open| async move {
+        let (answers, mut events) = open?;
+        Some(match pieces(&answers, events.next().await?, as_lines).await {
+            Ok(pieces) => (pieces, Some((answers, events))),
+            // It ends with that, so that who comes again misses nothing.
+            Err(status) if as_lines => (vec![(error_text(&status).1 + "\n").into()], None),
+            Err(status) => (vec![sse_refused(&status)], None),
+        })
+    });
     let pieces = pieces.flat_map(|pieces| stream::iter(pieces).map(Ok::<_, Infallible>));
     ([(header::CONTENT_TYPE, if as_lines { LINES } else { SSE })], Body::from_stream(pieces)).into_response()
 }
@@ -230,19 +251,11 @@ pub(super) async fn events(
 type Watched = Result<pb::WatchCyclesResponse, Status>;
 
 /// An event as it is sent, in pieces, so that its text is there once however many it waits for.
-async fn pieces(answers: Answers, event: Watched, as_line: bool) -> Vec<Bytes> {
-    let made = async {
-        let event = event?.event.unwrap_or_default();
-        let text = answers.event(&event).await.map_err(internal)?;
-        Ok((event, text))
-    };
-    let (event, text) = match made.await {
-        Ok(made) => made,
-        Err(status) if as_line => return vec![(error_text(&status).1 + "\n").into()],
-        Err(status) => return vec![sse_refused(&status)],
-    };
+async fn pieces(answers: &Answers, event: Watched, as_line: bool) -> Result<Vec<Bytes>, Status> {
+    let event = event?.event.unwrap_or_default();
+    let text = answers.event(&event).await?;
     if as_line {
-        return vec!["{\"event\":".into(), text, "}\n".into()];
+        return Ok(vec!["{\"event\":".into(), text, "}\n".into()]);
     }
     let name = match event.event {
         Some(Event::Recorded(_)) => "recorded",
@@ -251,7 +264,7 @@ async fn pieces(answers: Answers, event: Watched, as_line: bool) -> Vec<Bytes> {
         Some(Event::Progress(_)) => "progress",
         Some(Event::Bookmark(_)) | None => "bookmark",
     };
-    vec![format!("id: {}\nevent: {name}\ndata: ", event.revision).into(), text, "\n\n".into()]
+    Ok(vec![format!("id: {}\nevent: {name}\ndata: ", event.revision).into(), text, "\n\n".into()])
 }
 
 fn sse_refused(status: &Status) -> Bytes {

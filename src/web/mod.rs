@@ -52,6 +52,10 @@ pub(crate) const MAX_CONNECTIONS: usize = 256;
 /// kept out when all are taken.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Bytes of the head of a request: the names of a fleet's filter in its address, and cookies of others on this host. The
+/// library takes 400 KiB by default, of each connection.
+const MAX_HEAD: usize = 32 << 10;
+
 /// The parameters of a URL, in their order.
 type Parameters = Query<Vec<(String, String)>>;
 
@@ -97,7 +101,7 @@ where
         async move { answer.await.map(|response| response.map(|body| Open { body, _busy: busy })) }
     });
     let mut http1 = http1::Builder::new();
-    http1.timer(TokioTimer::new()).header_read_timeout(PATIENCE);
+    http1.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_buf_size(MAX_HEAD);
     let served = http1.serve_connection(TokioIo::new(connection), TowerToHyperService::new(router));
     if let Some(Err(error)) = place.serve(served, http1::Connection::graceful_shutdown, &stop).await {
         tracing::debug!(%error, "a connection has ended");
