@@ -469,6 +469,7 @@ impl StoreError {
             | Self::Linked(..)
             | Self::Copy { .. }
             | Self::LogLeftBehind { .. }
+            | Self::LogAlone(..)
             | Self::Behind { .. }
             | Self::Missing(_)
             | Self::Unreadable(_)
@@ -537,6 +538,12 @@ pub enum StoreError {
         /// Its log.
         log: String,
     },
+    /// It is gone, and its log is not.
+    #[error(
+        "{0} is not there or empty, and its log with the latest records, {1}, is: put the database back in its place, or \
+         move the log away to begin a new one"
+    )]
+    LogAlone(String, String),
     /// It is an older state of a database than the one that was in its place.
     #[error(
         "{path} ends with cycle {has}, and cycle {noted} was acknowledged: an older copy was put in its place. To have it \

@@ -27,7 +27,7 @@ use orchestrator_core::proto::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
     net::TcpListener,
     process::{Child, ChildStderr, ChildStdout, Command},
 };
@@ -616,6 +616,21 @@ async fn who_asks_at_the_wrong_door_is_told_which_one_it_is() {
     let asked = async |address: String| cli.run(&format!("status --address {address}")).await.refused_with(4);
     let dashboard = asked(service.admin().to_string()).await;
     assert!(dashboard.contains("does not speak gRPC: the dashboard has an address of its own"), "{dashboard}");
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let speaks_otherwise = async {
+        let mut peers = Vec::new();
+        loop {
+            let (mut peer, _) = listener.accept().await.unwrap();
+            peer.write_all(b"SSH-2.0-OpenSSH_9.9\r\n").await.unwrap();
+            peers.push(peer);
+        }
+    };
+    let other = tokio::select! {
+        other = asked(address) => other,
+        () = speaks_otherwise => unreachable!("it goes on for ever"),
+    };
+    assert!(other.contains("does not speak gRPC: the dashboard has an address of its own"), "{other}");
     let tls = asked(format!("https://{}", service.address())).await;
     assert!(tls.contains("it does not speak TLS, so give http://"), "{tls}");
     for line in ["cycles show abc", "cycles show 0", "cancel null"] {

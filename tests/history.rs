@@ -228,11 +228,16 @@ async fn grown_older(which: &str) -> Stage {
 }
 
 /// The same after these of its cycles have become an hour older while it was down.
-async fn older(Stage { fleet, home, service, .. }: Stage, which: &str) -> Stage {
+async fn older(stage: Stage, which: &str) -> Stage {
+    let older = format!("UPDATE cycles SET finished_at = finished_at - 3600 * 1000000000 WHERE {which}");
+    changed(stage, &older).await
+}
+
+/// The same after its database was changed while it was down.
+async fn changed(Stage { fleet, home, service, .. }: Stage, change: &str) -> Stage {
     assert!(service.stop().await.success());
     let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
-    let older = format!("UPDATE cycles SET finished_at = finished_at - 3600 * 1000000000 WHERE {which}");
-    database.execute(&older, []).unwrap();
+    database.execute(change, []).unwrap();
     drop(database);
     let service = home.serve().await;
     Stage { client: service.client().await, fleet, home, service }
@@ -243,6 +248,19 @@ async fn retention_by_age_removes_what_is_too_old() {
     let mut stage = grown_older("cycle_id < 3").await;
     pruned_to(&mut stage.client, 3).await;
     assert_eq!(ids(&mut stage.client, ListCyclesRequest::default()).await, [4, 3]);
+}
+
+#[tokio::test]
+async fn a_record_whose_time_can_not_be_read_does_not_keep_others_from_being_removed() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "store.retention.max_cycles=5"])).await;
+    for _ in 0..4 {
+        stage.client.run().await.unwrap();
+    }
+    let mut stage = changed(stage, "UPDATE cycles SET finished_at = 'once' WHERE cycle_id = 2").await;
+    for _ in 0..70 {
+        stage.client.run().await.unwrap();
+    }
+    pruned_to(&mut stage.client, 3).await;
 }
 
 #[tokio::test]

@@ -457,6 +457,22 @@ async fn a_database_that_was_renamed_is_the_same_but_not_without_its_log_nor_by_
 }
 
 #[tokio::test]
+async fn a_log_without_its_database_is_kept_until_the_database_is_back() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    service.kill().await;
+    let elsewhere = home.path("elsewhere.db");
+    fs::rename(home.path("o.db"), &elsewhere).unwrap();
+    for _ in 0..2 {
+        let said = refused(&home).await;
+        assert!(said.contains("put the database back in its place") && said.contains("o.db-wal"), "{said}");
+    }
+    fs::rename(elsewhere, home.path("o.db")).unwrap();
+    assert_eq!(home.serve().await.client().await.run().await.unwrap().cycle_id, 2);
+}
+
+#[tokio::test]
 async fn a_backup_that_is_put_back_in_its_place_is_the_same_database() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();

@@ -227,10 +227,11 @@ impl<F: clap::Args> Remote<F> {
     fn unreachable(&self, why: &str) -> Failure {
         let Address(address) = &self.address;
         let mut why = clean(why);
-        // What TLS says to an answer that is none of its own, and HTTP/2 to a peer that hangs up on it.
+        // What HTTP/2 says to a peer that hangs up on it, and to an answer that is none of its own, as TLS does first.
+        let not_http2 = ["broken pipe", "connection closed", "http2 error", "frame with invalid size"];
         if why.contains("InvalidContentType") {
             why = format!("it does not speak TLS, so give http:// ({why})");
-        } else if ["broken pipe", "connection closed", "http2 error"].iter().any(|said| why.contains(said)) {
+        } else if not_http2.iter().any(|said| why.contains(said)) {
             why = format!("what listens there does not speak gRPC: the dashboard has an address of its own ({why})");
         }
         Failure::new(

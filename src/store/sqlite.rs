@@ -747,8 +747,11 @@ impl Writer {
                     let mut query = transaction.prepare_cached(
                         "SELECT cycle_id, finished_at FROM cycles WHERE state = ?1 ORDER BY cycle_id LIMIT ?2",
                     )?;
+                    // A time that can't be read keeps nobody else's record: it is taken for that of the one before.
+                    let mut at = Timestamp::MIN;
                     let rows = query.query_map([state_number(state), integer(limit as u64)], |row| {
-                        Ok((CycleId(number(row, 0)?), time(row, "finished_at")?))
+                        at = time(row, "finished_at").unwrap_or(at);
+                        Ok((CycleId(number(row, 0)?), at))
                     })?;
                     oldest.extend(rows.collect::<rusqlite::Result<Vec<_>>>()?);
                 }

@@ -43,6 +43,12 @@ impl Place {
         if !lock_file(&database) {
             return Err(StoreError::InUse(path.display().to_string(), ", which has it open by another name".into()));
         }
+        let log = log_of(&path);
+        let has = |file: io::Result<fs::Metadata>| file.is_ok_and(|file| file.len() > 0);
+        // SQLite would remove a log whose database is empty.
+        if !has(database.metadata()) && has(fs::metadata(&log)) {
+            return Err(StoreError::LogAlone(path.display().to_string(), log.display().to_string()));
+        }
         Ok(Self { path, _lock: lock, _database: database })
     }
 }
