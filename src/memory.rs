@@ -116,7 +116,7 @@ impl Memory {
     /// # Errors
     /// They don't fit under this limit, or under one that it stands under.
     pub fn try_hold(&self, bytes: usize) -> Result<Held, Full> {
-        self.add(bytes)?;
+        self.add(bytes).map_err(Self::full)?;
         Ok(Held { memory: self.clone(), bytes })
     }
 
@@ -132,40 +132,41 @@ impl Memory {
     /// Holds `bytes` once they fit. Waits for ever if they are more than the limit: bound the wait, or the bytes.
     pub async fn hold(&self, bytes: usize) -> Held {
         loop {
-            // Registered first, so that what is given back in between is not missed.
-            let own = self.0.freed.notified();
-            let whole = async {
-                match &self.0.whole {
-                    Some(whole) => whole.0.freed.notified().await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::pin!(own, whole);
-            own.as_mut().enable();
-            let held = self.try_hold(bytes);
-            if let Ok(held) = held {
-                return held;
-            }
-            tokio::select! {
-                () = own => {}
-                () = whole => {}
+            let Err(full) = self.add(bytes) else { break };
+            // Only of the limit that is reached is it of any use to hear: others are given back to all the time.
+            let freed = full.0.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            // Once more, for what was given back in between would be missed.
+            match self.add(bytes) {
+                Ok(()) => break,
+                Err(still) if std::ptr::eq(still, full) => freed.await,
+                Err(_) => {}
             }
         }
+        Held { memory: self.clone(), bytes }
     }
 
-    fn add(&self, bytes: usize) -> Result<(), Full> {
+    /// Fails with the limit that is reached, of this one and those that it stands under.
+    fn add(&self, bytes: usize) -> Result<(), &Self> {
         let max = self.max();
         let fits = |held: usize| held.checked_add(bytes).filter(|held| *held <= max);
         if self.0.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_err() {
-            return Err(Full { purpose: self.0.purpose, max });
+            return Err(self);
         }
         if let Some(whole) = &self.0.whole
             && let Err(full) = whole.add(bytes)
         {
             self.0.held.fetch_sub(bytes, Ordering::Relaxed);
+            // Others may have found no room for it meanwhile.
+            self.0.freed.notify_waiters();
             return Err(full);
         }
         Ok(())
+    }
+
+    fn full(&self) -> Full {
+        Full { purpose: self.purpose(), max: self.max() }
     }
 
     fn give_back(&self, bytes: usize) {
@@ -263,7 +264,7 @@ impl Held {
         match bytes.checked_sub(self.bytes) {
             // Where the limit was lowered, what is held already is more than it, and stays.
             Some(0) => {}
-            Some(more) => self.memory.add(more)?,
+            Some(more) => self.memory.add(more).map_err(Memory::full)?,
             None => self.memory.give_back(self.bytes - bytes),
         }
         self.bytes = bytes;
@@ -324,6 +325,11 @@ impl fmt::Display for Size {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        pin::pin,
+        task::{Context, Wake},
+    };
+
     use super::*;
 
     #[test]
@@ -402,5 +408,30 @@ mod tests {
         assert!(!waiting.is_finished());
         others.resize(5).unwrap();
         assert_eq!(waiting.await.unwrap().bytes(), 5);
+    }
+
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn who_waits_for_one_limit_is_not_woken_by_others() {
+        let whole = Memory::whole(100);
+        let (requests, answers) = (whole.part("requests", 10), whole.part("answers", 10));
+        let held = answers.try_hold(10).unwrap();
+        let woken = Arc::new(Woken(AtomicUsize::new(0)));
+        let waker = Arc::clone(&woken).into();
+        let cx = &mut Context::from_waker(&waker);
+        let mut waiting = pin!(answers.hold(5));
+        assert!(waiting.as_mut().poll(cx).is_pending());
+        drop(requests.try_hold(5).unwrap());
+        assert_eq!(woken.0.load(Ordering::Relaxed), 0);
+        drop(held);
+        assert_eq!(woken.0.load(Ordering::Relaxed), 1);
+        assert!(waiting.as_mut().poll(cx).is_ready());
     }
 }

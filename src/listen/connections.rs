@@ -18,7 +18,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     select,
     sync::{OwnedSemaphorePermit, Semaphore},
-    task::JoinSet,
+    task::{JoinSet, coop},
     time::{Instant, Sleep, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -386,6 +386,18 @@ impl<S> Connection<S> {
     }
 }
 
+/// Takes steps of the task's turn for what was read. By itself a read is one step of 128, so that a megabyte of small frames
+/// would be one turn, for which the other connections wait.
+fn end_turn_sooner(cx: &mut Context<'_>, bytes: usize) {
+    const STEP: usize = 512;
+    for _ in 0..bytes / STEP {
+        match coop::poll_proceed(cx) {
+            Poll::Ready(step) => step.made_progress(),
+            Poll::Pending => break,
+        }
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
@@ -399,9 +411,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
             }
         }
         let read = ready!(read);
-        if buf.filled().len() == before {
+        let bytes = buf.filled().len() - before;
+        if bytes == 0 {
             self.broken.set();
         }
+        end_turn_sooner(cx, bytes);
         Poll::Ready(self.broken.note(read))
     }
 }
@@ -478,6 +492,23 @@ mod tests {
         let (connection, sent) = sent.await.unwrap();
         assert_eq!(sent.unwrap_err().kind(), io::ErrorKind::TimedOut);
         assert!(connection.broken.is_set());
+    }
+
+    #[tokio::test]
+    async fn who_sends_without_end_lets_others_have_their_turn() {
+        let mut connection = Connection::of(tokio::io::repeat(0)).await;
+        let mut buf = vec![0; 8 << 10];
+        let mut read = 0;
+        std::future::poll_fn(|cx| {
+            let mut buf = ReadBuf::new(&mut buf);
+            while Pin::new(&mut connection).poll_read(cx, &mut buf).is_ready() {
+                read += buf.filled().len();
+                buf.clear();
+            }
+            Poll::Ready(())
+        })
+        .await;
+        assert!((1..=64 << 10).contains(&read), "{read}");
     }
 
     #[cfg(target_os = "linux")]
