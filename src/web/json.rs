@@ -74,7 +74,7 @@ impl Answers {
     /// have to wait for it.
     const PATIENCE: Duration = Duration::from_secs(1);
 
-    pub(super) fn new(api: Api, memory: Memory) -> Self {
+    pub(super) fn new(api: Api, memory: &Memory) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
         Self {
             api,

@@ -81,7 +81,7 @@ impl Web {
     ) {
         let Self { api, metrics, memory, beyond_loopback } = self;
         let router = routes()
-            .with_state(Answers::new(api, memory))
+            .with_state(Answers::new(api, &memory))
             .route("/metrics", get(scrape).with_state(metrics))
             .layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
         let serve = |connection| serve_connection(connection, router.clone(), stop.clone());

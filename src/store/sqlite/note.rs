@@ -4,12 +4,7 @@
 //! The note is written after each durable commit, and does not wait for the disk: it survives the death of the process, as
 //! do the writes that it tells of. The loss of power may take it back to an earlier one, never ahead of the database.
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    os::unix::fs::FileExt,
-    path::Path,
-};
+use std::{fs::File, io, os::unix::fs::FileExt, path::Path, str};
 
 use super::place::beside;
 use crate::model::{CycleId, Revision};
@@ -32,12 +27,14 @@ impl Note {
     /// The note beside this database, and what it says; `None` where it says nothing that can be read.
     pub(super) fn open(database: &Path) -> io::Result<(Self, Option<Mark>)> {
         /// More than it ever holds.
-        const MAX: u64 = 1 << 10;
+        const MAX: usize = 1 << 10;
         let path = beside(database, ".last");
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
-        let mut text = String::new();
-        let read = (&file).take(MAX).read_to_string(&mut text);
-        Ok((Self(file), read.ok().and_then(|_| Mark::parse(&text))))
+        let mut bytes = [0; MAX];
+        // At a position, which a pipe that is in this place does not have: it would keep us waiting.
+        let read = file.read_at(&mut bytes, 0).unwrap_or_default();
+        let text = str::from_utf8(&bytes[..read]).unwrap_or_default();
+        Ok((Self(file), Mark::parse(text)))
     }
 
     /// Notes it, in the place of what was noted before.
@@ -74,5 +71,17 @@ mod tests {
             assert_eq!(Mark::parse(&text[..end]), None);
         }
         assert_eq!(Mark::parse(&"\0".repeat(96)), None);
+    }
+
+    #[test]
+    fn a_pipe_in_the_place_of_a_note_says_nothing_and_is_not_waited_for() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let directory = tempfile::tempdir().unwrap();
+        let database = directory.path().join("o.db");
+        mknodat(CWD, beside(&database, ".last"), FileType::Fifo, Mode::RWXU, 0).unwrap();
+        let (note, noted) = Note::open(&database).unwrap();
+        assert_eq!(noted, None);
+        let mark = Mark { id: [7; 16], commits: 1, last_cycle_id: CycleId(1), last_revision: Revision(1) };
+        assert!(note.write(&mark).is_err());
     }
 }
