@@ -131,8 +131,7 @@ impl Memory {
 
     /// Holds `bytes` once they fit. Waits for ever if they are more than the limit: bound the wait, or the bytes.
     pub async fn hold(&self, bytes: usize) -> Held {
-        loop {
-            let Err(full) = self.add(bytes) else { break };
+        while let Err(full) = self.add(bytes) {
             // Only of the limit that is reached is it of any use to hear: others are given back to all the time.
             let freed = full.0.freed.notified();
             tokio::pin!(freed);
