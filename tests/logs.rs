@@ -264,6 +264,6 @@ async fn on_a_terminal_lines_are_for_people() {
         BufReader::new(File::from(terminal)).read_line(&mut line).map(|_| line)
     });
     let line = patiently("the first line of the log", read).await.unwrap().unwrap();
-    assert!(line.contains("INFO") && line.contains("store opened") && !line.starts_with('{'), "{line:?}");
+    assert!(line.contains("INFO") && line.contains("orchestrator_core::serve") && !line.starts_with('{'), "{line:?}");
     service.kill().await.unwrap();
 }

@@ -13,6 +13,7 @@ use common::{
     patiently,
     service::{Client, Home, because, decode, invalid, ms, next_event, next_recorded, part, reason},
 };
+use futures_util::future::join_all;
 use orchestrator_core::proto::orchestrator::v1::{
     self as pb, CycleState, SubsystemState, Trigger, WatchCyclesRequest, cycle_event::Event,
 };
@@ -434,4 +435,32 @@ async fn watchers_that_stall_keep_no_records() {
             assert_eq!(usize::try_from(cycle.cycle_id).unwrap(), i * (LARGE + 1) + n + 1);
         }
     }
+}
+
+#[tokio::test]
+async fn watchers_that_wait_keep_nothing_of_what_they_have_taken() {
+    const WATCHERS: u64 = 48;
+    const MIB: u64 = 1 << 20;
+    let mut stage = Stage::new().await;
+    stage.fleet.run("large", Run::large_output((1 << 20) - (64 << 10)));
+    stage.register("large", |it| it.record_output = true).await;
+    // On a connection of their own, whose window they fill until they are read.
+    let mut client = stage.service.client().await;
+    let mut streams = Vec::new();
+    for _ in 0..WATCHERS {
+        let mut stream = client.watch_after(0).await.unwrap();
+        // From here on it waits.
+        assert!(matches!(next_event(&mut stream).await.unwrap().event, Some(Event::Bookmark(_))));
+        streams.push(stream);
+    }
+    let (before, _) = stage.service.memory();
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+    join_all(streams.iter_mut().map(next_recorded)).await;
+    // The allocator gives pages back after a while.
+    let keeps_little = async {
+        while stage.service.memory().0.saturating_sub(before) > WATCHERS * MIB / 2 {
+            stage.client.status().await.unwrap();
+        }
+    };
+    patiently("what was taken to be given back", keeps_little).await;
 }

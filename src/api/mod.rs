@@ -3,8 +3,9 @@
 mod error;
 mod request;
 mod response;
+mod streaming;
 
-use std::{panic::resume_unwind, pin::Pin, sync::Arc};
+use std::{convert::Infallible, panic::resume_unwind, pin::Pin, sync::Arc};
 
 use futures_util::{Stream, stream};
 use jiff::Timestamp;
@@ -13,10 +14,10 @@ use tokio::{
     sync::Semaphore,
     task::{spawn_blocking, yield_now},
 };
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, body::Body, codegen::http, server::NamedService};
 
-use self::error::status;
 pub use self::response::{plan, registration};
+use self::{error::status, streaming::Watching};
 use crate::{
     memory::{Held, Memory},
     model::Name,
@@ -34,9 +35,25 @@ use crate::{
 const MAX_ANSWER: usize = 3 << 20;
 
 /// Serves these RPCs; requests may have this many bytes.
-pub fn service(api: Api, max_request_bytes: usize) -> OrchestratorServer<impl Service> {
-    OrchestratorServer::new(api).max_decoding_message_size(max_request_bytes)
+pub fn service(
+    api: Api,
+    max_request_bytes: usize,
+) -> impl tonic::codegen::Service<
+    http::Request<Body>,
+    Response = http::Response<Body>,
+    Error = Infallible,
+    Future: Send + 'static,
+> + NamedService
++ Clone
++ Send
++ Sync
++ 'static {
+    let others = OrchestratorServer::new(api.clone()).max_decoding_message_size(max_request_bytes);
+    Watching { others, api, max_request_bytes }
 }
+
+/// What `WatchCycles` answers.
+type Events = Pin<Box<dyn Stream<Item = Result<pb::WatchCyclesResponse, Status>> + Send>>;
 
 /// The service's RPCs. All clones share their bounds.
 #[derive(Clone)]
@@ -208,7 +225,7 @@ impl Service for Api {
         Ok(Response::new(pb::GetStatusResponse { status: Some(answer) }))
     }
 
-    type WatchCyclesStream = Pin<Box<dyn Stream<Item = Result<pb::WatchCyclesResponse, Status>> + Send>>;
+    type WatchCyclesStream = Events;
 
     async fn watch_cycles(&self, request: Request<pb::WatchCyclesRequest>) -> Answer<Self::WatchCyclesStream> {
         let (from, filter, progress) = request::watch(request.into_inner()).map_err(invalid)?;
