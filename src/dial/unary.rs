@@ -200,7 +200,7 @@ fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed
             return Failed::CutOff;
         }
         if is_own {
-            let error = if seen.header_bytes() > MAX_HEADERS as usize / 2 {
+            let error = if seen.had_large_headers(stream) {
                 outcome::too_large(format!("its headers or its error text are over {MAX_HEADERS} bytes"))
             } else {
                 outcome::broken(format!("its answer breaks HTTP/2: {error}"))

@@ -5,11 +5,12 @@
 //! Frames are those of RFC 9113, section 4.1; a server's first one is SETTINGS (section 3.4).
 
 use std::{
+    collections::VecDeque,
     error::Error,
     fmt, io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
@@ -17,6 +18,8 @@ use std::{
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::connection::MAX_HEADERS;
 
 /// The bytes in the head of a frame.
 const HEAD: usize = 9;
@@ -42,6 +45,9 @@ pub(super) struct Seen {
     is_settled: AtomicBool,
     stream: AtomicU32,
     header_bytes: AtomicUsize,
+    /// The latest streams with blocks of headers over half the limit: their calls learn of the end later than others may
+    /// send the next block.
+    large_headers: Mutex<VecDeque<u32>>,
     last_processed: AtomicU32,
 }
 
@@ -51,6 +57,7 @@ impl Default for Seen {
             is_settled: AtomicBool::new(false),
             stream: AtomicU32::new(0),
             header_bytes: AtomicUsize::new(0),
+            large_headers: Mutex::default(),
             last_processed: AtomicU32::new(u32::MAX),
         }
     }
@@ -68,8 +75,23 @@ impl Seen {
     }
 
     /// Bytes of the block of headers that was read last, as far as it has come.
-    pub(super) fn header_bytes(&self) -> usize {
+    fn header_bytes(&self) -> usize {
         self.header_bytes.load(Ordering::Relaxed)
+    }
+
+    /// The peer has sent a large block of headers on this stream, of late.
+    pub(super) fn had_large_headers(&self, stream: u32) -> bool {
+        self.large_headers.lock().unwrap_or_else(PoisonError::into_inner).contains(&stream)
+    }
+
+    fn note_large_headers(&self, stream: u32) {
+        /// More don't end between one call's trailers and its waking up.
+        const REMEMBERED: usize = 256;
+        let mut large = self.large_headers.lock().unwrap_or_else(PoisonError::into_inner);
+        if large.front() != Some(&stream) {
+            large.truncate(REMEMBERED - 1);
+            large.push_front(stream);
+        }
     }
 
     /// The peer has said that it takes no more calls on this connection.
@@ -147,6 +169,9 @@ impl Frames {
             let before = if kind == CONTINUATION { self.seen.header_bytes() } else { 0 };
             if kind == HEADERS || kind == CONTINUATION {
                 self.seen.header_bytes.store(before + payload, Ordering::Relaxed);
+                if before + payload > MAX_HEADERS as usize / 2 {
+                    self.seen.note_large_headers(self.seen.stream());
+                }
             }
         }
         if kind == GOAWAY && had < GOAWAY_HEAD && self.read >= GOAWAY_HEAD {
