@@ -333,3 +333,27 @@ async fn a_head_of_a_request_that_has_no_end_is_refused() {
     assert_eq!(send(stage.service.admin(), "GET /", &["Host: localhost", &long]).await.status, 431);
     assert_eq!(send(stage.service.admin(), "GET /", &["Host: localhost", &long[..20 << 10]]).await.status, 200);
 }
+
+#[tokio::test]
+async fn a_record_of_more_values_than_are_made_into_json_is_passed_over() {
+    const NULLS: usize = 150_000;
+    let mut stage = Stage::new().await;
+    let admin = stage.service.admin();
+    let (_, before) = stage.service.memory();
+    stage.fleet.run("nulls", Run::output(&serde_json::json!({ "list": vec![Value::Null; NULLS] })));
+    stage.register("nulls", |it| it.record_output = true).await;
+    stage.client.run().await.unwrap();
+    let refused = get(admin, "/api/cycles/1").await;
+    assert_eq!(refused.status, 429);
+    let refused = refused.text().await;
+    assert!(refused.contains("more than 140000 values") && refused.contains("ask by gRPC"), "{refused}");
+    let mut events = get(admin, "/api/events?fromOldest=true").await;
+    assert_eq!([events.line().await, events.line().await], ["id: 1", "event: unreadable"]);
+    let (_, most) = stage.service.memory();
+    // All of them as messages would be 130 MiB.
+    assert!(most - before < 64 << 20, "{} MiB more", (most - before) >> 20);
+    // Others are given.
+    stage.fleet.run("nulls", Run::Echo);
+    stage.client.run().await.unwrap();
+    assert_eq!(get(admin, "/api/cycles/2").await.status, 200);
+}

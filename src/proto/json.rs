@@ -4,7 +4,11 @@
 
 use std::collections::HashMap;
 
-use prost::Message;
+use bytes::Buf;
+use prost::{
+    DecodeError, Message,
+    encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field},
+};
 use prost_reflect::{DynamicMessage, Kind, MessageDescriptor, SerializeOptions};
 use serde_json::Value;
 
@@ -18,7 +22,10 @@ pub enum JsonError {
     NoMessage(String),
     /// The bytes are none.
     #[error("no {0}: {1}")]
-    Bytes(&'static str, prost::DecodeError),
+    Bytes(&'static str, DecodeError),
+    /// It holds more messages than are made into JSON.
+    #[error("it holds more than {MAX_MESSAGES} values, which is too much for JSON; ask by gRPC")]
+    TooLarge,
     /// It can't be written.
     #[error("{0}")]
     Json(#[from] serde_json::Error),
@@ -48,15 +55,58 @@ pub enum JsonError {
     },
 }
 
+/// The most messages in one that is made into JSON, itself and the values of each `Struct` included. Each takes almost
+/// 1 KiB meanwhile, so that all of them are 128 MiB at most.
+pub const MAX_MESSAGES: usize = 140_000;
+
 /// An encoded message as canonical proto JSON, on one line. `kind` is its name in `dreamnet.orchestrator.v1`.
 ///
 /// # Errors
-/// The bytes are no such message.
+/// The bytes are no such message, or it holds more than [`MAX_MESSAGES`].
 pub fn encode(kind: &'static str, bytes: &[u8]) -> Result<String, JsonError> {
-    let message = DynamicMessage::decode(descriptor(kind)?, bytes).map_err(|error| JsonError::Bytes(kind, error))?;
+    let descriptor = descriptor(kind)?;
+    count(&descriptor, bytes, &mut 0).map_err(|unread| match unread {
+        Uncounted::TooMany => JsonError::TooLarge,
+        Uncounted::Malformed(error) => JsonError::Bytes(kind, error),
+    })?;
+    let message = DynamicMessage::decode(descriptor, bytes).map_err(|error| JsonError::Bytes(kind, error))?;
     let mut text = Vec::new();
     message.serialize_with_options(&mut serde_json::Serializer::new(&mut text), &SerializeOptions::new())?;
     Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// Why messages were not counted to the end.
+enum Uncounted {
+    TooMany,
+    Malformed(DecodeError),
+}
+
+impl From<DecodeError> for Uncounted {
+    fn from(error: DecodeError) -> Self {
+        Self::Malformed(error)
+    }
+}
+
+/// Adds how many messages there are in this one, itself included. Looks at the encoded form, before anything is built.
+fn count(of: &MessageDescriptor, mut bytes: &[u8], messages: &mut usize) -> Result<(), Uncounted> {
+    *messages += 1;
+    if *messages > MAX_MESSAGES {
+        return Err(Uncounted::TooMany);
+    }
+    while bytes.has_remaining() {
+        let (number, wire_type) = decode_key(&mut bytes)?;
+        let inner = of.get_field(number).map(|field| field.kind());
+        if let (WireType::LengthDelimited, Some(Kind::Message(inner))) = (wire_type, inner) {
+            let length = usize::try_from(decode_varint(&mut bytes)?).unwrap_or(usize::MAX);
+            // One that ends early is told of by whoever decodes it.
+            let Some((message, rest)) = bytes.split_at_checked(length) else { return Ok(()) };
+            count(&inner, message, messages)?;
+            bytes = rest;
+        } else {
+            skip_field(wire_type, number, &mut bytes, DecodeContext::default())?;
+        }
+    }
+    Ok(())
 }
 
 /// The message that the parameters of a URL stand for: names are those of fields, as in JSON or as in the contract; a
@@ -162,6 +212,20 @@ mod tests {
         );
         let twice = list(&[("pageSize", "5"), ("page_size", "5")]).unwrap_err();
         assert_eq!(twice.to_string(), "page_size is given more than once; give it once");
+    }
+
+    #[test]
+    fn what_holds_too_many_values_is_refused_before_they_are_built() {
+        // A list of nulls in the output of a subsystem, each of 4 bytes.
+        let with_nulls = |nulls: usize| {
+            let list = serde_json::json!({ "list": vec![serde_json::Value::Null; nulls] });
+            let output = crate::model::Payload::from_json(list.as_object().unwrap()).unwrap().as_bytes().clone();
+            let part = pb::SubsystemTelemetry { output, ..Default::default() };
+            let record = pb::CycleTelemetry { subsystems: vec![part], ..Default::default() };
+            encode("CycleTelemetry", &record.encode_to_vec())
+        };
+        assert!(with_nulls(1000).unwrap().contains("null"));
+        assert!(matches!(with_nulls(MAX_MESSAGES), Err(JsonError::TooLarge)));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! RPCs as JSON: parameters become a request, its answer becomes a body.
 
-use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
+use std::{convert::Infallible, future::Future, panic::resume_unwind, sync::Arc, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
@@ -12,6 +12,7 @@ use futures_util::{StreamExt, stream};
 use prost::Message;
 use tokio::{
     sync::{Mutex, Semaphore},
+    task::spawn_blocking,
     time::{Instant, timeout_at},
 };
 use tonic::{Code, Request, Status};
@@ -57,7 +58,14 @@ pub(super) struct Answers {
     large_events: Arc<Semaphore>,
     /// The text of the record that a stream was given last, by its revision: most others are given the same. It is also
     /// their turn, so that however many take no more than one processor from cycles.
-    recorded: Arc<Mutex<(u64, Bytes)>>,
+    recorded: Arc<Mutex<(u64, Named)>>,
+}
+
+/// The JSON of an event, and what a stream calls it.
+#[derive(Clone, Default)]
+struct Named {
+    name: &'static str,
+    text: Bytes,
 }
 
 impl Answers {
@@ -87,12 +95,29 @@ impl Answers {
             memory_for_events: memory
                 .part("events that the admin address's clients have not taken yet", memory.max() / 2),
             large_events: semaphore(1),
-            recorded: Arc::new(Mutex::new((0, Bytes::new()))),
+            recorded: Arc::default(),
         }
     }
 
+    /// Makes JSON: where it may take longer than a millisecond, aside, one after the other.
+    async fn make(&self, kind: &'static str, bytes: Vec<u8>) -> Result<String, JsonError> {
+        if bytes.len() <= Self::SMALL {
+            return json::encode(kind, &bytes);
+        }
+        let turn = self.turn.clone().acquire_owned().await;
+        let made = spawn_blocking(move || {
+            let _turn = turn;
+            json::encode(kind, &bytes)
+        });
+        made.await.unwrap_or_else(|ended| match ended.try_into_panic() {
+            Ok(panic) => resume_unwind(panic),
+            // The process ends.
+            Err(_) => Err(JsonError::TooLarge),
+        })
+    }
+
     /// An event as JSON.
-    async fn event(&self, event: &pb::CycleEvent) -> Result<Bytes, Status> {
+    async fn event(&self, event: &pb::CycleEvent) -> Result<Named, Status> {
         let is_record = matches!(event.event, Some(Event::Recorded(_)));
         let bytes = event.encode_to_vec();
         let is_large = bytes.len() > Self::SMALL;
@@ -102,10 +127,18 @@ impl Answers {
         if is_record && recorded.0 == event.revision {
             return Ok(recorded.1.clone());
         }
-        let text = json::encode("CycleEvent", &bytes).map_err(internal)?;
+        let (name, text) = match self.make("CycleEvent", bytes).await {
+            // The stream goes on past it.
+            Err(JsonError::TooLarge) => {
+                let instead = unwritable(event);
+                (name_of(&instead), self.make("CycleEvent", instead.encode_to_vec()).await)
+            }
+            made => (name_of(event), made),
+        };
+        let text = text.map_err(failed)?;
         let text = if is_large {
             // What is kept for others makes room, and nobody waits for this one but large ones.
-            *recorded = (0, Bytes::new());
+            *recorded = Default::default();
             drop(recorded);
             let text = hold(&self.memory_for_events, text, patience).await?;
             recorded = self.recorded.lock().await;
@@ -113,10 +146,11 @@ impl Answers {
         } else {
             text.into()
         };
+        let named = Named { name, text };
         if is_record {
-            *recorded = (event.revision, text.clone());
+            *recorded = (event.revision, named.clone());
         }
-        Ok(text)
+        Ok(named)
     }
 }
 
@@ -171,17 +205,13 @@ where
 }
 
 async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> Result<Bytes, Status> {
-    let bytes = answer.encode_to_vec();
-    let text = async {
-        let _turn = answers.turn.acquire().await;
-        json::encode(kind, &bytes).map_err(internal)
-    };
-    if bytes.len() <= Answers::SMALL {
-        return text.await.map(Bytes::from);
+    if answer.encoded_len() <= Answers::SMALL {
+        return answers.make(kind, answer.encode_to_vec()).await.map(Bytes::from).map_err(failed);
     }
     let patience = Instant::now() + Answers::PATIENCE;
     let _large = answers.large.acquire().await;
-    hold(&answers.memory, text.await?, patience).await
+    let text = answers.make(kind, answer.encode_to_vec()).await.map_err(failed)?;
+    hold(&answers.memory, text, patience).await
 }
 
 pub(super) async fn no_such_path(uri: Uri) -> Response {
@@ -253,27 +283,46 @@ type Watched = Result<pb::WatchCyclesResponse, Status>;
 /// An event as it is sent, in pieces, so that its text is there once however many it waits for.
 async fn pieces(answers: &Answers, event: Watched, as_line: bool) -> Result<Vec<Bytes>, Status> {
     let event = event?.event.unwrap_or_default();
-    let text = answers.event(&event).await?;
+    let Named { name, text } = answers.event(&event).await?;
     if as_line {
         return Ok(vec!["{\"event\":".into(), text, "}\n".into()]);
     }
-    let name = match event.event {
+    Ok(vec![format!("id: {}\nevent: {name}\ndata: ", event.revision).into(), text, "\n\n".into()])
+}
+
+/// What a stream of events calls this one.
+fn name_of(event: &pb::CycleEvent) -> &'static str {
+    match event.event {
         Some(Event::Recorded(_)) => "recorded",
         Some(Event::Unreadable(_)) => "unreadable",
         Some(Event::Started(_)) => "started",
         Some(Event::Progress(_)) => "progress",
         Some(Event::Bookmark(_)) | None => "bookmark",
-    };
-    Ok(vec![format!("id: {}\nevent: {name}\ndata: ", event.revision).into(), text, "\n\n".into()])
+    }
 }
 
 fn sse_refused(status: &Status) -> Bytes {
     format!("event: refused\ndata: {}\n\n", error_text(status).1).into()
 }
 
+/// Why there is no JSON of an answer.
 #[allow(clippy::needless_pass_by_value, reason = "it is for `map_err`")]
-fn internal(error: JsonError) -> Status {
-    Status::internal(error.to_string())
+fn failed(error: JsonError) -> Status {
+    match error {
+        JsonError::TooLarge => Status::resource_exhausted(error.to_string()),
+        error => Status::internal(error.to_string()),
+    }
+}
+
+/// What stands in the place of a record of which there is no JSON.
+fn unwritable(event: &pb::CycleEvent) -> pb::CycleEvent {
+    let record = match &event.event {
+        Some(Event::Recorded(record)) => pb::CycleTelemetry::decode(record.clone()).unwrap_or_default(),
+        _ => pb::CycleTelemetry::default(),
+    };
+    let problem = JsonError::TooLarge.to_string();
+    let unreadable = pb::UnreadableCycle { cycle_id: record.cycle_id, revision: event.revision, problem };
+    pb::CycleEvent { revision: event.revision, event: Some(Event::Unreadable(unreadable)) }
 }
 
 fn invalid(error: &JsonError) -> Status {
