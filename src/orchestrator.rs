@@ -144,6 +144,8 @@ struct Shared {
     settings: Mutex<Arc<Settings>>,
     /// For registrations and loops.
     memory: Memory,
+    /// For requests whose cycles wait or run.
+    requests: Memory,
     clock: Clock,
     started_at: Timestamp,
     started: Instant,
@@ -454,6 +456,7 @@ impl Orchestrator {
             history: memory.history.clone(),
             settings: Mutex::new(Arc::new(settings)),
             memory: memory.registry.clone(),
+            requests: memory.requests.clone(),
             clock,
             started_at: now,
             started: Instant::now(),
@@ -861,8 +864,18 @@ impl Shared {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Room for a request as long as its cycle waits or runs. Small ones need none: their number is bounded.
+    fn room_of(&self, request: &CycleRequest) -> Result<Option<Held>, Refusal> {
+        const SMALL: usize = 4 << 10;
+        match self.requests.try_hold(request.footprint()) {
+            Err(full) if request.footprint() > SMALL => Err(full.into()),
+            held => Ok(held.ok()),
+        }
+    }
+
     async fn admit_once(&self, mut request: CycleRequest) -> Result<Found, Refusal> {
         let max_queued = self.settings().max_queued;
+        let mut room = self.room_of(&request)?;
         let mut looked_at = None;
         let mut is_checked = request.subset.is_none();
         loop {
@@ -874,7 +887,7 @@ impl Shared {
                 // A cycle that was recorded since the history was looked into may be the one.
                 let is_new = request.request_id.is_none() || looked_at == Some(state.last_revision);
                 if is_new && is_checked {
-                    let admitted = state.admit(request, max_queued)?;
+                    let admitted = state.admit(request, room.take(), max_queued)?;
                     drop(state);
                     self.queue_changed.notify_one();
                     return Ok(Found::Admitted(admitted));
@@ -1321,7 +1334,7 @@ impl Shared {
                 record_outputs: settings.record_outputs,
                 trace: None,
             };
-            let (disposition, cycle_id) = match state.admit(request, max_queued) {
+            let (disposition, cycle_id) = match state.admit(request, None, max_queued) {
                 Ok(admitted) => (TickDisposition::Ran, Some(admitted.cycle_id)),
                 Err(Refusal::CycleRunning(_)) => (TickDisposition::Skipped, None),
                 Err(Refusal::CycleWaiting(_)) => (TickDisposition::Coalesced, None),

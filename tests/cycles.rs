@@ -1104,3 +1104,28 @@ async fn a_cycle_that_a_kill_interrupts_is_recorded_at_the_next_start() {
     let bookmark = common::service::next_event(&mut cycles).await.unwrap();
     assert_eq!((bookmark.revision, bookmark.event), (3, Some(Event::Bookmark(pb::Bookmark {}))));
 }
+
+#[tokio::test]
+async fn cycles_that_wait_have_bounded_room_together() {
+    // Of the least memory that there may be, 6 MiB are for requests.
+    let home = Home::new().with_args(["--set", "memory.max_bytes=67108864", "--set", "cycle.max_queued=10000"]);
+    let mut stage = Stage::at(home).await;
+    stage.fleet.run("a", Run::Hold);
+    stage.register("a", |_| {}).await;
+    let parameters = to_struct(&json!({ "text": "x".repeat(60 << 10) }));
+    let large = pb::RunCycleRequest { parameters, ..Default::default() };
+    let mut admitted = 0;
+    let refused = loop {
+        match stage.client.admit_with(large.clone()).await {
+            Ok(_) => admitted += 1,
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(reason(&refused), because(Code::ResourceExhausted, "MEMORY_LIMIT", []));
+    assert!((60..=105).contains(&admitted), "{admitted}");
+    // Small ones still get in line, and what has run gives its room back.
+    let small = stage.client.admit().await.unwrap();
+    stage.fleet.run("a", Run::Echo);
+    stage.client.recorded(small).await;
+    stage.client.admit_with(large).await.unwrap();
+}

@@ -111,6 +111,13 @@ impl CycleRequest {
     pub const MAX_REQUEST_ID: usize = 128;
     /// The most names in a subset.
     pub const MAX_SUBSET: usize = 20_000;
+
+    /// About the bytes that it takes in memory; the names themselves are the registry's.
+    pub fn footprint(&self) -> usize {
+        let names = self.subset.as_ref().map_or(0, |subset| size_of_val(&**subset));
+        let request_id = self.request_id.as_ref().map_or(0, String::len);
+        size_of::<Self>() + names + request_id + self.parameters.len()
+    }
 }
 
 /// How a cycle ended.

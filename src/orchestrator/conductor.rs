@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::{LiveCycle, Refusal, Shared, State};
 use crate::{
     engine::{Cycle, Plan, Ran, Standing, Trace},
+    memory::Held,
     model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Name, OverlapPolicy, TraceId, Trigger},
     ports::{Durability, OpenCycle, Record, StoreError, Write},
     record,
@@ -31,6 +32,8 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 pub(super) struct Admitted {
     pub(super) cycle_id: CycleId,
     pub(super) request: CycleRequest,
+    /// Of the request, as long as the cycle is in line or runs. One of a loop is kept by the loop.
+    _room: Option<Held>,
     pub(super) cancel: CancellationToken,
     begun: OnceLock<Begun>,
     /// Its record, or why that is not written yet.
@@ -101,7 +104,12 @@ impl Admitted {
 
 impl State {
     /// The one way into the line, for callers and loops alike.
-    pub(super) fn admit(&mut self, request: CycleRequest, max_queued: usize) -> Result<Arc<Admitted>, Refusal> {
+    pub(super) fn admit(
+        &mut self,
+        request: CycleRequest,
+        room: Option<Held>,
+        max_queued: usize,
+    ) -> Result<Arc<Admitted>, Refusal> {
         if self.draining {
             return Err(Refusal::Draining);
         }
@@ -132,6 +140,7 @@ impl State {
             begun: OnceLock::new(),
             done: watch::Sender::new(None),
             request,
+            _room: room,
         });
         if let Some(request_id) = &admitted.request.request_id {
             self.requests.insert(request_id.clone(), admitted.clone());
