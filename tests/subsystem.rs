@@ -111,6 +111,9 @@ impl Subsystem for Probe {
         }
         running.is_done = true;
         let mut answer = Answer::default();
+        if cycle.parameters.get("do").and_then(Value::as_str) == Some("fill") {
+            answer.output("filling", "x".repeat(LARGE));
+        }
         answer.output("call", self.seen().begun.len());
         Ok(answer)
     }
@@ -218,6 +221,35 @@ async fn a_repeated_call_waits_for_the_first_one() {
         assert_eq!(call.await.unwrap().unwrap(), json!({ "call": 1 }));
     }
     assert_eq!(probe.seen().begun, [1]);
+}
+
+/// Bytes that take more than a moment to be read or written, and fit into what may be sent ahead.
+const LARGE: usize = 300 << 10;
+
+#[test]
+fn nobody_waits_while_what_is_large_is_read_or_written() {
+    // One thread for what takes long, beside the one for all else.
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_all().max_blocking_threads(1).build().unwrap().block_on(async {
+        let (probe, _serving, client) = served().await;
+        let output = to_struct(&json!({ "filling": "x".repeat(LARGE) }));
+        let input = pb::Input { output, freshness: pb::Freshness::Fresh.into(), cycle_id: 1 };
+        let large_inputs = pb::RunCycleRequest { inputs: [("b".into(), input)].into(), ..call("a", 1, "") };
+        for (request, begins) in [(large_inputs, false), (call("a", 2, "fill"), true)] {
+            let (release, held) = std::sync::mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || held.recv());
+            let cycle_id = request.cycle_id;
+            let large = start(&client, request);
+            // By the time that the last is answered, the large one has arrived: they use one connection.
+            for _ in 0..3 {
+                client.clone().get_status(pb::GetStatusRequest { subsystem: "a".into() }).await.unwrap();
+            }
+            assert_eq!((probe.seen().begun.contains(&cycle_id), large.is_finished()), (begins, false));
+            drop(release);
+            busy.await.unwrap().unwrap_err();
+            assert_eq!(large.await.unwrap().unwrap()["call"], cycle_id);
+        }
+    });
 }
 
 #[tokio::test]

@@ -15,8 +15,9 @@ use futures_util::{
     future::{BoxFuture, Shared},
 };
 use jiff::Timestamp;
+use serde_json::Value;
 use tokio::{
-    task::{AbortHandle, JoinError},
+    task::{AbortHandle, JoinError, spawn_blocking},
     time::{Instant, timeout_at},
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -76,7 +77,8 @@ impl subsystem_server::Subsystem for Calls {
         let hosted = self.find(&request.into_inner().subsystem)?;
         let status = spawned(hosted.implementation.clone().get_status()).await.unwrap_or_else(|end| Err(ended(end)))?;
         let status = status.ok_or_else(|| Status::unimplemented("it has no status to show"))?;
-        Ok(Response::new(pb::GetStatusResponse { status: to_struct("status", &status)? }))
+        let status = aside(is_long(&status), move || to_struct("status", &status)).await??;
+        Ok(Response::new(pb::GetStatusResponse { status }))
     }
 }
 
@@ -128,11 +130,12 @@ impl Hosted {
     }
 
     async fn initialize(&self, request: pb::InitializeRequest) -> Result<(), Status> {
-        let parameters = from_struct("parameters", request.parameters)?;
         self.state().admit(request.epoch)?;
         let (implementation, turn) = (self.implementation.clone(), self.turn.clone());
         let work = spawned(async move {
             let _turn = turn.lock().await;
+            let is_long = request.parameters.len() > LONG;
+            let parameters = aside(is_long, move || from_struct("parameters", request.parameters)).await??;
             implementation.initialize(parameters).await
         });
         work.await.unwrap_or_else(|end| Err(ended(end)))?;
@@ -146,16 +149,15 @@ impl Hosted {
         deadline: Option<Instant>,
         broken: Broken,
     ) -> Result<pb::RunCycleResponse, Status> {
-        let cycle = cycle(request, deadline)?;
         let caller = {
             let mut state = self.state();
-            state.admit(cycle.epoch)?;
+            state.admit(request.epoch)?;
             if self.implementation.needs_initialize() && !state.is_initialized {
                 return Err(Status::failed_precondition("not initialized: call Initialize first"));
             }
-            let work = match state.known(cycle.cycle_id)? {
+            let work = match state.known(request.cycle_id)? {
                 Some(work) => work,
-                None => state.remember(self.begin(cycle)),
+                None => state.remember(self.begin(request, deadline)),
             };
             work.callers.fetch_add(1, Ordering::Relaxed);
             Caller { hosted: self.clone(), work, broken }
@@ -163,12 +165,16 @@ impl Hosted {
         caller.work.answer.clone().await
     }
 
-    fn begin(&self, cycle: Cycle) -> Work {
+    fn begin(&self, request: pb::RunCycleRequest, deadline: Option<Instant>) -> Work {
         let (implementation, turn) = (self.implementation.clone(), self.turn.clone());
-        let (cycle_id, deadline) = (cycle.cycle_id, cycle.deadline);
+        let cycle_id = request.cycle_id;
         let run = async move {
             let _turn = turn.lock().await;
-            implementation.run_cycle(cycle).await
+            let inputs = request.inputs.iter().map(|(name, input)| name.len() + input.output.len());
+            let bytes = request.parameters.len() + inputs.sum::<usize>();
+            let cycle = aside(bytes > LONG, move || cycle(request, deadline)).await??;
+            let answer = implementation.run_cycle(cycle).await?;
+            aside(is_long(&answer.output), move || response(answer)).await?
         };
         let task = spawned(async move {
             match deadline {
@@ -271,7 +277,7 @@ impl Drop for Caller {
 trait Implementation: Send + Sync {
     fn needs_initialize(&self) -> bool;
     fn initialize(self: Arc<Self>, parameters: Object) -> BoxFuture<'static, Result<(), Status>>;
-    fn run_cycle(self: Arc<Self>, cycle: Cycle) -> BoxFuture<'static, Result<pb::RunCycleResponse, Status>>;
+    fn run_cycle(self: Arc<Self>, cycle: Cycle) -> BoxFuture<'static, Result<Answer, Status>>;
     fn get_status(self: Arc<Self>) -> BoxFuture<'static, Result<Option<Object>, Status>>;
 }
 
@@ -284,8 +290,8 @@ impl<T: Subsystem> Implementation for T {
         Box::pin(async move { Subsystem::initialize(&*self, parameters).await.map_err(status) })
     }
 
-    fn run_cycle(self: Arc<Self>, cycle: Cycle) -> BoxFuture<'static, Result<pb::RunCycleResponse, Status>> {
-        Box::pin(async move { response(Subsystem::run_cycle(&*self, cycle).await.map_err(status)?) })
+    fn run_cycle(self: Arc<Self>, cycle: Cycle) -> BoxFuture<'static, Result<Answer, Status>> {
+        Box::pin(async move { Subsystem::run_cycle(&*self, cycle).await.map_err(status) })
     }
 
     fn get_status(self: Arc<Self>) -> BoxFuture<'static, Result<Option<Object>, Status>> {
@@ -314,6 +320,32 @@ fn status(Failure { code, message }: Failure) -> Status {
 
 // ---------------------------------------------------------------------------------------------------------------
 // To and from the messages
+
+/// Bytes that are read or written within a millisecond. Others would wait for more.
+const LONG: usize = 64 << 10;
+
+/// Reads or writes a message: a long one on a thread that no other call waits for.
+async fn aside<T: Send + 'static>(is_long: bool, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
+    if is_long { spawn_blocking(work).await.map_err(ended) } else { Ok(work()) }
+}
+
+/// Whether an object has more than [`LONG`] bytes once it is written, about.
+fn is_long(object: &Object) -> bool {
+    fn fits(key: &str, value: &Value, left: &mut usize) -> bool {
+        /// Bytes of a value besides its key and its text.
+        const LEAST: usize = 8;
+        let text = value.as_str().map_or(0, str::len);
+        let Some(rest) = left.checked_sub(LEAST + key.len() + text) else { return false };
+        *left = rest;
+        match value {
+            Value::Array(items) => items.iter().all(|item| fits("", item, left)),
+            Value::Object(object) => object.iter().all(|(key, value)| fits(key, value, left)),
+            _ => true,
+        }
+    }
+    let mut left = LONG;
+    !object.iter().all(|(key, value)| fits(key, value, &mut left))
+}
 
 fn cycle(request: pb::RunCycleRequest, deadline: Option<Instant>) -> Result<Cycle, Status> {
     let scheduled_at = request.scheduled_at.and_then(|at| Timestamp::new(at.seconds, at.nanos).ok());
