@@ -800,6 +800,7 @@ async fn an_async_caller_gets_the_number_at_once() {
     let status = stage.client.status().await.unwrap();
     assert_eq!((status.queued_cycles, status.total_cycles), (1, 0));
     let running_now = status.running_cycle.unwrap();
+    assert_eq!(status.running_cycles, std::slice::from_ref(&running_now));
     assert_eq!((running_now.cycle_id, running_now.trigger()), (1, Trigger::Manual));
     assert_eq!((running_now.total, running_now.ended, running_now.running), (1, 0, 1));
     stage.fleet.run("held", Run::Echo);

@@ -40,10 +40,12 @@ pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
         store_error,
         watchers,
     } = status;
+    // The oldest first.
+    let running_cycles: Vec<_> = running.into_iter().map(running_cycle).collect();
     pb::OrchestratorStatus {
         last_cycle: bytes::Bytes::new(),
         total_cycles,
-        running_cycle: running.map(running_cycle),
+        running_cycle: running_cycles.first().cloned(),
         queued_cycles: count(queued),
         loops: Vec::new(),
         epoch: epoch.0,
@@ -57,6 +59,7 @@ pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
         newest_revision: newest_revision.0,
         store_error: store_error.map(|error| error.to_string()).unwrap_or_default(),
         watchers: count(watchers),
+        running_cycles,
     }
 }
 

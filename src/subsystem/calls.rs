@@ -213,7 +213,8 @@ impl State {
 
     /// The work that was done, or is being done, for this cycle.
     ///
-    /// When there is none and it may begin, what still runs for earlier cycles is stopped: cycles run one at a time.
+    /// When there is none and it may begin, what still runs for earlier cycles is stopped: a subsystem is in one cycle at a
+    /// time.
     fn known(&mut self, cycle_id: u64) -> Result<Option<Arc<Work>>, Status> {
         self.works.retain(|work| !work.has_failed());
         if let Some(work) = self.works.iter().find(|work| work.cycle_id == cycle_id) {

@@ -140,7 +140,7 @@ class Refusal extends Error {
   }
 }
 
-// A retry comes within its cycle, and cycles don't overlap: a few answers are plenty.
+// A retry comes within its cycle, and a subsystem is in one cycle at a time: a few answers are plenty.
 const REMEMBERED = 4;
 
 /** One module under its name: keeps the rules of the contract that need memory. */
