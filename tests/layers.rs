@@ -2,11 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, fs, path::Path, sync::LazyLock};
+
+use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
 /// What each top-level module may use of this crate. `serve`, `cli` and `main` tie things together.
 const MAY_USE: &[(&str, &[&str])] = &[
@@ -21,7 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("record", &["model", "ports", "proto"]),
     ("schedule", &["memory", "model", "ports"]),
     ("orchestrator", &["clock", "engine", "memory", "model", "parts", "ports", "record", "schedule"]),
-    ("store", &["memory", "model", "ports"]),
+    ("store", &["model", "ports"]),
     ("dial", &["memory", "model", "ports", "proto"]),
     ("listen", &["memory", "proto"]),
     ("subsystem", &["listen", "memory", "model", "proto"]),
@@ -68,118 +66,313 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
 ];
 
-/// Which modules may use a library that must not spread.
+/// What a module may re-export of another one, which is for those who write against it from outside.
+const MAY_HAND_ON: &[(&str, &str)] =
+    &[("orchestrator", "engine"), ("orchestrator", "ports"), ("orchestrator", "schedule"), ("subsystem", "model")];
+
+/// Which modules, or which parts of them, may use a library that must not spread.
 const MAY_DEPEND: &[(&str, &[&str])] = &[
-    ("tonic", &["api", "cli", "listen", "proto", "serve", "subsystem", "web"]),
-    ("prost", &["api", "cli", "dial", "proto", "record", "web"]),
+    // gRPC: its types at the edges only, its details where errors are made and read.
+    ("tonic", &["api", "cli", "listen", "proto", "serve", "subsystem", "web/json"]),
+    ("tonic_health", &["cli", "serve", "subsystem"]),
+    ("tonic_reflection", &["listen", "serve", "subsystem"]),
+    ("tonic_types", &["api/error", "cli/remote", "proto/codec", "web/json"]),
+    ("prost", &["api", "cli", "dial", "proto", "record", "web/json"]),
+    ("prost_reflect", &["proto"]),
+    ("prost_types", &["api", "cli", "proto"]),
+    // HTTP and TLS.
     ("axum", &["web"]),
-    ("h2", &["dial", "listen"]),
-    ("prometheus", &["telemetry"]),
-    ("opentelemetry", &["telemetry"]),
-    ("opentelemetry_otlp", &["telemetry"]),
-    ("opentelemetry_sdk", &["telemetry"]),
-    ("rusqlite", &["store"]),
-    ("clap", &["cli", "config", "main"]),
+    ("h2", &["dial", "listen/server"]),
+    ("hyper", &["listen", "web"]),
+    ("hyper_util", &["listen", "web"]),
+    ("rustls_native_certs", &["dial/tls"]),
+    ("tokio_rustls", &["dial"]),
+    ("webpki", &["dial/tls"]),
+    // One place knows each of these.
+    ("opentelemetry", &["telemetry/otlp"]),
+    ("opentelemetry_otlp", &["telemetry/otlp"]),
+    ("opentelemetry_sdk", &["telemetry/otlp"]),
+    ("prometheus", &["telemetry/metrics"]),
+    ("rusqlite", &["store/sqlite"]),
+    ("toml", &["config/reader"]),
+    ("tracing_subscriber", &["config", "telemetry"]),
+    // The command line.
+    ("clap", &["cli", "config"]),
+    ("crossterm", &["cli/top"]),
+    ("ratatui", &["cli/top"]),
+    // Files, sockets and threads: `model`, `engine`, `orchestrator`, `record` and `schedule` know none.
+    ("std::fs", &["cli", "file", "memory", "store", "subsystem"]),
+    ("std::thread", &["dial/resolve", "store/sqlite", "telemetry/writer"]),
+    ("tokio::fs", &["subsystem"]),
+    ("tokio::net", &["dial", "listen", "serve", "subsystem", "web"]),
+    // `config`, `model`, `ports`, `proto` and `record` wait for nothing.
+    (
+        "tokio",
+        &[
+            "api",
+            "cli",
+            "clock",
+            "dial",
+            "engine",
+            "file",
+            "listen",
+            "memory",
+            "orchestrator",
+            "parts",
+            "schedule",
+            "serve",
+            "store",
+            "subsystem",
+            "telemetry",
+            "web",
+        ],
+    ),
 ];
 
-fn sources(directory: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
-    let (directories, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
-    // What only tests compile may use what it likes.
-    let files = files.into_iter().filter(|path| {
-        let stem = path.file_stem().unwrap();
-        path.extension().is_some_and(|extension| extension == "rs") && stem != "tests" && stem != "suite"
-    });
-    files.chain(directories.iter().flat_map(|directory| sources(directory))).collect()
+/// A module, by its path from the root of the crate: what its file and the modules inside of it name.
+struct Module {
+    /// Such as `["store", "sqlite"]`.
+    path: Vec<String>,
+    /// Every path of the code, from the root of this crate (`crate`) or of a library, such as `["crate", "model", "Name"]`.
+    names: BTreeSet<Vec<String>>,
+    /// Those of them that it hands on by `pub use`.
+    hands_on: BTreeSet<Vec<String>>,
 }
 
-/// Code without comments and without the tests at the end of the file.
-fn code(path: &Path) -> String {
-    let text = fs::read_to_string(path).unwrap();
-    let text = text.split("#[cfg(test)]").next().unwrap_or_default();
-    text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+impl Module {
+    /// The part of the house that it belongs to.
+    fn top(&self) -> &str {
+        &self.path[0]
+    }
+
+    fn is_in(&self, place: &str) -> bool {
+        let mut path = self.path.iter();
+        place.split('/').all(|step| path.next().is_some_and(|it| it == step))
+    }
+
+    /// The other parts of the house among `names`.
+    fn others<'a>(&self, names: &'a BTreeSet<Vec<String>>) -> BTreeSet<&'a str> {
+        names
+            .iter()
+            .filter(|path| path[0] == "crate" || path[0] == "orchestrator_core")
+            .filter_map(|path| path.get(1).map(String::as_str))
+            .filter(|other| *other != self.top() && MAY_USE.iter().any(|(name, _)| name == other))
+            .collect()
+    }
 }
 
-/// The words that follow `prefix`, and inside of braces directly after it those at the first depth.
-fn words_after(code: &str, prefix: &str) -> BTreeSet<String> {
-    let mut words = BTreeSet::new();
-    for (at, _) in code.match_indices(prefix) {
-        let before = code[..at].chars().next_back();
-        if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == ':') {
-            continue;
-        }
-        let rest = &code[at + prefix.len()..];
-        if let Some(group) = rest.strip_prefix('{') {
-            let mut depth = 0;
-            let mut word = String::new();
-            for c in group.chars() {
-                match c {
-                    '}' if depth == 0 => break,
-                    '{' => depth += 1,
-                    '}' => depth -= 1,
-                    ',' if depth == 0 => {
-                        words.insert(first_word(&word));
-                        word.clear();
-                    }
-                    _ if depth == 0 => word.push(c),
-                    _ => {}
+/// Reads the tokens of one file. What only tests compile is left out: it may use what it likes.
+#[derive(Default)]
+struct Reader {
+    names: BTreeSet<Vec<String>>,
+    hands_on: BTreeSet<Vec<String>>,
+    /// The modules whose code is in files of their own.
+    files: Vec<Vec<String>>,
+}
+
+impl Reader {
+    fn read(&mut self, code: TokenStream, module: &[String]) {
+        let tokens: Vec<_> = code.into_iter().collect();
+        let mut at = 0;
+        while at < tokens.len() {
+            let word = |at: usize| tokens.get(at).map(ToString::to_string).unwrap_or_default();
+            match &tokens[at] {
+                TokenTree::Punct(_) if word(at) == "#" && word(at + 1) == "[cfg (test)]" => {
+                    at += 2;
+                    // The item ends with its braces, or with a semicolon.
+                    let ends = |token: &TokenTree| match token {
+                        TokenTree::Group(group) => group.delimiter() == Delimiter::Brace,
+                        token => token.to_string() == ";",
+                    };
+                    at += tokens[at..].iter().position(ends).map_or(tokens.len(), |end| end + 1);
                 }
+                TokenTree::Ident(_) if word(at) == "mod" && word(at + 2) == ";" => {
+                    self.files.push([module, &[word(at + 1)]].concat());
+                    at += 3;
+                }
+                TokenTree::Ident(_) if word(at) == "mod" => {
+                    let inner = [module, &[word(at + 1)]].concat();
+                    if let Some(TokenTree::Group(group)) = tokens.get(at + 2) {
+                        self.read(group.stream(), &inner);
+                    }
+                    at += 3;
+                }
+                TokenTree::Ident(_) if word(at) == "use" => {
+                    let end = (at..tokens.len()).find(|end| word(*end) == ";").unwrap_or(tokens.len());
+                    let mut used = BTreeSet::new();
+                    leaves(&tokens[at + 1..end], &[], &mut used);
+                    let used: BTreeSet<_> = used.into_iter().filter_map(|path| absolute(path, module)).collect();
+                    let before = [word(at.wrapping_sub(2)), word(at.wrapping_sub(1))];
+                    let is_handed_on = before[1] == "pub" || before == ["pub", "(crate)"];
+                    if is_handed_on {
+                        self.hands_on.extend(used.iter().cloned());
+                    }
+                    self.names.extend(used);
+                    at = end;
+                }
+                TokenTree::Ident(_) => {
+                    let mut path = vec![word(at)];
+                    while word(at + 1) == ":"
+                        && word(at + 2) == ":"
+                        && matches!(tokens.get(at + 3), Some(TokenTree::Ident(_)))
+                    {
+                        path.push(word(at + 3));
+                        at += 3;
+                    }
+                    if path.len() > 1 {
+                        self.names.extend(absolute(path, module));
+                    }
+                    at += 1;
+                }
+                TokenTree::Group(group) => {
+                    self.read(group.stream(), module);
+                    at += 1;
+                }
+                TokenTree::Punct(_) | TokenTree::Literal(_) => at += 1,
             }
-            words.insert(first_word(&word));
-        } else {
-            words.insert(first_word(rest));
         }
     }
-    words.remove("");
-    words
 }
 
-fn first_word(text: &str) -> String {
-    text.trim_start().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
-}
-
-/// The code of each top-level module.
-fn modules() -> BTreeMap<String, String> {
-    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut modules: BTreeMap<String, String> = BTreeMap::new();
-    for path in sources(&src) {
-        let relative = path.strip_prefix(&src).unwrap();
-        let module = relative.components().next().unwrap().as_os_str().to_str().unwrap().trim_end_matches(".rs");
-        if module != "lib" {
-            modules.entry(module.to_owned()).or_default().push_str(&code(&path));
+/// Every path of a `use`, whose braces are multiplied out.
+fn leaves(tokens: &[TokenTree], before: &[String], all: &mut BTreeSet<Vec<String>>) {
+    let mut path = before.to_vec();
+    for token in tokens {
+        match token {
+            TokenTree::Group(group) => {
+                let inner: Vec<_> = group.stream().into_iter().collect();
+                for part in inner.split(|token| token.to_string() == ",").filter(|part| !part.is_empty()) {
+                    leaves(part, &path, all);
+                }
+                return;
+            }
+            TokenTree::Ident(word) if word == "as" => break,
+            TokenTree::Ident(word) => path.push(word.to_string()),
+            TokenTree::Punct(_) | TokenTree::Literal(_) => {}
         }
+    }
+    all.insert(path);
+}
+
+/// The path from the root, of one that is written in `module`. `None` of one that `self` or `super` leads nowhere.
+fn absolute(path: Vec<String>, module: &[String]) -> Option<Vec<String>> {
+    let mut base = module;
+    let mut rest = &path[..];
+    while let [first, more @ ..] = rest {
+        match first.as_str() {
+            "self" => {}
+            "super" => base = base.split_last()?.1,
+            _ => break,
+        }
+        rest = more;
+    }
+    if rest.len() == path.len() {
+        return Some(path);
+    }
+    Some([&["crate".to_owned()], base, rest].concat())
+}
+
+/// The modules of the crate, as `lib.rs` and `main.rs` name them. Read once.
+static MODULES: LazyLock<Vec<Module>> = LazyLock::new(modules);
+
+fn modules() -> Vec<Module> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut modules = Vec::new();
+    let mut waiting = vec![vec!["main".to_owned()]];
+    let mut root = Reader::default();
+    root.read(tokens(&src.join("lib.rs")), &[]);
+    waiting.extend(root.files);
+    while let Some(path) = waiting.pop() {
+        let place = src.join(path.join("/"));
+        let file = [place.with_extension("rs"), place.join("mod.rs")].into_iter().find(|file| file.exists());
+        let mut reader = Reader::default();
+        reader.read(tokens(&file.unwrap_or_else(|| panic!("{} has no file", path.join("::")))), &path);
+        waiting.extend(reader.files);
+        modules.push(Module { path, names: reader.names, hands_on: reader.hands_on });
     }
     modules
 }
 
+fn tokens(file: &Path) -> TokenStream {
+    fs::read_to_string(file).unwrap().parse().unwrap_or_else(|error| panic!("{}: {error}", file.display()))
+}
+
 #[test]
 fn modules_use_only_the_layers_below_them() {
-    let modules = modules();
-    assert!(modules.len() > 10, "nothing was read: {:?}", modules.keys());
-    for (module, code) in &modules {
-        let (_, allowed) = MAY_USE.iter().find(|(name, _)| name == module).unwrap_or_else(|| {
-            panic!("src/{module} is not in the list of layers: put it there and in ARCHITECTURE.md")
+    for module in &*MODULES {
+        let (_, allowed) = MAY_USE.iter().find(|(name, _)| *name == module.top()).unwrap_or_else(|| {
+            panic!("src/{} is not in the list of layers: put it there and in ARCHITECTURE.md", module.top())
         });
-        let used = words_after(code, "crate::").into_iter().chain(words_after(code, "orchestrator_core::"));
-        for used in used.filter(|used| used != module && modules.contains_key(used)) {
-            assert!(allowed.contains(&used.as_str()), "{module} uses {used}, which its layer may not");
+        for used in module.others(&module.names) {
+            assert!(allowed.contains(&used), "{} uses {used}, which its layer may not", module.path.join("::"));
+        }
+    }
+}
+
+#[test]
+fn modules_hand_on_only_what_is_theirs() {
+    for module in &*MODULES {
+        for handed_on in module.others(&module.hands_on) {
+            let allowed = MAY_HAND_ON.contains(&(module.top(), handed_on));
+            assert!(allowed, "{} re-exports parts of {handed_on}: name them where they are", module.path.join("::"));
         }
     }
 }
 
 #[test]
 fn libraries_stay_at_the_edges() {
-    for (module, code) in &modules() {
+    for module in &*MODULES {
         for (library, allowed) in MAY_DEPEND {
-            let used = !words_after(code, &format!("{library}::")).is_empty();
-            assert!(!used || allowed.contains(&module.as_str()), "{module} uses {library}, which it may not");
+            let is_used =
+                module.names.iter().any(|path| format!("{}::", path.join("::")).starts_with(&format!("{library}::")));
+            let may = allowed.iter().any(|place| module.is_in(place));
+            assert!(!is_used || may, "{} uses {library}, which it may not", module.path.join("::"));
         }
     }
 }
 
 #[test]
-fn the_reader_of_uses_reads() {
-    let code = "use crate::{model::{A, B}, ports::C};\nuse crate::record;\nlet x = crate::store::open();";
-    assert_eq!(words_after(code, "crate::"), ["model", "ports", "record", "store"].map(String::from).into());
-    assert!(words_after("use tonic_health::x; a::tonic::b", "tonic::").is_empty());
+fn every_list_names_what_there_is() {
+    let named = MAY_USE.iter().map(|(name, _)| name).chain(MAY_USE.iter().flat_map(|(_, used)| *used));
+    for place in named.chain(MAY_DEPEND.iter().flat_map(|(_, places)| *places)) {
+        assert!(MODULES.iter().any(|module| module.is_in(place)), "src/{place} is in a list, but is no module");
+    }
+}
+
+/// What a module of this text and path names.
+fn named(text: &str, path: &[&str]) -> Vec<String> {
+    let mut reader = Reader::default();
+    reader.read(text.parse().unwrap(), &path.iter().map(ToString::to_string).collect::<Vec<_>>());
+    reader.names.into_iter().map(|path| path.join("::")).collect()
+}
+
+#[test]
+fn the_reader_finds_every_path_and_nothing_else() {
+    assert_eq!(
+        named("use crate::{model::{A, b::C}, ports::D as E};\nlet x = crate::store::open(tonic::Code::Ok);", &["a"]),
+        ["crate::model::A", "crate::model::b::C", "crate::ports::D", "crate::store::open", "tonic::Code::Ok"]
+    );
+    // Comments and texts are no code; macros and attributes are.
+    assert_eq!(
+        named(
+            "/// crate::a\nfn f() { /* crate::b */ g!(\"crate::c\", crate::d::e); }\n#[clap::args] struct S;",
+            &["a"]
+        ),
+        ["clap::args", "crate::d::e"]
+    );
+    // Whatever way it is reached.
+    assert_eq!(
+        named("use super::super::api::x; mod inner { use super::{y, super::z}; fn f() { self::g(); } }", &["a", "b"]),
+        ["crate::a::b::inner::g", "crate::a::b::y", "crate::a::z", "crate::api::x"]
+    );
+}
+
+#[test]
+fn the_reader_leaves_out_what_only_tests_compile_and_goes_on_behind_it() {
+    let text = "#[cfg(test)]\nmod suite;\n\
+                #[cfg(test)]\n#[allow(unused)]\npub(super) fn f(a: A) -> B<C, D> { crate::a::b() }\n\
+                fn g() {\n#[cfg(test)]\nself.limit(crate::c::d());\ncrate::e::f();\n}\n\
+                #[cfg(test)]\nmod tests { use crate::g::h; }\n\
+                use crate::i::j;";
+    assert_eq!(named(text, &["a"]), ["crate::e::f", "crate::i::j"]);
 }
