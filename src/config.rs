@@ -124,7 +124,7 @@ pub struct Store {
 pub struct Cycle {
     /// Of a cycle whose request or loop names none. 1 ms to 24 h, default 60 s.
     pub deadline: Duration,
-    /// Subsystems that are called at one time. 1 to 100,000, default 1,024.
+    /// Subsystems that are called at one time, by all cycles together. 1 to 100,000, default 1,024.
     pub max_concurrent_calls: usize,
     /// Cycles that wait while one runs. 0 to 10,000, default 64.
     pub max_queued: usize,

@@ -41,7 +41,7 @@ use self::{
 };
 use crate::{
     clock::Clock,
-    engine::{Engine, Member, Order, Plan, Standing},
+    engine::{Engine, InputRoom, Member, Order, Plan, Slots, Standing},
     memory::{Held, Memory, Shares},
     model::{
         CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Revision, Subsystem, TickDisposition, Trigger,
@@ -65,7 +65,7 @@ pub use self::{
     watch::{Event, From, WatchFilter, Watcher},
 };
 pub use crate::{
-    engine::{BreakerState, LastPart, Outcomes, PlannedSubsystem, Ring, Schedule, Tally},
+    engine::{BreakerState, LastShare, Outcomes, PlannedSubsystem, Ring, Schedule},
     ports::{CallError, Durability, Filter, Page, Snapshot, StoreSize, TriggerKind, Unreadable},
     schedule::LoopEntry,
 };
@@ -77,7 +77,7 @@ pub struct Settings {
     pub orchestrator_id: Arc<str>,
     /// Of cycles whose request names none.
     pub cycle_deadline: Duration,
-    /// How many subsystems are called at one time.
+    /// Calls that are made at one time, by all cycles together.
     pub max_concurrent_calls: usize,
     /// How many cycles may wait.
     pub max_queued: usize,
@@ -446,7 +446,8 @@ impl Orchestrator {
                 epoch: contents.epoch,
                 outputs: memory.outputs.clone(),
                 remembered: memory.registry.clone(),
-                inputs: memory.inputs.clone(),
+                slots: Slots::new(settings.max_concurrent_calls),
+                inputs: InputRoom::new(memory.inputs.clone()),
                 spans,
             },
             newest: newest::Sender::new(state.last_revision),
@@ -1293,6 +1294,7 @@ impl Shared {
         }
 
         self.engine.outputs.set_max(settings.max_outputs_bytes);
+        self.engine.slots.set_max(settings.max_concurrent_calls);
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner) =
             Arc::new(Settings { orchestrator_id: self.engine.orchestrator_id.clone(), ..settings });
         self.loops_changed.notify_one();

@@ -10,7 +10,11 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt, stream::FuturesUnordered};
+use futures_util::{
+    FutureExt, StreamExt,
+    future::{Fuse, FusedFuture},
+    stream::FuturesUnordered,
+};
 use jiff::Timestamp;
 use tokio::{
     pin, select,
@@ -20,14 +24,15 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    BreakerState, LastPart, Member, Plan, Standing, Trace,
+    BreakerState, InputRoom, LastShare, Member, Plan, Share, Slots, Standing, Trace,
     member::Turn,
     plan::{Fate, Step},
-    retry::{self, Calls},
+    retry::Calls,
+    slots::Slot,
     trace::CallSpans,
 };
 use crate::{
-    memory::{Full, Held, Memory},
+    memory::{Held, Memory},
     model::{
         Answer, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Freshness, Input, Name, Output,
         SkipReason, Subsystem, SubsystemReport, SubsystemState, excerpt,
@@ -38,7 +43,7 @@ use crate::{
 /// The most bytes of a subsystem's message in the log.
 const MAX_LOGGED: usize = 200;
 
-/// Runs cycles, one at a time.
+/// Runs cycles, several at a time if they have no subsystem in common.
 pub struct Engine {
     /// The fleet.
     pub subsystems: Arc<dyn Subsystems>,
@@ -48,9 +53,11 @@ pub struct Engine {
     pub epoch: Epoch,
     /// Memory for the latest outputs.
     pub outputs: Memory,
-    /// Memory for inputs in calls, so that a fan-out of large outputs can't take all of it.
-    pub inputs: Memory,
-    /// Memory for what is remembered of each subsystem's last part.
+    /// Slots for the calls of all cycles.
+    pub slots: Slots,
+    /// Room for the inputs of those calls, so that a fan-out of large outputs can't take all memory.
+    pub inputs: InputRoom,
+    /// Memory for what is remembered of each subsystem's last share.
     pub remembered: Memory,
     /// Takes the spans of cycles.
     pub spans: Arc<dyn Spans>,
@@ -68,8 +75,6 @@ pub struct Cycle {
     pub started_at: Timestamp,
     /// How long it may take.
     pub deadline: Duration,
-    /// How many subsystems are called at one time.
-    pub max_concurrent_calls: usize,
     /// The trace that its calls join.
     pub trace: Trace,
 }
@@ -78,9 +83,10 @@ pub struct Cycle {
 pub struct Ran {
     /// The report.
     pub finished: FinishedCycle,
-    /// The outputs of those that succeeded.
-    pub outputs: Vec<(Name, Arc<Standing>, Output)>,
-    /// The memory of what was answered. Kept until the report is recorded.
+    /// The shares of the registered subsystems, in the order of the plan: to be [published](Engine::publish) once the report
+    /// is recorded.
+    pub shares: Vec<Share>,
+    /// The memory of what was answered, outputs apart. Kept until the report is recorded.
     pub held: Vec<Held>,
 }
 
@@ -88,26 +94,35 @@ pub struct Ran {
 pub trait Observer: Sync {
     /// The subsystem at this position of the plan is being called, for the `attempt`-th time.
     fn called(&self, position: usize, attempt: u32, elapsed: Duration);
-    /// The part of the subsystem at this position has ended.
+    /// The share of the subsystem at this position has ended.
     fn ended(&self, position: usize, state: &SubsystemState, attempts: u32, elapsed: Duration);
 }
 
 impl Engine {
-    /// Runs a cycle. Ends when every part has ended, when its deadline has passed, or when it is cancelled; in the
+    /// Runs a cycle. Ends when every share has ended, when its deadline has passed, or when it is cancelled; in the
     /// latter two cases by dropping the calls that still run.
+    ///
+    /// What it makes is seen only inside it, as FRESH inputs, until it is [published](Engine::publish). Until then no other
+    /// cycle with one of its subsystems may run.
     pub async fn run(&self, cycle: &Cycle, cancel: &CancellationToken, observer: &dyn Observer) -> Ran {
         let start = Instant::now();
         let attempts: Vec<_> = cycle.plan.steps.iter().map(|_| AtomicU32::new(0)).collect();
         let mut run = Run::new(self, cycle, start, &attempts, observer);
         let mut calls = FuturesUnordered::new();
-
+        // What the next call waits for, if it does.
+        let wait = Fuse::terminated();
         let deadline = sleep_until(start + cycle.deadline);
         let cancelled = cancel.cancelled();
-        pin!(deadline, cancelled);
+        pin!(wait, deadline, cancelled);
         let end = loop {
-            while let Some(call) = run.next_call(calls.len()) {
-                calls.push(self.call(cycle, call, start, &attempts, observer));
+            while wait.is_terminated() {
+                match run.next() {
+                    Next::Call(call) => calls.push(self.call(cycle, call, start, &attempts, observer)),
+                    Next::Wait(need) => wait.set(self.wait_for(need).fuse()),
+                    Next::Nothing => break,
+                }
             }
+            let may_have_ended = !calls.is_empty() || wait.is_terminated();
             // Without tokio's budget, which is that of one task and so of all these calls: those that it leaves out
             // are polled again in reverse order, so that under load the first would wait for all others. The select
             // around them still yields.
@@ -116,27 +131,44 @@ impl Engine {
                 biased;
                 () = &mut cancelled => break End::Cancelled,
                 () = &mut deadline => break End::Deadline,
-                ended = ended => match ended {
+                got = &mut wait => run.got(got),
+                ended = ended, if may_have_ended => match ended {
                     Some(call) => run.called(call),
-                    // Nothing runs, so nothing more can become ready: every part has ended.
+                    // Nothing runs or waits, so nothing more can become ready: every share has ended.
                     None => break End::Complete,
                 },
             }
         };
+        wait.set(Fuse::terminated());
         drop(calls);
         run.finish(end)
+    }
+
+    /// Makes shares visible: their outputs become the latest ones, and they the last ones. Call it after the record of the
+    /// cycle is committed, and before another cycle with one of these subsystems begins.
+    pub fn publish(&self, shares: impl IntoIterator<Item = Share>) {
+        for Share { standing, last, output } in shares {
+            standing.lock().publish(last, output, &self.remembered);
+        }
+    }
+
+    async fn wait_for(&self, need: Need) -> Got<'_> {
+        match need {
+            Need::Slot => Got::Slot(self.slots.take().await),
+            Need::Room(bytes) => Got::Room(self.inputs.hold(bytes).await),
+        }
     }
 
     /// Makes the calls of one subsystem, inside its deadline.
     async fn call(
         &self,
         cycle: &Cycle,
-        call: Call,
+        call: Call<'_>,
         start: Instant,
         attempts: &[AtomicU32],
         observer: &dyn Observer,
     ) -> Ended {
-        let Call { position, inputs, held: _held, is_probe } = call;
+        let Call { position, inputs, is_probe, slot: _slot, room: _room } = call;
         let member = &cycle.plan.steps[position].member;
         let subsystem = &*member.subsystem;
         let started = Instant::now();
@@ -160,7 +192,7 @@ impl Engine {
             is_probe,
             attempts: &attempts[position],
         };
-        // From the first call on, which may be that to `Initialize`: who hangs there is seen as well.
+        // From the first call on, which may be that to `Initialize`: a subsystem that hangs there is seen as well.
         observer.called(position, 1, start.elapsed());
         let make = calls.make(|attempt| {
             if attempt > 1 {
@@ -184,21 +216,44 @@ impl Engine {
     }
 }
 
+/// What a run does next.
+enum Next<'a> {
+    Call(Call<'a>),
+    /// Waits for this, and then looks again.
+    Wait(Need),
+    Nothing,
+}
+
+/// What the next call waits for.
+enum Need {
+    /// A call slot.
+    Slot,
+    /// Room for inputs of this number of bytes.
+    Room(usize),
+}
+
+/// What was waited for.
+enum Got<'a> {
+    Slot(Slot<'a>),
+    Room(Held),
+}
+
 /// A subsystem that is to be called.
-struct Call {
+struct Call<'a> {
     position: usize,
     inputs: Vec<Input>,
-    /// The memory of the inputs.
-    held: Held,
     is_probe: bool,
+    slot: Slot<'a>,
+    /// For the inputs; `None` where they are empty.
+    room: Option<Held>,
 }
 
 /// Why a subsystem is not called.
 enum NotNow {
-    /// Its part ends so.
+    /// Its share ends so.
     Ends(SubsystemState),
-    /// There is no memory for inputs of so many bytes.
-    NoMemory(usize, Full),
+    /// There is no room now for inputs of this number of bytes.
+    NoRoom(usize),
 }
 
 /// A subsystem whose calls have ended.
@@ -222,24 +277,28 @@ struct Run<'a> {
     start: Instant,
     attempts: &'a [AtomicU32],
     observer: &'a dyn Observer,
-    parts: Vec<Part>,
+    shares: Vec<RunningShare>,
     takes_part: Vec<bool>,
     unregistered: Vec<Name>,
-    /// Index of the current phase, where it ends, and how many of its parts have not.
+    /// Index of the current phase, where it ends, and how many of its shares have not.
     phase: usize,
     phase_end: usize,
     left_in_phase: usize,
-    /// Waits for a call slot: the part first that had its last [`Turn`] the longest ago, and of equals the one that stands
+    /// Those that may be called: the one first that had its last [`Turn`] the longest ago, and of equals the one that stands
     /// first in the plan. Where slots are so few that the deadline cuts cycles short, those that were left out of one
     /// thus come first in the next, and each gets its turn; where no cycle is cut short, all are equal.
     ready: BinaryHeap<Reverse<(Turn, usize)>>,
-    /// Would be called, but waits for memory for its inputs.
-    waiting: Option<usize>,
+    /// Would be called, but waits for room for its inputs of this number of bytes.
+    waiting: Option<(usize, usize)>,
+    /// What was waited for, until the next call takes it.
+    slot: Option<Slot<'a>>,
+    room: Option<Held>,
     last_ended: Option<usize>,
 }
 
+/// How a share stands.
 #[derive(Default)]
-struct Part {
+struct RunningShare {
     waits: usize,
     /// The one that ended last of those that it waited for.
     released_by: Option<usize>,
@@ -250,7 +309,7 @@ struct Part {
     turn: Option<bool>,
     state: Option<SubsystemState>,
     answer: Answer,
-    /// The memory of the answer, but for an output that has its own by now.
+    /// The memory of the answer. That of the output is in its [`Standing`] by now.
     held: Option<Held>,
 }
 
@@ -270,7 +329,10 @@ impl<'a> Run<'a> {
             start,
             attempts,
             observer,
-            parts: steps.iter().map(|step| Part { waits: step.waits_for.len(), ..Part::default() }).collect(),
+            shares: steps
+                .iter()
+                .map(|step| RunningShare { waits: step.waits_for.len(), ..RunningShare::default() })
+                .collect(),
             takes_part,
             unregistered,
             phase: 0,
@@ -278,6 +340,8 @@ impl<'a> Run<'a> {
             left_in_phase: 0,
             ready: BinaryHeap::new(),
             waiting: None,
+            slot: None,
+            room: None,
             last_ended: None,
         };
         let first = run.open_phase();
@@ -292,7 +356,7 @@ impl<'a> Run<'a> {
         self.phase += 1;
         self.phase_end += count;
         self.left_in_phase = count;
-        positions.filter(|&position| self.parts[position].waits == 0).collect()
+        positions.filter(|&position| self.shares[position].waits == 0).collect()
     }
 
     /// Lets go those whose waits are over, in the order of the plan. What can't run ends at once, which may let others go.
@@ -300,8 +364,8 @@ impl<'a> Run<'a> {
         let now = self.start.elapsed();
         let mut free: BinaryHeap<_> = free.into_iter().map(Reverse).collect();
         while let Some(Reverse(position)) = free.pop() {
-            self.parts[position].ready = now;
-            self.parts[position].released_by = self.last_ended;
+            self.shares[position].ready = now;
+            self.shares[position].released_by = self.last_ended;
             match self.why_not(position) {
                 None if self.takes_part[position] => {
                     let last_turn = self.cycle.plan.steps[position].member.standing.lock().last_turn;
@@ -330,44 +394,54 @@ impl<'a> Run<'a> {
     }
 
     fn fate(&self, position: usize) -> Fate {
-        self.parts[position].state.as_ref().map_or(Fate::LeftOut, Fate::from)
+        self.shares[position].state.as_ref().map_or(Fate::LeftOut, Fate::from)
     }
 
-    /// The next subsystem to call, if a slot is free and one is ready.
-    fn next_call(&mut self, in_flight: usize) -> Option<Call> {
-        if in_flight >= self.cycle.max_concurrent_calls {
-            return None;
-        }
+    /// The next subsystem to call, or what has to be waited for before that.
+    fn next(&mut self) -> Next<'a> {
         loop {
-            let next = self.waiting.take().or_else(|| self.ready.pop().map(|Reverse((_, position))| position));
-            let position = next?;
+            let waiting = self.waiting.map(|(position, _)| position);
+            let Some(position) = waiting.or_else(|| self.ready.peek().map(|Reverse((_, position))| *position)) else {
+                // Taken for a subsystem that was not called after all.
+                (self.slot, self.room) = (None, None);
+                return Next::Nothing;
+            };
+            let Some(slot) = self.slot.take().or_else(|| self.engine.slots.try_take()) else {
+                return Next::Wait(Need::Slot);
+            };
+            if self.waiting.take().is_none() {
+                self.ready.pop();
+            }
             match self.prepare(position) {
-                Ok(call) => {
-                    self.parts[position].started = Some(self.start.elapsed());
-                    return Some(call);
+                Ok((inputs, room, is_probe)) => {
+                    self.shares[position].started = Some(self.start.elapsed());
+                    return Next::Call(Call { position, inputs, is_probe, slot, room });
                 }
-                // Those that run give some back when they end.
-                Err(NotNow::NoMemory(..)) if in_flight > 0 => {
-                    self.waiting = Some(position);
-                    return None;
+                // The slot waits with it. Only calls that run hold room, and they have slots of their own, so they end.
+                Err(NotNow::NoRoom(bytes)) => {
+                    self.slot = Some(slot);
+                    self.waiting = Some((position, bytes));
+                    return Next::Wait(Need::Room(bytes));
                 }
-                Err(NotNow::NoMemory(bytes, full)) => {
-                    let message = format!("there is no room for its inputs of {bytes} bytes: {full}");
-                    self.end_at_once(position, SubsystemState::Failed(Code::ResourceExhausted, message));
+                Err(NotNow::Ends(state)) => {
+                    self.slot = Some(slot);
+                    let free = self.end(position, Some(state));
+                    self.release(free);
                 }
-                Err(NotNow::Ends(state)) => self.end_at_once(position, state),
             }
         }
     }
 
-    /// Ends a part without a call.
-    fn end_at_once(&mut self, position: usize, state: SubsystemState) {
-        let free = self.end(position, Some(state));
-        self.release(free);
+    /// What was waited for has come.
+    fn got(&mut self, got: Got<'a>) {
+        match got {
+            Got::Slot(slot) => self.slot = Some(slot),
+            Got::Room(room) => self.room = Some(room),
+        }
     }
 
-    /// Asks the breaker and gathers the inputs.
-    fn prepare(&self, position: usize) -> Result<Call, NotNow> {
+    /// Asks the breaker, and gathers the inputs and room for them. Says as well whether this is a probe call.
+    fn prepare(&mut self, position: usize) -> Result<(Vec<Input>, Option<Held>, bool), NotNow> {
         let step = &self.cycle.plan.steps[position];
         let is_probe = match step.member.breaker(Instant::now()) {
             BreakerState::Closed => false,
@@ -380,22 +454,30 @@ impl<'a> Run<'a> {
             }
         };
         let inputs = self.inputs(step);
-        let bytes = retry::size(&inputs);
-        if bytes > Subsystem::MAX_INPUT_BYTES {
-            let message = format!("its inputs are {bytes} bytes; allowed are {}", Subsystem::MAX_INPUT_BYTES);
+        let bytes = inputs.iter().flat_map(|input| &input.output).map(|(output, _)| output.payload.len()).sum();
+        let max = self.engine.inputs.max().min(Subsystem::MAX_INPUT_BYTES);
+        if bytes > max {
+            let message = format!("its inputs are {bytes} bytes; allowed are {max}");
             return Err(NotNow::Ends(SubsystemState::Failed(Code::ResourceExhausted, message)));
         }
-        let held = self.engine.inputs.try_hold(bytes).map_err(|full| NotNow::NoMemory(bytes, full))?;
-        Ok(Call { position, inputs, held, is_probe })
+        let room = if bytes > 0 { Some(self.room_for(bytes).ok_or(NotNow::NoRoom(bytes))?) } else { None };
+        Ok((inputs, room, is_probe))
+    }
+
+    /// The room that was waited for, if it is enough: inputs may have grown meanwhile. Otherwise what is free.
+    fn room_for(&mut self, bytes: usize) -> Option<Held> {
+        let waited_for = self.room.take().and_then(|mut room| room.resize(bytes).ok().map(|()| room));
+        waited_for.or_else(|| self.engine.inputs.try_hold(bytes))
     }
 
     fn inputs(&self, step: &Step) -> Vec<Input> {
-        let steps = &self.cycle.plan.steps;
         let inputs = step.inputs.iter().map(|(name, position)| {
-            let latest = position.and_then(|position| steps[position].member.standing.latest());
-            let output = latest.map(|output| {
-                let is_fresh = output.cycle_id == self.cycle.cycle_id;
-                (output, if is_fresh { Freshness::Fresh } else { Freshness::Stale })
+            let output = position.and_then(|position| match &self.shares[position] {
+                RunningShare { state: Some(SubsystemState::Succeeded), answer, .. } => {
+                    let output = Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() };
+                    Some((output, Freshness::Fresh))
+                }
+                _ => Some((self.cycle.plan.steps[position].member.standing.latest()?, Freshness::Stale)),
             });
             Input { name: name.clone(), output }
         });
@@ -404,12 +486,12 @@ impl<'a> Run<'a> {
 
     /// The calls of a subsystem have ended.
     fn called(&mut self, Ended { position, result }: Ended) {
-        let duration = self.start.elapsed().saturating_sub(self.parts[position].started.unwrap_or_default());
+        let duration = self.start.elapsed().saturating_sub(self.shares[position].started.unwrap_or_default());
         let member = &self.cycle.plan.steps[position].member;
         let state = match result.and_then(|reply| self.keep(&member.standing, reply)) {
             Ok(Reply { answer, held }) => {
-                let part = &mut self.parts[position];
-                (part.answer, part.held) = (answer, Some(held));
+                let share = &mut self.shares[position];
+                (share.answer, share.held) = (answer, Some(held));
                 let mut remembered = member.standing.lock();
                 let closes = remembered.breaker.succeeded();
                 remembered.took(duration);
@@ -439,21 +521,20 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Makes an output the latest one, if there is room for it.
+    /// Keeps an answer, if there is room for its output.
     fn keep(&self, standing: &Standing, reply: Reply) -> Result<Reply, SubsystemState> {
         let Reply { answer, mut held } = reply;
-        let output = Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() };
-        standing.keep(output, &self.engine.outputs).map_err(|full| {
-            let new = answer.output.len();
-            let message = format!("no room for its output of {new} bytes: {full}");
+        let bytes = answer.output.len();
+        standing.lock().make_room(bytes, &self.engine.outputs).map_err(|full| {
+            let message = format!("no room for its output of {bytes} bytes: {full}");
             SubsystemState::Failed(Code::ResourceExhausted, message)
         })?;
         // Fewer than before, so there is room.
-        let _ = held.resize(held.bytes().saturating_sub(answer.output.len()));
+        let _ = held.resize(held.bytes().saturating_sub(bytes));
         Ok(Reply { answer, held })
     }
 
-    /// A part has ended; `None` when it was left out of the cycle. Returns those that waited for nothing else.
+    /// A share has ended; `None` when it was left out of the cycle. Returns those that waited for nothing else.
     fn end(&mut self, position: usize, state: Option<SubsystemState>) -> Vec<usize> {
         let elapsed = self.start.elapsed();
         let step = &self.cycle.plan.steps[position];
@@ -461,15 +542,15 @@ impl<'a> Run<'a> {
             let attempts = self.attempts[position].load(Ordering::Relaxed);
             self.observer.ended(position, state, attempts, elapsed);
         }
-        let part = &mut self.parts[position];
-        part.ended = Some(elapsed);
-        part.turn = Some(true);
-        part.state = state;
+        let share = &mut self.shares[position];
+        share.ended = Some(elapsed);
+        share.turn = Some(true);
+        share.state = state;
         self.last_ended = Some(position);
         let mut free = Vec::new();
         for &later in &step.releases {
-            self.parts[later].waits -= 1;
-            if self.parts[later].waits == 0 {
+            self.shares[later].waits -= 1;
+            if self.shares[later].waits == 0 {
                 free.push(later);
             }
         }
@@ -483,50 +564,48 @@ impl<'a> Run<'a> {
     /// Ends what has not ended, and reports.
     fn finish(mut self, end: End) -> Ran {
         let duration = self.start.elapsed();
-        for position in 0..self.parts.len() {
-            if self.takes_part[position] && self.parts[position].state.is_none() {
+        for position in 0..self.shares.len() {
+            if self.takes_part[position] && self.shares[position].state.is_none() {
                 self.cut_off(position, end, duration);
             }
         }
-        let Self { engine, cycle, parts, takes_part, attempts, .. } = self;
+        let Self { engine, cycle, shares: running, takes_part, attempts, .. } = self;
         let plan = &cycle.plan;
         let finished_at = cycle.started_at.saturating_add(duration).unwrap_or(cycle.started_at);
-        let called = |position: usize| takes_part[position] && parts[position].started.is_some();
-        let last = (0..parts.len()).filter(|&p| called(p)).max_by_key(|&p| parts[p].ended);
-        let critical_path = plan.chain(last, |position| parts[position].released_by, called);
+        let called = |position: usize| takes_part[position] && running[position].started.is_some();
+        let last = (0..running.len()).filter(|&p| called(p)).max_by_key(|&p| running[p].ended);
+        let critical_path = plan.chain(last, |position| running[position].released_by, called);
 
-        let mut reports = Vec::with_capacity(parts.len());
-        let mut outputs = Vec::new();
+        let mut reports = Vec::with_capacity(running.len());
+        let mut shares = Vec::with_capacity(running.len());
         let mut held = Vec::new();
-        for (position, part) in parts.into_iter().enumerate() {
-            let (true, Some(state)) = (takes_part[position], part.state) else { continue };
-            held.extend(part.held);
+        for (position, share) in running.into_iter().enumerate() {
+            let (true, Some(state)) = (takes_part[position], share.state) else { continue };
+            held.extend(share.held);
             let member = &plan.steps[position].member;
             let subsystem = &member.subsystem;
             let records_output = subsystem.record_output || cycle.request.record_outputs;
             let succeeded = state == SubsystemState::Succeeded;
             let report = Arc::new(SubsystemReport {
                 name: subsystem.name.clone(),
-                queued: part.started.unwrap_or(part.ready).saturating_sub(part.ready),
-                started: part.started,
-                ended: part.ended.unwrap_or(duration),
+                queued: share.started.unwrap_or(share.ready).saturating_sub(share.ready),
+                started: share.started,
+                ended: share.ended.unwrap_or(duration),
                 attempts: attempts[position].load(Ordering::Relaxed),
-                issues: part.answer.issues,
-                metrics: part.answer.metrics,
-                recorded_output: (succeeded && records_output).then(|| part.answer.output.clone()),
+                issues: share.answer.issues,
+                metrics: share.answer.metrics,
+                recorded_output: (succeeded && records_output).then(|| share.answer.output.clone()),
                 state,
             });
-            let last_part = LastPart { cycle_id: cycle.cycle_id, started_at: cycle.started_at, report: report.clone() };
-            let mut remembered = member.standing.lock();
-            if let Some(was_whole) = part.turn {
-                remembered.last_turn = Turn { cycle_id: cycle.cycle_id, was_whole };
+            if let Some(was_whole) = share.turn {
+                member.standing.lock().last_turn = Turn { cycle_id: cycle.cycle_id, was_whole };
             }
-            remembered.ended(last_part, finished_at, &engine.remembered);
-            drop(remembered);
-            if succeeded {
-                let output = Output { cycle_id: cycle.cycle_id, payload: part.answer.output };
-                outputs.push((subsystem.name.clone(), member.standing.clone(), output));
-            }
+            let (cycle_id, started_at) = (cycle.cycle_id, cycle.started_at);
+            shares.push(Share {
+                standing: member.standing.clone(),
+                last: LastShare { cycle_id, started_at, finished_at, report: report.clone() },
+                output: succeeded.then_some(Output { cycle_id, payload: share.answer.output }),
+            });
             reports.push((report, subsystem.critical));
         }
         for name in self.unregistered {
@@ -549,31 +628,37 @@ impl<'a> Run<'a> {
             critical_path,
             subsystems: reports.into_iter().map(|(report, _)| report).collect(),
         };
-        Ran { finished, outputs, held }
+        Ran { finished, shares, held }
     }
 
-    /// Ends a part that had not ended when the cycle did.
+    /// Ends a share that had not ended when the cycle did.
     fn cut_off(&mut self, position: usize, end: End, now: Duration) {
         let step = &self.cycle.plan.steps[position];
         let deadline = self.cycle.deadline;
-        let state = match (end, self.parts[position].started) {
+        let state = match (end, self.shares[position].started) {
             (End::Deadline, Some(_)) => {
                 let state = SubsystemState::TimedOut(format!("no answer within the cycle's deadline of {deadline:?}"));
                 self.count_failure(&step.member, &state);
                 state
             }
-            (End::Deadline, None) => SubsystemState::Skipped(
-                SkipReason::CycleDeadline,
-                format!("the cycle's deadline of {deadline:?} passed before its turn"),
-            ),
+            (End::Deadline, None) => {
+                let waited = match self.waiting {
+                    Some((waiting, bytes)) if waiting == position => {
+                        format!("while it waited for room for its inputs of {bytes} bytes")
+                    }
+                    _ => "before its turn".to_owned(),
+                };
+                let message = format!("the cycle's deadline of {deadline:?} passed {waited}");
+                SubsystemState::Skipped(SkipReason::CycleDeadline, message)
+            }
             (End::Cancelled | End::Complete, _) => SubsystemState::Cancelled,
         };
         let attempts = self.attempts[position].load(Ordering::Relaxed);
         self.observer.ended(position, &state, attempts, now);
-        let part = &mut self.parts[position];
-        part.ended = Some(now);
-        part.turn = part.started.map(|_| false);
-        part.state = Some(state);
+        let share = &mut self.shares[position];
+        share.ended = Some(now);
+        share.turn = share.started.map(|_| false);
+        share.state = Some(state);
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::{Breaker, BreakerState};
 use crate::{
     memory::{Full, Held, Memory},
-    model::{CycleId, Histogram, Output, Subsystem, SubsystemReport, SubsystemState},
+    model::{CycleId, Histogram, Name, Output, Subsystem, SubsystemReport, SubsystemState},
 };
 
 /// One registered subsystem, as plans hold it.
@@ -24,7 +24,7 @@ pub struct Member {
     pub subsystem: Arc<Subsystem>,
     /// It is taken out of cycles.
     pub suspended: bool,
-    /// What is remembered of it. Kept when its registration is replaced.
+    /// What is remembered of it.
     pub standing: Arc<Standing>,
     kept: Arc<Kept>,
 }
@@ -71,18 +71,34 @@ impl Member {
     }
 }
 
-/// What is remembered of a subsystem between its cycles.
+/// What is remembered of a subsystem between its cycles. Kept when its registration is replaced.
 #[derive(Debug, Default)]
 pub struct Standing(Mutex<Remembered>);
 
+/// What a [`Standing`] holds. What others see of it changes when a cycle is recorded; what decides about further calls
+/// changes at once.
 #[derive(Debug, Default)]
-pub(super) struct Remembered {
+pub struct Remembered {
+    /// How its shares ended.
+    pub outcomes: Outcomes,
+    /// Calls of its `RunCycle`.
+    pub attempts: u64,
+    /// Those of them that were not the first of their share.
+    pub retries: u64,
+    /// How long its shares took from the first call to the end, unless they were cancelled.
+    pub durations: Histogram,
+    /// Whether the last share that says something about it succeeded: one that was skipped or cancelled says nothing.
+    pub is_up: Option<bool>,
+    /// When the cycle that made its latest output ended; `None` when there is no output, or that is not known any more.
+    pub output_at: Option<Timestamp>,
+    latest: Option<Output>,
+    last: Option<(LastShare, Held)>,
+
+    /// For the latest output, or for the one that replaces it once its cycle is recorded.
+    output_room: Option<Held>,
     pub(super) breaker: Breaker,
-    latest: Option<(Output, Held)>,
-    last: Option<(LastPart, Held)>,
     pub(super) mean: Option<Duration>,
     pub(super) last_turn: Turn,
-    tally: Tally,
 }
 
 /// When a subsystem had its turn: it was called, or was not called for a reason of its own. The greater, the more lately.
@@ -94,24 +110,7 @@ pub(super) struct Turn {
     pub(super) was_whole: bool,
 }
 
-/// What is counted of a subsystem since this process started, or since it was registered.
-#[derive(Clone, Debug, Default)]
-pub struct Tally {
-    /// How its parts ended.
-    pub outcomes: Outcomes,
-    /// Calls of its `RunCycle`.
-    pub attempts: u64,
-    /// Those of them that were not the first of their part.
-    pub retries: u64,
-    /// How long its parts took from the first call to the end, unless they were cancelled.
-    pub durations: Histogram,
-    /// Whether the last part that says something about it succeeded: one that was skipped or cancelled says nothing.
-    pub is_up: Option<bool>,
-    /// When the cycle that made its latest output ended; `None` when there is no output, or that is not known any more.
-    pub output_at: Option<Timestamp>,
-}
-
-/// How parts ended, counted.
+/// How shares ended, counted since this process started, or since the subsystem was registered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs, reason = "each field counts the state of its name")]
 pub struct Outcomes {
@@ -123,24 +122,43 @@ pub struct Outcomes {
     pub cancelled: u64,
 }
 
-/// A subsystem's part in the last cycle that this process ran with it.
+/// A subsystem's share of a cycle that has run, until [`Engine::publish`](super::Engine::publish) shows it.
+#[derive(Debug)]
+pub struct Share {
+    /// Where it will be shown.
+    pub standing: Arc<Standing>,
+    /// How it ended.
+    pub last: LastShare,
+    /// What it made; `None` unless it succeeded. Its room is kept by `standing`.
+    pub output: Option<Output>,
+}
+
+/// A subsystem's share of the last cycle that this process ran with it.
 #[derive(Clone, Debug)]
-pub struct LastPart {
+pub struct LastShare {
     /// The cycle.
     pub cycle_id: CycleId,
     /// When the cycle started.
     pub started_at: Timestamp,
-    /// Its part. Without issues, metrics and output where there was no memory for them.
+    /// When the cycle ended.
+    pub finished_at: Timestamp,
+    /// How its share ended. Without issues, metrics and output where there was no memory for them.
     pub report: Arc<SubsystemReport>,
+}
+
+impl Share {
+    /// The subsystem.
+    pub fn name(&self) -> &Name {
+        &self.last.report.name
+    }
 }
 
 impl Standing {
     /// What is remembered of a subsystem whose latest output is known, and perhaps when its cycle ended. The output is held
     /// in `outputs`, also beyond the limit.
     pub fn with_output(output: Output, output_at: Option<Timestamp>, outputs: &Memory) -> Self {
-        let held = outputs.hold_beyond(output.payload.len());
-        let tally = Tally { output_at, ..Tally::default() };
-        Self(Mutex::new(Remembered { latest: Some((output, held)), tally, ..Remembered::default() }))
+        let output_room = Some(outputs.hold_beyond(output.payload.len()));
+        Self(Mutex::new(Remembered { latest: Some(output), output_room, output_at, ..Remembered::default() }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Remembered> {
@@ -148,41 +166,24 @@ impl Standing {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its latest output.
+    /// Its latest output, once the cycle that made it is recorded.
     pub fn latest(&self) -> Option<Output> {
-        self.lock().latest.as_ref().map(|(output, _)| output.clone())
+        self.lock().latest.clone()
     }
 
-    /// Makes an output the latest one.
-    ///
-    /// # Errors
-    /// There is no room for it in `outputs`.
-    pub(super) fn keep(&self, output: Output, outputs: &Memory) -> Result<(), Full> {
-        let bytes = output.payload.len();
-        let latest = &mut self.lock().latest;
-        if let Some((old, held)) = latest {
-            held.resize(bytes)?;
-            *old = output;
-        } else {
-            *latest = Some((output, outputs.try_hold(bytes)?));
-        }
-        Ok(())
-    }
-
-    /// Its part in the last cycle.
-    pub fn last(&self) -> Option<LastPart> {
+    /// Its share of the last cycle that is recorded.
+    pub fn last(&self) -> Option<LastShare> {
         self.lock().last.as_ref().map(|(last, _)| last.clone())
     }
 
-    /// The moving mean of the durations of its successful parts; each new one weighs an eighth.
+    /// The moving mean of the durations of its successful shares, in which each new one weighs an eighth.
     pub fn mean_duration(&self) -> Option<Duration> {
         self.lock().mean
     }
 
-    /// Looks at what is counted of it, and at its part in the last cycle.
-    pub fn look<T>(&self, look: impl FnOnce(&Tally, Option<&LastPart>) -> T) -> T {
-        let remembered = self.lock();
-        look(&remembered.tally, remembered.last.as_ref().map(|(last, _)| last))
+    /// Looks at what is counted of it.
+    pub fn look<T>(&self, look: impl FnOnce(&Remembered) -> T) -> T {
+        look(&self.lock())
     }
 
     /// Closes its breaker. Whether it was open.
@@ -192,16 +193,28 @@ impl Standing {
 }
 
 impl Remembered {
+    /// A successful share took so long.
     pub(super) fn took(&mut self, duration: Duration) {
         self.mean = Some(self.mean.map_or(duration, |mean| mean * 7 / 8 + duration / 8));
     }
 
-    /// Its part in a cycle that ended at this time. It is remembered whole if there is room in `memory`; the record of the
-    /// cycle has it anyway.
-    pub(super) fn ended(&mut self, mut part: LastPart, cycle_ended_at: Timestamp, memory: &Memory) {
-        let SubsystemReport { state, attempts, started, ended, .. } = &*part.report;
-        let tally = &mut self.tally;
-        let Outcomes { succeeded, failed, timed_out, skipped, circuit_open, cancelled } = &mut tally.outcomes;
+    /// Makes room for an output that will be the latest one, in the place of the room of that.
+    ///
+    /// # Errors
+    /// There is no room for it in `outputs`.
+    pub(super) fn make_room(&mut self, bytes: usize, outputs: &Memory) -> Result<(), Full> {
+        match &mut self.output_room {
+            Some(room) => room.resize(bytes)?,
+            none => *none = Some(outputs.try_hold(bytes)?),
+        }
+        Ok(())
+    }
+
+    /// A share of a cycle is recorded. It is remembered whole if there is room in `memory`; the record of the cycle has it
+    /// anyway.
+    pub(super) fn publish(&mut self, mut share: LastShare, output: Option<Output>, memory: &Memory) {
+        let SubsystemReport { state, attempts, started, ended, .. } = &*share.report;
+        let Outcomes { succeeded, failed, timed_out, skipped, circuit_open, cancelled } = &mut self.outcomes;
         let (counter, is_up) = match state {
             SubsystemState::Succeeded => (succeeded, Some(true)),
             SubsystemState::Failed(..) => (failed, Some(false)),
@@ -211,21 +224,21 @@ impl Remembered {
             SubsystemState::Cancelled => (cancelled, None),
         };
         *counter += 1;
-        tally.is_up = is_up.or(tally.is_up);
-        tally.attempts += u64::from(*attempts);
-        tally.retries += u64::from(attempts.saturating_sub(1));
+        self.is_up = is_up.or(self.is_up);
+        self.attempts += u64::from(*attempts);
+        self.retries += u64::from(attempts.saturating_sub(1));
         if let Some(started) = started.filter(|_| *state != SubsystemState::Cancelled) {
-            tally.durations.observe(ended.saturating_sub(started));
+            self.durations.observe(ended.saturating_sub(started));
         }
-        if *state == SubsystemState::Succeeded {
-            tally.output_at = Some(cycle_ended_at);
+        if output.is_some() {
+            (self.latest, self.output_at) = (output, Some(share.finished_at));
         }
         // The one before gives way to it.
         self.last = None;
-        let held = memory.try_hold(part.report.details()).unwrap_or_else(|_full| {
-            part.report = Arc::new(part.report.without_details());
+        let held = memory.try_hold(share.report.details()).unwrap_or_else(|_full| {
+            share.report = Arc::new(share.report.without_details());
             memory.hold_beyond(0)
         });
-        self.last = Some((part, held));
+        self.last = Some((share, held));
     }
 }

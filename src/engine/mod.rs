@@ -1,5 +1,7 @@
-//! The engine: orders subsystems ([`Plan`]) and runs one cycle over them ([`Engine::run`]). Knows nothing of how
-//! calls travel, of the record, or of who asked.
+//! The engine: orders subsystems ([`Plan`]) and runs cycles over them, each by [`Engine::run`]. Knows nothing of how calls
+//! travel, of the record, or of who asked.
+//!
+//! Nothing that a cycle makes is shown before [`Engine::publish`], which comes after its record is committed.
 
 mod breaker;
 mod cycle;
@@ -7,11 +9,15 @@ mod member;
 mod order;
 mod plan;
 mod retry;
+mod slots;
+#[cfg(test)]
+mod tests;
 mod trace;
 
 pub use breaker::{Breaker, BreakerState};
 pub use cycle::{Cycle, Engine, Observer, Ran};
-pub use member::{LastPart, Member, Outcomes, Standing, Tally};
+pub use member::{LastShare, Member, Outcomes, Remembered, Share, Standing};
 pub use order::{Order, Undo};
 pub use plan::{Plan, PlannedSubsystem, Ring, Schedule};
+pub use slots::{InputRoom, Slots};
 pub use trace::{Collected, Trace};

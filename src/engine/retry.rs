@@ -6,7 +6,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{Member, trace::CallSpans};
 use crate::{
-    model::{Code, Input, Method, Subsystem},
+    model::{Code, Method, Subsystem},
     ports::{CallError, InitializeCall, Reply, RunCall, Subsystems},
 };
 
@@ -90,9 +90,4 @@ impl Calls<'_> {
         span.end(&result);
         result
     }
-}
-
-/// The total size of the outputs among `inputs`.
-pub(super) fn size(inputs: &[Input]) -> usize {
-    inputs.iter().flat_map(|input| &input.output).map(|(output, _)| output.payload.len()).sum()
 }

@@ -17,9 +17,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{LiveCycle, Refusal, Shared, State};
 use crate::{
-    engine::{Cycle, Plan, Ran, Standing, Trace},
+    engine::{Cycle, Plan, Ran, Share, Trace},
     memory::Held,
-    model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Name, OverlapPolicy, TraceId, Trigger},
+    model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, OverlapPolicy, TraceId, Trigger},
     ports::{Durability, OpenCycle, Record, StoreError, Write},
     record,
 };
@@ -177,12 +177,11 @@ impl Shared {
                 }
                 Err(trace) => {
                     let finished = self.cancelled_in_line(&admitted, trace.id());
-                    (Ran { finished, outputs: Vec::new(), held: Vec::new() }, None, trace)
+                    (Ran { finished, shares: Vec::new(), held: Vec::new() }, None, trace)
                 }
             };
             let ended = Instant::now();
-            let commit = self.record(&admitted, &ran, plan.as_ref()).await?;
-            let finished = ran.finished;
+            let (finished, commit) = self.record(&admitted, ran, plan.as_ref()).await?;
             tell(&finished);
             if let Trace::Collected(spans) = trace {
                 self.engine.spans.ended(spans.finish(&finished, ended, commit));
@@ -251,7 +250,6 @@ impl Shared {
             request: admitted.request.clone(),
             started_at,
             deadline: admitted.request.deadline.unwrap_or(settings.cycle_deadline),
-            max_concurrent_calls: settings.max_concurrent_calls,
             plan: plan.clone(),
             trace,
         };
@@ -279,28 +277,25 @@ impl Shared {
         }
     }
 
-    /// Writes the record, durably, and publishes it. Returns from when to when it wrote.
+    /// Writes the record, durably, and publishes it with what the cycle has made. Returns from when to when it wrote.
     async fn record(
         &self,
         admitted: &Admitted,
-        Ran { finished, outputs, .. }: &Ran,
+        Ran { finished, shares, held: _held }: Ran,
         plan: Option<&Arc<Plan>>,
-    ) -> Result<Range<Instant>, StoreError> {
+    ) -> Result<(FinishedCycle, Range<Instant>), StoreError> {
         self.live.end();
         let revision = self.state().last_revision.next();
-        let record = Arc::new(record::encode(finished, revision, self.settings().max_record_bytes));
-        let is_current = |state: &State, name: &Name, standing: &Arc<Standing>| {
+        let record = Arc::new(record::encode(&finished, revision, self.settings().max_record_bytes));
+        let is_current = |state: &State, share: &Share| {
             // It may have been unregistered while the cycle ran, and is then forgotten.
-            state.registry.get(name).is_ok_and(|now| Arc::ptr_eq(&now.member.standing, standing))
+            state.registry.get(share.name()).is_ok_and(|now| Arc::ptr_eq(&now.member.standing, &share.standing))
         };
         let build = |state: &State| {
             let all_are = plan.is_some_and(|plan| state.registry.is_as_planned(plan));
-            let current = outputs.iter().filter(|(name, standing, _)| all_are || is_current(state, name, standing));
-            Write {
-                records: vec![(*record).clone()],
-                outputs: current.map(|(name, _, output)| (name.clone(), output.clone())).collect(),
-                ..Write::default()
-            }
+            let current = shares.iter().filter(|share| all_are || is_current(state, share));
+            let outputs = current.filter_map(|share| Some((share.name().clone(), share.output.clone()?)));
+            Write { records: vec![(*record).clone()], outputs: outputs.collect(), ..Write::default() }
         };
         let publish = |state: &mut State| {
             state.running = None;
@@ -316,9 +311,10 @@ impl Shared {
         let start = Instant::now();
         self.insist(admitted, build, publish).await?;
         let commit = start..Instant::now();
+        self.engine.publish(shares);
         self.newest.send_replace(revision);
         admitted.done.send_replace(Some(Ok(record)));
-        Ok(commit)
+        Ok((finished, commit))
     }
 
     /// Writes until it is written. Whoever waits for the cycle learns of the first failure, and nothing new is
