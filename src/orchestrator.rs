@@ -185,6 +185,8 @@ struct State {
     /// Those of them that have a request id.
     requests: HashMap<String, Arc<Admitted>>,
     last_admitted: CycleId,
+    /// The highest id that is noted in the store.
+    last_noted: CycleId,
     /// The last record, and how far the history goes.
     last: Option<Arc<Record>>,
     last_cycle_id: CycleId,
@@ -230,15 +232,10 @@ impl State {
         }
     }
 
-    /// Whether a cycle waits or runs.
-    fn is_live(&self, admitted: &Arc<Admitted>) -> bool {
-        self.queue.iter().chain(&self.running).any(|live| Arc::ptr_eq(live, admitted))
-    }
-
     /// `ran_for` is missing where this process did not run the cycle.
     fn publish(&mut self, record: Arc<Record>, ran_for: Option<Duration>) {
         self.counts.recorded(&record, ran_for);
-        self.last_cycle_id = record.cycle_id;
+        self.last_cycle_id = self.last_cycle_id.max(record.cycle_id);
         self.last_revision = record.revision;
         self.last = Some(record.clone());
         self.recent_bytes += record.bytes.len();
@@ -310,6 +307,7 @@ impl Orchestrator {
             running: None,
             requests: HashMap::new(),
             last_admitted: contents.last_cycle_id,
+            last_noted: contents.last_cycle_id,
             last: None,
             last_cycle_id: contents.last_cycle_id,
             last_revision: contents.last_revision,
@@ -411,17 +409,20 @@ impl Orchestrator {
         }
 
         // Cycles that an earlier process had begun.
-        let open: BTreeMap<CycleId, _> = contents.open.iter().map(|open| (open.cycle_id, open)).collect();
         let last_lost = contents.lost.map(|lost| lost.last_cycle_id).unwrap_or_default();
         if let Some(lost) = &contents.lost {
             tell_lost(lost, &state);
         }
-        let may_be_lost = if contents.may_lack_open { state.last_cycle_id.next() } else { CycleId::default() };
-        while state.last_cycle_id < contents.last_open.max(may_be_lost).max(last_lost) {
-            let cycle_id = state.last_cycle_id.next();
-            let is_lost = cycle_id <= last_lost;
-            let finished = conductor::interrupted(cycle_id, open.get(&cycle_id).copied(), is_lost, contents.epoch, now);
-            let record = record::encode(&finished, state.last_revision.next(), settings.max_record_bytes);
+        // A cycle begins only once the one before it is recorded: where one is open, the number of none is missing.
+        let may_be_lost = contents.may_lack_open && contents.open.is_empty();
+        let may_be_lost = if may_be_lost { state.last_cycle_id.next() } else { CycleId::default() };
+        let missing = contents.last_cycle_id.0 + 1..=may_be_lost.max(last_lost).0;
+        let open = contents.open.iter().map(|open| (open.cycle_id, Some(open)));
+        for (cycle_id, open) in open.chain(missing.map(|id| (CycleId(id), None))) {
+            let revision = state.last_revision.next();
+            let is_lost = contents.lost.is_some_and(|lost| cycle_id <= lost.last_cycle_id && revision <= lost.last_revision);
+            let finished = conductor::interrupted(cycle_id, open, is_lost, contents.epoch, now);
+            let record = record::encode(&finished, revision, settings.max_record_bytes);
             if !is_lost {
                 tracing::warn!(
                     cycle_id = cycle_id.0,
@@ -430,8 +431,9 @@ impl Orchestrator {
             }
             write.records.push(record.clone());
             state.publish(Arc::new(record), None);
-            state.last_admitted = cycle_id;
         }
+        (state.last_admitted, state.last_noted) = (state.last_cycle_id, state.last_cycle_id);
+        write.last_cycle_id = state.last_noted;
         let (loops, mark) = state.loops.unwritten();
         for (name, stored) in loops {
             write.loops.entry(name).or_insert(stored);
@@ -497,11 +499,8 @@ impl Orchestrator {
             Found::Admitted(admitted) => admitted,
         };
         if durably {
-            let build = |state: &State| Write {
-                open: state.is_live(&admitted).then(|| admitted.to_open()).into_iter().collect(),
-                ..Write::default()
-            };
-            let written = self.0.write(build, |_| ()).await;
+            // Each write notes it.
+            let written = self.0.write(|_| Write::default(), |_| ()).await;
             written.map_err(|error| Refusal::StoreUnavailable(Some(admitted.cycle_id), error))?;
         }
         Ok(admitted.ticket())
@@ -570,13 +569,13 @@ impl Orchestrator {
         record.map(Arc::new).ok_or(Refusal::CycleNotFound(cycle_id))
     }
 
-    /// A page of records below `before`, newest first, of at most `max_records`.
+    /// A page of records below the revision `before`, newest first, of at most `max_records`.
     ///
     /// # Errors
     /// The store can't be read, or too much is being read.
     pub async fn cycles(
         &self,
-        before: Option<CycleId>,
+        before: Option<Revision>,
         filter: Filter,
         participation: Participation,
         max_records: usize,
@@ -829,11 +828,9 @@ fn tell_unreadable_rows(rows: &[UnreadableRow]) {
 /// Tells what was acknowledged and is not in the store any more.
 fn tell_lost(lost: &Lost, state: &State) {
     let (last_cycle_id, last_revision, commits) = (lost.last_cycle_id, lost.last_revision, lost.commits);
-    if last_cycle_id > state.last_cycle_id {
-        let cycles = format!("{} to {last_cycle_id}", state.last_cycle_id.next());
+    if last_cycle_id > state.last_cycle_id || last_revision > state.last_revision {
         let revisions = format!("{} to {last_revision}", state.last_revision.next());
         tracing::error!(
-            cycles,
             revisions,
             commits,
             "records that were acknowledged are missing: the end of the store was damaged, or an older copy was put in its \
@@ -1159,8 +1156,8 @@ impl Shared {
         entry.ok_or_else(|| Refusal::LoopNotFound(name.clone()))
     }
 
-    /// Builds and commits one durable change, and with it what has changed in loops since the last one. Once it is
-    /// committed, `apply` changes what is in memory.
+    /// Builds and commits one durable change, and with it what has changed in loops and which cycles were admitted since
+    /// the last one. Once it is committed, `apply` changes what is in memory.
     async fn write<T>(
         &self,
         build: impl FnOnce(&State) -> Write,
@@ -1178,22 +1175,19 @@ impl Shared {
     ) -> Result<T, StoreError> {
         let (write, mark) = {
             let state = self.state();
-            let mut write = Write { epoch: self.engine.epoch, ..build(&state) };
+            let mut write = Write { epoch: self.engine.epoch, last_cycle_id: state.last_admitted, ..build(&state) };
+            let open = write.open.iter().map(|open| open.cycle_id);
+            let known: Vec<_> = open.chain(write.records.iter().map(|record| record.cycle_id)).collect();
+            let live = state.queue.iter().chain(&state.running);
+            let new = live.filter(|live| live.cycle_id > state.last_noted && !known.contains(&live.cycle_id));
+            write.open.extend(new.map(|live| live.to_open()));
             let (loops, mark) = state.loops.unwritten();
-            if !loops.is_empty() {
-                // A tick counts as run when its cycle is admitted: then that must be known as well.
-                let known: Vec<_> = write.open.iter().map(|open| open.cycle_id).collect();
-                let to_begin = state.running.iter().filter(|running| !running.has_begun());
-                let waiting = state.queue.iter().chain(to_begin);
-                let unknown = waiting.filter(|waiting| !known.contains(&waiting.cycle_id));
-                write.open.extend(unknown.map(|waiting| waiting.to_open()));
-            }
             for (name, stored) in loops {
                 write.loops.entry(name).or_insert(stored);
             }
             (write, mark)
         };
-        let (durability, started) = (write.durability, Instant::now());
+        let (durability, noted, started) = (write.durability, write.last_cycle_id, Instant::now());
         let committed = self.store.commit(Arc::new(write)).await;
         if let Err(error) = &committed
             && error.is_final()
@@ -1204,6 +1198,7 @@ impl Shared {
         state.counts.committed(durability, started.elapsed(), &committed);
         committed?;
         state.loops.written(mark);
+        state.last_noted = noted;
         Ok(apply(&mut state))
     }
 

@@ -138,6 +138,9 @@ impl Spans for Untraced {
 
 /// The durable record. One process writes to it; everything that it is told in one [`Write`] holds or fails as a
 /// whole.
+///
+/// Each cycle id from 1 to the highest one that was ever noted ([`Write::last_cycle_id`]) is exactly one of open,
+/// recorded and pruned. Records have dense revisions in the order of their commits, and come in any order of their ids.
 pub trait Store: Send + Sync + 'static {
     /// Writes atomically. The first write of a process begins its epoch, so that a process that gives up before that has
     /// taken nothing over. With [`Durability::Durable`] it returns once the write survives the loss of power, with
@@ -145,7 +148,8 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StoreError::Fenced`] when a later epoch has taken over: nothing of this one will be written any more.
-    /// Otherwise nothing of `write` was kept, and the same write may be tried again, unless the error
+    /// [`StoreError::Ended`] when the write breaks a rule that [`Write`] states, which is a defect of the writer.
+    /// In these and all other cases nothing of `write` was kept; the same write may be tried again, unless the error
     /// [is final](StoreError::is_final).
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>>;
 
@@ -155,17 +159,18 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError::Unreadable`] when it is damaged.
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>>;
 
-    /// The record of the latest cycle that this request started.
+    /// The record of a cycle that this request started: of the one with the highest revision.
     ///
     /// # Errors
     /// [`StoreError::Unreadable`] when it is damaged.
     fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>>;
 
-    /// Records of cycles below `before`, newest first, that pass `filter`. Ends at the limits of `page`, or when it has
-    /// looked at [`SCAN_LIMIT`] records. One that can't be read passes where what the filter looks at can't be read.
+    /// Records below the revision `before`, highest revision first, that pass `filter`. Ends at the limits of `page`, or
+    /// when it has looked at [`SCAN_LIMIT`] records. One that can't be read passes where what the filter looks at can't be
+    /// read. Records that are written between two pages are above both: a walk neither skips nor repeats one.
     fn cycles_before(
         &self,
-        before: CycleId,
+        before: Revision,
         filter: Filter,
         page: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>>;
@@ -177,8 +182,8 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError::NotRetained`] when some of them have been pruned, or `revision` was never given.
     fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>>;
 
-    /// Removes at most `limit` records that `retention` no longer wants, oldest first, never the newest one. Returns
-    /// how many it removed, and the highest revision that was ever removed.
+    /// Removes at most `limit` records that `retention` no longer wants, lowest revision first, never the one with the
+    /// highest revision. Returns how many it removed, and the highest revision that was ever removed.
     fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>>;
 
     /// How much there is now. Cheap, however long the history is.
@@ -190,18 +195,17 @@ pub trait Store: Send + Sync + 'static {
 pub struct Contents {
     /// The epoch that the first commit begins.
     pub epoch: Epoch,
-    /// The highest cycle ever recorded.
+    /// The highest cycle id ever noted.
     pub last_cycle_id: CycleId,
     /// The highest revision ever given.
     pub last_revision: Revision,
     /// The highest revision ever pruned: those above are all there.
     pub pruned_to: Revision,
-    /// The record of `last_cycle_id`, if there is one.
+    /// The record with the highest revision, if there is one.
     pub last_record: Option<Found>,
-    /// Cycles that were admitted and never recorded, by id.
+    /// All cycles that were noted and never recorded, by id. One of which nothing more can be read has
+    /// [`Trigger::Unknown`] and [`Stage::Unknown`], and stands in `unreadable` as well.
     pub open: Vec<OpenCycle>,
-    /// The highest cycle that was admitted and never recorded, also where no more is known of it; 0 when there is none.
-    pub last_open: CycleId,
     /// The process before this one did not close the store, and the machine has restarted since, so that buffered
     /// writes, and with them an entry of `open`, may be lost.
     pub may_lack_open: bool,
@@ -213,7 +217,7 @@ pub struct Contents {
     pub loops: Vec<StoredLoop>,
     /// The latest outputs.
     pub outputs: Vec<StoredOutput>,
-    /// What can't be read of all that. It stays in the store.
+    /// What can't be read of all that. It stays in the store; an open cycle until it is recorded.
     pub unreadable: Vec<UnreadableRow>,
 }
 
@@ -246,7 +250,7 @@ pub struct UnreadableRow {
 /// What was acknowledged and is not in the store any more: its end was damaged, or an older copy was put in its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lost {
-    /// The highest cycle that was recorded.
+    /// The highest cycle id that was noted.
     pub last_cycle_id: CycleId,
     /// The highest revision that was given.
     pub last_revision: Revision,
@@ -261,9 +265,14 @@ pub struct Write {
     pub epoch: Epoch,
     /// What the write must survive.
     pub durability: Durability,
-    /// Cycles that are admitted now. Their entry goes when their record comes.
+    /// The highest id that was given to any cycle by now: with this write it is noted, and no process gives it again.
+    /// Never lower than that of the write before. Each id above that one is in `open` or in `records`.
+    pub last_cycle_id: CycleId,
+    /// Cycles that are open from now on, or stand differently from now on: each is noted with this write or open
+    /// already, and has no record in it. A cycle is open until its record is written.
     pub open: Vec<OpenCycle>,
-    /// Cycles that are recorded now, each the next cycle and the next revision.
+    /// Cycles that are recorded now, in any order of their ids, each as the next revision. Each is open in the store,
+    /// or is noted with this write.
     pub records: Vec<Record>,
     /// Outputs that replace the latest one of their subsystem.
     pub outputs: Vec<(Name, Output)>,
@@ -306,7 +315,7 @@ pub struct Record {
     pub bytes: Bytes,
 }
 
-/// A cycle that was admitted.
+/// A cycle that was admitted and is not recorded yet. Written again, it replaces what was written of it before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenCycle {
     /// Its number.
@@ -315,12 +324,24 @@ pub struct OpenCycle {
     pub trigger: Trigger,
     /// When it was due.
     pub scheduled_at: Timestamp,
-    /// When it started to run; `None` while it waits.
-    pub started_at: Option<Timestamp>,
     /// The id of the request.
     pub request_id: Option<String>,
     /// The trace that it belongs to.
     pub trace_id: Option<TraceId>,
+    /// How far it has come.
+    pub stage: Stage,
+}
+
+/// How far an open cycle has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// It waits. What is needed to run it after a restart, which the store does not look into; `None` where it is not to
+    /// be run then.
+    Waiting(Option<Bytes>),
+    /// It has begun, at this time.
+    Begun(Timestamp),
+    /// Nothing is stored of it that can be read. Its other fields say nothing.
+    Unknown,
 }
 
 /// What is durably known of a subsystem.
@@ -418,13 +439,13 @@ pub struct PageLimits {
 /// So many records one page looks at: a filter that hardly any record passes must not read the whole history at once.
 pub const SCAN_LIMIT: usize = 10_000;
 
-/// A part of the history, newest first.
+/// A part of the history, highest revision first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Page {
     /// The records.
     pub records: Vec<Found>,
-    /// Go on below this cycle; `None` when there is nothing more.
-    pub next: Option<CycleId>,
+    /// Go on below this revision; `None` when there is nothing more.
+    pub next: Option<Revision>,
     /// How many records were looked at for it.
     pub scanned: usize,
 }
@@ -441,7 +462,7 @@ pub struct Retention {
 /// How much is kept. Both `None`: everything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RetentionRule {
-    /// So many of the newest records to which this rule applies.
+    /// So many of the records to which this rule applies: those with the highest revisions.
     pub max_cycles: Option<u64>,
     /// Records that finished less than this ago.
     pub max_age: Option<Duration>,

@@ -264,7 +264,7 @@ pub(super) fn watch(request: pb::WatchCyclesRequest) -> Result<(WatchFrom, Watch
 
 /// Which records a page is to hold.
 pub(super) struct List {
-    pub(super) before: Option<CycleId>,
+    pub(super) before: Option<Revision>,
     pub(super) filter: Filter,
     pub(super) participation: Participation,
     pub(super) page_size: usize,
@@ -288,7 +288,7 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
         if before.is_err() {
             bad.add("page_token", "is none that this service gave out; leave it empty to start over");
         }
-        CycleId(before.unwrap_or_default())
+        Revision(before.unwrap_or_default())
     });
     let trigger = match pb::Trigger::try_from(trigger) {
         Ok(pb::Trigger::Unspecified) => None,

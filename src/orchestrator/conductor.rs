@@ -20,7 +20,7 @@ use crate::{
     engine::{Cycle, Plan, Ran, Share, Trace},
     memory::Held,
     model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, OverlapPolicy, TraceId, Trigger},
-    ports::{Durability, OpenCycle, Record, StoreError, Write},
+    ports::{Durability, OpenCycle, Record, Stage, StoreError, Write},
     record,
 };
 
@@ -83,11 +83,6 @@ impl Admitted {
         Ticket { cycle_id: self.cycle_id, done: self.done.subscribe() }
     }
 
-    /// Its beginning is written.
-    pub(super) fn has_begun(&self) -> bool {
-        self.begun.get().is_some()
-    }
-
     pub(super) fn to_open(&self) -> OpenCycle {
         let begun = self.begun.get();
         let trace_of_caller = || self.request.trace.as_ref().map(|trace| trace.trace_id);
@@ -95,9 +90,9 @@ impl Admitted {
             cycle_id: self.cycle_id,
             trigger: self.request.trigger.clone(),
             scheduled_at: self.request.scheduled_at,
-            started_at: begun.map(|begun| begun.at),
             request_id: self.request.request_id.clone(),
             trace_id: begun.map_or_else(trace_of_caller, |begun| begun.trace_id),
+            stage: begun.map_or(Stage::Waiting(None), |begun| Stage::Begun(begun.at)),
         }
     }
 }
@@ -224,7 +219,7 @@ impl Shared {
         self.plan().await;
         let opened = |_: &State| Write {
             durability: Durability::Buffered,
-            open: vec![OpenCycle { started_at: Some(self.clock.now()), trace_id, ..admitted.to_open() }],
+            open: vec![OpenCycle { stage: Stage::Begun(self.clock.now()), trace_id, ..admitted.to_open() }],
             ..Write::default()
         };
         let start = || admitted.begun.get_or_init(|| Begun { at: self.clock.now(), trace_id }).at;
@@ -403,7 +398,11 @@ pub(super) fn interrupted(
     epoch: Epoch,
     now: Timestamp,
 ) -> FinishedCycle {
-    let started_at = open.and_then(|open| open.started_at);
+    let open = open.filter(|open| open.stage != Stage::Unknown);
+    let started_at = open.and_then(|open| match open.stage {
+        Stage::Begun(at) => Some(at),
+        Stage::Waiting(_) | Stage::Unknown => None,
+    });
     // The clock may have been set back since it started.
     let finished_at = started_at.map_or(now, |started_at| now.max(started_at));
     let duration = started_at.map(|started_at| finished_at.duration_since(started_at));

@@ -11,7 +11,7 @@ use tokio::{sync::OnceCell, time::timeout};
 use super::{Refusal, Shared, aside};
 use crate::{
     memory::{Full, Held},
-    model::CycleId,
+    model::Revision,
     ports::{Filter, Found, Page, PageLimits, Record, SCAN_LIMIT, StoreError},
     record::{Participants, Participation},
 };
@@ -90,10 +90,10 @@ impl Shared {
         Ok(room.around(record.bytes.clone()))
     }
 
-    /// A page of records below `before`, newest first, of at most `max_records`.
+    /// A page of records below the revision `before`, newest first, of at most `max_records`.
     pub(super) async fn page(
         &self,
-        before: Option<CycleId>,
+        before: Option<Revision>,
         filter: Filter,
         participation: Participation,
         max_records: usize,
@@ -104,7 +104,7 @@ impl Shared {
         let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
         // Beside those that are on the page, others are looked into.
         let mut room = self.room(2 * self.max_record().max(MAX_BYTES)).await?;
-        let mut before = before.unwrap_or(CycleId(u64::MAX >> 1));
+        let mut before = before.unwrap_or(Revision(u64::MAX >> 1));
         let mut page = Page::default();
         let (mut bytes, mut looked_into) = (0, 0);
         loop {
@@ -113,18 +113,18 @@ impl Shared {
             page.scanned += found.scanned;
             let wanted = which_have(&found.records, &participation).await;
             for (found, wanted) in found.records.into_iter().zip(wanted) {
-                let (cycle_id, length) = match &found {
-                    Ok(record) => (record.cycle_id, record.bytes.len()),
+                let (revision, length) = match &found {
+                    Ok(record) => (record.revision, record.bytes.len()),
                     Err(unreadable) => {
                         self.state().tell_unreadable(unreadable);
-                        (unreadable.cycle_id, 0)
+                        (unreadable.revision, 0)
                     }
                 };
                 looked_into += length;
                 if wanted {
                     bytes += length;
                     if page.records.len() == max_records || (!page.records.is_empty() && bytes > MAX_BYTES) {
-                        return Ok(Page { next: Some(cycle_id.next()), ..page });
+                        return Ok(Page { next: Some(revision.next()), ..page });
                     }
                     page.records.push(found.map(|record| with_room(record, &mut room)));
                 }

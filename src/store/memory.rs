@@ -2,7 +2,7 @@
 //! inline, without threads, so that tests can pause the clock.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     future::ready,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -10,7 +10,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 
-use super::check_sequence;
+use super::frontier::Frontier;
 use crate::{
     model::{CycleId, CycleState, Epoch, Revision},
     ports::{
@@ -27,11 +27,12 @@ pub(super) struct Memory {
 
 #[derive(Default)]
 struct History {
-    records: BTreeMap<CycleId, Record>,
+    records: BTreeMap<Revision, Record>,
+    /// Where the record of each cycle is among them.
+    revisions: HashMap<CycleId, Revision>,
     /// Of all records.
     bytes: u64,
-    last_cycle_id: CycleId,
-    last_revision: Revision,
+    frontier: Frontier,
     pruned_to: Revision,
 }
 
@@ -50,19 +51,24 @@ impl Store for Memory {
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
         let mut history = self.history();
         let checked = if write.epoch == self.epoch {
-            check_sequence("memory:", &write.records, history.last_cycle_id, history.last_revision)
+            history.frontier.check(&write).map_err(|defect| StoreError::Ended("memory:".into(), defect))
         } else {
             Err(StoreError::Fenced(self.epoch))
         };
-        Box::pin(ready(checked.map(|(last_cycle_id, last_revision)| {
-            (history.last_cycle_id, history.last_revision) = (last_cycle_id, last_revision);
-            history.bytes += write.records.iter().map(|record| record.bytes.len() as u64).sum::<u64>();
-            history.records.extend(write.records.iter().map(|record| (record.cycle_id, record.clone())));
-        })))
+        if checked.is_ok() {
+            history.frontier.advance(&write);
+            for record in &write.records {
+                history.bytes += record.bytes.len() as u64;
+                history.revisions.insert(record.cycle_id, record.revision);
+                history.records.insert(record.revision, record.clone());
+            }
+        }
+        Box::pin(ready(checked))
     }
 
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
-        let found = self.history().records.get(&cycle_id).cloned();
+        let history = self.history();
+        let found = history.revisions.get(&cycle_id).and_then(|revision| history.records.get(revision)).cloned();
         Box::pin(ready(Ok(found)))
     }
 
@@ -74,7 +80,7 @@ impl Store for Memory {
 
     fn cycles_before(
         &self,
-        before: CycleId,
+        before: Revision,
         filter: Filter,
         limits: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>> {
@@ -85,7 +91,7 @@ impl Store for Memory {
             let is_full = page.records.len() == limits.records
                 || (!page.records.is_empty() && bytes + record.bytes.len() > limits.bytes);
             if page.scanned == SCAN_LIMIT || (is_full && filter.wants(record)) {
-                page.next = Some(record.cycle_id.next());
+                page.next = Some(record.revision.next());
                 break;
             }
             if filter.wants(record) {
@@ -99,14 +105,14 @@ impl Store for Memory {
 
     fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>> {
         let history = self.history();
-        if revision < history.pruned_to || revision > history.last_revision {
-            let (oldest, newest) = (history.pruned_to.next(), history.last_revision);
+        let newest = history.frontier.last_revision;
+        if revision < history.pruned_to || revision > newest {
+            let oldest = history.pruned_to.next();
             return Box::pin(ready(Err(StoreError::NotRetained { oldest, newest })));
         }
         let mut records: Vec<Found> = Vec::new();
         let mut bytes = 0;
-        // Cycles are recorded in the order of their ids, so that is the order of revisions as well.
-        for record in history.records.values().filter(|record| record.revision > revision) {
+        for record in history.records.range(revision.next()..).map(|(_, record)| record) {
             bytes += record.bytes.len();
             if records.len() == limits.records || (!records.is_empty() && bytes > limits.bytes) {
                 break;
@@ -121,19 +127,20 @@ impl Store for Memory {
         let mut oldest_first: Vec<_> = Vec::new();
         for (rule, states) in retention.rules() {
             let of_rule: Vec<_> = history.records.values().filter(|record| states.contains(&record.state)).collect();
-            let keep = history.last_cycle_id;
+            let keep = history.frontier.last_revision;
             oldest_first.extend(to_prune(
                 rule,
                 of_rule.len() as u64,
-                of_rule.iter().map(|record| (record.cycle_id, record.finished_at)),
+                of_rule.iter().map(|record| (record.revision, record.finished_at)),
                 now,
                 keep,
             ));
         }
         oldest_first.sort_unstable();
         oldest_first.truncate(limit);
-        for cycle_id in &oldest_first {
-            if let Some(record) = history.records.remove(cycle_id) {
+        for revision in &oldest_first {
+            if let Some(record) = history.records.remove(revision) {
+                history.revisions.remove(&record.cycle_id);
                 history.pruned_to = history.pruned_to.max(record.revision);
                 history.bytes -= record.bytes.len() as u64;
             }
@@ -149,21 +156,21 @@ impl Store for Memory {
     }
 }
 
-/// Which of the oldest records of one rule go, given how many there are; `oldest` has them oldest first.
+/// Which records of one rule go, given how many there are; `oldest` has those with the lowest revisions, in their order.
 pub(super) fn to_prune(
     rule: RetentionRule,
     count: u64,
-    oldest: impl Iterator<Item = (CycleId, Timestamp)>,
+    oldest: impl Iterator<Item = (Revision, Timestamp)>,
     now: Timestamp,
-    keep: CycleId,
-) -> Vec<CycleId> {
+    keep: Revision,
+) -> Vec<Revision> {
     let too_many = rule.max_cycles.map_or(0, |max| count.saturating_sub(max));
     let too_old = rule.max_age.and_then(|age| now.checked_sub(age).ok());
     (0_u64..)
         .zip(oldest)
         .take_while(|(i, (_, finished_at))| *i < too_many || too_old.is_some_and(|limit| *finished_at <= limit))
-        .map(|(_, (cycle_id, _))| cycle_id)
-        .filter(|cycle_id| *cycle_id != keep)
+        .map(|(_, (revision, _))| revision)
+        .filter(|revision| *revision != keep)
         .collect()
 }
 

@@ -1,6 +1,7 @@
 //! Stores: where the record is kept. One contract, the trait [`Store`] in `ports`, and one suite of
 //! tests that every store passes.
 
+mod frontier;
 mod memory;
 mod sqlite;
 #[cfg(test)]
@@ -9,7 +10,7 @@ mod suite;
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use crate::{
-    model::{CycleId, Revision},
+    model::CycleId,
     ports::{Contents, Record, Store, StoreError},
 };
 
@@ -99,28 +100,6 @@ pub fn accept(url: &StoreUrl) -> Result<Accepted, StoreError> {
         StoreUrl::Memory => Err(StoreError::Missing(url.to_string())),
         StoreUrl::Sqlite(path) => sqlite::accept(path),
     }
-}
-
-/// Checks that each record is the next cycle and the next revision.
-fn check_sequence(
-    store: &str,
-    records: &[Record],
-    mut last_cycle_id: CycleId,
-    mut last_revision: Revision,
-) -> Result<(CycleId, Revision), StoreError> {
-    for record in records {
-        if (record.cycle_id, record.revision) != (last_cycle_id.next(), last_revision.next()) {
-            return Err(StoreError::Ended(
-                store.into(),
-                format!(
-                    "cycle {} as revision {} can't follow cycle {last_cycle_id} and revision {last_revision}",
-                    record.cycle_id, record.revision
-                ),
-            ));
-        }
-        (last_cycle_id, last_revision) = (record.cycle_id, record.revision);
-    }
-    Ok((last_cycle_id, last_revision))
 }
 
 #[cfg(test)]

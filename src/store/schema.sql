@@ -85,3 +85,30 @@ ALTER TABLE meta ADD COLUMN device  INTEGER;
 ALTER TABLE meta ADD COLUMN inode   INTEGER;
 ALTER TABLE meta ADD COLUMN commits INTEGER NOT NULL DEFAULT 0;  -- made so far
 UPDATE meta SET database_id = randomblob(16);
+
+-- migration 4
+
+-- The history goes by revision: records come in any order of their cycles.
+DROP INDEX cycles_by_state;
+CREATE INDEX cycles_by_state ON cycles (state, revision);
+DROP INDEX cycles_by_request;
+CREATE INDEX cycles_by_request ON cycles (request_id, revision) WHERE request_id IS NOT NULL;
+
+-- What is needed to run a cycle that waits after a restart. NULL once it has begun, and where it is not to be run then.
+ALTER TABLE open_cycles ADD COLUMN request BLOB;
+
+-- `meta.last_cycle_id` is the highest id that was given to any cycle, and each id up to it is open, recorded or pruned. Until
+-- now it was that of the last record, and only some of the cycles above it are open. The others get a row of which nothing
+-- is known: trigger 0. A row far above all others is damage, and counts for nothing.
+DELETE FROM open_cycles WHERE cycle_id <= (SELECT last_cycle_id FROM meta);
+WITH RECURSIVE
+    above (first, last) AS (
+        SELECT last_cycle_id + 1, (SELECT max(cycle_id) FROM open_cycles WHERE cycle_id <= last_cycle_id + 10000) FROM meta
+    ),
+    given (cycle_id) AS (
+        SELECT first FROM above WHERE first <= last
+        UNION ALL SELECT cycle_id + 1 FROM given, above WHERE cycle_id < last
+    )
+INSERT OR IGNORE INTO open_cycles (cycle_id, trigger, scheduled_at) SELECT cycle_id, 0, 0 FROM given;
+UPDATE meta SET last_cycle_id =
+    coalesce((SELECT max(cycle_id) FROM open_cycles WHERE cycle_id <= last_cycle_id + 10000), last_cycle_id);

@@ -43,12 +43,12 @@ use self::{
     note::{Mark, Note},
     place::{FileId, Place, file_id, log_of},
 };
-use super::{Accepted, Check, check_sequence, memory::to_prune};
+use super::{Accepted, Check, frontier::Frontier, memory::to_prune};
 use crate::{
     model::{CycleId, CycleState, Epoch, Name, Output, Payload, Revision, TraceId, Trigger},
     ports::{
         Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Pruned, Record, Retention, SCAN_LIMIT,
-        Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Unreadable,
+        Stage, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Unreadable,
         UnreadableRow, Write,
     },
 };
@@ -72,7 +72,7 @@ const CHECKPOINT_BYTES: usize = 4 << 20;
 const LARGE_LOG: u64 = 16 << 20;
 /// How often copying is tried again while a reader is in its way.
 const TRY_COPYING_EVERY: Duration = Duration::from_secs(1);
-/// So many records that are missing at the end are taken for lost, and recorded as such. More are not what a damaged log
+/// So many cycles that are missing at the end are taken for lost, and recorded as such. More are not what a damaged log
 /// held: an older copy was put in the place of the database.
 const MAX_LOST: u64 = 10_000;
 /// The most bytes of a record that is read: as many as `cycle.max_record_bytes` allows.
@@ -105,6 +105,11 @@ impl Sqlite {
     fn open_blocking(path: &Path, check: Check) -> Result<(Self, Contents), StoreError> {
         let Opened { place, mut connection, here, .. } = Opened::at(path, false)?;
         let (before, mark, mut contents) = read_contents(&mut connection, &place.path, check)?;
+        let frontier = Frontier {
+            last_cycle_id: contents.last_cycle_id,
+            last_revision: contents.last_revision,
+            open: contents.open.iter().map(|open| open.cycle_id).collect(),
+        };
         let (note, noted) = Note::open(&place.path).map_err(|error| unwritable(&place.path, &error))?;
         contents.lost = lost(&place.path, &mark, noted)?;
         let readers = (0..READERS).map(|_| connect(&place.path)).collect::<Result<_, _>>();
@@ -119,7 +124,9 @@ impl Sqlite {
             connection,
             epoch: contents.epoch,
             beginning: Some(Beginning { before, here }),
-            mark,
+            database_id: mark.id,
+            commits: mark.commits,
+            frontier,
             note: Some(note),
             synchronous: Durability::Durable,
             unchecked_bytes: 0,
@@ -219,7 +226,7 @@ impl Store for Sqlite {
         let check = self.check;
         Box::pin(self.read(move |connection| {
             let mut query = connection.prepare_cached(&format!(
-                "SELECT {COLUMNS} FROM cycles WHERE request_id = ?1 ORDER BY cycle_id DESC LIMIT 1"
+                "SELECT {COLUMNS} FROM cycles WHERE request_id = ?1 ORDER BY revision DESC LIMIT 1"
             ))?;
             let found = query.query_row([request_id], |row| Ok(read(row, check))).optional()?;
             Ok(found.transpose()?)
@@ -228,39 +235,51 @@ impl Store for Sqlite {
 
     fn cycles_before(
         &self,
-        before: CycleId,
+        before: Revision,
         filter: Filter,
         limits: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>> {
         let check = self.check;
         Box::pin(self.read(move |connection| {
-            let mut query = connection
-                .prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id < ?1 ORDER BY cycle_id DESC"))?;
+            // One transaction, so that what is pruned meanwhile is not taken for missing.
+            let transaction = connection.transaction()?;
+            let (pruned_to, newest) = range(&transaction)?;
+            let mut query = transaction.prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} AND revision < ?1 ORDER BY revision DESC"
+            ))?;
             let mut rows = query.query([integer(before.0)])?;
             let mut page = Page::default();
-            let mut bytes = 0;
-            while let Some(row) = rows.next()? {
+            let (mut bytes, mut next) = (0, before.min(newest.next()));
+            loop {
+                let row = rows.next()?;
+                let at = row.map(|row| number(row, "revision").map(Revision)).transpose()?;
+                // Above what was pruned every revision is there.
+                while next > at.unwrap_or_default().max(pruned_to).next() {
+                    if page.scanned == SCAN_LIMIT || page.records.len() == limits.records {
+                        return Ok(Page { next: Some(next), ..page });
+                    }
+                    next = Revision(next.0 - 1);
+                    page.records.push(Err(missing(next)));
+                    page.scanned += 1;
+                }
+                let (Some(row), Some(at)) = (row, at) else { return Ok(page) };
                 // The record itself stands last in a row, and is not touched unless it is wanted.
                 let wanted = found(row).map_or(true, |found| filter.wants(&found));
-                let is_full = page.records.len() == limits.records;
-                let cycle_id = CycleId(number(row, "cycle_id")?);
-                if page.scanned == SCAN_LIMIT || (wanted && is_full) {
-                    page.next = Some(cycle_id.next());
-                    break;
+                if page.scanned == SCAN_LIMIT || (wanted && page.records.len() == limits.records) {
+                    return Ok(Page { next: Some(at.next()), ..page });
                 }
                 if wanted {
                     let found = read(row, check);
                     let length = length(&found);
                     if !page.records.is_empty() && bytes + length > limits.bytes {
-                        page.next = Some(cycle_id.next());
-                        break;
+                        return Ok(Page { next: Some(at.next()), ..page });
                     }
                     bytes += length;
                     page.records.push(found);
                 }
                 page.scanned += 1;
+                next = at;
             }
-            Ok(page)
         }))
     }
 
@@ -269,9 +288,7 @@ impl Store for Sqlite {
         Box::pin(self.read(move |connection| {
             // One transaction, so that nothing is pruned between the check and the reading.
             let transaction = connection.transaction()?;
-            let (pruned_to, newest) = transaction
-                .prepare_cached("SELECT pruned_to, last_revision FROM meta")?
-                .query_row([], |row| Ok((Revision(number(row, 0)?), Revision(number(row, 1)?))))?;
+            let (pruned_to, newest) = range(&transaction)?;
             if revision < pruned_to || revision > newest {
                 return Err(ReadError::Store(StoreError::NotRetained { oldest: pruned_to.next(), newest }));
             }
@@ -290,8 +307,7 @@ impl Store for Sqlite {
                 };
                 // Above what was pruned every revision is there.
                 while next < at && records.len() < limits.records {
-                    let problem = "no row has this revision".to_owned();
-                    records.push(Err(Unreadable { cycle_id: CycleId::default(), revision: next, problem }));
+                    records.push(Err(missing(next)));
                     next = next.next();
                 }
                 let Some(row) = row.filter(|_| records.len() < limits.records) else { break };
@@ -501,26 +517,33 @@ fn read_contents(
             Ok((before, mark, contents))
         })?;
         contents.last_record = transaction
-            .query_row(&format!("SELECT {COLUMNS} FROM cycles ORDER BY cycle_id DESC LIMIT 1"), [], |row| {
-                Ok(read(row, check))
-            })
+            .query_row(
+                &format!("SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} ORDER BY revision DESC LIMIT 1"),
+                [],
+                |row| Ok(read(row, check)),
+            )
             .optional()?;
         Ok((before, mark, contents))
     })()
     .map_err(explained)?;
     let mut unreadable = Vec::new();
     let mut rows = Rows { transaction: &transaction, path, unreadable: &mut unreadable };
-    let highest = contents.last_cycle_id.0.saturating_add(MAX_LOST);
-    let mut last_open = CycleId::default();
-    contents.open = rows.read_all("open cycle", "SELECT * FROM open_cycles ORDER BY cycle_id", |row| {
-        let cycle_id = CycleId(number(row, "cycle_id")?);
-        if cycle_id.0 > highest {
-            return Err(wrong(row, "cycle_id", TooHigh));
+    let noted = 1..=integer(contents.last_cycle_id.0);
+    let open = "SELECT *, EXISTS (SELECT 1 FROM cycles WHERE cycle_id = open_cycles.cycle_id) AS is_recorded FROM open_cycles
+                ORDER BY cycle_id";
+    rows.read_all("open cycle", open, |row| {
+        let cycle_id: i64 = row.get("cycle_id")?;
+        if !noted.contains(&cycle_id) {
+            return Err(wrong(row, "cycle_id", NotOpen("its number was given to no cycle")));
         }
-        last_open = last_open.max(cycle_id);
-        open_cycle(row)
+        if row.get("is_recorded")? {
+            return Err(wrong(row, "cycle_id", NotOpen("it is recorded")));
+        }
+        let read = open_cycle(row);
+        let unknown = |_| unknown_cycle(CycleId(cycle_id.unsigned_abs()));
+        contents.open.push(read.as_ref().map_or_else(unknown, Clone::clone));
+        read.map(drop)
     })?;
-    contents.last_open = last_open;
     contents.subsystems = rows.read_all("subsystem", "SELECT * FROM subsystems ORDER BY name", |row| {
         let lease_ms: Option<i64> = row.get("lease_ms")?;
         Ok(StoredSubsystem {
@@ -593,8 +616,8 @@ fn key(value: ValueRef<'_>) -> String {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("it is far above the last cycle")]
-struct TooHigh;
+#[error("it is not open: {0}")]
+struct NotOpen(&'static str);
 
 // ---------------------------------------------------------------------------------------------------------------
 // Writing
@@ -607,8 +630,11 @@ struct Writer {
     epoch: Epoch,
     /// `None` once the epoch has begun, which it does with the first commit.
     beginning: Option<Beginning>,
-    mark: Mark,
-    /// Where the mark is noted; `None` once that has failed.
+    database_id: [u8; 16],
+    /// The commits that were made.
+    commits: u64,
+    frontier: Frontier,
+    /// Where it is noted how far the database was written; `None` once that has failed.
     note: Option<Note>,
     /// What the connection is set to.
     synchronous: Durability,
@@ -652,14 +678,13 @@ impl Writer {
         if files_of(&self.path).ok() != Some(self.files) {
             return Err(StoreError::Gone(path));
         }
-        let (last_cycle_id, last_revision) =
-            check_sequence(&path, &write.records, self.mark.last_cycle_id, self.mark.last_revision)?;
-        let mark = Mark { commits: self.mark.commits + 1, last_cycle_id, last_revision, ..self.mark };
-        let fenced_by = self.transact(write, &mark).map_err(|error| explain(&self.path, &error))?;
+        self.frontier.check(write).map_err(|defect| StoreError::Ended(path, defect))?;
+        let fenced_by = self.transact(write).map_err(|error| explain(&self.path, &error))?;
         if let Some(epoch) = fenced_by {
             return Err(StoreError::Fenced(epoch));
         }
-        self.mark = mark;
+        self.frontier.advance(write);
+        self.commits += 1;
         if write.durability == Durability::Durable {
             self.note();
         }
@@ -674,7 +699,7 @@ impl Writer {
     }
 
     /// Does it in one transaction; `Some` is the epoch that has taken over, and then nothing was done.
-    fn transact(&mut self, write: &Write, mark: &Mark) -> rusqlite::Result<Option<Epoch>> {
+    fn transact(&mut self, write: &Write) -> rusqlite::Result<Option<Epoch>> {
         if self.synchronous != write.durability {
             let level = match write.durability {
                 Durability::Durable => "FULL",
@@ -684,6 +709,7 @@ impl Writer {
             self.synchronous = write.durability;
         }
         let before = self.current_epoch();
+        let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let written = transaction
             .prepare_cached(
@@ -691,10 +717,10 @@ impl Writer {
                  commits = :commits, epoch = :epoch WHERE epoch = :before",
             )?
             .execute(named_params! {
-                ":cycle_id": integer(mark.last_cycle_id.0),
-                ":revision": integer(mark.last_revision.0),
+                ":cycle_id": integer(write.last_cycle_id.0),
+                ":revision": integer(last_revision.0),
                 ":is_closed": write.close,
-                ":commits": integer(mark.commits),
+                ":commits": integer(self.commits + 1),
                 ":epoch": integer(self.epoch.0),
                 ":before": integer(before.0),
             })?;
@@ -719,8 +745,10 @@ impl Writer {
 
     /// Notes how far the database was written.
     fn note(&mut self) {
+        let Frontier { last_cycle_id, last_revision, .. } = self.frontier;
+        let mark = Mark { id: self.database_id, commits: self.commits, last_cycle_id, last_revision };
         if let Some(note) = &self.note
-            && let Err(error) = note.write(&self.mark)
+            && let Err(error) = note.write(&mark)
         {
             // What is in the database holds all the same.
             tracing::warn!(store = %self.path.display(), %error, "can't note how far the database was written");
@@ -729,7 +757,7 @@ impl Writer {
     }
 
     fn prune(&mut self, retention: &Retention, now: Timestamp, limit: usize) -> Result<Pruned, StoreError> {
-        let (keep, current) = (self.mark.last_cycle_id, self.current_epoch());
+        let (keep, current) = (self.frontier.last_revision, self.current_epoch());
         let pruned = (|| {
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
@@ -744,14 +772,14 @@ impl Writer {
                     count += transaction
                         .prepare_cached("SELECT cycles FROM counts WHERE state = ?1")?
                         .query_row([state_number(state)], |row| number(row, 0))?;
-                    let mut query = transaction.prepare_cached(
-                        "SELECT cycle_id, finished_at FROM cycles WHERE state = ?1 ORDER BY cycle_id LIMIT ?2",
-                    )?;
+                    let mut query = transaction.prepare_cached(&format!(
+                        "SELECT revision, finished_at FROM cycles WHERE state = ?1 AND {HAS_REVISION} ORDER BY revision LIMIT ?2"
+                    ))?;
                     // A time that can't be read keeps nobody else's record: it is taken for that of the one before.
                     let mut at = Timestamp::MIN;
                     let rows = query.query_map([state_number(state), integer(limit as u64)], |row| {
                         at = time(row, "finished_at").unwrap_or(at);
-                        Ok((CycleId(number(row, 0)?), at))
+                        Ok((Revision(number(row, 0)?), at))
                     })?;
                     oldest.extend(rows.collect::<rusqlite::Result<Vec<_>>>()?);
                 }
@@ -760,14 +788,16 @@ impl Writer {
             }
             gone.sort_unstable();
             gone.truncate(limit);
-            for cycle_id in &gone {
-                let (state, revision): (i64, i64) = transaction
-                    .prepare_cached("DELETE FROM cycles WHERE cycle_id = ?1 RETURNING state, revision")?
-                    .query_row([integer(cycle_id.0)], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            for revision in &gone {
+                let state: i64 = transaction
+                    .prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING state")?
+                    .query_row([integer(revision.0)], |row| row.get(0))?;
                 transaction
                     .prepare_cached("UPDATE counts SET cycles = cycles - 1 WHERE state = ?1")?
                     .execute([state])?;
-                transaction.prepare_cached("UPDATE meta SET pruned_to = max(pruned_to, ?1)")?.execute([revision])?;
+                transaction
+                    .prepare_cached("UPDATE meta SET pruned_to = max(pruned_to, ?1)")?
+                    .execute([integer(revision.0)])?;
             }
             let pruned_to = transaction.query_row("SELECT pruned_to FROM meta", [], |row| number(row, 0))?;
             if gone.is_empty() {
@@ -835,20 +865,26 @@ impl Writer {
 
 fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
     for open in &write.open {
+        let (trigger, started_at, request) = match &open.stage {
+            Stage::Waiting(request) => (trigger_number(&open.trigger), None, request.as_deref()),
+            Stage::Begun(at) => (trigger_number(&open.trigger), Some(nanoseconds(*at)), None),
+            Stage::Unknown => (trigger_number(&Trigger::Unknown), None, None),
+        };
         transaction
             .prepare_cached(
-                "INSERT INTO open_cycles (cycle_id, trigger, loop, scheduled_at, started_at, request_id, trace_id)
-                 VALUES (:cycle_id, :trigger, :loop, :scheduled_at, :started_at, :request_id, :trace_id)
-                 ON CONFLICT (cycle_id) DO UPDATE SET started_at = excluded.started_at, trace_id = excluded.trace_id",
+                "INSERT OR REPLACE INTO open_cycles
+                 (cycle_id, trigger, loop, scheduled_at, started_at, request_id, trace_id, request)
+                 VALUES (:cycle_id, :trigger, :loop, :scheduled_at, :started_at, :request_id, :trace_id, :request)",
             )?
             .execute(named_params! {
                 ":cycle_id": integer(open.cycle_id.0),
-                ":trigger": trigger_number(&open.trigger),
+                ":trigger": trigger,
                 ":loop": open.trigger.loop_name().map(Name::as_str),
                 ":scheduled_at": nanoseconds(open.scheduled_at),
-                ":started_at": open.started_at.map(nanoseconds),
+                ":started_at": started_at,
                 ":request_id": open.request_id,
                 ":trace_id": open.trace_id.map(|trace_id| trace_id.0.to_be_bytes()),
+                ":request": request,
             })?;
     }
     for record in &write.records {
@@ -872,7 +908,7 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<
             .prepare_cached("UPDATE counts SET cycles = cycles + 1 WHERE state = ?1")?
             .execute([state_number(record.state)])?;
         transaction
-            .prepare_cached("DELETE FROM open_cycles WHERE cycle_id <= ?1")?
+            .prepare_cached("DELETE FROM open_cycles WHERE cycle_id = ?1")?
             .execute([integer(record.cycle_id.0)])?;
     }
     Ok(())
@@ -930,6 +966,21 @@ fn put_knowledge(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Resu
 /// In this order, so that a row can be looked at without reading the record, which stands last and may be large.
 const COLUMNS: &str = "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record";
 
+/// That a row has a place in the history. A revision that can't be read is none: nobody who goes by revisions finds it.
+const HAS_REVISION: &str = "revision > 0 AND typeof(revision) = 'integer'";
+
+/// The highest revision that was ever pruned, and the newest one.
+fn range(connection: &Connection) -> rusqlite::Result<(Revision, Revision)> {
+    connection
+        .prepare_cached("SELECT pruned_to, last_revision FROM meta")?
+        .query_row([], |row| Ok((Revision(number(row, 0)?), Revision(number(row, 1)?))))
+}
+
+/// What stands in the place of a revision that was given, was not pruned, and is not there.
+fn missing(revision: Revision) -> Unreadable {
+    Unreadable { cycle_id: CycleId::default(), revision, problem: "no row has this revision".into() }
+}
+
 /// A row without its record.
 fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
     Ok(Record {
@@ -971,16 +1022,36 @@ fn length(found: &Found) -> usize {
 }
 
 fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
-    let started_at: Option<i64> = row.get("started_at")?;
+    let cycle_id = CycleId(number(row, "cycle_id")?);
+    let trigger = trigger(row)?;
+    if trigger == Trigger::Unknown {
+        return Ok(unknown_cycle(cycle_id));
+    }
+    let (started_at, request): (Option<i64>, Option<Vec<u8>>) = (row.get("started_at")?, row.get("request")?);
     let trace_id: Option<[u8; 16]> = row.get("trace_id")?;
     Ok(OpenCycle {
-        cycle_id: CycleId(number(row, "cycle_id")?),
-        trigger: trigger(row)?,
+        cycle_id,
+        trigger,
         scheduled_at: time(row, "scheduled_at")?,
-        started_at: started_at.map(|_| time(row, "started_at")).transpose()?,
         request_id: row.get("request_id")?,
         trace_id: trace_id.map(|bytes| TraceId(u128::from_be_bytes(bytes))),
+        stage: match started_at {
+            Some(_) => Stage::Begun(time(row, "started_at")?),
+            None => Stage::Waiting(request.map(Into::into)),
+        },
     })
+}
+
+/// An open cycle of which no more is known than that.
+fn unknown_cycle(cycle_id: CycleId) -> OpenCycle {
+    OpenCycle {
+        cycle_id,
+        trigger: Trigger::Unknown,
+        scheduled_at: Timestamp::UNIX_EPOCH,
+        request_id: None,
+        trace_id: None,
+        stage: Stage::Unknown,
+    }
 }
 
 /// A value that no version of this software has written.

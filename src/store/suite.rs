@@ -1,6 +1,12 @@
 //! What every store has to do, and what only one that outlives its process can.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::RangeInclusive,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use proptest::prelude::*;
@@ -12,8 +18,8 @@ use crate::{
         Trigger,
     },
     ports::{
-        Contents, Durability, Filter, Found, Lost, OpenCycle, PageLimits, Record, Retention, RetentionRule, SCAN_LIMIT,
-        Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
+        Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Record, Retention, RetentionRule,
+        SCAN_LIMIT, Stage, Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
     },
 };
 
@@ -27,17 +33,37 @@ fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_700_000_000 + second).unwrap()
 }
 
-fn record(id: u64, epoch: Epoch) -> Record {
+/// The cycle that has this revision: of each two, the one with the higher id ends first.
+fn cycle_of(revision: u64) -> CycleId {
+    CycleId(((revision - 1) ^ 1) + 1)
+}
+
+/// The record with this revision.
+fn record(revision: u64, epoch: Epoch) -> Record {
+    record_of(cycle_of(revision).0, revision, epoch)
+}
+
+fn record_of(id: u64, revision: u64, epoch: Epoch) -> Record {
     Record {
         cycle_id: CycleId(id),
-        revision: Revision(id),
+        revision: Revision(revision),
         epoch,
-        state: if id.is_multiple_of(3) { CycleState::Failed } else { CycleState::Succeeded },
-        trigger: if id.is_multiple_of(2) { Trigger::Loop(name("l")) } else { Trigger::Manual },
-        request_id: id.is_multiple_of(5).then(|| "five".to_owned()),
-        finished_at: at(i64::try_from(id).unwrap()),
-        bytes: vec![u8::try_from(id % 251).unwrap(); 100].into(),
+        state: if revision.is_multiple_of(3) { CycleState::Failed } else { CycleState::Succeeded },
+        trigger: if revision.is_multiple_of(2) { Trigger::Loop(name("l")) } else { Trigger::Manual },
+        request_id: revision.is_multiple_of(5).then(|| "five".to_owned()),
+        finished_at: at(i64::try_from(revision).unwrap()),
+        bytes: vec![u8::try_from(revision % 251).unwrap(); 100].into(),
     }
+}
+
+/// Records these revisions, after all before them were recorded so.
+fn recorded(revisions: RangeInclusive<u64>, epoch: Epoch) -> Write {
+    let noted = |revision: u64| revision.next_multiple_of(2);
+    let (before, last) = (noted(revisions.start() - 1), noted(*revisions.end()));
+    let records: Vec<_> = revisions.map(|revision| record(revision, epoch)).collect();
+    let ends: BTreeSet<_> = records.iter().map(|record| record.cycle_id.0).collect();
+    let open = (before + 1..=last).filter(|id| !ends.contains(id)).map(open_cycle).collect();
+    Write { epoch, last_cycle_id: CycleId(last), open, records, ..Write::default() }
 }
 
 fn output(cycle_id: u64, text: &str) -> Output {
@@ -51,12 +77,24 @@ async fn commit(store: &dyn Store, write: Write) {
 
 /// A store with so many records.
 async fn filled(store: &dyn Store, epoch: Epoch, records: u64) {
-    let records = (1..=records).map(|id| record(id, epoch)).collect();
-    commit(store, Write { epoch, records, ..Write::default() }).await;
+    commit(store, recorded(1..=records, epoch)).await;
 }
 
-fn ids(records: &[Found]) -> Vec<u64> {
-    records.iter().map(|record| record.as_ref().unwrap().cycle_id.0).collect()
+/// The revisions of these records, each of which is whole.
+fn revisions(records: &[Found]) -> Vec<u64> {
+    let revision = |record: &Record| {
+        assert_eq!(*record, record_of(record.cycle_id.0, record.revision.0, record.epoch));
+        record.revision.0
+    };
+    records.iter().map(|found| revision(found.as_ref().unwrap())).collect()
+}
+
+/// That the store refuses this, and keeps nothing of it.
+async fn refuses(store: &dyn Store, write: Write) {
+    let size = store.size().await.unwrap().records;
+    let refused = store.commit(Arc::new(write.clone())).await;
+    assert!(matches!(refused, Err(StoreError::Ended(..))), "{refused:?} to {write:?}");
+    assert_eq!(store.size().await.unwrap().records, size, "{write:?}");
 }
 
 /// Bytes that begin so stand for a record that can't be read.
@@ -69,34 +107,126 @@ fn check(record: &Record) -> Result<(), String> {
 
 async fn what_is_written_is_read(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 12).await;
-    assert_eq!(store.cycle(CycleId(7)).await.unwrap(), Some(record(7, epoch)));
+    assert_eq!(store.cycle(cycle_of(7)).await.unwrap(), Some(record(7, epoch)));
     assert_eq!(store.cycle(CycleId(13)).await.unwrap(), None);
     let of_request = |id: &str| store.cycle_of_request(id.to_owned());
     assert_eq!(of_request("five").await.unwrap(), Some(record(10, epoch)));
     assert_eq!(of_request("six").await.unwrap(), None);
 }
 
-async fn records_follow_each_other(store: &dyn Store, epoch: Epoch) {
+async fn revisions_follow_each_other(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 3).await;
     for bad in [vec![3], vec![5], vec![4, 6]] {
-        let records = bad.iter().map(|id| record(*id, epoch)).collect();
-        let write = Write { epoch, records, outputs: vec![(name("a"), output(4, "x"))], ..Write::default() };
-        assert!(store.commit(Arc::new(write)).await.is_err(), "{bad:?}");
+        let mut write = recorded(4..=6, epoch);
+        write.records.truncate(bad.len());
+        for (record, revision) in write.records.iter_mut().zip(bad) {
+            record.revision = Revision(revision);
+        }
+        write.open = vec![open_cycle(5)];
+        refuses(store, write).await;
     }
-    commit(store, Write { epoch, records: vec![record(4, epoch)], ..Write::default() }).await;
+    commit(store, recorded(4..=6, epoch)).await;
+    assert_eq!(revisions(&store.cycles_after(Revision(0), ALL).await.unwrap()), [1, 2, 3, 4, 5, 6]);
+}
+
+async fn records_come_in_any_order_of_their_ids(store: &dyn Store, epoch: Epoch) {
+    let open = (1..=4).map(open_cycle).collect();
+    commit(store, Write { epoch, last_cycle_id: CycleId(4), open, ..Write::default() }).await;
+    for (revision, id) in (1..).zip([3, 1, 4, 2]) {
+        let mut record = record_of(id, revision, epoch);
+        record.request_id = Some("twice".into()).filter(|_| id == 3 || id == 1);
+        commit(store, Write { epoch, last_cycle_id: CycleId(4), records: vec![record], ..Write::default() }).await;
+    }
+    let ids = |found: &[Found]| found.iter().map(|found| found.as_ref().unwrap().cycle_id.0).collect::<Vec<_>>();
+    assert_eq!(ids(&store.cycles_after(Revision(0), ALL).await.unwrap()), [3, 1, 4, 2]);
+    let page = store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap();
+    assert_eq!(ids(&page.records), [2, 4, 1, 3]);
+    let latest = store.cycle_of_request("twice".into()).await.unwrap().unwrap();
+    assert_eq!(latest.cycle_id, CycleId(1), "the one that was recorded last, whatever its id");
+}
+
+async fn a_cycle_can_be_noted_and_recorded_in_one_write(store: &dyn Store, epoch: Epoch) {
+    let write = |open, records| Write { epoch, last_cycle_id: CycleId(3), open, records, ..Write::default() };
+    commit(store, write(vec![open_cycle(2)], vec![record_of(3, 1, epoch), record_of(1, 2, epoch)])).await;
+    refuses(store, write(Vec::new(), vec![record_of(3, 3, epoch)])).await;
+    commit(store, write(Vec::new(), vec![record_of(2, 3, epoch)])).await;
+}
+
+async fn ids_are_noted_completely_and_never_taken_back(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 2).await;
+    let write = |last, open: &[u64], record: Option<u64>| Write {
+        epoch,
+        last_cycle_id: CycleId(last),
+        open: open.iter().copied().map(open_cycle).collect(),
+        records: record.map(|id| record_of(id, 3, epoch)).into_iter().collect(),
+        outputs: vec![(name("a"), output(3, "x"))],
+        ..Write::default()
+    };
+    for (last, open, record) in [
+        (3, vec![], None),
+        (5, vec![3, 4], None),
+        (5, vec![3], Some(5)),
+        (3, vec![4], None),
+        (3, vec![3, 4], None),
+        (4, vec![3, 3], None),
+        (1, vec![], None),
+    ] {
+        refuses(store, write(last, &open, record)).await;
+    }
+    commit(store, write(5, &[3, 5], Some(4))).await;
+    refuses(store, write(4, &[], None)).await;
+}
+
+async fn only_an_open_cycle_is_recorded(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 3).await;
+    let write = |open, id| Write {
+        epoch,
+        last_cycle_id: CycleId(4),
+        open,
+        records: vec![record_of(id, 4, epoch)],
+        ..Write::default()
+    };
+    for recorded_or_never_given in [1, 2, 4, 5] {
+        refuses(store, write(Vec::new(), recorded_or_never_given)).await;
+    }
+    refuses(store, write(vec![open_cycle(3)], 3)).await;
+    refuses(store, Write { open: vec![open_cycle(4)], records: Vec::new(), ..write(Vec::new(), 4) }).await;
+    commit(store, write(Vec::new(), 3)).await;
+}
+
+async fn a_record_leaves_other_open_cycles_open(store: &dyn Store, epoch: Epoch) {
+    let write = |open, records| Write { epoch, last_cycle_id: CycleId(3), open, records, ..Write::default() };
+    commit(store, write((1..=3).map(open_cycle).collect(), Vec::new())).await;
+    commit(store, write(Vec::new(), vec![record_of(3, 1, epoch)])).await;
+    commit(store, write(vec![open_cycle(1)], vec![record_of(2, 2, epoch)])).await;
+    commit(store, write(Vec::new(), vec![record_of(1, 3, epoch)])).await;
+}
+
+async fn pages_neither_skip_nor_repeat_while_records_come_on_top(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 7).await;
+    let (mut before, mut last, mut seen) = (Some(Revision(8)), 7, Vec::new());
+    while let Some(below) = before {
+        let page = store.cycles_before(below, Filter::default(), PageLimits { records: 2, ..ALL }).await.unwrap();
+        seen.extend(revisions(&page.records));
+        before = page.next;
+        // Each time one with a lower id than the last one's, and one with a higher id.
+        commit(store, recorded(last + 1..=last + 2, epoch)).await;
+        last += 2;
+    }
+    assert_eq!(seen, [7, 6, 5, 4, 3, 2, 1]);
 }
 
 async fn another_epoch_is_fenced(store: &dyn Store, epoch: Epoch) {
-    let write = Write { epoch: Epoch(epoch.0 + 1), records: vec![record(1, epoch)], ..Write::default() };
+    let write = Write { epoch: Epoch(epoch.0 + 1), ..recorded(1..=1, epoch) };
     assert!(matches!(store.commit(Arc::new(write)).await, Err(StoreError::Fenced(_))));
-    assert_eq!(store.cycle(CycleId(1)).await.unwrap(), None);
+    assert_eq!(store.cycle(cycle_of(1)).await.unwrap(), None);
 }
 
 async fn pages_go_down(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 12).await;
     let page = async |before: u64, filter: Filter, limits: PageLimits| {
-        let page = store.cycles_before(CycleId(before), filter, limits).await.unwrap();
-        (ids(&page.records), page.next.map(|next| next.0))
+        let page = store.cycles_before(Revision(before), filter, limits).await.unwrap();
+        (revisions(&page.records), page.next.map(|next| next.0))
     };
     let three = PageLimits { records: 3, ..ALL };
     assert_eq!(page(u64::MAX >> 1, Filter::default(), three).await, (vec![12, 11, 10], Some(10)));
@@ -118,20 +248,20 @@ async fn a_page_does_not_read_everything(store: &dyn Store, epoch: Epoch) {
     let count = SCAN_LIMIT as u64 + 10;
     filled(store, epoch, count).await;
     let none = Filter { states: vec![CycleState::Interrupted], ..Filter::default() };
-    let page = store.cycles_before(CycleId(count + 1), none.clone(), ALL).await.unwrap();
-    assert_eq!((page.records.len(), page.next), (0, Some(CycleId(11))));
-    let rest = store.cycles_before(CycleId(11), none, ALL).await.unwrap();
+    let page = store.cycles_before(Revision(count + 1), none.clone(), ALL).await.unwrap();
+    assert_eq!((page.records.len(), page.next), (0, Some(Revision(11))));
+    let rest = store.cycles_before(Revision(11), none, ALL).await.unwrap();
     assert_eq!((rest.records.len(), rest.next), (0, None));
 }
 
 async fn revisions_go_up(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 5).await;
     let after = async |revision: u64, limits| store.cycles_after(Revision(revision), limits).await;
-    assert_eq!(ids(&after(0, ALL).await.unwrap()), [1, 2, 3, 4, 5]);
-    assert_eq!(ids(&after(3, ALL).await.unwrap()), [4, 5]);
-    assert_eq!(ids(&after(5, ALL).await.unwrap()), Vec::<u64>::new());
-    assert_eq!(ids(&after(1, PageLimits { records: 2, ..ALL }).await.unwrap()), [2, 3]);
-    assert_eq!(ids(&after(1, PageLimits { bytes: 1, ..ALL }).await.unwrap()), [2]);
+    assert_eq!(revisions(&after(0, ALL).await.unwrap()), [1, 2, 3, 4, 5]);
+    assert_eq!(revisions(&after(3, ALL).await.unwrap()), [4, 5]);
+    assert_eq!(revisions(&after(5, ALL).await.unwrap()), Vec::<u64>::new());
+    assert_eq!(revisions(&after(1, PageLimits { records: 2, ..ALL }).await.unwrap()), [2, 3]);
+    assert_eq!(revisions(&after(1, PageLimits { bytes: 1, ..ALL }).await.unwrap()), [2]);
     let oldest_and_newest =
         |oldest, newest| Err(StoreError::NotRetained { oldest: Revision(oldest), newest: Revision(newest) });
     assert_eq!(after(6, ALL).await, oldest_and_newest(1, 5));
@@ -141,7 +271,7 @@ async fn revisions_go_up(store: &dyn Store, epoch: Epoch) {
     let pruned = store.prune(newest_three, at(0), 100).await.unwrap();
     assert_eq!((pruned.removed, pruned.pruned_to), (2, Revision(2)));
     assert_eq!(after(1, ALL).await, oldest_and_newest(3, 5));
-    assert_eq!(ids(&after(2, ALL).await.unwrap()), [3, 4, 5]);
+    assert_eq!(revisions(&after(2, ALL).await.unwrap()), [3, 4, 5]);
 }
 
 async fn its_size_goes_up_and_its_records_down_again(store: &dyn Store, epoch: Epoch) {
@@ -158,7 +288,7 @@ async fn its_size_goes_up_and_its_records_down_again(store: &dyn Store, epoch: E
 
 async fn retention_counts_ages_and_distinguishes(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 30).await;
-    let all = async || ids(&store.cycles_before(CycleId(100), Filter::default(), ALL).await.unwrap().records);
+    let all = async || revisions(&store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap().records);
     let rule =
         |max_cycles, seconds: Option<u64>| RetentionRule { max_cycles, max_age: seconds.map(Duration::from_secs) };
     let prune = async |retention, limit| store.prune(retention, at(30), limit).await.unwrap().removed;
@@ -177,6 +307,24 @@ async fn retention_counts_ages_and_distinguishes(store: &dyn Store, epoch: Epoch
     let nothing = Retention { default: rule(Some(0), None), ..Retention::default() };
     prune(nothing, 100).await;
     assert_eq!(all().await, [30], "the newest one always stays");
+}
+
+async fn retention_removes_low_revisions_first_and_never_the_highest(store: &dyn Store, epoch: Epoch) {
+    let open = (1..=4).map(open_cycle).collect();
+    commit(store, Write { epoch, last_cycle_id: CycleId(4), open, ..Write::default() }).await;
+    let records = (1..).zip([4, 3, 2, 1]).map(|(revision, id)| record_of(id, revision, epoch)).collect();
+    commit(store, Write { epoch, last_cycle_id: CycleId(4), records, ..Write::default() }).await;
+    let left = async || revisions(&store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap().records);
+    let keep =
+        |max_cycles| Retention { default: RetentionRule { max_cycles, max_age: None }, ..Retention::default() };
+    let pruned = store.prune(keep(Some(1)), at(0), 2).await.unwrap();
+    assert_eq!((pruned.removed, pruned.pruned_to, left().await), (2, Revision(2), vec![4, 3]));
+    store.prune(keep(Some(0)), at(0), 100).await.unwrap();
+    assert_eq!(left().await, [4]);
+    assert_eq!(store.cycle(CycleId(1)).await.unwrap(), Some(record_of(1, 4, epoch)));
+    assert_eq!(store.cycle(CycleId(4)).await.unwrap(), None);
+    refuses(store, Write { epoch, last_cycle_id: CycleId(4), records: vec![record_of(4, 5, epoch)], ..Write::default() })
+        .await;
 }
 
 macro_rules! every_store {
@@ -203,13 +351,20 @@ macro_rules! every_store {
 
 every_store! {
     what_is_written_is_read
-    records_follow_each_other
+    revisions_follow_each_other
+    records_come_in_any_order_of_their_ids
+    a_cycle_can_be_noted_and_recorded_in_one_write
+    ids_are_noted_completely_and_never_taken_back
+    only_an_open_cycle_is_recorded
+    a_record_leaves_other_open_cycles_open
     another_epoch_is_fenced
     pages_go_down
+    pages_neither_skip_nor_repeat_while_records_come_on_top
     a_page_does_not_read_everything
     revisions_go_up
     its_size_goes_up_and_its_records_down_again
     retention_counts_ages_and_distinguishes
+    retention_removes_low_revisions_first_and_never_the_highest
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -235,10 +390,21 @@ fn open_cycle(id: u64) -> OpenCycle {
         cycle_id: CycleId(id),
         trigger: Trigger::Loop(name("l")),
         scheduled_at: at(1),
-        started_at: Some(at(2)),
         request_id: Some("r".into()),
         trace_id: Some(TraceId(u128::MAX - 1)),
+        stage: Stage::Begun(at(2)),
     }
+}
+
+fn waiting_cycle(id: u64, request: Option<&'static str>) -> OpenCycle {
+    let stage = Stage::Waiting(request.map(|request| request.as_bytes().into()));
+    OpenCycle { trigger: Trigger::Manual, request_id: None, trace_id: None, stage, ..open_cycle(id) }
+}
+
+/// An open cycle of which nothing can be read.
+fn unknown_cycle(id: u64) -> OpenCycle {
+    let unknown = OpenCycle { trigger: Trigger::Unknown, stage: Stage::Unknown, ..waiting_cycle(id, None) };
+    OpenCycle { scheduled_at: Timestamp::UNIX_EPOCH, ..unknown }
 }
 
 #[tokio::test]
@@ -253,7 +419,8 @@ async fn everything_is_there_after_a_restart() {
     let write = Write {
         epoch: first.epoch,
         durability: Durability::Buffered,
-        open: vec![open_cycle(2), open_cycle(3)],
+        last_cycle_id: CycleId(6),
+        open: vec![open_cycle(3), waiting_cycle(4, None), waiting_cycle(5, Some("five")), waiting_cycle(6, Some("six"))],
         records: vec![record(1, first.epoch), record(2, first.epoch)],
         outputs: vec![(name("a"), output(1, "old")), (name("a"), output(2, "new")), (name("b"), output(2, "b"))],
         subsystems: BTreeMap::from([stored_subsystem("a"), stored_subsystem("b")]),
@@ -261,41 +428,91 @@ async fn everything_is_there_after_a_restart() {
         close: false,
     };
     commit(&*store, write).await;
-    commit(&*store, Write { epoch: first.epoch, subsystems: [(name("b"), None)].into(), ..Write::default() }).await;
+    let more = Write {
+        epoch: first.epoch,
+        last_cycle_id: CycleId(6),
+        open: vec![OpenCycle { trace_id: Some(TraceId(1)), stage: Stage::Begun(at(3)), ..waiting_cycle(6, None) }],
+        subsystems: [(name("b"), None)].into(),
+        ..Write::default()
+    };
+    let open = [open_cycle(3), waiting_cycle(4, None), waiting_cycle(5, Some("five")), more.open[0].clone()];
+    commit(&*store, more).await;
     drop(store);
 
     let (store, second) = opened(&path).await;
     assert!(second.epoch > first.epoch);
-    assert_eq!((second.last_cycle_id, second.last_revision), (CycleId(2), Revision(2)));
+    assert_eq!((second.last_cycle_id, second.last_revision), (CycleId(6), Revision(2)));
     assert_eq!(second.last_record, Some(Ok(record(2, first.epoch))));
-    assert_eq!(second.open, [open_cycle(3)], "what is recorded is no longer open");
-    let made = StoredOutput { name: name("a"), output: output(2, "new"), finished_at: Some(at(2)) };
+    assert_eq!(second.open, open, "what is recorded is no longer open");
+    let made = StoredOutput { name: name("a"), output: output(2, "new"), finished_at: Some(at(1)) };
     assert_eq!(second.outputs, [made]);
     assert_eq!(second.subsystems, [stored_subsystem("a").1.unwrap()]);
     assert_eq!(second.loops, [stored_loop]);
     assert!(!second.may_lack_open, "the machine has not restarted");
-    commit(&*store, Write { epoch: second.epoch, close: true, ..Write::default() }).await;
+    // What was open before can be recorded, one by one, and none that is not.
+    let record =
+        |revision, id| Write { records: vec![record_of(id, revision, second.epoch)], ..recorded(5..=6, second.epoch) };
+    refuses(&*store, record(3, 2)).await;
+    commit(&*store, record(3, 5)).await;
+    commit(&*store, record(4, 3)).await;
+    let close = Write { epoch: second.epoch, last_cycle_id: CycleId(6), close: true, ..Write::default() };
+    commit(&*store, close).await;
+    drop(store);
+    assert_eq!(opened(&path).await.1.open, [open[1].clone(), open[3].clone()]);
+}
+
+/// A database as the software of this version left it.
+fn database_of_version(path: &Path, version: usize) -> rusqlite::Connection {
+    let raw = rusqlite::Connection::open(path).unwrap();
+    for migration in include_str!("schema.sql").split("-- migration ").skip(1).take(version) {
+        raw.execute_batch(migration.split_once('\n').unwrap().1).unwrap();
+    }
+    raw.pragma_update(None, "application_id", 0x4472_6d4f).unwrap();
+    raw.pragma_update(None, "user_version", i64::try_from(version).unwrap()).unwrap();
+    raw
 }
 
 #[tokio::test]
-async fn a_database_of_an_earlier_version_is_brought_up_to_date_with_what_is_in_it() {
+async fn a_database_of_an_earlier_version_goes_on_with_its_open_cycles_and_those_that_are_missing_between_them() {
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("o.db");
-    let (store, first) = opened(&path).await;
-    filled(&*store, first.epoch, 1).await;
-    commit(&*store, Write { epoch: first.epoch, open: vec![open_cycle(2)], ..Write::default() }).await;
-    drop(store);
-    let raw = rusqlite::Connection::open(&path).unwrap();
-    for column in ["database_id", "path", "device", "inode", "commits"] {
-        raw.execute_batch(&format!("ALTER TABLE meta DROP COLUMN {column}")).unwrap();
+    for version in 1..=3 {
+        let path = directory.path().join(format!("{version}.db"));
+        let raw = database_of_version(&path, version);
+        // 1 to 3 are recorded, 4 has begun, 6 waits, and 8 has begun. The last one is damage.
+        raw.execute_batch(
+            "WITH ids (id) AS (VALUES (1), (2), (3))
+             INSERT INTO cycles SELECT id, id, 7, 1, 1, NULL, 'r', id, x'00' FROM ids;
+             UPDATE counts SET cycles = 3 WHERE state = 1;
+             UPDATE meta SET epoch = 7, last_cycle_id = 3, last_revision = 3;
+             INSERT INTO open_cycles (cycle_id, trigger, loop, scheduled_at, started_at, request_id) VALUES
+             (2, 1, NULL, 0, NULL, NULL), (4, 2, 'l', 1, 2, 'r'), (6, 1, NULL, 5, NULL, NULL), (8, 1, NULL, 6, 7, NULL),
+             (1000000000, 1, NULL, 0, NULL, NULL)",
+        )
+        .unwrap();
+        drop(raw);
+        let (store, contents) = opened(&path).await;
+        assert_eq!((contents.last_cycle_id, contents.last_revision), (CycleId(8), Revision(3)));
+        let stages: Vec<_> = contents.open.iter().map(|open| (open.cycle_id.0, open.stage.clone())).collect();
+        let begun = |nanoseconds| Stage::Begun(Timestamp::from_nanosecond(nanoseconds).unwrap());
+        let (waits, unknown) = (Stage::Waiting(None), Stage::Unknown);
+        let all = [(4, begun(2)), (5, unknown.clone()), (6, waits), (7, unknown), (8, begun(7))];
+        assert_eq!(stages, all);
+        assert_eq!(contents.open[1], unknown_cycle(5));
+        assert_eq!(contents.open[0].request_id.as_deref(), Some("r"));
+        let unreadable: Vec<_> = contents.unreadable.iter().map(|row| row.key.as_str()).collect();
+        assert_eq!(unreadable, ["1000000000"]);
+        assert_eq!(contents.last_record.unwrap().unwrap().cycle_id, CycleId(3));
+
+        let records = vec![record_of(7, 4, contents.epoch), record_of(9, 5, contents.epoch)];
+        let write = Write { epoch: contents.epoch, last_cycle_id: CycleId(9), records, ..Write::default() };
+        commit(&*store, write).await;
+        drop(store);
+        let (store, contents) = opened(&path).await;
+        assert_eq!(contents.open.iter().map(|open| open.cycle_id.0).collect::<Vec<_>>(), [4, 5, 6, 8]);
+        let two = Retention { default: RetentionRule { max_cycles: Some(2), max_age: None }, ..Retention::default() };
+        assert_eq!(store.prune(two, at(0), 100).await.unwrap().pruned_to, Revision(3));
+        assert_eq!(store.cycle_of_request("five".into()).await.unwrap().unwrap().revision, Revision(5));
     }
-    raw.execute_batch("ALTER TABLE open_cycles DROP COLUMN trace_id; PRAGMA user_version = 1").unwrap();
-    drop(raw);
-    let (store, second) = opened(&path).await;
-    assert_eq!(second.open, [OpenCycle { trace_id: None, ..open_cycle(2) }]);
-    commit(&*store, Write { epoch: second.epoch, open: vec![open_cycle(3)], ..Write::default() }).await;
-    drop(store);
-    assert_eq!(opened(&path).await.1.open[1], open_cycle(3));
 }
 
 #[tokio::test]
@@ -326,7 +543,8 @@ async fn a_restart_of_the_machine_without_a_close_is_noticed() {
     restart_machine();
     let (store, contents) = opened(&path).await;
     assert!(contents.may_lack_open);
-    commit(&*store, Write { epoch: contents.epoch, close: true, ..Write::default() }).await;
+    let close = Write { epoch: contents.epoch, last_cycle_id: CycleId(2), close: true, ..Write::default() };
+    commit(&*store, close).await;
     drop(store);
     restart_machine();
     assert!(!opened(&path).await.1.may_lack_open, "it was closed");
@@ -349,7 +567,7 @@ async fn a_second_process_is_kept_out_and_one_that_is_overtaken_is_fenced() {
     let later = Epoch(contents.epoch.0 + 1);
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.execute("UPDATE meta SET epoch = ?1", [i64::try_from(later.0).unwrap()]).unwrap();
-    let write = Arc::new(Write { epoch: contents.epoch, records: vec![record(2, Epoch(1))], ..Write::default() });
+    let write = Arc::new(recorded(2..=2, contents.epoch));
     assert_eq!(first.commit(write).await, Err(StoreError::Fenced(later)));
     let pruned = first.prune(Retention::default(), Timestamp::now(), 10).await;
     assert_eq!(pruned.err(), Some(StoreError::Fenced(later)), "nor does it forget anything");
@@ -380,9 +598,9 @@ async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
     drop(opened(&path).await);
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.pragma_update(None, "user_version", 99).unwrap();
-    assert!(matches!(refused(&path).await, StoreError::TooNew { found: 99, known: 3, .. }));
+    assert!(matches!(refused(&path).await, StoreError::TooNew { found: 99, known: 4, .. }));
 
-    raw.pragma_update(None, "user_version", 3).unwrap();
+    raw.pragma_update(None, "user_version", 4).unwrap();
     raw.execute("UPDATE meta SET epoch = 'none'", []).unwrap();
     assert!(matches!(refused(&path).await, StoreError::Corrupt(..)));
     raw.execute("UPDATE meta SET epoch = 0", []).unwrap();
@@ -402,15 +620,15 @@ async fn what_can_not_be_read_stands_in_its_place_and_the_rest_is_there() {
     filled(&*store, contents.epoch, 12).await;
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.execute_batch(
-        "UPDATE cycles SET record = CAST('unreadable' AS BLOB) WHERE cycle_id = 2;
-         UPDATE cycles SET record = 'text' WHERE cycle_id = 3;
-         UPDATE cycles SET state = 99 WHERE cycle_id = 4;
-         UPDATE cycles SET trigger = 2, loop = 'no name!' WHERE cycle_id = 5;
-         UPDATE cycles SET finished_at = 'noon' WHERE cycle_id = 6;
-         UPDATE cycles SET request_id = CAST(x'ff' AS TEXT) WHERE cycle_id = 7;
-         UPDATE cycles SET epoch = x'00' WHERE cycle_id = 8;
-         UPDATE cycles SET revision = 'nine' WHERE cycle_id = 9;
-         DELETE FROM cycles WHERE cycle_id IN (10, 12)",
+        "UPDATE cycles SET record = CAST('unreadable' AS BLOB) WHERE revision = 2;
+         UPDATE cycles SET record = 'text' WHERE revision = 3;
+         UPDATE cycles SET state = 99 WHERE revision = 4;
+         UPDATE cycles SET trigger = 2, loop = 'no name!' WHERE revision = 5;
+         UPDATE cycles SET finished_at = 'noon' WHERE revision = 6;
+         UPDATE cycles SET request_id = CAST(x'ff' AS TEXT) WHERE revision = 7;
+         UPDATE cycles SET epoch = x'00' WHERE revision = 8;
+         UPDATE cycles SET revision = 'nine' WHERE revision = 9;
+         DELETE FROM cycles WHERE revision IN (10, 12)",
     )
     .unwrap();
     let told = |found: &[Found]| {
@@ -428,34 +646,31 @@ async fn what_can_not_be_read_stands_in_its_place_and_the_rest_is_there() {
     assert_eq!(told(&store.cycles_after(Revision(8), three).await.unwrap()), all[8..11]);
     assert_eq!(told(&store.cycles_after(Revision(11), three).await.unwrap()), all[11..]);
 
-    let page = store.cycles_before(CycleId(100), Filter::default(), ALL).await.unwrap();
-    assert_eq!(
-        told(&page.records),
-        [
-            (11, true),
-            (0, false),
-            (8, false),
-            (7, false),
-            (6, false),
-            (5, false),
-            (4, false),
-            (3, false),
-            (2, false),
-            (1, true)
-        ]
-    );
-    // What the filter looks at can be read of cycles 2 and 3, and of no other.
-    let interrupted = Filter { states: vec![CycleState::Interrupted], ..Filter::default() };
-    let page = store.cycles_before(CycleId(9), interrupted, ALL).await.unwrap();
-    assert_eq!(told(&page.records), [(8, false), (7, false), (6, false), (5, false), (4, false)]);
-    for cycle_id in 2..=9 {
-        let found = store.cycle(CycleId(cycle_id)).await;
-        let Err(StoreError::Unreadable(unreadable)) = found else { panic!("{found:?}") };
-        assert_eq!(unreadable.cycle_id, CycleId(cycle_id));
+    // In the other direction it is the same.
+    let mut all: Vec<_> = all.into_iter().rev().collect();
+    let page = store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap();
+    assert_eq!((told(&page.records), page.scanned, page.next), (all.clone(), 12, None));
+    let mut before = Revision(100);
+    while !all.is_empty() {
+        let Page { records, next, .. } = store.cycles_before(before, Filter::default(), three).await.unwrap();
+        assert_eq!(told(&records), all.drain(..3).collect::<Vec<_>>());
+        before = next.unwrap_or_default();
     }
+    // What the filter looks at can be read of revisions 2 and 3, and of no other.
+    let interrupted = Filter { states: vec![CycleState::Interrupted], ..Filter::default() };
+    let page = store.cycles_before(Revision(9), interrupted, ALL).await.unwrap();
+    assert_eq!(told(&page.records), [(8, false), (7, false), (6, false), (5, false), (4, false)]);
+    for revision in 2..=9 {
+        let found = store.cycle(cycle_of(revision)).await;
+        let Err(StoreError::Unreadable(unreadable)) = found else { panic!("{found:?}") };
+        assert_eq!(unreadable.cycle_id, cycle_of(revision));
+    }
+    // What has no place in the history stays, and the rest goes when it is its turn.
+    let two = Retention { default: RetentionRule { max_cycles: Some(2), max_age: None }, ..Retention::default() };
+    assert_eq!(store.prune(two, at(0), 100).await.unwrap().pruned_to, Revision(8));
     drop(store);
     let contents = opened(&path).await.1;
-    assert_eq!(contents.last_record.unwrap().unwrap().cycle_id, CycleId(11));
+    assert_eq!(contents.last_record.unwrap().unwrap().revision, Revision(11));
 }
 
 #[tokio::test]
@@ -465,7 +680,9 @@ async fn rows_that_can_not_be_read_are_named_and_the_rest_is_there() {
     let (store, first) = opened(&path).await;
     let write = Write {
         epoch: first.epoch,
-        open: vec![open_cycle(1)],
+        last_cycle_id: CycleId(4),
+        open: (1..=3).map(open_cycle).collect(),
+        records: vec![record_of(4, 1, first.epoch)],
         outputs: vec![(name("a"), output(1, "a"))],
         subsystems: BTreeMap::from([stored_subsystem("a")]),
         ..Write::default()
@@ -478,17 +695,16 @@ async fn rows_that_can_not_be_read_are_named_and_the_rest_is_there() {
          INSERT INTO subsystems VALUES ('b', '{\"endpoint\":', NULL, 0);
          INSERT INTO subsystems VALUES ('c', x'00', NULL, 0);
          INSERT INTO outputs VALUES ('b', 1, x'ff');
-         INSERT INTO open_cycles VALUES (2, 9, NULL, 0, NULL, NULL, NULL);
-         INSERT INTO open_cycles VALUES (1000000000, 1, NULL, 0, NULL, NULL, NULL)",
+         UPDATE open_cycles SET trigger = 9 WHERE cycle_id = 2;
+         INSERT INTO open_cycles (cycle_id, trigger, scheduled_at) VALUES (-1, 1, 0), (4, 1, 0), (5, 1, 0)",
     )
     .unwrap();
     for _ in 0..2 {
         let (store, contents) = opened(&path).await;
         let unreadable: Vec<_> = contents.unreadable.iter().map(|row| (row.what, row.key.as_str())).collect();
-        let open = [("open cycle", "2"), ("open cycle", "1000000000")];
-        assert_eq!(unreadable[..2], open);
-        assert_eq!(unreadable[2..], [("subsystem", "b"), ("subsystem", "c"), ("loop", "l"), ("output", "b")]);
-        assert_eq!((contents.open, contents.last_open), (vec![open_cycle(1)], CycleId(2)));
+        assert_eq!(unreadable[..4], ["-1", "2", "4", "5"].map(|key| ("open cycle", key)));
+        assert_eq!(unreadable[4..], [("subsystem", "b"), ("subsystem", "c"), ("loop", "l"), ("output", "b")]);
+        assert_eq!(contents.open, [open_cycle(1), unknown_cycle(2), open_cycle(3)]);
         assert_eq!(contents.subsystems, [stored_subsystem("a").1.unwrap()]);
         assert_eq!(contents.outputs.len(), 1);
         drop(store);
@@ -505,25 +721,23 @@ async fn what_is_missing_at_the_end_is_known_and_an_older_copy_is_told_from_a_da
     let older = std::fs::read(&path).unwrap();
     let (store, second) = opened(&path).await;
     assert_eq!(second.lost, None);
-    commit(&*store, Write { epoch: second.epoch, records: vec![record(4, second.epoch)], ..Write::default() }).await;
-    commit(&*store, Write { epoch: second.epoch, ..Write::default() }).await;
+    commit(&*store, recorded(4..=4, second.epoch)).await;
+    commit(&*store, Write { epoch: second.epoch, last_cycle_id: CycleId(4), ..Write::default() }).await;
     drop(store);
     std::fs::write(&path, &older).unwrap();
     let (store, third) = opened(&path).await;
     assert_eq!(third.lost, Some(Lost { last_cycle_id: CycleId(4), last_revision: Revision(4), commits: 2 }));
-    let write = Write { epoch: third.epoch, records: vec![record(4, third.epoch)], ..Write::default() };
-    commit(&*store, write).await;
+    commit(&*store, recorded(4..=4, third.epoch)).await;
     drop(store);
     let (store, fourth) = opened(&path).await;
     assert_eq!(fourth.lost, None, "it is told once");
-    let records = (5..20_000).map(|id| record(id, fourth.epoch)).collect();
-    commit(&*store, Write { epoch: fourth.epoch, records, ..Write::default() }).await;
+    commit(&*store, recorded(5..=20_000, fourth.epoch)).await;
     drop(store);
     std::fs::write(&path, &older).unwrap();
     let behind = refused(&path).await;
-    assert!(matches!(behind, StoreError::Behind { has: CycleId(3), noted: CycleId(19_999), .. }), "{behind}");
+    assert!(matches!(behind, StoreError::Behind { has: CycleId(4), noted: CycleId(20_000), .. }), "{behind}");
     let accepted = super::accept(&StoreUrl::Sqlite(path.clone())).unwrap();
-    assert_eq!((accepted.last_cycle_id, accepted.noted_cycle_id), (CycleId(3), CycleId(19_999)));
+    assert_eq!((accepted.last_cycle_id, accepted.noted_cycle_id), (CycleId(4), CycleId(20_000)));
     assert_eq!(opened(&path).await.1.lost, None);
     // Another database at the same path has a history of its own.
     std::fs::remove_file(&path).unwrap();
@@ -544,9 +758,9 @@ async fn damage_in_the_middle_is_found_when_it_is_read() {
     bytes[middle].fill(0xa5);
     std::fs::write(&path, bytes).unwrap();
     let (store, _) = opened(&path).await;
-    let read = store.cycles_before(CycleId(3000), Filter::default(), ALL).await;
+    let read = store.cycles_before(Revision(3000), Filter::default(), ALL).await;
     assert!(matches!(read, Err(StoreError::Corrupt(..))));
-    assert!(store.cycle(CycleId(2000)).await.unwrap().is_some(), "the rest is still there");
+    assert!(store.cycle(cycle_of(2000)).await.unwrap().is_some(), "the rest is still there");
 }
 
 #[tokio::test]
@@ -555,64 +769,185 @@ async fn a_full_disk_loses_nothing_and_passes() {
     let path = directory.path().join("o.db");
     let (store, contents) = opened(&path).await;
     filled(&*store, contents.epoch, 10).await;
-    let big = |id| {
-        Arc::new(Write {
-            epoch: contents.epoch,
-            records: vec![Record { bytes: vec![0; 1 << 20].into(), ..record(id, contents.epoch) }],
-            ..Write::default()
-        })
+    let big = |revision| {
+        let mut write = recorded(revision..=revision, contents.epoch);
+        write.records[0].bytes = vec![0; 1 << 20].into();
+        Arc::new(write)
     };
     // The writer's own connection has to have the limit, so it is asked for in a way that only tests use.
     super::sqlite::limit_pages(&path, 40);
     assert!(matches!(store.commit(big(11)).await, Err(StoreError::Full(..))));
-    assert_eq!(store.cycle(CycleId(11)).await.unwrap(), None);
-    assert!(store.cycle(CycleId(10)).await.unwrap().is_some());
+    assert_eq!(store.cycle(cycle_of(11)).await.unwrap(), None);
+    assert!(store.cycle(cycle_of(10)).await.unwrap().is_some());
     super::sqlite::limit_pages(&path, 1_000_000);
     store.commit(big(11)).await.unwrap();
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+/// What a process may do with a store.
+#[derive(Clone, Debug)]
+enum Step {
+    /// So many cycles are admitted.
+    Admit(u64),
+    /// One of the open cycles begins.
+    Begin(usize),
+    /// Open cycles are recorded, picked in this order, and after them so many that were admitted just now.
+    Record(Vec<usize>, u64),
+    /// What no process may do, in one of the ways of [`Model::defects`].
+    Break(usize),
+    Prune {
+        max_cycles: u64,
+        keeps_failed: bool,
+        limit: usize,
+    },
+    Restart,
+}
 
-    /// Whatever is written, pruned and read, SQLite answers what memory answers.
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        3 => (1..5_u64).prop_map(Step::Admit),
+        2 => any::<usize>().prop_map(Step::Begin),
+        4 => (proptest::collection::vec(any::<usize>(), 0..5), 0..3_u64).prop_map(|(open, new)| Step::Record(open, new)),
+        1 => any::<usize>().prop_map(Step::Break),
+        2 => (0..8_u64, any::<bool>(), 1..6_usize)
+            .prop_map(|(max_cycles, keeps_failed, limit)| Step::Prune { max_cycles, keeps_failed, limit }),
+        1 => Just(Step::Restart),
+    ]
+}
+
+/// What a store holds beside its records.
+#[derive(Default)]
+struct Model {
+    last_cycle_id: u64,
+    last_revision: u64,
+    open: BTreeMap<u64, OpenCycle>,
+    recorded: Vec<u64>,
+}
+
+impl Model {
+    fn write(&self) -> Write {
+        Write { last_cycle_id: CycleId(self.last_cycle_id), ..Write::default() }
+    }
+
+    /// The record of this cycle as the one after `before` others in the same write.
+    fn record(&self, id: u64, before: usize) -> Record {
+        record_of(id, self.last_revision + 1 + before as u64, Epoch(1))
+    }
+
+    /// What a step writes.
+    fn next(&self, step: &Step) -> Option<Write> {
+        let mut write = self.write();
+        let last = self.last_cycle_id;
+        match step {
+            Step::Admit(count) => {
+                write.last_cycle_id = CycleId(last + count);
+                write.open = (last + 1..=last + count).map(|id| waiting_cycle(id, Some("again"))).collect();
+            }
+            Step::Begin(_) if self.open.is_empty() => return None,
+            Step::Begin(pick) => {
+                let id = self.open.keys().nth(pick % self.open.len()).copied().unwrap();
+                write.open = vec![OpenCycle { stage: Stage::Begun(at(3)), ..waiting_cycle(id, None) }];
+            }
+            Step::Record(picks, new) => {
+                let mut open: Vec<_> = self.open.keys().copied().collect();
+                let picked = picks.iter().filter_map(|pick| (!open.is_empty()).then(|| open.remove(pick % open.len())));
+                let ids: Vec<_> = picked.collect::<Vec<_>>().into_iter().chain(last + 1..=last + new).collect();
+                write.last_cycle_id = CycleId(last + new);
+                write.records = ids.into_iter().enumerate().map(|(i, id)| self.record(id, i)).collect();
+            }
+            Step::Break(_) | Step::Prune { .. } | Step::Restart => return None,
+        }
+        Some(write)
+    }
+
+    /// Writes that break the rules, whatever the store holds.
+    fn defects(&self) -> Vec<Write> {
+        let (last, write) = (self.last_cycle_id, self.write());
+        let later = Write { last_cycle_id: CycleId(last + 1), ..write.clone() };
+        let new = self.record(last + 1, 0);
+        let open = waiting_cycle(last + 1, None);
+        let mut defects = vec![
+            Write { records: vec![new.clone()], ..write.clone() },
+            later.clone(),
+            Write { last_cycle_id: CycleId(last + 2), open: vec![open.clone()], ..write.clone() },
+            Write { records: vec![self.record(last + 1, 1)], ..later.clone() },
+            Write { records: vec![new], open: vec![open], ..later },
+        ];
+        if let Some(id) = self.recorded.last() {
+            defects.push(Write { records: vec![self.record(*id, 0)], ..write.clone() });
+            defects.push(Write { open: vec![waiting_cycle(*id, None)], ..write.clone() });
+            defects.push(Write { last_cycle_id: CycleId(last - 1), ..write });
+        }
+        defects
+    }
+
+    fn apply(&mut self, write: &Write) {
+        self.last_cycle_id = write.last_cycle_id.0;
+        self.open.extend(write.open.iter().map(|open| (open.cycle_id.0, open.clone())));
+        for record in &write.records {
+            self.open.remove(&record.cycle_id.0);
+            self.recorded.push(record.cycle_id.0);
+            self.last_revision = record.revision.0;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever is written, refused, pruned and read, in whatever order cycles end: SQLite answers what memory answers,
+    /// and finds after a restart what was open.
     #[test]
-    fn sqlite_agrees_with_memory(steps in proptest::collection::vec((0..3_u8, 1..8_u64, 0..20_u64), 1..25)) {
+    fn sqlite_agrees_with_memory(steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30)) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             let directory = tempfile::tempdir().unwrap();
             let url = StoreUrl::Sqlite(directory.path().join("o.db"));
             let (memory, one) = open(&StoreUrl::Memory, check).await.unwrap();
             let (mut sqlite, mut contents) = open(&url, check).await.unwrap();
-            let mut last = 0;
-            for (what, n, m) in steps {
-                match what {
-                    0 => {
-                        let records = (last + 1..=last + n).map(|id| record(id, Epoch(1))).collect::<Vec<_>>();
-                        last += n;
-                        commit(&*memory, Write { epoch: one.epoch, records: records.clone(), ..Write::default() }).await;
-                        commit(&*sqlite, Write { epoch: contents.epoch, records, ..Write::default() }).await;
+            let mut model = Model::default();
+            for (step, from, count) in steps {
+                if let Some(write) = model.next(&step) {
+                    model.apply(&write);
+                    commit(&*memory, Write { epoch: one.epoch, ..write.clone() }).await;
+                    commit(&*sqlite, Write { epoch: contents.epoch, ..write }).await;
+                }
+                match step {
+                    Step::Admit(_) | Step::Begin(_) | Step::Record(..) => {}
+                    Step::Break(way) => {
+                        let mut defects = model.defects();
+                        let defect = defects.swap_remove(way % defects.len());
+                        refuses(&*memory, Write { epoch: one.epoch, ..defect.clone() }).await;
+                        refuses(&*sqlite, Write { epoch: contents.epoch, ..defect }).await;
                     }
-                    1 => {
-                        let rule = RetentionRule { max_cycles: Some(m), max_age: Some(Duration::from_secs(m + 5)) };
-                        let by_state = BTreeMap::from([(CycleState::Failed, RetentionRule::default())]);
-                        let by_state = if n > 4 { by_state } else { BTreeMap::new() };
-                        let retention = Retention { default: rule, by_state };
-                        let now = at(i64::try_from(last).unwrap());
-                        let limit = usize::try_from(n).unwrap();
+                    Step::Prune { max_cycles, keeps_failed, limit } => {
+                        let max_age = Some(Duration::from_secs(max_cycles + 5));
+                        let default = RetentionRule { max_cycles: Some(max_cycles), max_age };
+                        let failed = keeps_failed.then(|| (CycleState::Failed, RetentionRule::default()));
+                        let retention = Retention { default, by_state: failed.into_iter().collect() };
+                        let now = at(i64::try_from(model.last_revision).unwrap());
                         let pruned = memory.prune(retention.clone(), now, limit).await;
                         assert_eq!(sqlite.prune(retention, now, limit).await, pruned);
                     }
-                    _ => {
+                    Step::Restart => {
                         drop(sqlite);
                         (sqlite, contents) = open(&url, check).await.unwrap();
-                        assert_eq!(contents.last_cycle_id, CycleId(last));
+                        assert_eq!(contents.last_cycle_id, CycleId(model.last_cycle_id));
+                        assert_eq!(contents.last_revision, Revision(model.last_revision));
+                        assert_eq!(contents.open, model.open.values().cloned().collect::<Vec<_>>());
+                        let last = contents.last_record.clone().map(|found| found.unwrap().cycle_id.0);
+                        assert_eq!(last, model.recorded.last().copied());
                     }
                 }
-                let limits = PageLimits { records: usize::try_from(n).unwrap(), bytes: 450 };
-                let page = memory.cycles_before(CycleId(m), Filter::default(), limits).await;
-                assert_eq!(sqlite.cycles_before(CycleId(m), Filter::default(), limits).await, page);
-                let after = memory.cycles_after(Revision(m), limits).await;
-                assert_eq!(sqlite.cycles_after(Revision(m), limits).await, after);
+                let limits = PageLimits { records: count, bytes: 450 };
+                for filter in [Filter::default(), Filter { states: vec![CycleState::Failed], ..Filter::default() }] {
+                    let page = memory.cycles_before(Revision(from), filter.clone(), limits).await;
+                    assert_eq!(sqlite.cycles_before(Revision(from), filter, limits).await, page);
+                }
+                let after = memory.cycles_after(Revision(from), limits).await;
+                assert_eq!(sqlite.cycles_after(Revision(from), limits).await, after);
+                assert_eq!(sqlite.cycle(CycleId(from)).await, memory.cycle(CycleId(from)).await);
+                let of_request = memory.cycle_of_request("five".into()).await;
+                assert_eq!(sqlite.cycle_of_request("five".into()).await, of_request);
             }
         });
     }
