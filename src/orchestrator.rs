@@ -49,8 +49,8 @@ use crate::{
     },
     parts::{Ended, Parts},
     ports::{
-        Contents, Lost, Record, Retention, Spans, Store, StoreError, StoredOutput, StoredSubsystem, Subsystems,
-        UnreadableRow, Write,
+        Contents, Lost, OpenCycle, Record, Retention, Spans, Store, StoreError, StoredOutput, StoredSubsystem,
+        Subsystems, UnreadableRow, Write,
     },
     record::{self, Participation},
     schedule::Loops,
@@ -411,7 +411,7 @@ impl Orchestrator {
         // Cycles that an earlier process had begun.
         let last_lost = contents.lost.map(|lost| lost.last_cycle_id).unwrap_or_default();
         if let Some(lost) = &contents.lost {
-            tell_lost(lost, &state);
+            tell_lost(lost, contents.open.first(), &state);
         }
         // A cycle begins only once the one before it is recorded: where one is open, the number of none is missing.
         let may_be_lost = contents.may_lack_open && contents.open.is_empty();
@@ -420,7 +420,7 @@ impl Orchestrator {
         let open = contents.open.iter().map(|open| (open.cycle_id, Some(open)));
         for (cycle_id, open) in open.chain(missing.map(|id| (CycleId(id), None))) {
             let revision = state.last_revision.next();
-            let is_lost = contents.lost.is_some_and(|lost| cycle_id <= lost.last_cycle_id && revision <= lost.last_revision);
+            let is_lost = contents.lost.is_some_and(|lost| revision <= lost.last_revision);
             let finished = conductor::interrupted(cycle_id, open, is_lost, contents.epoch, now);
             let record = record::encode(&finished, revision, settings.max_record_bytes);
             if !is_lost {
@@ -826,11 +826,15 @@ fn tell_unreadable_rows(rows: &[UnreadableRow]) {
 }
 
 /// Tells what was acknowledged and is not in the store any more.
-fn tell_lost(lost: &Lost, state: &State) {
-    let (last_cycle_id, last_revision, commits) = (lost.last_cycle_id, lost.last_revision, lost.commits);
-    if last_cycle_id > state.last_cycle_id || last_revision > state.last_revision {
+fn tell_lost(lost: &Lost, first_open: Option<&OpenCycle>, state: &State) {
+    let (last_revision, commits) = (lost.last_revision, lost.commits);
+    if last_revision > state.last_revision {
+        // They were recorded in the order of their ids.
+        let first = first_open.map_or(state.last_cycle_id.next(), |open| open.cycle_id);
+        let cycles = format!("{first} to {}", first.0 + (last_revision.0 - state.last_revision.next().0));
         let revisions = format!("{} to {last_revision}", state.last_revision.next());
         tracing::error!(
+            cycles,
             revisions,
             commits,
             "records that were acknowledged are missing: the end of the store was damaged, or an older copy was put in its \

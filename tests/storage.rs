@@ -362,7 +362,8 @@ async fn stored_rows_that_can_not_be_read_are_named_and_don_t_keep_the_service_f
         .execute_batch(
             "UPDATE subsystems SET spec = '{' WHERE name = 'b';
              INSERT INTO loops VALUES ('l', '{', '{}');
-             INSERT INTO open_cycles VALUES (2, 9, NULL, 0, NULL, NULL, NULL)",
+             INSERT INTO open_cycles (cycle_id, trigger, scheduled_at) VALUES (2, 9, 0);
+             UPDATE meta SET last_cycle_id = 2",
         )
         .unwrap();
     drop(database);

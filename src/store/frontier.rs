@@ -26,7 +26,10 @@ impl Frontier {
     /// It breaks one of the rules that [`Write`] states; the message says which.
     pub(super) fn check(&self, write: &Write) -> Result<(), String> {
         if write.last_cycle_id < self.last_cycle_id {
-            return Err(format!("cycle {} can't be the last one: cycle {} is", write.last_cycle_id, self.last_cycle_id));
+            return Err(format!(
+                "cycle {} can't be the last one: cycle {} is",
+                write.last_cycle_id, self.last_cycle_id
+            ));
         }
         let is_new = |cycle_id: CycleId| cycle_id > self.last_cycle_id && cycle_id <= write.last_cycle_id;
         let mut touched = BTreeSet::new();

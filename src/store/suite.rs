@@ -315,16 +315,18 @@ async fn retention_removes_low_revisions_first_and_never_the_highest(store: &dyn
     let records = (1..).zip([4, 3, 2, 1]).map(|(revision, id)| record_of(id, revision, epoch)).collect();
     commit(store, Write { epoch, last_cycle_id: CycleId(4), records, ..Write::default() }).await;
     let left = async || revisions(&store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap().records);
-    let keep =
-        |max_cycles| Retention { default: RetentionRule { max_cycles, max_age: None }, ..Retention::default() };
+    let keep = |max_cycles| Retention { default: RetentionRule { max_cycles, max_age: None }, ..Retention::default() };
     let pruned = store.prune(keep(Some(1)), at(0), 2).await.unwrap();
     assert_eq!((pruned.removed, pruned.pruned_to, left().await), (2, Revision(2), vec![4, 3]));
     store.prune(keep(Some(0)), at(0), 100).await.unwrap();
     assert_eq!(left().await, [4]);
     assert_eq!(store.cycle(CycleId(1)).await.unwrap(), Some(record_of(1, 4, epoch)));
     assert_eq!(store.cycle(CycleId(4)).await.unwrap(), None);
-    refuses(store, Write { epoch, last_cycle_id: CycleId(4), records: vec![record_of(4, 5, epoch)], ..Write::default() })
-        .await;
+    refuses(
+        store,
+        Write { epoch, last_cycle_id: CycleId(4), records: vec![record_of(4, 5, epoch)], ..Write::default() },
+    )
+    .await;
 }
 
 macro_rules! every_store {
@@ -420,7 +422,12 @@ async fn everything_is_there_after_a_restart() {
         epoch: first.epoch,
         durability: Durability::Buffered,
         last_cycle_id: CycleId(6),
-        open: vec![open_cycle(3), waiting_cycle(4, None), waiting_cycle(5, Some("five")), waiting_cycle(6, Some("six"))],
+        open: vec![
+            open_cycle(3),
+            waiting_cycle(4, None),
+            waiting_cycle(5, Some("five")),
+            waiting_cycle(6, Some("six")),
+        ],
         records: vec![record(1, first.epoch), record(2, first.epoch)],
         outputs: vec![(name("a"), output(1, "old")), (name("a"), output(2, "new")), (name("b"), output(2, "b"))],
         subsystems: BTreeMap::from([stored_subsystem("a"), stored_subsystem("b")]),
@@ -666,8 +673,8 @@ async fn what_can_not_be_read_stands_in_its_place_and_the_rest_is_there() {
         assert_eq!(unreadable.cycle_id, cycle_of(revision));
     }
     // What has no place in the history stays, and the rest goes when it is its turn.
-    let two = Retention { default: RetentionRule { max_cycles: Some(2), max_age: None }, ..Retention::default() };
-    assert_eq!(store.prune(two, at(0), 100).await.unwrap().pruned_to, Revision(8));
+    let ten = Retention { default: RetentionRule { max_cycles: Some(10), max_age: None }, ..Retention::default() };
+    assert_eq!(store.prune(ten, at(0), 100).await.unwrap().pruned_to, Revision(2));
     drop(store);
     let contents = opened(&path).await.1;
     assert_eq!(contents.last_record.unwrap().unwrap().revision, Revision(11));
