@@ -529,9 +529,8 @@ fn read_contents(
     let mut unreadable = Vec::new();
     let mut rows = Rows { transaction: &transaction, path, unreadable: &mut unreadable };
     let noted = 1..=integer(contents.last_cycle_id.0);
-    let open =
-        "SELECT *, EXISTS (SELECT 1 FROM cycles WHERE cycle_id = open_cycles.cycle_id) AS is_recorded FROM open_cycles
-                ORDER BY cycle_id";
+    let open = "SELECT *, EXISTS (SELECT 1 FROM cycles WHERE cycle_id = open_cycles.cycle_id) AS is_recorded
+                FROM open_cycles ORDER BY cycle_id";
     rows.read_all("open cycle", open, |row| {
         let cycle_id: i64 = row.get("cycle_id")?;
         if !noted.contains(&cycle_id) {
