@@ -35,6 +35,12 @@ lint-proto:
     .ci/node_modules/.bin/buf lint proto
     for released in proto/released/*.binpb; do .ci/node_modules/.bin/buf breaking proto --against "$released"; done
 
+# The dashboard's scripts, and JavaScript and TypeScript elsewhere: types and lints. Needs npm.
+lint-scripts:
+    npm ci --silent --prefix .ci
+    .ci/node_modules/.bin/tsc -p src/web/dashboard/jsconfig.json
+    .ci/node_modules/.bin/biome lint --error-on-warnings
+
 # Licenses, advisories and sources of the dependencies. Needs cargo-deny.
 deny:
     cargo deny check

@@ -62,10 +62,19 @@ test("where there is nothing yet, each view says so", async (t) => {
   ]) {
     await show(page, hash);
     await says(page, "main .summary", text);
+    // biome-ignore lint/performance/useDomNodeTextContent: only what people see
     const seen = await page.$eval("main", (main) => main.innerText);
     assert.ok(!seen.includes("…"), `${hash} still reads: ${seen}`);
     assert.equal(await page.$("main .graph"), null, hash);
   }
+  assert.deepEqual(page.problems, []);
+});
+
+test("an order that the fleet does not have is by name", async (t) => {
+  const { fleet, service } = await stage(t);
+  for (const name of ["beta", "alpha"]) await service.register(fleet, name);
+  const page = await browser.open(`${service.url}/#/fleet?sort=recent`);
+  await sees(page, `${row("alpha")} + ${row("beta").replace("main ", "")}`);
   assert.deepEqual(page.problems, []);
 });
 
@@ -303,7 +312,7 @@ test("a cycle that is recorded while the recent ones are read counts once", asyn
     await sees(page, "#connection[data-connection=lost]");
     await service.restart();
     const request = await asked;
-    const read = async () => ({ contentType: "application/json", body: await (await fetch(new URL(new URL(request.url()).pathname, service.url) + "?pageSize=30")).text() });
+    const read = async () => ({ contentType: "application/json", body: await (await fetch(`${new URL(new URL(request.url()).pathname, service.url)}?pageSize=30`)).text() });
     const early = isAnsweredBefore && await read();
     const { cycleId } = await service.run();
     await says(page, `${row("alpha")} td a`, `cycle ${cycleId}`);
@@ -426,6 +435,7 @@ test("what subsystems send does nothing", async (t) => {
       made: document.querySelectorAll("main img, main script, main style, main b, main iframe").length,
       handlers: [...document.querySelectorAll("main *")].filter((one) => one.getAttributeNames().some((name) => name.startsWith("on"))).length,
       links: [...document.querySelectorAll("main a[href]")].filter((one) => !one.getAttribute("href").startsWith("#/")).length,
+      // biome-ignore lint/suspicious/noControlCharactersInRegex: it is what must not be there
       turned: /[\u0000\u202e\u2066\u200b\u3164\u{e0041}]/u.test(document.body.textContent),
       scrolls: document.documentElement.scrollWidth > document.documentElement.clientWidth,
     }));
@@ -583,6 +593,7 @@ test("10,000 subsystems stay usable", async (t) => {
   await show(page, "#/fleet");
   await says(page, "main .summary", "10,000 subsystems: 1 failed");
   // What is not known of so many takes no room.
+  // biome-ignore lint/performance/useDomNodeTextContent: only what people see
   assert.ok(await page.$eval(".fleet thead", (head) => !head.innerText.includes("Recent cycles")));
   assert.equal(await page.$$eval("main tbody tr", (rows) => rows.length), 100);
   await page.keyboard.press("]");

@@ -119,7 +119,9 @@ export class Service {
   moveDatabaseAway() {
     const files = ["", "-wal", "-shm"].map((suffix) => this.#database + suffix).filter((file) => existsSync(file));
     for (const file of files) renameSync(file, `${file}.away`);
-    return () => files.forEach((file) => renameSync(`${file}.away`, file));
+    return () => {
+      for (const file of files) renameSync(`${file}.away`, file);
+    };
   }
 
   async restart() {

@@ -26,7 +26,9 @@ const NAMES = Object.keys(TOPOLOGY) as Array<keyof typeof TOPOLOGY>;
 const inputsOf = ({ requires = [], after = [], reads = [] }: Settings) => new Set([...requires, ...after, ...reads]);
 
 let service: Running;
-before(async () => void (service = await startOrchestrator()));
+before(async () => {
+  service = await startOrchestrator();
+});
 after(async () => assert.equal(await service.stop(), 0));
 
 // What a test has opened is closed when it ends, well or badly.
@@ -53,7 +55,10 @@ const loopOf = (...args: Parameters<typeof startIntervalLoop>): IntervalLoop => 
 async function nobodyThere() {
   let call!: () => void;
   const called = new Promise<void>((resolve) => (call = resolve));
-  const nobody = createServer((socket) => (socket.destroy(), call())).listen(0, "127.0.0.1");
+  const nobody = createServer((socket) => {
+    socket.destroy();
+    call();
+  }).listen(0, "127.0.0.1");
   await once(nobody, "listening");
   const leave = () => once(nobody.close(), "close");
   return { address: `127.0.0.1:${(nobody.address() as AddressInfo).port}`, called, leave };
@@ -209,6 +214,7 @@ test("a module that throws is that subsystem's failure only", async (t) => {
       ZenGardenCore: throwing(new Error("boom ".repeat(10_000))),
       DreamBetCore: throwing(undefined),
       NeuralMesh: { run: () => Promise.reject(Object.create(null)) },
+      // biome-ignore lint/suspicious/noThenProperty: what a foreign module may return
       SocialHubCore: { run: () => ({ then() { throw new RangeError("late"); } }) },
       CitadelCore: { run: () => ({ fine: true }) },
     },
@@ -276,6 +282,7 @@ test("odd outputs: an object that is mutated later, an array, nothing, and what 
       NeuralMesh: { run() {} },
       SocialHubCore: { run: () => ({ f() {}, big: 2n ** 60n, nan: NaN, ok: "yes" }) },
       LiquidityEngine: { run: () => ({ wei: 10 ** 18 }) },
+      // biome-ignore lint/suspicious/noThenProperty: what a foreign module may return
       DreamShop: { run: () => ({ get then() { throw new Error("no"); }, ok: "yes" }) },
     },
     { orchestrator: service.address },
@@ -358,7 +365,11 @@ test("a repeated call gets the first answer, also while the first is at work, an
   const atWork = new Promise<void>((resolve) => (started = resolve));
   let finish!: (value: unknown) => void;
   const served = await serve({
-    NeuralMesh: { run: () => (runs++, started(), new Promise((resolve) => (finish = resolve))) },
+    NeuralMesh: { run: () => {
+      runs++;
+      started();
+      return new Promise((resolve) => (finish = resolve));
+    } },
     ZenGardenCore: { run: () => { throw new Error(`run ${++runs}`); } },
   });
   const first = call(served.address, "NeuralMesh", 1);
@@ -391,7 +402,10 @@ test("a call that is given up ends, tells the module, and keeps nobody else from
   const told = new Promise<void>((resolve) => (tell = resolve));
   const served = await serve({
     NeuralMesh: {
-      run: (_context: unknown, { signal }: Cycle) => (start(), new Promise(() => signal.addEventListener("abort", tell))),
+      run: (_context: unknown, { signal }: Cycle) => {
+        start();
+        return new Promise(() => signal.addEventListener("abort", tell));
+      },
     },
     ZenGardenCore: { run() {} },
   });

@@ -90,7 +90,9 @@ async function original(context: ReturnType<typeof fleet>): Promise<void> {
 }
 
 let service: Running;
-before(async () => void (service = await startOrchestrator()));
+before(async () => {
+  service = await startOrchestrator();
+});
 after(async () => assert.equal(await service.stop(), 0));
 
 test("DreamNet's modules end up as they do in its own loop, in every cycle", async () => {

@@ -2,6 +2,7 @@
 
 /** An answer that is a refusal: `status` is a gRPC code, such as "NOT_FOUND". */
 export class Refusal extends Error {
+  /** @param {string} status @param {string} message */
   constructor(status, message) {
     super(message);
     this.status = status;
@@ -48,7 +49,10 @@ export async function listCycles(filter) {
   return { cycles: page.cycles ?? [], nextPageToken: page.nextPageToken ?? "" };
 }
 
-/** All of them, by name. `tell` is given what there is after each page. */
+/**
+ * All of them, by name. `tell` is given what there is after each page.
+ * @param {(some: any[]) => void} tell
+ */
 export async function listSubsystems(tell = () => {}) {
   const all = [];
   let pageToken = "";

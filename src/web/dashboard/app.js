@@ -1,5 +1,6 @@
 // The frame: which view is shown, the state of the connection, and the keys.
 
+import { Refusal } from "./api.js";
 import { h, replace, setText } from "./dom.js";
 import { counted, visible } from "./format.js";
 import { model, on, start } from "./model.js";
@@ -25,9 +26,30 @@ const VIEWS = [
   { path: "subsystems/:name", view: subsystem, within: "fleet" },
 ];
 
-const element = (id) => document.getElementById(id);
-const main = element("main");
+const main = element("main", HTMLElement);
+const help = element("help", HTMLDialogElement);
+const theme = element("theme", HTMLButtonElement);
+const keysOn = element("keys-on", HTMLInputElement);
+
+/** @type {Scope | null} */
 let scope = null;
+
+/**
+ * An element of the page, index.html, and of which kind it is there.
+ * @template {HTMLElement} T
+ * @param {string} id
+ * @param {{ new (): T }} kind
+ */
+function element(id, kind) {
+  const found = document.getElementById(id);
+  if (!(found instanceof kind)) throw new Error(`the page has no ${kind.name} called ${id}`);
+  return found;
+}
+
+/** What the view that is shown has there, if anything. */
+function find(selector) {
+  return /** @type {HTMLElement | null} */ (main.querySelector(selector));
+}
 
 // ----------------------------------------------------------------------------------------- the views
 
@@ -60,8 +82,9 @@ class Scope {
       if (this.signal.aborted) return;
       // A lost connection is told once, at the top of the page, and what was read stays.
       if (error instanceof TypeError && model.connection !== "open") return;
-      replace(place, h("p", { class: "problem", role: "alert" }, visible(error.message, 1000)));
-      if (!error.status) console.error(error);
+      const message = error instanceof Error ? error.message : error;
+      replace(place, h("p", { class: "problem", role: "alert" }, visible(message, 1000)));
+      if (!(error instanceof Refusal)) console.error(error);
     }
   }
 
@@ -99,9 +122,9 @@ function showConnection() {
     open: "Live",
     lost: "Connection lost, reconnecting",
   };
-  const state = element("connection");
+  const state = element("connection", HTMLElement);
   state.dataset.connection = model.connection;
-  setText(state.lastElementChild, words[model.connection]);
+  setText(state.lastElementChild ?? state, words[model.connection]);
   document.body.classList.toggle("lost", model.connection === "lost");
 }
 
@@ -110,8 +133,8 @@ function showStatus() {
   if (!status) return;
   // The default says nothing that does not stand beside it.
   const id = status.orchestratorId === "orchestrator" ? "" : status.orchestratorId;
-  setText(element("orchestrator-id"), visible(id, 100));
-  const problem = element("store-error");
+  setText(element("orchestrator-id", HTMLElement), visible(id, 100));
+  const problem = element("store-error", HTMLElement);
   problem.hidden = !status.storeError;
   if (status.storeError) {
     setText(problem, `The store can't be written, and no cycle starts until it can: ${visible(status.storeError, 1000)}`);
@@ -128,18 +151,18 @@ function announce(record) {
   told = state;
   if (isFirst) return;
   const failed = record.error ? `: ${visible(record.error, 200)}` : "";
-  setText(element("announcer"), `Cycle ${record.cycleId} ${state}${failed}`);
+  setText(element("announcer", HTMLElement), `Cycle ${record.cycleId} ${state}${failed}`);
 }
 
 // ------------------------------------------------------------------------------------------- the keys
 
 const THEMES = ["auto", "light", "dark"];
 
-function setTheme(theme) {
-  if (theme === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = theme;
-  setText(element("theme"), `Theme: ${theme}`);
-  store("theme", theme);
+function setTheme(name) {
+  if (name === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = name;
+  setText(theme, `Theme: ${name}`);
+  store("theme", name);
 }
 
 function nextTheme() {
@@ -172,16 +195,16 @@ const KEYS = {
   3: () => (location.hash = href("cycles")),
   4: () => (location.hash = href("plan")),
   5: () => (location.hash = href("loops")),
-  "/": () => main.querySelector("input[type=search]")?.focus(),
-  "[": () => main.querySelector("[rel=prev]:not([hidden])")?.click(),
-  "]": () => main.querySelector("[rel=next]:not([hidden])")?.click(),
-  h: () => main.querySelector("#hold")?.click(),
+  "/": () => find("input[type=search]")?.focus(),
+  "[": () => find("[rel=prev]:not([hidden])")?.click(),
+  "]": () => find("[rel=next]:not([hidden])")?.click(),
+  h: () => find("#hold")?.click(),
   t: nextTheme,
-  "?": () => element("help").showModal(),
+  "?": () => help.showModal(),
 };
 
 function press(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || element("help").open) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || help.open) return;
   if (event.target.closest("input, select, textarea")) {
     if (event.key === "Escape") event.target.blur();
     return;
@@ -196,14 +219,14 @@ function press(event) {
 // ------------------------------------------------------------------------------------------ the start
 
 setTheme(stored("theme") ?? "auto");
-element("theme").addEventListener("click", nextTheme);
-element("help-open").addEventListener("click", () => element("help").showModal());
-element("keys-on").checked = stored("keys") !== "off";
-element("keys-on").addEventListener("change", (event) => store("keys", event.target.checked ? "on" : "off"));
-element("skip").addEventListener("click", (event) => {
+theme.addEventListener("click", nextTheme);
+element("help-open", HTMLButtonElement).addEventListener("click", () => help.showModal());
+keysOn.checked = stored("keys") !== "off";
+keysOn.addEventListener("change", () => store("keys", keysOn.checked ? "on" : "off"));
+element("skip", HTMLAnchorElement).addEventListener("click", (event) => {
   // Its target is no view.
   event.preventDefault();
-  main.querySelector("h1").focus();
+  find("h1")?.focus();
 });
 document.addEventListener("keydown", press);
 window.addEventListener("hashchange", () => show());
@@ -212,7 +235,7 @@ on("status", showStatus);
 on("recorded", announce);
 on("connection", () => {
   const words = { open: "Connected", lost: "Connection lost, reconnecting" }[model.connection];
-  if (words) setText(element("announcer"), `${words}${model.connection === "open" && model.status ? `, ${counted(model.status.totalCycles, "cycle")} recorded` : ""}`);
+  if (words) setText(element("announcer", HTMLElement), `${words}${model.connection === "open" && model.status ? `, ${counted(model.status.totalCycles, "cycle")} recorded` : ""}`);
 });
 show(true);
 showConnection();

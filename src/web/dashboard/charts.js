@@ -4,7 +4,12 @@ import { h, s } from "./dom.js";
 import { count, counted, duration, lower, setting, time } from "./format.js";
 import { sign } from "./states.js";
 
-/** One bar, divided by these counts: { state: number }. `order` gives the states and their order. */
+/**
+ * One bar, divided by these counts: { state: number }. `order` gives the states and their order.
+ * @param {Record<string, number>} counts
+ * @param {string[]} order
+ * @param {string} label
+ */
 export function stacked(counts, order, label) {
   const present = order.filter((state) => counts[state]);
   const words = present.map((state) => `${count(counts[state])} ${lower(state)}`).join(", ");
@@ -57,16 +62,19 @@ export function profile({ steps, highest }, scale) {
   // More steps than pixels only cost.
   const every = Math.ceil(steps.length / 2000);
   let path = `M0 ${HEIGHT}`;
-  let last = HEIGHT;
-  steps.filter((_, i) => i % every === 0 || i === steps.length - 1).forEach(([at, running]) => {
-    path += `L${x(at)} ${last}L${x(at)} ${(last = y(running))}`;
-  });
+  let last = String(HEIGHT);
+  for (const [at, running] of steps.filter((_, i) => i % every === 0 || i === steps.length - 1)) {
+    const next = y(running);
+    path += `L${x(at)} ${last}L${x(at)} ${next}`;
+    last = next;
+  }
   return h("figure", { class: "chart profile" },
     s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true", focusable: "false" },
       s("path", { d: `${path}L${x(scale)} ${last}L${x(scale)} ${HEIGHT}Z` })),
     h("figcaption", {}, `Subsystems at work at one time: up to ${count(highest)}, over ${duration(scale)}.`));
 }
 
+/** @param {number} value */
 function niceCeiling(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 3, 4, 6, 8, 10].map((n) => n * power).find((step) => step >= value) ?? value;

@@ -26,7 +26,11 @@ function fill(element, properties, children) {
   return element;
 }
 
-/** Adds these after what is inside: nodes, texts, lists of them, or nothing. */
+/**
+ * Adds these after what is inside: nodes, texts, lists of them, or nothing.
+ * @param {Element} element
+ * @param {...unknown} children
+ */
 export function add(element, ...children) {
   append(element, children);
 }
@@ -45,24 +49,41 @@ export function replace(element, ...children) {
   return element;
 }
 
-/** Sets the text, and touches nothing that says it already: what has focus or is being selected stays so. */
+/**
+ * Sets the text, and touches nothing that says it already: what has focus or is being selected stays so.
+ * @param {Node} element
+ * @param {string} text
+ */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Sets an attribute, or removes it for `null`, and touches nothing that is so already. */
+/**
+ * Sets an attribute, or removes it for `null`, and touches nothing that is so already.
+ * @param {Element} element
+ * @param {string} name
+ * @param {string | null} value
+ */
 export function setAttribute(element, name, value) {
-  if (value === null || value === false) element.removeAttribute(name);
+  if (value === null) element.removeAttribute(name);
   else if (element.getAttribute(name) !== value) element.setAttribute(name, value);
 }
 
 /**
  * Keeps children of `parent` in step with `items`: `make(item)` makes one, `update(element, item)` brings it up to date.
  * One that stays is not replaced, and keeps focus wherever it goes.
+ * @template T
+ * @param {HTMLElement} parent
+ * @param {T[]} items
+ * @param {(item: T) => string | number} key
+ * @param {(item: T) => HTMLElement} make
+ * @param {(element: any, item: T) => void} update
  */
 export function keyed(parent, items, key, make, update = () => {}) {
-  const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
-  const focused = parent.contains(document.activeElement) ? document.activeElement : null;
+  const children = /** @type {HTMLElement[]} */ ([...parent.children]);
+  const old = new Map(children.map((child) => [child.dataset.key, child]));
+  const { activeElement } = document;
+  const focused = activeElement instanceof HTMLElement && parent.contains(activeElement) ? activeElement : null;
   let at = parent.firstElementChild;
   for (const item of items) {
     const name = String(key(item));
@@ -82,7 +103,11 @@ export function keyed(parent, items, key, make, update = () => {}) {
   if (focused?.isConnected && document.activeElement !== focused) focused.focus({ preventScroll: true });
 }
 
-/** What may be wider than the page scrolls by itself, also by keyboard. */
+/**
+ * What may be wider than the page scrolls by itself, also by keyboard.
+ * @param {string} label
+ * @param {...unknown} children
+ */
 export function scrolling(label, ...children) {
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, children);
 }

@@ -1,6 +1,9 @@
 // What people read: times, numbers, and text of unknown origin.
 
-/** "850 µs", "14.2 ms", "1.52 s", "3 min 20 s", "2 h 5 min", "4 d 3 h". */
+/**
+ * "850 µs", "14.2 ms", "1.52 s", "3 min 20 s", "2 h 5 min", "4 d 3 h".
+ * @param {number} ms
+ */
 export function duration(ms) {
   if (!Number.isFinite(ms)) return "–";
   if (ms < 0) return `−${duration(-ms)}`;
@@ -11,18 +14,25 @@ export function duration(ms) {
   return long(ms / 1000);
 }
 
-/** The same for what was set and not measured: "3 s", not "3.00 s". */
+/**
+ * The same for what was set and not measured: "3 s", not "3.00 s".
+ * @param {number} ms
+ */
 export function setting(ms) {
   return duration(ms).replace(/(\.\d*?)0+ /, "$1 ").replace(". ", " ");
 }
 
-/** The same without fractions, for what is seen to count: "14 s", "3 min 20 s". */
+/**
+ * The same without fractions, for what is seen to count: "14 s", "3 min 20 s".
+ * @param {number} ms
+ */
 export function whole(ms) {
   if (!Number.isFinite(ms)) return "–";
   const seconds = Math.max(0, Math.round(ms / 1000));
   return seconds < 60 ? `${seconds} s` : long(seconds);
 }
 
+/** @param {number} seconds */
 function long(seconds) {
   seconds = Math.round(seconds);
   const [d, h, m, s] = [seconds / 86_400, (seconds / 3600) % 24, (seconds / 60) % 60, seconds % 60].map(Math.floor);
@@ -31,16 +41,23 @@ function long(seconds) {
   return s ? `${m} min ${s} s` : `${m} min`;
 }
 
+/** @param {number} number */
 function digits(number) {
   return number.toFixed(number < 9.995 ? 2 : number < 99.95 ? 1 : 0);
 }
 
-/** A proto duration, "4.500s", in milliseconds. */
+/**
+ * A proto duration, "4.500s", in milliseconds.
+ * @param {string | undefined} text
+ */
 export function milliseconds(text) {
   return text ? Number.parseFloat(text) * 1000 : NaN;
 }
 
-/** A proto timestamp in milliseconds since 1970; `NaN` for none. */
+/**
+ * A proto timestamp in milliseconds since 1970; `NaN` for none.
+ * @param {string | undefined} text
+ */
 export function instant(text) {
   if (!text) return NaN;
   // `Date` knows whole milliseconds only, and parts of a cycle are often shorter.
@@ -51,7 +68,10 @@ export function instant(text) {
 const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 const DAY = new Intl.DateTimeFormat(undefined, { year: "numeric", month: "short", day: "numeric" });
 
-/** The time of day, and the day where that is not today. */
+/**
+ * The time of day, and the day where that is not today.
+ * @param {string | undefined} text
+ */
 export function time(text) {
   const at = instant(text);
   if (Number.isNaN(at)) return "–";
@@ -59,17 +79,27 @@ export function time(text) {
   return today ? CLOCK.format(at) : `${DAY.format(at)}, ${CLOCK.format(at)}`;
 }
 
-/** A whole number with its thousands apart. */
+/**
+ * A whole number with its thousands apart.
+ * @param {number | string | undefined} number
+ */
 export function count(number) {
   return Number(number ?? 0).toLocaleString("en-US");
 }
 
-/** "1 cycle", "2 cycles". */
+/**
+ * "1 cycle", "2 cycles".
+ * @param {number | string} number
+ * @param {string} word
+ */
 export function counted(number, word) {
   return `${count(number)} ${word}${Number(number) === 1 ? "" : "s"}`;
 }
 
-/** A number as it was sent: doubles come as JSON numbers, or as "NaN" and "Infinity". */
+/**
+ * A number as it was sent: doubles come as JSON numbers, or as "NaN" and "Infinity".
+ * @param {unknown} value
+ */
 export function number(value) {
   if (typeof value !== "number") return String(value ?? "–");
   if (Number.isInteger(value)) return Math.abs(value) < 1e15 ? count(value) : String(value);
@@ -78,28 +108,40 @@ export function number(value) {
 
 // Control characters, and those that turn the direction of what follows or are not seen: they would let a text look like
 // something else. Tabs and line breaks are spared, and what only chooses how the sign before it looks.
+// biome-ignore lint/suspicious/noMisleadingCharacterClass: the variation selectors are meant one by one
 const UNSEEN = /(?![\t\n\ufe00-\ufe0f])[\p{Cc}\p{Default_Ignorable_Code_Point}\u2028\u2029\ufff9-\ufffc]/gu;
 
-/** Text from outside, so that all of it can be seen: what can't is written as its code. It is cut after `limit`. */
+/**
+ * Text from outside, so that all of it can be seen: what can't is written as its code. It is cut after `limit`.
+ * @param {unknown} text
+ * @param {number} limit
+ */
 export function visible(text, limit = 4000) {
-  text = String(text ?? "");
-  const rest = text.length - limit;
-  if (rest > 0) text = text.slice(0, limit);
-  text = text.replace(UNSEEN, escaped);
-  return rest > 0 ? `${text} … (${counted(rest, "more character")})` : text;
+  const whole = String(text ?? "");
+  const rest = whole.length - limit;
+  const shown = (rest > 0 ? whole.slice(0, limit) : whole).replace(UNSEEN, escaped);
+  return rest > 0 ? `${shown} … (${counted(rest, "more character")})` : shown;
 }
 
+/** @param {string} character */
 function escaped(character) {
-  const code = character.codePointAt(0).toString(16);
+  const code = (character.codePointAt(0) ?? 0).toString(16);
   return code.length > 4 ? `\\u{${code}}` : `\\u${code.padStart(4, "0")}`;
 }
 
-/** What an enum value says: `word("SUBSYSTEM_STATE_TIMED_OUT", "SUBSYSTEM_STATE_")` is "TIMED_OUT". */
+/**
+ * What an enum value says: `word("SUBSYSTEM_STATE_TIMED_OUT", "SUBSYSTEM_STATE_")` is "TIMED_OUT".
+ * @param {string | undefined} value
+ * @param {string} prefix
+ */
 export function word(value, prefix) {
   return value ? value.replace(prefix, "") : "";
 }
 
-/** "TIMED_OUT" as people write it: "timed out". */
+/**
+ * "TIMED_OUT" as people write it: "timed out".
+ * @param {string} name
+ */
 export function lower(name) {
   return name.toLowerCase().replaceAll("_", " ");
 }

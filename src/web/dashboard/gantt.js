@@ -98,11 +98,15 @@ function update(line, part, { scale, at, isCritical, details }) {
   }
 }
 
+/** @param {number} part @param {number} whole */
 function percent(part, whole) {
   return `${whole > 0 ? Math.min(100, (part / whole) * 100) : 0}%`;
 }
 
-/** A round number of milliseconds between lines. */
+/**
+ * A round number of milliseconds between lines.
+ * @param {number} scale
+ */
 function niceStep(scale) {
   const rough = scale / LINES || 1;
   const power = 10 ** Math.floor(Math.log10(rough));

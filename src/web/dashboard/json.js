@@ -9,7 +9,11 @@ const SHOWN = 20_000;
 /** Changes that are listed. */
 const CHANGES = 300;
 
-/** A value as indented JSON. */
+/**
+ * A value as indented JSON.
+ * @param {unknown} value
+ * @param {string} label
+ */
 export function json(value, label) {
   const text = JSON.stringify(value, null, 2) ?? "null";
   const code = h("code", {}, visible(text, SHOWN));
@@ -33,7 +37,7 @@ export function changes(before, after, path = "", found = []) {
       ? new Set([...Object.keys(before), ...Object.keys(after)])
       : Array.from({ length: Math.max(before.length, after.length) }, (_, i) => i);
     for (const key of keys) {
-      const step = areArrays ? `[${key}]` : /^[\w-]+$/.test(key) ? `.${key}` : `[${JSON.stringify(key)}]`;
+      const step = areArrays ? `[${key}]` : /^[\w-]+$/.test(String(key)) ? `.${key}` : `[${JSON.stringify(key)}]`;
       changes(own(before, key), own(after, key), path + step, found);
     }
   } else {

@@ -14,6 +14,12 @@ export const RECENT = 30;
 /** Beyond so many subsystems there is no `recent`: records are megabytes then. */
 export const RECENT_SUBSYSTEMS = 1000;
 
+/**
+ * What is known of a cycle that was recorded lately: its summary, and how each of its parts stands.
+ * @typedef {ReturnType<typeof summary> & { parts: Map<string, string> }} Recent
+ */
+
+/** @type {{ connection: "connecting" | "open" | "lost", status: any, live: Live | null, recent: Recent[] }} */
 export const model = {
   /** "connecting", "open" or "lost". */
   connection: "connecting",
@@ -192,6 +198,7 @@ async function readRecent() {
 /** How long after a failure the next connection is tried. */
 const AGAIN = 1000;
 
+/** @type {EventSource | null} */
 let source = null;
 let timer = 0;
 
@@ -217,14 +224,16 @@ function connect() {
     refreshStatus();
   });
   listen("progress", ({ progress }) => {
-    if (model.live?.cycleId !== progress.cycleId) return;
-    model.live.progress(progress);
+    const { live } = model;
+    if (!live || live.cycleId !== progress.cycleId) return;
+    live.progress(progress);
     tell("live");
   });
   listen("recorded", ({ recorded }) => {
     revision = Number(recorded.revision);
-    if (model.live?.cycleId === recorded.cycleId) model.live.end(recorded);
-    else if (!model.live || model.live.record) model.live = liveOf(recorded);
+    const { live } = model;
+    if (live && live.cycleId === recorded.cycleId) live.end(recorded);
+    else if (!live || live.record) model.live = liveOf(recorded);
     remember(recorded);
     if (model.status) {
       model.status.lastCycle = recorded;
@@ -240,13 +249,13 @@ function connect() {
 
 function listen(name, handle) {
   const mine = source;
-  source.addEventListener(name, (event) => {
+  mine?.addEventListener(name, (event) => {
     if (source === mine) handle(event.data && JSON.parse(event.data));
   });
 }
 
 function lose() {
-  source.close();
+  source?.close();
   clearTimeout(timer);
   timer = setTimeout(connect, AGAIN);
   // What ran is not known any more.
@@ -270,7 +279,7 @@ export function start() {
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) {
       clearTimeout(timer);
-      source.close();
+      source?.close();
       model.connection = "connecting";
     } else {
       tell("connection");

@@ -20,7 +20,7 @@ const CHOICES = {
   critical: ["critical path", (parts, critical) => parts.filter((part) => critical.has(part.name))],
   slowest: ["slowest first", (parts) => parts.filter((part) => part.end !== undefined).sort((a, b) => lasted(b) - lasted(a))],
   notable: ["failed, then slowest", (parts) => parts.filter((part) => part.end !== undefined || hasFailed(part))
-    .sort((a, b) => hasFailed(b) - hasFailed(a) || lasted(b) - lasted(a))],
+    .sort((a, b) => Number(hasFailed(b)) - Number(hasFailed(a)) || lasted(b) - lasted(a))],
 };
 
 /**
@@ -33,6 +33,7 @@ export function partsView({ caption, href, details = false }) {
   let choice = "all";
   let needle = "";
   let page = 0;
+  /** @type {[any[], any] | null} */
   let drawn = null;
 
   const counts = h("div", { class: "legend" });
@@ -159,6 +160,7 @@ export function partsView({ caption, href, details = false }) {
   return { element, draw };
 }
 
+/** @param {number[]} numbers */
 function least(numbers) {
   return numbers.reduce((a, b) => Math.min(a, b), Infinity);
 }

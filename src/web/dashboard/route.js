@@ -7,7 +7,17 @@ export function href(...steps) {
   return `#/${steps.map(encodeURIComponent).join("/")}${query.size ? `?${query}` : ""}`;
 }
 
-/** Reads an address by patterns such as "cycles/:id": { pattern, parameters, query }. */
+/**
+ * An address that was read: the pattern that it fits, what stands in the places of its names, and what is behind the '?'.
+ * @typedef {{ pattern: string, parameters: any, query: URLSearchParams }} Route
+ */
+
+/**
+ * Reads an address by patterns such as "cycles/:id".
+ * @param {string} hash
+ * @param {string[]} patterns
+ * @returns {Route}
+ */
 export function parse(hash, patterns) {
   const [path, query = ""] = hash.replace(/^#\/?/, "").split("?", 2);
   const steps = path.split("/").map(decode);
@@ -21,13 +31,18 @@ export function parse(hash, patterns) {
   return { pattern: patterns[0], parameters: {}, query: new URLSearchParams() };
 }
 
-/** Changes what is behind the '?' of the address, without a step in the browser's history. */
+/**
+ * Changes what is behind the '?' of the address, without a step in the browser's history.
+ * @param {Record<string, string | undefined>} parameters
+ */
 export function setQuery(parameters) {
   const [path] = (location.hash || "#/fleet").split("?", 1);
-  const query = new URLSearchParams(Object.entries(parameters).filter(([, value]) => value));
+  const query = new URLSearchParams();
+  for (const [name, value] of Object.entries(parameters)) if (value) query.set(name, value);
   history.replaceState(null, "", `${path}${query.size ? `?${query}` : ""}`);
 }
 
+/** @param {string} step */
 function decode(step) {
   try {
     return decodeURIComponent(step);

@@ -85,7 +85,10 @@ const SIGNS = {
   ABSENT: "M3 6h6",
 };
 
-/** The sign alone; whoever uses it says the word as well. */
+/**
+ * The sign alone; whoever uses it says the word as well.
+ * @param {string} state
+ */
 export function sign(state) {
   return s(
     "svg",
@@ -94,7 +97,11 @@ export function sign(state) {
   );
 }
 
-/** A state's sign and word. */
+/**
+ * A state's sign and word.
+ * @param {string} state
+ * @param {string} text
+ */
 export function badge(state, text = lower(state || "none")) {
   return h("span", { class: "state", "data-state": state || "NONE" }, sign(state || "NONE"), h("span", {}, text));
 }

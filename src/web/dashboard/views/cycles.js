@@ -62,7 +62,8 @@ export function mount(main, route, scope) {
   }
 
   async function read() {
-    const mine = (reading += 1);
+    reading += 1;
+    const mine = reading;
     await scope.attempt(async () => {
       const found = [];
       let pageToken = tokens.at(-1);

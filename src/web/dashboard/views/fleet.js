@@ -11,7 +11,10 @@ import { badge, hasFailed, reasonOf, setBadge, sign, standing, stateOf } from ".
 /** Rows at one time: more would be slow to draw, and nobody reads them. */
 const PAGE = 100;
 
-/** Filters that look at more than the state of the last part. */
+/**
+ * Filters that look at more than the state of the last part.
+ * @type {Record<string, [string, (one: any) => boolean]>}
+ */
 const SPECIAL = {
   SUSPENDED: ["suspended", (one) => one.suspended],
   BREAKER: ["breaker not closed", (one) => one.breaker !== "BREAKER_STATE_CLOSED"],
@@ -20,8 +23,11 @@ const SPECIAL = {
 
 const STATES = ["FAILED", "TIMED_OUT", "CIRCUIT_OPEN", "SKIPPED_FOR_A_FAILURE", "SKIPPED", "CANCELLED", "SUCCEEDED", "NONE"];
 
+const nameOf = (one) => one.registration.name;
+
+/** @type {{ id: string, title: string, number?: boolean, value?: (one: any) => string | number }[]} */
 const COLUMNS = [
-  { id: "name", title: "Subsystem", value: (one) => one.registration.name },
+  { id: "name", title: "Subsystem", value: nameOf },
   { id: "state", title: "Last part", value: (one) => STATES.indexOf(shownState(one)) },
   { id: "recent", title: "Recent cycles" },
   { id: "duration", title: "Duration", number: true, value: (one) => -(one.last?.durationMs ?? -1) },
@@ -42,7 +48,10 @@ function shownState(one) {
   return standing(one.last);
 }
 
-/** The newest of what is known of the fleet; it outlives the view, so that coming back is instant. */
+/**
+ * The newest of what is known of the fleet; it outlives the view, so that coming back is instant.
+ * @type {{ all: any[], isWhole: boolean }}
+ */
 const known = { all: [], isWhole: false };
 
 on("recorded", (record) => {
@@ -107,9 +116,12 @@ export function mount(main, route, scope) {
     const passes = SPECIAL[query.state]?.[1] ?? (query.state ? (one) => shownState(one) === query.state : () => true);
     const found = known.all.filter((one) => passes(one) && (!needle || one.registration.name.toLowerCase().includes(needle)));
     const isDown = query.sort.startsWith("-");
-    const column = COLUMNS.find(({ id }) => id === query.sort.replace("-", "")) ?? COLUMNS[0];
-    found.sort((a, b) => compare(column.value(a), column.value(b)) * (isDown ? -1 : 1) || compare(a.registration.name, b.registration.name));
-    heads.forEach((head, i) => setAttribute(head, "aria-sort", COLUMNS[i] === column ? (isDown ? "descending" : "ascending") : null));
+    const column = COLUMNS.find(({ id, value }) => value && id === query.sort.replace("-", "")) ?? COLUMNS[0];
+    const by = column.value ?? nameOf;
+    found.sort((a, b) => compare(by(a), by(b)) * (isDown ? -1 : 1) || compare(nameOf(a), nameOf(b)));
+    for (const [i, head] of heads.entries()) {
+      setAttribute(head, "aria-sort", COLUMNS[i] === column ? (isDown ? "descending" : "ascending") : null);
+    }
 
     const pages = Math.max(1, Math.ceil(found.length / PAGE));
     page = Math.min(page, pages - 1);
@@ -202,7 +214,10 @@ export function mount(main, route, scope) {
   const redraw = throttled(() => (fleetSize() > MANY ? 1000 : 150), draw);
   // Breakers, leases and registrations are in no event.
   const reread = throttled(() => (fleetSize() > MANY ? 20_000 : 1000), read);
-  scope.signal.addEventListener("abort", () => [redraw, reread].forEach((one) => one.cancel()));
+  scope.signal.addEventListener("abort", () => {
+    redraw.cancel();
+    reread.cancel();
+  });
   scope.on("status", redraw);
   scope.on("live", redraw);
   scope.on("recorded", reread);
@@ -273,7 +288,8 @@ function madeAt(one) {
   const id = one.outputCycleId;
   if (!id) return NaN;
   if (id === one.lastCycleId) return instant(one.last?.finishedAt);
-  if (id === model.live?.cycleId) return model.live.startedAt + (model.live.parts.get(one.registration.name)?.end ?? NaN);
+  const { live } = model;
+  if (live && live.cycleId === id) return live.startedAt + (live.parts.get(one.registration.name)?.end ?? NaN);
   return instant(model.recent.find((cycle) => cycle.id === id)?.finishedAt);
 }
 

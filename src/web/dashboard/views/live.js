@@ -11,9 +11,12 @@ import { cycleStateOf, hasFailed, setBadge, badge } from "../states.js";
 export const title = () => "Live";
 
 export function mount(main, _, scope) {
+  /** @type {any} */
   let plan = null;
   let levels = new Map();
+  /** @type {typeof model.live} */
   let held = null;
+  /** @type {typeof model.live} */
   let shown = null;
 
   const state = badge("NONE", "no cycle");
@@ -81,7 +84,10 @@ export function mount(main, _, scope) {
     levels = new Map((plan.subsystems ?? []).map((one) => [one.name, one.level ?? 0]));
     redraw();
   }, replace(h("p"))));
-  scope.signal.addEventListener("abort", () => [redraw, readPlan].forEach((one) => one.cancel()));
+  scope.signal.addEventListener("abort", () => {
+    redraw.cancel();
+    readPlan.cancel();
+  });
   scope.on("live", redraw);
   scope.on("status", redraw);
   scope.on("recorded", readPlan);

@@ -99,7 +99,7 @@ function update(element, status) {
     account.dataset.sum = sum;
     replace(account, h("p", { class: "equation" }, `${count(ticks.due)} due = ${ENDS.map((end) => `${count(counts[end])} ${end}`).join(" + ")}`),
       stacked(counts, ENDS, "Ticks"));
-    [...table.tBodies[0].rows].forEach((row, i) => setText(row.cells[1], count(counts[ENDS[i]])));
+    for (const [i, row] of [...table.tBodies[0].rows].entries()) setText(row.cells[1], count(counts[ENDS[i]]));
     setText(table.tFoot.rows[0].cells[1], count(ticks.due));
   }
 

@@ -1,6 +1,6 @@
 // One subsystem in one cycle: its part, what it read, what it made, and what has changed in that.
 
-import { getCycle, getSubsystem, listCycles } from "../api.js";
+import { getCycle, getSubsystem, listCycles, Refusal } from "../api.js";
 import { add, h, replace, scrolling } from "../dom.js";
 import { counted, duration, instant, lower, number, time, visible, word } from "../format.js";
 import { diff, json } from "../json.js";
@@ -77,7 +77,7 @@ async function registered(name) {
   try {
     return await getSubsystem(name, { includeOutput: true });
   } catch (error) {
-    if (error.status === "NOT_FOUND") return null;
+    if (error instanceof Refusal && error.status === "NOT_FOUND") return null;
     throw error;
   }
 }

@@ -26,8 +26,10 @@ export function mount(main, _, scope) {
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Subsystem"), h("th", { scope: "col", class: "number" }, "Phase"), h("th", { scope: "col", class: "number" }, "Level"),
         h("th", { scope: "col", class: "number" }, "Expected"), h("th", { scope: "col", class: "wide" }, "Waits for, inside its phase"))), rows), rest);
   main.append(note, graph, list);
+  /** @type {any} */
   let plan = null;
   let drawn = "";
+  /** @type {ResizeObserver | null} */
   let observer = null;
 
   const read = throttled(() => ((plan?.subsystems?.length ?? 0) > MANY ? 30_000 : 3000), () => scope.attempt(async () => {
@@ -102,7 +104,10 @@ function drawGraph(place, plan, registrations) {
   const nodes = new Map();
   const lines = s("svg", { class: "edges", "aria-hidden": "true", focusable: "false" });
   const levels = [];
-  for (const one of plan.subsystems) (levels[one.level ?? 0] ??= []).push(one);
+  for (const one of plan.subsystems) {
+    levels[one.level ?? 0] ??= [];
+    levels[one.level ?? 0].push(one);
+  }
 
   let phase = NaN;
   const bands = levels.filter(Boolean).map((level) => {
@@ -130,7 +135,8 @@ function drawGraph(place, plan, registrations) {
   const silent = `Lines: requires and after. Bold: the critical path${critical.length ? `, ${counted(critical.length, "subsystem")} long` : ""}. Point at a subsystem, or tab to it, for what it reads and who reads it.`;
   readout.textContent = silent;
   const picture = h("div", { class: "graph" }, lines, h("ol", {}, bands));
-  const focused = place.contains(document.activeElement) ? document.activeElement.dataset.name : undefined;
+  const { activeElement } = document;
+  const focused = activeElement instanceof HTMLElement && place.contains(activeElement) ? activeElement.dataset.name : undefined;
   replace(place, h("h2", { id: "graph-title" }, "Order"), readout, picture);
 
   let chosen = "";
