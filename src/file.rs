@@ -54,12 +54,18 @@ pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
 }
 
 fn check(kind: FileType) -> Result<(), FileError> {
+    irregular(kind).map_or(Ok(()), |found| Err(FileError::NotRegular(found)))
+}
+
+/// What something that is not a regular file is, such as `a directory`. Links are to be followed before.
+#[must_use]
+pub fn irregular(kind: FileType) -> Option<&'static str> {
     match kind {
-        kind if kind.is_file() => Ok(()),
-        kind if kind.is_dir() => Err(FileError::NotRegular("a directory")),
-        kind if kind.is_fifo() => Err(FileError::NotRegular("a pipe")),
-        kind if kind.is_socket() => Err(FileError::NotRegular("a socket")),
-        _ => Err(FileError::NotRegular("a device")),
+        kind if kind.is_file() => None,
+        kind if kind.is_dir() => Some("a directory"),
+        kind if kind.is_fifo() => Some("a pipe"),
+        kind if kind.is_socket() => Some("a socket"),
+        _ => Some("a device"),
     }
 }
 

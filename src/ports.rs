@@ -487,6 +487,7 @@ impl StoreError {
             Self::InUse(..)
             | Self::TooNew { .. }
             | Self::Foreign(_)
+            | Self::NotRegular(..)
             | Self::Linked(..)
             | Self::Copy { .. }
             | Self::LogLeftBehind { .. }
@@ -534,6 +535,9 @@ pub enum StoreError {
     /// Somebody else's.
     #[error("{0} is a database of some other software; give this one a store of its own")]
     Foreign(String),
+    /// Something else is in the place of the database, or of a file beside it.
+    #[error("{0} is {1}, and a regular file is needed there; give the database another path, or move this away")]
+    NotRegular(String, &'static str),
     /// It has more than one name.
     #[error(
         "{0} is the same file as {1} (a hard link), and SQLite looks for a database's log beside the name that it is opened \

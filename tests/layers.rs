@@ -19,7 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("record", &["model", "ports", "proto"]),
     ("schedule", &["memory", "model", "ports"]),
     ("orchestrator", &["clock", "engine", "memory", "model", "parts", "ports", "record", "schedule"]),
-    ("store", &["model", "ports"]),
+    ("store", &["file", "model", "ports"]),
     ("dial", &["memory", "model", "ports", "proto"]),
     ("listen", &["memory", "proto"]),
     ("subsystem", &["listen", "memory", "model", "proto"]),

@@ -6,7 +6,7 @@ mod common;
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    os::unix::{fs::symlink, net::UnixListener},
     path::Path,
     process::Command,
     sync::Arc,
@@ -31,7 +31,10 @@ use orchestrator_core::{
     record, serve, store,
 };
 use rusqlite::Connection;
-use rustix::process::{Resource, Rlimit, Signal, getrlimit, prlimit};
+use rustix::{
+    fs::{CWD, FileType, Mode, mknodat},
+    process::{Resource, Rlimit, Signal, getrlimit, prlimit},
+};
 use tokio::time;
 use tonic::Code;
 
@@ -561,16 +564,67 @@ async fn a_damaged_database_is_refused() {
     assert!(said.contains("restore it from a backup"), "{said}");
 }
 
+/// Puts something that is not a regular file there, and says what it is.
+type Put = fn(&Path) -> &'static str;
+
+const PUT_IRREGULAR: [Put; 4] = [
+    |path| {
+        fs::create_dir(path).unwrap();
+        "a directory"
+    },
+    |path| {
+        mknodat(CWD, path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+        "a pipe"
+    },
+    |path| {
+        // Its file stays when it is closed.
+        UnixListener::bind(path).unwrap();
+        "a socket"
+    },
+    |path| {
+        symlink("/dev/null", path).unwrap();
+        "a device"
+    },
+];
+
 #[tokio::test]
-async fn a_place_that_can_not_be_written_is_refused() {
-    // Permissions don't stop every user; a directory in the place of a file does.
-    for name in ["o.db", "o.db.lock"] {
+async fn what_is_in_the_place_of_a_database_or_of_a_file_beside_it_is_named_and_nothing_is_made() {
+    let assert_named = |said: &str, path: &Path, is: &str| {
+        let expected = format!("{} is {is}, and a regular file is needed there; give", path.display());
+        assert!(said.contains(&expected), "{expected}:\n{said}");
+    };
+    let entries = |home: &Home| {
+        let entries = fs::read_dir(home.path("")).unwrap().map(|entry| entry.unwrap().file_name());
+        entries.filter(|name| name != "log").count()
+    };
+    for put in PUT_IRREGULAR {
         let home = Home::new();
-        fs::create_dir(home.path(name)).unwrap();
-        let said = refused(&home).await;
-        assert!(said.contains("o.db can't be written: "), "{said}");
-        assert!(said.contains("make it writable for this process"), "{said}");
+        let is = put(&home.path("o.db"));
+        let path = if is == "a device" { "/dev/null".into() } else { home.path("o.db") };
+        assert_named(&refused(&home).await, &path, is);
+        let (code, said) = accept(&home.path("o.db"));
+        assert_eq!(code, Some(1), "{said}");
+        assert_named(&said, &path, is);
+        assert_eq!(entries(&home), 1);
     }
+    let said = refused(&at_store(Path::new("/dev/null"))).await;
+    assert_named(&said, Path::new("/dev/null"), "a device");
+    for name in ["/dev/null.lock", "/dev/null.last"] {
+        assert!(!Path::new(name).exists(), "{name}");
+    }
+    for (put, name) in
+        PUT_IRREGULAR.into_iter().cycle().zip(["o.db.lock", "o.db.last", "o.db-wal", "o.db-shm", "o.db.last"])
+    {
+        let home = Home::new();
+        fs::write(home.path("o.db"), "").unwrap();
+        let is = put(&home.path(name));
+        assert_named(&refused(&home).await, &home.path(name), is);
+        assert_eq!(entries(&home), 2);
+    }
+    let home = Home::new();
+    fs::write(home.path("file"), "").unwrap();
+    let said = refused(&at_store(&home.path("file/o.db"))).await;
+    assert!(said.contains("file: no directory is or can be there; give the database another path"), "{said}");
 }
 
 /// A home whose services are told of a file that may not grow, and not killed for it.

@@ -41,7 +41,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use self::{
     identity::Identity,
     note::{Mark, Note},
-    place::{FileId, Place, file_id, log_of},
+    place::{FileId, Place, file_id, log_of, note_of},
 };
 use super::{Accepted, Check, frontier::Frontier, memory::to_prune};
 use crate::{
@@ -110,7 +110,7 @@ impl Sqlite {
             last_revision: contents.last_revision,
             open: contents.open.iter().map(|open| open.cycle_id).collect(),
         };
-        let (note, noted) = Note::open(&place.path).map_err(|error| unwritable(&place.path, &error))?;
+        let (note, noted) = Note::open(&place.path)?;
         contents.lost = lost(&place.path, &mark, noted)?;
         let readers = (0..READERS).map(|_| connect(&place.path)).collect::<Result<_, _>>();
         let readers = readers.map_err(|error| explain(&place.path, &error))?;
@@ -386,8 +386,8 @@ pub(super) fn accept(path: &Path) -> Result<Accepted, StoreError> {
         Ok(mark)
     })()
     .map_err(|error| explain(&place.path, &error))?;
-    let (note, known) = Note::open(&place.path).map_err(|error| unwritable(&place.path, &error))?;
-    note.write(&mark).map_err(|error| unwritable(&place.path, &error))?;
+    let (note, known) = Note::open(&place.path)?;
+    note.write(&mark).map_err(|error| unwritable(&note_of(&place.path), &error))?;
     Ok(Accepted {
         path: place.path.clone(),
         earlier: noted.map(|noted| noted.path).filter(|earlier| *earlier != place.path),
@@ -1161,6 +1161,7 @@ fn unwritable(path: &Path, error: &io::Error) -> StoreError {
     let shown = path.display().to_string();
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full(shown, error.to_string()),
+        io::ErrorKind::IsADirectory => StoreError::NotRegular(shown, "a directory"),
         _ => StoreError::ReadOnly(shown, error.to_string()),
     }
 }

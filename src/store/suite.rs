@@ -616,7 +616,7 @@ async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
     let other = directory.path().join("other.db");
     rusqlite::Connection::open(&other).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
     assert!(matches!(refused(&other).await, StoreError::Foreign(..)));
-    assert!(matches!(refused(directory.path()).await, StoreError::ReadOnly(..)), "a directory");
+    assert!(matches!(refused(directory.path()).await, StoreError::NotRegular(..)), "a directory");
 }
 
 #[tokio::test]

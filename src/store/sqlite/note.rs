@@ -6,8 +6,11 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path, str};
 
-use super::place::beside;
-use crate::model::{CycleId, Revision};
+use super::{place::note_of, unwritable};
+use crate::{
+    model::{CycleId, Revision},
+    ports::StoreError,
+};
 
 /// How far a database was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,13 +28,13 @@ pub(super) struct Note(File);
 
 impl Note {
     /// The note beside this database, and what it says; `None` where it says nothing that can be read.
-    pub(super) fn open(database: &Path) -> io::Result<(Self, Option<Mark>)> {
+    pub(super) fn open(database: &Path) -> Result<(Self, Option<Mark>), StoreError> {
         /// More than it ever holds.
         const MAX: usize = 1 << 10;
-        let path = beside(database, ".last");
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        let path = note_of(database);
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let file = file.map_err(|error| unwritable(&path, &error))?;
         let mut bytes = [0; MAX];
-        // At a position, which a pipe that is in this place does not have: it would keep us waiting.
         let read = file.read_at(&mut bytes, 0).unwrap_or_default();
         let text = str::from_utf8(&bytes[..read]).unwrap_or_default();
         Ok((Self(file), Mark::parse(text)))
@@ -71,17 +74,5 @@ mod tests {
             assert_eq!(Mark::parse(&text[..end]), None);
         }
         assert_eq!(Mark::parse(&"\0".repeat(96)), None);
-    }
-
-    #[test]
-    fn a_pipe_in_the_place_of_a_note_says_nothing_and_is_not_waited_for() {
-        use rustix::fs::{CWD, FileType, Mode, mknodat};
-        let directory = tempfile::tempdir().unwrap();
-        let database = directory.path().join("o.db");
-        mknodat(CWD, beside(&database, ".last"), FileType::Fifo, Mode::RWXU, 0).unwrap();
-        let (note, noted) = Note::open(&database).unwrap();
-        assert_eq!(noted, None);
-        let mark = Mark { id: [7; 16], commits: 1, last_cycle_id: CycleId(1), last_revision: Revision(1) };
-        assert!(note.write(&mark).is_err());
     }
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::unwritable;
-use crate::ports::StoreError;
+use crate::{file::irregular, ports::StoreError};
 
 /// A database that this process alone may open, for as long as this lives.
 pub(super) struct Place {
@@ -26,18 +26,27 @@ pub(super) type FileId = (u64, u64);
 
 impl Place {
     /// Finds the database, makes an empty one where there is none, and locks it.
-    pub(super) fn take(path: &Path) -> Result<Self, StoreError> {
-        let failed = |error: &io::Error| unwritable(path, error);
-        if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
-            fs::create_dir_all(directory).map_err(|error| failed(&error))?;
+    pub(super) fn take(given: &Path) -> Result<Self, StoreError> {
+        if let Some(directory) = given.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+            fs::create_dir_all(directory).map_err(|error| match error.kind() {
+                io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => StoreError::Other(
+                    directory.display().to_string(),
+                    "no directory is or can be there; give the database another path".into(),
+                ),
+                _ => unwritable(directory, &error),
+            })?;
         }
         // Also where a link leads to a file that is not there yet.
-        let create = || File::options().read(true).write(true).create(true).truncate(false).open(path);
-        let path = match path.canonicalize() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => create().and_then(|_| path.canonicalize()),
+        let create = || File::options().read(true).write(true).create(true).truncate(false).open(given);
+        let path = match given.canonicalize() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => create().and_then(|_| given.canonicalize()),
             found => found,
         };
-        let path = path.map_err(|error| failed(&error))?;
+        let path = path.map_err(|error| unwritable(given, &error))?;
+        // Before anything is made beside it, and before SQLite says of another file that the database can't be opened.
+        for file in [path.clone(), lock_of(&path), note_of(&path), log_of(&path), beside(&path, "-shm")] {
+            check_regular(&file)?;
+        }
         let lock = lock_beside(&path)?;
         let database = File::options().read(true).write(true).open(&path).map_err(|error| unwritable(&path, &error))?;
         if !lock_file(&database) {
@@ -53,11 +62,20 @@ impl Place {
     }
 }
 
+/// Something is there that is not a regular file.
+fn check_regular(path: &Path) -> Result<(), StoreError> {
+    let Ok(found) = fs::metadata(path) else { return Ok(()) };
+    match irregular(found.file_type()) {
+        Some(found) => Err(StoreError::NotRegular(path.display().to_string(), found)),
+        None => Ok(()),
+    }
+}
+
 /// Takes the lock on a file beside the database. It is free as soon as the process that has it ends, however that ends.
 fn lock_beside(path: &Path) -> Result<File, StoreError> {
-    let name = beside(path, ".lock");
-    let options = File::options().read(true).write(true).create(true).truncate(false).open(name);
-    let mut file = options.map_err(|error| unwritable(path, &error))?;
+    let name = lock_of(path);
+    let failed = |error: io::Error| unwritable(&name, &error);
+    let mut file = File::options().read(true).write(true).create(true).truncate(false).open(&name).map_err(failed)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
@@ -67,11 +85,11 @@ fn lock_beside(path: &Path) -> Result<File, StoreError> {
             let holder = if holder.is_empty() { String::new() } else { format!(" (pid {holder})") };
             return Err(StoreError::InUse(path.display().to_string(), holder));
         }
-        Err(TryLockError::Error(error)) => return Err(unwritable(path, &error)),
+        Err(TryLockError::Error(error)) => return Err(failed(error)),
     }
     // The number only helps people; the lock is what counts.
     let noted = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
-    noted.map_err(|error| unwritable(path, &error))?;
+    noted.map_err(failed)?;
     Ok(file)
 }
 
@@ -102,13 +120,23 @@ pub(super) fn file_id(path: &Path) -> io::Result<FileId> {
     fs::metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
+/// The file beside a database whose lock keeps a second process out.
+fn lock_of(path: &Path) -> PathBuf {
+    beside(path, ".lock")
+}
+
+/// The file beside a database in which it is noted how far it was written.
+pub(super) fn note_of(path: &Path) -> PathBuf {
+    beside(path, ".last")
+}
+
 /// SQLite's log of a database.
 pub(super) fn log_of(path: &Path) -> PathBuf {
     beside(path, "-wal")
 }
 
 /// The file beside this one whose name goes on like this.
-pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
+fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
