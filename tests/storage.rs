@@ -564,6 +564,46 @@ async fn a_damaged_database_is_refused() {
     assert!(said.contains("restore it from a backup"), "{said}");
 }
 
+#[tokio::test]
+async fn a_database_whose_numbers_no_process_could_go_on_from_is_refused_and_not_touched() {
+    let mut stage = Stage::new().await;
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let sound = fs::read(home.path("o.db")).unwrap();
+    let most = i64::MAX;
+    for (change, expected) in [
+        (
+            "last_cycle_id = 2",
+            "last_cycle_id in its table meta is 2, and 3 is the newest cycle in its history".to_owned(),
+        ),
+        (
+            "last_revision = 1",
+            "last_revision in its table meta is 1, and 3 is the newest revision in its history".to_owned(),
+        ),
+        (
+            "pruned_to = 4",
+            "last_revision in its table meta is 3, and 4 is a revision that was removed already".to_owned(),
+        ),
+        ("epoch = -1", "epoch in its table meta is -1, after which nothing can come".to_owned()),
+        (&format!("epoch = {most}"), format!("epoch in its table meta is {most}, after which nothing can come")),
+        (&format!("last_cycle_id = {most}"), format!("last_cycle_id in its table meta is {most}, after which")),
+        (&format!("commits = {most}"), format!("commits in its table meta is {most}, after which")),
+    ] {
+        fs::write(home.path("o.db"), &sound).unwrap();
+        let database = Connection::open(home.path("o.db")).unwrap();
+        database.execute(&format!("UPDATE meta SET {change}"), []).unwrap();
+        drop(database);
+        let before = fs::read(home.path("o.db")).unwrap();
+        let said = refused(&home).await;
+        assert!(said.contains(&format!("o.db is damaged: {expected}")), "{expected}:\n{said}");
+        assert!(said.contains("restore it from a backup"), "{said}");
+        assert_eq!(fs::read(home.path("o.db")).unwrap(), before);
+    }
+}
+
 /// Puts something that is not a regular file there, and says what it is.
 type Put = fn(&Path) -> &'static str;
 

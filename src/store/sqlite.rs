@@ -501,7 +501,7 @@ fn read_contents(
 ) -> Result<(Epoch, Mark, Contents), StoreError> {
     let explained = |error| explain(path, &error);
     let transaction = connection.transaction().map_err(explained)?;
-    let (before, mark, mut contents) = (|| {
+    let (before, mark, mut contents, numbers) = (|| {
         let boot_id = boot_id();
         let (before, mark, mut contents) = transaction.query_row("SELECT * FROM meta", [], |row| {
             let (was_closed, last_boot_id): (bool, Option<String>) = (row.get("is_closed")?, row.get("boot_id")?);
@@ -516,6 +516,7 @@ fn read_contents(
             };
             Ok((before, mark, contents))
         })?;
+        let numbers = Numbers::read(&transaction)?;
         contents.last_record = transaction
             .query_row(
                 &format!("SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} ORDER BY revision DESC LIMIT 1"),
@@ -523,9 +524,10 @@ fn read_contents(
                 |row| Ok(read(row, check)),
             )
             .optional()?;
-        Ok((before, mark, contents))
+        Ok((before, mark, contents, numbers))
     })()
     .map_err(explained)?;
+    numbers.check().map_err(|problem| StoreError::Corrupt(path.display().to_string(), problem))?;
     let mut unreadable = Vec::new();
     let mut rows = Rows { transaction: &transaction, path, unreadable: &mut unreadable };
     let noted = 1..=integer(contents.last_cycle_id.0);
@@ -570,6 +572,54 @@ fn read_contents(
     })?;
     contents.unreadable = unreadable;
     Ok((before, mark, contents))
+}
+
+/// How far a database goes: by its table `meta`, which every commit counts on from, and by what the history holds.
+struct Numbers {
+    /// Each with the column that it stands in.
+    meta: [(&'static str, i64); 5],
+    newest_cycle_id: Option<i64>,
+    newest_revision: Option<i64>,
+}
+
+impl Numbers {
+    const COLUMNS: [&str; 5] = ["epoch", "last_cycle_id", "last_revision", "pruned_to", "commits"];
+
+    fn read(connection: &Connection) -> rusqlite::Result<Self> {
+        // Each from the end of its index. A revision that is no number is that of a record that can't be read.
+        let newest = |column: &str| {
+            let newest = format!(
+                "SELECT {column} FROM cycles WHERE typeof({column}) = 'integer' ORDER BY {column} DESC LIMIT 1"
+            );
+            connection.query_row(&newest, [], |row| row.get(0)).optional()
+        };
+        connection.query_row("SELECT * FROM meta", [], |row| {
+            let mut meta = Self::COLUMNS.map(|column| (column, 0));
+            for (column, number) in &mut meta {
+                *number = row.get(*column)?;
+            }
+            Ok(Self { meta, newest_cycle_id: newest("cycle_id")?, newest_revision: newest("revision")? })
+        })
+    }
+
+    /// Says what no process could go on from: the next number is there already, or there is none.
+    fn check(&self) -> Result<(), String> {
+        if let Some((column, number)) = self.meta.iter().find(|(_, number)| !(0..i64::MAX).contains(number)) {
+            return Err(format!("{column} in its table meta is {number}, after which nothing can come"));
+        }
+        let meta = |wanted| self.meta.iter().find(|(column, _)| *column == wanted).map_or(0, |(_, number)| *number);
+        let (last_cycle_id, last_revision) = (meta("last_cycle_id"), meta("last_revision"));
+        for (column, last, newest, is) in [
+            ("last_cycle_id", last_cycle_id, self.newest_cycle_id, "is the newest cycle in its history"),
+            ("last_revision", last_revision, self.newest_revision, "is the newest revision in its history"),
+            ("last_revision", last_revision, Some(meta("pruned_to")), "is a revision that was removed already"),
+        ] {
+            if let Some(newest) = newest.filter(|newest| *newest > last) {
+                return Err(format!("{column} in its table meta is {last}, and {newest} {is}"));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Reads tables, and keeps what can't be read apart.
