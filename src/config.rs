@@ -18,7 +18,7 @@ use std::{
 
 use tracing_subscriber::EnvFilter;
 
-use self::reader::{Node, PREFIX, Reader, Table, parse, put};
+use self::reader::{Node, PREFIX, Problems, Reader, Table, parse, put};
 use crate::{
     engine::{Member, Plan},
     file,
@@ -236,9 +236,14 @@ pub struct Problem {
     pub problem: String,
 }
 
-/// Everything that is wrong with a configuration, in the order of the file, the environment, the flags. One line each.
+/// What is wrong with a configuration, in the order of the file, the environment, the flags. One line each.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub struct ConfigError(pub Vec<Problem>);
+pub struct ConfigError {
+    /// At most [`ConfigError::MAX_PROBLEMS`].
+    pub problems: Vec<Problem>,
+    /// Further problems, and values that were not looked at any more.
+    pub left_out: usize,
+}
 
 /// What becomes of a configuration that is put in place of another one while the process runs.
 #[derive(Clone, Debug, PartialEq)]
@@ -261,12 +266,13 @@ impl Config {
     /// Puts the file, `environment` and the flags together. Of the environment, only `ORCHESTRATOR_…` counts.
     ///
     /// # Errors
-    /// Everything that is wrong, in one go; but a file that is no TOML is not looked into any further.
+    /// What is wrong, in one go, up to [`ConfigError::MAX_PROBLEMS`]; but a file that is no TOML is not looked into any
+    /// further.
     pub fn load(
         overrides: &Overrides,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Result<Self, ConfigError> {
-        let mut problems = Vec::new();
+        let mut problems = Problems::default();
         let mut table = match &overrides.config {
             Some(path) => read_file(path)?,
             None => Table::new(),
@@ -281,7 +287,7 @@ impl Config {
     /// # Errors
     /// As in [`Config::load`].
     pub fn from_toml_str(name: &str, text: &str) -> Result<Self, ConfigError> {
-        Self::read(parse(name, text)?, BTreeMap::new(), Vec::new())
+        Self::read(parse(name, text)?, BTreeMap::new(), Problems::default())
     }
 
     /// It declares subsystems or loops.
@@ -353,11 +359,11 @@ impl Config {
         changed
     }
 
-    fn read(table: Table, variables: BTreeMap<String, Node>, mut problems: Vec<Problem>) -> Result<Self, ConfigError> {
+    fn read(table: Table, variables: BTreeMap<String, Node>, mut problems: Problems) -> Result<Self, ConfigError> {
         let mut reader = Reader::new(table, variables, &mut problems);
         let config = Self::from_reader(&mut reader);
         reader.finish();
-        if problems.is_empty() { Ok(config) } else { Err(ConfigError::new(problems)) }
+        problems.into_result(config)
     }
 
     /// Reads every key. What is refused gets its default, until the pass ends.
@@ -401,21 +407,17 @@ impl Config {
                 otlp_endpoint: read.parsed("tracing.otlp_endpoint", collector),
                 sample_ratio: read.ratio("tracing.sample_ratio").unwrap_or(1.0),
             },
-            subsystems: entries(read, "subsystem", "subsystems", subsystem_spec, Subsystem::from_spec, |it| &it.name),
-            loops: entries(read, "loop", "loops", loop_spec, IntervalLoop::from_spec, |it| &it.name),
+            subsystems: Vec::new(),
+            loops: Vec::new(),
         };
+        let kind = Kind { of: "subsystem", list: "subsystems", max: config.registry.max_subsystems };
+        config.subsystems = entries(read, kind, subsystem_spec, Subsystem::from_spec, |it| &it.name);
+        let kind = Kind { of: "loop", list: "loops", max: config.registry.max_loops };
+        config.loops = entries(read, kind, loop_spec, IntervalLoop::from_spec, |it| &it.name);
         config.admin = Admin::from_reader(read, config.server.insecure_listen_beyond_loopback);
         // What was refused is left out of the list: then positions in it say nothing, and a ring can wait.
         if read.is_content() {
             refuse_ring(read, &config.subsystems);
-        }
-        for (key, declared, bound, max) in [
-            ("subsystems", config.subsystems.len(), "registry.max_subsystems", config.registry.max_subsystems),
-            ("loops", config.loops.len(), "registry.max_loops", config.registry.max_loops),
-        ] {
-            if declared > max {
-                read.refuse(key, format!("are {declared}; {bound} allows {max}"));
-            }
         }
         config
     }
@@ -424,7 +426,7 @@ impl Config {
 impl Default for Config {
     /// Every default, and nothing declared.
     fn default() -> Self {
-        Self::from_reader(&mut Reader::new(Table::new(), BTreeMap::new(), &mut Vec::new()))
+        Self::from_reader(&mut Reader::new(Table::new(), BTreeMap::new(), &mut Problems::default()))
     }
 }
 
@@ -575,20 +577,38 @@ fn refuse_ring(read: &mut Reader<'_>, subsystems: &[Subsystem]) {
     read.refuse(&first, format!("can't be ordered: {ring} ({located})"));
 }
 
-/// Reads a list of tables: each becomes what was written, then what that means.
+/// Which entries a list has.
+#[derive(Clone, Copy)]
+struct Kind {
+    /// What one is called.
+    of: &'static str,
+    /// The key of the list; what bounds it is `registry.max_` and this.
+    list: &'static str,
+    max: usize,
+}
+
+/// Reads a list of tables: each becomes what was written, then what that means. A list that is too long is not looked into.
 fn entries<S, T>(
     read: &mut Reader<'_>,
-    kind: &str,
-    list: &str,
+    Kind { of, list, max }: Kind,
     spec: fn(&mut Reader<'_>) -> S,
     validate: fn(&S) -> Result<T, Violations>,
     name: fn(&S) -> &str,
 ) -> Vec<T> {
     let mut all = Vec::new();
     let mut first: HashMap<String, Origin> = HashMap::new();
-    for (number, node) in read.list(list).into_iter().enumerate() {
+    let declared = read.list(list);
+    let length = declared.len();
+    if length > max {
+        read.refuse(list, format!("are {length}; registry.max_{list} allows {max}"));
+        return all;
+    }
+    for (number, node) in declared.into_iter().enumerate() {
+        if read.gives_up(length - number) {
+            break;
+        }
         let origin = node.origin.clone();
-        let mut entry = read.entry(kind, list, number, node);
+        let mut entry = read.entry(of, list, number, node);
         let spec = spec(&mut entry);
         match validate(&spec) {
             Ok(valid) => all.push(valid),
@@ -666,12 +686,12 @@ fn read_file(path: &Path) -> Result<Table, ConfigError> {
         Ok(Err(_)) => "is not UTF-8".to_owned(),
         Err(error) => error.to_string(),
     };
-    Err(ConfigError(vec![Problem::new(Origin::File(name.into(), 0), "", problem)]))
+    Err(ConfigError::of(Problem::new(Origin::File(name.into(), 0), "", problem)))
 }
 
 fn read_environment(
     environment: impl IntoIterator<Item = (OsString, OsString)>,
-    problems: &mut Vec<Problem>,
+    problems: &mut Problems,
 ) -> BTreeMap<String, Node> {
     let mut variables = BTreeMap::new();
     for (name, value) in environment {
@@ -692,7 +712,7 @@ fn read_environment(
 }
 
 impl Overrides {
-    fn put_into(&self, table: &mut Table, problems: &mut Vec<Problem>) {
+    fn put_into(&self, table: &mut Table, problems: &mut Problems) {
         let mut set = |flag: String, key: &str, value: &str| {
             let origin = Origin::Flag(flag.into());
             if let Err(problem) = put(table, key, Node::from_word(value, origin.clone())) {
@@ -741,7 +761,11 @@ impl Problem {
 
 impl Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// No key, and no name before it, is as long.
+        const SHOWN: usize = 200;
         let Self { origin, key, problem } = self;
+        let cut = key.char_indices().nth(SHOWN).map(|(at, _)| format!("{}…", &key[..at]));
+        let key = cut.as_ref().unwrap_or(key);
         let space = if key.is_empty() { "" } else { " " };
         // Keys and values are whatever somebody has written.
         f.write_str(&clean(&format!("{origin}: {key}{space}{problem}")))
@@ -749,29 +773,28 @@ impl Display for Problem {
 }
 
 impl ConfigError {
-    /// The most problems that are shown: a file made by a program can have as many as it has lines.
-    const SHOWN: usize = 100;
+    /// The most problems that are looked for: a file made by a program can have as many as it has lines.
+    pub const MAX_PROBLEMS: usize = 100;
 
     /// Reading it ended by a defect.
     pub(crate) fn unread(defect: &dyn Display) -> Self {
-        Self(vec![Problem::new(Origin::Default, "", format!("the configuration can't be read: {defect}"))])
+        Self::of(Problem::new(Origin::Default, "", format!("the configuration can't be read: {defect}")))
     }
 
-    fn new(mut problems: Vec<Problem>) -> Self {
-        problems.sort_by(|a, b| a.origin.cmp(&b.origin));
-        Self(problems)
+    fn of(problem: Problem) -> Self {
+        Self { problems: vec![problem], left_out: 0 }
     }
 }
 
 impl Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, problem) in self.0.iter().take(Self::SHOWN).enumerate() {
+        for (i, problem) in self.problems.iter().enumerate() {
             let line_end = if i == 0 { "" } else { "\n" };
             write!(f, "{line_end}{problem}")?;
         }
-        match self.0.len().saturating_sub(Self::SHOWN) {
+        match self.left_out {
             0 => Ok(()),
-            more => write!(f, "\nand {more} more"),
+            left_out => write!(f, "\nand maybe {left_out} more: no more than {} are looked for", Self::MAX_PROBLEMS),
         }
     }
 }

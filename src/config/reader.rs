@@ -151,25 +151,71 @@ fn table(entries: DeTable<'_>, origin: &impl Fn(usize) -> Origin) -> Table {
         .collect()
 }
 
+/// What is wrong, as it is found. Once it is as much as a person reads, further problems cost no more than counting them.
+#[derive(Default)]
+pub(super) struct Problems {
+    found: Vec<Problem>,
+    left_out: usize,
+}
+
+impl Problems {
+    pub(super) fn push(&mut self, problem: Problem) {
+        if self.is_full() {
+            self.left_out += 1;
+        } else {
+            self.found.push(problem);
+        }
+    }
+
+    /// No further one is kept, so that there is no use in looking for one.
+    pub(super) fn is_full(&self) -> bool {
+        self.found.len() >= ConfigError::MAX_PROBLEMS
+    }
+
+    /// `value`, if nothing is wrong.
+    ///
+    /// # Errors
+    /// What is wrong, otherwise.
+    pub(super) fn into_result<T>(mut self, value: T) -> Result<T, ConfigError> {
+        if self.found.is_empty() {
+            return Ok(value);
+        }
+        self.found.sort_by(|a, b| a.origin.cmp(&b.origin));
+        Err(ConfigError { problems: self.found, left_out: self.left_out })
+    }
+}
+
 /// Reads a file.
 pub(super) fn parse(name: &str, text: &str) -> Result<Table, ConfigError> {
+    /// In files up to so many bytes all errors are found: each takes a hundred times the room of the byte that is wrong.
+    const ALL_ERRORS: usize = 64 << 10;
     let name: Arc<str> = name.into();
     let line_ends: Vec<_> = text.match_indices('\n').map(|(at, _)| at).collect();
     let origin = |at: usize| Origin::File(name.clone(), line_ends.partition_point(|end| *end < at) + 1);
-    let (entries, errors) = DeTable::parse_recoverable(text);
-    if errors.is_empty() {
-        return Ok(table(entries.into_inner(), &origin));
-    }
-    let problem = |error: &toml::de::Error| {
-        let at = error.span().map_or(0, |span| span.start);
-        Problem::new(origin(at), "", format!("is not TOML: {}", error.message()))
+    let first = match DeTable::parse(text) {
+        Ok(entries) => return Ok(table(entries.into_inner(), &origin)),
+        Err(first) => first,
     };
-    Err(ConfigError::new(errors.iter().map(problem).collect()))
+    let (errors, hint) = if text.len() <= ALL_ERRORS {
+        (DeTable::parse_recoverable(text).1, "")
+    } else {
+        (vec![first], "; in a file of this size, only the first such place is told")
+    };
+    let mut problems = Problems::default();
+    for error in &errors {
+        let at = error.span().map_or(0, |span| span.start);
+        problems.push(Problem::new(origin(at), "", format!("is not TOML: {}{hint}", error.message())));
+    }
+    // What is left of a file that is no TOML is not looked into.
+    problems.into_result(Table::new())
 }
 
 /// Puts `node` at the dotted `path`.
 pub(super) fn put(table: &mut Table, path: &str, node: Node) -> Result<(), String> {
+    /// More than any key has. Each is a call of this function.
+    const MAX_NAMES: usize = 16;
     match path.split_once('.') {
+        _ if path.split('.').nth(MAX_NAMES).is_some() => Err("is no key: it has too many names".into()),
         _ if path.is_empty() => {
             Err("is no key with its value: give names joined by dots, and =, such as server.listen=127.0.0.1:7700"
                 .into())
@@ -227,14 +273,16 @@ pub(super) struct Reader<'a> {
     pub(super) known: Vec<String>,
     /// Where each value was written that was taken out.
     origins: HashMap<String, Origin>,
+    /// And where each item of a list was.
+    items: HashMap<String, Vec<Origin>>,
     /// Keys with a problem.
     refused: Vec<String>,
-    problems: &'a mut Vec<Problem>,
+    problems: &'a mut Problems,
 }
 
 impl<'a> Reader<'a> {
     /// For the settings of the whole process.
-    pub(super) fn new(table: Table, environment: BTreeMap<String, Node>, problems: &'a mut Vec<Problem>) -> Self {
+    pub(super) fn new(table: Table, environment: BTreeMap<String, Node>, problems: &'a mut Problems) -> Self {
         Self {
             table,
             environment,
@@ -242,6 +290,7 @@ impl<'a> Reader<'a> {
             origin: None,
             known: Vec::new(),
             origins: HashMap::new(),
+            items: HashMap::new(),
             refused: Vec::new(),
             problems,
         }
@@ -279,13 +328,24 @@ impl<'a> Reader<'a> {
 
     /// Where `key`, or what it is part of, was written. `None` when it was not written at all.
     pub(super) fn origin(&self, key: &str) -> Option<&Origin> {
+        let item = || {
+            let (list, number) = key.strip_suffix(']')?.rsplit_once('[')?;
+            self.items.get(list)?.get(number.parse::<usize>().ok()?)
+        };
         let shorter = || key.rfind(['.', '[']).and_then(|at| self.origin(&key[..at]));
-        self.origins.get(key).or_else(shorter)
+        self.origins.get(key).or_else(item).or_else(shorter)
     }
 
     /// Nothing has been refused yet.
     pub(super) fn is_content(&self) -> bool {
-        self.problems.is_empty()
+        self.problems.found.is_empty()
+    }
+
+    /// So much has been refused that there is no use in reading on; `further` values are not looked at.
+    pub(super) fn gives_up(&mut self, further: usize) -> bool {
+        let is_full = self.problems.is_full();
+        self.problems.left_out += if is_full { further } else { 0 };
+        is_full
     }
 
     /// Notes that `key`, which was asked for, has a problem.
@@ -326,7 +386,7 @@ impl<'a> Reader<'a> {
         match parse(&text) {
             Ok(value) => Some(value),
             Err(allowed) => {
-                self.refuse(key, format!("is {text:?}; {allowed}"));
+                self.refuse(key, format!("is {}; {allowed}", Value::Text(text)));
                 None
             }
         }
@@ -402,15 +462,18 @@ impl<'a> Reader<'a> {
             other => Err(other),
         });
         let list = list.unwrap_or_default();
-        for (number, node) in list.iter().enumerate() {
-            self.origins.insert(format!("{key}[{number}]"), node.origin.clone());
-        }
+        self.items.insert(key.to_owned(), list.iter().map(|node| node.origin.clone()).collect());
         list
     }
 
     pub(super) fn texts(&mut self, key: &str) -> Vec<String> {
         let mut texts = Vec::new();
-        for (number, node) in self.list(key).into_iter().enumerate() {
+        let list = self.list(key);
+        let length = list.len();
+        for (number, node) in list.into_iter().enumerate() {
+            if self.gives_up(length - number) {
+                break;
+            }
             texts.push(node.value.text().unwrap_or_else(|value| {
                 self.refuse(&format!("{key}[{number}]"), format!("is {value}; give a text in quotes"));
                 String::new()
@@ -437,6 +500,9 @@ impl<'a> Reader<'a> {
         let rest = std::mem::take(&mut self.table);
         self.refuse_rest("", rest);
         for (name, node) in std::mem::take(&mut self.environment) {
+            if self.gives_up(1) {
+                continue;
+            }
             let variables: Vec<_> = self.known.iter().map(|key| variable_name(key)).collect();
             let hint = match nearest(&name, variables.iter().map(String::as_str)) {
                 Some(variable) => format!("; did you mean {variable}?"),
@@ -449,6 +515,9 @@ impl<'a> Reader<'a> {
 
     fn refuse_rest(&mut self, prefix: &str, rest: Table) {
         for (name, node) in rest {
+            if self.gives_up(1) {
+                continue;
+            }
             let key = format!("{prefix}{name}");
             let below = format!("{key}.");
             let is_table = self.known.iter().any(|known| known.starts_with(&below));

@@ -9,12 +9,12 @@ fn read(text: &str) -> Result<Config, ConfigError> {
 }
 
 fn problems(text: &str) -> Vec<String> {
-    read(text).unwrap_err().0.iter().map(ToString::to_string).collect()
+    read(text).unwrap_err().problems.iter().map(ToString::to_string).collect()
 }
 
 /// The only problem of a configuration with these flags and variables.
 fn problem(set: &[&str], environment: &[(&str, &str)]) -> String {
-    let ConfigError(problems) = load(set, environment).unwrap_err();
+    let ConfigError { problems, .. } = load(set, environment).unwrap_err();
     assert_eq!(problems.len(), 1, "{problems:?}");
     problems[0].to_string()
 }
@@ -295,9 +295,11 @@ fn flags_are_named() {
     assert!(bad("cycle").contains("flag --set cycle: "));
     assert!(bad("cycle.=1").contains("is no key"));
     assert!(bad("cycle.deadline").contains("is no key with its value"));
+    assert!(bad(&format!("{}a=1", "a.".repeat(100_000))).contains("is no key: it has too many names"));
     assert!(bad("cycle=1").contains("it is a table, so write [cycle]"));
     assert_eq!(bad("subsystems=[{name = ]"), "flag --set subsystems: subsystems is \"[{name = ]\"; give a list");
-    let ConfigError(found) = load(&["subsystems=[]", "subsystems.A=1", "log.filter.x=1"], &[]).unwrap_err();
+    let ConfigError { problems: found, .. } =
+        load(&["subsystems=[]", "subsystems.A=1", "log.filter.x=1"], &[]).unwrap_err();
     assert!(found.iter().any(|it| it.problem.contains("which is a list; set the list as a whole")), "{found:?}");
 }
 
@@ -414,15 +416,36 @@ fn no_more_is_declared_than_the_registry_takes() {
         "[registry]\nmax_loops = 1\n[[loops]]\nname = \"a\"\ninterval = \"1s\"\n[[loops]]\nname = \"b\"\ninterval = \"1s\"\n",
     );
     assert_eq!(found, ["orchestrator.toml:3: loops are 2; registry.max_loops allows 1"]);
+    // Nor is looked into.
+    let found = problems(&("[registry]\nmax_subsystems = 149\n".to_owned() + &"[[subsystems]]\n".repeat(150)));
+    assert_eq!(found, ["orchestrator.toml:3: subsystems are 150; registry.max_subsystems allows 149"]);
 }
 
 #[test]
-fn no_more_problems_are_shown_than_a_person_reads() {
-    let text: String = (0..150).flat_map(|n| ["[x".to_owned(), n.to_string(), "]\n".to_owned()]).collect();
-    let error = read(&text).unwrap_err();
-    assert_eq!(error.0.len(), 150);
-    assert_eq!(error.to_string().lines().count(), 101);
-    assert!(error.to_string().ends_with("\nand 50 more"));
+fn no_more_problems_are_looked_for_than_a_person_reads() {
+    let wrong: fn(usize) -> String = |n| format!("[x{n}]\n");
+    let cases = [
+        wrong,
+        |n| format!("[[subsystems]]\nname = {n}\nendpoint = \"http://h:1\"\n"),
+        |n| format!("[[loops]]\nname = {n}\ninterval = \"1s\"\n"),
+    ];
+    for wrong in cases {
+        let error = read(&(0..150).map(wrong).collect::<String>()).unwrap_err();
+        assert_eq!((error.problems.len(), error.left_out), (100, 50), "{error}");
+        assert_eq!(error.to_string().lines().count(), 101);
+        assert!(error.to_string().ends_with("\nand maybe 50 more: no more than 100 are looked for"));
+    }
+    let untoml = read(&"=\n".repeat(150)).unwrap_err();
+    assert!(untoml.problems.len() == 100 && untoml.left_out >= 50, "{untoml}");
+    let large = read(&"=\n".repeat(1 << 16)).unwrap_err();
+    assert_eq!((large.problems.len(), large.left_out), (1, 0), "{large}");
+    let items = format!("[[subsystems]]\nname = \"a\"\nendpoint = \"http://h:1\"\nreads = [{}]", "1,".repeat(150));
+    assert_eq!(read(&items).unwrap_err().left_out, 50);
+    let variables: Vec<_> = (0..150).map(|n| format!("ORCHESTRATOR_X{n}")).collect();
+    let variables: Vec<_> = variables.iter().map(|name| (name.as_str(), "1")).collect();
+    assert_eq!(load(&[], &variables).unwrap_err().left_out, 50);
+    let long = read(&format!("{} = 1\n[store]\nurl = \"{0}\"", "x".repeat(1 << 20))).unwrap_err().to_string();
+    assert!(long.len() < 1000, "{long}");
 }
 
 #[test]
@@ -522,7 +545,7 @@ interval = "1s"
 
 /// Every key that `read` asks for.
 fn known<T>(read: impl FnOnce(&mut Reader<'_>) -> T) -> BTreeSet<String> {
-    let mut problems = Vec::new();
+    let mut problems = Problems::default();
     let mut reader = Reader::new(Table::new(), BTreeMap::new(), &mut problems);
     read(&mut reader);
     reader.known.into_iter().collect()

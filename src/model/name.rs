@@ -51,11 +51,17 @@ pub fn nearest<'k>(name: &str, known: impl IntoIterator<Item = &'k str>) -> Opti
     /// What is shorter is the beginning of too many.
     const MIN_BEGINNING: usize = 3;
     let name = name.to_lowercase();
+    let length = name.chars().count();
     let distance = |known: &str| {
         let known = known.to_lowercase();
-        let distance = strsim::osa_distance(&name, &known);
+        let far = 2 + known.len().min(name.len()) / 4;
         let is_beginning = name.len() >= MIN_BEGINNING && known.starts_with(&name);
-        (is_beginning || distance <= 1 + known.len().min(name.len()) / 4).then_some(distance)
+        // What is much longer is far off, and would take long to compare.
+        if !is_beginning && length.abs_diff(known.chars().count()) >= far {
+            return None;
+        }
+        let distance = strsim::osa_distance(&name, &known);
+        (is_beginning || distance < far).then_some(distance)
     };
     let near = known.into_iter().filter_map(|known| Some((distance(known)?, known)));
     near.min_by_key(|(distance, _)| *distance).map(|(_, known)| known)
