@@ -6,7 +6,7 @@ mod common;
 
 use std::{
     fs::File,
-    io::Read,
+    io::{PipeReader, PipeWriter, Read, Write},
     net::SocketAddr,
     path::Path,
     process::{Output, Stdio},
@@ -149,13 +149,18 @@ impl Running {
     }
 
     fn interrupt(&self) {
-        let id = self.child.id().unwrap();
-        kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), Signal::INT).unwrap();
+        interrupt(&self.child);
     }
 
     async fn code(&mut self) -> i32 {
         patiently("a command to end", self.child.wait()).await.unwrap().code().unwrap()
     }
+}
+
+/// As Ctrl-C does.
+fn interrupt(child: &Child) {
+    let id = child.id().unwrap();
+    kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), Signal::INT).unwrap();
 }
 
 /// A service, a fleet, and a subsystem for each name.
@@ -1044,6 +1049,79 @@ async fn a_closed_pipe_ends_a_command_quietly() {
         let child = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
         let ended: Ended = patiently("a command to end", child.wait_with_output()).await.unwrap().into();
         assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "{line}");
+    }
+}
+
+/// A pipe that holds one page, of which so many bytes are free, and that nobody reads.
+#[cfg(target_os = "linux")]
+fn unread(free: usize) -> (PipeReader, PipeWriter) {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let size = nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(1)).unwrap();
+    writer.write_all(&vec![b' '; usize::try_from(size).unwrap() - free]).unwrap();
+    (reader, writer)
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn ctrl_c_is_heard_while_output_waits_for_somebody_to_read_it() {
+    // Whatever is said of so many has no room.
+    let names: Vec<_> = (0..100).map(|n| format!("subsystem-{n:03}")).collect();
+    let (_home, _fleet, service, mut client) = house(&names.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    client.run().await.unwrap();
+    let cli = Cli::of(&service);
+    for line in [
+        "run --quiet",
+        "run --quiet --output json",
+        "report",
+        "report --output csv",
+        "watch --from-oldest --output json",
+        "cycles list --output json",
+        "cycles show 1",
+        "subsystems list",
+        "status --subsystems",
+        "plan",
+    ] {
+        let (reader, writer) = unread(4096);
+        let mut child = cli.command(line).stdout(writer).stderr(Stdio::null()).spawn().unwrap();
+        patiently("output", async {
+            while rustix::io::ioctl_fionread(&reader).unwrap() == 0 {
+                client.status().await.unwrap();
+            }
+        })
+        .await;
+        interrupt(&child);
+        assert_eq!(patiently(line, child.wait()).await.unwrap().code(), Some(130), "{line}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn ctrl_c_is_heard_while_a_note_waits_for_somebody_to_read_it() {
+    let (_home, fleet, service, mut client) = house(&["a"]).await;
+    let door = Door::open().await;
+    let cli = Cli(door.address());
+    fleet.run("a", Run::Hold);
+    // There is room for a note, and its line has no room to end.
+    for (line, note) in [
+        ("run", "XXXX-XX-XX XX:XX:XXZ  cycle 1  started      1 subsystem, manual"),
+        ("watch", "the connection is lost; reconnecting"),
+    ] {
+        door.lead_to(Some(&service));
+        let (reader, writer) = unread(note.len());
+        let mut child = cli.command(line).stdout(Stdio::null()).stderr(writer).spawn().unwrap();
+        patiently("a watcher", async { while client.status().await.unwrap().watchers == 0 {} }).await;
+        if line == "watch" {
+            door.shut();
+        }
+        patiently("the note", async {
+            while rustix::io::ioctl_fionread(&reader).unwrap() < 4096 {
+                client.status().await.unwrap();
+            }
+        })
+        .await;
+        interrupt(&child);
+        assert_eq!(patiently(line, child.wait()).await.unwrap().code(), Some(130), "{line}");
+        patiently("no watcher", async { while client.status().await.unwrap().watchers > 0 {} }).await;
     }
 }
 

@@ -7,6 +7,7 @@ use std::{
     fmt::Display,
     io,
     net::{Ipv4Addr, SocketAddr},
+    panic::resume_unwind,
     time::Duration,
 };
 
@@ -14,12 +15,13 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
+    task::JoinSet,
 };
 
 use self::fleet::Fleet;
 use super::{
     Exit, Failure,
-    output::{count, parse_positive, print_aside, short},
+    output::{count, parse_positive, print, short},
     remote::Remote,
     watch,
 };
@@ -89,6 +91,13 @@ impl Demo {
         let (service, is_moved) = self.start(&mut config).await.map_err(refused)?;
         let address = service.address();
         let greeting = self.greeting(&service, is_moved, &fleet);
+        // A task of its own: what it prints may wait for a reader that pauses.
+        let showing = async {
+            let mut tasks = JoinSet::new();
+            tasks.spawn(show(address, greeting, self.cycles));
+            let shown = tasks.join_next().await.unwrap_or(Ok(Ok(())));
+            shown.unwrap_or_else(|error| error.try_into_panic().map_or(Ok(()), |panic| resume_unwind(panic)))
+        };
 
         let mut shown = Ok(());
         let until_stopped = async {
@@ -96,7 +105,7 @@ impl Demo {
                 // Signals are heard before anything is printed.
                 biased;
                 told = told_to_stop() => told.map_err(refused),
-                shown = self.show(address, greeting) => shown,
+                shown = showing => shown,
             };
         };
         // What comes after the first signal cuts the shutdown short.
@@ -148,17 +157,6 @@ impl Demo {
         }
     }
 
-    /// Shows the cycles until they are over.
-    async fn show(&self, address: SocketAddr, greeting: String) -> Result<(), Failure> {
-        print_aside(greeting).await?;
-        let mut recorded = 0;
-        let is_last = |event: &pb::CycleEvent| {
-            recorded += u64::from(matches!(event.event, Some(Event::Recorded(_))));
-            Some(recorded) == self.cycles
-        };
-        watch::follow(&Remote::at(address), pb::WatchCyclesRequest::default(), is_last).await
-    }
-
     fn greeting(&self, service: &Service, is_moved: bool, fleet: &Fleet) -> String {
         const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
         let address = service.address();
@@ -207,6 +205,17 @@ In another terminal:
             seed = self.seed,
         )
     }
+}
+
+/// Shows the cycles until they are over.
+async fn show(address: SocketAddr, greeting: String, cycles: Option<u64>) -> Result<(), Failure> {
+    print(&greeting)?;
+    let mut recorded = 0;
+    let is_last = move |event: &pb::CycleEvent| {
+        recorded += u64::from(matches!(event.event, Some(Event::Recorded(_))));
+        Some(recorded) == cycles
+    };
+    watch::follow(&Remote::at(address), pb::WatchCyclesRequest::default(), is_last).await
 }
 
 fn is_taken(error: &io::Error) -> bool {

@@ -22,10 +22,23 @@ mod subsystems;
 mod top;
 mod watch;
 
-use std::{fs::File, io, process::ExitCode, time::Duration};
+use std::{
+    fs::File,
+    future::{Future, ready},
+    io,
+    panic::resume_unwind,
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{CommandFactory, Parser, Subcommand};
-use tokio::runtime;
+use futures_util::future::BoxFuture;
+use tokio::{
+    runtime, select,
+    signal::unix::{SignalKind, signal},
+    task::JoinSet,
+    time::timeout,
+};
 
 /// Runs a fleet of remote subsystems in cycles
 #[derive(Debug, Parser)]
@@ -125,34 +138,69 @@ impl Cli {
     }
 
     async fn execute(self) -> ExitCode {
-        let result = match self.command {
+        let (parting, last_words) = tokio::sync::watch::channel(String::new());
+        let work: BoxFuture<'static, Result<Exit, Failure>> = match self.command {
             Command::Serve(serve) => return serve.run().await,
-            Command::Demo(demo) => demo.run().await,
-            Command::Run(run) => run.run().await,
-            Command::Cancel(cancel) => cancel.run().await,
-            Command::Status(status) => status.run().await,
-            Command::Watch(watch) => watch.run().await,
-            Command::Top(top) => top.run().await,
-            Command::Cycles(cycles) => cycles.run().await,
-            Command::Subsystems(subsystems) => subsystems.run().await,
-            Command::Loops(loops) => loops.run().await,
-            Command::Report(report) => report.run().await,
-            Command::Plan(plan) => plan.run().await,
-            Command::Check(check) => check.run(),
-            Command::Store(store) => store.run(),
-            Command::Conformance(conformance) => conformance.run().await,
-            Command::Completions(completions) => completions.run(),
+            // These hear signals themselves, and end in an order of their own. What went wrong is left to say.
+            Command::Demo(demo) => Box::pin(ready(demo.run().await)),
+            Command::Top(top) => Box::pin(ready(top.run().await)),
+            Command::Run(run) => Box::pin(run.run(parting)),
+            Command::Cancel(cancel) => Box::pin(cancel.run()),
+            Command::Status(status) => Box::pin(status.run()),
+            Command::Watch(watch) => Box::pin(watch.run()),
+            Command::Cycles(cycles) => Box::pin(cycles.run()),
+            Command::Subsystems(subsystems) => Box::pin(subsystems.run()),
+            Command::Loops(loops) => Box::pin(loops.run()),
+            Command::Report(report) => Box::pin(report.run()),
+            Command::Plan(plan) => Box::pin(plan.run()),
+            Command::Conformance(conformance) => Box::pin(conformance.run()),
+            // Nothing listens for Ctrl-C yet, so that it ends them at once.
+            Command::Check(check) => Box::pin(ready(check.run())),
+            Command::Store(store) => Box::pin(ready(store.run())),
+            Command::Completions(completions) => Box::pin(ready(completions.run())),
         };
-        match result {
-            Ok(exit) => exit.into(),
-            Err(Failure { exit, message, .. }) => {
-                if !message.is_empty() {
-                    output::note(&output::clean_lines(&message));
-                }
-                exit.into()
-            }
-        }
+        until_left(work, last_words).await
     }
+}
+
+/// Does what a command does, and says why where that fails; or leaves at Ctrl-C, with these words on stderr.
+///
+/// The command is a task of its own. What it prints may wait for a reader that pauses, and Ctrl-C has to be heard then, too.
+async fn until_left(
+    work: impl Future<Output = Result<Exit, Failure>> + Send + 'static,
+    last_words: tokio::sync::watch::Receiver<String>,
+) -> ExitCode {
+    /// For the command to clear what it shows on a terminal, unless it waits for a reader.
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let mut interrupt = match signal(SignalKind::interrupt()) {
+        Ok(interrupt) => interrupt,
+        Err(error) => {
+            output::note(&format!("can't listen for Ctrl-C: {error}"));
+            return Exit::Refused.into();
+        }
+    };
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        work.await.unwrap_or_else(|Failure { exit, message, .. }| {
+            if !message.is_empty() {
+                output::note(&output::clean_lines(&message));
+            }
+            exit
+        })
+    });
+    select! {
+        _ = interrupt.recv() => {}
+        Some(ended) = tasks.join_next() => return match ended {
+            Ok(exit) => exit.into(),
+            Err(error) => error.try_into_panic().map_or(Exit::Left.into(), |panic| resume_unwind(panic)),
+        },
+    }
+    _ = timeout(PATIENCE, tasks.shutdown()).await;
+    let last_words = last_words.borrow().clone();
+    if !last_words.is_empty() {
+        output::last_words(last_words).await;
+    }
+    Exit::Left.into()
 }
 
 /// What a command has open before it does anything. It is tried out first: the library that listens for signals panics when

@@ -20,7 +20,10 @@ use clap::{
 use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, presets};
 use jiff::{RoundMode, SignedDuration, Span, SpanRelativeTo, Timestamp, TimestampRound, Unit};
 use prost::Message;
-use tokio::task::spawn_blocking;
+use tokio::{
+    task::{block_in_place, spawn_blocking},
+    time::timeout,
+};
 
 use super::{Exit, Failure};
 pub(super) use crate::model::text::{clean, escape_json};
@@ -67,41 +70,31 @@ impl Format {
 // ---------------------------------------------------------------------------------------------------------------
 // Printing
 
-/// Writes to stdout.
+/// Writes to stdout. Whoever reads it may pause: other tasks go on meanwhile, on other threads.
 ///
 /// # Errors
 /// Nobody reads it any more, or it can't be written.
 pub(super) fn print(text: &str) -> Result<(), Failure> {
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
+    let printed = block_in_place(|| {
+        let mut stdout = io::stdout().lock();
+        stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush())
+    });
+    printed.map_err(|error| match error.kind() {
         io::ErrorKind::BrokenPipe => Failure::nobody_reads(),
         _ => Failure::new(Exit::Refused, format!("can't write the output: {error}")),
     })
 }
 
-/// The same on a thread of its own: who is told to stop does not wait for a reader that pauses.
-///
-/// # Errors
-/// As of [`print`].
-pub(super) async fn print_aside(text: String) -> Result<(), Failure> {
-    aside(move || print(&text)).await
-}
-
-/// Has a thread of its own do what waits for whoever reads. If this is dropped, the thread is left behind.
-///
-/// # Errors
-/// What `print` says.
-pub(super) async fn aside<T: Send + 'static>(
-    print: impl FnOnce() -> Result<T, Failure> + Send + 'static,
-) -> Result<T, Failure> {
-    let printed = spawn_blocking(print).await;
-    printed.unwrap_or_else(|error| Err(Failure::new(Exit::Refused, format!("can't write the output: {error}"))))
-}
-
-/// Tells people something beside the output, on stderr.
+/// Tells people something beside the output, on stderr. Waits as [`print`] does.
 pub(super) fn note(text: &str) {
     // Nobody reading it is no reason to stop.
-    let _ = writeln!(io::stderr(), "{text}");
+    _ = block_in_place(|| writeln!(io::stderr(), "{text}"));
+}
+
+/// Tells people something on the way out: whoever does not read stderr is waited for a second at most.
+pub(super) async fn last_words(text: String) {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    _ = timeout(PATIENCE, spawn_blocking(move || note(&text))).await;
 }
 
 /// Whether a person looks at stdout.
@@ -476,7 +469,7 @@ pub(super) fn colour(state: &str) -> Option<AnsiColor> {
     match state {
         "SUCCEEDED" | "PASSED" | "CLOSED" => Some(AnsiColor::Green),
         "DEGRADED" | "SKIPPED" | "CANCELLED" | "HALF_OPEN" | "SUSPENDED" => Some(AnsiColor::Yellow),
-        "FAILED" | "TIMED_OUT" | "CIRCUIT_OPEN" | "INTERRUPTED" | "OPEN" => Some(AnsiColor::Red),
+        "FAILED" | "TIMED_OUT" | "CIRCUIT_OPEN" | "INTERRUPTED" | "OPEN" | "UNREADABLE" => Some(AnsiColor::Red),
         _ => None,
     }
 }

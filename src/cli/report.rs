@@ -167,12 +167,7 @@ impl Report {
     /// Reads the record and shows what it says.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         let period = self.period()?;
-        let figures = tokio::select! {
-            // In this order, Ctrl-C is heeded before the service is asked for anything.
-            biased;
-            _ = tokio::signal::ctrl_c() => return Ok(Exit::Left),
-            figures = self.figures(period) => figures?,
-        };
+        let figures = self.figures(period).await?;
         if let Some(complete_since) = figures.complete_since {
             let of_what =
                 if complete_since > period.since { "this period" } else { "the period before, for the trend" };

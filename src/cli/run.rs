@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use clap::builder::NonEmptyStringValueParser;
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
 use super::{
     Exit, Failure,
@@ -93,8 +93,8 @@ pub(super) fn overlap_policy(policy: pb::OverlapPolicy) -> &'static str {
 }
 
 impl Run {
-    /// Runs the cycle.
-    pub(super) async fn run(self) -> Result<Exit, Failure> {
+    /// Runs the cycle. `parting` gets what to know for whoever leaves meanwhile.
+    pub(super) async fn run(self, parting: watch::Sender<String>) -> Result<Exit, Failure> {
         let request = pb::RunCycleRequest {
             subsystems: self.subsystems,
             parameters: self.parameters.encode()?,
@@ -124,14 +124,14 @@ impl Run {
 
         let mut view = View::new(self.quiet || remote.format.is_json(), self.quiet);
         let mut admitted = None;
+        parting.send_replace(goes_on(remote, None));
+        let admitted_now = |id| {
+            admitted = Some(id);
+            parting.send_replace(goes_on(remote, admitted));
+        };
         let ended = tokio::select! {
-            ended = run_and_follow(remote, request, &mut view, &mut admitted) => Some(ended),
+            ended = run_and_follow(remote, request, &mut view, admitted_now) => Some(ended),
             () = expired(remote.timeout) => None,
-            _ = tokio::signal::ctrl_c() => {
-                view.clear();
-                note(&goes_on(remote, admitted));
-                return Ok(Exit::Left);
-            }
         };
         view.clear();
         let response = match ended {
@@ -144,6 +144,8 @@ impl Run {
             }
         };
         let record = telemetry(&response.telemetry)?;
+        // It does not go on.
+        parting.send_replace(String::new());
         if remote.format.is_json() {
             print(&format!("{}\n", json("RunCycleResponse", &response)?))?;
         } else {
@@ -189,7 +191,7 @@ async fn run_and_follow(
     remote: &Remote,
     request: pb::RunCycleRequest,
     view: &mut View,
-    admitted: &mut Option<u64>,
+    mut admitted: impl FnMut(u64),
 ) -> Result<pb::RunCycleResponse, Failure> {
     // Watching begins before the cycle can, so that nothing of it is missed.
     let watch = pb::WatchCyclesRequest { progress: view.wants_progress(), ..pb::WatchCyclesRequest::default() };
@@ -202,7 +204,7 @@ async fn run_and_follow(
         return Ok(response);
     }
     let cycle_id = response.cycle_id;
-    *admitted = Some(cycle_id);
+    admitted(cycle_id);
     let record = loop {
         let pb::CycleEvent { revision, event } = match events.next(|text| view.note(text)).await {
             Ok(event) => event,

@@ -4,7 +4,7 @@ use std::{env, fmt::Write as _, io::Write as _, process::ExitCode};
 
 use tokio::{select, task::spawn_blocking};
 
-use super::output::{clean_lines, note};
+use super::output::{clean_lines, last_words, note};
 use crate::{
     config::{Config, Overrides},
     serve::{self, Exit, Operator, Service},
@@ -92,7 +92,7 @@ impl Serve {
                 if tracing::enabled!(tracing::Level::ERROR) {
                     tracing::error!("{error}");
                 } else {
-                    note(&clean_lines(&error.to_string()));
+                    last_words(clean_lines(&error.to_string())).await;
                 }
                 failed()
             }

@@ -8,7 +8,7 @@ use tonic::{Code, Status, Streaming};
 use super::{
     Exit, Failure, known,
     output::{
-        Format, aside, clean, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted, print, short,
+        Format, clean, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted, print, short,
         subsystem_state, telemetry, time, trigger,
     },
     progress::Bar,
@@ -78,16 +78,10 @@ impl Watch {
             states: self.states.into_iter().map(Into::into).collect(),
             subsystems: self.subsystems,
         };
-        let watched = async {
-            let mut client = self.remote.connect().await?;
-            // A slip in a name would be silent for ever.
-            known::check(&self.remote, &mut client, &request.subsystems, &request.loops).await?;
-            follow(&self.remote, request, |_| false).await
-        };
-        tokio::select! {
-            ended = watched => ended.map(|()| Exit::Done),
-            _ = tokio::signal::ctrl_c() => Ok(Exit::Left),
-        }
+        let mut client = self.remote.connect().await?;
+        // A slip in a name would be silent for ever.
+        known::check(&self.remote, &mut client, &request.subsystems, &request.loops).await?;
+        follow(&self.remote, request, |_| false).await.map(|()| Exit::Done)
     }
 }
 
@@ -107,7 +101,7 @@ pub(super) async fn follow(
     loop {
         let event = events.next(|text| view.note(text)).await?;
         let is_last = the_last(&event);
-        view = aside(move || view.show(event).map(|()| view)).await?;
+        view.show(event)?;
         if is_last {
             return Ok(());
         }

@@ -22,6 +22,8 @@ pub struct Door {
 enum Behind {
     /// Those who connect are turned away.
     Nothing,
+    /// Those who connect are turned away, and those who have connected lose their connection.
+    Wall,
     /// Those who connect, and those who have connected, hear nothing any more.
     Silence,
     Service(SocketAddr),
@@ -42,14 +44,16 @@ impl Door {
                 let target = *behind.borrow();
                 connections.spawn(async move {
                     let target = match target {
-                        Behind::Nothing => return,
+                        Behind::Nothing | Behind::Wall => return,
                         Behind::Silence => std::future::pending().await,
                         Behind::Service(address) => address,
                     };
                     let Ok(mut to) = TcpStream::connect(target).await else { return };
                     let fell_silent = tokio::select! {
                         _ = copy_bidirectional(&mut from, &mut to) => false,
-                        silent = behind.wait_for(|behind| *behind == Behind::Silence) => silent.is_ok(),
+                        now = behind.wait_for(|behind| matches!(behind, Behind::Silence | Behind::Wall)) => {
+                            now.is_ok_and(|behind| *behind == Behind::Silence)
+                        }
                     };
                     if fell_silent {
                         std::future::pending::<()>().await;
@@ -69,6 +73,11 @@ impl Door {
     pub fn lead_to(&self, service: Option<&Service>) {
         let behind = service.map_or(Behind::Nothing, |service| Behind::Service(service.address()));
         self.behind.send_replace(behind);
+    }
+
+    /// Leads nowhere from now on, and the connections through it end.
+    pub fn shut(&self) {
+        self.behind.send_replace(Behind::Wall);
     }
 
     /// Nothing comes through any more, and nobody is told so. Those who connect after it leads somewhere again are heard.
