@@ -270,6 +270,28 @@ test("a service that was killed and started again is picked up again", async (t)
   assert.deepEqual(page.problems.filter((text) => !/net::ERR_(CONNECTION|INCOMPLETE|EMPTY)/.test(text)), []);
 });
 
+test("records that can't be read are marked, and the rest is shown", async (t) => {
+  const { fleet, service } = await stage(t);
+  await service.register(fleet, "steady");
+  for (let i = 0; i < 4; i += 1) await service.run();
+  for (const cycleId of [2, 3]) service.damageRecord(cycleId);
+  const page = await browser.open(`${service.url}/#/cycles`);
+  await says(page, 'main tr[data-key="3"]', "unreadable");
+  await says(page, 'main tr[data-key="2"]', "unreadable");
+  await says(page, 'main tr[data-key="1"]', "succeeded");
+  assert.deepEqual(await page.$$eval("main tbody th", (all) => all.map((one) => one.textContent)), ["4", "3", "2", "1"]);
+  await says(page, "main .summary", "4 cycles, newest first: The records of 2 are damaged and can't be read.");
+  await says(page, "figcaption", "none of 4 did not succeed");
+  await show(page, "#/fleet");
+  await sees(page, `${row("steady")} .ticks[title="2 of 2 succeeded; 2 records can't be read"]`);
+  await show(page, "#/subsystems/steady");
+  await says(page, "main .problem", "cycle 3, cycle 2");
+  await show(page, "#/cycles/3");
+  await says(page, "main .problem", "can't be read");
+  assert.deepEqual(await inaccessible(page), []);
+  assert.deepEqual(page.problems.filter((text) => !/status of 500/.test(text)), []);
+});
+
 test("a store that can't be written is told, until it can", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "alpha");

@@ -1,6 +1,6 @@
 // The real service, a scripted fleet, and a real browser.
 
-import { spawn } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, mkdtempSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -122,6 +122,13 @@ export class Service {
     return () => {
       for (const file of files) renameSync(`${file}.away`, file);
     };
+  }
+
+  /** Damages the record of a cycle, past the service. */
+  damageRecord(cycleId) {
+    const script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute(\"UPDATE cycles SET record = x'ff' WHERE cycle_id = ?\", [sys.argv[2]]); db.commit()";
+    const { status, stderr } = spawnSync("python3", ["-c", script, this.#database, String(cycleId)], { encoding: "utf8" });
+    if (status !== 0) throw new Error(`can't damage a record: ${stderr}`);
   }
 
   async restart() {

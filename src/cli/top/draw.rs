@@ -18,7 +18,7 @@ use super::{
         clean, coarse, colour, count, duration, grouped, milliseconds, short, subsystem_state, timestamp, word,
     },
     detail::Entry,
-    model::{Column, Counts, Cycle, Live, Model, Row, Stand},
+    model::{Column, Counts, Cycle, Live, Model, Row, Stand, UNREADABLE},
     pieces::{Col, as_u16, bold, cut, put_lines, table_of, wrapped},
     view::{Detail, Mode, Pane, View},
 };
@@ -174,7 +174,10 @@ impl Look {
             let when = self.ago(last.finished_at);
             let took =
                 if last.has_duration() { format!(" in {}", milliseconds(last.duration_ms)) } else { String::new() };
-            let said = format!("{took}, {when} ago, {}, {} succeeded", last.trigger, last.succeeded);
+            let said = match last.state {
+                UNREADABLE => String::new(),
+                _ => format!("{took}, {when} ago, {}, {} succeeded", last.trigger, last.succeeded),
+            };
             let last_one =
                 vec![format!("last: cycle {cycle_id} ").into(), self.state(last.state, last.state), said.into()];
             put_lines(buffer, inner, [last_one.into(), Line::from(last.error.clone())]);
@@ -276,7 +279,8 @@ impl Look {
                 let filled = eighths.saturating_sub(usize::from(line) * 8).min(8);
                 buffer.set_string(x, inner.y + lines - 1 - line, EIGHTHS[filled], self.style(cycle.state));
             }
-            // What is wrong can be told without colours: D is DEGRADED, F is FAILED, C is CANCELLED, I is INTERRUPTED.
+            // What is wrong can be told without colours: D is DEGRADED, F is FAILED, C is CANCELLED, I is INTERRUPTED,
+            // U is UNREADABLE.
             let mark = if cycle.state == "SUCCEEDED" { " " } else { &cycle.state[..1] };
             buffer.set_string(x, inner.y + lines, mark, self.style(cycle.state));
         }
@@ -465,7 +469,7 @@ impl Look {
             let mut cells = vec![
                 Span::raw(cycle_id.to_string()),
                 self.state(cycle.state, cycle.state),
-                Span::raw(format!("{} ago", self.ago(cycle.finished_at))),
+                Span::raw(cycle.finished_at.map_or_else(|| "-".to_owned(), |at| format!("{} ago", self.ago(Some(at))))),
                 Span::raw(duration_ms.map_or_else(|| "-".to_owned(), milliseconds)),
                 Span::raw(cycle.succeeded.as_str()),
                 Span::raw(cycle.trigger.as_str()),
@@ -608,7 +612,7 @@ impl Look {
             ("", ""),
             ("· ▸ ✓ ✗ -", "now: it waits, is called, succeeded, failed, was skipped"),
             ("■ ▪", "where a mark is of many: all have ended, some have"),
-            ("D F C I", "of a cycle: DEGRADED, FAILED, CANCELLED, INTERRUPTED"),
+            ("D F C I U", "of a cycle: DEGRADED, FAILED, CANCELLED, INTERRUPTED, UNREADABLE"),
             ("LAST", "how its last part ended"),
             ("OUTPUT", "FRESH: made by its last part, STALE: by an earlier one;"),
             ("", "with its age, and the cycle that made it"),
@@ -988,6 +992,27 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         let loops = shown(&model, &mut View { pane: Pane::Loops, ..View::default() }, 80, 24);
         let row: Vec<_> = line_with(&loops, "heartbeat").split_whitespace().collect();
         assert_eq!(row, ["heartbeat", "5s", "in", "2s", "4", "3", "1", "0", "0", "0"]);
+    }
+
+    #[test]
+    fn cycles_whose_records_can_not_be_read_are_marked_in_their_places() {
+        let mut model = house();
+        let damaged = |cycle_id, revision| {
+            News::Unreadable(pb::UnreadableCycle { cycle_id, revision, problem: "it is too short".into() })
+        };
+        model.learn(damaged(3, 3), at(0));
+        // Whose number can't be read either.
+        model.learn(damaged(0, 4), at(0));
+        let pane = |pane| View { pane, ..View::default() };
+        let cycles = shown(&model, &mut pane(Pane::Cycles), 120, 24);
+        let row: Vec<_> = line_with(&cycles, "UNREADABLE").split_whitespace().collect();
+        assert_eq!(row[..6], ["4", "UNREADABLE", "-", "-", "-", "-"]);
+        assert!(line_with(&cycles, " 3 UNREADABLE").ends_with("its record can't be read: it is too short"));
+        line_with(&cycles, " 2 DEGRADED");
+        let fleet = shown(&model, &mut pane(Pane::Fleet), 80, 24);
+        assert!(line_with(&fleet, "last: cycle 4").ends_with("UNREADABLE"));
+        line_with(&fleet, "DUU");
+        assert!(line_with(&fleet, "history: 4 cycles").contains("median 200 ms, longest 200 ms"));
     }
 
     #[test]

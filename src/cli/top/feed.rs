@@ -145,7 +145,7 @@ async fn forward(
     news: &mpsc::Sender<News>,
 ) -> Result<Infallible, Ended> {
     for cycle in history(remote, client).await?.into_iter().rev() {
-        tell(news, News::Past(Box::new(cycle))).await?;
+        tell(news, cycle).await?;
     }
     loop {
         // Only the latest note says how it stands, and one that finds no room would be replaced soon.
@@ -154,16 +154,15 @@ async fn forward(
             Some(Event::Recorded(record)) => News::Recorded(Box::new(telemetry(&record)?)),
             Some(Event::Started(started)) => News::Started(started),
             Some(Event::Progress(progress)) => News::Progress(progress),
-            // Nothing of it can be shown.
-            Some(Event::Unreadable(_)) => continue,
+            Some(Event::Unreadable(cycle)) => News::Unreadable(cycle),
             Some(Event::Bookmark(_)) | None => News::CaughtUp,
         };
         tell(news, what).await?;
     }
 }
 
-/// The latest cycles, the newest first.
-async fn history(remote: &Remote, client: &mut Client) -> Result<Vec<pb::CycleTelemetry>, Failure> {
+/// The latest cycles, the newest first; in each page, those that can't be read come last.
+async fn history(remote: &Remote, client: &mut Client) -> Result<Vec<News>, Failure> {
     /// A page has at most 3 MiB: cycles of a large fleet are few in it, and enough to begin with.
     const PAGES: usize = 4;
     let mut cycles = Vec::new();
@@ -171,8 +170,9 @@ async fn history(remote: &Remote, client: &mut Client) -> Result<Vec<pb::CycleTe
     for _ in 0..PAGES {
         let page = remote.quickly(client.list_cycles(request.clone())).await?.into_inner();
         for record in &page.cycles {
-            cycles.push(telemetry(record)?);
+            cycles.push(News::Past(Box::new(telemetry(record)?)));
         }
+        cycles.extend(page.unreadable.into_iter().map(News::Unreadable));
         request.page_token = page.next_page_token;
         if request.page_token.is_empty() || cycles.len() >= KEPT_CYCLES {
             break;

@@ -18,6 +18,9 @@ use crate::proto::orchestrator::v1 as pb;
 /// Cycles that are kept to be shown: more than the widest terminal has columns.
 pub(super) const KEPT_CYCLES: usize = 500;
 
+/// Stands in the place of a state where the record can't be read.
+pub(super) const UNREADABLE: &str = "UNREADABLE";
+
 /// Something that the service has said, or that it says nothing.
 #[derive(Debug)]
 pub(super) enum News {
@@ -33,6 +36,8 @@ pub(super) enum News {
     Past(Box<pb::CycleTelemetry>),
     /// A cycle was recorded.
     Recorded(Box<pb::CycleTelemetry>),
+    /// A recorded cycle, of now or of before, whose record can't be read.
+    Unreadable(pb::UnreadableCycle),
     /// A cycle has started, or runs as the stream is taken up.
     Started(pb::CycleStarted),
     /// The running cycle has moved on.
@@ -70,6 +75,7 @@ pub(super) struct Model {
 /// A recorded cycle, in short.
 #[derive(Clone, Debug)]
 pub(super) struct Cycle {
+    /// [`UNREADABLE`] where its record can't be read: then only its error says something.
     pub(super) state: &'static str,
     pub(super) trigger: String,
     pub(super) finished_at: Option<Timestamp>,
@@ -226,6 +232,15 @@ impl Model {
                 }
                 self.record(&cycle);
             }
+            News::Unreadable(cycle) => {
+                self.is_heard();
+                if self.live.as_ref().is_some_and(|live| live.cycle_id == cycle.cycle_id) {
+                    self.live = None;
+                }
+                // Where the number can't be read either, the revision is the next best.
+                let number = if cycle.cycle_id == 0 { cycle.revision } else { cycle.cycle_id };
+                self.keep(number, Cycle::unreadable(&cycle));
+            }
             News::Started(started) => {
                 self.is_heard();
                 self.live = Some(Live::new(started));
@@ -264,7 +279,11 @@ impl Model {
             let known = self.subsystems.entry(part.name.clone()).or_default();
             known.take_part(Part::new(cycle.cycle_id, part));
         }
-        self.cycles.insert(cycle.cycle_id, Cycle::new(cycle));
+        self.keep(cycle.cycle_id, Cycle::new(cycle));
+    }
+
+    fn keep(&mut self, cycle_id: u64, cycle: Cycle) {
+        self.cycles.insert(cycle_id, cycle);
         if self.cycles.len() > KEPT_CYCLES {
             self.cycles.pop_first();
         }
@@ -351,9 +370,20 @@ impl Cycle {
         }
     }
 
+    fn unreadable(cycle: &pb::UnreadableCycle) -> Self {
+        Self {
+            state: UNREADABLE,
+            trigger: "-".to_owned(),
+            finished_at: None,
+            duration_ms: 0.0,
+            succeeded: "-".to_owned(),
+            error: format!("its record can't be read: {}", clean(&cycle.problem)),
+        }
+    }
+
     /// How long it ran says something: nobody knows when an interrupted one ended.
     pub(super) fn has_duration(&self) -> bool {
-        self.state != cycle_state(pb::CycleState::Interrupted)
+        self.state != cycle_state(pb::CycleState::Interrupted) && self.state != UNREADABLE
     }
 }
 

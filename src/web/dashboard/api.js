@@ -43,10 +43,10 @@ export const getLoops = async () => (await get("loops")).loops ?? [];
 export const getSubsystem = async (name, options = {}) =>
   (await get(`subsystems/${encodeURIComponent(name)}`, options)).subsystem;
 
-/** One page: { cycles, nextPageToken }. */
+/** One page: { cycles, unreadable, nextPageToken }. */
 export async function listCycles(filter) {
   const page = await get("cycles", filter);
-  return { cycles: page.cycles ?? [], nextPageToken: page.nextPageToken ?? "" };
+  return { cycles: page.cycles ?? [], unreadable: page.unreadable ?? [], nextPageToken: page.nextPageToken ?? "" };
 }
 
 /**

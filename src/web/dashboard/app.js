@@ -233,6 +233,7 @@ window.addEventListener("hashchange", () => show());
 on("connection", showConnection);
 on("status", showStatus);
 on("recorded", announce);
+on("unreadable", ({ id }) => setText(element("announcer", HTMLElement), `The record of cycle ${id || "?"} can't be read`));
 on("connection", () => {
   const words = { open: "Connected", lost: "Connection lost, reconnecting" }[model.connection];
   if (words) setText(element("announcer", HTMLElement), `${words}${model.connection === "open" && model.status ? `, ${counted(model.status.totalCycles, "cycle")} recorded` : ""}`);

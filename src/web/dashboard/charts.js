@@ -20,10 +20,12 @@ export function stacked(counts, order, label) {
 /** Cycles over time, oldest first: height is duration, and a sign above each one that did not succeed. */
 export function durations(cycles, href) {
   const [WIDTH, HEIGHT, TOP, LEFT] = [1000, 180, 20, 0];
-  const highest = Math.max(...cycles.map((cycle) => cycle.durationMs), 0) || 1;
+  // How long one took whose record can't be read is not known.
+  const sorted = cycles.map((cycle) => cycle.durationMs).filter(Number.isFinite).sort((a, b) => a - b);
+  const highest = sorted.at(-1) || 1;
   const top = niceCeiling(highest);
   const slot = (WIDTH - LEFT) / Math.max(cycles.length, 20);
-  const y = (ms) => HEIGHT - (ms / top) * (HEIGHT - TOP);
+  const y = (ms) => HEIGHT - ((ms || 0) / top) * (HEIGHT - TOP);
   const bars = cycles.map((cycle, i) => {
     const x = LEFT + i * slot;
     const text = `Cycle ${cycle.id}, ${lower(cycle.state)}, ${duration(cycle.durationMs)}, ${time(cycle.finishedAt)}`;
@@ -42,8 +44,7 @@ export function durations(cycles, href) {
   const marks = cycles.map((cycle, i) =>
     cycle.state !== "SUCCEEDED" &&
     h("span", { class: "mark", "data-state": cycle.state, style: { left: `${((i + 0.5) * slot * 100) / WIDTH}%` } }, sign(cycle.state)));
-  const bad = cycles.filter((cycle) => cycle.state !== "SUCCEEDED").length;
-  const sorted = cycles.map((cycle) => cycle.durationMs).sort((a, b) => a - b);
+  const bad = cycles.filter((cycle) => cycle.state !== "SUCCEEDED" && cycle.state !== "UNREADABLE").length;
   const words = cycles.length === 0 ? "No cycles." :
     `Durations of cycles ${cycles[0].id} to ${cycles.at(-1).id}: median ${duration(sorted[Math.floor(sorted.length / 2)])}, ` +
     `longest ${duration(highest)}; ${bad ? counted(bad, "cycle") : "none"} of ${count(cycles.length)} did not succeed.`;

@@ -27,7 +27,7 @@ export const model = {
   status: null,
   /** The cycle that runs, or the last one that did while this page looked. See `Live`. */
   live: null,
-  /** Summaries of the latest cycles, oldest first, each with `parts`. */
+  /** Summaries of the latest cycles, oldest first, each with `parts` if its record can be read. */
   recent: [],
 };
 
@@ -35,7 +35,8 @@ const listeners = new Map();
 
 /**
  * Calls `listener` with what happened, until the returned function is called: "connection"; "status"; "live" (the
- * running cycle has moved); "recorded" (with the telemetry); "reloaded" (events may have been missed: read anew).
+ * running cycle has moved); "recorded" (with the telemetry); "unreadable" (with the summary of a recorded cycle whose
+ * record can't be read); "reloaded" (events may have been missed: read anew).
  */
 export function on(event, listener) {
   if (!listeners.has(event)) listeners.set(event, new Set());
@@ -170,13 +171,22 @@ export function summary(record) {
   };
 }
 
-function remember(record) {
-  if (fleetSize() > RECENT_SUBSYSTEMS) return;
-  const parts = new Map((record.subsystems ?? []).map((part) => [part.name, standing(part)]));
-  keep({ ...summary(record), parts });
+/** The same of an `UnreadableCycle`. Its number may be among what can't be read. */
+function summaryOfUnreadable({ cycleId = "", problem = "" }) {
+  return { id: cycleId, state: "UNREADABLE", trigger: "", loop: "", durationMs: NaN, error: problem, total: 0, failed: 0, counts: {} };
+}
+
+/** Summaries of all cycles of a page, newest first; `of` makes that of a record. */
+export function summaries({ cycles, unreadable }, of = summary) {
+  return [...cycles.map(of), ...unreadable.map(summaryOfUnreadable)].sort((a, b) => Number(b.id) - Number(a.id));
+}
+
+function remembered(record) {
+  return { ...summary(record), parts: new Map((record.subsystems ?? []).map((part) => [part.name, standing(part)])) };
 }
 
 function keep(cycle) {
+  if (fleetSize() > RECENT_SUBSYSTEMS) return;
   // One that was recorded while these were being read may be among them, and in an event.
   if (Number(cycle.id) <= Number(model.recent.at(-1)?.id ?? 0)) return;
   model.recent.push(cycle);
@@ -186,10 +196,10 @@ function keep(cycle) {
 async function readRecent() {
   model.recent = [];
   if (fleetSize() > RECENT_SUBSYSTEMS) return;
-  const { cycles } = await listCycles({ pageSize: RECENT });
+  const page = await listCycles({ pageSize: RECENT });
   const meanwhile = model.recent;
   model.recent = [];
-  cycles.reverse().forEach(remember);
+  summaries(page, remembered).reverse().forEach(keep);
   meanwhile.forEach(keep);
 }
 
@@ -234,7 +244,7 @@ function connect() {
     const { live } = model;
     if (live && live.cycleId === recorded.cycleId) live.end(recorded);
     else if (!live || live.record) model.live = liveOf(recorded);
-    remember(recorded);
+    keep(remembered(recorded));
     if (model.status) {
       model.status.lastCycle = recorded;
       model.status.totalCycles = recorded.cycleId;
@@ -243,6 +253,14 @@ function connect() {
     tell("live");
     tell("recorded", recorded);
     tell("status");
+    refreshStatus();
+  });
+  listen("unreadable", ({ unreadable }) => {
+    const cycle = summaryOfUnreadable(unreadable);
+    if (model.live?.cycleId === cycle.id) model.live = null;
+    keep(cycle);
+    tell("live");
+    tell("unreadable", cycle);
     refreshStatus();
   });
 }

@@ -8,7 +8,7 @@ export const SUBSYSTEM_STATES = [
   "FAILED", "TIMED_OUT", "CIRCUIT_OPEN", "SKIPPED_FOR_A_FAILURE", "SKIPPED", "CANCELLED", "RUNNING", "WAITING", "SUCCEEDED",
 ];
 
-/** How cycles end, the worst first. */
+/** How cycles end, the worst first. In their lists, "UNREADABLE" stands in the place of a state where the record can't be read. */
 export const CYCLE_STATES = ["FAILED", "DEGRADED", "INTERRUPTED", "CANCELLED", "SUCCEEDED"];
 
 /** What a skipped one is skipped for, where that counts as a failure of its own. */
@@ -75,6 +75,7 @@ const SIGNS = {
   SKIPPED_FOR_A_FAILURE: "M2.5 3l4 3-4 3M9 3v6",
   CIRCUIT_OPEN: "M1 7h3M8 7h3M4 7l3.5-4",
   CANCELLED: "M6 1.5a4.5 4.5 0 1 1 0 9 4.5 4.5 0 0 1 0-9M2.9 9.1l6.2-6.2",
+  UNREADABLE: "M4 4.2a2 2 0 1 1 2.8 1.8C6.2 6.4 6 6.8 6 7.6M6 9.6v.4",
   INTERRUPTED: "M7 1 3 6.5h3L5 11l4-5.5H6Z",
   RUNNING: "M4 2.5v7L9.5 6Z",
   WAITING: "M3 6h.2M6 6h.2M9 6h.2",

@@ -4,7 +4,7 @@ import { getLoops, listCycles } from "../api.js";
 import { durations, stacked } from "../charts.js";
 import { h, keyed, replace, throttled } from "../dom.js";
 import { count, counted, duration, lower, time, visible } from "../format.js";
-import { model, summary } from "../model.js";
+import { model, summaries, summary } from "../model.js";
 import { href, setQuery } from "../route.js";
 import { badge, CYCLE_STATES, SUBSYSTEM_STATES } from "../states.js";
 
@@ -72,7 +72,7 @@ export function mount(main, route, scope) {
           pageSize: PAGE - found.length, pageToken, loop: filter.loop, subsystem: filter.subsystem,
           states: filter.state && `CYCLE_STATE_${filter.state}`, trigger: filter.trigger && `TRIGGER_${filter.trigger}`,
         });
-        found.push(...page.cycles.map(summary));
+        found.push(...summaries(page));
         pageToken = page.nextPageToken;
         if (scope.signal.aborted || mine !== reading) return;
         // Large records come a few at a time; and some may have been recorded while these were read.
@@ -95,26 +95,36 @@ export function mount(main, route, scope) {
     newer.disabled = tokens.length < 2;
     older.disabled = !next;
     pager.hidden = newer.disabled && older.disabled;
-    const bad = shown.filter((cycle) => cycle.state !== "SUCCEEDED").length;
+    const unreadable = shown.filter((cycle) => cycle.state === "UNREADABLE").length;
+    const bad = shown.filter((cycle) => cycle.state !== "SUCCEEDED").length - unreadable;
+    const outcomes = [
+      bad && `${count(bad)} did not succeed.`,
+      unreadable && `The records of ${count(unreadable)} are damaged and can't be read.`,
+    ].filter(Boolean);
     replace(note, shown.length
-      ? `${counted(shown.length, "cycle")}${tokens.length > 1 ? "" : ", newest first"}: ${bad ? `${count(bad)} did not succeed.` : "all succeeded."}`
+      ? `${counted(shown.length, "cycle")}${tokens.length > 1 ? "" : ", newest first"}: ${outcomes.join(" ") || "all succeeded."}`
       : next ? "None among the cycles looked at so far; go on with Older."
       : Object.values(filter).some(Boolean) ? "No cycle is recorded that passes the filter." : "No cycle is recorded.");
     table.hidden = chart.hidden = shown.length === 0;
     if (shown.length) replace(chart, durations([...shown].reverse(), (cycle) => href("cycles", cycle.id)));
-    keyed(rows, shown, (cycle) => cycle.id, row);
+    keyed(rows, shown, (cycle) => cycle.id || "–", row);
   }
 
   const redraw = throttled(300, draw);
   scope.signal.addEventListener("abort", () => redraw.cancel());
-  scope.on("recorded", (record) => {
-    const cycle = summary(record);
-    if (tokens.length > 1 || !passes(cycle, record) || shown[0]?.id === cycle.id) return;
+  const add = (cycle) => {
+    if (tokens.length > 1 || shown[0]?.id === cycle.id) return;
     shown.unshift(cycle);
     // The page grows at its top, and at some time is read anew.
     if (shown.length < 2 * PAGE) redraw();
     else read();
+  };
+  scope.on("recorded", (record) => {
+    const cycle = summary(record);
+    if (passes(cycle, record)) add(cycle);
   });
+  // Nobody knows whether it would pass.
+  scope.on("unreadable", add);
   scope.on("reloaded", read);
   if (model.connection === "open") read();
   scope.attempt(async () => {
@@ -125,7 +135,7 @@ export function mount(main, route, scope) {
 function row(cycle) {
   const trigger = cycle.loop ? `loop ${cycle.loop}` : lower(cycle.trigger) || "unknown";
   return h("tr", { class: cycle.state === "SUCCEEDED" ? null : "failed" },
-    h("th", { scope: "row" }, h("a", { href: href("cycles", cycle.id) }, cycle.id)),
+    h("th", { scope: "row" }, cycle.id ? h("a", { href: href("cycles", cycle.id) }, cycle.id) : "–"),
     h("td", {}, badge(cycle.state)),
     h("td", { "data-label": "Trigger" }, visible(trigger)),
     h("td", { "data-label": "Finished", class: "time" }, time(cycle.finishedAt)),

@@ -298,9 +298,11 @@ function drawStrip(cell, name, recent) {
   const drawn = `${recent.at(0)?.id} ${recent.at(-1)?.id} ${recent.length}`;
   if (cell.dataset.drawn === drawn) return;
   cell.dataset.drawn = drawn;
-  const states = recent.map((cycle) => cycle.parts.get(name) ?? "");
-  const bad = states.filter((state) => state && state !== "SUCCEEDED").length;
-  const ran = states.filter(Boolean).length;
-  replace(cell, ran > 0 && h("span", { class: "ticks", role: "img", "aria-label": `${ran - bad} of ${ran} succeeded`, title: `${ran - bad} of ${ran} succeeded` },
+  const states = recent.map((cycle) => (cycle.parts ? (cycle.parts.get(name) ?? "") : "UNREADABLE"));
+  const unreadable = states.filter((state) => state === "UNREADABLE").length;
+  const ran = states.filter(Boolean).length - unreadable;
+  const good = states.filter((state) => state === "SUCCEEDED").length;
+  const words = `${good} of ${ran} succeeded${unreadable ? `; ${counted(unreadable, "record")} can't be read` : ""}`;
+  replace(cell, ran + unreadable > 0 && h("span", { class: "ticks", role: "img", "aria-label": words, title: words },
     states.map((state) => h("i", { "data-state": state || "ABSENT" }))));
 }

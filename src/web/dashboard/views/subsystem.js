@@ -30,7 +30,7 @@ export function mount(main, { parameters: { name } }, scope) {
     showFacts(facts, one);
     const reason = one.last && stateOf(one.last) !== "SUCCEEDED" ? reasonOf(one.last) : "";
     replace(problem, reason && h("p", { class: "problem message" }, visible(reason, 1100)));
-    showParts(parts, name, page.cycles);
+    showParts(parts, name, page);
     showOutput(output, one);
     showSettings(settings, one);
   }, place);
@@ -67,7 +67,7 @@ function showFacts(place, one) {
   replace(place, h("dl", { class: "facts" }, facts.map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value)))));
 }
 
-function showParts(place, name, cycles) {
+function showParts(place, name, { cycles, unreadable }) {
   const rows = cycles.map((cycle) => ({ cycle, part: cycle.subsystems.find((part) => part.name === name) }));
   const longest = Math.max(...rows.map(({ part }) => part?.durationMs ?? 0), 1);
   replace(place, h("h2", {}, "Last parts"), rows.length === 0 ? h("p", { class: "quiet" }, "It has taken part in no cycle that is retained.") :
@@ -83,7 +83,9 @@ function showParts(place, name, cycles) {
         h("td", { class: "wide", "aria-hidden": "true" },
           h("div", { class: "meter", "data-state": stateOf(part), style: { width: `${((part?.durationMs ?? 0) / longest) * 100}%` } })),
         h("td", { class: "number", "data-label": "Attempts" }, part?.attempts ?? 0),
-        h("td", { class: "reason", title: visible(reasonOf(part), 1000) || null }, visible(reasonOf(part), 300)))))));
+        h("td", { class: "reason", title: visible(reasonOf(part), 1000) || null }, visible(reasonOf(part), 300)))))),
+    unreadable.length > 0 && h("p", { class: "problem" },
+      `Not among them, because their records are damaged and can't be read: ${unreadable.map(({ cycleId = "?" }) => `cycle ${cycleId}`).join(", ")}.`));
 }
 
 function showOutput(place, one) {
