@@ -21,6 +21,7 @@ use orchestrator_core::{
     subsystem::{Answer, Cycle, Failure, Object, Server, Subsystem},
 };
 use prost::Message;
+use tokio::process::Command;
 use tonic::{
     Code, Status,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
@@ -229,6 +230,13 @@ async fn a_plan_that_is_larger_than_an_answer_has_pages() {
     let refused = stage.client.run_cycle(request).await.unwrap_err();
     assert_eq!(reason(&refused), because(Code::ResourceExhausted, "ANSWER_TOO_LARGE", []));
     assert!(refused.message().contains("PlanCycle"), "{refused:?}");
+    // On the command line, what to do is told in commands.
+    let address = format!("http://{}", stage.service.address());
+    let command = ["run", "--validate-only", "--address", &address];
+    let said = Command::new(env!("CARGO_BIN_EXE_orchestrator")).args(command).output().await.unwrap();
+    let said = String::from_utf8(said.stderr).unwrap();
+    assert!(said.contains("ANSWER_TOO_LARGE") && !said.contains("PlanCycle"), "{said}");
+    assert!(said.ends_with(&format!("read page by page: orchestrator plan --address {address}\n")), "{said}");
     let request = pb::PlanCycleRequest { page_token: "x".into(), ..Default::default() };
     assert_eq!(reason(&stage.client.plan_cycle(request).await.unwrap_err()), invalid(["page_token"]));
 }
@@ -273,9 +281,11 @@ async fn an_output_and_a_snapshot_that_are_too_large_together_are_answered_one_b
     for one in [of("a", true, false), of("a", false, true)] {
         assert!((MIB..MAX_ANSWER).contains(&one.await.unwrap()));
     }
-    for (both, told) in [(of("a", true, true), "one by one"), (of("b", true, false), "max_output_bytes")] {
+    for (name, both, told) in
+        [("a", of("a", true, true), "one by one"), ("b", of("b", true, false), "max_output_bytes")]
+    {
         let refused = both.await.unwrap_err();
-        assert_eq!(reason(&refused), because(Code::ResourceExhausted, "ANSWER_TOO_LARGE", []));
+        assert_eq!(reason(&refused), because(Code::ResourceExhausted, "ANSWER_TOO_LARGE", [("subsystem", name)]));
         assert!(refused.message().contains(told), "{refused:?}");
     }
     assert!(of("b", false, true).await.unwrap() < MIB);

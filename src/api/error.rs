@@ -106,10 +106,11 @@ fn shortened(text: String, max: usize) -> String {
     if text.len() <= max { text } else { format!("{}…", excerpt(&text, max)) }
 }
 
-/// The status of an answer that would be larger than clients take.
-pub(super) fn answer_too_large(what_to_do: &str) -> Status {
+/// The status of an answer that would be larger than clients take, of this subsystem or of all.
+pub(super) fn answer_too_large(subsystem: Option<&Name>, what_to_do: &str) -> Status {
     let message = format!("the answer would be larger than 3 MiB; {what_to_do}");
-    with_reason(Code::ResourceExhausted, message, "ANSWER_TOO_LARGE", vec![])
+    let metadata = subsystem.map(|name| ("subsystem", name.to_string())).into_iter().collect();
+    with_reason(Code::ResourceExhausted, message, "ANSWER_TOO_LARGE", metadata)
 }
 
 fn with_reason(code: Code, message: String, reason: &str, metadata: Vec<(&str, String)>) -> Status {

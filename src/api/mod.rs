@@ -174,7 +174,7 @@ impl Service for Api {
             let subset = self.orchestrator.registered_names(request.subset).await.map_err(status)?;
             let (plan, next) = response::plan_page(self.schedule(subset).await, 0, usize::MAX, MAX_ANSWER);
             if next.is_some() {
-                return Err(error::answer_too_large("ask PlanCycle, which has pages"));
+                return Err(error::answer_too_large(None, "ask PlanCycle, which has pages"));
             }
             return Ok(Response::new(pb::RunCycleResponse { plan: Some(plan), ..Default::default() }));
         }
@@ -218,7 +218,10 @@ impl Service for Api {
             let registered = self.orchestrator.subsystems(None, usize::MAX);
             let (subsystems, all_fit) = self.statuses(&registered, include_snapshots, room).await;
             if !all_fit {
-                return Err(error::answer_too_large("page through ListSubsystems, and ask for snapshots one by one"));
+                return Err(error::answer_too_large(
+                    None,
+                    "page through ListSubsystems, and ask for snapshots one by one",
+                ));
             }
             answer.subsystems = subsystems;
         }
@@ -335,15 +338,18 @@ impl Service for Api {
         }
         if subsystem.encoded_len() + response::AROUND > MAX_ANSWER {
             let (output, snapshot) = (subsystem.output.len(), subsystem.snapshot.len());
-            return Err(error::answer_too_large(&if output.max(snapshot) < MAX_ANSWER - (1 << 20) {
-                format!("ask for the output of {name} and for its snapshot one by one")
-            } else {
-                let [output, snapshot] = [output, snapshot].map(|bytes| format!("{bytes} bytes"));
-                format!(
-                    "of {name}, {output} are its output and {snapshot} its snapshot: ask without the larger one, and keep it \
+            return Err(error::answer_too_large(
+                Some(&registered.member.subsystem.name),
+                &if output.max(snapshot) < MAX_ANSWER - (1 << 20) {
+                    format!("ask for the output of {name} and for its snapshot one by one")
+                } else {
+                    let [output, snapshot] = [output, snapshot].map(|bytes| format!("{bytes} bytes"));
+                    format!(
+                        "of {name}, {output} are its output and {snapshot} its snapshot: ask without the larger one, and keep it \
                      below 2 MiB by limits.max_output_bytes of the registration"
-                )
-            }));
+                    )
+                },
+            ));
         }
         Ok(Response::new(pb::GetSubsystemResponse { subsystem: Some(subsystem) }))
     }

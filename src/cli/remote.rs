@@ -302,6 +302,17 @@ impl<F: clap::Args> Remote<F> {
                     format!("the record has no cycle {}: there was none yet, or it is no longer retained", cycle()?);
                 (what, format!("\nTo see what there is: orchestrator cycles list{flag}"))
             }
+            "MEMORY_LIMIT" => {
+                let id = cycle()?;
+                let what =
+                    format!("cycle {id} is recorded, and the service has no memory now to answer with its record");
+                (what, format!("\nTo see it later: orchestrator cycles show {id}{flag}"))
+            }
+            // Of a subsystem, the service itself says what there is too much of.
+            "ANSWER_TOO_LARGE" if !info.metadata.contains_key("subsystem") => {
+                let what = "the answer would be larger than 3 MiB".to_owned();
+                (what, format!("\nTo see the plan, which is then read page by page: orchestrator plan{flag}"))
+            }
             "REVISION_NOT_RETAINED" => {
                 let (oldest, newest) = (metadata("oldest_revision")?, metadata("newest_revision")?);
                 let what = match (oldest.parse::<u64>(), newest.parse::<u64>()) {
