@@ -93,7 +93,7 @@ pub(super) const CHECKS: &[Check] = checks! {
         "Unknown fields are ignored by both sides, so that either can be newer than the other.",
     Required "absent-and-stale-inputs" absent_and_stale_inputs
         "one entry for each name in `requires`, `after` and `reads` of the registration, also when it is absent. … Whether \
-         `output` was made in this cycle, in an earlier one, or never. … Not set means an empty one, or, when `freshness` is \
+         `output` was made in this cycle, in another one, or never. … Not set means an empty one, or, when `freshness` is \
          FRESHNESS_ABSENT, none.",
     Required "large-input" large_input
         "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones should \
