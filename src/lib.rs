@@ -20,4 +20,5 @@ pub mod serve;
 pub mod store;
 pub mod subsystem;
 pub mod telemetry;
+mod turn;
 mod web;

@@ -177,6 +177,57 @@ async fn says(what: &'static [u8]) -> (SocketAddr, JoinSet<()>) {
     .await
 }
 
+/// The kinds of frames.
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const WINDOW_UPDATE: u8 = 8;
+
+/// Flags of frames.
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// Greets a client of HTTP/2, by hand.
+async fn greet(socket: &mut TcpStream) {
+    socket.write_all(&[frame(SETTINGS, 0, 0, &[]), frame(SETTINGS, 1, 0, &[])].concat()).await.unwrap();
+    socket.read_exact(&mut [0; 24]).await.unwrap();
+}
+
+/// Kind, flags, stream and payload of the next frame.
+async fn next_frame(socket: &mut TcpStream) -> std::io::Result<(u8, u8, u32, Vec<u8>)> {
+    let mut head = [0; 9];
+    socket.read_exact(&mut head).await?;
+    let [a, b, c, kind, flags, stream @ ..] = head;
+    let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+    socket.read_exact(&mut payload).await?;
+    Ok((kind, flags, u32::from_be_bytes(stream), payload))
+}
+
+/// Answers the call on this stream with an empty answer.
+async fn succeed_by_hand(socket: &mut TcpStream, stream: u32) {
+    let answer = [
+        frame(HEADERS, END_HEADERS, stream, b"\x88\x0f\x10\x10application/grpc"),
+        frame(DATA, 0, stream, &framed(b"")),
+        frame(HEADERS, END_HEADERS | END_STREAM, stream, b"\x00\x0bgrpc-status\x010"),
+    ];
+    socket.write_all(&answer.concat()).await.unwrap();
+}
+
+/// Sends this again and again, until the connection has ended.
+async fn flood(socket: TcpStream, what: &[u8]) {
+    let (mut from, mut to) = socket.into_split();
+    let mut nowhere = tokio::io::sink();
+    let answers = tokio::io::copy(&mut from, &mut nowhere);
+    let what = what.repeat((16 << 10) / what.len());
+    let _ = tokio::join!(answers, async { while to.write_all(&what).await.is_ok() {} });
+}
+
 fn retried(max_attempts: u32) -> pb::RetryPolicy {
     pb::RetryPolicy { max_attempts, initial_backoff: ms(1), max_backoff: ms(1), ..Default::default() }
 }
@@ -249,6 +300,99 @@ async fn who_breaks_http2_again_and_again_breaks_a_connection_of_its_own() {
         assert_eq!(ended(&cycle, "neighbour"), (SUCCEEDED, "", "", 1));
     }
     assert_eq!(server.connections.load(Ordering::Relaxed), 2);
+}
+
+#[tokio::test]
+async fn a_connection_that_is_flooded_though_no_call_is_open_is_closed() {
+    let floods = [
+        ("pings", frame(PING, 0, 0, &[0; 8])),
+        ("settings", frame(SETTINGS, 0, 0, &[])),
+        ("windows", frame(WINDOW_UPDATE, 0, 0, &[0, 0, 0, 1])),
+        ("hints", frame(HEADERS, END_HEADERS, 1, b"\x08\x03103")),
+    ];
+    let mut stage = Stage::new().await;
+    let (mut servers, mut begin, mut over) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, what) in floods {
+        let (begins, is_over) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        begin.push(begins.clone());
+        over.push((name, is_over.clone()));
+        let (address, server) = other_server(move |mut socket| {
+            let (begins, is_over, what) = (begins.clone(), is_over.clone(), what.clone());
+            async move {
+                greet(&mut socket).await;
+                tokio::select! {
+                    () = async {
+                        while let Ok((_, flags, stream, _)) = next_frame(&mut socket).await {
+                            if stream != 0 && flags & END_STREAM != 0 {
+                                succeed_by_hand(&mut socket, stream).await;
+                            }
+                        }
+                    } => {}
+                    () = begins.notified() => {
+                        flood(socket, &what).await;
+                        is_over.notify_one();
+                    }
+                }
+            }
+        })
+        .await;
+        servers.push(server);
+        register(&mut stage, name, &format!("http://{address}"), 1).await;
+    }
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+    for begin in begin {
+        begin.notify_one();
+    }
+    for (name, over) in over {
+        patiently(&format!("the connection flooded with {name} to end"), over.notified()).await;
+    }
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+}
+
+#[tokio::test]
+async fn who_floods_in_its_call_fails_alone() {
+    // Interim answers are of its own call. Its neighbour has called by then, and is answered on the next connection.
+    let interim = [b"\x08\x03103\x00\x04link\x64", &[b'x'; 100][..]].concat();
+    let connections = AtomicUsize::new(0);
+    let (shared, _server) = other_server(move |mut socket| {
+        let (interim, is_first) = (interim.clone(), connections.fetch_add(1, Ordering::Relaxed) == 0);
+        async move {
+            greet(&mut socket).await;
+            let (mut hints, mut neighbour) = (None, None);
+            while let Ok((_, flags, stream, payload)) = next_frame(&mut socket).await {
+                if stream == 0 || flags & END_STREAM == 0 {
+                    continue;
+                }
+                match payload.windows(5).any(|it| it == b"hints") {
+                    true => hints = Some(stream),
+                    false if is_first => neighbour = Some(stream),
+                    false => succeed_by_hand(&mut socket, stream).await,
+                }
+                if let Some(stream) = hints.filter(|_| neighbour.is_some() || !is_first) {
+                    return flood(socket, &frame(HEADERS, END_HEADERS, stream, &interim)).await;
+                }
+            }
+        }
+    })
+    .await;
+    // Of pings it is not known which call they belong to.
+    let (pings, _server) = other_server(|mut socket| async move {
+        greet(&mut socket).await;
+        while next_frame(&mut socket).await.unwrap().0 != HEADERS {}
+        flood(socket, &frame(PING, 0, 0, &[0; 8])).await;
+    })
+    .await;
+    let mut stage = Stage::new().await;
+    for (name, address) in [("hints", shared), ("neighbour", shared), ("pings", pings)] {
+        register(&mut stage, name, &format!("http://{address}"), 1).await;
+    }
+    for _ in 0..2 {
+        let cycle = stage.client.run().await.unwrap();
+        let flood = "Initialize: it has sent more than 4194304 bytes beside its answers while no call began or ended";
+        assert_eq!(ended(&cycle, "hints"), (FAILED, "RESOURCE_EXHAUSTED", flood, 0));
+        assert_eq!(ended(&cycle, "neighbour"), (SUCCEEDED, "", "", 1));
+        assert_eq!(ended(&cycle, "pings"), (FAILED, "UNAVAILABLE", flood, 0));
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -693,28 +837,17 @@ async fn no_more_calls_are_made_at_one_time_than_the_peer_takes_and_all_come_to_
 /// the connection of whoever sends more than a few.
 #[tokio::test(start_paused = true)]
 async fn a_call_of_hours_is_waited_for_without_pings() {
-    const PING: u8 = 6;
     let (address, _server) = other_server(|mut socket| async move {
-        let settings = [&[0, 0, 0, 4, 0, 0, 0, 0, 0][..], &[0, 0, 0, 4, 1, 0, 0, 0, 0]].concat();
-        socket.write_all(&settings).await.unwrap();
-        let mut preface = [0; 24];
-        socket.read_exact(&mut preface).await.unwrap();
+        greet(&mut socket).await;
         let frames = async {
             loop {
-                let mut head = [0; 9];
-                socket.read_exact(&mut head).await.unwrap();
-                assert_ne!(head[3], PING);
-                let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-                let mut payload = vec![0; length as usize];
-                socket.read_exact(&mut payload).await.unwrap();
+                assert_ne!(next_frame(&mut socket).await.unwrap().0, PING);
             }
         };
         let _: Result<(), _> = tokio::time::timeout(Duration::from_hours(3), frames).await;
         let block =
             [&[0x88, 0, 11][..], b"grpc-status", &[1], b"5", &[0, 12], b"content-type", &[16], b"application/grpc"];
-        let block = block.concat();
-        let length = u8::try_from(block.len()).unwrap();
-        socket.write_all(&[&[0, 0, length, 1, 5, 0, 0, 0, 1][..], &block].concat()).await.unwrap();
+        socket.write_all(&frame(HEADERS, END_HEADERS | END_STREAM, 1, &block.concat())).await.unwrap();
         let _ = socket.read_to_end(&mut Vec::new()).await;
     })
     .await;

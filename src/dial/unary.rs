@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::{
     connection::{MAX_HEADERS, STREAM_WINDOW},
     outcome,
-    wire::Seen,
+    wire::{self, Flooded, Seen},
 };
 use crate::{
     memory::{Full, Held},
@@ -70,6 +70,7 @@ pub(super) async fn make(
     seen: &Seen,
     held: &mut Held,
 ) -> Result<Vec<u8>, Failed> {
+    let _open = seen.open();
     let called_at = Instant::now();
     let is_late = || called_at.elapsed() >= call.timeout;
     let (response, mut request) = send.send_request(head(call, to), false).map_err(|_| Failed::NotSent)?;
@@ -192,6 +193,16 @@ fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed
         let reason = error.reason().unwrap_or(Reason::INTERNAL_ERROR);
         let error = outcome::of_reset(reason, is_late);
         return if reason == Reason::REFUSED_STREAM { Failed::Unprocessed(error) } else { error.into() };
+    }
+    match seen.flooded() {
+        None => {}
+        Some(Flooded::InCalls) if seen.stream() == stream => {
+            return Failed::Call { error: outcome::too_large(wire::flood()), breaks_connection: true };
+        }
+        // It was of no call.
+        Some(Flooded::InCalls) if seen.stream() == 0 => return outcome::unavailable(wire::flood()).into(),
+        // It was of another call, or over when this one began.
+        Some(Flooded::InCalls | Flooded::Unused) => return Failed::CutOff,
     }
     // The library has taken offence at a frame: that of this call, or that of another one on the connection.
     if error.is_library() {

@@ -1,6 +1,6 @@
-//! The bytes of a connection, looked at on their way to the HTTP/2 library: whether they are HTTP/2 at all, and of which
-//! stream the frame is that the library reads. It gives up a whole connection over what one stream has sent, and does not
-//! say which one that was.
+//! The bytes of a connection, looked at on their way to the HTTP/2 library: whether they are HTTP/2 at all, whether they are
+//! more than the calls on it ask for, and of which stream the frame is that the library reads. It gives up a whole connection
+//! over what one stream has sent, and does not say which one that was.
 //!
 //! Frames are those of RFC 9113, section 4.1; a server's first one is SETTINGS (section 3.4).
 
@@ -10,7 +10,7 @@ use std::{
     fmt, io,
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
@@ -20,16 +20,28 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::connection::MAX_HEADERS;
+use crate::turn;
 
 /// The bytes in the head of a frame.
 const HEAD: usize = 9;
 /// The bytes of a GOAWAY frame up to the end of the stream that it names.
 const GOAWAY_HEAD: usize = HEAD + 4;
 
+const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
 const CONTINUATION: u8 = 9;
+
+/// The most bytes that a peer may send beside the messages of its answers while no call begins or ends, apart from the headers
+/// of those that are open. A peer that pings each second sends 1.5 MB in the longest call, which is of a day; and when calls
+/// are cancelled, up to a megabyte of their answers is on its way. More would cost a processor for nothing.
+const MAX_BESIDE: usize = 4 << 20;
+
+/// What is said of a peer that does.
+pub(super) fn flood() -> String {
+    format!("it has sent more than {MAX_BESIDE} bytes beside its answers while no call began or ended")
+}
 
 /// A connection whose frames are handed on so that those of one stream never come together with those of another.
 pub(super) struct Watched<T> {
@@ -49,6 +61,31 @@ pub(super) struct Seen {
     /// send the next block.
     large_headers: Mutex<VecDeque<u32>>,
     last_processed: AtomicU32,
+    /// Calls that are open.
+    calls: AtomicUsize,
+    /// Bytes beside the messages of answers since a call has begun or ended.
+    beside: AtomicUsize,
+    /// Set when these are too many.
+    flooded: OnceLock<Flooded>,
+}
+
+/// A connection is given up because its peer has sent too much beside the messages of its answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flooded {
+    /// No call was open.
+    Unused,
+    /// Calls were open.
+    InCalls,
+}
+
+/// A call that is open on a connection, until this is dropped.
+pub(super) struct Open<'a>(&'a Seen);
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.calls.fetch_sub(1, Ordering::Relaxed);
+        self.0.beside.store(0, Ordering::Relaxed);
+    }
 }
 
 impl Default for Seen {
@@ -59,6 +96,9 @@ impl Default for Seen {
             header_bytes: AtomicUsize::new(0),
             large_headers: Mutex::default(),
             last_processed: AtomicU32::new(u32::MAX),
+            calls: AtomicUsize::new(0),
+            beside: AtomicUsize::new(0),
+            flooded: OnceLock::new(),
         }
     }
 }
@@ -67,6 +107,31 @@ impl Seen {
     /// The peer has sent its settings: it speaks HTTP/2.
     pub(super) fn is_settled(&self) -> bool {
         self.is_settled.load(Ordering::Relaxed)
+    }
+
+    /// Notes a call.
+    pub(super) fn open(&self) -> Open<'_> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.beside.store(0, Ordering::Relaxed);
+        Open(self)
+    }
+
+    /// Whether the connection was given up over what its peer has sent beside the messages of its answers.
+    pub(super) fn flooded(&self) -> Option<Flooded> {
+        self.flooded.get().copied()
+    }
+
+    /// Notes a frame, if there may be one more.
+    fn note_frame(&self, kind: u8, payload: usize) -> Result<(), Unwanted> {
+        let calls = self.calls.load(Ordering::Relaxed);
+        // A piece of a message counts as far as it is smaller than its head.
+        let bytes = if kind == DATA && calls > 0 { HEAD.saturating_sub(payload) } else { HEAD + payload };
+        let most = MAX_BESIDE + calls * MAX_HEADERS as usize;
+        if self.beside.fetch_add(bytes, Ordering::Relaxed) + bytes <= most {
+            return Ok(());
+        }
+        let _ = self.flooded.set(if calls == 0 { Flooded::Unused } else { Flooded::InCalls });
+        Err(Unwanted(flood()))
     }
 
     /// The stream of the frame that was read last; 0 is the connection itself.
@@ -125,7 +190,7 @@ impl<T> Watched<T> {
 
 impl Frames {
     /// Takes note of bytes, and says how many of them may be handed on: those up to a frame of another stream.
-    fn take(&mut self, bytes: &[u8]) -> Result<usize, Stranger> {
+    fn take(&mut self, bytes: &[u8]) -> Result<usize, Unwanted> {
         let mut at = 0;
         while at < bytes.len() {
             if self.read == self.len {
@@ -152,13 +217,13 @@ impl Frames {
     }
 
     /// Looks at what was read of a frame, of which `had` bytes were there before.
-    fn look(&mut self, had: usize, greeting: &[u8]) -> Result<(), Stranger> {
+    fn look(&mut self, had: usize, greeting: &[u8]) -> Result<(), Unwanted> {
         let settled = self.seen.is_settled();
         // A length of less than 64 KiB, and the kind.
         if !settled && self.read >= 4 && (self.head[0] != 0 || self.head[3] != SETTINGS) {
             let mut said = self.head[..had.min(HEAD)].to_vec();
             said.extend(greeting);
-            return Err(Stranger::of(&said));
+            return Err(Unwanted::greeting(&said));
         }
         let kind = self.head[3];
         if had < HEAD && self.read >= HEAD {
@@ -166,6 +231,7 @@ impl Frames {
             let payload = u32::from_be_bytes([0, a, b, c]) as usize;
             self.len = HEAD + payload;
             self.seen.stream.store(stream_of(&self.head[..HEAD].try_into().unwrap_or_default()), Ordering::Relaxed);
+            self.seen.note_frame(kind, payload)?;
             let before = if kind == CONTINUATION { self.seen.header_bytes() } else { 0 };
             if kind == HEADERS || kind == CONTINUATION {
                 self.seen.header_bytes.store(before + payload, Ordering::Relaxed);
@@ -191,12 +257,13 @@ fn stream_of(head: &[u8; HEAD]) -> u32 {
     u32::from_be_bytes([a & 0x7f, b, c, d])
 }
 
-/// What answers is no HTTP/2 server.
+/// Why what the peer sends is not taken.
 #[derive(Debug)]
-struct Stranger(String);
+struct Unwanted(String);
 
-impl Stranger {
-    fn of(said: &[u8]) -> Self {
+impl Unwanted {
+    /// What answers is no HTTP/2 server.
+    fn greeting(said: &[u8]) -> Self {
         /// More is not needed to know it.
         const SHOWN: usize = 40;
         let line = said.split(|byte| matches!(byte, b'\r' | b'\n')).next().unwrap_or_default();
@@ -213,21 +280,21 @@ impl Stranger {
     }
 }
 
-impl fmt::Display for Stranger {
+impl fmt::Display for Unwanted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl Error for Stranger {}
+impl Error for Unwanted {}
 
 impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let Self { io, held_back, frames } = self.get_mut();
-        let stranger = |stranger| io::Error::new(io::ErrorKind::InvalidData, stranger);
+        let refuse = |unwanted: Unwanted| io::Error::new(io::ErrorKind::InvalidData, unwanted);
         if !held_back.is_empty() {
             let fitting = held_back.len().min(buf.remaining());
-            let taken = frames.take(&held_back[..fitting]).map_err(stranger)?;
+            let taken = frames.take(&held_back[..fitting]).map_err(refuse)?;
             buf.put_slice(&held_back[..taken]);
             held_back.advance(taken);
             if held_back.is_empty() {
@@ -237,11 +304,12 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
         }
         let before = buf.filled().len();
         ready!(Pin::new(io).poll_read(cx, buf))?;
+        turn::end_sooner(cx, buf.filled().len() - before);
         let taken = match frames.take(&buf.filled()[before..]) {
             Ok(taken) => taken,
             Err(error) => {
                 buf.set_filled(before);
-                return Poll::Ready(Err(stranger(error)));
+                return Poll::Ready(Err(refuse(error)));
             }
         };
         held_back.extend_from_slice(&buf.filled()[before + taken..]);
@@ -278,6 +346,8 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+
     use tokio::io::AsyncReadExt;
 
     use super::*;
@@ -321,6 +391,23 @@ mod tests {
             assert_eq!((seen.header_bytes(), seen.is_settled()), (11, true));
             assert!(seen.is_unprocessed(3) && !seen.is_unprocessed(1));
         }
+    }
+
+    #[tokio::test]
+    async fn who_sends_without_end_lets_others_have_their_turn() {
+        let settings = frame(SETTINGS, 0, &[]);
+        let mut watched = Watched::new(AsyncReadExt::chain(&settings[..], tokio::io::repeat(0)), Arc::default());
+        let (mut read, mut buffer) = (0, vec![0; 8 << 10]);
+        poll_fn(|cx| {
+            let mut buf = ReadBuf::new(&mut buffer);
+            while Pin::new(&mut watched).poll_read(cx, &mut buf).is_ready() {
+                read += buf.filled().len();
+                buf.clear();
+            }
+            Poll::Ready(())
+        })
+        .await;
+        assert!((settings.len()..=settings.len() + (64 << 10)).contains(&read), "{read}");
     }
 
     /// Gives these bytes in pieces of this size.

@@ -18,12 +18,13 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     select,
     sync::{OwnedSemaphorePermit, Semaphore},
-    task::{JoinSet, coop},
+    task::JoinSet,
     time::{Instant, Sleep, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{Listener, repeated::Repeated};
+use crate::turn;
 
 /// Serves each connection that comes in until `stop` is cancelled, and then waits until those that are open have ended.
 /// All of them break when `cut_off` is cancelled.
@@ -386,18 +387,6 @@ impl<S> Connection<S> {
     }
 }
 
-/// Takes steps of the task's turn for what was read. By itself a read is one step of 128, so that a megabyte of small frames
-/// would be one turn, for which the other connections wait.
-fn end_turn_sooner(cx: &mut Context<'_>, bytes: usize) {
-    const STEP: usize = 512;
-    for _ in 0..bytes / STEP {
-        match coop::poll_proceed(cx) {
-            Poll::Ready(step) => step.made_progress(),
-            Poll::Pending => break,
-        }
-    }
-}
-
 impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
@@ -415,7 +404,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
         if bytes == 0 {
             self.broken.set();
         }
-        end_turn_sooner(cx, bytes);
+        turn::end_sooner(cx, bytes);
         Poll::Ready(self.broken.note(read))
     }
 }
