@@ -211,17 +211,18 @@ impl<F: clap::Args> Remote<F> {
         match tokio::time::timeout(limit, health.check(HealthCheckRequest::default())).await {
             Ok(Err(status)) if is_connection_lost(&status) => Err(self.failure(&status)),
             Ok(_) => Ok(()),
-            Err(_) => Err(self.late(limit)),
+            Err(_) => Err(self.silent(&format!("has given no sign of life for {}", short(SILENCE + limit)))),
         }
     }
 
     /// The service has not answered in time.
     pub(super) fn late(&self, limit: Duration) -> Failure {
+        self.silent(&format!("has not answered within {}", short(limit)))
+    }
+
+    fn silent(&self, how: &str) -> Failure {
         let Address(address) = &self.address;
-        Failure::new(
-            Exit::Unreachable,
-            format!("the service at {address} has not answered within {}; wait longer with --timeout", short(limit)),
-        )
+        Failure::new(Exit::Unreachable, format!("the service at {address} {how}; wait longer with --timeout"))
     }
 
     fn unreachable(&self, why: &str) -> Failure {

@@ -8,8 +8,8 @@ use tonic::{Code, Status, Streaming};
 use super::{
     Exit, Failure, known,
     output::{
-        Format, clean, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted, print, short,
-        subsystem_state, telemetry, time, trigger,
+        Format, clean, coarse, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted, print,
+        short, subsystem_state, telemetry, time, trigger,
     },
     progress::Bar,
     remote::{Health, Remote, is_connection_lost, reason},
@@ -301,8 +301,9 @@ impl Events {
                 }
                 Err(failure) => failure,
             };
-            if let Some(patience) = self.give_up_after.filter(|patience| away_since.elapsed() > *patience) {
-                let message = format!("{}\nGave up after {}.", failure.message, short(patience));
+            let away = away_since.elapsed();
+            if self.give_up_after.is_some_and(|patience| away > patience) {
+                let message = format!("{}\nGave up after {}.", failure.message, short(coarse(away)));
                 return Err(Failure::new(Exit::Unreachable, message));
             }
         }
