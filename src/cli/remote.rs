@@ -22,7 +22,7 @@ use super::{
     known::Unknown,
     output::{Format, clean, short},
 };
-use crate::proto::orchestrator::v1::orchestrator_client::OrchestratorClient;
+use crate::{dial::tls_in_words, proto::orchestrator::v1::orchestrator_client::OrchestratorClient};
 
 /// The generated client.
 pub(super) type Client = OrchestratorClient<Channel>;
@@ -227,12 +227,10 @@ impl<F: clap::Args> Remote<F> {
 
     fn unreachable(&self, why: &str) -> Failure {
         let Address(address) = &self.address;
-        let mut why = clean(why);
+        let mut why = tls_in_words(clean(why));
         // What HTTP/2 says to a peer that hangs up on it, and to an answer that is none of its own, as TLS does first.
         let not_http2 = ["broken pipe", "connection closed", "http2 error", "frame with invalid size"];
-        if why.contains("InvalidContentType") {
-            why = format!("it does not speak TLS, so give http:// ({why})");
-        } else if not_http2.iter().any(|said| why.contains(said)) {
+        if not_http2.iter().any(|said| why.contains(said)) {
             why = format!("what listens there does not speak gRPC: the dashboard has an address of its own ({why})");
         }
         Failure::new(

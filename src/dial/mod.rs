@@ -30,7 +30,7 @@ use tokio::sync::Semaphore;
 use self::{client::Failure, connect::Connector, resolve::Resolver, tls::Trust};
 pub use self::{
     client::{Client, Received},
-    tls::NoCertificate,
+    tls::{NoCertificate, tls_in_words},
     unary::{Call, framed, framed_bytes},
 };
 use crate::{

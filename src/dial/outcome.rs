@@ -9,6 +9,7 @@ use std::{error::Error, io};
 use h2::Reason;
 use http::{HeaderMap, StatusCode, header::CONTENT_TYPE};
 
+use super::tls::tls_in_words;
 use crate::{model::Code, ports::CallError};
 
 /// The status in headers or trailers; `None` when there is none in them. `late` says that the deadline had passed when
@@ -113,8 +114,7 @@ pub(super) fn chain(error: &dyn Error) -> String {
         }
         next = error.source();
     }
-    // What rustls says to an answer that is no TLS.
-    if text.contains("InvalidContentType") { format!("it does not speak TLS, so give http:// ({text})") } else { text }
+    tls_in_words(text)
 }
 
 /// The text in a `grpc-message`. As the protocol asks, what is not encoded well is kept as it is, and what is not UTF-8 is

@@ -47,6 +47,13 @@ impl Trust {
     }
 }
 
+/// Why there is no connection over TLS, as people may be told: rustls says nothing they would understand of an answer that is
+/// no TLS. Anything else stays as it is.
+#[must_use]
+pub fn tls_in_words(why: String) -> String {
+    if why.contains("InvalidContentType") { format!("it does not speak TLS, so give http:// ({why})") } else { why }
+}
+
 fn read(others: Vec<CertificateDer<'static>>) -> Result<Arc<ClientConfig>, String> {
     let mut roots = RootCertStore::empty();
     let system = rustls_native_certs::load_native_certs();
