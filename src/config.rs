@@ -89,7 +89,7 @@ pub struct Server {
     pub max_receiving_bytes: Option<usize>,
     /// Watchers at one time, over all connections. 0 to 100,000, default 2,000.
     pub max_watchers: usize,
-    /// How long a shutdown waits for the running cycle and open calls. 0 s to 1 h, default 30 s.
+    /// How long a shutdown waits for running cycles and open calls. 0 s to 1 h, default 30 s.
     pub drain_grace: Duration,
 }
 
@@ -126,7 +126,7 @@ pub struct Cycle {
     pub deadline: Duration,
     /// Subsystems that are called at one time, by all cycles together. 1 to 100,000, default 1,024.
     pub max_concurrent_calls: usize,
-    /// Cycles that wait while one runs. 0 to 10,000, default 64.
+    /// Cycles that wait for one with a subsystem in common. 0 to 10,000, default 64.
     pub max_queued: usize,
     /// Bytes of the record of one cycle; beyond, details are left out. 64 KiB to 64 MiB, default 3 MiB, which fits the
     /// 4 MiB that gRPC clients read by default.

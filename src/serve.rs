@@ -214,7 +214,7 @@ impl Service {
     }
 
     /// Serves until `stop`, or until it ends by itself: another process has taken over the store, or a part of it has
-    /// ended by a defect. Then it shuts down in order: nothing new is admitted, the running cycle may finish within the
+    /// ended by a defect. Then it shuts down in order: nothing new is admitted, running cycles may finish within the
     /// grace, the last state is written, watchers are told, and the connections are closed. When `abort` comes in
     /// between, that is the end.
     pub async fn run(mut self, stop: impl Future<Output = ()>, abort: impl Future<Output = ()>) -> Exit {
@@ -262,14 +262,14 @@ impl Service {
     async fn drain(mut self) -> Exit {
         /// Long enough to write a record, short enough for those who wait for the process to end.
         const LAST_WRITE: Duration = Duration::from_secs(10);
-        tracing::info!(grace = ?self.drain_grace, "shutting down: the running cycle may finish");
+        tracing::info!(grace = ?self.drain_grace, "shutting down: running cycles may finish");
         self.health.set_service_status(SERVICE, ServingStatus::NotServing).await;
         self.health.set_service_status("", ServingStatus::NotServing).await;
         self.orchestrator.drain();
         let finished = if let Ok(finished) = timeout(self.drain_grace, self.tasks.finished()).await {
             finished
         } else {
-            tracing::warn!("the grace has passed: cancelling the running cycle");
+            tracing::warn!("the grace has passed: cancelling running cycles");
             self.orchestrator.cancel_running();
             let not_written = || StoreError::Other("the record".into(), "could not be written in time".into());
             timeout(LAST_WRITE, self.tasks.finished()).await.unwrap_or_else(|_| Err(Stopped::Store(not_written())))

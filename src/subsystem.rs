@@ -158,7 +158,7 @@ pub struct Cycle {
 pub enum Input {
     /// Made in this cycle.
     Fresh(Object),
-    /// Made by an earlier cycle.
+    /// Made by another cycle.
     Stale {
         /// What was returned.
         output: Object,

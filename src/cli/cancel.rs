@@ -11,8 +11,7 @@ use crate::proto::orchestrator::v1 as pb;
 /// Cancel a running or waiting cycle
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-What had finished in it stays recorded. Waits until the cycle is recorded: for one that waits in line, that is when \
-those before it have ended.
+What had finished in it stays recorded. Waits until the cycle is recorded: one that waits in line is recorded at once.
 
 Exit codes:
   0    it is recorded as CANCELLED
@@ -22,7 +21,7 @@ Exit codes:
 
 Examples:
   orchestrator cancel 12
-  orchestrator cancel \"$(orchestrator status --output json | jq -r '.status.runningCycle.cycleId // empty')\"")]
+  orchestrator status --output json | jq -r '.status.runningCycles[]?.cycleId' | xargs -rn1 orchestrator cancel")]
 pub(super) struct Cancel {
     /// The number of the cycle: see `orchestrator status`
     #[arg(value_name = "CYCLE_ID", value_parser = parse_cycle_id)]

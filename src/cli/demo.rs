@@ -42,7 +42,7 @@ const DREAMNET: &str = include_str!("../../examples/dreamnet.toml");
 The subsystems and their order are those of examples/dreamnet.toml. They run in this process, behind real sockets: each \
 makes its output from its inputs, works for a while, and now and then is slow, fails, or hangs until its timeout.
 
-Ctrl-C or SIGTERM stops everything, and cancels the running cycle; nothing is left behind but what --store names.
+Ctrl-C or SIGTERM stops everything, and cancels running cycles; nothing is left behind but what --store names.
 
 Examples:
   orchestrator demo

@@ -31,7 +31,7 @@ enum Command {
     #[command(
         visible_alias = "ls",
         after_help = "\
-DUE is the sum of RAN, SKIPPED (another cycle was running), MISSED (the service was down), COALESCED (folded into \
+DUE is the sum of RAN, SKIPPED (a cycle with a subsystem in common was running or waiting), MISSED (the service was down), COALESCED (folded into \
 another tick's cycle) and DROPPED (refused). The latest ticks that did not run are listed below the table.
 
 Examples:
@@ -57,11 +57,12 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 It survives restarts of the service. For one that the configuration file declares and that was stopped, give only its \
-name. Ticks are due at multiples of the interval since 1970 (UTC), shifted by --offset: loops with the same interval want \
-different offsets, or they take turns. --subsystem may name one that is registered later; until then its part fails.
+name. Ticks are due at multiples of the interval since 1970 (UTC), shifted by --offset: loops with the same interval and a \
+subsystem in common want different offsets, or they take turns. --subsystem may name one that is registered later; until then its part fails.
 
-Overlap policies: skip, the tick's cycle does not run; buffer_one, it waits if none of this loop waits yet; buffer_all, \
-it waits in line; cancel_other, the running cycle is cancelled.
+Overlap policies, for a tick while a cycle with a subsystem in common runs or waits: skip, its cycle does not run; \
+buffer_one, it waits if none of this loop waits yet; buffer_all, it waits in line; cancel_other, the running cycle is \
+cancelled. Loops without a subsystem in common don't hold each other up.
 
 Examples:
   orchestrator loops start heartbeat --interval 5s
@@ -80,7 +81,7 @@ struct Start {
     /// Each cycle starts up to this much after its tick, at random; less than the interval [default: 0s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     jitter: Option<prost_types::Duration>,
-    /// What happens to a tick while a cycle runs [default: skip]
+    /// What happens to a tick while a cycle with a subsystem in common runs or waits [default: skip]
     #[arg(long, value_name = "POLICY", value_parser = one_of(OVERLAP_POLICIES, overlap_policy))]
     overlap_policy: Option<pb::OverlapPolicy>,
     /// What happens to ticks that were due while the service was down: none, they are missed; one, the latest runs

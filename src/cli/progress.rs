@@ -1,9 +1,9 @@
-//! The running cycle as it moves: a bar at the bottom of a terminal.
+//! Running cycles as they move: a bar at the bottom of a terminal.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     io,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use console::Term;
@@ -12,13 +12,19 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle, T
 use super::output::{count, milliseconds, names};
 use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
 
-/// Shows the running cycle, if there is one, below everything that is printed with [`Bar::above`]. Gone when dropped.
+/// Shows the oldest running cycle, if there is one, below everything that is printed with [`Bar::above`], and how many others
+/// run. One line, so that what is printed does not jump when cycles come and go. Gone when dropped.
 pub(super) struct Bar {
-    shown: Option<ProgressBar>,
+    shown: Option<(u64, ProgressBar)>,
     target: fn() -> ProgressDrawTarget,
-    cycle_id: u64,
-    /// Where the history stood when the cycle started.
-    started_after: u64,
+    /// Those that run, by their number.
+    cycles: BTreeMap<u64, Moving>,
+}
+
+/// A cycle that runs.
+struct Moving {
+    started_at: Option<SystemTime>,
+    subsystems: HashSet<String>,
     running: BTreeSet<String>,
     ended: HashSet<String>,
     failed: u64,
@@ -36,71 +42,98 @@ impl Bar {
     }
 
     fn new(target: fn() -> ProgressDrawTarget) -> Self {
+        Self { shown: None, target, cycles: BTreeMap::new() }
+    }
+
+    /// Prints something while the bar is out of the way.
+    pub(super) fn above<T>(&self, print: impl FnOnce() -> T) -> T {
+        match &self.shown {
+            Some((_, bar)) => bar.suspend(print),
+            None => print(),
+        }
+    }
+
+    /// A cycle has started.
+    pub(super) fn start(&mut self, started: &pb::CycleStarted) {
+        let moving = Moving::new(started);
+        // A subsystem is in one cycle at a time, so one with a subsystem of this one has ended. Its record may pass no
+        // filter, and the end of its last part may have been lost on the way.
+        self.cycles.retain(|_, other| other.subsystems.is_disjoint(&moving.subsystems));
+        if !moving.subsystems.is_empty() {
+            self.cycles.insert(started.cycle_id, moving);
+        }
+        self.draw();
+    }
+
+    /// A cycle has moved on.
+    pub(super) fn progress(&mut self, progress: &pb::CycleProgress) {
+        if let Some(moving) = self.cycles.get_mut(&progress.cycle_id) {
+            moving.update(&progress.updates);
+            if moving.ended.len() >= moving.subsystems.len() {
+                // Nothing moves any more.
+                self.cycles.remove(&progress.cycle_id);
+            }
+            self.draw();
+        }
+    }
+
+    /// A cycle has ended.
+    pub(super) fn end(&mut self, cycle_id: u64) {
+        self.cycles.remove(&cycle_id);
+        self.draw();
+    }
+
+    /// Takes the bar away.
+    pub(super) fn clear(&mut self) {
+        self.cycles.clear();
+        self.draw();
+    }
+
+    fn draw(&mut self) {
+        let oldest = self.cycles.first_key_value();
+        if let Some((_, bar)) = self.shown.take_if(|(shown, _)| oldest.is_none_or(|(oldest, _)| oldest != shown)) {
+            bar.finish_and_clear();
+        }
+        let Some((cycle_id, moving)) = oldest else { return };
+        let (_, bar) = self.shown.get_or_insert_with(|| (*cycle_id, moving.bar((self.target)())));
+        let others = self.cycles.len() - 1;
+        bar.set_prefix(if others == 0 { cycle_id.to_string() } else { format!("{cycle_id} (+{others})") });
+        bar.set_position(moving.ended.len() as u64);
+        bar.set_message(moving.message());
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+impl Moving {
+    fn new(started: &pb::CycleStarted) -> Self {
         Self {
-            shown: None,
-            target,
-            cycle_id: 0,
-            started_after: 0,
+            started_at: started.started_at.and_then(|at| SystemTime::try_from(at).ok()),
+            subsystems: started.subsystems.iter().cloned().collect(),
             running: BTreeSet::new(),
             ended: HashSet::new(),
             failed: 0,
         }
     }
 
-    /// Prints something while the bar is out of the way.
-    pub(super) fn above<T>(&self, print: impl FnOnce() -> T) -> T {
-        match &self.shown {
-            Some(bar) => bar.suspend(print),
-            None => print(),
-        }
-    }
-
-    /// Moves on by an event that stands at this revision.
-    pub(super) fn follow(&mut self, revision: u64, event: &Event) {
-        match event {
-            Event::Started(started) => {
-                self.start(started);
-                self.started_after = revision;
-            }
-            Event::Progress(progress) if progress.cycle_id == self.cycle_id => self.update(&progress.updates),
-            Event::Progress(_) | Event::Bookmark(_) => {}
-            Event::Recorded(_) | Event::Unreadable(_) => self.clear(),
-        }
-        // Its record may pass no filter, and the end of its last part may be lost on the way.
-        if revision > self.started_after {
-            self.clear();
-        }
-    }
-
-    /// Takes the bar away.
-    pub(super) fn clear(&mut self) {
-        if let Some(bar) = self.shown.take() {
-            bar.finish_and_clear();
-        }
-        self.cycle_id = 0;
-        self.running.clear();
-        self.ended.clear();
-        self.failed = 0;
-    }
-
-    fn start(&mut self, started: &pb::CycleStarted) {
+    /// A bar of its length. It has been running for a while when a watcher comes late, or others were shown before.
+    fn bar(&self, target: ProgressDrawTarget) -> ProgressBar {
         /// So often the time moves on, and no oftener.
         const TICK: Duration = Duration::from_millis(100);
-        self.clear();
-        self.cycle_id = started.cycle_id;
-        let bar = ProgressBar::with_draw_target(Some(started.subsystems.len() as u64), (self.target)());
-        // It has been running for a while when a watcher comes late.
-        let since = started.started_at.and_then(|at| std::time::SystemTime::try_from(at).ok());
-        let bar = bar.with_elapsed(since.and_then(|since| since.elapsed().ok()).unwrap_or_default());
+        let elapsed = self.started_at.and_then(|at| at.elapsed().ok()).unwrap_or_default();
+        let bar = ProgressBar::with_draw_target(Some(self.subsystems.len() as u64), target).with_elapsed(elapsed);
         if let Ok(style) = ProgressStyle::with_template("cycle {prefix}  [{bar:24}] {pos}/{len}  {took}  {wide_msg}") {
             let took = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
                 let _ = out.write_str(&milliseconds((state.elapsed().as_secs_f64() * 10.0).floor() * 100.0));
             };
             bar.set_style(style.progress_chars("=> ").with_key("took", took));
         }
-        bar.set_prefix(started.cycle_id.to_string());
         bar.enable_steady_tick(TICK);
-        self.shown = Some(bar);
+        bar
     }
 
     fn update(&mut self, updates: &[pb::SubsystemProgress]) {
@@ -120,15 +153,6 @@ impl Bar {
                 }
             }
         }
-        if let Some(bar) = &self.shown {
-            let ended = self.ended.len() as u64;
-            bar.set_position(ended);
-            bar.set_message(self.message());
-            if bar.length() == Some(ended) {
-                // Nothing moves any more.
-                self.clear();
-            }
-        }
     }
 
     /// What is running and what has failed.
@@ -142,12 +166,6 @@ impl Bar {
             (false, 0) => format!("{failed}running {}", names(&first, NAMES)),
             (false, more) => format!("{failed}running {} and {more} more", names(&first, NAMES)),
         }
-    }
-}
-
-impl Drop for Bar {
-    fn drop(&mut self) {
-        self.clear();
     }
 }
 
@@ -214,44 +232,91 @@ impl TermLike for Margin {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn update(name: &str, state: pb::SubsystemState) -> pb::SubsystemProgress {
-        pb::SubsystemProgress { name: name.into(), state: state.into(), ..pb::SubsystemProgress::default() }
+impl Bar {
+    /// One that nobody sees.
+    pub(super) fn hidden() -> Self {
+        Self::new(ProgressDrawTarget::hidden)
     }
 
-    fn progress(updates: Vec<pb::SubsystemProgress>) -> Event {
-        Event::Progress(pb::CycleProgress { cycle_id: 7, updates, dropped: 0 })
+    /// What it says: of which cycles, how many parts have ended, and the rest.
+    pub(super) fn shown(&self) -> Option<(String, u64, String)> {
+        self.shown.as_ref().map(|(_, bar)| (bar.prefix(), bar.position(), bar.message()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pb::SubsystemState::{Failed, Running, Succeeded};
+
+    use super::*;
+
+    fn started(cycle_id: u64, subsystems: &[&str]) -> pb::CycleStarted {
+        let subsystems = subsystems.iter().map(|&name| name.into()).collect();
+        pb::CycleStarted { cycle_id, subsystems, ..pb::CycleStarted::default() }
+    }
+
+    fn progress(cycle_id: u64, updates: &[(&str, pb::SubsystemState)]) -> pb::CycleProgress {
+        let update = |&(name, state): &(&str, pb::SubsystemState)| pb::SubsystemProgress {
+            name: name.into(),
+            state: state.into(),
+            ..pb::SubsystemProgress::default()
+        };
+        pb::CycleProgress { cycle_id, updates: updates.iter().map(update).collect(), dropped: 0 }
+    }
+
+    fn says(cycles: &str, ended: u64, message: &str) -> Option<(String, u64, String)> {
+        Some((cycles.into(), ended, message.into()))
     }
 
     #[test]
     fn follows_a_cycle() {
-        use pb::SubsystemState::{Failed, Running, Succeeded};
-        let mut bar = Bar::new(ProgressDrawTarget::hidden);
-        let subsystems = ["a", "b", "c"].map(String::from).to_vec();
-        let started = Event::Started(pb::CycleStarted { cycle_id: 7, subsystems, ..pb::CycleStarted::default() });
-        bar.follow(4, &started);
-        bar.follow(4, &progress(vec![update("a", Running), update("b\x1b[2J", Running)]));
-        assert_eq!(bar.message(), "running a, b[2J");
-        bar.follow(4, &progress(vec![update("a", Failed), update("b\x1b[2J", Succeeded)]));
+        let mut bar = Bar::hidden();
+        bar.start(&started(7, &["a", "b\x1b[2J", "c"]));
+        bar.progress(&progress(7, &[("a", Running), ("b\x1b[2J", Running)]));
+        assert_eq!(bar.shown(), says("7", 0, "running a, b[2J"));
+        bar.progress(&progress(7, &[("a", Failed), ("b\x1b[2J", Succeeded)]));
         // How the cycle stands is sent again to those who fell behind.
-        bar.follow(4, &progress(vec![update("a", Failed), update("c", Running)]));
-        assert_eq!((bar.message().as_str(), bar.ended.len()), ("1 failure  running c", 2));
-        assert_eq!(bar.shown.as_ref().map(ProgressBar::position), Some(2));
-        bar.follow(5, &Event::Recorded(bytes::Bytes::new()));
-        assert!(bar.shown.is_none() && bar.ended.is_empty());
+        bar.progress(&progress(7, &[("a", Failed), ("c", Running)]));
+        assert_eq!(bar.shown(), says("7", 2, "1 failure  running c"));
+        bar.end(7);
+        assert_eq!(bar.shown(), None);
 
-        // It is gone with the last part, and when the history has gone past it: the record itself may pass no filter.
-        bar.follow(5, &started);
-        bar.follow(5, &progress(vec![update("a", Failed), update("b", Succeeded), update("c", Running)]));
-        assert!(bar.shown.is_some());
-        bar.follow(5, &progress(vec![update("c", Succeeded)]));
-        assert!(bar.shown.is_none());
-        bar.follow(6, &started);
-        bar.follow(6, &Event::Bookmark(pb::Bookmark {}));
-        assert!(bar.shown.is_some());
-        bar.follow(7, &Event::Bookmark(pb::Bookmark {}));
-        assert!(bar.shown.is_none());
+        // It is gone with the last part: the record itself may pass no filter.
+        bar.start(&started(8, &["a", "b"]));
+        bar.progress(&progress(8, &[("a", Failed), ("b", Running)]));
+        assert!(bar.shown().is_some());
+        bar.progress(&progress(8, &[("b", Succeeded)]));
+        assert_eq!(bar.shown(), None);
+    }
+
+    #[test]
+    fn of_cycles_that_run_side_by_side_the_oldest_is_shown() {
+        let mut bar = Bar::hidden();
+        bar.start(&started(8, &["c"]));
+        bar.progress(&progress(8, &[("c", Running)]));
+        // It waited longer to begin.
+        bar.start(&started(7, &["a", "b"]));
+        bar.progress(&progress(7, &[("b", Running)]));
+        assert_eq!(bar.shown(), says("7 (+1)", 0, "running b"));
+        bar.progress(&progress(8, &[("c", Failed)]));
+        assert_eq!(bar.shown(), says("7", 0, "running b"));
+        bar.start(&started(9, &["d", "e"]));
+        bar.progress(&progress(9, &[("d", Succeeded)]));
+        bar.end(7);
+        assert_eq!(bar.shown(), says("9", 1, ""));
+        bar.progress(&progress(7, &[("a", Running)]));
+        assert_eq!(bar.shown(), says("9", 1, ""));
+    }
+
+    #[test]
+    fn a_cycle_has_ended_where_another_one_has_its_subsystem() {
+        let mut bar = Bar::hidden();
+        bar.start(&started(1, &["a", "b"]));
+        bar.start(&started(2, &["c"]));
+        bar.start(&started(3, &["b"]));
+        assert_eq!(bar.shown(), says("2 (+1)", 0, ""));
+        // It is told anew when the stream is taken up again.
+        bar.start(&started(2, &["c"]));
+        assert_eq!(bar.shown(), says("2 (+1)", 0, ""));
     }
 }

@@ -34,7 +34,10 @@ Waits until the cycle is recorded and shows how it ended. Meanwhile stderr tells
 line by line (not with --output json).
 
 Leaving (Ctrl-C, or --timeout) does not stop the cycle; `orchestrator cancel` does. When the service restarts or falls \
-silent meanwhile, this command waits for it, up to a minute. What a restart cuts off is recorded as INTERRUPTED.
+silent meanwhile, this command waits for it, up to a minute. A cycle that a restart cuts off is recorded as INTERRUPTED; one \
+that waited runs then.
+
+Cycles without a subsystem in common run at the same time; others wait in line for each other.
 
 Exit codes:
   0    it SUCCEEDED; with --async: it is admitted; with --validate-only: it could run
@@ -62,7 +65,7 @@ pub(super) struct Run {
     /// Makes the call idempotent: the same id again gets the same cycle. At most 128 bytes
     #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     request_id: Option<String>,
-    /// What to do when another cycle is running [default: buffer_all]
+    /// What to do when a cycle with a subsystem in common runs or waits [default: buffer_all]
     #[arg(long, value_name = "POLICY", value_parser = one_of(OVERLAP_POLICIES, overlap_policy))]
     overlap_policy: Option<pb::OverlapPolicy>,
     /// Deadline of the cycle, 1ms to 24h [default: the service's cycle.deadline]
@@ -206,8 +209,8 @@ async fn run_and_follow(
     let cycle_id = response.cycle_id;
     admitted(cycle_id);
     let record = loop {
-        let pb::CycleEvent { revision, event } = match events.next(|text| view.note(text)).await {
-            Ok(event) => event,
+        let event = match events.next(|text| view.note(text)).await {
+            Ok(event) => event.event,
             // It can't be taken up again where it broke, because records are gone: the cycle's own may be there.
             Err(failure) if failure.exit == Exit::Refused => match recorded(remote, cycle_id).await {
                 Some(record) => break record,
@@ -217,7 +220,7 @@ async fn run_and_follow(
         };
         match event {
             Some(Event::Recorded(record)) if telemetry(&record)?.cycle_id == cycle_id => break record,
-            Some(event) => view.show(revision, &event, cycle_id),
+            Some(event) => view.show(&event, cycle_id),
             None => {}
         }
     };
@@ -229,7 +232,7 @@ async fn run_and_follow(
 async fn admit(
     remote: &Remote,
     request: pb::RunCycleRequest,
-    note: impl Fn(&str),
+    mut note: impl FnMut(&str),
 ) -> Result<pb::RunCycleResponse, Failure> {
     /// Each attempt waits for its answer as well.
     const PAUSE: Duration = Duration::from_secs(1);
@@ -309,16 +312,17 @@ impl View {
         !matches!(self, Self::Nothing)
     }
 
-    fn note(&self, text: &str) {
-        match self {
-            Self::Live(bar) => bar.above(|| note(text)),
-            Self::Lines | Self::Nothing => note(text),
-        }
+    /// Says what keeps it waiting. How the cycle stands is told anew when the stream goes on.
+    fn note(&mut self, text: &str) {
+        self.clear();
+        note(text);
     }
 
-    fn show(&mut self, revision: u64, event: &Event, cycle_id: u64) {
+    /// Shows what happens in this cycle. Events of others come in between.
+    fn show(&mut self, event: &Event, cycle_id: u64) {
         match (self, event) {
-            (Self::Live(bar), event) => bar.follow(revision, event),
+            (Self::Live(bar), Event::Started(event)) if event.cycle_id == cycle_id => bar.start(event),
+            (Self::Live(bar), Event::Progress(event)) if event.cycle_id == cycle_id => bar.progress(event),
             (Self::Lines, Event::Started(event)) if event.cycle_id == cycle_id => note(started(event).trim_end()),
             (Self::Lines, Event::Progress(event)) if event.cycle_id == cycle_id => note(progress(event).trim_end()),
             _ => {}
@@ -329,5 +333,48 @@ impl View {
         if let Self::Live(bar) = self {
             bar.clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_its_own_cycle_is_shown() {
+        let started = |cycle_id, name: &str| {
+            Event::Started(pb::CycleStarted {
+                cycle_id,
+                subsystems: vec![name.into(), "z".to_owned() + name],
+                ..pb::CycleStarted::default()
+            })
+        };
+        let progress = |cycle_id, name: &str| {
+            let update = pb::SubsystemProgress {
+                name: name.into(),
+                state: pb::SubsystemState::Running.into(),
+                ..pb::SubsystemProgress::default()
+            };
+            Event::Progress(pb::CycleProgress { cycle_id, updates: vec![update], dropped: 0 })
+        };
+        let mut view = View::Live(Bar::hidden());
+        let shown = |view: &View| match view {
+            View::Live(bar) => bar.shown(),
+            View::Lines | View::Nothing => None,
+        };
+        // Those of others come before, between and after its own.
+        for event in [started(3, "a"), progress(3, "a")] {
+            view.show(&event, 4);
+        }
+        assert_eq!(shown(&view), None);
+        for event in [started(4, "b"), progress(3, "a"), progress(4, "b"), started(5, "c"), progress(5, "c")] {
+            view.show(&event, 4);
+        }
+        assert_eq!(shown(&view), Some(("4".into(), 0, "running b".into())));
+        view.show(&Event::Recorded(Bytes::new()), 4);
+        assert!(shown(&view).is_some());
+        // What it stood at is not known while the stream is interrupted.
+        view.note("the connection is lost; reconnecting");
+        assert_eq!(shown(&view), None);
     }
 }

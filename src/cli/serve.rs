@@ -21,7 +21,7 @@ Prints on stdout, once requests are answered, \"listening on ADDRESS\", and on a
 Logs go to stderr, as text on a terminal and as JSON elsewhere (log.format).
 
 Signals:
-  SIGTERM, SIGINT   the first drains: the running cycle may finish within server.drain_grace; the second aborts
+  SIGTERM, SIGINT   the first drains: running cycles may finish within server.drain_grace; the second aborts
   SIGHUP            reads the configuration again, as does a change of its file
 
 Exit codes:
@@ -29,7 +29,7 @@ Exit codes:
   1    could not start, the last state could not be written, or a part of the service ended by a defect
   2    the configuration is wrong
   3    another process has taken over the store
-  130  a second signal cut the shutdown short; the cycle that ran is recorded as interrupted at the next start
+  130  a second signal cut the shutdown short; cycles that ran are recorded as interrupted at the next start
 
 Examples:
   orchestrator serve

@@ -95,7 +95,10 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>) -> 
     facts.fact("subsystems", grouped(status.subsystem_count.into()));
     facts.fact("cycles", format!("{} recorded", grouped(status.total_cycles)));
     facts.fact("last", last.map_or_else(|| "-".to_owned(), in_short));
-    facts.fact("running", status.running_cycle.as_ref().map_or_else(|| "-".to_owned(), running));
+    if status.running_cycles.is_empty() {
+        facts.fact("running", "-");
+    }
+    status.running_cycles.iter().for_each(|cycle| facts.fact("running", running(cycle)));
     facts.fact("queued", count(status.queued_cycles, "cycle"));
     let (oldest, newest) = (status.oldest_revision, status.newest_revision);
     let history = if oldest > newest { "-".to_owned() } else { format!("revisions {oldest} to {newest}") };
@@ -133,4 +136,41 @@ fn snapshots(subsystems: &[pb::SubsystemStatus]) -> String {
         table.row([text(subsystems::name(status)), text(snapshot)]);
     }
     table.finish_unless_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_running_cycle_has_a_line() {
+        let running = |cycle_id, name: &str| pb::RunningCycle {
+            cycle_id,
+            trigger: pb::Trigger::Loop.into(),
+            r#loop: name.into(),
+            total: 3,
+            ended: 1,
+            running: 2,
+            ..pb::RunningCycle::default()
+        };
+        let status = |running_cycles: Vec<pb::RunningCycle>| pb::OrchestratorStatus {
+            running_cycle: running_cycles.first().cloned(),
+            running_cycles,
+            ..pb::OrchestratorStatus::default()
+        };
+        let lines = |status: &pb::OrchestratorStatus| {
+            let shown = shown(status, None);
+            let lines =
+                shown.lines().filter_map(|line| line.strip_prefix("running")).map(|line| line.trim().to_owned());
+            lines.collect::<Vec<_>>()
+        };
+        assert_eq!(lines(&status(vec![])), ["-"]);
+        let two = lines(&status(vec![running(7, "slow"), running(9, "fast")]));
+        assert!(
+            two[0].starts_with("cycle 7, loop slow, started") && two[1].starts_with("cycle 9, loop fast"),
+            "{two:?}"
+        );
+        assert_eq!(two.len(), 2);
+        assert!(two[1].ends_with("1 of 3 ended, 2 being called"), "{two:?}");
+    }
 }

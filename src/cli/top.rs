@@ -1,4 +1,4 @@
-//! `orchestrator top`: the fleet, the running cycle, the history and the loops, live on a terminal.
+//! `orchestrator top`: the fleet, the running cycles, the history and the loops, live on a terminal.
 
 mod detail;
 mod draw;
@@ -31,10 +31,10 @@ use super::{
     remote::Remote,
 };
 
-/// Watch the fleet, the running cycle, the history and the loops live on the terminal
+/// Watch the fleet, the running cycles, the history and the loops live on the terminal
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Everything moves by itself: the running cycle and what is recorded as the service streams it, the registry by pages at a \
+Everything moves by itself: the running cycles and what is recorded as the service streams it, the registry by pages at a \
 bounded pace, so that ten thousand subsystems can be looked at as well as ten. Nothing is changed by looking.
 
 Keys: arrows move, Enter opens a subsystem with its latest output, / filters, s sorts by the next column, r reverses, \

@@ -1,4 +1,4 @@
-//! `orchestrator watch`: follows the record, and the running cycle.
+//! `orchestrator watch`: follows the record, and the running cycles.
 
 use std::time::Duration;
 
@@ -28,7 +28,9 @@ pub(super) const CYCLE_STATES: &[pb::CycleState] = &[
 /// Follow the cycles as they are recorded
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Prints every recorded cycle once, in order, without a gap. On a terminal the running cycle is shown below as it moves. \
+Prints every recorded cycle once, in the order in which they were recorded, without a gap. On a terminal the oldest running \
+cycle is shown below as it moves, and how many others run beside it. Lines of cycles that run at the same time are \
+interleaved; each names its cycle. \
 When the service restarts, or the connection breaks or falls silent, the stream is taken up again after the last cycle that was shown; \
 stderr tells so. Ends only with Ctrl-C, or when the records it needs are no longer retained (exit code 1). Subsystems and loops have to be \
 there, or to be in the record, since a name with a slip in it would never come.
@@ -47,7 +49,7 @@ pub(super) struct Watch {
     /// Start with the oldest record that is retained
     #[arg(long, conflicts_with = "after")]
     from_oldest: bool,
-    /// Also tell when each subsystem of the running cycle starts and ends
+    /// Also tell when each subsystem of a running cycle starts and ends
     #[arg(long)]
     progress: bool,
     /// Only cycles of this loop; may be repeated
@@ -85,8 +87,9 @@ impl Watch {
     }
 }
 
-/// Shows the stream until it has shown `the_last` event, or is dropped: on a terminal with the running cycle below what is recorded, else as lines. Each
-/// start and end inside the running cycle has a line of its own only where `request` asks for progress.
+/// Shows the stream until it has shown `the_last` event, or is dropped: on a terminal with the oldest running cycle below what
+/// is recorded, else as lines. Each start and end inside a running cycle has a line of its own only where `request` asks for
+/// progress.
 ///
 /// # Errors
 /// The service can't be reached at first, or refuses; or nobody reads the output.
@@ -123,11 +126,12 @@ impl View {
         Self { format, bar, with_progress }
     }
 
-    fn note(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.above(|| note(text)),
-            None => note(text),
+    /// Says what keeps the stream waiting. What runs is told anew when it goes on.
+    fn note(&mut self, text: &str) {
+        if let Some(bar) = &mut self.bar {
+            bar.clear();
         }
+        note(text);
     }
 
     fn show(&mut self, event: pb::CycleEvent) -> Result<(), Failure> {
@@ -135,22 +139,36 @@ impl View {
             let response = pb::WatchCyclesResponse { event: Some(event) };
             return print(&format!("{}\n", json("WatchCyclesResponse", &response)?));
         }
-        let revision = event.revision;
-        let Some(event) = event.event else { return Ok(()) };
-        let lines = match &event {
-            Event::Recorded(record) => recorded(&telemetry(record)?),
-            Event::Unreadable(cycle) => unreadable(cycle) + "\n",
-            Event::Started(started) if self.with_progress => self::started(started),
-            Event::Progress(progress) if self.with_progress => self::progress(progress),
-            Event::Started(_) | Event::Progress(_) | Event::Bookmark(_) => String::new(),
-        };
-        match &mut self.bar {
-            None => print(&lines),
-            Some(bar) => {
-                // A bar that has to go goes before the line that replaces it.
-                bar.follow(revision, &event);
-                bar.above(|| print(&lines))
+        // A bar that has to go goes before the line that replaces it.
+        let lines = match &event.event {
+            Some(Event::Recorded(record)) => {
+                let record = telemetry(record)?;
+                self.move_bar(|bar| bar.end(record.cycle_id));
+                recorded(&record)
             }
+            Some(Event::Unreadable(cycle)) => {
+                self.move_bar(|bar| bar.end(cycle.cycle_id));
+                unreadable(cycle) + "\n"
+            }
+            Some(Event::Started(event)) => {
+                self.move_bar(|bar| bar.start(event));
+                if self.with_progress { started(event) } else { String::new() }
+            }
+            Some(Event::Progress(event)) => {
+                self.move_bar(|bar| bar.progress(event));
+                if self.with_progress { progress(event) } else { String::new() }
+            }
+            Some(Event::Bookmark(_)) | None => String::new(),
+        };
+        match &self.bar {
+            None => print(&lines),
+            Some(bar) => bar.above(|| print(&lines)),
+        }
+    }
+
+    fn move_bar(&mut self, moved: impl FnOnce(&mut Bar)) {
+        if let Some(bar) = &mut self.bar {
+            moved(bar);
         }
     }
 }
@@ -248,10 +266,10 @@ impl Events {
     ///
     /// # Errors
     /// The service refuses to go on, or has been away for too long.
-    pub(super) async fn next(&mut self, note: impl Fn(&str)) -> Result<pb::CycleEvent, Failure> {
+    pub(super) async fn next(&mut self, mut note: impl FnMut(&str)) -> Result<pb::CycleEvent, Failure> {
         loop {
             let Ok(message) = self.remote.while_there(&self.health, self.stream.message()).await else {
-                self.resume("the service does not answer", &note).await?;
+                self.resume("the service does not answer", &mut note).await?;
                 continue;
             };
             match message {
@@ -262,21 +280,21 @@ impl Events {
                     return Ok(event);
                 }
                 Ok(Some(_)) => {}
-                Ok(None) => self.resume("the stream has ended", &note).await?,
+                Ok(None) => self.resume("the stream has ended", &mut note).await?,
                 Err(status) if passes(&status) => {
                     let why = match reason(&status).as_str() {
                         "DRAINING" => "the service shuts down".to_owned(),
                         "" => "the connection is lost".to_owned(),
                         _ => clean(status.message()),
                     };
-                    self.resume(&why, &note).await?;
+                    self.resume(&why, &mut note).await?;
                 }
                 Err(status) => return Err(self.remote.failure(&status)),
             }
         }
     }
 
-    async fn resume(&mut self, why: &str, note: impl Fn(&str)) -> Result<(), Failure> {
+    async fn resume(&mut self, why: &str, mut note: impl FnMut(&str)) -> Result<(), Failure> {
         let away_since = Instant::now();
         note(&format!("{why}; reconnecting"));
         loop {

@@ -96,7 +96,7 @@ pub struct CycleRequest {
     pub parameters: Payload,
     /// Makes the request idempotent.
     pub request_id: Option<String>,
-    /// What happens when another cycle is running.
+    /// What happens when a cycle with a subsystem in common runs or waits.
     pub overlap: OverlapPolicy,
     /// How long the cycle may take; `None` means the configured deadline.
     pub deadline: Option<Duration>,

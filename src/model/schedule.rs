@@ -17,11 +17,11 @@ const YEAR: Duration = Duration::from_hours(24 * 366);
 pub enum OverlapPolicy {
     /// It does not run.
     Skip,
-    /// It waits, unless one with the same trigger waits already.
+    /// It waits, unless one with a subsystem in common and the same trigger waits already.
     BufferOne,
     /// It waits in line, up to a bound.
     BufferAll,
-    /// The running one is cancelled, and this one runs after those that wait already.
+    /// Running ones with a subsystem in common are cancelled, and this one runs after those that wait already.
     CancelOther,
 }
 
@@ -73,7 +73,7 @@ pub struct IntervalLoop {
     pub offset: Duration,
     /// Each cycle starts up to this much after its tick. Below `interval`, default 0.
     pub jitter: Duration,
-    /// What happens when a tick is due while a cycle runs. Default: skip.
+    /// What happens when a tick is due while a cycle with a subsystem in common runs or waits. Default: skip.
     pub overlap: OverlapPolicy,
     /// What happens to ticks that were due while the process was down. Default: none.
     pub catch_up: CatchUp,
@@ -179,7 +179,7 @@ impl IntervalLoop {
 pub enum TickDisposition {
     /// Its cycle was admitted.
     Ran,
-    /// Another cycle was running.
+    /// A cycle with a subsystem in common was running or waiting.
     Skipped,
     /// The process was down, or came too late.
     Missed,

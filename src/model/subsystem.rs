@@ -442,7 +442,7 @@ impl Limits {
 pub enum Freshness {
     /// Made in this cycle.
     Fresh,
-    /// Made by an earlier cycle.
+    /// Made by another cycle.
     Stale,
 }
 

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
-import { Browser, failure, Fleet, inaccessible, says, Service, show, struct } from "./harness.js";
+import { Browser, failure, Fleet, happens, inaccessible, says, Service, show, struct } from "./harness.js";
 
 let browser;
 before(async () => (browser = await Browser.start()));
@@ -124,6 +124,69 @@ test("who comes into a running cycle sees how it stands", async (t) => {
   await says(page, ".cycle-name", "Cycle 1");
   await page.click("#hold");
   await says(page, ".cycle-name", "Cycle 2");
+  assert.deepEqual(page.problems, []);
+});
+
+test("cycles that run at the same time are listed, and one of them is shown", async (t) => {
+  const { service } = await stage(t);
+  const page = await browser.open(`${service.url}/#/live`, { events: "scripted" });
+  const starts = (cycleId, loop, subsystems) =>
+    happens(page, "started", { cycleId, startedAt: new Date().toISOString(), trigger: "TRIGGER_LOOP", loop, subsystems });
+  const moves = (cycleId, name, state) =>
+    happens(page, "progress", { cycleId, updates: [{ name, state: `SUBSYSTEM_STATE_${state}`, elapsedMs: 5 }] });
+  const ends = (cycleId, revision, loop, subsystems) => happens(page, "recorded", {
+    cycleId, revision, loop, state: "CYCLE_STATE_SUCCEEDED", trigger: "TRIGGER_LOOP",
+    startedAt: new Date().toISOString(), finishedAt: new Date().toISOString(), durationMs: 9,
+    subsystems: subsystems.map((name) => ({ name, state: "SUBSYSTEM_STATE_SUCCEEDED", startedAt: new Date().toISOString(), durationMs: 5 })),
+  });
+  const chip = (id) => `#running [data-key="${id}"]`;
+
+  await starts("8", "fast", ["gamma"]);
+  await says(page, ".cycle-name", "Cycle 8");
+  // It has waited, and begins later.
+  await starts("7", "slow", ["alpha", "beta"]);
+  await moves("8", "gamma", "RUNNING");
+  await moves("7", "alpha", "RUNNING");
+  await moves("7", "alpha", "FAILED");
+  await sees(page, chip("8"));
+  await says(page, chip("7"), "Cycle 7, loop slow1 of 2");
+  assert.deepEqual(await page.$$eval("#running .chip", (all) => all.map((one) => one.dataset.key)), ["7", "8"]);
+  // The one that is looked at stays while it runs.
+  await says(page, ".cycle-name", "Cycle 8");
+  await sees(page, `${row("gamma")} [data-state=RUNNING].bar`);
+  assert.equal(await page.$(row("alpha")), null);
+  await page.click(chip("7"));
+  await says(page, ".cycle-name", "Cycle 7");
+  await sees(page, `${row("alpha")} .state[data-state=FAILED]`);
+  await sees(page, `${row("beta")} .state[data-state=WAITING]`);
+  await sees(page, `${chip("7")}[aria-pressed=true]`);
+  assert.deepEqual(await inaccessible(page), []);
+
+  // The later one ends first. What runs on keeps its progress.
+  await ends("8", "1", "fast", ["gamma"]);
+  await page.waitForSelector("#running", { hidden: true });
+  await sees(page, `${row("alpha")} .state[data-state=FAILED]`);
+  await starts("9", "fast", ["gamma"]);
+  await sees(page, chip("9"));
+  await show(page, "#/fleet");
+  await says(page, ".facts", "Running2 cycles, 1 of 3");
+  await says(page, ".facts", "Cycles1");
+  await ends("7", "2", "slow", ["alpha", "beta"]);
+  await says(page, ".facts", "Runningcycle 9, 0 of 1");
+  await says(page, ".facts", "Cycles2");
+  await show(page, "#/live");
+  await says(page, ".cycle-name", "Cycle 9");
+  await ends("9", "3", "fast", ["gamma"]);
+  await says(page, ".headline .state", "succeeded");
+  await says(page, ".cycle-name", "Cycle 9");
+  await show(page, "#/fleet");
+  await says(page, ".facts", "Runningnone");
+
+  // A subsystem is in one cycle at a time: the one before has ended, though nothing has told that.
+  await starts("10", "fast", ["gamma"]);
+  await starts("11", "slow", ["alpha", "beta"]);
+  await starts("12", "fast", ["gamma"]);
+  await says(page, ".facts", "Running2 cycles, 0 of 3");
   assert.deepEqual(page.problems, []);
 });
 

@@ -203,7 +203,7 @@ export class Browser {
   }
 
   /** A page at this address of the dashboard. `page.problems` are errors on its console and broken policies. */
-  async open(url, { width = 1280, theme = "light" } = {}) {
+  async open(url, { width = 1280, theme = "light", events = "of the service" } = {}) {
     const page = await this.#browser.newPage();
     page.setDefaultTimeout(PATIENCE);
     page.problems = [];
@@ -216,12 +216,31 @@ export class Browser {
     await page.evaluateOnNewDocument(() => {
       addEventListener("securitypolicyviolation", (event) => console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`));
     });
+    if (events === "scripted") await page.evaluateOnNewDocument(scriptEvents);
     await page.setViewport({ width, height: 844 });
     await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: theme }]);
     await page.goto(url);
     await page.waitForSelector("#connection[data-connection=open]");
     return page;
   }
+}
+
+/** Runs in the page: its stream of events says that it has caught up, and then what `happens` says. */
+function scriptEvents() {
+  window.EventSource = class extends EventTarget {
+    constructor() {
+      super();
+      window.happen = (name, data) => this.dispatchEvent(new MessageEvent(name, { data: JSON.stringify(data) }));
+      queueMicrotask(() => window.happen("bookmark", { revision: "0", bookmark: {} }));
+    }
+
+    close() {}
+  };
+}
+
+/** An event comes to a page whose events are scripted. */
+export async function happens(page, name, event) {
+  await page.evaluate((name, data) => window.happen(name, data), name, { [name]: event });
 }
 
 /** Shows another view. */

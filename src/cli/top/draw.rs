@@ -136,19 +136,22 @@ impl Look {
         /// From so many columns on, the loops stand beside the history.
         const WIDE: u16 = 110;
         let loops = model.status.as_ref().map_or(0, |status| status.loops.len());
-        let (cycle, bars, loops) = match area.height {
+        let (cycles, bars, loops) = match area.height {
             ..11 => (0, 0, 0),
-            11..18 => (3, 0, 0),
+            11..18 => (2, 0, 0),
             18..28 => (3, 2, loops.min(2)),
-            28..38 => (3, 4, loops.min(4)),
-            _ => (3, 6, loops.min(6)),
+            28..38 => (5, 4, loops.min(4)),
+            _ => (8, 6, loops.min(6)),
         };
+        // A title and two lines, and one for each further cycle that ran beside others: what is below stays where it is
+        // while they come and go.
+        let cycles = if cycles == 0 { 0 } else { as_u16(model.most_live.clamp(2, cycles)) + 1 };
         // A title, the bars, and a line of marks.
         let history = if bars == 0 { 0 } else { bars + 2 };
         let loops = if bars == 0 { 0 } else { as_u16(loops.max(1)) + 1 };
         let rows = if area.width >= WIDE { [history, 0] } else { [history, loops] };
-        let [cycle, history, loops, fleet] = area.layout(&Layout::vertical([
-            Constraint::Length(cycle),
+        let [cycles, history, loops, fleet] = area.layout(&Layout::vertical([
+            Constraint::Length(cycles),
             Constraint::Length(rows[0]),
             Constraint::Length(rows[1]),
             Constraint::Min(3),
@@ -158,42 +161,43 @@ impl Look {
         } else {
             [history, loops]
         };
-        self.running_cycle(buffer, cycle, model);
+        self.running_cycles(buffer, cycles, model);
         self.history(buffer, history, model);
         self.loops_in_short(buffer, loops, model);
         self.fleet(buffer, fleet, model, view);
     }
 
-    fn running_cycle(self, buffer: &mut Buffer, area: Rect, model: &Model) {
+    fn running_cycles(self, buffer: &mut Buffer, area: Rect, model: &Model) {
         if area.is_empty() {
             return;
         }
-        let Some(live) = &model.live else {
-            let inner = self.titled(buffer, area, " no cycle runs ", "");
-            let Some((cycle_id, last)) = model.cycles.last_key_value() else { return };
-            let when = self.ago(last.finished_at);
-            let took =
-                if last.has_duration() { format!(" in {}", milliseconds(last.duration_ms)) } else { String::new() };
-            let said = match last.state {
-                UNREADABLE => String::new(),
-                _ => format!("{took}, {when} ago, {}, {} succeeded", last.trigger, last.succeeded),
-            };
-            let last_one =
-                vec![format!("last: cycle {cycle_id} ").into(), self.state(last.state, last.state), said.into()];
-            put_lines(buffer, inner, [last_one.into(), Line::from(last.error.clone())]);
-            return;
+        let mut live = model.live.values();
+        match (live.next(), model.most_live) {
+            (None, _) => self.last_cycle(buffer, area, model),
+            (Some(only), 1) => self.running_cycle(buffer, area, only, model),
+            (Some(_), _) => self.side_by_side(buffer, area, model),
+        }
+    }
+
+    fn last_cycle(self, buffer: &mut Buffer, area: Rect, model: &Model) {
+        let inner = self.titled(buffer, area, " no cycle runs ", "");
+        let Some((_, last)) = model.cycles.last_key_value() else { return };
+        let when = self.ago(last.finished_at);
+        let took = if last.has_duration() { format!(" in {}", milliseconds(last.duration_ms)) } else { String::new() };
+        let said = match last.state {
+            UNREADABLE => String::new(),
+            _ => format!("{took}, {when} ago, {}, {} succeeded", last.trigger, last.succeeded),
         };
+        let last_one =
+            vec![format!("last: cycle {} ", last.number()).into(), self.state(last.state, last.state), said.into()];
+        put_lines(buffer, inner, [last_one.into(), Line::from(last.error.clone())]);
+    }
+
+    /// All of the only cycle that runs.
+    fn running_cycle(self, buffer: &mut Buffer, area: Rect, live: &Live, model: &Model) {
         let heard = self.as_heard(model);
         let counts = live.counts();
-        let title = format!(
-            " cycle {}, {}: {} of {} ended, {} ",
-            live.cycle_id,
-            live.trigger,
-            grouped(counts.ended() as u64),
-            grouped(live.stands.len() as u64),
-            heard.running_for(live, 0.0),
-        );
-        let inner = self.titled(buffer, area, title, "");
+        let inner = self.titled(buffer, area, format!(" {} ", heard.progress(live)), "");
         let mut text = Line::default();
         if counts.failed > 0 {
             text.push_span(self.state("FAILED", format!("{} failed  ", grouped(counts.failed as u64))));
@@ -213,12 +217,49 @@ impl Look {
         put_lines(buffer, inner, [self.strip(live, usize::from(area.width)), text]);
     }
 
+    /// The cycles that run, the oldest first, in a line each.
+    fn side_by_side(self, buffer: &mut Buffer, area: Rect, model: &Model) {
+        /// Columns that are left to the strips at least, where they need them.
+        const STRIP: usize = 20;
+        let heard = self.as_heard(model);
+        let shown = usize::from(area.height.saturating_sub(1));
+        let more = model.live.len().saturating_sub(shown);
+        let right = if more > 0 { format!(" and {more} more: Tab ") } else { String::new() };
+        let title = format!(" {} running ", count(model.live.len() as u64, "cycle"));
+        let inner = self.titled(buffer, area, title, right);
+        let shown: Vec<_> = model.live.values().take(shown).map(|live| (live, heard.progress(live))).collect();
+        // The strips stand below each other.
+        let longest = shown.iter().map(|(_, progress)| Span::raw(progress).width()).max().unwrap_or(0);
+        let strip = shown.iter().map(|(live, _)| live.stands.len()).max().unwrap_or(0).min(STRIP);
+        let left = longest.min(usize::from(area.width).saturating_sub(strip + 2));
+        let lines = shown.into_iter().map(|(live, progress)| {
+            let progress = cut(&progress, left);
+            let gap = left - Span::raw(&progress).width() + 2;
+            let mut line = Line::from(format!("{progress}{:gap$}", ""));
+            line.extend(self.strip(live, usize::from(area.width).saturating_sub(left + 2)));
+            line
+        });
+        put_lines(buffer, inner, lines);
+    }
+
+    /// What a running cycle is, and how far.
+    fn progress(self, live: &Live) -> String {
+        format!(
+            "cycle {}, {}: {} of {} ended, {}",
+            live.cycle_id,
+            live.trigger,
+            grouped(live.counts().ended() as u64),
+            grouped(live.stands.len() as u64),
+            self.running_for(live, 0.0),
+        )
+    }
+
     /// At the time at which the service was last heard: nobody knows what goes on after that.
     fn as_heard(self, model: &Model) -> Self {
         Self { now: model.lost.as_ref().map_or(self.now, |(_, since)| *since), ..self }
     }
 
-    /// How long since this moment of the running cycle, to the tenth of a second.
+    /// How long since this moment of a running cycle, to the tenth of a second.
     fn running_for(self, live: &Live, since_ms: f64) -> String {
         let running = live.started_at.map_or(0.0, |at| self.now.duration_since(at).as_millis_f64());
         milliseconds(((running - since_ms) / 100.0).floor().max(0.0) * 100.0)
@@ -381,9 +422,9 @@ impl Look {
         }
     }
 
-    /// How it stands in the running cycle.
+    /// How it stands in the running cycle that it is in.
     fn mark(self, row: &Row<'_>) -> Span<'static> {
-        match row.stand.map(|stand| stand.state) {
+        match row.live.map(|(_, stand)| stand.state) {
             None => Span::raw(" "),
             Some(pb::SubsystemState::Waiting | pb::SubsystemState::Unspecified) => self.faint("·"),
             Some(pb::SubsystemState::Running) => bold("▸"),
@@ -425,7 +466,7 @@ impl Look {
     /// What else there is to say of it.
     fn note(self, row: &Row<'_>, model: &Model) -> String {
         let mut notes = Vec::new();
-        if let (Some(stand), Some(live)) = (row.stand, &model.live)
+        if let Some((live, stand)) = row.live
             && stand.state == pb::SubsystemState::Running
         {
             notes.push(format!("running{}", self.as_heard(model).called_for(live, stand)));
@@ -450,8 +491,10 @@ impl Look {
     fn cycles(self, buffer: &mut Buffer, area: Rect, model: &Model, view: &mut View) {
         /// The position of that column.
         const SUCCEEDED: usize = 4;
-        let range = view.fit(model.cycles.len(), area.height.saturating_sub(2));
-        let title = format!(" cycles: {}, the latest first ", grouped(model.cycles.len() as u64));
+        let all = model.live.len() + model.cycles.len();
+        let range = view.fit(all, area.height.saturating_sub(2));
+        let running = if model.live.is_empty() { String::new() } else { format!("{} running, ", model.live.len()) };
+        let title = format!(" cycles: {running}{} recorded, the latest first ", grouped(model.cycles.len() as u64));
         let inner = self.titled(buffer, area, title, of_all(&range));
         let is_wide = area.width >= 100;
         let longest = |text: fn(&Cycle) -> &str| model.cycles.values().map(|it| text(it).len()).max().unwrap_or(0);
@@ -464,17 +507,9 @@ impl Look {
             Col::left("TRIGGER", as_u16(longest(|cycle| &cycle.trigger)).clamp(7, if is_wide { 30 } else { 14 })),
             Col::rest("ERROR"),
         ];
-        let rows = model.cycles.iter().rev().skip(range.start).take(range.len()).map(|(cycle_id, cycle)| {
-            let duration_ms = Some(cycle.duration_ms).filter(|_| cycle.has_duration());
-            let mut cells = vec![
-                Span::raw(cycle_id.to_string()),
-                self.state(cycle.state, cycle.state),
-                Span::raw(cycle.finished_at.map_or_else(|| "-".to_owned(), |at| format!("{} ago", self.ago(Some(at))))),
-                Span::raw(duration_ms.map_or_else(|| "-".to_owned(), milliseconds)),
-                Span::raw(cycle.succeeded.as_str()),
-                Span::raw(cycle.trigger.as_str()),
-                Span::raw(cycle.error.as_str()),
-            ];
+        let running = model.live.values().rev().map(|live| self.running_row(live, model));
+        let recorded = model.cycles.values().rev().map(|cycle| self.recorded_row(cycle));
+        let rows = running.chain(recorded).skip(range.start).take(range.len()).map(|mut cells| {
             if !is_wide {
                 // The error says it as well.
                 cells.remove(SUCCEEDED);
@@ -485,6 +520,33 @@ impl Look {
             columns.remove(SUCCEEDED);
         }
         table_of(buffer, inner, &columns, rows);
+    }
+
+    fn running_row<'a>(self, live: &'a Live, model: &Model) -> Vec<Span<'a>> {
+        let counts = live.counts();
+        let failed = if counts.failed == 0 { String::new() } else { format!("{} failed so far", counts.failed) };
+        vec![
+            Span::raw(live.cycle_id.to_string()),
+            bold("RUNNING"),
+            Span::raw("-"),
+            Span::raw(self.as_heard(model).running_for(live, 0.0)),
+            Span::raw(format!("{}/{}", counts.succeeded, live.stands.len())),
+            Span::raw(live.trigger.as_str()),
+            self.state("FAILED", failed),
+        ]
+    }
+
+    fn recorded_row(self, cycle: &Cycle) -> Vec<Span<'_>> {
+        let duration_ms = Some(cycle.duration_ms).filter(|_| cycle.has_duration());
+        vec![
+            Span::raw(cycle.number()),
+            self.state(cycle.state, cycle.state),
+            Span::raw(cycle.finished_at.map_or_else(|| "-".to_owned(), |at| format!("{} ago", self.ago(Some(at))))),
+            Span::raw(duration_ms.map_or_else(|| "-".to_owned(), milliseconds)),
+            Span::raw(cycle.succeeded.as_str()),
+            Span::raw(cycle.trigger.as_str()),
+            Span::raw(cycle.error.as_str()),
+        ]
     }
 
     fn loops(self, buffer: &mut Buffer, area: Rect, model: &Model, view: &mut View) {
@@ -556,8 +618,8 @@ impl Look {
         top: &mut usize,
         page: &mut usize,
     ) {
-        let stand = match model.row(&detail.name).and_then(|row| row.stand) {
-            Some(stand) => format!(" {} in the running cycle ", subsystem_state(stand.state)),
+        let stand = match model.row(&detail.name).and_then(|row| row.live) {
+            Some((live, stand)) => format!(" {} in cycle {} ", subsystem_state(stand.state), live.cycle_id),
             None => String::new(),
         };
         let lines: Vec<_> = match &detail.is {
@@ -813,6 +875,7 @@ mod tests {
             uptime: Some(prost_types::Duration { seconds: 61, nanos: 5 }),
             subsystem_count: 3,
             total_cycles: 2,
+            newest_revision: 2,
             queued_cycles: 1,
             watchers: 4,
             loops: vec![heartbeat],
@@ -884,10 +947,62 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         // In one line, however many they are.
         let names: Vec<_> = (0..10_000).map(|i| format!("s{i}")).collect();
         let names: Vec<_> = names.iter().map(String::as_str).collect();
+        model.learn(recorded(cycle(3, 8, CycleState::Failed, vec![])), at(8));
         model.learn(started(4, 8, &names), at(8));
         model.learn(progress(4, &[("s0", Succeeded), ("s5000", Running), ("s9999", Failed)]), at(8));
         let lines = shown(&model, &mut View::default(), 80, 24);
         assert_eq!(lines[3], format!("▪{}▸{}✗", "·".repeat(39), "·".repeat(38)));
+    }
+
+    #[test]
+    fn cycles_side_by_side_have_a_line_each() {
+        let mut model = house();
+        model.learn(started(3, 8, &["alpha", "beta"]), at(8));
+        model.learn(started(12, 9, &["gamma"]), at(9));
+        model.learn(progress(12, &[("gamma", Running)]), at(9));
+        model.learn(progress(3, &[("alpha", Running), ("beta", Running)]), at(9));
+        model.learn(progress(3, &[("beta", Failed)]), at(9));
+        let lines = shown(&model, &mut View::default(), 80, 24);
+        line_with(&lines, "─ 2 cycles running ─");
+        assert_eq!(lines[3], "cycle 3, unknown: 1 of 2 ended, 2.00 s   ▸✗");
+        assert_eq!(lines[4], "cycle 12, unknown: 0 of 1 ended, 1.00 s  ▸");
+        // Each subsystem stands as it does in the cycle that it is in.
+        assert!(line_with(&lines, "▸ alpha").ends_with("running 1.50 s"), "{lines:?}");
+        assert!(line_with(&lines, "▸ gamma").contains("running 500 ms"), "{lines:?}");
+        assert!(line_with(&lines, "✗ beta").contains("FAILED"));
+        let mut detail = View::default();
+        detail.act(Action::Open, &model);
+        line_with(&shown(&model, &mut detail, 80, 24), "RUNNING in cycle 3");
+        let cycles = shown(&model, &mut View { pane: Pane::Cycles, ..View::default() }, 120, 24);
+        line_with(&cycles, "cycles: 2 running, 2 recorded, the latest first");
+        let ids = cycles.iter().skip(4).filter_map(|line| line.split_whitespace().next());
+        assert_eq!(ids.take(4).collect::<Vec<_>>(), ["12", "3", "2", "1"], "{cycles:?}");
+        assert!(line_with(&cycles, "RUNNING     ").ends_with("unknown"), "{cycles:?}");
+
+        // The other one ends: what is below stays where it is.
+        let fleet = |lines: &[String]| lines.iter().position(|line| line.contains("fleet: 3 subsystems")).unwrap();
+        model.learn(recorded(cycle(12, 9, CycleState::Succeeded, vec![part("gamma", Succeeded, 1.0)])), at(9));
+        let fewer = shown(&model, &mut View::default(), 80, 24);
+        line_with(&fewer, "─ 1 cycle running ─");
+        assert_eq!(fleet(&fewer), fleet(&lines));
+    }
+
+    #[test]
+    fn what_has_no_room_of_many_running_cycles_is_counted() {
+        let mut model = house();
+        for i in 3..259 {
+            model.learn(started(i, 8, &[&format!("s{i}")]), at(8));
+        }
+        for (height, lines, more) in [(24, 3, "and 253 more: Tab"), (45, 8, "and 248 more: Tab")] {
+            let shown = shown(&model, &mut View::default(), 80, height);
+            assert!(line_with(&shown, "256 cycles running").contains(more), "{shown:?}");
+            assert_eq!(shown.iter().filter(|line| line.starts_with("cycle ")).count(), lines, "{shown:?}");
+        }
+        // Where lines have no room, the strips have it.
+        let narrow = shown(&model, &mut View::default(), 40, 24);
+        assert_eq!(narrow[3], "cycle 3, unknown: 0 of 1 ended, 2.00…  ·");
+        let mut view = View { pane: Pane::Cycles, top: usize::MAX, ..View::default() };
+        line_with(&shown(&model, &mut view, 80, 24), "SUCCEEDED");
     }
 
     #[test]
@@ -1006,11 +1121,11 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         let pane = |pane| View { pane, ..View::default() };
         let cycles = shown(&model, &mut pane(Pane::Cycles), 120, 24);
         let row: Vec<_> = line_with(&cycles, "UNREADABLE").split_whitespace().collect();
-        assert_eq!(row[..6], ["4", "UNREADABLE", "-", "-", "-", "-"]);
+        assert_eq!(row[..6], ["?", "UNREADABLE", "-", "-", "-", "-"]);
         assert!(line_with(&cycles, " 3 UNREADABLE").ends_with("its record can't be read: it is too short"));
         line_with(&cycles, " 2 DEGRADED");
         let fleet = shown(&model, &mut pane(Pane::Fleet), 80, 24);
-        assert!(line_with(&fleet, "last: cycle 4").ends_with("UNREADABLE"));
+        assert!(line_with(&fleet, "last: cycle ?").ends_with("UNREADABLE"));
         line_with(&fleet, "DUU");
         assert!(line_with(&fleet, "history: 4 cycles").contains("median 200 ms, longest 200 ms"));
     }

@@ -40,7 +40,7 @@ pub(super) enum News {
     Unreadable(pb::UnreadableCycle),
     /// A cycle has started, or runs as the stream is taken up.
     Started(pb::CycleStarted),
-    /// The running cycle has moved on.
+    /// A running cycle has moved on.
     Progress(pb::CycleProgress),
     /// The stream has nothing more to tell at this moment.
     CaughtUp,
@@ -63,10 +63,12 @@ pub(super) struct Model {
     pub(super) unanswered: Option<String>,
     /// Every page of the registry has come once.
     pub(super) is_loaded: bool,
-    /// The latest cycles by their number.
+    /// The latest recorded cycles, in the order in which they were recorded: by their revision.
     pub(super) cycles: BTreeMap<u64, Cycle>,
-    /// The running cycle.
-    pub(super) live: Option<Live>,
+    /// The running cycles by their number.
+    pub(super) live: BTreeMap<u64, Live>,
+    /// The most cycles that were seen to run at one time.
+    pub(super) most_live: usize,
     subsystems: BTreeMap<String, Subsystem>,
     /// Counts the readings of the registry, so that what is no longer in it can be told.
     reading: u64,
@@ -75,6 +77,8 @@ pub(super) struct Model {
 /// A recorded cycle, in short.
 #[derive(Clone, Debug)]
 pub(super) struct Cycle {
+    /// 0 where that can't be read either.
+    cycle_id: u64,
     /// [`UNREADABLE`] where its record can't be read: then only its error says something.
     pub(super) state: &'static str,
     pub(super) trigger: String,
@@ -91,6 +95,8 @@ struct Subsystem {
     registered: Option<Registered>,
     part: Option<Part>,
     output: Option<Output>,
+    /// The cycle that was last seen to start with it.
+    live_in: Option<u64>,
     /// The last reading of the registry that had it.
     reading: u64,
 }
@@ -128,7 +134,7 @@ pub(super) struct Output {
     pub(super) made_at: Option<Timestamp>,
 }
 
-/// The cycle that runs.
+/// A cycle that runs.
 #[derive(Debug)]
 pub(super) struct Live {
     pub(super) cycle_id: u64,
@@ -139,7 +145,7 @@ pub(super) struct Live {
     positions: HashMap<String, usize>,
 }
 
-/// How a subsystem's part in the running cycle stands.
+/// How a subsystem's part in a running cycle stands.
 #[derive(Clone, Debug)]
 pub(super) struct Stand {
     pub(super) name: String,
@@ -148,7 +154,7 @@ pub(super) struct Stand {
     pub(super) began_ms: Option<f64>,
 }
 
-/// How many parts of the running cycle stand how.
+/// How many parts of a running cycle stand how.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {
     pub(super) waiting: usize,
@@ -166,7 +172,8 @@ pub(super) struct Row<'a> {
     pub(super) registered: &'a Registered,
     pub(super) part: Option<&'a Part>,
     pub(super) output: Option<Output>,
-    pub(super) stand: Option<&'a Stand>,
+    /// The running cycle that it is in, and how its part in it stands.
+    pub(super) live: Option<(&'a Live, &'a Stand)>,
 }
 
 /// What the fleet can be sorted by.
@@ -227,27 +234,23 @@ impl Model {
             News::Past(cycle) => self.record(&cycle),
             News::Recorded(cycle) => {
                 self.is_heard();
-                if self.live.as_ref().is_some_and(|live| live.cycle_id <= cycle.cycle_id) {
-                    self.live = None;
-                }
+                self.live.remove(&cycle.cycle_id);
                 self.record(&cycle);
             }
             News::Unreadable(cycle) => {
                 self.is_heard();
-                if self.live.as_ref().is_some_and(|live| live.cycle_id == cycle.cycle_id) {
-                    self.live = None;
-                }
-                // Where the number can't be read either, the revision is the next best.
-                let number = if cycle.cycle_id == 0 { cycle.revision } else { cycle.cycle_id };
-                self.keep(number, Cycle::unreadable(&cycle));
+                self.live.remove(&cycle.cycle_id);
+                // Where the revision can't be read either, the number is the next best.
+                let revision = if cycle.revision == 0 { cycle.cycle_id } else { cycle.revision };
+                self.keep(revision, Cycle::unreadable(&cycle));
             }
             News::Started(started) => {
                 self.is_heard();
-                self.live = Some(Live::new(started));
+                self.start(started);
             }
             News::Progress(progress) => {
                 self.is_heard();
-                let Some(live) = self.live.as_mut().filter(|live| live.cycle_id == progress.cycle_id) else { return };
+                let Some(live) = self.live.get_mut(&progress.cycle_id) else { return };
                 for update in &progress.updates {
                     if let Some(part) = live.update(update) {
                         self.subsystems.entry(update.name.clone()).or_default().take_part(part);
@@ -261,7 +264,7 @@ impl Model {
             }
             News::Forget => {
                 self.cycles.clear();
-                self.live = None;
+                self.live.clear();
                 self.subsystems.values_mut().for_each(|it| (it.part, it.output) = (None, None));
             }
         }
@@ -270,8 +273,21 @@ impl Model {
     /// The stream goes on. Whatever ran before it was interrupted is told anew.
     fn is_heard(&mut self) {
         if self.lost.take().is_some() {
-            self.live = None;
+            self.live.clear();
         }
+    }
+
+    fn start(&mut self, started: pb::CycleStarted) {
+        let cycle_id = started.cycle_id;
+        for name in &started.subsystems {
+            let known = self.subsystems.entry(name.clone()).or_default();
+            // A subsystem is in one cycle at a time: the one before has ended, also where its record did not tell.
+            if let Some(before) = known.live_in.replace(cycle_id).filter(|before| *before != cycle_id) {
+                self.live.remove(&before);
+            }
+        }
+        self.live.insert(cycle_id, Live::new(started));
+        self.most_live = self.most_live.max(self.live.len());
     }
 
     fn record(&mut self, cycle: &pb::CycleTelemetry) {
@@ -279,11 +295,11 @@ impl Model {
             let known = self.subsystems.entry(part.name.clone()).or_default();
             known.take_part(Part::new(cycle.cycle_id, part));
         }
-        self.keep(cycle.cycle_id, Cycle::new(cycle));
+        self.keep(cycle.revision, Cycle::new(cycle));
     }
 
-    fn keep(&mut self, cycle_id: u64, cycle: Cycle) {
-        self.cycles.insert(cycle_id, cycle);
+    fn keep(&mut self, revision: u64, cycle: Cycle) {
+        self.cycles.insert(revision, cycle);
         if self.cycles.len() > KEPT_CYCLES {
             self.cycles.pop_first();
         }
@@ -310,7 +326,8 @@ impl Model {
                 // The stream may be ahead.
                 Some(output) if output.cycle_id >= cycle_id => Some(output),
                 _ => {
-                    let made_at = self.cycles.get(&cycle_id).and_then(|cycle| cycle.finished_at);
+                    let maker = self.cycles.values().rev().find(|cycle| cycle.cycle_id == cycle_id);
+                    let made_at = maker.and_then(|cycle| cycle.finished_at);
                     Some(Output { cycle_id, made_at })
                 }
             };
@@ -361,6 +378,7 @@ fn is_failure(state: pb::SubsystemState) -> bool {
 impl Cycle {
     fn new(cycle: &pb::CycleTelemetry) -> Self {
         Self {
+            cycle_id: cycle.cycle_id,
             state: cycle_state(cycle.state()),
             trigger: trigger(cycle.trigger(), &cycle.r#loop),
             finished_at: cycle.finished_at.as_ref().and_then(timestamp),
@@ -372,6 +390,7 @@ impl Cycle {
 
     fn unreadable(cycle: &pb::UnreadableCycle) -> Self {
         Self {
+            cycle_id: cycle.cycle_id,
             state: UNREADABLE,
             trigger: "-".to_owned(),
             finished_at: None,
@@ -379,6 +398,11 @@ impl Cycle {
             succeeded: "-".to_owned(),
             error: format!("its record can't be read: {}", clean(&cycle.problem)),
         }
+    }
+
+    /// Its number, as far as it is known.
+    pub(super) fn number(&self) -> String {
+        if self.cycle_id == 0 { "?".to_owned() } else { self.cycle_id.to_string() }
     }
 
     /// How long it ran says something: nobody knows when an interrupted one ended.
@@ -489,8 +513,9 @@ impl Model {
 
     fn shown<'a>(&'a self, name: &'a str, known: &'a Subsystem) -> Option<Row<'a>> {
         let registered = known.registered.as_ref()?;
-        let stand = self.live.as_ref().and_then(|live| Some(&live.stands[*live.positions.get(name)?]));
-        Some(Row { name, registered, part: known.part.as_ref(), output: known.output, stand })
+        let live = known.live_in.and_then(|cycle_id| self.live.get(&cycle_id));
+        let live = live.and_then(|live| Some((live, &live.stands[*live.positions.get(name)?])));
+        Some(Row { name, registered, part: known.part.as_ref(), output: known.output, live })
     }
 
     /// The rows that have this text, in this order: troubles and the largest first, names from A to Z.
@@ -525,10 +550,11 @@ impl Model {
         rows
     }
 
-    /// How many cycles were recorded. Their numbers have no gap, and the stream is ahead of the status.
+    /// How many cycles were recorded. Each of them has the next revision, and the stream is ahead of the status.
     pub(super) fn total_cycles(&self) -> u64 {
-        let newest = self.cycles.last_key_value().map_or(0, |(cycle_id, _)| *cycle_id);
-        self.status.as_ref().map_or(0, |status| status.total_cycles).max(newest)
+        let newest = self.cycles.last_key_value().map_or(0, |(revision, _)| *revision);
+        let (total, then) = self.status.as_ref().map_or((0, 0), |status| (status.total_cycles, status.newest_revision));
+        total + newest.saturating_sub(then)
     }
 }
 
@@ -687,11 +713,11 @@ pub(super) mod tests {
         model.learn(started(4, 0, &["a", "b", "c"]), at(0));
         model.learn(progress(4, &[("a", Running), ("b", Running)]), at(0));
         model.learn(progress(3, &[("c", Running)]), at(0));
-        let live = model.live.as_ref().unwrap();
+        let live = &model.live[&4];
         assert_eq!(live.counts(), Counts { waiting: 1, running: 2, ..Counts::default() });
         assert_eq!(live.running()[0].name, "a");
         model.learn(progress(4, &[("a", Failed), ("b", Succeeded), ("c", Skipped)]), at(0));
-        let counts = model.live.as_ref().unwrap().counts();
+        let counts = model.live[&4].counts();
         assert_eq!(counts, Counts { succeeded: 1, failed: 1, other: 1, ..Counts::default() });
         assert_eq!(counts.ended(), 3);
         let row = model.row("a").unwrap();
@@ -699,7 +725,7 @@ pub(super) mod tests {
         assert_eq!(model.row("b").unwrap().freshness(), "FRESH");
         let parts = vec![part("a", Failed, 3.0), part("b", Succeeded, 2.0)];
         model.learn(recorded(cycle(4, 1, pb::CycleState::Degraded, parts)), at(1));
-        assert!(model.live.is_none());
+        assert!(model.live.is_empty());
         assert_eq!((model.total_cycles(), model.cycles[&4].state), (4, "DEGRADED"));
         assert_eq!(model.row("a").unwrap().reason(), "INTERNAL a is [31mbroken");
     }
@@ -771,9 +797,9 @@ pub(super) mod tests {
         model.learn(News::Lost("the connection is lost".into()), at(5));
         model.learn(News::Lost("still".into()), at(8));
         assert_eq!(model.lost, Some(("still".into(), at(5))));
-        assert!(model.live.is_some());
+        assert!(model.live.contains_key(&7));
         model.learn(News::CaughtUp, at(9));
-        assert!(model.lost.is_none() && model.live.is_none());
+        assert!(model.lost.is_none() && model.live.is_empty());
         model.learn(News::Forget, at(9));
         assert!(model.cycles.is_empty() && model.row("a").is_some());
     }
@@ -783,5 +809,57 @@ pub(super) mod tests {
         let many = u64::try_from(KEPT_CYCLES).unwrap() + 10;
         let model = knowing((1..=many).map(|id| recorded(cycle(id, 0, pb::CycleState::Succeeded, vec![]))));
         assert_eq!((model.cycles.len(), model.total_cycles()), (KEPT_CYCLES, many));
+    }
+
+    #[test]
+    fn cycles_run_side_by_side_and_end_in_any_order() {
+        use pb::SubsystemState::{Failed, Running, Succeeded};
+        let mut model = knowing([page(["a", "b", "c", "d"].map(registered).to_vec())]);
+        model.learn(started(4, 0, &["a", "b"]), at(0));
+        model.learn(started(5, 1, &["c"]), at(1));
+        model.learn(progress(5, &[("c", Running)]), at(1));
+        model.learn(progress(4, &[("a", Running)]), at(1));
+        model.learn(progress(4, &[("a", Failed)]), at(1));
+        let stand = |model: &Model, name| model.row(name).unwrap().live.map(|(live, it)| (live.cycle_id, it.state));
+        assert_eq!(stand(&model, "a"), Some((4, Failed)));
+        assert_eq!(stand(&model, "b"), Some((4, pb::SubsystemState::Waiting)));
+        assert_eq!(stand(&model, "c"), Some((5, Running)));
+        assert_eq!(stand(&model, "d"), None);
+
+        // The later one ends first, and the earlier one goes on.
+        let ended = pb::CycleTelemetry {
+            revision: 4,
+            ..cycle(5, 2, pb::CycleState::Succeeded, vec![part("c", Succeeded, 1.0)])
+        };
+        model.learn(recorded(ended), at(2));
+        assert_eq!((stand(&model, "c"), stand(&model, "a")), (None, Some((4, Failed))));
+        let ended =
+            pb::CycleTelemetry { revision: 5, ..cycle(4, 3, pb::CycleState::Degraded, vec![part("a", Failed, 1.0)]) };
+        model.learn(recorded(ended), at(3));
+        assert_eq!((model.live.len(), model.most_live), (0, 2));
+        let last = model.cycles.last_key_value().unwrap();
+        assert_eq!((*last.0, last.1.cycle_id, model.total_cycles()), (5, 4, 5));
+    }
+
+    #[test]
+    fn a_cycle_has_ended_where_another_one_has_its_subsystem() {
+        let mut model = knowing([page(["a", "b", "c"].map(registered).to_vec())]);
+        model.learn(started(1, 0, &["a", "b"]), at(0));
+        model.learn(started(2, 0, &["c"]), at(0));
+        model.learn(started(3, 1, &["b"]), at(1));
+        assert_eq!(model.live.keys().collect::<Vec<_>>(), [&2, &3]);
+        assert!(model.row("a").unwrap().live.is_none());
+    }
+
+    #[test]
+    fn the_number_of_cycles_counts_what_the_stream_brought_since_the_status() {
+        let status =
+            pb::OrchestratorStatus { total_cycles: 7, newest_revision: 9, ..pb::OrchestratorStatus::default() };
+        let mut model = knowing([News::Status(Box::new(status))]);
+        for (cycle_id, revision) in [(8, 9), (12, 10), (10, 11)] {
+            let cycle = pb::CycleTelemetry { revision, ..cycle(cycle_id, 0, pb::CycleState::Succeeded, vec![]) };
+            model.learn(recorded(cycle), at(0));
+        }
+        assert_eq!(model.total_cycles(), 9);
     }
 }

@@ -27,7 +27,7 @@ pub(super) struct View {
 /// What fills the screen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Pane {
-    /// The fleet, with the running cycle, the history and the loops in short.
+    /// The fleet, with the running cycles, the history and the loops in short.
     #[default]
     Fleet,
     Cycles,

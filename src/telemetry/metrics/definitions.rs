@@ -60,9 +60,9 @@ definitions! {
     CYCLE_DURATION: Histogram "orchestrator_cycle_duration_seconds" ["state"]
         "Duration of the cycles that this process ran, by how they ended.";
     CYCLES_QUEUED: Gauge "orchestrator_cycles_queued" []
-        "Cycles that wait for the running one.";
+        "Cycles that wait for one with a subsystem in common.";
     CYCLES_RUNNING: Gauge "orchestrator_cycles_running" []
-        "1 while a cycle runs, else 0.";
+        "Cycles that run now.";
 
     LOOP_TICKS: Counter "orchestrator_loop_ticks_total" ["loop", "disposition"]
         "Ticks of a loop that were due, by what became of them. Survives restarts; their sum is all that were due.";

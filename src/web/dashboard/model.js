@@ -2,7 +2,7 @@
 
 import { getStatus, listCycles } from "./api.js";
 import { throttled } from "./dom.js";
-import { instant, milliseconds, word } from "./format.js";
+import { instant, lower, milliseconds, word } from "./format.js";
 import { cycleStateOf, hasFailed, standing, stateOf, tally } from "./states.js";
 
 /** Beyond so many subsystems, views sum up instead of drawing each one, and what is large is read less often. */
@@ -19,14 +19,20 @@ export const RECENT_SUBSYSTEMS = 1000;
  * @typedef {ReturnType<typeof summary> & { parts: Map<string, string> }} Recent
  */
 
-/** @type {{ connection: "connecting" | "open" | "lost", status: any, live: Live | null, recent: Recent[] }} */
+/**
+ * @type {{
+ *   connection: "connecting" | "open" | "lost", status: any, running: Map<string, Live>, last: Live | null, recent: Recent[]
+ * }}
+ */
 export const model = {
   /** "connecting", "open" or "lost". */
   connection: "connecting",
   /** `OrchestratorStatus`, or null before the first. */
   status: null,
-  /** The cycle that runs, or the last one that did while this page looked. See `Live`. */
-  live: null,
+  /** The cycles that run, by id. See `Live`. */
+  running: new Map(),
+  /** The last cycle that was recorded while this page looked, as a `Live`, or null. */
+  last: null,
   /** Summaries of the latest cycles, oldest first, each with `parts` if its record can be read. */
   recent: [],
 };
@@ -34,9 +40,9 @@ export const model = {
 const listeners = new Map();
 
 /**
- * Calls `listener` with what happened, until the returned function is called: "connection"; "status"; "live" (the
- * running cycle has moved); "recorded" (with the telemetry); "unreadable" (with the summary of a recorded cycle whose
- * record can't be read); "reloaded" (events may have been missed: read anew).
+ * Calls `listener` with what happened, until the returned function is called: "connection"; "status"; "live" (a
+ * running cycle has moved, or another one has started or ended); "recorded" (with the telemetry); "unreadable" (with the
+ * summary of a recorded cycle whose record can't be read); "reloaded" (events may have been missed: read anew).
  */
 export function on(event, listener) {
   if (!listeners.has(event)) listeners.set(event, new Set());
@@ -64,6 +70,14 @@ export function fleetSize() {
   return model.status?.subsystemCount ?? 0;
 }
 
+/**
+ * The highest number of a cycle, as far as it is known: ids have no gap, and each of them is recorded, runs, or waits.
+ */
+export function newestId() {
+  const { totalCycles = 0, runningCycles = [], queuedCycles = 0 } = model.status ?? {};
+  return Number(totalCycles) + runningCycles.length + queuedCycles;
+}
+
 /** The newest revision that an event told of. */
 let revision = 0;
 
@@ -83,7 +97,7 @@ async function readStatus(options) {
 // The stream brings the last cycle, which is megabytes where the fleet is large.
 const refreshStatus = throttled(500, () => readStatus({ omitLastCycle: true }));
 
-// --------------------------------------------------------------------------------- the running cycle
+// -------------------------------------------------------------------------------- the running cycles
 
 /** A cycle as it runs: how each of its parts stands, by name and in the order of the plan. */
 class Live {
@@ -119,6 +133,16 @@ class Live {
     return [...this.parts.values()];
   }
 
+  /** How many of its parts have ended. */
+  ended() {
+    return this.record ? this.parts.size : this.list().filter((part) => part.end !== undefined).length;
+  }
+
+  /** What started it, in words. */
+  startedBy() {
+    return this.loop ? `loop ${this.loop}` : lower(word(this.trigger, "TRIGGER_")) || "unknown trigger";
+  }
+
   end(record) {
     this.record = record;
     this.parts = new Map(partsOf(record).map((part) => [part.name, part]));
@@ -128,6 +152,34 @@ class Live {
   elapsed() {
     return this.record ? (this.record.durationMs ?? 0) : Math.max(0, now() - this.startedAt);
   }
+}
+
+/** The cycles that run, the oldest first. */
+export function runningCycles() {
+  return [...model.running.values()].sort((a, b) => a.cycleId - b.cycleId);
+}
+
+/** A cycle that runs, or the last one, as a `Live`; undefined if it is neither. */
+export function liveCycle(id) {
+  return model.running.get(id) ?? (model.last?.cycleId === id ? model.last : undefined);
+}
+
+function begin(started) {
+  const live = new Live(started);
+  // A subsystem is in one cycle at a time: another one that has it has ended, also where its record did not tell.
+  const names = [...live.parts.keys()];
+  for (const [id, other] of model.running) {
+    if (names.some((name) => other.parts.has(name))) model.running.delete(id);
+  }
+  model.running.set(live.cycleId, live);
+}
+
+/** Its record takes the place of what was seen of it. */
+function end(record) {
+  const live = model.running.get(record.cycleId);
+  model.running.delete(record.cycleId);
+  live?.end(record);
+  model.last = live ?? liveOf(record);
 }
 
 function waiting(name) {
@@ -158,6 +210,7 @@ export function summary(record) {
   const parts = record.subsystems ?? [];
   return {
     id: record.cycleId,
+    revision: Number(record.revision),
     state: cycleStateOf(record),
     trigger: word(record.trigger, "TRIGGER_"),
     loop: record.loop ?? "",
@@ -172,13 +225,16 @@ export function summary(record) {
 }
 
 /** The same of an `UnreadableCycle`. Its number may be among what can't be read. */
-function summaryOfUnreadable({ cycleId = "", problem = "" }) {
-  return { id: cycleId, state: "UNREADABLE", trigger: "", loop: "", durationMs: NaN, error: problem, total: 0, failed: 0, counts: {} };
+function summaryOfUnreadable({ cycleId = "", revision = "0", problem = "" }) {
+  return {
+    id: cycleId, revision: Number(revision), state: "UNREADABLE", trigger: "", loop: "", durationMs: NaN, error: problem, total: 0,
+    failed: 0, counts: {},
+  };
 }
 
 /** Summaries of all cycles of a page, newest first; `of` makes that of a record. */
 export function summaries({ cycles, unreadable }, of = summary) {
-  return [...cycles.map(of), ...unreadable.map(summaryOfUnreadable)].sort((a, b) => Number(b.id) - Number(a.id));
+  return [...cycles.map(of), ...unreadable.map(summaryOfUnreadable)].sort((a, b) => b.revision - a.revision);
 }
 
 function remembered(record) {
@@ -188,7 +244,7 @@ function remembered(record) {
 function keep(cycle) {
   if (fleetSize() > RECENT_SUBSYSTEMS) return;
   // One that was recorded while these were being read may be among them, and in an event.
-  if (Number(cycle.id) <= Number(model.recent.at(-1)?.id ?? 0)) return;
+  if (cycle.revision <= (model.recent.at(-1)?.revision ?? 0)) return;
   model.recent.push(cycle);
   model.recent.splice(0, model.recent.length - RECENT);
 }
@@ -229,27 +285,21 @@ function connect() {
     tell("reloaded");
   });
   listen("started", ({ started }) => {
-    model.live = new Live(started);
+    begin(started);
     tell("live");
     refreshStatus();
   });
   listen("progress", ({ progress }) => {
-    const { live } = model;
-    if (!live || live.cycleId !== progress.cycleId) return;
+    const live = model.running.get(progress.cycleId);
+    if (!live) return;
     live.progress(progress);
     tell("live");
   });
   listen("recorded", ({ recorded }) => {
     revision = Number(recorded.revision);
-    const { live } = model;
-    if (live && live.cycleId === recorded.cycleId) live.end(recorded);
-    else if (!live || live.record) model.live = liveOf(recorded);
+    end(recorded);
     keep(remembered(recorded));
-    if (model.status) {
-      model.status.lastCycle = recorded;
-      model.status.totalCycles = recorded.cycleId;
-      if (model.status.runningCycle?.cycleId === recorded.cycleId) delete model.status.runningCycle;
-    }
+    if (model.status) tellsOf(model.status, recorded);
     tell("live");
     tell("recorded", recorded);
     tell("status");
@@ -257,12 +307,23 @@ function connect() {
   });
   listen("unreadable", ({ unreadable }) => {
     const cycle = summaryOfUnreadable(unreadable);
-    if (model.live?.cycleId === cycle.id) model.live = null;
+    model.running.delete(cycle.id);
     keep(cycle);
     tell("live");
     tell("unreadable", cycle);
     refreshStatus();
   });
+}
+
+/** The status is asked for now and then, and a record may have come since. */
+function tellsOf(status, record) {
+  status.lastCycle = record;
+  status.runningCycles = status.runningCycles?.filter(({ cycleId }) => cycleId !== record.cycleId);
+  // Each recorded cycle has the next revision.
+  const since = Number(record.revision) - Number(status.newestRevision ?? 0);
+  if (since <= 0) return;
+  status.newestRevision = record.revision;
+  status.totalCycles = String(Number(status.totalCycles ?? 0) + since);
 }
 
 function listen(name, handle) {
@@ -277,7 +338,7 @@ function lose() {
   clearTimeout(timer);
   timer = setTimeout(connect, AGAIN);
   // What ran is not known any more.
-  if (model.live && !model.live.record) model.live = null;
+  model.running.clear();
   setConnection("lost");
   tell("live");
 }

@@ -3,7 +3,7 @@
 import { getCycle, getPlan } from "../api.js";
 import { add, h, replace } from "../dom.js";
 import { count, counted, duration, instant, lower, time, visible, word } from "../format.js";
-import { MANY, model, partsOf } from "../model.js";
+import { MANY, model, newestId, partsOf } from "../model.js";
 import { partsView } from "../parts.js";
 import { href } from "../route.js";
 import { badge, cycleStateOf, hasFailed, reasonOf, stateOf } from "../states.js";
@@ -34,7 +34,7 @@ export function mount(main, { parameters: { id } }, scope) {
 export function neighbours(id, link, scope) {
   const number = Number(id);
   const next = h("a", { href: link(number + 1), rel: "next" }, `Cycle ${number + 1}`);
-  const update = () => (next.hidden = number >= Number(model.status?.totalCycles ?? Infinity));
+  const update = () => (next.hidden = model.status !== null && number >= newestId());
   scope.on("status", update);
   update();
   return h("nav", { class: "neighbours", "aria-label": "Other cycles" },

@@ -76,7 +76,7 @@ export function mount(main, route, scope) {
         pageToken = page.nextPageToken;
         if (scope.signal.aborted || mine !== reading) return;
         // Large records come a few at a time; and some may have been recorded while these were read.
-        const isNewer = (cycle) => tokens.length === 1 && found.length > 0 && Number(cycle.id) > Number(found[0].id);
+        const isNewer = (cycle) => tokens.length === 1 && found.length > 0 && cycle.revision > found[0].revision;
         shown = [...shown.filter(isNewer), ...found];
         next = pageToken;
         draw();
@@ -113,7 +113,7 @@ export function mount(main, route, scope) {
   const redraw = throttled(300, draw);
   scope.signal.addEventListener("abort", () => redraw.cancel());
   const add = (cycle) => {
-    if (tokens.length > 1 || shown[0]?.id === cycle.id) return;
+    if (tokens.length > 1 || cycle.revision <= shown[0]?.revision) return;
     shown.unshift(cycle);
     // The page grows at its top, and at some time is read anew.
     if (shown.length < 2 * PAGE) redraw();

@@ -4,7 +4,7 @@ import { listSubsystems } from "../api.js";
 import { stacked } from "../charts.js";
 import { h, keyed, replace, setAttribute, setText, throttled } from "../dom.js";
 import { count, counted, duration, instant, lower, visible, whole, word } from "../format.js";
-import { fleetSize, MANY, model, now, on, RECENT_SUBSYSTEMS } from "../model.js";
+import { fleetSize, liveCycle, MANY, model, now, on, RECENT_SUBSYSTEMS, runningCycles } from "../model.js";
 import { href, setQuery } from "../route.js";
 import { badge, hasFailed, reasonOf, setBadge, sign, standing, stateOf } from "../states.js";
 
@@ -135,12 +135,11 @@ export function mount(main, route, scope) {
   function drawFacts() {
     const { status } = model;
     if (!status) return;
-    const running = model.live && !model.live.record ? model.live : null;
-    const ended = running ? running.list().filter((part) => part.end !== undefined).length : 0;
+    const running = runningCycles();
     const loops = status.loops ?? [];
     const items = [
       ["Cycles", count(status.totalCycles), href("cycles")],
-      ["Running", running ? `cycle ${running.cycleId}, ${count(ended)} of ${count(running.parts.size)}` : "none", href("live")],
+      ["Running", inShort(running), href("live")],
       ["In line", count(status.queuedCycles)],
       ["Loops", loops.length ? `${count(loops.filter((loop) => !loop.stopped).length)} of ${count(loops.length)} on` : "none", href("loops")],
       ["Watchers", count(status.watchers)],
@@ -230,6 +229,14 @@ export function mount(main, route, scope) {
   if (model.connection === "open") read();
 }
 
+/** Which cycles run, and how many of their parts have ended. */
+function inShort(running) {
+  if (running.length === 0) return "none";
+  const sum = (of) => count(running.reduce((all, live) => all + of(live), 0));
+  const which = running.length === 1 ? `cycle ${running[0].cycleId}` : counted(running.length, "cycle");
+  return `${which}, ${sum((live) => live.ended())} of ${sum((live) => live.parts.size)}`;
+}
+
 function compare(a, b) {
   return a < b ? -1 : a > b ? 1 : 0;
 }
@@ -288,8 +295,8 @@ function madeAt(one) {
   const id = one.outputCycleId;
   if (!id) return NaN;
   if (id === one.lastCycleId) return instant(one.last?.finishedAt);
-  const { live } = model;
-  if (live && live.cycleId === id) return live.startedAt + (live.parts.get(one.registration.name)?.end ?? NaN);
+  const live = liveCycle(id);
+  if (live) return live.startedAt + (live.parts.get(one.registration.name)?.end ?? NaN);
   return instant(model.recent.find((cycle) => cycle.id === id)?.finishedAt);
 }
 

@@ -1,12 +1,15 @@
-// The cycle that runs, as it runs; and the last one, until the next starts.
+// The cycles that run, and one of them as it runs; when none runs, the last one.
 
 import { getPlan } from "../api.js";
-import { h, replace, setText, throttled } from "../dom.js";
-import { count, counted, duration, instant, lower, visible, whole, word } from "../format.js";
-import { liveOf, MANY, model, now } from "../model.js";
+import { h, keyed, replace, setAttribute, setText, throttled } from "../dom.js";
+import { count, counted, duration, instant, visible, whole } from "../format.js";
+import { liveCycle, liveOf, MANY, model, now, runningCycles } from "../model.js";
 import { partsView } from "../parts.js";
 import { href } from "../route.js";
 import { cycleStateOf, hasFailed, setBadge, badge } from "../states.js";
+
+/** Running cycles that can be chosen: what is beyond is counted. */
+const LISTED = 50;
 
 export const title = () => "Live";
 
@@ -14,26 +17,57 @@ export function mount(main, _, scope) {
   /** @type {any} */
   let plan = null;
   let levels = new Map();
-  /** @type {typeof model.live} */
+  /** @type {typeof model.last} */
   let held = null;
-  /** @type {typeof model.live} */
+  /** @type {typeof model.last} */
   let shown = null;
 
   const state = badge("NONE", "no cycle");
   const name = h("a", { class: "cycle-name" });
   const progress = h("progress", { "aria-label": "Subsystems whose part has ended", max: 1, value: 0 });
   const facts = h("p", { class: "summary" });
-  const hold = h("button", { type: "button", id: "hold", "aria-pressed": "false", onclick: () => {
-    held = held ? null : shown;
-    hold.setAttribute("aria-pressed", String(Boolean(held)));
-    draw();
-  } }, "Hold this cycle");
+  const hold = h("button", { type: "button", id: "hold", "aria-pressed": "false", onclick: () => keep(held ? null : shown) },
+    "Hold this cycle");
+  const chips = h("div", { class: "chips", role: "group", "aria-label": "Running cycles" });
+  const more = h("span", { class: "quiet" });
+  const others = h("div", { class: "filters", id: "running", hidden: true }, chips, more);
   const error = h("p", { class: "problem", hidden: true });
-  const parts = partsView({ caption: "The running cycle: how each subsystem's part stands", href: (part) => href("subsystems", part) });
-  main.append(h("div", { class: "headline" }, name, state, hold), progress, facts, error, parts.element);
+  const parts = partsView({ caption: "How each subsystem's part in the cycle stands", href: (part) => href("subsystems", part) });
+  main.append(others, h("div", { class: "headline" }, name, state, hold), progress, facts, error, parts.element);
+
+  /** From now on only this cycle is shown, or whichever runs. */
+  function keep(live) {
+    held = live;
+    setAttribute(hold, "aria-pressed", String(Boolean(held)));
+    draw();
+  }
+
+  /** One that runs is shown until it has ended. */
+  function choose(running) {
+    // How a cycle stands may have been told anew.
+    held &&= liveCycle(held.cycleId) ?? held;
+    if (held) return held;
+    const still = running.find(({ cycleId }) => cycleId === shown?.cycleId);
+    return still ?? running[0] ?? model.last ?? (model.status?.lastCycle ? liveOf(model.status.lastCycle) : null);
+  }
+
+  function drawRunning(running) {
+    others.hidden = running.length < 2;
+    keyed(chips, running.slice(0, LISTED), (live) => live.cycleId,
+      (live) => h("button", { type: "button", class: "chip", onclick: () => keep(liveCycle(live.cycleId) ?? live) },
+        h("span"), h("span", { class: "count" })),
+      (chip, live) => {
+        setText(chip.firstChild, visible(`Cycle ${live.cycleId}, ${live.startedBy()}`, 100));
+        setText(chip.lastChild, `${count(live.ended())} of ${count(live.parts.size)}`);
+        setAttribute(chip, "aria-pressed", String(live === shown));
+      });
+    setText(more, running.length > LISTED ? `and ${counted(running.length - LISTED, "more cycle")}` : "");
+  }
 
   function draw() {
-    shown = held ?? model.live ?? (model.status?.lastCycle ? liveOf(model.status.lastCycle) : null);
+    const running = runningCycles();
+    shown = choose(running);
+    drawRunning(running);
     hold.hidden = name.hidden = !shown;
     progress.hidden = !shown;
     progress.classList.toggle("over", Boolean(shown?.record));
@@ -46,7 +80,7 @@ export function mount(main, _, scope) {
     const { record } = shown;
     const list = shown.list();
     const elapsed = shown.elapsed();
-    const ended = record ? list.length : list.filter((part) => part.end !== undefined).length;
+    const ended = shown.ended();
     setText(name, `Cycle ${shown.cycleId}`);
     if (record) name.href = href("cycles", shown.cycleId);
     else name.removeAttribute("href");
@@ -54,10 +88,9 @@ export function mount(main, _, scope) {
     else setBadge(state, "RUNNING");
     progress.max = Math.max(1, list.length);
     progress.value = ended;
-    const trigger = shown.loop ? `loop ${shown.loop}` : lower(word(shown.trigger, "TRIGGER_")) || "unknown trigger";
     const failed = list.filter(hasFailed).length;
     setText(facts, [
-      trigger,
+      shown.startedBy(),
       `${count(ended)} of ${counted(list.length, "subsystem")} ended`,
       failed && `${count(failed)} failed`,
       record ? duration(elapsed) : `${(elapsed / 1000).toFixed(1)} s`,
@@ -77,7 +110,7 @@ export function mount(main, _, scope) {
     return due.length ? `next: loop ${due[0][1]} in ${whole(due[0][0] - now())}` : "";
   }
 
-  const size = () => model.live?.parts.size ?? 0;
+  const size = () => shown?.parts.size ?? 0;
   const redraw = throttled(() => (size() > MANY ? 500 : 60), draw);
   const readPlan = throttled(() => (size() > MANY ? 60_000 : 5000), () => scope.attempt(async () => {
     plan = await getPlan();
@@ -93,7 +126,7 @@ export function mount(main, _, scope) {
   scope.on("recorded", readPlan);
   scope.on("reloaded", readPlan);
   // Bars of those that run grow between events.
-  scope.every(100, () => !held && model.live && !model.live.record && redraw());
+  scope.every(100, () => model.running.size > 0 && redraw());
   scope.every(1000, redraw);
   readPlan();
   draw();

@@ -13,7 +13,7 @@ const ENDS = ["ran", "skipped", "missed", "coalesced", "dropped"];
 
 const MEANING = {
   ran: "their cycle was admitted",
-  skipped: "another cycle was running",
+  skipped: "a cycle with a subsystem in common was running or waiting",
   missed: "the process was down, or came too late",
   coalesced: "folded into another tick's cycle",
   dropped: "refused",
@@ -40,7 +40,7 @@ export function mount(main, _, scope) {
   }, note));
   scope.signal.addEventListener("abort", () => read.cancel());
   scope.on("recorded", read);
-  scope.on("live", () => model.live && !model.live.record && read());
+  scope.on("live", () => model.running.size > 0 && read());
   scope.on("reloaded", read);
   scope.every(1000, draw);
   scope.every(5000, () => model.connection === "open" && read());

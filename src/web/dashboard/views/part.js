@@ -150,7 +150,7 @@ function showDiff(place, record, part, earlier) {
 
 /**
  * What it read follows from the record: the output of one that it requires or runs after, or of one that had ended by
- * the time it was called, is FRESH if that one succeeded; else it is the last one before.
+ * the time it was called, is FRESH if that one succeeded; else it is the last one that any other cycle had made by then.
  */
 async function showInputs(place, record, part, now, scope) {
   add(place, h("h2", {}, "Inputs"));
@@ -170,7 +170,7 @@ async function showInputs(place, record, part, now, scope) {
     const isInTime = relation !== "reads" || instant(other?.finishedAt) <= instant(part.startedAt);
     if (stateOf(other) === "SUCCEEDED" && isInTime) return { name, relation, freshness: "FRESH", id: record.cycleId, part: other };
     if (relation === "requires") return { name, relation, freshness: "ABSENT" };
-    const last = await lastSuccess(name, record.startedAt);
+    const last = await lastSuccess(name, part.startedAt ?? record.startedAt);
     return last ? { name, relation, freshness: "STALE", id: last.id, part: last.part } : { name, relation, freshness: "ABSENT" };
   }));
   if (scope.signal.aborted) return;
