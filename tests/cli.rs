@@ -1185,6 +1185,33 @@ async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
 }
 
 #[tokio::test]
+async fn a_run_that_waits_shows_its_own_cycle_only() {
+    let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
+    let cli = Cli::of(&service);
+    fleet.run("a", Run::Hold);
+    fleet.run("b", Run::Hold);
+    let others = pb::RunCycleRequest { subsystems: vec!["a".into()], r#async: true, ..pb::RunCycleRequest::default() };
+    client.admit_with(others).await.unwrap();
+    fleet.until_run("a", 1).await;
+    let mut run = cli.command("run");
+    let ((), (code, shown)) = tokio::join!(
+        async {
+            while client.status().await.unwrap().queued_cycles == 0 {}
+            fleet.run("a", Run::Echo);
+            fleet.until_run("b", 1).await;
+            let request = pb::WatchCyclesRequest { progress: true, ..pb::WatchCyclesRequest::default() };
+            let mut stream = client.watch_cycles(request).await.unwrap().into_inner();
+            let progress = |event| matches!(event, Some(pb::cycle_event::Event::Progress(_)));
+            while !progress(stream.message().await.unwrap().unwrap().event.unwrap().event) {}
+            fleet.run("b", Run::Echo);
+        },
+        on_a_terminal(&mut run, 90)
+    );
+    assert_eq!(code, 0);
+    assert!(shown.contains("cycle 2  [") && !shown.contains("cycle 1  ["), "{shown:?}");
+}
+
+#[tokio::test]
 async fn who_interrupts_a_cycle_is_left_without_a_bar() {
     let (_home, fleet, service, _client) = house(&["a"]).await;
     fleet.run("a", Run::Hold);
