@@ -6,6 +6,7 @@ mod connections;
 mod receiving;
 mod repeated;
 mod server;
+mod services;
 mod streams;
 
 use std::{io, time::Duration};
@@ -14,20 +15,21 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
 };
-use tonic::{codegen::http::HeaderMap, service::Routes};
+use tonic::codegen::http::HeaderMap;
 use tonic_reflection::server::{Builder, Error};
 
 pub(crate) use self::{
     connections::{Broken, Busy, Connection, Connections, serve_each},
     server::{Limits, Server},
+    services::Services,
 };
 use crate::proto;
 
-/// What adds reflection, v1 and v1alpha, of a service and of the health service beside it.
+/// Reflection, v1 and v1alpha, of a service and of the health service beside it.
 ///
 /// # Errors
 /// The descriptors of the contract can't be read.
-pub(crate) fn reflection(service: &str) -> Result<impl FnOnce(Routes) -> Routes + use<>, Error> {
+pub(crate) fn reflection(service: &str) -> Result<Services, Error> {
     let descriptions = || {
         Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
@@ -37,8 +39,7 @@ pub(crate) fn reflection(service: &str) -> Result<impl FnOnce(Routes) -> Routes 
             .with_service_name(service)
             .with_service_name("grpc.health.v1.Health")
     };
-    let (v1, v1alpha) = (descriptions().build_v1()?, descriptions().build_v1alpha()?);
-    Ok(|routes: Routes| routes.add_service(v1).add_service(v1alpha))
+    Ok(Services::default().and(descriptions().build_v1()?).and(descriptions().build_v1alpha()?))
 }
 
 /// What `grpc-timeout` says: at most eight digits and a unit.

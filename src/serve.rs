@@ -14,7 +14,6 @@ use std::{
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{join, net::TcpListener, select, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 pub use self::operator::Operator;
@@ -145,7 +144,7 @@ impl Service {
             exporting.start("the exporter of spans", told(sender.run(stop_exporting.clone())));
             (exporter, spans) = (Some(made.clone()), made);
         }
-        let with_reflection = listen::reflection(SERVICE)?;
+        let services = listen::reflection(SERVICE)?;
         let (settings, declared) = (settings(config), declared(config));
         // The last that may refuse, and with it the new epoch begins: until then nothing is taken over.
         let (orchestrator, tasks) =
@@ -155,9 +154,8 @@ impl Service {
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let api = Api::new(orchestrator.clone(), memory.requests.clone());
-        let routes =
-            Routes::new(api::service(api.clone(), config.server.max_request_bytes)).add_service(health_service);
-        let server = listen::Server::new(with_reflection(routes), limits(&config.server, &memory));
+        let services = services.and(api::service(api.clone(), config.server.max_request_bytes)).and(health_service);
+        let server = listen::Server::new(services, limits(&config.server, &memory));
         let connections = Connections::at_most(config.server.max_connections);
         let mut servers = Parts::default();
         let served = server.serve(listener, connections.clone(), stop_server.clone(), cut_off.clone());

@@ -75,9 +75,9 @@ const MAY_HAND_ON: &[(&str, &str)] =
 const MAY_DEPEND: &[(&str, &[&str])] = &[
     // gRPC: its types at the edges only, its details where errors are made and read.
     ("tonic", &["api", "cli", "listen", "proto", "serve", "subsystem", "web/json"]),
-    ("tonic_health", &["cli", "serve", "subsystem"]),
+    ("tonic_health", &["cli", "listen", "serve", "subsystem"]),
     ("tonic_reflection", &["listen", "serve", "subsystem"]),
-    ("tonic_types", &["api/error", "cli/remote", "proto/codec", "web/json"]),
+    ("tonic_types", &["api/error", "cli/remote", "listen", "proto/codec", "web/json"]),
     ("prost", &["api", "cli", "dial", "proto", "record", "web/json"]),
     ("prost_reflect", &["proto"]),
     ("prost_types", &["api", "cli", "proto"]),
@@ -198,7 +198,8 @@ impl Reader {
                     }
                     at += 3;
                 }
-                TokenTree::Ident(_) if word(at) == "use" => {
+                // Not the `use<…>` of a type.
+                TokenTree::Ident(_) if word(at) == "use" && word(at + 1) != "<" => {
                     let end = (at..tokens.len()).find(|end| word(*end) == ";").unwrap_or(tokens.len());
                     let mut used = BTreeSet::new();
                     leaves(&tokens[at + 1..end], &[], &mut used);

@@ -116,13 +116,15 @@ async fn what_can_not_be_called_or_is_too_large_is_refused_and_the_service_goes_
     let refused = stage.client.register(registration).await.unwrap_err();
     assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
     assert!(refused.message().contains("message length too large"), "{refused:?}");
-    // A path that nobody serves.
+    // A method that the service does not have, and services that are not served.
     let mut grpc = tonic::client::Grpc::new(channel(&stage.service).await);
-    grpc.ready().await.unwrap();
-    let path = tonic::codegen::http::uri::PathAndQuery::from_static("/dreamnet.orchestrator.v1.Orchestrator/Nothing");
-    let codec = tonic_prost::ProstCodec::<(), ()>::default();
-    let unknown: Status = grpc.unary(Request::new(()), path, codec).await.unwrap_err();
-    assert_eq!(unknown.code(), Code::Unimplemented);
+    for path in ["/dreamnet.orchestrator.v1.Orchestrator/Nothing", "/dreamnet.subsystem.v1.Subsystem/RunCycle", "/"] {
+        grpc.ready().await.unwrap();
+        let path = tonic::codegen::http::uri::PathAndQuery::from_static(path);
+        let codec = tonic_prost::ProstCodec::<(), ()>::default();
+        let unknown: Status = grpc.unary(Request::new(()), path, codec).await.unwrap_err();
+        assert_eq!(unknown.code(), Code::Unimplemented);
+    }
     stage.register("a", |_| {}).await;
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
 }

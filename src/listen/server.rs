@@ -15,11 +15,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{
     Status,
     body::Body,
-    codegen::{
-        Service,
-        http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE},
-    },
-    service::Routes,
+    codegen::http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE},
 };
 
 use super::{
@@ -28,6 +24,7 @@ use super::{
     connections::{Broken, Connection, Connections, serve_each},
     receiving::{Received, Rule},
     repeated::Repeated,
+    services::Services,
     streams::{Streams, Taking},
     timeout_of,
 };
@@ -57,7 +54,7 @@ pub(crate) struct Limits {
 pub(crate) struct Server(Arc<Shared>);
 
 struct Shared {
-    routes: Routes,
+    services: Services,
     limits: Limits,
     places: Arc<Semaphore>,
     full: Repeated,
@@ -66,10 +63,10 @@ struct Shared {
 
 impl Server {
     /// Serves nothing yet.
-    pub(crate) fn new(routes: Routes, limits: Limits) -> Self {
+    pub(crate) fn new(services: Services, limits: Limits) -> Self {
         let places = Arc::new(Semaphore::new(limits.max_streams));
         let (full, cut_off) = Default::default();
-        Self(Arc::new(Shared { routes: routes.prepare(), limits, places, full, cut_off }))
+        Self(Arc::new(Shared { services, limits, places, full, cut_off }))
     }
 
     /// Serves until `stop` is cancelled, and then for what calls are open; everything breaks when `cut_off` is cancelled.
@@ -166,14 +163,13 @@ impl Server {
             let within = timeout_of(request.headers());
             request.extensions_mut().insert(broken);
             let received = |body| Received::new(body, rule, limits.requests.clone(), headers.ok(), taking.clone());
-            let call = self.0.routes.clone().call(request.map(|body| Body::new(received(body))));
-            let answered = match within {
+            let call = self.0.services.call(request.map(|body| Body::new(received(body))));
+            match within {
                 None => call.await,
-                Some(within) => timeout(within, call).await.unwrap_or_else(|_| {
-                    Ok(Status::deadline_exceeded("the deadline of the call has passed").into_http())
-                }),
-            };
-            answered.unwrap_or_else(|infallible| match infallible {})
+                Some(within) => timeout(within, call)
+                    .await
+                    .unwrap_or_else(|_| Status::deadline_exceeded("the deadline of the call has passed").into_http()),
+            }
         };
         response.map(|body| Answer::new(body, limits.answers.clone(), taking, patience))
     }
@@ -236,21 +232,47 @@ impl hyper::service::Service<Request<Incoming>> for Calls {
 
 #[cfg(test)]
 mod tests {
-    use axum::{Router, routing::post};
+    use std::{
+        future::{Ready, ready},
+        task::{Context, Poll},
+    };
+
     use bytes::Bytes;
     use h2::{RecvStream, client::SendRequest};
+    use http_body_util::Full;
     use tokio::{
         io::duplex,
         time::{Instant, sleep},
     };
 
     use super::*;
+    use tonic::codegen::Service;
+
+    /// Answers with as many bytes as the path says.
+    #[derive(Clone)]
+    struct Zeros;
+
+    impl tonic::server::NamedService for Zeros {
+        const NAME: &str = "Zeros";
+    }
+
+    impl Service<Request<Body>> for Zeros {
+        type Response = Response<Body>;
+        type Error = Infallible;
+        type Future = Ready<Result<Response<Body>, Infallible>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: Request<Body>) -> Self::Future {
+            let bytes = request.uri().path().strip_prefix("/Zeros/").unwrap().parse().unwrap();
+            ready(Ok(Response::new(Body::new(Full::from(vec![0; bytes])))))
+        }
+    }
 
     /// A client of a server whose answers have so much memory. It gives each stream this much room at a time.
     async fn connect(answers: usize, window: u32) -> SendRequest<Bytes> {
-        let router = Router::new()
-            .route("/large", post(async || vec![0; 100 << 10]))
-            .route("/small", post(async || vec![0; 10 << 10]));
         let limits = Limits {
             max_concurrent_streams: 10,
             max_streams: 10,
@@ -261,7 +283,7 @@ mod tests {
             large_streams: &[],
         };
         let (peer, stream) = duplex(1 << 20);
-        let server = Server::new(Routes::from(router), limits);
+        let server = Server::new(Services::default().and(Zeros), limits);
         tokio::spawn(server.serve_connection(Connection::of(stream).await, CancellationToken::new()));
         let made = h2::client::Builder::new().initial_window_size(window).handshake(peer).await;
         let (send, connection) = made.unwrap();
@@ -269,8 +291,8 @@ mod tests {
         send
     }
 
-    async fn ask(send: &mut SendRequest<Bytes>, path: &str) -> RecvStream {
-        let request = Request::post(format!("http://localhost{path}")).header(CONTENT_TYPE, "application/grpc");
+    async fn ask(send: &mut SendRequest<Bytes>, bytes: usize) -> RecvStream {
+        let request = Request::post(format!("http://localhost/Zeros/{bytes}")).header(CONTENT_TYPE, "application/grpc");
         let request = request.body(()).unwrap();
         let (response, _) = send.clone().ready().await.unwrap().send_request(request, true).unwrap();
         let response = response.await.unwrap();
@@ -284,18 +306,18 @@ mod tests {
         for (answers, after) in [(1 << 20, 60), (150 << 10, 5)] {
             let mut client = connect(answers, 0).await;
             let begun = Instant::now();
-            let mut answer = ask(&mut client, "/large").await;
+            let mut answer = ask(&mut client, 100 << 10).await;
             let error = answer.data().await.unwrap().unwrap_err();
             assert_eq!(error.reason(), Some(h2::Reason::CANCEL));
             assert_eq!(begun.elapsed().as_secs(), after);
-            drop(ask(&mut client, "/large").await);
+            drop(ask(&mut client, 100 << 10).await);
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_slow_client_gets_its_whole_answer() {
         let mut client = connect(1 << 20, 16 << 10).await;
-        let mut answer = ask(&mut client, "/large").await;
+        let mut answer = ask(&mut client, 100 << 10).await;
         let mut taken = 0;
         while let Some(data) = answer.data().await {
             let bytes = data.unwrap().len();
@@ -310,7 +332,7 @@ mod tests {
     async fn a_client_that_leaves_the_end_of_an_answer_loses_its_connection() {
         let mut client = connect(1 << 20, 1).await;
         let begun = Instant::now();
-        let mut answer = ask(&mut client, "/small").await;
+        let mut answer = ask(&mut client, 10 << 10).await;
         assert_eq!(answer.data().await.unwrap().unwrap().len(), 1);
         assert!(answer.data().await.unwrap().is_err());
         assert_eq!(begun.elapsed().as_secs(), 60);

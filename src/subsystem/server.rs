@@ -10,7 +10,6 @@ use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::AbortOnDropHandle,
 };
-use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use super::{
@@ -94,8 +93,8 @@ impl Server {
             .max_encoding_message_size(MAX_ANSWER);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
-        let routes = listen::reflection(SERVICE)?(Routes::new(calls).add_service(health_service));
-        let server = listen::Server::new(routes, limits());
+        let services = listen::reflection(SERVICE)?.and(calls).and(health_service);
+        let server = listen::Server::new(services, limits());
 
         let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let refused = |error| ListenError::Address(address.to_owned(), error);
