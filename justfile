@@ -13,8 +13,9 @@ test:
 
 # What must hold before a commit: formatting, lints, docs, tests.
 check:
-    cargo fmt --check
-    cargo clippy --all-targets -- -D warnings
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets -- -D warnings
+    cargo clippy --package peak -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
     cargo test
 

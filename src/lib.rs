@@ -1,24 +1,46 @@
 //! A control plane that runs a fleet of remote components ("subsystems") in cycles.
+//!
+//! The feature `service`, which is on by default, is the service itself with its command line. Without it, what is left is
+//! what a subsystem in Rust is made with: see [`subsystem`].
 
-pub mod api;
-pub mod cli;
-pub mod clock;
-pub mod config;
-pub mod dial;
-pub mod engine;
-pub mod file;
+#![cfg_attr(not(feature = "service"), allow(dead_code, unused_imports, reason = "the service uses the rest"))]
+
 mod listen;
 pub mod memory;
 pub mod model;
-pub mod orchestrator;
-pub mod parts;
-pub mod ports;
 pub mod proto;
-pub mod record;
-pub mod schedule;
-pub mod serve;
-pub mod store;
 pub mod subsystem;
-pub mod telemetry;
 mod turn;
+
+#[cfg(feature = "service")]
+pub mod api;
+#[cfg(feature = "service")]
+pub mod cli;
+#[cfg(feature = "service")]
+pub mod clock;
+#[cfg(feature = "service")]
+pub mod config;
+#[cfg(feature = "service")]
+pub mod dial;
+#[cfg(feature = "service")]
+pub mod engine;
+#[cfg(feature = "service")]
+pub mod file;
+#[cfg(feature = "service")]
+pub mod orchestrator;
+#[cfg(feature = "service")]
+pub mod parts;
+#[cfg(feature = "service")]
+pub mod ports;
+#[cfg(feature = "service")]
+pub mod record;
+#[cfg(feature = "service")]
+pub mod schedule;
+#[cfg(feature = "service")]
+pub mod serve;
+#[cfg(feature = "service")]
+pub mod store;
+#[cfg(feature = "service")]
+pub mod telemetry;
+#[cfg(feature = "service")]
 mod web;

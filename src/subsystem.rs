@@ -1,5 +1,13 @@
 //! Serves subsystems written in Rust: implement [`Subsystem`], give it a name, listen.
 //!
+//! A package with a subsystem depends on this crate without the feature `service`. That is the orchestrator itself, with a
+//! database, a web server and a terminal, which a subsystem need not compile:
+//!
+//! ```toml
+//! [dependencies]
+//! orchestrator-core = { path = "…", default-features = false }
+//! ```
+//!
 //! ```
 //! use std::{collections::VecDeque, error::Error, sync::Mutex, time::Duration};
 //!

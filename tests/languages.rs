@@ -53,7 +53,7 @@ static EXAMPLES: [Example; 5] = [
     Example::new("go", "go version && python3 --version", "go generate && go build", "./alarm"),
     Example::new("java", "mvn --version", "mvn -B -q package", "java -jar target/forecast.jar"),
     Example::new("node", "npm --version", "npm ci --silent && npm run --silent build", "node dist/src/subsystem.js"),
-    Example::new("rust", "cargo --version", "cargo build --quiet --example rust", "cargo run --quiet --example rust --"),
+    Example::new("rust", "cargo --version", "cargo build --quiet", "cargo run --quiet --"),
 ];
 
 /// Those that can be tested here. Says which ones those are.

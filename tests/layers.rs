@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
-use std::{collections::BTreeSet, fs, path::Path, sync::LazyLock};
+use std::{collections::BTreeSet, fs, path::Path, process::Command, sync::LazyLock};
 
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
@@ -330,6 +330,39 @@ fn libraries_stay_at_the_edges() {
             let may = allowed.iter().any(|place| module.is_in(place));
             assert!(!is_used || may, "{} uses {library}, which it may not", module.path.join("::"));
         }
+    }
+}
+
+/// The modules that `lib.rs` compiles also without the feature `service`: what a subsystem in Rust is made with.
+fn without_the_service() -> BTreeSet<String> {
+    let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
+    let lines: Vec<_> = lib.lines().collect();
+    let is_always_there = |pair: &&[&str]| pair[0] != r#"#[cfg(feature = "service")]"#;
+    let module = |line: &str| Some(line.trim_start_matches("pub ").strip_prefix("mod ")?.strip_suffix(';')?.to_owned());
+    lines.windows(2).filter(is_always_there).filter_map(|pair| module(pair[1])).collect()
+}
+
+#[test]
+fn what_a_subsystem_is_made_with_uses_nothing_of_the_service() {
+    let modules = without_the_service();
+    assert!(modules.contains("subsystem") && !modules.contains("serve"), "{modules:?}");
+    for (module, allowed) in MAY_USE.iter().filter(|(module, _)| modules.contains(*module)) {
+        let missing: Vec<_> = allowed.iter().filter(|used| !modules.contains(**used)).collect();
+        assert!(missing.is_empty(), "{module} may use {missing:?}, which are only there with the feature `service`");
+    }
+}
+
+#[test]
+fn a_subsystem_in_rust_compiles_no_database_no_web_server_no_terminal_and_no_c() {
+    // As cargo resolves it for a crate that depends on this one.
+    let mut tree = Command::new(env!("CARGO"));
+    tree.current_dir(env!("CARGO_MANIFEST_DIR")).args(["tree", "--package", "peak", "--locked", "--offline"]);
+    let output = tree.args(["--edges", "normal,build", "--prefix", "none", "--format", "{p}"]).output().unwrap();
+    let [tree, errors] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));
+    let compiled: BTreeSet<_> = tree.lines().filter_map(|line| line.split(' ').next()).collect();
+    assert!(compiled.contains("orchestrator-core") && compiled.contains("tonic"), "{tree}{errors}");
+    for unneeded in ["axum", "cc", "crossterm", "opentelemetry", "ratatui", "rusqlite", "rustls", "terminal_size"] {
+        assert!(!compiled.contains(unneeded), "a subsystem in Rust compiles {unneeded}");
     }
 }
 
