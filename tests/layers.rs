@@ -125,6 +125,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
             "store",
             "subsystem",
             "telemetry",
+            "turn",
             "web",
         ],
     ),
