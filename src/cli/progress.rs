@@ -10,7 +10,7 @@ use console::Term;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle, TermLike};
 
 use super::output::{count, milliseconds, names};
-use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
+use crate::proto::orchestrator::v1 as pb;
 
 /// Shows the oldest running cycle, if there is one, below everything that is printed with [`Bar::above`], and how many others
 /// run. One line, so that what is printed does not jump when cycles come and go. Gone when dropped.
