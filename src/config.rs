@@ -5,6 +5,7 @@
 //! the reference of all keys.
 
 mod reader;
+mod settings;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -18,7 +19,10 @@ use std::{
 
 use tracing_subscriber::EnvFilter;
 
-use self::reader::{Node, PREFIX, Problems, Reader, Table, parse, put};
+use self::{
+    reader::{Node, PREFIX, Problems, Reader, Table, parse, put},
+    settings::SETTINGS,
+};
 use crate::{
     engine::{Member, Plan},
     file,
@@ -256,11 +260,35 @@ pub struct Reload {
     pub changed: Vec<String>,
 }
 
+/// One setting of the process, other than what is declared: see [`settings`].
+struct Setting {
+    /// Such as `cycle.deadline`.
+    key: &'static str,
+    on_reload: OnReload,
+    /// Sets it in the configuration to what is written, if it is written and right.
+    read: fn(&mut Reader<'_>, &mut Config),
+    differs: fn(&Config, &Config) -> bool,
+    copy: fn(&Config, &mut Config),
+}
+
+/// What becomes of a setting that has changed while the process runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OnReload {
+    /// It applies from then on.
+    Applies,
+    /// The process goes on with the old one, and says so.
+    NeedsRestart,
+}
+
 /// Variables that are no settings: for the command line's other commands, and for tests.
 const OTHER_VARIABLES: [&str; 4] = ["ADDRESS", "CONFIG", "OUTPUT", "TIMEOUT"];
 /// How the names of variables begin that are no settings. The latter two Kubernetes sets in every pod beside a service
 /// that is called `orchestrator`.
 const OTHER_PREFIXES: [&str; 4] = ["TEST_", "TORTURE_", "SERVICE_", "PORT_"];
+
+impl LogFormat {
+    const WORDS: &[(&str, Self)] = &[("auto", Self::Auto), ("text", Self::Text), ("json", Self::Json)];
+}
 
 impl Config {
     /// Puts the file, `environment` and the flags together. Of the environment, only `ORCHESTRATOR_…` counts.
@@ -299,64 +327,22 @@ impl Config {
     /// What becomes of `new` when it is to apply from now on, in a process that runs with `self`.
     #[must_use]
     pub fn reload(&self, mut new: Self) -> Reload {
-        let mut needs_restart = Vec::new();
-        macro_rules! keep {
-            ($($key:literal: $($field:ident).+,)+) => {
-                $(if new.$($field).+ != self.$($field).+ {
-                    new.$($field).+.clone_from(&self.$($field).+);
-                    needs_restart.push($key);
-                })+
-            };
-        }
-        keep! {
-            "orchestrator_id": orchestrator_id,
-            "server.listen": server.listen,
-            "admin.listen": admin.listen,
-            "server.insecure_listen_beyond_loopback": server.insecure_listen_beyond_loopback,
-            "server.max_connections": server.max_connections,
-            "server.max_concurrent_streams": server.max_concurrent_streams,
-            "server.max_streams": server.max_streams,
-            "server.max_request_bytes": server.max_request_bytes,
-            "server.max_receiving_bytes": server.max_receiving_bytes,
-            "memory.max_bytes": memory.max_bytes,
-            "store.url": store.url,
-            "dial.ca_file": dial.ca_file,
-            "dial.connect_timeout": dial.connect_timeout,
-            "log.format": log.format,
-            "tracing.otlp_endpoint": tracing.otlp_endpoint,
-        }
-        let changed = self.changes(&new);
-        Reload { config: new, needs_restart, changed }
-    }
-
-    /// What is different in `new`, of all that can change while the process runs.
-    #[allow(clippy::float_cmp, reason = "a number that was not changed is the very same")]
-    fn changes(&self, new: &Self) -> Vec<String> {
-        let mut changed = Vec::new();
-        macro_rules! compare {
-            ($($key:literal: $($field:ident).+,)+) => {
-                $(if new.$($field).+ != self.$($field).+ {
-                    changed.push($key.to_owned());
-                })+
-            };
-        }
-        compare! {
-            "server.max_watchers": server.max_watchers,
-            "server.drain_grace": server.drain_grace,
-            "store.retention": store.retention,
-            "cycle.deadline": cycle.deadline,
-            "cycle.max_concurrent_calls": cycle.max_concurrent_calls,
-            "cycle.max_queued": cycle.max_queued,
-            "cycle.max_record_bytes": cycle.max_record_bytes,
-            "cycle.max_outputs_bytes": cycle.max_outputs_bytes,
-            "registry.max_subsystems": registry.max_subsystems,
-            "registry.max_loops": registry.max_loops,
-            "log.filter": log.filter,
-            "tracing.sample_ratio": tracing.sample_ratio,
+        let (mut needs_restart, mut changed) = (Vec::new(), Vec::new());
+        for setting in SETTINGS {
+            if !(setting.differs)(self, &new) {
+                continue;
+            }
+            match setting.on_reload {
+                OnReload::Applies => changed.push(setting.key.to_owned()),
+                OnReload::NeedsRestart => {
+                    (setting.copy)(self, &mut new);
+                    needs_restart.push(setting.key);
+                }
+            }
         }
         changed.extend(changed_entries("subsystem", &self.subsystems, &new.subsystems, |it| &it.name));
         changed.extend(changed_entries("loop", &self.loops, &new.loops, |it| &it.name));
-        changed
+        Reload { config: new, needs_restart, changed }
     }
 
     fn read(table: Table, variables: BTreeMap<String, Node>, mut problems: Problems) -> Result<Self, ConfigError> {
@@ -368,53 +354,20 @@ impl Config {
 
     /// Reads every key. What is refused gets its default, until the pass ends.
     fn from_reader(read: &mut Reader<'_>) -> Self {
-        let mut config = Self {
-            orchestrator_id: read.parsed("orchestrator_id", orchestrator_id).unwrap_or_else(|| "orchestrator".into()),
-            server: Server::from_reader(read),
-            admin: Admin::default(),
-            memory: Memory { max_bytes: read.number("memory.max_bytes", 64 * MIB..=1024 * GIB) },
-            store: Store {
-                url: read
-                    .parsed("store.url", StoreUrl::parse)
-                    .unwrap_or_else(|| StoreUrl::Sqlite("orchestrator.db".into())),
-                retention: retention(read),
-            },
-            cycle: Cycle {
-                deadline: read.duration("cycle.deadline", MS..=DAY).unwrap_or(Duration::from_mins(1)),
-                max_concurrent_calls: read.number("cycle.max_concurrent_calls", 1..=100_000).unwrap_or(1024),
-                max_queued: read.number("cycle.max_queued", 0..=10_000).unwrap_or(64),
-                max_record_bytes: read.number("cycle.max_record_bytes", 64 * KIB..=64 * MIB).unwrap_or(3 * MIB),
-                max_outputs_bytes: read.number("cycle.max_outputs_bytes", MIB..=64 * GIB).unwrap_or(256 * MIB),
-            },
-            registry: Registry {
-                max_subsystems: read.number("registry.max_subsystems", 1..=1_000_000).unwrap_or(20_000),
-                max_loops: read.number("registry.max_loops", 1..=10_000).unwrap_or(256),
-            },
-            dial: Dial {
-                ca_file: read.parsed("dial.ca_file", path),
-                connect_timeout: read.duration("dial.connect_timeout", MS..=HOUR).unwrap_or(Duration::from_secs(5)),
-            },
-            log: Log {
-                filter: read.parsed("log.filter", log_filter).unwrap_or_else(|| "info".into()),
-                format: read
-                    .choice(
-                        "log.format",
-                        &[("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json)],
-                    )
-                    .unwrap_or(LogFormat::Auto),
-            },
-            tracing: Tracing {
-                otlp_endpoint: read.parsed("tracing.otlp_endpoint", collector),
-                sample_ratio: read.ratio("tracing.sample_ratio").unwrap_or(1.0),
-            },
-            subsystems: Vec::new(),
-            loops: Vec::new(),
-        };
+        let mut config = Self::default();
+        for setting in SETTINGS {
+            (setting.read)(read, &mut config);
+        }
+        if !config.server.insecure_listen_beyond_loopback {
+            refuse_beyond_loopback(read, "server.listen", config.server.listen, "run, change and read everything");
+            if let Some(listen) = config.admin.listen {
+                refuse_beyond_loopback(read, "admin.listen", listen, "read everything");
+            }
+        }
         let kind = Kind { of: "subsystem", list: "subsystems", max: config.registry.max_subsystems };
         config.subsystems = entries(read, kind, subsystem_spec, Subsystem::from_spec, |it| &it.name);
         let kind = Kind { of: "loop", list: "loops", max: config.registry.max_loops };
         config.loops = entries(read, kind, loop_spec, IntervalLoop::from_spec, |it| &it.name);
-        config.admin = Admin::from_reader(read, config.server.insecure_listen_beyond_loopback);
         // What was refused is left out of the list: then positions in it say nothing, and a ring can wait.
         if read.is_content() {
             refuse_ring(read, &config.subsystems);
@@ -426,52 +379,48 @@ impl Config {
 impl Default for Config {
     /// Every default, and nothing declared.
     fn default() -> Self {
-        Self::from_reader(&mut Reader::new(Table::new(), BTreeMap::new(), &mut Problems::default()))
-    }
-}
-
-impl Server {
-    fn from_reader(read: &mut Reader<'_>) -> Self {
-        let server = Self {
-            listen: read.parsed("server.listen", listen_address).unwrap_or_else(|| (Ipv4Addr::LOCALHOST, 7700).into()),
-            insecure_listen_beyond_loopback: read.flag("server.insecure_listen_beyond_loopback").unwrap_or(false),
-            max_connections: read.number("server.max_connections", 1..=1_000_000).unwrap_or(4096),
-            max_concurrent_streams: read.number("server.max_concurrent_streams", 1..=100_000).unwrap_or(256),
-            max_streams: read.number("server.max_streams", 1..=1_000_000).unwrap_or(4096),
-            max_request_bytes: read.number("server.max_request_bytes", 64 * KIB..=64 * MIB).unwrap_or(4 * MIB),
-            max_receiving_bytes: read.number("server.max_receiving_bytes", MIB..=64 * GIB),
-            max_watchers: read.number("server.max_watchers", 0..=100_000).unwrap_or(2000),
-            drain_grace: read.duration("server.drain_grace", Duration::ZERO..=HOUR).unwrap_or(Duration::from_secs(30)),
-        };
-        if !server.insecure_listen_beyond_loopback {
-            refuse_beyond_loopback(read, "server.listen", server.listen, "run, change and read everything");
+        Self {
+            orchestrator_id: "orchestrator".into(),
+            server: Server {
+                listen: (Ipv4Addr::LOCALHOST, 7700).into(),
+                insecure_listen_beyond_loopback: false,
+                max_connections: 4096,
+                max_concurrent_streams: 256,
+                max_streams: 4096,
+                max_request_bytes: 4 * MIB,
+                max_receiving_bytes: None,
+                max_watchers: 2000,
+                drain_grace: Duration::from_secs(30),
+            },
+            admin: Admin { listen: Some((Ipv4Addr::LOCALHOST, 7780).into()) },
+            memory: Memory { max_bytes: None },
+            store: Store { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
+            cycle: Cycle {
+                deadline: Duration::from_mins(1),
+                max_concurrent_calls: 1024,
+                max_queued: 64,
+                max_record_bytes: 3 * MIB,
+                max_outputs_bytes: 256 * MIB,
+            },
+            registry: Registry { max_subsystems: 20_000, max_loops: 256 },
+            dial: Dial { ca_file: None, connect_timeout: Duration::from_secs(5) },
+            log: Log { filter: "info".into(), format: LogFormat::Auto },
+            tracing: Tracing { otlp_endpoint: None, sample_ratio: 1.0 },
+            subsystems: Vec::new(),
+            loops: Vec::new(),
         }
-        server
-    }
-}
-
-impl Admin {
-    fn from_reader(read: &mut Reader<'_>, may_be_reached: bool) -> Self {
-        let listen = read.parsed("admin.listen", |text| match text {
-            "off" => Ok(None),
-            _ => listen_address(text).map(Some).map_err(|example| format!("{example}, or off")),
-        });
-        let admin = listen.map_or_else(Self::default, |listen| Self { listen });
-        if let Some(listen) = admin.listen.filter(|_| !may_be_reached) {
-            refuse_beyond_loopback(read, "admin.listen", listen, "read everything");
-        }
-        admin
-    }
-}
-
-impl Default for Admin {
-    fn default() -> Self {
-        Self { listen: Some((Ipv4Addr::LOCALHOST, 7780).into()) }
     }
 }
 
 fn listen_address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "give an IP address and a port, such as 127.0.0.1:7700 or [::1]:7700".to_owned())
+}
+
+fn admin_address(text: &str) -> Result<Option<SocketAddr>, String> {
+    match text {
+        "off" => Ok(None),
+        _ => listen_address(text).map(Some).map_err(|example| format!("{example}, or off")),
+    }
 }
 
 fn refuse_beyond_loopback(read: &mut Reader<'_>, key: &str, listen: SocketAddr, could: &str) {
@@ -546,16 +495,21 @@ fn changed_entries<'a, T: PartialEq>(
     })
 }
 
-fn retention(read: &mut Reader<'_>) -> Retention {
+fn default_retention() -> Retention {
+    let default = RetentionRule { max_cycles: Some(100_000), max_age: None };
+    Retention { default, by_state: BTreeMap::new() }
+}
+
+fn retention(read: &mut Reader<'_>, key: &str) -> Retention {
     let mut rule = |prefix: &str| RetentionRule {
         max_cycles: read.number(&format!("{prefix}.max_cycles"), 1..=i64::MAX.unsigned_abs()),
         max_age: read.duration(&format!("{prefix}.max_age"), Duration::from_secs(1)..=DAY * 36_600),
     };
-    let mut default = rule("store.retention");
-    default.max_cycles.get_or_insert(100_000);
+    let mut default = rule(key);
+    default.max_cycles = default.max_cycles.or(default_retention().default.max_cycles);
     let by_state = CycleState::ALL
         .into_iter()
-        .map(|state| (state, rule(&format!("store.retention.{}", state.key()))))
+        .map(|state| (state, rule(&format!("{key}.{}", state.key()))))
         .filter(|(_, rule)| *rule != RetentionRule::default())
         .collect();
     Retention { default, by_state }

@@ -376,6 +376,12 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// What consists of keys of its own, which `read` asks for.
+    #[allow(clippy::unnecessary_wraps, reason = "as whatever else is read")]
+    pub(super) fn group<T>(&mut self, key: &str, read: impl FnOnce(&mut Self, &str) -> T) -> Option<T> {
+        Some(read(self, key))
+    }
+
     pub(super) fn text(&mut self, key: &str) -> Option<String> {
         self.read(key, "a text in quotes", Value::text)
     }

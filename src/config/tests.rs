@@ -2,6 +2,7 @@ use std::{collections::BTreeSet, fs};
 
 use super::{reader::variable_name, *};
 
+const README: &str = include_str!("../../README.md");
 const REFERENCE: &str = include_str!("../../examples/orchestrator.toml");
 
 fn read(text: &str) -> Result<Config, ConfigError> {
@@ -448,99 +449,76 @@ fn no_more_problems_are_looked_for_than_a_person_reads() {
     assert!(long.len() < 1000, "{long}");
 }
 
+/// For each setting a value that is not the default.
+const OTHERS: &[(&str, &str)] = &[
+    ("orchestrator_id", "other"),
+    ("server.listen", "127.0.0.1:1"),
+    ("server.insecure_listen_beyond_loopback", "true"),
+    ("server.max_connections", "1"),
+    ("server.max_concurrent_streams", "1"),
+    ("server.max_streams", "1"),
+    ("server.max_request_bytes", "65536"),
+    ("server.max_receiving_bytes", "1048576"),
+    ("server.max_watchers", "1"),
+    ("server.drain_grace", "1s"),
+    ("admin.listen", "off"),
+    ("memory.max_bytes", "67108864"),
+    ("store.url", "memory:"),
+    ("store.retention", "{max_cycles = 1}"),
+    ("cycle.deadline", "1s"),
+    ("cycle.max_concurrent_calls", "1"),
+    ("cycle.max_queued", "1"),
+    ("cycle.max_record_bytes", "65536"),
+    ("cycle.max_outputs_bytes", "1048576"),
+    ("registry.max_subsystems", "1"),
+    ("registry.max_loops", "1"),
+    ("dial.ca_file", "ca.pem"),
+    ("dial.connect_timeout", "1s"),
+    ("log.filter", "debug"),
+    ("log.format", "json"),
+    ("tracing.otlp_endpoint", "http://h:4317"),
+    ("tracing.sample_ratio", "0.5"),
+];
+
 #[test]
-fn a_reload_keeps_what_needs_a_restart() {
+fn every_setting_is_applied_by_a_reload_or_needs_a_restart() {
     let running = Config::default();
-    let new = read(
-        r#"
-orchestrator_id = "new"
-[server]
-listen = "0.0.0.0:1"
-insecure_listen_beyond_loopback = true
-max_connections = 1
-max_concurrent_streams = 1
-max_streams = 1
-max_request_bytes = 65536
-max_watchers = 1
-drain_grace = "1s"
-[store]
-url = "memory:"
-retention.max_cycles = 1
-[cycle]
-deadline = "1s"
-max_concurrent_calls = 1
-max_queued = 1
-max_record_bytes = 65536
-max_outputs_bytes = 1048576
-[registry]
-max_subsystems = 1
-max_loops = 1
-[dial]
-ca_file = "ca.pem"
-connect_timeout = "1s"
-[log]
-filter = "debug"
-format = "json"
-[tracing]
-otlp_endpoint = "http://h:4317"
-sample_ratio = 0.5
-[[subsystems]]
-name = "A"
-endpoint = "http://h:1"
-[[loops]]
-name = "l"
-interval = "1s"
-"#,
-    )
-    .unwrap();
+    let needs_restart: BTreeSet<_> =
+        reference().filter(|(_, comment)| comment.ends_with("Restart.")).map(|(key, _)| key).collect();
+    for setting in SETTINGS {
+        let key = setting.key;
+        let (_, other) = OTHERS.iter().find(|(name, _)| *name == key).unwrap_or_else(|| panic!("no other {key}"));
+        let new = load(&[&format!("{key}={other}")], &[]).unwrap();
+        assert_ne!(new, running, "{key} is not set");
+        let expected = if needs_restart.contains(key) {
+            Reload { config: running.clone(), needs_restart: vec![key], changed: Vec::new() }
+        } else {
+            Reload { config: new.clone(), needs_restart: Vec::new(), changed: vec![key.to_owned()] }
+        };
+        assert_eq!(running.reload(new.clone()), expected, "{key}");
+        let first_cell = |line: &'static str| line.split('|').nth(1).filter(|cell| cell.contains(&format!("`{key}")));
+        let in_the_readme = README.lines().find_map(first_cell).unwrap_or_else(|| panic!("{key} is not in the README"));
+        assert_eq!(in_the_readme.contains('↻'), needs_restart.contains(key), "{key} in the README");
+        assert_eq!(new.reload(new.clone()), Reload { config: new, needs_restart: Vec::new(), changed: Vec::new() });
+    }
+}
+
+#[test]
+fn every_key_is_of_a_setting_or_of_a_list() {
+    for key in known(Config::from_reader) {
+        let is_of = |setting: &Setting| key == setting.key || key.starts_with(&format!("{}.", setting.key));
+        assert!(SETTINGS.iter().any(is_of) || ["subsystems", "loops"].contains(&key.as_str()), "{key}");
+    }
+}
+
+#[test]
+fn a_reload_names_what_is_declared_anew() {
+    let running = read("[[loops]]\nname = \"l\"\ninterval = \"1s\"\n").unwrap();
+    let new = read("[[subsystems]]\nname = \"A\"\nendpoint = \"http://h:1\"\n").unwrap();
     let Reload { config, needs_restart, changed } = running.reload(new.clone());
-    assert_eq!(
-        needs_restart,
-        [
-            "orchestrator_id",
-            "server.listen",
-            "server.insecure_listen_beyond_loopback",
-            "server.max_connections",
-            "server.max_concurrent_streams",
-            "server.max_streams",
-            "server.max_request_bytes",
-            "store.url",
-            "dial.ca_file",
-            "dial.connect_timeout",
-            "log.format",
-            "tracing.otlp_endpoint",
-        ]
-    );
-    assert_eq!(
-        changed,
-        [
-            "server.max_watchers",
-            "server.drain_grace",
-            "store.retention",
-            "cycle.deadline",
-            "cycle.max_concurrent_calls",
-            "cycle.max_queued",
-            "cycle.max_record_bytes",
-            "cycle.max_outputs_bytes",
-            "registry.max_subsystems",
-            "registry.max_loops",
-            "log.filter",
-            "tracing.sample_ratio",
-            "subsystem A added",
-            "loop l added",
-        ]
-    );
-    let expected = Config {
-        orchestrator_id: running.orchestrator_id.clone(),
-        server: Server { max_watchers: 1, drain_grace: Duration::from_secs(1), ..running.server.clone() },
-        store: Store { url: running.store.url.clone(), retention: new.store.retention.clone() },
-        dial: running.dial.clone(),
-        log: Log { filter: "debug".into(), format: LogFormat::Auto },
-        tracing: Tracing { otlp_endpoint: None, sample_ratio: 0.5 },
-        ..new.clone()
-    };
-    assert_eq!(config, expected);
-    assert_eq!(new.reload(new.clone()), Reload { config: new, needs_restart: Vec::new(), changed: Vec::new() });
+    assert_eq!(config, new);
+    assert_eq!(needs_restart, [""; 0]);
+    assert_eq!(changed, ["subsystem A added", "loop l removed"]);
 }
 
 /// Every key that `read` asks for.
@@ -558,6 +536,24 @@ fn whole_reference() -> String {
         .map(|line| line.strip_prefix('#').filter(|rest| !rest.is_empty() && !rest.starts_with(' ')).unwrap_or(line))
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+/// Every key of the reference, with the comment above it.
+fn reference() -> impl Iterator<Item = (String, String)> {
+    let (mut keys, mut table, mut comment) = (Vec::new(), String::new(), String::new());
+    for line in whole_reference().lines() {
+        if line.starts_with('#') {
+            comment += line;
+            continue;
+        }
+        if line.starts_with('[') {
+            table = format!("{}.", line.trim_matches(['[', ']']));
+        } else if let Some((key, _)) = line.split_once(" = ") {
+            keys.push((format!("{table}{key}"), std::mem::take(&mut comment)));
+        }
+        comment.clear();
+    }
+    keys.into_iter()
 }
 
 #[test]
@@ -585,16 +581,9 @@ fn the_reference_lists_every_key_once_with_a_comment() {
         keys.extend(of_entries.into_iter().map(|key| format!("{list}.{key}")));
     }
     let mut listed = BTreeSet::new();
-    let (mut table, mut above) = (String::new(), "");
-    let whole = whole_reference();
-    for line in whole.lines() {
-        if line.starts_with('[') {
-            table = format!("{}.", line.trim_matches(['[', ']']));
-        } else if let Some((key, _)) = line.split_once(" = ").filter(|_| !line.starts_with('#')) {
-            assert!(above.starts_with("# "), "no comment above {table}{key}");
-            assert!(listed.insert(format!("{table}{key}")), "{table}{key} is there twice");
-        }
-        above = line;
+    for (key, comment) in reference() {
+        assert!(comment.starts_with("# "), "no comment above {key}");
+        assert!(listed.insert(key.clone()), "{key} is there twice");
     }
     assert_eq!(listed, keys);
 }

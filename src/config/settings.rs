@@ -1,0 +1,62 @@
+//! Every setting, once: what else is said of all settings is made from this list.
+
+use std::time::Duration;
+
+use super::{
+    DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
+    OnReload::{Applies, NeedsRestart},
+    Setting, admin_address, collector, listen_address, log_filter, orchestrator_id, path, retention,
+};
+use crate::store::StoreUrl;
+
+/// Makes [`SETTINGS`]. A line is the field, which is also the key; what a reload does; and the method of the reader that
+/// reads it, with what that method allows. A setting that is not written keeps its default.
+macro_rules! settings {
+    ($($first:ident $(. $second:ident)?: $on_reload:ident, $read:ident($($allowed:expr)?)$(.map($wrap:path))?;)+) => {
+        #[allow(clippy::float_cmp, reason = "a number that was not changed is the very same")]
+        pub(super) const SETTINGS: &[Setting] = &[$({
+            const KEY: &str = concat!(stringify!($first) $(, ".", stringify!($second))?);
+            Setting {
+                key: KEY,
+                on_reload: $on_reload,
+                read: |reader, config| {
+                    if let Some(value) = reader.$read(KEY $(, $allowed)?)$(.map($wrap))? {
+                        config.$first$(.$second)? = value;
+                    }
+                },
+                differs: |one, other| one.$first$(.$second)? != other.$first$(.$second)?,
+                copy: |from, to| to.$first$(.$second)?.clone_from(&from.$first$(.$second)?),
+            }
+        }),+];
+    };
+}
+
+settings! {
+    orchestrator_id: NeedsRestart, parsed(orchestrator_id);
+    server.listen: NeedsRestart, parsed(listen_address);
+    server.insecure_listen_beyond_loopback: NeedsRestart, flag();
+    server.max_connections: NeedsRestart, number(1..=1_000_000);
+    server.max_concurrent_streams: NeedsRestart, number(1..=100_000);
+    server.max_streams: NeedsRestart, number(1..=1_000_000);
+    server.max_request_bytes: NeedsRestart, number(64 * KIB..=64 * MIB);
+    server.max_receiving_bytes: NeedsRestart, number(MIB..=64 * GIB).map(Some);
+    server.max_watchers: Applies, number(0..=100_000);
+    server.drain_grace: Applies, duration(Duration::ZERO..=HOUR);
+    admin.listen: NeedsRestart, parsed(admin_address);
+    memory.max_bytes: NeedsRestart, number(64 * MIB..=1024 * GIB).map(Some);
+    store.url: NeedsRestart, parsed(StoreUrl::parse);
+    store.retention: Applies, group(retention);
+    cycle.deadline: Applies, duration(MS..=DAY);
+    cycle.max_concurrent_calls: Applies, number(1..=100_000);
+    cycle.max_queued: Applies, number(0..=10_000);
+    cycle.max_record_bytes: Applies, number(64 * KIB..=64 * MIB);
+    cycle.max_outputs_bytes: Applies, number(MIB..=64 * GIB);
+    registry.max_subsystems: Applies, number(1..=1_000_000);
+    registry.max_loops: Applies, number(1..=10_000);
+    dial.ca_file: NeedsRestart, parsed(path).map(Some);
+    dial.connect_timeout: NeedsRestart, duration(MS..=HOUR);
+    log.filter: Applies, parsed(log_filter);
+    log.format: NeedsRestart, choice(LogFormat::WORDS);
+    tracing.otlp_endpoint: NeedsRestart, parsed(collector).map(Some);
+    tracing.sample_ratio: Applies, ratio();
+}
