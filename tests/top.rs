@@ -178,17 +178,19 @@ async fn it_survives_a_crash_of_the_service() {
 async fn a_network_that_falls_silent_is_noticed_and_left() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a"]).await;
+    stage.client.run().await.unwrap();
     let door = Door::open().await;
     door.lead_to(Some(&stage.service));
     let mut top = Top::start(door.address(), 100, 24);
-    top.terminal.until_shown("  connected").await;
+    // It has read the history, and follows the stream.
+    top.terminal.until_shown("last: cycle 1 SUCCEEDED").await;
     door.fall_silent();
     top.terminal.until_shown("the service does not answer; reconnecting").await;
     stage.client.run().await.unwrap();
     door.lead_to(Some(&stage.service));
     // What it asks for comes again as well as the stream.
-    top.terminal.until("all to be heard", |shown| shown.contains("  connected") && shown.contains("cycles 1 ")).await;
-    top.row("a", &["SUCCEEDED", "#1"]).await;
+    top.terminal.until("all to be heard", |shown| shown.contains("  connected") && shown.contains("cycles 2 ")).await;
+    top.row("a", &["SUCCEEDED", "#2"]).await;
     stage.register_all(&["b"]).await;
     top.row("b", &["ABSENT"]).await;
     top.terminal.press("q");
