@@ -61,7 +61,7 @@ name. Ticks are due at multiples of the interval since 1970 (UTC), shifted by --
 subsystem in common want different offsets, or they take turns. --subsystem may name one that is registered later; until then its part fails.
 
 Overlap policies, for a tick while a cycle with a subsystem in common runs or waits: skip, its cycle does not run; \
-buffer_one, it waits if none of this loop waits yet; buffer_all, it waits in line; cancel_other, the running cycle is \
+buffer_one, it waits if none of this loop waits yet; buffer_all, it waits in line; cancel_other, those that run are \
 cancelled. Loops without a subsystem in common don't hold each other up.
 
 Examples:
