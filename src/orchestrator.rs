@@ -441,6 +441,7 @@ impl Orchestrator {
         store.commit(Arc::new(write)).await?;
         state.loops.written(mark);
 
+        let watching = memory.history.part("what watchers look for and read ahead", memory.history.max() / 4);
         let shared = Arc::new(Shared {
             engine: Engine {
                 subsystems,
@@ -453,7 +454,8 @@ impl Orchestrator {
                 spans,
             },
             newest: newest::Sender::new(state.last_revision),
-            watching: memory.history.part("what watchers look for and read ahead", memory.history.max() / 4),
+            live: Live::new(watching.clone()),
+            watching,
             // With what is known of them, if it is asked for.
             _recent: memory.history.try_hold(3 * State::RECENT_BYTES).ok(),
             history: memory.history.clone(),
@@ -471,7 +473,6 @@ impl Orchestrator {
             queue_changed: Notify::new(),
             loops_changed: Notify::new(),
             leases_changed: Notify::new(),
-            live: Live::new(),
             watchers: Watchers::default(),
             store_has_ended: CancellationToken::new(),
             closed: CancellationToken::new(),

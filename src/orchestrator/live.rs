@@ -1,8 +1,8 @@
 //! The live progress of the running cycle: for those who watch it, and for the status.
 
 use std::{
-    collections::HashSet,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    collections::{HashSet, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
@@ -19,10 +19,18 @@ use crate::{
 /// ten seconds.
 const BACKLOG: usize = 256;
 
+/// Bytes of the batches that are kept for watchers which have fallen behind. A batch can take 512 KiB, and most take a
+/// hundredth of that.
+const BACKLOG_BYTES: usize = 4 << 20;
+
 /// What is known of the running cycle, and the channel that tells of it.
 pub(super) struct Live {
     running: Mutex<Option<Running>>,
-    events: broadcast::Sender<Arc<LiveEvent>>,
+    events: broadcast::Sender<Weak<LiveEvent>>,
+    /// What watchers can still be given. A watcher that comes too late starts over with how the cycle stands.
+    backlog: Mutex<VecDeque<Arc<LiveEvent>>>,
+    /// For the updates in events, as long as anybody keeps them.
+    room: Memory,
     /// Updates wait to be sent.
     pub(super) pending: Notify,
 }
@@ -105,6 +113,14 @@ pub struct LiveEvent {
     pub first: u64,
     /// What changed.
     pub updates: Vec<Update>,
+    /// For the updates.
+    pub(super) room: Option<Arc<Held>>,
+}
+
+impl LiveEvent {
+    fn bytes(&self) -> usize {
+        self.room.as_ref().map_or(0, |room| room.bytes())
+    }
 }
 
 /// How far the running cycle is.
@@ -121,7 +137,7 @@ pub struct RunningCycle {
 }
 
 /// What happens from the moment on at which it was taken.
-pub(super) type Events = broadcast::Receiver<Arc<LiveEvent>>;
+pub(super) type Events = broadcast::Receiver<Weak<LiveEvent>>;
 
 impl Live {
     /// How long updates are gathered before they are sent together: too short for an eye to see, and long enough
@@ -131,8 +147,15 @@ impl Live {
     /// many a batch is sent at once.
     pub(super) const BATCH: usize = 512;
 
-    pub(super) fn new() -> Self {
-        Self { running: Mutex::default(), events: broadcast::Sender::new(BACKLOG), pending: Notify::new() }
+    /// With room for what watchers are told.
+    pub(super) fn new(room: Memory) -> Self {
+        Self {
+            running: Mutex::default(),
+            events: broadcast::Sender::new(BACKLOG),
+            backlog: Mutex::default(),
+            room,
+            pending: Notify::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Running>> {
@@ -142,14 +165,14 @@ impl Live {
     pub(super) fn start(&self, cycle: Arc<LiveCycle>, revision: Revision) {
         let stands = vec![None; cycle.plan.members().len()];
         let mut running = self.lock();
-        // Nobody listening is no error.
-        let _ = self.events.send(Arc::new(LiveEvent {
+        self.tell(LiveEvent {
             revision,
             cycle: cycle.clone(),
             started: true,
             first: 0,
             updates: Vec::new(),
-        }));
+            room: None,
+        });
         *running = Some(Running { cycle, revision, stands, changed: Vec::new(), sent: 0 });
     }
 
@@ -169,7 +192,34 @@ impl Live {
         running.sent += updates.len() as u64;
         let cycle = running.cycle.clone();
         let revision = running.revision;
-        let _ = self.events.send(Arc::new(LiveEvent { revision, cycle, started: false, first, updates }));
+        self.tell(LiveEvent { revision, cycle, started: false, first, updates, room: None });
+    }
+
+    /// Sends an event. Updates for which there is no room are lost, which watchers see by the number of the next ones.
+    fn tell(&self, mut event: LiveEvent) {
+        let bytes = event.updates.iter().map(Update::bytes).sum();
+        let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.events.receiver_count() == 0 {
+            backlog.clear();
+            return;
+        }
+        let mut kept: usize = backlog.iter().map(|event| event.bytes()).sum();
+        let most = BACKLOG_BYTES.min(self.room.max() / 2);
+        let room = loop {
+            if kept + bytes <= most
+                && backlog.len() < BACKLOG
+                && let Ok(room) = self.room.try_hold(bytes)
+            {
+                break room;
+            }
+            let Some(oldest) = backlog.pop_front() else { return };
+            kept -= oldest.bytes();
+        };
+        event.room = Some(Arc::new(room));
+        let event = Arc::new(event);
+        // Nobody listening is no error.
+        let _ = self.events.send(Arc::downgrade(&event));
+        backlog.push_back(event);
     }
 
     pub(super) fn end(&self) {
@@ -180,18 +230,18 @@ impl Live {
         *running = None;
     }
 
-    /// Everything from now on, and how the running cycle stands, with its room. Where there is none, all updates until now are
+    /// Everything from now on, and how the running cycle stands. Where there is no room for that, all updates until now are
     /// lost to who joins.
-    pub(super) fn join(&self, room: &Memory) -> (Option<(LiveEvent, Option<Held>)>, Events) {
+    pub(super) fn join(&self) -> (Option<LiveEvent>, Events) {
         let mut running = self.lock();
         let now = running.as_mut().map(|running| {
             self.send(running);
             let stands = || running.stands.iter().flatten();
-            let held = room.try_hold(stands().map(Update::bytes).sum()).ok();
-            let updates = if held.is_some() { stands().cloned().collect() } else { Vec::new() };
-            let first = if held.is_some() { running.sent } else { 0 };
+            let room = self.room.try_hold(stands().map(Update::bytes).sum()).ok().map(Arc::new);
+            let updates = if room.is_some() { stands().cloned().collect() } else { Vec::new() };
+            let first = if room.is_some() { running.sent } else { 0 };
             let (revision, cycle) = (running.revision, running.cycle.clone());
-            (LiveEvent { revision, cycle, started: true, first, updates }, held)
+            LiveEvent { revision, cycle, started: true, first, updates, room }
         });
         (now, self.events.subscribe())
     }
@@ -233,5 +283,76 @@ impl Observer for Live {
 
     fn ended(&self, position: usize, state: &SubsystemState, attempts: u32, elapsed: Duration) {
         self.update(position, Some(state.clone()), attempts, elapsed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        engine::Member,
+        model::{Code, OverlapPolicy, Payload, Subsystem, SubsystemSpec},
+    };
+
+    const MEMBERS: usize = 2 * Live::BATCH;
+
+    fn cycle() -> Arc<LiveCycle> {
+        let member = |i| {
+            let spec = SubsystemSpec {
+                name: format!("s{i}"),
+                endpoint: "http://127.0.0.1:1".into(),
+                ..SubsystemSpec::default()
+            };
+            Member::new(Arc::new(Subsystem::from_spec(&spec).unwrap()), false, Arc::default())
+        };
+        let plan = Arc::new(Plan::compile((0..MEMBERS).map(member)).unwrap());
+        let (cycle_id, started_at) = (CycleId(1), Timestamp::UNIX_EPOCH);
+        let request = CycleRequest {
+            trigger: Trigger::Manual,
+            scheduled_at: started_at,
+            subset: None,
+            parameters: Payload::default(),
+            request_id: None,
+            overlap: OverlapPolicy::Skip,
+            deadline: None,
+            record_outputs: false,
+            trace: None,
+        };
+        Arc::new(LiveCycle { cycle_id, request, started_at, plan })
+    }
+
+    /// Every subsystem fails at length.
+    fn fail_all(live: &Live) {
+        let state = SubsystemState::Failed(Code::Internal, "x".repeat(1024));
+        for position in 0..MEMBERS {
+            live.ended(position, &state, 1, Duration::ZERO);
+        }
+    }
+
+    #[test]
+    fn what_slow_watchers_have_not_taken_has_bounded_room() {
+        let room = Memory::whole(4 << 20);
+        let live = Live::new(room.clone());
+        let (_, mut slow) = live.join();
+        live.start(cycle(), Revision(0));
+        for _ in 0..10 {
+            fail_all(&live);
+        }
+        assert!((1 << 20..=2 << 20).contains(&room.held()), "{}", room.held());
+        // It sees that it came too late, and starts over.
+        assert!(slow.try_recv().unwrap().upgrade().is_none());
+        // Without room for how the cycle stands, it is told so by what it is given next.
+        let taken = room.try_hold(room.max() - room.held()).unwrap();
+        let (now, mut new) = live.join();
+        assert!(now.is_some_and(|now| now.updates.is_empty() && now.first == 0));
+        drop(taken);
+        fail_all(&live);
+        let event = new.try_recv().unwrap().upgrade().unwrap();
+        assert_eq!((event.first, event.updates.len()), (10 * MEMBERS as u64, Live::BATCH));
+        // Who has an event keeps its room.
+        drop(live);
+        assert_eq!(room.held(), event.bytes());
+        drop(event);
+        assert_eq!(room.held(), 0);
     }
 }

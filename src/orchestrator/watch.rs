@@ -103,8 +103,6 @@ pub struct Watcher {
     live: Option<Events>,
     /// Read and not yet given, because records come before it.
     next_live: Option<Arc<LiveEvent>>,
-    /// For how the running cycle stands, until that is given.
-    standing: Option<Held>,
     /// Whether the running cycle is wanted.
     live_wanted: Option<(CycleId, bool)>,
     /// The last cycle whose start was given.
@@ -152,7 +150,6 @@ impl Watcher {
             progress,
             live: None,
             next_live: None,
-            standing: None,
             live_wanted: None,
             cycle_seen: CycleId::default(),
             updates_seen: 0,
@@ -199,10 +196,8 @@ impl Watcher {
                 return Ok(self.bookmark());
             }
             if self.progress && self.live.is_none() {
-                let (now, live) = self.shared.live.join(&self.shared.watching);
-                self.live = Some(live);
-                let (now, standing) = now.unzip();
-                (self.next_live, self.standing) = (now.map(Arc::new), standing.flatten());
+                let (now, live) = self.shared.live.join();
+                (self.next_live, self.live) = (now.map(Arc::new), Some(live));
             }
             if let Some(event) = self.next_live.take() {
                 if event.revision > self.cursor {
@@ -225,10 +220,10 @@ impl Watcher {
             };
             select! {
                 biased;
-                event = live => match event {
-                    Ok(event) => self.next_live = Some(event),
-                    // Start over with how the cycle stands now.
-                    Err(_lagged_or_closed) => self.live = None,
+                event = live => match event.ok().and_then(|event| event.upgrade()) {
+                    Some(event) => self.next_live = Some(event),
+                    // It came too late: start over with how the cycle stands now.
+                    None => self.live = None,
                 },
                 changed = self.newest.changed() => changed.map_err(|_| Refusal::Draining)?,
                 () = self.shared.closed.cancelled() => {
@@ -246,7 +241,8 @@ impl Watcher {
         loop {
             let event = match self.next_live.take() {
                 Some(event) => event,
-                None => self.live.as_mut()?.try_recv().ok()?,
+                // The record tells what it came too late for.
+                None => self.live.as_mut()?.try_recv().ok()?.upgrade()?,
             };
             if event.revision > self.cursor {
                 self.next_live = Some(event);
@@ -282,12 +278,11 @@ impl Watcher {
     /// How a large cycle stands is more than one message may hold: the rest is given next.
     fn first_piece(&mut self, event: Arc<LiveEvent>) -> Arc<LiveEvent> {
         if event.updates.len() <= Live::BATCH {
-            self.standing = None;
             return event;
         }
         let mut first = Arc::unwrap_or_clone(event);
         let rest = first.updates.split_off(Live::BATCH);
-        self.next_live = Some(Arc::new(LiveEvent { updates: rest, cycle: first.cycle.clone(), ..first }));
+        self.next_live = Some(Arc::new(LiveEvent { updates: rest, ..first.clone() }));
         Arc::new(first)
     }
 
