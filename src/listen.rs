@@ -5,11 +5,12 @@ mod answering;
 mod connections;
 mod receiving;
 mod repeated;
+mod rooms;
 mod server;
 mod services;
 mod streams;
 
-use std::{io, time::Duration};
+use std::{io, net::IpAddr, time::Duration};
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -65,7 +66,8 @@ pub(crate) fn timeout_of(headers: &HeaderMap) -> Option<Duration> {
 pub(crate) trait Listener: Send + Sync + 'static {
     type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
-    fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+    /// The next one, with its peer's address if it has one.
+    fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Option<IpAddr>)>> + Send;
 }
 
 /// Bytes that the kernel takes and can't send yet. Left alone it takes megabytes, and no more before a third of them is
@@ -76,8 +78,8 @@ const MAX_UNSENT: u32 = 16 << 10;
 impl Listener for TcpListener {
     type Stream = TcpStream;
 
-    async fn accept(&self) -> io::Result<TcpStream> {
-        let (stream, _peer) = self.accept().await?;
+    async fn accept(&self) -> io::Result<(TcpStream, Option<IpAddr>)> {
+        let (stream, peer) = self.accept().await?;
         // Without it small messages wait for acknowledgements of earlier ones.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "can't set TCP_NODELAY");
@@ -86,14 +88,14 @@ impl Listener for TcpListener {
         if let Err(error) = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(MAX_UNSENT) {
             tracing::debug!(%error, "can't set TCP_NOTSENT_LOWAT");
         }
-        Ok(stream)
+        Ok((stream, Some(peer.ip())))
     }
 }
 
 impl Listener for UnixListener {
     type Stream = UnixStream;
 
-    async fn accept(&self) -> io::Result<UnixStream> {
-        self.accept().await.map(|(stream, _peer)| stream)
+    async fn accept(&self) -> io::Result<(UnixStream, Option<IpAddr>)> {
+        self.accept().await.map(|(stream, _peer)| (stream, None))
     }
 }

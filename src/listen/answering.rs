@@ -12,8 +12,12 @@ use futures_util::{FutureExt, future::BoxFuture};
 use http_body::Frame;
 use tonic::{Status, body::Body, codegen::http::HeaderMap};
 
-use super::streams::Taking;
-use crate::memory::{Held, Memory};
+use super::{
+    connections::Beside,
+    rooms::{Kept, Room},
+    streams::Taking,
+};
+use crate::memory::Held;
 
 /// The body of an answer: in small pieces, and with room for its bytes as long as the client has not taken them.
 ///
@@ -22,12 +26,14 @@ use crate::memory::{Held, Memory};
 pub(super) struct Answer {
     /// `None` once it has ended.
     body: Option<Body>,
-    room: Memory,
+    room: Arc<Room>,
     taking: Arc<Taking>,
     patience: Patience,
+    /// If it is that of a service beside.
+    beside: Option<Beside>,
     /// What is left of the message that is being given.
     rest: Bytes,
-    held: Option<Arc<Held>>,
+    kept: Option<Arc<Kept>>,
 }
 
 /// Whether a message waits for room.
@@ -48,10 +54,16 @@ impl Answer {
     /// Bytes of a message that always fits: what a stream costs contains it.
     pub(super) const SMALL: usize = 8 << 10;
     /// Room that must be there before a further message is made: as much as clients take by default.
-    const LARGEST: usize = 4 << 20;
+    pub(super) const LARGEST: usize = 4 << 20;
 
-    pub(super) fn new(body: Body, room: Memory, taking: Arc<Taking>, patience: Patience) -> Self {
-        Self { body: Some(body), room, taking, patience, rest: Bytes::new(), held: None }
+    pub(super) fn new(
+        body: Body,
+        room: Arc<Room>,
+        taking: Arc<Taking>,
+        patience: Patience,
+        beside: Option<Beside>,
+    ) -> Self {
+        Self { body: Some(body), room, taking, patience, beside, rest: Bytes::new(), kept: None }
     }
 
     /// Room for a message that would wait for it.
@@ -78,8 +90,8 @@ impl Answer {
             Some(mut held) => held.resize(bytes).map(|()| held),
             None => self.room.try_hold(bytes),
         };
-        self.held = match held {
-            Ok(held) => Some(Arc::new(held)),
+        self.kept = match held {
+            Ok(held) => Some(Arc::new(self.room.keep(held, &self.taking))),
             Err(_) if bytes <= Self::SMALL => None,
             Err(full) => {
                 return Err(Status::resource_exhausted(format!(
@@ -106,8 +118,8 @@ impl http_body::Body for Answer {
         loop {
             if !this.rest.is_empty() {
                 let piece = this.rest.split_to(this.rest.len().min(Self::PIECE));
-                let held = if this.rest.is_empty() { this.held.take() } else { this.held.clone() };
-                return Poll::Ready(Some(Ok(Frame::data(this.taking.piece(piece, held)))));
+                let kept = if this.rest.is_empty() { this.kept.take() } else { this.kept.clone() };
+                return Poll::Ready(Some(Ok(Frame::data(this.taking.piece(piece, kept)))));
             }
             if this.body.is_none() {
                 return Poll::Ready(None);
@@ -135,6 +147,9 @@ impl http_body::Body for Answer {
             }
             this.rest = data;
             this.taking.answered();
+            if let Some(beside) = &this.beside {
+                beside.was_used();
+            }
         }
     }
 

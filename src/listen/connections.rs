@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    net::{IpAddr, Ipv6Addr},
     pin::{Pin, pin},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -68,9 +69,9 @@ fn incoming<L: Listener>(
     stream::unfold((listener, connections, cut_off), move |(listener, connections, cut_off)| async move {
         /// Accepting fails again at once while files are short, so it waits for some to be closed.
         const PAUSE: Duration = Duration::from_millis(100);
-        let stream = loop {
+        let (stream, peer) = loop {
             match listener.accept().await {
-                Ok(stream) => break stream,
+                Ok(accepted) => break accepted,
                 Err(error) if is_final(&error) => {
                     tracing::error!(%error, "can't accept connections any more");
                     return None;
@@ -83,7 +84,7 @@ fn incoming<L: Listener>(
                 }
             }
         };
-        let slot = connections.clone().slot(&cut_off).await?;
+        let slot = connections.clone().slot(&cut_off, peer).await?;
         Some((Connection::new(stream, slot), (listener, connections, cut_off)))
     })
 }
@@ -133,7 +134,7 @@ impl Connections {
     }
 
     /// A place for one more, as soon as there is one.
-    async fn slot(self: Arc<Self>, cut_off: &CancellationToken) -> Option<Slot> {
+    async fn slot(self: Arc<Self>, cut_off: &CancellationToken, peer: Option<IpAddr>) -> Option<Slot> {
         /// One that is busy may be idle by then.
         const AGAIN: Duration = Duration::from_millis(100);
         let permit = loop {
@@ -153,27 +154,21 @@ impl Connections {
                 break permit.ok()?;
             }
         };
-        let place = Arc::new(Place {
-            calls: AtomicUsize::new(0),
-            idle_since: Mutex::new(Instant::now()),
-            is_stalled: AtomicBool::new(false),
-            gives_way: CancellationToken::new(),
-            cut_off: cut_off.child_token(),
-        });
+        let place = Arc::new(Place { cut_off: cut_off.child_token(), ..Place::of(peer) });
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.places().insert(id, place.clone());
         Some(Slot { connections: self, id, place, _permit: permit })
     }
 
-    /// Tells those that have been idle longest to give way: a few at a time where there are many, since a peer may take its
-    /// time over it.
+    /// Tells those that have been idle longest to give way, first those without a stream: a few at a time where there are many,
+    /// since a peer may take its time over it.
     fn make_way(&self) {
         let at_once = (self.max / 64).clamp(1, 64);
         let places = self.places();
         let leaving = places.values().filter(|place| place.gives_way.is_cancelled()).count();
-        let mut idle: Vec<_> = places.values().filter_map(|place| Some((place.idle_since()?, place))).collect();
+        let mut idle: Vec<_> = places.values().filter_map(|place| Some((place.idle()?, place))).collect();
         idle.retain(|(_, place)| !place.gives_way.is_cancelled());
-        idle.sort_unstable_by_key(|(since, _)| *since);
+        idle.sort_unstable_by_key(|(idle, _)| *idle);
         for (_, place) in idle.into_iter().take(at_once.saturating_sub(leaving)) {
             place.gives_way.cancel();
         }
@@ -183,9 +178,13 @@ impl Connections {
 /// What is known of one connection beside its bytes.
 #[derive(Debug)]
 pub(crate) struct Place {
+    /// Whoever has it, as far as an address tells.
+    peer: Option<IpAddr>,
     /// Calls that are open on it.
     calls: AtomicUsize,
-    /// When the last of them ended.
+    /// Those of them that are idle when nothing is said.
+    besides: AtomicUsize,
+    /// When the last other one ended, or something was said.
     idle_since: Mutex<Instant>,
     /// The peer takes nothing of what is to be written.
     is_stalled: AtomicBool,
@@ -197,15 +196,46 @@ impl Place {
     /// How long one that gives way may take to say good-bye.
     const PARTING: Duration = Duration::from_secs(1);
 
+    /// That of a connection of this peer.
+    pub(super) fn of(peer: Option<IpAddr>) -> Self {
+        Self {
+            peer: peer.map(network_of),
+            calls: AtomicUsize::new(0),
+            besides: AtomicUsize::new(0),
+            idle_since: Mutex::new(Instant::now()),
+            is_stalled: AtomicBool::new(false),
+            gives_way: CancellationToken::new(),
+            cut_off: CancellationToken::new(),
+        }
+    }
+
+    /// Whoever has the connection, as far as an address tells.
+    pub(super) fn peer(&self) -> Option<IpAddr> {
+        self.peer
+    }
+
     /// Notes a call, which is open until the returned value is dropped.
     pub(crate) fn busy(self: &Arc<Self>) -> Busy {
         let is_only = self.calls.fetch_add(1, Ordering::SeqCst) == 0;
         Busy { place: self.clone(), is_only }
     }
 
-    fn idle_since(&self) -> Option<Instant> {
-        let is_idle = self.calls.load(Ordering::SeqCst) == 0;
-        is_idle.then(|| *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Notes that a call which is open is to a service beside: it leaves the connection idle as long as nothing is said.
+    pub(super) fn beside(self: &Arc<Self>) -> Beside {
+        self.was_used();
+        self.besides.fetch_add(1, Ordering::SeqCst);
+        Beside { place: self.clone() }
+    }
+
+    fn was_used(&self) {
+        *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Whether it is idle with open calls, and since when it is idle.
+    fn idle(&self) -> Option<(bool, Instant)> {
+        let besides = self.besides.load(Ordering::SeqCst);
+        let is_idle = self.calls.load(Ordering::SeqCst) <= besides;
+        is_idle.then(|| (besides > 0, *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
     /// Whether the peer takes nothing of what is to be written.
@@ -240,7 +270,7 @@ impl Place {
                         return Some(ended);
                     }
                     // A call may have begun meanwhile. Else the peer has not answered, and others wait for its place.
-                    if self.idle_since().is_some() {
+                    if self.idle().is_some() {
                         return None;
                     }
                 }
@@ -271,8 +301,36 @@ impl Busy {
 impl Drop for Busy {
     fn drop(&mut self) {
         // Before it counts as idle, so that it is not taken for one that has been for long.
-        *self.place.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.place.was_used();
         self.place.calls.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// A call to a service beside, such as health: its client watches something that hardly ever changes, and can begin anew.
+#[derive(Debug)]
+pub(super) struct Beside {
+    place: Arc<Place>,
+}
+
+impl Beside {
+    /// Notes that something was said.
+    pub(super) fn was_used(&self) {
+        self.place.was_used();
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        self.place.was_used();
+        self.place.besides.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// What one peer has: an address of IPv4, or the 64 bits of a network of IPv6, in which a host may take any (RFC 7421).
+fn network_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
+        v4 @ IpAddr::V4(_) => v4,
     }
 }
 
@@ -355,7 +413,7 @@ impl<S> Connection<S> {
     /// One that is the only one of its server.
     #[cfg(test)]
     pub(crate) async fn of(stream: S) -> Self {
-        let slot = Connections::at_most(1).slot(&CancellationToken::new()).await;
+        let slot = Connections::at_most(1).slot(&CancellationToken::new(), None).await;
         Self::new(stream, slot.unwrap_or_else(|| unreachable!("there is room for one")))
     }
 
@@ -506,7 +564,7 @@ mod tests {
         const PATIENCE: Duration = Duration::from_secs(10);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let stream = Listener::accept(&listener).await.unwrap();
+        let (stream, _) = Listener::accept(&listener).await.unwrap();
         let fill = || {
             let mut filled = 0;
             while let Ok(written) = stream.try_write(&[0; 16 << 10]) {

@@ -24,6 +24,7 @@ use super::{
     connections::{Broken, Connection, Connections, serve_each},
     receiving::{Received, Rule},
     repeated::Repeated,
+    rooms::Rooms,
     services::Services,
     streams::{Streams, Taking},
     timeout_of,
@@ -56,6 +57,7 @@ pub(crate) struct Server(Arc<Shared>);
 struct Shared {
     services: Services,
     limits: Limits,
+    answers: Arc<Rooms>,
     places: Arc<Semaphore>,
     full: Repeated,
     cut_off: Repeated,
@@ -65,8 +67,9 @@ impl Server {
     /// Serves nothing yet.
     pub(crate) fn new(services: Services, limits: Limits) -> Self {
         let places = Arc::new(Semaphore::new(limits.max_streams));
+        let answers = Rooms::new(limits.answers.clone());
         let (full, cut_off) = Default::default();
-        Self(Arc::new(Shared { services, limits, places, full, cut_off }))
+        Self(Arc::new(Shared { services, limits, answers, places, full, cut_off }))
     }
 
     /// Serves until `stop` is cancelled, and then for what calls are open; everything breaks when `cut_off` is cancelled.
@@ -90,7 +93,7 @@ impl Server {
         let streams = Streams {
             place: place.clone(),
             places: self.0.places.clone(),
-            answers: limits.answers.clone(),
+            answers: self.0.answers.of_connection(&place),
             ends: Arc::default(),
             tasks: TaskTracker::new(),
         };
@@ -128,7 +131,7 @@ impl Server {
     fn rule(&self, path: &str) -> Rule {
         /// Bytes of a request to the services beside: names.
         const SMALL: usize = 8 << 10;
-        if path.starts_with("/grpc.") {
+        if is_beside(path) {
             Rule { max_bytes: SMALL, is_stream: path.starts_with("/grpc.reflection.") }
         } else {
             Rule { max_bytes: self.0.limits.max_request_bytes, is_stream: false }
@@ -140,6 +143,8 @@ impl Server {
         let limits = &self.0.limits;
         let path = request.uri().path();
         let (rule, is_large_stream) = (self.rule(path), limits.large_streams.contains(&path));
+        // Before its path was known, it counted as a call.
+        let beside = is_beside(path).then(|| streams.place.beside());
         let patience = if is_large_stream { Patience::AfterFirst } else { Patience::None };
         let size = size_of_headers(request.headers());
         let headers = limits.requests.try_hold(size);
@@ -171,8 +176,13 @@ impl Server {
                     .unwrap_or_else(|_| Status::deadline_exceeded("the deadline of the call has passed").into_http()),
             }
         };
-        response.map(|body| Answer::new(body, limits.answers.clone(), taking, patience))
+        response.map(|body| Answer::new(body, streams.answers, taking, patience, beside))
     }
+}
+
+/// Whether a path leads to one of the services beside: health and reflection.
+fn is_beside(path: &str) -> bool {
+    path.starts_with("/grpc.")
 }
 
 /// Whether this is a call, in the encoding that is spoken here.

@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -16,15 +16,17 @@ use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use tokio::{
     select,
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
     task_local,
     time::{Instant, Sleep, interval, sleep},
 };
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 
-use super::connections::Place;
-use crate::memory::{Held, Memory};
+use super::{
+    connections::Place,
+    rooms::{Kept, Room},
+};
 
 task_local! {
     /// That of the stream whose task this is. The library makes the task, and tells a body nothing of what became of what it
@@ -38,7 +40,7 @@ pub(super) struct Streams {
     pub(super) place: Arc<Place>,
     /// For the streams of all connections.
     pub(super) places: Arc<Semaphore>,
-    pub(super) answers: Memory,
+    pub(super) answers: Arc<Room>,
     pub(super) ends: Arc<Ends>,
     pub(super) tasks: TaskTracker,
 }
@@ -55,13 +57,28 @@ impl Streams {
         let busy = self.place.busy();
         // One stream of each connection always has a place: others can't keep a client out that asks for little.
         let place = self.places.try_acquire_owned().ok();
-        let taking =
-            Arc::new(Taking { has_place: busy.is_only() || place.is_some(), _place: place, ..Taking::default() });
+        let taking = Arc::new(Taking {
+            has_place: busy.is_only() || place.is_some(),
+            _place: place,
+            connection: Some(self.place.clone()),
+            ..Taking::default()
+        });
         select! {
             biased;
-            () = TAKING.scope(taking.clone(), stream) => self.ends.note(&taking),
+            () = TAKING.scope(taking.clone(), stream) => {
+                self.ends.note(&taking);
+                taking.is_over.store(true, Ordering::SeqCst);
+            }
             // That it is dropped resets the stream.
             () = taking.stalled(&self.answers) => {}
+            () = taking.gives_way.notified() => {
+                tracing::debug!("a stream has ended: its client is slow, and others need the memory");
+                // A piece may be on its way, and must not stay there.
+                self.ends.note(&taking);
+                if self.place.is_stalled() {
+                    self.place.cut_off();
+                }
+            }
         }
     }
 
@@ -112,6 +129,11 @@ pub(super) struct Taking {
     has_place: bool,
     /// One of those that the streams of all connections have together.
     _place: Option<OwnedSemaphorePermit>,
+    connection: Option<Arc<Place>>,
+    /// All is given to the library.
+    is_over: AtomicBool,
+    /// Told when its memory is needed by others.
+    gives_way: Notify,
     /// Pieces that the library has been given and the kernel has not.
     waiting: AtomicUsize,
     taken: AtomicUsize,
@@ -140,9 +162,17 @@ impl Taking {
     }
 
     /// A piece of the answer, on its way to the client.
-    pub(super) fn piece(self: &Arc<Self>, bytes: Bytes, held: Option<Arc<Held>>) -> Bytes {
+    pub(super) fn piece(self: &Arc<Self>, bytes: Bytes, kept: Option<Arc<Kept>>) -> Bytes {
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        Bytes::from_owner(Piece { bytes, taking: self.clone(), _held: held })
+        Bytes::from_owner(Piece { bytes, taking: self.clone(), _kept: kept })
+    }
+
+    /// Ends the stream, or if that is over, the connection on which its end is left.
+    pub(super) fn give_way(&self) {
+        self.gives_way.notify_one();
+        if let Some(connection) = self.connection.as_ref().filter(|_| self.is_over.load(Ordering::SeqCst)) {
+            connection.cut_off();
+        }
     }
 
     /// Notes that the request was refused while it was being read. A service of the library tells its clients nothing of it.
@@ -161,6 +191,12 @@ impl Taking {
         self.turn.wake();
     }
 
+    /// Whether it has been told to give way.
+    #[cfg(test)]
+    pub(super) fn gives_way(&self) -> bool {
+        futures_util::FutureExt::now_or_never(self.gives_way.notified()).is_some()
+    }
+
     /// Waits until so many messages have been answered, and the client has taken the answers.
     pub(super) fn poll_turn(&self, cx: &mut Context<'_>, messages: usize) -> Poll<()> {
         let is_there = || self.answered.load(Ordering::SeqCst) >= messages && self.waiting.load(Ordering::SeqCst) == 0;
@@ -171,14 +207,13 @@ impl Taking {
         if is_there() { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    fn patience(answers: &Memory) -> Duration {
-        let are_needed = answers.held() > answers.max() / 2;
-        if are_needed { Self::IMPATIENCE } else { Self::PATIENCE }
+    fn patience(answers: &Room) -> Duration {
+        if answers.is_short() { Self::IMPATIENCE } else { Self::PATIENCE }
     }
 
     /// Ends when the client has taken nothing for too long of what waits for it. It is to be polled after what gives
     /// pieces, by the same task.
-    async fn stalled(&self, answers: &Memory) {
+    async fn stalled(&self, answers: &Room) {
         struct Watch {
             taken: usize,
             since: Instant,
@@ -218,7 +253,7 @@ struct Piece {
     bytes: Bytes,
     taking: Arc<Taking>,
     /// The room of the whole answer, whose bytes this one keeps.
-    _held: Option<Arc<Held>>,
+    _kept: Option<Arc<Kept>>,
 }
 
 impl AsRef<[u8]> for Piece {

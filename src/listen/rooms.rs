@@ -1,0 +1,258 @@
+//! Room for the answers of all connections until their clients have taken them. Each connection may have a part of it. Where
+//! none is left, those that have waited longest at whoever holds most give way to a newcomer that holds no more: the rule of
+//! switches that share a buffer, with a little patience.
+//!
+//! W. Wei, Y. Coyle, M. Hsiao: "An optimal buffer management policy for high-performance packet switching", GLOBECOM 1991.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::{Instant, timeout};
+
+use super::{answering::Answer, connections::Place, streams::Taking};
+use crate::memory::{Full, Held, Memory};
+
+/// How long a message may wait for its client before it has to give way.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Room for the answers of a server.
+#[derive(Debug)]
+pub(super) struct Rooms {
+    memory: Memory,
+    waiting: Mutex<BTreeMap<u64, Waiting>>,
+    next: AtomicU64,
+}
+
+/// What waits on one connection.
+#[derive(Debug)]
+struct Waiting {
+    peer: Option<IpAddr>,
+    memory: Memory,
+    /// In the order in which they got their room.
+    messages: BTreeMap<u64, Message>,
+}
+
+#[derive(Debug)]
+struct Message {
+    since: Instant,
+    bytes: usize,
+    taking: Arc<Taking>,
+}
+
+impl Rooms {
+    pub(super) fn new(memory: Memory) -> Arc<Self> {
+        Arc::new(Self { memory, waiting: Mutex::default(), next: AtomicU64::new(0) })
+    }
+
+    /// That of one connection more: a quarter of all, or one answer where that is more.
+    pub(super) fn of_connection(self: &Arc<Self>, place: &Place) -> Arc<Room> {
+        let all = self.memory.max();
+        let max = (all / 4).max(Answer::LARGEST).min(all);
+        let memory = self.memory.part("answers that the client of this connection has not taken yet", max);
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Room { all: self.clone(), id, peer: place.peer(), memory })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the streams of messages that have waited too long, so that as many bytes are given back soon, if there are enough
+    /// where no less is held than `newcomer` would hold then: by its peer, and on the same peer by its connection.
+    fn make_way(&self, newcomer: &Room, bytes: usize) -> bool {
+        let mut waiting = self.lock();
+        let mut of_peers = HashMap::new();
+        for connection in waiting.values() {
+            *of_peers.entry(connection.peer).or_insert(0) += connection.memory.held();
+        }
+        let of_peer = |peer| of_peers.get(&peer).copied().unwrap_or_default();
+        let least = (of_peer(newcomer.peer) + bytes, newcomer.memory.held() + bytes);
+        let now = Instant::now();
+        let has_waited = |message: &Message| now - message.since >= PATIENCE;
+        let mut most: Vec<_> = waiting
+            .iter()
+            .filter_map(|(id, connection)| {
+                let oldest = connection.messages.values().next().filter(|message| has_waited(message))?;
+                let held = (of_peer(connection.peer), connection.memory.held());
+                let is_no_less = if connection.peer == newcomer.peer { held.1 >= least.1 } else { held.0 >= least.0 };
+                is_no_less.then_some((Reverse(held), oldest.since, *id))
+            })
+            .collect();
+        most.sort_unstable();
+        let old = most.into_iter().flat_map(|(_, _, id)| {
+            let messages = waiting[&id].messages.iter().take_while(|(_, message)| has_waited(message));
+            messages.map(move |(number, message)| (id, *number, message.bytes))
+        });
+        let (mut leaving, mut freed) = (Vec::new(), 0);
+        for (id, number, bytes_of_it) in old {
+            if freed >= bytes {
+                break;
+            }
+            freed += bytes_of_it;
+            leaving.push((id, number));
+        }
+        if freed < bytes {
+            return false;
+        }
+        for (id, number) in leaving {
+            if let Some(message) = waiting.get_mut(&id).and_then(|connection| connection.messages.remove(&number)) {
+                message.taking.give_way();
+            }
+        }
+        true
+    }
+}
+
+/// Room for the answers of one connection.
+#[derive(Debug)]
+pub(super) struct Room {
+    all: Arc<Rooms>,
+    id: u64,
+    peer: Option<IpAddr>,
+    memory: Memory,
+}
+
+impl Room {
+    /// The most that there can be.
+    pub(super) fn max(&self) -> usize {
+        self.memory.max()
+    }
+
+    /// Whether others may soon need what is held.
+    pub(super) fn is_short(&self) -> bool {
+        let all = &self.all.memory;
+        all.held() > all.max() / 2
+    }
+
+    /// Room for so many bytes.
+    ///
+    /// # Errors
+    /// There is none, and nobody has to give way.
+    pub(super) fn try_hold(&self, bytes: usize) -> Result<Held, Full> {
+        self.memory.try_hold(bytes).or_else(|full| {
+            let is_own = self.memory.held() + bytes > self.memory.max();
+            // What gives way is gone in a moment, and counted until then.
+            let has_room = !is_own && self.all.make_way(self, bytes);
+            if has_room { Ok(self.memory.hold_beyond(bytes)) } else { Err(full) }
+        })
+    }
+
+    /// Room for so many bytes, once there is some. Bound the bytes by [`Self::max`].
+    pub(super) async fn hold(&self, bytes: usize) -> Held {
+        loop {
+            if let Ok(held) = self.try_hold(bytes) {
+                return held;
+            }
+            // By then others may have to give way.
+            if let Ok(held) = timeout(PATIENCE, self.memory.hold(bytes)).await {
+                return held;
+            }
+        }
+    }
+
+    /// Keeps the room of a message as long as its client has not taken it.
+    pub(super) fn keep(self: &Arc<Self>, held: Held, taking: &Arc<Taking>) -> Kept {
+        let number = self.all.next.fetch_add(1, Ordering::Relaxed);
+        let message = Message { since: Instant::now(), bytes: held.bytes(), taking: taking.clone() };
+        let new = || Waiting { peer: self.peer, memory: self.memory.clone(), messages: BTreeMap::new() };
+        self.all.lock().entry(self.id).or_insert_with(new).messages.insert(number, message);
+        Kept { room: self.clone(), number, _held: held }
+    }
+}
+
+/// The room of a message that its client has not taken yet.
+#[derive(Debug)]
+pub(super) struct Kept {
+    room: Arc<Room>,
+    number: u64,
+    _held: Held,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let mut waiting = self.room.all.lock();
+        if let Some(connection) = waiting.get_mut(&self.room.id) {
+            connection.messages.remove(&self.number);
+            if connection.messages.is_empty() {
+                waiting.remove(&self.room.id);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    const ANSWER: usize = Answer::LARGEST;
+
+    /// Room for so many answers, and two connections of one peer, and one of another.
+    fn rooms(answers: usize) -> (Memory, [Arc<Room>; 3]) {
+        let memory = Memory::whole(answers * ANSWER);
+        let rooms = Rooms::new(memory.clone());
+        let room = |peer: [u8; 4]| rooms.of_connection(&Place::of(Some(peer.into())));
+        (memory, [room([10, 0, 0, 1]), room([10, 0, 0, 1]), room([10, 0, 0, 2])])
+    }
+
+    fn keep(room: &Arc<Room>) -> Option<(Arc<Taking>, Kept)> {
+        let taking = Arc::default();
+        let held = room.try_hold(ANSWER).ok()?;
+        let kept = room.keep(held, &taking);
+        Some((taking, kept))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_has_a_part_of_all_room() {
+        let (memory, [room, other, _]) = rooms(8);
+        let kept: Vec<_> = (0..8).map_while(|_| keep(&room)).collect();
+        assert_eq!((kept.len(), memory.held()), (2, 2 * ANSWER));
+        // However long its own ones wait.
+        advance(PATIENCE).await;
+        assert!(keep(&room).is_none() && keep(&other).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_room_the_oldest_of_who_holds_most_give_way() {
+        let (memory, [first, second, other]) = rooms(4);
+        let mut kept: Vec<_> = [&first, &second, &other].map(|room| keep(room).unwrap()).into();
+        advance(PATIENCE / 2).await;
+        // Each connection may have one answer here, so this is a third one of that peer.
+        let third = first.all.of_connection(&Place::of(first.peer));
+        kept.push(keep(&third).unwrap());
+        let another = || other.all.of_connection(&Place::of(other.peer));
+        let newcomer = another();
+        // All of them are too young.
+        assert!(keep(&newcomer).is_none());
+        advance(PATIENCE / 2).await;
+        let given = keep(&newcomer).unwrap();
+        assert!(kept[0].0.gives_way() && !kept[1].0.gives_way());
+        // It is counted until it is gone.
+        assert_eq!(memory.held(), 5 * ANSWER);
+        drop(kept.remove(0));
+        assert_eq!(memory.held(), 4 * ANSWER);
+        // Both peers hold as much by now: the one that would hold more gets nothing from the other, but of its own.
+        assert!(keep(&another()).is_some());
+        assert!(kept[1].0.gives_way(), "that of its own peer");
+        drop(given);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_room_gets_that_of_those_who_have_waited_too_long() {
+        let (_, [first, ..]) = rooms(1);
+        let (taking, _kept) = keep(&first).unwrap();
+        let begun = Instant::now();
+        let second = first.all.of_connection(&Place::of(first.peer));
+        drop(second.hold(ANSWER).await);
+        assert!(taking.gives_way() && begun.elapsed() == PATIENCE);
+    }
+}
