@@ -50,6 +50,8 @@ pub(super) struct Answers {
     large: Arc<Semaphore>,
     /// For large answers that are not taken yet. Peers may take theirs as slowly as they like.
     memory: Memory,
+    /// A part of that, for large answers that wait to become JSON: those that are being made find room beside them.
+    waiting: Memory,
     /// For streams of events.
     streams: Arc<Semaphore>,
     /// For large events that are not taken yet, so that neither they nor answers keep the other out.
@@ -84,13 +86,15 @@ impl Answers {
 
     pub(super) fn new(api: Api, memory: &Memory) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
+        let answers = memory.part("answers that the admin address's clients have not taken yet", memory.max() / 2);
         Self {
             api,
             asking: semaphore(Self::MAX_ASKING),
             asking_subsystems: semaphore(Self::MAX_ASKING_SUBSYSTEMS),
             turn: semaphore(1),
             large: semaphore(1),
-            memory: memory.part("answers that the admin address's clients have not taken yet", memory.max() / 2),
+            waiting: answers.part("answers that wait to become JSON", answers.max() / 2),
+            memory: answers,
             streams: semaphore(Self::MAX_STREAMS),
             memory_for_events: memory
                 .part("events that the admin address's clients have not taken yet", memory.max() / 2),
@@ -116,18 +120,18 @@ impl Answers {
         })
     }
 
-    /// An event as JSON.
+    /// An event as JSON. A large one is not even encoded before its turn: until then it is the record that others have as well,
+    /// or a page that has its room.
     async fn event(&self, event: &pb::CycleEvent) -> Result<Named, Status> {
         let is_record = matches!(event.event, Some(Event::Recorded(_)));
-        let bytes = event.encode_to_vec();
-        let is_large = bytes.len() > Self::SMALL;
+        let is_large = event.encoded_len() > Self::SMALL;
         let patience = Instant::now() + Self::PATIENCE;
         let _large = if is_large { self.large_events.acquire().await.ok() } else { None };
         let mut recorded = self.recorded.lock().await;
         if is_record && recorded.0 == event.revision {
             return Ok(recorded.1.clone());
         }
-        let (name, text) = match self.make("CycleEvent", bytes).await {
+        let (name, text) = match self.make("CycleEvent", event.encode_to_vec()).await {
             // The stream goes on past it.
             Err(JsonError::TooLarge) => {
                 let instead = unwritable(event);
@@ -158,11 +162,15 @@ impl Answers {
 async fn hold(memory: &Memory, text: String, patience: Instant) -> Result<Bytes, Status> {
     let max = memory.max();
     // One that is larger than all room takes it all.
-    let held = timeout_at(patience, memory.hold(text.capacity().min(max))).await.map_err(|_| {
-        let full = Full { purpose: memory.purpose(), max };
-        Status::resource_exhausted(format!("{full}; ask for less, or try again later"))
-    })?;
+    let held = timeout_at(patience, memory.hold(text.capacity().min(max)))
+        .await
+        .map_err(|_| no_room(Full { purpose: memory.purpose(), max }))?;
     Ok(held.around(text.into()))
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "it is for `map_err`")]
+fn no_room(full: Full) -> Status {
+    Status::resource_exhausted(format!("{full}; ask for less, or try again later"))
 }
 
 /// Makes a call and answers with what it answered.
@@ -205,12 +213,18 @@ where
 }
 
 async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> Result<Bytes, Status> {
-    if answer.encoded_len() <= Answers::SMALL {
+    let length = answer.encoded_len();
+    if length <= Answers::SMALL {
         return answers.make(kind, answer.encode_to_vec()).await.map(Bytes::from).map_err(failed);
     }
+    let waiting = answers.waiting.try_hold(length.min(answers.waiting.max())).map_err(no_room)?;
+    let bytes = answer.encode_to_vec();
+    // It takes more than its bytes.
+    drop(answer);
     let patience = Instant::now() + Answers::PATIENCE;
     let _large = answers.large.acquire().await;
-    let text = answers.make(kind, answer.encode_to_vec()).await.map_err(failed)?;
+    let text = answers.make(kind, bytes).await.map_err(failed)?;
+    drop(waiting);
     hold(&answers.memory, text, patience).await
 }
 
