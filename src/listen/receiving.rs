@@ -39,6 +39,8 @@ pub(super) struct Received<B> {
     _headers: Option<Held>,
     /// What has come and is not passed on.
     gathered: BytesMut,
+    /// The same where one piece is all of the only message: nothing is gathered then.
+    whole: Option<Bytes>,
     /// A message whose prefix is passed on.
     message: Option<Bytes>,
     messages: usize,
@@ -67,6 +69,7 @@ impl<B> Received<B> {
             held: None,
             _headers: headers,
             gathered: BytesMut::new(),
+            whole: None,
             message: None,
             messages: 0,
             taking,
@@ -76,9 +79,18 @@ impl<B> Received<B> {
         }
     }
 
+    /// What has come and is not passed on.
+    fn came(&self) -> &[u8] {
+        self.whole.as_deref().unwrap_or(&self.gathered)
+    }
+
     /// Bytes of the message that is being gathered, with its prefix, once that is known.
     fn announced(&self) -> Result<Option<usize>, Status> {
-        let Some([flag, length @ ..]) = self.gathered.get(..PREFIX) else { return Ok(None) };
+        self.announced_in(self.came())
+    }
+
+    fn announced_in(&self, came: &[u8]) -> Result<Option<usize>, Status> {
+        let Some([flag, length @ ..]) = came.get(..PREFIX) else { return Ok(None) };
         match flag {
             0 => {}
             1 => return Err(Status::unimplemented("the request is compressed; send it as it is")),
@@ -90,7 +102,7 @@ impl<B> Received<B> {
         let length = (&length[..]).get_u32() as usize;
         let Rule { max_bytes, is_stream } = self.rule;
         if !is_stream && self.messages > 0 {
-            return Err(Status::invalid_argument("the request has more than one message; send one"));
+            return Err(Status::invalid_argument(MORE_THAN_ONE));
         }
         if length > max_bytes {
             let message =
@@ -101,10 +113,19 @@ impl<B> Received<B> {
     }
 
     fn is_whole(&self) -> Result<bool, Status> {
-        Ok(self.announced()?.is_some_and(|bytes| self.gathered.len() >= bytes))
+        Ok(self.announced()?.is_some_and(|bytes| self.came().len() >= bytes))
     }
 
     fn gather(&mut self, mut data: Bytes) -> Result<(), Status> {
+        // A message of a stream may have to wait, and would keep more of what its connection has read.
+        let is_first = !self.rule.is_stream && self.came().is_empty() && self.messages == 0;
+        if is_first && self.announced_in(&data)? == Some(data.len()) {
+            self.whole = Some(data);
+            return Ok(());
+        }
+        if self.whole.is_some() && !data.is_empty() {
+            return Err(Status::invalid_argument(MORE_THAN_ONE));
+        }
         while !data.is_empty() {
             let needed = self.gathered.len() + data.len();
             let most = match self.announced()? {
@@ -113,7 +134,7 @@ impl<B> Received<B> {
                 // A stream may be sent further messages before the earlier ones are answered.
                 Some(_) if self.is_whole()? && self.rule.is_stream => 2 * (PREFIX + self.rule.max_bytes),
                 Some(_) if self.is_whole()? => {
-                    return Err(Status::invalid_argument("the request has more than one message; send one"));
+                    return Err(Status::invalid_argument(MORE_THAN_ONE));
                 }
                 Some(bytes) => bytes,
             };
@@ -138,9 +159,10 @@ impl<B> Received<B> {
     /// Takes the message that has come whole.
     fn take(&mut self) -> Result<Frame<Bytes>, Status> {
         let bytes = self.announced()?.unwrap_or_default();
+        let came = self.whole.as_ref().map_or(self.gathered.capacity(), Bytes::len);
         // The library makes a copy.
-        self.hold(self.gathered.capacity() + bytes)?;
-        let mut message = self.gathered.split_to(bytes).freeze();
+        self.hold(came + bytes)?;
+        let mut message = self.whole.take().unwrap_or_else(|| self.gathered.split_to(bytes).freeze());
         let prefix = message.split_to(PREFIX);
         self.message = Some(message);
         self.messages += 1;
@@ -161,6 +183,8 @@ impl<B> Received<B> {
         }
     }
 }
+
+const MORE_THAN_ONE: &str = "the request has more than one message; send one";
 
 type Failure = Box<dyn Error + Send + Sync>;
 
@@ -185,7 +209,7 @@ where
                     }
                 }
                 Poll::Ready(None) if is_whole => return Poll::Pending,
-                Poll::Ready(None) if self.gathered.is_empty() => {
+                Poll::Ready(None) if self.came().is_empty() => {
                     if self.messages == 0 && !self.rule.is_stream {
                         let status = Status::invalid_argument("the request has no message; send one, if an empty one");
                         return Poll::Ready(Err(status.into()));
@@ -196,7 +220,7 @@ where
                     return Poll::Ready(Err(Status::invalid_argument("the request ends inside of a message").into()));
                 }
                 Poll::Pending => {
-                    if !is_whole && !self.gathered.is_empty() {
+                    if !is_whole && !self.came().is_empty() {
                         self.due.get_or_insert_with(|| Instant::now() + Self::PATIENCE);
                     }
                     let Some(due) = self.due else { return Poll::Pending };
@@ -226,7 +250,7 @@ where
 
     fn is_end_stream(&self) -> bool {
         let may_end = self.rule.is_stream || self.messages > 0;
-        may_end && self.gathered.is_empty() && self.message.is_none() && self.body.is_end_stream()
+        may_end && self.came().is_empty() && self.message.is_none() && self.body.is_end_stream()
     }
 }
 
@@ -282,6 +306,23 @@ mod tests {
         assert_eq!((next(&mut small).await.unwrap().len(), next(&mut small).await.unwrap().len()), (PREFIX, 1));
         drop((first, small));
         assert!(timeout(Duration::from_secs(1), unfinished(ONE, &room, &[&begun]).frame()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_message_that_comes_in_one_piece_is_passed_on_as_it_is() {
+        let room = Memory::whole(1 << 20);
+        let piece = Bytes::from([&prefix(3)[..], &[1, 2, 3]].concat());
+        let body = StreamBody::new(stream::iter([Ok::<_, Status>(Frame::data(piece.clone()))]));
+        let mut received = Received::new(body, ONE, room.clone(), None, Arc::default());
+        assert_eq!(next(&mut received).await.unwrap()[..], prefix(3));
+        let message = next(&mut received).await.unwrap();
+        assert_eq!((&message[..], message.as_ptr()), (&[1, 2, 3][..], piece[PREFIX..].as_ptr()));
+        assert!(received.frame().await.is_none());
+        // Nor is a further one passed on.
+        let mut two = unfinished(ONE, &room, &[&[&prefix(1)[..], &[1]].concat(), &prefix(0)]);
+        next(&mut two).await.unwrap();
+        next(&mut two).await.unwrap();
+        assert_eq!(next(&mut two).await, Err(Code::InvalidArgument));
     }
 
     #[tokio::test(start_paused = true)]
