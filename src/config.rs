@@ -77,15 +77,16 @@ pub struct Server {
     pub listen: SocketAddr,
     /// Lets `listen` be an address that others can reach, though callers can't be authenticated. Default false.
     pub insecure_listen_beyond_loopback: bool,
-    /// Open connections. 1 to 1,000,000, default 4,096: each costs a file descriptor and some 30 KB.
-    pub max_connections: usize,
+    /// Open connections. 1 to 1,000,000, default one for each 256 KiB of `memory.max_bytes`, and 4,096 at most: each costs a
+    /// file descriptor and some 30 KB beside that memory.
+    pub max_connections: Option<usize>,
     /// Open calls and watches of one connection. 1 to 100,000, default 256: room for a gateway that brings the watches
     /// of many people, and still a bound on what one connection can make the server hold. Clients wait for a free
     /// stream when they have as many.
     pub max_concurrent_streams: u32,
-    /// Open calls and watches of all connections. 1 to 1,000,000, default 4,096: each costs some 10 KB, and further ones
-    /// are refused, but for one of each connection.
-    pub max_streams: usize,
+    /// Open calls and watches of all connections. 1 to 1,000,000, default as for `max_connections`: each costs some 10 KB, and
+    /// further ones are refused, but for one of each connection.
+    pub max_streams: Option<usize>,
     /// Bytes of one request. 64 KiB to 64 MiB, default 4 MiB, as gRPC has it.
     pub max_request_bytes: usize,
     /// Bytes of all requests together that are being received at one time. 1 MiB to 64 GiB, default 3/32 of
@@ -384,9 +385,9 @@ impl Default for Config {
             server: Server {
                 listen: (Ipv4Addr::LOCALHOST, 7700).into(),
                 insecure_listen_beyond_loopback: false,
-                max_connections: 4096,
+                max_connections: None,
                 max_concurrent_streams: 256,
-                max_streams: 4096,
+                max_streams: None,
                 max_request_bytes: 4 * MIB,
                 max_receiving_bytes: None,
                 max_watchers: 2000,

@@ -156,7 +156,7 @@ impl Service {
         let api = Api::new(orchestrator.clone(), memory.requests.clone());
         let services = services.and(api::service(api.clone(), config.server.max_request_bytes)).and(health_service);
         let server = listen::Server::new(services, limits(&config.server, &memory));
-        let connections = Connections::at_most(config.server.max_connections);
+        let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
         let mut servers = Parts::default();
         let served = server.serve(listener, connections.clone(), stop_server.clone(), cut_off.clone());
         servers.start("the gRPC server", told(served));
@@ -449,11 +449,19 @@ fn shares(config: &Config) -> Shares {
     shares
 }
 
+/// How many connections and streams there may be by default: where memory is small, what they cost by being there would
+/// be more than all that they are given.
+fn places_in(memory: &Shares) -> usize {
+    const MOST: usize = 4096;
+    const FOR_EACH: usize = 256 << 10;
+    (memory.whole.max() / FOR_EACH).clamp(1, MOST)
+}
+
 /// What each client gets, and all of them together.
 fn limits(server: &config::Server, memory: &Shares) -> Limits {
     Limits {
         max_concurrent_streams: server.max_concurrent_streams,
-        max_streams: server.max_streams,
+        max_streams: server.max_streams.unwrap_or(places_in(memory)),
         max_request_bytes: server.max_request_bytes,
         // Requests are small, so this bounds memory and slows nothing. The library takes a client for a flood when half of
         // the second is used up by small frames, of which each stream may send one.

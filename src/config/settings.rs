@@ -35,9 +35,9 @@ settings! {
     orchestrator_id: NeedsRestart, parsed(orchestrator_id);
     server.listen: NeedsRestart, parsed(listen_address);
     server.insecure_listen_beyond_loopback: NeedsRestart, flag();
-    server.max_connections: NeedsRestart, number(1..=1_000_000);
+    server.max_connections: NeedsRestart, number(1..=1_000_000).map(Some);
     server.max_concurrent_streams: NeedsRestart, number(1..=100_000);
-    server.max_streams: NeedsRestart, number(1..=1_000_000);
+    server.max_streams: NeedsRestart, number(1..=1_000_000).map(Some);
     server.max_request_bytes: NeedsRestart, number(64 * KIB..=64 * MIB);
     server.max_receiving_bytes: NeedsRestart, number(MIB..=64 * GIB).map(Some);
     server.max_watchers: Applies, number(0..=100_000);
