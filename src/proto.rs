@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 pub mod bounds;
 pub mod codec;
+pub mod framing;
 #[cfg(feature = "service")]
 pub mod json;
 

@@ -7,17 +7,16 @@ use std::{
     task::{Context, Poll},
 };
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use http_body::Frame;
-use prost::Message;
 use tonic::{
     Request, Status, Streaming,
     body::Body,
     codec::Codec as _,
     codegen::{
         Service,
-        http::{self, HeaderMap, HeaderValue, header},
+        http::{self, HeaderValue, header},
     },
     metadata::MetadataMap,
     server::NamedService,
@@ -26,6 +25,7 @@ use tonic::{
 use super::{Api, Events};
 use crate::proto::{
     codec::Codec,
+    framing,
     orchestrator::v1::{self as pb, orchestrator_server::Orchestrator as _},
 };
 
@@ -106,7 +106,7 @@ impl http_body::Body for Encoded {
         let mut gathered = BytesMut::new();
         while self.ended.is_none() && !self.is_over && gathered.len() < Self::ENOUGH {
             match self.events.as_mut().poll_next(cx) {
-                Poll::Ready(Some(Ok(event))) => put(&mut gathered, &event)?,
+                Poll::Ready(Some(Ok(event))) => framing::put(&mut gathered, &event),
                 Poll::Ready(Some(Err(status))) => self.ended = Some(status),
                 Poll::Ready(None) => self.ended = Some(Status::ok("")),
                 Poll::Pending if gathered.is_empty() => return Poll::Pending,
@@ -118,28 +118,15 @@ impl http_body::Body for Encoded {
         }
         let Some(status) = self.ended.take() else { return Poll::Ready(None) };
         self.is_over = true;
-        let mut trailers = HeaderMap::new();
-        status.add_header(&mut trailers)?;
-        Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+        Poll::Ready(Some(framing::trailers(&status)))
     }
-}
-
-/// Adds a message as gRPC frames it: a flag that says that it is not compressed, its length, and itself.
-///
-/// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
-fn put(gathered: &mut BytesMut, message: &impl Message) -> Result<(), Status> {
-    const PREFIX: usize = 5;
-    let length = message.encoded_len();
-    gathered.reserve(PREFIX + length);
-    gathered.put_u8(0);
-    gathered.put_u32(u32::try_from(length).map_err(|_| Status::internal("an event is larger than 4 GiB"))?);
-    message.encode(gathered).map_err(|error| Status::internal(error.to_string()))
 }
 
 #[cfg(test)]
 mod tests {
     use futures_util::stream;
     use http_body_util::BodyExt;
+    use prost::Message;
 
     use super::*;
 

@@ -31,12 +31,13 @@ use self::{client::Failure, connect::Connector, resolve::Resolver, tls::Trust};
 pub use self::{
     client::{Client, Received},
     tls::{NoCertificate, tls_in_words},
-    unary::{Call, framed, framed_bytes},
+    unary::Call,
 };
 use crate::{
     memory::{Held, Memory},
     model::{Endpoint, Limits, Name, SpanContext, Subsystem, excerpt},
     ports::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
+    proto::framing::framed,
 };
 
 /// Calls subsystems over gRPC.

@@ -4,10 +4,9 @@
 
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use h2::{Reason, RecvStream, client::SendRequest};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version, header};
-use prost::Message;
 use tokio::time::Instant;
 
 use super::{
@@ -19,10 +18,8 @@ use crate::{
     memory::{Full, Held},
     model::SpanContext,
     ports::CallError,
+    proto::framing::Prefix,
 };
-
-/// The flag and the length before a message.
-const PREFIX: usize = 5;
 
 const USER_AGENT: &str = concat!("orchestrator/", env!("CARGO_PKG_VERSION"));
 
@@ -35,7 +32,7 @@ pub struct Call {
     pub timeout: Duration,
     /// The span that those of the peer join.
     pub trace: Option<SpanContext>,
-    /// The message, as [`framed`] or [`framed_bytes`] gives it.
+    /// The message, as [`framing`](crate::proto::framing) gives it.
     pub message: Bytes,
     /// The most bytes of the message in the answer.
     pub max_answer: usize,
@@ -160,30 +157,6 @@ fn timeout(timeout: Duration) -> String {
     fitting.map_or_else(|| format!("{MAX}M"), |(unit, name)| format!("{}{name}", nanos / unit))
 }
 
-/// A message as it travels: behind a flag that says that it is not compressed, and its length.
-pub fn framed(message: &impl Message) -> Bytes {
-    let len = message.encoded_len();
-    let mut framed = begin(len);
-    // There is room for all of it.
-    let _ = message.encode(&mut framed);
-    framed.freeze()
-}
-
-/// The same for a message that is encoded already, or whatever else is to be sent as one.
-pub fn framed_bytes(message: &[u8]) -> Bytes {
-    let mut framed = begin(message.len());
-    framed.extend_from_slice(message);
-    framed.freeze()
-}
-
-fn begin(len: usize) -> BytesMut {
-    let mut framed = BytesMut::with_capacity(PREFIX + len);
-    framed.put_u8(0);
-    // A request is far below 4 GiB.
-    framed.put_u32(u32::try_from(len).unwrap_or(u32::MAX));
-    framed
-}
-
 /// What an error of HTTP/2 means for the call on this stream.
 fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed {
     if seen.is_unprocessed(stream) {
@@ -225,7 +198,7 @@ fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed
 /// The message of an answer, as it comes. Memory grows with what has come, not with what is announced.
 #[derive(Default)]
 struct Incoming {
-    prefix: [u8; PREFIX],
+    prefix: [u8; Prefix::BYTES],
     prefix_len: usize,
     announced: usize,
     message: Vec<u8>,
@@ -236,12 +209,12 @@ impl Incoming {
     const LEAST: usize = 16 << 10;
 
     fn take(&mut self, mut chunk: &[u8], max: usize, held: &mut Held) -> Result<(), CallError> {
-        if self.prefix_len < PREFIX {
-            let step = chunk.len().min(PREFIX - self.prefix_len);
+        if self.prefix_len < Prefix::BYTES {
+            let step = chunk.len().min(Prefix::BYTES - self.prefix_len);
             self.prefix[self.prefix_len..][..step].copy_from_slice(&chunk[..step]);
             self.prefix_len += step;
             chunk = &chunk[step..];
-            if self.prefix_len == PREFIX {
+            if self.prefix_len == Prefix::BYTES {
                 self.announce(max)?;
             }
         }
@@ -262,8 +235,8 @@ impl Incoming {
     }
 
     fn announce(&mut self, max: usize) -> Result<(), CallError> {
-        let [flag, length @ ..] = self.prefix;
-        self.announced = u32::from_be_bytes(length) as usize;
+        let Prefix { flag, length } = Prefix::read(self.prefix);
+        self.announced = length;
         match flag {
             0 if self.announced > max => {
                 let announced = self.announced;
@@ -280,7 +253,7 @@ impl Incoming {
         let (came, announced) = (self.message.len(), self.announced);
         match self.prefix_len {
             0 => Err(outcome::broken("it answers OK without a message")),
-            PREFIX if came == announced => Ok(self.message),
+            Prefix::BYTES if came == announced => Ok(self.message),
             _ => Err(outcome::broken(format!("its answer ends early: {came} bytes of the {announced} announced"))),
         }
     }

@@ -10,14 +10,14 @@ use std::{
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
 use http_body::Frame;
-use tonic::{Status, body::Body, codegen::http::HeaderMap};
+use tonic::{Status, body::Body};
 
 use super::{
     connections::Beside,
     rooms::{Kept, Room},
     streams::Taking,
 };
-use crate::memory::Held;
+use crate::{memory::Held, proto::framing};
 
 /// The body of an answer: in small pieces, and with room for its bytes as long as the client has not taken them.
 ///
@@ -103,12 +103,6 @@ impl Answer {
     }
 }
 
-fn trailers_of(status: &Status) -> Result<Frame<Bytes>, Status> {
-    let mut trailers = HeaderMap::new();
-    status.add_header(&mut trailers)?;
-    Ok(Frame::trailers(trailers))
-}
-
 impl http_body::Body for Answer {
     type Data = Bytes;
     type Error = Status;
@@ -134,7 +128,7 @@ impl http_body::Body for Answer {
                 Ok(data) => data,
                 Err(trailers) => {
                     this.body = None;
-                    let refused = this.taking.refused().map(trailers_of).transpose()?;
+                    let refused = this.taking.refused().map(framing::trailers).transpose()?;
                     return Poll::Ready(Some(Ok(refused.unwrap_or(trailers))));
                 }
             };
@@ -143,7 +137,7 @@ impl http_body::Body for Answer {
             }
             if let Err(refused) = this.hold(data.len(), before) {
                 this.body = None;
-                return Poll::Ready(Some(trailers_of(&refused)));
+                return Poll::Ready(Some(framing::trailers(&refused)));
             }
             this.rest = data;
             this.taking.answered();

@@ -9,13 +9,16 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tonic::Status;
 
 use super::streams::Taking;
-use crate::memory::{Held, Memory};
+use crate::{
+    memory::{Held, Memory},
+    proto::framing::Prefix,
+};
 
 /// What a path takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,9 +52,6 @@ pub(super) struct Received<B> {
     due: Option<Instant>,
     clock: Option<Pin<Box<Sleep>>>,
 }
-
-/// Bytes that say whether a message is compressed, and its length.
-const PREFIX: usize = 5;
 
 impl<B> Received<B> {
     /// How long a message may take to come: enough for the largest one over a slow line.
@@ -90,7 +90,8 @@ impl<B> Received<B> {
     }
 
     fn announced_in(&self, came: &[u8]) -> Result<Option<usize>, Status> {
-        let Some([flag, length @ ..]) = came.get(..PREFIX) else { return Ok(None) };
+        let Some(prefix) = came.first_chunk() else { return Ok(None) };
+        let Prefix { flag, length } = Prefix::read(*prefix);
         match flag {
             0 => {}
             1 => return Err(Status::unimplemented("the request is compressed; send it as it is")),
@@ -99,7 +100,6 @@ impl<B> Received<B> {
                 return Err(Status::invalid_argument(message));
             }
         }
-        let length = (&length[..]).get_u32() as usize;
         let Rule { max_bytes, is_stream } = self.rule;
         if !is_stream && self.messages > 0 {
             return Err(Status::invalid_argument(MORE_THAN_ONE));
@@ -109,7 +109,7 @@ impl<B> Received<B> {
                 format!("message length too large: it has {length} bytes, and the limit is {max_bytes} bytes");
             return Err(Status::out_of_range(message));
         }
-        Ok(Some(PREFIX + length))
+        Ok(Some(Prefix::BYTES + length))
     }
 
     fn is_whole(&self) -> Result<bool, Status> {
@@ -130,9 +130,9 @@ impl<B> Received<B> {
             let needed = self.gathered.len() + data.len();
             let most = match self.announced()? {
                 // First the prefix, which says how much there is to come.
-                None => PREFIX,
+                None => Prefix::BYTES,
                 // A stream may be sent further messages before the earlier ones are answered.
-                Some(_) if self.is_whole()? && self.rule.is_stream => 2 * (PREFIX + self.rule.max_bytes),
+                Some(_) if self.is_whole()? && self.rule.is_stream => 2 * (Prefix::BYTES + self.rule.max_bytes),
                 Some(_) if self.is_whole()? => {
                     return Err(Status::invalid_argument(MORE_THAN_ONE));
                 }
@@ -163,7 +163,7 @@ impl<B> Received<B> {
         // The library makes a copy.
         self.hold(came + bytes)?;
         let mut message = self.whole.take().unwrap_or_else(|| self.gathered.split_to(bytes).freeze());
-        let prefix = message.split_to(PREFIX);
+        let prefix = message.split_to(Prefix::BYTES);
         self.message = Some(message);
         self.messages += 1;
         if self.rule.is_stream {
@@ -276,7 +276,7 @@ mod tests {
         Received::new(BoxBody::new(body), rule, room.clone(), None, Arc::default())
     }
 
-    fn prefix(bytes: u32) -> [u8; PREFIX] {
+    fn prefix(bytes: u32) -> [u8; Prefix::BYTES] {
         let [a, b, c, d] = bytes.to_be_bytes();
         [0, a, b, c, d]
     }
@@ -303,7 +303,7 @@ mod tests {
         assert_eq!(next(&mut second).await, Err(Code::ResourceExhausted));
         // A small one always has some.
         let mut small = unfinished(ONE, &room, &[&prefix(1), &[7]]);
-        assert_eq!((next(&mut small).await.unwrap().len(), next(&mut small).await.unwrap().len()), (PREFIX, 1));
+        assert_eq!((next(&mut small).await.unwrap().len(), next(&mut small).await.unwrap().len()), (Prefix::BYTES, 1));
         drop((first, small));
         assert!(timeout(Duration::from_secs(1), unfinished(ONE, &room, &[&begun]).frame()).await.is_err());
     }
@@ -316,7 +316,7 @@ mod tests {
         let mut received = Received::new(body, ONE, room.clone(), None, Arc::default());
         assert_eq!(next(&mut received).await.unwrap()[..], prefix(3));
         let message = next(&mut received).await.unwrap();
-        assert_eq!((&message[..], message.as_ptr()), (&[1, 2, 3][..], piece[PREFIX..].as_ptr()));
+        assert_eq!((&message[..], message.as_ptr()), (&[1, 2, 3][..], piece[Prefix::BYTES..].as_ptr()));
         assert!(received.frame().await.is_none());
         // Nor is a further one passed on.
         let mut two = unfinished(ONE, &room, &[&[&prefix(1)[..], &[1]].concat(), &prefix(0)]);
@@ -330,7 +330,7 @@ mod tests {
         let room = Memory::whole(1 << 20);
         let mut begun = unfinished(ONE, &room, &[&prefix(40 << 10), &[0; 100]]);
         assert!(timeout(Duration::from_secs(1), begun.frame()).await.is_err());
-        assert!(room.held() <= 2 * (PREFIX + 100), "{}", room.held());
+        assert!(room.held() <= 2 * (Prefix::BYTES + 100), "{}", room.held());
         let mut too_large = unfinished(ONE, &room, &[&prefix((40 << 10) + 1)]);
         assert_eq!(next(&mut too_large).await, Err(Code::OutOfRange));
     }

@@ -5,14 +5,10 @@
 
 use std::{collections::HashMap, ops::Range, sync::OnceLock};
 
-use prost::{
-    DecodeError,
-    encoding::{WireType, decode_key, decode_varint},
-};
 use prost_reflect::{FieldDescriptor, Kind, MessageDescriptor};
 
 use super::descriptors;
-use crate::model::{CycleRequest, Subsystem};
+use crate::model::{self, CycleRequest, Fields, Malformed, Subsystem, Wire};
 
 /// The most fields in one request, at all depths together, where each entry of a list is one and unknown fields count as
 /// well: what is left to do is done within a millisecond.
@@ -198,42 +194,23 @@ struct Scan {
 
 enum Excess {
     Unreadable(Unreadable),
-    Malformed(String),
+    Malformed(Malformed),
 }
 
-impl From<DecodeError> for Excess {
-    fn from(error: DecodeError) -> Self {
-        Self::Malformed(error.to_string())
+impl From<Malformed> for Excess {
+    fn from(malformed: Malformed) -> Self {
+        Self::Malformed(malformed)
     }
 }
 
 impl Scan {
-    fn message(&mut self, mut bytes: &[u8], shape: &Shape) -> Result<(), Excess> {
-        while !bytes.is_empty() {
-            let (number, wire_type) = decode_key(&mut bytes)?;
-            let skipped = match wire_type {
-                WireType::Varint => {
-                    decode_varint(&mut bytes)?;
-                    0
-                }
-                WireType::SixtyFourBit => 8,
-                WireType::ThirtyTwoBit => 4,
-                WireType::LengthDelimited => decode_varint(&mut bytes)?,
-                // This version of protobuf has none, and there is no telling how much is in one.
-                WireType::StartGroup | WireType::EndGroup => {
-                    return Err(Excess::Malformed(format!("field {number} is a group")));
-                }
-            };
-            let split = usize::try_from(skipped).ok().and_then(|len| bytes.split_at_checked(len));
-            let Some((content, rest)) = split else {
-                return Err(Excess::Malformed(format!("it ends inside of field {number}")));
-            };
-            bytes = rest;
+    fn message(&mut self, bytes: &[u8], shape: &Shape) -> Result<(), Excess> {
+        let mut fields = Fields(bytes);
+        while let Some(model::Field { number, wire }) = fields.next()? {
             self.count(1)?;
-            let Some(field) = shape.fields.iter().find(|(of, _)| *of == number).map(|(_, field)| field) else {
-                continue;
-            };
-            let content = Some(content).filter(|_| wire_type == WireType::LengthDelimited);
+            let field = shape.fields.iter().find(|(of, _)| u64::from(*of) == number);
+            let Some((_, field)) = field else { continue };
+            let content = if let Wire::Bytes(content) = wire { Some(content) } else { None };
             if let Some(list) = &field.list {
                 let packed = content.zip(list.packed.as_ref());
                 let entries = packed.map_or(1, |(content, packed)| packed.count(content, list.max));
@@ -246,15 +223,14 @@ impl Scan {
                 self.count(entries - entries.min(1))?;
             }
             let Some((message, content)) = field.message.as_ref().zip(content) else { continue };
-            let outer = match &field.list {
-                None => field.name.clone(),
-                Some(list) => {
-                    self.counts[message.slots.clone()].fill(0);
-                    format!("{}[{}]", field.name, self.counts[list.slot] - 1)
-                }
-            };
+            if field.list.is_some() {
+                self.counts[message.slots.clone()].fill(0);
+            }
             self.message(content, message).map_err(|excess| match excess {
-                Excess::Unreadable(unreadable) => Excess::Unreadable(unreadable.inside(&outer)),
+                Excess::Unreadable(unreadable) => {
+                    let index = field.list.as_ref().map(|list| format!("[{}]", self.counts[list.slot] - 1));
+                    Excess::Unreadable(unreadable.inside(&format!("{}{}", field.name, index.unwrap_or_default())))
+                }
                 malformed @ Excess::Malformed(_) => malformed,
             })?;
         }

@@ -4,15 +4,12 @@
 
 use std::collections::HashMap;
 
-use bytes::Buf;
-use prost::{
-    DecodeError, Message,
-    encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field},
-};
+use prost::Message;
 use prost_reflect::{DynamicMessage, Kind, MessageDescriptor, SerializeOptions};
 use serde_json::Value;
 
 use super::{bounds, descriptors};
+use crate::model::{Field, Fields, Wire};
 
 /// Why something is no message, or no JSON of one.
 #[derive(Debug, thiserror::Error)]
@@ -22,7 +19,7 @@ pub enum JsonError {
     NoMessage(String),
     /// The bytes are none.
     #[error("no {0}: {1}")]
-    Bytes(&'static str, DecodeError),
+    Bytes(&'static str, String),
     /// It holds more messages than are made into JSON.
     #[error("it holds more than {MAX_MESSAGES} values, which is too much for JSON; ask by gRPC")]
     TooLarge,
@@ -55,6 +52,12 @@ pub enum JsonError {
     },
 }
 
+impl JsonError {
+    fn bytes(kind: &'static str, error: impl ToString) -> Self {
+        Self::Bytes(kind, error.to_string())
+    }
+}
+
 /// The most messages in one that is made into JSON, itself and the values of each `Struct` included. Each takes almost
 /// 1 KiB meanwhile, so that all of them are 128 MiB at most.
 pub const MAX_MESSAGES: usize = 140_000;
@@ -65,45 +68,24 @@ pub const MAX_MESSAGES: usize = 140_000;
 /// The bytes are no such message, or it holds more than [`MAX_MESSAGES`].
 pub fn encode(kind: &'static str, bytes: &[u8]) -> Result<String, JsonError> {
     let descriptor = descriptor(kind)?;
-    count(&descriptor, bytes, &mut 0).map_err(|unread| match unread {
-        Uncounted::TooMany => JsonError::TooLarge,
-        Uncounted::Malformed(error) => JsonError::Bytes(kind, error),
-    })?;
-    let message = DynamicMessage::decode(descriptor, bytes).map_err(|error| JsonError::Bytes(kind, error))?;
+    count(kind, &descriptor, bytes, &mut 0)?;
+    let message = DynamicMessage::decode(descriptor, bytes).map_err(|error| JsonError::bytes(kind, error))?;
     let mut text = Vec::new();
     message.serialize_with_options(&mut serde_json::Serializer::new(&mut text), &SerializeOptions::new())?;
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// Why messages were not counted to the end.
-enum Uncounted {
-    TooMany,
-    Malformed(DecodeError),
-}
-
-impl From<DecodeError> for Uncounted {
-    fn from(error: DecodeError) -> Self {
-        Self::Malformed(error)
-    }
-}
-
 /// Adds how many messages there are in this one, itself included. Looks at the encoded form, before anything is built.
-fn count(of: &MessageDescriptor, mut bytes: &[u8], messages: &mut usize) -> Result<(), Uncounted> {
+fn count(kind: &'static str, of: &MessageDescriptor, bytes: &[u8], messages: &mut usize) -> Result<(), JsonError> {
     *messages += 1;
     if *messages > MAX_MESSAGES {
-        return Err(Uncounted::TooMany);
+        return Err(JsonError::TooLarge);
     }
-    while bytes.has_remaining() {
-        let (number, wire_type) = decode_key(&mut bytes)?;
-        let inner = of.get_field(number).map(|field| field.kind());
-        if let (WireType::LengthDelimited, Some(Kind::Message(inner))) = (wire_type, inner) {
-            let length = usize::try_from(decode_varint(&mut bytes)?).unwrap_or(usize::MAX);
-            // One that ends early is told of by whoever decodes it.
-            let Some((message, rest)) = bytes.split_at_checked(length) else { return Ok(()) };
-            count(&inner, message, messages)?;
-            bytes = rest;
-        } else {
-            skip_field(wire_type, number, &mut bytes, DecodeContext::default())?;
+    let mut fields = Fields(bytes);
+    while let Some(Field { number, wire }) = fields.next().map_err(|error| JsonError::bytes(kind, error))? {
+        let field = u32::try_from(number).ok().and_then(|number| of.get_field(number));
+        if let (Wire::Bytes(message), Some(Kind::Message(inner))) = (wire, field.map(|field| field.kind())) {
+            count(kind, &inner, message, messages)?;
         }
     }
     Ok(())
@@ -154,7 +136,7 @@ pub fn from_parameters<M: Message + Default>(
         // Encoded messages one after the other are one message.
         bytes.extend(message.encode_to_vec());
     }
-    M::decode(bytes.as_slice()).map_err(|error| JsonError::Bytes(kind, error))
+    M::decode(bytes.as_slice()).map_err(|error| JsonError::bytes(kind, error))
 }
 
 /// What a parameter of this kind could be, which `error` says it is not.

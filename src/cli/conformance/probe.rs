@@ -15,11 +15,15 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
 use super::super::{Exit, Failure};
 use crate::{
-    dial::{Call, Client, Dialer, framed, framed_bytes},
+    dial::{Call, Client, Dialer},
     memory::Memory,
     model::{Code, Endpoint, Payload},
     ports::CallError,
-    proto::{subsystem::v1 as pb, timestamp},
+    proto::{
+        framing::{framed, framed_bytes},
+        subsystem::v1 as pb,
+        timestamp,
+    },
 };
 
 /// What is used when the user names no subsystem.

@@ -1,0 +1,82 @@
+//! How messages travel in gRPC: each behind a flag, which says whether it is compressed, and its length; then the status.
+//!
+//! <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http_body::Frame;
+use prost::Message;
+use tonic::{Status, codegen::http::HeaderMap};
+
+/// What stands before a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    /// 0 for a message as it is, 1 for a compressed one.
+    pub flag: u8,
+    /// Bytes of the message.
+    pub length: usize,
+}
+
+impl Prefix {
+    /// Bytes that it takes itself.
+    pub const BYTES: usize = 5;
+
+    /// What these bytes say.
+    #[must_use]
+    pub fn read([flag, length @ ..]: [u8; Self::BYTES]) -> Self {
+        Self { flag, length: u32::from_be_bytes(length) as usize }
+    }
+}
+
+/// A message as it travels.
+pub fn framed(message: &impl Message) -> Bytes {
+    let mut framed = BytesMut::new();
+    put(&mut framed, message);
+    framed.freeze()
+}
+
+/// The same for a message that is encoded already, or whatever else is to be sent as one.
+#[must_use]
+pub fn framed_bytes(message: &[u8]) -> Bytes {
+    let mut framed = BytesMut::new();
+    begin(&mut framed, message.len());
+    framed.extend_from_slice(message);
+    framed.freeze()
+}
+
+/// Adds a message to others that travel together.
+pub fn put(gathered: &mut BytesMut, message: &impl Message) {
+    begin(gathered, message.encoded_len());
+    // There is room for all of it.
+    let _ = message.encode(gathered);
+}
+
+fn begin(gathered: &mut BytesMut, length: usize) {
+    gathered.reserve(Prefix::BYTES + length);
+    gathered.put_u8(0);
+    // Requests and answers are far below 4 GiB.
+    gathered.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+}
+
+/// How an answer ends.
+///
+/// # Errors
+/// The status can't be said in headers.
+pub fn trailers<D>(status: &Status) -> Result<Frame<D>, Status> {
+    let mut trailers = HeaderMap::new();
+    status.add_header(&mut trailers)?;
+    Ok(Frame::trailers(trailers))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_framed_by_its_length() {
+        let message = prost_types::Duration { seconds: 1, nanos: 0 };
+        let framed = framed(&message);
+        let (prefix, rest) = framed.split_first_chunk().unwrap();
+        assert_eq!(Prefix::read(*prefix), Prefix { flag: 0, length: message.encoded_len() });
+        assert_eq!((rest.to_vec(), &framed), (message.encode_to_vec(), &framed_bytes(&message.encode_to_vec())));
+    }
+}
