@@ -92,13 +92,11 @@ struct Call {
 }
 
 impl Call {
-    /// Its answer, taken in pieces with this much time between them, until it is reset.
-    async fn take_slowly(self, pause: Duration) {
+    /// Its answer, once the first piece of it is there, or it is refused.
+    async fn begun(self) -> (RecvStream, Option<Bytes>) {
         let mut body = patiently("an answer", self.response).await.unwrap().into_body();
-        while let Some(Ok(data)) = body.data().await {
-            tokio::time::sleep(pause).await;
-            body.flow_control().release_capacity(data.len()).unwrap();
-        }
+        let first = patiently("the first piece", body.data()).await.map(Result::unwrap);
+        (body, first)
     }
 
     /// How it ended.
@@ -218,11 +216,18 @@ async fn who_takes_answers_slowly_gives_way_however_many_connections_it_has() {
     let (mut bares, mut slow) = (Vec::new(), JoinSet::new());
     for _ in 0..8 {
         let mut bare = Bare::connect(stage.service.address(), 16 << 10).await;
-        let call = bare.call(&format!("{SERVICE}/GetCycle"), &get, true).await;
-        slow.spawn(call.take_slowly(Duration::from_secs(1)));
+        let (mut body, mut piece) = bare.call(&format!("{SERVICE}/GetCycle"), &get, true).await.begun().await;
         bares.push(bare);
+        slow.spawn(async move {
+            let mut pace = tokio::time::interval(Duration::from_secs(1));
+            while let Some(taken) = piece {
+                pace.tick().await;
+                body.flow_control().release_capacity(taken.len()).unwrap();
+                piece = body.data().await.and_then(Result::ok);
+            }
+        });
     }
-    // At that pace all of them would take two minutes.
+    // There is room for seven of them, and at that pace they would take two minutes.
     patiently("room", async { while stage.client.cycle(1).await.is_err() {} }).await;
 }
 
