@@ -49,12 +49,11 @@ impl Services {
     /// Hands a call over to the service that its path names: `/SERVICE/METHOD`.
     pub(super) fn call(&self, request: Request<Body>) -> BoxFuture<'static, Response<Body>> {
         let name = request.uri().path().split('/').nth(1).unwrap_or_default();
-        match self.0.get(name) {
-            Some(answer) => answer(request),
-            None => {
-                let status = Status::unimplemented("this service is not served here; reflection lists those that are");
-                future::ready(status.into_http()).boxed()
-            }
+        if let Some(answer) = self.0.get(name) {
+            answer(request)
+        } else {
+            let status = Status::unimplemented("this service is not served here; reflection lists those that are");
+            future::ready(status.into_http()).boxed()
         }
     }
 }
