@@ -157,7 +157,7 @@ async fn is_installed() -> bool {
         let probed = Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().await;
         if !probed.is_ok_and(|status| status.success()) {
             let missing = format!("Prometheus IS NOT TESTED WITH: {tool} --version failed");
-            assert!(env::var_os("CI").is_none(), "{missing}");
+            assert!(env::var_os("CHECK_ALL").is_none(), "{missing}");
             eprintln!("\n*** {missing} ***\n");
             return false;
         }
