@@ -451,6 +451,9 @@ async fn a_server_that_speaks_no_grpc_is_told() {
             let (mut stream, _) = listener.accept().await.unwrap();
             // Whoever has sent a preface of HTTP/2 may have left.
             let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
+            // What is not read when it closes would reset the connection, and take the answer along.
+            let _ = stream.shutdown().await;
+            let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
         }
     });
     let output = conformance(&[&endpoint, "--subsystem", NAMES[0]]).await;

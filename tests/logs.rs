@@ -201,6 +201,14 @@ async fn dropped(service: &Service) -> u64 {
     metrics.text().await.lines().find_map(|line| line.strip_prefix(metric)?.parse().ok()).unwrap()
 }
 
+/// Runs a cycle, and has more logged than only that would.
+async fn calls_that_log(client: &mut common::service::Client) {
+    client.run().await.unwrap();
+    for _ in 0..50 {
+        client.status().await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_log_that_nobody_reads_stops_nothing_and_what_is_dropped_is_told() {
     let home = Home::new().with_args(["--log-filter", "trace"]).with_log_format("json");
@@ -212,7 +220,7 @@ async fn a_log_that_nobody_reads_stops_nothing_and_what_is_dropped_is_told() {
         let before = dropped(&service).await;
         let until_dropped = async {
             while dropped(&service).await == before {
-                client.run().await.unwrap();
+                calls_that_log(&mut client).await;
             }
         };
         patiently("lines to be dropped", until_dropped).await;
@@ -237,7 +245,7 @@ async fn a_log_that_nobody_reads_stops_nothing_and_what_is_dropped_is_told() {
     let before = dropped(&service).await;
     let until_dropped = async {
         while dropped(&service).await == before {
-            client.run().await.unwrap();
+            calls_that_log(&mut client).await;
         }
     };
     patiently("lines to be dropped", until_dropped).await;
