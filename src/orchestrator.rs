@@ -1,17 +1,23 @@
 //! The use cases, behind one handle that is cheap to clone.
 //!
-//! All durable changes are built and committed one after another under one lock (`Shared::write`), and change what
-//! is in memory only once they are committed; so memory and store see them in one order, and nothing is shown that a
-//! crash could take back.
+//! What is known stands in [`State`], under one lock, which nobody holds across a wait. It changes only after the change is
+//! committed, and in the same order (`writing`). A cycle's way: `admission`, `line`, `conductor`, `writing`.
 
+mod admission;
 mod conductor;
 mod figures;
 mod history;
+mod line;
 mod live;
+mod loops;
+mod recovery;
 mod refusal;
+mod registration;
 mod registry;
+mod reload;
 mod retention;
 mod watch;
+mod writing;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -26,38 +32,34 @@ use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 use tokio::{
     select,
-    sync::{Notify, watch as newest},
+    sync::{Notify, mpsc, watch as newest},
     task::{JoinHandle, spawn_blocking},
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
-    conductor::Admitted,
+    admission::{Admitted, Asked},
     figures::Watchers,
     history::Recent,
+    line::Line,
     live::Live,
-    registry::{Declarations, Entries, Registry},
+    registry::Registry,
+    writing::ToWrite,
 };
 use crate::{
     clock::Clock,
-    engine::{Engine, InputRoom, Member, Order, Plan, Slots, Standing},
-    memory::{Held, Memory, Shares},
-    model::{
-        CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Revision, Subsystem, TickDisposition, Trigger,
-        Violations,
-    },
+    engine::{Engine, Order, Plan},
+    memory::{Held, Memory},
+    model::{CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Revision, Subsystem},
     parts::{Ended, Parts},
-    ports::{
-        Contents, Lost, OpenCycle, Record, Retention, Spans, Store, StoreError, StoredOutput, StoredSubsystem,
-        Subsystems, UnreadableRow, Write,
-    },
-    record::{self, Participation},
+    ports::{Record, Retention, Store, StoreError, Write},
+    record::Participation,
     schedule::Loops,
 };
 
 pub use self::{
-    conductor::Ticket,
+    admission::Ticket,
     figures::{Counts, Figures},
     live::{LiveCycle, LiveEvent, RunningCycle, Update},
     refusal::Refusal,
@@ -134,8 +136,8 @@ pub enum Stopped {
     /// What runs the cycles has ended by a defect.
     #[error(transparent)]
     Conductor(Ended),
-    /// A task beside it has ended by a defect: without it, loops or leases would stand still and nobody would know. Cycles
-    /// still run, and [`Orchestrator::drain`] ends them.
+    /// A task beside it has ended by a defect: without it, loops or leases would stand still and nobody would know.
+    /// Cycles still run, unless it is the writer, and [`Orchestrator::drain`] ends them.
     #[error(transparent)]
     Helper(Ended),
 }
@@ -158,8 +160,11 @@ struct Shared {
     /// The part of it for `State::recent`.
     _recent: Option<Held>,
     state: Mutex<State>,
-    /// Held while a durable change is built and committed. The order of what is registered changes only then.
-    writing: Arc<tokio::sync::Mutex<Order>>,
+    /// Held while the registry or a loop is changed, so that one such change is made at a time. The order of what is registered
+    /// changes only then.
+    order: Arc<tokio::sync::Mutex<Order>>,
+    /// Changes for the one writer.
+    to_write: mpsc::Sender<Box<dyn ToWrite>>,
     /// Held while the plan is made anew, so that it is made once for all who ask for it.
     planning: tokio::sync::Mutex<()>,
     /// Durable changes that callers have asked for. The last write waits for them.
@@ -179,17 +184,22 @@ struct Shared {
 struct State {
     registry: Registry,
     loops: Loops,
-    /// Admitted cycles that wait, and the one that runs.
-    queue: VecDeque<Arc<Admitted>>,
-    running: Option<Arc<Admitted>>,
+    /// Which cycles may run now.
+    line: Line,
+    /// All cycles that were admitted and are not recorded.
+    live: BTreeMap<CycleId, Arc<Admitted>>,
     /// Those of them that have a request id.
     requests: HashMap<String, Arc<Admitted>>,
+    /// Those of them that were cancelled before their turn, and are to be recorded.
+    cancelled: VecDeque<Arc<Admitted>>,
     last_admitted: CycleId,
-    /// The highest id that is noted in the store.
-    last_noted: CycleId,
+    /// The highest id that is in the store, and the highest one that is there to stay whatever happens to the machine.
+    noted: CycleId,
+    noted_durably: CycleId,
+    /// Cycles ever recorded.
+    recorded: u64,
     /// The last record, and how far the history goes.
     last: Option<Arc<Record>>,
-    last_cycle_id: CycleId,
     last_revision: Revision,
     pruned_to: Revision,
     /// The latest records without a gap, oldest first, for watchers that are nearly up to date.
@@ -209,6 +219,11 @@ impl State {
 
     /// So many records that can't be read are told of one by one. More are not remembered, nor told of.
     const MAX_UNREADABLE: usize = 10_000;
+
+    /// Nothing is left to be run or recorded, but for what runs.
+    fn is_drained(&self) -> bool {
+        self.draining && self.cancelled.is_empty()
+    }
 
     /// Has loops go on from where the clock was set back to.
     fn follow_clock(&mut self, now: Timestamp) {
@@ -235,7 +250,7 @@ impl State {
     /// `ran_for` is missing where this process did not run the cycle.
     fn publish(&mut self, record: Arc<Record>, ran_for: Option<Duration>) {
         self.counts.recorded(&record, ran_for);
-        self.last_cycle_id = self.last_cycle_id.max(record.cycle_id);
+        self.recorded += 1;
         self.last_revision = record.revision;
         self.last = Some(record.clone());
         self.recent_bytes += record.bytes.len();
@@ -256,8 +271,8 @@ pub struct Status {
     pub last: Option<Arc<Record>>,
     /// Cycles ever recorded.
     pub total_cycles: u64,
-    /// The cycle that runs.
-    pub running: Option<RunningCycle>,
+    /// The cycles that run, the oldest first.
+    pub running: Vec<RunningCycle>,
     /// Cycles that wait.
     pub queued: usize,
     /// The loops, by name.
@@ -283,209 +298,6 @@ pub struct Status {
 }
 
 impl Orchestrator {
-    /// Takes up what an earlier process left in the store, and begins to run cycles. The store comes with what it held
-    /// when it was opened.
-    ///
-    /// # Errors
-    /// The order of what is declared and stored has a ring, there is no memory for it, or the store can't be written.
-    pub async fn start(
-        settings: Settings,
-        memory: &Shares,
-        clock: Clock,
-        subsystems: Arc<dyn Subsystems>,
-        (store, contents): (Arc<dyn Store>, Contents),
-        declared: Declared,
-        spans: Arc<dyn Spans>,
-    ) -> Result<(Self, Tasks), Refusal> {
-        let (now, begin) = (clock.now(), Instant::now());
-        memory.outputs.set_max(settings.max_outputs_bytes);
-        let hold = |bytes| memory.registry.try_hold(bytes).map_err(Refusal::RegistryMemoryFull);
-        let mut state = State {
-            registry: Registry::default(),
-            loops: Loops::default(),
-            queue: VecDeque::new(),
-            running: None,
-            requests: HashMap::new(),
-            last_admitted: contents.last_cycle_id,
-            last_noted: contents.last_cycle_id,
-            last: None,
-            last_cycle_id: contents.last_cycle_id,
-            last_revision: contents.last_revision,
-            pruned_to: contents.pruned_to,
-            recent: VecDeque::new(),
-            recent_bytes: 0,
-            store_error: None,
-            unreadable: BTreeSet::new(),
-            draining: false,
-            counts: Counts::default(),
-        };
-        match contents.last_record {
-            Some(Ok(record)) => state.last = Some(Arc::new(record)),
-            Some(Err(unreadable)) => state.tell_unreadable(&unreadable),
-            None => {}
-        }
-        tell_unreadable_rows(&contents.unreadable);
-        let mut write = Write { epoch: contents.epoch, ..Write::default() };
-
-        // The registry: what is declared wins over what was registered by RPC under the same name.
-        let mut latest: HashMap<Name, _> =
-            contents.outputs.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
-        let mut stored: BTreeMap<Name, StoredSubsystem> =
-            contents.subsystems.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
-        let mut entries = Vec::new();
-        let mut standing = |name: &Name| {
-            let standing = |stored: StoredOutput| {
-                Arc::new(Standing::with_output(stored.output, stored.finished_at, &memory.outputs))
-            };
-            latest.remove(name).map_or_else(Arc::default, standing)
-        };
-        for subsystem in declared.subsystems {
-            let name = subsystem.name.clone();
-            let suspended = stored.remove(&name).is_some_and(|stored| {
-                if stored.spec.is_some() {
-                    let kept = StoredSubsystem { spec: None, lease: None, ..stored.clone() };
-                    write.subsystems.insert(name.clone(), Some(kept));
-                }
-                stored.suspended
-            });
-            let held = hold(subsystem.footprint())?;
-            let member = Member::new(Arc::new(subsystem), suspended, standing(&name)).holding(held);
-            entries.push(Registered { member, declared: true, lease: None });
-        }
-        for (name, stored) in stored {
-            let Some(spec) = &stored.spec else {
-                // It was declared once, and is no more.
-                write.subsystems.insert(name, None);
-                continue;
-            };
-            let standing = standing(&name);
-            match Subsystem::from_spec(spec) {
-                Ok(subsystem) => {
-                    let held = hold(subsystem.footprint())?;
-                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing).holding(held);
-                    let lease = stored.lease.map(|length| Lease::new(length, begin));
-                    entries.push(Registered { member, declared: false, lease });
-                }
-                // Rules have become stricter since. It stays stored, output and all, for a version that takes it.
-                Err(violations) => {
-                    tracing::error!(subsystem = %name, %violations, "left out: a stored registration is invalid");
-                }
-            }
-        }
-        // What can't be read stays stored, with its output.
-        for row in contents.unreadable.iter().filter(|row| row.what == "subsystem") {
-            latest.remove(row.key.as_str());
-        }
-        // Outputs whose subsystem nobody registers any more.
-        write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
-        let order = Order::of(entries.iter().map(|entry| entry.member.subsystem.clone()));
-        state.registry = Registry::of(entries)?;
-
-        // The loops.
-        let mut stored: BTreeMap<Name, _> =
-            contents.loops.into_iter().map(|stored| (stored.name.clone(), stored)).collect();
-        for settings in declared.loops {
-            let held = hold(settings.footprint())?;
-            if let Some(stored) = stored.remove(&settings.name) {
-                state.loops.restore(settings, true, stored.state, Some(held), now);
-            } else {
-                let entry = state.loops.started(settings, true, now);
-                state.loops.put(entry.holding(held));
-            }
-        }
-        for (name, stored) in stored {
-            match stored.spec.as_ref().map(IntervalLoop::from_spec) {
-                Some(Ok(settings)) => {
-                    let held = hold(settings.footprint())?;
-                    state.loops.restore(settings, false, stored.state, Some(held), now);
-                }
-                Some(Err(violations)) => {
-                    tracing::error!("loop" = %name, %violations, "left out: a stored loop is invalid");
-                }
-                None => {
-                    write.loops.insert(name, None);
-                }
-            }
-        }
-
-        // Cycles that an earlier process had begun.
-        let last_lost = contents.lost.map(|lost| lost.last_cycle_id).unwrap_or_default();
-        if let Some(lost) = &contents.lost {
-            tell_lost(lost, contents.open.first(), &state);
-        }
-        // A cycle begins only once the one before it is recorded: where one is open, the number of none is missing.
-        let may_be_lost = contents.may_lack_open && contents.open.is_empty();
-        let may_be_lost = if may_be_lost { state.last_cycle_id.next() } else { CycleId::default() };
-        let missing = contents.last_cycle_id.0 + 1..=may_be_lost.max(last_lost).0;
-        let open = contents.open.iter().map(|open| (open.cycle_id, Some(open)));
-        for (cycle_id, open) in open.chain(missing.map(|id| (CycleId(id), None))) {
-            let revision = state.last_revision.next();
-            let is_lost = contents.lost.is_some_and(|lost| revision <= lost.last_revision);
-            let finished = conductor::interrupted(cycle_id, open, is_lost, contents.epoch, now);
-            let record = record::encode(&finished, revision, settings.max_record_bytes);
-            if !is_lost {
-                tracing::warn!(
-                    cycle_id = cycle_id.0,
-                    "recorded as interrupted: an earlier process ended in the middle of it"
-                );
-            }
-            write.records.push(record.clone());
-            state.publish(Arc::new(record), None);
-        }
-        (state.last_admitted, state.last_noted) = (state.last_cycle_id, state.last_cycle_id);
-        write.last_cycle_id = state.last_noted;
-        let (loops, mark) = state.loops.unwritten();
-        for (name, stored) in loops {
-            write.loops.entry(name).or_insert(stored);
-        }
-        store.commit(Arc::new(write)).await?;
-        state.loops.written(mark);
-
-        let watching = memory.history.part("what watchers look for and read ahead", memory.history.max() / 4);
-        let shared = Arc::new(Shared {
-            engine: Engine {
-                subsystems,
-                orchestrator_id: settings.orchestrator_id.clone(),
-                epoch: contents.epoch,
-                outputs: memory.outputs.clone(),
-                remembered: memory.registry.clone(),
-                slots: Slots::new(settings.max_concurrent_calls),
-                inputs: InputRoom::new(memory.inputs.clone()),
-                spans,
-            },
-            newest: newest::Sender::new(state.last_revision),
-            live: Live::new(watching.clone()),
-            watching,
-            // With what is known of them, if it is asked for.
-            _recent: memory.history.try_hold(3 * State::RECENT_BYTES).ok(),
-            history: memory.history.clone(),
-            settings: Mutex::new(Arc::new(settings)),
-            memory: memory.registry.clone(),
-            requests: memory.requests.clone(),
-            clock,
-            started_at: now,
-            started: Instant::now(),
-            store,
-            state: Mutex::new(state),
-            writing: Arc::new(tokio::sync::Mutex::new(order)),
-            planning: tokio::sync::Mutex::new(()),
-            changes: TaskTracker::new(),
-            queue_changed: Notify::new(),
-            loops_changed: Notify::new(),
-            leases_changed: Notify::new(),
-            watchers: Watchers::default(),
-            store_has_ended: CancellationToken::new(),
-            closed: CancellationToken::new(),
-        });
-        let mut helpers = Parts::default();
-        helpers.start("the timer of loops", lasting(shared.clone().fire_ticks()));
-        helpers.start("the timer of leases", lasting(shared.clone().expire_leases()));
-        helpers.start("the retention of the history", lasting(shared.clone().prune()));
-        helpers.start("the live progress", lasting(shared.clone().send_progress()));
-        let conductor = tokio::spawn(shared.clone().conduct());
-        Ok((Self(shared), Tasks { conductor, helpers }))
-    }
-
     // -----------------------------------------------------------------------------------------------------------
     // Cycles
 
@@ -495,14 +307,20 @@ impl Orchestrator {
     /// # Errors
     /// An unknown subsystem, or what the overlap policy says.
     pub async fn run_cycle(&self, request: CycleRequest, durably: bool) -> Result<Ticket, Refusal> {
-        let admitted = match self.0.admit_once(request).await? {
-            Found::Recorded(record) => return Ok(Ticket::of_record(Arc::new(record))),
-            Found::Admitted(admitted) => admitted,
+        // The last write waits for it.
+        let _change = durably.then(|| self.0.changes.token());
+        let admitted = match self.0.admit_once(request, durably).await {
+            Ok(Asked::Recorded(record)) => return Ok(Ticket::of_record(record)),
+            Ok(Asked::Live(admitted)) => admitted,
+            Err(refusal) => {
+                self.0.note_named_by(&refusal).await?;
+                return Err(refusal);
+            }
         };
-        if durably {
-            // Each write notes it.
+        if durably && self.0.state().noted_durably < admitted.cycle_id {
+            // A durable write, whatever is in it, notes all that is admitted.
             let written = self.0.write(|_| Write::default(), |_| ()).await;
-            written.map_err(|error| Refusal::StoreUnavailable(Some(admitted.cycle_id), error))?;
+            written.map_err(|error| self.0.unavailable(admitted.cycle_id, error))?;
         }
         Ok(admitted.ticket())
     }
@@ -513,19 +331,16 @@ impl Orchestrator {
     /// It has finished, or never was.
     pub async fn cancel_cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
         let ticket = {
-            let state = self.0.state();
-            let admitted = state.queue.iter().chain(&state.running).find(|admitted| admitted.cycle_id == cycle_id);
-            match admitted {
-                Some(admitted) => {
-                    admitted.cancel.cancel();
-                    admitted.ticket()
-                }
-                None if cycle_id.0 > 0 && cycle_id <= state.last_cycle_id => {
+            let mut state = self.0.state();
+            match state.cancel(cycle_id) {
+                Some(admitted) => admitted.ticket(),
+                None if cycle_id.0 > 0 && cycle_id <= state.last_admitted => {
                     return Err(Refusal::CycleFinished(cycle_id));
                 }
                 None => return Err(Refusal::CycleNotFound(cycle_id)),
             }
         };
+        self.0.queue_changed.notify_one();
         ticket.recorded().await
     }
 
@@ -560,17 +375,14 @@ impl Orchestrator {
     /// # Errors
     /// There is none, or not yet; or too much is being read.
     pub async fn cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
-        {
-            let state = self.0.state();
-            if cycle_id > state.last_cycle_id && cycle_id <= state.last_admitted {
-                return Err(Refusal::CycleNotFinished(cycle_id));
-            }
+        if self.0.state().live.contains_key(&cycle_id) {
+            return Err(Refusal::CycleNotFinished(cycle_id));
         }
         let record = self.0.read_one(self.0.store.cycle(cycle_id)).await?;
         record.map(Arc::new).ok_or(Refusal::CycleNotFound(cycle_id))
     }
 
-    /// A page of records below the revision `before`, newest first, of at most `max_records`.
+    /// A page of records before the revision `before`, newest first, of at most `max_records`.
     ///
     /// # Errors
     /// The store can't be read, or too much is being read.
@@ -590,9 +402,9 @@ impl Orchestrator {
         let state = self.0.state();
         Status {
             last: state.last.clone(),
-            total_cycles: state.last_cycle_id.0,
+            total_cycles: state.recorded,
             running,
-            queued: state.queue.len(),
+            queued: state.line.waiting(),
             loops: state.loops.iter().cloned().collect(),
             epoch: self.0.engine.epoch,
             started_at: self.0.started_at,
@@ -768,21 +580,23 @@ impl Orchestrator {
         self.change(|shared| async move { shared.reload(settings, declared).await }).await
     }
 
-    /// Admits nothing any more, and cancels what waits. The running cycle may finish; then [`Tasks::finished`]
-    /// returns.
+    /// Admits nothing any more, and cancels what waits, but for cycles that were acknowledged and are waited for by nobody: the
+    /// next process runs these. Cycles that run may finish; then [`Tasks::finished`] returns.
     pub fn drain(&self) {
         let mut state = self.0.state();
         state.draining = true;
-        for waiting in &state.queue {
-            waiting.cancel.cancel();
+        let waiting = state.live.values().filter(|it| state.line.waits(it.cycle_id) && !it.is_promised());
+        for cycle_id in waiting.map(|it| it.cycle_id).collect::<Vec<_>>() {
+            state.cancel(cycle_id);
         }
         drop(state);
         self.0.queue_changed.notify_one();
     }
 
-    /// Cancels the running cycle, if there is one.
+    /// Cancels the cycles that run.
     pub fn cancel_running(&self) {
-        if let Some(running) = &self.0.state().running {
+        let state = self.0.state();
+        for running in state.live.values().filter(|it| state.line.runs(it.cycle_id)) {
             running.cancel.cancel();
         }
     }
@@ -814,49 +628,6 @@ async fn lasting(task: impl Future<Output = ()>) -> Result<(), Infallible> {
     Ok(())
 }
 
-/// Tells what of an earlier process's state can't be read, and is left out.
-fn tell_unreadable_rows(rows: &[UnreadableRow]) {
-    /// Where all is damaged, that is known after a few.
-    const TOLD: usize = 64;
-    for UnreadableRow { what, key, problem } in rows.iter().take(TOLD) {
-        tracing::error!(what, key, problem, "left out: a row of the store can't be read; it stays there");
-    }
-    if rows.len() > TOLD {
-        tracing::error!(rows = rows.len() - TOLD, "left out: further rows of the store can't be read");
-    }
-}
-
-/// Tells what was acknowledged and is not in the store any more.
-fn tell_lost(lost: &Lost, first_open: Option<&OpenCycle>, state: &State) {
-    let (last_revision, commits) = (lost.last_revision, lost.commits);
-    if last_revision > state.last_revision {
-        // They were recorded in the order of their ids.
-        let first = first_open.map_or(state.last_cycle_id.next(), |open| open.cycle_id);
-        let cycles = format!("{first} to {}", first.0 + (last_revision.0 - state.last_revision.next().0));
-        let revisions = format!("{} to {last_revision}", state.last_revision.next());
-        tracing::error!(
-            cycles,
-            revisions,
-            commits,
-            "records that were acknowledged are missing: the end of the store was damaged, or an older copy was put in its \
-             place. They are recorded as interrupted, so that their numbers are not given again; what was registered or \
-             changed meanwhile is missing as well"
-        );
-    } else {
-        tracing::error!(
-            commits,
-            "changes that were acknowledged are missing, such as registrations, loops or suspensions: the end of the store was \
-             damaged, or an older copy was put in its place"
-        );
-    }
-}
-
-/// Where a cycle that was asked for stands.
-enum Found {
-    Recorded(Record),
-    Admitted(Arc<Admitted>),
-}
-
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         // A panic while this is held is a defect that must not turn into a second one.
@@ -865,56 +636,6 @@ impl Shared {
 
     fn settings(&self) -> Arc<Settings> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Room for a request as long as its cycle waits or runs. Small ones need none: their number is bounded.
-    fn room_of(&self, request: &CycleRequest) -> Result<Option<Held>, Refusal> {
-        const SMALL: usize = 4 << 10;
-        match self.requests.try_hold(request.footprint()) {
-            Err(full) if request.footprint() > SMALL => Err(full.into()),
-            held => Ok(held.ok()),
-        }
-    }
-
-    async fn admit_once(&self, mut request: CycleRequest) -> Result<Found, Refusal> {
-        let max_queued = self.settings().max_queued;
-        let mut room = self.room_of(&request)?;
-        let mut looked_at = None;
-        let mut is_checked = request.subset.is_none();
-        loop {
-            {
-                let mut state = self.state();
-                if let Some(live) = request.request_id.as_ref().and_then(|id| state.requests.get(id)) {
-                    return Ok(Found::Admitted(live.clone()));
-                }
-                // A cycle that was recorded since the history was looked into may be the one.
-                let is_new = request.request_id.is_none() || looked_at == Some(state.last_revision);
-                if is_new && is_checked {
-                    let admitted = state.admit(request, room.take(), max_queued)?;
-                    drop(state);
-                    self.queue_changed.notify_one();
-                    return Ok(Found::Admitted(admitted));
-                }
-                looked_at = Some(state.last_revision);
-            }
-            if let Some(request_id) = &request.request_id
-                && let Some(record) = self.read_one(self.store.cycle_of_request(request_id.clone())).await?
-            {
-                return Ok(Found::Recorded(record));
-            }
-            if !is_checked {
-                request.subset = self.registered_names(request.subset).await?;
-                is_checked = true;
-            }
-        }
-    }
-
-    /// The same names, as the registry has them.
-    async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
-        let Some(subset) = subset else { return Ok(None) };
-        let plan = self.plan().await;
-        let names = aside(subset.len(), move || plan.own_names(&subset)).await;
-        names.map(Some).map_err(Refusal::SubsystemNotFound)
     }
 
     /// The order over all that is registered now. After changes it is made anew, once for all of them and apart from
@@ -936,275 +657,14 @@ impl Shared {
         self.state().registry.planned(&snapshot, plan)
     }
 
-    async fn register(
-        &self,
-        subsystems: Vec<Subsystem>,
-        lease: Option<Duration>,
-    ) -> Result<Vec<(Registered, Change)>, Refusal> {
-        let order = self.writing.clone().lock_owned().await;
-        let max = self.settings().max_subsystems;
-        let (earlier, registered): (Vec<_>, _) = {
-            let state = self.state();
-            let earlier = subsystems.iter().map(|subsystem| state.registry.get(&subsystem.name).ok().cloned());
-            (earlier.collect(), state.registry.len())
-        };
-        if let Some(declared) = earlier.iter().flatten().find(|earlier| earlier.declared) {
-            return Err(Refusal::DeclaredInConfig(declared.name().clone()));
-        }
-        let new = earlier.iter().filter(|earlier| earlier.is_none()).count();
-        if new > 0 && registered + new > max {
-            return Err(Refusal::RegistryFull { registered, new, max });
-        }
-        let mut moved = Vec::new();
-        let change = |(subsystem, earlier): (Subsystem, Option<Registered>)| {
-            if let Some(earlier) = &earlier
-                && *earlier.member.subsystem == subsystem
-                && earlier.lease.map(|lease| lease.length) == lease
-            {
-                return Ok((earlier.clone(), Change::Renewed));
-            }
-            let held = self.memory.try_hold(subsystem.footprint()).map_err(Refusal::RegistryMemoryFull)?;
-            let Some(earlier) = earlier else {
-                let member = Member::new(Arc::new(subsystem), false, Arc::default()).holding(held);
-                return Ok((Registered { member, declared: false, lease: None }, Change::Created));
-            };
-            let Member { subsystem: before, suspended, standing, .. } = &earlier.member;
-            if before.endpoint != subsystem.endpoint {
-                moved.push(standing.clone());
-            }
-            let member = Member::new(Arc::new(subsystem), *suspended, standing.clone()).holding(held);
-            Ok((Registered { member, ..earlier }, Change::Replaced))
-        };
-        let entries: Result<Vec<_>, Refusal> = subsystems.into_iter().zip(earlier).map(change).collect();
-        let mut entries = entries?;
-
-        let changed = entries.iter().filter(|(_, change)| *change != Change::Renewed);
-        let changed: Vec<_> = changed.map(|(entry, _)| entry.clone()).collect();
-        let mut put = |state: &mut State| {
-            let mut left = Vec::new();
-            // The time that writing took is not part of it.
-            let begin = Instant::now();
-            for (entry, change) in &mut entries {
-                entry.lease = lease.map(|length| Lease::new(length, begin));
-                match (*change, entry.lease) {
-                    // Nothing durable changes.
-                    (Change::Renewed, Some(lease)) => state.registry.set_lease(entry.name(), lease),
-                    (Change::Renewed, None) => {}
-                    (Change::Created | Change::Replaced, _) => left.extend(state.registry.put(entry.clone())),
-                }
-            }
-            // What failed was at the other endpoint.
-            for standing in &moved {
-                standing.close_breaker();
-            }
-            left
-        };
-        if changed.is_empty() {
-            put(&mut self.state());
-        } else {
-            let names =
-                changed.iter().map(|entry| &entry.member.subsystem).map(|it| it.requires.len() + it.after.len());
-            let work = registered + names.sum::<usize>();
-            let (mut order, checked) = aside(work, move || {
-                let mut order = order;
-                let subsystems = changed.iter().map(|entry| entry.member.subsystem.clone()).collect();
-                let checked = order.change(subsystems, &[]).map(|undo| {
-                    let stored = |entry: &Registered| StoredSubsystem { lease, ..entry.to_stored() };
-                    let stored = changed.iter().map(|entry| (entry.name().clone(), Some(stored(entry))));
-                    (undo, stored.collect())
-                });
-                (order, checked)
-            })
-            .await;
-            let (undo, subsystems) = checked.map_err(Refusal::OrderRing)?;
-            let written = self.write_locked(|_| Write { subsystems, ..Write::default() }, put).await;
-            match written {
-                Ok(left) => self.engine.subsystems.forget(&left),
-                Err(error) => {
-                    order.undo(undo);
-                    return Err(error.into());
-                }
-            }
-        }
-        self.leases_changed.notify_one();
-        for (entry, change) in &entries {
-            let endpoint = &entry.member.subsystem.endpoint;
-            match change {
-                Change::Created => tracing::info!(subsystem = %entry.name(), %endpoint, "registered"),
-                Change::Replaced => {
-                    tracing::info!(subsystem = %entry.name(), %endpoint, "registered with changes");
-                }
-                Change::Renewed => {}
-            }
-        }
-        Ok(entries)
-    }
-
-    async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
-        let mut order = self.writing.lock().await;
-        if self.state().registry.get(name)?.declared {
-            return Err(Refusal::DeclaredInConfig(name.clone()));
-        }
-        self.forget(&mut order, std::slice::from_ref(name)).await?;
-        tracing::info!(subsystem = %name, "unregistered");
-        Ok(())
-    }
-
-    async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
-        let _writing = self.writing.lock().await;
-        let earlier = self.state().registry.get(name)?.clone();
-        if !suspended && earlier.member.standing.close_breaker() {
-            tracing::info!(subsystem = %name, "its circuit breaker is closed: it is resumed");
-        }
-        if earlier.member.suspended == suspended {
-            return Ok(earlier);
-        }
-        let member = earlier.member.suspended(suspended);
-        let entry = Registered { member, ..earlier };
-        let subsystems = BTreeMap::from([(name.clone(), Some(entry.to_stored()))]);
-        let put = |state: &mut State| {
-            // Its lease may have been renewed in between.
-            let lease = state.registry.get(name).ok().and_then(|now| now.lease);
-            let entry = Registered { lease, ..entry };
-            state.registry.put(entry.clone());
-            entry
-        };
-        let entry = self.write_locked(|_| Write { subsystems, ..Write::default() }, put).await?;
-        tracing::info!(subsystem = %name, "{}", if suspended { "suspended" } else { "resumed" });
-        Ok(entry)
-    }
-
-    async fn start_loop(&self, spec: &LoopSpec) -> Result<LoopEntry, Refusal> {
-        // Each name is a part in the record of every cycle.
-        let max = self.settings().max_subsystems;
-        let named = spec.subsystems.len();
-        if named > max {
-            let mut bad = Violations::default();
-            bad.add("subsystems", format!("are {named}; registry.max_subsystems allows {max}"));
-            return Err(Refusal::Invalid(bad));
-        }
-        // Many names take a while to read.
-        let wanted = IntervalLoop::from_spec(spec);
-        let _writing = self.writing.lock().await;
-        let now = self.clock.now();
-        let (settings, declared) = {
-            let state = self.state();
-            let earlier = Name::parse(&spec.name).ok().and_then(|name| state.loops.get(&name).cloned());
-            match earlier {
-                Some(earlier) if earlier.declared => {
-                    let only_named = *spec == LoopSpec { name: spec.name.clone(), ..LoopSpec::default() };
-                    if !only_named && wanted? != *earlier.settings {
-                        return Err(Refusal::DeclaredInConfig(earlier.settings.name.clone()));
-                    }
-                    if !earlier.state.stopped {
-                        return Ok(earlier);
-                    }
-                    ((*earlier.settings).clone(), true)
-                }
-                Some(earlier) => {
-                    let settings = wanted?;
-                    if settings == *earlier.settings {
-                        return Ok(earlier);
-                    }
-                    (settings, false)
-                }
-                None => {
-                    let settings = wanted?;
-                    if state.loops.len() >= self.settings().max_loops {
-                        return Err(Refusal::TooManyLoops(state.loops.len()));
-                    }
-                    (settings, false)
-                }
-            }
-        };
-        let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
-        let build = |state: &State| {
-            let entry = state.loops.started(settings.clone(), declared, now);
-            Write { loops: BTreeMap::from([(settings.name.clone(), Some(entry.to_stored()))]), ..Write::default() }
-        };
-        let put = |state: &mut State| {
-            // Ticks may have fallen due and been accounted for in between.
-            let now = self.clock.now();
-            state.follow_clock(now);
-            let entry = state.loops.started(settings.clone(), declared, now).holding(held);
-            state.loops.put(entry.clone());
-            entry
-        };
-        let entry = self.write_locked(build, put).await?;
-        self.loops_changed.notify_one();
-        tracing::info!("loop" = %entry.settings.name, interval = ?entry.settings.interval, "a loop has started");
-        Ok(entry)
-    }
-
-    async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
-        let _writing = self.writing.lock().await;
-        if self.state().loops.get(name).is_none() {
-            return Err(Refusal::LoopNotFound(name.clone()));
-        }
-        let stopped = |state: &State| Some(state.loops.get(name)?.clone().stopped(self.clock.now()));
-        let build = |state: &State| {
-            let stored = stopped(state).filter(|entry| entry.declared).map(|entry| entry.to_stored());
-            Write { loops: BTreeMap::from([(name.clone(), stored)]), ..Write::default() }
-        };
-        let put = |state: &mut State| {
-            state.follow_clock(self.clock.now());
-            let entry = stopped(state)?;
-            if entry.declared {
-                state.loops.put(entry.clone());
-            } else {
-                state.loops.remove(name);
-            }
-            Some(entry)
-        };
-        let entry = self.write_locked(build, put).await?;
-        tracing::info!("loop" = %name, "a loop has stopped");
-        entry.ok_or_else(|| Refusal::LoopNotFound(name.clone()))
-    }
-
-    /// Builds and commits one durable change, and with it what has changed in loops and which cycles were admitted since
-    /// the last one. Once it is committed, `apply` changes what is in memory.
-    async fn write<T>(
-        &self,
-        build: impl FnOnce(&State) -> Write,
-        apply: impl FnOnce(&mut State) -> T,
-    ) -> Result<T, StoreError> {
-        let _writing = self.writing.lock().await;
-        self.write_locked(build, apply).await
-    }
-
-    /// The same, for those who hold `writing` already.
-    async fn write_locked<T>(
-        &self,
-        build: impl FnOnce(&State) -> Write,
-        apply: impl FnOnce(&mut State) -> T,
-    ) -> Result<T, StoreError> {
-        let (write, mark) = {
-            let state = self.state();
-            let mut write = Write { epoch: self.engine.epoch, last_cycle_id: state.last_admitted, ..build(&state) };
-            let open = write.open.iter().map(|open| open.cycle_id);
-            let known: Vec<_> = open.chain(write.records.iter().map(|record| record.cycle_id)).collect();
-            let live = state.queue.iter().chain(&state.running);
-            let new = live.filter(|live| live.cycle_id > state.last_noted && !known.contains(&live.cycle_id));
-            write.open.extend(new.map(|live| live.to_open()));
-            let (loops, mark) = state.loops.unwritten();
-            for (name, stored) in loops {
-                write.loops.entry(name).or_insert(stored);
-            }
-            (write, mark)
-        };
-        let (durability, noted, started) = (write.durability, write.last_cycle_id, Instant::now());
-        let committed = self.store.commit(Arc::new(write)).await;
-        if let Err(error) = &committed
-            && error.is_final()
-        {
-            self.store_ends(error);
-        }
-        let mut state = self.state();
-        state.counts.committed(durability, started.elapsed(), &committed);
-        committed?;
-        state.loops.written(mark);
-        state.last_noted = noted;
-        Ok(apply(&mut state))
+    /// Takes ticks, leases, progress and retention in hand, each as a task that sleeps until there is something to do.
+    fn start_helpers(self: &Arc<Self>) -> Parts {
+        let mut helpers = Parts::default();
+        helpers.start("the timer of loops", lasting(self.clone().fire_ticks()));
+        helpers.start("the timer of leases", lasting(self.clone().expire_leases()));
+        helpers.start("the retention of the history", lasting(self.clone().prune()));
+        helpers.start("the live progress", lasting(self.clone().send_progress()));
+        helpers
     }
 
     /// Tells of a record that can't be read, if that is why.
@@ -1213,186 +673,6 @@ impl Shared {
             self.state().tell_unreadable(unreadable);
         }
         found
-    }
-
-    /// Nothing will be written any more: ends the process.
-    fn store_ends(&self, error: &StoreError) {
-        self.state().store_error = Some(error.clone());
-        self.store_has_ended.cancel();
-    }
-
-    /// Removes subsystems durably. `writing` is held.
-    async fn forget(&self, order: &mut Order, names: &[Name]) -> Result<(), Refusal> {
-        let subsystems = names.iter().map(|name| (name.clone(), None)).collect();
-        let remove =
-            |state: &mut State| names.iter().filter_map(|name| state.registry.remove(name)).collect::<Vec<_>>();
-        let left = self.write_locked(|_| Write { subsystems, ..Write::default() }, remove).await?;
-        // Without some of them, there still is an order.
-        order.change(Vec::new(), names).map_err(Refusal::OrderRing)?;
-        self.engine.subsystems.forget(&left);
-        Ok(())
-    }
-
-    async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
-        let order = self.writing.clone().lock_owned().await;
-        let Entries { entries: before, .. } = self.state().registry.snapshot();
-        let Declared { subsystems, loops } = declared;
-        let hold = |settings: IntervalLoop| {
-            let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
-            Ok((settings, held))
-        };
-        let loops = loops.into_iter().map(hold).collect::<Result<Vec<_>, Refusal>>()?;
-        let memory = self.memory.clone();
-        let (mut order, changes) = aside(before.len() + subsystems.len(), move || {
-            let mut order = order;
-            let changes = Declarations::of(subsystems, &before, &memory).and_then(|changes| {
-                let put = changes.put.iter().map(|entry| entry.member.subsystem.clone()).collect();
-                let ordered = order.change(put, &changes.removed).map_err(|ring| changes.refuse(ring));
-                ordered.map(|undo| (undo, changes))
-            });
-            (order, changes)
-        })
-        .await;
-        let (undo, Declarations { put, removed, moved, stored, .. }) = changes?;
-        let stopped: Vec<_> = {
-            let state = self.state();
-            let declared = state.loops.iter().filter(|entry| entry.declared).map(|entry| &entry.settings.name);
-            declared.filter(|name| !loops.iter().any(|(settings, _)| settings.name == **name)).cloned().collect()
-        };
-        let write = Write {
-            subsystems: stored,
-            loops: stopped.iter().map(|name| (name.clone(), None)).collect(),
-            ..Write::default()
-        };
-        let apply = |state: &mut State| {
-            let mut left: Vec<_> = removed.iter().filter_map(|name| state.registry.remove(name)).collect();
-            left.extend(put.into_iter().filter_map(|entry| state.registry.put(entry)));
-            for name in stopped {
-                state.loops.remove(&name);
-            }
-            let now = self.clock.now();
-            state.follow_clock(now);
-            for (settings, held) in loops {
-                let entry = match state.loops.get(&settings.name) {
-                    Some(earlier) if earlier.declared && *earlier.settings == settings => continue,
-                    Some(earlier) if earlier.state.stopped => state.loops.started(settings, true, now).stopped(now),
-                    _ => state.loops.started(settings, true, now),
-                };
-                state.loops.put(entry.holding(held));
-            }
-            left
-        };
-        match self.write_locked(|_| write, apply).await {
-            Ok(left) => self.engine.subsystems.forget(&left),
-            Err(error) => {
-                order.undo(undo);
-                return Err(error.into());
-            }
-        }
-        for standing in moved {
-            standing.close_breaker();
-        }
-
-        self.engine.outputs.set_max(settings.max_outputs_bytes);
-        self.engine.slots.set_max(settings.max_concurrent_calls);
-        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) =
-            Arc::new(Settings { orchestrator_id: self.engine.orchestrator_id.clone(), ..settings });
-        self.loops_changed.notify_one();
-        Ok(())
-    }
-
-    // -----------------------------------------------------------------------------------------------------------
-    // Helpers: each is one task that sleeps, and does one pass when there is something to do.
-
-    /// Starts the cycles of loops when their ticks are due.
-    async fn fire_ticks(self: Arc<Self>) {
-        /// The wall clock may be set: it is looked at this often at least.
-        const LOOK_AGAIN: Duration = Duration::from_secs(1);
-        loop {
-            let next = self.state().loops.next_at();
-            let wait = next.map(|at| Duration::try_from(at.duration_since(self.clock.now())).unwrap_or_default());
-            select! {
-                () = self.loops_changed.notified() => {}
-                () = sleep(wait.unwrap_or(LOOK_AGAIN).min(LOOK_AGAIN)), if next.is_some() => {}
-            }
-            self.fire_due_ticks();
-        }
-    }
-
-    fn fire_due_ticks(&self) {
-        let now = self.clock.now();
-        let max_queued = self.settings().max_queued;
-        let mut state = self.state();
-        state.follow_clock(now);
-        for (settings, due_at) in state.loops.due(now) {
-            let request = CycleRequest {
-                trigger: Trigger::Loop(settings.name.clone()),
-                scheduled_at: due_at,
-                subset: settings.subset.clone(),
-                parameters: settings.parameters.clone(),
-                request_id: None,
-                overlap: settings.overlap,
-                deadline: settings.deadline,
-                record_outputs: settings.record_outputs,
-                trace: None,
-            };
-            let (disposition, cycle_id) = match state.admit(request, None, max_queued) {
-                Ok(admitted) => (TickDisposition::Ran, Some(admitted.cycle_id)),
-                Err(Refusal::CycleRunning(_)) => (TickDisposition::Skipped, None),
-                Err(Refusal::CycleWaiting(_)) => (TickDisposition::Coalesced, None),
-                Err(refusal) => {
-                    let is_news = state.loops.warns_of_drops(&settings.name, now);
-                    // Those of a process that drains are no surprise.
-                    if is_news && !matches!(refusal, Refusal::Draining) {
-                        tracing::warn!("loop" = %settings.name, %due_at, %refusal, "ticks are dropped");
-                    }
-                    (TickDisposition::Dropped, None)
-                }
-            };
-            state.loops.account(&settings.name, due_at, disposition, cycle_id, now);
-        }
-        drop(state);
-        self.queue_changed.notify_one();
-    }
-
-    /// Unregisters those whose lease has ended.
-    async fn expire_leases(self: Arc<Self>) {
-        /// When the store could not be written.
-        const RETRY: Duration = Duration::from_secs(1);
-        loop {
-            let next = self.state().registry.next_expiry();
-            select! {
-                () = self.leases_changed.notified() => continue,
-                () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
-            }
-            if let Err(error) = self.forget_expired().await {
-                tracing::error!(%error, "can't unregister those whose lease was not renewed; trying again");
-                sleep(RETRY).await;
-            }
-        }
-    }
-
-    /// Those that end together in one commit, up to a number in which a cycle that is to begin hardly waits for it.
-    async fn forget_expired(&self) -> Result<(), Refusal> {
-        const MAX: usize = 1000;
-        let mut order = self.writing.lock().await;
-        let expired = self.state().registry.expired(Instant::now(), MAX);
-        if !expired.is_empty() {
-            self.forget(&mut order, &expired).await?;
-        }
-        for name in expired {
-            tracing::info!(subsystem = %name, "unregistered: its lease was not renewed");
-        }
-        Ok(())
-    }
-
-    /// Sends live progress in batches.
-    async fn send_progress(self: Arc<Self>) {
-        loop {
-            self.live.pending.notified().await;
-            sleep(Live::BATCH_EVERY).await;
-            self.live.flush();
-        }
     }
 }
 

@@ -280,7 +280,7 @@ pub struct Write {
     pub subsystems: BTreeMap<Name, Option<StoredSubsystem>>,
     /// What is now known of these loops; `None` means nothing any more.
     pub loops: BTreeMap<Name, Option<StoredLoop>>,
-    /// This is the last write of this process: nothing is open, and nothing is lost if the machine restarts.
+    /// This is the last write of this process: nothing has begun that is not recorded, and nothing is lost if the machine restarts.
     pub close: bool,
 }
 

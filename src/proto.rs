@@ -36,6 +36,12 @@ fn descriptors() -> Option<&'static prost_reflect::DescriptorPool> {
     POOL.get_or_init(|| prost_reflect::DescriptorPool::decode(DESCRIPTORS).ok()).as_ref()
 }
 
+/// A duration as protobuf has it; `None` beyond its range.
+pub fn duration(duration: std::time::Duration) -> Option<prost_types::Duration> {
+    let duration = jiff::SignedDuration::try_from(duration).ok()?;
+    Some(prost_types::Duration { seconds: duration.as_secs(), nanos: duration.subsec_nanos() })
+}
+
 /// A time as protobuf has it.
 pub fn timestamp(time: jiff::Timestamp) -> prost_types::Timestamp {
     // Protobuf counts the nanoseconds forward also before 1970, jiff away from it.

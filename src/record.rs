@@ -1,8 +1,12 @@
 //! The one codec between a finished cycle and its bytes: the wire form of `CycleTelemetry`.
 //!
-//! A cycle is encoded once, here, and the bytes are what is committed, answered and streamed.
+//! A cycle is encoded once, here, and the bytes are what is committed, answered and streamed. Only the revision comes later: it
+//! is given by the commit. Requests whose cycles wait are stored in the wire form of `RunCycleRequest`.
 
-use std::collections::{BTreeSet, HashSet};
+use std::{
+    collections::{BTreeSet, HashSet},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -10,11 +14,11 @@ use prost::Message;
 
 use crate::{
     model::{
-        CycleState, FinishedCycle, Issue, Name, Payload, Revision, Severity, SkipReason, SubsystemReport,
-        SubsystemState, Trigger, excerpt,
+        CycleId, CycleRequest, CycleState, FinishedCycle, Issue, Name, OverlapPolicy, Payload, Revision, Severity,
+        SkipReason, SpanContext, SubsystemReport, SubsystemState, Trigger, excerpt,
     },
     ports::Record,
-    proto::{orchestrator::v1 as pb, subsystem::v1 as pbs, timestamp},
+    proto::{duration, orchestrator::v1 as pb, subsystem::v1 as pbs, timestamp},
 };
 
 /// The most bytes of an error message in a record.
@@ -22,11 +26,41 @@ const MAX_MESSAGE: usize = 1 << 10;
 /// What is left of an error message in a record that would be too large.
 const SHORT_MESSAGE: usize = 64;
 
-/// Encodes a cycle as the record of `revision`, in at most `max_bytes` bytes as far as leaving out outputs, then
-/// issues and metrics, then the ends of error messages, then all of them, then the critical path can achieve that: 3 MiB
-/// are enough for 20,000 subsystems, however they have fared.
-pub fn encode(cycle: &FinishedCycle, revision: Revision, max_bytes: usize) -> Record {
-    let mut telemetry = telemetry(cycle, revision);
+/// The record of a cycle, whole but for its revision.
+#[derive(Clone, Debug)]
+pub struct Encoded(Record);
+
+impl Encoded {
+    /// The field of the revision with the largest one: a tag and a varint.
+    const REVISION_BYTES: usize = 11;
+
+    /// The record as it stands at this position of the history. The order of fields has no meaning in the wire form, so the
+    /// revision comes last.
+    pub fn at(&self, revision: Revision) -> Record {
+        const TAG: u32 = 14;
+        let mut bytes = Vec::with_capacity(self.size());
+        bytes.extend_from_slice(&self.0.bytes);
+        prost::encoding::uint64::encode(TAG, &revision.0, &mut bytes);
+        Record { revision, bytes: bytes.into(), ..self.0.clone() }
+    }
+
+    /// Its cycle.
+    pub fn cycle_id(&self) -> CycleId {
+        self.0.cycle_id
+    }
+
+    /// The most bytes that it takes.
+    pub fn size(&self) -> usize {
+        self.0.bytes.len() + Self::REVISION_BYTES
+    }
+}
+
+/// Encodes a cycle in at most `max_bytes` bytes, as far as leaving out outputs, then issues and metrics, then the ends of error
+/// messages, then all of them, then the critical path can achieve that: 3 MiB are enough for 20,000 subsystems, however they
+/// have fared.
+pub fn encode(cycle: &FinishedCycle, max_bytes: usize) -> Encoded {
+    let mut telemetry = telemetry(cycle);
+    let max_bytes = max_bytes.saturating_sub(Encoded::REVISION_BYTES);
     for shorten in [leave_out_outputs, leave_out_details, shorten_messages, leave_out_messages] {
         if telemetry.encoded_len() <= max_bytes {
             break;
@@ -37,16 +71,75 @@ pub fn encode(cycle: &FinishedCycle, revision: Revision, max_bytes: usize) -> Re
     if telemetry.encoded_len() > max_bytes {
         telemetry.critical_path.clear();
     }
-    Record {
+    Encoded(Record {
         cycle_id: cycle.cycle_id,
-        revision,
+        revision: Revision::default(),
         epoch: cycle.epoch,
         state: cycle.state,
         trigger: cycle.trigger.clone(),
         request_id: cycle.request_id.clone(),
         finished_at: cycle.finished_at,
         bytes: telemetry.encode_to_vec().into(),
-    }
+    })
+}
+
+/// What is needed to run a cycle that waits in another process.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Waiting {
+    #[prost(message, optional, tag = "1")]
+    request: Option<pb::RunCycleRequest>,
+    /// The span of its caller, as W3C Trace Context writes it.
+    #[prost(string, optional, tag = "2")]
+    traceparent: Option<String>,
+    #[prost(string, optional, tag = "3")]
+    tracestate: Option<String>,
+}
+
+/// Encodes what is needed to run a cycle that waits in another process: all but its `request_id` and when it was due, which are
+/// kept beside it.
+pub fn encode_request(request: &CycleRequest) -> Bytes {
+    let message = pb::RunCycleRequest {
+        subsystems: request.subset.iter().flat_map(|names| names.iter()).map(ToString::to_string).collect(),
+        parameters: request.parameters.as_bytes().clone(),
+        deadline: request.deadline.and_then(duration),
+        record_outputs: request.record_outputs,
+        ..pb::RunCycleRequest::default()
+    };
+    let trace = request.trace.as_ref();
+    let waiting = Waiting {
+        request: Some(message),
+        traceparent: trace.map(ToString::to_string),
+        tracestate: trace.and_then(|trace| trace.state.as_deref()).map(str::to_owned),
+    };
+    waiting.encode_to_vec().into()
+}
+
+/// Reads what [`encode_request`] has written.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn decode_request(
+    bytes: Bytes,
+    scheduled_at: Timestamp,
+    request_id: Option<String>,
+) -> Result<CycleRequest, String> {
+    let Waiting { request, traceparent, tracestate } = Waiting::decode(bytes).map_err(|error| error.to_string())?;
+    let message = request.ok_or("it has no request")?;
+    let names: Result<Vec<_>, _> = message.subsystems.iter().map(|name| Name::parse(name)).collect();
+    let names = names.map_err(|error| error.to_string())?;
+    let parameters = Payload::check(message.parameters).map_err(|error| error.to_string())?;
+    let deadline = message.deadline.map(Duration::try_from).transpose().map_err(|error| error.to_string())?;
+    Ok(CycleRequest {
+        trigger: Trigger::Manual,
+        scheduled_at,
+        subset: (!names.is_empty()).then(|| names.into()),
+        parameters,
+        request_id,
+        overlap: OverlapPolicy::BufferAll,
+        deadline,
+        record_outputs: message.record_outputs,
+        trace: traceparent.and_then(|traceparent| SpanContext::parse(&traceparent, tracestate.as_deref())),
+    })
 }
 
 /// Checks that a record can be read, by everybody who knows the contract.
@@ -82,7 +175,7 @@ fn leave_out_messages(part: &mut pb::SubsystemTelemetry) {
     part.error_message.clear();
 }
 
-fn telemetry(cycle: &FinishedCycle, revision: Revision) -> pb::CycleTelemetry {
+fn telemetry(cycle: &FinishedCycle) -> pb::CycleTelemetry {
     let FinishedCycle {
         cycle_id,
         epoch,
@@ -112,7 +205,7 @@ fn telemetry(cycle: &FinishedCycle, revision: Revision) -> pb::CycleTelemetry {
         critical_path: critical_path.iter().map(ToString::to_string).collect(),
         subsystems: subsystems.iter().map(|report| part(report, *started_at)).collect(),
         request_id: request_id.clone().unwrap_or_default(),
-        revision: revision.0,
+        revision: 0,
         truncated: false,
         trace_id: trace_id.map(|trace_id| trace_id.to_string()).unwrap_or_default(),
     }
@@ -266,10 +359,10 @@ struct Part {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, sync::Arc, time::Duration};
+    use std::{collections::BTreeMap, sync::Arc};
 
     use super::*;
-    use crate::model::{Code, CycleId, Epoch, Payload, TraceId};
+    use crate::model::{Code, Epoch, TraceId};
 
     fn report(name: &str, state: SubsystemState) -> SubsystemReport {
         let output = serde_json::json!({ "text": "x".repeat(1000) });
@@ -309,7 +402,7 @@ mod tests {
     }
 
     fn decoded(max_bytes: usize) -> pb::CycleTelemetry {
-        pb::CycleTelemetry::decode(encode(&cycle(), Revision(9), max_bytes).bytes).unwrap()
+        pb::CycleTelemetry::decode(encode(&cycle(), max_bytes).at(Revision(9)).bytes).unwrap()
     }
 
     #[test]
@@ -350,7 +443,7 @@ mod tests {
         };
         cycle.subsystems = (0..20_000).map(failed).collect();
         cycle.critical_path = cycle.subsystems.iter().map(|report| report.name.clone()).collect();
-        let bytes = encode(&cycle, Revision(9), MAX_RECORD).bytes;
+        let bytes = encode(&cycle, MAX_RECORD).at(Revision(u64::MAX)).bytes;
         assert!(bytes.len() <= MAX_RECORD, "{} bytes", bytes.len());
         let record = pb::CycleTelemetry::decode(bytes).unwrap();
         assert!(record.truncated && record.subsystems.len() == 20_000);
@@ -358,8 +451,30 @@ mod tests {
     }
 
     #[test]
+    fn a_request_that_waits_is_read_as_it_was() {
+        let scheduled_at: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        let parameters = serde_json::json!({ "a": [1, { "b": null }] });
+        let request = CycleRequest {
+            trigger: Trigger::Manual,
+            scheduled_at,
+            subset: Some(["a", "b"].iter().map(|name| Name::parse(name).unwrap()).collect()),
+            parameters: Payload::from_json(parameters.as_object().unwrap()).unwrap(),
+            request_id: Some("r".into()),
+            overlap: OverlapPolicy::BufferAll,
+            deadline: Some(Duration::from_millis(1500)),
+            record_outputs: true,
+            trace: SpanContext::parse("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", Some("x=1")),
+        };
+        let read = decode_request(encode_request(&request), scheduled_at, request.request_id.clone()).unwrap();
+        assert_eq!(format!("{read:?}"), format!("{request:?}"));
+        let all = CycleRequest { subset: None, deadline: None, ..request };
+        assert!(decode_request(encode_request(&all), scheduled_at, None).unwrap().subset.is_none());
+        assert!(decode_request(Bytes::from_static(b"\x0a\x05\x0a\x03a b"), scheduled_at, None).is_err());
+    }
+
+    #[test]
     fn participants_are_found_in_the_bytes() {
-        let record = encode(&cycle(), Revision(9), usize::MAX);
+        let record = encode(&cycle(), usize::MAX).at(Revision(9));
         let wants = |names: &[&str], states: &[pb::SubsystemState]| {
             let subsystems = names.iter().map(|name| Name::parse(name).unwrap()).collect();
             Participation { subsystems, states: states.iter().map(|&state| state.into()).collect() }

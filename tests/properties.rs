@@ -1,5 +1,5 @@
 //! Promises 4, 6 and 7 over random fleets that behave at random, on paused time: no subsystem runs before what it
-//! waits for has ended, a cycle ends by its deadline, and nothing grows without bound.
+//! waits for has ended, nor in two cycles at one time, a cycle ends by its deadline, and nothing grows without bound.
 //!
 //! Runs 1,000 cases; `ORCHESTRATOR_TEST_CASES` sets another number.
 
@@ -20,8 +20,8 @@ use orchestrator_core::{
     clock::Clock,
     memory::{Memory, Shares},
     model::{
-        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, Name,
-        OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, Trigger,
+        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec, Name,
+        OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
     },
     orchestrator::{Change, Declared, Orchestrator, Refusal, Settings},
     ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
@@ -31,7 +31,7 @@ use orchestrator_core::{
 };
 use proptest::prelude::*;
 use prost::Message;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 const MAX_CONCURRENT_CALLS: usize = 5;
 const MAX_OUTPUTS_BYTES: usize = 4_000;
@@ -64,6 +64,8 @@ struct Step {
     deadline: Duration,
     cancel_after: Option<Duration>,
     suspend: Option<usize>,
+    /// The next one does not wait for its end.
+    goes_on: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -138,8 +140,10 @@ fn step() -> impl Strategy<Value = Step> {
         prop_oneof![20..500_u64, 500..10_000_u64],
         proptest::option::weighted(0.2, 0..1000_u64),
         proptest::option::weighted(0.2, 0..14_usize),
+        any::<bool>(),
     )
-        .prop_map(|(subset, deadline, cancel_after, suspend)| Step {
+        .prop_map(|(subset, deadline, cancel_after, suspend, goes_on)| Step {
+            goes_on,
             subset,
             deadline: Duration::from_millis(deadline),
             cancel_after: cancel_after.map(Duration::from_millis),
@@ -335,12 +339,13 @@ async fn run(case: Case) {
     }
     let known: BTreeSet<_> = registered.keys().cloned().collect();
 
+    let mut started = Vec::new();
     for (i, step) in case.steps.iter().enumerate() {
         if let Some(suspend) = step.suspend.map(name).filter(|name| known.contains(name)) {
             orchestrator.suspend(&Name::parse(&suspend).unwrap(), i.is_multiple_of(2)).await.unwrap();
         }
-        let before = Instant::now();
         let ticket = orchestrator.run_cycle(request(step, &known), false).await.unwrap();
+        assert_eq!(ticket.cycle_id, CycleId(i as u64 + 1));
         if let Some(cancel_after) = step.cancel_after {
             sleep(cancel_after).await;
             match orchestrator.cancel_cycle(ticket.cycle_id).await {
@@ -348,28 +353,38 @@ async fn run(case: Case) {
                 Err(refusal) => panic!("{refusal}"),
             }
         }
-        let record = ticket.recorded().await.unwrap();
-        // Promise 6, on a clock that moves only when everything waits.
-        let allowed = step.deadline.max(step.cancel_after.unwrap_or_default()) + Duration::from_millis(250);
-        assert!(before.elapsed() <= allowed, "took {:?} of {allowed:?}", before.elapsed());
-        // Promise 7: calls, records, and what is kept of outputs.
+        started.push((ticket, step));
+        if step.goes_on && i + 1 < case.steps.len() {
+            continue;
+        }
+        for (ticket, step) in started.drain(..) {
+            let cycle_id = ticket.cycle_id;
+            let record = ticket.recorded().await.unwrap();
+            assert!(record.bytes.len() <= MAX_RECORD_BYTES);
+            let telemetry = pb::CycleTelemetry::decode(record.bytes.clone()).unwrap();
+            assert_eq!((telemetry.cycle_id, telemetry.revision), (cycle_id.0, record.revision.0));
+            // Promise 6, on a clock that moves only when everything waits.
+            let allowed = step.deadline + Duration::from_millis(250);
+            assert!(telemetry.duration_ms <= allowed.as_secs_f64() * 1e3, "took {} ms", telemetry.duration_ms);
+            check_reports(&telemetry, &registered, step);
+            if record.state == CycleState::Cancelled {
+                assert!(step.cancel_after.is_some());
+            }
+        }
+        // Promise 7: calls, and what is kept of outputs.
         assert_eq!(fleet.in_flight.load(Ordering::Relaxed), 0, "a call outlives its cycle");
         assert!(fleet.most_in_flight.load(Ordering::Relaxed) <= MAX_CONCURRENT_CALLS);
-        assert!(record.bytes.len() <= MAX_RECORD_BYTES);
         let outputs = orchestrator.subsystems(None, usize::MAX);
         let outputs = outputs.iter().filter_map(|entry| entry.member.standing.latest());
         assert!(outputs.map(|output| output.payload.len()).sum::<usize>() <= MAX_OUTPUTS_BYTES);
-
-        let telemetry = pb::CycleTelemetry::decode(record.bytes.clone()).unwrap();
-        assert_eq!(telemetry.cycle_id, i as u64 + 1);
-        check_reports(&telemetry, &registered, step);
-        if record.state == CycleState::Cancelled {
-            assert!(step.cancel_after.is_some());
-        }
     }
     check_order(&fleet.seen.lock().unwrap(), &registered);
     let page = orchestrator.cycles(None, Filter::default(), Participation::default(), 100).await.unwrap();
-    assert_eq!(page.records.len(), case.steps.len());
+    let recorded: Vec<_> = page.records.iter().map(|record| record.as_ref().unwrap()).collect();
+    let ids: BTreeSet<_> = recorded.iter().map(|record| record.cycle_id.0).collect();
+    assert_eq!(ids, (1..=case.steps.len() as u64).collect());
+    let revisions: Vec<_> = recorded.iter().rev().map(|record| record.revision.0).collect();
+    assert_eq!(revisions, (1..=case.steps.len() as u64).collect::<Vec<_>>());
     orchestrator.drain();
     tasks.finished().await.unwrap();
 }
@@ -407,7 +422,9 @@ fn check_reports(telemetry: &pb::CycleTelemetry, registered: &BTreeMap<String, S
 
 /// Promise 4, as the subsystems themselves saw it.
 fn check_order(seen: &[Seen], registered: &BTreeMap<String, Subsystem>) {
-    let mut running = BTreeSet::new();
+    // In which cycle each is being called, and was called last.
+    let mut running = BTreeMap::new();
+    let mut last = BTreeMap::new();
     let mut ended: BTreeMap<CycleId, BTreeSet<String>> = BTreeMap::new();
     let mut called: BTreeMap<CycleId, BTreeSet<String>> = BTreeMap::new();
     let mut made: BTreeMap<String, CycleId> = BTreeMap::new();
@@ -416,11 +433,11 @@ fn check_order(seen: &[Seen], registered: &BTreeMap<String, Subsystem>) {
             Seen::Called { name, cycle_id, inputs } => {
                 let subsystem = &registered[name];
                 for earlier in subsystem.requires.iter().chain(&subsystem.after) {
-                    assert!(!running.contains(earlier.as_str()), "{name} runs beside {earlier}");
+                    assert_ne!(running.get(earlier.as_str()), Some(cycle_id), "{name} runs beside {earlier}");
                 }
                 for (other, registration) in registered {
                     if registration.phase < subsystem.phase {
-                        assert!(!running.contains(other), "{name} runs beside {other} of a lower phase");
+                        assert_ne!(running.get(other), Some(cycle_id), "{name} runs beside {other} of a lower phase");
                     }
                     if registration.phase > subsystem.phase {
                         let called = called.get(cycle_id).is_some_and(|called| called.contains(other));
@@ -439,11 +456,12 @@ fn check_order(seen: &[Seen], registered: &BTreeMap<String, Subsystem>) {
                         assert!(made.get(input).is_some_and(|latest| by <= latest), "made by nobody");
                     }
                 }
-                assert!(running.insert(name.clone()), "{name} is called twice at a time");
+                assert_eq!(running.insert(name.clone(), *cycle_id), None, "{name} is called twice at a time");
+                assert!(last.insert(name.clone(), *cycle_id) <= Some(*cycle_id), "{name} has seen a later cycle");
                 called.entry(*cycle_id).or_default().insert(name.clone());
             }
             Seen::Ended { name, cycle_id, output } => {
-                assert!(running.remove(name));
+                assert_eq!(running.remove(name), Some(*cycle_id));
                 ended.entry(*cycle_id).or_default().insert(name.clone());
                 if *output {
                     made.insert(name.clone(), *cycle_id);
@@ -461,4 +479,54 @@ fn the_promises_hold_whatever_the_fleet_does() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         runtime.block_on(run(case));
     });
+}
+
+/// Loops run at their own pace: over other subsystems, neither loses a tick to the other, however long a cycle takes.
+#[tokio::test(start_paused = true)]
+async fn loops_over_other_subsystems_lose_no_tick_to_each_other() {
+    let scripted = |i: usize, takes| Scripted {
+        spec: SubsystemSpec { name: name(i), endpoint: "http://127.0.0.1:1".into(), ..SubsystemSpec::default() },
+        behaviour: Behaviour::Succeeds,
+        takes: Duration::from_millis(takes),
+    };
+    let scripted = (0..6).map(|i| scripted(i, if i < 3 { 10 } else { 1200 }));
+    let fleet = Arc::new(Fleet {
+        scripted: scripted.map(|scripted| (scripted.spec.name.clone(), scripted)).collect(),
+        seen: Arc::default(),
+        calls: Mutex::default(),
+        in_flight: AtomicUsize::new(0),
+        most_in_flight: AtomicUsize::new(0),
+    });
+    let (orchestrator, mut tasks) = Orchestrator::start(
+        Settings { max_concurrent_calls: 100, ..settings() },
+        &Shares::of(1 << 30),
+        Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap()),
+        fleet.clone(),
+        store::open(&store::StoreUrl::Memory, record::check).await.unwrap(),
+        Declared::default(),
+        Arc::new(Untraced),
+    )
+    .await
+    .unwrap();
+    for scripted in fleet.scripted.values() {
+        orchestrator.register(Subsystem::from_spec(&scripted.spec).unwrap(), None).await.unwrap();
+    }
+    for (loop_name, milliseconds, subsystems) in [("fast", 500, 0..3), ("slow", 2000, 3..6)] {
+        let spec = LoopSpec {
+            name: loop_name.into(),
+            interval: Some(SignedDuration::from_millis(milliseconds)),
+            subsystems: subsystems.map(name).collect(),
+            ..LoopSpec::default()
+        };
+        orchestrator.start_loop(spec).await.unwrap();
+    }
+    sleep(Duration::from_millis(20_250)).await;
+    let ticks = |name: &str| {
+        let entry = orchestrator.loops().into_iter().find(|entry| entry.settings.name.as_str() == name).unwrap();
+        entry.state.ticks
+    };
+    assert_eq!(ticks("fast"), TickCounts { ran: 40, ..TickCounts::default() });
+    assert_eq!(ticks("slow"), TickCounts { ran: 10, ..TickCounts::default() });
+    orchestrator.drain();
+    tasks.finished().await.unwrap();
 }

@@ -390,11 +390,15 @@ async fn what_is_interrupted_keeps_the_id_of_its_trace() {
     let waiting = stage.client.run_cycle(request).await.unwrap().into_inner().cycle_id;
 
     let mut stage = stage.killed().await;
+    stage.fleet.run("a", Run::Echo);
     let interrupted = stage.client.cycle(running).await.unwrap();
     assert_eq!((interrupted.state(), interrupted.trace_id.len()), (CycleState::Interrupted, 32));
     let parent = parent.unwrap();
     assert!(parent.starts_with(&format!("00-{}-", interrupted.trace_id)), "{parent}");
-    assert_eq!(stage.client.cycle(waiting).await.unwrap().trace_id, TRACE_ID);
+    // The one that had only waited runs now, in the trace of its caller.
+    let ran = stage.client.recorded(waiting).await;
+    assert_eq!((ran.state(), ran.trace_id.as_str()), (CycleState::Succeeded, TRACE_ID));
+    assert!(last_headers(&stage, "a")[0].as_ref().unwrap().starts_with(&format!("00-{TRACE_ID}-")));
 }
 
 // ---------------------------------------------------------------------------------------------------------------

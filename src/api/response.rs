@@ -2,7 +2,6 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use jiff::SignedDuration;
 use prost::Message;
 use tokio::time::Instant;
 
@@ -15,7 +14,7 @@ use crate::{
         BreakerState, CallError, Event, LiveEvent, LoopEntry, Orchestrator, PlannedSubsystem, Registered, RunningCycle,
         Schedule, Snapshot, Status, Unreadable, Update,
     },
-    proto::{orchestrator::v1 as pb, timestamp},
+    proto::{duration, orchestrator::v1 as pb, timestamp},
     record,
 };
 
@@ -40,12 +39,12 @@ pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
         store_error,
         watchers,
     } = status;
-    // The oldest first.
     let running_cycles: Vec<_> = running.into_iter().map(running_cycle).collect();
     pb::OrchestratorStatus {
         last_cycle: bytes::Bytes::new(),
         total_cycles,
         running_cycle: running_cycles.first().cloned(),
+        running_cycles,
         queued_cycles: count(queued),
         loops: Vec::new(),
         epoch: epoch.0,
@@ -59,7 +58,6 @@ pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
         newest_revision: newest_revision.0,
         store_error: store_error.map(|error| error.to_string()).unwrap_or_default(),
         watchers: count(watchers),
-        running_cycles,
     }
 }
 
@@ -331,8 +329,8 @@ pub(super) fn event(event: Event) -> pb::WatchCyclesResponse {
         Event::Recorded(record) => (record.revision, Is::Recorded(record.bytes.clone())),
         Event::Unreadable(it) => (it.revision, Is::Unreadable(unreadable(it))),
         Event::Bookmark(revision) => (revision, Is::Bookmark(pb::Bookmark {})),
-        Event::Started(event) => (event.revision, Is::Started(started(&event))),
-        Event::Progress(event, lost) => (event.revision, Is::Progress(progress(&event, lost))),
+        Event::Started(event, revision) => (revision, Is::Started(started(&event))),
+        Event::Progress(event, revision, lost) => (revision, Is::Progress(progress(&event, lost))),
     };
     pb::WatchCyclesResponse { event: Some(pb::CycleEvent { revision: revision.0, event: Some(event) }) }
 }
@@ -373,12 +371,6 @@ fn origin(declared: bool) -> pb::Origin {
 
 fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
-}
-
-/// A duration as protobuf has it; `None` beyond its range.
-fn duration(duration: Duration) -> Option<prost_types::Duration> {
-    let duration = SignedDuration::try_from(duration).ok()?;
-    Some(prost_types::Duration { seconds: duration.as_secs(), nanos: duration.subsec_nanos() })
 }
 
 fn count(count: usize) -> u32 {

@@ -68,7 +68,7 @@ pub struct Cycle {
     /// Its number.
     pub cycle_id: CycleId,
     /// What is asked for.
-    pub request: CycleRequest,
+    pub request: Arc<CycleRequest>,
     /// The order.
     pub plan: Arc<Plan>,
     /// When it starts.

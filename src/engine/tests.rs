@@ -182,7 +182,7 @@ impl Stage {
         let subset = subset.split(' ').map(|name| Name::parse(name).unwrap()).collect::<Vec<_>>();
         Cycle {
             cycle_id: CycleId(cycle_id),
-            request: CycleRequest {
+            request: Arc::new(CycleRequest {
                 trigger: Trigger::Manual,
                 scheduled_at: Timestamp::UNIX_EPOCH,
                 subset: Some(subset.into()),
@@ -192,7 +192,7 @@ impl Stage {
                 deadline: None,
                 record_outputs: false,
                 trace: None,
-            },
+            }),
             plan: self.plan.clone(),
             started_at: Timestamp::UNIX_EPOCH,
             deadline: Duration::from_millis(deadline),

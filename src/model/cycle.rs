@@ -112,9 +112,11 @@ impl CycleRequest {
     /// The most names in a subset.
     pub const MAX_SUBSET: usize = 20_000;
 
-    /// About the bytes that it takes in memory; the names themselves are the registry's.
+    /// About the bytes that it takes in memory, with its places in line, of which each name has one; the names themselves are the
+    /// registry's.
     pub fn footprint(&self) -> usize {
-        let names = self.subset.as_ref().map_or(0, |subset| size_of_val(&**subset));
+        const PLACE: usize = size_of::<Name>() + size_of::<CycleId>();
+        let names = self.subset.as_ref().map_or(0, |subset| subset.len() * PLACE);
         let request_id = self.request_id.as_ref().map_or(0, String::len);
         size_of::<Self>() + names + request_id + self.parameters.len()
     }

@@ -1,267 +1,132 @@
-//! Runs admitted cycles one after another: takes the next in line, notes durably that it begins, has the engine run
-//! it, writes its record, and publishes that.
+//! A cycle's life, from its turn to its record. Each that runs is a task of its own, which the conductor starts and owns.
 
-use std::{
-    ops::Range,
-    sync::{Arc, OnceLock},
-    time::Duration,
+use std::{panic::resume_unwind, sync::Arc, time::Duration};
+
+use tokio::{select, sync::oneshot, task::JoinSet, time::Instant};
+
+use super::{
+    LiveCycle, Refusal, Shared, State,
+    admission::{Admitted, Begun},
+    writing::ToWrite,
 };
-
-use jiff::Timestamp;
-use tokio::{
-    select,
-    sync::watch,
-    time::{Instant, sleep},
-};
-use tokio_util::sync::CancellationToken;
-
-use super::{LiveCycle, Refusal, Shared, State};
 use crate::{
-    engine::{Cycle, Plan, Ran, Share, Trace},
-    memory::Held,
-    model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, OverlapPolicy, TraceId, Trigger},
-    ports::{Durability, OpenCycle, Record, Stage, StoreError, Write},
-    record,
+    engine::{Cycle, Engine, Plan, Ran, Share, Trace},
+    model::{CycleState, FinishedCycle, Revision, TraceId},
+    ports::{Durability, Record, StoreError, Write},
+    record::{self, Encoded},
 };
 
-/// Waits between tries to write: from the first, doubled up to the second.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-
-/// A cycle that has its number.
-#[derive(Debug)]
-pub(super) struct Admitted {
-    pub(super) cycle_id: CycleId,
-    pub(super) request: CycleRequest,
-    /// Of the request, as long as the cycle is in line or runs. One of a loop is kept by the loop.
-    _room: Option<Held>,
-    pub(super) cancel: CancellationToken,
-    begun: OnceLock<Begun>,
-    /// Its record, or why that is not written yet.
-    done: watch::Sender<Option<Result<Arc<Record>, Refusal>>>,
-}
-
-/// What is known of a cycle since its beginning was written.
-#[derive(Clone, Copy, Debug)]
-struct Begun {
-    at: Timestamp,
-    trace_id: Option<TraceId>,
-}
-
-/// A cycle that somebody waits for.
-#[derive(Debug)]
-pub struct Ticket {
-    /// Its number.
-    pub cycle_id: CycleId,
-    done: watch::Receiver<Option<Result<Arc<Record>, Refusal>>>,
-}
-
-impl Ticket {
-    /// The ticket of a cycle that was recorded earlier.
-    pub(super) fn of_record(record: Arc<Record>) -> Self {
-        Self { cycle_id: record.cycle_id, done: watch::channel(Some(Ok(record))).1 }
-    }
-
-    /// The record, if there is one now.
-    pub fn record_now(&self) -> Option<Arc<Record>> {
-        self.done.borrow().clone()?.ok()
-    }
-
-    /// Waits for the record.
-    ///
-    /// # Errors
-    /// It could not be written when it was due, or this process ends before it is.
-    pub async fn recorded(mut self) -> Result<Arc<Record>, Refusal> {
-        match self.done.wait_for(Option::is_some).await {
-            Ok(done) => done.clone().unwrap_or(Err(Refusal::Draining)),
-            Err(_closed) => Err(Refusal::Draining),
-        }
-    }
-}
-
-impl Admitted {
-    pub(super) fn ticket(&self) -> Ticket {
-        Ticket { cycle_id: self.cycle_id, done: self.done.subscribe() }
-    }
-
-    pub(super) fn to_open(&self) -> OpenCycle {
-        let begun = self.begun.get();
-        let trace_of_caller = || self.request.trace.as_ref().map(|trace| trace.trace_id);
-        OpenCycle {
-            cycle_id: self.cycle_id,
-            trigger: self.request.trigger.clone(),
-            scheduled_at: self.request.scheduled_at,
-            request_id: self.request.request_id.clone(),
-            trace_id: begun.map_or_else(trace_of_caller, |begun| begun.trace_id),
-            stage: begun.map_or(Stage::Waiting(None), |begun| Stage::Begun(begun.at)),
-        }
-    }
-}
-
-impl State {
-    /// The one way into the line, for callers and loops alike.
-    pub(super) fn admit(
-        &mut self,
-        request: CycleRequest,
-        room: Option<Held>,
-        max_queued: usize,
-    ) -> Result<Arc<Admitted>, Refusal> {
-        if self.draining {
-            return Err(Refusal::Draining);
-        }
-        if let Some(error) = &self.store_error {
-            return Err(Refusal::StoreUnavailable(None, error.clone()));
-        }
-        let running = self.running.as_ref().or(self.queue.front());
-        match (request.overlap, running) {
-            (OverlapPolicy::Skip, Some(running)) => return Err(Refusal::CycleRunning(running.cycle_id)),
-            (OverlapPolicy::BufferOne, Some(_)) => {
-                let waits = self.queue.iter().find(|waiting| waiting.request.trigger == request.trigger);
-                if let Some(waits) = waits {
-                    return Err(Refusal::CycleWaiting(waits.cycle_id));
-                }
-            }
-            _ => {}
-        }
-        if running.is_some() && self.queue.len() >= max_queued {
-            return Err(Refusal::QueueFull(self.queue.len()));
-        }
-        if let (OverlapPolicy::CancelOther, Some(running)) = (request.overlap, &self.running) {
-            running.cancel.cancel();
-        }
-        self.last_admitted = self.last_admitted.next();
-        let admitted = Arc::new(Admitted {
-            cycle_id: self.last_admitted,
-            cancel: CancellationToken::new(),
-            begun: OnceLock::new(),
-            done: watch::Sender::new(None),
-            request,
-            _room: room,
-        });
-        if let Some(request_id) = &admitted.request.request_id {
-            self.requests.insert(request_id.clone(), admitted.clone());
-        }
-        self.queue.push_back(admitted.clone());
-        Ok(admitted)
-    }
+/// What the conductor does next.
+enum Next {
+    /// A cycle whose turn has come.
+    Run(Arc<Admitted>),
+    /// One that was cancelled before that.
+    Cancelled(Arc<Admitted>),
 }
 
 impl Shared {
-    /// Runs cycles until the process drains.
+    /// Runs cycles until the process drains, and then writes for the last time.
     ///
     /// # Errors
     /// The store takes nothing any more: a later epoch has taken it over, or it is damaged.
     pub(super) async fn conduct(self: Arc<Self>) -> Result<(), StoreError> {
-        let ended = self.run_cycles().await;
-        if let Err(error) = &ended {
-            self.give_up(error);
-        }
+        let ended = match self.run_cycles().await {
+            Ok(()) => self.close().await,
+            Err(error) => Err(error),
+        };
+        self.give_up(ended.as_ref().err());
         ended
     }
 
-    async fn run_cycles(&self) -> Result<(), StoreError> {
-        while let Some(admitted) = self.next_in_line().await? {
-            let trace = Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans);
-            let (ran, plan, trace) = match self.begin(&admitted, trace).await? {
-                Ok(cycle) => {
-                    let ran = select! {
-                        ran = self.engine.run(&cycle, &admitted.cancel, &self.live) => ran,
-                        // It could not be recorded, and another process may have its subsystems by now.
-                        () = self.store_has_ended.cancelled() => return Err(self.store_ended()),
-                    };
-                    (ran, Some(cycle.plan), cycle.trace)
-                }
-                Err(trace) => {
-                    let finished = self.cancelled_in_line(&admitted, trace.id());
-                    (Ran { finished, shares: Vec::new(), held: Vec::new() }, None, trace)
-                }
-            };
-            let ended = Instant::now();
-            let (finished, commit) = self.record(&admitted, ran, plan.as_ref()).await?;
-            tell(&finished);
-            if let Trace::Collected(spans) = trace {
-                self.engine.spans.ended(spans.finish(&finished, ended, commit));
-            }
-        }
-        self.close().await
-    }
-
-    async fn next_in_line(&self) -> Result<Option<Arc<Admitted>>, StoreError> {
+    async fn run_cycles(self: &Arc<Self>) -> Result<(), StoreError> {
+        let mut running = JoinSet::new();
         loop {
-            {
-                let mut state = self.state();
-                if let Some(admitted) = state.queue.pop_front() {
-                    state.running = Some(admitted.clone());
-                    return Ok(Some(admitted));
-                }
-                if state.draining {
-                    return Ok(None);
-                }
+            while let Some(next) = self.next_in_line() {
+                let shared = self.clone();
+                running.spawn(async move {
+                    match next {
+                        Next::Run(admitted) => shared.run(&admitted).await,
+                        Next::Cancelled(admitted) => {
+                            let trace = Trace::begin(admitted.request.trace.as_ref(), &*shared.engine.spans);
+                            shared.record_unbegun(&admitted, trace).await
+                        }
+                    }
+                });
+            }
+            if running.is_empty() && self.state().is_drained() {
+                return Ok(());
             }
             select! {
                 () = self.queue_changed.notified() => {}
+                Some(ended) = running.join_next() => match ended {
+                    Ok(ended) => ended?,
+                    Err(defect) => match defect.try_into_panic() {
+                        Ok(panic) => resume_unwind(panic),
+                        Err(_runtime_is_shut_down) => return Err(self.store_ended()),
+                    },
+                },
+                // What runs could not be recorded, and another process may have its subsystems by now: its calls are dropped.
                 () = self.store_has_ended.cancelled() => return Err(self.store_ended()),
             }
         }
     }
 
-    /// Why nothing will be written any more.
-    fn store_ended(&self) -> StoreError {
-        let error = self.state().store_error.clone().filter(StoreError::is_final);
-        error.unwrap_or_else(|| StoreError::Fenced(self.engine.epoch.next()))
+    fn next_in_line(&self) -> Option<Next> {
+        let mut state = self.state();
+        if let Some(cancelled) = state.cancelled.pop_front() {
+            return Some(Next::Cancelled(cancelled));
+        }
+        if state.draining {
+            return None;
+        }
+        let cycle_id = state.line.start_next()?;
+        state.live.get(&cycle_id).cloned().map(Next::Run)
     }
 
-    /// Notes that the cycle begins, in a way that survives the death of this process, before any subsystem hears of
-    /// it. Gives the trace back if it was cancelled before that.
-    async fn begin(&self, admitted: &Admitted, trace: Trace) -> Result<Result<Cycle, Trace>, StoreError> {
-        let settings = self.settings();
-        let trace_id = trace.id();
-        // What was registered meanwhile counts too: so it is asked for again below, and has then hardly to be waited for.
-        self.plan().await;
-        let opened = |_: &State| Write {
-            durability: Durability::Buffered,
-            open: vec![OpenCycle { stage: Stage::Begun(self.clock.now()), trace_id, ..admitted.to_open() }],
-            ..Write::default()
-        };
-        let start = || admitted.begun.get_or_init(|| Begun { at: self.clock.now(), trace_id }).at;
-        let begun = self.insist(admitted, opened, |_| {
-            start();
-        });
-        select! {
-            biased;
-            () = admitted.cancel.cancelled() => return Ok(Err(trace)),
-            begun = begun => begun?,
-        }
-        let started_at = start();
-        let revision = {
-            let mut state = self.state();
-            if let Some(name) = admitted.request.trigger.loop_name() {
-                state.loops.begun(name, admitted.request.scheduled_at, started_at);
-            }
-            state.last_revision
+    /// Runs a cycle whose turn has come.
+    async fn run(&self, admitted: &Arc<Admitted>) -> Result<(), StoreError> {
+        let trace = Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans);
+        let Some(begun) = self.begin(admitted, trace.id()).await? else {
+            return self.record_unbegun(admitted, trace).await;
         };
         let plan = self.plan().await;
         let cycle = Cycle {
             cycle_id: admitted.cycle_id,
             request: admitted.request.clone(),
-            started_at,
-            deadline: admitted.request.deadline.unwrap_or(settings.cycle_deadline),
+            started_at: begun.at,
+            deadline: admitted.request.deadline.unwrap_or(self.settings().cycle_deadline),
             plan: plan.clone(),
             trace,
         };
-        let live =
-            LiveCycle { cycle_id: cycle.cycle_id, request: cycle.request.clone(), started_at: cycle.started_at, plan };
-        self.live.start(Arc::new(live), revision);
-        Ok(Ok(cycle))
+        let live = Arc::new(LiveCycle::new(admitted.cycle_id, admitted.request.clone(), begun.at, plan.clone()));
+        let progress = self.live.start(live.clone());
+        let ran = self.engine.run(&cycle, &admitted.cancel, &progress).await;
+        drop(progress);
+        self.record(admitted, ran, Some((plan, live)), cycle.trace).await
     }
 
-    fn cancelled_in_line(&self, admitted: &Admitted, trace_id: Option<TraceId>) -> FinishedCycle {
-        FinishedCycle {
+    /// Notes that a cycle begins, in a way that survives the death of this process, before any subsystem hears of it. `None`
+    /// when it was cancelled before that.
+    async fn begin(&self, admitted: &Arc<Admitted>, trace_id: Option<TraceId>) -> Result<Option<Begun>, StoreError> {
+        // What was registered meanwhile counts too: so it is asked for again, and has then hardly to be waited for.
+        self.plan().await;
+        let (begun, written) = oneshot::channel();
+        let clock = self.clock;
+        let change = Begin { admitted: admitted.clone(), now: move || clock.now(), trace_id, begins: None, begun };
+        self.ask_to_write(Box::new(change)).await?;
+        written.await.unwrap_or_else(|_| Err(self.store_ended()))
+    }
+
+    /// Records a cycle that was cancelled before it began.
+    async fn record_unbegun(&self, admitted: &Arc<Admitted>, trace: Trace) -> Result<(), StoreError> {
+        let request = &admitted.request;
+        let finished = FinishedCycle {
             cycle_id: admitted.cycle_id,
             epoch: self.engine.epoch,
-            trigger: admitted.request.trigger.clone(),
-            scheduled_at: Some(admitted.request.scheduled_at),
-            request_id: admitted.request.request_id.clone(),
-            trace_id,
+            trigger: request.trigger.clone(),
+            scheduled_at: Some(request.scheduled_at),
+            request_id: request.request_id.clone(),
+            trace_id: trace.id(),
             started_at: None,
             finished_at: self.clock.now(),
             duration: Duration::ZERO,
@@ -269,88 +134,52 @@ impl Shared {
             error: "cancelled while it waited".into(),
             critical_path: Vec::new(),
             subsystems: Vec::new(),
-        }
+        };
+        self.record(admitted, Ran { finished, shares: Vec::new(), held: Vec::new() }, None, trace).await
     }
 
-    /// Writes the record, durably, and publishes it with what the cycle has made. Returns from when to when it wrote.
+    /// Has the record written, durably, with the outputs that are new. It is published with it.
     async fn record(
         &self,
-        admitted: &Admitted,
-        Ran { finished, shares, held: _held }: Ran,
-        plan: Option<&Arc<Plan>>,
-    ) -> Result<(FinishedCycle, Range<Instant>), StoreError> {
-        self.live.end();
-        let revision = self.state().last_revision.next();
-        let record = Arc::new(record::encode(&finished, revision, self.settings().max_record_bytes));
-        let is_current = |state: &State, share: &Share| {
-            // It may have been unregistered while the cycle ran, and is then forgotten.
-            state.registry.get(share.name()).is_ok_and(|now| Arc::ptr_eq(&now.member.standing, &share.standing))
-        };
-        let build = |state: &State| {
-            let all_are = plan.is_some_and(|plan| state.registry.is_as_planned(plan));
-            let current = shares.iter().filter(|share| all_are || is_current(state, share));
-            let outputs = current.filter_map(|share| Some((share.name().clone(), share.output.clone()?)));
-            Write { records: vec![(*record).clone()], outputs: outputs.collect(), ..Write::default() }
-        };
-        let publish = |state: &mut State| {
-            state.running = None;
-            if let Some(request_id) = &admitted.request.request_id {
-                state.requests.remove(request_id);
-            }
-            if let Some(name) = finished.trigger.loop_name() {
-                state.loops.finished(name, finished.finished_at);
-            }
-            let ran = finished.started_at.is_some();
-            state.publish(record.clone(), ran.then_some(finished.duration));
+        admitted: &Arc<Admitted>,
+        ran: Ran,
+        live: Option<(Arc<Plan>, Arc<LiveCycle>)>,
+        trace: Trace,
+    ) -> Result<(), StoreError> {
+        let ended = Instant::now();
+        let Ran { finished, shares, held } = ran;
+        let (recorded, written) = oneshot::channel();
+        let change = Recording {
+            admitted: admitted.clone(),
+            encoded: record::encode(&finished, self.settings().max_record_bytes),
+            ran_for: finished.started_at.map(|_| finished.duration),
+            outputs: shares.iter().filter_map(|share| share.output.as_ref()).map(|output| output.payload.len()).sum(),
+            shares,
+            live,
+            record: None,
+            recorded,
         };
         let start = Instant::now();
-        self.insist(admitted, build, publish).await?;
+        self.ask_to_write(Box::new(change)).await?;
+        written.await.unwrap_or_else(|_| Err(self.store_ended()))?;
         let commit = start..Instant::now();
-        self.engine.publish(shares);
-        self.newest.send_replace(revision);
-        admitted.done.send_replace(Some(Ok(record)));
-        Ok((finished, commit))
-    }
-
-    /// Writes until it is written. Whoever waits for the cycle learns of the first failure, and nothing new is
-    /// admitted in between.
-    async fn insist(
-        &self,
-        admitted: &Admitted,
-        build: impl Fn(&State) -> Write,
-        apply: impl Fn(&mut State),
-    ) -> Result<(), StoreError> {
-        let mut pause = RETRY.0;
-        loop {
-            let applied = self.write(&build, |state| {
-                state.store_error = None;
-                apply(state);
-            });
-            let error = match applied.await {
-                Ok(()) => {
-                    // Whoever comes to it from now on waits for the record.
-                    admitted.done.send_if_modified(|done| done.take_if(|done| done.is_err()).is_some());
-                    return Ok(());
-                }
-                Err(error) if error.is_final() => return Err(error),
-                Err(error) => error,
-            };
-            tracing::error!(cycle_id = admitted.cycle_id.0, %error, "can't write the record; trying again in {pause:?}");
-            let refusal = Refusal::StoreUnavailable(Some(admitted.cycle_id), error.clone());
-            self.state().store_error = Some(error);
-            admitted.done.send_replace(Some(Err(refusal)));
-            sleep(pause).await;
-            pause = (pause * 2).min(RETRY.1);
+        drop(held);
+        tell(&finished);
+        if let Trace::Collected(spans) = trace {
+            self.engine.spans.ended(spans.finish(&finished, ended, commit));
         }
+        Ok(())
     }
 
     /// Nothing will be written any more: tells everyone who waits.
-    fn give_up(&self, error: &StoreError) {
+    fn give_up(&self, error: Option<&StoreError>) {
         let mut state = self.state();
         state.draining = true;
-        for admitted in state.queue.iter().chain(&state.running) {
-            let refusal = Refusal::StoreUnavailable(Some(admitted.cycle_id), error.clone());
-            admitted.done.send_replace(Some(Err(refusal)));
+        for admitted in state.live.values() {
+            admitted.put_off(match error {
+                Some(error) => Refusal::StoreUnavailable(Some(admitted.cycle_id), error.clone()),
+                None => Refusal::Draining,
+            });
         }
         drop(state);
         self.closed.cancel();
@@ -360,9 +189,124 @@ impl Shared {
     async fn close(&self) -> Result<(), StoreError> {
         self.changes.close();
         self.changes.wait().await;
-        let written = self.write(|_| Write { close: true, ..Write::default() }, |_| ()).await;
-        self.closed.cancel();
-        written
+        self.write(|_| Write { close: true, ..Write::default() }, |_| ()).await
+    }
+}
+
+/// A cycle begins.
+struct Begin<N> {
+    admitted: Arc<Admitted>,
+    now: N,
+    trace_id: Option<TraceId>,
+    /// What is being written of it.
+    begins: Option<Begun>,
+    begun: oneshot::Sender<Result<Option<Begun>, StoreError>>,
+}
+
+impl<N: Fn() -> jiff::Timestamp + Send> ToWrite for Begin<N> {
+    fn add_to(&mut self, write: &mut Write, _: &State) {
+        self.begins = None;
+        if !self.admitted.cancel.is_cancelled() {
+            let at = (self.now)();
+            self.begins = Some(Begun { at, trace_id: self.trace_id });
+            write.open.extend(self.begins.map(|begun| self.admitted.to_begun(begun)));
+        }
+    }
+
+    fn insists(&self) -> Option<&Arc<Admitted>> {
+        Some(&self.admitted)
+    }
+
+    fn apply(&mut self, state: &mut State) {
+        let Some(begun) = self.begins else { return };
+        let request = &self.admitted.request;
+        if let Some(name) = request.trigger.loop_name() {
+            state.loops.begun(name, request.scheduled_at, begun.at);
+        }
+    }
+
+    fn done(self: Box<Self>) {
+        self.admitted.goes_on();
+        let _ = self.begun.send(Ok(self.begins));
+    }
+
+    fn failed(self: Box<Self>, error: StoreError) {
+        let _ = self.begun.send(Err(error));
+    }
+}
+
+/// A cycle is recorded.
+struct Recording {
+    admitted: Arc<Admitted>,
+    encoded: Encoded,
+    ran_for: Option<Duration>,
+    shares: Vec<Share>,
+    /// Bytes of their outputs.
+    outputs: usize,
+    /// The order in which it ran, and its progress; none if it did not run.
+    live: Option<(Arc<Plan>, Arc<LiveCycle>)>,
+    record: Option<Arc<Record>>,
+    recorded: oneshot::Sender<Result<(), StoreError>>,
+}
+
+impl ToWrite for Recording {
+    fn number(&mut self, last: &mut Revision) {
+        *last = last.next();
+        self.record = Some(Arc::new(self.encoded.at(*last)));
+    }
+
+    fn add_to(&mut self, write: &mut Write, state: &State) {
+        write.records.extend(self.record.as_deref().cloned());
+        let all_are_registered = self.live.as_ref().is_some_and(|(plan, _)| state.registry.is_as_planned(plan));
+        // One that was unregistered while the cycle ran is forgotten.
+        let is_registered = |share: &&Share| {
+            let registered = state.registry.get(share.name());
+            all_are_registered || registered.is_ok_and(|it| Arc::ptr_eq(&it.member.standing, &share.standing))
+        };
+        let outputs = self.shares.iter().filter(is_registered);
+        let outputs = outputs.filter_map(|share| Some((share.name().clone(), share.output.clone()?)));
+        write.outputs.extend(outputs);
+        write.durability = Durability::Durable;
+    }
+
+    fn size(&self) -> (usize, usize) {
+        (self.encoded.size() + self.outputs, self.shares.len() + 1)
+    }
+
+    fn insists(&self) -> Option<&Arc<Admitted>> {
+        Some(&self.admitted)
+    }
+
+    fn committed(&mut self, engine: &Engine) {
+        engine.publish(std::mem::take(&mut self.shares));
+    }
+
+    fn apply(&mut self, state: &mut State) {
+        let Some(record) = &self.record else { return };
+        let cycle_id = self.admitted.cycle_id;
+        state.line.leave(cycle_id);
+        state.live.remove(&cycle_id);
+        if let Some(request_id) = &self.admitted.request.request_id {
+            state.requests.remove(request_id);
+        }
+        if let Some(name) = record.trigger.loop_name() {
+            state.loops.finished(name, record.finished_at);
+        }
+        if let Some((_, live)) = &self.live {
+            live.recorded_as(record.revision);
+        }
+        state.publish(record.clone(), self.ran_for);
+    }
+
+    fn done(self: Box<Self>) {
+        if let Some(record) = self.record {
+            self.admitted.is_recorded(record);
+        }
+        let _ = self.recorded.send(Ok(()));
+    }
+
+    fn failed(self: Box<Self>, error: StoreError) {
+        let _ = self.recorded.send(Err(error));
     }
 }
 
@@ -387,42 +331,5 @@ fn tell(cycle: &FinishedCycle) {
                 "a cycle did not succeed"
             );
         }
-    }
-}
-
-/// The record of a cycle that an earlier process had begun and not finished, or had recorded and whose record is lost.
-pub(super) fn interrupted(
-    cycle_id: CycleId,
-    open: Option<&OpenCycle>,
-    is_lost: bool,
-    epoch: Epoch,
-    now: Timestamp,
-) -> FinishedCycle {
-    let open = open.filter(|open| open.stage != Stage::Unknown);
-    let started_at = open.and_then(|open| match open.stage {
-        Stage::Begun(at) => Some(at),
-        Stage::Waiting(_) | Stage::Unknown => None,
-    });
-    // The clock may have been set back since it started.
-    let finished_at = started_at.map_or(now, |started_at| now.max(started_at));
-    let duration = started_at.map(|started_at| finished_at.duration_since(started_at));
-    FinishedCycle {
-        cycle_id,
-        epoch,
-        trigger: open.map_or(Trigger::Unknown, |open| open.trigger.clone()),
-        scheduled_at: open.map(|open| open.scheduled_at),
-        request_id: open.and_then(|open| open.request_id.clone()),
-        trace_id: open.and_then(|open| open.trace_id),
-        started_at,
-        finished_at,
-        duration: duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default(),
-        state: CycleState::Interrupted,
-        error: if is_lost {
-            "its record was lost with the damaged end of the store".into()
-        } else {
-            "the process that ran it ended in the middle of it".into()
-        },
-        critical_path: Vec::new(),
-        subsystems: Vec::new(),
     }
 }

@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use super::{LoopEntry, Orchestrator, Refusal, State, TriggerKind};
 use crate::{
     model::{CycleState, Epoch, Histogram, Revision, Trigger},
-    ports::{Durability, Record, StoreError, StoreSize},
+    ports::{Durability, Record, StoreSize},
 };
 
 /// What is counted since this process started, and how things stand now.
@@ -24,8 +24,8 @@ pub struct Figures {
     pub counts: Counts,
     /// Cycles that wait.
     pub queued: usize,
-    /// A cycle runs.
-    pub running: bool,
+    /// Cycles that run.
+    pub running: usize,
     /// The loops, by name, each with how late it is; `None` when that is not known yet.
     pub loops: Vec<(LoopEntry, Option<Duration>)>,
     /// Watchers connected.
@@ -84,12 +84,14 @@ impl Counts {
         }
     }
 
-    /// A commit has ended.
-    pub(super) fn committed(&mut self, durability: Durability, took: Duration, committed: &Result<(), StoreError>) {
-        match committed {
-            Ok(()) => self.commits.entry(durability).or_default().observe(took),
-            Err(_) => self.commit_errors += 1,
-        }
+    /// A commit has returned.
+    pub(super) fn committed(&mut self, durability: Durability, took: Duration) {
+        self.commits.entry(durability).or_default().observe(took);
+    }
+
+    /// A commit has failed.
+    pub(super) fn commit_failed(&mut self) {
+        self.commit_errors += 1;
     }
 }
 
@@ -103,8 +105,8 @@ impl Orchestrator {
         let (watchers, lagging, events) = self.0.watchers.look(at_hand);
         Figures {
             counts: state.counts.clone(),
-            queued: state.queue.len(),
-            running: state.running.is_some(),
+            queued: state.line.waiting(),
+            running: state.line.running(),
             loops: state.loops.iter().map(|entry| (entry.clone(), state.lag(entry, now))).collect(),
             watchers,
             lagging,
@@ -131,7 +133,8 @@ impl State {
     /// For how long the oldest tick of a loop waits for its cycle to begin, or, when none does, had waited last.
     fn lag(&self, entry: &LoopEntry, now: Timestamp) -> Option<Duration> {
         let is_of_loop = |trigger: &Trigger| trigger.loop_name() == Some(&entry.settings.name);
-        let waiting = self.queue.iter().find(|waiting| is_of_loop(&waiting.request.trigger));
+        let mut waiting = self.live.values().filter(|it| self.line.waits(it.cycle_id));
+        let waiting = waiting.find(|waiting| is_of_loop(&waiting.request.trigger));
         let waits = waiting.map(|waiting| now.duration_since(waiting.request.scheduled_at));
         waits.map(|waits| Duration::try_from(waits).unwrap_or_default()).or(entry.lag)
     }

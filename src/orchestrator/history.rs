@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::{sync::OnceCell, time::timeout};
 
-use super::{Refusal, Shared, aside};
+use super::{Refusal, Shared, State, aside};
 use crate::{
     memory::{Full, Held},
     model::Revision,
@@ -61,6 +61,21 @@ fn parts_in(bytes: usize) -> usize {
     bytes / PART
 }
 
+/// Records have come that are not at hand any more.
+pub(super) struct TooMany;
+
+impl State {
+    /// The record of the cycle of a request, among those after this revision.
+    pub(super) fn recorded_since(&self, revision: Revision, request_id: &str) -> Result<Option<Arc<Record>>, TooMany> {
+        let oldest = self.recent.front().map(|recent| recent.record.revision);
+        if self.last_revision > revision && oldest.is_none_or(|oldest| oldest > revision.next()) {
+            return Err(TooMany);
+        }
+        let mut since = self.recent.iter().rev().map(|recent| &recent.record).take_while(|it| it.revision > revision);
+        Ok(since.find(|record| record.request_id.as_deref() == Some(request_id)).cloned())
+    }
+}
+
 impl Shared {
     /// The most bytes that one record takes when it is read.
     pub(super) fn max_record(&self) -> usize {
@@ -90,7 +105,7 @@ impl Shared {
         Ok(room.around(record.bytes.clone()))
     }
 
-    /// A page of records below the revision `before`, newest first, of at most `max_records`.
+    /// A page of records before `before`, newest first, of at most `max_records`.
     pub(super) async fn page(
         &self,
         before: Option<Revision>,

@@ -1,14 +1,18 @@
-//! The live progress of the running cycle: for those who watch it, and for the status.
+//! The live progress of the running cycles: for those who watch it, and for the status.
 
 use std::{
-    collections::{HashSet, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    collections::{BTreeMap, HashSet, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::Duration,
 };
 
 use jiff::Timestamp;
-use tokio::sync::{Notify, broadcast};
+use tokio::{
+    sync::{Notify, broadcast},
+    time::sleep,
+};
 
+use super::Shared;
 use crate::{
     engine::{Observer, Plan},
     memory::{Held, Memory},
@@ -16,31 +20,38 @@ use crate::{
 };
 
 /// Batches that a watcher may fall behind before it loses some: at one batch each [`Live::BATCH_EVERY`] more than
-/// ten seconds.
-const BACKLOG: usize = 256;
+/// ten seconds of 16 cycles.
+const BACKLOG: usize = 4096;
 
 /// Bytes of the batches that are kept for watchers which have fallen behind. A batch can take 512 KiB, and most take a
 /// hundredth of that.
 const BACKLOG_BYTES: usize = 4 << 20;
 
-/// What is known of the running cycle, and the channel that tells of it.
+/// What is known of the running cycles, and the channel that tells of them.
 pub(super) struct Live {
-    running: Mutex<Option<Running>>,
+    running: Mutex<BTreeMap<CycleId, Running>>,
     events: broadcast::Sender<Weak<LiveEvent>>,
-    /// What watchers can still be given. A watcher that comes too late starts over with how the cycle stands.
-    backlog: Mutex<VecDeque<Arc<LiveEvent>>>,
+    /// What watchers can still be given. A watcher that comes too late starts over with how the cycles stand.
+    backlog: Mutex<Backlog>,
     /// For the updates in events, as long as anybody keeps them.
     room: Memory,
     /// Updates wait to be sent.
     pub(super) pending: Notify,
 }
 
+/// Events, oldest first, and the bytes of their updates.
+#[derive(Default)]
+struct Backlog {
+    events: VecDeque<Arc<LiveEvent>>,
+    bytes: usize,
+}
+
 struct Running {
     cycle: Arc<LiveCycle>,
-    /// The newest revision; there is none newer before the cycle ends.
-    revision: Revision,
-    /// How each subsystem stands, by its position in the plan; `None` waits.
-    stands: Vec<Option<Update>>,
+    /// Subsystems in it.
+    total: usize,
+    /// How each subsystem stands, by its position in the plan; one that is missing waits.
+    stands: BTreeMap<usize, Update>,
     /// Positions that changed since the last batch was sent, in order.
     changed: Vec<Update>,
     /// Updates before those in `changed`.
@@ -53,14 +64,20 @@ pub struct LiveCycle {
     /// Its number.
     pub cycle_id: CycleId,
     /// What is asked for.
-    pub request: CycleRequest,
+    pub request: Arc<CycleRequest>,
     /// When it started.
     pub started_at: Timestamp,
     /// Its order.
     pub plan: Arc<Plan>,
+    /// Where its record is; none before it is recorded.
+    pub(super) revision: Arc<OnceLock<Revision>>,
 }
 
 impl LiveCycle {
+    pub(super) fn new(cycle_id: CycleId, request: Arc<CycleRequest>, started_at: Timestamp, plan: Arc<Plan>) -> Self {
+        Self { cycle_id, request, started_at, plan, revision: Arc::default() }
+    }
+
     /// The registered subsystems in it, in the order of the plan.
     pub fn names(&self) -> impl Iterator<Item = &Name> {
         self.plan.names(self.request.subset.as_deref())
@@ -77,6 +94,12 @@ impl LiveCycle {
     /// What started it.
     pub fn trigger(&self) -> &Trigger {
         &self.request.trigger
+    }
+
+    /// Its record has this revision. Called before anybody can read that.
+    pub(super) fn recorded_as(&self, revision: Revision) {
+        // It is recorded once.
+        let _ = self.revision.set(revision);
     }
 }
 
@@ -100,11 +123,9 @@ impl Update {
     }
 }
 
-/// Something that happened in the running cycle.
+/// Something that happened in a running cycle.
 #[derive(Clone, Debug)]
 pub struct LiveEvent {
-    /// The newest revision when it happened.
-    pub revision: Revision,
     /// The cycle.
     pub cycle: Arc<LiveCycle>,
     /// It has just started, or a watcher has just come to it.
@@ -123,7 +144,7 @@ impl LiveEvent {
     }
 }
 
-/// How far the running cycle is.
+/// How far a running cycle is.
 #[derive(Clone, Debug)]
 pub struct RunningCycle {
     /// The cycle.
@@ -158,27 +179,23 @@ impl Live {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<CycleId, Running>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn start(&self, cycle: Arc<LiveCycle>, revision: Revision) {
-        let stands = vec![None; cycle.plan.members().len()];
+    /// A cycle starts. It runs until what is returned is dropped.
+    pub(super) fn start(&self, cycle: Arc<LiveCycle>) -> Progress<'_> {
+        let cycle_id = cycle.cycle_id;
+        let total = cycle.names().count();
         let mut running = self.lock();
-        self.tell(LiveEvent {
-            revision,
-            cycle: cycle.clone(),
-            started: true,
-            first: 0,
-            updates: Vec::new(),
-            room: None,
-        });
-        *running = Some(Running { cycle, revision, stands, changed: Vec::new(), sent: 0 });
+        self.tell(LiveEvent { cycle: cycle.clone(), started: true, first: 0, updates: Vec::new(), room: None });
+        running.insert(cycle_id, Running { cycle, total, stands: BTreeMap::new(), changed: Vec::new(), sent: 0 });
+        Progress { live: self, cycle_id }
     }
 
     /// Sends what waits to be sent.
     pub(super) fn flush(&self) {
-        if let Some(running) = &mut *self.lock() {
+        for running in self.lock().values_mut() {
             self.send(running);
         }
     }
@@ -190,9 +207,7 @@ impl Live {
         let updates = std::mem::take(&mut running.changed);
         let first = running.sent;
         running.sent += updates.len() as u64;
-        let cycle = running.cycle.clone();
-        let revision = running.revision;
-        self.tell(LiveEvent { revision, cycle, started: false, first, updates, room: None });
+        self.tell(LiveEvent { cycle: running.cycle.clone(), started: false, first, updates, room: None });
     }
 
     /// Sends an event. Updates for which there is no room are lost, which watchers see by the number of the next ones.
@@ -200,89 +215,115 @@ impl Live {
         let bytes = event.updates.iter().map(Update::bytes).sum();
         let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
         if self.events.receiver_count() == 0 {
-            backlog.clear();
+            *backlog = Backlog::default();
             return;
         }
-        let mut kept: usize = backlog.iter().map(|event| event.bytes()).sum();
         let most = BACKLOG_BYTES.min(self.room.max() / 2);
         let room = loop {
-            if kept + bytes <= most
-                && backlog.len() < BACKLOG
+            if backlog.bytes + bytes <= most
+                && backlog.events.len() < BACKLOG
                 && let Ok(room) = self.room.try_hold(bytes)
             {
                 break room;
             }
-            let Some(oldest) = backlog.pop_front() else { return };
-            kept -= oldest.bytes();
+            let Some(oldest) = backlog.events.pop_front() else { return };
+            backlog.bytes -= oldest.bytes();
         };
         event.room = Some(Arc::new(room));
         let event = Arc::new(event);
         // Nobody listening is no error.
         let _ = self.events.send(Arc::downgrade(&event));
-        backlog.push_back(event);
+        backlog.bytes += bytes;
+        backlog.events.push_back(event);
     }
 
-    pub(super) fn end(&self) {
+    /// Everything from now on, and how each running cycle stands. Where there is no room for that, all updates until now are lost
+    /// to who joins.
+    pub(super) fn join(&self) -> (Vec<Arc<LiveEvent>>, Events) {
         let mut running = self.lock();
-        if let Some(running) = &mut *running {
+        let stands = |running: &mut Running| {
             self.send(running);
-        }
-        *running = None;
-    }
-
-    /// Everything from now on, and how the running cycle stands. Where there is no room for that, all updates until now are
-    /// lost to who joins.
-    pub(super) fn join(&self) -> (Option<LiveEvent>, Events) {
-        let mut running = self.lock();
-        let now = running.as_mut().map(|running| {
-            self.send(running);
-            let stands = || running.stands.iter().flatten();
-            let room = self.room.try_hold(stands().map(Update::bytes).sum()).ok().map(Arc::new);
-            let updates = if room.is_some() { stands().cloned().collect() } else { Vec::new() };
+            let room = self.room.try_hold(running.stands().map(Update::bytes).sum()).ok().map(Arc::new);
+            let updates = if room.is_some() { running.stands().cloned().collect() } else { Vec::new() };
             let first = if room.is_some() { running.sent } else { 0 };
-            let (revision, cycle) = (running.revision, running.cycle.clone());
-            LiveEvent { revision, cycle, started: true, first, updates, room }
-        });
-        (now, self.events.subscribe())
+            Arc::new(LiveEvent { cycle: running.cycle.clone(), started: true, first, updates, room })
+        };
+        (running.values_mut().map(stands).collect(), self.events.subscribe())
     }
 
-    pub(super) fn running(&self) -> Option<RunningCycle> {
-        let running = self.lock();
-        let Running { cycle, stands, .. } = running.as_ref()?;
-        let ended = stands.iter().flatten().filter(|update| update.state.is_some()).count();
-        Some(RunningCycle {
-            cycle: cycle.clone(),
-            total: cycle.names().count(),
-            ended,
-            running: stands.iter().flatten().count() - ended,
-        })
-    }
-
-    fn update(&self, position: usize, state: Option<SubsystemState>, attempts: u32, elapsed: Duration) {
-        let mut running = self.lock();
-        let Some(running) = &mut *running else { return };
-        let Some(member) = running.cycle.plan.member(position) else { return };
-        let update = Update { name: member.subsystem.name.clone(), state, elapsed, attempts };
-        if self.events.receiver_count() > 0 {
-            if running.changed.is_empty() {
-                self.pending.notify_one();
+    /// Those that run, the oldest first.
+    pub(super) fn running(&self) -> Vec<RunningCycle> {
+        let stands = |running: &Running| {
+            let ended = running.stands().filter(|update| update.state.is_some()).count();
+            RunningCycle {
+                cycle: running.cycle.clone(),
+                total: running.total,
+                ended,
+                running: running.stands.len() - ended,
             }
-            running.changed.push(update.clone());
-            if running.changed.len() >= Self::BATCH {
-                self.send(running);
-            }
-        }
-        running.stands[position] = Some(update);
+        };
+        self.lock().values().map(stands).collect()
     }
 }
 
-impl Observer for Live {
+impl Running {
+    fn stands(&self) -> impl Iterator<Item = &Update> {
+        self.stands.values()
+    }
+}
+
+impl Shared {
+    /// Sends live progress in batches.
+    pub(super) async fn send_progress(self: Arc<Self>) {
+        loop {
+            self.live.pending.notified().await;
+            sleep(Live::BATCH_EVERY).await;
+            self.live.flush();
+        }
+    }
+}
+
+/// Follows one running cycle. Once it is dropped all is sent that has happened in it.
+pub(super) struct Progress<'a> {
+    live: &'a Live,
+    cycle_id: CycleId,
+}
+
+impl Progress<'_> {
+    fn update(&self, position: usize, state: Option<SubsystemState>, attempts: u32, elapsed: Duration) {
+        let mut running = self.live.lock();
+        let Some(running) = running.get_mut(&self.cycle_id) else { return };
+        let Some(member) = running.cycle.plan.member(position) else { return };
+        let update = Update { name: member.subsystem.name.clone(), state, elapsed, attempts };
+        if self.live.events.receiver_count() > 0 {
+            if running.changed.is_empty() {
+                self.live.pending.notify_one();
+            }
+            running.changed.push(update.clone());
+            if running.changed.len() >= Live::BATCH {
+                self.live.send(running);
+            }
+        }
+        running.stands.insert(position, update);
+    }
+}
+
+impl Observer for Progress<'_> {
     fn called(&self, position: usize, attempt: u32, elapsed: Duration) {
         self.update(position, None, attempt, elapsed);
     }
 
     fn ended(&self, position: usize, state: &SubsystemState, attempts: u32, elapsed: Duration) {
         self.update(position, Some(state.clone()), attempts, elapsed);
+    }
+}
+
+impl Drop for Progress<'_> {
+    fn drop(&mut self) {
+        let mut running = self.live.lock();
+        if let Some(mut running) = running.remove(&self.cycle_id) {
+            self.live.send(&mut running);
+        }
     }
 }
 
@@ -307,7 +348,7 @@ mod tests {
         };
         let plan = Arc::new(Plan::compile((0..MEMBERS).map(member)).unwrap());
         let (cycle_id, started_at) = (CycleId(1), Timestamp::UNIX_EPOCH);
-        let request = CycleRequest {
+        let request = Arc::new(CycleRequest {
             trigger: Trigger::Manual,
             scheduled_at: started_at,
             subset: None,
@@ -317,12 +358,12 @@ mod tests {
             deadline: None,
             record_outputs: false,
             trace: None,
-        };
-        Arc::new(LiveCycle { cycle_id, request, started_at, plan })
+        });
+        Arc::new(LiveCycle::new(cycle_id, request, started_at, plan))
     }
 
     /// Every subsystem fails at length.
-    fn fail_all(live: &Live) {
+    fn fail_all(live: &Progress<'_>) {
         let state = SubsystemState::Failed(Code::Internal, "x".repeat(1024));
         for position in 0..MEMBERS {
             live.ended(position, &state, 1, Duration::ZERO);
@@ -334,9 +375,9 @@ mod tests {
         let room = Memory::whole(4 << 20);
         let live = Live::new(room.clone());
         let (_, mut slow) = live.join();
-        live.start(cycle(), Revision(0));
+        let progress = live.start(cycle());
         for _ in 0..10 {
-            fail_all(&live);
+            fail_all(&progress);
         }
         assert!((1 << 20..=2 << 20).contains(&room.held()), "{}", room.held());
         // It sees that it came too late, and starts over.
@@ -344,12 +385,13 @@ mod tests {
         // Without room for how the cycle stands, it is told so by what it is given next.
         let taken = room.try_hold(room.max() - room.held()).unwrap();
         let (now, mut new) = live.join();
-        assert!(now.is_some_and(|now| now.updates.is_empty() && now.first == 0));
+        assert!(now.len() == 1 && now[0].updates.is_empty() && now[0].first == 0);
         drop(taken);
-        fail_all(&live);
+        fail_all(&progress);
         let event = new.try_recv().unwrap().upgrade().unwrap();
         assert_eq!((event.first, event.updates.len()), (10 * MEMBERS as u64, Live::BATCH));
         // Who has an event keeps its room.
+        drop(progress);
         drop(live);
         assert_eq!(room.held(), event.bytes());
         drop(event);

@@ -17,13 +17,18 @@ pub enum Refusal {
     #[error("no subsystem {0} is registered; see ListSubsystems for those that are, or register it")]
     SubsystemNotFound(Name),
     /// Its policy does not let it wait.
-    #[error("cycle {0} is running; wait for it, cancel it, or choose an overlap policy that waits")]
+    #[error(
+        "cycle {0} has a subsystem in common with it and has not ended; wait for that one, cancel it, or choose an overlap \
+         policy that waits"
+    )]
     CycleRunning(CycleId),
     /// Its policy lets one wait, and one does.
-    #[error("cycle {0} is waiting already; wait for it, or choose overlap policy BUFFER_ALL")]
+    #[error(
+        "cycle {0} has a subsystem in common with it and waits already; wait for that one, or choose overlap policy BUFFER_ALL"
+    )]
     CycleWaiting(CycleId),
     /// Too many wait.
-    #[error("{0} cycles are waiting, which is the most that may (cycle.max_queued); try again later")]
+    #[error("the limit of {0} waiting cycles is reached (cycle.max_queued); try again later")]
     QueueFull(usize),
     /// The record can't be written or read now. The cycle that this is about, if one was admitted, runs all the same
     /// and is recorded once writing works again.

@@ -4,14 +4,14 @@
 //! and what it looks for, it has as long as there is room for that of all watchers.
 
 use std::{
-    collections::{HashSet, VecDeque},
-    sync::Arc,
+    collections::{HashMap, HashSet, VecDeque},
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use tokio::{
     select,
-    sync::watch,
+    sync::{broadcast::error::TryRecvError, watch},
     task::yield_now,
     time::{Instant, sleep_until},
 };
@@ -80,10 +80,10 @@ pub enum Event {
     Recorded(Arc<Record>),
     /// A cycle was recorded, and its record can't be read.
     Unreadable(Unreadable),
-    /// A cycle has started.
-    Started(Arc<LiveEvent>),
-    /// The running cycle has moved on. The number tells how many updates were lost before these.
-    Progress(Arc<LiveEvent>, u64),
+    /// A cycle has started. Everything up to this revision was given before.
+    Started(Arc<LiveEvent>, Revision),
+    /// A running cycle has moved on. The number tells how many updates of it were lost before these.
+    Progress(Arc<LiveEvent>, Revision, u64),
     /// Everything up to this revision that passes the filter was given.
     Bookmark(Revision),
 }
@@ -101,16 +101,25 @@ pub struct Watcher {
     page: VecDeque<(Revision, Option<Found>)>,
     progress: bool,
     live: Option<Events>,
-    /// Read and not yet given, because records come before it.
-    next_live: Option<Arc<LiveEvent>>,
-    /// Whether the running cycle is wanted.
-    live_wanted: Option<(CycleId, bool)>,
-    /// The last cycle whose start was given.
-    cycle_seen: CycleId,
-    /// Updates of it that were given or passed over.
-    updates_seen: u64,
+    /// Taken from there, or what it begins with, and not yet given.
+    next_live: VecDeque<Arc<LiveEvent>>,
+    /// The running cycles that were heard of.
+    heard: HashMap<CycleId, Heard>,
+    /// What is taken from `live` before the next record at most; none while there is none to come.
+    before_record: Option<usize>,
     caught_up: bool,
     bookmark_at: Instant,
+}
+
+/// What a watcher knows of a running cycle.
+struct Heard {
+    /// Where its record is, once there is one.
+    revision: Arc<OnceLock<Revision>>,
+    wanted: bool,
+    /// Its start was given.
+    started: bool,
+    /// Updates that were given or passed over.
+    updates: u64,
 }
 
 impl Watcher {
@@ -149,10 +158,9 @@ impl Watcher {
             page: VecDeque::new(),
             progress,
             live: None,
-            next_live: None,
-            live_wanted: None,
-            cycle_seen: CycleId::default(),
-            updates_seen: 0,
+            next_live: VecDeque::new(),
+            heard: HashMap::new(),
+            before_record: None,
             caught_up: false,
             bookmark_at: Instant::now() + Self::BOOKMARK_EVERY,
         })
@@ -182,9 +190,9 @@ impl Watcher {
                 }
             }
             if self.cursor < *self.newest.borrow_and_update() {
-                // What is left of the cycle whose record is next comes before that.
+                // What is left of the cycles whose records are next comes before these.
                 if let Some(event) = self.before_next_record() {
-                    return Ok(self.live_event(event));
+                    return Ok(event);
                 }
                 if let Some(record) = self.read_on().await? {
                     return Ok(Event::Recorded(record));
@@ -197,18 +205,11 @@ impl Watcher {
             }
             if self.progress && self.live.is_none() {
                 let (now, live) = self.shared.live.join();
-                (self.next_live, self.live) = (now.map(Arc::new), Some(live));
+                (self.next_live, self.live) = (now.into(), Some(live));
             }
-            if let Some(event) = self.next_live.take() {
-                if event.revision > self.cursor {
-                    // It belongs after records that are not given yet.
-                    self.next_live = Some(event);
-                    self.newest.mark_changed();
-                    if let Some(record) = self.read_on().await? {
-                        return Ok(Event::Recorded(record));
-                    }
-                } else if event.revision == self.cursor && self.wants_live(&event.cycle) {
-                    return Ok(self.live_event(event));
+            if let Some(event) = self.next_live.pop_front() {
+                if let Some(event) = self.live_event(event) {
+                    return Ok(event);
                 }
                 continue;
             }
@@ -221,8 +222,8 @@ impl Watcher {
             select! {
                 biased;
                 event = live => match event.ok().and_then(|event| event.upgrade()) {
-                    Some(event) => self.next_live = Some(event),
-                    // It came too late: start over with how the cycle stands now.
+                    Some(event) => self.next_live.push_back(event),
+                    // It came too late: start over with how the cycles stand now.
                     None => self.live = None,
                 },
                 changed = self.newest.changed() => changed.map_err(|_| Refusal::Draining)?,
@@ -236,19 +237,30 @@ impl Watcher {
         }
     }
 
-    /// Something that happened before the record that is next, if it is at hand.
-    fn before_next_record(&mut self) -> Option<Arc<LiveEvent>> {
+    /// Something that happened before the record that is next, if it is at hand: all that a cycle sends is sent before it is
+    /// recorded. Of what others go on sending meanwhile, no more than there is now is given before the record.
+    fn before_next_record(&mut self) -> Option<Event> {
+        let waiting = self.live.as_ref().map_or(0, Events::len);
+        let mut left = self.before_record.take().unwrap_or(waiting);
         loop {
-            let event = match self.next_live.take() {
+            let event = match self.next_live.pop_front() {
                 Some(event) => event,
-                // The record tells what it came too late for.
-                None => self.live.as_mut()?.try_recv().ok()?.upgrade()?,
+                None if left == 0 => return None,
+                None => {
+                    left -= 1;
+                    match self.live.as_mut()?.try_recv() {
+                        // What it came too late for is counted with the next event of that cycle, and its record tells it.
+                        Ok(event) => match event.upgrade() {
+                            Some(event) => event,
+                            None => continue,
+                        },
+                        Err(TryRecvError::Lagged(_)) => continue,
+                        Err(TryRecvError::Empty | TryRecvError::Closed) => return None,
+                    }
+                }
             };
-            if event.revision > self.cursor {
-                self.next_live = Some(event);
-                return None;
-            }
-            if event.revision == self.cursor && self.wants_live(&event.cycle) {
+            if let Some(event) = self.live_event(event) {
+                self.before_record = Some(left);
                 return Some(event);
             }
         }
@@ -259,20 +271,37 @@ impl Watcher {
         Event::Bookmark(self.cursor)
     }
 
-    /// A watcher that comes to a running cycle is told that it has started, and then how it stands.
-    fn live_event(&mut self, event: Arc<LiveEvent>) -> Event {
-        if event.started && self.cycle_seen != event.cycle.cycle_id {
-            self.cycle_seen = event.cycle.cycle_id;
-            self.updates_seen = event.first;
-            if !event.updates.is_empty() {
-                self.next_live = Some(event.clone());
-            }
-            return Event::Started(event);
+    /// What is given of something that happened, if it is wanted and not over. A watcher that comes to a running cycle is told
+    /// that it has started, and then how it stands.
+    fn live_event(&mut self, event: Arc<LiveEvent>) -> Option<Event> {
+        let cursor = self.cursor;
+        // What is left of a cycle whose record was given is old.
+        let is_old = |revision: &OnceLock<Revision>| revision.get().is_some_and(|revision| *revision <= cursor);
+        if is_old(&event.cycle.revision) {
+            return None;
         }
+        let cycle_id = event.cycle.cycle_id;
+        if !self.heard.contains_key(&cycle_id) {
+            self.heard.retain(|_, heard| !is_old(&heard.revision));
+            let (revision, wanted) = (event.cycle.revision.clone(), self.filter.wants_live(&event.cycle));
+            self.heard.insert(cycle_id, Heard { revision, wanted, started: false, updates: 0 });
+        }
+        let heard = self.heard.get_mut(&cycle_id).filter(|heard| heard.wanted)?;
+        if !heard.started {
+            heard.started = true;
+            if event.started {
+                heard.updates = event.first;
+            }
+            if !event.updates.is_empty() {
+                self.next_live.push_front(event.clone());
+            }
+            return Some(Event::Started(event, cursor));
+        }
+        // How it stands says all that was lost.
+        let lost = if event.started { 0 } else { event.first.saturating_sub(heard.updates) };
+        heard.updates = event.first + if event.started { 0 } else { event.updates.len() as u64 };
         let event = self.first_piece(event);
-        let lost = if event.started { 0 } else { event.first.saturating_sub(self.updates_seen) };
-        self.updates_seen = event.first + if event.started { 0 } else { event.updates.len() as u64 };
-        Event::Progress(event, lost)
+        Some(Event::Progress(event, cursor, lost))
     }
 
     /// How a large cycle stands is more than one message may hold: the rest is given next.
@@ -282,17 +311,8 @@ impl Watcher {
         }
         let mut first = Arc::unwrap_or_clone(event);
         let rest = first.updates.split_off(Live::BATCH);
-        self.next_live = Some(Arc::new(LiveEvent { updates: rest, ..first.clone() }));
+        self.next_live.push_front(Arc::new(LiveEvent { updates: rest, ..first.clone() }));
         Arc::new(first)
-    }
-
-    fn wants_live(&mut self, cycle: &LiveCycle) -> bool {
-        if let Some((_, wanted)) = self.live_wanted.filter(|(of, _)| *of == cycle.cycle_id) {
-            return wanted;
-        }
-        let wanted = self.filter.wants_live(cycle);
-        self.live_wanted = Some((cycle.cycle_id, wanted));
-        wanted
     }
 
     /// Goes on in the history: to the next record if it is at hand, which is given if it is wanted, or else by a page from the

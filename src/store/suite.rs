@@ -856,8 +856,9 @@ impl Model {
             }
             Step::Record(picks, new) => {
                 let mut open: Vec<_> = self.open.keys().copied().collect();
-                let picked = picks.iter().filter_map(|pick| (!open.is_empty()).then(|| open.remove(pick % open.len())));
-                let ids: Vec<_> = picked.collect::<Vec<_>>().into_iter().chain(last + 1..=last + new).collect();
+                let picks = &picks[..picks.len().min(open.len())];
+                let picked: Vec<_> = picks.iter().map(|pick| open.remove(pick % open.len())).collect();
+                let ids: Vec<_> = picked.into_iter().chain(last + 1..=last + new).collect();
                 write.last_cycle_id = CycleId(last + new);
                 write.records = ids.into_iter().enumerate().map(|(i, id)| self.record(id, i)).collect();
             }

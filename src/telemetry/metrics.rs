@@ -216,7 +216,7 @@ fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
         CYCLES.family(cycles.collect()),
         CYCLE_DURATION.family(durations.collect()),
         CYCLES_QUEUED.single(count(figures.queued)),
-        CYCLES_RUNNING.single(truth(figures.running)),
+        CYCLES_RUNNING.single(count(figures.running)),
     ]
 }
 

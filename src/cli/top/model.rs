@@ -78,7 +78,7 @@ pub(super) struct Model {
 #[derive(Clone, Debug)]
 pub(super) struct Cycle {
     /// 0 where that can't be read either.
-    cycle_id: u64,
+    id: u64,
     /// [`UNREADABLE`] where its record can't be read: then only its error says something.
     pub(super) state: &'static str,
     pub(super) trigger: String,
@@ -326,7 +326,7 @@ impl Model {
                 // The stream may be ahead.
                 Some(output) if output.cycle_id >= cycle_id => Some(output),
                 _ => {
-                    let maker = self.cycles.values().rev().find(|cycle| cycle.cycle_id == cycle_id);
+                    let maker = self.cycles.values().rev().find(|cycle| cycle.id == cycle_id);
                     let made_at = maker.and_then(|cycle| cycle.finished_at);
                     Some(Output { cycle_id, made_at })
                 }
@@ -378,7 +378,7 @@ fn is_failure(state: pb::SubsystemState) -> bool {
 impl Cycle {
     fn new(cycle: &pb::CycleTelemetry) -> Self {
         Self {
-            cycle_id: cycle.cycle_id,
+            id: cycle.cycle_id,
             state: cycle_state(cycle.state()),
             trigger: trigger(cycle.trigger(), &cycle.r#loop),
             finished_at: cycle.finished_at.as_ref().and_then(timestamp),
@@ -390,7 +390,7 @@ impl Cycle {
 
     fn unreadable(cycle: &pb::UnreadableCycle) -> Self {
         Self {
-            cycle_id: cycle.cycle_id,
+            id: cycle.cycle_id,
             state: UNREADABLE,
             trigger: "-".to_owned(),
             finished_at: None,
@@ -402,7 +402,7 @@ impl Cycle {
 
     /// Its number, as far as it is known.
     pub(super) fn number(&self) -> String {
-        if self.cycle_id == 0 { "?".to_owned() } else { self.cycle_id.to_string() }
+        if self.id == 0 { "?".to_owned() } else { self.id.to_string() }
     }
 
     /// How long it ran says something: nobody knows when an interrupted one ended.
@@ -838,7 +838,7 @@ pub(super) mod tests {
         model.learn(recorded(ended), at(3));
         assert_eq!((model.live.len(), model.most_live), (0, 2));
         let last = model.cycles.last_key_value().unwrap();
-        assert_eq!((*last.0, last.1.cycle_id, model.total_cycles()), (5, 4, 5));
+        assert_eq!((*last.0, last.1.id, model.total_cycles()), (5, 4, 5));
     }
 
     #[test]

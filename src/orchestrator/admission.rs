@@ -1,0 +1,283 @@
+//! The one way into the line of cycles, for callers and loops alike: the overlap policy decides, and the cycle gets its number.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use jiff::Timestamp;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Refusal, Shared, State, aside,
+    line::{Locks, MAX_RUNNING},
+};
+use crate::{
+    memory::Held,
+    model::{CycleId, CycleRequest, Name, OverlapPolicy, TraceId, Trigger},
+    ports::{OpenCycle, Record, Stage},
+    record,
+};
+
+/// A cycle that has its number.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub(super) cycle_id: CycleId,
+    pub(super) request: Arc<CycleRequest>,
+    /// Of the request, as long as the cycle is in line or runs. One of a loop is kept by the loop.
+    _room: Option<Held>,
+    pub(super) cancel: CancellationToken,
+    /// Its caller was told of its number and waits for nothing: it runs even if this process does not come to it.
+    is_promised: AtomicBool,
+    /// Its record, or why that is not written yet.
+    done: watch::Sender<Option<Result<Arc<Record>, Refusal>>>,
+}
+
+/// What is known of a cycle since its beginning was written.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Begun {
+    pub(super) at: Timestamp,
+    pub(super) trace_id: Option<TraceId>,
+}
+
+/// A cycle that somebody waits for.
+#[derive(Debug)]
+pub struct Ticket {
+    /// Its number.
+    pub cycle_id: CycleId,
+    done: watch::Receiver<Option<Result<Arc<Record>, Refusal>>>,
+}
+
+impl Ticket {
+    /// The ticket of a cycle that was recorded earlier.
+    pub(super) fn of_record(record: Arc<Record>) -> Self {
+        Self { cycle_id: record.cycle_id, done: watch::channel(Some(Ok(record))).1 }
+    }
+
+    /// The record, if there is one now.
+    pub fn record_now(&self) -> Option<Arc<Record>> {
+        self.done.borrow().clone()?.ok()
+    }
+
+    /// Waits for the record.
+    ///
+    /// # Errors
+    /// It could not be written when it was due, or this process ends before it is.
+    pub async fn recorded(mut self) -> Result<Arc<Record>, Refusal> {
+        match self.done.wait_for(Option::is_some).await {
+            Ok(done) => done.clone().unwrap_or(Err(Refusal::Draining)),
+            Err(_closed) => Err(Refusal::Draining),
+        }
+    }
+}
+
+impl Admitted {
+    pub(super) fn new(cycle_id: CycleId, request: Arc<CycleRequest>, room: Option<Held>) -> Arc<Self> {
+        Arc::new(Self {
+            cycle_id,
+            request,
+            _room: room,
+            cancel: CancellationToken::new(),
+            is_promised: AtomicBool::new(false),
+            done: watch::Sender::new(None),
+        })
+    }
+
+    pub(super) fn ticket(&self) -> Ticket {
+        Ticket { cycle_id: self.cycle_id, done: self.done.subscribe() }
+    }
+
+    /// From now on a graceful end of the process leaves it to the next one, if it still waits then.
+    pub(super) fn promise(&self) {
+        self.is_promised.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_promised(&self) -> bool {
+        self.is_promised.load(Ordering::Relaxed)
+    }
+
+    /// Its record is written.
+    pub(super) fn is_recorded(&self, record: Arc<Record>) {
+        self.done.send_replace(Some(Ok(record)));
+    }
+
+    /// Whoever waits for it learns that it can't be written now, or not by this process.
+    pub(super) fn put_off(&self, refusal: Refusal) {
+        self.done.send_replace(Some(Err(refusal)));
+    }
+
+    /// It goes on. Whoever comes to it from now on waits for the record.
+    pub(super) fn goes_on(&self) {
+        self.done.send_if_modified(|done| done.take_if(|done| done.is_err()).is_some());
+    }
+
+    /// As it is stored while it waits.
+    pub(super) fn to_waiting(&self) -> OpenCycle {
+        // The ticks of a loop are decided anew by the next process.
+        let is_manual = self.request.trigger == Trigger::Manual;
+        let stage = Stage::Waiting(is_manual.then(|| record::encode_request(&self.request)));
+        self.to_open(stage, self.request.trace.as_ref().map(|trace| trace.trace_id))
+    }
+
+    /// As it is stored from its beginning until it is recorded.
+    pub(super) fn to_begun(&self, Begun { at, trace_id }: Begun) -> OpenCycle {
+        self.to_open(Stage::Begun(at), trace_id)
+    }
+
+    fn to_open(&self, stage: Stage, trace_id: Option<TraceId>) -> OpenCycle {
+        let CycleRequest { trigger, scheduled_at, request_id, .. } = &*self.request;
+        OpenCycle {
+            cycle_id: self.cycle_id,
+            trigger: trigger.clone(),
+            scheduled_at: *scheduled_at,
+            request_id: request_id.clone(),
+            trace_id,
+            stage,
+        }
+    }
+}
+
+/// Where a cycle that was asked for stands.
+pub(super) enum Asked {
+    Recorded(Arc<Record>),
+    Live(Arc<Admitted>),
+}
+
+impl State {
+    /// Lets a cycle in, or refuses it.
+    pub(super) fn admit(
+        &mut self,
+        request: Arc<CycleRequest>,
+        room: Option<Held>,
+        max_queued: usize,
+    ) -> Result<Arc<Admitted>, Refusal> {
+        if self.draining {
+            return Err(Refusal::Draining);
+        }
+        if let Some(error) = &self.store_error {
+            return Err(Refusal::StoreUnavailable(None, error.clone()));
+        }
+        let locks = Locks::of(&request);
+        let conflict = self.line.first_conflict(&locks);
+        match (request.overlap, conflict) {
+            (OverlapPolicy::Skip, Some(other)) => return Err(Refusal::CycleRunning(other)),
+            (OverlapPolicy::BufferOne, Some(_)) => {
+                let is_alike = |other: &&Arc<Admitted>| {
+                    self.line.waits(other.cycle_id) && other.request.trigger == request.trigger
+                };
+                let mut alike = self.live.values().filter(is_alike).map(|other| other.cycle_id);
+                if let Some(waits) = alike.find(|other| self.line.conflicts(*other, &locks)) {
+                    return Err(Refusal::CycleWaiting(waits));
+                }
+            }
+            _ => {}
+        }
+        // Those that were cancelled before their turn count until they are recorded.
+        let waiting = self.live.len() - self.line.running();
+        let has_to_wait = conflict.is_some() || self.line.running() >= MAX_RUNNING;
+        if has_to_wait && waiting >= max_queued {
+            return Err(Refusal::QueueFull(waiting));
+        }
+        if request.overlap == OverlapPolicy::CancelOther {
+            for running in self.line.running_conflicts(&locks) {
+                self.cancel(running);
+            }
+        }
+        self.last_admitted = self.last_admitted.next();
+        let admitted = Admitted::new(self.last_admitted, request, room);
+        self.enter(admitted.clone());
+        Ok(admitted)
+    }
+
+    /// The live cycle of a request, promised from now on if it is to be.
+    fn promised(&self, request_id: &str, promised: bool) -> Option<Arc<Admitted>> {
+        let live = self.requests.get(request_id)?;
+        if promised {
+            live.promise();
+        }
+        Some(live.clone())
+    }
+
+    /// Puts a cycle at the end of the line.
+    pub(super) fn enter(&mut self, admitted: Arc<Admitted>) {
+        if let Some(request_id) = &admitted.request.request_id {
+            self.requests.insert(request_id.clone(), admitted.clone());
+        }
+        self.line.enter(admitted.cycle_id, Locks::of(&admitted.request));
+        self.live.insert(admitted.cycle_id, admitted);
+    }
+
+    /// Cancels a cycle. One that waits leaves the line at once, and the conductor records it.
+    pub(super) fn cancel(&mut self, cycle_id: CycleId) -> Option<Arc<Admitted>> {
+        let admitted = self.live.get(&cycle_id)?.clone();
+        admitted.cancel.cancel();
+        if self.line.waits(cycle_id) {
+            self.line.leave(cycle_id);
+            self.cancelled.push_back(admitted.clone());
+        }
+        Some(admitted)
+    }
+}
+
+impl Shared {
+    /// Lets a cycle in, or finds the one that an earlier call with the same request id started. One that is `promised` is left to
+    /// the next process if this one does not come to it.
+    pub(super) async fn admit_once(&self, mut request: CycleRequest, promised: bool) -> Result<Asked, Refusal> {
+        let max_queued = self.settings().max_queued;
+        let mut room = self.room_of(&request)?;
+        let mut is_checked = request.subset.is_none();
+        loop {
+            // Those that are recorded from now on are found without the store.
+            let newest = self.state().last_revision;
+            if let Some(request_id) = &request.request_id {
+                if let Some(live) = self.state().promised(request_id, promised) {
+                    return Ok(Asked::Live(live));
+                }
+                let recorded = self.read_one(self.store.cycle_of_request(request_id.clone())).await?;
+                if let Some(record) = recorded {
+                    return Ok(Asked::Recorded(Arc::new(record)));
+                }
+            }
+            if !is_checked {
+                request.subset = self.registered_names(request.subset).await?;
+                is_checked = true;
+            }
+            let mut state = self.state();
+            if let Some(request_id) = &request.request_id {
+                if let Some(live) = state.promised(request_id, promised) {
+                    return Ok(Asked::Live(live));
+                }
+                match state.recorded_since(newest, request_id) {
+                    Ok(None) => {}
+                    Ok(Some(record)) => return Ok(Asked::Recorded(record)),
+                    Err(_too_many) => continue,
+                }
+            }
+            let admitted = state.admit(Arc::new(request), room.take(), max_queued)?;
+            if promised {
+                admitted.promise();
+            }
+            drop(state);
+            self.queue_changed.notify_one();
+            return Ok(Asked::Live(admitted));
+        }
+    }
+
+    /// Room for a request as long as its cycle waits or runs. Small ones need none: their number is bounded.
+    pub(super) fn room_of(&self, request: &CycleRequest) -> Result<Option<Held>, Refusal> {
+        const SMALL: usize = 4 << 10;
+        match self.requests.try_hold(request.footprint()) {
+            Err(full) if request.footprint() > SMALL => Err(full.into()),
+            held => Ok(held.ok()),
+        }
+    }
+
+    /// The same names, as the registry has them.
+    pub(super) async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
+        let Some(subset) = subset else { return Ok(None) };
+        let plan = self.plan().await;
+        let names = aside(subset.len(), move || plan.own_names(&subset)).await;
+        names.map(Some).map_err(Refusal::SubsystemNotFound)
+    }
+}

@@ -1,0 +1,287 @@
+//! The line of cycles: which of them may run now. Pure bookkeeping.
+//!
+//! A cycle locks the subsystems that it is to run, from its admission until its record is applied. It may start when it
+//! shares none of them with a cycle that stands before it, whether that one runs or waits. So cycles that share nothing run
+//! side by side, and nothing overtakes: those before a waiting cycle only become fewer, and none starves.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    sync::Arc,
+};
+
+use crate::model::{CycleId, CycleRequest, Name};
+
+/// The most cycles that run at one time: each is a task, with progress to show. The others wait as if for a lock.
+pub(super) const MAX_RUNNING: usize = 256;
+
+/// The subsystems that a cycle locks.
+#[derive(Clone, Debug)]
+pub(super) enum Locks {
+    /// All, and also those that are registered later.
+    All,
+    /// Those of these names.
+    Names(Arc<[Name]>),
+}
+
+/// All cycles that wait or run, in the order of their ids.
+#[derive(Debug, Default)]
+pub(super) struct Line {
+    places: BTreeMap<CycleId, Place>,
+    /// Those that lock all subsystems.
+    all: BTreeSet<CycleId>,
+    /// Those that lock a name, for each name that is locked so.
+    by_name: HashMap<Name, VecDeque<CycleId>>,
+    /// Those that wait, and stand first at each of their names. Only one that locks all may still stand before them.
+    free: BTreeSet<CycleId>,
+    running: usize,
+}
+
+#[derive(Debug)]
+struct Place {
+    locks: Locks,
+    /// At how many of its names another one stands before it.
+    behind: usize,
+    runs: bool,
+}
+
+impl Locks {
+    /// What a cycle of this request locks.
+    pub(super) fn of(request: &CycleRequest) -> Self {
+        request.subset.clone().map_or(Self::All, Self::Names)
+    }
+}
+
+impl Line {
+    /// Puts a cycle at the end. Its id is higher than all others.
+    pub(super) fn enter(&mut self, cycle_id: CycleId, locks: Locks) {
+        let mut behind = 0;
+        match &locks {
+            Locks::All => _ = self.all.insert(cycle_id),
+            Locks::Names(names) => {
+                for name in &**names {
+                    let queue = self.by_name.entry(name.clone()).or_default();
+                    // Each name counts once.
+                    if queue.back() != Some(&cycle_id) {
+                        behind += usize::from(!queue.is_empty());
+                        queue.push_back(cycle_id);
+                    }
+                }
+                if behind == 0 {
+                    self.free.insert(cycle_id);
+                }
+            }
+        }
+        self.places.insert(cycle_id, Place { locks, behind, runs: false });
+    }
+
+    /// Starts the first of those that may run now: it runs from now on.
+    pub(super) fn start_next(&mut self) -> Option<CycleId> {
+        if self.running == MAX_RUNNING {
+            return None;
+        }
+        let first_of_all = self.all.first().copied();
+        let free = self.free.first().copied().filter(|free| first_of_all.is_none_or(|all| *free < all));
+        let first = || first_of_all.filter(|all| self.places.first_key_value().is_some_and(|(first, _)| first == all));
+        let cycle_id = free.or_else(first)?;
+        let place = self.places.get_mut(&cycle_id).filter(|place| !place.runs)?;
+        place.runs = true;
+        self.free.remove(&cycle_id);
+        self.running += 1;
+        Some(cycle_id)
+    }
+
+    /// Takes a cycle out, whether it runs or waits. Nothing happens if it is not in line.
+    pub(super) fn leave(&mut self, cycle_id: CycleId) {
+        let Some(place) = self.places.remove(&cycle_id) else { return };
+        self.running -= usize::from(place.runs);
+        self.all.remove(&cycle_id);
+        self.free.remove(&cycle_id);
+        let Locks::Names(names) = place.locks else { return };
+        for name in &*names {
+            let Some(queue) = self.by_name.get_mut(name) else { continue };
+            let Some(at) = queue.iter().position(|locks| *locks == cycle_id) else { continue };
+            queue.remove(at);
+            let Some(next) = queue.front().copied() else {
+                self.by_name.remove(name);
+                continue;
+            };
+            if at == 0
+                && let Some(next_place) = self.places.get_mut(&next)
+            {
+                next_place.behind -= 1;
+                if next_place.behind == 0 {
+                    self.free.insert(next);
+                }
+            }
+        }
+    }
+
+    /// The first cycle, waiting or running, that shares a subsystem with these locks.
+    pub(super) fn first_conflict(&self, locks: &Locks) -> Option<CycleId> {
+        match locks {
+            Locks::All => self.places.keys().next().copied(),
+            Locks::Names(names) => {
+                let first = names.iter().filter_map(|name| self.by_name.get(name)?.front().copied()).min();
+                first.into_iter().chain(self.all.first().copied()).min()
+            }
+        }
+    }
+
+    /// Those that run and share a subsystem with these locks.
+    pub(super) fn running_conflicts(&self, locks: &Locks) -> BTreeSet<CycleId> {
+        let candidates: BTreeSet<_> = match locks {
+            Locks::All => self.places.keys().copied().collect(),
+            Locks::Names(names) => {
+                // Of one name only the first in its queue can run.
+                let first = names.iter().filter_map(|name| self.by_name.get(name)?.front().copied());
+                first.chain(self.all.first().copied()).collect()
+            }
+        };
+        candidates.into_iter().filter(|cycle_id| self.runs(*cycle_id)).collect()
+    }
+
+    /// Whether a cycle in line shares a subsystem with these locks.
+    pub(super) fn conflicts(&self, cycle_id: CycleId, locks: &Locks) -> bool {
+        let Some(place) = self.places.get(&cycle_id) else { return false };
+        let (Locks::Names(own), Locks::Names(names)) = (&place.locks, locks) else { return true };
+        let is_locked = |name| self.by_name.get(name).is_some_and(|queue| queue.contains(&cycle_id));
+        Arc::ptr_eq(own, names) || names.iter().any(is_locked)
+    }
+
+    /// Whether a cycle runs.
+    pub(super) fn runs(&self, cycle_id: CycleId) -> bool {
+        self.places.get(&cycle_id).is_some_and(|place| place.runs)
+    }
+
+    /// Whether a cycle waits.
+    pub(super) fn waits(&self, cycle_id: CycleId) -> bool {
+        self.places.get(&cycle_id).is_some_and(|place| !place.runs)
+    }
+
+    /// How many run.
+    pub(super) fn running(&self) -> usize {
+        self.running
+    }
+
+    /// How many wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.places.len() - self.running
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn names(names: &str) -> Locks {
+        match names {
+            "*" => Locks::All,
+            names => Locks::Names(names.chars().map(|name| Name::parse(&name.to_string()).unwrap()).collect()),
+        }
+    }
+
+    fn line(places: &[&str]) -> Line {
+        let mut line = Line::default();
+        for (i, locks) in places.iter().enumerate() {
+            line.enter(CycleId(i as u64 + 1), names(locks));
+        }
+        line
+    }
+
+    fn started(line: &mut Line) -> Vec<u64> {
+        std::iter::from_fn(|| line.start_next()).map(|cycle_id| cycle_id.0).collect()
+    }
+
+    #[test]
+    fn cycles_that_share_nothing_run_side_by_side() {
+        let mut line = line(&["ab", "cd", "be", "f"]);
+        assert_eq!(started(&mut line), [1, 2, 4]);
+        assert_eq!((line.running(), line.waiting()), (3, 1));
+        line.leave(CycleId(2));
+        assert!(started(&mut line).is_empty());
+        line.leave(CycleId(1));
+        assert_eq!(started(&mut line), [3]);
+    }
+
+    #[test]
+    fn nothing_overtakes_one_that_waits_for_all() {
+        let mut line = line(&["a", "*", "b", "*"]);
+        assert_eq!(started(&mut line), [1]);
+        line.leave(CycleId(1));
+        assert_eq!(started(&mut line), [2]);
+        line.leave(CycleId(2));
+        assert_eq!(started(&mut line), [3]);
+        line.leave(CycleId(3));
+        assert_eq!(started(&mut line), [4]);
+    }
+
+    #[test]
+    fn one_that_leaves_before_its_turn_holds_nobody_up() {
+        // The third waits for the second, which waits for the first.
+        let mut line = line(&["a", "ab", "b"]);
+        assert_eq!(started(&mut line), [1]);
+        line.leave(CycleId(2));
+        assert_eq!(started(&mut line), [3]);
+    }
+
+    #[test]
+    fn conflicts_are_those_with_a_subsystem_in_common() {
+        let mut line = line(&["ab", "b", "cd"]);
+        started(&mut line);
+        assert_eq!(line.first_conflict(&names("b")), Some(CycleId(1)));
+        assert_eq!(line.first_conflict(&names("xd")), Some(CycleId(3)));
+        assert_eq!(line.first_conflict(&names("x")), None);
+        assert_eq!(line.running_conflicts(&names("bd")), BTreeSet::from([CycleId(1), CycleId(3)]));
+        assert_eq!(line.running_conflicts(&Locks::All), BTreeSet::from([CycleId(1), CycleId(3)]));
+        assert!(line.conflicts(CycleId(2), &names("b")) && !line.conflicts(CycleId(2), &names("a")));
+    }
+
+    #[test]
+    fn the_number_that_runs_is_bounded() {
+        let mut line = Line::default();
+        for id in 1..=MAX_RUNNING as u64 + 1 {
+            line.enter(CycleId(id), Locks::Names([Name::parse(&format!("n{id}")).unwrap()].into()));
+        }
+        assert_eq!(started(&mut line).len(), MAX_RUNNING);
+        line.leave(CycleId(7));
+        assert_eq!(started(&mut line), [MAX_RUNNING as u64 + 1]);
+    }
+
+    /// The rule itself, read word by word.
+    fn may_run(places: &BTreeMap<u64, (BTreeSet<u8>, bool)>, cycle_id: u64) -> bool {
+        let (own, _) = &places[&cycle_id];
+        let shares = |other: &BTreeSet<u8>| own.is_empty() || other.is_empty() || !own.is_disjoint(other);
+        places.range(..cycle_id).all(|(_, (other, _))| !shares(other))
+    }
+
+    proptest! {
+        #[test]
+        fn it_keeps_the_rule(steps in prop::collection::vec((prop::collection::btree_set(0..6_u8, 0..4), 0..4_u8, any::<prop::sample::Index>()), 1..60)) {
+            let mut line = Line::default();
+            // An empty set locks all.
+            let mut model: BTreeMap<u64, (BTreeSet<u8>, bool)> = BTreeMap::new();
+            let mut last = 0;
+            for (locks, step, which) in steps {
+                if step == 0 && !model.is_empty() {
+                    let cycle_id = *model.keys().nth(which.index(model.len())).unwrap();
+                    model.remove(&cycle_id);
+                    line.leave(CycleId(cycle_id));
+                } else {
+                    last += 1;
+                    let text: String = locks.iter().map(|name| char::from(b'a' + name)).collect();
+                    line.enter(CycleId(last), names(if locks.is_empty() { "*" } else { &text }));
+                    model.insert(last, (locks, false));
+                }
+                while let Some(CycleId(cycle_id)) = line.start_next() {
+                    prop_assert!(may_run(&model, cycle_id), "{cycle_id} of {model:?}");
+                    prop_assert!(!std::mem::replace(&mut model.get_mut(&cycle_id).unwrap().1, true));
+                }
+                for (cycle_id, (_, runs)) in &model {
+                    prop_assert!(*runs || !may_run(&model, *cycle_id), "{cycle_id} should run: {model:?}");
+                }
+            }
+        }
+    }
+}

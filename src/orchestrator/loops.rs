@@ -1,0 +1,154 @@
+//! Loops: starting and stopping them, and firing their ticks.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use tokio::{select, time::sleep};
+
+use super::{LoopEntry, Refusal, Shared, State};
+use crate::{
+    model::{CycleRequest, IntervalLoop, LoopSpec, Name, TickDisposition, Trigger, Violations},
+    ports::Write,
+};
+
+impl Shared {
+    pub(super) async fn start_loop(&self, spec: &LoopSpec) -> Result<LoopEntry, Refusal> {
+        // Each name is a part in the record of every cycle.
+        let max = self.settings().max_subsystems;
+        let named = spec.subsystems.len();
+        if named > max {
+            let mut bad = Violations::default();
+            bad.add("subsystems", format!("are {named}; registry.max_subsystems allows {max}"));
+            return Err(Refusal::Invalid(bad));
+        }
+        // Many names take a while to read.
+        let wanted = IntervalLoop::from_spec(spec);
+        let _order = self.order.lock().await;
+        let now = self.clock.now();
+        let (settings, declared) = {
+            let state = self.state();
+            let earlier = Name::parse(&spec.name).ok().and_then(|name| state.loops.get(&name).cloned());
+            match earlier {
+                Some(earlier) if earlier.declared => {
+                    let only_named = *spec == LoopSpec { name: spec.name.clone(), ..LoopSpec::default() };
+                    if !only_named && wanted? != *earlier.settings {
+                        return Err(Refusal::DeclaredInConfig(earlier.settings.name.clone()));
+                    }
+                    if !earlier.state.stopped {
+                        return Ok(earlier);
+                    }
+                    ((*earlier.settings).clone(), true)
+                }
+                Some(earlier) => {
+                    let settings = wanted?;
+                    if settings == *earlier.settings {
+                        return Ok(earlier);
+                    }
+                    (settings, false)
+                }
+                None => {
+                    let settings = wanted?;
+                    if state.loops.len() >= self.settings().max_loops {
+                        return Err(Refusal::TooManyLoops(state.loops.len()));
+                    }
+                    (settings, false)
+                }
+            }
+        };
+        let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
+        let (clock, started) = (self.clock, settings.clone());
+        let build = move |state: &State| {
+            let entry = state.loops.started(started.clone(), declared, now);
+            Write { loops: BTreeMap::from([(started.name.clone(), Some(entry.to_stored()))]), ..Write::default() }
+        };
+        let put = move |state: &mut State| {
+            // Ticks may have fallen due and been accounted for in between.
+            let now = clock.now();
+            state.follow_clock(now);
+            let entry = state.loops.started(settings.clone(), declared, now).holding(held);
+            state.loops.put(entry.clone());
+            entry
+        };
+        let entry = self.write(build, put).await?;
+        self.loops_changed.notify_one();
+        tracing::info!("loop" = %entry.settings.name, interval = ?entry.settings.interval, "a loop has started");
+        Ok(entry)
+    }
+
+    pub(super) async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
+        let _order = self.order.lock().await;
+        if self.state().loops.get(name).is_none() {
+            return Err(Refusal::LoopNotFound(name.clone()));
+        }
+        let (clock, stopping) = (self.clock, name.clone());
+        let stopped = move |state: &State| Some(state.loops.get(&stopping)?.clone().stopped(clock.now()));
+        let (still_stopped, stopping) = (stopped.clone(), name.clone());
+        let build = move |state: &State| {
+            let stored = stopped(state).filter(|entry| entry.declared).map(|entry| entry.to_stored());
+            Write { loops: BTreeMap::from([(stopping.clone(), stored)]), ..Write::default() }
+        };
+        let put = move |state: &mut State| {
+            state.follow_clock(clock.now());
+            let entry = still_stopped(state)?;
+            if entry.declared {
+                state.loops.put(entry.clone());
+            } else {
+                state.loops.remove(&entry.settings.name);
+            }
+            Some(entry)
+        };
+        let entry = self.write(build, put).await?;
+        tracing::info!("loop" = %name, "a loop has stopped");
+        entry.ok_or_else(|| Refusal::LoopNotFound(name.clone()))
+    }
+
+    /// Starts the cycles of loops when their ticks are due.
+    pub(super) async fn fire_ticks(self: Arc<Self>) {
+        /// The wall clock may be set: it is looked at this often at least.
+        const LOOK_AGAIN: Duration = Duration::from_secs(1);
+        loop {
+            let next = self.state().loops.next_at();
+            let wait = next.map(|at| Duration::try_from(at.duration_since(self.clock.now())).unwrap_or_default());
+            select! {
+                () = self.loops_changed.notified() => {}
+                () = sleep(wait.unwrap_or(LOOK_AGAIN).min(LOOK_AGAIN)), if next.is_some() => {}
+            }
+            self.fire_due_ticks();
+        }
+    }
+
+    fn fire_due_ticks(&self) {
+        let now = self.clock.now();
+        let max_queued = self.settings().max_queued;
+        let mut state = self.state();
+        state.follow_clock(now);
+        for (settings, due_at) in state.loops.due(now) {
+            let request = Arc::new(CycleRequest {
+                trigger: Trigger::Loop(settings.name.clone()),
+                scheduled_at: due_at,
+                subset: settings.subset.clone(),
+                parameters: settings.parameters.clone(),
+                request_id: None,
+                overlap: settings.overlap,
+                deadline: settings.deadline,
+                record_outputs: settings.record_outputs,
+                trace: None,
+            });
+            let (disposition, cycle_id) = match state.admit(request, None, max_queued) {
+                Ok(admitted) => (TickDisposition::Ran, Some(admitted.cycle_id)),
+                Err(Refusal::CycleRunning(_)) => (TickDisposition::Skipped, None),
+                Err(Refusal::CycleWaiting(_)) => (TickDisposition::Coalesced, None),
+                Err(refusal) => {
+                    let is_news = state.loops.warns_of_drops(&settings.name, now);
+                    // Those of a process that drains are no surprise.
+                    if is_news && !matches!(refusal, Refusal::Draining) {
+                        tracing::warn!("loop" = %settings.name, %due_at, %refusal, "ticks are dropped");
+                    }
+                    (TickDisposition::Dropped, None)
+                }
+            };
+            state.loops.account(&settings.name, due_at, disposition, cycle_id, now);
+        }
+        drop(state);
+        self.queue_changed.notify_one();
+    }
+}

@@ -1,0 +1,356 @@
+//! The start of a process: takes up what an earlier one left in the store.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    sync::{Arc, Mutex},
+};
+
+use jiff::Timestamp;
+use tokio::{
+    sync::{Notify, mpsc, watch as newest},
+    time::Instant,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    Declared, Orchestrator, Refusal, Settings, Shared, State, Tasks,
+    admission::Admitted,
+    figures::{Counts, Watchers},
+    lasting,
+    line::Line,
+    live::Live,
+    registry::{Lease, Registered, Registry},
+    writing,
+};
+use crate::{
+    clock::Clock,
+    engine::{Engine, InputRoom, Member, Order, Slots, Standing},
+    memory::{Memory, Shares},
+    model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, IntervalLoop, Name, Subsystem, Trigger},
+    ports::{
+        Contents, Lost, OpenCycle, Spans, Stage, Store, StoredOutput, StoredSubsystem, Subsystems, UnreadableRow, Write,
+    },
+    record,
+    schedule::Loops,
+};
+
+impl Orchestrator {
+    /// Takes up what an earlier process left in the store, and begins to run cycles. The store comes with what it held
+    /// when it was opened.
+    ///
+    /// # Errors
+    /// The order of what is declared and stored has a ring, there is no memory for it, or the store can't be written.
+    pub async fn start(
+        settings: Settings,
+        memory: &Shares,
+        clock: Clock,
+        subsystems: Arc<dyn Subsystems>,
+        (store, contents): (Arc<dyn Store>, Contents),
+        declared: Declared,
+        spans: Arc<dyn Spans>,
+    ) -> Result<(Self, Tasks), Refusal> {
+        let mut contents = contents;
+        let (now, begin) = (clock.now(), Instant::now());
+        memory.outputs.set_max(settings.max_outputs_bytes);
+        let hold = |bytes| memory.registry.try_hold(bytes).map_err(Refusal::RegistryMemoryFull);
+        let mut state = State {
+            registry: Registry::default(),
+            loops: Loops::default(),
+            line: Line::default(),
+            live: BTreeMap::new(),
+            requests: HashMap::new(),
+            cancelled: VecDeque::new(),
+            last_admitted: contents.last_cycle_id,
+            noted: contents.last_cycle_id,
+            noted_durably: contents.last_cycle_id,
+            recorded: contents.last_cycle_id.0.saturating_sub(contents.open.len() as u64),
+            last: None,
+            last_revision: contents.last_revision,
+            pruned_to: contents.pruned_to,
+            recent: VecDeque::new(),
+            recent_bytes: 0,
+            store_error: None,
+            unreadable: BTreeSet::new(),
+            draining: false,
+            counts: Counts::default(),
+        };
+        match contents.last_record.clone() {
+            Some(Ok(record)) => state.last = Some(Arc::new(record)),
+            Some(Err(unreadable)) => state.tell_unreadable(&unreadable),
+            None => {}
+        }
+        tell_unreadable_rows(&contents.unreadable);
+        let mut write = Write { epoch: contents.epoch, ..Write::default() };
+
+        // The registry: what is declared wins over what was registered by RPC under the same name.
+        let mut latest: HashMap<Name, _> =
+            std::mem::take(&mut contents.outputs).into_iter().map(|stored| (stored.name.clone(), stored)).collect();
+        let mut stored: BTreeMap<Name, StoredSubsystem> =
+            std::mem::take(&mut contents.subsystems).into_iter().map(|stored| (stored.name.clone(), stored)).collect();
+        let mut entries = Vec::new();
+        let mut standing = |name: &Name| {
+            let standing = |stored: StoredOutput| {
+                Arc::new(Standing::with_output(stored.output, stored.finished_at, &memory.outputs))
+            };
+            latest.remove(name).map_or_else(Arc::default, standing)
+        };
+        for subsystem in declared.subsystems {
+            let name = subsystem.name.clone();
+            let suspended = stored.remove(&name).is_some_and(|stored| {
+                if stored.spec.is_some() {
+                    let kept = StoredSubsystem { spec: None, lease: None, ..stored.clone() };
+                    write.subsystems.insert(name.clone(), Some(kept));
+                }
+                stored.suspended
+            });
+            let held = hold(subsystem.footprint())?;
+            let member = Member::new(Arc::new(subsystem), suspended, standing(&name)).holding(held);
+            entries.push(Registered { member, declared: true, lease: None });
+        }
+        for (name, stored) in stored {
+            let Some(spec) = &stored.spec else {
+                // It was declared once, and is no more.
+                write.subsystems.insert(name, None);
+                continue;
+            };
+            let standing = standing(&name);
+            match Subsystem::from_spec(spec) {
+                Ok(subsystem) => {
+                    let held = hold(subsystem.footprint())?;
+                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing).holding(held);
+                    let lease = stored.lease.map(|length| Lease::new(length, begin));
+                    entries.push(Registered { member, declared: false, lease });
+                }
+                // Rules have become stricter since. It stays stored, output and all, for a version that takes it.
+                Err(violations) => {
+                    tracing::error!(subsystem = %name, %violations, "left out: a stored registration is invalid");
+                }
+            }
+        }
+        // What can't be read stays stored, with its output.
+        for row in contents.unreadable.iter().filter(|row| row.what == "subsystem") {
+            latest.remove(row.key.as_str());
+        }
+        // Outputs whose subsystem nobody registers any more.
+        write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
+        let order = Order::of(entries.iter().map(|entry| entry.member.subsystem.clone()));
+        state.registry = Registry::of(entries)?;
+
+        // The loops.
+        let mut stored: BTreeMap<Name, _> =
+            std::mem::take(&mut contents.loops).into_iter().map(|stored| (stored.name.clone(), stored)).collect();
+        for settings in declared.loops {
+            let held = hold(settings.footprint())?;
+            if let Some(stored) = stored.remove(&settings.name) {
+                state.loops.restore(settings, true, stored.state, Some(held), now);
+            } else {
+                let entry = state.loops.started(settings, true, now);
+                state.loops.put(entry.holding(held));
+            }
+        }
+        for (name, stored) in stored {
+            match stored.spec.as_ref().map(IntervalLoop::from_spec) {
+                Some(Ok(settings)) => {
+                    let held = hold(settings.footprint())?;
+                    state.loops.restore(settings, false, stored.state, Some(held), now);
+                }
+                Some(Err(violations)) => {
+                    tracing::error!("loop" = %name, %violations, "left out: a stored loop is invalid");
+                }
+                None => {
+                    write.loops.insert(name, None);
+                }
+            }
+        }
+
+        state.recover(&contents, &mut write, settings.max_record_bytes, &memory.requests, now);
+        let (loops, mark) = state.loops.unwritten();
+        for (name, stored) in loops {
+            write.loops.entry(name).or_insert(stored);
+        }
+        write.last_cycle_id = state.last_admitted;
+        (state.noted, state.noted_durably) = (state.last_admitted, state.last_admitted);
+        store.commit(Arc::new(write)).await?;
+        state.loops.written(mark);
+
+        let watching = memory.history.part("what watchers look for and read ahead", memory.history.max() / 4);
+        let (to_write, asked) = mpsc::channel(writing::WAITING);
+        let shared = Arc::new(Shared {
+            engine: Engine {
+                subsystems,
+                orchestrator_id: settings.orchestrator_id.clone(),
+                epoch: contents.epoch,
+                outputs: memory.outputs.clone(),
+                remembered: memory.registry.clone(),
+                slots: Slots::new(settings.max_concurrent_calls),
+                inputs: InputRoom::new(memory.inputs.clone()),
+                spans,
+            },
+            newest: newest::Sender::new(state.last_revision),
+            live: Live::new(watching.clone()),
+            watching,
+            // With what is known of them, if it is asked for.
+            _recent: memory.history.try_hold(3 * State::RECENT_BYTES).ok(),
+            history: memory.history.clone(),
+            settings: Mutex::new(Arc::new(settings)),
+            memory: memory.registry.clone(),
+            requests: memory.requests.clone(),
+            clock,
+            started_at: now,
+            started: Instant::now(),
+            store,
+            state: Mutex::new(state),
+            order: Arc::new(tokio::sync::Mutex::new(order)),
+            to_write,
+            planning: tokio::sync::Mutex::new(()),
+            changes: TaskTracker::new(),
+            queue_changed: Notify::new(),
+            loops_changed: Notify::new(),
+            leases_changed: Notify::new(),
+            watchers: Watchers::default(),
+            store_has_ended: CancellationToken::new(),
+            closed: CancellationToken::new(),
+        });
+        let mut helpers = shared.start_helpers();
+        helpers.start("the writer", lasting(shared.clone().write_changes(asked)));
+        let conductor = tokio::spawn(shared.clone().conduct());
+        Ok((Self(shared), Tasks { conductor, helpers }))
+    }
+}
+
+impl State {
+    /// Takes up the cycles that are open. Those that had begun, or may have, are recorded as interrupted, in the order of their
+    /// ids, and so are those of loops, whose ticks are decided anew. Others have only waited, and wait again under their ids.
+    fn recover(
+        &mut self,
+        contents: &Contents,
+        write: &mut Write,
+        max_record: usize,
+        requests: &Memory,
+        now: Timestamp,
+    ) {
+        if let Some(lost) = &contents.lost {
+            tell_lost(lost, contents);
+        }
+        let last_lost = contents.lost.map(|lost| (lost.last_cycle_id, lost.last_revision)).unwrap_or_default();
+        // Beginnings may be lost with the power, or with the end of the store: then what looks as if it waits may have begun.
+        let any_may_have_begun = contents.may_lack_open || contents.lost.is_some();
+        let mut interrupt = |state: &mut Self, cycle_id, open: Option<&OpenCycle>| {
+            let revision = state.last_revision.next();
+            // As many as were lost; which ones is not known.
+            let is_lost = revision <= last_lost.1;
+            let finished = interrupted(cycle_id, open, is_lost, contents.epoch, now);
+            let record = record::encode(&finished, max_record).at(revision);
+            if !is_lost {
+                tracing::warn!(
+                    cycle_id = cycle_id.0,
+                    "recorded as interrupted: an earlier process ended in the middle of it"
+                );
+            }
+            write.records.push(record.clone());
+            state.publish(Arc::new(record), None);
+        };
+        let mut waiting = Vec::new();
+        for open in &contents.open {
+            match waits_again(open).filter(|_| !any_may_have_begun) {
+                Some(request) => waiting.push((open.cycle_id, request)),
+                None => interrupt(self, open.cycle_id, Some(open)),
+            }
+        }
+        // One that was heard of may be missing after the loss of power: the writer sees to it that it is one at most.
+        let may_be_lost = if contents.may_lack_open { self.last_admitted.next() } else { CycleId::default() };
+        while self.last_admitted < may_be_lost.max(last_lost.0) {
+            self.last_admitted = self.last_admitted.next();
+            interrupt(self, self.last_admitted, None);
+        }
+        for (cycle_id, request) in waiting {
+            tracing::info!(cycle_id = cycle_id.0, "waits in line again: an earlier process had not come to it");
+            let room = requests.hold_beyond(request.footprint());
+            let admitted = Admitted::new(cycle_id, Arc::new(request), Some(room));
+            admitted.promise();
+            self.enter(admitted);
+        }
+    }
+}
+
+/// The request of a cycle that had not begun, where it can be run all the same.
+fn waits_again(open: &OpenCycle) -> Option<CycleRequest> {
+    let Stage::Waiting(Some(request)) = &open.stage else { return None };
+    match record::decode_request(request.clone(), open.scheduled_at, open.request_id.clone()) {
+        Ok(request) => Some(request),
+        Err(problem) => {
+            tracing::error!(cycle_id = open.cycle_id.0, problem, "the request of a cycle that waits can't be read");
+            None
+        }
+    }
+}
+
+/// The record of a cycle that an earlier process had begun and not finished, or had recorded and whose record is lost.
+fn interrupted(
+    cycle_id: CycleId,
+    open: Option<&OpenCycle>,
+    is_lost: bool,
+    epoch: Epoch,
+    now: Timestamp,
+) -> FinishedCycle {
+    let open = open.filter(|open| open.stage != Stage::Unknown);
+    let started_at = open.and_then(|open| match open.stage {
+        Stage::Begun(at) => Some(at),
+        Stage::Waiting(_) | Stage::Unknown => None,
+    });
+    // The clock may have been set back since it started.
+    let finished_at = started_at.map_or(now, |started_at| now.max(started_at));
+    let duration = started_at.map(|started_at| finished_at.duration_since(started_at));
+    FinishedCycle {
+        cycle_id,
+        epoch,
+        trigger: open.map_or(Trigger::Unknown, |open| open.trigger.clone()),
+        scheduled_at: open.map(|open| open.scheduled_at),
+        request_id: open.and_then(|open| open.request_id.clone()),
+        trace_id: open.and_then(|open| open.trace_id),
+        started_at,
+        finished_at,
+        duration: duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default(),
+        state: CycleState::Interrupted,
+        error: if is_lost {
+            "its record was lost with the damaged end of the store".into()
+        } else {
+            "the process that ran it ended in the middle of it".into()
+        },
+        critical_path: Vec::new(),
+        subsystems: Vec::new(),
+    }
+}
+
+/// Tells what of an earlier process's state can't be read, and is left out.
+fn tell_unreadable_rows(rows: &[UnreadableRow]) {
+    /// Where all is damaged, that is known after a few.
+    const TOLD: usize = 64;
+    for UnreadableRow { what, key, problem } in rows.iter().take(TOLD) {
+        tracing::error!(what, key, problem, "left out: a row of the store can't be read; it stays there");
+    }
+    if rows.len() > TOLD {
+        tracing::error!(rows = rows.len() - TOLD, "left out: further rows of the store can't be read");
+    }
+}
+
+/// Tells what was acknowledged and is not in the store any more.
+fn tell_lost(lost: &Lost, contents: &Contents) {
+    let (last_cycle_id, last_revision, commits) = (lost.last_cycle_id, lost.last_revision, lost.commits);
+    if last_cycle_id > contents.last_cycle_id || last_revision > contents.last_revision {
+        let revisions = format!("{} to {last_revision}", contents.last_revision.next());
+        tracing::error!(
+            revisions,
+            commits,
+            "records that were acknowledged are missing: the end of the store was damaged, or an older copy was put in its \
+             place. They are recorded as interrupted, so that their numbers are not given again; what was registered or \
+             changed meanwhile is missing as well"
+        );
+    } else {
+        tracing::error!(
+            commits,
+            "changes that were acknowledged are missing, such as registrations, loops or suspensions: the end of the store was \
+             damaged, or an older copy was put in its place"
+        );
+    }
+}

@@ -1,0 +1,208 @@
+//! Changes of the registry: registering, unregistering and suspending, by callers and by the end of leases.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use tokio::{
+    select,
+    time::{Instant, sleep, sleep_until},
+};
+
+use super::{
+    Change, Refusal, Shared, State, aside,
+    registry::{Lease, Registered},
+};
+use crate::{
+    engine::{Member, Order},
+    model::{Name, Subsystem},
+    ports::{StoredSubsystem, Write},
+};
+
+impl Shared {
+    pub(super) async fn register(
+        &self,
+        subsystems: Vec<Subsystem>,
+        lease: Option<Duration>,
+    ) -> Result<Vec<(Registered, Change)>, Refusal> {
+        let order = self.order.clone().lock_owned().await;
+        let max = self.settings().max_subsystems;
+        let (earlier, registered): (Vec<_>, _) = {
+            let state = self.state();
+            let earlier = subsystems.iter().map(|subsystem| state.registry.get(&subsystem.name).ok().cloned());
+            (earlier.collect(), state.registry.len())
+        };
+        if let Some(declared) = earlier.iter().flatten().find(|earlier| earlier.declared) {
+            return Err(Refusal::DeclaredInConfig(declared.name().clone()));
+        }
+        let new = earlier.iter().filter(|earlier| earlier.is_none()).count();
+        if new > 0 && registered + new > max {
+            return Err(Refusal::RegistryFull { registered, new, max });
+        }
+        let mut moved = Vec::new();
+        let change = |(subsystem, earlier): (Subsystem, Option<Registered>)| {
+            if let Some(earlier) = &earlier
+                && *earlier.member.subsystem == subsystem
+                && earlier.lease.map(|lease| lease.length) == lease
+            {
+                return Ok((earlier.clone(), Change::Renewed));
+            }
+            let held = self.memory.try_hold(subsystem.footprint()).map_err(Refusal::RegistryMemoryFull)?;
+            let Some(earlier) = earlier else {
+                let member = Member::new(Arc::new(subsystem), false, Arc::default()).holding(held);
+                return Ok((Registered { member, declared: false, lease: None }, Change::Created));
+            };
+            let Member { subsystem: before, suspended, standing, .. } = &earlier.member;
+            if before.endpoint != subsystem.endpoint {
+                moved.push(standing.clone());
+            }
+            let member = Member::new(Arc::new(subsystem), *suspended, standing.clone()).holding(held);
+            Ok((Registered { member, ..earlier }, Change::Replaced))
+        };
+        let entries: Result<Vec<_>, Refusal> = subsystems.into_iter().zip(earlier).map(change).collect();
+        let entries = entries?;
+
+        let changed = entries.iter().filter(|(_, change)| *change != Change::Renewed);
+        let changed: Vec<_> = changed.map(|(entry, _)| entry.clone()).collect();
+        let put = move |state: &mut State| {
+            let (mut entries, mut left) = (entries, Vec::new());
+            // The time that writing took is not part of it.
+            let begin = Instant::now();
+            for (entry, change) in &mut entries {
+                entry.lease = lease.map(|length| Lease::new(length, begin));
+                match (*change, entry.lease) {
+                    // Nothing durable changes.
+                    (Change::Renewed, Some(lease)) => state.registry.set_lease(entry.name(), lease),
+                    (Change::Renewed, None) => {}
+                    (Change::Created | Change::Replaced, _) => left.extend(state.registry.put(entry.clone())),
+                }
+            }
+            // What failed was at the other endpoint.
+            for standing in &moved {
+                standing.close_breaker();
+            }
+            (entries, left)
+        };
+        let entries = if changed.is_empty() {
+            put(&mut self.state()).0
+        } else {
+            let names =
+                changed.iter().map(|entry| &entry.member.subsystem).map(|it| it.requires.len() + it.after.len());
+            let work = registered + names.sum::<usize>();
+            let (mut order, checked) = aside(work, move || {
+                let mut order = order;
+                let subsystems = changed.iter().map(|entry| entry.member.subsystem.clone()).collect();
+                let checked = order.change(subsystems, &[]).map(|undo| {
+                    let stored = |entry: &Registered| StoredSubsystem { lease, ..entry.to_stored() };
+                    let stored = changed.iter().map(|entry| (entry.name().clone(), Some(stored(entry))));
+                    (undo, stored.collect::<BTreeMap<_, _>>())
+                });
+                (order, checked)
+            })
+            .await;
+            let (undo, subsystems) = checked.map_err(Refusal::OrderRing)?;
+            let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
+            match self.write(write, put).await {
+                Ok((entries, left)) => {
+                    self.engine.subsystems.forget(&left);
+                    entries
+                }
+                Err(error) => {
+                    order.undo(undo);
+                    return Err(error.into());
+                }
+            }
+        };
+        self.leases_changed.notify_one();
+        for (entry, change) in &entries {
+            let endpoint = &entry.member.subsystem.endpoint;
+            match change {
+                Change::Created => tracing::info!(subsystem = %entry.name(), %endpoint, "registered"),
+                Change::Replaced => {
+                    tracing::info!(subsystem = %entry.name(), %endpoint, "registered with changes");
+                }
+                Change::Renewed => {}
+            }
+        }
+        Ok(entries)
+    }
+
+    pub(super) async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
+        let mut order = self.order.lock().await;
+        if self.state().registry.get(name)?.declared {
+            return Err(Refusal::DeclaredInConfig(name.clone()));
+        }
+        self.forget(&mut order, std::slice::from_ref(name)).await?;
+        tracing::info!(subsystem = %name, "unregistered");
+        Ok(())
+    }
+
+    pub(super) async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
+        let _order = self.order.lock().await;
+        let earlier = self.state().registry.get(name)?.clone();
+        if !suspended && earlier.member.standing.close_breaker() {
+            tracing::info!(subsystem = %name, "its circuit breaker is closed: it is resumed");
+        }
+        if earlier.member.suspended == suspended {
+            return Ok(earlier);
+        }
+        let member = earlier.member.suspended(suspended);
+        let entry = Registered { member, ..earlier };
+        let subsystems = BTreeMap::from([(name.clone(), Some(entry.to_stored()))]);
+        let put = move |state: &mut State| {
+            // Its lease may have been renewed in between.
+            let lease = state.registry.get(entry.name()).ok().and_then(|now| now.lease);
+            let entry = Registered { lease, ..entry };
+            state.registry.put(entry.clone());
+            entry
+        };
+        let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
+        let entry = self.write(write, put).await?;
+        tracing::info!(subsystem = %name, "{}", if suspended { "suspended" } else { "resumed" });
+        Ok(entry)
+    }
+
+    /// Removes subsystems durably.
+    async fn forget(&self, order: &mut Order, names: &[Name]) -> Result<(), Refusal> {
+        let subsystems: BTreeMap<_, _> = names.iter().map(|name| (name.clone(), None)).collect();
+        let leaving = names.to_vec();
+        let remove = move |state: &mut State| -> Vec<_> {
+            leaving.iter().filter_map(|name| state.registry.remove(name)).collect()
+        };
+        let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
+        let left = self.write(write, remove).await?;
+        // Without some of them, there still is an order.
+        order.change(Vec::new(), names).map_err(Refusal::OrderRing)?;
+        self.engine.subsystems.forget(&left);
+        Ok(())
+    }
+
+    /// Unregisters those whose lease has ended.
+    pub(super) async fn expire_leases(self: Arc<Self>) {
+        /// When the store could not be written.
+        const RETRY: Duration = Duration::from_secs(1);
+        loop {
+            let next = self.state().registry.next_expiry();
+            select! {
+                () = self.leases_changed.notified() => continue,
+                () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
+            }
+            if let Err(error) = self.forget_expired().await {
+                tracing::error!(%error, "can't unregister those whose lease was not renewed; trying again");
+                sleep(RETRY).await;
+            }
+        }
+    }
+
+    /// Those that end together in one commit, up to a number in which a cycle that is to begin hardly waits for it.
+    async fn forget_expired(&self) -> Result<(), Refusal> {
+        const MAX: usize = 1000;
+        let mut order = self.order.lock().await;
+        let expired = self.state().registry.expired(Instant::now(), MAX);
+        if !expired.is_empty() {
+            self.forget(&mut order, &expired).await?;
+        }
+        for name in expired {
+            tracing::info!(subsystem = %name, "unregistered: its lease was not renewed");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,81 @@
+//! Reloading: other settings and declarations in the place of the present ones, all or none.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError},
+};
+
+use super::{
+    Declared, Refusal, Settings, Shared, State, aside,
+    registry::{Declarations, Entries},
+};
+use crate::{model::IntervalLoop, ports::Write};
+
+impl Shared {
+    pub(super) async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
+        let order = self.order.clone().lock_owned().await;
+        let Entries { entries: before, .. } = self.state().registry.snapshot();
+        let Declared { subsystems, loops } = declared;
+        let hold = |settings: IntervalLoop| {
+            let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
+            Ok((settings, held))
+        };
+        let loops = loops.into_iter().map(hold).collect::<Result<Vec<_>, Refusal>>()?;
+        let memory = self.memory.clone();
+        let (mut order, changes) = aside(before.len() + subsystems.len(), move || {
+            let mut order = order;
+            let changes = Declarations::of(subsystems, &before, &memory).and_then(|changes| {
+                let put = changes.put.iter().map(|entry| entry.member.subsystem.clone()).collect();
+                let ordered = order.change(put, &changes.removed).map_err(|ring| changes.refuse(ring));
+                ordered.map(|undo| (undo, changes))
+            });
+            (order, changes)
+        })
+        .await;
+        let (undo, Declarations { put, removed, moved, stored, .. }) = changes?;
+        let stopped: Vec<_> = {
+            let state = self.state();
+            let declared = state.loops.iter().filter(|entry| entry.declared).map(|entry| &entry.settings.name);
+            declared.filter(|name| !loops.iter().any(|(settings, _)| settings.name == **name)).cloned().collect()
+        };
+        let stored_loops: BTreeMap<_, _> = stopped.iter().map(|name| (name.clone(), None)).collect();
+        let write =
+            move |_: &State| Write { subsystems: stored.clone(), loops: stored_loops.clone(), ..Write::default() };
+        let clock = self.clock;
+        let apply = move |state: &mut State| {
+            let mut left: Vec<_> = removed.iter().filter_map(|name| state.registry.remove(name)).collect();
+            left.extend(put.into_iter().filter_map(|entry| state.registry.put(entry)));
+            for name in stopped {
+                state.loops.remove(&name);
+            }
+            let now = clock.now();
+            state.follow_clock(now);
+            for (settings, held) in loops {
+                let entry = match state.loops.get(&settings.name) {
+                    Some(earlier) if earlier.declared && *earlier.settings == settings => continue,
+                    Some(earlier) if earlier.state.stopped => state.loops.started(settings, true, now).stopped(now),
+                    _ => state.loops.started(settings, true, now),
+                };
+                state.loops.put(entry.holding(held));
+            }
+            left
+        };
+        match self.write(write, apply).await {
+            Ok(left) => self.engine.subsystems.forget(&left),
+            Err(error) => {
+                order.undo(undo);
+                return Err(error.into());
+            }
+        }
+        for standing in moved {
+            standing.close_breaker();
+        }
+
+        self.engine.outputs.set_max(settings.max_outputs_bytes);
+        self.engine.slots.set_max(settings.max_concurrent_calls);
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) =
+            Arc::new(Settings { orchestrator_id: self.engine.orchestrator_id.clone(), ..settings });
+        self.loops_changed.notify_one();
+        Ok(())
+    }
+}

@@ -1,0 +1,342 @@
+//! The one writer, over a store that does as it is told: what waits is committed together, and nothing is seen, nor lost, before
+//! that has come back. In the process, on paused time.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+use orchestrator_core::{
+    clock::Clock,
+    memory::{Memory, Shares},
+    model::{
+        Answer, Code, CycleId, CycleRequest, CycleState, Name, OverlapPolicy, Payload, Revision, Subsystem,
+        SubsystemSpec, Trigger,
+    },
+    orchestrator::{Declared, Orchestrator, Refusal, Settings, Stopped, Tasks, Ticket},
+    ports::{
+        CallError, Filter, Found, InitializeCall, Left, Page, PageLimits, Pruned, Record, Reply, Retention, RunCall,
+        Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
+    },
+    record, store,
+};
+use tokio::{
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
+
+/// Decides over a commit.
+type Verdict = Box<dyn Fn(&Write) -> Result<(), StoreError> + Send>;
+
+/// A store in memory, whose commits wait until they are let go, and fail as scripted.
+struct Scripted {
+    inner: Arc<dyn Store>,
+    /// A commit needs one of these.
+    permits: Semaphore,
+    verdicts: Mutex<VecDeque<Verdict>>,
+    /// The cycles of the records of each commit that was tried, in order.
+    tried: Mutex<Vec<Vec<u64>>>,
+}
+
+impl Scripted {
+    /// From now on no commit waits.
+    fn let_go(&self) {
+        self.permits.add_permits(1000);
+    }
+
+    /// The next commits that have records are judged by these.
+    fn judge(&self, verdicts: impl IntoIterator<Item = Verdict>) {
+        self.verdicts.lock().unwrap().extend(verdicts);
+    }
+}
+
+impl Store for Scripted {
+    fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            self.permits.acquire().await.unwrap().forget();
+            if !write.records.is_empty() {
+                let records = write.records.iter().map(|record| record.cycle_id.0).collect();
+                self.tried.lock().unwrap().push(records);
+                let verdict = self.verdicts.lock().unwrap().pop_front();
+                verdict.map_or(Ok(()), |verdict| verdict(&write))?;
+            }
+            self.inner.commit(write).await
+        })
+    }
+
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+        self.inner.cycle(cycle_id)
+    }
+
+    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+        self.inner.cycle_of_request(request_id)
+    }
+
+    fn cycles_before(
+        &self,
+        before: Revision,
+        filter: Filter,
+        page: PageLimits,
+    ) -> BoxFuture<'_, Result<Page, StoreError>> {
+        self.inner.cycles_before(before, filter, page)
+    }
+
+    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>> {
+        self.inner.cycles_after(revision, page)
+    }
+
+    fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
+        self.inner.prune(retention, now, limit)
+    }
+
+    fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
+        self.inner.size()
+    }
+}
+
+/// Each call takes a second.
+struct Fleet;
+
+impl Subsystems for Fleet {
+    fn initialize<'a>(&'a self, _to: &'a Subsystem, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn run_cycle<'a>(&'a self, _to: &'a Subsystem, _call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
+        Box::pin(async {
+            sleep(Duration::from_secs(1)).await;
+            Ok(Reply { answer: Answer::default(), held: Memory::whole(0).try_hold(0).unwrap() })
+        })
+    }
+
+    fn get_status<'a>(&'a self, _of: &'a Subsystem, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
+        Box::pin(async { Err(CallError { code: Code::Unimplemented, message: String::new() }) })
+    }
+
+    fn forget(&self, _left: &[Left]) {}
+}
+
+fn named(name: &str) -> Subsystem {
+    let spec = SubsystemSpec { name: name.into(), endpoint: "http://127.0.0.1:1".into(), ..SubsystemSpec::default() };
+    Subsystem::from_spec(&spec).unwrap()
+}
+
+/// An orchestrator over the subsystems `a`, `b` and `c`.
+struct Stage {
+    store: Arc<Scripted>,
+    orchestrator: Orchestrator,
+    tasks: Tasks,
+}
+
+impl Stage {
+    async fn new() -> Self {
+        let (inner, contents) = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
+        let store = Arc::new(Scripted {
+            inner,
+            permits: Semaphore::new(4),
+            verdicts: Mutex::default(),
+            tried: Mutex::default(),
+        });
+        let settings = Settings {
+            orchestrator_id: "test".into(),
+            cycle_deadline: Duration::from_secs(10),
+            max_concurrent_calls: 10,
+            max_queued: 2,
+            max_record_bytes: 1 << 20,
+            max_outputs_bytes: 1 << 20,
+            max_subsystems: 100,
+            max_loops: 10,
+            max_watchers: 10,
+            retention: Retention::default(),
+        };
+        let (orchestrator, tasks) = Orchestrator::start(
+            settings,
+            &Shares::of(1 << 30),
+            Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap()),
+            Arc::new(Fleet),
+            (store.clone(), contents),
+            Declared::default(),
+            Arc::new(Untraced),
+        )
+        .await
+        .unwrap();
+        // Each of these, and the start, was a commit: from here on they wait.
+        for name in ["a", "b", "c"] {
+            orchestrator.register(named(name), None).await.unwrap();
+        }
+        Self { store, orchestrator, tasks }
+    }
+
+    async fn run(&self, name: &str) -> Ticket {
+        let request = CycleRequest {
+            trigger: Trigger::Manual,
+            scheduled_at: Timestamp::UNIX_EPOCH,
+            subset: Some([Name::parse(name).unwrap()].into()),
+            parameters: Payload::default(),
+            request_id: None,
+            overlap: OverlapPolicy::BufferAll,
+            deadline: None,
+            record_outputs: false,
+            trace: None,
+        };
+        self.orchestrator.run_cycle(request, false).await.unwrap()
+    }
+
+    /// Lets so many commits go, and waits for what comes of it.
+    async fn after_commits(&self, commits: usize) {
+        self.store.permits.add_permits(commits);
+        sleep(Duration::from_secs(2)).await;
+    }
+
+    /// Runs three cycles that share nothing, until the writer holds, or waits for, the records of all of them.
+    async fn three_ended(&self) -> [Ticket; 3] {
+        let tickets = [self.run("a").await, self.run("b").await, self.run("c").await];
+        while self.orchestrator.status().running.len() < 3 {
+            self.store.permits.add_permits(1);
+            sleep(Duration::from_millis(10)).await;
+        }
+        sleep(Duration::from_secs(2)).await;
+        assert!(self.store.tried.lock().unwrap().is_empty());
+        tickets
+    }
+
+    fn output_of(&self, name: &str) -> Option<CycleId> {
+        let registered = self.orchestrator.subsystem(&Name::parse(name).unwrap()).unwrap();
+        registered.member.standing.latest().map(|output| output.cycle_id)
+    }
+}
+
+fn full(_: &Write) -> Result<(), StoreError> {
+    Err(StoreError::Full("memory:".into(), "as scripted".into()))
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_seen_before_its_commit_has_returned() {
+    let stage = Stage::new().await;
+    let mut watcher = stage.orchestrator.watch(
+        orchestrator_core::orchestrator::From::Now,
+        orchestrator_core::orchestrator::WatchFilter::default(),
+        false,
+    );
+    let watcher = watcher.as_mut().unwrap();
+    // Up to date.
+    watcher.next().await.unwrap();
+    let ticket = stage.run("a").await;
+    // It begins, runs, and waits for its record.
+    stage.after_commits(1).await;
+    assert!(ticket.record_now().is_none());
+    assert_eq!((stage.output_of("a"), stage.orchestrator.status().total_cycles), (None, 0));
+    assert!(stage.orchestrator.status().last.is_none());
+    assert!(timeout(Duration::from_secs(1), watcher.next()).await.is_err());
+    stage.after_commits(1).await;
+    assert_eq!(ticket.record_now().unwrap().state, CycleState::Succeeded);
+    assert_eq!((stage.output_of("a"), stage.orchestrator.status().total_cycles), (Some(CycleId(1)), 1));
+    watcher.next().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn cycles_that_end_together_share_a_commit() {
+    let stage = Stage::new().await;
+    let tickets = stage.three_ended().await;
+    // One commit is in flight, with what had ended when it was made. The next one has the rest.
+    stage.after_commits(2).await;
+    assert!(tickets.iter().all(|ticket| ticket.record_now().is_some()));
+    let tried = stage.store.tried.lock().unwrap();
+    let mut recorded = tried.concat();
+    recorded.sort_unstable();
+    assert_eq!(recorded, [1, 2, 3]);
+    assert!(tried.len() <= 2, "{tried:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_cycle_needs_written_is_tried_again_and_other_changes_fail_with_the_first_error() {
+    let stage = Stage::new().await;
+    let ticket = stage.run("a").await;
+    stage.after_commits(1).await;
+    stage.store.judge([Box::new(full) as Verdict, Box::new(full)]);
+    let orchestrator = stage.orchestrator.clone();
+    let registering = tokio::spawn(async move { orchestrator.register(named("d"), None).await });
+    // The record waits for this commit, and the registration behind it.
+    sleep(Duration::from_millis(10)).await;
+    stage.store.let_go();
+    let refused = ticket.recorded().await;
+    assert!(matches!(refused, Err(Refusal::StoreUnavailable(Some(CycleId(1)), _))), "{refused:?}");
+    let refused = registering.await.unwrap();
+    assert!(matches!(refused, Err(Refusal::StoreUnavailable(None, _))), "{refused:?}");
+    assert!(stage.orchestrator.status().store_error.is_some());
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(stage.orchestrator.cycle(CycleId(1)).await.unwrap().revision, Revision(1));
+    assert!(stage.orchestrator.status().store_error.is_none());
+    assert_eq!(*stage.store.tried.lock().unwrap(), [[1], [1], [1]]);
+    stage.orchestrator.register(named("d"), None).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_changes_that_can_not_be_written_together_only_the_one_to_blame_fails() {
+    let mut stage = Stage::new().await;
+    let tickets = stage.three_ended().await;
+    let judge = |write: &Write| {
+        let is_to_blame = write.records.iter().any(|record| record.cycle_id == CycleId(2));
+        let unusable = || StoreError::Unusable("memory:".into(), "as scripted".into());
+        if is_to_blame { Err(unusable()) } else { Ok(()) }
+    };
+    stage.store.judge((0..10).map(|_| Box::new(judge) as Verdict));
+    stage.store.let_go();
+    let ended = timeout(Duration::from_secs(10), stage.tasks.finished()).await.unwrap();
+    assert!(matches!(ended, Err(Stopped::Store(StoreError::Unusable(..)))), "{ended:?}");
+    for ticket in tickets {
+        let recorded = stage.store.cycle(ticket.cycle_id).await.unwrap();
+        assert_eq!(recorded.is_some(), ticket.cycle_id != CycleId(2), "{}", ticket.cycle_id);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cycle_that_is_cancelled_while_its_beginning_is_written_calls_nobody() {
+    let stage = Stage::new().await;
+    let ticket = stage.run("a").await;
+    sleep(Duration::from_millis(10)).await;
+    let orchestrator = stage.orchestrator.clone();
+    let cancelling = tokio::spawn(async move { orchestrator.cancel_cycle(CycleId(1)).await });
+    sleep(Duration::from_millis(10)).await;
+    stage.store.let_go();
+    let record = cancelling.await.unwrap().unwrap();
+    assert_eq!((record.state, record.revision), (CycleState::Cancelled, Revision(1)));
+    assert_eq!(ticket.recorded().await.unwrap().revision, Revision(1));
+    assert!(stage.output_of("a").is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn cancelled_cycles_count_as_waiting_until_they_are_recorded() {
+    let stage = Stage::new().await;
+    let _running = stage.run("a").await;
+    stage.after_commits(1).await;
+    // No commit returns any more. Two may wait.
+    for cycle_id in [2, 3] {
+        let ticket = stage.run("a").await;
+        assert_eq!(ticket.cycle_id, CycleId(cycle_id));
+        let cancelled = timeout(Duration::from_millis(10), stage.orchestrator.cancel_cycle(ticket.cycle_id)).await;
+        assert!(cancelled.is_err(), "it is not recorded");
+    }
+    let request = CycleRequest {
+        trigger: Trigger::Manual,
+        scheduled_at: Timestamp::UNIX_EPOCH,
+        subset: None,
+        parameters: Payload::default(),
+        request_id: None,
+        overlap: OverlapPolicy::BufferAll,
+        deadline: None,
+        record_outputs: false,
+        trace: None,
+    };
+    let refused = stage.orchestrator.run_cycle(request.clone(), false).await;
+    assert!(matches!(refused, Err(Refusal::QueueFull(2))), "{refused:?}");
+    stage.store.let_go();
+    sleep(Duration::from_secs(1)).await;
+    let record = stage.orchestrator.run_cycle(request, false).await.unwrap().recorded().await.unwrap();
+    assert_eq!((record.cycle_id, record.state), (CycleId(4), CycleState::Succeeded));
+}
