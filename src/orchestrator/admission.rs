@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Refusal, Shared, State, aside,
-    line::{Locks, MAX_RUNNING},
+    line::{Locks, max_running},
 };
 use crate::{
     memory::Held,
@@ -175,7 +175,7 @@ impl State {
         }
         // Those that were cancelled before their turn count until they are recorded.
         let waiting = self.live.len() - self.line.running();
-        let has_to_wait = conflict.is_some() || self.line.running() >= MAX_RUNNING;
+        let has_to_wait = conflict.is_some() || self.line.running() >= max_running(self.registry.len());
         if has_to_wait && waiting >= max_queued {
             return Err(Refusal::QueueFull(waiting));
         }

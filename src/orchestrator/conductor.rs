@@ -7,6 +7,7 @@ use tokio::{select, sync::oneshot, task::JoinSet, time::Instant};
 use super::{
     LiveCycle, Refusal, Shared, State,
     admission::{Admitted, Begun},
+    line::max_running,
     writing::ToWrite,
 };
 use crate::{
@@ -79,7 +80,8 @@ impl Shared {
         if state.draining {
             return None;
         }
-        let cycle_id = state.line.start_next()?;
+        let max = max_running(state.registry.len());
+        let cycle_id = state.line.start_next(max)?;
         state.live.get(&cycle_id).cloned().map(Next::Run)
     }
 

@@ -11,8 +11,14 @@ use std::{
 
 use crate::model::{CycleId, CycleRequest, Name};
 
-/// The most cycles that run at one time: each is a task, with progress to show. The others wait as if for a lock.
-pub(super) const MAX_RUNNING: usize = 256;
+/// The most cycles that run at one time where this number of subsystems is registered: each is a task with progress to show, and
+/// takes some 200 bytes for each registered subsystem, also for those that are not in it. The others wait as if for a lock.
+pub(super) fn max_running(registered: usize) -> usize {
+    const MAX: usize = 256;
+    /// Registered subsystems, counted once for each running cycle.
+    const MAX_SHARES: usize = 1 << 20;
+    (MAX_SHARES / registered.max(1)).clamp(1, MAX)
+}
 
 /// The subsystems that a cycle locks.
 #[derive(Clone, Debug)]
@@ -74,9 +80,9 @@ impl Line {
         self.places.insert(cycle_id, Place { locks, behind, runs: false });
     }
 
-    /// Starts the first of those that may run now: it runs from now on.
-    pub(super) fn start_next(&mut self) -> Option<CycleId> {
-        if self.running == MAX_RUNNING {
+    /// Starts the first of those that may run now, unless `max` run already: it runs from now on.
+    pub(super) fn start_next(&mut self, max: usize) -> Option<CycleId> {
+        if self.running >= max {
             return None;
         }
         let first_of_all = self.all.first().copied();
@@ -191,7 +197,7 @@ mod tests {
     }
 
     fn started(line: &mut Line) -> Vec<u64> {
-        std::iter::from_fn(|| line.start_next()).map(|cycle_id| cycle_id.0).collect()
+        std::iter::from_fn(|| line.start_next(256)).map(|cycle_id| cycle_id.0).collect()
     }
 
     #[test]
@@ -241,12 +247,13 @@ mod tests {
     #[test]
     fn the_number_that_runs_is_bounded() {
         let mut line = Line::default();
-        for id in 1..=MAX_RUNNING as u64 + 1 {
+        for id in 1..=257 {
             line.enter(CycleId(id), Locks::Names([Name::parse(&format!("n{id}")).unwrap()].into()));
         }
-        assert_eq!(started(&mut line).len(), MAX_RUNNING);
+        assert_eq!(started(&mut line).len(), 256);
         line.leave(CycleId(7));
-        assert_eq!(started(&mut line), [MAX_RUNNING as u64 + 1]);
+        assert_eq!(started(&mut line), [257]);
+        assert_eq!([0, 28, 4096, 20_000, usize::MAX].map(max_running), [256, 256, 256, 52, 1]);
     }
 
     /// The rule itself, read word by word.
@@ -274,7 +281,7 @@ mod tests {
                     line.enter(CycleId(last), names(if locks.is_empty() { "*" } else { &text }));
                     model.insert(last, (locks, false));
                 }
-                while let Some(CycleId(cycle_id)) = line.start_next() {
+                while let Some(CycleId(cycle_id)) = line.start_next(256) {
                     prop_assert!(may_run(&model, cycle_id), "{cycle_id} of {model:?}");
                     prop_assert!(!std::mem::replace(&mut model.get_mut(&cycle_id).unwrap().1, true));
                 }
