@@ -1108,9 +1108,14 @@ async fn ctrl_c_is_heard_while_a_note_waits_for_somebody_to_read_it() {
     ] {
         door.lead_to(Some(&service));
         let (reader, writer) = unread(note.len());
-        let mut child = cli.command(line).stdout(Stdio::null()).stderr(writer).spawn().unwrap();
+        let mut child = cli.command(line).stdout(Stdio::piped()).stderr(writer).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         patiently("a watcher", async { while client.status().await.unwrap().watchers == 0 {} }).await;
         if line == "watch" {
+            // A connection that it was given something on is there for both sides.
+            fleet.run("a", Run::Echo);
+            client.run().await.unwrap();
+            patiently("a cycle", lines.next_line()).await.unwrap().unwrap();
             door.shut();
         }
         patiently("the note", async {
@@ -1158,8 +1163,13 @@ async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
             // The bar has been told of it when another watcher has.
             let request = pb::WatchCyclesRequest { progress: true, ..pb::WatchCyclesRequest::default() };
             let mut stream = client.watch_cycles(request).await.unwrap().into_inner();
-            let progress = |event| matches!(event, Some(pb::cycle_event::Event::Progress(_)));
-            while !progress(stream.message().await.unwrap().unwrap().event.unwrap().event) {}
+            let has_failed = |event| match event {
+                Some(pb::cycle_event::Event::Progress(progress)) => {
+                    progress.updates.iter().any(|update| update.state() == pb::SubsystemState::Failed)
+                }
+                _ => false,
+            };
+            while !has_failed(stream.message().await.unwrap().unwrap().event.unwrap().event) {}
             fleet.run("a", Run::Echo);
         },
         on_a_terminal(&mut run, 90)

@@ -228,10 +228,16 @@ impl<F: clap::Args> Remote<F> {
     fn unreachable(&self, why: &str) -> Failure {
         let Address(address) = &self.address;
         let mut why = tls_in_words(clean(why));
-        // What HTTP/2 says to a peer that hangs up on it, also before it was asked for anything, and to an answer that is none of
-        // its own, as TLS does first.
-        let not_http2 =
-            ["broken pipe", "connection closed", "connection was not ready", "http2 error", "frame with invalid size"];
+        // What HTTP/2 says to a peer that hangs up on it, in whatever moment and before it has read all, and to an answer that is
+        // none of its own, as TLS does first.
+        let not_http2 = [
+            "broken pipe",
+            "connection closed",
+            "connection reset",
+            "connection was not ready",
+            "http2 error",
+            "frame with invalid size",
+        ];
         if not_http2.iter().any(|said| why.contains(said)) {
             why = format!("what listens there does not speak gRPC: the dashboard has an address of its own ({why})");
         }
