@@ -320,7 +320,7 @@ impl Orchestrator {
         if durably && self.0.state().noted_durably < admitted.cycle_id {
             // A durable write, whatever is in it, notes all that is admitted.
             let written = self.0.write(|_| Write::default(), |_| ()).await;
-            written.map_err(|error| self.0.unavailable(admitted.cycle_id, error))?;
+            written.map_err(|error| self.0.state().unavailable(admitted.cycle_id, error))?;
         }
         Ok(admitted.ticket())
     }

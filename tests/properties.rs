@@ -23,7 +23,7 @@ use orchestrator_core::{
         Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec, Name,
         OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
     },
-    orchestrator::{Change, Declared, Orchestrator, Refusal, Settings},
+    orchestrator::{Change, Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
     proto::orchestrator::v1 as pb,
     record::{self, Participation},
@@ -199,6 +199,16 @@ fn payload(bytes: usize) -> Payload {
 }
 
 impl Fleet {
+    fn of(scripted: impl Iterator<Item = Scripted>) -> Arc<Self> {
+        Arc::new(Self {
+            scripted: scripted.map(|scripted| (scripted.spec.name.clone(), scripted)).collect(),
+            seen: Arc::default(),
+            calls: Mutex::default(),
+            in_flight: AtomicUsize::new(0),
+            most_in_flight: AtomicUsize::new(0),
+        })
+    }
+
     async fn answer(&self, to: &Subsystem, call: &RunCall) -> Result<Answer, CallError> {
         let scripted = &self.scripted[to.name.as_str()];
         let earlier = {
@@ -302,28 +312,19 @@ fn request(step: &Step, registered: &BTreeSet<String>) -> CycleRequest {
     }
 }
 
+/// An orchestrator that is new, over a fleet of which nobody is registered yet.
+async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, Tasks) {
+    let store = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
+    let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
+    let memory = Shares::of(1 << 30);
+    let spans = Arc::new(Untraced);
+    Orchestrator::start(settings, &memory, clock, fleet.clone(), store, Declared::default(), spans).await.unwrap()
+}
+
 /// Runs one case and holds what happened against the promises.
 async fn run(case: Case) {
-    let fleet = Arc::new(Fleet {
-        scripted: case.fleet.iter().map(|scripted| (scripted.spec.name.clone(), scripted.clone())).collect(),
-        seen: Arc::default(),
-        calls: Mutex::default(),
-        in_flight: AtomicUsize::new(0),
-        most_in_flight: AtomicUsize::new(0),
-    });
-    let (store, contents) = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
-    let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
-    let (orchestrator, mut tasks) = Orchestrator::start(
-        settings(),
-        &Shares::of(1 << 30),
-        clock,
-        fleet.clone(),
-        (store, contents),
-        Declared::default(),
-        Arc::new(Untraced),
-    )
-    .await
-    .unwrap();
+    let fleet = Fleet::of(case.fleet.iter().cloned());
+    let (orchestrator, mut tasks) = start(settings(), &fleet).await;
 
     let mut registered = BTreeMap::new();
     for Scripted { spec, .. } in &case.fleet {
@@ -490,24 +491,8 @@ async fn loops_over_other_subsystems_lose_no_tick_to_each_other() {
         takes: Duration::from_millis(takes),
     };
     let scripted = (0..6).map(|i| scripted(i, if i < 3 { 10 } else { 1200 }));
-    let fleet = Arc::new(Fleet {
-        scripted: scripted.map(|scripted| (scripted.spec.name.clone(), scripted)).collect(),
-        seen: Arc::default(),
-        calls: Mutex::default(),
-        in_flight: AtomicUsize::new(0),
-        most_in_flight: AtomicUsize::new(0),
-    });
-    let (orchestrator, mut tasks) = Orchestrator::start(
-        Settings { max_concurrent_calls: 100, ..settings() },
-        &Shares::of(1 << 30),
-        Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap()),
-        fleet.clone(),
-        store::open(&store::StoreUrl::Memory, record::check).await.unwrap(),
-        Declared::default(),
-        Arc::new(Untraced),
-    )
-    .await
-    .unwrap();
+    let fleet = Fleet::of(scripted);
+    let (orchestrator, mut tasks) = start(Settings { max_concurrent_calls: 100, ..settings() }, &fleet).await;
     for scripted in fleet.scripted.values() {
         orchestrator.register(Subsystem::from_spec(&scripted.spec).unwrap(), None).await.unwrap();
     }

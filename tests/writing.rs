@@ -126,6 +126,21 @@ fn named(name: &str) -> Subsystem {
     Subsystem::from_spec(&spec).unwrap()
 }
 
+/// Asks for a cycle over all subsystems.
+fn of_all() -> CycleRequest {
+    CycleRequest {
+        trigger: Trigger::Manual,
+        scheduled_at: Timestamp::UNIX_EPOCH,
+        subset: None,
+        parameters: Payload::default(),
+        request_id: None,
+        overlap: OverlapPolicy::BufferAll,
+        deadline: None,
+        record_outputs: false,
+        trace: None,
+    }
+}
+
 /// An orchestrator over the subsystems `a`, `b` and `c`.
 struct Stage {
     store: Arc<Scripted>,
@@ -173,18 +188,8 @@ impl Stage {
     }
 
     async fn run(&self, name: &str) -> Ticket {
-        let request = CycleRequest {
-            trigger: Trigger::Manual,
-            scheduled_at: Timestamp::UNIX_EPOCH,
-            subset: Some([Name::parse(name).unwrap()].into()),
-            parameters: Payload::default(),
-            request_id: None,
-            overlap: OverlapPolicy::BufferAll,
-            deadline: None,
-            record_outputs: false,
-            trace: None,
-        };
-        self.orchestrator.run_cycle(request, false).await.unwrap()
+        let subset = Some([Name::parse(name).unwrap()].into());
+        self.orchestrator.run_cycle(CycleRequest { subset, ..of_all() }, false).await.unwrap()
     }
 
     /// Lets so many commits go, and waits for what comes of it.
@@ -322,21 +327,10 @@ async fn cancelled_cycles_count_as_waiting_until_they_are_recorded() {
         let cancelled = timeout(Duration::from_millis(10), stage.orchestrator.cancel_cycle(ticket.cycle_id)).await;
         assert!(cancelled.is_err(), "it is not recorded");
     }
-    let request = CycleRequest {
-        trigger: Trigger::Manual,
-        scheduled_at: Timestamp::UNIX_EPOCH,
-        subset: None,
-        parameters: Payload::default(),
-        request_id: None,
-        overlap: OverlapPolicy::BufferAll,
-        deadline: None,
-        record_outputs: false,
-        trace: None,
-    };
-    let refused = stage.orchestrator.run_cycle(request.clone(), false).await;
+    let refused = stage.orchestrator.run_cycle(of_all(), false).await;
     assert!(matches!(refused, Err(Refusal::QueueFull(2))), "{refused:?}");
     stage.store.let_go();
     sleep(Duration::from_secs(1)).await;
-    let record = stage.orchestrator.run_cycle(request, false).await.unwrap().recorded().await.unwrap();
+    let record = stage.orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
     assert_eq!((record.cycle_id, record.state), (CycleId(4), CycleState::Succeeded));
 }

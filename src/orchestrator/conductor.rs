@@ -11,19 +11,12 @@ use super::{
     writing::ToWrite,
 };
 use crate::{
+    clock::Clock,
     engine::{Cycle, Engine, Plan, Ran, Share, Trace},
     model::{CycleState, FinishedCycle, Revision, TraceId},
     ports::{Durability, Record, StoreError, Write},
     record::{self, Encoded},
 };
-
-/// What the conductor does next.
-enum Next {
-    /// A cycle whose turn has come.
-    Run(Arc<Admitted>),
-    /// One that was cancelled before that.
-    Cancelled(Arc<Admitted>),
-}
 
 impl Shared {
     /// Runs cycles until the process drains, and then writes for the last time.
@@ -42,17 +35,9 @@ impl Shared {
     async fn run_cycles(self: &Arc<Self>) -> Result<(), StoreError> {
         let mut running = JoinSet::new();
         loop {
-            while let Some(next) = self.next_in_line() {
+            while let Some(admitted) = self.next_in_line() {
                 let shared = self.clone();
-                running.spawn(async move {
-                    match next {
-                        Next::Run(admitted) => shared.run(&admitted).await,
-                        Next::Cancelled(admitted) => {
-                            let trace = Trace::begin(admitted.request.trace.as_ref(), &*shared.engine.spans);
-                            shared.record_unbegun(&admitted, trace).await
-                        }
-                    }
-                });
+                running.spawn(async move { shared.run(&admitted).await });
             }
             if running.is_empty() && self.state().is_drained() {
                 return Ok(());
@@ -72,20 +57,21 @@ impl Shared {
         }
     }
 
-    fn next_in_line(&self) -> Option<Next> {
+    /// A cycle whose turn has come, or one that was cancelled before that and is to be recorded.
+    fn next_in_line(&self) -> Option<Arc<Admitted>> {
         let mut state = self.state();
         if let Some(cancelled) = state.cancelled.pop_front() {
-            return Some(Next::Cancelled(cancelled));
+            return Some(cancelled);
         }
         if state.draining {
             return None;
         }
         let max = max_running(state.registry.len());
         let cycle_id = state.line.start_next(max)?;
-        state.live.get(&cycle_id).cloned().map(Next::Run)
+        state.live.get(&cycle_id).cloned()
     }
 
-    /// Runs a cycle whose turn has come.
+    /// Runs a cycle, unless it is cancelled before it begins, and has it recorded.
     async fn run(&self, admitted: &Arc<Admitted>) -> Result<(), StoreError> {
         let trace = Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans);
         let Some(begun) = self.begin(admitted, trace.id()).await? else {
@@ -110,11 +96,13 @@ impl Shared {
     /// Notes that a cycle begins, in a way that survives the death of this process, before any subsystem hears of it. `None`
     /// when it was cancelled before that.
     async fn begin(&self, admitted: &Arc<Admitted>, trace_id: Option<TraceId>) -> Result<Option<Begun>, StoreError> {
+        if admitted.cancel.is_cancelled() {
+            return Ok(None);
+        }
         // What was registered meanwhile counts too: so it is asked for again, and has then hardly to be waited for.
         self.plan().await;
         let (begun, written) = oneshot::channel();
-        let clock = self.clock;
-        let change = Begin { admitted: admitted.clone(), now: move || clock.now(), trace_id, begins: None, begun };
+        let change = Begin { admitted: admitted.clone(), clock: self.clock, trace_id, begins: None, begun };
         self.ask_to_write(Box::new(change)).await?;
         written.await.unwrap_or_else(|_| Err(self.store_ended()))
     }
@@ -179,7 +167,7 @@ impl Shared {
         state.draining = true;
         for admitted in state.live.values() {
             admitted.put_off(match error {
-                Some(error) => Refusal::StoreUnavailable(Some(admitted.cycle_id), error.clone()),
+                Some(error) => state.unavailable(admitted.cycle_id, error.clone()),
                 None => Refusal::Draining,
             });
         }
@@ -196,23 +184,20 @@ impl Shared {
 }
 
 /// A cycle begins.
-struct Begin<N> {
+struct Begin {
     admitted: Arc<Admitted>,
-    now: N,
+    clock: Clock,
     trace_id: Option<TraceId>,
     /// What is being written of it.
     begins: Option<Begun>,
     begun: oneshot::Sender<Result<Option<Begun>, StoreError>>,
 }
 
-impl<N: Fn() -> jiff::Timestamp + Send> ToWrite for Begin<N> {
+impl ToWrite for Begin {
     fn add_to(&mut self, write: &mut Write, _: &State) {
-        self.begins = None;
-        if !self.admitted.cancel.is_cancelled() {
-            let at = (self.now)();
-            self.begins = Some(Begun { at, trace_id: self.trace_id });
-            write.open.extend(self.begins.map(|begun| self.admitted.to_begun(begun)));
-        }
+        let is_cancelled = self.admitted.cancel.is_cancelled();
+        self.begins = (!is_cancelled).then(|| Begun { at: self.clock.now(), trace_id: self.trace_id });
+        write.open.extend(self.begins.map(|begun| self.admitted.to_begun(begun)));
     }
 
     fn insists(&self) -> Option<&Arc<Admitted>> {

@@ -45,11 +45,10 @@ impl Orchestrator {
         memory: &Shares,
         clock: Clock,
         subsystems: Arc<dyn Subsystems>,
-        (store, contents): (Arc<dyn Store>, Contents),
+        (store, mut contents): (Arc<dyn Store>, Contents),
         declared: Declared,
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, Tasks), Refusal> {
-        let mut contents = contents;
         let (now, begin) = (clock.now(), Instant::now());
         memory.outputs.set_max(settings.max_outputs_bytes);
         let hold = |bytes| memory.registry.try_hold(bytes).map_err(Refusal::RegistryMemoryFull);
@@ -74,7 +73,7 @@ impl Orchestrator {
             draining: false,
             counts: Counts::default(),
         };
-        match contents.last_record.clone() {
+        match contents.last_record.take() {
             Some(Ok(record)) => state.last = Some(Arc::new(record)),
             Some(Err(unreadable)) => state.tell_unreadable(&unreadable),
             None => {}

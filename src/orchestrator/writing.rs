@@ -101,6 +101,13 @@ where
     }
 }
 
+impl State {
+    /// The record of a cycle can't be written now. It is named if its number is noted.
+    pub(super) fn unavailable(&self, cycle_id: CycleId, error: StoreError) -> Refusal {
+        Refusal::StoreUnavailable(Some(cycle_id).filter(|id| *id <= self.noted), error)
+    }
+}
+
 impl Shared {
     /// Has a change written, and does the same in memory. `build` says what of subsystems and loops is written, from the state
     /// as it is then.
@@ -207,7 +214,6 @@ impl Shared {
         for change in &mut *batch {
             change.number(&mut last);
         }
-        let mut new = Vec::new();
         let state = self.state();
         // Each change makes it as durable as it has to be.
         let mut write = Write { epoch: self.engine.epoch, durability: Durability::Buffered, ..Write::default() };
@@ -218,7 +224,7 @@ impl Shared {
         let records = write.records.iter().map(|record| record.cycle_id);
         let known: HashSet<_> = write.open.iter().map(|open| open.cycle_id).chain(records).collect();
         let admitted = state.live.range(state.noted.next()..).map(|(_, admitted)| admitted);
-        new.extend(admitted.filter(|it| !known.contains(&it.cycle_id)).cloned());
+        let new: Vec<_> = admitted.filter(|it| !known.contains(&it.cycle_id)).cloned().collect();
         // The loss of power may hide what was written last. Then the next process takes the one id that may have been heard of
         // for interrupted, so there must not be two.
         if write.last_cycle_id > state.noted_durably.next() {
@@ -248,7 +254,7 @@ impl Shared {
             }
         }
         for admitted in again.iter().filter_map(|change| change.insists()) {
-            admitted.put_off(self.unavailable(admitted.cycle_id, error.clone()));
+            admitted.put_off(self.state().unavailable(admitted.cycle_id, error.clone()));
         }
         for change in failed {
             change.failed(error.clone());
@@ -287,11 +293,6 @@ impl Shared {
             return Ok(());
         }
         self.write(|_| Write { durability: Durability::Buffered, ..Write::default() }, |_| ()).await
-    }
-
-    /// The record of a cycle can't be written now. It is named if its number is noted.
-    pub(super) fn unavailable(&self, cycle_id: CycleId, error: StoreError) -> Refusal {
-        Refusal::StoreUnavailable(Some(cycle_id).filter(|id| *id <= self.state().noted), error)
     }
 
     fn final_error(&self) -> Option<StoreError> {
