@@ -1,28 +1,16 @@
 //! The one writer, over a store that does as it is told: what waits is committed together, and nothing is seen, nor lost, before
 //! that has come back. In the process, on paused time.
 
-#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
-
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
-use futures_util::future::BoxFuture;
-use jiff::Timestamp;
 use orchestrator_core::{
-    clock::Clock,
-    memory::{Memory, Shares},
-    model::{
-        Answer, Code, CycleId, CycleRequest, CycleState, Name, OverlapPolicy, Payload, Revision, Subsystem,
-        SubsystemSpec, Trigger,
-    },
-    orchestrator::{Declared, Orchestrator, Refusal, Settings, Stopped, Tasks, Ticket},
-    ports::{
-        CallError, Filter, Found, InitializeCall, Left, Page, PageLimits, Pruned, Record, Reply, Retention, RunCall,
-        Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
-    },
+    model::{CycleId, CycleState, Name, Revision},
+    orchestrator::{From, Orchestrator, Refusal, Settings, Stopped, Tasks, Ticket, WatchFilter},
+    ports::{Store, StoreError, Write},
     record, store,
 };
 use tokio::{
@@ -30,12 +18,13 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use crate::kit::{Around, Fleet, of, of_all, settings, start, subsystem};
+
 /// Decides over a commit.
 type Verdict = Box<dyn Fn(&Write) -> Result<(), StoreError> + Send>;
 
-/// A store in memory, whose commits wait until they are let go, and fail as scripted.
-struct Scripted {
-    inner: Arc<dyn Store>,
+/// What becomes of commits: they wait until they are let go, and fail as scripted.
+struct Script {
     /// A commit needs one of these.
     permits: Semaphore,
     verdicts: Mutex<VecDeque<Verdict>>,
@@ -43,7 +32,7 @@ struct Scripted {
     tried: Mutex<Vec<Vec<u64>>>,
 }
 
-impl Scripted {
+impl Script {
     /// From now on no commit waits.
     fn let_go(&self) {
         self.permits.add_permits(1000);
@@ -53,148 +42,57 @@ impl Scripted {
     fn judge(&self, verdicts: impl IntoIterator<Item = Verdict>) {
         self.verdicts.lock().unwrap().extend(verdicts);
     }
-}
 
-impl Store for Scripted {
-    fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(async move {
-            self.permits.acquire().await.unwrap().forget();
-            if !write.records.is_empty() {
-                let records = write.records.iter().map(|record| record.cycle_id.0).collect();
-                self.tried.lock().unwrap().push(records);
-                let verdict = self.verdicts.lock().unwrap().pop_front();
-                verdict.map_or(Ok(()), |verdict| verdict(&write))?;
-            }
-            self.inner.commit(write).await
-        })
-    }
-
-    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
-        self.inner.cycle(cycle_id)
-    }
-
-    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
-        self.inner.cycle_of_request(request_id)
-    }
-
-    fn cycles_before(
-        &self,
-        before: Revision,
-        filter: Filter,
-        page: PageLimits,
-    ) -> BoxFuture<'_, Result<Page, StoreError>> {
-        self.inner.cycles_before(before, filter, page)
-    }
-
-    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>> {
-        self.inner.cycles_after(revision, page)
-    }
-
-    fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
-        self.inner.prune(retention, now, limit)
-    }
-
-    fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
-        self.inner.size()
+    async fn verdict(&self, write: &Write) -> Result<(), StoreError> {
+        self.permits.acquire().await.unwrap().forget();
+        if write.records.is_empty() {
+            return Ok(());
+        }
+        let records = write.records.iter().map(|record| record.cycle_id.0).collect();
+        self.tried.lock().unwrap().push(records);
+        let verdict = self.verdicts.lock().unwrap().pop_front();
+        verdict.map_or(Ok(()), |verdict| verdict(write))
     }
 }
 
-/// Each call takes a second.
-struct Fleet;
-
-impl Subsystems for Fleet {
-    fn initialize<'a>(&'a self, _to: &'a Subsystem, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn run_cycle<'a>(&'a self, _to: &'a Subsystem, _call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
-        Box::pin(async {
-            sleep(Duration::from_secs(1)).await;
-            Ok(Reply { answer: Answer::default(), held: Memory::whole(0).try_hold(0).unwrap() })
-        })
-    }
-
-    fn get_status<'a>(&'a self, _of: &'a Subsystem, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
-        Box::pin(async { Err(CallError { code: Code::Unimplemented, message: String::new() }) })
-    }
-
-    fn forget(&self, _left: &[Left]) {}
-}
-
-fn named(name: &str) -> Subsystem {
-    let spec = SubsystemSpec { name: name.into(), endpoint: "http://127.0.0.1:1".into(), ..SubsystemSpec::default() };
-    Subsystem::from_spec(&spec).unwrap()
-}
-
-/// Asks for a cycle over all subsystems.
-fn of_all() -> CycleRequest {
-    CycleRequest {
-        trigger: Trigger::Manual,
-        scheduled_at: Timestamp::UNIX_EPOCH,
-        subset: None,
-        parameters: Payload::default(),
-        request_id: None,
-        overlap: OverlapPolicy::BufferAll,
-        deadline: None,
-        record_outputs: false,
-        trace: None,
-    }
-}
-
-/// An orchestrator over the subsystems `a`, `b` and `c`.
+/// An orchestrator over the subsystems `a`, `b` and `c`, of whose cycles two may wait.
 struct Stage {
-    store: Arc<Scripted>,
+    script: Arc<Script>,
+    store: Arc<dyn Store>,
     orchestrator: Orchestrator,
     tasks: Tasks,
 }
 
 impl Stage {
     async fn new() -> Self {
-        let (inner, contents) = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
-        let store = Arc::new(Scripted {
-            inner,
-            permits: Semaphore::new(4),
-            verdicts: Mutex::default(),
-            tried: Mutex::default(),
+        let (store, contents) = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
+        // Each registration, and the start, is a commit: from there on they wait.
+        let script =
+            Arc::new(Script { permits: Semaphore::new(4), verdicts: Mutex::default(), tried: Mutex::default() });
+        let judge = script.clone();
+        let commit = Box::new(move |store: Arc<dyn Store>, write: Arc<Write>| {
+            let judge = judge.clone();
+            Box::pin(async move {
+                judge.verdict(&write).await?;
+                store.commit(write).await
+            }) as _
         });
-        let settings = Settings {
-            orchestrator_id: "test".into(),
-            cycle_deadline: Duration::from_secs(10),
-            max_concurrent_calls: 10,
-            max_queued: 2,
-            max_record_bytes: 1 << 20,
-            max_outputs_bytes: 1 << 20,
-            max_subsystems: 100,
-            max_loops: 10,
-            max_watchers: 10,
-            retention: Retention::default(),
-        };
-        let (orchestrator, tasks) = Orchestrator::start(
-            settings,
-            &Shares::of(1 << 30),
-            Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap()),
-            Arc::new(Fleet),
-            (store.clone(), contents),
-            Declared::default(),
-            Arc::new(Untraced),
-        )
-        .await
-        .unwrap();
-        // Each of these, and the start, was a commit: from here on they wait.
+        let around = Arc::new(Around { inner: store.clone(), commit });
+        let settings = Settings { max_queued: 2, ..settings() };
+        let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), (around, contents)).await;
         for name in ["a", "b", "c"] {
-            orchestrator.register(named(name), None).await.unwrap();
+            orchestrator.register(subsystem(name), None).await.unwrap();
         }
-        Self { store, orchestrator, tasks }
+        Self { script, store, orchestrator, tasks }
     }
 
     async fn run(&self, name: &str) -> Ticket {
-        let subset = Some([Name::parse(name).unwrap()].into());
-        self.orchestrator.run_cycle(CycleRequest { subset, ..of_all() }, false).await.unwrap()
+        self.orchestrator.run_cycle(of(&[name]), false).await.unwrap()
     }
 
     /// Lets so many commits go, and waits for what comes of it.
     async fn after_commits(&self, commits: usize) {
-        self.store.permits.add_permits(commits);
+        self.script.permits.add_permits(commits);
         sleep(Duration::from_secs(2)).await;
     }
 
@@ -202,11 +100,11 @@ impl Stage {
     async fn three_ended(&self) -> [Ticket; 3] {
         let tickets = [self.run("a").await, self.run("b").await, self.run("c").await];
         while self.orchestrator.status().running.len() < 3 {
-            self.store.permits.add_permits(1);
+            self.script.permits.add_permits(1);
             sleep(Duration::from_millis(10)).await;
         }
         sleep(Duration::from_secs(2)).await;
-        assert!(self.store.tried.lock().unwrap().is_empty());
+        assert!(self.script.tried.lock().unwrap().is_empty());
         tickets
     }
 
@@ -223,12 +121,7 @@ fn full(_: &Write) -> Result<(), StoreError> {
 #[tokio::test(start_paused = true)]
 async fn nothing_is_seen_before_its_commit_has_returned() {
     let stage = Stage::new().await;
-    let mut watcher = stage.orchestrator.watch(
-        orchestrator_core::orchestrator::From::Now,
-        orchestrator_core::orchestrator::WatchFilter::default(),
-        false,
-    );
-    let watcher = watcher.as_mut().unwrap();
+    let mut watcher = stage.orchestrator.watch(From::Now, WatchFilter::default(), false).unwrap();
     // Up to date.
     watcher.next().await.unwrap();
     let ticket = stage.run("a").await;
@@ -251,7 +144,7 @@ async fn cycles_that_end_together_share_a_commit() {
     // One commit is in flight, with what had ended when it was made. The next one has the rest.
     stage.after_commits(2).await;
     assert!(tickets.iter().all(|ticket| ticket.record_now().is_some()));
-    let tried = stage.store.tried.lock().unwrap();
+    let tried = stage.script.tried.lock().unwrap();
     let mut recorded = tried.concat();
     recorded.sort_unstable();
     assert_eq!(recorded, [1, 2, 3]);
@@ -263,12 +156,12 @@ async fn what_a_cycle_needs_written_is_tried_again_and_other_changes_fail_with_t
     let stage = Stage::new().await;
     let ticket = stage.run("a").await;
     stage.after_commits(1).await;
-    stage.store.judge([Box::new(full) as Verdict, Box::new(full)]);
+    stage.script.judge([Box::new(full) as Verdict, Box::new(full)]);
     let orchestrator = stage.orchestrator.clone();
-    let registering = tokio::spawn(async move { orchestrator.register(named("d"), None).await });
+    let registering = tokio::spawn(async move { orchestrator.register(subsystem("d"), None).await });
     // The record waits for this commit, and the registration behind it.
     sleep(Duration::from_millis(10)).await;
-    stage.store.let_go();
+    stage.script.let_go();
     let refused = ticket.recorded().await;
     assert!(matches!(refused, Err(Refusal::StoreUnavailable(Some(CycleId(1)), _))), "{refused:?}");
     let refused = registering.await.unwrap();
@@ -277,8 +170,8 @@ async fn what_a_cycle_needs_written_is_tried_again_and_other_changes_fail_with_t
     sleep(Duration::from_secs(1)).await;
     assert_eq!(stage.orchestrator.cycle(CycleId(1)).await.unwrap().revision, Revision(1));
     assert!(stage.orchestrator.status().store_error.is_none());
-    assert_eq!(*stage.store.tried.lock().unwrap(), [[1], [1], [1]]);
-    stage.orchestrator.register(named("d"), None).await.unwrap();
+    assert_eq!(*stage.script.tried.lock().unwrap(), [[1], [1], [1]]);
+    stage.orchestrator.register(subsystem("d"), None).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -290,8 +183,8 @@ async fn of_changes_that_can_not_be_written_together_only_the_one_to_blame_fails
         let unusable = || StoreError::Unusable("memory:".into(), "as scripted".into());
         if is_to_blame { Err(unusable()) } else { Ok(()) }
     };
-    stage.store.judge((0..10).map(|_| Box::new(judge) as Verdict));
-    stage.store.let_go();
+    stage.script.judge((0..10).map(|_| Box::new(judge) as Verdict));
+    stage.script.let_go();
     let ended = timeout(Duration::from_secs(10), stage.tasks.finished()).await.unwrap();
     assert!(matches!(ended, Err(Stopped::Store(StoreError::Unusable(..)))), "{ended:?}");
     for ticket in tickets {
@@ -308,7 +201,7 @@ async fn a_cycle_that_is_cancelled_while_its_beginning_is_written_calls_nobody()
     let orchestrator = stage.orchestrator.clone();
     let cancelling = tokio::spawn(async move { orchestrator.cancel_cycle(CycleId(1)).await });
     sleep(Duration::from_millis(10)).await;
-    stage.store.let_go();
+    stage.script.let_go();
     let record = cancelling.await.unwrap().unwrap();
     assert_eq!((record.state, record.revision), (CycleState::Cancelled, Revision(1)));
     assert_eq!(ticket.recorded().await.unwrap().revision, Revision(1));
@@ -329,7 +222,7 @@ async fn cancelled_cycles_count_as_waiting_until_they_are_recorded() {
     }
     let refused = stage.orchestrator.run_cycle(of_all(), false).await;
     assert!(matches!(refused, Err(Refusal::QueueFull(2))), "{refused:?}");
-    stage.store.let_go();
+    stage.script.let_go();
     sleep(Duration::from_secs(1)).await;
     let record = stage.orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
     assert_eq!((record.cycle_id, record.state), (CycleId(4), CycleState::Succeeded));

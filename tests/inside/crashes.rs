@@ -1,0 +1,225 @@
+//! The process dies at each of its commits in turn, before and after the store has kept it, with cycles side by side and others
+//! that wait. What the next process finds must be whole: each number once, and nothing lost that somebody was told of.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use crate::kit::{Around, Fleet, Heard, of, of_all, settings, start, subsystem};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use orchestrator_core::{
+    model::{CycleId, CycleRequest, CycleState, Revision},
+    orchestrator::{Orchestrator, Tasks},
+    ports::{Contents, Filter, Stage, Store, StoreError, Write},
+    record::{self, Participation},
+    store,
+};
+use tokio::{
+    runtime::Builder,
+    select,
+    sync::Notify,
+    task::{JoinSet, yield_now},
+    time::sleep,
+};
+
+/// A commit at which the process dies: after this number of others.
+#[derive(Clone, Copy, Debug)]
+struct Death {
+    after: usize,
+    /// The store keeps it, and nobody learns of that.
+    is_kept: bool,
+}
+
+/// What callers and readers were told before the process died.
+#[derive(Default)]
+struct Told {
+    /// Cycles whose asynchronous start was acknowledged.
+    promised: Mutex<BTreeSet<CycleId>>,
+    /// Records that were answered.
+    answered: Mutex<BTreeMap<CycleId, Bytes>>,
+    /// What each walk through the history found, newest first.
+    walks: Mutex<Vec<Vec<(Revision, CycleId)>>>,
+}
+
+/// Opens the store, once the process before has let it go.
+async fn open(path: &Path) -> (Arc<dyn Store>, Contents) {
+    loop {
+        match store::open(&store::StoreUrl::Sqlite(path.into()), record::check).await {
+            Err(StoreError::InUse(..)) => yield_now().await,
+            opened => return opened.unwrap(),
+        }
+    }
+}
+
+/// The store, whose process dies as scripted: that commit never returns, and none after it.
+fn dying(inner: Arc<dyn Store>, death: Death, died: Arc<Notify>) -> Arc<dyn Store> {
+    let commits = AtomicUsize::new(0);
+    let commit = move |inner: Arc<dyn Store>, write: Arc<Write>| {
+        let (nth, died) = (commits.fetch_add(1, Ordering::Relaxed), died.clone());
+        let commit: BoxFuture<'static, Result<(), StoreError>> = Box::pin(async move {
+            if nth < death.after {
+                return inner.commit(write).await;
+            }
+            if nth == death.after && death.is_kept {
+                inner.commit(write).await.unwrap();
+            }
+            died.notify_one();
+            std::future::pending().await
+        });
+        commit
+    };
+    Arc::new(Around { inner, commit: Box::new(commit) })
+}
+
+/// Runs a cycle as a caller that waits, or as one that only waits for the acknowledgement.
+async fn ask(orchestrator: Orchestrator, told: Arc<Told>, request: CycleRequest, is_async: bool) {
+    let Ok(ticket) = orchestrator.run_cycle(request, is_async).await else { return };
+    if is_async {
+        told.promised.lock().unwrap().insert(ticket.cycle_id);
+    }
+    if let Ok(record) = ticket.recorded().await {
+        told.answered.lock().unwrap().insert(record.cycle_id, record.bytes.clone());
+    }
+}
+
+/// Goes through the whole history, two records a page.
+async fn walk(orchestrator: &Orchestrator) -> Vec<(Revision, CycleId)> {
+    let (mut found, mut before) = (Vec::new(), None);
+    loop {
+        let page = orchestrator.cycles(before, Filter::default(), Participation::default(), 2).await.unwrap();
+        found.extend(page.records.iter().map(|record| record.as_ref().unwrap()).map(|it| (it.revision, it.cycle_id)));
+        before = page.next;
+        if before.is_none() {
+            return found;
+        }
+    }
+}
+
+/// Four cycles that share nothing, and three that wait for them and that nobody waits for, until all are recorded or the process dies.
+async fn live(orchestrator: Orchestrator, told: &Arc<Told>) {
+    let mut asked = JoinSet::new();
+    for name in ["a", "b", "c", "d"] {
+        asked.spawn(ask(orchestrator.clone(), told.clone(), of(&[name]), false));
+        // In this order.
+        yield_now().await;
+    }
+    for (i, names) in [&["a", "b"][..], &["c"], &["a", "b", "c", "d"]].into_iter().enumerate() {
+        let request = CycleRequest { request_id: Some(format!("request-{i}")), ..of(names) };
+        asked.spawn(ask(orchestrator.clone(), told.clone(), request, true));
+    }
+    let walking = async {
+        loop {
+            let found = walk(&orchestrator).await;
+            told.walks.lock().unwrap().push(found);
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    select! {
+        all = asked.join_all() => drop(all),
+        () = walking => {}
+    }
+}
+
+async fn end(orchestrator: Orchestrator, mut tasks: Tasks) {
+    orchestrator.drain();
+    tasks.finished().await.unwrap();
+}
+
+/// What a process does, as long as it lives. With it all of its tasks are gone, wherever they were.
+fn process<T>(life: impl Future<Output = T>) -> T {
+    let runtime = Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(life)
+}
+
+/// Has a process die there, and looks at what the next one makes of it. Whether the process came to that commit.
+fn dies_at(death: Death) -> bool {
+    let home = tempfile::tempdir().unwrap();
+    let (fleet, told) = (Arc::new(Fleet::default()), Arc::new(Told::default()));
+    let path = home.path().join("orchestrator.db");
+    process(async {
+        let (orchestrator, tasks) = start(settings(), fleet.clone(), open(&path).await).await;
+        for name in ["a", "b", "c", "d"] {
+            orchestrator.register(subsystem(name), None).await.unwrap();
+        }
+        end(orchestrator, tasks).await;
+    });
+    let came_to_it = process(async {
+        let died = Arc::new(Notify::new());
+        let (inner, contents) = open(&path).await;
+        let store = dying(inner, death, died.clone());
+        let life = async {
+            let (orchestrator, tasks) = start(settings(), fleet.clone(), (store, contents)).await;
+            live(orchestrator.clone(), &told).await;
+            end(orchestrator, tasks).await;
+        };
+        select! {
+            () = life => false,
+            () = died.notified() => true,
+        }
+    });
+    process(holds_after(death, &path, &fleet, &told));
+    came_to_it
+}
+
+/// Starts the next process, and holds the history against what was told before.
+async fn holds_after(death: Death, path: &Path, fleet: &Arc<Fleet>, told: &Told) {
+    let (store, contents) = open(path).await;
+    let called: BTreeSet<_> = fleet.heard.lock().unwrap().iter().map(|heard| heard.cycle_id).collect();
+    let promised = mem::take(&mut *told.promised.lock().unwrap());
+    // No number was told before it was noted.
+    let noted = contents.last_cycle_id;
+    assert!(called.iter().chain(&promised).all(|told| *told <= noted), "{death:?}");
+    let open: BTreeMap<_, _> = contents.open.iter().map(|open| (open.cycle_id, open.stage.clone())).collect();
+    let (orchestrator, tasks) = start(settings(), fleet.clone(), (store, contents)).await;
+    // Its turn is after all that wait.
+    let last = orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
+    assert_eq!(last.cycle_id, noted.next(), "{death:?}");
+
+    // Each number once, and each revision.
+    let history = walk(&orchestrator).await;
+    let revisions: Vec<_> = history.iter().rev().map(|(revision, _)| revision.0).collect();
+    assert_eq!(revisions, (1..=last.cycle_id.0).collect::<Vec<_>>(), "{death:?}");
+    let ids: BTreeSet<_> = history.iter().map(|(_, cycle_id)| cycle_id.0).collect();
+    assert_eq!(ids, (1..=last.cycle_id.0).collect(), "{death:?}");
+    // Each walk found all that was recorded by then, and what it found stands.
+    for found in &*told.walks.lock().unwrap() {
+        assert_eq!(history[history.len() - found.len()..], found[..], "{death:?}");
+    }
+    let answered = mem::take(&mut *told.answered.lock().unwrap());
+    for (cycle_id, bytes) in answered {
+        assert_eq!(orchestrator.cycle(cycle_id).await.unwrap().bytes, bytes, "{death:?}");
+    }
+    // What had begun is interrupted; what had only waited was run now.
+    for cycle_id in promised.iter().chain(open.keys()) {
+        let state = orchestrator.cycle(*cycle_id).await.unwrap().state;
+        let expected = match open.get(cycle_id) {
+            Some(Stage::Begun(_)) => CycleState::Interrupted,
+            _ => CycleState::Succeeded,
+        };
+        assert_eq!(state, expected, "{death:?} {cycle_id}");
+    }
+    // No cycle ran in two processes, nor a subsystem twice in one.
+    let mut calls = BTreeSet::new();
+    for Heard { name, cycle_id, .. } in &*fleet.heard.lock().unwrap() {
+        assert!(calls.insert((name.clone(), *cycle_id)), "{death:?}: {name} was called twice for cycle {cycle_id}");
+    }
+    end(orchestrator, tasks).await;
+}
+
+#[test]
+fn a_process_that_dies_at_any_commit_leaves_each_number_once_and_loses_nothing_that_was_told() {
+    // The start, the beginnings, the acknowledgements and the records; not always in as many commits.
+    let mut commits = 0;
+    while [false, true].into_iter().filter(|is_kept| dies_at(Death { after: commits, is_kept: *is_kept })).count() > 0 {
+        commits += 1;
+    }
+    assert!(commits > 10, "{commits}");
+}

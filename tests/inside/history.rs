@@ -1,0 +1,109 @@
+//! What is kept of the history as time passes, and how pages go through it meanwhile.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use orchestrator_core::{
+    model::{CycleId, CycleState},
+    orchestrator::{Orchestrator, Refusal, Settings, Tasks},
+    ports::{Filter, Retention, RetentionRule},
+    record::{self, Participation},
+    store,
+};
+use tokio::time::sleep;
+
+use crate::kit::{Fleet, of, settings, start, subsystem};
+
+const MINUTE: Duration = Duration::from_mins(1);
+
+async fn keeping(retention: Retention) -> (Orchestrator, Tasks) {
+    let store = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
+    let settings = Settings { retention, ..settings() };
+    let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
+    orchestrator.register(subsystem("a"), None).await.unwrap();
+    (orchestrator, tasks)
+}
+
+/// Runs a cycle, which takes a second, and cancels it if it is to end so.
+async fn run(orchestrator: &Orchestrator, state: CycleState) {
+    let ticket = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
+    if state == CycleState::Cancelled {
+        orchestrator.cancel_cycle(ticket.cycle_id).await.unwrap();
+    }
+    assert_eq!(ticket.recorded().await.unwrap().state, state);
+}
+
+/// The cycles that are retained, the newest first.
+async fn retained(orchestrator: &Orchestrator) -> Vec<u64> {
+    let page = orchestrator.cycles(None, Filter::default(), Participation::default(), 1000).await.unwrap();
+    page.records.into_iter().map(|record| record.unwrap().cycle_id.0).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn records_go_by_their_age_but_the_newest_one_stays() {
+    let rule = RetentionRule { max_cycles: None, max_age: Some(10 * MINUTE) };
+    let (orchestrator, _tasks) = keeping(Retention { default: rule, ..Retention::default() }).await;
+    run(&orchestrator, CycleState::Succeeded).await;
+    sleep(5 * MINUTE).await;
+    run(&orchestrator, CycleState::Succeeded).await;
+    run(&orchestrator, CycleState::Succeeded).await;
+    sleep(4 * MINUTE).await;
+    assert_eq!(retained(&orchestrator).await, [3, 2, 1]);
+    sleep(2 * MINUTE).await;
+    assert_eq!(retained(&orchestrator).await, [3, 2]);
+    assert!(matches!(orchestrator.cycle(CycleId(1)).await, Err(Refusal::CycleNotFound(CycleId(1)))));
+    sleep(60 * MINUTE).await;
+    assert_eq!(retained(&orchestrator).await, [3]);
+    // What is gone still counts, and its number is not given again.
+    assert_eq!(orchestrator.status().total_cycles, 3);
+    run(&orchestrator, CycleState::Succeeded).await;
+    assert_eq!(retained(&orchestrator).await[0], 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_state_with_a_rule_of_its_own_is_kept_by_that_one_only() {
+    let few = |max_cycles| RetentionRule { max_cycles: Some(max_cycles), max_age: None };
+    let by_state = BTreeMap::from([(CycleState::Cancelled, few(3))]);
+    let (orchestrator, _tasks) = keeping(Retention { default: few(2), by_state }).await;
+    for _ in 0..5 {
+        run(&orchestrator, CycleState::Cancelled).await;
+        run(&orchestrator, CycleState::Succeeded).await;
+    }
+    sleep(2 * MINUTE).await;
+    assert_eq!(retained(&orchestrator).await, [10, 9, 8, 7, 5]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_walk_by_pages_finds_each_record_once_while_others_are_recorded() {
+    let (orchestrator, _tasks) = keeping(Retention::default()).await;
+    for _ in 0..10 {
+        run(&orchestrator, CycleState::Succeeded).await;
+    }
+    let (mut found, mut before) = (Vec::new(), None);
+    loop {
+        let page = orchestrator.cycles(before, Filter::default(), Participation::default(), 3).await.unwrap();
+        found.extend(page.records.into_iter().map(|record| record.unwrap().revision.0));
+        let Some(next) = page.next else { break };
+        before = Some(next);
+        run(&orchestrator, CycleState::Succeeded).await;
+    }
+    assert_eq!(found, (1..=10).rev().collect::<Vec<_>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_live_cycle_is_not_finished_one_that_never_was_is_not_found() {
+    let (orchestrator, _tasks) = keeping(Retention::default()).await;
+    let runs = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
+    let waits = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
+    for ticket in [&runs, &waits] {
+        let refused = orchestrator.cycle(ticket.cycle_id).await;
+        assert!(matches!(refused, Err(Refusal::CycleNotFinished(id)) if id == ticket.cycle_id), "{refused:?}");
+    }
+    for never in [CycleId(0), CycleId(3)] {
+        assert!(matches!(orchestrator.cycle(never).await, Err(Refusal::CycleNotFound(id)) if id == never));
+        assert!(matches!(orchestrator.cancel_cycle(never).await, Err(Refusal::CycleNotFound(id)) if id == never));
+    }
+    runs.recorded().await.unwrap();
+    let refused = orchestrator.cancel_cycle(CycleId(1)).await;
+    assert!(matches!(refused, Err(Refusal::CycleFinished(CycleId(1)))), "{refused:?}");
+    waits.recorded().await.unwrap();
+}

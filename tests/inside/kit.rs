@@ -1,0 +1,156 @@
+//! What the tests share.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+use orchestrator_core::{
+    clock::Clock,
+    memory::{Memory, Shares},
+    model::{
+        Answer, Code, CycleId, CycleRequest, Epoch, Name, OverlapPolicy, Payload, Revision, Subsystem, SubsystemSpec,
+        Trigger,
+    },
+    orchestrator::{Declared, Orchestrator, Settings, Tasks},
+    ports::{
+        CallError, Contents, Filter, Found, InitializeCall, Left, Page, PageLimits, Pruned, Record, Reply, Retention,
+        RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
+    },
+};
+use tokio::time::sleep;
+
+/// What becomes of a commit.
+pub(crate) type Commit =
+    dyn Fn(Arc<dyn Store>, Arc<Write>) -> BoxFuture<'static, Result<(), StoreError>> + Send + Sync + 'static;
+
+/// A store whose commits go the way of a test, and all else the usual way.
+pub(crate) struct Around {
+    pub(crate) inner: Arc<dyn Store>,
+    pub(crate) commit: Box<Commit>,
+}
+
+impl Store for Around {
+    fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
+        (self.commit)(self.inner.clone(), write)
+    }
+
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+        self.inner.cycle(cycle_id)
+    }
+
+    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+        self.inner.cycle_of_request(request_id)
+    }
+
+    fn cycles_before(
+        &self,
+        before: Revision,
+        filter: Filter,
+        page: PageLimits,
+    ) -> BoxFuture<'_, Result<Page, StoreError>> {
+        self.inner.cycles_before(before, filter, page)
+    }
+
+    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>> {
+        self.inner.cycles_after(revision, page)
+    }
+
+    fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
+        self.inner.prune(retention, now, limit)
+    }
+
+    fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
+        self.inner.size()
+    }
+}
+
+/// A call that a subsystem received.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Heard {
+    pub(crate) name: String,
+    pub(crate) cycle_id: CycleId,
+    pub(crate) epoch: Epoch,
+}
+
+/// Subsystems that answer after a second, and note what they were called for.
+#[derive(Default)]
+pub(crate) struct Fleet {
+    pub(crate) heard: Mutex<Vec<Heard>>,
+}
+
+impl Subsystems for Fleet {
+    fn initialize<'a>(&'a self, _to: &'a Subsystem, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
+        let heard = Heard { name: to.name.to_string(), cycle_id: call.cycle_id, epoch: call.epoch };
+        self.heard.lock().unwrap().push(heard);
+        Box::pin(async {
+            sleep(Duration::from_secs(1)).await;
+            Ok(Reply { answer: Answer::default(), held: Memory::whole(0).try_hold(0).unwrap() })
+        })
+    }
+
+    fn get_status<'a>(&'a self, _of: &'a Subsystem, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
+        Box::pin(async { Err(CallError { code: Code::Unimplemented, message: String::new() }) })
+    }
+
+    fn forget(&self, _left: &[Left]) {}
+}
+
+pub(crate) fn subsystem(name: &str) -> Subsystem {
+    let spec = SubsystemSpec { name: name.into(), endpoint: "http://127.0.0.1:1".into(), ..SubsystemSpec::default() };
+    Subsystem::from_spec(&spec).unwrap()
+}
+
+/// Asks for a cycle over all subsystems.
+pub(crate) fn of_all() -> CycleRequest {
+    CycleRequest {
+        trigger: Trigger::Manual,
+        scheduled_at: Timestamp::UNIX_EPOCH,
+        subset: None,
+        parameters: Payload::default(),
+        request_id: None,
+        overlap: OverlapPolicy::BufferAll,
+        deadline: None,
+        record_outputs: false,
+        trace: None,
+    }
+}
+
+/// Asks for a cycle over these subsystems.
+pub(crate) fn of(names: &[&str]) -> CycleRequest {
+    let subset: Vec<_> = names.iter().map(|name| Name::parse(name).unwrap()).collect();
+    CycleRequest { subset: Some(subset.into()), ..of_all() }
+}
+
+pub(crate) fn settings() -> Settings {
+    Settings {
+        orchestrator_id: "test".into(),
+        cycle_deadline: Duration::from_secs(10),
+        max_concurrent_calls: 10,
+        max_queued: 100,
+        max_record_bytes: 1 << 20,
+        max_outputs_bytes: 1 << 20,
+        max_subsystems: 100,
+        max_loops: 10,
+        max_watchers: 10,
+        retention: Retention::default(),
+    }
+}
+
+/// An orchestrator over a store that was opened.
+pub(crate) async fn start(
+    settings: Settings,
+    fleet: Arc<Fleet>,
+    store: (Arc<dyn Store>, Contents),
+) -> (Orchestrator, Tasks) {
+    let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
+    let memory = Shares::of(1 << 30);
+    let spans = Arc::new(Untraced);
+    Orchestrator::start(settings, &memory, clock, fleet, store, Declared::default(), spans).await.unwrap()
+}

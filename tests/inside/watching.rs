@@ -1,0 +1,192 @@
+//! A watcher's cursor: every record once and in order, wherever it reads it from.
+
+use std::{sync::Arc, time::Duration};
+
+use orchestrator_core::{
+    model::{CycleId, CycleState, Name, Revision},
+    orchestrator::{Event, From, Orchestrator, Refusal, Settings, Tasks, WatchFilter, Watcher},
+    ports::{Filter, Retention, RetentionRule},
+    record::{self, Participation},
+    store,
+};
+use tokio::time::{Instant, timeout};
+
+use crate::kit::{Fleet, of, settings, start, subsystem};
+
+/// More records than are kept at hand for watchers.
+const MANY: u64 = 600;
+
+/// An orchestrator over the subsystems `a` to `d`.
+async fn stage(settings: Settings) -> (Orchestrator, Tasks) {
+    let store = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
+    let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
+    for name in ["a", "b", "c", "d"] {
+        orchestrator.register(subsystem(name), None).await.unwrap();
+    }
+    (orchestrator, tasks)
+}
+
+/// Records this number of cycles, of `a` to `d` in turn, four side by side.
+async fn record(orchestrator: &Orchestrator, cycles: u64) {
+    let mut left = cycles;
+    while left > 0 {
+        let mut tickets = Vec::new();
+        for name in ["a", "b", "c", "d"].into_iter().take(usize::try_from(left).unwrap()) {
+            tickets.push(orchestrator.run_cycle(of(&[name]), false).await.unwrap());
+        }
+        left -= tickets.len() as u64;
+        for ticket in tickets {
+            ticket.recorded().await.unwrap();
+        }
+    }
+}
+
+/// What a watcher is given next: a revision, or `None` for a bookmark.
+async fn next(watcher: &mut Watcher) -> Result<Option<Revision>, Refusal> {
+    match watcher.next().await? {
+        Event::Recorded(record) => Ok(Some(record.revision)),
+        Event::Bookmark(_) => Ok(None),
+        event => panic!("{event:?}"),
+    }
+}
+
+async fn revisions(watcher: &mut Watcher, count: usize) -> Vec<u64> {
+    let mut revisions = Vec::new();
+    while revisions.len() < count {
+        revisions.extend(next(watcher).await.unwrap().map(|revision| revision.0));
+    }
+    revisions
+}
+
+#[tokio::test(start_paused = true)]
+async fn from_wherever_it_begins_a_watcher_gets_each_later_record_once_and_in_order() {
+    let (orchestrator, _tasks) = stage(settings()).await;
+    record(&orchestrator, MANY).await;
+    let watch = |from| orchestrator.watch(from, WatchFilter::default(), false).unwrap();
+    let mut now = watch(From::Now);
+    // The first ones are read from the store, the last ones are at hand.
+    for (from, first) in [(From::Oldest, 1), (From::After(Revision(0)), 1), (From::After(Revision(MANY - 3)), MANY - 2)]
+    {
+        let expected: Vec<_> = (first..=MANY).collect();
+        let mut watcher = watch(from);
+        assert_eq!(revisions(&mut watcher, expected.len()).await, expected, "{from:?}");
+        // It is told once that it is up to date.
+        assert_eq!(next(&mut watcher).await.unwrap(), None, "{from:?}");
+    }
+    assert_eq!(next(&mut now).await.unwrap(), None);
+    record(&orchestrator, 5).await;
+    assert_eq!(revisions(&mut now, 5).await, (MANY + 1..=MANY + 5).collect::<Vec<_>>());
+    // It has fallen behind by more than what is at hand.
+    record(&orchestrator, MANY).await;
+    assert_eq!(revisions(&mut now, 600).await, (MANY + 6..=2 * MANY + 5).collect::<Vec<_>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_filter_leaves_out_records_of_the_store_and_of_those_at_hand_alike() {
+    let (orchestrator, _tasks) = stage(settings()).await;
+    record(&orchestrator, MANY).await;
+    let of_b = WatchFilter {
+        participation: Participation { subsystems: [Name::parse("b").unwrap()].into(), ..Participation::default() },
+        ..WatchFilter::default()
+    };
+    let mut watcher = orchestrator.watch(From::Oldest, of_b, false).unwrap();
+    for revision in revisions(&mut watcher, 150).await {
+        let page = orchestrator.cycles(Some(Revision(revision + 1)), Filter::default(), Participation::default(), 1);
+        let record = page.await.unwrap().records.remove(0).unwrap();
+        // The second of each four.
+        assert_eq!(record.cycle_id.0 % 4, 2);
+    }
+    assert_eq!(next(&mut watcher).await.unwrap(), None);
+    let failed = WatchFilter { states: vec![CycleState::Failed], ..WatchFilter::default() };
+    let mut watcher = orchestrator.watch(From::Oldest, failed, false).unwrap();
+    assert_eq!(next(&mut watcher).await.unwrap(), None, "nothing has failed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watcher_that_has_nothing_to_read_is_sent_a_bookmark_every_thirty_seconds() {
+    let (orchestrator, _tasks) = stage(settings()).await;
+    record(&orchestrator, 1).await;
+    let mut watcher = orchestrator.watch(From::Oldest, WatchFilter::default(), false).unwrap();
+    assert_eq!(next(&mut watcher).await.unwrap(), Some(Revision(1)));
+    for wait in [0, 30, 30] {
+        let asked = Instant::now();
+        let Event::Bookmark(up_to) = watcher.next().await.unwrap() else { panic!("a record came") };
+        assert_eq!((up_to, asked.elapsed().as_secs()), (Revision(1), wait));
+    }
+    // A client that comes back with it misses nothing.
+    record(&orchestrator, 1).await;
+    let mut again = orchestrator.watch(From::After(Revision(1)), WatchFilter::default(), false).unwrap();
+    assert_eq!(next(&mut again).await.unwrap(), Some(Revision(2)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watcher_whose_next_record_was_removed_is_refused_with_what_there_is() {
+    let rule = RetentionRule { max_cycles: Some(10), max_age: None };
+    let settings = Settings { retention: Retention { default: rule, ..Retention::default() }, ..settings() };
+    let (orchestrator, _tasks) = stage(settings).await;
+    let mut behind = orchestrator.watch(From::Oldest, WatchFilter::default(), false).unwrap();
+    assert_eq!(next(&mut behind).await.unwrap(), None);
+    record(&orchestrator, MANY).await;
+    // The next look at what is to be kept.
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    let oldest = orchestrator.status().oldest_revision;
+    assert_eq!(oldest, Revision(MANY - 9));
+    let is_refused = |refused: Refusal, asked: u64| {
+        let gone = Refusal::RevisionNotRetained { after: Revision(asked), oldest, newest: Revision(MANY) };
+        assert_eq!(format!("{refused:?}"), format!("{gone:?}"));
+    };
+    is_refused(next(&mut behind).await.unwrap_err(), 0);
+    for after in [0, MANY - 11, MANY + 1] {
+        let refused = orchestrator.watch(From::After(Revision(after)), WatchFilter::default(), false);
+        is_refused(refused.err().unwrap(), after);
+    }
+    let mut oldest = orchestrator.watch(From::After(Revision(MANY - 10)), WatchFilter::default(), false).unwrap();
+    assert_eq!(next(&mut oldest).await.unwrap(), Some(Revision(MANY - 9)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_cycle_sends_comes_before_its_record_and_goes_on_beside_those_of_others() {
+    let (orchestrator, _tasks) = stage(settings()).await;
+    let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
+    let mut started = Vec::new();
+    let mut recorded = Vec::new();
+    for name in ["a", "b", "c"] {
+        orchestrator.run_cycle(of(&[name]), false).await.unwrap();
+    }
+    while recorded.len() < 3 {
+        match watcher.next().await.unwrap() {
+            Event::Started(event, up_to) => {
+                assert_eq!(up_to.0, recorded.len() as u64);
+                started.push(event.cycle.cycle_id);
+            }
+            Event::Progress(event, ..) => {
+                assert!(started.contains(&event.cycle.cycle_id) && !recorded.contains(&event.cycle.cycle_id));
+            }
+            Event::Recorded(record) => {
+                assert!(started.contains(&record.cycle_id));
+                recorded.push(record.cycle_id);
+            }
+            Event::Bookmark(_) => {}
+            Event::Unreadable(unreadable) => panic!("{unreadable}"),
+        }
+    }
+    started.sort();
+    assert_eq!(started, [CycleId(1), CycleId(2), CycleId(3)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn watchers_are_limited_in_number_and_end_with_the_process_after_its_last_record() {
+    let (orchestrator, mut tasks) = stage(Settings { max_watchers: 2, ..settings() }).await;
+    let watch = || orchestrator.watch(From::Now, WatchFilter::default(), false);
+    let (first, mut second) = (watch().unwrap(), watch().unwrap());
+    assert!(matches!(watch().err(), Some(Refusal::TooManyWatchers(2))));
+    drop(first);
+    drop(watch().unwrap());
+    assert_eq!(next(&mut second).await.unwrap(), None);
+    let ticket = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
+    assert!(timeout(Duration::from_millis(500), ticket.recorded()).await.is_err(), "it runs");
+    orchestrator.drain();
+    tasks.finished().await.unwrap();
+    assert_eq!(next(&mut second).await.unwrap(), Some(Revision(1)));
+    assert!(matches!(next(&mut second).await, Err(Refusal::Draining)));
+}
