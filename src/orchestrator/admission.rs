@@ -10,13 +10,13 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Refusal, Shared, State, aside,
+    Orchestrator, Refusal, Shared, State,
     line::{Locks, max_running},
 };
 use crate::{
     memory::Held,
-    model::{CycleId, CycleRequest, Name, OverlapPolicy, TraceId, Trigger},
-    ports::{OpenCycle, Record, Stage},
+    model::{CycleId, CycleRequest, OverlapPolicy, TraceId, Trigger},
+    ports::{OpenCycle, Record, Stage, Write},
     record,
 };
 
@@ -220,6 +220,51 @@ impl State {
     }
 }
 
+impl Orchestrator {
+    /// Admits a cycle, or finds the one that an earlier call with the same request id started. With `durably` it is
+    /// known to the store before this returns, and recorded whatever happens then.
+    ///
+    /// # Errors
+    /// An unknown subsystem, or what the overlap policy says.
+    pub async fn run_cycle(&self, request: CycleRequest, durably: bool) -> Result<Ticket, Refusal> {
+        // The last write waits for it.
+        let _change = durably.then(|| self.0.changes.token());
+        let admitted = match self.0.admit_once(request, durably).await {
+            Ok(Asked::Recorded(record)) => return Ok(Ticket::of_record(record)),
+            Ok(Asked::Live(admitted)) => admitted,
+            Err(refusal) => {
+                self.0.note_named_by(&refusal).await?;
+                return Err(refusal);
+            }
+        };
+        if durably && self.0.state().noted_durably < admitted.cycle_id {
+            // A durable write, whatever is in it, notes all that is admitted.
+            let written = self.0.write(|_| Write::default(), |_| ()).await;
+            written.map_err(|error| self.0.state().unavailable(admitted.cycle_id, error))?;
+        }
+        Ok(admitted.ticket())
+    }
+
+    /// Cancels a cycle that runs or waits, and waits for its record.
+    ///
+    /// # Errors
+    /// It has finished, or never was.
+    pub async fn cancel_cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
+        let ticket = {
+            let mut state = self.0.state();
+            match state.cancel(cycle_id) {
+                Some(admitted) => admitted.ticket(),
+                None if cycle_id.0 > 0 && cycle_id <= state.last_admitted => {
+                    return Err(Refusal::CycleFinished(cycle_id));
+                }
+                None => return Err(Refusal::CycleNotFound(cycle_id)),
+            }
+        };
+        self.0.queue_changed.notify_one();
+        ticket.recorded().await
+    }
+}
+
 impl Shared {
     /// Lets a cycle in, or finds the one that an earlier call with the same request id started. One that is `promised` is left to
     /// the next process if this one does not come to it.
@@ -271,13 +316,5 @@ impl Shared {
             Err(full) if request.footprint() > SMALL => Err(full.into()),
             held => Ok(held.ok()),
         }
-    }
-
-    /// The same names, as the registry has them.
-    pub(super) async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
-        let Some(subset) = subset else { return Ok(None) };
-        let plan = self.plan().await;
-        let names = aside(subset.len(), move || plan.own_names(&subset)).await;
-        names.map(Some).map_err(Refusal::SubsystemNotFound)
     }
 }

@@ -18,6 +18,13 @@ use crate::{
     record::{self, Encoded},
 };
 
+impl State {
+    /// Nothing is left to be run or recorded, but for what runs.
+    fn is_drained(&self) -> bool {
+        self.draining && self.cancelled.is_empty()
+    }
+}
+
 impl Shared {
     /// Runs cycles until the process drains, and then writes for the last time.
     ///

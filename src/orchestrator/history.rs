@@ -8,11 +8,11 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::{sync::OnceCell, time::timeout};
 
-use super::{Refusal, Shared, State, aside};
+use super::{Orchestrator, Refusal, Shared, State, aside::aside};
 use crate::{
     memory::{Full, Held},
-    model::Revision,
-    ports::{Filter, Found, Page, PageLimits, Record, SCAN_LIMIT, StoreError},
+    model::{CycleId, Revision},
+    ports::{Filter, Found, Page, PageLimits, Record, SCAN_LIMIT, StoreError, Unreadable},
     record::{Participants, Participation},
 };
 
@@ -64,7 +64,82 @@ fn parts_in(bytes: usize) -> usize {
 /// Records have come that are not at hand any more.
 pub(super) struct TooMany;
 
+impl Orchestrator {
+    /// The bytes of a record that is at hand, as an answer that may wait for its client.
+    ///
+    /// # Errors
+    /// Too many answers wait.
+    pub async fn keep(&self, record: &Record) -> Result<Bytes, Refusal> {
+        self.0.keep(record).await
+    }
+
+    /// The record of a cycle.
+    ///
+    /// # Errors
+    /// There is none, or not yet; or too much is being read.
+    pub async fn cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
+        if self.0.state().live.contains_key(&cycle_id) {
+            return Err(Refusal::CycleNotFinished(cycle_id));
+        }
+        let record = self.0.read_one(self.0.store.cycle(cycle_id)).await?;
+        record.map(Arc::new).ok_or(Refusal::CycleNotFound(cycle_id))
+    }
+
+    /// A page of records before the revision `before`, newest first, of at most `max_records`.
+    ///
+    /// # Errors
+    /// The store can't be read, or too much is being read.
+    pub async fn cycles(
+        &self,
+        before: Option<Revision>,
+        filter: Filter,
+        participation: Participation,
+        max_records: usize,
+    ) -> Result<Page, Refusal> {
+        self.0.page(before, filter, participation, max_records).await
+    }
+}
+
 impl State {
+    /// How much of the history is kept at hand: enough that only those who were away read the store.
+    const RECENT_RECORDS: usize = 256;
+    pub(super) const RECENT_BYTES: usize = 8 << 20;
+
+    /// So many records that can't be read are told of one by one. More are not remembered, nor told of.
+    const MAX_UNREADABLE: usize = 10_000;
+
+    /// Tells of a record that can't be read, once.
+    pub(super) fn tell_unreadable(&mut self, unreadable: &Unreadable) {
+        let Unreadable { cycle_id, revision, problem } = unreadable;
+        let is_full = self.unreadable.len() == Self::MAX_UNREADABLE;
+        if !is_full && self.unreadable.insert((*cycle_id, *revision)) {
+            self.counts.unreadable_records += 1;
+            tracing::error!(
+                cycle_id = cycle_id.0,
+                revision = revision.0,
+                problem,
+                "the record of a cycle can't be read, and is passed over"
+            );
+        }
+    }
+
+    /// `ran_for` is missing where this process did not run the cycle.
+    pub(super) fn publish(&mut self, record: Arc<Record>, ran_for: Option<Duration>) {
+        self.counts.recorded(&record, ran_for);
+        self.recorded += 1;
+        self.last_revision = record.revision;
+        self.last = Some(record.clone());
+        self.recent_bytes += record.bytes.len();
+        self.recent.push_back(Recent::new(record));
+        while self.recent.len() > Self::RECENT_RECORDS
+            || (self.recent_bytes > Self::RECENT_BYTES && self.recent.len() > 1)
+        {
+            if let Some(oldest) = self.recent.pop_front() {
+                self.recent_bytes -= oldest.record.bytes.len();
+            }
+        }
+    }
+
     /// The record of the cycle of a request, among those after this revision.
     pub(super) fn recorded_since(&self, revision: Revision, request_id: &str) -> Result<Option<Arc<Record>>, TooMany> {
         let oldest = self.recent.front().map(|recent| recent.record.revision);
@@ -151,6 +226,14 @@ impl Shared {
                 next => return Ok(Page { next, ..page }),
             }
         }
+    }
+
+    /// Tells of a record that can't be read, if that is why.
+    pub(super) fn tell_if_unreadable<T>(&self, found: Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Err(StoreError::Unreadable(unreadable)) = &found {
+            self.state().tell_unreadable(unreadable);
+        }
+        found
     }
 }
 

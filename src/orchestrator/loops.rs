@@ -2,13 +2,47 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use jiff::Timestamp;
 use tokio::{select, time::sleep};
 
-use super::{LoopEntry, Refusal, Shared, State};
+use super::{LoopEntry, Orchestrator, Refusal, Shared, State};
 use crate::{
     model::{CycleRequest, IntervalLoop, LoopSpec, Name, TickDisposition, Trigger, Violations},
     ports::Write,
 };
+
+impl Orchestrator {
+    /// Starts a loop, or gives a running one new settings.
+    ///
+    /// # Errors
+    /// A field is malformed, the file declares the name with other settings, or the store can't be written.
+    pub async fn start_loop(&self, spec: LoopSpec) -> Result<LoopEntry, Refusal> {
+        self.change(|shared| async move { shared.start_loop(&spec).await }).await
+    }
+
+    /// Stops a loop. One that the file declares stays listed; others are forgotten.
+    ///
+    /// # Errors
+    /// There is none of that name, or the store can't be written.
+    pub async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
+        let name = name.clone();
+        self.change(|shared| async move { shared.stop_loop(&name).await }).await
+    }
+
+    /// The loops, by name.
+    pub fn loops(&self) -> Vec<LoopEntry> {
+        self.0.state().loops.iter().cloned().collect()
+    }
+}
+
+impl State {
+    /// Has loops go on from where the clock was set back to.
+    pub(super) fn follow_clock(&mut self, now: Timestamp) {
+        for name in self.loops.follow_clock(now) {
+            tracing::warn!("loop" = %name, "the clock was set back: its ticks go on from there");
+        }
+    }
+}
 
 impl Shared {
     pub(super) async fn start_loop(&self, spec: &LoopSpec) -> Result<LoopEntry, Refusal> {

@@ -16,10 +16,10 @@ use super::{
     Declared, Orchestrator, Refusal, Settings, Shared, State, Tasks,
     admission::Admitted,
     figures::{Counts, Watchers},
-    lasting,
     line::Line,
     live::Live,
     registry::{Lease, Registered, Registry},
+    tasks::lasting,
     writing,
 };
 use crate::{

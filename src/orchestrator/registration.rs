@@ -2,13 +2,15 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use jiff::Timestamp;
 use tokio::{
     select,
     time::{Instant, sleep, sleep_until},
 };
 
 use super::{
-    Change, Refusal, Shared, State, aside,
+    Orchestrator, Refusal, Shared, State,
+    aside::aside,
     registry::{Lease, Registered},
 };
 use crate::{
@@ -16,6 +18,79 @@ use crate::{
     model::{Name, Subsystem},
     ports::{StoredSubsystem, Write},
 };
+
+/// What registering a subsystem has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It was not registered before.
+    Created,
+    /// Its registration or the length of its lease was another one.
+    Replaced,
+    /// It was registered just so: at most its lease has begun anew.
+    Renewed,
+}
+
+impl Orchestrator {
+    /// Registers a subsystem, or replaces its registration. Returns it, and what that has changed.
+    ///
+    /// # Errors
+    /// The order would have a ring, the file declares the name, the registry is full, or the store can't be written.
+    pub async fn register(
+        &self,
+        subsystem: Subsystem,
+        lease: Option<Duration>,
+    ) -> Result<(Registered, Change), Refusal> {
+        let mut registered = self.register_all(vec![subsystem], lease).await?;
+        // One for each.
+        Ok(registered.remove(0))
+    }
+
+    /// Registers all of these subsystems, each name once, or none: in one commit. Otherwise as [`Orchestrator::register`],
+    /// for each, in their order.
+    ///
+    /// # Errors
+    /// One can't be registered.
+    pub async fn register_all(
+        &self,
+        subsystems: Vec<Subsystem>,
+        lease: Option<Duration>,
+    ) -> Result<Vec<(Registered, Change)>, Refusal> {
+        self.change(move |shared| async move { shared.register(subsystems, lease).await }).await
+    }
+
+    /// Removes a subsystem and its latest output.
+    ///
+    /// # Errors
+    /// It is not registered, the file declares it, or the store can't be written.
+    pub async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
+        let name = name.clone();
+        self.change(|shared| async move { shared.unregister(&name).await }).await
+    }
+
+    /// Takes a subsystem out of cycles, or puts it back and closes its breaker.
+    ///
+    /// # Errors
+    /// It is not registered, or the store can't be written.
+    pub async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
+        let name = name.clone();
+        self.change(|shared| async move { shared.suspend(&name, suspended).await }).await
+    }
+
+    /// Renews a lease. Returns when it ends now.
+    ///
+    /// # Errors
+    /// It is not registered, or has no lease.
+    pub fn renew_lease(&self, name: &Name) -> Result<Timestamp, Refusal> {
+        let lease = self.0.state().registry.renew(name)?;
+        Ok(self.lease_ends_at(&lease))
+    }
+
+    /// When a lease ends, on the wall clock.
+    pub fn lease_ends_at(&self, lease: &Lease) -> Timestamp {
+        let left = lease.expires.saturating_duration_since(Instant::now());
+        self.0.clock.now().saturating_add(left).unwrap_or(Timestamp::MAX)
+    }
+}
 
 impl Shared {
     pub(super) async fn register(

@@ -8,7 +8,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::Refusal;
+use super::{Orchestrator, Refusal};
 use crate::{
     engine::{Member, Plan, Ring, Standing},
     memory::Memory,
@@ -291,5 +291,20 @@ impl Registry {
     /// Whether there were no changes since this plan was made.
     pub(super) fn is_as_planned(&self, plan: &Arc<Plan>) -> bool {
         Arc::ptr_eq(&self.plan.0, plan) && self.plan.1 == self.version
+    }
+}
+
+impl Orchestrator {
+    /// A subsystem.
+    ///
+    /// # Errors
+    /// It is not registered.
+    pub fn subsystem(&self, name: &Name) -> Result<Registered, Refusal> {
+        self.0.state().registry.get(name).cloned()
+    }
+
+    /// Up to `max` subsystems after this name, by name.
+    pub fn subsystems(&self, after: Option<&str>, max: usize) -> Vec<Arc<Registered>> {
+        self.0.state().registry.after(after).take(max).cloned().collect()
     }
 }

@@ -3,13 +3,62 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, PoisonError},
+    time::Duration,
 };
 
 use super::{
-    Declared, Refusal, Settings, Shared, State, aside,
+    Orchestrator, Refusal, Shared, State,
+    aside::aside,
     registry::{Declarations, Entries},
 };
-use crate::{model::IntervalLoop, ports::Write};
+use crate::{
+    model::{IntervalLoop, Subsystem},
+    ports::{Retention, Write},
+};
+
+/// What can be set, and set anew while the process runs, except for `orchestrator_id`.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Told to every subsystem in `Initialize`.
+    pub orchestrator_id: Arc<str>,
+    /// Of cycles whose request names none.
+    pub cycle_deadline: Duration,
+    /// Calls that are made at one time, by all cycles together.
+    pub max_concurrent_calls: usize,
+    /// How many cycles may wait.
+    pub max_queued: usize,
+    /// Bytes of one record.
+    pub max_record_bytes: usize,
+    /// Bytes of the latest outputs of all subsystems together.
+    pub max_outputs_bytes: usize,
+    /// How many subsystems may be registered.
+    pub max_subsystems: usize,
+    /// How many loops there may be.
+    pub max_loops: usize,
+    /// How many watchers there may be.
+    pub max_watchers: usize,
+    /// What is kept of the history.
+    pub retention: Retention,
+}
+
+/// What the configuration file declares.
+#[derive(Clone, Debug, Default)]
+pub struct Declared {
+    /// Subsystems, each name once.
+    pub subsystems: Vec<Subsystem>,
+    /// Loops, each name once.
+    pub loops: Vec<IntervalLoop>,
+}
+
+impl Orchestrator {
+    /// Puts other settings and declarations in the place of the present ones.
+    ///
+    /// # Errors
+    /// The order would have a ring, or the store can't be written; then nothing has changed.
+    pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
+        self.change(|shared| async move { shared.reload(settings, declared).await }).await
+    }
+}
 
 impl Shared {
     pub(super) async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {

@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    Live, LiveCycle, LiveEvent, Refusal, Shared,
+    Live, LiveCycle, LiveEvent, Orchestrator, Refusal, Shared,
     figures::Place,
     history::{Recent, which_have, with_room},
     live::Events,
@@ -49,6 +49,16 @@ pub struct WatchFilter {
     pub states: Vec<CycleState>,
     /// Cycles in which these took part.
     pub participation: Participation,
+}
+
+impl Orchestrator {
+    /// Follows the record.
+    ///
+    /// # Errors
+    /// Too many watch already, or the records wanted are not all there.
+    pub fn watch(&self, from: From, filter: WatchFilter, progress: bool) -> Result<Watcher, Refusal> {
+        Watcher::new(self.0.clone(), from, filter, progress)
+    }
 }
 
 impl WatchFilter {

@@ -1,0 +1,56 @@
+//! The order over all that is registered: made anew after changes, once for all who need it, and off the tasks that others wait
+//! for.
+
+use std::sync::Arc;
+
+use super::{Orchestrator, Refusal, Schedule, Shared, aside::aside};
+use crate::{engine::Plan, model::Name};
+
+impl Orchestrator {
+    /// What a cycle would do now.
+    ///
+    /// # Errors
+    /// None; names that are not registered are in the answer.
+    pub async fn plan_cycle(&self, subset: Option<Arc<[Name]>>) -> Schedule {
+        let plan = self.0.plan().await;
+        let size = plan.members().len();
+        aside(size, move || plan.schedule(subset.as_deref())).await
+    }
+
+    /// The same names, as the registry has them.
+    ///
+    /// # Errors
+    /// One is not registered.
+    pub async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
+        self.0.registered_names(subset).await
+    }
+}
+
+impl Shared {
+    /// The order over all that is registered now. After changes it is made anew, once for all of them and apart from
+    /// those who change more.
+    pub(super) async fn plan(&self) -> Arc<Plan> {
+        if let Ok(plan) = self.state().registry.plan() {
+            return plan;
+        }
+        let _planning = self.planning.lock().await;
+        let snapshot = match self.state().registry.plan() {
+            Ok(plan) => return plan,
+            Err(snapshot) => snapshot,
+        };
+        let (snapshot, plan) = aside(snapshot.entries.len(), move || {
+            let plan = snapshot.plan();
+            (snapshot, plan)
+        })
+        .await;
+        self.state().registry.planned(&snapshot, plan)
+    }
+
+    /// The same names, as the registry has them.
+    pub(super) async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
+        let Some(subset) = subset else { return Ok(None) };
+        let plan = self.plan().await;
+        let names = aside(subset.len(), move || plan.own_names(&subset)).await;
+        names.map(Some).map_err(Refusal::SubsystemNotFound)
+    }
+}

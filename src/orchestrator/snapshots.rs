@@ -1,0 +1,30 @@
+//! What subsystems say of themselves: asked on request, each within a bounded time, and kept by nobody.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::{StreamExt, stream};
+use tokio::time::timeout;
+
+use super::{CallError, Orchestrator, Registered, Snapshot};
+
+impl Orchestrator {
+    /// Asks subsystems for their own snapshots, some at a time, each for at most five seconds. Answers in order.
+    pub async fn snapshots(&self, of: &[Arc<Registered>]) -> Vec<Result<Snapshot, CallError>> {
+        const AT_ONCE: usize = 64;
+        const PATIENCE: Duration = Duration::from_secs(5);
+        let subsystems = &self.0.engine.subsystems;
+        let ask = |registered: &Arc<Registered>| {
+            let subsystem = registered.member.subsystem.clone();
+            async move {
+                let asked = timeout(PATIENCE, subsystems.get_status(&subsystem, PATIENCE)).await;
+                asked.unwrap_or_else(|_| {
+                    Err(CallError {
+                        code: crate::model::Code::DeadlineExceeded,
+                        message: format!("no answer within {PATIENCE:?}"),
+                    })
+                })
+            }
+        };
+        stream::iter(of.iter().map(ask).collect::<Vec<_>>()).buffered(AT_ONCE).collect().await
+    }
+}

@@ -1,0 +1,67 @@
+//! What the orchestrator is doing and has done last, at one look.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+
+use super::{LoopEntry, Orchestrator, RunningCycle};
+use crate::{
+    model::{Epoch, Revision},
+    ports::{Record, StoreError},
+};
+
+/// What the orchestrator is doing and has done last.
+pub struct Status {
+    /// The record of the last cycle.
+    pub last: Option<Arc<Record>>,
+    /// Cycles ever recorded.
+    pub total_cycles: u64,
+    /// The cycles that run, the oldest first.
+    pub running: Vec<RunningCycle>,
+    /// Cycles that wait.
+    pub queued: usize,
+    /// The loops, by name.
+    pub loops: Vec<LoopEntry>,
+    /// The term of this process.
+    pub epoch: Epoch,
+    /// When this process started.
+    pub started_at: Timestamp,
+    /// Time since then.
+    pub uptime: Duration,
+    /// The configured id.
+    pub orchestrator_id: Arc<str>,
+    /// How many are registered.
+    pub subsystem_count: usize,
+    /// The oldest revision that can still be watched.
+    pub oldest_revision: Revision,
+    /// The newest revision.
+    pub newest_revision: Revision,
+    /// Why nothing can be written.
+    pub store_error: Option<StoreError>,
+    /// Watchers connected.
+    pub watchers: usize,
+}
+
+impl Orchestrator {
+    /// What is being done and was done last.
+    pub fn status(&self) -> Status {
+        let running = self.0.live.running();
+        let state = self.0.state();
+        Status {
+            last: state.last.clone(),
+            total_cycles: state.recorded,
+            running,
+            queued: state.line.waiting(),
+            loops: state.loops.iter().cloned().collect(),
+            epoch: self.0.engine.epoch,
+            started_at: self.0.started_at,
+            uptime: self.0.started.elapsed(),
+            orchestrator_id: self.0.engine.orchestrator_id.clone(),
+            subsystem_count: state.registry.len(),
+            oldest_revision: state.pruned_to.next(),
+            newest_revision: state.last_revision,
+            store_error: state.store_error.clone(),
+            watchers: self.0.watchers.len(),
+        }
+    }
+}
