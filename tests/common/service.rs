@@ -243,12 +243,19 @@ impl Service {
 
     /// The memory that it holds now, and the most that it ever held, in bytes.
     pub fn memory(&self) -> (u64, u64) {
+        (self.measured("VmRSS:"), self.measured("VmHWM:"))
+    }
+
+    /// The memory that it has reserved, whether or not it was written to, in bytes.
+    pub fn reserved(&self) -> u64 {
+        self.measured("VmData:")
+    }
+
+    /// A line of what the system says of its memory, in bytes.
+    fn measured(&self, name: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let field = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
-            line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
-        };
-        (field("VmRSS:"), field("VmHWM:"))
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
     /// Its process.
