@@ -601,7 +601,7 @@ fn subsystem_spec(read: &mut Reader<'_>) -> SubsystemSpec {
             disabled: read.flag("breaker.disabled").unwrap_or_default(),
         },
         critical: read.flag("critical").unwrap_or_default(),
-        parameters: read.object("parameters"),
+        parameters: read.payload("parameters"),
         limits: LimitsSpec {
             max_message_bytes: read.number("limits.max_message_bytes", 0..=u32::MAX),
             max_output_bytes: read.number("limits.max_output_bytes", 0..=u32::MAX),
@@ -628,7 +628,7 @@ fn loop_spec(read: &mut Reader<'_>) -> LoopSpec {
         catch_up: read.choice("catch_up", &[("none", CatchUp::None), ("one", CatchUp::One)]),
         catch_up_window: read.signed_duration("catch_up_window"),
         subsystems: read.texts("subsystems"),
-        parameters: read.object("parameters"),
+        parameters: read.payload("parameters"),
         deadline: read.signed_duration("deadline"),
         record_outputs: read.flag("record_outputs").unwrap_or_default(),
     }

@@ -20,8 +20,8 @@ use orchestrator_core::{
     clock::Clock,
     memory::{Memory, Shares},
     model::{
-        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec, Name,
-        OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
+        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec,
+        LoopStart, Name, OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
     },
     orchestrator::{Change, Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
@@ -503,7 +503,7 @@ async fn loops_over_other_subsystems_lose_no_tick_to_each_other() {
             subsystems: subsystems.map(name).collect(),
             ..LoopSpec::default()
         };
-        orchestrator.start_loop(spec).await.unwrap();
+        orchestrator.start_loop(LoopStart::from_spec(&spec).unwrap()).await.unwrap();
     }
     sleep(Duration::from_millis(20_250)).await;
     let ticks = |name: &str| {

@@ -461,6 +461,22 @@ async fn numbers_in_parameters_survive_a_restart_to_the_last_bit() {
 }
 
 #[tokio::test]
+async fn the_same_parameters_in_another_order_are_no_change() {
+    let mut stage = Stage::new().await;
+    // On the wire a map may come in any order, and with entries that later ones replace.
+    let [a, b, outdated] = [json!({ "a": 1 }), json!({ "b": [{}] }), json!({ "b": 7 })].map(|one| to_struct(&one));
+    let with = |parameters: [&[u8]; 3]| {
+        vec![pb::Registration { parameters: parameters.concat().into(), ..registration("s", NOWHERE) }]
+    };
+    let client = &mut stage.client;
+    assert_eq!(register_all(client, with([&outdated, &a, &b]), None).await.unwrap().created, ["s"]);
+    let unchanged = pb::RegisterSubsystemsResponse::default();
+    assert_eq!(register_all(client, with([&outdated, &b, &a]), None).await.unwrap(), unchanged);
+    assert_eq!(register_all(client, with([&a, &b, b""]), None).await.unwrap(), unchanged);
+    assert_eq!(register_all(client, with([&a, &outdated, b""]), None).await.unwrap().replaced, ["s"]);
+}
+
+#[tokio::test]
 async fn what_is_not_registered_is_not_found() {
     let mut stage = Stage::new().await;
     let client = &mut stage.client;

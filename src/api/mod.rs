@@ -396,8 +396,9 @@ impl Service for Api {
     ) -> Answer<pb::StartIntervalLoopResponse> {
         let request = request.into_inner();
         let _held = self.hold(&request)?;
-        let spec = request::interval_loop(request.r#loop).map_err(invalid)?;
-        let entry = self.orchestrator.start_loop(spec).await.map_err(|refusal| match refusal {
+        let named = request.r#loop.as_ref().map_or(0, |settings| settings.subsystems.len());
+        let read = self.over(named, move || request::interval_loop(request.r#loop)).await?;
+        let entry = self.orchestrator.start_loop(read.map_err(invalid)?).await.map_err(|refusal| match refusal {
             Refusal::Invalid(violations) => invalid(violations.inside("loop")),
             refusal => status(refusal),
         })?;

@@ -13,8 +13,8 @@ use tonic::metadata::MetadataMap;
 
 use crate::{
     model::{
-        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, LimitsSpec, LoopSpec, Name, OverlapPolicy, Payload,
-        RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, Trigger, Violations,
+        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, LimitsSpec, LoopSpec, LoopStart, Name, OverlapPolicy,
+        Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, Trigger, Violations,
     },
     orchestrator::{Filter, From as WatchFrom, TriggerKind, WatchFilter},
     proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
@@ -175,7 +175,7 @@ fn subsystem(registration: pb::Registration) -> Result<Subsystem, Violations> {
             disabled,
         },
         critical,
-        parameters: self::parameters(&mut bad, &parameters).to_json(),
+        parameters: self::parameters(&mut bad, &parameters).canonical(),
         limits: LimitsSpec {
             max_message_bytes: unless_zero(max_message_bytes),
             max_output_bytes: unless_zero(max_output_bytes),
@@ -197,7 +197,7 @@ pub(super) fn lease(lease: Option<prost_types::Duration>) -> Result<Option<Durat
     bad.into_result(lease)
 }
 
-pub(super) fn interval_loop(settings: Option<pb::IntervalLoop>) -> Result<LoopSpec, Violations> {
+pub(super) fn interval_loop(settings: Option<pb::IntervalLoop>) -> Result<LoopStart, Violations> {
     let mut bad = Violations::default();
     let Some(settings) = settings else {
         bad.add("loop", "is missing");
@@ -233,11 +233,11 @@ pub(super) fn interval_loop(settings: Option<pb::IntervalLoop>) -> Result<LoopSp
         },
         catch_up_window: duration(&mut bad, "catch_up_window", catch_up_window),
         subsystems,
-        parameters: self::parameters(&mut bad, &parameters).to_json(),
+        parameters: self::parameters(&mut bad, &parameters).canonical(),
         deadline: duration(&mut bad, "deadline", deadline),
         record_outputs,
     };
-    bad.into_result(spec).map_err(|bad| bad.inside("loop"))
+    bad.into_result(()).and_then(|()| LoopStart::from_spec(&spec)).map_err(|bad| bad.inside("loop"))
 }
 
 pub(super) fn watch(request: pb::WatchCyclesRequest) -> Result<(WatchFrom, WatchFilter, bool), Violations> {

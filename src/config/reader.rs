@@ -16,7 +16,7 @@ use toml::{
 };
 
 use super::{ConfigError, Origin, Problem};
-use crate::model::{Name, Payload, Violations, nearest};
+use crate::model::{Malformed, Name, Payload, Violations, nearest};
 
 /// The prefix of every environment variable.
 pub(super) const PREFIX: &str = "ORCHESTRATOR_";
@@ -488,16 +488,18 @@ impl<'a> Reader<'a> {
         texts
     }
 
-    /// A table of any shape, as JSON.
-    pub(super) fn object(&mut self, key: &str) -> Map<String, serde_json::Value> {
+    /// A table of any shape, as a payload.
+    pub(super) fn payload(&mut self, key: &str) -> Payload {
         let table = self.read(key, "a table", |value| match value {
             Value::Table(table) => Ok(table),
             other => Err(other),
         });
-        json_object(table.unwrap_or_default()).unwrap_or_else(|(origin, problem)| {
-            self.origins.insert(key.to_owned(), origin);
+        let object = json_object(table.unwrap_or_default()).map_err(|(origin, problem)| (Some(origin), problem));
+        let payload = object.and_then(|object| Payload::from_json(&object).map_err(|Malformed(why)| (None, why)));
+        payload.unwrap_or_else(|(origin, problem)| {
+            self.origins.extend(origin.map(|origin| (key.to_owned(), origin)));
             self.refuse(key, problem);
-            Map::new()
+            Payload::default()
         })
     }
 

@@ -21,7 +21,9 @@ pub use cycle::{
 pub use histogram::Histogram;
 pub use name::{Name, NameError, nearest};
 pub use payload::Payload;
-pub use schedule::{CatchUp, IntervalLoop, LoopSpec, LoopState, OverlapPolicy, TickCounts, TickDisposition, TickRange};
+pub use schedule::{
+    CatchUp, IntervalLoop, LoopSpec, LoopStart, LoopState, OverlapPolicy, TickCounts, TickDisposition, TickRange,
+};
 pub use subsystem::{
     Answer, BreakerPolicy, BreakerSpec, Endpoint, Freshness, Input, Issue, Limits, LimitsSpec, Output, RetryPolicy,
     RetrySpec, Severity, Subsystem, SubsystemSpec,

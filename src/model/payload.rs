@@ -4,6 +4,7 @@
 //! hot path check an output without building a tree of it.
 
 use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_json::{Map, Number, Value};
 
 use super::wire::{Field, Fields, Malformed, Wire, malformed};
@@ -60,6 +61,15 @@ impl Payload {
         read_struct(&self.0)
     }
 
+    /// The same in the one encoding that payloads which say the same share: each key once, in order, and nothing besides.
+    /// On the wire the entries of a map come in any order, which some languages change each time.
+    #[must_use]
+    pub fn canonical(&self) -> Self {
+        let mut bytes = BytesMut::new();
+        put_struct(&mut bytes, &read_struct(&self.0));
+        Self(bytes.freeze())
+    }
+
     /// This payload with the top-level keys of `over` put over its own.
     ///
     /// Protobuf defines that of two map entries with one key the last one counts, and that concatenated messages
@@ -89,6 +99,19 @@ impl Payload {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+}
+
+/// As a JSON object, which is how the store has it.
+impl Serialize for Payload {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.to_json().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Payload {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::from_json(&Map::deserialize(deserializer)?).map_err(D::Error::custom)
     }
 }
 
@@ -299,6 +322,19 @@ mod tests {
         let peer = prost_types::Struct::decode(under.overlaid(&over).as_bytes().clone()).unwrap();
         assert_eq!(peer.fields.len(), 3);
         assert!(Payload::check(under.overlaid(&over).as_bytes().clone()).is_ok());
+    }
+
+    #[test]
+    fn payloads_that_say_the_same_have_one_canonical_encoding() {
+        let json = object(json!({"a": [1.5, {"x": null, "y": -0.0}], "b": 1e300}));
+        let canonical = Payload::from_json(&json).unwrap();
+        assert_eq!(canonical.canonical(), canonical);
+        let one = |json: Value| Payload::from_json(&object(json)).unwrap().as_bytes().clone();
+        let [outdated, b, a] = [json!({"a": "outdated"}), json!({"b": json["b"]}), json!({"a": json["a"]})].map(one);
+        let unknown_field = b"\xfa\x7f\x01x";
+        let other_order = Payload::check([&outdated[..], &b, unknown_field, &a].concat().into()).unwrap();
+        assert_ne!(other_order, canonical);
+        assert_eq!(other_order.canonical(), canonical);
     }
 
     #[test]

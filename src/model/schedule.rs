@@ -4,7 +4,6 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 use super::{CycleId, CycleRequest, Name, Payload, Subsystem, Violations};
 
@@ -55,8 +54,8 @@ pub struct LoopSpec {
     pub catch_up_window: Option<SignedDuration>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub subsystems: Vec<String>,
-    #[serde(skip_serializing_if = "Map::is_empty")]
-    pub parameters: Map<String, Value>,
+    #[serde(skip_serializing_if = "Payload::is_empty")]
+    pub parameters: Payload,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deadline: Option<SignedDuration>,
     pub record_outputs: bool,
@@ -81,7 +80,7 @@ pub struct IntervalLoop {
     pub catch_up_window: Duration,
     /// Only these subsystems, at most [`CycleRequest::MAX_SUBSET`]; `None` means all.
     pub subset: Option<Arc<[Name]>>,
-    /// Over those of the registrations.
+    /// Over those of the registrations, [canonical](Payload::canonical).
     pub parameters: Payload,
     /// Deadline of its cycles; `None` means the configured one. 1 ms to 24 h.
     pub deadline: Option<Duration>,
@@ -90,6 +89,9 @@ pub struct IntervalLoop {
 }
 
 impl IntervalLoop {
+    /// What is wrong with a loop that has no interval.
+    pub const NO_INTERVAL: &str = "is missing; give the time between ticks, such as 5s";
+
     /// Validates a loop.
     ///
     /// # Errors
@@ -98,7 +100,7 @@ impl IntervalLoop {
         const MS: Duration = Duration::from_millis(1);
         let mut bad = Violations::default();
         if spec.interval.is_none() {
-            bad.add("interval", "is missing; give the time between ticks, such as 5s");
+            bad.add("interval", IntervalLoop::NO_INTERVAL);
         }
         let interval = bad.duration("interval", spec.interval, YEAR, Duration::from_millis(10)..=YEAR);
         if spec.subsystems.len() > CycleRequest::MAX_SUBSET {
@@ -151,7 +153,7 @@ impl IntervalLoop {
             catch_up: Some(self.catch_up),
             catch_up_window: signed(self.catch_up_window),
             subsystems: self.subset.iter().flat_map(|names| names.iter().map(ToString::to_string)).collect(),
-            parameters: self.parameters.to_json(),
+            parameters: self.parameters.clone(),
             deadline: self.deadline.and_then(signed),
             record_outputs: self.record_outputs,
         }
@@ -170,6 +172,30 @@ impl IntervalLoop {
         let since_offset = time.as_nanosecond() - self.offset.as_nanos().cast_signed();
         let ticks = since_offset.div_euclid(self.interval.as_nanos().cast_signed()) + 1;
         u64::try_from(ticks).unwrap_or(0)
+    }
+}
+
+/// A loop that a caller wants to be started.
+#[derive(Clone, Debug)]
+pub enum LoopStart {
+    /// The one that is declared under this name, as it is declared.
+    AsDeclared(Name),
+    /// This one.
+    Of(IntervalLoop),
+}
+
+impl LoopStart {
+    /// Validates what a caller gave. Its name alone stands for what is declared under it.
+    ///
+    /// # Errors
+    /// Every field that breaks its rule, in one go.
+    pub fn from_spec(spec: &LoopSpec) -> Result<Self, Violations> {
+        let mut bad = Violations::default();
+        if *spec != (LoopSpec { name: spec.name.clone(), ..LoopSpec::default() }) {
+            return IntervalLoop::from_spec(spec).map(Self::Of);
+        }
+        let name = bad.name("name", &spec.name);
+        bad.into_result(Self::AsDeclared(name))
     }
 }
 

@@ -9,7 +9,6 @@ use std::{
 
 use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 use super::{Code, CycleId, Malformed, Name, Payload, Violations};
 
@@ -38,8 +37,8 @@ pub struct SubsystemSpec {
     pub retry: RetrySpec,
     pub breaker: BreakerSpec,
     pub critical: bool,
-    #[serde(skip_serializing_if = "Map::is_empty")]
-    pub parameters: Map<String, Value>,
+    #[serde(skip_serializing_if = "Payload::is_empty")]
+    pub parameters: Payload,
     pub limits: LimitsSpec,
     pub record_output: bool,
 }
@@ -111,7 +110,7 @@ pub struct Subsystem {
     pub breaker: Option<BreakerPolicy>,
     /// A cycle in which it fails is FAILED.
     pub critical: bool,
-    /// Handed to it in every call. At most [`Subsystem::MAX_PARAMETERS`] bytes.
+    /// Handed to it in every call, [canonical](Payload::canonical). At most [`Subsystem::MAX_PARAMETERS`] bytes.
     pub parameters: Payload,
     /// What it may send.
     pub limits: Limits,
@@ -196,7 +195,7 @@ impl Subsystem {
                 disabled: self.breaker.is_none(),
             },
             critical: self.critical,
-            parameters: self.parameters.to_json(),
+            parameters: self.parameters.clone(),
             limits: LimitsSpec {
                 max_message_bytes: Some(self.limits.max_message_bytes),
                 max_output_bytes: Some(self.limits.max_output_bytes),

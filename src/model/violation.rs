@@ -4,7 +4,7 @@ use std::{collections::HashSet, fmt, ops::RangeInclusive, time::Duration};
 
 use jiff::SignedDuration;
 
-use super::{Malformed, Name, Payload};
+use super::{Name, Payload};
 
 /// One field that breaks a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,23 +127,13 @@ impl Violations {
         }
     }
 
-    pub(super) fn payload(
-        &mut self,
-        field: &str,
-        value: &serde_json::Map<String, serde_json::Value>,
-        max_bytes: usize,
-    ) -> Payload {
-        match Payload::from_json(value) {
-            Ok(payload) if payload.len() <= max_bytes => payload,
-            Ok(payload) => {
-                self.add(field, format!("is {} bytes; allowed are {max_bytes}", payload.len()));
-                Payload::default()
-            }
-            Err(Malformed(problem)) => {
-                self.add(field, problem);
-                Payload::default()
-            }
+    /// Reads a payload that is no larger than `max_bytes`.
+    pub(super) fn payload(&mut self, field: &str, value: &Payload, max_bytes: usize) -> Payload {
+        if value.len() > max_bytes {
+            self.add(field, format!("is {} bytes; allowed are {max_bytes}", value.len()));
+            return Payload::default();
         }
+        value.clone()
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::{select, time::sleep};
 
 use super::{LoopEntry, Orchestrator, Refusal, Shared, State};
 use crate::{
-    model::{CycleRequest, IntervalLoop, LoopSpec, Name, TickDisposition, Trigger, Violations},
+    model::{CycleRequest, IntervalLoop, LoopStart, Name, TickDisposition, Trigger, Violations},
     ports::Write,
 };
 
@@ -15,9 +15,10 @@ impl Orchestrator {
     /// Starts a loop, or gives a running one new settings.
     ///
     /// # Errors
-    /// A field is malformed, the file declares the name with other settings, or the store can't be written.
-    pub async fn start_loop(&self, spec: LoopSpec) -> Result<LoopEntry, Refusal> {
-        self.change(|shared| async move { shared.start_loop(&spec).await }).await
+    /// The file declares the name with other settings, or declares it not though only its name is given; there are too many
+    /// loops, or it names too many subsystems; or the store can't be written.
+    pub async fn start_loop(&self, start: LoopStart) -> Result<LoopEntry, Refusal> {
+        self.change(|shared| async move { shared.start_loop(start).await }).await
     }
 
     /// Stops a loop. One that the file declares stays listed; others are forgotten.
@@ -45,47 +46,33 @@ impl State {
 }
 
 impl Shared {
-    pub(super) async fn start_loop(&self, spec: &LoopSpec) -> Result<LoopEntry, Refusal> {
-        // Each name is a part in the record of every cycle.
-        let max = self.settings().max_subsystems;
-        let named = spec.subsystems.len();
-        if named > max {
-            let mut bad = Violations::default();
-            bad.add("subsystems", format!("are {named}; registry.max_subsystems allows {max}"));
-            return Err(Refusal::Invalid(bad));
+    pub(super) async fn start_loop(&self, start: LoopStart) -> Result<LoopEntry, Refusal> {
+        let limits = self.settings();
+        if let LoopStart::Of(IntervalLoop { subset: Some(subset), .. }) = &start
+            && subset.len() > limits.max_subsystems
+        {
+            // Each name is a part in the record of every cycle.
+            let (named, max) = (subset.len(), limits.max_subsystems);
+            return Err(invalid("subsystems", format!("are {named}; registry.max_subsystems allows {max}")));
         }
-        // Many names take a while to read.
-        let wanted = IntervalLoop::from_spec(spec);
         let _order = self.order.lock().await;
         let now = self.clock.now();
         let (settings, declared) = {
             let state = self.state();
-            let earlier = Name::parse(&spec.name).ok().and_then(|name| state.loops.get(&name).cloned());
+            let (LoopStart::AsDeclared(name) | LoopStart::Of(IntervalLoop { name, .. })) = &start;
+            let earlier = state.loops.get(name);
+            let settings = match (start, earlier) {
+                (LoopStart::Of(settings), _) => settings,
+                (LoopStart::AsDeclared(_), Some(earlier)) if earlier.declared => (*earlier.settings).clone(),
+                (LoopStart::AsDeclared(_), _) => return Err(invalid("interval", IntervalLoop::NO_INTERVAL)),
+            };
             match earlier {
-                Some(earlier) if earlier.declared => {
-                    let only_named = *spec == LoopSpec { name: spec.name.clone(), ..LoopSpec::default() };
-                    if !only_named && wanted? != *earlier.settings {
-                        return Err(Refusal::DeclaredInConfig(earlier.settings.name.clone()));
-                    }
-                    if !earlier.state.stopped {
-                        return Ok(earlier);
-                    }
-                    ((*earlier.settings).clone(), true)
+                Some(earlier) if *earlier.settings == settings && !earlier.state.stopped => return Ok(earlier.clone()),
+                Some(earlier) if *earlier.settings != settings && earlier.declared => {
+                    return Err(Refusal::DeclaredInConfig(settings.name));
                 }
-                Some(earlier) => {
-                    let settings = wanted?;
-                    if settings == *earlier.settings {
-                        return Ok(earlier);
-                    }
-                    (settings, false)
-                }
-                None => {
-                    let settings = wanted?;
-                    if state.loops.len() >= self.settings().max_loops {
-                        return Err(Refusal::TooManyLoops(state.loops.len()));
-                    }
-                    (settings, false)
-                }
+                None if state.loops.len() >= limits.max_loops => return Err(Refusal::TooManyLoops(state.loops.len())),
+                _ => (settings, earlier.is_some_and(|earlier| earlier.declared)),
             }
         };
         let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
@@ -185,4 +172,11 @@ impl Shared {
         drop(state);
         self.queue_changed.notify_one();
     }
+}
+
+/// The refusal of a loop for one of its fields.
+fn invalid(field: &str, problem: impl Into<String>) -> Refusal {
+    let mut bad = Violations::default();
+    bad.add(field, problem);
+    Refusal::Invalid(bad)
 }
