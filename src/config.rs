@@ -136,8 +136,9 @@ pub struct Cycle {
     /// Bytes of the record of one cycle; beyond, details are left out. 64 KiB to 64 MiB, default 3 MiB, which fits the
     /// 4 MiB that gRPC clients read by default.
     pub max_record_bytes: usize,
-    /// Bytes of the latest outputs of all subsystems together. 1 MiB to 64 GiB, default 256 MiB.
-    pub max_outputs_bytes: usize,
+    /// Bytes of the latest outputs of all subsystems together. 1 MiB to 64 GiB, default 8/32 of `memory.max_bytes`. A larger one
+    /// takes memory from everything else.
+    pub max_outputs_bytes: Option<usize>,
 }
 
 /// Bounds of the registry.
@@ -401,7 +402,7 @@ impl Default for Config {
                 max_concurrent_calls: 1024,
                 max_queued: 64,
                 max_record_bytes: 3 * MIB,
-                max_outputs_bytes: 256 * MIB,
+                max_outputs_bytes: None,
             },
             registry: Registry { max_subsystems: 20_000, max_loops: 256 },
             dial: Dial { ca_file: None, connect_timeout: Duration::from_secs(5) },

@@ -23,6 +23,8 @@ pub struct Memory(Arc<Pool>);
 #[derive(Debug)]
 struct Pool {
     purpose: &'static str,
+    /// The limit that it was made with.
+    share: usize,
     max: AtomicUsize,
     held: AtomicUsize,
     /// The limit that this one stands under.
@@ -86,8 +88,8 @@ impl Memory {
     }
 
     fn pool(purpose: &'static str, max: usize, whole: Option<Self>) -> Self {
-        let (max, held) = (AtomicUsize::new(max), AtomicUsize::new(0));
-        Self(Arc::new(Pool { purpose, max, held, whole, freed: Notify::new() }))
+        let (share, max, held) = (max, AtomicUsize::new(max), AtomicUsize::new(0));
+        Self(Arc::new(Pool { purpose, share, max, held, whole, freed: Notify::new() }))
     }
 
     /// What the memory is for.
@@ -100,9 +102,9 @@ impl Memory {
         self.0.max.load(Ordering::Relaxed)
     }
 
-    /// Changes the limit. What is held stays, even if it is more.
-    pub fn set_max(&self, max: usize) {
-        self.0.max.store(max, Ordering::Relaxed);
+    /// Changes the limit; without a new one it is again the one that this was made with. What is held stays, even if it is more.
+    pub fn set_max(&self, max: Option<usize>) {
+        self.0.max.store(max.unwrap_or(self.0.share), Ordering::Relaxed);
         self.0.freed.notify_waiters();
     }
 
@@ -371,8 +373,11 @@ mod tests {
         held.resize(1).unwrap();
         assert_eq!((held.bytes(), memory.held()), (1, 1));
         // A limit that was lowered refuses more, and takes nothing back.
-        memory.set_max(0);
+        memory.set_max(Some(0));
         assert!(held.grow(1).is_err());
+        held.resize(1).unwrap();
+        memory.set_max(None);
+        held.resize(10).unwrap();
         held.resize(1).unwrap();
         let beyond = memory.hold_beyond(20);
         assert_eq!((memory.held(), memory.0.whole.as_ref().unwrap().held()), (21, 21));

@@ -443,9 +443,7 @@ fn shares(config: &Config) -> Shares {
     };
     tracing::info!(max_bytes, because, "memory for what clients and subsystems decide");
     let shares = Shares::of(max_bytes);
-    if let Some(max_bytes) = config.server.max_receiving_bytes {
-        shares.requests.set_max(max_bytes);
-    }
+    shares.requests.set_max(config.server.max_receiving_bytes);
     shares
 }
 

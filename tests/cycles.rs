@@ -1043,6 +1043,24 @@ async fn an_output_that_finds_no_room_is_a_failure_and_room_comes_back() {
 }
 
 #[tokio::test]
+async fn outputs_leave_the_memory_for_everything_else_to_others() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "memory.max_bytes=67108864"])).await;
+    let large = ["a", "b", "c", "d", "e", "f"];
+    for name in large {
+        stage.fleet.run(name, Run::large_output(3_900_000));
+        let limits = pb::Limits { max_output_bytes: 4 << 20, ..pb::Limits::default() };
+        stage.register(name, |it| it.limits = Some(limits)).await;
+    }
+    // Their share is a quarter of it, 16 MiB, and stays taken.
+    for (i, name) in large.into_iter().enumerate() {
+        let only = pb::RunCycleRequest { subsystems: names([name]), ..pb::RunCycleRequest::default() };
+        let cycle = stage.client.run_with(only).await.unwrap();
+        let expected = if i < 4 { SubsystemState::Succeeded } else { SubsystemState::Failed };
+        assert_eq!(part(&cycle, name).state(), expected, "{cycle:?}");
+    }
+}
+
+#[tokio::test]
 async fn one_that_is_unregistered_in_the_middle_of_its_call_gives_its_room_back() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.max_outputs_bytes=1048576"])).await;
     for nth in 1..=3 {

@@ -286,7 +286,7 @@ fn settings() -> Settings {
         max_concurrent_calls: MAX_CONCURRENT_CALLS,
         max_queued: 4,
         max_record_bytes: MAX_RECORD_BYTES,
-        max_outputs_bytes: MAX_OUTPUTS_BYTES,
+        max_outputs_bytes: Some(MAX_OUTPUTS_BYTES),
         max_subsystems: 100,
         max_loops: 10,
         max_watchers: 10,

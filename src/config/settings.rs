@@ -50,7 +50,7 @@ settings! {
     cycle.max_concurrent_calls: Applies, number(1..=100_000);
     cycle.max_queued: Applies, number(0..=10_000);
     cycle.max_record_bytes: Applies, number(64 * KIB..=64 * MIB);
-    cycle.max_outputs_bytes: Applies, number(MIB..=64 * GIB);
+    cycle.max_outputs_bytes: Applies, number(MIB..=64 * GIB).map(Some);
     registry.max_subsystems: Applies, number(1..=1_000_000);
     registry.max_loops: Applies, number(1..=10_000);
     dial.ca_file: NeedsRestart, parsed(path).map(Some);

@@ -29,8 +29,8 @@ pub struct Settings {
     pub max_queued: usize,
     /// Bytes of one record.
     pub max_record_bytes: usize,
-    /// Bytes of the latest outputs of all subsystems together.
-    pub max_outputs_bytes: usize,
+    /// Bytes of the latest outputs of all subsystems together, if not their share of all memory.
+    pub max_outputs_bytes: Option<usize>,
     /// How many subsystems may be registered.
     pub max_subsystems: usize,
     /// How many loops there may be.

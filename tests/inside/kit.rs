@@ -135,7 +135,7 @@ pub(crate) fn settings() -> Settings {
         max_concurrent_calls: 10,
         max_queued: 100,
         max_record_bytes: 1 << 20,
-        max_outputs_bytes: 1 << 20,
+        max_outputs_bytes: Some(1 << 20),
         max_subsystems: 100,
         max_loops: 10,
         max_watchers: 10,
