@@ -346,8 +346,8 @@ async fn long_lists_are_read_page_by_page() {
 // ---------------------------------------------------------------------------------------------------------------
 // The report
 
-/// Four cycles of a chain a, b, c, d in which all is well, then eight with e at its end: in two of them d fails at once,
-/// in one after two retries, and in one a does, which b and c require. Says when the second part begins.
+/// Four cycles of a chain a, b, c, d in which all is well, then eight with e at its end: in two of them d fails at
+/// once, in one after two retries, and in one a does, which b and c require. Says when the second part begins.
 async fn two_periods(fleet: &Fleet, client: &mut Client) -> String {
     let chained = |name: &str| registration(name, fleet.endpoint());
     let quickly = pb::RetryPolicy { max_attempts: 3, initial_backoff: ms(1), max_backoff: ms(1), ..Default::default() };
@@ -505,7 +505,7 @@ async fn a_report_counts_only_what_is_complete() {
     let cli = Cli::of(&service);
     let report = cli.run("report --output json").await;
     let begins = client.cycle(5).await.unwrap().finished_at.unwrap().to_string();
-    assert!(report.stderr.contains("the record begins at "), "{}", report.stderr);
+    assert!(report.stderr.contains("the history begins at "), "{}", report.stderr);
     assert!(report.stderr.contains("a part of this period is counted"), "{}", report.stderr);
     let report: Value = serde_json::from_str(&report.with(0)).unwrap();
     assert_eq!(report["completeSince"], begins);
@@ -560,8 +560,8 @@ async fn a_report_says_what_is_wrong_with_what_is_asked_for() {
         ("report --output yaml", 2, "[possible values: table, json, csv]"),
         ("report --sort speed", 2, "critical-time"),
         ("report --limit 0", 2, "--limit"),
-        ("report --subsystem a,nobody", 1, "no subsystem nobody is registered, and the record has none of that name"),
-        ("report --subsystem a --loop l", 1, "there is no loop l, and the record has no cycle of one of that name"),
+        ("report --subsystem a,nobody", 1, "subsystem nobody is not registered, and is in no cycle of the history"),
+        ("report --subsystem a --loop l", 1, "loop l does not exist, and the history has no cycle of it"),
         ("report --subsystem b", 1, "b took part in no cycle that finished from "),
         ("report --loop 1", 1, "loop \"1\" is no name"),
     ] {
@@ -610,7 +610,7 @@ async fn how_a_cycle_ended_is_the_exit_code() {
     let late = cli.run("run --timeout 100ms --quiet").await.refused_with(4);
     assert!(late.contains("within 100ms"), "{late}");
     // Which one depends on how fast the machine is.
-    assert!(late.contains("Cycle 5 goes on") || late.contains("The cycle may have been admitted"), "{late}");
+    assert!(late.contains("Cycle 5 continues") || late.contains("The cycle may have been admitted"), "{late}");
     drop((service, home));
 }
 
@@ -620,7 +620,7 @@ async fn who_asks_at_the_wrong_door_is_told_which_one_it_is() {
     let cli = Cli::of(&service);
     let asked = async |address: String| cli.run(&format!("status --address {address}")).await.refused_with(4);
     let dashboard = asked(service.admin().to_string()).await;
-    assert!(dashboard.contains("does not speak gRPC: the dashboard has an address of its own"), "{dashboard}");
+    assert!(dashboard.contains("does not speak gRPC: the dashboard has its own address"), "{dashboard}");
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let speaks_otherwise = async {
@@ -635,11 +635,11 @@ async fn who_asks_at_the_wrong_door_is_told_which_one_it_is() {
         other = asked(address) => other,
         () = speaks_otherwise => unreachable!("it goes on for ever"),
     };
-    assert!(other.contains("does not speak gRPC: the dashboard has an address of its own"), "{other}");
+    assert!(other.contains("does not speak gRPC: the dashboard has its own address"), "{other}");
     let tls = asked(format!("https://{}", service.address())).await;
     assert!(tls.contains("it does not speak TLS, so give http://"), "{tls}");
     for line in ["cycles show abc", "cycles show 0", "cancel null"] {
-        assert!(cli.run(line).await.refused_with(2).contains("give the number of a cycle: see"), "{line}");
+        assert!(cli.run(line).await.refused_with(2).contains("give the id of a cycle: see"), "{line}");
     }
 }
 
@@ -678,7 +678,7 @@ async fn all_that_a_file_declares_is_registered_at_once() {
     let many = (0..1500).map(|i| table(&format!("s{i}"), "after = [\"a\"]")).collect::<String>();
     let file = write(format!("[log]\nfilter = \"debug\"\n{}{}{many}", table("a", ""), table("b", "critical = true")));
     let said = cli.run(&format!("subsystems register --file {file}")).await.with(0);
-    assert_eq!(said, "1502 subsystems are registered: 1501 new, 0 changed, the others as before\n");
+    assert_eq!(said, "1502 subsystems are registered: 1501 new, 0 changed, the others unchanged\n");
     assert!(client.subsystem("b").await.unwrap().registration.unwrap().critical);
     assert_eq!(client.status().await.unwrap().subsystem_count, 1502);
     let file = write(table("a", "") + &table("b", ""));
@@ -733,12 +733,12 @@ async fn of_a_name_with_a_slip_the_one_that_was_meant_is_told() {
         ["cycles list --loop heartbat", "watch --loop heartbat", "report --loop heartbat", "loops stop heartbat"]
     {
         let refused = refused(line).await;
-        assert!(refused.contains("there is no loop heartbat"), "{line}: {refused}");
+        assert!(refused.contains("loop heartbat does not exist"), "{line}: {refused}");
         assert!(refused.contains("Did you mean heartbeat? ") && refused.contains("loops list"), "{line}: {refused}");
     }
     // Where none is like it, none is told.
     let unlike = refused("cycles list --subsystem Nope").await;
-    assert!(unlike.contains("no subsystem Nope is registered") && !unlike.contains("Did you mean"), "{unlike}");
+    assert!(unlike.contains("subsystem Nope is not registered") && !unlike.contains("Did you mean"), "{unlike}");
     assert!(refused("cancel 1").await.contains("orchestrator cycles show 1 --address"));
 
     // The history knows those that are gone, also where nothing passes the other filters.
@@ -755,7 +755,7 @@ async fn of_a_name_with_a_slip_the_one_that_was_meant_is_told() {
         format!("subsystems register sums --endpoint {endpoint} --reads price"),
     ] {
         let started = cli.run(&line).await;
-        assert!(started.stderr.contains("no subsystem price is registered: until it is, "), "{}", started.stderr);
+        assert!(started.stderr.contains("subsystem price is not registered: until it is, "), "{}", started.stderr);
         assert!(started.stderr.contains("Did you mean prices? "), "{}", started.stderr);
         started.with(0);
     }
@@ -771,7 +771,7 @@ async fn a_run_that_calls_nobody_is_told_from_one_that_succeeds() {
         assert!(ran.stdout.contains("SUCCEEDED"), "{line}: the record is shown\n{}", ran.stdout);
         ran.stderr
     };
-    assert!(why("run").await.contains("no subsystem was called: none is registered"));
+    assert!(why("run").await.contains("no subsystem was called: no subsystem is registered"));
     client.register(registration("a", fleet.endpoint())).await.unwrap();
     let b = pb::Registration { requires: vec!["a".into()], ..registration("b", fleet.endpoint()) };
     client.register(b).await.unwrap();
@@ -805,7 +805,7 @@ async fn usage_lists_what_is_missing_and_not_what_the_environment_gives() {
     let (_home, fleet, service, _client) = house(&[]).await;
     let line = format!("subsystems register a --endpoint {} --timeout 2s", fleet.endpoint());
     let registered = Cli::of(&service).run(&line).await;
-    assert!(registered.stderr.contains("the subsystem's own is --timeout-per-cycle"), "{}", registered.stderr);
+    assert!(registered.stderr.contains("the timeout of the subsystem is --timeout-per-cycle"), "{}", registered.stderr);
 
     let environment = wrong("status", "ftp://example.org").await;
     assert!(environment.contains("comes from the environment") && environment.contains("ftp"), "{environment}");
@@ -901,7 +901,7 @@ async fn a_watch_goes_on_through_a_crash_without_a_gap_or_a_repetition() {
     // A shutdown says what it is.
     door.lead_to(None);
     service.stop().await;
-    lines.until_error("the service shuts down; reconnecting").await;
+    lines.until_error("the service is shutting down; reconnecting").await;
     let service = home.serve().await;
     service.client().await.run().await.unwrap();
     door.lead_to(Some(&service));
@@ -958,7 +958,7 @@ async fn a_service_that_falls_silent_is_left_and_taken_up_again() {
         assert!(line.contains(expected), "no gap and no repetition: {line}");
     }
 
-    cancel.until_error("has given no sign of life for 10s; wait longer with --timeout").await;
+    cancel.until_error("has not responded for 10s; wait longer with --timeout").await;
     cancel.until_error("orchestrator cycles show 3 --address").await;
     assert_eq!(cancel.code().await, 4);
 }
@@ -1234,8 +1234,8 @@ async fn who_interrupts_a_cycle_is_left_without_a_bar() {
     let mut run = command.spawn().unwrap();
     terminal.until_shown("running a").await;
     terminal.press("\x03");
-    let shown = terminal.until_shown("To see how it ended").await;
-    assert!(shown.contains("Cycle 1 goes on") && !shown.contains("running a"), "{shown}");
+    let shown = terminal.until_shown("To see its result").await;
+    assert!(shown.contains("Cycle 1 continues") && !shown.contains("running a"), "{shown}");
     assert_eq!(patiently("it to end", run.wait()).await.unwrap().code(), Some(130));
 }
 

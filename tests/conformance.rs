@@ -33,8 +33,8 @@ use tower::{Service, util::MapFutureLayer};
 
 /// The names of the subsystems that are served.
 const NAMES: [&str; 2] = ["fake", "other"];
-/// How long a fake takes for a cycle when it matters what becomes of a call in the middle. The checks give up after 50 ms;
-/// the rest is for a busy machine.
+/// How long a fake takes for a cycle when it matters what becomes of a call in the middle. The checks give up after 50
+/// ms; the rest is for a busy machine.
 const WORK: Duration = Duration::from_millis(300);
 /// The checks, each of which is a rule that the fake can break. All that stand in the report.
 const CHECKS: [&str; 21] = [
@@ -471,7 +471,7 @@ async fn another_caller_with_a_later_epoch_is_told() {
     let output = conformance(&[&endpoint, "--subsystem", NAMES[0]]).await;
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("Somebody has called \"fake\" with a later epoch: restart it"), "{text}");
+    assert!(text.contains("Another caller has used a higher epoch with \"fake\": restart it"), "{text}");
 }
 
 #[tokio::test]

@@ -166,7 +166,7 @@ async fn it_moves_where_its_port_is_taken() {
     // It may be somebody else who has it: then it is taken as well.
     let _taken = TcpListener::bind("127.0.0.1:7700").await;
     let demo = Demo::start(&[]).await;
-    assert!(demo.first_line.ends_with(", because 127.0.0.1:7700 is taken"), "{}", demo.first_line);
+    assert!(demo.first_line.ends_with(", because 127.0.0.1:7700 is in use"), "{}", demo.first_line);
     demo.client().await.status().await.unwrap();
     demo.signal(Signal::INT);
     demo.ended().await;

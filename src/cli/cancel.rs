@@ -23,7 +23,7 @@ Examples:
   orchestrator cancel 12
   orchestrator status --output json | jq -r '.status.runningCycles[]?.cycleId' | xargs -rn1 orchestrator cancel")]
 pub(super) struct Cancel {
-    /// The number of the cycle: see `orchestrator status`
+    /// The id of the cycle: see `orchestrator status`
     #[arg(value_name = "CYCLE_ID", value_parser = parse_cycle_id)]
     cycle_id: u64,
     #[command(flatten)]
@@ -40,7 +40,7 @@ impl Cancel {
             Err(failure) if failure.exit == Exit::Unreachable => {
                 let (id, flag) = (self.cycle_id, self.remote.flag());
                 return Err(failure.and(&format!(
-                    "Cycle {id} may be cancelled all the same. To see how it ended: orchestrator cycles show {id}{flag}"
+                    "Cycle {id} may still be cancelled. To see its result: orchestrator cycles show {id}{flag}"
                 )));
             }
             Err(failure) => return Err(failure),

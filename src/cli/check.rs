@@ -1,4 +1,4 @@
-//! `orchestrator check`: validates a configuration, and shows what it would do.
+//! `orchestrator check`: validates a configuration, and shows its plan.
 
 use std::{collections::HashSet, env, sync::Arc};
 
@@ -19,8 +19,8 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Reads the configuration as `orchestrator serve` would with the same flags and environment, and needs no service. All \
-that is wrong is told in one go, each with its file and line. What was registered by RPC is not known here: for that, \
-see `orchestrator plan`.
+problems are reported together, each with its file and line. Subsystems that were registered with a running service \
+are not included: see `orchestrator plan`.
 
 Exit codes:
   0    it is valid
@@ -38,7 +38,7 @@ pub(super) struct Check {
 }
 
 impl Check {
-    /// Checks it.
+    /// Checks the configuration.
     pub(super) fn run(&self) -> Result<Exit, Failure> {
         let wrong = |error: String| Failure::new(Exit::Usage, error);
         let config = Config::load(&self.overrides, env::vars_os()).map_err(|error| wrong(error.to_string()))?;
@@ -61,7 +61,7 @@ impl Check {
         facts.fact("store", config.store.url.to_string());
         let subsystems = count(config.subsystems.len() as u64, "subsystem");
         facts.fact("declares", format!("{subsystems}, {}", count(config.loops.len() as u64, "loop")));
-        // It may be registered by RPC, and it may be a slip.
+        // These names may be registered later, or be typing errors.
         let elsewhere = undeclared(config);
         if !elsewhere.is_empty() {
             facts.fact("not declared", names(&elsewhere, NAMES));
@@ -70,7 +70,7 @@ impl Check {
     }
 }
 
-/// Whom subsystems wait for or read, though nobody of that name is declared, and who does.
+/// Names that subsystems wait for or read but that are not declared, with those subsystems.
 fn undeclared(config: &Config) -> Vec<String> {
     let declared: HashSet<_> = config.subsystems.iter().map(|subsystem| &subsystem.name).collect();
     let mut found = Vec::new();
@@ -83,7 +83,7 @@ fn undeclared(config: &Config) -> Vec<String> {
     found
 }
 
-/// More would hide the rest.
+/// Most names that are shown; more would hide the rest.
 const NAMES: usize = 8;
 
 fn loops(config: &Config) -> String {

@@ -1,4 +1,4 @@
-//! `orchestrator conformance`: checks from outside that a subsystem keeps the contract.
+//! `orchestrator conformance`: checks that a subsystem conforms to the contract.
 
 mod checks;
 mod junit;
@@ -20,24 +20,24 @@ use super::{
 };
 use crate::model::{Endpoint, Name, excerpt};
 
-/// The most bytes of what was sent and of what came in a report: an error or an output can be of any size.
+/// Most bytes of a request or an answer in a report: an error or an output can have any size.
 const MAX_TEXT: usize = 4 << 10;
-/// How long a call may take at most: as long as a registration can allow.
+/// Longest duration of a call: the largest timeout of a registration.
 const MAX_TIMEOUT: Duration = Duration::from_hours(24);
 
-/// Check that a subsystem keeps the contract
+/// Check that a subsystem conforms to the contract
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-It runs real cycles against the subsystem, so it is for test instances. It calls with an epoch and cycle ids taken from
-the clock: the instance refuses an orchestrator that was started before, until it is restarted.
+It runs real cycles against the subsystem: use a test instance. It calls with an epoch and cycle ids taken from
+the clock: the instance refuses an orchestrator that was started earlier, until the instance is restarted.
 
-What is required, every subsystem has to keep; what is recommended makes it better. Without --subsystem a made-up name
-is used, which only a subsystem that takes every name answers. What happens to a call in the middle shows only when
-cycles take 0.2 s or longer: if parameters can make them, give those.
+Required checks apply to every subsystem. Without --subsystem a made-up name is used, which works only if the endpoint
+accepts every name. The handling of calls in progress can be checked only if cycles take at least 0.2 s: use --param
+to make them take longer, if the subsystem has a parameter for it.
 
 Exit codes:
-  0    all that is required has passed; with --strict, also all that is recommended
-  1    it has not
+  0    no required check has failed; with --strict, no recommended one either
+  1    a check has failed
   2    wrong usage
   4    the subsystem can't be reached
 
@@ -49,7 +49,8 @@ pub(super) struct Conformance {
     /// Where it is dialed: http://HOST:PORT, https://HOST:PORT or unix:/PATH
     #[arg(value_parser = Endpoint::parse)]
     endpoint: Endpoint,
-    /// The name of the subsystem to check; when repeated, of others that are served there, to be called beside it
+    /// The name of the subsystem to check; repeat it for other subsystems at the endpoint, which are called
+    /// concurrently
     #[arg(long = "subsystem", value_name = "NAME", value_parser = Name::parse)]
     subsystems: Vec<Name>,
     #[command(flatten)]
@@ -57,10 +58,10 @@ pub(super) struct Conformance {
     /// An input of every cycle, its output as a JSON object; may be repeated
     #[arg(long = "input", value_name = "NAME=OBJECT", value_parser = parameters::parameter)]
     inputs: Vec<(String, Value)>,
-    /// How long one call may take
+    /// Longest duration of one call
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = timeout)]
     timeout: Duration,
-    /// What is recommended counts like what is required
+    /// Treat recommendations as requirements
     #[arg(long)]
     strict: bool,
     /// Also write the report as JUnit XML, for CI systems
@@ -70,33 +71,33 @@ pub(super) struct Conformance {
     format: Format,
 }
 
-/// What was found. Its JSON is what `--output json` prints.
+/// The report, as `--output json` prints it.
 #[derive(Debug, Serialize)]
 struct Report {
     endpoint: String,
     subsystem: String,
-    /// All that counts has passed.
+    /// True if no check that counts has failed, and at least one has passed.
     passed: bool,
     checks: Vec<Finding>,
 }
 
-/// What one check found.
+/// The result of one check.
 #[derive(Debug, Serialize)]
 struct Finding {
     name: &'static str,
     level: Level,
     outcome: Outcome,
-    /// What the contract says.
+    /// The rule, in the words of the contract.
     rule: &'static str,
-    /// It decides about the exit code.
+    /// True if a failure changes the exit code.
     counts: bool,
-    /// Why it is not applicable; else empty.
+    /// Why the check is not applicable; else empty.
     #[serde(skip_serializing_if = "String::is_empty")]
     reason: String,
-    /// What was sent, when it failed; else empty.
+    /// The request, if the check failed; else empty.
     #[serde(skip_serializing_if = "String::is_empty")]
     sent: String,
-    /// What came back, when it failed; else empty.
+    /// The answer, if the check failed; else empty.
     #[serde(skip_serializing_if = "String::is_empty")]
     came: String,
 }
@@ -145,7 +146,7 @@ fn timeout(text: &str) -> Result<Duration, String> {
     if timeout > MAX_TIMEOUT { Err("give at most 24h".to_owned()) } else { Ok(timeout) }
 }
 
-/// A text that fits into a report.
+/// The text, shortened to `max` bytes.
 fn bounded(text: String, max: usize) -> String {
     match excerpt(&text, max) {
         whole if whole.len() == text.len() => text,
@@ -217,7 +218,7 @@ impl Report {
         sections([table.finish(), details.join("\n"), summary + &self.advice()])
     }
 
-    /// What to do next.
+    /// Advice on the next step.
     fn advice(&self) -> String {
         let failed: Vec<_> = self.checks.iter().filter(|finding| finding.has_failed()).collect();
         let all_came = |code: &str| failed.len() > 2 && failed.iter().all(|finding| finding.came.starts_with(code));
@@ -225,17 +226,20 @@ impl Report {
         if all_came("UNIMPLEMENTED") {
             format!("{endpoint} does not serve dreamnet.subsystem.v1.Subsystem.\n")
         } else if all_came("NOT_FOUND") {
-            format!("No {subsystem:?} is served there: give the subsystem's name with --subsystem.\n")
+            format!("{endpoint} does not serve a subsystem {subsystem:?}: give its name with --subsystem.\n")
         } else if all_came("ABORTED") {
             format!(
-                "Somebody has called {subsystem:?} with a later epoch: restart it, and let nobody else call it meanwhile.\n"
+                "Another caller has used a higher epoch with {subsystem:?}: restart it, and stop other callers \
+                 meanwhile.\n"
             )
         } else if !self.checks.iter().any(|finding| finding.outcome == Outcome::Passed) {
             format!(
-                "No check has passed: does a gRPC server answer at {endpoint}, with TLS if it is https and without if not?\n"
+                "No check has passed: check that {endpoint} is a gRPC server, with TLS for https and without for \
+                 http.\n"
             )
         } else {
-            "Restart it before an orchestrator calls it that was started earlier: it has seen a later epoch.\n"
+            "Restart the subsystem before an orchestrator that was started earlier calls it: it has seen a higher \
+             epoch.\n"
                 .to_owned()
         }
     }

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::proto::{orchestrator::v1 as pb, subsystem::v1 as pbs};
 
-/// See the record of past cycles
+/// Show the history of cycles
 #[derive(Debug, clap::Args)]
 pub(super) struct Cycles {
     #[command(subcommand)]
@@ -35,7 +35,7 @@ enum Command {
 #[command(
     visible_alias = "ls",
     after_help = "\
-With --output json, one object: {\"cycles\":[…]}, each a CycleTelemetry, and written as the pages come.
+With --output json, one object: {\"cycles\":[…]} with a CycleTelemetry each, written page by page.
 
 Examples:
   orchestrator cycles list
@@ -44,32 +44,32 @@ Examples:
   orchestrator cycles list --all --output json | jq -r '.cycles[] | [.cycleId, .state, .durationMs] | @tsv'"
 )]
 struct List {
-    /// Cycles at most
+    /// Most cycles to list
     #[arg(long, value_name = "NUMBER", default_value_t = 20, value_parser = parse_positive::<u64>)]
     limit: u64,
-    /// All that pass the filter, however many
+    /// List all cycles that pass the filter
     #[arg(long, conflicts_with = "limit")]
     all: bool,
-    /// Only those that ended so; may be repeated
+    /// Only cycles that ended in this state; may be repeated
     #[arg(long = "state", value_name = "STATE", value_delimiter = ',', value_parser = one_of(CYCLE_STATES, cycle_state))]
     states: Vec<pb::CycleState>,
-    /// Only those that this started
+    /// Only cycles with this trigger
     #[arg(long, value_name = "TRIGGER", value_parser = one_of(TRIGGERS, trigger_word))]
     trigger: Option<pb::Trigger>,
-    /// Only those of this loop
+    /// Only cycles of this loop
     #[arg(long = "loop", value_name = "NAME")]
     loop_name: Option<String>,
-    /// Only those in which this subsystem took part
+    /// Only cycles in which this subsystem took part
     #[arg(long, value_name = "NAME")]
     subsystem: Option<String>,
-    /// Only those in which the part of --subsystem ended so; may be repeated
+    /// Only cycles in which the part of --subsystem ended in this state; may be repeated
     #[arg(long = "subsystem-state", value_name = "STATE", value_delimiter = ',', requires = "subsystem",
           value_parser = one_of(ENDED, subsystem_state))]
     subsystem_states: Vec<pb::SubsystemState>,
-    /// Only those that finished at or after this time (RFC 3339), or so long ago at most, such as 2h
+    /// Only cycles that finished at or after this time (RFC 3339), or at most this long ago, such as 2h
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     finished_from: Option<prost_types::Timestamp>,
-    /// Only those that finished before this time (RFC 3339), or longer ago than this, such as 30m
+    /// Only cycles that finished before this time (RFC 3339), or longer ago than this, such as 30m
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     finished_before: Option<prost_types::Timestamp>,
 }
@@ -82,7 +82,7 @@ Examples:
   orchestrator cycles show 12 --details
   orchestrator cycles show 12 --output json | jq '.telemetry.subsystems[] | select(.state != \"SUBSYSTEM_STATE_SUCCEEDED\")'")]
 struct Show {
-    /// The number of the cycle
+    /// The id of the cycle
     #[arg(value_name = "CYCLE_ID", value_parser = parse_cycle_id)]
     cycle_id: u64,
     /// Also show the metrics and outputs of its subsystems
@@ -107,7 +107,7 @@ const ENDED: &[pb::SubsystemState] = &[
 ];
 
 impl Cycles {
-    /// Shows what is asked for.
+    /// Runs the subcommand.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         match self.command {
             Command::List(list) => list.run(&self.remote).await,
@@ -118,7 +118,7 @@ impl Cycles {
 
 impl List {
     async fn run(self, remote: &Remote) -> Result<Exit, Failure> {
-        /// Records in one page: some 3 MB where there are 28 subsystems, which is where the service ends a page anyway.
+        /// Records in one page: about 3 MB with 28 subsystems, where the service ends a page anyway.
         const PAGE: u64 = 1000;
         if let (Some(from), Some(before)) = (&self.finished_from, &self.finished_before)
             && (from.seconds, from.nanos) >= (before.seconds, before.nanos)
@@ -153,12 +153,12 @@ impl List {
             }
             let is_last = page.next_page_token.is_empty() || found >= max;
             if is_last && found == 0 {
-                // A name of which there is nothing may be a slip.
+                // A name without cycles may be a typing error.
                 let named = |name: &String| if name.is_empty() { Vec::new() } else { vec![name.clone()] };
                 known::check(remote, &mut client, &named(&request.subsystem), &named(&request.r#loop)).await?;
             }
             if found == 0 && !is_last {
-                // Nothing to print yet.
+                // The table is printed at the end.
             } else if remote.format.is_json() {
                 let list = match &mut list {
                     Some(list) => list,
@@ -199,7 +199,7 @@ impl Show {
 fn row(bytes: &Bytes) -> Result<[comfy_table::Cell; 7], Failure> {
     let cycle = telemetry(bytes)?;
     Ok([
-        // No thousands: it is there to be copied.
+        // Without thousands separators, so that it can be copied.
         text(cycle.cycle_id.to_string()),
         state(cycle_state(cycle.state())),
         text(trigger(cycle.trigger(), &cycle.r#loop)),
@@ -210,7 +210,7 @@ fn row(bytes: &Bytes) -> Result<[comfy_table::Cell; 7], Failure> {
     ])
 }
 
-/// How many of its subsystems succeeded.
+/// Number of its subsystems that succeeded, of all.
 pub(super) fn succeeded(cycle: &pb::CycleTelemetry) -> String {
     let succeeded = cycle.subsystems.iter().filter(|part| part.state() == pb::SubsystemState::Succeeded).count();
     format!("{}/{}", grouped(succeeded as u64), grouped(cycle.subsystems.len() as u64))
@@ -232,7 +232,7 @@ pub(super) fn cycle(cycle: &pb::CycleTelemetry, details: bool) -> String {
     facts.fact("critical path", chain(&cycle.critical_path));
     facts.fact("epoch, revision", format!("{}, {}", cycle.epoch, cycle.revision));
     if cycle.truncated {
-        facts.fact("truncated", "it would have been larger than the service's cycle.max_record_bytes");
+        facts.fact("truncated", "it was larger than the service's cycle.max_record_bytes");
     }
     let detail = |show: fn(&[pb::SubsystemTelemetry]) -> String| {
         if details { show(&cycle.subsystems) } else { String::new() }
@@ -258,10 +258,10 @@ fn parts(cycle: &pb::CycleTelemetry) -> String {
     (2..6).fold(table, Table::right).finish_unless_empty()
 }
 
-/// Why a subsystem did not succeed; empty when it did.
+/// Why a subsystem did not succeed; empty if it succeeded.
 pub(super) fn why(part: &pb::SubsystemTelemetry) -> String {
     let reason = match (part.skip_reason(), part.error_message.as_str()) {
-        // The message names the one that it is about.
+        // The message names the subsystem that caused it.
         (reason, "") => skip_reason(reason),
         (_, message) => message,
     };
@@ -283,7 +283,7 @@ fn issues(parts: &[pb::SubsystemTelemetry]) -> String {
     table.finish_unless_empty()
 }
 
-/// How bad an issue is: a warning, unless it says otherwise.
+/// The severity of an issue: WARNING if it is not set.
 pub(super) fn severity(issue: &pbs::Issue) -> &'static str {
     let severity = match issue.severity() {
         pbs::Severity::Unspecified => pbs::Severity::Warning,
@@ -308,7 +308,7 @@ fn outputs(parts: &[pb::SubsystemTelemetry]) -> String {
     table.finish_unless_empty()
 }
 
-/// A cycle in one line, as part of something else.
+/// A cycle in one line, for use in a larger text.
 pub(super) fn in_short(cycle: &pb::CycleTelemetry) -> String {
     let error = if cycle.error.is_empty() { String::new() } else { format!(": {}", clean(&cycle.error)) };
     format!(
@@ -324,17 +324,17 @@ pub(super) fn in_short(cycle: &pb::CycleTelemetry) -> String {
 
 /// Names with arrows between them.
 pub(super) fn chain(path: &[String]) -> String {
-    /// More is for the JSON.
+    /// Most names that are shown; the JSON contains all.
     const SHOWN: usize = 30;
     names(path, SHOWN).replace(", ", " > ")
 }
 
-/// Reads the number of a cycle.
+/// Reads the id of a cycle.
 ///
 /// # Errors
-/// What to give instead.
+/// The text is invalid; the message says which form is valid.
 pub(super) fn parse_cycle_id(text: &str) -> Result<u64, String> {
     let none =
-        || "give the number of a cycle: see `orchestrator cycles list`, and `orchestrator status` for the running one";
+        || "give the id of a cycle: see `orchestrator cycles list`, and `orchestrator status` for running cycles";
     text.parse().ok().filter(|id| *id > 0).ok_or_else(|| none().to_owned())
 }

@@ -39,8 +39,8 @@ const DREAMNET: &str = include_str!("../../examples/dreamnet.toml");
 /// Run the service with 28 simulated subsystems, live on the terminal
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The subsystems and their order are those of examples/dreamnet.toml. They run in this process, behind real sockets: each \
-makes its output from its inputs, works for a while, and now and then is slow, fails, or hangs until its timeout.
+The subsystems and their order are those of examples/dreamnet.toml. They run in this process, behind real sockets: \
+each makes its output from its inputs, works for a while, and occasionally is slow, fails, or hangs until its timeout.
 
 Ctrl-C or SIGTERM stops everything, and cancels running cycles; nothing is left behind but what --store names.
 
@@ -53,16 +53,16 @@ pub(super) struct Demo {
     /// Time between the starts of cycles, 10ms to 1h
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = interval)]
     interval: Duration,
-    /// Loopback address to listen on. Without it, 127.0.0.1:7700, or a free port where that one is taken
+    /// Loopback address to listen on [default: 127.0.0.1:7700, or a free port if that one is in use]
     #[arg(long, value_name = "ADDRESS", value_parser = loopback)]
     listen: Option<SocketAddr>,
-    /// Where the record is kept: memory: or sqlite:PATH
+    /// The store: memory: or sqlite:PATH
     #[arg(long, value_name = "URL", default_value = "memory:", value_parser = StoreUrl::parse)]
     store: StoreUrl,
-    /// What happens to whom in which cycle: the same seed, the same failures
+    /// Seed of the simulated failures: the same seed gives the same failures
     #[arg(long, value_name = "NUMBER", default_value_t = 23)]
     seed: u64,
-    /// Stop after so many cycles
+    /// Stop after this number of cycles
     #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u64>)]
     cycles: Option<u64>,
 }
@@ -81,9 +81,9 @@ fn loopback(text: &str) -> Result<SocketAddr, String> {
 }
 
 impl Demo {
-    /// Runs until it is told to stop, or the cycles are over.
+    /// Runs until a signal stops it, or the given number of cycles has run.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
-        // More would tear the live view, which tells of cycles that did not succeed itself.
+        // More lines would disturb the live view, which itself shows cycles that did not succeed.
         let log = Log { filter: "error".into(), format: LogFormat::Text };
         let _log = telemetry::init(&log).map_err(refused)?;
         let mut config = self.config()?;
@@ -91,7 +91,7 @@ impl Demo {
         let (service, is_moved) = self.start(&mut config).await.map_err(refused)?;
         let address = service.address();
         let greeting = self.greeting(&service, is_moved, &fleet);
-        // A task of its own: what it prints may wait for a reader that pauses.
+        // A separate task: its output may wait for a paused reader.
         let showing = async {
             let mut tasks = JoinSet::new();
             tasks.spawn(show(address, greeting, self.cycles));
@@ -102,13 +102,13 @@ impl Demo {
         let mut shown = Ok(());
         let until_stopped = async {
             shown = select! {
-                // Signals are heard before anything is printed.
+                // Signals are handled before anything is printed.
                 biased;
                 told = told_to_stop() => told.map_err(refused),
                 shown = showing => shown,
             };
         };
-        // What comes after the first signal cuts the shutdown short.
+        // A second signal aborts the shutdown.
         let exit = service.run(until_stopped, async { told_to_stop().await.unwrap_or(()) }).await;
         fleet.stop().await;
         shown?;
@@ -119,7 +119,7 @@ impl Demo {
         })
     }
 
-    /// How fast the simulation works, against how it does by default: a cycle takes half of the interval.
+    /// Duration of the simulated work relative to its default, so that a cycle takes half of the interval.
     fn pace(&self) -> f64 {
         const DEFAULT: Duration = Duration::from_secs(5);
         self.interval.min(DEFAULT).div_duration_f64(DEFAULT)
@@ -131,7 +131,7 @@ impl Demo {
         if let Some(listen) = self.listen {
             config.server.listen = listen;
         }
-        // Who stops a demo does not want to wait for its cycle.
+        // A demo stops at once, without waiting for its cycle.
         config.server.drain_grace = Duration::ZERO;
         for settings in &mut config.loops {
             settings.interval = self.interval;
@@ -140,7 +140,7 @@ impl Demo {
         Ok(config)
     }
 
-    /// Starts the service; says whether it had to move because the default port is taken.
+    /// Starts the service; also returns true if it uses another port because the default port is in use.
     async fn start(&self, config: &mut Config) -> Result<(Service, bool), StartError> {
         let mut is_moved = false;
         loop {
@@ -161,15 +161,15 @@ impl Demo {
         const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
         let address = service.address();
         let dashboard = service.admin_address().map(|address| format!("dashboard at http://{address}/\n"));
-        let taken = if is_moved { ", because 127.0.0.1:7700 is taken" } else { "" };
-        // As it was called, so that the lines can be copied also where it is not installed.
+        let taken = if is_moved { ", because 127.0.0.1:7700 is in use" } else { "" };
+        // The path as it was called, so that the lines can be copied even if the binary is not installed.
         let program = env::args().next().unwrap_or_else(|| "orchestrator".into());
         let remote = Remote::at(address);
         let export = match remote.flag().as_str() {
             "" => String::new(),
             _ => format!("  export ORCHESTRATOR_ADDRESS={address}\n"),
         };
-        // What grpcurl takes as well, and is short enough for these lines to fit into a terminal.
+        // grpcurl accepts this form, which is short enough for these lines to fit into a terminal.
         let server = match address {
             SocketAddr::V4(v4) if *v4.ip() == Ipv4Addr::LOCALHOST => format!(":{}", v4.port()),
             other => other.to_string(),
@@ -207,7 +207,7 @@ In another terminal:
     }
 }
 
-/// Shows the cycles until they are over.
+/// Shows the cycles until the given number has run.
 async fn show(address: SocketAddr, greeting: String, cycles: Option<u64>) -> Result<(), Failure> {
     print(&greeting)?;
     let mut recorded = 0;
@@ -226,9 +226,9 @@ fn refused(error: impl Display) -> Failure {
     Failure::new(Exit::Refused, error.to_string())
 }
 
-/// The offset of a loop whose next tick is due at once: nobody wants to wait for the first cycle of a demo.
+/// The offset of a loop whose first tick is due at once, so that the first cycle of a demo starts without delay.
 fn due_now(interval: Duration) -> Duration {
-    /// Time to start in.
+    /// Time for the start of the service.
     const SOON: Duration = Duration::from_millis(500);
     let now = Duration::try_from(Timestamp::now().as_duration()).unwrap_or_default() + SOON;
     let beyond = now.as_nanos() % interval.as_nanos().max(1);

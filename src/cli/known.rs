@@ -1,5 +1,5 @@
-//! Names that a user gives: whether the service knows them, and which were probably meant. A slip would otherwise look
-//! like a subsystem or a loop of which there is nothing to show.
+//! Names that a user gives: whether the service knows them, and which names were probably meant. A typing error would
+//! otherwise look like a subsystem or a loop without data.
 
 use tonic::Code;
 
@@ -25,16 +25,16 @@ impl Unknown {
         }
     }
 
-    /// That it is not there now.
+    /// Says that the name is not known now.
     pub(super) fn message(&self) -> String {
         let name = clean(self.name());
         match self {
-            Self::Subsystem(_) => format!("no subsystem {name} is registered"),
-            Self::Loop(_) => format!("there is no loop {name}"),
+            Self::Subsystem(_) => format!("subsystem {name} is not registered"),
+            Self::Loop(_) => format!("loop {name} does not exist"),
         }
     }
 
-    /// The command that lists those that are there.
+    /// The command that lists the known names.
     pub(super) fn list(&self) -> &'static str {
         match self {
             Self::Subsystem(_) => "orchestrator subsystems list",
@@ -42,7 +42,7 @@ impl Unknown {
         }
     }
 
-    /// Of those that are there, the one that was probably meant.
+    /// The known name that was probably meant.
     async fn meant<F: clap::Args>(&self, remote: &Remote<F>, client: &mut Client) -> Result<Option<String>, Failure> {
         let mut names = Vec::new();
         match self {
@@ -58,12 +58,12 @@ impl Unknown {
         Ok(nearest(self.name(), names.iter().map(String::as_str)).map(str::to_owned))
     }
 
-    /// What to do.
+    /// The remedy.
     async fn hint<F: clap::Args>(&self, remote: &Remote<F>, client: &mut Client) -> String {
-        // What was refused is said also where no more can be found out.
+        // The refusal is reported even if the known names can't be listed.
         let meant = self.meant(remote, client).await.unwrap_or_default();
         let did_you_mean = meant.map_or_else(String::new, |meant| format!("Did you mean {}? ", clean(&meant)));
-        format!("{did_you_mean}To see those that are there: {}{}", self.list(), remote.flag())
+        format!("{did_you_mean}To list all: {}{}", self.list(), remote.flag())
     }
 
     async fn into_failure<F: clap::Args>(self, message: &str, remote: &Remote<F>, client: &mut Client) -> Failure {
@@ -71,7 +71,7 @@ impl Unknown {
     }
 }
 
-/// The same failure. Where it is about a name that the service does not know, it says which one was probably meant.
+/// The same failure, with the probable name if the service does not know the given one.
 pub(super) async fn explain<F: clap::Args>(failure: Failure, remote: &Remote<F>, client: &mut Client) -> Failure {
     match failure.unknown {
         Some(unknown) => unknown.into_failure(&failure.message, remote, client).await,
@@ -79,11 +79,10 @@ pub(super) async fn explain<F: clap::Args>(failure: Failure, remote: &Remote<F>,
     }
 }
 
-/// Whether the service knows these subsystems and loops: they are there now, or in the record, since the history also
-/// tells of those that are gone.
+/// Checks that the service knows these subsystems and loops: they exist now, or are in the history.
 ///
 /// # Errors
-/// It does not know one, or can't be asked.
+/// The service does not know one of them, or can't be reached.
 pub(super) async fn check<F: clap::Args>(
     remote: &Remote<F>,
     client: &mut Client,
@@ -93,7 +92,7 @@ pub(super) async fn check<F: clap::Args>(
     for name in missing(remote, client, subsystems).await? {
         let request = pb::ListCyclesRequest { subsystem: name.clone(), ..pb::ListCyclesRequest::default() };
         if !is_in_record(remote, client, request).await? {
-            let message = format!("no subsystem {} is registered, and the record has none of that name", clean(&name));
+            let message = format!("subsystem {} is not registered, and is in no cycle of the history", clean(&name));
             return Err(Unknown::Subsystem(name).into_failure(&message, remote, client).await);
         }
     }
@@ -104,29 +103,29 @@ pub(super) async fn check<F: clap::Args>(
     for name in of_loops.iter().filter(|name| !loops.contains(name)) {
         let request = pb::ListCyclesRequest { r#loop: name.clone(), ..pb::ListCyclesRequest::default() };
         if !is_in_record(remote, client, request).await? {
-            let message = format!("there is no loop {}, and the record has no cycle of one of that name", clean(name));
+            let message = format!("loop {} does not exist, and the history has no cycle of it", clean(name));
             return Err(Unknown::Loop(name.clone()).into_failure(&message, remote, client).await);
         }
     }
     Ok(())
 }
 
-/// Tells of those that may well be registered later, and may be a slip.
+/// Prints a note on names that are not registered: they may be registered later, or be typing errors.
 pub(super) async fn note_missing(remote: &Remote, client: &mut Client, names: &[String], consequence: &str) {
-    // It is only a hint: the command has done what it says.
+    // This is only a note: the command has succeeded.
     for name in missing(remote, client, names).await.unwrap_or_default() {
         let unknown = Unknown::Subsystem(name);
         note(&format!("{}: {consequence}\n{}", unknown.message(), unknown.hint(remote, client).await));
     }
 }
 
-/// Those that are not registered.
+/// The names that are not registered.
 async fn missing<F: clap::Args>(
     remote: &Remote<F>,
     client: &mut Client,
     names: &[String],
 ) -> Result<Vec<String>, Failure> {
-    /// A slip is among few: who gives more has not typed them.
+    /// Most names that are checked: longer lists were not typed by hand.
     const MAX: usize = 32;
     let mut missing = Vec::new();
     for name in names.iter().take(MAX) {
@@ -151,14 +150,13 @@ async fn loops<F: clap::Args>(remote: &Remote<F>, client: &mut Client) -> Result
     Ok(loops.into_iter().filter_map(|status| status.r#loop).map(|settings| settings.name).collect())
 }
 
-/// Whether a cycle passes this filter.
+/// True if a cycle passes this filter.
 async fn is_in_record<F: clap::Args>(
     remote: &Remote<F>,
     client: &mut Client,
     mut request: pb::ListCyclesRequest,
 ) -> Result<bool, Failure> {
-    /// The service looks through some 10,000 records for a page. Of a history that goes back further nobody is told that it
-    /// does not know a name.
+    /// The service examines about 10,000 records for a page. In a longer history, an unknown name is not reported.
     const PAGES: usize = 20;
     request.page_size = 1;
     for _ in 0..PAGES {

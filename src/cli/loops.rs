@@ -27,12 +27,13 @@ pub(super) struct Loops {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// List the loops with the account of their ticks
+    /// List the loops with their tick counts
     #[command(
         visible_alias = "ls",
         after_help = "\
-DUE is the sum of RAN, SKIPPED (a cycle with a subsystem in common was running or waiting), MISSED (the service was down), COALESCED (folded into \
-another tick's cycle) and DROPPED (refused). The latest ticks that did not run are listed below the table.
+DUE is the sum of RAN, SKIPPED (a cycle with a subsystem in common was running or waiting), MISSED (the service was \
+down), COALESCED (merged into the \
+cycle of another tick) and DROPPED (refused). The latest ticks that did not run are listed below the table.
 
 Examples:
   orchestrator loops list
@@ -42,8 +43,9 @@ Examples:
     Start(Box<Start>),
     /// Stop a loop
     #[command(after_help = "\
-A cycle that it has started runs on. A loop that was started with `loops start` is forgotten; one that the configuration \
-file declares stays listed as stopped, and `loops start NAME` starts it again.
+Its cycles continue. A loop that was started with `loops start` is deleted; a loop that the configuration file \
+declares \
+stays listed as stopped, and `loops start NAME` restarts it.
 
 Examples:
   orchestrator loops stop heartbeat")]
@@ -56,13 +58,16 @@ Examples:
 /// Start a loop, or change the settings of one
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-It survives restarts of the service. For one that the configuration file declares and that was stopped, give only its \
-name. Ticks are due at multiples of the interval since 1970 (UTC), shifted by --offset: loops with the same interval and a \
-subsystem in common want different offsets, or they take turns. --subsystem may name one that is registered later; until then its part fails.
+It survives restarts of the service. To restart a stopped loop that the configuration file declares, give only its \
+name. \
+Ticks are due at multiples of the interval since 1970 (UTC), shifted by --offset: give loops with the same interval \
+and a \
+subsystem in common different offsets, or they take turns. --subsystem can name a subsystem that is registered later; \
+until then its part fails.
 
 Overlap policies, for a tick while a cycle with a subsystem in common runs or waits: skip, its cycle does not run; \
 buffer_one, it waits if none of this loop waits yet; buffer_all, it waits in line; cancel_other, those that run are \
-cancelled. Loops without a subsystem in common don't hold each other up.
+cancelled. Loops without a subsystem in common don't delay each other.
 
 Examples:
   orchestrator loops start heartbeat --interval 5s
@@ -78,17 +83,17 @@ struct Start {
     /// Shifts the ticks; less than the interval [default: 0s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     offset: Option<prost_types::Duration>,
-    /// Each cycle starts up to this much after its tick, at random; less than the interval [default: 0s]
+    /// Largest random delay of each cycle after its tick; less than the interval [default: 0s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     jitter: Option<prost_types::Duration>,
     /// What happens to a tick while a cycle with a subsystem in common runs or waits [default: skip]
     #[arg(long, value_name = "POLICY", value_parser = one_of(OVERLAP_POLICIES, overlap_policy))]
     overlap_policy: Option<pb::OverlapPolicy>,
-    /// What happens to ticks that were due while the service was down: none, they are missed; one, the latest runs
+    /// What happens to ticks that were due while the service was down: none, they are missed; one, the latest tick runs
     /// [default: none]
     #[arg(long, value_name = "WHAT", value_parser = one_of(CATCH_UPS, catch_up))]
     catch_up: Option<pb::CatchUp>,
-    /// How far back catching up reaches [default: 60s]
+    /// Largest age of ticks that are caught up [default: 60s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     catch_up_window: Option<prost_types::Duration>,
     /// Only this subsystem; may be repeated [default: all]
@@ -99,7 +104,7 @@ struct Start {
     /// Deadline of its cycles, 1ms to 24h [default: the service's cycle.deadline]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     deadline: Option<prost_types::Duration>,
-    /// Keep all outputs in the record of its cycles
+    /// Record all outputs of its cycles
     #[arg(long)]
     record_outputs: bool,
 }
@@ -111,7 +116,7 @@ fn catch_up(catch_up: pb::CatchUp) -> &'static str {
 }
 
 impl Loops {
-    /// Does what is asked for.
+    /// Runs the subcommand.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         let mut client = self.remote.connect().await?;
         match self.command.run(&self.remote, &mut client).await {
@@ -193,7 +198,7 @@ impl Start {
     }
 }
 
-/// The loops and their ticks, and below those that did not run.
+/// The loops and their ticks, and below them the ticks that did not run.
 pub(super) fn table(loops: &[pb::IntervalLoopStatus]) -> String {
     let headings =
         ["LOOP", "INTERVAL", "NEXT", "LAST CYCLE", "DUE", "RAN", "SKIPPED", "MISSED", "COALESCED", "DROPPED"];

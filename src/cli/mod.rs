@@ -47,21 +47,21 @@ use tokio::{
     version,
     about,
     after_help = "\
-Exit codes of all commands but serve and conformance, which say their own:
+Exit codes of all commands except serve and conformance, whose help lists theirs:
   0    done; for run: the cycle SUCCEEDED
-  1    refused, or failed, by the service; for run: no subsystem was called
+  1    the service refused or failed; for run: no subsystem was called
   2    wrong usage or a wrong configuration
-  4    the service can't be reached, or has not answered within --timeout
+  4    the service can't be reached, or did not answer within --timeout
   10   run: the cycle was DEGRADED
   11   run: the cycle FAILED
   12   run: the cycle was CANCELLED or INTERRUPTED
   130  Ctrl-C
 
 Environment:
-  ORCHESTRATOR_ADDRESS   stands in for --address
-  ORCHESTRATOR_TIMEOUT   stands in for --timeout
-  ORCHESTRATOR_OUTPUT    stands in for --output
-  ORCHESTRATOR_CONFIG    stands in for --config
+  ORCHESTRATOR_ADDRESS   default of --address
+  ORCHESTRATOR_TIMEOUT   default of --timeout
+  ORCHESTRATOR_OUTPUT    default of --output
+  ORCHESTRATOR_CONFIG    default of --config
   NO_COLOR               no colours
 
 Examples:
@@ -100,13 +100,13 @@ enum Command {
 }
 
 impl Cli {
-    /// Reads the command line and the environment. Where they are wrong, or ask for help, the process ends here.
+    /// Reads the command line and the environment. If they are invalid, or ask for help, the process exits here.
     pub fn read() -> Self {
         Self::try_parse().unwrap_or_else(|error| Self::without_environment(error).exit())
     }
 
-    /// The error as the command line alone makes it: clap lists whatever the environment sets as part of the usage, as
-    /// though it was required. Where the environment is what is wrong, says so.
+    /// The error without the environment: clap lists options that the environment sets as required parts of the usage.
+    /// If the environment is the cause of the error, a note says so.
     fn without_environment(error: clap::Error) -> clap::Error {
         if !error.use_stderr() {
             return error;
@@ -114,21 +114,19 @@ impl Cli {
         if let Err(error) = ignore_environment(Self::command()).try_get_matches() {
             return error;
         }
-        output::note("what is wrong comes from the environment: see `orchestrator help` for its variables");
+        output::note("the invalid value comes from the environment: see `orchestrator help` for the variables");
         error
     }
 
-    /// Does what it says, and returns the exit code.
+    /// Runs the command, and returns the exit code.
     pub fn run(self) -> ExitCode {
-        /// For tasks to end, and to close what they have open. What hangs in a thread of its own, such as the resolution of
-        /// a name or the reading of a file, is left behind.
+        /// Time for tasks to end and to close their files and connections. Threads that hang, for instance in a name
+        /// lookup or in a file, are not awaited.
         const LAST_TASKS: Duration = Duration::from_millis(500);
         let runtime = match has_files().and_then(|()| runtime::Builder::new_multi_thread().enable_all().build()) {
             Ok(runtime) => runtime,
             Err(error) => {
-                output::note(&format!(
-                    "can't start: {error}; it takes some {FILES} open files to begin with (ulimit -n)"
-                ));
+                output::note(&format!("can't start: {error}; about {FILES} open files are needed (ulimit -n)"));
                 return Exit::Refused.into();
             }
         };
@@ -141,7 +139,7 @@ impl Cli {
         let (parting, last_words) = tokio::sync::watch::channel(String::new());
         let work: BoxFuture<'static, Result<Exit, Failure>> = match self.command {
             Command::Serve(serve) => return serve.run().await,
-            // These hear signals themselves, and end in an order of their own. What went wrong is left to say.
+            // These handle signals and shut down themselves. Only their error is left to report.
             Command::Demo(demo) => Box::pin(ready(demo.run().await)),
             Command::Top(top) => Box::pin(ready(top.run().await)),
             Command::Run(run) => Box::pin(run.run(parting)),
@@ -154,7 +152,7 @@ impl Cli {
             Command::Report(report) => Box::pin(report.run()),
             Command::Plan(plan) => Box::pin(plan.run()),
             Command::Conformance(conformance) => Box::pin(conformance.run()),
-            // Nothing listens for Ctrl-C yet, so that it ends them at once.
+            // These have no handler of Ctrl-C, so that it ends them at once.
             Command::Check(check) => Box::pin(ready(check.run())),
             Command::Store(store) => Box::pin(ready(store.run())),
             Command::Completions(completions) => Box::pin(ready(completions.run())),
@@ -163,14 +161,13 @@ impl Cli {
     }
 }
 
-/// Does what a command does, and says why where that fails; or leaves at Ctrl-C, with these words on stderr.
-///
-/// The command is a task of its own. What it prints may wait for a reader that pauses, and Ctrl-C has to be heard then, too.
+/// Runs a command and reports its failure; on Ctrl-C, prints `parting` on stderr and exits. The command is a separate
+/// task: its output may wait for a paused reader, and Ctrl-C has to work then, too.
 async fn until_left(
     work: impl Future<Output = Result<Exit, Failure>> + Send + 'static,
     last_words: tokio::sync::watch::Receiver<String>,
 ) -> ExitCode {
-    /// For the command to clear what it shows on a terminal, unless it waits for a reader.
+    /// Time for the command to clear its view on a terminal, unless it waits for a reader.
     const PATIENCE: Duration = Duration::from_secs(1);
     let mut interrupt = match signal(SignalKind::interrupt()) {
         Ok(interrupt) => interrupt,
@@ -203,15 +200,15 @@ async fn until_left(
     Exit::Left.into()
 }
 
-/// What a command has open before it does anything. It is tried out first: the library that listens for signals panics when
-/// there are too few.
+/// Files that a command needs at its start. They are tried first: the library that handles signals panics if there are
+/// too few.
 const FILES: usize = 24;
 
 fn has_files() -> io::Result<()> {
     (0..FILES).map(|_| File::open("/dev/null")).collect::<io::Result<Vec<_>>>().map(drop)
 }
 
-/// The same command and its subcommands, which take nothing from the environment.
+/// The same command and its subcommands, without values from the environment.
 fn ignore_environment(command: clap::Command) -> clap::Command {
     command.mut_args(|argument| argument.env(None::<&str>)).mut_subcommands(ignore_environment)
 }
@@ -235,13 +232,13 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// Why a command did not do what it says.
+/// Why a command failed.
 #[derive(Debug)]
 struct Failure {
     exit: Exit,
-    /// What was wrong and what to do, for stderr. Nothing to say when it is empty.
+    /// The problem and its remedy, for stderr. Empty if nothing is to be printed.
     message: String,
-    /// The name that was not found, if that is why.
+    /// The name that was not found, if that is the reason.
     unknown: Option<known::Unknown>,
 }
 
@@ -250,7 +247,7 @@ impl Failure {
         Self { exit, message: message.into(), unknown: None }
     }
 
-    /// The same, with one more line.
+    /// The same failure, with another line in its message.
     fn and(self, line: &str) -> Self {
         Self { message: format!("{}\n{line}", self.message), ..self }
     }
@@ -261,7 +258,7 @@ impl Failure {
         Self { unknown: Some(unknown), ..Self::new(Exit::Refused, message) }
     }
 
-    /// Whoever read the output has read enough.
+    /// The reader of the output has closed it.
     fn nobody_reads() -> Self {
         Self::new(Exit::Done, "")
     }

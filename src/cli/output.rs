@@ -1,6 +1,5 @@
-//! What commands print: tables for people, canonical proto JSON for programs.
-//!
-//! Whatever a subsystem or the service has sent goes through [`clean`] on its way to a terminal.
+//! Output of commands: tables for people, canonical proto JSON for programs. All text from subsystems and from the
+//! service passes [`clean`] before it is printed.
 
 use std::{
     env,
@@ -32,10 +31,10 @@ use crate::{
     proto::{self, orchestrator::v1 as pb},
 };
 
-/// How to print.
+/// The format of the output.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
 pub(super) struct Format {
-    /// Tables for people, or the service's answers as canonical proto JSON: one object, or one a line for streams
+    /// Tables for people, or the service's answers as canonical proto JSON: one object, or one per line for streams
     #[arg(long, value_name = "FORMAT", env = "ORCHESTRATOR_OUTPUT", default_value = "table", global = true)]
     output: Output,
 }
@@ -48,15 +47,15 @@ enum Output {
 }
 
 impl Format {
-    /// Programs read it.
+    /// True if the output is for programs.
     pub(super) fn is_json(self) -> bool {
         self.output == Output::Json
     }
 
-    /// Prints a message of the contract: as JSON, or as what `text` makes of it.
+    /// Prints a message of the contract: as JSON, or as the text that `text` makes.
     ///
     /// # Errors
-    /// Nobody reads it any more, or it can't be written.
+    /// The reader has closed the output, or it can't be written.
     pub(super) fn show<M: Message>(
         self,
         kind: &'static str,
@@ -70,10 +69,10 @@ impl Format {
 // ---------------------------------------------------------------------------------------------------------------
 // Printing
 
-/// Writes to stdout. Whoever reads it may pause: other tasks go on meanwhile, on other threads.
+/// Writes to stdout. The reader may pause: other tasks continue meanwhile, on other threads.
 ///
 /// # Errors
-/// Nobody reads it any more, or it can't be written.
+/// The reader has closed the output, or it can't be written.
 pub(super) fn print(text: &str) -> Result<(), Failure> {
     let printed = block_in_place(|| {
         let mut stdout = io::stdout().lock();
@@ -85,24 +84,24 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
     })
 }
 
-/// Tells people something beside the output, on stderr. Waits as [`print`] does.
+/// Prints a note on stderr. Waits like [`print`].
 pub(super) fn note(text: &str) {
-    // Nobody reading it is no reason to stop.
+    // A closed reader of notes does not stop the command.
     _ = block_in_place(|| writeln!(io::stderr(), "{text}"));
 }
 
-/// Tells people something on the way out: whoever does not read stderr is waited for a second at most.
+/// Prints a last note on stderr, and waits for its reader for at most one second.
 pub(super) async fn last_words(text: String) {
     const PATIENCE: Duration = Duration::from_secs(1);
     _ = timeout(PATIENCE, spawn_blocking(move || note(&text))).await;
 }
 
-/// Whether a person looks at stdout.
+/// True if stdout is a terminal.
 pub(super) fn is_terminal() -> bool {
     io::stdout().is_terminal() && is_capable()
 }
 
-/// Whether a person looks at stderr.
+/// True if stderr is a terminal.
 pub(super) fn is_error_terminal() -> bool {
     io::stderr().is_terminal() && is_capable()
 }
@@ -111,7 +110,7 @@ fn is_capable() -> bool {
     env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// Whether stdout takes colours. <https://no-color.org>
+/// True if stdout accepts colours. <https://no-color.org>
 pub(super) fn has_colours() -> bool {
     is_terminal() && env::var_os("NO_COLOR").is_none_or(|it| it.is_empty())
 }
@@ -123,17 +122,17 @@ pub(super) fn has_colours() -> bool {
 /// `dreamnet.orchestrator.v1`.
 ///
 /// # Errors
-/// The service has sent what its contract does not allow.
+/// The service has sent a message that violates its contract.
 pub(super) fn json<M: Message>(kind: &'static str, message: &M) -> Result<String, Failure> {
     encoded_json(kind, &message.encode_to_vec())
 }
 
-/// The same of encoded bytes.
+/// As [`json`], for encoded bytes.
 ///
 /// # Errors
-/// As of [`json`].
+/// As [`json`].
 pub(super) fn encoded_json(kind: &'static str, bytes: &[u8]) -> Result<String, Failure> {
-    let malformed = |error| format!("the service has sent what can't be read: {error}");
+    let malformed = |error| format!("the service has sent a message that can't be read: {error}");
     let text = proto::json::encode(kind, bytes).map_err(|error| Failure::new(Exit::Refused, malformed(error)))?;
     Ok(escape_json(&text).into_owned())
 }
@@ -147,7 +146,7 @@ impl JsonList {
     /// Begins the list of this name.
     ///
     /// # Errors
-    /// As of [`print`].
+    /// As [`print`].
     pub(super) fn begin(name: &str) -> Result<Self, Failure> {
         print(&format!("{{\"{name}\":["))?;
         Ok(Self { items: 0 })
@@ -156,7 +155,7 @@ impl JsonList {
     /// Adds one encoded message.
     ///
     /// # Errors
-    /// As of [`json`] and [`print`].
+    /// As [`json`] and [`print`].
     pub(super) fn add(&mut self, kind: &'static str, bytes: &[u8]) -> Result<(), Failure> {
         let comma = if self.items == 0 { "" } else { "," };
         self.items += 1;
@@ -166,17 +165,17 @@ impl JsonList {
     /// Ends the list.
     ///
     /// # Errors
-    /// As of [`print`].
+    /// As [`print`].
     #[allow(clippy::unused_self, reason = "a list ends once")]
     pub(super) fn end(self) -> Result<(), Failure> {
         print("]}\n")
     }
 }
 
-/// A record as it is read.
+/// Decodes a record.
 ///
 /// # Errors
-/// The service has sent what its contract does not allow.
+/// The service has sent a message that violates its contract.
 pub(super) fn telemetry(bytes: &Bytes) -> Result<pb::CycleTelemetry, Failure> {
     pb::CycleTelemetry::decode(bytes.clone()).map_err(|error| {
         Failure::new(Exit::Refused, format!("the service has sent a record that can't be read: {error}"))
@@ -199,7 +198,7 @@ pub(super) fn clean_lines(text: &str) -> String {
     text.lines().map(clean).collect::<Vec<_>>().join("\n")
 }
 
-/// Those that are not empty, with an empty line between them.
+/// Joins the sections that are not empty, with an empty line between them.
 pub(super) fn sections<const N: usize>(sections: [String; N]) -> String {
     let shown: Vec<_> = sections.into_iter().filter(|section| !section.is_empty()).collect();
     shown.join("\n")
@@ -224,19 +223,19 @@ pub(super) fn cycle_state(state: pb::CycleState) -> &'static str {
     word(state.as_str_name(), "CYCLE_STATE_")
 }
 
-/// How a subsystem's part stands or ended.
+/// The state of a subsystem's part.
 pub(super) fn subsystem_state(state: pb::SubsystemState) -> &'static str {
     word(state.as_str_name(), "SUBSYSTEM_STATE_")
 }
 
-/// Why a subsystem is not called, in words; empty when it is.
+/// Why a subsystem is not called, in words; empty if it is called.
 pub(super) fn skip_reason(reason: pb::SkipReason) -> &'static str {
     match reason {
         pb::SkipReason::Unspecified => "",
         pb::SkipReason::Suspended => "suspended",
-        pb::SkipReason::RequirementFailed => "one that it requires did not succeed",
-        pb::SkipReason::RequirementMissing => "one that it requires is not registered",
-        pb::SkipReason::RequirementLeftOut => "one that it requires is suspended or not in this cycle",
+        pb::SkipReason::RequirementFailed => "a required subsystem did not succeed",
+        pb::SkipReason::RequirementMissing => "a required subsystem is not registered",
+        pb::SkipReason::RequirementLeftOut => "a required subsystem is suspended or not in this cycle",
         pb::SkipReason::CycleDeadline => "the cycle's deadline had passed",
         pb::SkipReason::NotRegistered => "not registered",
     }
@@ -259,7 +258,7 @@ pub(super) fn count(number: impl Into<u64>, one: &str) -> String {
     }
 }
 
-/// A number with its thousands set apart.
+/// A number with thousands separators.
 pub(super) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
@@ -275,7 +274,7 @@ pub(super) fn grouped(number: u64) -> String {
 // ---------------------------------------------------------------------------------------------------------------
 // Times
 
-/// Milliseconds as people say them, with three digits.
+/// Milliseconds with a suitable unit and three digits.
 pub(super) fn milliseconds(ms: f64) -> String {
     match ms {
         ..0.0005 => "0 ms".to_owned(),
@@ -288,21 +287,21 @@ pub(super) fn milliseconds(ms: f64) -> String {
     }
 }
 
-/// A duration as it can be given to a flag.
+/// A duration in the form that flags accept.
 pub(super) fn short(duration: Duration) -> String {
     let signed = SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX);
     if signed.is_zero() { "0s".to_owned() } else { format!("{signed:#}") }
 }
 
-/// The same of the contract's durations; empty when there is none.
+/// As above, for durations of the contract; empty if it is not set.
 pub(super) fn duration(duration: Option<&prost_types::Duration>) -> String {
     let duration = duration.and_then(|&duration| Duration::try_from(duration).ok());
     duration.map(short).unwrap_or_default()
 }
 
-/// A time, to the second, in UTC; a dash when there is none.
+/// A time, to the second, in UTC; a dash if it is not set.
 pub(super) fn time(time: Option<&prost_types::Timestamp>) -> String {
-    // Not rounded up: what is shown is a bound that can be asked for.
+    // Not rounded up, so that the shown time can be used as a bound in a filter.
     let whole_seconds = TimestampRound::new().smallest(Unit::Second).mode(RoundMode::Trunc);
     match time.and_then(timestamp).and_then(|time| time.round(whole_seconds).ok()) {
         Some(time) => time.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
@@ -310,7 +309,7 @@ pub(super) fn time(time: Option<&prost_types::Timestamp>) -> String {
     }
 }
 
-/// How far a time is from now: `5s ago`, `in 3m 20s`.
+/// A time relative to now: `5s ago`, `in 3m 20s`.
 pub(super) fn age(time: Option<&prost_types::Timestamp>) -> String {
     let Some(time) = time.and_then(timestamp) else { return "-".to_owned() };
     let ago = Timestamp::now().duration_since(time);
@@ -318,7 +317,7 @@ pub(super) fn age(time: Option<&prost_types::Timestamp>) -> String {
     if ago.is_negative() { format!("in {coarse}") } else { format!("{coarse} ago") }
 }
 
-/// A duration without what nobody wants to read: its two largest units.
+/// The two largest units of a duration.
 pub(super) fn coarse(duration: Duration) -> Duration {
     let unit = match duration.as_secs() {
         0..3_600 => 1,
@@ -328,7 +327,7 @@ pub(super) fn coarse(duration: Duration) -> Duration {
     Duration::from_secs(duration.as_secs() / unit * unit)
 }
 
-/// A time as it is reckoned with; `None` when it is beyond the calendar.
+/// A time for calculations; `None` if it is outside the range of the library.
 pub(super) fn timestamp(time: &prost_types::Timestamp) -> Option<Timestamp> {
     Timestamp::new(time.seconds, time.nanos).ok()
 }
@@ -336,10 +335,10 @@ pub(super) fn timestamp(time: &prost_types::Timestamp) -> Option<Timestamp> {
 // ---------------------------------------------------------------------------------------------------------------
 // Tables
 
-/// A table without borders. It fits the terminal; piped, every row is one line.
+/// A table without borders. It fits the terminal; in a pipe, every row is one line.
 pub(super) struct Table {
     table: comfy_table::Table,
-    /// Each row is one line on a terminal as well, and what does not fit is cut.
+    /// True if each row is one line on a terminal as well, cut at its width.
     is_list: bool,
 }
 
@@ -351,7 +350,7 @@ impl Table {
         table
     }
 
-    /// A table with these headings to look over: each row is one line.
+    /// A table with these headings in which each row is one line.
     pub(super) fn list<'a>(headings: impl IntoIterator<Item = &'a str>) -> Self {
         let mut table = Self { is_list: true, ..Self::bare() };
         let mut headings = comfy_table::Row::from(headings.into_iter().map(Cell::new).collect::<Vec<_>>());
@@ -360,7 +359,7 @@ impl Table {
         table
     }
 
-    /// A table of two columns: what something is called, and what it is.
+    /// A table of two columns: names and values.
     pub(super) fn facts() -> Self {
         Self::bare()
     }
@@ -376,7 +375,7 @@ impl Table {
         Self { table, is_list: false }
     }
 
-    /// Sets a column of numbers to the right.
+    /// Aligns a column to the right, for numbers.
     pub(super) fn right(mut self, column: usize) -> Self {
         if let Some(column) = self.table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
@@ -393,19 +392,19 @@ impl Table {
         self.table.add_row(row);
     }
 
-    /// Adds a row of two columns, unless there is nothing to say.
+    /// Adds a row of two columns, unless the value is empty.
     pub(super) fn fact(&mut self, what: &str, is: impl AsRef<str>) {
         if !is.as_ref().is_empty() {
             self.row([Cell::new(what), text(is)]);
         }
     }
 
-    /// The lines of the table; none when it has no rows.
+    /// The lines of the table; empty if it has no rows.
     pub(super) fn finish_unless_empty(self) -> String {
         if self.table.is_empty() { String::new() } else { self.finish() }
     }
 
-    /// The lines of the table; when it has no rows, one that says so.
+    /// The lines of the table; if it has no rows, the line `none`.
     pub(super) fn or(self, none: &str) -> String {
         if self.table.is_empty() { format!("{none}\n") } else { self.finish() }
     }
@@ -432,7 +431,7 @@ impl Table {
     }
 }
 
-/// A cell of what somebody sent.
+/// A cell with text from outside.
 pub(super) fn text(text: impl AsRef<str>) -> Cell {
     Cell::new(clean(text.as_ref()))
 }
@@ -464,7 +463,7 @@ pub(super) fn painted(word: &str, width: usize) -> String {
     }
 }
 
-/// The colour of a state; `None` for one that is no news.
+/// The colour of a state; `None` for an ordinary one.
 pub(super) fn colour(state: &str) -> Option<AnsiColor> {
     match state {
         "SUCCEEDED" | "PASSED" | "CLOSED" => Some(AnsiColor::Green),
@@ -477,45 +476,45 @@ pub(super) fn colour(state: &str) -> Option<AnsiColor> {
 // ---------------------------------------------------------------------------------------------------------------
 // Words of the contract as arguments
 
-/// Reads one of these words of the contract, in lower case, as the configuration file has them.
+/// Reads one of these words of the contract, in lower case as in the configuration file.
 pub(super) fn one_of<E: Copy + Send + Sync + 'static>(
     values: &'static [E],
     word: fn(E) -> &'static str,
 ) -> impl TypedValueParser<Value = E> {
     let words: Vec<_> = values.iter().map(|&value| word(value).to_lowercase()).collect();
     PossibleValuesParser::new(words).try_map(move |text| {
-        values.iter().copied().find(|&value| word(value).eq_ignore_ascii_case(&text)).ok_or("is none of these words")
+        values.iter().copied().find(|&value| word(value).eq_ignore_ascii_case(&text)).ok_or("is not one of these words")
     })
 }
 
-/// Reads a number of at least 1, where 0 would mean that none is given.
+/// Reads a number of at least 1: in the contract, 0 means that it is not set.
 ///
 /// # Errors
-/// What to give instead.
+/// The text is invalid; the message says which form is valid.
 pub(super) fn parse_positive<N: FromStr + Default + PartialEq>(text: &str) -> Result<N, String> {
     let number = text.parse().ok().filter(|number| *number != N::default());
-    number.ok_or_else(|| "give a whole number from 1 on".to_owned())
+    number.ok_or_else(|| "give a whole number of at least 1".to_owned())
 }
 
-/// Reads a duration of a request. Its bounds are the service's to check.
+/// Reads a duration of a request. The service checks its bounds.
 ///
 /// # Errors
-/// What to give instead.
+/// The text is invalid; the message says which form is valid.
 pub(super) fn parse_duration(text: &str) -> Result<prost_types::Duration, String> {
     let duration: SignedDuration =
         text.parse().map_err(|_| "give a duration with its unit, such as 250ms, 5s or 1m30s".to_owned())?;
     Ok(prost_types::Duration { seconds: duration.as_secs(), nanos: duration.subsec_nanos() })
 }
 
-/// Reads a time: as RFC 3339 has it, or as a duration before now, in which a day has 24 hours.
+/// Reads a time: in RFC 3339, or as a duration before now, in which a day has 24 hours.
 ///
 /// # Errors
-/// What to give instead.
+/// The text is invalid; the message says which form is valid.
 pub(super) fn parse_time(text: &str) -> Result<prost_types::Timestamp, String> {
     let ago = || {
         let ago: Span = text.parse().ok()?;
         let ago = ago.to_duration(SpanRelativeTo::days_are_24_hours()).ok()?;
-        // "2h ago" reads as less than nothing.
+        // "2h ago" is parsed as a negative duration.
         Timestamp::now().checked_sub(ago.unsigned_abs()).ok()
     };
     let time = text.parse().ok().or_else(ago);

@@ -7,22 +7,22 @@ use serde_json::{Map, Value};
 use super::{Exit, Failure};
 use crate::model::Payload;
 
-/// What is handed to subsystems.
+/// Parameters for subsystems.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Parameters {
     /// One parameter, its value as JSON, such as --param limit=5 or --param 'name="x"'; may be repeated
     #[arg(long = "param", value_name = "KEY=JSON", value_parser = parameter)]
     one: Vec<(String, Value)>,
-    /// All parameters as one JSON object; those of --param go over it
+    /// All parameters as one JSON object; --param takes precedence
     #[arg(long = "params-json", value_name = "OBJECT", value_parser = object)]
     all: Option<Map<String, Value>>,
 }
 
 impl Parameters {
-    /// As the contract carries them.
+    /// The parameters as a message of the contract.
     ///
     /// # Errors
-    /// They nest too deep, or hold a whole number that would change.
+    /// They nest too deep, or contain a whole number that would change.
     pub(super) fn encode(self) -> Result<Bytes, Failure> {
         let mut object = self.all.unwrap_or_default();
         object.extend(self.one);
@@ -36,11 +36,11 @@ impl Parameters {
 /// Reads KEY=JSON.
 ///
 /// # Errors
-/// What to give instead.
+/// The text is invalid; the message says which form is valid.
 pub(super) fn parameter(text: &str) -> Result<(String, Value), String> {
     let (key, value) = text.split_once('=').ok_or("give KEY=JSON, such as limit=5")?;
     let value = unchanged(value).map_err(|error| {
-        format!("what follows {key}= is not JSON: {error}; a text needs quotes that your shell leaves: '{key}=\"…\"'")
+        format!("the value of {key} is not JSON: {error}; quote a string for JSON and for your shell: '{key}=\"…\"'")
     })??;
     Ok((key.to_owned(), value))
 }
@@ -49,8 +49,8 @@ fn object(text: &str) -> Result<Map<String, Value>, String> {
     unchanged(text).map_err(|error| format!("it is not a JSON object: {error}"))?
 }
 
-/// Reads JSON. Of whole numbers beyond 64 bits the library makes doubles and does not tell, so they are refused here;
-/// smaller ones can be seen later.
+/// Reads JSON. The library silently turns whole numbers beyond 64 bits into doubles, so they are refused here; smaller
+/// ones are checked later.
 fn unchanged<T: DeserializeOwned>(json: &str) -> Result<Result<T, String>, serde_json::Error> {
     let value = serde_json::from_str(json)?;
     let mut outside_of_texts = String::with_capacity(json.len());

@@ -1,4 +1,4 @@
-//! `orchestrator plan`: what a cycle would do.
+//! `orchestrator plan`: the plan of a cycle.
 
 use super::{
     Exit, Failure,
@@ -9,11 +9,11 @@ use super::{
 };
 use crate::proto::orchestrator::v1 as pb;
 
-/// Show the order of a cycle, and run nothing
+/// Show the order of a cycle without running it
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-A subsystem starts the moment what it waits for has ended: everything in lower phases, and those that it waits for by \
-name. Expected durations are the means of recent ones in this process of the service.
+A subsystem starts as soon as all subsystems in lower phases, and those that it waits for by name, have ended. \
+Expected durations are the means of recent ones in this process of the service.
 
 Examples:
   orchestrator plan
@@ -38,7 +38,7 @@ impl PlanCommand {
             let page = self.remote.quickly(client.plan_cycle(request)).await?.into_inner();
             response.next_page_token = page.next_page_token;
             match (&mut response.plan, page.plan) {
-                // Further pages have more subsystems of the same plan.
+                // Further pages continue the same plan.
                 (Some(plan), Some(more)) => plan.subsystems.extend(more.subsystems),
                 (first, more) => *first = first.take().or(more),
             }
@@ -60,7 +60,7 @@ impl PlanCommand {
 
 /// A plan: the subsystems by phase and level, and the critical path.
 pub(super) fn plan(plan: &pb::Plan) -> String {
-    /// More would hide the rest of the table.
+    /// Most names in a cell; more would hide the rest of the table.
     const NAMES: usize = 6;
     let has_run = plan.expected_duration_ms > 0.0;
     let skips = plan.subsystems.iter().any(|planned| planned.skip_reason() != pb::SkipReason::Unspecified);

@@ -1,4 +1,4 @@
-//! Running cycles as they move: a bar at the bottom of a terminal.
+//! Progress of running cycles: a bar at the bottom of a terminal.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -12,16 +12,16 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle, T
 use super::output::{count, milliseconds, names};
 use crate::proto::orchestrator::v1 as pb;
 
-/// Shows the oldest running cycle, if there is one, below everything that is printed with [`Bar::above`], and how many others
-/// run. One line, so that what is printed does not jump when cycles come and go. Gone when dropped.
+/// Shows the oldest running cycle, and how many others run, below the lines that are printed with [`Bar::above`]. One
+/// line, so that the printed lines do not jump when cycles start and end. Removed when dropped.
 pub(super) struct Bar {
     shown: Option<(u64, ProgressBar)>,
     target: fn() -> ProgressDrawTarget,
-    /// Those that run, by their number.
+    /// The running cycles, by id.
     cycles: BTreeMap<u64, Moving>,
 }
 
-/// A cycle that runs.
+/// A running cycle.
 struct Moving {
     started_at: Option<SystemTime>,
     subsystems: HashSet<String>,
@@ -45,7 +45,7 @@ impl Bar {
         Self { shown: None, target, cycles: BTreeMap::new() }
     }
 
-    /// Prints something while the bar is out of the way.
+    /// Prints lines while the bar is hidden.
     pub(super) fn above<T>(&self, print: impl FnOnce() -> T) -> T {
         match &self.shown {
             Some((_, bar)) => bar.suspend(print),
@@ -56,8 +56,8 @@ impl Bar {
     /// A cycle has started.
     pub(super) fn start(&mut self, started: &pb::CycleStarted) {
         let moving = Moving::new(started);
-        // A subsystem is in one cycle at a time, so one with a subsystem of this one has ended. Its record may pass no
-        // filter, and the end of its last part may have been lost on the way.
+        // A subsystem is in one cycle at a time, so a known cycle with a subsystem of this one has ended. The filter
+        // may have dropped its record, and the end of its last part may have been lost.
         self.cycles.retain(|_, other| other.subsystems.is_disjoint(&moving.subsystems));
         if !moving.subsystems.is_empty() {
             self.cycles.insert(started.cycle_id, moving);
@@ -65,12 +65,12 @@ impl Bar {
         self.draw();
     }
 
-    /// A cycle has moved on.
+    /// A cycle has made progress.
     pub(super) fn progress(&mut self, progress: &pb::CycleProgress) {
         if let Some(moving) = self.cycles.get_mut(&progress.cycle_id) {
             moving.update(&progress.updates);
             if moving.ended.len() >= moving.subsystems.len() {
-                // Nothing moves any more.
+                // No part is left to end.
                 self.cycles.remove(&progress.cycle_id);
             }
             self.draw();
@@ -83,7 +83,7 @@ impl Bar {
         self.draw();
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub(super) fn clear(&mut self) {
         self.cycles.clear();
         self.draw();
@@ -120,9 +120,10 @@ impl Moving {
         }
     }
 
-    /// A bar of its length. It has been running for a while when a watcher comes late, or others were shown before.
+    /// A bar for this cycle. The cycle may have run for a while: the watcher came late, or other cycles were shown
+    /// before.
     fn bar(&self, target: ProgressDrawTarget) -> ProgressBar {
-        /// So often the time moves on, and no oftener.
+        /// Interval at which the shown time changes.
         const TICK: Duration = Duration::from_millis(100);
         let elapsed = self.started_at.and_then(|at| at.elapsed().ok()).unwrap_or_default();
         let bar = ProgressBar::with_draw_target(Some(self.subsystems.len() as u64), target).with_elapsed(elapsed);
@@ -155,9 +156,9 @@ impl Moving {
         }
     }
 
-    /// What is running and what has failed.
+    /// The names that are running, and the number of failures.
     fn message(&self) -> String {
-        /// More would not fit into a line.
+        /// Most names that fit into a line.
         const NAMES: usize = 6;
         let failed = if self.failed == 0 { String::new() } else { format!("{}  ", count(self.failed, "failure")) };
         let first: Vec<_> = self.running.iter().take(NAMES).cloned().collect();
@@ -169,17 +170,17 @@ impl Moving {
     }
 }
 
-/// A terminal whose last columns are left free. indicatif fills a line with spaces, and when somebody presses Ctrl-C then,
-/// the terminal shows `^C` on a line of its own, below a bar that can't be taken away any more.
+/// A terminal whose last columns are left free. indicatif fills a line with spaces, and if the user presses Ctrl-C
+/// then, the terminal shows `^C` on a new line, below a bar that can no longer be removed.
 #[derive(Debug)]
 struct Margin(Term);
 
 impl Margin {
-    /// Those that `^C` takes, and one more.
+    /// Columns of `^C`, and one more.
     const COLUMNS: u16 = 3;
 
     fn on(terminal: Term) -> ProgressDrawTarget {
-        /// As indicatif has it.
+        /// Width that indicatif assumes by default.
         const REDRAWS_PER_SECOND: u8 = 20;
         if terminal.is_term() {
             ProgressDrawTarget::term_like_with_hz(Box::new(Self(terminal)), REDRAWS_PER_SECOND)
@@ -233,12 +234,12 @@ impl TermLike for Margin {
 
 #[cfg(test)]
 impl Bar {
-    /// One that nobody sees.
+    /// A hidden bar.
     pub(super) fn hidden() -> Self {
         Self::new(ProgressDrawTarget::hidden)
     }
 
-    /// What it says: of which cycles, how many parts have ended, and the rest.
+    /// The text of the bar: the cycles, how many parts have ended, and the rest.
     pub(super) fn shown(&self) -> Option<(String, u64, String)> {
         self.shown.as_ref().map(|(_, bar)| (bar.prefix(), bar.position(), bar.message()))
     }
@@ -275,13 +276,13 @@ mod tests {
         bar.progress(&progress(7, &[("a", Running), ("b\x1b[2J", Running)]));
         assert_eq!(bar.shown(), Some(says("7", 0, "running a, b[2J")));
         bar.progress(&progress(7, &[("a", Failed), ("b\x1b[2J", Succeeded)]));
-        // How the cycle stands is sent again to those who fell behind.
+        // The state of all parts is sent again to slow watchers.
         bar.progress(&progress(7, &[("a", Failed), ("c", Running)]));
         assert_eq!(bar.shown(), Some(says("7", 2, "1 failure  running c")));
         bar.end(7);
         assert_eq!(bar.shown(), None);
 
-        // It is gone with the last part: the record itself may pass no filter.
+        // The bar is removed with the last part: the filter may drop the record itself.
         bar.start(&started(8, &["a", "b"]));
         bar.progress(&progress(8, &[("a", Failed), ("b", Running)]));
         assert!(bar.shown().is_some());
@@ -294,7 +295,7 @@ mod tests {
         let mut bar = Bar::hidden();
         bar.start(&started(8, &["c"]));
         bar.progress(&progress(8, &[("c", Running)]));
-        // It waited longer to begin.
+        // A cycle with a lower id can start later.
         bar.start(&started(7, &["a", "b"]));
         bar.progress(&progress(7, &[("b", Running)]));
         assert_eq!(bar.shown(), Some(says("7 (+1)", 0, "running b")));
@@ -315,7 +316,7 @@ mod tests {
         bar.start(&started(2, &["c"]));
         bar.start(&started(3, &["b"]));
         assert_eq!(bar.shown(), Some(says("2 (+1)", 0, "")));
-        // It is told anew when the stream is taken up again.
+        // The service sends it again when the stream resumes.
         bar.start(&started(2, &["c"]));
         assert_eq!(bar.shown(), Some(says("2 (+1)", 0, "")));
     }

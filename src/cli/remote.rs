@@ -1,4 +1,4 @@
-//! The connection to a running service: where it is, how long to wait for it, and what its refusals say to people.
+//! The connection to a running service: its address, timeouts, and messages for its errors.
 
 use std::{
     error::Error as _,
@@ -27,22 +27,22 @@ use crate::{dial::tls_in_words, proto::orchestrator::v1::orchestrator_client::Or
 /// The generated client.
 pub(super) type Client = OrchestratorClient<Channel>;
 
-/// Asks over the connection of a [`Client`] whether the service is still there.
+/// Checks over the connection of a [`Client`] whether the service still responds.
 pub(super) type Health = HealthClient<Channel>;
 
-/// The most bytes of an answer: the largest record that a service can be configured for, and some room.
+/// Most bytes of an answer: a bit more than the largest record that a service can be configured for.
 const MAX_ANSWER: usize = 80 << 20;
-/// How long to wait for an answer that takes no work.
+/// Longest wait for an answer that the service gives at once.
 const QUICK: Duration = Duration::from_secs(10);
-/// How long connecting may take.
+/// Longest time for connecting.
 const CONNECT: Duration = Duration::from_secs(5);
-/// After so long without a sign of it, the service is asked whether it is still there. TCP and HTTP/2 can't tell: a process
-/// that was stopped keeps its connections, and a proxy answers pings itself.
+/// Silence after which the health service is asked. TCP and HTTP/2 don't help: a stopped process keeps its connections,
+/// and a proxy answers pings itself.
 const SILENCE: Duration = Duration::from_secs(5);
-/// How long it may take to say so. It takes no work.
+/// Longest wait for the answer of the health service.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
-/// How a remote command reaches the service and shows what that says, in the formats that all have or in its own.
+/// How a remote command reaches the service and prints its answers, in the common formats or in formats of its own.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Connection and output")]
 pub(super) struct Remote<F: clap::Args = Format> {
@@ -55,9 +55,9 @@ pub(super) struct Remote<F: clap::Args = Format> {
         global = true
     )]
     pub(super) address: Address,
-    /// How long to wait for the service, such as 500ms, 10s or 2m. Without it, most commands wait 10s for their answer;
-    /// run and cancel wait as long as it takes. A watch never ends by itself: for it, how long connecting may take, and a
-    /// service that is silent to say that it is still there
+    /// Longest wait for the service, such as 500ms, 10s or 2m. By default, most commands wait 10s for their answer; run
+    /// and cancel wait without a limit while the service responds. For watch and top, it limits connecting and the
+    /// health check of a silent service
     #[arg(long, value_name = "DURATION", env = "ORCHESTRATOR_TIMEOUT", value_parser = timeout, global = true)]
     pub(super) timeout: Option<Duration>,
     #[command(flatten)]
@@ -83,21 +83,21 @@ impl FromStr for Address {
         let text = text.trim();
         let (scheme, place) = match text.split_once("://") {
             Some((scheme @ ("http" | "https"), place)) => (Some(scheme), place.to_owned()),
-            Some((scheme, _)) => return Err(format!("{scheme:?} is no scheme that it is served by; {FORMS}")),
-            None if text.starts_with("unix:") => return Err(format!("it is not served on Unix sockets; {FORMS}")),
+            Some((scheme, _)) => return Err(format!("{scheme:?} is not a supported scheme; {FORMS}")),
+            None if text.starts_with("unix:") => return Err(format!("Unix sockets are not supported; {FORMS}")),
             None if text.starts_with(':') => (None, format!("127.0.0.1{text}")),
             None => (None, text.to_owned()),
         };
         let place = place.strip_suffix('/').unwrap_or(&place);
         let authority: tonic::codegen::http::uri::Authority =
             place.parse().map_err(|error| format!("{error}; {FORMS}"))?;
-        // What follows the host is a port, if it can be one.
+        // The text after the host is a port, if it can be one.
         let is_bare = authority.as_str() == authority.host();
         if authority.host().is_empty() || (authority.port().is_none() && !is_bare) {
             return Err(FORMS.to_owned());
         }
         Ok(Self(match (scheme, authority.port()) {
-            // A URL without a port has one by its scheme.
+            // A URL without a port uses the port of its scheme.
             (Some(scheme), _) => format!("{scheme}://{authority}"),
             (None, Some(_)) => format!("http://{authority}"),
             (None, None) => format!("http://{authority}:{DEFAULT_PORT}"),
@@ -105,10 +105,10 @@ impl FromStr for Address {
     }
 }
 
-/// Reads how long to wait.
+/// Reads a timeout.
 ///
 /// # Errors
-/// What to give instead.
+/// The text is invalid; the message says which form is valid.
 pub(super) fn timeout(text: &str) -> Result<Duration, String> {
     let duration: Option<SignedDuration> = text.parse().ok();
     let duration = duration.and_then(|duration| Duration::try_from(duration).ok()).filter(|it| !it.is_zero());
@@ -131,7 +131,7 @@ impl<F: clap::Args> Remote<F> {
         self.connect_for_long().await.map(|(client, _)| client)
     }
 
-    /// Connects for what may take any time.
+    /// Connects, for calls without a time limit.
     ///
     /// # Errors
     /// The service can't be reached.
@@ -146,7 +146,7 @@ impl<F: clap::Args> Remote<F> {
             let tls = ClientTlsConfig::new().with_enabled_roots();
             endpoint = endpoint.tls_config(tls).map_err(|error| unreachable(&error))?;
         }
-        // The bound holds for names that don't resolve as well.
+        // The limit covers slow name lookups as well.
         match tokio::time::timeout(connect, endpoint.connect()).await {
             Ok(Ok(channel)) => {
                 let client = Client::new(channel.clone()).max_decoding_message_size(MAX_ANSWER);
@@ -165,7 +165,7 @@ impl<F: clap::Args> Remote<F> {
         self.within(self.timeout.unwrap_or(QUICK), call).await
     }
 
-    /// Makes one call that takes as long as it takes, unless the user said how long to wait.
+    /// Makes one call without a time limit, unless the user gave one.
     ///
     /// # Errors
     /// The service can't be reached, is late or no longer there, or refuses.
@@ -187,10 +187,10 @@ impl<F: clap::Args> Remote<F> {
         }
     }
 
-    /// Awaits what may take any time, as long as the service is there.
+    /// Awaits work without a time limit, as long as the service responds.
     ///
     /// # Errors
-    /// It gives no sign of life.
+    /// The service does not respond.
     pub(super) async fn while_there<T>(&self, health: &Health, awaited: impl Future<Output = T>) -> Result<T, Failure> {
         let mut awaited = pin!(awaited);
         loop {
@@ -205,19 +205,19 @@ impl<F: clap::Args> Remote<F> {
         }
     }
 
-    /// Whatever it answers, it is there.
+    /// Any answer, even an error, shows that the service responds.
     async fn is_there(&self, mut health: Health) -> Result<(), Failure> {
         let limit = self.timeout.map_or(SIGN_OF_LIFE, |timeout| timeout.min(SIGN_OF_LIFE));
         match tokio::time::timeout(limit, health.check(HealthCheckRequest::default())).await {
             Ok(Err(status)) if is_connection_lost(&status) => Err(self.failure(&status)),
             Ok(_) => Ok(()),
-            Err(_) => Err(self.silent(&format!("has given no sign of life for {}", short(SILENCE + limit)))),
+            Err(_) => Err(self.silent(&format!("has not responded for {}", short(SILENCE + limit)))),
         }
     }
 
     /// The service has not answered in time.
     pub(super) fn late(&self, limit: Duration) -> Failure {
-        self.silent(&format!("has not answered within {}", short(limit)))
+        self.silent(&format!("did not answer within {}", short(limit)))
     }
 
     fn silent(&self, how: &str) -> Failure {
@@ -228,8 +228,8 @@ impl<F: clap::Args> Remote<F> {
     fn unreachable(&self, why: &str) -> Failure {
         let Address(address) = &self.address;
         let mut why = tls_in_words(clean(why));
-        // What HTTP/2 says to a peer that hangs up on it, in whatever moment and before it has read all, and to an answer that is
-        // none of its own, as TLS does first.
+        // Errors of the HTTP/2 library when the peer closes the connection at some moment, or answers in another
+        // protocol, as TLS does.
         let not_http2 = [
             "broken pipe",
             "connection closed",
@@ -239,25 +239,25 @@ impl<F: clap::Args> Remote<F> {
             "frame with invalid size",
         ];
         if not_http2.iter().any(|said| why.contains(said)) {
-            why = format!("what listens there does not speak gRPC: the dashboard has an address of its own ({why})");
+            why = format!("the server at this address does not speak gRPC: the dashboard has its own address ({why})");
         }
         Failure::new(
             Exit::Unreachable,
             format!(
-                "can't reach the service at {address}: {why}\nStart it with `orchestrator serve`, or say where it is \
+                "can't reach the service at {address}: {why}\nStart it with `orchestrator serve`, or give its address \
                  with --address or ORCHESTRATOR_ADDRESS."
             ),
         )
     }
 
-    /// What a status says to people.
+    /// The message for a status.
     pub(super) fn failure(&self, status: &Status) -> Failure {
         if is_connection_lost(status) {
             let why = status.source().map_or_else(|| status.message().to_owned(), innermost);
             return self.unreachable(&why);
         }
         let details = status.get_error_details();
-        let mut message = String::from("the service refuses: ");
+        let mut message = String::from("the service refused: ");
         let violations = details.bad_request().map(|bad| &bad.field_violations[..]).unwrap_or_default();
         let in_commands = details.error_info().and_then(|info| self.in_commands(info));
         if let Some((what, _)) = &in_commands {
@@ -265,7 +265,7 @@ impl<F: clap::Args> Remote<F> {
         } else if violations.is_empty() {
             message.push_str(&clean(status.message()));
         } else {
-            message.push_str("these fields are wrong");
+            message.push_str("these fields are invalid");
             for violation in violations {
                 let _ = write!(message, "\n  {} {}", clean(&violation.field), clean(&violation.description));
             }
@@ -278,17 +278,16 @@ impl<F: clap::Args> Remote<F> {
         if let Some((_, what_to_do)) = in_commands {
             message.push_str(&what_to_do);
         } else if status.code() == Code::Unimplemented {
-            message.push_str("\nThe service is of another version, or something else listens at this address.");
+            message.push_str("\nThe service has another version, or another server listens at this address.");
         }
         let unknown = details.error_info().and_then(unknown);
         Failure { unknown, ..Failure::new(Exit::Refused, message) }
     }
 
-    /// What was wrong and what to do, where the service says that in RPCs: it speaks to users of the contract, and this to
-    /// those of the command line.
+    /// The problem and its remedy in terms of commands, for reasons whose message from the service names RPCs.
     fn in_commands(&self, info: &ErrorInfo) -> Option<(String, String)> {
         if let Some(unknown) = unknown(info) {
-            // What to do depends on which others there are.
+            // The remedy depends on the names that exist.
             return Some((unknown.message(), String::new()));
         }
         let metadata = |key: &str| info.metadata.get(key).map(|value| clean(value));
@@ -298,27 +297,29 @@ impl<F: clap::Args> Remote<F> {
             "CYCLE_FINISHED" => {
                 let id = cycle()?;
                 let what = format!("cycle {id} has already finished");
-                (what, format!("\nTo see how it ended: orchestrator cycles show {id}{flag}"))
+                (what, format!("\nTo see its result: orchestrator cycles show {id}{flag}"))
             }
             "CYCLE_NOT_FINISHED" => {
                 let what = format!("cycle {} is still waiting or running", cycle()?);
-                (what, format!("\nTo see it being recorded: orchestrator watch{flag}"))
+                (what, format!("\nTo wait for its record: orchestrator watch{flag}"))
             }
             "CYCLE_NOT_FOUND" => {
-                let what =
-                    format!("the record has no cycle {}: there was none yet, or it is no longer retained", cycle()?);
-                (what, format!("\nTo see what there is: orchestrator cycles list{flag}"))
+                let what = format!(
+                    "the history has no cycle {}: the id was never given, or the record is no longer \
+                     retained",
+                    cycle()?
+                );
+                (what, format!("\nTo list the history: orchestrator cycles list{flag}"))
             }
             "MEMORY_LIMIT" => {
                 let id = cycle()?;
-                let what =
-                    format!("cycle {id} is recorded, and the service has no memory now to answer with its record");
+                let what = format!("cycle {id} is recorded, but the service has no memory now to return its record");
                 (what, format!("\nTo see it later: orchestrator cycles show {id}{flag}"))
             }
-            // Of a subsystem, the service itself says what there is too much of.
+            // For a subsystem, the message of the service says which part is too large.
             "ANSWER_TOO_LARGE" if !info.metadata.contains_key("subsystem") => {
                 let what = "the answer would be larger than 3 MiB".to_owned();
-                (what, format!("\nTo see the plan, which is then read page by page: orchestrator plan{flag}"))
+                (what, format!("\nTo read the plan page by page: orchestrator plan{flag}"))
             }
             "REVISION_NOT_RETAINED" => {
                 let (oldest, newest) = (metadata("oldest_revision")?, metadata("newest_revision")?);
@@ -326,29 +327,29 @@ impl<F: clap::Args> Remote<F> {
                     (Ok(oldest), Ok(newest)) if oldest > newest => {
                         format!("there is no record after that revision; the newest was {newest}")
                     }
-                    _ => format!("not all records after that revision are there, only revisions {oldest} to {newest}"),
+                    _ => format!("only revisions {oldest} to {newest} are retained, not all after that one"),
                 };
-                let what_to_do = "\nCycles of before are gone, or this is another database. Watch with --from-oldest, or \
-                                  with --after and a revision that is there.";
+                let what_to_do = "\nEarlier records were removed, or this is another database. Use --from-oldest, or \
+                                  --after with a retained revision.";
                 (what, what_to_do.to_owned())
             }
             _ => return None,
         })
     }
 
-    /// The flag that another command needs to reach the same service; empty for the default.
+    /// The flag that another command needs to reach the same service; empty for the default address.
     pub(super) fn flag(&self) -> String {
         let Address(address) = &self.address;
         if address == "http://127.0.0.1:7700" { String::new() } else { format!(" --address {address}") }
     }
 }
 
-/// Whether the environment says how long to wait, for all commands.
+/// True if the environment sets the timeout.
 pub(super) fn has_timeout_by_environment() -> bool {
     std::env::var_os("ORCHESTRATOR_TIMEOUT").is_some()
 }
 
-/// It is not the service that has spoken: there is no connection to it, or no longer one.
+/// True if the status is not an answer of the service: there is no connection to it, or it was lost.
 pub(super) fn is_connection_lost(status: &Status) -> bool {
     let answered = status.get_error_details().error_info().is_some();
     // A status that came over the wire has no source.
@@ -365,12 +366,12 @@ fn unknown(info: &ErrorInfo) -> Option<Unknown> {
     }
 }
 
-/// The reason that the service gives for a refusal; empty when it gives none.
+/// The reason in the error details; empty if there is no such detail.
 pub(super) fn reason(status: &Status) -> String {
     status.get_error_details().error_info().map(|info| info.reason.clone()).unwrap_or_default()
 }
 
-/// The first cause says most: "connection refused" rather than "transport error".
+/// The root cause is the most specific: "connection refused" rather than "transport error".
 fn innermost(error: &dyn std::error::Error) -> String {
     let mut error = error;
     while let Some(source) = error.source() {

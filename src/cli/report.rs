@@ -1,4 +1,4 @@
-//! `orchestrator report`: what the record says of a period, subsystem by subsystem.
+//! `orchestrator report`: reliability and speed in a period, by subsystem.
 
 mod figures;
 
@@ -25,11 +25,11 @@ use crate::proto::{
     orchestrator::v1::{self as pb, cycle_event::Event},
 };
 
-/// Analyse the record: how reliable and how fast each subsystem was, and which to speed up first
+/// Analyse the history: reliability and speed of each subsystem, and which to speed up first
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Reads the cycles that finished from --since up to --until, and compares them with the period before: as long, and \
-directly before. Its memory does not grow with their number.
+Reads the cycles that finished from --since up to --until, and compares them with the period of the same length before \
+it. Its memory use does not depend on the number of cycles.
 
 The table:
   CYCLES       in which it took part, however that ended
@@ -47,7 +47,7 @@ The table:
   ENDED ELSE   its parts that did not succeed, by state
 
 A quantile is the shortest duration that so many do not exceed: definition 1 of Hyndman and Fan (1996), percentile_disc \
-of SQL. It is told within 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, DEGRADED and FAILED \
+of SQL. It is accurate to 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, DEGRADED and FAILED \
 ones; only SUCCEEDED is success.
 
 With --output json, one object:
@@ -64,7 +64,7 @@ With --output json, one object:
                   successRateChange (a difference), p50Change, p95Change (relative)
 
 Rates and shares are 0 to 1, and null where there is nothing to say. --output csv has the subsystems, a column for each \
-of these; null is empty. Names begin with a letter and all else are numbers: no spreadsheet takes a cell for a formula.
+of these; null is empty. Names begin with a letter and other values are numbers, so that no cell is a formula.
 
 Examples:
   orchestrator report
@@ -73,22 +73,22 @@ Examples:
   orchestrator report --since 1h --subsystem prices,news --output json | jq '.subsystems[].p95Ms'
   orchestrator report --since 30d --output csv > report.csv")]
 pub(super) struct Report {
-    /// Since when: a time (RFC 3339), or how long ago, such as 2h or 7d
+    /// Start of the period: a time (RFC 3339), or how long ago, such as 2h or 7d
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = parse_time)]
     since: prost_types::Timestamp,
-    /// Until when, likewise [default: now]
+    /// End of the period, in the same form [default: now]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     until: Option<prost_types::Timestamp>,
     /// Only cycles of this loop
     #[arg(long = "loop", value_name = "NAME")]
     loop_name: Option<String>,
-    /// Show only this subsystem; may be repeated. Shares stay those among all
+    /// Show only this subsystem; may be repeated. Shares still refer to all subsystems
     #[arg(long = "subsystem", value_name = "NAME", value_delimiter = ',')]
     subsystems: Vec<String>,
-    /// Which subsystems come first
+    /// Order of the subsystems
     #[arg(long, value_name = "BY", default_value = "critical-time")]
     sort: Sort,
-    /// Subsystems at most [default: all]
+    /// Most subsystems to show [default: all]
     #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u64>)]
     limit: Option<u64>,
     #[command(flatten)]
@@ -97,21 +97,21 @@ pub(super) struct Report {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Sort {
-    /// The largest share of the critical time
+    /// The largest share of the critical time first
     CriticalTime,
-    /// The alphabet
+    /// By name
     Name,
-    /// The lowest success rate
+    /// The lowest success rate first
     SuccessRate,
-    /// The longest durations by median
+    /// The longest median duration first
     P50,
-    /// The longest durations by 95th percentile
+    /// The longest 95th percentile of durations first
     P95,
-    /// The longest durations by 99th percentile
+    /// The longest 99th percentile of durations first
     P99,
-    /// Most retries
+    /// The most retries first
     Retries,
-    /// The largest relative growth of P95
+    /// The largest relative growth of P95 first
     P95Change,
 }
 
@@ -129,7 +129,7 @@ enum Output {
     Csv,
 }
 
-/// What was asked for, and the time before that it is compared with.
+/// The period, and the start of the one before it.
 #[derive(Clone, Copy)]
 struct Period {
     previous_since: Timestamp,
@@ -137,7 +137,7 @@ struct Period {
     until: Timestamp,
 }
 
-/// The whole of it, as the JSON has it.
+/// The whole report, as in the JSON.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Figures {
@@ -153,7 +153,7 @@ struct Figures {
     subsystems: Vec<SubsystemFigures>,
 }
 
-/// With the digits that canonical proto JSON has, as the other commands write times.
+/// With the digits of canonical proto JSON, as in the other commands.
 fn proto_time<S: Serializer>(at: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&proto::timestamp(*at))
 }
@@ -164,7 +164,7 @@ fn proto_time_if_any<S: Serializer>(at: &Option<Timestamp>, serializer: S) -> Re
 }
 
 impl Report {
-    /// Reads the record and shows what it says.
+    /// Reads the history and shows the report.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         let period = self.period()?;
         let figures = self.figures(period).await?;
@@ -172,7 +172,7 @@ impl Report {
             let of_what =
                 if complete_since > period.since { "this period" } else { "the period before, for the trend" };
             note(&format!(
-                "the record begins at {}: older cycles are no longer retained, so only a part of {of_what} is counted",
+                "the history begins at {}: older cycles are no longer retained, so only a part of {of_what} is counted",
                 said(complete_since)
             ));
         }
@@ -187,7 +187,7 @@ impl Report {
     fn period(&self) -> Result<Period, Failure> {
         let wrong = |message: String| Failure::new(Exit::Usage, message);
         let read = |flag: &str, time: &prost_types::Timestamp| {
-            timestamp(time).ok_or_else(|| wrong(format!("{flag} is no time of the calendar")))
+            timestamp(time).ok_or_else(|| wrong(format!("{flag} is out of range")))
         };
         let now = Timestamp::now();
         let since = read("--since", &self.since)?;
@@ -202,12 +202,12 @@ impl Report {
         Ok(Period { previous_since, since, until })
     }
 
-    /// What was asked for.
+    /// Checks the subsystems and the loop.
     async fn figures(&self, period: Period) -> Result<Figures, Failure> {
         let mut client = self.remote.connect().await?;
         let figures = self.read(&mut client, period).await?;
         if figures.cycles.cycles == 0 {
-            // A loop of which there is nothing may be a slip.
+            // A loop without cycles may be a typing error.
             known::check(&self.remote, &mut client, &[], self.loop_name.as_slice()).await?;
         }
         match self.select(figures) {
@@ -228,9 +228,8 @@ impl Report {
         Ok(Figures { since, until, previous_since, complete_since, cycles, subsystems })
     }
 
-    /// The oldest record above which none is missing. Where none was removed, that is the first ever.
-    ///
-    /// What is retained below it is a choice: of FAILED cycles maybe more than of others. No rate holds for that.
+    /// The oldest record above which no record was removed: the first record if none was removed. Below it, retention
+    /// may keep, for instance, more FAILED cycles than others, so that rates would be wrong.
     async fn oldest(&self, client: &mut Client) -> Result<Oldest, Failure> {
         let request = pb::WatchCyclesRequest { from_oldest: true, ..pb::WatchCyclesRequest::default() };
         let first = async { client.watch_cycles(request).await?.into_inner().message().await };
@@ -246,11 +245,11 @@ impl Report {
         }
     }
 
-    /// Counts the cycles from this revision on: those of the period, and those before it.
+    /// Counts the cycles from this revision on, of the period and of the one before it.
     async fn count(&self, client: &mut Client, period: Period, oldest: u64) -> Result<(Tally, Tally), Failure> {
-        /// Records in one page: some 3 MB where there are 28 subsystems, which is where the service ends a page anyway.
+        /// Records in one page: about 3 MB with 28 subsystems, where the service ends a page anyway.
         const PAGE: u32 = 1000;
-        // The service would look through all of the history for what finished later than some time.
+        // With a filter on the time, the service would examine the whole history.
         let mut request = pb::ListCyclesRequest {
             page_size: PAGE,
             r#loop: self.loop_name.clone().unwrap_or_default(),
@@ -261,7 +260,7 @@ impl Report {
         let mut progress = Progress::new(period);
         loop {
             let page = self.remote.quickly(client.list_cycles(request.clone())).await?.into_inner();
-            // A clock that was set back leaves some out of order, so it takes a page to see that the period is over.
+            // After the clock was set back, some records are out of order, so only a whole older page ends the period.
             let mut is_over = !page.cycles.is_empty();
             for cycle in &page.unreadable {
                 note(&format!("left out: {}", unreadable(cycle)));
@@ -285,7 +284,7 @@ impl Report {
         }
     }
 
-    /// Only what was asked for, in that order.
+    /// Only the requested subsystems, in the requested order.
     fn select(&self, mut figures: Figures) -> Result<Figures, Failure> {
         let is_there = |name: &&String| figures.subsystems.iter().any(|it| it.name.as_str() == name.as_str());
         if let Some(name) = self.subsystems.iter().find(|name| !is_there(name)) {
@@ -318,7 +317,7 @@ impl Report {
 }
 
 struct Oldest {
-    /// 0 when there is no record.
+    /// 0 if the history is empty.
     revision: u64,
     finished_at: Option<Timestamp>,
 }
@@ -334,7 +333,7 @@ fn said(at: Timestamp) -> String {
 // ---------------------------------------------------------------------------------------------------------------
 // Progress
 
-/// How far a long history has been read, for a person who waits. Gone when dropped.
+/// The progress of reading a long history, on a terminal. Removed when dropped.
 struct Progress {
     period: Period,
     cycles: u64,
@@ -342,12 +341,12 @@ struct Progress {
 }
 
 impl Progress {
-    /// Nothing is shown yet: most histories take one page.
+    /// Shows nothing yet, since one page is often enough.
     fn new(period: Period) -> Self {
         Self { period, cycles: 0, bar: None }
     }
 
-    /// These were counted, and more follow.
+    /// Shows the number of counted cycles; more follow.
     fn counted(&mut self, records: &[Bytes]) -> Result<(), Failure> {
         self.cycles += records.len() as u64;
         let Some(last) = records.last().filter(|_| is_error_terminal()) else { return Ok(()) };
@@ -384,7 +383,8 @@ impl Figures {
         Ok(format!("{}\n", escape_json(&json)))
     }
 
-    /// The subsystems. A [`crate::model::Name`] begins with a letter, so that a spreadsheet takes no cell for a formula.
+    /// The subsystems. A [`crate::model::Name`] begins with a letter, so that a spreadsheet treats no cell as a
+    /// formula.
     fn csv(&self) -> Result<String, Failure> {
         let mut writer = csv::Writer::from_writer(Vec::new());
         self.subsystems.iter().try_for_each(|it| writer.serialize(it)).map_err(|error| unwritable(&error))?;
@@ -491,13 +491,13 @@ fn unwritable(error: &dyn std::error::Error) -> Failure {
     Failure::new(Exit::Refused, format!("can't write the report: {error}"))
 }
 
-/// Those that there are.
+/// The counts that are not 0.
 fn counts<const N: usize>(counts: [(u64, &str); N]) -> String {
     let counts = counts.into_iter().filter(|(count, _)| *count > 0);
     counts.map(|(count, of_what)| format!("{} {of_what}", grouped(count))).collect::<Vec<_>>().join(", ")
 }
 
-/// A share in percent. What is not quite all is never said to be all.
+/// A share in percent. Only exactly 1 is shown as 100 %, and only exactly 0 as 0 %.
 fn percent(share: f64) -> String {
     let percent = share * 100.0;
     match percent {
@@ -516,7 +516,7 @@ fn change(change: f64) -> String {
     signed(change * 100.0, 0, "%")
 }
 
-/// With a sign, unless it rounds to none.
+/// With a sign, unless it rounds to 0.
 fn signed(number: f64, decimals: usize, unit: &str) -> String {
     let text = format!("{number:+.decimals$}");
     let is_none = text.chars().all(|c| !('1'..='9').contains(&c));

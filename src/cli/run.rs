@@ -1,4 +1,4 @@
-//! `orchestrator run`: runs one cycle, shows it as it moves, and then how it ended.
+//! `orchestrator run`: runs one cycle, and shows its progress and its result.
 
 use std::time::Duration;
 
@@ -30,12 +30,12 @@ pub(super) const OVERLAP_POLICIES: &[pb::OverlapPolicy] = &[
 /// Run one cycle now
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Waits until the cycle is recorded and shows how it ended. Meanwhile stderr tells how it moves: live on a terminal, else \
-line by line (not with --output json).
+Waits until the cycle is recorded and shows its result. Meanwhile it shows the progress on stderr: live on a \
+terminal, otherwise line by line (not with --output json).
 
-Leaving (Ctrl-C, or --timeout) does not stop the cycle; `orchestrator cancel` does. When the service restarts or falls \
-silent meanwhile, this command waits for it, up to a minute. A cycle that a restart cuts off is recorded as INTERRUPTED; one \
-that waited runs then.
+Ctrl-C or --timeout does not stop the cycle; use `orchestrator cancel`. If the service restarts or does not respond, \
+this command waits for it, up to a minute. A restart interrupts a running cycle, which is recorded as INTERRUPTED; a \
+waiting cycle runs after the restart.
 
 Cycles without a subsystem in common run at the same time; others wait in line for each other.
 
@@ -43,7 +43,7 @@ Exit codes:
   0    it SUCCEEDED; with --async: it is admitted; with --validate-only: it could run
   1    refused by the service; or no subsystem was called, because none is registered or all were skipped: stderr says why
   2    wrong usage
-  4    the service can't be reached, or the cycle has not ended within --timeout; it may run on
+  4    the service can't be reached, or the cycle did not end within --timeout; it may continue
   10   it was DEGRADED: some subsystems failed
   11   it FAILED: all subsystems failed, or a critical one
   12   it was CANCELLED or INTERRUPTED
@@ -57,12 +57,12 @@ Examples:
   orchestrator run --validate-only
   orchestrator run --output json | jq -r .telemetry.state")]
 pub(super) struct Run {
-    /// Only this subsystem; may be repeated. The order among them stays
+    /// Only this subsystem; may be repeated. Subsystems keep the order of the full plan
     #[arg(long = "subsystem", value_name = "NAME", value_delimiter = ',')]
     subsystems: Vec<String>,
     #[command(flatten)]
     parameters: Parameters,
-    /// Makes the call idempotent: the same id again gets the same cycle. At most 128 bytes
+    /// Makes the command idempotent: the same id gets the same cycle. At most 128 bytes
     #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     request_id: Option<String>,
     /// What to do when a cycle with a subsystem in common runs or waits [default: buffer_all]
@@ -71,13 +71,13 @@ pub(super) struct Run {
     /// Deadline of the cycle, 1ms to 24h [default: the service's cycle.deadline]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     deadline: Option<prost_types::Duration>,
-    /// Keep all outputs in the record of this cycle
+    /// Record all outputs of this cycle
     #[arg(long)]
     record_outputs: bool,
-    /// Return as soon as the cycle is admitted, with its number
+    /// Print the id of the cycle as soon as it is admitted, and exit
     #[arg(long)]
     r#async: bool,
-    /// Run nothing: show the plan
+    /// Show the plan without running a cycle
     #[arg(long, visible_alias = "dry-run", conflicts_with = "async")]
     validate_only: bool,
     /// Show no progress
@@ -90,13 +90,13 @@ pub(super) struct Run {
     remote: Remote,
 }
 
-/// A policy in a word.
+/// The word for a policy.
 pub(super) fn overlap_policy(policy: pb::OverlapPolicy) -> &'static str {
     word(policy.as_str_name(), "OVERLAP_POLICY_")
 }
 
 impl Run {
-    /// Runs the cycle. `parting` gets what to know for whoever leaves meanwhile.
+    /// Runs the cycle. `parting` receives the text to print if the user presses Ctrl-C meanwhile.
     pub(super) async fn run(self, parting: watch::Sender<String>) -> Result<Exit, Failure> {
         let request = pb::RunCycleRequest {
             subsystems: self.subsystems,
@@ -104,7 +104,8 @@ impl Run {
             request_id: self.request_id.unwrap_or_default(),
             overlap_policy: self.overlap_policy.map_or(0, Into::into),
             validate_only: self.validate_only,
-            // The number is needed early, to cancel it. Waiting is for the stream.
+            // Asynchronous, so that the id is known early and can be shown for `cancel`; the stream delivers the
+            // record.
             r#async: !self.validate_only,
             deadline: self.deadline,
             record_outputs: self.record_outputs,
@@ -147,7 +148,7 @@ impl Run {
             }
         };
         let record = telemetry(&response.telemetry)?;
-        // It does not go on.
+        // The cycle has ended.
         parting.send_replace(String::new());
         if remote.format.is_json() {
             print(&format!("{}\n", json("RunCycleResponse", &response)?))?;
@@ -166,17 +167,17 @@ impl Run {
     }
 }
 
-/// Why no subsystem was called in a cycle that did not fail; `None` when one was. Whoever starts a cycle wants something
-/// to be done.
+/// Why no subsystem was called in a cycle that did not fail; `None` if one was called. A cycle without calls is
+/// probably a mistake.
 fn nobody_called(record: &pb::CycleTelemetry) -> Option<String> {
-    /// More say the same again.
+    /// Most reasons that are shown; further ones repeat them.
     const SHOWN: usize = 3;
     let is_skipped = |part: &pb::SubsystemTelemetry| part.state() == pb::SubsystemState::Skipped;
     if record.state() != pb::CycleState::Succeeded || !record.subsystems.iter().all(is_skipped) {
         return None;
     }
-    let none = "none is registered. Register one with `orchestrator subsystems register`, or declare it in the \
-                configuration";
+    let none = "no subsystem is registered. Register one with `orchestrator subsystems register`, or declare it in \
+                the configuration";
     let reasons = record.subsystems.iter().map(|part| clean(&format!("{}: {}", part.name, why_skipped(part))));
     let reasons = reasons.take(SHOWN).collect::<Vec<_>>().join("; ");
     Some(match record.subsystems.len() {
@@ -186,20 +187,20 @@ fn nobody_called(record: &pb::CycleTelemetry) -> Option<String> {
     })
 }
 
-/// A restart takes seconds; a service that stays away longer is another matter than this cycle.
+/// Longest wait for a service that is unreachable. A restart takes only seconds.
 const GIVE_UP_AFTER: Duration = Duration::from_mins(1);
 
-/// Has the cycle admitted, and follows the stream until it is recorded.
+/// Requests the cycle, and follows the stream until it is recorded.
 async fn run_and_follow(
     remote: &Remote,
     request: pb::RunCycleRequest,
     view: &mut View,
     mut admitted: impl FnMut(u64),
 ) -> Result<pb::RunCycleResponse, Failure> {
-    // Watching begins before the cycle can, so that nothing of it is missed.
+    // Watching starts before the cycle can, so that no event of it is missed.
     let watch = pb::WatchCyclesRequest { progress: view.wants_progress(), ..pb::WatchCyclesRequest::default() };
     let mut events = Events::open(remote, watch, Some(GIVE_UP_AFTER)).await?;
-    // With the first event it is known where to take the stream up again.
+    // The first event contains the revision from which the stream can be resumed.
     events.next(|text| view.note(text)).await?;
     let response = admit(remote, request, |text| view.note(text)).await?;
     if !response.telemetry.is_empty() {
@@ -211,7 +212,7 @@ async fn run_and_follow(
     let record = loop {
         let event = match events.next(|text| view.note(text)).await {
             Ok(event) => event.event,
-            // It can't be taken up again where it broke, because records are gone: the cycle's own may be there.
+            // The stream can't be resumed because records are no longer retained, but the record of the cycle may be.
             Err(failure) if failure.exit == Exit::Refused => match recorded(remote, cycle_id).await {
                 Some(record) => break record,
                 None => return Err(failure),
@@ -227,14 +228,14 @@ async fn run_and_follow(
     Ok(pb::RunCycleResponse { telemetry: record, ..response })
 }
 
-/// Has the cycle admitted. Whether a call whose answer got lost was heard is not known: it is made again where it is
+/// Requests the cycle. After a lost answer it is unknown whether the request was received: it is repeated if it is
 /// idempotent.
 async fn admit(
     remote: &Remote,
     request: pb::RunCycleRequest,
     mut note: impl FnMut(&str),
 ) -> Result<pb::RunCycleResponse, Failure> {
-    /// Each attempt waits for its answer as well.
+    /// Pause between attempts, in addition to the wait for each answer.
     const PAUSE: Duration = Duration::from_secs(1);
     let asked_since = Instant::now();
     loop {
@@ -243,12 +244,12 @@ async fn admit(
             Err(failure) if request.request_id.is_empty() || asked_since.elapsed() > GIVE_UP_AFTER => {
                 let flag = remote.flag();
                 return Err(failure.and(&format!(
-                    "The cycle may have been admitted. To see: orchestrator status{flag}\nWith --request-id the same \
-                     command can be given again, and gets the same cycle."
+                    "The cycle may have been admitted: see orchestrator status{flag}\nWith --request-id, repeating \
+                     the same command gets the same cycle."
                 )));
             }
             Err(_) => {
-                note("the service does not answer; asking again");
+                note("the service does not answer; retrying");
                 tokio::time::sleep(PAUSE).await;
             }
             answer => return answer,
@@ -256,14 +257,14 @@ async fn admit(
     }
 }
 
-/// The record of a cycle, if it is there.
+/// The record of a cycle, if it is retained.
 async fn recorded(remote: &Remote, cycle_id: u64) -> Option<Bytes> {
     let mut client = remote.connect().await.ok()?;
     let answer = remote.quickly(client.get_cycle(pb::GetCycleRequest { cycle_id })).await.ok()?;
     Some(answer.into_inner().telemetry)
 }
 
-/// Makes the call, which is answered at once.
+/// Makes the asynchronous call, which returns at once.
 async fn ask(remote: &Remote, request: pb::RunCycleRequest) -> Result<pb::RunCycleResponse, Failure> {
     let mut client = remote.connect().await?;
     match remote.quickly(client.run_cycle(request)).await {
@@ -279,15 +280,15 @@ async fn expired(timeout: Option<Duration>) {
     }
 }
 
-/// What to know on leaving.
+/// The text to print on Ctrl-C.
 fn goes_on(remote: &Remote, admitted: Option<u64>) -> String {
     let flag = remote.flag();
     match admitted {
         Some(id) => format!(
-            "Cycle {id} goes on. To stop it: orchestrator cancel {id}{flag}\n\
-             To see how it ended: orchestrator cycles show {id}{flag}"
+            "Cycle {id} continues. To stop it: orchestrator cancel {id}{flag}\n\
+             To see its result: orchestrator cycles show {id}{flag}"
         ),
-        None => format!("The cycle may have been admitted. To see: orchestrator status{flag}"),
+        None => format!("The cycle may have been admitted: see orchestrator status{flag}"),
     }
 }
 
@@ -299,7 +300,7 @@ enum View {
 }
 
 impl View {
-    /// With `no_lines`, only a terminal is shown something.
+    /// With `no_lines`, progress is shown only on a terminal.
     fn new(no_lines: bool, quiet: bool) -> Self {
         match (quiet, is_error_terminal(), no_lines) {
             (false, true, _) => Self::Live(Bar::on_stderr()),
@@ -312,13 +313,13 @@ impl View {
         !matches!(self, Self::Nothing)
     }
 
-    /// Says what keeps it waiting. How the cycle stands is told anew when the stream goes on.
+    /// Reports why the stream waits, and clears the progress: the service sends it again when the stream resumes.
     fn note(&mut self, text: &str) {
         self.clear();
         note(text);
     }
 
-    /// Shows what happens in this cycle. Events of others come in between.
+    /// Shows an event of this cycle. Events of other cycles come in between.
     fn show(&mut self, event: &Event, cycle_id: u64) {
         match (self, event) {
             (Self::Live(bar), Event::Started(event)) if event.cycle_id == cycle_id => bar.start(event),
@@ -362,7 +363,7 @@ mod tests {
             View::Live(bar) => bar.shown(),
             View::Lines | View::Nothing => None,
         };
-        // Those of others come before, between and after its own.
+        // Events of other cycles come before, between and after its own.
         for event in [started(3, "a"), progress(3, "a")] {
             view.show(&event, 4);
         }
@@ -373,7 +374,7 @@ mod tests {
         assert_eq!(shown(&view), Some(("4".into(), 0, "running b".into())));
         view.show(&Event::Recorded(Bytes::new()), 4);
         assert!(shown(&view).is_some());
-        // What it stood at is not known while the stream is interrupted.
+        // Its progress is not known while the stream is interrupted.
         view.note("the connection is lost; reconnecting");
         assert_eq!(shown(&view), None);
     }

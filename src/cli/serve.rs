@@ -11,13 +11,13 @@ use crate::{
     telemetry,
 };
 
-/// Exit code of a configuration that is wrong, as clap has it for wrong arguments.
+/// Exit code of an invalid configuration, the same as clap's for invalid arguments.
 const BAD_CONFIG: u8 = 2;
 
 /// Run the service until SIGTERM or SIGINT
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Prints on stdout, once requests are answered, \"listening on ADDRESS\", and on a second line \"dashboard at URL\".
+Once requests are answered, prints \"listening on ADDRESS\" on stdout, and \"dashboard at URL\" on a second line.
 Logs go to stderr, as text on a terminal and as JSON elsewhere (log.format).
 
 Signals:
@@ -43,7 +43,7 @@ pub(super) struct Serve {
 }
 
 impl Serve {
-    /// Serves until it is told to stop.
+    /// Serves until a signal stops it.
     pub(super) async fn run(self) -> ExitCode {
         let file = self.overrides.config.clone();
         let load = move || Config::load(&self.overrides, env::vars_os());
@@ -55,7 +55,7 @@ impl Serve {
             }
         };
         let log_and_config = match operator.configuration().await {
-            // It was told to stop, and has begun nothing.
+            // A signal arrived before anything was started.
             None => return ExitCode::SUCCESS,
             Some(Ok(config)) => {
                 telemetry::init(&config.log).map(|log| (log, config)).map_err(|error| error.to_string())
@@ -65,7 +65,7 @@ impl Serve {
         let (log, config) = match log_and_config {
             Ok(log_and_config) => log_and_config,
             Err(error) => {
-                // There can be much to say, and nobody who reads it.
+                // The text can be long, and its reader may have paused.
                 select! {
                     _ = spawn_blocking(move || note(&clean_lines(&error))) => {}
                     () = operator.stop() => {}
@@ -75,7 +75,7 @@ impl Serve {
         };
         let applied = |config: &Config| {
             if let Err(error) = log.filter.set(&config.log.filter) {
-                tracing::error!(%error, "the log filter stays as it was");
+                tracing::error!(%error, "the log filter is not changed");
             }
         };
         let ready = |service: &Service| {
@@ -83,7 +83,7 @@ impl Serve {
             if let Some(address) = service.admin_address() {
                 let _ = writeln!(text, "dashboard at http://{address}/");
             }
-            // Nobody reading it is no reason to stop, nor to wait.
+            // A closed or paused reader must neither stop nor delay the service.
             drop(spawn_blocking(move || std::io::stdout().write_all(text.as_bytes())));
         };
         match serve::serve(operator, config, applied, ready).await {

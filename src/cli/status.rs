@@ -1,4 +1,4 @@
-//! `orchestrator status`: what the service is doing and has done last.
+//! `orchestrator status`: the running cycles, the last cycle, and the state of the service.
 
 use futures_util::{StreamExt, stream};
 use tonic::Code;
@@ -13,10 +13,10 @@ use super::{
 };
 use crate::proto::orchestrator::v1 as pb;
 
-/// Show what the service is doing and has done last
+/// Show the running cycles, the last cycle, and the state of the service
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-With --output json, one object as GetStatus answers it.
+With --output json, one object: a GetStatusResponse of the contract.
 
 Examples:
   orchestrator status
@@ -24,10 +24,10 @@ Examples:
   orchestrator status --snapshots
   orchestrator status --output json | jq -r .status.totalCycles")]
 pub(super) struct StatusCommand {
-    /// Also every subsystem's state
+    /// Also show the state of every subsystem
     #[arg(long)]
     subsystems: bool,
-    /// Also what each subsystem's own GetStatus answers now; implies --subsystems
+    /// Also ask each subsystem for a snapshot of its own state; implies --subsystems
     #[arg(long)]
     snapshots: bool,
     #[command(flatten)]
@@ -42,7 +42,7 @@ impl StatusCommand {
         let answer = remote.quickly(client.get_status(pb::GetStatusRequest::default())).await?.into_inner();
         let mut status = answer.status.unwrap_or_default();
         if self.subsystems || self.snapshots {
-            // Page by page, since one answer has no room for very many.
+            // Page by page, since one answer can't contain a large registry.
             subsystems::pages(remote, &mut client, |page| {
                 status.subsystems.extend(page);
                 Ok(())
@@ -62,14 +62,14 @@ impl StatusCommand {
     }
 }
 
-/// Each of these, as far as it is still registered, with its snapshot.
+/// These subsystems with their snapshots, without any that have been unregistered.
 async fn with_snapshots(
     remote: &Remote,
     client: &Client,
     health: &Health,
     names: Vec<String>,
 ) -> Result<Vec<pb::SubsystemStatus>, Failure> {
-    /// Enough to keep the service busy, few enough not to crowd out others.
+    /// Concurrent calls: enough to be quick, few enough to leave room for other clients.
     const AT_ONCE: usize = 16;
     let one = async |name: String| {
         let mut client = client.clone();

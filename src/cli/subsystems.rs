@@ -39,7 +39,7 @@ enum Command {
     #[command(
         visible_alias = "ls",
         after_help = "\
-With --output json, one object: {\"subsystems\":[…]}, each a SubsystemStatus, and written as the pages come.
+With --output json, one object: {\"subsystems\":[…]} with a SubsystemStatus each, written page by page.
 
 Examples:
   orchestrator subsystems list
@@ -54,17 +54,17 @@ Examples:
     Show {
         /// Its name
         name: String,
-        /// Also its latest output
+        /// Also show its latest output
         #[arg(long)]
         latest_output: bool,
-        /// Also what its own GetStatus answers now
+        /// Also ask the subsystem for a snapshot of its own state
         #[arg(long)]
         snapshot: bool,
     },
     Register(Box<Register>),
     /// Remove a subsystem and its latest output
     #[command(after_help = "\
-A cycle that is running keeps it until it ends. One that the configuration file declares is removed there.
+A running cycle keeps it until it ends. To remove a subsystem that the configuration file declares, edit the file.
 
 Examples:
   orchestrator subsystems unregister prices")]
@@ -74,7 +74,7 @@ Examples:
     },
     /// Take a subsystem out of cycles for maintenance
     #[command(after_help = "\
-It stays registered, and its cycles record it as skipped, which is no failure. Survives restarts of the service.
+It stays registered, and cycles record it as skipped, which is not a failure. Survives restarts of the service.
 
 Examples:
   orchestrator subsystems suspend prices")]
@@ -103,12 +103,13 @@ Examples:
 /// Register a subsystem, or replace its registration
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The flags are the keys of [[subsystems]] in the configuration file. Whatever is not given takes its default, also when \
-the subsystem was registered otherwise before. It takes part from the next cycle that starts, and survives restarts of \
-the service.
+The flags are the keys of [[subsystems]] in the configuration file. A flag that is not given takes its default, even \
+if \
+the registration had another value before. The subsystem takes part from the next cycle that starts, and survives \
+restarts of the service.
 
-With --file, all subsystems that a file has in [[subsystems]] are registered, as many as 1,000 at once: either all of \
-these or none. Nothing else in the file counts, so that a configuration file will do.
+With --file, all [[subsystems]] of the file are registered, up to 1,000 at once: all of these or none. Other tables of \
+the file are ignored, so that a configuration file can be used.
 
 Examples:
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
@@ -124,19 +125,19 @@ struct Register {
     /// Where it is dialed: http://HOST:PORT, https://HOST:PORT or unix:/PATH
     #[arg(long, value_name = "URI", required_unless_present = "file")]
     endpoint: Option<String>,
-    /// Register all that this file (TOML) has in [[subsystems]]
+    /// Register all [[subsystems]] of this file (TOML)
     #[arg(long, value_name = "PATH", conflicts_with_all = FLAGS_OF_ONE)]
     file: Option<PathBuf>,
-    /// Everything in a lower phase ends before anything in a higher one starts
+    /// Subsystems in lower phases end before any in a higher phase starts
     #[arg(long, value_name = "NUMBER", default_value_t = 0, allow_negative_numbers = true)]
     phase: i32,
-    /// Runs after these; not when one of them fails or is missing
+    /// Runs after these subsystems; does not run if one of them fails or is missing
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     requires: Vec<String>,
-    /// Runs after these, whatever becomes of them
+    /// Runs after these subsystems, even if they fail
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     after: Vec<String>,
-    /// Gets the latest outputs of these; makes no order
+    /// Gets the latest outputs of these subsystems, without an order
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     reads: Vec<String>,
     /// Deadline of its share of a cycle, retries included, 1ms to 24h [key: timeout] [default: 10s]
@@ -145,10 +146,10 @@ struct Register {
     /// A cycle in which it fails is FAILED
     #[arg(long)]
     critical: bool,
-    /// Keep its output in the record of every cycle
+    /// Record its output in every cycle
     #[arg(long)]
     record_output: bool,
-    /// The registration ends after this time unless renewed, 1s to 24h [default: it does not end]
+    /// The registration expires after this time unless renewed, 1s to 24h [default: never]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     lease: Option<prost_types::Duration>,
     #[command(flatten)]
@@ -161,7 +162,7 @@ struct Register {
     limits: Limits,
 }
 
-/// What is said of one subsystem, and so not of those in a file.
+/// Flags that describe one subsystem, and conflict with `--file`.
 const FLAGS_OF_ONE: [&str; 23] = [
     "name",
     "endpoint",
@@ -190,18 +191,18 @@ const FLAGS_OF_ONE: [&str; 23] = [
 
 #[derive(Debug, clap::Args)]
 #[allow(clippy::struct_field_names, reason = "they are the names of flags")]
-#[command(next_help_heading = "How its calls are retried")]
+#[command(next_help_heading = "Retries")]
 struct Retry {
-    /// Calls at most, the first one included, 1 to 10 [default: 3]
+    /// Most calls, including the first one, 1 to 10 [default: 3]
     #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u32>)]
     retry_max_attempts: Option<u32>,
     /// Wait before the first retry, 1ms to 1h [default: 100ms]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     retry_initial_backoff: Option<prost_types::Duration>,
-    /// The longest wait, up to 1h [default: 1s]
+    /// Longest wait before a retry, up to 1h [default: 1s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     retry_max_backoff: Option<prost_types::Duration>,
-    /// Each wait is so many times the one before, 1 to 100 [default: 2]
+    /// Factor between successive waits, 1 to 100 [default: 2]
     #[arg(long, value_name = "NUMBER")]
     retry_backoff_multiplier: Option<f64>,
     /// The gRPC status codes that are retried, by name [default: UNAVAILABLE]
@@ -211,22 +212,22 @@ struct Retry {
 
 #[derive(Debug, clap::Args)]
 #[allow(clippy::struct_field_names, reason = "they are the names of flags")]
-#[command(next_help_heading = "When its calls are held back")]
+#[command(next_help_heading = "Circuit breaker")]
 struct Breaker {
-    /// After so many cycles in a row in which it fails or is late, 1 to 1000 [default: 5]
+    /// Number of consecutive failed or timed out cycles that opens the breaker, 1 to 1000 [default: 5]
     #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u32>)]
     breaker_failure_threshold: Option<u32>,
-    /// For so long, before one call probes it, 1ms to 24h [default: 30s]
+    /// How long the breaker stays open before one probe call, 1ms to 24h [default: 30s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     breaker_open_for: Option<prost_types::Duration>,
-    /// Never
+    /// Disable the breaker
     #[arg(long)]
     breaker_disabled: bool,
 }
 
 #[derive(Debug, clap::Args)]
 #[allow(clippy::struct_field_names, reason = "they are the names of flags")]
-#[command(next_help_heading = "What it may send in one answer")]
+#[command(next_help_heading = "Limits on one answer")]
 struct Limits {
     /// Bytes of the whole message, up to 64 MiB [default: 4194304]
     #[arg(long, value_name = "BYTES", value_parser = parse_positive::<u32>)]
@@ -243,7 +244,7 @@ struct Limits {
 }
 
 impl Subsystems {
-    /// Does what is asked for.
+    /// Runs the subcommand.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         let mut client = self.remote.connect().await?;
         match self.command.run(&self.remote, &mut client).await {
@@ -268,19 +269,19 @@ impl Command {
                 let registered = register_file(remote, client, *register).await?;
                 format.show("RegisterSubsystemsResponse", &registered.0, |answer| {
                     let (all, new, changed) = (registered.1, answer.created.len(), answer.replaced.len());
-                    format!("{all} subsystems are registered: {new} new, {changed} changed, the others as before\n")
+                    format!("{all} subsystems are registered: {new} new, {changed} changed, the others unchanged\n")
                 })?;
             }
             Self::Register(register) => {
                 if remote.timeout.is_some() && register.timeout_per_cycle.is_none() && !has_timeout_by_environment() {
-                    note("--timeout is how long this command waits; the subsystem's own is --timeout-per-cycle");
+                    note("--timeout limits this command; the timeout of the subsystem is --timeout-per-cycle");
                 }
                 let request = register.request()?;
                 let others = request.registration.as_ref().map(others).unwrap_or_default();
                 let response = remote.quickly(client.register_subsystem(request)).await?.into_inner();
                 format.show("RegisterSubsystemResponse", &response, |response| {
                     let name = response.subsystem.as_ref().map(name).unwrap_or_default();
-                    let before = if response.created { "" } else { ", in place of what it was registered as before" };
+                    let before = if response.created { "" } else { ", in place of its previous registration" };
                     format!("subsystem {} is registered{before}\n", clean(&name))
                 })?;
                 known::note_missing(remote, client, &others, "until it is, it counts as missing").await;
@@ -319,7 +320,7 @@ impl Command {
     }
 }
 
-/// Those that a registration waits for or reads, each once.
+/// The names that a registration waits for or reads, each once.
 fn others(registration: &pb::Registration) -> Vec<String> {
     let pb::Registration { requires, after, reads, .. } = registration;
     let others: BTreeSet<_> = requires.iter().chain(after).chain(reads).cloned().collect();
@@ -363,16 +364,16 @@ impl Register {
     }
 }
 
-/// Registers what a file declares. Returns what that has changed, and how many there are.
+/// Registers the subsystems of a file. Returns the changes, and the number of subsystems.
 async fn register_file(
     remote: &Remote,
     client: &mut Client,
     Register { file, lease, .. }: Register,
 ) -> Result<(pb::RegisterSubsystemsResponse, usize), Failure> {
     use prost::Message as _;
-    /// Well below what a service takes by default.
+    /// Well below the service's default limit of requests.
     const MAX_BYTES: usize = 3 << 20;
-    /// The fields of a registration, but for the names in its lists.
+    /// Most fields of a registration, without the names in its lists.
     const FIELDS: usize = 32;
     let overrides = Overrides { config: file, ..Overrides::default() };
     let config = Config::load(&overrides, []).map_err(|error| Failure::new(Exit::Usage, error.to_string()))?;
@@ -396,10 +397,10 @@ async fn register_file(
     Ok((registered, config.subsystems.len()))
 }
 
-/// Hands every page of the registry to `take`.
+/// Calls `take` with every page of the registry.
 ///
 /// # Errors
-/// The service can't be reached or refuses, or what `take` returns.
+/// The service can't be reached or refuses, or `take` fails.
 pub(super) async fn pages<F: clap::Args>(
     remote: &Remote<F>,
     client: &mut Client,
@@ -448,7 +449,7 @@ pub(super) fn table() -> Table {
     Table::list(["SUBSYSTEM", "PHASE", "STANDS", "LAST", "DURATION", "ENDPOINT", "REASON"]).right(1).right(4)
 }
 
-/// A subsystem in a row.
+/// The row of a subsystem.
 pub(super) fn row(status: &pb::SubsystemStatus) -> [comfy_table::Cell; 7] {
     let registration = status.registration.clone().unwrap_or_default();
     let last = status.last.as_ref();
@@ -464,7 +465,7 @@ pub(super) fn row(status: &pb::SubsystemStatus) -> [comfy_table::Cell; 7] {
     ]
 }
 
-/// Whether the next cycle will call it.
+/// Whether the next cycle will call the subsystem.
 fn stands(status: &pb::SubsystemStatus) -> &'static str {
     match (status.suspended, status.breaker()) {
         (true, _) => "SUSPENDED",
@@ -474,7 +475,7 @@ fn stands(status: &pb::SubsystemStatus) -> &'static str {
     }
 }
 
-/// Who declared something, in words.
+/// The source of a subsystem or loop, in words.
 pub(super) fn origin(origin: pb::Origin) -> &'static str {
     match origin {
         pb::Origin::Unspecified => "",
@@ -502,11 +503,11 @@ fn shown(status: Option<&pb::SubsystemStatus>) -> String {
     table.finish()
 }
 
-/// The fact that is a state.
+/// Name of the fact that is a state.
 pub(super) const STANDS: &str = "stands";
 
-/// The registration and the state of a subsystem, but for what it has sent as JSON: what something is called, and what it
-/// is. Nothing to say is empty.
+/// The registration and the state of a subsystem as names and values, without JSON that it has sent. A value is empty
+/// if it does not apply.
 pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)> {
     let registration = status.registration.clone().unwrap_or_default();
     let mut facts = Vec::new();
@@ -536,7 +537,7 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
     }
     if let Some(breaker) = &registration.breaker {
         let when = format!(
-            "opens for {} after {} failures in a row",
+            "opens for {} after {} consecutive failures",
             duration(breaker.open_for.as_ref()),
             breaker.failure_threshold
         );

@@ -34,15 +34,16 @@ use super::{
 /// Watch the fleet, the running cycles, the history and the loops live on the terminal
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Everything moves by itself: the running cycles and what is recorded as the service streams it, the registry by pages at a \
-bounded pace, so that ten thousand subsystems can be looked at as well as ten. Nothing is changed by looking.
+The view updates by itself: running and recorded cycles from the stream of the service, and the registry page by page \
+at \
+a limited rate, so that it works with ten thousand subsystems as with ten. It is read-only.
 
 Keys: arrows move, Enter opens a subsystem with its latest output, / filters, s sorts by the next column, r reverses, \
-Tab shows the latest cycles and the loops, ? tells all keys, q quits.
+Tab shows the latest cycles and the loops, ? lists all keys, q quits.
 
 When the service restarts, or the connection breaks, what was known stays on the screen, dimmed, until the stream is \
-taken up again where it broke. Needs a terminal of at least 40 x 10; for pipes and programs there are `orchestrator watch` \
-and `orchestrator status`.
+resumed. Needs a terminal of at least 40 x 10; for pipes and programs, use `orchestrator watch` and \
+`orchestrator status`.
 
 Exit codes: 0 after q, 130 after Ctrl-C or a signal.
 
@@ -56,41 +57,41 @@ pub(super) struct Top {
 }
 
 impl Top {
-    /// Shows everything until it is told to stop.
+    /// Shows everything until the user or a signal ends it.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         if self.remote.format.is_json() || !is_terminal() {
             return Err(Failure::new(
                 Exit::Usage,
-                "top draws on a terminal and prints nothing else; for pipes and programs use `orchestrator watch` or \
-                 `orchestrator status`, with --output json where wanted",
+                "top needs a terminal; for pipes and programs use `orchestrator watch` or `orchestrator status`, with \
+                 --output json",
             ));
         }
         let model = Model::new(self.remote.address.to_string());
         let colours = has_colours();
-        // From here on signals end it in order, so that the terminal is given back.
+        // From here on signals end it in an orderly way, so that the terminal is restored.
         let signals = Signals::listen().map_err(broken)?;
         let mut screen = Screen::take().map_err(broken)?;
-        // Keys are heard also while the service is not.
+        // Keys work even while the service does not respond.
         screen.show(Feed::open(self.remote), model, colours, signals).await
     }
 }
 
-/// The terminal while it is ours: it is given back when this is dropped. Ratatui does so as well when something panics.
+/// The terminal in raw mode: it is restored when this is dropped. Ratatui also restores it after a panic.
 struct Screen {
     terminal: DefaultTerminal,
 }
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        // Nothing can be done about a terminal that is gone.
+        // An error of a closed terminal has no remedy.
         let _ = ratatui::try_restore();
     }
 }
 
 impl Screen {
-    /// As often as this at most something is drawn, however fast news comes.
+    /// Shortest time between two drawings, however many events arrive.
     const FRAME: Duration = Duration::from_millis(50);
-    /// As often as this at least, since ages grow.
+    /// Longest time between two drawings, since the shown ages grow.
     const TICK: Duration = Duration::from_millis(250);
 
     fn take() -> io::Result<Self> {
@@ -103,7 +104,7 @@ impl Screen {
         }
     }
 
-    /// The loop: whatever happens is taken in, and then drawn.
+    /// The loop: handles events, and then draws.
     async fn show(
         &mut self,
         mut feed: Feed,
@@ -117,7 +118,7 @@ impl Screen {
         let mut next_drawing = last_drawn;
         loop {
             select! {
-                // Keys and signals are heard however much news there is.
+                // Keys and signals come before news, however much there is.
                 biased;
                 () = signals.next() => return Ok(Exit::Left),
                 event = keys.next() => {
@@ -130,7 +131,7 @@ impl Screen {
                             Then::Interrupt => return Ok(Exit::Left),
                         }
                     }
-                    // Also when it was resized.
+                    // A resize also needs a new drawing.
                     next_drawing = Instant::now();
                 }
                 () = sleep_until(next_drawing) => {
@@ -155,11 +156,11 @@ fn broken(error: io::Error) -> Failure {
     Failure::new(Exit::Refused, format!("can't use the terminal: {error}"))
 }
 
-/// What tells it to stop from outside.
+/// The signals that stop it.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    /// The terminal is closed.
+    /// The terminal was closed.
     hangup: Signal,
 }
 

@@ -1,4 +1,4 @@
-//! `orchestrator watch`: follows the record, and the running cycles.
+//! `orchestrator watch`: follows recorded and running cycles.
 
 use std::time::Duration;
 
@@ -28,12 +28,12 @@ pub(super) const CYCLE_STATES: &[pb::CycleState] = &[
 /// Follow the cycles as they are recorded
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Prints every recorded cycle once, in the order in which they were recorded, without a gap. On a terminal the oldest running \
-cycle is shown below as it moves, and how many others run beside it. Lines of cycles that run at the same time are \
-interleaved; each names its cycle. \
-When the service restarts, or the connection breaks or falls silent, the stream is taken up again after the last cycle that was shown; \
-stderr tells so. Ends only with Ctrl-C, or when the records it needs are no longer retained (exit code 1). Subsystems and loops have to be \
-there, or to be in the record, since a name with a slip in it would never come.
+Prints every recorded cycle once, in the order in which they were recorded, without a gap. On a terminal, the \
+progress of the oldest running cycle is shown below, with the number of other running cycles. Lines of concurrent \
+cycles are interleaved; each line names its cycle. If the service restarts, or the connection breaks or does not \
+respond, the stream resumes after the last cycle that was shown, and stderr reports it. Ends only with Ctrl-C, or if \
+required records are no longer retained (exit code 1). Subsystems and loops must exist or be in the history, so that a \
+misspelt name is reported.
 
 Each cycle has a revision, its position in the history: see `orchestrator cycles show`, or the JSON.
 
@@ -43,19 +43,19 @@ Examples:
   orchestrator watch --after 1200 --output json | jq -r .event.recorded.state
   orchestrator watch --progress --loop heartbeat")]
 pub(super) struct Watch {
-    /// Start after this revision; 0 is from the first record ever. Without it, only what comes is shown
+    /// Start after this revision; 0 starts with the first record. By default, only new cycles are shown
     #[arg(long, value_name = "REVISION", value_parser = parse_revision)]
     after: Option<u64>,
-    /// Start with the oldest record that is retained
+    /// Start with the oldest retained record
     #[arg(long, conflicts_with = "after")]
     from_oldest: bool,
-    /// Also tell when each subsystem of a running cycle starts and ends
+    /// Also show when each subsystem of a running cycle starts and ends
     #[arg(long)]
     progress: bool,
     /// Only cycles of this loop; may be repeated
     #[arg(long = "loop", value_name = "NAME", value_delimiter = ',')]
     loops: Vec<String>,
-    /// Only cycles that ended so; may be repeated
+    /// Only cycles that ended in this state; may be repeated
     #[arg(long = "state", value_name = "STATE", value_delimiter = ',', value_parser = one_of(CYCLE_STATES, cycle_state))]
     states: Vec<pb::CycleState>,
     /// Only cycles in which this subsystem took part; may be repeated
@@ -81,18 +81,18 @@ impl Watch {
             subsystems: self.subsystems,
         };
         let mut client = self.remote.connect().await?;
-        // A slip in a name would be silent for ever.
+        // A misspelt name would wait forever.
         known::check(&self.remote, &mut client, &request.subsystems, &request.loops).await?;
         follow(&self.remote, request, |_| false).await.map(|()| Exit::Done)
     }
 }
 
-/// Shows the stream until it has shown `the_last` event, or is dropped: on a terminal with the oldest running cycle below what
-/// is recorded, else as lines. Each start and end inside a running cycle has a line of its own only where `request` asks for
-/// progress.
+/// Shows the stream until it has shown `the_last` event, or is dropped: on a terminal with the oldest running cycle
+/// below the recorded ones, otherwise as lines. Starts and ends inside a running cycle have lines only if `request`
+/// asks for progress.
 ///
 /// # Errors
-/// The service can't be reached at first, or refuses; or nobody reads the output.
+/// The service can't be reached at first, or refuses; or the output is closed.
 pub(super) async fn follow(
     remote: &Remote,
     request: pb::WatchCyclesRequest,
@@ -114,9 +114,9 @@ pub(super) async fn follow(
 /// How events are shown.
 struct View {
     format: Format,
-    /// Where a person looks at it.
+    /// On a terminal.
     bar: Option<Bar>,
-    /// What happens inside a cycle has lines of its own.
+    /// True if starts and ends inside a cycle have lines.
     with_progress: bool,
 }
 
@@ -126,7 +126,7 @@ impl View {
         Self { format, bar, with_progress }
     }
 
-    /// Says what keeps the stream waiting. What runs is told anew when it goes on.
+    /// Reports why the stream waits. The service sends running cycles again when it resumes.
     fn note(&mut self, text: &str) {
         if let Some(bar) = &mut self.bar {
             bar.clear();
@@ -139,7 +139,7 @@ impl View {
             let response = pb::WatchCyclesResponse { event: Some(event) };
             return print(&format!("{}\n", json("WatchCyclesResponse", &response)?));
         }
-        // A bar that has to go goes before the line that replaces it.
+        // A bar is removed before the line that replaces it.
         let lines = match &event.event {
             Some(Event::Recorded(record)) => {
                 let record = telemetry(record)?;
@@ -204,11 +204,11 @@ pub(super) fn started(started: &pb::CycleStarted) -> String {
     )
 }
 
-/// What moved inside of a cycle, a line each.
+/// The changes inside a cycle, one line each.
 pub(super) fn progress(progress: &pb::CycleProgress) -> String {
     let mut lines = String::new();
     if progress.dropped > 0 {
-        lines = format!("cycle {}  {} lost on the way\n", progress.cycle_id, count(progress.dropped, "update"));
+        lines = format!("cycle {}  {} lost\n", progress.cycle_id, count(progress.dropped, "update"));
     }
     for update in &progress.updates {
         let why = clean(format!("{} {}", update.error_code, update.error_message).trim());
@@ -230,25 +230,25 @@ pub(super) fn progress(progress: &pb::CycleProgress) -> String {
 // ---------------------------------------------------------------------------------------------------------------
 // The stream
 
-/// The events of the stream. When the connection breaks or falls silent, or the service restarts, it is taken up again
-/// after the last revision that was seen.
+/// The events of the stream. If the connection breaks or does not respond, or the service restarts, the stream resumes
+/// after the last received revision.
 pub(super) struct Events {
     remote: Remote,
     request: pb::WatchCyclesRequest,
     health: Health,
     stream: Streaming<pb::WatchCyclesResponse>,
     give_up_after: Option<Duration>,
-    /// Attempts to take it up again since the last event.
+    /// Attempts to resume since the last event.
     failures: u32,
 }
 
 impl Events {
     const FIRST_PAUSE: Duration = Duration::from_millis(100);
-    /// So long a service that is back waits for its watchers at most.
+    /// Longest pause between attempts to reconnect.
     const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-    /// Opens the stream. Once it was open, it is taken up again for as long as it takes, or until the service has been
-    /// away for `give_up_after`.
+    /// Opens the stream. Once it was open, it is resumed without a limit, or until the service has been unreachable for
+    /// `give_up_after`.
     ///
     /// # Errors
     /// The service can't be reached, or refuses.
@@ -262,10 +262,10 @@ impl Events {
         Ok(Self { remote: remote.clone(), request, health, stream, give_up_after, failures: 0 })
     }
 
-    /// The next event. What keeps it waiting is told to `note`.
+    /// The next event. `note` is called with the reason of a wait.
     ///
     /// # Errors
-    /// The service refuses to go on, or has been away for too long.
+    /// The service refuses to resume, or has been unreachable for too long.
     pub(super) async fn next(&mut self, mut note: impl FnMut(&str)) -> Result<pb::CycleEvent, Failure> {
         loop {
             let Ok(message) = self.remote.while_there(&self.health, self.stream.message()).await else {
@@ -283,7 +283,7 @@ impl Events {
                 Ok(None) => self.resume("the stream has ended", &mut note).await?,
                 Err(status) if passes(&status) => {
                     let why = match reason(&status).as_str() {
-                        "DRAINING" => "the service shuts down".to_owned(),
+                        "DRAINING" => "the service is shutting down".to_owned(),
                         "" => "the connection is lost".to_owned(),
                         _ => clean(status.message()),
                     };
@@ -300,7 +300,7 @@ impl Events {
         loop {
             let pause = Self::FIRST_PAUSE.saturating_mul(1 << self.failures.min(16)).min(Self::LONGEST_PAUSE);
             self.failures += 1;
-            // Not all watchers at once.
+            // Jitter, so that not all watchers reconnect at once.
             tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
             let failure = match self.remote.connect_for_long().await {
                 Ok((mut client, health)) => {
@@ -328,7 +328,7 @@ impl Events {
     }
 }
 
-/// Trying again helps.
+/// True if a retry may help.
 fn passes(status: &Status) -> bool {
     is_connection_lost(status) || status.code() == Code::Unavailable
 }

@@ -1,4 +1,4 @@
-//! The checks: each holds one rule of `subsystem.proto` against what the subsystem does.
+//! The checks. Each one checks that a subsystem follows one rule of `subsystem.proto`.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use crate::{
 pub(super) struct Check {
     pub(super) name: &'static str,
     pub(super) level: Level,
-    /// What the contract says.
+    /// The rule, in the words of the contract.
     pub(super) rule: &'static str,
     pub(super) run: for<'a> fn(&'a Probe) -> BoxFuture<'a, Result<(), Problem>>,
 }
@@ -56,79 +56,86 @@ macro_rules! checks {
     };
 }
 
-/// All checks, in the order in which they run. The first two look at a subsystem that may not be initialized yet.
-///
-/// A rule is what stands in the comments of `subsystem.proto`, word for word; "…" is where something is left out.
+/// All checks, in the order in which they run. The first two expect that the subsystem may not be initialized yet. A
+/// rule quotes the comments of `subsystem.proto`; "…" marks an omission.
 pub(super) const CHECKS: &[Check] = checks! {
     Required "status" status
-        "Returns a snapshot of the subsystem's own state, for people and dashboards. Free of side effects, answered also \
-         before `Initialize` and while a cycle runs. UNIMPLEMENTED means that there is none to show. … Bounded like an \
+        "Returns a snapshot of the subsystem's own state, for people and dashboards. Free of side effects, answered \
+         even before `Initialize` and while a cycle runs. UNIMPLEMENTED means that the subsystem has no status. … \
+         Bounded like an \
          output.",
     Required "run-before-initialize" run_before_initialize
         "FAILED_PRECONDITION: not initialized (for instance because the process restarted). The orchestrator calls \
-         `Initialize` and then this once more, inside the same deadline.",
+         `Initialize` and then `RunCycle` once more, within the same deadline.",
     Required "initialize" initialize
-        "Idempotent: it may be called any number of times with the same or with other parameters; the last call counts. A \
+        "Idempotent: it can be called any number of times, with the same or with other parameters; the last call \
+         counts. A \
          subsystem that needs no initialization answers UNIMPLEMENTED, which counts as success.",
     Required "repeated-cycle" repeated_cycle
         "a repeated call, whatever its `attempt`, must do the work once and return the first answer.",
     Required "concurrent-repeats" concurrent_repeats
-        "a repeated call, whatever its `attempt`, must do the work once and return the first answer. While the first call \
-         is at work, it waits for that one's answer.",
+        "a repeated call, whatever its `attempt`, must do the work once and return the first answer. While the first \
+         call is in progress, a repeated call waits for its answer.",
     Required "older-epoch-in-run-cycle" older_epoch_in_run_cycle
-        "ABORTED: `epoch` is older than one already seen: the caller has been superseded.",
+        "ABORTED: `epoch` is lower than one already seen: the caller has been superseded.",
     Required "older-epoch-in-initialize" older_epoch_in_initialize
-        "ABORTED when `epoch` is older than one already seen.",
+        "ABORTED if `epoch` is lower than one already seen.",
     Required "status-while-running" status_while_running
-        "Free of side effects, answered also before `Initialize` and while a cycle runs.",
+        "Free of side effects, answered even before `Initialize` and while a cycle runs.",
     Required "deadline" deadline
-        "The orchestrator sends a `grpc-timeout` with each call and stops waiting when it has passed. The server ends the \
-         call then, as gRPC libraries do by themselves.",
+        "The orchestrator sends a `grpc-timeout` with each call and stops waiting after it. The server then ends the \
+         call, as gRPC libraries do by themselves.",
     Required "cancellation" cancellation
-        "A call that is cancelled, late or cut off with its connection ends alone: it may be repeated, and all others are \
-         answered as before.",
+        "A call that is cancelled, late or lost with its connection affects no other call: it can be repeated, and \
+         all others are answered as before.",
     Required "unknown-subsystem" unknown_subsystem
-        "Each request names the one it is for; an endpoint that doesn't serve that name answers NOT_FOUND.",
+        "Each request names its subsystem; an endpoint that doesn't serve that name answers NOT_FOUND.",
     Required "unknown-fields" unknown_fields
-        "Unknown fields are ignored by both sides, so that either can be newer than the other.",
+        "Both sides ignore unknown fields, so that either can be newer than the other.",
     Required "absent-and-stale-inputs" absent_and_stale_inputs
-        "one entry for each name in `requires`, `after` and `reads` of the registration, also when it is absent. … Whether \
-         `output` was made in this cycle, in another one, or never. … Not set means an empty one, or, when `freshness` is \
-         FRESHNESS_ABSENT, none.",
+        "one entry for each name in `requires`, `after` and `reads` of the registration, even if the input is absent. \
+         … Whether \
+         `output` was made in this cycle, in another one, or never. … Not set means an empty output, or, if \
+         `freshness` is FRESHNESS_ABSENT, no output.",
     Required "large-input" large_input
-        "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones should \
+        "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones \
+         should \
          be.",
     Recommended "larger-input" larger_input
-        "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones should \
+        "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones \
+         should \
          be.",
     Required "concurrent-subsystems" concurrent_subsystems
         "Several subsystems may be served at one endpoint, over one connection, and called at the same time.",
     Recommended "malformed-request" malformed_request
         "Errors are plain gRPC status codes. … A request that can't be read gets any of them.",
     Required "output-limits" output_limits
-        "At most 90 nested messages deep, which is 30 nested objects … and at most as large as the `max_output_bytes` of \
-         the registration (default 1 MiB). … A name is 1 to 128 bytes; at most `max_metrics` of them (default 64). … At \
+        "At most 90 nested messages deep, which is 30 nested objects … and at most as large as the `max_output_bytes` \
+         of \
+         the registration (default 1 MiB). … A name is 1 to 128 bytes; at most `max_metrics` of them (default 64). … \
+         At \
          most `max_issues` (default 32). … At most 128 bytes. … At most 4 KiB.",
     Required "status-has-no-effects" status_has_no_effects
-        "Free of side effects, answered also before `Initialize` and while a cycle runs.",
+        "Free of side effects, answered even before `Initialize` and while a cycle runs.",
     Recommended "health" health
-        "`grpc.health.v1.Health` may be served beside this service. It is never required. Who answers calls is SERVING.",
+        "`grpc.health.v1.Health` may be served beside this service, but is never required. While the server answers \
+         calls, its status is SERVING.",
     Required "dropped-connection" dropped_connection
-        "A call that is cancelled, late or cut off with its connection ends alone: it may be repeated, and all others are \
-         answered as before.",
+        "A call that is cancelled, late or lost with its connection affects no other call: it can be repeated, and \
+         all others are answered as before.",
 };
 
-/// Long enough for a call to arrive, short enough for most to be still at work.
+/// Long enough for a call to arrive, short enough for most calls to be still in progress.
 const SOON: Duration = Duration::from_millis(50);
-/// So long works a subsystem that can be met in the middle of a call.
+/// A call that takes at least this long can be observed while it is in progress.
 const LONG: Duration = Duration::from_millis(100);
-/// Between two calls of one that has asked to be called again.
+/// Pause before a call that was refused as UNAVAILABLE is repeated.
 const AGAIN: Duration = Duration::from_millis(10);
-/// How many calls are made at the same time.
+/// Number of calls that are made at the same time.
 const AT_ONCE: usize = 8;
-/// What gRPC servers read by default.
+/// Default limit of gRPC servers on the bytes of a request.
 const DEFAULT_LIMIT: usize = 4 << 20;
-/// Room for what else is in a request, so that one with a large input is just below a limit.
+/// Bytes for the other fields of a request, so that a request with a large input is just below a limit.
 const REST: usize = 64 << 10;
 /// Field 2047 of the contract's messages, which has no meaning: a text.
 const UNKNOWN_FIELD: &[u8] = b"\xfa\x7f\x05later";
@@ -152,7 +159,7 @@ async fn status(probe: &Probe) -> Result<(), Problem> {
 async fn run_before_initialize(probe: &Probe) -> Result<(), Problem> {
     let request = probe.next_cycle();
     match probe.run(&request).await {
-        Ok(_) => Err(Problem::NotApplicable("it needs no initialization, or has been initialized before".into())),
+        Ok(_) => Err(Problem::NotApplicable("the subsystem needs no initialization, or was initialized before".into())),
         Err(error) if error.code == Code::FailedPrecondition => Ok(()),
         Err(error) => failed(format!("{}, before any Initialize", describe(&request)), said(&error)),
     }
@@ -206,7 +213,7 @@ async fn older_epoch_in_initialize(probe: &Probe) -> Result<(), Problem> {
         Err(error) if error.code == Code::Unimplemented => {
             return Err(Problem::NotApplicable("Initialize is not implemented".into()));
         }
-        // The check of Initialize tells what is wrong with it.
+        // The check of Initialize reports its failures.
         Ok(()) | Err(_) => {}
     }
     let request = pb::InitializeRequest { epoch: current.epoch - 1, ..current.clone() };
@@ -231,13 +238,13 @@ async fn status_while_running(probe: &Probe) -> Result<(), Problem> {
     let sent = || format!("GetStatus during {}", describe(&request));
     match status {
         Err(error) if error.code != Code::Unimplemented => failed(sent(), said(&error)),
-        Err(_) if status_took > cycle_took => {
-            Err(Problem::NotApplicable("GetStatus is not implemented, and says so when the cycle has ended".into()))
-        }
-        // When the cycle ended just then, that may be chance.
+        Err(_) if status_took > cycle_took => Err(Problem::NotApplicable(
+            "GetStatus is not implemented, but answered only after the cycle had ended".into(),
+        )),
+        // If the cycle ended at the same time, that may be a coincidence.
         _ if status_took > cycle_took && cycle_took > SOON => {
             is_slow(probe).await?;
-            failed(sent(), format!("nothing until the cycle had ended, {cycle_took:.1?} later"))
+            failed(sent(), format!("no answer until the cycle had ended, {cycle_took:.1?} later"))
         }
         _ => answer.map(|_| ()).or_else(|error| failed(describe(&request), said(&error))),
     }
@@ -270,7 +277,7 @@ async fn cancellation(probe: &Probe) -> Result<(), Problem> {
 
 async fn unknown_subsystem(probe: &Probe) -> Result<(), Problem> {
     if probe.names().is_empty() {
-        let why = "no --subsystem was given, and a subsystem that answers to a made-up name answers to every one";
+        let why = "no --subsystem was given, and an endpoint that accepts a made-up name accepts every name";
         return Err(Problem::NotApplicable(why.into()));
     }
     let request = pb::RunCycleRequest { subsystem: "no-such-subsystem".into(), ..probe.next_cycle() };
@@ -282,7 +289,7 @@ async fn unknown_fields(probe: &Probe) -> Result<(), Problem> {
     request.parameters = [&request.parameters[..], UNKNOWN_FIELD].concat().into();
     let bytes = [&request.encode_to_vec(), UNKNOWN_FIELD].concat();
     let answer = probe.run_raw(bytes.into()).await;
-    let sent = || format!("{} with field 2047 in it and in its parameters", describe(&request));
+    let sent = || format!("{} with the unknown field 2047 in the request and in its parameters", describe(&request));
     answer.map(|_| ()).or_else(|error| failed(sent(), said(&error)))
 }
 
@@ -322,11 +329,11 @@ async fn with_input_of(probe: &Probe, bytes: usize) -> Result<(), Problem> {
 async fn concurrent_subsystems(probe: &Probe) -> Result<(), Problem> {
     let names = probe.names();
     if names.len() < 2 {
-        let why = "it takes several; repeat --subsystem with the names of others that are served there";
+        let why = "it needs several subsystems; repeat --subsystem with the names of others at this endpoint";
         return Err(Problem::NotApplicable(why.into()));
     }
     for subsystem in names {
-        // The check of Initialize tells what is wrong with it.
+        // The check of Initialize reports its failures.
         let _ =
             probe.initialize(&pb::InitializeRequest { subsystem: subsystem.clone(), ..probe.initialization() }).await;
     }
@@ -335,14 +342,14 @@ async fn concurrent_subsystems(probe: &Probe) -> Result<(), Problem> {
         names.iter().map(|name| pb::RunCycleRequest { subsystem: name.clone(), ..cycle.clone() }).collect();
     let answers = join_all(requests.iter().map(|request| probe.run(request))).await;
     requests.iter().zip(answers).try_for_each(|(request, answer)| {
-        let sent = || format!("{} for {}, beside those for the others", describe(request), request.subsystem);
+        let sent = || format!("{} for {}, concurrent with those for the others", describe(request), request.subsystem);
         answer.map(|_| ()).or_else(|error| failed(sent(), said(&error)))
     })
 }
 
 async fn malformed_request(probe: &Probe) -> Result<(), Problem> {
-    let sent = || "RunCycle with bytes that are no message".to_owned();
-    // Field 1 announces more bytes than there are.
+    let sent = || "RunCycle with bytes that are not a message".to_owned();
+    // Field 1 announces more bytes than follow.
     match probe.run_raw(Bytes::from_static(b"\x0a\x7fshort")).await {
         Ok(_) => failed(sent(), "OK".into()),
         Err(error) if error.code == Code::DeadlineExceeded => failed(sent(), said(&error)),
@@ -358,7 +365,7 @@ async fn output_limits(probe: &Probe) -> Result<(), Problem> {
     let bad = |came: String| Problem::Failed { sent: describe(&request), came };
     let output = Payload::check(response.output).map_err(|malformed| bad(format!("an output that {malformed}")))?;
     let issues = response.issues.into_iter().map(|pb::Issue { code, message, .. }| {
-        // How bad it is has no bound.
+        // The contract sets no bounds on the severity.
         Issue { severity: Severity::Info, code, message }
     });
     let answer = Answer { output, metrics: response.metrics, issues: issues.collect() };
@@ -368,7 +375,7 @@ async fn output_limits(probe: &Probe) -> Result<(), Problem> {
 async fn status_has_no_effects(probe: &Probe) -> Result<(), Problem> {
     let request = probe.next_cycle();
     let first = answered(probe, &request).await?;
-    // Two snapshots need not be alike: there may be a clock in them.
+    // Two snapshots can differ: they may contain the time.
     for _ in 0..2 {
         if let Err(error) = probe.status().await
             && error.code == Code::Unimplemented
@@ -423,7 +430,7 @@ async fn answered(probe: &Probe, request: &pb::RunCycleRequest) -> Result<pb::Ru
     probe.run(request).await.or_else(|error| failed(describe(request), said(&error)))
 }
 
-/// Asks again as long as it is told that this is safe and nothing was done.
+/// Repeats the call while the answer is UNAVAILABLE, which means that nothing was done.
 async fn answered_at_last(probe: &Probe, request: &pb::RunCycleRequest) -> Result<pb::RunCycleResponse, CallError> {
     let give_up = Instant::now() + probe.timeout();
     loop {
@@ -434,7 +441,7 @@ async fn answered_at_last(probe: &Probe, request: &pb::RunCycleRequest) -> Resul
     }
 }
 
-/// A call that ended before it was answered may be repeated, and the next cycle is answered.
+/// Checks that a call that ended before its answer can be repeated, and that the next cycle is answered.
 async fn ends_alone(probe: &Probe, ended: &pb::RunCycleRequest, how: &str) -> Result<(), Problem> {
     let again = pb::RunCycleRequest { attempt: ended.attempt + 1, ..ended.clone() };
     let sent = || format!("{}, after the first one {how}", describe(&again));
@@ -445,7 +452,7 @@ async fn ends_alone(probe: &Probe, ended: &pb::RunCycleRequest, how: &str) -> Re
     answer.map(|_| ()).or_else(|error| failed(format!("{}, after one that {how}", describe(&next)), said(&error)))
 }
 
-/// It takes long for a cycle as a rule, and not only just now, because the machine was busy.
+/// Checks that a cycle usually takes long, not only once because the machine was busy.
 async fn is_slow(probe: &Probe) -> Result<(), Problem> {
     let begun = Instant::now();
     answered(probe, &probe.next_cycle()).await?;
@@ -454,7 +461,7 @@ async fn is_slow(probe: &Probe) -> Result<(), Problem> {
 }
 
 fn too_quick(took: Duration) -> Result<(), Problem> {
-    let why = format!("its cycle took only {took:.1?}; with parameters that make it work for longer, it can be seen");
+    let why = format!("its cycle took only {took:.1?}; use --param to make it work for longer");
     Err(Problem::NotApplicable(why))
 }
 
@@ -466,7 +473,7 @@ fn refused<T>(code: Code, sent: String, answer: Result<T, CallError>) -> Result<
     }
 }
 
-/// Two answers say the same, in whatever order their maps were written.
+/// Checks that two answers are equal, whatever the order of the entries of their maps.
 fn same(
     first: &pb::RunCycleResponse,
     again: &pb::RunCycleResponse,

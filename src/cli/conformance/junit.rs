@@ -1,12 +1,12 @@
-//! The report as JUnit XML, as CI systems read it.
+//! The report as JUnit XML, for CI systems.
 
 use std::fmt::Write as _;
 
 use super::{Outcome, Report};
 use crate::model::text::is_unprintable;
 
-/// The whole document. What is only recommended, and has failed without `--strict`, is a skipped test: a CI system
-/// would take a failure for more than it is.
+/// The whole document. A recommendation that has failed without `--strict` is a skipped test, so that it does not fail
+/// a CI run.
 pub(super) fn document(report: &Report) -> String {
     let number = |outcome, counts: bool| {
         report.checks.iter().filter(|finding| finding.outcome == outcome && finding.counts == counts).count()
@@ -48,7 +48,7 @@ fn escaped(text: &str) -> String {
             '"' => escaped.push_str("&quot;"),
             '\n' => escaped.push_str("&#10;"),
             c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => escaped.push('\u{fffd}'),
-            // Who looks at the file on a terminal sees what it says.
+            // Escaped, so that a terminal shows the characters instead of obeying them.
             c if is_unprintable(c) => _ = write!(escaped, "&#x{:x};", u32::from(c)),
             c => escaped.push(c),
         }

@@ -26,11 +26,11 @@ use crate::{
     },
 };
 
-/// What is used when the user names no subsystem.
+/// The name that is used when the user names no subsystem.
 const MADE_UP_NAME: &str = "conformance";
-/// The most that is read in one answer: as much as any registration can allow.
+/// Most bytes of one answer: the largest limit of a registration.
 const MAX_ANSWER: usize = 64 << 20;
-/// The most that all answers take that come at one time.
+/// Most bytes of all concurrent answers.
 const MAX_ANSWERS: usize = 1 << 30;
 const CONNECT: Duration = Duration::from_secs(5);
 
@@ -38,10 +38,10 @@ const INITIALIZE: &str = "/dreamnet.subsystem.v1.Subsystem/Initialize";
 const RUN_CYCLE: &str = "/dreamnet.subsystem.v1.Subsystem/RunCycle";
 const GET_STATUS: &str = "/dreamnet.subsystem.v1.Subsystem/GetStatus";
 
-/// The caller of one subsystem, with an epoch of its own and cycle ids that grow with every request.
+/// The caller of one subsystem, with its own epoch and increasing cycle ids.
 pub(super) struct Probe {
     endpoint: Endpoint,
-    /// The one that is checked, and others that are served beside it. None when the user has named none.
+    /// The subsystem that is checked, and others at the same endpoint. Empty if the user has named none.
     names: Vec<String>,
     parameters: Bytes,
     inputs: BTreeMap<String, pb::Input>,
@@ -95,7 +95,7 @@ impl Probe {
         self.names.first().map_or(MADE_UP_NAME, String::as_str)
     }
 
-    /// What the user has named: the subsystem that is checked, and others that are served beside it.
+    /// The names that the user has given: the subsystem that is checked, and others at the same endpoint.
     pub(super) fn names(&self) -> &[String] {
         &self.names
     }
@@ -104,7 +104,7 @@ impl Probe {
         self.timeout
     }
 
-    /// A request for a cycle that was never asked for before.
+    /// A request for a new cycle.
     pub(super) fn next_cycle(&self) -> pb::RunCycleRequest {
         let cycle_id = self.next_cycle.fetch_add(1, Ordering::Relaxed);
         let mut inputs = self.inputs.clone();
@@ -122,7 +122,7 @@ impl Probe {
         }
     }
 
-    /// What `Initialize` is called with.
+    /// The request of `Initialize`.
     pub(super) fn initialization(&self) -> pb::InitializeRequest {
         pb::InitializeRequest {
             subsystem: self.name().to_owned(),
@@ -132,7 +132,7 @@ impl Probe {
         }
     }
 
-    /// Makes a call on this connection, and waits for the answer for as long as a call may take.
+    /// Makes a call on this connection, and waits for the answer within the timeout.
     async fn call<T: Message + Default>(
         &self,
         client: &Client,
@@ -158,7 +158,7 @@ impl Probe {
         self.call(&self.client, RUN_CYCLE, framed(request), self.timeout).await
     }
 
-    /// `RunCycle` with a deadline that only the server keeps. Also tells how long it took.
+    /// Calls `RunCycle` with a deadline that only the server enforces. Also returns how long the call took.
     pub(super) async fn run_late(
         &self,
         request: &pb::RunCycleRequest,
@@ -168,7 +168,7 @@ impl Probe {
         (self.call(&self.client, RUN_CYCLE, framed(request), deadline).await, begun.elapsed())
     }
 
-    /// `RunCycle` with these bytes as the request, whatever they are.
+    /// Calls `RunCycle` with these bytes as the request.
     pub(super) async fn run_raw(&self, request: Bytes) -> Result<pb::RunCycleResponse, CallError> {
         self.call(&self.client, RUN_CYCLE, framed_bytes(&request), self.timeout).await
     }
@@ -183,11 +183,11 @@ impl Probe {
         self.call(&self.client, "/grpc.health.v1.Health/Check", framed(&request), self.timeout).await
     }
 
-    /// Begins a call on a connection of its own, and cuts that after a while. Tells how long the call took, if it was
-    /// answered before that.
+    /// Begins a call on a separate connection, and closes the connection after a while. Returns how long the call took,
+    /// if it was answered before that.
     ///
     /// # Errors
-    /// There is no second connection to be had.
+    /// A second connection can't be made.
     pub(super) async fn cut_off(
         &self,
         request: &pb::RunCycleRequest,

@@ -18,15 +18,15 @@ use crate::{
     subsystem::{Answer, Code, Cycle, Failure, Input, ListenError, Object, Server, Serving, Severity, Subsystem},
 };
 
-/// Where the simulation listens. It stops when this is dropped.
+/// The servers of the simulation. They stop when this is dropped.
 pub(super) struct Fleet {
     servers: Vec<Serving>,
     subsystems: usize,
 }
 
 impl Fleet {
-    /// Serves every one of `subsystems`: those with one endpoint behind one, which takes the place of theirs. Their work
-    /// takes `pace` times as long as by default.
+    /// Serves all `subsystems`: subsystems with a common endpoint are served at one address, which replaces their
+    /// endpoint. Their work takes `pace` times as long as by default.
     pub(super) async fn start(subsystems: &mut [model::Subsystem], seed: u64, pace: f64) -> Result<Self, ListenError> {
         let mut together: BTreeMap<Endpoint, Vec<&mut model::Subsystem>> = BTreeMap::new();
         let count = subsystems.len();
@@ -55,19 +55,19 @@ impl Fleet {
         self.servers.len()
     }
 
-    /// Stops them all. Nobody calls any more, so this takes no time.
+    /// Stops all servers. No calls are open any more, so this is quick.
     pub(super) async fn stop(self) {
         const GRACE: Duration = Duration::from_millis(500);
         join_all(self.servers.into_iter().map(|server| server.stop(GRACE))).await;
     }
 }
 
-/// A subsystem whose output is a signal: what it was, moved towards what its inputs say, and a little of its own.
+/// A subsystem whose output is a signal: its last value, moved towards its inputs, with some randomness.
 struct Simulated {
     seed: u64,
-    /// How long its work takes, against 1.
+    /// Duration of its work relative to 1.
     pace: f64,
-    /// How long it usually takes at pace 1.
+    /// Usual duration at pace 1.
     usual: Duration,
     state: Mutex<State>,
 }
@@ -79,13 +79,13 @@ struct State {
     failures: u64,
 }
 
-/// What becomes of a call.
+/// The fate of a call.
 #[derive(Debug)]
 enum Fate {
     Works,
-    /// Takes long, and says so.
+    /// Takes long, and reports it as an issue.
     IsSlow,
-    /// Is not ready at first, and then is: the orchestrator tries again.
+    /// Answers UNAVAILABLE first and then succeeds: the orchestrator retries it.
     IsBusy,
     Fails(Code, &'static str),
     /// Never answers.
@@ -93,7 +93,8 @@ enum Fate {
 }
 
 impl Fate {
-    /// In a fleet of 28: somebody is slow in most cycles, busy or failing in every third, and hangs in every twentieth.
+    /// In a fleet of 28, a subsystem is slow in most cycles, busy or failing in every third, and hangs in every
+    /// twentieth.
     fn draw(random: &mut Rng) -> Self {
         match random.u32(..1000) {
             0..4 => Self::Fails(Code::ResourceExhausted, "its queue is full"),
@@ -118,7 +119,7 @@ impl Simulated {
     }
 }
 
-/// Chance that comes out the same for the same `of`.
+/// A random number that is the same for the same `of`.
 fn rng(of: impl Hash) -> Rng {
     let mut hasher = DefaultHasher::new();
     of.hash(&mut hasher);
@@ -174,7 +175,7 @@ impl Subsystem for Simulated {
     }
 }
 
-/// How current the inputs are, by name. Those that somebody should have made anew are issues.
+/// The freshness of the inputs, by name. Old or absent inputs are reported as issues.
 fn heard(cycle: &Cycle, answer: &mut Answer) -> Value {
     let heard = cycle.inputs.iter().map(|(name, input)| {
         let how = match input {
@@ -200,7 +201,7 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
     if count > 0.0 { sum / count } else { 0.0 }
 }
 
-/// To what people read.
+/// Rounds to a readable number of digits.
 fn rounded(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }

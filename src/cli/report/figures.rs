@@ -1,5 +1,5 @@
-//! The arithmetic of a report. Each cycle is counted once and forgotten, so that what is kept does not grow with the
-//! length of the history: counters, and for durations a sketch of bounded size. Pure.
+//! The arithmetic of a report. Each cycle is counted once and dropped, so that the memory does not grow with the length
+//! of the history: counters, and for durations a sketch of bounded size. Pure.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -14,13 +14,13 @@ use crate::{
 // ---------------------------------------------------------------------------------------------------------------
 // Durations
 
-/// Durations, of which only the quantiles are wanted.
+/// A set of durations that answers quantiles.
 ///
-/// The p-quantile of n durations is the smallest one that at least p·n of them don't exceed: the one of rank ⌈p·n⌉. That
-/// is definition 1 of Hyndman and Fan, "Sample Quantiles in Statistical Packages", The American Statistician 50 (1996),
-/// and `percentile_disc` of SQL. What is told is within 0.5 % of it, and to the microsecond: durations are kept in bins
-/// that are so wide, as Masson, Rim and Lee describe in "DDSketch", Proceedings of the VLDB Endowment 12 (2019). Those of
-/// one period take 1 KiB where they are within a factor of 3.6 of each other, and 22 KiB at most.
+/// The p-quantile of n durations is the smallest one that at least p·n of them don't exceed: the one of rank ⌈p·n⌉.
+/// That is definition 1 of Hyndman and Fan, "Sample Quantiles in Statistical Packages", The American Statistician 50
+/// (1996), and `percentile_disc` of SQL. The result is within 0.5 % of it, and rounded to the microsecond: durations
+/// are kept in bins of that width, as Masson, Rim and Lee describe in "DDSketch", Proceedings of the VLDB Endowment 12
+/// (2019). The durations of one period take 1 KiB if they are within a factor of 3.6 of each other, and at most 22 KiB.
 struct Durations(DDSketch);
 
 /// The quantiles of some durations, in milliseconds.
@@ -35,28 +35,28 @@ impl Default for Durations {
     fn default() -> Self {
         /// The relative error.
         const ERROR: f64 = 0.005;
-        /// Milliseconds. Less is none.
+        /// Milliseconds. A shorter duration counts as 0.
         const LEAST: f64 = 0.001;
-        /// Enough for all between [`LEAST`] and [`Durations::MOST`], so that none are ever joined.
+        /// Enough bins for all durations between [`LEAST`] and [`Durations::MOST`], so that bins are never merged.
         const BINS: u32 = 4096;
         Self(DDSketch::new(Config::new(ERROR, BINS, LEAST)))
     }
 }
 
 impl Durations {
-    /// Milliseconds: eleven days. A cycle takes one at most.
+    /// Milliseconds: eleven days. A cycle takes at most one.
     const MOST: f64 = 1e9;
 
     fn add(&mut self, ms: f64) {
         self.0.add(bounded(ms));
     }
 
-    /// None of no durations.
+    /// `None` if there are no durations.
     fn quantiles(&self) -> Option<Quantiles> {
         Some(Quantiles { p50: self.percentile(50)?, p95: self.percentile(95)?, p99: self.percentile(99)? })
     }
 
-    #[allow(clippy::cast_precision_loss, reason = "nobody has counted so many cycles")]
+    #[allow(clippy::cast_precision_loss, reason = "a count of cycles is far below 2^52")]
     fn percentile(&self, percent: usize) -> Option<f64> {
         let count = self.0.count();
         let rank = count.checked_mul(percent)?.div_ceil(100);
@@ -64,12 +64,12 @@ impl Durations {
         // rank more makes it ours, whatever is lost in the division.
         let share = ((rank as f64 - 0.5) / (count as f64 - 1.0)).clamp(0.0, 1.0);
         let ms = self.0.quantile(share).ok()??;
-        // The middle of the first or of the last bin may lie beyond all that is in it.
+        // The middle of the first or of the last bin may be outside the range of its durations.
         Some(micros(ms.clamp(self.0.min()?, self.0.max()?)))
     }
 }
 
-/// Milliseconds as the contract allows them, whatever was sent.
+/// Milliseconds within the range of the contract, whatever was sent.
 fn bounded(ms: f64) -> f64 {
     if ms.is_nan() { 0.0 } else { ms.clamp(0.0, Durations::MOST) }
 }
@@ -82,7 +82,7 @@ fn micros(ms: f64) -> f64 {
 // ---------------------------------------------------------------------------------------------------------------
 // Counting
 
-/// What the cycles of one period add up to.
+/// Sums over the cycles of one period.
 #[derive(Default)]
 pub(super) struct Tally {
     succeeded: u64,
@@ -91,13 +91,13 @@ pub(super) struct Tally {
     cancelled: u64,
     interrupted: u64,
     durations: Durations,
-    /// How many were started by what; the loop is empty where no loop did.
+    /// Number of cycles by trigger and loop; the loop is empty if no loop started them.
     started_by: BTreeMap<(pb::Trigger, String), u64>,
     critical_ms: f64,
     parts: HashMap<Name, Parts>,
 }
 
-/// What the parts of one subsystem add up to.
+/// Sums over the parts of one subsystem.
 #[derive(Default)]
 struct Parts {
     succeeded: u64,
@@ -106,7 +106,7 @@ struct Parts {
     skipped: u64,
     circuit_open: u64,
     cancelled: u64,
-    /// Those that count as failed by the contract.
+    /// Parts that count as failed by the contract.
     failures: u64,
     retries: u64,
     durations: Durations,
@@ -125,14 +125,14 @@ pub(super) enum Uncountable {
     TooManyNames,
 }
 
-/// Names whose figures are kept. Five full registries of the default size; some 100 MB if all of them vary.
+/// Most names whose figures are kept: five full registries of the default size, about 100 MB if all durations vary.
 const MAX_NAMES: usize = 100_000;
 
 impl Tally {
     /// Counts a cycle.
     ///
     /// # Errors
-    /// It has names that the contract does not allow, or there are too many names.
+    /// It has invalid names, or there are too many names.
     pub(super) fn add(&mut self, cycle: &pb::CycleTelemetry) -> Result<(), Uncountable> {
         let count = match cycle.state() {
             CycleState::Succeeded => &mut self.succeeded,
@@ -142,7 +142,7 @@ impl Tally {
             CycleState::Interrupted => &mut self.interrupted,
         };
         *count += 1;
-        // The others did not take as long as they would have: they were ended, or found later.
+        // CANCELLED and INTERRUPTED cycles did not take their full time.
         if matches!(cycle.state(), CycleState::Succeeded | CycleState::Degraded | CycleState::Failed) {
             self.durations.add(cycle.duration_ms);
         }
@@ -189,7 +189,7 @@ impl Parts {
             SubsystemState::Skipped => &mut self.skipped,
             SubsystemState::CircuitOpen => &mut self.circuit_open,
             SubsystemState::Cancelled => &mut self.cancelled,
-            // The latter are never recorded.
+            // These states are never recorded.
             SubsystemState::Failed
             | SubsystemState::Unspecified
             | SubsystemState::Waiting
@@ -198,7 +198,7 @@ impl Parts {
         *count += 1;
         self.failures += u64::from(is_failure(part));
         self.retries += u64::from(part.attempts.saturating_sub(1));
-        // How long the work takes: what fails may do so at once, while what is late took at least so long.
+        // The duration of the work: failed parts may have ended at once, while late ones took at least this long.
         if matches!(part.state(), SubsystemState::Succeeded | SubsystemState::TimedOut) && part.started_at.is_some() {
             self.durations.add(part.duration_ms);
         }
@@ -217,7 +217,7 @@ impl Parts {
     }
 }
 
-/// Whether it counts as failed, as the contract's `SubsystemState` says.
+/// True if the part counts as failed by the contract's `SubsystemState`.
 fn is_failure(part: &pb::SubsystemTelemetry) -> bool {
     match part.state() {
         SubsystemState::Succeeded | SubsystemState::Cancelled => false,
@@ -228,7 +228,7 @@ fn is_failure(part: &pb::SubsystemTelemetry) -> bool {
     }
 }
 
-#[allow(clippy::cast_precision_loss, reason = "nobody has counted so many cycles")]
+#[allow(clippy::cast_precision_loss, reason = "a count of cycles is far below 2^52")]
 fn share(part: u64, whole: u64) -> Option<f64> {
     (whole > 0).then(|| part as f64 / whole as f64)
 }
@@ -236,7 +236,7 @@ fn share(part: u64, whole: u64) -> Option<f64> {
 // ---------------------------------------------------------------------------------------------------------------
 // Comparing
 
-/// The figures of all cycles. Rates are 0 to 1; what there is nothing to say of is `null`.
+/// The figures of all cycles. Rates are 0 to 1; figures without data are `null`.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct CycleFigures {
@@ -246,12 +246,12 @@ pub(super) struct CycleFigures {
     pub(super) failed: u64,
     pub(super) cancelled: u64,
     pub(super) interrupted: u64,
-    /// Of those that were neither cancelled nor interrupted. So are the durations.
+    /// Of cycles that were neither cancelled nor interrupted, as are the durations.
     pub(super) success_rate: Option<f64>,
     pub(super) p50_ms: Option<f64>,
     pub(super) p95_ms: Option<f64>,
     pub(super) p99_ms: Option<f64>,
-    /// The durations of all parts that stood on the critical path of their cycle, summed up.
+    /// Sum of the durations of all parts on the critical path of their cycle.
     pub(super) critical_ms: f64,
     pub(super) started_by: Vec<StartedBy>,
     pub(super) previous_cycles: u64,
@@ -263,13 +263,13 @@ pub(super) struct CycleFigures {
     pub(super) p95_change: Option<f64>,
 }
 
-/// How many cycles this started.
+/// Number of cycles by trigger.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct StartedBy {
     #[serde(serialize_with = "trigger_name")]
     pub(super) trigger: pb::Trigger,
-    /// Empty where no loop did.
+    /// Empty if no loop started them.
     pub(super) r#loop: String,
     pub(super) cycles: u64,
 }
@@ -279,13 +279,13 @@ fn trigger_name<S: serde::Serializer>(trigger: &pb::Trigger, serializer: S) -> R
     serializer.serialize_str(trigger.as_str_name())
 }
 
-/// The figures of one subsystem: an object of the JSON, and a line of the CSV. Rates and shares are 0 to 1; what there is
-/// nothing to say of is `null`, or empty.
+/// The figures of one subsystem: an object of the JSON, and a line of the CSV. Rates and shares are 0 to 1; figures
+/// without data are `null`, or empty.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct SubsystemFigures {
     pub(super) name: Name,
-    /// In which it took part, however that ended: the sum of the six below.
+    /// Cycles in which it took part: the sum of the six counts below.
     pub(super) cycles: u64,
     pub(super) succeeded: u64,
     pub(super) failed: u64,
@@ -301,11 +301,11 @@ pub(super) struct SubsystemFigures {
     pub(super) p50_ms: Option<f64>,
     pub(super) p95_ms: Option<f64>,
     pub(super) p99_ms: Option<f64>,
-    /// Cycles in which it stood on the critical path.
+    /// Cycles in which it was on the critical path.
     pub(super) critical_cycles: u64,
     /// Their share of its cycles.
     pub(super) critical_cycle_share: Option<f64>,
-    /// Its durations in them, summed up.
+    /// Sum of its durations in them.
     pub(super) critical_ms: f64,
     /// Its share of [`CycleFigures::critical_ms`]. Those of all subsystems add up to 1.
     pub(super) critical_time_share: Option<f64>,
@@ -397,7 +397,7 @@ fn difference(now: Option<f64>, previous: Option<f64>) -> Option<f64> {
     Some(now? - previous?)
 }
 
-/// None where there was no duration, or one that nothing can be compared with.
+/// `None` if a duration is missing, or the earlier one is 0.
 fn growth(now: Option<f64>, previous: Option<f64>) -> Option<f64> {
     let (now, previous) = (now?, previous?);
     (previous > 0.0).then(|| now / previous - 1.0)
@@ -451,10 +451,10 @@ mod tests {
         assert_eq!(quantiles(&[7.5]), Some(Quantiles { p50: 7.5, p95: 7.5, p99: 7.5 }));
         let two = quantiles(&[100.0, 1.0]).unwrap();
         assert!(close(Some(two.p50), Some(1.0)) && (two.p95, two.p99) == (100.0, 100.0), "{two:?}");
-        // What no service should send.
+        // Invalid values that no service should send.
         let odd = quantiles(&[f64::NAN, -1.0, f64::INFINITY, f64::NEG_INFINITY]);
         assert_eq!(odd, Some(Quantiles { p50: 0.0, p95: Durations::MOST, p99: Durations::MOST }));
-        // Both ends of what is told apart, and no bins joined between them.
+        // Both ends of the range, and no bins merged between them.
         let wide: Vec<_> = (0..=11).map(|power| 10_f64.powi(power - 2)).collect();
         assert!(close(Some(quantiles(&wide).unwrap().p50), Some(1000.0)));
     }
@@ -539,7 +539,7 @@ mod tests {
         )
     }
 
-    /// The quantile as its definition has it: by counting how many don't exceed each.
+    /// The quantile by its definition: counts how many durations don't exceed each.
     fn naive_quantile(durations: &[f64], p: f64) -> Option<f64> {
         let enough = |candidate: f64| {
             durations.iter().filter(|&&ms| ms <= candidate).count() as f64 >= p * durations.len() as f64 - 1e-9

@@ -1,4 +1,4 @@
-//! All that is known of one subsystem, line by line.
+//! The details of one subsystem, line by line.
 
 use super::super::{
     cycles::severity,
@@ -7,25 +7,25 @@ use super::super::{
 };
 use crate::{model::Payload, proto::orchestrator::v1 as pb};
 
-/// Columns of a line of the output that can be reached; what is longer is for `subsystems show`.
+/// Most columns of a line of the output; `subsystems show` prints longer lines.
 pub(super) const MAX_COLUMNS: usize = 1_000;
-/// Lines of the output that can be reached.
+/// Most lines of the output.
 const MAX_LINES: usize = 10_000;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Entry {
-    /// Begins a section.
+    /// Heading of a section.
     Heading(&'static str),
-    /// What something is called, and what it is.
+    /// A name and a value.
     Fact(String, String),
-    /// The same of a state.
+    /// A name and a state.
     State(&'static str, String),
-    /// Text as it stands, blanks at the beginning included.
+    /// Text including leading spaces.
     Text(String),
 }
 
-/// The lines about a subsystem. They hold nothing that a terminal takes for more than text.
+/// The lines about a subsystem, without control characters.
 pub(super) fn entries(status: &pb::SubsystemStatus) -> Vec<Entry> {
     let mut entries = Vec::new();
     for (what, is) in facts(status).into_iter().filter(|(_, is)| !is.is_empty()) {

@@ -1,4 +1,4 @@
-//! What is known, as it looks on a terminal. Draws only the lines that fit.
+//! Draws the model on a terminal, only the lines that fit.
 
 use std::{borrow::Cow, fmt::Write as _, ops::Range, time::Duration};
 
@@ -24,13 +24,13 @@ use super::{
 };
 use crate::proto::orchestrator::v1 as pb;
 
-/// Below this there is no room for anything of use.
+/// Smallest useful size.
 const SMALLEST: (u16, u16) = (40, 10);
 
-/// How it is drawn.
+/// Options of the drawing.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Look {
-    /// What ages are reckoned from.
+    /// The time from which ages are computed.
     pub(super) now: Timestamp,
     pub(super) colours: bool,
 }
@@ -60,7 +60,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, view: &mut View, look: 
         (_, Pane::Loops) => look.loops(buffer, rest, model, view),
     }
     if model.lost.is_some() {
-        // Everything but the line that says so is how it was.
+        // Everything except the line about the lost connection is old.
         let was = Rect { y: area.y + 1, height: rest.bottom() - area.y - 1, ..area };
         buffer.set_style(was, Style::new().add_modifier(Modifier::DIM));
     }
@@ -82,7 +82,7 @@ impl Look {
         };
         let mut first = Line::from(vec![bold(name), Span::raw(format!("  {}  ", model.address)), link]);
         if first.width() > usize::from(width) {
-            // Where the service is matters less than whether it is heard.
+            // The address matters less than the state of the connection.
             first.spans[1] = Span::raw("  ");
         }
         let Some(status) = status else { return vec![first] };
@@ -90,7 +90,7 @@ impl Look {
         let process =
             format!("up {}  epoch {}  version {}", short(coarse(uptime)), status.epoch, clean(&status.version));
         let left = usize::from(width).saturating_sub(first.width());
-        // What has no room is left out from its end.
+        // Facts that don't fit are left out, starting from the end.
         let ends = process.match_indices("  ").map(|(end, _)| end).chain([process.len()]);
         if let Some(end) = ends.filter(|end| *end + 2 <= left).last() {
             first.push_span(format!("{:>left$}", &process[..end]));
@@ -112,7 +112,7 @@ impl Look {
         ];
         let mut second = Line::default();
         for (what, number, state) in facts {
-            // What is seldom is told when it is so.
+            // Rare facts are shown only if they apply.
             if number == 0 && matches!(state, "OPEN" | "SUSPENDED") {
                 continue;
             }
@@ -129,11 +129,11 @@ impl Look {
         header
     }
 
-    // -----------------------------------------------------------------------------------------------------------
-    // The fleet and what is about it
+    // ----------------------------------------------------------------------------------------------------------- The
+    // fleet and its surroundings
 
     fn overview(self, buffer: &mut Buffer, area: Rect, model: &Model, view: &mut View) {
-        /// From so many columns on, the loops stand beside the history.
+        /// Smallest width at which the loops are beside the history.
         const WIDE: u16 = 110;
         let loops = model.status.as_ref().map_or(0, |status| status.loops.len());
         let (cycles, bars, loops) = match area.height {
@@ -143,8 +143,8 @@ impl Look {
             28..38 => (5, 4, loops.min(4)),
             _ => (8, 6, loops.min(6)),
         };
-        // A title and two lines, and one for each further cycle that ran beside others: what is below stays where it is
-        // while they come and go.
+        // A title and two lines, and one for each further concurrent cycle: the rows below don't move when cycles start
+        // and end.
         let cycles = if cycles == 0 { 0 } else { as_u16(model.most_live.clamp(2, cycles)) + 1 };
         // A title, the bars, and a line of marks.
         let history = if bars == 0 { 0 } else { bars + 2 };
@@ -193,7 +193,7 @@ impl Look {
         put_lines(buffer, inner, [last_one.into(), Line::from(last.error.clone())]);
     }
 
-    /// All of the only cycle that runs.
+    /// The only running cycle.
     fn running_cycle(self, buffer: &mut Buffer, area: Rect, live: &Live, model: &Model) {
         let heard = self.as_heard(model);
         let counts = live.counts();
@@ -217,9 +217,9 @@ impl Look {
         put_lines(buffer, inner, [self.strip(live, usize::from(area.width)), text]);
     }
 
-    /// The cycles that run, the oldest first, in a line each.
+    /// The running cycles, the oldest first, one line each.
     fn side_by_side(self, buffer: &mut Buffer, area: Rect, model: &Model) {
-        /// Columns that are left to the strips at least, where they need them.
+        /// Fewest columns that are reserved for the strips if they need them.
         const STRIP: usize = 20;
         let heard = self.as_heard(model);
         let shown = usize::from(area.height.saturating_sub(1));
@@ -228,7 +228,7 @@ impl Look {
         let title = format!(" {} running ", count(model.live.len() as u64, "cycle"));
         let inner = self.titled(buffer, area, title, right);
         let shown: Vec<_> = model.live.values().take(shown).map(|live| (live, heard.progress(live))).collect();
-        // The strips stand below each other.
+        // The strips are aligned.
         let longest = shown.iter().map(|(_, progress)| Span::raw(progress).width()).max().unwrap_or(0);
         let strip = shown.iter().map(|(live, _)| live.stands.len()).max().unwrap_or(0).min(STRIP);
         let left = longest.min(usize::from(area.width).saturating_sub(strip + 2));
@@ -242,7 +242,7 @@ impl Look {
         put_lines(buffer, inner, lines);
     }
 
-    /// What a running cycle is, and how far.
+    /// The title of a running cycle, with its progress.
     fn progress(self, live: &Live) -> String {
         format!(
             "cycle {}, {}: {} of {} ended, {}",
@@ -254,24 +254,24 @@ impl Look {
         )
     }
 
-    /// At the time at which the service was last heard: nobody knows what goes on after that.
+    /// As of the last message of the service: later progress is unknown.
     fn as_heard(self, model: &Model) -> Self {
         Self { now: model.lost.as_ref().map_or(self.now, |(_, since)| *since), ..self }
     }
 
-    /// How long since this moment of a running cycle, to the tenth of a second.
+    /// Time since this moment of a running cycle, to the tenth of a second.
     fn running_for(self, live: &Live, since_ms: f64) -> String {
         let running = live.started_at.map_or(0.0, |at| self.now.duration_since(at).as_millis_f64());
         milliseconds(((running - since_ms) / 100.0).floor().max(0.0) * 100.0)
     }
 
-    /// The same of a part, where its beginning was seen.
+    /// Time since the start of a part, if its start was received.
     fn called_for(self, live: &Live, stand: &Stand) -> String {
         stand.began_ms.map_or_else(String::new, |began_ms| format!(" {}", self.running_for(live, began_ms)))
     }
 
-    /// How every subsystem of the cycle stands, in the order of the plan. Where they are more than columns, each
-    /// column is of many, and shows the worst.
+    /// The state of every subsystem of the cycle, in the order of the plan. With more subsystems than columns, each
+    /// column stands for several, and shows the worst state.
     fn strip(self, live: &Live, width: usize) -> Line<'static> {
         let all = live.stands.len();
         let columns = all.min(width);
@@ -369,7 +369,7 @@ impl Look {
             return "stopped".to_owned();
         };
         let left = due.duration_since(self.now);
-        // What is shown is there at least as long as it says.
+        // The lease lasts at least as long as shown.
         let left = coarse(left.unsigned_abs().saturating_add(Duration::from_millis(999)));
         if due > self.now { format!("in {}", short(left)) } else { "due".to_owned() }
     }
@@ -378,7 +378,7 @@ impl Look {
         let rows = model.rows(&view.filter, view.sort, view.reversed);
         let lines = usize::from(area.height.saturating_sub(2));
         let selected = view.position(rows.iter().map(|row| row.name));
-        // The selected row is among those that are shown.
+        // The selected row is visible.
         view.top = view.top.clamp((selected + 1).saturating_sub(lines), selected).min(rows.len().saturating_sub(lines));
         view.page = lines.max(1);
         let shown = view.top..(view.top + lines).min(rows.len());
@@ -417,12 +417,12 @@ impl Look {
         });
         table_of(buffer, inner, &table, shown_rows);
         if rows.is_empty() && model.is_loaded {
-            let none = if view.filter.is_empty() { "no subsystems are registered" } else { "none has this text" };
+            let none = if view.filter.is_empty() { "no subsystems are registered" } else { "no subsystem matches" };
             put_lines(buffer, Rect { y: inner.y + 1, height: 1, ..inner }, [Line::from(none)]);
         }
     }
 
-    /// How it stands in the running cycle that it is in.
+    /// The mark for its state in its running cycle.
     fn mark(self, row: &Row<'_>) -> Span<'static> {
         match row.live.map(|(_, stand)| stand.state) {
             None => Span::raw(" "),
@@ -455,7 +455,7 @@ impl Look {
         }
     }
 
-    /// How current its latest output is, its age, and the cycle that made it.
+    /// The freshness of its latest output, its age, and the cycle that made it.
     fn output(self, row: &Row<'_>) -> String {
         let freshness = row.freshness();
         let Some(output) = row.output else { return freshness.to_owned() };
@@ -463,7 +463,7 @@ impl Look {
         format!("{freshness}{age} #{}", output.cycle_id)
     }
 
-    /// What else there is to say of it.
+    /// Further remarks on it.
     fn note(self, row: &Row<'_>, model: &Model) -> String {
         let mut notes = Vec::new();
         if let Some((live, stand)) = row.live
@@ -511,7 +511,7 @@ impl Look {
         let recorded = model.cycles.values().rev().map(|cycle| self.recorded_row(cycle));
         let rows = running.chain(recorded).skip(range.start).take(range.len()).map(|mut cells| {
             if !is_wide {
-                // The error says it as well.
+                // The error contains it as well.
                 cells.remove(SUCCEEDED);
             }
             (false, cells)
@@ -552,7 +552,7 @@ impl Look {
     fn loops(self, buffer: &mut Buffer, area: Rect, model: &Model, view: &mut View) {
         let loops = model.status.as_ref().map(|status| &status.loops[..]).unwrap_or_default();
         let not_run: usize = loops.iter().map(|status| status.not_run.len()).sum();
-        // Those that did not run stand below, and have half of the room at most.
+        // Ticks that did not run are below, in at most half of the area.
         let below = if not_run == 0 { 0 } else { as_u16(not_run + 2).min(area.height / 2) };
         let [above, below] = area.layout(&Layout::vertical([Constraint::Min(3), Constraint::Length(below)]));
         let range = view.fit(loops.len(), above.height.saturating_sub(2));
@@ -607,7 +607,7 @@ impl Look {
     }
 
     // -----------------------------------------------------------------------------------------------------------
-    // What lies over the panes
+    // Overlays
 
     fn detail(
         self,
@@ -623,7 +623,7 @@ impl Look {
             None => String::new(),
         };
         let lines: Vec<_> = match &detail.is {
-            None => vec![Line::from("asking …")],
+            None => vec![Line::from("loading …")],
             Some(Err(why)) => vec![self.loud(clean(why)).into()],
             Some(Ok(entries)) => {
                 let labels = entries.iter().map(|entry| match entry {
@@ -641,7 +641,7 @@ impl Look {
         put_lines(buffer, inner, lines.into_iter().skip(range.start).take(range.len()));
     }
 
-    /// The lines of an entry. A fact is broken where it has to be; an output can be moved to the side.
+    /// The lines of an entry. A long fact is wrapped; an output can be scrolled to the side.
     fn entry(self, entry: &Entry, label: usize, width: usize, left: usize) -> Vec<Line<'_>> {
         match entry {
             Entry::Heading(heading) => vec![Line::default(), bold(*heading).into()],
@@ -660,22 +660,22 @@ impl Look {
 
     fn help(self, buffer: &mut Buffer, area: Rect, top: &mut usize, page: &mut usize) {
         const HELP: &[(&str, &str)] = &[
-            ("↑ ↓  k j", "the row before, the next row"),
+            ("↑ ↓  k j", "the previous row, the next row"),
             ("PgUp PgDn", "a page"),
             ("Home End  g G", "the first, the last"),
-            ("Enter", "all of the selected subsystem, with its latest output"),
-            ("/", "show only rows with a text: a name, FAILED, OPEN, STALE, …"),
-            ("s S  → ←", "sort by the next, the previous column"),
+            ("Enter", "details of the selected subsystem, with its latest output"),
+            ("/", "show only rows with this text: a name, FAILED, OPEN, STALE, …"),
+            ("s S  → ←", "sort by the next or the previous column"),
             ("r", "reverse the order"),
             ("1 2 3  Tab", "the fleet, the latest cycles, the loops"),
-            ("Ctrl-L", "draw anew"),
+            ("Ctrl-L", "redraw"),
             ("Esc", "back; from the fleet: quit"),
             ("q  Ctrl-C", "quit"),
             ("", ""),
-            ("· ▸ ✓ ✗ -", "now: it waits, is called, succeeded, failed, was skipped"),
-            ("■ ▪", "where a mark is of many: all have ended, some have"),
-            ("D F C I U", "of a cycle: DEGRADED, FAILED, CANCELLED, INTERRUPTED, UNREADABLE"),
-            ("LAST", "how its last part ended"),
+            ("· ▸ ✓ ✗ -", "now: waiting, running, succeeded, failed, skipped"),
+            ("■ ▪", "a mark for several subsystems: all have ended, some have"),
+            ("D F C I U", "cycle: DEGRADED, FAILED, CANCELLED, INTERRUPTED, UNREADABLE"),
+            ("LAST", "state of its last part"),
             ("OUTPUT", "FRESH: made by its last part, STALE: by an earlier one;"),
             ("", "with its age, and the cycle that made it"),
         ];
@@ -688,7 +688,7 @@ impl Look {
     // -----------------------------------------------------------------------------------------------------------
     // Pieces
 
-    /// A line across with a title, and what is below it.
+    /// Draws a horizontal line with a title, and returns the area below it.
     fn titled<'a>(
         self,
         buffer: &mut Buffer,
@@ -712,7 +712,7 @@ impl Look {
         inner
     }
 
-    /// How long ago, in one unit.
+    /// An age in one unit.
     fn ago(self, at: Option<Timestamp>) -> String {
         let Some(at) = at else { return "-".to_owned() };
         match self.now.duration_since(at).as_secs().max(0) {
@@ -745,17 +745,12 @@ impl Look {
     }
 }
 
-/// The keys that do something.
+/// The keys that are active.
 fn footer(view: &View) -> Line<'static> {
     let keys: &[_] = match (&view.mode, view.pane) {
         (Mode::Filter, _) => {
-            return vec![
-                bold("/"),
-                Span::raw(clean(&view.filter)),
-                reversed(" "),
-                "  Enter keeps it, Esc drops it".into(),
-            ]
-            .into();
+            return vec![bold("/"), Span::raw(clean(&view.filter)), reversed(" "), "  Enter: keep, Esc: clear".into()]
+                .into();
         }
         (Mode::Help, _) => &[("Esc", "back"), ("↑↓", "scroll")],
         (Mode::Detail(_), _) => &[("Esc", "back"), ("↑↓←→", "scroll"), ("PgUp PgDn", "page"), ("?", "help")],
@@ -775,7 +770,7 @@ fn footer(view: &View) -> Line<'static> {
 }
 
 impl View {
-    /// The lines that are shown of so many, when so many have room.
+    /// The range of visible lines, of `all` lines with room for `room`.
     fn fit(&mut self, all: usize, room: u16) -> Range<usize> {
         fit(&mut self.top, &mut self.page, all, room)
     }
@@ -788,12 +783,12 @@ fn fit(top: &mut usize, page: &mut usize, all: usize, room: u16) -> Range<usize>
     *top..(*top + room).min(all)
 }
 
-/// Which lines these are.
+/// The range of visible lines as text.
 fn of_all(range: &Range<usize>) -> String {
     if range.is_empty() { String::new() } else { format!(" {} to {} ", range.start + 1, range.end) }
 }
 
-/// The columns of the fleet that have room.
+/// The columns of the fleet that fit.
 fn fleet_columns(width: u16) -> impl Iterator<Item = Column> {
     Column::ALL.into_iter().filter(move |column| match column {
         Column::Subsystem | Column::Last | Column::Reason => true,
@@ -808,7 +803,7 @@ fn reversed(text: &'static str) -> Span<'static> {
     Span::styled(text, Modifier::REVERSED)
 }
 
-/// The part of `all` that the `i`th of so many columns is of.
+/// The range of `all` that column `i` of `columns` stands for.
 fn part_of(all: usize, columns: usize, i: usize) -> Range<usize> {
     let columns = columns.max(1);
     i * all / columns..(i + 1) * all / columns
@@ -835,7 +830,7 @@ mod tests {
 
     const LOOK: Look = Look { now: Timestamp::UNIX_EPOCH, colours: false };
 
-    /// What it looks like so many seconds after the beginning of all time.
+    /// The screen at this number of seconds after the epoch.
     fn drawn(model: &Model, view: &mut View, seconds: i64, width: u16, height: u16) -> Buffer {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
         terminal.draw(|frame| draw(frame, model, view, Look { now: at(seconds), ..LOOK })).unwrap();
@@ -851,7 +846,7 @@ mod tests {
         lines(&drawn(model, view, 10, width, height))
     }
 
-    /// The line that has this.
+    /// The line with this text.
     #[track_caller]
     fn line_with<'a>(lines: &'a [String], text: &str) -> &'a str {
         lines.iter().find(|line| line.contains(text)).unwrap_or_else(|| panic!("no {text:?} in\n{}", lines.join("\n")))
@@ -887,7 +882,7 @@ mod tests {
         News::Recorded(Box::new(cycle))
     }
 
-    /// Three subsystems, two cycles, and in the second one a failure.
+    /// Three subsystems and two cycles, with a failure in the second cycle.
     fn house() -> Model {
         let leased =
             pb::SubsystemStatus { lease_expires_at: Some(crate::proto::timestamp(at(40))), ..registered("gamma") };
@@ -944,7 +939,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         assert_eq!(lines[4], "1 failed  1 waiting  1 running: alpha 1.50 s");
         assert!(line_with(&lines, "▸ alpha").ends_with("running 1.50 s"));
         assert!(line_with(&lines, "✗ beta").contains("FAILED"));
-        // In one line, however many they are.
+        // In one line, whatever their number.
         let names: Vec<_> = (0..10_000).map(|i| format!("s{i}")).collect();
         let names: Vec<_> = names.iter().map(String::as_str).collect();
         model.learn(recorded(cycle(3, 8, CycleState::Failed, vec![])), at(8));
@@ -966,7 +961,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         line_with(&lines, "─ 2 cycles running ─");
         assert_eq!(lines[3], "cycle 3, unknown: 1 of 2 ended, 2.00 s   ▸✗");
         assert_eq!(lines[4], "cycle 12, unknown: 0 of 1 ended, 1.00 s  ▸");
-        // Each subsystem stands as it does in the cycle that it is in.
+        // Each subsystem has its state in its own cycle.
         assert!(line_with(&lines, "▸ alpha").ends_with("running 1.50 s"), "{lines:?}");
         assert!(line_with(&lines, "▸ gamma").contains("running 500 ms"), "{lines:?}");
         assert!(line_with(&lines, "✗ beta").contains("FAILED"));
@@ -979,7 +974,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         assert_eq!(ids.take(4).collect::<Vec<_>>(), ["12", "3", "2", "1"], "{cycles:?}");
         assert!(line_with(&cycles, "RUNNING     ").ends_with("unknown"), "{cycles:?}");
 
-        // The other one ends: what is below stays where it is.
+        // The other cycle ends: the rows below don't move.
         let fleet = |lines: &[String]| lines.iter().position(|line| line.contains("fleet: 3 subsystems")).unwrap();
         model.learn(recorded(cycle(12, 9, CycleState::Succeeded, vec![part("gamma", Succeeded, 1.0)])), at(9));
         let fewer = shown(&model, &mut View::default(), 80, 24);
@@ -998,7 +993,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
             assert!(line_with(&shown, "256 cycles running").contains(more), "{shown:?}");
             assert_eq!(shown.iter().filter(|line| line.starts_with("cycle ")).count(), lines, "{shown:?}");
         }
-        // Where lines have no room, the strips have it.
+        // In a narrow terminal, titles are cut and the strips are not.
         let narrow = shown(&model, &mut View::default(), 40, 24);
         assert_eq!(narrow[3], "cycle 3, unknown: 0 of 1 ended, 2.00…  ·");
         let mut view = View { pane: Pane::Cycles, top: usize::MAX, ..View::default() };
@@ -1030,9 +1025,9 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         let mut model = house();
         let status = pb::OrchestratorStatus { store_error: "disk\x1b full".into(), ..*status };
         model.learn(News::Status(Box::new(status)), at(9));
-        model.learn(News::Unanswered("the service has not answered within 10s".into()), at(9));
+        model.learn(News::Unanswered("the service did not answer within 10s".into()), at(9));
         let lines = shown(&model, &mut View::default(), 100, 24);
-        assert!(lines[0].contains("not answered within 10s"));
+        assert!(lines[0].contains("not answer within 10s"));
         assert_eq!(lines[2], "STORE ERROR: disk full; no cycle starts until it can be written");
     }
 
@@ -1075,7 +1070,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         assert!(!lines.iter().any(|line| line.contains("alpha")));
         assert!(lines[23].starts_with("/bet"));
         view.filter = "nothing".into();
-        line_with(&shown(&model, &mut view, 80, 24), "none has this text");
+        line_with(&shown(&model, &mut view, 80, 24), "no subsystem matches");
     }
 
     #[test]
@@ -1116,7 +1111,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
             News::Unreadable(pb::UnreadableCycle { cycle_id, revision, problem: "it is too short".into() })
         };
         model.learn(damaged(3, 3), at(0));
-        // Whose number can't be read either.
+        // A record whose id can't be read either.
         model.learn(damaged(0, 4), at(0));
         let pane = |pane| View { pane, ..View::default() };
         let cycles = shown(&model, &mut pane(Pane::Cycles), 120, 24);
@@ -1156,7 +1151,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         view.act(Action::Open, &model);
         let lines = shown(&model, &mut view, 120, 30);
         line_with(&lines, "x]0;title2J y");
-        line_with(&lines, "asking …");
+        line_with(&lines, "loading …");
     }
 
     #[test]

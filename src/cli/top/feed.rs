@@ -1,4 +1,4 @@
-//! Where news comes from: one task follows the stream, another asks for what the stream does not tell.
+//! The source of news: one task follows the stream, another one polls data that is not in the stream.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -21,11 +21,11 @@ use super::{
 };
 use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
 
-/// News that waits to be taken: little, since one may be the record of a large cycle. The rest waits on the other side of
-/// the connection.
+/// Capacity of the queue of news: small, since one entry may be the record of a large cycle. Further news waits in the
+/// service.
 const BACKLOG: usize = 8;
 
-/// The task that brings news. It ends when this is dropped.
+/// The task that delivers news. It ends when this is dropped.
 pub(super) struct Feed {
     news: mpsc::Receiver<News>,
     wants: watch::Sender<Option<String>>,
@@ -33,7 +33,7 @@ pub(super) struct Feed {
 }
 
 impl Feed {
-    /// Begins to reach the service and to follow it.
+    /// Starts connecting to the service and following it.
     pub(super) fn open(remote: Remote) -> Self {
         let (sender, news) = mpsc::channel(BACKLOG);
         let (wants, wanted) = watch::channel(None);
@@ -42,12 +42,12 @@ impl Feed {
         Self { news, wants, task }
     }
 
-    /// What comes next.
+    /// The next news.
     ///
     /// # Errors
-    /// The service can't be reached at first, or refuses then.
+    /// The service can't be reached at first, or refuses.
     pub(super) async fn next(&mut self) -> Result<News, Failure> {
-        let defect = || Failure::new(Exit::Refused, "what follows the service has ended; this is a defect");
+        let defect = || Failure::new(Exit::Refused, "the task that follows the service has ended; this is a defect");
         tokio::select! {
             Some(news) = self.news.recv() => Ok(news),
             Some(ended) = self.task.join_next() => match ended {
@@ -58,7 +58,7 @@ impl Feed {
         }
     }
 
-    /// From now on, also asks for this subsystem.
+    /// From now on, also polls this subsystem.
     pub(super) fn want(&self, name: Option<&str>) {
         self.wants.send_if_modified(|wants| {
             let changes = wants.as_deref() != name;
@@ -70,9 +70,9 @@ impl Feed {
     }
 }
 
-/// Why something ends.
+/// Why a task ends.
 enum Ended {
-    /// Nobody takes news any more.
+    /// The receiver of news was dropped.
     Closed,
     /// The service can't be reached, or refuses.
     Failed(Failure),
@@ -88,7 +88,7 @@ async fn tell(news: &mpsc::Sender<News>, what: News) -> Result<(), Ended> {
     news.send(what).await.map_err(|_| Ended::Closed)
 }
 
-/// Reaches the service, and then brings what comes from it for as long as somebody takes it.
+/// Connects to the service, and then delivers news until the receiver is dropped.
 async fn bring(remote: Remote, wanted: watch::Receiver<Option<String>>, news: mpsc::Sender<News>) -> Ended {
     let (client, events) = match open(&remote).await {
         Ok(opened) => opened,
@@ -103,7 +103,7 @@ async fn bring(remote: Remote, wanted: watch::Receiver<Option<String>>, news: mp
 // ---------------------------------------------------------------------------------------------------------------
 // The stream
 
-/// Connects, and opens the stream after the newest record of now.
+/// Connects, and opens the stream after the newest record.
 async fn open(remote: &Remote) -> Result<(Client, Events), Failure> {
     let mut client = remote.connect().await?;
     let status = remote.quickly(client.get_status(pb::GetStatusRequest::default())).await?.into_inner();
@@ -113,13 +113,13 @@ async fn open(remote: &Remote) -> Result<(Client, Events), Failure> {
     Ok((client, Events::open(remote, request, None).await?))
 }
 
-/// Follows the stream as long as somebody takes news.
+/// Follows the stream until the receiver of news is dropped.
 async fn follow(remote: Remote, mut client: Client, mut events: Events, news: mpsc::Sender<News>) -> Ended {
-    /// So long it waits after a refusal: whatever that was, it does not pass at once.
+    /// Pause after a refusal, whose cause does not pass at once.
     const PAUSE: Duration = Duration::from_secs(3);
     loop {
         let mut ended = forward(&remote, &mut client, &mut events, &news).await;
-        // Records are gone that it needs, or this is another database, or there are too many watchers: begin anew.
+        // Required records were removed, or this is another database, or there are too many watchers: start again.
         (client, events) = loop {
             let Err(Ended::Failed(failure)) = ended else { return Ended::Closed };
             if let Err(closed) = tell(&news, News::Lost(first_line(&failure))).await {
@@ -137,7 +137,7 @@ async fn follow(remote: Remote, mut client: Client, mut events: Events, news: mp
     }
 }
 
-/// Brings the latest history, and then the stream until it fails.
+/// Delivers the latest history, and then the stream until it fails.
 async fn forward(
     remote: &Remote,
     client: &mut Client,
@@ -148,7 +148,7 @@ async fn forward(
         tell(news, cycle).await?;
     }
     loop {
-        // Only the latest note says how it stands, and one that finds no room would be replaced soon.
+        // Only the latest note counts, and a note that is dropped here is soon replaced.
         let event = events.next(|note| _ = news.try_send(News::Lost(note.to_owned()))).await?;
         let what = match event.event {
             Some(Event::Recorded(record)) => News::Recorded(Box::new(telemetry(&record)?)),
@@ -161,9 +161,9 @@ async fn forward(
     }
 }
 
-/// The latest cycles, the newest first; in each page, those that can't be read come last.
+/// The latest cycles, the newest first; in each page, unreadable records come last.
 async fn history(remote: &Remote, client: &mut Client) -> Result<Vec<News>, Failure> {
-    /// A page has at most 3 MiB: cycles of a large fleet are few in it, and enough to begin with.
+    /// A page has at most 3 MiB, which is only a few cycles of a large fleet, but enough for a start.
     const PAGES: usize = 4;
     let mut cycles = Vec::new();
     let mut request = pb::ListCyclesRequest { page_size: 250, ..pb::ListCyclesRequest::default() };
@@ -184,7 +184,7 @@ async fn history(remote: &Remote, client: &mut Client) -> Result<Vec<News>, Fail
 // ---------------------------------------------------------------------------------------------------------------
 // The questions
 
-/// Asks again and again: for the status, for one page of the registry, and for the subsystem that is wanted.
+/// Polls the status, one page of the registry, and the selected subsystem.
 async fn ask(
     remote: Remote,
     client: Client,
@@ -197,9 +197,9 @@ async fn ask(
         let name = wanted.borrow_and_update().clone();
         let told = match asker.round(name).await {
             Err(Ended::Failed(failure)) => {
-                // Tokens of another process may mean nothing to this one.
+                // Another process may not accept the token.
                 asker.page_token.clear();
-                // A connection that has fallen silent does not end by itself.
+                // A silent connection does not end by itself.
                 if failure.exit == Exit::Unreachable
                     && let Ok(client) = asker.remote.connect().await
                 {
@@ -212,7 +212,7 @@ async fn ask(
         if let Err(closed) = told {
             return closed;
         }
-        // What somebody waits for is asked for at once.
+        // The user waits for this one, so it is requested at once.
         let pause = asker.pause().saturating_sub(began.elapsed());
         if let Ok(Err(_nobody_wants)) = timeout(pause, wanted.changed()).await {
             return Ended::Closed;
@@ -225,7 +225,7 @@ struct Asker {
     client: Client,
     news: mpsc::Sender<News>,
     page_token: String,
-    /// Bytes that were answered in this round.
+    /// Bytes of the answers in this round.
     bytes: usize,
     is_first_reading: bool,
 }
@@ -234,13 +234,13 @@ impl Asker {
     /// Subsystems of a page.
     const PAGE: u32 = 500;
 
-    /// The registry is being read for the first time: everything else can wait.
+    /// True while the registry is read for the first time, which takes priority.
     fn is_hasty(&self) -> bool {
         self.is_first_reading && !self.page_token.is_empty()
     }
 
-    /// How long one round takes at least: a second, and longer where answers are large, so that looking at a large
-    /// fleet takes at most so many bytes a second of the service and the network.
+    /// Shortest duration of one round: a second, and longer if answers are large, which limits the bytes a second that
+    /// the service and the network have to carry.
     fn pause(&self) -> Duration {
         const BYTES_PER_SECOND: f64 = 1_048_576.0;
         if self.is_hasty() {
@@ -258,7 +258,7 @@ impl Asker {
             tell(&self.news, News::Subsystem(name, is)).await?;
         }
         if !self.is_hasty() {
-            // The stream brings the last cycle.
+            // The stream delivers the last cycle.
             let request = pb::GetStatusRequest { omit_last_cycle: true, ..pb::GetStatusRequest::default() };
             let response = self.remote.quickly(self.client.get_status(request)).await?.into_inner();
             self.bytes += response.encoded_len();
@@ -273,7 +273,7 @@ impl Asker {
         tell(&self.news, News::Page { subsystems: page.subsystems, is_last }).await
     }
 
-    /// A subsystem with its latest output, or that it is gone.
+    /// A subsystem with its latest output, or why it can't be shown.
     async fn subsystem(&mut self, name: &str) -> Result<Result<Box<pb::SubsystemStatus>, String>, Failure> {
         let request = pb::GetSubsystemRequest { name: name.to_owned(), include_output: true, include_snapshot: false };
         let call = async {
@@ -289,7 +289,7 @@ impl Asker {
     }
 }
 
-/// What a failure says in one line.
+/// The message of a failure in one line.
 fn first_line(failure: &Failure) -> String {
     clean(failure.message.lines().next().unwrap_or_default())
 }

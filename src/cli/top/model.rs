@@ -1,4 +1,4 @@
-//! What is known of the service. News goes in, rows come out; no I/O, no terminal, no clock.
+//! The known state of the service. News goes in, rows come out; no I/O, no terminal, no clock.
 
 use std::{
     cmp::{Ordering, Reverse},
@@ -15,71 +15,71 @@ use super::super::{
 };
 use crate::proto::orchestrator::v1 as pb;
 
-/// Cycles that are kept to be shown: more than the widest terminal has columns.
+/// Most recorded cycles that are kept: more than the widest terminal has columns.
 pub(super) const KEPT_CYCLES: usize = 500;
 
-/// Stands in the place of a state where the record can't be read.
+/// The state of a cycle whose record can't be read.
 pub(super) const UNREADABLE: &str = "UNREADABLE";
 
-/// Something that the service has said, or that it says nothing.
+/// A message of the service, or the loss of its connection.
 #[derive(Debug)]
 pub(super) enum News {
-    /// How the service stands, without its last cycle.
+    /// The status of the service, without its last cycle.
     Status(Box<pb::OrchestratorStatus>),
-    /// A page of the registry. After the last one comes the first again.
+    /// A page of the registry. After the last page, the first one follows again.
     Page { subsystems: Vec<pb::SubsystemStatus>, is_last: bool },
     /// One subsystem with its latest output, or why it can't be shown.
     Subsystem(String, Result<Box<pb::SubsystemStatus>, String>),
-    /// A question has not been answered.
+    /// A request got no answer.
     Unanswered(String),
-    /// A cycle of before, from the history.
+    /// An earlier cycle, from the history.
     Past(Box<pb::CycleTelemetry>),
     /// A cycle was recorded.
     Recorded(Box<pb::CycleTelemetry>),
-    /// A recorded cycle, of now or of before, whose record can't be read.
+    /// A recorded cycle, new or earlier, whose record can't be read.
     Unreadable(pb::UnreadableCycle),
-    /// A cycle has started, or runs as the stream is taken up.
+    /// A cycle has started, or was running when the stream started.
     Started(pb::CycleStarted),
-    /// A running cycle has moved on.
+    /// A running cycle has made progress.
     Progress(pb::CycleProgress),
-    /// The stream has nothing more to tell at this moment.
+    /// The stream is up to date.
     CaughtUp,
-    /// The stream is interrupted, and why.
+    /// The stream is interrupted, with the reason.
     Lost(String),
-    /// What was known of cycles is of another history.
+    /// The known cycles belong to another history.
     Forget,
 }
 
-/// All that is known.
+/// The known state.
 #[derive(Debug, Default)]
 pub(super) struct Model {
-    /// Where the service is.
+    /// The address of the service.
     pub(super) address: String,
     /// The last status.
     pub(super) status: Option<pb::OrchestratorStatus>,
-    /// The stream is interrupted: why, and since when.
+    /// The reason and start of an interruption of the stream.
     pub(super) lost: Option<(String, Timestamp)>,
-    /// The last question that was not answered.
+    /// The last error of a request.
     pub(super) unanswered: Option<String>,
-    /// Every page of the registry has come once.
+    /// True once every page of the registry has been read.
     pub(super) is_loaded: bool,
-    /// The latest recorded cycles, in the order in which they were recorded: by their revision.
+    /// The latest recorded cycles, by increasing revision.
     pub(super) cycles: BTreeMap<u64, Cycle>,
-    /// The running cycles by their number.
+    /// The running cycles, by id.
     pub(super) live: BTreeMap<u64, Live>,
-    /// The most cycles that were seen to run at one time.
+    /// Highest number of concurrent cycles so far.
     pub(super) most_live: usize,
     subsystems: BTreeMap<String, Subsystem>,
-    /// Counts the readings of the registry, so that what is no longer in it can be told.
+    /// Number of complete readings of the registry, so that unregistered subsystems can be recognized.
     reading: u64,
 }
 
-/// A recorded cycle, in short.
+/// The summary of a recorded cycle.
 #[derive(Clone, Debug)]
 pub(super) struct Cycle {
-    /// 0 where that can't be read either.
+    /// 0 if it can't be read either.
     id: u64,
-    /// [`UNREADABLE`] where its record can't be read: then only its error says something.
+    /// [`UNREADABLE`] if its record can't be read: then only its error is set.
     pub(super) state: &'static str,
     pub(super) trigger: String,
     pub(super) finished_at: Option<Timestamp>,
@@ -88,25 +88,25 @@ pub(super) struct Cycle {
     pub(super) error: String,
 }
 
-/// What is known of one subsystem.
+/// The known state of one subsystem.
 #[derive(Debug, Default)]
 struct Subsystem {
-    /// Not yet read from the registry when there is none.
+    /// `None` until it has been read from the registry.
     registered: Option<Registered>,
     part: Option<Part>,
     output: Option<Output>,
-    /// The cycle that was last seen to start with it.
+    /// The last cycle with it whose start was received.
     live_in: Option<u64>,
-    /// The last reading of the registry that had it.
+    /// The last reading of the registry that contained it.
     reading: u64,
 }
 
-/// How a subsystem stands in the registry.
+/// The state of a subsystem in the registry.
 #[derive(Debug)]
 pub(super) struct Registered {
     pub(super) endpoint: String,
     pub(super) suspended: bool,
-    /// `CLOSED`, `OPEN` or `HALF_OPEN`; a dash when it has none.
+    /// `CLOSED`, `OPEN` or `HALF_OPEN`; a dash if it is disabled.
     pub(super) breaker: &'static str,
     pub(super) lease_expires_at: Option<Timestamp>,
 }
@@ -116,9 +116,9 @@ pub(super) struct Registered {
 pub(super) struct Part {
     pub(super) cycle_id: u64,
     pub(super) state: &'static str,
-    /// It counts as a failure of the cycle.
+    /// True if it counts as a failure of the cycle.
     pub(super) failed: bool,
-    /// None of one that was not called.
+    /// `None` if it was not called.
     pub(super) duration_ms: Option<f64>,
     pub(super) attempts: u32,
     pub(super) reason: String,
@@ -130,11 +130,11 @@ pub(super) struct Part {
 pub(super) struct Output {
     /// The cycle that made it.
     pub(super) cycle_id: u64,
-    /// When that was, as far as it is known.
+    /// When it was made, if known.
     pub(super) made_at: Option<Timestamp>,
 }
 
-/// A cycle that runs.
+/// A running cycle.
 #[derive(Debug)]
 pub(super) struct Live {
     pub(super) cycle_id: u64,
@@ -145,16 +145,16 @@ pub(super) struct Live {
     positions: HashMap<String, usize>,
 }
 
-/// How a subsystem's part in a running cycle stands.
+/// The state of a subsystem's part in a running cycle.
 #[derive(Clone, Debug)]
 pub(super) struct Stand {
     pub(super) name: String,
     pub(super) state: pb::SubsystemState,
-    /// When its first call was seen to begin, since the cycle's start.
+    /// When the start of its first call was received, in milliseconds since the cycle's start.
     pub(super) began_ms: Option<f64>,
 }
 
-/// How many parts of a running cycle stand how.
+/// Number of parts of a running cycle by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {
     pub(super) waiting: usize,
@@ -165,18 +165,18 @@ pub(super) struct Counts {
     pub(super) other: usize,
 }
 
-/// One subsystem as it is shown.
+/// One subsystem for display.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Row<'a> {
     pub(super) name: &'a str,
     pub(super) registered: &'a Registered,
     pub(super) part: Option<&'a Part>,
     pub(super) output: Option<Output>,
-    /// The running cycle that it is in, and how its part in it stands.
+    /// The running cycle that it is in, and the state of its part.
     pub(super) live: Option<(&'a Live, &'a Stand)>,
 }
 
-/// What the fleet can be sorted by.
+/// The columns of the fleet, which it can be sorted by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Column {
     #[default]
@@ -193,7 +193,7 @@ impl Column {
     pub(super) const ALL: [Self; 7] =
         [Self::Subsystem, Self::Last, Self::Duration, Self::Attempts, Self::Breaker, Self::Output, Self::Reason];
 
-    /// It is sorted from A to Z, and not by what is largest or worst.
+    /// True if it is sorted from A to Z, otherwise the largest or worst value comes first.
     pub(super) fn is_text(self) -> bool {
         matches!(self, Self::Subsystem | Self::Reason)
     }
@@ -220,7 +220,7 @@ impl Model {
         Self { address, reading: 1, ..Self::default() }
     }
 
-    /// Learns something.
+    /// Takes in news.
     pub(super) fn learn(&mut self, news: News, now: Timestamp) {
         match news {
             News::Status(status) => {
@@ -228,7 +228,7 @@ impl Model {
                 self.unanswered = None;
             }
             News::Page { subsystems, is_last } => self.read(subsystems, is_last),
-            // It is of the one who looks at it.
+            // The view takes it, not the model.
             News::Subsystem(..) => {}
             News::Unanswered(why) => self.unanswered = Some(why),
             News::Past(cycle) => self.record(&cycle),
@@ -240,7 +240,7 @@ impl Model {
             News::Unreadable(cycle) => {
                 self.is_heard();
                 self.live.remove(&cycle.cycle_id);
-                // Where the revision can't be read either, the number is the next best.
+                // If the revision can't be read either, the id is used instead.
                 let revision = if cycle.revision == 0 { cycle.cycle_id } else { cycle.revision };
                 self.keep(revision, Cycle::unreadable(&cycle));
             }
@@ -270,7 +270,7 @@ impl Model {
         }
     }
 
-    /// The stream goes on. Whatever ran before it was interrupted is told anew.
+    /// The stream resumes. The service sends cycles again that were running before the interruption.
     fn is_heard(&mut self) {
         if self.lost.take().is_some() {
             self.live.clear();
@@ -281,7 +281,7 @@ impl Model {
         let cycle_id = started.cycle_id;
         for name in &started.subsystems {
             let known = self.subsystems.entry(name.clone()).or_default();
-            // A subsystem is in one cycle at a time: the one before has ended, also where its record did not tell.
+            // A subsystem is in one cycle at a time: the earlier cycle has ended, even if its record was not received.
             if let Some(before) = known.live_in.replace(cycle_id).filter(|before| *before != cycle_id) {
                 self.live.remove(&before);
             }
@@ -323,7 +323,7 @@ impl Model {
             let cycle_id = status.output_cycle_id;
             known.output = match known.output {
                 _ if cycle_id == 0 => None,
-                // The stream may be ahead.
+                // The stream may be ahead of the registry.
                 Some(output) if output.cycle_id >= cycle_id => Some(output),
                 _ => {
                     let maker = self.cycles.values().rev().find(|cycle| cycle.id == cycle_id);
@@ -370,7 +370,7 @@ impl Part {
     }
 }
 
-/// It failed by itself.
+/// True if it failed by itself.
 fn is_failure(state: pb::SubsystemState) -> bool {
     matches!(state, pb::SubsystemState::Failed | pb::SubsystemState::TimedOut | pb::SubsystemState::CircuitOpen)
 }
@@ -400,12 +400,12 @@ impl Cycle {
         }
     }
 
-    /// Its number, as far as it is known.
+    /// Its id, if known.
     pub(super) fn number(&self) -> String {
         if self.id == 0 { "?".to_owned() } else { self.id.to_string() }
     }
 
-    /// How long it ran says something: nobody knows when an interrupted one ended.
+    /// True if its duration is known: the end of an interrupted cycle is not.
     pub(super) fn has_duration(&self) -> bool {
         self.state != cycle_state(pb::CycleState::Interrupted) && self.state != UNREADABLE
     }
@@ -432,16 +432,16 @@ impl Live {
         &mut self.stands[position]
     }
 
-    /// Moves on, and returns the part of a subsystem if that has ended. What is not said yet comes with the record.
+    /// Applies an update, and returns the part of the subsystem if it has ended. Further details come with the record.
     fn update(&mut self, update: &pb::SubsystemProgress) -> Option<Part> {
         let state = update.state();
         let stand = self.stand(update.name.clone());
         stand.state = state;
         match state {
-            // Whether a skipped one counts as a failure is only told by the record.
+            // Only the record says whether a skipped part counts as a failure.
             pb::SubsystemState::Unspecified | pb::SubsystemState::Waiting | pb::SubsystemState::Skipped => return None,
             pb::SubsystemState::Running => {
-                // A further attempt is no new beginning.
+                // A further attempt does not change when the part began.
                 stand.began_ms.get_or_insert(update.elapsed_ms);
                 return None;
             }
@@ -462,12 +462,12 @@ impl Live {
         })
     }
 
-    /// How many stand how.
+    /// Number of parts by state.
     pub(super) fn counts(&self) -> Counts {
         self.counts_of(0..self.stands.len())
     }
 
-    /// The same of some of them.
+    /// Number of these parts by state.
     pub(super) fn counts_of(&self, range: Range<usize>) -> Counts {
         let mut counts = Counts::default();
         for stand in &self.stands[range] {
@@ -482,7 +482,7 @@ impl Live {
         counts
     }
 
-    /// Those that are being called, the longest first.
+    /// The parts that are being called, the longest first.
     pub(super) fn running(&self) -> Vec<&Stand> {
         let mut running: Vec<_> = self.stands.iter().filter(|it| it.state == pb::SubsystemState::Running).collect();
         running.sort_by(|a, b| a.began_ms.unwrap_or(0.0).total_cmp(&b.began_ms.unwrap_or(0.0)));
@@ -491,7 +491,7 @@ impl Live {
 }
 
 impl Counts {
-    /// Those whose part has ended.
+    /// Number of parts that have ended.
     pub(super) fn ended(self) -> usize {
         self.succeeded + self.failed + self.other
     }
@@ -506,7 +506,7 @@ impl Model {
         self.subsystems.iter().filter_map(|(name, known)| self.shown(name, known))
     }
 
-    /// One of them.
+    /// One registered subsystem.
     pub(super) fn row(&self, name: &str) -> Option<Row<'_>> {
         self.subsystems.get_key_value(name).and_then(|(name, known)| self.shown(name, known))
     }
@@ -518,11 +518,11 @@ impl Model {
         Some(Row { name, registered, part: known.part.as_ref(), output: known.output, live })
     }
 
-    /// The rows that have this text, in this order: troubles and the largest first, names from A to Z.
+    /// The rows with this text, in this order: failures and the largest values first, names from A to Z.
     pub(super) fn rows(&self, filter: &str, by: Column, reversed: bool) -> Vec<Row<'_>> {
         let filter = filter.to_lowercase();
         let mut rows: Vec<_> = self.fleet().filter(|row| row.has(&filter)).collect();
-        // They come by name, and the sort keeps the order of what is equal.
+        // Rows are in the order of their names, and the sort is stable.
         match by {
             Column::Subsystem => {}
             Column::Last => rows.sort_by_key(|row| (row.severity(), row.last())),
@@ -550,7 +550,7 @@ impl Model {
         rows
     }
 
-    /// How many cycles were recorded. Each of them has the next revision, and the stream is ahead of the status.
+    /// Number of recorded cycles. Each has the next revision, and the stream is ahead of the status.
     pub(super) fn total_cycles(&self) -> u64 {
         let newest = self.cycles.last_key_value().map_or(0, |(revision, _)| *revision);
         let (total, then) = self.status.as_ref().map_or((0, 0), |status| (status.total_cycles, status.newest_revision));
@@ -559,12 +559,12 @@ impl Model {
 }
 
 impl<'a> Row<'a> {
-    /// How its last part has ended; a dash before the first.
+    /// The state of its last part; a dash before the first.
     pub(super) fn last(&self) -> &'static str {
         self.part.map_or("-", |part| part.state)
     }
 
-    /// FRESH when its last part made its latest output.
+    /// FRESH if its last part made its latest output.
     pub(super) fn freshness(&self) -> &'static str {
         match (self.output, self.part) {
             (None, _) => "ABSENT",
@@ -578,7 +578,7 @@ impl<'a> Row<'a> {
         self.part.map_or("", |part| part.reason.as_str())
     }
 
-    /// Its last part counts as a failure.
+    /// True if its last part counts as a failure.
     pub(super) fn is_failing(&self) -> bool {
         self.part.is_some_and(|part| part.failed)
     }
@@ -596,7 +596,7 @@ impl<'a> Row<'a> {
         self.part.and_then(|part| part.duration_ms).unwrap_or(-1.0)
     }
 
-    /// Anything that is shown of it has this text, which is in lower case.
+    /// True if any shown cell contains this text, which is in lower case.
     fn has(&self, filter: &str) -> bool {
         let suspended = if self.registered.suspended { "suspended" } else { "" };
         let Registered { endpoint, breaker, .. } = self.registered;
@@ -645,7 +645,7 @@ pub(super) mod tests {
         }
     }
 
-    /// A cycle that ended so many seconds after the beginning of all time, each of whose parts ended then.
+    /// A cycle that ended this number of seconds after the epoch, as did all its parts.
     pub(in super::super) fn cycle(
         cycle_id: u64,
         seconds: i64,
@@ -740,7 +740,7 @@ pub(super) mod tests {
         model.learn(recorded(cycle(2, 9, pb::CycleState::Degraded, vec![part("a", Failed, 1.0)])), at(9));
         let stale = model.row("a").unwrap();
         assert_eq!((stale.freshness(), stale.output.unwrap().made_at), ("STALE", Some(at(1))));
-        // A page that was read before the stream moved on changes nothing; one after a restart neither.
+        // A page that is older than the stream changes nothing; nor does a page after a restart.
         let old = pb::SubsystemStatus {
             last: Some(part("a", Succeeded, 1.0)),
             last_cycle_id: 1,
@@ -749,7 +749,7 @@ pub(super) mod tests {
         };
         model.learn(page(vec![old]), at(9));
         assert_eq!((model.row("a").unwrap().last(), model.row("a").unwrap().freshness()), ("FAILED", "STALE"));
-        // Registered anew, it has none.
+        // After a new registration, it has no output.
         model.learn(page(vec![registered("a")]), at(9));
         assert_eq!(model.row("a").unwrap().freshness(), "ABSENT");
     }
@@ -826,7 +826,7 @@ pub(super) mod tests {
         assert_eq!(stand(&model, "c"), Some((5, Running)));
         assert_eq!(stand(&model, "d"), None);
 
-        // The later one ends first, and the earlier one goes on.
+        // The later cycle ends first, and the earlier one continues.
         let ended = pb::CycleTelemetry {
             revision: 4,
             ..cycle(5, 2, pb::CycleState::Succeeded, vec![part("c", Succeeded, 1.0)])

@@ -1,4 +1,4 @@
-//! Lines, tables and text that fit, whatever they say.
+//! Lines, tables and text that fit into their area.
 
 use std::borrow::Cow;
 
@@ -9,7 +9,7 @@ use ratatui::{
     text::{Line, Span},
 };
 
-/// As many of these lines as fit, each cut where the area ends.
+/// Draws as many of these lines as fit, each cut at the end of the area.
 pub(super) fn put_lines<'a>(buffer: &mut Buffer, area: Rect, lines: impl IntoIterator<Item = Line<'a>>) {
     for (row, line) in area.rows().zip(lines) {
         let is_cut = line.width() > usize::from(row.width);
@@ -38,18 +38,18 @@ impl Col {
         Self { is_right: true, ..Self::left(heading, width) }
     }
 
-    /// It takes what is left.
+    /// The column takes the remaining width.
     pub(super) fn rest(heading: &str) -> Self {
         Self { width: Constraint::Fill(1), ..Self::left(heading, 0) }
     }
 
-    /// The table is sorted by it, in the direction of this arrow.
+    /// Marks the column that the table is sorted by with an arrow.
     pub(super) fn sorted(self, arrow: &str) -> Self {
         Self { heading: format!("{}{arrow}", self.heading), ..self }
     }
 }
 
-/// A table: its headings, and as many rows as fit, each with whether it is selected. What has no room is cut.
+/// Draws a table: its headings, and as many rows as fit, each with true if it is selected. Longer cells are cut.
 pub(super) fn table_of<'a>(
     buffer: &mut Buffer,
     area: Rect,
@@ -71,7 +71,7 @@ pub(super) fn table_of<'a>(
     }
 }
 
-/// Text that fits.
+/// Text cut to this width.
 pub(super) fn cut(text: &str, width: usize) -> String {
     if Span::raw(text).width() <= width {
         return text.to_owned();
@@ -82,7 +82,7 @@ pub(super) fn cut(text: &str, width: usize) -> String {
     shorter
 }
 
-/// Text in lines that fit, broken between words where that can be.
+/// Text wrapped to this width, between words if possible.
 pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
     let width = width.max(1);
     let mut lines = vec![String::new()];
@@ -92,7 +92,7 @@ pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
             lines.push(String::new());
         }
         for c in word.chars() {
-            // A word that is longer than a line.
+            // A word longer than a line.
             if lines.last().is_some_and(|line| Span::raw(line.trim_end()).width() >= width) && c != ' ' {
                 lines.push(String::new());
             }
@@ -104,12 +104,12 @@ pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
     lines.iter().map(|line| line.trim_end().to_owned()).collect()
 }
 
-/// What stands out.
+/// Bold text.
 pub(super) fn bold<'a>(text: impl Into<Cow<'a, str>>) -> Span<'a> {
     Span::styled(text, Modifier::BOLD)
 }
 
-/// No terminal has more.
+/// Converts to a coordinate; no terminal is larger than `u16::MAX`.
 pub(super) fn as_u16(number: usize) -> u16 {
     u16::try_from(number).unwrap_or(u16::MAX)
 }

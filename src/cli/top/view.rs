@@ -1,4 +1,4 @@
-//! What is looked at, and what keys do to it. No terminal and no I/O.
+//! The state of the view, and how keys change it. No terminal and no I/O.
 
 use crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
@@ -7,64 +7,64 @@ use super::{
     model::{Column, Model, News},
 };
 
-/// Which part of the screen, and how.
+/// The state of the view.
 #[derive(Debug, Default)]
 pub(super) struct View {
     pub(super) pane: Pane,
     pub(super) mode: Mode,
     pub(super) sort: Column,
     pub(super) reversed: bool,
-    /// Only subsystems that have this text are shown.
+    /// Only subsystems with this text are shown.
     pub(super) filter: String,
-    /// The subsystem that is selected: it stays so wherever its row goes. Without one it is the first row.
+    /// The selected subsystem, which stays selected when its row moves. `None` selects the first row.
     pub(super) selected: Option<String>,
-    /// The first line shown of the pane, or of what lies over it.
+    /// The first visible line of the pane, or of the overlay.
     pub(super) top: usize,
-    /// Lines that the last drawing had room for.
+    /// Number of lines that fit in the last drawing.
     pub(super) page: usize,
 }
 
-/// What fills the screen.
+/// The content of the screen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Pane {
-    /// The fleet, with the running cycles, the history and the loops in short.
+    /// The fleet, with summaries of the running cycles, the history and the loops.
     #[default]
     Fleet,
     Cycles,
     Loops,
 }
 
-/// What keys do.
+/// The effect of keys.
 #[derive(Debug, Default)]
 pub(super) enum Mode {
-    /// They move and choose.
+    /// Keys move and select.
     #[default]
     Browse,
-    /// They write the filter.
+    /// Keys edit the filter.
     Filter,
     Help,
-    /// They scroll through what is known of one subsystem.
+    /// Keys scroll through the details of one subsystem.
     Detail(Detail),
 }
 
-/// What is known of one subsystem.
+/// The details of one subsystem.
 #[derive(Debug)]
 pub(super) struct Detail {
     pub(super) name: String,
-    /// Not yet answered when there is none.
+    /// `None` until the service has answered.
     pub(super) is: Option<Result<Vec<Entry>, String>>,
-    /// Columns of the output that are left out at the left.
+    /// Columns of the output that are scrolled out to the left.
     pub(super) left: usize,
 }
 
-/// What a key asks for.
+/// The action of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Quit,
     /// Ctrl-C.
     Interrupt,
     Redraw,
-    /// Out of what lies over the panes, or out of the filter; else quit.
+    /// Closes the overlay or the filter; otherwise quits.
     Back,
     Up,
     Down,
@@ -88,7 +88,7 @@ pub(super) enum Action {
     Accept,
 }
 
-/// What is to be done beyond the view.
+/// The action to take outside the view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Then {
     GoOn,
@@ -97,7 +97,7 @@ pub(super) enum Then {
     Interrupt,
 }
 
-/// What a key asks for; nothing, for most.
+/// The action of a key; `None` for most keys.
 pub(super) fn action(key: KeyEvent, mode: &Mode) -> Option<Action> {
     if key.modifiers.contains(KeyModifiers::CONTROL) {
         return match (key.code, mode) {
@@ -138,7 +138,7 @@ pub(super) fn action(key: KeyEvent, mode: &Mode) -> Option<Action> {
 }
 
 impl View {
-    /// Does what a key asks for.
+    /// Applies the action of a key.
     pub(super) fn act(&mut self, action: Action, model: &Model) -> Then {
         match action {
             Action::Quit => return Then::Quit,
@@ -194,7 +194,7 @@ impl View {
         Then::GoOn
     }
 
-    /// Takes the answer that it waits for.
+    /// Takes the answer that the view waits for.
     pub(super) fn learn(&mut self, news: &News) {
         if let (Mode::Detail(detail), News::Subsystem(name, is)) = (&mut self.mode, news)
             && detail.name == *name
@@ -217,7 +217,7 @@ impl View {
         }
     }
 
-    /// Changes which rows there are, or their order, and looks at the first of them.
+    /// Changes the filter or the order of the rows, and scrolls to the first row.
     fn choose(&mut self, change: impl FnOnce(&mut Self)) {
         if self.pane == Pane::Fleet {
             change(self);
@@ -225,8 +225,7 @@ impl View {
         }
     }
 
-    /// Moves the selected row where rows can be selected, and what is shown everywhere else. How far one can go is
-    /// known when it is drawn.
+    /// Moves the selection if rows can be selected, otherwise scrolls. The end is known only when it is drawn.
     fn scroll(&mut self, model: &Model, to: impl Fn(usize, usize) -> usize) {
         if matches!(self.mode, Mode::Help | Mode::Detail(_)) || self.pane != Pane::Fleet {
             self.top = to(self.top, self.page);
@@ -237,7 +236,7 @@ impl View {
         self.selected = rows.get(selected.min(rows.len().saturating_sub(1))).map(|row| row.name.to_owned());
     }
 
-    /// Where the selected row is among these.
+    /// The position of the selected row among these.
     pub(super) fn position<'a>(&self, mut names: impl Iterator<Item = &'a str>) -> usize {
         self.selected.as_ref().and_then(|selected| names.position(|name| name == selected)).unwrap_or(0)
     }
@@ -262,7 +261,7 @@ impl View {
 
 /// Longer than any name.
 const MAX_FILTER: usize = 100;
-/// Columns that one key moves a detail to the side.
+/// Columns that one key scrolls to the side.
 const SHIFT: usize = 8;
 
 fn neighbour(column: Column, away: usize) -> Column {
@@ -282,7 +281,7 @@ mod tests {
         KeyEvent::new(code, KeyModifiers::NONE)
     }
 
-    /// Presses these keys one after the other, and tells what the last one did.
+    /// Presses these keys one after the other, and returns the result of the last one.
     fn press(view: &mut View, model: &Model, keys: impl IntoIterator<Item = KeyCode>) -> Then {
         keys.into_iter().fold(Then::GoOn, |_, code| match action(key(code), &view.mode) {
             Some(action) => view.act(action, model),
