@@ -1,13 +1,11 @@
 #!/bin/sh
-# Makes the code of the contract in dreamnet/, as `go generate` calls it. Needs a python3 with grpcio-tools, for its
-# protoc; protoc's plugins are built here, in the versions that go.mod names. PROTO says where the contract is, if this folder
-# is not where it was.
+# Generates the code of the contract in dreamnet/; called by `go generate`. Needs a python3 with grpcio-tools, for its protoc; protoc's plugins are built here, in the versions of go.mod. In a copy of this folder, set PROTO to the location of the contract.
 set -eu
 module=dreamnet.example/alarm
 options= protos=
 GOBIN="$PWD/bin" go install tool
 for proto in dreamnet/subsystem/v1/subsystem.proto dreamnet/orchestrator/v1/orchestrator.proto; do
-    # The contract names no Go package: M says where each file's code belongs.
+    # The contract names no Go package: M sets the package of each file.
     options="$options --go_opt=M$proto=$module/${proto%/*} --go-grpc_opt=M$proto=$module/${proto%/*}"
     protos="$protos $proto"
 done

@@ -1,6 +1,7 @@
-// A whole subsystem in Go, made from the contract alone.
+// A complete subsystem in Go, made from the contract alone.
 //
-// It adds up what its inputs call `value`, and raises an alarm when that is over its parameter `limit`.
+// It adds up the `value` of its inputs, and raises an alarm
+// when the sum is over its parameter `limit`.
 package main
 
 //go:generate sh generate.sh
@@ -36,21 +37,21 @@ import (
 
 const (
 	answersKept = 8                // Cycles. A call is repeated only while its cycle runs.
-	lease       = 15 * time.Second // Until the orchestrator forgets a subsystem that has died.
-	grace       = 5 * time.Second  // For running calls to end when the process is asked to stop.
-	maxMessage  = 64 << 20         // Bytes. Inputs can be larger than the 4 MiB that gRPC takes by default.
+	lease       = 15 * time.Second // Until the orchestrator unregisters a dead subsystem.
+	grace       = 5 * time.Second  // For running calls to end after a signal.
+	maxMessage  = 64 << 20         // Bytes. Inputs can be larger than gRPC's default limit of 4 MiB.
 )
 
 type alarm struct {
 	pb.UnimplementedSubsystemServer
 	name string
-	turn chan struct{} // Holds one token while a cycle is worked on. Unlike mu, waiting for it can be given up.
+	turn chan struct{} // Holds one token while a cycle is in progress. Unlike mu, a wait for it can be cancelled.
 
-	mu          sync.Mutex // Guards what follows, and is never held for long.
+	mu          sync.Mutex // Guards the fields below, and is never held for long.
 	initialized bool
 	epoch       uint64
 	limit       float64
-	over        int // For how many cycles in a row.
+	over        int // Number of consecutive cycles.
 	cycles      int
 	answers     map[uint64]*pb.RunCycleResponse
 	answered    []uint64 // The keys of answers, oldest first.
@@ -82,7 +83,7 @@ func (a *alarm) RunCycle(ctx context.Context, request *pb.RunCycleRequest) (*pb.
 	if err := a.ready(request); err != nil {
 		return nil, err
 	}
-	select { // A repeated call waits here for the first one's answer.
+	select { // A repeated call waits here for the answer of the first one.
 	case a.turn <- struct{}{}:
 		defer func() { <-a.turn }()
 	case <-ctx.Done():
@@ -96,7 +97,7 @@ func (a *alarm) RunCycle(ctx context.Context, request *pb.RunCycleRequest) (*pb.
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if err := a.admit(request.Subsystem, request.Epoch); err != nil { // Superseded in the meantime?
+	if err := a.admit(request.Subsystem, request.Epoch); err != nil { // It may have been superseded meanwhile.
 		return nil, err
 	}
 	answer := a.add(request.Inputs)
@@ -118,7 +119,7 @@ func (a *alarm) GetStatus(_ context.Context, request *pb.GetStatusRequest) (*pb.
 	return &pb.GetStatusResponse{Status: object(map[string]any{"cycles": a.cycles, "over": a.over})}, nil
 }
 
-// admit refuses calls for others and of superseded callers. The caller holds mu.
+// admit refuses calls for other names and from superseded callers. The caller holds mu.
 func (a *alarm) admit(name string, epoch uint64) error {
 	if name != a.name {
 		return status.Errorf(codes.NotFound, "%q is not here, only %q", name, a.name)
@@ -126,7 +127,7 @@ func (a *alarm) admit(name string, epoch uint64) error {
 	if epoch < a.epoch {
 		return status.Errorf(codes.Aborted, "epoch %d is over, epoch %d has called; restart %s if that one is gone", epoch, a.epoch, a.name)
 	}
-	if epoch > a.epoch { // The cycles of an older one are over.
+	if epoch > a.epoch { // The cycles of the older epoch have ended.
 		a.epoch = epoch
 		clear(a.answers)
 		a.answered = nil
@@ -140,7 +141,7 @@ func (a *alarm) ready(request *pb.RunCycleRequest) error {
 	if err := a.admit(request.Subsystem, request.Epoch); err != nil {
 		return err
 	}
-	if !a.initialized { // The orchestrator calls Initialize and then asks again.
+	if !a.initialized { // The orchestrator calls Initialize and then RunCycle again.
 		return status.Error(codes.FailedPrecondition, "not initialized")
 	}
 	return nil
@@ -152,7 +153,7 @@ func (a *alarm) answer(cycle uint64) *pb.RunCycleResponse {
 	return a.answers[cycle]
 }
 
-// work stands for work that takes time: the parameter `work_ms`. It ends early when the deadline passes or the caller
+// work simulates work for `work_ms` milliseconds (a parameter). It ends early when the deadline passes or the caller
 // cancels, before anything has changed.
 func work(ctx context.Context, request *pb.RunCycleRequest) error {
 	ms := request.Parameters.GetFields()["work_ms"].GetNumberValue()
@@ -195,7 +196,7 @@ func (a *alarm) add(inputs map[string]*pb.Input) *pb.RunCycleResponse {
 	return answer
 }
 
-// object makes a Struct of values that are known to fit into one.
+// object makes a Struct of values that a Struct can represent.
 func object(fields map[string]any) *structpb.Struct {
 	made, err := structpb.NewStruct(fields)
 	if err != nil {
@@ -204,7 +205,7 @@ func object(fields map[string]any) *structpb.Struct {
 	return made
 }
 
-// stayRegistered registers with a lease and renews it until ctx ends. Tries for as long as it takes.
+// stayRegistered registers with a lease and renews it until ctx ends. Retries without a limit.
 func stayRegistered(ctx context.Context, registration *orchestratorpb.Registration, orchestrator string) {
 	connection, err := grpc.NewClient(orchestrator,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -235,7 +236,7 @@ func stayRegistered(ctx context.Context, registration *orchestratorpb.Registrati
 			registered = true
 		} else {
 			log.Printf("%s: %v", orchestrator, err)
-			// The lease has expired, or somebody has registered it without one.
+			// The lease has expired, or the subsystem was registered without one.
 			gone := status.Code(err) == codes.NotFound || status.Code(err) == codes.FailedPrecondition
 			registered = registered && !gone
 			pause = time.Second
@@ -272,7 +273,7 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	// A connection that never says a word would hold up the stop for two minutes.
+	// A silent connection would delay the stop for two minutes.
 	server := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.ConnectionTimeout(grace))
 	pb.RegisterSubsystemServer(server, newAlarm(*name))
 	healthy := health.NewServer()

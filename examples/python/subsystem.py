@@ -1,6 +1,6 @@
 """A whole subsystem in Python, made from the contract alone.
 
-It averages what its inputs call `value`, over as many values as its parameter `window` says.
+It averages the `value` of its inputs, over the latest `window` values (a parameter).
 """
 
 import argparse
@@ -19,19 +19,19 @@ from dreamnet.subsystem.v1 import subsystem_pb2 as pb
 from dreamnet.subsystem.v1 import subsystem_pb2_grpc as rpc
 
 ANSWERS_KEPT = 8  # Cycles. A call is repeated only while its cycle runs.
-LEASE = 15  # Seconds until the orchestrator forgets a subsystem that has died.
-GRACE = 5  # Seconds that running calls have to end when the process is asked to stop.
-MAX_MESSAGE = 64 << 20  # Bytes. Inputs can be larger than the 4 MiB that gRPC takes by default.
+LEASE = 15  # Seconds until the orchestrator unregisters a dead subsystem.
+GRACE = 5  # Seconds for running calls to end after a signal.
+MAX_MESSAGE = 64 << 20  # Bytes. Inputs can be larger than gRPC's default limit of 4 MiB.
 
 
 class Average(rpc.SubsystemServicer):
-    # All of it runs on one thread: between two `await`s nobody else touches the state.
+    # All code runs on one thread: no other call changes the state between two `await`s.
 
     def __init__(self, name):
         self.name = name
         self.epoch = 0
-        self.values = None  # The latest ones. None means: not initialized.
-        self.counted = {}  # By input: the cycle of the output that was counted last.
+        self.values = None  # The latest values. None means that it is not initialized.
+        self.counted = {}  # By input: the cycle of the last output that was counted.
         self.answers = {}  # By cycle, oldest first.
         self.cycles = 0
         self.turn = asyncio.Lock()
@@ -46,12 +46,12 @@ class Average(rpc.SubsystemServicer):
 
     async def RunCycle(self, request, context):
         await self.admit(request, context)
-        if self.values is None:  # The orchestrator calls Initialize and then asks again.
+        if self.values is None:  # The orchestrator calls Initialize and then RunCycle again.
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not initialized")
-        async with self.turn:  # A repeated call waits here for the first one's answer.
+        async with self.turn:  # A repeated call waits here for the answer of the first one.
             if request.cycle_id not in self.answers:
                 await self.work(request)
-                await self.admit(request, context)  # Superseded in the meantime?
+                await self.admit(request, context)  # It may have been superseded meanwhile.
                 self.answers[request.cycle_id] = self.average(request.inputs)
                 if len(self.answers) > ANSWERS_KEPT:
                     del self.answers[next(iter(self.answers))]
@@ -70,12 +70,12 @@ class Average(rpc.SubsystemServicer):
         if epoch < self.epoch:
             message = f"epoch {epoch} is over, epoch {self.epoch} has called; restart {self.name} if that one is gone"
             await context.abort(grpc.StatusCode.ABORTED, message)
-        if epoch > self.epoch:  # The cycles of an older one are over.
+        if epoch > self.epoch:  # The cycles of the older epoch have ended.
             self.epoch = epoch
             self.answers.clear()
 
     async def work(self, request):
-        """Stands for work that takes time: the parameter `work_ms`. When the deadline passes or the caller cancels,
+        """Simulates work for `work_ms` milliseconds (a parameter). When the deadline passes or the caller cancels,
         gRPC cancels the call here, before anything has changed."""
         if "work_ms" in request.parameters:
             await asyncio.sleep(request.parameters["work_ms"] / 1000)
@@ -100,7 +100,7 @@ class Average(rpc.SubsystemServicer):
 
 
 async def stay_registered(registration, orchestrator):
-    """Registers with a lease and renews it. Tries for as long as it takes."""
+    """Registers with a lease and renews it. Retries without a limit."""
     options = [("grpc.max_reconnect_backoff_ms", 1000)]
     async with grpc.aio.insecure_channel(orchestrator, options) as channel:
         stub = orchestrator_rpc.OrchestratorStub(channel)
@@ -118,7 +118,7 @@ async def stay_registered(registration, orchestrator):
                     await asyncio.sleep(LEASE / 3)
                 except grpc.aio.AioRpcError as error:
                     print(f"{orchestrator}: {error.code().name}: {error.details()}", file=sys.stderr)
-                    # The lease has expired, or somebody has registered it without one.
+                    # The lease has expired, or the subsystem was registered without one.
                     if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
                         registered = False
                     await asyncio.sleep(1)
@@ -130,7 +130,7 @@ async def stay_registered(registration, orchestrator):
 
 
 async def serve(args):
-    # Without SO_REUSEPORT a second process on the same port is refused, instead of taking half of the connections.
+    # Without SO_REUSEPORT a second process on the same port fails, instead of getting half of the connections.
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE)]
     server = grpc.aio.server(options=options)
     rpc.add_SubsystemServicer_to_server(Average(args.name), server)

@@ -161,8 +161,9 @@ impl Cli {
     }
 }
 
-/// Runs a command and reports its failure; on Ctrl-C, prints `parting` on stderr and exits. The command is a separate
-/// task: its output may wait for a paused reader, and Ctrl-C has to work then, too.
+/// Runs a command and reports its failure; on Ctrl-C, prints `parting` on stderr and exits.
+///
+/// The command is a separate task: its output may wait for a paused reader, and Ctrl-C has to work then, too.
 async fn until_left(
     work: impl Future<Output = Result<Exit, Failure>> + Send + 'static,
     last_words: tokio::sync::watch::Receiver<String>,

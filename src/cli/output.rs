@@ -1,5 +1,6 @@
-//! Output of commands: tables for people, canonical proto JSON for programs. All text from subsystems and from the
-//! service passes [`clean`] before it is printed.
+//! Output of commands: tables for people, canonical proto JSON for programs.
+//!
+//! All text from subsystems and from the service passes [`clean`] before it is printed.
 
 use std::{
     env,

@@ -228,8 +228,9 @@ impl Report {
         Ok(Figures { since, until, previous_since, complete_since, cycles, subsystems })
     }
 
-    /// The oldest record above which no record was removed: the first record if none was removed. Below it, retention
-    /// may keep, for instance, more FAILED cycles than others, so that rates would be wrong.
+    /// The oldest record above which no record was removed: the first record if none was removed.
+    ///
+    /// Below it, retention may keep, for instance, more FAILED cycles than others, so that rates would be wrong.
     async fn oldest(&self, client: &mut Client) -> Result<Oldest, Failure> {
         let request = pb::WatchCyclesRequest { from_oldest: true, ..pb::WatchCyclesRequest::default() };
         let first = async { client.watch_cycles(request).await?.into_inner().message().await };

@@ -9,7 +9,7 @@ import type { ProtoGrpcType as SubsystemPackage } from "./gen/subsystem.js";
 const definition = loadSync(
   ["dreamnet/subsystem/v1/subsystem.proto", "dreamnet/orchestrator/v1/orchestrator.proto"],
   {
-    // Seen from `dist/src`, where this file is compiled to.
+    // Relative to `dist/src`, the directory of the compiled file.
     includeDirs: [fileURLToPath(new URL("../../proto", import.meta.url))],
     longs: Number,
     enums: String,
@@ -23,5 +23,5 @@ const { dreamnet } = loadPackageDefinition(definition) as unknown as Orchestrato
 /** The client of the orchestrator. */
 export const OrchestratorClient = dreamnet.orchestrator.v1.Orchestrator;
 
-/** The client of a subsystem, and what a server implements. */
+/** The client of a subsystem, and the interface of its server. */
 export const SubsystemClient = dreamnet.subsystem.v1.Subsystem;

@@ -2,14 +2,14 @@
 //
 // A module is an object with `run(context)` and perhaps `status()` or `getStatus()`. Nothing in it changes:
 //
-// * Those that one process serves find each other in `context` as the very same live objects. One that lives elsewhere
-//   is there as its latest output: plain data, frozen. So is CitadelCore always, as `citadelSnapshot`. `context` has the
-//   declared inputs and nothing else.
-// * `run` may be asynchronous, and return anything or nothing. Its output is a copy, made when `run` ended, of what
-//   JSON can carry; what it can't carry is left out, with an issue. The object itself is never sent.
-// * `run` is called once in a cycle, and never while it is still at work: a repeated call gets the first answer.
-// * What `run` throws is the failure of that subsystem in that cycle, and of nobody else. Its stack is on stderr.
-// * Those that are only read (`READ_ONLY`, and any without `run`) are never run: their output is their status.
+// * Modules of one process find each other in `context` as the same live objects. A module of another process is
+//   represented by its latest output: plain data, frozen. So is CitadelCore always, as `citadelSnapshot`. `context`
+//   contains only the declared inputs.
+// * `run` may be asynchronous, and return anything or nothing. Its output is a copy as JSON, made when `run` ended;
+//   values that JSON can't represent are left out, with an issue. The object itself is never sent.
+// * `run` is called once in a cycle, and never concurrently: a repeated call gets the first answer.
+// * An exception of `run` fails only that subsystem in that cycle. Its stack is on stderr.
+// * Modules that are only read (`READ_ONLY`, and any without `run`) are never run: their output is their status.
 
 import { isDeepStrictEqual } from "node:util";
 import {
@@ -60,8 +60,7 @@ export interface Module {
 }
 
 /**
- * What is served: a module, or a class or a factory (also an asynchronous one) that makes it, once. One that is only read
- * by the others may be any object.
+ * An object to serve: a module, or a class or a factory (also an asynchronous one) that makes it, once. An object that is only read can be of any kind.
  */
 export type Servable = Module | (new () => Module) | (() => Module | Promise<Module>) | object;
 
@@ -75,17 +74,16 @@ export interface Cycle {
   /** Every input by the name of its maker, as data. */
   readonly inputs: ReadonlyMap<string, InputData>;
   /**
-   * Aborted when the call that started this run is cancelled or too late. A module that gives up then, with an AbortError,
-   * is run again when the call is repeated.
+   * Aborted when the call that started this run is cancelled or late. A module that then ends with an AbortError is run again when the call is repeated.
    */
   readonly signal: AbortSignal;
-  /** Reports a number worth following over time. */
+  /** Reports a number to follow over time. */
   metric(name: string, value: number): void;
-  /** Reports what went wrong, or is worth knowing, without failing. */
+  /** Reports a problem or information without failing. */
   issue(severity: "INFO" | "WARNING" | "ERROR", code: string, message: string): void;
 }
 
-/** The latest output of another subsystem; without `output` there is none. */
+/** The latest output of another subsystem; `output` is missing if it has none. */
 export interface InputData {
   readonly output?: Readonly<Record<string, Json>>;
   readonly fresh: boolean;
@@ -93,15 +91,15 @@ export interface InputData {
 
 /** Modules that are being served. */
 export interface Served {
-  /** Where: "127.0.0.1:50051". */
+  /** The address: "127.0.0.1:50051". */
   readonly address: string;
   /** The live objects, by name. */
   readonly objects: ReadonlyMap<string, Module>;
-  /** Takes them out of the registry, lets running calls end (for 10 s at most), and closes the port. */
+  /** Unregisters them, lets running calls end (for at most 10 s), and closes the port. */
   stop(): Promise<void>;
 }
 
-/** DreamNet's 28, each of which may be missing: what `serveSubsystems` takes, by these names. */
+/** DreamNet's 28 modules by name, each of which may be missing. */
 export type OrchestratorContext = { [name in SubsystemName]?: any };
 
 /** The record of a cycle; times are epoch milliseconds. */
@@ -110,22 +108,21 @@ export interface CycleTelemetry {
   startedAt: number;
   finishedAt: number;
   durationMs: number;
-  /** What failed, in one line. Not there when nothing did. */
+  /** A summary of the failures in one line. Not set if nothing failed. */
   error?: string;
 }
 
-/** What the orchestrator has done. */
+/** The state of the orchestrator. */
 export interface OrchestratorStatus {
   lastCycle?: CycleTelemetry;
   totalCycles: number;
 }
 
 /**
- * A loop that runs in the orchestrator, until it is stopped: it outlives this process. The handle is a timer, so that
- * `clearInterval(loop)` stops it as ever, within half a second.
+ * A loop that runs in the orchestrator until it is stopped: it outlives this process. The handle is a timer, so that `clearInterval(loop)` stops it as before, within half a second.
  */
 export type IntervalLoop = NodeJS.Timeout & {
-  /** Settles when the modules are registered and the loop runs, or with the reason why not. */
+  /** Settles when the modules are registered and the loop runs, or rejects with the reason. */
   readonly started: Promise<void>;
   /** Stops the loop at once. The modules stay served. */
   stop(): Promise<void>;
@@ -140,13 +137,13 @@ class Refusal extends Error {
   }
 }
 
-// A retry comes within its cycle, and a subsystem is in one cycle at a time: a few answers are plenty.
+// A retry comes within its cycle, and a subsystem is in one cycle at a time: a few answers are enough.
 const REMEMBERED = 4;
 
-/** One module under its name: keeps the rules of the contract that need memory. */
+/** One module under its name: implements the rules of the contract that need state. */
 class Subsystem {
   private epoch = 0;
-  /** By cycle; without an answer where a run gave up because nobody waited for it any more. */
+  /** By cycle; without an answer if a run ended because its call was cancelled. */
   private readonly answers = new Map<number, Promise<RunCycleResponse | undefined>>();
   private atWork: number | undefined;
 
@@ -154,7 +151,7 @@ class Subsystem {
     private readonly name: string,
     private readonly object: Module,
     private readonly readOnly: boolean,
-    /** Inputs that came with an `after` which is only there for the sequence. */
+    /** Inputs of an `after` that only sets the sequence. */
     private readonly unoffered: ReadonlySet<string>,
     private readonly objects: ReadonlyMap<string, Module>,
     private readonly itself: ReadonlySet<unknown>,
@@ -165,7 +162,7 @@ class Subsystem {
       const over = `epoch ${epoch} is over, epoch ${this.epoch} has called`;
       throw new Refusal(status.ABORTED, `${over}; restart ${this.name} if that one is gone`);
     }
-    // Another orchestrator may have forgotten its cycles, and count them anew.
+    // Another orchestrator may count its cycles from 1 again.
     if (epoch > this.epoch) this.answers.clear();
     this.epoch = epoch;
   }
@@ -190,11 +187,11 @@ class Subsystem {
     this.answers.set(cycleId, answer);
     if (this.answers.size > REMEMBERED) this.answers.delete(this.answers.keys().next().value!);
     const done = await answer;
-    if (!done) throw new Refusal(status.CANCELLED, `${this.name} gave up: nobody waits for it`);
+    if (!done) throw new Refusal(status.CANCELLED, `${this.name} ended early: the call was cancelled`);
     return done;
   }
 
-  // Up to the first `await` this is synchronous, and so is the copy of what a synchronous `run` returns.
+  // Up to the first `await` this is synchronous, as is the copy of the result of a synchronous `run`.
   private async run(request: RunCycleRequest__Output, signal: AbortSignal): Promise<RunCycleResponse> {
     const metrics: Record<string, number> = {};
     const issues: Issue[] = [];
@@ -209,15 +206,15 @@ class Subsystem {
         metrics[name] = value;
       },
       issue(severity, code, message) {
-        if (!SEVERITIES.includes(severity)) throw new TypeError(`${severity} is none of ${SEVERITIES.join(", ")}`);
+        if (!SEVERITIES.includes(severity)) throw new TypeError(`${severity} is not one of ${SEVERITIES.join(", ")}`);
         issues.push({ severity: `SEVERITY_${severity}`, code: String(code), message: String(message) });
       },
     };
     let result: unknown;
     if (this.readOnly) {
-      // It succeeds, so that no cycle counts it as failed, and its output is its status, for those who read it from
-      // elsewhere. If it were suspended instead, somebody could resume it, and those elsewhere would get nothing.
-      cycle.issue("INFO", "READ_ONLY", `${this.name} is only read by the others: a cycle does not run it`);
+      // It succeeds, so that it does not count as failed, and its output is its status, for modules of other processes.
+      // If it were suspended instead, an operator could resume it, and those modules would get nothing.
+      cycle.issue("INFO", "READ_ONLY", `${this.name} is only read: cycles do not run it`);
       try {
         result = await this.statusOf();
       } catch (error) {
@@ -229,7 +226,7 @@ class Subsystem {
       if (isThenable(result)) result = await result;
     }
     const { struct, dropped } = snapshot(result, this.itself);
-    if (dropped.length > 0) cycle.issue("WARNING", "NOT_JSON", `not in the output, or not as it was: ${dropped.join("; ")}`);
+    if (dropped.length > 0) cycle.issue("WARNING", "NOT_JSON", `left out of the output, or changed: ${dropped.join("; ")}`);
     return { output: struct, metrics, issues };
   }
 
@@ -261,7 +258,7 @@ class Subsystem {
     }
   }
 
-  /** What the module has thrown: here with its stack, to the caller as its place. */
+  /** An exception of the module: logged with its stack, returned to the caller with its place. */
   private failure(what: string, error: unknown): Refusal {
     this.log(what, error);
     return new Refusal(status.INTERNAL, describeWithPlace(error));
@@ -276,7 +273,7 @@ const SEVERITIES: readonly string[] = ["INFO", "WARNING", "ERROR"];
 
 function toInputData({ freshness, output }: Input__Output): InputData {
   const fresh = freshness === "FRESHNESS_FRESH";
-  // An output that is empty may be left out on the way.
+  // An empty output may be left out on the wire.
   return { fresh, ...((fresh || freshness === "FRESHNESS_STALE") && { output: frozen(output) }) };
 }
 
@@ -284,7 +281,7 @@ function isThenable(value: unknown): value is PromiseLike<unknown> {
   try {
     return typeof (value as { then?: unknown } | null | undefined)?.then === "function";
   } catch {
-    // What can't be read is left out of the output, and told.
+    // Unreadable values are left out of the output, and reported.
     return false;
   }
 }
@@ -292,10 +289,9 @@ function isThenable(value: unknown): value is PromiseLike<unknown> {
 /**
  * Serves `objects`, by name, at one port, and registers them if `options.orchestrator` is given.
  *
- * One without `run` is only read by the others, as are those of `READ_ONLY` and of `options.readOnly`.
+ * Objects without `run` are only read, as are those in `READ_ONLY` and `options.readOnly`.
  *
- * Throws when an option does not exist or does not take its value, a name looks misspelt, the port is taken, a class or
- * factory makes no object, or the orchestrator can't be reached or refuses a registration. Then none stays registered.
+ * Throws if an option is unknown or its value is invalid, a name looks misspelt, the port is in use, a class or factory makes no object, or the orchestrator can't be reached or refuses a registration. Then none stays registered.
  */
 export async function serveSubsystems(
   objects: Readonly<Record<string, Servable | undefined>>,
@@ -308,13 +304,13 @@ export async function serveSubsystems(
   for (const name of inOrder(given, options)) {
     const object = await instantiate(objects[name]!);
     if (object === null || (typeof object !== "object" && typeof object !== "function")) {
-      throw new TypeError(`${name} is no object, and no class or factory that makes one`);
+      throw new TypeError(`${name} is not an object, nor a class or factory that makes one`);
     }
     live.set(name, object);
   }
   const readOnly = new Set<string>([...READ_ONLY, ...(options.readOnly ?? [])]);
   for (const name of options.run ?? []) readOnly.delete(name);
-  // An object is never sent, and neither is one that another module got hold of.
+  // An object is never sent, even by another module that refers to it.
   const itself = new Set<unknown>([...live.values(), ...Object.values(objects).filter((object) => object != null)]);
 
   const subsystems = new Map<string, Subsystem>();
@@ -327,7 +323,7 @@ export async function serveSubsystems(
     const inputs = new Set([...requires, ...after, ...reads]);
     const waitsFor = [...after];
     const unoffered = new Set<string>();
-    // Those that are not run change nothing, so their order makes no difference.
+    // Modules that are not run change nothing, so their order does not matter.
     if (isRun && previous?.phase === phase && options.sequential !== false && options.orchestrator) {
       if (!requires.includes(previous.name) && !after.includes(previous.name)) waitsFor.push(previous.name);
       if (!inputs.has(previous.name)) unoffered.add(previous.name);
@@ -338,7 +334,7 @@ export async function serveSubsystems(
   }
 
   const health = new HealthImplementation({ "": "SERVING", [HEALTH_SERVICE]: "SERVING" });
-  // Inputs are outputs of others, 1 MiB each by default; the orchestrator's own limit for a message is this.
+  // Inputs are outputs of others, 1 MiB each by default; this is the orchestrator's own limit for a message.
   const server = new Server({ "grpc.max_receive_message_length": 64 * 1024 * 1024 });
   server.addService(SubsystemClient.service, handlers(subsystems));
   health.addToServer(server);
@@ -357,7 +353,7 @@ export async function serveSubsystems(
     for (const service of ["", HEALTH_SERVICE]) health.setStatus(service, "NOT_SERVING");
     await leave();
     await new Promise<void>((resolve) => {
-      // The server waits for peers to close their connections, also for those that are gone without a word.
+      // The server waits for peers to close their connections, even for dead ones.
       const grace = setTimeout(() => resolve(server.forceShutdown()), 10_000);
       server.tryShutdown(() => resolve(clearTimeout(grace)));
     });
@@ -381,14 +377,14 @@ export async function serveSubsystems(
 
 const HEALTH_SERVICE = "dreamnet.subsystem.v1.Subsystem";
 
-/** Refuses options that name none of `given`, and names that look like a misspelt one of DreamNet's. */
+/** Refuses options with names that are not in `given`, and names that look like a misspelt name of DreamNet. */
 function checkNames(given: readonly string[], options: ServeOptions): void {
   const { readOnly = [], run = [], registrations = {} } = options;
   for (const name of given) {
     const meant = misspelt(name);
     if (meant && !given.includes(meant) && !Object.hasOwn(registrations, name)) {
-      const own = `One of your own is named in registrations as well: { ${JSON.stringify(name)}: {} }`;
-      throw new Error(`${name} is none of DreamNet's: did you mean ${meant}? ${own}`);
+      const own = `For a module of your own, add it to registrations: { ${JSON.stringify(name)}: {} }`;
+      throw new Error(`${name} is not a name of DreamNet: did you mean ${meant}? ${own}`);
     }
   }
   for (const [option, names] of Object.entries({ readOnly, run, registrations: Object.keys(registrations) })) {
@@ -403,7 +399,7 @@ function checkNames(given: readonly string[], options: ServeOptions): void {
     const { requires = [], after = [], reads = [] } = registrations[name] ?? {};
     for (const input of [...requires, ...after, ...reads]) {
       const meant = given.includes(input) ? undefined : misspelt(input);
-      if (meant) throw new Error(`registrations.${name} names ${input}, which is none of DreamNet's: did you mean ${meant}?`);
+      if (meant) throw new Error(`registrations.${name} names ${input}, which is not a name of DreamNet: did you mean ${meant}?`);
     }
   }
 }
@@ -412,7 +408,7 @@ function settingsOf(name: string, options: ServeOptions): Settings {
   return { ...(TOPOLOGY as Record<string, Settings>)[name], ...options.registrations?.[name] };
 }
 
-/** By phase, then as in DreamNet's table, then as they come; but no one before those of its phase that it waits for. */
+/** By phase, then as in DreamNet's table, then in the given order; but never before modules of its phase that it waits for. */
 function inOrder(names: string[], options: ServeOptions): string[] {
   const table = Object.keys(TOPOLOGY);
   const row = (name: string) => (table.includes(name) ? table.indexOf(name) : table.length);
@@ -441,10 +437,10 @@ async function instantiate(servable: Servable): Promise<Module> {
 function handlers(subsystems: ReadonlyMap<string, Subsystem>): SubsystemHandlers {
   const of = ({ subsystem: name }: { subsystem: string }) => {
     const subsystem = subsystems.get(name);
-    if (!subsystem) throw new Refusal(status.NOT_FOUND, `no subsystem ${name} here`);
+    if (!subsystem) throw new Refusal(status.NOT_FOUND, `subsystem ${name} is not served here`);
     return subsystem;
   };
-  /** Whatever goes wrong in a call is the answer of that call. */
+  /** An exception in a call becomes the answer of that call. */
   const unary =
     <Q, A>(work: (request: Q, signal: AbortSignal) => A | Promise<A>) =>
     (call: ServerUnaryCall<Q, A>, callback: sendUnaryData<A>): void => {
@@ -484,7 +480,7 @@ function orchestratorOf({ orchestrator, waitSeconds }: CallOptions): Orchestrato
 
 const serving = new Map<OrchestratorContext, { options: ServeOptions; served: Promise<Served> }>();
 
-/** Serves and registers what is in `context`; once, however often it is asked. */
+/** Serves and registers the modules in `context`; only once, however often it is called. */
 async function serve(context: OrchestratorContext, options: CallOptions): Promise<void> {
   const known = serving.get(context);
   const all = { ...options, orchestrator: orchestratorOf(options).address };
@@ -493,7 +489,7 @@ async function serve(context: OrchestratorContext, options: CallOptions): Promis
       (option) =>
         option !== "waitSeconds" && all[option] !== undefined && !isDeepStrictEqual(all[option], known.options[option]),
     );
-    if (differs) throw new Error(`what is in context is served with another ${differs}: first await stopServing(context)`);
+    if (differs) throw new Error(`the modules in context are served with another ${differs}: first await stopServing(context)`);
     await known.served;
     return;
   }
@@ -503,21 +499,21 @@ async function serve(context: OrchestratorContext, options: CallOptions): Promis
   await served;
 }
 
-/** Ends what `runSingleCycle` and `startIntervalLoop` serve for `context`. Until then the process lives. */
+/** Stops serving the modules in `context`. Until then the process stays alive. */
 export async function stopServing(context: OrchestratorContext): Promise<void> {
   const known = serving.get(context);
   serving.delete(context);
   await (await known?.served)?.stop();
 }
 
-/** Serves and registers what is in `context` when it is first called with it, and runs one cycle. */
+/** Serves and registers the modules in `context` on the first call with it, and runs one cycle. */
 export async function runSingleCycle(context: OrchestratorContext, options: CallOptions = {}): Promise<CycleTelemetry> {
   checkOptions(options);
   await serve(context, options);
   const { telemetry } = await ask<{ telemetry: CycleTelemetry__Output | null }>(
     orchestratorOf(options),
     (client, options, callback) => client.runCycle({}, options, callback),
-    // As long as the cycle takes.
+    // No limit besides the deadline of the cycle.
     Infinity,
   );
   return toTelemetry(telemetry!);
@@ -526,12 +522,11 @@ export async function runSingleCycle(context: OrchestratorContext, options: Call
 // How often the handle of a loop shows that it has not been cleared.
 const BEAT_MS = 100;
 
-/** The loops that this process has started, by orchestrator and name, and when what was last asked of them is done. */
+/** The loops that this process has started, by orchestrator and name, with the completion of their last request. */
 const loops = new Map<string, { settled: Promise<void> }>();
 
 /**
- * Serves and registers what is in `context`, and has the orchestrator run a cycle every `intervalMs`. A loop of the same
- * name is replaced.
+ * Serves and registers the modules in `context`, and lets the orchestrator run a cycle every `intervalMs`. A loop of the same name is replaced.
  */
 export function startIntervalLoop(
   context: OrchestratorContext,
@@ -556,18 +551,18 @@ export function startIntervalLoop(
   loops.set(key, own);
 
   let stopping: Promise<void> | undefined;
-  // `clearInterval` calls nobody, but a cleared timer no longer beats, and that can be watched.
+  // `clearInterval` calls nothing, but a cleared timer no longer fires, which can be detected.
   let beats = 0;
   const timer = setInterval(() => (beats += 1), BEAT_MS);
   const watch = setInterval(() => {
     if (beats === 0 && !stopping) {
-      stop().catch((error) => console.error(`a loop was not stopped, trying again: ${describe(error)}`));
+      stop().catch((error) => console.error(`a loop was not stopped, retrying: ${describe(error)}`));
     }
     beats = 0;
   }, 4 * BEAT_MS);
   started.catch((error) => {
     [timer, watch].forEach(clearInterval);
-    // Who only keeps the handle, as ever, has to hear of it too.
+    // Reported here as well, for callers that only keep the handle.
     console.error(`the loop ${name} was not started: ${describe(error)}`);
   });
 
@@ -578,12 +573,12 @@ export function startIntervalLoop(
   async function stopOnce(): Promise<void> {
     clearInterval(timer);
     await started;
-    // One that was started again under the same name is no longer this handle's to stop.
+    // This handle must not stop a loop that was started again under the same name.
     if (loops.get(key) === own) {
       const stopped = ask(orchestrator, (client, options, callback) => client.stopIntervalLoop({ name }, options, callback));
       own.settled = stopped.then(() => {}, () => {});
       await stopped.catch((error: ServiceError) => {
-        // Not found: somebody else has stopped it.
+        // NOT_FOUND: the loop was already stopped.
         if (error.code !== status.NOT_FOUND) throw error;
       });
     }
@@ -592,7 +587,7 @@ export function startIntervalLoop(
   return Object.assign(timer, { started, stop });
 }
 
-/** What the orchestrator has done last, and how many cycles in all. */
+/** The last cycle of the orchestrator, and the number of all cycles. */
 export async function getStatus(options: CallOptions = {}): Promise<OrchestratorStatus> {
   checkOptions(options);
   const answer = await ask<{ status: { lastCycle: CycleTelemetry__Output | null; totalCycles: number } | null }>(
@@ -606,7 +601,7 @@ export async function getStatus(options: CallOptions = {}): Promise<Orchestrator
 function toTelemetry(cycle: CycleTelemetry__Output): CycleTelemetry {
   const { cycleId, durationMs, error } = cycle;
   const finishedAt = toMs(cycle.finishedAt);
-  // One that never started has no time of start.
+  // A cycle that never started has no start time.
   const startedAt = cycle.startedAt ? toMs(cycle.startedAt) : finishedAt;
   return { cycleId, startedAt, finishedAt, durationMs, ...(error && { error }) };
 }

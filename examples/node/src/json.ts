@@ -1,14 +1,14 @@
-// Between what modules return and `google.protobuf.Struct`.
+// Converts results of modules to `google.protobuf.Struct` and back.
 
 import { types } from "node:util";
 import type { Struct, Struct__Output } from "./gen/google/protobuf/Struct.js";
 import type { Value, Value__Output } from "./gen/google/protobuf/Value.js";
 import { describe } from "./thrown.js";
 
-/** Plain data, as JSON has it. */
+/** Plain data, as in JSON. */
 export type Json = null | boolean | number | string | Json[] | { [key: string]: Json };
 
-/** A copy of a value as plain data, and what of it is not as it was: "PATH: WHY" each. */
+/** A copy of a value as plain data, and its changes: "PATH: REASON" each. */
 export interface Snapshot {
   struct: Struct;
   dropped: string[];
@@ -16,16 +16,15 @@ export interface Snapshot {
 
 // The contract's limit for an output is 90 nested messages: an object takes three, an array two.
 const MAX_NESTING = 90;
-// A value that refers to the same parts over and over is small in memory and has no end as JSON.
+// A value that refers to the same parts many times is small in memory but huge as JSON.
 const MAX_VALUES = 200_000;
-// They go into the message of one issue, which has 4 KiB: so many, of 80 characters each, of up to three bytes.
+// They must fit into the message of one issue, 4 KiB: 80 characters each, of up to three bytes.
 const MAX_TOLD = 16;
 
 /**
- * Copies `value` as `JSON.stringify` would, once and now. What JSON can't carry is left out and told in `dropped`, and
- * so are the objects of `never`, wherever they turn up. Never throws.
+ * Copies `value` like `JSON.stringify`. Values that JSON can't represent are left out and reported in `dropped`, as are the objects in `never`, wherever they occur. Never throws.
  *
- * An output is an object: an array, or any other value, becomes its only field, `value`. Nothing becomes an empty one.
+ * An output is an object: an array, or any other value, becomes its only field, `value`. `undefined` becomes an empty object.
  */
 export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()): Snapshot {
   const dropped: string[] = [];
@@ -36,7 +35,7 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
   const above = new Set<object>();
   let left = MAX_VALUES;
 
-  // `undefined` for what is left out; an array has null in its place.
+  // `undefined` means left out; an array gets null in its place.
   function copy(value: unknown, path: string, nesting: number): Value | undefined {
     const drop = (why: string): undefined => tell(`${path || "the value"}: ${why}`);
     if (--left < 0) return undefined;
@@ -54,10 +53,10 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
           return { boolValue: value };
         case "number":
           if (!Number.isFinite(value)) return drop(String(value));
-          if (Math.abs(value) > Number.MAX_SAFE_INTEGER) drop("over 2^53, so not exact: give it as text");
+          if (Math.abs(value) > Number.MAX_SAFE_INTEGER) drop("over 2^53, so not exact: give it as a string");
           return { numberValue: value };
         case "bigint":
-          return drop("a BigInt: give it as text");
+          return drop("a BigInt: give it as a string");
         case "string":
           if (!value.isWellFormed()) drop("half a surrogate pair, replaced");
           return { stringValue: value.toWellFormed() };
@@ -67,7 +66,7 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
           return drop(`a ${typeof value}`);
       }
       if (value === null) return { nullValue: "NULL_VALUE" };
-      if (above.has(value)) return drop("a reference back to what holds it");
+      if (above.has(value)) return drop("a circular reference");
       const unfit = unfitFor(value);
       if (unfit) return drop(unfit);
       const below = nesting + (Array.isArray(value) ? 2 : 3);
@@ -76,7 +75,7 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
       try {
         if (Array.isArray(value)) {
           const values: Value[] = [];
-          // An array can be long and empty.
+          // An array can be long but empty.
           for (let i = 0; i < value.length && left >= 0; i++) {
             values.push(copy(value[i], `${path}[${i}]`, below) ?? { nullValue: "NULL_VALUE" });
           }
@@ -86,7 +85,7 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
         for (const key of Object.keys(value)) {
           const inner = path ? `${path}.${key}` : key;
           if (key === "__proto__" || !key.isWellFormed()) {
-            tell(`${inner}: a name that can't be sent`);
+            tell(`${inner}: the name can't be sent`);
             continue;
           }
           let item: unknown;
@@ -108,15 +107,15 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
     }
   }
 
-  // An array gets an object around it, but one can't know of every value whether it is one: a proxy may be revoked.
+  // An array is wrapped in an object. This can throw: a proxy may be revoked.
   const copied = copy(value, "", types.isProxy(value) || Array.isArray(value) ? 3 : 0);
-  if (left < 0) dropped.unshift(`all after the first ${MAX_VALUES} values`);
+  if (left < 0) dropped.unshift(`all values after the first ${MAX_VALUES}`);
   if (drops > MAX_TOLD) dropped.push(`and ${drops - MAX_TOLD} more`);
   if (!copied || copied.nullValue) return { struct: { fields: {} }, dropped };
   return { struct: copied.structValue ?? { fields: { value: copied } }, dropped };
 }
 
-// JSON.stringify makes `{}` of these, which says less than nothing.
+// JSON.stringify converts these to `{}`, which would be misleading.
 function unfitFor(value: object): string | undefined {
   if (types.isMap(value)) return "a Map";
   if (types.isSet(value)) return "a Set";
@@ -128,7 +127,7 @@ function unfitFor(value: object): string | undefined {
   return undefined;
 }
 
-/** The fields of a `Struct` as plain data, frozen all through. */
+/** The fields of a `Struct` as plain data, deeply frozen. */
 export function frozen(struct: Struct__Output | null): Readonly<Record<string, Json>> {
   const fields = Object.entries(struct?.fields ?? {}).map(([key, value]) => [key, plain(value)] as const);
   return Object.freeze(Object.fromEntries(fields));

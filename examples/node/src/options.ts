@@ -1,4 +1,4 @@
-// What users give, checked before anything is served or asked. A refusal names the option, what it is, and what it takes.
+// Checks options before anything is served or called. An error names the option, its value, and valid values.
 
 import { inspect } from "node:util";
 import { distance } from "fastest-levenshtein";
@@ -6,53 +6,48 @@ import type { Struct } from "./gen/google/protobuf/Struct.js";
 import { snapshot } from "./json.js";
 import { TOPOLOGY, type Settings } from "./topology.js";
 
-/** How modules are served. */
+/** Options of serving modules. */
 export interface ServeOptions {
-  /** Where to listen, "HOST:PORT". Port 0 takes a free one. Default "127.0.0.1:0". */
+  /** Address to listen on, "HOST:PORT". Port 0 takes a free one. Default "127.0.0.1:0". */
   listen?: string;
   /**
-   * Registers with the orchestrator at this "HOST", "HOST:PORT" or "http://HOST:PORT". Without it, its configuration file
-   * has to name them.
+   * Registers with the orchestrator at this "HOST", "HOST:PORT" or "http://HOST:PORT". Without it, the configuration file of the orchestrator has to declare the modules.
    */
   orchestrator?: string;
-  /** How long to wait for an orchestrator that is not up yet. Default 30 s; 0 does not wait. */
+  /** Longest wait for an orchestrator that is not up yet. Default 30 s; 0 does not wait. */
   waitSeconds?: number;
-  /** How long a registration lives unless it is renewed, which is done three times as often. Default 30 s. */
+  /** Length of the lease, which is renewed three times as often. Default 30 s. */
   leaseSeconds?: number;
-  /** Where the orchestrator dials it, if not at "http://" and the address it listens on. */
+  /** The endpoint to register. Default "http://" and the address it listens on. */
   endpoint?: string;
-  /** Names of further ones that have a `run` and are yet only read by the others, beside those of `READ_ONLY`. */
+  /** Names of modules with a `run` that are only read, in addition to `READ_ONLY`. */
   readOnly?: readonly string[];
-  /** Names of those in `READ_ONLY` that cycles run all the same. */
+  /** Names in `READ_ONLY` that cycles run nevertheless. */
   run?: readonly string[];
   /**
-   * What is registered of a subsystem, by name: its `timeout`, whether it is `critical`, `requires`, `parameters` and so on.
-   * What is left out is as in DreamNet's table, and else the service's default. Only with `orchestrator`.
+   * Fields of the registration, by name of the subsystem: `timeout`, `critical`, `requires`, `parameters` and so on. Missing fields are taken from DreamNet's table, otherwise the service's default. Only with `orchestrator`.
    */
   registrations?: Readonly<Record<string, Settings>>;
   /**
-   * Runs those of one phase one after another, in the order of DreamNet's table and then of `objects`, as DreamNet's own
-   * loop does: live objects that call each other end up in the same state in every cycle. Those that are only read have no
-   * place in that order, and what a registration says of it comes first. Otherwise they run side by side. Only with
-   * `orchestrator`: it is an `after` in the registration. Default true.
+   * True to run the modules of one phase one after another, in the order of DreamNet's table and then of `objects`, as DreamNet's own loop does: live objects that call each other then end in the same state in every cycle. Modules that are only read have no place in that order, and the order of a registration takes precedence. Otherwise they run concurrently. Only with `orchestrator`: it is an `after` in the registration. Default true.
    */
   sequential?: boolean;
 }
 
-/** The port of an orchestrator whose address names none. */
+/** The default port of an orchestrator. */
 const PORT = 7700;
 
 /**
- * Parses where an orchestrator listens: "HOST", "HOST:PORT" or "http://HOST:PORT", as its command line does.
+ * Parses the address of an orchestrator: "HOST", "HOST:PORT" or "http://HOST:PORT", as its command line does.
  *
  * @returns "HOST:PORT"
- * @throws what to give instead; `option` is what it was given as
+ * @throws an error that names valid values; `option` is the name of the option
  */
 export function orchestratorAddress(value: unknown, option = "orchestrator"): string {
   const takes = "HOST, HOST:PORT or http://HOST:PORT";
   if (typeof value !== "string") return refuse(option, value, takes);
   const [, scheme, rest] = /^(?:(\w+):\/\/)?(.*?)\/?$/s.exec(value.trim())!;
-  if (scheme === "https") return refuse(option, value, `${takes}: TLS is not spoken here`);
+  if (scheme === "https") return refuse(option, value, `${takes}: TLS is not supported`);
   const address = scheme === undefined || scheme === "http" ? hostAndPort(rest!) : undefined;
   if (!address || (scheme && !address.host)) return refuse(option, value, takes);
   return `${address.host ?? "127.0.0.1"}:${address.port ?? (scheme ? 80 : PORT)}`;
@@ -66,10 +61,10 @@ function hostAndPort(text: string): { host?: string; port?: number } | undefined
 
 // -------------------------------------------------------------------------------------------- options
 
-/** Throws what to give instead of `value`, unless that is fine. `at` is the option that it was given as. */
+/** Throws an error with the valid values unless `value` is valid. `at` is the name of the option. */
 type Check = (value: unknown, at: string) => unknown;
 
-// The compiler misses here what is added to the options, or to the contract.
+// The compiler reports options, or fields of the contract, that are missing here.
 type Checks<T> = { readonly [K in keyof Required<T>]: Check };
 type In<K extends keyof Settings> = Checks<NonNullable<Settings[K]>>;
 
@@ -93,11 +88,11 @@ const REGISTRATION: Checks<Settings> = {
   after: names,
   reads: names,
   timeout: duration,
-  retry: fields(RETRY, "field of a retry policy"),
-  breaker: fields(BREAKER, "field of a breaker policy"),
+  retry: fields(RETRY, "a field of a retry policy"),
+  breaker: fields(BREAKER, "a field of a breaker policy"),
   critical: flag,
   parameters: parametersOf,
-  limits: fields(LIMITS, "field of limits"),
+  limits: fields(LIMITS, "a field of limits"),
   recordOutput: flag,
 };
 const OPTIONS: Checks<ServeOptions> = {
@@ -112,8 +107,8 @@ const OPTIONS: Checks<ServeOptions> = {
   readOnly: names,
   run: names,
   registrations: (value, at) => {
-    for (const [name, settings] of entries(value, at, "an object with what is registered, by name")) {
-      fields(REGISTRATION, "field of a registration")(settings, `${at}.${name}`);
+    for (const [name, settings] of entries(value, at, "an object with registrations, by name")) {
+      fields(REGISTRATION, "a field of a registration")(settings, `${at}.${name}`);
     }
   },
   sequential: flag,
@@ -126,13 +121,13 @@ export const namesOf = (objects: unknown): string[] =>
     .filter(([, object]) => object !== null)
     .map(([name]) => name);
 
-/** Refuses what is no option, and what an option does not take. */
-export const checkOptions = (options: ServeOptions): void => void fields(OPTIONS, "option")(options, "");
+/** Refuses unknown options and invalid values. */
+export const checkOptions = (options: ServeOptions): void => void fields(OPTIONS, "an option")(options, "");
 
 /** As `checkOptions`, for an interval loop. */
 export function checkLoop(intervalMs: number, options: ServeOptions & { loop?: string }): void {
   number("milliseconds, more than 0", (ms) => ms > 0)(intervalMs, "intervalMs");
-  fields(LOOP_OPTIONS, "option")(options, "");
+  fields(LOOP_OPTIONS, "an option")(options, "");
 }
 
 function refuse(at: string, value: unknown, takes: string): never {
@@ -152,7 +147,7 @@ function fields<T>(checks: Checks<T>, what: string): Check {
     for (const [name, item] of entries(value, at, `an object with ${known.join(", ")}`)) {
       const inside = at ? `${at}.${name}` : name;
       if (!known.includes(name)) {
-        throw new TypeError(`${inside} is no ${what}: ${suggest(name, known) ?? `there are ${known.join(", ")}`}`);
+        throw new TypeError(`${inside} is not ${what}: ${suggest(name, known) ?? `there are ${known.join(", ")}`}`);
       }
       if (item !== null) checks[name as keyof T](item, inside);
     }
@@ -171,7 +166,7 @@ function number(takes: string, fits: (value: number) => boolean): Check {
   return (value, at) => (typeof value === "number" && Number.isFinite(value) && fits(value)) || refuse(at, value, takes);
 }
 
-/** A whole number that the contract has 32 bits for. */
+/** A whole number of 32 bits. */
 function whole(least: number): Check {
   const most = least < 0 ? -least - 1 : 2 ** 32 - 1;
   return number(`a whole number from ${least} to ${most}`, (value) => {
@@ -188,16 +183,16 @@ function duration(value: unknown, at: string): void {
   const example = typeof value === "number" && Number.isInteger(value) ? value : 30;
   const takes = `a duration as an object, such as { seconds: ${example} } or { nanos: 500_000_000 }`;
   for (const [field, item] of entries(value, at, takes)) {
-    // Of what is no number, the contract takes one as text, or as a Long.
+    // A number can also be given as a string, or as a Long.
     const fine = Number.isSafeInteger(typeof item === "number" ? item : Number(String(item)));
     if (!fine || (field !== "seconds" && field !== "nanos")) refuse(at, value, takes);
   }
 }
 
 /**
- * Parameters as the contract has them.
+ * Parameters as in the contract.
  *
- * @throws what of them can't be sent: what JSON can't carry, and numbers that are not exact
+ * @throws an error that names values that can't be sent: values that JSON can't represent, and inexact numbers
  */
 export function parametersOf(value: unknown, at: string): Struct {
   entries(value, at, "an object with plain data");
@@ -208,18 +203,18 @@ export function parametersOf(value: unknown, at: string): Struct {
 
 // -------------------------------------------------------------------------------------------- names
 
-/** The question whether one of `known` is meant by `name`, if one looks like it. */
+/** Suggests a name of `known` that is similar to `name`, if there is one. */
 export function suggest(name: string, known: Iterable<string>): string | undefined {
   const meant = alike(name, known);
   return meant && `did you mean ${meant}?`;
 }
 
-/** The one of DreamNet's 28 that `name` seems to mean, but is not. */
+/** The name among DreamNet's 28 that is similar but not equal to `name`. */
 export const misspelt = (name: string): string | undefined =>
-  // One that has a number has it on purpose: another instance.
+  // A number is intended: another instance.
   Object.hasOwn(TOPOLOGY, name) || /\d/.test(name) ? undefined : alike(name, Object.keys(TOPOLOGY));
 
-/** The one of `known` that differs in case, a sign, "Core", or in a letter or two. */
+/** The name in `known` that differs in case, punctuation, "Core", or one or two letters. */
 function alike(name: string, known: Iterable<string>): string | undefined {
   const plain = (name: string) => name.toLowerCase().replace(/[^\p{L}\p{N}]|core$/gu, "");
   const near = [...known].map((other) => ({ other, letters: distance(plain(name), plain(other)) }));

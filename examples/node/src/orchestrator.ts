@@ -16,16 +16,16 @@ type Client = InstanceType<typeof OrchestratorClient>;
 type Deadline = { deadline: number };
 type Callback<A> = (error: ServiceError | null, answer?: A) => void;
 
-/** Calls that do no work are answered at once. */
+/** Timeout of calls that return at once. */
 const ANSWER_MS = 10_000;
 
-/** Waits until the orchestrator is up, calls it, and waits for the answer: for 10 s, if `answerMs` does not say otherwise. */
+/** Waits until the orchestrator is up, calls it, and waits for the answer for `answerMs`, 10 s by default. */
 export async function ask<A>(
   { address, waitSeconds }: Orchestrator,
   call: (client: Client, options: Deadline, callback: Callback<A>) => void,
   answerMs = ANSWER_MS,
 ): Promise<A> {
-  // One that comes up is noticed within a second.
+  // An orchestrator that starts is detected within a second.
   const client = new OrchestratorClient(address, credentials.createInsecure(), { "grpc.max_reconnect_backoff_ms": 1000 });
   const answer = <A>(call: (client: Client, options: Deadline, callback: Callback<A>) => void, ms: number) =>
     new Promise<A>((resolve, reject) =>
@@ -40,11 +40,11 @@ export async function ask<A>(
       client.waitForReady(Date.now() + waitSeconds * 1000, (error) => resolve(!error)),
     );
     if (!isUp) {
-      // Only a call is told why, or finds it up by now.
+      // Only a call returns the reason, or succeeds by now.
       await answer((client, options, callback) => client.getStatus({}, options, callback), ANSWER_MS).catch((error) => {
         const { code, details } = error as ServiceError;
         if (code !== status.UNAVAILABLE && code !== status.DEADLINE_EXCEEDED) return;
-        throw failure(`can't be reached, tried for ${waitSeconds} s: ${status[code]}: ${details}`, error);
+        throw failure(`can't be reached within ${waitSeconds} s: ${status[code]}: ${details}`, error);
       });
     }
     return await answer(call, answerMs).catch((error) => {
@@ -65,20 +65,20 @@ export async function register(
   const lease = duration(leaseSeconds * 1000);
   const registerOne = (registration: Registration, orchestrator: Orchestrator) =>
     ask(orchestrator, (client, options, callback) => client.registerSubsystem({ registration, lease }, options, callback));
-  // It is tried again soon, or not needed any more.
+  // It is retried soon, or no longer needed.
   const atOnce = { ...orchestrator, waitSeconds: 0 };
   const renewOne = async (registration: Registration & { name: string }) => {
     try {
       const { name } = registration;
       await ask(atOnce, (client, options, callback) => client.renewLease({ name }, options, callback));
     } catch (error) {
-      // The lease has expired, or somebody has registered it without one.
+      // The lease has expired, or the subsystem was registered without one.
       const { code } = error as ServiceError;
       if (code !== status.NOT_FOUND && code !== status.FAILED_PRECONDITION) throw error;
       await registerOne(registration, atOnce);
     }
   };
-  // Whatever can't be taken out now ends with its lease.
+  // A registration that can't be removed now ends with its lease.
   const unregister = (registered: typeof registrations) =>
     Promise.allSettled(
       registered.map(({ name }) =>
@@ -102,7 +102,7 @@ export async function register(
     renewal = Promise.allSettled(registrations.map(renewOne)).then((results) => {
       renewing = false;
       const failed = results.find((result) => result.status === "rejected");
-      if (failed) console.error(`a lease was not renewed, trying again: ${describe(failed.reason)}`);
+      if (failed) console.error(`a lease was not renewed, retrying: ${describe(failed.reason)}`);
     });
   }, (leaseSeconds * 1000) / 3);
   return async () => {
@@ -112,7 +112,7 @@ export async function register(
   };
 }
 
-/** Milliseconds as the contract has them. */
+/** Milliseconds as a duration of the contract. */
 export const duration = (ms: number) => ({
   seconds: Math.floor(ms / 1000),
   nanos: Math.min(Math.round((ms % 1000) * 1e6), 999_999_999),

@@ -24,7 +24,7 @@ class Total {
   private value = 0;
 
   async run(_context: unknown, cycle: Cycle) {
-    // Stands for work that takes time. A call that is late or cancelled ends it, before anything has changed.
+    // Simulates work. A late or cancelled call ends it, before anything has changed.
     const workMs = cycle.parameters.work_ms;
     if (typeof workMs === "number") await setTimeout(workMs, undefined, { signal: cycle.signal });
     this.cycles += 1;
@@ -61,7 +61,7 @@ while (!served) {
   } catch (error) {
     const { code, message } = error as ServiceError;
     if (code !== status.UNAVAILABLE && code !== status.DEADLINE_EXCEEDED) throw error;
-    // The orchestrator is not there yet: says so, and tries again for as long as it takes.
+    // The orchestrator is not up yet: reports it, and retries without a limit.
     console.error(message);
     await setTimeout(1000);
   }

@@ -1,16 +1,16 @@
-// What was thrown, in words. It can be anything, and is told in bounded length.
+// Describes thrown values, which can be anything, in bounded length.
 
 import { inspect } from "node:util";
 
-/** In one line, for those who call. */
+/** In one line, for callers. */
 export function describe(error: unknown): string {
   let text: string;
   try {
-    // Of an object that is no error, its message says more than its text.
+    // The `message` of an object that is not an Error is more useful than its text.
     const { message = error } = Object(error) as { message?: unknown };
     text = error instanceof Error ? `${error.name}: ${error.message}` : String(message);
   } catch {
-    text = "something that can't be printed";
+    text = "a value that can't be printed";
   }
   return text.slice(0, 1024).toWellFormed();
 }
@@ -22,7 +22,7 @@ export function describeWithPlace(error: unknown): string {
     const stack = error instanceof Error ? String(error.stack) : "";
     [, place] = /^ +at ((?!.*\bnode:internal\b).+)$/m.exec(stack) ?? [];
   } catch {
-    // It has none that can be read.
+    // Its stack can't be read.
   }
   return describe(error) + (place ? `, at ${place.slice(0, 256).toWellFormed()}` : "");
 }

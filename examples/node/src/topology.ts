@@ -1,12 +1,11 @@
-// DreamNet's 28 subsystems, in the order of its own loop. `examples/dreamnet.toml` says the same to the orchestrator; a test
-// compares the two.
+// DreamNet's 28 subsystems, in the order of its own loop. `examples/dreamnet.toml` declares the same for the
+// orchestrator; a test compares the two.
 
 import type { Registration } from "./gen/dreamnet/orchestrator/v1/Registration.js";
 import type { Json } from "./json.js";
 
 /**
- * What a registration says of a subsystem, beside its name and its endpoint: see `Registration` in the contract. A duration
- * is an object, `{ seconds: 30 }` or `{ nanos: 500_000_000 }`.
+ * The registration of a subsystem without its name and endpoint: see `Registration` in the contract. A duration is an object, `{ seconds: 30 }` or `{ nanos: 500_000_000 }`.
  */
 export type Settings = Omit<Registration, "name" | "endpoint" | "parameters"> & {
   /** Plain data. Numbers over 2^53 are refused: they are not exact. */
@@ -79,12 +78,11 @@ export const TOPOLOGY = {
   ),
 } as const satisfies Record<string, Settings>;
 
-/** The name of one of the 28. */
+/** The name of one of the 28 modules. */
 export type SubsystemName = keyof typeof TOPOLOGY;
 
 /**
- * Those that DreamNet's loop hands to the others and never runs, though they have a `run`. NeuralMesh and
- * AgentWalletManager, which it doesn't run either, have none.
+ * Modules with a `run` that DreamNet's loop passes to the others but never runs. NeuralMesh and AgentWalletManager, which it doesn't run either, have no `run`.
  */
 export const READ_ONLY = [
   "IdentityGrid",
@@ -105,7 +103,7 @@ const KEYS: ReadonlyMap<string, string> = new Map([
   ["PredatorScavengerLoop", "predatorScavenger"],
 ]);
 
-/** Those that the others have never met themselves: what they are offered is what its `run` returned last. */
+/** Modules of which the others get the last result of `run` instead of the object. */
 export const ONLY_OUTPUT: ReadonlySet<string> = new Set(["CitadelCore"]);
 
 /** The key under which the others find a subsystem in their context: `FieldLayer` is `fieldLayer`. */

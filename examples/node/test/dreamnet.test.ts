@@ -31,7 +31,7 @@ before(async () => {
 });
 after(async () => assert.equal(await service.stop(), 0));
 
-// What a test has opened is closed when it ends, well or badly.
+// Resources of a test are closed when it ends, even if it fails.
 const open: Array<() => Promise<unknown>> = [];
 afterEach(() => Promise.all(open.splice(0).map((close) => close())));
 
@@ -51,7 +51,7 @@ const loopOf = (...args: Parameters<typeof startIntervalLoop>): IntervalLoop => 
   return loop;
 };
 
-/** Where an orchestrator could be: those who call are cut off. */
+/** An address whose server closes every connection. */
 async function nobodyThere() {
   let call!: () => void;
   const called = new Promise<void>((resolve) => (call = resolve));
@@ -64,7 +64,7 @@ async function nobodyThere() {
   return { address: `127.0.0.1:${(nobody.address() as AddressInfo).port}`, called, leave };
 }
 
-// A copy of this folder has none.
+// A copy of this folder does not have this file.
 const TOML = new URL("../../../dreamnet.toml", import.meta.url);
 
 test("the topology is that of examples/dreamnet.toml", { skip: !existsSync(TOML) }, async () => {
@@ -78,16 +78,16 @@ test("the topology is that of examples/dreamnet.toml", { skip: !existsSync(TOML)
   assert.deepEqual(declared, Object.entries(TOPOLOGY));
 });
 
-test("keys follow from the names, but for three", () => {
+test("keys follow from the names, except for three", () => {
   assert.deepEqual(
     ["FieldLayer", "DreamNetOSCore", "CitadelCore", "StarBridgeLungs", "PredatorScavengerLoop"].map(contextKey),
     ["fieldLayer", "dreamNetOSCore", "citadelSnapshot", "starBridge", "predatorScavenger"],
   );
-  // What every object has by that name is no key.
+  // A property that every object has is not a key.
   assert.deepEqual(["constructor", "toString", "valueOf"].map(contextKey), ["constructor", "toString", "valueOf"]);
 });
 
-test("side by side, the phases and each `after` still hold", async () => {
+test("concurrent modules still follow the phases and each `after`", async () => {
   const ended = new Set<string>();
   const objects = Object.fromEntries(
     NAMES.map((name) => [
@@ -110,7 +110,7 @@ test("side by side, the phases and each `after` still hold", async () => {
   assert.deepEqual([...ended].sort(), [...NAMES].sort());
 });
 
-test("a module is offered the very same live objects, those that it declares and no more", async () => {
+test("a module gets the same live objects, only those that it declares", async () => {
   const seen: Record<string, unknown>[] = [];
   const mesh = { run() {} };
   const objects = {
@@ -137,7 +137,7 @@ test("the `after` of the sequence offers nothing", async () => {
   assert.deepEqual(seen, [[], []]);
 });
 
-test("a subsystem that lives elsewhere is its latest output, frozen", async () => {
+test("a subsystem of another process is represented by its latest output, frozen", async () => {
   let seen: any;
   await serve({ NeuralMesh: { run: () => ({ nodes: [{ id: 1 }] }) } }, { orchestrator: service.address });
   await serve({ CitadelCore: { run(context: unknown) { seen = context; } } }, { orchestrator: service.address });
@@ -146,7 +146,7 @@ test("a subsystem that lives elsewhere is its latest output, frozen", async () =
   assert.throws(() => { seen.neuralMesh.nodes[0].id = 2; }, TypeError);
 });
 
-test("Citadel is what its run has returned, and what is none of the 28 can be an input too", async () => {
+test("Citadel is represented by the result of its run, and a module outside of the 28 can be an input too", async () => {
   let seen: any;
   const agents = [{ id: "wolf" }];
   await serve(
@@ -164,7 +164,7 @@ test("Citadel is what its run has returned, and what is none of the 28 can be an
   assert.equal(seen.agents, agents);
 });
 
-test("what is said of a registration is registered, and the rest is as in the table", async () => {
+test("given fields are registered, and the other ones are as in the table", async () => {
   const context = familiar({
     NeuralMesh: { run: () => new Promise(() => {}) },
     CitadelCore: { run: () => ({ fine: true }) },
@@ -188,7 +188,7 @@ test("what is said of a registration is registered, and the rest is as in the ta
   await assert.rejects(serve({}, { registrations: { Nobody: {} } }), /registrations names Nobody/);
 });
 
-test("what waits for another one of its phase comes after it, in whatever order they are given", async () => {
+test("a module that waits for another one of its phase comes after it, in whatever order they are given", async () => {
   const order: string[] = [];
   const module = (name: string) => ({ run: () => void order.push(name) });
   await serve(
@@ -199,14 +199,14 @@ test("what waits for another one of its phase comes after it, in whatever order 
   assert.deepEqual(order, ["first", "middle", "last"]);
 });
 
-test("when one is refused, none stays registered", async () => {
+test("if one registration is refused, none stays registered", async () => {
   const objects = { fine: { run() {} }, "no name!": { run() {} } };
   await assert.rejects(serve(objects, { orchestrator: service.address }), /"no name!" is no name/);
   const { subsystems } = await orchestrator(service.address)((client, callback) => client.listSubsystems({}, callback));
   assert.deepEqual(subsystems, []);
 });
 
-test("a module that throws is that subsystem's failure only", async (t) => {
+test("a module that throws fails only its own subsystem", async (t) => {
   t.mock.method(console, "error", () => {});
   const throwing = (thrown: unknown): Servable => ({ run() { throw thrown; } });
   await serve(
@@ -234,7 +234,7 @@ test("a module that throws is that subsystem's failure only", async (t) => {
   assert.match(telemetry.error, /ZenGardenCore/);
 });
 
-test("what a module throws is logged with its stack, and its place is told to the orchestrator", async (t) => {
+test("an exception of a module is logged with its stack, and the orchestrator gets its place", async (t) => {
   const error = t.mock.method(console, "error", () => {});
   const logged = () => error.mock.calls.map((call) => String(call.arguments[0]));
   const cause = new RangeError("no such seed");
@@ -260,7 +260,7 @@ test("what a module throws is logged with its stack, and its place is told to th
   for (const name of ["DreamBetCore failed", "SocialHubCore failed", "WolfPack has no status"]) {
     assert.ok(logged().some((line) => line.startsWith(`${name} in cycle `)), name);
   }
-  // A repeated call gets the same answer, and there is nothing new to log.
+  // A repeated call gets the same answer, without another log entry.
   const lines = logged().length;
   const again = { cycleId: (await getStatus({ orchestrator: service.address })).lastCycle!.cycleId, epoch: 2 ** 50 };
   await assert.rejects(call(served.address, "DreamBetCore", again.cycleId, again), /a text/);
@@ -273,7 +273,7 @@ test("what a module throws is logged with its stack, and its place is told to th
   assert.match(logged().at(-1)!, /^ZenGardenCore has no status: TypeError: nothing grows\n/);
 });
 
-test("odd outputs: an object that is mutated later, an array, nothing, and what JSON can't carry", async () => {
+test("odd outputs: an object that is mutated later, an array, nothing, and values that JSON can't represent", async () => {
   const same = { n: 0, inner: { n: 0 } };
   await serve(
     {
@@ -300,13 +300,13 @@ test("odd outputs: an object that is mutated later, an array, nothing, and what 
     assert.deepEqual(part(name).issues.map(({ code }) => code), ["NOT_JSON"]);
   }
   assert.deepEqual(part("ZenGardenCore").issues, []);
-  assert.match(part("SocialHubCore").issues[0]!.message, /big: a BigInt: give it as text/);
-  // A number is a double here as there: it arrives as it is, but it may not be what was counted.
+  assert.match(part("SocialHubCore").issues[0]!.message, /big: a BigInt: give it as a string/);
+  // A number is a double on both sides: it arrives unchanged, but it may not be exact.
   assert.equal(output("LiquidityEngine").fields.wei.numberValue, 10 ** 18);
-  assert.match(part("LiquidityEngine").issues[0]!.message, /wei: over 2\^53, so not exact: give it as text/);
+  assert.match(part("LiquidityEngine").issues[0]!.message, /wei: over 2\^53, so not exact: give it as a string/);
 });
 
-test("the object itself is never sent, not even by another one", async () => {
+test("the object itself is never sent, not even by another module", async () => {
   const keeper = { key: "secret", run() { return this; }, status() { return { wrapped: this }; } };
   const served = await serve(
     { NeuralMesh: keeper, CitadelCore: { run: ({ neuralMesh }: any) => ({ neuralMesh, ok: true }) } },
@@ -318,7 +318,7 @@ test("the object itself is never sent, not even by another one", async () => {
   assert.deepEqual(telemetry.subsystems.map(({ issues }) => issues.map(({ code }) => code)), [["NOT_JSON"], ["NOT_JSON"]]);
 });
 
-test("those that are only read are never run, shown as such, and not counted as failed", async (t) => {
+test("modules that are only read are never run, shown as such, and not counted as failed", async (t) => {
   t.mock.method(console, "error", () => {});
   let runs = 0;
   const keeper = { keys: 7, run() { runs += 1; }, status: () => ({ kept: 7 }) };
@@ -358,7 +358,7 @@ test("classes and factories are made once", async () => {
   assert.equal(made, 3);
 });
 
-test("a repeated call gets the first answer, also while the first is at work, and when it was an error", async (t) => {
+test("a repeated call gets the first answer, even while the first one is in progress, and if it was an error", async (t) => {
   t.mock.method(console, "error", () => {});
   let runs = 0;
   let started!: () => void;
@@ -375,7 +375,7 @@ test("a repeated call gets the first answer, also while the first is at work, an
   const first = call(served.address, "NeuralMesh", 1);
   await atWork;
   const second = call(served.address, "NeuralMesh", 1, { attempt: 2 });
-  // It does not run beside itself, and says that the call may be sent again.
+  // It does not run concurrently with itself, and answers that the call may be repeated.
   await assert.rejects(call(served.address, "NeuralMesh", 2), { code: status.UNAVAILABLE });
   finish({ n: 1 });
   assert.deepEqual(await second, await first);
@@ -385,7 +385,7 @@ test("a repeated call gets the first answer, also while the first is at work, an
   await assert.rejects(call(served.address, "ZenGardenCore", 1), /run 2/);
 });
 
-/** Begins to call `RunCycle`, until it is told that nobody waits for the answer any more. */
+/** Starts a call of `RunCycle`, which can be cancelled. */
 function abandoned(address: string, name: string) {
   let giveUp!: () => void;
   const ended = subsystem(address)((client, callback) => {
@@ -395,7 +395,7 @@ function abandoned(address: string, name: string) {
   return { ended, giveUp };
 }
 
-test("a call that is given up ends, tells the module, and keeps nobody else from answering", async () => {
+test("a cancelled call ends, notifies the module, and delays no other call", async () => {
   let start!: () => void;
   let tell!: () => void;
   const started = new Promise<void>((resolve) => (start = resolve));
@@ -417,7 +417,7 @@ test("a call that is given up ends, tells the module, and keeps nobody else from
   await told;
 });
 
-test("a module that gives up with its call is run again when the call is repeated", async () => {
+test("a module that ends with its cancelled call is run again when the call is repeated", async () => {
   let runs = 0;
   let start!: () => void;
   const started = new Promise<void>((resolve) => (start = resolve));
@@ -432,7 +432,7 @@ test("a module that gives up with its call is run again when the call is repeate
   });
   const { ended, giveUp } = abandoned(served.address, "NeuralMesh");
   await started;
-  // This one waits for the first, and does not give up with it.
+  // This one waits for the first, and is not cancelled with it.
   const second = call(served.address, "NeuralMesh", 1, { epoch: 0, attempt: 2 });
   giveUp();
   await assert.rejects(ended, { code: status.CANCELLED });
@@ -440,7 +440,7 @@ test("a module that gives up with its call is run again when the call is repeate
   assert.deepEqual(await call(served.address, "NeuralMesh", 1, { epoch: 0 }), await second);
 });
 
-test("a superseded epoch is refused, a name that is not here is not found, and health is served", async () => {
+test("a superseded epoch is refused, an unknown name is not found, and health is served", async () => {
   const served = await serve({ NeuralMesh: { run() {} } });
   const initialize = (subsystem_: string, epoch: number) =>
     subsystem(served.address)((client, callback) => client.initialize({ subsystem: subsystem_, epoch }, callback));
@@ -473,7 +473,7 @@ test("an interval loop runs until it is stopped", async () => {
   assert.deepEqual(loops, []);
 });
 
-test("clearInterval stops an interval loop, and not one that was started after it", async () => {
+test("clearInterval stops an interval loop, but not one that was started after it", async () => {
   const context = familiar({ NeuralMesh: { run() {} } });
   const options = { orchestrator: service.address };
   const intervals = async (): Promise<number[]> => {
@@ -488,14 +488,14 @@ test("clearInterval stops an interval loop, and not one that was started after i
   await other.started;
   assert.deepEqual(await intervals(), [6, 7]);
   clearInterval(other);
-  // By then the first one's handle has noticed as well.
+  // By then the first handle has taken effect as well.
   while ((await intervals()).length > 1);
   assert.deepEqual(await intervals(), [6]);
   await second.stop();
   assert.deepEqual(await intervals(), []);
 });
 
-test("what goes wrong at the start is told", async (t) => {
+test("errors at the start are reported", async (t) => {
   const nobody = { orchestrator: "127.0.0.1:1", waitSeconds: 0 };
   const unreachable = /the orchestrator at 127\.0\.0\.1:1 can't be reached.*UNAVAILABLE.*ECONNREFUSED/;
   await assert.rejects(runSingleCycle({ NeuralMesh: { run() {} } }, nobody), unreachable);
@@ -521,7 +521,7 @@ test("calls wait until the orchestrator is up", async () => {
   await loop.stop();
 });
 
-test("what is served is not served again with other options", async () => {
+test("served modules are not served again with other options", async () => {
   const context = familiar({ FieldLayer: { run() {} } });
   const options = { orchestrator: service.address, leaseSeconds: 20 };
   await runSingleCycle(context, options);
@@ -530,7 +530,7 @@ test("what is served is not served again with other options", async () => {
   await assert.rejects(runSingleCycle(context, { orchestrator: "127.0.0.1:1" }), /with another orchestrator/);
 });
 
-test("a registration that is gone is made anew", async () => {
+test("a lost registration is restored", async () => {
   let ran: () => void = () => {};
   const context = familiar({ NeuralMesh: { run: () => ran() } });
   const options = { orchestrator: service.address, leaseSeconds: 1 };
@@ -542,7 +542,7 @@ test("a registration that is gone is made anew", async () => {
   await loop.stop();
 });
 
-test("the stand-alone subsystem waits until the orchestrator is there", async () => {
+test("the stand-alone subsystem waits until the orchestrator is up", async () => {
   const place = await nobodyThere();
   const starting = startSubsystem("--name", "total", "--orchestrator", place.address);
   await place.called;

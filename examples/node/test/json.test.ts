@@ -4,7 +4,7 @@ import { SubsystemClient } from "../src/contract.js";
 import { frozen, snapshot } from "../src/json.js";
 import { describe } from "../src/thrown.js";
 
-/** What arrives of a value: through the bytes of the wire. */
+/** A value after its way through the bytes of the wire. */
 function arrives(value: unknown, never: unknown[] = []) {
   const { struct, dropped } = snapshot(value, new Set(never));
   const { responseSerialize, responseDeserialize } = SubsystemClient.service.GetStatus;
@@ -12,12 +12,12 @@ function arrives(value: unknown, never: unknown[] = []) {
   return { data: frozen(status), dropped };
 }
 
-test("what JSON can carry arrives whole", () => {
+test("values that JSON can represent arrive unchanged", () => {
   const value = { text: "é😀", n: -1.5, yes: true, none: null, list: [1, [2], {}], inner: { a: { b: [] } }, "": 0 };
   assert.deepEqual({ ...arrives(value) }, { data: value, dropped: [] });
 });
 
-test("what is no object becomes one", () => {
+test("a value that is not an object becomes one", () => {
   assert.deepEqual(arrives(undefined), { data: {}, dropped: [] });
   assert.deepEqual(arrives(null), { data: {}, dropped: [] });
   assert.deepEqual(arrives([1, undefined, 2]), { data: { value: [1, null, 2] }, dropped: [] });
@@ -39,7 +39,7 @@ test("values with toJSON, class instances and undefined fields are as in JSON.st
   assert.deepEqual(dropped, ["point.sum: a function"]);
 });
 
-test("what JSON can't carry is left out and told", () => {
+test("values that JSON can't represent are left out and reported", () => {
   const ring: Record<string, unknown> = { fine: 1 };
   ring.self = ring;
   const value = {
@@ -70,13 +70,13 @@ test("what JSON can't carry is left out and told", () => {
   assert.deepEqual(told, [...names, "half", "broken", "bad", "__proto__", "and 1 more"].slice(0, 17));
 });
 
-test("what is told of it fits into one issue", () => {
+test("the report of left out values fits into one issue", () => {
   const { dropped } = arrives(Object.fromEntries(Array.from({ length: 1000 }, (_, i) => [`${i}`.padEnd(999, "€"), 1n])));
   assert.equal(dropped.at(-1), "and 984 more");
   assert.ok(Buffer.byteLength(dropped.join("; ")) < 4000);
 });
 
-test("a value without end as JSON has an end here", () => {
+test("a value that is infinite as JSON is cut here", () => {
   let deep: unknown = 1;
   for (let i = 0; i < 10_000; i++) deep = { deep };
   let wide: unknown[] = [0];
@@ -91,7 +91,7 @@ test("a value without end as JSON has an end here", () => {
   assert.equal(arrives({ thirty }).dropped.length, 1);
 });
 
-test("a subsystem itself is never sent, wherever it turns up", () => {
+test("a subsystem itself is never sent, wherever it occurs", () => {
   const keeper = { key: "secret", toJSON() { return { key: this.key }; } };
   for (const value of [keeper, { keeper }, [[keeper]], { toJSON: () => keeper }]) {
     const { data, dropped } = arrives(value, [keeper]);
@@ -100,15 +100,15 @@ test("a subsystem itself is never sent, wherever it turns up", () => {
   }
 });
 
-test("data is frozen all through", () => {
+test("data is deeply frozen", () => {
   const { data } = arrives({ inner: { list: [{ a: 1 }] } }) as { data: any };
   for (const part of [data, data.inner, data.inner.list, data.inner.list[0]]) assert.ok(Object.isFrozen(part));
 });
 
-test("what is thrown is told, whatever it is", () => {
+test("any thrown value is described", () => {
   const odd = { get message() { throw new Error("no"); } };
   const thrown = [new RangeError("far"), "text", undefined, null, 7, { message: "busy" }, Object.create(null), odd, Symbol("s")];
-  const unprintable = "something that can't be printed";
+  const unprintable = "a value that can't be printed";
   const told = ["RangeError: far", "text", "undefined", "null", "7", "busy", unprintable, unprintable, "Symbol(s)"];
   assert.deepEqual(thrown.map(describe), told);
   assert.equal(describe("x".repeat(5000)).length, 1024);

@@ -1,4 +1,4 @@
-// What users give wrong is refused before anything is served: by its name, with what to give instead.
+// Invalid options are refused before anything is served: the error names the option and valid values.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
@@ -6,31 +6,31 @@ import { getStatus, runSingleCycle, serveSubsystems, startIntervalLoop } from ".
 import { orchestratorAddress, parametersOf } from "../src/options.js";
 
 const module = { run() {} };
-// Whoever gets as far as this has been accepted.
+// Options that reach this point are valid.
 const nobody = { orchestrator: "127.0.0.1:1", waitSeconds: 0 };
 
-/** Serving with these options is refused with just this text. */
+/** Checks that serving with these options is refused with exactly this message. */
 async function refused(options: object, text: string, objects: Record<string, object> = { FieldLayer: module }) {
   await assert.rejects(serveSubsystems(objects, { ...nobody, ...options }), { message: text });
 }
 
-test("what is no option is refused, with the one that is meant", async () => {
-  await refused({ leaseSecond: 30 }, "leaseSecond is no option: did you mean leaseSeconds?");
-  await refused({ readonly: [] }, "readonly is no option: did you mean readOnly?");
+test("an unknown option is refused, with the option that is meant", async () => {
+  await refused({ leaseSecond: 30 }, "leaseSecond is not an option: did you mean leaseSeconds?");
+  await refused({ readonly: [] }, "readonly is not an option: did you mean readOnly?");
   const all = "listen, orchestrator, waitSeconds, leaseSeconds, endpoint, readOnly, run, registrations, sequential";
-  await refused({ timeout: 30 }, `timeout is no option: there are ${all}`);
+  await refused({ timeout: 30 }, `timeout is not an option: there are ${all}`);
   for (const call of [
     () => runSingleCycle({}, { ...nobody, orchestrater: "x" } as object),
     () => getStatus({ ...nobody, orchestrater: "x" } as object),
     async () => startIntervalLoop({}, 5000, { ...nobody, orchestrater: "x" } as object),
   ]) {
-    await assert.rejects(call(), { message: "orchestrater is no option: did you mean orchestrator?" });
+    await assert.rejects(call(), { message: "orchestrater is not an option: did you mean orchestrator?" });
   }
-  assert.throws(() => startIntervalLoop({}, 5000, { lop: "x" } as object), { message: "lop is no option: did you mean loop?" });
-  await refused({ loop: "x" }, `loop is no option: there are ${all}`);
+  assert.throws(() => startIntervalLoop({}, 5000, { lop: "x" } as object), { message: "lop is not an option: did you mean loop?" });
+  await refused({ loop: "x" }, `loop is not an option: there are ${all}`);
 });
 
-test("what an option does not take is refused, with what it takes", async () => {
+test("an invalid value of an option is refused, with the valid ones", async () => {
   await refused({ listen: "127.0.0.1" }, "listen is '127.0.0.1': give a string, \"HOST:PORT\"");
   await refused({ listen: ":50051" }, "listen is ':50051': give a string, \"HOST:PORT\"");
   await refused({ listen: 50051 }, 'listen is 50051: give a string, "HOST:PORT"');
@@ -39,19 +39,19 @@ test("what an option does not take is refused, with what it takes", async () => 
   await refused({ waitSeconds: NaN }, "waitSeconds is NaN: give seconds, 0 or more");
   await refused({ readOnly: "FieldLayer" }, "readOnly is 'FieldLayer': give an array of names, such as [\"FieldLayer\"]");
   await refused({ sequential: "no" }, "sequential is 'no': give true or false");
-  await refused({ registrations: [] }, "registrations is []: give an object with what is registered, by name");
+  await refused({ registrations: [] }, "registrations is []: give an object with registrations, by name");
   assert.throws(() => startIntervalLoop({}, NaN, nobody), { message: "intervalMs is NaN: give milliseconds, more than 0" });
   assert.throws(() => startIntervalLoop({}, "5s" as any, nobody), { message: "intervalMs is '5s': give milliseconds, more than 0" });
 });
 
-test("what is no object with modules is refused", async () => {
+test("an argument that is not an object with modules is refused", async () => {
   const takes = "give an object with the modules by name";
   await assert.rejects((serveSubsystems as any)(), { message: `the first argument is undefined: ${takes}` });
   await assert.rejects((runSingleCycle as any)(), { message: `the first argument is undefined: ${takes}` });
   await refused({}, `the first argument is []: ${takes}`, [] as any);
 });
 
-test("a port that is taken is named", async () => {
+test("a port in use is named", async () => {
   const first = await serveSubsystems({ total: module });
   try {
     const listen = first.address;
@@ -61,7 +61,7 @@ test("a port that is taken is named", async () => {
   }
 });
 
-test("what a registration does not take is refused by its place", async () => {
+test("an invalid field of a registration is refused by its path", async () => {
   const registered = (settings: object, text: string) => refused({ registrations: { FieldLayer: settings } }, text);
   const at = "registrations.FieldLayer";
   const duration = "give a duration as an object, such as { seconds: 30 } or { nanos: 500_000_000 }";
@@ -70,10 +70,10 @@ test("what a registration does not take is refused by its place", async () => {
   await registered({ timeout: { seconds: 0.5 } }, `${at}.timeout is { seconds: 0.5 }: ${duration}`);
   await registered({ timeout: { ms: 500 } }, `${at}.timeout is { ms: 500 }: ${duration}`);
   await registered({ breaker: { openFor: 5 } }, `${at}.breaker.openFor is 5: ${duration.replace("30", "5")}`);
-  await registered({ timout: {} }, `${at}.timout is no field of a registration: did you mean timeout?`);
-  await registered({ retry: { attempts: 3 } }, `${at}.retry.attempts is no field of a retry policy: ` +
+  await registered({ timout: {} }, `${at}.timout is not a field of a registration: did you mean timeout?`);
+  await registered({ retry: { attempts: 3 } }, `${at}.retry.attempts is not a field of a retry policy: ` +
     "there are maxAttempts, initialBackoff, maxBackoff, backoffMultiplier, retryableStatusCodes");
-  await registered({ retry: { maxAttempt: 3 } }, `${at}.retry.maxAttempt is no field of a retry policy: did you mean maxAttempts?`);
+  await registered({ retry: { maxAttempt: 3 } }, `${at}.retry.maxAttempt is not a field of a retry policy: did you mean maxAttempts?`);
   await registered({ limits: { maxMetrics: -1 } }, `${at}.limits.maxMetrics is -1: give a whole number from 0 to 4294967295`);
   await registered({ phase: "30" }, `${at}.phase is '30': give a whole number from -2147483648 to 2147483647`);
   await registered({ critical: "no" }, `${at}.critical is 'no': give true or false`);
@@ -82,11 +82,11 @@ test("what a registration does not take is refused by its place", async () => {
     "critical, parameters, limits, recordOutput");
 });
 
-test("parameters are plain data, and refused where they would arrive as something else", async () => {
+test("parameters are plain data, and refused if they would arrive changed", async () => {
   const registered = (parameters: unknown, text: string) =>
     refused({ registrations: { FieldLayer: { parameters } } }, `registrations.FieldLayer.parameters ${text}`);
-  await registered({ id: 2n ** 60n }, "can't be sent: id: a BigInt: give it as text");
-  await registered({ id: 2 ** 53 }, "can't be sent: id: over 2^53, so not exact: give it as text");
+  await registered({ id: 2n ** 60n }, "can't be sent: id: a BigInt: give it as a string");
+  await registered({ id: 2 ** 53 }, "can't be sent: id: over 2^53, so not exact: give it as a string");
   await registered({ inner: [{ ratio: NaN }] }, "can't be sent: inner[0].ratio: NaN");
   await registered({ made: new Map() }, "can't be sent: made: a Map");
   await registered("fast", "is 'fast': give an object with plain data");
@@ -95,8 +95,8 @@ test("parameters are plain data, and refused where they would arrive as somethin
   });
 });
 
-test("misspelt names of modules are refused, with the one that is meant", async () => {
-  const own = (name: string) => `One of your own is named in registrations as well: { "${name}": {} }`;
+test("misspelt names of modules are refused, with the name that is meant", async () => {
+  const own = (name: string) => `For a module of your own, add it to registrations: { "${name}": {} }`;
   for (const [name, meant] of [
     ["FieldLayr", "FieldLayer"],
     ["fieldLayer", "FieldLayer"],
@@ -104,7 +104,7 @@ test("misspelt names of modules are refused, with the one that is meant", async 
     ["DreamTank", "DreamTankCore"],
     ["wolf_pack", "WolfPack"],
   ] as const) {
-    await refused({}, `${name} is none of DreamNet's: did you mean ${meant}? ${own(name)}`, { [name]: module });
+    await refused({}, `${name} is not a name of DreamNet: did you mean ${meant}? ${own(name)}`, { [name]: module });
     await assert.rejects(runSingleCycle({ [name]: module }, nobody), /did you mean/);
   }
   await refused({ readOnly: ["FieldLayr"] }, "readOnly names FieldLayr, which is not among the objects: did you mean FieldLayer?");
@@ -116,21 +116,21 @@ test("misspelt names of modules are refused, with the one that is meant", async 
   );
   await refused(
     { registrations: { FieldLayer: { reads: ["NeuralMsh"] } } },
-    "registrations.FieldLayer names NeuralMsh, which is none of DreamNet's: did you mean NeuralMesh?",
+    "registrations.FieldLayer names NeuralMsh, which is not a name of DreamNet: did you mean NeuralMesh?",
   );
 });
 
-test("names of one's own are taken", async () => {
-  // None of these gets any further than to an orchestrator that isn't there.
+test("names of one's own are accepted", async () => {
+  // All of these fail only because the orchestrator is unreachable.
   const taken = (objects: object, options = {}) =>
     assert.rejects(serveSubsystems(objects as Record<string, object>, { ...nobody, ...options }), /can't be reached/);
   await taken({ total: module, agents: [], Wolf: module });
-  // Another instance, and one that is said to be meant.
+  // Another instance, and a name that is confirmed.
   await taken({ FieldLayer2: module });
   await taken({ DreamShip: module }, { registrations: { DreamShip: { reads: ["sensor", "NeuralMesh3"] } } });
 });
 
-test("an orchestrator is given in the same forms everywhere", async () => {
+test("the address of an orchestrator has the same forms everywhere", async () => {
   for (const [given, address] of [
     ["127.0.0.1:7701", "127.0.0.1:7701"],
     ["http://127.0.0.1:7701", "127.0.0.1:7701"],
@@ -148,7 +148,7 @@ test("an orchestrator is given in the same forms everywhere", async () => {
   for (const given of ["", "http://", "http://:1", "ftp://host", "unix:/run/it", "host:99999", "a b:1", "host:1/path", "::1", 7700, {}]) {
     assert.throws(() => orchestratorAddress(given), (error: Error) => error.message.endsWith(forms), String(given));
   }
-  assert.throws(() => orchestratorAddress("https://host:1"), { message: `orchestrator is 'https://host:1': ${forms}: TLS is not spoken here` });
+  assert.throws(() => orchestratorAddress("https://host:1"), { message: `orchestrator is 'https://host:1': ${forms}: TLS is not supported` });
 
   const orchestrator = "http://127.0.0.1:1";
   const unreachable = /the orchestrator at 127\.0\.0\.1:1 can't be reached/;

@@ -1,4 +1,4 @@
-// DreamNet's 28 modules, run by the service, end up as they do in DreamNet's own loop.
+// DreamNet's 28 modules, run by the service, end in the same state as in DreamNet's own loop.
 
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
@@ -8,7 +8,7 @@ import { cycle, orchestrator, startOrchestrator, type Running } from "./support.
 
 const NAMES = Object.keys(TOPOLOGY) as SubsystemName[];
 
-/** Those that DreamNet's loop runs, one after another. It runs no other. */
+/** The modules that DreamNet's loop runs, one after another. */
 const LOOP: readonly SubsystemName[] = [
   "CitadelCore",
   "LatentCollaboration",
@@ -31,7 +31,7 @@ const LOOP: readonly SubsystemName[] = [
 const WITHOUT_RUN: readonly string[] = ["NeuralMesh", "AgentWalletManager"];
 const WITHOUT_STATUS: readonly string[] = ["AgentWalletManager", "LatentCollaboration"];
 
-/** Stands for one of the 28. What it remembers depends on what the others hold at that moment, and it changes them. */
+/** Simulates one of the 28 modules. Its state depends on the state of the others at that moment, and it changes them. */
 class Stateful {
   memory = 1;
   runs = 0;
@@ -45,7 +45,7 @@ class Stateful {
     this.runs += 1;
     for (const key of Object.keys(context).sort()) {
       const other = context[key]!;
-      // What Citadel has returned is no object that could be called.
+      // The result of Citadel can't be called.
       this.remember(key === "citadelSnapshot" ? other.memory : other.remember(this.memory));
     }
     return this.state();
@@ -56,7 +56,7 @@ class Stateful {
   }
 }
 
-/** All 28: some are synchronous, some take a few turns. `order` is told who runs. */
+/** All 28: some are synchronous, some take a few turns. `order` records which module runs. */
 function fleet(order: string[]): Record<SubsystemName, Stateful & { run?: any; status?: any }> {
   const modules = NAMES.map((name, i) => {
     const module: Stateful & { run?: any; status?: any } = new Stateful();
@@ -73,7 +73,7 @@ function fleet(order: string[]): Record<SubsystemName, Stateful & { run?: any; s
   return Object.fromEntries(modules) as Record<SubsystemName, Stateful>;
 }
 
-/** A cycle in DreamNet's own way: in one process, one after another, each with its part of the context. */
+/** A cycle as in DreamNet's own loop: in one process, one after another, each with its part of the context. */
 async function original(context: ReturnType<typeof fleet>): Promise<void> {
   let citadelSnapshot: unknown;
   for (const name of LOOP) {
@@ -95,7 +95,7 @@ before(async () => {
 });
 after(async () => assert.equal(await service.stop(), 0));
 
-test("DreamNet's modules end up as they do in its own loop, in every cycle", async () => {
+test("DreamNet's modules end in the same state as in its own loop, in every cycle", async () => {
   const [expected, observed]: [string[], string[]] = [[], []];
   const plain = fleet(expected);
   const served = fleet(observed);
@@ -115,7 +115,7 @@ test("DreamNet's modules end up as they do in its own loop, in every cycle", asy
       assert.equal(equal.length, 26);
     }
 
-    // What the orchestrator shows of them is the same.
+    // The orchestrator shows the same states.
     const { status } = await orchestrator(service.address)((client, callback) =>
       client.getStatus({ includeSnapshots: true }, callback),
     );
@@ -126,7 +126,7 @@ test("DreamNet's modules end up as they do in its own loop, in every cycle", asy
     const { totalCycles, lastCycle } = await getStatus(options);
     assert.equal(lastCycle?.cycleId, totalCycles);
 
-    // Nobody waits for those that are only read, nor do they wait for each other.
+    // Nothing waits for modules that are only read, nor do they wait for each other.
     const { plan } = await orchestrator(service.address)((client, callback) => client.planCycle({}, callback));
     const planned: SubsystemName[] = plan.subsystems.map(({ name }: { name: SubsystemName }) => name);
     assert.deepEqual(planned.filter((name) => LOOP.includes(name)), LOOP);
@@ -134,7 +134,7 @@ test("DreamNet's modules end up as they do in its own loop, in every cycle", asy
     const waits = subsystems.filter(({ registration }: any) => registration.phase === 0 && registration.after.length > 0);
     assert.deepEqual(waits, []);
 
-    // A cycle says who was only read; their outputs are what they are now.
+    // A cycle reports which modules were only read; their outputs are their current state.
     const { subsystems: parts } = await cycle(service.address);
     const read = parts.filter(({ issues }) => issues.some(({ code }) => code === "READ_ONLY"));
     assert.deepEqual(new Set(read.map(({ name }) => name)), new Set([...READ_ONLY, ...WITHOUT_RUN]));

@@ -1,4 +1,4 @@
-// This folder as others use it: copied to another place, and as a package with declarations.
+// This folder as users have it: copied to another place, and as a package with declarations.
 
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
@@ -22,7 +22,7 @@ before(async () => {
   elsewhere = await mkdtemp(join(tmpdir(), "dreamnet-"));
   copy = join(elsewhere, "subsystems");
   await cp(HERE, copy, { recursive: true, filter: (path) => !MADE.includes(path) });
-  // In the place of `npm ci`.
+  // Instead of `npm ci`.
   await symlink(join(HERE, "node_modules"), join(copy, "node_modules"));
   const built = await run("npm", ["run", "--silent", "build"], copy);
   assert.equal(built.code, 0, built.output);
@@ -41,7 +41,7 @@ async function run(command: string, args: string[], cwd: string, env = {}) {
   return { code, output };
 }
 
-/** A package beside the copy that has it among its dependencies. */
+/** A package beside the copy that depends on it. */
 async function dependent(files: Record<string, string>): Promise<string> {
   const folder = join(elsewhere, "dependent");
   await mkdir(join(folder, "node_modules"), { recursive: true });
@@ -55,7 +55,7 @@ async function dependent(files: Record<string, string>): Promise<string> {
 const check = (folder: string, file: string) =>
   run(TSC, ["--noEmit", "--strict", "--module", "nodenext", "--target", "es2023", "--types", "node", file], folder);
 
-test("a copied folder works as the README's example says", async () => {
+test("a copied folder works with the README's example", async () => {
   const readme = await readFile(join(copy, "README.md"), "utf8");
   const [, path, example] = /^cat > (\S+) <<'EOF'\n(.*?)^EOF$/ms.exec(readme)!;
   await writeFile(join(copy, path!), example!);
@@ -91,7 +91,7 @@ test("a package that depends on it has its declarations", async () => {
   assert.deepEqual(lines, [3, 4, 5], output);
 });
 
-test("what is packed is the code, its declarations and the contract", async () => {
+test("the package contains the code, its declarations and the contract", async () => {
   const { code, output } = await run("npm", ["pack", "--dry-run", "--json", "--loglevel=error"], copy);
   assert.equal(code, 0, output);
   const [{ files }] = JSON.parse(output) as [{ files: Array<{ path: string }> }];

@@ -12,14 +12,14 @@ import type { CycleTelemetry__Output } from "../src/gen/dreamnet/orchestrator/v1
 const BINARY =
   process.env.TEST_ORCHESTRATOR ?? fileURLToPath(new URL("../../../../target/debug/orchestrator", import.meta.url));
 
-/** A process that has told where it listens. */
+/** A process that has printed its address. */
 export interface Running {
   address: string;
   /** Sends SIGTERM and resolves with the exit code. */
   stop(): Promise<number | null>;
 }
 
-// A test that takes too long is ended by a signal; those that it has started would outlive it.
+// A test that takes too long is ended by a signal; its processes would outlive it.
 const children = new Set<ChildProcess>();
 process.once("SIGTERM", () => {
   for (const child of children) child.kill("SIGKILL");

@@ -1,7 +1,6 @@
-//! A whole subsystem in Rust, made with the library.
+//! A complete subsystem in Rust, made with the library.
 //!
-//! It adds up what its inputs call `value`, and knows the highest sum of the latest cycles, over as many of them as its
-//! parameter `window` says.
+//! It adds up the `value` of its inputs, and keeps the highest sum of the latest `window` cycles (a parameter).
 
 use std::{
     collections::VecDeque,
@@ -24,9 +23,9 @@ use tokio::{
 };
 use tonic::transport::Endpoint;
 
-/// Until the orchestrator forgets a subsystem that has died.
+/// Time until the orchestrator unregisters a dead subsystem.
 const LEASE: Duration = Duration::from_secs(15);
-/// For running calls to end when the process is asked to stop, and for the orchestrator to answer.
+/// Time for running calls to end after a signal, and for answers of the orchestrator.
 const GRACE: Duration = Duration::from_secs(5);
 
 #[derive(Default)]
@@ -35,7 +34,7 @@ struct Peak(Mutex<State>);
 #[derive(Default)]
 struct State {
     window: usize,
-    /// The latest ones, at most `window`.
+    /// The latest sums, at most `window`.
     sums: VecDeque<f64>,
     cycles: u64,
 }
@@ -89,7 +88,7 @@ impl Subsystem for Peak {
     }
 }
 
-/// Stands for work that takes time: the parameter `work_ms`. When the deadline passes or the caller cancels, it is
+/// Simulates work for `work_ms` milliseconds (a parameter). When the deadline passes or the caller cancels, it is
 /// dropped here, before anything has changed.
 async fn work(parameters: &Object) -> Result<(), Failure> {
     let ms = parameters.get("work_ms").and_then(Value::as_f64).unwrap_or_default();
@@ -97,7 +96,7 @@ async fn work(parameters: &Object) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Registers with a lease and renews it until it is told to stop. Tries for as long as it takes.
+/// Registers with a lease and renews it until a signal stops it. Retries without a limit.
 async fn stay_registered(
     orchestrator: &str,
     registration: pb::Registration,
@@ -122,7 +121,7 @@ async fn stay_registered(
             }
             Err(status) => {
                 eprintln!("{orchestrator}: {:?}: {}", status.code(), status.message());
-                // The lease has expired, or somebody has registered it without one.
+                // The lease has expired, or the subsystem was registered without one.
                 registered &= !matches!(status.code(), tonic::Code::NotFound | tonic::Code::FailedPrecondition);
                 Duration::from_secs(1)
             }
@@ -139,21 +138,21 @@ async fn stay_registered(
 }
 
 #[derive(Parser)]
-#[command(about = "A whole subsystem in Rust")]
+#[command(about = "A complete subsystem in Rust")]
 struct Flags {
-    /// Where to listen
+    /// Address to listen on
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50054")]
     listen: String,
     /// The subsystem's name
     #[arg(long, value_name = "NAME", default_value = "peak")]
     name: String,
-    /// Where to register. Without it, it is not registered
+    /// Orchestrator to register with [default: not registered]
     #[arg(long, value_name = "HOST:PORT")]
     orchestrator: Option<String>,
-    /// Subsystems that it runs after, and not without
+    /// Subsystems that it requires
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     requires: Vec<String>,
-    /// Subsystems that it runs after
+    /// Subsystems that it runs after, even if they fail
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     after: Vec<String>,
     /// Subsystems whose latest output it reads

@@ -56,8 +56,9 @@ macro_rules! checks {
     };
 }
 
-/// All checks, in the order in which they run. The first two expect that the subsystem may not be initialized yet. A
-/// rule quotes the comments of `subsystem.proto`; "…" marks an omission.
+/// All checks, in the order in which they run. The first two expect that the subsystem may not be initialized yet.
+///
+/// A rule quotes the comments of `subsystem.proto`; "…" marks an omission.
 pub(super) const CHECKS: &[Check] = checks! {
     Required "status" status
         "Returns a snapshot of the subsystem's own state, for people and dashboards. Free of side effects, answered \

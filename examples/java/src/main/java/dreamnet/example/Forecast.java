@@ -24,10 +24,9 @@ import java.util.concurrent.TimeUnit;
 import java.util.function.BooleanSupplier;
 
 /**
- * A whole subsystem in Java, made from the contract alone.
+ * A complete subsystem in Java, made from the contract alone.
  *
- * <p>It adds up what its inputs call {@code value} and forecasts that of the next cycle: as much more as it has grown of
- * late. Its parameter {@code smoothing}, over 0 and up to 1, says how fast it forgets older growth.
+ * <p>It adds up the {@code value} of its inputs and forecasts the sum of the next cycle from its recent growth. Its parameter {@code smoothing}, over 0 and up to 1, is the weight of the latest growth.
  */
 final class Forecast extends SubsystemGrpc.SubsystemImplBase {
     /** Cycles. A call is repeated only while its cycle runs. */
@@ -35,7 +34,7 @@ final class Forecast extends SubsystemGrpc.SubsystemImplBase {
 
     private final String name;
 
-    // All state is guarded by `this`; while a call waits for its turn or works, it lets others at it.
+    // All state is guarded by `this`, which a call releases while it waits for its turn or works.
     private boolean initialized;
     private long epoch;
     private double smoothing;
@@ -73,7 +72,7 @@ final class Forecast extends SubsystemGrpc.SubsystemImplBase {
         admit(request.getSubsystem(), request.getEpoch());
         Value given = request.getParameters().getFieldsOrDefault("smoothing", number(0.5));
         if (!(given.getNumberValue() > 0 && given.getNumberValue() <= 1)) {
-            throw Status.INVALID_ARGUMENT.withDescription("smoothing is not over 0 and up to 1").asRuntimeException();
+            throw Status.INVALID_ARGUMENT.withDescription("smoothing must be over 0 and at most 1").asRuntimeException();
         }
         smoothing = given.getNumberValue();
         initialized = true;
@@ -82,10 +81,10 @@ final class Forecast extends SubsystemGrpc.SubsystemImplBase {
 
     private synchronized RunCycleResponse runCycle(RunCycleRequest request) throws InterruptedException {
         admit(request.getSubsystem(), request.getEpoch());
-        if (!initialized) { // The orchestrator calls Initialize and then asks again.
+        if (!initialized) { // The orchestrator calls Initialize and then RunCycle again.
             throw Status.FAILED_PRECONDITION.withDescription("not initialized").asRuntimeException();
         }
-        waitUntil(() -> !working, Long.MAX_VALUE); // A repeated call waits here for the first one's answer.
+        waitUntil(() -> !working, Long.MAX_VALUE); // A repeated call waits for the answer of the first one.
         RunCycleResponse first = answers.get(request.getCycleId());
         if (first != null) {
             return first;
@@ -97,7 +96,7 @@ final class Forecast extends SubsystemGrpc.SubsystemImplBase {
             working = false;
             notifyAll();
         }
-        admit(request.getSubsystem(), request.getEpoch()); // Superseded in the meantime?
+        admit(request.getSubsystem(), request.getEpoch()); // It may have been superseded meanwhile.
         RunCycleResponse answer = forecast(request.getInputsMap());
         answers.put(request.getCycleId(), answer);
         return answer;
@@ -122,13 +121,13 @@ final class Forecast extends SubsystemGrpc.SubsystemImplBase {
             String message = "epoch %d is over, epoch %d has called; restart %s if that one is gone".formatted(callersEpoch, epoch, name);
             throw Status.ABORTED.withDescription(message).asRuntimeException();
         }
-        if (callersEpoch != epoch) { // The cycles of an older one are over.
+        if (callersEpoch != epoch) { // The cycles of the older epoch have ended.
             epoch = callersEpoch;
             answers.clear();
         }
     }
 
-    /** Stands for work that takes time: the parameter {@code work_ms}. */
+    /** Simulates work for {@code work_ms} milliseconds (a parameter). */
     private void work(RunCycleRequest request) throws InterruptedException {
         Value given = request.getParameters().getFieldsOrDefault("work_ms", number(0));
         waitUntil(() -> false, (long) given.getNumberValue());
@@ -161,8 +160,8 @@ final class Forecast extends SubsystemGrpc.SubsystemImplBase {
     }
 
     /**
-     * Waits until something holds or so much time has passed. Fails when the call's deadline has passed or its caller
-     * has cancelled it: nobody wants the answer any more.
+     * Waits until a condition holds or this time has passed. Fails when the call's deadline has passed or its caller
+     * has cancelled it.
      */
     private void waitUntil(BooleanSupplier holds, long millis) throws InterruptedException {
         Context call = Context.current();
@@ -176,7 +175,7 @@ final class Forecast extends SubsystemGrpc.SubsystemImplBase {
             long started = System.nanoTime();
             while (!holds.getAsBoolean()) {
                 if (call.isCancelled()) {
-                    throw Status.CANCELLED.withDescription("nobody waits for it").asRuntimeException();
+                    throw Status.CANCELLED.withDescription("the call was cancelled").asRuntimeException();
                 }
                 long left = millis - TimeUnit.NANOSECONDS.toMillis(System.nanoTime() - started);
                 if (left <= 0) {
@@ -197,7 +196,7 @@ final class Forecast extends SubsystemGrpc.SubsystemImplBase {
             observer.onError(refusal);
             return;
         } catch (Exception failure) {
-            failure.printStackTrace(); // The caller is told what, and not where.
+            failure.printStackTrace(); // The caller gets only the message.
             observer.onError(Status.INTERNAL.withDescription(failure.toString()).asRuntimeException());
             return;
         }

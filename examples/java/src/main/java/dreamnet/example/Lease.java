@@ -16,9 +16,9 @@ import java.util.concurrent.Executors;
 import java.util.concurrent.ScheduledExecutorService;
 import java.util.concurrent.TimeUnit;
 
-/** Registers a subsystem with a lease and renews it. Tries for as long as it takes. */
+/** Registers a subsystem with a lease and renews it. Retries without a limit. */
 final class Lease implements AutoCloseable {
-    /** Until the orchestrator forgets a subsystem that has died. */
+    /** Time until the orchestrator unregisters a dead subsystem. */
     private static final int SECONDS = 15;
 
     private final Registration registration;
@@ -49,11 +49,11 @@ final class Lease implements AutoCloseable {
         } catch (StatusRuntimeException error) {
             System.err.println(orchestrator + ": " + error.getMessage());
             Status.Code code = error.getStatus().getCode();
-            // The lease has expired, or somebody has registered it without one.
+            // The lease has expired, or it was registered without one.
             if (code == Status.Code.NOT_FOUND || code == Status.Code.FAILED_PRECONDITION) {
                 registered = false;
             }
-            channel.resetConnectBackoff(); // It would grow to minutes.
+            channel.resetConnectBackoff(); // The pause would grow to minutes.
             pause = 1000;
         }
         timer.schedule(this::renew, pause, TimeUnit.MILLISECONDS);
@@ -63,7 +63,7 @@ final class Lease implements AutoCloseable {
         return OrchestratorGrpc.newBlockingStub(channel).withDeadlineAfter(Main.GRACE_SECONDS, TimeUnit.SECONDS);
     }
 
-    /** Takes the subsystem out of the registry. */
+    /** Unregisters the subsystem. */
     @Override
     public void close() throws InterruptedException {
         timer.shutdownNow();

@@ -12,12 +12,12 @@ import java.util.Map;
 import java.util.Set;
 import java.util.concurrent.TimeUnit;
 
-/** Serves the forecast until it is asked to stop. */
+/** Serves the forecast until a signal stops it. */
 final class Main {
-    /** For running calls to end when the process is asked to stop. */
+    /** Time for running calls to end after a signal. */
     static final int GRACE_SECONDS = 5;
 
-    /** Inputs can be larger than the 4 MiB that gRPC takes by default. */
+    /** Inputs can be larger than gRPC's default limit of 4 MiB. */
     private static final int MAX_MESSAGE_BYTES = 64 << 20;
 
     private static final Set<String> FLAGS =
@@ -72,7 +72,7 @@ final class Main {
         Map<String, String> flags = new HashMap<>();
         for (int i = 0; i < args.length; i += 2) {
             if (!FLAGS.contains(args[i]) || i + 1 == args.length) {
-                System.err.println(args[i] + " is none of " + FLAGS + ", or has no value");
+                System.err.println(args[i] + " is not one of " + FLAGS + ", or has no value");
                 System.exit(2);
             }
             flags.put(args[i], args[i + 1]);
