@@ -109,7 +109,7 @@ pub(super) const CHECKS: &[Check] = checks! {
     Required "concurrent-subsystems" concurrent_subsystems
         "Several subsystems may be served at one endpoint, over one connection, and called at the same time.",
     Recommended "malformed-request" malformed_request
-        "Errors are plain gRPC status codes. … A request that can't be read gets any of them.",
+        "Errors are plain gRPC status codes. … A request that can't be decoded may get any code.",
     Required "output-limits" output_limits
         "At most 90 nested messages deep, which is 30 nested objects … and at most as large as the `max_output_bytes` \
          of \
