@@ -27,9 +27,9 @@ use opentelemetry_proto::tonic::collector::trace::v1::{
     trace_service_server::{TraceService, TraceServiceServer},
 };
 use orchestrator_core::{
-    clock::Clock,
     config::Config,
     dial::Dialer,
+    host::Host,
     memory::Shares,
     model::{CycleRequest, CycleState, OverlapPolicy, Payload, Subsystem, SubsystemSpec, Trigger},
     orchestrator::{Declared, Orchestrator, Tasks},
@@ -276,18 +276,19 @@ impl Ours {
         });
         let declared = Declared { subsystems: subsystems.collect::<std::result::Result<_, _>>()?, loops: Vec::new() };
         let memory = Shares::of(1 << 30);
+        let host = Host::system();
         let dialer = Arc::new(Dialer::new(Duration::from_secs(5), memory.replies.clone()));
-        let (store, contents) = store::open(store, record::check).await?;
+        let (store, contents) = store::open(store, record::check, host.clock).await?;
         let settings = serve::settings(&Config::default());
         let (mut spans, mut exporting): (Arc<dyn Spans>, _) = (Arc::new(Untraced), None);
         if let Some(collector) = collector {
-            let (exporter, sender) = otlp::exporter(collector, 1.0, "bench")?;
+            let (exporter, sender) = otlp::exporter(collector, 1.0, host.random.clone(), "bench")?;
             spans = Arc::new(exporter);
             let stop = CancellationToken::new();
             exporting = Some((tokio::spawn(sender.run(stop.clone())), stop));
         }
         let (orchestrator, tasks) =
-            Orchestrator::start(settings, &memory, Clock::System, dialer, (store, contents), declared, spans).await?;
+            Orchestrator::start(settings, &memory, host, dialer, (store, contents), declared, spans).await?;
         Ok(Self { orchestrator, tasks, metrics: None, exporting })
     }
 

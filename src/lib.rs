@@ -3,6 +3,7 @@
 //! The feature `service`, which is on by default, is the service itself with its command line. Without it, what is left is
 //! what a subsystem in Rust is made with: see [`subsystem`].
 
+#![cfg_attr(not(test), warn(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 #![cfg_attr(not(feature = "service"), allow(dead_code, unused_imports, reason = "the service uses the rest"))]
 
 mod listen;
@@ -27,11 +28,15 @@ pub mod engine;
 #[cfg(feature = "service")]
 pub mod file;
 #[cfg(feature = "service")]
+pub mod host;
+#[cfg(feature = "service")]
 pub mod orchestrator;
 #[cfg(feature = "service")]
 pub mod parts;
 #[cfg(feature = "service")]
 pub mod ports;
+#[cfg(feature = "service")]
+pub mod random;
 #[cfg(feature = "service")]
 pub mod record;
 #[cfg(feature = "service")]

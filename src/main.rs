@@ -1,5 +1,7 @@
 //! The `orchestrator` binary.
 
+#![warn(clippy::disallowed_methods)]
+
 use std::process::ExitCode;
 
 use orchestrator_core::cli::Cli;

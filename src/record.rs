@@ -3,10 +3,7 @@
 //! A cycle is encoded once, here, and the bytes are what is committed, answered and streamed. Only the revision comes later: it
 //! is given by the commit. Requests whose cycles wait are stored in the wire form of `RunCycleRequest`.
 
-use std::{
-    collections::{BTreeSet, HashSet},
-    time::Duration,
-};
+use std::{collections::BTreeSet, time::Duration};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -302,7 +299,7 @@ pub fn reason_to_skip(reason: Option<SkipReason>) -> pb::SkipReason {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Participation {
     /// Cycles in which one of these took part; empty means any.
-    pub subsystems: HashSet<Name>,
+    pub subsystems: BTreeSet<Name>,
     /// And its part ended so, by the numbers of the contract; empty means any.
     pub states: BTreeSet<i32>,
 }

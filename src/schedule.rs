@@ -9,10 +9,11 @@ use crate::{
     memory::Held,
     model::{CatchUp, CycleId, IntervalLoop, LoopState, Name, TickDisposition},
     ports::StoredLoop,
+    random::Random,
 };
 
 /// The loops of a process.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Loops {
     entries: BTreeMap<Name, LoopEntry>,
     /// Those whose state has changed since it was last written, with the version that changed it.
@@ -20,6 +21,7 @@ pub struct Loops {
     version: u64,
     /// When the log said last that ticks of a loop are dropped.
     warned_at: BTreeMap<Name, Timestamp>,
+    random: Random,
 }
 
 /// One loop.
@@ -57,6 +59,11 @@ impl Loops {
     /// waiting could take years.
     pub const MAX_SET_BACK: Duration = Duration::from_mins(1);
 
+    /// None yet. Jitter is drawn from `random`.
+    pub fn new(random: Random) -> Self {
+        Self { entries: BTreeMap::new(), dirty: BTreeMap::new(), version: 0, warned_at: BTreeMap::new(), random }
+    }
+
     /// The loops, by name.
     pub fn iter(&self) -> impl Iterator<Item = &LoopEntry> {
         self.entries.values()
@@ -89,7 +96,7 @@ impl Loops {
     ) {
         let mut entry = LoopEntry { _held: held.map(Arc::new), ..LoopEntry::new(settings, declared, state) };
         if !entry.state.stopped {
-            entry.catch_up(now);
+            entry.catch_up(now, &self.random);
         }
         self.put(entry);
     }
@@ -100,7 +107,7 @@ impl Loops {
     pub fn started(&self, settings: IntervalLoop, declared: bool, now: Timestamp) -> LoopEntry {
         let Some(earlier) = self.entries.get(&settings.name) else {
             let mut entry = LoopEntry::new(settings, declared, LoopState::default());
-            entry.begin_at(now);
+            entry.begin_at(now, &self.random);
             return entry;
         };
         let has_same_ticks =
@@ -117,7 +124,7 @@ impl Loops {
                 let latest = tick.due_at.saturating_add(entry.settings.jitter).unwrap_or(tick.due_at);
                 entry.next = Some(Tick { fires_at: tick.fires_at.min(latest), ..tick });
             }
-            None => entry.begin_at(now),
+            None => entry.begin_at(now, &self.random),
         }
         entry
     }
@@ -144,7 +151,7 @@ impl Loops {
             let Some(tick) = &mut entry.next else { continue };
             tick.has_come |= tick.due_at <= now;
             if entry.follow_clock(now) {
-                entry.plan_next(now);
+                entry.plan_next(now, &self.random);
                 set_back.push(name.clone());
             }
         }
@@ -194,7 +201,7 @@ impl Loops {
         if let Some(cycle_id) = cycle_id {
             entry.state.last_cycle_id = cycle_id;
         }
-        entry.plan_next(now);
+        entry.plan_next(now, &self.random);
         self.touch(name.clone());
     }
 
@@ -302,9 +309,9 @@ impl LoopEntry {
     }
 
     /// Lets ticks be due from `now` on.
-    fn begin_at(&mut self, now: Timestamp) {
+    fn begin_at(&mut self, now: Timestamp, random: &Random) {
         self.state.accounted_to = self.state.accounted_to.max(Some(now));
-        self.plan_next(now);
+        self.plan_next(now, random);
     }
 
     /// Gives up ticks that lie further ahead than a correction of the clock explains. Whether there were any: what was
@@ -322,7 +329,7 @@ impl LoopEntry {
     }
 
     /// Accounts for what fell due while no process ran, and plans the next tick.
-    fn catch_up(&mut self, now: Timestamp) {
+    fn catch_up(&mut self, now: Timestamp, random: &Random) {
         self.follow_clock(now);
         if self.state.accounted_to.is_none() {
             self.state.accounted_to = Some(now);
@@ -344,7 +351,7 @@ impl LoopEntry {
             (CatchUp::None, Some(latest)) => self.account_through(latest, TickDisposition::Missed),
             (_, None) => {}
         }
-        self.plan_next(now);
+        self.plan_next(now, random);
     }
 
     /// Gives all ticks that have no disposition and are due before `end` this one.
@@ -371,11 +378,11 @@ impl LoopEntry {
         }
     }
 
-    fn plan_next(&mut self, now: Timestamp) {
+    fn plan_next(&mut self, now: Timestamp, random: &Random) {
         let after = self.state.accounted_to.unwrap_or(now);
         let due_at = self.settings.due_at(self.settings.first_after(after));
         self.next = due_at.map(|due_at| {
-            let jitter = self.settings.jitter.mul_f64(fastrand::f64());
+            let jitter = self.settings.jitter.mul_f64(random.fraction());
             Tick { due_at, fires_at: due_at.saturating_add(jitter).unwrap_or(due_at), has_come: false }
         });
     }
@@ -417,7 +424,7 @@ mod tests {
 
     #[test]
     fn ticks_fire_when_due_and_late_ones_are_missed() {
-        let mut loops = Loops::default();
+        let mut loops = Loops::new(Random::seeded(0));
         loops.put(loops.started(every(10, CatchUp::None), false, at(3)));
         assert_eq!(loops.next_at(), Some(at(10)));
         assert!(fire(&mut loops, at(9)).is_empty());
@@ -431,13 +438,13 @@ mod tests {
     #[test]
     fn downtime_is_caught_up_once_or_missed() {
         let down = LoopState { accounted_to: Some(at(10)), ..LoopState::default() };
-        let mut loops = Loops::default();
+        let mut loops = Loops::new(Random::seeded(0));
         loops.restore(every(10, CatchUp::None), false, down.clone(), None, at(55));
         let state = &loops.get(&name()).unwrap().state;
         assert_eq!((state.ticks.missed, state.accounted_to), (4, Some(at(50))));
         assert_eq!(loops.next_at(), Some(at(60)));
 
-        let mut loops = Loops::default();
+        let mut loops = Loops::new(Random::seeded(0));
         loops.restore(every(10, CatchUp::One), false, down, None, at(105));
         // The window is a minute: 50 to 100 lie inside it, 20 to 40 before.
         assert_eq!(fire(&mut loops, at(105)), [at(100)]);
@@ -447,7 +454,7 @@ mod tests {
 
     #[test]
     fn a_clock_that_is_set_back_is_waited_for_or_followed() {
-        let mut loops = Loops::default();
+        let mut loops = Loops::new(Random::seeded(0));
         loops.put(loops.started(every(10, CatchUp::None), false, at(1_000)));
         assert_eq!(fire(&mut loops, at(1_010)), [at(1_010)]);
         assert!(loops.follow_clock(at(955)).is_empty());
@@ -469,7 +476,7 @@ mod tests {
 
     #[test]
     fn of_two_loops_on_the_same_ticks_each_comes_first_in_turn() {
-        let mut loops = Loops::default();
+        let mut loops = Loops::new(Random::seeded(0));
         let named = |name: &str| IntervalLoop { name: Name::parse(name).unwrap(), ..every(10, CatchUp::None) };
         for name in ["a", "b"] {
             loops.put(loops.started(named(name), false, at(0)));
@@ -488,7 +495,7 @@ mod tests {
 
     #[test]
     fn what_changed_is_written_once() {
-        let mut loops = Loops::default();
+        let mut loops = Loops::new(Random::seeded(0));
         loops.put(loops.started(every(10, CatchUp::None), false, at(3)));
         let (unwritten, mark) = loops.unwritten();
         assert_eq!(unwritten.len(), 1);
@@ -530,7 +537,7 @@ mod tests {
         ) {
             let catch_up = if one { CatchUp::One } else { CatchUp::None };
             let mut settings = every(10, catch_up);
-            let mut loops = Loops::default();
+            let mut loops = Loops::new(Random::seeded(0));
             loops.put(loops.started(settings.clone(), false, at(0)));
             let (mut now, mut is_stopped) = (0, false);
             // How many ticks fell due, and up to when they are counted.
@@ -554,7 +561,7 @@ mod tests {
                             due -= 1;
                             counted_to = state.accounted_to.unwrap();
                         }
-                        let mut others = Loops::default();
+                        let mut others = Loops::new(Random::seeded(0));
                         others.follow_clock(at(now));
                         others.restore(settings.clone(), false, state, None, at(now));
                         loops = others;
@@ -598,7 +605,7 @@ mod tests {
     fn a_tick_that_waits_for_its_jitter_is_kept_or_counted() {
         let jittered = |interval, jitter| IntervalLoop { jitter, ..every(interval, CatchUp::None) };
         let almost_all = Duration::from_millis(9_999);
-        let mut loops = Loops::default();
+        let mut loops = Loops::new(Random::seeded(0));
         loops.put(loops.started(jittered(10, almost_all), false, at(3)));
         let waiting = |loops: &Loops| loops.get(&name()).unwrap().next.map(|tick| tick.due_at);
         // Other settings, and the same due times.

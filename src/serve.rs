@@ -20,10 +20,10 @@ pub use self::operator::Operator;
 use self::operator::Wish;
 use crate::{
     api::{self, Api},
-    clock::Clock,
     config::{self, Config, Reload},
     dial::{Dialer, NoCertificate},
     file::{self, FileError},
+    host::Host,
     listen::{self, Connections, Limits},
     memory::{self, Shares},
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Stopped, Tasks},
@@ -114,7 +114,7 @@ impl Service {
     /// # Errors
     /// Each names what was wrong and what to do. Nothing was changed; but what an older version of the software had
     /// written is brought up to date.
-    pub async fn start(config: &Config) -> Result<Self, StartError> {
+    pub async fn start(config: &Config, host: Host) -> Result<Self, StartError> {
         // The address comes first: a second process by mistake fails here, before it touches the store.
         let address = config.server.listen;
         let listener = TcpListener::bind(address).await.map_err(|error| StartError::Listen(address, error))?;
@@ -134,26 +134,28 @@ impl Service {
             }
             None => dialer,
         });
-        let (store, contents) = store::open(&config.store.url, record::check).await?;
+        let (store, contents) = store::open(&config.store.url, record::check, host.clock).await?;
         tracing::info!(store = %config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store opened");
         let (mut exporting, stop_exporting) = (Parts::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
-            let (made, sender) = otlp::exporter(endpoint, config.tracing.sample_ratio, &config.orchestrator_id)?;
+            let (made, sender) =
+                otlp::exporter(endpoint, config.tracing.sample_ratio, host.random.clone(), &config.orchestrator_id)?;
             let made = Arc::new(made);
             exporting.start("the exporter of spans", told(sender.run(stop_exporting.clone())));
             (exporter, spans) = (Some(made.clone()), made);
         }
         let services = listen::reflection(SERVICE)?;
+        let clock = host.clock;
         let (settings, declared) = (settings(config), declared(config));
         // The last that may refuse, and with it the new epoch begins: until then nothing is taken over.
         let (orchestrator, tasks) =
-            Orchestrator::start(settings, &memory, Clock::System, dialer, (store, contents), declared, spans).await?;
+            Orchestrator::start(settings, &memory, host, dialer, (store, contents), declared, spans).await?;
 
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
-        let api = Api::new(orchestrator.clone(), memory.requests.clone());
+        let api = Api::new(orchestrator.clone(), clock, memory.requests.clone());
         let services = services.and(api::service(api.clone(), config.server.max_request_bytes)).and(health_service);
         let server = listen::Server::new(services, limits(&config.server, &memory));
         let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
@@ -330,6 +332,7 @@ impl Service {
 pub async fn serve(
     mut operator: Operator,
     mut config: Config,
+    host: Host,
     applied: impl Fn(&Config),
     ready: impl FnOnce(&Service),
 ) -> Result<Exit, StartError> {
@@ -337,7 +340,7 @@ pub async fn serve(
         tracing::warn!(%error, "the limit of open files stays as it is");
     }
     let mut service = select! {
-        started = Service::start(&config) => started?,
+        started = Service::start(&config, host) => started?,
         // The disk of the store may be slow.
         () = operator.stop() => {
             tracing::info!("stopped before it was started");

@@ -17,7 +17,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use jiff::SignedDuration;
 use orchestrator_core::{
-    clock::Clock,
+    host::Host,
     memory::{Memory, Shares},
     model::{
         Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec,
@@ -314,11 +314,11 @@ fn request(step: &Step, registered: &BTreeSet<String>) -> CycleRequest {
 
 /// An orchestrator that is new, over a fleet of which nobody is registered yet.
 async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, Tasks) {
-    let store = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
-    let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
+    let host = Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 0);
+    let store = store::open(&store::StoreUrl::Memory, record::check, host.clock).await.unwrap();
     let memory = Shares::of(1 << 30);
     let spans = Arc::new(Untraced);
-    Orchestrator::start(settings, &memory, clock, fleet.clone(), store, Declared::default(), spans).await.unwrap()
+    Orchestrator::start(settings, &memory, host, fleet.clone(), store, Declared::default(), spans).await.unwrap()
 }
 
 /// Runs one case and holds what happened against the promises.

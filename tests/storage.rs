@@ -21,9 +21,9 @@ use common::{
 };
 use futures_util::{StreamExt, stream::FuturesOrdered};
 use orchestrator_core::{
-    clock::Clock,
     config::Config,
     dial::Dialer,
+    host::Host,
     memory::Shares,
     orchestrator::{Declared, Orchestrator, Stopped},
     ports::{StoreError, Untraced},
@@ -162,12 +162,12 @@ async fn one_that_was_overtaken_in_the_middle_of_a_cycle_ends_without_waiting_fo
 #[tokio::test]
 async fn one_that_was_overtaken_while_it_is_idle_learns_of_it() {
     let home = Home::new();
-    let (store, contents) = store::open(&store::StoreUrl::Sqlite(home.path("o.db")), record::check).await.unwrap();
+    let (host, url) = (Host::system(), store::StoreUrl::Sqlite(home.path("o.db")));
+    let (store, contents) = store::open(&url, record::check, host.clock).await.unwrap();
     let memory = Shares::of(1 << 30);
     let dialer = Arc::new(Dialer::new(Duration::from_secs(1), memory.replies.clone()));
     let (settings, declared) = (serve::settings(&Config::default()), Declared::default());
-    let start =
-        Orchestrator::start(settings, &memory, Clock::System, dialer, (store, contents), declared, Arc::new(Untraced));
+    let start = Orchestrator::start(settings, &memory, host, dialer, (store, contents), declared, Arc::new(Untraced));
     let (orchestrator, mut tasks) = start.await.unwrap();
     take_over(&home);
     for _ in 0..1000 {

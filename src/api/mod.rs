@@ -8,7 +8,6 @@ mod streaming;
 use std::{convert::Infallible, panic::resume_unwind, pin::Pin, sync::Arc};
 
 use futures_util::{Stream, stream};
-use jiff::Timestamp;
 use prost::Message;
 use tokio::{
     sync::Semaphore,
@@ -19,6 +18,7 @@ use tonic::{Request, Response, Status, body::Body, codegen::http, server::NamedS
 pub use self::response::{plan, registration};
 use self::{error::status, streaming::Watching};
 use crate::{
+    clock::Clock,
     memory::{Held, Memory},
     model::Name,
     orchestrator::{Change, Orchestrator, Page, Refusal, Registered, Schedule},
@@ -59,6 +59,7 @@ type Events = Pin<Box<dyn Stream<Item = Result<pb::WatchCyclesResponse, Status>>
 #[derive(Clone)]
 pub struct Api {
     orchestrator: Orchestrator,
+    clock: Clock,
     /// What requests have become, while they wait.
     requests: Memory,
     /// For those who ask for the snapshots of all: what comes is of any size until it is seen what fits.
@@ -71,10 +72,10 @@ pub struct Api {
 const MAX_ASKING_ALL: usize = 2;
 
 impl Api {
-    /// The RPCs of this orchestrator. What requests become is held under the limit for `requests`.
-    pub fn new(orchestrator: Orchestrator, requests: Memory) -> Self {
+    /// The RPCs of this orchestrator, whose requests are made at the time of `clock`. What requests become is held under the limit for `requests`.
+    pub fn new(orchestrator: Orchestrator, clock: Clock, requests: Memory) -> Self {
         let [asking_all, turn] = [MAX_ASKING_ALL, 1].map(|places| Arc::new(Semaphore::new(places)));
-        Self { orchestrator, requests, asking_all, turn }
+        Self { orchestrator, clock, requests, asking_all, turn }
     }
 
     /// Room for what a request becomes, for as long as it waits: lists of short texts grow the most.
@@ -168,7 +169,8 @@ impl Service for Api {
         let request = request.into_inner();
         let (held, named) = (self.hold(&request)?, request.subsystems.len());
         let (validate_only, is_async) = (request.validate_only, request.r#async);
-        let read = move || request::cycle(request, trace, Timestamp::now());
+        let now = self.clock.now();
+        let read = move || request::cycle(request, trace, now);
         let request = self.over(named, read).await?.map_err(invalid)?;
         if validate_only {
             let subset = self.orchestrator.registered_names(request.subset).await.map_err(status)?;

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::SignedDuration;
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
@@ -20,7 +20,7 @@ use tokio::{
 
 use self::fleet::Fleet;
 use super::{
-    Exit, Failure,
+    Exit, Failure, HOST,
     output::{count, parse_positive, print, short},
     remote::Remote,
     watch,
@@ -144,7 +144,7 @@ impl Demo {
     async fn start(&self, config: &mut Config) -> Result<(Service, bool), StartError> {
         let mut is_moved = false;
         loop {
-            match Service::start(config).await {
+            match Service::start(config, HOST.clone()).await {
                 Err(StartError::Listen(_, error)) if !is_moved && self.listen.is_none() && is_taken(&error) => {
                     config.server.listen.set_port(0);
                     is_moved = true;
@@ -230,7 +230,7 @@ fn refused(error: impl Display) -> Failure {
 fn due_now(interval: Duration) -> Duration {
     /// Time for the start of the service.
     const SOON: Duration = Duration::from_millis(500);
-    let now = Duration::try_from(Timestamp::now().as_duration()).unwrap_or_default() + SOON;
+    let now = Duration::try_from(HOST.clock.now().as_duration()).unwrap_or_default() + SOON;
     let beyond = now.as_nanos() % interval.as_nanos().max(1);
     u64::try_from(beyond).map(Duration::from_nanos).unwrap_or_default()
 }

@@ -28,6 +28,7 @@ use std::{
     io,
     panic::resume_unwind,
     process::ExitCode,
+    sync::LazyLock,
     time::Duration,
 };
 
@@ -39,6 +40,11 @@ use tokio::{
     task::JoinSet,
     time::timeout,
 };
+
+use crate::host::Host;
+
+/// The time and the randomness of this process, and of a service that runs in it.
+static HOST: LazyLock<Host> = LazyLock::new(Host::system);
 
 /// Runs a fleet of remote subsystems in cycles
 #[derive(Debug, Parser)]

@@ -25,7 +25,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Exit, Failure};
+use super::{Exit, Failure, HOST};
 pub(super) use crate::model::text::{clean, escape_json};
 use crate::{
     model::Payload,
@@ -313,7 +313,7 @@ pub(super) fn time(time: Option<&prost_types::Timestamp>) -> String {
 /// A time relative to now: `5s ago`, `in 3m 20s`.
 pub(super) fn age(time: Option<&prost_types::Timestamp>) -> String {
     let Some(time) = time.and_then(timestamp) else { return "-".to_owned() };
-    let ago = Timestamp::now().duration_since(time);
+    let ago = HOST.clock.now().duration_since(time);
     let coarse = short(coarse(ago.unsigned_abs()));
     if ago.is_negative() { format!("in {coarse}") } else { format!("{coarse} ago") }
 }
@@ -516,7 +516,7 @@ pub(super) fn parse_time(text: &str) -> Result<prost_types::Timestamp, String> {
         let ago: Span = text.parse().ok()?;
         let ago = ago.to_duration(SpanRelativeTo::days_are_24_hours()).ok()?;
         // "2h ago" is parsed as a negative duration.
-        Timestamp::now().checked_sub(ago.unsigned_abs()).ok()
+        HOST.clock.now().checked_sub(ago.unsigned_abs()).ok()
     };
     let time = text.parse().ok().or_else(ago);
     time.map(crate::proto::timestamp)

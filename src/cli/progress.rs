@@ -3,13 +3,17 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     io,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use console::Term;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle, TermLike};
+use jiff::Timestamp;
 
-use super::output::{count, milliseconds, names};
+use super::{
+    HOST,
+    output::{count, milliseconds, names, timestamp},
+};
 use crate::proto::orchestrator::v1 as pb;
 
 /// Shows the oldest running cycle, and how many others run, below the lines that are printed with [`Bar::above`]. One
@@ -23,7 +27,7 @@ pub(super) struct Bar {
 
 /// A running cycle.
 struct Moving {
-    started_at: Option<SystemTime>,
+    started_at: Option<Timestamp>,
     subsystems: HashSet<String>,
     running: BTreeSet<String>,
     ended: HashSet<String>,
@@ -112,7 +116,7 @@ impl Drop for Bar {
 impl Moving {
     fn new(started: &pb::CycleStarted) -> Self {
         Self {
-            started_at: started.started_at.and_then(|at| SystemTime::try_from(at).ok()),
+            started_at: started.started_at.as_ref().and_then(timestamp),
             subsystems: started.subsystems.iter().cloned().collect(),
             running: BTreeSet::new(),
             ended: HashSet::new(),
@@ -125,7 +129,10 @@ impl Moving {
     fn bar(&self, target: ProgressDrawTarget) -> ProgressBar {
         /// Interval at which the shown time changes.
         const TICK: Duration = Duration::from_millis(100);
-        let elapsed = self.started_at.and_then(|at| at.elapsed().ok()).unwrap_or_default();
+        let elapsed = self
+            .started_at
+            .and_then(|at| Duration::try_from(HOST.clock.now().duration_since(at)).ok())
+            .unwrap_or_default();
         let bar = ProgressBar::with_draw_target(Some(self.subsystems.len() as u64), target).with_elapsed(elapsed);
         if let Ok(style) = ProgressStyle::with_template("cycle {prefix}  [{bar:24}] {pos}/{len}  {took}  {wide_msg}") {
             let took = |state: &ProgressState, out: &mut dyn std::fmt::Write| {

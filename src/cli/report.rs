@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer};
 
 use self::figures::{CycleFigures, SubsystemFigures, Tally, compare};
 use super::{
-    Exit, Failure, known,
+    Exit, Failure, HOST, known,
     output::{
         Table, coarse, count, escape_json, grouped, is_error_terminal, milliseconds, note, number, parse_positive,
         parse_time, print, sections, short, telemetry, text, time, timestamp, trigger,
@@ -189,7 +189,7 @@ impl Report {
         let read = |flag: &str, time: &prost_types::Timestamp| {
             timestamp(time).ok_or_else(|| wrong(format!("{flag} is out of range")))
         };
-        let now = Timestamp::now();
+        let now = HOST.clock.now();
         let since = read("--since", &self.since)?;
         let until = self.until.as_ref().map_or(Ok(now), |until| read("--until", until))?;
         if since >= now {

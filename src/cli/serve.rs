@@ -4,7 +4,10 @@ use std::{env, fmt::Write as _, io::Write as _, process::ExitCode};
 
 use tokio::{select, task::spawn_blocking};
 
-use super::output::{clean_lines, last_words, note};
+use super::{
+    HOST,
+    output::{clean_lines, last_words, note},
+};
 use crate::{
     config::{Config, Overrides},
     serve::{self, Exit, Operator, Service},
@@ -86,7 +89,7 @@ impl Serve {
             // A closed or paused reader must neither stop nor delay the service.
             drop(spawn_blocking(move || std::io::stdout().write_all(text.as_bytes())));
         };
-        match serve::serve(operator, config, applied, ready).await {
+        match serve::serve(operator, config, HOST.clone(), applied, ready).await {
             Ok(exit) => ExitCode::from(exit as u8),
             Err(error) => {
                 if tracing::enabled!(tracing::Level::ERROR) {

@@ -11,7 +11,6 @@ use std::{io, time::Duration};
 
 use crossterm::event::{Event, EventStream, KeyEventKind};
 use futures_util::StreamExt;
-use jiff::Timestamp;
 use ratatui::DefaultTerminal;
 use tokio::{
     select,
@@ -26,7 +25,7 @@ use self::{
     view::{Then, View, action},
 };
 use super::{
-    Exit, Failure,
+    Exit, Failure, HOST,
     output::{has_colours, is_terminal},
     remote::Remote,
 };
@@ -135,7 +134,7 @@ impl Screen {
                     next_drawing = Instant::now();
                 }
                 () = sleep_until(next_drawing) => {
-                    let look = Look { now: Timestamp::now(), colours };
+                    let look = Look { now: HOST.clock.now(), colours };
                     self.terminal.draw(|frame| draw::draw(frame, &model, &mut view, look)).map_err(broken)?;
                     last_drawn = Instant::now();
                     next_drawing = last_drawn + Self::TICK;
@@ -143,7 +142,7 @@ impl Screen {
                 news = feed.next() => {
                     let news = news?;
                     view.learn(&news);
-                    model.learn(news, Timestamp::now());
+                    model.learn(news, HOST.clock.now());
                     next_drawing = next_drawing.min(last_drawn + Self::FRAME);
                 }
             }

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
 
 use super::{
-    Exit, Failure, known,
+    Exit, Failure, HOST, known,
     output::{
         Format, clean, coarse, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted, print,
         short, subsystem_state, telemetry, time, trigger,
@@ -301,7 +301,7 @@ impl Events {
             let pause = Self::FIRST_PAUSE.saturating_mul(1 << self.failures.min(16)).min(Self::LONGEST_PAUSE);
             self.failures += 1;
             // Jitter, so that not all watchers reconnect at once.
-            tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+            tokio::time::sleep(pause.mul_f64(0.5 + HOST.random.fraction() / 2.0)).await;
             let failure = match self.remote.connect_for_long().await {
                 Ok((mut client, health)) => {
                     let opening = client.watch_cycles(self.request.clone());

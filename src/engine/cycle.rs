@@ -38,6 +38,7 @@ use crate::{
         SkipReason, Subsystem, SubsystemReport, SubsystemState, excerpt,
     },
     ports::{CallError, Reply, RunCall, Spans, Subsystems},
+    random::Random,
 };
 
 /// The most bytes of a subsystem's message in the log.
@@ -61,6 +62,8 @@ pub struct Engine {
     pub remembered: Memory,
     /// Takes the spans of cycles.
     pub spans: Arc<dyn Spans>,
+    /// Spreads retries, and gives spans their ids.
+    pub random: Random,
 }
 
 /// A cycle that is about to run.
@@ -175,6 +178,7 @@ impl Engine {
         let deadline = (started + subsystem.timeout).min(start + cycle.deadline);
         let calls = Calls {
             subsystems: &*self.subsystems,
+            random: &self.random,
             member,
             run: RunCall {
                 cycle_id: cycle.cycle_id,

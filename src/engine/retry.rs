@@ -8,11 +8,13 @@ use super::{Member, trace::CallSpans};
 use crate::{
     model::{Code, Method, Subsystem},
     ports::{CallError, InitializeCall, Reply, RunCall, Subsystems},
+    random::Random,
 };
 
 /// What is the same in all calls of one subsystem in one cycle.
 pub(super) struct Calls<'a> {
     pub(super) subsystems: &'a dyn Subsystems,
+    pub(super) random: &'a Random,
     pub(super) member: &'a Member,
     /// The call that is made, but for `attempt`, `timeout` and `trace`.
     pub(super) run: RunCall,
@@ -47,7 +49,7 @@ impl Calls<'_> {
             if failed >= max_attempts || !subsystem.retry.retryable.contains(&error.code) {
                 return Err(error);
             }
-            let backoff = subsystem.retry.backoff(failed, fastrand::f64());
+            let backoff = subsystem.retry.backoff(failed, self.random.fraction());
             if Instant::now() + backoff >= self.deadline {
                 return Err(CallError { message: format!("{}; no time is left to retry", error.message), ..error });
             }

@@ -22,6 +22,7 @@ use crate::{
         RetrySpec, SkipReason, Subsystem, SubsystemReport, SubsystemSpec, SubsystemState, Trigger,
     },
     ports::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems, Untraced},
+    random::Random,
 };
 
 /// What a subsystem answers.
@@ -174,6 +175,7 @@ impl Stage {
             inputs: InputRoom::new(memory.part("inputs", 1 << 20)),
             remembered: memory,
             spans: Arc::new(Untraced),
+            random: Random::seeded(0),
         };
         Self { fleet, engine, plan }
     }

@@ -11,6 +11,7 @@ use super::Cycle;
 use crate::{
     model::{Code, FinishedCycle, Method, Span, SpanContext, Subsystem, TraceId, Work},
     ports::{CallError, Spans},
+    random::Random,
 };
 
 /// The trace that a cycle belongs to.
@@ -29,20 +30,26 @@ pub enum Trace {
 pub struct Collected {
     root: SpanContext,
     parent: Option<u64>,
+    /// Gives spans their ids.
+    random: Random,
     calls: Mutex<Vec<Span>>,
 }
 
 impl Trace {
     /// The trace of a cycle that `caller` asks for. Where there is a caller with a trace, it has decided whether that is
     /// kept; otherwise `spans` does.
-    pub fn begin(caller: Option<&SpanContext>, spans: &dyn Spans) -> Self {
-        let collected = |root, parent| Self::Collected(Collected { root, parent, calls: Mutex::default() });
+    pub fn begin(caller: Option<&SpanContext>, spans: &dyn Spans, random: &Random) -> Self {
+        let collected =
+            |root, parent| Self::Collected(Collected { root, parent, random: random.clone(), calls: Mutex::default() });
+        let root = |is_sampled| SpanContext::root(TraceId(random.id128()), random.id64(), is_sampled);
         match (spans.samples(), caller) {
             (None, None) => Self::None,
-            (Some(_), Some(caller)) if caller.is_sampled => collected(caller.sibling(), Some(caller.span_id)),
+            (Some(_), Some(caller)) if caller.is_sampled => {
+                collected(caller.sibling(random.id64()), Some(caller.span_id))
+            }
             (_, Some(caller)) => Self::HandedOn(caller.clone()),
-            (Some(true), None) => collected(SpanContext::root(true), None),
-            (Some(false), None) => Self::HandedOn(SpanContext::root(false)),
+            (Some(true), None) => collected(root(true), None),
+            (Some(false), None) => Self::HandedOn(root(false)),
         }
     }
 
@@ -59,12 +66,12 @@ impl Trace {
 impl Collected {
     /// All spans of a cycle that had run at `ended`, and was then committed.
     pub fn finish(self, cycle: &FinishedCycle, ended: Instant, commit: Range<Instant>) -> Vec<Span> {
-        let Self { root, parent, calls } = self;
+        let Self { root, parent, random, calls } = self;
         let mut spans = calls.into_inner().unwrap_or_else(PoisonError::into_inner);
         spans.reserve_exact(2);
         let before_commit = commit.start.saturating_duration_since(ended);
         spans.push(Span {
-            context: root.sibling(),
+            context: root.sibling(random.id64()),
             parent: Some(root.span_id),
             started_at: cycle.finished_at.saturating_add(before_commit).unwrap_or(cycle.finished_at),
             duration: commit.end - commit.start,
@@ -112,7 +119,7 @@ impl<'a> CallSpans<'a> {
             Trace::HandedOn(context) => CallSpan { context: Some(context.clone()), open: None },
             Trace::Collected(collected) => {
                 let open = Open { of: self, collected, method, attempt, started: Instant::now() };
-                CallSpan { context: Some(collected.root.sibling()), open: Some(open) }
+                CallSpan { context: Some(collected.root.sibling(collected.random.id64())), open: Some(open) }
             }
         }
     }

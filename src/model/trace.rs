@@ -35,17 +35,16 @@ impl SpanContext {
     /// The most bytes of `tracestate` that are handed on: as many as everybody has to.
     const MAX_STATE: usize = 512;
 
-    /// A new trace.
+    /// The first span of a new trace.
     #[must_use]
-    pub fn root(is_sampled: bool) -> Self {
-        let trace_id = TraceId(fastrand::u128(1..));
-        Self { trace_id, span_id: fastrand::u64(1..), is_sampled, state: None }
+    pub fn root(trace_id: TraceId, span_id: u64, is_sampled: bool) -> Self {
+        Self { trace_id, span_id, is_sampled, state: None }
     }
 
     /// Another span of the same trace.
     #[must_use]
-    pub fn sibling(&self) -> Self {
-        Self { span_id: fastrand::u64(1..), ..self.clone() }
+    pub fn sibling(&self, span_id: u64) -> Self {
+        Self { span_id, ..self.clone() }
     }
 
     /// Reads the headers `traceparent` and `tracestate`; `None` when they are none, as the standard wants it.
@@ -152,9 +151,9 @@ mod tests {
         assert_eq!(context.trace_id.to_string(), "0af7651916cd43dd8448eb211c80319c");
         assert!(context.is_sampled);
         assert_eq!(context.state.as_deref(), Some("a=1,b=2"));
-        let sibling = context.sibling();
+        let sibling = context.sibling(1);
         assert_eq!((sibling.trace_id, &sibling.state), (context.trace_id, &context.state));
-        assert_ne!(sibling.span_id, context.span_id);
+        assert_eq!(sibling.span_id, 1);
     }
 
     #[test]

@@ -80,7 +80,7 @@ impl Shared {
 
     /// Runs a cycle, unless it is cancelled before it begins, and has it recorded.
     async fn run(&self, admitted: &Arc<Admitted>) -> Result<(), StoreError> {
-        let trace = Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans);
+        let trace = Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans, &self.engine.random);
         let Some(begun) = self.begin(admitted, trace.id()).await? else {
             return self.record_unbegun(admitted, trace).await;
         };

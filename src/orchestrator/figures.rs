@@ -1,7 +1,7 @@
 //! What is counted for monitoring while cycles run, and a look at it.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -147,7 +147,7 @@ pub(super) struct Watchers(Mutex<WatcherList>);
 #[derive(Debug, Default)]
 struct WatcherList {
     next: u64,
-    connected: HashMap<u64, Arc<Progress>>,
+    connected: BTreeMap<u64, Arc<Progress>>,
     /// Given to those that have left.
     events: u64,
 }

@@ -1,7 +1,7 @@
 //! The live progress of the running cycles: for those who watch it, and for the status.
 
 use std::{
-    collections::{BTreeMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::Duration,
 };
@@ -84,7 +84,7 @@ impl LiveCycle {
     }
 
     /// Whether one of these takes part.
-    pub fn has_any(&self, names: &HashSet<Name>) -> bool {
+    pub fn has_any(&self, names: &BTreeSet<Name>) -> bool {
         match self.request.subset.as_deref() {
             None => names.iter().any(|name| self.plan.has(name)),
             Some(subset) => subset.iter().any(|name| names.contains(name) && self.plan.has(name)),

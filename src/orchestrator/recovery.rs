@@ -23,8 +23,8 @@ use super::{
     writing,
 };
 use crate::{
-    clock::Clock,
     engine::{Engine, InputRoom, Member, Order, Slots, Standing},
+    host::Host,
     memory::{Memory, Shares},
     model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, IntervalLoop, Name, Subsystem, Trigger},
     ports::{
@@ -43,18 +43,19 @@ impl Orchestrator {
     pub async fn start(
         settings: Settings,
         memory: &Shares,
-        clock: Clock,
+        host: Host,
         subsystems: Arc<dyn Subsystems>,
         (store, mut contents): (Arc<dyn Store>, Contents),
         declared: Declared,
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, Tasks), Refusal> {
+        let Host { clock, random } = host;
         let (now, begin) = (clock.now(), Instant::now());
         memory.outputs.set_max(settings.max_outputs_bytes);
         let hold = |bytes| memory.registry.try_hold(bytes).map_err(Refusal::RegistryMemoryFull);
         let mut state = State {
             registry: Registry::default(),
-            loops: Loops::default(),
+            loops: Loops::new(random.clone()),
             line: Line::default(),
             live: BTreeMap::new(),
             requests: HashMap::new(),
@@ -82,7 +83,7 @@ impl Orchestrator {
         let mut write = Write { epoch: contents.epoch, ..Write::default() };
 
         // The registry: what is declared wins over what was registered by RPC under the same name.
-        let mut latest: HashMap<Name, _> =
+        let mut latest: BTreeMap<Name, _> =
             std::mem::take(&mut contents.outputs).into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut stored: BTreeMap<Name, StoredSubsystem> =
             std::mem::take(&mut contents.subsystems).into_iter().map(|stored| (stored.name.clone(), stored)).collect();
@@ -184,6 +185,7 @@ impl Orchestrator {
                 slots: Slots::new(settings.max_concurrent_calls),
                 inputs: InputRoom::new(memory.inputs.clone()),
                 spans,
+                random,
             },
             newest: newest::Sender::new(state.last_revision),
             live: Live::new(watching.clone()),

@@ -118,7 +118,7 @@ impl Declarations {
     /// # Errors
     /// There is no memory for them.
     pub(super) fn of(subsystems: Vec<Subsystem>, before: &[Arc<Registered>], memory: &Memory) -> Result<Self, Refusal> {
-        let before: HashMap<_, _> = before.iter().map(|entry| (entry.name(), entry)).collect();
+        let before: BTreeMap<_, _> = before.iter().map(|entry| (entry.name(), entry)).collect();
         let names: HashSet<_> = subsystems.iter().map(|subsystem| subsystem.name.clone()).collect();
         let others = || before.values().filter(|entry| !names.contains(entry.name()));
         let removed: Vec<_> = others().filter(|entry| entry.declared).map(|entry| entry.name().clone()).collect();

@@ -12,6 +12,7 @@ use jiff::Timestamp;
 
 use super::frontier::Frontier;
 use crate::{
+    clock::Clock,
     model::{CycleId, CycleState, Epoch, Revision},
     ports::{
         Contents, Filter, Found, Page, PageLimits, Pruned, Record, Retention, RetentionRule, SCAN_LIMIT, Store,
@@ -37,8 +38,8 @@ struct History {
 }
 
 impl Memory {
-    pub(super) fn new() -> (Self, Contents) {
-        let epoch = Epoch::by_clock(Timestamp::now());
+    pub(super) fn new(clock: Clock) -> (Self, Contents) {
+        let epoch = Epoch::by_clock(clock.now());
         (Self { epoch, history: Mutex::default() }, Contents { epoch, ..Contents::default() })
     }
 

@@ -10,6 +10,7 @@ mod suite;
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use crate::{
+    clock::Clock,
     model::CycleId,
     ports::{Contents, Record, Store, StoreError},
 };
@@ -61,18 +62,18 @@ impl fmt::Display for StoreUrl {
 pub type Check = fn(&Record) -> Result<(), String>;
 
 /// Opens a store, and reads what an earlier process left. A new epoch begins in it with the first commit. Each record that
-/// is read has to pass `check`, which is done where it keeps nobody waiting.
+/// is read has to pass `check`, which is done where it keeps nobody waiting. `clock` bounds the new epoch from below.
 ///
 /// # Errors
 /// Another process has it open, it is a copy, or it can't be opened, read or written.
-pub async fn open(url: &StoreUrl, check: Check) -> Result<(Arc<dyn Store>, Contents), StoreError> {
+pub async fn open(url: &StoreUrl, check: Check, clock: Clock) -> Result<(Arc<dyn Store>, Contents), StoreError> {
     match url {
         StoreUrl::Memory => {
-            let (store, contents) = memory::Memory::new();
+            let (store, contents) = memory::Memory::new(clock);
             Ok((Arc::new(store), contents))
         }
         StoreUrl::Sqlite(path) => {
-            let (store, contents) = sqlite::Sqlite::open(path.clone(), check).await?;
+            let (store, contents) = sqlite::Sqlite::open(path.clone(), check, clock).await?;
             Ok((Arc::new(store), contents))
         }
     }

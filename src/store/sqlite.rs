@@ -27,7 +27,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures_util::future::BoxFuture;
@@ -36,7 +36,10 @@ use rusqlite::{
     Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, TransactionBehavior, named_params,
     types::ValueRef,
 };
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot},
+    time::Instant,
+};
 
 use self::{
     identity::Identity,
@@ -45,6 +48,7 @@ use self::{
 };
 use super::{Accepted, Check, frontier::Frontier, memory::to_prune};
 use crate::{
+    clock::Clock,
     model::{CycleId, CycleState, Epoch, Name, Output, Payload, Revision, TraceId, Trigger},
     ports::{
         Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Pruned, Record, Retention, SCAN_LIMIT,
@@ -96,15 +100,15 @@ enum Job {
 }
 
 impl Sqlite {
-    pub(super) async fn open(path: PathBuf, check: Check) -> Result<(Self, Contents), StoreError> {
+    pub(super) async fn open(path: PathBuf, check: Check, clock: Clock) -> Result<(Self, Contents), StoreError> {
         let shown = path.display().to_string();
-        let opened = tokio::task::spawn_blocking(move || Self::open_blocking(&path, check)).await;
+        let opened = tokio::task::spawn_blocking(move || Self::open_blocking(&path, check, clock)).await;
         opened.unwrap_or_else(|error| Err(StoreError::Other(shown, error.to_string())))
     }
 
-    fn open_blocking(path: &Path, check: Check) -> Result<(Self, Contents), StoreError> {
+    fn open_blocking(path: &Path, check: Check, clock: Clock) -> Result<(Self, Contents), StoreError> {
         let Opened { place, mut connection, here, .. } = Opened::at(path, false)?;
-        let (before, mark, mut contents) = read_contents(&mut connection, &place.path, check)?;
+        let (before, mark, mut contents) = read_contents(&mut connection, &place.path, check, clock)?;
         let frontier = Frontier {
             last_cycle_id: contents.last_cycle_id,
             last_revision: contents.last_revision,
@@ -498,6 +502,7 @@ fn read_contents(
     connection: &mut Connection,
     path: &Path,
     check: Check,
+    clock: Clock,
 ) -> Result<(Epoch, Mark, Contents), StoreError> {
     let explained = |error| explain(path, &error);
     let transaction = connection.transaction().map_err(explained)?;
@@ -507,7 +512,7 @@ fn read_contents(
             let (was_closed, last_boot_id): (bool, Option<String>) = (row.get("is_closed")?, row.get("boot_id")?);
             let (before, mark) = (Epoch(number(row, "epoch")?), mark(row)?);
             let contents = Contents {
-                epoch: before.next().max(Epoch::by_clock(Timestamp::now())),
+                epoch: before.next().max(Epoch::by_clock(clock.now())),
                 last_cycle_id: mark.last_cycle_id,
                 last_revision: mark.last_revision,
                 pruned_to: Revision(number(row, "pruned_to")?),

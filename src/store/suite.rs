@@ -13,6 +13,7 @@ use proptest::prelude::*;
 
 use super::{StoreUrl, open};
 use crate::{
+    clock::Clock,
     model::{
         CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Payload, Revision, SubsystemSpec, TraceId,
         Trigger,
@@ -334,7 +335,7 @@ macro_rules! every_store {
         mod memory {
             $(#[tokio::test]
             async fn $test() {
-                let (store, contents) = super::open(&super::StoreUrl::Memory, super::check).await.unwrap();
+                let (store, contents) = super::open(&super::StoreUrl::Memory, super::check, super::Clock::system()).await.unwrap();
                 super::$test(&*store, contents.epoch).await;
             })+
         }
@@ -344,7 +345,7 @@ macro_rules! every_store {
             async fn $test() {
                 let directory = tempfile::tempdir().unwrap();
                 let url = super::StoreUrl::Sqlite(directory.path().join("o.db"));
-                let (store, contents) = super::open(&url, super::check).await.unwrap();
+                let (store, contents) = super::open(&url, super::check, super::Clock::system()).await.unwrap();
                 super::$test(&*store, contents.epoch).await;
             })+
         }
@@ -373,11 +374,11 @@ every_store! {
 // SQLite
 
 async fn opened(path: &Path) -> (Arc<dyn Store>, Contents) {
-    open(&StoreUrl::Sqlite(path.to_owned()), check).await.unwrap()
+    open(&StoreUrl::Sqlite(path.to_owned()), check, Clock::system()).await.unwrap()
 }
 
 async fn refused(path: &Path) -> StoreError {
-    open(&StoreUrl::Sqlite(path.to_owned()), check).await.err().unwrap()
+    open(&StoreUrl::Sqlite(path.to_owned()), check, Clock::system()).await.err().unwrap()
 }
 
 fn stored_subsystem(name: &str) -> (Name, Option<StoredSubsystem>) {
@@ -910,8 +911,8 @@ proptest! {
         runtime.block_on(async {
             let directory = tempfile::tempdir().unwrap();
             let url = StoreUrl::Sqlite(directory.path().join("o.db"));
-            let (memory, one) = open(&StoreUrl::Memory, check).await.unwrap();
-            let (mut sqlite, mut contents) = open(&url, check).await.unwrap();
+            let (memory, one) = open(&StoreUrl::Memory, check, Clock::system()).await.unwrap();
+            let (mut sqlite, mut contents) = open(&url, check, Clock::system()).await.unwrap();
             let mut model = Model::default();
             for (step, from, count) in steps {
                 if let Some(write) = model.next(&step) {
@@ -938,7 +939,7 @@ proptest! {
                     }
                     Step::Restart => {
                         drop(sqlite);
-                        (sqlite, contents) = open(&url, check).await.unwrap();
+                        (sqlite, contents) = open(&url, check, Clock::system()).await.unwrap();
                         assert_eq!(contents.last_cycle_id, CycleId(model.last_cycle_id));
                         assert_eq!(contents.last_revision, Revision(model.last_revision));
                         assert_eq!(contents.open, model.open.values().cloned().collect::<Vec<_>>());

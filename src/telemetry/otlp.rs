@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     model::{self, Code, CycleState, Endpoint, Method, Work},
     ports::Spans,
+    random::Random,
 };
 
 /// Spans that wait to be sent, of some 300 bytes: 15 MB, and four times that if every call fails with as long a message as
@@ -69,6 +70,7 @@ pub struct Exporter {
     counts: Arc<Counts>,
     /// The bits of the number.
     sample_ratio: AtomicU64,
+    random: Random,
 }
 
 /// Sends them.
@@ -82,11 +84,16 @@ pub struct Sender {
 }
 
 /// An exporter to the collector at `endpoint`, which is connected to when there is something to send, and a sender, which
-/// sends it as long as it runs. `sample_ratio` is the part of cycles that is traced.
+/// sends it as long as it runs. `sample_ratio` is the part of cycles that is traced; `random` chooses them.
 ///
 /// # Errors
 /// The endpoint is none, or a variable that OpenTelemetry defines (`OTEL_EXPORTER_OTLP_…`) is malformed.
-pub fn exporter(endpoint: &str, sample_ratio: f64, orchestrator_id: &str) -> Result<(Exporter, Sender), ExporterError> {
+pub fn exporter(
+    endpoint: &str,
+    sample_ratio: f64,
+    random: Random,
+    orchestrator_id: &str,
+) -> Result<(Exporter, Sender), ExporterError> {
     let mut builder = SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(PATIENCE);
     if endpoint.starts_with("https:") {
         builder = builder.with_tls_config(ClientTlsConfig::new().with_native_roots());
@@ -102,7 +109,7 @@ pub fn exporter(endpoint: &str, sample_ratio: f64, orchestrator_id: &str) -> Res
     let counts = Arc::<Counts>::default();
     let scope = InstrumentationScope::builder("orchestrator").with_version(env!("CARGO_PKG_VERSION")).build();
     let sender = Sender { queue: queued, counts: counts.clone(), exporter, scope, is_away: false };
-    Ok((Exporter { queue, counts, sample_ratio: AtomicU64::new(sample_ratio.to_bits()) }, sender))
+    Ok((Exporter { queue, counts, sample_ratio: AtomicU64::new(sample_ratio.to_bits()), random }, sender))
 }
 
 impl Exporter {
@@ -121,7 +128,7 @@ impl Exporter {
 
 impl Spans for Exporter {
     fn samples(&self) -> Option<bool> {
-        Some(fastrand::f64() < f64::from_bits(self.sample_ratio.load(Ordering::Relaxed)))
+        Some(self.random.fraction() < f64::from_bits(self.sample_ratio.load(Ordering::Relaxed)))
     }
 
     fn ended(&self, spans: Vec<model::Span>) {
@@ -283,13 +290,13 @@ fn server(endpoint: &Endpoint) -> Vec<KeyValue> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Span, SpanContext};
+    use crate::model::{Span, SpanContext, TraceId};
 
     #[tokio::test]
     async fn what_finds_no_room_is_counted() {
-        let (exporter, _sender) = exporter("http://127.0.0.1:1", 1.0, "o").unwrap();
+        let (exporter, _sender) = exporter("http://127.0.0.1:1", 1.0, Random::seeded(0), "o").unwrap();
         let span = || Span {
-            context: SpanContext::root(true),
+            context: SpanContext::root(TraceId(1), 1, true),
             parent: None,
             started_at: jiff::Timestamp::UNIX_EPOCH,
             duration: Duration::ZERO,

@@ -120,6 +120,7 @@ fn write(out: &mut impl Write, mut lines: &[u8]) -> u64 {
         match out.write(lines) {
             Ok(written) if written > 0 => lines = &lines[written..],
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            #[expect(clippy::disallowed_methods, reason = "this thread is not one of tokio's, and has no other work")]
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(PAUSE),
             Ok(_) | Err(_) => return lines.split_inclusive(|byte| *byte == b'\n').count() as u64,
         }

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use crate::kit::{Around, Fleet, Heard, of, of_all, settings, start, subsystem};
+use crate::kit::{Around, Fleet, Heard, host, of, of_all, settings, start, subsystem};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use orchestrator_core::{
@@ -52,7 +52,7 @@ struct Told {
 /// Opens the store, once the process before has let it go.
 async fn open(path: &Path) -> (Arc<dyn Store>, Contents) {
     loop {
-        match store::open(&store::StoreUrl::Sqlite(path.into()), record::check).await {
+        match store::open(&store::StoreUrl::Sqlite(path.into()), record::check, host().clock).await {
             Err(StoreError::InUse(..)) => yield_now().await,
             opened => return opened.unwrap(),
         }

@@ -11,12 +11,12 @@ use orchestrator_core::{
 };
 use tokio::time::sleep;
 
-use crate::kit::{Fleet, of, settings, start, subsystem};
+use crate::kit::{Fleet, host, of, settings, start, subsystem};
 
 const MINUTE: Duration = Duration::from_mins(1);
 
 async fn keeping(retention: Retention) -> (Orchestrator, Tasks) {
-    let store = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
+    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let settings = Settings { retention, ..settings() };
     let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
     orchestrator.register(subsystem("a"), None).await.unwrap();

@@ -8,7 +8,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use orchestrator_core::{
-    clock::Clock,
+    host::Host,
     memory::{Memory, Shares},
     model::{
         Answer, Code, CycleId, CycleRequest, Epoch, Name, OverlapPolicy, Payload, Revision, Subsystem, SubsystemSpec,
@@ -143,14 +143,18 @@ pub(crate) fn settings() -> Settings {
     }
 }
 
+/// The same time and the same randomness in every test.
+pub(crate) fn host() -> Host {
+    Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 0)
+}
+
 /// An orchestrator over a store that was opened.
 pub(crate) async fn start(
     settings: Settings,
     fleet: Arc<Fleet>,
     store: (Arc<dyn Store>, Contents),
 ) -> (Orchestrator, Tasks) {
-    let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
     let memory = Shares::of(1 << 30);
     let spans = Arc::new(Untraced);
-    Orchestrator::start(settings, &memory, clock, fleet, store, Declared::default(), spans).await.unwrap()
+    Orchestrator::start(settings, &memory, host(), fleet, store, Declared::default(), spans).await.unwrap()
 }

@@ -11,14 +11,14 @@ use orchestrator_core::{
 };
 use tokio::time::{Instant, timeout};
 
-use crate::kit::{Fleet, of, settings, start, subsystem};
+use crate::kit::{Fleet, host, of, settings, start, subsystem};
 
 /// More records than are kept at hand for watchers.
 const MANY: u64 = 600;
 
 /// An orchestrator over the subsystems `a` to `d`.
 async fn stage(settings: Settings) -> (Orchestrator, Tasks) {
-    let store = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
+    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
     for name in ["a", "b", "c", "d"] {
         orchestrator.register(subsystem(name), None).await.unwrap();

@@ -18,7 +18,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::kit::{Around, Fleet, of, of_all, settings, start, subsystem};
+use crate::kit::{Around, Fleet, host, of, of_all, settings, start, subsystem};
 
 /// Decides over a commit.
 type Verdict = Box<dyn Fn(&Write) -> Result<(), StoreError> + Send>;
@@ -65,7 +65,7 @@ struct Stage {
 
 impl Stage {
     async fn new() -> Self {
-        let (store, contents) = store::open(&store::StoreUrl::Memory, record::check).await.unwrap();
+        let (store, contents) = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
         // Each registration, and the start, is a commit: from there on they wait.
         let script =
             Arc::new(Script { permits: Semaphore::new(4), verdicts: Mutex::default(), tried: Mutex::default() });

@@ -7,13 +7,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use jiff::Timestamp;
 use prost::Message;
 use serde_json::Value;
 use tokio::time::Instant;
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
-use super::super::{Exit, Failure};
+use super::super::{Exit, Failure, HOST};
 use crate::{
     dial::{Call, Client, Dialer},
     memory::Memory,
@@ -81,7 +80,7 @@ impl Probe {
         client.connect().await.map_err(unreachable)?;
         // Both grow from run to run, so that a subsystem can be checked again. A run makes fewer cycles than it takes
         // milliseconds, times 100, and the ids stay exact in languages whose numbers are doubles.
-        let now = u64::try_from(Timestamp::now().as_millisecond()).unwrap_or_default();
+        let now = u64::try_from(HOST.clock.now().as_millisecond()).unwrap_or_default();
         let next_cycle = AtomicU64::new(now * 100);
         Ok(Self { endpoint, names, parameters, inputs, timeout, epoch: now, next_cycle, dialer, client })
     }
@@ -116,7 +115,7 @@ impl Probe {
             cycle_id,
             epoch: self.epoch,
             attempt: 1,
-            scheduled_at: Some(timestamp(Timestamp::now())),
+            scheduled_at: Some(timestamp(HOST.clock.now())),
             parameters: self.parameters.clone(),
             inputs,
         }

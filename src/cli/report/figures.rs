@@ -1,7 +1,7 @@
 //! The arithmetic of a report. Each cycle is counted once and dropped, so that the memory does not grow with the length
 //! of the history: counters, and for durations a sketch of bounded size. Pure.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use serde::Serialize;
 use sketches_ddsketch::{Config, DDSketch};
@@ -94,7 +94,7 @@ pub(super) struct Tally {
     /// Number of cycles by trigger and loop; the loop is empty if no loop started them.
     started_by: BTreeMap<(pb::Trigger, String), u64>,
     critical_ms: f64,
-    parts: HashMap<Name, Parts>,
+    parts: BTreeMap<Name, Parts>,
 }
 
 /// Sums over the parts of one subsystem.
