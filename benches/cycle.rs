@@ -278,7 +278,8 @@ impl Ours {
         let memory = Shares::of(1 << 30);
         let host = Host::system();
         let dialer = Arc::new(Dialer::new(Duration::from_secs(5), memory.replies.clone()));
-        let (store, contents) = store::open(store, record::check, host.clock).await?;
+        let store = store::open(store, record::check, host.clock).await?;
+        let contents = store.take_over().await?;
         let settings = serve::settings(&Config::default());
         let (mut spans, mut exporting): (Arc<dyn Spans>, _) = (Arc::new(Untraced), None);
         if let Some(collector) = collector {

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
+use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 
 use crate::{
@@ -137,37 +137,53 @@ impl Spans for Untraced {
 // Store
 
 /// The durable record. One process writes to it; everything that it is told in one [`Write`] holds or fails as a
-/// whole.
+/// whole. A store that is open can be read. It takes writes once [`Store::take_over`] has returned.
 ///
 /// Each cycle id from 1 to the highest one that was ever noted ([`Write::last_cycle_id`]) is exactly one of open,
 /// recorded and pruned. Records have dense revisions in the order of their commits, and come in any order of their ids.
 pub trait Store: Send + Sync + 'static {
-    /// Writes atomically. The first write of a process begins its epoch, so that a process that gives up before that has
-    /// taken nothing over. With [`Durability::Durable`] it returns once the write survives the loss of power, with
-    /// [`Durability::Buffered`] once it survives the death of this process.
+    /// Reads what an earlier process left, and fixes the epoch that the first commit from now on begins. Nothing is taken
+    /// over before that commit, so a process that gives up in between has changed nothing. Called again, it reads anew, and
+    /// fixes a later epoch: writes of the one before are then refused.
+    ///
+    /// # Errors
+    /// What was left can't be read as a whole, or no process could go on from it.
+    fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>>;
+
+    /// Writes atomically, and returns once it is known what has become of the write, however long that takes. With
+    /// [`Durability::Durable`] it then survives the loss of power, with [`Durability::Buffered`] the death of this process. A
+    /// caller that does not wait for the end does not learn whether the write was kept.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] when a later epoch has taken over: nothing of this one will be written any more.
-    /// [`StoreError::Ended`] when the write breaks a rule that [`Write`] states, which is a defect of the writer.
+    /// [`StoreError::Defect`] when the write breaks a rule that [`Write`] states, or nothing was taken over.
     /// In these and all other cases nothing of `write` was kept; the same write may be tried again, unless the error
     /// [is final](StoreError::is_final).
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// The record of a cycle.
+    /// What is the matter while a commit is awaited, from now on: above all that it is late. `None` once that is over. The
+    /// outcome of the commit is not known by it. Where several things follow each other before they are taken, the last one
+    /// is given.
+    fn trouble(&self) -> BoxStream<'static, Option<StoreError>>;
+
+    /// The record of a cycle, if there is one.
     ///
     /// # Errors
-    /// [`StoreError::Unreadable`] when it is damaged.
-    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>>;
+    /// The store can't be read.
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>>;
 
     /// The record of a cycle that this request started: of the one with the highest revision.
     ///
     /// # Errors
-    /// [`StoreError::Unreadable`] when it is damaged.
-    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>>;
+    /// The store can't be read.
+    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>>;
 
     /// Records below the revision `before`, highest revision first, that pass `filter`. Ends at the limits of `page`, or
     /// when it has looked at [`SCAN_LIMIT`] records. One that can't be read passes where what the filter looks at can't be
     /// read. Records that are written between two pages are above both: a walk neither skips nor repeats one.
+    ///
+    /// # Errors
+    /// The store can't be read.
     fn cycles_before(
         &self,
         before: Revision,
@@ -179,19 +195,25 @@ pub trait Store: Send + Sync + 'static {
     /// not there though nobody has pruned it, stands in its place as such.
     ///
     /// # Errors
-    /// [`StoreError::NotRetained`] when some of them have been pruned, or `revision` was never given.
-    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>>;
+    /// Some of them have been pruned, `revision` was never given, or the store can't be read.
+    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>>;
 
     /// Removes at most `limit` records that `retention` no longer wants, lowest revision first, never the one with the
     /// highest revision. Returns how many it removed, and the highest revision that was ever removed.
+    ///
+    /// # Errors
+    /// As [`Store::commit`].
     fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>>;
 
     /// How much there is now. Cheap, however long the history is.
+    ///
+    /// # Errors
+    /// The store can't be read.
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>>;
 }
 
-/// What a store held when it was opened.
-#[derive(Clone, Debug, Default)]
+/// What a store held when it was taken over.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Contents {
     /// The epoch that the first commit begins.
     pub epoch: Epoch,
@@ -477,33 +499,6 @@ pub struct Pruned {
     pub pruned_to: Revision,
 }
 
-impl StoreError {
-    /// Whether trying again is of no use to whoever could not commit for this: this process will write nothing any more.
-    /// A full disk, missing permissions, a lock, a failure of the hardware and files that are not in their places may pass.
-    #[must_use]
-    pub fn is_final(&self) -> bool {
-        match self {
-            Self::Fenced(_) | Self::Corrupt(..) | Self::Unusable(..) | Self::Ended(..) => true,
-            Self::InUse(..)
-            | Self::TooNew { .. }
-            | Self::Foreign(_)
-            | Self::NotRegular(..)
-            | Self::Linked(..)
-            | Self::Copy { .. }
-            | Self::LogLeftBehind { .. }
-            | Self::LogAlone(..)
-            | Self::Behind { .. }
-            | Self::Missing(_)
-            | Self::Unreadable(_)
-            | Self::Full(..)
-            | Self::ReadOnly(..)
-            | Self::Gone(_)
-            | Self::NotRetained { .. }
-            | Self::Other(..) => false,
-        }
-    }
-}
-
 /// How much a store holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoreSize {
@@ -513,103 +508,99 @@ pub struct StoreSize {
     pub bytes: u64,
 }
 
-/// Why the store could not do it. Each says what to do about it.
+/// Why a store did not write or read. Each says what to do about it. `store` is where the store is, for people.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// A later epoch writes to this store.
-    #[error("epoch {0} has taken over this store; this process can no longer write and must stop")]
-    Fenced(Epoch),
-    /// Another process has it open.
-    #[error("{0} is in use by another process{1}; stop that one first, or give this one a store of its own")]
-    InUse(String, String),
-    /// Made by a later version of this software.
-    #[error("{path} has schema version {found}, and this version of the software knows up to {known}; use a newer one")]
-    TooNew {
-        /// Which store.
-        path: String,
-        /// The version that it has.
-        found: i64,
-        /// The latest version that is known here.
-        known: i64,
+    #[error("epoch {by} has taken over this store; this process can no longer write and must stop")]
+    Fenced {
+        /// The later epoch.
+        by: Epoch,
     },
-    /// Somebody else's.
-    #[error("{0} is a database of some other software; give this one a store of its own")]
-    Foreign(String),
-    /// Something else is in the place of the database, or of a file beside it.
-    #[error("{0} is {1}, and a regular file is needed there; give the database another path, or move this away")]
-    NotRegular(String, &'static str),
-    /// It has more than one name.
-    #[error(
-        "{0} is the same file as {1} (a hard link), and SQLite looks for a database's log beside the name that it is opened \
-         by: remove the names that are not its own, and open it by the one that is"
-    )]
-    Linked(String, String),
-    /// A copy of a database.
-    #[error(
-        "{path} is a copy of {original}: served, it would take the fleet over from there. To have it go on in that one's \
-         place, see that no process serves that one any more, and run `orchestrator store accept sqlite:{path}`"
-    )]
-    Copy {
-        /// The copy.
-        path: String,
-        /// The database that it was copied from.
-        original: String,
-    },
-    /// It was renamed without its log.
-    #[error("{path} was renamed, and the log with its latest records is still at {log}; move that to {path}-wal")]
-    LogLeftBehind {
-        /// The database.
-        path: String,
-        /// Its log.
-        log: String,
-    },
-    /// It is gone, and its log is not.
-    #[error(
-        "{0} is not there or empty, and its log with the latest records, {1}, is: put the database back in its place, or \
-         move the log away to begin a new one"
-    )]
-    LogAlone(String, String),
-    /// It is an older state of a database than the one that was in its place.
-    #[error(
-        "{path} ends with cycle {has}, and cycle {noted} was acknowledged: an older copy was put in its place. To have it \
-         go on, with the numbers after {has} given again, run `orchestrator store accept sqlite:{path}`"
-    )]
-    Behind {
-        /// The database.
-        path: String,
-        /// Its last cycle.
-        has: CycleId,
-        /// The last cycle that was acknowledged.
-        noted: CycleId,
-    },
-    /// A record is damaged. Nothing else is the matter.
-    #[error(transparent)]
-    Unreadable(Unreadable),
-    /// There is none.
-    #[error("there is no database {0}")]
-    Missing(String),
     /// What it holds makes no sense.
-    #[error("{0} is damaged: {1}; restore it from a backup")]
-    Corrupt(String, String),
+    #[error("{store} is damaged: {problem}; restore it from a backup")]
+    Corrupt {
+        /// Which store.
+        store: String,
+        /// What makes no sense.
+        problem: String,
+    },
     /// It takes nothing, though it is sound.
     #[error(
-        "{0} does not take what has to be written: {1}; restore it from a backup if another program has changed it, or else \
-         report the defect"
+        "{store} does not take what has to be written: {problem}; restore it from a backup if another program has changed \
+         it, or else report the defect"
     )]
-    Unusable(String, String),
-    /// No room.
-    #[error("no room left to write {0}: {1}; free some, and writing goes on by itself")]
-    Full(String, String),
-    /// Not allowed to write.
-    #[error("{0} can't be written: {1}; make it writable for this process")]
-    ReadOnly(String, String),
-    /// What is open is not what others will find there.
+    Unusable {
+        /// Which store.
+        store: String,
+        /// Why it does not take it.
+        problem: String,
+    },
+    /// There is no room.
+    #[error("no room left to write {store}: {problem}; free some, and writing goes on by itself")]
+    Full {
+        /// Which store, or which of its files.
+        store: String,
+        /// What the system says.
+        problem: String,
+    },
+    /// This process is not allowed to write it.
+    #[error("{store} can't be written: {problem}; make it writable for this process")]
+    ReadOnly {
+        /// Which store, or which of its files.
+        store: String,
+        /// What the system says.
+        problem: String,
+    },
+    /// It can't be reached or used now, which may pass.
+    #[error("{store}: {problem}")]
+    Unavailable {
+        /// Which store.
+        store: String,
+        /// What is the matter, and what to do about it.
+        problem: String,
+    },
+    /// A commit has not returned yet, and is waited for. Only [`Store::trouble`] says so.
     #[error(
-        "{0} or its log was removed or replaced while it was in use; put the same files back, or stop this process and \
-         restore it from a backup"
+        "a commit to {store} has not returned within {waited:?}, and is waited for: see whether its disk, or its server, \
+         answers"
     )]
-    Gone(String),
-    /// The records asked for are gone, or not there yet.
+    Late {
+        /// Which store.
+        store: String,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// This process, or the store itself, breaks a rule. Nothing will be written any more.
+    #[error("the store has failed by a defect: {problem}; restart this process, and report the defect")]
+    Defect {
+        /// Which rule.
+        problem: String,
+    },
+}
+
+impl StoreError {
+    /// Whether trying again is of no use to whoever could not commit for this: this process will write nothing any more.
+    /// A full disk, missing permissions, a lock, a failure of the hardware and files that are not in their places may pass.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Fenced { .. } | Self::Corrupt { .. } | Self::Unusable { .. } | Self::Defect { .. } => true,
+            Self::Full { .. } | Self::ReadOnly { .. } | Self::Unavailable { .. } | Self::Late { .. } => false,
+        }
+    }
+
+    /// Whether a commit is still awaited.
+    #[must_use]
+    pub fn is_late(&self) -> bool {
+        matches!(self, Self::Late { .. })
+    }
+}
+
+/// Why the records after a revision were not read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ResumeError {
+    /// They are gone, or not there yet.
     #[error("revisions {oldest} to {newest} are what there is")]
     NotRetained {
         /// The oldest revision from which on none is missing.
@@ -617,10 +608,7 @@ pub enum StoreError {
         /// The newest revision.
         newest: Revision,
     },
-    /// The store has failed by a defect, and nothing will be written any more.
-    #[error("the store of {0} has failed: {1}; restart this process, and report the defect")]
-    Ended(String, String),
-    /// Anything else.
-    #[error("{0}: {1}")]
-    Other(String, String),
+    /// The store can't be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }

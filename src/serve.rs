@@ -29,7 +29,8 @@ use crate::{
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Stopped, Tasks},
     parts::{Ended, Parts},
     ports::{Spans, StoreError, Untraced},
-    record, store,
+    record,
+    store::{self, OpenError},
     telemetry::{
         metrics::Metrics,
         otlp::{self, Exporter},
@@ -57,7 +58,10 @@ pub enum StartError {
     NoCertificate(PathBuf, NoCertificate),
     /// The store can't be opened.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Open(#[from] OpenError),
+    /// What an earlier process left in the store can't be taken over.
+    #[error(transparent)]
+    TakeOver(#[from] StoreError),
     /// What is declared and stored can't be run.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -134,7 +138,8 @@ impl Service {
             }
             None => dialer,
         });
-        let (store, contents) = store::open(&config.store.url, record::check, host.clock).await?;
+        let store = store::open(&config.store.url, record::check, host.clock).await?;
+        let contents = store.take_over().await?;
         tracing::info!(store = %config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store opened");
         let (mut exporting, stop_exporting) = (Parts::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
@@ -271,7 +276,10 @@ impl Service {
         } else {
             tracing::warn!("the grace has passed: cancelling running cycles");
             self.orchestrator.cancel_running();
-            let not_written = || StoreError::Other("the record".into(), "could not be written in time".into());
+            let not_written = || StoreError::Unavailable {
+                store: "the record".into(),
+                problem: "could not be written in time".into(),
+            };
             timeout(LAST_WRITE, self.tasks.finished()).await.unwrap_or_else(|_| Err(Stopped::Store(not_written())))
         };
         self.ended(finished).await
@@ -303,7 +311,7 @@ impl Service {
                 tracing::info!("drained: everything was finished and recorded");
                 Exit::Drained
             }
-            Err(Stopped::Store(error @ StoreError::Fenced(_))) => {
+            Err(Stopped::Store(error @ StoreError::Fenced { .. })) => {
                 tracing::error!(%error, "stopped");
                 Exit::Fenced
             }

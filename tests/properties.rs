@@ -316,9 +316,11 @@ fn request(step: &Step, registered: &BTreeSet<String>) -> CycleRequest {
 async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, Tasks) {
     let host = Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 0);
     let store = store::open(&store::StoreUrl::Memory, record::check, host.clock).await.unwrap();
+    let contents = store.take_over().await.unwrap();
     let memory = Shares::of(1 << 30);
     let spans = Arc::new(Untraced);
-    Orchestrator::start(settings, &memory, host, fleet.clone(), store, Declared::default(), spans).await.unwrap()
+    let (fleet, declared) = (fleet.clone(), Declared::default());
+    Orchestrator::start(settings, &memory, host, fleet, (store, contents), declared, spans).await.unwrap()
 }
 
 /// Runs one case and holds what happened against the promises.

@@ -13,6 +13,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+#[cfg(target_os = "linux")]
+use common::disk;
 use common::{
     Stage,
     fleet::Run,
@@ -163,7 +165,8 @@ async fn one_that_was_overtaken_in_the_middle_of_a_cycle_ends_without_waiting_fo
 async fn one_that_was_overtaken_while_it_is_idle_learns_of_it() {
     let home = Home::new();
     let (host, url) = (Host::system(), store::StoreUrl::Sqlite(home.path("o.db")));
-    let (store, contents) = store::open(&url, record::check, host.clock).await.unwrap();
+    let store = store::open(&url, record::check, host.clock).await.unwrap();
+    let contents = store.take_over().await.unwrap();
     let memory = Shares::of(1 << 30);
     let dialer = Arc::new(Dialer::new(Duration::from_secs(1), memory.replies.clone()));
     let (settings, declared) = (serve::settings(&Config::default()), Declared::default());
@@ -176,7 +179,7 @@ async fn one_that_was_overtaken_while_it_is_idle_learns_of_it() {
         time::resume();
         tokio::select! {
             ended = tasks.finished() => {
-                assert!(matches!(ended, Err(Stopped::Store(StoreError::Fenced(_)))), "{ended:?}");
+                assert!(matches!(ended, Err(Stopped::Store(StoreError::Fenced { .. }))), "{ended:?}");
                 return;
             }
             // The store is at work meanwhile.
@@ -772,6 +775,92 @@ async fn ticks_are_dropped_while_the_disk_is_full_and_a_kill_then_loses_nothing_
     assert_eq!(after[..before.len()], before);
     let cycles: Vec<_> = after.into_iter().map(decode).collect();
     assert!(cycles.iter().map(|cycle| cycle.cycle_id).eq(1..=cycles.len() as u64));
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn while_the_disk_hangs_nothing_is_admitted_and_what_was_being_written_is_recorded_when_it_comes_back() {
+    let mut stage = Stage::at(disk::home()).await;
+    stage.register("a", |_| {}).await;
+    disk::hangs(&stage.home);
+    let told = reason(&stage.client.run().await.unwrap_err());
+    assert_eq!((told.code, told.why.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
+    assert_eq!(told.metadata["cycle_id"], "1");
+    let status = stage.client.status().await.unwrap();
+    let expected = "o.db has not returned within 5s, and is waited for";
+    assert!(status.store_error.contains(expected), "{status:?}");
+    let refused = [
+        stage.client.run().await.unwrap_err(),
+        stage.client.admit().await.unwrap_err(),
+        stage.client.register(stage.registration("b")).await.unwrap_err(),
+    ];
+    for status in refused {
+        assert_eq!(reason(&status).why, "STORE_UNAVAILABLE", "{status:?}");
+    }
+    assert_eq!(stage.fleet.runs("a").len(), 1);
+    assert!(stage.client.history().await.unwrap().is_empty(), "it can be read");
+
+    let mut stream = stage.client.watch_after(0).await.unwrap();
+    disk::comes_back(&stage.home);
+    let first = decode(next_recorded(&mut stream).await);
+    assert_eq!((first.cycle_id, first.state()), (1, CycleState::Succeeded));
+    assert_eq!(stage.client.status().await.unwrap().store_error, "");
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 2);
+    let mut stage = stage.killed().await;
+    assert_eq!(stage.client.status().await.unwrap().total_cycles, 2);
+}
+
+/// Loses the power while this number of cycles runs side by side, and looks at what the next process makes of it.
+#[cfg(target_os = "linux")]
+async fn power_is_lost(mut stage: Stage, running: usize) -> Stage {
+    const NAMES: [&str; 4] = ["a", "b", "c", "d"];
+    let recorded = stage.client.history().await.unwrap();
+    for name in &NAMES[..running] {
+        stage.fleet.run(name, Run::Hold);
+        let nth = stage.fleet.runs(name).len() + 1;
+        let request = pb::RunCycleRequest { subsystems: vec![(*name).into()], ..Default::default() };
+        let mut client = stage.client.clone();
+        tokio::spawn(async move { client.run_with(request).await });
+        stage.fleet.until_run(name, nth).await;
+    }
+    let Stage { fleet, home, service, .. } = stage;
+    service.kill().await;
+    disk::loses_power(&home);
+    let heard = fleet.calls().iter().map(|call| call.cycle_id).max().unwrap_or_default();
+    let database = Connection::open(home.path("o.db")).unwrap();
+    let noted: i64 = database.query_row("SELECT last_cycle_id FROM meta", [], |row| row.get(0)).unwrap();
+    drop(database);
+    if running == 1 {
+        assert_eq!(u64::try_from(noted).unwrap() + 1, heard, "what was written of its beginning is lost");
+    }
+
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    for name in NAMES {
+        fleet.run(name, Run::Echo);
+    }
+    let next = client.run().await.unwrap();
+    assert!(next.cycle_id > heard, "{running} running: {} was heard, and {} is given now", heard, next.cycle_id);
+    // Each number has one record, and those that were answered are as they were.
+    let history = client.history().await.unwrap();
+    assert_eq!(history[..recorded.len()], recorded);
+    let cycles: Vec<_> = history.into_iter().map(decode).collect();
+    let mut ids: Vec<_> = cycles.iter().map(|cycle| cycle.cycle_id).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, (1..=next.cycle_id).collect::<Vec<_>>());
+    let interrupted = &cycles[recorded.len()..cycles.len() - 1];
+    assert!(interrupted.iter().all(|cycle| cycle.state() == CycleState::Interrupted), "{interrupted:?}");
+    Stage { fleet, home, service, client }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn after_the_loss_of_power_no_cycle_id_that_was_heard_is_given_again() {
+    let mut stage = Stage::at(disk::home()).await;
+    stage.register_all(&["a", "b", "c", "d"]).await;
+    for running in [0, 1, 2, 3, 4, 1] {
+        stage = power_is_lost(stage, running).await;
+    }
 }
 
 #[tokio::test]

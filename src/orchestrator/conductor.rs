@@ -186,7 +186,7 @@ impl Shared {
     async fn close(&self) -> Result<(), StoreError> {
         self.changes.close();
         self.changes.wait().await;
-        self.write(|_| Write { close: true, ..Write::default() }, |_| ()).await
+        self.write_in_turn(|_| Write { close: true, ..Write::default() }, |_| ()).await
     }
 }
 

@@ -166,11 +166,16 @@ impl Shared {
     /// Reads a record, once there is room for it.
     pub(super) async fn read_one(
         &self,
-        read: impl Future<Output = Result<Option<Record>, StoreError>>,
+        read: impl Future<Output = Result<Option<Found>, StoreError>>,
     ) -> Result<Option<Record>, Refusal> {
         let mut room = self.room(self.max_record()).await?;
-        let found = self.tell_if_unreadable(read.await)?;
-        Ok(found.map(|record| with_room(record, &mut room)))
+        match read.await?.transpose() {
+            Ok(found) => Ok(found.map(|record| with_room(record, &mut room))),
+            Err(unreadable) => {
+                self.state().tell_unreadable(&unreadable);
+                Err(Refusal::Unreadable(unreadable))
+            }
+        }
     }
 
     /// The bytes of a record that is at hand, as an answer that may wait for its client.
@@ -226,14 +231,6 @@ impl Shared {
                 next => return Ok(Page { next, ..page }),
             }
         }
-    }
-
-    /// Tells of a record that can't be read, if that is why.
-    pub(super) fn tell_if_unreadable<T>(&self, found: Result<T, StoreError>) -> Result<T, StoreError> {
-        if let Err(StoreError::Unreadable(unreadable)) = &found {
-            self.state().tell_unreadable(unreadable);
-        }
-        found
     }
 }
 

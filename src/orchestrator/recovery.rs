@@ -36,7 +36,7 @@ use crate::{
 
 impl Orchestrator {
     /// Takes up what an earlier process left in the store, and begins to run cycles. The store comes with what it held
-    /// when it was opened.
+    /// when it was taken over.
     ///
     /// # Errors
     /// The order of what is declared and stored has a ring, there is no memory for it, or the store can't be written.

@@ -139,9 +139,6 @@ impl From<Violations> for Refusal {
 
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
-        match error {
-            StoreError::Unreadable(unreadable) => Self::Unreadable(unreadable),
-            error => Self::StoreUnavailable(None, error),
-        }
+        Self::StoreUnavailable(None, error)
     }
 }

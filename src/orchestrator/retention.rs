@@ -41,7 +41,7 @@ impl Shared {
                     is_told = is_full;
                 }
                 // One that has nothing to write learns of it here.
-                Err(error @ (StoreError::Fenced(_) | StoreError::Ended(..))) => self.store_ends(&error),
+                Err(error @ (StoreError::Fenced { .. } | StoreError::Defect { .. })) => self.store_ends(&error),
                 // Damage to what is old does not keep new cycles from being recorded.
                 Err(error) => tracing::warn!(%error, "can't remove old records"),
             }

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
+    mem,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -25,7 +26,7 @@ use super::{
 use crate::{
     memory::Held,
     model::{CycleId, CycleState, Name, Revision, Trigger},
-    ports::{Found, PageLimits, Record, StoreError, Unreadable},
+    ports::{Found, PageLimits, Record, ResumeError, Unreadable},
     record::Participation,
 };
 
@@ -130,6 +131,15 @@ struct Heard {
     started: bool,
     /// Updates that were given or passed over.
     updates: u64,
+}
+
+impl Shared {
+    /// Moves watchers on to the latest record that was published to the state. Every source of records calls it after
+    /// `State::publish`; here the writer is the only one.
+    pub(super) fn show_newest(&self) {
+        let newest = self.state().last_revision;
+        self.newest.send_if_modified(|shown| mem::replace(shown, newest) != newest);
+    }
 }
 
 impl Watcher {
@@ -361,10 +371,10 @@ impl Watcher {
         };
         let records = match shared.store.cycles_after(self.cursor, Self::PAGE).await {
             Ok(records) => records,
-            Err(StoreError::NotRetained { oldest, newest }) => {
+            Err(ResumeError::NotRetained { oldest, newest }) => {
                 return Err(Refusal::RevisionNotRetained { after: self.cursor, oldest, newest });
             }
-            Err(error) => return Err(error.into()),
+            Err(ResumeError::Store(error)) => return Err(error.into()),
         };
         let have = which_have(&records, &self.filter.participation).await;
         let mut is_first = true;

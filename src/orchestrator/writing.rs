@@ -7,6 +7,7 @@
 
 use std::{collections::HashSet, mem, sync::Arc, time::Duration};
 
+use futures_util::StreamExt;
 use tokio::{
     select,
     sync::{mpsc, oneshot},
@@ -113,8 +114,24 @@ impl Shared {
     /// as it is then.
     ///
     /// # Errors
-    /// It could not be written, and nothing has changed.
+    /// It could not be written, or a commit before it is late; nothing has changed.
     pub(super) async fn write<T: Send + 'static>(
+        &self,
+        build: impl Fn(&State) -> Write + Send + 'static,
+        apply: impl FnOnce(&mut State) -> T + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let late = self.state().store_error.clone().filter(StoreError::is_late);
+        match late {
+            Some(late) => Err(late),
+            None => self.write_in_turn(build, apply).await,
+        }
+    }
+
+    /// Has a change written, after a commit that is late as well: the last one of the process.
+    ///
+    /// # Errors
+    /// It could not be written, and nothing has changed.
+    pub(super) async fn write_in_turn<T: Send + 'static>(
         &self,
         build: impl Fn(&State) -> Write + Send + 'static,
         apply: impl FnOnce(&mut State) -> T + Send + 'static,
@@ -177,16 +194,20 @@ impl Shared {
         let (write, mark) = self.draft(&mut batch);
         let (durability, last_cycle_id) = (write.durability, write.last_cycle_id);
         let started = Instant::now();
-        let committed = self.store.commit(Arc::new(write)).await;
+        let committed = self.committed(write, &cycles_of(&batch)).await;
         let took = started.elapsed();
         if let Err(error) = committed {
-            self.state().counts.commit_failed();
+            let mut state = self.state();
+            state.counts.commit_failed();
+            // The commit has returned.
+            state.store_error.take_if(|error| error.is_late());
+            drop(state);
             return Err((batch, error));
         }
         for change in &mut batch {
             change.committed(&self.engine);
         }
-        let newest = {
+        {
             let mut state = self.state();
             state.counts.committed(durability, took);
             state.store_error.take_if(|error| !error.is_final());
@@ -198,14 +219,32 @@ impl Shared {
             for change in &mut batch {
                 change.apply(&mut state);
             }
-            state.last_revision
-        };
-        self.newest.send_if_modified(|published| mem::replace(published, newest) != newest);
+        }
+        self.show_newest();
         for change in batch {
             change.done();
         }
         self.queue_changed.notify_one();
         Ok(())
+    }
+
+    /// Commits a write, and waits for the outcome, however long that takes. While the store reports trouble, nothing is
+    /// admitted, and the callers of the cycles in the write are notified.
+    async fn committed(&self, write: Write, cycles: &[Arc<Admitted>]) -> Result<(), StoreError> {
+        let (mut commit, mut trouble) = (self.store.commit(Arc::new(write)), self.store.trouble());
+        loop {
+            select! {
+                biased;
+                committed = &mut commit => return committed,
+                Some(trouble) = trouble.next() => match trouble {
+                    Some(error) => {
+                        tracing::error!(%error, "nothing is admitted until the commit returns");
+                        self.notify_of(&error, cycles);
+                    }
+                    None => drop(self.state().store_error.take_if(|error| !error.is_final())),
+                },
+            }
+        }
     }
 
     /// The write of these changes, with all ids that are not noted yet and what has changed in loops, and the mark of the latter.
@@ -248,18 +287,23 @@ impl Shared {
     fn put_off(&self, batch: Vec<Box<dyn ToWrite>>, error: &StoreError) -> Vec<Box<dyn ToWrite>> {
         let (again, failed): (Vec<_>, Vec<_>) = batch.into_iter().partition(|change| change.insists().is_some());
         if !again.is_empty() {
-            let mut state = self.state();
-            if state.store_error.as_ref().is_none_or(|error| !error.is_final()) {
-                state.store_error = Some(error.clone());
-            }
-        }
-        for admitted in again.iter().filter_map(|change| change.insists()) {
-            admitted.put_off(self.state().unavailable(admitted.cycle_id, error.clone()));
+            self.notify_of(error, &cycles_of(&again));
         }
         for change in failed {
             change.failed(error.clone());
         }
         again
+    }
+
+    /// The store takes no writes for this reason, until a commit returns. Notifies the callers of these cycles.
+    fn notify_of(&self, error: &StoreError, cycles: &[Arc<Admitted>]) {
+        let mut state = self.state();
+        if state.store_error.as_ref().is_none_or(|error| !error.is_final()) {
+            state.store_error = Some(error.clone());
+        }
+        for admitted in cycles {
+            admitted.put_off(state.unavailable(admitted.cycle_id, error.clone()));
+        }
     }
 
     /// These can't be written together, however often it is tried. What is not to blame for it is written, and then the process
@@ -301,8 +345,7 @@ impl Shared {
 
     /// Why nothing will be written any more.
     pub(super) fn store_ended(&self) -> StoreError {
-        self.final_error()
-            .unwrap_or_else(|| StoreError::Ended("this process".into(), "the task that writes has ended".into()))
+        self.final_error().unwrap_or_else(|| StoreError::Defect { problem: "the task that writes has ended".into() })
     }
 
     /// Nothing will be written any more: ends the process.
@@ -310,6 +353,11 @@ impl Shared {
         self.state().store_error = Some(error.clone());
         self.store_has_ended.cancel();
     }
+}
+
+/// The cycles that can't go on without these changes.
+fn cycles_of(changes: &[Box<dyn ToWrite>]) -> Vec<Arc<Admitted>> {
+    changes.iter().filter_map(|change| change.insists()).cloned().collect()
 }
 
 /// How many of these changes, from the first on, one commit takes: one in any case.

@@ -7,27 +7,32 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::{
+    future::BoxFuture,
+    stream::{self, BoxStream},
+};
 use jiff::Timestamp;
 
-use super::frontier::Frontier;
+use super::{frontier::Frontier, not_taken_over};
 use crate::{
     clock::Clock,
-    model::{CycleId, CycleState, Epoch, Revision},
+    model::{CycleId, CycleState, Epoch, Name, Output, Revision},
     ports::{
-        Contents, Filter, Found, Page, PageLimits, Pruned, Record, Retention, RetentionRule, SCAN_LIMIT, Store,
-        StoreError, StoreSize, Write,
+        Contents, Filter, Found, OpenCycle, Page, PageLimits, Pruned, Record, ResumeError, Retention, RetentionRule,
+        SCAN_LIMIT, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
     },
 };
 
-/// Keeps the history in memory. The rest of what it is told only a restart would need, and it does not see one.
+/// Keeps everything in memory.
 pub(super) struct Memory {
-    epoch: Epoch,
-    history: Mutex<History>,
+    clock: Clock,
+    kept: Mutex<Kept>,
 }
 
 #[derive(Default)]
-struct History {
+struct Kept {
+    /// 0 until it is taken over.
+    epoch: Epoch,
     records: BTreeMap<Revision, Record>,
     /// Where the record of each cycle is among them.
     revisions: HashMap<CycleId, Revision>,
@@ -35,48 +40,105 @@ struct History {
     bytes: u64,
     frontier: Frontier,
     pruned_to: Revision,
+    open: BTreeMap<CycleId, OpenCycle>,
+    subsystems: BTreeMap<Name, StoredSubsystem>,
+    loops: BTreeMap<Name, StoredLoop>,
+    outputs: BTreeMap<Name, Output>,
 }
 
 impl Memory {
-    pub(super) fn new(clock: Clock) -> (Self, Contents) {
-        let epoch = Epoch::by_clock(clock.now());
-        (Self { epoch, history: Mutex::default() }, Contents { epoch, ..Contents::default() })
+    pub(super) fn new(clock: Clock) -> Self {
+        Self { clock, kept: Mutex::default() }
     }
 
-    fn history(&self) -> MutexGuard<'_, History> {
-        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    fn take_over(&mut self, now: Timestamp) -> Contents {
+        self.epoch = self.epoch.next().max(Epoch::by_clock(now));
+        let finished_at = |cycle_id: &CycleId| Some(self.records.get(self.revisions.get(cycle_id)?)?.finished_at);
+        let stored = |(name, output): (&Name, &Output)| StoredOutput {
+            name: name.clone(),
+            output: output.clone(),
+            finished_at: finished_at(&output.cycle_id),
+        };
+        Contents {
+            epoch: self.epoch,
+            last_cycle_id: self.frontier.last_cycle_id,
+            last_revision: self.frontier.last_revision,
+            pruned_to: self.pruned_to,
+            last_record: self.records.values().next_back().cloned().map(Ok),
+            open: self.open.values().cloned().collect(),
+            subsystems: self.subsystems.values().cloned().collect(),
+            loops: self.loops.values().cloned().collect(),
+            outputs: self.outputs.iter().map(stored).collect(),
+            ..Contents::default()
+        }
+    }
+
+    fn commit(&mut self, write: &Write) -> Result<(), StoreError> {
+        if self.epoch == Epoch::default() {
+            return Err(not_taken_over());
+        }
+        if write.epoch != self.epoch {
+            return Err(StoreError::Fenced { by: self.epoch });
+        }
+        self.frontier.check(write).map_err(|problem| StoreError::Defect { problem })?;
+        self.frontier.advance(write);
+        self.open.extend(write.open.iter().map(|open| (open.cycle_id, open.clone())));
+        for record in &write.records {
+            self.open.remove(&record.cycle_id);
+            self.bytes += record.bytes.len() as u64;
+            self.revisions.insert(record.cycle_id, record.revision);
+            self.records.insert(record.revision, record.clone());
+        }
+        self.outputs.extend(write.outputs.iter().cloned());
+        for (name, stored) in &write.subsystems {
+            if stored.is_none() {
+                self.outputs.remove(name);
+            }
+            put(&mut self.subsystems, name, stored.as_ref());
+        }
+        for (name, stored) in &write.loops {
+            put(&mut self.loops, name, stored.as_ref());
+        }
+        Ok(())
+    }
+}
+
+fn put<T: Clone>(known: &mut BTreeMap<Name, T>, name: &Name, now: Option<&T>) {
+    match now {
+        Some(now) => drop(known.insert(name.clone(), now.clone())),
+        None => drop(known.remove(name)),
     }
 }
 
 impl Store for Memory {
+    fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>> {
+        Box::pin(ready(Ok(self.kept().take_over(self.clock.now()))))
+    }
+
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
-        let mut history = self.history();
-        let checked = if write.epoch == self.epoch {
-            history.frontier.check(&write).map_err(|defect| StoreError::Ended("memory:".into(), defect))
-        } else {
-            Err(StoreError::Fenced(self.epoch))
-        };
-        if checked.is_ok() {
-            history.frontier.advance(&write);
-            for record in &write.records {
-                history.bytes += record.bytes.len() as u64;
-                history.revisions.insert(record.cycle_id, record.revision);
-                history.records.insert(record.revision, record.clone());
-            }
-        }
-        Box::pin(ready(checked))
+        Box::pin(ready(self.kept().commit(&write)))
     }
 
-    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
-        let history = self.history();
-        let found = history.revisions.get(&cycle_id).and_then(|revision| history.records.get(revision)).cloned();
-        Box::pin(ready(Ok(found)))
+    fn trouble(&self) -> BoxStream<'static, Option<StoreError>> {
+        Box::pin(stream::pending())
     }
 
-    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
-        let history = self.history();
-        let found = history.records.values().rev().find(|record| record.request_id.as_ref() == Some(&request_id));
-        Box::pin(ready(Ok(found.cloned())))
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
+        let kept = self.kept();
+        let found = kept.revisions.get(&cycle_id).and_then(|revision| kept.records.get(revision)).cloned();
+        Box::pin(ready(Ok(found.map(Ok))))
+    }
+
+    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
+        let kept = self.kept();
+        let found = kept.records.values().rev().find(|record| record.request_id.as_ref() == Some(&request_id));
+        Box::pin(ready(Ok(found.cloned().map(Ok))))
     }
 
     fn cycles_before(
@@ -85,10 +147,10 @@ impl Store for Memory {
         filter: Filter,
         limits: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>> {
-        let history = self.history();
+        let kept = self.kept();
         let mut page = Page::default();
         let mut bytes = 0;
-        for record in history.records.range(..before).rev().map(|(_, record)| record) {
+        for record in kept.records.range(..before).rev().map(|(_, record)| record) {
             let is_full = page.records.len() == limits.records
                 || (!page.records.is_empty() && bytes + record.bytes.len() > limits.bytes);
             if page.scanned == SCAN_LIMIT || (is_full && filter.wants(record)) {
@@ -104,16 +166,16 @@ impl Store for Memory {
         Box::pin(ready(Ok(page)))
     }
 
-    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>> {
-        let history = self.history();
-        let newest = history.frontier.last_revision;
-        if revision < history.pruned_to || revision > newest {
-            let oldest = history.pruned_to.next();
-            return Box::pin(ready(Err(StoreError::NotRetained { oldest, newest })));
+    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
+        let kept = self.kept();
+        let newest = kept.frontier.last_revision;
+        if revision < kept.pruned_to || revision > newest {
+            let oldest = kept.pruned_to.next();
+            return Box::pin(ready(Err(ResumeError::NotRetained { oldest, newest })));
         }
         let mut records: Vec<Found> = Vec::new();
         let mut bytes = 0;
-        for record in history.records.range(revision.next()..).map(|(_, record)| record) {
+        for record in kept.records.range(revision.next()..).map(|(_, record)| record) {
             bytes += record.bytes.len();
             if records.len() == limits.records || (!records.is_empty() && bytes > limits.bytes) {
                 break;
@@ -124,11 +186,14 @@ impl Store for Memory {
     }
 
     fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
-        let mut history = self.history();
+        let mut kept = self.kept();
+        if kept.epoch == Epoch::default() {
+            return Box::pin(ready(Err(not_taken_over())));
+        }
         let mut oldest_first: Vec<_> = Vec::new();
         for (rule, states) in retention.rules() {
-            let of_rule: Vec<_> = history.records.values().filter(|record| states.contains(&record.state)).collect();
-            let keep = history.frontier.last_revision;
+            let of_rule: Vec<_> = kept.records.values().filter(|record| states.contains(&record.state)).collect();
+            let keep = kept.frontier.last_revision;
             oldest_first.extend(to_prune(
                 rule,
                 of_rule.len() as u64,
@@ -140,19 +205,19 @@ impl Store for Memory {
         oldest_first.sort_unstable();
         oldest_first.truncate(limit);
         for revision in &oldest_first {
-            if let Some(record) = history.records.remove(revision) {
-                history.revisions.remove(&record.cycle_id);
-                history.pruned_to = history.pruned_to.max(record.revision);
-                history.bytes -= record.bytes.len() as u64;
+            if let Some(record) = kept.records.remove(revision) {
+                kept.revisions.remove(&record.cycle_id);
+                kept.pruned_to = kept.pruned_to.max(record.revision);
+                kept.bytes -= record.bytes.len() as u64;
             }
         }
-        let pruned = Pruned { removed: oldest_first.len(), pruned_to: history.pruned_to };
+        let pruned = Pruned { removed: oldest_first.len(), pruned_to: kept.pruned_to };
         Box::pin(ready(Ok(pruned)))
     }
 
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
-        let history = self.history();
-        let size = StoreSize { records: history.records.len() as u64, bytes: history.bytes };
+        let kept = self.kept();
+        let size = StoreSize { records: kept.records.len() as u64, bytes: kept.bytes };
         Box::pin(ready(Ok(size)))
     }
 }

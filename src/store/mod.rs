@@ -9,10 +9,11 @@ mod suite;
 
 use std::{fmt, path::PathBuf, sync::Arc};
 
+pub use self::sqlite::FileError;
 use crate::{
     clock::Clock,
     model::CycleId,
-    ports::{Contents, Record, Store, StoreError},
+    ports::{Record, Store, StoreError},
 };
 
 /// Where the record is kept.
@@ -61,22 +62,76 @@ impl fmt::Display for StoreUrl {
 /// Says what is wrong with a record's bytes. What passes can be read by everybody.
 pub type Check = fn(&Record) -> Result<(), String>;
 
-/// Opens a store, and reads what an earlier process left. A new epoch begins in it with the first commit. Each record that
-/// is read has to pass `check`, which is done where it keeps nobody waiting. `clock` bounds the new epoch from below.
+/// Opens a store, so that it can be read; [`Store::take_over`] lets it be written. Each record that is read has to pass
+/// `check`, which is done where it keeps nobody waiting. `clock` bounds new epochs from below.
 ///
 /// # Errors
-/// Another process has it open, it is a copy, or it can't be opened, read or written.
-pub async fn open(url: &StoreUrl, check: Check, clock: Clock) -> Result<(Arc<dyn Store>, Contents), StoreError> {
+/// Another process has it open, it is not what may be served, or it can't be opened or read.
+pub async fn open(url: &StoreUrl, check: Check, clock: Clock) -> Result<Arc<dyn Store>, OpenError> {
     match url {
-        StoreUrl::Memory => {
-            let (store, contents) = memory::Memory::new(clock);
-            Ok((Arc::new(store), contents))
-        }
-        StoreUrl::Sqlite(path) => {
-            let (store, contents) = sqlite::Sqlite::open(path.clone(), check, clock).await?;
-            Ok((Arc::new(store), contents))
-        }
+        StoreUrl::Memory => Ok(Arc::new(memory::Memory::new(clock))),
+        StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::Sqlite::open(path.clone(), check, clock).await?)),
     }
+}
+
+/// Why a store that is only open takes no writes.
+fn not_taken_over() -> StoreError {
+    StoreError::Defect { problem: "a write came before the store was taken over".into() }
+}
+
+/// Why a store was not opened. Each says what to do about it. `store` is where the store is, for people.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has it open.
+    #[error(
+        "{store} is in use by another process{}; stop that one first, or give this one a store of its own",
+        .by.map_or_else(String::new, |pid| format!(" (pid {pid})"))
+    )]
+    InUse {
+        /// Which store.
+        store: String,
+        /// The number of that process, if it is known.
+        by: Option<u32>,
+    },
+    /// A later version of this software has made it.
+    #[error(
+        "{store} has schema version {found}, and this version of the software knows up to {known}; use a newer one"
+    )]
+    TooNew {
+        /// Which store.
+        store: String,
+        /// The version that it has.
+        found: i64,
+        /// The latest version that is known here.
+        known: i64,
+    },
+    /// Some other software has made it.
+    #[error("{store} is a database of some other software; give this one a store of its own")]
+    Foreign {
+        /// Which store.
+        store: String,
+    },
+    /// It lacks more of what was acknowledged than a damaged end explains.
+    #[error(
+        "{store} ends with cycle {has}, and cycle {noted} was acknowledged: an older copy was put in its place. To have it \
+         go on, with the numbers after {has} given again, run `orchestrator store accept {url}`"
+    )]
+    Behind {
+        /// Which store.
+        store: String,
+        /// Its URL.
+        url: StoreUrl,
+        /// Its last cycle.
+        has: CycleId,
+        /// The last cycle that was acknowledged.
+        noted: CycleId,
+    },
+    /// Something is wrong with the files of a database.
+    #[error(transparent)]
+    Files(#[from] FileError),
+    /// It can't be read or written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// What [`accept`] has done.
@@ -96,9 +151,9 @@ pub struct Accepted {
 ///
 /// # Errors
 /// There is none, another process has it open, or it can't be opened or written.
-pub fn accept(url: &StoreUrl) -> Result<Accepted, StoreError> {
+pub fn accept(url: &StoreUrl) -> Result<Accepted, OpenError> {
     match url {
-        StoreUrl::Memory => Err(StoreError::Missing(url.to_string())),
+        StoreUrl::Memory => Err(FileError::Missing { database: url.to_string() }.into()),
         StoreUrl::Sqlite(path) => sqlite::accept(path),
     }
 }

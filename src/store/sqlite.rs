@@ -25,35 +25,40 @@ mod place;
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::Duration,
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::{
+    future::BoxFuture,
+    stream::{self, BoxStream},
+};
 use jiff::Timestamp;
 use rusqlite::{
     Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, TransactionBehavior, named_params,
     types::ValueRef,
 };
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot},
-    time::Instant,
+    sync::{Semaphore, mpsc, oneshot, watch},
+    time::{Instant, timeout},
 };
 
+pub use self::place::FileError;
 use self::{
     identity::Identity,
     note::{Mark, Note},
     place::{FileId, Place, file_id, log_of, note_of},
 };
-use super::{Accepted, Check, frontier::Frontier, memory::to_prune};
+use super::{Accepted, Check, OpenError, StoreUrl, frontier::Frontier, memory::to_prune, not_taken_over};
 use crate::{
     clock::Clock,
     model::{CycleId, CycleState, Epoch, Name, Output, Payload, Revision, TraceId, Trigger},
     ports::{
-        Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Pruned, Record, Retention, SCAN_LIMIT,
-        Stage, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Unreadable,
-        UnreadableRow, Write,
+        Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Pruned, Record, ResumeError, Retention,
+        SCAN_LIMIT, Stage, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind,
+        Unreadable, UnreadableRow, Write,
     },
 };
 
@@ -69,6 +74,8 @@ const QUEUE: usize = 8;
 const READERS: usize = 2;
 /// How long a statement waits for a program that has locked the database, such as a backup.
 const BUSY: Duration = Duration::from_secs(5);
+/// A commit that takes longer is reported as late. It is waited for as long as it takes: a disk that hangs may come back.
+const LATE: Duration = Duration::from_secs(5);
 /// After so many bytes the log is copied into the database, between two writes.
 const CHECKPOINT_BYTES: usize = 4 << 20;
 /// A log that a reader, or one large commit, has let grow beyond this is cut once it is copied; up to this the file is
@@ -90,32 +97,30 @@ pub(super) struct Sqlite {
     writer: Option<thread::JoinHandle<()>>,
     readers: Arc<Mutex<Vec<Connection>>>,
     reading: Arc<Semaphore>,
+    trouble: watch::Sender<Option<StoreError>>,
     /// Given up last, after all connections are closed.
     _place: Place,
 }
 
 enum Job {
+    TakeOver(oneshot::Sender<Result<Contents, StoreError>>),
     Commit(Arc<Write>, oneshot::Sender<Result<(), StoreError>>),
     Prune(Retention, Timestamp, usize, oneshot::Sender<Result<Pruned, StoreError>>),
 }
 
 impl Sqlite {
-    pub(super) async fn open(path: PathBuf, check: Check, clock: Clock) -> Result<(Self, Contents), StoreError> {
-        let shown = path.display().to_string();
+    pub(super) async fn open(path: PathBuf, check: Check, clock: Clock) -> Result<Self, OpenError> {
+        let store = path.display().to_string();
         let opened = tokio::task::spawn_blocking(move || Self::open_blocking(&path, check, clock)).await;
-        opened.unwrap_or_else(|error| Err(StoreError::Other(shown, error.to_string())))
+        opened.unwrap_or_else(|error| Err(StoreError::Unavailable { store, problem: error.to_string() }.into()))
     }
 
-    fn open_blocking(path: &Path, check: Check, clock: Clock) -> Result<(Self, Contents), StoreError> {
-        let Opened { place, mut connection, here, .. } = Opened::at(path, false)?;
-        let (before, mark, mut contents) = read_contents(&mut connection, &place.path, check, clock)?;
-        let frontier = Frontier {
-            last_cycle_id: contents.last_cycle_id,
-            last_revision: contents.last_revision,
-            open: contents.open.iter().map(|open| open.cycle_id).collect(),
-        };
+    fn open_blocking(path: &Path, check: Check, clock: Clock) -> Result<Self, OpenError> {
+        let Opened { place, connection, here, .. } = Opened::at(path, false)?;
+        let mark = read_mark(&connection).map_err(|error| explain(&place.path, &error))?;
         let (note, noted) = Note::open(&place.path)?;
-        contents.lost = lost(&place.path, &mark, noted)?;
+        let noted = noted.filter(|noted| is_of_this_database(&place.path, &mark, noted));
+        refuse_older_copy(&place.path, &mark, noted.as_ref())?;
         let readers = (0..READERS).map(|_| connect(&place.path)).collect::<Result<_, _>>();
         let readers = readers.map_err(|error| explain(&place.path, &error))?;
         let files = files_of(&place.path).map_err(|error| unwritable(&place.path, &error))?;
@@ -124,47 +129,51 @@ impl Sqlite {
         let (jobs, incoming) = mpsc::channel(QUEUE);
         let writer = Writer {
             path: path.clone(),
+            check,
+            clock,
             files,
             connection,
-            epoch: contents.epoch,
-            beginning: Some(Beginning { before, here }),
-            database_id: mark.id,
-            commits: mark.commits,
-            frontier,
+            here,
+            term: None,
             note: Some(note),
+            noted,
             synchronous: Durability::Durable,
             unchecked_bytes: 0,
             held: None,
         };
         let writer = thread::Builder::new().name("store".into()).spawn(move || writer.run(incoming));
-        let writer = writer.map_err(|error| StoreError::Other(path.display().to_string(), error.to_string()))?;
-        let store = Self {
+        let writer = writer.map_err(|error| unavailable(&path, error.to_string()))?;
+        Ok(Self {
             path,
             check,
             jobs: Some(jobs),
             writer: Some(writer),
             readers: Arc::new(Mutex::new(readers)),
             reading: Arc::new(Semaphore::new(READERS)),
+            trouble: watch::Sender::new(None),
             _place: place,
-        };
-        Ok((store, contents))
+        })
     }
 
     async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Job) -> Result<T, StoreError> {
-        let gone = || StoreError::Ended(self.path.display().to_string(), "its writer has ended".into());
+        let gone = || StoreError::Defect { problem: "its writer has ended".into() };
         let (reply, answer) = oneshot::channel();
         let jobs = self.jobs.as_ref().ok_or_else(gone)?;
         jobs.send(job(reply)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 
-    async fn read<T: Send + 'static>(
+    async fn read<T, E>(
         &self,
-        read: impl FnOnce(&mut Connection) -> Result<T, ReadError> + Send + 'static,
-    ) -> Result<T, StoreError> {
+        read: impl FnOnce(&mut Connection) -> Result<T, ReadError<E>> + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
         let path = self.path.clone();
-        let other = |path: &Path, what: String| StoreError::Other(path.display().to_string(), what);
-        let permit = self.reading.clone().acquire_owned().await.map_err(|error| other(&path, error.to_string()))?;
+        let permit = self.reading.clone().acquire_owned().await;
+        let permit = permit.map_err(|error| unavailable(&path, error.to_string()))?;
         let readers = self.readers.clone();
         let task = tokio::task::spawn_blocking(move || {
             let _permit = permit;
@@ -176,27 +185,21 @@ impl Sqlite {
             let result = read(&mut connection);
             readers.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
             result.map_err(|error| match error {
-                ReadError::Sqlite(error) => explain(&path, &error),
-                ReadError::Store(error) => error,
+                ReadError::Sqlite(error) => explain(&path, &error).into(),
+                ReadError::Refused(error) => error,
             })
         });
-        let path = self.path.clone();
-        task.await.unwrap_or_else(|error| Err(other(&path, error.to_string())))
+        task.await.unwrap_or_else(|error| Err(unavailable(&self.path, error.to_string()).into()))
     }
 }
 
-enum ReadError {
+enum ReadError<E> {
     Sqlite(rusqlite::Error),
-    Store(StoreError),
+    /// What was asked for can't be answered.
+    Refused(E),
 }
 
-impl From<Unreadable> for ReadError {
-    fn from(unreadable: Unreadable) -> Self {
-        Self::Store(StoreError::Unreadable(unreadable))
-    }
-}
-
-impl From<rusqlite::Error> for ReadError {
+impl<E> From<rusqlite::Error> for ReadError<E> {
     fn from(error: rusqlite::Error) -> Self {
         Self::Sqlite(error)
     }
@@ -213,27 +216,46 @@ impl Drop for Sqlite {
 }
 
 impl Store for Sqlite {
-    fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.ask(|reply| Job::Commit(write, reply)))
+    fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>> {
+        Box::pin(self.ask(Job::TakeOver))
     }
 
-    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
-        let check = self.check;
-        Box::pin(self.read(move |connection| {
-            let mut query = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
-            let found = query.query_row([integer(cycle_id.0)], |row| Ok(read(row, check))).optional()?;
-            Ok(found.transpose()?)
+    fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            let mut commit = pin!(self.ask(|reply| Job::Commit(write, reply)));
+            if let Ok(committed) = timeout(LATE, &mut commit).await {
+                return committed;
+            }
+            self.trouble.send_replace(Some(StoreError::Late { store: self.path.display().to_string(), waited: LATE }));
+            let committed = commit.await;
+            self.trouble.send_replace(None);
+            committed
+        })
+    }
+
+    fn trouble(&self) -> BoxStream<'static, Option<StoreError>> {
+        Box::pin(stream::unfold(self.trouble.subscribe(), |mut trouble| async {
+            trouble.changed().await.ok()?;
+            let now = trouble.borrow_and_update().clone();
+            Some((now, trouble))
         }))
     }
 
-    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
+        let check = self.check;
+        Box::pin(self.read(move |connection| {
+            let mut query = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
+            Ok(query.query_row([integer(cycle_id.0)], |row| Ok(read(row, check))).optional()?)
+        }))
+    }
+
+    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
         let check = self.check;
         Box::pin(self.read(move |connection| {
             let mut query = connection.prepare_cached(&format!(
                 "SELECT {COLUMNS} FROM cycles WHERE request_id = ?1 ORDER BY revision DESC LIMIT 1"
             ))?;
-            let found = query.query_row([request_id], |row| Ok(read(row, check))).optional()?;
-            Ok(found.transpose()?)
+            Ok(query.query_row([request_id], |row| Ok(read(row, check))).optional()?)
         }))
     }
 
@@ -287,14 +309,14 @@ impl Store for Sqlite {
         }))
     }
 
-    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>> {
+    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
         let check = self.check;
         Box::pin(self.read(move |connection| {
             // One transaction, so that nothing is pruned between the check and the reading.
             let transaction = connection.transaction()?;
             let (pruned_to, newest) = range(&transaction)?;
             if revision < pruned_to || revision > newest {
-                return Err(ReadError::Store(StoreError::NotRetained { oldest: pruned_to.next(), newest }));
+                return Err(ReadError::Refused(ResumeError::NotRetained { oldest: pruned_to.next(), newest }));
             }
             let mut query = transaction
                 .prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE revision > ?1 ORDER BY revision"))?;
@@ -357,7 +379,7 @@ struct Opened {
 }
 
 impl Opened {
-    fn at(path: &Path, even_a_copy: bool) -> Result<Self, StoreError> {
+    fn at(path: &Path, even_a_copy: bool) -> Result<Self, OpenError> {
         let place = Place::take(path)?;
         let path = &place.path;
         let explained = |error| explain(path, &error);
@@ -367,7 +389,7 @@ impl Opened {
         let here = Identity::at(path).map_err(|error| unwritable(path, &error))?;
         let noted = if version < Identity::SINCE { None } else { Identity::noted(&connection).map_err(explained)? };
         match here.check(noted.as_ref()) {
-            Err(StoreError::Copy { .. }) if even_a_copy => {}
+            Err(FileError::Copy { .. }) if even_a_copy => {}
             checked => checked?,
         }
         let mut connection = configure(connection).map_err(explained)?;
@@ -377,15 +399,15 @@ impl Opened {
 }
 
 /// Lets a database be used as the file that it is now, with what it holds now.
-pub(super) fn accept(path: &Path) -> Result<Accepted, StoreError> {
+pub(super) fn accept(path: &Path) -> Result<Accepted, OpenError> {
     if !path.exists() {
-        return Err(StoreError::Missing(path.display().to_string()));
+        return Err(FileError::Missing { database: path.display().to_string() }.into());
     }
     let Opened { place, mut connection, here, noted } = Opened::at(path, true)?;
     let mark = (|| {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         here.note(&transaction)?;
-        let mark = transaction.query_row("SELECT * FROM meta", [], mark)?;
+        let mark = read_mark(&transaction)?;
         transaction.commit()?;
         Ok(mark)
     })()
@@ -402,6 +424,11 @@ pub(super) fn accept(path: &Path) -> Result<Accepted, StoreError> {
     })
 }
 
+/// How far the database goes.
+fn read_mark(connection: &Connection) -> rusqlite::Result<Mark> {
+    connection.query_row("SELECT * FROM meta", [], mark)
+}
+
 fn mark(row: &Row<'_>) -> rusqlite::Result<Mark> {
     Ok(Mark {
         id: row.get("database_id")?,
@@ -411,24 +438,36 @@ fn mark(row: &Row<'_>) -> rusqlite::Result<Mark> {
     })
 }
 
-/// What of this database was acknowledged and is not there, by what was noted beside it.
-fn lost(path: &Path, mark: &Mark, noted: Option<Mark>) -> Result<Option<Lost>, StoreError> {
-    let Some(noted) = noted else { return Ok(None) };
+/// Whether what was noted beside a database is of this one.
+fn is_of_this_database(path: &Path, mark: &Mark, noted: &Mark) -> bool {
     if noted.id != mark.id {
         tracing::warn!(store = %path.display(), "another database was at this path before; this one has a history of its own");
-        return Ok(None);
     }
-    let cycles = noted.last_cycle_id.0.saturating_sub(mark.last_cycle_id.0);
-    if cycles > MAX_LOST {
-        let path = path.display().to_string();
-        return Err(StoreError::Behind { path, has: mark.last_cycle_id, noted: noted.last_cycle_id });
+    noted.id == mark.id
+}
+
+/// That the database does not lack more of what was noted beside it than a damaged log had held.
+fn refuse_older_copy(path: &Path, mark: &Mark, noted: Option<&Mark>) -> Result<(), OpenError> {
+    let Some(noted) = noted else { return Ok(()) };
+    if noted.last_cycle_id.0.saturating_sub(mark.last_cycle_id.0) <= MAX_LOST {
+        return Ok(());
     }
-    let changes = noted.commits.saturating_sub(mark.commits);
-    Ok((changes > 0).then_some(Lost {
+    Err(OpenError::Behind {
+        store: path.display().to_string(),
+        url: StoreUrl::Sqlite(path.to_owned()),
+        has: mark.last_cycle_id,
+        noted: noted.last_cycle_id,
+    })
+}
+
+/// What was acknowledged and is not in the database, by what was noted beside it.
+fn lost(mark: &Mark, noted: &Mark) -> Option<Lost> {
+    let commits = noted.commits.saturating_sub(mark.commits);
+    (commits > 0).then_some(Lost {
         last_cycle_id: noted.last_cycle_id.max(mark.last_cycle_id),
         last_revision: noted.last_revision.max(mark.last_revision),
-        commits: changes,
-    }))
+        commits,
+    })
 }
 
 /// Which files are in the places of the database and its log.
@@ -464,17 +503,17 @@ fn migrations() -> impl Iterator<Item = &'static str> {
 }
 
 /// Up to which migration a database is, if it is one that this software can use.
-fn check_version(connection: &Connection, path: &Path) -> Result<i64, StoreError> {
+fn check_version(connection: &Connection, path: &Path) -> Result<i64, OpenError> {
     let pragma = |name| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
     let tables = || connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, i64>(0));
     let read = || Ok((pragma("user_version")?, pragma("application_id")?, tables()?));
     let (found, application_id, tables) = read().map_err(|error| explain(path, &error))?;
     if application_id != APPLICATION_ID && (tables > 0 || found > 0) {
-        return Err(StoreError::Foreign(path.display().to_string()));
+        return Err(OpenError::Foreign { store: path.display().to_string() });
     }
     let known = i64::try_from(migrations().count()).unwrap_or(i64::MAX);
     if found > known {
-        return Err(StoreError::TooNew { path: path.display().to_string(), found, known });
+        return Err(OpenError::TooNew { store: path.display().to_string(), found, known });
     }
     Ok(found)
 }
@@ -532,7 +571,7 @@ fn read_contents(
         Ok((before, mark, contents, numbers))
     })()
     .map_err(explained)?;
-    numbers.check().map_err(|problem| StoreError::Corrupt(path.display().to_string(), problem))?;
+    numbers.check().map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
     let mut unreadable = Vec::new();
     let mut rows = Rows { transaction: &transaction, path, unreadable: &mut unreadable };
     let noted = 1..=integer(contents.last_cycle_id.0);
@@ -679,30 +718,36 @@ struct NotOpen(&'static str);
 
 struct Writer {
     path: Arc<PathBuf>,
+    check: Check,
+    clock: Clock,
     /// Which files the connection has open.
     files: Files,
     connection: Connection,
-    epoch: Epoch,
-    /// `None` once the epoch has begun, which it does with the first commit.
-    beginning: Option<Beginning>,
-    database_id: [u8; 16],
-    /// The commits that were made.
-    commits: u64,
-    frontier: Frontier,
+    /// Which file the database is.
+    here: Identity,
+    /// `None` until it is taken over.
+    term: Option<Term>,
     /// Where it is noted how far the database was written; `None` once that has failed.
     note: Option<Note>,
+    /// What was noted of this database when it was opened.
+    noted: Option<Mark>,
     /// What the connection is set to.
     synchronous: Durability,
     /// Bytes in the log that are not yet in the database.
     unchecked_bytes: usize,
-    /// What kept the log from being copied as a whole.
+    /// What kept the log from being copied.
     held: Option<Held>,
 }
 
-struct Beginning {
-    /// The epoch that is there.
-    before: Epoch,
-    here: Identity,
+/// The time of one epoch, as the one that writes.
+struct Term {
+    epoch: Epoch,
+    /// The epoch that the database has as long as nobody else has taken over: this one from its first commit on.
+    current: Epoch,
+    database_id: [u8; 16],
+    /// The commits that were ever made.
+    commits: u64,
+    frontier: Frontier,
 }
 
 /// A reader keeps the log from being copied.
@@ -716,6 +761,7 @@ impl Writer {
         while let Some(job) = jobs.blocking_recv() {
             // Who asked may have gone away; what was done is done.
             match job {
+                Job::TakeOver(reply) => drop(reply.send(self.take_over())),
                 Job::Commit(write, reply) => drop(reply.send(self.commit(&write))),
                 Job::Prune(retention, now, limit, reply) => drop(reply.send(self.prune(&retention, now, limit))),
             }
@@ -723,27 +769,49 @@ impl Writer {
         }
     }
 
+    fn take_over(&mut self) -> Result<Contents, StoreError> {
+        let earlier = self.term.take().map(|term| term.epoch.next());
+        let (current, mark, mut contents) = read_contents(&mut self.connection, &self.path, self.check, self.clock)?;
+        contents.epoch = contents.epoch.max(earlier.unwrap_or_default());
+        contents.lost = self.noted.and_then(|noted| lost(&mark, &noted));
+        let frontier = Frontier {
+            last_cycle_id: contents.last_cycle_id,
+            last_revision: contents.last_revision,
+            open: contents.open.iter().map(|open| open.cycle_id).collect(),
+        };
+        let Mark { id: database_id, commits, .. } = mark;
+        self.term = Some(Term { epoch: contents.epoch, current, database_id, commits, frontier });
+        Ok(contents)
+    }
+
     fn commit(&mut self, write: &Write) -> Result<(), StoreError> {
         #[cfg(test)]
         self.apply_page_limit();
-        if write.epoch != self.epoch {
-            return Err(StoreError::Fenced(self.epoch));
+        let term = self.term.as_mut().ok_or_else(not_taken_over)?;
+        if write.epoch != term.epoch {
+            return Err(StoreError::Fenced { by: term.epoch });
         }
-        let path = self.path.display().to_string();
         if files_of(&self.path).ok() != Some(self.files) {
-            return Err(StoreError::Gone(path));
+            let problem = "it or its log was removed or replaced while it was in use; put the same files back, or stop this \
+                           process and restore it from a backup";
+            return Err(unavailable(&self.path, problem.into()));
         }
-        self.frontier.check(write).map_err(|defect| StoreError::Ended(path, defect))?;
-        let fenced_by = self.transact(write).map_err(|error| explain(&self.path, &error))?;
-        if let Some(epoch) = fenced_by {
-            return Err(StoreError::Fenced(epoch));
+        term.frontier.check(write).map_err(|problem| StoreError::Defect { problem })?;
+        let explained = |error| explain(&self.path, &error);
+        if self.synchronous != write.durability {
+            synchronize(&self.connection, write.durability).map_err(explained)?;
+            self.synchronous = write.durability;
         }
-        self.frontier.advance(write);
-        self.commits += 1;
+        let begins = term.current != term.epoch;
+        if let Some(by) = term.transact(&mut self.connection, &self.here, write).map_err(explained)? {
+            return Err(StoreError::Fenced { by });
+        }
+        term.advance(write);
         if write.durability == Durability::Durable {
-            self.note();
+            let mark = term.mark();
+            self.note(&mark);
         }
-        if self.beginning.take().is_some() {
+        if begins {
             // Now the database itself says which one it is, without its log.
             self.copy_log();
         }
@@ -753,57 +821,10 @@ impl Writer {
         Ok(())
     }
 
-    /// Does it in one transaction; `Some` is the epoch that has taken over, and then nothing was done.
-    fn transact(&mut self, write: &Write) -> rusqlite::Result<Option<Epoch>> {
-        if self.synchronous != write.durability {
-            let level = match write.durability {
-                Durability::Durable => "FULL",
-                Durability::Buffered => "NORMAL",
-            };
-            self.connection.pragma_update(None, "synchronous", level)?;
-            self.synchronous = write.durability;
-        }
-        let before = self.current_epoch();
-        let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
-        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let written = transaction
-            .prepare_cached(
-                "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
-                 commits = :commits, epoch = :epoch WHERE epoch = :before",
-            )?
-            .execute(named_params! {
-                ":cycle_id": integer(write.last_cycle_id.0),
-                ":revision": integer(last_revision.0),
-                ":is_closed": write.close,
-                ":commits": integer(self.commits + 1),
-                ":epoch": integer(self.epoch.0),
-                ":before": integer(before.0),
-            })?;
-        if written == 0 {
-            let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0))?;
-            return Ok(Some(Epoch(epoch)));
-        }
-        if let Some(Beginning { here, .. }) = &self.beginning {
-            transaction.execute("UPDATE meta SET boot_id = ?1", [boot_id()])?;
-            here.note(&transaction)?;
-        }
-        put_cycles(&transaction, write)?;
-        put_knowledge(&transaction, write)?;
-        transaction.commit()?;
-        Ok(None)
-    }
-
-    /// The epoch that the database has as long as nobody has taken over.
-    fn current_epoch(&self) -> Epoch {
-        self.beginning.as_ref().map_or(self.epoch, |beginning| beginning.before)
-    }
-
     /// Notes how far the database was written.
-    fn note(&mut self) {
-        let Frontier { last_cycle_id, last_revision, .. } = self.frontier;
-        let mark = Mark { id: self.database_id, commits: self.commits, last_cycle_id, last_revision };
+    fn note(&mut self, mark: &Mark) {
         if let Some(note) = &self.note
-            && let Err(error) = note.write(&mark)
+            && let Err(error) = note.write(mark)
         {
             // What is in the database holds all the same.
             tracing::warn!(store = %self.path.display(), %error, "can't note how far the database was written");
@@ -812,12 +833,13 @@ impl Writer {
     }
 
     fn prune(&mut self, retention: &Retention, now: Timestamp, limit: usize) -> Result<Pruned, StoreError> {
-        let (keep, current) = (self.frontier.last_revision, self.current_epoch());
+        let Term { current, frontier: Frontier { last_revision: keep, .. }, .. } =
+            *self.term.as_ref().ok_or_else(not_taken_over)?;
         let pruned = (|| {
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
             if epoch != current {
-                return Ok(Err(StoreError::Fenced(epoch)));
+                return Ok(Err(StoreError::Fenced { by: epoch }));
             }
             let mut gone = Vec::new();
             for (rule, states) in retention.rules() {
@@ -916,6 +938,60 @@ impl Writer {
             Err(error) => tracing::warn!(%store, %error, "can't copy the log into the database"),
         }
     }
+}
+
+impl Term {
+    /// Writes it in one transaction; `Some` is the epoch that has taken over, and then nothing was written.
+    fn transact(&self, connection: &mut Connection, here: &Identity, write: &Write) -> rusqlite::Result<Option<Epoch>> {
+        let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let written = transaction
+            .prepare_cached(
+                "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
+                 commits = :commits, epoch = :epoch WHERE epoch = :current",
+            )?
+            .execute(named_params! {
+                ":cycle_id": integer(write.last_cycle_id.0),
+                ":revision": integer(last_revision.0),
+                ":is_closed": write.close,
+                ":commits": integer(self.commits + 1),
+                ":epoch": integer(self.epoch.0),
+                ":current": integer(self.current.0),
+            })?;
+        if written == 0 {
+            let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0))?;
+            return Ok(Some(Epoch(epoch)));
+        }
+        if self.current != self.epoch {
+            transaction.execute("UPDATE meta SET boot_id = ?1", [boot_id()])?;
+            here.note(&transaction)?;
+        }
+        put_cycles(&transaction, write)?;
+        put_knowledge(&transaction, write)?;
+        transaction.commit()?;
+        Ok(None)
+    }
+
+    /// Goes on to where `write` has brought the database.
+    fn advance(&mut self, write: &Write) {
+        self.current = self.epoch;
+        self.commits += 1;
+        self.frontier.advance(write);
+    }
+
+    fn mark(&self) -> Mark {
+        let Frontier { last_cycle_id, last_revision, .. } = self.frontier;
+        Mark { id: self.database_id, commits: self.commits, last_cycle_id, last_revision }
+    }
+}
+
+/// Has commits from now on survive what they must.
+fn synchronize(connection: &Connection, durability: Durability) -> rusqlite::Result<()> {
+    let level = match durability {
+        Durability::Durable => "FULL",
+        Durability::Buffered => "NORMAL",
+    };
+    connection.pragma_update(None, "synchronous", level)
 }
 
 fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
@@ -1188,36 +1264,42 @@ struct Unknown(i64);
 
 /// What an error of SQLite means for who uses the store.
 fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
-    let shown = path.display().to_string();
-    let what = error.to_string();
+    let (store, problem) = (path.display().to_string(), error.to_string());
     let Some(code) = error.sqlite_error_code() else {
         // A value that no version of this software has written, or one that is missing.
-        return StoreError::Corrupt(shown, what);
+        return StoreError::Corrupt { store, problem };
     };
     match code {
-        ErrorCode::DiskFull => StoreError::Full(shown, what),
-        ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied => StoreError::ReadOnly(shown, what),
-        ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => StoreError::Corrupt(shown, what),
+        ErrorCode::DiskFull => StoreError::Full { store, problem },
+        ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied => {
+            StoreError::ReadOnly { store, problem }
+        }
+        ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => StoreError::Corrupt { store, problem },
         ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => {
-            StoreError::Other(shown, format!("{what}: another program has locked it; end that program's transaction"))
+            let problem = format!("{problem}: another program has locked it; end that program's transaction");
+            StoreError::Unavailable { store, problem }
         }
         // These pass, or may.
         ErrorCode::SystemIoFailure
         | ErrorCode::OutOfMemory
         | ErrorCode::OperationAborted
         | ErrorCode::OperationInterrupted
-        | ErrorCode::FileLockingProtocolFailed => StoreError::Other(shown, what),
+        | ErrorCode::FileLockingProtocolFailed => StoreError::Unavailable { store, problem },
         // Above all a table or a column that is gone, and a row that is there already.
-        _ => StoreError::Unusable(shown, what),
+        _ => StoreError::Unusable { store, problem },
     }
 }
 
-fn unwritable(path: &Path, error: &io::Error) -> StoreError {
-    let shown = path.display().to_string();
+fn unavailable(path: &Path, problem: String) -> StoreError {
+    StoreError::Unavailable { store: path.display().to_string(), problem }
+}
+
+fn unwritable(path: &Path, error: &io::Error) -> OpenError {
+    let (store, problem) = (path.display().to_string(), error.to_string());
     match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full(shown, error.to_string()),
-        io::ErrorKind::IsADirectory => StoreError::NotRegular(shown, "a directory"),
-        _ => StoreError::ReadOnly(shown, error.to_string()),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full { store, problem }.into(),
+        io::ErrorKind::IsADirectory => FileError::NotRegular { path: store, found: "a directory" }.into(),
+        _ => StoreError::ReadOnly { store, problem }.into(),
     }
 }
 

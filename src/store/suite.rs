@@ -8,10 +8,11 @@ use std::{
     time::Duration,
 };
 
+use futures_util::StreamExt;
 use jiff::Timestamp;
 use proptest::prelude::*;
 
-use super::{StoreUrl, open};
+use super::{FileError, OpenError, StoreUrl, open};
 use crate::{
     clock::Clock,
     model::{
@@ -19,8 +20,9 @@ use crate::{
         Trigger,
     },
     ports::{
-        Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Record, Retention, RetentionRule,
-        SCAN_LIMIT, Stage, Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
+        Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Record, ResumeError, Retention,
+        RetentionRule, SCAN_LIMIT, Stage, Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind,
+        Write,
     },
 };
 
@@ -94,7 +96,7 @@ fn revisions(records: &[Found]) -> Vec<u64> {
 async fn refuses(store: &dyn Store, write: Write) {
     let size = store.size().await.unwrap().records;
     let refused = store.commit(Arc::new(write.clone())).await;
-    assert!(matches!(refused, Err(StoreError::Ended(..))), "{refused:?} to {write:?}");
+    assert!(matches!(refused, Err(StoreError::Defect { .. })), "{refused:?} to {write:?}");
     assert_eq!(store.size().await.unwrap().records, size, "{write:?}");
 }
 
@@ -108,10 +110,10 @@ fn check(record: &Record) -> Result<(), String> {
 
 async fn what_is_written_is_read(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 12).await;
-    assert_eq!(store.cycle(cycle_of(7)).await.unwrap(), Some(record(7, epoch)));
+    assert_eq!(store.cycle(cycle_of(7)).await.unwrap(), Some(Ok(record(7, epoch))));
     assert_eq!(store.cycle(CycleId(13)).await.unwrap(), None);
     let of_request = |id: &str| store.cycle_of_request(id.to_owned());
-    assert_eq!(of_request("five").await.unwrap(), Some(record(10, epoch)));
+    assert_eq!(of_request("five").await.unwrap(), Some(Ok(record(10, epoch))));
     assert_eq!(of_request("six").await.unwrap(), None);
 }
 
@@ -142,7 +144,7 @@ async fn records_come_in_any_order_of_their_ids(store: &dyn Store, epoch: Epoch)
     assert_eq!(ids(&store.cycles_after(Revision(0), ALL).await.unwrap()), [3, 1, 4, 2]);
     let page = store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap();
     assert_eq!(ids(&page.records), [2, 4, 1, 3]);
-    let latest = store.cycle_of_request("twice".into()).await.unwrap().unwrap();
+    let latest = store.cycle_of_request("twice".into()).await.unwrap().unwrap().unwrap();
     assert_eq!(latest.cycle_id, CycleId(1), "the one that was recorded last, whatever its id");
 }
 
@@ -217,9 +219,65 @@ async fn pages_neither_skip_nor_repeat_while_records_come_on_top(store: &dyn Sto
     assert_eq!(seen, [7, 6, 5, 4, 3, 2, 1]);
 }
 
+async fn taken_over_again_it_knows_what_was_written_and_fences_the_epoch_before(store: &dyn Store, epoch: Epoch) {
+    let settings = LoopSpec { name: "l".into(), ..LoopSpec::default() };
+    let stored_loop = StoredLoop { spec: Some(settings), state: LoopState::default(), name: name("l") };
+    let write = Write {
+        last_cycle_id: CycleId(3),
+        open: vec![waiting_cycle(3, Some("three"))],
+        outputs: vec![(name("a"), output(1, "a")), (name("b"), output(9, "b")), (name("c"), output(2, "c"))],
+        subsystems: [stored_subsystem("a"), stored_subsystem("c")].into(),
+        loops: [(name("l"), Some(stored_loop.clone())), (name("m"), Some(stored_loop.clone()))].into(),
+        ..recorded(1..=2, epoch)
+    };
+    commit(store, write).await;
+    let less = Write { subsystems: [(name("c"), None)].into(), loops: [(name("m"), None)].into(), ..Write::default() };
+    commit(store, Write { epoch, last_cycle_id: CycleId(3), ..less }).await;
+
+    let contents = store.take_over().await.unwrap();
+    assert!(contents.epoch > epoch);
+    let made =
+        |of: &str, cycle_id, finished_at| StoredOutput { name: name(of), output: output(cycle_id, of), finished_at };
+    let expected = Contents {
+        epoch: contents.epoch,
+        last_cycle_id: CycleId(3),
+        last_revision: Revision(2),
+        last_record: Some(Ok(record(2, epoch))),
+        open: vec![waiting_cycle(3, Some("three"))],
+        subsystems: vec![stored_subsystem("a").1.unwrap()],
+        loops: vec![stored_loop],
+        outputs: vec![made("a", 1, Some(at(2))), made("b", 9, None)],
+        ..Contents::default()
+    };
+    assert_eq!(contents, expected);
+    let write = |epoch| Write { records: vec![record_of(3, 3, epoch)], ..recorded(3..=3, epoch) };
+    let fenced = store.commit(Arc::new(write(epoch))).await;
+    assert_eq!(fenced, Err(StoreError::Fenced { by: contents.epoch }));
+    let write = Write { last_cycle_id: CycleId(3), open: Vec::new(), ..write(contents.epoch) };
+    commit(store, write).await;
+    assert_eq!(store.take_over().await.unwrap().open, []);
+}
+
+/// Only for stores that nobody has taken over.
+async fn before_it_is_taken_over_it_is_read_and_not_written(store: &dyn Store) {
+    let write = Write { epoch: Epoch(1), ..recorded(1..=1, Epoch(1)) };
+    for epoch in [Epoch(0), Epoch(1)] {
+        let refused = store.commit(Arc::new(Write { epoch, ..write.clone() })).await;
+        assert!(matches!(refused, Err(StoreError::Defect { .. })), "{refused:?}");
+    }
+    let refused = store.prune(Retention::default(), at(0), 1).await;
+    assert!(matches!(refused, Err(StoreError::Defect { .. })), "{refused:?}");
+    assert_eq!(store.cycle(CycleId(1)).await.unwrap(), None);
+    assert_eq!(store.cycles_after(Revision(0), ALL).await.unwrap(), []);
+    assert_eq!(store.cycles_before(Revision(9), Filter::default(), ALL).await.unwrap().records, []);
+    assert_eq!(store.size().await.unwrap().records, 0);
+    let epoch = store.take_over().await.unwrap().epoch;
+    filled(store, epoch, 1).await;
+}
+
 async fn another_epoch_is_fenced(store: &dyn Store, epoch: Epoch) {
     let write = Write { epoch: Epoch(epoch.0 + 1), ..recorded(1..=1, epoch) };
-    assert!(matches!(store.commit(Arc::new(write)).await, Err(StoreError::Fenced(_))));
+    assert!(matches!(store.commit(Arc::new(write)).await, Err(StoreError::Fenced { .. })));
     assert_eq!(store.cycle(cycle_of(1)).await.unwrap(), None);
 }
 
@@ -264,7 +322,7 @@ async fn revisions_go_up(store: &dyn Store, epoch: Epoch) {
     assert_eq!(revisions(&after(1, PageLimits { records: 2, ..ALL }).await.unwrap()), [2, 3]);
     assert_eq!(revisions(&after(1, PageLimits { bytes: 1, ..ALL }).await.unwrap()), [2]);
     let oldest_and_newest =
-        |oldest, newest| Err(StoreError::NotRetained { oldest: Revision(oldest), newest: Revision(newest) });
+        |oldest, newest| Err(ResumeError::NotRetained { oldest: Revision(oldest), newest: Revision(newest) });
     assert_eq!(after(6, ALL).await, oldest_and_newest(1, 5));
 
     let newest_three =
@@ -321,7 +379,7 @@ async fn retention_removes_low_revisions_first_and_never_the_highest(store: &dyn
     assert_eq!((pruned.removed, pruned.pruned_to, left().await), (2, Revision(2), vec![4, 3]));
     store.prune(keep(Some(0)), at(0), 100).await.unwrap();
     assert_eq!(left().await, [4]);
-    assert_eq!(store.cycle(CycleId(1)).await.unwrap(), Some(record_of(1, 4, epoch)));
+    assert_eq!(store.cycle(CycleId(1)).await.unwrap(), Some(Ok(record_of(1, 4, epoch))));
     assert_eq!(store.cycle(CycleId(4)).await.unwrap(), None);
     refuses(
         store,
@@ -335,8 +393,9 @@ macro_rules! every_store {
         mod memory {
             $(#[tokio::test]
             async fn $test() {
-                let (store, contents) = super::open(&super::StoreUrl::Memory, super::check, super::Clock::system()).await.unwrap();
-                super::$test(&*store, contents.epoch).await;
+                let store = super::open(&super::StoreUrl::Memory, super::check, super::Clock::system()).await.unwrap();
+                let epoch = store.take_over().await.unwrap().epoch;
+                super::$test(&*store, epoch).await;
             })+
         }
 
@@ -345,8 +404,9 @@ macro_rules! every_store {
             async fn $test() {
                 let directory = tempfile::tempdir().unwrap();
                 let url = super::StoreUrl::Sqlite(directory.path().join("o.db"));
-                let (store, contents) = super::open(&url, super::check, super::Clock::system()).await.unwrap();
-                super::$test(&*store, contents.epoch).await;
+                let store = super::open(&url, super::check, super::Clock::system()).await.unwrap();
+                let epoch = store.take_over().await.unwrap().epoch;
+                super::$test(&*store, epoch).await;
             })+
         }
     };
@@ -360,6 +420,7 @@ every_store! {
     ids_are_noted_completely_and_never_taken_back
     only_an_open_cycle_is_recorded
     a_record_leaves_other_open_cycles_open
+    taken_over_again_it_knows_what_was_written_and_fences_the_epoch_before
     another_epoch_is_fenced
     pages_go_down
     pages_neither_skip_nor_repeat_while_records_come_on_top
@@ -370,15 +431,32 @@ every_store! {
     retention_removes_low_revisions_first_and_never_the_highest
 }
 
+#[tokio::test]
+async fn before_a_store_is_taken_over_it_is_read_and_not_written() {
+    before_it_is_taken_over_it_is_read_and_not_written(
+        &*open(&StoreUrl::Memory, check, Clock::system()).await.unwrap(),
+    )
+    .await;
+    let directory = tempfile::tempdir().unwrap();
+    let url = StoreUrl::Sqlite(directory.path().join("o.db"));
+    before_it_is_taken_over_it_is_read_and_not_written(&*open(&url, check, Clock::system()).await.unwrap()).await;
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // SQLite
 
-async fn opened(path: &Path) -> (Arc<dyn Store>, Contents) {
-    open(&StoreUrl::Sqlite(path.to_owned()), check, Clock::system()).await.unwrap()
+async fn try_open(path: &Path) -> Result<(Arc<dyn Store>, Contents), OpenError> {
+    let store = open(&StoreUrl::Sqlite(path.to_owned()), check, Clock::system()).await?;
+    let contents = store.take_over().await?;
+    Ok((store, contents))
 }
 
-async fn refused(path: &Path) -> StoreError {
-    open(&StoreUrl::Sqlite(path.to_owned()), check, Clock::system()).await.err().unwrap()
+async fn opened(path: &Path) -> (Arc<dyn Store>, Contents) {
+    try_open(path).await.unwrap()
+}
+
+async fn refused(path: &Path) -> OpenError {
+    try_open(path).await.err().unwrap()
 }
 
 fn stored_subsystem(name: &str) -> (Name, Option<StoredSubsystem>) {
@@ -519,7 +597,7 @@ async fn a_database_of_an_earlier_version_goes_on_with_its_open_cycles_and_those
         assert_eq!(contents.open.iter().map(|open| open.cycle_id.0).collect::<Vec<_>>(), [4, 5, 6, 8]);
         let two = Retention { default: RetentionRule { max_cycles: Some(2), max_age: None }, ..Retention::default() };
         assert_eq!(store.prune(two, at(0), 100).await.unwrap().pruned_to, Revision(3));
-        assert_eq!(store.cycle_of_request("five".into()).await.unwrap().unwrap().revision, Revision(5));
+        assert_eq!(store.cycle_of_request("five".into()).await.unwrap().unwrap().unwrap().revision, Revision(5));
     }
 }
 
@@ -563,22 +641,46 @@ async fn a_second_process_is_kept_out_and_one_that_is_overtaken_is_fenced() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (first, contents) = opened(&path).await;
-    let StoreError::InUse(_, holder) = refused(&path).await else { panic!("opened twice") };
-    assert_eq!(holder, format!(" (pid {})", std::process::id()));
+    let OpenError::InUse { by, .. } = refused(&path).await else { panic!("opened twice") };
+    assert_eq!(by, Some(std::process::id()));
 
     filled(&*first, contents.epoch, 1).await;
 
     std::fs::remove_file(directory.path().join("o.db.lock")).unwrap();
     #[cfg(target_os = "linux")]
-    assert!(matches!(refused(&path).await, StoreError::InUse(..)), "the database itself is locked as well");
+    assert!(
+        matches!(refused(&path).await, OpenError::Files(FileError::InUseByAnotherName { .. })),
+        "the database itself is locked as well"
+    );
 
     let later = Epoch(contents.epoch.0 + 1);
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.execute("UPDATE meta SET epoch = ?1", [i64::try_from(later.0).unwrap()]).unwrap();
     let write = Arc::new(recorded(2..=2, contents.epoch));
-    assert_eq!(first.commit(write).await, Err(StoreError::Fenced(later)));
+    assert_eq!(first.commit(write).await, Err(StoreError::Fenced { by: later }));
     let pruned = first.prune(Retention::default(), Timestamp::now(), 10).await;
-    assert_eq!(pruned.err(), Some(StoreError::Fenced(later)), "nor does it forget anything");
+    assert_eq!(pruned.err(), Some(StoreError::Fenced { by: later }), "nor does it forget anything");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_commit_that_another_program_holds_up_is_late_and_kept_all_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    let other = rusqlite::Connection::open(&path).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let (mut trouble, committing) = (store.trouble(), store.clone());
+    let committing = tokio::spawn(async move { committing.commit(Arc::new(recorded(1..=1, contents.epoch))).await });
+    // The paused clock moves on as nothing else can.
+    let late = trouble.next().await.unwrap();
+    let expected = StoreError::Late { store: path.display().to_string(), waited: Duration::from_secs(5) };
+    assert_eq!(late, Some(expected));
+    assert!(!committing.is_finished());
+    assert_eq!(store.cycle(cycle_of(1)).await.unwrap(), None, "it can be read meanwhile");
+    other.execute_batch("COMMIT").unwrap();
+    committing.await.unwrap().unwrap();
+    assert_eq!(trouble.next().await, Some(None));
+    assert!(store.cycle(cycle_of(1)).await.unwrap().is_some());
 }
 
 #[tokio::test]
@@ -586,6 +688,8 @@ async fn an_epoch_begins_with_the_first_commit() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (store, contents) = opened(&path).await;
+    assert!(store.take_over().await.unwrap().epoch >= contents.epoch);
+    let contents = store.take_over().await.unwrap();
     let epoch = || {
         let raw = rusqlite::Connection::open(&path).unwrap();
         raw.query_row("SELECT epoch FROM meta", [], |row| row.get::<_, i64>(0)).unwrap()
@@ -600,24 +704,25 @@ async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     std::fs::write(&path, vec![b'x'; 10_000]).unwrap();
-    assert!(matches!(refused(&path).await, StoreError::Corrupt(..)));
+    assert!(matches!(refused(&path).await, OpenError::Store(StoreError::Corrupt { .. })));
 
     std::fs::remove_file(&path).unwrap();
     drop(opened(&path).await);
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.pragma_update(None, "user_version", 99).unwrap();
-    assert!(matches!(refused(&path).await, StoreError::TooNew { found: 99, known: 4, .. }));
+    assert!(matches!(refused(&path).await, OpenError::TooNew { found: 99, known: 4, .. }));
 
     raw.pragma_update(None, "user_version", 4).unwrap();
     raw.execute("UPDATE meta SET epoch = 'none'", []).unwrap();
-    assert!(matches!(refused(&path).await, StoreError::Corrupt(..)));
+    assert!(matches!(refused(&path).await, OpenError::Store(StoreError::Corrupt { .. })));
     raw.execute("UPDATE meta SET epoch = 0", []).unwrap();
     drop(opened(&path).await);
 
     let other = directory.path().join("other.db");
     rusqlite::Connection::open(&other).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
-    assert!(matches!(refused(&other).await, StoreError::Foreign(..)));
-    assert!(matches!(refused(directory.path()).await, StoreError::NotRegular(..)), "a directory");
+    assert!(matches!(refused(&other).await, OpenError::Foreign { .. }));
+    let refused = refused(directory.path()).await;
+    assert!(matches!(refused, OpenError::Files(FileError::NotRegular { found: "a directory", .. })), "{refused}");
 }
 
 #[tokio::test]
@@ -669,8 +774,8 @@ async fn what_can_not_be_read_stands_in_its_place_and_the_rest_is_there() {
     let page = store.cycles_before(Revision(9), interrupted, ALL).await.unwrap();
     assert_eq!(told(&page.records), [(8, false), (7, false), (6, false), (5, false), (4, false)]);
     for revision in 2..=9 {
-        let found = store.cycle(cycle_of(revision)).await;
-        let Err(StoreError::Unreadable(unreadable)) = found else { panic!("{found:?}") };
+        let found = store.cycle(cycle_of(revision)).await.unwrap();
+        let Some(Err(unreadable)) = found else { panic!("{found:?}") };
         assert_eq!(unreadable.cycle_id, cycle_of(revision));
     }
     // What has no place in the history stays, and the rest goes when it is its turn.
@@ -743,7 +848,7 @@ async fn what_is_missing_at_the_end_is_known_and_an_older_copy_is_told_from_a_da
     drop(store);
     std::fs::write(&path, &older).unwrap();
     let behind = refused(&path).await;
-    assert!(matches!(behind, StoreError::Behind { has: CycleId(4), noted: CycleId(20_000), .. }), "{behind}");
+    assert!(matches!(behind, OpenError::Behind { has: CycleId(4), noted: CycleId(20_000), .. }), "{behind}");
     let accepted = super::accept(&StoreUrl::Sqlite(path.clone())).unwrap();
     assert_eq!((accepted.last_cycle_id, accepted.noted_cycle_id), (CycleId(4), CycleId(20_000)));
     assert_eq!(opened(&path).await.1.lost, None);
@@ -767,7 +872,7 @@ async fn damage_in_the_middle_is_found_when_it_is_read() {
     std::fs::write(&path, bytes).unwrap();
     let (store, _) = opened(&path).await;
     let read = store.cycles_before(Revision(3000), Filter::default(), ALL).await;
-    assert!(matches!(read, Err(StoreError::Corrupt(..))));
+    assert!(matches!(read, Err(StoreError::Corrupt { .. })));
     assert!(store.cycle(cycle_of(2000)).await.unwrap().is_some(), "the rest is still there");
 }
 
@@ -784,7 +889,7 @@ async fn a_full_disk_loses_nothing_and_passes() {
     };
     // The writer's own connection has to have the limit, so it is asked for in a way that only tests use.
     super::sqlite::limit_pages(&path, 40);
-    assert!(matches!(store.commit(big(11)).await, Err(StoreError::Full(..))));
+    assert!(matches!(store.commit(big(11)).await, Err(StoreError::Full { .. })));
     assert_eq!(store.cycle(cycle_of(11)).await.unwrap(), None);
     assert!(store.cycle(cycle_of(10)).await.unwrap().is_some());
     super::sqlite::limit_pages(&path, 1_000_000);
@@ -907,12 +1012,14 @@ proptest! {
     /// and finds after a restart what was open.
     #[test]
     fn sqlite_agrees_with_memory(steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30)) {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(async {
             let directory = tempfile::tempdir().unwrap();
             let url = StoreUrl::Sqlite(directory.path().join("o.db"));
-            let (memory, one) = open(&StoreUrl::Memory, check, Clock::system()).await.unwrap();
-            let (mut sqlite, mut contents) = open(&url, check, Clock::system()).await.unwrap();
+            let memory = open(&StoreUrl::Memory, check, Clock::system()).await.unwrap();
+            let mut one = memory.take_over().await.unwrap();
+            let mut sqlite = open(&url, check, Clock::system()).await.unwrap();
+            let mut contents = sqlite.take_over().await.unwrap();
             let mut model = Model::default();
             for (step, from, count) in steps {
                 if let Some(write) = model.next(&step) {
@@ -939,10 +1046,13 @@ proptest! {
                     }
                     Step::Restart => {
                         drop(sqlite);
-                        (sqlite, contents) = open(&url, check, Clock::system()).await.unwrap();
+                        sqlite = open(&url, check, Clock::system()).await.unwrap();
+                        contents = sqlite.take_over().await.unwrap();
+                        one = memory.take_over().await.unwrap();
                         assert_eq!(contents.last_cycle_id, CycleId(model.last_cycle_id));
                         assert_eq!(contents.last_revision, Revision(model.last_revision));
                         assert_eq!(contents.open, model.open.values().cloned().collect::<Vec<_>>());
+                        assert_eq!(Contents { epoch: contents.epoch, ..one.clone() }, contents);
                         let last = contents.last_record.clone().map(|found| found.unwrap().cycle_id.0);
                         assert_eq!(last, model.recorded.last().copied());
                     }

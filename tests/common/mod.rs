@@ -3,6 +3,8 @@
 #![allow(dead_code, unreachable_pub, reason = "each test uses its own part of the kit")]
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "in tests, a panic is how to say what is wrong")]
 
+#[cfg(target_os = "linux")]
+pub mod disk;
 pub mod door;
 pub mod fleet;
 pub mod http;

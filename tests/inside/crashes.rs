@@ -12,15 +12,15 @@ use std::{
     time::Duration,
 };
 
-use crate::kit::{Around, Fleet, Heard, host, of, of_all, settings, start, subsystem};
+use crate::kit::{Fleet, Heard, around, host, of, of_all, settings, start, subsystem};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use orchestrator_core::{
     model::{CycleId, CycleRequest, CycleState, Revision},
     orchestrator::{Orchestrator, Tasks},
-    ports::{Contents, Filter, Stage, Store, StoreError, Write},
+    ports::{Filter, Stage, Store, StoreError, Write},
     record::{self, Participation},
-    store,
+    store::{self, OpenError},
 };
 use tokio::{
     runtime::Builder,
@@ -49,14 +49,16 @@ struct Told {
     walks: Mutex<Vec<Vec<(Revision, CycleId)>>>,
 }
 
-/// Opens the store, once the process before has let it go.
-async fn open(path: &Path) -> (Arc<dyn Store>, Contents) {
-    loop {
+/// Opens the store, once the process before has let it go. To the paused clock a real disk is always late: nothing of that
+/// is reported.
+async fn open(path: &Path) -> Arc<dyn Store> {
+    let inner = loop {
         match store::open(&store::StoreUrl::Sqlite(path.into()), record::check, host().clock).await {
-            Err(StoreError::InUse(..)) => yield_now().await,
-            opened => return opened.unwrap(),
+            Err(OpenError::InUse { .. }) => yield_now().await,
+            opened => break opened.unwrap(),
         }
-    }
+    };
+    around(inner, Box::new(|inner, write| Box::pin(async move { inner.commit(write).await })))
 }
 
 /// The store, whose process dies as scripted: that commit never returns, and none after it.
@@ -76,7 +78,7 @@ fn dying(inner: Arc<dyn Store>, death: Death, died: Arc<Notify>) -> Arc<dyn Stor
         });
         commit
     };
-    Arc::new(Around { inner, commit: Box::new(commit) })
+    around(inner, Box::new(commit))
 }
 
 /// Runs a cycle as a caller that waits, or as one that only waits for the acknowledgement.
@@ -153,10 +155,9 @@ fn dies_at(death: Death) -> bool {
     });
     let came_to_it = process(async {
         let died = Arc::new(Notify::new());
-        let (inner, contents) = open(&path).await;
-        let store = dying(inner, death, died.clone());
+        let store = dying(open(&path).await, death, died.clone());
         let life = async {
-            let (orchestrator, tasks) = start(settings(), fleet.clone(), (store, contents)).await;
+            let (orchestrator, tasks) = start(settings(), fleet.clone(), store).await;
             live(orchestrator.clone(), &told).await;
             end(orchestrator, tasks).await;
         };
@@ -171,14 +172,15 @@ fn dies_at(death: Death) -> bool {
 
 /// Starts the next process, and holds the history against what was told before.
 async fn holds_after(death: Death, path: &Path, fleet: &Arc<Fleet>, told: &Told) {
-    let (store, contents) = open(path).await;
+    let store = open(path).await;
+    let contents = store.take_over().await.unwrap();
     let called: BTreeSet<_> = fleet.heard.lock().unwrap().iter().map(|heard| heard.cycle_id).collect();
     let promised = mem::take(&mut *told.promised.lock().unwrap());
     // No number was told before it was noted.
     let noted = contents.last_cycle_id;
     assert!(called.iter().chain(&promised).all(|told| *told <= noted), "{death:?}");
     let open: BTreeMap<_, _> = contents.open.iter().map(|open| (open.cycle_id, open.stage.clone())).collect();
-    let (orchestrator, tasks) = start(settings(), fleet.clone(), (store, contents)).await;
+    let (orchestrator, tasks) = start(settings(), fleet.clone(), store).await;
     // Its turn is after all that wait.
     let last = orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
     assert_eq!(last.cycle_id, noted.next(), "{death:?}");

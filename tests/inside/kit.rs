@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 use orchestrator_core::{
     host::Host,
@@ -16,11 +16,12 @@ use orchestrator_core::{
     },
     orchestrator::{Declared, Orchestrator, Settings, Tasks},
     ports::{
-        CallError, Contents, Filter, Found, InitializeCall, Left, Page, PageLimits, Pruned, Record, Reply, Retention,
-        RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
+        CallError, Contents, Filter, Found, InitializeCall, Left, Page, PageLimits, Pruned, Reply, ResumeError,
+        Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
     },
 };
-use tokio::time::sleep;
+use tokio::{sync::watch, time::sleep};
+use tokio_stream::wrappers::WatchStream;
 
 /// What becomes of a commit.
 pub(crate) type Commit =
@@ -30,18 +31,33 @@ pub(crate) type Commit =
 pub(crate) struct Around {
     pub(crate) inner: Arc<dyn Store>,
     pub(crate) commit: Box<Commit>,
+    /// What the store reports beside it.
+    pub(crate) trouble: watch::Sender<Option<StoreError>>,
+}
+
+/// A store whose commits go this way, and that reports no trouble.
+pub(crate) fn around(inner: Arc<dyn Store>, commit: Box<Commit>) -> Arc<dyn Store> {
+    Arc::new(Around { inner, commit, trouble: watch::Sender::new(None) })
 }
 
 impl Store for Around {
+    fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>> {
+        self.inner.take_over()
+    }
+
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
         (self.commit)(self.inner.clone(), write)
     }
 
-    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+    fn trouble(&self) -> BoxStream<'static, Option<StoreError>> {
+        Box::pin(WatchStream::from_changes(self.trouble.subscribe()))
+    }
+
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
         self.inner.cycle(cycle_id)
     }
 
-    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Record>, StoreError>> {
+    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
         self.inner.cycle_of_request(request_id)
     }
 
@@ -54,7 +70,7 @@ impl Store for Around {
         self.inner.cycles_before(before, filter, page)
     }
 
-    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, StoreError>> {
+    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
         self.inner.cycles_after(revision, page)
     }
 
@@ -148,13 +164,10 @@ pub(crate) fn host() -> Host {
     Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 0)
 }
 
-/// An orchestrator over a store that was opened.
-pub(crate) async fn start(
-    settings: Settings,
-    fleet: Arc<Fleet>,
-    store: (Arc<dyn Store>, Contents),
-) -> (Orchestrator, Tasks) {
+/// An orchestrator over a store, which it takes over.
+pub(crate) async fn start(settings: Settings, fleet: Arc<Fleet>, store: Arc<dyn Store>) -> (Orchestrator, Tasks) {
+    let contents = store.take_over().await.unwrap();
     let memory = Shares::of(1 << 30);
-    let spans = Arc::new(Untraced);
+    let (store, spans) = ((store, contents), Arc::new(Untraced));
     Orchestrator::start(settings, &memory, host(), fleet, store, Declared::default(), spans).await.unwrap()
 }

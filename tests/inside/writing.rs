@@ -3,7 +3,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,7 +17,7 @@ use orchestrator_core::{
     record, store,
 };
 use tokio::{
-    sync::Semaphore,
+    sync::{Semaphore, watch},
     time::{sleep, timeout},
 };
 
@@ -30,6 +33,8 @@ struct Script {
     verdicts: Mutex<VecDeque<Verdict>>,
     /// The cycles of the records of each commit that was tried, in order.
     tried: Mutex<Vec<Vec<u64>>>,
+    /// Commits that change the registry fail.
+    fails_changes: AtomicBool,
 }
 
 impl Script {
@@ -46,7 +51,8 @@ impl Script {
     async fn verdict(&self, write: &Write) -> Result<(), StoreError> {
         self.permits.acquire().await.unwrap().forget();
         if write.records.is_empty() {
-            return Ok(());
+            let fails = !write.subsystems.is_empty() && self.fails_changes.load(Ordering::Relaxed);
+            return if fails { full(write) } else { Ok(()) };
         }
         let records = write.records.iter().map(|record| record.cycle_id.0).collect();
         self.tried.lock().unwrap().push(records);
@@ -58,6 +64,7 @@ impl Script {
 /// An orchestrator over the subsystems `a`, `b` and `c`, of whose cycles two may wait.
 struct Stage {
     script: Arc<Script>,
+    trouble: watch::Sender<Option<StoreError>>,
     store: Arc<dyn Store>,
     orchestrator: Orchestrator,
     tasks: Tasks,
@@ -65,10 +72,14 @@ struct Stage {
 
 impl Stage {
     async fn new() -> Self {
-        let (store, contents) = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+        let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
         // Each registration, and the start, is a commit: from there on they wait.
-        let script =
-            Arc::new(Script { permits: Semaphore::new(4), verdicts: Mutex::default(), tried: Mutex::default() });
+        let script = Arc::new(Script {
+            permits: Semaphore::new(4),
+            verdicts: Mutex::default(),
+            tried: Mutex::default(),
+            fails_changes: AtomicBool::new(false),
+        });
         let judge = script.clone();
         let commit = Box::new(move |store: Arc<dyn Store>, write: Arc<Write>| {
             let judge = judge.clone();
@@ -77,13 +88,14 @@ impl Stage {
                 store.commit(write).await
             }) as _
         });
-        let around = Arc::new(Around { inner: store.clone(), commit });
+        let trouble = watch::Sender::new(None);
+        let around = Arc::new(Around { inner: store.clone(), commit, trouble: trouble.clone() });
         let settings = Settings { max_queued: 2, ..settings() };
-        let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), (around, contents)).await;
+        let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), around).await;
         for name in ["a", "b", "c"] {
             orchestrator.register(subsystem(name), None).await.unwrap();
         }
-        Self { script, store, orchestrator, tasks }
+        Self { script, trouble, store, orchestrator, tasks }
     }
 
     async fn run(&self, name: &str) -> Ticket {
@@ -115,7 +127,7 @@ impl Stage {
 }
 
 fn full(_: &Write) -> Result<(), StoreError> {
-    Err(StoreError::Full("memory:".into(), "as scripted".into()))
+    Err(StoreError::Full { store: "memory:".into(), problem: "as scripted".into() })
 }
 
 #[tokio::test(start_paused = true)]
@@ -180,13 +192,13 @@ async fn of_changes_that_can_not_be_written_together_only_the_one_to_blame_fails
     let tickets = stage.three_ended().await;
     let judge = |write: &Write| {
         let is_to_blame = write.records.iter().any(|record| record.cycle_id == CycleId(2));
-        let unusable = || StoreError::Unusable("memory:".into(), "as scripted".into());
+        let unusable = || StoreError::Unusable { store: "memory:".into(), problem: "as scripted".into() };
         if is_to_blame { Err(unusable()) } else { Ok(()) }
     };
     stage.script.judge((0..10).map(|_| Box::new(judge) as Verdict));
     stage.script.let_go();
     let ended = timeout(Duration::from_secs(10), stage.tasks.finished()).await.unwrap();
-    assert!(matches!(ended, Err(Stopped::Store(StoreError::Unusable(..)))), "{ended:?}");
+    assert!(matches!(ended, Err(Stopped::Store(StoreError::Unusable { .. }))), "{ended:?}");
     for ticket in tickets {
         let recorded = stage.store.cycle(ticket.cycle_id).await.unwrap();
         assert_eq!(recorded.is_some(), ticket.cycle_id != CycleId(2), "{}", ticket.cycle_id);
@@ -226,4 +238,64 @@ async fn cancelled_cycles_count_as_waiting_until_they_are_recorded() {
     sleep(Duration::from_secs(1)).await;
     let record = stage.orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
     assert_eq!((record.cycle_id, record.state), (CycleId(4), CycleState::Succeeded));
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_a_commit_is_late_nothing_is_admitted_and_it_is_applied_when_it_returns() {
+    let stage = Stage::new().await;
+    let ticket = stage.run("a").await;
+    // The cycle begins, runs, and its record is being written.
+    stage.after_commits(1).await;
+    let late = || StoreError::Late { store: "memory:".into(), waited: Duration::from_secs(5) };
+    stage.trouble.send_replace(Some(late()));
+    let told = ticket.recorded().await;
+    assert!(matches!(&told, Err(Refusal::StoreUnavailable(Some(CycleId(1)), error)) if *error == late()), "{told:?}");
+    assert_eq!(stage.orchestrator.status().store_error, Some(late()));
+    let refused = [
+        stage.orchestrator.run_cycle(of(&["b"]), false).await.map(|ticket| ticket.cycle_id),
+        stage.orchestrator.run_cycle(of(&["b"]), true).await.map(|ticket| ticket.cycle_id),
+        stage.orchestrator.register(subsystem("d"), None).await.map(|_| CycleId(0)),
+    ];
+    for refused in refused {
+        assert!(matches!(refused, Err(Refusal::StoreUnavailable(None, StoreError::Late { .. }))), "{refused:?}");
+    }
+    // Readers are not concerned.
+    let unfinished = stage.orchestrator.cycle(CycleId(1)).await;
+    assert!(matches!(unfinished, Err(Refusal::CycleNotFinished(_))), "{unfinished:?}");
+
+    stage.after_commits(1).await;
+    let status = stage.orchestrator.status();
+    assert_eq!((status.store_error, status.total_cycles), (None, 1));
+    assert_eq!(stage.orchestrator.cycle(CycleId(1)).await.unwrap().revision, Revision(1));
+    assert_eq!(stage.output_of("a"), Some(CycleId(1)));
+    assert_eq!(*stage.script.tried.lock().unwrap(), [[1]], "it was not written again");
+    stage.trouble.send_replace(None);
+    stage.script.let_go();
+    stage.run("b").await.recorded().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_refused_while_a_commit_is_late_is_admitted_once_the_trouble_is_over_or_the_commit_has_failed() {
+    let stage = Stage::new().await;
+    let late = || Some(StoreError::Late { store: "memory:".into(), waited: Duration::from_secs(5) });
+    let orchestrator = stage.orchestrator.clone();
+    let registering = tokio::spawn(async move { orchestrator.register(subsystem("d"), None).await });
+    sleep(Duration::from_millis(10)).await;
+    stage.trouble.send_replace(late());
+    sleep(Duration::from_millis(10)).await;
+    assert!(stage.orchestrator.run_cycle(of(&["a"]), false).await.is_err());
+    // The commit goes on, and its database answers again.
+    stage.trouble.send_replace(None);
+    sleep(Duration::from_millis(10)).await;
+    assert_eq!(stage.orchestrator.status().store_error, None);
+    stage.trouble.send_replace(late());
+    sleep(Duration::from_millis(10)).await;
+    assert!(stage.orchestrator.run_cycle(of(&["a"]), false).await.is_err());
+    stage.script.fails_changes.store(true, Ordering::Relaxed);
+    stage.after_commits(1).await;
+    let refused = registering.await.unwrap();
+    assert!(matches!(refused, Err(Refusal::StoreUnavailable(None, StoreError::Full { .. }))), "{refused:?}");
+    assert_eq!(stage.orchestrator.status().store_error, None);
+    stage.script.let_go();
+    stage.run("a").await.recorded().await.unwrap();
 }

@@ -14,8 +14,7 @@ use std::{
 
 use rusqlite::{Connection, OptionalExtension, named_params};
 
-use super::place::{FileId, file_id, log_of};
-use crate::ports::StoreError;
+use super::place::{FileError, FileId, file_id, log_of};
 
 /// Which file a database is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,21 +61,21 @@ impl Identity {
     ///
     /// # Errors
     /// It is a copy, or it can be reached by another name, where its log may be.
-    pub(super) fn check(&self, noted: Option<&Self>) -> Result<(), StoreError> {
+    pub(super) fn check(&self, noted: Option<&Self>) -> Result<(), FileError> {
         let Self { path, file } = self;
-        let shown = path.display().to_string();
+        let database = path.display().to_string();
         let links = fs::metadata(path).map_or(1, |file| file.nlink());
         let is_known = noted == Some(self);
         let Some(noted) = noted else {
-            return if links > 1 { Err(StoreError::Linked(shown, "other names".into())) } else { Ok(()) };
+            return if links > 1 { Err(FileError::Linked { database, other: "other names".into() }) } else { Ok(()) };
         };
         if noted.path == *path {
             if links > 1 && !is_known {
-                return Err(StoreError::Linked(shown, "other names".into()));
+                return Err(FileError::Linked { database, other: "other names".into() });
             }
             if !is_known {
                 tracing::info!(
-                    store = shown,
+                    store = database,
                     "another file is in the place of this database than when it was last used, such as a backup that was \
                      put back; it is taken for the same database"
                 );
@@ -85,16 +84,16 @@ impl Identity {
         }
         let earlier = noted.path.display().to_string();
         if noted.file != *file {
-            return Err(StoreError::Copy { path: shown, original: earlier });
+            return Err(FileError::Copy { copy: database, original: earlier });
         }
         if file_id(&noted.path).is_ok_and(|there| there == *file) || links > 1 {
-            return Err(StoreError::Linked(shown, earlier));
+            return Err(FileError::Linked { database, other: earlier });
         }
         let log = log_of(&noted.path);
         if fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
-            return Err(StoreError::LogLeftBehind { path: shown, log: log.display().to_string() });
+            return Err(FileError::LogLeftBehind { database, log: log.display().to_string() });
         }
-        tracing::info!(store = shown, earlier, "the database was renamed");
+        tracing::info!(store = database, earlier, "the database was renamed");
         Ok(())
     }
 }

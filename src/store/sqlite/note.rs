@@ -9,7 +9,7 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::Path, str};
 use super::{place::note_of, unwritable};
 use crate::{
     model::{CycleId, Revision},
-    ports::StoreError,
+    store::OpenError,
 };
 
 /// How far a database was written.
@@ -28,7 +28,7 @@ pub(super) struct Note(File);
 
 impl Note {
     /// The note beside this database, and what it says; `None` where it says nothing that can be read.
-    pub(super) fn open(database: &Path) -> Result<(Self, Option<Mark>), StoreError> {
+    pub(super) fn open(database: &Path) -> Result<(Self, Option<Mark>), OpenError> {
         /// More than it ever holds.
         const MAX: usize = 1 << 10;
         let path = note_of(database);

@@ -8,7 +8,84 @@ use std::{
 };
 
 use super::unwritable;
-use crate::{file::irregular, ports::StoreError};
+use crate::{file::irregular, store::OpenError};
+
+/// What is wrong with the files of a database.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FileError {
+    /// There is no database.
+    #[error("there is no database {database}")]
+    Missing {
+        /// Where one was looked for.
+        database: String,
+    },
+    /// It can't be made where it is to be.
+    #[error("{path}: no directory is or can be there; give the database another path")]
+    NoDirectory {
+        /// Where a directory is needed.
+        path: String,
+    },
+    /// Something else is in the place of the database, or of a file beside it.
+    #[error("{path} is {found}, and a regular file is needed there; give the database another path, or move this away")]
+    NotRegular {
+        /// The place.
+        path: String,
+        /// What is there.
+        found: &'static str,
+    },
+    /// Another process has it open, and came to it by another name, such as a hard link.
+    #[error(
+        "{database} is in use by another process, which has it open by another name; stop that one first, or give this one \
+         a store of its own"
+    )]
+    InUseByAnotherName {
+        /// The database.
+        database: String,
+    },
+    /// It has more than one name.
+    #[error(
+        "{database} is the same file as {other} (a hard link), and SQLite looks for a database's log beside the name that \
+         it is opened by: remove the names that are not its own, and open it by the one that is"
+    )]
+    Linked {
+        /// The name that it was to be opened by.
+        database: String,
+        /// Its other names, as far as they are known.
+        other: String,
+    },
+    /// It is a copy of another database.
+    #[error(
+        "{copy} is a copy of {original}: served, it would take the fleet over from there. To have it go on in that one's \
+         place, see that no process serves that one any more, and run `orchestrator store accept sqlite:{copy}`"
+    )]
+    Copy {
+        /// The copy.
+        copy: String,
+        /// The database that it was copied from.
+        original: String,
+    },
+    /// It was renamed without its log.
+    #[error(
+        "{database} was renamed, and the log with its latest records is still at {log}; move that to {database}-wal"
+    )]
+    LogLeftBehind {
+        /// The database.
+        database: String,
+        /// Its log.
+        log: String,
+    },
+    /// It is gone, and its log is not.
+    #[error(
+        "{database} is not there or empty, and its log with the latest records, {log}, is: put the database back in its \
+         place, or move the log away to begin a new one"
+    )]
+    LogAlone {
+        /// The database.
+        database: String,
+        /// Its log.
+        log: String,
+    },
+}
 
 /// A database that this process alone may open, for as long as this lives.
 pub(super) struct Place {
@@ -26,13 +103,12 @@ pub(super) type FileId = (u64, u64);
 
 impl Place {
     /// Finds the database, makes an empty one where there is none, and locks it.
-    pub(super) fn take(given: &Path) -> Result<Self, StoreError> {
+    pub(super) fn take(given: &Path) -> Result<Self, OpenError> {
         if let Some(directory) = given.parent().filter(|directory| !directory.as_os_str().is_empty()) {
             fs::create_dir_all(directory).map_err(|error| match error.kind() {
-                io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => StoreError::Other(
-                    directory.display().to_string(),
-                    "no directory is or can be there; give the database another path".into(),
-                ),
+                io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+                    FileError::NoDirectory { path: directory.display().to_string() }.into()
+                }
                 _ => unwritable(directory, &error),
             })?;
         }
@@ -50,29 +126,30 @@ impl Place {
         let lock = lock_beside(&path)?;
         let database = File::options().read(true).write(true).open(&path).map_err(|error| unwritable(&path, &error))?;
         if !lock_file(&database) {
-            return Err(StoreError::InUse(path.display().to_string(), ", which has it open by another name".into()));
+            return Err(FileError::InUseByAnotherName { database: path.display().to_string() }.into());
         }
         let log = log_of(&path);
         let has = |file: io::Result<fs::Metadata>| file.is_ok_and(|file| file.len() > 0);
         // SQLite would remove a log whose database is empty.
         if !has(database.metadata()) && has(fs::metadata(&log)) {
-            return Err(StoreError::LogAlone(path.display().to_string(), log.display().to_string()));
+            let (database, log) = (path.display().to_string(), log.display().to_string());
+            return Err(FileError::LogAlone { database, log }.into());
         }
         Ok(Self { path, _lock: lock, _database: database })
     }
 }
 
 /// Something is there that is not a regular file.
-fn check_regular(path: &Path) -> Result<(), StoreError> {
+fn check_regular(path: &Path) -> Result<(), FileError> {
     let Ok(found) = fs::metadata(path) else { return Ok(()) };
     match irregular(found.file_type()) {
-        Some(found) => Err(StoreError::NotRegular(path.display().to_string(), found)),
+        Some(found) => Err(FileError::NotRegular { path: path.display().to_string(), found }),
         None => Ok(()),
     }
 }
 
 /// Takes the lock on a file beside the database. It is free as soon as the process that has it ends, however that ends.
-fn lock_beside(path: &Path) -> Result<File, StoreError> {
+fn lock_beside(path: &Path) -> Result<File, OpenError> {
     let name = lock_of(path);
     let failed = |error: io::Error| unwritable(&name, &error);
     let mut file = File::options().read(true).write(true).create(true).truncate(false).open(&name).map_err(failed)?;
@@ -81,9 +158,7 @@ fn lock_beside(path: &Path) -> Result<File, StoreError> {
         Err(TryLockError::WouldBlock) => {
             let mut holder = String::new();
             let _ = file.read_to_string(&mut holder);
-            let holder = holder.trim();
-            let holder = if holder.is_empty() { String::new() } else { format!(" (pid {holder})") };
-            return Err(StoreError::InUse(path.display().to_string(), holder));
+            return Err(OpenError::InUse { store: path.display().to_string(), by: holder.trim().parse().ok() });
         }
         Err(TryLockError::Error(error)) => return Err(failed(error)),
     }

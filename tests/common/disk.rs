@@ -1,0 +1,52 @@
+//! A disk that can hang, and that loses what was not synced when the power goes. It stands between the service and the
+//! system: a library in C (`tests/disk/disk.c`) is loaded before the system's own.
+
+use std::{fs, process::Command};
+
+use rusqlite::Connection;
+
+use super::service::Home;
+
+/// A home whose services write to such a disk.
+pub fn home() -> Home {
+    let home = Home::new();
+    let library = home.path("disk.so");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/disk/disk.c");
+    let mut compiler = Command::new("cc");
+    let compiled = compiler.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(source).arg("-ldl").output();
+    let compiled = compiled.unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let variable = |name: &str, path: &str| format!("{name}={}", home.path(path).display());
+    let variables = [
+        variable("LD_PRELOAD", "disk.so"),
+        variable("DISK_HANGS", "hangs"),
+        format!("DISK_SYNCED_IN={}", home.path("").canonicalize().unwrap().display()),
+    ];
+    home.with_wrapper(["env".to_owned()].into_iter().chain(variables))
+}
+
+/// From now on the disk of this home takes nothing, until [`comes_back`].
+pub fn hangs(home: &Home) {
+    fs::write(home.path("hangs"), "").unwrap();
+}
+
+/// The disk of this home takes what it was given.
+pub fn comes_back(home: &Home) {
+    fs::remove_file(home.path("hangs")).unwrap();
+}
+
+/// Puts the database of this home to where the loss of power leaves it at worst, after its service was killed: with
+/// nothing of what was not synced. The machine has restarted since.
+pub fn loses_power(home: &Home) {
+    for name in ["o.db", "o.db-wal"] {
+        // A copy over it, so that it is the same file.
+        match fs::read(home.path(&format!("{name}.synced"))) {
+            Ok(bytes) => fs::write(home.path(name), bytes).unwrap(),
+            Err(_never_synced) => fs::write(home.path(name), "").unwrap(),
+        }
+    }
+    // It is made from the log.
+    let _ = fs::remove_file(home.path("o.db-shm"));
+    let database = Connection::open(home.path("o.db")).unwrap();
+    database.execute("UPDATE meta SET boot_id = 'before'", []).unwrap();
+}
