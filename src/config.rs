@@ -87,10 +87,11 @@ pub struct Server {
     /// Open calls and watches of all connections. 1 to 1,000,000, default as for `max_connections`: each costs some 10 KB, and
     /// further ones are refused, but for one of each connection.
     pub max_streams: Option<usize>,
-    /// Bytes of one request. 64 KiB to 64 MiB, default 4 MiB, as gRPC has it.
+    /// Bytes of one request. 64 KiB to 64 MiB, default 4 MiB, as gRPC has it. Never more than half of
+    /// `max_receiving_bytes`, since a request is in memory twice while it is read.
     pub max_request_bytes: usize,
     /// Bytes of all requests together that are being received at one time. 1 MiB to 64 GiB, default 3/32 of
-    /// `memory.max_bytes`. What comes on top is refused.
+    /// `memory.max_bytes`, and never more than all of it. What comes on top is refused.
     pub max_receiving_bytes: Option<usize>,
     /// Watchers at one time, over all connections. 0 to 100,000, default 2,000.
     pub max_watchers: usize,
@@ -114,6 +115,11 @@ pub struct Memory {
     pub max_bytes: Option<usize>,
 }
 
+impl Memory {
+    /// The largest default of `max_bytes`.
+    pub const DEFAULT_MAX_BYTES: usize = GIB;
+}
+
 /// What it keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Store {
@@ -134,10 +140,11 @@ pub struct Cycle {
     /// Cycles that wait for one with a subsystem in common. 0 to 10,000, default 64.
     pub max_queued: usize,
     /// Bytes of the record of one cycle; beyond, details are left out. 64 KiB to 64 MiB, default 3 MiB, which fits the
-    /// 4 MiB that gRPC clients read by default.
+    /// 4 MiB that gRPC clients read by default. More than that is allowed up to 1/32 of `memory.max_bytes`, the room for
+    /// unread answers on one connection: a larger record could not be answered.
     pub max_record_bytes: usize,
-    /// Bytes of the latest outputs of all subsystems together. 1 MiB to 64 GiB, default 8/32 of `memory.max_bytes`. A larger one
-    /// takes memory from everything else.
+    /// Bytes of the latest outputs of all subsystems together. 1 MiB to 64 GiB, at most `memory.max_bytes`; default 8/32 of
+    /// that. A larger one takes memory from everything else.
     pub max_outputs_bytes: Option<usize>,
 }
 
@@ -366,6 +373,8 @@ impl Config {
                 refuse_beyond_loopback(read, "admin.listen", listen, "read everything");
             }
         }
+        refuse_one_address_twice(read, &config);
+        refuse_limits_out_of_reach(read, &config);
         let kind = Kind { of: "subsystem", list: "subsystems", max: config.registry.max_subsystems };
         config.subsystems = entries(read, kind, subsystem_spec, Subsystem::from_spec, |it| &it.name);
         let kind = Kind { of: "loop", list: "loops", max: config.registry.max_loops };
@@ -435,6 +444,44 @@ fn refuse_beyond_loopback(read: &mut Reader<'_>, key: &str, listen: SocketAddr, 
                  --insecure-listen-beyond-loopback"
             ),
         );
+    }
+}
+
+/// The second listener would fail, and blame another process.
+fn refuse_one_address_twice(read: &mut Reader<'_>, config: &Config) {
+    let listen = config.server.listen;
+    if config.admin.listen == Some(listen) && listen.port() != 0 {
+        let problem = format!("is {listen}, as is server.listen; give each an address of its own, or set it to off");
+        read.refuse("admin.listen", problem);
+    }
+}
+
+/// What is written for one thing must fit within the limit of all such things: otherwise nothing of that size is ever
+/// taken, and "try again later" is no help. Defaults give way instead.
+fn refuse_limits_out_of_reach(read: &mut Reader<'_>, config: &Config) {
+    /// Of an answer that always has room on its connection.
+    const ANSWER: usize = 4 * MIB;
+    let Config { server, cycle, memory, .. } = config;
+    let memory = memory.max_bytes.unwrap_or(Memory::DEFAULT_MAX_BYTES);
+    let (half, of) = match server.max_receiving_bytes {
+        Some(receiving) => (receiving / 2, "half of server.max_receiving_bytes"),
+        None => (memory / 32 * 3 / 2, "half of 3/32 of memory.max_bytes"),
+    };
+    let receiving = server.max_receiving_bytes.unwrap_or_default();
+    for (key, value, most, of) in [
+        ("server.max_receiving_bytes", receiving, memory, "memory.max_bytes".to_owned()),
+        ("server.max_request_bytes", server.max_request_bytes, half, format!("{of}, since a request is in memory twice")),
+        ("cycle.max_outputs_bytes", cycle.max_outputs_bytes.unwrap_or_default(), memory, "memory.max_bytes".to_owned()),
+        (
+            "cycle.max_record_bytes",
+            cycle.max_record_bytes,
+            (memory / 32).max(ANSWER),
+            "1/32 of memory.max_bytes, the room of one connection for answers".to_owned(),
+        ),
+    ] {
+        if value > most && read.is_written(key) {
+            read.refuse(key, format!("is {value}; give at most {most}, {of}, or raise that"));
+        }
     }
 }
 

@@ -65,13 +65,14 @@ pub struct Held {
 }
 
 /// A limit is reached.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the limit of {} for {purpose} is reached", Size(*.max))]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Full {
     /// What the memory is for.
     pub purpose: &'static str,
     /// The limit, in bytes.
     pub max: usize,
+    /// The bytes that were to be held together. More than the limit: they never fit, whatever else is given back.
+    pub wanted: usize,
 }
 
 impl Memory {
@@ -118,7 +119,7 @@ impl Memory {
     /// # Errors
     /// They don't fit under this limit, or under one that it stands under.
     pub fn try_hold(&self, bytes: usize) -> Result<Held, Full> {
-        self.add(bytes).map_err(Self::full)?;
+        self.add(bytes).map_err(|full| full.full(bytes))?;
         Ok(Held { memory: self.clone(), bytes })
     }
 
@@ -166,8 +167,8 @@ impl Memory {
         Ok(())
     }
 
-    fn full(&self) -> Full {
-        Full { purpose: self.purpose(), max: self.max() }
+    fn full(&self, wanted: usize) -> Full {
+        Full { purpose: self.purpose(), max: self.max(), wanted }
     }
 
     fn give_back(&self, bytes: usize) {
@@ -265,7 +266,7 @@ impl Held {
         match bytes.checked_sub(self.bytes) {
             // Where the limit was lowered, what is held already is more than it, and stays.
             Some(0) => {}
-            Some(more) => self.memory.add(more).map_err(Memory::full)?,
+            Some(more) => self.memory.add(more).map_err(|full| full.full(bytes))?,
             None => self.memory.give_back(self.bytes - bytes),
         }
         self.bytes = bytes;
@@ -303,6 +304,26 @@ impl Held {
     }
 }
 
+impl Full {
+    /// What to do about it.
+    pub fn remedy(&self) -> &'static str {
+        if self.wanted > self.max { "send or ask for less, or raise the limit" } else { "try again later" }
+    }
+}
+
+impl fmt::Display for Full {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { purpose, max, wanted } = self;
+        if wanted > max {
+            write!(f, "{wanted} bytes of memory are needed, more than the limit of {} for {purpose}", Size(*max))
+        } else {
+            write!(f, "the limit of {} for {purpose} is reached", Size(*max))
+        }
+    }
+}
+
+impl std::error::Error for Full {}
+
 impl Drop for Held {
     fn drop(&mut self) {
         if self.bytes > 0 {
@@ -339,7 +360,10 @@ mod tests {
         let (requests, answers) = (whole.part("requests", 80), whole.part("answers", 80));
         let held = requests.try_hold(60).unwrap();
         assert_eq!(requests.try_hold(30).unwrap_err().to_string(), "the limit of 80 bytes for requests is reached");
-        assert_eq!(answers.try_hold(60).unwrap_err(), Full { purpose: "all memory", max: 100 });
+        assert_eq!(answers.try_hold(60).unwrap_err(), Full { purpose: "all memory", max: 100, wanted: 60 });
+        let never = requests.try_hold(81).unwrap_err();
+        assert_eq!(never.to_string(), "81 bytes of memory are needed, more than the limit of 80 bytes for requests");
+        assert_ne!(never.remedy(), requests.try_hold(30).unwrap_err().remedy());
         assert_eq!((requests.held(), answers.held(), whole.held()), (60, 0, 60));
         drop(held);
         assert_eq!((requests.held(), whole.held()), (0, 0));

@@ -442,7 +442,7 @@ async fn read(path: &Path) -> Result<Vec<u8>, FileError> {
 
 /// How much memory there is for what.
 fn shares(config: &Config) -> Shares {
-    const DEFAULT: usize = 1 << 30;
+    const DEFAULT: usize = config::Memory::DEFAULT_MAX_BYTES;
     /// The smallest that can be configured.
     const LEAST: usize = 64 << 20;
     let (max_bytes, because) = match (config.memory.max_bytes, memory::allowed()) {
@@ -471,7 +471,8 @@ fn limits(server: &config::Server, memory: &Shares) -> Limits {
     Limits {
         max_concurrent_streams: server.max_concurrent_streams,
         max_streams: server.max_streams.unwrap_or(places_in(memory)),
-        max_request_bytes: server.max_request_bytes,
+        // A request is in memory twice while it is read. A larger one would never have room.
+        max_request_bytes: server.max_request_bytes.min(memory.requests.max().min(memory.whole.max()) / 2),
         // Requests are small, so this bounds memory and slows nothing. The library takes a client for a flood when half of
         // the second is used up by small frames, of which each stream may send one.
         windows: (64 << 10, server.max_concurrent_streams.saturating_mul(512).clamp(128 << 10, 16 << 20)),

@@ -537,8 +537,8 @@ async fn requests_that_never_end_have_bounded_room() {
     let service = home.serve().await;
     let channel = channel(&service).await;
     let half_sent = || {
-        // The prefix promises 2 MiB.
-        let begin = [vec![0, 0, 0x20, 0, 0], vec![0; 900 << 10]].concat();
+        // The prefix promises 512 KiB, the most that ever has room.
+        let begin = [vec![0, 0, 0x08, 0, 0], vec![0; 450 << 10]].concat();
         let frames = tokio_stream::iter([Ok::<_, Status>(Frame::data(bytes::Bytes::from(begin)))]);
         let body = StreamBody::new(frames.chain(tokio_stream::pending()));
         let request = http::Request::post(format!("http://{}/{SERVICE}/RegisterSubsystem", service.address()))
@@ -552,14 +552,20 @@ async fn requests_that_never_end_have_bounded_room() {
             response.headers().get("grpc-status").unwrap().to_str().unwrap().to_owned()
         }
     };
-    // There is room for one of them.
+    // There is room for two of them.
     let refused = async {
-        tokio::select! { first = half_sent() => first, second = half_sent() => second }
+        tokio::select! { first = half_sent() => first, second = half_sent() => second, third = half_sent() => third }
     };
     let code = patiently("one to be refused", refused).await;
     assert_eq!(code, (Code::ResourceExhausted as i32).to_string());
-    // And for others once those are gone.
+    // A larger one never has any, whoever else is gone: the limit of one request says so.
     let mut client = service.client().await;
+    let mut large = registration("a", "http://127.0.0.1:1");
+    large.reads = (0..60_000).map(|i| format!("a_long_name{i}")).collect();
+    let refused = client.register(large).await.unwrap_err();
+    assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
+    assert!(refused.message().contains("the limit is 524288 bytes"), "{refused:?}");
+    // And for others once those are gone.
     let registered = async { while client.register(registration("a", "http://127.0.0.1:1")).await.is_err() {} };
     patiently("a registration", registered).await;
 }

@@ -336,6 +336,11 @@ impl<'a> Reader<'a> {
         self.origins.get(key).or_else(item).or_else(shorter)
     }
 
+    /// `key` was written, and nothing is wrong with it so far.
+    pub(super) fn is_written(&self, key: &str) -> bool {
+        self.origins.contains_key(key) && !self.refused.iter().any(|refused| refused == key)
+    }
+
     /// Nothing has been refused yet.
     pub(super) fn is_content(&self) -> bool {
         self.problems.found.is_empty()

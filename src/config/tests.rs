@@ -379,6 +379,46 @@ fn beyond_loopback_only_when_told_so() {
 }
 
 #[test]
+fn one_address_is_not_listened_on_twice() {
+    assert_eq!(
+        problem(&["server.listen=127.0.0.1:7715", "admin.listen=127.0.0.1:7715"], &[]),
+        "flag --set admin.listen: admin.listen is 127.0.0.1:7715, as is server.listen; give each an address of its \
+         own, or set it to off"
+    );
+    assert!(problem(&["server.listen=127.0.0.1:7780"], &[]).contains("as is server.listen"));
+    // Each gets a port of its own.
+    assert!(load(&["server.listen=127.0.0.1:0", "admin.listen=127.0.0.1:0"], &[]).is_ok());
+}
+
+#[test]
+fn a_limit_that_a_narrower_one_keeps_out_of_reach_is_refused() {
+    let found = problems(
+        "[memory]\nmax_bytes = 67108864\n[server]\nmax_request_bytes = 67108864\nmax_receiving_bytes = 1048576\n\
+         [cycle]\nmax_record_bytes = 67108864\nmax_outputs_bytes = 68719476736\n",
+    );
+    assert_eq!(
+        found,
+        [
+            "orchestrator.toml:4: server.max_request_bytes is 67108864; give at most 524288, half of \
+             server.max_receiving_bytes, since a request is in memory twice, or raise that",
+            "orchestrator.toml:7: cycle.max_record_bytes is 67108864; give at most 4194304, 1/32 of memory.max_bytes, \
+             the room of one connection for answers, or raise that",
+            "orchestrator.toml:8: cycle.max_outputs_bytes is 68719476736; give at most 67108864, memory.max_bytes, or \
+             raise that",
+        ]
+    );
+    assert!(problem(&["server.max_receiving_bytes=1073741825"], &[]).contains("at most 1073741824, memory.max_bytes"));
+    assert!(
+        problem(&["server.max_request_bytes=4000000", "memory.max_bytes=67108864"], &[])
+            .contains("at most 3145728, half of 3/32 of memory.max_bytes")
+    );
+    // A default gives way to what is written, and what fits exactly is allowed.
+    assert!(load(&["server.max_receiving_bytes=1048576"], &[]).is_ok());
+    assert!(load(&["memory.max_bytes=67108864"], &[]).is_ok());
+    assert!(load(&["server.max_receiving_bytes=1048576", "server.max_request_bytes=524288"], &[]).is_ok());
+}
+
+#[test]
 fn log_filters() {
     for filter in ["off", "INFO", "info,orchestrator_core=debug", "warn,h2=off", "orchestrator_core[cycle{id=1}]=trace"]
     {

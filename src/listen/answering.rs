@@ -95,7 +95,8 @@ impl Answer {
             Err(_) if bytes <= Self::SMALL => None,
             Err(full) => {
                 return Err(Status::resource_exhausted(format!(
-                    "an answer of {bytes} bytes has no room: {full}; ask for less, or try again later"
+                    "an answer of {bytes} bytes has no room: {full}; {}",
+                    full.remedy()
                 )));
             }
         };

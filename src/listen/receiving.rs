@@ -160,8 +160,8 @@ impl<B> Received<B> {
     fn take(&mut self) -> Result<Frame<Bytes>, Status> {
         let bytes = self.announced()?.unwrap_or_default();
         let came = self.whole.as_ref().map_or(self.gathered.capacity(), Bytes::len);
-        // The library makes a copy.
-        self.hold(came + bytes)?;
+        // The library makes a copy. The prefixes don't count, so that a message of half the room fits.
+        self.hold(came + bytes - 2 * Prefix::BYTES)?;
         let mut message = self.whole.take().unwrap_or_else(|| self.gathered.split_to(bytes).freeze());
         let prefix = message.split_to(Prefix::BYTES);
         self.message = Some(message);
@@ -178,7 +178,7 @@ impl<B> Received<B> {
             None => self.room.try_hold(bytes).map(|held| self.held = Some(held)),
         };
         match held {
-            Err(full) if bytes > 2 * Self::SMALL => Err(Status::resource_exhausted(format!("{full}; try again later"))),
+            Err(full) if bytes > 2 * Self::SMALL => Err(Status::resource_exhausted(format!("{full}; {}", full.remedy()))),
             _ => Ok(()),
         }
     }

@@ -159,7 +159,7 @@ impl Shared {
 
     async fn room(&self, bytes: usize) -> Result<Held, Full> {
         let bytes = bytes.min(self.history.max());
-        let full = |_| Full { purpose: self.history.purpose(), max: self.history.max() };
+        let full = |_| Full { purpose: self.history.purpose(), max: self.history.max(), wanted: bytes };
         timeout(PATIENCE, self.history.hold(bytes)).await.map_err(full)
     }
 

@@ -116,7 +116,7 @@ pub enum Refusal {
     #[error("cycle {0} is recorded, but its record can't be answered now: {1}; ask GetCycle for it later")]
     RecordHasNoRoom(CycleId, Full),
     /// What the service may hold for others is used up.
-    #[error("{0}; try again later")]
+    #[error("{0}; {remedy}", remedy = .0.remedy())]
     MemoryFull(#[from] Full),
     /// The process is shutting down.
     #[error("this orchestrator is shutting down; try again with the one that takes over")]

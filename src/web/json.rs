@@ -162,15 +162,16 @@ impl Answers {
 async fn hold(memory: &Memory, text: String, patience: Instant) -> Result<Bytes, Status> {
     let max = memory.max();
     // One that is larger than all room takes it all.
-    let held = timeout_at(patience, memory.hold(text.capacity().min(max)))
+    let wanted = text.capacity().min(max);
+    let held = timeout_at(patience, memory.hold(wanted))
         .await
-        .map_err(|_| no_room(Full { purpose: memory.purpose(), max }))?;
+        .map_err(|_| no_room(Full { purpose: memory.purpose(), max, wanted }))?;
     Ok(held.around(text.into()))
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "it is for `map_err`")]
 fn no_room(full: Full) -> Status {
-    Status::resource_exhausted(format!("{full}; ask for less, or try again later"))
+    Status::resource_exhausted(format!("{full}; {}", full.remedy()))
 }
 
 /// Makes a call and answers with what it answered.
