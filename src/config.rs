@@ -456,31 +456,28 @@ fn refuse_one_address_twice(read: &mut Reader<'_>, config: &Config) {
     }
 }
 
-/// What is written for one thing must fit within the limit of all such things: otherwise nothing of that size is ever
-/// taken, and "try again later" is no help. Defaults give way instead.
+/// A limit that is written must fit within the limit above it: otherwise nothing of that size is ever accepted, and no
+/// later attempt helps. Defaults give way instead.
 fn refuse_limits_out_of_reach(read: &mut Reader<'_>, config: &Config) {
-    /// Of an answer that always has room on its connection.
+    /// Bytes of an answer that always have room on a connection.
     const ANSWER: usize = 4 * MIB;
     let Config { server, cycle, memory, .. } = config;
     let memory = memory.max_bytes.unwrap_or(Memory::DEFAULT_MAX_BYTES);
-    let (half, of) = match server.max_receiving_bytes {
-        Some(receiving) => (receiving / 2, "half of server.max_receiving_bytes"),
-        None => (memory / 32 * 3 / 2, "half of 3/32 of memory.max_bytes"),
+    let (request, of_receiving) = match server.max_receiving_bytes {
+        Some(receiving) => (receiving / 2, "half of server.max_receiving_bytes, because a request is in memory twice"),
+        None => (memory / 32 * 3 / 2, "half of 3/32 of memory.max_bytes, because a request is in memory twice"),
     };
-    let receiving = server.max_receiving_bytes.unwrap_or_default();
-    for (key, value, most, of) in [
-        ("server.max_receiving_bytes", receiving, memory, "memory.max_bytes".to_owned()),
-        ("server.max_request_bytes", server.max_request_bytes, half, format!("{of}, since a request is in memory twice")),
-        ("cycle.max_outputs_bytes", cycle.max_outputs_bytes.unwrap_or_default(), memory, "memory.max_bytes".to_owned()),
-        (
-            "cycle.max_record_bytes",
-            cycle.max_record_bytes,
-            (memory / 32).max(ANSWER),
-            "1/32 of memory.max_bytes, the room of one connection for answers".to_owned(),
-        ),
+    let (receiving, outputs) = (server.max_receiving_bytes, cycle.max_outputs_bytes);
+    let (record, of_connection) =
+        ((memory / 32).max(ANSWER), "1/32 of memory.max_bytes, the memory for answers on one connection");
+    for (key, value, max, of) in [
+        ("server.max_receiving_bytes", receiving.unwrap_or_default(), memory, "memory.max_bytes"),
+        ("server.max_request_bytes", server.max_request_bytes, request, of_receiving),
+        ("cycle.max_outputs_bytes", outputs.unwrap_or_default(), memory, "memory.max_bytes"),
+        ("cycle.max_record_bytes", cycle.max_record_bytes, record, of_connection),
     ] {
-        if value > most && read.is_written(key) {
-            read.refuse(key, format!("is {value}; give at most {most}, {of}, or raise that"));
+        if value > max && read.is_written(key) {
+            read.refuse(key, format!("is {value}; give at most {max}, {of}, or raise that limit"));
         }
     }
 }

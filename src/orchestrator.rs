@@ -63,7 +63,7 @@ pub use self::{
     registration::Change,
     registry::{Lease, Registered},
     reload::{Declared, Settings},
-    status::Status,
+    status::{Status, WaitingCycle},
     tasks::{Stopped, Tasks},
     watch::{Event, From, WatchFilter, Watcher},
 };

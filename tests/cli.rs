@@ -294,6 +294,35 @@ async fn a_cycle_is_planned_run_and_found_in_the_history() {
 }
 
 #[tokio::test]
+async fn cycles_that_wait_are_listed_with_what_they_wait_for_and_can_be_cancelled() {
+    let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
+    let cli = Cli::of(&service);
+    fleet.run("a", Run::Hold);
+    let over = |subsystems: &[&str]| pb::RunCycleRequest {
+        subsystems: subsystems.iter().map(ToString::to_string).collect(),
+        r#async: true,
+        ..pb::RunCycleRequest::default()
+    };
+    client.admit_with(over(&["a"])).await.unwrap();
+    fleet.until_run("a", 1).await;
+    client.admit_with(over(&["b", "a"])).await.unwrap();
+    client.admit_with(over(&[])).await.unwrap();
+    let status = cli.run("status").await.with(0);
+    assert_eq!(row(&status, "queued"), ["queued", "2", "cycles"]);
+    for id in ["2", "3"] {
+        let row = row(&status, id);
+        assert!(row[1] == "manual" && row.ends_with(&["cycle", "1", "(a)"]), "{status}");
+    }
+    let waiting = cli.json("status").await["status"]["waitingCycles"].take();
+    assert_eq!((&waiting[0]["cycleId"], &waiting[0]["waitsForSubsystem"]), (&json!("2"), &json!("a")));
+    assert_eq!(row(&cli.run("cancel 2").await.with(0), "state"), ["state", "CANCELLED"]);
+    let waiting = cli.json("status").await["status"]["waitingCycles"].take();
+    assert_eq!(waiting.as_array().unwrap().len(), 1);
+    assert_eq!((&waiting[0]["cycleId"], &waiting[0]["waitsForCycleId"]), (&json!("3"), &json!("1")));
+    assert!(cli.run("cancel --help").await.with(0).contains("waitingCycles"));
+}
+
+#[tokio::test]
 async fn loops_are_started_listed_and_stopped() {
     let (_home, _fleet, service, _client) = house(&["a"]).await;
     let cli = Cli::of(&service);

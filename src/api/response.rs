@@ -12,7 +12,7 @@ use crate::{
     },
     orchestrator::{
         BreakerState, CallError, Event, LiveEvent, LoopEntry, Orchestrator, PlannedSubsystem, Registered, RunningCycle,
-        Schedule, Snapshot, Status, Unreadable, Update,
+        Schedule, Snapshot, Status, Unreadable, Update, WaitingCycle,
     },
     proto::{duration, orchestrator::v1 as pb, timestamp},
     record,
@@ -28,6 +28,7 @@ pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
         total_cycles,
         running,
         queued,
+        waiting,
         loops: _,
         epoch,
         started_at,
@@ -46,6 +47,7 @@ pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
         running_cycle: running_cycles.first().cloned(),
         running_cycles,
         queued_cycles: count(queued),
+        waiting_cycles: waiting.into_iter().map(waiting_cycle).collect(),
         loops: Vec::new(),
         epoch: epoch.0,
         started_at: Some(timestamp(started_at)),
@@ -71,6 +73,19 @@ fn running_cycle(running: RunningCycle) -> pb::RunningCycle {
         total: count(total),
         ended: count(ended),
         running: count(running),
+    }
+}
+
+fn waiting_cycle(waiting: WaitingCycle) -> pb::WaitingCycle {
+    let WaitingCycle { cycle_id, request, waits_for } = waiting;
+    let (other, shared) = waits_for.unwrap_or_default();
+    pb::WaitingCycle {
+        cycle_id: cycle_id.0,
+        trigger: record::trigger(&request.trigger).into(),
+        r#loop: request.trigger.loop_name().map(ToString::to_string).unwrap_or_default(),
+        scheduled_at: Some(timestamp(request.scheduled_at)),
+        waits_for_cycle_id: other.0,
+        waits_for_subsystem: shared.map(|name| name.to_string()).unwrap_or_default(),
     }
 }
 

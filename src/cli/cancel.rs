@@ -21,7 +21,12 @@ Exit codes:
 
 Examples:
   orchestrator cancel 12
-  orchestrator status --output json | jq -r '.status.runningCycles[]?.cycleId' | xargs -rn1 orchestrator cancel")]
+  orchestrator status --output json \\
+    | jq -r '.status.waitingCycles[]?.cycleId' \\
+    | xargs -rn1 orchestrator cancel
+  orchestrator status --output json \\
+    | jq -r '.status.runningCycles[]?.cycleId' \\
+    | xargs -rn1 orchestrator cancel")]
 pub(super) struct Cancel {
     /// The id of the cycle: see `orchestrator status`
     #[arg(value_name = "CYCLE_ID", value_parser = parse_cycle_id)]

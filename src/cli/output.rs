@@ -251,6 +251,15 @@ pub(super) fn trigger(trigger: pb::Trigger, name: &str) -> String {
     }
 }
 
+/// What a waiting cycle waits for.
+pub(super) fn waits_for(waiting: &pb::WaitingCycle) -> String {
+    match (waiting.waits_for_cycle_id, waiting.waits_for_subsystem.as_str()) {
+        (0, _) => "fewer running cycles".to_owned(),
+        (cycle_id, "") => format!("cycle {cycle_id} (all subsystems)"),
+        (cycle_id, name) => format!("cycle {cycle_id} ({})", clean(name)),
+    }
+}
+
 /// `1 cycle`, `2 cycles`.
 pub(super) fn count(number: impl Into<u64>, one: &str) -> String {
     match number.into() {

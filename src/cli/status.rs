@@ -7,7 +7,7 @@ use super::{
     Exit, Failure,
     cycles::in_short,
     loops,
-    output::{Table, age, count, duration, grouped, payload, sections, telemetry, text, trigger},
+    output::{Table, age, count, duration, grouped, number, payload, sections, telemetry, text, trigger, waits_for},
     remote::{Client, Health, Remote},
     subsystems,
 };
@@ -110,7 +110,7 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>) -> 
     let loops = if status.loops.is_empty() { String::new() } else { loops::table(&status.loops) };
     let mut table = subsystems::table();
     status.subsystems.iter().for_each(|status| table.row(subsystems::row(status)));
-    sections([facts.finish(), loops, table.finish_unless_empty(), snapshots(&status.subsystems)])
+    sections([facts.finish(), waiting(status), loops, table.finish_unless_empty(), snapshots(&status.subsystems)])
 }
 
 fn running(running: &pb::RunningCycle) -> String {
@@ -123,6 +123,21 @@ fn running(running: &pb::RunningCycle) -> String {
         grouped(running.total.into()),
         grouped(running.running.into()),
     )
+}
+
+fn waiting(status: &pb::OrchestratorStatus) -> String {
+    let mut table = Table::new(["WAITING", "TRIGGER", "SINCE", "FOR"]).right(0);
+    for waiting in &status.waiting_cycles {
+        table.row([
+            number(waiting.cycle_id),
+            text(trigger(waiting.trigger(), &waiting.r#loop)),
+            text(age(waiting.scheduled_at.as_ref())),
+            text(waits_for(waiting)),
+        ]);
+    }
+    let more = (status.queued_cycles as usize).saturating_sub(status.waiting_cycles.len());
+    let shown = table.finish_unless_empty();
+    if shown.is_empty() || more == 0 { shown } else { format!("{shown}and {}\n", count(more as u64, "more cycle")) }
 }
 
 fn snapshots(subsystems: &[pb::SubsystemStatus]) -> String {

@@ -400,11 +400,11 @@ fn a_limit_that_a_narrower_one_keeps_out_of_reach_is_refused() {
         found,
         [
             "orchestrator.toml:4: server.max_request_bytes is 67108864; give at most 524288, half of \
-             server.max_receiving_bytes, since a request is in memory twice, or raise that",
+             server.max_receiving_bytes, because a request is in memory twice, or raise that limit",
             "orchestrator.toml:7: cycle.max_record_bytes is 67108864; give at most 4194304, 1/32 of memory.max_bytes, \
-             the room of one connection for answers, or raise that",
+             the memory for answers on one connection, or raise that limit",
             "orchestrator.toml:8: cycle.max_outputs_bytes is 68719476736; give at most 67108864, memory.max_bytes, or \
-             raise that",
+             raise that limit",
         ]
     );
     assert!(problem(&["server.max_receiving_bytes=1073741825"], &[]).contains("at most 1073741824, memory.max_bytes"));

@@ -178,7 +178,9 @@ impl<B> Received<B> {
             None => self.room.try_hold(bytes).map(|held| self.held = Some(held)),
         };
         match held {
-            Err(full) if bytes > 2 * Self::SMALL => Err(Status::resource_exhausted(format!("{full}; {}", full.remedy()))),
+            Err(full) if bytes > 2 * Self::SMALL => {
+                Err(Status::resource_exhausted(format!("{full}; {}", full.remedy())))
+            }
             _ => Ok(()),
         }
     }

@@ -47,7 +47,18 @@ struct Place {
     locks: Locks,
     /// At how many of its names another one stands before it.
     behind: usize,
+    /// At its names before this position none stands before it, and none ever will.
+    first_behind: usize,
     runs: bool,
+}
+
+/// What a waiting cycle waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Obstacle {
+    /// The cycle before it.
+    pub(super) cycle_id: CycleId,
+    /// A subsystem that both lock; `None` where both lock all.
+    pub(super) shared: Option<Name>,
 }
 
 impl Locks {
@@ -60,15 +71,18 @@ impl Locks {
 impl Line {
     /// Puts a cycle at the end. Its id is higher than all others.
     pub(super) fn enter(&mut self, cycle_id: CycleId, locks: Locks) {
-        let mut behind = 0;
+        let (mut behind, mut first_behind) = (0, None);
         match &locks {
             Locks::All => _ = self.all.insert(cycle_id),
             Locks::Names(names) => {
-                for name in &**names {
+                for (position, name) in names.iter().enumerate() {
                     let queue = self.by_name.entry(name.clone()).or_default();
                     // Each name counts once.
                     if queue.back() != Some(&cycle_id) {
-                        behind += usize::from(!queue.is_empty());
+                        if !queue.is_empty() {
+                            behind += 1;
+                            first_behind.get_or_insert(position);
+                        }
                         queue.push_back(cycle_id);
                     }
                 }
@@ -77,7 +91,8 @@ impl Line {
                 }
             }
         }
-        self.places.insert(cycle_id, Place { locks, behind, runs: false });
+        let first_behind = first_behind.unwrap_or_default();
+        self.places.insert(cycle_id, Place { locks, behind, first_behind, runs: false });
     }
 
     /// Starts the first of those that may run now, unless `max` run already: it runs from now on.
@@ -131,6 +146,40 @@ impl Line {
                 first.into_iter().chain(self.all.first().copied()).min()
             }
         }
+    }
+
+    /// The cycles that wait, in the order of their ids.
+    pub(super) fn all_waiting(&self) -> impl Iterator<Item = CycleId> {
+        self.places.iter().filter(|(_, place)| !place.runs).map(|(cycle_id, _)| *cycle_id)
+    }
+
+    /// What a waiting cycle waits for, of the cycles before it. `None` if it waits only for fewer to run.
+    ///
+    /// Names at which none stands before it are looked at once in its life: nothing overtakes.
+    pub(super) fn obstacle(&mut self, cycle_id: CycleId) -> Option<Obstacle> {
+        let place = self.places.get_mut(&cycle_id).filter(|place| !place.runs)?;
+        let over_all = self.all.first().copied().filter(|other| *other < cycle_id);
+        let Locks::Names(names) = &place.locks else {
+            let (first, other) = self.places.first_key_value().filter(|(first, _)| **first < cycle_id)?;
+            let shared = match &other.locks {
+                Locks::Names(names) => names.first().cloned(),
+                Locks::All => None,
+            };
+            return Some(Obstacle { cycle_id: *first, shared });
+        };
+        let mut at_name = None;
+        if place.behind > 0 {
+            let front = |name| self.by_name.get(name).and_then(|queue| queue.front()).filter(|it| **it != cycle_id);
+            while let Some(name) = names.get(place.first_behind) {
+                at_name = front(name).map(|other| Obstacle { cycle_id: *other, shared: Some(name.clone()) });
+                if at_name.is_some() {
+                    break;
+                }
+                place.first_behind += 1;
+            }
+        }
+        let over_all = over_all.map(|cycle_id| Obstacle { cycle_id, shared: names.first().cloned() });
+        at_name.into_iter().chain(over_all).min_by_key(|obstacle| obstacle.cycle_id)
     }
 
     /// Those that run and share a subsystem with these locks.
@@ -242,6 +291,24 @@ mod tests {
         assert_eq!(line.running_conflicts(&names("bd")), BTreeSet::from([CycleId(1), CycleId(3)]));
         assert_eq!(line.running_conflicts(&Locks::All), BTreeSet::from([CycleId(1), CycleId(3)]));
         assert!(line.conflicts(CycleId(2), &names("b")) && !line.conflicts(CycleId(2), &names("a")));
+    }
+
+    #[test]
+    fn what_each_waits_for_is_known() {
+        let mut line = line(&["ab", "xb", "*", "x", "q", "*"]);
+        started(&mut line);
+        let obstacle = |line: &mut Line, id| {
+            line.obstacle(CycleId(id)).map(|it| (it.cycle_id.0, it.shared.map_or("*".to_owned(), |it| it.to_string())))
+        };
+        let waits = |id, name: &str| Some((id, name.to_owned()));
+        assert_eq!(line.all_waiting().map(|it| it.0).collect::<Vec<_>>(), [2, 3, 4, 5, 6]);
+        let all = [1, 2, 3, 4, 5, 6].map(|id| obstacle(&mut line, id));
+        assert_eq!(all, [None, waits(1, "b"), waits(1, "a"), waits(2, "x"), waits(3, "q"), waits(1, "a")]);
+        // Those before it become fewer.
+        line.leave(CycleId(1));
+        assert_eq!([2, 3, 4].map(|id| obstacle(&mut line, id)), [None, waits(2, "x"), waits(2, "x")]);
+        line.leave(CycleId(2));
+        assert_eq!([4, 6].map(|id| obstacle(&mut line, id)), [waits(3, "x"), waits(3, "*")]);
     }
 
     #[test]

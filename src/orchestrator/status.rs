@@ -6,7 +6,7 @@ use jiff::Timestamp;
 
 use super::{LoopEntry, Orchestrator, RunningCycle};
 use crate::{
-    model::{Epoch, Revision},
+    model::{CycleId, CycleRequest, Epoch, Name, Revision},
     ports::{Record, StoreError},
 };
 
@@ -20,6 +20,8 @@ pub struct Status {
     pub running: Vec<RunningCycle>,
     /// Cycles that wait.
     pub queued: usize,
+    /// The first [`WaitingCycle::MAX`] of them, by their ids.
+    pub waiting: Vec<WaitingCycle>,
     /// The loops, by name.
     pub loops: Vec<LoopEntry>,
     /// The term of this process.
@@ -42,16 +44,40 @@ pub struct Status {
     pub watchers: usize,
 }
 
+/// A cycle that waits for its turn.
+pub struct WaitingCycle {
+    /// Its number.
+    pub cycle_id: CycleId,
+    /// What is asked for.
+    pub request: Arc<CycleRequest>,
+    /// The cycle before it that it waits for, and a subsystem that both have; `None` for that where both are over all.
+    pub waits_for: Option<(CycleId, Option<Name>)>,
+}
+
+impl WaitingCycle {
+    /// The most that a status lists: as many as run at one time.
+    pub const MAX: usize = 256;
+}
+
 impl Orchestrator {
     /// What is being done and was done last.
     pub fn status(&self) -> Status {
         let running = self.0.live.running();
-        let state = self.0.state();
+        let mut state = self.0.state();
+        let state = &mut *state;
+        let ids: Vec<_> = state.line.all_waiting().take(WaitingCycle::MAX).collect();
+        let waiting = ids.into_iter().filter_map(|cycle_id| {
+            let request = state.live.get(&cycle_id)?.request.clone();
+            let waits_for = state.line.obstacle(cycle_id).map(|obstacle| (obstacle.cycle_id, obstacle.shared));
+            Some(WaitingCycle { cycle_id, request, waits_for })
+        });
+        let waiting = waiting.collect();
         Status {
             last: state.last.clone(),
             total_cycles: state.recorded,
             running,
             queued: state.line.waiting(),
+            waiting,
             loops: state.loops.iter().cloned().collect(),
             epoch: self.0.engine.epoch,
             started_at: self.0.started_at,

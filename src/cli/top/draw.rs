@@ -15,7 +15,8 @@ use ratatui::{
 
 use super::{
     super::output::{
-        clean, coarse, colour, count, duration, grouped, milliseconds, short, subsystem_state, timestamp, word,
+        clean, coarse, colour, count, duration, grouped, milliseconds, short, subsystem_state, timestamp, trigger,
+        waits_for, word,
     },
     detail::Entry,
     model::{Column, Counts, Cycle, Live, Model, Row, Stand, UNREADABLE},
@@ -491,10 +492,13 @@ impl Look {
     fn cycles(self, buffer: &mut Buffer, area: Rect, model: &Model, view: &mut View) {
         /// The position of that column.
         const SUCCEEDED: usize = 4;
-        let all = model.live.len() + model.cycles.len();
+        let waiting = model.waiting();
+        let all = model.live.len() + waiting.len() + model.cycles.len();
         let range = view.fit(all, area.height.saturating_sub(2));
         let running = if model.live.is_empty() { String::new() } else { format!("{} running, ", model.live.len()) };
-        let title = format!(" cycles: {running}{} recorded, the latest first ", grouped(model.cycles.len() as u64));
+        let queued = if waiting.is_empty() { String::new() } else { format!("{} waiting, ", waiting.len()) };
+        let title =
+            format!(" cycles: {running}{queued}{} recorded, the latest first ", grouped(model.cycles.len() as u64));
         let inner = self.titled(buffer, area, title, of_all(&range));
         let is_wide = area.width >= 100;
         let longest = |text: fn(&Cycle) -> &str| model.cycles.values().map(|it| text(it).len()).max().unwrap_or(0);
@@ -509,7 +513,8 @@ impl Look {
         ];
         let running = model.live.values().rev().map(|live| self.running_row(live, model));
         let recorded = model.cycles.values().rev().map(|cycle| self.recorded_row(cycle));
-        let rows = running.chain(recorded).skip(range.start).take(range.len()).map(|mut cells| {
+        let waiting = waiting.into_iter().rev().map(|waiting| self.waiting_row(waiting));
+        let rows = running.chain(waiting).chain(recorded).skip(range.start).take(range.len()).map(|mut cells| {
             if !is_wide {
                 // The error contains it as well.
                 cells.remove(SUCCEEDED);
@@ -533,6 +538,19 @@ impl Look {
             Span::raw(format!("{}/{}", counts.succeeded, live.stands.len())),
             Span::raw(live.trigger.as_str()),
             self.state("FAILED", failed),
+        ]
+    }
+
+    fn waiting_row(self, waiting: &pb::WaitingCycle) -> Vec<Span<'static>> {
+        let since = waiting.scheduled_at.as_ref().and_then(timestamp);
+        vec![
+            Span::raw(waiting.cycle_id.to_string()),
+            Span::raw("WAITING"),
+            Span::raw("-"),
+            Span::raw(self.ago(since)),
+            Span::raw("-"),
+            Span::raw(trigger(waiting.trigger(), &waiting.r#loop)),
+            Span::raw(format!("waits for {}", waits_for(waiting))),
         ]
     }
 
@@ -872,6 +890,13 @@ mod tests {
             total_cycles: 2,
             newest_revision: 2,
             queued_cycles: 1,
+            waiting_cycles: vec![pb::WaitingCycle {
+                cycle_id: 9,
+                scheduled_at: Some(crate::proto::timestamp(at(1))),
+                waits_for_cycle_id: 3,
+                waits_for_subsystem: "alpha".into(),
+                ..pb::WaitingCycle::default()
+            }],
             watchers: 4,
             loops: vec![heartbeat],
             ..pb::OrchestratorStatus::default()
@@ -980,6 +1005,18 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         let fewer = shown(&model, &mut View::default(), 80, 24);
         line_with(&fewer, "─ 1 cycle running ─");
         assert_eq!(fleet(&fewer), fleet(&lines));
+    }
+
+    #[test]
+    fn waiting_cycles_are_listed_by_their_numbers_until_they_run() {
+        let mut model = house();
+        let cycles = |model: &Model| shown(model, &mut View { pane: Pane::Cycles, ..View::default() }, 120, 24);
+        let lines = cycles(&model);
+        line_with(&lines, " cycles: 1 waiting, 2 recorded, the latest first ");
+        assert!(line_with(&lines, "WAITING").ends_with("waits for cycle 3 (alpha)"), "{lines:?}");
+        assert!(line_with(&lines, "WAITING").trim_start().starts_with("9 "), "{lines:?}");
+        model.learn(started(9, 8, &["alpha"]), at(8));
+        assert!(!cycles(&model).iter().any(|line| line.contains("WAITING")));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     cmp::{Ordering, Reverse},
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     ops::Range,
     time::Duration,
 };
@@ -516,6 +516,13 @@ impl Model {
         let live = known.live_in.and_then(|cycle_id| self.live.get(&cycle_id));
         let live = live.and_then(|live| Some((live, &live.stands[*live.positions.get(name)?])));
         Some(Row { name, registered, part: known.part.as_ref(), output: known.output, live })
+    }
+
+    /// The waiting cycles of the last status, except those that run or are recorded since then.
+    pub(super) fn waiting(&self) -> Vec<&pb::WaitingCycle> {
+        let recorded: HashSet<u64> = self.cycles.values().map(|cycle| cycle.id).collect();
+        let waiting = self.status.iter().flat_map(|status| &status.waiting_cycles);
+        waiting.filter(|it| !self.live.contains_key(&it.cycle_id) && !recorded.contains(&it.cycle_id)).collect()
     }
 
     /// The rows with this text, in this order: failures and the largest values first, names from A to Z.

@@ -140,7 +140,7 @@ class Live {
 
   /** What started it, in words. */
   startedBy() {
-    return this.loop ? `loop ${this.loop}` : lower(word(this.trigger, "TRIGGER_")) || "unknown trigger";
+    return startedBy(this);
   }
 
   end(record) {
@@ -152,6 +152,11 @@ class Live {
   elapsed() {
     return this.record ? (this.record.durationMs ?? 0) : Math.max(0, now() - this.startedAt);
   }
+}
+
+/** What starts a cycle, in words. */
+export function startedBy({ loop, trigger }) {
+  return loop ? `loop ${loop}` : lower(word(trigger, "TRIGGER_")) || "unknown trigger";
 }
 
 /** The cycles that run, the oldest first. */

@@ -140,7 +140,7 @@ export function mount(main, route, scope) {
     const items = [
       ["Cycles", count(status.totalCycles), href("cycles")],
       ["Running", inShort(running), href("live")],
-      ["In line", count(status.queuedCycles)],
+      ["Waiting", count(status.queuedCycles), href("live")],
       ["Loops", loops.length ? `${count(loops.filter((loop) => !loop.stopped).length)} of ${count(loops.length)} on` : "none", href("loops")],
       ["Watchers", count(status.watchers)],
       ["Up", whole(now() - instant(status.startedAt))],

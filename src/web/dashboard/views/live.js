@@ -3,7 +3,7 @@
 import { getPlan } from "../api.js";
 import { h, keyed, replace, setAttribute, setText, throttled } from "../dom.js";
 import { count, counted, duration, instant, visible, whole } from "../format.js";
-import { liveCycle, liveOf, MANY, model, now, runningCycles } from "../model.js";
+import { liveCycle, liveOf, MANY, model, now, runningCycles, startedBy } from "../model.js";
 import { partsView } from "../parts.js";
 import { href } from "../route.js";
 import { cycleStateOf, hasFailed, setBadge, badge } from "../states.js";
@@ -31,9 +31,10 @@ export function mount(main, _, scope) {
   const chips = h("div", { class: "chips", role: "group", "aria-label": "Running cycles" });
   const more = h("span", { class: "quiet" });
   const others = h("div", { class: "filters", id: "running", hidden: true }, chips, more);
+  const waiting = h("ul", { class: "quiet", id: "waiting", "aria-label": "Waiting cycles" });
   const error = h("p", { class: "problem", hidden: true });
   const parts = partsView({ caption: "How each subsystem's part in the cycle stands", href: (part) => href("subsystems", part) });
-  main.append(others, h("div", { class: "headline" }, name, state, hold), progress, facts, error, parts.element);
+  main.append(others, h("div", { class: "headline" }, name, state, hold), progress, facts, error, parts.element, waiting);
 
   /** From now on only this cycle is shown, or whichever runs. */
   function keep(live) {
@@ -64,10 +65,23 @@ export function mount(main, _, scope) {
     setText(more, running.length > LISTED ? `and ${counted(running.length - LISTED, "more cycle")}` : "");
   }
 
+  function drawWaiting() {
+    const { waitingCycles = [], queuedCycles = 0 } = model.status ?? {};
+    // The status is asked for now and then: some of them may run by now.
+    const still = waitingCycles.filter(({ cycleId }) => !liveCycle(cycleId));
+    waiting.hidden = !still.length;
+    keyed(waiting, still.slice(0, LISTED), (one) => one.cycleId, () => h("li"), (line, one) => setText(line, visible([
+      `Cycle ${one.cycleId}, ${startedBy(one)}, has waited ${whole(now() - instant(one.scheduledAt))} for`,
+      one.waitsForCycleId ? `cycle ${one.waitsForCycleId} (${one.waitsForSubsystem || "all subsystems"})` : "fewer running cycles",
+      one === still[LISTED - 1] && queuedCycles > LISTED && `; and ${counted(queuedCycles - LISTED, "more cycle")}`,
+    ].filter(Boolean).join(" "), 300)));
+  }
+
   function draw() {
     const running = runningCycles();
     shown = choose(running);
     drawRunning(running);
+    drawWaiting();
     hold.hidden = name.hidden = !shown;
     progress.hidden = !shown;
     progress.classList.toggle("over", Boolean(shown?.record));
