@@ -157,7 +157,7 @@ async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
         ["o.db", "scraped.db", "traced.db"].map(|name| StoreUrl::Sqlite(directory.path().join(name)));
     let collector = Some(server.collector.as_str());
     let scraped = Ours::start(fleet, endpoints, &scraped, None).await?;
-    let scraped = Ours { metrics: Some(Arc::new(Metrics::new(scraped.orchestrator.clone()))), ..scraped };
+    let scraped = Ours { metrics: Some(Arc::new(Metrics::default())), ..scraped };
     let mut sides = [
         (Side::Floor(Floor::connect(fleet, endpoints).await?), Measured::default()),
         (Side::Ours("memory", Ours::start(fleet, endpoints, &StoreUrl::Memory, None).await?), Measured::default()),
@@ -241,7 +241,7 @@ impl Side {
         const EXPORT: Duration = Duration::from_millis(400);
         let Self::Ours(_, ours) = self else { return Ok(()) };
         if let Some(metrics) = &ours.metrics {
-            let pieces: Vec<_> = metrics.clone().scrape().try_collect().await?;
+            let pieces: Vec<_> = metrics.clone().scrape(&ours.orchestrator).try_collect().await?;
             black_box(pieces);
         }
         if ours.exporting.is_some() {

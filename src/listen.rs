@@ -20,7 +20,7 @@ use tonic::codegen::http::HeaderMap;
 use tonic_reflection::server::{Builder, Error};
 
 pub(crate) use self::{
-    connections::{Broken, Busy, Connection, Connections, serve_each},
+    connections::{Broken, Busy, Connection, Connections, Peer, serve_each},
     server::{Limits, Server},
     services::Services,
 };

@@ -173,7 +173,7 @@ impl Service {
             let beyond_loopback = config.server.insecure_listen_beyond_loopback;
             let admin = Connections::at_most(web::MAX_CONNECTIONS);
             let in_front = vec![("grpc", connections), ("admin", admin.clone())];
-            let metrics = Metrics::new(orchestrator.clone()).and_of(exporter.clone(), in_front, memory.clone());
+            let metrics = Metrics::default().and_of(api.calls(), exporter.clone(), in_front, memory.clone());
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
             let web = Web { api, metrics: metrics.into(), memory: memory.admin, beyond_loopback };
             servers.start("the admin server", told(web.serve(listener, admin, stop, cut_off)));

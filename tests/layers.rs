@@ -26,10 +26,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("dial", &["memory", "model", "ports", "proto", "turn"]),
     ("listen", &["memory", "proto", "turn"]),
     ("subsystem", &["listen", "memory", "model", "proto"]),
-    ("api", &["clock", "memory", "model", "orchestrator", "proto", "record"]),
+    ("api", &["clock", "listen", "memory", "model", "orchestrator", "proto", "record"]),
     ("web", &["api", "listen", "memory", "model", "proto", "telemetry"]),
     ("config", &["engine", "file", "model", "ports", "store"]),
-    ("telemetry", &["config", "listen", "memory", "model", "orchestrator", "ports", "random"]),
+    ("telemetry", &["api", "config", "listen", "memory", "model", "orchestrator", "ports", "random"]),
     (
         "serve",
         &[

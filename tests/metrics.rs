@@ -15,10 +15,12 @@ use common::{
     service::{Home, ms, next_recorded},
 };
 use orchestrator_core::{
-    proto::{orchestrator::v1 as pb, subsystem::v1 as subsystem},
+    model,
+    proto::{DESCRIPTORS, orchestrator::v1 as pb, subsystem::v1 as subsystem},
     telemetry::metrics::{ALL, Kind},
 };
-use tonic::Code;
+use prost_reflect::DescriptorPool;
+use tonic::{Code, Request, codegen::http::uri::PathAndQuery, transport::Channel};
 
 /// What a scrape has brought.
 struct Scrape {
@@ -337,6 +339,48 @@ const HOSTILE: [(&str, f64); 6] = [
     ("control \u{1} \u{7f} \r \t", f64::MAX),
     ("none", f64::NAN),
 ];
+
+#[tokio::test]
+async fn every_call_is_counted_by_its_rpc_and_by_the_code_of_its_answer() {
+    let stage = Stage::new().await;
+    let admin = stage.service.admin();
+    let channel = Channel::from_shared(format!("http://{}", stage.service.address())).unwrap().connect().await.unwrap();
+    let mut grpc = tonic::client::Grpc::new(channel);
+    let pool = DescriptorPool::decode(DESCRIPTORS).unwrap();
+    let service = pool.get_service_by_name("dreamnet.orchestrator.v1.Orchestrator").unwrap();
+    for method in service.methods() {
+        let path = format!("/{}/{}", service.full_name(), method.name()).parse::<PathAndQuery>().unwrap();
+        grpc.ready().await.unwrap();
+        // An empty request is right for some and wrong for others.
+        let codec = tonic_prost::ProstCodec::<(), ()>::default();
+        let code = if method.is_server_streaming() {
+            drop(grpc.server_streaming(Request::new(()), path, codec).await.unwrap());
+            Code::Cancelled
+        } else {
+            grpc.unary(Request::new(()), path, codec).await.map_or_else(|status| status.code(), |_| Code::Ok)
+        };
+        let code = model::Code::from_number(code as i32);
+        let series = format!("orchestrator_calls_total{{server=\"grpc\",rpc=\"{}\",code=\"{code}\"}}", method.name());
+        until(admin, &series, |scrape| scrape.get(&series) == Some(1.0)).await;
+    }
+    let paths = [
+        ("/api/status", "GetStatus", "OK"),
+        ("/api/cycles", "ListCycles", "OK"),
+        ("/api/cycles/9", "GetCycle", "NOT_FOUND"),
+        ("/api/plan", "PlanCycle", "OK"),
+        ("/api/subsystems", "ListSubsystems", "OK"),
+        ("/api/subsystems/nobody", "GetSubsystem", "NOT_FOUND"),
+        ("/api/loops", "ListIntervalLoops", "OK"),
+        ("/api/events", "WatchCycles", "CANCELLED"),
+    ];
+    for (path, rpc, code) in paths {
+        drop(get(admin, path).await);
+        let series = format!("orchestrator_calls_total{{server=\"admin\",rpc=\"{rpc}\",code=\"{code}\"}}");
+        until(admin, &series, |scrape| scrape.get(&series) == Some(1.0)).await;
+    }
+    let scrape = Scrape::of(admin).await;
+    assert!(scrape.get("orchestrator_calls_total{server=\"admin\",rpc=\"Metrics\",code=\"OK\"}") > Some(1.0));
+}
 
 // ---------------------------------------------------------------------------------------------------------------
 // The table

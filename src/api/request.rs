@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
-use tonic::metadata::MetadataMap;
+use tonic::codegen::http::HeaderMap;
 
 use crate::{
     model::{
@@ -23,8 +23,8 @@ use crate::{
 
 /// The caller's span. As W3C Trace Context wants it, a header that is malformed or there twice counts for none, and the
 /// parts of `tracestate` are put together.
-pub(super) fn trace(metadata: &MetadataMap) -> Option<SpanContext> {
-    let all = |header| metadata.get_all(header).iter().map(|value| value.to_str().ok()).collect::<Option<Vec<_>>>();
+pub(super) fn trace(headers: &HeaderMap) -> Option<SpanContext> {
+    let all = |header| headers.get_all(header).iter().map(|value| value.to_str().ok()).collect::<Option<Vec<_>>>();
     let [parent] = all("traceparent")?[..] else { return None };
     SpanContext::parse(parent, all("tracestate").map(|parts| parts.join(",")).as_deref())
 }

@@ -22,16 +22,22 @@ use tonic::{
     server::NamedService,
 };
 
-use super::{Api, Events};
-use crate::proto::{
-    codec::Codec,
-    framing,
-    orchestrator::v1::{self as pb, orchestrator_server::Orchestrator as _},
+use super::{
+    Api, Events,
+    gate::{Caller, Way},
+};
+use crate::{
+    listen::Peer,
+    proto::{
+        codec::Codec,
+        framing,
+        orchestrator::v1::{self as pb, orchestrator_server::Orchestrator as _},
+    },
 };
 
 const WATCH: &str = "/dreamnet.orchestrator.v1.Orchestrator/WatchCycles";
 
-/// The generated service, but for `WatchCycles`.
+/// The generated service, but for `WatchCycles`. Says of each call who asks.
 #[derive(Clone)]
 pub(super) struct Watching<S> {
     pub(super) others: S,
@@ -56,7 +62,10 @@ where
         self.others.poll_ready(cx)
     }
 
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        let peer = request.extensions().get().and_then(|Peer(address)| *address);
+        let caller = Caller::of(Way::Grpc, peer, request.headers());
+        request.extensions_mut().insert(caller);
         if request.uri().path() != WATCH {
             return Box::pin(self.others.call(request));
         }

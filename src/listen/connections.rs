@@ -175,11 +175,15 @@ impl Connections {
     }
 }
 
+/// The address that a connection comes from, if it has one. Travels with each request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer(pub(crate) Option<IpAddr>);
+
 /// What is known of one connection beside its bytes.
 #[derive(Debug)]
 pub(crate) struct Place {
     /// Whoever has it, as far as an address tells.
-    peer: Option<IpAddr>,
+    peer: Peer,
     /// Calls that are open on it.
     calls: AtomicUsize,
     /// Those of them that are idle when nothing is said.
@@ -199,7 +203,7 @@ impl Place {
     /// That of a connection of this peer.
     pub(super) fn of(peer: Option<IpAddr>) -> Self {
         Self {
-            peer: peer.map(network_of),
+            peer: Peer(peer),
             calls: AtomicUsize::new(0),
             besides: AtomicUsize::new(0),
             idle_since: Mutex::new(Instant::now()),
@@ -210,8 +214,13 @@ impl Place {
     }
 
     /// Whoever has the connection, as far as an address tells.
-    pub(super) fn peer(&self) -> Option<IpAddr> {
+    pub(crate) fn peer(&self) -> Peer {
         self.peer
+    }
+
+    /// What is taken for one peer where connections share something.
+    pub(super) fn network(&self) -> Option<IpAddr> {
+        self.peer.0.map(network_of)
     }
 
     /// Notes a call, which is open until the returned value is dropped.

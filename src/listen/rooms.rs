@@ -58,7 +58,7 @@ impl Rooms {
         let max = (all / 4).max(Answer::LARGEST).min(all);
         let memory = self.memory.part("answers that the client of this connection has not taken yet", max);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Room { all: self.clone(), id, peer: place.peer(), memory })
+        Arc::new(Room { all: self.clone(), id, peer: place.network(), memory })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Waiting>> {

@@ -167,6 +167,7 @@ impl Server {
         } else {
             let within = timeout_of(request.headers());
             request.extensions_mut().insert(broken);
+            request.extensions_mut().insert(streams.place.peer());
             let received = |body| Received::new(body, rule, limits.requests.clone(), headers.ok(), taking.clone());
             let call = self.0.services.call(request.map(|body| Body::new(received(body))));
             match within {

@@ -6,7 +6,7 @@
 
 mod definitions;
 
-use std::sync::Arc;
+use std::{ops::Deref, sync::Arc};
 
 use futures_util::{Stream, stream};
 use jiff::Timestamp;
@@ -23,6 +23,7 @@ use self::definitions::*;
 pub use self::definitions::{ALL, Definition, Kind};
 use super::otlp::Exporter;
 use crate::{
+    api::Calls,
     listen::Connections,
     memory::{Memory, Shares},
     model::{CycleState, Histogram, Name},
@@ -37,9 +38,9 @@ const PAGE: usize = 64;
 
 /// What can be scraped.
 pub struct Metrics {
-    orchestrator: Orchestrator,
     /// Who makes a piece: one at a time, so that however many scrape take no more than one processor from cycles.
     turn: Semaphore,
+    calls: Option<Arc<Calls>>,
     exporter: Option<Arc<Exporter>>,
     servers: Vec<(&'static str, Arc<Connections>)>,
     memory: Option<Shares>,
@@ -60,12 +61,12 @@ enum Position {
     },
 }
 
-impl Metrics {
-    /// The metrics of an orchestrator and of its process.
-    pub fn new(orchestrator: Orchestrator) -> Self {
+impl Default for Metrics {
+    /// Those of the process, and of whatever orchestrator is scraped.
+    fn default() -> Self {
         Self {
-            orchestrator,
             turn: Semaphore::new(1),
+            calls: None,
             exporter: None,
             servers: Vec::new(),
             memory: None,
@@ -73,41 +74,49 @@ impl Metrics {
             process: ProcessCollector::for_self(),
         }
     }
+}
 
-    /// Also those of what exports its spans, of the servers in front of it, by name, and of the memory of all.
+impl Metrics {
+    /// Also those of the calls to it, of what exports its spans, of the servers in front of it, by name, and of the memory of
+    /// all.
     pub(crate) fn and_of(
         self,
+        calls: Arc<Calls>,
         exporter: Option<Arc<Exporter>>,
         servers: Vec<(&'static str, Arc<Connections>)>,
         memory: Shares,
     ) -> Self {
-        Self { exporter, servers, memory: Some(memory), ..self }
+        Self { calls: Some(calls), exporter, servers, memory: Some(memory), ..self }
     }
 
-    /// Writes all metrics, piece by piece.
-    pub fn scrape(self: Arc<Self>) -> impl Stream<Item = Result<String, Error>> {
-        stream::unfold(Position::Start, move |position| {
+    /// Writes all metrics of an orchestrator, piece by piece. It is kept to the end.
+    pub fn scrape<O>(self: Arc<Self>, orchestrator: O) -> impl Stream<Item = Result<String, Error>>
+    where
+        O: Deref<Target = Orchestrator>,
+    {
+        stream::unfold((Position::Start, orchestrator), move |(position, orchestrator)| {
             let this = self.clone();
             async move {
-                match position {
+                let (text, next) = match position {
                     Position::Start => {
                         let next = Position::Subsystems { family: 0, begun: false, after: None };
-                        Some((encode(&this.general().await), next))
+                        (encode(&this.general(&orchestrator).await), next)
                     }
                     Position::Subsystems { family, begun, after } => {
                         // Cycles come first.
                         yield_now().await;
                         let _turn = this.turn.acquire().await;
-                        this.page(family, begun, after.as_ref())
+                        page(&orchestrator, family, begun, after.as_ref())?
                     }
-                }
+                };
+                Some((text, (next, orchestrator)))
             }
         })
     }
 
     /// Everything but what there is of each subsystem.
-    async fn general(&self) -> Vec<MetricFamily> {
-        let figures = self.orchestrator.figures();
+    async fn general(&self, orchestrator: &Orchestrator) -> Vec<MetricFamily> {
+        let figures = orchestrator.figures();
         let runtime = Handle::current().metrics();
         let mut families = of_process_and_cycles(&figures);
         families.extend(of_loops(&figures));
@@ -128,7 +137,7 @@ impl Metrics {
             STORE_COMMIT_ERRORS.single(number(figures.counts.commit_errors)),
             STORE_UNREADABLE.single(number(figures.counts.unreadable_records)),
         ]);
-        match self.orchestrator.store_size().await {
+        match orchestrator.store_size().await {
             Ok(size) => {
                 families.extend([STORE_SIZE.single(number(size.bytes)), STORE_RECORDS.single(number(size.records))]);
             }
@@ -143,7 +152,10 @@ impl Metrics {
             of.family(memory.iter().map(|(purpose, it)| of.value(&[purpose], count(figure(it)))).collect())
         };
         let spans = self.exporter.as_ref().map(|exporter| exporter.exported()).unwrap_or_default();
+        let calls = self.calls.iter().flat_map(|calls| calls.iter());
+        let calls = calls.map(|(way, rpc, code, calls)| CALLS.value(&[way, rpc, code.name()], number(calls)));
         families.extend([
+            CALLS.family(calls.collect()),
             SPANS.family(
                 [("sent", spans.sent), ("not_taken", spans.not_taken), ("no_room", spans.no_room)]
                     .map(|(result, spans)| SPANS.value(&[result], number(spans)))
@@ -162,23 +174,28 @@ impl Metrics {
         families.extend(self.process.collect());
         families
     }
+}
 
-    /// The next piece of what there is of each subsystem; `None` when that was all.
-    fn page(&self, family: usize, begun: bool, after: Option<&Name>) -> Option<(Result<String, Error>, Position)> {
-        let (definition, metrics) = BY_SUBSYSTEM.get(family)?;
-        let subsystems = self.orchestrator.subsystems(after.map(Name::as_str), PAGE);
-        let found: Vec<_> = subsystems.iter().flat_map(|it| metrics(&self.orchestrator, it)).collect();
-        let has_begun = begun || !found.is_empty();
-        let text =
-            encode(&[definition.family(found)]).map(|text| if begun { without_head(&text).to_owned() } else { text });
-        let next = match subsystems.last() {
-            Some(last) if subsystems.len() == PAGE => {
-                Position::Subsystems { family, begun: has_begun, after: Some(last.member.subsystem.name.clone()) }
-            }
-            _ => Position::Subsystems { family: family + 1, begun: false, after: None },
-        };
-        Some((text, next))
-    }
+/// The next piece of what there is of each subsystem; `None` when that was all.
+fn page(
+    orchestrator: &Orchestrator,
+    family: usize,
+    begun: bool,
+    after: Option<&Name>,
+) -> Option<(Result<String, Error>, Position)> {
+    let (definition, metrics) = BY_SUBSYSTEM.get(family)?;
+    let subsystems = orchestrator.subsystems(after.map(Name::as_str), PAGE);
+    let found: Vec<_> = subsystems.iter().flat_map(|it| metrics(orchestrator, it)).collect();
+    let has_begun = begun || !found.is_empty();
+    let text =
+        encode(&[definition.family(found)]).map(|text| if begun { without_head(&text).to_owned() } else { text });
+    let next = match subsystems.last() {
+        Some(last) if subsystems.len() == PAGE => {
+            Position::Subsystems { family, begun: has_begun, after: Some(last.member.subsystem.name.clone()) }
+        }
+        _ => Position::Subsystems { family: family + 1, begun: false, after: None },
+    };
+    Some((text, next))
 }
 
 /// Families without a metric are left out, as the format asks.

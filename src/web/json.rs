@@ -4,12 +4,12 @@ use std::{convert::Infallible, future::Future, panic::resume_unwind, sync::Arc, 
 
 use axum::{
     body::{Body, Bytes},
-    extract::{Query, State},
-    http::{HeaderMap, StatusCode, Uri, header},
+    extract::{Extension, FromRequestParts, Query, RawPathParams},
+    http::{HeaderMap, StatusCode, Uri, header, request::Parts},
     response::{IntoResponse, Response},
 };
 use futures_util::{StreamExt, stream};
-use prost::Message;
+use prost::{Message, Name};
 use tokio::{
     sync::{Mutex, Semaphore},
     task::spawn_blocking,
@@ -18,9 +18,8 @@ use tokio::{
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
-use super::Parameters;
 use crate::{
-    api::Api,
+    api::{Api, Caller},
     memory::{Full, Memory},
     model,
     proto::{
@@ -39,7 +38,7 @@ const CLOSE: [(header::HeaderName, &str); 1] = [(header::CONNECTION, "close")];
 /// The RPCs, and room for what they answer here.
 #[derive(Clone)]
 pub(super) struct Answers {
-    pub(super) api: Api,
+    api: Api,
     /// For what is asked and not made yet: a large page of the history is held meanwhile.
     asking: Arc<Semaphore>,
     /// For what is asked of subsystems, which may let it wait: the places of others are not for that.
@@ -174,42 +173,63 @@ fn no_room(full: Full) -> Status {
     Status::resource_exhausted(format!("{full}; {}", full.remedy()))
 }
 
-/// Makes a call and answers with what it answered.
-pub(super) async fn answer<Q, A, F>(
-    answers: &Answers,
-    request: &'static str,
-    response: &'static str,
+/// A request for JSON: who asks, and the parameters, those of the path as well.
+pub(super) struct Asked {
+    answers: Answers,
+    caller: Caller,
     parameters: Vec<(String, String)>,
-    call: impl FnOnce(Request<Q>) -> F,
-) -> Response
-where
-    Q: Message + Default,
-    A: Message,
-    F: Future<Output = Result<tonic::Response<A>, Status>>,
-{
-    let asks_subsystems = parameters.iter().any(|(name, _)| SNAPSHOTS.contains(&name.as_str()));
-    let request = match json::from_parameters(request, parameters) {
-        Ok(request) => request,
-        Err(error) => return refused(&invalid(&error)),
-    };
-    let asking = if asks_subsystems {
-        answers.asking_subsystems.try_acquire().map_err(|_| {
-            let max = Answers::MAX_ASKING_SUBSYSTEMS;
-            Status::resource_exhausted(format!("{max} requests wait for snapshots, and no more may; try again later"))
-        })
-    } else {
-        answers.asking.acquire().await.map_err(|error| Status::unavailable(error.to_string()))
-    };
-    let _asking = match asking {
-        Ok(asking) => asking,
-        Err(status) => return refused(&status),
-    };
-    match call(Request::new(request)).await {
-        Ok(answer) => match encode(answers, response, answer.into_inner()).await {
-            Ok(bytes) => ([(header::CONTENT_TYPE, JSON)], bytes).into_response(),
+}
+
+impl FromRequestParts<Answers> for Asked {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, answers: &Answers) -> Result<Self, Response> {
+        let caller = Extension::from_request_parts(parts, answers).await;
+        let Extension(caller) = caller.map_err(IntoResponse::into_response)?;
+        let query = Query::from_request_parts(parts, answers).await;
+        let Query(mut parameters): Query<Vec<_>> = query.map_err(IntoResponse::into_response)?;
+        let path = RawPathParams::from_request_parts(parts, answers).await;
+        let path = path.map_err(IntoResponse::into_response)?;
+        parameters.extend(path.iter().map(|(name, value)| (name.to_owned(), value.to_owned())));
+        Ok(Self { answers: answers.clone(), caller, parameters })
+    }
+}
+
+impl Asked {
+    /// Makes a call and answers with what it answered.
+    pub(super) async fn answer<Q, A, F>(self, call: impl FnOnce(Api, Request<Q>) -> F) -> Response
+    where
+        Q: Message + Name + Default,
+        A: Message + Name,
+        F: Future<Output = Result<tonic::Response<A>, Status>>,
+    {
+        let Self { answers, caller, parameters } = self;
+        let asks_subsystems = parameters.iter().any(|(name, _)| SNAPSHOTS.contains(&name.as_str()));
+        let request = match json::from_parameters(Q::NAME, parameters) {
+            Ok(request) => request,
+            Err(error) => return refused(&invalid(&error)),
+        };
+        let asking = if asks_subsystems {
+            answers.asking_subsystems.try_acquire().map_err(|_| {
+                let max = Answers::MAX_ASKING_SUBSYSTEMS;
+                Status::resource_exhausted(format!(
+                    "{max} requests wait for snapshots, and no more may; try again later"
+                ))
+            })
+        } else {
+            answers.asking.acquire().await.map_err(|error| Status::unavailable(error.to_string()))
+        };
+        let _asking = match asking {
+            Ok(asking) => asking,
+            Err(status) => return refused(&status),
+        };
+        match call(answers.api.clone(), caller.asks(request)).await {
+            Ok(answer) => match encode(&answers, A::NAME, answer.into_inner()).await {
+                Ok(bytes) => ([(header::CONTENT_TYPE, JSON)], bytes).into_response(),
+                Err(status) => refused(&status),
+            },
             Err(status) => refused(&status),
-        },
-        Err(status) => refused(&status),
+        }
     }
 }
 
@@ -241,11 +261,8 @@ pub(super) async fn no_such_path(uri: Uri) -> Response {
 /// `WatchCycles`, as server-sent events, or as lines of JSON to whoever accepts those.
 ///
 /// <https://html.spec.whatwg.org/multipage/server-sent-events.html>
-pub(super) async fn events(
-    State(answers): State<Answers>,
-    headers: HeaderMap,
-    Query(mut parameters): Parameters,
-) -> Response {
+pub(super) async fn events(headers: HeaderMap, asked: Asked) -> Response {
+    let Asked { answers, caller, mut parameters } = asked;
     // What is no text is no number either, and is refused as such.
     let header = |name| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let as_lines = header(header::ACCEPT.as_str()).is_some_and(|accepted| accepted.contains(LINES));
@@ -267,7 +284,7 @@ pub(super) async fn events(
             let message = format!("{max} streams of events are open here, and no more may be; try again later");
             return Err(Status::resource_exhausted(message));
         };
-        let events = answers.api.watch_cycles(Request::new(request)).await?.into_inner();
+        let events = answers.api.watch_cycles(caller.asks(request)).await?.into_inner();
         // It has the place as long as it lives.
         Ok(events.inspect(move |_| _ = &place))
     };
@@ -344,7 +361,7 @@ fn invalid(error: &JsonError) -> Status {
     Status::invalid_argument(error.to_string())
 }
 
-fn refused(status: &Status) -> Response {
+pub(super) fn refused(status: &Status) -> Response {
     let (code, text) = error_text(status);
     (code, [(header::CONTENT_TYPE, JSON)], text).into_response()
 }

@@ -17,7 +17,7 @@ use std::{
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{Path, Query, Request, State},
+    extract::{Extension, Request, State},
     http::header,
     middleware,
     response::{IntoResponse, Response},
@@ -36,10 +36,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use self::{guard::Guard, json::Answers};
+use self::{
+    guard::Guard,
+    json::{Answers, Asked},
+};
 use crate::{
-    api::Api,
-    listen::{self, Busy, Connection, Connections},
+    api::{Api, Caller, Scrape, Way},
+    listen::{self, Busy, Connection, Connections, Peer},
     memory::Memory,
     proto::orchestrator::v1::orchestrator_server::Orchestrator as _,
     telemetry::metrics::{self, Metrics},
@@ -55,9 +58,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Bytes of the head of a request: the names of a fleet's filter in its address, and cookies of others on this host. The
 /// library takes 400 KiB by default, of each connection.
 const MAX_HEAD: usize = 32 << 10;
-
-/// The parameters of a URL, in their order.
-type Parameters = Query<Vec<(String, String)>>;
 
 /// What is served, and with what.
 pub(crate) struct Web {
@@ -81,8 +81,8 @@ impl Web {
     ) {
         let Self { api, metrics, memory, beyond_loopback } = self;
         let router = routes()
-            .with_state(Answers::new(api, &memory))
-            .route("/metrics", get(scrape).with_state(metrics))
+            .with_state(Answers::new(api.clone(), &memory))
+            .route("/metrics", get(scrape).with_state((api, metrics)))
             .layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
         let serve = |connection| serve_connection(connection, router.clone(), stop.clone());
         listen::serve_each(listener, connections, &stop, cut_off, serve).await;
@@ -95,8 +95,13 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let place = connection.place();
-    let busy = place.clone();
-    let router = router.map_request(|request: Request<_>| request.map(Body::new)).map_future(move |answer| {
+    let (busy, Peer(peer)) = (place.clone(), place.peer());
+    let from_peer = move |mut request: Request<_>| {
+        let caller = Caller::of(Way::Admin, peer, request.headers());
+        request.extensions_mut().insert(caller);
+        request.map(Body::new)
+    };
+    let router = router.map_request(from_peer).map_future(move |answer| {
         let busy = busy.busy();
         async move { answer.await.map(|response| response.map(|body| Open { body, _busy: busy })) }
     });
@@ -131,12 +136,13 @@ impl http_body::Body for Open {
     }
 }
 
+/// What stands in braces in a path is a field of the request.
 fn routes() -> Router<Answers> {
     Router::new()
         .merge(dashboard::routes())
         .route("/api/status", get(status))
         .route("/api/cycles", get(cycles))
-        .route("/api/cycles/{cycle_id}", get(cycle))
+        .route("/api/cycles/{cycleId}", get(cycle))
         .route("/api/plan", get(plan))
         .route("/api/subsystems", get(subsystems))
         .route("/api/subsystems/{name}", get(subsystem))
@@ -145,49 +151,41 @@ fn routes() -> Router<Answers> {
         .fallback(json::no_such_path)
 }
 
-async fn status(State(answers): State<Answers>, Query(parameters): Parameters) -> Response {
-    let call = |request| answers.api.get_status(request);
-    json::answer(&answers, "GetStatusRequest", "GetStatusResponse", parameters, call).await
+async fn status(asked: Asked) -> Response {
+    asked.answer(async |api, request| api.get_status(request).await).await
 }
 
-async fn cycles(State(answers): State<Answers>, Query(parameters): Parameters) -> Response {
-    let call = |request| answers.api.list_cycles(request);
-    json::answer(&answers, "ListCyclesRequest", "ListCyclesResponse", parameters, call).await
+async fn cycles(asked: Asked) -> Response {
+    asked.answer(async |api, request| api.list_cycles(request).await).await
 }
 
-async fn cycle(State(answers): State<Answers>, Path(id): Path<String>, Query(mut parameters): Parameters) -> Response {
-    parameters.push(("cycleId".into(), id));
-    let call = |request| answers.api.get_cycle(request);
-    json::answer(&answers, "GetCycleRequest", "GetCycleResponse", parameters, call).await
+async fn cycle(asked: Asked) -> Response {
+    asked.answer(async |api, request| api.get_cycle(request).await).await
 }
 
-async fn plan(State(answers): State<Answers>, Query(parameters): Parameters) -> Response {
-    let call = |request| answers.api.plan_cycle(request);
-    json::answer(&answers, "PlanCycleRequest", "PlanCycleResponse", parameters, call).await
+async fn plan(asked: Asked) -> Response {
+    asked.answer(async |api, request| api.plan_cycle(request).await).await
 }
 
-async fn subsystems(State(answers): State<Answers>, Query(parameters): Parameters) -> Response {
-    let call = |request| answers.api.list_subsystems(request);
-    json::answer(&answers, "ListSubsystemsRequest", "ListSubsystemsResponse", parameters, call).await
+async fn subsystems(asked: Asked) -> Response {
+    asked.answer(async |api, request| api.list_subsystems(request).await).await
 }
 
-async fn subsystem(
-    State(answers): State<Answers>,
-    Path(name): Path<String>,
-    Query(mut parameters): Parameters,
-) -> Response {
-    parameters.push(("name".into(), name));
-    let call = |request| answers.api.get_subsystem(request);
-    json::answer(&answers, "GetSubsystemRequest", "GetSubsystemResponse", parameters, call).await
+async fn subsystem(asked: Asked) -> Response {
+    asked.answer(async |api, request| api.get_subsystem(request).await).await
 }
 
-async fn loops(State(answers): State<Answers>, Query(parameters): Parameters) -> Response {
-    let call = |request| answers.api.list_interval_loops(request);
-    json::answer(&answers, "ListIntervalLoopsRequest", "ListIntervalLoopsResponse", parameters, call).await
+async fn loops(asked: Asked) -> Response {
+    asked.answer(async |api, request| api.list_interval_loops(request).await).await
 }
 
-async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {
-    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], Body::from_stream(metrics.scrape())).into_response()
+async fn scrape(State((api, metrics)): State<(Api, Arc<Metrics>)>, Extension(caller): Extension<Caller>) -> Response {
+    match api.scrape(caller.asks(Scrape {})).await {
+        Ok(call) => {
+            ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], Body::from_stream(metrics.scrape(call))).into_response()
+        }
+        Err(status) => json::refused(&status),
+    }
 }
 
 #[cfg(test)]

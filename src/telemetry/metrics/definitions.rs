@@ -98,6 +98,8 @@ definitions! {
     STORE_RECORDS: Gauge "orchestrator_store_records" []
         "Cycles that are retained in the history.";
 
+    CALLS: Counter "orchestrator_calls_total" ["server", "rpc", "code"]
+        "Calls of RPCs that have ended, and scrapes of the metrics (Metrics), by where they came in and by the code of their answer. Those that their caller ended are CANCELLED. Missing before the first.";
     SPANS: Counter "orchestrator_spans_total" ["result"]
         "Spans of cycles that were collected, by what became of them: sent to the collector; dropped because it did not take them (not_taken), or because too many waited for it already (no_room). All 0 where there is no collector.";
 

@@ -1,0 +1,83 @@
+//! What becomes of calls: each is counted once, when it has ended, by what was asked and by the code of its answer.
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::{
+    gate::{Caller, Way},
+    rpc::Rpc,
+};
+use crate::model::Code;
+
+/// How many calls have ended.
+#[derive(Debug, Default)]
+pub struct Calls([OfWay; Way::ALL.len()]);
+
+type OfWay = [[AtomicU64; CODES]; Rpc::ALL.len()];
+
+/// From OK to UNAUTHENTICATED.
+const CODES: usize = 17;
+
+impl Calls {
+    fn count(&self, way: Way, rpc: Rpc, code: Code) {
+        self.0[way as usize][rpc as usize][code as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// All that are not 0: by which way they came ("grpc" or "admin"), the name of their RPC, and the code of their answer.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, &'static str, Code, u64)> {
+        let each = Way::ALL.into_iter().zip(&self.0).flat_map(|(way, of_way)| {
+            Rpc::ALL.iter().zip(of_way).map(move |(rpc, by_code)| (way.name(), rpc.name(), by_code))
+        });
+        each.flat_map(|(way, rpc, by_code)| {
+            let counted =
+                (0..).zip(by_code).map(|(code, calls)| (Code::from_number(code), calls.load(Ordering::Relaxed)));
+            counted.filter(|(_, calls)| *calls > 0).map(move |(code, calls)| (way, rpc, code, calls))
+        })
+    }
+}
+
+/// A call that is being answered. It is counted when it is dropped: as CANCELLED where it was not answered by then, which is
+/// its caller's doing.
+pub(super) struct Call {
+    calls: Arc<Calls>,
+    rpc: Rpc,
+    way: Way,
+    peer: Option<IpAddr>,
+    begun: Instant,
+    code: Code,
+}
+
+impl Call {
+    pub(super) fn begin(calls: Arc<Calls>, rpc: Rpc, caller: Option<&Caller>) -> Self {
+        let (way, peer) = caller.map_or((Way::Grpc, None), |caller| (caller.way, caller.peer));
+        Self { calls, rpc, way, peer, begun: Instant::now(), code: Code::Cancelled }
+    }
+
+    /// It was answered, or failed so.
+    pub(super) fn answered(&mut self, failed: Option<&Status>) {
+        self.code = failed.map_or(Code::Ok, |status| Code::from_number(status.code() as i32));
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let Self { calls, rpc, way, peer, begun, code } = self;
+        calls.count(*way, *rpc, *code);
+        tracing::debug!(
+            rpc = rpc.name(),
+            way = way.name(),
+            peer = peer.map(tracing::field::display),
+            code = code.name(),
+            duration_ms = begun.elapsed().as_secs_f64() * 1e3,
+            "a call has ended"
+        );
+    }
+}

@@ -1,0 +1,114 @@
+//! Cycles: running and cancelling them, their plan, their history and their stream.
+
+use std::sync::Arc;
+
+use futures_util::{Stream, stream};
+use tonic::Status;
+
+use super::{
+    error::{self, status},
+    gate::Entered,
+    handlers::{Handlers, MAX_ANSWER, invalid},
+    request, response,
+};
+use crate::{
+    model::Name,
+    orchestrator::{Orchestrator, Page, Schedule},
+    proto::orchestrator::v1 as pb,
+};
+
+impl Handlers {
+    pub(super) async fn run_cycle(
+        &self,
+        mut call: Entered<pb::RunCycleRequest>,
+    ) -> Result<pb::RunCycleResponse, Status> {
+        let (request, trace) = (call.take_request(), call.caller.trace.clone());
+        let (validate_only, is_async) = (request.validate_only, request.r#async);
+        let named = request.subsystems.len();
+        let now = self.clock.now();
+        let read = move || request::cycle(request, trace, now);
+        let request = self.over(named, read).await?.map_err(invalid)?;
+        if validate_only {
+            let subset = call.registered_names(request.subset).await.map_err(status)?;
+            let (plan, next) = response::plan_page(self.schedule(&call, subset).await, 0, usize::MAX, MAX_ANSWER);
+            if next.is_some() {
+                return Err(error::answer_too_large(None, "ask PlanCycle, which has pages"));
+            }
+            return Ok(pb::RunCycleResponse { plan: Some(plan), ..Default::default() });
+        }
+        let ticket = call.run_cycle(request, is_async).await.map_err(status)?;
+        // What is left of the request is the cycle's.
+        call.forget_request();
+        let cycle_id = ticket.cycle_id.0;
+        let record = if is_async { ticket.record_now() } else { Some(ticket.recorded().await.map_err(status)?) };
+        let telemetry = match record {
+            Some(record) => call.keep(&record).await.map_err(status)?,
+            None => bytes::Bytes::new(),
+        };
+        Ok(pb::RunCycleResponse { cycle_id, telemetry, plan: None })
+    }
+
+    pub(super) async fn plan_cycle(
+        &self,
+        mut call: Entered<pb::PlanCycleRequest>,
+    ) -> Result<pb::PlanCycleResponse, Status> {
+        let request = call.take_request();
+        let read = self.over(request.subsystems.len(), move || request::plan(request)).await?;
+        let request::PlanPage { subset, from, page_size } = read.map_err(invalid)?;
+        let (plan, next) = response::plan_page(self.schedule(&call, subset).await, from, page_size, MAX_ANSWER);
+        let next_page_token = next.map(|next| next.to_string()).unwrap_or_default();
+        Ok(pb::PlanCycleResponse { plan: Some(plan), next_page_token })
+    }
+
+    async fn schedule(&self, orchestrator: &Orchestrator, subset: Option<Arc<[Name]>>) -> Schedule {
+        let _turn = self.turn.acquire().await;
+        orchestrator.plan_cycle(subset).await
+    }
+}
+
+pub(super) async fn cancel_cycle(mut call: Entered<pb::CancelCycleRequest>) -> Result<pb::CancelCycleResponse, Status> {
+    let cycle_id = request::cycle_id(call.take_request().cycle_id).map_err(invalid)?;
+    let record = call.cancel_cycle(cycle_id).await.map_err(status)?;
+    let telemetry = call.keep(&record).await.map_err(status)?;
+    Ok(pb::CancelCycleResponse { telemetry })
+}
+
+pub(super) async fn get_cycle(mut call: Entered<pb::GetCycleRequest>) -> Result<pb::GetCycleResponse, Status> {
+    let cycle_id = request::cycle_id(call.take_request().cycle_id).map_err(invalid)?;
+    let record = call.cycle(cycle_id).await.map_err(status)?;
+    Ok(pb::GetCycleResponse { telemetry: record.bytes.clone() })
+}
+
+pub(super) async fn list_cycles(mut call: Entered<pb::ListCyclesRequest>) -> Result<pb::ListCyclesResponse, Status> {
+    let request::List { before, filter, participation, page_size } =
+        request::list(call.take_request()).map_err(invalid)?;
+    let Page { records, next, .. } = call.cycles(before, filter, participation, page_size).await.map_err(status)?;
+    let mut answer = pb::ListCyclesResponse {
+        next_page_token: next.map(|next| next.to_string()).unwrap_or_default(),
+        ..Default::default()
+    };
+    for found in records {
+        match found {
+            Ok(record) => answer.cycles.push(record.bytes),
+            Err(unreadable) => answer.unreadable.push(response::unreadable(unreadable)),
+        }
+    }
+    Ok(answer)
+}
+
+/// Begins a stream, which keeps the call until it ends.
+pub(super) fn watch_cycles(
+    mut call: Entered<pb::WatchCyclesRequest>,
+) -> Result<impl Stream<Item = Result<pb::WatchCyclesResponse, Status>>, Status> {
+    let (from, filter, progress) = request::watch(call.take_request()).map_err(invalid)?;
+    let watcher = call.watch(from, filter, progress).map_err(status)?;
+    // What is left of the request is the watcher's.
+    call.forget_request();
+    Ok(stream::unfold(Some((watcher, call)), |open| async {
+        let (mut watcher, call) = open?;
+        match watcher.next().await {
+            Ok(event) => Some((Ok(response::event(event)), Some((watcher, call)))),
+            Err(refusal) => Some((Err(status(refusal)), None)),
+        }
+    }))
+}

@@ -1,0 +1,182 @@
+//! The one door for callers. Every RPC enters by [`Gate::enter`], over gRPC and at the admin address alike: nothing else makes
+//! an [`Entered`], and only through one is the orchestrator reached. So here is where a caller would be refused, and where
+//! calls are counted.
+
+use std::{net::IpAddr, ops::Deref, sync::Arc};
+
+use futures_util::{Stream, StreamExt};
+use tonic::{Request, Response, Status, codegen::http::HeaderMap};
+
+use super::{
+    calls::{Call, Calls},
+    error::status,
+    request,
+    rpc::Asks,
+};
+use crate::{
+    memory::{Held, Memory},
+    model::SpanContext,
+    orchestrator::{Orchestrator, Refusal},
+};
+
+/// By which way a call came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The gRPC service.
+    Grpc,
+    /// The admin address.
+    Admin,
+}
+
+impl Way {
+    pub(super) const ALL: [Self; 2] = [Self::Grpc, Self::Admin];
+
+    /// As metrics and the log call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Grpc => "grpc",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+/// Who asks, as far as that is known. Travels in the extensions of a request, from where it is received to the gate.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    pub(super) way: Way,
+    /// The address that it has here: its own, or that of a proxy.
+    pub(super) peer: Option<IpAddr>,
+    /// The span in which it asks.
+    pub(super) trace: Option<SpanContext>,
+}
+
+impl Caller {
+    /// Who sends a request with these headers.
+    pub fn of(way: Way, peer: Option<IpAddr>, headers: &HeaderMap) -> Self {
+        Self { way, peer, trace: request::trace(headers) }
+    }
+
+    /// A request of this caller.
+    pub fn asks<Q>(self, request: Q) -> Request<Q> {
+        let mut request = Request::new(request);
+        request.extensions_mut().insert(self);
+        request
+    }
+}
+
+/// Lets callers in. All clones share their counts.
+#[derive(Clone)]
+pub(super) struct Gate {
+    orchestrator: Orchestrator,
+    /// What requests have become, while they are answered.
+    requests: Memory,
+    calls: Arc<Calls>,
+}
+
+/// A call that was let in. It reaches the orchestrator, for as long as it lives: a stream keeps it to its end.
+pub struct Entered<Q> {
+    orchestrator: Orchestrator,
+    pub(super) caller: Caller,
+    request: Q,
+    room: Option<Held>,
+}
+
+impl<Q> Deref for Entered<Q> {
+    type Target = Orchestrator;
+
+    fn deref(&self) -> &Orchestrator {
+        &self.orchestrator
+    }
+}
+
+impl<Q: Default> Entered<Q> {
+    /// What is asked.
+    pub(super) fn take_request(&mut self) -> Q {
+        std::mem::take(&mut self.request)
+    }
+
+    /// Gives back the room of the request, of which nothing is kept any more.
+    pub(super) fn forget_request(&mut self) {
+        self.room = None;
+    }
+}
+
+impl Gate {
+    pub(super) fn new(orchestrator: Orchestrator, requests: Memory) -> Self {
+        Self { orchestrator, requests, calls: Arc::default() }
+    }
+
+    /// The counts of calls.
+    pub(super) fn calls(&self) -> Arc<Calls> {
+        self.calls.clone()
+    }
+
+    /// Lets a call in, or refuses it. There are no rules yet of who may ask for what: whoever reaches an address of the service
+    /// may do what is served there.
+    ///
+    /// # Errors
+    /// There is no room for what the request becomes, or it came by no known way, which is a defect.
+    pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
+        let (_, mut extensions, request) = request.into_parts();
+        let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("it is not known who asks"))?;
+        let room = self.room_of(&request)?;
+        Ok(Entered { orchestrator: self.orchestrator.clone(), caller, request, room })
+    }
+
+    /// Room for what a request becomes, for as long as it is answered: lists of short texts grow the most.
+    fn room_of(&self, request: &impl Asks) -> Result<Option<Held>, Status> {
+        const GROWTH: usize = 16;
+        /// Bytes of one that needs none: as long as others fill it, small requests go on.
+        const SMALL: usize = 512;
+        let bytes = request.encoded_len();
+        match self.requests.try_hold(bytes.saturating_mul(GROWTH)) {
+            Err(full) if bytes > SMALL => Err(status(Refusal::MemoryFull(full))),
+            held => Ok(held.ok()),
+        }
+    }
+
+    /// Lets a call in, and has it answered.
+    pub(super) async fn answer<Q: Asks, A, F>(
+        &self,
+        request: Request<Q>,
+        handle: impl FnOnce(Entered<Q>) -> F,
+    ) -> Result<Response<A>, Status>
+    where
+        F: Future<Output = Result<A, Status>>,
+    {
+        let mut call = self.call(&request);
+        let answered = match self.enter(request) {
+            Ok(entered) => handle(entered).await,
+            Err(refused) => Err(refused),
+        };
+        call.answered(answered.as_ref().err());
+        answered.map(Response::new)
+    }
+
+    /// Lets a call in whose answer is a stream, which ends by its last answer or by its caller.
+    pub(super) fn stream<Q: Asks, A, S>(
+        &self,
+        request: Request<Q>,
+        handle: fn(Entered<Q>) -> Result<S, Status>,
+    ) -> Result<impl Stream<Item = Result<A, Status>> + use<Q, A, S>, Status>
+    where
+        S: Stream<Item = Result<A, Status>>,
+    {
+        let mut call = self.call(&request);
+        match self.enter(request).and_then(handle) {
+            Ok(stream) => Ok(stream.inspect(move |answer| {
+                if let Err(status) = answer {
+                    call.answered(Some(status));
+                }
+            })),
+            Err(refused) => {
+                call.answered(Some(&refused));
+                Err(refused)
+            }
+        }
+    }
+
+    fn call<Q: Asks>(&self, request: &Request<Q>) -> Call {
+        Call::begin(self.calls.clone(), Q::RPC, request.extensions().get())
+    }
+}

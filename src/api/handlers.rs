@@ -1,0 +1,59 @@
+//! What the handlers of all RPCs have in common: what takes long has its turn. They reach the orchestrator only by a call that
+//! has entered.
+
+use std::{panic::resume_unwind, sync::Arc};
+
+use tokio::{sync::Semaphore, task::spawn_blocking};
+use tonic::Status;
+
+use super::error::status;
+use crate::{clock::Clock, model::Violations, orchestrator::Refusal};
+
+/// The most bytes of an answer: below the 4 MiB that clients take by default.
+pub(super) const MAX_ANSWER: usize = 3 << 20;
+
+/// How many may ask for the snapshots of all at one time; the others wait.
+const MAX_ASKING_ALL: usize = 2;
+
+/// Answer calls. All clones share their bounds.
+#[derive(Clone)]
+pub(super) struct Handlers {
+    pub(super) clock: Clock,
+    /// For those who ask for the snapshots of all: what comes is of any size until it is seen what fits.
+    pub(super) asking_all: Arc<Semaphore>,
+    /// What takes long is done one at a time, so that it takes no more than one processor from cycles.
+    pub(super) turn: Arc<Semaphore>,
+}
+
+impl Handlers {
+    pub(super) fn new(clock: Clock) -> Self {
+        let [asking_all, turn] = [MAX_ASKING_ALL, 1].map(|places| Arc::new(Semaphore::new(places)));
+        Self { clock, asking_all, turn }
+    }
+
+    /// Does what goes over so many subsystems: where they are many it may take milliseconds, and is done where no cycle waits
+    /// for it.
+    pub(super) async fn over<T: Send + 'static>(
+        &self,
+        subsystems: usize,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        const FEW: usize = 512;
+        if subsystems <= FEW {
+            return Ok(work());
+        }
+        let turn = self.turn.clone().acquire_owned().await;
+        let done = spawn_blocking(move || {
+            let _turn = turn;
+            work()
+        });
+        done.await.map_err(|ended| match ended.try_into_panic() {
+            Ok(panic) => resume_unwind(panic),
+            Err(_runtime_is_shut_down) => status(Refusal::Draining),
+        })
+    }
+}
+
+pub(super) fn invalid(violations: Violations) -> Status {
+    status(Refusal::Invalid(violations))
+}

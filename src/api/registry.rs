@@ -1,0 +1,172 @@
+//! The registry: registering, unregistering, suspending and resuming subsystems, their leases, and looking at them.
+
+use std::sync::Arc;
+
+use prost::Message;
+use tokio::task::yield_now;
+use tonic::Status;
+
+use super::{
+    error::{self, status},
+    gate::Entered,
+    handlers::{Handlers, MAX_ANSWER, invalid},
+    request, response,
+};
+use crate::{
+    model::Name,
+    orchestrator::{CallError, Change, Orchestrator, Registered, Snapshot},
+    proto::{orchestrator::v1 as pb, timestamp},
+};
+
+impl Handlers {
+    pub(super) async fn register_subsystems(
+        &self,
+        mut call: Entered<pb::RegisterSubsystemsRequest>,
+    ) -> Result<pb::RegisterSubsystemsResponse, Status> {
+        let request = call.take_request();
+        let named =
+            request.registrations.iter().map(|it| 1 + it.requires.len() + it.after.len() + it.reads.len()).sum();
+        let read = self.over(named, move || request::registrations(request)).await?;
+        let (subsystems, lease) = read.map_err(invalid)?;
+        let registered = call.register_all(subsystems, lease).await.map_err(status)?;
+        let mut answer = pb::RegisterSubsystemsResponse::default();
+        for (registered, change) in registered {
+            let name = registered.member.subsystem.name.to_string();
+            match change {
+                Change::Created => answer.created.push(name),
+                Change::Replaced => answer.replaced.push(name),
+                Change::Renewed => {}
+            }
+        }
+        Ok(answer)
+    }
+
+    pub(super) async fn list_subsystems(
+        &self,
+        mut call: Entered<pb::ListSubsystemsRequest>,
+    ) -> Result<pb::ListSubsystemsResponse, Status> {
+        let pb::ListSubsystemsRequest { page_size, page_token } = call.take_request();
+        let (after, page_size) = request::page(page_size, &page_token, 100).map_err(invalid)?;
+        let mut found = call.subsystems(after.as_ref().map(Name::as_str), page_size + 1);
+        let more_follow = found.len() > page_size;
+        found.truncate(page_size);
+        let (subsystems, all_fit) = self.statuses(&call, &found, false, MAX_ANSWER).await;
+        let last = subsystems.last().and_then(|last| last.registration.as_ref()).map(|last| last.name.clone());
+        let next_page_token = last.filter(|_| more_follow || !all_fit).unwrap_or_default();
+        Ok(pb::ListSubsystemsResponse { subsystems, next_page_token })
+    }
+
+    /// The status of each, as many as fit in one answer.
+    pub(super) async fn statuses(
+        &self,
+        orchestrator: &Orchestrator,
+        of: &[Arc<Registered>],
+        with_snapshots: bool,
+        room: usize,
+    ) -> (Vec<pb::SubsystemStatus>, bool) {
+        /// Snapshots are of any size, so they are asked for a few at a time.
+        const AT_ONCE: usize = 64;
+        let _permit = if with_snapshots { self.asking_all.acquire().await.ok() } else { None };
+        let mut statuses = Vec::with_capacity(of.len());
+        let mut bytes = 0;
+        for some in of.chunks(AT_ONCE) {
+            // Of many it takes a while.
+            yield_now().await;
+            let snapshots = if with_snapshots { orchestrator.snapshots(some).await } else { Vec::new() };
+            let mut snapshots = snapshots.iter();
+            for registered in some {
+                let status = listed(orchestrator, registered, snapshots.next());
+                bytes += status.encoded_len() + response::AROUND;
+                if bytes > room {
+                    return (statuses, false);
+                }
+                statuses.push(status);
+            }
+        }
+        (statuses, true)
+    }
+}
+
+pub(super) async fn register_subsystem(
+    mut call: Entered<pb::RegisterSubsystemRequest>,
+) -> Result<pb::RegisterSubsystemResponse, Status> {
+    let request = call.take_request();
+    let pb::RegisterSubsystemRequest { registration, lease } = request;
+    let subsystem = request::registration(registration).map_err(invalid)?;
+    let lease = request::lease(lease).map_err(invalid)?;
+    let (registered, change) = call.register(subsystem, lease).await.map_err(status)?;
+    let subsystem = Some(listed(&call, &registered, None));
+    Ok(pb::RegisterSubsystemResponse { subsystem, created: change == Change::Created })
+}
+
+pub(super) async fn unregister_subsystem(
+    mut call: Entered<pb::UnregisterSubsystemRequest>,
+) -> Result<pb::UnregisterSubsystemResponse, Status> {
+    let name = subsystem_name(&call.take_request().name)?;
+    call.unregister(&name).await.map_err(status)?;
+    Ok(pb::UnregisterSubsystemResponse {})
+}
+
+pub(super) async fn get_subsystem(
+    mut call: Entered<pb::GetSubsystemRequest>,
+) -> Result<pb::GetSubsystemResponse, Status> {
+    let pb::GetSubsystemRequest { name, include_output, include_snapshot } = call.take_request();
+    let registered = call.subsystem(&subsystem_name(&name)?).map(Arc::new).map_err(status)?;
+    let snapshot = if include_snapshot { call.snapshots(std::slice::from_ref(&registered)).await.pop() } else { None };
+    let mut subsystem = response::subsystem_status(&call, &registered, include_output, snapshot.as_ref());
+    if subsystem.encoded_len() + response::AROUND > MAX_ANSWER {
+        subsystem.last = subsystem.last.map(response::listed_part);
+    }
+    if subsystem.encoded_len() + response::AROUND > MAX_ANSWER {
+        let (output, snapshot) = (subsystem.output.len(), subsystem.snapshot.len());
+        return Err(error::answer_too_large(
+            Some(&registered.member.subsystem.name),
+            &if output.max(snapshot) < MAX_ANSWER - (1 << 20) {
+                format!("ask for the output of {name} and for its snapshot one by one")
+            } else {
+                let [output, snapshot] = [output, snapshot].map(|bytes| format!("{bytes} bytes"));
+                format!(
+                    "of {name}, {output} are its output and {snapshot} its snapshot: ask without the larger one, and keep it \
+                 below 2 MiB by limits.max_output_bytes of the registration"
+                )
+            },
+        ));
+    }
+    Ok(pb::GetSubsystemResponse { subsystem: Some(subsystem) })
+}
+
+pub(super) async fn renew_lease(mut call: Entered<pb::RenewLeaseRequest>) -> Result<pb::RenewLeaseResponse, Status> {
+    let name = subsystem_name(&call.take_request().name)?;
+    let expires_at = call.renew_lease(&name).map_err(status)?;
+    Ok(pb::RenewLeaseResponse { lease_expires_at: Some(timestamp(expires_at)) })
+}
+
+pub(super) async fn suspend_subsystem(
+    mut call: Entered<pb::SuspendSubsystemRequest>,
+) -> Result<pb::SuspendSubsystemResponse, Status> {
+    let name = subsystem_name(&call.take_request().name)?;
+    let registered = call.suspend(&name, true).await.map_err(status)?;
+    Ok(pb::SuspendSubsystemResponse { subsystem: Some(listed(&call, &registered, None)) })
+}
+
+pub(super) async fn resume_subsystem(
+    mut call: Entered<pb::ResumeSubsystemRequest>,
+) -> Result<pb::ResumeSubsystemResponse, Status> {
+    let name = subsystem_name(&call.take_request().name)?;
+    let registered = call.suspend(&name, false).await.map_err(status)?;
+    Ok(pb::ResumeSubsystemResponse { subsystem: Some(listed(&call, &registered, None)) })
+}
+
+/// The status of a subsystem as it stands among others.
+fn listed(
+    orchestrator: &Orchestrator,
+    registered: &Registered,
+    snapshot: Option<&Result<Snapshot, CallError>>,
+) -> pb::SubsystemStatus {
+    let status = response::subsystem_status(orchestrator, registered, false, snapshot);
+    pb::SubsystemStatus { last: status.last.map(response::listed_part), ..status }
+}
+
+fn subsystem_name(name: &str) -> Result<Name, Status> {
+    request::name("name", name).map_err(invalid)
+}

@@ -1,0 +1,84 @@
+//! Every RPC that callers can make, and the message that asks for each. A request of no RPC can't enter by the gate.
+
+use prost::Message;
+
+use crate::proto::orchestrator::v1 as pb;
+
+/// A message that callers ask with.
+pub(super) trait Asks: Message + Default {
+    /// What it asks for.
+    const RPC: Rpc;
+}
+
+macro_rules! rpcs {
+    ($($rpc:ident: $module:ident::$request:ident,)+) => {
+        /// What a caller can ask for, by the name that the contract has for it.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(super) enum Rpc { $($rpc,)+ }
+
+        impl Rpc {
+            pub(super) const ALL: &[Self] = &[$(Self::$rpc),+];
+
+            pub(super) fn name(self) -> &'static str {
+                match self { $(Self::$rpc => stringify!($rpc),)+ }
+            }
+
+            #[cfg(test)]
+            fn request(self) -> &'static str {
+                match self { $(Self::$rpc => stringify!($request),)+ }
+            }
+        }
+
+        $(impl Asks for $module::$request {
+            const RPC: Rpc = Rpc::$rpc;
+        })+
+    };
+}
+
+rpcs! {
+    RunCycle: pb::RunCycleRequest,
+    CancelCycle: pb::CancelCycleRequest,
+    GetStatus: pb::GetStatusRequest,
+    WatchCycles: pb::WatchCyclesRequest,
+    GetCycle: pb::GetCycleRequest,
+    ListCycles: pb::ListCyclesRequest,
+    PlanCycle: pb::PlanCycleRequest,
+    RegisterSubsystem: pb::RegisterSubsystemRequest,
+    RegisterSubsystems: pb::RegisterSubsystemsRequest,
+    UnregisterSubsystem: pb::UnregisterSubsystemRequest,
+    GetSubsystem: pb::GetSubsystemRequest,
+    ListSubsystems: pb::ListSubsystemsRequest,
+    RenewLease: pb::RenewLeaseRequest,
+    SuspendSubsystem: pb::SuspendSubsystemRequest,
+    ResumeSubsystem: pb::ResumeSubsystemRequest,
+    StartIntervalLoop: pb::StartIntervalLoopRequest,
+    StopIntervalLoop: pb::StopIntervalLoopRequest,
+    ListIntervalLoops: pb::ListIntervalLoopsRequest,
+    // Not of the contract: what monitoring asks for at the admin address.
+    Metrics: self::Scrape,
+}
+
+/// Asks for the metrics.
+#[derive(Clone, PartialEq, Message)]
+pub struct Scrape {}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use prost_types::FileDescriptorSet;
+
+    use super::*;
+    use crate::proto;
+
+    #[test]
+    fn every_method_of_the_contract_has_its_entry_and_its_request() {
+        let files = FileDescriptorSet::decode(proto::DESCRIPTORS).unwrap().file;
+        let ours = files.iter().filter(|file| file.package() == "dreamnet.orchestrator.v1");
+        let methods = ours.flat_map(|file| &file.service).flat_map(|service| &service.method);
+        let methods: BTreeSet<_> = methods.map(|method| (method.name(), method.input_type().to_owned())).collect();
+        let of_contract = Rpc::ALL.iter().filter(|rpc| **rpc != Rpc::Metrics);
+        let entries = of_contract.map(|rpc| (rpc.name(), format!(".dreamnet.orchestrator.v1.{}", rpc.request())));
+        assert_eq!(entries.collect::<BTreeSet<_>>(), methods);
+    }
+}
