@@ -306,6 +306,8 @@ async fn loops_started_by_rpc_survive_and_stopped_ones_stay_so() {
 
 #[tokio::test]
 async fn every_tick_is_accounted_for_also_while_the_service_is_down() {
+    /// A start may be quicker than a tick: then the service is stopped once more.
+    const RESTARTS: usize = 100;
     let mut stage = Stage::new().await;
     let one = |window| IntervalLoop { catch_up: CatchUp::One.into(), catch_up_window: ms(window), ..every("", 10) };
     // Out of step, so that one does not skip for another.
@@ -313,8 +315,6 @@ async fn every_tick_is_accounted_for_also_while_the_service_is_down() {
         start(&mut stage.client, IntervalLoop { name: name.into(), offset: ms(offset), ..settings }).await.unwrap();
         until(&mut stage.client, name, |entry| entry.ticks.unwrap().ran >= 1).await;
     }
-    // A start may be quicker than a tick: then it is stopped once more.
-    const RESTARTS: usize = 100;
     let mut coalesced = 0;
     let mut missed = BTreeMap::from([("none", 0), ("outside", 0)]);
     for _ in 0..RESTARTS {

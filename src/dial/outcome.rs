@@ -24,7 +24,8 @@ pub(super) fn of_status(headers: &HeaderMap, late: bool) -> Option<Result<(), Ca
     } else {
         // The code says nothing, so what stands in its place is told.
         let told = String::from_utf8_lossy(excerpt_of(status, 20));
-        format!("its grpc-status {told:?} is no status code of gRPC: {message}")
+        let separator = if message.is_empty() { "" } else { ": " };
+        format!("its grpc-status {told:?} is no status code of gRPC{separator}{message}")
     };
     Some(match code {
         Code::Ok => Ok(()),
@@ -177,6 +178,8 @@ mod tests {
             let error = status(number, b"why", false).unwrap_err();
             assert_eq!(error.code, Code::Unknown);
             assert!(error.message.ends_with("is no status code of gRPC: why"), "{}", error.message);
+            let silent = status(number, b"", false).unwrap_err();
+            assert!(silent.message.ends_with("is no status code of gRPC"), "{}", silent.message);
         }
     }
 

@@ -51,7 +51,10 @@ impl Calls<'_> {
             }
             let backoff = subsystem.retry.backoff(failed, self.random.fraction());
             if Instant::now() + backoff >= self.deadline {
-                return Err(CallError { message: format!("{}; no time is left to retry", error.message), ..error });
+                // The peer may have said nothing.
+                let separator = if error.message.is_empty() { "" } else { "; " };
+                let message = format!("{}{separator}no time is left to retry", error.message);
+                return Err(CallError { message, ..error });
             }
             sleep(backoff).await;
         }

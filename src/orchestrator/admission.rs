@@ -166,8 +166,8 @@ impl State {
                 let is_alike = |other: &&Arc<Admitted>| {
                     self.line.waits(other.cycle_id) && other.request.trigger == request.trigger
                 };
-                let mut alike = self.live.values().filter(is_alike).map(|other| other.cycle_id);
-                if let Some(waits) = alike.find(|other| self.line.conflicts(*other, &locks)) {
+                let alike = self.live.values().filter(is_alike).map(|other| other.cycle_id).collect();
+                if let Some(waits) = self.line.first_conflict_of(&alike, &locks) {
                     return Err(Refusal::CycleWaiting(waits));
                 }
             }

@@ -195,12 +195,16 @@ impl Line {
         candidates.into_iter().filter(|cycle_id| self.runs(*cycle_id)).collect()
     }
 
-    /// Whether a cycle in line shares a subsystem with these locks.
-    pub(super) fn conflicts(&self, cycle_id: CycleId, locks: &Locks) -> bool {
-        let Some(place) = self.places.get(&cycle_id) else { return false };
-        let (Locks::Names(own), Locks::Names(names)) = (&place.locks, locks) else { return true };
-        let is_locked = |name| self.by_name.get(name).is_some_and(|queue| queue.contains(&cycle_id));
-        Arc::ptr_eq(own, names) || names.iter().any(is_locked)
+    /// The first of these cycles, all in line, that shares a subsystem with these locks. Looked for in the queues of the names:
+    /// to compare each cycle's names takes too long where both are many.
+    pub(super) fn first_conflict_of(&self, cycles: &BTreeSet<CycleId>, locks: &Locks) -> Option<CycleId> {
+        let Locks::Names(names) = locks else { return cycles.first().copied() };
+        if cycles.is_empty() {
+            return None;
+        }
+        let is_one = |cycle_id: &&CycleId| cycles.contains(cycle_id);
+        let first = names.iter().filter_map(|name| self.by_name.get(name)?.iter().find(is_one)).min();
+        first.into_iter().chain(self.all.iter().find(is_one)).min().copied()
     }
 
     /// Whether a cycle runs.
@@ -290,7 +294,12 @@ mod tests {
         assert_eq!(line.first_conflict(&names("x")), None);
         assert_eq!(line.running_conflicts(&names("bd")), BTreeSet::from([CycleId(1), CycleId(3)]));
         assert_eq!(line.running_conflicts(&Locks::All), BTreeSet::from([CycleId(1), CycleId(3)]));
-        assert!(line.conflicts(CycleId(2), &names("b")) && !line.conflicts(CycleId(2), &names("a")));
+        let of = |line: &Line, cycles: &[u64], locks| {
+            line.first_conflict_of(&cycles.iter().map(|id| CycleId(*id)).collect(), &names(locks)).map(|id| id.0)
+        };
+        assert_eq!([of(&line, &[2], "b"), of(&line, &[2], "a"), of(&line, &[2, 3], "dbb")], [Some(2), None, Some(2)]);
+        line.enter(CycleId(4), Locks::All);
+        assert_eq!([of(&line, &[2, 4], "x"), of(&line, &[3, 4], "*"), of(&line, &[], "*")], [Some(4), Some(3), None]);
     }
 
     #[test]
