@@ -137,6 +137,8 @@ impl Connections {
     async fn slot(self: Arc<Self>, cut_off: &CancellationToken, peer: Option<IpAddr>) -> Option<Slot> {
         /// One that is busy may be idle by then.
         const AGAIN: Duration = Duration::from_millis(100);
+        // One that answers leaves at once, and one that is silent takes its time: so there are twice as many each time.
+        let mut at_once = 1;
         let permit = loop {
             if let Ok(permit) = self.permits.clone().try_acquire_owned() {
                 break permit;
@@ -149,7 +151,7 @@ impl Connections {
                     "as many connections as may be are open: idle ones give way to further ones"
                 );
             }
-            self.make_way();
+            at_once = (2 * self.make_way(at_once)).max(1);
             if let Ok(permit) = timeout(AGAIN, self.permits.clone().acquire_owned()).await {
                 break permit.ok()?;
             }
@@ -160,18 +162,21 @@ impl Connections {
         Some(Slot { connections: self, id, place, _permit: permit })
     }
 
-    /// Tells those that have been idle longest to give way, first those without a stream: a few at a time where there are many,
-    /// since a peer may take its time over it.
-    fn make_way(&self) {
-        let at_once = (self.max / 64).clamp(1, 64);
+    /// Tells those that have been idle longest to give way, first those without a stream, until `at_once` are leaving: one in any
+    /// case, and further ones that are not new. Returns how many are leaving.
+    fn make_way(&self, at_once: usize) -> usize {
         let places = self.places();
-        let leaving = places.values().filter(|place| place.gives_way.is_cancelled()).count();
-        let mut idle: Vec<_> = places.values().filter_map(|place| Some((place.idle()?, place))).collect();
-        idle.retain(|(_, place)| !place.gives_way.is_cancelled());
+        let (leaving, others): (Vec<_>, Vec<_>) = places.values().partition(|place| place.gives_way.is_cancelled());
+        let mut idle: Vec<_> = others.into_iter().filter_map(|place| Some((place.idle()?, place))).collect();
         idle.sort_unstable_by_key(|(idle, _)| *idle);
-        for (_, place) in idle.into_iter().take(at_once.saturating_sub(leaving)) {
-            place.gives_way.cancel();
+        let mut told = 0;
+        for ((_, since), place) in idle.into_iter().take(at_once.saturating_sub(leaving.len())) {
+            if told == 0 || since.elapsed() >= Place::PARTING {
+                place.gives_way.cancel();
+                told += 1;
+            }
         }
+        leaving.len() + told
     }
 }
 
@@ -516,6 +521,25 @@ mod tests {
     async fn connection() -> (DuplexStream, Connection<DuplexStream>) {
         let (peer, stream) = duplex(1024);
         (peer, Connection::of(stream).await)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silent_connections_do_not_hold_newcomers_up() {
+        const MAX: usize = 256;
+        let (connections, never) = (Connections::at_most(MAX), CancellationToken::new());
+        let slot = async || connections.clone().slot(&never, None).await.unwrap();
+        let mut silent = JoinSet::new();
+        for _ in 0..MAX {
+            let (slot, never) = (slot().await, never.clone());
+            silent.spawn(async move { slot.place.serve(std::future::pending::<()>(), |_| {}, &never).await });
+        }
+        sleep(Place::PARTING).await;
+        let begun = Instant::now();
+        let mut newcomers = Vec::new();
+        for _ in 0..MAX {
+            newcomers.push(slot().await);
+        }
+        assert!(begun.elapsed() < 5 * Place::PARTING, "{:?}", begun.elapsed());
     }
 
     #[tokio::test(start_paused = true)]
