@@ -68,7 +68,7 @@ pub use self::{
     watch::{Event, From, WatchFilter, Watcher},
 };
 pub use crate::{
-    engine::{BreakerState, LastShare, Outcomes, PlannedSubsystem, Ring, Schedule},
+    engine::{BreakerState, LastPart, Outcomes, PlannedSubsystem, Ring, Schedule},
     ports::{CallError, Durability, Filter, Page, Snapshot, StoreSize, TriggerKind, Unreadable},
     schedule::LoopEntry,
 };

@@ -24,9 +24,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    BreakerState, InputRoom, LastShare, Member, Plan, Share, Slots, Standing, Trace,
+    BreakerState, InputRoom, LastPart, Member, Part, Plan, Slots, Standing, Trace,
     member::Turn,
-    plan::{Fate, Step},
+    plan::{Fate, Place, Step, chain},
     retry::Calls,
     slots::Slot,
     trace::CallSpans,
@@ -58,7 +58,7 @@ pub struct Engine {
     pub slots: Slots,
     /// Room for the inputs of those calls, so that a fan-out of large outputs can't take all memory.
     pub inputs: InputRoom,
-    /// Memory for what is remembered of each subsystem's last share.
+    /// Memory for what is remembered of each subsystem's last part.
     pub remembered: Memory,
     /// Takes the spans of cycles.
     pub spans: Arc<dyn Spans>,
@@ -72,7 +72,7 @@ pub struct Cycle {
     pub cycle_id: CycleId,
     /// What is asked for.
     pub request: Arc<CycleRequest>,
-    /// The order.
+    /// The order of those that are in it.
     pub plan: Arc<Plan>,
     /// When it starts.
     pub started_at: Timestamp,
@@ -86,9 +86,9 @@ pub struct Cycle {
 pub struct Ran {
     /// The report.
     pub finished: FinishedCycle,
-    /// The shares of the registered subsystems, in the order of the plan: to be [published](Engine::publish) once the report
+    /// The parts of the registered subsystems, in the order of the plan: to be [published](Engine::publish) once the report
     /// is recorded.
-    pub shares: Vec<Share>,
+    pub parts: Vec<Part>,
     /// The memory of what was answered, outputs apart. Kept until the report is recorded.
     pub held: Vec<Held>,
 }
@@ -97,12 +97,12 @@ pub struct Ran {
 pub trait Observer: Sync {
     /// The subsystem at this position of the plan is being called, for the `attempt`-th time.
     fn called(&self, position: usize, attempt: u32, elapsed: Duration);
-    /// The share of the subsystem at this position has ended.
+    /// The part of the subsystem at this position has ended.
     fn ended(&self, position: usize, state: &SubsystemState, attempts: u32, elapsed: Duration);
 }
 
 impl Engine {
-    /// Runs a cycle. Ends when every share has ended, when its deadline has passed, or when it is cancelled; in the
+    /// Runs a cycle. Ends when every part has ended, when its deadline has passed, or when it is cancelled; in the
     /// latter two cases by dropping the calls that still run.
     ///
     /// What it makes is seen only inside it, as FRESH inputs, until it is [published](Engine::publish). Until then no other
@@ -120,7 +120,7 @@ impl Engine {
         let end = loop {
             while wait.is_terminated() {
                 match run.next() {
-                    Next::Call(call) => calls.push(self.call(cycle, call, start, &attempts, observer)),
+                    Next::Call(call) => calls.push(self.call(cycle, call, start, observer)),
                     Next::Wait(need) => wait.set(self.wait_for(need).fuse()),
                     Next::Nothing => break,
                 }
@@ -137,7 +137,7 @@ impl Engine {
                 got = &mut wait => run.got(got),
                 ended = ended, if may_have_ended => match ended {
                     Some(call) => run.called(call),
-                    // Nothing runs or waits, so nothing more can become ready: every share has ended.
+                    // Nothing runs or waits, so nothing more can become ready: every part has ended.
                     None => break End::Complete,
                 },
             }
@@ -147,10 +147,10 @@ impl Engine {
         run.finish(end)
     }
 
-    /// Makes shares visible: their outputs become the latest ones, and they the last ones. Call it after the record of the
+    /// Makes parts visible: their outputs become the latest ones, and they the last ones. Call it after the record of the
     /// cycle is committed, and before another cycle with one of these subsystems begins.
-    pub fn publish(&self, shares: impl IntoIterator<Item = Share>) {
-        for Share { standing, last, output } in shares {
+    pub fn publish(&self, parts: impl IntoIterator<Item = Part>) {
+        for Part { standing, last, output } in parts {
             standing.lock().publish(last, output, &self.remembered);
         }
     }
@@ -163,15 +163,8 @@ impl Engine {
     }
 
     /// Makes the calls of one subsystem, inside its deadline.
-    async fn call(
-        &self,
-        cycle: &Cycle,
-        call: Call<'_>,
-        start: Instant,
-        attempts: &[AtomicU32],
-        observer: &dyn Observer,
-    ) -> Ended {
-        let Call { position, inputs, is_probe, slot: _slot, room: _room } = call;
+    async fn call(&self, cycle: &Cycle, call: Call<'_>, start: Instant, observer: &dyn Observer) -> Ended {
+        let Call { position, attempts, inputs, is_probe, slot: _slot, room: _room } = call;
         let member = &cycle.plan.steps[position].member;
         let subsystem = &*member.subsystem;
         let started = Instant::now();
@@ -194,7 +187,7 @@ impl Engine {
             deadline,
             spans: CallSpans { cycle, start, subsystem: &member.subsystem, deadline },
             is_probe,
-            attempts: &attempts[position],
+            attempts,
         };
         // From the first call on, which may be that to `Initialize`: a subsystem that hangs there is seen as well.
         observer.called(position, 1, start.elapsed());
@@ -204,7 +197,7 @@ impl Engine {
             }
         });
         let late = || {
-            let was_run = attempts[position].load(Ordering::Relaxed) > 0;
+            let was_run = attempts.load(Ordering::Relaxed) > 0;
             let what = if was_run { "no answer" } else { "no connection, or no answer to Initialize," };
             SubsystemState::TimedOut(format!("{what} within its timeout of {:?}", subsystem.timeout))
         };
@@ -245,6 +238,7 @@ enum Got<'a> {
 /// A subsystem that is to be called.
 struct Call<'a> {
     position: usize,
+    attempts: &'a AtomicU32,
     inputs: Vec<Input>,
     is_probe: bool,
     slot: Slot<'a>,
@@ -254,7 +248,7 @@ struct Call<'a> {
 
 /// Why a subsystem is not called.
 enum NotNow {
-    /// Its share ends so.
+    /// Its part ends so.
     Ends(SubsystemState),
     /// There is no room now for inputs of this number of bytes.
     NoRoom(usize),
@@ -274,17 +268,20 @@ enum End {
     Cancelled,
 }
 
-/// The bookkeeping of a running cycle: what is ready, what has ended, and who waited for whom.
+/// The bookkeeping of a running cycle: what is ready, what has ended, and what waited for what.
 struct Run<'a> {
     engine: &'a Engine,
     cycle: &'a Cycle,
+    plan: &'a Plan,
     start: Instant,
+    /// Calls of each, which those count that make them.
     attempts: &'a [AtomicU32],
     observer: &'a dyn Observer,
-    shares: Vec<RunningShare>,
-    takes_part: Vec<bool>,
-    unregistered: Vec<Name>,
-    /// Index of the current phase, where it ends, and how many of its shares have not.
+    /// By position.
+    parts: Vec<PartState>,
+    /// For how many others each relay still waits.
+    relays: Vec<u32>,
+    /// Index of the current phase, the position where it ends, and how many of its parts have not ended.
     phase: usize,
     phase_end: usize,
     left_in_phase: usize,
@@ -300,21 +297,75 @@ struct Run<'a> {
     last_ended: Option<usize>,
 }
 
-/// How a share stands.
-#[derive(Default)]
-struct RunningShare {
-    waits: usize,
-    /// The one that ended last of those that it waited for.
-    released_by: Option<usize>,
-    ready: Duration,
+/// How the part of a subsystem stands. One that is left out of the cycle has no place in its plan.
+enum PartState {
+    /// It waits for this number of others, and for its phase.
+    Waiting(usize),
+    /// It waits for nothing but its call.
+    Ready(Release),
+    /// It is being called.
+    Running(Release, Duration),
+    /// It has ended.
+    Ended(EndedPart),
+}
+
+/// The end of a part's wait for others.
+#[derive(Clone, Copy, Default)]
+struct Release {
+    at: Duration,
+    /// The one that ended last before that.
+    by: Option<usize>,
+}
+
+/// A part that has ended.
+struct EndedPart {
+    release: Release,
     started: Option<Duration>,
-    ended: Option<Duration>,
+    ended: Duration,
     /// It had its turn, as [`Turn::was_whole`] says.
     turn: Option<bool>,
-    state: Option<SubsystemState>,
+    state: SubsystemState,
     answer: Answer,
     /// The memory of the answer. That of the output is in its [`Standing`] by now.
     held: Option<Held>,
+}
+
+impl PartState {
+    fn ended(&self) -> Option<&EndedPart> {
+        match self {
+            Self::Ended(part) => Some(part),
+            Self::Waiting(_) | Self::Ready(_) | Self::Running(..) => None,
+        }
+    }
+
+    fn release(&self) -> Release {
+        match self {
+            Self::Waiting(_) => Release::default(),
+            Self::Ready(release) | Self::Running(release, _) | Self::Ended(EndedPart { release, .. }) => *release,
+        }
+    }
+
+    /// When its first call began.
+    fn started(&self) -> Option<Duration> {
+        match self {
+            Self::Waiting(_) | Self::Ready(_) => None,
+            Self::Running(_, started) => Some(*started),
+            Self::Ended(part) => part.started,
+        }
+    }
+
+    /// One that it waited for has ended. Whether it was the last one.
+    fn waits_for_one_less(&mut self) -> bool {
+        let Self::Waiting(others) = self else { return false };
+        *others -= 1;
+        *others == 0
+    }
+
+    fn end(&mut self, state: SubsystemState, ended: Duration, turn: Option<bool>, reply: Option<Reply>) {
+        let (answer, held) = reply.map_or_else(Default::default, |reply| (reply.answer, Some(reply.held)));
+        let (release, started) = (self.release(), self.started());
+        *self = Self::Ended(EndedPart { release, started, ended, turn, state, answer, held });
+    }
 }
 
 impl<'a> Run<'a> {
@@ -325,20 +376,17 @@ impl<'a> Run<'a> {
         attempts: &'a [AtomicU32],
         observer: &'a dyn Observer,
     ) -> Self {
-        let (takes_part, unregistered) = cycle.plan.select(cycle.request.subset.as_deref());
-        let steps = &cycle.plan.steps;
+        let plan = &*cycle.plan;
+        let waits = |step: &Step| PartState::Waiting(step.waits_for.len());
         let mut run = Self {
             engine,
             cycle,
             start,
             attempts,
             observer,
-            shares: steps
-                .iter()
-                .map(|step| RunningShare { waits: step.waits_for.len(), ..RunningShare::default() })
-                .collect(),
-            takes_part,
-            unregistered,
+            parts: plan.steps.iter().map(waits).collect(),
+            relays: plan.relays.waits.clone(),
+            plan,
             phase: 0,
             phase_end: 0,
             left_in_phase: 0,
@@ -355,40 +403,36 @@ impl<'a> Run<'a> {
 
     /// Begins the next phase, if there is one: those in it that wait for nothing else.
     fn open_phase(&mut self) -> Vec<usize> {
-        let Some(&count) = self.cycle.plan.phases.get(self.phase) else { return Vec::new() };
+        let Some(&count) = self.plan.phases.get(self.phase) else { return Vec::new() };
         let positions = self.phase_end..self.phase_end + count;
         self.phase += 1;
         self.phase_end += count;
         self.left_in_phase = count;
-        positions.filter(|&position| self.shares[position].waits == 0).collect()
+        positions.filter(|&position| matches!(self.parts[position], PartState::Waiting(0))).collect()
     }
 
     /// Lets go those whose waits are over, in the order of the plan. What can't run ends at once, which may let others go.
     fn release(&mut self, free: Vec<usize>) {
-        let now = self.start.elapsed();
+        let at = self.start.elapsed();
         let mut free: BinaryHeap<_> = free.into_iter().map(Reverse).collect();
         while let Some(Reverse(position)) = free.pop() {
-            self.shares[position].ready = now;
-            self.shares[position].released_by = self.last_ended;
+            self.parts[position] = PartState::Ready(Release { at, by: self.last_ended });
             match self.why_not(position) {
-                None if self.takes_part[position] => {
-                    let last_turn = self.cycle.plan.steps[position].member.standing.lock().last_turn;
+                None => {
+                    let last_turn = self.plan.steps[position].member.standing.lock().last_turn;
                     self.ready.push(Reverse((last_turn, position)));
                 }
-                state => free.extend(self.end(position, state).into_iter().map(Reverse)),
+                Some(state) => free.extend(self.end(position, state, None).into_iter().map(Reverse)),
             }
         }
     }
 
-    /// Why a subsystem that takes part will not be called, as far as that is certain once its waits are over.
+    /// Why a subsystem will not be called, as far as that is certain once its waits are over.
     fn why_not(&self, position: usize) -> Option<SubsystemState> {
-        if !self.takes_part[position] {
-            return None;
-        }
-        if self.cycle.plan.steps[position].member.suspended {
+        if self.plan.steps[position].member.suspended {
             return Some(SubsystemState::Skipped(SkipReason::Suspended, "it is suspended".into()));
         }
-        let (reason, name) = self.cycle.plan.unmet_requirement(position, |required| self.fate(required))?;
+        let (reason, name) = self.plan.unmet_requirement(position, |required| self.fate(required))?;
         let what = match reason {
             SkipReason::RequirementMissing => "is not registered",
             SkipReason::RequirementLeftOut => "is not in this cycle",
@@ -398,7 +442,7 @@ impl<'a> Run<'a> {
     }
 
     fn fate(&self, position: usize) -> Fate {
-        self.shares[position].state.as_ref().map_or(Fate::LeftOut, Fate::from)
+        self.parts[position].ended().map_or(Fate::LeftOut, |part| Fate::from(&part.state))
     }
 
     /// The next subsystem to call, or what has to be waited for before that.
@@ -418,8 +462,9 @@ impl<'a> Run<'a> {
             }
             match self.prepare(position) {
                 Ok((inputs, room, is_probe)) => {
-                    self.shares[position].started = Some(self.start.elapsed());
-                    return Next::Call(Call { position, inputs, is_probe, slot, room });
+                    self.parts[position] = PartState::Running(self.parts[position].release(), self.start.elapsed());
+                    let attempts = &self.attempts[position];
+                    return Next::Call(Call { position, attempts, inputs, is_probe, slot, room });
                 }
                 // The slot waits with it. Only calls that run hold room, and they have slots of their own, so they end.
                 Err(NotNow::NoRoom(bytes)) => {
@@ -429,7 +474,7 @@ impl<'a> Run<'a> {
                 }
                 Err(NotNow::Ends(state)) => {
                     self.slot = Some(slot);
-                    let free = self.end(position, Some(state));
+                    let free = self.end(position, state, None);
                     self.release(free);
                 }
             }
@@ -446,7 +491,7 @@ impl<'a> Run<'a> {
 
     /// Asks the breaker, and gathers the inputs and room for them. Says as well whether this is a probe call.
     fn prepare(&mut self, position: usize) -> Result<(Vec<Input>, Option<Held>, bool), NotNow> {
-        let step = &self.cycle.plan.steps[position];
+        let step = &self.plan.steps[position];
         let is_probe = match step.member.breaker(Instant::now()) {
             BreakerState::Closed => false,
             BreakerState::HalfOpen => true,
@@ -475,14 +520,19 @@ impl<'a> Run<'a> {
     }
 
     fn inputs(&self, step: &Step) -> Vec<Input> {
-        let inputs = step.inputs.iter().map(|(name, position)| {
-            let output = position.and_then(|position| match &self.shares[position] {
-                RunningShare { state: Some(SubsystemState::Succeeded), answer, .. } => {
-                    let output = Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() };
-                    Some((output, Freshness::Fresh))
-                }
-                _ => Some((self.cycle.plan.steps[position].member.standing.latest()?, Freshness::Stale)),
-            });
+        let stale = |standing: &Standing| Some((standing.latest()?, Freshness::Stale));
+        let inputs = step.inputs.iter().map(|(name, place)| {
+            let output = match place {
+                Place::Step(position) => match self.parts[*position].ended() {
+                    Some(EndedPart { state: SubsystemState::Succeeded, answer, .. }) => {
+                        let output = Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() };
+                        Some((output, Freshness::Fresh))
+                    }
+                    _ => stale(&self.plan.steps[*position].member.standing),
+                },
+                Place::LeftOut(standing) => stale(standing),
+                Place::Nowhere => None,
+            };
             Input { name: name.clone(), output }
         });
         inputs.collect()
@@ -490,12 +540,10 @@ impl<'a> Run<'a> {
 
     /// The calls of a subsystem have ended.
     fn called(&mut self, Ended { position, result }: Ended) {
-        let duration = self.start.elapsed().saturating_sub(self.shares[position].started.unwrap_or_default());
-        let member = &self.cycle.plan.steps[position].member;
-        let state = match result.and_then(|reply| self.keep(&member.standing, reply)) {
-            Ok(Reply { answer, held }) => {
-                let share = &mut self.shares[position];
-                (share.answer, share.held) = (answer, Some(held));
+        let duration = self.start.elapsed().saturating_sub(self.parts[position].started().unwrap_or_default());
+        let member = &self.plan.steps[position].member;
+        let (state, reply) = match result.and_then(|reply| self.keep(&member.standing, reply)) {
+            Ok(reply) => {
                 let mut remembered = member.standing.lock();
                 let closes = remembered.breaker.succeeded();
                 remembered.took(duration);
@@ -504,14 +552,14 @@ impl<'a> Run<'a> {
                     let (cycle_id, subsystem) = (self.cycle.cycle_id.0, &member.subsystem.name);
                     tracing::info!(cycle_id, %subsystem, "its circuit breaker has closed");
                 }
-                SubsystemState::Succeeded
+                (SubsystemState::Succeeded, Some(reply))
             }
             Err(state) => {
                 self.count_failure(member, &state);
-                state
+                (state, None)
             }
         };
-        let free = self.end(position, Some(state));
+        let free = self.end(position, state, reply);
         self.release(free);
     }
 
@@ -538,29 +586,32 @@ impl<'a> Run<'a> {
         Ok(Reply { answer, held })
     }
 
-    /// A share has ended; `None` when it was left out of the cycle. Returns those that waited for nothing else.
-    fn end(&mut self, position: usize, state: Option<SubsystemState>) -> Vec<usize> {
+    /// A part has ended, with this reply if it succeeded. Returns those that waited for nothing else.
+    fn end(&mut self, position: usize, state: SubsystemState, reply: Option<Reply>) -> Vec<usize> {
         let elapsed = self.start.elapsed();
-        let step = &self.cycle.plan.steps[position];
-        if let Some(state) = &state {
-            let attempts = self.attempts[position].load(Ordering::Relaxed);
-            self.observer.ended(position, state, attempts, elapsed);
-        }
-        let share = &mut self.shares[position];
-        share.ended = Some(elapsed);
-        share.turn = Some(true);
-        share.state = state;
+        let attempts = self.attempts[position].load(Ordering::Relaxed);
+        self.observer.ended(position, &state, attempts, elapsed);
+        self.parts[position].end(state, elapsed, Some(true), reply);
         self.last_ended = Some(position);
-        let mut free = Vec::new();
-        for &later in &step.releases {
-            self.shares[later].waits -= 1;
-            if self.shares[later].waits == 0 {
-                free.push(later);
-            }
-        }
         self.left_in_phase -= 1;
         if self.left_in_phase == 0 {
-            free = self.open_phase();
+            return self.open_phase();
+        }
+        let (mut free, mut ended) = (Vec::new(), vec![position]);
+        while let Some(node) = ended.pop() {
+            for later in self.plan.releases(node) {
+                if let Some(part) = self.parts.get_mut(later) {
+                    if part.waits_for_one_less() {
+                        free.push(later);
+                    }
+                    continue;
+                }
+                let waits = &mut self.relays[later - self.parts.len()];
+                *waits -= 1;
+                if *waits == 0 {
+                    ended.push(later);
+                }
+            }
         }
         free
     }
@@ -568,53 +619,56 @@ impl<'a> Run<'a> {
     /// Ends what has not ended, and reports.
     fn finish(mut self, end: End) -> Ran {
         let duration = self.start.elapsed();
-        for position in 0..self.shares.len() {
-            if self.takes_part[position] && self.shares[position].state.is_none() {
+        for position in 0..self.parts.len() {
+            if self.parts[position].ended().is_none() {
                 self.cut_off(position, end, duration);
             }
         }
-        let Self { engine, cycle, shares: running, takes_part, attempts, .. } = self;
-        let plan = &cycle.plan;
+        let Self { engine, cycle, plan, parts: states, attempts, .. } = self;
         let finished_at = cycle.started_at.saturating_add(duration).unwrap_or(cycle.started_at);
-        let called = |position: usize| takes_part[position] && running[position].started.is_some();
-        let last = (0..running.len()).filter(|&p| called(p)).max_by_key(|&p| running[p].ended);
-        let critical_path = plan.chain(last, |position| running[position].released_by, called);
+        let called = |position: &usize| states[*position].started().is_some();
+        let last =
+            (0..states.len()).filter(called).max_by_key(|position| states[*position].ended().map(|part| part.ended));
+        let critical_path = chain(last, |position| states[position].release().by).into_iter().filter(called);
+        let critical_path = critical_path.map(|position| plan.steps[position].member.subsystem.name.clone()).collect();
 
-        let mut reports = Vec::with_capacity(running.len());
-        let mut shares = Vec::with_capacity(running.len());
+        let mut reports = Vec::with_capacity(states.len());
+        let mut parts = Vec::with_capacity(states.len());
         let mut held = Vec::new();
-        for (position, share) in running.into_iter().enumerate() {
-            let (true, Some(state)) = (takes_part[position], share.state) else { continue };
-            held.extend(share.held);
+        for (position, part) in states.into_iter().enumerate() {
+            let PartState::Ended(part) = part else { continue };
+            let EndedPart { release, started, ended, turn, state, answer, held: its_held } = part;
+            held.extend(its_held);
             let member = &plan.steps[position].member;
             let subsystem = &member.subsystem;
             let records_output = subsystem.record_output || cycle.request.record_outputs;
             let succeeded = state == SubsystemState::Succeeded;
             let report = Arc::new(SubsystemReport {
                 name: subsystem.name.clone(),
-                queued: share.started.unwrap_or(share.ready).saturating_sub(share.ready),
-                started: share.started,
-                ended: share.ended.unwrap_or(duration),
+                queued: started.unwrap_or(release.at).saturating_sub(release.at),
+                started,
+                ended,
                 attempts: attempts[position].load(Ordering::Relaxed),
-                issues: share.answer.issues,
-                metrics: share.answer.metrics,
-                recorded_output: (succeeded && records_output).then(|| share.answer.output.clone()),
+                issues: answer.issues,
+                metrics: answer.metrics,
+                recorded_output: (succeeded && records_output).then(|| answer.output.clone()),
                 state,
             });
-            if let Some(was_whole) = share.turn {
+            if let Some(was_whole) = turn {
                 member.standing.lock().last_turn = Turn { cycle_id: cycle.cycle_id, was_whole };
             }
             let (cycle_id, started_at) = (cycle.cycle_id, cycle.started_at);
-            shares.push(Share {
+            parts.push(Part {
                 standing: member.standing.clone(),
-                last: LastShare { cycle_id, started_at, finished_at, report: report.clone() },
-                output: succeeded.then_some(Output { cycle_id, payload: share.answer.output }),
+                last: LastPart { cycle_id, started_at, finished_at, report: report.clone() },
+                output: succeeded.then_some(Output { cycle_id, payload: answer.output }),
             });
             reports.push((report, subsystem.critical));
         }
-        for name in self.unregistered {
+        for name in &plan.unregistered {
             let message = "its loop names it, but it is not registered".to_owned();
-            reports.push((Arc::new(SubsystemReport::not_called(name, SkipReason::NotRegistered, message)), false));
+            reports
+                .push((Arc::new(SubsystemReport::not_called(name.clone(), SkipReason::NotRegistered, message)), false));
         }
         let (state, error) = sum_up(&reports, end);
         let finished = FinishedCycle {
@@ -632,17 +686,17 @@ impl<'a> Run<'a> {
             critical_path,
             subsystems: reports.into_iter().map(|(report, _)| report).collect(),
         };
-        Ran { finished, shares, held }
+        Ran { finished, parts, held }
     }
 
-    /// Ends a share that had not ended when the cycle did.
+    /// Ends a part that had not ended when the cycle did.
     fn cut_off(&mut self, position: usize, end: End, now: Duration) {
-        let step = &self.cycle.plan.steps[position];
         let deadline = self.cycle.deadline;
-        let state = match (end, self.shares[position].started) {
+        let started = self.parts[position].started();
+        let state = match (end, started) {
             (End::Deadline, Some(_)) => {
                 let state = SubsystemState::TimedOut(format!("no answer within the cycle's deadline of {deadline:?}"));
-                self.count_failure(&step.member, &state);
+                self.count_failure(&self.plan.steps[position].member, &state);
                 state
             }
             (End::Deadline, None) => {
@@ -659,10 +713,7 @@ impl<'a> Run<'a> {
         };
         let attempts = self.attempts[position].load(Ordering::Relaxed);
         self.observer.ended(position, &state, attempts, now);
-        let share = &mut self.shares[position];
-        share.ended = Some(now);
-        share.turn = share.started.map(|_| false);
-        share.state = Some(state);
+        self.parts[position].end(state, now, started.map(|_| false), None);
     }
 }
 

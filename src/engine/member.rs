@@ -79,20 +79,20 @@ pub struct Standing(Mutex<Remembered>);
 /// changes at once.
 #[derive(Debug, Default)]
 pub struct Remembered {
-    /// How its shares ended.
+    /// How its parts ended.
     pub outcomes: Outcomes,
     /// Calls of its `RunCycle`.
     pub attempts: u64,
-    /// Those of them that were not the first of their share.
+    /// Those of them that were not the first of their part.
     pub retries: u64,
-    /// How long its shares took from the first call to the end, unless they were cancelled.
+    /// How long its parts took from the first call to the end, unless they were cancelled.
     pub durations: Histogram,
-    /// Whether the last share that says something about it succeeded: one that was skipped or cancelled says nothing.
+    /// Whether the last part that says something about it succeeded: one that was skipped or cancelled says nothing.
     pub is_up: Option<bool>,
     /// When the cycle that made its latest output ended; `None` when there is no output, or that is not known any more.
     pub output_at: Option<Timestamp>,
     latest: Option<Output>,
-    last: Option<(LastShare, Held)>,
+    last: Option<(LastPart, Held)>,
 
     /// For the latest output, or for the one that replaces it once its cycle is recorded.
     output_room: Option<Held>,
@@ -110,7 +110,7 @@ pub(super) struct Turn {
     pub(super) was_whole: bool,
 }
 
-/// How shares ended, counted since this process started, or since the subsystem was registered.
+/// How parts ended, counted since this process started, or since the subsystem was registered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs, reason = "each field counts the state of its name")]
 pub struct Outcomes {
@@ -122,31 +122,31 @@ pub struct Outcomes {
     pub cancelled: u64,
 }
 
-/// A subsystem's share of a cycle that has run, until [`Engine::publish`](super::Engine::publish) shows it.
+/// A subsystem's part in a cycle that has run, until [`Engine::publish`](super::Engine::publish) shows it.
 #[derive(Debug)]
-pub struct Share {
+pub struct Part {
     /// Where it will be shown.
     pub standing: Arc<Standing>,
     /// How it ended.
-    pub last: LastShare,
+    pub last: LastPart,
     /// What it made; `None` unless it succeeded. Its room is kept by `standing`.
     pub output: Option<Output>,
 }
 
-/// A subsystem's share of the last cycle that this process ran with it.
+/// A subsystem's part in the last cycle that this process ran with it.
 #[derive(Clone, Debug)]
-pub struct LastShare {
+pub struct LastPart {
     /// The cycle.
     pub cycle_id: CycleId,
     /// When the cycle started.
     pub started_at: Timestamp,
     /// When the cycle ended.
     pub finished_at: Timestamp,
-    /// How its share ended. Without issues, metrics and output where there was no memory for them.
+    /// How its part ended. Without issues, metrics and output where there was no memory for them.
     pub report: Arc<SubsystemReport>,
 }
 
-impl Share {
+impl Part {
     /// The subsystem.
     pub fn name(&self) -> &Name {
         &self.last.report.name
@@ -171,12 +171,12 @@ impl Standing {
         self.lock().latest.clone()
     }
 
-    /// Its share of the last cycle that is recorded.
-    pub fn last(&self) -> Option<LastShare> {
+    /// Its part in the last cycle that is recorded.
+    pub fn last(&self) -> Option<LastPart> {
         self.lock().last.as_ref().map(|(last, _)| last.clone())
     }
 
-    /// The moving mean of the durations of its successful shares, in which each new one weighs an eighth.
+    /// The moving mean of the durations of its successful parts, in which each new one weighs an eighth.
     pub fn mean_duration(&self) -> Option<Duration> {
         self.lock().mean
     }
@@ -193,7 +193,7 @@ impl Standing {
 }
 
 impl Remembered {
-    /// A successful share took so long.
+    /// A successful part took so long.
     pub(super) fn took(&mut self, duration: Duration) {
         self.mean = Some(self.mean.map_or(duration, |mean| mean * 7 / 8 + duration / 8));
     }
@@ -210,10 +210,10 @@ impl Remembered {
         Ok(())
     }
 
-    /// A share of a cycle is recorded. It is remembered whole if there is room in `memory`; the record of the cycle has it
+    /// A part in a cycle is recorded. It is remembered whole if there is room in `memory`; the record of the cycle has it
     /// anyway.
-    pub(super) fn publish(&mut self, mut share: LastShare, output: Option<Output>, memory: &Memory) {
-        let SubsystemReport { state, attempts, started, ended, .. } = &*share.report;
+    pub(super) fn publish(&mut self, mut part: LastPart, output: Option<Output>, memory: &Memory) {
+        let SubsystemReport { state, attempts, started, ended, .. } = &*part.report;
         let Outcomes { succeeded, failed, timed_out, skipped, circuit_open, cancelled } = &mut self.outcomes;
         let (counter, is_up) = match state {
             SubsystemState::Succeeded => (succeeded, Some(true)),
@@ -231,14 +231,14 @@ impl Remembered {
             self.durations.observe(ended.saturating_sub(started));
         }
         if output.is_some() {
-            (self.latest, self.output_at) = (output, Some(share.finished_at));
+            (self.latest, self.output_at) = (output, Some(part.finished_at));
         }
         // The one before gives way to it.
         self.last = None;
-        let held = memory.try_hold(share.report.details()).unwrap_or_else(|_full| {
-            share.report = Arc::new(share.report.without_details());
+        let held = memory.try_hold(part.report.details()).unwrap_or_else(|_full| {
+            part.report = Arc::new(part.report.without_details());
             memory.hold_beyond(0)
         });
-        self.last = Some((share, held));
+        self.last = Some((part, held));
     }
 }

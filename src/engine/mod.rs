@@ -4,6 +4,7 @@
 //! Nothing that a cycle makes is shown before [`Engine::publish`], which comes after its record is committed.
 
 mod breaker;
+mod cut;
 mod cycle;
 mod member;
 mod order;
@@ -16,7 +17,7 @@ mod trace;
 
 pub use breaker::{Breaker, BreakerState};
 pub use cycle::{Cycle, Engine, Observer, Ran};
-pub use member::{LastShare, Member, Outcomes, Remembered, Share, Standing};
+pub use member::{LastPart, Member, Outcomes, Part, Remembered, Standing};
 pub use order::{Order, Undo};
 pub use plan::{Plan, PlannedSubsystem, Ring, Schedule};
 pub use slots::{InputRoom, Slots};

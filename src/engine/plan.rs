@@ -7,31 +7,58 @@ use std::{
     time::Duration,
 };
 
-use super::Member;
+use super::{Member, Standing};
 use crate::model::{Name, SkipReason, Subsystem, SubsystemState};
 
-/// The order of a cycle over all registered subsystems. Positions are indices into `Plan::steps`, which are
-/// ordered by level and then by name, so that whatever a subsystem waits for stands before it.
+/// The order of a cycle over all registered subsystems, or [over some of them](Plan::of_cycle). Positions are indices into
+/// `Plan::steps`, which are ordered by level and then by name, so that whatever a subsystem waits for stands before it.
 #[derive(Debug, Default)]
 pub struct Plan {
     pub(super) steps: Vec<Step>,
-    positions: HashMap<Name, usize>,
+    pub(super) positions: HashMap<Name, usize>,
     /// How many steps each phase has, lowest phase first. Phases are consecutive ranges of positions.
     pub(super) phases: Vec<usize>,
+    /// None where the plan is one over all.
+    pub(super) relays: Relays,
+    /// The names that it is to be over, but that are not registered.
+    pub(super) unregistered: Vec<Name>,
+    /// How many relations inside phases its order has.
+    pub(super) relations: usize,
+}
+
+/// What stands for subsystems that are left out, and that wait for several others which are not: what waits for one of those that
+/// are left out waits for all of these. As nodes of the order, relays are numbered after the steps.
+#[derive(Debug, Default)]
+pub(super) struct Relays {
+    /// For how many others each relay waits.
+    pub(super) waits: Vec<u32>,
+    /// Each relay, counted from 0, with a node that waits for it, in order.
+    pub(super) releases: Vec<(u32, u32)>,
 }
 
 /// One subsystem in the order.
 #[derive(Debug)]
 pub(super) struct Step {
     pub(super) member: Member,
-    /// Those of `requires` and `after` in the same phase. Lower phases have ended anyway.
+    /// The nodes that it waits for, of the same phase: those of `requires` and `after`, or relays. Lower phases have ended anyway.
     pub(super) waits_for: Vec<usize>,
-    /// Those that wait for this one.
+    /// The nodes that wait for this one.
     pub(super) releases: Vec<usize>,
-    /// Where those of `requires` stand; `None` is not registered.
-    requires: Vec<Option<usize>>,
-    /// Its inputs; the position is `None` when the name is not registered.
-    pub(super) inputs: Vec<(Name, Option<usize>)>,
+    /// Where those of `requires` are.
+    pub(super) requires: Vec<Place>,
+    /// Its inputs, and where those are that make them.
+    pub(super) inputs: Vec<(Name, Place)>,
+}
+
+/// Where a subsystem is that a registration names.
+#[derive(Clone, Debug)]
+pub(super) enum Place {
+    /// At this position of the plan.
+    Step(usize),
+    /// It is registered, but is not in the plan.
+    LeftOut(Arc<Standing>),
+    /// It is not registered.
+    Nowhere,
 }
 
 /// What became of a subsystem, as far as those that require it are concerned.
@@ -180,7 +207,7 @@ impl Plan {
             .zip(releases)
             .map(|(&i, releases)| {
                 let subsystem = &members[i].subsystem;
-                let at = |name: &Name| positions.get(name).copied();
+                let at = |name: &Name| positions.get(name).copied().map_or(Place::Nowhere, Place::Step);
                 Step {
                     waits_for: waits_for[i].iter().map(|&j| position_of[j]).collect(),
                     releases,
@@ -190,7 +217,7 @@ impl Plan {
                 }
             })
             .collect();
-        Ok(Self { steps, positions, phases })
+        Ok(Self { steps, positions, phases, relations: waits_for.iter().map(Vec::len).sum(), ..Self::default() })
     }
 
     /// The members, in the order of the plan.
@@ -208,13 +235,6 @@ impl Plan {
         self.positions.contains_key(name)
     }
 
-    /// The names of those that take part in a cycle over `subset`, in the order of the plan.
-    pub fn names<'a>(&'a self, subset: Option<&[Name]>) -> impl Iterator<Item = &'a Name> + use<'a> {
-        let (takes_part, _) = self.select(subset);
-        let names = self.members().map(|member| &member.subsystem.name);
-        names.zip(takes_part).filter_map(|(name, takes_part)| takes_part.then_some(name))
-    }
-
     /// The same names, as the registrations have them: those take no further memory, however long they are kept.
     ///
     /// # Errors
@@ -227,18 +247,21 @@ impl Plan {
         names.iter().map(own).collect()
     }
 
-    /// Which steps take part in a cycle over `subset`, and which of its names are not registered.
-    pub(super) fn select(&self, subset: Option<&[Name]>) -> (Vec<bool>, Vec<Name>) {
-        let Some(subset) = subset else { return (vec![true; self.steps.len()], Vec::new()) };
-        let mut takes_part = vec![false; self.steps.len()];
-        let mut unknown = Vec::new();
+    /// The positions of those that take part in a cycle over `subset`, in order, and which of its names are not registered.
+    /// No positions mean all.
+    pub(super) fn positions_of(&self, subset: Option<&[Name]>) -> (Option<Vec<usize>>, Vec<Name>) {
+        let Some(subset) = subset else { return (None, Vec::new()) };
+        let mut positions = Vec::with_capacity(subset.len());
+        let mut unregistered = Vec::new();
         for name in subset {
             match self.positions.get(name) {
-                Some(&position) => takes_part[position] = true,
-                None => unknown.push(name.clone()),
+                Some(&position) => positions.push(position),
+                None => unregistered.push(name.clone()),
             }
         }
-        (takes_part, unknown)
+        positions.sort_unstable();
+        positions.dedup();
+        (Some(positions), unregistered)
     }
 
     /// Why the subsystem at `position` can't run, given what became of those before it. A requirement that failed
@@ -251,11 +274,15 @@ impl Plan {
         let step = &self.steps[position];
         let mut left_out = None;
         for (name, required) in step.member.subsystem.requires.iter().zip(&step.requires) {
-            match required.map(&fate) {
-                None => return Some((SkipReason::RequirementMissing, name)),
-                Some(Fate::Failed) => return Some((SkipReason::RequirementFailed, name)),
-                Some(Fate::LeftOut) => left_out = left_out.or(Some((SkipReason::RequirementLeftOut, name))),
-                Some(Fate::Succeeded) => {}
+            let fate = match required {
+                Place::Step(position) => fate(*position),
+                Place::LeftOut(_) => Fate::LeftOut,
+                Place::Nowhere => return Some((SkipReason::RequirementMissing, name)),
+            };
+            match fate {
+                Fate::Failed => return Some((SkipReason::RequirementFailed, name)),
+                Fate::LeftOut => left_out = left_out.or(Some((SkipReason::RequirementLeftOut, name))),
+                Fate::Succeeded => {}
             }
         }
         left_out
@@ -263,7 +290,11 @@ impl Plan {
 
     /// What a cycle over `subset` would do now.
     pub fn schedule(&self, subset: Option<&[Name]>) -> Schedule {
-        let (takes_part, unregistered) = self.select(subset);
+        let (positions, unregistered) = self.positions_of(subset);
+        let mut takes_part = vec![positions.is_none(); self.steps.len()];
+        for position in positions.into_iter().flatten() {
+            takes_part[position] = true;
+        }
         let mut fates: Vec<Fate> = Vec::with_capacity(self.steps.len());
         let mut ends: Vec<Duration> = Vec::with_capacity(self.steps.len());
         let mut after: Vec<Option<usize>> = Vec::with_capacity(self.steps.len());
@@ -333,30 +364,45 @@ impl Plan {
         }
         Schedule {
             levels: subsystems.iter().map(|planned| planned.level + 1).max().unwrap_or(0),
-            critical_path: self.chain(
-                latest,
-                |position| after[position],
-                |position| takes_part[position] && fates[position] == Fate::Succeeded,
-            ),
+            critical_path: chain(latest, |position| after[position])
+                .into_iter()
+                .filter(|&position| takes_part[position] && fates[position] == Fate::Succeeded)
+                .map(|position| self.steps[position].member.subsystem.name.clone())
+                .collect(),
             duration: latest.map_or(Duration::ZERO, |latest| ends[latest]),
             subsystems,
         }
     }
 
-    /// The names from the first of a chain to `last`, along `before`, of those that were `called`.
-    pub(super) fn chain(
-        &self,
-        last: Option<usize>,
-        before: impl Fn(usize) -> Option<usize>,
-        called: impl Fn(usize) -> bool,
-    ) -> Vec<Name> {
-        let mut chain: Vec<_> = std::iter::successors(last, |&position| before(position))
-            .filter(|&position| called(position))
-            .map(|position| self.steps[position].member.subsystem.name.clone())
-            .collect();
-        chain.reverse();
-        chain
+    /// How many relations its order has: one for each subsystem that another one names in `requires` or `after` and that is of
+    /// the same phase.
+    pub fn relations(&self) -> usize {
+        self.relations
     }
+
+    /// The nodes that wait for this one.
+    pub(super) fn releases(&self, node: usize) -> impl Iterator<Item = usize> {
+        let (of_step, of_relay) = match self.steps.get(node) {
+            Some(step) => (&step.releases[..], &[][..]),
+            None => (&[][..], self.relays.released_by(node - self.steps.len())),
+        };
+        of_step.iter().copied().chain(of_relay.iter().map(|(_, later)| *later as usize))
+    }
+}
+
+impl Relays {
+    fn released_by(&self, relay: usize) -> &[(u32, u32)] {
+        let start = self.releases.partition_point(|(earlier, _)| (*earlier as usize) < relay);
+        let end = self.releases.partition_point(|(earlier, _)| *earlier as usize <= relay);
+        &self.releases[start..end]
+    }
+}
+
+/// A chain from its first to `last`, along `before`.
+pub(super) fn chain(last: Option<usize>, before: impl Fn(usize) -> Option<usize>) -> Vec<usize> {
+    let mut chain: Vec<_> = std::iter::successors(last, |&link| before(link)).collect();
+    chain.reverse();
+    chain
 }
 
 /// The indices of those that `member` waits for inside its phase, each once.

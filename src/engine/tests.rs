@@ -182,6 +182,7 @@ impl Stage {
 
     fn cycle(&self, cycle_id: u64, subset: &str, deadline: u64) -> Cycle {
         let subset = subset.split(' ').map(|name| Name::parse(name).unwrap()).collect::<Vec<_>>();
+        let plan = self.plan.of_cycle(Some(&subset));
         Cycle {
             cycle_id: CycleId(cycle_id),
             request: Arc::new(CycleRequest {
@@ -195,7 +196,7 @@ impl Stage {
                 record_outputs: false,
                 trace: None,
             }),
-            plan: self.plan.clone(),
+            plan,
             started_at: Timestamp::UNIX_EPOCH,
             deadline: Duration::from_millis(deadline),
             trace: Trace::None,
@@ -214,7 +215,7 @@ impl Stage {
     async fn run_and_publish(&self, cycle_id: u64, subset: &str) {
         let ran = self.run(cycle_id, subset).await;
         assert_eq!(ran.finished.state, CycleState::Succeeded, "{}", ran.finished.error);
-        self.engine.publish(ran.shares);
+        self.engine.publish(ran.parts);
     }
 
     fn standing(&self, name: &str) -> Arc<Standing> {
@@ -373,14 +374,14 @@ async fn nothing_that_a_run_makes_shows_before_it_is_published() {
     let first = stage.run(1, "a own").await;
     assert_eq!(seen(), (None, None, (0, false)));
     stage.run_and_publish(2, "other").await;
-    stage.engine.publish(first.shares);
+    stage.engine.publish(first.parts);
     assert_eq!(seen(), (Some(1), Some(1), (1, true)));
     stage.run_and_publish(3, "other").await;
 
     let fourth = stage.run(4, "a own").await;
     assert_eq!(seen(), (Some(1), Some(1), (1, true)));
     stage.run_and_publish(5, "other").await;
-    stage.engine.publish(fourth.shares);
+    stage.engine.publish(fourth.parts);
     stage.run_and_publish(6, "other").await;
     let expected = [
         "0 a",
@@ -409,7 +410,7 @@ async fn an_output_takes_the_room_of_the_one_before_it_also_while_both_are_there
     let SubsystemState::Failed(Code::ResourceExhausted, message) = &report(&ran, "b").state else { panic!() };
     assert!(message.starts_with(&format!("no room for its output of {third} bytes")), "{message}");
     assert_eq!((stage.standing("a").latest().unwrap().payload.len(), stage.engine.outputs.held()), (first, second));
-    stage.engine.publish(ran.shares);
+    stage.engine.publish(ran.parts);
     assert_eq!((stage.standing("a").latest().unwrap().payload.len(), stage.engine.outputs.held()), (second, second));
 
     // What a smaller one leaves is free at once.
@@ -438,7 +439,7 @@ async fn a_retryable_failure_is_tried_again_up_to_the_limit_and_another_one_is_n
     assert_eq!(of("recovers"), (None, 3));
     assert_eq!(of("fails"), (Some(Code::Unavailable), 3));
     assert_eq!(of("refuses"), (Some(Code::PermissionDenied), 1));
-    stage.engine.publish(ran.shares);
+    stage.engine.publish(ran.parts);
     assert_eq!(stage.standing("recovers").look(|seen| (seen.attempts, seen.retries)), (3, 2));
 }
 

@@ -175,7 +175,7 @@ impl State {
         }
         // Those that were cancelled before their turn count until they are recorded.
         let waiting = self.live.len() - self.line.running();
-        let has_to_wait = conflict.is_some() || self.line.running() >= max_running(self.registry.len());
+        let has_to_wait = conflict.is_some() || self.line.running() >= max_running(self.registry.relations());
         if has_to_wait && waiting >= max_queued {
             return Err(Refusal::QueueFull(waiting));
         }

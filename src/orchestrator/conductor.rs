@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    engine::{Cycle, Engine, Plan, Ran, Share, Trace},
+    engine::{Cycle, Engine, Part, Plan, Ran, Trace},
     model::{CycleState, FinishedCycle, Revision, TraceId},
     ports::{Durability, Record, StoreError, Write},
     record::{self, Encoded},
@@ -73,7 +73,7 @@ impl Shared {
         if state.draining {
             return None;
         }
-        let max = max_running(state.registry.len());
+        let max = max_running(state.registry.relations());
         let cycle_id = state.line.start_next(max)?;
         state.live.get(&cycle_id).cloned()
     }
@@ -84,7 +84,7 @@ impl Shared {
         let Some(begun) = self.begin(admitted, trace.id()).await? else {
             return self.record_unbegun(admitted, trace).await;
         };
-        let plan = self.plan().await;
+        let plan = self.plan_of(admitted.request.subset.clone()).await;
         let cycle = Cycle {
             cycle_id: admitted.cycle_id,
             request: admitted.request.clone(),
@@ -132,7 +132,7 @@ impl Shared {
             critical_path: Vec::new(),
             subsystems: Vec::new(),
         };
-        self.record(admitted, Ran { finished, shares: Vec::new(), held: Vec::new() }, None, trace).await
+        self.record(admitted, Ran { finished, parts: Vec::new(), held: Vec::new() }, None, trace).await
     }
 
     /// Has the record written, durably, with the outputs that are new. It is published with it.
@@ -144,14 +144,14 @@ impl Shared {
         trace: Trace,
     ) -> Result<(), StoreError> {
         let ended = Instant::now();
-        let Ran { finished, shares, held } = ran;
+        let Ran { finished, parts, held } = ran;
         let (recorded, written) = oneshot::channel();
         let change = Recording {
             admitted: admitted.clone(),
             encoded: record::encode(&finished, self.settings().max_record_bytes),
             ran_for: finished.started_at.map(|_| finished.duration),
-            outputs: shares.iter().filter_map(|share| share.output.as_ref()).map(|output| output.payload.len()).sum(),
-            shares,
+            outputs: parts.iter().filter_map(|part| part.output.as_ref()).map(|output| output.payload.len()).sum(),
+            parts,
             live,
             record: None,
             recorded,
@@ -234,7 +234,7 @@ struct Recording {
     admitted: Arc<Admitted>,
     encoded: Encoded,
     ran_for: Option<Duration>,
-    shares: Vec<Share>,
+    parts: Vec<Part>,
     /// Bytes of their outputs.
     outputs: usize,
     /// The order in which it ran, and its progress; none if it did not run.
@@ -253,18 +253,18 @@ impl ToWrite for Recording {
         write.records.extend(self.record.as_deref().cloned());
         let all_are_registered = self.live.as_ref().is_some_and(|(plan, _)| state.registry.is_as_planned(plan));
         // One that was unregistered while the cycle ran is forgotten.
-        let is_registered = |share: &&Share| {
-            let registered = state.registry.get(share.name());
-            all_are_registered || registered.is_ok_and(|it| Arc::ptr_eq(&it.member.standing, &share.standing))
+        let is_registered = |part: &&Part| {
+            let registered = state.registry.get(part.name());
+            all_are_registered || registered.is_ok_and(|it| Arc::ptr_eq(&it.member.standing, &part.standing))
         };
-        let outputs = self.shares.iter().filter(is_registered);
-        let outputs = outputs.filter_map(|share| Some((share.name().clone(), share.output.clone()?)));
+        let outputs = self.parts.iter().filter(is_registered);
+        let outputs = outputs.filter_map(|part| Some((part.name().clone(), part.output.clone()?)));
         write.outputs.extend(outputs);
         write.durability = Durability::Durable;
     }
 
     fn size(&self) -> (usize, usize) {
-        (self.encoded.size() + self.outputs, self.shares.len() + 1)
+        (self.encoded.size() + self.outputs, self.parts.len() + 1)
     }
 
     fn insists(&self) -> Option<&Arc<Admitted>> {
@@ -272,7 +272,7 @@ impl ToWrite for Recording {
     }
 
     fn committed(&mut self, engine: &Engine) {
-        engine.publish(std::mem::take(&mut self.shares));
+        engine.publish(std::mem::take(&mut self.parts));
     }
 
     fn apply(&mut self, state: &mut State) {

@@ -11,13 +11,14 @@ use std::{
 
 use crate::model::{CycleId, CycleRequest, Name};
 
-/// The most cycles that run at one time where this number of subsystems is registered: each is a task with progress to show, and
-/// takes some 200 bytes for each registered subsystem, also for those that are not in it. The others wait as if for a lock.
-pub(super) fn max_running(registered: usize) -> usize {
+/// The most cycles that run at one time where the order of all has this number of relations: each is a task with progress to
+/// show. A subsystem is in one of them at most; but each can take 12 bytes for each relation between subsystems that it leaves out.
+/// The others wait as if for a lock.
+pub(super) fn max_running(relations: usize) -> usize {
     const MAX: usize = 256;
-    /// Registered subsystems, counted once for each running cycle.
-    const MAX_SHARES: usize = 1 << 20;
-    (MAX_SHARES / registered.max(1)).clamp(1, MAX)
+    /// Relations, counted once for each running cycle: 96 MiB.
+    const MAX_RELATIONS: usize = 1 << 23;
+    (MAX_RELATIONS / relations.max(1)).clamp(1, MAX)
 }
 
 /// The subsystems that a cycle locks.
@@ -329,7 +330,7 @@ mod tests {
         assert_eq!(started(&mut line).len(), 256);
         line.leave(CycleId(7));
         assert_eq!(started(&mut line), [257]);
-        assert_eq!([0, 28, 4096, 20_000, usize::MAX].map(max_running), [256, 256, 256, 52, 1]);
+        assert_eq!([0, 28, 32_768, 200_000, usize::MAX].map(max_running), [256, 256, 256, 41, 1]);
     }
 
     /// The rule itself, read word by word.

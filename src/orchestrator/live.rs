@@ -67,7 +67,7 @@ pub struct LiveCycle {
     pub request: Arc<CycleRequest>,
     /// When it started.
     pub started_at: Timestamp,
-    /// Its order.
+    /// The order of those that are in it.
     pub plan: Arc<Plan>,
     /// Where its record is; none before it is recorded.
     pub(super) revision: Arc<OnceLock<Revision>>,
@@ -79,16 +79,13 @@ impl LiveCycle {
     }
 
     /// The registered subsystems in it, in the order of the plan.
-    pub fn names(&self) -> impl Iterator<Item = &Name> {
-        self.plan.names(self.request.subset.as_deref())
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &Name> {
+        self.plan.members().map(|member| &member.subsystem.name)
     }
 
     /// Whether one of these takes part.
     pub fn has_any(&self, names: &BTreeSet<Name>) -> bool {
-        match self.request.subset.as_deref() {
-            None => names.iter().any(|name| self.plan.has(name)),
-            Some(subset) => subset.iter().any(|name| names.contains(name) && self.plan.has(name)),
-        }
+        names.iter().any(|name| self.plan.has(name))
     }
 
     /// What started it.
@@ -186,7 +183,7 @@ impl Live {
     /// A cycle starts. It runs until what is returned is dropped.
     pub(super) fn start(&self, cycle: Arc<LiveCycle>) -> Progress<'_> {
         let cycle_id = cycle.cycle_id;
-        let total = cycle.names().count();
+        let total = cycle.names().len();
         let mut running = self.lock();
         self.tell(LiveEvent { cycle: cycle.clone(), started: true, first: 0, updates: Vec::new(), room: None });
         running.insert(cycle_id, Running { cycle, total, stands: BTreeMap::new(), changed: Vec::new(), sent: 0 });

@@ -46,6 +46,13 @@ impl Shared {
         self.state().registry.planned(&snapshot, plan)
     }
 
+    /// The order of a cycle over these, or over all.
+    pub(super) async fn plan_of(&self, subset: Option<Arc<[Name]>>) -> Arc<Plan> {
+        let all = self.plan().await;
+        let Some(subset) = subset else { return all };
+        aside(subset.len(), move || all.of_cycle(Some(&subset))).await
+    }
+
     /// The same names, as the registry has them.
     pub(super) async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
         let Some(subset) = subset else { return Ok(None) };

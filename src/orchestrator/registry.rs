@@ -288,6 +288,11 @@ impl Registry {
         plan
     }
 
+    /// How many relations the order had when it was last made.
+    pub(super) fn relations(&self) -> usize {
+        self.plan.0.relations()
+    }
+
     /// Whether there were no changes since this plan was made.
     pub(super) fn is_as_planned(&self, plan: &Arc<Plan>) -> bool {
         Arc::ptr_eq(&self.plan.0, plan) && self.plan.1 == self.version

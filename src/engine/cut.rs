@@ -1,0 +1,213 @@
+//! The plan of a cycle over some of the subsystems: it takes memory for these only, however many are registered.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use super::{
+    Plan,
+    plan::{Place, Relays, Step},
+};
+use crate::model::Name;
+
+impl Plan {
+    /// The plan of a cycle over `subset`; `None` means all.
+    pub fn of_cycle(self: &Arc<Self>, subset: Option<&[Name]>) -> Arc<Self> {
+        let (Some(positions), unregistered) = self.positions_of(subset) else { return self.clone() };
+        Arc::new(self.cut(&positions, unregistered))
+    }
+
+    /// The plan of those at these positions. What waits for others by way of some that are left out still waits for them.
+    fn cut(&self, positions: &[usize], unregistered: Vec<Name>) -> Self {
+        let mut relays = Relays::default();
+        // Which node stands for each position: none for those left out that wait for nothing that takes part.
+        let mut nodes: HashMap<usize, usize> = positions.iter().copied().zip(0..).collect();
+        let mut releases = vec![Vec::new(); positions.len()];
+        let mut release = |relays: &mut Relays, earlier: &[usize], later: usize| {
+            for earlier in earlier {
+                match releases.get_mut(*earlier) {
+                    Some(of_step) => of_step.push(later),
+                    None => relays.releases.push((number(earlier - positions.len()), number(later))),
+                }
+            }
+        };
+        // What they wait for stands before them in the plan.
+        for position in self.left_out_before(positions) {
+            match &self.nodes_before(position, &nodes)[..] {
+                [] => {}
+                [one] => _ = nodes.insert(position, *one),
+                several => {
+                    let relay = positions.len() + relays.waits.len();
+                    relays.waits.push(number(several.len()));
+                    release(&mut relays, several, relay);
+                    nodes.insert(position, relay);
+                }
+            }
+        }
+        let waits_for: Vec<_> = positions.iter().map(|position| self.nodes_before(*position, &nodes)).collect();
+        for (step, earlier) in waits_for.iter().enumerate() {
+            release(&mut relays, earlier, step);
+        }
+        relays.releases.sort_unstable();
+
+        let mut phases: Vec<usize> = Vec::new();
+        let mut latest = None;
+        for position in positions {
+            let phase = Some(self.steps[*position].member.subsystem.phase);
+            match phases.last_mut() {
+                Some(count) if phase == latest => *count += 1,
+                _ => phases.push(1),
+            }
+            latest = phase;
+        }
+        let place = |place: &Place| match place {
+            Place::Step(position) => positions
+                .binary_search(position)
+                .map_or_else(|_| Place::LeftOut(self.steps[*position].member.standing.clone()), Place::Step),
+            other => other.clone(),
+        };
+        let cut = |((position, waits_for), releases): ((&usize, _), _)| {
+            let step = &self.steps[*position];
+            Step {
+                member: step.member.clone(),
+                waits_for,
+                releases,
+                requires: step.requires.iter().map(place).collect(),
+                inputs: step.inputs.iter().map(|(name, it)| (name.clone(), place(it))).collect(),
+            }
+        };
+        let steps: Vec<_> = positions.iter().zip(waits_for).zip(releases).map(cut).collect();
+        let positions = steps.iter().map(|step| step.member.subsystem.name.clone()).zip(0..).collect();
+        Self {
+            relations: steps.iter().map(|step| step.waits_for.len()).sum(),
+            steps,
+            positions,
+            phases,
+            relays,
+            unregistered,
+        }
+    }
+
+    /// Those left out that one at these positions waits for, itself or by way of others left out, in the order of the plan.
+    fn left_out_before(&self, positions: &[usize]) -> BTreeSet<usize> {
+        let mut found = BTreeSet::new();
+        let mut unseen = positions.to_vec();
+        while let Some(position) = unseen.pop() {
+            for earlier in &self.steps[position].waits_for {
+                if positions.binary_search(earlier).is_err() && found.insert(*earlier) {
+                    unseen.push(*earlier);
+                }
+            }
+        }
+        found
+    }
+
+    /// The nodes that the one at this position waits for, each once.
+    fn nodes_before(&self, position: usize, nodes: &HashMap<usize, usize>) -> Vec<usize> {
+        let before: BTreeSet<_> =
+            self.steps[position].waits_for.iter().filter_map(|it| nodes.get(it)).copied().collect();
+        before.into_iter().collect()
+    }
+}
+
+/// Nodes are fewer than the subsystems that may be registered.
+fn number(node: usize) -> u32 {
+    u32::try_from(node).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        engine::Member,
+        model::{Subsystem, SubsystemSpec},
+    };
+
+    /// A plan of s00, s01 …, each with its phase and the numbers of earlier ones that it is after.
+    fn plan(after: &[(i32, Vec<usize>)]) -> Arc<Plan> {
+        let member = |(i, (phase, after)): (usize, &(i32, Vec<usize>))| {
+            let spec = SubsystemSpec {
+                name: format!("s{i:02}"),
+                endpoint: "http://127.0.0.1:1".into(),
+                phase: Some(*phase),
+                after: after.iter().map(|earlier| format!("s{earlier:02}")).collect(),
+                ..SubsystemSpec::default()
+            };
+            Member::new(Arc::new(Subsystem::from_spec(&spec).unwrap()), false, Arc::default())
+        };
+        Arc::new(Plan::compile(after.iter().enumerate().map(member)).unwrap())
+    }
+
+    fn names(numbers: impl IntoIterator<Item = usize>) -> Vec<Name> {
+        numbers.into_iter().map(|i| Name::parse(&format!("s{i:02}")).unwrap()).collect()
+    }
+
+    /// The nodes that one waits for.
+    fn nodes_before(plan: &Plan, node: usize) -> Vec<usize> {
+        let nodes = 0..plan.steps.len() + plan.relays.waits.len();
+        nodes.filter(|earlier| plan.releases(*earlier).any(|later| later == node)).collect()
+    }
+
+    /// The names of those that one waits for, itself or by way of others.
+    fn all_before(plan: &Plan, name: &Name) -> BTreeSet<Name> {
+        let mut before = BTreeSet::new();
+        let mut unseen = vec![plan.positions[name]];
+        while let Some(node) = unseen.pop() {
+            unseen.extend(nodes_before(plan, node).into_iter().filter(|earlier| before.insert(*earlier)));
+        }
+        before.into_iter().filter_map(|node| Some(plan.member(node)?.subsystem.name.clone())).collect()
+    }
+
+    #[test]
+    fn what_is_left_out_takes_nothing_unless_several_meet_in_it() {
+        let relays = |plan: &Plan| plan.relays.waits.len();
+        let chain: Vec<_> = (0..50).map(|i: usize| (0, i.checked_sub(1).into_iter().collect())).collect();
+        let ends = plan(&chain).of_cycle(Some(&names([49, 0])));
+        assert_eq!((ends.steps.len(), relays(&ends), &ends.phases[..]), (2, 0, &[2][..]));
+        assert_eq!((nodes_before(&ends, 0), nodes_before(&ends, 1)), (vec![], vec![0]));
+        // Two come before one, and that one before two.
+        let hourglass = plan(&[(0, vec![]), (0, vec![]), (0, vec![0, 1]), (0, vec![2]), (0, vec![2]), (0, vec![])]);
+        let around = hourglass.of_cycle(Some(&names([0, 1, 3, 4])));
+        assert_eq!((around.steps.len(), relays(&around)), (4, 1));
+        let unrelated = hourglass.of_cycle(Some(&names([5, 2, 60])));
+        assert_eq!((unrelated.steps.len(), relays(&unrelated), &unrelated.unregistered), (2, 0, &names([60])));
+    }
+
+    proptest! {
+        /// Those that take part wait for the same others of them as in the whole plan.
+        #[test]
+        fn the_order_is_that_of_the_whole_plan(
+            links in proptest::collection::vec((0..2_i32, proptest::collection::vec(any::<proptest::sample::Index>(), 0..4)), 1..16),
+            subset in proptest::collection::btree_set(0..16_usize, 1..8),
+        ) {
+            let after = |i: usize, of: &[proptest::sample::Index]| -> BTreeSet<usize> {
+                let earlier = (0..i).filter(|earlier| links[*earlier].0 == links[i].0).collect::<Vec<_>>();
+                of.iter().filter(|_| !earlier.is_empty()).map(|index| *index.get(&earlier)).collect()
+            };
+            let links: Vec<_> =
+                links.iter().enumerate().map(|(i, (phase, of))| (*phase, after(i, of).into_iter().collect())).collect();
+            let whole = plan(&links);
+            let subset: BTreeSet<_> = names(subset.into_iter().filter(|i| *i < links.len())).into_iter().collect();
+            let cut = whole.of_cycle(Some(&subset.iter().cloned().collect::<Vec<_>>()));
+            prop_assert_eq!((cut.steps.len(), cut.phases.iter().sum::<usize>()), (subset.len(), subset.len()));
+            for name in &subset {
+                let expected: BTreeSet<_> = all_before(&whole, name).intersection(&subset).cloned().collect();
+                prop_assert_eq!(all_before(&cut, name), expected, "{}", name);
+            }
+            // Each waits for as many as release it, and no relay is there for nothing.
+            for (node, step) in cut.steps.iter().enumerate() {
+                prop_assert_eq!(&step.waits_for, &nodes_before(&cut, node));
+            }
+            for (relay, waits) in cut.relays.waits.iter().enumerate() {
+                let node = cut.steps.len() + relay;
+                prop_assert_eq!(nodes_before(&cut, node).len(), *waits as usize);
+                prop_assert!(*waits > 1 && cut.releases(node).next().is_some());
+            }
+        }
+    }
+}
