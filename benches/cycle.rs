@@ -42,6 +42,7 @@ use orchestrator_core::{
     record, serve,
     store::{self, StoreUrl},
     telemetry::{metrics::Metrics, otlp},
+    transport::Sockets,
 };
 use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
@@ -277,7 +278,8 @@ impl Ours {
         let declared = Declared { subsystems: subsystems.collect::<std::result::Result<_, _>>()?, loops: Vec::new() };
         let memory = Shares::of(1 << 30);
         let host = Host::system();
-        let dialer = Arc::new(Dialer::new(Duration::from_secs(5), memory.replies.clone()));
+        let transport = Arc::new(Sockets::default());
+        let dialer = Arc::new(Dialer::new(transport, Duration::from_secs(5), memory.replies.clone()));
         let store = store::open(store, record::check, host.clock).await?;
         let contents = store.take_over().await?;
         let settings = serve::settings(&Config::default());

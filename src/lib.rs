@@ -11,6 +11,7 @@ pub mod memory;
 pub mod model;
 pub mod proto;
 pub mod subsystem;
+pub mod transport;
 mod turn;
 
 #[cfg(feature = "service")]

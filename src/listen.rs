@@ -10,12 +10,8 @@ mod server;
 mod services;
 mod streams;
 
-use std::{io, net::IpAddr, time::Duration};
+use std::time::Duration;
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
-};
 use tonic::codegen::http::HeaderMap;
 use tonic_reflection::server::{Builder, Error};
 
@@ -60,42 +56,4 @@ pub(crate) fn timeout_of(headers: &HeaderMap) -> Option<Duration> {
         _ => return None,
     };
     Some(unit * count)
-}
-
-/// What connections come in by.
-pub(crate) trait Listener: Send + Sync + 'static {
-    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
-
-    /// The next one, with its peer's address if it has one.
-    fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Option<IpAddr>)>> + Send;
-}
-
-/// Bytes that the kernel takes and can't send yet. Left alone it takes megabytes, and no more before a third of them is
-/// sent: a slow peer would look like one that takes nothing, and what keeps a connection alive would wait behind them.
-#[cfg(target_os = "linux")]
-const MAX_UNSENT: u32 = 16 << 10;
-
-impl Listener for TcpListener {
-    type Stream = TcpStream;
-
-    async fn accept(&self) -> io::Result<(TcpStream, Option<IpAddr>)> {
-        let (stream, peer) = self.accept().await?;
-        // Without it small messages wait for acknowledgements of earlier ones.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "can't set TCP_NODELAY");
-        }
-        #[cfg(target_os = "linux")]
-        if let Err(error) = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(MAX_UNSENT) {
-            tracing::debug!(%error, "can't set TCP_NOTSENT_LOWAT");
-        }
-        Ok((stream, Some(peer.ip())))
-    }
-}
-
-impl Listener for UnixListener {
-    type Stream = UnixStream;
-
-    async fn accept(&self) -> io::Result<(UnixStream, Option<IpAddr>)> {
-        self.accept().await.map(|(stream, _peer)| (stream, None))
-    }
 }

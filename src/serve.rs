@@ -12,7 +12,7 @@ use std::{
 };
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::{join, net::TcpListener, select, time::timeout};
+use tokio::{join, select, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -35,6 +35,7 @@ use crate::{
         metrics::Metrics,
         otlp::{self, Exporter},
     },
+    transport::{Sockets, Transport},
     web::{self, Web},
 };
 
@@ -118,19 +119,19 @@ impl Service {
     /// # Errors
     /// Each names what was wrong and what to do. Nothing was changed; but what an older version of the software had
     /// written is brought up to date.
-    pub async fn start(config: &Config, host: Host) -> Result<Self, StartError> {
+    pub async fn start(config: &Config, host: Host, transport: Arc<dyn Transport>) -> Result<Self, StartError> {
         // The address comes first: a second process by mistake fails here, before it touches the store.
         let address = config.server.listen;
-        let listener = TcpListener::bind(address).await.map_err(|error| StartError::Listen(address, error))?;
-        let address = listener.local_addr().map_err(|error| StartError::Listen(address, error))?;
+        let listening = transport.listen(address).await;
+        let (listener, address) = listening.map_err(|error| StartError::Listen(address, error))?;
         let admin = match config.admin.listen {
             Some(address) => {
-                Some(listen_for_admin(address).await.map_err(|error| StartError::AdminListen(address, error))?)
+                Some(transport.listen(address).await.map_err(|error| StartError::AdminListen(address, error))?)
             }
             None => None,
         };
         let memory = shares(config);
-        let dialer = Dialer::new(config.dial.connect_timeout, memory.replies.clone());
+        let dialer = Dialer::new(transport, config.dial.connect_timeout, memory.replies.clone());
         let dialer = Arc::new(match &config.dial.ca_file {
             Some(path) => {
                 let ca = read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?;
@@ -224,6 +225,7 @@ impl Service {
     /// between, that is the end.
     pub async fn run(mut self, stop: impl Future<Output = ()>, abort: impl Future<Output = ()>) -> Exit {
         let end = select! {
+            biased;
             () = stop => End::Asked,
             end = self.end() => end,
         };
@@ -233,6 +235,7 @@ impl Service {
     /// Waits until it ends without having been asked to.
     async fn end(&mut self) -> End {
         select! {
+            biased;
             finished = self.tasks.finished() => match finished {
                 Err(Stopped::Helper(ended)) => End::Part(ended),
                 finished => End::Orchestrator(finished),
@@ -256,6 +259,7 @@ impl Service {
             End::Asked => false,
         };
         select! {
+            biased;
             exit = self.drain() => if missing && exit == Exit::Drained { Exit::Failed } else { exit },
             () = abort => {
                 tracing::warn!("aborted by a second signal");
@@ -348,7 +352,8 @@ pub async fn serve(
         tracing::warn!(%error, "the limit of open files stays as it is");
     }
     let mut service = select! {
-        started = Service::start(&config, host) => started?,
+        biased;
+        started = Service::start(&config, host, Arc::new(Sockets::default())) => started?,
         // The disk of the store may be slow.
         () = operator.stop() => {
             tracing::info!("stopped before it was started");
@@ -359,6 +364,7 @@ pub async fn serve(
 
     let end = loop {
         let why = select! {
+            biased;
             wish = operator.wish() => match wish {
                 Wish::Stop => break End::Asked,
                 Wish::Reload(why) => why,
@@ -367,6 +373,7 @@ pub async fn serve(
         };
         tracing::info!("reloading: {why}");
         let new = select! {
+            biased;
             new = operator.configuration() => new,
             end = service.end() => break end,
         };
@@ -390,6 +397,7 @@ pub async fn serve(
         }
         let Reload { config: new, needs_restart, changed } = config.reload(new);
         let reloaded = select! {
+            biased;
             // The store may be busy for long.
             () = operator.stop() => break End::Asked,
             reloaded = service.reload(&new) => reloaded,
@@ -480,12 +488,6 @@ fn limits(server: &config::Server, memory: &Shares) -> Limits {
         answers: memory.answers.clone(),
         large_streams: &["/dreamnet.orchestrator.v1.Orchestrator/WatchCycles"],
     }
-}
-
-async fn listen_for_admin(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
-    let listener = TcpListener::bind(address).await?;
-    let address = listener.local_addr()?;
-    Ok((listener, address))
 }
 
 /// What of a configuration the orchestrator itself is set to.

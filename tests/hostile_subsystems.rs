@@ -36,6 +36,7 @@ use orchestrator_core::{
         orchestrator::v1::{self as pb, CycleState, CycleTelemetry, SubsystemState},
         subsystem::v1 as subsystem,
     },
+    transport::Sockets,
 };
 use prost::Message;
 use rcgen::{CertifiedKey, generate_simple_self_signed};
@@ -853,7 +854,7 @@ async fn a_call_of_hours_is_waited_for_without_pings() {
     .await;
     let spec = SubsystemSpec { name: "a".into(), endpoint: format!("http://{address}"), ..Default::default() };
     let subsystem = Subsystem::from_spec(&spec).unwrap();
-    let dialer = Dialer::new(Duration::from_hours(1), Memory::whole(1 << 20));
+    let dialer = Dialer::new(Arc::new(Sockets::default()), Duration::from_hours(1), Memory::whole(1 << 20));
     let call = RunCall {
         cycle_id: CycleId(1),
         epoch: Epoch(1),

@@ -23,11 +23,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("schedule", &["memory", "model", "ports", "random"]),
     ("orchestrator", &["clock", "engine", "host", "memory", "model", "parts", "ports", "record", "schedule"]),
     ("store", &["clock", "file", "model", "ports"]),
-    ("dial", &["memory", "model", "ports", "proto", "turn"]),
-    ("listen", &["memory", "proto", "turn"]),
-    ("subsystem", &["listen", "memory", "model", "proto"]),
+    ("transport", &[]),
+    ("dial", &["memory", "model", "ports", "proto", "transport", "turn"]),
+    ("listen", &["memory", "proto", "transport", "turn"]),
+    ("subsystem", &["listen", "memory", "model", "proto", "transport"]),
     ("api", &["clock", "listen", "memory", "model", "orchestrator", "proto", "record"]),
-    ("web", &["api", "listen", "memory", "model", "proto", "telemetry"]),
+    ("web", &["api", "listen", "memory", "model", "proto", "telemetry", "transport"]),
     ("config", &["engine", "file", "model", "ports", "store"]),
     ("telemetry", &["api", "config", "listen", "memory", "model", "orchestrator", "ports", "random"]),
     (
@@ -46,6 +47,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "record",
             "store",
             "telemetry",
+            "transport",
             "web",
         ],
     ),
@@ -65,6 +67,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "store",
             "subsystem",
             "telemetry",
+            "transport",
         ],
     ),
     ("main", &["cli"]),
@@ -107,9 +110,10 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("ratatui", &["cli/top"]),
     // Files, sockets and threads: `model`, `engine`, `orchestrator`, `record` and `schedule` know none.
     ("std::fs", &["cli", "file", "memory", "store", "subsystem"]),
-    ("std::thread", &["dial/resolve", "store/sqlite", "telemetry/writer"]),
-    ("tokio::fs", &["subsystem"]),
-    ("tokio::net", &["dial", "listen", "serve", "subsystem", "web"]),
+    ("std::thread", &["transport/resolve", "store/sqlite", "telemetry/writer"]),
+    ("tokio::fs", &["transport/sockets"]),
+    ("socket2", &["transport/sockets"]),
+    ("tokio::net", &["transport/sockets"]),
     // `config`, `model`, `ports`, `proto` and `record` wait for nothing.
     (
         "tokio",
@@ -129,6 +133,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
             "store",
             "subsystem",
             "telemetry",
+            "transport",
             "turn",
             "web",
         ],
@@ -143,6 +148,8 @@ struct Module {
     names: BTreeSet<Vec<String>>,
     /// Those of them that it hands on by `pub use`.
     hands_on: BTreeSet<Vec<String>>,
+    /// It has a `select!` that polls its branches in a random order.
+    selects_at_random: bool,
 }
 
 impl Module {
@@ -174,6 +181,8 @@ struct Reader {
     hands_on: BTreeSet<Vec<String>>,
     /// The modules whose code is in files of their own.
     files: Vec<Vec<String>>,
+    /// It has a `select!` that polls its branches in a random order.
+    selects_at_random: bool,
 }
 
 impl Reader {
@@ -232,6 +241,10 @@ impl Reader {
                     at += 1;
                 }
                 TokenTree::Group(group) => {
+                    if [word(at.wrapping_sub(2)), word(at.wrapping_sub(1))] == ["select", "!"] {
+                        let first = group.stream().into_iter().next();
+                        self.selects_at_random |= first.is_none_or(|first| first.to_string() != "biased");
+                    }
                     self.read(group.stream(), module);
                     at += 1;
                 }
@@ -295,7 +308,12 @@ fn modules() -> Vec<Module> {
         let mut reader = Reader::default();
         reader.read(tokens(&file.unwrap_or_else(|| panic!("{} has no file", path.join("::")))), &path);
         waiting.extend(reader.files);
-        modules.push(Module { path, names: reader.names, hands_on: reader.hands_on });
+        modules.push(Module {
+            path,
+            names: reader.names,
+            hands_on: reader.hands_on,
+            selects_at_random: reader.selects_at_random,
+        });
     }
     modules
 }
@@ -335,6 +353,14 @@ fn libraries_stay_at_the_edges() {
             let may = allowed.iter().any(|place| module.is_in(place));
             assert!(!is_used || may, "{} uses {library}, which it may not", module.path.join("::"));
         }
+    }
+}
+
+/// tokio's randomness has no seed that a simulation could set. The commands of the command line are never simulated.
+#[test]
+fn the_branches_of_a_select_are_polled_in_their_order() {
+    for module in MODULES.iter().filter(|module| module.top() != "cli") {
+        assert!(!module.selects_at_random, "{}: write `biased;` into each `select!`", module.path.join("::"));
     }
 }
 

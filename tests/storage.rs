@@ -31,6 +31,7 @@ use orchestrator_core::{
     ports::{StoreError, Untraced},
     proto::orchestrator::v1::{self as pb, CycleState, Origin, Trigger, cycle_event::Event},
     record, serve, store,
+    transport::Sockets,
 };
 use rusqlite::Connection;
 use rustix::{
@@ -168,7 +169,7 @@ async fn one_that_was_overtaken_while_it_is_idle_learns_of_it() {
     let store = store::open(&url, record::check, host.clock).await.unwrap();
     let contents = store.take_over().await.unwrap();
     let memory = Shares::of(1 << 30);
-    let dialer = Arc::new(Dialer::new(Duration::from_secs(1), memory.replies.clone()));
+    let dialer = Arc::new(Dialer::new(Arc::new(Sockets::default()), Duration::from_secs(1), memory.replies.clone()));
     let (settings, declared) = (serve::settings(&Config::default()), Declared::default());
     let start = Orchestrator::start(settings, &memory, host, dialer, (store, contents), declared, Arc::new(Untraced));
     let (orchestrator, mut tasks) = start.await.unwrap();

@@ -8,6 +8,7 @@ use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
     panic::resume_unwind,
+    sync::Arc,
     time::Duration,
 };
 
@@ -31,6 +32,7 @@ use crate::{
     serve::{self, Service, StartError},
     store::StoreUrl,
     telemetry,
+    transport::Sockets,
 };
 
 /// The topology: names, order, phases, timeouts, which of them share an endpoint, and the loop.
@@ -144,7 +146,7 @@ impl Demo {
     async fn start(&self, config: &mut Config) -> Result<(Service, bool), StartError> {
         let mut is_moved = false;
         loop {
-            match Service::start(config, HOST.clone()).await {
+            match Service::start(config, HOST.clone(), Arc::new(Sockets::default())).await {
                 Err(StartError::Listen(_, error)) if !is_moved && self.listen.is_none() && is_taken(&error) => {
                     config.server.listen.set_port(0);
                     is_moved = true;

@@ -2,7 +2,7 @@
 //!
 //! It is a client of our own over the `h2` crate, for unary calls only, because what a subsystem sends must cost no more than
 //! its own call: not its neighbours' connection, not the memory of all, not the time of a worker that others need.
-//! `client` has the connection of one endpoint (`connection`, by `connect`, `resolve` and `tls`, seen through by `wire`),
+//! `client` has the connection of one endpoint (`connection`, by `connect` and `tls`, seen through by `wire`),
 //! `unary` makes one call on it, `outcome` says what became of it, and `decode` reads the answer.
 
 mod client;
@@ -11,7 +11,6 @@ mod connection;
 mod decode;
 mod outcome;
 mod request;
-mod resolve;
 mod tls;
 mod unary;
 mod wire;
@@ -27,7 +26,7 @@ use futures_util::future::BoxFuture;
 use prost::Message;
 use tokio::sync::Semaphore;
 
-use self::{client::Failure, connect::Connector, resolve::Resolver, tls::Trust};
+use self::{client::Failure, connect::Connector, tls::Trust};
 pub use self::{
     client::{Client, Received},
     tls::{NoCertificate, tls_in_words},
@@ -38,6 +37,7 @@ use crate::{
     model::{Endpoint, Limits, Name, SpanContext, Subsystem, excerpt},
     ports::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
     proto::framing::framed,
+    transport::Transport,
 };
 
 /// Calls subsystems over gRPC.
@@ -65,10 +65,10 @@ impl Dialer {
     /// The most bytes of a peer's message that are kept. A record takes no more, and all that tells of a call holds it.
     const MAX_MESSAGE: usize = 1 << 10;
 
-    /// A dialer that gives up connecting after `connect_timeout`, trusts the certificates of the system, and takes memory
-    /// for answers from `replies`.
-    pub fn new(connect_timeout: Duration, replies: Memory) -> Self {
-        let connector = Connector { timeout: connect_timeout, trust: Trust::default(), resolver: Resolver::system() };
+    /// A dialer that connects over `transport` and gives up after `connect_timeout`, trusts the certificates of the system,
+    /// and takes memory for answers from `replies`.
+    pub fn new(transport: Arc<dyn Transport>, connect_timeout: Duration, replies: Memory) -> Self {
+        let connector = Connector { transport, timeout: connect_timeout, trust: Trust::default() };
         Self {
             connector: Arc::new(connector),
             replies,
@@ -82,8 +82,8 @@ impl Dialer {
     /// # Errors
     /// There is none in it.
     pub fn and_trust(self, ca: &[u8]) -> Result<Self, NoCertificate> {
-        let Connector { timeout, trust, resolver } = &*self.connector;
-        let connector = Connector { timeout: *timeout, trust: trust.and(ca)?, resolver: resolver.clone() };
+        let Connector { transport, timeout, trust } = &*self.connector;
+        let connector = Connector { transport: transport.clone(), timeout: *timeout, trust: trust.and(ca)? };
         Ok(Self { connector: Arc::new(connector), ..self })
     }
 

@@ -19,7 +19,6 @@ use tonic::{
 };
 
 use super::{
-    Listener,
     answering::{Answer, Patience},
     connections::{Broken, Connection, Connections, serve_each},
     receiving::{Received, Rule},
@@ -29,7 +28,7 @@ use super::{
     streams::{Streams, Taking},
     timeout_of,
 };
-use crate::memory::Memory;
+use crate::{memory::Memory, transport::Listener};
 
 /// What a server gives to its clients.
 #[derive(Clone, Debug)]
@@ -73,9 +72,9 @@ impl Server {
     }
 
     /// Serves until `stop` is cancelled, and then for what calls are open; everything breaks when `cut_off` is cancelled.
-    pub(crate) async fn serve<L: Listener>(
+    pub(crate) async fn serve(
         self,
-        listener: L,
+        listener: Box<dyn Listener>,
         connections: Arc<Connections>,
         stop: CancellationToken,
         cut_off: CancellationToken,
@@ -113,6 +112,7 @@ impl Server {
             .max_header_list_size(Received::<Incoming>::MAX_HEADERS);
         let served = http2.serve_connection(TokioIo::new(connection), calls);
         let ended = select! {
+            biased;
             ended = place.serve(served, http2::Connection::graceful_shutdown, &stop) => ended,
             () = streams.left() => None,
         };

@@ -50,6 +50,7 @@ impl Shared {
                 return Ok(());
             }
             select! {
+                biased;
                 () = self.queue_changed.notified() => {}
                 Some(ended) = running.join_next() => match ended {
                     Ok(ended) => ended?,

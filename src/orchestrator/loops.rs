@@ -130,6 +130,7 @@ impl Shared {
             let next = self.state().loops.next_at();
             let wait = next.map(|at| Duration::try_from(at.duration_since(self.clock.now())).unwrap_or_default());
             select! {
+                biased;
                 () = self.loops_changed.notified() => {}
                 () = sleep(wait.unwrap_or(LOOK_AGAIN).min(LOOK_AGAIN)), if next.is_some() => {}
             }

@@ -257,6 +257,7 @@ impl Shared {
         loop {
             let next = self.state().registry.next_expiry();
             select! {
+                biased;
                 () = self.leases_changed.notified() => continue,
                 () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             }

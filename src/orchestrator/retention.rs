@@ -46,6 +46,7 @@ impl Shared {
                 Err(error) => tracing::warn!(%error, "can't remove old records"),
             }
             select! {
+                biased;
                 () = sleep(EVERY) => {}
                 changed = newest.wait_for(|revision| revision.0 >= looked_at.0 + RECORDS) => {
                     if changed.is_err() {

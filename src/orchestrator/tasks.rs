@@ -62,6 +62,7 @@ impl Tasks {
     /// Why it has ended before the last write.
     pub async fn finished(&mut self) -> Result<(), Stopped> {
         let finished = select! {
+            biased;
             finished = &mut self.conductor => match finished {
                 Ok(finished) => finished.map_err(Stopped::Store),
                 Err(panicked) => Err(Stopped::Conductor(Ended::of("the conductor of cycles", panicked))),

@@ -178,6 +178,7 @@ impl Shared {
                 tracing::error!(%error, "can't write; trying again in {pause:?}");
                 // Whoever asks for something meanwhile learns at once whether it can be written by now.
                 select! {
+                    biased;
                     () = sleep(pause) => pause = (pause * 2).min(RETRY.1),
                     change = asked.recv() => waiting.extend(change),
                 }

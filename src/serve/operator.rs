@@ -55,6 +55,7 @@ impl Operator {
     /// Waits for SIGTERM or SIGINT.
     pub async fn stop(&mut self) {
         select! {
+            biased;
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
@@ -76,6 +77,7 @@ impl Operator {
     /// Waits for what the operator wants next.
     pub(super) async fn wish(&mut self) -> Wish {
         select! {
+            biased;
             _ = self.terminate.recv() => Wish::Stop,
             _ = self.interrupt.recv() => Wish::Stop,
             _ = self.hangup.recv() => Wish::Reload("SIGHUP"),

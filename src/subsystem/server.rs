@@ -1,11 +1,8 @@
 //! Listening, and stopping.
 
-use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::{
-    net::{TcpListener, UnixListener, UnixStream},
-    time::timeout,
-};
+use tokio::time::timeout;
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::AbortOnDropHandle,
@@ -17,10 +14,11 @@ use super::{
     calls::{Calls, Hosted},
 };
 use crate::{
-    listen::{self, Connections, Limits, Listener},
+    listen::{self, Connections, Limits},
     memory::Memory,
     model::{self, Name, NameError},
     proto::subsystem::v1::subsystem_server::SubsystemServer,
+    transport::{self, Listener, Transport},
 };
 
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
@@ -81,6 +79,29 @@ impl Server {
     /// # Errors
     /// A name is none or comes twice, or the address can't be listened on.
     pub async fn listen(self, address: &str) -> Result<Serving, ListenError> {
+        let refused = |error| ListenError::Address(address.to_owned(), error);
+        let (server, health) = self.build().await?;
+        if let Some(path) = address.strip_prefix("unix:") {
+            let path = PathBuf::from(path);
+            let listener = transport::listen_at_path(&path).await.map_err(refused)?;
+            return Ok(Serving::start(server, health, listener, address.to_owned(), Some(SocketFile(path))));
+        }
+        let (listener, address) = transport::listen_at(address).await.map_err(refused)?;
+        Ok(Serving::start(server, health, listener, format!("http://{address}"), None))
+    }
+
+    /// The same, in another network than that of this machine, such as a simulated one.
+    ///
+    /// # Errors
+    /// As those of [`Server::listen`].
+    pub async fn listen_over(self, transport: &dyn Transport, address: SocketAddr) -> Result<Serving, ListenError> {
+        let refused = |error| ListenError::Address(address.to_string(), error);
+        let (server, health) = self.build().await?;
+        let (listener, address) = transport.listen(address).await.map_err(refused)?;
+        Ok(Serving::start(server, health, listener, format!("http://{address}"), None))
+    }
+
+    async fn build(self) -> Result<(listen::Server, HealthReporter), ListenError> {
         let mut subsystems = BTreeMap::new();
         for (name, hosted) in self.subsystems {
             let name = Name::parse(&name)?;
@@ -94,20 +115,7 @@ impl Server {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let services = listen::reflection(SERVICE)?.and(calls).and(health_service);
-        let server = listen::Server::new(services, limits());
-
-        let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
-        let refused = |error| ListenError::Address(address.to_owned(), error);
-        let (endpoint, server, socket) = if let Some(path) = address.strip_prefix("unix:") {
-            let path = PathBuf::from(path);
-            let listener = bind_socket(&path).await.map_err(refused)?;
-            (address.to_owned(), serve(server, listener, stop.clone(), cut_off.clone()), Some(SocketFile(path)))
-        } else {
-            let listener = TcpListener::bind(address).await.map_err(refused)?;
-            let endpoint = format!("http://{}", listener.local_addr().map_err(refused)?);
-            (endpoint, serve(server, listener, stop.clone(), cut_off.clone()), None)
-        };
-        Ok(Serving { endpoint, health, stop, server, _cut_off: cut_off.drop_guard(), _socket: socket })
+        Ok((listen::Server::new(services, limits()), health))
     }
 }
 
@@ -122,6 +130,20 @@ pub struct Serving {
 }
 
 impl Serving {
+    fn start(
+        server: listen::Server,
+        health: HealthReporter,
+        listener: Box<dyn Listener>,
+        endpoint: String,
+        socket: Option<SocketFile>,
+    ) -> Self {
+        let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
+        let connections = Connections::at_most(MAX_CONNECTIONS);
+        let serve = server.serve(listener, connections, stop.clone(), cut_off.clone());
+        let server = AbortOnDropHandle::new(tokio::spawn(serve));
+        Self { endpoint, health, stop, server, _cut_off: cut_off.drop_guard(), _socket: socket }
+    }
+
     /// What a registration of these subsystems has as its endpoint: `http://HOST:PORT` or `unix:/path`.
     pub fn endpoint(&self) -> &str {
         &self.endpoint
@@ -143,17 +165,6 @@ impl Serving {
     }
 }
 
-/// Serves what comes in until it is told to stop.
-fn serve<L: Listener>(
-    server: listen::Server,
-    listener: L,
-    stop: CancellationToken,
-    cut_off: CancellationToken,
-) -> AbortOnDropHandle<()> {
-    let connections = Connections::at_most(MAX_CONNECTIONS);
-    AbortOnDropHandle::new(tokio::spawn(server.serve(listener, connections, stop, cut_off)))
-}
-
 /// What each peer gets, and all of them together.
 fn limits() -> Limits {
     Limits {
@@ -164,21 +175,6 @@ fn limits() -> Limits {
         requests: Memory::whole(MAX_MEMORY).part("requests that are being received", MAX_MEMORY),
         answers: Memory::whole(MAX_MEMORY).part("answers that are not taken yet", MAX_MEMORY),
         large_streams: &[],
-    }
-}
-
-/// Binds a socket. A file that an earlier process has left there is replaced; one that somebody listens on is not.
-async fn bind_socket(path: &PathBuf) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            match UnixStream::connect(path).await {
-                Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {}
-                _ => return Err(error),
-            }
-            tokio::fs::remove_file(path).await?;
-            UnixListener::bind(path)
-        }
-        bound => bound,
     }
 }
 

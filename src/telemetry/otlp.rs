@@ -150,6 +150,7 @@ impl Sender {
         while let Some(spans) = self.next(&stop).await {
             batch.extend(spans);
             select! {
+                biased;
                 () = sleep(LINGER) => {}
                 () = stop.cancelled() => {}
             }

@@ -29,10 +29,7 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::TcpListener,
-};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
@@ -46,6 +43,7 @@ use crate::{
     memory::Memory,
     proto::orchestrator::v1::orchestrator_server::Orchestrator as _,
     telemetry::metrics::{self, Metrics},
+    transport::Listener,
 };
 
 /// Connections at one time: people's browsers have six each, and a monitoring system one.
@@ -74,7 +72,7 @@ impl Web {
     /// cancelled.
     pub(crate) async fn serve(
         self,
-        listener: TcpListener,
+        listener: Box<dyn Listener>,
         connections: Arc<Connections>,
         stop: CancellationToken,
         cut_off: CancellationToken,

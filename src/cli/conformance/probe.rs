@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -23,6 +26,7 @@ use crate::{
         subsystem::v1 as pb,
         timestamp,
     },
+    transport::Sockets,
 };
 
 /// The name that is used when the user names no subsystem.
@@ -75,7 +79,7 @@ impl Probe {
             Failure::new(Exit::Unreachable, format!("can't reach a subsystem at {endpoint}: {}", super::clean(&why)))
         };
         let unreachable = |error: CallError| unreachable(error.message);
-        let dialer = Dialer::new(CONNECT, Memory::whole(MAX_ANSWERS));
+        let dialer = Dialer::new(Arc::new(Sockets::default()), CONNECT, Memory::whole(MAX_ANSWERS));
         let client = dialer.client(&endpoint).map_err(unreachable)?;
         client.connect().await.map_err(unreachable)?;
         // Both grow from run to run, so that a subsystem can be checked again. A run makes fewer cycles than it takes

@@ -1,0 +1,65 @@
+//! The network of a process: where it listens, and what it connects to. The sockets of this machine are one
+//! implementation, a simulated network is another. TLS and HTTP/2 stand on top of it.
+
+mod resolve;
+mod sockets;
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+pub use self::sockets::Sockets;
+pub(crate) use self::sockets::{listen_at, listen_at_path};
+
+/// A network, and the place of this process in it.
+pub trait Transport: Send + Sync {
+    /// Listens at an address, whose port may be 0, which takes a free one. Returns the address with the port that was
+    /// taken.
+    ///
+    /// # Errors
+    /// The address is in use, or is not an address of this process.
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<(Box<dyn Listener>, SocketAddr)>>;
+
+    /// Connects to a peer within the timeout, which includes the lookup of its name.
+    ///
+    /// # Errors
+    /// The reason why there is no connection, such as "can't connect: Connection refused".
+    fn connect<'a>(&'a self, peer: &'a Peer, timeout: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>>;
+}
+
+/// Accepts connections.
+pub trait Listener: Send + Sync {
+    /// Waits for a connection. Returns it with the address of its peer, which sockets in the file system don't have.
+    ///
+    /// # Errors
+    /// The connection failed, or the process has no free file; later ones may be accepted. After EBADF, EINVAL and
+    /// ENOTSOCK none will.
+    fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>>;
+}
+
+/// A connection that was accepted, and the address of its peer.
+pub type Accepted = (Box<dyn Stream>, Option<IpAddr>);
+
+/// The bytes of one connection, both ways.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// A peer to connect to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// A host and its port.
+    Tcp {
+        /// A name or an address. An address of IPv6 may be in brackets, as in a URI.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+    /// The path of a socket in the file system.
+    Unix(String),
+}

@@ -1,0 +1,190 @@
+//! The sockets of this machine, with their options.
+
+use std::{io, net::SocketAddr, path::Path, time::Duration};
+
+use futures_util::future::BoxFuture;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    net::{TcpListener, TcpStream, ToSocketAddrs, UnixListener, UnixStream},
+    time::{Instant, timeout_at},
+};
+
+use super::{Accepted, Listener, Peer, Stream, Transport, resolve::Resolver};
+
+/// A dead peer is found by the kernel, and not by HTTP/2's pings: servers of grpcio and grpc-go take those for abuse, and
+/// end calls that work. After so long without a word the first probe goes out,
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+/// others in this interval,
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// and after so many without an answer the connection is given up.
+const KEEPALIVE_PROBES: u32 = 3;
+/// What was sent and is not acknowledged, or not taken, for so long ends the connection as well.
+#[cfg(target_os = "linux")]
+const UNACKNOWLEDGED: Duration = Duration::from_mins(1);
+
+/// Bytes that the kernel takes and can't send yet. Left alone it takes megabytes, and no more before a third of them is
+/// sent: a slow peer would look like one that takes nothing, and what keeps a connection alive would wait behind them.
+#[cfg(target_os = "linux")]
+const MAX_UNSENT: u32 = 16 << 10;
+
+/// The sockets of this machine: TCP, and sockets in the file system.
+#[derive(Debug)]
+pub struct Sockets {
+    resolver: Resolver,
+}
+
+impl Default for Sockets {
+    fn default() -> Self {
+        Self { resolver: Resolver::system() }
+    }
+}
+
+impl Transport for Sockets {
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<(Box<dyn Listener>, SocketAddr)>> {
+        Box::pin(listen_at(address))
+    }
+
+    fn connect<'a>(&'a self, peer: &'a Peer, timeout: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>> {
+        let time = Time { timeout, until: Instant::now() + timeout };
+        Box::pin(async move {
+            match peer {
+                Peer::Unix(path) => {
+                    let socket = time.limit(UnixStream::connect(path)).await;
+                    Ok(Box::new(socket.map_err(|why| format!("can't connect: {why}"))?) as _)
+                }
+                Peer::Tcp { host, port } => {
+                    let addresses = time.limit(self.resolver.resolve(host, *port)).await;
+                    let addresses = addresses.map_err(|why| format!("can't find the address of {host}: {why}"))?;
+                    let socket = first_of(&addresses, time).await;
+                    Ok(Box::new(socket.map_err(|why| format!("can't connect: {why}"))?) as _)
+                }
+            }
+        })
+    }
+}
+
+/// Listens at an address, or at that of a name.
+pub(crate) async fn listen_at(address: impl ToSocketAddrs) -> io::Result<(Box<dyn Listener>, SocketAddr)> {
+    let listener = TcpListener::bind(address).await?;
+    let address = listener.local_addr()?;
+    Ok((Box::new(listener), address))
+}
+
+/// Listens at a path of the file system. A file that an earlier process has left there is replaced; one that somebody
+/// listens on is not.
+pub(crate) async fn listen_at_path(path: &Path) -> io::Result<Box<dyn Listener>> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            match UnixStream::connect(path).await {
+                Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {}
+                _ => return Err(error),
+            }
+            tokio::fs::remove_file(path).await?;
+            Ok(Box::new(UnixListener::bind(path)?))
+        }
+        bound => Ok(Box::new(bound?)),
+    }
+}
+
+/// The time that connecting may take.
+#[derive(Clone, Copy)]
+struct Time {
+    timeout: Duration,
+    until: Instant,
+}
+
+impl Time {
+    async fn limit<T>(self, step: impl Future<Output = io::Result<T>>) -> Result<T, String> {
+        match timeout_at(self.until, step).await {
+            Ok(done) => done.map_err(|error| error.to_string()),
+            Err(_) => Err(format!("no answer within {:?}", self.timeout)),
+        }
+    }
+}
+
+/// The first address that takes a connection. Each has its part of the time that is left, so that one that does not
+/// answer leaves some for the next.
+async fn first_of(addresses: &[SocketAddr], time: Time) -> Result<TcpStream, String> {
+    let mut errors = Vec::new();
+    for (tried, address) in addresses.iter().enumerate() {
+        let left = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+        let now = Instant::now();
+        let part = Time { until: now + time.until.saturating_duration_since(now) / left, ..time };
+        match part.limit(TcpStream::connect(address)).await {
+            Ok(socket) => {
+                set_up_connected(&socket).map_err(|error| format!("the socket can't be set up: {error}"))?;
+                return Ok(socket);
+            }
+            Err(error) if addresses.len() == 1 => return Err(error),
+            Err(error) => errors.push(format!("{address}: {error}")),
+        }
+    }
+    Err(errors.join("; "))
+}
+
+fn set_up_connected(socket: &TcpStream) -> io::Result<()> {
+    socket.set_nodelay(true)?;
+    let keepalive =
+        TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_PROBES);
+    let socket = SockRef::from(socket);
+    socket.set_tcp_keepalive(&keepalive)?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+    Ok(())
+}
+
+fn set_up_accepted(socket: &TcpStream) {
+    // Without it small messages wait for acknowledgements of earlier ones.
+    if let Err(error) = socket.set_nodelay(true) {
+        tracing::debug!(%error, "can't set TCP_NODELAY");
+    }
+    #[cfg(target_os = "linux")]
+    if let Err(error) = SockRef::from(socket).set_tcp_notsent_lowat(MAX_UNSENT) {
+        tracing::debug!(%error, "can't set TCP_NOTSENT_LOWAT");
+    }
+}
+
+impl Listener for TcpListener {
+    fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>> {
+        Box::pin(async {
+            let (stream, peer) = self.accept().await?;
+            set_up_accepted(&stream);
+            Ok((Box::new(stream) as _, Some(peer.ip())))
+        })
+    }
+}
+
+impl Listener for UnixListener {
+    fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>> {
+        Box::pin(async { self.accept().await.map(|(stream, _peer)| (Box::new(stream) as _, None)) })
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_slow_peer_takes_is_soon_seen() {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        set_up_accepted(&stream);
+        let fill = || {
+            let mut filled = 0;
+            while let Ok(written) = stream.try_write(&[0; 16 << 10]) {
+                filled += written;
+            }
+            filled
+        };
+        stream.writable().await.unwrap();
+        // The peer's side of the kernel gathers some before it tells ours.
+        let some = fill().min(256 << 10);
+        peer.read_exact(&mut vec![0; some]).await.unwrap();
+        tokio::time::timeout(PATIENCE, stream.writable()).await.unwrap().unwrap();
+        assert!(fill() > 0);
+    }
+}

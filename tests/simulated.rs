@@ -1,0 +1,143 @@
+//! A whole service in a simulation: its network is in memory, its clock is paused, and its randomness has a seed. It is
+//! started as `serve` starts it, and opens no socket.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+use std::{
+    collections::BTreeMap,
+    future::pending,
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use hyper_util::rt::TokioIo;
+use orchestrator_core::{
+    config::Config,
+    host::Host,
+    proto::orchestrator::v1::{CycleState, CycleTelemetry, RunCycleRequest, orchestrator_client::OrchestratorClient},
+    serve::{Exit, Service},
+    subsystem::{Answer, Code, Cycle, Failure, Server},
+    transport::{Accepted, Listener, Peer, Stream, Transport},
+};
+use prost::Message;
+use tokio::{
+    io::{DuplexStream, duplex},
+    sync::{Mutex as AsyncMutex, mpsc, oneshot},
+    time::sleep,
+};
+use tonic::transport::Endpoint;
+use tower::service_fn;
+
+/// Connects every name to the listener at the port.
+#[derive(Default)]
+struct Network {
+    listening: Mutex<BTreeMap<u16, mpsc::Sender<DuplexStream>>>,
+}
+
+struct Incoming(AsyncMutex<mpsc::Receiver<DuplexStream>>);
+
+impl Transport for Network {
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<(Box<dyn Listener>, SocketAddr)>> {
+        Box::pin(async move {
+            let (sender, receiver) = mpsc::channel(8);
+            self.listening.lock().unwrap().insert(address.port(), sender);
+            Ok((Box::new(Incoming(AsyncMutex::new(receiver))) as _, address))
+        })
+    }
+
+    fn connect<'a>(&'a self, peer: &'a Peer, _: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>> {
+        Box::pin(async move {
+            let Peer::Tcp { port, .. } = peer else { return Err("no socket has a path here".into()) };
+            let (near, far) = duplex(64 << 10);
+            let listener = self.listening.lock().unwrap().get(port).cloned().ok_or("nothing listens there")?;
+            listener.send(far).await.map_err(|_| "its listener has ended")?;
+            Ok(Box::new(near) as _)
+        })
+    }
+}
+
+impl Listener for Incoming {
+    fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>> {
+        Box::pin(async {
+            match self.0.lock().await.recv().await {
+                Some(stream) => Ok((Box::new(stream) as _, None)),
+                None => pending().await,
+            }
+        })
+    }
+}
+
+/// Fails twice in each cycle, so that the record holds the jitter of two retries.
+async fn flaky(cycle: Cycle) -> Result<Answer, Failure> {
+    sleep(Duration::from_millis(20)).await;
+    if cycle.attempt < 3 {
+        return Err(Failure::new(Code::Unavailable, "not yet"));
+    }
+    let mut answer = Answer::default();
+    answer.output("attempt", cycle.attempt);
+    Ok(answer)
+}
+
+/// The records of two cycles, as a client of the service receives them.
+async fn records(seed: u64) -> [Bytes; 2] {
+    let network = Arc::new(Network::default());
+    let fleet = Server::new().subsystem("flaky", flaky).subsystem("calm", |_| async { Ok(Answer::default()) });
+    let fleet = fleet.listen_over(&*network, ([127, 0, 0, 1], 2).into()).await.unwrap();
+    let config = r#"
+        server.listen = "127.0.0.1:1"
+        admin.listen = "off"
+        store.url = "memory:"
+        memory.max_bytes = 268435456
+
+        [[subsystems]]
+        name = "flaky"
+        endpoint = "http://fleet:2"
+        retry = { max_attempts = 3, initial_backoff = "100ms", max_backoff = "1s" }
+
+        [[subsystems]]
+        name = "calm"
+        endpoint = "http://fleet:2"
+        after = ["flaky"]
+    "#;
+    let config = Config::from_toml_str("simulated.toml", config).unwrap();
+    let host = Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), seed);
+    let service = Service::start(&config, host, network.clone()).await.unwrap();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let running = tokio::spawn(service.run(async { drop(stopped.await) }, pending()));
+
+    let connect = service_fn(move |_| {
+        let network = network.clone();
+        async move {
+            let peer = Peer::Tcp { host: "orchestrator".into(), port: 1 };
+            network.connect(&peer, Duration::MAX).await.map(TokioIo::new).map_err(io::Error::other)
+        }
+    });
+    let channel = Endpoint::from_static("http://orchestrator:1").connect_with_connector(connect).await.unwrap();
+    let mut client = OrchestratorClient::new(channel);
+    let mut records = Vec::new();
+    for _ in 0..2 {
+        records.push(client.run_cycle(RunCycleRequest::default()).await.unwrap().into_inner().telemetry);
+    }
+    drop(client);
+    drop(stop);
+    assert_eq!(running.await.unwrap(), Exit::Drained);
+    fleet.stop(Duration::from_secs(1)).await;
+    records.try_into().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn records_are_the_same_bytes_for_the_same_clock_and_seed() {
+    let first = records(7).await;
+    for record in &first {
+        let record = CycleTelemetry::decode(record.clone()).unwrap();
+        assert_eq!(record.state(), CycleState::Succeeded, "{record:?}");
+        assert_eq!(record.subsystems[0].attempts, 3);
+    }
+    assert_eq!(records(7).await, first);
+    // The seed reaches the record.
+    assert_ne!(records(8).await, first);
+}
