@@ -299,7 +299,7 @@ pub struct Write {
     /// Outputs that replace the latest one of their subsystem.
     pub outputs: Vec<(Name, Output)>,
     /// What is now known of these subsystems; `None` means nothing any more, which also removes the output.
-    pub subsystems: BTreeMap<Name, Option<StoredSubsystem>>,
+    pub subsystems: BTreeMap<Name, Option<Arc<StoredSubsystem>>>,
     /// What is now known of these loops; `None` means nothing any more.
     pub loops: BTreeMap<Name, Option<StoredLoop>>,
     /// This is the last write of this process: nothing has begun that is not recorded, and nothing is lost if the machine restarts.

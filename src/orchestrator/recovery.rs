@@ -99,7 +99,7 @@ impl Orchestrator {
             let suspended = stored.remove(&name).is_some_and(|stored| {
                 if stored.spec.is_some() {
                     let kept = StoredSubsystem { spec: None, lease: None, ..stored.clone() };
-                    write.subsystems.insert(name.clone(), Some(kept));
+                    write.subsystems.insert(name.clone(), Some(Arc::new(kept)));
                 }
                 stored.suspended
             });

@@ -166,7 +166,7 @@ impl Shared {
                 let mut order = order;
                 let subsystems = changed.iter().map(|entry| entry.member.subsystem.clone()).collect();
                 let checked = order.change(subsystems, &[]).map(|undo| {
-                    let stored = |entry: &Registered| StoredSubsystem { lease, ..entry.to_stored() };
+                    let stored = |entry: &Registered| Arc::new(StoredSubsystem { lease, ..entry.to_stored() });
                     let stored = changed.iter().map(|entry| (entry.name().clone(), Some(stored(entry))));
                     (undo, stored.collect::<BTreeMap<_, _>>())
                 });
@@ -221,7 +221,7 @@ impl Shared {
         }
         let member = earlier.member.suspended(suspended);
         let entry = Registered { member, ..earlier };
-        let subsystems = BTreeMap::from([(name.clone(), Some(entry.to_stored()))]);
+        let subsystems = BTreeMap::from([(name.clone(), Some(Arc::new(entry.to_stored())))]);
         let put = move |state: &mut State| {
             // Its lease may have been renewed in between.
             let lease = state.registry.get(entry.name()).ok().and_then(|now| now.lease);

@@ -107,7 +107,7 @@ pub(super) struct Declarations {
     /// Those of `put` that are now elsewhere.
     pub(super) moved: Vec<Arc<Standing>>,
     /// What becomes of what is stored.
-    pub(super) stored: BTreeMap<Name, Option<StoredSubsystem>>,
+    pub(super) stored: BTreeMap<Name, Option<Arc<StoredSubsystem>>>,
     /// Names that are registered by RPC, and stay so.
     by_rpc: HashSet<Name>,
 }
@@ -144,7 +144,7 @@ impl Declarations {
             let is_same = earlier.is_some_and(|it| it.declared && Arc::ptr_eq(&it.member.subsystem, &member.subsystem));
             let entry = Registered { member, declared: true, lease: None };
             if earlier.is_some_and(|earlier| !earlier.declared) {
-                stored.insert(entry.name().clone(), Some(entry.to_stored()));
+                stored.insert(entry.name().clone(), Some(Arc::new(entry.to_stored())));
             }
             if !is_same {
                 put.push(entry);

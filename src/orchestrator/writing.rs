@@ -195,7 +195,7 @@ impl Shared {
         let (write, mark) = self.draft(&mut batch);
         let (durability, last_cycle_id) = (write.durability, write.last_cycle_id);
         let started = Instant::now();
-        let committed = self.committed(write, &cycles_of(&batch)).await;
+        let committed = self.await_commit(write, &cycles_of(&batch)).await;
         let took = started.elapsed();
         if let Err(error) = committed {
             let mut state = self.state();
@@ -231,7 +231,7 @@ impl Shared {
 
     /// Commits a write, and waits for the outcome, however long that takes. While the store reports trouble, nothing is
     /// admitted, and the callers of the cycles in the write are notified.
-    async fn committed(&self, write: Write, cycles: &[Arc<Admitted>]) -> Result<(), StoreError> {
+    async fn await_commit(&self, write: Write, cycles: &[Arc<Admitted>]) -> Result<(), StoreError> {
         let (mut commit, mut trouble) = (self.store.commit(Arc::new(write)), self.store.trouble());
         loop {
             select! {

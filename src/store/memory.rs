@@ -41,7 +41,7 @@ struct Kept {
     frontier: Frontier,
     pruned_to: Revision,
     open: BTreeMap<CycleId, OpenCycle>,
-    subsystems: BTreeMap<Name, StoredSubsystem>,
+    subsystems: BTreeMap<Name, Arc<StoredSubsystem>>,
     loops: BTreeMap<Name, StoredLoop>,
     outputs: BTreeMap<Name, Output>,
 }
@@ -72,7 +72,7 @@ impl Kept {
             pruned_to: self.pruned_to,
             last_record: self.records.values().next_back().cloned().map(Ok),
             open: self.open.values().cloned().collect(),
-            subsystems: self.subsystems.values().cloned().collect(),
+            subsystems: self.subsystems.values().map(|stored| (**stored).clone()).collect(),
             loops: self.loops.values().cloned().collect(),
             outputs: self.outputs.iter().map(stored).collect(),
             ..Contents::default()

@@ -244,7 +244,7 @@ async fn taken_over_again_it_knows_what_was_written_and_fences_the_epoch_before(
         last_revision: Revision(2),
         last_record: Some(Ok(record(2, epoch))),
         open: vec![waiting_cycle(3, Some("three"))],
-        subsystems: vec![stored_subsystem("a").1.unwrap()],
+        subsystems: vec![(*stored_subsystem("a").1.unwrap()).clone()],
         loops: vec![stored_loop],
         outputs: vec![made("a", 1, Some(at(2))), made("b", 9, None)],
         ..Contents::default()
@@ -459,11 +459,12 @@ async fn refused(path: &Path) -> OpenError {
     try_open(path).await.err().unwrap()
 }
 
-fn stored_subsystem(name: &str) -> (Name, Option<StoredSubsystem>) {
+fn stored_subsystem(name: &str) -> (Name, Option<Arc<StoredSubsystem>>) {
     let spec = SubsystemSpec { name: name.into(), endpoint: "http://h:1".into(), ..SubsystemSpec::default() };
     let name = self::name(name);
     let lease = Some(Duration::from_millis(1500));
-    (name.clone(), Some(StoredSubsystem { spec: Some(spec), lease, suspended: true, name }))
+    let stored = StoredSubsystem { spec: Some(spec), lease, suspended: true, name: name.clone() };
+    (name, Some(stored.into()))
 }
 
 fn open_cycle(id: u64) -> OpenCycle {
@@ -532,7 +533,7 @@ async fn everything_is_there_after_a_restart() {
     assert_eq!(second.open, open, "what is recorded is no longer open");
     let made = StoredOutput { name: name("a"), output: output(2, "new"), finished_at: Some(at(1)) };
     assert_eq!(second.outputs, [made]);
-    assert_eq!(second.subsystems, [stored_subsystem("a").1.unwrap()]);
+    assert_eq!(second.subsystems, [(*stored_subsystem("a").1.unwrap()).clone()]);
     assert_eq!(second.loops, [stored_loop]);
     assert!(!second.may_lack_open, "the machine has not restarted");
     // What was open before can be recorded, one by one, and none that is not.
@@ -818,7 +819,7 @@ async fn rows_that_can_not_be_read_are_named_and_the_rest_is_there() {
         assert_eq!(unreadable[..4], ["-1", "2", "4", "5"].map(|key| ("open cycle", key)));
         assert_eq!(unreadable[4..], [("subsystem", "b"), ("subsystem", "c"), ("loop", "l"), ("output", "b")]);
         assert_eq!(contents.open, [open_cycle(1), unknown_cycle(2), open_cycle(3)]);
-        assert_eq!(contents.subsystems, [stored_subsystem("a").1.unwrap()]);
+        assert_eq!(contents.subsystems, [(*stored_subsystem("a").1.unwrap()).clone()]);
         assert_eq!(contents.outputs.len(), 1);
         drop(store);
     }
