@@ -428,7 +428,7 @@ async fn a_copy_is_refused_until_it_is_accepted_and_the_original_goes_on() {
     assert!(code == Some(1) && said.contains("is in use by another process"), "{said}");
     assert!(service.stop().await.success());
     let (code, said) = accept(&moved);
-    assert!(code == Some(0) && said.contains("moved.db may be served; its last cycle is 1"), "{said}");
+    assert!(code == Some(0) && said.contains("moved.db can be served now; its last cycle is 1"), "{said}");
     let moved = at_store(&moved);
     for cycle_id in 2..=3 {
         let service = moved.serve().await;
