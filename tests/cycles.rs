@@ -443,7 +443,8 @@ async fn the_deadline_of_the_cycle_ends_all_that_still_runs_or_waits() {
     }
     let failed = "3 of 4 failed: late timed out: ";
     assert!(cycle.error.starts_with(failed), "{}", cycle.error);
-    assert!(cycle.error.ends_with("; 2 skipped because of others or of the deadline"), "{}", cycle.error);
+    let skipped = "skipped: the cycle's deadline of 300ms passed before its turn";
+    assert!(cycle.error.ends_with(&format!("; waits {skipped}; later {skipped}")), "{}", cycle.error);
     assert!(stage.fleet.runs("late")[0].timeout.unwrap() <= Duration::from_millis(300));
 
     // The configured deadline is that of requests that name none.
@@ -467,7 +468,7 @@ async fn skipped_parts_say_why_and_only_some_count_as_failures() {
     assert_eq!((cycle.state(), cycle.error.as_str()), (CycleState::Succeeded, ""));
     assert_eq!(part(&cycle, "resting").skip_reason(), SkipReason::Suspended);
     assert_eq!(part(&cycle, "needs_resting").skip_reason(), SkipReason::RequirementLeftOut);
-    assert!(part(&cycle, "needs_resting").error_message.contains("resting"));
+    assert_eq!(part(&cycle, "needs_resting").error_message, "it requires resting, which is suspended");
     assert_eq!(part(&cycle, "after_resting").state(), SubsystemState::Succeeded);
     assert!(stage.fleet.runs("resting").is_empty());
 
@@ -482,7 +483,35 @@ async fn skipped_parts_say_why_and_only_some_count_as_failures() {
     let cycle = stage.client.run_with(pb::RunCycleRequest { subsystems, ..Default::default() }).await.unwrap();
     assert_eq!(states(&cycle), [("needs_resting", SubsystemState::Skipped)].into());
     assert_eq!(part(&cycle, "needs_resting").skip_reason(), SkipReason::RequirementLeftOut);
+    assert_eq!(part(&cycle, "needs_resting").error_message, "it requires resting, which is not in this cycle");
     assert_eq!(cycle.state(), CycleState::Succeeded);
+
+    // Skipped for one that is skipped itself.
+    stage.register("second", |it| it.requires = names(["needs_resting"])).await;
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!(part(&cycle, "second").error_message, "it requires needs_resting, which was skipped itself");
+}
+
+#[tokio::test]
+async fn the_error_of_a_cycle_is_one_line_that_names_each_failure() {
+    let mut stage = Stage::new().await;
+    stage
+        .register("broken", |it| {
+            it.breaker = Some(pb::BreakerPolicy { failure_threshold: 1, open_for: ms(3_600_000), disabled: false });
+        })
+        .await;
+    stage.register("slow", |_| {}).await;
+    stage.register("never", |it| it.requires = names(["broken"])).await;
+    stage.fleet.run("broken", Run::Fail(Code::Internal, "the disk; it\nis on fire\x1b[31m".into()));
+    let cycle = stage.client.run().await.unwrap();
+    let never = "never skipped: it requires broken, which did not succeed";
+    let expected = format!("2 of 3 failed: broken INTERNAL: the disk, it is on fire[31m; {never}");
+    assert_eq!(cycle.error, expected);
+    assert_eq!(part(&cycle, "broken").error_message, "the disk; it\nis on fire\x1b[31m");
+    // What was true while it ran is still true when it is read.
+    let cycle = stage.client.run().await.unwrap();
+    let expected = format!("2 of 3 failed: broken circuit open: not called after a failure; {never}");
+    assert_eq!(cycle.error, expected);
 }
 
 #[tokio::test]
@@ -770,6 +799,33 @@ async fn a_plan_tells_what_a_cycle_would_do_and_runs_nothing() {
     let plan = stage.client.plan_cycle(pb::PlanCycleRequest::default()).await.unwrap().into_inner().plan.unwrap();
     assert_eq!(plan.critical_path, ["a", "b", "c"]);
     assert_eq!(stage.client.status().await.unwrap().total_cycles, 1);
+}
+
+#[tokio::test]
+async fn a_plan_expects_of_one_that_is_always_late_its_timeout_until_its_breaker_holds_it_back() {
+    let mut stage = Stage::new().await;
+    stage.fleet.run("late", Run::Hang);
+    stage
+        .register("late", |it| {
+            it.timeout = ms(50);
+            it.breaker = Some(pb::BreakerPolicy { failure_threshold: 2, open_for: ms(3_600_000), disabled: false });
+        })
+        .await;
+    stage.register("needs_late", |it| it.requires = names(["late"])).await;
+    let plan = async |stage: &mut Stage| {
+        stage.client.plan_cycle(pb::PlanCycleRequest::default()).await.unwrap().into_inner().plan.unwrap()
+    };
+    stage.client.run().await.unwrap();
+    let one_late = plan(&mut stage).await;
+    assert!(one_late.subsystems[0].expected_duration_ms >= 50.0, "{one_late:?}");
+    assert!(one_late.expected_duration_ms >= 50.0 && one_late.critical_path[0] == "late", "{one_late:?}");
+    assert_eq!(one_late.subsystems[0].breaker(), BreakerState::Closed);
+
+    stage.client.run().await.unwrap();
+    let held_back = plan(&mut stage).await;
+    assert_eq!(held_back.subsystems[0].breaker(), BreakerState::Open);
+    assert_eq!(held_back.subsystems[1].skip_reason(), SkipReason::RequirementFailed);
+    assert!(held_back.expected_duration_ms < 50.0, "{held_back:?}");
 }
 
 // ---------------------------------------------------------------------------------------------------------------

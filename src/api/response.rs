@@ -150,7 +150,7 @@ pub(super) fn plan_page(
 }
 
 fn planned_subsystem(planned: PlannedSubsystem) -> pb::PlannedSubsystem {
-    let PlannedSubsystem { name, phase, level, waits_for, skip, duration } = planned;
+    let PlannedSubsystem { name, phase, level, waits_for, skip, breaker, duration } = planned;
     let (skip_reason, requirement) = skip.map_or((None, None), |(reason, requirement)| (Some(reason), requirement));
     pb::PlannedSubsystem {
         name: name.to_string(),
@@ -160,6 +160,15 @@ fn planned_subsystem(planned: PlannedSubsystem) -> pb::PlannedSubsystem {
         skip_reason: record::reason_to_skip(skip_reason).into(),
         expected_duration_ms: milliseconds(duration),
         skip_requirement: requirement.map(|name| name.to_string()).unwrap_or_default(),
+        breaker: breaker_state(breaker).into(),
+    }
+}
+
+fn breaker_state(breaker: BreakerState) -> pb::BreakerState {
+    match breaker {
+        BreakerState::Closed => pb::BreakerState::Closed,
+        BreakerState::Open(_) => pb::BreakerState::Open,
+        BreakerState::HalfOpen => pb::BreakerState::HalfOpen,
     }
 }
 
@@ -182,12 +191,7 @@ pub(super) fn subsystem_status(
         origin: origin(*declared).into(),
         lease_expires_at: lease.as_ref().map(|lease| timestamp(orchestrator.lease_ends_at(lease))),
         suspended: member.suspended,
-        breaker: match member.breaker(Instant::now()) {
-            BreakerState::Closed => pb::BreakerState::Closed,
-            BreakerState::Open(_) => pb::BreakerState::Open,
-            BreakerState::HalfOpen => pb::BreakerState::HalfOpen,
-        }
-        .into(),
+        breaker: breaker_state(member.breaker(Instant::now())).into(),
         initialized: member.is_initialized(),
         last_cycle_id: last.as_ref().map_or(0, |last| last.cycle_id.0),
         last: last.map(|last| record::part(&last.report, Some(last.started_at))),

@@ -1,5 +1,7 @@
 //! `orchestrator plan`: the plan of a cycle.
 
+use std::collections::HashMap;
+
 use super::{
     Exit, Failure,
     cycles::chain,
@@ -63,7 +65,8 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
     /// Most names in a cell; more would hide the rest of the table.
     const NAMES: usize = 6;
     let has_run = plan.expected_duration_ms > 0.0;
-    let skips = plan.subsystems.iter().any(|planned| planned.skip_reason() != pb::SkipReason::Unspecified);
+    let reasons: HashMap<_, _> = plan.subsystems.iter().map(|it| (it.name.as_str(), it.skip_reason())).collect();
+    let skips = plan.subsystems.iter().any(|planned| !why_skipped(planned, &reasons).is_empty());
     let mut headings = vec!["PHASE", "LEVEL", "SUBSYSTEM", "WAITS FOR"];
     headings.extend(has_run.then_some("EXPECTED"));
     headings.extend(skips.then_some("SKIPPED"));
@@ -79,7 +82,7 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
             0.0 => text("-"),
             expected => text(milliseconds(expected)),
         }));
-        row.extend(skips.then(|| text(why_skipped(planned))));
+        row.extend(skips.then(|| text(why_skipped(planned, &reasons))));
         table.row(row);
     }
     let mut summary = Table::facts();
@@ -92,10 +95,16 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
     sections([table.or("no subsystems"), summary.finish()])
 }
 
-fn why_skipped(planned: &pb::PlannedSubsystem) -> String {
+/// Why it will not be called, where `reasons` has the whole plan; empty if it will be.
+fn why_skipped(planned: &pb::PlannedSubsystem, reasons: &HashMap<&str, pb::SkipReason>) -> String {
     let what = match planned.skip_reason() {
+        pb::SkipReason::Unspecified if planned.breaker() == pb::BreakerState::Open => return "circuit open".to_owned(),
         pb::SkipReason::RequirementMissing => "is not registered",
-        pb::SkipReason::RequirementLeftOut => "is suspended or not in this cycle",
+        pb::SkipReason::RequirementLeftOut => match reasons.get(planned.skip_requirement.as_str()) {
+            None => "is not in this cycle",
+            Some(pb::SkipReason::Suspended) => "is suspended",
+            Some(_) => "will be skipped itself",
+        },
         pb::SkipReason::RequirementFailed => "can't succeed",
         reason => return skip_reason(reason).to_owned(),
     };

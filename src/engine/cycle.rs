@@ -35,7 +35,7 @@ use crate::{
     memory::{Held, Memory},
     model::{
         Answer, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Freshness, Input, Name, Output,
-        SkipReason, Subsystem, SubsystemReport, SubsystemState, excerpt,
+        SkipReason, Subsystem, SubsystemReport, SubsystemState, excerpt, text::clean,
     },
     ports::{CallError, Reply, RunCall, Spans, Subsystems},
     random::Random,
@@ -432,10 +432,15 @@ impl<'a> Run<'a> {
         if self.plan.steps[position].member.suspended {
             return Some(SubsystemState::Skipped(SkipReason::Suspended, "it is suspended".into()));
         }
-        let (reason, name) = self.plan.unmet_requirement(position, |required| self.fate(required))?;
+        let plan = &self.plan;
+        let (reason, name) = plan.unmet_requirement(position, |required| self.fate(required))?;
         let what = match reason {
             SkipReason::RequirementMissing => "is not registered",
-            SkipReason::RequirementLeftOut => "is not in this cycle",
+            SkipReason::RequirementLeftOut => match plan.positions.get(name) {
+                None => "is not in this cycle",
+                Some(&required) if plan.steps[required].member.suspended => "is suspended",
+                Some(_) => "was skipped itself",
+            },
             _ => "did not succeed",
         };
         Some(SubsystemState::Skipped(reason, format!("it requires {name}, which {what}")))
@@ -495,11 +500,12 @@ impl<'a> Run<'a> {
         let is_probe = match step.member.breaker(Instant::now()) {
             BreakerState::Closed => false,
             BreakerState::HalfOpen => true,
-            BreakerState::Open(left) => {
+            BreakerState::Open(_) => {
                 let failures = step.member.standing.lock().breaker.failures();
-                return Err(NotNow::Ends(SubsystemState::CircuitOpen(format!(
-                    "held back after {failures} failures in a row; one probe call in {left:.0?}"
-                ))));
+                let failures =
+                    if failures == 1 { "a failure".to_owned() } else { format!("{failures} failures in a row") };
+                let message = format!("not called after {failures}");
+                return Err(NotNow::Ends(SubsystemState::CircuitOpen(message)));
             }
         };
         let inputs = self.inputs(step);
@@ -555,7 +561,7 @@ impl<'a> Run<'a> {
                 (SubsystemState::Succeeded, Some(reply))
             }
             Err(state) => {
-                self.count_failure(member, &state);
+                self.count_failure(member, &state, duration);
                 (state, None)
             }
         };
@@ -563,10 +569,16 @@ impl<'a> Run<'a> {
         self.release(free);
     }
 
-    /// Tells the breaker of a failure.
-    fn count_failure(&self, member: &Member, state: &SubsystemState) {
+    /// Tells the breaker of a failure, after this time.
+    fn count_failure(&self, member: &Member, state: &SubsystemState, duration: Duration) {
         let policy = member.subsystem.breaker;
-        if member.standing.lock().breaker.failed(policy, Instant::now()) {
+        let mut remembered = member.standing.lock();
+        if let SubsystemState::TimedOut(_) = state {
+            remembered.took(duration);
+        }
+        let opens = remembered.breaker.failed(policy, Instant::now());
+        drop(remembered);
+        if opens {
             let (cycle_id, subsystem) = (self.cycle.cycle_id.0, &member.subsystem.name);
             let error = excerpt(state.message(), MAX_LOGGED);
             tracing::warn!(cycle_id, %subsystem, error, "its circuit breaker has opened: it is not called for a while");
@@ -694,9 +706,9 @@ impl<'a> Run<'a> {
         let deadline = self.cycle.deadline;
         let started = self.parts[position].started();
         let state = match (end, started) {
-            (End::Deadline, Some(_)) => {
+            (End::Deadline, Some(started)) => {
                 let state = SubsystemState::TimedOut(format!("no answer within the cycle's deadline of {deadline:?}"));
-                self.count_failure(&self.plan.steps[position].member, &state);
+                self.count_failure(&self.plan.steps[position].member, &state, now.saturating_sub(started));
                 state
             }
             (End::Deadline, None) => {
@@ -717,14 +729,14 @@ impl<'a> Run<'a> {
     }
 }
 
-/// How a cycle ended, and what failed in it, in one line: causes first, then what was skipped for them.
+/// How a cycle ended, and its failures in one line: the causes first, then the subsystems that were skipped for them.
+/// Only here is that line made. A semicolon stands between two failures and nowhere else.
 fn sum_up(reports: &[(Arc<SubsystemReport>, bool)], end: End) -> (CycleState, String) {
     const NAMED: usize = 8;
     let mut failed = 0;
     let mut ran = 0;
     let mut critical_failed = false;
-    let mut skipped = 0;
-    let mut causes = Vec::new();
+    let (mut causes, mut skipped) = (Vec::new(), Vec::new());
     for (report, critical) in reports {
         let is_failure = report.state.is_failure();
         let counts = is_failure || matches!(report.state, SubsystemState::Succeeded | SubsystemState::Cancelled);
@@ -733,7 +745,9 @@ fn sum_up(reports: &[(Arc<SubsystemReport>, bool)], end: End) -> (CycleState, St
         critical_failed |= is_failure && *critical;
         match &report.state {
             _ if !is_failure => {}
-            SubsystemState::Skipped(SkipReason::RequirementFailed | SkipReason::CycleDeadline, _) => skipped += 1,
+            state @ SubsystemState::Skipped(SkipReason::RequirementFailed | SkipReason::CycleDeadline, _) => {
+                skipped.push((&report.name, state));
+            }
             state => causes.push((&report.name, state)),
         }
     }
@@ -748,20 +762,19 @@ fn sum_up(reports: &[(Arc<SubsystemReport>, bool)], end: End) -> (CycleState, St
         text.push("cancelled".to_owned());
     }
     if failed > 0 {
-        let mut causes_text: Vec<_> = causes.iter().take(NAMED).map(|(name, state)| cause(name, state)).collect();
-        if causes.len() > NAMED {
-            causes_text.push(format!("and {} more", causes.len() - NAMED));
+        let failures = causes.iter().chain(&skipped).take(NAMED).map(|(name, state)| failure(name, state));
+        let mut failures: Vec<_> = failures.collect();
+        if failed > NAMED {
+            failures.push(format!("and {} more", failed - NAMED));
         }
-        if skipped > 0 {
-            causes_text.push(format!("{skipped} skipped because of others or of the deadline"));
-        }
-        text.push(format!("{failed} of {} failed: {}", reports.len(), causes_text.join("; ")));
+        text.push(format!("{failed} of {} failed: {}", reports.len(), failures.join("; ")));
     }
     (state, text.join("; "))
 }
 
-fn cause(name: &Name, state: &SubsystemState) -> String {
-    let message = excerpt(state.message(), MAX_LOGGED);
+fn failure(name: &Name, state: &SubsystemState) -> String {
+    let message = clean(excerpt(state.message(), MAX_LOGGED)).replace(';', ",");
+    let message = message.trim();
     match state {
         SubsystemState::Failed(code, _) => format!("{name} {code}: {message}"),
         SubsystemState::CircuitOpen(_) => format!("{name} circuit open: {message}"),

@@ -176,7 +176,8 @@ impl Standing {
         self.lock().last.as_ref().map(|(last, _)| last.clone())
     }
 
-    /// The moving mean of the durations of its successful parts, in which each new one weighs an eighth.
+    /// The moving mean of the durations of its parts that succeeded or timed out, in which each new one weighs an eighth.
+    /// Other failures may have come at once, and say nothing about the work.
     pub fn mean_duration(&self) -> Option<Duration> {
         self.lock().mean
     }
@@ -193,7 +194,7 @@ impl Standing {
 }
 
 impl Remembered {
-    /// A successful part took so long.
+    /// A part that succeeded or timed out took so long.
     pub(super) fn took(&mut self, duration: Duration) {
         self.mean = Some(self.mean.map_or(duration, |mean| mean * 7 / 8 + duration / 8));
     }

@@ -7,7 +7,9 @@ use std::{
     time::Duration,
 };
 
-use super::{Member, Standing};
+use tokio::time::Instant;
+
+use super::{BreakerState, Member, Standing};
 use crate::model::{Name, SkipReason, Subsystem, SubsystemState};
 
 /// The order of a cycle over all registered subsystems, or [over some of them](Plan::of_cycle). Positions are indices into
@@ -158,6 +160,8 @@ pub struct PlannedSubsystem {
     pub waits_for: Vec<Name>,
     /// Why it will not be called, and which of those that it requires is the reason, if one is.
     pub skip: Option<(SkipReason, Option<Name>)>,
+    /// State of its circuit breaker. While it is open, the subsystem is not called either.
+    pub breaker: BreakerState,
     /// How long it is expected to take; zero when it has never run.
     pub duration: Duration,
 }
@@ -307,6 +311,7 @@ impl Plan {
         let mut phase_ends_at = 0;
         // What ended last of all lower phases, and of this one too.
         let (mut lower, mut latest): (Option<usize>, Option<usize>) = (None, None);
+        let now = Instant::now();
 
         for (position, step) in self.steps.iter().enumerate() {
             if position == phase_ends_at {
@@ -322,9 +327,12 @@ impl Plan {
                 unmet.map(|(reason, name)| (reason, Some(name.clone())))
             };
             let duration = step.member.standing.mean_duration().unwrap_or_default();
-            let runs = takes_part[position] && skip.is_none();
+            let breaker = step.member.breaker(now);
+            let is_held_back = matches!(breaker, BreakerState::Open(_));
+            let runs = takes_part[position] && skip.is_none() && !is_held_back;
             fates.push(match &skip {
                 _ if !takes_part[position] => Fate::LeftOut,
+                None if is_held_back => Fate::Failed,
                 None => Fate::Succeeded,
                 Some((reason, _)) if reason.is_failure() => Fate::Failed,
                 Some(_) => Fate::LeftOut,
@@ -346,6 +354,7 @@ impl Plan {
                     level,
                     waits_for: waits_for.map(|&earlier| self.steps[earlier].member.subsystem.name.clone()).collect(),
                     skip,
+                    breaker,
                     duration,
                 });
             }
@@ -356,6 +365,7 @@ impl Plan {
             level: 0,
             waits_for: Vec::new(),
             skip: Some((SkipReason::NotRegistered, None)),
+            breaker: BreakerState::Closed,
             duration: Duration::ZERO,
         }));
         if subset.is_some() {

@@ -114,12 +114,16 @@ test("who comes into a running cycle sees how it stands", async (t) => {
   const page = await browser.open(`${service.url}/#/live`);
   await sees(page, `${row("second")} [data-state=RUNNING].bar`);
   await sees(page, `${row("first")} .state[data-state=SUCCEEDED]`);
+  const waiting = service.run();
+  await says(page, "#waiting", "Cycle 2, manual, has waited");
+  await says(page, "#waiting", "for cycle 1 (all subsystems)");
 
   // A cycle that is held stays, whatever comes after it.
   await page.click("#hold");
   release();
   await running;
-  await service.run();
+  await waiting;
+  await page.waitForSelector("#waiting", { hidden: true });
   await says(page, "main .summary", "held");
   await says(page, ".cycle-name", "Cycle 1");
   await page.click("#hold");
@@ -205,7 +209,7 @@ test("a failed subsystem shows, everywhere", async (t) => {
   await service.run();
   await says(page, `${row("broken")} .state`, "failed");
   await says(page, `${row("broken")} .reason`, "INTERNAL: the disk is gone");
-  await says(page, `${row("hungry")} .reason`, "one that it requires did not succeed");
+  await says(page, `${row("hungry")} .reason`, "which did not succeed");
   await says(page, `${row("broken")} [data-freshness]`, "stale");
   await says(page, "main .summary", "2 failed");
   // The two are told apart, and add up.

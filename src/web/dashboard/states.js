@@ -48,11 +48,12 @@ export function standing(part) {
 
 /** Why a part did not succeed, in one line; empty when it did. */
 export function reasonOf(part) {
-  const skip = word(part?.skipReason, "SKIP_REASON_");
-  if (skip) return SKIP_REASONS[skip] ?? lower(skip);
   const { errorCode, errorMessage } = part ?? {};
   if (errorCode && errorMessage) return `${errorCode}: ${errorMessage}`;
-  return errorMessage || errorCode || "";
+  if (errorMessage) return errorMessage;
+  // The message, which names the required subsystem, is left out of records that would be too large.
+  const skip = word(part?.skipReason, "SKIP_REASON_");
+  return skip ? SKIP_REASONS[skip] ?? lower(skip) : errorCode || "";
 }
 
 /** How many of these parts stand how. */

@@ -35,6 +35,8 @@ export function mount(main, _, scope) {
   const read = throttled(() => ((plan?.subsystems?.length ?? 0) > MANY ? 30_000 : 3000), () => scope.attempt(async () => {
     plan = await getPlan();
     plan.subsystems ??= [];
+    const reasons = new Map(plan.subsystems.map(({ name, skipReason }) => [name, word(skipReason, "SKIP_REASON_")]));
+    for (const one of plan.subsystems) one.skipped = skipped(one, reasons);
     const areFew = plan.subsystems.length <= MANY;
     const registrations = areFew ? (await listSubsystems()).map((one) => one.registration) : [];
     if (scope.signal.aborted) return;
@@ -42,7 +44,7 @@ export function mount(main, _, scope) {
       `${counted(plan.subsystems.length, "subsystem")} in ${counted(plan.levels ?? 0, "level")}` +
       (plan.expectedDurationMs ? `; the next cycle is expected to take ${duration(plan.expectedDurationMs)}, by recent durations.` : "; how long it takes is not known before it has run once."));
     // Expected durations change with every cycle; the drawing is only made anew when the order does.
-    const shape = JSON.stringify([plan.subsystems.map((one) => [one.name, one.level, one.phase, one.waitsFor, one.skipReason]), plan.criticalPath, registrations.map((one) => [one.requires, one.after, one.reads])]);
+    const shape = JSON.stringify([plan.subsystems.map((one) => [one.name, one.level, one.phase, one.waitsFor, one.skipped]), plan.criticalPath, registrations.map((one) => [one.requires, one.after, one.reads])]);
     if (shape !== drawn) {
       drawn = shape;
       observer?.disconnect();
@@ -69,7 +71,7 @@ export function mount(main, _, scope) {
         setText(line.children[1], String(one.phase ?? 0));
         setText(line.children[2], String(one.level ?? 0));
         setText(line.children[3], one.expectedDurationMs ? duration(one.expectedDurationMs) : "–");
-        setText(line.children[4], skipped(one) || visible((one.waitsFor ?? []).join(", "), 300));
+        setText(line.children[4], one.skipped || visible((one.waitsFor ?? []).join(", "), 300));
       });
     setText(rest, shown.length < found.length ? `The first ${count(shown.length)} of ${count(found.length)}: search for others.` : found.length === 0 ? "No subsystem has such a name." : "");
   }
@@ -83,12 +85,13 @@ export function mount(main, _, scope) {
   if (model.connection === "open") read();
 }
 
-function skipped(one) {
-  const reason = word(one.skipReason, "SKIP_REASON_");
-  if (!reason) return "";
+/** Why it will not be called, where `reasons` has those of all, by name; empty if it will be. */
+function skipped(one, reasons) {
+  const reason = reasons.get(one.name);
+  if (!reason) return one.breaker === "BREAKER_STATE_OPEN" ? "will not be called: its circuit breaker is open" : "";
   const ofRequired = {
     REQUIREMENT_MISSING: "is not registered",
-    REQUIREMENT_LEFT_OUT: "is suspended or not in this cycle",
+    REQUIREMENT_LEFT_OUT: reasons.get(one.skipRequirement) === "SUSPENDED" ? "is suspended" : "will be skipped itself",
     REQUIREMENT_FAILED: "can't succeed",
   }[reason];
   return `will be skipped: ${ofRequired ? `it requires ${visible(one.skipRequirement)}, which ${ofRequired}` : lower(reason)}`;
@@ -116,7 +119,7 @@ function drawGraph(place, plan, registrations) {
     return h("li", { class: isNew ? "level new-phase" : "level" },
       h("span", { class: "phase" }, isNew ? `Phase ${phase}` : h("span", { class: "unseen" }, `Phase ${phase}`)),
       h("div", { class: "nodes" }, level.map((one) => {
-        const node = h("a", { class: "node", "data-name": one.name, href: href("subsystems", one.name), "data-critical": onPath.has(one.name), "data-skipped": Boolean(one.skipReason), title: skipped(one) || null },
+        const node = h("a", { class: "node", "data-name": one.name, href: href("subsystems", one.name), "data-critical": onPath.has(one.name), "data-skipped": Boolean(one.skipped), title: one.skipped || null },
           visible(one.name), onPath.has(one.name) && h("span", { class: "unseen" }, ", on the critical path"));
         nodes.set(one.name, node);
         return node;
