@@ -5,7 +5,7 @@ mod fleet;
 use std::{
     env,
     fmt::Display,
-    io,
+    future, io,
     net::{Ipv4Addr, SocketAddr},
     panic::resume_unwind,
     sync::Arc,
@@ -111,7 +111,12 @@ impl Demo {
             };
         };
         // A second signal aborts the shutdown.
-        let exit = service.run(until_stopped, async { told_to_stop().await.unwrap_or(()) }).await;
+        let stop_again = async || {
+            if told_to_stop().await.is_err() {
+                future::pending::<()>().await;
+            }
+        };
+        let exit = service.run(until_stopped, stop_again).await;
         fleet.stop().await;
         shown?;
         Ok(match exit {

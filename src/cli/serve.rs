@@ -24,7 +24,8 @@ Once requests are answered, prints \"listening on ADDRESS\" on stdout, and \"das
 Logs go to stderr, as text on a terminal and as JSON elsewhere (log.format).
 
 Signals:
-  SIGTERM, SIGINT   the first drains: running cycles may finish within server.drain_grace; the second aborts
+  SIGTERM, SIGINT   the first drains: running cycles may finish within server.drain_grace; a second one, 1 s or more
+                    after it, aborts
   SIGHUP            reads the configuration again, as does a change of its file
 
 Exit codes:
