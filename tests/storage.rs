@@ -481,6 +481,32 @@ async fn a_log_without_its_database_is_kept_until_the_database_is_back() {
 }
 
 #[tokio::test]
+async fn a_database_that_is_gone_or_replaced_by_another_one_is_an_error_in_the_log_with_its_last_cycle() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    fs::rename(home.path("o.db"), home.path("removed.db")).unwrap();
+    let service = home.serve().await;
+    assert_eq!(service.client().await.run().await.unwrap().cycle_id, 1);
+    let log = home.log();
+    let told = log.lines().find(|line| line.contains("is gone")).unwrap_or_else(|| panic!("{log}"));
+    assert!(
+        told.contains("ERROR") && told.contains("last_cycle_id=2") && told.contains("put the database back"),
+        "{told}"
+    );
+
+    assert!(service.stop().await.success());
+    fs::rename(home.path("removed.db"), home.path("o.db")).unwrap();
+    let service = home.serve().await;
+    assert_eq!(service.client().await.run().await.unwrap().cycle_id, 3);
+    let log = home.log();
+    let told = log.lines().find(|line| line.contains("another database")).unwrap_or_else(|| panic!("{log}"));
+    assert!(told.contains("ERROR") && told.contains("last_cycle_id=1") && told.contains("ends with cycle 2"), "{told}");
+}
+
+#[tokio::test]
 async fn a_backup_that_is_put_back_in_its_place_is_the_same_database() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();
@@ -533,8 +559,11 @@ async fn what_is_no_database_of_ours_is_refused_and_not_touched() {
     fs::write(home.path("o.db"), "It was a dark and stormy night. ".repeat(100)).unwrap();
     let before = fs::read(home.path("o.db")).unwrap();
     let said = refused(&home).await;
-    assert!(said.contains("o.db is damaged: file is not a database; restore it from a backup"), "{said}");
+    assert!(said.contains("o.db is not an SQLite database, or its beginning is damaged; name another store"), "{said}");
     assert_eq!(fs::read(home.path("o.db")).unwrap(), before);
+    let entries = |home: &Home| fs::read_dir(home.path("")).unwrap().count();
+    // It and the log of the service.
+    assert_eq!(entries(&home), 2, "nothing is left beside it");
 
     // Other software numbers its schemas, too.
     for version in [0, 1] {
@@ -545,8 +574,11 @@ async fn what_is_no_database_of_ours_is_refused_and_not_touched() {
         drop(database);
         let before = fs::read(home.path("o.db")).unwrap();
         let said = refused(&home).await;
-        assert!(said.contains("o.db is a database of some other software; give this one"), "{version}: {said}");
+        assert!(said.contains("o.db is a database of some other software; name another store"), "{version}: {said}");
+        let (code, said) = accept(&home.path("o.db"));
+        assert!(code == Some(1) && said.contains("of some other software; name another store"), "{said}");
         assert_eq!(fs::read(home.path("o.db")).unwrap(), before);
+        assert_eq!(entries(&home), 2, "nothing is left beside it");
     }
 }
 
@@ -669,6 +701,11 @@ async fn what_is_in_the_place_of_a_database_or_of_a_file_beside_it_is_named_and_
     fs::write(home.path("file"), "").unwrap();
     let said = refused(&at_store(&home.path("file/o.db"))).await;
     assert!(said.contains("file: no directory is or can be there; give the database another path"), "{said}");
+    #[cfg(target_os = "linux")]
+    {
+        let said = refused(&at_store(Path::new("/proc/none/o.db"))).await;
+        assert!(said.contains("/proc/none can't be created: ") && !said.contains("make it writable"), "{said}");
+    }
 }
 
 /// A home whose services are told of a file that may not grow, and not killed for it.

@@ -84,7 +84,7 @@ fn not_taken_over() -> StoreError {
 pub enum OpenError {
     /// Another process has it open.
     #[error(
-        "{store} is in use by another process{}; stop that one first, or give this one a store of its own",
+        "{store} is in use by another process{}; stop that process first, or name another store",
         .by.map_or_else(String::new, |pid| format!(" (pid {pid})"))
     )]
     InUse {
@@ -106,7 +106,7 @@ pub enum OpenError {
         known: i64,
     },
     /// Some other software has made it.
-    #[error("{store} is a database of some other software; give this one a store of its own")]
+    #[error("{store} is a database of some other software; name another store")]
     Foreign {
         /// Which store.
         store: String,

@@ -380,8 +380,16 @@ struct Opened {
 
 impl Opened {
     fn at(path: &Path, even_a_copy: bool) -> Result<Self, OpenError> {
-        let place = Place::take(path)?;
-        let path = &place.path;
+        let mut place = Place::take(path)?;
+        let opened = Self::open(&place.path, even_a_copy);
+        if let Err(OpenError::Files(FileError::NotADatabase { .. }) | OpenError::Foreign { .. }) = opened {
+            place.leave();
+        }
+        let (connection, here, noted) = opened?;
+        Ok(Self { place, connection, here, noted })
+    }
+
+    fn open(path: &Path, even_a_copy: bool) -> Result<(Connection, Identity, Option<Identity>), OpenError> {
         let explained = |error| explain(path, &error);
         // What is not ours, or is a copy, is not touched.
         let connection = open_file(path).map_err(explained)?;
@@ -394,7 +402,7 @@ impl Opened {
         }
         let mut connection = configure(connection).map_err(explained)?;
         migrate(&mut connection, version).map_err(explained)?;
-        Ok(Self { place, connection, here, noted })
+        Ok((connection, here, noted))
     }
 }
 
@@ -441,7 +449,23 @@ fn mark(row: &Row<'_>) -> rusqlite::Result<Mark> {
 /// Whether what was noted beside a database is of this one.
 fn is_of_this_database(path: &Path, mark: &Mark, noted: &Mark) -> bool {
     if noted.id != mark.id {
-        tracing::warn!(store = %path.display(), "another database was at this path before; this one has a history of its own");
+        let (store, last_cycle_id) = (path.display(), noted.last_cycle_id);
+        if mark.commits == 0 {
+            tracing::error!(
+                %store,
+                %last_cycle_id,
+                "the database of this path, which ended with this cycle, is gone: a new one begins with cycle 1. If that is \
+                 a mistake, stop this process and put the database back, or restore it from a backup"
+            );
+        } else {
+            tracing::error!(
+                %store,
+                %last_cycle_id,
+                "another database, which ended with this cycle, was at this path before; this one ends with cycle {}. If \
+                 that is a mistake, stop this process and put the other one back, or restore it from a backup",
+                mark.last_cycle_id
+            );
+        }
     }
     noted.id == mark.id
 }
@@ -507,7 +531,10 @@ fn check_version(connection: &Connection, path: &Path) -> Result<i64, OpenError>
     let pragma = |name| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
     let tables = || connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, i64>(0));
     let read = || Ok((pragma("user_version")?, pragma("application_id")?, tables()?));
-    let (found, application_id, tables) = read().map_err(|error| explain(path, &error))?;
+    let (found, application_id, tables) = read().map_err(|error: rusqlite::Error| match error.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase) => FileError::NotADatabase { path: path.display().to_string() }.into(),
+        _ => OpenError::from(explain(path, &error)),
+    })?;
     if application_id != APPLICATION_ID && (tables > 0 || found > 0) {
         return Err(OpenError::Foreign { store: path.display().to_string() });
     }

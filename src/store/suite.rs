@@ -705,7 +705,7 @@ async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     std::fs::write(&path, vec![b'x'; 10_000]).unwrap();
-    assert!(matches!(refused(&path).await, OpenError::Store(StoreError::Corrupt { .. })));
+    assert!(matches!(refused(&path).await, OpenError::Files(FileError::NotADatabase { .. })));
 
     std::fs::remove_file(&path).unwrap();
     drop(opened(&path).await);

@@ -25,6 +25,22 @@ pub enum FileError {
         /// Where a directory is needed.
         path: String,
     },
+    /// A directory for it can't be created.
+    #[error("{directory} can't be created: {problem}; create it, or give the database another path")]
+    NotCreated {
+        /// The directory.
+        directory: String,
+        /// What the system says.
+        problem: String,
+    },
+    /// It is not a database at all, or its first bytes are damaged.
+    #[error(
+        "{path} is not an SQLite database, or its beginning is damaged; name another store, or restore it from a backup"
+    )]
+    NotADatabase {
+        /// The file.
+        path: String,
+    },
     /// Something else is in the place of the database, or of a file beside it.
     #[error("{path} is {found}, and a regular file is needed there; give the database another path, or move this away")]
     NotRegular {
@@ -35,8 +51,8 @@ pub enum FileError {
     },
     /// Another process has it open, and came to it by another name, such as a hard link.
     #[error(
-        "{database} is in use by another process, which has it open by another name; stop that one first, or give this one \
-         a store of its own"
+        "{database} is in use by another process, which has it open by another name; stop that process first, or name \
+         another store"
     )]
     InUseByAnotherName {
         /// The database.
@@ -93,6 +109,8 @@ pub(super) struct Place {
     pub(super) path: PathBuf,
     /// Beside the database, so that it is found by whoever opens it by the same path. It holds the number of the process.
     _lock: File,
+    /// There was no such file before.
+    made_lock: bool,
     /// The database itself, for those that came by another path. Closing it would free the locks that SQLite has on the
     /// same file, so it stays open for longer than all of SQLite's connections.
     _database: File,
@@ -109,7 +127,11 @@ impl Place {
                 io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
                     FileError::NoDirectory { path: directory.display().to_string() }.into()
                 }
-                _ => unwritable(directory, &error),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => unwritable(directory, &error),
+                _ => {
+                    let (directory, problem) = (directory.display().to_string(), error.to_string());
+                    FileError::NotCreated { directory, problem }.into()
+                }
             })?;
         }
         // Also where a link leads to a file that is not there yet.
@@ -123,7 +145,7 @@ impl Place {
         for file in [path.clone(), lock_of(&path), note_of(&path), log_of(&path), beside(&path, "-shm")] {
             check_regular(&file)?;
         }
-        let lock = lock_beside(&path)?;
+        let (lock, made_lock) = lock_beside(&path)?;
         let database = File::options().read(true).write(true).open(&path).map_err(|error| unwritable(&path, &error))?;
         if !lock_file(&database) {
             return Err(FileError::InUseByAnotherName { database: path.display().to_string() }.into());
@@ -135,7 +157,14 @@ impl Place {
             let (database, log) = (path.display().to_string(), log.display().to_string());
             return Err(FileError::LogAlone { database, log }.into());
         }
-        Ok(Self { path, _lock: lock, _database: database })
+        Ok(Self { path, _lock: lock, made_lock, _database: database })
+    }
+
+    /// Removes the file beside a database that turns out not to be ours, unless it was there before.
+    pub(super) fn leave(&mut self) {
+        if std::mem::take(&mut self.made_lock) {
+            let _ = fs::remove_file(lock_of(&self.path));
+        }
     }
 }
 
@@ -149,10 +178,19 @@ fn check_regular(path: &Path) -> Result<(), FileError> {
 }
 
 /// Takes the lock on a file beside the database. It is free as soon as the process that has it ends, however that ends.
-fn lock_beside(path: &Path) -> Result<File, OpenError> {
+/// Says as well whether it was made for that.
+fn lock_beside(path: &Path) -> Result<(File, bool), OpenError> {
     let name = lock_of(path);
     let failed = |error: io::Error| unwritable(&name, &error);
-    let mut file = File::options().read(true).write(true).create(true).truncate(false).open(&name).map_err(failed)?;
+    let mut options = File::options();
+    options.read(true).write(true);
+    let (mut file, is_new) = match options.create_new(true).open(&name) {
+        // A link may lead to a file that is not there yet.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            (options.create_new(false).create(true).truncate(false).open(&name).map_err(failed)?, false)
+        }
+        made => (made.map_err(failed)?, true),
+    };
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
@@ -165,7 +203,7 @@ fn lock_beside(path: &Path) -> Result<File, OpenError> {
     // The number only helps people; the lock is what counts.
     let noted = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
     noted.map_err(failed)?;
-    Ok(file)
+    Ok((file, is_new))
 }
 
 /// Whether this process alone has this file now, by whichever name: a hard link, or a mount of the file itself, has another
