@@ -1,7 +1,11 @@
 //! Interval loops: which ticks are due, and the account of every one of them. Pure bookkeeping: the orchestrator
 //! supplies the time and does what is due.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use jiff::Timestamp;
 
@@ -21,6 +25,8 @@ pub struct Loops {
     version: u64,
     /// When the log said last that ticks of a loop are dropped.
     warned_at: BTreeMap<Name, Timestamp>,
+    /// Those whose last cycle had no subsystem in it. The log has said so.
+    empty: BTreeSet<Name>,
     random: Random,
 }
 
@@ -61,7 +67,14 @@ impl Loops {
 
     /// None yet. Jitter is drawn from `random`.
     pub fn new(random: Random) -> Self {
-        Self { entries: BTreeMap::new(), dirty: BTreeMap::new(), version: 0, warned_at: BTreeMap::new(), random }
+        Self {
+            entries: BTreeMap::new(),
+            dirty: BTreeMap::new(),
+            version: 0,
+            warned_at: BTreeMap::new(),
+            empty: BTreeSet::new(),
+            random,
+        }
     }
 
     /// The loops, by name.
@@ -141,6 +154,7 @@ impl Loops {
         self.entries.remove(name);
         self.dirty.remove(name);
         self.warned_at.remove(name);
+        self.empty.remove(name);
     }
 
     /// Lets the loops go on from `now` if the clock was set back by more than [`Self::MAX_SET_BACK`]. Returns those
@@ -228,6 +242,16 @@ impl Loops {
             self.warned_at.insert(name.clone(), now);
         }
         is_news
+    }
+
+    /// Whether the log should say now that the cycles of this loop have no subsystem in them: when the first of them is so.
+    pub fn warns_of_empty(&mut self, name: &Name, is_empty: bool) -> bool {
+        if is_empty {
+            self.entries.contains_key(name) && self.empty.insert(name.clone())
+        } else {
+            self.empty.remove(name);
+            false
+        }
     }
 
     /// What has changed since it was last written, and a mark for [`Loops::written`].

@@ -294,6 +294,28 @@ async fn a_cycle_is_planned_run_and_found_in_the_history() {
 }
 
 #[tokio::test]
+async fn a_plan_says_why_a_subsystem_will_not_be_called() {
+    let (_home, fleet, service, mut client) = house(&[]).await;
+    let cli = Cli::of(&service);
+    let mut broken = registration("broken", fleet.endpoint());
+    broken.breaker = Some(pb::BreakerPolicy { failure_threshold: 1, open_for: ms(3_600_000), disabled: false });
+    client.register(broken).await.unwrap();
+    let mut needs = registration("needs", fleet.endpoint());
+    needs.requires = vec!["broken".into()];
+    client.register(needs).await.unwrap();
+    fleet.run("broken", Run::fail(Code::Internal));
+    client.run().await.unwrap();
+    let plan = cli.run("plan").await.with(0);
+    assert!(row(&plan, "0").ends_with(&["circuit", "open"]), "{plan}");
+    assert!(plan.contains("requires broken, which can't succeed"), "{plan}");
+    cli.run("subsystems suspend broken").await.with(0);
+    let plan = cli.run("plan").await.with(0);
+    assert!(plan.contains("requires broken, which is suspended"), "{plan}");
+    let plan = cli.run("plan --subsystem needs").await.with(0);
+    assert!(plan.contains("requires broken, which is not in this cycle"), "{plan}");
+}
+
+#[tokio::test]
 async fn cycles_that_wait_are_listed_with_what_they_wait_for_and_can_be_cancelled() {
     let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
     let cli = Cli::of(&service);
@@ -509,6 +531,16 @@ async fn a_report_tells_what_the_record_says() {
     assert_eq!(row(&none, "cycles"), ["cycles", "none"]);
     let all_as_new = cli.run("report --since 1h").await.with(0);
     assert!(all_as_new.contains("no cycles to compare with") && !all_as_new.contains("new"), "{all_as_new}");
+}
+
+#[tokio::test]
+async fn a_report_says_nothing_of_success_where_nothing_was_called() {
+    let (_home, _fleet, service, mut client) = house(&[]).await;
+    client.run().await.unwrap();
+    let report = Cli::of(&service).json("report").await;
+    let cycles = &report["cycles"];
+    assert_eq!((&cycles["cycles"], &cycles["succeeded"]), (&json!(1), &json!(1)), "{report}");
+    assert_eq!((&cycles["successRate"], &cycles["p50Ms"]), (&Value::Null, &Value::Null), "{report}");
 }
 
 #[tokio::test]

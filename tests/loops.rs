@@ -208,6 +208,25 @@ async fn new_settings_take_the_place_of_old_ones_and_the_account_goes_on() {
 }
 
 #[tokio::test]
+async fn a_loop_whose_cycles_call_nothing_is_told_of_once() {
+    let mut stage = Stage::new().await;
+    start(&mut stage.client, every("idle", 10)).await.unwrap();
+    until(&mut stage.client, "idle", |entry| entry.ticks.unwrap().ran >= 3).await;
+    stage.register("a", |_| {}).await;
+    stage.fleet.until_run("a", 1).await;
+    let name = "a".to_owned();
+    stage.client.unregister_subsystem(pb::UnregisterSubsystemRequest { name }).await.unwrap();
+    let ran = get(&mut stage.client, "idle").await.ticks.unwrap().ran;
+    until(&mut stage.client, "idle", |entry| entry.ticks.unwrap().ran >= ran + 3).await;
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let log = home.log();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("the cycles of this loop call nothing")).collect();
+    assert_eq!(told.len(), 2, "once before the registration and once after it: {log}");
+    assert!(told.iter().all(|line| line.contains("WARN") && line.contains("loop=idle")), "{told:?}");
+}
+
+#[tokio::test]
 async fn overruns_are_counted_and_listed() {
     let mut stage = Stage::new().await;
     stage.register("held", |_| {}).await;

@@ -48,7 +48,7 @@ The table:
 
 A quantile is the shortest duration that so many do not exceed: definition 1 of Hyndman and Fan (1996), percentile_disc \
 of SQL. It is accurate to 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, DEGRADED and FAILED \
-ones; only SUCCEEDED is success.
+ones with a subsystem in them; only SUCCEEDED is success.
 
 With --output json, one object:
   since, until    the period

@@ -163,6 +163,14 @@ impl Shared {
         let commit = start..Instant::now();
         drop(held);
         tell(&finished);
+        if let Some(name) = finished.trigger.loop_name().filter(|_| finished.state == CycleState::Succeeded)
+            && self.state().loops.warns_of_empty(name, finished.subsystems.is_empty())
+        {
+            tracing::warn!(
+                "loop" = %name,
+                "the cycles of this loop call nothing, because no subsystem is registered; register some, or stop the loop"
+            );
+        }
         if let Trace::Collected(spans) = trace {
             self.engine.spans.ended(spans.finish(&finished, ended, commit));
         }

@@ -90,6 +90,8 @@ pub(super) struct Tally {
     failed: u64,
     cancelled: u64,
     interrupted: u64,
+    /// Cycles without a subsystem, of those that SUCCEEDED: they say nothing of success or durations.
+    empty: u64,
     durations: Durations,
     /// Number of cycles by trigger and loop; the loop is empty if no loop started them.
     started_by: BTreeMap<(pb::Trigger, String), u64>,
@@ -142,8 +144,10 @@ impl Tally {
             CycleState::Interrupted => &mut self.interrupted,
         };
         *count += 1;
+        let is_empty = cycle.state() == CycleState::Succeeded && cycle.subsystems.is_empty();
+        self.empty += u64::from(is_empty);
         // CANCELLED and INTERRUPTED cycles did not take their full time.
-        if matches!(cycle.state(), CycleState::Succeeded | CycleState::Degraded | CycleState::Failed) {
+        if matches!(cycle.state(), CycleState::Succeeded | CycleState::Degraded | CycleState::Failed) && !is_empty {
             self.durations.add(cycle.duration_ms);
         }
         let starter = (cycle.trigger(), cycle.r#loop.clone());
@@ -177,7 +181,8 @@ impl Tally {
     }
 
     fn success_rate(&self) -> Option<f64> {
-        share(self.succeeded, self.succeeded + self.degraded + self.failed)
+        let succeeded = self.succeeded - self.empty;
+        share(succeeded, succeeded + self.degraded + self.failed)
     }
 }
 
@@ -568,7 +573,14 @@ mod tests {
             prop_assert_eq!(cycles.degraded, in_state(CycleState::Degraded));
             prop_assert_eq!(cycles.interrupted, in_state(CycleState::Interrupted));
             prop_assert_eq!(cycles.started_by.iter().map(|it| it.cycles).sum::<u64>(), cycles.cycles);
-            let ended = |cycle: &&pb::CycleTelemetry| cycle.state <= CycleState::Failed as i32;
+            let has_succeeded = |cycle: &&pb::CycleTelemetry| cycle.state() == CycleState::Succeeded;
+            let ended = |cycle: &&pb::CycleTelemetry| {
+                let is_empty = has_succeeded(cycle) && cycle.subsystems.is_empty();
+                cycle.state <= CycleState::Failed as i32 && !is_empty
+            };
+            let (succeeded, all) =
+                (now.iter().filter(ended).filter(has_succeeded).count(), now.iter().filter(ended).count());
+            prop_assert_eq!(cycles.success_rate, (all > 0).then(|| succeeded as f64 / all as f64));
             let durations: Vec<_> = now.iter().filter(ended).map(|cycle| cycle.duration_ms).collect();
             prop_assert!(close(cycles.p50_ms, naive_quantile(&durations, 0.5)));
             prop_assert!(close(cycles.p99_ms, naive_quantile(&durations, 0.99)));
