@@ -11,7 +11,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ffi::OsString,
     fmt::{self, Display},
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -27,8 +27,8 @@ use crate::{
     engine::{Member, Plan},
     file,
     model::{
-        BreakerSpec, CatchUp, CycleState, Endpoint, IntervalLoop, LimitsSpec, LoopSpec, Name, OverlapPolicy, RetrySpec,
-        Subsystem, SubsystemSpec, Violations, text::clean,
+        BreakerPolicy, BreakerSpec, CatchUp, CycleState, Endpoint, IntervalLoop, LimitsSpec, LoopSpec, Name,
+        OverlapPolicy, RetryPolicy, RetrySpec, Subsystem, SubsystemSpec, Violations, text::clean,
     },
     ports::{Retention, RetentionRule},
     store::StoreUrl,
@@ -450,8 +450,15 @@ fn refuse_beyond_loopback(read: &mut Reader<'_>, key: &str, listen: SocketAddr, 
 /// The second listener would fail, and blame another process.
 fn refuse_one_address_twice(read: &mut Reader<'_>, config: &Config) {
     let listen = config.server.listen;
-    if config.admin.listen == Some(listen) && listen.port() != 0 {
-        let problem = format!("is {listen}, as is server.listen; give each an address of its own, or set it to off");
+    let Some(admin) = config.admin.listen.filter(|admin| admin.port() == listen.port() && admin.port() != 0) else {
+        return;
+    };
+    // 0.0.0.0 takes all addresses of IPv4, and [::] those of both.
+    let takes =
+        |one: IpAddr, other: IpAddr| one == other || (one.is_unspecified() && (one.is_ipv6() || other.is_ipv4()));
+    if takes(listen.ip(), admin.ip()) || takes(admin.ip(), listen.ip()) {
+        let problem =
+            format!("is {admin}, and server.listen is {listen}; give each a port of its own, or set it to off");
         read.refuse("admin.listen", problem);
     }
 }
@@ -632,17 +639,17 @@ fn subsystem_spec(read: &mut Reader<'_>) -> SubsystemSpec {
         requires: read.texts("requires"),
         after: read.texts("after"),
         reads: read.texts("reads"),
-        timeout: read.signed_duration("timeout"),
+        timeout: read.signed_duration("timeout", Subsystem::TIMEOUTS),
         retry: RetrySpec {
             max_attempts: read.number("retry.max_attempts", 0..=u32::MAX),
-            initial_backoff: read.signed_duration("retry.initial_backoff"),
-            max_backoff: read.signed_duration("retry.max_backoff"),
+            initial_backoff: read.signed_duration("retry.initial_backoff", RetryPolicy::BACKOFFS),
+            max_backoff: read.signed_duration("retry.max_backoff", RetryPolicy::BACKOFFS),
             backoff_multiplier: read.float("retry.backoff_multiplier"),
             retryable_status_codes: read.texts("retry.retryable_status_codes"),
         },
         breaker: BreakerSpec {
             failure_threshold: read.number("breaker.failure_threshold", 0..=u32::MAX),
-            open_for: read.signed_duration("breaker.open_for"),
+            open_for: read.signed_duration("breaker.open_for", BreakerPolicy::OPEN_FOR),
             disabled: read.flag("breaker.disabled").unwrap_or_default(),
         },
         critical: read.flag("critical").unwrap_or_default(),
@@ -666,15 +673,15 @@ fn loop_spec(read: &mut Reader<'_>) -> LoopSpec {
     ];
     LoopSpec {
         name: read.text("name").unwrap_or_default(),
-        interval: read.signed_duration("interval"),
-        offset: read.signed_duration("offset"),
-        jitter: read.signed_duration("jitter"),
+        interval: read.signed_duration("interval", IntervalLoop::INTERVALS),
+        offset: read.signed_duration("offset", IntervalLoop::SHIFTS),
+        jitter: read.signed_duration("jitter", IntervalLoop::SHIFTS),
         overlap_policy: read.choice("overlap_policy", &OVERLAP_POLICIES),
         catch_up: read.choice("catch_up", &[("none", CatchUp::None), ("one", CatchUp::One)]),
-        catch_up_window: read.signed_duration("catch_up_window"),
+        catch_up_window: read.signed_duration("catch_up_window", IntervalLoop::SHIFTS),
         subsystems: read.texts("subsystems"),
         parameters: read.payload("parameters"),
-        deadline: read.signed_duration("deadline"),
+        deadline: read.signed_duration("deadline", IntervalLoop::DEADLINES),
         record_outputs: read.flag("record_outputs").unwrap_or_default(),
     }
 }

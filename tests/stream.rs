@@ -222,7 +222,9 @@ async fn below_what_is_retained_and_in_the_future_is_out_of_range() {
         let metadata = [("newest_revision", newest), ("oldest_revision", oldest)];
         because(Code::OutOfRange, "REVISION_NOT_RETAINED", metadata)
     };
-    assert_eq!(reason(&stage.client.watch_after(6).await.unwrap_err()), refused("1", "5"));
+    let future = stage.client.watch_after(6).await.unwrap_err();
+    assert_eq!(reason(&future), refused("1", "5"));
+    assert!(future.message().starts_with("revision 6 is in the future: 5 is the newest. Is this another database"));
     // A start removes what is too much.
     let mut stage = stage.restarted().await;
     let pruned = async { while stage.client.status().await.unwrap().oldest_revision != 4 {} };

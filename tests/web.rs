@@ -59,6 +59,7 @@ async fn what_is_wrong_is_told() {
         ("/api/cycles/9", 404, "NOT_FOUND", "9"),
         ("/api/cycles/none", 400, "INVALID_ARGUMENT", "none"),
         ("/api/cycles?size=5", 400, "INVALID_ARGUMENT", "there is no size; give pageSize, "),
+        ("/api/cycles?states=FOO", 400, "INVALID_ARGUMENT", "give CYCLE_STATE_SUCCEEDED, "),
         ("/api/cycles?pageSize=5000", 400, "INVALID_ARGUMENT", "page_size"),
         ("/api/cycles?pageSize=5&pageSize=6", 400, "INVALID_ARGUMENT", "pageSize is given more than once"),
         (

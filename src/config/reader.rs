@@ -20,7 +20,6 @@ use crate::model::{Malformed, Name, Payload, Violations, nearest};
 
 /// The prefix of every environment variable.
 pub(super) const PREFIX: &str = "ORCHESTRATOR_";
-const A_DURATION: &str = "a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\"";
 
 /// What was written for a key, and where.
 #[derive(Debug)]
@@ -189,6 +188,8 @@ impl Problems {
 pub(super) fn parse(name: &str, text: &str) -> Result<Table, ConfigError> {
     /// In files up to so many bytes all errors are found: each takes a hundred times the room of the byte that is wrong.
     const ALL_ERRORS: usize = 64 << 10;
+    /// What the parser says of a key that is there already, at whose place it says it.
+    const DUPLICATE: &str = "duplicate key";
     let name: Arc<str> = name.into();
     let line_ends: Vec<_> = text.match_indices('\n').map(|(at, _)| at).collect();
     let origin = |at: usize| Origin::File(name.clone(), line_ends.partition_point(|end| *end < at) + 1);
@@ -204,7 +205,11 @@ pub(super) fn parse(name: &str, text: &str) -> Result<Table, ConfigError> {
     let mut problems = Problems::default();
     for error in &errors {
         let at = error.span().map_or(0, |span| span.start);
-        problems.push(Problem::new(origin(at), "", format!("is not TOML: {}{hint}", error.message())));
+        let what = match error.span().and_then(|span| text.get(span)) {
+            Some(key) if error.message() == DUPLICATE => format!("{key} is defined twice; remove one"),
+            _ => error.message().to_owned(),
+        };
+        problems.push(Problem::new(origin(at), "", format!("is not TOML: {what}{hint}")));
     }
     // What is left of a file that is no TOML is not looked into.
     problems.into_result(Table::new())
@@ -452,15 +457,13 @@ impl<'a> Reader<'a> {
         None
     }
 
-    /// A duration whose bounds are checked later.
-    pub(super) fn signed_duration(&mut self, key: &str) -> Option<SignedDuration> {
-        self.read(key, A_DURATION, |value| duration(&value).ok_or(value))
+    /// A duration whose bounds are checked later: they are only named to those who write something else.
+    pub(super) fn signed_duration(&mut self, key: &str, allowed: RangeInclusive<Duration>) -> Option<SignedDuration> {
+        self.read(key, &a_duration(&allowed), |value| duration(&value).ok_or(value))
     }
 
     pub(super) fn duration(&mut self, key: &str, allowed: RangeInclusive<Duration>) -> Option<Duration> {
-        let [low, high] = [*allowed.start(), *allowed.end()].map(short);
-        let words = format!("{A_DURATION}, from {low} to {high}");
-        self.read(key, &words, |value| {
+        self.read(key, &a_duration(&allowed), |value| {
             let duration = duration(&value).and_then(|duration| Duration::try_from(duration).ok());
             duration.filter(|duration| allowed.contains(duration)).ok_or(value)
         })
@@ -576,6 +579,11 @@ fn duration(value: &Value) -> Option<SignedDuration> {
         Value::Text(text) | Value::Word(text) => text.parse().ok(),
         _ => None,
     }
+}
+
+fn a_duration(allowed: &RangeInclusive<Duration>) -> String {
+    let [low, high] = [*allowed.start(), *allowed.end()].map(short);
+    format!("a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from {low} to {high}")
 }
 
 fn short(duration: Duration) -> String {

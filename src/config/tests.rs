@@ -228,7 +228,7 @@ timeout = "5 parsecs"
         [
             "orchestrator.toml:3: subsystem A: endpoint is \"nowhere\"; give http://host:port, https://host:port or \
              unix:/path",
-            "orchestrator.toml:4: subsystem A: timeout is 5; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\"",
+            "orchestrator.toml:4: subsystem A: timeout is 5; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from 1ms to 24h",
             "orchestrator.toml:7: subsystem A: after[1] \"not ok\" is no name: a name is 1 to 63 characters, a letter, \
              then letters, digits, '_', '-' or '.'",
             "orchestrator.toml:8: subsystem A: after[2] is 7; give a text in quotes",
@@ -243,7 +243,7 @@ timeout = "5 parsecs"
             "orchestrator.toml:27: subsystem B: limits.max_issues is 5000; allowed is 0 to 1024",
             "orchestrator.toml:29: subsystems[3]: name is missing; a name is 1 to 63 characters, a letter, then letters, \
              digits, '_', '-' or '.'",
-            "orchestrator.toml:31: subsystems[3]: timeout is \"5 parsecs\"; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\"",
+            "orchestrator.toml:31: subsystems[3]: timeout is \"5 parsecs\"; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from 1ms to 24h",
         ]
     );
 }
@@ -254,6 +254,11 @@ fn every_syntax_error_has_its_line() {
     assert!(found.iter().all(|problem| problem.contains("is not TOML: ")), "{found:#?}");
     let lines: Vec<_> = found.iter().filter_map(|problem| problem.split(':').nth(1)).collect();
     assert_eq!(lines, ["2", "3", "4"], "{found:#?}");
+    assert_eq!(
+        problems("[cycle]\n[server]\n[cycle]\n"),
+        ["orchestrator.toml:3: is not TOML: cycle is defined twice; remove one"]
+    );
+    assert_eq!(problems("a = 1\n'a' = 2\n"), ["orchestrator.toml:2: is not TOML: 'a' is defined twice; remove one"]);
 }
 
 #[test]
@@ -380,14 +385,27 @@ fn beyond_loopback_only_when_told_so() {
 
 #[test]
 fn one_address_is_not_listened_on_twice() {
+    let both = |listen: &str, admin: &str| {
+        let set = [format!("server.listen={listen}"), format!("admin.listen={admin}")];
+        load(&[&set[0], &set[1], "server.insecure_listen_beyond_loopback=true"], &[])
+    };
     assert_eq!(
-        problem(&["server.listen=127.0.0.1:7715", "admin.listen=127.0.0.1:7715"], &[]),
-        "flag --set admin.listen: admin.listen is 127.0.0.1:7715, as is server.listen; give each an address of its \
-         own, or set it to off"
+        both("127.0.0.1:7715", "127.0.0.1:7715").unwrap_err().to_string(),
+        "flag --set admin.listen: admin.listen is 127.0.0.1:7715, and server.listen is 127.0.0.1:7715; give each a port \
+         of its own, or set it to off"
     );
-    assert!(problem(&["server.listen=127.0.0.1:7780"], &[]).contains("as is server.listen"));
-    // Each gets a port of its own.
-    assert!(load(&["server.listen=127.0.0.1:0", "admin.listen=127.0.0.1:0"], &[]).is_ok());
+    assert!(problem(&["server.listen=127.0.0.1:7780"], &[]).contains("give each a port of its own"));
+    for (listen, admin, is_allowed) in [
+        ("0.0.0.0:7715", "127.0.0.1:7715", false),
+        ("[::1]:7715", "[::]:7715", false),
+        ("[::]:7715", "127.0.0.1:7715", false),
+        ("0.0.0.0:7715", "[::1]:7715", true),
+        ("127.0.0.1:7715", "127.0.0.2:7715", true),
+        // Each gets a port of its own.
+        ("127.0.0.1:0", "127.0.0.1:0", true),
+    ] {
+        assert_eq!(both(listen, admin).is_ok(), is_allowed, "{listen} and {admin}");
+    }
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! Schedules: interval loops, their ticks, and the account of them.
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::RangeInclusive, sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::{CycleId, CycleRequest, Name, Payload, Subsystem, Violations};
 
+const MS: Duration = Duration::from_millis(1);
 const YEAR: Duration = Duration::from_hours(24 * 366);
 
 /// What happens to a cycle that is triggered while another one runs. The words are Temporal's
@@ -89,6 +90,12 @@ pub struct IntervalLoop {
 }
 
 impl IntervalLoop {
+    /// What its interval may be.
+    pub const INTERVALS: RangeInclusive<Duration> = Duration::from_millis(10)..=YEAR;
+    /// What its offset, its jitter and its window for catching up may be. The first two are also below the interval.
+    pub const SHIFTS: RangeInclusive<Duration> = Duration::ZERO..=YEAR;
+    /// What the deadline of its cycles may be.
+    pub const DEADLINES: RangeInclusive<Duration> = MS..=Duration::from_hours(24);
     /// What is wrong with a loop that has no interval.
     pub const NO_INTERVAL: &str = "is missing; give the time between ticks, such as 5s";
 
@@ -97,18 +104,16 @@ impl IntervalLoop {
     /// # Errors
     /// Every field that breaks its rule, in one go.
     pub fn from_spec(spec: &LoopSpec) -> Result<Self, Violations> {
-        const MS: Duration = Duration::from_millis(1);
         let mut bad = Violations::default();
         if spec.interval.is_none() {
             bad.add("interval", IntervalLoop::NO_INTERVAL);
         }
-        let interval = bad.duration("interval", spec.interval, YEAR, Duration::from_millis(10)..=YEAR);
+        let interval = bad.duration("interval", spec.interval, YEAR, Self::INTERVALS);
         if spec.subsystems.len() > CycleRequest::MAX_SUBSET {
             bad.add("subsystems", format!("are {}; allowed are {}", spec.subsystems.len(), CycleRequest::MAX_SUBSET));
         }
         let subset = bad.names("subsystems", &spec.subsystems);
-        let deadline =
-            spec.deadline.map(|deadline| bad.duration("deadline", Some(deadline), MS, MS..=Duration::from_hours(24)));
+        let deadline = spec.deadline.map(|deadline| bad.duration("deadline", Some(deadline), MS, Self::DEADLINES));
         let this = Self {
             name: bad.name("name", &spec.name),
             interval,
@@ -120,7 +125,7 @@ impl IntervalLoop {
                 "catch_up_window",
                 spec.catch_up_window,
                 Duration::from_mins(1),
-                Duration::ZERO..=YEAR,
+                Self::SHIFTS,
             ),
             subset: (!subset.is_empty()).then(|| subset.into()),
             parameters: bad.payload("parameters", &spec.parameters, Subsystem::MAX_PARAMETERS),

@@ -123,6 +123,8 @@ impl Subsystem {
     pub const MAX_PARAMETERS: usize = 64 << 10;
     /// What a phase can be.
     pub const PHASES: RangeInclusive<i32> = -1_000_000..=1_000_000;
+    /// What its timeout may be.
+    pub const TIMEOUTS: RangeInclusive<Duration> = MS..=DAY;
     /// The most names in `requires`, `after` and `reads` together: each is an input of every call.
     pub const MAX_INPUTS: usize = 1024;
     /// The most bytes of inputs in one call. More than any reader takes by default (4 MiB), and a bound all the same.
@@ -154,7 +156,7 @@ impl Subsystem {
         let subsystem = Self {
             endpoint,
             phase: bad.number("phase", spec.phase, 0, Self::PHASES),
-            timeout: bad.duration("timeout", spec.timeout, Duration::from_secs(10), MS..=DAY),
+            timeout: bad.duration("timeout", spec.timeout, Duration::from_secs(10), Self::TIMEOUTS),
             retry: RetryPolicy::from_spec(&spec.retry, &mut bad),
             breaker: BreakerPolicy::from_spec(&spec.breaker, &mut bad),
             critical: spec.critical,
@@ -315,9 +317,12 @@ pub struct RetryPolicy {
 }
 
 impl RetryPolicy {
+    /// What backoffs may be.
+    pub const BACKOFFS: RangeInclusive<Duration> = MS..=HOUR;
+
     fn from_spec(spec: &RetrySpec, bad: &mut Violations) -> Self {
         let initial_backoff =
-            bad.duration("retry.initial_backoff", spec.initial_backoff, Duration::from_millis(100), MS..=HOUR);
+            bad.duration("retry.initial_backoff", spec.initial_backoff, Duration::from_millis(100), Self::BACKOFFS);
         let default_max = Duration::from_secs(1).max(initial_backoff);
         let mut retryable = Vec::new();
         for (i, name) in spec.retryable_status_codes.iter().enumerate() {
@@ -335,7 +340,12 @@ impl RetryPolicy {
         Self {
             max_attempts: bad.number("retry.max_attempts", spec.max_attempts, 3, 1..=10),
             initial_backoff,
-            max_backoff: bad.duration("retry.max_backoff", spec.max_backoff, default_max, initial_backoff..=HOUR),
+            max_backoff: bad.duration(
+                "retry.max_backoff",
+                spec.max_backoff,
+                default_max,
+                initial_backoff..=*Self::BACKOFFS.end(),
+            ),
             backoff_multiplier: bad.number("retry.backoff_multiplier", spec.backoff_multiplier, 2.0, 1.0..=100.0),
             retryable,
         }
@@ -367,6 +377,9 @@ impl Default for BreakerPolicy {
 }
 
 impl BreakerPolicy {
+    /// What `open_for` may be.
+    pub const OPEN_FOR: RangeInclusive<Duration> = MS..=DAY;
+
     fn from_spec(spec: &BreakerSpec, bad: &mut Violations) -> Option<Self> {
         let default = Self::default();
         let policy = Self {
@@ -376,7 +389,7 @@ impl BreakerPolicy {
                 default.failure_threshold,
                 1..=1000,
             ),
-            open_for: bad.duration("breaker.open_for", spec.open_for, default.open_for, MS..=DAY),
+            open_for: bad.duration("breaker.open_for", spec.open_for, default.open_for, Self::OPEN_FOR),
         };
         (!spec.disabled).then_some(policy)
     }

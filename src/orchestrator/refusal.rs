@@ -47,10 +47,7 @@ pub enum Refusal {
     #[error("cycle {0} is still waiting or running; wait for it with WatchCycles, or try again later")]
     CycleNotFinished(CycleId),
     /// The records that a watcher wants are not there.
-    #[error(
-        "records after revision {after} are not all there: {oldest} is the oldest revision that is, {newest} the newest; \
-         start from there, or with from_oldest"
-    )]
+    #[error("{}", not_retained(*.after, *.oldest, *.newest))]
     RevisionNotRetained {
         /// After which one records were wanted.
         after: Revision,
@@ -141,4 +138,17 @@ impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
         Self::StoreUnavailable(None, error)
     }
+}
+
+fn not_retained(after: Revision, oldest: Revision, newest: Revision) -> String {
+    if after > newest {
+        return format!(
+            "revision {after} is in the future: {newest} is the newest. Is this another database, or a restored backup? \
+             Start from {newest}, or with from_oldest"
+        );
+    }
+    format!(
+        "records after revision {after} are no longer all retained: {oldest} is the oldest revision, {newest} the newest; \
+         start from there, or with from_oldest"
+    )
 }
