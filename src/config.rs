@@ -1,8 +1,8 @@
 //! One [`Config`], from a file, the environment and flags; the later overrides the earlier.
 //!
-//! Every key has a default, so that no file at all works. Unknown keys are refused. All errors are found in one go, and
-//! each says where the value was written, what is wrong with it and what is allowed. `examples/orchestrator.toml` is
-//! the reference of all keys.
+//! Every key has a default, so that no file is needed. Unknown keys are refused. All errors are reported together, each
+//! with the place of the value, the problem and the allowed values. `examples/orchestrator.toml` is the reference of
+//! all keys.
 
 mod reader;
 mod settings;
@@ -44,25 +44,25 @@ const GIB: usize = 1 << 30;
 /// The settings of one orchestrator, valid.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// Told to every subsystem in `Initialize`. 1 to 128 characters, default `orchestrator`.
+    /// Sent to every subsystem in `Initialize`. 1 to 128 characters, default `orchestrator`.
     pub orchestrator_id: String,
-    /// How it is served.
+    /// The gRPC server.
     pub server: Server,
-    /// Where it can be looked at.
+    /// The admin address.
     pub admin: Admin,
-    /// How much memory it takes.
+    /// The memory limit.
     pub memory: Memory,
-    /// What it keeps.
+    /// The store.
     pub store: Store,
-    /// Bounds of cycles.
+    /// Limits of cycles.
     pub cycle: Cycle,
-    /// Bounds of the registry.
+    /// Limits of the registry.
     pub registry: Registry,
     /// How subsystems are dialed.
     pub dial: Dial,
-    /// What it logs.
+    /// The log.
     pub log: Log,
-    /// What it traces.
+    /// Tracing of cycles.
     pub tracing: Tracing,
     /// Declared subsystems, each name once.
     pub subsystems: Vec<Subsystem>,
@@ -70,48 +70,48 @@ pub struct Config {
     pub loops: Vec<IntervalLoop>,
 }
 
-/// How it is served.
+/// The gRPC server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
     /// Default `127.0.0.1:7700`. Port 0 takes a free one.
     pub listen: SocketAddr,
-    /// Lets `listen` be an address that others can reach, though callers can't be authenticated. Default false.
+    /// True if `listen` may be an address other than loopback, although callers are not authenticated. Default false.
     pub insecure_listen_beyond_loopback: bool,
-    /// Open connections. 1 to 1,000,000, default one for each 256 KiB of `memory.max_bytes`, and 4,096 at most: each costs a
-    /// file descriptor and some 30 KB beside that memory.
+    /// Most open connections. 1 to 1,000,000, default one for each 256 KiB of `memory.max_bytes`, at most 4,096: each
+    /// costs a file descriptor and about 30 KB in addition to that memory.
     pub max_connections: Option<usize>,
-    /// Open calls and watches of one connection. 1 to 100,000, default 256: room for a gateway that brings the watches
-    /// of many people, and still a bound on what one connection can make the server hold. Clients wait for a free
-    /// stream when they have as many.
+    /// Most open calls and watches on one connection. 1 to 100,000, default 256: enough for a gateway with the watches
+    /// of many users, and still a limit on the memory for one connection. At the limit, clients wait for a free stream.
     pub max_concurrent_streams: u32,
-    /// Open calls and watches of all connections. 1 to 1,000,000, default as for `max_connections`: each costs some 10 KB, and
-    /// further ones are refused, but for one of each connection.
+    /// Most open calls and watches on all connections. 1 to 1,000,000, default as for `max_connections`: each costs
+    /// about 10 KB. Further ones are refused, except for one on each connection.
     pub max_streams: Option<usize>,
-    /// Bytes of one request. 64 KiB to 64 MiB, default 4 MiB, as gRPC has it. Never more than half of
+    /// Most bytes of one request. 64 KiB to 64 MiB, default 4 MiB, as in gRPC. Never more than half of
     /// `max_receiving_bytes`, since a request is in memory twice while it is read.
     pub max_request_bytes: usize,
     /// Bytes of all requests together that are being received at one time. 1 MiB to 64 GiB, default 3/32 of
     /// `memory.max_bytes`, and never more than all of it. What comes on top is refused.
     pub max_receiving_bytes: Option<usize>,
-    /// Watchers at one time, over all connections. 0 to 100,000, default 2,000.
+    /// Most concurrent watchers on all connections. 0 to 100,000, default 2,000.
     pub max_watchers: usize,
-    /// How long a shutdown waits for running cycles and open calls. 0 s to 1 h, default 30 s.
+    /// Longest time that a shutdown waits for running cycles and open calls. 0 s to 1 h, default 30 s.
     pub drain_grace: Duration,
 }
 
-/// Where it can be looked at: the dashboard, JSON and metrics, over HTTP.
+/// The admin address: the dashboard, JSON and metrics, over HTTP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admin {
-    /// Default `127.0.0.1:7780`. Port 0 takes a free one. `None`, written `off`: nowhere.
+    /// Default `127.0.0.1:7780`. Port 0 takes a free one. `None`, written `off`: disabled.
     pub listen: Option<SocketAddr>,
 }
 
-/// How much memory it takes.
+/// The memory limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// Bytes of everything whose size clients and subsystems decide: requests, answers, outputs, records, registrations.
-    /// 64 MiB to 1 TiB. Each purpose has its share (`memory::Shares`); beyond it is refused. Default: 1 GiB, or half of what
-    /// the machine has or the memory group (cgroup) of the process allows, if that is less.
+    /// Most bytes of all data whose size clients and subsystems decide: requests, answers, outputs, records,
+    /// registrations. 64 MiB to 1 TiB. Each purpose has its share (`memory::Shares`), and requests over it are refused.
+    /// Default: 1 GiB, or half of the memory of the machine or the memory group (cgroup) of the process, if that is
+    /// less.
     pub max_bytes: Option<usize>,
 }
 
@@ -120,53 +120,52 @@ impl Memory {
     pub const DEFAULT_MAX_BYTES: usize = GIB;
 }
 
-/// What it keeps.
+/// The store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Store {
     /// Default `sqlite:orchestrator.db`.
     pub url: StoreUrl,
-    /// Default: the newest 100,000 cycles. At a cycle every 5 s that is five days, and with 28 subsystems some
-    /// 300 MB.
+    /// Default: the newest 100,000 cycles. At a cycle every 5 s that is five days, and with 28 subsystems about 300 MB.
     pub retention: Retention,
 }
 
-/// Bounds of cycles.
+/// Limits of cycles.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cycle {
-    /// Of a cycle whose request or loop names none. 1 ms to 24 h, default 60 s.
+    /// Deadline of a cycle whose request or loop has none. 1 ms to 24 h, default 60 s.
     pub deadline: Duration,
-    /// Subsystems that are called at one time, by all cycles together. 1 to 100,000, default 1,024.
+    /// Most concurrent calls of subsystems by all running cycles. 1 to 100,000, default 1,024.
     pub max_concurrent_calls: usize,
-    /// Cycles that wait for one with a subsystem in common. 0 to 10,000, default 64.
+    /// Most cycles that wait for another one with a subsystem in common. 0 to 10,000, default 64.
     pub max_queued: usize,
-    /// Bytes of the record of one cycle; beyond, details are left out. 64 KiB to 64 MiB, default 3 MiB, which fits the
-    /// 4 MiB that gRPC clients read by default. More than that is allowed up to 1/32 of `memory.max_bytes`, the room for
-    /// unread answers on one connection: a larger record could not be answered.
+    /// Most bytes of the record of one cycle; details are left out of a larger one. 64 KiB to 64 MiB, default 3 MiB,
+    /// below the 4 MiB that gRPC clients accept by default. More than that is allowed up to 1/32 of `memory.max_bytes`,
+    /// the room for unread answers on one connection: a larger record could not be answered.
     pub max_record_bytes: usize,
-    /// Bytes of the latest outputs of all subsystems together. 1 MiB to 64 GiB, at most `memory.max_bytes`; default 8/32 of
-    /// that. A larger one takes memory from everything else.
+    /// Bytes of the latest outputs of all subsystems together. 1 MiB to 64 GiB, at most `memory.max_bytes`; default
+    /// 8/32 of that. A larger one takes memory from everything else.
     pub max_outputs_bytes: Option<usize>,
 }
 
-/// Bounds of the registry.
+/// Limits of the registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Registry {
-    /// Subsystems. 1 to 1,000,000, default 20,000.
+    /// Most registered subsystems. 1 to 1,000,000, default 20,000.
     pub max_subsystems: usize,
-    /// Interval loops. 1 to 10,000, default 256.
+    /// Most interval loops. 1 to 10,000, default 256.
     pub max_loops: usize,
 }
 
 /// How subsystems are dialed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dial {
-    /// Certificates (PEM) that `https` endpoints are checked against, beside those of the system. Default: none.
+    /// CA certificates (PEM) for `https` endpoints, in addition to those of the system. Default: none.
     pub ca_file: Option<PathBuf>,
-    /// How long connecting may take. 1 ms to 1 h, default 5 s.
+    /// Longest time for connecting. 1 ms to 1 h, default 5 s.
     pub connect_timeout: Duration,
 }
 
-/// What it logs.
+/// The log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Log {
     /// Directives of [`EnvFilter`], valid. Default `info`.
@@ -175,7 +174,7 @@ pub struct Log {
     pub format: LogFormat,
 }
 
-/// How a log line looks.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
     /// Text on a terminal, JSON elsewhere.
@@ -186,16 +185,17 @@ pub enum LogFormat {
     Json,
 }
 
-/// What it traces: where the spans of cycles go.
+/// Export of the spans of cycles.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tracing {
-    /// A collector that takes OTLP over gRPC, `http://host:port` or `https://host:port`. Default: none, and no spans.
+    /// A collector that receives OTLP over gRPC, `http://host:port` or `https://host:port`. Default: none, and no
+    /// spans.
     pub otlp_endpoint: Option<String>,
-    /// Of cycles whose caller does not say whether its trace is kept, the part that is. 0 to 1, default 1.
+    /// Fraction of cycles that are traced, unless the caller decides. 0 to 1, default 1.
     pub sample_ratio: f64,
 }
 
-/// What the command line says about the configuration.
+/// The flags of the configuration.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct Overrides {
     /// Configuration file (TOML); without one, defaults apply
@@ -207,17 +207,17 @@ pub struct Overrides {
     /// Address of the dashboard and the metrics, such as 127.0.0.1:7780, or off [key: admin.listen]
     #[arg(long, value_name = "ADDRESS")]
     pub admin_listen: Option<String>,
-    /// Where the record is kept: sqlite:PATH or memory: [key: store.url]
+    /// The store: sqlite:PATH or memory: [key: store.url]
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,
-    /// What to log, such as info or orchestrator_core=debug [key: log.filter]
+    /// Log filter, such as info or orchestrator_core=debug [key: log.filter]
     #[arg(long, value_name = "FILTER")]
     pub log_filter: Option<String>,
-    /// How to log: text, json, or auto, which is text on a terminal and json elsewhere [key: log.format]
+    /// Log format: text, json, or auto, which is text on a terminal and json elsewhere [key: log.format]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<String>,
-    /// Allow an address that others can reach, though callers can't be authenticated: whoever reaches it can run,
-    /// change and read everything
+    /// Allow addresses other than loopback, although callers are not authenticated: anyone who can reach the address
+    /// can run, change and read everything
     #[arg(long)]
     pub insecure_listen_beyond_loopback: bool,
     /// Set any key of the configuration file, such as cycle.deadline=30s; may be repeated
@@ -225,10 +225,10 @@ pub struct Overrides {
     pub set: Vec<String>,
 }
 
-/// Where a value was written.
+/// The place of a value.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
-    /// Nowhere.
+    /// A default.
     Default,
     /// In this file, on this line; the whole file is line 0.
     File(Arc<str>, usize),
@@ -238,61 +238,61 @@ pub enum Origin {
     Flag(Arc<str>),
 }
 
-/// One thing that is wrong with a configuration.
+/// One problem of a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Where it was written.
+    /// The place of the value.
     pub origin: Origin,
-    /// The key, with the subsystem or loop that it belongs to; empty when it is about no key.
+    /// The key, with the subsystem or loop that it belongs to; empty if the problem concerns no key.
     pub key: String,
-    /// What is wrong and what is allowed.
+    /// The problem and the allowed values.
     pub problem: String,
 }
 
-/// What is wrong with a configuration, in the order of the file, the environment, the flags. One line each.
+/// The problems of a configuration, in the order of the file, the environment, the flags. One line each.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct ConfigError {
     /// At most [`ConfigError::MAX_PROBLEMS`].
     pub problems: Vec<Problem>,
-    /// Further problems, and values that were not looked at any more.
+    /// Number of further problems, and of values that were not checked any more.
     pub left_out: usize,
 }
 
-/// What becomes of a configuration that is put in place of another one while the process runs.
+/// The result of replacing the configuration of a running process.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reload {
-    /// What applies now: the new one, except for what only a restart can change.
+    /// The configuration that applies now: the new one, except for settings that need a restart.
     pub config: Config,
     /// Keys that have changed and need a restart.
     pub needs_restart: Vec<&'static str>,
-    /// What else has changed: keys, and subsystems and loops by their names.
+    /// Other changes: keys, and subsystems and loops by their names.
     pub changed: Vec<String>,
 }
 
-/// One setting of the process, other than what is declared: see [`settings`].
+/// One setting of the process, without declared subsystems and loops: see [`settings`].
 struct Setting {
     /// Such as `cycle.deadline`.
     key: &'static str,
     on_reload: OnReload,
-    /// Sets it in the configuration to what is written, if it is written and right.
+    /// Sets it in the configuration to the written value, if there is a valid one.
     read: fn(&mut Reader<'_>, &mut Config),
     differs: fn(&Config, &Config) -> bool,
     copy: fn(&Config, &mut Config),
 }
 
-/// What becomes of a setting that has changed while the process runs.
+/// How a change of a setting applies to a running process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OnReload {
-    /// It applies from then on.
+    /// The change applies at once.
     Applies,
-    /// The process goes on with the old one, and says so.
+    /// The process keeps the old value, and logs it.
     NeedsRestart,
 }
 
-/// Variables that are no settings: for the command line's other commands, and for tests.
+/// Variables that are not settings: for other commands, and for tests.
 const OTHER_VARIABLES: [&str; 4] = ["ADDRESS", "CONFIG", "OUTPUT", "TIMEOUT"];
-/// How the names of variables begin that are no settings. The latter two Kubernetes sets in every pod beside a service
-/// that is called `orchestrator`.
+/// Prefixes of variables that are not settings. Kubernetes sets the last two in every pod beside a service with the
+/// name `orchestrator`.
 const OTHER_PREFIXES: [&str; 4] = ["TEST_", "TORTURE_", "SERVICE_", "PORT_"];
 
 impl LogFormat {
@@ -300,11 +300,10 @@ impl LogFormat {
 }
 
 impl Config {
-    /// Puts the file, `environment` and the flags together. Of the environment, only `ORCHESTRATOR_…` counts.
+    /// Merges the file, `environment` and the flags. Only variables `ORCHESTRATOR_…` are read.
     ///
     /// # Errors
-    /// What is wrong, in one go, up to [`ConfigError::MAX_PROBLEMS`]; but a file that is no TOML is not looked into any
-    /// further.
+    /// All problems together, up to [`ConfigError::MAX_PROBLEMS`]; a file that is not TOML is not checked any further.
     pub fn load(
         overrides: &Overrides,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -319,7 +318,7 @@ impl Config {
         Self::read(table, variables, problems)
     }
 
-    /// Reads the text of a file, which errors call `name`. Neither the environment nor flags count.
+    /// Reads the text of a file, without the environment and flags. Errors use `name` for the file.
     ///
     /// # Errors
     /// As in [`Config::load`].
@@ -327,13 +326,13 @@ impl Config {
         Self::read(parse(name, text)?, BTreeMap::new(), Problems::default())
     }
 
-    /// It declares subsystems or loops.
+    /// True if it declares subsystems or loops.
     #[must_use]
     pub fn declares_something(&self) -> bool {
         !self.subsystems.is_empty() || !self.loops.is_empty()
     }
 
-    /// What becomes of `new` when it is to apply from now on, in a process that runs with `self`.
+    /// Applies `new` to a process that runs with `self`.
     #[must_use]
     pub fn reload(&self, mut new: Self) -> Reload {
         let (mut needs_restart, mut changed) = (Vec::new(), Vec::new());
@@ -361,7 +360,7 @@ impl Config {
         problems.into_result(config)
     }
 
-    /// Reads every key. What is refused gets its default, until the pass ends.
+    /// Reads every key. A refused value is replaced by its default for the rest of the pass.
     fn from_reader(read: &mut Reader<'_>) -> Self {
         let mut config = Self::default();
         for setting in SETTINGS {
@@ -379,7 +378,8 @@ impl Config {
         config.subsystems = entries(read, kind, subsystem_spec, Subsystem::from_spec, |it| &it.name);
         let kind = Kind { of: "loop", list: "loops", max: config.registry.max_loops };
         config.loops = entries(read, kind, loop_spec, IntervalLoop::from_spec, |it| &it.name);
-        // What was refused is left out of the list: then positions in it say nothing, and a ring can wait.
+        // Refused entries are left out of the list, so positions in it would be wrong: the order is checked only
+        // without problems.
         if read.is_content() {
             refuse_ring(read, &config.subsystems);
         }
@@ -388,7 +388,7 @@ impl Config {
 }
 
 impl Default for Config {
-    /// Every default, and nothing declared.
+    /// All defaults, without subsystems and loops.
     fn default() -> Self {
         Self {
             orchestrator_id: "orchestrator".into(),
@@ -439,8 +439,8 @@ fn refuse_beyond_loopback(read: &mut Reader<'_>, key: &str, listen: SocketAddr, 
         read.refuse(
             key,
             format!(
-                "is {listen}, which others can reach, and callers can't be authenticated yet: whoever reaches it could \
-                 {could}; give a loopback address such as 127.0.0.1:7700, or accept that with \
+                "is {listen}, which is not a loopback address, and callers can't be authenticated yet: anyone who can \
+                 reach it could {could}; give a loopback address such as 127.0.0.1:7700, or accept the risk with \
                  --insecure-listen-beyond-loopback"
             ),
         );
@@ -505,14 +505,15 @@ fn log_filter(text: &str) -> Result<String, String> {
     if text.trim().is_empty() {
         return Err(EXAMPLE.into());
     }
-    // The parser takes a word that is no level for the name of a module, so that a slip would silence everything.
+    // The parser treats a word that is not a level as the name of a module, so that a misspelt level would disable the
+    // log.
     let is_slip = |part: &&str| {
         let word = part.trim();
         let is_level = part.len() == word.len() && LEVELS.contains(&word.to_lowercase().as_str());
         word.chars().all(|c| c.is_ascii_alphabetic()) && !is_level
     };
     if let Some(word) = text.split(',').find(is_slip) {
-        return Err(format!("{word:?} is no level; {EXAMPLE}"));
+        return Err(format!("{word:?} is not a level; {EXAMPLE}"));
     }
     EnvFilter::builder().parse(text).map(|_| text.to_owned()).map_err(|error| format!("{error}; {EXAMPLE}"))
 }
@@ -521,13 +522,13 @@ fn collector(text: &str) -> Result<String, String> {
     match Endpoint::parse(text) {
         Ok(Endpoint::Http(uri) | Endpoint::Https(uri)) => Ok(uri),
         Ok(Endpoint::Unix(_)) | Err(_) => {
-            Err("give http://host:port or https://host:port, where OTLP is taken over gRPC, most often port 4317"
+            Err("give http://host:port or https://host:port of a collector for OTLP over gRPC, usually port 4317"
                 .into())
         }
     }
 }
 
-/// Which entries of a list are new, gone or different, each with its name.
+/// The added, removed and changed entries of a list, by name.
 fn changed_entries<'a, T: PartialEq>(
     kind: &str,
     old: &'a [T],
@@ -568,9 +569,10 @@ fn retention(read: &mut Reader<'_>, key: &str) -> Retention {
     Retention { default, by_state }
 }
 
-/// The order of what is declared has to be one. What was registered by RPC is not known here.
+/// Refuses circular dependencies between declared subsystems. Subsystems that were registered by RPC are not known
+/// here.
 fn refuse_ring(read: &mut Reader<'_>, subsystems: &[Subsystem]) {
-    /// A ring can be as long as the list.
+    /// Most places that are named: a ring can be as long as the list.
     const LOCATED: usize = 8;
     let members = subsystems.iter().map(|it| Member::new(Arc::new(it.clone()), false, Arc::default()));
     let Err(ring) = Plan::compile(members) else { return };
@@ -584,17 +586,17 @@ fn refuse_ring(read: &mut Reader<'_>, subsystems: &[Subsystem]) {
     read.refuse(&first, format!("can't be ordered: {ring} ({located})"));
 }
 
-/// Which entries a list has.
+/// The kind of entries of a list.
 #[derive(Clone, Copy)]
 struct Kind {
-    /// What one is called.
+    /// The name of one entry.
     of: &'static str,
-    /// The key of the list; what bounds it is `registry.max_` and this.
+    /// The key of the list; its limit is the key `registry.max_` and this.
     list: &'static str,
     max: usize,
 }
 
-/// Reads a list of tables: each becomes what was written, then what that means. A list that is too long is not looked into.
+/// Reads a list of tables: each is first read as it is written, then checked. A list over its limit is not examined.
 fn entries<S, T>(
     read: &mut Reader<'_>,
     Kind { of, list, max }: Kind,
@@ -704,7 +706,7 @@ fn read_environment(
     for (name, value) in environment {
         let Ok(name) = name.into_string() else { continue };
         let Some(rest) = name.strip_prefix(PREFIX) else { continue };
-        // Of Kubernetes as well.
+        // Also set by Kubernetes.
         let is_link = rest == "PORT" && value.to_string_lossy().contains("://");
         if is_link || OTHER_VARIABLES.contains(&rest) || OTHER_PREFIXES.iter().any(|it| rest.starts_with(it)) {
             continue;
@@ -768,22 +770,22 @@ impl Problem {
 
 impl Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        /// No key, and no name before it, is as long.
+        /// Longer than any key with its name.
         const SHOWN: usize = 200;
         let Self { origin, key, problem } = self;
         let cut = key.char_indices().nth(SHOWN).map(|(at, _)| format!("{}…", &key[..at]));
         let key = cut.as_ref().unwrap_or(key);
         let space = if key.is_empty() { "" } else { " " };
-        // Keys and values are whatever somebody has written.
+        // Keys and values can contain any characters.
         f.write_str(&clean(&format!("{origin}: {key}{space}{problem}")))
     }
 }
 
 impl ConfigError {
-    /// The most problems that are looked for: a file made by a program can have as many as it has lines.
+    /// Most problems that are reported: a generated file can have one in each line.
     pub const MAX_PROBLEMS: usize = 100;
 
-    /// Reading it ended by a defect.
+    /// Reading the configuration ended because of a defect.
     pub(crate) fn unread(defect: &dyn Display) -> Self {
         Self::of(Problem::new(Origin::Default, "", format!("the configuration can't be read: {defect}")))
     }
@@ -801,7 +803,7 @@ impl Display for ConfigError {
         }
         match self.left_out {
             0 => Ok(()),
-            left_out => write!(f, "\nand maybe {left_out} more: no more than {} are looked for", Self::MAX_PROBLEMS),
+            left_out => write!(f, "\nand possibly {left_out} more: at most {} are reported", Self::MAX_PROBLEMS),
         }
     }
 }

@@ -13,8 +13,8 @@ use rustix::fs::OFlags;
 
 pub use self::changes::Changes;
 
-/// The most that is read of a file: room for the declarations of 20,000 subsystems of 800 bytes, which is what a registry
-/// holds by default; without parameters they take some 200.
+/// The most that is read of a file: room for the declarations of 20,000 subsystems of 800 bytes, which is what a
+/// registry holds by default; without parameters they take some 200.
 pub const MAX_BYTES: u64 = 16 << 20;
 
 /// Why a file is not read. Reads well behind its name.
@@ -31,14 +31,14 @@ pub enum FileError {
     TooLarge,
 }
 
-/// Reads a regular file of at most [`MAX_BYTES`], without the mark (BOM) that some editors put before UTF-8. Blocks, for as
-/// long as its disk takes; what is no regular file is refused without waiting for it.
+/// Reads a regular file of at most [`MAX_BYTES`], without the mark (BOM) that some editors put before UTF-8. Blocks,
+/// for as long as its disk takes; what is no regular file is refused without waiting for it.
 ///
 /// # Errors
 /// It can't be read, is not a regular file, or is too large.
 pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     check(fs::metadata(path)?.file_type())?;
-    // Opening a pipe would wait for its other end, should one have come into this place in between.
+    // If a pipe has replaced the file in between, opening it would wait for its other end.
     let no_wait = OFlags::NONBLOCK.bits().cast_signed();
     let file = File::options().read(true).custom_flags(no_wait).open(path)?;
     check(file.metadata()?.file_type())?;
@@ -57,7 +57,7 @@ fn check(kind: FileType) -> Result<(), FileError> {
     irregular(kind).map_or(Ok(()), |found| Err(FileError::NotRegular(found)))
 }
 
-/// What something that is not a regular file is, such as `a directory`. Links are to be followed before.
+/// The kind of a file that is not a regular file, such as `a directory`. Follow links first.
 #[must_use]
 pub fn irregular(kind: FileType) -> Option<&'static str> {
     match kind {

@@ -1,7 +1,7 @@
 //! A control plane that runs a fleet of remote components ("subsystems") in cycles.
 //!
-//! The feature `service`, which is on by default, is the service itself with its command line. Without it, what is left is
-//! what a subsystem in Rust is made with: see [`subsystem`].
+//! The feature `service`, which is enabled by default, is the service itself with its command line. Without it, the
+//! crate is the library for subsystems in Rust: see [`subsystem`].
 
 #![cfg_attr(not(test), warn(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 #![cfg_attr(not(feature = "service"), allow(dead_code, unused_imports, reason = "the service uses the rest"))]

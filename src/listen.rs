@@ -1,5 +1,5 @@
-//! The listening side of every server here: counted connections, and for gRPC limits set on purpose, streams that can be
-//! ended one by one, and the contract described.
+//! The listening side of all servers: limited connections, and for gRPC explicit limits, streams that can be ended
+//! individually, and reflection.
 
 mod answering;
 mod connections;
@@ -22,7 +22,7 @@ pub(crate) use self::{
 };
 use crate::proto;
 
-/// Reflection, v1 and v1alpha, of a service and of the health service beside it.
+/// Reflection, v1 and v1alpha, of a service and of the health service.
 ///
 /// # Errors
 /// The descriptors of the contract can't be read.
@@ -31,7 +31,7 @@ pub(crate) fn reflection(service: &str) -> Result<Services, Error> {
         Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            // So that clients can read the details of errors.
+            // So that clients can decode the details of errors.
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
             .with_service_name(service)
             .with_service_name("grpc.health.v1.Health")
@@ -39,7 +39,7 @@ pub(crate) fn reflection(service: &str) -> Result<Services, Error> {
     Ok(Services::default().and(descriptions().build_v1()?).and(descriptions().build_v1alpha()?))
 }
 
-/// What `grpc-timeout` says: at most eight digits and a unit.
+/// Parses a `grpc-timeout`: at most eight digits and a unit.
 ///
 /// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
 pub(crate) fn timeout_of(headers: &HeaderMap) -> Option<Duration> {

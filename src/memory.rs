@@ -1,8 +1,8 @@
-//! How much memory the service gives to what others send, ask for, and don't take: one limit over everything, and under
-//! it one for each purpose.
+//! Limits the memory for data that peers send, request, or don't read: one limit over everything, and under it one
+//! limit for each purpose.
 //!
-//! Whoever keeps something of a size that a peer decides holds a [`Held`] beside it, for the bytes that are reserved
-//! rather than for those in use. A purpose whose limit is reached refuses; it never makes another one wait.
+//! Keep a [`Held`] with every value whose size a peer decides, for the reserved bytes rather than for those in use. At
+//! its limit, a purpose refuses further data; it never makes another purpose wait.
 
 use std::{
     fmt, fs,
@@ -23,41 +23,41 @@ pub struct Memory(Arc<Pool>);
 #[derive(Debug)]
 struct Pool {
     purpose: &'static str,
-    /// The limit that it was made with.
+    /// The original limit.
     share: usize,
     max: AtomicUsize,
     held: AtomicUsize,
-    /// The limit that this one stands under.
+    /// The limit above this one.
     whole: Option<Memory>,
     freed: Notify,
 }
 
-/// The purposes, each with its share of the whole: by default they add up to it, so that what one peer makes the service
-/// hold takes nothing from what others need. A share that the configuration sets larger is still bounded by the whole.
+/// The purposes, each with its share of the whole: by default the shares add up to the whole, so that one purpose takes
+/// nothing from another. A share that the configuration increases is still bounded by the whole.
 #[derive(Clone, Debug)]
 pub struct Shares {
     /// The limit over all of them.
     pub whole: Memory,
     /// Requests that clients send, while they are being received and read. 3/32.
     pub requests: Memory,
-    /// Answers and events on gRPC streams that clients have not taken yet. 4/32.
+    /// Answers and events on gRPC streams that clients have not read yet. 4/32.
     pub answers: Memory,
-    /// Answers and events on the admin address that clients have not taken yet. 2/32.
+    /// Answers and events on the admin address that clients have not read yet. 2/32.
     pub admin: Memory,
-    /// Records of the history that are at hand, read for a page or a watcher, or in answers that are not made yet, and what
-    /// watchers look for. 4/32.
+    /// Records of the history in memory: cached, read for a page or a watcher, or in answers that are not encoded yet;
+    /// and the filters of watchers. 4/32.
     pub history: Memory,
     /// The latest outputs of all subsystems. 8/32.
     pub outputs: Memory,
     /// Inputs in calls to subsystems. 4/32.
     pub inputs: Memory,
-    /// What subsystems answer, while it is being received and read, and until the cycle is recorded. 5/32.
+    /// Answers of subsystems, while they are being received and decoded, and until the cycle is recorded. 5/32.
     pub replies: Memory,
-    /// Registrations, loops, and what is remembered of each subsystem. 2/32.
+    /// Registrations, loops, and the last part of each subsystem. 2/32.
     pub registry: Memory,
 }
 
-/// Bytes held under a limit. Dropping it gives them back.
+/// Bytes held under a limit. Dropping it releases them.
 #[derive(Debug)]
 pub struct Held {
     memory: Memory,
@@ -67,7 +67,7 @@ pub struct Held {
 /// A limit is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Full {
-    /// What the memory is for.
+    /// The purpose of the memory.
     pub purpose: &'static str,
     /// The limit, in bytes.
     pub max: usize,
@@ -82,7 +82,7 @@ impl Memory {
         Self::pool("all memory", max, None)
     }
 
-    /// A limit for one purpose, under this one. The purpose reads well after "the limit of 1 MiB for".
+    /// A limit for one purpose, under this one. The purpose completes the phrase "the limit of 1 MiB for".
     #[must_use]
     pub fn part(&self, purpose: &'static str, max: usize) -> Self {
         Self::pool(purpose, max, Some(self.clone()))
@@ -93,7 +93,7 @@ impl Memory {
         Self(Arc::new(Pool { purpose, share, max, held, whole, freed: Notify::new() }))
     }
 
-    /// What the memory is for.
+    /// The purpose of the memory.
     pub fn purpose(&self) -> &'static str {
         self.0.purpose
     }
@@ -103,7 +103,7 @@ impl Memory {
         self.0.max.load(Ordering::Relaxed)
     }
 
-    /// Changes the limit; without a new one it is again the one that this was made with. What is held stays, even if it is more.
+    /// Changes the limit; `None` restores the original limit. Bytes that are already held stay, even over the limit.
     pub fn set_max(&self, max: Option<usize>) {
         self.0.max.store(max.unwrap_or(self.0.share), Ordering::Relaxed);
         self.0.freed.notify_waiters();
@@ -117,13 +117,13 @@ impl Memory {
     /// Holds `bytes`.
     ///
     /// # Errors
-    /// They don't fit under this limit, or under one that it stands under.
+    /// They don't fit under this limit, or under one above it.
     pub fn try_hold(&self, bytes: usize) -> Result<Held, Full> {
         self.add(bytes).map_err(|full| full.full(bytes))?;
         Ok(Held { memory: self.clone(), bytes })
     }
 
-    /// Holds `bytes` also where they don't fit: for what was kept before the limit was lowered, and is not to be lost.
+    /// Holds `bytes` even over the limit: for data that was kept before the limit was lowered and must not be lost.
     pub fn hold_beyond(&self, bytes: usize) -> Held {
         let pools = std::iter::successors(Some(self), |memory| memory.0.whole.as_ref());
         for memory in pools {
@@ -132,14 +132,15 @@ impl Memory {
         Held { memory: self.clone(), bytes }
     }
 
-    /// Holds `bytes` once they fit. Waits for ever if they are more than the limit: bound the wait, or the bytes.
+    /// Waits until `bytes` fit, and holds them. Waits forever if they are more than the limit: limit the wait, or the
+    /// bytes.
     pub async fn hold(&self, bytes: usize) -> Held {
         while let Err(full) = self.add(bytes) {
-            // Only of the limit that is reached is it of any use to hear: others are given back to all the time.
+            // Only a release under the reached limit helps: other limits have releases all the time.
             let freed = full.0.freed.notified();
             tokio::pin!(freed);
             freed.as_mut().enable();
-            // Once more, for what was given back in between would be missed.
+            // Tried again, since a release in between would be missed.
             match self.add(bytes) {
                 Ok(()) => break,
                 Err(still) if std::ptr::eq(still, full) => freed.await,
@@ -149,7 +150,7 @@ impl Memory {
         Held { memory: self.clone(), bytes }
     }
 
-    /// Fails with the limit that is reached, of this one and those that it stands under.
+    /// Fails with the reached limit: this one or one above it.
     fn add(&self, bytes: usize) -> Result<(), &Self> {
         let max = self.max();
         let fits = |held: usize| held.checked_add(bytes).filter(|held| *held <= max);
@@ -160,7 +161,7 @@ impl Memory {
             && let Err(full) = whole.add(bytes)
         {
             self.0.held.fetch_sub(bytes, Ordering::Relaxed);
-            // Others may have found no room for it meanwhile.
+            // The temporary reservation may have refused others meanwhile.
             self.0.freed.notify_waiters();
             return Err(full);
         }
@@ -216,8 +217,8 @@ impl Shares {
     }
 }
 
-/// Bytes of memory that this process may use at most: what the machine has, or what the memory group (cgroup, of either
-/// version) that the process runs in allows, if that is less. `None` where neither says so.
+/// Most bytes of memory that this process may use: the memory of the machine, or the limit of the process's memory
+/// group (cgroup, of either version), if that is less. `None` if neither is known.
 ///
 /// <https://docs.kernel.org/admin-guide/cgroup-v2.html>
 #[must_use]
@@ -231,8 +232,8 @@ pub fn allowed() -> Option<usize> {
     limits_of(&groups).filter_map(|path| read(&path)?.trim().parse().ok()).chain(machine).min()
 }
 
-/// The files with the limits of all groups that hold this process, by what it says of its own ones. In a container their
-/// paths may be those of the machine, of which only the root is there.
+/// The files with the limits of all groups of this process. In a container, paths may be those of the machine, of which
+/// only the root exists.
 fn limits_of(groups: &str) -> impl Iterator<Item = PathBuf> {
     groups.lines().flat_map(|line| {
         let mut fields = line.splitn(3, ':').skip(1);
@@ -258,13 +259,13 @@ impl Held {
         self.bytes
     }
 
-    /// Holds `bytes` from now on, more or fewer than before.
+    /// Changes the number of held bytes to `bytes`.
     ///
     /// # Errors
-    /// They are more than before, and don't fit. As many as before are held then.
+    /// They are more than before, and don't fit. The number is unchanged then.
     pub fn resize(&mut self, bytes: usize) -> Result<(), Full> {
         match bytes.checked_sub(self.bytes) {
-            // Where the limit was lowered, what is held already is more than it, and stays.
+            // After the limit was lowered, held bytes may be over it, and stay.
             Some(0) => {}
             Some(more) => self.memory.add(more).map_err(|full| full.full(bytes))?,
             None => self.memory.give_back(self.bytes - bytes),
@@ -273,17 +274,17 @@ impl Held {
         Ok(())
     }
 
-    /// Holds `more` bytes beside those it has.
+    /// Holds `more` bytes in addition.
     ///
     /// # Errors
-    /// They don't fit. As many as before are held then.
+    /// They don't fit. The number is unchanged then.
     pub fn grow(&mut self, more: usize) -> Result<(), Full> {
         self.resize(self.bytes.saturating_add(more))
     }
 }
 
 impl Held {
-    /// Takes so many of the bytes into a hold of their own, or all where there are fewer.
+    /// Splits off this many bytes, or all if there are fewer.
     #[must_use]
     pub fn split(&mut self, bytes: usize) -> Self {
         let bytes = bytes.min(self.bytes);
@@ -291,7 +292,7 @@ impl Held {
         Self { memory: self.memory.clone(), bytes }
     }
 
-    /// These bytes, which have their room from now on for as long as anybody keeps them, or a part of them.
+    /// Attaches the held memory to these bytes, until the last reference to any part of them is dropped.
     #[must_use]
     pub fn around(self, bytes: Bytes) -> Bytes {
         struct Owner(Bytes, #[allow(dead_code, reason = "it is held")] Held);
@@ -332,7 +333,7 @@ impl Drop for Held {
     }
 }
 
-/// A number of bytes in the largest unit that it fills.
+/// A number of bytes in the largest unit that it reaches, rounded down.
 struct Size(usize);
 
 impl fmt::Display for Size {
@@ -396,7 +397,7 @@ mod tests {
         held.resize(10).unwrap();
         held.resize(1).unwrap();
         assert_eq!((held.bytes(), memory.held()), (1, 1));
-        // A limit that was lowered refuses more, and takes nothing back.
+        // A lowered limit refuses more, but releases nothing.
         memory.set_max(Some(0));
         assert!(held.grow(1).is_err());
         held.resize(1).unwrap();

@@ -1,10 +1,10 @@
-//! The parts of the running service: tasks with a name, which are owned together, and whose end is noticed.
+//! The parts of the running service: named tasks that are owned together, and whose end is detected.
 
 use std::{any::Any, collections::HashMap, fmt::Display, future::pending};
 
 use tokio::task::{Id, JoinError, JoinSet};
 
-/// Tasks that run until they are told to stop. One that ends before that is missing from then on, and nobody would know.
+/// Tasks that run until they are stopped. The end of a task before that would otherwise go unnoticed.
 #[derive(Debug, Default)]
 pub struct Parts {
     tasks: JoinSet<Result<(), String>>,
@@ -15,14 +15,14 @@ pub struct Parts {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{part} has ended: {why}")]
 pub struct Ended {
-    /// Which one, such as "the gRPC server".
+    /// Its name, such as "the gRPC server".
     pub part: &'static str,
-    /// What it said last: its error, or what it panicked with.
+    /// The reason: its error, or the message of its panic.
     pub why: String,
 }
 
 impl Parts {
-    /// Starts a part. Its name is one to be read, such as "the gRPC server".
+    /// Starts a part. Its name is for people, such as "the gRPC server".
     pub fn start<E: Display>(
         &mut self,
         name: &'static str,
@@ -32,7 +32,7 @@ impl Parts {
         self.names.insert(task.id(), name);
     }
 
-    /// Waits until one of them ends; for ever if there is none. Nothing is lost if it is dropped.
+    /// Waits until one of them ends; forever if there are no parts. Cancel safe.
     pub async fn next_ended(&mut self) -> Ended {
         match self.tasks.join_next_with_id().await {
             Some(Ok((id, result))) => self.ended(id, result.err().unwrap_or_else(|| "it returned".to_owned())),
@@ -45,7 +45,7 @@ impl Parts {
         Ended { part: self.names.remove(&id).unwrap_or("a part"), why }
     }
 
-    /// Waits until all of them have ended, after they were told to. Those that failed in it are logged.
+    /// Waits until all of them have ended, after they were stopped. Failures are logged.
     pub async fn all_ended(&mut self) {
         while let Some(ended) = self.tasks.join_next_with_id().await {
             let (id, why) = match ended {
@@ -65,7 +65,7 @@ impl Parts {
 }
 
 impl Ended {
-    /// Of a task that was joined.
+    /// The end of a task that was joined.
     pub fn of(part: &'static str, error: JoinError) -> Self {
         Self { part, why: why(error) }
     }
@@ -78,7 +78,7 @@ fn why(error: JoinError) -> String {
     }
 }
 
-/// What a panic says; most say a text.
+/// The message of a panic, if it is a string.
 fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")

@@ -1,5 +1,5 @@
-//! The generated contract, as the core reads it: `google.protobuf.Struct` and `CycleTelemetry` fields are carried as
-//! the bytes that came (see `build.rs`). [`DESCRIPTORS`] describes the contract as it is written.
+//! The generated contract, as the core uses it: fields of type `google.protobuf.Struct` and `CycleTelemetry` are
+//! carried as received bytes (see `build.rs`). [`DESCRIPTORS`] describes the contract as it is written.
 
 #![allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated; the proto files are the reference")]
 
@@ -11,7 +11,7 @@ pub mod framing;
 #[cfg(feature = "service")]
 pub mod json;
 
-/// What subsystems implement.
+/// The contract of subsystems.
 pub mod subsystem {
     /// `dreamnet.subsystem.v1`
     pub mod v1 {
@@ -19,7 +19,7 @@ pub mod subsystem {
     }
 }
 
-/// What the orchestrator serves.
+/// The contract of the orchestrator.
 pub mod orchestrator {
     /// `dreamnet.orchestrator.v1`
     pub mod v1 {
@@ -30,21 +30,21 @@ pub mod orchestrator {
 /// An encoded `google.protobuf.FileDescriptorSet` of both packages, with imports and source info.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
-/// [`DESCRIPTORS`], read.
+/// [`DESCRIPTORS`], parsed.
 fn descriptors() -> Option<&'static prost_reflect::DescriptorPool> {
     static POOL: OnceLock<Option<prost_reflect::DescriptorPool>> = OnceLock::new();
     POOL.get_or_init(|| prost_reflect::DescriptorPool::decode(DESCRIPTORS).ok()).as_ref()
 }
 
-/// A duration as protobuf has it; `None` beyond its range.
+/// A protobuf duration; `None` if it is out of range.
 pub fn duration(duration: std::time::Duration) -> Option<prost_types::Duration> {
     let duration = jiff::SignedDuration::try_from(duration).ok()?;
     Some(prost_types::Duration { seconds: duration.as_secs(), nanos: duration.subsec_nanos() })
 }
 
-/// A time as protobuf has it.
+/// A protobuf timestamp.
 pub fn timestamp(time: jiff::Timestamp) -> prost_types::Timestamp {
-    // Protobuf counts the nanoseconds forward also before 1970, jiff away from it.
+    // Before 1970, protobuf counts nanoseconds forward, jiff backward.
     let nanos = time.as_nanosecond();
     let (seconds, nanos) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000));
     #[allow(

@@ -57,7 +57,7 @@ pub enum StartError {
     /// The file of trusted certificates can't be read.
     #[error("dial.ca_file {path} {error}", path = .0.display(), error = .1)]
     CaFile(PathBuf, FileError),
-    /// The file of trusted certificates holds none.
+    /// The file of trusted certificates contains no certificate.
     #[error("dial.ca_file {path} {error}", path = .0.display(), error = .1)]
     NoCertificate(PathBuf, NoCertificate),
     /// The store can't be opened.
@@ -66,7 +66,7 @@ pub enum StartError {
     /// What an earlier process left in the store can't be taken over.
     #[error(transparent)]
     TakeOver(#[from] StoreError),
-    /// What is declared and stored can't be run.
+    /// The declared and stored subsystems can't be run together.
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// The reflection service can't be built.
@@ -92,11 +92,11 @@ pub enum Exit {
 
 /// Why the service ends.
 enum End {
-    /// It was told to.
+    /// A signal.
     Asked,
-    /// Its orchestrator has ended.
+    /// The orchestrator has ended.
     Orchestrator(Result<(), Stopped>),
-    /// Another part of it has ended by a defect.
+    /// Another part has ended because of a defect.
     Part(Ended),
 }
 
@@ -117,13 +117,13 @@ pub struct Service {
 }
 
 impl Service {
-    /// Opens the store, takes up what is in it, and serves.
+    /// Opens the store, recovers its state, and serves.
     ///
     /// # Errors
-    /// Each names what was wrong and what to do. Nothing was changed; but what an older version of the software had
-    /// written is brought up to date.
+    /// Each names the problem and the remedy. Nothing was changed, except that a database of an older version was
+    /// migrated.
     pub async fn start(config: &Config, host: Host, transport: Arc<dyn Transport>) -> Result<Self, StartError> {
-        // The address comes first: a second process by mistake fails here, before it touches the store.
+        // The address comes first: a second process that was started by mistake fails here, before it opens the store.
         let address = config.server.listen;
         let listening = transport.listen(address).await;
         let (listener, address) = listening.map_err(|error| StartError::Listen(address, error))?;
@@ -144,7 +144,8 @@ impl Service {
         });
         let store = store::open(&config.store.url, record::check, host.clock).await?;
         let contents = store.take_over().await?;
-        tracing::info!(store = %config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store opened");
+        tracing::info!(store = %config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store \
+            opened");
         let (mut exporting, stop_exporting) = (Parts::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
@@ -157,7 +158,7 @@ impl Service {
         let services = listen::reflection(SERVICE)?;
         let clock = host.clock;
         let (settings, declared) = (settings(config), declared(config));
-        // The last that may refuse, and with it the new epoch begins: until then nothing is taken over.
+        // The last step that may fail. It begins the new epoch: until then nothing is taken over.
         let (orchestrator, tasks) =
             Orchestrator::start(settings, &memory, host, dialer, (store, contents), declared, spans).await?;
 
@@ -199,20 +200,20 @@ impl Service {
         })
     }
 
-    /// Where it listens.
+    /// The address that it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where the dashboard is.
+    /// The address of the dashboard, if it is enabled.
     pub fn admin_address(&self) -> Option<SocketAddr> {
         self.admin_address
     }
 
-    /// Applies what of another configuration can be applied while running.
+    /// Applies the settings of another configuration that don't need a restart.
     ///
     /// # Errors
-    /// Nothing was changed: its order has a ring, or the store can't be written.
+    /// Nothing was changed: it has a circular dependency, or the store can't be written.
     pub async fn reload(&mut self, config: &Config) -> Result<(), Refusal> {
         self.orchestrator.reload(settings(config), declared(config)).await?;
         self.drain_grace = config.server.drain_grace;
@@ -224,8 +225,8 @@ impl Service {
 
     /// Serves until `stop`, or until it ends by itself: another process has taken over the store, or a part of it has
     /// ended by a defect. Then it shuts down in order: nothing new is admitted, running cycles may finish within the
-    /// grace, the last state is written, watchers are told, and the connections are closed. When `stop_again` returns in
-    /// between, that is the end; within the first second it doesn't count, and is called again.
+    /// grace, the last state is written, watchers are told, and the connections are closed. When `stop_again` returns
+    /// in between, that is the end; within the first second it doesn't count, and is called again.
     pub async fn run(mut self, stop: impl Future<Output = ()>, stop_again: impl AsyncFnMut()) -> Exit {
         let end = select! {
             biased;
@@ -235,7 +236,7 @@ impl Service {
         self.shut_down(end, stop_again).await
     }
 
-    /// Waits until it ends without having been asked to.
+    /// Waits until it ends by itself.
     async fn end(&mut self) -> End {
         select! {
             biased;
@@ -283,7 +284,7 @@ impl Service {
     }
 
     async fn drain(mut self) -> Exit {
-        /// Long enough to write a record, short enough for those who wait for the process to end.
+        /// Long enough to write a record, short enough for a supervisor that waits for the process to end.
         const LAST_WRITE: Duration = Duration::from_secs(10);
         tracing::info!(grace = ?self.drain_grace, "shutting down: running cycles may finish");
         self.health.set_service_status(SERVICE, ServingStatus::NotServing).await;
@@ -292,7 +293,7 @@ impl Service {
         let finished = if let Ok(finished) = timeout(self.drain_grace, self.tasks.finished()).await {
             finished
         } else {
-            tracing::warn!("the grace has passed: cancelling running cycles");
+            tracing::warn!("the grace period has passed: cancelling running cycles");
             self.orchestrator.cancel_running();
             let not_written = || StoreError::Unavailable {
                 store: "the record".into(),
@@ -303,26 +304,26 @@ impl Service {
         self.ended(finished).await
     }
 
-    /// The orchestrator has ended; closes the connections.
+    /// Closes the connections after the orchestrator has ended.
     async fn ended(mut self, finished: Result<(), Stopped>) -> Exit {
-        /// For answers that are on their way.
+        /// Time for open answers.
         const LAST_ANSWERS: Duration = Duration::from_secs(5);
-        /// Those of the last cycles; a collector is not worth more waiting.
+        /// Time for the spans of the last cycles.
         const LAST_SPANS: Duration = Duration::from_secs(3);
-        // Whoever watches the health would keep the server until then.
+        // Watches of the health service would keep the server running.
         for service in ["", SERVICE] {
             self.health.clear_service_status(service).await;
         }
         self.stop_server.cancel();
-        // No span comes any more: the last record is written.
+        // There are no further spans: the last record is written.
         self.stop_exporting.cancel();
         let (answered, exported) =
             join!(timeout(LAST_ANSWERS, self.servers.all_ended()), timeout(LAST_SPANS, self.exporting.all_ended()),);
         if answered.is_err() {
-            tracing::warn!("not all answers were taken: those who wait for one are cut off");
+            tracing::warn!("not all answers were read in time: closing their connections");
         }
         if exported.is_err() {
-            tracing::warn!("the collector did not take the last spans in time: they are dropped");
+            tracing::warn!("the collector did not accept the last spans in time: they are dropped");
         }
         match finished {
             Ok(()) => {
@@ -334,7 +335,7 @@ impl Service {
                 Exit::Fenced
             }
             Err(Stopped::Store(error)) if error.is_final() => {
-                tracing::error!(%error, "stopped: the store takes nothing any more");
+                tracing::error!(%error, "stopped: the store accepts no more writes");
                 Exit::Failed
             }
             Err(Stopped::Store(error)) => {
@@ -349,9 +350,9 @@ impl Service {
     }
 }
 
-/// Serves until the operator says so: the first of SIGTERM and SIGINT drains, the second aborts. SIGHUP, or a change of
-/// the configuration file, reads the configuration again, and `applied` is told what applies from then on. `ready` is told
-/// once requests are answered.
+/// Serves until the operator stops it: the first SIGTERM or SIGINT drains, the second aborts. SIGHUP, or a change of
+/// the configuration file, reloads the configuration, and `applied` is called with the one that applies from then on.
+/// `ready` is called once requests are answered.
 ///
 /// # Errors
 /// The service did not start.
@@ -363,7 +364,7 @@ pub async fn serve(
     ready: impl FnOnce(&Service),
 ) -> Result<Exit, StartError> {
     if let Err(error) = raise_open_files() {
-        tracing::warn!(%error, "the limit of open files stays as it is");
+        tracing::warn!(%error, "the limit of open files is not changed");
     }
     let mut service = select! {
         biased;
@@ -395,17 +396,18 @@ pub async fn serve(
             Some(Ok(new)) => new,
             Some(Err(error)) => {
                 for problem in error.to_string().lines() {
-                    tracing::error!(%problem, "the configuration is wrong");
+                    tracing::error!(%problem, "the configuration is invalid");
                 }
-                tracing::error!("not reloaded, the old configuration goes on");
+                tracing::error!("not reloaded, the old configuration still applies");
                 continue;
             }
             None => break End::Asked,
         };
         if config.declares_something() && !new.declares_something() {
-            // A file that is being written is empty for a while, and what is forgotten can't be remembered.
+            // A file that is being written is empty for a while, and deleted outputs can't be restored.
             tracing::error!(
-                "not reloaded, the old configuration goes on: the new one declares nothing any more; restart to have it so"
+                "not reloaded, the old configuration still applies: the new one declares no subsystems or loops; \
+                 restart to apply it"
             );
             continue;
         }
@@ -422,24 +424,24 @@ pub async fn serve(
                 applied(&config);
                 tracing::info!(changed = listed(&changed), "reloaded");
                 if !needs_restart.is_empty() {
-                    tracing::warn!(keys = needs_restart.join(", "), "changed, and applied only by a restart");
+                    tracing::warn!(keys = needs_restart.join(", "), "changed settings that need a restart");
                 }
             }
-            Err(refusal) => tracing::error!(%refusal, "not reloaded, the old configuration goes on"),
+            Err(refusal) => tracing::error!(%refusal, "not reloaded, the old configuration still applies"),
         }
     };
     Ok(service.shut_down(end, async || operator.stop().await).await)
 }
 
-/// Raises the soft limit of open files to the hard one: each connection and each endpoint takes one.
+/// Raises the soft limit of open files to the hard limit: each connection and each endpoint needs one.
 fn raise_open_files() -> io::Result<()> {
     let maximum = getrlimit(Resource::Nofile).maximum;
     Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }
 
-/// What has changed, in one line of the log.
+/// The changes, in one line of the log.
 fn listed(changed: &[String]) -> String {
-    /// More are counted.
+    /// Most changes that are named; further ones are counted.
     const NAMED: usize = 20;
     let named = changed[..changed.len().min(NAMED)].join(", ");
     match changed.len().saturating_sub(NAMED) {
@@ -449,54 +451,54 @@ fn listed(changed: &[String]) -> String {
     }
 }
 
-/// A part that ends without an error when it is told to.
+/// A part that ends without an error when it is stopped.
 async fn told(part: impl Future<Output = ()>) -> Result<(), Infallible> {
     part.await;
     Ok(())
 }
 
-/// Reads a file off the tasks that others need: its disk can take its time.
+/// Reads a file on a blocking thread: its disk can be slow.
 async fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     let path = path.to_owned();
     let read = tokio::task::spawn_blocking(move || file::read(&path)).await;
     read.unwrap_or_else(|defect| Err(FileError::Unreadable(io::Error::other(defect))))
 }
 
-/// How much memory there is for what.
+/// The memory limit and its shares.
 fn shares(config: &Config) -> Shares {
     const DEFAULT: usize = config::Memory::DEFAULT_MAX_BYTES;
-    /// The smallest that can be configured.
+    /// The smallest configurable limit.
     const LEAST: usize = 64 << 20;
     let (max_bytes, because) = match (config.memory.max_bytes, memory::allowed()) {
-        (Some(max_bytes), _) => (max_bytes, "as memory.max_bytes says"),
+        (Some(max_bytes), _) => (max_bytes, "memory.max_bytes"),
         (None, Some(allowed)) if allowed / 2 < DEFAULT => {
-            ((allowed / 2).max(LEAST), "half of what the machine has, or its memory group allows")
+            ((allowed / 2).max(LEAST), "half of the memory of the machine or its memory group")
         }
         (None, _) => (DEFAULT, "by default"),
     };
-    tracing::info!(max_bytes, because, "memory for what clients and subsystems decide");
+    tracing::info!(max_bytes, because, "memory for data of clients and subsystems");
     let shares = Shares::of(max_bytes);
     shares.requests.set_max(config.server.max_receiving_bytes);
     shares
 }
 
-/// How many connections and streams there may be by default: where memory is small, what they cost by being there would
-/// be more than all that they are given.
+/// Default limit of connections and streams: with little memory, 4,096 idle ones would cost more than the memory for
+/// their data.
 fn places_in(memory: &Shares) -> usize {
     const MOST: usize = 4096;
     const FOR_EACH: usize = 256 << 10;
     (memory.whole.max() / FOR_EACH).clamp(1, MOST)
 }
 
-/// What each client gets, and all of them together.
+/// Limits of each client, and of all clients together.
 fn limits(server: &config::Server, memory: &Shares) -> Limits {
     Limits {
         max_concurrent_streams: server.max_concurrent_streams,
         max_streams: server.max_streams.unwrap_or(places_in(memory)),
         // A request is in memory twice while it is read. A larger one would never have room.
         max_request_bytes: server.max_request_bytes.min(memory.requests.max().min(memory.whole.max()) / 2),
-        // Requests are small, so this bounds memory and slows nothing. The library takes a client for a flood when half of
-        // the second is used up by small frames, of which each stream may send one.
+        // Requests are small, so this limits memory without a loss of speed. The library treats a client as a flood
+        // when small frames use up half of the second window, and each stream may send one.
         windows: (64 << 10, server.max_concurrent_streams.saturating_mul(512).clamp(128 << 10, 16 << 20)),
         requests: memory.requests.clone(),
         answers: memory.answers.clone(),
@@ -504,7 +506,7 @@ fn limits(server: &config::Server, memory: &Shares) -> Limits {
     }
 }
 
-/// What of a configuration the orchestrator itself is set to.
+/// The settings of the orchestrator itself.
 pub fn settings(config: &Config) -> Settings {
     Settings {
         orchestrator_id: config.orchestrator_id.as_str().into(),

@@ -1,7 +1,7 @@
-//! Serves subsystems written in Rust: implement [`Subsystem`], give it a name, listen.
+//! Serves subsystems written in Rust: implement [`Subsystem`], give it a name, and listen.
 //!
-//! A package with a subsystem depends on this crate without the feature `service`. That is the orchestrator itself, with a
-//! database, a web server and a terminal, which a subsystem need not compile:
+//! A package with a subsystem depends on this crate without the feature `service`, which is the orchestrator itself
+//! with a database, a web server and a terminal library:
 //!
 //! ```toml
 //! [dependencies]
@@ -13,7 +13,7 @@
 //!
 //! use orchestrator_core::subsystem::{Answer, Cycle, Failure, Input, Object, Server, Severity, Subsystem};
 //!
-//! /// Averages what its inputs call `value`, over as many values as its parameter `window` says.
+//! /// Averages the `value` of its inputs, over the latest `window` values (a parameter).
 //! #[derive(Default)]
 //! struct Average {
 //!     values: Mutex<VecDeque<f64>>,
@@ -72,19 +72,19 @@
 //! }
 //! ```
 //!
-//! A function will do where there is no state: `.subsystem("Pulse", |cycle: Cycle| async move { … })`. A whole process,
-//! which also registers itself, is in `examples/rust`.
+//! A function is enough for a subsystem without state: `.subsystem("Pulse", |cycle: Cycle| async move { … })`.
+//! `examples/rust` is a complete process, which also registers itself.
 //!
-//! What the contract asks of a subsystem and the [`Server`] sees to:
+//! The [`Server`] implements these rules of the contract:
 //!
-//! * Work is done once. A repeated call of (`cycle_id`, `subsystem`) gets the first answer, and waits for it where the
-//!   work still runs. A [`Failure`] is no answer: who asks again after one wants it tried again.
-//! * One thing at a time: `initialize` and `run_cycle` of one subsystem never overlap. Different subsystems do.
-//! * Work stops, at its next `await`, when nobody can want it any more: its deadline has passed, all its callers have
-//!   cancelled, or a later cycle or epoch calls. It goes on when a connection broke, because then the orchestrator
-//!   calls again, and half of the work followed by the whole of it would not be doing it once.
-//! * An epoch older than one seen is ABORTED; a name that is not served is NOT_FOUND; a panic is INTERNAL, of that call
-//!   alone.
+//! * Work is done once. A repeated call of (`cycle_id`, `subsystem`) gets the first answer, and waits for it while the
+//!   work still runs. A [`Failure`] is not an answer: a call after it does the work again.
+//! * `initialize` and `run_cycle` of one subsystem never overlap; those of different subsystems may.
+//! * Work stops at its next `await` when its result can no longer be used: its deadline has passed, all its callers
+//!   have cancelled, or a later cycle or epoch calls. It continues after a broken connection, because the orchestrator
+//!   then calls again, and work that was stopped halfway would be done more than once.
+//! * A lower epoch than one already seen gets ABORTED; a name that is not served gets NOT_FOUND; a panic fails only its
+//!   own call, with INTERNAL.
 
 mod calls;
 mod server;
@@ -98,20 +98,20 @@ use tokio::time::Instant;
 pub use self::server::{ListenError, Server, Serving};
 pub use crate::model::{Code, Issue, Severity};
 
-/// A JSON object, as which a `google.protobuf.Struct` is read and written.
+/// A JSON object, the form of a `google.protobuf.Struct` in this library.
 pub type Object = Map<String, Value>;
 
-/// What a subsystem does. Its methods take `&self`: state that changes goes behind a lock.
+/// The implementation of a subsystem. Its methods take `&self`: put mutable state behind a lock.
 pub trait Subsystem: Send + Sync + 'static {
     /// `RunCycle` is answered FAILED_PRECONDITION until [`Subsystem::initialize`] has succeeded in this process; the
     /// orchestrator then initializes.
     const NEEDS_INITIALIZE: bool = false;
 
-    /// Makes it ready, with the parameters of its registration. Idempotent: called at the first cycle of each epoch
-    /// and when the registration has changed; the last call counts.
+    /// Initializes it with the parameters of its registration. Idempotent: called before the first cycle of each epoch
+    /// and after the registration has changed; the last call counts.
     ///
     /// # Errors
-    /// It is not ready: its failure in the cycle that called.
+    /// It is not ready, and fails in the cycle that called.
     fn initialize(&self, parameters: Object) -> impl Future<Output = Result<(), Failure>> + Send {
         let _ = parameters;
         async { Ok(()) }
@@ -120,11 +120,11 @@ pub trait Subsystem: Send + Sync + 'static {
     /// Does its share of one cycle.
     ///
     /// # Errors
-    /// It failed in this cycle. [`Code::Unavailable`] says that nothing was done and that it may be called again.
+    /// It failed in this cycle. [`Code::Unavailable`] means that nothing was done and that the call can be retried.
     fn run_cycle(&self, cycle: Cycle) -> impl Future<Output = Result<Answer, Failure>> + Send;
 
-    /// A snapshot of its state for people, free of side effects. Called at any time, also while a cycle runs. `None`
-    /// says that there is none.
+    /// A snapshot of its state for people, free of side effects. Called at any time, even while a cycle runs. `None`
+    /// means that it has no status.
     fn get_status(&self) -> impl Future<Output = Option<Object>> + Send {
         async { None }
     }
@@ -140,24 +140,24 @@ where
     }
 }
 
-/// One cycle, as a subsystem is called for it.
+/// The call of a subsystem in one cycle.
 #[derive(Clone, Debug)]
 pub struct Cycle {
-    /// The name that is called.
+    /// The name of the called subsystem.
     pub subsystem: String,
-    /// The cycle's number: strictly increasing.
+    /// The id of the cycle: strictly increasing.
     pub cycle_id: u64,
-    /// The term of the orchestrator that calls.
+    /// The term of the calling orchestrator.
     pub epoch: u64,
-    /// Which call of this cycle the work is done for: more than 1 when the earlier ones have failed.
+    /// The number of this call in its cycle: more than 1 if earlier ones have failed.
     pub attempt: u32,
-    /// When the cycle was due: "now" for work that must be repeatable. `None` when the caller did not say.
+    /// When the cycle was due: "now" for work that must be repeatable. `None` if the caller did not set it.
     pub scheduled_at: Option<Timestamp>,
-    /// When the work is stopped. `None` when the caller waits without end.
+    /// When the work is stopped. `None` if the call has no deadline.
     pub deadline: Option<Instant>,
-    /// Those of the registration, overlaid by those of the cycle.
+    /// The parameters of the registration, merged with those of the cycle, which take precedence.
     pub parameters: Object,
-    /// What the subsystems that the registration names in `requires`, `after` and `reads` have returned.
+    /// The outputs of the subsystems in `requires`, `after` and `reads` of the registration.
     pub inputs: BTreeMap<String, Input>,
 }
 
@@ -166,14 +166,14 @@ pub struct Cycle {
 pub enum Input {
     /// Made in this cycle.
     Fresh(Object),
-    /// Made by another cycle.
+    /// Made in another cycle.
     Stale {
-        /// What was returned.
+        /// The output.
         output: Object,
         /// The cycle that made it.
         cycle_id: u64,
     },
-    /// Never made, or nobody registered that name.
+    /// No output exists: it was never made, or the name is not registered.
     Absent,
 }
 
@@ -201,17 +201,17 @@ impl Answer {
         Self { output, ..Self::default() }
     }
 
-    /// Puts a value into the output, which the others may read.
+    /// Sets a field of the output for other subsystems.
     pub fn output(&mut self, key: impl Into<String>, value: impl Into<Value>) {
         self.output.insert(key.into(), value.into());
     }
 
-    /// Adds a number worth following over time.
+    /// Adds a number to follow over time.
     pub fn metric(&mut self, name: impl Into<String>, value: f64) {
         self.metrics.insert(name.into(), value);
     }
 
-    /// Tells of something that went wrong without failing. `code` is a short constant that machines can group by.
+    /// Reports a problem or information without failing. `code` is a short constant for grouping by programs.
     pub fn issue(&mut self, severity: Severity, code: impl Into<String>, message: impl Into<String>) {
         self.issues.push(Issue { severity, code: code.into(), message: message.into() });
     }
@@ -225,7 +225,7 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A failure with a code that says something to the orchestrator.
+    /// A failure with a code that has a meaning for the orchestrator.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }

@@ -1,5 +1,4 @@
-//! What the process says about itself: log lines on stderr, metrics to whoever scrapes them, and spans to a collector
-//! ([`otlp`]).
+//! Telemetry of the process: log lines on stderr, metrics for Prometheus, and spans for a collector ([`otlp`]).
 
 pub mod metrics;
 pub mod otlp;
@@ -32,13 +31,13 @@ use crate::{
 /// Why logging can't be set up or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The filter makes no sense.
+    /// The filter is invalid.
     #[error("the log filter can't be read: {0}")]
     Filter(#[from] ParseError),
-    /// Something else logs already.
+    /// Another logger is already set up.
     #[error("logging is set up already: {0}")]
     SetUpAlready(#[from] SetGlobalDefaultError),
-    /// There is no room for the thread that writes it.
+    /// The thread that writes it can't be started.
     #[error("can't start the thread that writes the log: {0}")]
     Thread(#[from] io::Error),
     /// It is no longer in use.
@@ -54,7 +53,7 @@ impl LogFilter {
     /// Replaces the filter.
     ///
     /// # Errors
-    /// The filter can't be read, and the old one still applies.
+    /// The filter is invalid; the old one still applies.
     pub fn set(&self, filter: &str) -> Result<(), LogError> {
         Ok(self.0.reload(parse(filter)?)?)
     }
@@ -63,7 +62,7 @@ impl LogFilter {
 /// The log of this process. Dropping it waits a moment for the last lines to be written.
 #[derive(Debug)]
 pub struct ProcessLog {
-    /// What is logged.
+    /// The filter.
     pub filter: LogFilter,
     writer: Writer,
 }
@@ -74,11 +73,11 @@ impl Drop for ProcessLog {
     }
 }
 
-/// Sends the log of the whole process to stderr, panics included, each of which is one line. Nobody who logs waits for
-/// whoever reads it: lines beyond 1 MiB that wait are dropped, counted, and told of. Once in a process.
+/// Sends the log of the whole process to stderr, including panics, each as one line. Logging never waits for the
+/// reader: lines beyond 1 MiB in the queue are dropped, counted, and reported. Call it once in a process.
 ///
 /// # Errors
-/// The filter can't be read, the thread that writes can't be started, or logging has been set up before.
+/// The filter is invalid, the writing thread can't be started, or logging is already set up.
 pub fn init(log: &Log) -> Result<ProcessLog, LogError> {
     let is_terminal = io::stderr().is_terminal();
     let format = match log.format {
@@ -95,7 +94,7 @@ pub fn init(log: &Log) -> Result<ProcessLog, LogError> {
     Ok(ProcessLog { filter, writer })
 }
 
-/// How many lines of the log were dropped since this process started.
+/// Number of lines of the log that were dropped since this process started.
 pub fn dropped_lines() -> u64 {
     writer::dropped()
 }
@@ -120,7 +119,7 @@ where
     let (filter, handle) = reload::Layer::new(parse(filter)?);
     let filtered = tracing_subscriber::registry().with(filter);
     let writer = Printable { inner: writer, as_json, colour: colour && !as_json };
-    // What it could say of its own troubles it would write to stderr, and wait for that.
+    // Its own errors would be written to stderr synchronously.
     let lines = fmt::layer().log_internal_errors(false).with_writer(writer);
     let subscriber: Box<dyn Subscriber + Send + Sync> = if as_json {
         Box::new(filtered.with(lines.json().flatten_event(true)))
@@ -131,7 +130,7 @@ where
     Ok((subscriber, LogFilter(handle)))
 }
 
-/// Writes one field of a text line. What it holds may come from others: the only commands to the terminal are our own.
+/// Writes one field of a text line. Its value may come from outside, so its control characters are escaped.
 fn write_field(line: &mut format::Writer<'_>, field: &Field, value: &dyn Debug) -> std::fmt::Result {
     let value = format!("{value:?}");
     let value = text::escape_text(&value, text::is_unprintable);
@@ -143,7 +142,7 @@ fn write_field(line: &mut format::Writer<'_>, field: &Field, value: &dyn Debug) 
 }
 
 fn parse(filter: &str) -> Result<EnvFilter, ParseError> {
-    /// The HTTP/2 library warns of each connection alone of a flood, which `listen` sums up. Who wants it names it.
+    /// The HTTP/2 library warns for each connection of a flood, which `listen` summarizes. It is enabled only by name.
     const QUIET: &str = "h2=off";
     EnvFilter::builder().parse(format!("{QUIET},{filter}"))
 }

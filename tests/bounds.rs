@@ -236,7 +236,7 @@ async fn a_plan_that_is_larger_than_an_answer_has_pages() {
     let said = Command::new(env!("CARGO_BIN_EXE_orchestrator")).args(command).output().await.unwrap();
     let said = String::from_utf8(said.stderr).unwrap();
     assert!(said.contains("ANSWER_TOO_LARGE") && !said.contains("PlanCycle"), "{said}");
-    assert!(said.ends_with(&format!("read page by page: orchestrator plan --address {address}\n")), "{said}");
+    assert!(said.ends_with(&format!("page by page: orchestrator plan --address {address}\n")), "{said}");
     let request = pb::PlanCycleRequest { page_token: "x".into(), ..Default::default() };
     assert_eq!(reason(&stage.client.plan_cycle(request).await.unwrap_err()), invalid(["page_token"]));
 }
@@ -282,7 +282,7 @@ async fn an_output_and_a_snapshot_that_are_too_large_together_are_answered_one_b
         assert!((MIB..MAX_ANSWER).contains(&one.await.unwrap()));
     }
     for (name, both, told) in
-        [("a", of("a", true, true), "one by one"), ("b", of("b", true, false), "max_output_bytes")]
+        [("a", of("a", true, true), "separately"), ("b", of("b", true, false), "max_output_bytes")]
     {
         let refused = both.await.unwrap_err();
         assert_eq!(reason(&refused), because(Code::ResourceExhausted, "ANSWER_TOO_LARGE", [("subsystem", name)]));

@@ -459,7 +459,7 @@ async fn a_server_that_speaks_no_grpc_is_told() {
     let output = conformance(&[&endpoint, "--subsystem", NAMES[0]]).await;
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(4), "{text}");
-    assert!(text.contains(&format!("can't reach a subsystem at {endpoint}: it speaks HTTP/1 and no gRPC")), "{text}");
+    assert!(text.contains(&format!("can't reach a subsystem at {endpoint}: it speaks HTTP/1, not gRPC")), "{text}");
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! Subsystems that send what no gRPC library would, and what answers in their place: proxies, other servers, nobody. Each
-//! costs no more than its own part of the cycle.
+//! Subsystems that send what no gRPC library would, and what answers in their place: proxies, other servers, nobody.
+//! Each costs no more than its own part of the cycle.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -274,7 +274,7 @@ async fn an_error_text_of_any_size_costs_its_sender_alone() {
     // What fits is kept, and of what does not it is said why.
     assert_eq!(ended(&cycle, "says_120000"), (FAILED, "ABORTED", &*"e".repeat(1 << 10), 1));
     for name in ["says_170000", "says_1000000"] {
-        let too_long = "its headers or its error text are over 131072 bytes";
+        let too_long = "its headers or its error message are over 131072 bytes";
         assert_eq!(ended(&cycle, name), (FAILED, "RESOURCE_EXHAUSTED", too_long, 1));
     }
 }
@@ -297,7 +297,7 @@ async fn who_breaks_http2_again_and_again_breaks_a_connection_of_its_own() {
         let cycle = stage.client.run().await.unwrap();
         let (how, code, message, _) = ended(&cycle, "broken");
         assert_eq!((how, code), (FAILED, "INTERNAL"), "{message}");
-        assert!(message.starts_with("its answer breaks HTTP/2"), "{message}");
+        assert!(message.starts_with("its answer violates HTTP/2"), "{message}");
         assert_eq!(ended(&cycle, "neighbour"), (SUCCEEDED, "", "", 1));
     }
     assert_eq!(server.connections.load(Ordering::Relaxed), 2);
@@ -389,7 +389,7 @@ async fn who_floods_in_its_call_fails_alone() {
     }
     for _ in 0..2 {
         let cycle = stage.client.run().await.unwrap();
-        let flood = "Initialize: it has sent more than 4194304 bytes beside its answers while no call began or ended";
+        let flood = "Initialize: it sent more than 4194304 bytes besides its answers while no call began or ended";
         assert_eq!(ended(&cycle, "hints"), (FAILED, "RESOURCE_EXHAUSTED", flood, 0));
         assert_eq!(ended(&cycle, "neighbour"), (SUCCEEDED, "", "", 1));
         assert_eq!(ended(&cycle, "pings"), (FAILED, "UNAVAILABLE", flood, 0));
@@ -460,7 +460,7 @@ async fn what_is_announced_takes_nothing_and_over_the_limit_is_refused_at_once()
     let (before, _) = stage.service.memory();
     let cycle = stage.client.run().await.unwrap();
     let (_, most) = stage.service.memory();
-    let too_large = "its answer is 4194305 bytes; allowed are 4194304 of one message";
+    let too_large = "its answer is 4194305 bytes; the limit is 4194304 bytes";
     assert_eq!(ended(&cycle, "over"), (FAILED, "RESOURCE_EXHAUSTED", too_large, 1));
     assert_eq!(ended(&cycle, "hangs-0").0, SubsystemState::TimedOut);
     // 800 MiB are announced.
@@ -491,7 +491,7 @@ async fn answers_for_which_there_is_no_memory_are_refused_and_all_others_are_tak
     assert!(!refused.is_empty());
     for part in refused {
         assert_eq!(part.error_code, "RESOURCE_EXHAUSTED");
-        assert!(part.error_message.starts_with("there is no room for its answer: the limit of"), "{part:?}");
+        assert!(part.error_message.starts_with("no memory for its answer: the limit of"), "{part:?}");
     }
 }
 
@@ -562,9 +562,8 @@ async fn what_proxies_and_restarts_say_is_told_as_grpc_has_it() {
     }))
     .await;
     let mut stage = Stage::new().await;
-    let proxy =
-        |status: &str| format!("no gRPC server has answered, but HTTP {status} with content of type \"text/html\"");
-    let reset = |reason: &str| format!("it has reset the stream of the call: {reason}");
+    let proxy = |status: &str| format!("the answer is not gRPC, but HTTP {status} with content of type \"text/html\"");
+    let reset = |reason: &str| format!("it reset the stream of the call: {reason}");
     let cases = [
         ("http_400", "INTERNAL", proxy("400 Bad Request")),
         ("http_401", "UNAUTHENTICATED", proxy("401 Unauthorized")),
@@ -581,11 +580,11 @@ async fn what_proxies_and_restarts_say_is_told_as_grpc_has_it() {
         ("reset_cancelled", "CANCELLED", reset("stream no longer needed")),
         ("reset_internal", "INTERNAL", reset("unexpected internal error encountered")),
         ("reset_calm", "RESOURCE_EXHAUSTED", reset("detected excessive load generating behavior")),
-        ("two", "INTERNAL", "it answers with more than one message, where the method has one".into()),
-        ("none", "INTERNAL", "it answers OK without a message".into()),
-        ("compressed", "INTERNAL", "its message is compressed, though no compression was offered".into()),
-        ("no_status", "UNKNOWN", "it has ended its answer without a grpc-status".into()),
-        ("no_number", "UNKNOWN", "its grpc-status \"abc\" is no status code of gRPC: why".into()),
+        ("two", "INTERNAL", "its answer has more than one message".into()),
+        ("none", "INTERNAL", "its answer is OK but has no message".into()),
+        ("compressed", "INTERNAL", "its message is compressed, although no compression was offered".into()),
+        ("no_status", "UNKNOWN", "its answer ended without a grpc-status".into()),
+        ("no_number", "UNKNOWN", "its grpc-status \"abc\" is not a gRPC status code: why".into()),
     ];
     for (name, ..) in &cases {
         register(&mut stage, name, &server.endpoint, 2).await;
@@ -710,11 +709,11 @@ async fn who_speaks_something_else_is_named() {
     let (alert, _alert) = says(b"\x15\x03\x01\x00\x02\x02\x46").await;
     let (mute, _mute) = says(b"").await;
     let cases = [
-        ("http1", format!("http://{http1}"), "it speaks HTTP/1 and no gRPC (\"HTTP/1.1 400 Bad Request\")"),
+        ("http1", format!("http://{http1}"), "it speaks HTTP/1, not gRPC (\"HTTP/1.1 400 Bad Request\")"),
         ("ssh", format!("http://{ssh}"), "it speaks SSH (\"SSH-2.0-OpenSSH_9.2p1\"); give the port of a gRPC server"),
         ("alert", format!("http://{alert}"), "it speaks TLS, so give https://"),
         ("tls", tls.endpoint().replace("https", "http"), "https://"),
-        ("mute", format!("http://{mute}"), "it has closed the connection without a word of HTTP/2"),
+        ("mute", format!("http://{mute}"), "it closed the connection before any HTTP/2"),
         ("plain", stage.fleet.endpoint().replace("http", "https"), "it does not speak TLS, so give http://"),
     ];
     for (name, endpoint, _) in &cases {
@@ -740,7 +739,7 @@ async fn who_takes_a_connection_and_says_nothing_costs_the_connect_timeout() {
         register(&mut stage, name, &format!("{scheme}://{mute}"), 1).await;
     }
     let cycle = stage.client.run().await.unwrap();
-    let silent = "Initialize: it has taken the connection and said nothing within 300ms";
+    let silent = "Initialize: it accepted the connection and sent nothing within 300ms";
     assert_eq!(ended(&cycle, "plain"), (FAILED, "UNAVAILABLE", silent, 0));
     assert_eq!(ended(&cycle, "tls"), (FAILED, "UNAVAILABLE", "Initialize: no TLS handshake within 300ms", 0));
 }
@@ -834,8 +833,8 @@ async fn no_more_calls_are_made_at_one_time_than_the_peer_takes_and_all_come_to_
     assert_eq!(order.lock().unwrap().len(), SUBSYSTEMS);
 }
 
-/// On a clock that moves when everything waits, a call takes three hours. Servers of grpcio and grpc-go count pings, and end
-/// the connection of whoever sends more than a few.
+/// On a clock that moves when everything waits, a call takes three hours. Servers of grpcio and grpc-go count pings,
+/// and end the connection of whoever sends more than a few.
 #[tokio::test(start_paused = true)]
 async fn a_call_of_hours_is_waited_for_without_pings() {
     let (address, _server) = other_server(|mut socket| async move {

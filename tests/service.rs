@@ -175,7 +175,7 @@ async fn run_binary(args: &[&str]) -> (Option<i32>, String) {
 async fn it_listens_on_loopback_unless_told_what_that_risks() {
     let (code, said) = run_binary(&["serve", "--listen", "0.0.0.0:0", "--store", "memory:"]).await;
     assert_eq!(code, Some(2), "{said}");
-    assert!(said.contains("--listen: server.listen is 0.0.0.0:0, which others can reach"), "{said}");
+    assert!(said.contains("--listen: server.listen is 0.0.0.0:0, which is not a loopback address"), "{said}");
     assert!(said.contains("--insecure-listen-beyond-loopback"), "{said}");
     let (code, said) = run_binary(&["serve", "--listen", "nowhere", "--store", "memory:"]).await;
     assert_eq!(code, Some(2), "{said}");
@@ -521,7 +521,7 @@ async fn a_bad_reload_changes_nothing() {
     let mut stage = Stage::at(Home::new().with_config(LOOP)).await;
     stage.register("by_rpc", |it| it.after = vec!["declared".into()]).await;
     let path = stage.home.path("orchestrator.toml");
-    let refused = "not reloaded, the old configuration goes on";
+    let refused = "not reloaded, the old configuration still applies";
     let bad = [
         "[cycle]\ndeadline = \"never\"\n".to_owned(),
         // A ring with what was registered by RPC.

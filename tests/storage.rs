@@ -217,7 +217,7 @@ async fn what_no_further_try_can_write_ends_the_service() {
         assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
         assert!(refused.message().contains(expected), "{refused:?}");
         assert_eq!(stage.service.ended().await.code(), Some(1), "{}", stage.home.log());
-        assert!(stage.home.log().contains("stopped: the store takes nothing any more"), "{}", stage.home.log());
+        assert!(stage.home.log().contains("stopped: the store accepts no more writes"), "{}", stage.home.log());
     }
 }
 

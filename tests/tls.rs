@@ -74,7 +74,7 @@ async fn certificates_that_are_none_keep_it_from_starting() {
     for none in ["", "no certificate", &pem("?"), &pem("bm8gY2VydGlmaWNhdGU=")] {
         fs::write(&ca, none).unwrap();
         assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{none}");
-        assert!(home.log().contains("ca.pem holds no certificate; give PEM"), "{}", home.log());
+        assert!(home.log().contains("ca.pem contains no certificate; give PEM"), "{}", home.log());
     }
 }
 

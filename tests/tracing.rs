@@ -503,7 +503,7 @@ async fn a_collector_that_is_away_costs_its_spans_and_nothing_else() {
     let metrics = metrics(&stage).await;
     assert!(metrics["not_taken"] > 0 && metrics["sent"] > 0 && metrics["no_room"] == 0, "{metrics:?}");
     patiently("its return to be told", async {
-        while !stage.home.log().contains("the collector takes spans again") {}
+        while !stage.home.log().contains("the collector accepts spans again") {}
     })
     .await;
 }
@@ -543,7 +543,7 @@ async fn a_collector_that_hangs_does_not_hold_up_a_shutdown() {
     collector.of_cycle(&cycle).await;
     assert_eq!(stage.service.stop().await.code(), Some(0), "{}", stage.home.log());
     let log = stage.home.log();
-    assert!(log.contains("the collector did not take the last spans in time"), "{log}");
+    assert!(log.contains("the collector did not accept the last spans in time"), "{log}");
 }
 
 #[tokio::test]

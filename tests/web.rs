@@ -279,7 +279,7 @@ async fn answers_that_nobody_takes_have_bounded_room() {
     assert_eq!(refused.status, 429);
     let why = refused.text().await;
     let limits = [
-        "the limit of 32 MiB for answers that the admin address's clients have not taken yet is reached",
+        "the limit of 32 MiB for answers that clients of the admin address have not read yet is reached",
         "the limit of 16 MiB for answers that wait to become JSON is reached",
     ];
     assert!(limits.iter().any(|limit| why.contains(limit)), "{why}");

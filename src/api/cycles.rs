@@ -32,12 +32,12 @@ impl Handlers {
             let subset = call.registered_names(request.subset).await.map_err(status)?;
             let (plan, next) = response::plan_page(self.schedule(&call, subset).await, 0, usize::MAX, MAX_ANSWER);
             if next.is_some() {
-                return Err(error::answer_too_large(None, "ask PlanCycle, which has pages"));
+                return Err(error::answer_too_large(None, "use PlanCycle, which has pages"));
             }
             return Ok(pb::RunCycleResponse { plan: Some(plan), ..Default::default() });
         }
         let ticket = call.run_cycle(request, is_async).await.map_err(status)?;
-        // What is left of the request is the cycle's.
+        // The rest of the request belongs to the cycle.
         call.forget_request();
         let cycle_id = ticket.cycle_id.0;
         let record = if is_async { ticket.record_now() } else { Some(ticket.recorded().await.map_err(status)?) };

@@ -1,4 +1,4 @@
-//! The one place where a refusal becomes a gRPC status.
+//! The only place where a refusal becomes a gRPC status.
 
 use std::collections::HashMap;
 
@@ -10,15 +10,15 @@ use crate::{
     orchestrator::{Refusal, Unreadable},
 };
 
-/// The domain of every reason: the contract gives it.
+/// The domain of every reason, as in the contract.
 const DOMAIN: &str = "orchestrator.dreamnet";
 
-/// Bounds of what a status says. It travels in trailers, its message there twice, once in escaped text and once with the
-/// details in base64; and clients refuse trailers of more than 8 KiB (Java) or 16 KiB (C++, Python), so that nobody would
-/// see it. Together these stay below 8 KiB.
+/// Limits of a status. It is sent in trailers, which contain its message twice, once percent-encoded and once with the
+/// details in base64; and clients refuse trailers of more than 8 KiB (Java) or 16 KiB (C++, Python). Together these
+/// stay below 8 KiB.
 const MAX_MESSAGE: usize = 768;
 const MAX_DETAILS: usize = 3 << 10;
-/// The most bytes of what is said of one field.
+/// Most bytes of the description of one field.
 const MAX_PROBLEM: usize = 512;
 
 /// The status of a refusal, with its details.
@@ -91,9 +91,9 @@ fn invalid(violations: Violations) -> Status {
     Status::with_error_details(Code::InvalidArgument, message, details)
 }
 
-/// The first items, as many as have room in the details of a status.
+/// The first items, as many as fit into the details of a status.
 fn while_it_fits<T>(items: impl Iterator<Item = T>, bytes: impl Fn(&T) -> usize) -> impl Iterator<Item = T> {
-    /// What each item takes beside what it says.
+    /// Bytes of each item in addition to its text.
     const AROUND: usize = 8;
     let mut taken = 0;
     items.take_while(move |item| {
@@ -106,7 +106,7 @@ fn shortened(text: String, max: usize) -> String {
     if text.len() <= max { text } else { format!("{}…", excerpt(&text, max)) }
 }
 
-/// The status of an answer that would be larger than clients take, of this subsystem or of all.
+/// The status of an answer that would be larger than clients accept, of this subsystem or of all.
 pub(super) fn answer_too_large(subsystem: Option<&Name>, what_to_do: &str) -> Status {
     let message = format!("the answer would be larger than 3 MiB; {what_to_do}");
     let metadata = subsystem.map(|name| ("subsystem", name.to_string())).into_iter().collect();

@@ -1,6 +1,6 @@
-//! The one door for callers. Every RPC enters by [`Gate::enter`], over gRPC and at the admin address alike: nothing else makes
-//! an [`Entered`], and only through one is the orchestrator reached. So here is where a caller would be refused, and where
-//! calls are counted.
+//! The one door for callers. Every RPC enters by [`Gate::enter`], over gRPC and at the admin address alike: nothing
+//! else makes an [`Entered`], and only through one is the orchestrator reached. So here is where a caller would be
+//! refused, and where calls are counted.
 
 use std::{net::IpAddr, ops::Deref, sync::Arc};
 
@@ -111,8 +111,8 @@ impl Gate {
         self.calls.clone()
     }
 
-    /// Lets a call in, or refuses it. There are no rules yet of who may ask for what: whoever reaches an address of the service
-    /// may do what is served there.
+    /// Lets a call in, or refuses it. There are no rules yet of who may ask for what: whoever reaches an address of the
+    /// service may do what is served there.
     ///
     /// # Errors
     /// There is no room for what the request becomes, or it came by no known way, which is a defect.
@@ -126,7 +126,8 @@ impl Gate {
     /// Room for what a request becomes, for as long as it is answered: lists of short texts grow the most.
     fn room_of(&self, request: &impl Asks) -> Result<Option<Held>, Status> {
         const GROWTH: usize = 16;
-        /// Bytes of one that needs none: as long as others fill it, small requests go on.
+        /// Most bytes of a request that needs no reservation, so that small requests work even when the limit is
+        /// reached.
         const SMALL: usize = 512;
         let bytes = request.encoded_len();
         match self.requests.try_hold(bytes.saturating_mul(GROWTH)) {

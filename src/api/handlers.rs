@@ -1,5 +1,5 @@
-//! What the handlers of all RPCs have in common: what takes long has its turn. They reach the orchestrator only by a call that
-//! has entered.
+//! What the handlers of all RPCs have in common: what takes long has its turn. They reach the orchestrator only by a
+//! call that has entered.
 
 use std::{panic::resume_unwind, sync::Arc};
 
@@ -9,19 +9,19 @@ use tonic::Status;
 use super::error::status;
 use crate::{clock::Clock, model::Violations, orchestrator::Refusal};
 
-/// The most bytes of an answer: below the 4 MiB that clients take by default.
+/// Most bytes of an answer: below the 4 MiB that clients accept by default.
 pub(super) const MAX_ANSWER: usize = 3 << 20;
 
-/// How many may ask for the snapshots of all at one time; the others wait.
+/// Most concurrent requests for all snapshots; further ones wait.
 const MAX_ASKING_ALL: usize = 2;
 
 /// Answer calls. All clones share their bounds.
 #[derive(Clone)]
 pub(super) struct Handlers {
     pub(super) clock: Clock,
-    /// For those who ask for the snapshots of all: what comes is of any size until it is seen what fits.
+    /// Limits requests for all snapshots, which have any size until the answer is assembled.
     pub(super) asking_all: Arc<Semaphore>,
-    /// What takes long is done one at a time, so that it takes no more than one processor from cycles.
+    /// Long work is done one at a time, so that it takes at most one processor from cycles.
     pub(super) turn: Arc<Semaphore>,
 }
 
@@ -31,8 +31,7 @@ impl Handlers {
         Self { clock, asking_all, turn }
     }
 
-    /// Does what goes over so many subsystems: where they are many it may take milliseconds, and is done where no cycle waits
-    /// for it.
+    /// Runs work over this many subsystems: with many it may take milliseconds, and runs on a blocking thread.
     pub(super) async fn over<T: Send + 'static>(
         &self,
         subsystems: usize,

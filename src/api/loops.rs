@@ -49,7 +49,7 @@ pub(super) async fn list_interval_loops(
         }
         let status = response::loop_status(&entry);
         bytes += status.encoded_len() + response::AROUND;
-        // One alone always fits.
+        // A single entry always fits.
         if let Some(last) = last.filter(|_| answer.loops.len() == page_size || bytes > MAX_ANSWER) {
             answer.next_page_token = last;
             break;

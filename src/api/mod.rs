@@ -1,5 +1,5 @@
-//! The `dreamnet.orchestrator.v1.Orchestrator` service. Each call enters by the [`gate`], and its handler parses it, calls the
-//! orchestrator and converts the answer.
+//! The `dreamnet.orchestrator.v1.Orchestrator` service. Each call enters by the [`gate`], and its handler parses it,
+//! calls the orchestrator and converts the answer.
 
 mod calls;
 mod cycles;
@@ -36,7 +36,7 @@ use crate::{
     },
 };
 
-/// Serves these RPCs; requests may have this many bytes.
+/// The services with these RPCs; a request has at most this many bytes.
 pub fn service(
     api: Api,
     max_request_bytes: usize,
@@ -54,13 +54,13 @@ pub fn service(
     Watching { others, api, max_request_bytes }
 }
 
-/// What `WatchCycles` answers.
+/// The stream of `WatchCycles`.
 type Events = Pin<Box<dyn Stream<Item = Result<pb::WatchCyclesResponse, Status>> + Send>>;
 
 /// What every RPC returns.
 type Answer<T> = Result<Response<T>, Status>;
 
-/// The service's RPCs. All clones share their bounds.
+/// The service's RPCs. All clones share their limits.
 ///
 /// Whoever makes a request for one puts its [`Caller`] into the extensions.
 #[derive(Clone)]
@@ -70,8 +70,8 @@ pub struct Api {
 }
 
 impl Api {
-    /// The RPCs of this orchestrator, whose requests are made at the time of `clock`. What requests become is held under the
-    /// limit for `requests`.
+    /// The RPCs of this orchestrator, whose requests are made at the time of `clock`. What requests become is held
+    /// under the limit for `requests`.
     pub fn new(orchestrator: Orchestrator, clock: Clock, requests: Memory) -> Self {
         Self { gate: Gate::new(orchestrator, requests), handlers: Handlers::new(clock) }
     }

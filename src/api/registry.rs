@@ -56,7 +56,7 @@ impl Handlers {
         Ok(pb::ListSubsystemsResponse { subsystems, next_page_token })
     }
 
-    /// The status of each, as many as fit in one answer.
+    /// The status of each subsystem, if all fit into one answer.
     pub(super) async fn statuses(
         &self,
         orchestrator: &Orchestrator,
@@ -64,13 +64,13 @@ impl Handlers {
         with_snapshots: bool,
         room: usize,
     ) -> (Vec<pb::SubsystemStatus>, bool) {
-        /// Snapshots are of any size, so they are asked for a few at a time.
+        /// Most concurrent calls for snapshots, which can have any size.
         const AT_ONCE: usize = 64;
         let _permit = if with_snapshots { self.asking_all.acquire().await.ok() } else { None };
         let mut statuses = Vec::with_capacity(of.len());
         let mut bytes = 0;
         for some in of.chunks(AT_ONCE) {
-            // Of many it takes a while.
+            // With many subsystems it takes a while.
             yield_now().await;
             let snapshots = if with_snapshots { orchestrator.snapshots(some).await } else { Vec::new() };
             let mut snapshots = snapshots.iter();
@@ -122,12 +122,12 @@ pub(super) async fn get_subsystem(
         return Err(error::answer_too_large(
             Some(&registered.member.subsystem.name),
             &if output.max(snapshot) < MAX_ANSWER - (1 << 20) {
-                format!("ask for the output of {name} and for its snapshot one by one")
+                format!("request the output of {name} and its snapshot separately")
             } else {
                 let [output, snapshot] = [output, snapshot].map(|bytes| format!("{bytes} bytes"));
                 format!(
-                    "of {name}, {output} are its output and {snapshot} its snapshot: ask without the larger one, and keep it \
-                 below 2 MiB by limits.max_output_bytes of the registration"
+                    "of {name}, {output} are its output and {snapshot} its snapshot: leave out the larger one, and \
+                     keep it below 2 MiB by limits.max_output_bytes of the registration"
                 )
             },
         ));

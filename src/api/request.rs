@@ -1,5 +1,5 @@
-//! Requests, from the messages of the contract to validated types. Everything malformed in a request is found in one
-//! pass and named field by field.
+//! Parses requests: from messages of the contract to validated types. All malformed fields of a request are reported
+//! together.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -21,8 +21,8 @@ use crate::{
     record::Participation,
 };
 
-/// The caller's span. As W3C Trace Context wants it, a header that is malformed or there twice counts for none, and the
-/// parts of `tracestate` are put together.
+/// The caller's span. As W3C Trace Context requires, a malformed or repeated header is ignored, and the parts of
+/// `tracestate` are joined.
 pub(super) fn trace(headers: &HeaderMap) -> Option<SpanContext> {
     let all = |header| headers.get_all(header).iter().map(|value| value.to_str().ok()).collect::<Option<Vec<_>>>();
     let [parent] = all("traceparent")?[..] else { return None };
@@ -46,11 +46,16 @@ pub(super) fn cycle(
     } = request;
     let mut bad = Violations::default();
     if request_id.len() > CycleRequest::MAX_REQUEST_ID {
-        let problem = format!("is {} bytes long; allowed are {}", request_id.len(), CycleRequest::MAX_REQUEST_ID);
+        let problem = format!(
+            "is {} bytes long; the limit is {} \
+             bytes",
+            request_id.len(),
+            CycleRequest::MAX_REQUEST_ID
+        );
         bad.add("request_id", problem);
     }
     if request_id.contains('\0') {
-        bad.add("request_id", "holds a NUL, which no store takes");
+        bad.add("request_id", "contains a NUL; remove it");
     }
     let overlap = overlap(&mut bad, "overlap_policy", overlap_policy);
     let deadline = deadline.and_then(|deadline| {
@@ -72,7 +77,7 @@ pub(super) fn cycle(
     bad.into_result(request)
 }
 
-/// The subset that a request names; nothing named means all.
+/// The subset of a request; empty means all.
 fn subset(bad: &mut Violations, subsystems: &[String]) -> Option<Arc<[Name]>> {
     let names = bad.names("subsystems", subsystems);
     (!names.is_empty()).then(|| names.into())
@@ -87,7 +92,7 @@ pub(super) fn name(field: &str, name: &str) -> Result<Name, Violations> {
 pub(super) fn cycle_id(cycle_id: u64) -> Result<CycleId, Violations> {
     let mut bad = Violations::default();
     if cycle_id == 0 {
-        bad.add("cycle_id", "is missing; give the number of a cycle, 1 or more");
+        bad.add("cycle_id", "is missing; give the id of a cycle, 1 or more");
     }
     bad.into_result(CycleId(cycle_id))
 }
@@ -101,7 +106,7 @@ pub(super) fn registration(registration: Option<pb::Registration>) -> Result<Sub
     subsystem(registration).map_err(|bad| bad.inside("registration"))
 }
 
-/// Several registrations, and for how long they last.
+/// Several registrations, and their lease.
 pub(super) fn registrations(
     request: pb::RegisterSubsystemsRequest,
 ) -> Result<(Vec<Subsystem>, Option<Duration>), Violations> {
@@ -187,7 +192,7 @@ fn subsystem(registration: pb::Registration) -> Result<Subsystem, Violations> {
     bad.into_result(()).and_then(|()| Subsystem::from_spec(&spec))
 }
 
-/// How long a registration lasts.
+/// The lease of a registration.
 pub(super) fn lease(lease: Option<prost_types::Duration>) -> Result<Option<Duration>, Violations> {
     let mut bad = Violations::default();
     let lease = duration(&mut bad, "lease", lease).map(|lease| {
@@ -227,7 +232,7 @@ pub(super) fn interval_loop(settings: Option<pb::IntervalLoop>) -> Result<LoopSt
             Ok(pb::CatchUp::None) => Some(CatchUp::None),
             Ok(pb::CatchUp::One) => Some(CatchUp::One),
             Err(_) => {
-                bad.add("catch_up", format!("is {catch_up}, which is no CatchUp"));
+                bad.add("catch_up", format!("is {catch_up}, which is not a CatchUp"));
                 None
             }
         },
@@ -262,7 +267,7 @@ pub(super) fn watch(request: pb::WatchCyclesRequest) -> Result<(WatchFrom, Watch
     bad.into_result((from, filter, progress))
 }
 
-/// Which records a page is to hold.
+/// The filter and size of a page of records.
 pub(super) struct List {
     pub(super) before: Option<Revision>,
     pub(super) filter: Filter,
@@ -286,7 +291,7 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
     let before = (!page_token.is_empty()).then(|| {
         let before = page_token.parse();
         if before.is_err() {
-            bad.add("page_token", "is none that this service gave out; leave it empty to start over");
+            bad.add("page_token", "is not a token of this service; leave it empty to start over");
         }
         Revision(before.unwrap_or_default())
     });
@@ -295,16 +300,16 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
         Ok(pb::Trigger::Manual) => Some(TriggerKind::Manual),
         Ok(pb::Trigger::Loop) => Some(TriggerKind::Loop),
         Err(_) => {
-            bad.add("trigger", format!("is {trigger}, which is no Trigger"));
+            bad.add("trigger", format!("is {trigger}, which is not a Trigger"));
             None
         }
     };
     if subsystem.is_empty() && !subsystem_states.is_empty() {
-        bad.add("subsystem_states", "needs `subsystem`, whose states they are");
+        bad.add("subsystem_states", "needs `subsystem`, to which the states refer");
     }
     for (i, state) in subsystem_states.iter().enumerate() {
         if pb::SubsystemState::try_from(*state).is_err() {
-            bad.add(format!("subsystem_states[{i}]"), format!("is {state}, which is no SubsystemState"));
+            bad.add(format!("subsystem_states[{i}]"), format!("is {state}, which is not a SubsystemState"));
         }
     }
     let list = List {
@@ -325,7 +330,7 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
     bad.into_result(list)
 }
 
-/// What of a plan is to be shown: of which subsystems, from which position on, and how many.
+/// The part of a plan to show: its subset, its first position, and its size.
 pub(super) struct PlanPage {
     pub(super) subset: Option<Arc<[Name]>>,
     pub(super) from: usize,
@@ -338,7 +343,7 @@ pub(super) fn plan(request: pb::PlanCycleRequest) -> Result<PlanPage, Violations
     let mut bad = Violations::default();
     let from = if page_token.is_empty() { Ok(0) } else { page_token.parse() };
     if from.is_err() {
-        bad.add("page_token", "is none that this service gave out; leave it empty to start over");
+        bad.add("page_token", "is not a token of this service; leave it empty to start over");
     }
     if page_size > MAX {
         bad.add("page_size", format!("is {page_size}; allowed is 1 to {MAX}"));
@@ -348,7 +353,7 @@ pub(super) fn plan(request: pb::PlanCycleRequest) -> Result<PlanPage, Violations
     bad.into_result(page)
 }
 
-/// A page of what is listed by name: the name before it, and how much it may hold.
+/// A page of a list by name: the name before it, and its size.
 pub(super) fn page(page_size: u32, page_token: &str, default: usize) -> Result<(Option<Name>, usize), Violations> {
     let mut bad = Violations::default();
     let after = (!page_token.is_empty()).then(|| bad.name("page_token", page_token));
@@ -368,7 +373,7 @@ fn page_size(bad: &mut Violations, page_size: u32, default: usize) -> usize {
     }
 }
 
-/// Each once, however often it is listed.
+/// Each state once, however often it is listed.
 fn cycle_states(bad: &mut Violations, states: &[i32]) -> Vec<CycleState> {
     let mut found = BTreeSet::new();
     for (i, state) in states.iter().enumerate() {
@@ -404,7 +409,7 @@ fn overlap(bad: &mut Violations, field: &str, policy: i32) -> Option<OverlapPoli
         Ok(pb::OverlapPolicy::BufferAll) => Some(OverlapPolicy::BufferAll),
         Ok(pb::OverlapPolicy::CancelOther) => Some(OverlapPolicy::CancelOther),
         Err(_) => {
-            bad.add(field, format!("is {policy}, which is no OverlapPolicy"));
+            bad.add(field, format!("is {policy}, which is not an OverlapPolicy"));
             None
         }
     }
@@ -412,10 +417,10 @@ fn overlap(bad: &mut Violations, field: &str, policy: i32) -> Option<OverlapPoli
 
 fn parameters(bad: &mut Violations, bytes: &Bytes) -> Payload {
     if bytes.len() > Subsystem::MAX_PARAMETERS {
-        bad.add("parameters", format!("is {} bytes; allowed are {}", bytes.len(), Subsystem::MAX_PARAMETERS));
+        bad.add("parameters", format!("is {} bytes; the limit is {} bytes", bytes.len(), Subsystem::MAX_PARAMETERS));
         return Payload::default();
     }
-    // The bytes that came are a part of the whole request, which is not to be kept with them.
+    // Copied, since the bytes are a part of the whole request and would keep it in memory.
     Payload::check(Bytes::copy_from_slice(bytes)).unwrap_or_else(|malformed| {
         bad.add("parameters", malformed.to_string());
         Payload::default()
@@ -430,18 +435,18 @@ fn duration(bad: &mut Violations, field: &str, value: Option<prost_types::Durati
     let prost_types::Duration { seconds, nanos } = value?;
     let same_sign = (seconds <= 0 && nanos <= 0) || (seconds >= 0 && nanos >= 0);
     if nanos.unsigned_abs() >= 1_000_000_000 || !same_sign {
-        bad.add(field, format!("is {seconds} s and {nanos} ns, which is no google.protobuf.Duration"));
+        bad.add(field, format!("is {seconds} s and {nanos} ns, which is not a google.protobuf.Duration"));
         return None;
     }
     Some(SignedDuration::new(seconds, nanos))
 }
 
 fn timestamp(bad: &mut Violations, field: &str, value: prost_types::Timestamp) -> Option<Timestamp> {
-    // Of what counts from before 1970, protobuf has the nanoseconds count forward as well.
+    // Before 1970, protobuf counts nanoseconds forward, too.
     let time =
         Some(value.nanos).filter(|nanos| *nanos >= 0).and_then(|nanos| Timestamp::new(value.seconds, nanos).ok());
     if time.is_none() {
-        bad.add(field, "is no time of the calendar");
+        bad.add(field, "is out of range");
     }
     time
 }

@@ -1,4 +1,4 @@
-//! Answers, from the inside's types to the messages of the contract.
+//! Makes answers: from internal types to messages of the contract.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -18,7 +18,7 @@ use crate::{
     record,
 };
 
-/// What an entry of a list takes beside its own bytes, at most.
+/// Most bytes of an entry of a list in addition to its own.
 pub(super) const AROUND: usize = 8;
 
 /// The status, without its loops and the last cycle.
@@ -89,7 +89,7 @@ fn waiting_cycle(waiting: WaitingCycle) -> pb::WaitingCycle {
     }
 }
 
-/// The loops of a status: where all of them would be larger than `room`, without what can be long.
+/// The loops of a status: if they are larger than `room`, without fields that can be long.
 pub(super) fn listed_loops(loops: &[LoopEntry], room: usize) -> Vec<pb::IntervalLoopStatus> {
     let mut whole = Vec::with_capacity(loops.len());
     let mut bytes = 0;
@@ -111,20 +111,21 @@ fn brief_loop_status(entry: &LoopEntry) -> pb::IntervalLoopStatus {
     status
 }
 
-/// A plan as the contract has it.
+/// A plan as a message of the contract.
 pub fn plan(schedule: Schedule) -> pb::Plan {
     plan_page(schedule, 0, usize::MAX, usize::MAX).0
 }
 
-/// A page of a plan: from this position on, at most so many subsystems, in as many bytes. With where the next one begins, if
-/// there is one.
+/// A page of a plan: from this position on, with limits on subsystems and bytes. Also returns the position of the next
+/// page, if there is one.
 pub(super) fn plan_page(
     schedule: Schedule,
     from: usize,
     page_size: usize,
     max_bytes: usize,
 ) -> (pb::Plan, Option<usize>) {
-    /// More than anybody reads, and with the longest names still far below what an answer may have.
+    /// Most entries of the critical path: more than anyone reads, and with the longest names still far below the limit
+    /// of an answer.
     const MAX_PATH: usize = 10_000;
     let Schedule { subsystems, levels, critical_path, duration } = schedule;
     let path = &critical_path[critical_path.len().saturating_sub(MAX_PATH)..];
@@ -202,7 +203,7 @@ pub(super) fn subsystem_status(
     }
 }
 
-/// A part as it stands in a list: one that says much must not take the place of the others.
+/// A part in a list: details of a large one are left out, so that other parts fit.
 pub(super) fn listed_part(part: pb::SubsystemTelemetry) -> pb::SubsystemTelemetry {
     const MAX: usize = 64 << 10;
     if part.encoded_len() <= MAX {
@@ -211,7 +212,7 @@ pub(super) fn listed_part(part: pb::SubsystemTelemetry) -> pb::SubsystemTelemetr
     pb::SubsystemTelemetry { output: bytes::Bytes::new(), issues: Vec::new(), metrics: BTreeMap::new(), ..part }
 }
 
-/// A registration as the contract has it, with every default filled in.
+/// A registration as a message of the contract, with every default filled in.
 pub fn registration(subsystem: &Subsystem) -> pb::Registration {
     let Subsystem {
         name,
@@ -354,7 +355,7 @@ pub(super) fn event(event: Event) -> pb::WatchCyclesResponse {
     pb::WatchCyclesResponse { event: Some(pb::CycleEvent { revision: revision.0, event: Some(event) }) }
 }
 
-/// A record that can't be read, as the contract has it.
+/// An unreadable record as a message of the contract.
 pub(super) fn unreadable(unreadable: Unreadable) -> pb::UnreadableCycle {
     let Unreadable { cycle_id, revision, problem } = unreadable;
     pb::UnreadableCycle { cycle_id: cycle_id.0, revision: revision.0, problem }

@@ -38,7 +38,7 @@ impl Handlers {
             if !all_fit {
                 return Err(error::answer_too_large(
                     None,
-                    "page through ListSubsystems, and ask for snapshots one by one",
+                    "page through ListSubsystems, and request snapshots one by one",
                 ));
             }
             answer.subsystems = subsystems;

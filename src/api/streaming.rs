@@ -1,5 +1,5 @@
-//! `WatchCycles` over gRPC, with an encoder of its own. The library's keeps the room of the last message until the next
-//! one comes: a record of 3 MiB for each of 2,000 watchers that wait for it.
+//! `WatchCycles` over gRPC, with our own encoder. That of the library keeps the buffer of the last message until the
+//! next one: a record of 3 MiB for each of 2,000 waiting watchers.
 
 use std::{
     convert::Infallible,
@@ -37,7 +37,7 @@ use crate::{
 
 const WATCH: &str = "/dreamnet.orchestrator.v1.Orchestrator/WatchCycles";
 
-/// The generated service, but for `WatchCycles`. Says of each call who asks.
+/// The generated service, except for `WatchCycles`. Says of each call who asks.
 #[derive(Clone)]
 pub(super) struct Watching<S> {
     pub(super) others: S,
@@ -93,17 +93,17 @@ async fn watch(api: Api, request: http::Request<Body>, max_request_bytes: usize)
     Ok(Encoded { events: api.watch_cycles(request).await?.into_inner(), ended: None, is_over: false })
 }
 
-/// Events as the frames of an answer: those that are there at once travel together, since clients take offence at many
-/// small ones that are not read (CVE-2019-9517), and nothing is kept of what was given.
+/// Events as frames of an answer: available events are sent together, since clients close connections with many small
+/// unread frames (CVE-2019-9517), and no sent data is kept.
 struct Encoded {
     events: Events,
-    /// What the stream has ended with, after what was gathered before.
+    /// The end of the stream, which is sent after the collected events.
     ended: Option<Status>,
     is_over: bool,
 }
 
 impl Encoded {
-    /// Bytes of what is gathered before it is given, unless the first event alone is more.
+    /// Bytes of events that are collected into a frame, unless the first event alone is larger.
     const ENOUGH: usize = 16 << 10;
 }
 
@@ -148,7 +148,7 @@ mod tests {
         let one = bookmark().encode_to_vec();
         assert_eq!(data.len(), 2 * (5 + one.len()));
         assert_eq!(data[..5], [0, 0, 0, 0, u8::try_from(one.len()).unwrap()]);
-        // Nobody else holds its room.
+        // No other value holds its buffer.
         assert!(data.is_unique());
         let trailers = body.frame().await.unwrap().unwrap().into_trailers().unwrap();
         assert_eq!(trailers["grpc-status"], "14");

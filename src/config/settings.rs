@@ -1,4 +1,4 @@
-//! Every setting, once: what else is said of all settings is made from this list.
+//! The list of all settings. Other lists of settings are generated from it.
 
 use std::time::Duration;
 
@@ -9,11 +9,11 @@ use super::{
 };
 use crate::store::StoreUrl;
 
-/// Makes [`SETTINGS`]. A line is the field, which is also the key; what a reload does; and the method of the reader that
-/// reads it, with what that method allows. A setting that is not written keeps its default.
+/// Makes [`SETTINGS`]. A line has the field, which is also the key; the effect of a reload; and the method of the
+/// reader, with its limits. A setting that is not written keeps its default.
 macro_rules! settings {
     ($($first:ident $(. $second:ident)?: $on_reload:ident, $read:ident($($allowed:expr)?)$(.map($wrap:path))?;)+) => {
-        #[allow(clippy::float_cmp, reason = "a number that was not changed is the very same")]
+        #[allow(clippy::float_cmp, reason = "an unchanged number is bitwise equal")]
         pub(super) const SETTINGS: &[Setting] = &[$({
             const KEY: &str = concat!(stringify!($first) $(, ".", stringify!($second))?);
             Setting {

@@ -52,7 +52,7 @@ fn the_later_of_file_environment_and_flag_wins() {
         ("ORCHESTRATOR_CYCLE_MAX_QUEUED", "2"),
         ("ORCHESTRATOR_SERVER_LISTEN", "127.0.0.1:2"),
         ("ORCHESTRATOR_SERVER_DRAIN_GRACE", "2s"),
-        // A word is whatever the key takes.
+        // A word is parsed as the type of the key.
         ("ORCHESTRATOR_ID", "7"),
         ("PATH", "/bin"),
     ]);
@@ -145,15 +145,19 @@ b = 2
              127.0.0.1:7700 or [::1]:7700",
             "orchestrator.toml:8: server.max_watchers is -1; give a whole number from 0 to 100000",
             "orchestrator.toml:9: server.max_connections is \"many\"; give a whole number from 1 to 1000000",
-            "orchestrator.toml:10: server.drain_grace is 30; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from 0s to 1h",
+            "orchestrator.toml:10: server.drain_grace is 30; give a duration with its unit, such as \"5s\", \"1m \
+             30s\" or \"48h\", from 0s to 1h",
             "orchestrator.toml:13: store.url is \"postgres://db\"; give sqlite:PATH, such as \
              sqlite:/var/lib/orchestrator.db, or memory:",
-            "orchestrator.toml:14: store.retention.failed.max_age is \"0s\"; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from 1s to 878400h",
-            "orchestrator.toml:17: cycle.deadline is \"25h\"; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from 1ms to 24h",
+            "orchestrator.toml:14: store.retention.failed.max_age is \"0s\"; give a duration with its unit, such as \
+             \"5s\", \"1m 30s\" or \"48h\", from 1s to 878400h",
+            "orchestrator.toml:17: cycle.deadline is \"25h\"; give a duration with its unit, such as \"5s\", \"1m \
+             30s\" or \"48h\", from 1ms to 24h",
             "orchestrator.toml:18: cycle.max_queued is 1.5; give a whole number from 0 to 10000",
             "orchestrator.toml:19: cycle.started is unknown; known here are deadline, max_concurrent_calls, \
              max_outputs_bytes, max_queued, max_record_bytes",
-            "orchestrator.toml:22: log.filter is \"inof\"; \"inof\" is no level; give a level (off, error, warn, info, \
+            "orchestrator.toml:22: log.filter is \"inof\"; \"inof\" is not a level; give a level (off, error, warn, \
+             info, \
              debug, trace), or several such as info,orchestrator_core=debug",
             "orchestrator.toml:23: log.format is \"xml\"; give \"auto\" or \"text\" or \"json\"",
             "orchestrator.toml:25: servers is unknown; did you mean server?",
@@ -228,7 +232,8 @@ timeout = "5 parsecs"
         [
             "orchestrator.toml:3: subsystem A: endpoint is \"nowhere\"; give http://host:port, https://host:port or \
              unix:/path",
-            "orchestrator.toml:4: subsystem A: timeout is 5; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from 1ms to 24h",
+            "orchestrator.toml:4: subsystem A: timeout is 5; give a duration with its unit, such as \"5s\", \"1m \
+                30s\" or \"48h\", from 1ms to 24h",
             "orchestrator.toml:7: subsystem A: after[1] \"not ok\" is no name: a name is 1 to 63 characters, a letter, \
              then letters, digits, '_', '-' or '.'",
             "orchestrator.toml:8: subsystem A: after[2] is 7; give a text in quotes",
@@ -241,9 +246,11 @@ timeout = "5 parsecs"
             "orchestrator.toml:25: subsystem B: name is declared twice, first at orchestrator.toml:18; rename or \
              remove one",
             "orchestrator.toml:27: subsystem B: limits.max_issues is 5000; allowed is 0 to 1024",
-            "orchestrator.toml:29: subsystems[3]: name is missing; a name is 1 to 63 characters, a letter, then letters, \
+            "orchestrator.toml:29: subsystems[3]: name is missing; a name is 1 to 63 characters, a letter, then \
+             letters, \
              digits, '_', '-' or '.'",
-            "orchestrator.toml:31: subsystems[3]: timeout is \"5 parsecs\"; give a duration with its unit, such as \"5s\", \"1m 30s\" or \"48h\", from 1ms to 24h",
+            "orchestrator.toml:31: subsystems[3]: timeout is \"5 parsecs\"; give a duration with its unit, such as \
+                \"5s\", \"1m 30s\" or \"48h\", from 1ms to 24h",
         ]
     );
 }
@@ -263,7 +270,8 @@ fn every_syntax_error_has_its_line() {
 
 #[test]
 fn a_whole_number_that_would_change_is_named() {
-    let text = "[[subsystems]]\nname = \"A\"\nendpoint = \"http://h:1\"\n[subsystems.parameters]\nsmall = 9007199254740992\n\
+    let text = "[[subsystems]]\nname = \"A\"\nendpoint = \"http://h:1\"\n[subsystems.parameters]\nsmall = \
+                9007199254740992\n\
                 ids = [\n  9007199254740993,\n]\n";
     let [problem] = &problems(text)[..] else { panic!("{:?}", problems(text)) };
     assert!(
@@ -391,7 +399,8 @@ fn one_address_is_not_listened_on_twice() {
     };
     assert_eq!(
         both("127.0.0.1:7715", "127.0.0.1:7715").unwrap_err().to_string(),
-        "flag --set admin.listen: admin.listen is 127.0.0.1:7715, and server.listen is 127.0.0.1:7715; give each a port \
+        "flag --set admin.listen: admin.listen is 127.0.0.1:7715, and server.listen is 127.0.0.1:7715; give each a \
+         port \
          of its own, or set it to off"
     );
     assert!(problem(&["server.listen=127.0.0.1:7780"], &[]).contains("give each a port of its own"));
@@ -472,10 +481,11 @@ fn retention_has_rules_for_single_states() {
 #[test]
 fn no_more_is_declared_than_the_registry_takes() {
     let found = problems(
-        "[registry]\nmax_loops = 1\n[[loops]]\nname = \"a\"\ninterval = \"1s\"\n[[loops]]\nname = \"b\"\ninterval = \"1s\"\n",
+        "[registry]\nmax_loops = 1\n[[loops]]\nname = \"a\"\ninterval = \"1s\"\n[[loops]]\nname = \"b\"\ninterval = \
+         \"1s\"\n",
     );
     assert_eq!(found, ["orchestrator.toml:3: loops are 2; registry.max_loops allows 1"]);
-    // Nor is looked into.
+    // The list is not examined either.
     let found = problems(&("[registry]\nmax_subsystems = 149\n".to_owned() + &"[[subsystems]]\n".repeat(150)));
     assert_eq!(found, ["orchestrator.toml:3: subsystems are 150; registry.max_subsystems allows 149"]);
 }
@@ -492,7 +502,7 @@ fn no_more_problems_are_looked_for_than_a_person_reads() {
         let error = read(&(0..150).map(wrong).collect::<String>()).unwrap_err();
         assert_eq!((error.problems.len(), error.left_out), (100, 50), "{error}");
         assert_eq!(error.to_string().lines().count(), 101);
-        assert!(error.to_string().ends_with("\nand maybe 50 more: no more than 100 are looked for"));
+        assert!(error.to_string().ends_with("\nand possibly 50 more: at most 100 are reported"));
     }
     let untoml = read(&"=\n".repeat(150)).unwrap_err();
     assert!(untoml.problems.len() == 100 && untoml.left_out >= 50, "{untoml}");
@@ -579,7 +589,7 @@ fn a_reload_names_what_is_declared_anew() {
     assert_eq!(changed, ["subsystem A added", "loop l removed"]);
 }
 
-/// Every key that `read` asks for.
+/// Every key that `read` reads.
 fn known<T>(read: impl FnOnce(&mut Reader<'_>) -> T) -> BTreeSet<String> {
     let mut problems = Problems::default();
     let mut reader = Reader::new(Table::new(), BTreeMap::new(), &mut problems);
@@ -587,7 +597,7 @@ fn known<T>(read: impl FnOnce(&mut Reader<'_>) -> T) -> BTreeSet<String> {
     reader.known.into_iter().collect()
 }
 
-/// The reference with what stands behind a `#` without a space put in force.
+/// The reference with the lines after a `#` without a space uncommented.
 fn whole_reference() -> String {
     REFERENCE
         .lines()

@@ -1,5 +1,4 @@
-//! The client of one endpoint: all calls to it share one connection, which is made when it is first used, and again when
-//! it is lost.
+//! The client of one endpoint: all calls share one connection, which is made on first use, and again after it is lost.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -20,36 +19,36 @@ use crate::{
     ports::CallError,
 };
 
-/// Calls what is served at one endpoint.
+/// Calls the services at one endpoint.
 pub struct Client {
     connector: Arc<Connector>,
     target: Arc<Target>,
     authority: Authority,
-    /// Where answers take their memory.
+    /// The memory for answers.
     replies: Memory,
     current: Mutex<Option<Arc<Connection>>>,
 }
 
-/// The message of an answer, and the memory that it takes.
+/// The message of an answer, with its memory.
 #[derive(Debug)]
 pub struct Received {
     /// The encoded message.
     pub message: Vec<u8>,
-    /// As many bytes as it has.
+    /// Its memory.
     pub held: Held,
 }
 
-/// Why a call has failed, and what it costs others on its connection.
+/// Why a call has failed, and its effect on other calls on the connection.
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) error: CallError,
-    /// What was sent in it has cost the connection, or may do so when it comes more often.
+    /// True if its answer broke the connection, or may break it when it is repeated.
     pub(super) breaks_connection: bool,
 }
 
 impl Client {
-    /// How often a call is made that was not sent, because its connection took no more, or that has ended with its
-    /// connection over what another one was sent. Who does that is put apart, so it ends soon.
+    /// Most attempts of a call that was not sent, because its connection accepted no more calls, or that ended because
+    /// another call broke the connection. The subsystem of such a call gets its own connection, so this ends soon.
     const MAX_TRIES: usize = 8;
 
     pub(super) fn new(endpoint: &Endpoint, connector: Arc<Connector>, replies: Memory) -> Result<Self, CallError> {
@@ -62,7 +61,7 @@ impl Client {
     /// Waits until there is a connection.
     ///
     /// # Errors
-    /// There is none, and why, in words.
+    /// The reason why there is no connection.
     pub async fn connect(&self) -> Result<(), CallError> {
         let ready = self.connection().ready().await;
         ready.map(|_| ()).map_err(|why| outcome::unavailable(why.to_string()))
@@ -71,13 +70,13 @@ impl Client {
     /// Makes a call. Dropping it cancels the call.
     ///
     /// # Errors
-    /// It failed: what the peer says, or UNAVAILABLE where it can't be reached.
+    /// It failed: the status of the peer, or UNAVAILABLE if it can't be reached.
     pub async fn call(&self, call: &Call) -> Result<Received, CallError> {
         self.make(call).await.map_err(|failure| failure.error)
     }
 
-    /// Makes a call. It is made again, unseen, where the first one has surely not been processed, and where the connection
-    /// was lost over what another call was sent: a repeated call is the contract's way to be answered after all.
+    /// Makes a call. It is transparently retried if it was certainly not processed, or if another call broke the
+    /// connection: the contract allows repeated calls.
     pub(super) async fn make(&self, call: &Call) -> Result<Received, Failure> {
         let failure = |error| Failure { error, breaks_connection: false };
         let mut held = match self.replies.try_hold(STREAM_WINDOW as usize) {
@@ -90,13 +89,13 @@ impl Client {
             let send = connection.ready().await.map_err(|why| failure(outcome::unavailable(why.to_string())))?;
             match unary::make(call, self.uri(call.path), send, connection.seen(), &mut held).await {
                 Ok(message) => {
-                    // Less than before, so there is room.
+                    // Less than before, so it fits.
                     let _ = held.resize(message.capacity());
                     return Ok(Received { message, held });
                 }
                 Err(Failed::NotSent | Failed::CutOff) => self.leave(&connection),
                 Err(Failed::Unprocessed(error)) => {
-                    // Once, as gRPC has it: what is not processed again is told, and retried after a pause.
+                    // Once, as in gRPC: a second failure is returned, and retried after a pause.
                     if was_unprocessed {
                         return Err(failure(error));
                     }
@@ -111,7 +110,7 @@ impl Client {
         Err(failure(outcome::unavailable("its connections end before a call is answered".into())))
     }
 
-    /// Cuts the connection under the feet of its calls, and waits until that is done: nobody is told.
+    /// Closes the connection without notice to its calls, and waits until it is closed.
     pub async fn cut(&self) {
         let connection = self.current().take();
         if let Some(connection) = connection {
@@ -124,11 +123,11 @@ impl Client {
         parts.scheme = Some(self.target.scheme());
         parts.authority = Some(self.authority.clone());
         parts.path_and_query = Some(PathAndQuery::from_static(path));
-        // All three are there.
+        // All three parts are set.
         Uri::from_parts(parts).unwrap_or_default()
     }
 
-    /// The connection to use, new if there is none that can be used.
+    /// The current connection, or a new one if it is not usable.
     fn connection(&self) -> Arc<Connection> {
         let mut current = self.current();
         match &*current {
@@ -141,7 +140,7 @@ impl Client {
         }
     }
 
-    /// No further call is made on this connection. It goes when those on it have ended.
+    /// Makes no further call on this connection. It is closed when its calls have ended.
     fn leave(&self, connection: &Arc<Connection>) {
         let mut current = self.current();
         if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, connection)) {

@@ -15,12 +15,12 @@ use crate::{
 /// Connects.
 pub(super) struct Connector {
     pub(super) transport: Arc<dyn Transport>,
-    /// How long it may take in all, the first words of HTTP/2 included.
+    /// Longest time in total, including the start of HTTP/2.
     pub(super) timeout: Duration,
     pub(super) trust: Trust,
 }
 
-/// An endpoint, taken apart.
+/// A parsed endpoint.
 #[derive(Clone, Debug)]
 pub(super) struct Target {
     peer: Peer,
@@ -28,7 +28,7 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// Takes an endpoint apart.
+    /// Parses an endpoint.
     pub(super) fn of(endpoint: &Endpoint) -> Self {
         let (uri, is_tls) = match endpoint {
             Endpoint::Http(uri) => (uri, false),
@@ -37,15 +37,15 @@ impl Target {
         };
         let authority = uri.split_once("://").map_or(uri.as_str(), |(_, authority)| authority);
         let (host, port) = authority.rsplit_once(':').unwrap_or((authority, ""));
-        // An endpoint has a port: that was checked.
+        // An endpoint has a port, which was checked.
         Self { peer: Peer::Tcp { host: host.to_owned(), port: port.parse().unwrap_or_default() }, is_tls }
     }
 
-    /// What requests name as the server.
+    /// The authority of requests.
     pub(super) fn authority(&self) -> String {
         match &self.peer {
             Peer::Tcp { host, port } => format!("{host}:{port}"),
-            // A socket has none.
+            // A Unix socket has no authority.
             Peer::Unix(_) => "localhost".into(),
         }
     }
@@ -60,19 +60,19 @@ impl Connector {
     /// Connects, until `deadline`.
     ///
     /// # Errors
-    /// Why not, in words.
+    /// The reason, for people.
     pub(super) async fn open(&self, target: &Target, deadline: Instant) -> Result<Box<dyn Stream>, String> {
         let stream = self.transport.connect(&target.peer, self.timeout).await?;
         let (true, Peer::Tcp { host, .. }) = (target.is_tls, &target.peer) else { return Ok(stream) };
         let config = self.trust.config().await?;
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
-        let name = name.map_err(|error| format!("no certificate can be for {host}: {error}"))?;
+        let name = name.map_err(|error| format!("{host} can't be a name in a certificate: {error}"))?;
         let stream = match timeout_at(deadline, TlsConnector::from(config).connect(name, stream)).await {
             Ok(stream) => stream.map_err(|error| outcome::chain(&error))?,
             Err(_) => return Err(format!("no TLS handshake within {:?}", self.timeout)),
         };
         if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
-            return Err("it speaks TLS, but no HTTP/2 (it has not agreed to h2 by ALPN)".into());
+            return Err("it speaks TLS, but not HTTP/2 (it did not select h2 by ALPN)".into());
         }
         Ok(Box::new(stream))
     }

@@ -1,5 +1,5 @@
-//! One HTTP/2 connection: a task that connects, waits for the peer's settings, and then moves what its calls send and are
-//! sent.
+//! One HTTP/2 connection: a task that connects, waits for the peer's settings, and then transfers the data of its
+//! calls.
 
 use std::{future::poll_fn, io, pin::Pin, sync::Arc, task::Poll};
 
@@ -17,14 +17,14 @@ use super::{
     wire::{Seen, Watched},
 };
 
-/// The most bytes of headers and trailers in an answer, error texts included. Room for several stack traces.
+/// Most bytes of headers and trailers in an answer, including error messages. Enough for several stack traces.
 pub(super) const MAX_HEADERS: u32 = 128 << 10;
-/// What a peer may send ahead of being read, for one call. It is held as memory for each call before that is made.
+/// Bytes that a peer may send ahead for one call. This memory is reserved before each call.
 pub(super) const STREAM_WINDOW: u32 = 64 << 10;
-/// The same for all calls on a connection.
+/// Bytes that a peer may send ahead for all calls on a connection.
 const CONNECTION_WINDOW: u32 = 1 << 20;
 
-/// A connection that is being made, is used, or has ended. When nobody holds it any more it is closed.
+/// A connection that is being made, is in use, or has ended. It is closed when its last handle is dropped.
 pub(super) struct Connection {
     phase: watch::Receiver<Phase>,
     seen: Arc<Seen>,
@@ -35,12 +35,12 @@ pub(super) struct Connection {
 enum Phase {
     Connecting,
     Ready(SendRequest<Bytes>),
-    /// Why it can't be used.
+    /// Why it is not usable.
     Over(Arc<str>),
 }
 
 impl Connection {
-    /// Begins to connect.
+    /// Starts to connect.
     pub(super) fn begin(connector: Arc<Connector>, target: Arc<Target>) -> Self {
         let seen = Arc::new(Seen::default());
         let (tell, phase) = watch::channel(Phase::Connecting);
@@ -48,35 +48,35 @@ impl Connection {
         Self { phase, seen, task }
     }
 
-    /// What calls are made with, once it is there.
+    /// The handle for calls, once it is connected.
     ///
     /// # Errors
-    /// There is no connection, and why, in words.
+    /// The reason why there is no connection.
     pub(super) async fn ready(&self) -> Result<SendRequest<Bytes>, Arc<str>> {
         let mut phase = self.phase.clone();
         let changed = phase.wait_for(|phase| !matches!(phase, Phase::Connecting)).await;
         match changed.as_deref() {
             Ok(Phase::Ready(send)) => Ok(send.clone()),
             Ok(Phase::Over(why)) => Err(why.clone()),
-            Ok(Phase::Connecting) | Err(_) => Err("its connection was given up".into()),
+            Ok(Phase::Connecting) | Err(_) => Err("its connection was abandoned".into()),
         }
     }
 
-    /// It can't be used any more.
+    /// True if it is no longer usable.
     pub(super) fn is_over(&self) -> bool {
         matches!(*self.phase.borrow(), Phase::Over(_)) || self.phase.has_changed().is_err()
     }
 
-    /// What has been seen on it.
+    /// The observed traffic.
     pub(super) fn seen(&self) -> &Seen {
         &self.seen
     }
 
-    /// Cuts it under the feet of its calls: nobody is told.
+    /// Closes it without notice to its calls.
     pub(super) async fn cut(&self) {
         self.task.abort();
         let mut phase = self.phase.clone();
-        // With the task, the teller goes.
+        // Aborting the task drops the sender.
         while phase.changed().await.is_ok() {}
     }
 }
@@ -101,7 +101,7 @@ async fn live(connector: Arc<Connector>, target: Arc<Target>, seen: Arc<Seen>, t
         Ok(made) => made,
         Err(error) => return over(outcome::of_connection(&error)),
     };
-    // Only who has sent its settings speaks HTTP/2, and only then is it known how many calls it takes at one time.
+    // Only the settings show that the peer speaks HTTP/2, and how many concurrent calls it accepts.
     let settled = poll_fn(|cx| match Pin::new(&mut connection).poll(cx) {
         Poll::Ready(ended) => Poll::Ready(Some(ended)),
         Poll::Pending if seen.is_settled() => Poll::Ready(None),
@@ -114,16 +114,16 @@ async fn live(connector: Arc<Connector>, target: Arc<Target>, seen: Arc<Seen>, t
             return over(silent());
         }
         Ok(Some(Err(error))) => return over(outcome::of_connection(&error)),
-        Err(_) => return over(format!("it has taken the connection and said nothing within {:?}", connector.timeout)),
+        Err(_) => return over(format!("it accepted the connection and sent nothing within {:?}", connector.timeout)),
     }
     tell.send_replace(Phase::Ready(send));
     over(match connection.await {
-        Ok(()) => "it has closed the connection".into(),
+        Ok(()) => "it closed the connection".into(),
         Err(error) => outcome::of_connection(&error),
     });
 }
 
-/// What is said of a peer that hangs up on the first words of HTTP/2.
+/// The message if a peer closes the connection at the start of HTTP/2.
 fn silent() -> String {
-    "it has closed the connection without a word of HTTP/2; if it speaks TLS, give https://".into()
+    "it closed the connection before any HTTP/2; if it speaks TLS, give https://".into()
 }

@@ -1,5 +1,5 @@
-//! Reads answers of `dreamnet.subsystem.v1` by the limits of the registration: what goes over one is refused where it is
-//! met, before anything is made of it.
+//! Decodes answers of `dreamnet.subsystem.v1` with the limits of the registration: an answer over a limit is refused as
+//! soon as the limit is exceeded, before any further data is built.
 
 use bytes::Bytes;
 
@@ -9,13 +9,13 @@ use crate::{
     ports::CallError,
 };
 
-/// What an issue and a metric take beside their texts.
+/// Memory of an issue or a metric, without its strings.
 const ITEM: usize = 128;
 
 /// Reads a `RunCycleResponse`.
 ///
 /// # Errors
-/// It is malformed: INTERNAL; or it goes over a limit: RESOURCE_EXHAUSTED.
+/// It is malformed: INTERNAL; or it is over a limit: RESOURCE_EXHAUSTED.
 pub(super) fn answer(message: &[u8], limits: &Limits) -> Result<Answer, CallError> {
     let mut answer = Answer::default();
     let mut output = Embedded::new("output", limits);
@@ -43,7 +43,7 @@ pub(super) fn answer(message: &[u8], limits: &Limits) -> Result<Answer, CallErro
 /// Reads a `GetStatusResponse`, whose status is bounded like an output.
 ///
 /// # Errors
-/// As those of [`answer`].
+/// As [`answer`].
 pub(super) fn status(message: &[u8], limits: &Limits) -> Result<Payload, CallError> {
     let mut status = Embedded::new("status", limits);
     let mut fields = Fields(message);
@@ -57,14 +57,14 @@ pub(super) fn status(message: &[u8], limits: &Limits) -> Result<Payload, CallErr
     status.check()
 }
 
-/// The bytes of memory that an answer takes.
+/// The memory of an answer in bytes.
 pub(super) fn size(answer: &Answer) -> usize {
     let issues = answer.issues.iter().map(|issue| issue.code.capacity() + issue.message.capacity() + ITEM);
     let metrics = answer.metrics.keys().map(|name| name.capacity() + ITEM);
     answer.output.len() + issues.sum::<usize>() + metrics.sum::<usize>()
 }
 
-/// A `Struct` in an answer, in bytes of its own, so that it does not keep all of the message.
+/// A copy of a `Struct` in an answer, so that it does not keep the whole message in memory.
 struct Embedded {
     field: &'static str,
     max: usize,
@@ -76,13 +76,13 @@ impl Embedded {
         Self { field, max: limits.max_output_bytes as usize, bytes: Vec::new() }
     }
 
-    /// Protobuf merges the values of a message that comes more than once, and that of a concatenation is the same.
+    /// Protobuf merges repeated occurrences of a message field, which is the same as decoding their concatenation.
     fn add(&mut self, bytes: &[u8]) -> Result<(), CallError> {
         let len = self.bytes.len() + bytes.len();
         if len > self.max {
             let (field, max) = (self.field, self.max);
             return Err(too_large(format!(
-                "its answer goes over its limits: bytes of {field}: {len}, allowed are {max}"
+                "its answer is over its limits: bytes of {field}: {len}, allowed are {max}"
             )));
         }
         self.bytes.extend_from_slice(bytes);
@@ -120,7 +120,7 @@ fn issue(bytes: &[u8]) -> Result<Issue, CallError> {
                 issue.severity = match severity {
                     1 => Severity::Info,
                     3 => Severity::Error,
-                    // Not set, or of a later version.
+                    // Not set, or from a later version.
                     _ => Severity::Warning,
                 };
             }
@@ -148,7 +148,7 @@ fn within(what: &str, found: usize, allowed: usize) -> Result<(), CallError> {
     if found <= allowed {
         return Ok(());
     }
-    Err(too_large(format!("its answer goes over its limits: {what}: {found} or more, allowed are {allowed}")))
+    Err(too_large(format!("its answer is over its limits: {what}: {found} or more, allowed are {allowed}")))
 }
 
 fn unreadable(Malformed(problem): Malformed) -> CallError {
@@ -167,21 +167,21 @@ mod tests {
 
     #[test]
     fn reading_stops_at_the_limit() {
-        // Issues of two bytes each, and behind the limit what is no message at all.
+        // Issues of two bytes each, and beyond the limit bytes that are not a message.
         let issues = [&b"\x1a\x00".repeat(5)[..], b"\xff"].concat();
         assert_eq!(answer(&issues, &LIMITS).unwrap_err().code, Code::ResourceExhausted);
-        // Metrics count by their names.
+        // Metrics count by name.
         let same = b"\x12\x03\x0a\x01a".repeat(100);
         assert_eq!(answer(&same, &LIMITS).unwrap().metrics.len(), 1);
         let others: Vec<_> = (b'a'..b'f').flat_map(|name| [0x12, 3, 0x0a, 1, name]).collect();
         assert_eq!(answer(&others, &LIMITS).unwrap_err().code, Code::ResourceExhausted);
-        // Outputs add up, however small each is.
+        // The sizes of repeated outputs add up.
         let outputs = b"\x0a\x02\x10\x01".repeat(501);
         assert_eq!(answer(&outputs, &LIMITS).unwrap_err().code, Code::ResourceExhausted);
     }
 
     proptest! {
-        /// What prost writes is read as prost reads it.
+        /// Messages that prost encodes are decoded as by prost.
         #[test]
         fn reads_what_prost_writes(
             metrics in proptest::collection::btree_map(".{1,9}", any::<f64>().prop_filter("", |it| !it.is_nan()), 0..4),
@@ -207,7 +207,7 @@ mod tests {
             prop_assert_eq!(read.issues.len(), sent.issues.len());
         }
 
-        /// What is no message is refused, or read as prost reads it; never anything else.
+        /// Arbitrary bytes are refused, or decoded as by prost.
         #[test]
         fn agrees_with_prost(bytes in proptest::collection::vec(0_u8..40, 0..24)) {
             if answer(&bytes, &LIMITS).is_ok() {

@@ -1,9 +1,9 @@
-//! The gRPC client side: calls subsystems over connections that those with one endpoint share.
+//! The gRPC client side: calls subsystems. Subsystems with the same endpoint share a connection.
 //!
-//! It is a client of our own over the `h2` crate, for unary calls only, because what a subsystem sends must cost no more than
-//! its own call: not its neighbours' connection, not the memory of all, not the time of a worker that others need.
-//! `client` has the connection of one endpoint (`connection`, by `connect` and `tls`, seen through by `wire`),
-//! `unary` makes one call on it, `outcome` says what became of it, and `decode` reads the answer.
+//! It is our own client over the `h2` crate, for unary calls only, because data that a subsystem sends may affect only
+//! its own call: not the connection of others, not the memory of the process, not the time of a worker thread. `client`
+//! has the connection of one endpoint (`connection`, by `connect` and `tls`, seen through by `wire`), `unary` makes one
+//! call on it, `outcome` says what became of it, and `decode` reads the answer.
 
 mod client;
 mod connect;
@@ -45,28 +45,28 @@ pub struct Dialer {
     connector: Arc<Connector>,
     replies: Memory,
     endpoints: Mutex<HashMap<Endpoint, Clients>>,
-    /// Places beside the workers for what takes long to encode or to read.
+    /// Permits for encoding or decoding of large messages on blocking threads.
     aside: Arc<Semaphore>,
 }
 
 /// The clients of one endpoint.
 struct Clients {
-    /// That of all subsystems there,
+    /// The shared client of the subsystems there,
     shared: Arc<Client>,
-    /// but for those that have sent what costs a connection: each has one of its own from then on.
+    /// except for subsystems whose answer broke a connection: each of these has its own client from then on.
     apart: HashMap<Name, Arc<Client>>,
 }
 
 impl Dialer {
-    /// What is longer is encoded and read beside the workers: it can take longer than a millisecond.
+    /// Larger messages are encoded and decoded on blocking threads, since that can take longer than a millisecond.
     const LONG: usize = 64 << 10;
-    /// So much of that at one time: it must leave processors to others.
+    /// Most concurrent messages on blocking threads, so that processors are left for other work.
     const ASIDE_AT_ONCE: usize = 2;
-    /// The most bytes of a peer's message that are kept. A record takes no more, and all that tells of a call holds it.
+    /// Most bytes of a peer's error message that are kept: the limit of a record.
     const MAX_MESSAGE: usize = 1 << 10;
 
-    /// A dialer that connects over `transport` and gives up after `connect_timeout`, trusts the certificates of the system,
-    /// and takes memory for answers from `replies`.
+    /// A dialer that connects over `transport` and gives up after `connect_timeout`, trusts the certificates of the
+    /// system, and takes memory for answers from `replies`.
     pub fn new(transport: Arc<dyn Transport>, connect_timeout: Duration, replies: Memory) -> Self {
         let connector = Connector { transport, timeout: connect_timeout, trust: Trust::default() };
         Self {
@@ -77,17 +77,17 @@ impl Dialer {
         }
     }
 
-    /// Trusts the certificates in `ca`, which is PEM, as well.
+    /// Also trusts the certificates in `ca`, in PEM.
     ///
     /// # Errors
-    /// There is none in it.
+    /// `ca` contains no certificate.
     pub fn and_trust(self, ca: &[u8]) -> Result<Self, NoCertificate> {
         let Connector { transport, timeout, trust } = &*self.connector;
         let connector = Connector { transport: transport.clone(), timeout: *timeout, trust: trust.and(ca)? };
         Ok(Self { connector: Arc::new(connector), ..self })
     }
 
-    /// A client of one endpoint, with a connection of its own.
+    /// A client of one endpoint, with its own connection.
     ///
     /// # Errors
     /// The endpoint can't be dialed.
@@ -111,7 +111,7 @@ impl Dialer {
         Ok(shared)
     }
 
-    /// Gives a subsystem a connection of its own, as long as it is registered there.
+    /// Gives a subsystem its own connection while it is registered there.
     fn put_apart(&self, subsystem: &Subsystem) {
         let Ok(own) = self.client(&subsystem.endpoint) else { return };
         let mut endpoints = self.endpoints();
@@ -122,7 +122,8 @@ impl Dialer {
         clients.apart.insert(subsystem.name.clone(), Arc::new(own));
         drop(endpoints);
         let (subsystem, endpoint) = (&subsystem.name, &subsystem.endpoint);
-        tracing::warn!(%subsystem, %endpoint, "its answer would have cost others their connection: it has its own now");
+        tracing::warn!(%subsystem, %endpoint, "its answer could break the shared connection: it has its own \
+                                               connection now");
     }
 
     /// Makes a call and reads the answer.
@@ -139,10 +140,10 @@ impl Dialer {
             }
             CallError { message: excerpt(&error.message, Self::MAX_MESSAGE).to_owned(), ..error }
         })?;
-        // It is not sent again.
+        // It is not retried.
         drop(call);
         let Received { message, mut held } = received;
-        // What is read of it has no more bytes than it has itself, and is there beside it for a while.
+        // The decoded answer is at most as large, and exists beside the encoded one for a while.
         held.grow(message.len()).map_err(|full| unary::no_room(&full))?;
         let limits = to.limits;
         let len = message.len();
@@ -159,7 +160,7 @@ impl Dialer {
         Call { path, timeout, trace, message, max_answer: to.limits.max_message_bytes as usize }
     }
 
-    /// Does what may take long beside the workers, if it is for so many bytes.
+    /// Runs `work` on a blocking thread if it is for many bytes.
     async fn aside<T: Send + 'static>(
         &self,
         bytes: usize,
@@ -168,7 +169,12 @@ impl Dialer {
         if bytes <= Self::LONG {
             return Ok(work());
         }
-        let ended = |error: &dyn std::error::Error| outcome::broken(format!("a large message was given up: {error}"));
+        let ended = |error: &dyn std::error::Error| {
+            outcome::broken(format!(
+                "a large message was not processed: \
+                 {error}"
+            ))
+        };
         let place = self.aside.clone().acquire_owned().await.map_err(|error| ended(&error))?;
         let work = move || {
             let _place = place;
@@ -184,7 +190,7 @@ impl Subsystems for Dialer {
             let message = framed(&request::initialize(to, &call));
             let path = "/dreamnet.subsystem.v1.Subsystem/Initialize";
             let call = Self::described(to, path, call.timeout, call.trace, message);
-            // There is nothing in it.
+            // It is empty.
             self.call(to, call, |_, _| Ok(())).await.map(|_| ())
         })
     }
@@ -208,7 +214,7 @@ impl Subsystems for Dialer {
             let path = "/dreamnet.subsystem.v1.Subsystem/GetStatus";
             let call = Self::described(of, path, timeout, None, framed(&request));
             let (status, mut held) = self.call(of, call, decode::status).await?;
-            // Fewer than before, so there is room.
+            // Fewer than before, so it fits.
             let _ = held.resize(status.len());
             Ok(Snapshot { status, held })
         })

@@ -1,8 +1,8 @@
-//! What became of a call, from what HTTP/2 and gRPC say of it.
+//! Maps results in HTTP/2 and gRPC to the result of a call.
 //!
 //! - gRPC over HTTP/2: <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md> (status, messages, error codes)
 //! - answers without a gRPC status: <https://github.com/grpc/grpc/blob/master/doc/http-grpc-status-mapping.md>
-//! - what may be sent again unseen: <https://github.com/grpc/proposal/blob/master/A6-client-retries.md>
+//! - transparent retries: <https://github.com/grpc/proposal/blob/master/A6-client-retries.md>
 
 use std::{error::Error, io};
 
@@ -12,8 +12,7 @@ use http::{HeaderMap, StatusCode, header::CONTENT_TYPE};
 use super::tls::tls_in_words;
 use crate::{model::Code, ports::CallError};
 
-/// The status in headers or trailers; `None` when there is none in them. `late` says that the deadline had passed when
-/// they came.
+/// The status in headers or trailers; `None` if they contain no status. `late` is true if they came after the deadline.
 pub(super) fn of_status(headers: &HeaderMap, late: bool) -> Option<Result<(), CallError>> {
     let status = headers.get("grpc-status")?.as_bytes();
     let message = headers.get("grpc-message").map(|it| percent_decoded(it.as_bytes())).unwrap_or_default();
@@ -22,21 +21,20 @@ pub(super) fn of_status(headers: &HeaderMap, late: bool) -> Option<Result<(), Ca
     let message = if matches!(number, Some(0..=16)) {
         message
     } else {
-        // The code says nothing, so what stands in its place is told.
+        // The value is not a code, so it is shown in the message.
         let told = String::from_utf8_lossy(excerpt_of(status, 20));
         let separator = if message.is_empty() { "" } else { ": " };
-        format!("its grpc-status {told:?} is no status code of gRPC{separator}{message}")
+        format!("its grpc-status {told:?} is not a gRPC status code{separator}{message}")
     };
     Some(match code {
         Code::Ok => Ok(()),
-        // Servers answer an expired deadline with either.
+        // Servers answer an expired deadline with either code.
         Code::Cancelled if late => Err(CallError { code: Code::DeadlineExceeded, message }),
         code => Err(CallError { code, message }),
     })
 }
 
-/// What an answer means that carries no gRPC status, and so is not a gRPC server's; `None` when it may be one that is only
-/// beginning.
+/// The error for headers that don't come from a gRPC server; `None` if they may be the start of a gRPC answer.
 pub(super) fn of_http(status: StatusCode, headers: &HeaderMap) -> Option<CallError> {
     let content_type = headers.get(CONTENT_TYPE).map(|it| String::from_utf8_lossy(excerpt_of(it.as_bytes(), 100)));
     let is_grpc = content_type.as_deref().is_some_and(|it| it.starts_with("application/grpc"));
@@ -52,10 +50,10 @@ pub(super) fn of_http(status: StatusCode, headers: &HeaderMap) -> Option<CallErr
         _ => Code::Unknown,
     };
     let what = content_type.map_or("of no type".to_owned(), |it| format!("of type {it:?}"));
-    Some(CallError { code, message: format!("no gRPC server has answered, but HTTP {status} with content {what}") })
+    Some(CallError { code, message: format!("the answer is not gRPC, but HTTP {status} with content {what}") })
 }
 
-/// What it means that the peer has ended the call's stream with this error code.
+/// The error if the peer has reset the call's stream with this code.
 pub(super) fn of_reset(reason: Reason, late: bool) -> CallError {
     let code = match reason {
         Reason::REFUSED_STREAM => Code::Unavailable,
@@ -65,46 +63,46 @@ pub(super) fn of_reset(reason: Reason, late: bool) -> CallError {
         Reason::INADEQUATE_SECURITY => Code::PermissionDenied,
         _ => Code::Internal,
     };
-    CallError { code, message: format!("it has reset the stream of the call: {reason}") }
+    CallError { code, message: format!("it reset the stream of the call: {reason}") }
 }
 
-/// There is no connection, or no longer one, and so no answer.
+/// The connection can't be made, or was lost.
 pub(super) fn unavailable(message: String) -> CallError {
     CallError { code: Code::Unavailable, message }
 }
 
-/// The answer is whole but for its status.
+/// The answer is complete except for its status.
 pub(super) fn without_status() -> CallError {
-    CallError { code: Code::Unknown, message: "it has ended its answer without a grpc-status".into() }
+    CallError { code: Code::Unknown, message: "its answer ended without a grpc-status".into() }
 }
 
-/// The answer breaks the rules.
+/// The answer violates the protocol.
 pub(super) fn broken(message: impl Into<String>) -> CallError {
     CallError { code: Code::Internal, message: message.into() }
 }
 
-/// The answer is larger than it may be, or than there is room for.
+/// The answer is over its limit, or the memory for answers is full.
 pub(super) fn too_large(message: impl Into<String>) -> CallError {
     CallError { code: Code::ResourceExhausted, message: message.into() }
 }
 
-/// Why a connection has ended, in words.
+/// Why a connection has ended, for people.
 pub(super) fn of_connection(error: &h2::Error) -> String {
     match error.get_io() {
-        // What the HTTP/2 library makes up where the other side has just closed the connection.
+        // Errors that the HTTP/2 library makes when the peer has closed the connection.
         Some(io) if io.raw_os_error().is_none() && io.get_ref().is_none_or(|inner| inner.source().is_none()) => {
             match io.kind() {
-                io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof => "it has closed the connection".into(),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof => "it closed the connection".into(),
                 _ => chain(io),
             }
         }
         Some(io) => chain(io),
-        None if error.is_go_away() && error.is_remote() => format!("it has closed the connection: {error}"),
+        None if error.is_go_away() && error.is_remote() => format!("it closed the connection: {error}"),
         None => error.to_string(),
     }
 }
 
-/// An error and what caused it, in one line.
+/// An error and its causes, in one line.
 pub(super) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
@@ -118,8 +116,8 @@ pub(super) fn chain(error: &dyn Error) -> String {
     tls_in_words(text)
 }
 
-/// The text in a `grpc-message`. As the protocol asks, what is not encoded well is kept as it is, and what is not UTF-8 is
-/// replaced: a status must not get lost over its text.
+/// The text in a `grpc-message`. As the protocol requires, invalid percent-encoding is kept as it is, and bytes that
+/// are not UTF-8 are replaced: a status must not be lost because of its message.
 fn percent_decoded(encoded: &[u8]) -> String {
     let mut bytes = Vec::with_capacity(encoded.len());
     let mut rest = encoded;
@@ -177,9 +175,9 @@ mod tests {
         for number in [&b"99"[..], b"-1", b"abc", b"\xff", b"99999999999999999999999"] {
             let error = status(number, b"why", false).unwrap_err();
             assert_eq!(error.code, Code::Unknown);
-            assert!(error.message.ends_with("is no status code of gRPC: why"), "{}", error.message);
+            assert!(error.message.ends_with("is not a gRPC status code: why"), "{}", error.message);
             let silent = status(number, b"", false).unwrap_err();
-            assert!(silent.message.ends_with("is no status code of gRPC"), "{}", silent.message);
+            assert!(silent.message.ends_with("is not a gRPC status code"), "{}", silent.message);
         }
     }
 

@@ -1,5 +1,4 @@
-//! Whom `https` endpoints are trusted to be: one configuration for all of them, because reading the system's certificates
-//! takes long.
+//! TLS for `https` endpoints: one configuration for all of them, because reading the system's certificates is slow.
 
 use std::sync::Arc;
 
@@ -7,9 +6,9 @@ use rustls_pki_types::{CertificateDer, pem::PemObject};
 use tokio::sync::OnceCell;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
 
-/// There is no certificate where one should be.
+/// The file contains no certificate.
 #[derive(Debug, thiserror::Error)]
-#[error("holds no certificate; give PEM, which begins with -----BEGIN CERTIFICATE-----")]
+#[error("contains no certificate; give PEM, which begins with -----BEGIN CERTIFICATE-----")]
 pub struct NoCertificate;
 
 /// The certificates of the system, and others.
@@ -20,10 +19,10 @@ pub(super) struct Trust {
 }
 
 impl Trust {
-    /// One that trusts the certificates in `ca`, which is PEM, as well. What else is in it is passed over.
+    /// Also trusts the certificates in `ca`, in PEM. Other contents are ignored.
     ///
     /// # Errors
-    /// There is none in it.
+    /// `ca` contains no certificate.
     pub(super) fn and(&self, ca: &[u8]) -> Result<Self, NoCertificate> {
         let readable = CertificateDer::pem_slice_iter(ca).flatten();
         let new = readable.filter(|it| webpki::anchor_from_trusted_cert(it).is_ok()).collect::<Vec<_>>();
@@ -33,10 +32,10 @@ impl Trust {
         Ok(Self { others: [&self.others[..], &new].concat(), config: OnceCell::new() })
     }
 
-    /// The configuration. The first who asks waits until the system's certificates are read, beside the workers.
+    /// The configuration. The first call waits until the system's certificates are read on a blocking thread.
     ///
     /// # Errors
-    /// Nobody is trusted, in words.
+    /// There are no trusted certificates; the message is for people.
     pub(super) async fn config(&self) -> Result<Arc<ClientConfig>, String> {
         let read = async {
             let others = self.others.clone();
@@ -47,8 +46,8 @@ impl Trust {
     }
 }
 
-/// Why there is no connection over TLS, as people may be told: rustls says nothing they would understand of an answer that is
-/// no TLS. Anything else stays as it is.
+/// The message for a failed TLS handshake: that of rustls is not understandable if the peer does not speak TLS. Other
+/// messages are not changed.
 #[must_use]
 pub fn tls_in_words(why: String) -> String {
     if why.contains("InvalidContentType") { format!("it does not speak TLS, so give http:// ({why})") } else { why }

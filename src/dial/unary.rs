@@ -1,4 +1,4 @@
-//! One call of gRPC over HTTP/2: a request with one message, and an answer with one message or none, and a status.
+//! One gRPC call over HTTP/2: a request with one message, and an answer with at most one message and a status.
 //!
 //! The rules are those of <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>.
 
@@ -23,31 +23,32 @@ use crate::{
 
 const USER_AGENT: &str = concat!("orchestrator/", env!("CARGO_PKG_VERSION"));
 
-/// A call that is to be made.
+/// The request of a call.
 #[derive(Clone, Debug)]
 pub struct Call {
     /// The method, such as `/package.Service/Method`.
     pub path: &'static str,
-    /// What the peer is told as its deadline, from now. Whoever awaits the call enforces it.
+    /// The deadline that is sent to the peer, from now. The caller enforces it.
     pub timeout: Duration,
-    /// The span that those of the peer join.
+    /// The parent of the peer's spans.
     pub trace: Option<SpanContext>,
-    /// The message, as [`framing`](crate::proto::framing) gives it.
+    /// The message, framed by [`framing`](crate::proto::framing).
     pub message: Bytes,
-    /// The most bytes of the message in the answer.
+    /// Most bytes of the message in the answer.
     pub max_answer: usize,
 }
 
-/// How a call has failed.
+/// How a call failed.
 #[derive(Debug)]
 pub(super) enum Failed {
-    /// It was not sent: the connection takes no more calls.
+    /// It was not sent: the connection accepts no more calls.
     NotSent,
-    /// It was sent, and has surely not been processed.
+    /// It was sent, but certainly not processed.
     Unprocessed(CallError),
-    /// The connection has ended over what was sent in another call.
+    /// Another call broke the connection.
     CutOff,
-    /// The peer, or what it sent, is at fault. `breaks_connection` says that it costs the connection, or may do so.
+    /// The peer failed or sent an invalid answer. `breaks_connection` is true if that broke the connection, or may
+    /// break it.
     Call { error: CallError, breaks_connection: bool },
 }
 
@@ -59,7 +60,7 @@ impl From<CallError> for Failed {
 
 /// Makes a call on a connection. Dropping it cancels the call.
 ///
-/// The answer takes its memory from `held`, which has room for what the peer sends ahead.
+/// The answer takes its memory from `held`, which includes the data that the peer may send ahead.
 pub(super) async fn make(
     call: &Call,
     to: Uri,
@@ -73,14 +74,14 @@ pub(super) async fn make(
     let (response, mut request) = send.send_request(head(call, to), false).map_err(|_| Failed::NotSent)?;
     let stream = response.stream_id().as_u32();
     let failed = |error: &h2::Error| failure(error, stream, seen, is_late());
-    // The library has no copy of it, and keeps it until the peer gives it a window. Where the stream has ended already,
-    // the answer says why.
+    // The library does not copy it, and keeps it until the peer's window allows sending. If the stream has already
+    // ended, the answer contains the reason.
     let _ = request.send_data(call.message.clone(), true);
     let (answer, mut body) = response.await.map_err(|error| failed(&error))?.into_parts();
-    // A status counts wherever it stands; one in the headers is all of the answer.
+    // A status in the headers is the whole answer.
     if let Some(status) = outcome::of_status(&answer.headers, is_late()) {
         status?;
-        return Err(outcome::broken("it answers OK without a message").into());
+        return Err(outcome::broken("its answer is OK but has no message").into());
     }
     if let Some(error) = outcome::of_http(answer.status, &answer.headers) {
         return Err(error.into());
@@ -117,7 +118,8 @@ async fn trailers(body: &mut RecvStream) -> Result<HeaderMap, h2::Error> {
     }
 }
 
-/// A server that needs no more of the request resets its stream so, once it has answered (RFC 9113, section 8.1).
+/// A server that does not need the rest of the request resets the stream with this code after its answer (RFC 9113,
+/// section 8.1).
 fn is_end(error: &h2::Error) -> bool {
     error.is_reset() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR)
 }
@@ -132,7 +134,7 @@ fn head(call: &Call, to: Uri) -> Request<()> {
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));
     let mut insert = |name: &'static str, value: String| {
-        // None of them can be malformed: each was checked, or made here.
+        // None of the headers can be malformed: each was checked, or made here.
         if let Ok(value) = value.try_into() {
             headers.insert(name, value);
         }
@@ -148,7 +150,7 @@ fn head(call: &Call, to: Uri) -> Request<()> {
     request
 }
 
-/// A `grpc-timeout`: at most eight digits, and the finest unit for which they are enough.
+/// A `grpc-timeout`: at most eight digits, in the finest unit that fits.
 fn timeout(timeout: Duration) -> String {
     const MAX: u128 = 99_999_999;
     let nanos = timeout.as_nanos();
@@ -157,7 +159,7 @@ fn timeout(timeout: Duration) -> String {
     fitting.map_or_else(|| format!("{MAX}M"), |(unit, name)| format!("{}{name}", nanos / unit))
 }
 
-/// What an error of HTTP/2 means for the call on this stream.
+/// The failure of the call on this stream by an HTTP/2 error.
 fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed {
     if seen.is_unprocessed(stream) {
         return Failed::Unprocessed(outcome::unavailable("it is going away and has not processed the call".into()));
@@ -172,12 +174,12 @@ fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed
         Some(Flooded::InCalls) if seen.stream() == stream => {
             return Failed::Call { error: outcome::too_large(wire::flood()), breaks_connection: true };
         }
-        // It was of no call.
+        // The frame belonged to no call.
         Some(Flooded::InCalls) if seen.stream() == 0 => return outcome::unavailable(wire::flood()).into(),
-        // It was of another call, or over when this one began.
+        // The frame belonged to another call.
         Some(Flooded::InCalls | Flooded::Unused) => return Failed::CutOff,
     }
-    // The library has taken offence at a frame: that of this call, or that of another one on the connection.
+    // The library rejected a frame, of this call or of another one on the connection.
     if error.is_library() {
         let is_own = error.is_reset() || seen.stream() == stream;
         if !is_own && seen.stream() != 0 {
@@ -185,9 +187,9 @@ fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed
         }
         if is_own {
             let error = if seen.had_large_headers(stream) {
-                outcome::too_large(format!("its headers or its error text are over {MAX_HEADERS} bytes"))
+                outcome::too_large(format!("its headers or its error message are over {MAX_HEADERS} bytes"))
             } else {
-                outcome::broken(format!("its answer breaks HTTP/2: {error}"))
+                outcome::broken(format!("its answer violates HTTP/2: {error}"))
             };
             return Failed::Call { error, breaks_connection: true };
         }
@@ -195,7 +197,7 @@ fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed
     outcome::unavailable(outcome::of_connection(error)).into()
 }
 
-/// The message of an answer, as it comes. Memory grows with what has come, not with what is announced.
+/// Collects the message of an answer. Its memory grows with the received bytes, not with the announced ones.
 #[derive(Default)]
 struct Incoming {
     prefix: [u8; Prefix::BYTES],
@@ -205,7 +207,7 @@ struct Incoming {
 }
 
 impl Incoming {
-    /// The least room for a message that is longer.
+    /// Smallest allocation for a longer message.
     const LEAST: usize = 16 << 10;
 
     fn take(&mut self, mut chunk: &[u8], max: usize, held: &mut Held) -> Result<(), CallError> {
@@ -223,7 +225,7 @@ impl Incoming {
         }
         let len = self.message.len() + chunk.len();
         if len > self.announced {
-            return Err(outcome::broken("it answers with more than one message, where the method has one"));
+            return Err(outcome::broken("its answer has more than one message"));
         }
         if len > self.message.capacity() {
             let room = (2 * self.message.capacity()).max(Self::LEAST).max(len).min(self.announced);
@@ -240,11 +242,11 @@ impl Incoming {
         match flag {
             0 if self.announced > max => {
                 let announced = self.announced;
-                Err(outcome::too_large(format!("its answer is {announced} bytes; allowed are {max} of one message")))
+                Err(outcome::too_large(format!("its answer is {announced} bytes; the limit is {max} bytes")))
             }
             0 => Ok(()),
-            1 => Err(outcome::broken("its message is compressed, though no compression was offered")),
-            _ => Err(outcome::broken(format!("what it answers is no gRPC: its message begins with the flag {flag}"))),
+            1 => Err(outcome::broken("its message is compressed, although no compression was offered")),
+            _ => Err(outcome::broken(format!("its answer is not gRPC: its message begins with the flag {flag}"))),
         }
     }
 
@@ -252,16 +254,16 @@ impl Incoming {
     fn finish(self) -> Result<Vec<u8>, CallError> {
         let (came, announced) = (self.message.len(), self.announced);
         match self.prefix_len {
-            0 => Err(outcome::broken("it answers OK without a message")),
+            0 => Err(outcome::broken("its answer is OK but has no message")),
             Prefix::BYTES if came == announced => Ok(self.message),
-            _ => Err(outcome::broken(format!("its answer ends early: {came} bytes of the {announced} announced"))),
+            _ => Err(outcome::broken(format!("its answer is incomplete: {came} of {announced} announced bytes"))),
         }
     }
 }
 
-/// What is said where an answer does not fit into the memory for all of them.
+/// The error if the memory for answers is full.
 pub(super) fn no_room(full: &Full) -> CallError {
-    outcome::too_large(format!("there is no room for its answer: {full}"))
+    outcome::too_large(format!("no memory for its answer: {full}"))
 }
 
 #[cfg(test)]
@@ -289,19 +291,19 @@ mod tests {
         let memory = Memory::whole(1 << 20);
         let mut held = memory.try_hold(0).unwrap();
         let take = |incoming: &mut Incoming, bytes: &[u8], held: &mut Held| incoming.take(bytes, 1 << 22, held);
-        // All that it announces but the last byte is not there yet.
+        // All announced bytes except the last one have come.
         let mut incoming = Incoming::default();
         take(&mut incoming, &[0, 0, 0x3f, 0xff], &mut held).unwrap();
         take(&mut incoming, &[0xff, 1, 2], &mut held).unwrap();
         assert_eq!(memory.held(), STREAM_WINDOW as usize + Incoming::LEAST);
         assert_eq!(incoming.finish().unwrap_err().code, Code::Internal);
-        // More than there is room for.
+        // More than the memory allows.
         let mut incoming = Incoming::default();
         take(&mut incoming, &[0, 0, 0x3f, 0xff, 0xff], &mut held).unwrap();
         let error = take(&mut incoming, &vec![0; 1 << 20], &mut held).unwrap_err();
         assert_eq!(error.code, Code::ResourceExhausted, "{error}");
         for (bytes, code, words) in [
-            (&[0, 0, 0x40, 0, 1][..], Code::ResourceExhausted, "4194305 bytes; allowed are 4194304"),
+            (&[0, 0, 0x40, 0, 1][..], Code::ResourceExhausted, "4194305 bytes; the limit is 4194304"),
             (&[1, 0, 0, 0, 0], Code::Internal, "compressed"),
             (b"<html>", Code::Internal, "the flag 60"),
             (&[0, 0, 0, 0, 1, 7, 0, 0, 0, 0, 0], Code::Internal, "more than one message"),
@@ -313,6 +315,6 @@ mod tests {
         let mut whole = Incoming::default();
         take(&mut whole, &[0, 0, 0, 0, 1, 7], &mut held).unwrap();
         assert_eq!(whole.finish().unwrap(), [7]);
-        assert!(Incoming::default().finish().unwrap_err().message.contains("without a message"));
+        assert!(Incoming::default().finish().unwrap_err().message.contains("has no message"));
     }
 }

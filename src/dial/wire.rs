@@ -1,6 +1,6 @@
-//! The bytes of a connection, looked at on their way to the HTTP/2 library: whether they are HTTP/2 at all, whether they are
-//! more than the calls on it ask for, and of which stream the frame is that the library reads. It gives up a whole connection
-//! over what one stream has sent, and does not say which one that was.
+//! Inspects the bytes of a connection on their way to the HTTP/2 library: whether they are HTTP/2, whether they are
+//! more than the calls on it need, and to which stream each frame belongs. The library closes a whole connection
+//! because of one invalid frame, and does not report its stream.
 //!
 //! Frames are those of RFC 9113, section 4.1; a server's first one is SETTINGS (section 3.4).
 
@@ -22,9 +22,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::connection::MAX_HEADERS;
 use crate::turn;
 
-/// The bytes in the head of a frame.
+/// Bytes in the header of a frame.
 const HEAD: usize = 9;
-/// The bytes of a GOAWAY frame up to the end of the stream that it names.
+/// Bytes of a GOAWAY frame up to the end of the stream id.
 const GOAWAY_HEAD: usize = HEAD + 4;
 
 const DATA: u8 = 0;
@@ -33,43 +33,43 @@ const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
 const CONTINUATION: u8 = 9;
 
-/// The most bytes that a peer may send beside the messages of its answers while no call begins or ends, apart from the headers
-/// of those that are open. A peer that pings each second sends 1.5 MB in the longest call, which is of a day; and when calls
-/// are cancelled, up to a megabyte of their answers is on its way. More would cost a processor for nothing.
+/// Most bytes that a peer may send besides messages of answers while no call begins or ends, without the headers of
+/// open calls. A peer that pings each second sends 1.5 MB in the longest call, a day; and when calls are cancelled, up
+/// to a megabyte of their answers is still in transit. More would only waste processor time.
 const MAX_BESIDE: usize = 4 << 20;
 
-/// What is said of a peer that does.
+/// The error for a peer that sends more.
 pub(super) fn flood() -> String {
-    format!("it has sent more than {MAX_BESIDE} bytes beside its answers while no call began or ended")
+    format!("it sent more than {MAX_BESIDE} bytes besides its answers while no call began or ended")
 }
 
-/// A connection whose frames are handed on so that those of one stream never come together with those of another.
+/// A connection that passes on frames so that frames of two streams are never in one read.
 pub(super) struct Watched<T> {
     io: T,
-    /// What was read and is of a later stream.
+    /// Bytes that were read and belong to a later stream.
     held_back: BytesMut,
     frames: Frames,
 }
 
-/// What has been seen of a connection.
+/// The observed traffic of a connection.
 #[derive(Debug)]
 pub(super) struct Seen {
     is_settled: AtomicBool,
     stream: AtomicU32,
     header_bytes: AtomicUsize,
-    /// The latest streams with blocks of headers over half the limit: their calls learn of the end later than others may
-    /// send the next block.
+    /// The latest streams with header blocks over half the limit: another stream may send the next block before their
+    /// calls see the end of the connection.
     large_headers: Mutex<VecDeque<u32>>,
     last_processed: AtomicU32,
-    /// Calls that are open.
+    /// Number of open calls.
     calls: AtomicUsize,
-    /// Bytes beside the messages of answers since a call has begun or ended.
+    /// Bytes besides messages of answers since the last start or end of a call.
     beside: AtomicUsize,
-    /// Set when these are too many.
+    /// Set when these are over the limit.
     flooded: OnceLock<Flooded>,
 }
 
-/// A connection is given up because its peer has sent too much beside the messages of its answers.
+/// A connection was closed because its peer sent too much besides messages of answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Flooded {
     /// No call was open.
@@ -78,7 +78,7 @@ pub(super) enum Flooded {
     InCalls,
 }
 
-/// A call that is open on a connection, until this is dropped.
+/// An open call on a connection, until this is dropped.
 pub(super) struct Open<'a>(&'a Seen);
 
 impl Drop for Open<'_> {
@@ -104,27 +104,27 @@ impl Default for Seen {
 }
 
 impl Seen {
-    /// The peer has sent its settings: it speaks HTTP/2.
+    /// Waits for the peer's settings, which show that it speaks HTTP/2.
     pub(super) fn is_settled(&self) -> bool {
         self.is_settled.load(Ordering::Relaxed)
     }
 
-    /// Notes a call.
+    /// Registers a call.
     pub(super) fn open(&self) -> Open<'_> {
         self.calls.fetch_add(1, Ordering::Relaxed);
         self.beside.store(0, Ordering::Relaxed);
         Open(self)
     }
 
-    /// Whether the connection was given up over what its peer has sent beside the messages of its answers.
+    /// True if the connection was closed because its peer sent too much besides messages of answers.
     pub(super) fn flooded(&self) -> Option<Flooded> {
         self.flooded.get().copied()
     }
 
-    /// Notes a frame, if there may be one more.
+    /// Counts a frame, unless the limit is reached.
     fn note_frame(&self, kind: u8, payload: usize) -> Result<(), Unwanted> {
         let calls = self.calls.load(Ordering::Relaxed);
-        // A piece of a message counts as far as it is smaller than its head.
+        // A piece of a message counts only as far as it is smaller than its frame header.
         let bytes = if kind == DATA && calls > 0 { HEAD.saturating_sub(payload) } else { HEAD + payload };
         let most = MAX_BESIDE + calls * MAX_HEADERS as usize;
         if self.beside.fetch_add(bytes, Ordering::Relaxed) + bytes <= most {
@@ -134,23 +134,23 @@ impl Seen {
         Err(Unwanted(flood()))
     }
 
-    /// The stream of the frame that was read last; 0 is the connection itself.
+    /// The stream of the last frame; 0 is the connection itself.
     pub(super) fn stream(&self) -> u32 {
         self.stream.load(Ordering::Relaxed)
     }
 
-    /// Bytes of the block of headers that was read last, as far as it has come.
+    /// Bytes of the last header block so far.
     fn header_bytes(&self) -> usize {
         self.header_bytes.load(Ordering::Relaxed)
     }
 
-    /// The peer has sent a large block of headers on this stream, of late.
+    /// True if the peer recently sent a large header block on this stream.
     pub(super) fn had_large_headers(&self, stream: u32) -> bool {
         self.large_headers.lock().unwrap_or_else(PoisonError::into_inner).contains(&stream)
     }
 
     fn note_large_headers(&self, stream: u32) {
-        /// More don't end between one call's trailers and its waking up.
+        /// Most such streams: no more calls end between the trailers of a call and its wakeup.
         const REMEMBERED: usize = 256;
         let mut large = self.large_headers.lock().unwrap_or_else(PoisonError::into_inner);
         if large.front() != Some(&stream) {
@@ -159,25 +159,25 @@ impl Seen {
         }
     }
 
-    /// The peer has said that it takes no more calls on this connection.
+    /// True if the peer accepts no more calls on this connection.
     pub(super) fn is_going_away(&self) -> bool {
         self.last_processed.load(Ordering::Relaxed) != u32::MAX
     }
 
-    /// The peer has said that it does not process this stream.
+    /// True if the peer has announced that it does not process this stream.
     pub(super) fn is_unprocessed(&self, stream: u32) -> bool {
         stream > self.last_processed.load(Ordering::Relaxed)
     }
 }
 
-/// Where the reading of frames stands.
+/// The state of the parser of frames.
 struct Frames {
     seen: Arc<Seen>,
-    /// The beginning of the frame that is being read.
+    /// The start of the current frame.
     head: [u8; GOAWAY_HEAD],
     /// Bytes of that frame that were read.
     read: usize,
-    /// Bytes that it has in all; known when its head is there.
+    /// Its length in bytes, once its header has been read.
     len: usize,
 }
 
@@ -189,7 +189,7 @@ impl<T> Watched<T> {
 }
 
 impl Frames {
-    /// Takes note of bytes, and says how many of them may be handed on: those up to a frame of another stream.
+    /// Parses bytes, and returns how many of them may be passed on: those before a frame of another stream.
     fn take(&mut self, bytes: &[u8]) -> Result<usize, Unwanted> {
         let mut at = 0;
         while at < bytes.len() {
@@ -216,10 +216,10 @@ impl Frames {
         Ok(at)
     }
 
-    /// Looks at what was read of a frame, of which `had` bytes were there before.
+    /// Inspects the new bytes of a frame, of which `had` bytes were known before.
     fn look(&mut self, had: usize, greeting: &[u8]) -> Result<(), Unwanted> {
         let settled = self.seen.is_settled();
-        // A length of less than 64 KiB, and the kind.
+        // A length of less than 64 KiB, and the type.
         if !settled && self.read >= 4 && (self.head[0] != 0 || self.head[3] != SETTINGS) {
             let mut said = self.head[..had.min(HEAD)].to_vec();
             said.extend(greeting);
@@ -251,31 +251,31 @@ impl Frames {
     }
 }
 
-/// The stream that the head of a frame names.
+/// The stream id in the header of a frame.
 fn stream_of(head: &[u8; HEAD]) -> u32 {
     let [.., a, b, c, d] = *head;
     u32::from_be_bytes([a & 0x7f, b, c, d])
 }
 
-/// Why what the peer sends is not taken.
+/// Why the data of the peer is rejected.
 #[derive(Debug)]
 struct Unwanted(String);
 
 impl Unwanted {
-    /// What answers is no HTTP/2 server.
+    /// The peer is not an HTTP/2 server.
     fn greeting(said: &[u8]) -> Self {
-        /// More is not needed to know it.
+        /// Most bytes that are needed to recognize the protocol.
         const SHOWN: usize = 40;
         let line = said.split(|byte| matches!(byte, b'\r' | b'\n')).next().unwrap_or_default();
         let shown: String = String::from_utf8_lossy(line).chars().take(SHOWN).collect();
         Self(match said {
             [0x15 | 0x16, 0x03, ..] => "it speaks TLS, so give https://".into(),
-            // Of a slow peer no more has come yet.
+            // Further bytes of a slow peer have not arrived yet.
             [b'H', b'T', b'T', b'P', ..] => {
-                format!("it speaks HTTP/1 and no gRPC ({shown:?}); give the port of a gRPC server")
+                format!("it speaks HTTP/1, not gRPC ({shown:?}); give the port of a gRPC server")
             }
             [b'S', b'S', b'H', b'-', ..] => format!("it speaks SSH ({shown:?}); give the port of a gRPC server"),
-            _ => format!("it speaks no HTTP/2 (it says {shown:?}); give the port of a gRPC server"),
+            _ => format!("it does not speak HTTP/2 (it sent {shown:?}); give the port of a gRPC server"),
         })
     }
 }
@@ -363,7 +363,7 @@ mod tests {
         let first = [frame(HEADERS, 1, b"headers"), frame(CONTINUATION, 1, b"more"), frame(0, 1, &[])].concat();
         let (second, goaway) = (frame(0, 3, b"data"), frame(GOAWAY, 0, &[0, 0, 0, 1, 0, 0, 0, 0]));
         let all = [&settings[..], &first, &second, &goaway].concat();
-        // All at once, and torn apart at every place.
+        // All at once, and split at every position.
         for pieces in 1..all.len() {
             let seen = Arc::new(Seen::default());
             let mut io = tokio_test_io(&all, pieces);
@@ -375,7 +375,7 @@ mod tests {
                     break;
                 }
                 came.extend_from_slice(&buffer[..read]);
-                // What is said to be the last one is that of the last byte that came, once its head is there.
+                // The last stream is that of the last byte, once its header is complete.
                 let expected = [(settings.len(), 0), (first.len(), 1), (second.len(), 3), (goaway.len(), 0)];
                 let mut end = 0;
                 for (len, stream) in expected {
@@ -410,7 +410,7 @@ mod tests {
         assert!((settings.len()..=settings.len() + (64 << 10)).contains(&read), "{read}");
     }
 
-    /// Gives these bytes in pieces of this size.
+    /// Returns these bytes in pieces of this size.
     fn tokio_test_io(bytes: &[u8], size: usize) -> impl AsyncRead + Unpin {
         struct Pieces(Vec<u8>, usize);
         impl AsyncRead for Pieces {
@@ -426,10 +426,10 @@ mod tests {
     #[tokio::test]
     async fn who_speaks_no_http2_is_named() {
         for (said, words) in [
-            (&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], "it speaks HTTP/1 and no gRPC (\"HTTP/1.1 400 Bad Request\")"),
+            (&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], "it speaks HTTP/1, not gRPC (\"HTTP/1.1 400 Bad Request\")"),
             (b"SSH-2.0-OpenSSH_9.2\r\n", "it speaks SSH"),
             (b"\x15\x03\x01\x00\x02\x02\x46", "it speaks TLS, so give https://"),
-            (b"220 mail\r\n", "it speaks no HTTP/2 (it says \"220 mail\")"),
+            (b"220 mail\r\n", "it does not speak HTTP/2 (it sent \"220 mail\")"),
         ] {
             for size in [1, 100] {
                 let mut io = tokio_test_io(said, size);

@@ -11,35 +11,35 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval, sleep},
 };
 
-/// Tells when a file was written, replaced or removed.
+/// Reports when a file is written, replaced or removed.
 ///
-/// It is looked at now and then, and not watched: what is watched are directories, and a path can lead through any number of
-/// them and of links, each of which can be replaced, by ways of which some file systems tell nothing.
+/// It polls the file instead of using notifications: these are for directories, and a path can lead through any number
+/// of directories and links, each of which can be replaced. Some file systems send no notifications.
 pub struct Changes {
     path: Option<PathBuf>,
     seen: Option<Identity>,
     looks: Interval,
 }
 
-/// What is different when a path leads to another file, or to another content.
+/// Attributes that differ if a path leads to another file or its content has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Identity {
     file: (u64, u64),
     size: u64,
     written: (i64, i64),
-    /// Also by a program that sets the other time back.
+    /// Changes even if a program resets the other time.
     changed: (i64, i64),
 }
 
 impl Changes {
-    /// Time between looks.
+    /// Time between polls.
     const EVERY: Duration = Duration::from_secs(1);
-    /// Editors write a file in several steps: it is done when it stays the same for so long.
+    /// Editors write a file in several steps: it is complete when it stays unchanged for this long.
     const SETTLE: Duration = Duration::from_millis(200);
-    /// How often that is waited for: a file that is never done is read as it is.
+    /// Most such waits: a file that keeps changing is read as it is.
     const MAX_STEPS: usize = 25;
 
-    /// Changes of the file that a path leads to, from now on. `None`: there never are any.
+    /// Changes of the file at a path, from now on. `None` never reports any.
     pub async fn of(path: Option<PathBuf>) -> Self {
         let mut looks = interval(Self::EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -50,7 +50,7 @@ impl Changes {
         Self { path, seen, looks }
     }
 
-    /// Waits for the next change. None is lost if this is dropped.
+    /// Waits for the next change. Cancel safe.
     pub async fn next(&mut self) {
         let Some(path) = &self.path else { return pending().await };
         loop {
@@ -72,10 +72,10 @@ impl Changes {
     }
 }
 
-/// Nothing where there is no file, or none that can be reached.
+/// `None` if the file does not exist or can't be reached.
 async fn look(path: &Path) -> Option<Identity> {
     let path = path.to_owned();
-    // A file system can take its time.
+    // A file system can be slow.
     let looked = spawn_blocking(move || fs::metadata(path).ok()).await;
     looked.ok().flatten().map(|it| Identity {
         file: (it.dev(), it.ino()),

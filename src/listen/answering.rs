@@ -1,5 +1,5 @@
-//! What answers cost until their clients have taken them: each one alone is bounded by what its handler answers, and all
-//! of them together here.
+//! Limits the memory of answers until their clients have read them: the handler limits each answer, and this module all
+//! of them together.
 
 use std::{
     pin::Pin,
@@ -19,28 +19,28 @@ use super::{
 };
 use crate::{memory::Held, proto::framing};
 
-/// The body of an answer: in small pieces, and with room for its bytes as long as the client has not taken them.
+/// The body of an answer: in small pieces, with memory for its bytes until the client has read them.
 ///
-/// A message that finds no room is refused. Those of a stream that has `patience` are not even made before there is room,
-/// except for the first.
+/// A message without memory is refused. Messages of a stream with `patience`, except for the first, are not made before
+/// there is memory.
 pub(super) struct Answer {
     /// `None` once it has ended.
     body: Option<Body>,
     room: Arc<Room>,
     taking: Arc<Taking>,
     patience: Patience,
-    /// If it is that of a service beside.
+    /// Set for a service besides the own ones, such as health.
     beside: Option<Beside>,
-    /// What is left of the message that is being given.
+    /// The rest of the current message.
     rest: Bytes,
     kept: Option<Arc<Kept>>,
 }
 
-/// Whether a message waits for room.
+/// Whether a message waits for memory.
 pub(super) enum Patience {
     /// It is refused if there is none.
     None,
-    /// The first one is refused, further ones wait.
+    /// The first message is refused, further ones wait.
     AfterFirst,
     /// It waits if there is none.
     Some,
@@ -49,11 +49,11 @@ pub(super) enum Patience {
 }
 
 impl Answer {
-    /// What the library keeps of an answer beyond what its client wants now.
+    /// Bytes of an answer that the library buffers beyond the client's window.
     const PIECE: usize = 16 << 10;
-    /// Bytes of a message that always fits: what a stream costs contains it.
+    /// Bytes of a message that needs no reservation: they are included in the cost of a stream.
     pub(super) const SMALL: usize = 8 << 10;
-    /// Room that must be there before a further message is made: as much as clients take by default.
+    /// Memory that must be free before a further message is made: the default limit of clients.
     pub(super) const LARGEST: usize = 4 << 20;
 
     pub(super) fn new(
@@ -66,7 +66,7 @@ impl Answer {
         Self { body: Some(body), room, taking, patience, beside, rest: Bytes::new(), kept: None }
     }
 
-    /// Room for a message that would wait for it.
+    /// Reserves memory for a message that can wait.
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Option<Held>> {
         let largest = Self::LARGEST.min(self.room.max());
         if let Patience::Some = self.patience {
@@ -84,7 +84,7 @@ impl Answer {
         Poll::Ready(None)
     }
 
-    /// Takes the room of a message, of that which was held before it was made.
+    /// Takes the memory of a message from the part that was reserved before it was made.
     fn hold(&mut self, bytes: usize, before: Option<Held>) -> Result<(), Status> {
         let held = match before {
             Some(mut held) => held.resize(bytes).map(|()| held),
@@ -155,7 +155,7 @@ impl http_body::Body for Answer {
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        // Nothing more is answered: what waits for its turn is to see that.
+        // The answer has ended, which waiters must see.
         self.taking.answered();
     }
 }

@@ -1,4 +1,4 @@
-//! Connections: counted, idle ones giving way to newcomers, broken when the peer says or takes nothing.
+//! Connections: limited, idle ones are closed for new ones, and stalled ones are aborted.
 
 use std::{
     collections::BTreeMap,
@@ -30,8 +30,8 @@ use crate::{
     turn,
 };
 
-/// Serves each connection that comes in until `stop` is cancelled, and then waits until those that are open have ended.
-/// All of them break when `cut_off` is cancelled.
+/// Serves connections until `stop` is cancelled, and then waits until open ones have ended. `cut_off` aborts all of
+/// them.
 pub(crate) async fn serve_each<F>(
     listener: Box<dyn Listener>,
     connections: Arc<Connections>,
@@ -53,7 +53,8 @@ pub(crate) async fn serve_each<F>(
                     Some(connection) => {
                         open.spawn(serve(connection));
                     }
-                    // It can't accept any more: without waiting for those that it has, for this is told by its end.
+                    // It can't accept any more. It returns without waiting for open connections, since its end reports
+                    // the failure.
                     None => return,
                 },
             }
@@ -62,15 +63,15 @@ pub(crate) async fn serve_each<F>(
     while open.join_next().await.is_some() {}
 }
 
-/// The connections that come in: as many as may be at a time. Where there is no room, idle ones give way; if none is
-/// idle, further ones wait, one here and the others in the kernel's line. Ends when the listener can't accept any more.
+/// Incoming connections up to the limit. At the limit, idle connections are closed; if none is idle, further ones wait,
+/// one here and the others in the kernel's queue. Ends when the listener can't accept any more.
 fn incoming(
     listener: Box<dyn Listener>,
     connections: Arc<Connections>,
     cut_off: CancellationToken,
 ) -> impl Stream<Item = Connection<Box<dyn transport::Stream>>> {
     stream::unfold((listener, connections, cut_off), move |(listener, connections, cut_off)| async move {
-        /// Accepting fails again at once while files are short, so it waits for some to be closed.
+        /// Pause while open files are exhausted, since accepting would fail again at once.
         const PAUSE: Duration = Duration::from_millis(100);
         let (stream, peer) = loop {
             match listener.accept().await {
@@ -92,13 +93,13 @@ fn incoming(
     })
 }
 
-/// It is the listening socket itself that is no good any more. Everything else passes: files or memory are short, or it
-/// is about the connection that was to be accepted. <https://man7.org/linux/man-pages/man2/accept.2.html>
+/// True if the listening socket itself has failed. Other errors are temporary: files or memory are exhausted, or the
+/// error concerns the incoming connection. <https://man7.org/linux/man-pages/man2/accept.2.html>
 fn is_final(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::BADF | Errno::INVAL | Errno::NOTSOCK))
 }
 
-/// How many connections a server may have at a time, and which ones it has.
+/// The connections of a server, and their limit.
 #[derive(Debug)]
 pub(crate) struct Connections {
     max: usize,
@@ -110,7 +111,7 @@ pub(crate) struct Connections {
 }
 
 impl Connections {
-    /// None yet, and room for so many.
+    /// No connections yet, with this limit.
     pub(crate) fn at_most(max: usize) -> Arc<Self> {
         Arc::new(Self {
             max,
@@ -122,12 +123,12 @@ impl Connections {
         })
     }
 
-    /// How many there may be.
+    /// The limit.
     pub(crate) fn max(&self) -> usize {
         self.max
     }
 
-    /// How many are open.
+    /// Number of open connections.
     pub(crate) fn open(&self) -> usize {
         self.places().len()
     }
@@ -136,9 +137,9 @@ impl Connections {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for one more, as soon as there is one.
+    /// A slot for another connection, as soon as one is free.
     async fn slot(self: Arc<Self>, cut_off: &CancellationToken, peer: Option<IpAddr>) -> Option<Slot> {
-        /// One that is busy may be idle by then.
+        /// Time until idle connections are looked for again: a busy one may be idle by then.
         const AGAIN: Duration = Duration::from_millis(100);
         // One that answers leaves at once, and one that is silent takes its time: so there are twice as many each time.
         let mut at_once = 1;
@@ -148,11 +149,7 @@ impl Connections {
             }
             if let Some(times) = self.full.note() {
                 let max = self.max;
-                tracing::warn!(
-                    max,
-                    times,
-                    "as many connections as may be are open: idle ones give way to further ones"
-                );
+                tracing::warn!(max, times, "the limit of connections is reached: idle ones are closed for new ones");
             }
             at_once = (2 * self.make_way(at_once)).max(1);
             if let Ok(permit) = timeout(AGAIN, self.permits.clone().acquire_owned()).await {
@@ -165,8 +162,8 @@ impl Connections {
         Some(Slot { connections: self, id, place, _permit: permit })
     }
 
-    /// Tells those that have been idle longest to give way, first those without a stream, until `at_once` are leaving: one in any
-    /// case, and further ones that are not new. Returns how many are leaving.
+    /// Tells those that have been idle longest to give way, first those without a stream, until `at_once` are leaving:
+    /// one in any case, and further ones that are not new. Returns how many are leaving.
     fn make_way(&self, at_once: usize) -> usize {
         let places = self.places();
         let (leaving, others): (Vec<_>, Vec<_>) = places.values().partition(|place| place.gives_way.is_cancelled());
@@ -187,28 +184,28 @@ impl Connections {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Peer(pub(crate) Option<IpAddr>);
 
-/// What is known of one connection beside its bytes.
+/// The state of one connection.
 #[derive(Debug)]
 pub(crate) struct Place {
-    /// Whoever has it, as far as an address tells.
+    /// Its peer, by address.
     peer: Peer,
-    /// Calls that are open on it.
+    /// Number of open calls.
     calls: AtomicUsize,
-    /// Those of them that are idle when nothing is said.
+    /// Number of open calls that count as idle while they are silent.
     besides: AtomicUsize,
-    /// When the last other one ended, or something was said.
+    /// When the last other call ended, or a message was sent.
     idle_since: Mutex<Instant>,
-    /// The peer takes nothing of what is to be written.
+    /// True while the peer does not read.
     is_stalled: AtomicBool,
     gives_way: CancellationToken,
     cut_off: CancellationToken,
 }
 
 impl Place {
-    /// How long one that gives way may take to say good-bye.
+    /// Longest time for an orderly close of an idle connection.
     const PARTING: Duration = Duration::from_secs(1);
 
-    /// That of a connection of this peer.
+    /// The state of a new connection of this peer.
     pub(super) fn of(peer: Option<IpAddr>) -> Self {
         Self {
             peer: Peer(peer),
@@ -221,7 +218,7 @@ impl Place {
         }
     }
 
-    /// Whoever has the connection, as far as an address tells.
+    /// The peer, by address.
     pub(crate) fn peer(&self) -> Peer {
         self.peer
     }
@@ -231,13 +228,13 @@ impl Place {
         self.peer.0.map(network_of)
     }
 
-    /// Notes a call, which is open until the returned value is dropped.
+    /// Registers a call, which is open until the returned value is dropped.
     pub(crate) fn busy(self: &Arc<Self>) -> Busy {
         let is_only = self.calls.fetch_add(1, Ordering::SeqCst) == 0;
         Busy { place: self.clone(), is_only }
     }
 
-    /// Notes that a call which is open is to a service beside: it leaves the connection idle as long as nothing is said.
+    /// Marks an open call to a service such as health: the connection counts as idle while the call is silent.
     pub(super) fn beside(self: &Arc<Self>) -> Beside {
         self.was_used();
         self.besides.fetch_add(1, Ordering::SeqCst);
@@ -248,25 +245,25 @@ impl Place {
         *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// Whether it is idle with open calls, and since when it is idle.
+    /// True if it has open calls, and since when it is idle; `None` if it is busy.
     fn idle(&self) -> Option<(bool, Instant)> {
         let besides = self.besides.load(Ordering::SeqCst);
         let is_idle = self.calls.load(Ordering::SeqCst) <= besides;
         is_idle.then(|| (besides > 0, *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
-    /// Whether the peer takes nothing of what is to be written.
+    /// True while the peer does not read.
     pub(super) fn is_stalled(&self) -> bool {
         self.is_stalled.load(Ordering::Relaxed)
     }
 
-    /// Breaks the connection.
+    /// Aborts the connection.
     pub(super) fn cut_off(&self) {
         self.cut_off.cancel();
     }
 
-    /// Runs a connection until it ends, or is cut off. It is told to `end` when `stop` is cancelled, or when it has to give
-    /// way.
+    /// Runs a connection until it ends, or is aborted. `end` is called when `stop` is cancelled, or when it is closed
+    /// for a new one.
     pub(crate) async fn serve<C, T>(
         &self,
         connection: C,
@@ -287,7 +284,8 @@ impl Place {
                     if let Ok(ended) = timeout(Self::PARTING, connection.as_mut()).await {
                         return Some(ended);
                     }
-                    // A call may have begun meanwhile. Else the peer has not answered, and others wait for its place.
+                    // A call may have begun meanwhile. Otherwise the peer has not answered, and new connections wait
+                    // for its slot.
                     if self.idle().is_some() {
                         return None;
                     }
@@ -303,7 +301,7 @@ impl Place {
     }
 }
 
-/// A call that is open on a connection.
+/// An open call on a connection.
 #[derive(Debug)]
 pub(crate) struct Busy {
     place: Arc<Place>,
@@ -311,7 +309,7 @@ pub(crate) struct Busy {
 }
 
 impl Busy {
-    /// Whether it was the only one when it began.
+    /// True if it was the only call when it began.
     pub(super) fn is_only(&self) -> bool {
         self.is_only
     }
@@ -319,20 +317,20 @@ impl Busy {
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        // Before it counts as idle, so that it is not taken for one that has been for long.
+        // Set before it counts as idle, so that it does not look as if it had been idle for long.
         self.place.was_used();
         self.place.calls.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-/// A call to a service beside, such as health: its client watches something that hardly ever changes, and can begin anew.
+/// A call to a service such as health: its client watches a value that rarely changes, and can start again.
 #[derive(Debug)]
 pub(super) struct Beside {
     place: Arc<Place>,
 }
 
 impl Beside {
-    /// Notes that something was said.
+    /// Records that a message was sent.
     pub(super) fn was_used(&self) {
         self.place.was_used();
     }
@@ -345,7 +343,7 @@ impl Drop for Beside {
     }
 }
 
-/// What one peer has: an address of IPv4, or the 64 bits of a network of IPv6, in which a host may take any (RFC 7421).
+/// A peer: an IPv4 address, or the 64-bit prefix of an IPv6 address, since a host may use any address in it (RFC 7421).
 fn network_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
@@ -353,7 +351,7 @@ fn network_of(address: IpAddr) -> IpAddr {
     }
 }
 
-/// One of the connections that a server may have. Given back when it is dropped.
+/// A slot for one connection of a server. Released when dropped.
 struct Slot {
     connections: Arc<Connections>,
     id: u64,
@@ -367,7 +365,7 @@ impl Drop for Slot {
     }
 }
 
-/// Whether the connection of a call is broken: what tells a caller that cancelled from one that was cut off. Travels with
+/// Whether the connection of a call is broken, which distinguishes a cancelled call from a lost connection. Attached to
 /// each request.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Broken(Arc<AtomicBool>);
@@ -381,7 +379,7 @@ impl Broken {
         self.0.store(true, Ordering::SeqCst);
     }
 
-    /// The end of a connection is noted here before its calls hear of it.
+    /// Set before the calls of the connection are dropped.
     fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
         if result.is_err() {
             self.set();
@@ -390,16 +388,15 @@ impl Broken {
     }
 }
 
-/// A connection that counts as long as it lives, and remembers whether it broke. One that says nothing
-/// after it was accepted, or does not take what it is sent, breaks by itself, for it would take the place of others for
-/// ever.
+/// A counted connection that records whether it broke. A connection that sends nothing after it was accepted, or does
+/// not read, aborts by itself, since it would use a slot forever.
 pub(crate) struct Connection<S> {
     stream: S,
     broken: Broken,
     place: Arc<Place>,
-    /// Until it has said something.
+    /// Set until the peer has sent its first bytes.
     silence: Option<Silence>,
-    /// Since the peer takes nothing of what is to be written.
+    /// Set while the peer does not read.
     stall: Option<Pin<Box<Sleep>>>,
     _slot: Slot,
 }
@@ -410,7 +407,7 @@ struct Silence {
 }
 
 impl Silence {
-    /// How long a peer may take to say what it speaks.
+    /// Longest wait for the first bytes of a peer.
     const PATIENCE: Duration = Duration::from_secs(10);
     /// Bytes of HTTP/2's preface; a request of HTTP/1.1 is no shorter.
     const PREFACE: usize = 24;
@@ -429,24 +426,24 @@ impl<S> Connection<S> {
         }
     }
 
-    /// One that is the only one of its server.
+    /// The only connection of a server.
     #[cfg(test)]
     pub(crate) async fn of(stream: S) -> Self {
         let slot = Connections::at_most(1).slot(&CancellationToken::new(), None).await;
         Self::new(stream, slot.unwrap_or_else(|| unreachable!("there is room for one")))
     }
 
-    /// Whether it is broken, by then and later.
+    /// Whether it is broken, now and later.
     pub(crate) fn broken(&self) -> Broken {
         self.broken.clone()
     }
 
-    /// What is known of it beside its bytes.
+    /// The state of the connection.
     pub(crate) fn place(&self) -> Arc<Place> {
         self.place.clone()
     }
 
-    /// How long a peer may take nothing.
+    /// Longest time that a peer may not read.
     const STALL: Duration = Duration::from_mins(1);
 
     fn written<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {

@@ -1,5 +1,5 @@
-//! What requests cost while they are being received: each message alone is bounded by its size and its time, and all of
-//! them together here.
+//! Limits the memory of requests while they are being received: each message has a limit on its size and time, and all
+//! of them share a limit.
 
 use std::{
     error::Error,
@@ -20,17 +20,17 @@ use crate::{
     proto::framing::Prefix,
 };
 
-/// What a path takes.
+/// The limits of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Rule {
-    /// Bytes of one message.
+    /// Most bytes of one message.
     pub(super) max_bytes: usize,
-    /// Whether there may be many messages.
+    /// True if there may be many messages.
     pub(super) is_stream: bool,
 }
 
-/// The body of a request, of which whole messages are passed on. The library would reserve what the prefix of a message
-/// promises; here room grows with what comes, and is counted before it is reserved.
+/// The body of a request, which passes on whole messages. The library would allocate the length in the prefix of a
+/// message; here the buffer grows with the received bytes, and its memory is reserved before.
 ///
 /// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
 pub(super) struct Received<B> {
@@ -38,27 +38,27 @@ pub(super) struct Received<B> {
     rule: Rule,
     room: Memory,
     held: Option<Held>,
-    /// For the headers, which are kept as long.
+    /// Memory for the headers, which are kept as long.
     _headers: Option<Held>,
-    /// What has come and is not passed on.
+    /// Received bytes that are not passed on yet.
     gathered: BytesMut,
-    /// The same where one piece is all of the only message: nothing is gathered then.
+    /// The only message, if it came in one piece: nothing is copied then.
     whole: Option<Bytes>,
-    /// A message whose prefix is passed on.
+    /// A message whose prefix has been passed on.
     message: Option<Bytes>,
     messages: usize,
     taking: Arc<Taking>,
-    /// When what is awaited must have come.
+    /// When the awaited bytes must have arrived.
     due: Option<Instant>,
     clock: Option<Pin<Box<Sleep>>>,
 }
 
 impl<B> Received<B> {
-    /// How long a message may take to come: enough for the largest one over a slow line.
+    /// Longest time for a message to arrive: enough for the largest one over a slow link.
     const PATIENCE: Duration = Duration::from_secs(30);
-    /// Bytes of the headers of a request.
+    /// Most bytes of the headers of a request.
     pub(super) const MAX_HEADERS: u32 = 16 << 10;
-    /// Bytes of a message that always fits: what a stream costs contains it.
+    /// Bytes of a message that needs no reservation: they are included in the cost of a stream.
     const SMALL: usize = 8 << 10;
 
     pub(super) fn new(body: B, rule: Rule, room: Memory, headers: Option<Held>, taking: Arc<Taking>) -> Self {
@@ -73,18 +73,18 @@ impl<B> Received<B> {
             message: None,
             messages: 0,
             taking,
-            // A stream may be silent before each message; any other request is to come whole.
+            // A stream may be silent before each message; any other request must arrive completely.
             due: (!rule.is_stream).then(|| Instant::now() + Self::PATIENCE),
             clock: None,
         }
     }
 
-    /// What has come and is not passed on.
+    /// Received bytes that are not passed on yet.
     fn came(&self) -> &[u8] {
         self.whole.as_deref().unwrap_or(&self.gathered)
     }
 
-    /// Bytes of the message that is being gathered, with its prefix, once that is known.
+    /// Bytes of the current message, with its prefix, once that is known.
     fn announced(&self) -> Result<Option<usize>, Status> {
         self.announced_in(self.came())
     }
@@ -94,9 +94,9 @@ impl<B> Received<B> {
         let Prefix { flag, length } = Prefix::read(*prefix);
         match flag {
             0 => {}
-            1 => return Err(Status::unimplemented("the request is compressed; send it as it is")),
+            1 => return Err(Status::unimplemented("the request is compressed; send it uncompressed")),
             flag => {
-                let message = format!("the request is no gRPC: its message begins with the flag {flag}, not 0");
+                let message = format!("the request is not gRPC: its message begins with the flag {flag}, not 0");
                 return Err(Status::invalid_argument(message));
             }
         }
@@ -117,7 +117,7 @@ impl<B> Received<B> {
     }
 
     fn gather(&mut self, mut data: Bytes) -> Result<(), Status> {
-        // A message of a stream may have to wait, and would keep more of what its connection has read.
+        // A message of a stream may have to wait, and would keep a larger read buffer of its connection alive.
         let is_first = !self.rule.is_stream && self.came().is_empty() && self.messages == 0;
         if is_first && self.announced_in(&data)? == Some(data.len()) {
             self.whole = Some(data);
@@ -129,9 +129,9 @@ impl<B> Received<B> {
         while !data.is_empty() {
             let needed = self.gathered.len() + data.len();
             let most = match self.announced()? {
-                // First the prefix, which says how much there is to come.
+                // First the prefix, which has the length.
                 None => Prefix::BYTES,
-                // A stream may be sent further messages before the earlier ones are answered.
+                // A stream may receive further messages before the earlier ones are answered.
                 Some(_) if self.is_whole()? && self.rule.is_stream => 2 * (Prefix::BYTES + self.rule.max_bytes),
                 Some(_) if self.is_whole()? => {
                     return Err(Status::invalid_argument(MORE_THAN_ONE));
@@ -139,12 +139,15 @@ impl<B> Received<B> {
                 Some(bytes) => bytes,
             };
             if self.gathered.len() >= most {
-                return Err(Status::resource_exhausted("too much is sent ahead of the answers; wait for them"));
+                return Err(Status::resource_exhausted(
+                    "too many requests are open on the stream; wait for their \
+                     answers",
+                ));
             }
             let some = data.split_to(data.len().min(most - self.gathered.len()));
             let needed = needed.min(most);
             if self.gathered.capacity() < needed {
-                // Twice as much each time, so that little is copied, and never more than there is to come.
+                // Doubled each time, so that little is copied, but never more than the length.
                 let capacity = (self.gathered.capacity() * 2).clamp(needed, most);
                 self.hold(capacity)?;
                 let mut grown = BytesMut::with_capacity(capacity);
@@ -156,11 +159,11 @@ impl<B> Received<B> {
         self.announced().map(|_| ())
     }
 
-    /// Takes the message that has come whole.
+    /// Takes the complete message.
     fn take(&mut self) -> Result<Frame<Bytes>, Status> {
         let bytes = self.announced()?.unwrap_or_default();
         let came = self.whole.as_ref().map_or(self.gathered.capacity(), Bytes::len);
-        // The library makes a copy. The prefixes don't count, so that a message of half the room fits.
+        // The library copies it. The prefixes don't count, so that a message of half the room fits.
         self.hold(came + bytes - 2 * Prefix::BYTES)?;
         let mut message = self.whole.take().unwrap_or_else(|| self.gathered.split_to(bytes).freeze());
         let prefix = message.split_to(Prefix::BYTES);
@@ -205,7 +208,7 @@ where
             }
             match Pin::new(&mut self.body).poll_frame(cx) {
                 Poll::Ready(Some(frame)) => {
-                    // There may be trailers, which have no meaning in a request.
+                    // Trailers have no meaning in a request.
                     if let Ok(data) = frame.map_err(Into::into)?.into_data() {
                         self.gather(data)?;
                     }
@@ -213,13 +216,16 @@ where
                 Poll::Ready(None) if is_whole => return Poll::Pending,
                 Poll::Ready(None) if self.came().is_empty() => {
                     if self.messages == 0 && !self.rule.is_stream {
-                        let status = Status::invalid_argument("the request has no message; send one, if an empty one");
+                        let status = Status::invalid_argument(
+                            "the request has no message; send one, even if it is \
+                             empty",
+                        );
                         return Poll::Ready(Err(status.into()));
                     }
                     return Poll::Ready(Ok(None));
                 }
                 Poll::Ready(None) => {
-                    return Poll::Ready(Err(Status::invalid_argument("the request ends inside of a message").into()));
+                    return Poll::Ready(Err(Status::invalid_argument("the request ends inside a message").into()));
                 }
                 Poll::Pending => {
                     if !is_whole && !self.came().is_empty() {
@@ -227,7 +233,7 @@ where
                     }
                     let Some(due) = self.due else { return Poll::Pending };
                     ready!(self.clock.get_or_insert_with(|| Box::pin(sleep_until(due))).as_mut().poll(cx));
-                    let message = format!("the request has not come whole within {:?}", Self::PATIENCE);
+                    let message = format!("the request did not arrive completely within {:?}", Self::PATIENCE);
                     return Poll::Ready(Err(Status::deadline_exceeded(message).into()));
                 }
             }
@@ -271,7 +277,7 @@ mod tests {
     const ONE: Rule = Rule { max_bytes: 40 << 10, is_stream: false };
     const MANY: Rule = Rule { max_bytes: 1 << 10, is_stream: true };
 
-    /// A request of which these pieces come, and then nothing.
+    /// A request of which these pieces arrive, and then nothing.
     fn unfinished(rule: Rule, room: &Memory, pieces: &[&[u8]]) -> Received<BoxBody<Bytes, Status>> {
         let pieces: Vec<_> = pieces.iter().map(|it| Ok(Frame::data(Bytes::copy_from_slice(it)))).collect();
         let body = StreamBody::new(stream::iter(pieces).chain(stream::pending()));
@@ -283,7 +289,7 @@ mod tests {
         [0, a, b, c, d]
     }
 
-    /// What is passed on next.
+    /// The next piece that is passed on.
     async fn next<B>(received: &mut Received<B>) -> Result<Bytes, Code>
     where
         B: http_body::Body<Data = Bytes, Error: Into<Failure>> + Unpin,
@@ -299,11 +305,11 @@ mod tests {
         let room = Memory::whole(60 << 10);
         let begun = [&prefix(40 << 10)[..], &vec![0; 36 << 10]].concat();
         let mut first = unfinished(ONE, &room, &[&begun]);
-        // It has room as long as it is not whole.
+        // It holds memory until it is complete.
         assert!(timeout(Duration::from_secs(1), first.frame()).await.is_err());
         let mut second = unfinished(ONE, &room, &[&begun]);
         assert_eq!(next(&mut second).await, Err(Code::ResourceExhausted));
-        // A small one always has some.
+        // A small message needs no memory.
         let mut small = unfinished(ONE, &room, &[&prefix(1), &[7]]);
         assert_eq!((next(&mut small).await.unwrap().len(), next(&mut small).await.unwrap().len()), (Prefix::BYTES, 1));
         drop((first, small));
@@ -320,7 +326,7 @@ mod tests {
         let message = next(&mut received).await.unwrap();
         assert_eq!((&message[..], message.as_ptr()), (&[1, 2, 3][..], piece[Prefix::BYTES..].as_ptr()));
         assert!(received.frame().await.is_none());
-        // Nor is a further one passed on.
+        // A further message is not passed on either.
         let mut two = unfinished(ONE, &room, &[&[&prefix(1)[..], &[1]].concat(), &prefix(0)]);
         next(&mut two).await.unwrap();
         next(&mut two).await.unwrap();
@@ -345,7 +351,7 @@ mod tests {
         for (rule, expected) in [(ONE, Some(Code::InvalidArgument)), (MANY, None)] {
             let nothing = http_body_util::Empty::new().map_err(|infallible: Infallible| match infallible {});
             let mut received = Received::new(nothing, rule, room.clone(), None, Arc::default());
-            // The library does not look into a body that says that it has ended.
+            // The library does not read a body that has ended.
             assert_eq!(received.is_end_stream(), expected.is_none());
             let next = received.frame().await.map(Result::unwrap_err);
             assert_eq!(next.map(|failure| failure.downcast_ref::<Status>().unwrap().code()), expected);
@@ -381,7 +387,7 @@ mod tests {
         drop(answer);
         next(&mut received).await.unwrap();
         assert_eq!(next(&mut received).await.unwrap()[..], [2]);
-        // And what is sent ahead is bounded.
+        // And data that is sent ahead is limited.
         let message = [&prefix(1000)[..], &[0; 1000]].concat();
         let mut eager = unfinished(MANY, &room, &[&message, &message, &message, &message]);
         next(&mut eager).await.unwrap();

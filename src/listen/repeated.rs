@@ -1,4 +1,4 @@
-//! Log lines that a flood would repeat without end.
+//! Log lines that a flood would repeat endlessly.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -7,7 +7,7 @@ use std::{
 
 use tokio::time::Instant;
 
-/// Something that may happen very often: said when it happens first, and then now and then with how often it was.
+/// An event that may be very frequent: logged at its first occurrence, and then periodically with its count.
 #[derive(Debug, Default)]
 pub(crate) struct Repeated(Mutex<State>);
 
@@ -18,10 +18,10 @@ struct State {
 }
 
 impl Repeated {
-    /// Between two lines about the same.
+    /// Shortest time between two lines.
     const INTERVAL: Duration = Duration::from_secs(10);
 
-    /// It has happened. Returns how many times since it was last said, when it is to be said now.
+    /// Counts an occurrence. Returns the number since the last line, if a line is due.
     pub(crate) fn note(&self) -> Option<u64> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         state.times += 1;

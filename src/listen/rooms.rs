@@ -1,8 +1,9 @@
-//! Room for the answers of all connections until their clients have taken them. Each connection may have a part of it. Where
-//! none is left, those that have waited longest at whoever holds most give way to a newcomer that holds no more: the rule of
-//! switches that share a buffer, with a little patience.
+//! Memory for the answers of all connections until their clients have read them. Each connection may use a part of it.
+//! When it is full, the answers that have waited longest at the peer that holds the most are aborted for a newcomer
+//! that holds no more: the push-out policy of switches with a shared buffer, after a short patience.
 //!
-//! W. Wei, Y. Coyle, M. Hsiao: "An optimal buffer management policy for high-performance packet switching", GLOBECOM 1991.
+//! W. Wei, Y. Coyle, M. Hsiao: "An optimal buffer management policy for high-performance packet switching", GLOBECOM
+//! 1991.
 
 use std::{
     cmp::Reverse,
@@ -20,10 +21,10 @@ use tokio::time::{Instant, timeout};
 use super::{answering::Answer, connections::Place, streams::Taking};
 use crate::memory::{Full, Held, Memory};
 
-/// How long a message may wait for its client before it has to give way.
+/// How long a message may wait for its client before it may be aborted.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Room for the answers of a server.
+/// Memory for the answers of a server.
 #[derive(Debug)]
 pub(super) struct Rooms {
     memory: Memory,
@@ -31,12 +32,12 @@ pub(super) struct Rooms {
     next: AtomicU64,
 }
 
-/// What waits on one connection.
+/// The waiting messages of one connection.
 #[derive(Debug)]
 struct Waiting {
     peer: Option<IpAddr>,
     memory: Memory,
-    /// In the order in which they got their room.
+    /// In the order of their reservations.
     messages: BTreeMap<u64, Message>,
 }
 
@@ -52,11 +53,11 @@ impl Rooms {
         Arc::new(Self { memory, waiting: Mutex::default(), next: AtomicU64::new(0) })
     }
 
-    /// That of one connection more: a quarter of all, or one answer where that is more.
+    /// The memory of a new connection: a quarter of all, or one answer if that is more.
     pub(super) fn of_connection(self: &Arc<Self>, place: &Place) -> Arc<Room> {
         let all = self.memory.max();
         let max = (all / 4).max(Answer::LARGEST).min(all);
-        let memory = self.memory.part("answers that the client of this connection has not taken yet", max);
+        let memory = self.memory.part("answers that the client of this connection has not read yet", max);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         Arc::new(Room { all: self.clone(), id, peer: place.network(), memory })
     }
@@ -65,8 +66,9 @@ impl Rooms {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the streams of messages that have waited too long, so that as many bytes are given back soon, if there are enough
-    /// where no less is held than `newcomer` would hold then: by its peer, and on the same peer by its connection.
+    /// Aborts streams whose messages have waited too long, so that this many bytes are released soon. Takes them only
+    /// from peers, and on the same peer from connections, that hold at least as much as `newcomer` would hold then;
+    /// aborts nothing if that is not enough.
     fn make_way(&self, newcomer: &Room, bytes: usize) -> bool {
         let mut waiting = self.lock();
         let mut of_peers = HashMap::new();
@@ -111,7 +113,7 @@ impl Rooms {
     }
 }
 
-/// Room for the answers of one connection.
+/// Memory for the answers of one connection.
 #[derive(Debug)]
 pub(super) struct Room {
     all: Arc<Rooms>,
@@ -121,44 +123,44 @@ pub(super) struct Room {
 }
 
 impl Room {
-    /// The most that there can be.
+    /// Its limit in bytes.
     pub(super) fn max(&self) -> usize {
         self.memory.max()
     }
 
-    /// Whether others may soon need what is held.
+    /// True if other connections may soon need the memory.
     pub(super) fn is_short(&self) -> bool {
         let all = &self.all.memory;
         all.held() > all.max() / 2
     }
 
-    /// Room for so many bytes.
+    /// Reserves this many bytes.
     ///
     /// # Errors
-    /// There is none, and nobody has to give way.
+    /// The memory is full, and no stream can be aborted.
     pub(super) fn try_hold(&self, bytes: usize) -> Result<Held, Full> {
         self.memory.try_hold(bytes).or_else(|full| {
             let is_own = self.memory.held() + bytes > self.memory.max();
-            // What gives way is gone in a moment, and counted until then.
+            // Aborted messages are dropped soon, and counted until then.
             let has_room = !is_own && self.all.make_way(self, bytes);
             if has_room { Ok(self.memory.hold_beyond(bytes)) } else { Err(full) }
         })
     }
 
-    /// Room for so many bytes, once there is some. Bound the bytes by [`Self::max`].
+    /// Reserves this many bytes, and waits until they are free. At most [`Self::max`].
     pub(super) async fn hold(&self, bytes: usize) -> Held {
         loop {
             if let Ok(held) = self.try_hold(bytes) {
                 return held;
             }
-            // By then others may have to give way.
+            // By then other streams may be aborted.
             if let Ok(held) = timeout(PATIENCE, self.memory.hold(bytes)).await {
                 return held;
             }
         }
     }
 
-    /// Keeps the room of a message as long as its client has not taken it.
+    /// Keeps the memory of a message until its client has read it.
     pub(super) fn keep(self: &Arc<Self>, held: Held, taking: &Arc<Taking>) -> Kept {
         let number = self.all.next.fetch_add(1, Ordering::Relaxed);
         let message = Message { since: Instant::now(), bytes: held.bytes(), taking: taking.clone() };
@@ -168,7 +170,7 @@ impl Room {
     }
 }
 
-/// The room of a message that its client has not taken yet.
+/// The memory of a message that its client has not read yet.
 #[derive(Debug)]
 pub(super) struct Kept {
     room: Arc<Room>,
@@ -196,7 +198,7 @@ mod tests {
 
     const ANSWER: usize = Answer::LARGEST;
 
-    /// Room for so many answers, and two connections of one peer, and one of another.
+    /// Memory for this many answers, two connections of one peer, and one of another.
     fn rooms(answers: usize) -> (Memory, [Arc<Room>; 3]) {
         let memory = Memory::whole(answers * ANSWER);
         let rooms = Rooms::new(memory.clone());
@@ -216,7 +218,7 @@ mod tests {
         let (memory, [room, other, _]) = rooms(8);
         let kept: Vec<_> = (0..8).map_while(|_| keep(&room)).collect();
         assert_eq!((kept.len(), memory.held()), (2, 2 * ANSWER));
-        // However long its own ones wait.
+        // However long its own messages wait.
         advance(PATIENCE).await;
         assert!(keep(&room).is_none() && keep(&other).is_some());
     }
@@ -226,21 +228,21 @@ mod tests {
         let (memory, [first, second, other]) = rooms(4);
         let mut kept: Vec<_> = [&first, &second, &other].map(|room| keep(room).unwrap()).into();
         advance(PATIENCE / 2).await;
-        // Each connection may have one answer here, so this is a third one of that peer.
+        // Each connection may have one answer here, so this is a third connection of that peer.
         let third = first.all.of_connection(&Place::of(first.peer));
         kept.push(keep(&third).unwrap());
         let another = || other.all.of_connection(&Place::of(other.peer));
         let newcomer = another();
-        // All of them are too young.
+        // None of them has waited long enough.
         assert!(keep(&newcomer).is_none());
         advance(PATIENCE / 2).await;
         let given = keep(&newcomer).unwrap();
         assert!(kept[0].0.gives_way() && !kept[1].0.gives_way());
-        // It is counted until it is gone.
+        // It is counted until it is dropped.
         assert_eq!(memory.held(), 5 * ANSWER);
         drop(kept.remove(0));
         assert_eq!(memory.held(), 4 * ANSWER);
-        // Both peers hold as much by now: the one that would hold more gets nothing from the other, but of its own.
+        // Both peers hold the same now: the peer that would hold more gets memory only from its own connections.
         assert!(keep(&another()).is_some());
         assert!(kept[1].0.gives_way(), "that of its own peer");
         drop(given);

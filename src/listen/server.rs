@@ -1,4 +1,4 @@
-//! The loop of a gRPC server: every path by the same rules, every task owned.
+//! The accept loop of a gRPC server: all paths follow the same rules, and all tasks are owned.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -30,22 +30,22 @@ use super::{
 };
 use crate::{memory::Memory, transport::Listener};
 
-/// What a server gives to its clients.
+/// The limits of a server.
 #[derive(Clone, Debug)]
 pub(crate) struct Limits {
-    /// Streams of one connection. A client waits for a free one.
+    /// Most streams on one connection. At the limit, a client waits.
     pub(crate) max_concurrent_streams: u32,
-    /// Streams of all connections. Further ones are refused.
+    /// Most streams on all connections. Further ones are refused.
     pub(crate) max_streams: usize,
-    /// Bytes of one request to a service of its own.
+    /// Most bytes of one request.
     pub(crate) max_request_bytes: usize,
-    /// What a client may send on one stream, and on one connection, before it is read.
+    /// Bytes that a client may send ahead on one stream, and on one connection.
     pub(crate) windows: (u32, u32),
-    /// For requests while they are being received.
+    /// Memory for requests while they are being received.
     pub(crate) requests: Memory,
-    /// For answers until they are taken.
+    /// Memory for answers until they are read.
     pub(crate) answers: Memory,
-    /// Paths whose answers are streams of large messages, which wait for room.
+    /// Paths whose answers are streams of large messages, which wait for memory.
     pub(crate) large_streams: &'static [&'static str],
 }
 
@@ -63,7 +63,7 @@ struct Shared {
 }
 
 impl Server {
-    /// Serves nothing yet.
+    /// A server without services.
     pub(crate) fn new(services: Services, limits: Limits) -> Self {
         let places = Arc::new(Semaphore::new(limits.max_streams));
         let answers = Rooms::new(limits.answers.clone());
@@ -71,7 +71,7 @@ impl Server {
         Self(Arc::new(Shared { services, limits, answers, places, full, cut_off }))
     }
 
-    /// Serves until `stop` is cancelled, and then for what calls are open; everything breaks when `cut_off` is cancelled.
+    /// Serves until `stop` is cancelled, and then until open calls have ended; `cut_off` aborts all connections.
     pub(crate) async fn serve(
         self,
         listener: Box<dyn Listener>,
@@ -103,10 +103,10 @@ impl Server {
             .max_concurrent_streams(limits.max_concurrent_streams)
             .initial_stream_window_size(limits.windows.0)
             .initial_connection_window_size(limits.windows.1)
-            // A peer that went away without a word is noticed after 40 s, and its streams end.
+            // A dead peer is detected after 40 s, and its streams end.
             .keep_alive_interval(Some(Duration::from_secs(30)))
             .keep_alive_timeout(Duration::from_secs(10))
-            // A client that opens and resets streams without end is cut off (CVE-2023-44487).
+            // A client that opens and resets streams endlessly is disconnected (CVE-2023-44487).
             .max_pending_accept_reset_streams(Some(64))
             .max_local_error_reset_streams(Some(256))
             .max_header_list_size(Received::<Incoming>::MAX_HEADERS);
@@ -121,7 +121,7 @@ impl Server {
             if let Some(error) = flood(&error)
                 && let Some(times) = self.0.cut_off.note()
             {
-                tracing::warn!(%error, times, "a connection was cut off: its client asks for too much without an end");
+                tracing::warn!(%error, times, "a connection was closed: its client opens and resets too many streams");
             }
         }
         streams.tasks.close();
@@ -129,7 +129,7 @@ impl Server {
     }
 
     fn rule(&self, path: &str) -> Rule {
-        /// Bytes of a request to the services beside: names.
+        /// Most bytes of a request to health and reflection, which contain only names.
         const SMALL: usize = 8 << 10;
         if is_beside(path) {
             Rule { max_bytes: SMALL, is_stream: path.starts_with("/grpc.reflection.") }
@@ -143,13 +143,13 @@ impl Server {
         let limits = &self.0.limits;
         let path = request.uri().path();
         let (rule, is_large_stream) = (self.rule(path), limits.large_streams.contains(&path));
-        // Before its path was known, it counted as a call.
+        // It counted as a call until its path was known.
         let beside = is_beside(path).then(|| streams.place.beside());
         let patience = if is_large_stream { Patience::AfterFirst } else { Patience::None };
         let size = size_of_headers(request.headers());
         let headers = limits.requests.try_hold(size);
         let refused = match &headers {
-            _ if !taking.has_place() => Some(format!("{} calls are open, and no more may be", limits.max_streams)),
+            _ if !taking.has_place() => Some(format!("limit of {} open calls reached", limits.max_streams)),
             Err(full) if size > SMALL_HEADERS => Some(full.to_string()),
             _ => None,
         };
@@ -157,7 +157,7 @@ impl Server {
             if let Some(times) = self.0.full.note() {
                 tracing::warn!(times, "a call was refused: {refused}");
             }
-            // Its refusals would wait as its answers do.
+            // Refusals would wait like its answers.
             if streams.place.is_stalled() {
                 streams.place.cut_off();
             }
@@ -181,19 +181,19 @@ impl Server {
     }
 }
 
-/// Whether a path leads to one of the services beside: health and reflection.
+/// True if a path leads to health or reflection.
 fn is_beside(path: &str) -> bool {
     path.starts_with("/grpc.")
 }
 
-/// Whether this is a call, in the encoding that is spoken here.
+/// True if this is a gRPC call with protobuf messages.
 fn is_grpc(headers: &HeaderMap) -> bool {
     let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     let kind = kind.split(';').next().unwrap_or_default().trim_end();
     ["application/grpc", "application/grpc+proto"].iter().any(|it| kind.eq_ignore_ascii_case(it))
 }
 
-/// The answer to what is no call, as the protocol has it; with a status, for clients that look for one.
+/// The answer to a request that is not a gRPC call, as in the protocol, with a status for clients that read it.
 ///
 /// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#requests>
 fn unsupported(headers: &HeaderMap) -> Response<Body> {
@@ -207,17 +207,17 @@ fn unsupported(headers: &HeaderMap) -> Response<Body> {
     response
 }
 
-/// Bytes of headers that always have room: what a stream costs contains them.
+/// Bytes of headers that need no reservation: they are included in the cost of a stream.
 const SMALL_HEADERS: usize = 4 << 10;
 
-/// About what they take in memory.
+/// Their approximate size in memory.
 fn size_of_headers(headers: &HeaderMap) -> usize {
-    /// Of the table that they are kept in.
+    /// Size of an entry of their table.
     const OF_EACH: usize = 128;
     headers.iter().map(|(name, value)| name.as_str().len() + value.len() + OF_EACH).sum()
 }
 
-/// What the client did, if it is what only floods do.
+/// The kind of flood, if the error is caused by one.
 fn flood(error: &hyper::Error) -> Option<&h2::Error> {
     let error = std::error::Error::source(error)?.downcast_ref::<h2::Error>()?;
     (error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM)).then_some(error)
@@ -259,7 +259,7 @@ mod tests {
     use super::*;
     use tonic::codegen::Service;
 
-    /// Answers with as many bytes as the path says.
+    /// Answers with the number of bytes in the path.
     #[derive(Clone)]
     struct Zeros;
 
@@ -282,7 +282,7 @@ mod tests {
         }
     }
 
-    /// A client of a server whose answers have so much memory. It gives each stream this much room at a time.
+    /// A client of a server with this much memory for answers. Its window for each stream has this size.
     async fn connect(answers: usize, window: u32) -> SendRequest<Bytes> {
         let limits = Limits {
             max_concurrent_streams: 10,
@@ -313,7 +313,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_stream_whose_client_takes_nothing_ends_and_its_connection_goes_on() {
-        // Sooner, if others may need the memory.
+        // Sooner, if other clients may need the memory.
         for (answers, after) in [(1 << 20, 60), (150 << 10, 5)] {
             let mut client = connect(answers, 0).await;
             let begun = Instant::now();

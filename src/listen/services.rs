@@ -1,4 +1,4 @@
-//! Which service a call is for.
+//! Routes calls to services.
 
 use std::{collections::BTreeMap, convert::Infallible, future::poll_fn, sync::Arc};
 
@@ -16,16 +16,16 @@ use tonic::{
     server::NamedService,
 };
 
-/// The services of a server, each under its full name.
+/// The services of a server, by full name.
 ///
-/// tonic has a router too, but that one is made of a whole web framework, which every subsystem in Rust would compile.
+/// tonic also has a router, but it contains a whole web framework, which every subsystem in Rust would compile.
 #[derive(Clone, Default)]
 pub(crate) struct Services(BTreeMap<&'static str, Arc<Answer>>);
 
 type Answer = dyn Fn(Request<Body>) -> BoxFuture<'static, Response<Body>> + Send + Sync;
 
 impl Services {
-    /// These, and one more.
+    /// Adds a service.
     #[must_use]
     pub(crate) fn and<S>(mut self, service: S) -> Self
     where
@@ -46,13 +46,13 @@ impl Services {
         self
     }
 
-    /// Hands a call over to the service that its path names: `/SERVICE/METHOD`.
+    /// Passes a call to the service in its path: `/SERVICE/METHOD`.
     pub(super) fn call(&self, request: Request<Body>) -> BoxFuture<'static, Response<Body>> {
         let name = request.uri().path().split('/').nth(1).unwrap_or_default();
         if let Some(answer) = self.0.get(name) {
             answer(request)
         } else {
-            let status = Status::unimplemented("this service is not served here; reflection lists those that are");
+            let status = Status::unimplemented("this service is not served here; reflection lists the services");
             future::ready(status.into_http()).boxed()
         }
     }

@@ -1,5 +1,5 @@
-//! The streams of HTTP/2 connections: each is a task that its connection owns, and one whose client takes nothing of its
-//! answer is ended alone.
+//! The streams of HTTP/2 connections: each is a task that its connection owns, and a stream whose client does not read
+//! is ended individually.
 
 use std::{
     future::poll_fn,
@@ -29,8 +29,8 @@ use super::{
 };
 
 task_local! {
-    /// That of the stream whose task this is. The library makes the task, and tells a body nothing of what became of what it
-    /// gave.
+    /// The state of the current task's stream. The library creates the task, and does not report to a body whether its
+    /// data was sent.
     static TAKING: Arc<Taking>;
 }
 
@@ -38,7 +38,7 @@ task_local! {
 #[derive(Clone)]
 pub(super) struct Streams {
     pub(super) place: Arc<Place>,
-    /// For the streams of all connections.
+    /// Permits for the streams of all connections.
     pub(super) places: Arc<Semaphore>,
     pub(super) answers: Arc<Room>,
     pub(super) ends: Arc<Ends>,
@@ -47,7 +47,7 @@ pub(super) struct Streams {
 
 impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Streams {
     fn execute(&self, stream: F) {
-        // It ends with its connection: the library tells it.
+        // It ends with its connection, through the library.
         self.tasks.spawn(self.clone().run(stream));
     }
 }
@@ -55,7 +55,7 @@ impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Streams
 impl Streams {
     async fn run(self, stream: impl Future<Output = ()>) {
         let busy = self.place.busy();
-        // One stream of each connection always has a place: others can't keep a client out that asks for little.
+        // One stream of each connection needs no permit, so that a client with few calls is never kept out.
         let place = self.places.try_acquire_owned().ok();
         let taking = Arc::new(Taking {
             has_place: busy.is_only() || place.is_some(),
@@ -69,11 +69,11 @@ impl Streams {
                 self.ends.note(&taking);
                 taking.is_over.store(true, Ordering::SeqCst);
             }
-            // That it is dropped resets the stream.
+            // Dropping it resets the stream.
             () = taking.stalled(&self.answers) => {}
             () = taking.gives_way.notified() => {
-                tracing::debug!("a stream has ended: its client is slow, and others need the memory");
-                // A piece may be on its way, and must not stay there.
+                tracing::debug!("a stream was aborted: its client is slow, and other clients need the memory");
+                // A piece may still be queued, and must be dropped.
                 self.ends.note(&taking);
                 if self.place.is_stalled() {
                     self.place.cut_off();
@@ -82,7 +82,7 @@ impl Streams {
         }
     }
 
-    /// Ends when the client has left the end of an answer for too long.
+    /// Completes when the client has not read the end of an answer for too long.
     pub(super) async fn left(&self) {
         let mut look = interval(Taking::IMPATIENCE);
         loop {
@@ -97,8 +97,8 @@ impl Streams {
     }
 }
 
-/// The ends of answers on one connection that their clients have not taken, as far as is known, and since when. Their streams
-/// are over: nobody can reset them any more. No client that works leaves one.
+/// The ends of answers on one connection that are not known to be read, and since when. Their streams have ended and
+/// can't be reset any more. A working client reads them all.
 #[derive(Debug, Default)]
 pub(super) struct Ends(Mutex<Vec<(Instant, Weak<Taking>)>>);
 
@@ -113,7 +113,7 @@ impl Ends {
 
     fn note(&self, taking: &Arc<Taking>) {
         let mut ends = self.lock();
-        // Most are taken at once. It grows no further than twice what is not.
+        // Most are read at once. The list is at most twice as long as the number of unread ones.
         if ends.len() == ends.capacity() {
             ends.retain(Self::is_there);
             let room = ends.len().max(16);
@@ -123,51 +123,51 @@ impl Ends {
     }
 }
 
-/// How far a client has taken what it is answered on one stream.
+/// How far a client has read its answer on one stream.
 #[derive(Debug, Default)]
 pub(super) struct Taking {
     has_place: bool,
-    /// One of those that the streams of all connections have together.
+    /// The permit of the stream.
     _place: Option<OwnedSemaphorePermit>,
     connection: Option<Arc<Place>>,
-    /// All is given to the library.
+    /// True once the whole answer has been passed to the library.
     is_over: AtomicBool,
-    /// Told when its memory is needed by others.
+    /// Notified when other clients need its memory.
     gives_way: Notify,
-    /// Pieces that the library has been given and the kernel has not.
+    /// Pieces that the library has but the kernel has not.
     waiting: AtomicUsize,
     taken: AtomicUsize,
-    /// Messages that have been answered.
+    /// Number of answered messages.
     answered: AtomicUsize,
     /// Why the rest of the request is not read.
     refused: OnceLock<Status>,
-    /// Woken when a further message may be read.
+    /// Woken when another message may be read.
     turn: AtomicWaker,
 }
 
 impl Taking {
-    /// How long a client may take nothing.
+    /// Longest time that a client may not read.
     const PATIENCE: Duration = Duration::from_mins(1);
-    /// How long it may when others need the memory.
+    /// The same if other clients need the memory.
     const IMPATIENCE: Duration = Duration::from_secs(5);
 
-    /// That of the stream whose task this is.
+    /// The state of the current task's stream.
     pub(super) fn current() -> Arc<Self> {
         TAKING.try_with(Clone::clone).unwrap_or_default()
     }
 
-    /// Whether there was room for this stream.
+    /// True if this stream has a permit.
     pub(super) fn has_place(&self) -> bool {
         self.has_place
     }
 
-    /// A piece of the answer, on its way to the client.
+    /// Wraps a piece of the answer, to see when it is sent.
     pub(super) fn piece(self: &Arc<Self>, bytes: Bytes, kept: Option<Arc<Kept>>) -> Bytes {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         Bytes::from_owner(Piece { bytes, taking: self.clone(), _kept: kept })
     }
 
-    /// Ends the stream, or if that is over, the connection on which its end is left.
+    /// Aborts the stream or, if it has ended, the connection with its unread end.
     pub(super) fn give_way(&self) {
         self.gives_way.notify_one();
         if let Some(connection) = self.connection.as_ref().filter(|_| self.is_over.load(Ordering::SeqCst)) {
@@ -175,7 +175,8 @@ impl Taking {
         }
     }
 
-    /// Notes that the request was refused while it was being read. A service of the library tells its clients nothing of it.
+    /// Records that the request was refused while it was being read. A service of the library does not pass this on to
+    /// its client.
     pub(super) fn refuse(&self, status: Status) -> Status {
         self.refused.get_or_init(|| status).clone()
     }
@@ -185,19 +186,19 @@ impl Taking {
         self.refused.get()
     }
 
-    /// Notes that a message has been answered.
+    /// Records that a message was answered.
     pub(super) fn answered(&self) {
         self.answered.fetch_add(1, Ordering::SeqCst);
         self.turn.wake();
     }
 
-    /// Whether it has been told to give way.
+    /// True if other clients need its memory.
     #[cfg(test)]
     pub(super) fn gives_way(&self) -> bool {
         futures_util::FutureExt::now_or_never(self.gives_way.notified()).is_some()
     }
 
-    /// Waits until so many messages have been answered, and the client has taken the answers.
+    /// Waits until this many messages have been answered, and the client has read the answers.
     pub(super) fn poll_turn(&self, cx: &mut Context<'_>, messages: usize) -> Poll<()> {
         let is_there = || self.answered.load(Ordering::SeqCst) >= messages && self.waiting.load(Ordering::SeqCst) == 0;
         if is_there() {
@@ -211,8 +212,8 @@ impl Taking {
         if answers.is_short() { Self::IMPATIENCE } else { Self::PATIENCE }
     }
 
-    /// Ends when the client has taken nothing for too long of what waits for it. It is to be polled after what gives
-    /// pieces, by the same task.
+    /// Completes when the client has not read waiting data for too long. Poll it after the source of pieces, in the
+    /// same task.
     async fn stalled(&self, answers: &Room) {
         struct Watch {
             taken: usize,
@@ -238,7 +239,7 @@ impl Taking {
                     (watch.taken, watch.since) = (taken, now);
                 }
                 if now - watch.since >= Self::patience(answers) {
-                    tracing::debug!("a stream has ended: its client takes nothing");
+                    tracing::debug!("a stream was aborted: its client does not read");
                     return Poll::Ready(());
                 }
                 watch.look.as_mut().reset(now + Self::IMPATIENCE);
@@ -252,7 +253,7 @@ impl Taking {
 struct Piece {
     bytes: Bytes,
     taking: Arc<Taking>,
-    /// The room of the whole answer, whose bytes this one keeps.
+    /// The memory of the whole answer, which this piece keeps alive.
     _kept: Option<Arc<Kept>>,
 }
 

@@ -1,7 +1,7 @@
-//! How much a request may hold: looked at in its encoded form, before anything is built from it.
+//! Limits on the contents of requests, checked in their encoded form, before anything is built.
 //!
-//! A list of empty texts takes 2 bytes an entry on the wire and a dozen times as much in memory, so a limit on the bytes
-//! of a message does not bound what it becomes.
+//! A list of empty strings takes 2 bytes an entry on the wire and a dozen times as much in memory, so a limit on the
+//! bytes of a message does not bound its memory.
 
 use std::{collections::HashMap, ops::Range, sync::OnceLock};
 
@@ -10,20 +10,20 @@ use prost_reflect::{FieldDescriptor, Kind, MessageDescriptor};
 use super::descriptors;
 use crate::model::{self, CycleRequest, Fields, Malformed, Subsystem, Wire};
 
-/// The most fields in one request, at all depths together, where each entry of a list is one and unknown fields count as
-/// well: what is left to do is done within a millisecond.
+/// Most fields in one request, at all depths together. Each entry of a list counts as one, and unknown fields count as
+/// well: the remaining work takes less than a millisecond.
 pub const MAX_FIELDS: usize = 100_000;
 
-/// The most names that a watcher filters by.
+/// Most names in a filter of a watcher.
 pub const MAX_FILTER: usize = 1000;
-/// The most subsystems that are registered by one call: one commit of so many hardly holds up a cycle that is to begin.
+/// Most subsystems that are registered by one call: a commit of this size hardly delays the start of a cycle.
 pub const MAX_REGISTRATIONS: usize = 1000;
-/// The most states that a filter lists: more than there are.
+/// Most states in a filter: more than exist.
 const MAX_STATES: usize = 16;
-/// The most codes that are retried: as many as there are, nearly.
+/// Most codes that are retried: nearly all that exist.
 const MAX_CODES: usize = 16;
 
-/// The most entries of each list and map that can come in a request. The contract has them beside the fields.
+/// Most entries of each list and map in a request. The contract documents them at the fields.
 const MAX_ENTRIES: &[(&str, usize)] = &[
     ("dreamnet.orchestrator.v1.IntervalLoop.subsystems", CycleRequest::MAX_SUBSET),
     ("dreamnet.orchestrator.v1.ListCyclesRequest.states", MAX_STATES),
@@ -41,31 +41,32 @@ const MAX_ENTRIES: &[(&str, usize)] = &[
     ("dreamnet.subsystem.v1.RunCycleRequest.inputs", Subsystem::MAX_INPUTS),
 ];
 
-/// The most entries of the list or map with this full name. One that has no bound takes none: a test holds that all have.
+/// Most entries of the list or map with this full name. One without a limit accepts none: a test checks that all have a
+/// limit.
 pub(super) fn max_entries(full_name: &str) -> usize {
     MAX_ENTRIES.iter().find(|(name, _)| *name == full_name).map_or(0, |(_, max)| *max)
 }
 
-/// Why a request is not read.
+/// Why a request is refused.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Unreadable {
-    /// A list or map is longer than it may be.
+    /// A list or map is too long.
     #[error("{field} has more than {max} entries, which is the most that are allowed")]
     TooManyEntries {
         /// Its path, such as `registration.requires`.
         field: String,
-        /// The most entries.
+        /// Its limit.
         max: usize,
     },
-    /// The whole is more than may be.
+    /// The request has too many fields.
     #[error("the request has more than {MAX_FIELDS} fields and entries of lists, which is the most that are allowed")]
     TooManyFields,
-    /// The bytes are no such message.
+    /// The bytes are not a message of this type.
     #[error("the request is no {message}: {error}; encode it by the contract that reflection describes")]
     Malformed {
         /// Its full name.
         message: String,
-        /// What the library says.
+        /// The error of the library.
         error: String,
     },
 }
@@ -78,17 +79,17 @@ impl Unreadable {
         }
     }
 
-    /// What can't be decoded as the message of this name.
+    /// The error of a message with this name that can't be decoded.
     pub(super) fn malformed(message: &str, error: impl ToString) -> Self {
         Self::Malformed { message: message.to_owned(), error: error.to_string() }
     }
 }
 
-/// Looks over an encoded message, if it is one that servers of the contract take; stops at the first excess.
+/// Checks an encoded message if it is a request of the contract; stops at the first violation.
 ///
 /// # Errors
-/// A list is longer than it may be, there are too many fields, or these are not the fields of any message. That values are
-/// those of their fields is for decoding to see.
+/// A list is too long, there are too many fields, or the bytes are not the fields of a message. The values of fields
+/// are checked by decoding.
 pub fn check(full_name: &str, bytes: &[u8]) -> Result<(), Unreadable> {
     match requests().get(full_name) {
         Some(request) => {
@@ -102,12 +103,12 @@ pub fn check(full_name: &str, bytes: &[u8]) -> Result<(), Unreadable> {
     }
 }
 
-/// Whether servers of the contract take this message.
+/// True if this message is a request of the contract.
 pub(super) fn is_request(full_name: &str) -> bool {
     requests().contains_key(full_name)
 }
 
-/// What each method of the contract takes, by its full name.
+/// The request type of each method of the contract, by full name.
 fn requests() -> &'static HashMap<String, Shape> {
     static REQUESTS: OnceLock<HashMap<String, Shape>> = OnceLock::new();
     REQUESTS.get_or_init(|| {
@@ -118,12 +119,12 @@ fn requests() -> &'static HashMap<String, Shape> {
     })
 }
 
-/// What of a message is looked at. The contract's requests do not nest in themselves, so that each list in one has a count
-/// of its own: also where a message that is no list comes in several parts, which protobuf puts together.
+/// The checked fields of a message. The contract's requests are not recursive, so that each list in a request has one
+/// counter, even if a singular message field occurs several times, which protobuf merges.
 struct Shape {
-    /// By number. They are few.
+    /// By number. There are few.
     fields: Vec<(u32, Field)>,
-    /// The places of the counts of all lists in it.
+    /// The indices of the counters of all lists in it.
     slots: Range<usize>,
 }
 
@@ -139,7 +140,7 @@ struct List {
     packed: Option<Packed>,
 }
 
-/// How entries of a list stand in one field.
+/// The encoding of entries of a list in one field.
 enum Packed {
     Varints,
     Fixed(usize),
@@ -154,7 +155,7 @@ impl Shape {
                 List { slot: slots.end - 1, max: max_entries(field.full_name()), packed: Packed::of(&field) }
             });
             let kind = field.kind();
-            // What is carried as bytes is no message here: `model::Payload` looks into it.
+            // A field that is carried as bytes is not a message here: `model::Payload` checks it.
             let inner = kind.as_message().filter(|inner| inner.full_name() != "google.protobuf.Struct");
             let message = inner.map(|inner| Self::of(inner, slots.end));
             slots.end = message.as_ref().map_or(slots.end, |message| message.slots.end);
@@ -176,7 +177,7 @@ impl Packed {
         }
     }
 
-    /// How many entries there are; more than `max` is all that is known of what is longer.
+    /// Number of entries; for a longer list, any number above `max`.
     fn count(&self, bytes: &[u8], max: usize) -> usize {
         const LONGEST: usize = 10;
         match self {

@@ -1,5 +1,5 @@
-//! How messages of the contract are read and written on gRPC streams: as `tonic_prost` does, but a server looks over a
-//! request before it builds it, and says of one that it can't read that the client sent it wrong.
+//! The codec of the contract's messages on gRPC streams: like `tonic_prost`, but a server checks a request before it
+//! builds it, and reports a malformed request as the client's error.
 
 use std::{collections::HashMap, marker::PhantomData};
 
@@ -14,7 +14,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use super::bounds::{self, Unreadable};
 
-/// Reads `U` and writes `T`. The generated services use it (see `build.rs`).
+/// Decodes `U` and encodes `T`. The generated services use it (see `build.rs`).
 pub struct Codec<T, U>(PhantomData<(T, U)>);
 
 impl<T, U> Default for Codec<T, U> {
@@ -42,7 +42,7 @@ where
     }
 }
 
-/// Reads a message. A request is looked over first; an answer is that of a service which the client has chosen.
+/// Decodes a message. A request is checked first; an answer comes from a service that the client has chosen.
 pub struct Checked<U>(ProstDecoder<U>);
 
 impl<U: Message + Name + Default> Decoder for Checked<U> {
@@ -54,13 +54,13 @@ impl<U: Message + Name + Default> Decoder for Checked<U> {
         if !bounds::is_request(&name) {
             return self.0.decode(buf);
         }
-        // The library hands over a message in one piece.
+        // The library passes a message in one piece.
         bounds::check(&name, buf.chunk()).map_err(|unreadable| refused(U::PACKAGE, unreadable))?;
         U::decode(buf).map(Some).map_err(|error| refused(U::PACKAGE, Unreadable::malformed(&name, error)))
     }
 }
 
-/// With the details that the orchestrator's contract promises; that of subsystems knows plain codes.
+/// Adds the error details of the orchestrator's contract; the contract of subsystems has plain codes.
 fn refused(package: &str, unreadable: Unreadable) -> Status {
     let message = unreadable.to_string();
     if package != "dreamnet.orchestrator.v1" {

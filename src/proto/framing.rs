@@ -1,4 +1,5 @@
-//! How messages travel in gRPC: each behind a flag, which says whether it is compressed, and its length; then the status.
+//! The framing of messages in gRPC: each follows a flag, which says whether it is compressed, and its length; the
+//! status is last.
 //!
 //! <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
 
@@ -7,34 +8,34 @@ use http_body::Frame;
 use prost::Message;
 use tonic::{Status, codegen::http::HeaderMap};
 
-/// What stands before a message.
+/// The prefix of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prefix {
-    /// 0 for a message as it is, 1 for a compressed one.
+    /// 0 for an uncompressed message, 1 for a compressed one.
     pub flag: u8,
     /// Bytes of the message.
     pub length: usize,
 }
 
 impl Prefix {
-    /// Bytes that it takes itself.
+    /// Bytes of the prefix.
     pub const BYTES: usize = 5;
 
-    /// What these bytes say.
+    /// Parses these bytes.
     #[must_use]
     pub fn read([flag, length @ ..]: [u8; Self::BYTES]) -> Self {
         Self { flag, length: u32::from_be_bytes(length) as usize }
     }
 }
 
-/// A message as it travels.
+/// Encodes a message with its prefix.
 pub fn framed(message: &impl Message) -> Bytes {
     let mut framed = BytesMut::new();
     put(&mut framed, message);
     framed.freeze()
 }
 
-/// The same for a message that is encoded already, or whatever else is to be sent as one.
+/// Adds the prefix to an encoded message, or to other bytes that are sent as one.
 #[must_use]
 pub fn framed_bytes(message: &[u8]) -> Bytes {
     let mut framed = BytesMut::new();
@@ -43,10 +44,10 @@ pub fn framed_bytes(message: &[u8]) -> Bytes {
     framed.freeze()
 }
 
-/// Adds a message to others that travel together.
+/// Appends a message with its prefix to others.
 pub fn put(gathered: &mut BytesMut, message: &impl Message) {
     begin(gathered, message.encoded_len());
-    // There is room for all of it.
+    // The buffer has enough capacity.
     let _ = message.encode(gathered);
 }
 
@@ -57,10 +58,10 @@ fn begin(gathered: &mut BytesMut, length: usize) {
     gathered.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
 }
 
-/// How an answer ends.
+/// The trailers of an answer.
 ///
 /// # Errors
-/// The status can't be said in headers.
+/// The status can't be encoded in headers.
 pub fn trailers<D>(status: &Status) -> Result<Frame<D>, Status> {
     let mut trailers = HeaderMap::new();
     status.add_header(&mut trailers)?;

@@ -11,43 +11,43 @@ use serde_json::Value;
 use super::{bounds, descriptors};
 use crate::model::{Field, Fields, Wire};
 
-/// Why something is no message, or no JSON of one.
+/// Why a message, or its JSON, is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum JsonError {
-    /// There is no such message.
+    /// The message type does not exist.
     #[error("{0} is no message of dreamnet.orchestrator.v1")]
     NoMessage(String),
-    /// The bytes are none.
+    /// The bytes are not a message of this type.
     #[error("no {0}: {1}")]
     Bytes(&'static str, String),
-    /// It holds more messages than are made into JSON.
+    /// It contains more messages than the limit.
     #[error("it holds more than {MAX_MESSAGES} values, which is too much for JSON; ask by gRPC")]
     TooLarge,
-    /// It can't be written.
+    /// It can't be encoded.
     #[error("{0}")]
     Json(#[from] serde_json::Error),
-    /// A value is none of its field.
+    /// A value is invalid for its field.
     #[error("{field} is {value:?}; give {allowed}")]
     Value {
         /// The field.
         field: String,
-        /// What was given.
+        /// The given value.
         value: String,
-        /// What could be.
+        /// The valid values.
         allowed: String,
     },
-    /// It takes one value, and several were given.
+    /// The field takes one value, and several were given.
     #[error("{0} is given more than once; give it once")]
     Twice(String),
-    /// It takes a list, and more were given than it may have.
+    /// The field takes a list, and too many entries were given.
     #[error("{0} is given more than {1} times, which is the most that are allowed")]
     TooMany(String, usize),
-    /// No such field.
+    /// The field does not exist.
     #[error("there is no {field}; {allowed}")]
     NoField {
-        /// What was given.
+        /// The given value.
         field: String,
-        /// What could be.
+        /// The valid values.
         allowed: String,
     },
 }
@@ -58,14 +58,14 @@ impl JsonError {
     }
 }
 
-/// The most messages in one that is made into JSON, itself and the values of each `Struct` included. Each takes almost
-/// 1 KiB meanwhile, so that all of them are 128 MiB at most.
+/// Most messages in one that is converted to JSON, including itself and the values of each `Struct`. Each takes almost
+/// 1 KiB meanwhile, together at most 128 MiB.
 pub const MAX_MESSAGES: usize = 140_000;
 
 /// An encoded message as canonical proto JSON, on one line. `kind` is its name in `dreamnet.orchestrator.v1`.
 ///
 /// # Errors
-/// The bytes are no such message, or it holds more than [`MAX_MESSAGES`].
+/// The bytes are not such a message, or it contains more than [`MAX_MESSAGES`].
 pub fn encode(kind: &'static str, bytes: &[u8]) -> Result<String, JsonError> {
     let descriptor = descriptor(kind)?;
     count(kind, &descriptor, bytes, &mut 0)?;
@@ -75,7 +75,7 @@ pub fn encode(kind: &'static str, bytes: &[u8]) -> Result<String, JsonError> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// Adds how many messages there are in this one, itself included. Looks at the encoded form, before anything is built.
+/// Counts the messages in this one, including itself. Works on the encoded form, before anything is built.
 fn count(kind: &'static str, of: &MessageDescriptor, bytes: &[u8], messages: &mut usize) -> Result<(), JsonError> {
     *messages += 1;
     if *messages > MAX_MESSAGES {
@@ -91,13 +91,11 @@ fn count(kind: &'static str, of: &MessageDescriptor, bytes: &[u8], messages: &mu
     Ok(())
 }
 
-/// The message that the parameters of a URL stand for: names are those of fields, as in JSON or as in the contract; a
-/// field that is a list takes several. Fields that are messages are given by what JSON has for them as text, such as a
-/// time.
+/// The message from the parameters of a URL: names are those of fields, as in JSON or as in the contract; a list takes
+/// several parameters. A field that is a message is given in its JSON form as a string, such as a time.
 ///
 /// # Errors
-/// A field is unknown, a value is none of its kind, a field that is no list is given more than once, or a list is longer
-/// than it may be.
+/// A field is unknown, a value is invalid, a field that is not a list is given more than once, or a list is too long.
 pub fn from_parameters<M: Message + Default>(
     kind: &'static str,
     parameters: impl IntoIterator<Item = (String, String)>,
@@ -120,7 +118,7 @@ pub fn from_parameters<M: Message + Default>(
         if field.is_list() && *count > bounds::max_entries(field.full_name()) {
             return Err(JsonError::TooMany(name, bounds::max_entries(field.full_name())));
         }
-        // JSON takes numbers as text, but not truth.
+        // JSON accepts numbers as strings, but not booleans.
         let value = match (field.kind(), text.as_str()) {
             (Kind::Bool, "true" | "") => Value::Bool(true),
             (Kind::Bool, "false") => Value::Bool(false),
@@ -133,13 +131,13 @@ pub fn from_parameters<M: Message + Default>(
             value: text,
             allowed: allowed(&field.kind(), &error),
         })?;
-        // Encoded messages one after the other are one message.
+        // Concatenated encoded messages are one merged message.
         bytes.extend(message.encode_to_vec());
     }
     M::decode(bytes.as_slice()).map_err(|error| JsonError::bytes(kind, error))
 }
 
-/// What a parameter of this kind could be, which `error` says it is not.
+/// The valid values of a parameter of this type, for `error`.
 fn allowed(kind: &Kind, error: &serde_json::Error) -> String {
     match kind {
         Kind::Bool => "true or false".to_owned(),

@@ -1,4 +1,4 @@
-//! What the operator says to a process that serves: signals, and the configuration.
+//! Requests of the operator to a running service: signals, and changes of the configuration.
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -15,8 +15,8 @@ use crate::{
 
 type Load = dyn Fn() -> Result<Config, ConfigError> + Send + Sync;
 
-/// Hears the operator of this process, from as early on as possible: where it is the first of its container, a signal that
-/// it does not listen for has no effect.
+/// Receives requests of the operator, starting as early as possible: in the first process of a container, a signal
+/// without a handler has no effect.
 pub struct Operator {
     terminate: Signal,
     interrupt: Signal,
@@ -25,19 +25,19 @@ pub struct Operator {
     changes: Changes,
 }
 
-/// What the operator wants.
+/// A request of the operator.
 pub(super) enum Wish {
-    /// An end. Said again, one at once.
+    /// Stop. A second one aborts.
     Stop,
-    /// Another configuration; and what says so.
+    /// Reload the configuration, with the reason.
     Reload(&'static str),
 }
 
 impl Operator {
-    /// Listens for signals, and for changes of `file`. `load` reads the configuration, wherever it comes from.
+    /// Handles signals, and changes of `file`. `load` reads the configuration.
     ///
     /// # Errors
-    /// Signals can't be listened for.
+    /// Signal handlers can't be installed.
     pub async fn of(
         file: Option<PathBuf>,
         load: impl Fn() -> Result<Config, ConfigError> + Send + Sync + 'static,
@@ -47,7 +47,7 @@ impl Operator {
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
             load: Arc::new(load),
-            // Before it is read for the first time, so that no change is missed in between.
+            // Before the first read, so that no change is missed in between.
             changes: Changes::of(file).await,
         })
     }
@@ -61,20 +61,20 @@ impl Operator {
         }
     }
 
-    /// Reads the configuration. `None` when it was told to stop before it was read.
+    /// Reads the configuration. `None` if a signal stopped it before it was read.
     pub async fn configuration(&mut self) -> Option<Result<Config, ConfigError>> {
         let load = self.load.clone();
-        // A file system can take its time.
+        // A file system can be slow.
         let loaded = spawn_blocking(move || load());
         select! {
             biased;
             () = self.stop() => None,
-            // It ends by a defect only, which the log has.
+            // It ends only because of a defect, which is in the log.
             loaded = loaded => Some(loaded.unwrap_or_else(|error| Err(ConfigError::unread(&error)))),
         }
     }
 
-    /// Waits for what the operator wants next.
+    /// Waits for the next request of the operator.
     pub(super) async fn wish(&mut self) -> Wish {
         select! {
             biased;

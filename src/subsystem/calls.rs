@@ -1,4 +1,4 @@
-//! The rules of the contract: which call does work, which one waits for it, which one is refused.
+//! The rules of the contract: which calls do work, wait for it, or are refused.
 
 use std::{
     any::Any,
@@ -30,7 +30,7 @@ use crate::{
     proto::subsystem::v1::{self as pb, subsystem_server},
 };
 
-/// The most bytes of a message that a failure is answered with: it travels in headers, which are small by default.
+/// Most bytes of the message of a failure: it is sent in headers, which are small by default.
 const MAX_MESSAGE: usize = 4 << 10;
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -44,9 +44,9 @@ pub(super) struct Calls {
 impl Calls {
     fn find(&self, name: &str) -> Result<&Arc<Hosted>, Status> {
         self.subsystems.get(name).ok_or_else(|| {
-            // What is longer is no name, and would not fit into the headers that answer.
+            // A longer text is not a name, and would not fit into the headers of the answer.
             let name = excerpt(name, Name::MAX_LEN);
-            Status::not_found(format!("no subsystem {name:?} is served here; check its endpoint in the registration"))
+            Status::not_found(format!("subsystem {name:?} is not served here; check its endpoint in the registration"))
         })
     }
 }
@@ -76,13 +76,13 @@ impl subsystem_server::Subsystem for Calls {
     ) -> Result<Response<pb::GetStatusResponse>, Status> {
         let hosted = self.find(&request.into_inner().subsystem)?;
         let status = spawned(hosted.implementation.clone().get_status()).await.unwrap_or_else(|end| Err(ended(end)))?;
-        let status = status.ok_or_else(|| Status::unimplemented("it has no status to show"))?;
+        let status = status.ok_or_else(|| Status::unimplemented("it has no status"))?;
         let status = aside(is_long(&status), move || to_struct("status", &status)).await??;
         Ok(Response::new(pb::GetStatusResponse { status }))
     }
 }
 
-/// A task of its own, so that a panic ends nothing else. It stops when the future is dropped.
+/// Runs the work in a separate task, so that a panic affects nothing else. The task stops when the future is dropped.
 fn spawned<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> AbortOnDropHandle<T> {
     AbortOnDropHandle::new(tokio::spawn(work))
 }
@@ -90,34 +90,34 @@ fn spawned<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) ->
 // ---------------------------------------------------------------------------------------------------------------
 // One subsystem
 
-/// One subsystem and what it has been called for.
+/// One subsystem and its latest cycles.
 pub(super) struct Hosted {
     implementation: Arc<dyn Implementation>,
     state: Mutex<State>,
-    /// Held by what runs: `initialize` and `run_cycle` never overlap.
+    /// Held by running work: `initialize` and `run_cycle` never overlap.
     turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Default)]
 struct State {
-    /// The highest one seen.
+    /// The highest epoch so far.
     epoch: u64,
     is_initialized: bool,
-    /// The latest, oldest first, all of this epoch.
+    /// The latest cycles, oldest first, all of this epoch.
     works: VecDeque<Arc<Work>>,
 }
 
-/// What runs, or has run, for one cycle.
+/// The work of one cycle, running or done.
 struct Work {
     cycle_id: u64,
-    /// How many wait for the answer. Changed under the lock of the state.
+    /// Number of calls that wait for the answer. Changed under the lock of the state.
     callers: AtomicUsize,
     answer: Shared<BoxFuture<'static, Result<pb::RunCycleResponse, Status>>>,
     task: AbortHandle,
 }
 
-/// How many cycles are remembered. A call is repeated inside its cycle's deadline, so the latest is nearly enough; the
-/// others are for calls that were held up on the way.
+/// Number of cycles whose answers are kept. A call is repeated within its cycle's deadline, so the latest is nearly
+/// enough; the others are for delayed calls.
 const REMEMBERED: usize = 4;
 
 impl Hosted {
@@ -194,12 +194,12 @@ impl Hosted {
 }
 
 impl State {
-    /// Refuses a superseded caller. A new epoch ends what was done for the old one: nobody waits for it any more.
+    /// Refuses a superseded caller. A new epoch ends the work of the old one.
     fn admit(&mut self, epoch: u64) -> Result<(), Status> {
         let seen = self.epoch;
         if epoch < seen {
             return Err(Status::aborted(format!(
-                "epoch {epoch} is over, epoch {seen} has called; restart this subsystem if that orchestrator is gone"
+                "epoch {epoch} has ended: epoch {seen} has called; restart this subsystem if that orchestrator is gone"
             )));
         }
         if epoch > seen {
@@ -213,7 +213,7 @@ impl State {
 
     /// The work that was done, or is being done, for this cycle.
     ///
-    /// When there is none and it may begin, what still runs for earlier cycles is stopped: a subsystem is in one cycle at a
+    /// If there is none and it may begin, running work of earlier cycles is stopped: a subsystem is in one cycle at a
     /// time.
     fn known(&mut self, cycle_id: u64) -> Result<Option<Arc<Work>>, Status> {
         self.works.retain(|work| !work.has_failed());
@@ -221,7 +221,7 @@ impl State {
             return Ok(Some(work.clone()));
         }
         if let Some(later) = self.works.iter().find(|work| work.cycle_id > cycle_id && work.is_running()) {
-            return Err(Status::aborted(format!("cycle {cycle_id} is over: cycle {} is running", later.cycle_id)));
+            return Err(Status::aborted(format!("cycle {cycle_id} has ended: cycle {} is running", later.cycle_id)));
         }
         self.works.retain(|work| {
             let is_running = work.is_running();
@@ -253,7 +253,7 @@ impl Work {
     }
 }
 
-/// A call that waits for work. When the last one leaves because it was told to, the work stops.
+/// A call that waits for work. When the last such call is cancelled, the work stops.
 struct Caller {
     hosted: Arc<Hosted>,
     work: Arc<Work>,
@@ -274,7 +274,7 @@ impl Drop for Caller {
 // ---------------------------------------------------------------------------------------------------------------
 // The implementation behind the rules
 
-/// A [`Subsystem`] whose type is forgotten, in the words of the wire.
+/// A type-erased [`Subsystem`], with the messages of the contract.
 trait Implementation: Send + Sync {
     fn needs_initialize(&self) -> bool;
     fn initialize(self: Arc<Self>, parameters: Object) -> BoxFuture<'static, Result<(), Status>>;
@@ -300,11 +300,11 @@ impl<T: Subsystem> Implementation for T {
     }
 }
 
-/// What the caller is told of work that ended without a result of its own.
+/// The status for work that ended without a result.
 fn ended(end: JoinError) -> Status {
     match end.try_into_panic() {
         Ok(panic) => Status::internal(excerpt(&format!("it panicked: {}", words_of(&*panic)), MAX_MESSAGE)),
-        Err(_) => Status::cancelled("stopped: a later cycle or epoch has begun, or the server stops"),
+        Err(_) => Status::cancelled("stopped: a later cycle or epoch has begun, or the server is stopping"),
     }
 }
 
@@ -314,7 +314,7 @@ fn words_of(panic: &(dyn Any + Send)) -> &str {
 }
 
 fn status(Failure { code, message }: Failure) -> Status {
-    // A failure is an error, also when it says OK.
+    // A failure is an error even if its code is OK.
     let code = if code == super::Code::Ok { super::Code::Unknown } else { code };
     Status::new(tonic::Code::from_i32(code as i32), excerpt(&message, MAX_MESSAGE))
 }
@@ -322,18 +322,18 @@ fn status(Failure { code, message }: Failure) -> Status {
 // ---------------------------------------------------------------------------------------------------------------
 // To and from the messages
 
-/// Bytes that are read or written within a millisecond. Others would wait for more.
+/// Most bytes that are decoded or encoded on a worker thread, within a millisecond.
 const LONG: usize = 64 << 10;
 
-/// Reads or writes a message: a long one on a thread that no other call waits for.
+/// Decodes or encodes a message: a long one on a blocking thread.
 async fn aside<T: Send + 'static>(is_long: bool, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
     if is_long { spawn_blocking(work).await.map_err(ended) } else { Ok(work()) }
 }
 
-/// Whether an object has more than [`LONG`] bytes once it is written, about.
+/// True if an encoded object has more than about [`LONG`] bytes.
 fn is_long(object: &Object) -> bool {
     fn fits(key: &str, value: &Value, left: &mut usize) -> bool {
-        /// Bytes of a value besides its key and its text.
+        /// Bytes of a value besides its key and its string.
         const LEAST: usize = 8;
         let text = value.as_str().map_or(0, str::len);
         let Some(rest) = left.checked_sub(LEAST + key.len() + text) else { return false };

@@ -1,4 +1,4 @@
-//! Listening, and stopping.
+//! Listening and stopping.
 
 use std::{collections::BTreeMap, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -24,27 +24,28 @@ use crate::{
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
 const SERVICE: &str = "dreamnet.subsystem.v1.Subsystem";
 
-/// Connections at one time. An orchestrator needs one; the rest is for its successor and for people who look.
+/// Most concurrent connections. An orchestrator needs one; the others are for its successor and for people.
 const MAX_CONNECTIONS: usize = 256;
-/// Calls at one time on a connection: as many as an orchestrator makes by default, which may all be for this endpoint.
+/// Most concurrent calls on a connection: the default limit of an orchestrator, whose calls may all be for this
+/// endpoint.
 const MAX_CONCURRENT_STREAMS: u32 = 1024;
-/// Calls at one time on all connections.
+/// Most concurrent calls on all connections.
 const MAX_STREAMS: usize = 8 * MAX_CONCURRENT_STREAMS as usize;
-/// Bytes of all requests that are being received, and of all answers that are not taken yet: some of the largest.
+/// Bytes of all requests that are being received, and of all answers that are not read yet: some of the largest.
 const MAX_MEMORY: usize = 1 << 30;
-/// Bytes of one request: the most that an orchestrator hands over as inputs, and room for the rest of the message.
+/// Most bytes of one request: the largest inputs that an orchestrator sends, and some more for the rest of the message.
 const MAX_REQUEST: usize = model::Subsystem::MAX_INPUT_BYTES + (1 << 20);
-/// Bytes of one answer: no registration can allow more.
+/// Most bytes of one answer: the largest limit of a registration.
 const MAX_ANSWER: usize = 64 << 20;
 
 /// Why subsystems are not served.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// A name is none.
+    /// A name is invalid.
     #[error(transparent)]
     Name(#[from] NameError),
-    /// Two subsystems can't have one name.
-    #[error("two subsystems are called {0}: names are unique")]
+    /// Two subsystems have the same name.
+    #[error("two subsystems have the name {0}: names must be unique")]
     SameName(Name),
     /// The address can't be listened on.
     #[error("can't listen on {0:?}: {1}; give HOST:PORT, where port 0 takes a free one, or unix:/path")]
@@ -54,19 +55,19 @@ pub enum ListenError {
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
-/// Subsystems that are to be served at one endpoint, with `grpc.health.v1` and reflection beside them.
+/// Subsystems to be served at one endpoint, with `grpc.health.v1` and reflection.
 #[derive(Default)]
 pub struct Server {
     subsystems: Vec<(String, Hosted)>,
 }
 
 impl Server {
-    /// Serves nothing yet.
+    /// A server without subsystems.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Serves one more, under the name that it is registered with.
+    /// Adds a subsystem, under its registered name.
     #[must_use]
     pub fn subsystem(mut self, name: impl Into<String>, subsystem: impl Subsystem) -> Self {
         self.subsystems.push((name.into(), Hosted::new(subsystem)));
@@ -74,10 +75,10 @@ impl Server {
     }
 
     /// Listens on `HOST:PORT`, where port 0 takes a free one, or on `unix:/path`, and serves until [`Serving::stop`] is
-    /// called or the returned value is dropped. Callers are not authenticated, so the host is best a loopback one.
+    /// called or the returned value is dropped. Callers are not authenticated, so prefer a loopback address.
     ///
     /// # Errors
-    /// A name is none or comes twice, or the address can't be listened on.
+    /// A name is invalid or used twice, or the address can't be listened on.
     pub async fn listen(self, address: &str) -> Result<Serving, ListenError> {
         let refused = |error| ListenError::Address(address.to_owned(), error);
         let (server, health) = self.build().await?;
@@ -119,7 +120,7 @@ impl Server {
     }
 }
 
-/// Subsystems that are being served. Dropped, it stops at once.
+/// Served subsystems. Dropping it stops them at once.
 pub struct Serving {
     endpoint: String,
     health: HealthReporter,
@@ -144,28 +145,28 @@ impl Serving {
         Self { endpoint, health, stop, server, _cut_off: cut_off.drop_guard(), _socket: socket }
     }
 
-    /// What a registration of these subsystems has as its endpoint: `http://HOST:PORT` or `unix:/path`.
+    /// The endpoint for registrations of these subsystems: `http://HOST:PORT` or `unix:/path`.
     pub fn endpoint(&self) -> &str {
         &self.endpoint
     }
 
-    /// Stops: no new call is taken, and those that run may finish within the grace.
+    /// Stops: new calls are refused, and running calls may finish within the grace period.
     pub async fn stop(mut self, grace: Duration) {
         for service in ["", SERVICE] {
             self.health.set_service_status(service, ServingStatus::NotServing).await;
-            // Lets go of those who watch it: they would keep the server for the whole grace.
+            // Ends watches of the health service, which would keep the server for the whole grace period.
             self.health.clear_service_status(service).await;
         }
         self.stop.cancel();
         match timeout(grace, self.server).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::error!(%error, "the server of subsystems failed"),
-            Err(_) => tracing::warn!(?grace, "the grace has passed: calls that run are cut off"),
+            Err(_) => tracing::warn!(?grace, "the grace period has passed: aborting running calls"),
         }
     }
 }
 
-/// What each peer gets, and all of them together.
+/// Limits of each peer, and of all peers together.
 fn limits() -> Limits {
     Limits {
         max_concurrent_streams: MAX_CONCURRENT_STREAMS,
@@ -173,12 +174,12 @@ fn limits() -> Limits {
         max_request_bytes: MAX_REQUEST,
         windows: (1 << 20, 1 << 20),
         requests: Memory::whole(MAX_MEMORY).part("requests that are being received", MAX_MEMORY),
-        answers: Memory::whole(MAX_MEMORY).part("answers that are not taken yet", MAX_MEMORY),
+        answers: Memory::whole(MAX_MEMORY).part("answers that are not read yet", MAX_MEMORY),
         large_streams: &[],
     }
 }
 
-/// Removes the file of a socket when it is no longer listened on.
+/// Removes the file of a socket when listening ends.
 struct SocketFile(PathBuf);
 
 impl Drop for SocketFile {

@@ -1,8 +1,8 @@
 //! Metrics in Prometheus' text format.
 //!
-//! They are built when somebody scrapes them, from the state that exists anyway; nothing is registered, so what is
-//! unregistered is not shown any more, without anybody's doing. The text is made in pieces while it is sent: a scrape
-//! of a large fleet holds one piece, and never holds up a cycle for longer than making one takes.
+//! They are built during a scrape, from the existing state; there is no registry of metrics, so the metrics of an
+//! unregistered subsystem disappear with it. The text is made in pieces while it is sent: a scrape of a large fleet
+//! holds one piece in memory, and delays a cycle at most for the time of one piece.
 
 mod definitions;
 
@@ -30,15 +30,15 @@ use crate::{
     orchestrator::{BreakerState, Durability, Figures, Orchestrator, Outcomes, Registered, TriggerKind},
 };
 
-/// The media type of what is written.
+/// The media type of the text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// So many subsystems make one piece: about 100 kB, in about a millisecond.
+/// Number of subsystems in one piece: about 100 kB, made in about a millisecond.
 const PAGE: usize = 64;
 
-/// What can be scraped.
+/// The source of a scrape.
 pub struct Metrics {
-    /// Who makes a piece: one at a time, so that however many scrape take no more than one processor from cycles.
+    /// Makes one piece at a time, so that all scrapes together take at most one processor from cycles.
     turn: Semaphore,
     calls: Option<Arc<Calls>>,
     exporter: Option<Arc<Exporter>>,
@@ -48,15 +48,15 @@ pub struct Metrics {
     process: ProcessCollector,
 }
 
-/// Where a scrape is.
+/// The position of a scrape.
 enum Position {
     Start,
     Subsystems {
-        /// Which one of [`BY_SUBSYSTEM`] is being written.
+        /// Index in [`BY_SUBSYSTEM`] of the metric that is being written.
         family: usize,
-        /// Its head is written.
+        /// True once its help and type have been written.
         begun: bool,
-        /// The last subsystem whose share of it is written.
+        /// The last subsystem that has been written.
         after: Option<Name>,
     },
 }
@@ -77,8 +77,8 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Also those of the calls to it, of what exports its spans, of the servers in front of it, by name, and of the memory of
-    /// all.
+    /// Also those of the calls to it, of what exports its spans, of the servers in front of it, by name, and of the
+    /// memory of all.
     pub(crate) fn and_of(
         self,
         calls: Arc<Calls>,
@@ -103,7 +103,7 @@ impl Metrics {
                         (encode(&this.general(&orchestrator).await), next)
                     }
                     Position::Subsystems { family, begun, after } => {
-                        // Cycles come first.
+                        // Cycles take precedence.
                         yield_now().await;
                         let _turn = this.turn.acquire().await;
                         page(&orchestrator, family, begun, after.as_ref())?
@@ -114,7 +114,7 @@ impl Metrics {
         })
     }
 
-    /// Everything but what there is of each subsystem.
+    /// All metrics that are not by subsystem.
     async fn general(&self, orchestrator: &Orchestrator) -> Vec<MetricFamily> {
         let figures = orchestrator.figures();
         let runtime = Handle::current().metrics();
@@ -141,7 +141,7 @@ impl Metrics {
             Ok(size) => {
                 families.extend([STORE_SIZE.single(number(size.bytes)), STORE_RECORDS.single(number(size.records))]);
             }
-            // Everything else is worth showing all the more.
+            // The other metrics are all the more important then.
             Err(error) => tracing::warn!(%error, "the size of the store is missing in the metrics"),
         }
         let by_server = |of: &Definition, figure: fn(&Connections) -> usize| {
@@ -176,7 +176,7 @@ impl Metrics {
     }
 }
 
-/// The next piece of what there is of each subsystem; `None` when that was all.
+/// The next piece of the metrics by subsystem; `None` at the end.
 fn page(
     orchestrator: &Orchestrator,
     family: usize,
@@ -198,7 +198,7 @@ fn page(
     Some((text, next))
 }
 
-/// Families without a metric are left out, as the format asks.
+/// Families without a metric are left out, as the format requires.
 fn encode(families: &[MetricFamily]) -> Result<String, Error> {
     let mut text = String::new();
     for family in families.iter().filter(|family| !family.get_metric().is_empty()) {
@@ -207,13 +207,13 @@ fn encode(families: &[MetricFamily]) -> Result<String, Error> {
     Ok(text)
 }
 
-/// A family has its help and its type once, in the two lines before its first metric.
+/// The help and type of a family are written once, in the two lines before its first metric.
 fn without_head(text: &str) -> &str {
     text.splitn(3, '\n').nth(2).unwrap_or_default()
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What is shown
+// The metrics
 
 fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
     const TRIGGERS: [(&str, TriggerKind); 3] =
@@ -261,7 +261,7 @@ fn of_loops(figures: &Figures) -> Vec<MetricFamily> {
     of_each.map(|(definition, metrics)| definition.family(metrics)).into()
 }
 
-/// What there is of one subsystem of one metric.
+/// The values of one metric for one subsystem.
 type OfSubsystem = fn(&Orchestrator, &Registered) -> Vec<Metric>;
 
 const BY_SUBSYSTEM: [(Definition, OfSubsystem); 11] = [
@@ -330,7 +330,7 @@ fn name(registered: &Registered) -> &str {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// As the library has it
+// The data model of the library
 
 impl Definition {
     fn family(&self, metrics: Vec<Metric>) -> MetricFamily {

@@ -1,7 +1,7 @@
 //! Spans to a collector, over OTLP.
 //!
-//! The engine makes its spans itself, as plain values, once a cycle: so a cycle that nobody traces costs nothing, and
-//! what is exported are the very times of the record. Names and attributes are those of OpenTelemetry:
+//! The engine makes its spans itself, as plain values, once a cycle: so a cycle without tracing costs nothing, and the
+//! exported times are those of the record. Names and attributes follow OpenTelemetry:
 //! <https://opentelemetry.io/docs/specs/semconv/rpc/>.
 
 use std::{
@@ -32,62 +32,62 @@ use crate::{
     random::Random,
 };
 
-/// Spans that wait to be sent, of some 300 bytes: 15 MB, and four times that if every call fails with as long a message as
-/// is kept. When the collector is away or slow, the cycles that come on top are not traced.
+/// Most spans that wait to be sent, of about 300 bytes each: 15 MB, and four times that if every call fails with the
+/// longest message. When the queue is full because the collector is unreachable or slow, further cycles are not traced.
 const MAX_WAITING: usize = 50_000;
-/// Spans in one message: with error messages of 1 KiB still below the 4 MiB that collectors take.
+/// Most spans in one message: with error messages of 1 KiB still below the 4 MiB that collectors accept.
 const BATCH: usize = 1_000;
-/// How long spans are gathered before they are sent, so that not every short cycle is a message of its own.
+/// How long spans are collected before they are sent, so that short cycles share a message.
 const LINGER: Duration = Duration::from_millis(200);
-/// How long a collector may take.
+/// Longest wait for an answer of the collector.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What has become of spans.
+/// Counts of spans by result.
 #[derive(Debug, Default)]
 struct Counts {
-    /// Not yet sent, which bounds the queue.
+    /// Spans that are not yet sent, which the queue is limited by.
     waiting: AtomicUsize,
     sent: AtomicU64,
     no_room: AtomicU64,
     not_taken: AtomicU64,
 }
 
-/// How many spans had which end since this process started.
+/// Number of spans by result since this process started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Exported {
-    /// The collector has taken them.
+    /// Accepted by the collector.
     pub sent: u64,
-    /// Dropped: too many waited already.
+    /// Dropped: the queue was full.
     pub no_room: u64,
-    /// Dropped: the collector was away, too slow, or refused them.
+    /// Dropped: the collector was unreachable, too slow, or refused them.
     pub not_taken: u64,
 }
 
-/// Takes the spans of cycles for a [`Sender`].
+/// Queues the spans of cycles for a [`Sender`].
 #[derive(Debug)]
 pub struct Exporter {
     queue: mpsc::UnboundedSender<Vec<model::Span>>,
     counts: Arc<Counts>,
-    /// The bits of the number.
+    /// The bits of the ratio.
     sample_ratio: AtomicU64,
     random: Random,
 }
 
-/// Sends them.
+/// Sends queued spans.
 pub struct Sender {
     queue: mpsc::UnboundedReceiver<Vec<model::Span>>,
     counts: Arc<Counts>,
     exporter: SpanExporter,
     scope: InstrumentationScope,
-    /// The last message was not taken.
+    /// True if the collector did not accept the last message.
     is_away: bool,
 }
 
-/// An exporter to the collector at `endpoint`, which is connected to when there is something to send, and a sender, which
-/// sends it as long as it runs. `sample_ratio` is the part of cycles that is traced; `random` chooses them.
+/// An exporter to the collector at `endpoint`, which is connected to when there is something to send, and a sender,
+/// which sends it as long as it runs. `sample_ratio` is the part of cycles that is traced; `random` chooses them.
 ///
 /// # Errors
-/// The endpoint is none, or a variable that OpenTelemetry defines (`OTEL_EXPORTER_OTLP_…`) is malformed.
+/// The endpoint is invalid, or a variable of OpenTelemetry (`OTEL_EXPORTER_OTLP_…`) is malformed.
 pub fn exporter(
     endpoint: &str,
     sample_ratio: f64,
@@ -113,12 +113,12 @@ pub fn exporter(
 }
 
 impl Exporter {
-    /// Traces another part of cycles from now on.
+    /// Changes the fraction of cycles that are traced.
     pub fn set_sample_ratio(&self, ratio: f64) {
         self.sample_ratio.store(ratio.to_bits(), Ordering::Relaxed);
     }
 
-    /// What has become of spans so far.
+    /// Counts of spans by result so far.
     pub fn exported(&self) -> Exported {
         let Counts { waiting: _, sent, no_room, not_taken } = &*self.counts;
         let [sent, no_room, not_taken] = [sent, no_room, not_taken].map(|count| count.load(Ordering::Relaxed));
@@ -133,18 +133,18 @@ impl Spans for Exporter {
 
     fn ended(&self, spans: Vec<model::Span>) {
         let count = spans.len();
-        // The first always has room, whatever its size: a cycle makes no more spans than calls.
+        // An empty queue accepts a cycle of any size: a cycle makes at most one span for each call.
         let has_room = |waiting| (waiting == 0 || waiting + count <= MAX_WAITING).then_some(waiting + count);
         let taken = self.counts.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, has_room);
         if taken.is_err() || self.queue.send(spans).is_err() {
             self.counts.no_room.fetch_add(count as u64, Ordering::Relaxed);
-            tracing::debug!("the spans of a cycle are dropped: the collector is away, or too slow");
+            tracing::debug!("the spans of a cycle are dropped: the collector is unreachable or too slow");
         }
     }
 }
 
 impl Sender {
-    /// Sends spans, and after `stop` those that wait then.
+    /// Sends spans until `stop`, and then the queued ones.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut batch = Vec::new();
         while let Some(spans) = self.next(&stop).await {
@@ -184,10 +184,10 @@ impl Sender {
         self.counts.waiting.fetch_sub(count, Ordering::Relaxed);
         let end = if sent.is_ok() { &self.counts.sent } else { &self.counts.not_taken };
         end.fetch_add(count as u64, Ordering::Relaxed);
-        // Told once, not with every message.
+        // Logged once, not for every message.
         match (&sent, self.is_away) {
             (Err(error), false) => tracing::warn!(%error, "can't send spans to the collector; they are dropped"),
-            (Ok(()), true) => tracing::info!("the collector takes spans again"),
+            (Ok(()), true) => tracing::info!("the collector accepts spans again"),
             _ => {}
         }
         self.is_away = sent.is_err();
@@ -259,7 +259,7 @@ fn describe(work: Work) -> Described {
             ];
             attributes.extend(server(&subsystem.endpoint));
             let status = match (method, code) {
-                // UNIMPLEMENTED is how a subsystem says that it needs no initialization.
+                // UNIMPLEMENTED means that a subsystem needs no initialization.
                 (_, Code::Ok) | (Method::Initialize, Code::Unimplemented) => Status::Unset,
                 _ => {
                     attributes.push(KeyValue::new("error.type", code.name()));
@@ -274,7 +274,7 @@ fn describe(work: Work) -> Described {
     }
 }
 
-/// Where a call went.
+/// The address of a call.
 fn server(endpoint: &Endpoint) -> Vec<KeyValue> {
     match endpoint {
         Endpoint::Unix(path) => vec![KeyValue::new("server.address", path.clone())],

@@ -1,5 +1,5 @@
-//! The log on its way to stderr. Whoever logs never waits for whoever reads: a thread writes, and what it can't write in
-//! time is dropped and counted.
+//! Writes the log to stderr. Logging never waits for the reader: a thread writes, and lines that it can't write in time
+//! are dropped and counted.
 
 use std::{
     io::{self, Write},
@@ -15,21 +15,21 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::model::text::{escape_json, escape_text, is_unprintable};
 
-/// Bytes of lines that wait while as many are being written: some thousands of lines, which is the log of minutes, or of a
-/// second in which everything is logged.
+/// Most bytes of queued lines, while at most as many are being written: some thousands of lines, which is the log of
+/// minutes, or of a second at the most detailed level.
 const MAX_WAITING: usize = 1 << 20;
-/// How long the end of the process waits for the last lines: long for a reader that reads, and a moment for everybody else.
+/// Longest wait at the end of the process for the last lines.
 const LAST_LINES: Duration = Duration::from_millis(500);
 
-/// Lines of this process that were dropped.
+/// Number of dropped lines of this process.
 static DROPPED: AtomicU64 = AtomicU64::new(0);
 
-/// How many lines of the log were dropped since this process started.
+/// Number of lines of the log that were dropped since this process started.
 pub(super) fn dropped() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
 
-/// Takes lines, and has a thread write them. Clones share the thread.
+/// Queues lines for a thread that writes them. Clones share the thread.
 #[derive(Clone, Debug)]
 pub(super) struct Writer(Arc<Queue>);
 
@@ -43,15 +43,16 @@ struct Queue {
 struct Waiting {
     lines: Vec<u8>,
     is_writing: bool,
-    /// Lines dropped that the log does not tell of yet.
+    /// Number of dropped lines that are not yet reported in the log.
     untold: u64,
 }
 
 impl Writer {
-    /// Starts the thread, which writes to `out`, and tells `tell` of lines that were dropped once there is room again.
+    /// Starts the thread, which writes to `out`, and calls `tell` with the number of dropped lines once there is room
+    /// again.
     ///
     /// # Errors
-    /// There is no room for another thread.
+    /// The thread can't be started.
     pub(super) fn start(out: impl Write + Send + 'static, tell: fn(u64)) -> io::Result<Self> {
         let writer = Self(Arc::default());
         let queue = writer.0.clone();
@@ -60,7 +61,7 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Waits until everything is written, for a moment at most.
+    /// Waits until everything is written, for at most a moment.
     pub(super) fn flush(&self) {
         let waiting = self.0.waiting();
         let goes_on = |waiting: &mut Waiting| waiting.is_writing || !waiting.lines.is_empty();
@@ -97,7 +98,7 @@ impl Queue {
                 (std::mem::take(&mut waiting.lines), untold)
             };
             if untold > 0 {
-                // This logs: behind the lines that came before those that were dropped.
+                // This logs: after the lines that were queued before the dropped ones.
                 tell(untold);
             }
             let unwritten = write(&mut out, &lines);
@@ -112,9 +113,9 @@ impl Queue {
     }
 }
 
-/// Writes lines, and returns how many could not be: the disk is full, or the reader is gone.
+/// Writes lines, and returns the number of lines that could not be written: the disk is full, or the reader has closed.
 fn write(out: &mut impl Write, mut lines: &[u8]) -> u64 {
-    /// Where stderr is shared with a process that has made it non-blocking.
+    /// Pause if stderr is non-blocking, because another process shares it and has made it so.
     const PAUSE: Duration = Duration::from_millis(10);
     while !lines.is_empty() {
         match out.write(lines) {
@@ -129,7 +130,7 @@ fn write(out: &mut impl Write, mut lines: &[u8]) -> u64 {
 }
 
 impl Write for &Writer {
-    /// Takes one line.
+    /// Receives one line.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.0.put(line);
         Ok(line.len())
@@ -148,11 +149,11 @@ impl<'a> MakeWriter<'a> for Writer {
     }
 }
 
-/// Has each line be one line of printable text, whatever others have put into it.
+/// Makes each entry one line of printable text, whatever values from outside it contains.
 pub(super) struct Printable<W> {
     pub(super) inner: W,
     pub(super) as_json: bool,
-    /// Commands that colour a terminal are the formatter's own, and stay.
+    /// True if colour commands are kept, which only the formatter writes.
     pub(super) colour: bool,
 }
 
@@ -165,7 +166,7 @@ impl<'a, W: MakeWriter<'a>> MakeWriter<'a> for Printable<W> {
 }
 
 impl<W: Write> Write for Printable<W> {
-    /// Takes one line.
+    /// Receives one line.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let text = String::from_utf8_lossy(line);
         let text = text.strip_suffix('\n').unwrap_or(&text);
@@ -189,7 +190,7 @@ mod tests {
 
     use super::*;
 
-    /// Takes what is written only when it is asked for.
+    /// Reads the written lines only on request.
     struct Slow(SyncSender<Vec<u8>>);
 
     impl Write for Slow {
@@ -215,7 +216,7 @@ mod tests {
         let writer = Writer::start(out, |lines| _ = TOLD.fetch_add(lines, Ordering::Relaxed)).unwrap();
         let line = [&[b'x'; 1023][..], b"\n"].concat();
         (&writer).write_all(&line).unwrap();
-        // Once this is being written, there is room for as much as may wait.
+        // Once this is being written, the queue is empty again.
         while writer.0.waiting().lines.len() == line.len() {
             thread::yield_now();
         }

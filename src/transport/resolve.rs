@@ -1,8 +1,8 @@
-//! Names to addresses, by the system's own resolver (`getaddrinfo`), so that `/etc/hosts`, search domains and whatever
-//! else the system knows count.
+//! Resolves names by the system's own resolver (`getaddrinfo`), so that `/etc/hosts`, search domains and other sources
+//! of the system apply.
 //!
-//! That resolver blocks its thread, for as long as it likes, and can't be interrupted. So each lookup has a thread of its
-//! own, apart from those that others wait for, and nobody waits for a thread that hangs, not even at the end of the
+//! That resolver blocks its thread for an unlimited time and can't be interrupted. So each lookup has its own thread,
+//! separate from the runtime's blocking threads, and a hanging thread is never awaited, not even at the end of the
 //! process.
 
 use std::{
@@ -15,43 +15,43 @@ use std::{
 
 use tokio::sync::{Semaphore, oneshot};
 
-/// Lookups at one time. Each is a thread.
+/// Most concurrent lookups. Each uses a thread.
 const AT_ONCE: usize = 64;
-/// Lookups at one time of names that were not answered before: they leave room for all others.
+/// Most concurrent lookups of names whose last lookup got no answer, so that threads are left for other names.
 const DOUBTFUL_AT_ONCE: usize = 16;
-/// The most names that are remembered as not answered.
+/// Most names that are remembered as not answered.
 const MAX_DOUBTFUL: usize = 10_000;
 
 type Lookup = Arc<dyn Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync>;
 
-/// Looks names up.
+/// Resolves names.
 #[derive(Clone)]
 pub(super) struct Resolver {
     lookup: Lookup,
     places: Arc<Semaphore>,
     doubtful_places: Arc<Semaphore>,
-    /// Names whose latest lookup has not ended well, or not at all yet.
+    /// Names whose latest lookup has failed or not ended yet.
     doubtful: Arc<Mutex<HashSet<String>>>,
 }
 
 impl Resolver {
-    /// The system's.
+    /// The system's resolver.
     pub(super) fn system() -> Self {
         Self::by(|host, port| Ok((host, port).to_socket_addrs()?.collect()))
     }
 
-    /// One that looks up by this.
+    /// A resolver with this lookup function.
     pub(super) fn by(lookup: impl Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync + 'static) -> Self {
         let [places, doubtful_places] = [AT_ONCE, DOUBTFUL_AT_ONCE].map(|places| Arc::new(Semaphore::new(places)));
         Self { lookup: Arc::new(lookup), places, doubtful_places, doubtful: Arc::default() }
     }
 
-    /// The addresses of a host: at least one. Waits as long as it takes.
+    /// The addresses of a host: at least one. Waits without a limit.
     ///
     /// # Errors
-    /// There is none, or it can't be found out.
+    /// The host has no address, or the lookup failed.
     pub(super) async fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
-        // A socket has no use for the brackets of an IPv6 address in a URI.
+        // In a URI, an IPv6 address is in brackets.
         if let Ok(address) = host.trim_matches(['[', ']']).parse::<IpAddr>() {
             return Ok(vec![SocketAddr::new(address, port)]);
         }
@@ -62,7 +62,7 @@ impl Resolver {
         let (tell, told) = oneshot::channel();
         let (lookup, name) = (self.lookup.clone(), host.to_owned());
         thread::Builder::new().name("resolve".into()).spawn(move || {
-            // Kept until the lookup has ended, however long nobody waits for it any more.
+            // Kept until the lookup has ended, even if its caller no longer waits.
             let _place = place;
             let _ = tell.send(lookup(&name, port));
         })?;
@@ -113,7 +113,7 @@ mod tests {
             Ok(vec![([127, 0, 0, 1], port).into()])
         });
         let names: Vec<_> = (0..AT_ONCE - 1).map(|i| format!("hanging-{i}")).collect();
-        // The second time they wait among themselves.
+        // From the second time on they wait only for each other.
         for _ in 0..2 {
             let lookups = names.iter().map(|name| timeout(Duration::from_secs(1), resolver.resolve(name, 1)));
             assert!(join_all(lookups).await.iter().all(Result::is_err));

@@ -9,7 +9,7 @@ const STYLE: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 const IMAGE: &str = "image/svg+xml";
 
-/// By path: what it is, and its text.
+/// By path: content type and content.
 const ASSETS: &[(&str, &str, &str)] = &[
     ("/", HTML, include_str!("dashboard/index.html")),
     ("/style.css", STYLE, include_str!("dashboard/style.css")),

@@ -1,4 +1,4 @@
-//! Who may read, and what browsers may do with it.
+//! Access control for readers, and the restrictions of browsers.
 
 use axum::{
     extract::{Request, State},
@@ -7,31 +7,29 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-/// The dashboard's own scripts and styles, and nothing else from anywhere.
+/// Only the dashboard's own scripts and styles.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; \
                                        connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Guard {
-    /// The address is open to others on purpose, so that its name may be any.
+    /// True if the address is exposed beyond loopback, so that it may have any name.
     pub(super) beyond_loopback: bool,
 }
 
-/// Lets pass what a person or a program on this machine asks for itself.
+/// Accepts only requests that a person or a program on this machine makes itself.
 ///
-/// A page of some other site that is open in a browser here can send requests to loopback addresses, and if its name
-/// is made to stand for such an address, also read the answers (DNS rebinding). The name in `Host` and the browser's
-/// `Sec-Fetch-Site` give that away.
+/// A page of another site that is open in a local browser can send requests to loopback addresses, and read the answers
+/// if its name resolves to such an address (DNS rebinding). The name in `Host` and the browser's `Sec-Fetch-Site`
+/// reveal such requests.
 pub(super) async fn check(State(guard): State<Guard>, request: Request, next: Next) -> Response {
     let headers = request.headers();
     let mut response = if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "GET, HEAD")], "this address is only read from\n")
-            .into_response()
+        (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "GET, HEAD")], "this address is read-only\n").into_response()
     } else if !guard.beyond_loopback && !is_local(headers) {
-        (StatusCode::FORBIDDEN, "the name in Host is none of this machine's loopback; ask for localhost\n")
-            .into_response()
+        (StatusCode::FORBIDDEN, "the name in Host is not a loopback name; use localhost\n").into_response()
     } else if is_cross_site(headers) {
-        (StatusCode::FORBIDDEN, "pages of other sites may not read here\n").into_response()
+        (StatusCode::FORBIDDEN, "pages of other sites may not read this address\n").into_response()
     } else {
         next.run(request).await
     };
@@ -59,7 +57,7 @@ fn is_local(headers: &HeaderMap) -> bool {
     name == "localhost" || name.ends_with(".localhost")
 }
 
-/// A browser says so itself; an address that was typed or followed into has its page shown and no page reads it.
+/// True if a browser reports another site. A navigation is allowed: it shows the page, and no other page can read it.
 fn is_cross_site(headers: &HeaderMap) -> bool {
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     header("sec-fetch-site") == Some("cross-site") && header("sec-fetch-mode") != Some("navigate")

@@ -1,4 +1,4 @@
-//! RPCs as JSON: parameters become a request, its answer becomes a body.
+//! RPCs as JSON: parameters become a request, and its response becomes a body.
 
 use std::{convert::Infallible, future::Future, panic::resume_unwind, sync::Arc, time::Duration};
 
@@ -31,38 +31,38 @@ use crate::{
 const JSON: &str = "application/json";
 const LINES: &str = "application/x-ndjson";
 const SSE: &str = "text/event-stream";
-/// What asks subsystems for their snapshots, in both spellings of proto JSON.
+/// Parameters that request snapshots of subsystems, in both spellings of proto JSON.
 const SNAPSHOTS: [&str; 4] = ["includeSnapshots", "include_snapshots", "includeSnapshot", "include_snapshot"];
 const CLOSE: [(header::HeaderName, &str); 1] = [(header::CONNECTION, "close")];
 
-/// The RPCs, and room for what they answer here.
+/// The RPCs, and the limits of their answers on this address.
 #[derive(Clone)]
 pub(super) struct Answers {
     api: Api,
-    /// For what is asked and not made yet: a large page of the history is held meanwhile.
+    /// Limits answers that are being prepared: each may hold a large page of the history.
     asking: Arc<Semaphore>,
-    /// For what is asked of subsystems, which may let it wait: the places of others are not for that.
+    /// Limits requests for snapshots, which may wait for slow subsystems and must not use up the other limit.
     asking_subsystems: Arc<Semaphore>,
-    /// Answers are made one at a time, so that a large one takes no more than one processor from cycles.
+    /// JSON is made one answer at a time, so that it takes at most one processor from cycles.
     turn: Arc<Semaphore>,
-    /// Who looks for room for a large answer: one at a time, for it has been made by then.
+    /// Admits one large answer at a time to the wait for room, since it is already in memory.
     large: Arc<Semaphore>,
-    /// For large answers that are not taken yet. Peers may take theirs as slowly as they like.
+    /// Limits large answers that clients have not read yet. Clients may read at any speed.
     memory: Memory,
-    /// A part of that, for large answers that wait to become JSON: those that are being made find room beside them.
+    /// A part of that, for large answers that wait to become JSON, so that room is left for the text.
     waiting: Memory,
-    /// For streams of events.
+    /// Limits streams of events.
     streams: Arc<Semaphore>,
-    /// For large events that are not taken yet, so that neither they nor answers keep the other out.
+    /// Limits large events that clients have not read yet, separately from answers.
     memory_for_events: Memory,
     /// As `large`, for events.
     large_events: Arc<Semaphore>,
-    /// The text of the record that a stream was given last, by its revision: most others are given the same. It is also
-    /// their turn, so that however many take no more than one processor from cycles.
+    /// The JSON of the last record and its revision, since most streams send the same record. The lock also admits one
+    /// stream at a time, so that streams take at most one processor from cycles.
     recorded: Arc<Mutex<(u64, Named)>>,
 }
 
-/// The JSON of an event, and what a stream calls it.
+/// The JSON of an event, and its name in a stream.
 #[derive(Clone, Default)]
 struct Named {
     name: &'static str,
@@ -70,22 +70,23 @@ struct Named {
 }
 
 impl Answers {
-    /// Connections that may be streams of events, which stay open: the others are left for whoever asks and goes, above
-    /// all for the monitoring system.
+    /// Most connections with streams of events, which stay open: the rest are for short requests, above all of the
+    /// monitoring system.
     const MAX_STREAMS: usize = 192;
-    /// More than the processors are, since some wait for the store.
+    /// More than there are processors, since some wait for the store.
     const MAX_ASKING: usize = 16;
-    /// Enough for the people who look.
+    /// Enough for the people who use the dashboard.
     const MAX_ASKING_SUBSYSTEMS: usize = 16;
-    /// The most bytes of an answer, before it becomes text, that needs no room: all connections together can't have many.
+    /// Most bytes of an answer, before it becomes text, that needs no room: all connections together have few such
+    /// bytes.
     const SMALL: usize = 16 << 10;
-    /// How long an answer may wait for room: if there is none by then, those who have it are slow. All that ask meanwhile may
-    /// have to wait for it.
+    /// Longest wait of an answer for room: after that, the clients that hold it are slow. Other requests may have to
+    /// wait meanwhile.
     const PATIENCE: Duration = Duration::from_secs(1);
 
     pub(super) fn new(api: Api, memory: &Memory) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
-        let answers = memory.part("answers that the admin address's clients have not taken yet", memory.max() / 2);
+        let answers = memory.part("answers that clients of the admin address have not read yet", memory.max() / 2);
         Self {
             api,
             asking: semaphore(Self::MAX_ASKING),
@@ -96,13 +97,13 @@ impl Answers {
             memory: answers,
             streams: semaphore(Self::MAX_STREAMS),
             memory_for_events: memory
-                .part("events that the admin address's clients have not taken yet", memory.max() / 2),
+                .part("events that clients of the admin address have not read yet", memory.max() / 2),
             large_events: semaphore(1),
             recorded: Arc::default(),
         }
     }
 
-    /// Makes JSON: where it may take longer than a millisecond, aside, one after the other.
+    /// Makes JSON. If it may take longer than a millisecond, it runs on a blocking thread, one at a time.
     async fn make(&self, kind: &'static str, bytes: Vec<u8>) -> Result<String, JsonError> {
         if bytes.len() <= Self::SMALL {
             return json::encode(kind, &bytes);
@@ -114,13 +115,13 @@ impl Answers {
         });
         made.await.unwrap_or_else(|ended| match ended.try_into_panic() {
             Ok(panic) => resume_unwind(panic),
-            // The process ends.
+            // The process is ending.
             Err(_) => Err(JsonError::TooLarge),
         })
     }
 
-    /// An event as JSON. A large one is not even encoded before its turn: until then it is the record that others have as well,
-    /// or a page that has its room.
+    /// An event as JSON. A large event is not encoded before its turn: until then it is a shared record, or a page that
+    /// has its room.
     async fn event(&self, event: &pb::CycleEvent) -> Result<Named, Status> {
         let is_record = matches!(event.event, Some(Event::Recorded(_)));
         let is_large = event.encoded_len() > Self::SMALL;
@@ -131,7 +132,7 @@ impl Answers {
             return Ok(recorded.1.clone());
         }
         let (name, text) = match self.make("CycleEvent", event.encode_to_vec()).await {
-            // The stream goes on past it.
+            // The stream continues after it.
             Err(JsonError::TooLarge) => {
                 let instead = unwritable(event);
                 (name_of(&instead), self.make("CycleEvent", instead.encode_to_vec()).await)
@@ -140,7 +141,7 @@ impl Answers {
         };
         let text = text.map_err(failed)?;
         let text = if is_large {
-            // What is kept for others makes room, and nobody waits for this one but large ones.
+            // The cached text is dropped to make room. Only large events wait here.
             *recorded = Default::default();
             drop(recorded);
             let text = hold(&self.memory_for_events, text, patience).await?;
@@ -157,10 +158,10 @@ impl Answers {
     }
 }
 
-/// A text that has its room as long as any of it is to be sent.
+/// A text that keeps its room until all of it has been sent.
 async fn hold(memory: &Memory, text: String, patience: Instant) -> Result<Bytes, Status> {
     let max = memory.max();
-    // One that is larger than all room takes it all.
+    // A text that is larger than the limit takes all of it.
     let wanted = text.capacity().min(max);
     let held = timeout_at(patience, memory.hold(wanted))
         .await
@@ -196,7 +197,7 @@ impl FromRequestParts<Answers> for Asked {
 }
 
 impl Asked {
-    /// Makes a call and answers with what it answered.
+    /// Makes a call and returns its response as JSON.
     pub(super) async fn answer<Q, A, F>(self, call: impl FnOnce(Api, Request<Q>) -> F) -> Response
     where
         Q: Message + Name + Default,
@@ -212,9 +213,7 @@ impl Asked {
         let asking = if asks_subsystems {
             answers.asking_subsystems.try_acquire().map_err(|_| {
                 let max = Answers::MAX_ASKING_SUBSYSTEMS;
-                Status::resource_exhausted(format!(
-                    "{max} requests wait for snapshots, and no more may; try again later"
-                ))
+                Status::resource_exhausted(format!("limit of {max} requests for snapshots reached; try again later"))
             })
         } else {
             answers.asking.acquire().await.map_err(|error| Status::unavailable(error.to_string()))
@@ -240,7 +239,7 @@ async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> 
     }
     let waiting = answers.waiting.try_hold(length.min(answers.waiting.max())).map_err(no_room)?;
     let bytes = answer.encode_to_vec();
-    // It takes more than its bytes.
+    // It takes more memory than its bytes.
     drop(answer);
     let patience = Instant::now() + Answers::PATIENCE;
     let _large = answers.large.acquire().await;
@@ -258,15 +257,15 @@ pub(super) async fn no_such_path(uri: Uri) -> Response {
     refused(&Status::not_found(message))
 }
 
-/// `WatchCycles`, as server-sent events, or as lines of JSON to whoever accepts those.
+/// `WatchCycles`, as server-sent events, or as lines of JSON if the client accepts them.
 ///
 /// <https://html.spec.whatwg.org/multipage/server-sent-events.html>
 pub(super) async fn events(headers: HeaderMap, asked: Asked) -> Response {
     let Asked { answers, caller, mut parameters } = asked;
-    // What is no text is no number either, and is refused as such.
+    // Bytes that are not text are not a number either, and are refused as such.
     let header = |name| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let as_lines = header(header::ACCEPT.as_str()).is_some_and(|accepted| accepted.contains(LINES));
-    // A browser that has lost its connection says what it saw last, and reads no status: it is told inside the stream.
+    // A browser that reconnects sends the last id, and does not read a status: errors are sent inside the stream.
     let resumed = header("last-event-id").filter(|id| !id.is_empty());
     if let Some(revision) = &resumed {
         parameters.retain(|(name, _)| {
@@ -281,11 +280,11 @@ pub(super) async fn events(headers: HeaderMap, asked: Asked) -> Response {
     let events = async {
         let Ok(place) = answers.streams.clone().try_acquire_owned() else {
             let max = Answers::MAX_STREAMS;
-            let message = format!("{max} streams of events are open here, and no more may be; try again later");
+            let message = format!("limit of {max} streams of events reached; try again later");
             return Err(Status::resource_exhausted(message));
         };
         let events = answers.api.watch_cycles(caller.asks(request)).await?.into_inner();
-        // It has the place as long as it lives.
+        // The stream holds its permit until it ends.
         Ok(events.inspect(move |_| _ = &place))
     };
     let events = match events.await {
@@ -293,15 +292,15 @@ pub(super) async fn events(headers: HeaderMap, asked: Asked) -> Response {
         Err(status) if resumed.is_some() && !as_lines => {
             return (CLOSE, [(header::CONTENT_TYPE, SSE)], sse_refused(&status)).into_response();
         }
-        // Its connection may be what others wait for.
+        // Another client may wait for this connection.
         Err(status) => return (CLOSE, refused(&status)).into_response(),
     };
-    // Nothing has to keep the stream alive: bookmarks do.
+    // Bookmarks keep the stream alive.
     let pieces = stream::unfold(Some((answers, events)), move |open| async move {
         let (answers, mut events) = open?;
         Some(match pieces(&answers, events.next().await?, as_lines).await {
             Ok(pieces) => (pieces, Some((answers, events))),
-            // It ends with that, so that who comes again misses nothing.
+            // The stream ends with the error, so that a client that reconnects misses nothing.
             Err(status) if as_lines => (vec![(error_text(&status).1 + "\n").into()], None),
             Err(status) => (vec![sse_refused(&status)], None),
         })
@@ -312,7 +311,7 @@ pub(super) async fn events(headers: HeaderMap, asked: Asked) -> Response {
 
 type Watched = Result<pb::WatchCyclesResponse, Status>;
 
-/// An event as it is sent, in pieces, so that its text is there once however many it waits for.
+/// The pieces of an event, so that its text is in memory once for all streams.
 async fn pieces(answers: &Answers, event: Watched, as_line: bool) -> Result<Vec<Bytes>, Status> {
     let event = event?.event.unwrap_or_default();
     let Named { name, text } = answers.event(&event).await?;
@@ -322,7 +321,7 @@ async fn pieces(answers: &Answers, event: Watched, as_line: bool) -> Result<Vec<
     Ok(vec![format!("id: {}\nevent: {name}\ndata: ", event.revision).into(), text, "\n\n".into()])
 }
 
-/// What a stream of events calls this one.
+/// The name of this event in a stream.
 fn name_of(event: &pb::CycleEvent) -> &'static str {
     match event.event {
         Some(Event::Recorded(_)) => "recorded",
@@ -337,7 +336,7 @@ fn sse_refused(status: &Status) -> Bytes {
     format!("event: refused\ndata: {}\n\n", error_text(status).1).into()
 }
 
-/// Why there is no JSON of an answer.
+/// The error if an answer can't be converted to JSON.
 #[allow(clippy::needless_pass_by_value, reason = "it is for `map_err`")]
 fn failed(error: JsonError) -> Status {
     match error {
@@ -346,7 +345,7 @@ fn failed(error: JsonError) -> Status {
     }
 }
 
-/// What stands in the place of a record of which there is no JSON.
+/// The event that replaces a record that can't be converted to JSON.
 fn unwritable(event: &pb::CycleEvent) -> pb::CycleEvent {
     let record = match &event.event {
         Some(Event::Recorded(record)) => pb::CycleTelemetry::decode(record.clone()).unwrap_or_default(),
@@ -381,7 +380,7 @@ fn error_text(status: &Status) -> (StatusCode, String) {
     (code, serde_json::json!({ "error": error }).to_string())
 }
 
-/// As `google/rpc/code.proto` maps them.
+/// The mapping of `google/rpc/code.proto`.
 fn http_code(code: Code) -> StatusCode {
     match code {
         Code::Ok => StatusCode::OK,

@@ -1,7 +1,7 @@
-//! The admin address: the dashboard, the same as JSON, and metrics, over HTTP/1.1 and only to be read.
+//! The admin address: the dashboard, its data as JSON, and metrics, over HTTP/1.1 and read-only.
 //!
-//! What a path answers is what the RPC beside it in `routes` answers, as canonical proto JSON; its parameters are the
-//! fields of that RPC's request.
+//! Each path returns the response of its RPC in `routes` as canonical proto JSON; its parameters are the fields of that
+//! RPC's request.
 
 mod dashboard;
 mod guard;
@@ -46,30 +46,29 @@ use crate::{
     transport::Listener,
 };
 
-/// Connections at one time: people's browsers have six each, and a monitoring system one.
+/// Most concurrent connections: a browser has up to six, and a monitoring system one.
 pub(crate) const MAX_CONNECTIONS: usize = 256;
 
-/// How long a client may take to send the head of a request, and how long a connection may be idle: so long are others
-/// kept out when all are taken.
+/// Longest time for a client to send the head of a request, and for a connection to be idle. When all connections are
+/// in use, others wait at most this long.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Bytes of the head of a request: the names of a fleet's filter in its address, and cookies of others on this host. The
-/// library takes 400 KiB by default, of each connection.
+/// Most bytes of the head of a request: its address may contain the names of a filter, and cookies of other servers on
+/// this host. The library's default is 400 KiB for each connection.
 const MAX_HEAD: usize = 32 << 10;
 
-/// What is served, and with what.
+/// The server of the admin address.
 pub(crate) struct Web {
     pub(crate) api: Api,
     pub(crate) metrics: Arc<Metrics>,
-    /// For large answers that clients have not taken yet.
+    /// Limits large answers that clients have not read yet.
     pub(crate) memory: Memory,
-    /// Whoever reaches the address may read.
+    /// True if the address is exposed beyond loopback.
     pub(crate) beyond_loopback: bool,
 }
 
 impl Web {
-    /// Serves until `stop` is cancelled, and then for what answers are on their way; everything breaks when `cut_off` is
-    /// cancelled.
+    /// Serves until `stop` is cancelled, and then until open answers have been sent; `cut_off` aborts all connections.
     pub(crate) async fn serve(
         self,
         listener: Box<dyn Listener>,
@@ -87,7 +86,7 @@ impl Web {
     }
 }
 
-/// Serves one connection. Not by `axum::serve`, which waits for requests for ever, and takes HTTP/2 without a limit.
+/// Serves one connection. Not with `axum::serve`, which waits for requests forever, and accepts HTTP/2 without limits.
 async fn serve_connection<S>(connection: Connection<S>, router: Router, stop: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -111,7 +110,7 @@ where
     }
 }
 
-/// The body of an answer, whose connection is busy as long as it is not sent.
+/// The body of an answer. Its connection counts as busy until it has been sent.
 struct Open {
     body: Body,
     _busy: Busy,

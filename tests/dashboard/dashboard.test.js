@@ -56,9 +56,9 @@ test("where there is nothing yet, each view says so", async (t) => {
     ["#/fleet", "No subsystem is registered."],
     ["#/live", "No cycle has run yet."],
     ["#/cycles", "No cycle is recorded."],
-    ["#/cycles?state=FAILED", "No cycle is recorded that passes the filter."],
+    ["#/cycles?state=FAILED", "No recorded cycle matches the filter."],
     ["#/plan", "No subsystem is registered."],
-    ["#/loops", "There is no loop"],
+    ["#/loops", "No loops"],
   ]) {
     await show(page, hash);
     await says(page, "main .summary", text);
@@ -231,7 +231,7 @@ test("a failed subsystem shows, everywhere", async (t) => {
   await sees(page, `${row("broken")}.failed`);
   await show(page, "#/cycles/2/broken");
   await says(page, ".problem", "the disk is gone");
-  await says(page, "main", "It made none in this cycle. Its latest output, of cycle 1:");
+  await says(page, "main", "It made no output in this cycle. Its latest output, of cycle 1:");
   await show(page, "#/cycles/2/hungry");
   await says(page, "main table tbody tr", "brokenrequiresabsent");
 
@@ -262,9 +262,9 @@ test("a cycle's outputs, and what has changed in them", async (t) => {
   await says(page, "main table", "load");
   await says(page, "main table", "a feed is late");
   await show(page, "#/cycles/1/maker");
-  await says(page, "main", "There is none before");
+  await says(page, "main", "It has no previous output");
   await show(page, "#/cycles/1/reader");
-  await says(page, "main", "It is not in the record");
+  await says(page, "main", "The output is not in the record");
   await says(page, "main table tbody tr", "makerafterfreshcycle 1");
   await says(page, "main table tbody tr", "nobodyreadsabsent");
   await says(page, "main details", '"level": 1');
@@ -280,7 +280,7 @@ test("the ticks of a loop add up", async (t) => {
   await service.register(fleet, "slow");
   const release = fleet.hold("slow");
   const page = await browser.open(`${service.url}/#/loops`);
-  await says(page, "main .summary", "There is no loop");
+  await says(page, "main .summary", "No loops");
   await service.call("StartIntervalLoop", { loop: { name: "quick", interval: { nanos: 50_000_000 } } });
   // The first cycle holds; the ticks after it are skipped.
   await page.waitForFunction(() => Number(document.querySelector("[data-tick=skipped] td")?.textContent) > 2);
@@ -322,7 +322,7 @@ test("a service that was killed and started again is picked up again", async (t)
   await show(page, "#/cycles/1/steady");
   await says(page, "main .summary", "Reading the record");
   await service.restart();
-  await says(page, "main", "still the latest output known");
+  await says(page, "main", "still the latest known output");
 
   // Again, while the history is shown.
   await show(page, "#/cycles");
@@ -514,7 +514,7 @@ test("what subsystems send does nothing", async (t) => {
     ["#/plan", ".node", "hostile"],
     [`#/subsystems/${encodeURIComponent(attack)}`, ".problem", "<img"],
     [`#/cycles/${encodeURIComponent(attack)}`, ".problem", "<img"],
-    [`#/fleet?q=${encodeURIComponent(attack)}&state=${encodeURIComponent(attack)}`, ".empty", "No subsystem passes"],
+    [`#/fleet?q=${encodeURIComponent(attack)}&state=${encodeURIComponent(attack)}`, ".empty", "No subsystem matches"],
     ["#/%E0%A4%A/%ff", "h1", "Fleet"],
   ]) {
     await show(page, hash);
@@ -655,7 +655,7 @@ test("10,000 subsystems stay usable", async (t) => {
     throw failure("one among many");
   });
   const page = await browser.open(service.url);
-  await says(page, "main .summary", "10,000 subsystems: none has run");
+  await says(page, "main .summary", "10,000 subsystems: no subsystem has run");
   const isBounded = async () => {
     const nodes = await page.evaluate(() => document.querySelectorAll("*").length);
     assert.ok(nodes < NODES, `${nodes} elements at ${page.url()}`);

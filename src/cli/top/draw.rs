@@ -994,9 +994,9 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         detail.act(Action::Open, &model);
         line_with(&shown(&model, &mut detail, 80, 24), "RUNNING in cycle 3");
         let cycles = shown(&model, &mut View { pane: Pane::Cycles, ..View::default() }, 120, 24);
-        line_with(&cycles, "cycles: 2 running, 2 recorded, the latest first");
+        line_with(&cycles, "cycles: 2 running, 1 waiting, 2 recorded, the latest first");
         let ids = cycles.iter().skip(4).filter_map(|line| line.split_whitespace().next());
-        assert_eq!(ids.take(4).collect::<Vec<_>>(), ["12", "3", "2", "1"], "{cycles:?}");
+        assert_eq!(ids.take(5).collect::<Vec<_>>(), ["12", "3", "9", "2", "1"], "{cycles:?}");
         assert!(line_with(&cycles, "RUNNING     ").ends_with("unknown"), "{cycles:?}");
 
         // The other cycle ends: the rows below don't move.

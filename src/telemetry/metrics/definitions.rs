@@ -1,22 +1,22 @@
-//! Every metric there is. `docs/metrics.md` is written from this.
+//! The definitions of all metrics. `docs/metrics.md` is generated from them.
 
-/// What a metric is.
+/// The definition of a metric.
 #[derive(Clone, Copy, Debug)]
 pub struct Definition {
     /// Its name, with its unit.
     pub name: &'static str,
-    /// How it moves.
+    /// Its type.
     pub kind: Kind,
-    /// The names of its labels. None has values without a bound.
+    /// The names of its labels. The number of values of each is bounded.
     pub labels: &'static [&'static str],
-    /// What it says, in plain words.
+    /// Its help text.
     pub help: &'static str,
 }
 
-/// How a metric moves.
+/// The type of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// It only grows, until the process restarts.
+    /// It only increases, until the process restarts.
     Counter,
     /// It goes up and down.
     Gauge,
@@ -25,7 +25,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// As Prometheus calls it.
+    /// Its name in Prometheus.
     pub fn name(self) -> &'static str {
         match self {
             Self::Counter => "counter",
@@ -51,25 +51,27 @@ definitions! {
     START_TIME: Gauge "orchestrator_start_time_seconds" []
         "When this process began to run cycles, as Unix time.";
     EPOCH: Gauge "orchestrator_epoch" []
-        "The term of this process. It grows with every start.";
+        "The term of this process. It increases at every start.";
     DRAINING: Gauge "orchestrator_draining" []
-        "1 while the process shuts down and admits nothing any more, else 0.";
+        "1 while the process shuts down and admits no cycles, else 0.";
 
     CYCLES: Counter "orchestrator_cycles_total" ["state", "trigger"]
-        "Cycles that this process has recorded, by how they ended and what started them. INTERRUPTED ones were begun by an earlier process.";
+        "Cycles that this process has recorded, by state and trigger. INTERRUPTED cycles were started by an earlier \
+         process.";
     CYCLE_DURATION: Histogram "orchestrator_cycle_duration_seconds" ["state"]
-        "Duration of the cycles that this process ran, by how they ended.";
+        "Duration of the cycles that this process ran, by state.";
     CYCLES_QUEUED: Gauge "orchestrator_cycles_queued" []
-        "Cycles that wait for one with a subsystem in common.";
+        "Cycles that wait for another one with a subsystem in common.";
     CYCLES_RUNNING: Gauge "orchestrator_cycles_running" []
-        "Cycles that run now.";
+        "Running cycles.";
 
     LOOP_TICKS: Counter "orchestrator_loop_ticks_total" ["loop", "disposition"]
-        "Ticks of a loop that were due, by what became of them. Survives restarts; their sum is all that were due.";
+        "Due ticks of a loop, by disposition. Survives restarts; the sum is the number of all due ticks.";
     LOOP_INTERVAL: Gauge "orchestrator_loop_interval_seconds" ["loop"]
         "Time between two ticks of a loop.";
     LOOP_LAG: Gauge "orchestrator_loop_lag_seconds" ["loop"]
-        "How long the oldest tick that waits has waited for its cycle to begin; when none waits, how long the last one had, jitter included. Missing before the first.";
+        "How long the oldest waiting tick has waited for its cycle to begin; if no tick waits, how long the last one \
+         waited, jitter included. Missing before the first.";
     LOOP_LAST_CYCLE: Gauge "orchestrator_loop_last_cycle_timestamp_seconds" ["loop"]
         "When the last cycle of a loop ended, as Unix time. Missing before the first in this process.";
     LOOP_STOPPED: Gauge "orchestrator_loop_stopped" ["loop"]
@@ -81,47 +83,52 @@ definitions! {
         "Registered subsystems that have a lease.";
 
     WATCHERS: Gauge "orchestrator_watchers" []
-        "Watchers that are connected.";
+        "Connected watchers.";
     WATCHERS_LAGGING: Gauge "orchestrator_watchers_lagging" []
-        "Watchers that are so far behind that they have to read the history from the store.";
+        "Watchers that are so far behind that they read the history from the store.";
     WATCHER_EVENTS: Counter "orchestrator_watcher_events_total" []
-        "Events given to watchers: recorded cycles, live progress and bookmarks.";
+        "Events sent to watchers: recorded cycles, live progress and bookmarks.";
 
     STORE_COMMIT_DURATION: Histogram "orchestrator_store_commit_duration_seconds" ["durability"]
         "Duration of commits that succeeded: durable ones wait for the disk, buffered ones for the operating system.";
     STORE_COMMIT_ERRORS: Counter "orchestrator_store_commit_errors_total" []
-        "Commits that failed. What can be tried again is tried again, and counts each time.";
+        "Commits that failed. Each failed retry counts as well.";
     STORE_UNREADABLE: Counter "orchestrator_store_unreadable_records_total" []
-        "Records that this process has come upon and could not read, each once. The log names them.";
+        "Records that this process could not read, each counted once. The log names them.";
     STORE_SIZE: Gauge "orchestrator_store_size_bytes" []
-        "Bytes that the store takes where it is kept, its log included.";
+        "Size of the store in bytes, including its write-ahead log.";
     STORE_RECORDS: Gauge "orchestrator_store_records" []
         "Cycles that are retained in the history.";
 
     CALLS: Counter "orchestrator_calls_total" ["server", "rpc", "code"]
-        "Calls of RPCs that have ended, and scrapes of the metrics (Metrics), by where they came in and by the code of their answer. Those that their caller ended are CANCELLED. Missing before the first.";
+        "Calls of RPCs that have ended, and scrapes of the metrics (Metrics), by where they came in and by the code \
+         of their answer. Those that their caller ended are CANCELLED. Missing before the first.";
     SPANS: Counter "orchestrator_spans_total" ["result"]
-        "Spans of cycles that were collected, by what became of them: sent to the collector; dropped because it did not take them (not_taken), or because too many waited for it already (no_room). All 0 where there is no collector.";
+        "Spans of traced cycles, by result: sent to the collector; dropped because it did not accept them \
+         (not_taken), or because the queue was full (no_room). All 0 without a collector.";
 
     LOG_LINES_DROPPED: Counter "orchestrator_log_lines_dropped_total" []
         "Lines of the log that were dropped because stderr was not read in time, or could not be written to.";
 
     CONNECTIONS: Gauge "orchestrator_connections" ["server"]
-        "Connections that are open: to the gRPC server, or to the admin address.";
+        "Open connections: to the gRPC server, or to the admin address.";
     CONNECTIONS_LIMIT: Gauge "orchestrator_connections_limit" ["server"]
-        "Connections that may be open. Where they are, idle ones give way to further ones, which wait if none is idle.";
+        "Limit of open connections. At the limit, idle connections are closed for new ones, which wait if no \
+         connection is idle.";
 
     MEMORY_HELD: Gauge "orchestrator_memory_held_bytes" ["purpose"]
-        "Bytes held for what clients and subsystems decide the size of, by what they are for: requests that are being received, answers that clients have not taken yet, those of the admin address, records of the history, the latest outputs, inputs in calls, replies of subsystems, and the registry; all is all of them together.";
+        "Bytes held for data whose size clients and subsystems decide, by purpose: requests that are being received, \
+         answers that clients have not read yet, those of the admin address, records of the history, the latest \
+         outputs, inputs in calls, replies of subsystems, and the registry; all is the sum.";
     MEMORY_LIMIT: Gauge "orchestrator_memory_limit_bytes" ["purpose"]
-        "Bytes that may be held. Where a limit is reached, what comes on top is refused.";
+        "Limit of the bytes held. At a limit, further requests are refused.";
 
     RUNTIME_WORKERS: Gauge "orchestrator_runtime_workers" []
         "Threads that run tasks.";
     RUNTIME_TASKS: Gauge "orchestrator_runtime_tasks" []
-        "Tasks that are alive.";
+        "Live tasks.";
     RUNTIME_QUEUED_TASKS: Gauge "orchestrator_runtime_queued_tasks" []
-        "Tasks that are ready and wait in the global queue. If it stays above 0, the processors are too few.";
+        "Ready tasks in the global queue. If it stays above 0, there are too few processors.";
 
     PROCESS_CPU: Counter "process_cpu_seconds_total" []
         "Total user and system CPU time spent in seconds.";
@@ -139,11 +146,13 @@ definitions! {
         "Number of OS threads in the process.";
 
     SUBSYSTEM_UP: Gauge "orchestrator_subsystem_up" ["subsystem"]
-        "1 if its last part in a cycle SUCCEEDED, 0 if it ended as FAILED, TIMED_OUT or CIRCUIT_OPEN. Parts that were SKIPPED or CANCELLED say nothing and change nothing. Missing before the first part in this process.";
+        "1 if its last part in a cycle SUCCEEDED, 0 if it ended as FAILED, TIMED_OUT or CIRCUIT_OPEN. SKIPPED and \
+         CANCELLED parts do not change it. Missing before the first part in this process.";
     SUBSYSTEM_OUTCOMES: Counter "orchestrator_subsystem_outcomes_total" ["subsystem", "state"]
-        "Its parts in cycles, by how they ended.";
+        "Its parts in cycles, by state.";
     SUBSYSTEM_DURATION: Histogram "orchestrator_subsystem_duration_seconds" ["subsystem"]
-        "Duration of its parts in cycles, from the first call to the end, retries included. Parts without a call and CANCELLED ones are left out.";
+        "Duration of its parts in cycles, from the first call to the end, retries included. Parts without a call and \
+         CANCELLED ones are left out.";
     SUBSYSTEM_ATTEMPTS: Counter "orchestrator_subsystem_attempts_total" ["subsystem"]
         "Calls of its RunCycle.";
     SUBSYSTEM_RETRIES: Counter "orchestrator_subsystem_retries_total" ["subsystem"]
@@ -151,13 +160,15 @@ definitions! {
     SUBSYSTEM_BREAKER_STATE: Gauge "orchestrator_subsystem_breaker_state" ["subsystem", "state"]
         "1 for the state that its circuit breaker is in, 0 for the others.";
     SUBSYSTEM_SUSPENDED: Gauge "orchestrator_subsystem_suspended" ["subsystem"]
-        "1 while it is suspended and left out of cycles, else 0.";
+        "1 while it is suspended and skipped in cycles, else 0.";
     SUBSYSTEM_OUTPUT_TIME: Gauge "orchestrator_subsystem_output_timestamp_seconds" ["subsystem"]
-        "When the cycle that made its latest output ended, as Unix time. Missing when it has no output, or when the record of that cycle was not retained through a restart.";
+        "When the cycle that made its latest output ended, as Unix time. Missing if it has no output, or if the \
+         record of that cycle was no longer retained at a restart.";
     SUBSYSTEM_LEASE_EXPIRY: Gauge "orchestrator_subsystem_lease_expiry_timestamp_seconds" ["subsystem"]
-        "When it is unregistered unless its lease is renewed, as Unix time. Missing when it has no lease.";
+        "When it is unregistered unless its lease is renewed, as Unix time. Missing if it has no lease.";
     SUBSYSTEM_LEASE: Gauge "orchestrator_subsystem_lease_seconds" ["subsystem"]
-        "For how long each renewal of its lease holds. Missing when it has no lease.";
+        "Length of its lease. Missing if it has no lease.";
     SUBSYSTEM_METRIC: Gauge "orchestrator_subsystem_metric" ["subsystem", "metric"]
-        "The metrics that it returned in its last part in a cycle, by their own names and in their own units. Missing while its last part did not succeed.";
+        "The metrics that it returned in its last part in a cycle, with their own names and units. Missing while its \
+         last part did not succeed.";
 }

@@ -1,6 +1,6 @@
-// What is read from the service: see the contract, `dreamnet.orchestrator.v1`.
+// Reads from the service: see the contract, `dreamnet.orchestrator.v1`.
 
-/** An answer that is a refusal: `status` is a gRPC code, such as "NOT_FOUND". */
+/** An error of the service: `status` is a gRPC code, such as "NOT_FOUND". */
 export class Refusal extends Error {
   /** @param {string} status @param {string} message */
   constructor(status, message) {
@@ -27,7 +27,7 @@ export const getStatus = async (options = {}) => (await get("status", options)).
 
 export const getCycle = async (id) => (await get(`cycles/${encodeURIComponent(id)}`)).telemetry;
 
-/** The whole of it: further pages have more subsystems of the same plan. */
+/** The whole plan: further pages contain more of its subsystems. */
 export async function getPlan() {
   let page = await get("plan");
   const plan = { ...page.plan, subsystems: page.plan?.subsystems ?? [] };
@@ -50,7 +50,7 @@ export async function listCycles(filter) {
 }
 
 /**
- * All of them, by name. `tell` is given what there is after each page.
+ * All subsystems, by name. `tell` is called after each page with those read so far.
  * @param {(some: any[]) => void} tell
  */
 export async function listSubsystems(tell = () => {}) {

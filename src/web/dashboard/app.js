@@ -14,7 +14,7 @@ import * as part from "./views/part.js";
 import * as plan from "./views/plan.js";
 import * as subsystem from "./views/subsystem.js";
 
-/** By path; the first is the one that is shown without any. */
+/** By path; the first is the default. */
 const VIEWS = [
   { path: "fleet", view: fleet },
   { path: "live", view: live },
@@ -35,7 +35,7 @@ const keysOn = element("keys-on", HTMLInputElement);
 let scope = null;
 
 /**
- * An element of the page, index.html, and of which kind it is there.
+ * An element of index.html, checked for its class.
  * @template {HTMLElement} T
  * @param {string} id
  * @param {{ new (): T }} kind
@@ -46,14 +46,14 @@ function element(id, kind) {
   return found;
 }
 
-/** What the view that is shown has there, if anything. */
+/** The first element of the current view that matches, if any. */
 function find(selector) {
   return /** @type {HTMLElement | null} */ (main.querySelector(selector));
 }
 
 // ----------------------------------------------------------------------------------------- the views
 
-/** What a view began, and what ends when another one is shown. */
+/** Listeners and timers of a view, which end when another view is shown. */
 class Scope {
   #ends = [];
   #aborter = new AbortController();
@@ -68,19 +68,19 @@ class Scope {
     this.#ends.push(on(event, listener));
   }
 
-  /** Calls `work` every so many milliseconds until the end, as long as somebody looks. */
+  /** Calls `work` at this interval in milliseconds until the end, while the page is visible. */
   every(ms, work) {
     const timer = setInterval(() => document.hidden || work(), ms);
     this.#ends.push(() => clearInterval(timer));
   }
 
-  /** Shows why something can't be shown, unless the view is over. */
+  /** Shows an error, unless the view has ended. */
   async attempt(work, place = main) {
     try {
       await work();
     } catch (error) {
       if (this.signal.aborted) return;
-      // A lost connection is told once, at the top of the page, and what was read stays.
+      // A lost connection is reported once, at the top of the page, and the content stays.
       if (error instanceof TypeError && model.connection !== "open") return;
       const message = error instanceof Error ? error.message : error;
       replace(place, h("p", { class: "problem", role: "alert" }, visible(message, 1000)));
@@ -131,7 +131,7 @@ function showConnection() {
 function showStatus() {
   const { status } = model;
   if (!status) return;
-  // The default says nothing that does not stand beside it.
+  // The default id adds nothing to the name beside it.
   const id = status.orchestratorId === "orchestrator" ? "" : status.orchestratorId;
   setText(element("orchestrator-id", HTMLElement), visible(id, 100));
   const problem = element("store-error", HTMLElement);
@@ -141,7 +141,7 @@ function showStatus() {
   }
 }
 
-// What a screen reader is told: changes of how cycles end, and not every cycle.
+// Announcements for screen readers: changes of the state of cycles, not every cycle.
 let told = "";
 
 function announce(record) {
@@ -169,7 +169,7 @@ function nextTheme() {
   setTheme(THEMES[(THEMES.indexOf(stored("theme") ?? "auto") + 1) % THEMES.length]);
 }
 
-// Storage may be forbidden; then choices last as long as the page.
+// Storage may be disabled; then settings last as long as the page.
 const choices = new Map();
 
 function stored(name) {
@@ -185,7 +185,7 @@ function store(name, value) {
   try {
     localStorage.setItem(name, value);
   } catch {
-    // As said above.
+    // See above.
   }
 }
 
@@ -210,7 +210,7 @@ function press(event) {
     return;
   }
   const action = KEYS[event.key];
-  // Whoever speaks to the machine may need single keys for something else.
+  // Users of speech input may need single keys for something else.
   if (!action || (stored("keys") === "off" && event.key !== "?")) return;
   event.preventDefault();
   action();
@@ -224,7 +224,7 @@ element("help-open", HTMLButtonElement).addEventListener("click", () => help.sho
 keysOn.checked = stored("keys") !== "off";
 keysOn.addEventListener("change", () => store("keys", keysOn.checked ? "on" : "off"));
 element("skip", HTMLAnchorElement).addEventListener("click", (event) => {
-  // Its target is no view.
+  // Its target is not a view.
   event.preventDefault();
   find("h1")?.focus();
 });

@@ -1,4 +1,4 @@
-// Drawings, each with the same in words: colours and shapes are never all there is.
+// Charts, each with a text equivalent: colours and shapes are never the only information.
 
 import { h, s } from "./dom.js";
 import { count, counted, duration, lower, setting, time } from "./format.js";
@@ -17,10 +17,10 @@ export function stacked(counts, order, label) {
     present.map((state) => h("span", { "data-state": state, style: { "flex-grow": counts[state] }, title: `${count(counts[state])} ${lower(state)}` })));
 }
 
-/** Cycles over time, oldest first: height is duration, and a sign above each one that did not succeed. */
+/** Cycles over time, oldest first: the height is the duration, with a sign above each cycle that did not succeed. */
 export function durations(cycles, href) {
   const [WIDTH, HEIGHT, TOP, LEFT] = [1000, 180, 20, 0];
-  // How long one took whose record can't be read is not known.
+  // The duration of a cycle with an unreadable record is not known.
   const sorted = cycles.map((cycle) => cycle.durationMs).filter(Number.isFinite).sort((a, b) => a - b);
   const highest = sorted.at(-1) || 1;
   const top = niceCeiling(highest);
@@ -33,7 +33,7 @@ export function durations(cycles, href) {
       class: "bar", "data-state": cycle.state, x: x + slot * 0.12, width: slot * 0.76, y: Math.min(y(cycle.durationMs), HEIGHT - 2),
       height: Math.max(HEIGHT - y(cycle.durationMs), 2),
     });
-    // Not a stop of the Tab key each: the table below has the same links.
+    // Skipped by the Tab key: the table below has the same links.
     return s("a", { href: href(cycle), tabindex: -1, "aria-hidden": "true" },
       s("title", {}, text),
       s("rect", { class: "hit", x, width: slot, y: 0, height: HEIGHT }),
@@ -55,12 +55,12 @@ export function durations(cycles, href) {
     h("figcaption", {}, words));
 }
 
-/** How many ran at one time: see `concurrency`. */
+/** Number of concurrent parts: see `concurrency`. */
 export function profile({ steps, highest }, scale) {
   const [WIDTH, HEIGHT] = [1000, 90];
   const x = (ms) => ((ms / scale) * WIDTH).toFixed(1);
   const y = (running) => (HEIGHT - (running / (highest || 1)) * (HEIGHT - 4)).toFixed(1);
-  // More steps than pixels only cost.
+  // More steps than pixels would only cost time.
   const every = Math.ceil(steps.length / 2000);
   let path = `M0 ${HEIGHT}`;
   let last = String(HEIGHT);

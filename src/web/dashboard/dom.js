@@ -1,16 +1,15 @@
-// Elements without a template language: whatever text goes in, it goes in as text.
+// Makes elements without a template language: all text is inserted as text, never as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
- * Makes an element. Properties that begin with "on" are listeners, `style` is an object of CSS properties, `true` is an
- * attribute without a value, and `false`, `null` and `undefined` are none. Children are nodes, or become text.
+ * Makes an element. Properties that begin with "on" are listeners, `style` is an object of CSS properties, `true` is an attribute without a value, and `false`, `null` and `undefined` are omitted. Children are nodes, or become text.
  */
 export function h(tag, properties = {}, ...children) {
   return fill(document.createElement(tag), properties, children);
 }
 
-/** The same for SVG. */
+/** As `h`, for SVG. */
 export function s(tag, properties = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), properties, children);
 }
@@ -27,7 +26,7 @@ function fill(element, properties, children) {
 }
 
 /**
- * Adds these after what is inside: nodes, texts, lists of them, or nothing.
+ * Appends nodes, texts, lists of them, or nothing.
  * @param {Element} element
  * @param {...unknown} children
  */
@@ -42,7 +41,7 @@ function append(element, children) {
   }
 }
 
-/** Puts these in the place of what is inside. */
+/** Replaces all children. */
 export function replace(element, ...children) {
   element.replaceChildren();
   append(element, children);
@@ -50,7 +49,7 @@ export function replace(element, ...children) {
 }
 
 /**
- * Sets the text, and touches nothing that says it already: what has focus or is being selected stays so.
+ * Sets the text, unless it is unchanged, so that focus and selection are kept.
  * @param {Node} element
  * @param {string} text
  */
@@ -59,7 +58,7 @@ export function setText(element, text) {
 }
 
 /**
- * Sets an attribute, or removes it for `null`, and touches nothing that is so already.
+ * Sets an attribute, or removes it for `null`, unless it is unchanged.
  * @param {Element} element
  * @param {string} name
  * @param {string | null} value
@@ -70,8 +69,7 @@ export function setAttribute(element, name, value) {
 }
 
 /**
- * Keeps children of `parent` in step with `items`: `make(item)` makes one, `update(element, item)` brings it up to date.
- * One that stays is not replaced, and keeps focus wherever it goes.
+ * Keeps children of `parent` in step with `items`: `make(item)` makes an element, `update(element, item)` updates it. An element that stays is not replaced, and keeps focus even if it moves.
  * @template T
  * @param {HTMLElement} parent
  * @param {T[]} items
@@ -99,12 +97,12 @@ export function keyed(parent, items, key, make, update = () => {}) {
     else parent.insertBefore(element, at);
   }
   for (const element of old.values()) element.remove();
-  // To be moved costs an element its focus.
+  // An element loses focus when it is moved.
   if (focused?.isConnected && document.activeElement !== focused) focused.focus({ preventScroll: true });
 }
 
 /**
- * What may be wider than the page scrolls by itself, also by keyboard.
+ * A scrolling area for content that may be wider than the page, usable by keyboard.
  * @param {string} label
  * @param {...unknown} children
  */

@@ -1,4 +1,4 @@
-// What people read: times, numbers, and text of unknown origin.
+// Formats times, numbers, and text from outside.
 
 /**
  * "850 µs", "14.2 ms", "1.52 s", "3 min 20 s", "2 h 5 min", "4 d 3 h".
@@ -15,7 +15,7 @@ export function duration(ms) {
 }
 
 /**
- * The same for what was set and not measured: "3 s", not "3.00 s".
+ * As above, for configured durations: "3 s", not "3.00 s".
  * @param {number} ms
  */
 export function setting(ms) {
@@ -23,7 +23,7 @@ export function setting(ms) {
 }
 
 /**
- * The same without fractions, for what is seen to count: "14 s", "3 min 20 s".
+ * As above, without fractions, for running counters: "14 s", "3 min 20 s".
  * @param {number} ms
  */
 export function whole(ms) {
@@ -55,12 +55,12 @@ export function milliseconds(text) {
 }
 
 /**
- * A proto timestamp in milliseconds since 1970; `NaN` for none.
+ * A proto timestamp in milliseconds since 1970; `NaN` if it is not set.
  * @param {string | undefined} text
  */
 export function instant(text) {
   if (!text) return NaN;
-  // `Date` knows whole milliseconds only, and parts of a cycle are often shorter.
+  // `Date` has a resolution of 1 ms, and parts of a cycle are often shorter.
   const below = /\.\d{3}(\d+)/.exec(text)?.[1] ?? "";
   return Date.parse(text) + Number(`0.${below}0`);
 }
@@ -69,7 +69,7 @@ const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-d
 const DAY = new Intl.DateTimeFormat(undefined, { year: "numeric", month: "short", day: "numeric" });
 
 /**
- * The time of day, and the day where that is not today.
+ * The time of day, and the date if it is not today.
  * @param {string | undefined} text
  */
 export function time(text) {
@@ -80,7 +80,7 @@ export function time(text) {
 }
 
 /**
- * A whole number with its thousands apart.
+ * A whole number with thousands separators.
  * @param {number | string | undefined} number
  */
 export function count(number) {
@@ -97,7 +97,7 @@ export function counted(number, word) {
 }
 
 /**
- * A number as it was sent: doubles come as JSON numbers, or as "NaN" and "Infinity".
+ * A number in proto JSON: doubles are JSON numbers, or "NaN" and "Infinity".
  * @param {unknown} value
  */
 export function number(value) {
@@ -106,13 +106,13 @@ export function number(value) {
   return String(Number(value.toPrecision(6)));
 }
 
-// Control characters, and those that turn the direction of what follows or are not seen: they would let a text look like
-// something else. Tabs and line breaks are spared, and what only chooses how the sign before it looks.
-// biome-ignore lint/suspicious/noMisleadingCharacterClass: the variation selectors are meant one by one
+// Control characters, characters that change the text direction, and invisible ones, which could disguise a text. Tabs,
+// line breaks and variation selectors are allowed. biome-ignore lint/suspicious/noMisleadingCharacterClass: the
+// variation selectors are meant one by one
 const UNSEEN = /(?![\t\n\ufe00-\ufe0f])[\p{Cc}\p{Default_Ignorable_Code_Point}\u2028\u2029\ufff9-\ufffc]/gu;
 
 /**
- * Text from outside, so that all of it can be seen: what can't is written as its code. It is cut after `limit`.
+ * Text from outside: invisible characters are replaced by their codes. It is cut after `limit` characters.
  * @param {unknown} text
  * @param {number} limit
  */
@@ -130,7 +130,7 @@ function escaped(character) {
 }
 
 /**
- * What an enum value says: `word("SUBSYSTEM_STATE_TIMED_OUT", "SUBSYSTEM_STATE_")` is "TIMED_OUT".
+ * An enum value without its type: `word("SUBSYSTEM_STATE_TIMED_OUT", "SUBSYSTEM_STATE_")` is "TIMED_OUT".
  * @param {string | undefined} value
  * @param {string} prefix
  */
@@ -139,7 +139,7 @@ export function word(value, prefix) {
 }
 
 /**
- * "TIMED_OUT" as people write it: "timed out".
+ * "TIMED_OUT" in words: "timed out".
  * @param {string} name
  */
 export function lower(name) {

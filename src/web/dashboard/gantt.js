@@ -1,15 +1,14 @@
-// A cycle over time: a table whose rows are subsystems, one column of which is drawn.
+// A Gantt chart of a cycle: a table with a row for each subsystem, one column of which is drawn.
 
 import { h, keyed, replace, setAttribute, setText } from "./dom.js";
 import { duration, setting, visible } from "./format.js";
 import { badge, hasFailed, reasonOf, setBadge, stateOf } from "./states.js";
 
-/** Lines across the time line. */
+/** Number of grid lines of the time axis. */
 const LINES = 4;
 
 /**
- * The table, empty. `href` is where a part's name leads to; with `details`, there are columns that only a record can
- * fill.
+ * The empty table. `href` returns the link of a part; `details` adds columns that only a record can fill.
  */
 export function gantt({ caption, href, details = false }) {
   const axis = h("div", { class: "axis", "aria-hidden": "true" });
@@ -30,7 +29,7 @@ export function gantt({ caption, href, details = false }) {
     rows);
   let drawn = "";
 
-  /** Draws these parts on a scale of so many milliseconds. `at` is where running ones have come to. */
+  /** Draws these parts on a scale in milliseconds. `at` is the end of running parts. */
   function draw(parts, { scale, at = scale, critical = new Set() }) {
     const step = niceStep(scale);
     if (drawn !== `${scale} ${step}`) {
@@ -75,7 +74,7 @@ function update(line, part, { scale, at, isCritical, details }) {
 
   const [queue, bar] = track.children;
   const end = part.end ?? (word === "RUNNING" ? Math.max(at, part.start ?? 0) : undefined);
-  // Who came late to a running cycle knows when a part ended, and not when it began.
+  // A page that was opened during a cycle knows when a part ended, but not when it began.
   const begin = part.start ?? end;
   bar.hidden = end === undefined || word === "WAITING";
   if (!bar.hidden) {

@@ -1,12 +1,12 @@
-// Outputs: how they are shown, and what has changed between two of them.
+// Shows outputs, and the changes between two of them.
 
 import { h, scrolling } from "./dom.js";
 import { count, counted, visible } from "./format.js";
 
-/** Characters that are shown at first. */
+/** Most characters that are shown at first. */
 const SHOWN = 20_000;
 
-/** Changes that are listed. */
+/** Most changes that are listed. */
 const CHANGES = 300;
 
 /**
@@ -27,7 +27,7 @@ export function json(value, label) {
   return h("div", {}, pre, more);
 }
 
-/** What differs between two values: { path, before, after }, where `undefined` is nothing. */
+/** The differences between two values: { path, before, after }, where `undefined` means missing. */
 export function changes(before, after, path = "", found = []) {
   if (Object.is(before, after)) return found;
   const areObjects = isObject(before) && isObject(after);
@@ -50,7 +50,7 @@ function isObject(value) {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-/** Not what every object has: an output may have a key such as "constructor". */
+/** Only own properties: an output may have a key such as "constructor". */
 function own(object, key) {
   return Object.hasOwn(object, key) ? object[key] : undefined;
 }

@@ -1,21 +1,21 @@
-// What the page knows of the service, kept up to date by its events.
+// The known state of the service, kept up to date by its events.
 
 import { getStatus, listCycles } from "./api.js";
 import { throttled } from "./dom.js";
 import { instant, lower, milliseconds, word } from "./format.js";
 import { cycleStateOf, hasFailed, standing, stateOf, tally } from "./states.js";
 
-/** Beyond so many subsystems, views sum up instead of drawing each one, and what is large is read less often. */
+/** With more subsystems, views show summaries instead of each subsystem, and large data is read less often. */
 export const MANY = 300;
 
-/** Cycles whose outcomes are at hand for every subsystem. */
+/** Number of recent cycles whose results are kept for every subsystem. */
 export const RECENT = 30;
 
-/** Beyond so many subsystems there is no `recent`: records are megabytes then. */
+/** With more subsystems, `recent` is not kept: records are megabytes then. */
 export const RECENT_SUBSYSTEMS = 1000;
 
 /**
- * What is known of a cycle that was recorded lately: its summary, and how each of its parts stands.
+ * A recently recorded cycle: its summary, and the state of each of its parts.
  * @typedef {ReturnType<typeof summary> & { parts: Map<string, string> }} Recent
  */
 
@@ -27,11 +27,11 @@ export const RECENT_SUBSYSTEMS = 1000;
 export const model = {
   /** "connecting", "open" or "lost". */
   connection: "connecting",
-  /** `OrchestratorStatus`, or null before the first. */
+  /** `OrchestratorStatus`, or null before the first one. */
   status: null,
-  /** The cycles that run, by id. See `Live`. */
+  /** The running cycles, by id. See `Live`. */
   running: new Map(),
-  /** The last cycle that was recorded while this page looked, as a `Live`, or null. */
+  /** The last cycle that was recorded while this page was open, as a `Live`, or null. */
   last: null,
   /** Summaries of the latest cycles, oldest first, each with `parts` if its record can be read. */
   recent: [],
@@ -40,9 +40,8 @@ export const model = {
 const listeners = new Map();
 
 /**
- * Calls `listener` with what happened, until the returned function is called: "connection"; "status"; "live" (a
- * running cycle has moved, or another one has started or ended); "recorded" (with the telemetry); "unreadable" (with the
- * summary of a recorded cycle whose record can't be read); "reloaded" (events may have been missed: read anew).
+ * Calls `listener` with each kind of change, until the returned function is called: "connection"; "status"; "live" (a running cycle has made progress, or another one has started or ended); "recorded" (with the telemetry); "unreadable" (with the
+ * summary of a recorded cycle whose record can't be read); "reloaded" (events may have been missed: read again).
  */
 export function on(event, listener) {
   if (!listeners.has(event)) listeners.set(event, new Set());
@@ -58,48 +57,48 @@ function tell(event, detail) {
 
 let skew = 0;
 
-/** The service's wall clock, in milliseconds since 1970: ages are right also where this machine's clock is not. */
+/** The service's wall clock, in milliseconds since 1970, so that ages are right even if the local clock is wrong. */
 export function now() {
   return Date.now() + skew;
 }
 
 // ----------------------------------------------------------------------------------------- the status
 
-/** The number of registered subsystems, as far as it is known. */
+/** The number of registered subsystems, if known. */
 export function fleetSize() {
   return model.status?.subsystemCount ?? 0;
 }
 
 /**
- * The highest number of a cycle, as far as it is known: ids have no gap, and each of them is recorded, runs, or waits.
+ * The highest known id of a cycle: ids have no gap, and each cycle is recorded, runs, or waits.
  */
 export function newestId() {
   const { totalCycles = 0, runningCycles = [], queuedCycles = 0 } = model.status ?? {};
   return Number(totalCycles) + runningCycles.length + queuedCycles;
 }
 
-/** The newest revision that an event told of. */
+/** The newest revision of an event. */
 let revision = 0;
 
 async function readStatus(options) {
   try {
     const status = await getStatus(options);
-    // An answer can be older than an event that came while it was on its way.
+    // An answer can be older than an event that arrived meanwhile.
     if (Number(status.newestRevision ?? 0) < revision) return;
     skew = instant(status.startedAt) + milliseconds(status.uptime) - Date.now() || 0;
     model.status = options?.omitLastCycle ? { ...status, lastCycle: model.status?.lastCycle } : status;
     tell("status");
   } catch {
-    // That there is no connection is told by the stream of events.
+    // The stream of events reports a lost connection.
   }
 }
 
-// The stream brings the last cycle, which is megabytes where the fleet is large.
+// The stream delivers the last cycle, which is megabytes for a large fleet.
 const refreshStatus = throttled(500, () => readStatus({ omitLastCycle: true }));
 
 // -------------------------------------------------------------------------------- the running cycles
 
-/** A cycle as it runs: how each of its parts stands, by name and in the order of the plan. */
+/** A running cycle: the state of each of its parts, by name and in the order of the plan. */
 class Live {
   constructor(started) {
     this.cycleId = started.cycleId;
@@ -107,7 +106,7 @@ class Live {
     this.trigger = started.trigger;
     this.loop = started.loop;
     this.parts = new Map((started.subsystems ?? []).map((name) => [name, waiting(name)]));
-    /** Updates that were lost on the way. */
+    /** Number of lost updates. */
     this.dropped = 0;
     /** Its record, once it has ended. */
     this.record = null;
@@ -128,12 +127,12 @@ class Live {
     }
   }
 
-  /** Its parts, in order; those of the record once there is one. */
+  /** Its parts, in order; those of the record once it is recorded. */
   list() {
     return [...this.parts.values()];
   }
 
-  /** How many of its parts have ended. */
+  /** Number of its parts that have ended. */
   ended() {
     return this.record ? this.parts.size : this.list().filter((part) => part.end !== undefined).length;
   }
@@ -159,19 +158,19 @@ export function startedBy({ loop, trigger }) {
   return loop ? `loop ${loop}` : lower(word(trigger, "TRIGGER_")) || "unknown trigger";
 }
 
-/** The cycles that run, the oldest first. */
+/** The running cycles, the oldest first. */
 export function runningCycles() {
   return [...model.running.values()].sort((a, b) => a.cycleId - b.cycleId);
 }
 
-/** A cycle that runs, or the last one, as a `Live`; undefined if it is neither. */
+/** A running cycle, or the last one, as a `Live`; undefined if it is neither. */
 export function liveCycle(id) {
   return model.running.get(id) ?? (model.last?.cycleId === id ? model.last : undefined);
 }
 
 function begin(started) {
   const live = new Live(started);
-  // A subsystem is in one cycle at a time: another one that has it has ended, also where its record did not tell.
+  // A subsystem is in one cycle at a time: another cycle with it has ended, even if its record was not received.
   const names = [...live.parts.keys()];
   for (const [id, other] of model.running) {
     if (names.some((name) => other.parts.has(name))) model.running.delete(id);
@@ -179,7 +178,7 @@ function begin(started) {
   model.running.set(live.cycleId, live);
 }
 
-/** Its record takes the place of what was seen of it. */
+/** Its record replaces the observed progress. */
 function end(record) {
   const live = model.running.get(record.cycleId);
   model.running.delete(record.cycleId);
@@ -201,7 +200,7 @@ export function partsOf(record) {
   });
 }
 
-/** A record as a view that has ended. */
+/** A record as an ended `Live`. */
 export function liveOf(record) {
   const live = new Live({ ...record, subsystems: [] });
   live.end(record);
@@ -210,7 +209,7 @@ export function liveOf(record) {
 
 // ------------------------------------------------------------------------------------- recent cycles
 
-/** What lists and charts need of a cycle: the rest of a record can be large. */
+/** The summary of a cycle for lists and charts: the whole record can be large. */
 export function summary(record) {
   const parts = record.subsystems ?? [];
   return {
@@ -229,7 +228,7 @@ export function summary(record) {
   };
 }
 
-/** The same of an `UnreadableCycle`. Its number may be among what can't be read. */
+/** The summary of an `UnreadableCycle`. Its id may be unreadable, too. */
 function summaryOfUnreadable({ cycleId = "", revision = "0", problem = "" }) {
   return {
     id: cycleId, revision: Number(revision), state: "UNREADABLE", trigger: "", loop: "", durationMs: NaN, error: problem, total: 0,
@@ -237,7 +236,7 @@ function summaryOfUnreadable({ cycleId = "", revision = "0", problem = "" }) {
   };
 }
 
-/** Summaries of all cycles of a page, newest first; `of` makes that of a record. */
+/** Summaries of all cycles of a page, newest first; `of` summarizes a record. */
 export function summaries({ cycles, unreadable }, of = summary) {
   return [...cycles.map(of), ...unreadable.map(summaryOfUnreadable)].sort((a, b) => b.revision - a.revision);
 }
@@ -248,7 +247,7 @@ function remembered(record) {
 
 function keep(cycle) {
   if (fleetSize() > RECENT_SUBSYSTEMS) return;
-  // One that was recorded while these were being read may be among them, and in an event.
+  // A cycle that was recorded meanwhile may be both in the page and in an event.
   if (cycle.revision <= (model.recent.at(-1)?.revision ?? 0)) return;
   model.recent.push(cycle);
   model.recent.splice(0, model.recent.length - RECENT);
@@ -266,7 +265,7 @@ async function readRecent() {
 
 // ----------------------------------------------------------------------------------------- the events
 
-/** How long after a failure the next connection is tried. */
+/** Pause before the next connection after a failure. */
 const AGAIN = 1000;
 
 /** @type {EventSource | null} */
@@ -276,8 +275,8 @@ let timer = 0;
 function connect() {
   clearTimeout(timer);
   source?.close();
-  // Always anew, and not from the last revision: after a long absence what matters is read in one page, and needs no
-  // stream of all that was missed. What has happened before the bookmark is in what is read after it.
+  // Always from now on, not from the last revision: after a long pause, one page of the history is read instead of all
+  // missed events. It is read after the bookmark, and so contains everything before it.
   revision = 0;
   source = new EventSource("/api/events?progress=true");
   source.onerror = lose;
@@ -320,7 +319,7 @@ function connect() {
   });
 }
 
-/** The status is asked for now and then, and a record may have come since. */
+/** Updates the status with a record, since the status is only polled. */
 function tellsOf(status, record) {
   status.lastCycle = record;
   status.runningCycles = status.runningCycles?.filter(({ cycleId }) => cycleId !== record.cycleId);
@@ -342,7 +341,7 @@ function lose() {
   source?.close();
   clearTimeout(timer);
   timer = setTimeout(connect, AGAIN);
-  // What ran is not known any more.
+  // The running cycles are no longer known.
   model.running.clear();
   setConnection("lost");
   tell("live");
@@ -354,7 +353,7 @@ function setConnection(state) {
   tell("connection");
 }
 
-/** Begins to read. A page that nobody looks at lets go of its connection: a browser has six for all pages of a site. */
+/** Starts reading. A hidden page closes its connection: a browser has six for all pages of a site. */
 export function start() {
   connect();
   setInterval(() => {

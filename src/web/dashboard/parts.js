@@ -1,4 +1,4 @@
-// The parts of one cycle, running or ended: as a Gantt where each can be seen, summed up where they are too many.
+// The parts of one cycle, running or ended: as a Gantt chart, or as a summary if there are too many.
 
 import { concurrency, gantt } from "./gantt.js";
 import { profile, stacked } from "./charts.js";
@@ -7,12 +7,12 @@ import { count, counted, duration, lower } from "./format.js";
 import { MANY } from "./model.js";
 import { hasFailed, SUBSYSTEM_STATES, sign, tally } from "./states.js";
 
-/** Rows at one time, where there are many. */
+/** Most rows at one time. */
 const PAGE = 100;
 
 const lasted = (part) => (part.end ?? 0) - (part.start ?? 0);
 
-/** What can be asked of many parts. */
+/** Filters for many parts. */
 const CHOICES = {
   all: ["all", (parts) => parts],
   failed: ["failed", (parts) => parts.filter(hasFailed)],
@@ -24,11 +24,10 @@ const CHOICES = {
 };
 
 /**
- * The parts of a cycle, with `draw(parts, { scale, at, critical, levels })`. `levels` are those of the plan, by name,
- * where they are known.
+ * The parts of a cycle, with `draw(parts, { scale, at, critical, levels })`. `levels` are those of the plan, by name, if known.
  */
 export function partsView({ caption, href, details = false }) {
-  // Of few, all are seen; of many, those that matter first.
+  // A few parts are all shown; of many, the most important ones first.
   let chosen = "";
   let choice = "all";
   let needle = "";
@@ -52,7 +51,7 @@ export function partsView({ caption, href, details = false }) {
   const chips = h("div", { class: "chips", role: "group", "aria-label": "Which of them" });
   const filters = h("div", { class: "filters" }, h("label", { for: "search" }, "Search"), search, chips);
   const chart = gantt({ caption, href, details });
-  const nothing = h("p", { class: "quiet empty", hidden: true }, "No subsystem passes the filter.");
+  const nothing = h("p", { class: "quiet empty", hidden: true }, "No subsystem matches the filter.");
   const pager = h("div", { class: "pager", hidden: true },
     h("button", { type: "button", onclick: () => turn(-1) }, "Before"), h("span"), h("button", { type: "button", onclick: () => turn(1) }, "After"));
   const element = h("div", { class: "parts" }, counts, shape, levelsBox, filters, chart.element, nothing, pager);
@@ -127,7 +126,7 @@ export function partsView({ caption, href, details = false }) {
       byLevel.get(level).push(part);
     }
     const rows = [...byLevel].sort((a, b) => a[0] - b[0]);
-    // Many levels are as long a list as many subsystems.
+    // Many levels make as long a list as many subsystems.
     keyed(levelsTable.tBodies[0], rows.slice(0, PAGE), ([level]) => level,
       ([level]) => h("tr", {}, h("th", { scope: "row", class: "number" }, level < 0 ? "not in the plan" : count(level)),
         h("td", { class: "number" }), h("td"), h("td", { class: "number" }), h("td", { class: "number" }), h("td", { class: "number" })),

@@ -1,4 +1,4 @@
-// Addresses of views: what is behind the '#', such as `#/cycles/12` or `#/fleet?state=FAILED`.
+// Addresses of views: the part after '#', such as `#/cycles/12` or `#/fleet?state=FAILED`.
 
 /** The link to a view: `href("cycles", 12)`, `href("fleet", { state: "FAILED" })`. */
 export function href(...steps) {
@@ -8,7 +8,7 @@ export function href(...steps) {
 }
 
 /**
- * An address that was read: the pattern that it fits, what stands in the places of its names, and what is behind the '?'.
+ * A parsed address: its pattern, the values of the pattern's names, and the query.
  * @typedef {{ pattern: string, parameters: any, query: URLSearchParams }} Route
  */
 
@@ -32,7 +32,7 @@ export function parse(hash, patterns) {
 }
 
 /**
- * Changes what is behind the '?' of the address, without a step in the browser's history.
+ * Changes the query of the address, without an entry in the browser's history.
  * @param {Record<string, string | undefined>} parameters
  */
 export function setQuery(parameters) {

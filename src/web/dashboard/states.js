@@ -1,17 +1,17 @@
-// The states of cycles and subsystems: their words, their signs, and what counts as a failure.
+// The states of cycles and subsystems: their words, their signs, and which ones count as failures.
 
 import { h, s } from "./dom.js";
 import { lower, word } from "./format.js";
 
-/** How subsystems' parts end or stand, the worst first; see `standing`. */
+/** The states of subsystems' parts, the worst first; see `standing`. */
 export const SUBSYSTEM_STATES = [
   "FAILED", "TIMED_OUT", "CIRCUIT_OPEN", "SKIPPED_FOR_A_FAILURE", "SKIPPED", "CANCELLED", "RUNNING", "WAITING", "SUCCEEDED",
 ];
 
-/** How cycles end, the worst first. In their lists, "UNREADABLE" stands in the place of a state where the record can't be read. */
+/** The states of cycles, the worst first. "UNREADABLE" marks a cycle whose record can't be read. */
 export const CYCLE_STATES = ["FAILED", "DEGRADED", "INTERRUPTED", "CANCELLED", "SUCCEEDED"];
 
-/** What a skipped one is skipped for, where that counts as a failure of its own. */
+/** Reasons of skipped parts that count as failures. */
 const FAILING_SKIPS = new Set(["REQUIREMENT_FAILED", "REQUIREMENT_MISSING", "CYCLE_DEADLINE", "NOT_REGISTERED"]);
 
 const SKIP_REASONS = {
@@ -33,20 +33,20 @@ export function cycleStateOf(cycle) {
   return word(cycle?.state, "CYCLE_STATE_");
 }
 
-/** Whether a part counts as a failure of its cycle. */
+/** True if a part counts as a failure of its cycle. */
 export function hasFailed(part) {
   const state = stateOf(part);
   if (state === "SKIPPED") return FAILING_SKIPS.has(word(part.skipReason, "SKIP_REASON_"));
   return state === "FAILED" || state === "TIMED_OUT" || state === "CIRCUIT_OPEN";
 }
 
-/** The state of a part, where those that are skipped and count as a failure are told from those that don't. */
+/** The state of a part, which distinguishes skipped parts that count as failures from those that don't. */
 export function standing(part) {
   const state = stateOf(part) || "NONE";
   return state === "SKIPPED" && hasFailed(part) ? "SKIPPED_FOR_A_FAILURE" : state;
 }
 
-/** Why a part did not succeed, in one line; empty when it did. */
+/** Why a part did not succeed, in one line; empty if it succeeded. */
 export function reasonOf(part) {
   const { errorCode, errorMessage } = part ?? {};
   if (errorCode && errorMessage) return `${errorCode}: ${errorMessage}`;
@@ -56,7 +56,7 @@ export function reasonOf(part) {
   return skip ? SKIP_REASONS[skip] ?? lower(skip) : errorCode || "";
 }
 
-/** How many of these parts stand how. */
+/** Number of these parts by state. */
 export function tally(parts) {
   const counts = {};
   for (const part of parts) {
@@ -66,7 +66,7 @@ export function tally(parts) {
   return counts;
 }
 
-// One sign a state, so that colour is never the only one: a 12 × 12 path, drawn as a line.
+// One sign for each state, in addition to its colour: a 12 × 12 path, drawn as a line.
 const SIGNS = {
   SUCCEEDED: "M2.5 6.5 5 9l4.5-6",
   FAILED: "M3 3l6 6M9 3 3 9",
@@ -88,7 +88,7 @@ const SIGNS = {
 };
 
 /**
- * The sign alone; whoever uses it says the word as well.
+ * The sign alone; the caller adds the word.
  * @param {string} state
  */
 export function sign(state) {
@@ -108,7 +108,7 @@ export function badge(state, text = lower(state || "none")) {
   return h("span", { class: "state", "data-state": state || "NONE" }, sign(state || "NONE"), h("span", {}, text));
 }
 
-/** Brings a badge up to date, and leaves it alone where it is so already. */
+/** Updates a badge, unless it is unchanged. */
 export function setBadge(element, state, text = lower(state || "none")) {
   const name = state || "NONE";
   if (element.dataset.state === name && element.lastChild.textContent === text) return;

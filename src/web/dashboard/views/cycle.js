@@ -1,4 +1,4 @@
-// One cycle: what ran when, what failed and why.
+// One cycle: the times of its parts, and its failures with their reasons.
 
 import { getCycle, getPlan } from "../api.js";
 import { add, h, replace } from "../dom.js";
@@ -8,7 +8,7 @@ import { partsView } from "../parts.js";
 import { href } from "../route.js";
 import { badge, cycleStateOf, hasFailed, reasonOf, stateOf } from "../states.js";
 
-/** Failures that are listed with their reason above the chart. */
+/** Most failures that are listed with their reason above the chart. */
 const LISTED = 20;
 
 export const title = ({ parameters }) => `Cycle ${parameters.id}`;
@@ -24,13 +24,13 @@ export function mount(main, { parameters: { id } }, scope) {
     replace(place);
     await show(place, record, scope);
   }, place);
-  // It may be running still.
+  // It may still be running.
   scope.on("recorded", (record) => !isShown && record.cycleId === id && read());
   scope.on("reloaded", () => !isShown && read());
   if (model.connection !== "connecting") read();
 }
 
-/** Links to the cycle before and the one after. */
+/** Links to the previous and the next cycle. */
 export function neighbours(id, link, scope) {
   const number = Number(id);
   const next = h("a", { href: link(number + 1), rel: "next" }, `Cycle ${number + 1}`);
@@ -60,16 +60,16 @@ async function show(place, record, scope) {
     record.requestId && ["Request id", visible(record.requestId, 128)],
   ].filter(Boolean);
   add(place, h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))));
-  // One that sums up failures says no more than their list does.
+  // A summary of failures adds nothing to their list.
   if (record.error && failed.length === 0) add(place, h("p", { class: "problem" }, visible(record.error, 1000)));
-  if (record.truncated) add(place, h("p", { class: "quiet" }, "The record was too large, and outputs, issues, metrics or the ends of messages were left out of it."));
+  if (record.truncated) add(place, h("p", { class: "quiet" }, "The record was too large, so outputs, issues, metrics or the ends of messages were left out."));
   if (parts.length === 0) {
-    add(place, h("p", { class: "quiet" }, "What its subsystems did is not known."));
+    add(place, h("p", { class: "quiet" }, "The results of its subsystems are not known."));
     return;
   }
   if (failed.length) add(place, failures(record, failed));
   const view = partsView({ caption: `Cycle ${record.cycleId}: the part of each subsystem`, href: (name) => href("cycles", record.cycleId, name), details: true });
-  add(place, h("h2", {}, "What ran"), view.element, record.criticalPath?.length && criticalPath(record, parts));
+  add(place, h("h2", {}, "Timeline"), view.element, record.criticalPath?.length && criticalPath(record, parts));
   const options = { scale: record.durationMs || 1, critical: new Set(record.criticalPath ?? []), isOver: true };
   view.draw(parts, options);
   if (parts.length > MANY) {
@@ -93,7 +93,7 @@ function criticalPath(record, parts) {
   const byName = new Map(parts.map((part) => [part.name, part]));
   return h("section", {},
     h("h2", {}, "Critical path"),
-    h("p", { class: "quiet" }, "Each waited for the one before it, and the last ended last: making one of them faster makes the cycle faster."),
+    h("p", { class: "quiet" }, "Each subsystem waited for the previous one, and the last one ended last: speeding up one of them makes the cycle faster."),
     h("ol", { class: "path" }, record.criticalPath.map((name) => {
       const part = byName.get(name);
       return h("li", {}, h("a", { href: href("cycles", record.cycleId, name) }, visible(name)), " ",

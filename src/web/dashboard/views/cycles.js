@@ -1,4 +1,4 @@
-// The history: durations over time, what failed, and pages back.
+// The history: durations and failures over time, page by page.
 
 import { getLoops, listCycles } from "../api.js";
 import { durations, stacked } from "../charts.js";
@@ -10,14 +10,14 @@ import { badge, CYCLE_STATES, SUBSYSTEM_STATES } from "../states.js";
 
 const PAGE = 50;
 
-/** A page can be shorter than asked for, and even empty: so many are asked for before people are asked to go on. */
+/** A page can be shorter than requested, even empty: at most this number of pages is read before the user has to continue. */
 const REQUESTS = 12;
 
 export const title = () => "Cycles";
 
 export function mount(main, route, scope) {
   const filter = Object.fromEntries(["state", "trigger", "loop", "subsystem"].map((name) => [name, route.query.get(name) ?? ""]));
-  // Tokens of the pages up to this one; the newest has none.
+  // Tokens of the pages up to this one; the first page has no token.
   let tokens = route.query.get("before") ? ["", route.query.get("before")] : [""];
   let next = "";
   let shown = [];
@@ -47,7 +47,7 @@ export function mount(main, route, scope) {
       });
       return h("div", { class: "field" }, h("label", { for: control.id }, label), control);
     };
-    const subsystem = h("input", { type: "search", id: "subsystem", value: filter.subsystem, placeholder: "Its whole name", autocomplete: "off", spellcheck: "false" });
+    const subsystem = h("input", { type: "search", id: "subsystem", value: filter.subsystem, placeholder: "Full name", autocomplete: "off", spellcheck: "false" });
     return h("form", { class: "filters", onsubmit: (event) => { event.preventDefault(); subsystem.dispatchEvent(new Event("change")); } },
       choice("state", "State", CYCLE_STATES),
       choice("trigger", "Trigger", ["MANUAL", "LOOP"]),
@@ -75,7 +75,7 @@ export function mount(main, route, scope) {
         found.push(...summaries(page));
         pageToken = page.nextPageToken;
         if (scope.signal.aborted || mine !== reading) return;
-        // Large records come a few at a time; and some may have been recorded while these were read.
+        // Pages of large records are short; and some cycles may have been recorded meanwhile.
         const isNewer = (cycle) => tokens.length === 1 && found.length > 0 && cycle.revision > found[0].revision;
         shown = [...shown.filter(isNewer), ...found];
         next = pageToken;
@@ -103,8 +103,8 @@ export function mount(main, route, scope) {
     ].filter(Boolean);
     replace(note, shown.length
       ? `${counted(shown.length, "cycle")}${tokens.length > 1 ? "" : ", newest first"}: ${outcomes.join(" ") || "all succeeded."}`
-      : next ? "None among the cycles looked at so far; go on with Older."
-      : Object.values(filter).some(Boolean) ? "No cycle is recorded that passes the filter." : "No cycle is recorded.");
+      : next ? "No match among the cycles examined so far; continue with Older."
+      : Object.values(filter).some(Boolean) ? "No recorded cycle matches the filter." : "No cycle is recorded.");
     table.hidden = chart.hidden = shown.length === 0;
     if (shown.length) replace(chart, durations([...shown].reverse(), (cycle) => href("cycles", cycle.id)));
     keyed(rows, shown, (cycle) => cycle.id || "–", row);
@@ -115,7 +115,7 @@ export function mount(main, route, scope) {
   const add = (cycle) => {
     if (tokens.length > 1 || cycle.revision <= shown[0]?.revision) return;
     shown.unshift(cycle);
-    // The page grows at its top, and at some time is read anew.
+    // The page grows at its top, and is read again at some point.
     if (shown.length < 2 * PAGE) redraw();
     else read();
   };
@@ -123,7 +123,7 @@ export function mount(main, route, scope) {
     const cycle = summary(record);
     if (passes(cycle, record)) add(cycle);
   });
-  // Nobody knows whether it would pass.
+  // It is unknown whether it matches the filter.
   scope.on("unreadable", add);
   scope.on("reloaded", read);
   if (model.connection === "open") read();

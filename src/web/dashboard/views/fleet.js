@@ -1,4 +1,4 @@
-// The fleet at a glance: every subsystem, how its last part went, and how current its output is.
+// The fleet: every subsystem, the state of its last part, and the age of its output.
 
 import { listSubsystems } from "../api.js";
 import { stacked } from "../charts.js";
@@ -8,11 +8,11 @@ import { fleetSize, liveCycle, MANY, model, now, on, RECENT_SUBSYSTEMS, runningC
 import { href, setQuery } from "../route.js";
 import { badge, hasFailed, reasonOf, setBadge, sign, standing, stateOf } from "../states.js";
 
-/** Rows at one time: more would be slow to draw, and nobody reads them. */
+/** Most rows at one time: more would be slow to draw. */
 const PAGE = 100;
 
 /**
- * Filters that look at more than the state of the last part.
+ * Filters in addition to the state of the last part.
  * @type {Record<string, [string, (one: any) => boolean]>}
  */
 const SPECIAL = {
@@ -38,7 +38,7 @@ const COLUMNS = [
 
 export const title = () => "Fleet";
 
-/** What a reader of its output would get, were it asked for now: made in its last cycle, before that, or never. */
+/** The freshness of its output: made in its last cycle, earlier, or never. */
 export function freshness(one) {
   if (!one.outputCycleId) return "ABSENT";
   return Number(one.outputCycleId) >= Number(one.lastCycleId ?? 0) ? "FRESH" : "STALE";
@@ -49,7 +49,7 @@ function shownState(one) {
 }
 
 /**
- * The newest of what is known of the fleet; it outlives the view, so that coming back is instant.
+ * The known state of the fleet; it outlives the view, so that returning to it is instant.
  * @type {{ all: any[], isWhole: boolean }}
  */
 const known = { all: [], isWhole: false };
@@ -81,7 +81,7 @@ export function mount(main, route, scope) {
   const table = h("table", { class: "fleet" }, h("caption", { class: "unseen" }, "Subsystems and their last part"),
     h("thead", {}, h("tr", {}, heads)), rows);
   const pager = h("nav", { class: "pager", "aria-label": "Pages of subsystems", hidden: true });
-  const nothing = h("p", { class: "quiet empty", hidden: true }, "No subsystem passes the filter.");
+  const nothing = h("p", { class: "quiet empty", hidden: true }, "No subsystem matches the filter.");
 
   main.append(
     facts, summary, bar,
@@ -160,7 +160,7 @@ export function mount(main, route, scope) {
     }
     const failed = known.all.filter((one) => one.last && hasFailed(one.last)).length;
     const text = `${counted(known.all.length, "subsystem")}${known.isWhole ? "" : " so far"}: ` +
-      (counts.NONE === known.all.length ? "none has run in this process yet." : failed ? `${count(failed)} failed in the last part.` : "none failed in the last part.");
+      (counts.NONE === known.all.length ? "no subsystem has run in this process yet." : failed ? `${count(failed)} failed in the last part.` : "none failed in the last part.");
     setText(summary, text);
     replace(bar, stacked(counts, STATES, "Last parts"));
   }
@@ -211,7 +211,7 @@ export function mount(main, route, scope) {
   }
 
   const redraw = throttled(() => (fleetSize() > MANY ? 1000 : 150), draw);
-  // Breakers, leases and registrations are in no event.
+  // Events don't include breakers, leases and registrations.
   const reread = throttled(() => (fleetSize() > MANY ? 20_000 : 1000), read);
   scope.signal.addEventListener("abort", () => {
     redraw.cancel();
@@ -229,7 +229,7 @@ export function mount(main, route, scope) {
   if (model.connection === "open") read();
 }
 
-/** Which cycles run, and how many of their parts have ended. */
+/** The running cycles, and the number of their parts that have ended. */
 function inShort(running) {
   if (running.length === 0) return "none";
   const sum = (of) => count(running.reduce((all, live) => all + of(live), 0));
@@ -290,7 +290,7 @@ function drawOutput(cell, one) {
   setAttribute(link, "href", id ? href("cycles", id, one.registration.name) : null);
 }
 
-/** When its latest output was made, as far as that is at hand. */
+/** When its latest output was made, if known. */
 function madeAt(one) {
   const id = one.outputCycleId;
   if (!id) return NaN;
@@ -300,7 +300,7 @@ function madeAt(one) {
   return instant(model.recent.find((cycle) => cycle.id === id)?.finishedAt);
 }
 
-/** One tick a cycle, newest at the right: small where it went well, tall where it did not. */
+/** One bar for each cycle, newest at the right: short if it succeeded, otherwise tall. */
 function drawStrip(cell, name, recent) {
   const drawn = `${recent.at(0)?.id} ${recent.at(-1)?.id} ${recent.length}`;
   if (cell.dataset.drawn === drawn) return;

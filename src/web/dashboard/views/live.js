@@ -1,4 +1,4 @@
-// The cycles that run, and one of them as it runs; when none runs, the last one.
+// The running cycles, and the progress of one of them; if no cycle runs, the last one.
 
 import { getPlan } from "../api.js";
 import { h, keyed, replace, setAttribute, setText, throttled } from "../dom.js";
@@ -8,7 +8,7 @@ import { partsView } from "../parts.js";
 import { href } from "../route.js";
 import { cycleStateOf, hasFailed, setBadge, badge } from "../states.js";
 
-/** Running cycles that can be chosen: what is beyond is counted. */
+/** Most running cycles that can be selected; further ones are counted. */
 const LISTED = 50;
 
 export const title = () => "Live";
@@ -27,25 +27,25 @@ export function mount(main, _, scope) {
   const progress = h("progress", { "aria-label": "Subsystems whose part has ended", max: 1, value: 0 });
   const facts = h("p", { class: "summary" });
   const hold = h("button", { type: "button", id: "hold", "aria-pressed": "false", onclick: () => keep(held ? null : shown) },
-    "Hold this cycle");
+    "Keep this cycle");
   const chips = h("div", { class: "chips", role: "group", "aria-label": "Running cycles" });
   const more = h("span", { class: "quiet" });
   const others = h("div", { class: "filters", id: "running", hidden: true }, chips, more);
   const waiting = h("ul", { class: "quiet", id: "waiting", "aria-label": "Waiting cycles" });
   const error = h("p", { class: "problem", hidden: true });
-  const parts = partsView({ caption: "How each subsystem's part in the cycle stands", href: (part) => href("subsystems", part) });
+  const parts = partsView({ caption: "The state of each subsystem's part in the cycle", href: (part) => href("subsystems", part) });
   main.append(others, h("div", { class: "headline" }, name, state, hold), progress, facts, error, parts.element, waiting);
 
-  /** From now on only this cycle is shown, or whichever runs. */
+  /** From now on shows only this cycle, or any running one. */
   function keep(live) {
     held = live;
     setAttribute(hold, "aria-pressed", String(Boolean(held)));
     draw();
   }
 
-  /** One that runs is shown until it has ended. */
+  /** A running cycle is shown until it has ended. */
   function choose(running) {
-    // How a cycle stands may have been told anew.
+    // The state of a cycle may have been sent again.
     held &&= liveCycle(held.cycleId) ?? held;
     if (held) return held;
     const still = running.find(({ cycleId }) => cycleId === shown?.cycleId);
@@ -108,7 +108,7 @@ export function mount(main, _, scope) {
       `${count(ended)} of ${counted(list.length, "subsystem")} ended`,
       failed && `${count(failed)} failed`,
       record ? duration(elapsed) : `${(elapsed / 1000).toFixed(1)} s`,
-      shown.dropped && `${counted(shown.dropped, "update")} lost on the way`,
+      shown.dropped && `${counted(shown.dropped, "update")} lost`,
       held ? "held" : record && nextTick(),
     ].filter(Boolean).join(" · "));
     error.hidden = !record?.error;
@@ -139,14 +139,14 @@ export function mount(main, _, scope) {
   scope.on("status", redraw);
   scope.on("recorded", readPlan);
   scope.on("reloaded", readPlan);
-  // Bars of those that run grow between events.
+  // Bars of running parts grow between events.
   scope.every(100, () => model.running.size > 0 && redraw());
   scope.every(1000, redraw);
   readPlan();
   draw();
 }
 
-/** Grows in steps, so that the bars don't shrink all the time. */
+/** The scale grows in steps, so that the bars don't shrink continuously. */
 function niceScale(ms) {
   const power = 10 ** Math.floor(Math.log10(ms));
   return [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10].map((n) => n * power).find((step) => step >= ms);

@@ -1,4 +1,4 @@
-// Interval loops, with the account of their ticks.
+// Interval loops, with their tick counts.
 
 import { getLoops } from "../api.js";
 import { stacked } from "../charts.js";
@@ -8,7 +8,7 @@ import { model, now } from "../model.js";
 import { href } from "../route.js";
 import { sign } from "../states.js";
 
-/** How ticks end, in the order of the account. */
+/** The dispositions of ticks, in the order of the counts. */
 const ENDS = ["ran", "skipped", "missed", "coalesced", "dropped"];
 
 const MEANING = {
@@ -35,7 +35,7 @@ export function mount(main, _, scope) {
     loops = await getLoops();
     if (scope.signal.aborted) return;
     const on = loops.filter((loop) => !loop.stopped).length;
-    setText(note, loops.length ? `${counted(loops.length, "loop")}, ${count(on)} on.` : "There is no loop: cycles run when they are asked for.");
+    setText(note, loops.length ? `${counted(loops.length, "loop")}, ${count(on)} on.` : "No loops: cycles run only on request.");
     draw();
   }, note));
   scope.signal.addEventListener("abort", () => read.cancel());
@@ -106,7 +106,7 @@ function update(element, status) {
   const shown = JSON.stringify(notRun);
   if (ranges.dataset.shown !== shown) {
     ranges.dataset.shown = shown;
-    replace(ranges, notRun.length === 0 ? h("p", { class: "quiet" }, "Every tick that was due has run.") : notRunTable([...notRun].reverse()));
+    replace(ranges, notRun.length === 0 ? h("p", { class: "quiet" }, "Every due tick has run.") : notRunTable([...notRun].reverse()));
   }
 }
 

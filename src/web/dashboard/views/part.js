@@ -1,4 +1,4 @@
-// One subsystem in one cycle: its part, what it read, what it made, and what has changed in that.
+// One subsystem in one cycle: its part, its inputs, its output, and the changes in the output.
 
 import { getCycle, getSubsystem, listCycles, Refusal } from "../api.js";
 import { add, h, replace, scrolling } from "../dom.js";
@@ -9,10 +9,10 @@ import { href } from "../route.js";
 import { badge, reasonOf, sign, stateOf } from "../states.js";
 import { neighbours } from "./cycle.js";
 
-/** Metrics and issues that are shown. */
+/** Most metrics and issues that are shown. */
 const SHOWN = 200;
 
-/** Inputs that are looked up: a subsystem may have 1,024. */
+/** Most inputs that are looked up: a subsystem may have 1,024. */
 const INPUTS = 50;
 
 export const title = ({ parameters }) => `${parameters.name} in cycle ${parameters.id}`;
@@ -36,7 +36,7 @@ export function mount(main, { parameters: { id, name } }, scope) {
     await show(place, record, part, scope);
     isShown = true;
   }, place);
-  // It may be running still, or nobody may be there to answer.
+  // It may still be running, or the service may be unreachable.
   scope.on("recorded", (record) => !isShown && record.cycleId === id && read());
   scope.on("reloaded", () => !isShown && read());
   if (model.connection !== "connecting") read();
@@ -72,7 +72,7 @@ async function show(place, record, part, scope) {
   await showInputs(inputs, record, part, now, scope);
 }
 
-/** The subsystem as it is now; null where it is not registered any more. */
+/** The current subsystem; null if it is no longer registered. */
 async function registered(name) {
   try {
     return await getSubsystem(name, { includeOutput: true });
@@ -82,7 +82,7 @@ async function registered(name) {
   }
 }
 
-/** Its latest part that succeeded before a time, with the cycle's record; null where none is retained. */
+/** Its latest successful part before a time, with the cycle's record; null if none is retained. */
 async function lastSuccess(name, finishedBefore) {
   if (!finishedBefore) return null;
   const { cycles } = await listCycles({ pageSize: 1, subsystem: name, subsystemStates: "SUBSYSTEM_STATE_SUCCEEDED", finishedBefore });
@@ -93,7 +93,7 @@ async function lastSuccess(name, finishedBefore) {
 function issues(list) {
   if (list.length === 0) return null;
   return h("section", {}, h("h2", {}, counted(list.length, "issue")),
-    h("table", { class: "issues" }, h("caption", { class: "unseen" }, "Issues: what went wrong without failing"),
+    h("table", { class: "issues" }, h("caption", { class: "unseen" }, "Issues: problems that did not fail it"),
       h("thead", {}, h("tr", {}, ["Severity", "Code", "Message"].map((text) => h("th", { scope: "col" }, text)))),
       h("tbody", {}, list.slice(0, SHOWN).map((issue) => {
         const severity = word(issue.severity, "SEVERITY_") || "WARNING";
@@ -121,47 +121,46 @@ function showOutput(place, record, part, now) {
     add(place, json(part.output, `Output of ${part.name} in cycle ${record.cycleId}`));
     return;
   }
-  const why = stateOf(part) !== "SUCCEEDED" ? "It made none in this cycle."
-    : record.truncated ? "It is not in the record, which would have been too large."
-    : "It is not in the record: neither the registration (record_output) nor the cycle (record_outputs) asked for it.";
+  const why = stateOf(part) !== "SUCCEEDED" ? "It made no output in this cycle."
+    : record.truncated ? "The output is not in the record, which would have been too large."
+    : "The output is not in the record: neither the registration (record_output) nor the cycle (record_outputs) asked to record it.";
   if (!now?.outputCycleId) {
-    add(place, h("p", {}, `${why} There is no latest output either.`));
+    add(place, h("p", {}, `${why} It has no latest output either.`));
     return;
   }
   const isThis = now.outputCycleId === record.cycleId;
   add(place, 
-    h("p", {}, isThis ? "Not in the record, but still the latest output known." : `${why} Its latest output, of `,
+    h("p", {}, isThis ? "Not in the record, but still the latest known output." : `${why} Its latest output, of `,
       !isThis && h("a", { href: href("cycles", now.outputCycleId, part.name) }, `cycle ${now.outputCycleId}`), !isThis && ":"),
     json(now.output ?? {}, `Latest output of ${part.name}, of cycle ${now.outputCycleId}`));
 }
 
 function showDiff(place, record, part, earlier) {
   if (part.output === undefined) return;
-  add(place, h("h2", {}, "Against its output before"));
-  if (!earlier) add(place, h("p", { class: "quiet" }, "There is none before, or it is no longer retained."));
+  add(place, h("h2", {}, "Changes since its previous output"));
+  if (!earlier) add(place, h("p", { class: "quiet" }, "It has no previous output, or the output is no longer retained."));
   else if (earlier.part?.output === undefined) {
-    add(place, h("p", { class: "quiet" }, `That of cycle ${earlier.id} is not in the record.`));
+    add(place, h("p", { class: "quiet" }, `The output of cycle ${earlier.id} is not in the record.`));
   } else {
     add(place, diff(earlier.part.output, part.output, {
-      caption: "What has changed", beforeLabel: `Cycle ${earlier.id}`, afterLabel: `Cycle ${record.cycleId}`,
+      caption: "Changes", beforeLabel: `Cycle ${earlier.id}`, afterLabel: `Cycle ${record.cycleId}`,
     }));
   }
 }
 
 /**
- * What it read follows from the record: the output of one that it requires or runs after, or of one that had ended by
- * the time it was called, is FRESH if that one succeeded; else it is the last one that any other cycle had made by then.
+ * Its inputs are derived from the record: the output of a subsystem that it requires or runs after, or that had ended before it was called, is FRESH if that subsystem succeeded; otherwise it is the last output of any other cycle at that time.
  */
 async function showInputs(place, record, part, now, scope) {
   add(place, h("h2", {}, "Inputs"));
   const { requires = [], after = [], reads = [] } = now?.registration ?? {};
   const names = [...requires.map((name) => [name, "requires"]), ...after.map((name) => [name, "after"]), ...reads.map((name) => [name, "reads"])];
   if (!now) {
-    add(place, h("p", { class: "quiet" }, "It is not registered any more, so what it read is not known."));
+    add(place, h("p", { class: "quiet" }, "It is no longer registered, so its inputs are not known."));
     return;
   }
   if (names.length === 0) {
-    add(place, h("p", { class: "quiet" }, "By its registration as it stands now, it reads no output of others."));
+    add(place, h("p", { class: "quiet" }, "By its current registration, it reads no outputs of others."));
     return;
   }
   const parts = new Map((record.subsystems ?? []).map((one) => [one.name, one]));
@@ -175,7 +174,7 @@ async function showInputs(place, record, part, now, scope) {
   }));
   if (scope.signal.aborted) return;
   add(place, 
-    h("p", { class: "quiet" }, `By its registration as it stands now and by the record${part.startedAt ? "" : "; it was not called in this cycle"}.`),
+    h("p", { class: "quiet" }, `By its current registration and the record${part.startedAt ? "" : "; it was not called in this cycle"}.`),
     scrolling("Inputs", h("table", {}, h("caption", { class: "unseen" }, "Inputs"),
       h("thead", {}, h("tr", {}, ["Subsystem", "Relation", "Freshness", "Made in", "Finished"].map((text) => h("th", { scope: "col" }, text)))),
       h("tbody", {}, rows.map(({ name, relation, freshness, id, part: made }) => h("tr", {},

@@ -1,4 +1,5 @@
-// The order of the next cycle: as a graph from top to bottom, level by level; summed up where it is too large to draw.
+// The order of the next cycle: as a graph from top to bottom, level by level; or as a summary if it is too large to
+// draw.
 
 import { getPlan, listSubsystems } from "../api.js";
 import { h, keyed, replace, s, scrolling, setText, throttled } from "../dom.js";
@@ -6,10 +7,10 @@ import { count, counted, duration, lower, visible, word } from "../format.js";
 import { MANY, model } from "../model.js";
 import { href } from "../route.js";
 
-/** Rows of the table at one time. */
+/** Most rows of the table at one time. */
 const PAGE = 100;
 
-/** Edges that are drawn: more would be a smudge. */
+/** Most edges that are drawn: more would be unreadable. */
 const EDGES = 2000;
 
 export const title = () => "Plan";
@@ -42,8 +43,8 @@ export function mount(main, _, scope) {
     if (scope.signal.aborted) return;
     setText(note, plan.subsystems.length === 0 ? "No subsystem is registered." :
       `${counted(plan.subsystems.length, "subsystem")} in ${counted(plan.levels ?? 0, "level")}` +
-      (plan.expectedDurationMs ? `; the next cycle is expected to take ${duration(plan.expectedDurationMs)}, by recent durations.` : "; how long it takes is not known before it has run once."));
-    // Expected durations change with every cycle; the drawing is only made anew when the order does.
+      (plan.expectedDurationMs ? `; the next cycle is expected to take ${duration(plan.expectedDurationMs)}, by recent durations.` : "; its duration is not known before it has run once."));
+    // Expected durations change with every cycle; the graph is drawn again only if the order changes.
     const shape = JSON.stringify([plan.subsystems.map((one) => [one.name, one.level, one.phase, one.waitsFor, one.skipped]), plan.criticalPath, registrations.map((one) => [one.requires, one.after, one.reads])]);
     if (shape !== drawn) {
       drawn = shape;
@@ -73,7 +74,7 @@ export function mount(main, _, scope) {
         setText(line.children[3], one.expectedDurationMs ? duration(one.expectedDurationMs) : "–");
         setText(line.children[4], one.skipped || visible((one.waitsFor ?? []).join(", "), 300));
       });
-    setText(rest, shown.length < found.length ? `The first ${count(shown.length)} of ${count(found.length)}: search for others.` : found.length === 0 ? "No subsystem has such a name." : "");
+    setText(rest, shown.length < found.length ? `The first ${count(shown.length)} of ${count(found.length)}: use the search for others.` : found.length === 0 ? "No subsystem matches." : "");
   }
 
   scope.signal.addEventListener("abort", () => {
@@ -98,8 +99,7 @@ function skipped(one, reasons) {
 }
 
 /**
- * Levels from top to bottom, which unlike columns need no more width however many they are. What is returned keeps
- * the lines in their places.
+ * Levels from top to bottom, since any number of them fits into the width. The returned observer keeps the lines in their places.
  */
 function drawGraph(place, plan, registrations) {
   const critical = plan.criticalPath ?? [];
@@ -135,7 +135,7 @@ function drawGraph(place, plan, registrations) {
   const order = edges.filter((edge) => edge.relation !== "reads" && !isStep.has(`${edge.from}>${edge.to}`)).slice(0, EDGES);
 
   const readout = h("p", { class: "readout", role: "status" });
-  const silent = `Lines: requires and after. Bold: the critical path${critical.length ? `, ${counted(critical.length, "subsystem")} long` : ""}. Point at a subsystem, or tab to it, for what it reads and who reads it.`;
+  const silent = `Lines: requires and after. Bold: the critical path${critical.length ? `, ${counted(critical.length, "subsystem")} long` : ""}. Point at a subsystem, or tab to it, for its inputs and its readers.`;
   readout.textContent = silent;
   const picture = h("div", { class: "graph" }, lines, h("ol", {}, bands));
   const { activeElement } = document;
@@ -177,7 +177,7 @@ function drawGraph(place, plan, registrations) {
     const one = known.find((each) => each.name === name) ?? {};
     const readers = edges.filter((edge) => edge.from === name).map((edge) => edge.to);
     const say = (label, names) => (names?.length ? `${label} ${names.join(", ")}` : "");
-    setText(readout, visible(`${name}: ${[say("requires", one.requires), say("after", one.after), say("reads", one.reads), say("read by", [...new Set(readers)])].filter(Boolean).join("; ") || "reads nobody, and nobody reads it"}.`, 2000));
+    setText(readout, visible(`${name}: ${[say("requires", one.requires), say("after", one.after), say("reads", one.reads), say("read by", [...new Set(readers)])].filter(Boolean).join("; ") || "no inputs and no readers"}.`, 2000));
   }
 
   for (const [name, node] of nodes) {
@@ -188,7 +188,7 @@ function drawGraph(place, plan, registrations) {
   }
   const observer = new ResizeObserver(draw);
   observer.observe(picture);
-  // Whoever was at one of them stays there.
+  // Focus stays on the same subsystem.
   nodes.get(focused)?.focus({ preventScroll: true });
   return observer;
 }
@@ -205,7 +205,7 @@ function drawLevels(place, plan) {
   const rows = [...levels].sort((a, b) => a[0] - b[0]);
   replace(place, h("h2", { id: "graph-title" }, "Order"),
     scrolling("Levels", h("table", { class: "levels" },
-      h("caption", {}, `By level: everything in a level can run at one time${rows.length > PAGE ? `. The first ${PAGE} of ${count(rows.length)}` : ""}`),
+      h("caption", {}, `By level: all subsystems of a level can run at the same time${rows.length > PAGE ? `. The first ${PAGE} of ${count(rows.length)}` : ""}`),
       h("thead", {}, h("tr", {}, h("th", { scope: "col", class: "number" }, "Level"), h("th", { scope: "col" }, "Phase"), h("th", { scope: "col", class: "number" }, "Subsystems"),
         h("th", { scope: "col", class: "wide" }, h("span", { class: "unseen" }, "Drawn")), h("th", { scope: "col", class: "number" }, "Longest expected"), h("th", { scope: "col" }, "Critical path"))),
       h("tbody", {}, rows.slice(0, PAGE).map(([level, group]) => {

@@ -1,4 +1,4 @@
-// One subsystem: its registration, how it stands, its latest output, and its last parts.
+// One subsystem: its registration, its state, its latest output, and its last parts.
 
 import { getSubsystem, listCycles } from "../api.js";
 import { h, replace, throttled } from "../dom.js";
@@ -9,7 +9,7 @@ import { href } from "../route.js";
 import { badge, hasFailed, reasonOf, stateOf } from "../states.js";
 import { freshness } from "./fleet.js";
 
-/** Its last parts that are listed. */
+/** Most of its last parts that are listed. */
 const PARTS = 20;
 
 export const title = ({ parameters }) => parameters.name;
@@ -35,13 +35,13 @@ export function mount(main, { parameters: { name } }, scope) {
     showSettings(settings, one);
   }, place);
 
-  replace(snapshot, h("h2", {}, "Its own status"), h("button", { type: "button", onclick: () => ask() }, "Ask it now"), h("div", { role: "status" }));
+  replace(snapshot, h("h2", {}, "Its own status"), h("button", { type: "button", onclick: () => ask() }, "Query now"), h("div", { role: "status" }));
   const ask = () => scope.attempt(async () => {
     const one = await getSubsystem(name, { includeSnapshot: true });
     if (scope.signal.aborted) return;
     replace(snapshot.lastChild, one.snapshotError
       ? h("p", { class: "problem message" }, visible(one.snapshotError, 1000))
-      : json(one.snapshot ?? {}, `What ${name} says of itself`));
+      : json(one.snapshot ?? {}, `Status of ${name}`));
   }, snapshot.lastChild);
 
   const reread = throttled(2000, read);
@@ -70,7 +70,7 @@ function showFacts(place, one) {
 function showParts(place, name, { cycles, unreadable }) {
   const rows = cycles.map((cycle) => ({ cycle, part: cycle.subsystems.find((part) => part.name === name) }));
   const longest = Math.max(...rows.map(({ part }) => part?.durationMs ?? 0), 1);
-  replace(place, h("h2", {}, "Last parts"), rows.length === 0 ? h("p", { class: "quiet" }, "It has taken part in no cycle that is retained.") :
+  replace(place, h("h2", {}, "Last parts"), rows.length === 0 ? h("p", { class: "quiet" }, "It took part in no retained cycle.") :
     h("table", { class: "last" }, h("caption", { class: "unseen" }, "Its parts in the latest cycles"),
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Cycle"), h("th", { scope: "col" }, "State"), h("th", { scope: "col" }, "Finished"),
         h("th", { scope: "col", class: "number" }, "Duration"), h("th", { scope: "col", class: "wide" }, h("span", { class: "unseen" }, "Drawn")),
@@ -85,7 +85,7 @@ function showParts(place, name, { cycles, unreadable }) {
         h("td", { class: "number", "data-label": "Attempts" }, part?.attempts ?? 0),
         h("td", { class: "reason", title: visible(reasonOf(part), 1000) || null }, visible(reasonOf(part), 300)))))),
     unreadable.length > 0 && h("p", { class: "problem" },
-      `Not among them, because their records are damaged and can't be read: ${unreadable.map(({ cycleId = "?" }) => `cycle ${cycleId}`).join(", ")}.`));
+      `Missing, because their records are damaged and can't be read: ${unreadable.map(({ cycleId = "?" }) => `cycle ${cycleId}`).join(", ")}.`));
 }
 
 function showOutput(place, one) {
@@ -95,7 +95,7 @@ function showOutput(place, one) {
   place.dataset.cycle = shown;
   replace(place, h("h2", {}, "Latest output"), shown
     ? [h("p", { class: "quiet" }, "Made in ", h("a", { href: href("cycles", shown, name) }, `cycle ${shown}`), "."), json(one.output ?? {}, `Latest output of ${name}`)]
-    : h("p", { class: "quiet" }, "It has none."));
+    : h("p", { class: "quiet" }, "It has no output."));
 }
 
 function showSettings(place, one) {
@@ -111,10 +111,10 @@ function showSettings(place, one) {
     ["After", links(it.after)],
     ["Reads", links(it.reads)],
     ["Timeout", setting(milliseconds(it.timeout))],
-    ["Retry", `${retry.maxAttempts ?? 1} attempts at most, waiting ${setting(milliseconds(retry.initialBackoff))} to ${setting(milliseconds(retry.maxBackoff))}, on ${(retry.retryableStatusCodes ?? []).join(", ") || "none"}`],
-    ["Breaker", breaker.disabled ? "none" : `opens after ${breaker.failureThreshold} failures in a row, for ${setting(milliseconds(breaker.openFor))}`],
+    ["Retry", `${retry.maxAttempts ?? 1} attempts, waiting ${setting(milliseconds(retry.initialBackoff))} to ${setting(milliseconds(retry.maxBackoff))}, on ${(retry.retryableStatusCodes ?? []).join(", ") || "none"}`],
+    ["Breaker", breaker.disabled ? "none" : `opens after ${breaker.failureThreshold} consecutive failures, for ${setting(milliseconds(breaker.openFor))}`],
     ["Critical", it.critical ? "yes: a cycle in which it fails is failed" : "no"],
-    ["Output in the record", it.recordOutput ? "always" : "only where the cycle asks for it"],
+    ["Output in the record", it.recordOutput ? "always" : "only if the cycle requests it"],
     ["Limits", `message ${count(limits.maxMessageBytes)} bytes, output ${count(limits.maxOutputBytes)} bytes, ${count(limits.maxMetrics)} metrics, ${count(limits.maxIssues)} issues`],
   ];
   replace(place, h("h2", {}, "Registration"), h("dl", { class: "settings" }, rows.map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value)))),
