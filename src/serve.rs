@@ -12,15 +12,12 @@ use std::{
 };
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::{
-    join, select,
-    time::{Instant, timeout},
-};
+use tokio::{join, select, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-pub use self::operator::Operator;
 use self::operator::Wish;
+pub use self::operator::{Operator, stopped_again};
 use crate::{
     api::{self, Api},
     config::{self, Config, Reload},
@@ -225,15 +222,15 @@ impl Service {
 
     /// Serves until `stop`, or until it ends by itself: another process has taken over the store, or a part of it has
     /// ended by a defect. Then it shuts down in order: nothing new is admitted, running cycles may finish within the
-    /// grace, the last state is written, watchers are told, and the connections are closed. When `stop_again` returns
-    /// in between, that is the end; within the first second it doesn't count, and is called again.
-    pub async fn run(mut self, stop: impl Future<Output = ()>, stop_again: impl AsyncFnMut()) -> Exit {
+    /// grace, the last state is written, watchers are told, and the connections are closed. `abort` ends that at once:
+    /// see [`stopped_again`].
+    pub async fn run(mut self, stop: impl Future<Output = ()>, abort: impl Future<Output = ()>) -> Exit {
         let end = select! {
             biased;
             () = stop => End::Asked,
             end = self.end() => end,
         };
-        self.shut_down(end, stop_again).await
+        self.shut_down(end, abort).await
     }
 
     /// Waits until it ends by itself.
@@ -249,10 +246,7 @@ impl Service {
         }
     }
 
-    async fn shut_down(self, end: End, mut stop_again: impl AsyncFnMut()) -> Exit {
-        /// `timeout` and some shells send one signal to a process and then to its group: two within milliseconds.
-        const SAME_SIGNAL: Duration = Duration::from_secs(1);
-        let begun = Instant::now();
+    async fn shut_down(self, end: End, abort: impl Future<Output = ()>) -> Exit {
         let missing = match end {
             End::Orchestrator(finished) => return self.ended(finished).await,
             End::Part(ended) => {
@@ -265,18 +259,10 @@ impl Service {
             }
             End::Asked => false,
         };
-        let aborted = async {
-            loop {
-                stop_again().await;
-                if begun.elapsed() >= SAME_SIGNAL {
-                    break;
-                }
-            }
-        };
         select! {
             biased;
             exit = self.drain() => if missing && exit == Exit::Drained { Exit::Failed } else { exit },
-            () = aborted => {
+            () = abort => {
                 tracing::warn!("aborted by a second signal");
                 Exit::Aborted
             }
@@ -430,7 +416,7 @@ pub async fn serve(
             Err(refusal) => tracing::error!(%refusal, "not reloaded, the old configuration still applies"),
         }
     };
-    Ok(service.shut_down(end, async || operator.stop().await).await)
+    Ok(service.shut_down(end, stopped_again(async || operator.stop().await)).await)
 }
 
 /// Raises the soft limit of open files to the hard limit: each connection and each endpoint needs one.

@@ -6,6 +6,7 @@ use tokio::{
     select,
     signal::unix::{Signal, SignalKind, signal},
     task::spawn_blocking,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -82,6 +83,20 @@ impl Operator {
             _ = self.interrupt.recv() => Wish::Stop,
             _ = self.hangup.recv() => Wish::Reload("SIGHUP"),
             () = self.changes.next() => Wish::Reload("the configuration file has changed"),
+        }
+    }
+}
+
+/// Waits for the signal that aborts a shutdown: the first one that `stop` reports a second or more after this began.
+/// `timeout` and some shells send one signal to a process and then to its group, two within milliseconds, and want the
+/// process to stop as after one.
+pub async fn stopped_again(mut stop: impl AsyncFnMut()) {
+    const SAME_SIGNAL: Duration = Duration::from_secs(1);
+    let begun = Instant::now();
+    loop {
+        stop().await;
+        if begun.elapsed() >= SAME_SIGNAL {
+            return;
         }
     }
 }
