@@ -58,19 +58,14 @@ use crate::{
 pub use self::{
     admission::Ticket,
     figures::{Counts, Figures},
-    live::{LiveCycle, LiveEvent, RunningCycle, Update},
+    live::{LiveChange, LiveCycle, LiveEvent, RunningCycle, Update},
     refusal::Refusal,
     registration::Change,
-    registry::{Lease, Registered},
+    registry::{Lease, Origin, Registered},
     reload::{Declared, Settings},
     status::{Status, WaitingCycle},
     tasks::{Stopped, Tasks},
     watch::{Event, From, WatchFilter, Watcher},
-};
-pub use crate::{
-    engine::{BreakerState, LastPart, Outcomes, PlannedSubsystem, Ring, Schedule},
-    ports::{CallError, Durability, Filter, Page, Snapshot, StoreSize, TriggerKind, Unreadable},
-    schedule::LoopEntry,
 };
 
 /// Runs cycles over the registry, records them, and streams the record.

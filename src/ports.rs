@@ -26,7 +26,7 @@ pub trait Subsystems: Send + Sync + 'static {
     /// Makes a subsystem ready. One that needs no initialization answers UNIMPLEMENTED.
     fn initialize<'a>(&'a self, to: &'a Subsystem, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>>;
 
-    /// Runs a subsystem's share of a cycle.
+    /// Runs a subsystem's part in a cycle.
     fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>>;
 
     /// Asks for a snapshot of a subsystem's state.

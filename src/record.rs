@@ -295,27 +295,27 @@ pub fn reason_to_skip(reason: Option<SkipReason>) -> pb::SkipReason {
     }
 }
 
-/// Which records a reader of the history wants, as far as their bytes have to be looked into.
+/// Which records a reader of the history wants by the parts of their cycles, for which their bytes have to be looked into.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Participation {
+pub struct PartFilter {
     /// Cycles in which one of these took part; empty means any.
     pub subsystems: BTreeSet<Name>,
     /// And its part ended so, by the numbers of the contract; empty means any.
     pub states: BTreeSet<i32>,
 }
 
-impl Participation {
+impl PartFilter {
     /// Whether this record is wanted.
     pub fn wants(&self, record: &Bytes) -> bool {
         if self.subsystems.is_empty() {
             return true;
         }
-        self.is_among(&Participants::of(record))
+        self.passes(&Parts::of(record))
     }
 
-    /// Whether one of those that are wanted took part.
-    pub fn is_among(&self, participants: &Participants) -> bool {
-        let Some(parts) = &participants.0 else { return true };
+    /// Whether one of these parts is wanted.
+    pub fn passes(&self, parts: &Parts) -> bool {
+        let Some(parts) = &parts.0 else { return true };
         self.subsystems.is_empty()
             || self.subsystems.iter().any(|name| {
                 let found = parts.binary_search_by(|part| part.name.as_str().cmp(name.as_str()));
@@ -324,30 +324,30 @@ impl Participation {
     }
 }
 
-/// Who took part in a cycle, by name, and how their parts ended.
+/// The parts of a cycle: which subsystems took part, by name, and how their parts ended.
 #[derive(Debug)]
-pub struct Participants(Option<Vec<Part>>);
+pub struct Parts(Option<Vec<BriefPart>>);
 
-impl Participants {
+impl Parts {
     /// Those of an encoded cycle. What was written by this module can be read; what can't is not withheld from anybody.
     pub fn of(record: &Bytes) -> Self {
-        Self(Parts::decode(record.clone()).ok().map(|Parts { mut subsystems }| {
+        Self(BriefTelemetry::decode(record.clone()).ok().map(|BriefTelemetry { mut subsystems }| {
             subsystems.sort_unstable_by(|one, other| one.name.cmp(&other.name));
             subsystems
         }))
     }
 }
 
-/// The few fields of `CycleTelemetry` that tell who took part; the others are skipped over. A test holds it against
+/// The few fields of `CycleTelemetry` that say which subsystems took part; the others are skipped over. A test holds it against
 /// the contract.
 #[derive(Clone, PartialEq, prost::Message)]
-struct Parts {
+struct BriefTelemetry {
     #[prost(message, repeated, tag = "12")]
-    subsystems: Vec<Part>,
+    subsystems: Vec<BriefPart>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct Part {
+struct BriefPart {
     #[prost(string, tag = "1")]
     name: String,
     #[prost(int32, tag = "2")]
@@ -474,8 +474,7 @@ mod tests {
         let record = encode(&cycle(), usize::MAX).at(Revision(9));
         let wants = |names: &[&str], states: &[pb::SubsystemState]| {
             let subsystems = names.iter().map(|name| Name::parse(name).unwrap()).collect();
-            Participation { subsystems, states: states.iter().map(|&state| state.into()).collect() }
-                .wants(&record.bytes)
+            PartFilter { subsystems, states: states.iter().map(|&state| state.into()).collect() }.wants(&record.bytes)
         };
         assert!(wants(&[], &[]));
         assert!(wants(&["x", "b"], &[]));

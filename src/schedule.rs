@@ -35,8 +35,8 @@ pub struct Loops {
 pub struct LoopEntry {
     /// Its settings.
     pub settings: Arc<IntervalLoop>,
-    /// The configuration file declares it.
-    pub declared: bool,
+    /// Where its settings come from.
+    pub origin: LoopOrigin,
     /// Where it stands.
     pub state: LoopState,
     /// Its next tick; `None` when it is stopped.
@@ -47,6 +47,15 @@ pub struct LoopEntry {
     pub last_finished_at: Option<Timestamp>,
     /// The memory that its settings take.
     pub(crate) _held: Option<Arc<Held>>,
+}
+
+/// Where the settings of a loop come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoopOrigin {
+    /// The configuration file declares it.
+    Config,
+    /// A caller has started it.
+    Rpc,
 }
 
 /// A tick that is to come.
@@ -102,12 +111,12 @@ impl Loops {
     pub fn restore(
         &mut self,
         settings: IntervalLoop,
-        declared: bool,
+        origin: LoopOrigin,
         state: LoopState,
         held: Option<Held>,
         now: Timestamp,
     ) {
-        let mut entry = LoopEntry { _held: held.map(Arc::new), ..LoopEntry::new(settings, declared, state) };
+        let mut entry = LoopEntry { _held: held.map(Arc::new), ..LoopEntry::new(settings, origin, state) };
         if !entry.state.stopped {
             entry.catch_up(now, &self.random);
         }
@@ -117,9 +126,9 @@ impl Loops {
     /// A loop as it is when it is started now: a new one, or one that is there with other settings and its account
     /// kept. A tick that is due already and waits for its jitter goes on waiting, for no longer than the new settings
     /// let it; where they have other due times, it is dropped.
-    pub fn started(&self, settings: IntervalLoop, declared: bool, now: Timestamp) -> LoopEntry {
+    pub fn started(&self, settings: IntervalLoop, origin: LoopOrigin, now: Timestamp) -> LoopEntry {
         let Some(earlier) = self.entries.get(&settings.name) else {
-            let mut entry = LoopEntry::new(settings, declared, LoopState::default());
+            let mut entry = LoopEntry::new(settings, origin, LoopState::default());
             entry.begin_at(now, &self.random);
             return entry;
         };
@@ -131,7 +140,7 @@ impl Loops {
         if waiting.is_none() {
             entry.drop_waiting(now);
         }
-        (entry.settings, entry.declared, entry.state.stopped) = (Arc::new(settings), declared, false);
+        (entry.settings, entry.origin, entry.state.stopped) = (Arc::new(settings), origin, false);
         match waiting {
             Some(tick) => {
                 let latest = tick.due_at.saturating_add(entry.settings.jitter).unwrap_or(tick.due_at);
@@ -275,23 +284,20 @@ impl Loops {
 }
 
 impl LoopEntry {
-    fn new(settings: IntervalLoop, declared: bool, state: LoopState) -> Self {
-        Self {
-            settings: Arc::new(settings),
-            declared,
-            state,
-            next: None,
-            lag: None,
-            last_finished_at: None,
-            _held: None,
-        }
+    fn new(settings: IntervalLoop, origin: LoopOrigin, state: LoopState) -> Self {
+        Self { settings: Arc::new(settings), origin, state, next: None, lag: None, last_finished_at: None, _held: None }
+    }
+
+    /// True where the configuration file declares it.
+    pub fn is_declared(&self) -> bool {
+        self.origin == LoopOrigin::Config
     }
 
     /// As it is stored.
     pub fn to_stored(&self) -> StoredLoop {
         StoredLoop {
             name: self.settings.name.clone(),
-            spec: (!self.declared).then(|| self.settings.to_spec()),
+            spec: (!self.is_declared()).then(|| self.settings.to_spec()),
             state: self.state.clone(),
         }
     }
@@ -449,7 +455,7 @@ mod tests {
     #[test]
     fn ticks_fire_when_due_and_late_ones_are_missed() {
         let mut loops = Loops::new(Random::seeded(0));
-        loops.put(loops.started(every(10, CatchUp::None), false, at(3)));
+        loops.put(loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(3)));
         assert_eq!(loops.next_at(), Some(at(10)));
         assert!(fire(&mut loops, at(9)).is_empty());
         assert_eq!(fire(&mut loops, at(10)), [at(10)]);
@@ -463,13 +469,13 @@ mod tests {
     fn downtime_is_caught_up_once_or_missed() {
         let down = LoopState { accounted_to: Some(at(10)), ..LoopState::default() };
         let mut loops = Loops::new(Random::seeded(0));
-        loops.restore(every(10, CatchUp::None), false, down.clone(), None, at(55));
+        loops.restore(every(10, CatchUp::None), LoopOrigin::Rpc, down.clone(), None, at(55));
         let state = &loops.get(&name()).unwrap().state;
         assert_eq!((state.ticks.missed, state.accounted_to), (4, Some(at(50))));
         assert_eq!(loops.next_at(), Some(at(60)));
 
         let mut loops = Loops::new(Random::seeded(0));
-        loops.restore(every(10, CatchUp::One), false, down, None, at(105));
+        loops.restore(every(10, CatchUp::One), LoopOrigin::Rpc, down, None, at(105));
         // The window is a minute: 50 to 100 lie inside it, 20 to 40 before.
         assert_eq!(fire(&mut loops, at(105)), [at(100)]);
         let ticks = loops.get(&name()).unwrap().state.ticks;
@@ -479,7 +485,7 @@ mod tests {
     #[test]
     fn a_clock_that_is_set_back_is_waited_for_or_followed() {
         let mut loops = Loops::new(Random::seeded(0));
-        loops.put(loops.started(every(10, CatchUp::None), false, at(1_000)));
+        loops.put(loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(1_000)));
         assert_eq!(fire(&mut loops, at(1_010)), [at(1_010)]);
         assert!(loops.follow_clock(at(955)).is_empty());
         assert_eq!(loops.next_at(), Some(at(1_020)));
@@ -491,10 +497,10 @@ mod tests {
 
         // The same at a restart, and when it is stopped and started again.
         let ahead = LoopState { accounted_to: Some(at(1_010)), ..LoopState::default() };
-        loops.restore(every(10, CatchUp::One), false, ahead.clone(), None, at(505));
+        loops.restore(every(10, CatchUp::One), LoopOrigin::Rpc, ahead.clone(), None, at(505));
         assert_eq!((loops.next_at(), fire(&mut loops, at(505)).len()), (Some(at(510)), 0));
-        loops.put(LoopEntry::new(every(10, CatchUp::None), false, ahead).stopped(at(505)));
-        loops.put(loops.started(every(10, CatchUp::None), false, at(505)));
+        loops.put(LoopEntry::new(every(10, CatchUp::None), LoopOrigin::Rpc, ahead).stopped(at(505)));
+        loops.put(loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(505)));
         assert_eq!(loops.next_at(), Some(at(510)));
     }
 
@@ -503,7 +509,7 @@ mod tests {
         let mut loops = Loops::new(Random::seeded(0));
         let named = |name: &str| IntervalLoop { name: Name::parse(name).unwrap(), ..every(10, CatchUp::None) };
         for name in ["a", "b"] {
-            loops.put(loops.started(named(name), false, at(0)));
+            loops.put(loops.started(named(name), LoopOrigin::Rpc, at(0)));
         }
         let mut first = Vec::new();
         for cycle in 1_u32..=4 {
@@ -520,7 +526,7 @@ mod tests {
     #[test]
     fn what_changed_is_written_once() {
         let mut loops = Loops::new(Random::seeded(0));
-        loops.put(loops.started(every(10, CatchUp::None), false, at(3)));
+        loops.put(loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(3)));
         let (unwritten, mark) = loops.unwritten();
         assert_eq!(unwritten.len(), 1);
         fire(&mut loops, at(10));
@@ -562,7 +568,7 @@ mod tests {
             let catch_up = if one { CatchUp::One } else { CatchUp::None };
             let mut settings = every(10, catch_up);
             let mut loops = Loops::new(Random::seeded(0));
-            loops.put(loops.started(settings.clone(), false, at(0)));
+            loops.put(loops.started(settings.clone(), LoopOrigin::Rpc, at(0)));
             let (mut now, mut is_stopped) = (0, false);
             // How many ticks fell due, and up to when they are counted.
             let (mut due, mut counted_to) = (0, at(0));
@@ -587,7 +593,7 @@ mod tests {
                         }
                         let mut others = Loops::new(Random::seeded(0));
                         others.follow_clock(at(now));
-                        others.restore(settings.clone(), false, state, None, at(now));
+                        others.restore(settings.clone(), LoopOrigin::Rpc, state, None, at(now));
                         loops = others;
                     }
                     Step::Edit { interval, offset, jitter } => {
@@ -599,7 +605,7 @@ mod tests {
                             ..every(interval, catch_up)
                         };
                         let waits = loops.get(&name()).unwrap().waiting(at(now)).is_some();
-                        loops.put(loops.started(settings.clone(), false, at(now)));
+                        loops.put(loops.started(settings.clone(), LoopOrigin::Rpc, at(now)));
                         let has_same_ticks = (before.interval, before.offset) == (settings.interval, settings.offset);
                         if !(waits && has_same_ticks) {
                             let is_far_ahead = counted_to > at(now + 60);
@@ -630,17 +636,17 @@ mod tests {
         let jittered = |interval, jitter| IntervalLoop { jitter, ..every(interval, CatchUp::None) };
         let almost_all = Duration::from_millis(9_999);
         let mut loops = Loops::new(Random::seeded(0));
-        loops.put(loops.started(jittered(10, almost_all), false, at(3)));
+        loops.put(loops.started(jittered(10, almost_all), LoopOrigin::Rpc, at(3)));
         let waiting = |loops: &Loops| loops.get(&name()).unwrap().next.map(|tick| tick.due_at);
         // Other settings, and the same due times.
-        loops.put(loops.started(jittered(10, almost_all / 2), false, at(10)));
+        loops.put(loops.started(jittered(10, almost_all / 2), LoopOrigin::Rpc, at(10)));
         assert_eq!((waiting(&loops), loops.get(&name()).unwrap().state.ticks.due()), (Some(at(10)), 0));
         // Without jitter, there is nothing to wait for.
-        loops.put(loops.started(jittered(10, Duration::ZERO), false, at(10)));
+        loops.put(loops.started(jittered(10, Duration::ZERO), LoopOrigin::Rpc, at(10)));
         assert_eq!(fire(&mut loops, at(10)), [at(10)]);
         // Other due times.
-        loops.put(loops.started(jittered(10, almost_all), false, at(11)));
-        loops.put(loops.started(jittered(7, almost_all / 2), false, at(20)));
+        loops.put(loops.started(jittered(10, almost_all), LoopOrigin::Rpc, at(11)));
+        loops.put(loops.started(jittered(7, almost_all / 2), LoopOrigin::Rpc, at(20)));
         assert_eq!(loops.get(&name()).unwrap().state.ticks, TickCounts { ran: 1, dropped: 1, ..TickCounts::default() });
         // It is stopped while the last of several ticks waits.
         let next = waiting(&loops).unwrap();

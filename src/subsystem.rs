@@ -117,7 +117,7 @@ pub trait Subsystem: Send + Sync + 'static {
         async { Ok(()) }
     }
 
-    /// Does its share of one cycle.
+    /// Does its part in one cycle.
     ///
     /// # Errors
     /// It failed in this cycle. [`Code::Unavailable`] means that nothing was done and that the call can be retried.

@@ -26,7 +26,7 @@ use orchestrator_core::{
     orchestrator::{Change, Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
     proto::orchestrator::v1 as pb,
-    record::{self, Participation},
+    record::{self, PartFilter},
     store,
 };
 use proptest::prelude::*;
@@ -382,7 +382,7 @@ async fn run(case: Case) {
         assert!(outputs.map(|output| output.payload.len()).sum::<usize>() <= MAX_OUTPUTS_BYTES);
     }
     check_order(&fleet.seen.lock().unwrap(), &registered);
-    let page = orchestrator.cycles(None, Filter::default(), Participation::default(), 100).await.unwrap();
+    let page = orchestrator.cycles(None, Filter::default(), PartFilter::default(), 100).await.unwrap();
     let recorded: Vec<_> = page.records.iter().map(|record| record.as_ref().unwrap()).collect();
     let ids: BTreeSet<_> = recorded.iter().map(|record| record.cycle_id.0).collect();
     assert_eq!(ids, (1..=case.steps.len() as u64).collect());

@@ -11,11 +11,7 @@ use super::{
     handlers::{Handlers, MAX_ANSWER, invalid},
     request, response,
 };
-use crate::{
-    model::Name,
-    orchestrator::{Orchestrator, Page, Schedule},
-    proto::orchestrator::v1 as pb,
-};
+use crate::{engine::Schedule, model::Name, orchestrator::Orchestrator, ports::Page, proto::orchestrator::v1 as pb};
 
 impl Handlers {
     pub(super) async fn run_cycle(
@@ -80,9 +76,8 @@ pub(super) async fn get_cycle(mut call: Entered<pb::GetCycleRequest>) -> Result<
 }
 
 pub(super) async fn list_cycles(mut call: Entered<pb::ListCyclesRequest>) -> Result<pb::ListCyclesResponse, Status> {
-    let request::List { before, filter, participation, page_size } =
-        request::list(call.take_request()).map_err(invalid)?;
-    let Page { records, next, .. } = call.cycles(before, filter, participation, page_size).await.map_err(status)?;
+    let request::List { before, filter, parts, page_size } = request::list(call.take_request()).map_err(invalid)?;
+    let Page { records, next, .. } = call.cycles(before, filter, parts, page_size).await.map_err(status)?;
     let mut answer = pb::ListCyclesResponse {
         next_page_token: next.map(|next| next.to_string()).unwrap_or_default(),
         ..Default::default()

@@ -7,7 +7,8 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
     model::{Name, Violation, Violations, excerpt},
-    orchestrator::{Refusal, Unreadable},
+    orchestrator::Refusal,
+    ports::Unreadable,
 };
 
 /// The domain of every reason, as in the contract.

@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{
     model::Name,
-    orchestrator::{CallError, Change, Orchestrator, Registered, Snapshot},
+    orchestrator::{Change, Orchestrator, Registered},
+    ports::{CallError, Snapshot},
     proto::{orchestrator::v1 as pb, timestamp},
 };
 

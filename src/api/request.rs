@@ -16,9 +16,10 @@ use crate::{
         BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, LimitsSpec, LoopSpec, LoopStart, Name, OverlapPolicy,
         Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, Trigger, Violations,
     },
-    orchestrator::{Filter, From as WatchFrom, TriggerKind, WatchFilter},
+    orchestrator::{From as WatchFrom, WatchFilter},
+    ports::{Filter, TriggerKind},
     proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
-    record::Participation,
+    record::PartFilter,
 };
 
 /// The caller's span. As W3C Trace Context requires, a malformed or repeated header is ignored, and the parts of
@@ -259,7 +260,7 @@ pub(super) fn watch(request: pb::WatchCyclesRequest) -> Result<(WatchFrom, Watch
     let filter = WatchFilter {
         loops: bad.names("loops", &loops).into_iter().collect(),
         states: cycle_states(&mut bad, &states),
-        participation: Participation {
+        parts: PartFilter {
             subsystems: bad.names("subsystems", &subsystems).into_iter().collect(),
             states: BTreeSet::new(),
         },
@@ -271,7 +272,7 @@ pub(super) fn watch(request: pb::WatchCyclesRequest) -> Result<(WatchFrom, Watch
 pub(super) struct List {
     pub(super) before: Option<Revision>,
     pub(super) filter: Filter,
-    pub(super) participation: Participation,
+    pub(super) parts: PartFilter,
     pub(super) page_size: usize,
 }
 
@@ -321,7 +322,7 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
             finished_from: finished_from.and_then(|time| timestamp(&mut bad, "finished_from", time)),
             finished_before: finished_before.and_then(|time| timestamp(&mut bad, "finished_before", time)),
         },
-        participation: Participation {
+        parts: PartFilter {
             subsystems: (!subsystem.is_empty()).then(|| bad.name("subsystem", &subsystem)).into_iter().collect(),
             states: subsystem_states.into_iter().collect(),
         },

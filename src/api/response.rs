@@ -6,16 +6,16 @@ use prost::Message;
 use tokio::time::Instant;
 
 use crate::{
+    engine::{BreakerState, PlannedSubsystem, Schedule},
     model::{
         CatchUp, CycleRequest, IntervalLoop, OverlapPolicy, Payload, Subsystem, SubsystemState, TickDisposition,
         TickRange,
     },
-    orchestrator::{
-        BreakerState, CallError, Event, LiveEvent, LoopEntry, Orchestrator, PlannedSubsystem, Registered, RunningCycle,
-        Schedule, Snapshot, Status, Unreadable, Update, WaitingCycle,
-    },
+    orchestrator::{Event, LiveCycle, Orchestrator, Origin, Registered, RunningCycle, Status, Update, WaitingCycle},
+    ports::{CallError, Snapshot, Unreadable},
     proto::{duration, orchestrator::v1 as pb, timestamp},
     record,
+    schedule::{LoopEntry, LoopOrigin},
 };
 
 /// Most bytes of an entry of a list in addition to its own.
@@ -179,7 +179,7 @@ pub(super) fn subsystem_status(
     include_output: bool,
     snapshot: Option<&Result<Snapshot, CallError>>,
 ) -> pb::SubsystemStatus {
-    let Registered { member, declared, lease } = registered;
+    let Registered { member, origin } = registered;
     let output = member.standing.latest();
     let last = member.standing.last();
     let (snapshot, snapshot_error) = match snapshot {
@@ -189,8 +189,12 @@ pub(super) fn subsystem_status(
     };
     pb::SubsystemStatus {
         registration: Some(registration(&member.subsystem)),
-        origin: origin(*declared).into(),
-        lease_expires_at: lease.as_ref().map(|lease| timestamp(orchestrator.lease_ends_at(lease))),
+        origin: match origin {
+            Origin::Config => pb::Origin::Config,
+            Origin::Rpc { .. } => pb::Origin::Rpc,
+        }
+        .into(),
+        lease_expires_at: registered.lease().map(|lease| timestamp(orchestrator.lease_ends_at(&lease))),
         suspended: member.suspended,
         breaker: breaker_state(member.breaker(Instant::now())).into(),
         initialized: member.is_initialized(),
@@ -268,11 +272,15 @@ pub(super) fn loop_status(entry: &LoopEntry) -> pb::IntervalLoopStatus {
 }
 
 fn loop_status_of(settings: &IntervalLoop, entry: &LoopEntry) -> pb::IntervalLoopStatus {
-    let LoopEntry { settings: _, declared, state, next, lag: _, last_finished_at: _, _held: _ } = entry;
+    let LoopEntry { settings: _, origin, state, next, lag: _, last_finished_at: _, _held: _ } = entry;
     let ticks = state.ticks;
     pb::IntervalLoopStatus {
         r#loop: Some(interval_loop(settings)),
-        origin: origin(*declared).into(),
+        origin: match origin {
+            LoopOrigin::Config => pb::Origin::Config,
+            LoopOrigin::Rpc => pb::Origin::Rpc,
+        }
+        .into(),
         stopped: state.stopped,
         next_due_at: next.map(|tick| timestamp(tick.due_at)),
         ticks: Some(pb::TickCounts {
@@ -349,8 +357,10 @@ pub(super) fn event(event: Event) -> pb::WatchCyclesResponse {
         Event::Recorded(record) => (record.revision, Is::Recorded(record.bytes.clone())),
         Event::Unreadable(it) => (it.revision, Is::Unreadable(unreadable(it))),
         Event::Bookmark(revision) => (revision, Is::Bookmark(pb::Bookmark {})),
-        Event::Started(event, revision) => (revision, Is::Started(started(&event))),
-        Event::Progress(event, revision, lost) => (revision, Is::Progress(progress(&event, lost))),
+        Event::Started(cycle, revision) => (revision, Is::Started(started(&cycle))),
+        Event::Progress(event, revision, lost) => {
+            (revision, Is::Progress(progress(&event.cycle, event.change.updates(), lost)))
+        }
     };
     pb::WatchCyclesResponse { event: Some(pb::CycleEvent { revision: revision.0, event: Some(event) }) }
 }
@@ -361,8 +371,7 @@ pub(super) fn unreadable(unreadable: Unreadable) -> pb::UnreadableCycle {
     pb::UnreadableCycle { cycle_id: cycle_id.0, revision: revision.0, problem }
 }
 
-fn started(event: &LiveEvent) -> pb::CycleStarted {
-    let cycle = &event.cycle;
+fn started(cycle: &LiveCycle) -> pb::CycleStarted {
     pb::CycleStarted {
         cycle_id: cycle.cycle_id.0,
         started_at: Some(timestamp(cycle.started_at)),
@@ -373,8 +382,8 @@ fn started(event: &LiveEvent) -> pb::CycleStarted {
     }
 }
 
-fn progress(event: &LiveEvent, lost: u64) -> pb::CycleProgress {
-    let updates = event.updates.iter().map(|Update { name, state, elapsed, attempts }| pb::SubsystemProgress {
+fn progress(cycle: &LiveCycle, updates: &[Update], lost: u64) -> pb::CycleProgress {
+    let updates = updates.iter().map(|Update { name, state, elapsed, attempts }| pb::SubsystemProgress {
         name: name.to_string(),
         state: state.as_ref().map_or(pb::SubsystemState::Running, record::subsystem_state).into(),
         elapsed_ms: milliseconds(*elapsed),
@@ -382,11 +391,7 @@ fn progress(event: &LiveEvent, lost: u64) -> pb::CycleProgress {
         error_code: state.as_ref().and_then(SubsystemState::code).map(|code| code.to_string()).unwrap_or_default(),
         error_message: state.as_ref().map(|state| record::message(state).to_owned()).unwrap_or_default(),
     });
-    pb::CycleProgress { cycle_id: event.cycle.cycle_id.0, updates: updates.collect(), dropped: lost }
-}
-
-fn origin(declared: bool) -> pb::Origin {
-    if declared { pb::Origin::Config } else { pb::Origin::Rpc }
+    pb::CycleProgress { cycle_id: cycle.cycle_id.0, updates: updates.collect(), dropped: lost }
 }
 
 fn milliseconds(duration: Duration) -> f64 {

@@ -140,7 +140,7 @@ struct Register {
     /// Gets the latest outputs of these subsystems, without an order
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     reads: Vec<String>,
-    /// Deadline of its share of a cycle, retries included, 1ms to 24h [key: timeout] [default: 10s]
+    /// Deadline of its part in a cycle, retries included, 1ms to 24h [key: timeout] [default: 10s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     timeout_per_cycle: Option<prost_types::Duration>,
     /// A cycle in which it fails is FAILED

@@ -15,7 +15,7 @@ pub struct Slots {
     taken: AtomicUsize,
     /// Only the first in line waits for it.
     freed: Notify,
-    line: Line,
+    queue: Queue,
 }
 
 /// A call slot. Dropping it gives it back.
@@ -26,18 +26,18 @@ pub(super) struct Slot<'a>(&'a Slots);
 #[derive(Debug)]
 pub struct InputRoom {
     memory: Memory,
-    line: Line,
+    queue: Queue,
 }
 
 /// The request that holds this lock is the first in line. The library gives the lock to the others in the order in which
 /// they came.
-type Line = Mutex<()>;
+type Queue = Mutex<()>;
 
 impl Slots {
     /// This number of slots, all of them free.
     #[must_use]
     pub fn new(max: usize) -> Self {
-        Self { max: max.into(), taken: 0.into(), freed: Notify::new(), line: Line::default() }
+        Self { max: max.into(), taken: 0.into(), freed: Notify::new(), queue: Queue::default() }
     }
 
     /// Changes their number. If more are taken, those calls go on, and new ones begin once fewer than `max` are left.
@@ -48,13 +48,13 @@ impl Slots {
 
     /// Takes a slot, if one is free and no earlier request waits.
     pub(super) fn try_take(&self) -> Option<Slot<'_>> {
-        let _first = self.line.try_lock().ok()?;
+        let _first = self.queue.try_lock().ok()?;
         self.add()
     }
 
     /// Takes a slot once one is free and all earlier requests are met.
     pub(super) async fn take(&self) -> Slot<'_> {
-        let _first = self.line.lock().await;
+        let _first = self.queue.lock().await;
         loop {
             if let Some(slot) = self.add() {
                 return slot;
@@ -82,7 +82,7 @@ impl InputRoom {
     /// Room in this memory.
     #[must_use]
     pub fn new(memory: Memory) -> Self {
-        Self { memory, line: Line::default() }
+        Self { memory, queue: Queue::default() }
     }
 
     /// The limit, in bytes.
@@ -92,13 +92,13 @@ impl InputRoom {
 
     /// Holds `bytes`, if there is room and no earlier request waits.
     pub(super) fn try_hold(&self, bytes: usize) -> Option<Held> {
-        let _first = self.line.try_lock().ok()?;
+        let _first = self.queue.try_lock().ok()?;
         self.memory.try_hold(bytes).ok()
     }
 
     /// Holds `bytes` once there is room and all earlier requests are met. Never returns if `bytes` are more than the limit.
     pub(super) async fn hold(&self, bytes: usize) -> Held {
-        let _first = self.line.lock().await;
+        let _first = self.queue.lock().await;
         self.memory.hold(bytes).await
     }
 }

@@ -102,7 +102,7 @@ pub struct Subsystem {
     pub after: Vec<Name>,
     /// No order; gets their latest output.
     pub reads: Vec<Name>,
-    /// Deadline of its share of a cycle, initialization and all attempts together. 1 ms to 24 h, default 10 s.
+    /// Deadline of its part in a cycle, initialization and all attempts together. 1 ms to 24 h, default 10 s.
     pub timeout: Duration,
     /// How its calls are retried.
     pub retry: RetryPolicy,

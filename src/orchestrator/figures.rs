@@ -11,10 +11,11 @@ use std::{
 
 use jiff::Timestamp;
 
-use super::{LoopEntry, Orchestrator, Refusal, State, TriggerKind};
+use super::{Orchestrator, Refusal, State};
 use crate::{
-    model::{CycleState, Epoch, Histogram, Revision, Trigger},
-    ports::{Durability, Record, StoreSize},
+    model::{CycleState, Epoch, Histogram, Name, Revision},
+    ports::{Durability, Record, StoreSize, TriggerKind},
+    schedule::LoopEntry,
 };
 
 /// What is counted since this process started, and how things stand now.
@@ -103,11 +104,12 @@ impl Orchestrator {
         // From here on the latest records are at hand.
         let at_hand = state.recent.front().map_or(state.last_revision, |first| Revision(first.record.revision.0 - 1));
         let (watchers, lagging, events) = self.0.watchers.look(at_hand);
+        let waiting = state.oldest_waiting_ticks();
         Figures {
             counts: state.counts.clone(),
             queued: state.line.waiting(),
             running: state.line.running(),
-            loops: state.loops.iter().map(|entry| (entry.clone(), state.lag(entry, now))).collect(),
+            loops: state.loops.iter().map(|entry| (entry.clone(), lag(entry, &waiting, now))).collect(),
             watchers,
             lagging,
             events,
@@ -130,14 +132,22 @@ impl Orchestrator {
 }
 
 impl State {
-    /// For how long the oldest tick of a loop waits for its cycle to begin, or, when none does, had waited last.
-    fn lag(&self, entry: &LoopEntry, now: Timestamp) -> Option<Duration> {
-        let is_of_loop = |trigger: &Trigger| trigger.loop_name() == Some(&entry.settings.name);
-        let mut waiting = self.live.values().filter(|it| self.line.waits(it.cycle_id));
-        let waiting = waiting.find(|waiting| is_of_loop(&waiting.request.trigger));
-        let waits = waiting.map(|waiting| now.duration_since(waiting.request.scheduled_at));
-        waits.map(|waits| Duration::try_from(waits).unwrap_or_default()).or(entry.lag)
+    /// When the oldest cycle that waits was due, for each loop of which one waits.
+    fn oldest_waiting_ticks(&self) -> BTreeMap<&Name, Timestamp> {
+        let mut oldest = BTreeMap::new();
+        for waiting in self.live.values().filter(|it| self.line.waits(it.cycle_id)) {
+            if let Some(name) = waiting.request.trigger.loop_name() {
+                oldest.entry(name).or_insert(waiting.request.scheduled_at);
+            }
+        }
+        oldest
     }
+}
+
+/// For how long the oldest tick of a loop waits for its cycle to begin, or, when none does, had waited last.
+fn lag(entry: &LoopEntry, waiting: &BTreeMap<&Name, Timestamp>, now: Timestamp) -> Option<Duration> {
+    let waits = waiting.get(&entry.settings.name).map(|due_at| now.duration_since(*due_at));
+    waits.map(|waits| Duration::try_from(waits).unwrap_or_default()).or(entry.lag)
 }
 
 /// The watchers that are connected, each where it is.
@@ -147,22 +157,22 @@ pub(super) struct Watchers(Mutex<WatcherList>);
 #[derive(Debug, Default)]
 struct WatcherList {
     next: u64,
-    connected: BTreeMap<u64, Arc<Progress>>,
+    connected: BTreeMap<u64, Arc<Cursor>>,
     /// Given to those that have left.
     events: u64,
 }
 
 /// How far a watcher is. A watcher that stalls does nothing, so this is where others see it.
 #[derive(Debug, Default)]
-struct Progress {
-    cursor: AtomicU64,
+struct Cursor {
+    revision: AtomicU64,
     events: AtomicU64,
 }
 
 /// A watcher's place among them, which it has until it leaves.
-pub(super) struct Place {
+pub(super) struct WatcherPlace {
     key: u64,
-    progress: Arc<Progress>,
+    cursor: Arc<Cursor>,
 }
 
 impl Watchers {
@@ -175,38 +185,38 @@ impl Watchers {
     }
 
     /// Takes a place, if fewer than `max` have one.
-    pub(super) fn enter(&self, cursor: Revision, max: usize) -> Option<Place> {
+    pub(super) fn enter(&self, cursor: Revision, max: usize) -> Option<WatcherPlace> {
         let mut list = self.lock();
         if list.connected.len() >= max {
             return None;
         }
-        let progress = Arc::new(Progress { cursor: cursor.0.into(), events: 0.into() });
+        let cursor = Arc::new(Cursor { revision: cursor.0.into(), events: 0.into() });
         let key = list.next;
         list.next += 1;
-        list.connected.insert(key, progress.clone());
-        Some(Place { key, progress })
+        list.connected.insert(key, cursor.clone());
+        Some(WatcherPlace { key, cursor })
     }
 
-    pub(super) fn leave(&self, place: &Place) {
+    pub(super) fn leave(&self, place: &WatcherPlace) {
         let mut list = self.lock();
         list.connected.remove(&place.key);
-        list.events += place.progress.events.load(Ordering::Relaxed);
+        list.events += place.cursor.events.load(Ordering::Relaxed);
     }
 
     /// How many there are, how many of them are before this revision, and how many events they were given.
     fn look(&self, at_hand: Revision) -> (usize, usize, u64) {
         let list = self.lock();
-        let progress = || list.connected.values();
-        let lagging = progress().filter(|it| it.cursor.load(Ordering::Relaxed) < at_hand.0).count();
-        let events: u64 = progress().map(|it| it.events.load(Ordering::Relaxed)).sum();
+        let cursors = || list.connected.values();
+        let lagging = cursors().filter(|it| it.revision.load(Ordering::Relaxed) < at_hand.0).count();
+        let events: u64 = cursors().map(|it| it.events.load(Ordering::Relaxed)).sum();
         (list.connected.len(), lagging, list.events + events)
     }
 }
 
-impl Place {
+impl WatcherPlace {
     /// The watcher is given an event.
     pub(super) fn given(&self, cursor: Revision) {
-        self.progress.cursor.store(cursor.0, Ordering::Relaxed);
-        self.progress.events.fetch_add(1, Ordering::Relaxed);
+        self.cursor.revision.store(cursor.0, Ordering::Relaxed);
+        self.cursor.events.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -13,7 +13,7 @@ use crate::{
     memory::{Full, Held},
     model::{CycleId, Revision},
     ports::{Filter, Found, Page, PageLimits, Record, SCAN_LIMIT, StoreError, Unreadable},
-    record::{Participants, Participation},
+    record::{PartFilter, Parts},
 };
 
 /// How long a caller waits for room: what others read is gone in milliseconds, unless they do not take it.
@@ -22,29 +22,29 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// A record that is at hand for all watchers. It is looked into once, whoever asks.
 pub(super) struct Recent {
     pub(super) record: Arc<Record>,
-    participants: OnceCell<Participants>,
+    parts: OnceCell<Parts>,
 }
 
 impl Recent {
     pub(super) fn new(record: Arc<Record>) -> Arc<Self> {
-        Arc::new(Self { record, participants: OnceCell::new() })
+        Arc::new(Self { record, parts: OnceCell::new() })
     }
 
     /// Whether one of those that are wanted took part.
-    pub(super) async fn has(&self, wanted: &Participation) -> bool {
+    pub(super) async fn has(&self, wanted: &PartFilter) -> bool {
         if wanted.subsystems.is_empty() {
             return true;
         }
         let read = || {
             let record = self.record.bytes.clone();
-            aside(parts_in(record.len()), move || Participants::of(&record))
+            aside(parts_in(record.len()), move || Parts::of(&record))
         };
-        wanted.is_among(self.participants.get_or_init(read).await)
+        wanted.passes(self.parts.get_or_init(read).await)
     }
 }
 
 /// In which of these records one of those that are wanted took part. What can't be read is not withheld.
-pub(super) async fn which_have(records: &[Found], wanted: &Participation) -> Vec<bool> {
+pub(super) async fn which_have(records: &[Found], wanted: &PartFilter) -> Vec<bool> {
     if wanted.subsystems.is_empty() {
         return vec![true; records.len()];
     }
@@ -93,10 +93,10 @@ impl Orchestrator {
         &self,
         before: Option<Revision>,
         filter: Filter,
-        participation: Participation,
+        parts: PartFilter,
         max_records: usize,
     ) -> Result<Page, Refusal> {
-        self.0.page(before, filter, participation, max_records).await
+        self.0.page(before, filter, parts, max_records).await
     }
 }
 
@@ -190,7 +190,7 @@ impl Shared {
         &self,
         before: Option<Revision>,
         filter: Filter,
-        participation: Participation,
+        parts: PartFilter,
         max_records: usize,
     ) -> Result<Page, Refusal> {
         const MAX_BYTES: usize = 3 << 20;
@@ -206,7 +206,7 @@ impl Shared {
             // A filter that looks into the records sees more of them than it lets through.
             let found = self.store.cycles_before(before, filter.clone(), limits).await?;
             page.scanned += found.scanned;
-            let wanted = which_have(&found.records, &participation).await;
+            let wanted = which_have(&found.records, &parts).await;
             for (found, wanted) in found.records.into_iter().zip(wanted) {
                 let (revision, length) = match &found {
                     Ok(record) => (record.revision, record.bytes.len()),

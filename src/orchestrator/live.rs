@@ -125,14 +125,59 @@ impl Update {
 pub struct LiveEvent {
     /// The cycle.
     pub cycle: Arc<LiveCycle>,
-    /// It has just started, or a watcher has just come to it.
-    pub started: bool,
-    /// How many updates came before these.
-    pub first: u64,
-    /// What changed.
-    pub updates: Vec<Update>,
+    /// What happened.
+    pub change: LiveChange,
     /// For the updates.
     pub(super) room: Option<Arc<Held>>,
+}
+
+/// What happened in a running cycle, or is told of it. Its updates are counted, from its start on.
+#[derive(Clone, Debug)]
+pub enum LiveChange {
+    /// It has started.
+    Started,
+    /// A watcher has come to it after this number of updates: how its parts stand, but for those that wait. None of them where
+    /// there is no room for that: then the number is 0.
+    Stands(u64, Vec<Update>),
+    /// After this number of updates, these came.
+    Updated(u64, Vec<Update>),
+}
+
+impl LiveChange {
+    /// How parts stand.
+    pub fn updates(&self) -> &[Update] {
+        match self {
+            Self::Started => &[],
+            Self::Stands(_, updates) | Self::Updated(_, updates) => updates,
+        }
+    }
+
+    /// The number of updates that are known with this.
+    pub(super) fn known(&self) -> u64 {
+        match self {
+            Self::Started => 0,
+            Self::Stands(after, _) => *after,
+            Self::Updated(after, updates) => after + updates.len() as u64,
+        }
+    }
+
+    /// How many updates are missing for one who knew of this number.
+    pub(super) fn lost(&self, known: u64) -> u64 {
+        match self {
+            // How it stands says all that was lost.
+            Self::Started | Self::Stands(..) => 0,
+            Self::Updated(after, _) => after.saturating_sub(known),
+        }
+    }
+
+    /// Leaves the first updates, and returns the rest.
+    pub(super) fn split_off(&mut self, at: usize) -> Self {
+        match self {
+            Self::Started => Self::Started,
+            Self::Stands(after, updates) => Self::Stands(*after, updates.split_off(at)),
+            Self::Updated(after, updates) => Self::Updated(*after + at as u64, updates.split_off(at)),
+        }
+    }
 }
 
 impl LiveEvent {
@@ -185,7 +230,7 @@ impl Live {
         let cycle_id = cycle.cycle_id;
         let total = cycle.names().len();
         let mut running = self.lock();
-        self.tell(LiveEvent { cycle: cycle.clone(), started: true, first: 0, updates: Vec::new(), room: None });
+        self.tell(cycle.clone(), LiveChange::Started);
         running.insert(cycle_id, Running { cycle, total, stands: BTreeMap::new(), changed: Vec::new(), sent: 0 });
         Progress { live: self, cycle_id }
     }
@@ -202,14 +247,14 @@ impl Live {
             return;
         }
         let updates = std::mem::take(&mut running.changed);
-        let first = running.sent;
+        let after = running.sent;
         running.sent += updates.len() as u64;
-        self.tell(LiveEvent { cycle: running.cycle.clone(), started: false, first, updates, room: None });
+        self.tell(running.cycle.clone(), LiveChange::Updated(after, updates));
     }
 
     /// Sends an event. Updates for which there is no room are lost, which watchers see by the number of the next ones.
-    fn tell(&self, mut event: LiveEvent) {
-        let bytes = event.updates.iter().map(Update::bytes).sum();
+    fn tell(&self, cycle: Arc<LiveCycle>, change: LiveChange) {
+        let bytes = change.updates().iter().map(Update::bytes).sum();
         let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
         if self.events.receiver_count() == 0 {
             *backlog = Backlog::default();
@@ -226,8 +271,7 @@ impl Live {
             let Some(oldest) = backlog.events.pop_front() else { return };
             backlog.bytes -= oldest.bytes();
         };
-        event.room = Some(Arc::new(room));
-        let event = Arc::new(event);
+        let event = Arc::new(LiveEvent { cycle, change, room: Some(Arc::new(room)) });
         // Nobody listening is no error.
         let _ = self.events.send(Arc::downgrade(&event));
         backlog.bytes += bytes;
@@ -241,9 +285,11 @@ impl Live {
         let stands = |running: &mut Running| {
             self.send(running);
             let room = self.room.try_hold(running.stands().map(Update::bytes).sum()).ok().map(Arc::new);
-            let updates = if room.is_some() { running.stands().cloned().collect() } else { Vec::new() };
-            let first = if room.is_some() { running.sent } else { 0 };
-            Arc::new(LiveEvent { cycle: running.cycle.clone(), started: true, first, updates, room })
+            let change = match room {
+                Some(_) => LiveChange::Stands(running.sent, running.stands().cloned().collect()),
+                None => LiveChange::Stands(0, Vec::new()),
+            };
+            Arc::new(LiveEvent { cycle: running.cycle.clone(), change, room })
         };
         (running.values_mut().map(stands).collect(), self.events.subscribe())
     }
@@ -382,11 +428,12 @@ mod tests {
         // Without room for how the cycle stands, it is told so by what it is given next.
         let taken = room.try_hold(room.max() - room.held()).unwrap();
         let (now, mut new) = live.join();
-        assert!(now.len() == 1 && now[0].updates.is_empty() && now[0].first == 0);
+        assert!(now.len() == 1 && now[0].change.updates().is_empty() && now[0].change.known() == 0);
         drop(taken);
         fail_all(&progress);
         let event = new.try_recv().unwrap().upgrade().unwrap();
-        assert_eq!((event.first, event.updates.len()), (10 * MEMBERS as u64, Live::BATCH));
+        let LiveChange::Updated(after, updates) = &event.change else { panic!("{event:?}") };
+        assert_eq!((*after, updates.len()), (10 * MEMBERS as u64, Live::BATCH));
         // Who has an event keeps its room.
         drop(progress);
         drop(live);

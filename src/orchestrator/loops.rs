@@ -5,10 +5,11 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::{select, time::sleep};
 
-use super::{LoopEntry, Orchestrator, Refusal, Shared, State};
+use super::{Orchestrator, Refusal, Shared, State};
 use crate::{
     model::{CycleRequest, IntervalLoop, LoopStart, Name, TickDisposition, Trigger, Violations},
     ports::Write,
+    schedule::{LoopEntry, LoopOrigin},
 };
 
 impl Orchestrator {
@@ -57,35 +58,35 @@ impl Shared {
         }
         let _order = self.order.lock().await;
         let now = self.clock.now();
-        let (settings, declared) = {
+        let (settings, origin) = {
             let state = self.state();
             let (LoopStart::AsDeclared(name) | LoopStart::Of(IntervalLoop { name, .. })) = &start;
             let earlier = state.loops.get(name);
             let settings = match (start, earlier) {
                 (LoopStart::Of(settings), _) => settings,
-                (LoopStart::AsDeclared(_), Some(earlier)) if earlier.declared => (*earlier.settings).clone(),
+                (LoopStart::AsDeclared(_), Some(earlier)) if earlier.is_declared() => (*earlier.settings).clone(),
                 (LoopStart::AsDeclared(_), _) => return Err(invalid("interval", IntervalLoop::NO_INTERVAL)),
             };
             match earlier {
                 Some(earlier) if *earlier.settings == settings && !earlier.state.stopped => return Ok(earlier.clone()),
-                Some(earlier) if *earlier.settings != settings && earlier.declared => {
+                Some(earlier) if *earlier.settings != settings && earlier.is_declared() => {
                     return Err(Refusal::DeclaredInConfig(settings.name));
                 }
                 None if state.loops.len() >= limits.max_loops => return Err(Refusal::TooManyLoops(state.loops.len())),
-                _ => (settings, earlier.is_some_and(|earlier| earlier.declared)),
+                _ => (settings, earlier.map_or(LoopOrigin::Rpc, |earlier| earlier.origin)),
             }
         };
         let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
         let (clock, started) = (self.clock, settings.clone());
         let build = move |state: &State| {
-            let entry = state.loops.started(started.clone(), declared, now);
+            let entry = state.loops.started(started.clone(), origin, now);
             Write { loops: BTreeMap::from([(started.name.clone(), Some(entry.to_stored()))]), ..Write::default() }
         };
         let put = move |state: &mut State| {
             // Ticks may have fallen due and been accounted for in between.
             let now = clock.now();
             state.follow_clock(now);
-            let entry = state.loops.started(settings.clone(), declared, now).holding(held);
+            let entry = state.loops.started(settings.clone(), origin, now).holding(held);
             state.loops.put(entry.clone());
             entry
         };
@@ -104,13 +105,13 @@ impl Shared {
         let stopped = move |state: &State| Some(state.loops.get(&stopping)?.clone().stopped(clock.now()));
         let (still_stopped, stopping) = (stopped.clone(), name.clone());
         let build = move |state: &State| {
-            let stored = stopped(state).filter(|entry| entry.declared).map(|entry| entry.to_stored());
+            let stored = stopped(state).filter(|entry| entry.is_declared()).map(|entry| entry.to_stored());
             Write { loops: BTreeMap::from([(stopping.clone(), stored)]), ..Write::default() }
         };
         let put = move |state: &mut State| {
             state.follow_clock(clock.now());
             let entry = still_stopped(state)?;
-            if entry.declared {
+            if entry.is_declared() {
                 state.loops.put(entry.clone());
             } else {
                 state.loops.remove(&entry.settings.name);

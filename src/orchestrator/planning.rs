@@ -3,8 +3,11 @@
 
 use std::sync::Arc;
 
-use super::{Orchestrator, Refusal, Schedule, Shared, aside::aside};
-use crate::{engine::Plan, model::Name};
+use super::{Orchestrator, Refusal, Shared, aside::aside};
+use crate::{
+    engine::{Plan, Schedule},
+    model::Name,
+};
 
 impl Orchestrator {
     /// What a cycle would do now.

@@ -18,7 +18,7 @@ use super::{
     figures::{Counts, Watchers},
     line::Line,
     live::Live,
-    registry::{Lease, Registered, Registry},
+    registry::{Lease, Origin, Registered, Registry},
     tasks::lasting,
     writing,
 };
@@ -31,7 +31,7 @@ use crate::{
         Contents, Lost, OpenCycle, Spans, Stage, Store, StoredOutput, StoredSubsystem, Subsystems, UnreadableRow, Write,
     },
     record,
-    schedule::Loops,
+    schedule::{LoopOrigin, Loops},
 };
 
 impl Orchestrator {
@@ -105,7 +105,7 @@ impl Orchestrator {
             });
             let held = hold(subsystem.footprint())?;
             let member = Member::new(Arc::new(subsystem), suspended, standing(&name)).holding(held);
-            entries.push(Registered { member, declared: true, lease: None });
+            entries.push(Registered { member, origin: Origin::Config });
         }
         for (name, stored) in stored {
             let Some(spec) = &stored.spec else {
@@ -119,7 +119,7 @@ impl Orchestrator {
                     let held = hold(subsystem.footprint())?;
                     let member = Member::new(Arc::new(subsystem), stored.suspended, standing).holding(held);
                     let lease = stored.lease.map(|length| Lease::new(length, begin));
-                    entries.push(Registered { member, declared: false, lease });
+                    entries.push(Registered { member, origin: Origin::Rpc { lease } });
                 }
                 // Rules have become stricter since. It stays stored, output and all, for a version that takes it.
                 Err(violations) => {
@@ -142,9 +142,9 @@ impl Orchestrator {
         for settings in declared.loops {
             let held = hold(settings.footprint())?;
             if let Some(stored) = stored.remove(&settings.name) {
-                state.loops.restore(settings, true, stored.state, Some(held), now);
+                state.loops.restore(settings, LoopOrigin::Config, stored.state, Some(held), now);
             } else {
-                let entry = state.loops.started(settings, true, now);
+                let entry = state.loops.started(settings, LoopOrigin::Config, now);
                 state.loops.put(entry.holding(held));
             }
         }
@@ -152,7 +152,7 @@ impl Orchestrator {
             match stored.spec.as_ref().map(IntervalLoop::from_spec) {
                 Some(Ok(settings)) => {
                     let held = hold(settings.footprint())?;
-                    state.loops.restore(settings, false, stored.state, Some(held), now);
+                    state.loops.restore(settings, LoopOrigin::Rpc, stored.state, Some(held), now);
                 }
                 Some(Err(violations)) => {
                     tracing::error!("loop" = %name, %violations, "left out: a stored loop is invalid");

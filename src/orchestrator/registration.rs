@@ -11,7 +11,7 @@ use tokio::{
 use super::{
     Orchestrator, Refusal, Shared, State,
     aside::aside,
-    registry::{Lease, Registered},
+    registry::{Lease, Origin, Registered},
 };
 use crate::{
     engine::{Member, Order},
@@ -105,7 +105,7 @@ impl Shared {
             let earlier = subsystems.iter().map(|subsystem| state.registry.get(&subsystem.name).ok().cloned());
             (earlier.collect(), state.registry.len())
         };
-        if let Some(declared) = earlier.iter().flatten().find(|earlier| earlier.declared) {
+        if let Some(declared) = earlier.iter().flatten().find(|earlier| earlier.is_declared()) {
             return Err(Refusal::DeclaredInConfig(declared.name().clone()));
         }
         let new = earlier.iter().filter(|earlier| earlier.is_none()).count();
@@ -116,14 +116,14 @@ impl Shared {
         let change = |(subsystem, earlier): (Subsystem, Option<Registered>)| {
             if let Some(earlier) = &earlier
                 && *earlier.member.subsystem == subsystem
-                && earlier.lease.map(|lease| lease.length) == lease
+                && earlier.lease().map(|lease| lease.length) == lease
             {
                 return Ok((earlier.clone(), Change::Renewed));
             }
             let held = self.memory.try_hold(subsystem.footprint()).map_err(Refusal::RegistryMemoryFull)?;
             let Some(earlier) = earlier else {
                 let member = Member::new(Arc::new(subsystem), false, Arc::default()).holding(held);
-                return Ok((Registered { member, declared: false, lease: None }, Change::Created));
+                return Ok((Registered { member, origin: Origin::Rpc { lease: None } }, Change::Created));
             };
             let Member { subsystem: before, suspended, standing, .. } = &earlier.member;
             if before.endpoint != subsystem.endpoint {
@@ -141,9 +141,10 @@ impl Shared {
             let (mut entries, mut left) = (entries, Vec::new());
             // The time that writing took is not part of it.
             let begin = Instant::now();
+            let lease = lease.map(|length| Lease::new(length, begin));
             for (entry, change) in &mut entries {
-                entry.lease = lease.map(|length| Lease::new(length, begin));
-                match (*change, entry.lease) {
+                entry.origin = Origin::Rpc { lease };
+                match (*change, lease) {
                     // Nothing durable changes.
                     (Change::Renewed, Some(lease)) => state.registry.set_lease(entry.name(), lease),
                     (Change::Renewed, None) => {}
@@ -202,7 +203,7 @@ impl Shared {
 
     pub(super) async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
         let mut order = self.order.lock().await;
-        if self.state().registry.get(name)?.declared {
+        if self.state().registry.get(name)?.is_declared() {
             return Err(Refusal::DeclaredInConfig(name.clone()));
         }
         self.forget(&mut order, std::slice::from_ref(name)).await?;
@@ -224,8 +225,8 @@ impl Shared {
         let subsystems = BTreeMap::from([(name.clone(), Some(Arc::new(entry.to_stored())))]);
         let put = move |state: &mut State| {
             // Its lease may have been renewed in between.
-            let lease = state.registry.get(entry.name()).ok().and_then(|now| now.lease);
-            let entry = Registered { lease, ..entry };
+            let origin = state.registry.get(entry.name()).map_or(entry.origin, |now| now.origin);
+            let entry = Registered { origin, ..entry };
             state.registry.put(entry.clone());
             entry
         };

@@ -38,10 +38,20 @@ pub(super) struct Registry {
 pub struct Registered {
     /// Its registration and what is remembered of it.
     pub member: Member,
+    /// Where its registration comes from.
+    pub origin: Origin,
+}
+
+/// Where a registration comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Origin {
     /// The configuration file declares it.
-    pub declared: bool,
-    /// When its registration ends.
-    pub lease: Option<Lease>,
+    Config,
+    /// A caller has registered it: until this lease ends, if there is one.
+    Rpc {
+        /// The lease.
+        lease: Option<Lease>,
+    },
 }
 
 /// A registration that ends unless it is renewed.
@@ -72,13 +82,26 @@ impl Registered {
         &self.member.subsystem.name
     }
 
+    /// True where the configuration file declares it.
+    pub(super) fn is_declared(&self) -> bool {
+        matches!(self.origin, Origin::Config)
+    }
+
+    /// Its lease, if it has one.
+    pub fn lease(&self) -> Option<Lease> {
+        match self.origin {
+            Origin::Config => None,
+            Origin::Rpc { lease } => lease,
+        }
+    }
+
     /// As it is stored.
     pub(super) fn to_stored(&self) -> StoredSubsystem {
         let subsystem = &self.member.subsystem;
         StoredSubsystem {
             name: subsystem.name.clone(),
-            spec: (!self.declared).then(|| subsystem.to_spec()),
-            lease: self.lease.map(|lease| lease.length),
+            spec: (!self.is_declared()).then(|| subsystem.to_spec()),
+            lease: self.lease().map(|lease| lease.length),
             suspended: self.member.suspended,
         }
     }
@@ -121,8 +144,8 @@ impl Declarations {
         let before: BTreeMap<_, _> = before.iter().map(|entry| (entry.name(), entry)).collect();
         let names: HashSet<_> = subsystems.iter().map(|subsystem| subsystem.name.clone()).collect();
         let others = || before.values().filter(|entry| !names.contains(entry.name()));
-        let removed: Vec<_> = others().filter(|entry| entry.declared).map(|entry| entry.name().clone()).collect();
-        let by_rpc = others().filter(|entry| !entry.declared).map(|entry| entry.name().clone()).collect();
+        let removed: Vec<_> = others().filter(|entry| entry.is_declared()).map(|entry| entry.name().clone()).collect();
+        let by_rpc = others().filter(|entry| !entry.is_declared()).map(|entry| entry.name().clone()).collect();
         let mut stored: BTreeMap<_, _> = removed.iter().map(|name| (name.clone(), None)).collect();
         let (mut put, mut moved) = (Vec::new(), Vec::new());
         for subsystem in subsystems {
@@ -141,9 +164,10 @@ impl Declarations {
                     Member::new(Arc::new(subsystem), suspended, standing).holding(held)
                 }
             };
-            let is_same = earlier.is_some_and(|it| it.declared && Arc::ptr_eq(&it.member.subsystem, &member.subsystem));
-            let entry = Registered { member, declared: true, lease: None };
-            if earlier.is_some_and(|earlier| !earlier.declared) {
+            let is_same =
+                earlier.is_some_and(|it| it.is_declared() && Arc::ptr_eq(&it.member.subsystem, &member.subsystem));
+            let entry = Registered { member, origin: Origin::Config };
+            if earlier.is_some_and(|earlier| !earlier.is_declared()) {
                 stored.insert(entry.name().clone(), Some(Arc::new(entry.to_stored())));
             }
             if !is_same {
@@ -167,7 +191,7 @@ impl Registry {
     /// They have no order.
     pub(super) fn of(entries: Vec<Registered>) -> Result<Self, Refusal> {
         let plan = Plan::compile(entries.iter().map(|entry| entry.member.clone())).map_err(|ring| {
-            let is_by_rpc = |name: &&Name| entries.iter().any(|entry| entry.name() == *name && !entry.declared);
+            let is_by_rpc = |name: &&Name| entries.iter().any(|entry| entry.name() == *name && !entry.is_declared());
             let by_rpc = ring.names().filter(is_by_rpc).cloned().collect();
             Refusal::DeclaredRing { ring, by_rpc }
         })?;
@@ -214,8 +238,8 @@ impl Registry {
         let name = entry.name().clone();
         let left = self.remove(&name).filter(|left| left.endpoint != endpoint);
         *self.endpoints.entry(endpoint).or_default() += 1;
-        self.declared += usize::from(entry.declared);
-        self.expiries.extend(entry.lease.map(|lease| (lease.expires, name.clone())));
+        self.declared += usize::from(entry.is_declared());
+        self.expiries.extend(entry.lease().map(|lease| (lease.expires, name.clone())));
         self.entries.insert(name, Arc::new(entry));
         left
     }
@@ -224,8 +248,8 @@ impl Registry {
     pub(super) fn remove(&mut self, name: &Name) -> Option<Left> {
         self.version += 1;
         let entry = self.entries.remove(name)?;
-        self.declared -= usize::from(entry.declared);
-        if let Some(lease) = entry.lease {
+        self.declared -= usize::from(entry.is_declared());
+        if let Some(lease) = entry.lease() {
             self.expiries.remove(&(lease.expires, name.clone()));
         }
         let endpoint = entry.member.subsystem.endpoint.clone();
@@ -239,7 +263,7 @@ impl Registry {
     /// Renews the lease of an entry, if it has one. Not one that has ended: its end may be being written.
     pub(super) fn renew(&mut self, name: &Name) -> Result<Lease, Refusal> {
         let entry = self.get(name)?;
-        let lease = entry.lease.ok_or_else(|| Refusal::NoLease(name.clone()))?;
+        let lease = entry.lease().ok_or_else(|| Refusal::NoLease(name.clone()))?;
         let now = Instant::now();
         if lease.expires <= now {
             return Err(Refusal::SubsystemNotFound(name.clone()));
@@ -252,11 +276,11 @@ impl Registry {
     /// Puts a lease in the place of that of an entry, if it has one.
     pub(super) fn set_lease(&mut self, name: &Name, lease: Lease) {
         if let Some(entry) = self.entries.get_mut(name)
-            && let Some(earlier) = entry.lease
+            && let Some(earlier) = entry.lease()
         {
             self.expiries.remove(&(earlier.expires, name.clone()));
             self.expiries.insert((lease.expires, name.clone()));
-            Arc::make_mut(entry).lease = Some(lease);
+            Arc::make_mut(entry).origin = Origin::Rpc { lease: Some(lease) };
         }
     }
 

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     model::{IntervalLoop, Subsystem},
     ports::{Retention, Write},
+    schedule::LoopOrigin,
 };
 
 /// What can be set, and set anew while the process runs, except for `orchestrator_id`.
@@ -84,7 +85,7 @@ impl Shared {
         let (undo, Declarations { put, removed, moved, stored, .. }) = changes?;
         let stopped: Vec<_> = {
             let state = self.state();
-            let declared = state.loops.iter().filter(|entry| entry.declared).map(|entry| &entry.settings.name);
+            let declared = state.loops.iter().filter(|entry| entry.is_declared()).map(|entry| &entry.settings.name);
             declared.filter(|name| !loops.iter().any(|(settings, _)| settings.name == **name)).cloned().collect()
         };
         let stored_loops: BTreeMap<_, _> = stopped.iter().map(|name| (name.clone(), None)).collect();
@@ -101,9 +102,11 @@ impl Shared {
             state.follow_clock(now);
             for (settings, held) in loops {
                 let entry = match state.loops.get(&settings.name) {
-                    Some(earlier) if earlier.declared && *earlier.settings == settings => continue,
-                    Some(earlier) if earlier.state.stopped => state.loops.started(settings, true, now).stopped(now),
-                    _ => state.loops.started(settings, true, now),
+                    Some(earlier) if earlier.is_declared() && *earlier.settings == settings => continue,
+                    Some(earlier) if earlier.state.stopped => {
+                        state.loops.started(settings, LoopOrigin::Config, now).stopped(now)
+                    }
+                    _ => state.loops.started(settings, LoopOrigin::Config, now),
                 };
                 state.loops.put(entry.holding(held));
             }

@@ -5,7 +5,8 @@ use std::{sync::Arc, time::Duration};
 use futures_util::{StreamExt, stream};
 use tokio::time::timeout;
 
-use super::{CallError, Orchestrator, Registered, Snapshot};
+use super::{Orchestrator, Registered};
+use crate::ports::{CallError, Snapshot};
 
 impl Orchestrator {
     /// Asks subsystems for their own snapshots, some at a time, each for at most five seconds. Answers in order.

@@ -4,10 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 
-use super::{LoopEntry, Orchestrator, RunningCycle};
+use super::{Orchestrator, RunningCycle};
 use crate::{
     model::{CycleId, CycleRequest, Epoch, Name, Revision},
     ports::{Record, StoreError},
+    schedule::LoopEntry,
 };
 
 /// What the orchestrator is doing and has done last.

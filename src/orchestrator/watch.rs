@@ -19,7 +19,7 @@ use tokio::{
 
 use super::{
     Live, LiveCycle, LiveEvent, Orchestrator, Refusal, Shared,
-    figures::Place,
+    figures::WatcherPlace,
     history::{Recent, which_have, with_room},
     live::Events,
 };
@@ -27,7 +27,7 @@ use crate::{
     memory::Held,
     model::{CycleId, CycleState, Name, Revision, Trigger},
     ports::{Found, PageLimits, Record, ResumeError, Unreadable},
-    record::Participation,
+    record::PartFilter,
 };
 
 /// From where on to watch.
@@ -49,7 +49,7 @@ pub struct WatchFilter {
     /// Cycles that ended so; empty means any.
     pub states: Vec<CycleState>,
     /// Cycles in which these took part.
-    pub participation: Participation,
+    pub parts: PartFilter,
 }
 
 impl Orchestrator {
@@ -73,14 +73,14 @@ impl WatchFilter {
     }
 
     fn wants_live(&self, cycle: &LiveCycle) -> bool {
-        let names = &self.participation.subsystems;
+        let names = &self.parts.subsystems;
         self.wants_trigger(cycle.trigger()) && (names.is_empty() || cycle.has_any(names))
     }
 
     /// Bytes that it takes, about.
     fn bytes(&self) -> usize {
         const NAME: usize = 128;
-        (self.loops.len() + self.participation.subsystems.len()) * NAME
+        (self.loops.len() + self.parts.subsystems.len()) * NAME
     }
 }
 
@@ -92,8 +92,8 @@ pub enum Event {
     /// A cycle was recorded, and its record can't be read.
     Unreadable(Unreadable),
     /// A cycle has started. Everything up to this revision was given before.
-    Started(Arc<LiveEvent>, Revision),
-    /// A running cycle has moved on. The number tells how many updates of it were lost before these.
+    Started(Arc<LiveCycle>, Revision),
+    /// A running cycle has moved on, or stands so. The number tells how many updates of it were lost before these.
     Progress(Arc<LiveEvent>, Revision, u64),
     /// Everything up to this revision that passes the filter was given.
     Bookmark(Revision),
@@ -102,7 +102,7 @@ pub enum Event {
 /// Follows the record.
 pub struct Watcher {
     shared: Arc<Shared>,
-    place: Place,
+    place: WatcherPlace,
     filter: WatchFilter,
     /// For the filter.
     _room: Held,
@@ -309,29 +309,25 @@ impl Watcher {
         let heard = self.heard.get_mut(&cycle_id).filter(|heard| heard.wanted)?;
         if !heard.started {
             heard.started = true;
-            if event.started {
-                heard.updates = event.first;
-            }
-            if !event.updates.is_empty() {
+            if !event.change.updates().is_empty() {
                 self.next_live.push_front(event.clone());
             }
-            return Some(Event::Started(event, cursor));
+            return Some(Event::Started(event.cycle.clone(), cursor));
         }
-        // How it stands says all that was lost.
-        let lost = if event.started { 0 } else { event.first.saturating_sub(heard.updates) };
-        heard.updates = event.first + if event.started { 0 } else { event.updates.len() as u64 };
+        let lost = event.change.lost(heard.updates);
+        heard.updates = event.change.known();
         let event = self.first_piece(event);
         Some(Event::Progress(event, cursor, lost))
     }
 
     /// How a large cycle stands is more than one message may hold: the rest is given next.
     fn first_piece(&mut self, event: Arc<LiveEvent>) -> Arc<LiveEvent> {
-        if event.updates.len() <= Live::BATCH {
+        if event.change.updates().len() <= Live::BATCH {
             return event;
         }
         let mut first = Arc::unwrap_or_clone(event);
-        let rest = first.updates.split_off(Live::BATCH);
-        self.next_live.push_front(Arc::new(LiveEvent { updates: rest, ..first.clone() }));
+        let change = first.change.split_off(Live::BATCH);
+        self.next_live.push_front(Arc::new(LiveEvent { change, ..first.clone() }));
         Arc::new(first)
     }
 
@@ -342,7 +338,7 @@ impl Watcher {
             self.read_page().await?;
             return Ok(None);
         };
-        let wanted = self.filter.wants_outside(&recent.record) && recent.has(&self.filter.participation).await;
+        let wanted = self.filter.wants_outside(&recent.record) && recent.has(&self.filter.parts).await;
         self.cursor = recent.record.revision;
         if !wanted {
             // There may be many of them.
@@ -376,7 +372,7 @@ impl Watcher {
             }
             Err(ResumeError::Store(error)) => return Err(error.into()),
         };
-        let have = which_have(&records, &self.filter.participation).await;
+        let have = which_have(&records, &self.filter.parts).await;
         let mut is_first = true;
         for (found, has) in records.into_iter().zip(have) {
             let record = match found {

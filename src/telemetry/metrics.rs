@@ -24,10 +24,12 @@ pub use self::definitions::{ALL, Definition, Kind};
 use super::otlp::Exporter;
 use crate::{
     api::Calls,
+    engine::{BreakerState, Outcomes},
     listen::Connections,
     memory::{Memory, Shares},
     model::{CycleState, Histogram, Name},
-    orchestrator::{BreakerState, Durability, Figures, Orchestrator, Outcomes, Registered, TriggerKind},
+    orchestrator::{Figures, Orchestrator, Registered},
+    ports::{Durability, TriggerKind},
 };
 
 /// The media type of the text.
@@ -311,11 +313,11 @@ const BY_SUBSYSTEM: [(Definition, OfSubsystem); 11] = [
         at.map(|at| SUBSYSTEM_OUTPUT_TIME.value(&[name(it)], unix_time(at))).into_iter().collect()
     }),
     (SUBSYSTEM_LEASE_EXPIRY, |orchestrator, it| {
-        let ends_at = it.lease.map(|lease| unix_time(orchestrator.lease_ends_at(&lease)));
+        let ends_at = it.lease().map(|lease| unix_time(orchestrator.lease_ends_at(&lease)));
         ends_at.map(|at| SUBSYSTEM_LEASE_EXPIRY.value(&[name(it)], at)).into_iter().collect()
     }),
     (SUBSYSTEM_LEASE, |_, it| {
-        let lease = it.lease.map(|lease| SUBSYSTEM_LEASE.value(&[name(it)], lease.length.as_secs_f64()));
+        let lease = it.lease().map(|lease| SUBSYSTEM_LEASE.value(&[name(it)], lease.length.as_secs_f64()));
         lease.into_iter().collect()
     }),
     (SUBSYSTEM_METRIC, |_, it| {

@@ -18,7 +18,7 @@ use orchestrator_core::{
     model::{CycleId, CycleRequest, CycleState, Revision},
     orchestrator::{Orchestrator, Tasks},
     ports::{Filter, Stage, Store, StoreError, Write},
-    record::{self, Participation},
+    record::{self, PartFilter},
     store::{self, OpenError},
 };
 use tempfile::TempDir;
@@ -117,7 +117,7 @@ async fn ask(orchestrator: Orchestrator, told: Arc<Told>, request: CycleRequest,
 async fn walk(orchestrator: &Orchestrator) -> Vec<(Revision, CycleId)> {
     let (mut found, mut before) = (Vec::new(), None);
     loop {
-        let page = orchestrator.cycles(before, Filter::default(), Participation::default(), 2).await.unwrap();
+        let page = orchestrator.cycles(before, Filter::default(), PartFilter::default(), 2).await.unwrap();
         found.extend(page.records.iter().map(|record| record.as_ref().unwrap()).map(|it| (it.revision, it.cycle_id)));
         before = page.next;
         if before.is_none() {

@@ -6,7 +6,7 @@ use orchestrator_core::{
     model::{CycleId, CycleState},
     orchestrator::{Orchestrator, Refusal, Settings, Tasks},
     ports::{Filter, Retention, RetentionRule},
-    record::{self, Participation},
+    record::{self, PartFilter},
     store,
 };
 use tokio::time::sleep;
@@ -34,7 +34,7 @@ async fn run(orchestrator: &Orchestrator, state: CycleState) {
 
 /// The cycles that are retained, the newest first.
 async fn retained(orchestrator: &Orchestrator) -> Vec<u64> {
-    let page = orchestrator.cycles(None, Filter::default(), Participation::default(), 1000).await.unwrap();
+    let page = orchestrator.cycles(None, Filter::default(), PartFilter::default(), 1000).await.unwrap();
     page.records.into_iter().map(|record| record.unwrap().cycle_id.0).collect()
 }
 
@@ -80,7 +80,7 @@ async fn a_walk_by_pages_finds_each_record_once_while_others_are_recorded() {
     }
     let (mut found, mut before) = (Vec::new(), None);
     loop {
-        let page = orchestrator.cycles(before, Filter::default(), Participation::default(), 3).await.unwrap();
+        let page = orchestrator.cycles(before, Filter::default(), PartFilter::default(), 3).await.unwrap();
         found.extend(page.records.into_iter().map(|record| record.unwrap().revision.0));
         let Some(next) = page.next else { break };
         before = Some(next);

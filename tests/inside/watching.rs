@@ -6,7 +6,7 @@ use orchestrator_core::{
     model::{CycleId, CycleState, Name, Revision},
     orchestrator::{Event, From, Orchestrator, Refusal, Settings, Tasks, WatchFilter, Watcher},
     ports::{Filter, Retention, RetentionRule},
-    record::{self, Participation},
+    record::{self, PartFilter},
     store,
 };
 use tokio::time::{Instant, timeout};
@@ -86,12 +86,12 @@ async fn a_filter_leaves_out_records_of_the_store_and_of_those_at_hand_alike() {
     let (orchestrator, _tasks) = stage(settings()).await;
     record(&orchestrator, MANY).await;
     let of_b = WatchFilter {
-        participation: Participation { subsystems: [Name::parse("b").unwrap()].into(), ..Participation::default() },
+        parts: PartFilter { subsystems: [Name::parse("b").unwrap()].into(), ..PartFilter::default() },
         ..WatchFilter::default()
     };
     let mut watcher = orchestrator.watch(From::Oldest, of_b, false).unwrap();
     for revision in revisions(&mut watcher, 150).await {
-        let page = orchestrator.cycles(Some(Revision(revision + 1)), Filter::default(), Participation::default(), 1);
+        let page = orchestrator.cycles(Some(Revision(revision + 1)), Filter::default(), PartFilter::default(), 1);
         let record = page.await.unwrap().records.remove(0).unwrap();
         // The second of each four.
         assert_eq!(record.cycle_id.0 % 4, 2);
