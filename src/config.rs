@@ -47,23 +47,23 @@ pub struct Config {
     /// Sent to every subsystem in `Initialize`. 1 to 128 characters, default `orchestrator`.
     pub orchestrator_id: String,
     /// The gRPC server.
-    pub server: Server,
+    pub server: ServerSettings,
     /// The admin address.
-    pub admin: Admin,
+    pub admin: AdminSettings,
     /// The memory limit.
-    pub memory: Memory,
+    pub memory: MemorySettings,
     /// The store.
-    pub store: Store,
+    pub store: StoreSettings,
     /// Limits of cycles.
-    pub cycle: Cycle,
+    pub cycle: CycleSettings,
     /// Limits of the registry.
-    pub registry: Registry,
+    pub registry: RegistrySettings,
     /// How subsystems are dialed.
-    pub dial: Dial,
+    pub dial: DialSettings,
     /// The log.
-    pub log: Log,
+    pub log: LogSettings,
     /// Tracing of cycles.
-    pub tracing: Tracing,
+    pub tracing: TracingSettings,
     /// Declared subsystems, each name once.
     pub subsystems: Vec<Subsystem>,
     /// Declared loops, each name once.
@@ -72,7 +72,7 @@ pub struct Config {
 
 /// The gRPC server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Server {
+pub struct ServerSettings {
     /// Default `127.0.0.1:7700`. Port 0 takes a free one.
     pub listen: SocketAddr,
     /// True if `listen` may be an address other than loopback, although callers are not authenticated. Default false.
@@ -100,14 +100,14 @@ pub struct Server {
 
 /// The admin address: the dashboard, JSON and metrics, over HTTP.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Admin {
+pub struct AdminSettings {
     /// Default `127.0.0.1:7780`. Port 0 takes a free one. `None`, written `off`: disabled.
     pub listen: Option<SocketAddr>,
 }
 
 /// The memory limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Memory {
+pub struct MemorySettings {
     /// Most bytes of all data whose size clients and subsystems decide: requests, answers, outputs, records,
     /// registrations. 64 MiB to 1 TiB. Each purpose has its share (`memory::Shares`), and requests over it are refused.
     /// Default: 1 GiB, or half of the memory of the machine or the memory group (cgroup) of the process, if that is
@@ -115,14 +115,14 @@ pub struct Memory {
     pub max_bytes: Option<usize>,
 }
 
-impl Memory {
+impl MemorySettings {
     /// The largest default of `max_bytes`.
     pub const DEFAULT_MAX_BYTES: usize = GIB;
 }
 
 /// The store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Store {
+pub struct StoreSettings {
     /// Default `sqlite:orchestrator.db`.
     pub url: StoreUrl,
     /// Default: the newest 100,000 cycles. At a cycle every 5 s that is five days, and with 28 subsystems about 300 MB.
@@ -131,7 +131,7 @@ pub struct Store {
 
 /// Limits of cycles.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cycle {
+pub struct CycleSettings {
     /// Deadline of a cycle whose request or loop has none. 1 ms to 24 h, default 60 s.
     pub deadline: Duration,
     /// Most concurrent calls of subsystems by all running cycles. 1 to 100,000, default 1,024.
@@ -149,7 +149,7 @@ pub struct Cycle {
 
 /// Limits of the registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Registry {
+pub struct RegistrySettings {
     /// Most registered subsystems. 1 to 1,000,000, default 20,000.
     pub max_subsystems: usize,
     /// Most interval loops. 1 to 10,000, default 256.
@@ -158,7 +158,7 @@ pub struct Registry {
 
 /// How subsystems are dialed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Dial {
+pub struct DialSettings {
     /// CA certificates (PEM) for `https` endpoints, in addition to those of the system. Default: none.
     pub ca_file: Option<PathBuf>,
     /// Longest time for connecting. 1 ms to 1 h, default 5 s.
@@ -167,7 +167,7 @@ pub struct Dial {
 
 /// The log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Log {
+pub struct LogSettings {
     /// Directives of [`EnvFilter`], valid. Default `info`.
     pub filter: String,
     /// Default: [`LogFormat::Auto`].
@@ -187,7 +187,7 @@ pub enum LogFormat {
 
 /// Export of the spans of cycles.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Tracing {
+pub struct TracingSettings {
     /// A collector that receives OTLP over gRPC, `http://host:port` or `https://host:port`. Default: none, and no
     /// spans.
     pub otlp_endpoint: Option<String>,
@@ -227,7 +227,7 @@ pub struct Overrides {
 
 /// The place of a value.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Origin {
+pub enum Source {
     /// A default.
     Default,
     /// In this file, on this line; the whole file is line 0.
@@ -242,7 +242,7 @@ pub enum Origin {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// The place of the value.
-    pub origin: Origin,
+    pub origin: Source,
     /// The key, with the subsystem or loop that it belongs to; empty if the problem concerns no key.
     pub key: String,
     /// The problem and the allowed values.
@@ -392,7 +392,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             orchestrator_id: "orchestrator".into(),
-            server: Server {
+            server: ServerSettings {
                 listen: (Ipv4Addr::LOCALHOST, 7700).into(),
                 insecure_listen_beyond_loopback: false,
                 max_connections: None,
@@ -403,20 +403,20 @@ impl Default for Config {
                 max_watchers: 2000,
                 drain_grace: Duration::from_secs(30),
             },
-            admin: Admin { listen: Some((Ipv4Addr::LOCALHOST, 7780).into()) },
-            memory: Memory { max_bytes: None },
-            store: Store { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
-            cycle: Cycle {
+            admin: AdminSettings { listen: Some((Ipv4Addr::LOCALHOST, 7780).into()) },
+            memory: MemorySettings { max_bytes: None },
+            store: StoreSettings { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
+            cycle: CycleSettings {
                 deadline: Duration::from_mins(1),
                 max_concurrent_calls: 1024,
                 max_queued: 64,
                 max_record_bytes: 3 * MIB,
                 max_outputs_bytes: None,
             },
-            registry: Registry { max_subsystems: 20_000, max_loops: 256 },
-            dial: Dial { ca_file: None, connect_timeout: Duration::from_secs(5) },
-            log: Log { filter: "info".into(), format: LogFormat::Auto },
-            tracing: Tracing { otlp_endpoint: None, sample_ratio: 1.0 },
+            registry: RegistrySettings { max_subsystems: 20_000, max_loops: 256 },
+            dial: DialSettings { ca_file: None, connect_timeout: Duration::from_secs(5) },
+            log: LogSettings { filter: "info".into(), format: LogFormat::Auto },
+            tracing: TracingSettings { otlp_endpoint: None, sample_ratio: 1.0 },
             subsystems: Vec::new(),
             loops: Vec::new(),
         }
@@ -469,7 +469,7 @@ fn refuse_limits_out_of_reach(read: &mut Reader<'_>, config: &Config) {
     /// Bytes of an answer that always have room on a connection.
     const ANSWER: usize = 4 * MIB;
     let Config { server, cycle, memory, .. } = config;
-    let memory = memory.max_bytes.unwrap_or(Memory::DEFAULT_MAX_BYTES);
+    let memory = memory.max_bytes.unwrap_or(MemorySettings::DEFAULT_MAX_BYTES);
     let (request, of_receiving) = match server.max_receiving_bytes {
         Some(receiving) => (receiving / 2, "half of server.max_receiving_bytes, because a request is in memory twice"),
         None => (memory / 32 * 3 / 2, "half of 3/32 of memory.max_bytes, because a request is in memory twice"),
@@ -605,7 +605,7 @@ fn entries<S, T>(
     name: fn(&S) -> &str,
 ) -> Vec<T> {
     let mut all = Vec::new();
-    let mut first: HashMap<String, Origin> = HashMap::new();
+    let mut first: HashMap<String, Source> = HashMap::new();
     let declared = read.list(list);
     let length = declared.len();
     if length > max {
@@ -695,7 +695,7 @@ fn read_file(path: &Path) -> Result<Table, ConfigError> {
         Ok(Err(_)) => "is not UTF-8".to_owned(),
         Err(error) => error.to_string(),
     };
-    Err(ConfigError::of(Problem::new(Origin::File(name.into(), 0), "", problem)))
+    Err(ConfigError::of(Problem::new(Source::File(name.into(), 0), "", problem)))
 }
 
 fn read_environment(
@@ -711,7 +711,7 @@ fn read_environment(
         if is_link || OTHER_VARIABLES.contains(&rest) || OTHER_PREFIXES.iter().any(|it| rest.starts_with(it)) {
             continue;
         }
-        let origin = Origin::Environment(name.as_str().into());
+        let origin = Source::Environment(name.as_str().into());
         match value.into_string() {
             Ok(value) => drop(variables.insert(name, Node::from_word(&value, origin))),
             Err(_) => problems.push(Problem::new(origin, "", "is not UTF-8")),
@@ -723,7 +723,7 @@ fn read_environment(
 impl Overrides {
     fn put_into(&self, table: &mut Table, problems: &mut Problems) {
         let mut set = |flag: String, key: &str, value: &str| {
-            let origin = Origin::Flag(flag.into());
+            let origin = Source::Flag(flag.into());
             if let Err(problem) = put(table, key, Node::from_word(value, origin.clone())) {
                 problems.push(Problem::new(origin, key, problem));
             }
@@ -750,7 +750,7 @@ impl Overrides {
     }
 }
 
-impl Display for Origin {
+impl Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Default => f.write_str("default"),
@@ -763,7 +763,7 @@ impl Display for Origin {
 }
 
 impl Problem {
-    fn new(origin: Origin, key: impl Into<String>, problem: impl Into<String>) -> Self {
+    fn new(origin: Source, key: impl Into<String>, problem: impl Into<String>) -> Self {
         Self { origin, key: key.into(), problem: problem.into() }
     }
 }
@@ -787,7 +787,7 @@ impl ConfigError {
 
     /// Reading the configuration ended because of a defect.
     pub(crate) fn unread(defect: &dyn Display) -> Self {
-        Self::of(Problem::new(Origin::Default, "", format!("the configuration can't be read: {defect}")))
+        Self::of(Problem::new(Source::Default, "", format!("the configuration can't be read: {defect}")))
     }
 
     fn of(problem: Problem) -> Self {

@@ -452,7 +452,7 @@ async fn read(path: &Path) -> Result<Vec<u8>, FileError> {
 
 /// The memory limit and its shares.
 fn shares(config: &Config) -> Shares {
-    const DEFAULT: usize = config::Memory::DEFAULT_MAX_BYTES;
+    const DEFAULT: usize = config::MemorySettings::DEFAULT_MAX_BYTES;
     /// The smallest configurable limit.
     const LEAST: usize = 64 << 20;
     let (max_bytes, because) = match (config.memory.max_bytes, memory::allowed()) {
@@ -477,7 +477,7 @@ fn places_in(memory: &Shares) -> usize {
 }
 
 /// Limits of each client, and of all clients together.
-fn limits(server: &config::Server, memory: &Shares) -> Limits {
+fn limits(server: &config::ServerSettings, memory: &Shares) -> Limits {
     Limits {
         max_concurrent_streams: server.max_concurrent_streams,
         max_streams: server.max_streams.unwrap_or(places_in(memory)),

@@ -24,7 +24,7 @@ use tracing_subscriber::{
 
 use self::writer::{Printable, Writer};
 use crate::{
-    config::{Log, LogFormat},
+    config::{LogFormat, LogSettings},
     model::text,
 };
 
@@ -78,7 +78,7 @@ impl Drop for ProcessLog {
 ///
 /// # Errors
 /// The filter is invalid, the writing thread can't be started, or logging is already set up.
-pub fn init(log: &Log) -> Result<ProcessLog, LogError> {
+pub fn init(log: &LogSettings) -> Result<ProcessLog, LogError> {
     let is_terminal = io::stderr().is_terminal();
     let format = match log.format {
         LogFormat::Auto if is_terminal => LogFormat::Text,

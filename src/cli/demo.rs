@@ -27,7 +27,7 @@ use super::{
     watch,
 };
 use crate::{
-    config::{Config, Log, LogFormat},
+    config::{Config, LogFormat, LogSettings},
     proto::orchestrator::v1::{self as pb, cycle_event::Event},
     serve::{self, Service, StartError},
     store::StoreUrl,
@@ -86,7 +86,7 @@ impl Demo {
     /// Runs until a signal stops it, or the given number of cycles has run.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         // More lines would disturb the live view, which itself shows cycles that did not succeed.
-        let log = Log { filter: "error".into(), format: LogFormat::Text };
+        let log = LogSettings { filter: "error".into(), format: LogFormat::Text };
         let _log = telemetry::init(&log).map_err(refused)?;
         let mut config = self.config()?;
         let fleet = Fleet::start(&mut config.subsystems, self.seed, self.pace()).await.map_err(refused)?;

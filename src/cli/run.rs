@@ -126,7 +126,7 @@ impl Run {
             return Ok(Exit::Done);
         }
 
-        let mut view = View::new(self.quiet || remote.format.is_json(), self.quiet);
+        let mut view = RunView::new(self.quiet || remote.format.is_json(), self.quiet);
         let mut admitted = None;
         parting.send_replace(goes_on(remote, None));
         let admitted_now = |id| {
@@ -194,7 +194,7 @@ const GIVE_UP_AFTER: Duration = Duration::from_mins(1);
 async fn run_and_follow(
     remote: &Remote,
     request: pb::RunCycleRequest,
-    view: &mut View,
+    view: &mut RunView,
     mut admitted: impl FnMut(u64),
 ) -> Result<pb::RunCycleResponse, Failure> {
     // Watching starts before the cycle can, so that no event of it is missed.
@@ -293,13 +293,13 @@ fn goes_on(remote: &Remote, admitted: Option<u64>) -> String {
 }
 
 /// The cycle's progress on stderr.
-enum View {
+enum RunView {
     Live(Bar),
     Lines,
     Nothing,
 }
 
-impl View {
+impl RunView {
     /// With `no_lines`, progress is shown only on a terminal.
     fn new(no_lines: bool, quiet: bool) -> Self {
         match (quiet, is_error_terminal(), no_lines) {
@@ -358,10 +358,10 @@ mod tests {
             };
             Event::Progress(pb::CycleProgress { cycle_id, updates: vec![update], dropped: 0 })
         };
-        let mut view = View::Live(Bar::hidden());
-        let shown = |view: &View| match view {
-            View::Live(bar) => bar.shown(),
-            View::Lines | View::Nothing => None,
+        let mut view = RunView::Live(Bar::hidden());
+        let shown = |view: &RunView| match view {
+            RunView::Live(bar) => bar.shown(),
+            RunView::Lines | RunView::Nothing => None,
         };
         // Events of other cycles come before, between and after its own.
         for event in [started(3, "a"), progress(3, "a")] {

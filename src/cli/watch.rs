@@ -98,7 +98,7 @@ pub(super) async fn follow(
     request: pb::WatchCyclesRequest,
     mut the_last: impl FnMut(&pb::CycleEvent) -> bool,
 ) -> Result<(), Failure> {
-    let mut view = View::new(remote.format, request.progress);
+    let mut view = WatchView::new(remote.format, request.progress);
     let request = pb::WatchCyclesRequest { progress: request.progress || view.bar.is_some(), ..request };
     let mut events = Events::open(remote, request, None).await?;
     loop {
@@ -112,7 +112,7 @@ pub(super) async fn follow(
 }
 
 /// How events are shown.
-struct View {
+struct WatchView {
     format: Format,
     /// On a terminal.
     bar: Option<Bar>,
@@ -120,7 +120,7 @@ struct View {
     with_progress: bool,
 }
 
-impl View {
+impl WatchView {
     fn new(format: Format, with_progress: bool) -> Self {
         let bar = (!format.is_json() && is_terminal()).then(Bar::on_stdout);
         Self { format, bar, with_progress }

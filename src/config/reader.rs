@@ -15,7 +15,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{ConfigError, Origin, Problem};
+use super::{ConfigError, Problem, Source};
 use crate::model::{Malformed, Name, Payload, Violations, nearest};
 
 /// The prefix of every environment variable.
@@ -24,7 +24,7 @@ pub(super) const PREFIX: &str = "ORCHESTRATOR_";
 /// What was written for a key, and where.
 #[derive(Debug)]
 pub(super) struct Node {
-    pub(super) origin: Origin,
+    pub(super) origin: Source,
     value: Value,
 }
 
@@ -81,7 +81,7 @@ impl Value {
 }
 
 impl Node {
-    fn new(value: Spanned<DeValue<'_>>, at: usize, origin: &impl Fn(usize) -> Origin) -> Self {
+    fn new(value: Spanned<DeValue<'_>>, at: usize, origin: &impl Fn(usize) -> Source) -> Self {
         let value = match value.into_inner() {
             DeValue::String(text) => Value::Text(text.into_owned()),
             DeValue::Integer(number) => match i64::from_str_radix(number.as_str(), number.radix()) {
@@ -110,7 +110,7 @@ impl Node {
 
     /// Reads what stands in an environment variable or in a flag: a list, a table or a text in quotes as TOML has them,
     /// or a word.
-    pub(super) fn from_word(raw: &str, origin: Origin) -> Self {
+    pub(super) fn from_word(raw: &str, origin: Source) -> Self {
         match DeValue::parse(raw) {
             Ok(value) if raw.starts_with(['[', '{', '"', '\'']) => Self::new(value, 0, &|_| origin.clone()),
             _ => Self { value: Value::Word(raw.to_owned()), origin },
@@ -118,7 +118,7 @@ impl Node {
     }
 
     /// As JSON.
-    fn json(self) -> Result<serde_json::Value, (Origin, String)> {
+    fn json(self) -> Result<serde_json::Value, (Source, String)> {
         Ok(match self.value {
             Value::Text(text) | Value::Word(text) => text.into(),
             Value::Integer(number) if number.unsigned_abs() > Payload::MAX_WHOLE => {
@@ -136,11 +136,11 @@ impl Node {
     }
 }
 
-fn json_object(table: Table) -> Result<Map<String, serde_json::Value>, (Origin, String)> {
+fn json_object(table: Table) -> Result<Map<String, serde_json::Value>, (Source, String)> {
     table.into_iter().map(|(key, node)| Ok((key, node.json()?))).collect()
 }
 
-fn table(entries: DeTable<'_>, origin: &impl Fn(usize) -> Origin) -> Table {
+fn table(entries: DeTable<'_>, origin: &impl Fn(usize) -> Source) -> Table {
     entries
         .into_iter()
         .map(|(key, value)| {
@@ -192,7 +192,7 @@ pub(super) fn parse(name: &str, text: &str) -> Result<Table, ConfigError> {
     const DUPLICATE: &str = "duplicate key";
     let name: Arc<str> = name.into();
     let line_ends: Vec<_> = text.match_indices('\n').map(|(at, _)| at).collect();
-    let origin = |at: usize| Origin::File(name.clone(), line_ends.partition_point(|end| *end < at) + 1);
+    let origin = |at: usize| Source::File(name.clone(), line_ends.partition_point(|end| *end < at) + 1);
     let first = match DeTable::parse(text) {
         Ok(entries) => return Ok(table(entries.into_inner(), &origin)),
         Err(first) => first,
@@ -273,13 +273,13 @@ pub(super) struct Reader<'a> {
     /// What the table is about; empty for the settings of the whole process.
     subject: String,
     /// Where the table is; `None` for the settings of the whole process.
-    origin: Option<Origin>,
+    origin: Option<Source>,
     /// Every key that was asked for.
     pub(super) known: Vec<String>,
     /// Where each value was written that was taken out.
-    origins: HashMap<String, Origin>,
+    origins: HashMap<String, Source>,
     /// And where each item of a list was.
-    items: HashMap<String, Vec<Origin>>,
+    items: HashMap<String, Vec<Source>>,
     /// Keys with a problem.
     refused: Vec<String>,
     problems: &'a mut Problems,
@@ -324,7 +324,7 @@ impl<'a> Reader<'a> {
         let written = take(&mut self.table, key);
         let variable = if self.environment.is_empty() { None } else { self.environment.remove(&variable_name(key)) };
         let node = match written {
-            Some(Node { origin: Origin::Flag(_), .. }) => written,
+            Some(Node { origin: Source::Flag(_), .. }) => written,
             _ => variable.or(written),
         }?;
         self.origins.insert(key.to_owned(), node.origin.clone());
@@ -332,7 +332,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Where `key`, or what it is part of, was written. `None` when it was not written at all.
-    pub(super) fn origin(&self, key: &str) -> Option<&Origin> {
+    pub(super) fn origin(&self, key: &str) -> Option<&Source> {
         let item = || {
             let (list, number) = key.strip_suffix(']')?.rsplit_once('[')?;
             self.items.get(list)?.get(number.parse::<usize>().ok()?)
@@ -361,7 +361,7 @@ impl<'a> Reader<'a> {
     /// Notes that `key`, which was asked for, has a problem.
     pub(super) fn refuse(&mut self, key: &str, problem: impl Into<String>) {
         // A default can be refused as well: it does not fit what was set beside it.
-        let origin = self.origin(key).or(self.origin.as_ref()).cloned().unwrap_or(Origin::Default);
+        let origin = self.origin(key).or(self.origin.as_ref()).cloned().unwrap_or(Source::Default);
         self.refused.push(key.to_owned());
         self.problems.push(Problem::new(origin, format!("{}{key}", self.subject), problem));
     }

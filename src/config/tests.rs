@@ -79,14 +79,14 @@ fn flags_are_read() {
                 --log-format json --set cycle.deadline=1s --set cycle.max_queued=1";
     let Command { overrides } = clap::Parser::parse_from(line.split_whitespace());
     let expected = Config {
-        server: Server {
+        server: ServerSettings {
             listen: "0.0.0.0:1".parse().unwrap(),
             insecure_listen_beyond_loopback: true,
             ..Config::default().server
         },
-        store: Store { url: StoreUrl::Memory, ..Config::default().store },
-        cycle: Cycle { deadline: Duration::from_secs(1), max_queued: 1, ..Config::default().cycle },
-        log: Log { filter: "debug".into(), format: LogFormat::Json },
+        store: StoreSettings { url: StoreUrl::Memory, ..Config::default().store },
+        cycle: CycleSettings { deadline: Duration::from_secs(1), max_queued: 1, ..Config::default().cycle },
+        log: LogSettings { filter: "debug".into(), format: LogFormat::Json },
         ..Config::default()
     };
     assert_eq!(Config::load(&Overrides { config: None, ..overrides }, []).unwrap(), expected);

@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     Plan,
-    plan::{Place, Relays, Step},
+    plan::{Named, Relays, Step},
 };
 use crate::model::Name;
 
@@ -61,10 +61,10 @@ impl Plan {
             }
             latest = phase;
         }
-        let place = |place: &Place| match place {
-            Place::Step(position) => positions
+        let named = |named: &Named| match named {
+            Named::Step(position) => positions
                 .binary_search(position)
-                .map_or_else(|_| Place::LeftOut(self.steps[*position].member.standing.clone()), Place::Step),
+                .map_or_else(|_| Named::LeftOut(self.steps[*position].member.standing.clone()), Named::Step),
             other => other.clone(),
         };
         let cut = |((position, waits_for), releases): ((&usize, _), _)| {
@@ -73,8 +73,8 @@ impl Plan {
                 member: step.member.clone(),
                 waits_for,
                 releases,
-                requires: step.requires.iter().map(place).collect(),
-                inputs: step.inputs.iter().map(|(name, it)| (name.clone(), place(it))).collect(),
+                requires: step.requires.iter().map(named).collect(),
+                inputs: step.inputs.iter().map(|(name, it)| (name.clone(), named(it))).collect(),
             }
         };
         let steps: Vec<_> = positions.iter().zip(waits_for).zip(releases).map(cut).collect();

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     BreakerState, InputRoom, LastPart, Member, Part, Plan, Slots, Standing, Trace,
     member::Turn,
-    plan::{Fate, Place, Step, chain},
+    plan::{Fate, Named, Step, chain},
     retry::Calls,
     slots::Slot,
     trace::CallSpans,
@@ -67,7 +67,7 @@ pub struct Engine {
 }
 
 /// A cycle that is about to run.
-pub struct Cycle {
+pub struct CycleRun {
     /// Its number.
     pub cycle_id: CycleId,
     /// What is asked for.
@@ -107,7 +107,7 @@ impl Engine {
     ///
     /// What it makes is seen only inside it, as FRESH inputs, until it is [published](Engine::publish). Until then no other
     /// cycle with one of its subsystems may run.
-    pub async fn run(&self, cycle: &Cycle, cancel: &CancellationToken, observer: &dyn Observer) -> Ran {
+    pub async fn run(&self, cycle: &CycleRun, cancel: &CancellationToken, observer: &dyn Observer) -> Ran {
         let start = Instant::now();
         let attempts: Vec<_> = cycle.plan.steps.iter().map(|_| AtomicU32::new(0)).collect();
         let mut run = Run::new(self, cycle, start, &attempts, observer);
@@ -163,7 +163,7 @@ impl Engine {
     }
 
     /// Makes the calls of one subsystem, inside its deadline.
-    async fn call(&self, cycle: &Cycle, call: Call<'_>, start: Instant, observer: &dyn Observer) -> Ended {
+    async fn call(&self, cycle: &CycleRun, call: Call<'_>, start: Instant, observer: &dyn Observer) -> Ended {
         let Call { position, attempts, inputs, is_probe, slot: _slot, room: _room } = call;
         let member = &cycle.plan.steps[position].member;
         let subsystem = &*member.subsystem;
@@ -271,7 +271,7 @@ enum End {
 /// The bookkeeping of a running cycle: what is ready, what has ended, and what waited for what.
 struct Run<'a> {
     engine: &'a Engine,
-    cycle: &'a Cycle,
+    cycle: &'a CycleRun,
     plan: &'a Plan,
     start: Instant,
     /// Calls of each, which those count that make them.
@@ -371,7 +371,7 @@ impl PartState {
 impl<'a> Run<'a> {
     fn new(
         engine: &'a Engine,
-        cycle: &'a Cycle,
+        cycle: &'a CycleRun,
         start: Instant,
         attempts: &'a [AtomicU32],
         observer: &'a dyn Observer,
@@ -527,17 +527,17 @@ impl<'a> Run<'a> {
 
     fn inputs(&self, step: &Step) -> Vec<Input> {
         let stale = |standing: &Standing| Some((standing.latest()?, Freshness::Stale));
-        let inputs = step.inputs.iter().map(|(name, place)| {
-            let output = match place {
-                Place::Step(position) => match self.parts[*position].ended() {
+        let inputs = step.inputs.iter().map(|(name, named)| {
+            let output = match named {
+                Named::Step(position) => match self.parts[*position].ended() {
                     Some(EndedPart { state: SubsystemState::Succeeded, answer, .. }) => {
                         let output = Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() };
                         Some((output, Freshness::Fresh))
                     }
                     _ => stale(&self.plan.steps[*position].member.standing),
                 },
-                Place::LeftOut(standing) => stale(standing),
-                Place::Nowhere => None,
+                Named::LeftOut(standing) => stale(standing),
+                Named::Nowhere => None,
             };
             Input { name: name.clone(), output }
         });

@@ -78,19 +78,8 @@ pub struct Standing(Mutex<Remembered>);
 /// What a [`Standing`] holds. What others see of it changes when a cycle is recorded; what decides about further calls
 /// changes at once.
 #[derive(Debug, Default)]
-pub struct Remembered {
-    /// How its parts ended.
-    pub outcomes: Outcomes,
-    /// Calls of its `RunCycle`.
-    pub attempts: u64,
-    /// Those of them that were not the first of their part.
-    pub retries: u64,
-    /// How long its parts took from the first call to the end, unless they were cancelled.
-    pub durations: Histogram,
-    /// Whether the last part that says something about it succeeded: one that was skipped or cancelled says nothing.
-    pub is_up: Option<bool>,
-    /// When the cycle that made its latest output ended; `None` when there is no output, or that is not known any more.
-    pub output_at: Option<Timestamp>,
+pub(super) struct Remembered {
+    counts: SubsystemCounts,
     latest: Option<Output>,
     last: Option<(LastPart, Held)>,
 
@@ -110,16 +99,31 @@ pub(super) struct Turn {
     pub(super) was_whole: bool,
 }
 
-/// How parts ended, counted since this process started, or since the subsystem was registered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs, reason = "each field counts the state of its name")]
-pub struct Outcomes {
+/// What is counted of a subsystem: its recorded parts, since this process started, or since it was registered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SubsystemCounts {
+    /// Parts that ended as SUCCEEDED.
     pub succeeded: u64,
+    /// As FAILED.
     pub failed: u64,
+    /// As TIMED_OUT.
     pub timed_out: u64,
+    /// As SKIPPED.
     pub skipped: u64,
+    /// As CIRCUIT_OPEN.
     pub circuit_open: u64,
+    /// As CANCELLED.
     pub cancelled: u64,
+    /// Calls of its `RunCycle`.
+    pub attempts: u64,
+    /// Those of them that were not the first of their part.
+    pub retries: u64,
+    /// How long its parts took from the first call to the end, unless they were cancelled.
+    pub durations: Histogram,
+    /// Whether the last part that says something about it succeeded: one that was skipped or cancelled says nothing.
+    pub is_up: Option<bool>,
+    /// When the cycle that made its latest output ended; `None` when there is no output, or that is not known any more.
+    pub output_at: Option<Timestamp>,
 }
 
 /// A subsystem's part in a cycle that has run, until [`Engine::publish`](super::Engine::publish) shows it.
@@ -158,7 +162,8 @@ impl Standing {
     /// in `outputs`, also beyond the limit.
     pub fn with_output(output: Output, output_at: Option<Timestamp>, outputs: &Memory) -> Self {
         let output_room = Some(outputs.hold_beyond(output.payload.len()));
-        Self(Mutex::new(Remembered { latest: Some(output), output_room, output_at, ..Remembered::default() }))
+        let counts = SubsystemCounts { output_at, ..SubsystemCounts::default() };
+        Self(Mutex::new(Remembered { counts, latest: Some(output), output_room, ..Remembered::default() }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Remembered> {
@@ -182,9 +187,9 @@ impl Standing {
         self.lock().mean
     }
 
-    /// Looks at what is counted of it.
-    pub fn look<T>(&self, look: impl FnOnce(&Remembered) -> T) -> T {
-        look(&self.lock())
+    /// What is counted of it.
+    pub fn counts(&self) -> SubsystemCounts {
+        self.lock().counts.clone()
     }
 
     /// Closes its breaker. Whether it was open.
@@ -215,24 +220,24 @@ impl Remembered {
     /// anyway.
     pub(super) fn publish(&mut self, mut part: LastPart, output: Option<Output>, memory: &Memory) {
         let SubsystemReport { state, attempts, started, ended, .. } = &*part.report;
-        let Outcomes { succeeded, failed, timed_out, skipped, circuit_open, cancelled } = &mut self.outcomes;
+        let counts = &mut self.counts;
         let (counter, is_up) = match state {
-            SubsystemState::Succeeded => (succeeded, Some(true)),
-            SubsystemState::Failed(..) => (failed, Some(false)),
-            SubsystemState::TimedOut(_) => (timed_out, Some(false)),
-            SubsystemState::CircuitOpen(_) => (circuit_open, Some(false)),
-            SubsystemState::Skipped(..) => (skipped, None),
-            SubsystemState::Cancelled => (cancelled, None),
+            SubsystemState::Succeeded => (&mut counts.succeeded, Some(true)),
+            SubsystemState::Failed(..) => (&mut counts.failed, Some(false)),
+            SubsystemState::TimedOut(_) => (&mut counts.timed_out, Some(false)),
+            SubsystemState::CircuitOpen(_) => (&mut counts.circuit_open, Some(false)),
+            SubsystemState::Skipped(..) => (&mut counts.skipped, None),
+            SubsystemState::Cancelled => (&mut counts.cancelled, None),
         };
         *counter += 1;
-        self.is_up = is_up.or(self.is_up);
-        self.attempts += u64::from(*attempts);
-        self.retries += u64::from(attempts.saturating_sub(1));
+        counts.is_up = is_up.or(counts.is_up);
+        counts.attempts += u64::from(*attempts);
+        counts.retries += u64::from(attempts.saturating_sub(1));
         if let Some(started) = started.filter(|_| *state != SubsystemState::Cancelled) {
-            self.durations.observe(ended.saturating_sub(started));
+            counts.durations.observe(ended.saturating_sub(started));
         }
         if output.is_some() {
-            (self.latest, self.output_at) = (output, Some(part.finished_at));
+            (self.latest, counts.output_at) = (output, Some(part.finished_at));
         }
         // The one before gives way to it.
         self.last = None;

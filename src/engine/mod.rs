@@ -16,8 +16,8 @@ mod tests;
 mod trace;
 
 pub use breaker::{Breaker, BreakerState};
-pub use cycle::{Cycle, Engine, Observer, Ran};
-pub use member::{LastPart, Member, Outcomes, Part, Remembered, Standing};
+pub use cycle::{CycleRun, Engine, Observer, Ran};
+pub use member::{LastPart, Member, Part, Standing, SubsystemCounts};
 pub use order::{Order, Undo};
 pub use plan::{Plan, PlannedSubsystem, Ring, Schedule};
 pub use slots::{InputRoom, Slots};

@@ -47,14 +47,14 @@ pub(super) struct Step {
     /// The nodes that wait for this one.
     pub(super) releases: Vec<usize>,
     /// Where those of `requires` are.
-    pub(super) requires: Vec<Place>,
+    pub(super) requires: Vec<Named>,
     /// Its inputs, and where those are that make them.
-    pub(super) inputs: Vec<(Name, Place)>,
+    pub(super) inputs: Vec<(Name, Named)>,
 }
 
 /// Where a subsystem is that a registration names.
 #[derive(Clone, Debug)]
-pub(super) enum Place {
+pub(super) enum Named {
     /// At this position of the plan.
     Step(usize),
     /// It is registered, but is not in the plan.
@@ -211,7 +211,7 @@ impl Plan {
             .zip(releases)
             .map(|(&i, releases)| {
                 let subsystem = &members[i].subsystem;
-                let at = |name: &Name| positions.get(name).copied().map_or(Place::Nowhere, Place::Step);
+                let at = |name: &Name| positions.get(name).copied().map_or(Named::Nowhere, Named::Step);
                 Step {
                     waits_for: waits_for[i].iter().map(|&j| position_of[j]).collect(),
                     releases,
@@ -279,9 +279,9 @@ impl Plan {
         let mut left_out = None;
         for (name, required) in step.member.subsystem.requires.iter().zip(&step.requires) {
             let fate = match required {
-                Place::Step(position) => fate(*position),
-                Place::LeftOut(_) => Fate::LeftOut,
-                Place::Nowhere => return Some((SkipReason::RequirementMissing, name)),
+                Named::Step(position) => fate(*position),
+                Named::LeftOut(_) => Fate::LeftOut,
+                Named::Nowhere => return Some((SkipReason::RequirementMissing, name)),
             };
             match fate {
                 Fate::Failed => return Some((SkipReason::RequirementFailed, name)),

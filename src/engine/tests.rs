@@ -14,7 +14,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Cycle, Engine, InputRoom, Member, Observer, Plan, Ran, Slots, Standing, Trace};
+use super::{CycleRun, Engine, InputRoom, Member, Observer, Plan, Ran, Slots, Standing, Trace};
 use crate::{
     memory::Memory,
     model::{
@@ -180,10 +180,10 @@ impl Stage {
         Self { fleet, engine, plan }
     }
 
-    fn cycle(&self, cycle_id: u64, subset: &str, deadline: u64) -> Cycle {
+    fn cycle(&self, cycle_id: u64, subset: &str, deadline: u64) -> CycleRun {
         let subset = subset.split(' ').map(|name| Name::parse(name).unwrap()).collect::<Vec<_>>();
         let plan = self.plan.of_cycle(Some(&subset));
-        Cycle {
+        CycleRun {
             cycle_id: CycleId(cycle_id),
             request: Arc::new(CycleRequest {
                 trigger: Trigger::Manual,
@@ -368,7 +368,7 @@ async fn nothing_that_a_run_makes_shows_before_it_is_published() {
     let stage = Stage::new(10, &["a", "own after a", "other reads a"]);
     let standing = stage.standing("a");
     let seen = || {
-        let outcomes = standing.look(|seen| (seen.outcomes.succeeded, seen.output_at.is_some()));
+        let outcomes = (standing.counts().succeeded, standing.counts().output_at.is_some());
         (standing.latest().map(|output| output.cycle_id.0), standing.last().map(|last| last.cycle_id.0), outcomes)
     };
     let first = stage.run(1, "a own").await;
@@ -440,7 +440,8 @@ async fn a_retryable_failure_is_tried_again_up_to_the_limit_and_another_one_is_n
     assert_eq!(of("fails"), (Some(Code::Unavailable), 3));
     assert_eq!(of("refuses"), (Some(Code::PermissionDenied), 1));
     stage.engine.publish(ran.parts);
-    assert_eq!(stage.standing("recovers").look(|seen| (seen.attempts, seen.retries)), (3, 2));
+    let counts = stage.standing("recovers").counts();
+    assert_eq!((counts.attempts, counts.retries), (3, 2));
 }
 
 #[tokio::test(start_paused = true)]

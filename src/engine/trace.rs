@@ -7,7 +7,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::Cycle;
+use super::CycleRun;
 use crate::{
     model::{Code, FinishedCycle, Method, Span, SpanContext, Subsystem, TraceId, Work},
     ports::{CallError, Spans},
@@ -103,7 +103,7 @@ impl Collected {
 /// Where the calls of one subsystem in one cycle get their spans.
 #[derive(Clone, Copy)]
 pub(super) struct CallSpans<'a> {
-    pub(super) cycle: &'a Cycle,
+    pub(super) cycle: &'a CycleRun,
     /// When the cycle began to run.
     pub(super) start: Instant,
     pub(super) subsystem: &'a Arc<Subsystem>,

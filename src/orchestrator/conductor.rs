@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    engine::{Cycle, Engine, Part, Plan, Ran, Trace},
+    engine::{CycleRun, Engine, Part, Plan, Ran, Trace},
     model::{CycleState, FinishedCycle, Revision, TraceId},
     ports::{Durability, Record, StoreError, Write},
     record::{self, Encoded},
@@ -86,7 +86,7 @@ impl Shared {
             return self.record_unbegun(admitted, trace).await;
         };
         let plan = self.plan_of(admitted.request.subset.clone()).await;
-        let cycle = Cycle {
+        let cycle = CycleRun {
             cycle_id: admitted.cycle_id,
             request: admitted.request.clone(),
             started_at: begun.at,

@@ -105,7 +105,7 @@ impl Shared {
         let stopped = move |state: &State| Some(state.loops.get(&stopping)?.clone().stopped(clock.now()));
         let (still_stopped, stopping) = (stopped.clone(), name.clone());
         let build = move |state: &State| {
-            let stored = stopped(state).filter(|entry| entry.is_declared()).map(|entry| entry.to_stored());
+            let stored = stopped(state).filter(LoopEntry::is_declared).map(|entry| entry.to_stored());
             Write { loops: BTreeMap::from([(stopping.clone(), stored)]), ..Write::default() }
         };
         let put = move |state: &mut State| {

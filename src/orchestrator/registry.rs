@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{Orchestrator, Refusal};
 use crate::{
-    engine::{Member, Plan, Ring, Standing},
+    engine::{Member, Plan, Ring, Standing, SubsystemCounts},
     memory::Memory,
     model::{Endpoint, Name, Subsystem},
     ports::{Left, StoredSubsystem},
@@ -80,6 +80,11 @@ impl Registered {
     /// Its name.
     pub(super) fn name(&self) -> &Name {
         &self.member.subsystem.name
+    }
+
+    /// What is counted of it.
+    pub fn counts(&self) -> SubsystemCounts {
+        self.member.standing.counts()
     }
 
     /// True where the configuration file declares it.

@@ -24,7 +24,7 @@ pub use self::definitions::{ALL, Definition, Kind};
 use super::otlp::Exporter;
 use crate::{
     api::Calls,
-    engine::{BreakerState, Outcomes},
+    engine::{BreakerState, SubsystemCounts},
     listen::Connections,
     memory::{Memory, Shares},
     model::{CycleState, Histogram, Name},
@@ -268,12 +268,11 @@ type OfSubsystem = fn(&Orchestrator, &Registered) -> Vec<Metric>;
 
 const BY_SUBSYSTEM: [(Definition, OfSubsystem); 11] = [
     (SUBSYSTEM_UP, |_, it| {
-        let is_up = it.member.standing.look(|seen| seen.is_up);
+        let is_up = it.counts().is_up;
         is_up.map(|is_up| SUBSYSTEM_UP.value(&[name(it)], truth(is_up))).into_iter().collect()
     }),
     (SUBSYSTEM_OUTCOMES, |_, it| {
-        let Outcomes { succeeded, failed, timed_out, skipped, circuit_open, cancelled } =
-            it.member.standing.look(|seen| seen.outcomes);
+        let SubsystemCounts { succeeded, failed, timed_out, skipped, circuit_open, cancelled, .. } = it.counts();
         [
             ("succeeded", succeeded),
             ("failed", failed),
@@ -286,15 +285,15 @@ const BY_SUBSYSTEM: [(Definition, OfSubsystem); 11] = [
         .into()
     }),
     (SUBSYSTEM_DURATION, |_, it| {
-        let durations = it.member.standing.look(|seen| seen.durations.clone());
+        let durations = it.counts().durations;
         vec![SUBSYSTEM_DURATION.durations(&[name(it)], &durations)]
     }),
     (SUBSYSTEM_ATTEMPTS, |_, it| {
-        let attempts = it.member.standing.look(|seen| seen.attempts);
+        let attempts = it.counts().attempts;
         vec![SUBSYSTEM_ATTEMPTS.value(&[name(it)], number(attempts))]
     }),
     (SUBSYSTEM_RETRIES, |_, it| {
-        let retries = it.member.standing.look(|seen| seen.retries);
+        let retries = it.counts().retries;
         vec![SUBSYSTEM_RETRIES.value(&[name(it)], number(retries))]
     }),
     (SUBSYSTEM_BREAKER_STATE, |_, it| {
@@ -309,7 +308,7 @@ const BY_SUBSYSTEM: [(Definition, OfSubsystem); 11] = [
     }),
     (SUBSYSTEM_SUSPENDED, |_, it| vec![SUBSYSTEM_SUSPENDED.value(&[name(it)], truth(it.member.suspended))]),
     (SUBSYSTEM_OUTPUT_TIME, |_, it| {
-        let at = it.member.standing.look(|seen| seen.output_at);
+        let at = it.counts().output_at;
         at.map(|at| SUBSYSTEM_OUTPUT_TIME.value(&[name(it)], unix_time(at))).into_iter().collect()
     }),
     (SUBSYSTEM_LEASE_EXPIRY, |orchestrator, it| {

@@ -155,9 +155,9 @@ async fn what_a_cycle_sends_comes_before_its_record_and_goes_on_beside_those_of_
     }
     while recorded.len() < 3 {
         match watcher.next().await.unwrap() {
-            Event::Started(event, up_to) => {
+            Event::Started(cycle, up_to) => {
                 assert_eq!(up_to.0, recorded.len() as u64);
-                started.push(event.cycle.cycle_id);
+                started.push(cycle.cycle_id);
             }
             Event::Progress(event, ..) => {
                 assert!(started.contains(&event.cycle.cycle_id) && !recorded.contains(&event.cycle.cycle_id));
