@@ -1,7 +1,39 @@
 //! A control plane that runs a fleet of remote components ("subsystems") in cycles.
 //!
-//! The feature `service`, which is enabled by default, is the service itself with its command line. Without it, the
-//! crate is the library for subsystems in Rust: see [`subsystem`].
+//! The map of the crate, in reading order. A module uses only modules above it in this list; `tests/layers.rs` says
+//! exactly which. `ARCHITECTURE.md` describes how a request goes through them, and the reasons for the design.
+//!
+//! Foundations:
+//! - [`model`]: subsystems, cycles, schedules: validated types
+//! - [`proto`]: the generated contract, how it is read within limits, and its JSON
+//! - [`memory`]: the limit over all memory whose use peers decide, and its shares
+//! - [`clock`], [`random`], and both as the [`host`] of a process: a simulation replaces them
+//! - [`transport`]: the network of a process, which a simulation replaces as well
+//! - [`parts`]: the tasks that run as long as the service; the end of each is detected
+//! - [`mod@file`]: files that users name: reading them, and detecting changes
+//! - `turn`: limits how much a task reads before other tasks run
+//!
+//! The core:
+//! - [`ports`]: the traits through which it reaches a store, subsystems and a collector of spans
+//! - [`engine`]: orders subsystems, and runs one cycle over them
+//! - [`record`]: the only codec between a finished cycle and its bytes
+//! - [`schedule`]: interval loops, and the disposition of every tick
+//! - [`orchestrator`]: the use cases, behind one handle
+//!
+//! What the core reaches:
+//! - [`store`]: keeps the history, in memory or in SQLite
+//! - [`dial`]: the client side, which calls subsystems
+//!
+//! What reaches the core:
+//! - `listen`: connections, streams and answers of all servers, within limits
+//! - [`subsystem`]: the library for subsystems in Rust. Without the feature `service`, which is enabled by default, the
+//!   crate consists of it and the modules that it uses
+//! - [`api`]: the gRPC service, behind the one gate for callers
+//! - [`config`]: the configuration, from file, environment and flags
+//! - [`telemetry`]: logs, metrics, and the export of spans
+//! - `web`: the admin address, behind the same gate
+//! - [`serve`]: the composition root, which builds everything and shuts down in order
+//! - [`cli`]: the command line, one file for each command
 
 #![cfg_attr(not(test), warn(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 #![cfg_attr(not(feature = "service"), allow(dead_code, unused_imports, reason = "the service uses the rest"))]

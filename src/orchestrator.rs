@@ -40,7 +40,10 @@ use tokio::{
     sync::{Notify, mpsc, watch as newest},
     time::Instant,
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 
 use self::{
     admission::Admitted, figures::Watchers, history::Recent, line::Line, live::Live, registry::Registry,
@@ -57,7 +60,7 @@ use crate::{
 
 pub use self::{
     admission::Ticket,
-    figures::{Counts, Figures},
+    figures::{Counts, Figures, Passes},
     live::{LiveChange, LiveCycle, LiveEvent, RunningCycle, Update},
     refusal::Refusal,
     registration::Change,
@@ -142,18 +145,48 @@ struct State {
     counts: Counts,
 }
 
+/// How a change that a caller asks for stands to the end of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ChangeKind {
+    /// It is begun for the time to come, and refused while the process drains.
+    Begins,
+    /// It ends, renews or finds what is there, and is made as long as the process lives.
+    Settles,
+}
+
+/// A change that was admitted. The last write of the process waits until this is dropped.
+struct Admission {
+    _token: TaskTrackerToken,
+}
+
 impl Orchestrator {
-    /// Makes a durable change to its end, also when whoever asks for it goes away: what is dropped half-way would be
+    /// The one way of all changes that callers ask for.
+    ///
+    /// # Errors
+    /// The process drains.
+    fn admit(&self, kind: ChangeKind) -> Result<Admission, Refusal> {
+        // Before it is looked at: what passes is waited for.
+        let admission = Admission { _token: self.0.changes.token() };
+        if kind == ChangeKind::Begins && self.0.state().draining {
+            return Err(Refusal::Draining);
+        }
+        Ok(admission)
+    }
+
+    /// Admits a change and makes it to its end, also when whoever asks for it goes away: what is dropped half-way would be
     /// committed, and not be in memory.
     async fn change<T, F>(&self, change: impl FnOnce(Arc<Shared>) -> F) -> Result<T, Refusal>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, Refusal>> + Send + 'static,
     {
-        if self.0.state().draining {
-            return Err(Refusal::Draining);
-        }
-        match self.0.changes.spawn(change(self.0.clone())).await {
+        let admission = self.admit(ChangeKind::Begins)?;
+        let change = change(self.0.clone());
+        let changed = tokio::spawn(async move {
+            let _admission = admission;
+            change.await
+        });
+        match changed.await {
             Ok(changed) => changed,
             Err(ended) => match ended.try_into_panic() {
                 Ok(panic) => resume_unwind(panic),

@@ -1,35 +1,40 @@
-//! The parts of the running service: named tasks that are owned together, and whose end is detected.
+//! The parts of the running service: tasks with a name and a purpose, which are owned together, and whose end is detected.
 
 use std::{any::Any, collections::HashMap, fmt::Display, future::pending};
 
 use tokio::task::{Id, JoinError, JoinSet};
 
+/// A part, for people who read the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Such as "the gRPC server".
+    pub name: &'static str,
+    /// What is not done without it, such as "answers callers".
+    pub purpose: &'static str,
+}
+
 /// Tasks that run until they are stopped. The end of a task before that would otherwise go unnoticed.
 #[derive(Debug, Default)]
 pub struct Parts {
     tasks: JoinSet<Result<(), String>>,
-    names: HashMap<Id, &'static str>,
+    parts: HashMap<Id, Part>,
 }
 
 /// A part has ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{part} has ended: {why}")]
+#[error("{name}, which {purpose}, has ended: {why}", name = .part.name, purpose = .part.purpose)]
 pub struct Ended {
-    /// Its name, such as "the gRPC server".
-    pub part: &'static str,
+    /// The task that has ended.
+    pub part: Part,
     /// The reason: its error, or the message of its panic.
     pub why: String,
 }
 
 impl Parts {
-    /// Starts a part. Its name is for people, such as "the gRPC server".
-    pub fn start<E: Display>(
-        &mut self,
-        name: &'static str,
-        part: impl Future<Output = Result<(), E>> + Send + 'static,
-    ) {
-        let task = self.tasks.spawn(async move { part.await.map_err(|error| error.to_string()) });
-        self.names.insert(task.id(), name);
+    /// Starts a part.
+    pub fn start<E: Display>(&mut self, part: Part, task: impl Future<Output = Result<(), E>> + Send + 'static) {
+        let task = self.tasks.spawn(async move { task.await.map_err(|error| error.to_string()) });
+        self.parts.insert(task.id(), part);
     }
 
     /// Waits until one of them ends; forever if there are no parts. Cancel safe.
@@ -42,7 +47,9 @@ impl Parts {
     }
 
     fn ended(&mut self, id: Id, why: String) -> Ended {
-        Ended { part: self.names.remove(&id).unwrap_or("a part"), why }
+        /// Each task is started as a part.
+        const UNKNOWN: Part = Part { name: "a part", purpose: "is not known" };
+        Ended { part: self.parts.remove(&id).unwrap_or(UNKNOWN), why }
     }
 
     /// Waits until all of them have ended, after they were stopped. Failures are logged.
@@ -54,7 +61,7 @@ impl Parts {
                 Err(error) => (error.id(), why(error)),
             };
             let ended = self.ended(id, why);
-            tracing::error!(part = ended.part, why = ended.why, "a part failed while it ended");
+            ended.log("a part failed while it ended");
         }
     }
 
@@ -66,8 +73,14 @@ impl Parts {
 
 impl Ended {
     /// The end of a task that was joined.
-    pub fn of(part: &'static str, error: JoinError) -> Self {
+    pub fn of(part: Part, error: JoinError) -> Self {
         Self { part, why: why(error) }
+    }
+
+    /// Logs it as an error, with what follows from it as the message.
+    pub fn log(&self, message: &str) {
+        let Self { part: Part { name, purpose }, why } = self;
+        tracing::error!(part = name, purpose, why, "{message}");
     }
 }
 
@@ -90,6 +103,9 @@ mod tests {
 
     use super::*;
 
+    const GRPC: Part = Part { name: "the gRPC server", purpose: "answers calls" };
+    const ADMIN: Part = Part { name: "the admin server", purpose: "serves the dashboard" };
+
     fn lasting() -> impl Future<Output = Result<(), Infallible>> {
         pending()
     }
@@ -104,22 +120,25 @@ mod tests {
         };
         for (expected, end) in [("it returned", 0), ("no port", 1), ("it panicked: out of luck", 2)] {
             let mut parts = Parts::default();
-            parts.start("the gRPC server", lasting());
+            parts.start(GRPC, lasting());
             match end {
-                0 => parts.start("the admin server", ready(Ok::<_, Infallible>(()))),
-                1 => parts.start("the admin server", ready(Err("no port"))),
-                _ => parts.start("the admin server", fails()),
+                0 => parts.start(ADMIN, ready(Ok::<_, Infallible>(()))),
+                1 => parts.start(ADMIN, ready(Err("no port"))),
+                _ => parts.start(ADMIN, fails()),
             }
             let ended = parts.next_ended().await;
-            assert_eq!(ended, Ended { part: "the admin server", why: expected.to_owned() });
-            assert_eq!(ended.to_string(), format!("the admin server has ended: {expected}"));
+            assert_eq!(ended, Ended { part: ADMIN, why: expected.to_owned() });
+            assert_eq!(
+                ended.to_string(),
+                format!("the admin server, which serves the dashboard, has ended: {expected}")
+            );
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn parts_that_go_on_are_waited_for() {
         let mut parts = Parts::default();
-        parts.start("the gRPC server", lasting());
+        parts.start(GRPC, lasting());
         let patience = std::time::Duration::from_hours(1);
         assert!(tokio::time::timeout(patience, parts.next_ended()).await.is_err());
         assert!(tokio::time::timeout(patience, Parts::default().next_ended()).await.is_err());

@@ -27,7 +27,7 @@ use crate::{
     listen::{self, Connections, Limits},
     memory::{self, Shares},
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Stopped, Tasks},
-    parts::{Ended, Parts},
+    parts::{Ended, Part, Parts},
     ports::{Spans, StoreError, Untraced},
     record,
     store::{self, OpenError},
@@ -41,6 +41,10 @@ use crate::{
 
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
 const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
+
+const GRPC_SERVER: Part = Part { name: "the gRPC server", purpose: "answers callers" };
+const ADMIN_SERVER: Part = Part { name: "the admin server", purpose: "serves the dashboard and the metrics" };
+const EXPORTER: Part = Part { name: "the exporter of spans", purpose: "sends traces of cycles to the collector" };
 
 /// Why the service did not start.
 #[derive(Debug, thiserror::Error)]
@@ -149,7 +153,7 @@ impl Service {
             let (made, sender) =
                 otlp::exporter(endpoint, config.tracing.sample_ratio, host.random.clone(), &config.orchestrator_id)?;
             let made = Arc::new(made);
-            exporting.start("the exporter of spans", told(sender.run(stop_exporting.clone())));
+            exporting.start(EXPORTER, told(sender.run(stop_exporting.clone())));
             (exporter, spans) = (Some(made.clone()), made);
         }
         let services = listen::reflection(SERVICE)?;
@@ -168,7 +172,7 @@ impl Service {
         let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
         let mut servers = Parts::default();
         let served = server.serve(listener, connections.clone(), stop_server.clone(), cut_off.clone());
-        servers.start("the gRPC server", told(served));
+        servers.start(GRPC_SERVER, told(served));
         tracing::info!(%address, "listening");
         let admin_address = admin.as_ref().map(|(_, address)| *address);
         if let Some((listener, address)) = admin {
@@ -178,7 +182,7 @@ impl Service {
             let metrics = Metrics::default().and_of(api.calls(), exporter.clone(), in_front, memory.clone());
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
             let web = Web { api, metrics: metrics.into(), memory: memory.admin, beyond_loopback };
-            servers.start("the admin server", told(web.serve(listener, admin, stop, cut_off)));
+            servers.start(ADMIN_SERVER, told(web.serve(listener, admin, stop, cut_off)));
             tracing::info!(%address, "dashboard");
         }
         Ok(Self {
@@ -238,7 +242,7 @@ impl Service {
         select! {
             biased;
             finished = self.tasks.finished() => match finished {
-                Err(Stopped::Helper(ended)) => End::Part(ended),
+                Err(Stopped::Other(ended)) => End::Part(ended),
                 finished => End::Orchestrator(finished),
             },
             ended = self.servers.next_ended() => End::Part(ended),
@@ -250,11 +254,7 @@ impl Service {
         let missing = match end {
             End::Orchestrator(finished) => return self.ended(finished).await,
             End::Part(ended) => {
-                tracing::error!(
-                    part = ended.part,
-                    why = ended.why,
-                    "a part of the service has ended: stopping the rest"
-                );
+                ended.log("a part of the service has ended: stopping the rest");
                 true
             }
             End::Asked => false,
@@ -328,8 +328,8 @@ impl Service {
                 tracing::error!(%error, "the last state was not written");
                 Exit::Failed
             }
-            Err(Stopped::Conductor(Ended { part, why }) | Stopped::Helper(Ended { part, why })) => {
-                tracing::error!(part, why, "a part of the service has ended: stopped");
+            Err(Stopped::Conductor(ended) | Stopped::Other(ended)) => {
+                ended.log("a part of the service has ended: stopped");
                 Exit::Failed
             }
         }

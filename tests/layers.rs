@@ -399,6 +399,23 @@ fn a_subsystem_in_rust_compiles_no_database_no_web_server_no_terminal_and_no_c()
 }
 
 #[test]
+fn the_map_in_lib_rs_names_every_module_below_those_that_it_uses() {
+    let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
+    let entries =
+        lib.lines().filter_map(|line| line.strip_prefix("//! - ")).map(|line| line.split(": ").next().unwrap());
+    let names = entries.flat_map(|names| names.split('`').skip(1).step_by(2));
+    let map: Vec<_> = names.map(|name| name.trim_start_matches("mod@")).collect();
+    let layers: BTreeSet<_> = MAY_USE.iter().map(|(module, _)| *module).filter(|module| *module != "main").collect();
+    assert!(map.len() == layers.len() && map.iter().copied().collect::<BTreeSet<_>>() == layers, "{map:?}");
+    for (module, used) in MAY_USE.iter().filter(|(module, _)| *module != "main") {
+        let place = |name: &str| map.iter().position(|it| *it == name).unwrap();
+        for used in used.iter().filter(|used| place(used) > place(module)) {
+            panic!("{module} uses {used}, which comes after it in the map");
+        }
+    }
+}
+
+#[test]
 fn every_list_names_what_there_is() {
     let named = MAY_USE.iter().map(|(name, _)| name).chain(MAY_USE.iter().flat_map(|(_, used)| *used));
     for place in named.chain(MAY_DEPEND.iter().flat_map(|(_, places)| *places)) {

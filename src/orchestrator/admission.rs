@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Orchestrator, Refusal, Shared, State,
+    ChangeKind, Orchestrator, Refusal, Shared, State,
     line::{Locks, max_running},
 };
 use crate::{
@@ -225,10 +225,13 @@ impl Orchestrator {
     /// known to the store before this returns, and recorded whatever happens then.
     ///
     /// # Errors
-    /// An unknown subsystem, or what the overlap policy says.
+    /// A subsystem is not registered; the overlap policy does not let the cycle wait, or too many wait; there is no room for the
+    /// request; the store can't be read or written; or the process drains.
     pub async fn run_cycle(&self, request: CycleRequest, durably: bool) -> Result<Ticket, Refusal> {
-        // The last write waits for it.
-        let _change = durably.then(|| self.0.changes.token());
+        // One that was asked for before is found also while the process drains; `State::admit` refuses others.
+        let admission = self.admit(ChangeKind::Settles)?;
+        // Only what is to last is waited for.
+        let _admission = durably.then_some(admission);
         let admitted = match self.0.admit_once(request, durably).await {
             Ok(Asked::Recorded(record)) => return Ok(Ticket::of_record(record)),
             Ok(Asked::Live(admitted)) => admitted,
@@ -248,9 +251,10 @@ impl Orchestrator {
     /// Cancels a cycle that runs or waits, and waits for its record.
     ///
     /// # Errors
-    /// It has finished, or never was.
+    /// It has finished or was never admitted; or, once it is cancelled, as [`Ticket::recorded`].
     pub async fn cancel_cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
         let ticket = {
+            let _admission = self.admit(ChangeKind::Settles)?;
             let mut state = self.0.state();
             match state.cancel(cycle_id) {
                 Some(admitted) => admitted.ticket(),

@@ -11,10 +11,10 @@ use std::{
 
 use jiff::Timestamp;
 
-use super::{Orchestrator, Refusal, State};
+use super::{Orchestrator, State};
 use crate::{
     model::{CycleState, Epoch, Histogram, Name, Revision},
-    ports::{Durability, Record, StoreSize, TriggerKind},
+    ports::{Durability, Record, StoreError, StoreSize, TriggerKind},
     schedule::LoopEntry,
 };
 
@@ -59,6 +59,33 @@ pub struct Counts {
     pub commit_errors: u64,
     /// Records that can't be read, each once.
     pub unreadable_records: u64,
+    /// Looks for records that are not to be kept any more.
+    pub retention: Passes,
+    /// Ends of leases, some at a time.
+    pub leases: Passes,
+}
+
+/// What became of something that a task does again and again.
+#[derive(Clone, Debug, Default)]
+pub struct Passes {
+    /// How often it was done.
+    pub done: u64,
+    /// How often it failed; the log says why.
+    pub failed: u64,
+    /// When it was done last.
+    pub done_at: Option<Timestamp>,
+}
+
+impl Passes {
+    /// It was tried.
+    pub(super) fn tried<T, E>(&mut self, result: &Result<T, E>, now: Timestamp) {
+        if result.is_ok() {
+            self.done += 1;
+            self.done_at = Some(now);
+        } else {
+            self.failed += 1;
+        }
+    }
 }
 
 impl Counts {
@@ -126,8 +153,8 @@ impl Orchestrator {
     ///
     /// # Errors
     /// The store can't be read.
-    pub async fn store_size(&self) -> Result<StoreSize, Refusal> {
-        Ok(self.0.store.size().await?)
+    pub async fn store_size(&self) -> Result<StoreSize, StoreError> {
+        self.0.store.size().await
     }
 }
 

@@ -76,7 +76,7 @@ impl Orchestrator {
     /// The record of a cycle.
     ///
     /// # Errors
-    /// There is none, or not yet; or too much is being read.
+    /// There is none, or not yet; it can't be read; or too much is being read.
     pub async fn cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
         if self.0.state().live.contains_key(&cycle_id) {
             return Err(Refusal::CycleNotFinished(cycle_id));

@@ -17,7 +17,7 @@ impl Orchestrator {
     ///
     /// # Errors
     /// The file declares the name with other settings, or declares it not though only its name is given; there are too many
-    /// loops, or it names too many subsystems; or the store can't be written.
+    /// loops, no memory for it, or it names too many subsystems; the store can't be written; or the process drains.
     pub async fn start_loop(&self, start: LoopStart) -> Result<LoopEntry, Refusal> {
         self.change(|shared| async move { shared.start_loop(start).await }).await
     }
@@ -25,7 +25,7 @@ impl Orchestrator {
     /// Stops a loop. One that the file declares stays listed; others are forgotten.
     ///
     /// # Errors
-    /// There is none of that name, or the store can't be written.
+    /// There is none of that name, the store can't be written, or the process drains.
     pub async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
         let name = name.clone();
         self.change(|shared| async move { shared.stop_loop(&name).await }).await

@@ -10,10 +10,7 @@ use crate::{
 };
 
 impl Orchestrator {
-    /// What a cycle would do now.
-    ///
-    /// # Errors
-    /// None; names that are not registered are in the answer.
+    /// What a cycle would do now. Names that are not registered are in the answer.
     pub async fn plan_cycle(&self, subset: Option<Arc<[Name]>>) -> Schedule {
         let plan = self.0.plan().await;
         let size = plan.members().len();

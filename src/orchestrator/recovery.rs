@@ -19,7 +19,6 @@ use super::{
     line::Line,
     live::Live,
     registry::{Lease, Origin, Registered, Registry},
-    tasks::lasting,
     writing,
 };
 use crate::{
@@ -212,10 +211,8 @@ impl Orchestrator {
             store_has_ended: CancellationToken::new(),
             closed: CancellationToken::new(),
         });
-        let mut helpers = shared.start_helpers();
-        helpers.start("the writer", lasting(shared.clone().write_changes(asked)));
-        let conductor = tokio::spawn(shared.clone().conduct());
-        Ok((Self(shared), Tasks { conductor, helpers }))
+        let tasks = Tasks::start(&shared, asked);
+        Ok((Self(shared), tasks))
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::{
-    Orchestrator, Refusal, Shared, State,
+    ChangeKind, Orchestrator, Refusal, Shared, State,
     aside::aside,
     registry::{Lease, Origin, Registered},
 };
@@ -34,7 +34,8 @@ impl Orchestrator {
     /// Registers a subsystem, or replaces its registration. Returns it, and what that has changed.
     ///
     /// # Errors
-    /// The order would have a ring, the file declares the name, the registry is full, or the store can't be written.
+    /// The order would have a ring, the file declares the name, the registry is full, the store can't be written, or the process
+    /// drains.
     pub async fn register(
         &self,
         subsystem: Subsystem,
@@ -49,7 +50,7 @@ impl Orchestrator {
     /// for each, in their order.
     ///
     /// # Errors
-    /// One can't be registered.
+    /// One can't be registered, for one of the reasons of [`Orchestrator::register`].
     pub async fn register_all(
         &self,
         subsystems: Vec<Subsystem>,
@@ -61,7 +62,7 @@ impl Orchestrator {
     /// Removes a subsystem and its latest output.
     ///
     /// # Errors
-    /// It is not registered, the file declares it, or the store can't be written.
+    /// It is not registered, the file declares it, the store can't be written, or the process drains.
     pub async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
         let name = name.clone();
         self.change(|shared| async move { shared.unregister(&name).await }).await
@@ -70,7 +71,7 @@ impl Orchestrator {
     /// Takes a subsystem out of cycles, or puts it back and closes its breaker.
     ///
     /// # Errors
-    /// It is not registered, or the store can't be written.
+    /// It is not registered, the store can't be written, or the process drains.
     pub async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
         let name = name.clone();
         self.change(|shared| async move { shared.suspend(&name, suspended).await }).await
@@ -81,6 +82,7 @@ impl Orchestrator {
     /// # Errors
     /// It is not registered, or has no lease.
     pub fn renew_lease(&self, name: &Name) -> Result<Timestamp, Refusal> {
+        let _admission = self.admit(ChangeKind::Settles)?;
         let lease = self.0.state().registry.renew(name)?;
         Ok(self.lease_ends_at(&lease))
     }
@@ -262,7 +264,9 @@ impl Shared {
                 () = self.leases_changed.notified() => continue,
                 () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             }
-            if let Err(error) = self.forget_expired().await {
+            let forgotten = self.forget_expired().await;
+            self.state().counts.leases.tried(&forgotten, self.clock.now());
+            if let Err(error) = forgotten {
                 tracing::error!(%error, "can't unregister those whose lease was not renewed; trying again");
                 sleep(RETRY).await;
             }

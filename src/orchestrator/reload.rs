@@ -55,7 +55,8 @@ impl Orchestrator {
     /// Puts other settings and declarations in the place of the present ones.
     ///
     /// # Errors
-    /// The order would have a ring, or the store can't be written; then nothing has changed.
+    /// The order would have a ring, there is no memory for what is declared, the store can't be written, or the process drains;
+    /// then nothing has changed.
     pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         self.change(|shared| async move { shared.reload(settings, declared).await }).await
     }

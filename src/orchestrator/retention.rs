@@ -28,7 +28,9 @@ impl Shared {
         let mut doubt = Doubt::new(last.unwrap_or_else(|| self.clock.now()));
         let mut is_told = false;
         loop {
-            match self.look(&mut doubt).await {
+            let looked = self.look(&mut doubt).await;
+            self.state().counts.retention.tried(&looked, self.clock.now());
+            match looked {
                 Ok(removed_for_age) => {
                     let is_full = removed_for_age == BATCH;
                     if is_full && !is_told {

@@ -1,19 +1,31 @@
-//! The tasks of an orchestrator, and their end: each has a name, and the end of one is noticed.
+//! The tasks of an orchestrator, from their start to their end. Each has a name and a purpose, and none ends unnoticed: without
+//! it, loops or leases would stand still, and nobody would know.
 
 use std::{convert::Infallible, sync::Arc};
 
-use tokio::{select, task::JoinHandle};
+use tokio::{select, sync::mpsc, task::JoinHandle};
 
-use super::{Orchestrator, Shared};
+use super::{Orchestrator, Shared, writing::ToWrite};
 use crate::{
-    parts::{Ended, Parts},
+    parts::{Ended, Part, Parts},
     ports::StoreError,
 };
 
+const CONDUCTOR: Part =
+    Part { name: "the conductor of cycles", purpose: "runs cycles when it is their turn and has them recorded" };
+const WRITER: Part = Part { name: "the writer", purpose: "commits whatever is to last" };
+const LOOPS: Part = Part { name: "the timer of loops", purpose: "starts the cycles of loops when their ticks are due" };
+const LEASES: Part =
+    Part { name: "the timer of leases", purpose: "unregisters subsystems whose lease was not renewed" };
+const RETENTION: Part =
+    Part { name: "the retention of the history", purpose: "removes records that are too old or too many" };
+const PROGRESS: Part = Part { name: "the live progress", purpose: "sends watchers what happens in running cycles" };
+
 /// The tasks of an [`Orchestrator`].
 pub struct Tasks {
-    pub(super) conductor: JoinHandle<Result<(), StoreError>>,
-    pub(super) helpers: Parts,
+    conductor: JoinHandle<Result<(), StoreError>>,
+    /// All others. What they do ends with the last write.
+    others: Parts,
 }
 
 /// Why an [`Orchestrator`] has ended before its last write was done.
@@ -22,13 +34,12 @@ pub enum Stopped {
     /// A later epoch has taken over the store, or the last write failed.
     #[error(transparent)]
     Store(StoreError),
-    /// What runs the cycles has ended by a defect.
+    /// The conductor of cycles has ended by a defect.
     #[error(transparent)]
     Conductor(Ended),
-    /// A task beside it has ended by a defect: without it, loops or leases would stand still and nobody would know.
-    /// Cycles still run, unless it is the writer, and [`Orchestrator::drain`] ends them.
+    /// Another task has ended by a defect. Cycles still run, unless it is the writer, and [`Orchestrator::drain`] ends them.
     #[error(transparent)]
-    Helper(Ended),
+    Other(Ended),
 }
 
 impl Orchestrator {
@@ -56,7 +67,7 @@ impl Orchestrator {
 
 impl Tasks {
     /// Waits until the last write is done, after [`Orchestrator::drain`], or until this process may no longer write, or
-    /// a task has ended by a defect. May be called again after [`Stopped::Helper`] only.
+    /// a task has ended by a defect. May be called again after [`Stopped::Other`] only.
     ///
     /// # Errors
     /// Why it has ended before the last write.
@@ -65,30 +76,31 @@ impl Tasks {
             biased;
             finished = &mut self.conductor => match finished {
                 Ok(finished) => finished.map_err(Stopped::Store),
-                Err(panicked) => Err(Stopped::Conductor(Ended::of("the conductor of cycles", panicked))),
+                Err(panicked) => Err(Stopped::Conductor(Ended::of(CONDUCTOR, panicked))),
             },
-            ended = self.helpers.next_ended() => return Err(Stopped::Helper(ended)),
+            ended = self.others.next_ended() => return Err(Stopped::Other(ended)),
         };
         // They hold nothing that would have to be written.
-        self.helpers.abort();
+        self.others.abort();
         finished
     }
 }
 
-/// A task that runs for ever, as a part: its end says nothing.
-pub(super) async fn lasting(task: impl Future<Output = ()>) -> Result<(), Infallible> {
-    task.await;
-    Ok(())
+impl Tasks {
+    /// Starts all of them. But for the conductor, each sleeps until there is something to do, for ever.
+    pub(super) fn start(shared: &Arc<Shared>, asked: mpsc::Receiver<Box<dyn ToWrite>>) -> Self {
+        let mut others = Parts::default();
+        others.start(WRITER, lasting(shared.clone().write_changes(asked)));
+        others.start(LOOPS, lasting(shared.clone().fire_ticks()));
+        others.start(LEASES, lasting(shared.clone().expire_leases()));
+        others.start(RETENTION, lasting(shared.clone().prune()));
+        others.start(PROGRESS, lasting(shared.clone().send_progress()));
+        Self { conductor: tokio::spawn(shared.clone().conduct()), others }
+    }
 }
 
-impl Shared {
-    /// Takes ticks, leases, progress and retention in hand, each as a task that sleeps until there is something to do.
-    pub(super) fn start_helpers(self: &Arc<Self>) -> Parts {
-        let mut helpers = Parts::default();
-        helpers.start("the timer of loops", lasting(self.clone().fire_ticks()));
-        helpers.start("the timer of leases", lasting(self.clone().expire_leases()));
-        helpers.start("the retention of the history", lasting(self.clone().prune()));
-        helpers.start("the live progress", lasting(self.clone().send_progress()));
-        helpers
-    }
+/// A task whose end says nothing.
+async fn lasting(task: impl Future<Output = ()>) -> Result<(), Infallible> {
+    task.await;
+    Ok(())
 }

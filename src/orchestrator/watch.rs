@@ -56,7 +56,7 @@ impl Orchestrator {
     /// Follows the record.
     ///
     /// # Errors
-    /// Too many watch already, or the records wanted are not all there.
+    /// Too many watch already, the records wanted are not all there, or there is no room for the filter.
     pub fn watch(&self, from: From, filter: WatchFilter, progress: bool) -> Result<Watcher, Refusal> {
         Watcher::new(self.0.clone(), from, filter, progress)
     }

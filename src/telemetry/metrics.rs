@@ -28,7 +28,7 @@ use crate::{
     listen::Connections,
     memory::{Memory, Shares},
     model::{CycleState, Histogram, Name},
-    orchestrator::{Figures, Orchestrator, Registered},
+    orchestrator::{Counts, Figures, Orchestrator, Registered},
     ports::{Durability, TriggerKind},
 };
 
@@ -156,6 +156,7 @@ impl Metrics {
         let spans = self.exporter.as_ref().map(|exporter| exporter.exported()).unwrap_or_default();
         let calls = self.calls.iter().flat_map(|calls| calls.iter());
         let calls = calls.map(|(way, rpc, code, calls)| CALLS.value(&[way, rpc, code.name()], number(calls)));
+        families.extend(of_tasks(&figures.counts));
         families.extend([
             CALLS.family(calls.collect()),
             SPANS.family(
@@ -237,6 +238,17 @@ fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
         CYCLES_QUEUED.single(count(figures.queued)),
         CYCLES_RUNNING.single(count(figures.running)),
     ]
+}
+
+fn of_tasks(counts: &Counts) -> [MetricFamily; 2] {
+    let tasks = [("retention", &counts.retention), ("leases", &counts.leases)];
+    let runs = tasks.iter().flat_map(|(task, passes)| {
+        [("ok", passes.done), ("failed", passes.failed)]
+            .map(|(result, runs)| TASK_RUNS.value(&[task, result], number(runs)))
+    });
+    let done_at = tasks.iter().filter_map(|(task, passes)| Some((task, passes.done_at?)));
+    let done_at = done_at.map(|(task, at)| TASK_LAST_SUCCESS.value(&[task], unix_time(at)));
+    [TASK_RUNS.family(runs.collect()), TASK_LAST_SUCCESS.family(done_at.collect())]
 }
 
 fn of_loops(figures: &Figures) -> Vec<MetricFamily> {

@@ -27,17 +27,21 @@ use tokio_stream::wrappers::WatchStream;
 pub(crate) type Commit =
     dyn Fn(Arc<dyn Store>, Arc<Write>) -> BoxFuture<'static, Result<(), StoreError>> + Send + Sync + 'static;
 
+/// What comes before old records are removed.
+pub(crate) type Prune = dyn Fn() -> Result<(), StoreError> + Send + Sync + 'static;
+
 /// A store whose commits go the way of a test, and all else the usual way.
 pub(crate) struct Around {
     pub(crate) inner: Arc<dyn Store>,
     pub(crate) commit: Box<Commit>,
+    pub(crate) prune: Box<Prune>,
     /// What the store reports beside it.
     pub(crate) trouble: watch::Sender<Option<StoreError>>,
 }
 
 /// A store whose commits go this way, and that reports no trouble.
 pub(crate) fn around(inner: Arc<dyn Store>, commit: Box<Commit>) -> Arc<dyn Store> {
-    Arc::new(Around { inner, commit, trouble: watch::Sender::new(None) })
+    Arc::new(Around { inner, commit, prune: Box::new(|| Ok(())), trouble: watch::Sender::new(None) })
 }
 
 impl Store for Around {
@@ -75,7 +79,10 @@ impl Store for Around {
     }
 
     fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
-        self.inner.prune(retention, now, limit)
+        match (self.prune)() {
+            Ok(()) => self.inner.prune(retention, now, limit),
+            Err(error) => Box::pin(async { Err(error) }),
+        }
     }
 
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
@@ -94,6 +101,10 @@ pub(crate) struct Heard {
 /// Subsystems that answer after a second, and note what they were called for.
 #[derive(Default)]
 pub(crate) struct Fleet {
+    /// A defect: calling one panics.
+    pub(crate) call_panics: bool,
+    /// A defect: forgetting one panics.
+    pub(crate) forget_panics: bool,
     pub(crate) heard: Mutex<Vec<Heard>>,
 }
 
@@ -103,6 +114,7 @@ impl Subsystems for Fleet {
     }
 
     fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
+        assert!(!self.call_panics, "a defect");
         let heard = Heard { name: to.name.to_string(), cycle_id: call.cycle_id, epoch: call.epoch };
         self.heard.lock().unwrap().push(heard);
         Box::pin(async {
@@ -115,7 +127,9 @@ impl Subsystems for Fleet {
         Box::pin(async { Err(CallError { code: Code::Unimplemented, message: String::new() }) })
     }
 
-    fn forget(&self, _left: &[Left]) {}
+    fn forget(&self, left: &[Left]) {
+        assert!(!self.forget_panics || left.is_empty(), "a defect");
+    }
 }
 
 pub(crate) fn subsystem(name: &str) -> Subsystem {

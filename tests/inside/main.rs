@@ -6,5 +6,6 @@
 mod crashes;
 mod history;
 mod kit;
+mod tasks;
 mod watching;
 mod writing;

@@ -89,7 +89,8 @@ impl Stage {
             }) as _
         });
         let trouble = watch::Sender::new(None);
-        let around = Arc::new(Around { inner: store.clone(), commit, trouble: trouble.clone() });
+        let around =
+            Arc::new(Around { inner: store.clone(), commit, prune: Box::new(|| Ok(())), trouble: trouble.clone() });
         let settings = Settings { max_queued: 2, ..settings() };
         let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), around).await;
         for name in ["a", "b", "c"] {

@@ -100,6 +100,10 @@ definitions! {
     STORE_RECORDS: Gauge "orchestrator_store_records" []
         "Cycles that are retained in the history.";
 
+    TASK_RUNS: Counter "orchestrator_task_runs_total" ["task", "result"]
+        "What tasks do again and again, by whether it succeeded (ok) or failed: look for records that are not to be kept any more (retention), and unregister subsystems whose lease was not renewed (leases). What failed is tried again; the log says why.";
+    TASK_LAST_SUCCESS: Gauge "orchestrator_task_last_success_timestamp_seconds" ["task"]
+        "When a task succeeded last, as Unix time. Missing before the first time.";
     CALLS: Counter "orchestrator_calls_total" ["server", "rpc", "code"]
         "Calls of RPCs that have ended, and scrapes of the metrics (Metrics), by where they came in and by the code \
          of their answer. Those that their caller ended are CANCELLED. Missing before the first.";
