@@ -821,7 +821,7 @@ async fn while_the_disk_hangs_nothing_is_admitted_and_what_was_being_written_is_
     let mut stage = Stage::at(disk::home()).await;
     stage.register("a", |_| {}).await;
     disk::hangs(&stage.home);
-    let told = reason(&stage.client.run().await.unwrap_err());
+    let told = reason(&patiently("the answer", stage.client.run()).await.unwrap_err());
     assert_eq!((told.code, told.why.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
     assert_eq!(told.metadata["cycle_id"], "1");
     let status = stage.client.status().await.unwrap();
