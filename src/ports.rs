@@ -161,9 +161,9 @@ pub trait Store: Send + Sync + 'static {
     /// [is final](StoreError::is_final).
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// What is the matter while a commit is awaited, from now on: above all that it is late. `None` once that is over. The
-    /// outcome of the commit is not known by it. Where several things follow each other before they are taken, the last one
-    /// is given.
+    /// Reports from now on that a commit is [late](StoreError::Late), while it is awaited, and `None` once it no longer is.
+    /// A report says nothing of the outcome of the commit. Of several reports that come before one is taken, the last one is
+    /// given.
     fn trouble(&self) -> BoxStream<'static, Option<StoreError>>;
 
     /// The record of a cycle, if there is one.
@@ -561,15 +561,14 @@ pub enum StoreError {
         problem: String,
     },
     /// A commit has not returned yet, and is waited for. Only [`Store::trouble`] says so.
-    #[error(
-        "a commit to {store} has not returned within {waited:?}, and is waited for: see whether its disk, or its server, \
-         answers"
-    )]
+    #[error("a commit to {store} has not returned within {waited:?}, and is waited for: {problem}")]
     Late {
         /// Which store.
         store: String,
-        /// How long it was waited for.
+        /// The time for which it was waited.
         waited: Duration,
+        /// The probable cause, and what to do about it.
+        problem: String,
     },
     /// This process, or the store itself, breaks a rule. Nothing will be written any more.
     #[error("the store has failed by a defect: {problem}; restart this process, and report the defect")]

@@ -5,7 +5,7 @@
 //! * What is acknowledged is not lost: durable writes are one transaction in WAL mode with `synchronous=FULL`, which
 //!   returns after the log is on the disk. Buffered writes use `NORMAL`, which hands the log to the operating system:
 //!   the death of the process loses nothing, the loss of power may, and a database that was not closed before the
-//!   machine restarted is opened with [`Contents::may_lack_open`].
+//!   machine restarted is taken over with [`Contents::may_lack_open`].
 //! * One writer: locks on the file `<database>.lock` and on the database itself keep a second process out, by whichever
 //!   path it comes. Where it comes in all the same, the epoch that every transaction checks stops the first process. The
 //!   epoch begins with the first commit, so that a process that does not get that far takes nothing over.
@@ -226,7 +226,8 @@ impl Store for Sqlite {
             if let Ok(committed) = timeout(LATE, &mut commit).await {
                 return committed;
             }
-            self.trouble.send_replace(Some(StoreError::Late { store: self.path.display().to_string(), waited: LATE }));
+            let (store, problem) = (self.path.display().to_string(), "see whether its disk answers".into());
+            self.trouble.send_replace(Some(StoreError::Late { store, waited: LATE, problem }));
             let committed = commit.await;
             self.trouble.send_replace(None);
             committed

@@ -131,6 +131,10 @@ fn full(_: &Write) -> Result<(), StoreError> {
     Err(StoreError::Full { store: "memory:".into(), problem: "as scripted".into() })
 }
 
+fn late() -> StoreError {
+    StoreError::Late { store: "memory:".into(), waited: Duration::from_secs(5), problem: "as scripted".into() }
+}
+
 #[tokio::test(start_paused = true)]
 async fn nothing_is_seen_before_its_commit_has_returned() {
     let stage = Stage::new().await;
@@ -247,7 +251,6 @@ async fn while_a_commit_is_late_nothing_is_admitted_and_it_is_applied_when_it_re
     let ticket = stage.run("a").await;
     // The cycle begins, runs, and its record is being written.
     stage.after_commits(1).await;
-    let late = || StoreError::Late { store: "memory:".into(), waited: Duration::from_secs(5) };
     stage.trouble.send_replace(Some(late()));
     let told = ticket.recorded().await;
     assert!(matches!(&told, Err(Refusal::StoreUnavailable(Some(CycleId(1)), error)) if *error == late()), "{told:?}");
@@ -278,18 +281,17 @@ async fn while_a_commit_is_late_nothing_is_admitted_and_it_is_applied_when_it_re
 #[tokio::test(start_paused = true)]
 async fn what_is_refused_while_a_commit_is_late_is_admitted_once_the_trouble_is_over_or_the_commit_has_failed() {
     let stage = Stage::new().await;
-    let late = || Some(StoreError::Late { store: "memory:".into(), waited: Duration::from_secs(5) });
     let orchestrator = stage.orchestrator.clone();
     let registering = tokio::spawn(async move { orchestrator.register(subsystem("d"), None).await });
     sleep(Duration::from_millis(10)).await;
-    stage.trouble.send_replace(late());
+    stage.trouble.send_replace(Some(late()));
     sleep(Duration::from_millis(10)).await;
     assert!(stage.orchestrator.run_cycle(of(&["a"]), false).await.is_err());
     // The commit goes on, and its database answers again.
     stage.trouble.send_replace(None);
     sleep(Duration::from_millis(10)).await;
     assert_eq!(stage.orchestrator.status().store_error, None);
-    stage.trouble.send_replace(late());
+    stage.trouble.send_replace(Some(late()));
     sleep(Duration::from_millis(10)).await;
     assert!(stage.orchestrator.run_cycle(of(&["a"]), false).await.is_err());
     stage.script.fails_changes.store(true, Ordering::Relaxed);
