@@ -56,7 +56,7 @@ async fn a_second_process_is_refused_and_told_who_has_the_database() {
     stage.client.run().await.unwrap();
     let said = refused(&stage.home).await;
     let pid = stage.service.pid().as_raw_nonzero();
-    assert!(said.contains(&format!("is in use by another process (pid {pid}); stop that one first")), "{said}");
+    assert!(said.contains(&format!("is in use by another process (pid {pid}); stop that process first")), "{said}");
     // The first one goes on in its epoch.
     assert_eq!(stage.client.run().await.unwrap().cycle_id, 2);
     let epoch = stage.client.status().await.unwrap().epoch;
