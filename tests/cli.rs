@@ -245,7 +245,8 @@ async fn a_cycle_is_planned_run_and_found_in_the_history() {
 
     assert_eq!(row(&cli.run("plan").await.with(0), "0").len(), 3);
     let plan = cli.json("plan --subsystem a,c").await;
-    assert_eq!(plan["plan"]["subsystems"][1], json!({ "name": "c", "level": 1, "waitsFor": ["a"] }));
+    let c = json!({ "name": "c", "level": 1, "waitsFor": ["a"], "breaker": "BREAKER_STATE_CLOSED" });
+    assert_eq!(plan["plan"]["subsystems"][1], c);
     for line in ["run --validate-only", "run --dry-run"] {
         assert!(cli.run(line).await.with(0).contains("WAITS FOR"));
     }

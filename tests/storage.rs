@@ -1038,8 +1038,7 @@ async fn signals_are_heard_while_a_reload_waits_for_the_store() {
         patiently(logged, async { while !stage.home.log().contains(logged) {} }).await;
     }
     assert!(!stage.home.log().contains("not reloaded"), "{}", stage.home.log());
-    stage.service.signal(Signal::TERM);
-    assert_eq!(stage.service.ended().await.code(), Some(130), "{}", stage.home.log());
+    assert_eq!(stage.service.aborted().await.code(), Some(130), "{}", stage.home.log());
 }
 
 #[tokio::test]

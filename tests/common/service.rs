@@ -7,6 +7,7 @@ use std::{
     ops::{Deref, DerefMut},
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -19,6 +20,7 @@ use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     process::{Child, Command},
+    time::timeout,
 };
 use tonic::{
     Code, Status, Streaming,
@@ -227,6 +229,19 @@ impl Service {
     /// Waits until it has ended.
     pub async fn ended(&mut self) -> ExitStatus {
         patiently("the service to end", self.child.wait()).await.unwrap()
+    }
+
+    /// Signals SIGTERM until it has ended: one within a second of the first does not count.
+    pub async fn aborted(&mut self) -> ExitStatus {
+        let aborted = async {
+            loop {
+                self.signal(Signal::TERM);
+                if let Ok(status) = timeout(Duration::from_millis(100), self.child.wait()).await {
+                    return status.unwrap();
+                }
+            }
+        };
+        patiently("the service to be aborted", aborted).await
     }
 
     /// Kills it with SIGKILL, and waits until it is gone.
