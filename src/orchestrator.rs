@@ -1,6 +1,6 @@
 //! The use cases, behind one handle that is cheap to clone.
 //!
-//! What is known stands in [`State`], under one lock, which nobody holds across a wait. It changes only after the change is
+//! What is known stands in `State`, under one lock, which nobody holds across a wait. It changes only after the change is
 //! committed, and in the same order. Each use case stands in the file of what it changes or reads:
 //!
 //! - a cycle's way: `admission` lets it in, `line` says when it may run, `conductor` runs it, `writing` has it recorded;

@@ -1,4 +1,4 @@
-//! The `dreamnet.orchestrator.v1.Orchestrator` service. Each call enters by the [`gate`], and its handler parses it,
+//! The `dreamnet.orchestrator.v1.Orchestrator` service. Each call enters by the `gate`, and its handler parses it,
 //! calls the orchestrator and converts the answer.
 
 mod calls;
