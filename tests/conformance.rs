@@ -37,10 +37,11 @@ const NAMES: [&str; 2] = ["fake", "other"];
 /// ms; the rest is for a busy machine.
 const WORK: Duration = Duration::from_millis(300);
 /// The checks, each of which is a rule that the fake can break. All that stand in the report.
-const CHECKS: [&str; 21] = [
+const CHECKS: [&str; 22] = [
     "status",
     "run-before-initialize",
     "initialize",
+    "run-cycle",
     "repeated-cycle",
     "concurrent-repeats",
     "older-epoch-in-run-cycle",
@@ -71,6 +72,8 @@ const WITHOUT_STATUS: &str = "without-status";
 
 /// What is no rule of its own: every answer begins at once and never ends.
 const STALLS: &str = "stalls";
+/// What is no rule of its own: it requires `source`, so that its input is always fresh.
+const REQUIRES: &str = "requires";
 /// What is no rule of its own: an error of 8 KiB.
 const LONG_ERROR: &str = "long-error";
 /// What is no rule of its own: answers of 8 KiB, no two of which are the same.
@@ -141,6 +144,7 @@ impl Fake {
         let freshness = |input: &pb::Input| input.freshness() == pb::Freshness::Absent;
         let largest = request.inputs.values().map(|input| input.output.len()).max().unwrap_or_default();
         match self.breaks {
+            REQUIRES => request.inputs.get("source").is_some_and(|it| it.freshness() != pb::Freshness::Fresh),
             "absent-and-stale-inputs" => request.inputs.values().any(freshness),
             "large-input" => (1 << 20..5 << 20).contains(&largest),
             "larger-input" => largest > 4 << 20,
@@ -179,6 +183,9 @@ impl Subsystem for Fake {
         let request = request.into_inner();
         self.serves(&request.subsystem)?;
         self.epoch(request.epoch, "older-epoch-in-run-cycle")?;
+        if self.breaks("run-cycle") {
+            return Err(Status::internal("the disk is on fire"));
+        }
         let subsystem = request.subsystem.clone();
         let is_first_peer = {
             let mut state = self.state.lock().unwrap();
@@ -421,12 +428,12 @@ async fn a_report_is_for_people_and_for_ci_systems_too() {
     for line in [
         "initialize failed",
         "  came      ALREADY_EXISTS: initialized <before>",
-        "21 checks: 15 passed, 1 failed, 5 not applicable",
+        "22 checks: 16 passed, 1 failed, 5 not applicable",
     ] {
         assert!(text.contains(line), "{line:?} is missing:\n{text}");
     }
     let xml = std::fs::read_to_string(&path).unwrap();
-    assert!(xml.contains(r#"tests="21" failures="1" skipped="5""#), "{xml}");
+    assert!(xml.contains(r#"tests="22" failures="1" skipped="5""#), "{xml}");
     assert!(xml.contains(r#"<failure message="ALREADY_EXISTS: initialized &lt;before&gt;">"#), "{xml}");
     assert_eq!(xml.matches("<testcase ").count(), CHECKS.len());
 }
@@ -437,7 +444,7 @@ async fn answers_that_never_end_are_waited_for_no_longer_than_others() {
     let output = conformance(&[&endpoint, "--subsystem", NAMES[0], "--timeout", "200ms"]).await;
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("21 checks: 0 passed, 20 failed, 1 not applicable"), "{text}");
+    assert!(text.contains("22 checks: 0 passed, 1 failed, 21 not applicable"), "{text}");
     assert!(text.contains("came      DEADLINE_EXCEEDED: no answer within 200ms"), "{text}");
 }
 
@@ -472,6 +479,30 @@ async fn another_caller_with_a_later_epoch_is_told() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("Another caller has used a higher epoch with \"fake\": restart it"), "{text}");
+}
+
+#[tokio::test]
+async fn a_name_that_is_not_served_is_told_once() {
+    let (endpoint, _server) = serve("").await;
+    let output = conformance(&[&endpoint]).await;
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("1 failed") && text.contains("run-cycle failed\n"), "{text}");
+    let hint = format!("{endpoint} does not serve a subsystem \"conformance\": give its name with --subsystem.\n");
+    assert!(text.ends_with(&hint), "{text}");
+}
+
+#[tokio::test]
+async fn an_input_that_is_required_is_always_fresh() {
+    let (endpoint, _server) = serve(REQUIRES).await;
+    let input = ["--input", r#"source={"n":3}"#];
+    let (_, report) = check(&endpoint, &input).await;
+    assert_eq!(with_outcome(&report, "FAILED"), ["absent-and-stale-inputs"], "{report:#}");
+    let (code, report) = check(&endpoint, &[&input[..], &["--requires", "source"]].concat()).await;
+    assert_eq!((code, with_outcome(&report, "FAILED")), (Some(0), vec![]), "{report:#}");
+    let output = conformance(&[&endpoint, "--requires", "source"]).await;
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("add --input 'source={…}'"), "{output:?}");
 }
 
 #[tokio::test]

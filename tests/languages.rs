@@ -463,3 +463,28 @@ async fn a_subsystem_in_python_takes_part() {
     let last = client.history().await.unwrap().pop().unwrap();
     assert_eq!(decode(last), cycle);
 }
+
+#[tokio::test]
+#[ignore = "needs Python with grpcio-tools; .ci/run runs it"]
+async fn the_one_in_python_says_in_a_line_what_is_wrong() {
+    let python = &EXAMPLES[0];
+    if !python.build().await {
+        return;
+    }
+    let home = Home::new();
+    let service = home.serve().await;
+    let taken = service.address().to_string();
+    let invalid_name = ["--listen", "127.0.0.1:0", "--name", "x y", "--orchestrator", &taken];
+    for (arguments, code, said) in [
+        (&["--listen", "nope"][..], 2, "'nope' is not HOST:PORT"),
+        (&["--listen", "0.0.0.0:500000"], 2, "'0.0.0.0:500000' is not HOST:PORT"),
+        (&["--listen", &taken], 1, "the port is in use"),
+        (&invalid_name, 1, "INVALID_ARGUMENT: registration.name \"x y\""),
+    ] {
+        let mut shell = python.shell(&format!("exec {} \"$@\"", python.start));
+        let ended = patiently("it to end", shell.args(arguments).output()).await.unwrap();
+        let problem = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(code), "{arguments:?}: {problem}");
+        assert!(problem.contains(said) && !problem.contains("Traceback"), "{arguments:?}: {problem}");
+    }
+}

@@ -100,13 +100,14 @@ class Average(rpc.SubsystemServicer):
 
 
 async def stay_registered(registration, orchestrator):
-    """Registers with a lease and renews it. Retries without a limit."""
+    """Registers with a lease and renews it. Retries without a limit, unless the registration is invalid: returns why."""
     options = [("grpc.max_reconnect_backoff_ms", 1000)]
     async with grpc.aio.insecure_channel(orchestrator, options) as channel:
         stub = orchestrator_rpc.OrchestratorStub(channel)
         register = orchestrator_pb.RegisterSubsystemRequest(registration=registration, lease=Duration(seconds=LEASE))
         renew = orchestrator_pb.RenewLeaseRequest(name=registration.name)
         registered = False
+        reported = None
         try:
             while True:
                 try:
@@ -115,9 +116,15 @@ async def stay_registered(registration, orchestrator):
                     else:
                         await stub.RegisterSubsystem(register, timeout=GRACE)
                         registered = True
+                    reported = None
                     await asyncio.sleep(LEASE / 3)
                 except grpc.aio.AioRpcError as error:
-                    print(f"{orchestrator}: {error.code().name}: {error.details()}", file=sys.stderr)
+                    problem = f"the orchestrator at {orchestrator}: {error.code().name}: {error.details()}"
+                    if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
+                        return problem
+                    if error.code() != reported:  # Once, however long it lasts.
+                        print(f"{problem}; trying again every second", file=sys.stderr)
+                        reported = error.code()
                     # The lease has expired, or the subsystem was registered without one.
                     if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
                         registered = False
@@ -130,6 +137,7 @@ async def stay_registered(registration, orchestrator):
 
 
 async def serve(args):
+    """Serves until a signal. Returns what went wrong, if anything did."""
     # Without SO_REUSEPORT a second process on the same port fails, instead of getting half of the connections.
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE)]
     server = grpc.aio.server(options=options)
@@ -138,26 +146,37 @@ async def serve(args):
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     host, _, _ = args.listen.rpartition(":")
-    address = f"{host}:{server.add_insecure_port(args.listen)}"
+    try:
+        address = f"{host}:{server.add_insecure_port(args.listen)}"
+    except RuntimeError:  # Its message names no cause.
+        return f"can't listen on {args.listen}: the port is in use, or the host is not an address of this machine"
     await server.start()
     print(f"listening on {address}", flush=True)
 
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    tasks = []
+    tasks = [asyncio.create_task(stop.wait())]
     if args.orchestrator:
         registration = orchestrator_pb.Registration(
             name=args.name, endpoint=f"http://{address}", requires=args.requires, after=args.after, reads=args.reads
         )
         tasks.append(asyncio.create_task(stay_registered(registration, args.orchestrator)))
 
-    await stop.wait()
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
     await healthy.enter_graceful_shutdown()
     await server.stop(GRACE)
+    return next((problem for problem in ended if isinstance(problem, str)), None)
+
+
+def address(text):
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return text
 
 
 def names(text):
@@ -166,12 +185,12 @@ def names(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--listen", default="127.0.0.1:50051", help="host:port (default: %(default)s)")
+    parser.add_argument("--listen", type=address, default="127.0.0.1:50051", help="host:port (default: %(default)s)")
     parser.add_argument("--name", default="average", help="the subsystem's name (default: %(default)s)")
     parser.add_argument("--orchestrator", help="host:port to register with (default: not registered)")
     for order in ("requires", "after", "reads"):
         parser.add_argument(f"--{order}", type=names, default=[], metavar="A,B", help="names of other subsystems")
-    asyncio.run(serve(parser.parse_args()))
+    sys.exit(asyncio.run(serve(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use self::{
-    checks::{CHECKS, Check, Level, Problem},
+    checks::{CHECKS, Check, Level, Needs, Problem, RUN_CYCLE},
     probe::Probe,
 };
 use super::{
@@ -18,7 +18,7 @@ use super::{
     output::{Format, Table, clean, count, escape_json, print, sections, state, text},
     parameters::{self, Parameters},
 };
-use crate::model::{Endpoint, Name, excerpt};
+use crate::model::{Code, Endpoint, Name, excerpt};
 
 /// Most bytes of a request or an answer in a report: an error or an output can have any size.
 const MAX_TEXT: usize = 4 << 10;
@@ -58,6 +58,10 @@ pub(super) struct Conformance {
     /// An input of every cycle, its output as a JSON object; may be repeated
     #[arg(long = "input", value_name = "NAME=OBJECT", value_parser = parameters::parameter)]
     inputs: Vec<(String, Value)>,
+    /// Inputs that the subsystem `requires`, which are FRESH in every cycle; without it, they are also sent as STALE
+    /// and ABSENT. Each needs an --input
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    requires: Vec<String>,
     /// Longest duration of one call
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = timeout)]
     timeout: Duration,
@@ -136,6 +140,11 @@ impl Finding {
         }
     }
 
+    /// The status code that came, if the check failed because of one.
+    fn code(&self) -> &str {
+        self.came.split(':').next().unwrap_or_default()
+    }
+
     fn has_failed(&self) -> bool {
         self.outcome == Outcome::Failed
     }
@@ -157,18 +166,15 @@ fn bounded(text: String, max: usize) -> String {
 impl Conformance {
     /// Runs all checks, one after the other.
     pub(super) async fn run(self) -> Result<Exit, Failure> {
-        let Self { endpoint, subsystems, parameters, inputs, timeout, strict, junit, format } = self;
+        let Self { endpoint, subsystems, parameters, inputs, requires, timeout, strict, junit, format } = self;
         let mut names: Vec<String> = Vec::with_capacity(subsystems.len());
         for name in subsystems {
             if !names.iter().any(|other| other == name.as_str()) {
                 names.push(name.to_string());
             }
         }
-        let probe = Probe::connect(endpoint, names, parameters.encode()?, inputs, timeout).await?;
-        let mut checks = Vec::with_capacity(CHECKS.len());
-        for check in CHECKS {
-            checks.push(Finding::new(check, (check.run)(&probe).await, strict));
-        }
+        let probe = Probe::connect(endpoint, names, parameters.encode()?, inputs, requires, timeout).await?;
+        let checks = checked(&probe, strict).await;
         let passed = !checks.iter().any(|finding| finding.counts && finding.has_failed());
         let report =
             Report { endpoint: probe.endpoint().to_string(), subsystem: probe.name().to_owned(), passed, checks };
@@ -188,6 +194,38 @@ impl Conformance {
     }
 }
 
+/// The results of all checks. If a plain cycle fails, that is reported once: what it leaves unknown is not applicable.
+async fn checked(probe: &Probe, strict: bool) -> Vec<Finding> {
+    let mut findings: Vec<Finding> = Vec::with_capacity(CHECKS.len());
+    for check in CHECKS {
+        let runs = findings.iter().find(|finding| finding.name == RUN_CYCLE);
+        let is_blocked = check.needs == Needs::Cycle && runs.is_some_and(|runs| runs.outcome != Outcome::Passed);
+        let found = if is_blocked {
+            Err(Problem::NotApplicable(format!("it needs a RunCycle that succeeds; see {RUN_CYCLE}")))
+        } else {
+            (check.run)(probe).await
+        };
+        findings.push(Finding::new(check, found, strict));
+    }
+    if let Some(cause) = cause(&findings).map(str::to_owned) {
+        for finding in findings.iter_mut().filter(|finding| finding.has_failed() && finding.name != RUN_CYCLE) {
+            if finding.code() == cause {
+                finding.outcome = Outcome::NotApplicable;
+                finding.reason = format!("it failed with {cause}, as {RUN_CYCLE} did");
+                finding.sent.clear();
+                finding.came.clear();
+            }
+        }
+    }
+    findings
+}
+
+/// The code with which a plain cycle failed.
+fn cause(findings: &[Finding]) -> Option<&str> {
+    let runs = findings.iter().find(|finding| finding.name == RUN_CYCLE && finding.has_failed());
+    runs.map(Finding::code)
+}
+
 impl Report {
     fn text(&self) -> String {
         let mut table = Table::new(["CHECK", "LEVEL", "OUTCOME"]);
@@ -195,17 +233,20 @@ impl Report {
             table.row([text(finding.name), text(finding.level.word()), state(finding.outcome.word())]);
         }
         let mut details = Vec::new();
-        for finding in &self.checks {
-            let Finding { name, rule, reason, sent, came, .. } = finding;
-            match finding.outcome {
-                Outcome::Passed => {}
-                Outcome::NotApplicable => details.push(format!("{name} is not applicable: {}\n", clean(reason))),
-                Outcome::Failed => details.push(format!(
-                    "{name} failed\n  sent      {}\n  came      {}\n  contract  {rule}\n",
-                    clean(sent),
-                    clean(came)
-                )),
-            }
+        for finding in self.checks.iter().filter(|finding| finding.has_failed()) {
+            let Finding { name, rule, sent, came, .. } = finding;
+            details.push(format!(
+                "{name} failed\n  sent      {}\n  came      {}\n  contract  {rule}\n",
+                clean(sent),
+                clean(came)
+            ));
+        }
+        let mut left: Vec<&Finding> = self.checks.iter().filter(|it| it.outcome == Outcome::NotApplicable).collect();
+        while let Some(Finding { reason, .. }) = left.first().copied() {
+            let (alike, others): (Vec<&Finding>, _) = left.into_iter().partition(|finding| finding.reason == *reason);
+            let names: Vec<_> = alike.iter().map(|finding| finding.name).collect();
+            details.push(format!("Not applicable: {}\n  {}\n", names.join(", "), clean(reason)));
+            left = others;
         }
         let number = |outcome| self.checks.iter().filter(|finding| finding.outcome == outcome).count() as u64;
         let summary = format!(
@@ -220,14 +261,13 @@ impl Report {
 
     /// Advice on the next step.
     fn advice(&self) -> String {
-        let failed: Vec<_> = self.checks.iter().filter(|finding| finding.has_failed()).collect();
-        let all_came = |code: &str| failed.len() > 2 && failed.iter().all(|finding| finding.came.starts_with(code));
         let (endpoint, subsystem) = (clean(&self.endpoint), clean(&self.subsystem));
-        if all_came("UNIMPLEMENTED") {
+        let cause = cause(&self.checks).unwrap_or_default();
+        if cause == Code::Unimplemented.to_string() {
             format!("{endpoint} does not serve dreamnet.subsystem.v1.Subsystem.\n")
-        } else if all_came("NOT_FOUND") {
+        } else if cause == Code::NotFound.to_string() {
             format!("{endpoint} does not serve a subsystem {subsystem:?}: give its name with --subsystem.\n")
-        } else if all_came("ABORTED") {
+        } else if cause == Code::Aborted.to_string() {
             format!(
                 "Another caller has used a higher epoch with {subsystem:?}: restart it, and stop other callers \
                  meanwhile.\n"

@@ -1,5 +1,6 @@
 // Calls of the orchestrator. They wait until it is up.
 
+import { setTimeout } from "node:timers/promises";
 import { credentials, status, type ServiceError } from "@grpc/grpc-js";
 import { OrchestratorClient } from "./contract.js";
 import type { Registration } from "./gen/dreamnet/orchestrator/v1/Registration.js";
@@ -32,7 +33,8 @@ export async function ask<A>(
       call(client, { deadline: Date.now() + ms }, (error, answer) => (error ? reject(error) : resolve(answer!))),
     );
   const failure = (what: string, error: unknown) =>
-    Object.assign(new Error(`the orchestrator at ${address} ${what}`, { cause: error }), {
+    // The library ends some messages with the heading of a note that is missing.
+    Object.assign(new Error(`the orchestrator at ${address} ${what.replace(/ Resolution note: *$/, "")}`, { cause: error }), {
       code: (error as ServiceError).code,
     });
   try {
@@ -44,7 +46,8 @@ export async function ask<A>(
       await answer((client, options, callback) => client.getStatus({}, options, callback), ANSWER_MS).catch((error) => {
         const { code, details } = error as ServiceError;
         if (code !== status.UNAVAILABLE && code !== status.DEADLINE_EXCEEDED) return;
-        throw failure(`can't be reached within ${waitSeconds} s: ${status[code]}: ${details}`, error);
+        const limit = waitSeconds > 0 ? ` within ${waitSeconds} s` : "";
+        throw failure(`can't be reached${limit}: ${status[code]}: ${details}`, error);
       });
     }
     return await answer(call, answerMs).catch((error) => {
@@ -56,7 +59,9 @@ export async function ask<A>(
   }
 }
 
-/** Registers with a lease and renews it, until the function that it returns is called. */
+/**
+ * Registers with a lease and renews it, until the function that it returns is called. That also waits for running cycles, which keep the subsystems until they end, for at most 10 s.
+ */
 export async function register(
   registrations: ReadonlyArray<Registration & { name: string }>,
   orchestrator: Orchestrator,
@@ -109,7 +114,30 @@ export async function register(
     clearInterval(timer);
     await renewal;
     await unregister(registrations);
+    await runningCyclesEnd(atOnce);
   };
+}
+
+/** Waits until the cycles that run now have ended, for at most 10 s. */
+async function runningCyclesEnd(orchestrator: Orchestrator): Promise<void> {
+  const running = async () => {
+    const { status } = await ask<{ status: { runningCycles: Array<{ cycleId: number }> } | null }>(
+      orchestrator,
+      (client, options, callback) => client.getStatus({ omitLastCycle: true }, options, callback),
+    );
+    return status!.runningCycles.map(({ cycleId }) => cycleId);
+  };
+  try {
+    const giveUp = Date.now() + ANSWER_MS;
+    let left = await running();
+    while (left.length > 0 && Date.now() < giveUp) {
+      await setTimeout(50);
+      const now = await running();
+      left = left.filter((cycleId) => now.includes(cycleId));
+    }
+  } catch {
+    // An orchestrator that is gone runs no cycle.
+  }
 }
 
 /** Milliseconds as a duration of the contract. */

@@ -7,16 +7,43 @@ import { parseArgs } from "node:util";
 import { status, type ServiceError } from "@grpc/grpc-js";
 import { serveSubsystems, type Cycle, type Served } from "./dreamnet.js";
 
-const { values: flags } = parseArgs({
-  options: {
-    listen: { type: "string", default: "127.0.0.1:50051" },
-    name: { type: "string", default: "total" },
-    orchestrator: { type: "string" },
-    requires: { type: "string", default: "" },
-    after: { type: "string", default: "" },
-    reads: { type: "string", default: "" },
-  },
-});
+const USAGE = `usage: node dist/src/subsystem.js [options]
+
+  --listen HOST:PORT        where to listen (default: 127.0.0.1:50051); port 0 takes a free one
+  --name NAME               the subsystem's name (default: total)
+  --orchestrator HOST:PORT  where to register (default: not registered)
+  --requires A,B  --after A,B  --reads A,B
+                            names of other subsystems`;
+
+/** Ends the process with a message instead of a stack: the cause is in the arguments or outside of the process. */
+function quit(message: string, code: 1 | 2): never {
+  console.error(message);
+  process.exit(code);
+}
+
+function parse() {
+  try {
+    return parseArgs({
+      options: {
+        help: { type: "boolean", short: "h", default: false },
+        listen: { type: "string", default: "127.0.0.1:50051" },
+        name: { type: "string", default: "total" },
+        orchestrator: { type: "string" },
+        requires: { type: "string", default: "" },
+        after: { type: "string", default: "" },
+        reads: { type: "string", default: "" },
+      },
+    }).values;
+  } catch (error) {
+    return quit(`${(error as Error).message}\n${USAGE}`, 2);
+  }
+}
+
+const flags = parse();
+if (flags.help) {
+  console.log(USAGE);
+  process.exit();
+}
 const names = (list: string) => list.split(",").filter(Boolean);
 
 class Total {
@@ -60,9 +87,9 @@ while (!served) {
     served = await serve();
   } catch (error) {
     const { code, message } = error as ServiceError;
-    if (code !== status.UNAVAILABLE && code !== status.DEADLINE_EXCEEDED) throw error;
+    if (code !== status.UNAVAILABLE && code !== status.DEADLINE_EXCEEDED) quit(message, 1);
     // The orchestrator is not up yet: reports it, and retries without a limit.
-    console.error(message);
+    console.error(`${message}; trying again`);
     await setTimeout(1000);
   }
 }

@@ -20,7 +20,7 @@ import {
   type Servable,
 } from "../src/dreamnet.js";
 import { contextKey, TOPOLOGY, type Settings } from "../src/topology.js";
-import { call, cycle, orchestrator, startOrchestrator, startSubsystem, subsystem, type Running } from "./support.js";
+import { call, cycle, orchestrator, runSubsystem, startOrchestrator, startSubsystem, subsystem, type Running } from "./support.js";
 
 const NAMES = Object.keys(TOPOLOGY) as Array<keyof typeof TOPOLOGY>;
 const inputsOf = ({ requires = [], after = [], reads = [] }: Settings) => new Set([...requires, ...after, ...reads]);
@@ -570,3 +570,44 @@ test("the stand-alone subsystem adds up its inputs", async () => {
   await mesh.stop();
   assert.deepEqual(await names(), []);
 });
+
+test("the stand-alone subsystem says in a line what is wrong", async () => {
+  const taken = service.address;
+  for (const [args, code, said] of [
+    [["--help"], 0, /^usage: [^]*--listen HOST:PORT/],
+    [["--lisen", "127.0.0.1:0"], 2, /^Unknown option '--lisen'/],
+    [["--listen", "nope"], 1, /^listen is 'nope': give a string, "HOST:PORT"\n$/],
+    [["--listen", taken], 1, new RegExp(`can't listen on ${taken}: .*EADDRINUSE.*\n$`)],
+    [["--listen", "127.0.0.1:0", "--name", "x y", "--orchestrator", taken], 1, /^the orchestrator at .* answered INVALID_ARGUMENT: .*"x y".*\n$/],
+  ] as const) {
+    const { code: ended, output } = await runSubsystem(...args);
+    assert.equal(ended, code, output);
+    assert.match(output, said);
+    assert.doesNotMatch(output, /\n +at /);
+  }
+});
+
+test("modules that are no longer served are served until the running cycle has ended", async () => {
+  let began!: () => void;
+  const running = new Promise<void>((resolve) => (began = resolve));
+  let proceed!: () => void;
+  const told = new Promise<void>((resolve) => (proceed = resolve));
+  const first = { run: () => (began(), told) };
+  const second = { run: () => ({ ran: true }) };
+  const served = await serve({ first, second }, { orchestrator: service.address, registrations: { second: { requires: ["first"] } } });
+  const record = cycle(service.address);
+  await running;
+  const stopped = served.stop();
+  await unregistered(service.address, "second");
+  proceed();
+  assert.equal((await record).state, "CYCLE_STATE_SUCCEEDED");
+  await stopped;
+});
+
+/** Waits until a subsystem is no longer registered. */
+async function unregistered(address: string, name: string): Promise<void> {
+  for (;;) {
+    const { subsystems } = await orchestrator(address)((client, callback) => client.listSubsystems({}, callback));
+    if (!subsystems.some(({ registration }: any) => registration.name === name)) return;
+  }
+}

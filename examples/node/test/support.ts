@@ -50,6 +50,17 @@ export const startOrchestrator = (listen = "127.0.0.1:0"): Promise<Running> =>
 export const startSubsystem = (...args: string[]): Promise<Running> =>
   start(process.execPath, [fileURLToPath(new URL("../src/subsystem.js", import.meta.url)), "--listen", "127.0.0.1:0", ...args]);
 
+/** Runs the stand-alone subsystem until it ends, with these arguments alone, and returns all that it prints. */
+export async function runSubsystem(...args: string[]): Promise<{ code: number | null; output: string }> {
+  const child = spawn(process.execPath, [fileURLToPath(new URL("../src/subsystem.js", import.meta.url)), ...args]);
+  children.add(child);
+  child.once("exit", () => children.delete(child));
+  let output = "";
+  for (const stream of [child.stdout, child.stderr]) stream.setEncoding("utf8").on("data", (text) => (output += text));
+  const [code] = (await once(child, "close")) as [number | null];
+  return { code, output };
+}
+
 type Callback = (error: ServiceError | null, answer?: any) => void;
 
 function asking<C extends { close(): void }>(client: C) {

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{MAX_TEXT, bounded, probe::Probe};
+use super::{super::output::milliseconds, MAX_TEXT, bounded, probe::Probe};
 use crate::{
     model::{Answer, Code, Issue, Limits, Payload, Severity, Subsystem},
     ports::CallError,
@@ -23,6 +23,7 @@ use crate::{
 pub(super) struct Check {
     pub(super) name: &'static str,
     pub(super) level: Level,
+    pub(super) needs: Needs,
     /// The rule, in the words of the contract.
     pub(super) rule: &'static str,
     pub(super) run: for<'a> fn(&'a Probe) -> BoxFuture<'a, Result<(), Problem>>,
@@ -44,6 +45,15 @@ impl Level {
     }
 }
 
+/// What has to work for a check to tell anything about its rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Needs {
+    /// The server answers.
+    Server,
+    /// A plain `RunCycle` succeeds, see [`RUN_CYCLE`].
+    Cycle,
+}
+
 /// Why a check has not passed.
 pub(super) enum Problem {
     Failed { sent: String, came: String },
@@ -51,77 +61,88 @@ pub(super) enum Problem {
 }
 
 macro_rules! checks {
-    ($($level:ident $name:literal $check:ident $rule:literal,)+) => {
-        &[$(Check { name: $name, level: Level::$level, rule: $rule, run: |probe| Box::pin($check(probe)) },)+]
+    ($($level:ident $name:literal $check:ident needs $needs:ident: $rule:literal,)+) => {
+        &[$(Check {
+            name: $name,
+            level: Level::$level,
+            needs: Needs::$needs,
+            rule: $rule,
+            run: |probe| Box::pin($check(probe)),
+        },)+]
     };
 }
+
+/// Name of the check that a plain `RunCycle` succeeds.
+pub(super) const RUN_CYCLE: &str = "run-cycle";
 
 /// All checks, in the order in which they run. The first two expect that the subsystem may not be initialized yet.
 ///
 /// A rule quotes the comments of `subsystem.proto`; "…" marks an omission.
 pub(super) const CHECKS: &[Check] = checks! {
-    Required "status" status
+    Required "status" status needs Server:
         "Returns a snapshot of the subsystem's own state, for people and dashboards. Free of side effects, answered \
          even before `Initialize` and while a cycle runs. UNIMPLEMENTED means that the subsystem has no status. … \
          Bounded like an \
          output.",
-    Required "run-before-initialize" run_before_initialize
+    Required "run-before-initialize" run_before_initialize needs Server:
         "FAILED_PRECONDITION: not initialized (for instance because the process restarted). The orchestrator calls \
          `Initialize` and then `RunCycle` once more, within the same deadline.",
-    Required "initialize" initialize
+    Required "initialize" initialize needs Server:
         "Idempotent: it can be called any number of times, with the same or with other parameters; the last call \
          counts. A \
          subsystem that needs no initialization answers UNIMPLEMENTED, which counts as success.",
-    Required "repeated-cycle" repeated_cycle
+    Required "run-cycle" run_cycle needs Server:
+        "Does the subsystem's part in one cycle and returns its output for the others.",
+    Required "repeated-cycle" repeated_cycle needs Cycle:
         "a repeated call, whatever its `attempt`, must do the work once and return the first answer.",
-    Required "concurrent-repeats" concurrent_repeats
+    Required "concurrent-repeats" concurrent_repeats needs Cycle:
         "a repeated call, whatever its `attempt`, must do the work once and return the first answer. While the first \
          call is in progress, a repeated call waits for its answer.",
-    Required "older-epoch-in-run-cycle" older_epoch_in_run_cycle
+    Required "older-epoch-in-run-cycle" older_epoch_in_run_cycle needs Cycle:
         "ABORTED: `epoch` is lower than one already seen: the caller has been superseded.",
-    Required "older-epoch-in-initialize" older_epoch_in_initialize
+    Required "older-epoch-in-initialize" older_epoch_in_initialize needs Server:
         "ABORTED if `epoch` is lower than one already seen.",
-    Required "status-while-running" status_while_running
+    Required "status-while-running" status_while_running needs Cycle:
         "Free of side effects, answered even before `Initialize` and while a cycle runs.",
-    Required "deadline" deadline
+    Required "deadline" deadline needs Cycle:
         "The orchestrator sends a `grpc-timeout` with each call and stops waiting after it. The server then ends the \
          call, as gRPC libraries do by themselves.",
-    Required "cancellation" cancellation
+    Required "cancellation" cancellation needs Cycle:
         "A call that is cancelled, late or lost with its connection affects no other call: it can be repeated, and \
          all others are answered as before.",
-    Required "unknown-subsystem" unknown_subsystem
+    Required "unknown-subsystem" unknown_subsystem needs Server:
         "Each request names its subsystem; an endpoint that doesn't serve that name answers NOT_FOUND.",
-    Required "unknown-fields" unknown_fields
+    Required "unknown-fields" unknown_fields needs Cycle:
         "Both sides ignore unknown fields, so that either can be newer than the other.",
-    Required "absent-and-stale-inputs" absent_and_stale_inputs
+    Required "absent-and-stale-inputs" absent_and_stale_inputs needs Cycle:
         "one entry for each name in `requires`, `after` and `reads` of the registration, even if the input is absent. \
          … Whether \
          `output` was made in this cycle, in another one, or never. … Not set means an empty output, or, if \
          `freshness` is FRESHNESS_ABSENT, no output.",
-    Required "large-input" large_input
+    Required "large-input" large_input needs Cycle:
         "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones \
          should \
          be.",
-    Recommended "larger-input" larger_input
+    Recommended "larger-input" larger_input needs Cycle:
         "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones \
          should \
          be.",
-    Required "concurrent-subsystems" concurrent_subsystems
+    Required "concurrent-subsystems" concurrent_subsystems needs Cycle:
         "Several subsystems may be served at one endpoint, over one connection, and called at the same time.",
-    Recommended "malformed-request" malformed_request
+    Recommended "malformed-request" malformed_request needs Cycle:
         "Errors are plain gRPC status codes. … A request that can't be decoded may get any code.",
-    Required "output-limits" output_limits
+    Required "output-limits" output_limits needs Cycle:
         "At most 90 nested messages deep, which is 30 nested objects … and at most as large as the `max_output_bytes` \
          of \
          the registration (default 1 MiB). … A name is 1 to 128 bytes; at most `max_metrics` of them (default 64). … \
          At \
          most `max_issues` (default 32). … At most 128 bytes. … At most 4 KiB.",
-    Required "status-has-no-effects" status_has_no_effects
+    Required "status-has-no-effects" status_has_no_effects needs Cycle:
         "Free of side effects, answered even before `Initialize` and while a cycle runs.",
-    Recommended "health" health
+    Recommended "health" health needs Server:
         "`grpc.health.v1.Health` may be served beside this service, but is never required. While the server answers \
          calls, its status is SERVING.",
-    Required "dropped-connection" dropped_connection
+    Required "dropped-connection" dropped_connection needs Cycle:
         "A call that is cancelled, late or lost with its connection affects no other call: it can be repeated, and \
          all others are answered as before.",
 };
@@ -177,7 +198,18 @@ async fn initialize(probe: &Probe) -> Result<(), Problem> {
             }
         }
     }
-    answered(probe, &probe.next_cycle()).await.map(|_| ())
+    Ok(())
+}
+
+async fn run_cycle(probe: &Probe) -> Result<(), Problem> {
+    let request = probe.next_cycle();
+    match probe.run(&request).await {
+        Ok(_) => Ok(()),
+        Err(error) if error.code == Code::FailedPrecondition && initialize(probe).await.is_err() => {
+            Err(Problem::NotApplicable("it needs an Initialize that succeeds".into()))
+        }
+        Err(error) => failed(describe(&request), said(&error)),
+    }
 }
 
 async fn repeated_cycle(probe: &Probe) -> Result<(), Problem> {
@@ -245,7 +277,7 @@ async fn status_while_running(probe: &Probe) -> Result<(), Problem> {
         // If the cycle ended at the same time, that may be a coincidence.
         _ if status_took > cycle_took && cycle_took > SOON => {
             is_slow(probe).await?;
-            failed(sent(), format!("no answer until the cycle had ended, {cycle_took:.1?} later"))
+            failed(sent(), format!("no answer until the cycle had ended, {} later", spoken(cycle_took)))
         }
         _ => answer.map(|_| ()).or_else(|error| failed(describe(&request), said(&error))),
     }
@@ -253,14 +285,14 @@ async fn status_while_running(probe: &Probe) -> Result<(), Problem> {
 
 async fn deadline(probe: &Probe) -> Result<(), Problem> {
     let late = probe.next_cycle();
-    let sent = || format!("{} with a deadline of {SOON:?}", describe(&late));
+    let sent = || format!("{} with a deadline of {}", describe(&late), spoken(SOON));
     let (answer, took) = probe.run_late(&late, SOON).await;
     match answer {
         // The answer was on its way.
         Ok(_) if took < LONG => too_quick(took),
         Ok(_) => {
             is_slow(probe).await?;
-            failed(sent(), format!("OK, after {took:.1?}"))
+            failed(sent(), format!("OK, after {}", spoken(took)))
         }
         Err(error) if took >= probe.timeout() => failed(sent(), said(&error)),
         Err(_) => ends_alone(probe, &late, "was late").await,
@@ -297,6 +329,9 @@ async fn unknown_fields(probe: &Probe) -> Result<(), Problem> {
 async fn absent_and_stale_inputs(probe: &Probe) -> Result<(), Problem> {
     let mut request = probe.next_cycle();
     for (name, input) in &mut request.inputs {
+        if probe.requires(name) {
+            continue;
+        }
         *input = if name.len() % 2 == 0 { absent() } else { stale(input.output.clone(), request.cycle_id - 1) };
     }
     request.inputs.insert("absent-one".into(), absent());
@@ -462,8 +497,12 @@ async fn is_slow(probe: &Probe) -> Result<(), Problem> {
 }
 
 fn too_quick(took: Duration) -> Result<(), Problem> {
-    let why = format!("its cycle took only {took:.1?}; use --param to make it work for longer");
+    let why = format!("its cycle took only {}; use --param to make it work for longer", spoken(took));
     Err(Problem::NotApplicable(why))
+}
+
+fn spoken(took: Duration) -> String {
+    milliseconds(took.as_secs_f64() * 1e3)
 }
 
 fn refused<T>(code: Code, sent: String, answer: Result<T, CallError>) -> Result<(), Problem> {

@@ -48,6 +48,8 @@ pub(super) struct Probe {
     names: Vec<String>,
     parameters: Bytes,
     inputs: BTreeMap<String, pb::Input>,
+    /// The inputs that are always fresh.
+    required: Vec<String>,
     timeout: Duration,
     epoch: u64,
     next_cycle: AtomicU64,
@@ -59,12 +61,13 @@ impl Probe {
     /// Connects.
     ///
     /// # Errors
-    /// It can't be reached, or an input is not an object or nests too deep.
+    /// It can't be reached, an input is not an object or nests too deep, or a required input is not among them.
     pub(super) async fn connect(
         endpoint: Endpoint,
         names: Vec<String>,
         parameters: Bytes,
         inputs: Vec<(String, Value)>,
+        required: Vec<String>,
         timeout: Duration,
     ) -> Result<Self, Failure> {
         let inputs = inputs.into_iter().map(|(name, output)| {
@@ -74,7 +77,11 @@ impl Probe {
             let output = payload.as_bytes().clone();
             Ok((name, pb::Input { output, freshness: pb::Freshness::Fresh.into(), cycle_id: 0 }))
         });
-        let inputs = inputs.collect::<Result<_, Failure>>()?;
+        let inputs = inputs.collect::<Result<BTreeMap<_, _>, Failure>>()?;
+        if let Some(name) = required.iter().find(|name| !inputs.contains_key(*name)) {
+            let message = format!("--requires {name} needs its output: add --input '{name}={{…}}'");
+            return Err(Failure::new(Exit::Usage, message));
+        }
         let unreachable = |why: String| {
             Failure::new(Exit::Unreachable, format!("can't reach a subsystem at {endpoint}: {}", super::clean(&why)))
         };
@@ -86,7 +93,7 @@ impl Probe {
         // milliseconds, times 100, and the ids stay exact in languages whose numbers are doubles.
         let now = u64::try_from(HOST.clock.now().as_millisecond()).unwrap_or_default();
         let next_cycle = AtomicU64::new(now * 100);
-        Ok(Self { endpoint, names, parameters, inputs, timeout, epoch: now, next_cycle, dialer, client })
+        Ok(Self { endpoint, names, parameters, inputs, required, timeout, epoch: now, next_cycle, dialer, client })
     }
 
     pub(super) fn endpoint(&self) -> &Endpoint {
@@ -101,6 +108,11 @@ impl Probe {
     /// The names that the user has given: the subsystem that is checked, and others at the same endpoint.
     pub(super) fn names(&self) -> &[String] {
         &self.names
+    }
+
+    /// Whether the subsystem requires this input, which is always fresh then.
+    pub(super) fn requires(&self, name: &str) -> bool {
+        self.required.iter().any(|required| required == name)
     }
 
     pub(super) fn timeout(&self) -> Duration {
