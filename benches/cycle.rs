@@ -4,8 +4,9 @@
 //! same runtime. It knows no order, no deadlines and no record. A cycle of ours is asked for and waited for in this
 //! process, and ends when its record is written: to a SQLite database on the disk, or to memory. `scraped` is `sqlite`
 //! with all metrics written once a round, which is far oftener than monitoring asks for them; `traced` is `sqlite` with
-//! every span of every cycle exported. Cycles count for the metrics on all sides. The rounds of all sides alternate, and the server is a process of its own, the
-//! same for all; the collector, which throws away what it gets, is in it as well.
+//! every span of every cycle exported. Cycles count for the metrics on all sides. The rounds of all sides alternate,
+//! and the server is a process of its own, the same for all; the collector, which throws away what it gets, is in it as
+//! well.
 //!
 //! `cargo bench --bench cycle` measures every fleet; `cargo bench --bench cycle -- 28x1` only the one of that name.
 //! Prints a table for people, and one line of JSON per fleet.

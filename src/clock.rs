@@ -25,7 +25,7 @@ impl Clock {
         Self(Source::Simulated(start, Instant::now()))
     }
 
-    /// What time it is.
+    /// The current time.
     pub fn now(&self) -> Timestamp {
         match self.0 {
             #[expect(clippy::disallowed_methods, reason = "the one place that reads the machine's clock")]

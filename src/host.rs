@@ -1,5 +1,5 @@
-//! The time and the randomness of a process, which a simulation replaces. It is built where the process begins, and passed
-//! to everything that needs it; clippy refuses any other source (see `clippy.toml`).
+//! The time and the randomness of a process, which a simulation replaces. It is built where the process begins, and
+//! passed to everything that needs it; clippy refuses any other source (see `clippy.toml`).
 
 use jiff::Timestamp;
 

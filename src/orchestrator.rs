@@ -1,11 +1,12 @@
 //! The use cases, behind one handle that is cheap to clone.
 //!
-//! What is known stands in `State`, under one lock, which nobody holds across a wait. It changes only after the change is
-//! committed, and in the same order. Each use case stands in the file of what it changes or reads:
+//! What is known stands in `State`, under one lock, which nobody holds across a wait. It changes only after the change
+//! is committed, and in the same order. Each use case stands in the file of what it changes or reads:
 //!
-//! - a cycle's way: `admission` lets it in, `line` says when it may run, `conductor` runs it, `writing` has it recorded;
-//! - what it runs over: `registry` and its changes in `registration`, the order in `planning`, `loops` and their ticks;
-//! - what is read: `status`, `history`, `watch` (the stream) with `live` (progress), `snapshots`, `figures` (for metrics);
+//! - the path of a cycle: `admission` admits it, `line` decides when it may run, `conductor` runs it, `writing` records
+//!   it;
+//! - its inputs: `registry` and its changes in `registration`, the order in `planning`, `loops` and their ticks;
+//! - reads: `status`, `history`, `watch` (the stream) with `live` (progress), `snapshots`, `figures` (for metrics);
 //! - the process: `recovery` at its start, `tasks` and its end, `reload`, `retention`.
 
 mod admission;
@@ -77,30 +78,30 @@ pub struct Orchestrator(Arc<Shared>);
 
 struct Shared {
     settings: Mutex<Arc<Settings>>,
-    /// For registrations and loops.
+    /// Memory for registrations and loops.
     memory: Memory,
-    /// For requests whose cycles wait or run.
+    /// Memory for requests of waiting and running cycles.
     requests: Memory,
     clock: Clock,
     started_at: Timestamp,
     started: Instant,
     engine: Engine,
     store: Arc<dyn Store>,
-    /// Room for records that are read, or wait in answers.
+    /// Memory for records that are read, or are in unread responses.
     history: Memory,
-    /// The part of it for what watchers look for, and have read and not been given.
+    /// The part of it for filters of watchers, and records that they have read ahead.
     watching: Memory,
     /// The part of it for `State::recent`.
     _recent: Option<Held>,
     state: Mutex<State>,
-    /// Held while the registry or a loop is changed, so that one such change is made at a time. The order of what is registered
+    /// Held while the registry or a loop is changed, so that one such change is made at a time. The order of subsystems
     /// changes only then.
     order: Arc<tokio::sync::Mutex<Order>>,
-    /// Changes for the one writer.
+    /// The queue of the writer.
     to_write: mpsc::Sender<Box<dyn ToWrite>>,
-    /// Held while the plan is made anew, so that it is made once for all who ask for it.
+    /// Held while the plan is computed, so that it is computed once for all requests.
     planning: tokio::sync::Mutex<()>,
-    /// Durable changes that callers have asked for. The last write waits for them.
+    /// Durable changes of callers. The last write waits for them.
     changes: TaskTracker,
     queue_changed: Notify,
     loops_changed: Notify,
@@ -108,30 +109,30 @@ struct Shared {
     newest: newest::Sender<Revision>,
     live: Live,
     watchers: Watchers,
-    /// Nothing will be written any more: `State::store_error` says why.
+    /// True once no more writes are possible: `State::store_error` has the reason.
     store_has_ended: CancellationToken,
-    /// The last write is done.
+    /// True once the last write is done.
     closed: CancellationToken,
 }
 
 struct State {
     registry: Registry,
     loops: Loops,
-    /// Which cycles may run now.
+    /// The line of cycles.
     line: Line,
-    /// All cycles that were admitted and are not recorded.
+    /// All admitted cycles that are not recorded.
     live: BTreeMap<CycleId, Arc<Admitted>>,
-    /// Those of them that have a request id.
+    /// Those cycles by their request id.
     requests: HashMap<String, Arc<Admitted>>,
-    /// Those of them that were cancelled before their turn, and are to be recorded.
+    /// Cycles that were cancelled before their turn, and are to be recorded.
     cancelled: VecDeque<Arc<Admitted>>,
     last_admitted: CycleId,
-    /// The highest id that is in the store, and the highest one that is there to stay whatever happens to the machine.
+    /// The highest id in the store, and the highest one that survives the loss of power.
     noted: CycleId,
     noted_durably: CycleId,
-    /// Cycles ever recorded.
+    /// Number of cycles ever recorded.
     recorded: u64,
-    /// The last record, and how far the history goes.
+    /// The last record, and the extent of the history.
     last: Option<Arc<Record>>,
     last_revision: Revision,
     pruned_to: Revision,
@@ -139,33 +140,33 @@ struct State {
     recent: VecDeque<Arc<Recent>>,
     recent_bytes: usize,
     store_error: Option<StoreError>,
-    /// The records that could not be read, each of which was told of.
+    /// The unreadable records that were logged.
     unreadable: BTreeSet<(CycleId, Revision)>,
     draining: bool,
     counts: Counts,
 }
 
-/// How a change that a caller asks for stands to the end of the process.
+/// Whether a change of a caller is admitted while the process drains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ChangeKind {
-    /// It is begun for the time to come, and refused while the process drains.
+    /// It has a lasting effect, and is refused while the process drains.
     Begins,
-    /// It ends, renews or finds what is there, and is made as long as the process lives.
+    /// It ends, renews or finds an existing thing, and is admitted until the process ends.
     Settles,
 }
 
-/// A change that was admitted. The last write of the process waits until this is dropped.
+/// An admitted change. The last write of the process waits until this is dropped.
 struct Admission {
     _token: TaskTrackerToken,
 }
 
 impl Orchestrator {
-    /// The one way of all changes that callers ask for.
+    /// Admits a change. All changes of callers pass here.
     ///
     /// # Errors
     /// The process drains.
     fn admit(&self, kind: ChangeKind) -> Result<Admission, Refusal> {
-        // Before it is looked at: what passes is waited for.
+        // Counted before the check, so that admitted changes are waited for.
         let admission = Admission { _token: self.0.changes.token() };
         if kind == ChangeKind::Begins && self.0.state().draining {
             return Err(Refusal::Draining);
@@ -173,8 +174,8 @@ impl Orchestrator {
         Ok(admission)
     }
 
-    /// Admits a change and makes it to its end, also when whoever asks for it goes away: what is dropped half-way would be
-    /// committed, and not be in memory.
+    /// Admits a change and completes it, even if the caller goes away: a change that is dropped half-way would be
+    /// committed, but missing in memory.
     async fn change<T, F>(&self, change: impl FnOnce(Arc<Shared>) -> F) -> Result<T, Refusal>
     where
         T: Send + 'static,
@@ -198,7 +199,7 @@ impl Orchestrator {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        // A panic while this is held is a defect that must not turn into a second one.
+        // A panic while this lock is held is a defect that must not cause a second one.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

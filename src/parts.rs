@@ -1,15 +1,16 @@
-//! The parts of the running service: tasks with a name and a purpose, which are owned together, and whose end is detected.
+//! The parts of the running service: tasks with a name and a purpose, which are owned together, and whose end is
+//! detected.
 
 use std::{any::Any, collections::HashMap, fmt::Display, future::pending};
 
 use tokio::task::{Id, JoinError, JoinSet};
 
-/// A part, for people who read the log.
+/// The description of a part in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// Such as "the gRPC server".
+    /// Its name, for example "the gRPC server".
     pub name: &'static str,
-    /// What is not done without it, such as "answers callers".
+    /// Its purpose, for example "answers callers".
     pub purpose: &'static str,
 }
 
@@ -77,7 +78,7 @@ impl Ended {
         Self { part, why: why(error) }
     }
 
-    /// Logs it as an error, with what follows from it as the message.
+    /// Logs it as an error, with the consequence as the message.
     pub fn log(&self, message: &str) {
         let Self { part: Part { name, purpose }, why } = self;
         tracing::error!(part = name, purpose, why, "{message}");
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_end_of_a_part_is_told_with_its_name_and_reason() {
+    async fn the_end_of_a_part_is_reported_with_its_name_and_reason() {
         let fails = || async {
             tokio::task::yield_now().await;
             let lucky = false;

@@ -1,5 +1,4 @@
-//! What the inside needs of the outside: a [`Store`] that keeps the record, [`Subsystems`] that can be called, and
-//! [`Spans`] that takes what is traced.
+//! The interfaces that the core needs: a [`Store`] for records, [`Subsystems`] to call, and [`Spans`] for traces.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -18,49 +17,48 @@ use crate::{
 // ---------------------------------------------------------------------------------------------------------------
 // Subsystems
 
-/// The fleet, as far as it can be called. Hides how calls travel.
+/// Calls of subsystems. Hides the transport.
 ///
-/// A call tells the subsystem its `timeout`. Who awaits the call enforces it, by dropping the future, which cancels the
-/// call.
+/// A call sends its `timeout` to the subsystem. The caller enforces it by dropping the future, which cancels the call.
 pub trait Subsystems: Send + Sync + 'static {
-    /// Makes a subsystem ready. One that needs no initialization answers UNIMPLEMENTED.
+    /// Initializes a subsystem. One that needs no initialization answers UNIMPLEMENTED.
     fn initialize<'a>(&'a self, to: &'a Subsystem, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>>;
 
     /// Runs a subsystem's part in a cycle.
     fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>>;
 
-    /// Asks for a snapshot of a subsystem's state.
+    /// Requests a snapshot of a subsystem's state.
     fn get_status<'a>(&'a self, of: &'a Subsystem, timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>>;
 
-    /// These have left: whatever is kept for them can go.
+    /// Releases resources of these subsystems, which have left their endpoints.
     fn forget(&self, left: &[Left]);
 }
 
-/// A subsystem that is no longer at an endpoint: it was unregistered, or is elsewhere now.
+/// A subsystem that is no longer at an endpoint: it was unregistered, or has another endpoint now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Left {
-    /// Where it was.
+    /// The endpoint.
     pub endpoint: Endpoint,
     /// Its name.
     pub name: Name,
-    /// No other subsystem is there.
+    /// True if no other subsystem uses the endpoint.
     pub was_last: bool,
 }
 
-/// What `Initialize` carries.
+/// The data of an `Initialize` call.
 #[derive(Clone, Debug)]
 pub struct InitializeCall {
     /// The configured id of this orchestrator.
     pub orchestrator_id: Arc<str>,
     /// The term of this process.
     pub epoch: Epoch,
-    /// How long the subsystem has, from now.
+    /// Remaining time of the subsystem, from now.
     pub timeout: Duration,
-    /// What its spans join.
+    /// The parent of its spans.
     pub trace: Option<SpanContext>,
 }
 
-/// What `RunCycle` carries.
+/// The data of a `RunCycle` call.
 #[derive(Clone, Debug)]
 pub struct RunCall {
     /// The cycle.
@@ -71,17 +69,17 @@ pub struct RunCall {
     pub attempt: u32,
     /// When the cycle was due.
     pub scheduled_at: Timestamp,
-    /// The registration's, overlaid by the cycle's.
+    /// The parameters of the registration, overridden by those of the cycle.
     pub parameters: Payload,
     /// One per name in `requires`, `after` and `reads`.
     pub inputs: Vec<Input>,
-    /// How long the subsystem has, from now.
+    /// Remaining time of the subsystem, from now.
     pub timeout: Duration,
-    /// What its spans join.
+    /// The parent of its spans.
     pub trace: Option<SpanContext>,
 }
 
-/// What a subsystem answered, and the memory that it takes.
+/// The answer of a subsystem, with its memory.
 #[derive(Debug)]
 pub struct Reply {
     /// The answer.
@@ -90,10 +88,10 @@ pub struct Reply {
     pub held: Held,
 }
 
-/// A snapshot of a subsystem's state, and the memory that it takes.
+/// A snapshot of a subsystem's state, with its memory.
 #[derive(Debug)]
 pub struct Snapshot {
-    /// What it shows.
+    /// The snapshot.
     pub status: Payload,
     /// Kept as long as the status is.
     pub held: Held,
@@ -103,25 +101,25 @@ pub struct Snapshot {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct CallError {
-    /// The gRPC status code; DEADLINE_EXCEEDED for every call that was late, whoever noticed.
+    /// The gRPC status code; DEADLINE_EXCEEDED for every late call, whichever side detected it.
     pub code: Code,
-    /// What went wrong.
+    /// The error message.
     pub message: String,
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Spans
 
-/// Takes the spans of cycles.
+/// Receives the spans of cycles.
 pub trait Spans: Send + Sync + 'static {
-    /// Whether the spans of a cycle whose caller has no say in it are to be collected. `None`: of no cycle at all.
+    /// Decides whether a cycle is traced, if its caller does not decide. `None` if no cycle is ever traced.
     fn samples(&self) -> Option<bool>;
 
-    /// Takes those of one cycle. Called from inside the line of cycles, so it must not wait.
+    /// Receives the spans of one cycle. Must not block, since cycles wait for it.
     fn ended(&self, spans: Vec<Span>);
 }
 
-/// Nobody traces.
+/// Tracing is disabled.
 #[derive(Clone, Copy, Debug)]
 pub struct Untraced;
 
@@ -136,51 +134,51 @@ impl Spans for Untraced {
 // ---------------------------------------------------------------------------------------------------------------
 // Store
 
-/// The durable record. One process writes to it; everything that it is told in one [`Write`] holds or fails as a
-/// whole. A store that is open can be read. It takes writes once [`Store::take_over`] has returned.
+/// The durable store. One process writes to it; each [`Write`] is atomic. An open store can be read. It takes writes
+/// once [`Store::take_over`] has returned.
 ///
-/// Each cycle id from 1 to the highest one that was ever noted ([`Write::last_cycle_id`]) is exactly one of open,
-/// recorded and pruned. Records have dense revisions in the order of their commits, and come in any order of their ids.
+/// Each cycle id from 1 to the highest noted one ([`Write::last_cycle_id`]) is exactly one of open, recorded and
+/// pruned. Records have dense revisions in the order of their commits, and any order of their ids.
 pub trait Store: Send + Sync + 'static {
-    /// Reads what an earlier process left, and fixes the epoch that the first commit from now on begins. Nothing is taken
-    /// over before that commit, so a process that gives up in between has changed nothing. Called again, it reads anew, and
-    /// fixes a later epoch: writes of the one before are then refused.
+    /// Reads the state of the earlier process, and fixes the epoch that the next commit begins. Nothing is taken over
+    /// before that commit, so a process that ends in between has changed nothing. A further call reads again, and fixes
+    /// a later epoch: writes of the previous one are then refused.
     ///
     /// # Errors
-    /// What was left can't be read as a whole, or no process could go on from it.
+    /// The state can't be read at all, or no process could continue from it.
     fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>>;
 
-    /// Writes atomically, and returns once it is known what has become of the write, however long that takes. With
-    /// [`Durability::Durable`] it then survives the loss of power, with [`Durability::Buffered`] the death of this process. A
-    /// caller that does not wait for the end does not learn whether the write was kept.
+    /// Writes atomically, and returns once the outcome is known, however long that takes. With [`Durability::Durable`]
+    /// the write then survives the loss of power, with [`Durability::Buffered`] the death of this process. If the
+    /// future is dropped, the outcome is unknown.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] when a later epoch has taken over: nothing of this one will be written any more.
-    /// [`StoreError::Defect`] when the write breaks a rule that [`Write`] states, or nothing was taken over.
-    /// In these and all other cases nothing of `write` was kept; the same write may be tried again, unless the error
-    /// [is final](StoreError::is_final).
+    /// [`StoreError::Defect`] when the write violates a rule of [`Write`], or the store was not taken over. In these
+    /// and all other cases nothing of `write` was kept; the same write can be retried, unless the error [is
+    /// final](StoreError::is_final).
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// Reports from now on that a commit is [late](StoreError::Late), while it is awaited, and `None` once it no longer is.
-    /// A report says nothing of the outcome of the commit. Of several reports that come before one is taken, the last one is
-    /// given.
+    /// Reports from now on that a commit is [late](StoreError::Late), while it is awaited, and `None` once it no longer
+    /// is. A report says nothing of the outcome of the commit. Of several reports that come before one is taken, the
+    /// last one is given.
     fn trouble(&self) -> BoxStream<'static, Option<StoreError>>;
 
-    /// The record of a cycle, if there is one.
+    /// The record of a cycle, if it exists.
     ///
     /// # Errors
     /// The store can't be read.
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>>;
 
-    /// The record of a cycle that this request started: of the one with the highest revision.
+    /// The record with the highest revision of the cycles with this `request_id`.
     ///
     /// # Errors
     /// The store can't be read.
     fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>>;
 
-    /// Records below the revision `before`, highest revision first, that pass `filter`. Ends at the limits of `page`, or
-    /// when it has looked at [`SCAN_LIMIT`] records. One that can't be read passes where what the filter looks at can't be
-    /// read. Records that are written between two pages are above both: a walk neither skips nor repeats one.
+    /// Records below the revision `before`, highest revision first, that pass `filter`. Ends at the limits of `page`,
+    /// or after [`SCAN_LIMIT`] examined records. An unreadable record passes if the fields of the filter can't be read.
+    /// Records that are written between two pages are above both, so paging neither skips nor repeats a record.
     ///
     /// # Errors
     /// The store can't be read.
@@ -191,28 +189,28 @@ pub trait Store: Send + Sync + 'static {
         page: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>>;
 
-    /// Records after `revision`, oldest first, without a gap, up to the limits of `page`. One that can't be read, or is
-    /// not there though nobody has pruned it, stands in its place as such.
+    /// Records after `revision`, oldest first, without a gap, up to the limits of `page`. A record that can't be read,
+    /// or is missing without having been pruned, is represented by an error in its place.
     ///
     /// # Errors
     /// Some of them have been pruned, `revision` was never given, or the store can't be read.
     fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>>;
 
-    /// Removes at most `limit` records that `retention` no longer wants, lowest revision first, never the one with the
-    /// highest revision. Returns how many it removed, and the highest revision that was ever removed.
+    /// Removes at most `limit` records that exceed `retention`, lowest revision first, never the one with the highest
+    /// revision. Returns how many it removed, and the highest revision that was ever removed.
     ///
     /// # Errors
     /// As [`Store::commit`].
     fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>>;
 
-    /// How much there is now. Cheap, however long the history is.
+    /// The size of the store. Cheap, however long the history is.
     ///
     /// # Errors
     /// The store can't be read.
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>>;
 }
 
-/// What a store held when it was taken over.
+/// The contents of a store when it was taken over.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Contents {
     /// The epoch that the first commit begins.
@@ -221,92 +219,93 @@ pub struct Contents {
     pub last_cycle_id: CycleId,
     /// The highest revision ever given.
     pub last_revision: Revision,
-    /// The highest revision ever pruned: those above are all there.
+    /// The highest revision ever pruned: all revisions above it exist.
     pub pruned_to: Revision,
-    /// The record with the highest revision, if there is one.
+    /// The record with the highest revision, if any.
     pub last_record: Option<Found>,
-    /// All cycles that were noted and never recorded, by id. One of which nothing more can be read has
-    /// [`Trigger::Unknown`] and [`Stage::Unknown`], and stands in `unreadable` as well.
+    /// All cycles that were noted and never recorded, by id. If nothing more can be read of a cycle, it has
+    /// [`Trigger::Unknown`] and [`Stage::Unknown`], and is in `unreadable` as well.
     pub open: Vec<OpenCycle>,
-    /// The process before this one did not close the store, and the machine has restarted since, so that buffered
+    /// True if the earlier process did not close the store and the machine has restarted since, so that buffered
     /// writes, and with them an entry of `open`, may be lost.
     pub may_lack_open: bool,
-    /// What was acknowledged, and is missing.
+    /// Acknowledged commits that are missing.
     pub lost: Option<Lost>,
-    /// What is known of subsystems.
+    /// The stored subsystems.
     pub subsystems: Vec<StoredSubsystem>,
-    /// What is known of loops.
+    /// The stored loops.
     pub loops: Vec<StoredLoop>,
     /// The latest outputs.
     pub outputs: Vec<StoredOutput>,
-    /// What can't be read of all that. It stays in the store; an open cycle until it is recorded.
+    /// Unreadable entries. They stay in the store; an open cycle stays until it is recorded.
     pub unreadable: Vec<UnreadableRow>,
 }
 
-/// A record as it was found.
+/// A record, or the error if it can't be read.
 pub type Found = Result<Record, Unreadable>;
 
-/// A record that is in the history and can't be read.
+/// An unreadable record in the history.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the record of cycle {cycle_id}, revision {revision}, can't be read: {problem}")]
 pub struct Unreadable {
-    /// The cycle; 0 where that can't be read either.
+    /// The cycle; 0 if that can't be read either.
     pub cycle_id: CycleId,
-    /// The revision; 0 where that can't be read either.
+    /// The revision; 0 if that can't be read either.
     pub revision: Revision,
-    /// What is wrong with it.
+    /// The problem.
     pub problem: String,
 }
 
-/// Something else that is in the store and can't be read.
+/// Another unreadable entry of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnreadableRow {
-    /// What it is: an open cycle, a subsystem, a loop or an output.
+    /// Its kind: an open cycle, a subsystem, a loop or an output.
     pub what: &'static str,
-    /// Its name or its number, as it is there.
+    /// Its name or number, as stored.
     pub key: String,
-    /// What is wrong with it.
+    /// The problem.
     pub problem: String,
 }
 
-/// What was acknowledged and is not in the store any more: its end was damaged, or an older copy was put in its place.
+/// Acknowledged commits that are no longer in the store: its end was damaged, or an older copy replaced it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lost {
     /// The highest cycle id that was noted.
     pub last_cycle_id: CycleId,
     /// The highest revision that was given.
     pub last_revision: Revision,
-    /// Commits that are missing, those of records among them.
+    /// Number of missing commits, including those of records.
     pub commits: u64,
 }
 
 /// One atomic change.
 #[derive(Clone, Debug, Default)]
 pub struct Write {
-    /// The epoch of the writer. The write holds only if it is the latest.
+    /// The epoch of the writer. The write is valid only if it is the latest.
     pub epoch: Epoch,
-    /// What the write must survive.
+    /// The failure that the write must survive.
     pub durability: Durability,
-    /// The highest id that was given to any cycle by now: with this write it is noted, and no process gives it again.
-    /// Never lower than that of the write before. Each id above that one is in `open` or in `records`.
+    /// The highest id that was given to a cycle so far: this write notes it, and no process gives it again. Never lower
+    /// than that of the previous write. Each id above the previous one is in `open` or in `records`.
     pub last_cycle_id: CycleId,
-    /// Cycles that are open from now on, or stand differently from now on: each is noted with this write or open
-    /// already, and has no record in it. A cycle is open until its record is written.
+    /// Cycles that are open from now on, or have another stage: each is noted with this write or already open, and has
+    /// no record in it. A cycle is open until its record is written.
     pub open: Vec<OpenCycle>,
     /// Cycles that are recorded now, in any order of their ids, each as the next revision. Each is open in the store,
     /// or is noted with this write.
     pub records: Vec<Record>,
     /// Outputs that replace the latest one of their subsystem.
     pub outputs: Vec<(Name, Output)>,
-    /// What is now known of these subsystems; `None` means nothing any more, which also removes the output.
+    /// The new state of these subsystems; `None` removes a subsystem and its output.
     pub subsystems: BTreeMap<Name, Option<Arc<StoredSubsystem>>>,
-    /// What is now known of these loops; `None` means nothing any more.
+    /// The new state of these loops; `None` removes a loop.
     pub loops: BTreeMap<Name, Option<StoredLoop>>,
-    /// This is the last write of this process: nothing has begun that is not recorded, and nothing is lost if the machine restarts.
+    /// True for the last write of this process: every begun cycle is recorded, and nothing is lost if the machine
+    /// restarts.
     pub close: bool,
 }
 
-/// What a write must survive.
+/// The failure that a write must survive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Durability {
     /// The loss of power.
@@ -316,10 +315,10 @@ pub enum Durability {
     Buffered,
 }
 
-/// A cycle's record as it is kept: the exact bytes that were first written, and what finds them.
+/// A stored record of a cycle: the exact bytes that were first written, and their keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// Its number.
+    /// Its id.
     pub cycle_id: CycleId,
     /// Its position in the history.
     pub revision: Revision,
@@ -337,10 +336,10 @@ pub struct Record {
     pub bytes: Bytes,
 }
 
-/// A cycle that was admitted and is not recorded yet. Written again, it replaces what was written of it before.
+/// A cycle that was admitted and is not recorded yet. A further write of it replaces the earlier one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenCycle {
-    /// Its number.
+    /// Its id.
     pub cycle_id: CycleId,
     /// What started it.
     pub trigger: Trigger,
@@ -348,76 +347,76 @@ pub struct OpenCycle {
     pub scheduled_at: Timestamp,
     /// The id of the request.
     pub request_id: Option<String>,
-    /// The trace that it belongs to.
+    /// Its trace.
     pub trace_id: Option<TraceId>,
-    /// How far it has come.
+    /// Its stage.
     pub stage: Stage,
 }
 
-/// How far an open cycle has come.
+/// The stage of an open cycle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// It waits. What is needed to run it after a restart, which the store does not look into; `None` where it is not to
-    /// be run then.
+    /// It waits. Contains the request to run it after a restart, opaque to the store; `None` if it is not to be run
+    /// then.
     Waiting(Option<Bytes>),
     /// It has begun, at this time.
     Begun(Timestamp),
-    /// Nothing is stored of it that can be read. Its other fields say nothing.
+    /// Its entry can't be read. Its other fields have no meaning.
     Unknown,
 }
 
-/// What is durably known of a subsystem.
+/// The durable state of a subsystem.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StoredSubsystem {
-    /// Its registration; `None` when the configuration file has that.
+    /// Its registration; `None` if the configuration file declares it.
     pub spec: Option<SubsystemSpec>,
     /// The length of its lease.
     pub lease: Option<Duration>,
-    /// It is taken out of cycles.
+    /// True while it is suspended.
     pub suspended: bool,
-    /// Its name, which is also that in `spec`.
+    /// Its name, the same as in `spec`.
     pub name: Name,
 }
 
-/// What is durably known of a loop.
+/// The durable state of a loop.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StoredLoop {
-    /// Its settings; `None` when the configuration file has them.
+    /// Its settings; `None` if the configuration file declares it.
     pub spec: Option<LoopSpec>,
-    /// Where it stands.
+    /// Its state.
     pub state: LoopState,
-    /// Its name, which is also that in `spec`.
+    /// Its name, the same as in `spec`.
     pub name: Name,
 }
 
-/// The latest output of a subsystem, as it was stored.
+/// The stored latest output of a subsystem.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredOutput {
     /// The subsystem.
     pub name: Name,
     /// The output.
     pub output: Output,
-    /// When the cycle that made it ended; `None` when its record is not retained.
+    /// When the cycle that made it ended; `None` if its record is not retained.
     pub finished_at: Option<Timestamp>,
 }
 
-/// Which records are wanted.
+/// A filter of records.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
-    /// That ended so; empty means any.
+    /// Only these states; empty means any.
     pub states: Vec<CycleState>,
-    /// That this kind of trigger started.
+    /// Only this kind of trigger.
     pub trigger: Option<TriggerKind>,
-    /// That this loop started.
+    /// Only cycles of this loop.
     pub loop_name: Option<Name>,
-    /// That finished at or after this.
+    /// Only cycles that finished at or after this time.
     pub finished_from: Option<Timestamp>,
-    /// That finished before this.
+    /// Only cycles that finished before this time.
     pub finished_before: Option<Timestamp>,
 }
 
 impl Filter {
-    /// Whether it wants this record.
+    /// True if this record passes.
     #[must_use]
     pub fn wants(&self, record: &Record) -> bool {
         (self.states.is_empty() || self.states.contains(&record.state))
@@ -449,16 +448,16 @@ impl TriggerKind {
     }
 }
 
-/// How much one read returns at most; but one record whatever its size, if there is any.
+/// Limits of one read, which returns at least one record whatever its size, if there is any.
 #[derive(Clone, Copy, Debug)]
 pub struct PageLimits {
-    /// Records. At least 1.
+    /// Most records. At least 1.
     pub records: usize,
-    /// Bytes of encoded telemetry.
+    /// Most bytes of encoded telemetry.
     pub bytes: usize,
 }
 
-/// So many records one page looks at: a filter that hardly any record passes must not read the whole history at once.
+/// Most records that one page examines: a selective filter must not read the whole history at once.
 pub const SCAN_LIMIT: usize = 10_000;
 
 /// A part of the history, highest revision first.
@@ -466,49 +465,49 @@ pub const SCAN_LIMIT: usize = 10_000;
 pub struct Page {
     /// The records.
     pub records: Vec<Found>,
-    /// Go on below this revision; `None` when there is nothing more.
+    /// The revision below which the next page starts; `None` at the end.
     pub next: Option<Revision>,
-    /// How many records were looked at for it.
+    /// Number of examined records.
     pub scanned: usize,
 }
 
-/// What is kept: a record goes when either bound of its rule has passed.
+/// Limits of the history: a record is removed when it exceeds either limit of its rule.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Retention {
-    /// For states that have no rule of their own.
+    /// The rule for states without their own rule.
     pub default: RetentionRule,
     /// Rules for single states.
     pub by_state: BTreeMap<CycleState, RetentionRule>,
 }
 
-/// How much is kept. Both `None`: everything.
+/// Limits of one rule. If both are `None`, everything is kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RetentionRule {
-    /// So many of the records to which this rule applies: those with the highest revisions.
+    /// Most records of this rule; those with the highest revisions are kept.
     pub max_cycles: Option<u64>,
-    /// Records that finished less than this ago.
+    /// Largest age of records.
     pub max_age: Option<Duration>,
 }
 
-/// What pruning did.
+/// The result of pruning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pruned {
-    /// Records removed now. Fewer than asked for means that there are no more to remove.
+    /// Number of removed records. Fewer than requested means that there are no more to remove.
     pub removed: usize,
     /// The highest revision ever removed.
     pub pruned_to: Revision,
 }
 
-/// How much a store holds.
+/// The size of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoreSize {
-    /// Records that are retained.
+    /// Number of retained records.
     pub records: u64,
-    /// Bytes that everything takes where it is kept.
+    /// Size in bytes.
     pub bytes: u64,
 }
 
-/// Why a store did not write or read. Each says what to do about it. `store` is where the store is, for people.
+/// Why a store did not write or read. Each message contains the remedy. `store` is its location, for people.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// A later epoch writes to this store.
@@ -517,31 +516,31 @@ pub enum StoreError {
         /// The later epoch.
         by: Epoch,
     },
-    /// What it holds makes no sense.
+    /// Its contents are invalid.
     #[error("{store} is damaged: {problem}; restore it from a backup")]
     Corrupt {
         /// Which store.
         store: String,
-        /// What makes no sense.
+        /// The invalid contents.
         problem: String,
     },
-    /// It takes nothing, though it is sound.
+    /// It refuses writes, although it is not damaged.
     #[error(
-        "{store} does not take what has to be written: {problem}; restore it from a backup if another program has changed \
+        "{store} refuses a required write: {problem}; restore it from a backup if another program has changed \
          it, or else report the defect"
     )]
     Unusable {
         /// Which store.
         store: String,
-        /// Why it does not take it.
+        /// The problem.
         problem: String,
     },
-    /// There is no room.
-    #[error("no room left to write {store}: {problem}; free some, and writing goes on by itself")]
+    /// There is no space left.
+    #[error("no space left to write {store}: {problem}; free some space, and writing resumes by itself")]
     Full {
         /// Which store, or which of its files.
         store: String,
-        /// What the system says.
+        /// The error of the system.
         problem: String,
     },
     /// This process is not allowed to write it.
@@ -549,18 +548,18 @@ pub enum StoreError {
     ReadOnly {
         /// Which store, or which of its files.
         store: String,
-        /// What the system says.
+        /// The error of the system.
         problem: String,
     },
-    /// It can't be reached or used now, which may pass.
+    /// It is temporarily unavailable.
     #[error("{store}: {problem}")]
     Unavailable {
         /// Which store.
         store: String,
-        /// What is the matter, and what to do about it.
+        /// The problem and its remedy.
         problem: String,
     },
-    /// A commit has not returned yet, and is waited for. Only [`Store::trouble`] says so.
+    /// A commit has not returned yet, and is awaited. Reported only by [`Store::trouble`].
     #[error("a commit to {store} has not returned within {waited:?}, and is waited for: {problem}")]
     Late {
         /// Which store.
@@ -570,17 +569,17 @@ pub enum StoreError {
         /// The probable cause, and what to do about it.
         problem: String,
     },
-    /// This process, or the store itself, breaks a rule. Nothing will be written any more.
-    #[error("the store has failed by a defect: {problem}; restart this process, and report the defect")]
+    /// This process, or the store itself, has violated a rule. It accepts no further writes.
+    #[error("the store has failed because of a defect: {problem}; restart this process, and report the defect")]
     Defect {
-        /// Which rule.
+        /// The violation.
         problem: String,
     },
 }
 
 impl StoreError {
-    /// Whether trying again is of no use to whoever could not commit for this: this process will write nothing any more.
-    /// A full disk, missing permissions, a lock, a failure of the hardware and files that are not in their places may pass.
+    /// True if a retry is useless: this process can't write any more. A full disk, missing permissions, a lock, a
+    /// hardware failure and moved files may be temporary.
     #[must_use]
     pub fn is_final(&self) -> bool {
         match self {
@@ -589,7 +588,7 @@ impl StoreError {
         }
     }
 
-    /// Whether a commit is still awaited.
+    /// True if a commit is still awaited.
     #[must_use]
     pub fn is_late(&self) -> bool {
         matches!(self, Self::Late { .. })
@@ -599,10 +598,10 @@ impl StoreError {
 /// Why the records after a revision were not read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResumeError {
-    /// They are gone, or not there yet.
-    #[error("revisions {oldest} to {newest} are what there is")]
+    /// They are no longer retained, or do not exist yet.
+    #[error("only revisions {oldest} to {newest} are retained")]
     NotRetained {
-        /// The oldest revision from which on none is missing.
+        /// The oldest revision above which none is missing.
         oldest: Revision,
         /// The newest revision.
         newest: Revision,

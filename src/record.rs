@@ -1,7 +1,7 @@
-//! The one codec between a finished cycle and its bytes: the wire form of `CycleTelemetry`.
+//! The only codec between a finished cycle and its bytes: the wire form of `CycleTelemetry`.
 //!
-//! A cycle is encoded once, here, and the bytes are what is committed, answered and streamed. Only the revision comes later: it
-//! is given by the commit. Requests whose cycles wait are stored in the wire form of `RunCycleRequest`.
+//! A cycle is encoded once, here, and these bytes are committed, returned and streamed. Only the revision is added
+//! later, by the commit. Requests of waiting cycles are stored in the wire form of `RunCycleRequest`.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -18,21 +18,20 @@ use crate::{
     proto::{duration, orchestrator::v1 as pb, subsystem::v1 as pbs, timestamp},
 };
 
-/// The most bytes of an error message in a record.
+/// Most bytes of an error message in a record.
 const MAX_MESSAGE: usize = 1 << 10;
-/// What is left of an error message in a record that would be too large.
+/// Most bytes of an error message in a record that would be too large.
 const SHORT_MESSAGE: usize = 64;
 
-/// The record of a cycle, whole but for its revision.
+/// The record of a cycle, complete except for its revision.
 #[derive(Clone, Debug)]
 pub struct Encoded(Record);
 
 impl Encoded {
-    /// The field of the revision with the largest one: a tag and a varint.
+    /// Bytes of the field of the revision, with the largest value: a tag and a varint.
     const REVISION_BYTES: usize = 11;
 
-    /// The record as it stands at this position of the history. The order of fields has no meaning in the wire form, so the
-    /// revision comes last.
+    /// The record with this revision. The order of fields has no meaning in the wire form, so the revision comes last.
     pub fn at(&self, revision: Revision) -> Record {
         const TAG: u32 = 14;
         let mut bytes = Vec::with_capacity(self.size());
@@ -46,15 +45,15 @@ impl Encoded {
         self.0.cycle_id
     }
 
-    /// The most bytes that it takes.
+    /// Its size in bytes, with the largest revision.
     pub fn size(&self) -> usize {
         self.0.bytes.len() + Self::REVISION_BYTES
     }
 }
 
-/// Encodes a cycle in at most `max_bytes` bytes, as far as leaving out outputs, then issues and metrics, then the ends of error
-/// messages, then all of them, then the critical path can achieve that: 3 MiB are enough for 20,000 subsystems, however they
-/// have fared.
+/// Encodes a cycle in at most `max_bytes` bytes, as far as possible by leaving out outputs, then issues and metrics,
+/// then the ends of error messages, then whole error messages, then the critical path: 3 MiB are enough for 20,000
+/// subsystems, whatever their results.
 pub fn encode(cycle: &FinishedCycle, max_bytes: usize) -> Encoded {
     let mut telemetry = telemetry(cycle);
     let max_bytes = max_bytes.saturating_sub(Encoded::REVISION_BYTES);
@@ -80,20 +79,20 @@ pub fn encode(cycle: &FinishedCycle, max_bytes: usize) -> Encoded {
     })
 }
 
-/// What is needed to run a cycle that waits in another process.
+/// The stored request of a waiting cycle, to run it in another process.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Waiting {
     #[prost(message, optional, tag = "1")]
     request: Option<pb::RunCycleRequest>,
-    /// The span of its caller, as W3C Trace Context writes it.
+    /// The span of its caller, in the form of W3C Trace Context.
     #[prost(string, optional, tag = "2")]
     traceparent: Option<String>,
     #[prost(string, optional, tag = "3")]
     tracestate: Option<String>,
 }
 
-/// Encodes what is needed to run a cycle that waits in another process: all but its `request_id` and when it was due, which are
-/// kept beside it.
+/// Encodes the request of a waiting cycle, to run it in another process, without its `request_id` and due time, which
+/// are stored separately.
 pub fn encode_request(request: &CycleRequest) -> Bytes {
     let message = pb::RunCycleRequest {
         subsystems: request.subset.iter().flat_map(|names| names.iter()).map(ToString::to_string).collect(),
@@ -111,10 +110,10 @@ pub fn encode_request(request: &CycleRequest) -> Bytes {
     waiting.encode_to_vec().into()
 }
 
-/// Reads what [`encode_request`] has written.
+/// Decodes the result of [`encode_request`].
 ///
 /// # Errors
-/// What is wrong with it.
+/// The problem.
 pub fn decode_request(
     bytes: Bytes,
     scheduled_at: Timestamp,
@@ -139,15 +138,15 @@ pub fn decode_request(
     })
 }
 
-/// Checks that a record can be read, by everybody who knows the contract.
+/// Checks that clients of the contract can decode a record.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The problem.
 pub fn check(record: &Record) -> Result<(), String> {
     let telemetry = pb::CycleTelemetry::decode(record.bytes.clone()).map_err(|error| error.to_string())?;
     let (cycle_id, revision) = (telemetry.cycle_id, telemetry.revision);
     if (cycle_id, revision) != (record.cycle_id.0, record.revision.0) {
-        return Err(format!("it says that it is that of cycle {cycle_id}, revision {revision}"));
+        return Err(format!("it contains cycle {cycle_id}, revision {revision}"));
     }
     for part in telemetry.subsystems {
         Payload::check(part.output).map_err(|malformed| format!("the output of {}: {malformed}", part.name))?;
@@ -229,7 +228,7 @@ pub fn part(report: &SubsystemReport, cycle_started_at: Option<Timestamp>) -> pb
     }
 }
 
-/// What went wrong, as long as it may be in a record.
+/// An error message, cut to its limit in a record.
 pub fn message(state: &SubsystemState) -> &str {
     excerpt(state.message(), MAX_MESSAGE)
 }
@@ -295,17 +294,17 @@ pub fn reason_to_skip(reason: Option<SkipReason>) -> pb::SkipReason {
     }
 }
 
-/// Which records a reader of the history wants by the parts of their cycles, for which their bytes have to be looked into.
+/// A filter of records by the parts of their cycles, which needs a look into their bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PartFilter {
-    /// Cycles in which one of these took part; empty means any.
+    /// Only cycles in which one of these took part; empty means any.
     pub subsystems: BTreeSet<Name>,
-    /// And its part ended so, by the numbers of the contract; empty means any.
+    /// Only cycles in which its part ended in one of these states, by their numbers in the contract; empty means any.
     pub states: BTreeSet<i32>,
 }
 
 impl PartFilter {
-    /// Whether this record is wanted.
+    /// True if this record passes.
     pub fn wants(&self, record: &Bytes) -> bool {
         if self.subsystems.is_empty() {
             return true;
@@ -313,7 +312,7 @@ impl PartFilter {
         self.passes(&Parts::of(record))
     }
 
-    /// Whether one of these parts is wanted.
+    /// True if one of these parts passes.
     pub fn passes(&self, parts: &Parts) -> bool {
         let Some(parts) = &parts.0 else { return true };
         self.subsystems.is_empty()
@@ -329,7 +328,7 @@ impl PartFilter {
 pub struct Parts(Option<Vec<BriefPart>>);
 
 impl Parts {
-    /// Those of an encoded cycle. What was written by this module can be read; what can't is not withheld from anybody.
+    /// The parts of an encoded cycle. Records of this module can be decoded; an undecodable one passes every filter.
     pub fn of(record: &Bytes) -> Self {
         Self(BriefTelemetry::decode(record.clone()).ok().map(|BriefTelemetry { mut subsystems }| {
             subsystems.sort_unstable_by(|one, other| one.name.cmp(&other.name));
@@ -338,8 +337,8 @@ impl Parts {
     }
 }
 
-/// The few fields of `CycleTelemetry` that say which subsystems took part; the others are skipped over. A test holds it against
-/// the contract.
+/// The few fields of `CycleTelemetry` that say which subsystems took part; the others are skipped over. A test holds it
+/// against the contract.
 #[derive(Clone, PartialEq, prost::Message)]
 struct BriefTelemetry {
     #[prost(message, repeated, tag = "12")]
@@ -416,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_large_loses_outputs_then_details_then_ends_of_messages() {
+    fn a_large_record_loses_outputs_then_details_then_ends_of_messages() {
         let whole = decoded(usize::MAX);
         assert!(!whole.truncated && !whole.subsystems[0].output.is_empty());
         let without_outputs = decoded(whole.encoded_len() - 1);

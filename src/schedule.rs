@@ -1,5 +1,5 @@
-//! Interval loops: which ticks are due, and the account of every one of them. Pure bookkeeping: the orchestrator
-//! supplies the time and does what is due.
+//! Interval loops: due ticks, and the disposition of every tick. Pure bookkeeping: the orchestrator supplies the time
+//! and starts the cycles.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,10 +20,10 @@ use crate::{
 #[derive(Debug)]
 pub struct Loops {
     entries: BTreeMap<Name, LoopEntry>,
-    /// Those whose state has changed since it was last written, with the version that changed it.
+    /// Loops whose state has changed since it was last written, with the version of the change.
     dirty: BTreeMap<Name, u64>,
     version: u64,
-    /// When the log said last that ticks of a loop are dropped.
+    /// When dropped ticks of a loop were last logged.
     warned_at: BTreeMap<Name, Timestamp>,
     /// Those whose last cycle had no subsystem in it. The log has said so.
     empty: BTreeSet<Name>,
@@ -35,46 +35,46 @@ pub struct Loops {
 pub struct LoopEntry {
     /// Its settings.
     pub settings: Arc<IntervalLoop>,
-    /// Where its settings come from.
+    /// The origin of its settings.
     pub origin: LoopOrigin,
-    /// Where it stands.
+    /// Its state.
     pub state: LoopState,
-    /// Its next tick; `None` when it is stopped.
+    /// Its next tick; `None` while it is stopped.
     pub next: Option<Tick>,
-    /// How late after its tick its last cycle began, in this process.
+    /// Delay of its last cycle after its tick, in this process.
     pub lag: Option<Duration>,
     /// When the last cycle that it started ended, in this process.
     pub last_finished_at: Option<Timestamp>,
-    /// The memory that its settings take.
+    /// The memory of its settings.
     pub(crate) _held: Option<Arc<Held>>,
 }
 
-/// Where the settings of a loop come from.
+/// The origin of a loop's settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoopOrigin {
-    /// The configuration file declares it.
+    /// True if the configuration file declares it.
     Config,
-    /// A caller has started it.
+    /// A caller started it.
     Rpc,
 }
 
-/// A tick that is to come.
+/// A future tick.
 #[derive(Clone, Copy, Debug)]
 pub struct Tick {
     /// When it is due.
     pub due_at: Timestamp,
     /// When its cycle starts: jitter later.
     pub fires_at: Timestamp,
-    /// The clock has shown `due_at`; it may have been set back since.
+    /// True once the clock has reached `due_at`; it may have been set back since.
     has_come: bool,
 }
 
 impl Loops {
-    /// Corrections of the clock are waited out, so that no tick comes twice. Further back is another time, and
-    /// waiting could take years.
+    /// Largest correction of the clock for which ticks wait, so that no tick comes twice. After a larger one, waiting
+    /// could take years.
     pub const MAX_SET_BACK: Duration = Duration::from_mins(1);
 
-    /// None yet. Jitter is drawn from `random`.
+    /// No loops. Jitter is drawn from `random`.
     pub fn new(random: Random) -> Self {
         Self {
             entries: BTreeMap::new(),
@@ -96,18 +96,17 @@ impl Loops {
         self.entries.get(name)
     }
 
-    /// How many there are.
+    /// Number of loops.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// There is none.
+    /// True if there are no loops.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Takes up a loop whose state was stored by an earlier process: gives the ticks that fell due in between their
-    /// disposition.
+    /// Restores a loop of an earlier process: records the disposition of ticks that were due in between.
     pub fn restore(
         &mut self,
         settings: IntervalLoop,
@@ -123,9 +122,9 @@ impl Loops {
         self.put(entry);
     }
 
-    /// A loop as it is when it is started now: a new one, or one that is there with other settings and its account
-    /// kept. A tick that is due already and waits for its jitter goes on waiting, for no longer than the new settings
-    /// let it; where they have other due times, it is dropped.
+    /// The state of a loop that is started now: a new loop, or an existing one with new settings and its tick counts. A
+    /// tick that is already due and waits for its jitter continues to wait, within the new jitter; if the due times
+    /// have changed, it is dropped.
     pub fn started(&self, settings: IntervalLoop, origin: LoopOrigin, now: Timestamp) -> LoopEntry {
         let Some(earlier) = self.entries.get(&settings.name) else {
             let mut entry = LoopEntry::new(settings, origin, LoopState::default());
@@ -151,14 +150,14 @@ impl Loops {
         entry
     }
 
-    /// Puts a loop in the place of the one of its name.
+    /// Adds a loop, or replaces the one with its name.
     pub fn put(&mut self, entry: LoopEntry) {
         let name = entry.settings.name.clone();
         self.entries.insert(name.clone(), entry);
         self.touch(name);
     }
 
-    /// Forgets a loop.
+    /// Removes a loop.
     pub fn remove(&mut self, name: &Name) {
         self.entries.remove(name);
         self.dirty.remove(name);
@@ -166,8 +165,8 @@ impl Loops {
         self.empty.remove(name);
     }
 
-    /// Lets the loops go on from `now` if the clock was set back by more than [`Self::MAX_SET_BACK`]. Returns those
-    /// that do. A tick that was due before that and waits for its jitter is dropped, since its time comes again.
+    /// Restarts the ticks of loops at `now` if the clock was set back by more than [`Self::MAX_SET_BACK`]. Returns
+    /// these loops. A tick that was due before and waits for its jitter is dropped, since its time comes again.
     pub fn follow_clock(&mut self, now: Timestamp) -> Vec<Name> {
         let mut set_back = Vec::new();
         for (name, entry) in &mut self.entries {
@@ -184,14 +183,14 @@ impl Loops {
         set_back
     }
 
-    /// When to look again.
+    /// When the next tick fires.
     pub fn next_at(&self) -> Option<Timestamp> {
         self.entries.values().filter_map(|entry| entry.next).map(|tick| tick.fires_at).min()
     }
 
-    /// The loops that have a tick to fire, the one whose last cycle is the oldest first, each with when that tick was
-    /// due. If several ticks of one loop have passed, the latest fires and those before it are missed. Each has to be
-    /// accounted for with [`Loops::account`].
+    /// The loops with a tick to fire, the one whose last cycle is the oldest first, each with the due time of the tick.
+    /// If several ticks of one loop have passed, the latest fires and earlier ones are missed. Call [`Loops::account`]
+    /// for each.
     pub fn due(&mut self, now: Timestamp) -> Vec<(Arc<IntervalLoop>, Timestamp)> {
         let mut due = Vec::new();
         let mut touched = Vec::new();
@@ -202,7 +201,7 @@ impl Loops {
             due.push((entry.settings.clone(), latest, entry.state.last_cycle_id));
             touched.push(name.clone());
         }
-        // Of loops whose ticks coincide, the first may keep the others from running: that is never the same one.
+        // If ticks coincide, the first loop may keep the others from running, so the order must rotate.
         due.sort_by_key(|(.., last_cycle_id)| *last_cycle_id);
         for name in touched {
             self.touch(name);
@@ -210,7 +209,7 @@ impl Loops {
         due.into_iter().map(|(settings, due_at, _)| (settings, due_at)).collect()
     }
 
-    /// Says what became of the tick that [`Loops::due`] gave out.
+    /// Records the disposition of the tick from [`Loops::due`].
     pub fn account(
         &mut self,
         name: &Name,
@@ -242,8 +241,8 @@ impl Loops {
         }
     }
 
-    /// Whether the log should say now that ticks of this loop are dropped: once a minute. A loop may have a hundred ticks
-    /// a second.
+    /// True if dropped ticks of this loop should be logged now: once a minute, since a loop may have a hundred ticks a
+    /// second.
     pub fn warns_of_drops(&mut self, name: &Name, now: Timestamp) -> bool {
         const PAUSE: Duration = Duration::from_mins(1);
         let is_news = self.warned_at.get(name).is_none_or(|at| now.duration_since(*at).unsigned_abs() >= PAUSE);
@@ -253,7 +252,8 @@ impl Loops {
         is_news
     }
 
-    /// Whether the log should say now that the cycles of this loop have no subsystem in them: when the first of them is so.
+    /// Whether the log should say now that the cycles of this loop have no subsystem in them: when the first of them is
+    /// so.
     pub fn warns_of_empty(&mut self, name: &Name, is_empty: bool) -> bool {
         if is_empty {
             self.entries.contains_key(name) && self.empty.insert(name.clone())
@@ -263,7 +263,7 @@ impl Loops {
         }
     }
 
-    /// What has changed since it was last written, and a mark for [`Loops::written`].
+    /// The changes since the last write, and a mark for [`Loops::written`].
     pub fn unwritten(&self) -> (BTreeMap<Name, Option<StoredLoop>>, u64) {
         let stored = self.dirty.keys().filter_map(|name| {
             let entry = self.entries.get(name)?;
@@ -272,7 +272,7 @@ impl Loops {
         (stored.collect(), self.version)
     }
 
-    /// What [`Loops::unwritten`] gave out with this mark is written.
+    /// Marks the changes from [`Loops::unwritten`] with this mark as written.
     pub fn written(&mut self, mark: u64) {
         self.dirty.retain(|_, version| *version > mark);
     }
@@ -288,12 +288,12 @@ impl LoopEntry {
         Self { settings: Arc::new(settings), origin, state, next: None, lag: None, last_finished_at: None, _held: None }
     }
 
-    /// True where the configuration file declares it.
+    /// True if the configuration file declares it.
     pub fn is_declared(&self) -> bool {
         self.origin == LoopOrigin::Config
     }
 
-    /// As it is stored.
+    /// Its stored form.
     pub fn to_stored(&self) -> StoredLoop {
         StoredLoop {
             name: self.settings.name.clone(),
@@ -302,13 +302,13 @@ impl LoopEntry {
         }
     }
 
-    /// The same loop, with the memory that its settings take.
+    /// The same loop, with the memory of its settings.
     #[must_use]
     pub fn holding(self, held: Held) -> Self {
         Self { _held: Some(Arc::new(held)), ..self }
     }
 
-    /// The loop as it is when it is stopped now: it stays listed, and has no ticks. One that is due and waits for its
+    /// The state of the loop if it is stopped now: it stays listed, without ticks. A tick that is due and waits for its
     /// jitter is dropped.
     #[must_use]
     pub fn stopped(mut self, now: Timestamp) -> Self {
@@ -318,13 +318,13 @@ impl LoopEntry {
         self
     }
 
-    /// The tick that has fallen due and has not fired.
+    /// The tick that is due and has not fired.
     fn waiting(&self, now: Timestamp) -> Option<Tick> {
         self.next.filter(|tick| tick.has_come || tick.due_at <= now)
     }
 
-    /// Gives all ticks that have fallen due and have not fired their disposition: the latest is dropped, and those
-    /// before it, for which the process came too late, are missed.
+    /// Records the disposition of all ticks that are due and have not fired: the latest is dropped, and earlier ones,
+    /// for which the process was too late, are missed.
     fn drop_waiting(&mut self, now: Timestamp) {
         let Some(tick) = self.waiting(now) else { return };
         let latest = self.latest_due(now).unwrap_or(tick.due_at).max(tick.due_at);
@@ -333,19 +333,19 @@ impl LoopEntry {
         self.next = None;
     }
 
-    /// When the latest tick was due that is due by `now`.
+    /// Due time of the latest tick that is due by `now`.
     fn latest_due(&self, now: Timestamp) -> Option<Timestamp> {
         self.settings.first_after(now).checked_sub(1).and_then(|n| self.settings.due_at(n))
     }
 
-    /// Lets ticks be due from `now` on.
+    /// Restarts the ticks at `now`.
     fn begin_at(&mut self, now: Timestamp, random: &Random) {
         self.state.accounted_to = self.state.accounted_to.max(Some(now));
         self.plan_next(now, random);
     }
 
-    /// Gives up ticks that lie further ahead than a correction of the clock explains. Whether there were any: what was
-    /// accounted for lay in the past then.
+    /// Discards accounted ticks that are further ahead than a correction of the clock explains. Returns true if there
+    /// were any: their times were in the past then.
     fn follow_clock(&mut self, now: Timestamp) -> bool {
         let latest = now.saturating_add(Loops::MAX_SET_BACK).unwrap_or(Timestamp::MAX);
         if self.waiting(now).is_some_and(|tick| tick.due_at > latest) {
@@ -358,7 +358,7 @@ impl LoopEntry {
         set_back
     }
 
-    /// Accounts for what fell due while no process ran, and plans the next tick.
+    /// Accounts for ticks that were due while no process ran, and plans the next tick.
     fn catch_up(&mut self, now: Timestamp, random: &Random) {
         self.follow_clock(now);
         if self.state.accounted_to.is_none() {
@@ -384,12 +384,12 @@ impl LoopEntry {
         self.plan_next(now, random);
     }
 
-    /// Gives all ticks that have no disposition and are due before `end` this one.
+    /// Records this disposition for all unaccounted ticks that are due before `end`.
     fn account_up_to(&mut self, end: Timestamp, disposition: TickDisposition) {
         let Some(accounted_to) = self.state.accounted_to else { return };
         let first = self.settings.first_after(accounted_to);
         let before_end = self.settings.first_after(end).saturating_sub(1);
-        // `end` is itself the time of a tick, which is left.
+        // `end` is itself the time of a tick, which is not included.
         if let (Some(first_due), Some(last_due)) = (
             self.settings.due_at(first),
             before_end.checked_sub(1).filter(|last| *last >= first).and_then(|last| self.settings.due_at(last)),
@@ -398,7 +398,7 @@ impl LoopEntry {
         }
     }
 
-    /// Gives all ticks that have no disposition and are due up to `last` this one.
+    /// Records this disposition for all unaccounted ticks that are due up to `last`.
     fn account_through(&mut self, last: Timestamp, disposition: TickDisposition) {
         let Some(accounted_to) = self.state.accounted_to else { return };
         let first = self.settings.first_after(accounted_to);
@@ -476,7 +476,7 @@ mod tests {
 
         let mut loops = Loops::new(Random::seeded(0));
         loops.restore(every(10, CatchUp::One), LoopOrigin::Rpc, down, None, at(105));
-        // The window is a minute: 50 to 100 lie inside it, 20 to 40 before.
+        // The window is a minute: 50 to 100 are inside it, 20 to 40 before.
         assert_eq!(fire(&mut loops, at(105)), [at(100)]);
         let ticks = loops.get(&name()).unwrap().state.ticks;
         assert_eq!((ticks.missed, ticks.coalesced, ticks.ran), (3, 5, 1));
@@ -559,7 +559,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever becomes of the process, the clock and the settings, every tick that falls due gets one disposition.
+        /// Whatever happens to the process, the clock and the settings, every due tick gets exactly one disposition.
         #[test]
         fn dispositions_add_up_to_the_due_ticks(
             one in any::<bool>(),
@@ -570,7 +570,7 @@ mod tests {
             let mut loops = Loops::new(Random::seeded(0));
             loops.put(loops.started(settings.clone(), LoopOrigin::Rpc, at(0)));
             let (mut now, mut is_stopped) = (0, false);
-            // How many ticks fell due, and up to when they are counted.
+            // Number of due ticks, and the time up to which they are counted.
             let (mut due, mut counted_to) = (0, at(0));
             let end = [Step::Edit { interval: 10, offset: 0.0, jitter: 0.9 }, Step::TimePasses(1_000)];
             for step in steps.into_iter().chain(end) {
@@ -587,7 +587,8 @@ mod tests {
                     Step::Restart => {
                         let LoopEntry { state, next, .. } = loops.get(&name()).unwrap().clone();
                         if next.is_some_and(|tick| tick.has_come && tick.due_at > at(now)) {
-                            // The clock was set back, and a new process does not know that it was ahead: it comes again.
+                            // The clock was set back, and a new process does not know that it was ahead: the time comes
+                            // again.
                             due -= 1;
                             counted_to = state.accounted_to.unwrap();
                         }
@@ -621,7 +622,7 @@ mod tests {
                 }
                 loops.follow_clock(at(now));
                 if !is_stopped && counted_to > at(now + 60) {
-                    // Times that come again have ticks again.
+                    // Times that occur again have ticks again.
                     counted_to = at(now);
                 }
                 fire(&mut loops, at(now));
@@ -641,7 +642,7 @@ mod tests {
         // Other settings, and the same due times.
         loops.put(loops.started(jittered(10, almost_all / 2), LoopOrigin::Rpc, at(10)));
         assert_eq!((waiting(&loops), loops.get(&name()).unwrap().state.ticks.due()), (Some(at(10)), 0));
-        // Without jitter, there is nothing to wait for.
+        // Without jitter, it does not wait.
         loops.put(loops.started(jittered(10, Duration::ZERO), LoopOrigin::Rpc, at(10)));
         assert_eq!(fire(&mut loops, at(10)), [at(10)]);
         // Other due times.

@@ -1,5 +1,5 @@
-//! The network of a process: where it listens, and what it connects to. The sockets of this machine are one
-//! implementation, a simulated network is another. TLS and HTTP/2 stand on top of it.
+//! The network of a process: its listeners and connections. The sockets of this machine are one implementation, a
+//! simulated network is another. TLS and HTTP/2 are layered on top of it.
 
 mod resolve;
 mod sockets;

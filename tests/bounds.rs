@@ -230,7 +230,7 @@ async fn a_plan_that_is_larger_than_an_answer_has_pages() {
     let refused = stage.client.run_cycle(request).await.unwrap_err();
     assert_eq!(reason(&refused), because(Code::ResourceExhausted, "ANSWER_TOO_LARGE", []));
     assert!(refused.message().contains("PlanCycle"), "{refused:?}");
-    // On the command line, what to do is told in commands.
+    // The command line names the remedy in commands.
     let address = format!("http://{}", stage.service.address());
     let command = ["run", "--validate-only", "--address", &address];
     let said = Command::new(env!("CARGO_BIN_EXE_orchestrator")).args(command).output().await.unwrap();
@@ -241,7 +241,7 @@ async fn a_plan_that_is_larger_than_an_answer_has_pages() {
     assert_eq!(reason(&stage.client.plan_cycle(request).await.unwrap_err()), invalid(["page_token"]));
 }
 
-/// Has an output and a snapshot of so many bytes.
+/// Has an output and a snapshot of this number of bytes.
 struct Large(usize, usize);
 
 impl Large {

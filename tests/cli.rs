@@ -255,7 +255,7 @@ async fn a_cycle_is_planned_run_and_found_in_the_history() {
     assert_eq!(cli.json("cycles list").await, json!({ "cycles": [] }));
     assert!(row(&cli.run("status").await.with(0), "last").contains(&"-"));
 
-    // Nobody looks: plain lines on stderr, the cycle as a table on stdout.
+    // Without a terminal: plain lines on stderr, the cycle as a table on stdout.
     let ran = cli.run("run --record-outputs --details --param n=1").await;
     assert!(ran.stderr.contains("cycle 1  started      3 subsystems, manual"), "{}", ran.stderr);
     let parts = ran.stderr.lines().filter(|line| line.contains("SUCCEEDED")).count();
@@ -368,7 +368,7 @@ async fn loops_are_started_listed_and_stopped() {
     let shown = cli.run("loops start fast --interval 10ms").await.with(0);
     assert_eq!(row(&shown, "interval"), ["interval", "10ms"]);
 
-    // Its cycles come, and are told apart from others.
+    // Its cycles come, and are distinguished from others.
     let mut watch = cli.start("watch --loop fast");
     assert!(watch.line().await.ends_with("loop fast"));
     watch.interrupt();
@@ -512,7 +512,7 @@ async fn a_report_tells_what_the_record_says() {
             match &it[heading] {
                 Value::Null => assert_eq!(cell, "", "{heading} of {line:?}"),
                 Value::String(name) => assert_eq!(cell, name),
-                // The last digit may differ with who has read it.
+                // The last digit may differ between parsers.
                 figure => {
                     let difference = cell.parse::<f64>().unwrap() - figure.as_f64().unwrap();
                     assert!(difference.abs() < 1e-9, "{heading} of {line:?}: {figure}");
@@ -545,7 +545,7 @@ async fn a_report_says_nothing_of_success_where_nothing_was_called() {
 }
 
 #[tokio::test]
-async fn a_report_counts_only_what_is_complete() {
+async fn a_report_counts_only_complete_periods() {
     let config = "[store.retention]\nmax_cycles = 2\n[store.retention.failed]\nmax_cycles = 5\n";
     let home = Home::new().with_config(config);
     let (fleet, service) = (Fleet::start().await, home.serve().await);
@@ -610,7 +610,7 @@ async fn a_report_can_be_left() {
 }
 
 #[tokio::test]
-async fn a_report_says_what_is_wrong_with_what_is_asked_for() {
+async fn a_report_explains_invalid_arguments() {
     let (_home, fleet, service, mut client) = house(&["a"]).await;
     client.run().await.unwrap();
     client.register(registration("b", fleet.endpoint())).await.unwrap();
@@ -625,7 +625,7 @@ async fn a_report_says_what_is_wrong_with_what_is_asked_for() {
         ("report --subsystem a,nobody", 1, "subsystem nobody is not registered, and is in no cycle of the history"),
         ("report --subsystem a --loop l", 1, "loop l does not exist, and the history has no cycle of it"),
         ("report --subsystem b", 1, "b took part in no cycle that finished from "),
-        ("report --loop 1", 1, "loop \"1\" is no name"),
+        ("report --loop 1", 1, "loop \"1\" is not a name"),
     ] {
         let wrong = cli.run(line).await.refused_with(code);
         assert!(wrong.contains(expected), "{line}: {wrong}");
@@ -659,7 +659,7 @@ async fn how_a_cycle_ended_is_the_exit_code() {
     assert!(cli.run("cancel 3").await.refused_with(1).contains("CYCLE_FINISHED"));
     assert!(cli.run("cancel 33").await.refused_with(1).contains("CYCLE_NOT_FOUND"));
 
-    // Who leaves is told that the cycle goes on.
+    // On Ctrl-C, the user is informed that the cycle continues.
     let mut run = cli.start("run");
     run.until_error("cycle 4  started").await;
     assert!(cli.run("run --overlap-policy skip").await.refused_with(1).contains("CYCLE_RUNNING"));
@@ -677,7 +677,7 @@ async fn how_a_cycle_ended_is_the_exit_code() {
 }
 
 #[tokio::test]
-async fn who_asks_at_the_wrong_door_is_told_which_one_it_is() {
+async fn a_wrong_address_is_explained() {
     let (_home, _fleet, service, _client) = house(&[]).await;
     let cli = Cli::of(&service);
     let asked = async |address: String| cli.run(&format!("status --address {address}")).await.refused_with(4);
@@ -706,7 +706,7 @@ async fn who_asks_at_the_wrong_door_is_told_which_one_it_is() {
 }
 
 #[tokio::test]
-async fn what_is_refused_says_which_fields_are_wrong() {
+async fn a_refusal_names_the_invalid_fields() {
     let (_home, fleet, service, _client) = house(&[]).await;
     let cli = Cli::of(&service);
     let wrong = cli.run("subsystems register 1a --endpoint nowhere --timeout-per-cycle 0s").await.refused_with(1);
@@ -756,7 +756,7 @@ async fn all_that_a_file_declares_is_registered_at_once() {
 }
 
 #[tokio::test]
-async fn of_a_name_with_a_slip_the_one_that_was_meant_is_told() {
+async fn for_a_misspelt_name_a_similar_one_is_suggested() {
     let (_home, fleet, service, mut client) = house(&["prices", "news", "gone"]).await;
     let cli = Cli::of(&service);
     client.run().await.unwrap();
@@ -764,7 +764,7 @@ async fn of_a_name_with_a_slip_the_one_that_was_meant_is_told() {
     cli.run("loops start heartbeat --interval 24h").await.with(0);
     let refused = async |line: &str| {
         let refused = cli.run(line).await.refused_with(1);
-        // What to do is told in commands, not in RPCs.
+        // The remedy is given in commands, not in RPCs.
         for rpc in ["ListSubsystems", "ListIntervalLoops", "GetCycle", "WatchCycles"] {
             assert!(!refused.contains(rpc), "{line}: {refused}");
         }
@@ -798,7 +798,7 @@ async fn of_a_name_with_a_slip_the_one_that_was_meant_is_told() {
         assert!(refused.contains("loop heartbat does not exist"), "{line}: {refused}");
         assert!(refused.contains("Did you mean heartbeat? ") && refused.contains("loops list"), "{line}: {refused}");
     }
-    // Where none is like it, none is told.
+    // If no name is similar, none is suggested.
     let unlike = refused("cycles list --subsystem Nope").await;
     assert!(unlike.contains("subsystem Nope is not registered") && !unlike.contains("Did you mean"), "{unlike}");
     assert!(refused("cancel 1").await.contains("orchestrator cycles show 1 --address"));
@@ -810,7 +810,7 @@ async fn of_a_name_with_a_slip_the_one_that_was_meant_is_told() {
     let mut watch = cli.start("watch --from-oldest --subsystem gone");
     assert!(watch.line().await.contains("cycle 1  SUCCEEDED"));
 
-    // What may come later is no error, and may be a slip.
+    // A name that may be registered later is not an error, but may be a typing error.
     let endpoint = fleet.endpoint();
     for line in [
         "loops start other --interval 24h --subsystem price".to_owned(),
@@ -824,7 +824,7 @@ async fn of_a_name_with_a_slip_the_one_that_was_meant_is_told() {
 }
 
 #[tokio::test]
-async fn a_run_that_calls_nobody_is_told_from_one_that_succeeds() {
+async fn a_run_without_calls_is_distinguished_from_a_success() {
     let (_home, fleet, service, mut client) = house(&[]).await;
     let cli = Cli::of(&service);
     let why = async |line: &str| {
@@ -851,7 +851,7 @@ async fn a_run_that_calls_nobody_is_told_from_one_that_succeeds() {
 }
 
 #[tokio::test]
-async fn usage_lists_what_is_missing_and_not_what_the_environment_gives() {
+async fn usage_lists_missing_arguments_without_those_of_the_environment() {
     let wrong = async |line: &str, address: &str| {
         let mut command = orchestrator();
         command.args(line.split_whitespace()).env("ORCHESTRATOR_ADDRESS", address);
@@ -919,7 +919,7 @@ async fn wrong_usage_and_no_service_have_codes_of_their_own() {
         assert!(unreachable.contains(&format!("http://{nobody}: ")), "{unreachable}");
         assert!(unreachable.contains("orchestrator serve"), "{unreachable}");
     }
-    // Somebody listens and never answers.
+    // A server listens and never answers.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let late = Cli(silent.local_addr().unwrap()).run("status --timeout 50ms").await.refused_with(4);
     assert!(late.contains("50ms"), "{late}");
@@ -942,7 +942,7 @@ async fn a_watch_goes_on_through_a_crash_without_a_gap_or_a_repetition() {
     client.run().await.unwrap();
     assert_eq!(id(&lines.line().await), 2);
 
-    // One that runs when the process dies, seen by who has started it.
+    // A cycle that runs when the process dies, seen by its caller.
     fleet.run("a", Run::Hang);
     let mut run = cli.start("run");
     run.until_error("cycle 3  started").await;
@@ -990,7 +990,7 @@ async fn a_watch_goes_on_through_a_crash_without_a_gap_or_a_repetition() {
 
 #[tokio::test]
 async fn a_service_that_falls_silent_is_left_and_taken_up_again() {
-    // Somebody listens and never answers.
+    // A server listens and never answers.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut cancel = Cli(silent.local_addr().unwrap()).start("cancel 3");
 
@@ -1114,7 +1114,7 @@ async fn a_closed_pipe_ends_a_command_quietly() {
     }
 }
 
-/// A pipe that holds one page, of which so many bytes are free, and that nobody reads.
+/// A pipe of one page with this number of free bytes, which is not read.
 #[cfg(target_os = "linux")]
 fn unread(free: usize) -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -1125,8 +1125,8 @@ fn unread(free: usize) -> (PipeReader, PipeWriter) {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn ctrl_c_is_heard_while_output_waits_for_somebody_to_read_it() {
-    // Whatever is said of so many has no room.
+async fn ctrl_c_works_while_output_waits_for_its_reader() {
+    // The output for this number of cycles does not fit.
     let names: Vec<_> = (0..100).map(|n| format!("subsystem-{n:03}")).collect();
     let (_home, _fleet, service, mut client) = house(&names.iter().map(String::as_str).collect::<Vec<_>>()).await;
     client.run().await.unwrap();
@@ -1158,7 +1158,7 @@ async fn ctrl_c_is_heard_while_output_waits_for_somebody_to_read_it() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn ctrl_c_is_heard_while_a_note_waits_for_somebody_to_read_it() {
+async fn ctrl_c_works_while_a_note_waits_for_its_reader() {
     let (_home, fleet, service, mut client) = house(&["a"]).await;
     let door = Door::open().await;
     let cli = Cli(door.address());
@@ -1192,7 +1192,7 @@ async fn ctrl_c_is_heard_while_a_note_waits_for_somebody_to_read_it() {
     }
 }
 
-/// What a command shows on a terminal of so many columns.
+/// The output of a command on a terminal with this number of columns.
 async fn on_a_terminal(command: &mut Command, columns: u16) -> (i32, String) {
     let (master, program) = terminal::open(columns, 40);
     let side = || program.try_clone().unwrap();
@@ -1222,7 +1222,7 @@ async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
     let (release, run) = tokio::join!(
         async {
             fleet.until_run("a", 1).await;
-            // The bar has been told of it when another watcher has.
+            // The bar has received it when another watcher has.
             let request = pb::WatchCyclesRequest { progress: true, ..pb::WatchCyclesRequest::default() };
             let mut stream = client.watch_cycles(request).await.unwrap().into_inner();
             let has_failed = |event| match event {
@@ -1284,11 +1284,11 @@ async fn a_run_that_waits_shows_its_own_cycle_only() {
 }
 
 #[tokio::test]
-async fn who_interrupts_a_cycle_is_left_without_a_bar() {
+async fn ctrl_c_removes_the_bar() {
     let (_home, fleet, service, _client) = house(&["a"]).await;
     fleet.run("a", Run::Hold);
     let mut terminal = Terminal::new(80, 24);
-    // In a session of its own, so that Ctrl-C reaches it, and not whoever runs the tests.
+    // In its own session, so that Ctrl-C reaches it, not the runner of the tests.
     let mut command = Command::new("setsid");
     command.args(["--ctty", env!("CARGO_BIN_EXE_orchestrator"), "run"]);
     command.env("ORCHESTRATOR_ADDRESS", service.address().to_string()).kill_on_drop(true);
@@ -1337,10 +1337,7 @@ async fn check_tells_the_plan_or_all_that_is_wrong() {
     };
     std::fs::write(&path, ring("a", "b") + &ring("b", "a")).unwrap();
     let wrong = check(&path, &[]).await.refused_with(2);
-    assert!(
-        wrong.contains("o.toml:1: subsystems[0] can't be ordered: the order bites its own tail: a is after b"),
-        "{wrong}"
-    );
+    assert!(wrong.contains("o.toml:1: subsystems[0] can't be ordered: circular dependency: a is after b"), "{wrong}");
     assert!(wrong.contains(&format!("(a at {0}:1, b at {0}:5)", path.display())), "{wrong}");
     std::fs::write(&path, ring("a", "b") + "requires = [\"gone\"]\nreads = [\"gone\"]\n").unwrap();
     let shown = check(&path, &[]).await.with(0);
@@ -1393,7 +1390,7 @@ async fn the_examples_in_the_help_are_valid() {
     for line in ["run", "watch", "cycles list", "subsystems register", "loops start", "report", "plan"] {
         let help = ended(orchestrator().args(line.split_whitespace()).arg("--help")).await.with(0);
         let examples = help.split("Examples:\n").nth(1).unwrap().replace("\\\n", " ");
-        // Nobody listens, so a valid one gets as far as being refused a connection.
+        // No server listens, so a valid one fails only at the connection.
         let nobody = Arc::new(TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap());
         for example in examples.lines().filter(|line| line.starts_with("  orchestrator ")) {
             let example = example.split(" | ").next().unwrap().split(" > ").next().unwrap();

@@ -62,21 +62,21 @@ const CHECKS: [&str; 22] = [
     "dropped-connection",
 ];
 const RECOMMENDED: [&str; 3] = ["larger-input", "malformed-request", "health"];
-/// So many fakes are checked at the same time, each of which reads requests of 64 MiB.
+/// Most fakes that are checked concurrently, each of which reads requests of 64 MiB.
 const AT_ONCE: usize = 4;
-/// Those that look at a call in the middle, which there is none when it is answered at once.
+/// Checks that need a call in progress, which does not exist if it is answered at once.
 const IN_THE_MIDDLE: [&str; 4] = ["status-while-running", "deadline", "cancellation", "dropped-connection"];
 
 /// What may be, but leaves less to see: `GetStatus` is not implemented, and only says so when no cycle runs.
 const WITHOUT_STATUS: &str = "without-status";
 
-/// What is no rule of its own: every answer begins at once and never ends.
+/// Not a separate rule: every answer begins at once and never ends.
 const STALLS: &str = "stalls";
 /// What is no rule of its own: it requires `source`, so that its input is always fresh.
 const REQUIRES: &str = "requires";
-/// What is no rule of its own: an error of 8 KiB.
+/// Not a separate rule: an error of 8 KiB.
 const LONG_ERROR: &str = "long-error";
-/// What is no rule of its own: answers of 8 KiB, no two of which are the same.
+/// Not a separate rule: answers of 8 KiB, all different.
 const LONG_ANSWERS: &str = "long-answers";
 
 /// A small subsystem that keeps the contract, except for the rule that is named.
@@ -228,7 +228,7 @@ impl Subsystem for Fake {
         let (answered, _working) = if self.breaks("concurrent-repeats") {
             let answered = before();
             if answered.is_none() {
-                // All that come at once find that nobody has done the work.
+                // All concurrent calls find that the work is not done yet.
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
             (answered, None)
@@ -386,7 +386,7 @@ async fn each_check_finds_the_one_that_breaks_its_rule() {
 }
 
 #[tokio::test]
-async fn what_can_not_be_seen_is_not_applicable() {
+async fn unobservable_rules_are_not_applicable() {
     let (endpoint, _server) = serve("health").await;
     let output = conformance(&[&endpoint, "--subsystem", NAMES[0], "--output", "json"]).await;
     let unseen = with_outcome(&self::report(&output), "NOT_APPLICABLE");
@@ -400,7 +400,7 @@ async fn what_can_not_be_seen_is_not_applicable() {
         "{report:#}"
     );
     assert_eq!((code, &report["passed"]), (Some(0), &json!(true)));
-    // Without a name, it also can't be told which one would be unknown; but the fake takes no made-up name.
+    // Without a name, an unknown name can't be checked either; but the fake accepts no made-up name.
     let (endpoint, _server) = serve("unknown-subsystem").await;
     let output = conformance(&[&endpoint, "--output", "json"]).await;
     assert!(
@@ -411,7 +411,7 @@ async fn what_can_not_be_seen_is_not_applicable() {
 }
 
 #[tokio::test]
-async fn what_is_recommended_counts_when_asked_for() {
+async fn recommendations_count_on_request() {
     let (endpoint, _server) = serve("health").await;
     let (code, report) = check(&endpoint, &["--strict"]).await;
     assert_eq!((code, with_outcome(&report, "FAILED")), (Some(1), vec!["health".to_owned()]));
@@ -449,14 +449,14 @@ async fn answers_that_never_end_are_waited_for_no_longer_than_others() {
 }
 
 #[tokio::test]
-async fn a_server_that_speaks_no_grpc_is_told() {
+async fn a_server_without_grpc_is_reported() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     let mut server = JoinSet::new();
     server.spawn(async move {
         loop {
             let (mut stream, _) = listener.accept().await.unwrap();
-            // Whoever has sent a preface of HTTP/2 may have left.
+            // The sender of an HTTP/2 preface may have disconnected.
             let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
             // What is not read when it closes would reset the connection, and take the answer along.
             let _ = stream.shutdown().await;
@@ -470,7 +470,7 @@ async fn a_server_that_speaks_no_grpc_is_told() {
 }
 
 #[tokio::test]
-async fn another_caller_with_a_later_epoch_is_told() {
+async fn another_caller_with_a_higher_epoch_is_reported() {
     let (endpoint, _server) = serve("").await;
     let mut other = SubsystemClient::connect(endpoint.clone()).await.unwrap();
     let later = pb::InitializeRequest { subsystem: NAMES[0].into(), epoch: u64::MAX, ..Default::default() };
@@ -527,7 +527,7 @@ async fn a_report_is_bounded_and_not_lost_when_its_file_can_not_be_written() {
 }
 
 #[tokio::test]
-async fn what_can_not_be_meant_is_wrong_usage() {
+async fn invalid_arguments_are_wrong_usage() {
     let (endpoint, _server) = serve("").await;
     for wrong in [["--timeout", "100000000h"], ["--timeout", "0s"], ["--subsystem", ""], ["--subsystem", "a b"]] {
         assert_eq!(conformance(&[&[&*endpoint], &wrong[..]].concat()).await.status.code(), Some(2), "{wrong:?}");
@@ -541,7 +541,7 @@ async fn what_can_not_be_meant_is_wrong_usage() {
 }
 
 #[tokio::test]
-async fn nobody_there_is_no_verdict() {
+async fn an_unreachable_subsystem_gets_no_verdict() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);

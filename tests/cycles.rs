@@ -1,4 +1,4 @@
-//! Cycles: their order, what subsystems receive, every way in which a part or a cycle can end, and who waits for whom.
+//! Cycles: their order, the inputs of subsystems, every way in which a part or a cycle can end, and overlap.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -244,7 +244,7 @@ async fn every_code_is_recorded_and_only_unavailable_is_retried_on_its_own() {
     for (code, name) in CODES {
         let part = part(&cycle, name);
         assert_eq!((part.error_code.as_str(), part.error_message.as_str()), (name, &*format!("told {name}")));
-        // gRPC's word for being late, whoever says it.
+        // gRPC's code for a deadline, from either side.
         let is_late = code == Code::DeadlineExceeded;
         assert_eq!(part.state(), if is_late { SubsystemState::TimedOut } else { SubsystemState::Failed }, "{name}");
         let attempts = match code {
@@ -282,7 +282,7 @@ async fn what_breaks_the_contract_or_its_limits_is_the_failure_of_that_subsystem
     let issues = |issues| answers(subsystem::RunCycleResponse { issues, ..Default::default() });
     let metric =
         |name: String| answers(subsystem::RunCycleResponse { metrics: [(name, 1.0)].into(), ..Default::default() });
-    // So many objects, each inside the one before. Built by hand, because the kit would refuse to.
+    // This number of nested objects. Built by hand, because the kit would refuse them.
     let nested = |objects: usize| {
         let object = (1..objects).fold(Vec::new(), |inner: Vec<u8>, _| {
             let wrap = |tag: u8, bytes: &[u8]| {
@@ -363,7 +363,7 @@ async fn what_breaks_the_contract_or_its_limits_is_the_failure_of_that_subsystem
         let part = part(&cycle, name);
         assert_eq!((part.error_code.as_str(), part.attempts), ("UNAVAILABLE", attempts), "{part:?}");
     }
-    // What was refused is no output.
+    // A refused answer is not an output.
     assert_eq!(stage.client.subsystem("large_output").await.unwrap().output_cycle_id, 0);
 
     // The limits are those of the registration.
@@ -418,7 +418,7 @@ async fn a_late_one_is_timed_out_and_delays_only_what_waits_for_it() {
         assert!(skipped.started_at.is_none() && skipped.finished_at.is_none());
     }
     assert_eq!(cycle.state(), CycleState::Degraded);
-    // It was told how long it had, and that nobody waits any more.
+    // It received its deadline, and its call was cancelled.
     let dropped = |state: &State| state.runs("late").all(|call| call.ended.is_some());
     stage.fleet.until("the late call to end", dropped).await;
     assert!(stage.fleet.runs("late")[0].timeout.unwrap() <= Duration::from_millis(100));
@@ -735,7 +735,7 @@ async fn the_critical_path_is_the_chain_that_ended_last() {
 }
 
 #[tokio::test]
-async fn a_subset_keeps_its_order_and_reads_what_is_left_out() {
+async fn a_subset_keeps_its_order_and_reads_outputs_of_others() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     stage.register("b", |it| it.after = names(["a"])).await;
@@ -829,7 +829,7 @@ async fn a_plan_expects_of_one_that_is_always_late_its_timeout_until_its_breaker
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Who waits for whom
+// Overlap
 
 /// A stage with one subsystem that is held, in a cycle that runs.
 async fn held() -> (Stage, JoinHandle<Result<pb::CycleTelemetry, Status>>) {
@@ -982,7 +982,7 @@ async fn a_caller_that_leaves_does_not_stop_its_cycle() {
     let mut cycles = stage.client.watch_after(0).await.unwrap();
     running.abort();
     assert!(running.await.unwrap_err().is_cancelled());
-    // The service has answered this after it was told that the caller left.
+    // The service has answered this after it noticed that the caller disconnected.
     assert_eq!(stage.client.status().await.unwrap().running_cycle.unwrap().cycle_id, 1);
     stage.fleet.run("held", Run::Echo);
     assert_eq!(decode(next_recorded(&mut cycles).await).state(), CycleState::Succeeded);
@@ -1039,7 +1039,7 @@ async fn where_slots_are_short_every_subsystem_gets_its_turn_within_some_cycles(
         let parts = cycle.subsystems.iter().filter(|part| part.started_at.is_some());
         called.push(parts.map(|part| part.name.clone()).collect::<Vec<_>>().join(" "));
     }
-    // Whoever hangs takes one cycle, and then stands behind those that waited meanwhile.
+    // A hanging subsystem takes one cycle, and then comes after the ones that waited meanwhile.
     assert_eq!(called, ["a", "b", "c", "a d last", "b", "c"]);
 }
 
@@ -1145,7 +1145,7 @@ async fn one_endpoint_is_one_connection_also_at_a_socket() {
     }
     assert_eq!(stage.fleet.now(|state| state.connections), 1);
     assert_eq!(at_socket.now(|state| state.connections), 1);
-    // Nobody is left behind it.
+    // No cycle is left waiting.
     for name in ["d", "e"] {
         stage.client.unregister_subsystem(pb::UnregisterSubsystemRequest { name: name.into() }).await.unwrap();
     }

@@ -1,4 +1,4 @@
-//! `orchestrator demo`, as somebody meets it who has nothing else.
+//! `orchestrator demo`, as a new user runs it.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -92,7 +92,7 @@ fn recorded(lines: &[String]) -> Vec<&str> {
 }
 
 #[tokio::test]
-async fn it_runs_cycles_over_dreamnet_until_it_is_told_to_stop() {
+async fn it_runs_cycles_over_dreamnet_until_a_signal_stops_it() {
     let demo = Demo::start(&["--listen", "127.0.0.1:0", "--interval", "250ms", "--seed", "23"]).await;
     let mut client = demo.client().await;
 
@@ -148,7 +148,7 @@ async fn it_runs_cycles_over_dreamnet_until_it_is_told_to_stop() {
 }
 
 #[tokio::test]
-async fn it_ends_after_so_many_cycles_and_the_seed_decides_what_happens() {
+async fn it_ends_after_the_given_cycles_and_the_seed_decides_their_failures() {
     let run = async || {
         let args = ["--listen", "127.0.0.1:0", "--interval", "100ms", "--seed", "23", "--cycles", "3"];
         let lines = Demo::start(&args).await.ended().await;
@@ -163,7 +163,7 @@ async fn it_ends_after_so_many_cycles_and_the_seed_decides_what_happens() {
 
 #[tokio::test]
 async fn it_moves_where_its_port_is_taken() {
-    // It may be somebody else who has it: then it is taken as well.
+    // Another process may use it: then it is in use as well.
     let _taken = TcpListener::bind("127.0.0.1:7700").await;
     let demo = Demo::start(&[]).await;
     assert!(demo.first_line.ends_with(", because 127.0.0.1:7700 is in use"), "{}", demo.first_line);
@@ -173,7 +173,7 @@ async fn it_moves_where_its_port_is_taken() {
 }
 
 #[tokio::test]
-async fn it_keeps_the_record_where_it_is_told_to() {
+async fn it_keeps_the_record_in_the_given_store() {
     let home = tempfile::tempdir().unwrap();
     let store = format!("sqlite:{}", home.path().join("demo.db").display());
     let args = ["--listen", "127.0.0.1:0", "--store", &store, "--interval", "100ms", "--cycles", "1"];
@@ -188,7 +188,7 @@ async fn it_keeps_the_record_where_it_is_told_to() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn it_stops_when_told_to_though_nobody_reads_what_it_prints() {
+async fn it_stops_on_a_signal_while_its_output_is_not_read() {
     use nix::fcntl::{FcntlArg, fcntl};
     let args = ["--listen", "127.0.0.1:0", "--interval", "10ms"];
     let mut demo = Demo::start(&args).await;

@@ -1,8 +1,9 @@
-//! Bytes that nobody would send on purpose: to the service as requests, from subsystems as answers, and as a
-//! configuration. Whatever comes is answered or refused, and nobody else notices.
+//! Malformed bytes: to the service as requests, from subsystems as answers, and as a configuration. All are answered or
+//! refused, without an effect on others.
 //!
-//! Every case is made from a seed and its number. Runs some hundred cases of each kind; `ORCHESTRATOR_TEST_FUZZ_SECONDS`
-//! runs for a time instead. A failure names the seed of its case; `ORCHESTRATOR_TEST_FUZZ_SEED` begins with that one.
+//! Every case is made from a seed and its number. Runs some hundred cases of each kind;
+//! `ORCHESTRATOR_TEST_FUZZ_SECONDS` runs for a time instead. A failure names the seed of its case;
+//! `ORCHESTRATOR_TEST_FUZZ_SEED` begins with that one.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -465,7 +466,7 @@ fn whatever_a_configuration_says_is_read_or_refused() {
 }
 
 #[test]
-fn what_is_taken_for_a_struct_is_one() {
+fn every_accepted_struct_is_valid() {
     let cases = Cases::of(5_000);
     let of = pool().get_message_by_name("google.protobuf.Struct").unwrap();
     while let Some(seed) = cases.next() {

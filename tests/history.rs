@@ -60,7 +60,7 @@ async fn a_filter_that_hardly_any_record_passes_does_not_read_the_whole_history_
     stage.client.run().await.unwrap();
     let Stage { fleet, home, service, .. } = stage;
     assert!(service.stop().await.success());
-    // The same cycle again and again is quicker than so many cycles.
+    // Repeating one record is faster than running many cycles.
     let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
     let many = "WITH RECURSIVE more(id) AS (SELECT 2 UNION ALL SELECT id + 1 FROM more WHERE id < 10100)
         INSERT INTO cycles SELECT id, id, epoch, state, trigger, loop, request_id, finished_at, record FROM cycles, more;
@@ -203,7 +203,7 @@ async fn retention_keeps_the_newest_and_of_each_state_as_many_as_it_says() {
 }
 
 #[tokio::test]
-async fn retention_goes_on_while_the_service_runs_and_what_is_gone_is_gone() {
+async fn retention_runs_with_the_service_and_removed_records_stay_removed() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "store.retention.max_cycles=5"])).await;
     let request = |id: &str| pb::RunCycleRequest { request_id: id.into(), ..Default::default() };
     assert_eq!(stage.client.run_with(request("first")).await.unwrap().cycle_id, 1);
@@ -244,7 +244,7 @@ async fn changed(Stage { fleet, home, service, .. }: Stage, change: &str) -> Sta
 }
 
 #[tokio::test]
-async fn retention_by_age_removes_what_is_too_old() {
+async fn retention_by_age_removes_old_records() {
     let mut stage = grown_older("cycle_id < 3").await;
     pruned_to(&mut stage.client, 3).await;
     assert_eq!(ids(&mut stage.client, ListCyclesRequest::default()).await, [4, 3]);

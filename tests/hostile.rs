@@ -1,4 +1,4 @@
-//! Every command against a service whose every text commands a terminal: nothing of that may reach the one who looks.
+//! Every command against a service whose texts all contain terminal commands: none of them may reach the terminal.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -125,7 +125,7 @@ fn filled(of: &MessageDescriptor, chosen: &[&str]) -> DynamicMessage {
             let taken = oneof.fields().find(|it| chosen.contains(&it.name())).unwrap_or(first);
             taken.number() != field.number()
         });
-        // A token of more would have it ask for ever.
+        // With a token, it would request pages forever.
         if is_passed_over || field.name() == "next_page_token" {
             continue;
         }
@@ -231,7 +231,7 @@ fn orchestrator(address: SocketAddr) -> Command {
     command
 }
 
-/// Runs all lines of all commands against what this service says, and tells how many of them showed some of it.
+/// Runs all lines of all commands against this service, and returns how many of them showed one of its texts.
 async fn run_all(says: Says, format: &str, files: &Path) -> usize {
     let service = Service::start(says).await;
     let (config, junit) = (files.join("o.toml"), files.join("junit.xml"));
@@ -263,7 +263,8 @@ fn home() -> tempfile::TempDir {
     let quoted = "\\u001b[31m\\u009b2J\\u202e\\r\\nFORGED";
     let config = format!(
         "\"{quoted}\" = 1\n[store]\nurl = \"{quoted}\"\n[log]\nfilter = \"{quoted}\"\n[[subsystems]]\nname = \
-         \"{quoted}\"\nendpoint = \"{quoted}\"\nrequires = [\"{quoted}\"]\n[subsystems.parameters]\n\"{quoted}\" = 1e999\n"
+         \"{quoted}\"\nendpoint = \"{quoted}\"\nrequires = [\"{quoted}\"]\n[subsystems.parameters]\n\"{quoted}\" = \
+         1e999\n"
     );
     std::fs::write(files.path().join("o.toml"), config).unwrap();
     files

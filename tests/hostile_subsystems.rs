@@ -1,5 +1,5 @@
-//! Subsystems that send what no gRPC library would, and what answers in their place: proxies, other servers, nobody.
-//! Each costs no more than its own part of the cycle.
+//! Subsystems that send data that no gRPC library would, and other peers: proxies, other servers, closed ports. Each
+//! costs no more than its own part of the cycle.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -49,7 +49,7 @@ use tokio::{
 use tonic::transport::Identity;
 
 // ---------------------------------------------------------------------------------------------------------------
-// The stage: HTTP/2 servers that do what they are told, frame by frame
+// The stage: scripted HTTP/2 servers, frame by frame
 
 /// What a server does with a call of `RunCycle`, as the subsystem of this name.
 type Act = Arc<dyn Fn(String, SendResponse<Bytes>) -> BoxFuture<'static, ()> + Send + Sync>;
@@ -280,9 +280,9 @@ async fn an_error_text_of_any_size_costs_its_sender_alone() {
 }
 
 #[tokio::test]
-async fn who_breaks_http2_again_and_again_breaks_a_connection_of_its_own() {
+async fn a_subsystem_that_violates_http2_repeatedly_breaks_only_its_own_connection() {
     let server = Raw::start(act(|name, mut respond| async move {
-        // A length that is none costs the stream, and the library's patience with the connection.
+        // An invalid length fails the stream, and counts against the connection in the library.
         let answer = match name.as_str() {
             "broken" => grpc().header("content-length", "7").body(()).unwrap(),
             _ => return succeed(respond),
@@ -351,7 +351,7 @@ async fn a_connection_that_is_flooded_though_no_call_is_open_is_closed() {
 }
 
 #[tokio::test]
-async fn who_floods_in_its_call_fails_alone() {
+async fn a_flood_in_a_call_fails_only_that_call() {
     // Interim answers are of its own call. Its neighbour has called by then, and is answered on the next connection.
     let interim = [b"\x08\x03103\x00\x04link\x64", &[b'x'; 100][..]].concat();
     let connections = AtomicUsize::new(0);
@@ -404,7 +404,7 @@ async fn an_answer_is_read_only_up_to_its_limits_and_takes_no_more_memory_than_i
     const SENDERS: usize = 3;
     let server = Raw::start(act(|name, respond| async move {
         let message = match name.split('-').next().unwrap() {
-            // Issues of two bytes each; a field that nobody knows; one output in many pieces.
+            // Issues of two bytes each; an unknown field; one output in many pieces.
             "issues" => b"\x1a\x00".repeat(2 << 20),
             "unknown" => b"\xf8\x7f\x00".repeat(4 << 18),
             "pieces" => b"\x0a\x00".repeat(2 << 20),
@@ -438,7 +438,7 @@ async fn an_answer_is_read_only_up_to_its_limits_and_takes_no_more_memory_than_i
 }
 
 #[tokio::test]
-async fn what_is_announced_takes_nothing_and_over_the_limit_is_refused_at_once() {
+async fn announced_bytes_take_no_memory_and_over_the_limit_are_refused_at_once() {
     let hold = || {
         act(|name, mut respond| async move {
             let mut stream = respond.send_response(grpc().body(()).unwrap(), false).unwrap();
@@ -448,7 +448,7 @@ async fn what_is_announced_takes_nothing_and_over_the_limit_is_refused_at_once()
             let _ = std::future::poll_fn(|cx| stream.poll_reset(cx)).await;
         })
     };
-    // Apart from each other: some servers take offence at so many cancelled calls.
+    // One at a time: some servers close the connection after many cancelled calls.
     let (server, other) = (Raw::start(hold()).await, Raw::start(hold()).await);
     let mut stage = Stage::new().await;
     for i in 0..200 {
@@ -498,7 +498,7 @@ async fn answers_for_which_there_is_no_memory_are_refused_and_all_others_are_tak
 #[tokio::test]
 async fn a_cycle_ends_by_its_deadline_whatever_is_sent() {
     let server = Raw::start(act(|name, respond| async move {
-        // Issues of two bytes each, or a field that nobody knows.
+        // Issues of two bytes each, or an unknown field.
         let message =
             if name == "issues" { b"\x1a\x00".repeat(2 << 20) } else { b"\xf8\x7f\x00".repeat((4 << 20) / 3) };
         body(respond, framed(&message));
@@ -517,7 +517,7 @@ async fn a_cycle_ends_by_its_deadline_whatever_is_sent() {
 // What answers say
 
 #[tokio::test]
-async fn what_proxies_and_restarts_say_is_told_as_grpc_has_it() {
+async fn answers_of_proxies_and_restarts_are_mapped_as_in_grpc() {
     let calls = Arc::new(std::sync::Mutex::new(HashMap::<String, usize>::new()));
     let seen = calls.clone();
     let server = Raw::start(act(move |name, mut respond| {
@@ -697,10 +697,10 @@ async fn conformance_reports_bad_details_as_a_finding() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Who answers
+// Other peers
 
 #[tokio::test]
-async fn who_speaks_something_else_is_named() {
+async fn another_protocol_is_named() {
     let mut stage = Stage::new().await;
     let CertifiedKey { cert, signing_key } = generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
     let tls = Fleet::behind_tls(Identity::from_pem(cert.pem(), signing_key.serialize_pem())).await;
@@ -728,7 +728,7 @@ async fn who_speaks_something_else_is_named() {
 }
 
 #[tokio::test]
-async fn who_takes_a_connection_and_says_nothing_costs_the_connect_timeout() {
+async fn a_silent_peer_costs_the_connect_timeout() {
     let (mute, _server) = other_server(|socket| async move {
         let _socket = socket;
         std::future::pending::<()>().await;
@@ -784,7 +784,7 @@ async fn names_that_hang_hold_up_neither_reads_nor_the_end() {
     let first = stage.client.run().await.unwrap();
     let no_address = "Initialize: can't find the address of hangs-0.example: no answer within 500ms";
     assert_eq!(ended(&first, "hangs-0"), (FAILED, "UNAVAILABLE", no_address, 0));
-    // Every lookup hangs for 40 s more, and who reads or waits for the end does not.
+    // Every lookup hangs for 40 s more, but reads and the end of the process do not.
     patiently("the record", stage.client.cycle(first.cycle_id)).await.unwrap();
     let ended = tokio::time::timeout(Duration::from_secs(15), stage.service.stop()).await;
     assert!(ended.expect("it waits for lookups").success());
@@ -834,7 +834,7 @@ async fn no_more_calls_are_made_at_one_time_than_the_peer_takes_and_all_come_to_
 }
 
 /// On a clock that moves when everything waits, a call takes three hours. Servers of grpcio and grpc-go count pings,
-/// and end the connection of whoever sends more than a few.
+/// and close connections with more than a few of them.
 #[tokio::test(start_paused = true)]
 async fn a_call_of_hours_is_waited_for_without_pings() {
     let (address, _server) = other_server(|mut socket| async move {

@@ -49,7 +49,9 @@ impl Example {
 
 #[rustfmt::skip]
 static EXAMPLES: [Example; 5] = [
-    Example::new("python", "python3 --version", "python3 -m grpc_tools.protoc -I ../../proto --python_out=. --grpc_python_out=. ../../proto/dreamnet/*/v1/*.proto", "python3 subsystem.py"),
+    Example::new("python", "python3 --version", "python3 -m grpc_tools.protoc -I ../../proto --python_out=. \
+                                                 --grpc_python_out=. ../../proto/dreamnet/*/v1/*.proto", "python3 \
+                                                 subsystem.py"),
     Example::new("go", "go version && python3 --version", "go generate && go build", "./alarm"),
     Example::new("java", "mvn --version", "mvn -B -q package", "java -jar target/forecast.jar"),
     Example::new("node", "npm --version", "npm ci --silent && npm run --silent build", "node dist/src/subsystem.js"),
@@ -258,7 +260,7 @@ async fn outputs_flow_across_languages_and_the_others_go_on_when_one_is_killed()
         chain.insert(killed, (example, before, running));
     }
 
-    // An orchestrator that has forgotten them is told again when they renew their lease.
+    // An orchestrator that has lost them gets a new registration when they renew their lease.
     for (example, ..) in &chain {
         let request = pb::UnregisterSubsystemRequest { name: example.folder.into() };
         client.unregister_subsystem(request).await.unwrap();
@@ -370,7 +372,8 @@ async fn each_keeps_the_contract() {
         assert!(codes.contains(&"NO_VALUE"), "{name}: {codes:?}");
         assert_eq!(answer.issues.iter().filter(|issue| issue.message.starts_with("absent")).count(), 1, "{name}");
 
-        // A call that ends by its deadline, or by its caller, gives its turn to the next; others are answered meanwhile.
+        // A call that ends by its deadline, or by its caller, gives its turn to the next; others are answered
+        // meanwhile.
         let mut late = Request::new(request(3, 1, &long));
         late.set_timeout(Duration::from_millis(100));
         let mut caller = client.clone();
@@ -393,7 +396,7 @@ async fn each_keeps_the_contract() {
 
 #[tokio::test]
 #[ignore = "needs Python with grpcio-tools, Go, Maven and npm; .ci/run runs it"]
-async fn each_stops_though_somebody_stays_connected() {
+async fn each_stops_although_a_client_stays_connected() {
     for example in examples().await {
         let mut running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
         // One says nothing at all, the other nothing after its preface and its settings, as a peer that is gone.

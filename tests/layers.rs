@@ -1,4 +1,4 @@
-//! Who may use whom (see ARCHITECTURE.md), held by reading the source.
+//! Checks the dependencies between modules (see ARCHITECTURE.md) by reading the source.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, fs, path::Path, process::Command, sync::LazyLoc
 
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
-/// What each top-level module may use of this crate. `serve`, `cli` and `main` tie things together.
+/// The modules of this crate that each top-level module may use. `serve`, `cli` and `main` connect all parts.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("memory", &[]),
     ("model", &[]),
@@ -75,7 +75,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
 ];
 
-/// What a module may re-export of another one, which is for those who write against it from outside.
+/// Re-exports of other modules that are allowed, for users of the library.
 const MAY_HAND_ON: &[(&str, &str)] = &[("subsystem", "model")];
 
 /// Which modules, or which parts of them, may use a library that must not spread.
@@ -145,7 +145,8 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
 struct Module {
     /// Such as `["store", "sqlite"]`.
     path: Vec<String>,
-    /// Every path of the code, from the root of this crate (`crate`) or of a library, such as `["crate", "model", "Name"]`.
+    /// Every path of the code, from the root of this crate (`crate`) or of a library, such as `["crate", "model",
+    /// "Name"]`.
     names: BTreeSet<Vec<String>>,
     /// Those of them that it hands on by `pub use`.
     hands_on: BTreeSet<Vec<String>>,
@@ -336,7 +337,7 @@ fn modules_use_only_the_layers_below_them() {
 }
 
 #[test]
-fn modules_hand_on_only_what_is_theirs() {
+fn modules_re_export_only_their_own_items() {
     for module in &*MODULES {
         for handed_on in module.others(&module.hands_on) {
             let allowed = MAY_HAND_ON.contains(&(module.top(), handed_on));
@@ -459,4 +460,48 @@ fn the_reader_leaves_out_what_only_tests_compile_and_goes_on_behind_it() {
                 #[cfg(test)]\nmod tests { use crate::g::h; }\n\
                 use crate::i::j;";
     assert_eq!(named(text, &["a"]), ["crate::e::f", "crate::i::j"]);
+}
+
+/// How prose begins in files of these kinds: a comment, or any line of Markdown. Tables and code between ``` are
+/// exempt.
+const PROSE: &[(&str, &[&str])] = &[
+    ("go", &["//"]),
+    ("java", &["//", "/*", "*"]),
+    ("js", &["//", "/*", "*"]),
+    ("md", &[""]),
+    ("proto", &["//"]),
+    ("py", &["#"]),
+    ("rs", &["//"]),
+    ("toml", &["#"]),
+    ("ts", &["//", "/*", "*"]),
+];
+
+/// Directories of installed packages and of generated code.
+const NOT_OURS: &[&str] = &["dist", "gen", "node_modules", "target", "venv"];
+
+#[test]
+fn prose_has_at_most_120_columns() {
+    let mut waiting = vec![Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()];
+    let mut too_long = Vec::new();
+    while let Some(path) = waiting.pop() {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let extension = path.extension().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_dir() {
+            let is_ours = waiting.is_empty() && too_long.is_empty() || !name.starts_with('.');
+            if is_ours && !NOT_OURS.contains(&name.as_str()) {
+                waiting.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            }
+        } else if let Some((_, begin)) = PROSE.iter().find(|(of, _)| *of == extension && !name.contains("pb")) {
+            let mut is_output = false;
+            for (number, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
+                let text = line.trim_start();
+                is_output ^= text.trim_start_matches(['/', '!', ' ']).starts_with("```");
+                let is_prose = begin.iter().any(|it| text.starts_with(it)) && !is_output && !text.starts_with('|');
+                if is_prose && line.chars().count() > 120 {
+                    too_long.push(format!("{}:{}", path.display(), number + 1));
+                }
+            }
+        }
+    }
+    assert!(too_long.is_empty(), "longer than 120 columns:\n{}", too_long.join("\n"));
 }

@@ -55,7 +55,7 @@ async fn until_logged(home: &Home, message: &str, times: usize) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn a_cycle_that_does_not_succeed_is_told_with_its_fields_and_the_others_for_those_who_look_closely() {
+async fn a_cycle_that_does_not_succeed_is_a_warn_with_its_fields_and_others_are_at_debug() {
     let mut stage = Stage::at(home("")).await;
     stage.register_all(&["a", "b"]).await;
     stage.client.run().await.unwrap();
@@ -89,7 +89,7 @@ async fn a_cycle_that_does_not_succeed_is_told_with_its_fields_and_the_others_fo
 }
 
 #[tokio::test]
-async fn what_changes_in_the_registry_and_in_breakers_is_told_once() {
+async fn changes_of_the_registry_and_of_breakers_are_logged_once() {
     let mut stage = Stage::at(home("")).await;
     let breaker = |it: &mut pb::Registration| {
         it.breaker = Some(pb::BreakerPolicy { failure_threshold: 2, open_for: ms(1), ..Default::default() });
@@ -150,7 +150,7 @@ async fn a_reload_names_what_it_changes() {
 }
 
 #[tokio::test]
-async fn ticks_that_are_dropped_are_told_once() {
+async fn dropped_ticks_are_logged_once() {
     let mut stage = Stage::at(home("[cycle]\nmax_queued = 0\n")).await;
     stage.register_all(&["a"]).await;
     stage.fleet.run("a", Run::Hold);
@@ -203,7 +203,7 @@ async fn dropped(service: &Service) -> u64 {
 }
 
 #[tokio::test]
-async fn a_log_that_nobody_reads_stops_nothing_and_what_is_dropped_is_told() {
+async fn an_unread_log_stops_nothing_and_dropped_lines_are_reported() {
     let home = Home::new().with_args(["--log-filter", "trace,h2=trace"]).with_log_format("json");
     let (log, unread) = io::pipe().unwrap();
     let mut service = home.spawn_with_log(unread).listening().await.unwrap();

@@ -208,7 +208,7 @@ async fn new_settings_take_the_place_of_old_ones_and_the_account_goes_on() {
 }
 
 #[tokio::test]
-async fn a_loop_whose_cycles_call_nothing_is_told_of_once() {
+async fn a_loop_whose_cycles_call_nothing_is_reported_once() {
     let mut stage = Stage::new().await;
     start(&mut stage.client, every("idle", 10)).await.unwrap();
     until(&mut stage.client, "idle", |entry| entry.ticks.unwrap().ran >= 3).await;

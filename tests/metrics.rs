@@ -1,4 +1,5 @@
-//! Metrics: what they say after what is known to have happened, that their table is true, and that Prometheus takes them.
+//! Metrics: what they say after what is known to have happened, that their table is true, and that Prometheus takes
+//! them.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 #![allow(clippy::float_cmp, reason = "what is compared was counted, or sent as it is")]
@@ -173,7 +174,7 @@ async fn cycles_and_their_parts_are_counted() {
 }
 
 #[tokio::test]
-async fn what_was_cancelled_says_nothing_of_the_subsystem() {
+async fn a_cancelled_part_does_not_count_for_the_subsystem() {
     let mut stage = Stage::new().await;
     let admin = stage.service.admin();
     stage.register_all(&["held"]).await;
@@ -275,7 +276,7 @@ async fn watchers_are_counted_and_those_that_stall_are_seen() {
     let admin = stage.service.admin();
     stage.register_all(&["large"]).await;
     stage.register("large", |it| it.record_output = true).await;
-    // So large that few records fill the buffers of one who does not read.
+    // So large that few records fill the buffers of a stalled watcher.
     stage.fleet.run("large", Run::large_output(64 << 10));
     let stalled = stage.service.client().await.watch_after(0).await.unwrap();
     let mut healthy = stage.client.watch_after(0).await.unwrap();
@@ -330,7 +331,7 @@ async fn names_of_metrics_may_be_any_text() {
     ]);
 }
 
-/// What subsystems may return by the contract, and nobody expects.
+/// Unusual answers that the contract allows.
 const HOSTILE: [(&str, f64); 6] = [
     ("quote \" backslash \\ newline \n} 1", 1.0),
     ("𝄞 grüße", -0.125),
@@ -404,7 +405,7 @@ async fn everything() -> Stage {
 }
 
 #[tokio::test]
-async fn what_is_shown_is_defined_and_what_is_defined_is_shown() {
+async fn shown_and_defined_metrics_are_the_same() {
     let stage = everything().await;
     // The last of it comes with the first cycle of the loop that has both.
     let both = "orchestrator_subsystem_up{subsystem=\"leased\"}";
@@ -457,7 +458,8 @@ fn the_table_in_the_documentation_is_that_of_the_definitions() {
     } else {
         assert!(
             table == expected,
-            "docs/metrics.md is out of date; renew it with\n\n    ORCHESTRATOR_TEST_UPDATE=1 cargo test --test metrics\n"
+            "docs/metrics.md is out of date; renew it with\n\n    ORCHESTRATOR_TEST_UPDATE=1 cargo test --test \
+             metrics\n"
         );
     }
 }

@@ -48,7 +48,7 @@ fn panels(dashboard: &Value) -> impl Iterator<Item = &Value> {
     dashboard["panels"].as_array().unwrap().iter().filter(|panel| panel["type"] != "row")
 }
 
-/// Every expression of the dashboard, as a person who looks at it sends it.
+/// Every expression of the dashboard, as Grafana sends it.
 fn expressions(dashboard: &Value) -> Vec<String> {
     let targets = panels(dashboard).flat_map(|panel| panel["targets"].as_array().unwrap());
     let filled_in = |target: &Value| {

@@ -79,7 +79,7 @@ fn name(i: usize) -> String {
 }
 
 fn names() -> impl Strategy<Value = Vec<String>> {
-    // Some of these nobody registers.
+    // Some of these are not registered.
     proptest::collection::btree_set(0..16_usize, 0..4).prop_map(|some| some.into_iter().map(name).collect())
 }
 
@@ -312,7 +312,7 @@ fn request(step: &Step, registered: &BTreeSet<String>) -> CycleRequest {
     }
 }
 
-/// An orchestrator that is new, over a fleet of which nobody is registered yet.
+/// A new orchestrator, over a fleet without registrations.
 async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, Tasks) {
     let host = Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 0);
     let store = store::open(&store::StoreUrl::Memory, record::check, host.clock).await.unwrap();

@@ -415,7 +415,7 @@ async fn every_bad_field_is_named_by_its_path() {
 }
 
 #[tokio::test]
-async fn what_is_refused_at_length_still_fits_what_clients_take() {
+async fn a_long_refusal_fits_the_limits_of_clients() {
     // Trailers of gRPC in Java; others take more.
     const MAX_TRAILERS: usize = 8 << 10;
     let mut stage = Stage::new().await;
@@ -477,7 +477,7 @@ async fn the_same_parameters_in_another_order_are_no_change() {
 }
 
 #[tokio::test]
-async fn what_is_not_registered_is_not_found() {
+async fn an_unregistered_name_is_not_found() {
     let mut stage = Stage::new().await;
     let client = &mut stage.client;
     let refused = [
@@ -507,7 +507,7 @@ async fn a_lease_ends_unless_it_is_renewed() {
     assert!(far(&longer) > far(&long) + 3000);
     assert!(lease(client, "long", None).await.unwrap().lease_expires_at.is_none());
 
-    // Only time can end the short one: whoever renews it in time keeps it.
+    // Only time can end the short lease: a renewal in time keeps it.
     let renewing = async {
         loop {
             renew(client, "short").await.unwrap();

@@ -49,7 +49,7 @@ async fn ten_thousand_subsystems_run_in_one_cycle() {
         });
         assert_eq!(ran.len(), SUBSYSTEMS);
     }
-    // Who is ready first is called first: the beginnings of the chains wait for each other, and not for the fleet.
+    // Ready subsystems are called in order: the starts of the chains wait for each other, not for the fleet.
     let last_beginning = fleet.now(|state| {
         let beginnings = state.calls.iter().filter(|call| call.cycle_id == 1 && call.subsystem.ends_with('0'));
         beginnings.map(|call| call.began).max().unwrap()
@@ -87,14 +87,14 @@ async fn metrics_of_all_are_sent_piece_by_piece(service: &Service, subsystems: u
     assert_eq!(heads.count(), families.len(), "the head of a family is written once");
 }
 
-/// The output of one subsystem, in every record: so large that few records fill the buffers of one who does not read.
+/// The output of one subsystem, in every record: so large that few records fill the buffers of a stalled watcher.
 const OUTPUT_BYTES: usize = 16 << 10;
 const STALLED: usize = 500;
 const HEALTHY: usize = 500;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn watchers_that_never_read_cost_a_bounded_buffer_and_hold_up_nobody() {
-    /// After so many cycles, whatever buffer a stalled watcher has is full.
+async fn watchers_that_never_read_cost_a_bounded_buffer_and_delay_no_others() {
+    /// After this number of cycles, all buffers of a stalled watcher are full.
     const TO_FILL: u64 = 32;
     const CYCLES: u64 = 128;
     /// What the service may grow by while stalled watchers miss more and more; they miss 750 MB.
@@ -145,7 +145,7 @@ async fn watchers_that_never_read_cost_a_bounded_buffer_and_hold_up_nobody() {
     for _ in TO_FILL..CYCLES {
         client.run().await.unwrap();
     }
-    // Everyone who reads has seen it all, while the others have not read a thing.
+    // All reading watchers have received everything, while the others have not read anything.
     patiently("the watchers that read", healthy.join_all()).await;
     let (after, peak) = service.memory();
     let mib = |bytes: u64| bytes >> 20;
@@ -153,7 +153,7 @@ async fn watchers_that_never_read_cost_a_bounded_buffer_and_hold_up_nobody() {
     assert!(after < full + GROWTH, "{} MiB became {}", mib(full), mib(after));
     assert!(after < before + EACH * STALLED as u64, "{} MiB became {}", mib(before), mib(after));
 
-    // Those who wake up are brought up to date, without a gap.
+    // Watchers that resume are brought up to date, without a gap.
     let mut woken = JoinSet::new();
     for stream in stalled {
         woken.spawn(sees_everything(stream, CYCLES));
@@ -219,7 +219,7 @@ async fn peers_that_talk_garbage_or_nothing_leave_the_service_answering() {
     ];
     for said in garbage {
         let mut stream = TcpStream::connect(service.address()).await.unwrap();
-        // It may close before it has heard everything.
+        // It may close before it has received everything.
         let _ = stream.write_all(said).await;
         let _ = stream.shutdown().await;
         let _ = patiently("the connection to be closed", stream.read_to_end(&mut Vec::new())).await;

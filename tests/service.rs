@@ -83,7 +83,7 @@ async fn it_describes_itself_to_new_and_to_old_clients() {
         let file: prost_types::FileDescriptorProto = prost::Message::decode(&files[0][..]).unwrap();
         let service = file.service.iter().find(|service| service.name() == "Orchestrator").unwrap();
         assert_eq!(service.method.len(), 18);
-        // Structs are structs to those who look, whatever the service makes of them inside.
+        // A Struct is described as such, whatever its internal type.
         let registration = file.message_type.iter().find(|message| message.name() == "Registration").unwrap();
         let parameters = registration.field.iter().find(|field| field.name() == "parameters").unwrap();
         assert_eq!(parameters.type_name(), ".google.protobuf.Struct");
@@ -96,7 +96,7 @@ async fn health(client: &mut HealthClient<Channel>, service: &str) -> ServingSta
 }
 
 #[tokio::test]
-async fn it_tells_who_it_is() {
+async fn it_reports_its_identity() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "orchestrator_id=me"])).await;
     let status = stage.client.status().await.unwrap();
     assert_eq!((status.orchestrator_id.as_str(), status.version.as_str()), ("me", env!("CARGO_PKG_VERSION")));
@@ -109,7 +109,7 @@ async fn it_tells_who_it_is() {
 }
 
 #[tokio::test]
-async fn what_can_not_be_called_or_is_too_large_is_refused_and_the_service_goes_on() {
+async fn unknown_and_large_calls_are_refused_and_the_service_continues() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "server.max_request_bytes=65536"])).await;
     let mut registration = stage.registration("a");
     registration.reads = (0..20_000).map(|i| format!("name{i}")).collect();
@@ -130,7 +130,7 @@ async fn what_can_not_be_called_or_is_too_large_is_refused_and_the_service_goes_
 }
 
 #[tokio::test]
-async fn a_status_is_told_without_the_last_cycle_to_who_does_not_want_it() {
+async fn a_status_can_leave_out_the_last_cycle() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     let ran = stage.client.run().await.unwrap();
@@ -172,7 +172,7 @@ async fn run_binary(args: &[&str]) -> (Option<i32>, String) {
 }
 
 #[tokio::test]
-async fn it_listens_on_loopback_unless_told_what_that_risks() {
+async fn it_listens_on_loopback_unless_the_risk_is_accepted() {
     let (code, said) = run_binary(&["serve", "--listen", "0.0.0.0:0", "--store", "memory:"]).await;
     assert_eq!(code, Some(2), "{said}");
     assert!(said.contains("--listen: server.listen is 0.0.0.0:0, which is not a loopback address"), "{said}");
@@ -198,12 +198,12 @@ async fn what_keeps_it_from_starting_has_an_exit_code_and_a_reason() {
          [[subsystems]]\nname = \"b\"\nendpoint = \"http://h:1\"\nafter = [\"a\"]\n",
     );
     assert_eq!(home.try_serve().await.err().unwrap().code(), Some(2));
-    assert!(home.log().contains("the order bites its own tail: a is after b, b is after a"), "{}", home.log());
+    assert!(home.log().contains("circular dependency: a is after b, b is after a"), "{}", home.log());
     assert!(home.log().contains("orchestrator.toml:5)"), "{}", home.log());
 }
 
 #[tokio::test]
-async fn what_is_declared_and_what_was_registered_can_be_a_ring_that_says_who_is_what() {
+async fn a_ring_of_declared_and_registered_subsystems_says_which_are_registered() {
     let mut stage = Stage::at(Home::new().with_config("")).await;
     stage.register("by_rpc", |it| it.requires = vec!["declared".into()]).await;
     let Stage { home, service, .. } = stage;
@@ -212,7 +212,7 @@ async fn what_is_declared_and_what_was_registered_can_be_a_ring_that_says_who_is
     fs::write(&config, "[[subsystems]]\nname = \"declared\"\nendpoint = \"http://h:1\"\nafter = [\"by_rpc\"]\n")
         .unwrap();
     assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1));
-    assert!(home.log().contains("of these, by_rpc was registered by RPC, so change what"), "{}", home.log());
+    assert!(home.log().contains("of these, by_rpc was registered by RPC: change the"), "{}", home.log());
     // Nothing was lost.
     fs::write(&config, "").unwrap();
     assert!(home.serve().await.client().await.subsystem("by_rpc").await.is_ok());
@@ -275,7 +275,7 @@ async fn the_first_signal_lets_the_running_cycle_finish() {
     stage.fleet.run("held", Run::Echo);
     let cycle = patiently("the cycle to end", running).await.unwrap().unwrap();
     assert_eq!(cycle.state(), CycleState::Succeeded);
-    // Whoever watches its health is let go, and not cut off.
+    // Watches of its health end, and are not aborted.
     assert_eq!(patiently("the end of the watch", changes.message()).await.unwrap(), None);
     assert_eq!(stage.service.ended().await.code(), Some(0), "{}", stage.home.log());
 
@@ -338,10 +338,10 @@ async fn an_idle_service_with_watchers_ends_at_once() {
 }
 
 #[tokio::test]
-async fn a_signal_is_heard_while_it_still_starts() {
+async fn a_signal_is_handled_during_the_start() {
     let home = Home::new();
     assert!(home.serve().await.stop().await.success());
-    // Somebody else writes into the database, and does not come to an end.
+    // Another program writes to the database, and does not finish.
     let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
     database.execute_batch("BEGIN EXCLUSIVE").unwrap();
     fs::remove_file(home.path("o.db.lock")).unwrap();
@@ -358,7 +358,7 @@ async fn a_signal_is_heard_while_it_still_starts() {
 }
 
 #[tokio::test]
-async fn too_few_open_files_are_told_of() {
+async fn too_few_open_files_are_reported() {
     for files in [5, 6, 7, 8, 12, 16, 20, 24] {
         let limited = ["sh".to_owned(), "-c".to_owned(), format!("ulimit -n {files}; exec \"$0\" \"$@\"")];
         let home = Home::new().with_wrapper(limited);
@@ -415,7 +415,7 @@ async fn a_reload_applies_what_it_can_and_says_what_it_can_not() {
     // What did not change was not initialized again.
     assert_eq!(stage.fleet.initializations("by_rpc").len(), 1);
 
-    // What is no longer declared is gone; what was registered by RPC stays. An editor puts a new file in its place.
+    // Subsystems that are no longer declared are removed; those registered by RPC stay. An editor replaces the file.
     fs::write(stage.home.path("new"), declare("declared", "")).unwrap();
     fs::rename(stage.home.path("new"), &path).unwrap();
     until_logged(&stage.home, "INFO orchestrator_core::serve: reloaded", 2).await;
@@ -570,7 +570,7 @@ async fn requests_that_never_end_have_bounded_room() {
     };
     let code = patiently("one to be refused", refused).await;
     assert_eq!(code, (Code::ResourceExhausted as i32).to_string());
-    // A larger one never has any, whoever else is gone: the limit of one request says so.
+    // A larger request never fits, even alone: the limit of one request says so.
     let mut client = service.client().await;
     let mut large = registration("a", "http://127.0.0.1:1");
     large.reads = (0..60_000).map(|i| format!("a_long_name{i}")).collect();

@@ -61,7 +61,7 @@ impl Bare {
 }
 
 #[tokio::test]
-async fn what_is_no_call_by_its_content_type_is_refused_on_every_path() {
+async fn a_wrong_content_type_is_refused_on_every_path() {
     let stage = Stage::new().await;
     let mut bare = Bare::connect(stage.service.address(), 1 << 16).await;
     let mut status_of = async |path: &str, kind: Option<&str>| {
@@ -131,7 +131,7 @@ fn framed(message: &impl Message) -> Vec<u8> {
     [vec![0], u32::try_from(bytes.len()).unwrap().to_be_bytes().to_vec(), bytes].concat()
 }
 
-/// A prefix that promises a message of so many bytes.
+/// A prefix that announces a message of this number of bytes.
 fn prefix(bytes: u32) -> Vec<u8> {
     [vec![0], bytes.to_be_bytes().to_vec()].concat()
 }
@@ -181,7 +181,8 @@ async fn answers_that_no_stream_takes_have_bounded_room_together() {
         }
         bares.push(bare);
     }
-    // Room for 16 MiB: seven of them at most. The others are refused, in trailers, which no window holds up, or give way.
+    // Room for 16 MiB: seven of them at most. The others are refused, in trailers, which no window holds up, or give
+    // way.
     let mut ended = JoinSet::new();
     for call in calls {
         ended.spawn(call.end());
@@ -215,7 +216,7 @@ async fn one_connection_leaves_room_for_the_answers_of_others() {
 }
 
 #[tokio::test]
-async fn who_takes_answers_slowly_gives_way_however_many_connections_it_has() {
+async fn a_slow_reader_is_aborted_however_many_connections_it_has() {
     let mut stage = with_large_record(with(&["memory.max_bytes=134217728"])).await;
     let get = framed(&pb::GetCycleRequest { cycle_id: 1 });
     let (mut bares, mut slow) = (Vec::new(), JoinSet::new());
@@ -347,7 +348,7 @@ async fn idle_connections_give_way_to_newcomers_and_busy_ones_stay() {
     let address = stage.service.address();
     let mut busy = stage.client.watch_after(0).await.unwrap();
     common::service::next_event(&mut busy).await.unwrap();
-    // One after another, and nobody goes. Some don't even say what they speak.
+    // One after another, and none leaves. Some don't even send a preface.
     let mut idle = Vec::new();
     for i in 0..9 {
         if i % 3 == 0 {

@@ -1,9 +1,9 @@
 //! Everything at once that clients and subsystems can do to the service's memory and time, while a healthy client calls
 //! and its cycles have a deadline.
 //!
-//! `cargo test --test siege -- --ignored --nocapture` prints the figures. `ORCHESTRATOR_TEST_SIEGE_SECONDS` sets how long
-//! it takes, 60 by default; `ORCHESTRATOR_TEST_SIEGE_CGROUP` names a directory of a memory cgroup, with a limit, into which
-//! the service is put.
+//! `cargo test --test siege -- --ignored --nocapture` prints the figures. `ORCHESTRATOR_TEST_SIEGE_SECONDS` sets how
+//! long it takes, 60 by default; `ORCHESTRATOR_TEST_SIEGE_CGROUP` names a directory of a memory cgroup, with a limit,
+//! into which the service is put.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -223,7 +223,7 @@ fn body(bytes: Bytes, ends: bool) -> BoxBody<Bytes, std::io::Error> {
     }
 }
 
-/// Keeps calls open, as many as one connection may have, and begins anew when they have ended.
+/// Keeps calls open, as many as one connection may have, and starts again when they have ended.
 async fn keep_open(address: SocketAddr, path: &'static str, make: impl Fn() -> BoxBody<Bytes, std::io::Error>) {
     const CALLS: usize = 200;
     loop {

@@ -1,4 +1,4 @@
-//! The store from outside: who may open it, what of it is refused, and what happens when it can't be written.
+//! The store from outside: opening it, refusing it, and errors of writing.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -51,7 +51,7 @@ async fn refused(home: &Home) -> String {
 }
 
 #[tokio::test]
-async fn a_second_process_is_refused_and_told_who_has_the_database() {
+async fn a_second_process_is_refused_with_the_pid_of_the_first() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();
     let said = refused(&stage.home).await;
@@ -193,10 +193,10 @@ async fn one_that_was_overtaken_while_it_is_idle_learns_of_it() {
 #[tokio::test]
 async fn what_no_further_try_can_write_ends_the_service() {
     let changes = [
-        ("DROP TABLE cycles", "does not take what has to be written: no such table"),
+        ("DROP TABLE cycles", "refuses a required write: no such table"),
         (
             "INSERT INTO cycles SELECT 2, 2, epoch, state, trigger, loop, request_id, finished_at, record FROM cycles",
-            "does not take what has to be written: UNIQUE constraint failed",
+            "refuses a required write: UNIQUE constraint failed",
         ),
         (
             "PRAGMA writable_schema = 1; UPDATE sqlite_schema SET rootpage = 999 WHERE name = 'cycles_by_state'",
@@ -248,7 +248,7 @@ async fn a_cycle_whose_beginning_could_not_be_written_at_first_is_waited_for_and
 }
 
 #[tokio::test]
-async fn a_log_that_a_reader_has_let_grow_is_told_of_once_and_cut_when_the_reader_leaves() {
+async fn a_log_that_grows_because_of_a_reader_is_reported_once_and_truncated_when_the_reader_leaves() {
     let mut stage = Stage::new().await;
     stage.register("large", |it| it.record_output = true).await;
     stage.fleet.run("large", Run::large_output(900_000));
@@ -259,7 +259,7 @@ async fn a_log_that_a_reader_has_let_grow_is_told_of_once_and_cut_when_the_reade
     while log_bytes() < 32 << 20 {
         client.run().await.unwrap();
     }
-    let told = "the log can't be copied into the database, and grows";
+    let told = "the log can't be checkpointed into the database, and grows";
     assert_eq!(stage.home.log().matches(told).count(), 1, "{}", stage.home.log());
     reader.execute_batch("COMMIT").unwrap();
     stage.fleet.run("large", Run::Echo);
@@ -270,7 +270,7 @@ async fn a_log_that_a_reader_has_let_grow_is_told_of_once_and_cut_when_the_reade
     })
     .await;
     assert_eq!(stage.home.log().matches(told).count(), 1, "{}", stage.home.log());
-    assert!(stage.home.log().contains("the log was copied into the database"), "{}", stage.home.log());
+    assert!(stage.home.log().contains("the log was checkpointed into the database"), "{}", stage.home.log());
 }
 
 #[tokio::test]
@@ -330,7 +330,7 @@ async fn records_that_can_not_be_read_are_named_once_and_everything_goes_on_past
 }
 
 #[tokio::test]
-async fn what_a_damaged_end_of_the_log_has_lost_is_told_and_its_numbers_are_not_given_again() {
+async fn a_damaged_end_of_the_log_is_reported_and_its_ids_are_not_given_again() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     for _ in 0..3 {
@@ -345,12 +345,12 @@ async fn what_a_damaged_end_of_the_log_has_lost_is_told_and_its_numbers_are_not_
     let service = home.serve().await;
     let mut client = service.client().await;
     let said = home.log();
-    assert!(said.contains("records that were acknowledged are missing") && said.contains("1 to 3"), "{said}");
+    assert!(said.contains("acknowledged records are missing") && said.contains("1 to 3"), "{said}");
     for cycle in client.history().await.unwrap().into_iter().map(decode) {
         assert_eq!(cycle.state(), CycleState::Interrupted);
         assert!(cycle.error.contains("its record was lost"), "{cycle:?}");
     }
-    // Who had seen all of them goes on where it was.
+    // A watcher that had received all of them continues where it was.
     let mut stream = client.watch_after(3).await.unwrap();
     assert_eq!(client.run().await.unwrap().cycle_id, 4);
     assert_eq!(decode(next_recorded(&mut stream).await).cycle_id, 4);
@@ -386,7 +386,7 @@ async fn stored_rows_that_can_not_be_read_are_named_and_don_t_keep_the_service_f
         assert_eq!((cycle.state(), cycle.trigger()), (CycleState::Interrupted, Trigger::Unspecified));
         assert!(service.stop().await.success());
     }
-    // It is there for who mends it, with its output.
+    // It is kept for a repair, with its output.
     let database = Connection::open(home.path("o.db")).unwrap();
     let spec = format!("{{\"name\":\"b\",\"endpoint\":\"{}\"}}", fleet.endpoint());
     assert_eq!(database.execute("UPDATE subsystems SET spec = ?1 WHERE name = 'b'", [spec]).unwrap(), 1);
@@ -420,7 +420,7 @@ async fn a_copy_is_refused_until_it_is_accepted_and_the_original_goes_on() {
     let said = refused(&at_store(&look)).await;
     assert!(said.contains("look.db is a copy of ") && said.contains("orchestrator store accept sqlite:"), "{said}");
     assert_eq!(fs::read(&look).unwrap(), before, "it was not touched");
-    // Its subsystems have not heard of another epoch.
+    // Its subsystems have not seen another epoch.
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
 
     let Stage { home, service, fleet, .. } = stage;
@@ -438,7 +438,7 @@ async fn a_copy_is_refused_until_it_is_accepted_and_the_original_goes_on() {
     }
     drop(fleet);
     let (code, said) = accept(&elsewhere.path().join("none.db"));
-    assert!(code == Some(1) && said.contains("there is no database"), "{said}");
+    assert!(code == Some(1) && said.contains("none.db does not exist"), "{said}");
     assert!(!elsewhere.path().join("none.db").exists());
 }
 
@@ -516,7 +516,7 @@ async fn a_backup_that_is_put_back_in_its_place_is_the_same_database() {
     fs::rename(home.path("backup.db"), home.path("o.db")).unwrap();
     let service = home.serve().await;
     assert_eq!(service.client().await.run().await.unwrap().cycle_id, 2);
-    assert!(home.log().contains("another file is in the place of this database"), "{}", home.log());
+    assert!(home.log().contains("the file of this database is another one"), "{}", home.log());
 }
 
 #[tokio::test]
@@ -548,13 +548,13 @@ async fn a_database_of_a_newer_version_is_refused_and_not_touched() {
     drop(database);
     let before = fs::read(home.path("o.db")).unwrap();
     let said = refused(&home).await;
-    let expected = format!("has schema version {}, and this version of the software knows up to {known}", known + 1);
+    let expected = format!("has schema version {}, but this version of the software supports up to {known}", known + 1);
     assert!(said.contains(&expected), "{said}");
     assert_eq!(fs::read(home.path("o.db")).unwrap(), before);
 }
 
 #[tokio::test]
-async fn what_is_no_database_of_ours_is_refused_and_not_touched() {
+async fn a_foreign_database_is_refused_and_left_unchanged() {
     let home = Home::new();
     fs::write(home.path("o.db"), "It was a dark and stormy night. ".repeat(100)).unwrap();
     let before = fs::read(home.path("o.db")).unwrap();
@@ -601,7 +601,7 @@ async fn a_damaged_database_is_refused() {
 }
 
 #[tokio::test]
-async fn a_database_whose_numbers_no_process_could_go_on_from_is_refused_and_not_touched() {
+async fn a_database_from_which_no_process_can_continue_is_refused_and_left_unchanged() {
     let mut stage = Stage::new().await;
     for _ in 0..3 {
         stage.client.run().await.unwrap();
@@ -621,12 +621,15 @@ async fn a_database_whose_numbers_no_process_could_go_on_from_is_refused_and_not
         ),
         (
             "pruned_to = 4",
-            "last_revision in its table meta is 3, and 4 is a revision that was removed already".to_owned(),
+            "last_revision in its table meta is 3, and 4 is a revision that was already removed".to_owned(),
         ),
-        ("epoch = -1", "epoch in its table meta is -1, after which nothing can come".to_owned()),
-        (&format!("epoch = {most}"), format!("epoch in its table meta is {most}, after which nothing can come")),
-        (&format!("last_cycle_id = {most}"), format!("last_cycle_id in its table meta is {most}, after which")),
-        (&format!("commits = {most}"), format!("commits in its table meta is {most}, after which")),
+        ("epoch = -1", "epoch in its table meta is -1, which leaves no next number".to_owned()),
+        (&format!("epoch = {most}"), format!("epoch in its table meta is {most}, which leaves no next number")),
+        (
+            &format!("last_cycle_id = {most}"),
+            format!("last_cycle_id in its table meta is {most}, which leaves no next number"),
+        ),
+        (&format!("commits = {most}"), format!("commits in its table meta is {most}, which leaves no next number")),
     ] {
         fs::write(home.path("o.db"), &sound).unwrap();
         let database = Connection::open(home.path("o.db")).unwrap();
@@ -664,9 +667,9 @@ const PUT_IRREGULAR: [Put; 4] = [
 ];
 
 #[tokio::test]
-async fn what_is_in_the_place_of_a_database_or_of_a_file_beside_it_is_named_and_nothing_is_made() {
+async fn a_file_that_is_not_regular_is_named_and_no_file_is_created() {
     let assert_named = |said: &str, path: &Path, is: &str| {
-        let expected = format!("{} is {is}, and a regular file is needed there; give", path.display());
+        let expected = format!("{} is {is}, not a regular file; give", path.display());
         assert!(said.contains(&expected), "{expected}:\n{said}");
     };
     let entries = |home: &Home| {
@@ -708,12 +711,12 @@ async fn what_is_in_the_place_of_a_database_or_of_a_file_beside_it_is_named_and_
     }
 }
 
-/// A home whose services are told of a file that may not grow, and not killed for it.
+/// A home whose services get an error if a file may not grow, and are not killed for it.
 fn limited() -> Home {
     Home::new().with_wrapper(["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"])
 }
 
-/// Lets the service write no file beyond so many bytes: to a process that is what a full disk is.
+/// Limits the files of the service to this number of bytes, which simulates a full disk.
 fn limit(service: &Service, bytes: Option<u64>) {
     let Rlimit { maximum, .. } = getrlimit(Resource::Fsize);
     let limit = Rlimit { current: bytes.or(maximum), maximum };
@@ -817,7 +820,7 @@ async fn ticks_are_dropped_while_the_disk_is_full_and_a_kill_then_loses_nothing_
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn while_the_disk_hangs_nothing_is_admitted_and_what_was_being_written_is_recorded_when_it_comes_back() {
+async fn while_the_disk_hangs_no_cycle_is_admitted_and_the_pending_write_is_recorded_afterwards() {
     let mut stage = Stage::at(disk::home()).await;
     stage.register("a", |_| {}).await;
     disk::hangs(&stage.home);
@@ -825,7 +828,7 @@ async fn while_the_disk_hangs_nothing_is_admitted_and_what_was_being_written_is_
     assert_eq!((told.code, told.why.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
     assert_eq!(told.metadata["cycle_id"], "1");
     let status = stage.client.status().await.unwrap();
-    let expected = "o.db has not returned within 5s, and is waited for";
+    let expected = "o.db has not returned within 5s, and is still awaited";
     assert!(status.store_error.contains(expected), "{status:?}");
     let refused = [
         stage.client.run().await.unwrap_err(),
@@ -893,7 +896,7 @@ async fn power_is_lost(mut stage: Stage, running: usize) -> Stage {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn after_the_loss_of_power_no_cycle_id_that_was_heard_is_given_again() {
+async fn after_the_loss_of_power_no_known_cycle_id_is_given_again() {
     let mut stage = Stage::at(disk::home()).await;
     stage.register_all(&["a", "b", "c", "d"]).await;
     for running in [0, 1, 2, 3, 4, 1] {
@@ -938,7 +941,7 @@ async fn a_stored_registration_that_breaks_a_rule_is_left_out_and_stays_stored()
     replace(r#""phase":0"#, r#""phase":9999999"#);
     let service = home.serve().await;
     assert!(service.client().await.subsystems().await.unwrap().is_empty());
-    assert!(home.log().contains("left out: a stored registration is invalid"), "{}", home.log());
+    assert!(home.log().contains("skipped: a stored registration is invalid"), "{}", home.log());
     assert!(service.stop().await.success());
     replace(r#""phase":9999999"#, r#""phase":0"#);
     let service = home.serve().await;
@@ -1029,7 +1032,7 @@ async fn a_tick_that_ran_has_a_cycle_in_the_history_whenever_the_process_is_kill
 }
 
 #[tokio::test]
-async fn signals_are_heard_while_a_reload_waits_for_the_store() {
+async fn signals_are_handled_while_a_reload_waits_for_the_store() {
     let mut stage = Stage::at(Home::new().with_config("")).await;
     stage.client.run().await.unwrap();
     let _locked = lock(&stage.home);

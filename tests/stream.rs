@@ -180,7 +180,7 @@ async fn progress_tells_of_the_start_every_step_and_the_end() {
     stage.fleet.until_run("a", 1).await;
 
     started(&mut early).await;
-    // Who comes later is told how it stands.
+    // A later watcher receives its current state.
     let mut late = watch(&mut stage.client, progress).await.unwrap();
     bookmark(&mut late).await;
     started(&mut late).await;
@@ -210,12 +210,12 @@ async fn progress_tells_of_the_start_every_step_and_the_end() {
     assert_eq!(cycle.state(), CycleState::Failed);
     let (seen, cycle) = steps(&mut late).await;
     assert_eq!(seen, [failed("a"), step("b", SubsystemState::Skipped)]);
-    // Who did not ask for it is told of the record alone.
+    // A watcher without progress receives only the record.
     assert_eq!(recorded(&mut plain).await, cycle);
 }
 
 #[tokio::test]
-async fn below_what_is_retained_and_in_the_future_is_out_of_range() {
+async fn revisions_that_are_not_retained_or_in_the_future_are_out_of_range() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "store.retention.max_cycles=2"])).await;
     let records = run(&mut stage.client, 5).await;
     let refused = |oldest, newest| {
@@ -274,7 +274,7 @@ async fn a_watcher_that_stalled_is_brought_up_to_date_from_the_history() {
 }
 
 #[tokio::test]
-async fn a_watcher_follows_through_restarts_and_is_told_of_the_shutdown() {
+async fn a_watcher_follows_through_restarts_and_is_notified_of_the_shutdown() {
     let mut stage = Stage::new().await;
     stage.register("held", |_| {}).await;
     stage.fleet.run("held", Run::Hold);
@@ -335,8 +335,8 @@ async fn all_steps_of_a_cycle_come_before_its_record() {
 }
 
 #[tokio::test]
-async fn who_hangs_before_it_runs_is_seen() {
-    // The kernel takes the connection, and nobody answers.
+async fn a_subsystem_that_hangs_in_initialize_is_seen() {
+    // The kernel accepts the connection, but no answer comes.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = format!("http://{}", silent.local_addr().unwrap());
     let mut stage = Stage::new().await;
@@ -365,7 +365,7 @@ async fn who_hangs_before_it_runs_is_seen() {
 
 /// How a large fleet stands, with a long error each, is more than clients take in one message.
 #[tokio::test]
-async fn who_comes_to_a_large_cycle_is_told_in_pieces_how_it_stands() {
+async fn a_late_watcher_receives_the_state_of_a_large_cycle_in_pieces() {
     const FAILED: usize = 1_500;
     let mut stage = Stage::at(Home::new().in_memory()).await;
     stage.fleet.default_script(Script { run: Run::Fail(Code::Internal, "x".repeat(1 << 10)), ..Script::default() });

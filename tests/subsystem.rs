@@ -69,7 +69,7 @@ impl Probe {
     }
 }
 
-/// Work that runs. Unless it is told that it is done, it logs that it was stopped.
+/// Running work. Unless it is marked as done, it logs that it was stopped.
 struct Running {
     probe: Probe,
     cycle_id: u64,
@@ -227,7 +227,7 @@ async fn a_repeated_call_waits_for_the_first_one() {
 const LARGE: usize = 300 << 10;
 
 #[test]
-fn nobody_waits_while_what_is_large_is_read_or_written() {
+fn large_messages_delay_no_other_calls() {
     // One thread for what takes long, beside the one for all else.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     runtime.enable_all().max_blocking_threads(1).build().unwrap().block_on(async {
@@ -351,7 +351,7 @@ async fn work_stops_when_its_caller_cancels() {
     probe.until("the work to stop", |seen| seen.stopped == [1]).await;
 }
 
-/// A client whose connection breaks when it is told to.
+/// A client whose connection breaks on request.
 struct Breakable {
     client: SubsystemClient<Channel>,
     cut: oneshot::Sender<()>,
@@ -371,7 +371,7 @@ impl Breakable {
                 _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
                 _ = cut_off => {}
             }
-            // The server hears of nothing but the end, and has seen it when it closes its side.
+            // The server sees only the end, and has seen it when it closes its side.
             far.shutdown().await.unwrap();
             far.read_to_end(&mut Vec::new()).await.unwrap();
         });
@@ -489,7 +489,7 @@ async fn health_and_reflection_are_served_beside_it() {
     assert_eq!(is_now().await, ServingStatus::NotServing);
     probe.release();
     held.await.unwrap().unwrap();
-    // The watch is still open, and keeps nobody.
+    // The watch is still open, and delays nothing.
     patiently("the end", stopping).await.unwrap();
 }
 
@@ -510,7 +510,7 @@ async fn many_are_served_behind_one_endpoint_at_the_same_time() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_served_is_refused() {
+async fn invalid_subsystems_and_addresses_are_refused() {
     let refused = |server: Server, address: &'static str| async move {
         server.listen(address).await.err().unwrap_or_else(|| panic!("{address} is listened on"))
     };

@@ -23,7 +23,7 @@ async fn fleet_for(host: &str) -> (Fleet, String) {
 }
 
 #[tokio::test]
-async fn who_shows_a_trusted_certificate_for_its_host_is_called() {
+async fn a_peer_with_a_trusted_certificate_for_its_host_is_called() {
     let (trusted, certificate) = fleet_for("127.0.0.1").await;
     let (elsewhere, for_another_host) = fleet_for("elsewhere.example").await;
     let (stranger, _) = fleet_for("127.0.0.1").await;
@@ -90,7 +90,7 @@ async fn a_certificate_file_as_editors_on_windows_write_it_is_taken() {
 }
 
 #[tokio::test]
-async fn where_the_system_trusts_nobody_the_file_is_enough() {
+async fn without_system_certificates_the_file_is_enough() {
     let (fleet, certificate) = fleet_for("127.0.0.1").await;
     let home = Home::new();
     let (ca, nothing) = (home.path("ca.pem"), home.path("nothing"));

@@ -27,7 +27,7 @@ struct Top {
 }
 
 fn command(address: SocketAddr) -> Command {
-    // In a session of its own, so that it has the terminal that it is given, and not the one of whoever runs the tests.
+    // In its own session, so that it uses its own terminal, not the one of the test runner.
     let mut command = Command::new("setsid");
     command.args(["--ctty", env!("CARGO_BIN_EXE_orchestrator"), "top"]);
     for variable in ["TIMEOUT", "OUTPUT", "CONFIG"] {
@@ -100,7 +100,7 @@ async fn a_cycle_moves_and_a_failure_shows() {
 }
 
 #[tokio::test]
-async fn what_is_skipped_for_a_failure_keeps_failing_while_the_next_cycle_runs() {
+async fn a_subsystem_skipped_for_a_failure_keeps_failing_while_the_next_cycle_runs() {
     let mut stage = Stage::new().await;
     stage.register_all(&["held"]).await;
     stage.register("needy", |it| it.requires = vec!["nobody".into()]).await;
@@ -121,7 +121,7 @@ async fn what_is_skipped_for_a_failure_keeps_failing_while_the_next_cycle_runs()
 }
 
 #[tokio::test]
-async fn the_smallest_terminal_tells_whether_the_service_is_heard() {
+async fn the_smallest_terminal_shows_the_state_of_the_connection() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a"]).await;
     stage.client.run().await.unwrap();
@@ -198,8 +198,8 @@ async fn a_network_that_falls_silent_is_noticed_and_left() {
 }
 
 #[tokio::test]
-async fn keys_are_heard_while_it_connects() {
-    // Somebody listens and never answers.
+async fn keys_work_while_it_connects() {
+    // A server listens and never answers.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     for (key, code) in [("q", 0), ("\x03", 130)] {
         let mut top = Top::start(silent.local_addr().unwrap(), 80, 24);

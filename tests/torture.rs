@@ -1,5 +1,5 @@
 //! The service is killed with SIGKILL at random moments, again and again, under load. What it promised is checked from
-//! outside: by what callers were told, what subsystems saw, and what a watcher followed through all of it.
+//! outside: by the answers to callers, the calls of subsystems, and the events of a watcher.
 //!
 //! `ORCHESTRATOR_TORTURE_KILLS` sets how often (default 50), `ORCHESTRATOR_TORTURE_SEED` the seed of the load and of
 //! the moments. The seed is printed; how the processes are scheduled is not part of it.
@@ -75,7 +75,8 @@ async fn promises_hold_whenever_the_process_is_killed() {
 
         select! {
             () = moment(&mut rng, &told, &fleet, &watched) => {}
-            ended = running.join_next() => panic!("a caller lost the service before it was killed: {:?}", ended.map(|ended| ended.map(drop))),
+            ended = running.join_next() => panic!("a caller lost the service before it was killed: \
+                                                   {:?}", ended.map(|ended| ended.map(drop))),
             ended = &mut following => panic!("the watcher has failed: {ended:?}"),
         }
         service.kill().await;
@@ -145,7 +146,7 @@ async fn moment(rng: &mut Rng, told: &Told, fleet: &Fleet, watched: &Watched) {
 // ---------------------------------------------------------------------------------------------------------------
 // What is known outside
 
-/// What callers were told.
+/// Answers to callers.
 #[derive(Default)]
 struct Told {
     cycles: Mutex<BTreeMap<u64, Option<Bytes>>>,
@@ -214,7 +215,7 @@ impl Watched {
         }
     }
 
-    /// Takes at most so many events. False when the service was killed.
+    /// Takes at most this number of events. Returns false if the service was killed.
     async fn watch(&self, client: &mut Client, events: usize) -> bool {
         let Answer::Told(mut stream) = answer(client.watch_after(self.revision()).await.map(Response::new), &[]) else {
             return false;
@@ -260,7 +261,7 @@ fn answer<T>(answer: Result<Response<T>, Status>, expected: &[&str]) -> Answer<T
 // ---------------------------------------------------------------------------------------------------------------
 // Callers
 
-/// Someone who uses the service until it is killed, and goes on when it is back.
+/// A client that uses the service until it is killed, and continues when it is back.
 enum Caller {
     Runner(Runner),
     Registrar(Registrar),
@@ -570,7 +571,7 @@ impl Looper {
             settings.interval.unwrap().nanos / 1_000_000
         });
         if found.is_none() {
-            // A loop that is started after this begins to count anew.
+            // A loop that is started after this starts counting from 0.
             self.due = 0;
         }
         assert!(self.possible.contains(&found), "the loop is {found:?}, but was acknowledged as {:?}", self.possible);

@@ -152,7 +152,7 @@ impl Trace {
         calls
     }
 
-    /// The header with which a span is told of.
+    /// The header with the context of a span.
     fn parent_header(&self, span: &Span) -> String {
         format!("00-{}-{}-01", self.id, hex(&span.span_id))
     }
@@ -262,7 +262,7 @@ async fn a_cycle_is_a_trace_of_its_calls_and_its_commit() {
             );
             span
         });
-        // Each subsystem is told of the very span of its call.
+        // Each subsystem receives the context of its own call.
         let sent: Vec<_> = calls.iter().filter(|call| call.subsystem == name).map(header_of).collect();
         assert_eq!(sent, [[Some(trace.parent_header(initialized)), None], [Some(trace.parent_header(ran)), None]]);
     }
@@ -309,7 +309,7 @@ async fn every_attempt_and_every_kind_of_failure_is_a_span() {
     assert_eq!(ran("broken"), [failed("INTERNAL", 1)]);
     assert_eq!(trace.calls("broken", "RunCycle")[0].status.as_ref().unwrap().message, "no fuel");
     assert_eq!(ran("bare"), [ok(1)]);
-    // That it needs no initialization is no error.
+    // Needing no initialization is not an error.
     assert_eq!(outcomes(&trace.calls("bare", "Initialize")), [(StatusCode::Unset, "UNIMPLEMENTED".into(), 1)]);
     // Every attempt had a context of its own.
     let sent: Vec<_> = stage.fleet.runs("flaky").into_iter().map(|call| call.trace[0].clone()).collect();
@@ -318,7 +318,7 @@ async fn every_attempt_and_every_kind_of_failure_is_a_span() {
 }
 
 #[tokio::test]
-async fn what_is_given_up_has_ended_as_well() {
+async fn an_abandoned_call_has_a_span() {
     let collector = Collector::start().await;
     let mut stage = Stage::at(collector.home()).await;
     stage.register("a", |_| {}).await;
@@ -347,7 +347,7 @@ async fn what_is_given_up_has_ended_as_well() {
 }
 
 #[tokio::test]
-async fn what_is_cancelled_in_line_is_a_trace_as_well() {
+async fn a_cycle_that_is_cancelled_in_line_has_a_trace() {
     let collector = Collector::start().await;
     let mut stage = Stage::at(collector.home()).await;
     stage.register("a", |_| {}).await;
@@ -377,7 +377,7 @@ async fn what_is_cancelled_in_line_is_a_trace_as_well() {
 
 /// Its spans are gone with the process, but those of its subsystems are found by the id.
 #[tokio::test]
-async fn what_is_interrupted_keeps_the_id_of_its_trace() {
+async fn an_interrupted_cycle_keeps_its_trace_id() {
     let collector = Collector::start().await;
     let mut stage = Stage::at(collector.home()).await;
     stage.register("a", |_| {}).await;
@@ -417,7 +417,7 @@ async fn the_trace_of_a_caller_is_joined() {
     let [ran] = trace.calls("a", "RunCycle")[..] else { panic!() };
     assert_eq!(last_headers(&stage, "a"), [Some(trace.parent_header(ran)), Some("x=1,y=2".into())]);
 
-    // A caller that does not want its trace kept is heard, and handed on.
+    // A caller's decision not to sample is respected, and passed on.
     let cycle = run_from(&mut stage.client, &[("traceparent", NOT_SAMPLED), ("tracestate", "x=1")]).await;
     assert_eq!(cycle.trace_id, TRACE_ID);
     assert_eq!(last_headers(&stage, "a"), [Some(NOT_SAMPLED.into()), Some("x=1".into())]);
@@ -429,7 +429,7 @@ async fn the_trace_of_a_caller_is_joined() {
         assert!(cycle.trace_id != TRACE_ID && cycle.trace_id.len() == 32, "{}", cycle.trace_id);
         assert!(collector.of_cycle(&cycle).await.root().parent_span_id.is_empty());
     }
-    // Spans come in the order of cycles, so there are none of it.
+    // Spans come in the order of cycles, so it has none.
     let of_unsampled = |seen: &Seen| {
         seen.iter().filter(|(_, span)| attributes(&span.attributes)["orchestrator.cycle_id"] == unsampled).count()
     };
@@ -456,7 +456,7 @@ async fn the_ratio_counts_where_the_caller_has_no_say() {
     let mut stage = Stage::at(Home::new().with_config(&config("0"))).await;
     stage.register("a", |_| {}).await;
     let dropped = stage.client.run().await.unwrap();
-    // Subsystems are told, so that they keep none either; their logs can still be found by the id.
+    // Subsystems receive the decision, so that they sample none either; their logs can still be found by the id.
     let [parent, _] = last_headers(&stage, "a");
     let parent = parent.unwrap();
     assert!(parent.starts_with(&format!("00-{}-", dropped.trace_id)) && parent.ends_with("-00"), "{parent}");
@@ -517,7 +517,7 @@ async fn metrics(stage: &Stage) -> BTreeMap<String, u64> {
 }
 
 #[tokio::test]
-async fn a_shutdown_sends_what_is_left() {
+async fn a_shutdown_sends_the_remaining_spans() {
     let collector = Collector::start().await;
     let mut stage = Stage::at(collector.home()).await;
     stage.register("a", |_| {}).await;
@@ -559,7 +559,7 @@ async fn a_collector_behind_https_is_dialed_with_tls() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_is_none_is_refused() {
+async fn an_invalid_endpoint_is_refused() {
     let home =
         Home::new().with_args(["--set", "tracing.otlp_endpoint=localhost:4317", "--set", "tracing.sample_ratio=2"]);
     assert_eq!(home.try_serve().await.err().unwrap().code(), Some(2));

@@ -1,4 +1,4 @@
-//! The admin address: JSON, events, and who may read them.
+//! The admin address: JSON, events, and access to them.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -52,7 +52,7 @@ async fn what_rpcs_answer_is_there_as_json() {
 }
 
 #[tokio::test]
-async fn what_is_wrong_is_told() {
+async fn errors_are_reported() {
     let stage = Stage::new().await;
     let admin = stage.service.admin();
     for (path, status, code, word) in [
@@ -85,7 +85,7 @@ async fn what_is_wrong_is_told() {
 }
 
 #[tokio::test]
-async fn only_this_machine_reads_and_nobody_writes() {
+async fn only_this_machine_can_read_and_no_one_can_write() {
     let stage = Stage::new().await;
     let admin = stage.service.admin();
     for host in ["evil.example", "10.0.0.1:7780"] {
@@ -148,7 +148,7 @@ async fn the_dashboard_is_all_there_and_needs_nothing_else() {
     let files: usize = [folder.to_owned(), format!("{folder}/views")]
         .iter()
         .flat_map(|folder| fs::read_dir(folder).unwrap().map(Result::unwrap))
-        // That one is for those who check the scripts.
+        // This one is only for checking the scripts.
         .filter(|entry| entry.file_type().unwrap().is_file() && entry.file_name() != "jsconfig.json")
         .count();
     assert_eq!(seen.len(), files, "{seen:?}");
@@ -192,7 +192,7 @@ async fn events_are_streamed_and_resumed() {
     assert_eq!(line["event"]["recorded"]["cycleId"], "2");
 }
 
-/// Whoever leaves many streams open, read or not, does not blind the monitoring.
+/// Many open streams, read or not, do not block monitoring.
 #[tokio::test]
 async fn streams_leave_room_for_others() {
     let stage = Stage::new().await;
@@ -210,7 +210,7 @@ async fn streams_leave_room_for_others() {
     let error = refused.json().await;
     assert_eq!(error["error"]["status"], "RESOURCE_EXHAUSTED");
     assert_eq!(get(admin, "/metrics").await.status, 200);
-    // A browser is told inside the stream, and comes again by itself.
+    // A browser gets the error inside the stream, and reconnects by itself.
     let mut resumed = send(admin, "GET /api/events", &["Host: localhost", "Last-Event-ID: 0"]).await;
     assert_eq!((resumed.status, resumed.line().await.as_str()), (200, "event: refused"));
     drop(streams);
@@ -250,9 +250,9 @@ async fn register_one_with_a_large_output(stage: &mut Stage) {
     stage.fleet.run("a", Run::Answer(answer));
 }
 
-/// What nobody takes is not made without end.
+/// Unread answers are not produced without a limit.
 #[tokio::test]
-async fn answers_that_nobody_takes_have_bounded_room() {
+async fn unread_answers_take_bounded_memory() {
     const ASKING: usize = 100;
     let mut stage = Stage::new().await;
     let admin = stage.service.admin();
@@ -267,7 +267,7 @@ async fn answers_that_nobody_takes_have_bounded_room() {
             asking.push(stream);
         }
     }
-    // Some have an answer, and there is no room for the others. Events are shared, and come to all.
+    // Some get an answer, and the others do not fit. Events are shared, and sent to all.
     let (answers, events) = asking.split_at_mut(ASKING);
     for stream in answers[..1].iter_mut().chain(events) {
         patiently("an answer", stream.read_exact(&mut [0; 2000])).await.unwrap();
@@ -291,7 +291,7 @@ async fn answers_that_nobody_takes_have_bounded_room() {
 
 /// Neither is what each stream waits with alone.
 #[tokio::test]
-async fn events_that_nobody_takes_have_bounded_room() {
+async fn unread_events_take_bounded_memory() {
     /// Of which five have room at a time.
     const RECORDS: usize = 7;
     let mut stage = Stage::new().await;
@@ -313,7 +313,7 @@ async fn events_that_nobody_takes_have_bounded_room() {
         }
     }
     assert_eq!((given.len(), refused.len()), (5, RECORDS - 5));
-    // It ends with that, and whoever comes again misses nothing once there is room.
+    // It ends with the error, and a client that reconnects misses nothing once there is memory.
     for mut events in refused {
         let told = events.line().await;
         assert!(told.contains("the limit of 32 MiB for events"), "{told}");

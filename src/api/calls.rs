@@ -1,4 +1,4 @@
-//! What becomes of calls: each is counted once, when it has ended, by what was asked and by the code of its answer.
+//! Counts calls: each once, at its end, by its RPC and by the code of its answer.
 
 use std::{
     net::IpAddr,
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::model::Code;
 
-/// How many calls have ended.
+/// Number of ended calls.
 #[derive(Debug, Default)]
 pub struct Calls([OfWay; Way::ALL.len()]);
 
@@ -31,7 +31,8 @@ impl Calls {
         self.0[way as usize][rpc as usize][code as usize].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// All that are not 0: by which way they came ("grpc" or "admin"), the name of their RPC, and the code of their answer.
+    /// All that are not 0: by which way they came ("grpc" or "admin"), the name of their RPC, and the code of their
+    /// answer.
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, &'static str, Code, u64)> {
         let each = Way::ALL.into_iter().zip(&self.0).flat_map(|(way, of_way)| {
             Rpc::ALL.iter().zip(of_way).map(move |(rpc, by_code)| (way.name(), rpc.name(), by_code))
@@ -44,8 +45,8 @@ impl Calls {
     }
 }
 
-/// A call that is being answered. It is counted when it is dropped: as CANCELLED where it was not answered by then, which is
-/// its caller's doing.
+/// A call that is being answered. It is counted when it is dropped: as CANCELLED where it was not answered by then,
+/// which is its caller's doing.
 pub(super) struct Call {
     calls: Arc<Calls>,
     rpc: Rpc,

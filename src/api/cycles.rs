@@ -97,7 +97,7 @@ pub(super) fn watch_cycles(
 ) -> Result<impl Stream<Item = Result<pb::WatchCyclesResponse, Status>>, Status> {
     let (from, filter, progress) = request::watch(call.take_request()).map_err(invalid)?;
     let watcher = call.watch(from, filter, progress).map_err(status)?;
-    // What is left of the request is the watcher's.
+    // The rest of the request belongs to the watcher.
     call.forget_request();
     Ok(stream::unfold(Some((watcher, call)), |open| async {
         let (mut watcher, call) = open?;

@@ -1,6 +1,6 @@
-//! The one door for callers. Every RPC enters by [`Gate::enter`], over gRPC and at the admin address alike: nothing
-//! else makes an [`Entered`], and only through one is the orchestrator reached. So here is where a caller would be
-//! refused, and where calls are counted.
+//! The entry point of all callers. Every RPC passes [`Gate::enter`], over gRPC and at the admin address: only this
+//! makes an [`Entered`], which is required to reach the orchestrator. So callers would be refused here, and calls are
+//! counted here.
 
 use std::{net::IpAddr, ops::Deref, sync::Arc};
 
@@ -40,7 +40,7 @@ impl Way {
     }
 }
 
-/// Who asks, as far as that is known. Travels in the extensions of a request, from where it is received to the gate.
+/// The caller, as far as known. Passed in the extensions of a request to the gate.
 #[derive(Clone, Debug)]
 pub struct Caller {
     pub(super) way: Way,
@@ -51,7 +51,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// Who sends a request with these headers.
+    /// The caller of a request with these headers.
     pub fn of(way: Way, peer: Option<IpAddr>, headers: &HeaderMap) -> Self {
         Self { way, peer, trace: request::trace(headers) }
     }
@@ -68,7 +68,7 @@ impl Caller {
 #[derive(Clone)]
 pub(super) struct Gate {
     orchestrator: Orchestrator,
-    /// What requests have become, while they are answered.
+    /// Memory for decoded requests until they are answered.
     requests: Memory,
     calls: Arc<Calls>,
 }
@@ -90,12 +90,12 @@ impl<Q> Deref for Entered<Q> {
 }
 
 impl<Q: Default> Entered<Q> {
-    /// What is asked.
+    /// The request.
     pub(super) fn take_request(&mut self) -> Q {
         std::mem::take(&mut self.request)
     }
 
-    /// Gives back the room of the request, of which nothing is kept any more.
+    /// Releases the memory of the request, which is no longer needed.
     pub(super) fn forget_request(&mut self) {
         self.room = None;
     }
@@ -111,19 +111,19 @@ impl Gate {
         self.calls.clone()
     }
 
-    /// Lets a call in, or refuses it. There are no rules yet of who may ask for what: whoever reaches an address of the
-    /// service may do what is served there.
+    /// Admits a call, or refuses it. There are no access rules yet: any client that can reach an address of the service
+    /// may make its calls.
     ///
     /// # Errors
-    /// There is no room for what the request becomes, or it came by no known way, which is a defect.
+    /// There is no memory for the decoded request, or its caller is not known, which is a defect.
     pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
         let (_, mut extensions, request) = request.into_parts();
-        let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("it is not known who asks"))?;
+        let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
         let room = self.room_of(&request)?;
         Ok(Entered { orchestrator: self.orchestrator.clone(), caller, request, room })
     }
 
-    /// Room for what a request becomes, for as long as it is answered: lists of short texts grow the most.
+    /// Memory for a decoded request until it is answered: lists of short strings grow the most.
     fn room_of(&self, request: &impl Asks) -> Result<Option<Held>, Status> {
         const GROWTH: usize = 16;
         /// Most bytes of a request that needs no reservation, so that small requests work even when the limit is

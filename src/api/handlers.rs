@@ -1,5 +1,5 @@
-//! What the handlers of all RPCs have in common: what takes long has its turn. They reach the orchestrator only by a
-//! call that has entered.
+//! Common parts of the handlers of all RPCs: turns for long work. They reach the orchestrator only through a call that
+//! has entered.
 
 use std::{panic::resume_unwind, sync::Arc};
 

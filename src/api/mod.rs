@@ -57,12 +57,12 @@ pub fn service(
 /// The stream of `WatchCycles`.
 type Events = Pin<Box<dyn Stream<Item = Result<pb::WatchCyclesResponse, Status>> + Send>>;
 
-/// What every RPC returns.
+/// The result of every RPC.
 type Answer<T> = Result<Response<T>, Status>;
 
 /// The service's RPCs. All clones share their limits.
 ///
-/// Whoever makes a request for one puts its [`Caller`] into the extensions.
+/// The maker of a request has to put its [`Caller`] into the extensions.
 #[derive(Clone)]
 pub struct Api {
     gate: Gate,
@@ -70,18 +70,18 @@ pub struct Api {
 }
 
 impl Api {
-    /// The RPCs of this orchestrator, whose requests are made at the time of `clock`. What requests become is held
-    /// under the limit for `requests`.
+    /// The RPCs of this orchestrator, which takes the time of requests from `clock`. Decoded requests are held under
+    /// the limit `requests`.
     pub fn new(orchestrator: Orchestrator, clock: Clock, requests: Memory) -> Self {
         Self { gate: Gate::new(orchestrator, requests), handlers: Handlers::new(clock) }
     }
 
-    /// How many calls have ended, and how.
+    /// Number of ended calls by result.
     pub fn calls(&self) -> Arc<Calls> {
         self.gate.calls()
     }
 
-    /// Lets somebody read the metrics, for as long as what is returned is kept.
+    /// Admits a reader of the metrics, until the returned value is dropped.
     ///
     /// # Errors
     /// This caller may not.

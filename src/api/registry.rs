@@ -158,7 +158,7 @@ pub(super) async fn resume_subsystem(
     Ok(pb::ResumeSubsystemResponse { subsystem: Some(listed(&call, &registered, None)) })
 }
 
-/// The status of a subsystem as it stands among others.
+/// The status of a subsystem in a list.
 fn listed(
     orchestrator: &Orchestrator,
     registered: &Registered,

@@ -6,13 +6,13 @@ use crate::proto::orchestrator::v1 as pb;
 
 /// A message that callers ask with.
 pub(super) trait Asks: Message + Default {
-    /// What it asks for.
+    /// Its RPC.
     const RPC: Rpc;
 }
 
 macro_rules! rpcs {
     ($($rpc:ident: $module:ident::$request:ident,)+) => {
-        /// What a caller can ask for, by the name that the contract has for it.
+        /// The calls that a caller can make, by their names in the contract.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(super) enum Rpc { $($rpc,)+ }
 
@@ -54,7 +54,7 @@ rpcs! {
     StartIntervalLoop: pb::StartIntervalLoopRequest,
     StopIntervalLoop: pb::StopIntervalLoopRequest,
     ListIntervalLoops: pb::ListIntervalLoopsRequest,
-    // Not of the contract: what monitoring asks for at the admin address.
+    // Not in the contract: requests of monitoring at the admin address.
     Metrics: self::Scrape,
 }
 

@@ -37,7 +37,7 @@ use crate::{
 
 const WATCH: &str = "/dreamnet.orchestrator.v1.Orchestrator/WatchCycles";
 
-/// The generated service, except for `WatchCycles`. Says of each call who asks.
+/// The generated service, except for `WatchCycles`. Attaches the caller to each call.
 #[derive(Clone)]
 pub(super) struct Watching<S> {
     pub(super) others: S,
@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_was_given_is_not_kept_and_what_is_there_travels_together() {
+    async fn sent_events_are_not_kept_and_available_ones_are_sent_together() {
         let bookmark = || pb::WatchCyclesResponse { event: Some(pb::CycleEvent { revision: 1, event: None }) };
         let events = stream::iter([Ok(bookmark()), Ok(bookmark()), Err(Status::unavailable("the end"))]);
         let mut body = Encoded { events: Box::pin(events), ended: None, is_over: false };

@@ -46,7 +46,7 @@ The table:
   ±P50 ±P95    relative change; +10 % is slower
   ENDED ELSE   its parts that did not succeed, by state
 
-A quantile is the shortest duration that so many do not exceed: definition 1 of Hyndman and Fan (1996), percentile_disc \
+A quantile is the shortest duration that this share does not exceed: definition 1 of Hyndman and Fan (1996), percentile_disc \
 of SQL. It is accurate to 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, DEGRADED and FAILED \
 ones with a subsystem in them; only SUCCEEDED is success.
 

@@ -21,7 +21,7 @@ use crate::model::{Malformed, Name, Payload, Violations, nearest};
 /// The prefix of every environment variable.
 pub(super) const PREFIX: &str = "ORCHESTRATOR_";
 
-/// What was written for a key, and where.
+/// The written value of a key, and its place.
 #[derive(Debug)]
 pub(super) struct Node {
     pub(super) origin: Source,
@@ -38,9 +38,9 @@ enum Value {
     Bool(bool),
     List(Vec<Node>),
     Table(Table),
-    /// From the environment or a flag, where nobody writes quotes: whatever the key takes.
+    /// From the environment or a flag, without quotes: parsed as the type of the key.
     Word(String),
-    /// What no key takes: a date, or a number beyond 64 bits.
+    /// A value that is valid for no key: a date, or a number beyond 64 bits.
     Other(String),
 }
 
@@ -108,8 +108,7 @@ impl Node {
         Self { origin: origin(at), value }
     }
 
-    /// Reads what stands in an environment variable or in a flag: a list, a table or a text in quotes as TOML has them,
-    /// or a word.
+    /// Reads the value of an environment variable or a flag: a list, a table or a quoted string as in TOML, or a word.
     pub(super) fn from_word(raw: &str, origin: Source) -> Self {
         match DeValue::parse(raw) {
             Ok(value) if raw.starts_with(['[', '{', '"', '\'']) => Self::new(value, 0, &|_| origin.clone()),
@@ -130,7 +129,7 @@ impl Node {
             Value::List(nodes) => nodes.into_iter().map(Self::json).collect::<Result<_, _>>()?,
             Value::Table(table) => json_object(table)?.into(),
             value @ (Value::Float(_) | Value::Other(_)) => {
-                return Err((self.origin, format!("holds {value}, for which JSON has no value; write it in quotes")));
+                return Err((self.origin, format!("contains {value}, which JSON can't represent; write it in quotes")));
             }
         })
     }
@@ -150,7 +149,8 @@ fn table(entries: DeTable<'_>, origin: &impl Fn(usize) -> Source) -> Table {
         .collect()
 }
 
-/// What is wrong, as it is found. Once it is as much as a person reads, further problems cost no more than counting them.
+/// The problems, in the order in which they are found. Beyond the number that a person reads, further problems cost
+/// only counting them.
 #[derive(Default)]
 pub(super) struct Problems {
     found: Vec<Problem>,
@@ -174,7 +174,7 @@ impl Problems {
     /// `value`, if nothing is wrong.
     ///
     /// # Errors
-    /// What is wrong, otherwise.
+    /// The problems, otherwise.
     pub(super) fn into_result<T>(mut self, value: T) -> Result<T, ConfigError> {
         if self.found.is_empty() {
             return Ok(value);
@@ -186,9 +186,10 @@ impl Problems {
 
 /// Reads a file.
 pub(super) fn parse(name: &str, text: &str) -> Result<Table, ConfigError> {
-    /// In files up to so many bytes all errors are found: each takes a hundred times the room of the byte that is wrong.
+    /// Largest file in bytes in which all errors are found: each takes a hundred times the memory of the byte that is
+    /// wrong.
     const ALL_ERRORS: usize = 64 << 10;
-    /// What the parser says of a key that is there already, at whose place it says it.
+    /// The parser's message for a duplicate key, which it reports at the key's place.
     const DUPLICATE: &str = "duplicate key";
     let name: Arc<str> = name.into();
     let line_ends: Vec<_> = text.match_indices('\n').map(|(at, _)| at).collect();
@@ -211,7 +212,7 @@ pub(super) fn parse(name: &str, text: &str) -> Result<Table, ConfigError> {
         };
         problems.push(Problem::new(origin(at), "", format!("is not TOML: {what}{hint}")));
     }
-    // What is left of a file that is no TOML is not looked into.
+    // The contents of a file that is not TOML are not checked.
     problems.into_result(Table::new())
 }
 
@@ -265,12 +266,12 @@ fn take(table: &mut Table, path: &str) -> Option<Node> {
     }
 }
 
-/// Reads a table of settings. Each key that is asked for is taken out; what is left at the end is unknown.
+/// Reads a table of settings. Each key that is read is removed; keys that are left at the end are unknown.
 pub(super) struct Reader<'a> {
     table: Table,
     /// Environment variables by name, for the settings of the whole process.
     environment: BTreeMap<String, Node>,
-    /// What the table is about; empty for the settings of the whole process.
+    /// The subject of the table; empty for the settings of the whole process.
     subject: String,
     /// Where the table is; `None` for the settings of the whole process.
     origin: Option<Source>,
@@ -331,7 +332,7 @@ impl<'a> Reader<'a> {
         Some(node)
     }
 
-    /// Where `key`, or what it is part of, was written. `None` when it was not written at all.
+    /// The place of `key`, or of its table. `None` if it was not written.
     pub(super) fn origin(&self, key: &str) -> Option<&Source> {
         let item = || {
             let (list, number) = key.strip_suffix(']')?.rsplit_once('[')?;
@@ -351,7 +352,7 @@ impl<'a> Reader<'a> {
         self.problems.found.is_empty()
     }
 
-    /// So much has been refused that there is no use in reading on; `further` values are not looked at.
+    /// There are enough problems to stop reading; `further` values are not checked.
     pub(super) fn gives_up(&mut self, further: usize) -> bool {
         let is_full = self.problems.is_full();
         self.problems.left_out += if is_full { further } else { 0 };
@@ -360,13 +361,13 @@ impl<'a> Reader<'a> {
 
     /// Notes that `key`, which was asked for, has a problem.
     pub(super) fn refuse(&mut self, key: &str, problem: impl Into<String>) {
-        // A default can be refused as well: it does not fit what was set beside it.
+        // A default can be refused as well, if it does not fit to another setting.
         let origin = self.origin(key).or(self.origin.as_ref()).cloned().unwrap_or(Source::Default);
         self.refused.push(key.to_owned());
         self.problems.push(Problem::new(origin, format!("{}{key}", self.subject), problem));
     }
 
-    /// Notes what validation found, except for what was refused already.
+    /// Adds the violations of validation, except for values that were already refused.
     pub(super) fn refuse_all(&mut self, violations: Violations) {
         for violation in violations.0 {
             if !self.refused.contains(&violation.field) {
@@ -375,7 +376,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The value of `key`, which `read` makes of what was written, or gives back what it can't use.
+    /// The value of `key`: `read` converts the written value, or returns it if it is invalid.
     fn read<T>(&mut self, key: &str, allowed: &str, read: impl FnOnce(Value) -> Result<T, Value>) -> Option<T> {
         match read(self.take(key)?.value) {
             Ok(value) => Some(value),
@@ -386,7 +387,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// What consists of keys of its own, which `read` asks for.
+    /// A table of keys, which `read` reads.
     #[allow(clippy::unnecessary_wraps, reason = "as whatever else is read")]
     pub(super) fn group<T>(&mut self, key: &str, read: impl FnOnce(&mut Self, &str) -> T) -> Option<T> {
         Some(read(self, key))
@@ -396,7 +397,7 @@ impl<'a> Reader<'a> {
         self.read(key, "a text in quotes", Value::text)
     }
 
-    /// A text that `parse` reads, or says what is allowed instead.
+    /// A string that `parse` parses, or refuses with the allowed values.
     pub(super) fn parsed<T>(&mut self, key: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         let text = self.text(key)?;
         match parse(&text) {
@@ -457,7 +458,7 @@ impl<'a> Reader<'a> {
         None
     }
 
-    /// A duration whose bounds are checked later: they are only named to those who write something else.
+    /// A duration whose bounds are checked later: here they are only named in messages.
     pub(super) fn signed_duration(&mut self, key: &str, allowed: RangeInclusive<Duration>) -> Option<SignedDuration> {
         self.read(key, &a_duration(&allowed), |value| duration(&value).ok_or(value))
     }
@@ -511,7 +512,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Refuses every key that was not asked for. Returns those that were.
+    /// Refuses every key that was not read. Returns the keys that were read.
     pub(super) fn finish(mut self) -> Vec<String> {
         let rest = std::mem::take(&mut self.table);
         self.refuse_rest("", rest);

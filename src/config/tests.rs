@@ -187,7 +187,8 @@ offset = "5s"
             "orchestrator.toml:3: loop pulse: interval is missing; give the time between ticks, such as 5s",
             "orchestrator.toml:5: loop pulse: overlap_policy is \"wait\"; give \"skip\" or \"buffer_one\" or \
              \"buffer_all\" or \"cancel_other\"",
-            "orchestrator.toml:8: loops[1]: name \"pulse 2\" is no name: a name is 1 to 63 characters, a letter, then \
+            "orchestrator.toml:8: loops[1]: name \"pulse 2\" is not a name: a name is 1 to 63 characters, a letter, \
+             then \
              letters, digits, '_', '-' or '.'",
             "orchestrator.toml:10: loops[1]: offset is 5s; give less than 5s, the interval, and no less than 0s",
         ]
@@ -234,13 +235,14 @@ timeout = "5 parsecs"
              unix:/path",
             "orchestrator.toml:4: subsystem A: timeout is 5; give a duration with its unit, such as \"5s\", \"1m \
                 30s\" or \"48h\", from 1ms to 24h",
-            "orchestrator.toml:7: subsystem A: after[1] \"not ok\" is no name: a name is 1 to 63 characters, a letter, \
+            "orchestrator.toml:7: subsystem A: after[1] \"not ok\" is not a name: a name is 1 to 63 characters, a \
+             letter, \
              then letters, digits, '_', '-' or '.'",
             "orchestrator.toml:8: subsystem A: after[2] is 7; give a text in quotes",
             "orchestrator.toml:12: subsystem A: retry.max_attempts is 11; allowed is 1 to 10",
             "orchestrator.toml:13: subsystem A: retry.max_atempts is unknown; did you mean retry.max_attempts?",
-            "orchestrator.toml:16: subsystem A: parameters holds 2026-01-01, for which JSON has no value; write it in \
-             quotes",
+            "orchestrator.toml:16: subsystem A: parameters contains 2026-01-01, which JSON can't represent; write it \
+             in quotes",
             "orchestrator.toml:21: subsystem B: phase is \"first\"; give a whole number from -1000000 to 1000000",
             "orchestrator.toml:22: subsystem B: breaker is true; it is a table, so write [breaker]",
             "orchestrator.toml:25: subsystem B: name is declared twice, first at orchestrator.toml:18; rename or \
@@ -276,7 +278,8 @@ fn a_whole_number_that_would_change_is_named() {
     let [problem] = &problems(text)[..] else { panic!("{:?}", problems(text)) };
     assert!(
         problem.starts_with(
-            "orchestrator.toml:7: subsystem A: parameters holds the whole number 9007199254740993, which would change"
+            "orchestrator.toml:7: subsystem A: parameters contains the whole number 9007199254740993, which would \
+             change"
         ),
         "{problem}"
     );
@@ -368,7 +371,7 @@ fn every_variable_has_one_meaning() {
 }
 
 #[test]
-fn beyond_loopback_only_when_told_so() {
+fn beyond_loopback_only_if_the_risk_is_accepted() {
     for (listen, is_allowed) in [
         ("127.8.8.8:1", true),
         ("[::1]:1", true),
@@ -580,7 +583,7 @@ fn every_key_is_of_a_setting_or_of_a_list() {
 }
 
 #[test]
-fn a_reload_names_what_is_declared_anew() {
+fn a_reload_names_new_declarations() {
     let running = read("[[loops]]\nname = \"l\"\ninterval = \"1s\"\n").unwrap();
     let new = read("[[subsystems]]\nname = \"A\"\nendpoint = \"http://h:1\"\n").unwrap();
     let Reload { config, needs_restart, changed } = running.reload(new.clone());

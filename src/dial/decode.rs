@@ -140,7 +140,7 @@ fn issue(bytes: &[u8]) -> Result<Issue, CallError> {
 fn text(what: &str, bytes: &[u8], max: usize) -> Result<String, CallError> {
     within(what, bytes.len(), max)?;
     let text =
-        std::str::from_utf8(bytes).map_err(|_| unreadable(Malformed("holds a text that is not UTF-8".into())))?;
+        std::str::from_utf8(bytes).map_err(|_| unreadable(Malformed("contains a string that is not UTF-8".into())))?;
     Ok(text.to_owned())
 }
 

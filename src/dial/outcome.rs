@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_ends_is_told_in_words() {
+    fn the_end_of_a_connection_is_explained() {
         let reset = io::Error::new(io::ErrorKind::ConnectionReset, "reset by peer");
         assert_eq!(chain(&reset), "reset by peer");
     }

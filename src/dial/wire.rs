@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_sends_without_end_lets_others_have_their_turn() {
+    async fn an_endless_sender_lets_others_have_their_turn() {
         let settings = frame(SETTINGS, 0, &[]);
         let mut watched = Watched::new(AsyncReadExt::chain(&settings[..], tokio::io::repeat(0)), Arc::default());
         let (mut read, mut buffer) = (0, vec![0; 8 << 10]);
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_speaks_no_http2_is_named() {
+    async fn another_protocol_is_named() {
         for (said, words) in [
             (&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], "it speaks HTTP/1, not gRPC (\"HTTP/1.1 400 Bad Request\")"),
             (b"SSH-2.0-OpenSSH_9.2\r\n", "it speaks SSH"),

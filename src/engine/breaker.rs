@@ -1,4 +1,4 @@
-//! The circuit breaker of one subsystem: holds calls back from one that keeps failing.
+//! The circuit breaker of one subsystem: holds back calls while it keeps failing.
 
 use std::time::Duration;
 
@@ -6,26 +6,26 @@ use tokio::time::Instant;
 
 use crate::model::BreakerPolicy;
 
-/// Counts how cycles ended for one subsystem, and says whether it may be called. On tokio's clock.
+/// Counts the results of one subsystem, and decides whether it is called. Uses tokio's clock.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Breaker {
     failures: u32,
     open_since: Option<Instant>,
 }
 
-/// How a breaker stands.
+/// The state of a breaker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BreakerState {
-    /// Calls pass.
+    /// Calls are made.
     Closed,
-    /// Calls are held back for so long.
+    /// Calls are held back for this time.
     Open(Duration),
-    /// One probe call may pass.
+    /// One probe call may be made.
     HalfOpen,
 }
 
 impl Breaker {
-    /// How it stands under `policy`; without one it is closed.
+    /// Its state under `policy`; closed without a policy.
     pub fn state(&self, policy: Option<BreakerPolicy>, now: Instant) -> BreakerState {
         let (Some(policy), Some(since)) = (policy, self.open_since) else { return BreakerState::Closed };
         match policy.open_for.checked_sub(now - since) {
@@ -34,13 +34,12 @@ impl Breaker {
         }
     }
 
-    /// A cycle in which the subsystem was called has ended well. Whether that closes it.
+    /// Records a success in a cycle. Returns true if that closes the breaker.
     pub fn succeeded(&mut self) -> bool {
         std::mem::take(self).open_since.is_some()
     }
 
-    /// A cycle in which the subsystem was called has ended badly. A failed probe opens the breaker again.
-    /// Whether it was closed and opens.
+    /// Records a failure in a cycle. A failed probe opens the breaker again. Returns true if it was closed and opens.
     pub fn failed(&mut self, policy: Option<BreakerPolicy>, now: Instant) -> bool {
         self.failures = self.failures.saturating_add(1);
         let was_open = self.open_since.is_some();
@@ -50,7 +49,7 @@ impl Breaker {
         !was_open && self.open_since.is_some()
     }
 
-    /// Cycles in a row that ended badly.
+    /// Number of consecutive failures.
     pub fn failures(&self) -> u32 {
         self.failures
     }

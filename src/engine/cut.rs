@@ -18,10 +18,11 @@ impl Plan {
         Arc::new(self.cut(&positions, unregistered))
     }
 
-    /// The plan of those at these positions. What waits for others by way of some that are left out still waits for them.
+    /// The plan of the subsystems at these positions. A subsystem that waits through ones that are left out still waits
+    /// for them.
     fn cut(&self, positions: &[usize], unregistered: Vec<Name>) -> Self {
         let mut relays = Relays::default();
-        // Which node stands for each position: none for those left out that wait for nothing that takes part.
+        // The node for each position: none for a subsystem that is left out and waits for no subsystem in the cycle.
         let mut nodes: HashMap<usize, usize> = positions.iter().copied().zip(0..).collect();
         let mut releases = vec![Vec::new(); positions.len()];
         let mut release = |relays: &mut Relays, earlier: &[usize], later: usize| {
@@ -32,7 +33,7 @@ impl Plan {
                 }
             }
         };
-        // What they wait for stands before them in the plan.
+        // Their dependencies are before them in the plan.
         for position in self.left_out_before(positions) {
             match &self.nodes_before(position, &nodes)[..] {
                 [] => {}
@@ -89,7 +90,8 @@ impl Plan {
         }
     }
 
-    /// Those left out that one at these positions waits for, itself or by way of others left out, in the order of the plan.
+    /// Those left out that one at these positions waits for, itself or by way of others left out, in the order of the
+    /// plan.
     fn left_out_before(&self, positions: &[usize]) -> BTreeSet<usize> {
         let mut found = BTreeSet::new();
         let mut unseen = positions.to_vec();
@@ -153,7 +155,7 @@ mod tests {
         nodes.filter(|earlier| plan.releases(*earlier).any(|later| later == node)).collect()
     }
 
-    /// The names of those that one waits for, itself or by way of others.
+    /// The names of the direct and indirect dependencies of a subsystem.
     fn all_before(plan: &Plan, name: &Name) -> BTreeSet<Name> {
         let mut before = BTreeSet::new();
         let mut unseen = vec![plan.positions[name]];
@@ -164,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_out_takes_nothing_unless_several_meet_in_it() {
+    fn a_step_that_is_left_out_takes_nothing_unless_several_meet_in_it() {
         let relays = |plan: &Plan| plan.relays.waits.len();
         let chain: Vec<_> = (0..50).map(|i: usize| (0, i.checked_sub(1).into_iter().collect())).collect();
         let ends = plan(&chain).of_cycle(Some(&names([49, 0])));

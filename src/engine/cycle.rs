@@ -1,4 +1,4 @@
-//! Runs one cycle, from the first call to the report. Its life reads top to bottom in [`Engine::run`].
+//! Runs one cycle, from the first call to the report. [`Engine::run`] reads from top to bottom.
 
 use std::{
     cmp::Reverse,
@@ -41,7 +41,7 @@ use crate::{
     random::Random,
 };
 
-/// The most bytes of a subsystem's message in the log.
+/// Most bytes of a subsystem's message in the log.
 const MAX_LOGGED: usize = 200;
 
 /// Runs cycles, several at a time if they have no subsystem in common.
@@ -56,44 +56,44 @@ pub struct Engine {
     pub outputs: Memory,
     /// Slots for the calls of all cycles.
     pub slots: Slots,
-    /// Room for the inputs of those calls, so that a fan-out of large outputs can't take all memory.
+    /// Memory for the inputs of those calls, so that a fan-out of large outputs can't use all memory.
     pub inputs: InputRoom,
-    /// Memory for what is remembered of each subsystem's last part.
+    /// Memory for the last part of each subsystem.
     pub remembered: Memory,
-    /// Takes the spans of cycles.
+    /// Receives the spans of cycles.
     pub spans: Arc<dyn Spans>,
-    /// Spreads retries, and gives spans their ids.
+    /// Source of the jitter of retries and of span ids.
     pub random: Random,
 }
 
-/// A cycle that is about to run.
+/// A cycle to run.
 pub struct CycleRun {
-    /// Its number.
+    /// Its id.
     pub cycle_id: CycleId,
-    /// What is asked for.
+    /// Its request.
     pub request: Arc<CycleRequest>,
-    /// The order of those that are in it.
+    /// The order of its subsystems.
     pub plan: Arc<Plan>,
     /// When it starts.
     pub started_at: Timestamp,
-    /// How long it may take.
+    /// Its deadline.
     pub deadline: Duration,
-    /// The trace that its calls join.
+    /// The trace of its calls.
     pub trace: Trace,
 }
 
-/// What a cycle has made.
+/// The result of a cycle.
 pub struct Ran {
     /// The report.
     pub finished: FinishedCycle,
-    /// The parts of the registered subsystems, in the order of the plan: to be [published](Engine::publish) once the report
-    /// is recorded.
+    /// The parts of the registered subsystems, in the order of the plan: to be [published](Engine::publish) once the
+    /// report is recorded.
     pub parts: Vec<Part>,
-    /// The memory of what was answered, outputs apart. Kept until the report is recorded.
+    /// The memory of the answers, without outputs. Kept until the report is recorded.
     pub held: Vec<Held>,
 }
 
-/// Follows a cycle live. Called from inside it, so it must not wait.
+/// Observes a cycle live. Called inside the cycle, so it must not block.
 pub trait Observer: Sync {
     /// The subsystem at this position of the plan is being called, for the `attempt`-th time.
     fn called(&self, position: usize, attempt: u32, elapsed: Duration);
@@ -105,14 +105,14 @@ impl Engine {
     /// Runs a cycle. Ends when every part has ended, when its deadline has passed, or when it is cancelled; in the
     /// latter two cases by dropping the calls that still run.
     ///
-    /// What it makes is seen only inside it, as FRESH inputs, until it is [published](Engine::publish). Until then no other
-    /// cycle with one of its subsystems may run.
+    /// Its outputs are visible only inside the cycle, as FRESH inputs, until they are [published](Engine::publish).
+    /// Until then no other cycle with one of its subsystems may run.
     pub async fn run(&self, cycle: &CycleRun, cancel: &CancellationToken, observer: &dyn Observer) -> Ran {
         let start = Instant::now();
         let attempts: Vec<_> = cycle.plan.steps.iter().map(|_| AtomicU32::new(0)).collect();
         let mut run = Run::new(self, cycle, start, &attempts, observer);
         let mut calls = FuturesUnordered::new();
-        // What the next call waits for, if it does.
+        // The resource that the next call waits for, if any.
         let wait = Fuse::terminated();
         let deadline = sleep_until(start + cycle.deadline);
         let cancelled = cancel.cancelled();
@@ -126,9 +126,9 @@ impl Engine {
                 }
             }
             let may_have_ended = !calls.is_empty() || wait.is_terminated();
-            // Without tokio's budget, which is that of one task and so of all these calls: those that it leaves out
-            // are polled again in reverse order, so that under load the first would wait for all others. The select
-            // around them still yields.
+            // Without tokio's budget, which all these calls would share as one task: futures that it leaves out are
+            // polled in reverse order, so that under load the first would wait for all others. The select around them
+            // still yields.
             let ended = unconstrained(calls.next());
             select! {
                 biased;
@@ -147,8 +147,8 @@ impl Engine {
         run.finish(end)
     }
 
-    /// Makes parts visible: their outputs become the latest ones, and they the last ones. Call it after the record of the
-    /// cycle is committed, and before another cycle with one of these subsystems begins.
+    /// Makes parts visible: their outputs become the latest ones, and they the last ones. Call it after the record of
+    /// the cycle is committed, and before another cycle with one of these subsystems begins.
     pub fn publish(&self, parts: impl IntoIterator<Item = Part>) {
         for Part { standing, last, output } in parts {
             standing.lock().publish(last, output, &self.remembered);
@@ -162,7 +162,7 @@ impl Engine {
         }
     }
 
-    /// Makes the calls of one subsystem, inside its deadline.
+    /// Makes the calls of one subsystem, within its deadline.
     async fn call(&self, cycle: &CycleRun, call: Call<'_>, start: Instant, observer: &dyn Observer) -> Ended {
         let Call { position, attempts, inputs, is_probe, slot: _slot, room: _room } = call;
         let member = &cycle.plan.steps[position].member;
@@ -203,7 +203,7 @@ impl Engine {
         };
         let result = match timeout_at(deadline, make).await {
             Ok(Ok(reply)) => Ok(reply),
-            // Both ends and the library have timers of their own, and any of them may be the first.
+            // Both ends and the library have their own timers, and any of them may fire first.
             Ok(Err(CallError { code: Code::DeadlineExceeded, .. })) if Instant::now() >= deadline => Err(late()),
             Ok(Err(CallError { code: Code::DeadlineExceeded, message })) => Err(SubsystemState::TimedOut(message)),
             Ok(Err(CallError { code, message })) => Err(SubsystemState::Failed(code, message)),
@@ -213,36 +213,36 @@ impl Engine {
     }
 }
 
-/// What a run does next.
+/// The next step of a run.
 enum Next<'a> {
     Call(Call<'a>),
-    /// Waits for this, and then looks again.
+    /// Waits for this resource, and then checks again.
     Wait(Need),
     Nothing,
 }
 
-/// What the next call waits for.
+/// The resource that the next call waits for.
 enum Need {
     /// A call slot.
     Slot,
-    /// Room for inputs of this number of bytes.
+    /// Memory for inputs of this number of bytes.
     Room(usize),
 }
 
-/// What was waited for.
+/// The awaited resource.
 enum Got<'a> {
     Slot(Slot<'a>),
     Room(Held),
 }
 
-/// A subsystem that is to be called.
+/// A subsystem to call.
 struct Call<'a> {
     position: usize,
     attempts: &'a AtomicU32,
     inputs: Vec<Input>,
     is_probe: bool,
     slot: Slot<'a>,
-    /// For the inputs; `None` where they are empty.
+    /// The memory of its inputs; `None` if they are empty.
     room: Option<Held>,
 }
 
@@ -250,7 +250,7 @@ struct Call<'a> {
 enum NotNow {
     /// Its part ends so.
     Ends(SubsystemState),
-    /// There is no room now for inputs of this number of bytes.
+    /// There is no memory now for inputs of this number of bytes.
     NoRoom(usize),
 }
 
@@ -260,7 +260,7 @@ struct Ended {
     result: Result<Reply, SubsystemState>,
 }
 
-/// How a cycle came to its end.
+/// How a cycle ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
     Complete,
@@ -268,13 +268,13 @@ enum End {
     Cancelled,
 }
 
-/// The bookkeeping of a running cycle: what is ready, what has ended, and what waited for what.
+/// The state of a running cycle: ready and ended parts, and their dependencies.
 struct Run<'a> {
     engine: &'a Engine,
     cycle: &'a CycleRun,
     plan: &'a Plan,
     start: Instant,
-    /// Calls of each, which those count that make them.
+    /// Number of calls of each subsystem.
     attempts: &'a [AtomicU32],
     observer: &'a dyn Observer,
     /// By position.
@@ -285,19 +285,19 @@ struct Run<'a> {
     phase: usize,
     phase_end: usize,
     left_in_phase: usize,
-    /// Those that may be called: the one first that had its last [`Turn`] the longest ago, and of equals the one that stands
-    /// first in the plan. Where slots are so few that the deadline cuts cycles short, those that were left out of one
-    /// thus come first in the next, and each gets its turn; where no cycle is cut short, all are equal.
+    /// Subsystems that can be called: the one whose last [`Turn`] is the longest ago first, and among equals in the
+    /// order of the plan. If there are so few slots that the deadline ends cycles early, subsystems without a turn in
+    /// one cycle thus come first in the next, so that each gets its turn; otherwise all are equal.
     ready: BinaryHeap<Reverse<(Turn, usize)>>,
-    /// Would be called, but waits for room for its inputs of this number of bytes.
+    /// The next subsystem to call if it waits for memory for its inputs, with their size in bytes.
     waiting: Option<(usize, usize)>,
-    /// What was waited for, until the next call takes it.
+    /// The awaited resource, until the next call takes it.
     slot: Option<Slot<'a>>,
     room: Option<Held>,
     last_ended: Option<usize>,
 }
 
-/// How the part of a subsystem stands. One that is left out of the cycle has no place in its plan.
+/// The state of the part of a subsystem. A subsystem that is left out of the cycle is not in its plan.
 enum PartState {
     /// It waits for this number of others, and for its phase.
     Waiting(usize),
@@ -322,11 +322,11 @@ struct EndedPart {
     release: Release,
     started: Option<Duration>,
     ended: Duration,
-    /// It had its turn, as [`Turn::was_whole`] says.
+    /// True if it had its turn, see [`Turn::was_whole`].
     turn: Option<bool>,
     state: SubsystemState,
     answer: Answer,
-    /// The memory of the answer. That of the output is in its [`Standing`] by now.
+    /// The memory of the answer. The memory of the output is already in its [`Standing`].
     held: Option<Held>,
 }
 
@@ -354,7 +354,7 @@ impl PartState {
         }
     }
 
-    /// One that it waited for has ended. Whether it was the last one.
+    /// Records the end of a dependency. Returns true if it was the last one.
     fn waits_for_one_less(&mut self) -> bool {
         let Self::Waiting(others) = self else { return false };
         *others -= 1;
@@ -401,7 +401,7 @@ impl<'a> Run<'a> {
         run
     }
 
-    /// Begins the next phase, if there is one: those in it that wait for nothing else.
+    /// Begins the next phase, if there is one, with its subsystems without other dependencies.
     fn open_phase(&mut self) -> Vec<usize> {
         let Some(&count) = self.plan.phases.get(self.phase) else { return Vec::new() };
         let positions = self.phase_end..self.phase_end + count;
@@ -411,7 +411,8 @@ impl<'a> Run<'a> {
         positions.filter(|&position| matches!(self.parts[position], PartState::Waiting(0))).collect()
     }
 
-    /// Lets go those whose waits are over, in the order of the plan. What can't run ends at once, which may let others go.
+    /// Releases subsystems whose dependencies have ended, in the order of the plan. One that can't run ends at once,
+    /// which may release others.
     fn release(&mut self, free: Vec<usize>) {
         let at = self.start.elapsed();
         let mut free: BinaryHeap<_> = free.into_iter().map(Reverse).collect();
@@ -450,12 +451,12 @@ impl<'a> Run<'a> {
         self.parts[position].ended().map_or(Fate::LeftOut, |part| Fate::from(&part.state))
     }
 
-    /// The next subsystem to call, or what has to be waited for before that.
+    /// The next subsystem to call, or the resource to wait for.
     fn next(&mut self) -> Next<'a> {
         loop {
             let waiting = self.waiting.map(|(position, _)| position);
             let Some(position) = waiting.or_else(|| self.ready.peek().map(|Reverse((_, position))| *position)) else {
-                // Taken for a subsystem that was not called after all.
+                // The slot was taken for a subsystem that was not called after all.
                 (self.slot, self.room) = (None, None);
                 return Next::Nothing;
             };
@@ -471,7 +472,7 @@ impl<'a> Run<'a> {
                     let attempts = &self.attempts[position];
                     return Next::Call(Call { position, attempts, inputs, is_probe, slot, room });
                 }
-                // The slot waits with it. Only calls that run hold room, and they have slots of their own, so they end.
+                // The slot waits with it. Only running calls hold memory, and they have their own slots, so they end.
                 Err(NotNow::NoRoom(bytes)) => {
                     self.slot = Some(slot);
                     self.waiting = Some((position, bytes));
@@ -486,7 +487,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// What was waited for has come.
+    /// The awaited resource is available.
     fn got(&mut self, got: Got<'a>) {
         match got {
             Got::Slot(slot) => self.slot = Some(slot),
@@ -494,7 +495,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Asks the breaker, and gathers the inputs and room for them. Says as well whether this is a probe call.
+    /// Asks the breaker, and collects the inputs and their memory. Also returns true if this is a probe call.
     fn prepare(&mut self, position: usize) -> Result<(Vec<Input>, Option<Held>, bool), NotNow> {
         let step = &self.plan.steps[position];
         let is_probe = match step.member.breaker(Instant::now()) {
@@ -512,14 +513,14 @@ impl<'a> Run<'a> {
         let bytes = inputs.iter().flat_map(|input| &input.output).map(|(output, _)| output.payload.len()).sum();
         let max = self.engine.inputs.max().min(Subsystem::MAX_INPUT_BYTES);
         if bytes > max {
-            let message = format!("its inputs are {bytes} bytes; allowed are {max}");
+            let message = format!("its inputs are {bytes} bytes; the limit is {max} bytes");
             return Err(NotNow::Ends(SubsystemState::Failed(Code::ResourceExhausted, message)));
         }
         let room = if bytes > 0 { Some(self.room_for(bytes).ok_or(NotNow::NoRoom(bytes))?) } else { None };
         Ok((inputs, room, is_probe))
     }
 
-    /// The room that was waited for, if it is enough: inputs may have grown meanwhile. Otherwise what is free.
+    /// The awaited memory, if it is enough: inputs may have grown meanwhile. Otherwise free memory.
     fn room_for(&mut self, bytes: usize) -> Option<Held> {
         let waited_for = self.room.take().and_then(|mut room| room.resize(bytes).ok().map(|()| room));
         waited_for.or_else(|| self.engine.inputs.try_hold(bytes))
@@ -585,20 +586,21 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Keeps an answer, if there is room for its output.
+    /// Keeps an answer, if there is memory for its output.
     fn keep(&self, standing: &Standing, reply: Reply) -> Result<Reply, SubsystemState> {
         let Reply { answer, mut held } = reply;
         let bytes = answer.output.len();
         standing.lock().make_room(bytes, &self.engine.outputs).map_err(|full| {
-            let message = format!("no room for its output of {bytes} bytes: {full}");
+            let message = format!("no memory for its output of {bytes} bytes: {full}");
             SubsystemState::Failed(Code::ResourceExhausted, message)
         })?;
-        // Fewer than before, so there is room.
+        // Fewer than before, so it fits.
         let _ = held.resize(held.bytes().saturating_sub(bytes));
         Ok(Reply { answer, held })
     }
 
-    /// A part has ended, with this reply if it succeeded. Returns those that waited for nothing else.
+    /// Records the end of a part, with this reply if it succeeded. Returns subsystems without other pending
+    /// dependencies.
     fn end(&mut self, position: usize, state: SubsystemState, reply: Option<Reply>) -> Vec<usize> {
         let elapsed = self.start.elapsed();
         let attempts = self.attempts[position].load(Ordering::Relaxed);
@@ -628,7 +630,7 @@ impl<'a> Run<'a> {
         free
     }
 
-    /// Ends what has not ended, and reports.
+    /// Ends the remaining shares, and makes the report.
     fn finish(mut self, end: End) -> Ran {
         let duration = self.start.elapsed();
         for position in 0..self.parts.len() {
@@ -714,7 +716,7 @@ impl<'a> Run<'a> {
             (End::Deadline, None) => {
                 let waited = match self.waiting {
                     Some((waiting, bytes)) if waiting == position => {
-                        format!("while it waited for room for its inputs of {bytes} bytes")
+                        format!("while it waited for memory for its inputs of {bytes} bytes")
                     }
                     _ => "before its turn".to_owned(),
                 };
@@ -730,7 +732,7 @@ impl<'a> Run<'a> {
 }
 
 /// How a cycle ended, and its failures in one line: the causes first, then the subsystems that were skipped for them.
-/// Only here is that line made. A semicolon stands between two failures and nowhere else.
+/// Only this function makes that line. A semicolon is only between two failures.
 fn sum_up(reports: &[(Arc<SubsystemReport>, bool)], end: End) -> (CycleState, String) {
     const NAMED: usize = 8;
     let mut failed = 0;

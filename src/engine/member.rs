@@ -1,4 +1,4 @@
-//! A member of the fleet: a registration, and what is remembered between its cycles.
+//! A member of the fleet: a registration, and its state between cycles.
 
 use std::{
     sync::{
@@ -17,24 +17,24 @@ use crate::{
     model::{CycleId, Histogram, Name, Output, Subsystem, SubsystemReport, SubsystemState},
 };
 
-/// One registered subsystem, as plans hold it.
+/// One registered subsystem in plans.
 #[derive(Clone, Debug)]
 pub struct Member {
     /// Its registration.
     pub subsystem: Arc<Subsystem>,
-    /// It is taken out of cycles.
+    /// True while it is suspended.
     pub suspended: bool,
-    /// What is remembered of it.
+    /// Its state between cycles.
     pub standing: Arc<Standing>,
     kept: Arc<Kept>,
 }
 
-/// What is kept for as long as anybody has the registration. New with every one.
+/// State of one registration, kept until its last reference is dropped.
 #[derive(Debug, Default)]
 struct Kept {
-    /// It has been initialized with this registration in this epoch.
+    /// True once it has been initialized with this registration in this epoch.
     initialized: AtomicBool,
-    /// The memory that the registration takes.
+    /// The memory of the registration.
     _held: Option<Held>,
 }
 
@@ -44,19 +44,19 @@ impl Member {
         Self { subsystem, suspended, standing, kept: Arc::default() }
     }
 
-    /// The same member, not initialized yet, with the memory that its registration takes.
+    /// The same member, not initialized yet, with the memory of its registration.
     #[must_use]
     pub fn holding(self, held: Held) -> Self {
         Self { kept: Arc::new(Kept { _held: Some(held), ..Kept::default() }), ..self }
     }
 
-    /// The same member, taken out of cycles or put back.
+    /// The same member, suspended or resumed.
     #[must_use]
     pub fn suspended(self, suspended: bool) -> Self {
         Self { suspended, ..self }
     }
 
-    /// It has been initialized and has not asked for it again since.
+    /// True while it is initialized: it has not asked for `Initialize` again since.
     pub fn is_initialized(&self) -> bool {
         self.kept.initialized.load(Ordering::Relaxed)
     }
@@ -65,17 +65,17 @@ impl Member {
         self.kept.initialized.store(initialized, Ordering::Relaxed);
     }
 
-    /// How its breaker stands.
+    /// The state of its breaker.
     pub fn breaker(&self, now: Instant) -> BreakerState {
         self.standing.lock().breaker.state(self.subsystem.breaker, now)
     }
 }
 
-/// What is remembered of a subsystem between its cycles. Kept when its registration is replaced.
+/// The state of a subsystem between its cycles. Kept when its registration is replaced.
 #[derive(Debug, Default)]
 pub struct Standing(Mutex<Remembered>);
 
-/// What a [`Standing`] holds. What others see of it changes when a cycle is recorded; what decides about further calls
+/// The contents of a [`Standing`]. Visible state changes when a cycle is recorded; state that affects further calls
 /// changes at once.
 #[derive(Debug, Default)]
 pub(super) struct Remembered {
@@ -83,26 +83,26 @@ pub(super) struct Remembered {
     latest: Option<Output>,
     last: Option<(LastPart, Held)>,
 
-    /// For the latest output, or for the one that replaces it once its cycle is recorded.
+    /// Memory for the latest output, or for the one that replaces it once its cycle is recorded.
     output_room: Option<Held>,
     pub(super) breaker: Breaker,
     pub(super) mean: Option<Duration>,
     pub(super) last_turn: Turn,
 }
 
-/// When a subsystem had its turn: it was called, or was not called for a reason of its own. The greater, the more lately.
+/// When a subsystem had its turn: it was called, or was not called for its own reason. Later turns are greater.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Turn {
     /// The cycle; 0 before the first.
     pub(super) cycle_id: CycleId,
-    /// Its call was not cut short by the end of the cycle.
+    /// True if its call was not ended by the end of the cycle.
     pub(super) was_whole: bool,
 }
 
-/// What is counted of a subsystem: its recorded parts, since this process started, or since it was registered.
+/// The counts of a subsystem's recorded parts, since this process started or since its registration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SubsystemCounts {
-    /// Parts that ended as SUCCEEDED.
+    /// Number of parts that ended as SUCCEEDED.
     pub succeeded: u64,
     /// As FAILED.
     pub failed: u64,
@@ -114,26 +114,26 @@ pub struct SubsystemCounts {
     pub circuit_open: u64,
     /// As CANCELLED.
     pub cancelled: u64,
-    /// Calls of its `RunCycle`.
+    /// Number of calls of its `RunCycle`.
     pub attempts: u64,
-    /// Those of them that were not the first of their part.
+    /// Number of these calls that were retries.
     pub retries: u64,
-    /// How long its parts took from the first call to the end, unless they were cancelled.
+    /// Durations of its parts from the first call to the end, without cancelled ones.
     pub durations: Histogram,
-    /// Whether the last part that says something about it succeeded: one that was skipped or cancelled says nothing.
+    /// Whether its last part succeeded, not counting skipped and cancelled ones.
     pub is_up: Option<bool>,
-    /// When the cycle that made its latest output ended; `None` when there is no output, or that is not known any more.
+    /// When the cycle that made its latest output ended; `None` if it has no output, or the time is no longer known.
     pub output_at: Option<Timestamp>,
 }
 
 /// A subsystem's part in a cycle that has run, until [`Engine::publish`](super::Engine::publish) shows it.
 #[derive(Debug)]
 pub struct Part {
-    /// Where it will be shown.
+    /// The state to update.
     pub standing: Arc<Standing>,
     /// How it ended.
     pub last: LastPart,
-    /// What it made; `None` unless it succeeded. Its room is kept by `standing`.
+    /// Its output; `None` unless it succeeded. `standing` holds its memory.
     pub output: Option<Output>,
 }
 
@@ -146,7 +146,7 @@ pub struct LastPart {
     pub started_at: Timestamp,
     /// When the cycle ended.
     pub finished_at: Timestamp,
-    /// How its part ended. Without issues, metrics and output where there was no memory for them.
+    /// How its part ended. Without issues, metrics and output if there was no memory for them.
     pub report: Arc<SubsystemReport>,
 }
 
@@ -158,8 +158,8 @@ impl Part {
 }
 
 impl Standing {
-    /// What is remembered of a subsystem whose latest output is known, and perhaps when its cycle ended. The output is held
-    /// in `outputs`, also beyond the limit.
+    /// The state of a subsystem with a stored output, and the time of its cycle if known. The output is held in
+    /// `outputs`, even over the limit.
     pub fn with_output(output: Output, output_at: Option<Timestamp>, outputs: &Memory) -> Self {
         let output_room = Some(outputs.hold_beyond(output.payload.len()));
         let counts = SubsystemCounts { output_at, ..SubsystemCounts::default() };
@@ -167,7 +167,7 @@ impl Standing {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Remembered> {
-        // Nothing that holds this lock can panic half-way through a change.
+        // No holder of this lock can panic in the middle of a change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -176,13 +176,13 @@ impl Standing {
         self.lock().latest.clone()
     }
 
-    /// Its part in the last cycle that is recorded.
+    /// Its part in the last recorded cycle.
     pub fn last(&self) -> Option<LastPart> {
         self.lock().last.as_ref().map(|(last, _)| last.clone())
     }
 
-    /// The moving mean of the durations of its parts that succeeded or timed out, in which each new one weighs an eighth.
-    /// Other failures may have come at once, and say nothing about the work.
+    /// The moving mean of the durations of its parts that succeeded or timed out, in which each new one weighs an
+    /// eighth. Other failures may have come at once, and say nothing about the work.
     pub fn mean_duration(&self) -> Option<Duration> {
         self.lock().mean
     }
@@ -192,22 +192,22 @@ impl Standing {
         self.lock().counts.clone()
     }
 
-    /// Closes its breaker. Whether it was open.
+    /// Closes its breaker. Returns true if it was open.
     pub fn close_breaker(&self) -> bool {
         self.lock().breaker.succeeded()
     }
 }
 
 impl Remembered {
-    /// A part that succeeded or timed out took so long.
+    /// Records the duration of a part that succeeded or timed out.
     pub(super) fn took(&mut self, duration: Duration) {
         self.mean = Some(self.mean.map_or(duration, |mean| mean * 7 / 8 + duration / 8));
     }
 
-    /// Makes room for an output that will be the latest one, in the place of the room of that.
+    /// Replaces the reservation of the latest output by one for its successor.
     ///
     /// # Errors
-    /// There is no room for it in `outputs`.
+    /// It does not fit into `outputs`.
     pub(super) fn make_room(&mut self, bytes: usize, outputs: &Memory) -> Result<(), Full> {
         match &mut self.output_room {
             Some(room) => room.resize(bytes)?,
@@ -216,7 +216,7 @@ impl Remembered {
         Ok(())
     }
 
-    /// A part in a cycle is recorded. It is remembered whole if there is room in `memory`; the record of the cycle has it
+    /// Publishes a recorded part. All of it is kept if it fits into `memory`; the record of the cycle contains it
     /// anyway.
     pub(super) fn publish(&mut self, mut part: LastPart, output: Option<Output>, memory: &Memory) {
         let SubsystemReport { state, attempts, started, ended, .. } = &*part.report;
@@ -239,7 +239,7 @@ impl Remembered {
         if output.is_some() {
             (self.latest, counts.output_at) = (output, Some(part.finished_at));
         }
-        // The one before gives way to it.
+        // The previous one is dropped first.
         self.last = None;
         let held = memory.try_hold(part.report.details()).unwrap_or_else(|_full| {
             part.report = Arc::new(part.report.without_details());

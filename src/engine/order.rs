@@ -1,7 +1,7 @@
 //! The order among the registered subsystems, kept up to date entry by entry. Pure.
 //!
-//! Whether a change would make a circular dependency is decided by what the changed entry reaches and is reached by, so
-//! that it takes no longer where the registry is large.
+//! A change is checked for a circular dependency only along the paths from and to the changed entry, so that the time
+//! does not depend on the size of the registry.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
@@ -11,16 +11,16 @@ use std::{
 use super::{Ring, plan::order_of};
 use crate::model::{Name, Subsystem};
 
-/// Which subsystem waits for which.
+/// The dependencies of subsystems.
 #[derive(Debug, Default)]
 pub struct Order {
     subsystems: HashMap<Name, Arc<Subsystem>>,
-    /// By the name that they wait for, whether it is registered or not.
+    /// Dependents by the name that they wait for, registered or not.
     waiting: HashMap<Name, BTreeSet<Name>>,
 }
 
 impl Order {
-    /// The order among these.
+    /// The order of these subsystems.
     pub fn of(subsystems: impl IntoIterator<Item = Arc<Subsystem>>) -> Self {
         let mut order = Self::default();
         for subsystem in subsystems {
@@ -29,10 +29,10 @@ impl Order {
         order
     }
 
-    /// Puts subsystems, each in the place of the one of its name, and removes others. Returns what undoes it.
+    /// Adds or replaces subsystems, and removes others. Returns the changes, to undo them.
     ///
     /// # Errors
-    /// There would be no order any more; then nothing has changed.
+    /// A circular dependency; then nothing has changed.
     pub fn change(&mut self, put: Vec<Arc<Subsystem>>, removed: &[Name]) -> Result<Undo, Ring> {
         let names: Vec<_> = put.iter().map(|subsystem| subsystem.name.clone()).collect();
         let mut undo = Undo(Vec::with_capacity(put.len() + removed.len()));
@@ -42,7 +42,8 @@ impl Order {
         for subsystem in put {
             undo.0.push((subsystem.name.clone(), self.put(subsystem)));
         }
-        // Mostly those that wait come after those that they wait for: then only settled ones wait for the last of the others.
+        // Usually dependents come after their dependencies: then only settled subsystems wait for the last of the
+        // others.
         let mut settled = HashSet::new();
         let checked = names.iter().rev().try_for_each(|name| {
             self.check(name, &settled)?;
@@ -58,7 +59,7 @@ impl Order {
         }
     }
 
-    /// Makes the latest change undone.
+    /// Undoes the latest change.
     pub fn undo(&mut self, Undo(earlier): Undo) {
         for (name, earlier) in earlier.into_iter().rev() {
             match earlier {
@@ -77,7 +78,7 @@ impl Order {
         earlier
     }
 
-    /// Others may go on waiting for its name.
+    /// Other subsystems may still wait for its name.
     fn remove(&mut self, name: &Name) -> Option<Arc<Subsystem>> {
         let subsystem = self.subsystems.remove(name)?;
         for (earlier, _) in order_of(&subsystem) {
@@ -91,9 +92,8 @@ impl Order {
         Some(subsystem)
     }
 
-    /// Whether there still is an order after the subsystem of this name was put, where there was one before: a ring that it
-    /// closes goes through it. Where several were put, all have to be there before each is checked; none goes through those
-    /// that are `settled`, which were checked before.
+    /// Checks that the order is still acyclic after this subsystem was added: a new ring must contain it. If several
+    /// were added, add all before checking each; no ring contains `settled` subsystems, which were checked before.
     fn check(&self, name: &Name, settled: &HashSet<&Name>) -> Result<(), Ring> {
         let Some(subsystem) = self.subsystems.get(name) else { return Ok(()) };
         for (earlier, _) in order_of(subsystem) {
@@ -104,7 +104,7 @@ impl Order {
         if let Some(waiting) = self.waiting_for(name).find(|waiting| subsystem.phase > waiting.phase) {
             return Err(Ring::across_phases(waiting, subsystem));
         }
-        // Other than that, phases decide between those of different phases.
+        // Otherwise the phases decide the order of subsystems in different phases.
         self.ring_through(subsystem, settled).map_or(Ok(()), Err)
     }
 
@@ -112,8 +112,9 @@ impl Order {
         self.waiting.get(name).into_iter().flatten().filter_map(|waiting| self.subsystems.get(waiting).map(|it| &**it))
     }
 
-    /// A ring needs both a way out of the subsystem and a way back into it. They are searched for in turn, step by step,
-    /// so that whichever ends first decides: most that are registered wait for others, and nobody for them yet.
+    /// A ring needs both a path out of the subsystem and a path back into it. Both are searched alternately, step by
+    /// step, so that the search ends with the shorter one: most newly registered subsystems have dependencies but no
+    /// dependents yet.
     fn ring_through(&self, subsystem: &Subsystem, settled: &HashSet<&Name>) -> Option<Ring> {
         let counts = |other: &Subsystem| other.phase == subsystem.phase && !settled.contains(&other.name);
         let (mut out, mut back) = (Search::from(subsystem), Search::from(subsystem));
@@ -136,13 +137,13 @@ impl Order {
     }
 }
 
-/// How the order was before a change.
+/// The order before a change.
 #[derive(Debug)]
 pub struct Undo(Vec<(Name, Option<Arc<Subsystem>>)>);
 
-/// A breadth-first search from a subsystem, so that the ring that is found is a short one.
+/// A breadth-first search from a subsystem, which finds a short ring.
 struct Search<'a> {
-    /// Each that was found, and by way of which.
+    /// The subsystems found, with their predecessors.
     found: HashMap<&'a Name, Option<&'a Subsystem>>,
     frontier: VecDeque<&'a Subsystem>,
 }
@@ -159,17 +160,17 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// From `last` to where the search began.
+    /// The path from `last` to the start of the search.
     fn way(&self, last: &'a Subsystem) -> impl Iterator<Item = &'a Subsystem> {
         std::iter::successors(Some(last), |at| self.found.get(&at.name).copied().flatten())
     }
 }
 
-/// The ring in which `last` of the way out waits for `first` of the way back.
+/// The ring in which `last` of the path out waits for `first` of the path back.
 fn ring<'a>(out: &Search<'a>, last: &'a Subsystem, back: &Search<'a>, first: &'a Subsystem) -> Ring {
     let mut members: Vec<_> = out.way(last).collect();
     members.reverse();
-    // Both ways have the subsystem from which the search began.
+    // Both paths contain the start of the search.
     let back: Vec<_> = back.way(first).collect();
     members.extend(&back[..back.len() - 1]);
     Ring::of(&members)
@@ -208,9 +209,9 @@ mod tests {
     }
 
     proptest! {
-        /// Entry by entry, the order allows what a plan over all entries allows, and the rings that it names are there.
+        /// Incrementally, the order accepts the same entries as a plan over all of them, and its rings exist.
         #[test]
-        fn what_is_checked_entry_by_entry_is_what_a_whole_plan_would_say(
+        fn incremental_checks_agree_with_a_whole_plan(
             steps in proptest::collection::vec(
                 (0..8_usize, 0..2_i32, proptest::collection::vec(0..8_usize, 0..3), any::<bool>(), 0..6_usize),
                 1..40,
@@ -255,7 +256,7 @@ mod tests {
         order.change(vec![after("b", "c")], &[]).unwrap();
         let ring = order.change(vec![after("d", "a"), after("c", "a")], &[]).unwrap_err().to_string();
         assert!(ring.ends_with("a is after b, b is after c, c is after a; remove one of these"), "{ring}");
-        // Nothing of it was kept. Turned around as a whole, there is no ring, in whichever order they are given.
+        // Nothing was changed. If all are reversed together, there is no ring, in whatever order they are given.
         order.change(vec![after("b", "d"), after("c", "b")], &[]).unwrap();
         let undo = order.change(vec![after("a", "c")], &[Name::parse("b").unwrap()]).unwrap();
         order.undo(undo);

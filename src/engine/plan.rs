@@ -12,24 +12,25 @@ use tokio::time::Instant;
 use super::{BreakerState, Member, Standing};
 use crate::model::{Name, SkipReason, Subsystem, SubsystemState};
 
-/// The order of a cycle over all registered subsystems, or [over some of them](Plan::of_cycle). Positions are indices into
-/// `Plan::steps`, which are ordered by level and then by name, so that whatever a subsystem waits for stands before it.
+/// The order of a cycle over all registered subsystems, or [over some of them](Plan::of_cycle). Positions are indices
+/// into `Plan::steps`, which are ordered by level and then by name, so that all dependencies of a subsystem are before
+/// it.
 #[derive(Debug, Default)]
 pub struct Plan {
     pub(super) steps: Vec<Step>,
     pub(super) positions: HashMap<Name, usize>,
-    /// How many steps each phase has, lowest phase first. Phases are consecutive ranges of positions.
+    /// Number of steps of each phase, lowest phase first. Phases are consecutive ranges of positions.
     pub(super) phases: Vec<usize>,
     /// None where the plan is one over all.
     pub(super) relays: Relays,
     /// The names that it is to be over, but that are not registered.
     pub(super) unregistered: Vec<Name>,
-    /// How many relations inside phases its order has.
+    /// Number of dependencies inside phases.
     pub(super) relations: usize,
 }
 
-/// What stands for subsystems that are left out, and that wait for several others which are not: what waits for one of those that
-/// are left out waits for all of these. As nodes of the order, relays are numbered after the steps.
+/// Nodes that replace subsystems that are left out and wait for several others in the cycle: their dependents wait for
+/// all of these. As nodes of the order, relays are numbered after the steps.
 #[derive(Debug, Default)]
 pub(super) struct Relays {
     /// For how many others each relay waits.
@@ -42,13 +43,14 @@ pub(super) struct Relays {
 #[derive(Debug)]
 pub(super) struct Step {
     pub(super) member: Member,
-    /// The nodes that it waits for, of the same phase: those of `requires` and `after`, or relays. Lower phases have ended anyway.
+    /// The nodes of the same phase that it waits for: those of `requires` and `after`, or relays. Lower phases have
+    /// ended anyway.
     pub(super) waits_for: Vec<usize>,
     /// The nodes that wait for this one.
     pub(super) releases: Vec<usize>,
-    /// Where those of `requires` are.
+    /// Positions of `requires`.
     pub(super) requires: Vec<Named>,
-    /// Its inputs, and where those are that make them.
+    /// Its inputs, and the positions of their makers.
     pub(super) inputs: Vec<(Name, Named)>,
 }
 
@@ -63,7 +65,7 @@ pub(super) enum Named {
     Nowhere,
 }
 
-/// What became of a subsystem, as far as those that require it are concerned.
+/// The result of a subsystem, for subsystems that require it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
     Succeeded,
@@ -81,14 +83,14 @@ impl From<&SubsystemState> for Fate {
     }
 }
 
-/// An order that bites its own tail. Each entry says why its subsystem has to run after the next one; the last one
-/// leads back to the first.
+/// A circular dependency. Each entry says why its subsystem has to run after the next one; the last one leads back to
+/// the first.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct Ring(Vec<(Name, String)>);
 
 impl Ring {
-    /// The ring of these, each of which waits for the next one, and the last for the first. Told from the one on that
-    /// comes first by name.
+    /// The ring of these subsystems, each of which waits for the next one, and the last for the first. Starts with the
+    /// first by name.
     pub(super) fn of(members: &[&Subsystem]) -> Self {
         let first = (0..members.len()).min_by_key(|&i| &members[i].name).unwrap_or_default();
         let from_first = members.iter().cycle().skip(first).take(members.len());
@@ -100,7 +102,7 @@ impl Ring {
         Self(from_first.zip(next).map(|(member, next)| (member.name.clone(), why(member, next))).collect())
     }
 
-    /// The ring of one that waits for another one of a later phase.
+    /// The ring of a subsystem that waits for one of a later phase.
     pub(super) fn across_phases(waiting: &Subsystem, later: &Subsystem) -> Self {
         let relation = order_of(waiting).find(|(name, _)| **name == later.name);
         let starts_only_after =
@@ -111,7 +113,7 @@ impl Ring {
         ])
     }
 
-    /// The subsystems in the ring, each before the one that it waits for.
+    /// The subsystems in the ring, each before its dependency.
     pub fn names(&self) -> impl Iterator<Item = &Name> {
         self.0.iter().map(|(name, _)| name)
     }
@@ -119,9 +121,9 @@ impl Ring {
 
 impl fmt::Display for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        /// A ring can be as long as the registry.
+        /// Most entries that are shown: a ring can be as long as the registry.
         const SHOWN: usize = 16;
-        f.write_str("the order bites its own tail: ")?;
+        f.write_str("circular dependency: ")?;
         for (i, (name, why)) in self.0.iter().take(SHOWN).enumerate() {
             let (next, _) = &self.0[(i + 1) % self.0.len()];
             let separator = if i == 0 { "" } else { ", " };
@@ -134,7 +136,7 @@ impl fmt::Display for Ring {
     }
 }
 
-/// What a cycle is expected to do, were it run now.
+/// The expected course of a cycle that starts now.
 #[derive(Clone, Debug)]
 pub struct Schedule {
     /// The subsystems, in the order of the plan.
@@ -143,26 +145,26 @@ pub struct Schedule {
     pub levels: u32,
     /// The chain that is expected to end last.
     pub critical_path: Vec<Name>,
-    /// How long it is expected to take.
+    /// Its expected duration.
     pub duration: Duration,
 }
 
-/// What a cycle is expected to do with one subsystem.
+/// The expected course of one subsystem.
 #[derive(Clone, Debug)]
 pub struct PlannedSubsystem {
     /// Its name.
     pub name: Name,
     /// Its phase.
     pub phase: i32,
-    /// 0 for those that wait for nothing, else one more than the highest level that it waits for.
+    /// 0 if it waits for nothing, else one more than the highest level that it waits for.
     pub level: u32,
-    /// What it waits for by name, inside its phase.
+    /// Names of the subsystems in its phase that it waits for.
     pub waits_for: Vec<Name>,
-    /// Why it will not be called, and which of those that it requires is the reason, if one is.
+    /// Why it will not be called, and the required subsystem that is the reason, if any.
     pub skip: Option<(SkipReason, Option<Name>)>,
     /// State of its circuit breaker. While it is open, the subsystem is not called either.
     pub breaker: BreakerState,
-    /// How long it is expected to take; zero when it has never run.
+    /// Its expected duration; zero if it has never run.
     pub duration: Duration,
 }
 
@@ -184,7 +186,7 @@ impl Plan {
         let levels = levels(&members, &waits_for).map_err(|stuck| ring_among(&members, &waits_for, &stuck))?;
 
         let mut order: Vec<_> = (0..members.len()).collect();
-        // The sort is stable, and members stand by name inside a phase.
+        // The sort is stable, and members are ordered by name inside a phase.
         order.sort_by_key(|&i| levels[i]);
         let mut position_of = vec![0; members.len()];
         for (position, &i) in order.iter().enumerate() {
@@ -234,12 +236,12 @@ impl Plan {
         self.steps.get(position).map(|step| &step.member)
     }
 
-    /// Whether this one is a member.
+    /// True if this subsystem is a member.
     pub fn has(&self, name: &Name) -> bool {
         self.positions.contains_key(name)
     }
 
-    /// The same names, as the registrations have them: those take no further memory, however long they are kept.
+    /// The same names, shared with the registrations, so that they take no further memory.
     ///
     /// # Errors
     /// The first one that is not registered.
@@ -251,7 +253,7 @@ impl Plan {
         names.iter().map(own).collect()
     }
 
-    /// The positions of those that take part in a cycle over `subset`, in order, and which of its names are not registered.
+    /// The positions of the subsystems in a cycle over `subset`, in order, and the names in it that are not registered.
     /// No positions mean all.
     pub(super) fn positions_of(&self, subset: Option<&[Name]>) -> (Option<Vec<usize>>, Vec<Name>) {
         let Some(subset) = subset else { return (None, Vec::new()) };
@@ -268,8 +270,8 @@ impl Plan {
         (Some(positions), unregistered)
     }
 
-    /// Why the subsystem at `position` can't run, given what became of those before it. A requirement that failed
-    /// outweighs one that was left out.
+    /// Why the subsystem at `position` can't run, given the results of those before it. A failed requirement takes
+    /// precedence over one that was left out.
     pub(super) fn unmet_requirement(
         &self,
         position: usize,
@@ -292,7 +294,7 @@ impl Plan {
         left_out
     }
 
-    /// What a cycle over `subset` would do now.
+    /// The expected course of a cycle over `subset` that starts now.
     pub fn schedule(&self, subset: Option<&[Name]>) -> Schedule {
         let (positions, unregistered) = self.positions_of(subset);
         let mut takes_part = vec![positions.is_none(); self.steps.len()];
@@ -302,14 +304,14 @@ impl Plan {
         let mut fates: Vec<Fate> = Vec::with_capacity(self.steps.len());
         let mut ends: Vec<Duration> = Vec::with_capacity(self.steps.len());
         let mut after: Vec<Option<usize>> = Vec::with_capacity(self.steps.len());
-        // The level of what waits for the step, and of what is in a higher phase. One that is left out takes up no level,
-        // but what waits for it still comes after what it waits for.
+        // The level of dependents of the step, and of higher phases. A step that is left out takes no level, but its
+        // dependents still come after its dependencies.
         let mut levels: Vec<u32> = Vec::with_capacity(self.steps.len());
         let (mut lower_level, mut latest_level) = (0, 0);
         let mut subsystems = Vec::new();
         let mut phases = self.phases.iter();
         let mut phase_ends_at = 0;
-        // What ended last of all lower phases, and of this one too.
+        // The last to end in all lower phases, and in this one too.
         let (mut lower, mut latest): (Option<usize>, Option<usize>) = (None, None);
         let now = Instant::now();
 
@@ -369,7 +371,7 @@ impl Plan {
             duration: Duration::ZERO,
         }));
         if subset.is_some() {
-            // By level, and then by name: levels that were apart in the whole plan may be one here.
+            // By level, and then by name: different levels of the whole plan may be the same here.
             subsystems.sort_by(|a, b| (a.level, &a.name).cmp(&(b.level, &b.name)));
         }
         Schedule {
@@ -384,8 +386,8 @@ impl Plan {
         }
     }
 
-    /// How many relations its order has: one for each subsystem that another one names in `requires` or `after` and that is of
-    /// the same phase.
+    /// Number of dependencies in its order: one for each subsystem that another one names in `requires` or `after` and
+    /// that is of the same phase.
     pub fn relations(&self) -> usize {
         self.relations
     }
@@ -415,7 +417,7 @@ pub(super) fn chain(last: Option<usize>, before: impl Fn(usize) -> Option<usize>
     chain
 }
 
-/// The indices of those that `member` waits for inside its phase, each once.
+/// The indices of the dependencies of `member` inside its phase, each once.
 fn waits_inside_phase(member: &Member, members: &[Member], index: &HashMap<Name, usize>) -> Result<Vec<usize>, Ring> {
     let subsystem = &member.subsystem;
     let mut found = Vec::new();
@@ -432,14 +434,14 @@ fn waits_inside_phase(member: &Member, members: &[Member], index: &HashMap<Name,
     Ok(found)
 }
 
-/// What a subsystem has to run after, and in which words.
+/// The dependencies of a subsystem, with the words for messages.
 pub(super) fn order_of(subsystem: &Subsystem) -> impl Iterator<Item = (&Name, &'static str)> {
     let requires = subsystem.requires.iter().map(|name| (name, "requires"));
     requires.chain(subsystem.after.iter().map(|name| (name, "is after")))
 }
 
-/// The level of each member, by Kahn's algorithm (A. B. Kahn, "Topological sorting of large networks", 1962), or
-/// those that have none because they stand in a ring or behind one. Members are ordered by phase.
+/// The level of each member, by Kahn's algorithm (A. B. Kahn, "Topological sorting of large networks", 1962), or the
+/// members without a level because they are in a ring or after one. Members are ordered by phase.
 fn levels(members: &[Member], waits_for: &[Vec<usize>]) -> Result<Vec<u32>, Vec<bool>> {
     let mut releases = vec![Vec::new(); members.len()];
     let mut waits: Vec<_> = waits_for.iter().map(Vec::len).collect();
@@ -472,8 +474,8 @@ fn levels(members: &[Member], waits_for: &[Vec<usize>]) -> Result<Vec<u32>, Vec<
     if stuck.contains(&true) { Err(stuck) } else { Ok(levels) }
 }
 
-/// One ring among those that are stuck: each waits for another one that is stuck, so going from one to the next
-/// comes back somewhere.
+/// One ring among the stuck members: each waits for another stuck one, so that following these leads back to a visited
+/// one.
 fn ring_among(members: &[Member], waits_for: &[Vec<usize>], stuck: &[bool]) -> Ring {
     let mut path: Vec<usize> = Vec::new();
     let mut next = stuck.iter().position(|&stuck| stuck);
@@ -538,12 +540,12 @@ mod tests {
         .unwrap_err();
         assert_eq!(
             ring.to_string(),
-            "the order bites its own tail: a requires b, b is after c, c is after a; remove one of these"
+            "circular dependency: a requires b, b is after c, c is after a; remove one of these"
         );
     }
 
     #[test]
-    fn of_a_long_ring_the_beginning_is_told() {
+    fn of_a_long_ring_the_start_is_shown() {
         let names: Vec<_> = (0..1000).map(|n| format!("s{n}")).collect();
         let links = names.iter().zip(names.iter().cycle().skip(1));
         let ring = Plan::compile(links.map(|(name, next)| member(name, 0, &[next], &[]))).unwrap_err();
@@ -557,7 +559,7 @@ mod tests {
         let ring = Plan::compile([member("a", 0, &[], &["b"]), member("b", 10, &[], &[])]).unwrap_err();
         assert_eq!(
             ring.to_string(),
-            "the order bites its own tail: a is after b, b (phase 10) starts only after phase 0 and so after a; \
+            "circular dependency: a is after b, b (phase 10) starts only after phase 0 and so after a; \
              remove one of these"
         );
     }
@@ -616,7 +618,7 @@ mod tests {
         let level = |name: &str, level: u32| (name.to_owned(), level);
         assert_eq!(levels(&["z"]), [level("z", 0)]);
         assert_eq!(levels(&["later"]), [level("later", 0)]);
-        // z still waits for a, by way of those that are left out; a phase waits for the lower ones.
+        // z still waits for a, through members that are left out; a phase waits for the lower ones.
         assert_eq!(levels(&["later", "z", "a"]), [level("a", 0), level("z", 1), level("later", 2)]);
         assert_eq!(levels(&["b", "absent"]), [level("absent", 0), level("b", 0)]);
     }

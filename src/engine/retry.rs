@@ -11,26 +11,26 @@ use crate::{
     random::Random,
 };
 
-/// What is the same in all calls of one subsystem in one cycle.
+/// The common data of all calls of one subsystem in one cycle.
 pub(super) struct Calls<'a> {
     pub(super) subsystems: &'a dyn Subsystems,
     pub(super) random: &'a Random,
     pub(super) member: &'a Member,
-    /// The call that is made, but for `attempt`, `timeout` and `trace`.
+    /// The call without `attempt`, `timeout` and `trace`.
     pub(super) run: RunCall,
     pub(super) orchestrator_id: &'a std::sync::Arc<str>,
-    /// When the subsystem's deadline, or that of the cycle if it is earlier, has passed.
+    /// The earlier one of the deadlines of the subsystem and of the cycle.
     pub(super) deadline: Instant,
-    /// Where the spans of the calls come from.
+    /// Source of the spans of the calls.
     pub(super) spans: CallSpans<'a>,
-    /// Its breaker is half open: one attempt, whatever the retry policy says.
+    /// True if its breaker is half open: one attempt, whatever the retry policy.
     pub(super) is_probe: bool,
-    /// Where the number of attempts made is written.
+    /// Receives the number of attempts.
     pub(super) attempts: &'a AtomicU32,
 }
 
 impl Calls<'_> {
-    /// Makes the calls. Does not end by itself at the deadline: who awaits it sees to that.
+    /// Makes the calls. The caller has to enforce the deadline.
     pub(super) async fn make(self, on_attempt: impl Fn(u32)) -> Result<Reply, CallError> {
         let subsystem = &*self.member.subsystem;
         let max_attempts = if self.is_probe { 1 } else { subsystem.retry.max_attempts };
@@ -39,7 +39,7 @@ impl Calls<'_> {
         loop {
             let attempted = self.attempt(subsystem, &on_attempt).await;
             let Err(error) = attempted else { return attempted };
-            // It lost its initialization, most likely by a restart: that is no failure yet, but only once.
+            // It lost its initialization, probably by a restart: the first time that is not a failure.
             if error.code == Code::FailedPrecondition && !reinitialized && self.attempts.load(Ordering::Relaxed) > 0 {
                 reinitialized = true;
                 self.member.set_initialized(false);
@@ -73,7 +73,7 @@ impl Calls<'_> {
             span.end(&initialized);
             match initialized {
                 Ok(()) => {}
-                // The contract's way to say that it needs none.
+                // In the contract, this means that it needs no initialization.
                 Err(error) if error.code == Code::Unimplemented => {}
                 Err(error) => return Err(CallError { message: format!("Initialize: {}", error.message), ..error }),
             }

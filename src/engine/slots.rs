@@ -1,6 +1,6 @@
-//! The bounds on calls over all running cycles together: on their number, and on the bytes of their inputs.
+//! Limits on the calls of all running cycles together: on their number, and on the bytes of their inputs.
 //!
-//! Both are given first in, first out. A run has one request at a time, so that they go to the cycles in turn.
+//! Both are first in, first out. A run makes one request at a time, so that cycles are served in turn.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -8,29 +8,28 @@ use tokio::sync::{Mutex, Notify};
 
 use crate::memory::{Held, Memory};
 
-/// Call slots: the number of calls that may be made at one time.
+/// Call slots: they limit the number of concurrent calls.
 #[derive(Debug)]
 pub struct Slots {
     max: AtomicUsize,
     taken: AtomicUsize,
-    /// Only the first in line waits for it.
+    /// Only the first request in line waits for it.
     freed: Notify,
     queue: Queue,
 }
 
-/// A call slot. Dropping it gives it back.
+/// A call slot. Released when dropped.
 #[derive(Debug)]
 pub(super) struct Slot<'a>(&'a Slots);
 
-/// Room for the inputs of calls.
+/// Memory for the inputs of calls.
 #[derive(Debug)]
 pub struct InputRoom {
     memory: Memory,
     queue: Queue,
 }
 
-/// The request that holds this lock is the first in line. The library gives the lock to the others in the order in which
-/// they came.
+/// The request that holds this lock is the first in line. The library passes the lock to the others in order.
 type Queue = Mutex<()>;
 
 impl Slots {
@@ -40,7 +39,8 @@ impl Slots {
         Self { max: max.into(), taken: 0.into(), freed: Notify::new(), queue: Queue::default() }
     }
 
-    /// Changes their number. If more are taken, those calls go on, and new ones begin once fewer than `max` are left.
+    /// Changes their number. If more are in use, their calls continue, and new ones begin once fewer than `max` are in
+    /// use.
     pub fn set_max(&self, max: usize) {
         self.max.store(max, Ordering::Relaxed);
         self.freed.notify_one();
@@ -52,7 +52,7 @@ impl Slots {
         self.add()
     }
 
-    /// Takes a slot once one is free and all earlier requests are met.
+    /// Takes a slot once one is free and all earlier requests have theirs.
     pub(super) async fn take(&self) -> Slot<'_> {
         let _first = self.queue.lock().await;
         loop {
@@ -79,7 +79,7 @@ impl Drop for Slot<'_> {
 }
 
 impl InputRoom {
-    /// Room in this memory.
+    /// Memory for inputs under this limit.
     #[must_use]
     pub fn new(memory: Memory) -> Self {
         Self { memory, queue: Queue::default() }
@@ -90,13 +90,14 @@ impl InputRoom {
         self.memory.max()
     }
 
-    /// Holds `bytes`, if there is room and no earlier request waits.
+    /// Holds `bytes`, if they fit and no earlier request waits.
     pub(super) fn try_hold(&self, bytes: usize) -> Option<Held> {
         let _first = self.queue.try_lock().ok()?;
         self.memory.try_hold(bytes).ok()
     }
 
-    /// Holds `bytes` once there is room and all earlier requests are met. Never returns if `bytes` are more than the limit.
+    /// Holds `bytes` once they fit and all earlier requests have theirs. Never returns if `bytes` are more than the
+    /// limit.
     pub(super) async fn hold(&self, bytes: usize) -> Held {
         let _first = self.queue.lock().await;
         self.memory.hold(bytes).await

@@ -25,7 +25,7 @@ use crate::{
     random::Random,
 };
 
-/// What a subsystem answers.
+/// An answer of a subsystem.
 #[derive(Clone, Copy)]
 enum Does {
     /// An output with a text of this length.
@@ -34,7 +34,7 @@ enum Does {
     Hangs,
 }
 
-/// The fleet: what each does at its first call, its second and so on, the last one again and again. Each call takes 10 ms.
+/// The fleet: the answers of each subsystem, call by call; the last one repeats. Each call takes 10 ms.
 #[derive(Default)]
 struct Fleet {
     script: Mutex<BTreeMap<String, Vec<Does>>>,
@@ -63,7 +63,7 @@ impl Fleet {
         self.script.lock().unwrap().insert(name.to_owned(), script.to_vec());
     }
 
-    /// The calls since this was asked last, as "10 a": so many milliseconds after the first one that subsystem was called.
+    /// The calls since the last query, as "10 a": milliseconds after the first call, and the subsystem.
     fn calls(&self) -> Vec<String> {
         *self.began.lock().unwrap() = None;
         std::mem::take(&mut self.log.lock().unwrap().calls)
@@ -130,14 +130,14 @@ impl Observer for Nobody {
     fn ended(&self, _position: usize, _state: &SubsystemState, _attempts: u32, _elapsed: Duration) {}
 }
 
-/// An engine over some subsystems. Each of its cycles is over some of them.
+/// An engine over some subsystems.
 struct Stage {
     fleet: Arc<Fleet>,
     engine: Engine,
     plan: Arc<Plan>,
 }
 
-/// One that reads nothing: `name`; one that reads others: `name after other…` or `name reads other…`.
+/// A subsystem without inputs: `name`; with inputs: `name after other…` or `name reads other…`.
 fn spec(text: &str) -> SubsystemSpec {
     let words: Vec<_> = text.split(' ').map(str::to_owned).collect();
     let others = |relation: &str| match words.get(1) {
@@ -203,7 +203,7 @@ impl Stage {
         }
     }
 
-    /// Runs a cycle over these, and publishes nothing.
+    /// Runs a cycle over these subsystems, without publishing it.
     async fn run(&self, cycle_id: u64, subset: &str) -> Ran {
         self.run_until(cycle_id, subset, 10_000).await
     }
@@ -223,7 +223,7 @@ impl Stage {
         member.unwrap().standing.clone()
     }
 
-    /// After so many milliseconds.
+    /// After this number of milliseconds.
     async fn at<T>(&self, ms: u64, then: impl FnOnce(&Self) -> T) -> T {
         sleep(Duration::from_millis(ms)).await;
         then(self)
@@ -241,7 +241,7 @@ fn report<'a>(ran: &'a Ran, name: &str) -> &'a SubsystemReport {
 async fn runs_side_by_side_get_call_slots_in_turn_and_never_more_than_there_are() {
     let stage = Stage::new(2, &["a1", "a2", "a3", "a4", "b1", "b2", "b3", "b4"]);
     let (first, second) = join!(stage.run(1, "a1 a2 a3 a4"), stage.run(2, "b1 b2 b3 b4"));
-    // The first one came when both were free. The second one does not wait for it to end.
+    // The first run came when both slots were free. The second one does not wait for its end.
     assert_eq!(stage.fleet.calls(), ["0 a1", "0 a2", "10 a3", "10 b1", "20 a4", "20 b2", "30 b3", "30 b4"]);
     assert_eq!(stage.fleet.log.lock().unwrap().most_in_flight, 2);
     assert_eq!(report(&first, "a4").queued, Duration::from_millis(20));
@@ -254,7 +254,7 @@ async fn the_number_of_slots_changes_under_running_cycles() {
     let lowered = stage.at(5, |stage| stage.engine.slots.set_max(1));
     let raised = stage.at(25, |stage| stage.engine.slots.set_max(3));
     join!(stage.run(1, "a1 a2 a3 a4 a5"), stage.run(2, "b1 b2 b3"), lowered, raised);
-    // Calls that run go on; new ones begin when there are fewer than the new limit, and at once when it is raised.
+    // Running calls continue; new ones begin when there are fewer than the new limit, and at once when it is raised.
     assert_eq!(stage.fleet.calls(), ["0 a1", "0 a2", "0 a3", "10 a4", "20 b1", "25 a5", "25 b2", "30 b3"]);
 }
 
@@ -278,7 +278,7 @@ async fn a_run_that_waits_for_a_slot_ends_at_its_deadline_and_when_it_is_cancell
     assert!(matches!(report(&late, "late").state, SubsystemState::Skipped(SkipReason::CycleDeadline, _)));
     let (cancelled, took) = cancelled;
     assert_eq!((took, cancelled.finished.state), (Duration::from_millis(30), CycleState::Cancelled));
-    // The places of both in the line are gone with them.
+    // Neither leaves an entry in the line.
     assert_eq!(next.finished.state, CycleState::Succeeded);
     assert_eq!(stage.fleet.calls(), ["0 hangs", "100 next"]);
 }
@@ -300,7 +300,7 @@ async fn a_subsystem_that_is_not_called_takes_no_slot() {
     stage.fleet.does("broken", &[Does::Fails(Code::Internal)]);
     stage.run(1, "broken").await;
     stage.fleet.calls();
-    // It stands before the next one, and when nothing else is left.
+    // It is before the next one, and when nothing else is left.
     for (cycle_id, subset) in [(2, "broken next"), (3, "broken")] {
         let ran = stage.run(cycle_id, subset).await;
         assert!(matches!(report(&ran, "broken").state, SubsystemState::CircuitOpen(_)));
@@ -312,7 +312,7 @@ async fn a_subsystem_that_is_not_called_takes_no_slot() {
 // ---------------------------------------------------------------------------------------------------------------
 // Inputs
 
-/// A stage whose subsystems `large` and `small` have outputs, of which there is room for these as inputs in calls.
+/// A stage whose subsystems `large` and `small` have outputs, with memory for these outputs as inputs in calls.
 async fn stage_with_outputs(subsystems: &[&str], room: &[usize]) -> Stage {
     let mut stage = Stage::new(100, &[&["large", "small"], subsystems].concat());
     stage.fleet.does("large", &[Does::Answers(LARGE)]);
@@ -333,7 +333,7 @@ async fn room_for_inputs_is_given_first_in_first_out_over_all_runs() {
     let stage = stage_with_outputs(&others, &[LARGE, SMALL]).await;
     let runs = [(2, "a"), (3, "b"), (4, "c"), (5, "d")].map(|(cycle_id, subset)| stage.run(cycle_id, subset));
     join_all(runs).await;
-    // There would be room for the third one, but it came after the second one. The last one needs none.
+    // The third one would fit, but it came after the second one. The last one needs no memory.
     let expected = ["0 a large stale 1", "0 d", "10 b large stale 1", "10 c small stale 1"];
     assert_eq!(stage.fleet.calls(), expected);
 }
@@ -346,7 +346,7 @@ async fn a_run_that_waits_for_room_ends_at_its_deadline_and_others_have_their_tu
     let late = stage.run_until(3, "late", 50);
     let (_, late, _) = join!(stage.run_until(2, "hangs", 100), late, stage.run(4, "next"));
     let SubsystemState::Skipped(SkipReason::CycleDeadline, message) = &report(&late, "late").state else { panic!() };
-    let waited = format!("passed while it waited for room for its inputs of {} bytes", output(LARGE).len());
+    let waited = format!("passed while it waited for memory for its inputs of {} bytes", output(LARGE).len());
     assert!(message.ends_with(&waited), "{message}");
     assert_eq!(stage.fleet.calls(), ["0 hangs large stale 1", "50 next small stale 1"]);
 }
@@ -408,12 +408,12 @@ async fn an_output_takes_the_room_of_the_one_before_it_also_while_both_are_there
     stage.fleet.does("b", &[Does::Answers(20)]);
     let ran = stage.run(2, "a b").await;
     let SubsystemState::Failed(Code::ResourceExhausted, message) = &report(&ran, "b").state else { panic!() };
-    assert!(message.starts_with(&format!("no room for its output of {third} bytes")), "{message}");
+    assert!(message.starts_with(&format!("no memory for its output of {third} bytes")), "{message}");
     assert_eq!((stage.standing("a").latest().unwrap().payload.len(), stage.engine.outputs.held()), (first, second));
     stage.engine.publish(ran.parts);
     assert_eq!((stage.standing("a").latest().unwrap().payload.len(), stage.engine.outputs.held()), (second, second));
 
-    // What a smaller one leaves is free at once.
+    // The difference to a smaller output is free at once.
     stage.run_and_publish(3, "a b").await;
     assert_eq!(stage.engine.outputs.held(), output(0).len() + third);
 }

@@ -1,4 +1,4 @@
-//! The spans of a cycle: made as it runs, and only if somebody wants them.
+//! The spans of a cycle: made while it runs, and only if it is traced.
 
 use std::{
     ops::Range,
@@ -14,30 +14,31 @@ use crate::{
     random::Random,
 };
 
-/// The trace that a cycle belongs to.
+/// The trace of a cycle.
 #[derive(Debug)]
 pub enum Trace {
     /// None.
     None,
-    /// Nobody keeps its spans here. Subsystems are told of it all the same: they, too, keep none, or others do.
+    /// Its spans are not collected here. The context is still sent to subsystems, whose spans other systems may
+    /// collect.
     HandedOn(SpanContext),
     /// The spans of this cycle are collected.
     Collected(Collected),
 }
 
-/// The spans of a cycle. As many as it makes calls, and two.
+/// The spans of a cycle: one for each call, and two more.
 #[derive(Debug)]
 pub struct Collected {
     root: SpanContext,
     parent: Option<u64>,
-    /// Gives spans their ids.
+    /// Source of span ids.
     random: Random,
     calls: Mutex<Vec<Span>>,
 }
 
 impl Trace {
-    /// The trace of a cycle that `caller` asks for. Where there is a caller with a trace, it has decided whether that is
-    /// kept; otherwise `spans` does.
+    /// The trace of a cycle of `caller`. A caller with a trace has decided whether it is sampled; otherwise `spans`
+    /// decides.
     pub fn begin(caller: Option<&SpanContext>, spans: &dyn Spans, random: &Random) -> Self {
         let collected =
             |root, parent| Self::Collected(Collected { root, parent, random: random.clone(), calls: Mutex::default() });
@@ -53,7 +54,7 @@ impl Trace {
         }
     }
 
-    /// Which one it is.
+    /// Its context.
     pub fn id(&self) -> Option<TraceId> {
         match self {
             Self::None => None,
@@ -64,7 +65,7 @@ impl Trace {
 }
 
 impl Collected {
-    /// All spans of a cycle that had run at `ended`, and was then committed.
+    /// All spans of a cycle that ended at `ended`, and was then committed.
     pub fn finish(self, cycle: &FinishedCycle, ended: Instant, commit: Range<Instant>) -> Vec<Span> {
         let Self { root, parent, random, calls } = self;
         let mut spans = calls.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -95,19 +96,19 @@ impl Collected {
     }
 
     fn calls(&self) -> MutexGuard<'_, Vec<Span>> {
-        // A list is as good as before, whoever panicked.
+        // A list is still valid after a panic.
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Where the calls of one subsystem in one cycle get their spans.
+/// The source of spans for the calls of one subsystem in one cycle.
 #[derive(Clone, Copy)]
 pub(super) struct CallSpans<'a> {
     pub(super) cycle: &'a CycleRun,
     /// When the cycle began to run.
     pub(super) start: Instant,
     pub(super) subsystem: &'a Arc<Subsystem>,
-    /// When a call that has not ended is given up.
+    /// The deadline of the calls.
     pub(super) deadline: Instant,
 }
 
@@ -125,7 +126,7 @@ impl<'a> CallSpans<'a> {
     }
 }
 
-/// A call that has begun. Dropped before its end, it was given up.
+/// A call in progress. Dropping it before its end means that the call was abandoned.
 pub(super) struct CallSpan<'a> {
     context: Option<SpanContext>,
     open: Option<Open<'a>>,
@@ -140,7 +141,7 @@ struct Open<'a> {
 }
 
 impl CallSpan<'_> {
-    /// What the subsystem is told.
+    /// The context for the subsystem.
     pub(super) fn context(&self) -> Option<SpanContext> {
         self.context.clone()
     }
@@ -177,9 +178,9 @@ impl CallSpan<'_> {
 impl Drop for CallSpan<'_> {
     fn drop(&mut self) {
         if self.open.as_ref().is_some_and(|open| Instant::now() >= open.of.deadline) {
-            self.ended(Code::DeadlineExceeded, "given up: its deadline has passed");
+            self.ended(Code::DeadlineExceeded, "abandoned: its deadline has passed");
         } else {
-            self.ended(Code::Cancelled, "given up: the cycle was cancelled");
+            self.ended(Code::Cancelled, "abandoned: the cycle was cancelled");
         }
     }
 }

@@ -574,7 +574,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_sends_without_end_lets_others_have_their_turn() {
+    async fn an_endless_sender_lets_others_have_their_turn() {
         let mut connection = Connection::of(tokio::io::repeat(0)).await;
         let mut buf = vec![0; 8 << 10];
         let mut read = 0;

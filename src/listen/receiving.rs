@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn room_is_taken_for_what_comes_and_not_for_what_is_promised() {
+    async fn memory_is_reserved_for_received_bytes_not_for_announced_ones() {
         let room = Memory::whole(1 << 20);
         let mut begun = unfinished(ONE, &room, &[&prefix(40 << 10), &[0; 100]]);
         assert!(timeout(Duration::from_secs(1), begun.frame()).await.is_err());
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_no_message_is_the_clients_fault() {
+    async fn a_malformed_message_is_the_clients_error() {
         let room = Memory::whole(1 << 20);
         assert_eq!(next(&mut unfinished(ONE, &room, &[&[1, 0, 0, 0, 1, 0]])).await, Err(Code::Unimplemented));
         assert_eq!(next(&mut unfinished(ONE, &room, &[b"<html>"])).await, Err(Code::InvalidArgument));

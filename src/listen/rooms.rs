@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn without_room_the_oldest_of_who_holds_most_give_way() {
+    async fn when_memory_is_full_the_oldest_of_the_largest_holder_are_aborted() {
         let (memory, [first, second, other]) = rooms(4);
         let mut kept: Vec<_> = [&first, &second, &other].map(|room| keep(room).unwrap()).into();
         advance(PATIENCE / 2).await;
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_waits_for_room_gets_that_of_those_who_have_waited_too_long() {
+    async fn a_waiting_message_gets_the_memory_of_those_that_have_waited_too_long() {
         let (_, [first, ..]) = rooms(1);
         let (taking, _kept) = keep(&first).unwrap();
         let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! Cycles: what is asked for, and what became of it.
+//! Cycles: requests and results.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -14,7 +14,7 @@ macro_rules! counter {
         pub struct $name(pub u64);
 
         impl $name {
-            /// The next one.
+            /// The next number.
             #[must_use]
             pub fn next(self) -> Self {
                 Self(self.0 + 1)
@@ -30,21 +30,21 @@ macro_rules! counter {
 }
 
 counter! {
-    /// The number of a cycle: 1, 2, 3 …, gapless, never reused. 0 stands before the first.
+    /// The id of a cycle: 1, 2, 3 …, gapless, never reused. 0 means before the first.
     CycleId
 }
 counter! {
-    /// The term of one orchestrator process. 0 stands before the first.
+    /// The term of one orchestrator process. 0 means before the first.
     Epoch
 }
 counter! {
-    /// The position of a record in the history: 1, 2, 3 …. 0 stands before the first.
+    /// The position of a record in the history: 1, 2, 3 …. 0 means before the first.
     Revision
 }
 
 impl Epoch {
-    /// An epoch that is later than those of stores that are gone: subsystems may live on that know their epochs, and
-    /// their cycles, whose numbers begin anew. In milliseconds since 1970.
+    /// An epoch that is later than those of deleted stores: subsystems may have seen their epochs and cycles, whose ids
+    /// start again from 1. In milliseconds since 1970.
     #[must_use]
     pub fn by_clock(now: Timestamp) -> Self {
         Self(now.as_millisecond().unsigned_abs())
@@ -54,7 +54,7 @@ impl Epoch {
 /// What started a cycle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trigger {
-    /// Not known: it was interrupted before that was written down.
+    /// Not known: it was interrupted before its trigger was written.
     Unknown,
     /// A call of `RunCycle`.
     Manual,
@@ -63,7 +63,7 @@ pub enum Trigger {
 }
 
 impl Trigger {
-    /// The loop, if one did.
+    /// The loop, if one started it.
     #[must_use]
     pub fn loop_name(&self) -> Option<&Name> {
         match self {
@@ -83,37 +83,37 @@ impl Trigger {
     }
 }
 
-/// A cycle that somebody wants to be run.
+/// A request to run a cycle.
 #[derive(Clone, Debug)]
 pub struct CycleRequest {
     /// What started it.
     pub trigger: Trigger,
-    /// When it was due, or asked for.
+    /// When it was due, or requested.
     pub scheduled_at: Timestamp,
     /// Only these subsystems; `None` means all.
     pub subset: Option<Arc<[Name]>>,
-    /// Over those of the registrations.
+    /// Parameters, which take precedence over those of the registrations.
     pub parameters: Payload,
     /// Makes the request idempotent.
     pub request_id: Option<String>,
     /// What happens when a cycle with a subsystem in common runs or waits.
     pub overlap: OverlapPolicy,
-    /// How long the cycle may take; `None` means the configured deadline.
+    /// Deadline of the cycle; `None` means the configured one.
     pub deadline: Option<Duration>,
-    /// Keep all outputs in the record.
+    /// True if the record contains all outputs.
     pub record_outputs: bool,
-    /// The span of the caller that asks for it.
+    /// The span of the caller.
     pub trace: Option<SpanContext>,
 }
 
 impl CycleRequest {
-    /// The most bytes of a `request_id`.
+    /// Most bytes of a `request_id`.
     pub const MAX_REQUEST_ID: usize = 128;
-    /// The most names in a subset.
+    /// Most names in a subset.
     pub const MAX_SUBSET: usize = 20_000;
 
-    /// About the bytes that it takes in memory, with its places in line, of which each name has one; the names themselves are the
-    /// registry's.
+    /// Approximate bytes that it takes in memory, with one place in line for each name; the names themselves belong to
+    /// the registry.
     pub fn footprint(&self) -> usize {
         const PLACE: usize = size_of::<Name>() + size_of::<CycleId>();
         let names = self.subset.as_ref().map_or(0, |subset| subset.len() * PLACE);
@@ -139,7 +139,7 @@ pub enum CycleState {
 }
 
 impl CycleState {
-    /// All of them.
+    /// All states.
     pub const ALL: [Self; 5] = [Self::Succeeded, Self::Degraded, Self::Failed, Self::Cancelled, Self::Interrupted];
 
     /// Its name in settings and labels, such as `succeeded`.
@@ -170,11 +170,11 @@ impl CycleState {
 /// How a subsystem's part in a cycle ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SubsystemState {
-    /// It answered, and its output counts.
+    /// It answered, and its output was accepted.
     Succeeded,
-    /// It answered with an error, could not be reached, or broke the contract.
+    /// It answered with an error, could not be reached, or violated the contract.
     Failed(Code, String),
-    /// It had not answered when a deadline had passed. Says which one.
+    /// It did not answer before a deadline, which is given.
     TimedOut(String),
     /// It was not called.
     Skipped(SkipReason, String),
@@ -185,7 +185,7 @@ pub enum SubsystemState {
 }
 
 impl SubsystemState {
-    /// It counts against the cycle.
+    /// True if it counts as a failure of the cycle.
     #[must_use]
     pub fn is_failure(&self) -> bool {
         match self {
@@ -195,7 +195,7 @@ impl SubsystemState {
         }
     }
 
-    /// The status code that ended it, if it was called, or would have been, and did not succeed.
+    /// The status code of its failure, if it was called, or would have been, and did not succeed.
     #[must_use]
     pub fn code(&self) -> Option<Code> {
         match self {
@@ -207,7 +207,7 @@ impl SubsystemState {
         }
     }
 
-    /// What went wrong; empty when nothing did.
+    /// The message of its failure; empty if it did not fail.
     #[must_use]
     pub fn message(&self) -> &str {
         match self {
@@ -226,11 +226,11 @@ impl SubsystemState {
 pub enum SkipReason {
     /// It is suspended.
     Suspended,
-    /// One that it requires did not succeed.
+    /// A required subsystem did not succeed.
     RequirementFailed,
-    /// One that it requires is not registered.
+    /// A required subsystem is not registered.
     RequirementMissing,
-    /// One that it requires is suspended or not in the subset.
+    /// A required subsystem is suspended or not in the subset.
     RequirementLeftOut,
     /// The cycle's deadline had passed.
     CycleDeadline,
@@ -239,48 +239,48 @@ pub enum SkipReason {
 }
 
 impl SkipReason {
-    /// It counts against the cycle: somebody wanted it to run and it could not.
+    /// True if it counts as a failure of the cycle: it was to run and could not.
     #[must_use]
     pub fn is_failure(self) -> bool {
         !matches!(self, Self::Suspended | Self::RequirementLeftOut)
     }
 }
 
-/// What one subsystem did in one cycle.
+/// The result of one subsystem in one cycle.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SubsystemReport {
     /// Its name.
     pub name: Name,
     /// How its part ended.
     pub state: SubsystemState,
-    /// From the cycle's start to its first call; `None` when it was not called.
+    /// From the cycle's start to its first call; `None` if it was not called.
     pub started: Option<Duration>,
     /// From the cycle's start to the end of its part.
     pub ended: Duration,
     /// How long it waited for a free call slot.
     pub queued: Duration,
-    /// How often its `RunCycle` was called.
+    /// Number of calls of its `RunCycle`.
     pub attempts: u32,
-    /// What went wrong without failing.
+    /// Its issues, which did not fail it.
     pub issues: Vec<Issue>,
-    /// Its numbers.
+    /// Its metrics.
     pub metrics: BTreeMap<String, f64>,
-    /// Its output, if that is to be recorded.
+    /// Its output, if it is recorded.
     pub recorded_output: Option<Payload>,
 }
 
 impl SubsystemReport {
-    /// Bytes that issues, metrics and the output take in memory.
+    /// Bytes of issues, metrics and the output in memory.
     #[must_use]
     pub fn details(&self) -> usize {
-        /// What an entry takes beside its texts.
+        /// Bytes of an entry without its strings.
         const AROUND: usize = 96;
         let issues = self.issues.iter().map(|issue| issue.code.len() + issue.message.len() + AROUND).sum::<usize>();
         let metrics = self.metrics.keys().map(|name| name.len() + AROUND).sum::<usize>();
         issues + metrics + self.recorded_output.as_ref().map_or(0, Payload::len)
     }
 
-    /// The same without issues, metrics and output.
+    /// The same report without issues, metrics and output.
     #[must_use]
     pub fn without_details(&self) -> Self {
         let Self { name, state, started, ended, queued, attempts, issues: _, metrics: _, recorded_output: _ } = self;
@@ -297,7 +297,7 @@ impl SubsystemReport {
         }
     }
 
-    /// The report of one that was skipped as soon as the cycle started.
+    /// The report of a subsystem that was skipped at the start of the cycle.
     #[must_use]
     pub fn not_called(name: Name, reason: SkipReason, message: String) -> Self {
         Self {
@@ -314,28 +314,28 @@ impl SubsystemReport {
     }
 }
 
-/// The longest beginning of `text` that has at most `max` bytes.
+/// The longest prefix of `text` of at most `max` bytes.
 #[must_use]
 pub fn excerpt(text: &str, max: usize) -> &str {
     &text[..text.floor_char_boundary(max)]
 }
 
-/// What became of a cycle.
+/// The result of a cycle.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FinishedCycle {
-    /// Its number.
+    /// Its id.
     pub cycle_id: CycleId,
     /// The term of the process that ran it.
     pub epoch: Epoch,
     /// What started it.
     pub trigger: Trigger,
-    /// When it was due; `None` when that is not known.
+    /// When it was due; `None` if that is not known.
     pub scheduled_at: Option<Timestamp>,
     /// The id of the request.
     pub request_id: Option<String>,
-    /// The trace that it belongs to.
+    /// Its trace.
     pub trace_id: Option<TraceId>,
-    /// When it started; `None` when it never did, or that is not known.
+    /// When it started; `None` if it never did, or that is not known.
     pub started_at: Option<Timestamp>,
     /// When it ended, or was found.
     pub finished_at: Timestamp,
@@ -343,9 +343,9 @@ pub struct FinishedCycle {
     pub duration: Duration,
     /// How it ended.
     pub state: CycleState,
-    /// What failed, in one line.
+    /// A summary of the failures, in one line.
     pub error: String,
-    /// The chain that ended last, first to last.
+    /// The chain of subsystems that ended last, first to last.
     pub critical_path: Vec<Name>,
     /// One per subsystem, in the order of the plan.
     pub subsystems: Vec<Arc<SubsystemReport>>,

@@ -1,11 +1,11 @@
-//! How long things took, counted in buckets.
+//! Durations, counted in buckets.
 
 use std::time::Duration;
 
-/// Counts durations by how long they were. The buckets are the same everywhere, so that everything can be compared.
+/// A histogram of durations. The buckets are the same everywhere, so that histograms can be compared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Histogram {
-    /// Those up to each bound that are above the one before it, and at last those above all bounds.
+    /// Number of durations for each bound, above the previous one; the last entry is above all bounds.
     counts: [u64; Self::BOUNDS.len() + 1],
     sum: Duration,
 }
@@ -23,17 +23,17 @@ impl Histogram {
         self.sum = self.sum.saturating_add(duration);
     }
 
-    /// How many there were.
+    /// Number of durations.
     pub fn count(&self) -> u64 {
         self.counts.iter().sum()
     }
 
-    /// How long they were together.
+    /// Sum of the durations.
     pub fn sum(&self) -> Duration {
         self.sum
     }
 
-    /// Each bound, with how many were not longer.
+    /// Each bound, with the number of durations up to it.
     pub fn cumulative(&self) -> impl Iterator<Item = (f64, u64)> {
         let mut so_far = 0;
         Self::BOUNDS.into_iter().zip(self.counts).map(move |(bound, count)| {

@@ -1,5 +1,5 @@
-//! What the core talks about: subsystems, cycles and schedules, as validated types. Pure: no I/O, no wire format
-//! but that of the one payload, no tonic.
+//! The domain types: subsystems, cycles and schedules, validated. Pure: no I/O, no wire format except that of the
+//! payload, no tonic.
 
 mod code;
 mod cycle;

@@ -11,15 +11,15 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 pub struct Name(Arc<str>);
 
 impl Name {
-    /// The most characters that a name has.
+    /// Most characters of a name.
     pub const MAX_LEN: usize = 63;
 
-    /// Reads a name.
+    /// Parses a name.
     ///
     /// # Errors
     /// The name breaks the rule of this type.
     pub fn parse(name: &str) -> Result<Self, NameError> {
-        // What is longer is not read to its end.
+        // A longer text is not read to its end.
         let mut characters = name.chars().take(Self::MAX_LEN + 1);
         let starts_well = characters.next().is_some_and(|c| c.is_ascii_alphabetic());
         let goes_on_well = characters.all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.'));
@@ -30,25 +30,24 @@ impl Name {
         }
     }
 
-    /// The name as text.
+    /// The name as a string.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// What a name is.
+    /// The rule for names, for messages.
     pub(super) const RULE: &str = "a name is 1 to 63 characters, a letter, then letters, digits, '_', '-' or '.'";
 
-    /// Stands in for a name that was refused, until the pass that refused it ends.
+    /// Placeholder for a refused name, until the pass that refused it ends.
     pub(super) fn placeholder() -> Self {
         Self("".into())
     }
 }
 
-/// Which of the `known` names was probably meant by `name`, if one is near: by a slip of the hand, in another case, or its
-/// beginning.
+/// The name in `known` that was probably meant by `name`, if one is similar: a typing error, another case, or a prefix.
 pub fn nearest<'k>(name: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
-    /// What is shorter is the beginning of too many.
+    /// Shortest prefix: a shorter one matches too many names.
     const MIN_BEGINNING: usize = 3;
     let name = name.to_lowercase();
     let length = name.chars().count();
@@ -56,7 +55,7 @@ pub fn nearest<'k>(name: &str, known: impl IntoIterator<Item = &'k str>) -> Opti
         let known = known.to_lowercase();
         let far = 2 + known.len().min(name.len()) / 4;
         let is_beginning = name.len() >= MIN_BEGINNING && known.starts_with(&name);
-        // What is much longer is far off, and would take long to compare.
+        // A much longer text is not similar, and would take long to compare.
         if !is_beginning && length.abs_diff(known.chars().count()) >= far {
             return None;
         }
@@ -67,9 +66,9 @@ pub fn nearest<'k>(name: &str, known: impl IntoIterator<Item = &'k str>) -> Opti
     near.min_by_key(|(distance, _)| *distance).map(|(_, known)| known)
 }
 
-/// A text that is no [`Name`].
+/// A text that is not a [`Name`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no name: {rule}", rule = Name::RULE)]
+#[error("{0:?} is not a name: {rule}", rule = Name::RULE)]
 pub struct NameError(String);
 
 impl fmt::Display for Name {
@@ -108,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slip_in_a_name_is_recognised() {
+    fn a_misspelt_name_is_recognised() {
         let known = ["prices", "news", "DreamBetCore", "a"];
         let meant = |name| nearest(name, known);
         for (name, expected) in

@@ -1,7 +1,7 @@
-//! The one payload of the system: a `google.protobuf.Struct`, carried as the bytes that came.
+//! The payload type: a `google.protobuf.Struct`, carried as received bytes.
 //!
-//! The messages are those of `google/protobuf/struct.proto`. Reading them here, and not with a general decoder, lets the
-//! hot path check an output without building a tree of it.
+//! The messages are those of `google/protobuf/struct.proto`. Decoding them here, not with a general decoder, lets the
+//! hot path check an output without building a tree.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
@@ -14,29 +14,29 @@ use super::wire::{Field, Fields, Malformed, Wire, malformed};
 pub struct Payload(Bytes);
 
 impl Payload {
-    /// How deep messages may nest in a payload. Readers in C++, Java and Python stop at 100, and a payload is itself
+    /// Deepest nesting of messages in a payload. Decoders in C++, Java and Python stop at 100, and a payload is itself
     /// nested in a request. An object inside an object is three messages deeper.
     pub const MAX_DEPTH: usize = 90;
 
-    /// Takes bytes that someone sent, if they are a well-formed `Struct`.
+    /// Checks that received bytes are a well-formed `Struct`.
     ///
     /// # Errors
-    /// The bytes are not the encoding of a `Struct`, it nests deeper than [`Payload::MAX_DEPTH`], or it holds what JSON
-    /// can't carry: a number that is not finite, or a value that is none.
+    /// The bytes are not the encoding of a `Struct`, it nests deeper than [`Payload::MAX_DEPTH`], or it contains a
+    /// value that JSON can't represent: a number that is not finite, or a value without a kind.
     pub fn check(bytes: Bytes) -> Result<Self, Malformed> {
         check(&bytes, Message::Struct, 1)?;
         Ok(Self(bytes))
     }
 
-    /// The largest whole number, and without its sign the smallest one, that JSON and a `Struct` carry alike. Numbers of a
-    /// `Struct` are doubles: above 2^53 they leave some out, and an identifier would become another one. It is also where
-    /// I-JSON ends, less one: <https://www.rfc-editor.org/rfc/rfc7493#section-2.2>.
+    /// Largest absolute value of a whole number that JSON and a `Struct` both represent exactly. Numbers of a `Struct`
+    /// are doubles: above 2^53 some are missing, and an identifier would change. I-JSON has the same limit, less one:
+    /// <https://www.rfc-editor.org/rfc/rfc7493#section-2.2>.
     pub const MAX_WHOLE: u64 = 1 << 53;
 
-    /// The payload that says the same as a JSON object.
+    /// Converts a JSON object to a payload.
     ///
     /// # Errors
-    /// The object nests deeper than [`Payload::MAX_DEPTH`], or holds a whole number beyond [`Payload::MAX_WHOLE`].
+    /// The object nests deeper than [`Payload::MAX_DEPTH`], or contains a whole number beyond [`Payload::MAX_WHOLE`].
     pub fn from_json(object: &Map<String, Value>) -> Result<Self, Malformed> {
         if let Some(number) = object.values().find_map(beyond_whole) {
             return Err(Self::changes(number));
@@ -46,23 +46,24 @@ impl Payload {
         Self::check(bytes.freeze())
     }
 
-    /// That a whole number would become another one.
+    /// The problem of a whole number that would change.
     pub(crate) fn changes(number: impl std::fmt::Display) -> Malformed {
         Malformed(format!(
-            "holds the whole number {number}, which would change: numbers are doubles, exact up to {} (2^53); write it in \
+            "contains the whole number {number}, which would change: numbers are doubles, exact up to {} (2^53); \
+             write it in \
              quotes",
             Self::MAX_WHOLE
         ))
     }
 
-    /// The JSON object that says the same.
+    /// Converts the payload to a JSON object.
     #[must_use]
     pub fn to_json(&self) -> Map<String, Value> {
         read_struct(&self.0)
     }
 
-    /// The same in the one encoding that payloads which say the same share: each key once, in order, and nothing besides.
-    /// On the wire the entries of a map come in any order, which some languages change each time.
+    /// The canonical encoding, which is the same for equal payloads: each key once, in order, without unknown fields.
+    /// On the wire the entries of a map have any order, which changes each time in some languages.
     #[must_use]
     pub fn canonical(&self) -> Self {
         let mut bytes = BytesMut::new();
@@ -70,10 +71,10 @@ impl Payload {
         Self(bytes.freeze())
     }
 
-    /// This payload with the top-level keys of `over` put over its own.
+    /// This payload, with its top-level keys overridden by those of `over`.
     ///
-    /// Protobuf defines that of two map entries with one key the last one counts, and that concatenated messages
-    /// merge; so this is a concatenation.
+    /// In protobuf, the last of two map entries with the same key counts, and concatenated messages merge; so this is a
+    /// concatenation.
     #[must_use]
     pub fn overlaid(&self, over: &Self) -> Self {
         match (self.is_empty(), over.is_empty()) {
@@ -95,14 +96,14 @@ impl Payload {
         self.0.len()
     }
 
-    /// It has no fields.
+    /// True if it has no fields.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }
 
-/// As a JSON object, which is how the store has it.
+/// As a JSON object, as in the store.
 impl Serialize for Payload {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.to_json().serialize(serializer)
@@ -128,7 +129,7 @@ fn check(bytes: &[u8], message: Message, depth: usize) -> Result<(), Malformed> 
         return Err(Malformed(format!("nests more than {} messages deep", Payload::MAX_DEPTH)));
     }
     let mut fields = Fields(bytes);
-    // A value without a kind is an error by the definition of `Value`, and readers of JSON stop at it.
+    // A value without a kind is an error by the definition of `Value`, and JSON converters fail on it.
     let mut lacks_a_kind = matches!(message, Message::Entry | Message::Value);
     while let Some(field) = fields.next()? {
         match (message, &field) {
@@ -143,7 +144,7 @@ fn check(bytes: &[u8], message: Message, depth: usize) -> Result<(), Malformed> 
             }
             (Message::Entry, Field { number: 1, wire: Wire::Bytes(text) })
             | (Message::Value, Field { number: 3, wire: Wire::Bytes(text) }) => {
-                std::str::from_utf8(text).map_err(|_| malformed("holds a text that is not UTF-8"))?;
+                std::str::from_utf8(text).map_err(|_| malformed("contains a string that is not UTF-8"))?;
             }
             (Message::Entry, Field { number: 2, wire: Wire::Bytes(value) })
             | (Message::List, Field { number: 1, wire: Wire::Bytes(value) }) => {
@@ -156,7 +157,7 @@ fn check(bytes: &[u8], message: Message, depth: usize) -> Result<(), Malformed> 
                 check(list, Message::List, depth + 1)?;
             }
             (Message::Value, Field { number: 2, wire: Wire::Fixed64(bits) }) if !f64::from_bits(bits).is_finite() => {
-                return Err(malformed("holds a number that is not finite, which JSON can't carry"));
+                return Err(malformed("contains a number that is not finite, which JSON can't represent"));
             }
             (Message::Value, Field { number: 1 | 4, wire: Wire::Varint(_) })
             | (Message::Value, Field { number: 2, wire: Wire::Fixed64(_) }) => {}
@@ -169,12 +170,12 @@ fn check(bytes: &[u8], message: Message, depth: usize) -> Result<(), Malformed> 
         }
     }
     if lacks_a_kind {
-        return Err(malformed("holds a value that is none: not even null"));
+        return Err(malformed("contains a value without a kind"));
     }
     Ok(())
 }
 
-// The readers below see only checked bytes: what can't be read has been refused before, and ends the reading.
+// The decoders below see only checked bytes: malformed bytes were refused before, and would end the decoding.
 
 fn read_struct(bytes: &[u8]) -> Map<String, Value> {
     let mut object = Map::new();
@@ -220,18 +221,18 @@ fn text_of(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Whole numbers in the range where `f64` is exact are shown without a fraction, as JSON writers elsewhere do.
+/// Whole numbers in the range where `f64` is exact are shown without a fraction, as in other JSON encoders.
 fn number(value: f64) -> Value {
     const EXACT: f64 = 9_007_199_254_740_992.0;
     let is_negative_zero = value == 0.0 && value.is_sign_negative();
     if value.fract() == 0.0 && value.abs() <= EXACT && !is_negative_zero {
-        #[allow(clippy::cast_possible_truncation, reason = "whole and in range, as was just seen")]
+        #[allow(clippy::cast_possible_truncation, reason = "whole and in range, as checked above")]
         return Value::Number((value as i64).into());
     }
     Number::from_f64(value).map_or(Value::Null, Value::Number)
 }
 
-/// The first whole number that a double can't be trusted to carry.
+/// The first whole number that a double does not represent exactly.
 fn beyond_whole(value: &Value) -> Option<&Number> {
     match value {
         Value::Number(number) => {
@@ -281,7 +282,7 @@ fn put_bytes(out: &mut BytesMut, number: u8, bytes: &[u8]) {
     out.put_u8(number << 3 | 2);
     let mut len = bytes.len();
     while len >= 0x80 {
-        #[allow(clippy::cast_possible_truncation, reason = "the low seven bits are what is meant")]
+        #[allow(clippy::cast_possible_truncation, reason = "the low seven bits are intended")]
         out.put_u8(len as u8 | 0x80);
         len >>= 7;
     }
@@ -353,14 +354,14 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_number_that_would_become_another_one_is_refused() {
+    fn a_whole_number_that_would_change_is_refused() {
         let holding = |number: Value| Payload::from_json(&object(json!({"deep": [{"number": number}]})));
         for whole in [json!(1_u64 << 53), json!(-(1_i64 << 53)), json!(1e300), json!(0.1)] {
             assert!(holding(whole.clone()).is_ok(), "{whole}");
         }
         for whole in [json!((1_u64 << 53) + 1), json!(-(1_i64 << 53) - 1), json!(u64::MAX), json!(i64::MIN)] {
             let refused = holding(whole.clone()).unwrap_err().to_string();
-            assert!(refused.contains(&format!("holds the whole number {whole}, which would change")), "{refused}");
+            assert!(refused.contains(&format!("contains the whole number {whole}, which would change")), "{refused}");
         }
     }
 
@@ -372,7 +373,7 @@ mod tests {
     }
 
     proptest! {
-        /// What prost can't read is refused here, and what is accepted here prost reads the same.
+        /// Bytes that prost can't decode are refused, and accepted bytes are decoded by prost to the same value.
         #[test]
         fn agrees_with_prost(bytes in proptest::collection::vec(0_u8..48, 0..24)) {
             let bytes = Bytes::from(bytes);

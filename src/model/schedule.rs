@@ -1,4 +1,4 @@
-//! Schedules: interval loops, their ticks, and the account of them.
+//! Schedules: interval loops, their ticks, and tick counts.
 
 use std::{ops::RangeInclusive, sync::Arc, time::Duration};
 
@@ -10,32 +10,32 @@ use super::{CycleId, CycleRequest, Name, Payload, Subsystem, Violations};
 const MS: Duration = Duration::from_millis(1);
 const YEAR: Duration = Duration::from_hours(24 * 366);
 
-/// What happens to a cycle that is triggered while another one runs. The words are Temporal's
+/// What happens to a cycle that is triggered while another one runs. The terms are those of Temporal
 /// (<https://docs.temporal.io/schedule#overlap-policy>).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OverlapPolicy {
     /// It does not run.
     Skip,
-    /// It waits, unless one with a subsystem in common and the same trigger waits already.
+    /// It waits, unless a cycle with a subsystem in common and the same trigger already waits.
     BufferOne,
-    /// It waits in line, up to a bound.
+    /// It waits in line, up to a limit.
     BufferAll,
-    /// Running ones with a subsystem in common are cancelled, and this one runs after those that wait already.
+    /// Running cycles with a subsystem in common are cancelled, and this one runs after those that already wait.
     CancelOther,
 }
 
-/// What a loop does about ticks that fell due while the process was down.
+/// What a loop does about ticks that were due while the process was down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CatchUp {
-    /// They are missed.
+    /// All of them are missed.
     None,
-    /// The latest inside the window runs, the others in it are coalesced into that one.
+    /// The latest tick inside the window runs, the others in it are coalesced into that one.
     One,
 }
 
-/// An interval loop as somebody wrote it. Fields that are not set take the defaults that [`IntervalLoop`] documents.
+/// An interval loop before validation. Fields that are not set take the defaults that [`IntervalLoop`] documents.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[allow(missing_docs, reason = "each field is that of `IntervalLoop`, before validation")]
@@ -71,21 +71,21 @@ pub struct IntervalLoop {
     pub interval: Duration,
     /// Shifts the ticks. Below `interval`, default 0.
     pub offset: Duration,
-    /// Each cycle starts up to this much after its tick. Below `interval`, default 0.
+    /// Largest random delay of each cycle after its tick. Below `interval`, default 0.
     pub jitter: Duration,
     /// What happens when a tick is due while a cycle with a subsystem in common runs or waits. Default: skip.
     pub overlap: OverlapPolicy,
     /// What happens to ticks that were due while the process was down. Default: none.
     pub catch_up: CatchUp,
-    /// How far back catching up reaches. Up to 366 days, default 60 s.
+    /// Largest age of ticks that are caught up. Up to 366 days, default 60 s.
     pub catch_up_window: Duration,
     /// Only these subsystems, at most [`CycleRequest::MAX_SUBSET`]; `None` means all.
     pub subset: Option<Arc<[Name]>>,
-    /// Over those of the registrations, [canonical](Payload::canonical).
+    /// Parameters, which take precedence over those of the registrations, [canonical](Payload::canonical).
     pub parameters: Payload,
     /// Deadline of its cycles; `None` means the configured one. 1 ms to 24 h.
     pub deadline: Option<Duration>,
-    /// Keep all outputs in the record of its cycles.
+    /// True if the records of its cycles contain all outputs.
     pub record_outputs: bool,
 }
 
@@ -96,13 +96,13 @@ impl IntervalLoop {
     pub const SHIFTS: RangeInclusive<Duration> = Duration::ZERO..=YEAR;
     /// What the deadline of its cycles may be.
     pub const DEADLINES: RangeInclusive<Duration> = MS..=Duration::from_hours(24);
-    /// What is wrong with a loop that has no interval.
+    /// The problem of a loop without an interval.
     pub const NO_INTERVAL: &str = "is missing; give the time between ticks, such as 5s";
 
     /// Validates a loop.
     ///
     /// # Errors
-    /// Every field that breaks its rule, in one go.
+    /// All invalid fields together.
     pub fn from_spec(spec: &LoopSpec) -> Result<Self, Violations> {
         let mut bad = Violations::default();
         if spec.interval.is_none() {
@@ -110,7 +110,7 @@ impl IntervalLoop {
         }
         let interval = bad.duration("interval", spec.interval, YEAR, Self::INTERVALS);
         if spec.subsystems.len() > CycleRequest::MAX_SUBSET {
-            bad.add("subsystems", format!("are {}; allowed are {}", spec.subsystems.len(), CycleRequest::MAX_SUBSET));
+            bad.add("subsystems", format!("are {}; the limit is {}", spec.subsystems.len(), CycleRequest::MAX_SUBSET));
         }
         let subset = bad.names("subsystems", &spec.subsystems);
         let deadline = spec.deadline.map(|deadline| bad.duration("deadline", Some(deadline), MS, Self::DEADLINES));
@@ -135,10 +135,10 @@ impl IntervalLoop {
         bad.into_result(this)
     }
 
-    /// Bytes that the loop takes in memory at most.
+    /// Most bytes of the loop in memory.
     #[must_use]
     pub fn footprint(&self) -> usize {
-        /// What a loop takes beside what is counted, its account included, and a name in its list beside its text.
+        /// Fixed cost of a loop, including its tick counts, and of a name in its list.
         const ALONE: usize = 2 << 10;
         const NAMED: usize = 48;
         let names = self.subset.iter().flat_map(|names| names.iter());
@@ -164,7 +164,7 @@ impl IntervalLoop {
         }
     }
 
-    /// When the `n`-th tick is due; `None` beyond the calendar.
+    /// When the `n`-th tick is due; `None` if it is out of range.
     #[must_use]
     pub fn due_at(&self, n: u64) -> Option<Timestamp> {
         let since_1970 = self.interval.as_nanos().checked_mul(n.into())? + self.offset.as_nanos();
@@ -180,20 +180,20 @@ impl IntervalLoop {
     }
 }
 
-/// A loop that a caller wants to be started.
+/// A request to start a loop.
 #[derive(Clone, Debug)]
 pub enum LoopStart {
-    /// The one that is declared under this name, as it is declared.
+    /// The declared loop with this name.
     AsDeclared(Name),
     /// This one.
     Of(IntervalLoop),
 }
 
 impl LoopStart {
-    /// Validates what a caller gave. Its name alone stands for what is declared under it.
+    /// Validates a request. A name without other fields means the declared loop.
     ///
     /// # Errors
-    /// Every field that breaks its rule, in one go.
+    /// All invalid fields together.
     pub fn from_spec(spec: &LoopSpec) -> Result<Self, Violations> {
         let mut bad = Violations::default();
         if *spec != (LoopSpec { name: spec.name.clone(), ..LoopSpec::default() }) {
@@ -212,15 +212,15 @@ pub enum TickDisposition {
     Ran,
     /// A cycle with a subsystem in common was running or waiting.
     Skipped,
-    /// The process was down, or came too late.
+    /// The process was down, or started too late.
     Missed,
-    /// Folded into another tick's cycle.
+    /// Merged into the cycle of another tick.
     Coalesced,
     /// Refused.
     Dropped,
 }
 
-/// The account of a loop's ticks.
+/// Number of a loop's ticks by disposition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "each field counts the disposition of its name")]
@@ -240,7 +240,7 @@ impl TickCounts {
     }
 }
 
-/// Consecutive ticks that ended alike.
+/// Consecutive ticks with the same disposition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TickRange {
@@ -248,21 +248,21 @@ pub struct TickRange {
     pub first: Timestamp,
     /// Due time of the last.
     pub last: Timestamp,
-    /// How many.
+    /// Number of ticks.
     pub count: u64,
-    /// How they ended.
+    /// Their disposition.
     pub disposition: TickDisposition,
 }
 
-/// Where a loop stands. Durable.
+/// The state of a loop. Durable.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoopState {
-    /// It has no ticks.
+    /// True while it has no ticks.
     pub stopped: bool,
     /// Every tick that is due up to this time has its disposition. `None` before the loop first started.
     pub accounted_to: Option<Timestamp>,
-    /// The account.
+    /// The tick counts.
     pub ticks: TickCounts,
     /// The latest ticks that did not run, oldest first; at most [`LoopState::MAX_RANGES`].
     pub not_run: Vec<TickRange>,
@@ -271,11 +271,10 @@ pub struct LoopState {
 }
 
 impl LoopState {
-    /// How many ranges of ticks that did not run are kept: enough to see a pattern, small enough to be written with
-    /// every cycle.
+    /// Most ranges of ticks that did not run: enough to see a pattern, few enough to be written with every cycle.
     pub const MAX_RANGES: usize = 16;
 
-    /// Gives `count` consecutive ticks, due from `first` to `last`, their disposition.
+    /// Records the disposition of `count` consecutive ticks, due from `first` to `last`.
     pub fn account(&mut self, first: Timestamp, last: Timestamp, count: u64, disposition: TickDisposition) {
         if count == 0 {
             return;

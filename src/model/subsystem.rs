@@ -1,4 +1,4 @@
-//! Subsystems: what a registration says, validated, and what one of them receives and returns.
+//! Subsystems: validated registrations, and the inputs and answers of subsystems.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -16,8 +16,8 @@ const MS: Duration = Duration::from_millis(1);
 const HOUR: Duration = Duration::from_hours(1);
 const DAY: Duration = Duration::from_hours(24);
 
-/// A registration as somebody wrote it: in the configuration file, in a request, or in the store. Fields that are not
-/// set take the defaults that [`Subsystem`] documents.
+/// A registration before validation: from the configuration file, a request, or the store. Fields that are not set take
+/// the defaults that [`Subsystem`] documents.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[allow(missing_docs, reason = "each field is that of `Subsystem`, before validation")]
@@ -43,7 +43,7 @@ pub struct SubsystemSpec {
     pub record_output: bool,
 }
 
-/// A [`RetryPolicy`] as somebody wrote it.
+/// A [`RetryPolicy`] before validation.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[allow(missing_docs, reason = "each field is that of `RetryPolicy`, before validation")]
@@ -60,7 +60,7 @@ pub struct RetrySpec {
     pub retryable_status_codes: Vec<String>,
 }
 
-/// A [`BreakerPolicy`] as somebody wrote it.
+/// A [`BreakerPolicy`] before validation.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[allow(missing_docs, reason = "each field is that of `BreakerPolicy`, before validation")]
@@ -72,7 +72,7 @@ pub struct BreakerSpec {
     pub disabled: bool,
 }
 
-/// [`Limits`] as somebody wrote them.
+/// [`Limits`] before validation.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[allow(missing_docs, reason = "each field is that of `Limits`, before validation")]
@@ -87,53 +87,53 @@ pub struct LimitsSpec {
     pub max_issues: Option<u32>,
 }
 
-/// A registration: what a subsystem is and how it is run.
+/// A registration: the identity, order and policies of a subsystem.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Subsystem {
     /// Unique name.
     pub name: Name,
     /// Where it is dialed.
     pub endpoint: Endpoint,
-    /// Everything in a lower phase ends before anything in a higher one starts. ±1,000,000, default 0.
+    /// Every subsystem in a lower phase ends before any in a higher phase starts. ±1,000,000, default 0.
     pub phase: i32,
-    /// Runs after these, not when one of them fails or is missing, with their fresh output.
+    /// Runs after these, unless one of them fails or is missing, with their fresh output.
     pub requires: Vec<Name>,
-    /// Runs after these, whatever becomes of them.
+    /// Runs after these, even if they fail.
     pub after: Vec<Name>,
-    /// No order; gets their latest output.
+    /// Gets their latest output, without an order.
     pub reads: Vec<Name>,
     /// Deadline of its part in a cycle, initialization and all attempts together. 1 ms to 24 h, default 10 s.
     pub timeout: Duration,
     /// How its calls are retried.
     pub retry: RetryPolicy,
-    /// When its calls are held back; `None` means never.
+    /// The circuit breaker; `None` means that it is disabled.
     pub breaker: Option<BreakerPolicy>,
-    /// A cycle in which it fails is FAILED.
+    /// True if a cycle in which it fails is FAILED.
     pub critical: bool,
-    /// Handed to it in every call, [canonical](Payload::canonical). At most [`Subsystem::MAX_PARAMETERS`] bytes.
+    /// Sent to it in every call, [canonical](Payload::canonical). At most [`Subsystem::MAX_PARAMETERS`] bytes.
     pub parameters: Payload,
-    /// What it may send.
+    /// Limits on its answers.
     pub limits: Limits,
-    /// Keep its output in the record of every cycle.
+    /// True if the record of every cycle contains its output.
     pub record_output: bool,
 }
 
 impl Subsystem {
-    /// The most bytes of parameters.
+    /// Most bytes of parameters.
     pub const MAX_PARAMETERS: usize = 64 << 10;
-    /// What a phase can be.
+    /// The range of phases.
     pub const PHASES: RangeInclusive<i32> = -1_000_000..=1_000_000;
     /// What its timeout may be.
     pub const TIMEOUTS: RangeInclusive<Duration> = MS..=DAY;
-    /// The most names in `requires`, `after` and `reads` together: each is an input of every call.
+    /// Most names in `requires`, `after` and `reads` together: each is an input of every call.
     pub const MAX_INPUTS: usize = 1024;
-    /// The most bytes of inputs in one call. More than any reader takes by default (4 MiB), and a bound all the same.
+    /// Most bytes of inputs in one call. More than gRPC servers accept by default (4 MiB).
     pub const MAX_INPUT_BYTES: usize = 64 << 20;
 
     /// Validates a registration.
     ///
     /// # Errors
-    /// Every field that breaks its rule, in one go.
+    /// All invalid fields together.
     pub fn from_spec(spec: &SubsystemSpec) -> Result<Self, Violations> {
         let mut bad = Violations::default();
         let name = bad.name("name", &spec.name);
@@ -146,11 +146,11 @@ impl Subsystem {
         let reads = bad.names("reads", &spec.reads);
         let inputs = requires.len() + after.len() + reads.len();
         if inputs > Self::MAX_INPUTS {
-            bad.add("reads", format!("makes {inputs} inputs; allowed are {}", Self::MAX_INPUTS));
+            bad.add("reads", format!("makes {inputs} inputs; the limit is {}", Self::MAX_INPUTS));
         }
         for (field, names) in [("requires", &spec.requires), ("after", &spec.after)] {
             if names.contains(&spec.name) {
-                bad.add(field, format!("names {name} itself: it can't run after itself"));
+                bad.add(field, format!("contains {name} itself: it can't run after itself"));
             }
         }
         let subsystem = Self {
@@ -208,10 +208,10 @@ impl Subsystem {
         }
     }
 
-    /// Bytes that the registration takes in memory at most, with its places in the order and in plans.
+    /// Most bytes of the registration in memory, with its entries in the order and in plans.
     #[must_use]
     pub fn footprint(&self) -> usize {
-        /// What a subsystem takes beside what is counted, and a name in a list beside its text.
+        /// Fixed cost of a subsystem, and of a name in a list.
         const ALONE: usize = 1 << 10;
         const NAMED: usize = 128;
         let named = [&self.requires, &self.after, &self.reads].into_iter().flatten();
@@ -226,7 +226,7 @@ impl Subsystem {
     }
 }
 
-/// For durations that were validated, and so are far from the bounds of the signed type.
+/// For validated durations, which are far from the limits of the signed type.
 fn signed(duration: Duration) -> Option<SignedDuration> {
     SignedDuration::try_from(duration).ok()
 }
@@ -234,27 +234,27 @@ fn signed(duration: Duration) -> Option<SignedDuration> {
 /// Where a subsystem is dialed. Subsystems with equal endpoints share one connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Endpoint {
-    /// `http://host:port`: HTTP/2 without TLS. Holds the whole URI.
+    /// `http://host:port`: HTTP/2 without TLS. Contains the whole URI.
     Http(String),
-    /// `https://host:port`: with TLS. Holds the whole URI.
+    /// `https://host:port`: with TLS. Contains the whole URI.
     Https(String),
-    /// `unix:/path`: a Unix domain socket. Holds the path.
+    /// `unix:/path`: a Unix domain socket. Contains the path.
     Unix(String),
 }
 
 impl Endpoint {
     const MAX_LEN: usize = 1024;
 
-    /// Reads one of these forms.
+    /// Parses one of these forms.
     ///
     /// # Errors
-    /// What is wrong with it, and what to give instead.
+    /// The problem, and valid values.
     pub fn parse(text: &str) -> Result<Self, String> {
         if text.is_empty() {
             return Err("is missing; give http://host:port, https://host:port or unix:/path".into());
         }
         if text.len() > Self::MAX_LEN {
-            return Err(format!("is {} bytes long; allowed are {}", text.len(), Self::MAX_LEN));
+            return Err(format!("is {} bytes long; the limit is {} bytes", text.len(), Self::MAX_LEN));
         }
         let wrong = || format!("is {text:?}; give http://host:port, https://host:port or unix:/path");
         if let Some(path) = text.strip_prefix("unix:") {
@@ -264,7 +264,8 @@ impl Endpoint {
                 Ok(Self::Unix(path.to_owned()))
             } else {
                 Err(format!(
-                    "is {text:?}; the path of a unix: endpoint is absolute, shorter than 108 bytes and without control characters"
+                    "is {text:?}; the path of a unix: endpoint is absolute, shorter than 108 bytes and without \
+                     control characters"
                 ))
             };
         }
@@ -275,7 +276,7 @@ impl Endpoint {
         };
         let authority = authority.strip_suffix('/').unwrap_or(authority);
         let (host, port) = authority.rsplit_once(':').ok_or_else(wrong)?;
-        // As it is written back: no sign, no leading zeros.
+        // In canonical form: no sign, no leading zeros.
         let port_is_good = port.parse::<u16>().is_ok_and(|number| number != 0 && number.to_string() == port);
         let host_is_good = match host.strip_prefix('[').map(|rest| rest.strip_suffix(']')) {
             Some(address) => address.is_some_and(|a| a.parse::<std::net::Ipv6Addr>().is_ok()),
@@ -304,7 +305,7 @@ impl fmt::Display for Endpoint {
 /// (<https://github.com/grpc/proposal/blob/master/A6-client-retries.md>).
 #[derive(Clone, Debug, PartialEq)]
 pub struct RetryPolicy {
-    /// Calls at most, the first one included. 1 to 10, default 3.
+    /// Most calls, including the first one. 1 to 10, default 3.
     pub max_attempts: u32,
     /// 1 ms to 1 h, default 100 ms.
     pub initial_backoff: Duration,
@@ -361,12 +362,12 @@ impl RetryPolicy {
     }
 }
 
-/// When calls of a subsystem that keeps failing are held back.
+/// When the circuit breaker holds back calls of a failing subsystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BreakerPolicy {
-    /// So many cycles in a row in which it fails or is late open the breaker. 1 to 1,000, default 5.
+    /// Number of consecutive failed or timed out cycles that opens the breaker. 1 to 1,000, default 5.
     pub failure_threshold: u32,
-    /// How long it stays open before one probe call. 1 ms to 24 h, default 30 s.
+    /// How long the breaker stays open before one probe call. 1 ms to 24 h, default 30 s.
     pub open_for: Duration,
 }
 
@@ -395,23 +396,23 @@ impl BreakerPolicy {
     }
 }
 
-/// What a subsystem may send in one answer.
+/// Limits on one answer of a subsystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of the whole message. Up to 64 MiB, default 4 MiB.
+    /// Most bytes of the whole message. Up to 64 MiB, default 4 MiB.
     pub max_message_bytes: u32,
-    /// Bytes of the output. Up to 64 MiB, default 1 MiB.
+    /// Most bytes of the output. Up to 64 MiB, default 1 MiB.
     pub max_output_bytes: u32,
-    /// Number of metrics. Up to 4,096, default 64.
+    /// Most metrics. Up to 4,096, default 64.
     pub max_metrics: u32,
-    /// Number of issues. Up to 1,024, default 32.
+    /// Most issues. Up to 1,024, default 32.
     pub max_issues: u32,
 }
 
 impl Limits {
-    /// The most bytes of an issue's code and of a metric's name.
+    /// Most bytes of an issue's code and of a metric's name.
     pub const MAX_WORD: usize = 128;
-    /// The most bytes of an issue's message.
+    /// Most bytes of an issue's message.
     pub const MAX_ISSUE_MESSAGE: usize = 4 << 10;
 
     fn from_spec(spec: &LimitsSpec, bad: &mut Violations) -> Self {
@@ -427,7 +428,7 @@ impl Limits {
     /// Checks an answer against these limits.
     ///
     /// # Errors
-    /// The first thing that goes over, in words.
+    /// The first limit that is exceeded, for people.
     pub fn check(&self, answer: &Answer) -> Result<(), Malformed> {
         let over = |what: &str, found: usize, allowed: usize| {
             if found > allowed { Err(Malformed(format!("{what}: {found}, allowed are {allowed}"))) } else { Ok(()) }
@@ -449,12 +450,12 @@ impl Limits {
     }
 }
 
-/// How current an input is.
+/// Whether an input is current.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Freshness {
     /// Made in this cycle.
     Fresh,
-    /// Made by another cycle.
+    /// Made in another cycle.
     Stale,
 }
 
@@ -463,7 +464,7 @@ pub enum Freshness {
 pub struct Output {
     /// The cycle that made it.
     pub cycle_id: CycleId,
-    /// What was returned.
+    /// The output.
     pub payload: Payload,
 }
 
@@ -472,25 +473,25 @@ pub struct Output {
 pub struct Input {
     /// The subsystem that makes it.
     pub name: Name,
-    /// Its latest output and how current that is; `None` is ABSENT.
+    /// Its latest output and freshness; `None` means ABSENT.
     pub output: Option<(Output, Freshness)>,
 }
 
-/// What a subsystem returned for a cycle.
+/// The answer of a subsystem in a cycle.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Answer {
-    /// What the others may read.
+    /// The output for other subsystems.
     pub output: Payload,
-    /// Numbers worth following.
+    /// Numbers to follow over time.
     pub metrics: BTreeMap<String, f64>,
-    /// What went wrong without failing.
+    /// Its issues, which did not fail it.
     pub issues: Vec<Issue>,
 }
 
-/// Something that went wrong, or is worth knowing, without failing a call.
+/// A problem or information that does not fail a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Issue {
-    /// How bad it is.
+    /// Its severity.
     pub severity: Severity,
     /// A short constant.
     pub code: String,
@@ -498,7 +499,7 @@ pub struct Issue {
     pub message: String,
 }
 
-/// How bad an [`Issue`] is.
+/// The severity of an [`Issue`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the words say it; the contract defines them")]
 pub enum Severity {

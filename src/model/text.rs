@@ -1,13 +1,14 @@
-//! Text from elsewhere, as it may be shown: what a terminal, or the page that a log is read on, takes for nothing but
-//! text. This is the one place that knows which characters are more than that.
+//! Makes text from outside safe to show on a terminal or in a log. Only this module knows which characters are not
+//! plain text.
 
 use std::borrow::Cow;
 
-/// The character commands a terminal, changes the direction of what follows, or can't be seen. Those that only choose how
-/// the one before them looks (variation selectors) are spared.
+/// True if the character controls a terminal, changes the text direction, or is invisible. Variation selectors are
+/// allowed.
 ///
-/// These are Unicode's control characters (general category Cc) and `Default_Ignorable_Code_Point` with the separators of
-/// lines and paragraphs and the interlinear annotations: <https://www.unicode.org/reports/tr44/#Default_Ignorable_Code_Point>.
+/// These are Unicode's control characters (general category Cc) and `Default_Ignorable_Code_Point` with the separators
+/// of lines and paragraphs and the interlinear annotations:
+/// <https://www.unicode.org/reports/tr44/#Default_Ignorable_Code_Point>.
 #[must_use]
 pub fn is_unprintable(c: char) -> bool {
     c.is_control()
@@ -18,13 +19,14 @@ pub fn is_unprintable(c: char) -> bool {
             | '\u{e0000}'..='\u{e0fff}')
 }
 
-/// Text on one line, for people: unprintable characters are left out, line ends and tabs become blanks.
+/// Text on one line, for people: unprintable characters are left out, line ends and tabs become spaces.
 #[must_use]
 pub fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_whitespace() { ' ' } else { c }).filter(|c| !is_unprintable(*c)).collect()
 }
 
-/// JSON in which unprintable characters are escaped. All of them have to stand in strings: JSON on one line.
+/// JSON in which unprintable characters are escaped. All of them must be inside strings, so the JSON must be on one
+/// line.
 #[must_use]
 pub fn escape_json(json: &str) -> Cow<'_, str> {
     escape(json, is_unprintable, |c, text| {
@@ -58,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_sent_can_not_command_a_terminal() {
+    fn received_text_can_not_command_a_terminal() {
         assert_eq!(clean("a\x1b[31mb\r\nc\u{9b}2Jd\u{202e}e\u{7f}\té"), "a[31mb  c2Jde é");
         assert_eq!(clean("s\u{61c}a\u{ad}f\u{3164}e\u{e0041}"), "safe");
         assert_eq!(escape_json("{\"a\":\"\u{9b}\u{202e}\u{e0041}é\"}"), r#"{"a":"\u009b\u202e\udb40\udc41é"}"#);

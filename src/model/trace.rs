@@ -1,4 +1,4 @@
-//! Traces: what joins the spans of a cycle, of who started it and of the subsystems into one.
+//! Traces, which join the spans of a cycle with those of its caller and of the subsystems.
 //!
 //! By <https://www.w3.org/TR/trace-context/>.
 
@@ -8,7 +8,7 @@ use jiff::Timestamp;
 
 use super::{Code, CycleId, CycleState, Epoch, Subsystem, Trigger};
 
-/// The number of a trace. Not zero. Written as everywhere: 32 hex digits.
+/// The id of a trace. Not zero. Displayed as 32 hex digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TraceId(pub u128);
 
@@ -18,21 +18,21 @@ impl fmt::Display for TraceId {
     }
 }
 
-/// One span, as its neighbours refer to it. Displayed as the header `traceparent`.
+/// A reference to a span. Displayed as the header `traceparent`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpanContext {
     /// The trace.
     pub trace_id: TraceId,
     /// The span in it. Not zero.
     pub span_id: u64,
-    /// Somebody keeps the trace.
+    /// True if the trace is sampled.
     pub is_sampled: bool,
-    /// What vendors add, handed on as it came.
+    /// Vendor-specific data, passed on unchanged.
     pub state: Option<Arc<str>>,
 }
 
 impl SpanContext {
-    /// The most bytes of `tracestate` that are handed on: as many as everybody has to.
+    /// Most bytes of `tracestate` that are passed on: the minimum of the standard.
     const MAX_STATE: usize = 512;
 
     /// The first span of a new trace.
@@ -47,7 +47,7 @@ impl SpanContext {
         Self { span_id, ..self.clone() }
     }
 
-    /// Reads the headers `traceparent` and `tracestate`; `None` when they are none, as the standard wants it.
+    /// Parses the headers `traceparent` and `tracestate`; `None` if they are invalid, as the standard requires.
     #[must_use]
     pub fn parse(traceparent: &str, tracestate: Option<&str>) -> Option<Self> {
         let parts: Vec<_> = traceparent.split('-').collect();
@@ -55,7 +55,7 @@ impl SpanContext {
         let is_hex = |text: &str, digits: usize| {
             text.len() == digits && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
         };
-        // A later version may add something behind.
+        // A later version may append fields.
         if !is_hex(version, 2) || *version == "ff" || (*version == "00" && !more.is_empty()) {
             return None;
         }
@@ -80,24 +80,24 @@ impl fmt::Display for SpanContext {
 /// A span that has ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
-    /// Which one.
+    /// Its id.
     pub context: SpanContext,
-    /// The one that it is a part of.
+    /// Its parent.
     pub parent: Option<u64>,
     /// When it started.
     pub started_at: Timestamp,
     /// How long it took.
     pub duration: Duration,
-    /// What was done.
+    /// Its work.
     pub work: Work,
 }
 
-/// What a span stands for.
+/// The work of a span.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Work {
     /// A cycle, from its start until it was recorded.
     Cycle {
-        /// Its number.
+        /// Its id.
         cycle_id: CycleId,
         /// The term of the process that ran it.
         epoch: Epoch,
@@ -105,24 +105,24 @@ pub enum Work {
         trigger: Trigger,
         /// How it ended.
         state: CycleState,
-        /// What failed.
+        /// A summary of the failures.
         error: String,
-        /// The span of the caller is of another process.
+        /// True if the parent span belongs to another process.
         has_remote_parent: bool,
     },
     /// One call of a subsystem.
     Call {
         /// The subsystem.
         subsystem: Arc<Subsystem>,
-        /// What was called.
+        /// The called method.
         method: Method,
         /// The cycle.
         cycle_id: CycleId,
         /// The attempt that it belongs to.
         attempt: u32,
-        /// How it ended. One that was given up: DEADLINE_EXCEEDED or CANCELLED.
+        /// How it ended. An abandoned call ends with DEADLINE_EXCEEDED or CANCELLED.
         code: Code,
-        /// What went wrong.
+        /// The error message.
         message: String,
     },
     /// Writing the record.
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_none_is_ignored() {
+    fn an_invalid_header_is_ignored() {
         for header in [
             "",
             "00",

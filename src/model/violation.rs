@@ -1,4 +1,4 @@
-//! What is wrong with an input, field by field.
+//! The problems of an input, field by field.
 
 use std::{collections::HashSet, fmt, ops::RangeInclusive, time::Duration};
 
@@ -6,31 +6,31 @@ use jiff::SignedDuration;
 
 use super::{Name, Payload};
 
-/// One field that breaks a rule.
+/// One invalid field.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     /// Path of the field, such as `retry.max_attempts` or `after[2]`.
     pub field: String,
-    /// What is wrong with it and what is allowed.
+    /// The problem and the allowed values.
     pub problem: String,
 }
 
-/// All fields that break a rule, found in one pass. Collects while a specification is read; [`Violations::into_result`]
-/// ends the pass.
+/// All invalid fields, found in one pass. Collects them while a specification is read; [`Violations::into_result`] ends
+/// the pass.
 #[derive(Clone, Debug, Default, PartialEq, Eq, thiserror::Error)]
 pub struct Violations(pub Vec<Violation>);
 
 impl Violations {
-    /// Notes that `field` breaks a rule.
+    /// Records that `field` is invalid.
     pub fn add(&mut self, field: impl Into<String>, problem: impl Into<String>) {
-        // A request can be wrong in a million places; nobody reads more than a few.
+        // A request can have a million invalid fields; a few are enough.
         const MAX: usize = 64;
         if self.0.len() < MAX {
             self.0.push(Violation { field: field.into(), problem: problem.into() });
         }
     }
 
-    /// Notes others too.
+    /// Adds other violations.
     pub fn extend(&mut self, others: Self) {
         others.0.into_iter().for_each(|Violation { field, problem }| self.add(field, problem));
     }
@@ -42,15 +42,15 @@ impl Violations {
         Self(self.0.into_iter().map(inside).collect())
     }
 
-    /// `value` if nothing was noted.
+    /// Returns `value` if there are no violations.
     ///
     /// # Errors
-    /// What was noted, otherwise.
+    /// The violations, otherwise.
     pub fn into_result<T>(self, value: T) -> Result<T, Self> {
         if self.0.is_empty() { Ok(value) } else { Err(self) }
     }
 
-    /// Reads a name. What is returned for a bad one is not to be used: [`Violations::into_result`] will say so.
+    /// Parses a name. What is returned for a bad one is not to be used: [`Violations::into_result`] will say so.
     pub fn name(&mut self, field: &str, value: &str) -> Name {
         Name::parse(value).unwrap_or_else(|error| {
             self.add(field, if value.is_empty() { format!("is missing; {}", Name::RULE) } else { error.to_string() });
@@ -58,22 +58,22 @@ impl Violations {
         })
     }
 
-    /// Reads names, each of which may stand once.
+    /// Parses names, each of which may occur once.
     pub fn names(&mut self, field: &str, values: &[String]) -> Vec<Name> {
         let mut names = Vec::with_capacity(values.len());
         let mut seen = HashSet::with_capacity(values.len());
         for (i, value) in values.iter().enumerate() {
-            // The path is only made where it is told: lists may be long.
+            // The path is made only for a violation, since lists may be long.
             let name = Name::parse(value).unwrap_or_else(|_| self.name(&format!("{field}[{i}]"), value));
             if !seen.insert(value) {
-                self.add(format!("{field}[{i}]"), format!("names {name} twice; list it once"));
+                self.add(format!("{field}[{i}]"), format!("contains {name} twice; list it once"));
             }
             names.push(name);
         }
         names
     }
 
-    /// Reads a duration that is in a range.
+    /// Checks that a duration is in a range.
     pub fn duration(
         &mut self,
         field: &str,
@@ -92,7 +92,7 @@ impl Violations {
         }
     }
 
-    /// Reads a duration that is shorter than another one, `limit`, which `of` names.
+    /// Checks that a duration is shorter than `limit`, whose name is `of`.
     pub(super) fn duration_below(
         &mut self,
         field: &str,
@@ -127,10 +127,10 @@ impl Violations {
         }
     }
 
-    /// Reads a payload that is no larger than `max_bytes`.
+    /// Parses a payload of at most `max_bytes`.
     pub(super) fn payload(&mut self, field: &str, value: &Payload, max_bytes: usize) -> Payload {
         if value.len() > max_bytes {
-            self.add(field, format!("is {} bytes; allowed are {max_bytes}", value.len()));
+            self.add(field, format!("is {} bytes; the limit is {max_bytes} bytes", value.len()));
             return Payload::default();
         }
         value.clone()

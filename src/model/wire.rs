@@ -1,8 +1,8 @@
-//! Protobuf's wire format, field by field, so that what a peer sends can be looked at without being built.
+//! Protobuf's wire format, field by field, so that data of a peer can be checked without being built.
 //!
 //! The format is <https://protobuf.dev/programming-guides/encoding/>.
 
-/// Why bytes are not what they should be.
+/// Why bytes are malformed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Malformed(pub String);
@@ -14,7 +14,7 @@ pub(crate) struct Field<'a> {
     pub(crate) wire: Wire<'a>,
 }
 
-/// What a field holds.
+/// The value of a field.
 #[derive(Clone, Copy)]
 pub(crate) enum Wire<'a> {
     Varint(u64),
@@ -30,7 +30,7 @@ impl<'a> Fields<'a> {
     /// The next field.
     ///
     /// # Errors
-    /// What follows is no field.
+    /// The next bytes are not a field.
     pub(crate) fn next(&mut self) -> Result<Option<Field<'a>>, Malformed> {
         if self.0.is_empty() {
             return Ok(None);
@@ -63,7 +63,7 @@ impl<'a> Fields<'a> {
         let mut value = 0;
         for shift in (0..70).step_by(7) {
             let byte = self.take(1)?[0];
-            // The tenth byte carries the one bit that is left of 64.
+            // The tenth byte has the last bit of 64.
             if shift == 63 && byte > 1 {
                 break;
             }

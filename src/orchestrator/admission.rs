@@ -1,4 +1,4 @@
-//! The one way into the line of cycles, for callers and loops alike: the overlap policy decides, and the cycle gets its number.
+//! Admission to the line of cycles, for callers and loops: applies the overlap policy, and gives the cycle its id.
 
 use std::sync::{
     Arc,
@@ -20,31 +20,31 @@ use crate::{
     record,
 };
 
-/// A cycle that has its number.
+/// A cycle that has its id.
 #[derive(Debug)]
 pub(super) struct Admitted {
     pub(super) cycle_id: CycleId,
     pub(super) request: Arc<CycleRequest>,
-    /// Of the request, as long as the cycle is in line or runs. One of a loop is kept by the loop.
+    /// Memory of the request while the cycle is in line or runs. The loop holds the memory of its own requests.
     _room: Option<Held>,
     pub(super) cancel: CancellationToken,
-    /// Its caller was told of its number and waits for nothing: it runs even if this process does not come to it.
+    /// True if its caller has received its id and does not wait: the next process runs it if this one does not.
     is_promised: AtomicBool,
-    /// Its record, or why that is not written yet.
+    /// Its record, or why it is not written yet.
     done: watch::Sender<Option<Result<Arc<Record>, Refusal>>>,
 }
 
-/// What is known of a cycle since its beginning was written.
+/// The state of a cycle since its start was written.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Begun {
     pub(super) at: Timestamp,
     pub(super) trace_id: Option<TraceId>,
 }
 
-/// A cycle that somebody waits for.
+/// A handle to wait for a cycle.
 #[derive(Debug)]
 pub struct Ticket {
-    /// Its number.
+    /// Its id.
     pub cycle_id: CycleId,
     done: watch::Receiver<Option<Result<Arc<Record>, Refusal>>>,
 }
@@ -55,7 +55,7 @@ impl Ticket {
         Self { cycle_id: record.cycle_id, done: watch::channel(Some(Ok(record))).1 }
     }
 
-    /// The record, if there is one now.
+    /// The record, if it is written.
     pub fn record_now(&self) -> Option<Arc<Record>> {
         self.done.borrow().clone()?.ok()
     }
@@ -63,7 +63,7 @@ impl Ticket {
     /// Waits for the record.
     ///
     /// # Errors
-    /// It could not be written when it was due, or this process ends before it is.
+    /// It could not be written yet, or this process ends before it is.
     pub async fn recorded(mut self) -> Result<Arc<Record>, Refusal> {
         match self.done.wait_for(Option::is_some).await {
             Ok(done) => done.clone().unwrap_or(Err(Refusal::Draining)),
@@ -88,7 +88,7 @@ impl Admitted {
         Ticket { cycle_id: self.cycle_id, done: self.done.subscribe() }
     }
 
-    /// From now on a graceful end of the process leaves it to the next one, if it still waits then.
+    /// From now on, a graceful end of the process leaves the cycle to the next one if it still waits.
     pub(super) fn promise(&self) {
         self.is_promised.store(true, Ordering::Relaxed);
     }
@@ -97,30 +97,30 @@ impl Admitted {
         self.is_promised.load(Ordering::Relaxed)
     }
 
-    /// Its record is written.
+    /// Its record was written.
     pub(super) fn is_recorded(&self, record: Arc<Record>) {
         self.done.send_replace(Some(Ok(record)));
     }
 
-    /// Whoever waits for it learns that it can't be written now, or not by this process.
+    /// Notifies waiting callers that it can't be written now, or not by this process.
     pub(super) fn put_off(&self, refusal: Refusal) {
         self.done.send_replace(Some(Err(refusal)));
     }
 
-    /// It goes on. Whoever comes to it from now on waits for the record.
+    /// Writing works again: new callers wait for the record.
     pub(super) fn goes_on(&self) {
         self.done.send_if_modified(|done| done.take_if(|done| done.is_err()).is_some());
     }
 
-    /// As it is stored while it waits.
+    /// Its stored form while it waits.
     pub(super) fn to_waiting(&self) -> OpenCycle {
-        // The ticks of a loop are decided anew by the next process.
+        // The next process decides the ticks of a loop again.
         let is_manual = self.request.trigger == Trigger::Manual;
         let stage = Stage::Waiting(is_manual.then(|| record::encode_request(&self.request)));
         self.to_open(stage, self.request.trace.as_ref().map(|trace| trace.trace_id))
     }
 
-    /// As it is stored from its beginning until it is recorded.
+    /// Its stored form from its start until it is recorded.
     pub(super) fn to_begun(&self, Begun { at, trace_id }: Begun) -> OpenCycle {
         self.to_open(Stage::Begun(at), trace_id)
     }
@@ -138,14 +138,14 @@ impl Admitted {
     }
 }
 
-/// Where a cycle that was asked for stands.
+/// The result of looking for the cycle of a request.
 pub(super) enum Asked {
     Recorded(Arc<Record>),
     Live(Arc<Admitted>),
 }
 
 impl State {
-    /// Lets a cycle in, or refuses it.
+    /// Admits a cycle, or refuses it.
     pub(super) fn admit(
         &mut self,
         request: Arc<CycleRequest>,
@@ -173,7 +173,7 @@ impl State {
             }
             _ => {}
         }
-        // Those that were cancelled before their turn count until they are recorded.
+        // Cycles that were cancelled before their turn count until they are recorded.
         let waiting = self.live.len() - self.line.running();
         let has_to_wait = conflict.is_some() || self.line.running() >= max_running(self.registry.relations());
         if has_to_wait && waiting >= max_queued {
@@ -190,7 +190,7 @@ impl State {
         Ok(admitted)
     }
 
-    /// The live cycle of a request, promised from now on if it is to be.
+    /// The unfinished cycle of a request, promised from now on if requested.
     fn promised(&self, request_id: &str, promised: bool) -> Option<Arc<Admitted>> {
         let live = self.requests.get(request_id)?;
         if promised {
@@ -199,7 +199,7 @@ impl State {
         Some(live.clone())
     }
 
-    /// Puts a cycle at the end of the line.
+    /// Adds a cycle to the end of the line.
     pub(super) fn enter(&mut self, admitted: Arc<Admitted>) {
         if let Some(request_id) = &admitted.request.request_id {
             self.requests.insert(request_id.clone(), admitted.clone());
@@ -208,7 +208,7 @@ impl State {
         self.live.insert(admitted.cycle_id, admitted);
     }
 
-    /// Cancels a cycle. One that waits leaves the line at once, and the conductor records it.
+    /// Cancels a cycle. A waiting one leaves the line at once, and the conductor records it.
     pub(super) fn cancel(&mut self, cycle_id: CycleId) -> Option<Arc<Admitted>> {
         let admitted = self.live.get(&cycle_id)?.clone();
         admitted.cancel.cancel();
@@ -222,15 +222,15 @@ impl State {
 
 impl Orchestrator {
     /// Admits a cycle, or finds the one that an earlier call with the same request id started. With `durably` it is
-    /// known to the store before this returns, and recorded whatever happens then.
+    /// noted in the store before this returns, and recorded whatever happens then.
     ///
     /// # Errors
-    /// A subsystem is not registered; the overlap policy does not let the cycle wait, or too many wait; there is no room for the
-    /// request; the store can't be read or written; or the process drains.
+    /// A subsystem is not registered; the overlap policy does not let the cycle wait, or too many wait; there is no
+    /// room for the request; the store can't be read or written; or the process drains.
     pub async fn run_cycle(&self, request: CycleRequest, durably: bool) -> Result<Ticket, Refusal> {
-        // One that was asked for before is found also while the process drains; `State::admit` refuses others.
+        // A repeated request finds its cycle also while the process drains; `State::admit` refuses others.
         let admission = self.admit(ChangeKind::Settles)?;
-        // Only what is to last is waited for.
+        // Only lasting changes are waited for.
         let _admission = durably.then_some(admission);
         let admitted = match self.0.admit_once(request, durably).await {
             Ok(Asked::Recorded(record)) => return Ok(Ticket::of_record(record)),
@@ -241,14 +241,14 @@ impl Orchestrator {
             }
         };
         if durably && self.0.state().noted_durably < admitted.cycle_id {
-            // A durable write, whatever is in it, notes all that is admitted.
+            // Any durable write notes all admitted cycles.
             let written = self.0.write(|_| Write::default(), |_| ()).await;
             written.map_err(|error| self.0.state().unavailable(admitted.cycle_id, error))?;
         }
         Ok(admitted.ticket())
     }
 
-    /// Cancels a cycle that runs or waits, and waits for its record.
+    /// Cancels a running or waiting cycle, and waits for its record.
     ///
     /// # Errors
     /// It has finished or was never admitted; or, once it is cancelled, as [`Ticket::recorded`].
@@ -270,14 +270,14 @@ impl Orchestrator {
 }
 
 impl Shared {
-    /// Lets a cycle in, or finds the one that an earlier call with the same request id started. One that is `promised` is left to
-    /// the next process if this one does not come to it.
+    /// Admits a cycle, or finds the one that an earlier call with the same request id started. A `promised` cycle is
+    /// left to the next process if this one does not run it.
     pub(super) async fn admit_once(&self, mut request: CycleRequest, promised: bool) -> Result<Asked, Refusal> {
         let max_queued = self.settings().max_queued;
         let mut room = self.room_of(&request)?;
         let mut is_checked = request.subset.is_none();
         loop {
-            // Those that are recorded from now on are found without the store.
+            // Cycles that are recorded from now on are found without the store.
             let newest = self.state().last_revision;
             if let Some(request_id) = &request.request_id {
                 if let Some(live) = self.state().promised(request_id, promised) {
@@ -313,7 +313,7 @@ impl Shared {
         }
     }
 
-    /// Room for a request as long as its cycle waits or runs. Small ones need none: their number is bounded.
+    /// Memory for a request while its cycle waits or runs. Small ones need none: their number is limited.
     pub(super) fn room_of(&self, request: &CycleRequest) -> Result<Option<Held>, Refusal> {
         const SMALL: usize = 4 << 10;
         match self.requests.try_hold(request.footprint()) {

@@ -1,11 +1,11 @@
-//! Work that takes the longer the more there is of it: no task waits on a thread that does it.
+//! Long work runs on threads that no other task waits for.
 
 use std::panic::resume_unwind;
 
 use tokio::task::spawn_blocking;
 
-/// Does what takes the longer the larger the registry is: where that may take longer than a millisecond, on a thread that
-/// no other task waits for.
+/// Runs work whose time grows with the registry: if it may take longer than a millisecond, on a thread that no other
+/// task waits for.
 pub(super) async fn aside<T: Send + 'static>(size: usize, work: impl FnOnce() -> T + Send + 'static) -> T {
     const SHORT: usize = 256;
     if size <= SHORT {
@@ -15,7 +15,7 @@ pub(super) async fn aside<T: Send + 'static>(size: usize, work: impl FnOnce() ->
         Ok(done) => done,
         Err(ended) => match ended.try_into_panic() {
             Ok(panic) => resume_unwind(panic),
-            // The runtime is shut down, and this task with it.
+            // The runtime is shutting down, and this task with it.
             Err(_) => std::future::pending().await,
         },
     }

@@ -1,4 +1,4 @@
-//! A cycle's life, from its turn to its record. Each that runs is a task of its own, which the conductor starts and owns.
+//! The life of a cycle, from its turn to its record. Each running cycle is a task that the conductor starts and owns.
 
 use std::{panic::resume_unwind, sync::Arc, time::Duration};
 
@@ -19,7 +19,7 @@ use crate::{
 };
 
 impl State {
-    /// Nothing is left to be run or recorded, but for what runs.
+    /// True if no cycle is left to be run or recorded, except running ones.
     fn is_drained(&self) -> bool {
         self.draining && self.cancelled.is_empty()
     }
@@ -29,7 +29,7 @@ impl Shared {
     /// Runs cycles until the process drains, and then writes for the last time.
     ///
     /// # Errors
-    /// The store takes nothing any more: a later epoch has taken it over, or it is damaged.
+    /// The store accepts no more writes: a later epoch has taken it over, or it is damaged.
     pub(super) async fn conduct(self: Arc<Self>) -> Result<(), StoreError> {
         let ended = match self.run_cycles().await {
             Ok(()) => self.close().await,
@@ -59,13 +59,14 @@ impl Shared {
                         Err(_runtime_is_shut_down) => return Err(self.store_ended()),
                     },
                 },
-                // What runs could not be recorded, and another process may have its subsystems by now: its calls are dropped.
+                // Running cycles could not be recorded, and another process may use their subsystems by now: their
+                // calls are dropped.
                 () = self.store_has_ended.cancelled() => return Err(self.store_ended()),
             }
         }
     }
 
-    /// A cycle whose turn has come, or one that was cancelled before that and is to be recorded.
+    /// A cycle whose turn has come, or a cycle that was cancelled before its turn and is to be recorded.
     fn next_in_line(&self) -> Option<Arc<Admitted>> {
         let mut state = self.state();
         if let Some(cancelled) = state.cancelled.pop_front() {
@@ -79,7 +80,7 @@ impl Shared {
         state.live.get(&cycle_id).cloned()
     }
 
-    /// Runs a cycle, unless it is cancelled before it begins, and has it recorded.
+    /// Runs a cycle, unless it is cancelled before it begins, and records it.
     async fn run(&self, admitted: &Arc<Admitted>) -> Result<(), StoreError> {
         let trace = Trace::begin(admitted.request.trace.as_ref(), &*self.engine.spans, &self.engine.random);
         let Some(begun) = self.begin(admitted, trace.id()).await? else {
@@ -101,13 +102,14 @@ impl Shared {
         self.record(admitted, ran, Some((plan, live)), cycle.trace).await
     }
 
-    /// Notes that a cycle begins, in a way that survives the death of this process, before any subsystem hears of it. `None`
-    /// when it was cancelled before that.
+    /// Notes the start of a cycle, which survives the death of this process, before any subsystem is called. `None` if
+    /// it was cancelled before that.
     async fn begin(&self, admitted: &Arc<Admitted>, trace_id: Option<TraceId>) -> Result<Option<Begun>, StoreError> {
         if admitted.cancel.is_cancelled() {
             return Ok(None);
         }
-        // What was registered meanwhile counts too: so it is asked for again, and has then hardly to be waited for.
+        // Subsystems that were registered meanwhile count too, so the plan is requested again; then it is usually up to
+        // date.
         self.plan().await;
         let (begun, written) = oneshot::channel();
         let change = Begin { admitted: admitted.clone(), clock: self.clock, trace_id, begins: None, begun };
@@ -136,7 +138,7 @@ impl Shared {
         self.record(admitted, Ran { finished, parts: Vec::new(), held: Vec::new() }, None, trace).await
     }
 
-    /// Has the record written, durably, with the outputs that are new. It is published with it.
+    /// Writes the record durably, with the new outputs, and publishes it.
     async fn record(
         &self,
         admitted: &Arc<Admitted>,
@@ -168,7 +170,8 @@ impl Shared {
         {
             tracing::warn!(
                 "loop" = %name,
-                "the cycles of this loop call nothing, because no subsystem is registered; register some, or stop the loop"
+                "the cycles of this loop call nothing, because no subsystem is registered; register some, or stop the \
+                 loop"
             );
         }
         if let Trace::Collected(spans) = trace {
@@ -177,7 +180,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Nothing will be written any more: tells everyone who waits.
+    /// No more writes are possible: notifies all waiting callers.
     fn give_up(&self, error: Option<&StoreError>) {
         let mut state = self.state();
         state.draining = true;
@@ -199,12 +202,12 @@ impl Shared {
     }
 }
 
-/// A cycle begins.
+/// The start of a cycle.
 struct Begin {
     admitted: Arc<Admitted>,
     clock: Clock,
     trace_id: Option<TraceId>,
-    /// What is being written of it.
+    /// Its entry that is being written.
     begins: Option<Begun>,
     begun: oneshot::Sender<Result<Option<Begun>, StoreError>>,
 }
@@ -238,7 +241,7 @@ impl ToWrite for Begin {
     }
 }
 
-/// A cycle is recorded.
+/// The record of a cycle.
 struct Recording {
     admitted: Arc<Admitted>,
     encoded: Encoded,
@@ -246,7 +249,7 @@ struct Recording {
     parts: Vec<Part>,
     /// Bytes of their outputs.
     outputs: usize,
-    /// The order in which it ran, and its progress; none if it did not run.
+    /// Its plan and progress; `None` if it did not run.
     live: Option<(Arc<Plan>, Arc<LiveCycle>)>,
     record: Option<Arc<Record>>,
     recorded: oneshot::Sender<Result<(), StoreError>>,
@@ -261,7 +264,7 @@ impl ToWrite for Recording {
     fn add_to(&mut self, write: &mut Write, state: &State) {
         write.records.extend(self.record.as_deref().cloned());
         let all_are_registered = self.live.as_ref().is_some_and(|(plan, _)| state.registry.is_as_planned(plan));
-        // One that was unregistered while the cycle ran is forgotten.
+        // Outputs of subsystems that were unregistered while the cycle ran are dropped.
         let is_registered = |part: &&Part| {
             let registered = state.registry.get(part.name());
             all_are_registered || registered.is_ok_and(|it| Arc::ptr_eq(&it.member.standing, &part.standing))
@@ -313,7 +316,7 @@ impl ToWrite for Recording {
     }
 }
 
-/// One line in the log for each cycle; that of one that succeeded is for those who look closely.
+/// Writes one line in the log for each cycle; at DEBUG for a successful one.
 fn tell(cycle: &FinishedCycle) {
     let (cycle_id, state, error) = (cycle.cycle_id.0, cycle.state.name(), &cycle.error);
     let duration_ms = cycle.duration.as_secs_f64() * 1e3;

@@ -1,4 +1,4 @@
-//! What is counted for monitoring while cycles run, and a look at it.
+//! Counters for monitoring, and a snapshot of them.
 
 use std::{
     collections::BTreeMap,
@@ -18,66 +18,66 @@ use crate::{
     schedule::LoopEntry,
 };
 
-/// What is counted since this process started, and how things stand now.
+/// Counters since this process started, and the current state.
 #[derive(Clone, Debug)]
 pub struct Figures {
-    /// Cycles and commits.
+    /// Counters of cycles and commits.
     pub counts: Counts,
-    /// Cycles that wait.
+    /// Number of waiting cycles.
     pub queued: usize,
-    /// Cycles that run.
+    /// Number of running cycles.
     pub running: usize,
-    /// The loops, by name, each with how late it is; `None` when that is not known yet.
+    /// The loops, by name, each with its lag; `None` if that is not known yet.
     pub loops: Vec<(LoopEntry, Option<Duration>)>,
-    /// Watchers connected.
+    /// Number of connected watchers.
     pub watchers: usize,
-    /// Those of them that have to read the store to go on.
+    /// Number of these watchers that have to read the store.
     pub lagging: usize,
-    /// Events that watchers were given.
+    /// Number of events sent to watchers.
     pub events: u64,
-    /// Subsystems that the configuration file declares.
+    /// Number of subsystems that the configuration file declares.
     pub declared: usize,
-    /// Subsystems that were registered by RPC.
+    /// Number of subsystems that were registered by RPC.
     pub registered: usize,
-    /// Those of them that have a lease.
+    /// Number of these subsystems with a lease.
     pub leases: usize,
     /// The term of this process.
     pub epoch: Epoch,
     /// When this process started.
     pub started_at: Timestamp,
-    /// Nothing is admitted any more.
+    /// True once no cycles are admitted any more.
     pub draining: bool,
 }
 
-/// What is counted of cycles and commits.
+/// Counters of cycles and commits.
 #[derive(Clone, Debug, Default)]
 pub struct Counts {
     cycles: BTreeMap<(CycleState, TriggerKind), u64>,
     durations: BTreeMap<CycleState, Histogram>,
     commits: BTreeMap<Durability, Histogram>,
-    /// Commits that failed.
+    /// Number of failed commits.
     pub commit_errors: u64,
-    /// Records that can't be read, each once.
+    /// Number of unreadable records, each counted once.
     pub unreadable_records: u64,
-    /// Looks for records that are not to be kept any more.
+    /// Removes records that need not be kept.
     pub retention: Passes,
-    /// Ends of leases, some at a time.
+    /// Unregisters subsystems with expired leases, some at a time.
     pub leases: Passes,
 }
 
-/// What became of something that a task does again and again.
+/// The outcomes of the repeated work of a task.
 #[derive(Clone, Debug, Default)]
 pub struct Passes {
-    /// How often it was done.
+    /// Number of successes.
     pub done: u64,
-    /// How often it failed; the log says why.
+    /// Number of failures; the log has the reasons.
     pub failed: u64,
-    /// When it was done last.
+    /// Time of the last success.
     pub done_at: Option<Timestamp>,
 }
 
 impl Passes {
-    /// It was tried.
+    /// Counts an attempt.
     pub(super) fn tried<T, E>(&mut self, result: &Result<T, E>, now: Timestamp) {
         if result.is_ok() {
             self.done += 1;
@@ -89,22 +89,22 @@ impl Passes {
 }
 
 impl Counts {
-    /// Cycles that were recorded.
+    /// Recorded cycles.
     pub fn cycles(&self, state: CycleState, trigger: TriggerKind) -> u64 {
         self.cycles.get(&(state, trigger)).copied().unwrap_or_default()
     }
 
-    /// How long those of them took that this process ran.
+    /// Durations of cycles that this process ran.
     pub fn durations(&self, state: CycleState) -> Histogram {
         self.durations.get(&state).cloned().unwrap_or_default()
     }
 
-    /// How long commits took that did not fail.
+    /// Durations of successful commits.
     pub fn commits(&self, durability: Durability) -> Histogram {
         self.commits.get(&durability).cloned().unwrap_or_default()
     }
 
-    /// A cycle was recorded; `ran_for` is missing where this process did not run it.
+    /// Counts a recorded cycle; `ran_for` is `None` if this process did not run it.
     pub(super) fn recorded(&mut self, record: &Record, ran_for: Option<Duration>) {
         *self.cycles.entry((record.state, TriggerKind::of(&record.trigger))).or_default() += 1;
         if let Some(ran_for) = ran_for {
@@ -112,23 +112,23 @@ impl Counts {
         }
     }
 
-    /// A commit has returned.
+    /// Counts a successful commit.
     pub(super) fn committed(&mut self, durability: Durability, took: Duration) {
         self.commits.entry(durability).or_default().observe(took);
     }
 
-    /// A commit has failed.
+    /// Counts a failed commit.
     pub(super) fn commit_failed(&mut self) {
         self.commit_errors += 1;
     }
 }
 
 impl Orchestrator {
-    /// What is counted, and how things stand, but for single subsystems.
+    /// The counters and the current state, without single subsystems.
     pub fn figures(&self) -> Figures {
         let now = self.0.clock.now();
         let state = self.0.state();
-        // From here on the latest records are at hand.
+        // Newer records are cached.
         let at_hand = state.recent.front().map_or(state.last_revision, |first| Revision(first.record.revision.0 - 1));
         let (watchers, lagging, events) = self.0.watchers.look(at_hand);
         let waiting = state.oldest_waiting_ticks();
@@ -149,7 +149,7 @@ impl Orchestrator {
         }
     }
 
-    /// How much the store holds.
+    /// The size of the store.
     ///
     /// # Errors
     /// The store can't be read.
@@ -159,7 +159,7 @@ impl Orchestrator {
 }
 
 impl State {
-    /// When the oldest cycle that waits was due, for each loop of which one waits.
+    /// For each loop with waiting cycles, when the oldest of them was due.
     fn oldest_waiting_ticks(&self) -> BTreeMap<&Name, Timestamp> {
         let mut oldest = BTreeMap::new();
         for waiting in self.live.values().filter(|it| self.line.waits(it.cycle_id)) {
@@ -171,13 +171,14 @@ impl State {
     }
 }
 
-/// For how long the oldest tick of a loop waits for its cycle to begin, or, when none does, had waited last.
+/// How long the oldest waiting tick of a loop has waited for its cycle to begin; if none waits, how long the last one
+/// waited.
 fn lag(entry: &LoopEntry, waiting: &BTreeMap<&Name, Timestamp>, now: Timestamp) -> Option<Duration> {
     let waits = waiting.get(&entry.settings.name).map(|due_at| now.duration_since(*due_at));
     waits.map(|waits| Duration::try_from(waits).unwrap_or_default()).or(entry.lag)
 }
 
-/// The watchers that are connected, each where it is.
+/// The connected watchers, with their positions.
 #[derive(Debug, Default)]
 pub(super) struct Watchers(Mutex<WatcherList>);
 
@@ -185,18 +186,18 @@ pub(super) struct Watchers(Mutex<WatcherList>);
 struct WatcherList {
     next: u64,
     connected: BTreeMap<u64, Arc<Cursor>>,
-    /// Given to those that have left.
+    /// Events sent to watchers that have left.
     events: u64,
 }
 
-/// How far a watcher is. A watcher that stalls does nothing, so this is where others see it.
+/// The position of a watcher. A stalled watcher does not run, so others read its position here.
 #[derive(Debug, Default)]
 struct Cursor {
     revision: AtomicU64,
     events: AtomicU64,
 }
 
-/// A watcher's place among them, which it has until it leaves.
+/// The entry of a watcher, removed when dropped.
 pub(super) struct WatcherPlace {
     key: u64,
     cursor: Arc<Cursor>,
@@ -211,7 +212,7 @@ impl Watchers {
         self.lock().connected.len()
     }
 
-    /// Takes a place, if fewer than `max` have one.
+    /// Adds a watcher, if there are fewer than `max`.
     pub(super) fn enter(&self, cursor: Revision, max: usize) -> Option<WatcherPlace> {
         let mut list = self.lock();
         if list.connected.len() >= max {
@@ -230,7 +231,7 @@ impl Watchers {
         list.events += place.cursor.events.load(Ordering::Relaxed);
     }
 
-    /// How many there are, how many of them are before this revision, and how many events they were given.
+    /// The number of watchers, the number before this revision, and the number of events sent.
     fn look(&self, at_hand: Revision) -> (usize, usize, u64) {
         let list = self.lock();
         let cursors = || list.connected.values();
@@ -241,7 +242,7 @@ impl Watchers {
 }
 
 impl WatcherPlace {
-    /// The watcher is given an event.
+    /// Counts an event sent to the watcher.
     pub(super) fn given(&self, cursor: Revision) {
         self.cursor.revision.store(cursor.0, Ordering::Relaxed);
         self.cursor.events.fetch_add(1, Ordering::Relaxed);

@@ -1,7 +1,7 @@
-//! Reading the history: with room for what is read, and with filters that look into records.
+//! Reads the history: with limits on memory, and with filters on decoded records.
 //!
-//! A record that is read from the store has its room for as long as anybody keeps its bytes (`Held::around`), so that what
-//! clients ask for and don't take is bounded, wherever it waits.
+//! A record from the store is counted until the last reference to its bytes is dropped (`Held::around`), so that unread
+//! responses are limited, wherever they wait.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,10 +16,10 @@ use crate::{
     record::{PartFilter, Parts},
 };
 
-/// How long a caller waits for room: what others read is gone in milliseconds, unless they do not take it.
+/// Longest wait of a caller for memory: other reads end in milliseconds, unless their clients don't read.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A record that is at hand for all watchers. It is looked into once, whoever asks.
+/// A record that is cached for all watchers. It is decoded once for all of them.
 pub(super) struct Recent {
     pub(super) record: Arc<Record>,
     parts: OnceCell<Parts>,
@@ -30,7 +30,7 @@ impl Recent {
         Arc::new(Self { record, parts: OnceCell::new() })
     }
 
-    /// Whether one of those that are wanted took part.
+    /// True if one of these subsystems took part.
     pub(super) async fn has(&self, wanted: &PartFilter) -> bool {
         if wanted.subsystems.is_empty() {
             return true;
@@ -43,7 +43,7 @@ impl Recent {
     }
 }
 
-/// In which of these records one of those that are wanted took part. What can't be read is not withheld.
+/// Which of these records pass the filter. Unreadable records pass.
 pub(super) async fn which_have(records: &[Found], wanted: &PartFilter) -> Vec<bool> {
     if wanted.subsystems.is_empty() {
         return vec![true; records.len()];
@@ -55,20 +55,20 @@ pub(super) async fn which_have(records: &[Found], wanted: &PartFilter) -> Vec<bo
     aside(size, move || records.iter().map(|record| record.is_empty() || wanted.wants(record)).collect()).await
 }
 
-/// About how much is to be looked at in so many bytes of records: the parts of their cycles.
+/// Approximate number of parts in this many bytes of records.
 fn parts_in(bytes: usize) -> usize {
     const PART: usize = 128;
     bytes / PART
 }
 
-/// Records have come that are not at hand any more.
+/// New records have come that are no longer cached.
 pub(super) struct TooMany;
 
 impl Orchestrator {
-    /// The bytes of a record that is at hand, as an answer that may wait for its client.
+    /// The bytes of a cached record, counted as an unread response.
     ///
     /// # Errors
-    /// Too many answers wait.
+    /// The memory for unread responses is full.
     pub async fn keep(&self, record: &Record) -> Result<Bytes, Refusal> {
         self.0.keep(record).await
     }
@@ -76,7 +76,7 @@ impl Orchestrator {
     /// The record of a cycle.
     ///
     /// # Errors
-    /// There is none, or not yet; it can't be read; or too much is being read.
+    /// It does not exist yet, or at all; it can't be read; or too much is being read.
     pub async fn cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
         if self.0.state().live.contains_key(&cycle_id) {
             return Err(Refusal::CycleNotFinished(cycle_id));
@@ -88,7 +88,7 @@ impl Orchestrator {
     /// A page of records before the revision `before`, newest first, of at most `max_records`.
     ///
     /// # Errors
-    /// The store can't be read, or too much is being read.
+    /// The store can't be read, or the memory for reads is full.
     pub async fn cycles(
         &self,
         before: Option<Revision>,
@@ -101,14 +101,14 @@ impl Orchestrator {
 }
 
 impl State {
-    /// How much of the history is kept at hand: enough that only those who were away read the store.
+    /// Size of the cache of records: enough that only watchers that were disconnected read the store.
     const RECENT_RECORDS: usize = 256;
     pub(super) const RECENT_BYTES: usize = 8 << 20;
 
-    /// So many records that can't be read are told of one by one. More are not remembered, nor told of.
+    /// Most unreadable records that are logged one by one. Further ones are neither remembered nor logged.
     const MAX_UNREADABLE: usize = 10_000;
 
-    /// Tells of a record that can't be read, once.
+    /// Logs an unreadable record, once.
     pub(super) fn tell_unreadable(&mut self, unreadable: &Unreadable) {
         let Unreadable { cycle_id, revision, problem } = unreadable;
         let is_full = self.unreadable.len() == Self::MAX_UNREADABLE;
@@ -118,12 +118,12 @@ impl State {
                 cycle_id = cycle_id.0,
                 revision = revision.0,
                 problem,
-                "the record of a cycle can't be read, and is passed over"
+                "the record of a cycle can't be read, and is skipped"
             );
         }
     }
 
-    /// `ran_for` is missing where this process did not run the cycle.
+    /// `ran_for` is `None` if this process did not run the cycle.
     pub(super) fn publish(&mut self, record: Arc<Record>, ran_for: Option<Duration>) {
         self.counts.recorded(&record, ran_for);
         self.recorded += 1;
@@ -152,7 +152,7 @@ impl State {
 }
 
 impl Shared {
-    /// The most bytes that one record takes when it is read.
+    /// Most bytes of one record in memory when it is read.
     pub(super) fn max_record(&self) -> usize {
         self.settings().max_record_bytes.min(self.history.max())
     }
@@ -163,7 +163,7 @@ impl Shared {
         timeout(PATIENCE, self.history.hold(bytes)).await.map_err(full)
     }
 
-    /// Reads a record, once there is room for it.
+    /// Reads a record, once there is memory for it.
     pub(super) async fn read_one(
         &self,
         read: impl Future<Output = Result<Option<Found>, StoreError>>,
@@ -178,7 +178,7 @@ impl Shared {
         }
     }
 
-    /// The bytes of a record that is at hand, as an answer that may wait for its client.
+    /// The bytes of a cached record, counted as an unread response.
     pub(super) async fn keep(&self, record: &Record) -> Result<Bytes, Refusal> {
         let room = self.room(record.bytes.len()).await;
         let room = room.map_err(|full| Refusal::RecordHasNoRoom(record.cycle_id, full))?;
@@ -194,16 +194,16 @@ impl Shared {
         max_records: usize,
     ) -> Result<Page, Refusal> {
         const MAX_BYTES: usize = 3 << 20;
-        /// Bytes of records that one page looks into: some tens of milliseconds.
+        /// Most bytes of records that one page decodes: some tens of milliseconds.
         const MAX_LOOKED_INTO: usize = 32 << 20;
         let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
-        // Beside those that are on the page, others are looked into.
+        // Records that do not pass the filter are decoded as well.
         let mut room = self.room(2 * self.max_record().max(MAX_BYTES)).await?;
         let mut before = before.unwrap_or(Revision(u64::MAX >> 1));
         let mut page = Page::default();
         let (mut bytes, mut looked_into) = (0, 0);
         loop {
-            // A filter that looks into the records sees more of them than it lets through.
+            // A filter on decoded records examines more of them than pass.
             let found = self.store.cycles_before(before, filter.clone(), limits).await?;
             page.scanned += found.scanned;
             let wanted = which_have(&found.records, &parts).await;
@@ -234,7 +234,7 @@ impl Shared {
     }
 }
 
-/// The record, with its part of the room. One that an earlier configuration let be larger has all of it.
+/// The record, with its part of the memory. A larger record of an earlier configuration gets all of it.
 pub(super) fn with_room(record: Record, room: &mut Held) -> Record {
     let bytes = room.split(record.bytes.len()).around(record.bytes);
     Record { bytes, ..record }

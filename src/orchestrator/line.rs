@@ -1,8 +1,8 @@
 //! The line of cycles: which of them may run now. Pure bookkeeping.
 //!
-//! A cycle locks the subsystems that it is to run, from its admission until its record is applied. It may start when it
-//! shares none of them with a cycle that stands before it, whether that one runs or waits. So cycles that share nothing run
-//! side by side, and nothing overtakes: those before a waiting cycle only become fewer, and none starves.
+//! A cycle locks its subsystems from its admission until its record is applied. It may start when it shares none of
+//! them with a cycle before it, running or waiting. So cycles without a subsystem in common run concurrently, and no
+//! cycle overtakes another: the number of cycles before a waiting one only decreases, and none starves.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -11,9 +11,9 @@ use std::{
 
 use crate::model::{CycleId, CycleRequest, Name};
 
-/// The most cycles that run at one time where the order of all has this number of relations: each is a task with progress to
-/// show. A subsystem is in one of them at most; but each can take 12 bytes for each relation between subsystems that it leaves out.
-/// The others wait as if for a lock.
+/// The most cycles that run at one time where the order of all has this number of relations: each is a task with
+/// progress to show. A subsystem is in one of them at most; but each can take 12 bytes for each relation between
+/// subsystems that it leaves out. The others wait as if for a lock.
 pub(super) fn max_running(relations: usize) -> usize {
     const MAX: usize = 256;
     /// Relations, counted once for each running cycle: 96 MiB.
@@ -24,21 +24,21 @@ pub(super) fn max_running(relations: usize) -> usize {
 /// The subsystems that a cycle locks.
 #[derive(Clone, Debug)]
 pub(super) enum Locks {
-    /// All, and also those that are registered later.
+    /// All subsystems, including those that are registered later.
     All,
-    /// Those of these names.
+    /// The subsystems with these names.
     Names(Arc<[Name]>),
 }
 
-/// All cycles that wait or run, in the order of their ids.
+/// All waiting and running cycles, in the order of their ids.
 #[derive(Debug, Default)]
 pub(super) struct Line {
     places: BTreeMap<CycleId, Place>,
-    /// Those that lock all subsystems.
+    /// Cycles that lock all subsystems.
     all: BTreeSet<CycleId>,
-    /// Those that lock a name, for each name that is locked so.
+    /// Cycles that lock a name, for each locked name.
     by_name: HashMap<Name, VecDeque<CycleId>>,
-    /// Those that wait, and stand first at each of their names. Only one that locks all may still stand before them.
+    /// Waiting cycles that are first at each of their names. Only a cycle that locks all can be before them.
     free: BTreeSet<CycleId>,
     running: usize,
 }
@@ -46,31 +46,31 @@ pub(super) struct Line {
 #[derive(Debug)]
 struct Place {
     locks: Locks,
-    /// At how many of its names another one stands before it.
+    /// Number of its names at which another cycle is before it.
     behind: usize,
-    /// At its names before this position none stands before it, and none ever will.
+    /// At its names before this position no cycle is before it, nor will be.
     first_behind: usize,
     runs: bool,
 }
 
-/// What a waiting cycle waits for.
+/// The obstacle of a waiting cycle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Obstacle {
     /// The cycle before it.
     pub(super) cycle_id: CycleId,
-    /// A subsystem that both lock; `None` where both lock all.
+    /// A subsystem that both lock; `None` if both lock all.
     pub(super) shared: Option<Name>,
 }
 
 impl Locks {
-    /// What a cycle of this request locks.
+    /// The locks of a cycle of this request.
     pub(super) fn of(request: &CycleRequest) -> Self {
         request.subset.clone().map_or(Self::All, Self::Names)
     }
 }
 
 impl Line {
-    /// Puts a cycle at the end. Its id is higher than all others.
+    /// Adds a cycle at the end. Its id must be higher than all others.
     pub(super) fn enter(&mut self, cycle_id: CycleId, locks: Locks) {
         let (mut behind, mut first_behind) = (0, None);
         match &locks {
@@ -96,7 +96,7 @@ impl Line {
         self.places.insert(cycle_id, Place { locks, behind, first_behind, runs: false });
     }
 
-    /// Starts the first of those that may run now, unless `max` run already: it runs from now on.
+    /// Starts the first cycle that may run now, unless `max` cycles already run.
     pub(super) fn start_next(&mut self, max: usize) -> Option<CycleId> {
         if self.running >= max {
             return None;
@@ -112,7 +112,7 @@ impl Line {
         Some(cycle_id)
     }
 
-    /// Takes a cycle out, whether it runs or waits. Nothing happens if it is not in line.
+    /// Removes a running or waiting cycle. Does nothing if it is not in line.
     pub(super) fn leave(&mut self, cycle_id: CycleId) {
         let Some(place) = self.places.remove(&cycle_id) else { return };
         self.running -= usize::from(place.runs);
@@ -149,14 +149,14 @@ impl Line {
         }
     }
 
-    /// The cycles that wait, in the order of their ids.
+    /// The waiting cycles, in the order of their ids.
     pub(super) fn all_waiting(&self) -> impl Iterator<Item = CycleId> {
         self.places.iter().filter(|(_, place)| !place.runs).map(|(cycle_id, _)| *cycle_id)
     }
 
-    /// What a waiting cycle waits for, of the cycles before it. `None` if it waits only for fewer to run.
+    /// The cycle that a waiting cycle waits for. `None` if it only waits because too many cycles run.
     ///
-    /// Names at which none stands before it are looked at once in its life: nothing overtakes.
+    /// Names at which no cycle is before it are checked once, since no cycle overtakes.
     pub(super) fn obstacle(&mut self, cycle_id: CycleId) -> Option<Obstacle> {
         let place = self.places.get_mut(&cycle_id).filter(|place| !place.runs)?;
         let over_all = self.all.first().copied().filter(|other| *other < cycle_id);
@@ -183,12 +183,12 @@ impl Line {
         at_name.into_iter().chain(over_all).min_by_key(|obstacle| obstacle.cycle_id)
     }
 
-    /// Those that run and share a subsystem with these locks.
+    /// Running cycles that share a subsystem with these locks.
     pub(super) fn running_conflicts(&self, locks: &Locks) -> BTreeSet<CycleId> {
         let candidates: BTreeSet<_> = match locks {
             Locks::All => self.places.keys().copied().collect(),
             Locks::Names(names) => {
-                // Of one name only the first in its queue can run.
+                // Only the first in the queue of a name can run.
                 let first = names.iter().filter_map(|name| self.by_name.get(name)?.front().copied());
                 first.chain(self.all.first().copied()).collect()
             }
@@ -196,8 +196,8 @@ impl Line {
         candidates.into_iter().filter(|cycle_id| self.runs(*cycle_id)).collect()
     }
 
-    /// The first of these cycles, all in line, that shares a subsystem with these locks. Looked for in the queues of the names:
-    /// to compare each cycle's names takes too long where both are many.
+    /// The first of these cycles, all in line, that shares a subsystem with these locks. Looked for in the queues of
+    /// the names: to compare each cycle's names takes too long where both are many.
     pub(super) fn first_conflict_of(&self, cycles: &BTreeSet<CycleId>, locks: &Locks) -> Option<CycleId> {
         let Locks::Names(names) = locks else { return cycles.first().copied() };
         if cycles.is_empty() {
@@ -208,22 +208,22 @@ impl Line {
         first.into_iter().chain(self.all.iter().find(is_one)).min().copied()
     }
 
-    /// Whether a cycle runs.
+    /// True if this cycle runs.
     pub(super) fn runs(&self, cycle_id: CycleId) -> bool {
         self.places.get(&cycle_id).is_some_and(|place| place.runs)
     }
 
-    /// Whether a cycle waits.
+    /// True if this cycle waits.
     pub(super) fn waits(&self, cycle_id: CycleId) -> bool {
         self.places.get(&cycle_id).is_some_and(|place| !place.runs)
     }
 
-    /// How many run.
+    /// Number of running cycles.
     pub(super) fn running(&self) -> usize {
         self.running
     }
 
-    /// How many wait.
+    /// Number of waiting cycles.
     pub(super) fn waiting(&self) -> usize {
         self.places.len() - self.running
     }
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_leaves_before_its_turn_holds_nobody_up() {
+    fn a_cycle_that_leaves_before_its_turn_delays_no_others() {
         // The third waits for the second, which waits for the first.
         let mut line = line(&["a", "ab", "b"]);
         assert_eq!(started(&mut line), [1]);
@@ -314,7 +314,7 @@ mod tests {
         assert_eq!(line.all_waiting().map(|it| it.0).collect::<Vec<_>>(), [2, 3, 4, 5, 6]);
         let all = [1, 2, 3, 4, 5, 6].map(|id| obstacle(&mut line, id));
         assert_eq!(all, [None, waits(1, "b"), waits(1, "a"), waits(2, "x"), waits(3, "q"), waits(1, "a")]);
-        // Those before it become fewer.
+        // The number of cycles before it decreases.
         line.leave(CycleId(1));
         assert_eq!([2, 3, 4].map(|id| obstacle(&mut line, id)), [None, waits(2, "x"), waits(2, "x")]);
         line.leave(CycleId(2));
@@ -333,7 +333,7 @@ mod tests {
         assert_eq!([0, 28, 32_768, 200_000, usize::MAX].map(max_running), [256, 256, 256, 41, 1]);
     }
 
-    /// The rule itself, read word by word.
+    /// The rule itself, implemented literally.
     fn may_run(places: &BTreeMap<u64, (BTreeSet<u8>, bool)>, cycle_id: u64) -> bool {
         let (own, _) = &places[&cycle_id];
         let shares = |other: &BTreeSet<u8>| own.is_empty() || other.is_empty() || !own.is_disjoint(other);

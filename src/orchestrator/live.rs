@@ -1,4 +1,4 @@
-//! The live progress of the running cycles: for those who watch it, and for the status.
+//! The live progress of running cycles, for watchers and for the status.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -19,23 +19,24 @@ use crate::{
     model::{CycleId, CycleRequest, Name, Revision, SubsystemState, Trigger},
 };
 
-/// Batches that a watcher may fall behind before it loses some: at one batch each [`Live::BATCH_EVERY`] more than
-/// ten seconds of 16 cycles.
+/// Batches that a watcher may fall behind before it loses some: more than ten seconds of 16 cycles, at one batch each
+/// [`Live::BATCH_EVERY`].
 const BACKLOG: usize = 4096;
 
-/// Bytes of the batches that are kept for watchers which have fallen behind. A batch can take 512 KiB, and most take a
-/// hundredth of that.
+/// Most bytes of the batches that are kept for slow watchers. A batch can take 512 KiB, but most take a hundredth of
+/// that.
 const BACKLOG_BYTES: usize = 4 << 20;
 
-/// What is known of the running cycles, and the channel that tells of them.
+/// The state of the running cycles, and the channel of their events.
 pub(super) struct Live {
     running: Mutex<BTreeMap<CycleId, Running>>,
     events: broadcast::Sender<Weak<LiveEvent>>,
-    /// What watchers can still be given. A watcher that comes too late starts over with how the cycles stand.
+    /// Events that watchers can still receive. A watcher that falls behind starts again with the current state of the
+    /// cycles.
     backlog: Mutex<Backlog>,
-    /// For the updates in events, as long as anybody keeps them.
+    /// Memory for the updates in events, until they are dropped.
     room: Memory,
-    /// Updates wait to be sent.
+    /// Notified when updates wait to be sent.
     pub(super) pending: Notify,
 }
 
@@ -48,28 +49,28 @@ struct Backlog {
 
 struct Running {
     cycle: Arc<LiveCycle>,
-    /// Subsystems in it.
+    /// Number of subsystems in it.
     total: usize,
-    /// How each subsystem stands, by its position in the plan; one that is missing waits.
+    /// The state of each subsystem, by its position in the plan; a missing one waits.
     stands: BTreeMap<usize, Update>,
     /// Positions that changed since the last batch was sent, in order.
     changed: Vec<Update>,
-    /// Updates before those in `changed`.
+    /// Number of updates before those in `changed`.
     sent: u64,
 }
 
-/// A cycle that runs.
+/// A running cycle.
 #[derive(Debug)]
 pub struct LiveCycle {
-    /// Its number.
+    /// Its id.
     pub cycle_id: CycleId,
-    /// What is asked for.
+    /// Its request.
     pub request: Arc<CycleRequest>,
     /// When it started.
     pub started_at: Timestamp,
     /// The order of those that are in it.
     pub plan: Arc<Plan>,
-    /// Where its record is; none before it is recorded.
+    /// The revision of its record; none before it is recorded.
     pub(super) revision: Arc<OnceLock<Revision>>,
 }
 
@@ -83,7 +84,7 @@ impl LiveCycle {
         self.plan.members().map(|member| &member.subsystem.name)
     }
 
-    /// Whether one of these takes part.
+    /// True if one of these subsystems takes part.
     pub fn has_any(&self, names: &BTreeSet<Name>) -> bool {
         names.iter().any(|name| self.plan.has(name))
     }
@@ -93,58 +94,58 @@ impl LiveCycle {
         &self.request.trigger
     }
 
-    /// Its record has this revision. Called before anybody can read that.
+    /// Sets the revision of its record. Called before the record is visible.
     pub(super) fn recorded_as(&self, revision: Revision) {
         // It is recorded once.
         let _ = self.revision.set(revision);
     }
 }
 
-/// How one subsystem's part stands since a moment.
+/// A change of one subsystem's part.
 #[derive(Clone, Debug)]
 pub struct Update {
     /// The subsystem.
     pub name: Name,
-    /// How its part ended; `None` is that it is being called.
+    /// How its part ended; `None` while it is being called.
     pub state: Option<SubsystemState>,
-    /// Since the cycle's start.
+    /// Time since the cycle's start.
     pub elapsed: Duration,
-    /// Calls so far.
+    /// Number of calls so far.
     pub attempts: u32,
 }
 
 impl Update {
-    /// What it takes.
+    /// Its bytes in memory.
     fn bytes(&self) -> usize {
         size_of::<Self>() + self.state.as_ref().map_or(0, |state| state.message().len())
     }
 }
 
-/// Something that happened in a running cycle.
+/// An event of a running cycle.
 #[derive(Clone, Debug)]
 pub struct LiveEvent {
     /// The cycle.
     pub cycle: Arc<LiveCycle>,
     /// What happened.
     pub change: LiveChange,
-    /// For the updates.
+    /// Memory for the updates.
     pub(super) room: Option<Arc<Held>>,
 }
 
-/// What happened in a running cycle, or is told of it. Its updates are counted, from its start on.
+/// An event of a running cycle. Its updates are counted from its start.
 #[derive(Clone, Debug)]
 pub enum LiveChange {
     /// It has started.
     Started,
-    /// A watcher has come to it after this number of updates: how its parts stand, but for those that wait. None of them where
-    /// there is no room for that: then the number is 0.
+    /// The state of its parts after this number of updates, without those that wait, for a new watcher. Without memory
+    /// for that, it has no parts and the number is 0.
     Stands(u64, Vec<Update>),
-    /// After this number of updates, these came.
+    /// Updates, and the number of updates before them.
     Updated(u64, Vec<Update>),
 }
 
 impl LiveChange {
-    /// How parts stand.
+    /// The states of parts.
     pub fn updates(&self) -> &[Update] {
         match self {
             Self::Started => &[],
@@ -152,7 +153,7 @@ impl LiveChange {
         }
     }
 
-    /// The number of updates that are known with this.
+    /// The number of updates until the end of this event.
     pub(super) fn known(&self) -> u64 {
         match self {
             Self::Started => 0,
@@ -161,16 +162,16 @@ impl LiveChange {
         }
     }
 
-    /// How many updates are missing for one who knew of this number.
+    /// The number of updates missing between this number and this event.
     pub(super) fn lost(&self, known: u64) -> u64 {
         match self {
-            // How it stands says all that was lost.
+            // The current state contains all lost updates.
             Self::Started | Self::Stands(..) => 0,
             Self::Updated(after, _) => after.saturating_sub(known),
         }
     }
 
-    /// Leaves the first updates, and returns the rest.
+    /// Keeps the first updates, and returns the rest.
     pub(super) fn split_off(&mut self, at: usize) -> Self {
         match self {
             Self::Started => Self::Started,
@@ -186,31 +187,31 @@ impl LiveEvent {
     }
 }
 
-/// How far a running cycle is.
+/// The progress of a running cycle.
 #[derive(Clone, Debug)]
 pub struct RunningCycle {
     /// The cycle.
     pub cycle: Arc<LiveCycle>,
-    /// Subsystems in it.
+    /// Number of subsystems in it.
     pub total: usize,
-    /// Those whose part has ended.
+    /// Number of subsystems whose part has ended.
     pub ended: usize,
-    /// Those that are being called.
+    /// Number of subsystems that are being called.
     pub running: usize,
 }
 
-/// What happens from the moment on at which it was taken.
+/// A subscription to events from the moment of its creation.
 pub(super) type Events = broadcast::Receiver<Weak<LiveEvent>>;
 
 impl Live {
-    /// How long updates are gathered before they are sent together: too short for an eye to see, and long enough
-    /// that a large cycle does not become a flood of small messages.
+    /// How long updates are collected before they are sent together: too short to be visible, and long enough that a
+    /// large cycle does not send a flood of small messages.
     pub(super) const BATCH_EVERY: Duration = Duration::from_millis(40);
-    /// The most updates of one event, so that with error messages of 1 KiB it is well below what clients take. After so
-    /// many a batch is sent at once.
+    /// Most updates of one event, so that with error messages of 1 KiB it is well below the limit of clients. After
+    /// this number a batch is sent at once.
     pub(super) const BATCH: usize = 512;
 
-    /// With room for what watchers are told.
+    /// A state with this memory for events.
     pub(super) fn new(room: Memory) -> Self {
         Self {
             running: Mutex::default(),
@@ -225,7 +226,7 @@ impl Live {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A cycle starts. It runs until what is returned is dropped.
+    /// Starts a cycle. It runs until the returned value is dropped.
     pub(super) fn start(&self, cycle: Arc<LiveCycle>) -> Progress<'_> {
         let cycle_id = cycle.cycle_id;
         let total = cycle.names().len();
@@ -235,7 +236,7 @@ impl Live {
         Progress { live: self, cycle_id }
     }
 
-    /// Sends what waits to be sent.
+    /// Sends waiting updates.
     pub(super) fn flush(&self) {
         for running in self.lock().values_mut() {
             self.send(running);
@@ -252,7 +253,7 @@ impl Live {
         self.tell(running.cycle.clone(), LiveChange::Updated(after, updates));
     }
 
-    /// Sends an event. Updates for which there is no room are lost, which watchers see by the number of the next ones.
+    /// Sends an event. Updates without memory are lost, which watchers see by the number in the next event.
     fn tell(&self, cycle: Arc<LiveCycle>, change: LiveChange) {
         let bytes = change.updates().iter().map(Update::bytes).sum();
         let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
@@ -272,14 +273,14 @@ impl Live {
             backlog.bytes -= oldest.bytes();
         };
         let event = Arc::new(LiveEvent { cycle, change, room: Some(Arc::new(room)) });
-        // Nobody listening is no error.
+        // Having no receivers is not an error.
         let _ = self.events.send(Arc::downgrade(&event));
         backlog.bytes += bytes;
         backlog.events.push_back(event);
     }
 
-    /// Everything from now on, and how each running cycle stands. Where there is no room for that, all updates until now are lost
-    /// to who joins.
+    /// Subscribes to events from now on, with the current state of each running cycle. Without memory for that, all
+    /// updates until now are lost to the subscriber.
     pub(super) fn join(&self) -> (Vec<Arc<LiveEvent>>, Events) {
         let mut running = self.lock();
         let stands = |running: &mut Running| {
@@ -294,7 +295,7 @@ impl Live {
         (running.values_mut().map(stands).collect(), self.events.subscribe())
     }
 
-    /// Those that run, the oldest first.
+    /// The running cycles, the oldest first.
     pub(super) fn running(&self) -> Vec<RunningCycle> {
         let stands = |running: &Running| {
             let ended = running.stands().filter(|update| update.state.is_some()).count();
@@ -326,7 +327,7 @@ impl Shared {
     }
 }
 
-/// Follows one running cycle. Once it is dropped all is sent that has happened in it.
+/// Observes one running cycle. Dropping it sends all remaining updates.
 pub(super) struct Progress<'a> {
     live: &'a Live,
     cycle_id: CycleId,
@@ -423,9 +424,9 @@ mod tests {
             fail_all(&progress);
         }
         assert!((1 << 20..=2 << 20).contains(&room.held()), "{}", room.held());
-        // It sees that it came too late, and starts over.
+        // It sees that it fell behind, and starts again.
         assert!(slow.try_recv().unwrap().upgrade().is_none());
-        // Without room for how the cycle stands, it is told so by what it is given next.
+        // Without memory for the state of the cycle, the next event counts the lost updates.
         let taken = room.try_hold(room.max() - room.held()).unwrap();
         let (now, mut new) = live.join();
         assert!(now.len() == 1 && now[0].change.updates().is_empty() && now[0].change.known() == 0);
@@ -434,7 +435,7 @@ mod tests {
         let event = new.try_recv().unwrap().upgrade().unwrap();
         let LiveChange::Updated(after, updates) = &event.change else { panic!("{event:?}") };
         assert_eq!((*after, updates.len()), (10 * MEMBERS as u64, Live::BATCH));
-        // Who has an event keeps its room.
+        // A held event keeps its memory.
         drop(progress);
         drop(live);
         assert_eq!(room.held(), event.bytes());

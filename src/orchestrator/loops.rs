@@ -1,4 +1,4 @@
-//! Loops: starting and stopping them, and firing their ticks.
+//! Starts and stops loops, and fires their ticks.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -13,19 +13,20 @@ use crate::{
 };
 
 impl Orchestrator {
-    /// Starts a loop, or gives a running one new settings.
+    /// Starts a loop, or changes the settings of a running one.
     ///
     /// # Errors
-    /// The file declares the name with other settings, or declares it not though only its name is given; there are too many
-    /// loops, no memory for it, or it names too many subsystems; the store can't be written; or the process drains.
+    /// The file declares the name with other settings, or only a name is given that the file does not declare; there
+    /// are too many loops, no memory for it, or it names too many subsystems; the store can't be written; or the
+    /// process drains.
     pub async fn start_loop(&self, start: LoopStart) -> Result<LoopEntry, Refusal> {
         self.change(|shared| async move { shared.start_loop(start).await }).await
     }
 
-    /// Stops a loop. One that the file declares stays listed; others are forgotten.
+    /// Stops a loop. A declared loop stays listed; others are deleted.
     ///
     /// # Errors
-    /// There is none of that name, the store can't be written, or the process drains.
+    /// No loop has the name, the store can't be written, or the process drains.
     pub async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
         let name = name.clone();
         self.change(|shared| async move { shared.stop_loop(&name).await }).await
@@ -38,10 +39,10 @@ impl Orchestrator {
 }
 
 impl State {
-    /// Has loops go on from where the clock was set back to.
+    /// Restarts ticks at the time that the clock was set back to.
     pub(super) fn follow_clock(&mut self, now: Timestamp) {
         for name in self.loops.follow_clock(now) {
-            tracing::warn!("loop" = %name, "the clock was set back: its ticks go on from there");
+            tracing::warn!("loop" = %name, "the clock was set back: its ticks continue from the new time");
         }
     }
 }
@@ -83,7 +84,7 @@ impl Shared {
             Write { loops: BTreeMap::from([(started.name.clone(), Some(entry.to_stored()))]), ..Write::default() }
         };
         let put = move |state: &mut State| {
-            // Ticks may have fallen due and been accounted for in between.
+            // Ticks may have been due and accounted for in between.
             let now = clock.now();
             state.follow_clock(now);
             let entry = state.loops.started(settings.clone(), origin, now).holding(held);
@@ -125,7 +126,7 @@ impl Shared {
 
     /// Starts the cycles of loops when their ticks are due.
     pub(super) async fn fire_ticks(self: Arc<Self>) {
-        /// The wall clock may be set: it is looked at this often at least.
+        /// Longest time between checks of the wall clock, which may be set.
         const LOOK_AGAIN: Duration = Duration::from_secs(1);
         loop {
             let next = self.state().loops.next_at();
@@ -162,7 +163,7 @@ impl Shared {
                 Err(Refusal::CycleWaiting(_)) => (TickDisposition::Coalesced, None),
                 Err(refusal) => {
                     let is_news = state.loops.warns_of_drops(&settings.name, now);
-                    // Those of a process that drains are no surprise.
+                    // Dropped ticks of a draining process are expected.
                     if is_news && !matches!(refusal, Refusal::Draining) {
                         tracing::warn!("loop" = %settings.name, %due_at, %refusal, "ticks are dropped");
                     }

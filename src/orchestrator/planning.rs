@@ -1,5 +1,5 @@
-//! The order over all that is registered: made anew after changes, once for all who need it, and off the tasks that others wait
-//! for.
+//! The plan over all registered subsystems: computed again after changes, once for all users, on a thread that no other
+//! task waits for.
 
 use std::sync::Arc;
 
@@ -10,25 +10,25 @@ use crate::{
 };
 
 impl Orchestrator {
-    /// What a cycle would do now. Names that are not registered are in the answer.
+    /// The plan of a cycle now. Names that are not registered are in the answer.
     pub async fn plan_cycle(&self, subset: Option<Arc<[Name]>>) -> Schedule {
         let plan = self.0.plan().await;
         let size = plan.members().len();
         aside(size, move || plan.schedule(subset.as_deref())).await
     }
 
-    /// The same names, as the registry has them.
+    /// The same names, shared with the registry.
     ///
     /// # Errors
-    /// One is not registered.
+    /// A name is not registered.
     pub async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
         self.0.registered_names(subset).await
     }
 }
 
 impl Shared {
-    /// The order over all that is registered now. After changes it is made anew, once for all of them and apart from
-    /// those who change more.
+    /// The plan over all registered subsystems. After changes it is computed again, once for all of them, without
+    /// blocking further changes.
     pub(super) async fn plan(&self) -> Arc<Plan> {
         if let Ok(plan) = self.state().registry.plan() {
             return plan;
@@ -53,7 +53,7 @@ impl Shared {
         aside(subset.len(), move || all.of_cycle(Some(&subset))).await
     }
 
-    /// The same names, as the registry has them.
+    /// The same names, shared with the registry.
     pub(super) async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
         let Some(subset) = subset else { return Ok(None) };
         let plan = self.plan().await;

@@ -1,4 +1,4 @@
-//! The start of a process: takes up what an earlier one left in the store.
+//! The start of a process: restores the state of the earlier one from the store.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -34,11 +34,12 @@ use crate::{
 };
 
 impl Orchestrator {
-    /// Takes up what an earlier process left in the store, and begins to run cycles. The store comes with what it held
-    /// when it was taken over.
+    /// Restores the state of the earlier process, and starts running cycles. The store comes with its contents at the
+    /// takeover.
     ///
     /// # Errors
-    /// The order of what is declared and stored has a ring, there is no memory for it, or the store can't be written.
+    /// The declared and stored subsystems have a circular dependency, there is no memory for them, or the store can't
+    /// be written.
     pub async fn start(
         settings: Settings,
         memory: &Shares,
@@ -81,7 +82,7 @@ impl Orchestrator {
         tell_unreadable_rows(&contents.unreadable);
         let mut write = Write { epoch: contents.epoch, ..Write::default() };
 
-        // The registry: what is declared wins over what was registered by RPC under the same name.
+        // The registry: a declared subsystem takes precedence over one that was registered by RPC under the same name.
         let mut latest: BTreeMap<Name, _> =
             std::mem::take(&mut contents.outputs).into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut stored: BTreeMap<Name, StoredSubsystem> =
@@ -108,7 +109,7 @@ impl Orchestrator {
         }
         for (name, stored) in stored {
             let Some(spec) = &stored.spec else {
-                // It was declared once, and is no more.
+                // It was declared earlier, and no longer is.
                 write.subsystems.insert(name, None);
                 continue;
             };
@@ -120,17 +121,17 @@ impl Orchestrator {
                     let lease = stored.lease.map(|length| Lease::new(length, begin));
                     entries.push(Registered { member, origin: Origin::Rpc { lease } });
                 }
-                // Rules have become stricter since. It stays stored, output and all, for a version that takes it.
+                // Rules have become stricter since. It stays stored with its output, for a version that accepts it.
                 Err(violations) => {
-                    tracing::error!(subsystem = %name, %violations, "left out: a stored registration is invalid");
+                    tracing::error!(subsystem = %name, %violations, "skipped: a stored registration is invalid");
                 }
             }
         }
-        // What can't be read stays stored, with its output.
+        // Unreadable rows stay stored, with their outputs.
         for row in contents.unreadable.iter().filter(|row| row.what == "subsystem") {
             latest.remove(row.key.as_str());
         }
-        // Outputs whose subsystem nobody registers any more.
+        // Outputs of subsystems that are no longer registered.
         write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
         let order = Order::of(entries.iter().map(|entry| entry.member.subsystem.clone()));
         state.registry = Registry::of(entries)?;
@@ -154,7 +155,7 @@ impl Orchestrator {
                     state.loops.restore(settings, LoopOrigin::Rpc, stored.state, Some(held), now);
                 }
                 Some(Err(violations)) => {
-                    tracing::error!("loop" = %name, %violations, "left out: a stored loop is invalid");
+                    tracing::error!("loop" = %name, %violations, "skipped: a stored loop is invalid");
                 }
                 None => {
                     write.loops.insert(name, None);
@@ -172,7 +173,7 @@ impl Orchestrator {
         store.commit(Arc::new(write)).await?;
         state.loops.written(mark);
 
-        let watching = memory.history.part("what watchers look for and read ahead", memory.history.max() / 4);
+        let watching = memory.history.part("filters and records of watchers", memory.history.max() / 4);
         let (to_write, asked) = mpsc::channel(writing::WAITING);
         let shared = Arc::new(Shared {
             engine: Engine {
@@ -189,7 +190,7 @@ impl Orchestrator {
             newest: newest::Sender::new(state.last_revision),
             live: Live::new(watching.clone()),
             watching,
-            // With what is known of them, if it is asked for.
+            // With their known state, if requested.
             _recent: memory.history.try_hold(3 * State::RECENT_BYTES).ok(),
             history: memory.history.clone(),
             settings: Mutex::new(Arc::new(settings)),
@@ -217,8 +218,9 @@ impl Orchestrator {
 }
 
 impl State {
-    /// Takes up the cycles that are open. Those that had begun, or may have, are recorded as interrupted, in the order of their
-    /// ids, and so are those of loops, whose ticks are decided anew. Others have only waited, and wait again under their ids.
+    /// Restores the open cycles. Cycles that had begun, or may have begun, are recorded as interrupted, in the order of
+    /// their ids, and so are cycles of loops, whose ticks are decided again. Other cycles have only waited, and wait
+    /// again under their ids.
     fn recover(
         &mut self,
         contents: &Contents,
@@ -231,19 +233,17 @@ impl State {
             tell_lost(lost, contents);
         }
         let last_lost = contents.lost.map(|lost| (lost.last_cycle_id, lost.last_revision)).unwrap_or_default();
-        // Beginnings may be lost with the power, or with the end of the store: then what looks as if it waits may have begun.
+        // Starts may be lost with the power, or with the end of the store: then a cycle that seems to wait may have
+        // begun.
         let any_may_have_begun = contents.may_lack_open || contents.lost.is_some();
         let mut interrupt = |state: &mut Self, cycle_id, open: Option<&OpenCycle>| {
             let revision = state.last_revision.next();
-            // As many as were lost; which ones is not known.
+            // The number of lost cycles is known, but not their ids.
             let is_lost = revision <= last_lost.1;
             let finished = interrupted(cycle_id, open, is_lost, contents.epoch, now);
             let record = record::encode(&finished, max_record).at(revision);
             if !is_lost {
-                tracing::warn!(
-                    cycle_id = cycle_id.0,
-                    "recorded as interrupted: an earlier process ended in the middle of it"
-                );
+                tracing::warn!(cycle_id = cycle_id.0, "recorded as interrupted: an earlier process ended while it ran");
             }
             write.records.push(record.clone());
             state.publish(Arc::new(record), None);
@@ -255,14 +255,14 @@ impl State {
                 None => interrupt(self, open.cycle_id, Some(open)),
             }
         }
-        // One that was heard of may be missing after the loss of power: the writer sees to it that it is one at most.
+        // One known id may be missing after the loss of power: the writer ensures that it is at most one.
         let may_be_lost = if contents.may_lack_open { self.last_admitted.next() } else { CycleId::default() };
         while self.last_admitted < may_be_lost.max(last_lost.0) {
             self.last_admitted = self.last_admitted.next();
             interrupt(self, self.last_admitted, None);
         }
         for (cycle_id, request) in waiting {
-            tracing::info!(cycle_id = cycle_id.0, "waits in line again: an earlier process had not come to it");
+            tracing::info!(cycle_id = cycle_id.0, "waits in line again: an earlier process had not started it");
             let room = requests.hold_beyond(request.footprint());
             let admitted = Admitted::new(cycle_id, Arc::new(request), Some(room));
             admitted.promise();
@@ -271,19 +271,19 @@ impl State {
     }
 }
 
-/// The request of a cycle that had not begun, where it can be run all the same.
+/// The request of a cycle that had not begun, if it can still be run.
 fn waits_again(open: &OpenCycle) -> Option<CycleRequest> {
     let Stage::Waiting(Some(request)) = &open.stage else { return None };
     match record::decode_request(request.clone(), open.scheduled_at, open.request_id.clone()) {
         Ok(request) => Some(request),
         Err(problem) => {
-            tracing::error!(cycle_id = open.cycle_id.0, problem, "the request of a cycle that waits can't be read");
+            tracing::error!(cycle_id = open.cycle_id.0, problem, "the request of a waiting cycle can't be read");
             None
         }
     }
 }
 
-/// The record of a cycle that an earlier process had begun and not finished, or had recorded and whose record is lost.
+/// The record of a cycle that an earlier process had started but not finished, or whose record is lost.
 fn interrupted(
     cycle_id: CycleId,
     open: Option<&OpenCycle>,
@@ -311,28 +311,28 @@ fn interrupted(
         duration: duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default(),
         state: CycleState::Interrupted,
         error: if is_lost {
-            "its record was lost with the damaged end of the store".into()
+            "its record was lost because the end of the store was damaged".into()
         } else {
-            "the process that ran it ended in the middle of it".into()
+            "the process that ran it ended before it had finished".into()
         },
         critical_path: Vec::new(),
         subsystems: Vec::new(),
     }
 }
 
-/// Tells what of an earlier process's state can't be read, and is left out.
+/// Logs unreadable rows of the earlier process's state, which are skipped.
 fn tell_unreadable_rows(rows: &[UnreadableRow]) {
-    /// Where all is damaged, that is known after a few.
+    /// Most rows that are logged: if all are damaged, a few are enough.
     const TOLD: usize = 64;
     for UnreadableRow { what, key, problem } in rows.iter().take(TOLD) {
-        tracing::error!(what, key, problem, "left out: a row of the store can't be read; it stays there");
+        tracing::error!(what, key, problem, "skipped: a row of the store can't be read; it stays in the store");
     }
     if rows.len() > TOLD {
-        tracing::error!(rows = rows.len() - TOLD, "left out: further rows of the store can't be read");
+        tracing::error!(rows = rows.len() - TOLD, "skipped: further rows of the store can't be read");
     }
 }
 
-/// Tells what was acknowledged and is not in the store any more.
+/// Logs acknowledged commits that are no longer in the store.
 fn tell_lost(lost: &Lost, contents: &Contents) {
     let (last_cycle_id, last_revision, commits) = (lost.last_cycle_id, lost.last_revision, lost.commits);
     if last_cycle_id > contents.last_cycle_id || last_revision > contents.last_revision {
@@ -340,14 +340,14 @@ fn tell_lost(lost: &Lost, contents: &Contents) {
         tracing::error!(
             revisions,
             commits,
-            "records that were acknowledged are missing: the end of the store was damaged, or an older copy was put in its \
-             place. They are recorded as interrupted, so that their numbers are not given again; what was registered or \
+            "acknowledged records are missing: the end of the store was damaged, or an older copy replaced it. They \
+             are recorded as interrupted, so that their numbers are not given again; what was registered or \
              changed meanwhile is missing as well"
         );
     } else {
         tracing::error!(
             commits,
-            "changes that were acknowledged are missing, such as registrations, loops or suspensions: the end of the store was \
+            "acknowledged changes are missing, such as registrations, loops or suspensions: the end of the store was \
              damaged, or an older copy was put in its place"
         );
     }

@@ -1,4 +1,4 @@
-//! Why something that was asked for is not done.
+//! Reasons why a request is refused.
 
 use crate::{
     engine::Ring,
@@ -7,116 +7,118 @@ use crate::{
     ports::{StoreError, Unreadable},
 };
 
-/// Why something that was asked for is not done. Each message says what was wrong and what to do.
+/// Why a request is refused. Each message contains the problem and the remedy.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Refusal {
     /// Fields of the request are malformed.
     #[error("{0}")]
     Invalid(Violations),
-    /// No such subsystem.
-    #[error("no subsystem {0} is registered; see ListSubsystems for those that are, or register it")]
+    /// The subsystem is not registered.
+    #[error("subsystem {0} is not registered; register it, or see ListSubsystems")]
     SubsystemNotFound(Name),
-    /// Its policy does not let it wait.
+    /// Its overlap policy does not let it wait.
     #[error(
-        "cycle {0} has a subsystem in common with it and has not ended; wait for that one, cancel it, or choose an overlap \
+        "cycle {0} has a subsystem in common with it and has not ended; wait for cycle {0}, cancel it, or choose an \
+         overlap \
          policy that waits"
     )]
     CycleRunning(CycleId),
-    /// Its policy lets one wait, and one does.
+    /// Its overlap policy lets one cycle wait, and one already waits.
     #[error(
-        "cycle {0} has a subsystem in common with it and waits already; wait for that one, or choose overlap policy BUFFER_ALL"
+        "cycle {0} has a subsystem in common with it and already waits; wait for cycle {0}, or choose overlap policy \
+         BUFFER_ALL"
     )]
     CycleWaiting(CycleId),
-    /// Too many wait.
+    /// The limit of waiting cycles is reached.
     #[error("the limit of {0} waiting cycles is reached (cycle.max_queued); try again later")]
     QueueFull(usize),
-    /// The record can't be written or read now. The cycle that this is about, if one was admitted, runs all the same
-    /// and is recorded once writing works again.
-    #[error("the record is not available now: {1}")]
+    /// The store can't be written or read now. If a cycle was admitted, it still runs and is recorded once writing
+    /// works again.
+    #[error("the store is not available now: {1}")]
     StoreUnavailable(Option<CycleId>, StoreError),
     /// A record is damaged.
-    #[error("{0}; restore the store from a backup to have it back")]
+    #[error("{0}; restore the store from a backup to recover it")]
     Unreadable(Unreadable),
-    /// No such cycle.
-    #[error("cycle {0} is not in the record: it was never assigned, or is no longer retained")]
+    /// The cycle does not exist.
+    #[error("cycle {0} is not in the history: its id was never given, or its record is no longer retained")]
     CycleNotFound(CycleId),
-    /// It can't be cancelled any more.
-    #[error("cycle {0} has already finished; see GetCycle for how")]
+    /// It has already finished.
+    #[error("cycle {0} has already finished; see GetCycle for its record")]
     CycleFinished(CycleId),
-    /// There is no record yet.
+    /// It has no record yet.
     #[error("cycle {0} is still waiting or running; wait for it with WatchCycles, or try again later")]
     CycleNotFinished(CycleId),
-    /// The records that a watcher wants are not there.
+    /// The records that a watcher requests are not retained.
     #[error("{}", not_retained(*.after, *.oldest, *.newest))]
     RevisionNotRetained {
-        /// After which one records were wanted.
+        /// The revision after which records were requested.
         after: Revision,
-        /// The oldest revision from which on none is missing.
+        /// The oldest revision above which none is missing.
         oldest: Revision,
         /// The newest revision.
         newest: Revision,
     },
-    /// Too many watch.
-    #[error("{0} watchers are connected, which is the most that may be (server.max_watchers)")]
+    /// The limit of watchers is reached.
+    #[error("the limit of {0} watchers is reached (server.max_watchers); disconnect one, or raise the limit")]
     TooManyWatchers(usize),
-    /// The order would bite its own tail.
+    /// The registration would make a circular dependency.
     #[error("{0}")]
     OrderRing(Ring),
-    /// The order of what the configuration file declares, together with what was registered by RPC, would bite its own
-    /// tail.
+    /// The subsystems of the configuration file, together with those registered by RPC, would make a circular
+    /// dependency.
     #[error(
-        "{ring}; of these, {} registered by RPC, so change what the configuration file declares, or unregister them while \
+        "{ring}; of these, {} registered by RPC: change the configuration file, or unregister them while \
          the service runs with the file as it was",
         were(.by_rpc)
     )]
     DeclaredRing {
         /// The ring.
         ring: Ring,
-        /// Those in it that the file does not declare.
+        /// The subsystems in it that the file does not declare.
         by_rpc: Vec<Name>,
     },
-    /// The configuration file has the say.
+    /// The configuration file takes precedence.
     #[error("{0} is declared in the configuration file; change it there")]
     DeclaredInConfig(Name),
-    /// More would be registered than may be.
+    /// The limit of registered subsystems is reached.
     #[error(
-        "{registered} subsystems are registered, and with {new} more they would be over the {max} that may be \
+        "{registered} subsystems are registered, and {new} more would exceed the limit of {max} \
          (registry.max_subsystems); unregister those that are gone, or give those that come and go a lease"
     )]
     RegistryFull {
-        /// How many are registered.
+        /// Number of registered subsystems.
         registered: usize,
-        /// How many new ones there would be.
+        /// Number of new subsystems.
         new: usize,
-        /// How many may be.
+        /// The limit.
         max: usize,
     },
-    /// More memory would be taken by what is registered than may be.
+    /// The memory for registrations and loops is used up.
     #[error(
-        "{0}; unregister or stop what is not needed, or raise memory.max_bytes, of which registrations and loops have a \
+        "{0}; unregister subsystems or stop loops, or raise memory.max_bytes, of which registrations and loops have a \
          sixteenth"
     )]
     RegistryMemoryFull(Full),
-    /// It does not end by itself.
+    /// It has no lease.
     #[error(
-        "{0} has no lease, so there is none to renew: what the configuration file declares needs none, and anything else \
+        "{0} has no lease to renew: a declared subsystem needs no lease, and any other one \
          can be registered again with one"
     )]
     NoLease(Name),
-    /// Too many run.
-    #[error("{0} loops are there, which is the most that may be (registry.max_loops)")]
+    /// The limit of loops is reached.
+    #[error("the limit of {0} loops is reached (registry.max_loops); stop one, or raise the limit")]
     TooManyLoops(usize),
-    /// No such loop.
-    #[error("there is no loop {0}; see ListIntervalLoops for those that are")]
+    /// The loop does not exist.
+    #[error("loop {0} does not exist; see ListIntervalLoops")]
     LoopNotFound(Name),
-    /// Too much waits in answers.
-    #[error("cycle {0} is recorded, but its record can't be answered now: {1}; ask GetCycle for it later")]
+    /// The memory for unread responses is full.
+    #[error("cycle {0} is recorded, but its record can't be returned now: {1}; use GetCycle later")]
     RecordHasNoRoom(CycleId, Full),
-    /// What the service may hold for others is used up.
+    /// The memory for data of clients is used up.
     #[error("{0}; {remedy}", remedy = .0.remedy())]
     MemoryFull(#[from] Full),
     /// The process is shutting down.
-    #[error("this orchestrator is shutting down; try again with the one that takes over")]
+    #[error("this orchestrator is shutting down; try again later")]
     Draining,
 }
 
@@ -143,12 +145,14 @@ impl From<StoreError> for Refusal {
 fn not_retained(after: Revision, oldest: Revision, newest: Revision) -> String {
     if after > newest {
         return format!(
-            "revision {after} is in the future: {newest} is the newest. Is this another database, or a restored backup? \
+            "revision {after} is in the future: {newest} is the newest. Is this another database, or a restored \
+             backup? \
              Start from {newest}, or with from_oldest"
         );
     }
     format!(
-        "records after revision {after} are no longer all retained: {oldest} is the oldest revision, {newest} the newest; \
+        "records after revision {after} are no longer all retained: {oldest} is the oldest revision, {newest} the \
+         newest; \
          start from there, or with from_oldest"
     )
 }

@@ -19,35 +19,35 @@ use crate::{
     ports::{StoredSubsystem, Write},
 };
 
-/// What registering a subsystem has changed.
+/// The result of registering a subsystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     /// It was not registered before.
     Created,
-    /// Its registration or the length of its lease was another one.
+    /// Its registration or the length of its lease has changed.
     Replaced,
-    /// It was registered just so: at most its lease has begun anew.
+    /// Its registration is unchanged: at most its lease was renewed.
     Renewed,
 }
 
 impl Orchestrator {
-    /// Registers a subsystem, or replaces its registration. Returns it, and what that has changed.
+    /// Registers a subsystem, or replaces its registration. Returns it with the result.
     ///
     /// # Errors
-    /// The order would have a ring, the file declares the name, the registry is full, the store can't be written, or the process
-    /// drains.
+    /// The dependencies would have a cycle, the file declares the name, the registry is full, the store can't be
+    /// written, or the process drains.
     pub async fn register(
         &self,
         subsystem: Subsystem,
         lease: Option<Duration>,
     ) -> Result<(Registered, Change), Refusal> {
         let mut registered = self.register_all(vec![subsystem], lease).await?;
-        // One for each.
+        // One result for each.
         Ok(registered.remove(0))
     }
 
-    /// Registers all of these subsystems, each name once, or none: in one commit. Otherwise as [`Orchestrator::register`],
-    /// for each, in their order.
+    /// Registers all of these subsystems, each name once, or none: in one commit. Otherwise as
+    /// [`Orchestrator::register`], for each, in their order.
     ///
     /// # Errors
     /// One can't be registered, for one of the reasons of [`Orchestrator::register`].
@@ -68,7 +68,7 @@ impl Orchestrator {
         self.change(|shared| async move { shared.unregister(&name).await }).await
     }
 
-    /// Takes a subsystem out of cycles, or puts it back and closes its breaker.
+    /// Suspends a subsystem, or resumes it and closes its breaker.
     ///
     /// # Errors
     /// It is not registered, the store can't be written, or the process drains.
@@ -77,7 +77,7 @@ impl Orchestrator {
         self.change(|shared| async move { shared.suspend(&name, suspended).await }).await
     }
 
-    /// Renews a lease. Returns when it ends now.
+    /// Renews a lease. Returns its new end.
     ///
     /// # Errors
     /// It is not registered, or has no lease.
@@ -141,7 +141,7 @@ impl Shared {
         let changed: Vec<_> = changed.map(|(entry, _)| entry.clone()).collect();
         let put = move |state: &mut State| {
             let (mut entries, mut left) = (entries, Vec::new());
-            // The time that writing took is not part of it.
+            // Without the time of writing.
             let begin = Instant::now();
             let lease = lease.map(|length| Lease::new(length, begin));
             for (entry, change) in &mut entries {
@@ -153,7 +153,7 @@ impl Shared {
                     (Change::Created | Change::Replaced, _) => left.extend(state.registry.put(entry.clone())),
                 }
             }
-            // What failed was at the other endpoint.
+            // The failures were at the other endpoint.
             for standing in &moved {
                 standing.close_breaker();
             }
@@ -247,15 +247,15 @@ impl Shared {
         };
         let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
         let left = self.write(write, remove).await?;
-        // Without some of them, there still is an order.
+        // Removing subsystems can't make a circular dependency.
         order.change(Vec::new(), names).map_err(Refusal::OrderRing)?;
         self.engine.subsystems.forget(&left);
         Ok(())
     }
 
-    /// Unregisters those whose lease has ended.
+    /// Unregisters subsystems whose lease has expired.
     pub(super) async fn expire_leases(self: Arc<Self>) {
-        /// When the store could not be written.
+        /// Pause after a failed write.
         const RETRY: Duration = Duration::from_secs(1);
         loop {
             let next = self.state().registry.next_expiry();
@@ -267,13 +267,13 @@ impl Shared {
             let forgotten = self.forget_expired().await;
             self.state().counts.leases.tried(&forgotten, self.clock.now());
             if let Err(error) = forgotten {
-                tracing::error!(%error, "can't unregister those whose lease was not renewed; trying again");
+                tracing::error!(%error, "can't unregister subsystems with expired leases; retrying");
                 sleep(RETRY).await;
             }
         }
     }
 
-    /// Those that end together in one commit, up to a number in which a cycle that is to begin hardly waits for it.
+    /// Most subsystems in one commit, which then hardly delays the start of a cycle.
     async fn forget_expired(&self) -> Result<(), Refusal> {
         const MAX: usize = 1000;
         let mut order = self.order.lock().await;

@@ -1,4 +1,4 @@
-//! The registry: which subsystems are registered now, and their order.
+//! The registry: the registered subsystems, and their order.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -16,48 +16,48 @@ use crate::{
     ports::{Left, StoredSubsystem},
 };
 
-/// The registered subsystems, and what is asked of all of them again and again: then nobody has to look at each.
+/// The registered subsystems, with sums over all of them, so that these need not be computed each time.
 #[derive(Debug, Default)]
 pub(super) struct Registry {
-    /// Shared, so that those who have to look at each take them along, and do so without holding the others up.
+    /// Shared, so that work over all entries needs no lock.
     entries: BTreeMap<Name, Arc<Registered>>,
-    /// When leases end.
+    /// Subsystems by the end of their lease.
     expiries: BTreeSet<(Instant, Name)>,
-    /// How many the configuration file declares.
+    /// Number of declared subsystems.
     declared: usize,
-    /// How many are at each endpoint.
+    /// Number of subsystems at each endpoint.
     endpoints: HashMap<Endpoint, usize>,
-    /// Counts the changes.
+    /// Number of changes.
     version: u64,
-    /// The latest plan, and the version that it is of.
+    /// The latest plan, and its version.
     plan: (Arc<Plan>, u64),
 }
 
 /// One registered subsystem.
 #[derive(Clone, Debug)]
 pub struct Registered {
-    /// Its registration and what is remembered of it.
+    /// Its registration and its state between cycles.
     pub member: Member,
-    /// Where its registration comes from.
+    /// The origin of its registration.
     pub origin: Origin,
 }
 
-/// Where a registration comes from.
+/// The origin of a registration.
 #[derive(Clone, Copy, Debug)]
 pub enum Origin {
-    /// The configuration file declares it.
+    /// True if the configuration file declares it.
     Config,
-    /// A caller has registered it: until this lease ends, if there is one.
+    /// A caller registered it, until this lease ends, if there is one.
     Rpc {
         /// The lease.
         lease: Option<Lease>,
     },
 }
 
-/// A registration that ends unless it is renewed.
+/// A lease: the registration expires unless it is renewed.
 #[derive(Clone, Copy, Debug)]
 pub struct Lease {
-    /// For how long it is renewed.
+    /// Its length.
     pub length: Duration,
     /// When it ends.
     pub expires: Instant,
@@ -70,7 +70,7 @@ pub(super) struct Entries {
 }
 
 impl Lease {
-    /// A lease that begins at this time: those that begin together end together.
+    /// A lease that begins at this time: leases that begin together end together.
     pub(super) fn new(length: Duration, begin: Instant) -> Self {
         Self { length, expires: begin + length }
     }
@@ -87,7 +87,7 @@ impl Registered {
         self.member.standing.counts()
     }
 
-    /// True where the configuration file declares it.
+    /// True if the configuration file declares it.
     pub(super) fn is_declared(&self) -> bool {
         matches!(self.origin, Origin::Config)
     }
@@ -100,7 +100,7 @@ impl Registered {
         }
     }
 
-    /// As it is stored.
+    /// Its stored form.
     pub(super) fn to_stored(&self) -> StoredSubsystem {
         let subsystem = &self.member.subsystem;
         StoredSubsystem {
@@ -113,38 +113,38 @@ impl Registered {
 }
 
 impl Entries {
-    /// The order over all entries. There has to be one.
+    /// The plan over all entries, which must exist.
     pub(super) fn plan(&self) -> Option<Arc<Plan>> {
         match Plan::compile(self.entries.iter().map(|entry| entry.member.clone())) {
             Ok(plan) => Some(Arc::new(plan)),
-            // Every entry was checked before it was put, so this is a defect.
+            // Every entry was checked before it was added, so this is a defect.
             Err(ring) => {
-                tracing::error!(%ring, "the registry has no order");
+                tracing::error!(%ring, "the registry has a circular dependency");
                 None
             }
         }
     }
 }
 
-/// What other declarations of the configuration file change.
+/// The changes by new declarations of the configuration file.
 pub(super) struct Declarations {
     /// Entries that are new or different.
     pub(super) put: Vec<Registered>,
-    /// Names that are no more.
+    /// Removed names.
     pub(super) removed: Vec<Name>,
-    /// Those of `put` that are now elsewhere.
+    /// Entries of `put` with another endpoint.
     pub(super) moved: Vec<Arc<Standing>>,
-    /// What becomes of what is stored.
+    /// Changes of the store.
     pub(super) stored: BTreeMap<Name, Option<Arc<StoredSubsystem>>>,
-    /// Names that are registered by RPC, and stay so.
+    /// Names that remain registered by RPC.
     by_rpc: HashSet<Name>,
 }
 
 impl Declarations {
-    /// What these change in a registry of those entries.
+    /// The changes by these declarations in a registry of those entries.
     ///
     /// # Errors
-    /// There is no memory for them.
+    /// There is no memory for the changes.
     pub(super) fn of(subsystems: Vec<Subsystem>, before: &[Arc<Registered>], memory: &Memory) -> Result<Self, Refusal> {
         let before: BTreeMap<_, _> = before.iter().map(|entry| (entry.name(), entry)).collect();
         let names: HashSet<_> = subsystems.iter().map(|subsystem| subsystem.name.clone()).collect();
@@ -182,7 +182,7 @@ impl Declarations {
         Ok(Self { put, removed, moved, stored, by_rpc })
     }
 
-    /// Why they can't be.
+    /// Why they are refused.
     pub(super) fn refuse(&self, ring: Ring) -> Refusal {
         let by_rpc = ring.names().filter(|name| self.by_rpc.contains(*name)).cloned().collect();
         Refusal::DeclaredRing { ring, by_rpc }
@@ -190,10 +190,10 @@ impl Declarations {
 }
 
 impl Registry {
-    /// A registry of these entries, some of which the configuration file declares.
+    /// A registry of these entries, declared or registered by RPC.
     ///
     /// # Errors
-    /// They have no order.
+    /// They have a circular dependency.
     pub(super) fn of(entries: Vec<Registered>) -> Result<Self, Refusal> {
         let plan = Plan::compile(entries.iter().map(|entry| entry.member.clone())).map_err(|ring| {
             let is_by_rpc = |name: &&Name| entries.iter().any(|entry| entry.name() == *name && !entry.is_declared());
@@ -212,12 +212,12 @@ impl Registry {
         self.entries.len()
     }
 
-    /// How many the configuration file declares.
+    /// Number of declared subsystems.
     pub(super) fn declared(&self) -> usize {
         self.declared
     }
 
-    /// How many have a lease.
+    /// Number of subsystems with a lease.
     pub(super) fn leases(&self) -> usize {
         self.expiries.len()
     }
@@ -226,7 +226,7 @@ impl Registry {
         self.entries.get(name).map(|entry| &**entry).ok_or_else(|| Refusal::SubsystemNotFound(name.clone()))
     }
 
-    /// Those after `name` in the order of names.
+    /// The entries after `name`, by name.
     pub(super) fn after(&self, name: Option<&str>) -> impl Iterator<Item = &Arc<Registered>> {
         use std::ops::Bound::{Excluded, Unbounded};
         let from = name.map_or(Unbounded, Excluded);
@@ -237,7 +237,7 @@ impl Registry {
         Entries { entries: self.entries.values().cloned().collect(), version: self.version }
     }
 
-    /// Puts an entry whose order was checked, in the place of the one of its name. Returns what is elsewhere now.
+    /// Adds or replaces an entry whose order was checked. Returns the subsystem that has left its endpoint, if any.
     pub(super) fn put(&mut self, entry: Registered) -> Option<Left> {
         let endpoint = entry.member.subsystem.endpoint.clone();
         let name = entry.name().clone();
@@ -249,7 +249,7 @@ impl Registry {
         left
     }
 
-    /// Removes an entry. Returns what has left.
+    /// Removes an entry. Returns the subsystem that has left its endpoint.
     pub(super) fn remove(&mut self, name: &Name) -> Option<Left> {
         self.version += 1;
         let entry = self.entries.remove(name)?;
@@ -265,7 +265,7 @@ impl Registry {
         Some(Left { endpoint, name: name.clone(), was_last: others == 0 })
     }
 
-    /// Renews the lease of an entry, if it has one. Not one that has ended: its end may be being written.
+    /// Renews the lease of an entry, if it has one and it has not expired: its end may already be being written.
     pub(super) fn renew(&mut self, name: &Name) -> Result<Lease, Refusal> {
         let entry = self.get(name)?;
         let lease = entry.lease().ok_or_else(|| Refusal::NoLease(name.clone()))?;
@@ -278,7 +278,7 @@ impl Registry {
         Ok(lease)
     }
 
-    /// Puts a lease in the place of that of an entry, if it has one.
+    /// Replaces the lease of an entry, if it has one.
     pub(super) fn set_lease(&mut self, name: &Name, lease: Lease) {
         if let Some(entry) = self.entries.get_mut(name)
             && let Some(earlier) = entry.lease()
@@ -294,23 +294,22 @@ impl Registry {
         self.expiries.first().map(|(expires, _)| *expires)
     }
 
-    /// At most `max` of those whose lease has ended, the earliest first.
+    /// At most `max` entries whose lease has expired, the earliest first.
     pub(super) fn expired(&self, now: Instant, max: usize) -> Vec<Name> {
         let expired = self.expiries.iter().take_while(|(expires, _)| *expires <= now);
         expired.take(max).map(|(_, name)| name.clone()).collect()
     }
 
-    /// The order over all entries.
+    /// The plan over all entries.
     ///
     /// # Errors
-    /// There were changes since it was last made: from the snapshot, it can be made again.
+    /// There were changes since it was computed: compute it again from the snapshot.
     pub(super) fn plan(&self) -> Result<Arc<Plan>, Entries> {
         let (plan, version) = &self.plan;
         if *version == self.version { Ok(plan.clone()) } else { Err(self.snapshot()) }
     }
 
-    /// Keeps the plan that was made from a snapshot; where none could be made, the one before goes on. Returns the one that
-    /// is kept.
+    /// Stores the plan of a snapshot; if there is none, the previous one is kept. Returns the stored plan.
     pub(super) fn planned(&mut self, snapshot: &Entries, plan: Option<Arc<Plan>>) -> Arc<Plan> {
         let plan = plan.unwrap_or_else(|| self.plan.0.clone());
         self.plan = (plan.clone(), snapshot.version);
@@ -322,7 +321,7 @@ impl Registry {
         self.plan.0.relations()
     }
 
-    /// Whether there were no changes since this plan was made.
+    /// True if there were no changes since this plan.
     pub(super) fn is_as_planned(&self, plan: &Arc<Plan>) -> bool {
         Arc::ptr_eq(&self.plan.0, plan) && self.plan.1 == self.version
     }

@@ -1,4 +1,4 @@
-//! Reloading: other settings and declarations in the place of the present ones, all or none.
+//! Reload: replaces all settings and declarations, or none.
 
 use std::{
     collections::BTreeMap,
@@ -17,32 +17,32 @@ use crate::{
     schedule::LoopOrigin,
 };
 
-/// What can be set, and set anew while the process runs, except for `orchestrator_id`.
+/// The settings, which can be changed while the process runs, except for `orchestrator_id`.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Told to every subsystem in `Initialize`.
+    /// Sent to every subsystem in `Initialize`.
     pub orchestrator_id: Arc<str>,
-    /// Of cycles whose request names none.
+    /// Deadline of cycles whose request has none.
     pub cycle_deadline: Duration,
-    /// Calls that are made at one time, by all cycles together.
+    /// Most concurrent calls of all cycles together.
     pub max_concurrent_calls: usize,
-    /// How many cycles may wait.
+    /// Most waiting cycles.
     pub max_queued: usize,
-    /// Bytes of one record.
+    /// Most bytes of one record.
     pub max_record_bytes: usize,
-    /// Bytes of the latest outputs of all subsystems together, if not their share of all memory.
+    /// Most bytes of the latest outputs of all subsystems together; `None` means their share of all memory.
     pub max_outputs_bytes: Option<usize>,
-    /// How many subsystems may be registered.
+    /// Most registered subsystems.
     pub max_subsystems: usize,
-    /// How many loops there may be.
+    /// Most loops.
     pub max_loops: usize,
-    /// How many watchers there may be.
+    /// Most watchers.
     pub max_watchers: usize,
-    /// What is kept of the history.
+    /// Limits of the history.
     pub retention: Retention,
 }
 
-/// What the configuration file declares.
+/// The declarations of the configuration file.
 #[derive(Clone, Debug, Default)]
 pub struct Declared {
     /// Subsystems, each name once.
@@ -52,11 +52,11 @@ pub struct Declared {
 }
 
 impl Orchestrator {
-    /// Puts other settings and declarations in the place of the present ones.
+    /// Replaces the settings and declarations.
     ///
     /// # Errors
-    /// The order would have a ring, there is no memory for what is declared, the store can't be written, or the process drains;
-    /// then nothing has changed.
+    /// The dependencies would have a cycle, there is no memory for what is declared, the store can't be written, or the
+    /// process drains; then nothing has changed.
     pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         self.change(|shared| async move { shared.reload(settings, declared).await }).await
     }

@@ -1,4 +1,4 @@
-//! Removes what is no longer to be kept, and doubts the clock before it removes much for its age.
+//! Removes old records, and checks the clock before it removes many for their age.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,16 +11,16 @@ use tokio::{
 use super::Shared;
 use crate::ports::{Retention, StoreError};
 
-/// What one pass removes, short enough that a commit hardly waits for it. More than a look finds that has become too old
-/// since the last one.
+/// Most records that one pass removes, so that a commit hardly waits for it. More than become too old between two
+/// passes.
 const BATCH: usize = 256;
 
 impl Shared {
-    /// Removes what is no longer to be kept.
+    /// Removes records that exceed the limits.
     pub(super) async fn prune(self: Arc<Self>) {
-        /// Age passes without new records.
+        /// Longest time between passes, since records age without new ones.
         const EVERY: Duration = Duration::from_mins(1);
-        /// So many new records are worth a look.
+        /// Number of new records that starts a pass.
         const RECORDS: u64 = 64;
         let mut newest = self.newest.subscribe();
         let mut looked_at = *newest.borrow();
@@ -36,15 +36,16 @@ impl Shared {
                     if is_full && !is_told {
                         tracing::warn!(
                             removed = BATCH,
-                            "many records are too old at once: no more than these are removed for it at a time, every minute \
+                            "many records are too old at once: at most this number is removed for age at a time, \
+                             every minute \
                              and every {RECORDS} cycles; if the clock is wrong, set it right"
                         );
                     }
                     is_told = is_full;
                 }
-                // One that has nothing to write learns of it here.
+                // An idle process detects here that it is fenced.
                 Err(error @ (StoreError::Fenced { .. } | StoreError::Defect { .. })) => self.store_ends(&error),
-                // Damage to what is old does not keep new cycles from being recorded.
+                // Damage to old records does not prevent recording new cycles.
                 Err(error) => tracing::warn!(%error, "can't remove old records"),
             }
             select! {
@@ -60,8 +61,8 @@ impl Shared {
         }
     }
 
-    /// Removes all that are too many, and then one batch of those that are too old, however many there are: the clock may
-    /// be wrong in ways that nothing tells, and somebody may notice. Returns how many were too old.
+    /// Removes all records over the number, and then one batch of records over the age, however many there are: the
+    /// clock may be wrong without a sign, and an operator may notice. Returns the number of records that were too old.
     async fn look(&self, doubt: &mut Doubt) -> Result<usize, StoreError> {
         let now = self.clock.now();
         let retention = self.settings().retention.clone();
@@ -84,7 +85,7 @@ fn shortest_age(Retention { default, by_state }: &Retention) -> Option<Duration>
     by_state.values().chain([default]).filter_map(|rule| rule.max_age).min()
 }
 
-/// The same rules, but without those for ages.
+/// The same rules without ages.
 fn without_ages(retention: &Retention) -> Retention {
     let mut retention = retention.clone();
     retention.default.max_age = None;
@@ -94,27 +95,28 @@ fn without_ages(retention: &Retention) -> Retention {
     retention
 }
 
-/// A clock that leaps forward makes everything old. It may be wrong, and what is removed is gone, so for some time nothing
-/// is removed for its age: somebody can set it right. After a long downtime the clock leaps as well, and nothing is lost by
-/// waiting.
+/// A forward leap of the clock makes all records old. It may be wrong, and removal is final, so for some time no record
+/// is removed for its age: an operator can correct the clock. After a long downtime the clock leaps as well, and the
+/// delay does no harm.
 struct Doubt {
-    /// What the clock showed when it was last looked at; at first, when the last cycle was recorded.
+    /// The time of the clock at the last check; initially, at the last recorded cycle.
     shown: Timestamp,
     at: Instant,
     until: Option<Instant>,
 }
 
 impl Doubt {
-    /// How long a leap is doubted, unless what is kept is not kept for so long: until somebody has read the log.
+    /// How long removals are suspended after a leap, unless `max_age` is shorter: until an operator has read the log.
     const LONGEST: Duration = Duration::from_hours(24);
-    /// A leap of this part of the shortest `max_age` is none: at most so much of the history is removed at once.
+    /// A leap of less than this fraction of the shortest `max_age` is ignored: at most that fraction of the history is
+    /// removed at once.
     const PART: u32 = 10;
 
     fn new(shown: Timestamp) -> Self {
         Self { shown, at: Instant::now(), until: None }
     }
 
-    /// Whether nothing is to be removed for its age now.
+    /// True while no record is removed for its age.
     fn doubts(&mut self, now: Timestamp, shortest_age: Duration) -> bool {
         let passed = SignedDuration::try_from(self.at.elapsed()).unwrap_or(SignedDuration::MAX);
         let leap = now.duration_since(self.shown).saturating_sub(passed);
@@ -125,12 +127,13 @@ impl Doubt {
             tracing::warn!(
                 %now,
                 leap = format!("{leap:#}"),
-                "the clock is ahead of the last cycle, or has leapt: if it is wrong, set it right; for {wait:?} nothing is \
+                "the clock is ahead of the last cycle, or has leapt: if it is wrong, set it right; for {wait:?} \
+                 nothing is \
                  removed for its age"
             );
             self.until = Some(Instant::now() + wait);
         } else if leap < -much && self.until.take().is_some() {
-            tracing::info!(%now, "the clock was set back: what is too old by it is removed");
+            tracing::info!(%now, "the clock was set back: removal for age resumes");
         }
         self.until.is_some_and(|until| Instant::now() < until)
     }
@@ -159,14 +162,14 @@ mod tests {
             doubt.doubts(now, HOUR * 240)
         };
         let years = SignedDuration::from_hours(80_000);
-        // It runs evenly, or is set a little.
+        // It runs evenly, or is adjusted slightly.
         assert!(!pass(&mut doubt, 100, SignedDuration::ZERO).await);
         assert!(!pass(&mut doubt, 1, SignedDuration::from_hours(24)).await);
-        // Nobody sets it back.
+        // It is not set back.
         assert!(pass(&mut doubt, 1, years).await);
         assert!(pass(&mut doubt, 24 * 60 - 1, SignedDuration::ZERO).await);
         assert!(!pass(&mut doubt, 1, SignedDuration::ZERO).await);
-        // Somebody does.
+        // It is set back.
         assert!(pass(&mut doubt, 1, years).await);
         assert!(!pass(&mut doubt, 1, -years).await);
     }

@@ -1,4 +1,4 @@
-//! What subsystems say of themselves: asked on request, each within a bounded time, and kept by nobody.
+//! Snapshots of subsystems: requested on demand, each with a time limit, and not stored.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,7 +9,7 @@ use super::{Orchestrator, Registered};
 use crate::ports::{CallError, Snapshot};
 
 impl Orchestrator {
-    /// Asks subsystems for their own snapshots, some at a time, each for at most five seconds. Answers in order.
+    /// Requests snapshots of subsystems, some at a time, each for at most five seconds. The results are in order.
     pub async fn snapshots(&self, of: &[Arc<Registered>]) -> Vec<Result<Snapshot, CallError>> {
         const AT_ONCE: usize = 64;
         const PATIENCE: Duration = Duration::from_secs(5);

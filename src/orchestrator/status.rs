@@ -1,4 +1,4 @@
-//! What the orchestrator is doing and has done last, at one look.
+//! The status of the orchestrator.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,17 +11,17 @@ use crate::{
     schedule::LoopEntry,
 };
 
-/// What the orchestrator is doing and has done last.
+/// The running cycles, the last cycle, and the state of the orchestrator.
 pub struct Status {
     /// The record of the last cycle.
     pub last: Option<Arc<Record>>,
-    /// Cycles ever recorded.
+    /// Number of cycles ever recorded.
     pub total_cycles: u64,
-    /// The cycles that run, the oldest first.
+    /// The running cycles, the oldest first.
     pub running: Vec<RunningCycle>,
-    /// Cycles that wait.
+    /// Number of waiting cycles.
     pub queued: usize,
-    /// The first [`WaitingCycle::MAX`] of them, by their ids.
+    /// The first [`WaitingCycle::MAX`] waiting cycles, by id.
     pub waiting: Vec<WaitingCycle>,
     /// The loops, by name.
     pub loops: Vec<LoopEntry>,
@@ -33,35 +33,35 @@ pub struct Status {
     pub uptime: Duration,
     /// The configured id.
     pub orchestrator_id: Arc<str>,
-    /// How many are registered.
+    /// Number of registered subsystems.
     pub subsystem_count: usize,
     /// The oldest revision that can still be watched.
     pub oldest_revision: Revision,
     /// The newest revision.
     pub newest_revision: Revision,
-    /// Why nothing can be written.
+    /// Why the store can't be written, if so.
     pub store_error: Option<StoreError>,
-    /// Watchers connected.
+    /// Number of connected watchers.
     pub watchers: usize,
 }
 
-/// A cycle that waits for its turn.
+/// A waiting cycle.
 pub struct WaitingCycle {
-    /// Its number.
+    /// Its id.
     pub cycle_id: CycleId,
-    /// What is asked for.
+    /// Its request.
     pub request: Arc<CycleRequest>,
-    /// The cycle before it that it waits for, and a subsystem that both have; `None` for that where both are over all.
+    /// The cycle before it that it waits for, and a subsystem of both; `None` if both are over all subsystems.
     pub waits_for: Option<(CycleId, Option<Name>)>,
 }
 
 impl WaitingCycle {
-    /// The most that a status lists: as many as run at one time.
+    /// Most waiting cycles in a status: as many as run concurrently.
     pub const MAX: usize = 256;
 }
 
 impl Orchestrator {
-    /// What is being done and was done last.
+    /// The status.
     pub fn status(&self) -> Status {
         let running = self.0.live.running();
         let mut state = self.0.state();

@@ -1,5 +1,5 @@
-//! The tasks of an orchestrator, from their start to their end. Each has a name and a purpose, and none ends unnoticed: without
-//! it, loops or leases would stand still, and nobody would know.
+//! The tasks of an orchestrator, from their start to their end. Each has a name and a purpose, and none ends unnoticed:
+//! otherwise loops or leases would stop unnoticed.
 
 use std::{convert::Infallible, sync::Arc};
 
@@ -24,7 +24,7 @@ const PROGRESS: Part = Part { name: "the live progress", purpose: "sends watcher
 /// The tasks of an [`Orchestrator`].
 pub struct Tasks {
     conductor: JoinHandle<Result<(), StoreError>>,
-    /// All others. What they do ends with the last write.
+    /// All others. Their work ends with the last write.
     others: Parts,
 }
 
@@ -34,17 +34,18 @@ pub enum Stopped {
     /// A later epoch has taken over the store, or the last write failed.
     #[error(transparent)]
     Store(StoreError),
-    /// The conductor of cycles has ended by a defect.
+    /// The conductor of cycles has ended because of a defect.
     #[error(transparent)]
     Conductor(Ended),
-    /// Another task has ended by a defect. Cycles still run, unless it is the writer, and [`Orchestrator::drain`] ends them.
+    /// Another task has ended because of a defect. Cycles still run, unless it is the writer, and
+    /// [`Orchestrator::drain`] ends them.
     #[error(transparent)]
     Other(Ended),
 }
 
 impl Orchestrator {
-    /// Admits nothing any more, and cancels what waits, but for cycles that were acknowledged and are waited for by nobody: the
-    /// next process runs these. Cycles that run may finish; then [`Tasks::finished`] returns.
+    /// Stops admission, and cancels waiting cycles, except for acknowledged ones without a waiting caller: the next
+    /// process runs these. Running cycles may finish; then [`Tasks::finished`] returns.
     pub fn drain(&self) {
         let mut state = self.0.state();
         state.draining = true;
@@ -56,7 +57,7 @@ impl Orchestrator {
         self.0.queue_changed.notify_one();
     }
 
-    /// Cancels the cycles that run.
+    /// Cancels the running cycles.
     pub fn cancel_running(&self) {
         let state = self.0.state();
         for running in state.live.values().filter(|it| state.line.runs(it.cycle_id)) {
@@ -67,7 +68,7 @@ impl Orchestrator {
 
 impl Tasks {
     /// Waits until the last write is done, after [`Orchestrator::drain`], or until this process may no longer write, or
-    /// a task has ended by a defect. May be called again after [`Stopped::Other`] only.
+    /// a task has ended because of a defect. May be called again after [`Stopped::Other`] only.
     ///
     /// # Errors
     /// Why it has ended before the last write.
@@ -80,14 +81,14 @@ impl Tasks {
             },
             ended = self.others.next_ended() => return Err(Stopped::Other(ended)),
         };
-        // They hold nothing that would have to be written.
+        // They have nothing left to write.
         self.others.abort();
         finished
     }
 }
 
 impl Tasks {
-    /// Starts all of them. But for the conductor, each sleeps until there is something to do, for ever.
+    /// Starts all tasks. Each except the conductor runs until it is dropped, and sleeps while there is nothing to do.
     pub(super) fn start(shared: &Arc<Shared>, asked: mpsc::Receiver<Box<dyn ToWrite>>) -> Self {
         let mut others = Parts::default();
         others.start(WRITER, lasting(shared.clone().write_changes(asked)));
@@ -99,7 +100,7 @@ impl Tasks {
     }
 }
 
-/// A task whose end says nothing.
+/// A task whose result is not used.
 async fn lasting(task: impl Future<Output = ()>) -> Result<(), Infallible> {
     task.await;
     Ok(())

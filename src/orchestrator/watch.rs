@@ -1,7 +1,7 @@
 //! The stream: a watcher is a cursor into the history, and waits at its end.
 //!
-//! It costs its cursor, however slowly it reads; being behind is no state of its own. What it has read ahead from the store,
-//! and what it looks for, it has as long as there is room for that of all watchers.
+//! A watcher costs only its cursor, however slowly it reads; a slow watcher has no special state. Records that it has
+//! read ahead, and its filter, are counted in the memory of all watchers.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -30,25 +30,25 @@ use crate::{
     record::PartFilter,
 };
 
-/// From where on to watch.
+/// The start of a watch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum From {
-    /// Only what comes.
+    /// From now on.
     Now,
-    /// The oldest record that is retained.
+    /// From the oldest retained record.
     Oldest,
     /// After this revision.
     After(Revision),
 }
 
-/// What a watcher wants to see.
+/// The filter of a watcher.
 #[derive(Clone, Debug, Default)]
 pub struct WatchFilter {
-    /// Cycles of these loops; empty means any.
+    /// Only cycles of these loops; empty means any.
     pub loops: HashSet<Name>,
-    /// Cycles that ended so; empty means any.
+    /// Only cycles in these states; empty means any.
     pub states: Vec<CycleState>,
-    /// Cycles in which these took part.
+    /// Only cycles in which these subsystems took part.
     pub parts: PartFilter,
 }
 
@@ -56,7 +56,7 @@ impl Orchestrator {
     /// Follows the record.
     ///
     /// # Errors
-    /// Too many watch already, the records wanted are not all there, or there is no room for the filter.
+    /// There are too many watchers, some of the requested records are missing, or there is no memory for the filter.
     pub fn watch(&self, from: From, filter: WatchFilter, progress: bool) -> Result<Watcher, Refusal> {
         Watcher::new(self.0.clone(), from, filter, progress)
     }
@@ -67,7 +67,7 @@ impl WatchFilter {
         self.loops.is_empty() || trigger.loop_name().is_some_and(|name| self.loops.contains(name))
     }
 
-    /// Whether it wants this record, as far as that can be told without looking into it.
+    /// True if this record passes, as far as that is known without decoding it.
     fn wants_outside(&self, record: &Record) -> bool {
         self.wants_trigger(&record.trigger) && (self.states.is_empty() || self.states.contains(&record.state))
     }
@@ -77,25 +77,25 @@ impl WatchFilter {
         self.wants_trigger(cycle.trigger()) && (names.is_empty() || cycle.has_any(names))
     }
 
-    /// Bytes that it takes, about.
+    /// Its approximate bytes in memory.
     fn bytes(&self) -> usize {
         const NAME: usize = 128;
         (self.loops.len() + self.parts.subsystems.len()) * NAME
     }
 }
 
-/// What a watcher is given.
+/// An event for a watcher.
 #[derive(Debug)]
 pub enum Event {
     /// A cycle was recorded.
     Recorded(Arc<Record>),
     /// A cycle was recorded, and its record can't be read.
     Unreadable(Unreadable),
-    /// A cycle has started. Everything up to this revision was given before.
+    /// A cycle has started. Every record up to this revision was sent before.
     Started(Arc<LiveCycle>, Revision),
-    /// A running cycle has moved on, or stands so. The number tells how many updates of it were lost before these.
+    /// The progress or the state of a running cycle, with the number of its updates that were lost before.
     Progress(Arc<LiveEvent>, Revision, u64),
-    /// Everything up to this revision that passes the filter was given.
+    /// Every record up to this revision that passes the filter was sent.
     Bookmark(Revision),
 }
 
@@ -104,38 +104,38 @@ pub struct Watcher {
     shared: Arc<Shared>,
     place: WatcherPlace,
     filter: WatchFilter,
-    /// For the filter.
+    /// Memory for the filter.
     _room: Held,
     cursor: Revision,
     newest: watch::Receiver<Revision>,
-    /// Read from the store and not yet given, by revision; without those that are not wanted.
+    /// Records from the store that are not sent yet, by revision, without those that don't pass.
     page: VecDeque<(Revision, Option<Found>)>,
     progress: bool,
     live: Option<Events>,
-    /// Taken from there, or what it begins with, and not yet given.
+    /// Events from there, or the initial ones, that are not sent yet.
     next_live: VecDeque<Arc<LiveEvent>>,
-    /// The running cycles that were heard of.
+    /// The known running cycles.
     heard: HashMap<CycleId, Heard>,
-    /// What is taken from `live` before the next record at most; none while there is none to come.
+    /// Most events to take from `live` before the next record; `None` while no record is due.
     before_record: Option<usize>,
     caught_up: bool,
     bookmark_at: Instant,
 }
 
-/// What a watcher knows of a running cycle.
+/// The state of a running cycle for a watcher.
 struct Heard {
-    /// Where its record is, once there is one.
+    /// The revision of its record, once it is recorded.
     revision: Arc<OnceLock<Revision>>,
     wanted: bool,
-    /// Its start was given.
+    /// True once its start was sent.
     started: bool,
-    /// Updates that were given or passed over.
+    /// Number of updates that were sent or skipped.
     updates: u64,
 }
 
 impl Shared {
-    /// Moves watchers on to the latest record that was published to the state. Every source of records calls it after
-    /// `State::publish`; here the writer is the only one.
+    /// Notifies watchers of the latest record in the state. Every source of records calls it after `State::publish`;
+    /// here the writer is the only one.
     pub(super) fn show_newest(&self) {
         let newest = self.state().last_revision;
         self.newest.send_if_modified(|shown| mem::replace(shown, newest) != newest);
@@ -143,9 +143,9 @@ impl Shared {
 }
 
 impl Watcher {
-    /// So often something is sent, so that both sides know that the stream is alive.
+    /// Longest time without an event, so that both sides know that the stream is alive.
     const BOOKMARK_EVERY: Duration = Duration::from_secs(30);
-    /// Read at once from the history: little, since it is held while the watcher stalls.
+    /// Size of a page from the history: small, since it is held while the watcher stalls.
     const PAGE: PageLimits = PageLimits { records: 32, bytes: 256 << 10 };
 
     pub(super) fn new(shared: Arc<Shared>, from: From, filter: WatchFilter, progress: bool) -> Result<Self, Refusal> {
@@ -210,7 +210,7 @@ impl Watcher {
                 }
             }
             if self.cursor < *self.newest.borrow_and_update() {
-                // What is left of the cycles whose records are next comes before these.
+                // Remaining progress of the cycles with the next records comes first.
                 if let Some(event) = self.before_next_record() {
                     return Ok(event);
                 }
@@ -243,7 +243,7 @@ impl Watcher {
                 biased;
                 event = live => match event.ok().and_then(|event| event.upgrade()) {
                     Some(event) => self.next_live.push_back(event),
-                    // It came too late: start over with how the cycles stand now.
+                    // It fell behind: start again with the current state of the cycles.
                     None => self.live = None,
                 },
                 changed = self.newest.changed() => changed.map_err(|_| Refusal::Draining)?,
@@ -257,8 +257,8 @@ impl Watcher {
         }
     }
 
-    /// Something that happened before the record that is next, if it is at hand: all that a cycle sends is sent before it is
-    /// recorded. Of what others go on sending meanwhile, no more than there is now is given before the record.
+    /// An event from before the next record, if it is cached: all progress of a cycle is sent before its record. Of
+    /// later progress of other cycles, only the present events are sent before the record.
     fn before_next_record(&mut self) -> Option<Event> {
         let waiting = self.live.as_ref().map_or(0, Events::len);
         let mut left = self.before_record.take().unwrap_or(waiting);
@@ -269,7 +269,8 @@ impl Watcher {
                 None => {
                     left -= 1;
                     match self.live.as_mut()?.try_recv() {
-                        // What it came too late for is counted with the next event of that cycle, and its record tells it.
+                        // Missed updates are counted in the next event of that cycle, and its record contains the
+                        // result.
                         Ok(event) => match event.upgrade() {
                             Some(event) => event,
                             None => continue,
@@ -291,11 +292,11 @@ impl Watcher {
         Event::Bookmark(self.cursor)
     }
 
-    /// What is given of something that happened, if it is wanted and not over. A watcher that comes to a running cycle is told
-    /// that it has started, and then how it stands.
+    /// The event to send for a live event, if it passes and its cycle is not over. A watcher that connects during a
+    /// cycle receives its start, and then its current state.
     fn live_event(&mut self, event: Arc<LiveEvent>) -> Option<Event> {
         let cursor = self.cursor;
-        // What is left of a cycle whose record was given is old.
+        // Remaining progress of a cycle whose record was sent is outdated.
         let is_old = |revision: &OnceLock<Revision>| revision.get().is_some_and(|revision| *revision <= cursor);
         if is_old(&event.cycle.revision) {
             return None;
@@ -320,7 +321,7 @@ impl Watcher {
         Some(Event::Progress(event, cursor, lost))
     }
 
-    /// How a large cycle stands is more than one message may hold: the rest is given next.
+    /// The state of a large cycle does not fit into one message: the rest is sent next.
     fn first_piece(&mut self, event: Arc<LiveEvent>) -> Arc<LiveEvent> {
         if event.change.updates().len() <= Live::BATCH {
             return event;
@@ -331,8 +332,8 @@ impl Watcher {
         Arc::new(first)
     }
 
-    /// Goes on in the history: to the next record if it is at hand, which is given if it is wanted, or else by a page from the
-    /// store.
+    /// Advances in the history: to the next record if it is cached, which is sent if it passes, or otherwise by a page
+    /// from the store.
     async fn read_on(&mut self) -> Result<Option<Arc<Record>>, Refusal> {
         let Some(recent) = self.at_hand() else {
             self.read_page().await?;
@@ -347,7 +348,7 @@ impl Watcher {
         Ok(wanted.then(|| recent.record.clone()))
     }
 
-    /// The record after the cursor, if it is at hand.
+    /// The record after the cursor, if it is cached.
     fn at_hand(&self) -> Option<Arc<Recent>> {
         let wanted = self.cursor.next();
         let state = self.shared.state();
@@ -356,8 +357,8 @@ impl Watcher {
         state.recent.get(skip).cloned()
     }
 
-    /// Reads what follows the cursor from the store, and keeps of it what there is room for, but one record anyway: the one that
-    /// is given at once.
+    /// Reads the records after the cursor from the store, and keeps as many as there is memory for, at least one, which
+    /// is sent at once.
     async fn read_page(&mut self) -> Result<(), Refusal> {
         let shared = &self.shared;
         let mut room = select! {

@@ -1,9 +1,9 @@
-//! The one writer: every durable change of a running process goes through here, in one order.
+//! The only writer: every durable change of a running process goes through here, in one order.
 //!
-//! What waits to be written is taken together and committed as one write; one commit is in flight at a time. Only once it has
-//! returned does memory change, and only then does anybody hear of it. So nothing is shown that a crash could take back, memory
-//! can't differ from the store, and a caller that goes away leaves no change half done. The writer alone gives revisions, anew for
-//! each attempt, and notes the ids of all cycles that were admitted by then: no id is heard before it is noted.
+//! Waiting changes are committed together as one write; one commit is in flight at a time. Memory changes only after it
+//! has returned, and only then is the change visible. So a crash can't take back visible state, memory can't differ
+//! from the store, and a caller that disconnects leaves no change half done. Only the writer gives revisions, again for
+//! each attempt, and notes the ids of all admitted cycles: no id is visible before it is noted.
 
 use std::{collections::HashSet, mem, sync::Arc, time::Duration};
 
@@ -21,46 +21,47 @@ use crate::{
     ports::{Durability, StoreError, Write},
 };
 
-/// Changes that may wait for the writer; whoever has a further one waits for a place.
+/// Most changes in the queue of the writer; further ones wait to be queued.
 pub(super) const WAITING: usize = 256;
-/// The most changes of one commit.
+/// Most changes of one commit.
 const MAX_CHANGES: usize = 64;
-/// The most bytes of one commit, unless a single change is larger.
+/// Most bytes of one commit, unless a single change is larger.
 const MAX_BYTES: usize = 8 << 20;
-/// What a row counts for, beside its bytes: so a commit has about a thousand.
+/// Weight of a row in addition to its bytes, so that a commit has about a thousand rows.
 const ROW: usize = 8 << 10;
-/// Waits between tries to write what has to be written: from the first, doubled up to the second.
+/// Pauses between retries: from the first, doubled up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// Something that is to be written.
+/// A change to be written.
 pub(super) trait ToWrite: Send {
-    /// It will be written next, and gets the next revision if it is a record. Called for each attempt, without the lock over the
+    /// Prepares the write, with the next revision if it is a record. Called for each attempt, without the lock over the
     /// state.
     fn number(&mut self, _last: &mut Revision) {}
 
-    /// Adds it to the write that is being made. Called for each attempt: the state may be another one.
+    /// Adds it to the write. Called for each attempt: the state may have changed.
     fn add_to(&mut self, write: &mut Write, state: &State);
 
-    /// The most that it adds, in bytes and rows.
+    /// Most bytes and rows that it adds.
     fn size(&self) -> (usize, usize) {
         (0, 1)
     }
 
-    /// The cycle that can't go on without it. Such a change is tried until it is written; others fail with the first error.
+    /// The cycle that needs this change. Such a change is retried until it is written; others fail with the first
+    /// error.
     fn insists(&self) -> Option<&Arc<Admitted>> {
         None
     }
 
-    /// It is committed. Called before the state changes, and without the lock over it.
+    /// Called after the commit, before the state changes, without the lock over it.
     fn committed(&mut self, _engine: &Engine) {}
 
-    /// Does the same in memory.
+    /// Applies the change in memory.
     fn apply(&mut self, state: &mut State);
 
-    /// It is committed, and the state has changed: tells those who wait for it.
+    /// Notifies waiting callers after the commit and the change in memory.
     fn done(self: Box<Self>);
 
-    /// It was not written, and will not be.
+    /// Called if it was not written and will not be.
     fn failed(self: Box<Self>, error: StoreError);
 }
 
@@ -92,7 +93,7 @@ where
 
     fn done(self: Box<Self>) {
         if let Some(applied) = self.applied {
-            // Whoever asked for it may have gone away.
+            // The caller may have disconnected.
             let _ = self.caller.send(Ok(applied));
         }
     }
@@ -103,15 +104,15 @@ where
 }
 
 impl State {
-    /// The record of a cycle can't be written now. It is named if its number is noted.
+    /// The refusal for a cycle whose record can't be written now. It names the cycle if its id is noted.
     pub(super) fn unavailable(&self, cycle_id: CycleId, error: StoreError) -> Refusal {
         Refusal::StoreUnavailable(Some(cycle_id).filter(|id| *id <= self.noted), error)
     }
 }
 
 impl Shared {
-    /// Has a change written, and does the same in memory. `build` says what of subsystems and loops is written, from the state
-    /// as it is then.
+    /// Writes a change, and applies it in memory. `build` makes the write of subsystems and loops from the state at
+    /// that time.
     ///
     /// # Errors
     /// It could not be written, or a commit before it is late; nothing has changed.
@@ -127,7 +128,7 @@ impl Shared {
         }
     }
 
-    /// Has a change written, after a commit that is late as well: the last one of the process.
+    /// Writes a change even after a late commit: the last one of the process.
     ///
     /// # Errors
     /// It could not be written, and nothing has changed.
@@ -141,22 +142,22 @@ impl Shared {
         written.await.unwrap_or_else(|_| Err(self.store_ended()))
     }
 
-    /// Gives the writer something to write.
+    /// Queues a change for the writer.
     ///
     /// # Errors
-    /// Nothing will be written any more.
+    /// No more writes are possible.
     pub(super) async fn ask_to_write(&self, change: Box<dyn ToWrite>) -> Result<(), StoreError> {
         self.to_write.send(change).await.map_err(|_| self.store_ended())
     }
 
-    /// Writes what it is given, for as long as the process lives.
+    /// Writes queued changes, as long as the process lives.
     pub(super) async fn write_changes(self: Arc<Self>, mut asked: mpsc::Receiver<Box<dyn ToWrite>>) {
         let mut waiting: Vec<Box<dyn ToWrite>> = Vec::new();
         let mut pause = RETRY.0;
         loop {
             if waiting.is_empty() {
                 pause = RETRY.0;
-                // The sender lives as long as this task's `self`: it ends when it is aborted.
+                // The sender lives as long as this task's `self`, so the task ends only when it is aborted.
                 let Some(change) = asked.recv().await else { return };
                 waiting.push(change);
             }
@@ -175,8 +176,8 @@ impl Shared {
             let tried = tried.into_iter().chain(waiting.drain(..)).collect();
             waiting = self.put_off(tried, &error);
             if !waiting.is_empty() {
-                tracing::error!(%error, "can't write; trying again in {pause:?}");
-                // Whoever asks for something meanwhile learns at once whether it can be written by now.
+                tracing::error!(%error, "can't write; retrying in {pause:?}");
+                // A new change ends the pause, so that its caller gets a result at once.
                 select! {
                     biased;
                     () = sleep(pause) => pause = (pause * 2).min(RETRY.1),
@@ -186,7 +187,7 @@ impl Shared {
         }
     }
 
-    /// Commits these changes together, and then makes them in memory. Where that fails they are given back, and nothing has
+    /// Commits these changes together, and then applies them in memory. On failure they are returned, and nothing has
     /// changed.
     async fn commit(&self, mut batch: Vec<Box<dyn ToWrite>>) -> Result<(), (Vec<Box<dyn ToWrite>>, StoreError)> {
         if let Some(error) = self.final_error() {
@@ -239,7 +240,7 @@ impl Shared {
                 committed = &mut commit => return committed,
                 Some(trouble) = trouble.next() => match trouble {
                     Some(error) => {
-                        tracing::error!(%error, "nothing is admitted until the commit returns");
+                        tracing::error!(%error, "no cycle is admitted until the commit returns");
                         self.notify_of(&error, cycles);
                     }
                     None => drop(self.state().store_error.take_if(|error| !error.is_final())),
@@ -248,14 +249,15 @@ impl Shared {
         }
     }
 
-    /// The write of these changes, with all ids that are not noted yet and what has changed in loops, and the mark of the latter.
+    /// The write of these changes, with all ids that are not noted yet and the changes of loops, and the mark of the
+    /// latter.
     fn draft(&self, batch: &mut [Box<dyn ToWrite>]) -> (Write, u64) {
         let mut last = self.state().last_revision;
         for change in &mut *batch {
             change.number(&mut last);
         }
         let state = self.state();
-        // Each change makes it as durable as it has to be.
+        // Each change raises the durability as needed.
         let mut write = Write { epoch: self.engine.epoch, durability: Durability::Buffered, ..Write::default() };
         for change in batch {
             change.add_to(&mut write, &state);
@@ -265,8 +267,8 @@ impl Shared {
         let known: HashSet<_> = write.open.iter().map(|open| open.cycle_id).chain(records).collect();
         let admitted = state.live.range(state.noted.next()..).map(|(_, admitted)| admitted);
         let new: Vec<_> = admitted.filter(|it| !known.contains(&it.cycle_id)).cloned().collect();
-        // The loss of power may hide what was written last. Then the next process takes the one id that may have been heard of
-        // for interrupted, so there must not be two.
+        // The loss of power may undo the last writes. Then the next process records the one id that may be known as
+        // interrupted, so there must not be two.
         if write.last_cycle_id > state.noted_durably.next() {
             write.durability = Durability::Durable;
         }
@@ -275,16 +277,16 @@ impl Shared {
         for (name, stored) in loops {
             write.loops.entry(name).or_insert(stored);
         }
-        // Only this task has cycles begin, so they still wait. Large requests take a while to encode.
+        // Only this task writes starts of cycles, so these still wait. Large requests take a while to encode.
         write.open.extend(new.iter().map(|admitted| admitted.to_waiting()));
-        // A row is touched once.
+        // Each row is written once.
         let Write { outputs, subsystems, .. } = &mut write;
         outputs.retain(|(name, _)| !matches!(subsystems.get(name), Some(None)));
         (write, mark)
     }
 
-    /// These can't be written now. Returns those that are tried again, whose callers are told for the time being; the others
-    /// fail.
+    /// Handles changes that can't be written now. Returns those that are retried, whose callers are notified; the
+    /// others fail.
     fn put_off(&self, batch: Vec<Box<dyn ToWrite>>, error: &StoreError) -> Vec<Box<dyn ToWrite>> {
         let (again, failed): (Vec<_>, Vec<_>) = batch.into_iter().partition(|change| change.insists().is_some());
         if !again.is_empty() {
@@ -296,7 +298,7 @@ impl Shared {
         again
     }
 
-    /// The store takes no writes for this reason, until a commit returns. Notifies the callers of these cycles.
+    /// Records why the store accepts no writes, until a commit returns. Notifies the callers of these cycles.
     fn notify_of(&self, error: &StoreError, cycles: &[Arc<Admitted>]) {
         let mut state = self.state();
         if state.store_error.as_ref().is_none_or(|error| !error.is_final()) {
@@ -307,8 +309,8 @@ impl Shared {
         }
     }
 
-    /// These can't be written together, however often it is tried. What is not to blame for it is written, and then the process
-    /// ends. Returns what is to be tried again.
+    /// Handles changes that can never be written together. Changes that are not the cause are written, and then the
+    /// process ends. Returns the changes to retry.
     async fn commit_singly(&self, batch: Vec<Box<dyn ToWrite>>, error: StoreError) -> Vec<Box<dyn ToWrite>> {
         let alone = batch.len() == 1;
         let (mut again, mut to_blame) = (Vec::new(), Vec::new());
@@ -331,7 +333,7 @@ impl Shared {
         again
     }
 
-    /// Sees to it that a cycle that a refusal names is noted, so that its number is not given to another one.
+    /// Ensures that a cycle in a refusal is noted, so that its id is not given to another one.
     pub(super) async fn note_named_by(&self, refusal: &Refusal) -> Result<(), StoreError> {
         let (Refusal::CycleRunning(named) | Refusal::CycleWaiting(named)) = refusal else { return Ok(()) };
         if self.state().noted >= *named {
@@ -344,24 +346,24 @@ impl Shared {
         self.state().store_error.clone().filter(StoreError::is_final)
     }
 
-    /// Why nothing will be written any more.
+    /// Why no more writes are possible.
     pub(super) fn store_ended(&self) -> StoreError {
         self.final_error().unwrap_or_else(|| StoreError::Defect { problem: "the task that writes has ended".into() })
     }
 
-    /// Nothing will be written any more: ends the process.
+    /// No more writes are possible: ends the process.
     pub(super) fn store_ends(&self, error: &StoreError) {
         self.state().store_error = Some(error.clone());
         self.store_has_ended.cancel();
     }
 }
 
-/// The cycles that can't go on without these changes.
+/// The cycles that need these changes.
 fn cycles_of(changes: &[Box<dyn ToWrite>]) -> Vec<Arc<Admitted>> {
     changes.iter().filter_map(|change| change.insists()).cloned().collect()
 }
 
-/// How many of these changes, from the first on, one commit takes: one in any case.
+/// Number of these changes, from the first on, in one commit: at least one.
 fn fitting(waiting: &[Box<dyn ToWrite>]) -> usize {
     let mut taken = 0_usize;
     for (i, change) in waiting.iter().enumerate().take(MAX_CHANGES) {

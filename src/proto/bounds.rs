@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_that_nobody_knows_count_as_well() {
+    fn unknown_fields_count_as_well() {
         let name = pb::GetCycleRequest::full_name();
         let unknown = [15 << 3, 0];
         assert_eq!(check(&name, &unknown.repeat(MAX_FIELDS)), Ok(()));

@@ -1,5 +1,6 @@
-//! How far a store goes, and which writes can follow. Every store checks its writes by this, so that all keep the same
-//! promise: each id up to the highest noted one is exactly one of open, recorded and pruned, and revisions are dense.
+//! The frontier of a store, and the writes that are valid next. Every store checks its writes with it, so that all keep
+//! the same promise: each id up to the highest noted one is exactly one of open, recorded and pruned, and revisions are
+//! dense.
 
 use std::collections::BTreeSet;
 
@@ -8,22 +9,22 @@ use crate::{
     ports::Write,
 };
 
-/// How far a store goes.
+/// The frontier of a store.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Frontier {
-    /// The highest id that was noted.
+    /// The highest noted id.
     pub(super) last_cycle_id: CycleId,
-    /// The highest revision that was given.
+    /// The highest revision.
     pub(super) last_revision: Revision,
     /// The noted cycles that are not recorded yet.
     pub(super) open: BTreeSet<CycleId>,
 }
 
 impl Frontier {
-    /// Whether `write` can follow.
+    /// Checks that `write` is valid next.
     ///
     /// # Errors
-    /// It breaks one of the rules that [`Write`] states; the message says which.
+    /// It violates a rule of [`Write`], which the message names.
     pub(super) fn check(&self, write: &Write) -> Result<(), String> {
         if write.last_cycle_id < self.last_cycle_id {
             return Err(format!(
@@ -37,7 +38,7 @@ impl Frontier {
         for record in &write.records {
             revision = revision.next();
             if record.revision != revision {
-                return Err(format!("revision {} is given, and revision {revision} is the next one", record.revision));
+                return Err(format!("revision {} is given, but revision {revision} is the next one", record.revision));
             }
         }
         let cycles = write.records.iter().map(|record| record.cycle_id);
@@ -46,20 +47,21 @@ impl Frontier {
                 return Err(format!("cycle {cycle_id} is neither open nor noted with this write"));
             }
             if !touched.insert(cycle_id) {
-                return Err(format!("cycle {cycle_id} stands twice in one write"));
+                return Err(format!("cycle {cycle_id} is twice in one write"));
             }
         }
         let noted = touched.iter().filter(|cycle_id| is_new(**cycle_id)).count() as u64;
         if noted != write.last_cycle_id.0 - self.last_cycle_id.0 {
             return Err(format!(
-                "of the cycles after {} up to {}, which are noted with this write, only {noted} are open or recorded in it",
+                "of the cycles after {} up to {}, which are noted with this write, only {noted} are open or recorded \
+                 in it",
                 self.last_cycle_id, write.last_cycle_id
             ));
         }
         Ok(())
     }
 
-    /// Goes on to where `write`, which was checked, has brought the store.
+    /// Advances by `write`, which was checked.
     pub(super) fn advance(&mut self, write: &Write) {
         self.last_cycle_id = write.last_cycle_id;
         self.open.extend(write.open.iter().map(|open| open.cycle_id));

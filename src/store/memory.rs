@@ -1,5 +1,5 @@
-//! The store that forgets: everything is gone when the process ends. For trying things out and for tests: it runs
-//! inline, without threads, so that tests can pause the clock.
+//! The store in memory, which ends with the process. For trials and tests: it runs inline, without threads, so that
+//! tests can pause the clock.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -34,9 +34,9 @@ struct Kept {
     /// 0 until it is taken over.
     epoch: Epoch,
     records: BTreeMap<Revision, Record>,
-    /// Where the record of each cycle is among them.
+    /// The position of the record of each cycle.
     revisions: HashMap<CycleId, Revision>,
-    /// Of all records.
+    /// Bytes of all records.
     bytes: u64,
     frontier: Frontier,
     pruned_to: Revision,
@@ -222,7 +222,7 @@ impl Store for Memory {
     }
 }
 
-/// Which records of one rule go, given how many there are; `oldest` has those with the lowest revisions, in their order.
+/// The records of one rule to remove, given their number; `oldest` has those with the lowest revisions, in order.
 pub(super) fn to_prune(
     rule: RetentionRule,
     count: u64,
@@ -241,7 +241,7 @@ pub(super) fn to_prune(
 }
 
 impl Retention {
-    /// Each rule with the states that it is for.
+    /// Each rule with its states.
     pub(super) fn rules(&self) -> Vec<(RetentionRule, Vec<CycleState>)> {
         let own = self.by_state.iter().map(|(state, rule)| (*rule, vec![*state]));
         let others = CycleState::ALL.into_iter().filter(|state| !self.by_state.contains_key(state)).collect();

@@ -1,5 +1,4 @@
-//! Stores: where the record is kept. One contract, the trait [`Store`] in `ports`, and one suite of
-//! tests that every store passes.
+//! Stores of records. They implement one trait, [`Store`] in `ports`, and pass one test suite.
 
 mod frontier;
 mod memory;
@@ -16,31 +15,31 @@ use crate::{
     ports::{Record, Store, StoreError},
 };
 
-/// Where the record is kept.
+/// The location of a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreUrl {
-    /// `memory:`: gone when the process ends.
+    /// `memory:`: ends with the process.
     Memory,
-    /// `sqlite:PATH`: a SQLite database. A relative path starts at the working directory.
+    /// `sqlite:PATH`: a SQLite database. A relative path is relative to the working directory.
     Sqlite(PathBuf),
 }
 
 impl StoreUrl {
-    /// Reads a URL.
+    /// Parses a URL.
     ///
     /// # Errors
-    /// It is none of a store; the message says what is.
+    /// It is not the URL of a store; the message contains the valid forms.
     pub fn parse(url: &str) -> Result<Self, String> {
         if url == "memory:" {
             return Ok(Self::Memory);
         }
         match url.strip_prefix("sqlite:") {
-            // SQLite has meanings of its own for these.
+            // SQLite gives these a special meaning.
             Some(path) if !path.is_empty() && !path.starts_with([':', '?']) && !path.starts_with("file:") => {
                 if path.starts_with("//") {
                     Err("write the path right after sqlite:, such as sqlite:/var/lib/orchestrator.db".into())
                 } else if path.contains('\0') {
-                    Err("a path holds no NUL".into())
+                    Err("a path can't contain a NUL".into())
                 } else {
                     Ok(Self::Sqlite(path.into()))
                 }
@@ -59,14 +58,14 @@ impl fmt::Display for StoreUrl {
     }
 }
 
-/// Says what is wrong with a record's bytes. What passes can be read by everybody.
+/// Checks the bytes of a record. All clients can decode a record that passes.
 pub type Check = fn(&Record) -> Result<(), String>;
 
-/// Opens a store, so that it can be read; [`Store::take_over`] lets it be written. Each record that is read has to pass
-/// `check`, which is done where it keeps nobody waiting. `clock` bounds new epochs from below.
+/// Opens a store for reading; [`Store::take_over`] allows writing. Each record that is read has to pass `check`, which
+/// runs on a reading thread. `clock` bounds new epochs from below.
 ///
 /// # Errors
-/// Another process has it open, it is not what may be served, or it can't be opened or read.
+/// Another process has it open, it must not be served, or it can't be opened or read.
 pub async fn open(url: &StoreUrl, check: Check, clock: Clock) -> Result<Arc<dyn Store>, OpenError> {
     match url {
         StoreUrl::Memory => Ok(Arc::new(memory::Memory::new(clock))),
@@ -74,12 +73,12 @@ pub async fn open(url: &StoreUrl, check: Check, clock: Clock) -> Result<Arc<dyn 
     }
 }
 
-/// Why a store that is only open takes no writes.
+/// The error for a write to a store that was not taken over.
 fn not_taken_over() -> StoreError {
     StoreError::Defect { problem: "a write came before the store was taken over".into() }
 }
 
-/// Why a store was not opened. Each says what to do about it. `store` is where the store is, for people.
+/// Why a store was not opened. Each message contains the remedy. `store` is its location, for people.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// Another process has it open.
@@ -88,36 +87,37 @@ pub enum OpenError {
         .by.map_or_else(String::new, |pid| format!(" (pid {pid})"))
     )]
     InUse {
-        /// Which store.
+        /// The location of the store.
         store: String,
-        /// The number of that process, if it is known.
+        /// The pid of that process, if known.
         by: Option<u32>,
     },
-    /// A later version of this software has made it.
+    /// A later version of this software has created it.
     #[error(
-        "{store} has schema version {found}, and this version of the software knows up to {known}; use a newer one"
+        "{store} has schema version {found}, but this version of the software supports up to {known}; use a newer \
+         version"
     )]
     TooNew {
-        /// Which store.
+        /// The location of the store.
         store: String,
-        /// The version that it has.
+        /// Its version.
         found: i64,
-        /// The latest version that is known here.
+        /// The latest supported version.
         known: i64,
     },
-    /// Some other software has made it.
+    /// Other software has created it.
     #[error("{store} is a database of some other software; name another store")]
     Foreign {
-        /// Which store.
+        /// The location of the store.
         store: String,
     },
-    /// It lacks more of what was acknowledged than a damaged end explains.
+    /// It lacks more acknowledged cycles than a damaged end explains.
     #[error(
-        "{store} ends with cycle {has}, and cycle {noted} was acknowledged: an older copy was put in its place. To have it \
+        "{store} ends with cycle {has}, but cycle {noted} was acknowledged: an older copy replaced it. To have it \
          go on, with the numbers after {has} given again, run `orchestrator store accept {url}`"
     )]
     Behind {
-        /// Which store.
+        /// The location of the store.
         store: String,
         /// Its URL.
         url: StoreUrl,
@@ -126,7 +126,7 @@ pub enum OpenError {
         /// The last cycle that was acknowledged.
         noted: CycleId,
     },
-    /// Something is wrong with the files of a database.
+    /// The files of a database are invalid.
     #[error(transparent)]
     Files(#[from] FileError),
     /// It can't be read or written.
@@ -134,23 +134,23 @@ pub enum OpenError {
     Store(#[from] StoreError),
 }
 
-/// What [`accept`] has done.
+/// The result of [`accept`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Accepted {
     /// The database.
     pub path: PathBuf,
-    /// Where it was when it was last used, if that was elsewhere.
+    /// Its earlier path, if it was another one.
     pub earlier: Option<PathBuf>,
     /// Its last cycle.
     pub last_cycle_id: CycleId,
-    /// The last cycle that is known to have been acknowledged in it.
+    /// The last acknowledged cycle, as noted.
     pub noted_cycle_id: CycleId,
 }
 
-/// Lets a store be opened as what it is now, though it is a copy, or lacks what was acknowledged. Waits for the disk.
+/// Accepts a store as it is, although it is a copy or lacks acknowledged cycles. Waits for the disk.
 ///
 /// # Errors
-/// There is none, another process has it open, or it can't be opened or written.
+/// It does not exist, another process has it open, or it can't be opened or written.
 pub fn accept(url: &StoreUrl) -> Result<Accepted, OpenError> {
     match url {
         StoreUrl::Memory => Err(FileError::Missing { database: url.to_string() }.into()),

@@ -1,5 +1,5 @@
--- The layout of a SQLite store, as numbered migrations. `PRAGMA user_version` says up to which one a database is; each is
--- applied in one transaction and never changed once it is released. Times are nanoseconds since 1970.
+-- The layout of a SQLite store, as numbered migrations. `PRAGMA user_version` says up to which one a database is; each
+-- is applied in one transaction and never changed once it is released. Times are nanoseconds since 1970.
 
 -- migration 1
 
@@ -77,8 +77,8 @@ ALTER TABLE open_cycles ADD COLUMN trace_id BLOB;
 
 -- migration 3
 
--- Which database this is, and which file it was when it was last written by a process that had opened it: a copy is another
--- file, and is told by that. `path` is absolute and without links; NULL before that was noted.
+-- Which database this is, and which file it was when it was last written by a process that had opened it: a copy is
+-- another file, and is told by that. `path` is absolute and without links; NULL before that was noted.
 ALTER TABLE meta ADD COLUMN database_id BLOB;  -- 16 random bytes, which a copy shares
 ALTER TABLE meta ADD COLUMN path    BLOB;
 ALTER TABLE meta ADD COLUMN device  INTEGER;
@@ -97,9 +97,9 @@ CREATE INDEX cycles_by_request ON cycles (request_id, revision) WHERE request_id
 -- What is needed to run a cycle that waits after a restart. NULL once it has begun, and where it is not to be run then.
 ALTER TABLE open_cycles ADD COLUMN request BLOB;
 
--- `meta.last_cycle_id` is the highest id that was given to any cycle, and each id up to it is open, recorded or pruned. Until
--- now it was that of the last record, and only some of the cycles above it are open. The others get a row of which nothing
--- is known: trigger 0. A row far above all others is damage, and counts for nothing.
+-- `meta.last_cycle_id` is the highest id that was given to any cycle, and each id up to it is open, recorded or pruned.
+-- Until now it was that of the last record, and only some of the cycles above it are open. The others get a row of
+-- which nothing is known: trigger 0. A row far above all others is damage, and counts for nothing.
 DELETE FROM open_cycles WHERE cycle_id <= (SELECT last_cycle_id FROM meta);
 WITH RECURSIVE
     above (first, last) AS (

@@ -1,22 +1,23 @@
 //! The store in a SQLite database: the default.
 //!
-//! How it keeps what is promised:
+//! How it keeps its promises:
 //!
-//! * What is acknowledged is not lost: durable writes are one transaction in WAL mode with `synchronous=FULL`, which
-//!   returns after the log is on the disk. Buffered writes use `NORMAL`, which hands the log to the operating system:
+//! * Acknowledged writes are not lost: durable writes are one transaction in WAL mode with `synchronous=FULL`, which
+//!   returns after the log is on the disk. Buffered writes use `NORMAL`, which passes the log to the operating system:
 //!   the death of the process loses nothing, the loss of power may, and a database that was not closed before the
 //!   machine restarted is taken over with [`Contents::may_lack_open`].
-//! * One writer: locks on the file `<database>.lock` and on the database itself keep a second process out, by whichever
-//!   path it comes. Where it comes in all the same, the epoch that every transaction checks stops the first process. The
-//!   epoch begins with the first commit, so that a process that does not get that far takes nothing over.
-//! * Nothing half: a write that fails, for want of room or permission, is rolled back as a whole, and the next one
-//!   finds everything as it was.
-//! * No copy for the original: see `identity`.
-//! * Nothing lost unnoticed: see `note`.
-//! * Nothing into the void: a database file that was removed or replaced can still be written by those who have it open,
-//!   and all of that is lost when they end; so every commit checks that the files are still in their places.
+//! * One writer: locks on the file `<database>.lock` and on the database itself keep a second process out, whatever
+//!   path it uses. If it still gets in, the epoch that every transaction checks stops the first process. The epoch
+//!   begins with the first commit, so that a process that ends before takes nothing over.
+//! * Atomic writes: a write that fails, for lack of space or permission, is rolled back as a whole, and leaves the
+//!   database unchanged.
+//! * Copies are recognized: see `identity`.
+//! * Losses are detected: see `note`.
+//! * No writes to deleted files: a database file that was removed or replaced can still be written by processes that
+//!   have it open, and all of that is lost when they end; so every commit checks that the files are still in their
+//!   places.
 //!
-//! One thread writes. A few connections read beside it, which in WAL mode neither wait for it nor keep it waiting.
+//! One thread writes. A few other connections read, which in WAL mode neither wait for it nor block it.
 
 mod identity;
 mod note;
@@ -62,31 +63,31 @@ use crate::{
     },
 };
 
-/// The migrations, each from its own line on.
+/// The migrations, each starting with its own line.
 const SCHEMA: &str = include_str!("schema.sql");
 const MIGRATION: &str = "-- migration ";
-/// "DrmO" in the header of a database says whose it is.
+/// "DrmO": the application id in the header of a database.
 const APPLICATION_ID: i64 = 0x4472_6d4f;
 
-/// Writes that may wait for the thread: the orchestrator makes one at a time, and pruning another.
+/// Most writes in the queue of the thread: the orchestrator makes one at a time, and pruning another.
 const QUEUE: usize = 8;
-/// Connections that read: pages of the history are short, and two cores are kept busy by two.
+/// Number of reading connections: pages of the history are short, and two keep two cores busy.
 const READERS: usize = 2;
-/// How long a statement waits for a program that has locked the database, such as a backup.
+/// Longest wait of a statement for a program that has locked the database, such as a backup.
 const BUSY: Duration = Duration::from_secs(5);
-/// A commit that takes longer is reported as late. It is waited for as long as it takes: a disk that hangs may come back.
+/// A commit that takes longer is reported as late. It is awaited without a limit: a hanging disk may recover.
 const LATE: Duration = Duration::from_secs(5);
-/// After so many bytes the log is copied into the database, between two writes.
+/// Size of the log at which it is checkpointed into the database, between two writes.
 const CHECKPOINT_BYTES: usize = 4 << 20;
-/// A log that a reader, or one large commit, has let grow beyond this is cut once it is copied; up to this the file is
-/// written over from its beginning, which is faster than letting it grow anew.
+/// A log that has grown beyond this, because of a reader or a large commit, is truncated after a checkpoint; a smaller
+/// file is overwritten from its start, which is faster than growing it again.
 const LARGE_LOG: u64 = 16 << 20;
-/// How often copying is tried again while a reader is in its way.
+/// Interval of retries of a checkpoint that a reader blocks.
 const TRY_COPYING_EVERY: Duration = Duration::from_secs(1);
-/// So many cycles that are missing at the end are taken for lost, and recorded as such. More are not what a damaged log
-/// held: an older copy was put in the place of the database.
+/// Most cycles missing at the end that are treated as lost, and recorded as such. A damaged log does not contain more:
+/// then an older copy has replaced the database.
 const MAX_LOST: u64 = 10_000;
-/// The most bytes of a record that is read: as many as `cycle.max_record_bytes` allows.
+/// Most bytes of a record that is read: the largest `cycle.max_record_bytes`.
 const MAX_RECORD: usize = 64 << 20;
 
 /// A SQLite database.
@@ -98,7 +99,7 @@ pub(super) struct Sqlite {
     readers: Arc<Mutex<Vec<Connection>>>,
     reading: Arc<Semaphore>,
     trouble: watch::Sender<Option<StoreError>>,
-    /// Given up last, after all connections are closed.
+    /// Released last, after all connections are closed.
     _place: Place,
 }
 
@@ -195,7 +196,7 @@ impl Sqlite {
 
 enum ReadError<E> {
     Sqlite(rusqlite::Error),
-    /// What was asked for can't be answered.
+    /// The request can't be answered.
     Refused(E),
 }
 
@@ -207,7 +208,7 @@ impl<E> From<rusqlite::Error> for ReadError<E> {
 
 impl Drop for Sqlite {
     fn drop(&mut self) {
-        // The thread ends when nobody can send any more; joining it makes sure that the lock is free afterwards.
+        // The thread ends when all senders are dropped; joining it ensures that the lock is free afterwards.
         self.jobs = None;
         if let Some(writer) = self.writer.take() {
             let _ = writer.join();
@@ -268,7 +269,7 @@ impl Store for Sqlite {
     ) -> BoxFuture<'_, Result<Page, StoreError>> {
         let check = self.check;
         Box::pin(self.read(move |connection| {
-            // One transaction, so that what is pruned meanwhile is not taken for missing.
+            // One transaction, so that records that are pruned meanwhile don't look missing.
             let transaction = connection.transaction()?;
             let (pruned_to, newest) = range(&transaction)?;
             let mut query = transaction.prepare_cached(&format!(
@@ -280,7 +281,7 @@ impl Store for Sqlite {
             loop {
                 let row = rows.next()?;
                 let at = row.map(|row| number(row, "revision").map(Revision)).transpose()?;
-                // Above what was pruned every revision is there.
+                // Above the pruned revisions, every revision exists.
                 while next > at.unwrap_or_default().max(pruned_to).next() {
                     if page.scanned == SCAN_LIMIT || page.records.len() == limits.records {
                         return Ok(Page { next: Some(next), ..page });
@@ -290,7 +291,7 @@ impl Store for Sqlite {
                     page.scanned += 1;
                 }
                 let (Some(row), Some(at)) = (row, at) else { return Ok(page) };
-                // The record itself stands last in a row, and is not touched unless it is wanted.
+                // The record itself is last in a row, and is read only if needed.
                 let wanted = found(row).map_or(true, |found| filter.wants(&found));
                 if page.scanned == SCAN_LIMIT || (wanted && page.records.len() == limits.records) {
                     return Ok(Page { next: Some(at.next()), ..page });
@@ -328,11 +329,11 @@ impl Store for Sqlite {
                 let row = rows.next()?;
                 let at = match row.map(|row| row.get::<_, i64>("revision")) {
                     Some(Ok(at)) => Revision(at.unsigned_abs()),
-                    // Damaged; what is missing for it is seen below.
+                    // Damaged; the gap is handled below.
                     Some(Err(_)) => continue,
                     None => newest.next(),
                 };
-                // Above what was pruned every revision is there.
+                // Above the pruned revisions, every revision exists.
                 while next < at && records.len() < limits.records {
                     records.push(Err(missing(next)));
                     next = next.next();
@@ -369,13 +370,13 @@ impl Store for Sqlite {
 // ---------------------------------------------------------------------------------------------------------------
 // Opening
 
-/// A database that is ours and up to date.
+/// A database of this software with the current schema.
 struct Opened {
     place: Place,
     connection: Connection,
-    /// Which file it is.
+    /// Its file.
     here: Identity,
-    /// Which file it was when it was last used.
+    /// Its file when it was last used.
     noted: Option<Identity>,
 }
 
@@ -392,7 +393,7 @@ impl Opened {
 
     fn open(path: &Path, even_a_copy: bool) -> Result<(Connection, Identity, Option<Identity>), OpenError> {
         let explained = |error| explain(path, &error);
-        // What is not ours, or is a copy, is not touched.
+        // A foreign database, or a copy, is not changed.
         let connection = open_file(path).map_err(explained)?;
         let version = check_version(&connection, path)?;
         let here = Identity::at(path).map_err(|error| unwritable(path, &error))?;
@@ -407,7 +408,7 @@ impl Opened {
     }
 }
 
-/// Lets a database be used as the file that it is now, with what it holds now.
+/// Accepts a database with its current file and contents.
 pub(super) fn accept(path: &Path) -> Result<Accepted, OpenError> {
     if !path.exists() {
         return Err(FileError::Missing { database: path.display().to_string() }.into());
@@ -433,7 +434,7 @@ pub(super) fn accept(path: &Path) -> Result<Accepted, OpenError> {
     })
 }
 
-/// How far the database goes.
+/// The extent of the database.
 fn read_mark(connection: &Connection) -> rusqlite::Result<Mark> {
     connection.query_row("SELECT * FROM meta", [], mark)
 }
@@ -447,7 +448,7 @@ fn mark(row: &Row<'_>) -> rusqlite::Result<Mark> {
     })
 }
 
-/// Whether what was noted beside a database is of this one.
+/// True if the note beside a database belongs to it.
 fn is_of_this_database(path: &Path, mark: &Mark, noted: &Mark) -> bool {
     if noted.id != mark.id {
         let (store, last_cycle_id) = (path.display(), noted.last_cycle_id);
@@ -455,14 +456,16 @@ fn is_of_this_database(path: &Path, mark: &Mark, noted: &Mark) -> bool {
             tracing::error!(
                 %store,
                 %last_cycle_id,
-                "the database of this path, which ended with this cycle, is gone: a new one begins with cycle 1. If that is \
+                "the database of this path, which ended with this cycle, is gone: a new one begins with cycle 1. If \
+                 that is \
                  a mistake, stop this process and put the database back, or restore it from a backup"
             );
         } else {
             tracing::error!(
                 %store,
                 %last_cycle_id,
-                "another database, which ended with this cycle, was at this path before; this one ends with cycle {}. If \
+                "another database, which ended with this cycle, was at this path before; this one ends with cycle {}. \
+                 If \
                  that is a mistake, stop this process and put the other one back, or restore it from a backup",
                 mark.last_cycle_id
             );
@@ -471,7 +474,7 @@ fn is_of_this_database(path: &Path, mark: &Mark, noted: &Mark) -> bool {
     noted.id == mark.id
 }
 
-/// That the database does not lack more of what was noted beside it than a damaged log had held.
+/// Checks that the database does not lack more noted commits than a damaged log can have contained.
 fn refuse_older_copy(path: &Path, mark: &Mark, noted: Option<&Mark>) -> Result<(), OpenError> {
     let Some(noted) = noted else { return Ok(()) };
     if noted.last_cycle_id.0.saturating_sub(mark.last_cycle_id.0) <= MAX_LOST {
@@ -485,7 +488,7 @@ fn refuse_older_copy(path: &Path, mark: &Mark, noted: Option<&Mark>) -> Result<(
     })
 }
 
-/// What was acknowledged and is not in the database, by what was noted beside it.
+/// Acknowledged commits that are not in the database, by the note beside it.
 fn lost(mark: &Mark, noted: &Mark) -> Option<Lost> {
     let commits = noted.commits.saturating_sub(mark.commits);
     (commits > 0).then_some(Lost {
@@ -495,7 +498,7 @@ fn lost(mark: &Mark, noted: &Mark) -> Option<Lost> {
     })
 }
 
-/// Which files are in the places of the database and its log.
+/// The files at the paths of the database and its log.
 type Files = [FileId; 2];
 
 fn files_of(path: &Path) -> io::Result<Files> {
@@ -516,18 +519,18 @@ fn open_file(path: &Path) -> rusqlite::Result<Connection> {
 fn configure(connection: Connection) -> rusqlite::Result<Connection> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    // Copying the log into the database waits for the disk, so the writer chooses when.
+    // A checkpoint waits for the disk, so the writer decides when.
     connection.pragma_update(None, "wal_autocheckpoint", 0)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
 }
 
-/// The migrations, each without the line that has its number.
+/// The migrations, each without the line with its number.
 fn migrations() -> impl Iterator<Item = &'static str> {
     SCHEMA.split(MIGRATION).skip(1).map(|migration| migration.split_once('\n').unwrap_or_default().1)
 }
 
-/// Up to which migration a database is, if it is one that this software can use.
+/// The schema version of a database, if this software can use it.
 fn check_version(connection: &Connection, path: &Path) -> Result<i64, OpenError> {
     let pragma = |name| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
     let tables = || connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, i64>(0));
@@ -546,7 +549,7 @@ fn check_version(connection: &Connection, path: &Path) -> Result<i64, OpenError>
     Ok(found)
 }
 
-/// Applies what a database of this version lacks.
+/// Applies the missing migrations to a database of this version.
 fn migrate(connection: &mut Connection, found: i64) -> rusqlite::Result<()> {
     for (version, statements) in (1_i64..).zip(migrations()).filter(|(version, _)| *version > found) {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -558,13 +561,13 @@ fn migrate(connection: &mut Connection, found: i64) -> rusqlite::Result<()> {
     Ok(())
 }
 
-/// What `/proc` says of the machine's start; `None` where there is no such thing.
+/// The boot id of the machine from `/proc`; `None` if it does not exist.
 fn boot_id() -> Option<String> {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     Some(id.trim().to_owned())
 }
 
-/// Reads everything but the history, with the epoch that comes next. The one that was there is returned with it.
+/// Reads all tables except the history, with the next epoch. Also returns the stored epoch.
 fn read_contents(
     connection: &mut Connection,
     path: &Path,
@@ -646,9 +649,9 @@ fn read_contents(
     Ok((before, mark, contents))
 }
 
-/// How far a database goes: by its table `meta`, which every commit counts on from, and by what the history holds.
+/// The extent of a database: by its table `meta`, from which every commit continues, and by the history.
 struct Numbers {
-    /// Each with the column that it stands in.
+    /// Each with its column.
     meta: [(&'static str, i64); 5],
     newest_cycle_id: Option<i64>,
     newest_revision: Option<i64>,
@@ -658,7 +661,7 @@ impl Numbers {
     const COLUMNS: [&str; 5] = ["epoch", "last_cycle_id", "last_revision", "pruned_to", "commits"];
 
     fn read(connection: &Connection) -> rusqlite::Result<Self> {
-        // Each from the end of its index. A revision that is no number is that of a record that can't be read.
+        // Each from the end of its index. A revision that is not a number belongs to an unreadable record.
         let newest = |column: &str| {
             let newest = format!(
                 "SELECT {column} FROM cycles WHERE typeof({column}) = 'integer' ORDER BY {column} DESC LIMIT 1"
@@ -674,17 +677,17 @@ impl Numbers {
         })
     }
 
-    /// Says what no process could go on from: the next number is there already, or there is none.
+    /// Refuses a state from which no process could continue: the next number already exists, or there is none.
     fn check(&self) -> Result<(), String> {
         if let Some((column, number)) = self.meta.iter().find(|(_, number)| !(0..i64::MAX).contains(number)) {
-            return Err(format!("{column} in its table meta is {number}, after which nothing can come"));
+            return Err(format!("{column} in its table meta is {number}, which leaves no next number"));
         }
         let meta = |wanted| self.meta.iter().find(|(column, _)| *column == wanted).map_or(0, |(_, number)| *number);
         let (last_cycle_id, last_revision) = (meta("last_cycle_id"), meta("last_revision"));
         for (column, last, newest, is) in [
             ("last_cycle_id", last_cycle_id, self.newest_cycle_id, "is the newest cycle in its history"),
             ("last_revision", last_revision, self.newest_revision, "is the newest revision in its history"),
-            ("last_revision", last_revision, Some(meta("pruned_to")), "is a revision that was removed already"),
+            ("last_revision", last_revision, Some(meta("pruned_to")), "is a revision that was already removed"),
         ] {
             if let Some(newest) = newest.filter(|newest| *newest > last) {
                 return Err(format!("{column} in its table meta is {last}, and {newest} {is}"));
@@ -694,7 +697,7 @@ impl Numbers {
     }
 }
 
-/// Reads tables, and keeps what can't be read apart.
+/// Reads tables, and collects unreadable rows separately.
 struct Rows<'a> {
     transaction: &'a Transaction<'a>,
     path: &'a Path,
@@ -728,7 +731,7 @@ impl Rows<'_> {
     }
 }
 
-/// A primary key as text, as far as it is one.
+/// A primary key as text, if possible.
 fn key(value: ValueRef<'_>) -> String {
     match value {
         ValueRef::Integer(number) => number.to_string(),
@@ -748,37 +751,37 @@ struct Writer {
     path: Arc<PathBuf>,
     check: Check,
     clock: Clock,
-    /// Which files the connection has open.
+    /// The open files of the connection.
     files: Files,
     connection: Connection,
-    /// Which file the database is.
+    /// The file of the database.
     here: Identity,
     /// `None` until it is taken over.
     term: Option<Term>,
-    /// Where it is noted how far the database was written; `None` once that has failed.
+    /// The note of how far the database was written; `None` once writing it has failed.
     note: Option<Note>,
-    /// What was noted of this database when it was opened.
+    /// The note of this database when it was opened.
     noted: Option<Mark>,
-    /// What the connection is set to.
+    /// The durability that the connection is set to.
     synchronous: Durability,
     /// Bytes in the log that are not yet in the database.
     unchecked_bytes: usize,
-    /// What kept the log from being copied.
+    /// Why the log was not checkpointed.
     held: Option<Held>,
 }
 
-/// The time of one epoch, as the one that writes.
+/// The term of one epoch as the writer.
 struct Term {
     epoch: Epoch,
-    /// The epoch that the database has as long as nobody else has taken over: this one from its first commit on.
+    /// The epoch of the database while no other process has taken over: this one from its first commit on.
     current: Epoch,
     database_id: [u8; 16],
-    /// The commits that were ever made.
+    /// Number of all commits so far.
     commits: u64,
     frontier: Frontier,
 }
 
-/// A reader keeps the log from being copied.
+/// A reader blocks the checkpoint.
 struct Held {
     tried_at: Instant,
     is_told: bool,
@@ -787,7 +790,7 @@ struct Held {
 impl Writer {
     fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
         while let Some(job) = jobs.blocking_recv() {
-            // Who asked may have gone away; what was done is done.
+            // The caller may have gone; the write is done anyway.
             match job {
                 Job::TakeOver(reply) => drop(reply.send(self.take_over())),
                 Job::Commit(write, reply) => drop(reply.send(self.commit(&write))),
@@ -820,7 +823,8 @@ impl Writer {
             return Err(StoreError::Fenced { by: term.epoch });
         }
         if files_of(&self.path).ok() != Some(self.files) {
-            let problem = "it or its log was removed or replaced while it was in use; put the same files back, or stop this \
+            let problem = "it or its log was removed or replaced while it was in use; put the same files back, or \
+                           stop this \
                            process and restore it from a backup";
             return Err(unavailable(&self.path, problem.into()));
         }
@@ -840,7 +844,7 @@ impl Writer {
             self.note(&mark);
         }
         if begins {
-            // Now the database itself says which one it is, without its log.
+            // Now the database file itself contains its identity, without its log.
             self.copy_log();
         }
         self.unchecked_bytes += write.records.iter().map(|record| record.bytes.len()).sum::<usize>()
@@ -854,7 +858,7 @@ impl Writer {
         if let Some(note) = &self.note
             && let Err(error) = note.write(mark)
         {
-            // What is in the database holds all the same.
+            // The database itself is still valid.
             tracing::warn!(store = %self.path.display(), %error, "can't note how far the database was written");
             self.note = None;
         }
@@ -878,9 +882,10 @@ impl Writer {
                         .prepare_cached("SELECT cycles FROM counts WHERE state = ?1")?
                         .query_row([state_number(state)], |row| number(row, 0))?;
                     let mut query = transaction.prepare_cached(&format!(
-                        "SELECT revision, finished_at FROM cycles WHERE state = ?1 AND {HAS_REVISION} ORDER BY revision LIMIT ?2"
+                        "SELECT revision, finished_at FROM cycles WHERE state = ?1 AND {HAS_REVISION} ORDER BY \
+                         revision LIMIT ?2"
                     ))?;
-                    // A time that can't be read keeps nobody else's record: it is taken for that of the one before.
+                    // An unreadable time must not keep other records: the time of the previous record is used.
                     let mut at = Timestamp::MIN;
                     let rows = query.query_map([state_number(state), integer(limit as u64)], |row| {
                         at = time(row, "finished_at").unwrap_or(at);
@@ -906,7 +911,7 @@ impl Writer {
             }
             let pruned_to = transaction.query_row("SELECT pruned_to FROM meta", [], |row| number(row, 0))?;
             if gone.is_empty() {
-                // Nothing was changed, so there is nothing to write.
+                // Nothing was changed, so nothing is written.
                 transaction.rollback()?;
             } else {
                 transaction.commit()?;
@@ -914,12 +919,12 @@ impl Writer {
             Ok(Ok(Pruned { removed: gone.len(), pruned_to: Revision(pruned_to) }))
         })()
         .unwrap_or_else(|error| Err(explain(&self.path, &error)));
-        // Each touches a page or two.
+        // Each changes a page or two.
         self.unchecked_bytes += pruned.as_ref().map_or(0, |pruned| pruned.removed * 4096);
         pruned
     }
 
-    /// Copies the log into the database once it has grown, so that it can begin anew.
+    /// Checkpoints the log once it has grown, so that it can be overwritten.
     fn checkpoint(&mut self) {
         let again = self.held.as_ref().is_some_and(|held| held.tried_at.elapsed() >= TRY_COPYING_EVERY);
         if again || self.unchecked_bytes >= CHECKPOINT_BYTES {
@@ -927,7 +932,7 @@ impl Writer {
         }
     }
 
-    /// Copies the log into the database, as far as readers don't need what is there, and cuts it where it is large.
+    /// Checkpoints the log as far as readers allow, and truncates it if it is large.
     fn copy_log(&mut self) {
         let log = log_of(&self.path);
         let bytes = || fs::metadata(&log).map_or(0, |log| log.len());
@@ -945,7 +950,7 @@ impl Writer {
         match copied {
             Ok(true) => {
                 if was_told {
-                    tracing::info!(%store, bytes = bytes(), "the log was copied into the database");
+                    tracing::info!(%store, bytes = bytes(), "the log was checkpointed into the database");
                 }
                 self.unchecked_bytes = 0;
                 self.held = None;
@@ -955,21 +960,22 @@ impl Writer {
                     tracing::warn!(
                         %store,
                         bytes = size,
-                        "the log can't be copied into the database, and grows: another program reads the database, and has not \
+                        "the log can't be checkpointed into the database, and grows: another program reads the \
+                         database, and has not \
                          ended its transaction"
                     );
                 }
                 self.unchecked_bytes = 0;
                 self.held = Some(Held { tried_at: Instant::now(), is_told: was_told || size > LARGE_LOG });
             }
-            // Nothing is lost: the log goes on, and the next write tries again.
-            Err(error) => tracing::warn!(%store, %error, "can't copy the log into the database"),
+            // Nothing is lost: the log grows, and the next write retries.
+            Err(error) => tracing::warn!(%store, %error, "can't checkpoint the log into the database"),
         }
     }
 }
 
 impl Term {
-    /// Writes it in one transaction; `Some` is the epoch that has taken over, and then nothing was written.
+    /// Writes in one transaction; `Some` is the epoch that has taken over, and then nothing was written.
     fn transact(&self, connection: &mut Connection, here: &Identity, write: &Write) -> rusqlite::Result<Option<Epoch>> {
         let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -1000,7 +1006,7 @@ impl Term {
         Ok(None)
     }
 
-    /// Goes on to where `write` has brought the database.
+    /// Advances by `write`.
     fn advance(&mut self, write: &Write) {
         self.current = self.epoch;
         self.commits += 1;
@@ -1013,7 +1019,7 @@ impl Term {
     }
 }
 
-/// Has commits from now on survive what they must.
+/// Sets the durability of further commits.
 fn synchronize(connection: &Connection, durability: Durability) -> rusqlite::Result<()> {
     let level = match durability {
         Durability::Durable => "FULL",
@@ -1122,10 +1128,11 @@ fn put_knowledge(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Resu
 // ---------------------------------------------------------------------------------------------------------------
 // Rows
 
-/// In this order, so that a row can be looked at without reading the record, which stands last and may be large.
+/// In this order, so that a row can be examined without reading the record, which is last and may be large.
 const COLUMNS: &str = "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record";
 
-/// That a row has a place in the history. A revision that can't be read is none: nobody who goes by revisions finds it.
+/// Condition that a row has a place in the history. An unreadable revision has no place: reads by revision don't find
+/// it.
 const HAS_REVISION: &str = "revision > 0 AND typeof(revision) = 'integer'";
 
 /// The highest revision that was ever pruned, and the newest one.
@@ -1135,7 +1142,7 @@ fn range(connection: &Connection) -> rusqlite::Result<(Revision, Revision)> {
         .query_row([], |row| Ok((Revision(number(row, 0)?), Revision(number(row, 1)?))))
 }
 
-/// What stands in the place of a revision that was given, was not pruned, and is not there.
+/// The error for a missing revision that was given and not pruned.
 fn missing(revision: Revision) -> Unreadable {
     Unreadable { cycle_id: CycleId::default(), revision, problem: "no row has this revision".into() }
 }
@@ -1201,7 +1208,7 @@ fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
     })
 }
 
-/// An open cycle of which no more is known than that.
+/// An open cycle of which only the id is known.
 fn unknown_cycle(cycle_id: CycleId) -> OpenCycle {
     OpenCycle {
         cycle_id,
@@ -1229,7 +1236,7 @@ fn integer(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-/// In the 64 bits that reach to the year 2262.
+/// In 64 bits, which reach to the year 2262.
 fn nanoseconds(time: Timestamp) -> i64 {
     i64::try_from(time.as_nanosecond()).unwrap_or(i64::MAX)
 }
@@ -1253,7 +1260,7 @@ fn to_json<T: serde::Serialize>(value: &T) -> rusqlite::Result<String> {
     serde_json::to_string(value).map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))
 }
 
-/// The numbers of the schema, which are those of the contract.
+/// The numbers in the schema, which are those of the contract.
 const STATES: [CycleState; 5] = CycleState::ALL;
 
 fn state_number(state: CycleState) -> i64 {
@@ -1284,17 +1291,17 @@ fn trigger(row: &Row<'_>) -> rusqlite::Result<Trigger> {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("{0} stands for nothing")]
+#[error("{0} has no meaning")]
 struct Unknown(i64);
 
 // ---------------------------------------------------------------------------------------------------------------
 // Errors
 
-/// What an error of SQLite means for who uses the store.
+/// Maps an error of SQLite to an error of the store.
 fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
     let (store, problem) = (path.display().to_string(), error.to_string());
     let Some(code) = error.sqlite_error_code() else {
-        // A value that no version of this software has written, or one that is missing.
+        // A value that no version of this software has written, or a missing one.
         return StoreError::Corrupt { store, problem };
     };
     match code {
@@ -1307,13 +1314,13 @@ fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
             let problem = format!("{problem}: another program has locked it; end that program's transaction");
             StoreError::Unavailable { store, problem }
         }
-        // These pass, or may.
+        // These are or may be temporary.
         ErrorCode::SystemIoFailure
         | ErrorCode::OutOfMemory
         | ErrorCode::OperationAborted
         | ErrorCode::OperationInterrupted
         | ErrorCode::FileLockingProtocolFailed => StoreError::Unavailable { store, problem },
-        // Above all a table or a column that is gone, and a row that is there already.
+        // Mainly a missing table or column, or a row that already exists.
         _ => StoreError::Unusable { store, problem },
     }
 }
@@ -1331,7 +1338,7 @@ fn unwritable(path: &Path, error: &io::Error) -> OpenError {
     }
 }
 
-/// What tests ask of writers: a database that is full at so many pages.
+/// For tests: limits the database to this number of pages.
 #[cfg(test)]
 static PAGE_LIMITS: Mutex<std::collections::BTreeMap<PathBuf, u32>> = Mutex::new(std::collections::BTreeMap::new());
 

@@ -1,4 +1,4 @@
-//! What every store has to do, and what only one that outlives its process can.
+//! Tests for every store, and tests for stores that outlive their process.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -36,7 +36,7 @@ fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_700_000_000 + second).unwrap()
 }
 
-/// The cycle that has this revision: of each two, the one with the higher id ends first.
+/// The cycle with this revision: of each two, the one with the higher id ends first.
 fn cycle_of(revision: u64) -> CycleId {
     CycleId(((revision - 1) ^ 1) + 1)
 }
@@ -59,7 +59,7 @@ fn record_of(id: u64, revision: u64, epoch: Epoch) -> Record {
     }
 }
 
-/// Records these revisions, after all before them were recorded so.
+/// Records these revisions, after all earlier ones were recorded in this way.
 fn recorded(revisions: RangeInclusive<u64>, epoch: Epoch) -> Write {
     let noted = |revision: u64| revision.next_multiple_of(2);
     let (before, last) = (noted(revisions.start() - 1), noted(*revisions.end()));
@@ -78,12 +78,12 @@ async fn commit(store: &dyn Store, write: Write) {
     store.commit(Arc::new(write)).await.unwrap();
 }
 
-/// A store with so many records.
+/// A store with this number of records.
 async fn filled(store: &dyn Store, epoch: Epoch, records: u64) {
     commit(store, recorded(1..=records, epoch)).await;
 }
 
-/// The revisions of these records, each of which is whole.
+/// The revisions of these records, all of which are readable.
 fn revisions(records: &[Found]) -> Vec<u64> {
     let revision = |record: &Record| {
         assert_eq!(*record, record_of(record.cycle_id.0, record.revision.0, record.epoch));
@@ -92,7 +92,7 @@ fn revisions(records: &[Found]) -> Vec<u64> {
     records.iter().map(|found| revision(found.as_ref().unwrap())).collect()
 }
 
-/// That the store refuses this, and keeps nothing of it.
+/// Checks that the store refuses this, and keeps nothing of it.
 async fn refuses(store: &dyn Store, write: Write) {
     let size = store.size().await.unwrap().records;
     let refused = store.commit(Arc::new(write.clone())).await;
@@ -100,7 +100,7 @@ async fn refuses(store: &dyn Store, write: Write) {
     assert_eq!(store.size().await.unwrap().records, size, "{write:?}");
 }
 
-/// Bytes that begin so stand for a record that can't be read.
+/// Bytes with this prefix stand for an unreadable record.
 fn check(record: &Record) -> Result<(), String> {
     if record.bytes.starts_with(b"unreadable") { Err("as scripted".into()) } else { Ok(()) }
 }
@@ -258,7 +258,7 @@ async fn taken_over_again_it_knows_what_was_written_and_fences_the_epoch_before(
     assert_eq!(store.take_over().await.unwrap().open, []);
 }
 
-/// Only for stores that nobody has taken over.
+/// Only for stores that were not taken over.
 async fn before_it_is_taken_over_it_is_read_and_not_written(store: &dyn Store) {
     let write = Write { epoch: Epoch(1), ..recorded(1..=1, Epoch(1)) };
     for epoch in [Epoch(0), Epoch(1)] {
@@ -900,11 +900,11 @@ async fn a_full_disk_loses_nothing_and_passes() {
 /// What a process may do with a store.
 #[derive(Clone, Debug)]
 enum Step {
-    /// So many cycles are admitted.
+    /// This number of cycles is admitted.
     Admit(u64),
     /// One of the open cycles begins.
     Begin(usize),
-    /// Open cycles are recorded, picked in this order, and after them so many that were admitted just now.
+    /// Open cycles are recorded, picked in this order, and then this number of newly admitted ones.
     Record(Vec<usize>, u64),
     /// What no process may do, in one of the ways of [`Model::defects`].
     Break(usize),

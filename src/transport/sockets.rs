@@ -11,19 +11,19 @@ use tokio::{
 
 use super::{Accepted, Listener, Peer, Stream, Transport, resolve::Resolver};
 
-/// A dead peer is found by the kernel, and not by HTTP/2's pings: servers of grpcio and grpc-go take those for abuse, and
-/// end calls that work. After so long without a word the first probe goes out,
+/// The kernel detects dead peers, not HTTP/2 pings: servers of grpcio and grpc-go treat pings as abuse, and end working
+/// calls. The first TCP keepalive probe is sent after this silence,
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-/// others in this interval,
+/// further ones at this interval,
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// and after so many without an answer the connection is given up.
+/// and after this number of unanswered probes the connection is closed.
 const KEEPALIVE_PROBES: u32 = 3;
-/// What was sent and is not acknowledged, or not taken, for so long ends the connection as well.
+/// Data that is not acknowledged or not received for this long closes the connection as well.
 #[cfg(target_os = "linux")]
 const UNACKNOWLEDGED: Duration = Duration::from_mins(1);
 
-/// Bytes that the kernel takes and can't send yet. Left alone it takes megabytes, and no more before a third of them is
-/// sent: a slow peer would look like one that takes nothing, and what keeps a connection alive would wait behind them.
+/// Most bytes that the kernel accepts but can't send yet. By default it accepts megabytes, and no more before a third
+/// of them is sent: a slow peer would look like a stalled one, and keepalive frames would wait behind them.
 #[cfg(target_os = "linux")]
 const MAX_UNSENT: u32 = 16 << 10;
 
@@ -70,8 +70,8 @@ pub(crate) async fn listen_at(address: impl ToSocketAddrs) -> io::Result<(Box<dy
     Ok((Box::new(listener), address))
 }
 
-/// Listens at a path of the file system. A file that an earlier process has left there is replaced; one that somebody
-/// listens on is not.
+/// Listens at a path of the file system. A leftover file of an earlier process is replaced, unless a process listens on
+/// it.
 pub(crate) async fn listen_at_path(path: &Path) -> io::Result<Box<dyn Listener>> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {

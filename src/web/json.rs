@@ -174,7 +174,7 @@ fn no_room(full: Full) -> Status {
     Status::resource_exhausted(format!("{full}; {}", full.remedy()))
 }
 
-/// A request for JSON: who asks, and the parameters, those of the path as well.
+/// A request for JSON: the caller, and the parameters, including those of the path.
 pub(super) struct Asked {
     answers: Answers,
     caller: Caller,

@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_does_not_come_to_an_end_does_not_keep_the_connection() {
+    async fn a_slow_request_does_not_keep_the_connection() {
         for said in ["GET / HTTP/1.1\r\nHost: localhost\r\nX: ", "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"] {
             let mut peer = connect().await;
             peer.write_all(said.as_bytes()).await.unwrap();

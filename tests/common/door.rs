@@ -20,11 +20,11 @@ pub struct Door {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Behind {
-    /// Those who connect are turned away.
+    /// New connections are refused.
     Nothing,
-    /// Those who connect are turned away, and those who have connected lose their connection.
+    /// New connections are refused, and existing ones are closed.
     Wall,
-    /// Those who connect, and those who have connected, hear nothing any more.
+    /// New and existing connections get no data any more.
     Silence,
     Service(SocketAddr),
 }
@@ -80,7 +80,7 @@ impl Door {
         self.behind.send_replace(Behind::Wall);
     }
 
-    /// Nothing comes through any more, and nobody is told so. Those who connect after it leads somewhere again are heard.
+    /// Drops all data silently. Connections that are made after it has a target again work.
     pub fn fall_silent(&self) {
         self.behind.send_replace(Behind::Silence);
     }

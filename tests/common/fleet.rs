@@ -1,8 +1,8 @@
 //! A scripted fleet: any number of fake subsystems behind a few endpoints, each with a script that can be changed
 //! while it runs, and a log of every call.
 //!
-//! It is not made with `orchestrator_core::subsystem`, which keeps the contract for whoever it serves: a fake must be able
-//! to break it, down to the bytes, and must log every call, also the one that the library would answer from memory.
+//! It is not made with `orchestrator_core::subsystem`, which enforces the contract: a fake must be able to break it,
+//! down to the bytes, and must log every call, also the one that the library would answer from memory.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -88,7 +88,7 @@ pub enum Run {
     Hang,
     /// Does not answer until the script is changed, and then does what that says.
     Hold,
-    /// Answers as the other one, so much later.
+    /// Answers as the other one, after this delay.
     Late(Duration, Box<Run>),
     /// Answers with a message that holds these bytes, whatever they are.
     Raw(Bytes),
@@ -110,18 +110,18 @@ impl Run {
         Self::Answer(pb::RunCycleResponse { output, ..pb::RunCycleResponse::default() })
     }
 
-    /// Answers with a well-formed output of at least so many bytes.
+    /// Answers with a well-formed output of at least this number of bytes.
     pub fn large_output(bytes: usize) -> Self {
         Self::output(&json!({ "large": "x".repeat(bytes) }))
     }
 
-    /// Answers with so many metrics.
+    /// Answers with this number of metrics.
     pub fn metrics(count: usize) -> Self {
         let metrics = (0..count).map(|i| (format!("metric_{i}"), 1.0)).collect();
         Self::Answer(pb::RunCycleResponse { metrics, ..pb::RunCycleResponse::default() })
     }
 
-    /// Answers with so many issues.
+    /// Answers with this number of issues.
     pub fn issues(count: usize) -> Self {
         let issue = pb::Issue { severity: pb::Severity::Warning.into(), code: "CODE".into(), message: "text".into() };
         Self::Answer(pb::RunCycleResponse { issues: vec![issue; count], ..pb::RunCycleResponse::default() })
@@ -206,7 +206,7 @@ pub struct SeenInput {
     pub output: Value,
 }
 
-/// All that a fleet knows. Seen by those who await something with [`Fleet::until`].
+/// The state of a fleet, for conditions of [`Fleet::until`].
 #[derive(Default)]
 pub struct State {
     default: Script,
@@ -264,7 +264,7 @@ impl Fleet {
         Self::behind(1).await
     }
 
-    /// A fleet behind so many endpoints, each of which serves every name.
+    /// A fleet behind this number of endpoints, each of which serves every name.
     pub async fn behind(endpoints: usize) -> Self {
         let mut fleet = Self::unserved();
         for _ in 0..endpoints {

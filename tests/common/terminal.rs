@@ -16,7 +16,7 @@ use tokio::{process::Command, sync::watch, time::timeout};
 
 use super::PATIENCE;
 
-/// A new terminal of this size: the side of who looks at it, and that of the program.
+/// A new terminal of this size: the side of the user, and that of the program.
 pub fn open(columns: u16, rows: u16) -> (OwnedFd, OwnedFd) {
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
     grantpt(&master).unwrap();

@@ -681,7 +681,7 @@ test("10,000 subsystems stay usable", async (t) => {
 
   await show(page, "#/fleet");
   await says(page, "main .summary", "10,000 subsystems: 1 failed");
-  // What is not known of so many takes no room.
+  // What is unknown of this many takes no space.
   // biome-ignore lint/performance/useDomNodeTextContent: only what people see
   assert.ok(await page.$eval(".fleet thead", (head) => !head.innerText.includes("Recent cycles")));
   assert.equal(await page.$$eval("main tbody tr", (rows) => rows.length), 100);

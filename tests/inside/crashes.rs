@@ -1,5 +1,5 @@
-//! The process dies at each of its commits in turn, before and after the store has kept it, with cycles side by side and others
-//! that wait. What the next process finds must be whole: each number once, and nothing lost that somebody was told of.
+//! The process dies at each of its commits in turn, before and after the store has kept it, with cycles side by side
+//! and others that wait. The next process must find a consistent state: each id once, and no visible change lost.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,11 +34,11 @@ use tokio::{
 #[derive(Clone, Copy, Debug)]
 struct Death {
     after: usize,
-    /// The store keeps it, and nobody learns of that.
+    /// The store keeps it, and the result is lost.
     is_kept: bool,
 }
 
-/// What callers and readers were told before the process died.
+/// Results that callers and readers received before the process died.
 #[derive(Default)]
 struct Told {
     /// Cycles whose asynchronous start was acknowledged.
@@ -126,7 +126,8 @@ async fn walk(orchestrator: &Orchestrator) -> Vec<(Revision, CycleId)> {
     }
 }
 
-/// Four cycles that share nothing, and three that wait for them and that nobody waits for, until all are recorded or the process dies.
+/// Four cycles that share nothing, and three that wait for them and that nobody waits for, until all are recorded or
+/// the process dies.
 async fn live(orchestrator: Orchestrator, told: &Arc<Told>) {
     let mut asked = JoinSet::new();
     for name in ["a", "b", "c", "d"] {
@@ -189,13 +190,13 @@ fn dies_at(death: Death, place: &Place) -> bool {
     came_to_it
 }
 
-/// Starts the next process, and holds the history against what was told before.
+/// Starts the next process, and compares the history with earlier results.
 async fn holds_after(death: Death, place: &Place, fleet: &Arc<Fleet>, told: &Told) {
     let store = place.open().await;
     let contents = store.take_over().await.unwrap();
     let called: BTreeSet<_> = fleet.heard.lock().unwrap().iter().map(|heard| heard.cycle_id).collect();
     let promised = mem::take(&mut *told.promised.lock().unwrap());
-    // No number was told before it was noted.
+    // No id was visible before it was noted.
     let noted = contents.last_cycle_id;
     assert!(called.iter().chain(&promised).all(|told| *told <= noted), "{death:?}");
     let open: BTreeMap<_, _> = contents.open.iter().map(|open| (open.cycle_id, open.stage.clone())).collect();
@@ -237,7 +238,8 @@ async fn holds_after(death: Death, place: &Place, fleet: &Arc<Fleet>, told: &Tol
 
 /// Has processes die at each of their commits in turn, before and after it is kept.
 fn die_at_each_commit(place: impl Fn() -> Place) {
-    // The start, the beginnings, the acknowledgements and the records; how many changes share a commit depends on the machine.
+    // The start, the beginnings, the acknowledgements and the records; how many changes share a commit depends on the
+    // machine.
     let mut commits = 0;
     while [false, true]
         .into_iter()
@@ -251,7 +253,7 @@ fn die_at_each_commit(place: impl Fn() -> Place) {
 }
 
 #[test]
-fn a_process_that_dies_at_any_commit_leaves_each_number_once_and_loses_nothing_that_was_told() {
+fn a_process_that_dies_at_any_commit_leaves_each_id_once_and_loses_no_visible_change() {
     die_at_each_commit(|| process(Place::memory()));
 }
 

@@ -27,7 +27,7 @@ use tokio_stream::wrappers::WatchStream;
 pub(crate) type Commit =
     dyn Fn(Arc<dyn Store>, Arc<Write>) -> BoxFuture<'static, Result<(), StoreError>> + Send + Sync + 'static;
 
-/// What comes before old records are removed.
+/// Runs before old records are removed.
 pub(crate) type Prune = dyn Fn() -> Result<(), StoreError> + Send + Sync + 'static;
 
 /// A store whose commits go the way of a test, and all else the usual way.

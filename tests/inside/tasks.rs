@@ -1,4 +1,4 @@
-//! The tasks of an orchestrator: a defect in one ends it and names the task, and what some do again and again is counted.
+//! The tasks of an orchestrator: a defect in one ends it and names the task, and the repeated work of some is counted.
 
 use std::{
     sync::{
@@ -17,7 +17,7 @@ use tokio::{sync::watch, time::sleep};
 
 use crate::kit::{Around, Fleet, Prune, host, of_all, settings, start, subsystem};
 
-/// Over a store that loses its mind after so many commits.
+/// An orchestrator over a store that panics after this number of commits.
 async fn over(fleet: Fleet, commits: usize, prune: Box<Prune>) -> (Orchestrator, Tasks) {
     let inner = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let committed = AtomicUsize::new(0);

@@ -70,7 +70,7 @@ async fn from_wherever_it_begins_a_watcher_gets_each_later_record_once_and_in_or
         let expected: Vec<_> = (first..=MANY).collect();
         let mut watcher = watch(from);
         assert_eq!(revisions(&mut watcher, expected.len()).await, expected, "{from:?}");
-        // It is told once that it is up to date.
+        // It receives one bookmark when it is up to date.
         assert_eq!(next(&mut watcher).await.unwrap(), None, "{from:?}");
     }
     assert_eq!(next(&mut now).await.unwrap(), None);
@@ -120,7 +120,7 @@ async fn a_watcher_that_has_nothing_to_read_is_sent_a_bookmark_every_thirty_seco
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watcher_whose_next_record_was_removed_is_refused_with_what_there_is() {
+async fn a_watcher_whose_next_record_was_removed_is_refused_with_the_retained_range() {
     let rule = RetentionRule { max_cycles: Some(10), max_age: None };
     let settings = Settings { retention: Retention { default: rule, ..Retention::default() }, ..settings() };
     let (orchestrator, _tasks) = stage(settings).await;

@@ -1,4 +1,4 @@
-//! The one writer, over a store that does as it is told: what waits is committed together, and nothing is seen, nor lost, before
+//! The writer, over a scripted store: waiting changes are committed together, and nothing is visible, nor lost, before
 //! that has come back. In the process, on paused time.
 
 use std::{
@@ -103,7 +103,7 @@ impl Stage {
         self.orchestrator.run_cycle(of(&[name]), false).await.unwrap()
     }
 
-    /// Lets so many commits go, and waits for what comes of it.
+    /// Lets this number of commits pass, and waits for their effects.
     async fn after_commits(&self, commits: usize) {
         self.script.permits.add_permits(commits);
         sleep(Duration::from_secs(2)).await;
@@ -211,7 +211,7 @@ async fn of_changes_that_can_not_be_written_together_only_the_one_to_blame_fails
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_cycle_that_is_cancelled_while_its_beginning_is_written_calls_nobody() {
+async fn a_cycle_that_is_cancelled_while_its_start_is_written_makes_no_calls() {
     let stage = Stage::new().await;
     let ticket = stage.run("a").await;
     sleep(Duration::from_millis(10)).await;
@@ -279,7 +279,7 @@ async fn while_a_commit_is_late_nothing_is_admitted_and_it_is_applied_when_it_re
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_refused_while_a_commit_is_late_is_admitted_once_the_trouble_is_over_or_the_commit_has_failed() {
+async fn cycles_are_refused_while_a_commit_is_late_and_admitted_afterwards() {
     let stage = Stage::new().await;
     let orchestrator = stage.orchestrator.clone();
     let registering = tokio::spawn(async move { orchestrator.register(subsystem("d"), None).await });

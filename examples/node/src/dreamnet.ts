@@ -60,7 +60,8 @@ export interface Module {
 }
 
 /**
- * An object to serve: a module, or a class or a factory (also an asynchronous one) that makes it, once. An object that is only read can be of any kind.
+ * An object to serve: a module, or a class or a factory (also an asynchronous one) that makes it, once. An object that
+ * is only read can be of any kind.
  */
 export type Servable = Module | (new () => Module) | (() => Module | Promise<Module>) | object;
 
@@ -74,7 +75,8 @@ export interface Cycle {
   /** Every input by the name of its maker, as data. */
   readonly inputs: ReadonlyMap<string, InputData>;
   /**
-   * Aborted when the call that started this run is cancelled or late. A module that then ends with an AbortError is run again when the call is repeated.
+   * Aborted when the call that started this run is cancelled or late. A module that then ends with an AbortError is run
+   * again when the call is repeated.
    */
   readonly signal: AbortSignal;
   /** Reports a number to follow over time. */
@@ -119,7 +121,8 @@ export interface OrchestratorStatus {
 }
 
 /**
- * A loop that runs in the orchestrator until it is stopped: it outlives this process. The handle is a timer, so that `clearInterval(loop)` stops it as before, within half a second.
+ * A loop that runs in the orchestrator until it is stopped: it outlives this process. The handle is a timer, so that
+ * `clearInterval(loop)` stops it as before, within half a second.
  */
 export type IntervalLoop = NodeJS.Timeout & {
   /** Settles when the modules are registered and the loop runs, or rejects with the reason. */
@@ -291,7 +294,8 @@ function isThenable(value: unknown): value is PromiseLike<unknown> {
  *
  * Objects without `run` are only read, as are those in `READ_ONLY` and `options.readOnly`.
  *
- * Throws if an option is unknown or its value is invalid, a name looks misspelt, the port is in use, a class or factory makes no object, or the orchestrator can't be reached or refuses a registration. Then none stays registered.
+ * Throws if an option is unknown or its value is invalid, a name looks misspelt, the port is in use, a class or factory
+ * makes no object, or the orchestrator can't be reached or refuses a registration. Then none stays registered.
  */
 export async function serveSubsystems(
   objects: Readonly<Record<string, Servable | undefined>>,
@@ -408,7 +412,7 @@ function settingsOf(name: string, options: ServeOptions): Settings {
   return { ...(TOPOLOGY as Record<string, Settings>)[name], ...options.registrations?.[name] };
 }
 
-/** By phase, then as in DreamNet's table, then in the given order; but never before modules of its phase that it waits for. */
+/** By phase, then as in the table, then in the given order; but after all modules of its phase that it waits for. */
 function inOrder(names: string[], options: ServeOptions): string[] {
   const table = Object.keys(TOPOLOGY);
   const row = (name: string) => (table.includes(name) ? table.indexOf(name) : table.length);
@@ -526,7 +530,8 @@ const BEAT_MS = 100;
 const loops = new Map<string, { settled: Promise<void> }>();
 
 /**
- * Serves and registers the modules in `context`, and lets the orchestrator run a cycle every `intervalMs`. A loop of the same name is replaced.
+ * Serves and registers the modules in `context`, and lets the orchestrator run a cycle every `intervalMs`. A loop of
+ * the same name is replaced.
  */
 export function startIntervalLoop(
   context: OrchestratorContext,

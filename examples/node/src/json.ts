@@ -22,9 +22,11 @@ const MAX_VALUES = 200_000;
 const MAX_TOLD = 16;
 
 /**
- * Copies `value` like `JSON.stringify`. Values that JSON can't represent are left out and reported in `dropped`, as are the objects in `never`, wherever they occur. Never throws.
+ * Copies `value` like `JSON.stringify`. Values that JSON can't represent are left out and reported in `dropped`, as are
+ * the objects in `never`, wherever they occur. Never throws.
  *
- * An output is an object: an array, or any other value, becomes its only field, `value`. `undefined` becomes an empty object.
+ * An output is an object: an array, or any other value, becomes its only field, `value`. `undefined` becomes an empty
+ * object.
  */
 export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()): Snapshot {
   const dropped: string[] = [];

@@ -11,7 +11,8 @@ export interface ServeOptions {
   /** Address to listen on, "HOST:PORT". Port 0 takes a free one. Default "127.0.0.1:0". */
   listen?: string;
   /**
-   * Registers with the orchestrator at this "HOST", "HOST:PORT" or "http://HOST:PORT". Without it, the configuration file of the orchestrator has to declare the modules.
+   * Registers with the orchestrator at this "HOST", "HOST:PORT" or "http://HOST:PORT". Without it, the configuration
+   * file of the orchestrator has to declare the modules.
    */
   orchestrator?: string;
   /** Longest wait for an orchestrator that is not up yet. Default 30 s; 0 does not wait. */
@@ -25,11 +26,15 @@ export interface ServeOptions {
   /** Names in `READ_ONLY` that cycles run nevertheless. */
   run?: readonly string[];
   /**
-   * Fields of the registration, by name of the subsystem: `timeout`, `critical`, `requires`, `parameters` and so on. Missing fields are taken from DreamNet's table, otherwise the service's default. Only with `orchestrator`.
+   * Fields of the registration, by name of the subsystem: `timeout`, `critical`, `requires`, `parameters` and so on.
+   * Missing fields are taken from DreamNet's table, otherwise the service's default. Only with `orchestrator`.
    */
   registrations?: Readonly<Record<string, Settings>>;
   /**
-   * True to run the modules of one phase one after another, in the order of DreamNet's table and then of `objects`, as DreamNet's own loop does: live objects that call each other then end in the same state in every cycle. Modules that are only read have no place in that order, and the order of a registration takes precedence. Otherwise they run concurrently. Only with `orchestrator`: it is an `after` in the registration. Default true.
+   * True to run the modules of one phase one after another, in the order of DreamNet's table and then of `objects`, as
+   * DreamNet's own loop does: live objects that call each other then end in the same state in every cycle. Modules that
+   * are only read have no place in that order, and the order of a registration takes precedence. Otherwise they run
+   * concurrently. Only with `orchestrator`: it is an `after` in the registration. Default true.
    */
   sequential?: boolean;
 }

@@ -5,7 +5,8 @@ import type { Registration } from "./gen/dreamnet/orchestrator/v1/Registration.j
 import type { Json } from "./json.js";
 
 /**
- * The registration of a subsystem without its name and endpoint: see `Registration` in the contract. A duration is an object, `{ seconds: 30 }` or `{ nanos: 500_000_000 }`.
+ * The registration of a subsystem without its name and endpoint: see `Registration` in the contract. A duration is an
+ * object, `{ seconds: 30 }` or `{ nanos: 500_000_000 }`.
  */
 export type Settings = Omit<Registration, "name" | "endpoint" | "parameters"> & {
   /** Plain data. Numbers over 2^53 are refused: they are not exact. */
@@ -82,7 +83,8 @@ export const TOPOLOGY = {
 export type SubsystemName = keyof typeof TOPOLOGY;
 
 /**
- * Modules with a `run` that DreamNet's loop passes to the others but never runs. NeuralMesh and AgentWalletManager, which it doesn't run either, have no `run`.
+ * Modules with a `run` that DreamNet's loop passes to the others but never runs. NeuralMesh and AgentWalletManager,
+ * which it doesn't run either, have no `run`.
  */
 export const READ_ONLY = [
   "IdentityGrid",

@@ -201,7 +201,7 @@ test("a module that waits for another one of its phase comes after it, in whatev
 
 test("if one registration is refused, none stays registered", async () => {
   const objects = { fine: { run() {} }, "no name!": { run() {} } };
-  await assert.rejects(serve(objects, { orchestrator: service.address }), /"no name!" is no name/);
+  await assert.rejects(serve(objects, { orchestrator: service.address }), /"no name!" is not a name/);
   const { subsystems } = await orchestrator(service.address)((client, callback) => client.listSubsystems({}, callback));
   assert.deepEqual(subsystems, []);
 });

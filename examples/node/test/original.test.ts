@@ -31,7 +31,7 @@ const LOOP: readonly SubsystemName[] = [
 const WITHOUT_RUN: readonly string[] = ["NeuralMesh", "AgentWalletManager"];
 const WITHOUT_STATUS: readonly string[] = ["AgentWalletManager", "LatentCollaboration"];
 
-/** Simulates one of the 28 modules. Its state depends on the state of the others at that moment, and it changes them. */
+/** Simulates a module. Its state depends on the state of the others at that time, and it changes them. */
 class Stateful {
   memory = 1;
   runs = 0;

@@ -1,9 +1,9 @@
-//! Which file a database is. A copy carries the identity of the file that it was copied from, and is told by that: it
-//! would take the fleet over from the original by its epoch.
+//! The identity of a database file. A copy contains the identity of the original file, and is recognized by that: by
+//! its epoch it would take over the fleet from the original.
 //!
-//! A file is told by its path and by its device and inode. Either of them changes without a copy being made: a rename
-//! changes the path, a backup that is put back, or a file system that numbers its files at each mount, the inode. So a
-//! database is a copy where both have changed.
+//! A file is identified by its path and by its device and inode. Either can change without a copy: a rename changes the
+//! path; a restored backup, or a file system that assigns inodes at each mount, changes the inode. So a database is a
+//! copy if both have changed.
 
 use std::{
     ffi::OsStr,
@@ -16,7 +16,7 @@ use rusqlite::{Connection, OptionalExtension, named_params};
 
 use super::place::{FileError, FileId, file_id, log_of};
 
-/// Which file a database is.
+/// The identity of a database file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Identity {
     pub(super) path: PathBuf,
@@ -24,15 +24,15 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// The schema that notes it.
+    /// The schema version that contains it.
     pub(super) const SINCE: i64 = 3;
 
-    /// What is at this path now, which is absolute and without links.
+    /// The file at this path now, which is absolute and without links.
     pub(super) fn at(path: &Path) -> io::Result<Self> {
         Ok(Self { path: path.to_owned(), file: file_id(path)? })
     }
 
-    /// Which file the database was when it was last used, if that was noted in it.
+    /// The file of the database when it was last used, if noted in it.
     pub(super) fn noted(connection: &Connection) -> rusqlite::Result<Option<Self>> {
         let noted = connection.query_row("SELECT path, device, inode FROM meta", [], |row| {
             let (path, device, inode): (Option<Vec<u8>>, Option<i64>, Option<i64>) =
@@ -43,7 +43,7 @@ impl Identity {
         Ok(Some(Self { path: OsStr::from_bytes(&path).into(), file: (device.cast_unsigned(), inode.cast_unsigned()) }))
     }
 
-    /// Notes in the database that it is this file.
+    /// Notes this identity in the database.
     pub(super) fn note(&self, connection: &Connection) -> rusqlite::Result<()> {
         let note = "UPDATE meta SET path = :path, device = :device, inode = :inode";
         connection.execute(
@@ -57,7 +57,7 @@ impl Identity {
         Ok(())
     }
 
-    /// That this file is the database that was `noted` in it.
+    /// Checks that this file is the one that was `noted` in the database.
     ///
     /// # Errors
     /// It is a copy, or it can be reached by another name, where its log may be.
@@ -76,7 +76,7 @@ impl Identity {
             if !is_known {
                 tracing::info!(
                     store = database,
-                    "another file is in the place of this database than when it was last used, such as a backup that was \
+                    "the file of this database is another one than when it was last used, such as a backup that was \
                      put back; it is taken for the same database"
                 );
             }

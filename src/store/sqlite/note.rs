@@ -1,8 +1,8 @@
-//! How far a database was written, noted beside it: what tells at the next start that the end of it is missing, because its
-//! log was damaged or an older copy put in its place.
+//! Notes beside a database how far it was written. At the next start, the note shows if its end is missing, because its
+//! log was damaged or an older copy replaced it.
 //!
-//! The note is written after each durable commit, and does not wait for the disk: it survives the death of the process, as
-//! do the writes that it tells of. The loss of power may take it back to an earlier one, never ahead of the database.
+//! The note is written after each durable commit, without waiting for the disk: it survives the death of the process,
+//! as do the noted writes. The loss of power may restore an earlier note, but never one ahead of the database.
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path, str};
 
@@ -15,21 +15,21 @@ use crate::{
 /// How far a database was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Mark {
-    /// Which database it is of: another one may have been made at the same path.
+    /// The id of its database: another one may have been created at the same path.
     pub(super) id: [u8; 16],
-    /// The commits that were made.
+    /// Number of commits.
     pub(super) commits: u64,
     pub(super) last_cycle_id: CycleId,
     pub(super) last_revision: Revision,
 }
 
-/// The file in which the mark is noted.
+/// The file with the mark.
 pub(super) struct Note(File);
 
 impl Note {
-    /// The note beside this database, and what it says; `None` where it says nothing that can be read.
+    /// The note beside this database, with its mark; `None` if it can't be read.
     pub(super) fn open(database: &Path) -> Result<(Self, Option<Mark>), OpenError> {
-        /// More than it ever holds.
+        /// More bytes than it ever contains.
         const MAX: usize = 1 << 10;
         let path = note_of(database);
         let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
@@ -40,7 +40,7 @@ impl Note {
         Ok((Self(file), Mark::parse(text)))
     }
 
-    /// Notes it, in the place of what was noted before.
+    /// Writes the mark over the previous one.
     pub(super) fn write(&self, mark: &Mark) -> io::Result<()> {
         self.0.write_all_at(mark.to_text().as_bytes(), 0)
     }

@@ -1,4 +1,4 @@
-//! Where a database is: its real path, whichever links lead to it, and the locks that keep a second process out.
+//! The location of a database: its real path with links resolved, and the locks that keep a second process out.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -10,19 +10,19 @@ use std::{
 use super::unwritable;
 use crate::{file::irregular, store::OpenError};
 
-/// What is wrong with the files of a database.
+/// The problem with the files of a database.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FileError {
-    /// There is no database.
-    #[error("there is no database {database}")]
+    /// The database does not exist.
+    #[error("database {database} does not exist")]
     Missing {
-        /// Where one was looked for.
+        /// Its path.
         database: String,
     },
-    /// It can't be made where it is to be.
-    #[error("{path}: no directory is or can be there; give the database another path")]
+    /// It can't be created at this path.
+    #[error("{path} is not a directory and can't be created; give the database another path")]
     NoDirectory {
-        /// Where a directory is needed.
+        /// The path of the required directory.
         path: String,
     },
     /// A directory for it can't be created.
@@ -41,15 +41,15 @@ pub enum FileError {
         /// The file.
         path: String,
     },
-    /// Something else is in the place of the database, or of a file beside it.
-    #[error("{path} is {found}, and a regular file is needed there; give the database another path, or move this away")]
+    /// The database, or a file beside it, is not a regular file.
+    #[error("{path} is {found}, not a regular file; give the database another path, or move it away")]
     NotRegular {
-        /// The place.
+        /// The path.
         path: String,
-        /// What is there.
+        /// The kind of the file.
         found: &'static str,
     },
-    /// Another process has it open, and came to it by another name, such as a hard link.
+    /// Another process has it open under another name, such as a hard link.
     #[error(
         "{database} is in use by another process, which has it open by another name; stop that process first, or name \
          another store"
@@ -60,24 +60,26 @@ pub enum FileError {
     },
     /// It has more than one name.
     #[error(
-        "{database} is the same file as {other} (a hard link), and SQLite looks for a database's log beside the name that \
+        "{database} is the same file as {other} (a hard link), and SQLite looks for a database's log beside the name \
+         that \
          it is opened by: remove the names that are not its own, and open it by the one that is"
     )]
     Linked {
-        /// The name that it was to be opened by.
+        /// The name by which it was to be opened.
         database: String,
-        /// Its other names, as far as they are known.
+        /// Its other names, if known.
         other: String,
     },
     /// It is a copy of another database.
     #[error(
-        "{copy} is a copy of {original}: served, it would take the fleet over from there. To have it go on in that one's \
+        "{copy} is a copy of {original}: if it is served, it takes over the fleet. To have it continue in the \
+         original's \
          place, see that no process serves that one any more, and run `orchestrator store accept sqlite:{copy}`"
     )]
     Copy {
         /// The copy.
         copy: String,
-        /// The database that it was copied from.
+        /// The original database.
         original: String,
     },
     /// It was renamed without its log.
@@ -90,9 +92,10 @@ pub enum FileError {
         /// Its log.
         log: String,
     },
-    /// It is gone, and its log is not.
+    /// It is missing, but its log exists.
     #[error(
-        "{database} is not there or empty, and its log with the latest records, {log}, is: put the database back in its \
+        "{database} is missing or empty, but its log with the latest records, {log}, exists: put the database back in \
+         its \
          place, or move the log away to begin a new one"
     )]
     LogAlone {
@@ -103,16 +106,16 @@ pub enum FileError {
     },
 }
 
-/// A database that this process alone may open, for as long as this lives.
+/// A locked database, which only this process can open until it is dropped.
 pub(super) struct Place {
     /// The path of the file itself, absolute and without links.
     pub(super) path: PathBuf,
-    /// Beside the database, so that it is found by whoever opens it by the same path. It holds the number of the process.
+    /// The lock file beside the database, for processes that use the same path. It contains the pid.
     _lock: File,
     /// There was no such file before.
     made_lock: bool,
-    /// The database itself, for those that came by another path. Closing it would free the locks that SQLite has on the
-    /// same file, so it stays open for longer than all of SQLite's connections.
+    /// The lock on the database itself, for processes that use another path. Closing the file would release SQLite's
+    /// locks on it, so it stays open longer than all of SQLite's connections.
     _database: File,
 }
 
@@ -120,7 +123,7 @@ pub(super) struct Place {
 pub(super) type FileId = (u64, u64);
 
 impl Place {
-    /// Finds the database, makes an empty one where there is none, and locks it.
+    /// Finds the database, creates an empty one if it does not exist, and locks it.
     pub(super) fn take(given: &Path) -> Result<Self, OpenError> {
         if let Some(directory) = given.parent().filter(|directory| !directory.as_os_str().is_empty()) {
             fs::create_dir_all(directory).map_err(|error| match error.kind() {
@@ -134,14 +137,15 @@ impl Place {
                 }
             })?;
         }
-        // Also where a link leads to a file that is not there yet.
+        // Also if a link leads to a file that does not exist yet.
         let create = || File::options().read(true).write(true).create(true).truncate(false).open(given);
         let path = match given.canonicalize() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => create().and_then(|_| given.canonicalize()),
             found => found,
         };
         let path = path.map_err(|error| unwritable(given, &error))?;
-        // Before anything is made beside it, and before SQLite says of another file that the database can't be opened.
+        // Before any file is created beside it, and before SQLite reports another file as a database that can't be
+        // opened.
         for file in [path.clone(), lock_of(&path), note_of(&path), log_of(&path), beside(&path, "-shm")] {
             check_regular(&file)?;
         }
@@ -152,7 +156,7 @@ impl Place {
         }
         let log = log_of(&path);
         let has = |file: io::Result<fs::Metadata>| file.is_ok_and(|file| file.len() > 0);
-        // SQLite would remove a log whose database is empty.
+        // SQLite would remove the log of an empty database.
         if !has(database.metadata()) && has(fs::metadata(&log)) {
             let (database, log) = (path.display().to_string(), log.display().to_string());
             return Err(FileError::LogAlone { database, log }.into());
@@ -168,7 +172,7 @@ impl Place {
     }
 }
 
-/// Something is there that is not a regular file.
+/// Checks whether the path is something other than a regular file.
 fn check_regular(path: &Path) -> Result<(), FileError> {
     let Ok(found) = fs::metadata(path) else { return Ok(()) };
     match irregular(found.file_type()) {
@@ -177,8 +181,8 @@ fn check_regular(path: &Path) -> Result<(), FileError> {
     }
 }
 
-/// Takes the lock on a file beside the database. It is free as soon as the process that has it ends, however that ends.
-/// Says as well whether it was made for that.
+/// Locks a file beside the database. The lock is released when its process ends in any way. Says as well whether it was
+/// made for that.
 fn lock_beside(path: &Path) -> Result<(File, bool), OpenError> {
     let name = lock_of(path);
     let failed = |error: io::Error| unwritable(&name, &error);
@@ -200,19 +204,19 @@ fn lock_beside(path: &Path) -> Result<(File, bool), OpenError> {
         }
         Err(TryLockError::Error(error)) => return Err(failed(error)),
     }
-    // The number only helps people; the lock is what counts.
+    // The pid is only for people; only the lock counts.
     let noted = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
     noted.map_err(failed)?;
     Ok((file, is_new))
 }
 
-/// Whether this process alone has this file now, by whichever name: a hard link, or a mount of the file itself, has another
-/// lock beside it. `true` where file systems can't tell.
+/// True if only this process has this file open, under any name: a hard link, or a mount of the file itself, has
+/// another lock file beside it. Also true on file systems without such locks.
 #[cfg(target_os = "linux")]
 fn lock_file(file: &File) -> bool {
     use nix::{errno::Errno, fcntl, libc};
-    // The last byte that can be locked: SQLite locks bytes at 1 GiB. It is of the open file and not of the process, so
-    // closing another descriptor of the database does not free it.
+    // The last byte that can be locked: SQLite locks bytes at 1 GiB. The lock belongs to the open file, not to the
+    // process, so closing another descriptor of the database does not release it.
     let byte = libc::flock {
         l_type: libc::c_short::try_from(libc::F_WRLCK).unwrap_or_default(),
         l_whence: libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default(),
@@ -228,7 +232,7 @@ fn lock_file(_: &File) -> bool {
     true
 }
 
-/// Which file is at this path.
+/// The file at this path.
 pub(super) fn file_id(path: &Path) -> io::Result<FileId> {
     fs::metadata(path).map(|file| (file.dev(), file.ino()))
 }
@@ -238,7 +242,7 @@ fn lock_of(path: &Path) -> PathBuf {
     beside(path, ".lock")
 }
 
-/// The file beside a database in which it is noted how far it was written.
+/// The file beside a database with the note of how far it was written.
 pub(super) fn note_of(path: &Path) -> PathBuf {
     beside(path, ".last")
 }
@@ -248,7 +252,7 @@ pub(super) fn log_of(path: &Path) -> PathBuf {
     beside(path, "-wal")
 }
 
-/// The file beside this one whose name goes on like this.
+/// The file beside this one with this suffix.
 fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);

@@ -101,9 +101,11 @@ definitions! {
         "Cycles that are retained in the history.";
 
     TASK_RUNS: Counter "orchestrator_task_runs_total" ["task", "result"]
-        "What tasks do again and again, by whether it succeeded (ok) or failed: look for records that are not to be kept any more (retention), and unregister subsystems whose lease was not renewed (leases). What failed is tried again; the log says why.";
+        "Repeated work of tasks, by whether it succeeded (ok) or failed: removing records that need not be kept \
+         (retention), and unregistering subsystems with expired leases (leases). Failed work is retried; the log has \
+         the reason.";
     TASK_LAST_SUCCESS: Gauge "orchestrator_task_last_success_timestamp_seconds" ["task"]
-        "When a task succeeded last, as Unix time. Missing before the first time.";
+        "Time of a task's last success, as Unix time. Missing before the first success.";
     CALLS: Counter "orchestrator_calls_total" ["server", "rpc", "code"]
         "Calls of RPCs that have ended, and scrapes of the metrics (Metrics), by where they came in and by the code \
          of their answer. Those that their caller ended are CANCELLED. Missing before the first.";

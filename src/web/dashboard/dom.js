@@ -3,7 +3,8 @@
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
- * Makes an element. Properties that begin with "on" are listeners, `style` is an object of CSS properties, `true` is an attribute without a value, and `false`, `null` and `undefined` are omitted. Children are nodes, or become text.
+ * Makes an element. Properties that begin with "on" are listeners, `style` is an object of CSS properties, `true` is an
+ * attribute without a value, and `false`, `null` and `undefined` are omitted. Children are nodes, or become text.
  */
 export function h(tag, properties = {}, ...children) {
   return fill(document.createElement(tag), properties, children);
@@ -69,7 +70,8 @@ export function setAttribute(element, name, value) {
 }
 
 /**
- * Keeps children of `parent` in step with `items`: `make(item)` makes an element, `update(element, item)` updates it. An element that stays is not replaced, and keeps focus even if it moves.
+ * Keeps children of `parent` in step with `items`: `make(item)` makes an element, `update(element, item)` updates it.
+ * An element that stays is not replaced, and keeps focus even if it moves.
  * @template T
  * @param {HTMLElement} parent
  * @param {T[]} items

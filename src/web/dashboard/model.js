@@ -21,7 +21,8 @@ export const RECENT_SUBSYSTEMS = 1000;
 
 /**
  * @type {{
- *   connection: "connecting" | "open" | "lost", status: any, running: Map<string, Live>, last: Live | null, recent: Recent[]
+ *   connection: "connecting" | "open" | "lost", status: any, running: Map<string, Live>, last: Live | null, recent:
+ *   Recent[]
  * }}
  */
 export const model = {
@@ -40,8 +41,10 @@ export const model = {
 const listeners = new Map();
 
 /**
- * Calls `listener` with each kind of change, until the returned function is called: "connection"; "status"; "live" (a running cycle has made progress, or another one has started or ended); "recorded" (with the telemetry); "unreadable" (with the
- * summary of a recorded cycle whose record can't be read); "reloaded" (events may have been missed: read again).
+ * Calls `listener` with each kind of change, until the returned function is called: "connection"; "status"; "live" (a
+ * running cycle has made progress, or another one has started or ended); "recorded" (with the telemetry); "unreadable"
+ * (with the summary of a recorded cycle whose record can't be read); "reloaded" (events may have been missed: read
+ * again).
  */
 export function on(event, listener) {
   if (!listeners.has(event)) listeners.set(event, new Set());

@@ -24,7 +24,8 @@ const CHOICES = {
 };
 
 /**
- * The parts of a cycle, with `draw(parts, { scale, at, critical, levels })`. `levels` are those of the plan, by name, if known.
+ * The parts of a cycle, with `draw(parts, { scale, at, critical, levels })`. `levels` are those of the plan, by name,
+ * if known.
  */
 export function partsView({ caption, href, details = false }) {
   // A few parts are all shown; of many, the most important ones first.

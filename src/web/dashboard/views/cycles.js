@@ -10,7 +10,7 @@ import { badge, CYCLE_STATES, SUBSYSTEM_STATES } from "../states.js";
 
 const PAGE = 50;
 
-/** A page can be shorter than requested, even empty: at most this number of pages is read before the user has to continue. */
+/** A page can be short, or even empty: at most this number of pages is read before the user must continue. */
 const REQUESTS = 12;
 
 export const title = () => "Cycles";

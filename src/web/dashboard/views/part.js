@@ -149,7 +149,9 @@ function showDiff(place, record, part, earlier) {
 }
 
 /**
- * Its inputs are derived from the record: the output of a subsystem that it requires or runs after, or that had ended before it was called, is FRESH if that subsystem succeeded; otherwise it is the last output of any other cycle at that time.
+ * Its inputs are derived from the record: the output of a subsystem that it requires or runs after, or that had ended
+ * before it was called, is FRESH if that subsystem succeeded; otherwise it is the last output of any other cycle at
+ * that time.
  */
 async function showInputs(place, record, part, now, scope) {
   add(place, h("h2", {}, "Inputs"));

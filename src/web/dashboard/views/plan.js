@@ -99,7 +99,8 @@ function skipped(one, reasons) {
 }
 
 /**
- * Levels from top to bottom, since any number of them fits into the width. The returned observer keeps the lines in their places.
+ * Levels from top to bottom, since any number of them fits into the width. The returned observer keeps the lines in
+ * their places.
  */
 function drawGraph(place, plan, registrations) {
   const critical = plan.criticalPath ?? [];

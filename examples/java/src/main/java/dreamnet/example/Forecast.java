@@ -26,7 +26,8 @@ import java.util.function.BooleanSupplier;
 /**
  * A complete subsystem in Java, made from the contract alone.
  *
- * <p>It adds up the {@code value} of its inputs and forecasts the sum of the next cycle from its recent growth. Its parameter {@code smoothing}, over 0 and up to 1, is the weight of the latest growth.
+ * <p>It adds up the {@code value} of its inputs and forecasts the sum of the next cycle from its recent growth. Its
+ * parameter {@code smoothing}, over 0 and up to 1, is the weight of the latest growth.
  */
 final class Forecast extends SubsystemGrpc.SubsystemImplBase {
     /** Cycles. A call is repeated only while its cycle runs. */
