@@ -60,7 +60,8 @@ export async function ask<A>(
 }
 
 /**
- * Registers with a lease and renews it, until the function that it returns is called. That also waits for running cycles, which keep the subsystems until they end, for at most 10 s.
+ * Registers with a lease and renews it, until the returned function is called. That function also waits at most 10 s for
+ * running cycles, which keep the subsystems until they end.
  */
 export async function register(
   registrations: ReadonlyArray<Registration & { name: string }>,
