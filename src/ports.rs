@@ -560,7 +560,7 @@ pub enum StoreError {
         problem: String,
     },
     /// A commit has not returned yet, and is awaited. Reported only by [`Store::trouble`].
-    #[error("a commit to {store} has not returned within {waited:?}, and is waited for: {problem}")]
+    #[error("a commit to {store} has not returned within {waited:?}, and is still awaited: {problem}")]
     Late {
         /// Which store.
         store: String,

@@ -703,7 +703,7 @@ async fn a_file_that_is_not_regular_is_named_and_no_file_is_created() {
     let home = Home::new();
     fs::write(home.path("file"), "").unwrap();
     let said = refused(&at_store(&home.path("file/o.db"))).await;
-    assert!(said.contains("file: no directory is or can be there; give the database another path"), "{said}");
+    assert!(said.contains("file is not a directory and can't be created; give the database another path"), "{said}");
     #[cfg(target_os = "linux")]
     {
         let said = refused(&at_store(Path::new("/proc/none/o.db"))).await;
