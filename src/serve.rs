@@ -145,7 +145,7 @@ impl Service {
         });
         let store = store::open(&config.store.url, record::check, host.clock).await?;
         let contents = store.take_over().await?;
-        tracing::info!(store = %config.store.url, epoch = %contents.epoch, cycles = %contents.last_cycle_id, "store \
+        tracing::info!(store = %config.store.url, epoch = contents.epoch.0, last_cycle = contents.last_cycle_id.0, "store \
             opened");
         let (mut exporting, stop_exporting) = (Parts::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
@@ -460,9 +460,9 @@ fn shares(config: &Config) -> Shares {
         (None, Some(allowed)) if allowed / 2 < DEFAULT => {
             ((allowed / 2).max(LEAST), "half of the memory of the machine or its memory group")
         }
-        (None, _) => (DEFAULT, "by default"),
+        (None, _) => (DEFAULT, "default"),
     };
-    tracing::info!(max_bytes, because, "memory for data of clients and subsystems");
+    tracing::info!(max_bytes, because, "memory limit");
     let shares = Shares::of(max_bytes);
     shares.requests.set_max(config.server.max_receiving_bytes);
     shares

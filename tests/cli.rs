@@ -231,7 +231,7 @@ async fn subsystems_are_registered_shown_and_removed() {
     assert_eq!(cli.run("subsystems suspend a").await.with(0), "subsystem a is suspended\n");
     assert_eq!(cli.json("subsystems list").await["subsystems"][0]["suspended"], true);
     assert_eq!(row(&cli.run("subsystems list").await.with(0), "a")[2], "SUSPENDED");
-    assert_eq!(cli.run("subsystems resume a").await.with(0), "subsystem a takes part again\n");
+    assert_eq!(cli.run("subsystems resume a").await.with(0), "subsystem a is resumed\n");
     assert_eq!(cli.json("subsystems unregister a").await, json!({}));
     assert!(cli.run("subsystems unregister a").await.refused_with(1).contains("SUBSYSTEM_NOT_FOUND"));
 }
@@ -682,7 +682,12 @@ async fn a_wrong_address_is_explained() {
     let cli = Cli::of(&service);
     let asked = async |address: String| cli.run(&format!("status --address {address}")).await.refused_with(4);
     let dashboard = asked(service.admin().to_string()).await;
-    assert!(dashboard.contains("does not speak gRPC: the dashboard has its own address"), "{dashboard}");
+    let is_told = |said: &str| {
+        said.contains("does not speak gRPC")
+            && said.contains("The dashboard has its own address")
+            && !said.contains("Start it")
+    };
+    assert!(is_told(&dashboard), "{dashboard}");
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let speaks_otherwise = async {
@@ -697,7 +702,7 @@ async fn a_wrong_address_is_explained() {
         other = asked(address) => other,
         () = speaks_otherwise => unreachable!("it goes on for ever"),
     };
-    assert!(other.contains("does not speak gRPC: the dashboard has its own address"), "{other}");
+    assert!(is_told(&other), "{other}");
     let tls = asked(format!("https://{}", service.address())).await;
     assert!(tls.contains("it does not speak TLS, so give http://"), "{tls}");
     for line in ["cycles show abc", "cycles show 0", "cancel null"] {
@@ -1075,7 +1080,7 @@ async fn what_subsystems_send_can_not_command_the_terminal() {
     let shown = ran.with(10);
     clean(&shown);
     assert!(shown.contains("[31mred]0;title2J  end"), "{shown:?}");
-    assert!(shown.contains("ISSUE OF") && shown.contains("METRIC OF") && shown.contains("OUTPUT OF"), "{shown}");
+    assert!(shown.contains(" ISSUE ") && shown.contains(" METRIC ") && shown.contains(" OUTPUT"), "{shown}");
     for line in [
         "run --details --record-outputs --output json --request-id \x1b[31mid",
         "cycles list",
@@ -1250,10 +1255,53 @@ async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
     let widths: Vec<_> = list.lines().map(|line| plain(line).chars().count()).collect();
     assert!(widths.len() == 2 && widths.iter().all(|width| *width <= 90), "{list}");
     assert!(list.contains('…'), "{list}");
+    // Narrow lists leave out other columns for the error, and cut it, not at a word.
+    assert!(!list.contains("TRIGGER") && widths[1] == 90, "{list}");
+    let watch = terminal_of_one_record(&cli, 90).await;
+    assert!(watch.ends_with('…') && watch.chars().count() == 90, "{watch:?}");
     let (_, list) = on_a_terminal(cli.command("cycles list").env("NO_COLOR", "1"), 90).await;
     assert!(!list.contains('\x1b') && list.contains("DEGRADED"), "{list:?}");
     let piped = cli.run("cycles list").await.with(0);
     assert!(!piped.contains('\x1b') && piped.contains(&"long ".repeat(20)), "{piped:?}");
+}
+
+/// The first recorded cycle, as `watch` shows it on a terminal of so many columns.
+async fn terminal_of_one_record(cli: &Cli, columns: u16) -> String {
+    let terminal = Terminal::new(columns, 24);
+    let mut command = cli.command("watch --from-oldest");
+    terminal.connect(&mut command);
+    let mut watch = command.kill_on_drop(true).spawn().unwrap();
+    let shown = terminal.until_shown("cycle 1  DEGRADED").await;
+    watch.kill().await.unwrap();
+    shown.lines().next().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_list_of_cycles_says_when_there_are_more() {
+    let (_home, _fleet, service, _client) = house(&["a"]).await;
+    let cli = Cli::of(&service);
+    for _ in 0..21 {
+        cli.run("run --quiet").await.with(0);
+    }
+    let list = cli.run("cycles list").await;
+    assert_eq!(
+        (list.stdout.lines().count(), list.stderr.trim()),
+        (21, "There are more than these 20: use --limit or --all.")
+    );
+    for asked in ["cycles list --limit 20", "cycles list --all"] {
+        assert_eq!(cli.run(asked).await.stderr, "", "{asked}");
+    }
+}
+
+#[tokio::test]
+async fn a_part_that_was_not_called_has_no_duration() {
+    let (_home, _fleet, service, _client) = house(&["a", "b"]).await;
+    let cli = Cli::of(&service);
+    cli.run("subsystems suspend a").await.with(0);
+    cli.run("run --quiet").await.with(0);
+    let list = cli.run("subsystems list").await.with(0);
+    assert_eq!(row(&list, "a")[..5], ["a", "0", "SUSPENDED", "SKIPPED", "-"], "{list}");
+    assert!(list.starts_with("SUBSYSTEM  PHASE  STATUS"), "{list}");
 }
 
 #[tokio::test]

@@ -29,7 +29,7 @@ Exit codes:
 Examples:
   orchestrator check --config orchestrator.toml
   orchestrator check --config orchestrator.toml --set cycle.deadline=30s
-  orchestrator check --config orchestrator.toml --output json | jq '.plan.levels'")]
+  orchestrator check --output json | jq '.plan.levels'")]
 pub(super) struct Check {
     #[command(flatten)]
     overrides: Overrides,

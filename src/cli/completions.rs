@@ -9,7 +9,8 @@ use super::{Cli, Exit, Failure, output::print};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  orchestrator completions bash > ~/.local/share/bash-completion/completions/orchestrator
+  orchestrator completions bash \\
+      > ~/.local/share/bash-completion/completions/orchestrator
   orchestrator completions zsh > ~/.zfunc/_orchestrator
   orchestrator completions fish > ~/.config/fish/completions/orchestrator.fish")]
 pub(super) struct Completions {

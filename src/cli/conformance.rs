@@ -28,11 +28,11 @@ const MAX_TIMEOUT: Duration = Duration::from_hours(24);
 /// Check that a subsystem conforms to the contract
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-It runs real cycles against the subsystem: use a test instance. It calls with an epoch and cycle ids taken from
-the clock: the instance refuses an orchestrator that was started earlier, until the instance is restarted.
+It runs real cycles against the subsystem: use a test instance. It calls with an epoch and cycle ids taken from the \
+clock: the instance refuses an orchestrator that was started earlier, until the instance is restarted.
 
-Required checks apply to every subsystem. Without --subsystem a made-up name is used, which works only if the endpoint
-accepts every name. The handling of calls in progress can be checked only if cycles take at least 0.2 s: use --param
+Required checks apply to every subsystem. Without --subsystem a made-up name is used, which works only if the endpoint \
+accepts every name. The handling of calls in progress can be checked only if cycles take at least 0.2 s: use --param \
 to make them take longer, if the subsystem has a parameter for it.
 
 Exit codes:
@@ -43,8 +43,10 @@ Exit codes:
 
 Examples:
   orchestrator conformance http://127.0.0.1:50051 --subsystem prices
-  orchestrator conformance unix:/run/signals.sock --subsystem signals --param window=5 --input 'prices={\"a\": 1}'
-  orchestrator conformance http://127.0.0.1:50051 --subsystem prices --strict --junit conformance.xml")]
+  orchestrator conformance unix:/run/signals.sock --subsystem signals \\
+      --param window=5 --input 'prices={\"a\": 1}' --requires prices
+  orchestrator conformance http://127.0.0.1:50051 --subsystem prices \\
+      --strict --junit conformance.xml")]
 pub(super) struct Conformance {
     /// Where it is dialed: http://HOST:PORT, https://HOST:PORT or unix:/PATH
     #[arg(value_parser = Endpoint::parse)]

@@ -6,9 +6,9 @@ use clap::Subcommand;
 use super::{
     Exit, Failure, known,
     output::{
-        JsonList, Table, age, clean, cycle_state, grouped, milliseconds, names, note, number, one_of, parse_positive,
-        parse_time, payload, print, sections, skip_reason, state, subsystem_state, telemetry, text, time, trigger,
-        word,
+        JsonList, Table, age, clean, cycle_state, grouped, is_narrow, milliseconds, names, note, number, one_of,
+        parse_positive, parse_time, payload, print, sections, skip_reason, state, subsystem_state, telemetry, text,
+        time, trigger, word,
     },
     remote::Remote,
     watch::{CYCLE_STATES, unreadable},
@@ -40,13 +40,13 @@ With --output json, one object: {\"cycles\":[…]} with a CycleTelemetry each, w
 Examples:
   orchestrator cycles list
   orchestrator cycles list --state failed --state degraded --finished-from 24h
-  orchestrator cycles list --subsystem prices --subsystem-state timed_out --all
-  orchestrator cycles list --all --output json | jq -r '.cycles[] | [.cycleId, .state, .durationMs] | @tsv'"
+  orchestrator cycles list --subsystem prices --subsystem-state timed_out
+  orchestrator cycles list --all --output json | jq -r '.cycles[].durationMs'"
 )]
 struct List {
-    /// Most cycles to list
-    #[arg(long, value_name = "NUMBER", default_value_t = 20, value_parser = parse_positive::<u64>)]
-    limit: u64,
+    /// Most cycles to list [default: 20]
+    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u64>)]
+    limit: Option<u64>,
     /// List all cycles that pass the filter
     #[arg(long, conflicts_with = "limit")]
     all: bool,
@@ -80,7 +80,7 @@ struct List {
 Examples:
   orchestrator cycles show 12
   orchestrator cycles show 12 --details
-  orchestrator cycles show 12 --output json | jq '.telemetry.subsystems[] | select(.state != \"SUBSYSTEM_STATE_SUCCEEDED\")'")]
+  orchestrator cycles show 12 --output json | jq '.telemetry.subsystems[].state'")]
 struct Show {
     /// The id of the cycle
     #[arg(value_name = "CYCLE_ID", value_parser = parse_cycle_id)]
@@ -120,6 +120,8 @@ impl List {
     async fn run(self, remote: &Remote) -> Result<Exit, Failure> {
         /// Records in one page: about 3 MB with 28 subsystems, where the service ends a page anyway.
         const PAGE: u64 = 1000;
+        /// Cycles that are listed unless the user says how many.
+        const LIMIT: u64 = 20;
         if let (Some(from), Some(before)) = (&self.finished_from, &self.finished_before)
             && (from.seconds, from.nanos) >= (before.seconds, before.nanos)
         {
@@ -127,7 +129,8 @@ impl List {
             let message = format!("--finished-before is {before}, which is not after --finished-from, {from}");
             return Err(Failure::new(Exit::Usage, message));
         }
-        let max = if self.all { u64::MAX } else { self.limit };
+        let max = if self.all { u64::MAX } else { self.limit.unwrap_or(LIMIT) };
+        let is_cut_unasked = !self.all && self.limit.is_none();
         let mut request = pb::ListCyclesRequest {
             page_size: 0,
             page_token: String::new(),
@@ -141,9 +144,14 @@ impl List {
         };
         let mut client = remote.connect().await?;
         let mut list = None;
-        let mut table =
-            Table::list(["CYCLE", "STATE", "TRIGGER", "FINISHED", "DURATION", "SUCCEEDED", "ERROR"]).right(4).right(5);
+        let is_narrow = is_narrow();
+        let mut table = if is_narrow {
+            Table::list(["CYCLE", "STATE", "FINISHED", "DURATION", "SUCCEEDED", "ERROR"]).right(3).right(4)
+        } else {
+            Table::list(["CYCLE", "STATE", "TRIGGER", "FINISHED", "DURATION", "SUCCEEDED", "ERROR"]).right(4).right(5)
+        };
         let mut found = 0;
+        let has_more;
         loop {
             request.page_size = u32::try_from(max.saturating_sub(found).min(PAGE)).unwrap_or(u32::MAX);
             let page = remote.quickly(client.list_cycles(request.clone())).await?.into_inner();
@@ -169,10 +177,11 @@ impl List {
                 }
             } else {
                 for cycle in &page.cycles {
-                    table.row(row(cycle)?);
+                    table.row(row(cycle, is_narrow)?);
                 }
             }
             if is_last {
+                has_more = !page.next_page_token.is_empty();
                 break;
             }
             request.page_token = page.next_page_token;
@@ -180,6 +189,9 @@ impl List {
         match list {
             Some(list) => list.end()?,
             None => print(&table.or("no cycles"))?,
+        }
+        if is_cut_unasked && has_more {
+            note(&format!("There are more than these {LIMIT}: use --limit or --all."));
         }
         Ok(Exit::Done)
     }
@@ -196,22 +208,30 @@ impl Show {
     }
 }
 
-fn row(bytes: &Bytes) -> Result<[comfy_table::Cell; 7], Failure> {
+/// The row of a cycle. A narrow one has room for the error: it lacks the trigger, and its time is shorter.
+fn row(bytes: &Bytes, is_narrow: bool) -> Result<Vec<comfy_table::Cell>, Failure> {
     let cycle = telemetry(bytes)?;
-    Ok([
+    let finished = cycle.finished_at.as_ref();
+    let mut row = vec![
         // Without thousands separators, so that it can be copied.
         text(cycle.cycle_id.to_string()),
         state(cycle_state(cycle.state())),
-        text(trigger(cycle.trigger(), &cycle.r#loop)),
-        text(time(cycle.finished_at.as_ref())),
+    ];
+    row.extend((!is_narrow).then(|| text(trigger(cycle.trigger(), &cycle.r#loop))));
+    row.extend([
+        text(if is_narrow { age(finished) } else { time(finished) }),
         text(milliseconds(cycle.duration_ms)),
         text(succeeded(&cycle)),
         text(&cycle.error),
-    ])
+    ]);
+    Ok(row)
 }
 
-/// Number of its subsystems that succeeded, of all.
+/// Number of its subsystems that succeeded, of all; a dash if the record does not have them.
 pub(super) fn succeeded(cycle: &pb::CycleTelemetry) -> String {
+    if cycle.subsystems.is_empty() && cycle.state() != pb::CycleState::Succeeded {
+        return "-".to_owned();
+    }
     let succeeded = cycle.subsystems.iter().filter(|part| part.state() == pb::SubsystemState::Succeeded).count();
     format!("{}/{}", grouped(succeeded as u64), grouped(cycle.subsystems.len() as u64))
 }
@@ -276,7 +296,7 @@ fn since(cycle: &pb::CycleTelemetry, part: &pb::SubsystemTelemetry) -> f64 {
 }
 
 fn issues(parts: &[pb::SubsystemTelemetry]) -> String {
-    let mut table = Table::new(["ISSUE OF", "SEVERITY", "CODE", "MESSAGE"]);
+    let mut table = Table::new(["SUBSYSTEM", "SEVERITY", "ISSUE", "MESSAGE"]);
     for (part, issue) in parts.iter().flat_map(|part| part.issues.iter().map(move |issue| (part, issue))) {
         table.row([text(&part.name), text(severity(issue)), text(&issue.code), text(&issue.message)]);
     }
@@ -293,7 +313,7 @@ pub(super) fn severity(issue: &pbs::Issue) -> &'static str {
 }
 
 fn metrics(parts: &[pb::SubsystemTelemetry]) -> String {
-    let mut table = Table::new(["METRIC OF", "NAME", "VALUE"]).right(2);
+    let mut table = Table::new(["SUBSYSTEM", "METRIC", "VALUE"]).right(2);
     for (part, (name, value)) in parts.iter().flat_map(|part| part.metrics.iter().map(move |metric| (part, metric))) {
         table.row([text(&part.name), text(name), text(value.to_string())]);
     }
@@ -301,7 +321,7 @@ fn metrics(parts: &[pb::SubsystemTelemetry]) -> String {
 }
 
 fn outputs(parts: &[pb::SubsystemTelemetry]) -> String {
-    let mut table = Table::new(["OUTPUT OF", "JSON"]);
+    let mut table = Table::new(["SUBSYSTEM", "OUTPUT"]);
     for part in parts.iter().filter(|part| !part.output.is_empty()) {
         table.row([text(&part.name), text(payload(&part.output))]);
     }

@@ -37,7 +37,7 @@ cycle of another tick) and DROPPED (refused). The latest ticks that did not run 
 
 Examples:
   orchestrator loops list
-  orchestrator loops list --output json | jq '.loops[] | {name: .loop.name, ticks}'"
+  orchestrator loops list --output json | jq '.loops[].ticks'"
     )]
     List,
     Start(Box<Start>),
@@ -71,8 +71,10 @@ cancelled. Loops without a subsystem in common don't delay each other.
 
 Examples:
   orchestrator loops start heartbeat --interval 5s
-  orchestrator loops start nightly --interval 24h --offset 2h --catch-up one --catch-up-window 6h
-  orchestrator loops start fast --interval 500ms --subsystem prices,news --overlap-policy buffer_one
+  orchestrator loops start nightly --interval 24h --offset 2h --catch-up one \\
+      --catch-up-window 6h
+  orchestrator loops start fast --interval 500ms --subsystem prices,news \\
+      --overlap-policy buffer_one
   orchestrator loops start heartbeat")]
 struct Start {
     /// Its name
@@ -203,7 +205,7 @@ pub(super) fn table(loops: &[pb::IntervalLoopStatus]) -> String {
     let headings =
         ["LOOP", "INTERVAL", "NEXT", "LAST CYCLE", "DUE", "RAN", "SKIPPED", "MISSED", "COALESCED", "DROPPED"];
     let mut table = Table::new(headings);
-    let mut not_run = Table::new(["LOOP", "DID NOT RUN", "FROM", "TO", "WHY"]);
+    let mut not_run = Table::new(["LOOP", "TICKS NOT RUN", "FROM", "TO", "WHY"]);
     for status in loops {
         let settings = status.r#loop.clone().unwrap_or_default();
         let ticks = status.ticks.unwrap_or_default();

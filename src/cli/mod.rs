@@ -270,3 +270,38 @@ impl Failure {
         Self::new(Exit::Done, "")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The command and all below it, by their whole names.
+    fn commands(command: &clap::Command, name: &str) -> Vec<(String, clap::Command)> {
+        let below = command.get_subcommands().flat_map(|it| commands(it, &format!("{name} {}", it.get_name())));
+        [(name.to_owned(), command.clone())].into_iter().chain(below).collect()
+    }
+
+    #[test]
+    fn help_fits_80_columns() {
+        for (name, command) in commands(&Cli::command(), "orchestrator") {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let lines: Vec<_> = help.lines().collect();
+            for line in lines.iter().filter(|line| line.starts_with(' ')) {
+                // clap would break it, and what is broken can't be copied.
+                assert!(line.chars().count() <= 80, "{name}: {line}");
+            }
+            for pair in lines.windows(2) {
+                // clap breaks paragraphs, so they have no breaks of their own.
+                let are_prose = pair.iter().all(|line| line.starts_with(|first: char| !first.is_whitespace()));
+                assert!(!are_prose, "{name}: {pair:?}");
+            }
+            assert!(!command.get_arguments().any(has_long_values), "{name} has the long form of help");
+        }
+    }
+
+    /// True if clap prints the help of all arguments in its long form, because a value of this one has a help.
+    fn has_long_values(argument: &clap::Arg) -> bool {
+        !argument.is_hide_possible_values_set()
+            && argument.get_possible_values().iter().any(|value| value.get_help().is_some())
+    }
+}

@@ -3,6 +3,7 @@
 //! All text from subsystems and from the service passes [`clean`] before it is printed.
 
 use std::{
+    borrow::Cow,
     env,
     io::{self, IsTerminal, Write as _},
     str::FromStr,
@@ -18,6 +19,7 @@ use clap::{
     },
 };
 use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, presets};
+use console::{Term, truncate_str};
 use jiff::{RoundMode, SignedDuration, Span, SpanRelativeTo, Timestamp, TimestampRound, Unit};
 use prost::Message;
 use tokio::{
@@ -100,6 +102,18 @@ pub(super) async fn last_words(text: String) {
 /// True if stdout is a terminal.
 pub(super) fn is_terminal() -> bool {
     io::stdout().is_terminal() && is_capable()
+}
+
+/// True if stdout is a terminal on which a line has no room for every column.
+pub(super) fn is_narrow() -> bool {
+    /// Columns of the longest list but for its last column, and room for that one.
+    const WIDE: u16 = 110;
+    is_terminal() && Term::stdout().size().1 < WIDE
+}
+
+/// A line, cut at the width of the terminal.
+pub(super) fn cut_to_width(line: &str) -> Cow<'_, str> {
+    truncate_str(line, Term::stdout().size().1.into(), "…")
 }
 
 /// True if stderr is a terminal.
@@ -319,12 +333,16 @@ pub(super) fn time(time: Option<&prost_types::Timestamp>) -> String {
     }
 }
 
-/// A time relative to now: `5s ago`, `in 3m 20s`.
+/// A time relative to now: `5s ago`, `now`, `in 3m 20s`.
 pub(super) fn age(time: Option<&prost_types::Timestamp>) -> String {
     let Some(time) = time.and_then(timestamp) else { return "-".to_owned() };
     let ago = HOST.clock.now().duration_since(time);
     let coarse = short(coarse(ago.unsigned_abs()));
-    if ago.is_negative() { format!("in {coarse}") } else { format!("{coarse} ago") }
+    match (ago.unsigned_abs().as_secs(), ago.is_negative()) {
+        (0, _) => "now".to_owned(),
+        (_, true) => format!("in {coarse}"),
+        (_, false) => format!("{coarse} ago"),
+    }
 }
 
 /// The two largest units of a duration.
@@ -423,11 +441,16 @@ impl Table {
     pub(super) fn finish(mut self) -> String {
         /// Columns up to this wide are never broken: names, states, times.
         const WHOLE: u16 = 26;
+        /// A character that [`clean`] leaves in no text: a line of a list is cut inside a word, not before it.
+        const NO_WORDS: char = '\0';
         let columns = self.table.column_count();
         let widths = self.table.column_max_content_widths();
         for ((i, column), width) in self.table.column_iter_mut().enumerate().zip(widths) {
             // Two blanks between columns, none before the first.
             column.set_padding((0, if i + 1 == columns { 0 } else { 2 }));
+            if self.is_list {
+                column.set_delimiter(NO_WORDS);
+            }
             if width <= WHOLE {
                 column.set_constraint(ColumnConstraint::ContentWidth);
             }

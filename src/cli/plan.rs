@@ -85,6 +85,9 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
         row.extend(skips.then(|| text(why_skipped(planned, &reasons))));
         table.row(row);
     }
+    if plan.subsystems.is_empty() {
+        return table.or("no subsystems");
+    }
     let mut summary = Table::facts();
     summary.fact("subsystems", grouped(plan.subsystems.len() as u64));
     summary.fact("levels", grouped(plan.levels.into()));
@@ -92,7 +95,7 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
         summary.fact("expected", milliseconds(plan.expected_duration_ms));
         summary.fact("critical path", chain(&plan.critical_path));
     }
-    sections([table.or("no subsystems"), summary.finish()])
+    sections([table.finish(), summary.finish()])
 }
 
 /// Why it will not be called, where `reasons` has the whole plan; empty if it will be.

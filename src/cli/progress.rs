@@ -99,11 +99,18 @@ impl Bar {
             bar.finish_and_clear();
         }
         let Some((cycle_id, moving)) = oldest else { return };
+        /// Interval at which the shown time changes.
+        const TICK: Duration = Duration::from_millis(100);
+        let is_new = self.shown.is_none();
         let (_, bar) = self.shown.get_or_insert_with(|| (*cycle_id, moving.bar((self.target)())));
         let others = self.cycles.len() - 1;
+        // Complete from its first frame on: ticks, changes of the position and of the message draw it.
         bar.set_prefix(if others == 0 { cycle_id.to_string() } else { format!("{cycle_id} (+{others})") });
         bar.set_position(moving.ended.len() as u64);
         bar.set_message(moving.message());
+        if is_new {
+            bar.enable_steady_tick(TICK);
+        }
     }
 }
 
@@ -127,8 +134,6 @@ impl Moving {
     /// A bar for this cycle. The cycle may have run for a while: the watcher came late, or other cycles were shown
     /// before.
     fn bar(&self, target: ProgressDrawTarget) -> ProgressBar {
-        /// Interval at which the shown time changes.
-        const TICK: Duration = Duration::from_millis(100);
         let elapsed = self
             .started_at
             .and_then(|at| Duration::try_from(HOST.clock.now().duration_since(at)).ok())
@@ -140,7 +145,6 @@ impl Moving {
             };
             bar.set_style(style.progress_chars("=> ").with_key("took", took));
         }
-        bar.enable_steady_tick(TICK);
         bar
     }
 
@@ -254,9 +258,66 @@ impl Bar {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use pb::SubsystemState::{Failed, Running, Succeeded};
 
     use super::*;
+
+    /// All that was written to [`Recorder`]s.
+    static WRITTEN: Mutex<String> = Mutex::new(String::new());
+
+    /// A terminal that keeps what is written.
+    #[derive(Debug)]
+    struct Recorder;
+
+    impl TermLike for Recorder {
+        fn width(&self) -> u16 {
+            80
+        }
+
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn write_line(&self, text: &str) -> io::Result<()> {
+            self.write_str(text)
+        }
+
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            WRITTEN.lock().unwrap().push_str(text);
+            Ok(())
+        }
+
+        fn clear_line(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_first_frame_names_its_cycle() {
+        let mut bar = Bar::new(|| ProgressDrawTarget::term_like(Box::new(Recorder)));
+        bar.start(&started(7, &["a", "b"]));
+        drop(bar);
+        let written = WRITTEN.lock().unwrap();
+        assert!(written.trim_start().starts_with("cycle 7  ["), "{written:?}");
+    }
 
     fn started(cycle_id: u64, subsystems: &[&str]) -> pb::CycleStarted {
         let subsystems = subsystems.iter().map(|&name| name.into()).collect();

@@ -239,15 +239,13 @@ impl<F: clap::Args> Remote<F> {
             "frame with invalid size",
         ];
         if not_http2.iter().any(|said| why.contains(said)) {
-            why = format!("the server at this address does not speak gRPC: the dashboard has its own address ({why})");
+            let remedy = "The dashboard has its own address. Give that of the service (127.0.0.1:7700 by default) with \
+                          --address or ORCHESTRATOR_ADDRESS.";
+            why = format!("the server at this address does not speak gRPC ({why})\n{remedy}");
+        } else {
+            why += "\nStart it with `orchestrator serve`, or give its address with --address or ORCHESTRATOR_ADDRESS.";
         }
-        Failure::new(
-            Exit::Unreachable,
-            format!(
-                "can't reach the service at {address}: {why}\nStart it with `orchestrator serve`, or give its address \
-                 with --address or ORCHESTRATOR_ADDRESS."
-            ),
-        )
+        Failure::new(Exit::Unreachable, format!("can't reach the service at {address}: {why}"))
     }
 
     /// The message for a status.
@@ -278,7 +276,7 @@ impl<F: clap::Args> Remote<F> {
         if let Some((_, what_to_do)) = in_commands {
             message.push_str(&what_to_do);
         } else if status.code() == Code::Unimplemented {
-            message.push_str("\nThe service has another version, or another server listens at this address.");
+            message.push_str("\nThe service is a different version, or another server listens at this address.");
         }
         let unknown = details.error_info().and_then(unknown);
         Failure { unknown, ..Failure::new(Exit::Refused, message) }

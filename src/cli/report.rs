@@ -33,35 +33,38 @@ it. Its memory use does not depend on the number of cycles.
 
 The table:
   CYCLES       in which it took part, however that ended
-  SUCCESS      of its parts that succeeded or count as failed: FAILED, TIMED_OUT, CIRCUIT_OPEN,
-               and SKIPPED, unless it or one that it requires was suspended or left out
-  P50 P95 P99  quantiles of the durations, retries included, of its parts that succeeded or
-               timed out
+  SUCCESS      of its parts that succeeded or count as failed: FAILED, TIMED_OUT,
+               CIRCUIT_OPEN, and SKIPPED, unless it or one that it requires was
+               suspended or left out
+  P50 P95 P99  quantiles of the durations, retries included, of its parts that
+               succeeded or timed out
   RETRIES      attempts beyond the first
   ON PATH      in how many of its cycles it stood on the critical path
-  OF TIME      its share of the time of all critical paths. What has most of it is what to speed
-               up first: no cycle gets faster by what is not on its critical path
-  ±SUCCESS     change against the period before, in percentage points; `new` where it took part
-               in none of its cycles, `-` where there is nothing to compare
+  SHARE        its share of the time of all critical paths. What has most of it is
+               what to speed up first: no cycle gets faster by what is not on its
+               critical path
+  ±SUCCESS     change against the period before, in percentage points; `new` where it
+               took part in none of its cycles, `-` where there is nothing to compare
   ±P50 ±P95    relative change; +10 % is slower
-  ENDED ELSE   its parts that did not succeed, by state
+  OTHER ENDS   its parts that did not succeed, by state
 
 A quantile is the shortest duration that this share does not exceed: definition 1 of Hyndman and Fan (1996), percentile_disc \
 of SQL. It is accurate to 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, DEGRADED and FAILED \
 ones with a subsystem in them; only SUCCEEDED is success.
 
 With --output json, one object:
-  since, until    the period
-  previousSince   the period before is from this to since
-  completeSince   null, unless retention has removed cycles of either: from then on the record is
-                  complete, and only what finished since is counted; stderr says so
-  cycles          cycles, succeeded, degraded, failed, cancelled, interrupted, successRate, p50Ms,
-                  p95Ms, p99Ms, criticalMs, startedBy
-  subsystems      of each: name, cycles, succeeded, failed, timedOut, skipped, circuitOpen,
-                  cancelled, successRate, retries, p50Ms, p95Ms, p99Ms, criticalCycles,
-                  criticalCycleShare, criticalMs, criticalTimeShare
-  in both         previousCycles, previousSuccessRate, previousP50Ms, previousP95Ms,
-                  successRateChange (a difference), p50Change, p95Change (relative)
+  since, until   the period
+  previousSince  the period before is from this to since
+  completeSince  null, unless retention has removed cycles of either: from then on the
+                 record is complete, and only what finished since is counted; stderr
+                 says so
+  cycles         cycles, succeeded, degraded, failed, cancelled, interrupted,
+                 successRate, p50Ms, p95Ms, p99Ms, criticalMs, startedBy
+  subsystems     of each: name, cycles, succeeded, failed, timedOut, skipped,
+                 circuitOpen, cancelled, successRate, retries, p50Ms, p95Ms, p99Ms,
+                 criticalCycles, criticalCycleShare, criticalMs, criticalTimeShare
+  in both        previousCycles, previousSuccessRate, previousP50Ms, previousP95Ms,
+                 successRateChange (a difference), p50Change, p95Change (relative)
 
 Rates and shares are 0 to 1, and null where there is nothing to say. --output csv has the subsystems, a column for each \
 of these; null is empty. Names begin with a letter and other values are numbers, so that no cell is a formula.
@@ -69,8 +72,8 @@ of these; null is empty. Names begin with a letter and other values are numbers,
 Examples:
   orchestrator report
   orchestrator report --since 7d --sort p95 --limit 10
-  orchestrator report --since 2026-01-31T00:00:00Z --until 2026-02-01T00:00:00Z --loop heartbeat
-  orchestrator report --since 1h --subsystem prices,news --output json | jq '.subsystems[].p95Ms'
+  orchestrator report --since 2026-01-31T00:00:00Z --until 2026-02-01T00:00:00Z
+  orchestrator report --since 1h --output json | jq '.subsystems[].p95Ms'
   orchestrator report --since 30d --output csv > report.csv")]
 pub(super) struct Report {
     /// Start of the period: a time (RFC 3339), or how long ago, such as 2h or 7d
@@ -85,7 +88,7 @@ pub(super) struct Report {
     /// Show only this subsystem; may be repeated. Shares still refer to all subsystems
     #[arg(long = "subsystem", value_name = "NAME", value_delimiter = ',')]
     subsystems: Vec<String>,
-    /// Order of the subsystems
+    /// Order of the subsystems, worst first, unless it is by name
     #[arg(long, value_name = "BY", default_value = "critical-time")]
     sort: Sort,
     /// Most subsystems to show [default: all]
@@ -97,21 +100,23 @@ pub(super) struct Report {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Sort {
-    /// The largest share of the critical time first
+    // Not `///`: with a help for each value, clap prints the help of all flags in its long form.
+
+    // The largest share of the critical time first
     CriticalTime,
-    /// By name
+    // By name
     Name,
-    /// The lowest success rate first
+    // The lowest success rate first
     SuccessRate,
-    /// The longest median duration first
+    // The longest median duration first
     P50,
-    /// The longest 95th percentile of durations first
+    // The longest 95th percentile of durations first
     P95,
-    /// The longest 99th percentile of durations first
+    // The longest 99th percentile of durations first
     P99,
-    /// The most retries first
+    // The most retries first
     Retries,
-    /// The largest relative growth of P95 first
+    // The largest relative growth of P95 first
     P95Change,
 }
 
@@ -447,11 +452,11 @@ impl Figures {
             "P99",
             "RETRIES",
             "ON PATH",
-            "OF TIME",
+            "SHARE",
             "±SUCCESS",
             "±P50",
             "±P95",
-            "ENDED ELSE",
+            "OTHER ENDS",
         ];
         let mut table = (1..12).fold(Table::list(headings), Table::right);
         for it in &self.subsystems {

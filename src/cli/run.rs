@@ -40,10 +40,13 @@ waiting cycle runs after the restart.
 Cycles without a subsystem in common run at the same time; others wait in line for each other.
 
 Exit codes:
-  0    it SUCCEEDED; with --async: it is admitted; with --validate-only: it could run
-  1    refused by the service; or no subsystem was called, because none is registered or all were skipped: stderr says why
+  0    it SUCCEEDED; with --async: it runs or waits; with --validate-only: it could
+       run
+  1    refused by the service; or no subsystem was called, because none is
+       registered or all were skipped: stderr says why
   2    wrong usage
-  4    the service can't be reached, or the cycle did not end within --timeout; it may continue
+  4    the service can't be reached, or the cycle did not end within --timeout; it
+       may continue
   10   it was DEGRADED: some subsystems failed
   11   it FAILED: all subsystems failed, or a critical one
   12   it was CANCELLED or INTERRUPTED
@@ -51,13 +54,13 @@ Exit codes:
 
 Examples:
   orchestrator run
-  orchestrator run --subsystem prices --subsystem news --param 'day=\"2026-01-31\"'
+  orchestrator run --subsystem prices,news --param 'day=\"2026-01-31\"'
   orchestrator run --async --request-id nightly-2026-01-31
   orchestrator run --overlap-policy skip --deadline 30s
   orchestrator run --validate-only
   orchestrator run --output json | jq -r .telemetry.state")]
 pub(super) struct Run {
-    /// Only this subsystem; may be repeated. Subsystems keep the order of the full plan
+    /// Only these subsystems, such as a,b; may be repeated. Subsystems keep the order of the full plan
     #[arg(long = "subsystem", value_name = "NAME", value_delimiter = ',')]
     subsystems: Vec<String>,
     #[command(flatten)]
@@ -74,7 +77,7 @@ pub(super) struct Run {
     /// Record all outputs of this cycle
     #[arg(long)]
     record_outputs: bool,
-    /// Print the id of the cycle as soon as it is admitted, and exit
+    /// Print the id of the cycle as soon as it runs or waits, and exit
     #[arg(long)]
     r#async: bool,
     /// Show the plan without running a cycle

@@ -20,25 +20,27 @@ const BAD_CONFIG: u8 = 2;
 /// Run the service until SIGTERM or SIGINT
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Once requests are answered, prints \"listening on ADDRESS\" on stdout, and \"dashboard at URL\" on a second line.
-Logs go to stderr, as text on a terminal and as JSON elsewhere (log.format).
+Once requests are answered, prints \"listening on ADDRESS\" on stdout, and \"dashboard at URL\" on a second line. Logs \
+go to stderr, as text on a terminal and as JSON elsewhere (log.format).
 
 Signals:
-  SIGTERM, SIGINT   the first drains: running cycles may finish within server.drain_grace; a second one, 1 s or more
-                    after it, aborts
-  SIGHUP            reads the configuration again, as does a change of its file
+  SIGTERM, SIGINT  the first drains: running cycles may finish within
+                   server.drain_grace; a second one, 1 s or more after it, aborts
+  SIGHUP           reads the configuration again, as does a change of its file
 
 Exit codes:
   0    drained: everything was finished and recorded
-  1    could not start, the last state could not be written, or a part of the service ended by a defect
+  1    could not start, the last state could not be written, or a part of the
+       service ended by a defect
   2    the configuration is wrong
   3    another process has taken over the store
-  130  a second signal cut the shutdown short; cycles that ran are recorded as interrupted at the next start
+  130  a second signal cut the shutdown short; cycles that ran are recorded as
+       interrupted at the next start
 
 Examples:
   orchestrator serve
   orchestrator serve --config orchestrator.toml
-  orchestrator serve --listen 127.0.0.1:7701 --store sqlite:/var/lib/orchestrator/orchestrator.db
+  orchestrator serve --listen 127.0.0.1:7701 --store sqlite:/var/lib/fleet.db
   orchestrator serve --set cycle.deadline=30s --log-format json
   orchestrator serve --set tracing.otlp_endpoint=http://127.0.0.1:4317")]
 pub(super) struct Serve {

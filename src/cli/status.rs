@@ -101,8 +101,8 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>) -> 
     status.running_cycles.iter().for_each(|cycle| facts.fact("running", running(cycle)));
     facts.fact("queued", count(status.queued_cycles, "cycle"));
     let (oldest, newest) = (status.oldest_revision, status.newest_revision);
-    let history = if oldest > newest { "-".to_owned() } else { format!("revisions {oldest} to {newest}") };
-    facts.fact("to watch", history);
+    let history = if oldest > newest { "-".to_owned() } else { format!("{oldest} to {newest}") };
+    facts.fact("revisions", history);
     facts.fact("watchers", grouped(status.watchers.into()));
     if !status.store_error.is_empty() {
         facts.fact("STORE ERROR", format!("{}; no cycle starts until it can be written", status.store_error));
@@ -141,7 +141,7 @@ fn waiting(status: &pb::OrchestratorStatus) -> String {
 }
 
 fn snapshots(subsystems: &[pb::SubsystemStatus]) -> String {
-    let mut table = Table::new(["SNAPSHOT OF", "JSON"]);
+    let mut table = Table::new(["SUBSYSTEM", "SNAPSHOT"]);
     for status in subsystems {
         let snapshot = match (status.snapshot.is_empty(), status.snapshot_error.as_str()) {
             (true, "") => continue,

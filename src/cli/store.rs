@@ -31,7 +31,7 @@ To look into a copy, serve nothing: read it with sqlite3.
 
 Exit codes:
   0    it may be served
-  1    the database does not exist, a process has it open, or it can't be used; stderr says which
+  1    the database does not exist, a process has it open, or it can't be used
   2    wrong usage
 
 Examples:

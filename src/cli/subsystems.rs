@@ -43,7 +43,7 @@ With --output json, one object: {\"subsystems\":[…]} with a SubsystemStatus ea
 
 Examples:
   orchestrator subsystems list
-  orchestrator subsystems list --output json | jq -r '.subsystems[] | select(.breaker == \"BREAKER_STATE_OPEN\")'"
+  orchestrator subsystems list --output json | jq -r '.subsystems[].registration.name'"
     )]
     List,
     /// Show one subsystem's registration and state
@@ -113,10 +113,11 @@ the file are ignored, so that a configuration file can be used.
 
 Examples:
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
-  orchestrator subsystems register signals --endpoint unix:/run/signals.sock --critical \\
-      --requires prices --reads news --timeout-per-cycle 2s
-  orchestrator subsystems register prices --endpoint http://127.0.0.1:50051 --lease 30s \\
-      --retry-max-attempts 5 --retry-retryable-status-codes UNAVAILABLE,RESOURCE_EXHAUSTED
+  orchestrator subsystems register signals --endpoint unix:/run/signals.sock \\
+      --critical --requires prices --reads news --timeout-per-cycle 2s
+  orchestrator subsystems register prices --endpoint http://127.0.0.1:50051 \\
+      --lease 30s --retry-max-attempts 5 \\
+      --retry-retryable-status-codes UNAVAILABLE,RESOURCE_EXHAUSTED
   orchestrator subsystems register --file fleet.toml")]
 struct Register {
     /// Unique name: a letter, then letters, digits, '_', '-' or '.'; at most 63 characters
@@ -269,7 +270,8 @@ impl Command {
                 let registered = register_file(remote, client, *register).await?;
                 format.show("RegisterSubsystemsResponse", &registered.0, |answer| {
                     let (all, new, changed) = (registered.1, answer.created.len(), answer.replaced.len());
-                    format!("{all} subsystems are registered: {new} new, {changed} changed, the others unchanged\n")
+                    let unchanged = all - new - changed;
+                    format!("{all} subsystems are registered: {new} new, {changed} changed, {unchanged} unchanged\n")
                 })?;
             }
             Self::Register(register) => {
@@ -304,7 +306,7 @@ impl Command {
                 let request = pb::ResumeSubsystemRequest { name: name.clone() };
                 let response = remote.quickly(client.resume_subsystem(request)).await?.into_inner();
                 format.show("ResumeSubsystemResponse", &response, |_| {
-                    format!("subsystem {} takes part again\n", clean(&name))
+                    format!("subsystem {} is resumed\n", clean(&name))
                 })?;
             }
             Self::Renew { name } => {
@@ -446,7 +448,7 @@ pub(super) fn name(status: &pb::SubsystemStatus) -> String {
 
 /// A table for [`row`]s.
 pub(super) fn table() -> Table {
-    Table::list(["SUBSYSTEM", "PHASE", "STANDS", "LAST", "DURATION", "ENDPOINT", "REASON"]).right(1).right(4)
+    Table::list(["SUBSYSTEM", "PHASE", "STATUS", "LAST", "DURATION", "ENDPOINT", "REASON"]).right(1).right(4)
 }
 
 /// The row of a subsystem.
@@ -459,10 +461,15 @@ pub(super) fn row(status: &pb::SubsystemStatus) -> [comfy_table::Cell; 7] {
         text(registration.phase.to_string()),
         state(stands(status)),
         last.map_or_else(|| text(dash()), |last| state(subsystem_state(last.state()))),
-        text(last.map_or_else(dash, |last| milliseconds(last.duration_ms))),
+        text(last.map_or_else(dash, duration_of)),
         text(&registration.endpoint),
         text(last.map(why).unwrap_or_default()),
     ]
+}
+
+/// How long a part took; a dash if its subsystem was not called.
+fn duration_of(part: &pb::SubsystemTelemetry) -> String {
+    if part.started_at.is_some() { milliseconds(part.duration_ms) } else { "-".to_owned() }
 }
 
 /// Whether the next cycle will call the subsystem.
@@ -489,7 +496,7 @@ fn shown(status: Option<&pb::SubsystemStatus>) -> String {
     let Some(status) = status else { return String::new() };
     let mut table = Table::facts();
     for (what, is) in facts(status) {
-        if what == STANDS { table.row([text(what), state(&is)]) } else { table.fact(what, is) }
+        if what == STATUS { table.row([text(what), state(&is)]) } else { table.fact(what, is) }
     }
     if !status.output.is_empty() {
         table.fact("output", payload(&status.output));
@@ -504,7 +511,7 @@ fn shown(status: Option<&pb::SubsystemStatus>) -> String {
 }
 
 /// Name of the fact that is a state.
-pub(super) const STANDS: &str = "stands";
+pub(super) const STATUS: &str = "status";
 
 /// The registration and the state of a subsystem as names and values, without JSON that it has sent. A value is empty
 /// if it does not apply.
@@ -564,8 +571,8 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
     if !registration.parameters.is_empty() {
         fact("parameters", payload(&registration.parameters));
     }
-    fact(STANDS, stands(status).to_owned());
-    fact("breaker is", word(status.breaker().as_str_name(), "BREAKER_STATE_").to_owned());
+    fact(STATUS, stands(status).to_owned());
+    fact("breaker state", word(status.breaker().as_str_name(), "BREAKER_STATE_").to_owned());
     fact("initialized", if status.initialized { "yes, in this epoch" } else { "not yet" }.to_owned());
     if status.lease_expires_at.is_some() {
         let ends = status.lease_expires_at.as_ref();
@@ -573,7 +580,7 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
     }
     if let Some(last) = &status.last {
         let (cycle, state) = (status.last_cycle_id, subsystem_state(last.state()));
-        let (took, attempts, why) = (milliseconds(last.duration_ms), count(last.attempts, "attempt"), why(last));
+        let (took, attempts, why) = (duration_of(last), count(last.attempts, "attempt"), why(last));
         fact("last", format!("{state} in cycle {cycle}, {took}, {attempts}  {why}").trim().to_owned());
     }
     if status.output_cycle_id != 0 {

@@ -8,8 +8,8 @@ use tonic::{Code, Status, Streaming};
 use super::{
     Exit, Failure, HOST, known,
     output::{
-        Format, clean, coarse, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted, print,
-        short, subsystem_state, telemetry, time, trigger,
+        Format, clean, coarse, count, cut_to_width, cycle_state, is_terminal, json, milliseconds, note, one_of,
+        painted, print, short, subsystem_state, telemetry, time, trigger,
     },
     progress::Bar,
     remote::{Health, Remote, is_connection_lost, reason},
@@ -32,7 +32,7 @@ Prints every recorded cycle once, in the order in which they were recorded, with
 progress of the oldest running cycle is shown below, with the number of other running cycles. Lines of concurrent \
 cycles are interleaved; each line names its cycle. If the service restarts, or the connection breaks or does not \
 respond, the stream resumes after the last cycle that was shown, and stderr reports it. Ends only with Ctrl-C, or if \
-required records are no longer retained (exit code 1). Subsystems and loops must exist or be in the history, so that a \
+required records are no longer retained (exit code 1). On a terminal, a longer line is cut. Subsystems and loops must exist or be in the history, so that a \
 misspelt name is reported.
 
 Each cycle has a revision, its position in the history: see `orchestrator cycles show`, or the JSON.
@@ -162,7 +162,10 @@ impl WatchView {
         };
         match &self.bar {
             None => print(&lines),
-            Some(bar) => bar.above(|| print(&lines)),
+            Some(bar) => {
+                let lines: String = lines.lines().map(|line| format!("{}\n", cut_to_width(line))).collect();
+                bar.above(|| print(&lines))
+            }
         }
     }
 

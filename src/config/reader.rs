@@ -221,9 +221,9 @@ pub(super) fn put(table: &mut Table, path: &str, node: Node) -> Result<(), Strin
     /// More than any key has. Each is a call of this function.
     const MAX_NAMES: usize = 16;
     match path.split_once('.') {
-        _ if path.split('.').nth(MAX_NAMES).is_some() => Err("is no key: it has too many names".into()),
+        _ if path.split('.').nth(MAX_NAMES).is_some() => Err("is not a key: it has too many names".into()),
         _ if path.is_empty() => {
-            Err("is no key with its value: give names joined by dots, and =, such as server.listen=127.0.0.1:7700"
+            Err("needs KEY=VALUE, such as server.listen=127.0.0.1:7700"
                 .into())
         }
         None => {
@@ -490,7 +490,7 @@ impl<'a> Reader<'a> {
                 break;
             }
             texts.push(node.value.text().unwrap_or_else(|value| {
-                self.refuse(&format!("{key}[{number}]"), format!("is {value}; give a text in quotes"));
+                self.refuse(&format!("{key}[{number}]"), format!("is {value}; give a quoted string"));
                 String::new()
             }));
         }

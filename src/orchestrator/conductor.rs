@@ -319,7 +319,8 @@ impl ToWrite for Recording {
 /// Writes one line in the log for each cycle; at DEBUG for a successful one.
 fn tell(cycle: &FinishedCycle) {
     let (cycle_id, state, error) = (cycle.cycle_id.0, cycle.state.name(), &cycle.error);
-    let duration_ms = cycle.duration.as_secs_f64() * 1e3;
+    // To the microsecond, without the digits that binary fractions add.
+    let duration_ms = (cycle.duration.as_secs_f64() * 1e6).round() / 1e3;
     let loop_name = cycle.trigger.loop_name().map(tracing::field::display);
     let trace_id = cycle.trace_id.map(tracing::field::display);
     match cycle.state {

@@ -262,7 +262,7 @@ impl State {
             interrupt(self, self.last_admitted, None);
         }
         for (cycle_id, request) in waiting {
-            tracing::info!(cycle_id = cycle_id.0, "waits in line again: an earlier process had not started it");
+            tracing::info!(cycle_id = cycle_id.0, "queued again: an earlier process had not started it");
             let room = requests.hold_beyond(request.footprint());
             let admitted = Admitted::new(cycle_id, Arc::new(request), Some(room));
             admitted.promise();

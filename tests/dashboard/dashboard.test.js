@@ -46,6 +46,8 @@ test("the page loads, and each view has its title", async (t) => {
     assert.equal(await page.title(), `${heading} · orchestrator`);
     assert.equal(await page.$$eval("h1", (all) => all.length), 1);
   }
+  await show(page, "#/nosuch");
+  await says(page, "main .problem", 'There is no view "nosuch".');
   assert.deepEqual(page.problems, []);
 });
 

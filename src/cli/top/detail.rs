@@ -3,7 +3,7 @@
 use super::super::{
     cycles::severity,
     output::{clean, escape_json},
-    subsystems::{STANDS, facts},
+    subsystems::{STATUS, facts},
 };
 use crate::{model::Payload, proto::orchestrator::v1 as pb};
 
@@ -29,7 +29,7 @@ pub(super) enum Entry {
 pub(super) fn entries(status: &pb::SubsystemStatus) -> Vec<Entry> {
     let mut entries = Vec::new();
     for (what, is) in facts(status).into_iter().filter(|(_, is)| !is.is_empty()) {
-        entries.push(if what == STANDS { Entry::State(what, is) } else { Entry::Fact(what.into(), clean(&is)) });
+        entries.push(if what == STATUS { Entry::State(what, is) } else { Entry::Fact(what.into(), clean(&is)) });
     }
     if let Some(last) = &status.last {
         if !last.issues.is_empty() {

@@ -637,7 +637,7 @@ impl Look {
         page: &mut usize,
     ) {
         let stand = match model.row(&detail.name).and_then(|row| row.live) {
-            Some((live, stand)) => format!(" {} in cycle {} ", subsystem_state(stand.state), live.cycle_id),
+            Some((live, stand)) => format!(" now in cycle {}: {} ", live.cycle_id, subsystem_state(stand.state)),
             None => String::new(),
         };
         let lines: Vec<_> = match &detail.is {
@@ -694,13 +694,23 @@ impl Look {
             ("■ ▪", "a mark for several subsystems: all have ended, some have"),
             ("D F C I U", "cycle: DEGRADED, FAILED, CANCELLED, INTERRUPTED, UNREADABLE"),
             ("LAST", "state of its last part"),
-            ("OUTPUT", "FRESH: made by its last part, STALE: by an earlier one;"),
-            ("", "with its age, and the cycle that made it"),
+            (
+                "OUTPUT",
+                "FRESH: made by its last part, STALE: by an earlier one; with its age, and the cycle that made it",
+            ),
         ];
-        let range = fit(top, page, HELP.len(), area.height.saturating_sub(1));
+        const KEYS: usize = 15;
+        let width = usize::from(area.width).saturating_sub(KEYS);
+        let lines = HELP.iter().flat_map(|&(key, what)| {
+            let pieces = wrapped(what, width).into_iter().enumerate();
+            pieces.map(move |(i, piece)| {
+                vec![bold(format!("{:KEYS$}", if i == 0 { key } else { "" })), Span::raw(piece)].into()
+            })
+        });
+        let lines: Vec<Line<'_>> = lines.collect();
+        let range = fit(top, page, lines.len(), area.height.saturating_sub(1));
         let inner = self.titled(buffer, area, " help ", "");
-        let lines = HELP[range].iter().map(|&(key, what)| vec![bold(format!("{key:15}")), Span::raw(what)].into());
-        put_lines(buffer, inner, lines);
+        put_lines(buffer, inner, lines.into_iter().skip(range.start).take(range.len()));
     }
 
     // -----------------------------------------------------------------------------------------------------------
@@ -992,7 +1002,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         assert!(line_with(&lines, "✗ beta").contains("FAILED"));
         let mut detail = View::default();
         detail.act(Action::Open, &model);
-        line_with(&shown(&model, &mut detail, 80, 24), "RUNNING in cycle 3");
+        line_with(&shown(&model, &mut detail, 80, 24), "now in cycle 3: RUNNING");
         let cycles = shown(&model, &mut View { pane: Pane::Cycles, ..View::default() }, 120, 24);
         line_with(&cycles, "cycles: 2 running, 1 waiting, 2 recorded, the latest first");
         let ids = cycles.iter().skip(4).filter_map(|line| line.split_whitespace().next());

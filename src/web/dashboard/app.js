@@ -101,6 +101,7 @@ function show(isFirst = false) {
   scope = new Scope();
   const heading = h("h1", { tabindex: -1 }, visible(entry.view.title(route)));
   replace(main, heading);
+  if (route.unknown) main.append(h("p", { class: "problem", role: "alert" }, `There is no view "${visible(route.unknown, 60)}".`));
   document.title = `${entry.view.title(route)} · orchestrator`;
   for (const link of document.querySelectorAll("#views a")) {
     const isCurrent = link.getAttribute("href") === href(entry.within ?? entry.path);

@@ -8,8 +8,9 @@ export function href(...steps) {
 }
 
 /**
- * A parsed address: its pattern, the values of the pattern's names, and the query.
- * @typedef {{ pattern: string, parameters: any, query: URLSearchParams }} Route
+ * A parsed address: its pattern, the values of the pattern's names, and the query. An address without a view, which is
+ * `unknown`, has the first pattern.
+ * @typedef {{ pattern: string, parameters: any, query: URLSearchParams, unknown?: string }} Route
  */
 
 /**
@@ -28,7 +29,7 @@ export function parse(hash, patterns) {
     const parameters = Object.fromEntries(names.flatMap((name, i) => (name.startsWith(":") ? [[name.slice(1), steps[i]]] : [])));
     return { pattern, parameters, query: new URLSearchParams(query) };
   }
-  return { pattern: patterns[0], parameters: {}, query: new URLSearchParams() };
+  return { pattern: patterns[0], parameters: {}, query: new URLSearchParams(), ...(path && { unknown: path }) };
 }
 
 /**

@@ -102,7 +102,7 @@ export function mount(main, route, scope) {
       unreadable && `The records of ${count(unreadable)} are damaged and can't be read.`,
     ].filter(Boolean);
     replace(note, shown.length
-      ? `${counted(shown.length, "cycle")}${tokens.length > 1 ? "" : ", newest first"}: ${outcomes.join(" ") || "all succeeded."}`
+      ? `${counted(shown.length, "cycle")}${tokens.length > 1 ? "" : ", newest first"}${next ? "; there are more" : ""}: ${outcomes.join(" ") || "all succeeded."}`
       : next ? "No match among the cycles examined so far; continue with Older."
       : Object.values(filter).some(Boolean) ? "No recorded cycle matches the filter." : "No cycle is recorded.");
     table.hidden = chart.hidden = shown.length === 0;

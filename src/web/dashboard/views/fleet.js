@@ -141,7 +141,7 @@ export function mount(main, route, scope) {
       ["Cycles", count(status.totalCycles), href("cycles")],
       ["Running", inShort(running), href("live")],
       ["Waiting", count(status.queuedCycles), href("live")],
-      ["Loops", loops.length ? `${count(loops.filter((loop) => !loop.stopped).length)} of ${count(loops.length)} on` : "none", href("loops")],
+      ["Loops", loops.length ? `${count(loops.filter((loop) => !loop.stopped).length)} of ${count(loops.length)} running` : "none", href("loops")],
       ["Watchers", count(status.watchers)],
       ["Up", whole(now() - instant(status.startedAt))],
       ["Epoch", status.epoch],
@@ -160,7 +160,7 @@ export function mount(main, route, scope) {
     }
     const failed = known.all.filter((one) => one.last && hasFailed(one.last)).length;
     const text = `${counted(known.all.length, "subsystem")}${known.isWhole ? "" : " so far"}: ` +
-      (counts.NONE === known.all.length ? "no subsystem has run in this process yet." : failed ? `${count(failed)} failed in the last part.` : "none failed in the last part.");
+      (counts.NONE === known.all.length ? "no subsystem has run in this process yet." : failed ? `${count(failed)} failed in their last cycle.` : "none failed in their last cycle.");
     setText(summary, text);
     replace(bar, stacked(counts, STATES, "Last parts"));
   }

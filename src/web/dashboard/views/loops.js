@@ -84,7 +84,7 @@ function update(element, status) {
       ["Jitter", setting(milliseconds(loop.jitter ?? "0s"))],
       ["Overlap policy", lower((loop.overlapPolicy ?? "").replace("OVERLAP_POLICY_", ""))],
       ["Catch up", `${lower((loop.catchUp ?? "").replace("CATCH_UP_", ""))}${loop.catchUp === "CATCH_UP_ONE" ? ` within ${setting(milliseconds(loop.catchUpWindow))}` : ""}`],
-      ["Deadline", loop.deadline ? setting(milliseconds(loop.deadline)) : "the configured one"],
+      ["Deadline", loop.deadline ? setting(milliseconds(loop.deadline)) : "default (cycle.deadline)"],
       ["Subsystems", loop.subsystems?.length ? counted(loop.subsystems.length, "subsystem") : "all"],
       ["Declared by", status.origin === "ORIGIN_CONFIG" ? "configuration" : "RPC"],
       ["Last cycle", Number(status.lastCycleId ?? 0) ? h("a", { href: href("cycles", status.lastCycleId) }, status.lastCycleId) : "none"],
