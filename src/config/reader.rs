@@ -223,8 +223,7 @@ pub(super) fn put(table: &mut Table, path: &str, node: Node) -> Result<(), Strin
     match path.split_once('.') {
         _ if path.split('.').nth(MAX_NAMES).is_some() => Err("is not a key: it has too many names".into()),
         _ if path.is_empty() => {
-            Err("needs KEY=VALUE, such as server.listen=127.0.0.1:7700"
-                .into())
+            Err("needs KEY=VALUE with names joined by dots, such as server.listen=127.0.0.1:7700".into())
         }
         None => {
             merge(table, path.to_owned(), node);
