@@ -455,14 +455,14 @@ fn shares(config: &Config) -> Shares {
     const DEFAULT: usize = config::MemorySettings::DEFAULT_MAX_BYTES;
     /// The smallest configurable limit.
     const LEAST: usize = 64 << 20;
-    let (max_bytes, because) = match (config.memory.max_bytes, memory::allowed()) {
+    let (max_bytes, source) = match (config.memory.max_bytes, memory::allowed()) {
         (Some(max_bytes), _) => (max_bytes, "memory.max_bytes"),
         (None, Some(allowed)) if allowed / 2 < DEFAULT => {
             ((allowed / 2).max(LEAST), "half of the memory of the machine or its memory group")
         }
         (None, _) => (DEFAULT, "default"),
     };
-    tracing::info!(max_bytes, because, "memory limit");
+    tracing::info!(max_bytes, source, "memory limit");
     let shares = Shares::of(max_bytes);
     shares.requests.set_max(config.server.max_receiving_bytes);
     shares

@@ -15,8 +15,8 @@ What had finished in it stays recorded. Waits until the cycle is recorded: one t
 
 Exit codes:
   0    it is recorded as CANCELLED
-  1    refused: there is no such cycle, or it had finished; or it finished at that
-       very moment
+  1    refused: there is no such cycle, or it had finished; or it finished at
+       that very moment
   2    wrong usage
   4    the service can't be reached, or has not answered within --timeout
 

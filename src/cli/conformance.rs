@@ -49,7 +49,7 @@ Examples:
       --strict --junit conformance.xml")]
 pub(super) struct Conformance {
     /// Where it is dialed: http://HOST:PORT, https://HOST:PORT or unix:/PATH
-    #[arg(value_parser = Endpoint::parse)]
+    #[arg(value_parser = endpoint)]
     endpoint: Endpoint,
     /// The name of the subsystem to check; repeat it for other subsystems at the endpoint, which are called
     /// concurrently
@@ -150,6 +150,11 @@ impl Finding {
     fn has_failed(&self) -> bool {
         self.outcome == Outcome::Failed
     }
+}
+
+/// Reads the endpoint. Its value is in the message already.
+fn endpoint(text: &str) -> Result<Endpoint, String> {
+    Endpoint::parse(text).map_err(|why| why.replacen(&format!("is {text:?}; "), "", 1))
 }
 
 fn timeout(text: &str) -> Result<Duration, String> {

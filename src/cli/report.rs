@@ -33,18 +33,19 @@ it. Its memory use does not depend on the number of cycles.
 
 The table:
   CYCLES       in which it took part, however that ended
-  SUCCESS      of its parts that succeeded or count as failed: FAILED, TIMED_OUT,
-               CIRCUIT_OPEN, and SKIPPED, unless it or one that it requires was
-               suspended or left out
+  SUCCESS      of its parts that succeeded or count as failed: FAILED,
+               TIMED_OUT, CIRCUIT_OPEN, and SKIPPED, unless it or one that it
+               requires was suspended or left out
   P50 P95 P99  quantiles of the durations, retries included, of its parts that
                succeeded or timed out
   RETRIES      attempts beyond the first
   ON PATH      in how many of its cycles it stood on the critical path
-  SHARE        its share of the time of all critical paths. What has most of it is
-               what to speed up first: no cycle gets faster by what is not on its
-               critical path
-  ±SUCCESS     change against the period before, in percentage points; `new` where it
-               took part in none of its cycles, `-` where there is nothing to compare
+  SHARE        its share of the time of all critical paths. Speed up the one
+               with the largest share first: no cycle gets faster by what is not on
+               its critical path
+  ±SUCCESS     change against the period before, in percentage points; `new`
+               where it took part in none of its cycles, `-` where there is
+               nothing to compare
   ±P50 ±P95    relative change; +10 % is slower
   OTHER ENDS   its parts that did not succeed, by state
 
@@ -55,16 +56,18 @@ ones with a subsystem in them; only SUCCEEDED is success.
 With --output json, one object:
   since, until   the period
   previousSince  the period before is from this to since
-  completeSince  null, unless retention has removed cycles of either: from then on the
-                 record is complete, and only what finished since is counted; stderr
-                 says so
+  completeSince  null, unless retention has removed cycles of either: from then
+                 on the record is complete, and only what finished since is
+                 counted; stderr says so
   cycles         cycles, succeeded, degraded, failed, cancelled, interrupted,
                  successRate, p50Ms, p95Ms, p99Ms, criticalMs, startedBy
   subsystems     of each: name, cycles, succeeded, failed, timedOut, skipped,
-                 circuitOpen, cancelled, successRate, retries, p50Ms, p95Ms, p99Ms,
-                 criticalCycles, criticalCycleShare, criticalMs, criticalTimeShare
-  in both        previousCycles, previousSuccessRate, previousP50Ms, previousP95Ms,
-                 successRateChange (a difference), p50Change, p95Change (relative)
+                 circuitOpen, cancelled, successRate, retries, p50Ms, p95Ms,
+                 p99Ms, criticalCycles, criticalCycleShare, criticalMs,
+                 criticalTimeShare
+  in both        previousCycles, previousSuccessRate, previousP50Ms,
+                 previousP95Ms, successRateChange (a difference), p50Change,
+                 p95Change (relative)
 
 Rates and shares are 0 to 1, and null where there is nothing to say. --output csv has the subsystems, a column for each \
 of these; null is empty. Names begin with a letter and other values are numbers, so that no cell is a formula.

@@ -40,13 +40,13 @@ waiting cycle runs after the restart.
 Cycles without a subsystem in common run at the same time; others wait in line for each other.
 
 Exit codes:
-  0    it SUCCEEDED; with --async: it runs or waits; with --validate-only: it could
-       run
+  0    it SUCCEEDED; with --async: it runs or waits; with --validate-only: it
+       could run
   1    refused by the service; or no subsystem was called, because none is
        registered or all were skipped: stderr says why
   2    wrong usage
-  4    the service can't be reached, or the cycle did not end within --timeout; it
-       may continue
+  4    the service can't be reached, or the cycle did not end within --timeout;
+       it may continue
   10   it was DEGRADED: some subsystems failed
   11   it FAILED: all subsystems failed, or a critical one
   12   it was CANCELLED or INTERRUPTED

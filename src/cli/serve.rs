@@ -25,7 +25,7 @@ go to stderr, as text on a terminal and as JSON elsewhere (log.format).
 
 Signals:
   SIGTERM, SIGINT  the first drains: running cycles may finish within
-                   server.drain_grace; a second one, 1 s or more after it, aborts
+                   server.drain_grace; a second, 1 s or more after it, aborts
   SIGHUP           reads the configuration again, as does a change of its file
 
 Exit codes:

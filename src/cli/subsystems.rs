@@ -43,7 +43,7 @@ With --output json, one object: {\"subsystems\":[…]} with a SubsystemStatus ea
 
 Examples:
   orchestrator subsystems list
-  orchestrator subsystems list --output json | jq -r '.subsystems[].registration.name'"
+  orchestrator subsystems list --output json | jq '.subsystems[].registration'"
     )]
     List,
     /// Show one subsystem's registration and state

@@ -90,7 +90,7 @@ mod tests {
         let fact = |what: &str, is: &str| Entry::Fact(what.into(), is.into());
         let order = [
             at(fact("subsystem", "a")),
-            at(Entry::State("stands", "READY".into())),
+            at(Entry::State(STATUS, "READY".into())),
             at(Entry::Heading("ISSUES")),
             at(fact("WARNING SLOW", "[31mred ")),
             at(Entry::Heading("METRICS")),
