@@ -3,7 +3,6 @@
 //! All text from subsystems and from the service passes [`clean`] before it is printed.
 
 use std::{
-    borrow::Cow,
     env,
     io::{self, IsTerminal, Write as _},
     str::FromStr,
@@ -111,9 +110,11 @@ pub(super) fn is_narrow() -> bool {
     is_terminal() && Term::stdout().size().1 < WIDE
 }
 
-/// A line, cut at the width of the terminal.
-pub(super) fn cut_to_width(line: &str) -> Cow<'_, str> {
-    truncate_str(line, Term::stdout().size().1.into(), "…")
+/// Lines, each cut at the width of the terminal.
+pub(super) fn cut_to_width(lines: &str) -> String {
+    let width = Term::stdout().size().1.into();
+    let cut: Vec<_> = lines.split('\n').map(|line| truncate_str(line, width, "…")).collect();
+    cut.join("\n")
 }
 
 /// True if stderr is a terminal.

@@ -94,13 +94,13 @@ impl Bar {
     }
 
     fn draw(&mut self) {
+        /// Interval at which the shown time changes.
+        const TICK: Duration = Duration::from_millis(100);
         let oldest = self.cycles.first_key_value();
         if let Some((_, bar)) = self.shown.take_if(|(shown, _)| oldest.is_none_or(|(oldest, _)| oldest != shown)) {
             bar.finish_and_clear();
         }
         let Some((cycle_id, moving)) = oldest else { return };
-        /// Interval at which the shown time changes.
-        const TICK: Duration = Duration::from_millis(100);
         let is_new = self.shown.is_none();
         let (_, bar) = self.shown.get_or_insert_with(|| (*cycle_id, moving.bar((self.target)())));
         let others = self.cycles.len() - 1;

@@ -162,10 +162,7 @@ impl WatchView {
         };
         match &self.bar {
             None => print(&lines),
-            Some(bar) => {
-                let lines: String = lines.lines().map(|line| format!("{}\n", cut_to_width(line))).collect();
-                bar.above(|| print(&lines))
-            }
+            Some(bar) => bar.above(|| print(&cut_to_width(&lines))),
         }
     }
 

@@ -699,6 +699,7 @@ impl Look {
                 "FRESH: made by its last part, STALE: by an earlier one; with its age, and the cycle that made it",
             ),
         ];
+        /// Columns of the keys.
         const KEYS: usize = 15;
         let width = usize::from(area.width).saturating_sub(KEYS);
         let lines = HELP.iter().flat_map(|&(key, what)| {
