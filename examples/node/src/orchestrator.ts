@@ -60,7 +60,7 @@ export async function ask<A>(
 }
 
 /**
- * Registers with a lease and renews it, until the returned function is called. That function also waits at most 10 s for
+ * Registers with a lease and renews it, until the returned function is called. It also waits at most 10 s for
  * running cycles, which keep the subsystems until they end.
  */
 export async function register(
