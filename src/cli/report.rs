@@ -41,8 +41,8 @@ The table:
   RETRIES      attempts beyond the first
   ON PATH      in how many of its cycles it stood on the critical path
   SHARE        its share of the time of all critical paths. Speed up the one
-               with the largest share first: no cycle gets faster by what is not on
-               its critical path
+               with the largest share first: no cycle gets faster by what is
+               not on its critical path
   ±SUCCESS     change against the period before, in percentage points; `new`
                where it took part in none of its cycles, `-` where there is
                nothing to compare
