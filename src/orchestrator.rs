@@ -38,7 +38,7 @@ use std::{
 
 use jiff::Timestamp;
 use tokio::{
-    sync::{Notify, mpsc, watch as newest},
+    sync::{Notify, OwnedMutexGuard, mpsc, watch as newest},
     time::Instant,
 };
 use tokio_util::{
@@ -146,6 +146,9 @@ struct State {
     counts: Counts,
 }
 
+/// The turn of one change of the registry or of a loop, with the order of subsystems, which only such changes change.
+type Turn = OwnedMutexGuard<Order>;
+
 /// Whether a change of a caller is admitted while the process drains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ChangeKind {
@@ -174,15 +177,20 @@ impl Orchestrator {
         Ok(admission)
     }
 
-    /// Admits a change and completes it, even if the caller goes away: a change that is dropped half-way would be
-    /// committed, but missing in memory.
-    async fn change<T, F>(&self, change: impl FnOnce(Arc<Shared>) -> F) -> Result<T, Refusal>
+    /// Admits a change of the registry or of a loop, waits until it is its turn, and completes it then, even if the
+    /// caller goes away: a change that is dropped half-way would be committed, but missing in memory. A caller that
+    /// goes away before takes its change along, so that no more changes wait than callers.
+    async fn change<T, F>(&self, change: impl FnOnce(Arc<Shared>, Turn) -> F) -> Result<T, Refusal>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, Refusal>> + Send + 'static,
     {
         let admission = self.admit(ChangeKind::Begins)?;
-        let change = change(self.0.clone());
+        let late = self.0.state().store_error.clone().filter(StoreError::is_late);
+        if let Some(late) = late {
+            return Err(late.into());
+        }
+        let change = change(self.0.clone(), self.0.order.clone().lock_owned().await);
         let changed = tokio::spawn(async move {
             let _admission = admission;
             change.await

@@ -16,6 +16,7 @@ use orchestrator_core::proto::{
     orchestrator::v1::{self as pb, CycleState, OverlapPolicy, SubsystemState, cycle_event::Event},
     subsystem::v1::Freshness,
 };
+use rustix::process::Signal;
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
@@ -230,8 +231,12 @@ async fn an_acknowledged_cycle_that_waits_outlives_the_process() {
         let mut stage = if kill {
             stage.killed().await
         } else {
+            stage.service.signal(Signal::TERM);
+            // Nothing begins once it drains.
+            while stage.client.register(stage.registration("a")).await.is_ok() {}
             stage.fleet.run("a", Run::Echo);
-            stage.restarted().await
+            assert!(stage.service.ended().await.success());
+            Stage::again(stage.fleet, stage.home).await
         };
         for name in ["a", "b"] {
             stage.fleet.run(name, Run::Echo);

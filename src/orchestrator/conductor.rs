@@ -46,6 +46,7 @@ impl Shared {
                 let shared = self.clone();
                 running.spawn(async move { shared.run(&admitted).await });
             }
+            self.note_waiting();
             if running.is_empty() && self.state().is_drained() {
                 return Ok(());
             }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::{select, time::sleep};
 
-use super::{Orchestrator, Refusal, Shared, State};
+use super::{Orchestrator, Refusal, Shared, State, Turn};
 use crate::{
     model::{CycleRequest, IntervalLoop, LoopStart, Name, TickDisposition, Trigger, Violations},
     ports::Write,
@@ -20,7 +20,7 @@ impl Orchestrator {
     /// are too many loops, no memory for it, or it names too many subsystems; the store can't be written; or the
     /// process drains.
     pub async fn start_loop(&self, start: LoopStart) -> Result<LoopEntry, Refusal> {
-        self.change(|shared| async move { shared.start_loop(start).await }).await
+        self.change(|shared, order| async move { shared.start_loop(order, start).await }).await
     }
 
     /// Stops a loop. A declared loop stays listed; others are deleted.
@@ -29,7 +29,7 @@ impl Orchestrator {
     /// No loop has the name, the store can't be written, or the process drains.
     pub async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
         let name = name.clone();
-        self.change(|shared| async move { shared.stop_loop(&name).await }).await
+        self.change(|shared, order| async move { shared.stop_loop(order, &name).await }).await
     }
 
     /// The loops, by name.
@@ -48,7 +48,7 @@ impl State {
 }
 
 impl Shared {
-    pub(super) async fn start_loop(&self, start: LoopStart) -> Result<LoopEntry, Refusal> {
+    async fn start_loop(&self, _order: Turn, start: LoopStart) -> Result<LoopEntry, Refusal> {
         let limits = self.settings();
         if let LoopStart::Of(IntervalLoop { subset: Some(subset), .. }) = &start
             && subset.len() > limits.max_subsystems
@@ -57,7 +57,6 @@ impl Shared {
             let (named, max) = (subset.len(), limits.max_subsystems);
             return Err(invalid("subsystems", format!("are {named}; registry.max_subsystems allows {max}")));
         }
-        let _order = self.order.lock().await;
         let now = self.clock.now();
         let (settings, origin) = {
             let state = self.state();
@@ -97,8 +96,7 @@ impl Shared {
         Ok(entry)
     }
 
-    pub(super) async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
-        let _order = self.order.lock().await;
+    async fn stop_loop(&self, _order: Turn, name: &Name) -> Result<LoopEntry, Refusal> {
         if self.state().loops.get(name).is_none() {
             return Err(Refusal::LoopNotFound(name.clone()));
         }

@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::{
-    ChangeKind, Orchestrator, Refusal, Shared, State,
+    ChangeKind, Orchestrator, Refusal, Shared, State, Turn,
     aside::aside,
     registry::{Lease, Origin, Registered},
 };
@@ -56,7 +56,7 @@ impl Orchestrator {
         subsystems: Vec<Subsystem>,
         lease: Option<Duration>,
     ) -> Result<Vec<(Registered, Change)>, Refusal> {
-        self.change(move |shared| async move { shared.register(subsystems, lease).await }).await
+        self.change(move |shared, order| async move { shared.register(order, subsystems, lease).await }).await
     }
 
     /// Removes a subsystem and its latest output.
@@ -65,7 +65,7 @@ impl Orchestrator {
     /// It is not registered, the file declares it, the store can't be written, or the process drains.
     pub async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
         let name = name.clone();
-        self.change(|shared| async move { shared.unregister(&name).await }).await
+        self.change(|shared, order| async move { shared.unregister(order, &name).await }).await
     }
 
     /// Suspends a subsystem, or resumes it and closes its breaker.
@@ -74,7 +74,7 @@ impl Orchestrator {
     /// It is not registered, the store can't be written, or the process drains.
     pub async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
         let name = name.clone();
-        self.change(|shared| async move { shared.suspend(&name, suspended).await }).await
+        self.change(|shared, order| async move { shared.suspend(order, &name, suspended).await }).await
     }
 
     /// Renews a lease. Returns its new end.
@@ -95,12 +95,12 @@ impl Orchestrator {
 }
 
 impl Shared {
-    pub(super) async fn register(
+    async fn register(
         &self,
+        order: Turn,
         subsystems: Vec<Subsystem>,
         lease: Option<Duration>,
     ) -> Result<Vec<(Registered, Change)>, Refusal> {
-        let order = self.order.clone().lock_owned().await;
         let max = self.settings().max_subsystems;
         let (earlier, registered): (Vec<_>, _) = {
             let state = self.state();
@@ -203,8 +203,7 @@ impl Shared {
         Ok(entries)
     }
 
-    pub(super) async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
-        let mut order = self.order.lock().await;
+    async fn unregister(&self, mut order: Turn, name: &Name) -> Result<(), Refusal> {
         if self.state().registry.get(name)?.is_declared() {
             return Err(Refusal::DeclaredInConfig(name.clone()));
         }
@@ -213,8 +212,7 @@ impl Shared {
         Ok(())
     }
 
-    pub(super) async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
-        let _order = self.order.lock().await;
+    async fn suspend(&self, _order: Turn, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
         let earlier = self.state().registry.get(name)?.clone();
         if !suspended && earlier.member.standing.close_breaker() {
             tracing::info!(subsystem = %name, "its circuit breaker is closed: it is resumed");

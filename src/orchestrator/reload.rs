@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Orchestrator, Refusal, Shared, State,
+    Orchestrator, Refusal, Shared, State, Turn,
     aside::aside,
     registry::{Declarations, Entries},
 };
@@ -58,13 +58,12 @@ impl Orchestrator {
     /// The dependencies would have a cycle, there is no memory for what is declared, the store can't be written, or the
     /// process drains; then nothing has changed.
     pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
-        self.change(|shared| async move { shared.reload(settings, declared).await }).await
+        self.change(|shared, order| async move { shared.reload(order, settings, declared).await }).await
     }
 }
 
 impl Shared {
-    pub(super) async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
-        let order = self.order.clone().lock_owned().await;
+    async fn reload(&self, order: Turn, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         let Entries { entries: before, .. } = self.state().registry.snapshot();
         let Declared { subsystems, loops } = declared;
         let hold = |settings: IntervalLoop| {

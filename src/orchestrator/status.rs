@@ -21,7 +21,7 @@ pub struct Status {
     pub running: Vec<RunningCycle>,
     /// Number of waiting cycles.
     pub queued: usize,
-    /// The first [`WaitingCycle::MAX`] waiting cycles, by id.
+    /// The first [`WaitingCycle::MAX`] waiting cycles whose ids are noted, by id.
     pub waiting: Vec<WaitingCycle>,
     /// The loops, by name.
     pub loops: Vec<LoopEntry>,
@@ -66,7 +66,9 @@ impl Orchestrator {
         let running = self.0.live.running();
         let mut state = self.0.state();
         let state = &mut *state;
-        let ids: Vec<_> = state.line.all_waiting().take(WaitingCycle::MAX).collect();
+        // Another process could give the others' ids again.
+        let noted = state.line.all_waiting().take_while(|cycle_id| *cycle_id <= state.noted);
+        let ids: Vec<_> = noted.take(WaitingCycle::MAX).collect();
         let waiting = ids.into_iter().filter_map(|cycle_id| {
             let request = state.live.get(&cycle_id)?.request.clone();
             let waits_for = state.line.obstacle(cycle_id).map(|obstacle| (obstacle.cycle_id, obstacle.shared));

@@ -342,6 +342,23 @@ impl Shared {
         self.write(|_| Write { durability: Durability::Buffered, ..Write::default() }, |_| ()).await
     }
 
+    /// Queues a note of the cycles that wait, unless the next write notes them anyway. No caller waits for it: as soon
+    /// as it is written, their ids are shown.
+    pub(super) fn note_waiting(&self) {
+        let is_noted = {
+            let state = self.state();
+            state.line.waiting() == 0 || state.last_admitted == state.noted
+        };
+        let is_queued = self.to_write.capacity() < WAITING;
+        if !is_noted && !is_queued {
+            let build = |_: &State| Write { durability: Durability::Buffered, ..Write::default() };
+            let (caller, _) = oneshot::channel();
+            let note = Edit { build, apply: Some(|_: &mut State| ()), applied: None, caller };
+            // Without a place in the queue, another write comes first.
+            let _ = self.to_write.try_send(Box::new(note));
+        }
+    }
+
     fn final_error(&self) -> Option<StoreError> {
         self.state().store_error.clone().filter(StoreError::is_final)
     }

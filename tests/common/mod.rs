@@ -64,7 +64,8 @@ impl Stage {
         Self::again(fleet, home).await
     }
 
-    async fn again(fleet: Fleet, home: Home) -> Self {
+    /// A service that is started in a home again.
+    pub async fn again(fleet: Fleet, home: Home) -> Self {
         let service = home.serve().await;
         let client = service.client().await;
         Self { fleet, home, service, client }

@@ -43,6 +43,8 @@ struct Death {
 struct Told {
     /// Cycles whose asynchronous start was acknowledged.
     promised: Mutex<BTreeSet<CycleId>>,
+    /// Waiting cycles that the status showed.
+    shown: Mutex<BTreeSet<CycleId>>,
     /// Records that were answered.
     answered: Mutex<BTreeMap<CycleId, Bytes>>,
     /// What each walk through the history found, newest first.
@@ -143,6 +145,8 @@ async fn live(orchestrator: Orchestrator, told: &Arc<Told>) {
         loop {
             let found = walk(&orchestrator).await;
             told.walks.lock().unwrap().push(found);
+            let shown = orchestrator.status().waiting.into_iter().map(|waiting| waiting.cycle_id);
+            told.shown.lock().unwrap().extend(shown);
             sleep(Duration::from_millis(100)).await;
         }
     };
@@ -198,7 +202,8 @@ async fn holds_after(death: Death, place: &Place, fleet: &Arc<Fleet>, told: &Tol
     let promised = mem::take(&mut *told.promised.lock().unwrap());
     // No id was visible before it was noted.
     let noted = contents.last_cycle_id;
-    assert!(called.iter().chain(&promised).all(|told| *told <= noted), "{death:?}");
+    let shown = mem::take(&mut *told.shown.lock().unwrap());
+    assert!(called.iter().chain(&promised).chain(&shown).all(|told| *told <= noted), "{death:?}");
     let open: BTreeMap<_, _> = contents.open.iter().map(|open| (open.cycle_id, open.stage.clone())).collect();
     let (orchestrator, tasks) = start(settings(), fleet.clone(), store).await;
     // Its turn is after all that wait.

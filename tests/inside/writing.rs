@@ -192,6 +192,38 @@ async fn what_a_cycle_needs_written_is_tried_again_and_other_changes_fail_with_t
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_change_whose_caller_leaves_before_its_turn_is_not_made() {
+    let stage = Stage::new().await;
+    let register = |name| {
+        let orchestrator = stage.orchestrator.clone();
+        timeout(Duration::from_secs(1), async move { orchestrator.register(subsystem(name), None).await })
+    };
+    // No commit returns: the first one has its turn, and is completed all the same.
+    let (first, second) = tokio::join!(register("d"), register("e"));
+    assert!(first.is_err() && second.is_err());
+    stage.script.let_go();
+    sleep(Duration::from_secs(1)).await;
+    let registered = |name: &str| stage.orchestrator.subsystem(&Name::parse(name).unwrap()).is_ok();
+    assert_eq!((registered("d"), registered("e")), (true, false));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cycle_that_waits_is_listed_once_its_id_is_noted() {
+    let stage = Stage::new().await;
+    stage.run("a").await;
+    // It begins, and the other one waits for it.
+    stage.script.permits.add_permits(1);
+    sleep(Duration::from_millis(1)).await;
+    stage.run("a").await;
+    let listed = || stage.orchestrator.status().waiting.iter().map(|it| it.cycle_id.0).collect::<Vec<_>>();
+    sleep(Duration::from_millis(1)).await;
+    assert_eq!((stage.orchestrator.status().queued, listed()), (1, vec![]));
+    stage.script.permits.add_permits(1);
+    sleep(Duration::from_millis(1)).await;
+    assert_eq!((stage.orchestrator.status().queued, listed()), (1, vec![2]));
+}
+
+#[tokio::test(start_paused = true)]
 async fn of_changes_that_can_not_be_written_together_only_the_one_to_blame_fails() {
     let mut stage = Stage::new().await;
     let tickets = stage.three_ended().await;
