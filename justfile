@@ -11,13 +11,18 @@ demo:
 test:
     cargo test
 
-# What must hold before a commit: formatting, lints, docs, tests.
-check:
+# What must hold before a commit: formatting, lints, docs, tests, and that tests notice changes of what it changes.
+check: && mutants
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
     cargo clippy --package peak -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
     cargo test
+
+# Mutation tests of what differs from a revision, in this checkout, which is restored after each. Needs cargo-mutants.
+mutants revision="HEAD":
+    git diff {{ revision }} > target/mutants.diff
+    cargo mutants --in-place --in-diff target/mutants.diff --output target
 
 # The figures, each beside its floor in the same run.
 bench:
