@@ -574,7 +574,7 @@ test("the stand-alone subsystem adds up its inputs", async () => {
 test("the stand-alone subsystem says in a line what is wrong", async () => {
   const taken = service.address;
   for (const [args, code, said] of [
-    [["--help"], 0, /^usage: [^]*--listen HOST:PORT/],
+    [["--help"], 0, /^usage: [\s\S]*--listen HOST:PORT/],
     [["--lisen", "127.0.0.1:0"], 2, /^Unknown option '--lisen'/],
     [["--listen", "nope"], 1, /^listen is 'nope': give a string, "HOST:PORT"\n$/],
     [["--listen", taken], 1, new RegExp(`can't listen on ${taken}: .*EADDRINUSE.*\n$`)],
@@ -592,7 +592,12 @@ test("modules that are no longer served are served until the running cycle has e
   const running = new Promise<void>((resolve) => (began = resolve));
   let proceed!: () => void;
   const told = new Promise<void>((resolve) => (proceed = resolve));
-  const first = { run: () => (began(), told) };
+  const first = {
+    run: () => {
+      began();
+      return told;
+    },
+  };
   const second = { run: () => ({ ran: true }) };
   const served = await serve({ first, second }, { orchestrator: service.address, registrations: { second: { requires: ["first"] } } });
   const record = cycle(service.address);

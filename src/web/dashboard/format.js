@@ -107,8 +107,8 @@ export function number(value) {
 }
 
 // Control characters, characters that change the text direction, and invisible ones, which could disguise a text. Tabs,
-// line breaks and variation selectors are allowed. biome-ignore lint/suspicious/noMisleadingCharacterClass: the
-// variation selectors are meant one by one
+// line breaks and variation selectors are allowed.
+// biome-ignore lint/suspicious/noMisleadingCharacterClass: the variation selectors are meant one by one
 const UNSEEN = /(?![\t\n\ufe00-\ufe0f])[\p{Cc}\p{Default_Ignorable_Code_Point}\u2028\u2029\ufff9-\ufffc]/gu;
 
 /**
