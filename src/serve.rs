@@ -16,8 +16,8 @@ use tokio::{join, select, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use self::operator::Wish;
-pub use self::operator::{Operator, stopped_again};
+pub use self::operator::Operator;
+use self::operator::{Wish, aborted};
 use crate::{
     api::{self, Api},
     config::{self, Config, Reload},
@@ -226,15 +226,15 @@ impl Service {
 
     /// Serves until `stop`, or until it ends by itself: another process has taken over the store, or a part of it has
     /// ended by a defect. Then it shuts down in order: nothing new is admitted, running cycles may finish within the
-    /// grace, the last state is written, watchers are told, and the connections are closed. `abort` ends that at once:
-    /// see [`stopped_again`].
-    pub async fn run(mut self, stop: impl Future<Output = ()>, abort: impl Future<Output = ()>) -> Exit {
+    /// grace, the last state is written, watchers are told, and the connections are closed. `signal` waits for a
+    /// further signal to stop: the second one, a second or more after the first, aborts the shutdown.
+    pub async fn run(mut self, stop: impl Future<Output = ()>, signal: impl AsyncFnMut()) -> Exit {
         let end = select! {
             biased;
             () = stop => End::Asked,
             end = self.end() => end,
         };
-        self.shut_down(end, abort).await
+        self.shut_down(end, signal).await
     }
 
     /// Waits until it ends by itself.
@@ -250,7 +250,7 @@ impl Service {
         }
     }
 
-    async fn shut_down(self, end: End, abort: impl Future<Output = ()>) -> Exit {
+    async fn shut_down(self, end: End, signal: impl AsyncFnMut()) -> Exit {
         let missing = match end {
             End::Orchestrator(finished) => return self.ended(finished).await,
             End::Part(ended) => {
@@ -262,7 +262,7 @@ impl Service {
         select! {
             biased;
             exit = self.drain() => if missing && exit == Exit::Drained { Exit::Failed } else { exit },
-            () = abort => {
+            () = aborted(!missing, signal) => {
                 tracing::warn!("aborted by a second signal");
                 Exit::Aborted
             }
@@ -416,7 +416,7 @@ pub async fn serve(
             Err(refusal) => tracing::error!(%refusal, "not reloaded, the old configuration still applies"),
         }
     };
-    Ok(service.shut_down(end, stopped_again(async || operator.stop().await)).await)
+    Ok(service.shut_down(end, async || operator.stop().await).await)
 }
 
 /// Raises the soft limit of open files to the hard limit: each connection and each endpoint needs one.

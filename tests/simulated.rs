@@ -107,7 +107,7 @@ async fn records(seed: u64) -> [Bytes; 2] {
     let host = Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), seed);
     let service = Service::start(&config, host, network.clone()).await.unwrap();
     let (stop, stopped) = oneshot::channel::<()>();
-    let running = tokio::spawn(service.run(async { drop(stopped.await) }, pending()));
+    let running = tokio::spawn(service.run(async { drop(stopped.await) }, async || pending().await));
 
     let connect = service_fn(move |_| {
         let network = network.clone();

@@ -116,7 +116,7 @@ impl Demo {
                 future::pending::<()>().await;
             }
         };
-        let exit = service.run(until_stopped, serve::stopped_again(stop_again)).await;
+        let exit = service.run(until_stopped, stop_again).await;
         fleet.stop().await;
         shown?;
         Ok(match exit {

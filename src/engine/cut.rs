@@ -1,4 +1,6 @@
-//! The plan of a cycle over some of the subsystems: it takes memory for these only, however many are registered.
+//! The plan of a cycle over some of the subsystems. The plan keeps these, and relays where several of them meet in
+//! subsystems that are left out. Making it takes time and memory for all that they wait for, and these may be all that
+//! are registered.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -90,8 +92,8 @@ impl Plan {
         }
     }
 
-    /// Those left out that one at these positions waits for, itself or by way of others left out, in the order of the
-    /// plan.
+    /// Positions of left-out subsystems that a subsystem at `positions` waits for, directly or through other left-out
+    /// ones, in plan order.
     fn left_out_before(&self, positions: &[usize]) -> BTreeSet<usize> {
         let mut found = BTreeSet::new();
         let mut unseen = positions.to_vec();
@@ -105,7 +107,7 @@ impl Plan {
         found
     }
 
-    /// The nodes that the one at this position waits for, each once.
+    /// The nodes that the subsystem at this position waits for, each once.
     fn nodes_before(&self, position: usize, nodes: &HashMap<usize, usize>) -> Vec<usize> {
         let before: BTreeSet<_> =
             self.steps[position].waits_for.iter().filter_map(|it| nodes.get(it)).copied().collect();

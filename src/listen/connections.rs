@@ -166,8 +166,9 @@ impl Connections {
     /// one in any case, and further ones that are not new. Returns how many are leaving.
     fn make_way(&self, at_once: usize) -> usize {
         let places = self.places();
-        let (leaving, others): (Vec<_>, Vec<_>) = places.values().partition(|place| place.gives_way.is_cancelled());
-        let mut idle: Vec<_> = others.into_iter().filter_map(|place| Some((place.idle()?, place))).collect();
+        // One that was told, and then began a call, stays until that ends.
+        let idle = places.values().filter_map(|place| Some((place.idle()?, place)));
+        let (leaving, mut idle): (Vec<_>, Vec<_>) = idle.partition(|(_, place)| place.gives_way.is_cancelled());
         idle.sort_unstable_by_key(|(idle, _)| *idle);
         let mut told = 0;
         for ((_, since), place) in idle.into_iter().take(at_once.saturating_sub(leaving.len())) {
@@ -539,6 +540,25 @@ mod tests {
             newcomers.push(slot().await);
         }
         assert!(begun.elapsed() < 5 * Place::PARTING, "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_began_a_call_after_it_was_told_to_leave_does_not_count_as_leaving() {
+        let (connections, never) = (Connections::at_most(4), CancellationToken::new());
+        let mut slots = Vec::new();
+        for _ in 0..4 {
+            slots.push(connections.clone().slot(&never, None).await.unwrap());
+        }
+        let told = || slots.iter().filter(|slot| slot.place.gives_way.is_cancelled()).count();
+        let began = |slot: &Slot| {
+            slot.place.gives_way.cancel();
+            slot.place.busy()
+        };
+        let calls: Vec<_> = slots[..2].iter().map(began).collect();
+        assert_eq!((connections.make_way(1), told()), (1, 3), "an idle one gives way");
+        assert_eq!((connections.make_way(1), told()), (1, 3), "it is leaving");
+        drop(calls);
+        assert_eq!((connections.make_way(1), told()), (3, 3), "those leave after their calls");
     }
 
     #[tokio::test(start_paused = true)]

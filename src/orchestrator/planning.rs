@@ -50,7 +50,8 @@ impl Shared {
     pub(super) async fn plan_of(&self, subset: Option<Arc<[Name]>>) -> Arc<Plan> {
         let all = self.plan().await;
         let Some(subset) = subset else { return all };
-        aside(subset.len(), move || all.of_cycle(Some(&subset))).await
+        // One subsystem may wait for all others.
+        aside(subset.len().max(all.relations()), move || all.of_cycle(Some(&subset))).await
     }
 
     /// The same names, shared with the registry.

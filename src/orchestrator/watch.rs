@@ -219,7 +219,8 @@ impl Watcher {
                 }
                 continue;
             }
-            if !self.caught_up {
+            // Checked before further events: those that the filter rejects may come without end.
+            if !self.caught_up || Instant::now() >= self.bookmark_at {
                 self.caught_up = true;
                 return Ok(self.bookmark());
             }
@@ -252,7 +253,7 @@ impl Watcher {
                         return Err(Refusal::Draining);
                     }
                 }
-                () = sleep_until(self.bookmark_at) => return Ok(self.bookmark()),
+                () = sleep_until(self.bookmark_at) => {}
             }
         }
     }

@@ -11,7 +11,7 @@ use futures_util::StreamExt;
 use tokio::{
     select,
     sync::{mpsc, oneshot},
-    time::{Instant, sleep},
+    time::{Instant, sleep_until},
 };
 
 use super::{Refusal, Shared, State, admission::Admitted};
@@ -153,10 +153,10 @@ impl Shared {
     /// Writes queued changes, as long as the process lives.
     pub(super) async fn write_changes(self: Arc<Self>, mut asked: mpsc::Receiver<Box<dyn ToWrite>>) {
         let mut waiting: Vec<Box<dyn ToWrite>> = Vec::new();
-        let mut pause = RETRY.0;
+        let (mut pause, mut retry_at) = (RETRY.0, Instant::now());
         loop {
             if waiting.is_empty() {
-                pause = RETRY.0;
+                (pause, retry_at) = (RETRY.0, Instant::now());
                 // The sender lives as long as this task's `self`, so the task ends only when it is aborted.
                 let Some(change) = asked.recv().await else { return };
                 waiting.push(change);
@@ -176,11 +176,16 @@ impl Shared {
             let tried = tried.into_iter().chain(waiting.drain(..)).collect();
             waiting = self.put_off(tried, &error);
             if !waiting.is_empty() {
-                tracing::error!(%error, "can't write; retrying in {pause:?}");
-                // A new change ends the pause, so that its caller gets a result at once.
+                let now = Instant::now();
+                if now >= retry_at {
+                    tracing::error!(%error, "can't write; retrying in {pause:?}");
+                    (pause, retry_at) = ((pause * 2).min(RETRY.1), now + pause);
+                }
+                // A new change is tried at once, so that its caller gets a result. That is not logged: callers decide
+                // how often it happens.
                 select! {
                     biased;
-                    () = sleep(pause) => pause = (pause * 2).min(RETRY.1),
+                    () = sleep_until(retry_at) => {}
                     change = asked.recv() => waiting.extend(change),
                 }
             }

@@ -87,16 +87,50 @@ impl Operator {
     }
 }
 
-/// Waits for the signal that aborts a shutdown: the first one that `stop` reports a second or more after this began.
-/// `timeout` and some shells send one signal to a process and then to its group, two within milliseconds, and want the
-/// process to stop as after one.
-pub async fn stopped_again(mut stop: impl AsyncFnMut()) {
+/// Waits for the signal that aborts a shutdown. The first signal never does: either it began the shutdown (`is_asked`),
+/// or the shutdown began because of a defect, and the first signal asks for what is under way. Nor does a signal within
+/// a second of the first: `timeout` and some shells send one signal to a process and then to its group, two within
+/// milliseconds, and want the process to stop as after one.
+pub(super) async fn aborted(is_asked: bool, mut stop: impl AsyncFnMut()) {
     const SAME_SIGNAL: Duration = Duration::from_secs(1);
-    let begun = Instant::now();
+    if !is_asked {
+        stop().await;
+        tracing::info!("the service is already shutting down: a second signal aborts that");
+    }
+    let first = Instant::now();
     loop {
         stop().await;
-        if begun.elapsed() >= SAME_SIGNAL {
+        if first.elapsed() >= SAME_SIGNAL {
             return;
         }
+        tracing::info!("ignored a signal that came within a second of the first: a later one aborts the shutdown");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use tokio::time::{sleep_until, timeout};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shutdown_is_aborted_by_the_second_signal_whatever_began_it() {
+        // When it is aborted by signals at these times, all in milliseconds.
+        let aborted_at = async |is_asked, signals: &[u64]| {
+            let begun = Instant::now();
+            let mut signals = signals.iter();
+            let stop = async || match signals.next() {
+                Some(at) => sleep_until(begun + Duration::from_millis(*at)).await,
+                None => pending().await,
+            };
+            let aborted = timeout(Duration::from_mins(1), aborted(is_asked, stop)).await;
+            aborted.ok().map(|()| begun.elapsed().as_millis())
+        };
+        assert_eq!(aborted_at(true, &[2000]).await, Some(2000));
+        assert_eq!(aborted_at(true, &[10, 2000]).await, Some(2000));
+        assert_eq!(aborted_at(false, &[2000]).await, None, "it was not the second");
+        assert_eq!(aborted_at(false, &[2000, 2010, 4000]).await, Some(4000));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::FutureExt;
 use orchestrator_core::{
     model::{CycleId, CycleState, Name, Revision},
     orchestrator::{Event, From, Orchestrator, Refusal, Settings, Tasks, WatchFilter, Watcher},
@@ -117,6 +118,29 @@ async fn a_watcher_that_has_nothing_to_read_is_sent_a_bookmark_every_thirty_seco
     record(&orchestrator, 1).await;
     let mut again = orchestrator.watch(From::After(Revision(1)), WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut again).await.unwrap(), Some(Revision(2)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bookmark_is_sent_in_time_while_events_come_that_the_filter_rejects() {
+    /// More than the runtime lets a task receive before others have their turn.
+    const EVENTS: usize = 200;
+    let (orchestrator, _tasks) = stage(Settings { max_subsystems: 2 * EVENTS, ..settings() }).await;
+    let names: Vec<_> = (0..EVENTS).map(|i| format!("s{i}")).collect();
+    for name in &names {
+        orchestrator.register(subsystem(name), None).await.unwrap();
+    }
+    let filter = WatchFilter { loops: [Name::parse("other").unwrap()].into(), ..WatchFilter::default() };
+    let mut watcher = orchestrator.watch(From::Now, filter, true).unwrap();
+    assert_eq!(next(&mut watcher).await.unwrap(), None);
+    assert!(next(&mut watcher).now_or_never().is_none());
+    tokio::time::sleep(Duration::from_millis(29_900)).await;
+    for name in &names {
+        orchestrator.run_cycle(of(&[name]), false).await.unwrap();
+    }
+    // Their starts wait for the watcher, and none of them has ended.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(orchestrator.status().running.len(), EVENTS);
+    assert!(matches!(next(&mut watcher).now_or_never(), Some(Ok(None))));
 }
 
 #[tokio::test(start_paused = true)]

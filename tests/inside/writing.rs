@@ -5,7 +5,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -20,6 +20,7 @@ use tokio::{
     sync::{Semaphore, watch},
     time::{sleep, timeout},
 };
+use tracing::{Level, Metadata, Subscriber, span};
 
 use crate::kit::{Around, Fleet, host, of, of_all, settings, start, subsystem};
 
@@ -59,6 +60,32 @@ impl Script {
         let verdict = self.verdicts.lock().unwrap().pop_front();
         verdict.map_or(Ok(()), |verdict| verdict(write))
     }
+}
+
+/// Counts errors in the log.
+#[derive(Clone, Default)]
+struct Errors(Arc<AtomicUsize>);
+
+impl Subscriber for Errors {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        *metadata.level() == Level::ERROR
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
 }
 
 /// An orchestrator over the subsystems `a`, `b` and `c`, of whose cycles two may wait.
@@ -221,6 +248,27 @@ async fn a_cycle_that_waits_is_listed_once_its_id_is_noted() {
     stage.script.permits.add_permits(1);
     sleep(Duration::from_millis(1)).await;
     assert_eq!((stage.orchestrator.status().queued, listed()), (1, vec![2]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn how_often_a_failing_write_is_logged_does_not_depend_on_callers() {
+    const CALLS: usize = 50;
+    let stage = Stage::new().await;
+    let ticket = stage.run("a").await;
+    stage.script.judge((0..=CALLS).map(|_| Box::new(full) as Verdict));
+    stage.script.let_go();
+    let refused = ticket.recorded().await;
+    assert!(matches!(refused, Err(Refusal::StoreUnavailable(Some(CycleId(1)), _))), "{refused:?}");
+    let errors = Errors::default();
+    let _logged = tracing::subscriber::set_default(errors.clone());
+    for _ in 0..CALLS {
+        // Each is tried, together with the record.
+        let refused = stage.orchestrator.register(subsystem("d"), None).await.err();
+        assert!(matches!(refused, Some(Refusal::StoreUnavailable(None, _))), "{refused:?}");
+    }
+    assert_eq!((stage.script.tried.lock().unwrap().len(), errors.0.load(Ordering::Relaxed)), (CALLS + 1, 0));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(stage.orchestrator.cycle(CycleId(1)).await.unwrap().revision, Revision(1));
 }
 
 #[tokio::test(start_paused = true)]
