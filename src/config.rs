@@ -353,6 +353,33 @@ impl Config {
         Reload { config: new, needs_restart, changed }
     }
 
+    /// The limits that a narrower one keeps out of reach in a process with `memory` bytes for data of clients and
+    /// subsystems. Reading the configuration refuses these as far as `memory.max_bytes` is known; a process may have
+    /// less by default, or keep an earlier limit that needs a restart.
+    pub fn out_of_reach(&self, memory: usize) -> impl Iterator<Item = OutOfReach> {
+        /// Bytes of an answer that always have room on a connection.
+        const ANSWER: usize = 4 * MIB;
+        let Self { server, cycle, .. } = self;
+        let (request, of_receiving) = match server.max_receiving_bytes {
+            Some(receiving) => {
+                (receiving / 2, "half of server.max_receiving_bytes, because a request is in memory twice")
+            }
+            None => (memory / 32 * 3 / 2, "half of 3/32 of memory.max_bytes, because a request is in memory twice"),
+        };
+        let (receiving, outputs) = (server.max_receiving_bytes, cycle.max_outputs_bytes);
+        let (record, of_connection) =
+            ((memory / 32).max(ANSWER), "1/32 of memory.max_bytes, the memory for answers on one connection");
+        [
+            ("server.max_receiving_bytes", receiving.unwrap_or_default(), memory, "memory.max_bytes"),
+            ("server.max_request_bytes", server.max_request_bytes, request, of_receiving),
+            ("cycle.max_outputs_bytes", outputs.unwrap_or_default(), memory, "memory.max_bytes"),
+            ("cycle.max_record_bytes", cycle.max_record_bytes, record, of_connection),
+        ]
+        .into_iter()
+        .filter(|(_, value, max, _)| value > max)
+        .map(|(key, value, max, of)| OutOfReach { key, value, max, of })
+    }
+
     fn read(table: Table, variables: BTreeMap<String, Node>, mut problems: Problems) -> Result<Self, ConfigError> {
         let mut reader = Reader::new(table, variables, &mut problems);
         let config = Self::from_reader(&mut reader);
@@ -385,6 +412,19 @@ impl Config {
         }
         config
     }
+}
+
+/// A limit that another one keeps out of reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfReach {
+    /// Its key.
+    pub key: &'static str,
+    /// Its value, in bytes.
+    pub value: usize,
+    /// The most bytes that are within reach.
+    pub max: usize,
+    /// The limit that they come from.
+    pub of: &'static str,
 }
 
 impl Default for Config {
@@ -466,24 +506,9 @@ fn refuse_one_address_twice(read: &mut Reader<'_>, config: &Config) {
 /// A limit that is written must fit within the limit above it: otherwise nothing of that size is ever accepted, and no
 /// later attempt helps. Defaults give way instead.
 fn refuse_limits_out_of_reach(read: &mut Reader<'_>, config: &Config) {
-    /// Bytes of an answer that always have room on a connection.
-    const ANSWER: usize = 4 * MIB;
-    let Config { server, cycle, memory, .. } = config;
-    let memory = memory.max_bytes.unwrap_or(MemorySettings::DEFAULT_MAX_BYTES);
-    let (request, of_receiving) = match server.max_receiving_bytes {
-        Some(receiving) => (receiving / 2, "half of server.max_receiving_bytes, because a request is in memory twice"),
-        None => (memory / 32 * 3 / 2, "half of 3/32 of memory.max_bytes, because a request is in memory twice"),
-    };
-    let (receiving, outputs) = (server.max_receiving_bytes, cycle.max_outputs_bytes);
-    let (record, of_connection) =
-        ((memory / 32).max(ANSWER), "1/32 of memory.max_bytes, the memory for answers on one connection");
-    for (key, value, max, of) in [
-        ("server.max_receiving_bytes", receiving.unwrap_or_default(), memory, "memory.max_bytes"),
-        ("server.max_request_bytes", server.max_request_bytes, request, of_receiving),
-        ("cycle.max_outputs_bytes", outputs.unwrap_or_default(), memory, "memory.max_bytes"),
-        ("cycle.max_record_bytes", cycle.max_record_bytes, record, of_connection),
-    ] {
-        if value > max && read.is_written(key) {
+    let memory = config.memory.max_bytes.unwrap_or(MemorySettings::DEFAULT_MAX_BYTES);
+    for OutOfReach { key, value, max, of } in config.out_of_reach(memory) {
+        if read.is_written(key) {
             read.refuse(key, format!("is {value}; give at most {max}, {of}, or raise that limit"));
         }
     }

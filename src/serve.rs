@@ -20,12 +20,12 @@ pub use self::operator::Operator;
 use self::operator::{Wish, aborted};
 use crate::{
     api::{self, Api},
-    config::{self, Config, Reload},
+    config::{self, Config, OutOfReach, Reload},
     dial::{Dialer, NoCertificate},
     file::{self, FileError},
     host::Host,
     listen::{self, Connections, Limits},
-    memory::{self, Shares},
+    memory::{self, Memory, Shares},
     orchestrator::{Declared, Orchestrator, Refusal, Settings, Stopped, Tasks},
     parts::{Ended, Part, Parts},
     ports::{Spans, StoreError, Untraced},
@@ -115,6 +115,7 @@ pub struct Service {
     exporting: Parts,
     stop_exporting: CancellationToken,
     drain_grace: Duration,
+    memory: Memory,
 }
 
 impl Service {
@@ -135,6 +136,7 @@ impl Service {
             None => None,
         };
         let memory = shares(config);
+        warn_of_limits(config, &memory.whole);
         let dialer = Dialer::new(transport, config.dial.connect_timeout, memory.replies.clone());
         let dialer = Arc::new(match &config.dial.ca_file {
             Some(path) => {
@@ -198,6 +200,7 @@ impl Service {
             exporting,
             stop_exporting,
             drain_grace: config.server.drain_grace,
+            memory: memory.whole,
         })
     }
 
@@ -218,6 +221,7 @@ impl Service {
     pub async fn reload(&mut self, config: &Config) -> Result<(), Refusal> {
         self.orchestrator.reload(settings(config), declared(config)).await?;
         self.drain_grace = config.server.drain_grace;
+        warn_of_limits(config, &self.memory);
         if let Some(exporter) = &self.exporter {
             exporter.set_sample_ratio(config.tracing.sample_ratio);
         }
@@ -464,8 +468,18 @@ fn shares(config: &Config) -> Shares {
     };
     tracing::info!(max_bytes, source, "memory limit");
     let shares = Shares::of(max_bytes);
-    shares.requests.set_max(config.server.max_receiving_bytes);
+    shares.requests.set_max(config.server.max_receiving_bytes.map(|bytes| bytes.min(max_bytes)));
     shares
+}
+
+/// Warns of limits that can't be reached with the memory in use. A default gives way without a warning.
+fn warn_of_limits(config: &Config, memory: &Memory) {
+    let default = Config::default();
+    for OutOfReach { key, value, max, of } in config.out_of_reach(memory.max()) {
+        if key != "server.max_request_bytes" || value != default.server.max_request_bytes {
+            tracing::warn!(key, value, "a limit can't be reached: at most {max} bytes are accepted, {of}");
+        }
+    }
 }
 
 /// Default limit of connections and streams: with little memory, 4,096 idle ones would cost more than the memory for
@@ -482,7 +496,7 @@ fn limits(server: &config::ServerSettings, memory: &Shares) -> Limits {
         max_concurrent_streams: server.max_concurrent_streams,
         max_streams: server.max_streams.unwrap_or(places_in(memory)),
         // A request is in memory twice while it is read. A larger one would never have room.
-        max_request_bytes: server.max_request_bytes.min(memory.requests.max().min(memory.whole.max()) / 2),
+        max_request_bytes: server.max_request_bytes.min(memory.requests.max() / 2),
         // Requests are small, so this limits memory without a loss of speed. The library treats a client as a flood
         // when small frames use up half of the second window, and each stream may send one.
         windows: (64 << 10, server.max_concurrent_streams.saturating_mul(512).clamp(128 << 10, 16 << 20)),

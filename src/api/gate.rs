@@ -19,7 +19,7 @@ use crate::{
     orchestrator::{Orchestrator, Refusal},
 };
 
-/// By which way a call came.
+/// The entrance of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     /// The gRPC service.
@@ -123,14 +123,14 @@ impl Gate {
         Ok(Entered { orchestrator: self.orchestrator.clone(), caller, request, room })
     }
 
-    /// Memory for a decoded request until it is answered: lists of short strings grow the most.
-    fn room_of(&self, request: &impl Asks) -> Result<Option<Held>, Status> {
-        const GROWTH: usize = 16;
+    /// Memory for a decoded request until it is answered. At most all of it: any request that could be received is
+    /// admitted while no others are.
+    fn room_of<Q: Asks>(&self, request: &Q) -> Result<Option<Held>, Status> {
         /// Most bytes of a request that needs no reservation, so that small requests work even when the limit is
         /// reached.
         const SMALL: usize = 512;
         let bytes = request.encoded_len();
-        match self.requests.try_hold(bytes.saturating_mul(GROWTH)) {
+        match self.requests.try_hold(decoded(bytes, Q::RPC.max_names()).min(self.requests.max())) {
             Err(full) if bytes > SMALL => Err(status(Refusal::MemoryFull(full))),
             held => Ok(held.ok()),
         }
@@ -179,5 +179,30 @@ impl Gate {
 
     fn call<Q: Asks>(&self, request: &Request<Q>) -> Call {
         Call::begin(self.calls.clone(), Q::RPC, request.extensions().get())
+    }
+}
+
+/// Approximate bytes in memory of a request that has `bytes` on the wire and at most `max_names` names. Short names
+/// grow the most; since their number is limited, a large request grows less.
+fn decoded(bytes: usize, max_names: usize) -> usize {
+    /// Growth of short names.
+    const GROWTH: usize = 16;
+    /// The message and the validated request have a copy each.
+    const COPIES: usize = 2;
+    /// Bytes of a name in both copies, in addition to its characters: pointers, counts, and what the allocator adds.
+    const NAME: usize = 128;
+    bytes.saturating_mul(GROWTH).min(bytes.saturating_mul(COPIES).saturating_add(max_names.saturating_mul(NAME)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{CycleRequest, Name};
+
+    #[test]
+    fn the_longest_list_of_names_fits_into_the_smallest_memory() {
+        let requests = crate::memory::Shares::of(64 << 20).requests;
+        let bytes = CycleRequest::MAX_SUBSET * (2 + Name::MAX_LEN);
+        assert!(requests.try_hold(decoded(bytes, CycleRequest::MAX_SUBSET)).is_ok());
     }
 }

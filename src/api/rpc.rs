@@ -2,7 +2,10 @@
 
 use prost::Message;
 
-use crate::proto::orchestrator::v1 as pb;
+use crate::{
+    model::CycleRequest,
+    proto::{bounds::MAX_FIELDS, orchestrator::v1 as pb},
+};
 
 /// A message that callers ask with.
 pub(super) trait Asks: Message + Default {
@@ -21,6 +24,14 @@ macro_rules! rpcs {
 
             pub(super) fn name(self) -> &'static str {
                 match self { $(Self::$rpc => stringify!($rpc),)+ }
+            }
+
+            /// Most names in a request. The contract limits each list, and the fields of all registrations in one call.
+            pub(super) fn max_names(self) -> usize {
+                match self {
+                    Self::RegisterSubsystems => MAX_FIELDS,
+                    _ => CycleRequest::MAX_SUBSET,
+                }
             }
 
             #[cfg(test)]

@@ -157,8 +157,7 @@ b = 2
             "orchestrator.toml:19: cycle.started is unknown; known here are deadline, max_concurrent_calls, \
              max_outputs_bytes, max_queued, max_record_bytes",
             "orchestrator.toml:22: log.filter is \"inof\"; \"inof\" is not a level; give a level (off, error, warn, \
-             info, \
-             debug, trace), or several such as info,orchestrator_core=debug",
+             info, debug, trace), or several such as info,orchestrator_core=debug",
             "orchestrator.toml:23: log.format is \"xml\"; give \"auto\" or \"text\" or \"json\"",
             "orchestrator.toml:25: servers is unknown; did you mean server?",
         ]
@@ -188,8 +187,7 @@ offset = "5s"
             "orchestrator.toml:5: loop pulse: overlap_policy is \"wait\"; give \"skip\" or \"buffer_one\" or \
              \"buffer_all\" or \"cancel_other\"",
             "orchestrator.toml:8: loops[1]: name \"pulse 2\" is not a name: a name is 1 to 63 characters, a letter, \
-             then \
-             letters, digits, '_', '-' or '.'",
+             then letters, digits, '_', '-' or '.'",
             "orchestrator.toml:10: loops[1]: offset is 5s; give less than 5s, the interval, and no less than 0s",
         ]
     );
@@ -236,8 +234,7 @@ timeout = "5 parsecs"
             "orchestrator.toml:4: subsystem A: timeout is 5; give a duration with its unit, such as \"5s\", \"1m \
                 30s\" or \"48h\", from 1ms to 24h",
             "orchestrator.toml:7: subsystem A: after[1] \"not ok\" is not a name: a name is 1 to 63 characters, a \
-             letter, \
-             then letters, digits, '_', '-' or '.'",
+             letter, then letters, digits, '_', '-' or '.'",
             "orchestrator.toml:8: subsystem A: after[2] is 7; give a quoted string",
             "orchestrator.toml:12: subsystem A: retry.max_attempts is 11; allowed is 1 to 10",
             "orchestrator.toml:13: subsystem A: retry.max_atempts is unknown; did you mean retry.max_attempts?",
@@ -249,8 +246,7 @@ timeout = "5 parsecs"
              remove one",
             "orchestrator.toml:27: subsystem B: limits.max_issues is 5000; allowed is 0 to 1024",
             "orchestrator.toml:29: subsystems[3]: name is missing; a name is 1 to 63 characters, a letter, then \
-             letters, \
-             digits, '_', '-' or '.'",
+             letters, digits, '_', '-' or '.'",
             "orchestrator.toml:31: subsystems[3]: timeout is \"5 parsecs\"; give a duration with its unit, such as \
                 \"5s\", \"1m 30s\" or \"48h\", from 1ms to 24h",
         ]
@@ -403,8 +399,7 @@ fn one_address_is_not_listened_on_twice() {
     assert_eq!(
         both("127.0.0.1:7715", "127.0.0.1:7715").unwrap_err().to_string(),
         "flag --set admin.listen: admin.listen is 127.0.0.1:7715, and server.listen is 127.0.0.1:7715; give each a \
-         port \
-         of its own, or set it to off"
+         port of its own, or set it to off"
     );
     assert!(problem(&["server.listen=127.0.0.1:7780"], &[]).contains("give each a port of its own"));
     for (listen, admin, is_allowed) in [
@@ -442,6 +437,11 @@ fn a_limit_that_a_narrower_one_keeps_out_of_reach_is_refused() {
         problem(&["server.max_request_bytes=4000000", "memory.max_bytes=67108864"], &[])
             .contains("at most 3145728, half of 3/32 of memory.max_bytes")
     );
+    // A process may have less than the default.
+    let config = load(&["server.max_request_bytes=33554432"], &[]).unwrap();
+    let out_of_reach = |memory| config.out_of_reach(memory).map(|it| (it.key, it.max)).collect::<Vec<_>>();
+    assert_eq!(out_of_reach(1 << 30), []);
+    assert_eq!(out_of_reach(64 << 20), [("server.max_request_bytes", 3_145_728)]);
     // A default gives way to what is written, and what fits exactly is allowed.
     assert!(load(&["server.max_receiving_bytes=1048576"], &[]).is_ok());
     assert!(load(&["memory.max_bytes=67108864"], &[]).is_ok());
