@@ -47,12 +47,8 @@ pub(super) fn cycle(
     } = request;
     let mut bad = Violations::default();
     if request_id.len() > CycleRequest::MAX_REQUEST_ID {
-        let problem = format!(
-            "is {} bytes long; the limit is {} \
-             bytes",
-            request_id.len(),
-            CycleRequest::MAX_REQUEST_ID
-        );
+        let problem =
+            format!("is {} bytes long; the limit is {} bytes", request_id.len(), CycleRequest::MAX_REQUEST_ID);
         bad.add("request_id", problem);
     }
     if request_id.contains('\0') {

@@ -32,8 +32,8 @@ enum Command {
         visible_alias = "ls",
         after_help = "\
 DUE is the sum of RAN, SKIPPED (a cycle with a subsystem in common was running or waiting), MISSED (the service was \
-down), COALESCED (merged into the \
-cycle of another tick) and DROPPED (refused). The latest ticks that did not run are listed below the table.
+down), COALESCED (merged into the cycle of another tick) and DROPPED (refused). The latest ticks that did not run are \
+listed below the table.
 
 Examples:
   orchestrator loops list
@@ -44,8 +44,7 @@ Examples:
     /// Stop a loop
     #[command(after_help = "\
 Its cycles continue. A loop that was started with `loops start` is deleted; a loop that the configuration file \
-declares \
-stays listed as stopped, and `loops start NAME` restarts it.
+declares stays listed as stopped, and `loops start NAME` restarts it.
 
 Examples:
   orchestrator loops stop heartbeat")]
@@ -59,11 +58,9 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 It survives restarts of the service. To restart a stopped loop that the configuration file declares, give only its \
-name. \
-Ticks are due at multiples of the interval since 1970 (UTC), shifted by --offset: give loops with the same interval \
-and a \
-subsystem in common different offsets, or they take turns. --subsystem can name a subsystem that is registered later; \
-until then its part fails.
+name. Ticks are due at multiples of the interval since 1970 (UTC), shifted by --offset: give loops with the same \
+interval and a subsystem in common different offsets, or they take turns. --subsystem can name a subsystem that is \
+registered later; until then its part fails.
 
 Overlap policies, for a tick while a cycle with a subsystem in common runs or waits: skip, its cycle does not run; \
 buffer_one, it waits if none of this loop waits yet; buffer_all, it waits in line; cancel_other, those that run are \

@@ -303,8 +303,7 @@ impl<F: clap::Args> Remote<F> {
             }
             "CYCLE_NOT_FOUND" => {
                 let what = format!(
-                    "the history has no cycle {}: the id was never given, or the record is no longer \
-                     retained",
+                    "the history has no cycle {}: the id was never given, or the record is no longer retained",
                     cycle()?
                 );
                 (what, format!("\nTo list the history: orchestrator cycles list{flag}"))

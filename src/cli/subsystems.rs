@@ -104,8 +104,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The flags are the keys of [[subsystems]] in the configuration file. A flag that is not given takes its default, even \
-if \
-the registration had another value before. The subsystem takes part from the next cycle that starts, and survives \
+if the registration had another value before. The subsystem takes part from the next cycle that starts, and survives \
 restarts of the service.
 
 With --file, all [[subsystems]] of the file are registered, up to 1,000 at once: all of these or none. Other tables of \

@@ -34,8 +34,7 @@ use super::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The view updates by itself: running and recorded cycles from the stream of the service, and the registry page by page \
-at \
-a limited rate, so that it works with ten thousand subsystems as with ten. It is read-only.
+at a limited rate, so that it works with ten thousand subsystems as with ten. It is read-only.
 
 Keys: arrows move, Enter opens a subsystem with its latest output, / filters, s sorts by the next column, r reverses, \
 Tab shows the latest cycles and the loops, ? lists all keys, q quits.

@@ -169,12 +169,8 @@ impl Dialer {
         if bytes <= Self::LONG {
             return Ok(work());
         }
-        let ended = |error: &dyn std::error::Error| {
-            outcome::broken(format!(
-                "a large message was not processed: \
-                 {error}"
-            ))
-        };
+        let ended =
+            |error: &dyn std::error::Error| outcome::broken(format!("a large message was not processed: {error}"));
         let place = self.aside.clone().acquire_owned().await.map_err(|error| ended(&error))?;
         let work = move || {
             let _place = place;

@@ -140,8 +140,7 @@ impl<B> Received<B> {
             };
             if self.gathered.len() >= most {
                 return Err(Status::resource_exhausted(
-                    "too many requests are open on the stream; wait for their \
-                     answers",
+                    "too many requests are open on the stream; wait for their answers",
                 ));
             }
             let some = data.split_to(data.len().min(most - self.gathered.len()));
@@ -216,10 +215,8 @@ where
                 Poll::Ready(None) if is_whole => return Poll::Pending,
                 Poll::Ready(None) if self.came().is_empty() => {
                     if self.messages == 0 && !self.rule.is_stream {
-                        let status = Status::invalid_argument(
-                            "the request has no message; send one, even if it is \
-                             empty",
-                        );
+                        let status =
+                            Status::invalid_argument("the request has no message; send one, even if it is empty");
                         return Poll::Ready(Err(status.into()));
                     }
                     return Poll::Ready(Ok(None));

@@ -49,9 +49,8 @@ impl Payload {
     /// The problem of a whole number that would change.
     pub(crate) fn changes(number: impl std::fmt::Display) -> Malformed {
         Malformed(format!(
-            "contains the whole number {number}, which would change: numbers are doubles, exact up to {} (2^53); \
-             write it in \
-             quotes",
+            "contains the whole number {number}, which would change: numbers are doubles, exact up to {} (2^53); write \
+             it in quotes",
             Self::MAX_WHOLE
         ))
     }

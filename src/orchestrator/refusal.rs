@@ -19,8 +19,7 @@ pub enum Refusal {
     /// Its overlap policy does not let it wait.
     #[error(
         "cycle {0} has a subsystem in common with it and has not ended; wait for cycle {0}, cancel it, or choose an \
-         overlap \
-         policy that waits"
+         overlap policy that waits"
     )]
     CycleRunning(CycleId),
     /// Its overlap policy lets one cycle wait, and one already waits.
@@ -146,13 +145,11 @@ fn not_retained(after: Revision, oldest: Revision, newest: Revision) -> String {
     if after > newest {
         return format!(
             "revision {after} is in the future: {newest} is the newest. Is this another database, or a restored \
-             backup? \
-             Start from {newest}, or with from_oldest"
+             backup? Start from {newest}, or with from_oldest"
         );
     }
     format!(
         "records after revision {after} are no longer all retained: {oldest} is the oldest revision, {newest} the \
-         newest; \
-         start from there, or with from_oldest"
+         newest; start from there, or with from_oldest"
     )
 }

@@ -36,9 +36,8 @@ impl Shared {
                     if is_full && !is_told {
                         tracing::warn!(
                             removed = BATCH,
-                            "many records are too old at once: at most this number is removed for age at a time, \
-                             every minute \
-                             and every {RECORDS} cycles; if the clock is wrong, set it right"
+                            "many records are too old at once: at most this number is removed for age at a time, every \
+                             minute and every {RECORDS} cycles; if the clock is wrong, set it right"
                         );
                     }
                     is_told = is_full;
@@ -128,8 +127,7 @@ impl Doubt {
                 %now,
                 leap = format!("{leap:#}"),
                 "the clock is ahead of the last cycle, or has leapt: if it is wrong, set it right; for {wait:?} \
-                 nothing is \
-                 removed for its age"
+                 nothing is removed for its age"
             );
             self.until = Some(Instant::now() + wait);
         } else if leap < -much && self.until.take().is_some() {

@@ -457,16 +457,14 @@ fn is_of_this_database(path: &Path, mark: &Mark, noted: &Mark) -> bool {
                 %store,
                 %last_cycle_id,
                 "the database of this path, which ended with this cycle, is gone: a new one begins with cycle 1. If \
-                 that is \
-                 a mistake, stop this process and put the database back, or restore it from a backup"
+                 that is a mistake, stop this process and put the database back, or restore it from a backup"
             );
         } else {
             tracing::error!(
                 %store,
                 %last_cycle_id,
                 "another database, which ended with this cycle, was at this path before; this one ends with cycle {}. \
-                 If \
-                 that is a mistake, stop this process and put the other one back, or restore it from a backup",
+                 If that is a mistake, stop this process and put the other one back, or restore it from a backup",
                 mark.last_cycle_id
             );
         }
@@ -823,9 +821,8 @@ impl Writer {
             return Err(StoreError::Fenced { by: term.epoch });
         }
         if files_of(&self.path).ok() != Some(self.files) {
-            let problem = "it or its log was removed or replaced while it was in use; put the same files back, or \
-                           stop this \
-                           process and restore it from a backup";
+            let problem = "it or its log was removed or replaced while it was in use; put the same files back, or stop \
+                           this process and restore it from a backup";
             return Err(unavailable(&self.path, problem.into()));
         }
         term.frontier.check(write).map_err(|problem| StoreError::Defect { problem })?;
@@ -961,8 +958,7 @@ impl Writer {
                         %store,
                         bytes = size,
                         "the log can't be checkpointed into the database, and grows: another program reads the \
-                         database, and has not \
-                         ended its transaction"
+                         database, and has not ended its transaction"
                     );
                 }
                 self.unchecked_bytes = 0;

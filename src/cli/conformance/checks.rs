@@ -82,15 +82,13 @@ pub(super) const CHECKS: &[Check] = checks! {
     Required "status" status needs Server:
         "Returns a snapshot of the subsystem's own state, for people and dashboards. Free of side effects, answered \
          even before `Initialize` and while a cycle runs. UNIMPLEMENTED means that the subsystem has no status. … \
-         Bounded like an \
-         output.",
+         Bounded like an output.",
     Required "run-before-initialize" run_before_initialize needs Server:
         "FAILED_PRECONDITION: not initialized (for instance because the process restarted). The orchestrator calls \
          `Initialize` and then `RunCycle` once more, within the same deadline.",
     Required "initialize" initialize needs Server:
         "Idempotent: it can be called any number of times, with the same or with other parameters; the last call \
-         counts. A \
-         subsystem that needs no initialization answers UNIMPLEMENTED, which counts as success.",
+         counts. A subsystem that needs no initialization answers UNIMPLEMENTED, which counts as success.",
     Required "run-cycle" run_cycle needs Server:
         "Does the subsystem's part in one cycle and returns its output for the others.",
     Required "repeated-cycle" repeated_cycle needs Cycle:
@@ -116,27 +114,22 @@ pub(super) const CHECKS: &[Check] = checks! {
         "Both sides ignore unknown fields, so that either can be newer than the other.",
     Required "absent-and-stale-inputs" absent_and_stale_inputs needs Cycle:
         "one entry for each name in `requires`, `after` and `reads` of the registration, even if the input is absent. \
-         … Whether \
-         `output` was made in this cycle, in another one, or never. … Not set means an empty output, or, if \
+         … Whether `output` was made in this cycle, in another one, or never. … Not set means an empty output, or, if \
          `freshness` is FRESHNESS_ABSENT, no output.",
     Required "large-input" large_input needs Cycle:
         "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones \
-         should \
-         be.",
+         should be.",
     Recommended "larger-input" larger_input needs Cycle:
         "Together at most 64 MiB: requests of up to 4 MiB, the default of gRPC, must be readable, and larger ones \
-         should \
-         be.",
+         should be.",
     Required "concurrent-subsystems" concurrent_subsystems needs Cycle:
         "Several subsystems may be served at one endpoint, over one connection, and called at the same time.",
     Recommended "malformed-request" malformed_request needs Cycle:
         "Errors are plain gRPC status codes. … A request that can't be decoded may get any code.",
     Required "output-limits" output_limits needs Cycle:
         "At most 90 nested messages deep, which is 30 nested objects … and at most as large as the `max_output_bytes` \
-         of \
-         the registration (default 1 MiB). … A name is 1 to 128 bytes; at most `max_metrics` of them (default 64). … \
-         At \
-         most `max_issues` (default 32). … At most 128 bytes. … At most 4 KiB.",
+         of the registration (default 1 MiB). … A name is 1 to 128 bytes; at most `max_metrics` of them (default 64). \
+         … At most `max_issues` (default 32). … At most 128 bytes. … At most 4 KiB.",
     Required "status-has-no-effects" status_has_no_effects needs Cycle:
         "Free of side effects, answered even before `Initialize` and while a cycle runs.",
     Recommended "health" health needs Server:

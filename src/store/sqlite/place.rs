@@ -61,8 +61,7 @@ pub enum FileError {
     /// It has more than one name.
     #[error(
         "{database} is the same file as {other} (a hard link), and SQLite looks for a database's log beside the name \
-         that \
-         it is opened by: remove the names that are not its own, and open it by the one that is"
+         that it is opened by: remove the names that are not its own, and open it by the one that is"
     )]
     Linked {
         /// The name by which it was to be opened.
@@ -73,8 +72,8 @@ pub enum FileError {
     /// It is a copy of another database.
     #[error(
         "{copy} is a copy of {original}: if it is served, it takes over the fleet. To have it continue in the \
-         original's \
-         place, see that no process serves that one any more, and run `orchestrator store accept sqlite:{copy}`"
+         original's place, see that no process serves that one any more, and run `orchestrator store accept \
+         sqlite:{copy}`"
     )]
     Copy {
         /// The copy.
@@ -95,8 +94,7 @@ pub enum FileError {
     /// It is missing, but its log exists.
     #[error(
         "{database} is missing or empty, but its log with the latest records, {log}, exists: put the database back in \
-         its \
-         place, or move the log away to begin a new one"
+         its place, or move the log away to begin a new one"
     )]
     LogAlone {
         /// The database.
