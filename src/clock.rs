@@ -10,7 +10,7 @@ pub struct Clock(Source);
 #[derive(Clone, Copy, Debug)]
 enum Source {
     System,
-    /// Showed this time then.
+    /// Showed this time at that instant.
     Simulated(Timestamp, Instant),
 }
 

@@ -1,7 +1,7 @@
 //! The use cases, behind one handle that is cheap to clone.
 //!
-//! What is known stands in `State`, under one lock, which nobody holds across a wait. It changes only after the change
-//! is committed, and in the same order. Each use case stands in the file of what it changes or reads:
+//! `State` holds everything that is known, under one lock, which is never held across an await. It changes only after
+//! the change is committed, and in the same order. Each use case is in the file of what it changes or reads:
 //!
 //! - the path of a cycle: `admission` admits it, `line` decides when it may run, `conductor` runs it, `writing` records
 //!   it;
@@ -109,9 +109,9 @@ struct Shared {
     newest: newest::Sender<Revision>,
     live: Live,
     watchers: Watchers,
-    /// True once no more writes are possible: `State::store_error` has the reason.
+    /// Cancelled once no more writes are possible: `State::store_error` has the reason.
     store_has_ended: CancellationToken,
-    /// True once the last write is done.
+    /// Cancelled once the last write is done.
     closed: CancellationToken,
 }
 

@@ -25,7 +25,7 @@ pub struct Loops {
     version: u64,
     /// When dropped ticks of a loop were last logged.
     warned_at: BTreeMap<Name, Timestamp>,
-    /// Those whose last cycle had no subsystem in it. The log has said so.
+    /// Loops whose last cycle had no subsystem in it, which is logged once.
     empty: BTreeSet<Name>,
     random: Random,
 }
@@ -52,7 +52,7 @@ pub struct LoopEntry {
 /// The origin of a loop's settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoopOrigin {
-    /// True if the configuration file declares it.
+    /// The configuration file declares it.
     Config,
     /// A caller started it.
     Rpc,

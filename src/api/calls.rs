@@ -45,8 +45,7 @@ impl Calls {
     }
 }
 
-/// A call that is being answered. It is counted when it is dropped: as CANCELLED where it was not answered by then,
-/// which is its caller's doing.
+/// A call that is being answered. It is counted when it is dropped. A call that its caller ended counts as CANCELLED.
 pub(super) struct Call {
     calls: Arc<Calls>,
     rpc: Rpc,
@@ -62,7 +61,7 @@ impl Call {
         Self { calls, rpc, way, peer, begun: Instant::now(), code: Code::Cancelled }
     }
 
-    /// It was answered, or failed so.
+    /// Records the status of the answer.
     pub(super) fn answered(&mut self, failed: Option<&Status>) {
         self.code = failed.map_or(Code::Ok, |status| Code::from_number(status.code() as i32));
     }

@@ -15,7 +15,7 @@ pub(super) const MAX_ANSWER: usize = 3 << 20;
 /// Most concurrent requests for all snapshots; further ones wait.
 const MAX_ASKING_ALL: usize = 2;
 
-/// Answer calls. All clones share their bounds.
+/// The shared state of handlers. All clones share their bounds.
 #[derive(Clone)]
 pub(super) struct Handlers {
     pub(super) clock: Clock,

@@ -630,7 +630,7 @@ impl<'a> Run<'a> {
         free
     }
 
-    /// Ends the remaining shares, and makes the report.
+    /// Ends the remaining parts, and makes the report.
     fn finish(mut self, end: End) -> Ran {
         let duration = self.start.elapsed();
         for position in 0..self.parts.len() {

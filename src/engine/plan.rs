@@ -21,9 +21,9 @@ pub struct Plan {
     pub(super) positions: HashMap<Name, usize>,
     /// Number of steps of each phase, lowest phase first. Phases are consecutive ranges of positions.
     pub(super) phases: Vec<usize>,
-    /// None where the plan is one over all.
+    /// Empty in a plan over all subsystems.
     pub(super) relays: Relays,
-    /// The names that it is to be over, but that are not registered.
+    /// Requested names that are not registered.
     pub(super) unregistered: Vec<Name>,
     /// Number of dependencies inside phases.
     pub(super) relations: usize,
@@ -54,7 +54,7 @@ pub(super) struct Step {
     pub(super) inputs: Vec<(Name, Named)>,
 }
 
-/// Where a subsystem is that a registration names.
+/// The place of a subsystem that a registration names.
 #[derive(Clone, Debug)]
 pub(super) enum Named {
     /// At this position of the plan.

@@ -54,7 +54,7 @@ impl Trace {
         }
     }
 
-    /// Its context.
+    /// Its trace id, if it has one.
     pub fn id(&self) -> Option<TraceId> {
         match self {
             Self::None => None,

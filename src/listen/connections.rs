@@ -224,7 +224,7 @@ impl Place {
         self.peer
     }
 
-    /// What is taken for one peer where connections share something.
+    /// The network that counts as one peer.
     pub(super) fn network(&self) -> Option<IpAddr> {
         self.peer.0.map(network_of)
     }

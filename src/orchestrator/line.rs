@@ -48,7 +48,7 @@ struct Place {
     locks: Locks,
     /// Number of its names at which another cycle is before it.
     behind: usize,
-    /// At its names before this position no cycle is before it, nor will be.
+    /// All its names before this index are free of earlier cycles, and stay so.
     first_behind: usize,
     runs: bool,
 }

@@ -53,7 +53,7 @@ struct Running {
     total: usize,
     /// The state of each subsystem, by its position in the plan; a missing one waits.
     stands: BTreeMap<usize, Update>,
-    /// Positions that changed since the last batch was sent, in order.
+    /// Updates since the last batch was sent, in order.
     changed: Vec<Update>,
     /// Number of updates before those in `changed`.
     sent: u64,

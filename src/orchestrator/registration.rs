@@ -34,7 +34,7 @@ impl Orchestrator {
     /// Registers a subsystem, or replaces its registration. Returns it with the result.
     ///
     /// # Errors
-    /// The dependencies would have a cycle, the file declares the name, the registry is full, the store can't be
+    /// There would be a circular dependency, the file declares the name, the registry is full, the store can't be
     /// written, or the process drains.
     pub async fn register(
         &self,
@@ -271,8 +271,8 @@ impl Shared {
         }
     }
 
-    /// Most subsystems in one commit, which then hardly delays the start of a cycle.
     async fn forget_expired(&self) -> Result<(), Refusal> {
+        /// Most subsystems in one commit, which then hardly delays the start of a cycle.
         const MAX: usize = 1000;
         let mut order = self.order.lock().await;
         let expired = self.state().registry.expired(Instant::now(), MAX);

@@ -45,7 +45,7 @@ pub struct Registered {
 /// The origin of a registration.
 #[derive(Clone, Copy, Debug)]
 pub enum Origin {
-    /// True if the configuration file declares it.
+    /// The configuration file declares it.
     Config,
     /// A caller registered it, until this lease ends, if there is one.
     Rpc {

@@ -1,5 +1,5 @@
-//! The tasks of an orchestrator, from their start to their end. Each has a name and a purpose, and none ends unnoticed:
-//! otherwise loops or leases would stop unnoticed.
+//! The tasks of an orchestrator, from their start to their end. Each has a name and a purpose, and its end is detected:
+//! otherwise loops or leases would stop without anyone noticing.
 
 use std::{convert::Infallible, sync::Arc};
 
@@ -13,7 +13,7 @@ use crate::{
 
 const CONDUCTOR: Part =
     Part { name: "the conductor of cycles", purpose: "runs cycles when it is their turn and has them recorded" };
-const WRITER: Part = Part { name: "the writer", purpose: "commits whatever is to last" };
+const WRITER: Part = Part { name: "the writer", purpose: "commits changes to the store" };
 const LOOPS: Part = Part { name: "the timer of loops", purpose: "starts the cycles of loops when their ticks are due" };
 const LEASES: Part =
     Part { name: "the timer of leases", purpose: "unregisters subsystems whose lease was not renewed" };

@@ -64,7 +64,7 @@ enum Position {
 }
 
 impl Default for Metrics {
-    /// Those of the process, and of whatever orchestrator is scraped.
+    /// Metrics of the process and the orchestrator.
     fn default() -> Self {
         Self {
             turn: Semaphore::new(1),
@@ -79,8 +79,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Also those of the calls to it, of what exports its spans, of the servers in front of it, by name, and of the
-    /// memory of all.
+    /// Adds metrics of calls, the span exporter, the servers by name, and memory.
     pub(crate) fn and_of(
         self,
         calls: Arc<Calls>,

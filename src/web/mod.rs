@@ -133,7 +133,7 @@ impl http_body::Body for Open {
     }
 }
 
-/// What stands in braces in a path is a field of the request.
+/// A name in braces is a field of the request.
 fn routes() -> Router<Answers> {
     Router::new()
         .merge(dashboard::routes())
