@@ -55,8 +55,8 @@ impl Orchestrator {
     /// Replaces the settings and declarations.
     ///
     /// # Errors
-    /// There would be a circular dependency, there is no memory for what is declared, the store can't be written, or the
-    /// process drains; then nothing has changed.
+    /// There would be a circular dependency, there is no memory for what is declared, the store can't be written, or
+    /// the process drains; then nothing has changed.
     pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         self.change(|shared, order| async move { shared.reload(order, settings, declared).await }).await
     }
