@@ -130,6 +130,15 @@ async fn unknown_and_large_calls_are_refused_and_the_service_continues() {
 }
 
 #[tokio::test]
+async fn the_longest_list_of_names_is_read_with_the_least_memory() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "memory.max_bytes=67108864"])).await;
+    let subsystems = (0..20_000).map(|i| format!("s{i:062}")).collect();
+    let request = pb::RunCycleRequest { subsystems, ..pb::RunCycleRequest::default() };
+    let refused = stage.client.run_cycle(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound, "they are not registered: {refused:?}");
+}
+
+#[tokio::test]
 async fn a_status_can_leave_out_the_last_cycle() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
