@@ -358,15 +358,8 @@ async fn a_cycle_that_is_cancelled_in_line_has_a_trace() {
     let mut request = Request::new(pb::RunCycleRequest { r#async: true, ..Default::default() });
     request.metadata_mut().insert("traceparent", SAMPLED.parse().unwrap());
     let of_caller = stage.client.run_cycle(request).await.unwrap().into_inner().cycle_id;
-    let mut cancelling = Vec::new();
     for waiting in [own, of_caller] {
-        let mut client = stage.client.clone();
-        cancelling.push(tokio::spawn(async move { client.cancel(waiting).await.unwrap() }));
-    }
-    // What waits is recorded when its turn comes.
-    stage.client.cancel(1).await.unwrap();
-    for cancelled in cancelling {
-        let cycle = patiently("a cancelled cycle", cancelled).await.unwrap();
+        let cycle = patiently("a cancelled cycle", stage.client.cancel(waiting)).await.unwrap();
         let trace = collector.of_cycle(&cycle).await;
         assert_eq!(attributes(&trace.root().attributes)["orchestrator.cycle.state"], "CANCELLED");
         assert_eq!((trace.named("commit").len(), trace.spans.len()), (1, 2), "{:?}", trace.spans);
