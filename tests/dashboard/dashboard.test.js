@@ -368,7 +368,7 @@ test("a store that can't be written is told, until it can", async (t) => {
   const page = await browser.open(service.url);
   await sees(page, row("alpha"));
   const release = fleet.hold("alpha");
-  const refused = assert.rejects(service.run(), /the record is not available now/);
+  const refused = assert.rejects(service.run(), /the store is not available now/);
   await says(page, ".facts", "cycle 2, 0 of 1");
   const putBack = service.moveDatabaseAway();
   release();
