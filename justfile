@@ -45,7 +45,7 @@ lint-proto:
 lint-scripts:
     npm ci --silent --prefix .ci
     .ci/node_modules/.bin/tsc -p src/web/dashboard/jsconfig.json
-    .ci/node_modules/.bin/biome lint --error-on-warnings
+    .ci/node_modules/.bin/biome lint --error-on-warnings src/web/dashboard tests/dashboard examples/node
 
 # Licenses, advisories and sources of the dependencies. Needs cargo-deny.
 deny:
