@@ -26,6 +26,7 @@ use self::{
 use crate::{
     engine::{Member, Plan},
     file,
+    memory::Shares,
     model::{
         BreakerPolicy, BreakerSpec, CatchUp, CycleState, Endpoint, IntervalLoop, LimitsSpec, LoopSpec, Name,
         OverlapPolicy, RetryPolicy, RetrySpec, Subsystem, SubsystemSpec, Violations, text::clean,
@@ -90,7 +91,7 @@ pub struct ServerSettings {
     /// `max_receiving_bytes`, since a request is in memory twice while it is read.
     pub max_request_bytes: usize,
     /// Bytes of all requests together that are being received at one time. 1 MiB to 64 GiB, default 3/32 of
-    /// `memory.max_bytes`, and never more than all of it. What comes on top is refused.
+    /// `memory.max_bytes`, and never more than all of it. Requests beyond it are refused.
     pub max_receiving_bytes: Option<usize>,
     /// Most concurrent watchers on all connections. 0 to 100,000, default 2,000.
     pub max_watchers: usize,
@@ -360,15 +361,20 @@ impl Config {
         /// Bytes of an answer that always have room on a connection.
         const ANSWER: usize = 4 * MIB;
         let Self { server, cycle, .. } = self;
+        let shares = Shares::of(memory);
         let (request, of_receiving) = match server.max_receiving_bytes {
             Some(receiving) => {
                 (receiving / 2, "half of server.max_receiving_bytes, because a request is in memory twice")
             }
-            None => (memory / 32 * 3 / 2, "half of 3/32 of memory.max_bytes, because a request is in memory twice"),
+            None => {
+                (shares.requests.max() / 2, "half of 3/32 of memory.max_bytes, because a request is in memory twice")
+            }
         };
         let (receiving, outputs) = (server.max_receiving_bytes, cycle.max_outputs_bytes);
-        let (record, of_connection) =
-            ((memory / 32).max(ANSWER), "1/32 of memory.max_bytes, the memory for answers on one connection");
+        let (record, of_connection) = (
+            (shares.answers.max() / 4).max(ANSWER),
+            "1/32 of memory.max_bytes, the memory for answers on one connection",
+        );
         [
             ("server.max_receiving_bytes", receiving.unwrap_or_default(), memory, "memory.max_bytes"),
             ("server.max_request_bytes", server.max_request_bytes, request, of_receiving),

@@ -32,7 +32,6 @@ mod writing;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    panic::resume_unwind,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -55,6 +54,7 @@ use crate::{
     engine::{Engine, Order},
     memory::{Held, Memory},
     model::{CycleId, Revision},
+    parts::joined,
     ports::{Record, Store, StoreError},
     schedule::Loops,
 };
@@ -186,8 +186,7 @@ impl Orchestrator {
         F: Future<Output = Result<T, Refusal>> + Send + 'static,
     {
         let admission = self.admit(ChangeKind::Begins)?;
-        let late = self.0.state().store_error.clone().filter(StoreError::is_late);
-        if let Some(late) = late {
+        if let Some(late) = self.0.late_error() {
             return Err(late.into());
         }
         let change = change(self.0.clone(), self.0.order.clone().lock_owned().await);
@@ -195,13 +194,7 @@ impl Orchestrator {
             let _admission = admission;
             change.await
         });
-        match changed.await {
-            Ok(changed) => changed,
-            Err(ended) => match ended.try_into_panic() {
-                Ok(panic) => resume_unwind(panic),
-                Err(_runtime_is_shut_down) => Err(Refusal::Draining),
-            },
-        }
+        joined(changed.await).unwrap_or(Err(Refusal::Draining))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The parts of the running service: tasks with a name and a purpose, which are owned together, and whose end is
 //! detected.
 
-use std::{any::Any, collections::HashMap, fmt::Display, future::pending};
+use std::{any::Any, collections::HashMap, convert::Infallible, fmt::Display, future::pending, panic::resume_unwind};
 
 use tokio::task::{Id, JoinError, JoinSet};
 
@@ -36,6 +36,14 @@ impl Parts {
     pub fn start<E: Display>(&mut self, part: Part, task: impl Future<Output = Result<(), E>> + Send + 'static) {
         let task = self.tasks.spawn(async move { task.await.map_err(|error| error.to_string()) });
         self.parts.insert(task.id(), part);
+    }
+
+    /// Starts a part that can't fail.
+    pub fn start_infallible(&mut self, part: Part, task: impl Future<Output = ()> + Send + 'static) {
+        self.start(part, async {
+            task.await;
+            Ok::<_, Infallible>(())
+        });
     }
 
     /// Waits until one of them ends; forever if there are no parts. Cancel safe.
@@ -85,6 +93,18 @@ impl Ended {
     }
 }
 
+/// The result of a task that was joined. A panic of the task continues here; `None` if the task was aborted, as all are
+/// when the runtime shuts down.
+pub fn joined<T>(result: Result<T, JoinError>) -> Option<T> {
+    match result {
+        Ok(done) => Some(done),
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => resume_unwind(panic),
+            Err(_aborted) => None,
+        },
+    }
+}
+
 fn why(error: JoinError) -> String {
     match error.try_into_panic() {
         Ok(panic) => format!("it panicked: {}", message(&*panic)),
@@ -100,7 +120,7 @@ fn message(panic: &(dyn Any + Send)) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use std::{convert::Infallible, future::ready};
+    use std::future::ready;
 
     use super::*;
 

@@ -3,7 +3,6 @@
 mod operator;
 
 use std::{
-    convert::Infallible,
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -147,15 +146,15 @@ impl Service {
         });
         let store = store::open(&config.store.url, record::check, host.clock).await?;
         let contents = store.take_over().await?;
-        tracing::info!(store = %config.store.url, epoch = contents.epoch.0, last_cycle = contents.last_cycle_id.0, "store \
-            opened");
+        let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
+        tracing::info!(store = %config.store.url, epoch, last_cycle, "store opened");
         let (mut exporting, stop_exporting) = (Parts::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
             let (made, sender) =
                 otlp::exporter(endpoint, config.tracing.sample_ratio, host.random.clone(), &config.orchestrator_id)?;
             let made = Arc::new(made);
-            exporting.start(EXPORTER, told(sender.run(stop_exporting.clone())));
+            exporting.start_infallible(EXPORTER, sender.run(stop_exporting.clone()));
             (exporter, spans) = (Some(made.clone()), made);
         }
         let services = listen::reflection(SERVICE)?;
@@ -174,7 +173,7 @@ impl Service {
         let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
         let mut servers = Parts::default();
         let served = server.serve(listener, connections.clone(), stop_server.clone(), cut_off.clone());
-        servers.start(GRPC_SERVER, told(served));
+        servers.start_infallible(GRPC_SERVER, served);
         tracing::info!(%address, "listening");
         let admin_address = admin.as_ref().map(|(_, address)| *address);
         if let Some((listener, address)) = admin {
@@ -184,7 +183,7 @@ impl Service {
             let metrics = Metrics::default().and_of(api.calls(), exporter.clone(), in_front, memory.clone());
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
             let web = Web { api, metrics: metrics.into(), memory: memory.admin, beyond_loopback };
-            servers.start(ADMIN_SERVER, told(web.serve(listener, admin, stop, cut_off)));
+            servers.start_infallible(ADMIN_SERVER, web.serve(listener, admin, stop, cut_off));
             tracing::info!(%address, "dashboard");
         }
         Ok(Self {
@@ -439,12 +438,6 @@ fn listed(changed: &[String]) -> String {
         0 => named,
         more => format!("{named} and {more} more"),
     }
-}
-
-/// A part that ends without an error when it is stopped.
-async fn told(part: impl Future<Output = ()>) -> Result<(), Infallible> {
-    part.await;
-    Ok(())
 }
 
 /// Reads a file on a blocking thread: its disk can be slow.

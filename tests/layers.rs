@@ -28,9 +28,24 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("listen", &["memory", "proto", "transport", "turn"]),
     ("subsystem", &["listen", "memory", "model", "proto", "transport"]),
     // It shows what these know: plans and breakers, records and snapshots, loops.
-    ("api", &["clock", "engine", "listen", "memory", "model", "orchestrator", "ports", "proto", "record", "schedule"]),
-    ("web", &["api", "listen", "memory", "model", "proto", "telemetry", "transport"]),
-    ("config", &["engine", "file", "model", "ports", "store"]),
+    (
+        "api",
+        &[
+            "clock",
+            "engine",
+            "listen",
+            "memory",
+            "model",
+            "orchestrator",
+            "parts",
+            "ports",
+            "proto",
+            "record",
+            "schedule",
+        ],
+    ),
+    ("web", &["api", "listen", "memory", "model", "parts", "proto", "telemetry", "transport"]),
+    ("config", &["engine", "file", "memory", "model", "ports", "store"]),
     // It counts what these count.
     ("telemetry", &["api", "config", "engine", "listen", "memory", "model", "orchestrator", "ports", "random"]),
     (
@@ -63,6 +78,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "host",
             "memory",
             "model",
+            "parts",
             "ports",
             "proto",
             "serve",

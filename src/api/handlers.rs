@@ -1,13 +1,13 @@
 //! Common parts of the handlers of all RPCs: turns for long work. They reach the orchestrator only through a call that
 //! has entered.
 
-use std::{panic::resume_unwind, sync::Arc};
+use std::sync::Arc;
 
 use tokio::{sync::Semaphore, task::spawn_blocking};
 use tonic::Status;
 
 use super::error::status;
-use crate::{clock::Clock, model::Violations, orchestrator::Refusal};
+use crate::{clock::Clock, model::Violations, orchestrator::Refusal, parts::joined};
 
 /// Most bytes of an answer: below the 4 MiB that clients accept by default.
 pub(super) const MAX_ANSWER: usize = 3 << 20;
@@ -46,10 +46,7 @@ impl Handlers {
             let _turn = turn;
             work()
         });
-        done.await.map_err(|ended| match ended.try_into_panic() {
-            Ok(panic) => resume_unwind(panic),
-            Err(_runtime_is_shut_down) => status(Refusal::Draining),
-        })
+        joined(done.await).ok_or_else(|| status(Refusal::Draining))
     }
 }
 

@@ -7,7 +7,6 @@ use std::{
     fmt::Display,
     future, io,
     net::{Ipv4Addr, SocketAddr},
-    panic::resume_unwind,
     sync::Arc,
     time::Duration,
 };
@@ -28,6 +27,7 @@ use super::{
 };
 use crate::{
     config::{Config, LogFormat, LogSettings},
+    parts::joined,
     proto::orchestrator::v1::{self as pb, cycle_event::Event},
     serve::{self, Service, StartError},
     store::StoreUrl,
@@ -98,7 +98,7 @@ impl Demo {
             let mut tasks = JoinSet::new();
             tasks.spawn(show(address, greeting, self.cycles));
             let shown = tasks.join_next().await.unwrap_or(Ok(Ok(())));
-            shown.unwrap_or_else(|error| error.try_into_panic().map_or(Ok(()), |panic| resume_unwind(panic)))
+            joined(shown).unwrap_or(Ok(()))
         };
 
         let mut shown = Ok(());

@@ -26,7 +26,6 @@ use std::{
     fs::File,
     future::{Future, ready},
     io,
-    panic::resume_unwind,
     process::ExitCode,
     sync::LazyLock,
     time::Duration,
@@ -41,7 +40,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::host::Host;
+use crate::{host::Host, parts::joined};
 
 /// The time and the randomness of this process, and of a service that runs in it.
 static HOST: LazyLock<Host> = LazyLock::new(Host::system);
@@ -194,10 +193,7 @@ async fn until_left(
     });
     select! {
         _ = interrupt.recv() => {}
-        Some(ended) = tasks.join_next() => return match ended {
-            Ok(exit) => exit.into(),
-            Err(error) => error.try_into_panic().map_or(Exit::Left.into(), |panic| resume_unwind(panic)),
-        },
+        Some(ended) = tasks.join_next() => return joined(ended).unwrap_or(Exit::Left).into(),
     }
     _ = timeout(PATIENCE, tasks.shutdown()).await;
     let last_words = last_words.borrow().clone();

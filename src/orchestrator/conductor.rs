@@ -1,6 +1,6 @@
 //! The life of a cycle, from its turn to its record. Each running cycle is a task that the conductor starts and owns.
 
-use std::{panic::resume_unwind, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use tokio::{select, sync::oneshot, task::JoinSet, time::Instant};
 
@@ -14,6 +14,7 @@ use crate::{
     clock::Clock,
     engine::{CycleRun, Engine, Part, Plan, Ran, Trace},
     model::{CycleState, FinishedCycle, Revision, TraceId},
+    parts::joined,
     ports::{Durability, Record, StoreError, Write},
     record::{self, Encoded},
 };
@@ -53,13 +54,7 @@ impl Shared {
             select! {
                 biased;
                 () = self.queue_changed.notified() => {}
-                Some(ended) = running.join_next() => match ended {
-                    Ok(ended) => ended?,
-                    Err(defect) => match defect.try_into_panic() {
-                        Ok(panic) => resume_unwind(panic),
-                        Err(_runtime_is_shut_down) => return Err(self.store_ended()),
-                    },
-                },
+                Some(ended) = running.join_next() => joined(ended).unwrap_or_else(|| Err(self.store_ended()))?,
                 // Running cycles could not be recorded, and another process may use their subsystems by now: their
                 // calls are dropped.
                 () = self.store_has_ended.cancelled() => return Err(self.store_ended()),

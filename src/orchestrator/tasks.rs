@@ -1,7 +1,7 @@
 //! The tasks of an orchestrator, from their start to their end. Each has a name and a purpose, and its end is detected:
 //! otherwise loops or leases would stop without anyone noticing.
 
-use std::{convert::Infallible, sync::Arc};
+use std::sync::Arc;
 
 use tokio::{select, sync::mpsc, task::JoinHandle};
 
@@ -85,23 +85,15 @@ impl Tasks {
         self.others.abort();
         finished
     }
-}
 
-impl Tasks {
     /// Starts all tasks. Each except the conductor runs until it is dropped, and sleeps while there is nothing to do.
     pub(super) fn start(shared: &Arc<Shared>, asked: mpsc::Receiver<Box<dyn ToWrite>>) -> Self {
         let mut others = Parts::default();
-        others.start(WRITER, lasting(shared.clone().write_changes(asked)));
-        others.start(LOOPS, lasting(shared.clone().fire_ticks()));
-        others.start(LEASES, lasting(shared.clone().expire_leases()));
-        others.start(RETENTION, lasting(shared.clone().prune()));
-        others.start(PROGRESS, lasting(shared.clone().send_progress()));
+        others.start_infallible(WRITER, shared.clone().write_changes(asked));
+        others.start_infallible(LOOPS, shared.clone().fire_ticks());
+        others.start_infallible(LEASES, shared.clone().expire_leases());
+        others.start_infallible(RETENTION, shared.clone().prune());
+        others.start_infallible(PROGRESS, shared.clone().send_progress());
         Self { conductor: tokio::spawn(shared.clone().conduct()), others }
     }
-}
-
-/// A task whose result is not used.
-async fn lasting(task: impl Future<Output = ()>) -> Result<(), Infallible> {
-    task.await;
-    Ok(())
 }

@@ -73,6 +73,14 @@ struct Edit<B, A, T> {
     caller: oneshot::Sender<Result<T, StoreError>>,
 }
 
+impl<B, A, T> Edit<B, A, T> {
+    /// The change, and where its result arrives.
+    fn new(build: B, apply: A) -> (Box<Self>, oneshot::Receiver<Result<T, StoreError>>) {
+        let (caller, written) = oneshot::channel();
+        (Box::new(Self { build, apply: Some(apply), applied: None, caller }), written)
+    }
+}
+
 impl<B, A, T> ToWrite for Edit<B, A, T>
 where
     B: Fn(&State) -> Write + Send,
@@ -121,8 +129,7 @@ impl Shared {
         build: impl Fn(&State) -> Write + Send + 'static,
         apply: impl FnOnce(&mut State) -> T + Send + 'static,
     ) -> Result<T, StoreError> {
-        let late = self.state().store_error.clone().filter(StoreError::is_late);
-        match late {
+        match self.late_error() {
             Some(late) => Err(late),
             None => self.write_in_turn(build, apply).await,
         }
@@ -137,8 +144,8 @@ impl Shared {
         build: impl Fn(&State) -> Write + Send + 'static,
         apply: impl FnOnce(&mut State) -> T + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (caller, written) = oneshot::channel();
-        self.ask_to_write(Box::new(Edit { build, apply: Some(apply), applied: None, caller })).await?;
+        let (edit, written) = Edit::new(build, apply);
+        self.ask_to_write(edit).await?;
         written.await.unwrap_or_else(|_| Err(self.store_ended()))
     }
 
@@ -344,7 +351,7 @@ impl Shared {
         if self.state().noted >= *named {
             return Ok(());
         }
-        self.write(|_| Write { durability: Durability::Buffered, ..Write::default() }, |_| ()).await
+        self.write(note, |_| ()).await
     }
 
     /// Queues a note of the cycles that wait, unless the next write notes them anyway. No caller waits for it: as soon
@@ -356,12 +363,15 @@ impl Shared {
         };
         let is_queued = self.to_write.capacity() < WAITING;
         if !is_noted && !is_queued {
-            let build = |_: &State| Write { durability: Durability::Buffered, ..Write::default() };
-            let (caller, _) = oneshot::channel();
-            let note = Edit { build, apply: Some(|_: &mut State| ()), applied: None, caller };
+            let (edit, _) = Edit::new(note, |_: &mut State| ());
             // Without a place in the queue, another write comes first.
-            let _ = self.to_write.try_send(Box::new(note));
+            let _ = self.to_write.try_send(edit);
         }
+    }
+
+    /// Why no change is admitted until a commit returns, if that is late.
+    pub(super) fn late_error(&self) -> Option<StoreError> {
+        self.state().store_error.clone().filter(StoreError::is_late)
     }
 
     fn final_error(&self) -> Option<StoreError> {
@@ -378,6 +388,11 @@ impl Shared {
         self.state().store_error = Some(error.clone());
         self.store_has_ended.cancel();
     }
+}
+
+/// The write that changes nothing: like every write, it notes the admitted cycles.
+fn note(_: &State) -> Write {
+    Write { durability: Durability::Buffered, ..Write::default() }
 }
 
 /// The cycles that need these changes.

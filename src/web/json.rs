@@ -1,6 +1,6 @@
 //! RPCs as JSON: parameters become a request, and its response becomes a body.
 
-use std::{convert::Infallible, future::Future, panic::resume_unwind, sync::Arc, time::Duration};
+use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
@@ -22,6 +22,7 @@ use crate::{
     api::{Api, Caller},
     memory::{Full, Memory},
     model,
+    parts::joined,
     proto::{
         json::{self, JsonError},
         orchestrator::v1::{self as pb, cycle_event::Event, orchestrator_server::Orchestrator as _},
@@ -113,11 +114,8 @@ impl Answers {
             let _turn = turn;
             json::encode(kind, &bytes)
         });
-        made.await.unwrap_or_else(|ended| match ended.try_into_panic() {
-            Ok(panic) => resume_unwind(panic),
-            // The process is ending.
-            Err(_) => Err(JsonError::TooLarge),
-        })
+        // Otherwise the process is ending.
+        joined(made.await).unwrap_or(Err(JsonError::TooLarge))
     }
 
     /// An event as JSON. A large event is not encoded before its turn: until then it is a shared record, or a page that
