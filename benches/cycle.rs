@@ -32,7 +32,7 @@ use orchestrator_core::{
     dial::Dialer,
     host::Host,
     memory::Shares,
-    model::{CycleRequest, CycleState, OverlapPolicy, Payload, Subsystem, SubsystemSpec, Trigger},
+    model::{CycleRequest, CycleState, Subsystem, SubsystemSpec, Trigger},
     orchestrator::{Declared, Orchestrator, Tasks},
     ports::{Spans, Untraced},
     proto::subsystem::v1::{
@@ -297,17 +297,7 @@ impl Ours {
     }
 
     async fn cycle(&self) -> Result<()> {
-        let request = CycleRequest {
-            trigger: Trigger::Manual,
-            scheduled_at: Timestamp::now(),
-            subset: None,
-            parameters: Payload::default(),
-            request_id: None,
-            overlap: OverlapPolicy::BufferAll,
-            deadline: None,
-            record_outputs: false,
-            trace: None,
-        };
+        let request = CycleRequest::over_all(Trigger::Manual, Timestamp::now());
         let record = self.orchestrator.run_cycle(request, false).await?.recorded().await?;
         if record.state == CycleState::Succeeded { Ok(()) } else { Err("a cycle did not succeed".into()) }
     }

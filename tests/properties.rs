@@ -21,7 +21,7 @@ use orchestrator_core::{
     memory::{Memory, Shares},
     model::{
         Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec,
-        LoopStart, Name, OverlapPolicy, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
+        LoopStart, Name, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
     },
     orchestrator::{Change, Declared, Orchestrator, Refusal, Settings, Tasks},
     ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
@@ -300,15 +300,9 @@ fn request(step: &Step, registered: &BTreeSet<String>) -> CycleRequest {
         some.iter().map(|name| Name::parse(name).unwrap()).collect::<Vec<_>>()
     });
     CycleRequest {
-        trigger: Trigger::Manual,
-        scheduled_at: jiff::Timestamp::UNIX_EPOCH,
         subset: subset.filter(|some| !some.is_empty()).map(Into::into),
-        parameters: Payload::default(),
-        request_id: None,
-        overlap: OverlapPolicy::BufferAll,
         deadline: Some(step.deadline),
-        record_outputs: false,
-        trace: None,
+        ..CycleRequest::over_all(Trigger::Manual, jiff::Timestamp::UNIX_EPOCH)
     }
 }
 

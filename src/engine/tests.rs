@@ -18,8 +18,8 @@ use super::{CycleRun, Engine, InputRoom, Member, Observer, Plan, Ran, Slots, Sta
 use crate::{
     memory::Memory,
     model::{
-        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Epoch, Freshness, Name, OverlapPolicy, Payload,
-        RetrySpec, SkipReason, Subsystem, SubsystemReport, SubsystemSpec, SubsystemState, Trigger,
+        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Epoch, Freshness, Name, Payload, RetrySpec,
+        SkipReason, Subsystem, SubsystemReport, SubsystemSpec, SubsystemState, Trigger,
     },
     ports::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems, Untraced},
     random::Random,
@@ -186,15 +186,8 @@ impl Stage {
         CycleRun {
             cycle_id: CycleId(cycle_id),
             request: Arc::new(CycleRequest {
-                trigger: Trigger::Manual,
-                scheduled_at: Timestamp::UNIX_EPOCH,
                 subset: Some(subset.into()),
-                parameters: Payload::default(),
-                request_id: None,
-                overlap: OverlapPolicy::BufferAll,
-                deadline: None,
-                record_outputs: false,
-                trace: None,
+                ..CycleRequest::over_all(Trigger::Manual, Timestamp::UNIX_EPOCH)
             }),
             plan,
             started_at: Timestamp::UNIX_EPOCH,

@@ -112,6 +112,22 @@ impl CycleRequest {
     /// Most names in a subset.
     pub const MAX_SUBSET: usize = 20_000;
 
+    /// A request over all subsystems, which waits for its turn. It adds nothing to what is registered and configured.
+    #[must_use]
+    pub fn over_all(trigger: Trigger, scheduled_at: Timestamp) -> Self {
+        Self {
+            trigger,
+            scheduled_at,
+            subset: None,
+            parameters: Payload::default(),
+            request_id: None,
+            overlap: OverlapPolicy::BufferAll,
+            deadline: None,
+            record_outputs: false,
+            trace: None,
+        }
+    }
+
     /// Approximate bytes that it takes in memory, with one place in line for each name; the names themselves belong to
     /// the registry.
     pub fn footprint(&self) -> usize {

@@ -96,7 +96,44 @@ impl Orchestrator {
         parts: PartFilter,
         max_records: usize,
     ) -> Result<Page, Refusal> {
-        self.0.page(before, filter, parts, max_records).await
+        const MAX_BYTES: usize = 3 << 20;
+        /// Most bytes of records that one page decodes: some tens of milliseconds.
+        const MAX_LOOKED_INTO: usize = 32 << 20;
+        let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
+        // Records that do not pass the filter are decoded as well.
+        let mut room = self.0.room(2 * self.0.max_record().max(MAX_BYTES)).await?;
+        let mut before = before.unwrap_or(Revision(u64::MAX >> 1));
+        let mut page = Page::default();
+        let (mut bytes, mut looked_into) = (0, 0);
+        loop {
+            // A filter on decoded records examines more of them than pass.
+            let found = self.0.store.cycles_before(before, filter.clone(), limits).await?;
+            page.scanned += found.scanned;
+            let wanted = which_have(&found.records, &parts).await;
+            for (found, wanted) in found.records.into_iter().zip(wanted) {
+                let (revision, length) = match &found {
+                    Ok(record) => (record.revision, record.bytes.len()),
+                    Err(unreadable) => {
+                        self.0.state().tell_unreadable(unreadable);
+                        (unreadable.revision, 0)
+                    }
+                };
+                looked_into += length;
+                if wanted {
+                    bytes += length;
+                    if page.records.len() == max_records || (!page.records.is_empty() && bytes > MAX_BYTES) {
+                        return Ok(Page { next: Some(revision.next()), ..page });
+                    }
+                    page.records.push(found.map(|record| with_room(record, &mut room)));
+                }
+            }
+            let goes_on =
+                page.records.len() < max_records && page.scanned < SCAN_LIMIT && looked_into < MAX_LOOKED_INTO;
+            match found.next {
+                Some(next) if goes_on => before = next,
+                next => return Ok(Page { next, ..page }),
+            }
+        }
     }
 }
 
@@ -183,54 +220,6 @@ impl Shared {
         let room = self.room(record.bytes.len()).await;
         let room = room.map_err(|full| Refusal::RecordHasNoRoom(record.cycle_id, full))?;
         Ok(room.around(record.bytes.clone()))
-    }
-
-    /// A page of records before `before`, newest first, of at most `max_records`.
-    pub(super) async fn page(
-        &self,
-        before: Option<Revision>,
-        filter: Filter,
-        parts: PartFilter,
-        max_records: usize,
-    ) -> Result<Page, Refusal> {
-        const MAX_BYTES: usize = 3 << 20;
-        /// Most bytes of records that one page decodes: some tens of milliseconds.
-        const MAX_LOOKED_INTO: usize = 32 << 20;
-        let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
-        // Records that do not pass the filter are decoded as well.
-        let mut room = self.room(2 * self.max_record().max(MAX_BYTES)).await?;
-        let mut before = before.unwrap_or(Revision(u64::MAX >> 1));
-        let mut page = Page::default();
-        let (mut bytes, mut looked_into) = (0, 0);
-        loop {
-            // A filter on decoded records examines more of them than pass.
-            let found = self.store.cycles_before(before, filter.clone(), limits).await?;
-            page.scanned += found.scanned;
-            let wanted = which_have(&found.records, &parts).await;
-            for (found, wanted) in found.records.into_iter().zip(wanted) {
-                let (revision, length) = match &found {
-                    Ok(record) => (record.revision, record.bytes.len()),
-                    Err(unreadable) => {
-                        self.state().tell_unreadable(unreadable);
-                        (unreadable.revision, 0)
-                    }
-                };
-                looked_into += length;
-                if wanted {
-                    bytes += length;
-                    if page.records.len() == max_records || (!page.records.is_empty() && bytes > MAX_BYTES) {
-                        return Ok(Page { next: Some(revision.next()), ..page });
-                    }
-                    page.records.push(found.map(|record| with_room(record, &mut room)));
-                }
-            }
-            let goes_on =
-                page.records.len() < max_records && page.scanned < SCAN_LIMIT && looked_into < MAX_LOOKED_INTO;
-            match found.next {
-                Some(next) if goes_on => before = next,
-                next => return Ok(Page { next, ..page }),
-            }
-        }
     }
 }
 

@@ -376,7 +376,7 @@ mod tests {
     use super::*;
     use crate::{
         engine::Member,
-        model::{Code, OverlapPolicy, Payload, Subsystem, SubsystemSpec},
+        model::{Code, Subsystem, SubsystemSpec},
     };
 
     const MEMBERS: usize = 2 * Live::BATCH;
@@ -392,17 +392,7 @@ mod tests {
         };
         let plan = Arc::new(Plan::compile((0..MEMBERS).map(member)).unwrap());
         let (cycle_id, started_at) = (CycleId(1), Timestamp::UNIX_EPOCH);
-        let request = Arc::new(CycleRequest {
-            trigger: Trigger::Manual,
-            scheduled_at: started_at,
-            subset: None,
-            parameters: Payload::default(),
-            request_id: None,
-            overlap: OverlapPolicy::Skip,
-            deadline: None,
-            record_outputs: false,
-            trace: None,
-        });
+        let request = Arc::new(CycleRequest::over_all(Trigger::Manual, started_at));
         Arc::new(LiveCycle::new(cycle_id, request, started_at, plan))
     }
 

@@ -145,15 +145,12 @@ impl Shared {
         state.follow_clock(now);
         for (settings, due_at) in state.loops.due(now) {
             let request = Arc::new(CycleRequest {
-                trigger: Trigger::Loop(settings.name.clone()),
-                scheduled_at: due_at,
                 subset: settings.subset.clone(),
                 parameters: settings.parameters.clone(),
-                request_id: None,
                 overlap: settings.overlap,
                 deadline: settings.deadline,
                 record_outputs: settings.record_outputs,
-                trace: None,
+                ..CycleRequest::over_all(Trigger::Loop(settings.name.clone()), due_at)
             });
             let (disposition, cycle_id) = match state.admit(request, None, max_queued) {
                 Ok(admitted) => (TickDisposition::Ran, Some(admitted.cycle_id)),

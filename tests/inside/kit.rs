@@ -10,10 +10,7 @@ use jiff::Timestamp;
 use orchestrator_core::{
     host::Host,
     memory::{Memory, Shares},
-    model::{
-        Answer, Code, CycleId, CycleRequest, Epoch, Name, OverlapPolicy, Payload, Revision, Subsystem, SubsystemSpec,
-        Trigger,
-    },
+    model::{Answer, Code, CycleId, CycleRequest, Epoch, Name, Revision, Subsystem, SubsystemSpec, Trigger},
     orchestrator::{Declared, Orchestrator, Settings, Tasks},
     ports::{
         CallError, Contents, Filter, Found, InitializeCall, Left, Page, PageLimits, Pruned, Reply, ResumeError,
@@ -139,17 +136,7 @@ pub(crate) fn subsystem(name: &str) -> Subsystem {
 
 /// Asks for a cycle over all subsystems.
 pub(crate) fn of_all() -> CycleRequest {
-    CycleRequest {
-        trigger: Trigger::Manual,
-        scheduled_at: Timestamp::UNIX_EPOCH,
-        subset: None,
-        parameters: Payload::default(),
-        request_id: None,
-        overlap: OverlapPolicy::BufferAll,
-        deadline: None,
-        record_outputs: false,
-        trace: None,
-    }
+    CycleRequest::over_all(Trigger::Manual, Timestamp::UNIX_EPOCH)
 }
 
 /// Asks for a cycle over these subsystems.
