@@ -1266,7 +1266,7 @@ async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
     assert!(!piped.contains('\x1b') && piped.contains(&"long ".repeat(20)), "{piped:?}");
 }
 
-/// The first recorded cycle, as `watch` shows it on a terminal of so many columns.
+/// The first recorded cycle, as `watch` shows it on a terminal with this number of columns.
 async fn terminal_of_one_record(cli: &Cli, columns: u16) -> String {
     let terminal = Terminal::new(columns, 24);
     let mut command = cli.command("watch --from-oldest");

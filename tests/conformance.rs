@@ -72,7 +72,7 @@ const WITHOUT_STATUS: &str = "without-status";
 
 /// Not a separate rule: every answer begins at once and never ends.
 const STALLS: &str = "stalls";
-/// What is no rule of its own: it requires `source`, so that its input is always fresh.
+/// Not a separate rule: it requires `source`, so that its input is always fresh.
 const REQUIRES: &str = "requires";
 /// Not a separate rule: an error of 8 KiB.
 const LONG_ERROR: &str = "long-error";

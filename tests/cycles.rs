@@ -508,7 +508,7 @@ async fn the_error_of_a_cycle_is_one_line_that_names_each_failure() {
     let expected = format!("2 of 3 failed: broken INTERNAL: the disk, it is on fire[31m; {never}");
     assert_eq!(cycle.error, expected);
     assert_eq!(part(&cycle, "broken").error_message, "the disk; it\nis on fire\x1b[31m");
-    // What was true while it ran is still true when it is read.
+    // The error of a breaker says only what is still true when the record is read.
     let cycle = stage.client.run().await.unwrap();
     let expected = format!("2 of 3 failed: broken circuit open: not called after a failure; {never}");
     assert_eq!(cycle.error, expected);

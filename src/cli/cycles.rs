@@ -51,7 +51,12 @@ struct List {
     #[arg(long, conflicts_with = "limit")]
     all: bool,
     /// Only cycles that ended in this state; may be repeated
-    #[arg(long = "state", value_name = "STATE", value_delimiter = ',', value_parser = one_of(CYCLE_STATES, cycle_state))]
+    #[arg(
+        long = "state",
+        value_name = "STATE",
+        value_delimiter = ',',
+        value_parser = one_of(CYCLE_STATES, cycle_state)
+    )]
     states: Vec<pb::CycleState>,
     /// Only cycles with this trigger
     #[arg(long, value_name = "TRIGGER", value_parser = one_of(TRIGGERS, trigger_word))]

@@ -49,8 +49,8 @@ The table:
   ±P50 ±P95    relative change; +10 % is slower
   OTHER ENDS   its parts that did not succeed, by state
 
-A quantile is the shortest duration that this share does not exceed: definition 1 of Hyndman and Fan (1996), percentile_disc \
-of SQL. It is accurate to 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, DEGRADED and FAILED \
+A quantile is the shortest duration that this share does not exceed: definition 1 of Hyndman and Fan (1996), \
+percentile_disc of SQL. It is accurate to 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, DEGRADED and FAILED \
 ones with a subsystem in them; only SUCCEEDED is success.
 
 With --output json, one object:
@@ -69,8 +69,8 @@ With --output json, one object:
                  previousP95Ms, successRateChange (a difference), p50Change,
                  p95Change (relative)
 
-Rates and shares are 0 to 1, and null where there is nothing to say. --output csv has the subsystems, a column for each \
-of these; null is empty. Names begin with a letter and other values are numbers, so that no cell is a formula.
+Rates and shares are 0 to 1, and null where there is nothing to say. --output csv has the subsystems, a column for \
+each of these; null is empty. Names begin with a letter and other values are numbers, so that no cell is a formula.
 
 Examples:
   orchestrator report

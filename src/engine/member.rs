@@ -187,7 +187,7 @@ impl Standing {
         self.lock().mean
     }
 
-    /// What is counted of it.
+    /// Its counters.
     pub fn counts(&self) -> SubsystemCounts {
         self.lock().counts.clone()
     }

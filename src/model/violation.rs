@@ -50,7 +50,7 @@ impl Violations {
         if self.0.is_empty() { Ok(value) } else { Err(self) }
     }
 
-    /// Parses a name. What is returned for a bad one is not to be used: [`Violations::into_result`] will say so.
+    /// Parses a name. For an invalid one it returns a placeholder, which [`Violations::into_result`] keeps from being used.
     pub fn name(&mut self, field: &str, value: &str) -> Name {
         Name::parse(value).unwrap_or_else(|error| {
             self.add(field, if value.is_empty() { format!("is missing; {}", Name::RULE) } else { error.to_string() });

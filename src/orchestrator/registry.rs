@@ -82,7 +82,7 @@ impl Registered {
         &self.member.subsystem.name
     }
 
-    /// What is counted of it.
+    /// Its counters.
     pub fn counts(&self) -> SubsystemCounts {
         self.member.standing.counts()
     }
@@ -309,7 +309,7 @@ impl Registry {
         if *version == self.version { Ok(plan.clone()) } else { Err(self.snapshot()) }
     }
 
-    /// Stores the plan of a snapshot; if there is none, the previous one is kept. Returns the stored plan.
+    /// Stores the plan of a snapshot. A snapshot without a plan keeps the previous one. Returns the stored plan.
     pub(super) fn planned(&mut self, snapshot: &Entries, plan: Option<Arc<Plan>>) -> Arc<Plan> {
         let plan = plan.unwrap_or_else(|| self.plan.0.clone());
         self.plan = (plan.clone(), snapshot.version);

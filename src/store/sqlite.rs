@@ -675,7 +675,7 @@ impl Numbers {
         })
     }
 
-    /// Refuses a state from which no process could continue: the next number already exists, or there is none.
+    /// Refuses a state from which no process could continue: the next number already exists, or is out of range.
     fn check(&self) -> Result<(), String> {
         if let Some((column, number)) = self.meta.iter().find(|(_, number)| !(0..i64::MAX).contains(number)) {
             return Err(format!("{column} in its table meta is {number}, which leaves no next number"));

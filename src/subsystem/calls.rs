@@ -213,8 +213,8 @@ impl State {
 
     /// The work that was done, or is being done, for this cycle.
     ///
-    /// If there is none and it may begin, running work of earlier cycles is stopped: a subsystem is in one cycle at a
-    /// time.
+    /// If this cycle has no work yet and may begin, running work of earlier cycles is stopped: a subsystem is in one
+    /// cycle at a time.
     fn known(&mut self, cycle_id: u64) -> Result<Option<Arc<Work>>, Status> {
         self.works.retain(|work| !work.has_failed());
         if let Some(work) = self.works.iter().find(|work| work.cycle_id == cycle_id) {

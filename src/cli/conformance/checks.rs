@@ -45,7 +45,7 @@ impl Level {
     }
 }
 
-/// What has to work for a check to tell anything about its rule.
+/// The least that must work before a check can test its rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Needs {
     /// The server answers.
