@@ -50,7 +50,8 @@ impl Violations {
         if self.0.is_empty() { Ok(value) } else { Err(self) }
     }
 
-    /// Parses a name. For an invalid one it returns a placeholder, which [`Violations::into_result`] keeps from being used.
+    /// Parses a name. For an invalid one it returns a placeholder, which [`Violations::into_result`] keeps from being
+    /// used.
     pub fn name(&mut self, field: &str, value: &str) -> Name {
         Name::parse(value).unwrap_or_else(|error| {
             self.add(field, if value.is_empty() { format!("is missing; {}", Name::RULE) } else { error.to_string() });
