@@ -20,7 +20,7 @@ use crate::{
     record,
 };
 
-/// A cycle that has its id.
+/// An admitted cycle, from its id to its record.
 #[derive(Debug)]
 pub(super) struct Admitted {
     pub(super) cycle_id: CycleId,
@@ -30,11 +30,11 @@ pub(super) struct Admitted {
     pub(super) cancel: CancellationToken,
     /// True if its caller has received its id and does not wait: the next process runs it if this one does not.
     is_promised: AtomicBool,
-    /// Its record, or why it is not written yet.
+    /// Its record, or the reason why it is not written yet.
     done: watch::Sender<Option<Result<Arc<Record>, Refusal>>>,
 }
 
-/// The state of a cycle since its start was written.
+/// The start of a cycle, as it was written.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Begun {
     pub(super) at: Timestamp,
@@ -63,7 +63,7 @@ impl Ticket {
     /// Waits for the record.
     ///
     /// # Errors
-    /// It could not be written yet, or this process ends before it is.
+    /// The record could not be written yet, or the process ends before that.
     pub async fn recorded(mut self) -> Result<Arc<Record>, Refusal> {
         match self.done.wait_for(Option::is_some).await {
             Ok(done) => done.clone().unwrap_or(Err(Refusal::Draining)),
@@ -97,18 +97,18 @@ impl Admitted {
         self.is_promised.load(Ordering::Relaxed)
     }
 
-    /// Its record was written.
-    pub(super) fn is_recorded(&self, record: Arc<Record>) {
+    /// Passes its written record to waiting callers.
+    pub(super) fn finish(&self, record: Arc<Record>) {
         self.done.send_replace(Some(Ok(record)));
     }
 
-    /// Notifies waiting callers that it can't be written now, or not by this process.
+    /// Notifies waiting callers that its record can't be written now, or not by this process.
     pub(super) fn put_off(&self, refusal: Refusal) {
         self.done.send_replace(Some(Err(refusal)));
     }
 
-    /// Writing works again: new callers wait for the record.
-    pub(super) fn goes_on(&self) {
+    /// Lets new callers wait for the record again, because writing works again.
+    pub(super) fn resume(&self) {
         self.done.send_if_modified(|done| done.take_if(|done| done.is_err()).is_some());
     }
 
@@ -221,16 +221,16 @@ impl State {
 }
 
 impl Orchestrator {
-    /// Admits a cycle, or finds the one that an earlier call with the same request id started. With `durably` it is
-    /// noted in the store before this returns, and recorded whatever happens then.
+    /// Admits a cycle, or finds the one that an earlier call with the same request id started. With `durably`, this
+    /// returns only once the store has noted the cycle, which is then recorded even if the process ends.
     ///
     /// # Errors
-    /// A subsystem is not registered; the overlap policy does not let the cycle wait, or too many wait; there is no
-    /// room for the request; the store can't be read or written; or the process drains.
+    /// A subsystem is not registered; the overlap policy does not let the cycle wait; too many cycles wait; there is no
+    /// memory for the request; the store can't be read or written; or the process drains.
     pub async fn run_cycle(&self, request: CycleRequest, durably: bool) -> Result<Ticket, Refusal> {
-        // A repeated request finds its cycle also while the process drains; `State::admit` refuses others.
+        // Also while the process drains, a repeated request finds its cycle; `State::admit` refuses others.
         let admission = self.admit(ChangeKind::Settles)?;
-        // Only lasting changes are waited for.
+        // A drain waits only for changes that are durable.
         let _admission = durably.then_some(admission);
         let admitted = match self.0.admit_once(request, durably).await {
             Ok(Asked::Recorded(record)) => return Ok(Ticket::of_record(record)),
@@ -313,7 +313,7 @@ impl Shared {
         }
     }
 
-    /// Memory for a request while its cycle waits or runs. Small ones need none: their number is limited.
+    /// Memory for a request while its cycle waits or runs. Small requests need none: their number is limited.
     pub(super) fn room_of(&self, request: &CycleRequest) -> Result<Option<Held>, Refusal> {
         const SMALL: usize = 4 << 10;
         match self.requests.try_hold(request.footprint()) {

@@ -228,7 +228,7 @@ impl ToWrite for Begin {
     }
 
     fn done(self: Box<Self>) {
-        self.admitted.goes_on();
+        self.admitted.resume();
         let _ = self.begun.send(Ok(self.begins));
     }
 
@@ -302,7 +302,7 @@ impl ToWrite for Recording {
 
     fn done(self: Box<Self>) {
         if let Some(record) = self.record {
-            self.admitted.is_recorded(record);
+            self.admitted.finish(record);
         }
         let _ = self.recorded.send(Ok(()));
     }

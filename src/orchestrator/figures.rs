@@ -27,7 +27,7 @@ pub struct Figures {
     pub queued: usize,
     /// Number of running cycles.
     pub running: usize,
-    /// The loops, by name, each with its lag; `None` if that is not known yet.
+    /// The loops, by name, each with its lag; `None` while it is unknown.
     pub loops: Vec<(LoopEntry, Option<Duration>)>,
     /// Number of connected watchers.
     pub watchers: usize,
@@ -45,7 +45,7 @@ pub struct Figures {
     pub epoch: Epoch,
     /// When this process started.
     pub started_at: Timestamp,
-    /// True once no cycles are admitted any more.
+    /// True while the process drains: no more cycles are admitted.
     pub draining: bool,
 }
 
@@ -59,9 +59,9 @@ pub struct Counts {
     pub commit_errors: u64,
     /// Number of unreadable records, each counted once.
     pub unreadable_records: u64,
-    /// Removes records that need not be kept.
+    /// Passes of retention, which remove records.
     pub retention: Passes,
-    /// Unregisters subsystems with expired leases, some at a time.
+    /// Passes that unregister subsystems with expired leases.
     pub leases: Passes,
 }
 
@@ -89,7 +89,7 @@ impl Passes {
 }
 
 impl Counts {
-    /// Recorded cycles.
+    /// Number of recorded cycles in this state, by this trigger.
     pub fn cycles(&self, state: CycleState, trigger: TriggerKind) -> u64 {
         self.cycles.get(&(state, trigger)).copied().unwrap_or_default()
     }
@@ -128,7 +128,7 @@ impl Orchestrator {
     pub fn figures(&self) -> Figures {
         let now = self.0.clock.now();
         let state = self.0.state();
-        // Newer records are cached.
+        // Watchers at this revision or after it read from the cache.
         let at_hand = state.recent.front().map_or(state.last_revision, |first| Revision(first.record.revision.0 - 1));
         let (watchers, lagging, events) = self.0.watchers.look(at_hand);
         let waiting = state.oldest_waiting_ticks();
@@ -159,7 +159,7 @@ impl Orchestrator {
 }
 
 impl State {
-    /// For each loop with waiting cycles, when the oldest of them was due.
+    /// The time at which the oldest waiting cycle of each loop was due. Loops without a waiting cycle are missing.
     fn oldest_waiting_ticks(&self) -> BTreeMap<&Name, Timestamp> {
         let mut oldest = BTreeMap::new();
         for waiting in self.live.values().filter(|it| self.line.waits(it.cycle_id)) {
@@ -171,8 +171,8 @@ impl State {
     }
 }
 
-/// How long the oldest waiting tick of a loop has waited for its cycle to begin; if none waits, how long the last one
-/// waited.
+/// The time that the oldest waiting tick of a loop has waited for its cycle to start. If no tick waits, the time that
+/// the last one waited.
 fn lag(entry: &LoopEntry, waiting: &BTreeMap<&Name, Timestamp>, now: Timestamp) -> Option<Duration> {
     let waits = waiting.get(&entry.settings.name).map(|due_at| now.duration_since(*due_at));
     waits.map(|waits| Duration::try_from(waits).unwrap_or_default()).or(entry.lag)
@@ -197,7 +197,7 @@ struct Cursor {
     events: AtomicU64,
 }
 
-/// The entry of a watcher, removed when dropped.
+/// The entry of a watcher, until [`Watchers::leave`].
 pub(super) struct WatcherPlace {
     key: u64,
     cursor: Arc<Cursor>,
@@ -231,7 +231,8 @@ impl Watchers {
         list.events += place.cursor.events.load(Ordering::Relaxed);
     }
 
-    /// The number of watchers, the number before this revision, and the number of events sent.
+    /// The number of watchers, the number of these whose position is before this revision, and the number of events
+    /// sent.
     fn look(&self, at_hand: Revision) -> (usize, usize, u64) {
         let list = self.lock();
         let cursors = || list.connected.values();

@@ -19,12 +19,12 @@ use crate::{
     model::{CycleId, CycleRequest, Name, Revision, SubsystemState, Trigger},
 };
 
-/// Batches that a watcher may fall behind before it loses some: more than ten seconds of 16 cycles, at one batch each
+/// Most events that are kept for slow watchers: more than ten seconds of 16 cycles, at one batch per
 /// [`Live::BATCH_EVERY`].
 const BACKLOG: usize = 4096;
 
-/// Most bytes of the batches that are kept for slow watchers. A batch can take 512 KiB, but most take a hundredth of
-/// that.
+/// Most bytes of the events that are kept for slow watchers. A batch of updates can take 512 KiB, but most take a
+/// hundredth of that.
 const BACKLOG_BYTES: usize = 4 << 20;
 
 /// The state of the running cycles, and the channel of their events.
@@ -49,9 +49,9 @@ struct Backlog {
 
 struct Running {
     cycle: Arc<LiveCycle>,
-    /// Number of subsystems in it.
+    /// Number of subsystems in the cycle.
     total: usize,
-    /// The state of each subsystem, by its position in the plan; a missing one waits.
+    /// The state of each subsystem, by its position in the plan; a subsystem without an entry waits.
     stands: BTreeMap<usize, Update>,
     /// Updates since the last batch was sent, in order.
     changed: Vec<Update>,
@@ -68,9 +68,9 @@ pub struct LiveCycle {
     pub request: Arc<CycleRequest>,
     /// When it started.
     pub started_at: Timestamp,
-    /// The order of those that are in it.
+    /// The order of its subsystems.
     pub plan: Arc<Plan>,
-    /// The revision of its record; none before it is recorded.
+    /// The revision of its record; unset until it is recorded.
     pub(super) revision: Arc<OnceLock<Revision>>,
 }
 
@@ -89,14 +89,14 @@ impl LiveCycle {
         names.iter().any(|name| self.plan.has(name))
     }
 
-    /// What started it.
+    /// Its trigger: a caller or a loop.
     pub fn trigger(&self) -> &Trigger {
         &self.request.trigger
     }
 
     /// Sets the revision of its record. Called before the record is visible.
     pub(super) fn recorded_as(&self, revision: Revision) {
-        // It is recorded once.
+        // A cycle is recorded once, so no revision is set yet.
         let _ = self.revision.set(revision);
     }
 }
@@ -126,7 +126,7 @@ impl Update {
 pub struct LiveEvent {
     /// The cycle.
     pub cycle: Arc<LiveCycle>,
-    /// What happened.
+    /// Its start, or the progress of its parts.
     pub change: LiveChange,
     /// Memory for the updates.
     pub(super) room: Option<Arc<Held>>,
@@ -137,8 +137,8 @@ pub struct LiveEvent {
 pub enum LiveChange {
     /// It has started.
     Started,
-    /// The state of its parts after this number of updates, without those that wait, for a new watcher. Without memory
-    /// for that, it has no parts and the number is 0.
+    /// For a new watcher: the number of updates so far, and the state of each part that does not wait. Without memory
+    /// for that, the list is empty and the number is 0.
     Stands(u64, Vec<Update>),
     /// Updates, and the number of updates before them.
     Updated(u64, Vec<Update>),
@@ -204,11 +204,11 @@ pub struct RunningCycle {
 pub(super) type Events = broadcast::Receiver<Weak<LiveEvent>>;
 
 impl Live {
-    /// How long updates are collected before they are sent together: too short to be visible, and long enough that a
-    /// large cycle does not send a flood of small messages.
+    /// Time for which updates are collected before they are sent together: too short to be visible, and long enough
+    /// that a large cycle does not send a flood of small messages.
     pub(super) const BATCH_EVERY: Duration = Duration::from_millis(40);
-    /// Most updates of one event, so that with error messages of 1 KiB it is well below the limit of clients. After
-    /// this number a batch is sent at once.
+    /// Most updates of one event. With error messages of 1 KiB each, such an event is well below the message limit of
+    /// clients. A batch of this size is sent at once.
     pub(super) const BATCH: usize = 512;
 
     /// A state with this memory for events.
@@ -231,7 +231,7 @@ impl Live {
         let cycle_id = cycle.cycle_id;
         let total = cycle.names().len();
         let mut running = self.lock();
-        self.tell(cycle.clone(), LiveChange::Started);
+        self.publish(cycle.clone(), LiveChange::Started);
         running.insert(cycle_id, Running { cycle, total, stands: BTreeMap::new(), changed: Vec::new(), sent: 0 });
         Progress { live: self, cycle_id }
     }
@@ -250,11 +250,12 @@ impl Live {
         let updates = std::mem::take(&mut running.changed);
         let after = running.sent;
         running.sent += updates.len() as u64;
-        self.tell(running.cycle.clone(), LiveChange::Updated(after, updates));
+        self.publish(running.cycle.clone(), LiveChange::Updated(after, updates));
     }
 
-    /// Sends an event. Updates without memory are lost, which watchers see by the number in the next event.
-    fn tell(&self, cycle: Arc<LiveCycle>, change: LiveChange) {
+    /// Sends an event. Without memory for them, its updates are lost; watchers notice it by the number in the next
+    /// event.
+    fn publish(&self, cycle: Arc<LiveCycle>, change: LiveChange) {
         let bytes = change.updates().iter().map(Update::bytes).sum();
         let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
         if self.events.receiver_count() == 0 {
@@ -396,7 +397,7 @@ mod tests {
         Arc::new(LiveCycle::new(cycle_id, request, started_at, plan))
     }
 
-    /// Every subsystem fails at length.
+    /// Fails every subsystem with a long message.
     fn fail_all(live: &Progress<'_>) {
         let state = SubsystemState::Failed(Code::Internal, "x".repeat(1024));
         for position in 0..MEMBERS {
@@ -405,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn what_slow_watchers_have_not_taken_has_bounded_room() {
+    fn memory_of_events_for_slow_watchers_is_bounded() {
         let room = Memory::whole(4 << 20);
         let live = Live::new(room.clone());
         let (_, mut slow) = live.join();
@@ -414,7 +415,7 @@ mod tests {
             fail_all(&progress);
         }
         assert!((1 << 20..=2 << 20).contains(&room.held()), "{}", room.held());
-        // It sees that it fell behind, and starts again.
+        // Its oldest event is gone, by which the slow watcher notices that it fell behind.
         assert!(slow.try_recv().unwrap().upgrade().is_none());
         // Without memory for the state of the cycle, the next event counts the lost updates.
         let taken = room.try_hold(room.max() - room.held()).unwrap();

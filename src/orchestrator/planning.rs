@@ -10,14 +10,14 @@ use crate::{
 };
 
 impl Orchestrator {
-    /// The plan of a cycle now. Names that are not registered are in the answer.
+    /// The plan of a cycle that would start now. The result contains the names that are not registered.
     pub async fn plan_cycle(&self, subset: Option<Arc<[Name]>>) -> Schedule {
         let plan = self.0.plan().await;
         let size = plan.members().len();
         aside(size, move || plan.schedule(subset.as_deref())).await
     }
 
-    /// The same names, shared with the registry.
+    /// These names as the registry holds them, so that requests share their memory.
     ///
     /// # Errors
     /// A name is not registered.
@@ -46,7 +46,7 @@ impl Shared {
         self.state().registry.planned(&snapshot, plan)
     }
 
-    /// The order of a cycle over these, or over all.
+    /// The plan of a cycle over this subset, or over all subsystems.
     pub(super) async fn plan_of(&self, subset: Option<Arc<[Name]>>) -> Arc<Plan> {
         let all = self.plan().await;
         let Some(subset) = subset else { return all };
@@ -54,7 +54,7 @@ impl Shared {
         aside(subset.len().max(all.relations()), move || all.of_cycle(Some(&subset))).await
     }
 
-    /// The same names, shared with the registry.
+    /// These names as the registry holds them, so that requests share their memory.
     pub(super) async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
         let Some(subset) = subset else { return Ok(None) };
         let plan = self.plan().await;

@@ -47,7 +47,7 @@ pub struct Registered {
 pub enum Origin {
     /// The configuration file declares it.
     Config,
-    /// A caller registered it, until this lease ends, if there is one.
+    /// A caller registered it, with a lease or without an end.
     Rpc {
         /// The lease.
         lease: Option<Lease>,
@@ -113,7 +113,7 @@ impl Registered {
 }
 
 impl Entries {
-    /// The plan over all entries, which must exist.
+    /// The plan over all entries; `None` after a defect.
     pub(super) fn plan(&self) -> Option<Arc<Plan>> {
         match Plan::compile(self.entries.iter().map(|entry| entry.member.clone())) {
             Ok(plan) => Some(Arc::new(plan)),
@@ -126,7 +126,7 @@ impl Entries {
     }
 }
 
-/// The changes by new declarations of the configuration file.
+/// The changes that new declarations of the configuration file make.
 pub(super) struct Declarations {
     /// Entries that are new or different.
     pub(super) put: Vec<Registered>,
@@ -141,7 +141,7 @@ pub(super) struct Declarations {
 }
 
 impl Declarations {
-    /// The changes by these declarations in a registry of those entries.
+    /// The changes that these declarations make to a registry with the entries `before`.
     ///
     /// # Errors
     /// There is no memory for the changes.
@@ -156,7 +156,7 @@ impl Declarations {
         for subsystem in subsystems {
             let earlier = before.get(&subsystem.name);
             let member = match earlier {
-                // What did not change stays initialized.
+                // An unchanged subsystem stays initialized.
                 Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone(),
                 earlier => {
                     let held = memory.try_hold(subsystem.footprint()).map_err(Refusal::RegistryMemoryFull)?;
@@ -182,7 +182,7 @@ impl Declarations {
         Ok(Self { put, removed, moved, stored, by_rpc })
     }
 
-    /// Why they are refused.
+    /// The refusal of these declarations because of this circular dependency.
     pub(super) fn refuse(&self, ring: Ring) -> Refusal {
         let by_rpc = ring.names().filter(|name| self.by_rpc.contains(*name)).cloned().collect();
         Refusal::DeclaredRing { ring, by_rpc }
@@ -237,7 +237,8 @@ impl Registry {
         Entries { entries: self.entries.values().cloned().collect(), version: self.version }
     }
 
-    /// Adds or replaces an entry whose order was checked. Returns the subsystem that has left its endpoint, if any.
+    /// Adds or replaces an entry, which the caller has checked to add no circular dependency. Returns the subsystem
+    /// that has left its endpoint, if any.
     pub(super) fn put(&mut self, entry: Registered) -> Option<Left> {
         let endpoint = entry.member.subsystem.endpoint.clone();
         let name = entry.name().clone();
@@ -316,7 +317,7 @@ impl Registry {
         plan
     }
 
-    /// How many relations the order had when it was last made.
+    /// Number of relations in the latest plan.
     pub(super) fn relations(&self) -> usize {
         self.plan.0.relations()
     }

@@ -1,5 +1,5 @@
-//! The tasks of an orchestrator, from their start to their end. Each has a name and a purpose, and its end is detected:
-//! otherwise loops or leases would stop without anyone noticing.
+//! The tasks of an orchestrator, from their start to their end. Each has a name and a purpose. An unexpected end of one
+//! is detected: otherwise loops or leases would stop unnoticed.
 
 use std::sync::Arc;
 
@@ -18,13 +18,13 @@ const LOOPS: Part = Part { name: "the timer of loops", purpose: "starts the cycl
 const LEASES: Part =
     Part { name: "the timer of leases", purpose: "unregisters subsystems whose lease was not renewed" };
 const RETENTION: Part =
-    Part { name: "the retention of the history", purpose: "removes records that are too old or too many" };
-const PROGRESS: Part = Part { name: "the live progress", purpose: "sends watchers what happens in running cycles" };
+    Part { name: "the retention of the history", purpose: "removes records beyond the limits of retention" };
+const PROGRESS: Part = Part { name: "the live progress", purpose: "sends the progress of running cycles to watchers" };
 
 /// The tasks of an [`Orchestrator`].
 pub struct Tasks {
     conductor: JoinHandle<Result<(), StoreError>>,
-    /// All others. Their work ends with the last write.
+    /// All other tasks. Their work ends with the last write.
     others: Parts,
 }
 
@@ -81,7 +81,7 @@ impl Tasks {
             },
             ended = self.others.next_ended() => return Err(Stopped::Other(ended)),
         };
-        // They have nothing left to write.
+        // The other tasks have nothing left to write.
         self.others.abort();
         finished
     }

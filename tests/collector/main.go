@@ -1,4 +1,4 @@
-// OpenTelemetry's Collector with the least that shows what it takes: its OTLP receiver, and its exporter that prints.
+// OpenTelemetry's Collector with only its OTLP receiver and its exporter that prints.
 // Its one argument is its configuration file.
 package main
 

@@ -1,5 +1,5 @@
-//! A disk that can hang, and that loses what was not synced when the power goes. It stands between the service and the
-//! system: a library in C (`tests/disk/disk.c`) is loaded before the system's own.
+//! A disk that can hang, and that loses unsynced data in a power failure. The service loads a library in C
+//! (`tests/disk/disk.c`) before the system's own.
 
 use std::{fs, process::Command};
 
@@ -25,27 +25,27 @@ pub fn home() -> Home {
     home.with_wrapper(["env".to_owned()].into_iter().chain(variables))
 }
 
-/// From now on the disk of this home takes nothing, until [`comes_back`].
+/// From now on, no sync on the disk of this home returns, until [`comes_back`].
 pub fn hangs(home: &Home) {
     fs::write(home.path("hangs"), "").unwrap();
 }
 
-/// The disk of this home takes what it was given.
+/// Syncs on the disk of this home return again.
 pub fn comes_back(home: &Home) {
     fs::remove_file(home.path("hangs")).unwrap();
 }
 
-/// Puts the database of this home to where the loss of power leaves it at worst, after its service was killed: with
-/// nothing of what was not synced. The machine has restarted since.
+/// Leaves the database of this home as a power failure does at worst, after its service was killed: without any
+/// unsynced data. The machine has restarted since.
 pub fn loses_power(home: &Home) {
     for name in ["o.db", "o.db-wal"] {
-        // A copy over it, so that it is the same file.
+        // The copy overwrites the file, so that it stays the same file.
         match fs::read(home.path(&format!("{name}.synced"))) {
             Ok(bytes) => fs::write(home.path(name), bytes).unwrap(),
             Err(_never_synced) => fs::write(home.path(name), "").unwrap(),
         }
     }
-    // It is made from the log.
+    // SQLite makes it from the log.
     let _ = fs::remove_file(home.path("o.db-shm"));
     let database = Connection::open(home.path("o.db")).unwrap();
     database.execute("UPDATE meta SET boot_id = 'before'", []).unwrap();

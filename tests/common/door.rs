@@ -11,7 +11,7 @@ use tokio::{
 
 use super::service::Service;
 
-/// An address that stays the same while what is behind it changes.
+/// An address that stays the same while the services behind it change.
 pub struct Door {
     address: SocketAddr,
     behind: watch::Sender<Behind>,
@@ -30,7 +30,7 @@ enum Behind {
 }
 
 impl Door {
-    /// Leads nowhere yet.
+    /// A door that leads nowhere yet.
     pub async fn open() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -80,7 +80,7 @@ impl Door {
         self.behind.send_replace(Behind::Wall);
     }
 
-    /// Drops all data silently. Connections that are made after it has a target again work.
+    /// Drops all data silently. Connections that are made once it has a target again work.
     pub fn fall_silent(&self) {
         self.behind.send_replace(Behind::Silence);
     }

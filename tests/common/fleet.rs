@@ -1,8 +1,8 @@
-//! A scripted fleet: any number of fake subsystems behind a few endpoints, each with a script that can be changed
-//! while it runs, and a log of every call.
+//! A scripted fleet: any number of fake subsystems behind a few endpoints, each with a script that can be changed while
+//! it runs, and a log of all calls.
 //!
-//! It is not made with `orchestrator_core::subsystem`, which enforces the contract: a fake must be able to break it,
-//! down to the bytes, and must log every call, also the one that the library would answer from memory.
+//! It does not use `orchestrator_core::subsystem`, which enforces the contract: a fake must be able to break it, down
+//! to the bytes, and must log all calls, including those that the library would answer from memory.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -51,18 +51,18 @@ use super::patiently;
 // ---------------------------------------------------------------------------------------------------------------
 // Scripts
 
-/// What a fake subsystem does. The default needs no initialization and always succeeds.
+/// The behaviour of a fake subsystem. By default it needs no initialization and always succeeds.
 #[derive(Clone, Debug, Default)]
 pub struct Script {
-    /// What `Initialize` does.
+    /// The behaviour of `Initialize`.
     pub initialize: Initialize,
     /// `RunCycle` answers FAILED_PRECONDITION until `Initialize` has been called.
     pub needs_initialize: bool,
-    /// What `RunCycle` does.
+    /// The behaviour of `RunCycle`.
     pub run: Run,
 }
 
-/// What `Initialize` does.
+/// The behaviour of `Initialize`.
 #[derive(Clone, Debug, Default)]
 pub enum Initialize {
     /// Succeeds.
@@ -74,23 +74,23 @@ pub enum Initialize {
     Fail(Code),
 }
 
-/// What `RunCycle` does.
+/// The behaviour of `RunCycle`.
 #[derive(Clone, Debug, Default)]
 pub enum Run {
     /// Succeeds with an output that names the subsystem as `by` and the cycle as `cycle`.
     #[default]
     Echo,
-    /// Succeeds with this answer, which may be one that breaks the contract.
+    /// Succeeds with this answer, which may break the contract.
     Answer(pb::RunCycleResponse),
     /// Fails.
     Fail(Code, String),
     /// Never answers.
     Hang,
-    /// Does not answer until the script is changed, and then does what that says.
+    /// Waits until the script is changed, and then follows the new one.
     Hold,
-    /// Answers as the other one, after this delay.
+    /// Behaves as the other one does, after this delay.
     Late(Duration, Box<Run>),
-    /// Answers with a message that holds these bytes, whatever they are.
+    /// Answers with a message of these bytes, which need not be well-formed.
     Raw(Bytes),
     /// Announces a longer message than it sends.
     Truncated,
@@ -104,7 +104,7 @@ impl Run {
         Self::Answer(pb::RunCycleResponse { output: to_struct(output), ..pb::RunCycleResponse::default() })
     }
 
-    /// Answers with an output that is no `Struct`.
+    /// Answers with an output that is not a `Struct`.
     pub fn malformed_output() -> Self {
         let output = Bytes::from_static(b"\x0a\x05not a struct");
         Self::Answer(pb::RunCycleResponse { output, ..pb::RunCycleResponse::default() })
@@ -138,7 +138,7 @@ pub fn to_struct(object: &Value) -> Bytes {
     Payload::from_json(object.as_object().unwrap()).unwrap().as_bytes().clone()
 }
 
-/// The JSON object that an encoded `Struct` says.
+/// The JSON object of an encoded `Struct`.
 pub fn from_struct(bytes: &Bytes) -> Value {
     Payload::check(bytes.clone()).unwrap().to_json().into()
 }
@@ -146,12 +146,12 @@ pub fn from_struct(bytes: &Bytes) -> Value {
 // ---------------------------------------------------------------------------------------------------------------
 // The log
 
-/// One call that arrived.
+/// A received call.
 #[derive(Clone, Debug)]
 pub struct Call {
     /// The RPC.
     pub method: Method,
-    /// The subsystem that it is for.
+    /// The called subsystem.
     pub subsystem: String,
     /// The cycle; 0 where the RPC has none.
     pub cycle_id: u64,
@@ -159,21 +159,21 @@ pub struct Call {
     pub epoch: u64,
     /// The attempt; 0 where the RPC has none.
     pub attempt: u32,
-    /// How long its caller waits.
+    /// The timeout of the caller.
     pub timeout: Option<Duration>,
-    /// `traceparent` and `tracestate`, where they were sent.
+    /// `traceparent` and `tracestate`, if they were sent.
     pub trace: [Option<String>; 2],
     /// The orchestrator's id; empty where the RPC has none.
     pub orchestrator_id: String,
-    /// When the cycle was due, where the RPC says so.
+    /// When the cycle was due, if the RPC contains it.
     pub scheduled_at: Option<Timestamp>,
     /// The parameters.
     pub parameters: Value,
     /// The inputs.
     pub inputs: BTreeMap<String, SeenInput>,
-    /// Its position among all beginnings and ends of calls of this fleet.
+    /// Its position among all starts and ends of calls of this fleet.
     pub began: u64,
-    /// How it ended and at which position; `None` while it runs.
+    /// Its end and the position of that; `None` while it runs.
     pub ended: Option<(u64, End)>,
 }
 
@@ -189,18 +189,18 @@ pub enum Method {
 /// How a call ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// It was answered so.
+    /// It was answered with this code.
     Answered(Code),
     /// Its caller cancelled it or went away.
     Dropped,
 }
 
-/// An input as it came.
+/// A received input.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SeenInput {
-    /// How current it is.
+    /// Its freshness.
     pub freshness: pb::Freshness,
-    /// The cycle that made it.
+    /// The cycle that produced it.
     pub cycle_id: u64,
     /// The output.
     pub output: Value,
@@ -211,12 +211,12 @@ pub struct SeenInput {
 pub struct State {
     default: Script,
     fakes: HashMap<String, Fake>,
-    /// Every call, in the order of their beginnings.
+    /// All calls, in the order of their starts.
     pub calls: Vec<Call>,
     positions: u64,
-    /// Connections that are open now.
+    /// Number of open connections.
     pub connections: usize,
-    /// Calls of an epoch older than one already seen by the same subsystem.
+    /// Number of calls whose epoch is older than one that the same subsystem has already seen.
     pub stale_calls: usize,
 }
 
@@ -330,7 +330,7 @@ impl Fleet {
         &self.endpoints
     }
 
-    /// Changes the script of one subsystem, also for a call that is held.
+    /// Changes the script of one subsystem, also for a held call.
     pub fn script(&self, name: &str, change: impl FnOnce(&mut Script)) {
         self.state.send_modify(|state| {
             let mut script = state.script(name).clone();
@@ -339,12 +339,12 @@ impl Fleet {
         });
     }
 
-    /// Changes what one subsystem's `RunCycle` does.
+    /// Changes the behaviour of one subsystem's `RunCycle`.
     pub fn run(&self, name: &str, run: Run) {
         self.script(name, |script| script.run = run);
     }
 
-    /// Changes the script of all that have none of their own.
+    /// Changes the script of all subsystems without one of their own.
     pub fn default_script(&self, script: Script) {
         self.state.send_modify(|state| state.default = script);
     }
@@ -354,12 +354,12 @@ impl Fleet {
         self.state.send_modify(|state| state.fakes.entry(name.to_owned()).or_default().initialized = false);
     }
 
-    /// Looks at the state now.
+    /// Reads the current state.
     pub fn now<T>(&self, look: impl FnOnce(&State) -> T) -> T {
         look(&self.state.borrow())
     }
 
-    /// Every call so far.
+    /// All calls so far.
     pub fn calls(&self) -> Vec<Call> {
         self.now(|state| state.calls.clone())
     }
@@ -369,7 +369,7 @@ impl Fleet {
         self.state.send_modify(|state| state.calls.retain(|call| call.ended.is_none()));
     }
 
-    /// Waits until something holds.
+    /// Waits until the state fulfills this condition.
     pub async fn until(&self, what: &str, holds: impl FnMut(&State) -> bool) {
         let mut state = self.state.subscribe();
         patiently(what, state.wait_for(holds)).await.unwrap();
@@ -404,7 +404,7 @@ struct FakeService {
     state: Arc<watch::Sender<State>>,
 }
 
-/// A call that is being answered. Dropped unanswered, it is logged so.
+/// A call that is being answered. If it is dropped first, it is logged as [`End::Dropped`].
 struct Ongoing {
     state: Arc<watch::Sender<State>>,
     began: u64,
@@ -433,7 +433,7 @@ impl FakeService {
         Ongoing { state: self.state.clone(), began, end: End::Dropped }
     }
 
-    /// Refuses a superseded caller, as the contract asks.
+    /// Refuses a superseded caller, as the contract requires.
     fn check_epoch(&self, name: &str, epoch: u64) -> Result<(), Status> {
         let mut result = Ok(());
         self.state.send_modify(|state| {
@@ -584,7 +584,7 @@ impl Call {
     }
 }
 
-/// What `grpc-timeout` says.
+/// The timeout in `grpc-timeout`.
 fn timeout_of<T>(request: &Request<T>) -> Option<Duration> {
     let text = request.metadata().get("grpc-timeout")?.to_str().unwrap();
     let (number, unit) = text.split_at(text.len() - 1);
@@ -599,7 +599,7 @@ fn timeout_of<T>(request: &Request<T>) -> Option<Duration> {
     })
 }
 
-/// What the headers of W3C Trace Context say.
+/// The headers of W3C Trace Context.
 fn trace_of<T>(request: &Request<T>) -> [Option<String>; 2] {
     ["traceparent", "tracestate"].map(|header| Some(request.metadata().get(header)?.to_str().unwrap().to_owned()))
 }
@@ -617,11 +617,11 @@ impl SeenInput {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What no well-behaved server does
+// Malformed messages and broken connections
 
 const GRPC_STATUS: http::HeaderName = http::HeaderName::from_static("grpc-status");
 
-/// Travels with a response, and becomes its body.
+/// Bytes that travel with a response and become its body.
 #[derive(Clone)]
 struct Spoiled(Bytes);
 

@@ -1,4 +1,4 @@
-//! A client of the admin address that knows as little as it needs, so that tests see every byte.
+//! A minimal client of the admin address, so that tests see every byte.
 
 use std::net::SocketAddr;
 
@@ -10,26 +10,26 @@ use tokio::{
 
 use super::patiently;
 
-/// An answer, of which the head is read.
+/// A response whose head has been read.
 pub struct Answer {
     /// Its status.
     pub status: u16,
     /// Its status line and headers.
     pub head: String,
     body: BufReader<TcpStream>,
-    /// What was read of the body and not yet given as lines, if it comes in chunks.
+    /// The part of a chunked body that has been read, but not yet returned as lines.
     read: Option<String>,
 }
 
 impl Answer {
-    /// The rest.
+    /// The rest of the body.
     pub async fn text(mut self) -> String {
         let mut text = String::new();
         patiently("an answer", self.body.read_to_string(&mut text)).await.unwrap();
         if self.read.is_some() { without_chunks(&text) } else { text }
     }
 
-    /// The rest, as JSON.
+    /// The rest of the body, as JSON.
     pub async fn json(self) -> Value {
         serde_json::from_str(&self.text().await).unwrap()
     }
@@ -96,7 +96,7 @@ pub async fn send(address: SocketAddr, request: &str, headers: &[&str]) -> Answe
     Answer { status, head, body, read }
 }
 
-/// Asks for a path.
+/// Requests a path.
 pub async fn get(address: SocketAddr, path: &str) -> Answer {
     send(address, &format!("GET {path}"), &["Host: localhost"]).await
 }

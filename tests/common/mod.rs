@@ -20,10 +20,10 @@ use self::{
     service::{Client, Home, Service, registration},
 };
 
-/// How long something that must come is awaited. The bound only turns a hang into a failure that says what was awaited.
+/// Most time for which a test waits for an event. It only turns a hang into a failure that names the event.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Awaits something that must come.
+/// Waits for an event that must happen.
 pub async fn patiently<T>(what: &str, awaited: impl Future<Output = T>) -> T {
     let came = tokio::time::timeout(PATIENCE, awaited).await;
     came.unwrap_or_else(|_| panic!("waited {PATIENCE:?} for {what}"))
@@ -43,7 +43,7 @@ impl Stage {
         Self::at(Home::new()).await
     }
 
-    /// A service that lives there.
+    /// A service with this home.
     pub async fn at(home: Home) -> Self {
         let (fleet, service) = (Fleet::start().await, home.serve().await);
         let client = service.client().await;
@@ -64,14 +64,14 @@ impl Stage {
         Self::again(fleet, home).await
     }
 
-    /// A service that is started in a home again.
+    /// A service that is started again in this home.
     pub async fn again(fleet: Fleet, home: Home) -> Self {
         let service = home.serve().await;
         let client = service.client().await;
         Self { fleet, home, service, client }
     }
 
-    /// A registration with nothing but defaults, behind the fleet's first endpoint.
+    /// A registration with only defaults, behind the fleet's first endpoint.
     pub fn registration(&self, name: &str) -> pb::Registration {
         registration(name, self.fleet.endpoint())
     }
@@ -83,7 +83,7 @@ impl Stage {
         self.client.register(registration).await.unwrap();
     }
 
-    /// Registers subsystems with nothing but defaults.
+    /// Registers subsystems with only defaults.
     pub async fn register_all(&mut self, names: &[&str]) {
         for name in names {
             self.register(name, |_| {}).await;

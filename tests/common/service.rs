@@ -30,7 +30,7 @@ use tonic_types::StatusExt;
 
 use super::patiently;
 
-/// Where a service lives: its database, its configuration and its log survive its restarts.
+/// The files of a service: its database, its configuration and its log survive its restarts.
 pub struct Home {
     dir: TempDir,
     wrapper: Vec<String>,
@@ -74,31 +74,31 @@ impl Home {
         self
     }
 
-    /// The same home, whose services keep their record there.
+    /// The same home, whose services keep their record at this URL.
     #[must_use]
     pub fn with_store(self, url: &str) -> Self {
         Self { store: url.into(), ..self }
     }
 
-    /// The same home, whose services keep nothing.
+    /// The same home, whose services keep their record only in memory.
     #[must_use]
     pub fn in_memory(self) -> Self {
         Self { store: "memory:".into(), ..self }
     }
 
-    /// The same home, whose services log like this and not as text.
+    /// The same home, whose services log in this format instead of as text.
     #[must_use]
     pub fn with_log_format(self, log_format: &'static str) -> Self {
         Self { log_format, ..self }
     }
 
-    /// The same home, whose services have their dashboard there.
+    /// The same home, whose services serve their dashboard at this address.
     #[must_use]
     pub fn with_admin(self, address: SocketAddr) -> Self {
         Self { admin: address.to_string(), ..self }
     }
 
-    /// The same home, whose services are started by this command, which is given theirs as arguments.
+    /// The same home, whose services are started by this command, which receives their command line as its arguments.
     #[must_use]
     pub fn with_wrapper<A: Into<String>>(mut self, wrapper: impl IntoIterator<Item = A>) -> Self {
         self.wrapper.extend(wrapper.into_iter().map(Into::into));
@@ -114,7 +114,7 @@ impl Home {
         }
     }
 
-    /// Starts the service and waits until it listens, or has ended without.
+    /// Starts the service and waits until it listens or ends.
     pub async fn try_serve(&self) -> Result<Service, ExitStatus> {
         self.spawn().listening().await
     }
@@ -124,7 +124,7 @@ impl Home {
         self.spawn_with_log(fs::File::options().create(true).append(true).open(self.path("log")).unwrap())
     }
 
-    /// Starts the service, whose log goes elsewhere, and does not wait.
+    /// Starts the service with another destination of its log, and does not wait.
     pub fn spawn_with_log(&self, stderr: impl Into<Stdio>) -> Starting {
         let log = self.path("log");
         let command: Vec<_> =
@@ -143,7 +143,7 @@ impl Home {
         Starting { child, log }
     }
 
-    /// What its services have logged last.
+    /// The last lines that its services have logged.
     pub fn log(&self) -> String {
         tail(&self.path("log"))
     }
@@ -164,7 +164,7 @@ pub struct Starting {
 }
 
 impl Starting {
-    /// Waits until it listens, or has ended without.
+    /// Waits until it listens or ends.
     pub async fn listening(mut self) -> Result<Service, ExitStatus> {
         let mut lines = BufReader::new(self.child.stdout.take().unwrap()).lines();
         let line = patiently("the service to listen", lines.next_line()).await.unwrap();
@@ -204,12 +204,12 @@ pub struct Service {
 }
 
 impl Service {
-    /// Where it listens.
+    /// The address at which it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where its dashboard is.
+    /// The address of its dashboard.
     pub fn admin(&self) -> SocketAddr {
         self.admin
     }
@@ -231,7 +231,7 @@ impl Service {
         patiently("the service to end", self.child.wait()).await.unwrap()
     }
 
-    /// Signals SIGTERM until it has ended: one within a second of the first does not count.
+    /// Sends SIGTERM until it has ended: the service ignores a second one within a second of the first.
     pub async fn aborted(&mut self) -> ExitStatus {
         let aborted = async {
             loop {
@@ -256,17 +256,17 @@ impl Service {
         self.ended().await
     }
 
-    /// The memory that it holds now, and the most that it ever held, in bytes.
+    /// Its resident memory now, and the peak of it, in bytes.
     pub fn memory(&self) -> (u64, u64) {
         (self.measured("VmRSS:"), self.measured("VmHWM:"))
     }
 
-    /// The memory that it has reserved, whether or not it was written to, in bytes.
+    /// The memory that it has reserved, written to or not, in bytes.
     pub fn reserved(&self) -> u64 {
         self.measured("VmData:")
     }
 
-    /// A line of what the system says of its memory, in bytes.
+    /// A line of its `/proc/PID/status`, in bytes.
     fn measured(&self, name: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
@@ -288,7 +288,7 @@ impl Drop for Service {
     }
 }
 
-/// The generated client, and what tests ask of it again and again.
+/// The generated client, with the common requests of tests.
 #[derive(Clone)]
 pub struct Client(OrchestratorClient<Channel>);
 
@@ -385,7 +385,7 @@ impl Client {
         Ok(decode(self.get_cycle(pb::GetCycleRequest { cycle_id }).await?.into_inner().telemetry))
     }
 
-    /// The record of a cycle, as soon as there is one.
+    /// Waits for the record of a cycle.
     pub async fn recorded(&mut self, cycle_id: u64) -> pb::CycleTelemetry {
         let request = pb::WatchCyclesRequest { from_oldest: true, ..pb::WatchCyclesRequest::default() };
         let mut cycles = self.watch_cycles(request).await.unwrap().into_inner();
@@ -413,7 +413,7 @@ impl Client {
 /// The next event of a stream.
 pub async fn next_event(stream: &mut Streaming<pb::WatchCyclesResponse>) -> Result<pb::CycleEvent, Status> {
     let next = patiently("the next event", stream.message()).await?;
-    Ok(next.unwrap_or_else(|| panic!("the stream ended, and not with an error")).event.unwrap())
+    Ok(next.unwrap_or_else(|| panic!("the stream ended without an error")).event.unwrap())
 }
 
 /// The next recorded cycle of a stream, as the bytes that were recorded.
@@ -425,7 +425,7 @@ pub async fn next_recorded(stream: &mut Streaming<pb::WatchCyclesResponse>) -> B
     }
 }
 
-/// What an error says to machines.
+/// The machine-readable part of an error.
 #[derive(Debug, PartialEq)]
 pub struct Reason {
     /// The gRPC status code.
@@ -453,19 +453,19 @@ pub fn reason(status: &Status) -> Reason {
     }
 }
 
-/// What an error with this reason and no fields says.
+/// The machine-readable part of an error with this reason and no fields.
 pub fn because<const N: usize>(code: Code, why: &str, metadata: [(&str, &str); N]) -> Reason {
     let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
     Reason { code, why: why.to_owned(), metadata, fields: Vec::new() }
 }
 
-/// What an error about these fields says.
+/// The machine-readable part of an error about these fields.
 pub fn invalid<const N: usize>(fields: [&str; N]) -> Reason {
     let fields = fields.map(str::to_owned).into();
     Reason { fields, ..because(Code::InvalidArgument, "INVALID_FIELDS", []) }
 }
 
-/// A registration with nothing but defaults.
+/// A registration with only defaults.
 pub fn registration(name: &str, endpoint: &str) -> pb::Registration {
     pb::Registration { name: name.to_owned(), endpoint: endpoint.to_owned(), ..pb::Registration::default() }
 }
@@ -476,7 +476,7 @@ pub fn part<'a>(cycle: &'a pb::CycleTelemetry, name: &str) -> &'a pb::SubsystemT
     part.unwrap_or_else(|| panic!("{name} is not in {cycle:?}"))
 }
 
-/// A duration as fields of messages have it.
+/// A duration for a field of a message.
 #[allow(clippy::unnecessary_wraps, reason = "none of those fields has to be set")]
 pub fn ms(milliseconds: i64) -> Option<prost_types::Duration> {
     #[allow(clippy::cast_possible_truncation, reason = "a remainder has few digits")]
@@ -484,7 +484,7 @@ pub fn ms(milliseconds: i64) -> Option<prost_types::Duration> {
     Some(prost_types::Duration { seconds: milliseconds / 1000, nanos })
 }
 
-/// A record as it is read.
+/// Decodes a record.
 pub fn decode(telemetry: Bytes) -> pb::CycleTelemetry {
     pb::CycleTelemetry::decode(telemetry).unwrap()
 }

@@ -1,4 +1,4 @@
-//! Terminals, as programs meet them.
+//! Terminals for interactive commands.
 
 use std::{
     fs::File,
@@ -31,7 +31,7 @@ fn size(columns: u16, rows: u16) -> Winsize {
     Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }
 }
 
-/// A terminal that understands what is written to it, and a person at it.
+/// A terminal that interprets the output of a program, and its user.
 pub struct Terminal {
     master: File,
     program: OwnedFd,
@@ -60,7 +60,7 @@ impl Terminal {
         Self { master, program, screen, written }
     }
 
-    /// Lets a command use it.
+    /// Connects a command to it.
     pub fn connect(&self, command: &mut Command) {
         let side = || Stdio::from(self.program.try_clone().unwrap());
         command.env("TERM", "xterm-256color").stdin(side()).stdout(side()).stderr(side());
@@ -78,17 +78,17 @@ impl Terminal {
         tcsetwinsize(&self.master, size(columns, rows)).unwrap();
     }
 
-    /// Waits until what is shown fulfills this, and returns it.
+    /// Waits until the shown text fulfills this condition, and returns it.
     pub async fn until(&self, what: &str, holds: impl Fn(&str) -> bool) -> String {
         self.until_screen(what, |screen| holds(&screen.contents())).await
     }
 
-    /// Waits until this text is shown, and returns all that is.
+    /// Waits until this text is shown, and returns all shown text.
     pub async fn until_shown(&self, text: &str) -> String {
         self.until(text, |shown| shown.contains(text)).await
     }
 
-    /// The same of all that a screen is.
+    /// The same with the whole screen: its cells, their colours and the cursor.
     pub async fn until_screen(&self, what: &str, holds: impl Fn(&vt100::Screen) -> bool) -> String {
         let mut screen = self.screen.subscribe();
         let came = timeout(PATIENCE, screen.wait_for(|parser| holds(parser.screen()))).await;
@@ -101,12 +101,12 @@ impl Terminal {
         look(self.screen.borrow().screen())
     }
 
-    /// All that was ever written to it.
+    /// Its whole output so far.
     pub fn written(&self) -> String {
         String::from_utf8_lossy(&self.written.lock().unwrap()).into_owned()
     }
 
-    /// Waits until it is as programs expect it: what is typed is shown, in lines, and the first screen is back.
+    /// Waits until the program has restored its modes: it echoes input, edits lines, and shows the first screen.
     pub async fn until_given_back(&self) {
         self.until_screen("the terminal to be given back", |screen| {
             !screen.alternate_screen() && !screen.hide_cursor()

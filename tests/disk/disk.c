@@ -1,7 +1,8 @@
-/* A disk that can hang, and that knows what is safe on it: stands before fsync and fdatasync of the system (LD_PRELOAD).
+/* A disk that can hang, and that keeps the synced content of its files. LD_PRELOAD puts it before fsync and fdatasync
+ * of the system.
  *
- * While the file $DISK_HANGS exists, neither returns. After each, the content of a file in the directory $DISK_SYNCED_IN is
- * copied to a file beside it, with the suffix ".synced": that is what the loss of power can't take. */
+ * While the file $DISK_HANGS exists, neither returns. Each of them copies the content of a file in the directory
+ * $DISK_SYNCED_IN to a file beside it, with the suffix ".synced": a power failure leaves that content intact. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -18,7 +19,7 @@ static int keep(int from, const char *path) {
     snprintf(unfinished, sizeof unfinished, "%s.unfinished", target);
     int to = open(unfinished, O_CREAT | O_TRUNC | O_WRONLY, 0600);
     if (to < 0) return -1;
-    /* By the same descriptor: closing another one of the file would free the locks that the process has on it. */
+    /* Reads by the same descriptor: closing another one would free the locks that the process has on the file. */
     off_t at = 0;
     ssize_t got;
     while ((got = pread(from, bytes, sizeof bytes, at)) > 0) {

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use crate::kit::{Fleet, Heard, around, host, of, of_all, settings, start, subsystem};
+use crate::kit::{Fleet, Received, around, host, of, of_all, settings, start, subsystem};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use orchestrator_core::{
@@ -40,18 +40,18 @@ struct Death {
 
 /// Results that callers and readers received before the process died.
 #[derive(Default)]
-struct Told {
+struct Seen {
     /// Cycles whose asynchronous start was acknowledged.
     promised: Mutex<BTreeSet<CycleId>>,
     /// Waiting cycles that the status showed.
     shown: Mutex<BTreeSet<CycleId>>,
-    /// Records that were answered.
+    /// Records that callers received.
     answered: Mutex<BTreeMap<CycleId, Bytes>>,
-    /// What each walk through the history found, newest first.
+    /// The records that each walk through the history found, newest first.
     walks: Mutex<Vec<Vec<(Revision, CycleId)>>>,
 }
 
-/// Where the processes keep their record, one after the other.
+/// The place where the processes keep their record, one process after the other.
 enum Place {
     Memory(Arc<dyn Store>),
     Sqlite(TempDir),
@@ -66,7 +66,7 @@ impl Place {
         Self::Sqlite(tempfile::tempdir().unwrap())
     }
 
-    /// Opens the store, once the process before has let it go.
+    /// Opens the store, once the previous process has released it.
     async fn open(&self) -> Arc<dyn Store> {
         let home = match self {
             Self::Memory(store) => return store.clone(),
@@ -79,12 +79,12 @@ impl Place {
                 opened => break opened.unwrap(),
             }
         };
-        // To the paused clock a real disk is always late: nothing of that is reported.
+        // On the paused clock a real disk is always late, so late commits are not reported.
         around(inner, Box::new(|inner, write| Box::pin(async move { inner.commit(write).await })))
     }
 }
 
-/// The store, whose process dies as scripted: that commit never returns, and none after it.
+/// A store whose process dies as scripted: neither that commit nor a later one returns.
 fn dying(inner: Arc<dyn Store>, death: Death, died: Arc<Notify>) -> Arc<dyn Store> {
     let commits = AtomicUsize::new(0);
     let commit = move |inner: Arc<dyn Store>, write: Arc<Write>| {
@@ -104,14 +104,14 @@ fn dying(inner: Arc<dyn Store>, death: Death, died: Arc<Notify>) -> Arc<dyn Stor
     around(inner, Box::new(commit))
 }
 
-/// Runs a cycle as a caller that waits, or as one that only waits for the acknowledgement.
-async fn ask(orchestrator: Orchestrator, told: Arc<Told>, request: CycleRequest, is_async: bool) {
+/// Runs a cycle for a caller that waits for its record, or only for the acknowledgement.
+async fn ask(orchestrator: Orchestrator, seen: Arc<Seen>, request: CycleRequest, is_async: bool) {
     let Ok(ticket) = orchestrator.run_cycle(request, is_async).await else { return };
     if is_async {
-        told.promised.lock().unwrap().insert(ticket.cycle_id);
+        seen.promised.lock().unwrap().insert(ticket.cycle_id);
     }
     if let Ok(record) = ticket.recorded().await {
-        told.answered.lock().unwrap().insert(record.cycle_id, record.bytes.clone());
+        seen.answered.lock().unwrap().insert(record.cycle_id, record.bytes.clone());
     }
 }
 
@@ -128,25 +128,25 @@ async fn walk(orchestrator: &Orchestrator) -> Vec<(Revision, CycleId)> {
     }
 }
 
-/// Four cycles that share nothing, and three that wait for them and that nobody waits for, until all are recorded or
+/// Runs four cycles that share no subsystem, and three asynchronous ones that wait for these, until all are recorded or
 /// the process dies.
-async fn live(orchestrator: Orchestrator, told: &Arc<Told>) {
+async fn live(orchestrator: Orchestrator, seen: &Arc<Seen>) {
     let mut asked = JoinSet::new();
     for name in ["a", "b", "c", "d"] {
-        asked.spawn(ask(orchestrator.clone(), told.clone(), of(&[name]), false));
-        // In this order.
+        asked.spawn(ask(orchestrator.clone(), seen.clone(), of(&[name]), false));
+        // Keeps the order of the requests.
         yield_now().await;
     }
     for (i, names) in [&["a", "b"][..], &["c"], &["a", "b", "c", "d"]].into_iter().enumerate() {
         let request = CycleRequest { request_id: Some(format!("request-{i}")), ..of(names) };
-        asked.spawn(ask(orchestrator.clone(), told.clone(), request, true));
+        asked.spawn(ask(orchestrator.clone(), seen.clone(), request, true));
     }
     let walking = async {
         loop {
             let found = walk(&orchestrator).await;
-            told.walks.lock().unwrap().push(found);
+            seen.walks.lock().unwrap().push(found);
             let shown = orchestrator.status().waiting.into_iter().map(|waiting| waiting.cycle_id);
-            told.shown.lock().unwrap().extend(shown);
+            seen.shown.lock().unwrap().extend(shown);
             sleep(Duration::from_millis(100)).await;
         }
     };
@@ -161,15 +161,15 @@ async fn end(orchestrator: Orchestrator, mut tasks: Tasks) {
     tasks.finished().await.unwrap();
 }
 
-/// What a process does, as long as it lives. With it all of its tasks are gone, wherever they were.
+/// Runs a process. All of its tasks end with it, wherever they are.
 fn process<T>(life: impl Future<Output = T>) -> T {
     let runtime = Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
     runtime.block_on(life)
 }
 
-/// Has a process die there, and looks at what the next one makes of it. Whether the process came to that commit.
+/// Lets a process die there, and checks the state that the next one finds. True if the process reached that commit.
 fn dies_at(death: Death, place: &Place) -> bool {
-    let (fleet, told) = (Arc::new(Fleet::default()), Arc::new(Told::default()));
+    let (fleet, seen) = (Arc::new(Fleet::default()), Arc::new(Seen::default()));
     process(async {
         let (orchestrator, tasks) = start(settings(), fleet.clone(), place.open().await).await;
         for name in ["a", "b", "c", "d"] {
@@ -182,7 +182,7 @@ fn dies_at(death: Death, place: &Place) -> bool {
         let store = dying(place.open().await, death, died.clone());
         let life = async {
             let (orchestrator, tasks) = start(settings(), fleet.clone(), store).await;
-            live(orchestrator.clone(), &told).await;
+            live(orchestrator.clone(), &seen).await;
             end(orchestrator, tasks).await;
         };
         select! {
@@ -190,41 +190,41 @@ fn dies_at(death: Death, place: &Place) -> bool {
             () = died.notified() => true,
         }
     });
-    process(holds_after(death, place, &fleet, &told));
+    process(holds_after(death, place, &fleet, &seen));
     came_to_it
 }
 
 /// Starts the next process, and compares the history with earlier results.
-async fn holds_after(death: Death, place: &Place, fleet: &Arc<Fleet>, told: &Told) {
+async fn holds_after(death: Death, place: &Place, fleet: &Arc<Fleet>, seen: &Seen) {
     let store = place.open().await;
     let contents = store.take_over().await.unwrap();
-    let called: BTreeSet<_> = fleet.heard.lock().unwrap().iter().map(|heard| heard.cycle_id).collect();
-    let promised = mem::take(&mut *told.promised.lock().unwrap());
+    let called: BTreeSet<_> = fleet.received.lock().unwrap().iter().map(|received| received.cycle_id).collect();
+    let promised = mem::take(&mut *seen.promised.lock().unwrap());
     // No id was visible before it was noted.
     let noted = contents.last_cycle_id;
-    let shown = mem::take(&mut *told.shown.lock().unwrap());
-    assert!(called.iter().chain(&promised).chain(&shown).all(|told| *told <= noted), "{death:?}");
+    let shown = mem::take(&mut *seen.shown.lock().unwrap());
+    assert!(called.iter().chain(&promised).chain(&shown).all(|seen| *seen <= noted), "{death:?}");
     let open: BTreeMap<_, _> = contents.open.iter().map(|open| (open.cycle_id, open.stage.clone())).collect();
     let (orchestrator, tasks) = start(settings(), fleet.clone(), store).await;
-    // Its turn is after all that wait.
+    // Its turn is after all waiting cycles.
     let last = orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
     assert_eq!(last.cycle_id, noted.next(), "{death:?}");
 
-    // Each number once, and each revision.
+    // Each id and each revision occurs once.
     let history = walk(&orchestrator).await;
     let revisions: Vec<_> = history.iter().rev().map(|(revision, _)| revision.0).collect();
     assert_eq!(revisions, (1..=last.cycle_id.0).collect::<Vec<_>>(), "{death:?}");
     let ids: BTreeSet<_> = history.iter().map(|(_, cycle_id)| cycle_id.0).collect();
     assert_eq!(ids, (1..=last.cycle_id.0).collect(), "{death:?}");
-    // Each walk found all that was recorded by then, and what it found stands.
-    for found in &*told.walks.lock().unwrap() {
+    // Each walk found all records of its time, and they are unchanged.
+    for found in &*seen.walks.lock().unwrap() {
         assert_eq!(history[history.len() - found.len()..], found[..], "{death:?}");
     }
-    let answered = mem::take(&mut *told.answered.lock().unwrap());
+    let answered = mem::take(&mut *seen.answered.lock().unwrap());
     for (cycle_id, bytes) in answered {
         assert_eq!(orchestrator.cycle(cycle_id).await.unwrap().bytes, bytes, "{death:?}");
     }
-    // What had begun is interrupted; what had only waited was run now.
+    // Started cycles are interrupted. Waiting cycles ran in this process.
     for cycle_id in promised.iter().chain(open.keys()) {
         let state = orchestrator.cycle(*cycle_id).await.unwrap().state;
         let expected = match open.get(cycle_id) {
@@ -235,16 +235,16 @@ async fn holds_after(death: Death, place: &Place, fleet: &Arc<Fleet>, told: &Tol
     }
     // No cycle ran in two processes, nor a subsystem twice in one.
     let mut calls = BTreeSet::new();
-    for Heard { name, cycle_id, .. } in &*fleet.heard.lock().unwrap() {
+    for Received { name, cycle_id, .. } in &*fleet.received.lock().unwrap() {
         assert!(calls.insert((name.clone(), *cycle_id)), "{death:?}: {name} was called twice for cycle {cycle_id}");
     }
     end(orchestrator, tasks).await;
 }
 
-/// Has processes die at each of their commits in turn, before and after it is kept.
+/// Lets processes die at each of their commits in turn, before and after it is kept.
 fn die_at_each_commit(place: impl Fn() -> Place) {
-    // The start, the beginnings, the acknowledgements and the records; how many changes share a commit depends on the
-    // machine.
+    // The commits are the takeover, the starts, the acknowledgements and the records. The number of changes in one
+    // commit depends on the machine.
     let mut commits = 0;
     while [false, true]
         .into_iter()
@@ -263,6 +263,6 @@ fn a_process_that_dies_at_any_commit_leaves_each_id_once_and_loses_no_visible_ch
 }
 
 #[test]
-fn nor_does_it_with_sqlite() {
+fn a_process_that_dies_at_any_commit_of_sqlite_leaves_each_id_once_and_loses_no_visible_change() {
     die_at_each_commit(Place::sqlite);
 }

@@ -1,4 +1,4 @@
-//! What is kept of the history as time passes, and how pages go through it meanwhile.
+//! Retention on paused time, and paging through the history meanwhile.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -23,7 +23,7 @@ async fn keeping(retention: Retention) -> (Orchestrator, Tasks) {
     (orchestrator, tasks)
 }
 
-/// Runs a cycle, which takes a second, and cancels it if it is to end so.
+/// Runs a cycle, which takes a second. Cancels it if `state` is CANCELLED.
 async fn run(orchestrator: &Orchestrator, state: CycleState) {
     let ticket = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
     if state == CycleState::Cancelled {
@@ -39,7 +39,7 @@ async fn retained(orchestrator: &Orchestrator) -> Vec<u64> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn records_go_by_their_age_but_the_newest_one_stays() {
+async fn records_are_removed_by_age_but_the_newest_one_stays() {
     let rule = RetentionRule { max_cycles: None, max_age: Some(10 * MINUTE) };
     let (orchestrator, _tasks) = keeping(Retention { default: rule, ..Retention::default() }).await;
     run(&orchestrator, CycleState::Succeeded).await;
@@ -53,14 +53,14 @@ async fn records_go_by_their_age_but_the_newest_one_stays() {
     assert!(matches!(orchestrator.cycle(CycleId(1)).await, Err(Refusal::CycleNotFound(CycleId(1)))));
     sleep(60 * MINUTE).await;
     assert_eq!(retained(&orchestrator).await, [3]);
-    // What is gone still counts, and its number is not given again.
+    // Removed records still count, and their ids are not used again.
     assert_eq!(orchestrator.status().total_cycles, 3);
     run(&orchestrator, CycleState::Succeeded).await;
     assert_eq!(retained(&orchestrator).await[0], 4);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_state_with_a_rule_of_its_own_is_kept_by_that_one_only() {
+async fn a_rule_for_a_state_replaces_the_rule_for_all_states() {
     let few = |max_cycles| RetentionRule { max_cycles: Some(max_cycles), max_age: None };
     let by_state = BTreeMap::from([(CycleState::Cancelled, few(3))]);
     let (orchestrator, _tasks) = keeping(Retention { default: few(2), by_state }).await;
@@ -90,7 +90,7 @@ async fn a_walk_by_pages_finds_each_record_once_while_others_are_recorded() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_live_cycle_is_not_finished_one_that_never_was_is_not_found() {
+async fn a_live_cycle_is_refused_as_not_finished_and_an_unknown_one_as_not_found() {
     let (orchestrator, _tasks) = keeping(Retention::default()).await;
     let runs = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
     let waits = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();

@@ -1,4 +1,4 @@
-//! What the tests share.
+//! The kit of these tests: a store and a fleet that each test scripts.
 
 use std::{
     sync::{Arc, Mutex},
@@ -20,23 +20,23 @@ use orchestrator_core::{
 use tokio::{sync::watch, time::sleep};
 use tokio_stream::wrappers::WatchStream;
 
-/// What becomes of a commit.
+/// Decides the result of a commit.
 pub(crate) type Commit =
     dyn Fn(Arc<dyn Store>, Arc<Write>) -> BoxFuture<'static, Result<(), StoreError>> + Send + Sync + 'static;
 
 /// Runs before old records are removed.
 pub(crate) type Prune = dyn Fn() -> Result<(), StoreError> + Send + Sync + 'static;
 
-/// A store whose commits go the way of a test, and all else the usual way.
+/// A store that passes its commits to the test, and all other calls to another store.
 pub(crate) struct Around {
     pub(crate) inner: Arc<dyn Store>,
     pub(crate) commit: Box<Commit>,
     pub(crate) prune: Box<Prune>,
-    /// What the store reports beside it.
+    /// The troubles that it reports beside its commits.
     pub(crate) trouble: watch::Sender<Option<StoreError>>,
 }
 
-/// A store whose commits go this way, and that reports no trouble.
+/// A store that passes its commits to this function, and reports no trouble.
 pub(crate) fn around(inner: Arc<dyn Store>, commit: Box<Commit>) -> Arc<dyn Store> {
     Arc::new(Around { inner, commit, prune: Box::new(|| Ok(())), trouble: watch::Sender::new(None) })
 }
@@ -89,20 +89,20 @@ impl Store for Around {
 
 /// A call that a subsystem received.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Heard {
+pub(crate) struct Received {
     pub(crate) name: String,
     pub(crate) cycle_id: CycleId,
     pub(crate) epoch: Epoch,
 }
 
-/// Subsystems that answer after a second, and note what they were called for.
+/// Subsystems that answer after a second, and log their calls.
 #[derive(Default)]
 pub(crate) struct Fleet {
-    /// A defect: calling one panics.
+    /// True if a call panics, as a defect would.
     pub(crate) call_panics: bool,
-    /// A defect: forgetting one panics.
+    /// True if forgetting a subsystem panics, as a defect would.
     pub(crate) forget_panics: bool,
-    pub(crate) heard: Mutex<Vec<Heard>>,
+    pub(crate) received: Mutex<Vec<Received>>,
 }
 
 impl Subsystems for Fleet {
@@ -112,8 +112,8 @@ impl Subsystems for Fleet {
 
     fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
         assert!(!self.call_panics, "a defect");
-        let heard = Heard { name: to.name.to_string(), cycle_id: call.cycle_id, epoch: call.epoch };
-        self.heard.lock().unwrap().push(heard);
+        let received = Received { name: to.name.to_string(), cycle_id: call.cycle_id, epoch: call.epoch };
+        self.received.lock().unwrap().push(received);
         Box::pin(async {
             sleep(Duration::from_secs(1)).await;
             Ok(Reply { answer: Answer::default(), held: Memory::whole(0).try_hold(0).unwrap() })
@@ -134,12 +134,12 @@ pub(crate) fn subsystem(name: &str) -> Subsystem {
     Subsystem::from_spec(&spec).unwrap()
 }
 
-/// Asks for a cycle over all subsystems.
+/// A request for a cycle over all subsystems.
 pub(crate) fn of_all() -> CycleRequest {
     CycleRequest::over_all(Trigger::Manual, Timestamp::UNIX_EPOCH)
 }
 
-/// Asks for a cycle over these subsystems.
+/// A request for a cycle over these subsystems.
 pub(crate) fn of(names: &[&str]) -> CycleRequest {
     let subset: Vec<_> = names.iter().map(|name| Name::parse(name).unwrap()).collect();
     CycleRequest { subset: Some(subset.into()), ..of_all() }
@@ -165,7 +165,7 @@ pub(crate) fn host() -> Host {
     Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 0)
 }
 
-/// An orchestrator over a store, which it takes over.
+/// An orchestrator that has taken over this store.
 pub(crate) async fn start(settings: Settings, fleet: Arc<Fleet>, store: Arc<dyn Store>) -> (Orchestrator, Tasks) {
     let contents = store.take_over().await.unwrap();
     let memory = Shares::of(1 << 30);

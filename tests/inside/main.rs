@@ -1,6 +1,6 @@
-//! The heart from inside, on paused time: an orchestrator in this process, over scripted subsystems and a store whose
-//! commits each test decides. What users meet is tested through the front door; here is what they can't bring about at
-//! will.
+//! The orchestrator from inside, on paused time: in this process, over scripted subsystems and a store whose commits
+//! each test decides. These tests are only for behaviour that users can't cause at will; other behaviour is tested
+//! through the front door.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 

@@ -1,4 +1,5 @@
-//! The tasks of an orchestrator: a defect in one ends it and names the task, and the repeated work of some is counted.
+//! The tasks of an orchestrator: a defect in one ends the orchestrator and names the task, and repeated work is
+//! counted.
 
 use std::{
     sync::{
@@ -32,7 +33,7 @@ async fn over(fleet: Fleet, commits: usize, prune: Box<Prune>) -> (Orchestrator,
     start(settings(), Arc::new(fleet), Arc::new(around)).await
 }
 
-/// The task that is named when the orchestrator ends, and why.
+/// The name of the task that ended the orchestrator, and the reason.
 async fn ended(mut tasks: Tasks) -> (&'static str, String) {
     match tasks.finished().await.unwrap_err() {
         Stopped::Conductor(ended) | Stopped::Other(ended) => (ended.part.name, ended.why),
@@ -44,28 +45,28 @@ async fn ended(mut tasks: Tasks) -> (&'static str, String) {
 async fn a_defect_in_a_task_ends_the_orchestrator_and_names_the_task() {
     const MANY: usize = usize::MAX;
     let fine = || -> Box<Prune> { Box::new(|| Ok(())) };
-    let told = |task| (task, "it panicked: a defect".to_owned());
+    let expected = |task| (task, "it panicked: a defect".to_owned());
 
     let (orchestrator, tasks) = over(Fleet { call_panics: true, ..Fleet::default() }, MANY, fine()).await;
     orchestrator.register(subsystem("a"), None).await.unwrap();
     orchestrator.run_cycle(of_all(), false).await.unwrap();
-    assert_eq!(ended(tasks).await, told("the conductor of cycles"));
+    assert_eq!(ended(tasks).await, expected("the conductor of cycles"));
 
-    // The first commit is that of the start.
+    // The first commit is that of the takeover.
     let (orchestrator, tasks) = over(Fleet::default(), 1, fine()).await;
     tokio::spawn(async move { orchestrator.register(subsystem("a"), None).await });
-    assert_eq!(ended(tasks).await, told("the writer"));
+    assert_eq!(ended(tasks).await, expected("the writer"));
 
     let (orchestrator, tasks) = over(Fleet { forget_panics: true, ..Fleet::default() }, MANY, fine()).await;
     orchestrator.register(subsystem("a"), Some(Duration::from_secs(1))).await.unwrap();
-    assert_eq!(ended(tasks).await, told("the timer of leases"));
+    assert_eq!(ended(tasks).await, expected("the timer of leases"));
 
     let (_orchestrator, tasks) = over(Fleet::default(), MANY, Box::new(|| panic!("a defect"))).await;
-    assert_eq!(ended(tasks).await, told("the retention of the history"));
+    assert_eq!(ended(tasks).await, expected("the retention of the history"));
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_tasks_do_again_and_again_is_counted_by_how_it_ended() {
+async fn repeated_work_of_tasks_is_counted_by_its_outcome() {
     let tries = AtomicUsize::new(0);
     let first_fails = move || match tries.fetch_add(1, Ordering::SeqCst) {
         0 => Err(StoreError::Full { store: "memory:".into(), problem: "as scripted".into() }),

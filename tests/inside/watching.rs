@@ -1,4 +1,4 @@
-//! A watcher's cursor: every record once and in order, wherever it reads it from.
+//! The cursor of a watcher, which receives every record once and in order, from the store or from the cache.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::kit::{Fleet, host, of, settings, start, subsystem};
 
-/// More records than are kept at hand for watchers.
+/// More records than the cache for watchers holds.
 const MANY: u64 = 600;
 
 /// An orchestrator over the subsystems `a` to `d`.
@@ -42,7 +42,7 @@ async fn record(orchestrator: &Orchestrator, cycles: u64) {
     }
 }
 
-/// What a watcher is given next: a revision, or `None` for a bookmark.
+/// The next event of a watcher: a revision, or `None` for a bookmark.
 async fn next(watcher: &mut Watcher) -> Result<Option<Revision>, Refusal> {
     match watcher.next().await? {
         Event::Recorded(record) => Ok(Some(record.revision)),
@@ -60,12 +60,12 @@ async fn revisions(watcher: &mut Watcher, count: usize) -> Vec<u64> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn from_wherever_it_begins_a_watcher_gets_each_later_record_once_and_in_order() {
+async fn a_watcher_gets_each_later_record_once_and_in_order_wherever_it_begins() {
     let (orchestrator, _tasks) = stage(settings()).await;
     record(&orchestrator, MANY).await;
     let watch = |from| orchestrator.watch(from, WatchFilter::default(), false).unwrap();
     let mut now = watch(From::Now);
-    // The first ones are read from the store, the last ones are at hand.
+    // The first records are read from the store, the last ones from the cache.
     for (from, first) in [(From::Oldest, 1), (From::After(Revision(0)), 1), (From::After(Revision(MANY - 3)), MANY - 2)]
     {
         let expected: Vec<_> = (first..=MANY).collect();
@@ -77,13 +77,13 @@ async fn from_wherever_it_begins_a_watcher_gets_each_later_record_once_and_in_or
     assert_eq!(next(&mut now).await.unwrap(), None);
     record(&orchestrator, 5).await;
     assert_eq!(revisions(&mut now, 5).await, (MANY + 1..=MANY + 5).collect::<Vec<_>>());
-    // It has fallen behind by more than what is at hand.
+    // It has fallen behind by more than the cache.
     record(&orchestrator, MANY).await;
     assert_eq!(revisions(&mut now, 600).await, (MANY + 6..=2 * MANY + 5).collect::<Vec<_>>());
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_filter_leaves_out_records_of_the_store_and_of_those_at_hand_alike() {
+async fn a_filter_applies_to_records_in_the_store_and_in_the_cache() {
     let (orchestrator, _tasks) = stage(settings()).await;
     record(&orchestrator, MANY).await;
     let of_b = WatchFilter {
@@ -94,7 +94,7 @@ async fn a_filter_leaves_out_records_of_the_store_and_of_those_at_hand_alike() {
     for revision in revisions(&mut watcher, 150).await {
         let page = orchestrator.cycles(Some(Revision(revision + 1)), Filter::default(), PartFilter::default(), 1);
         let record = page.await.unwrap().records.remove(0).unwrap();
-        // The second of each four.
+        // The filter selects the second cycle of each four.
         assert_eq!(record.cycle_id.0 % 4, 2);
     }
     assert_eq!(next(&mut watcher).await.unwrap(), None);
@@ -104,7 +104,7 @@ async fn a_filter_leaves_out_records_of_the_store_and_of_those_at_hand_alike() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watcher_that_has_nothing_to_read_is_sent_a_bookmark_every_thirty_seconds() {
+async fn an_idle_watcher_receives_a_bookmark_every_thirty_seconds() {
     let (orchestrator, _tasks) = stage(settings()).await;
     record(&orchestrator, 1).await;
     let mut watcher = orchestrator.watch(From::Oldest, WatchFilter::default(), false).unwrap();
@@ -114,7 +114,7 @@ async fn a_watcher_that_has_nothing_to_read_is_sent_a_bookmark_every_thirty_seco
         let Event::Bookmark(up_to) = watcher.next().await.unwrap() else { panic!("a record came") };
         assert_eq!((up_to, asked.elapsed().as_secs()), (Revision(1), wait));
     }
-    // A client that comes back with it misses nothing.
+    // A client that resumes after it misses no record.
     record(&orchestrator, 1).await;
     let mut again = orchestrator.watch(From::After(Revision(1)), WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut again).await.unwrap(), Some(Revision(2)));
@@ -137,7 +137,7 @@ async fn a_bookmark_is_sent_in_time_while_events_come_that_the_filter_rejects() 
     for name in &names {
         orchestrator.run_cycle(of(&[name]), false).await.unwrap();
     }
-    // Their starts wait for the watcher, and none of them has ended.
+    // Their starts wait for the watcher, and none of the cycles has ended.
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(orchestrator.status().running.len(), EVENTS);
     assert!(matches!(next(&mut watcher).now_or_never(), Some(Ok(None))));
@@ -151,7 +151,7 @@ async fn a_watcher_whose_next_record_was_removed_is_refused_with_the_retained_ra
     let mut behind = orchestrator.watch(From::Oldest, WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut behind).await.unwrap(), None);
     record(&orchestrator, MANY).await;
-    // The next look at what is to be kept.
+    // The next pass of retention.
     tokio::time::sleep(Duration::from_secs(61)).await;
     let oldest = orchestrator.status().oldest_revision;
     assert_eq!(oldest, Revision(MANY - 9));
@@ -169,7 +169,7 @@ async fn a_watcher_whose_next_record_was_removed_is_refused_with_the_retained_ra
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_cycle_sends_comes_before_its_record_and_goes_on_beside_those_of_others() {
+async fn progress_of_a_cycle_comes_before_its_record_and_beside_the_progress_of_other_cycles() {
     let (orchestrator, _tasks) = stage(settings()).await;
     let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
     let mut started = Vec::new();

@@ -1,5 +1,5 @@
-//! The writer, over a scripted store: waiting changes are committed together, and nothing is visible, nor lost, before
-//! that has come back. In the process, on paused time.
+//! The writer, over a scripted store and on paused time: waiting changes are committed together, and no change is
+//! visible or lost before its commit returns.
 
 use std::{
     collections::VecDeque,
@@ -24,17 +24,17 @@ use tracing::{Level, Metadata, Subscriber, span};
 
 use crate::kit::{Around, Fleet, host, of, of_all, settings, start, subsystem};
 
-/// Decides over a commit.
+/// Decides the result of a commit.
 type Verdict = Box<dyn Fn(&Write) -> Result<(), StoreError> + Send>;
 
-/// What becomes of commits: they wait until they are let go, and fail as scripted.
+/// The behaviour of commits: they wait until they are released, and fail as scripted.
 struct Script {
-    /// A commit needs one of these.
+    /// Permits to commit; each commit takes one.
     permits: Semaphore,
     verdicts: Mutex<VecDeque<Verdict>>,
-    /// The cycles of the records of each commit that was tried, in order.
+    /// The cycles of the records of each attempted commit, in order.
     tried: Mutex<Vec<Vec<u64>>>,
-    /// Commits that change the registry fail.
+    /// True while commits that change the registry fail.
     fails_changes: AtomicBool,
 }
 
@@ -44,7 +44,7 @@ impl Script {
         self.permits.add_permits(1000);
     }
 
-    /// The next commits that have records are judged by these.
+    /// These verdicts are for the next commits with records.
     fn judge(&self, verdicts: impl IntoIterator<Item = Verdict>) {
         self.verdicts.lock().unwrap().extend(verdicts);
     }
@@ -88,7 +88,7 @@ impl Subscriber for Errors {
     fn exit(&self, _: &span::Id) {}
 }
 
-/// An orchestrator over the subsystems `a`, `b` and `c`, of whose cycles two may wait.
+/// An orchestrator over the subsystems `a`, `b` and `c`, with room for two waiting cycles.
 struct Stage {
     script: Arc<Script>,
     trouble: watch::Sender<Option<StoreError>>,
@@ -163,10 +163,10 @@ fn late() -> StoreError {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_seen_before_its_commit_has_returned() {
+async fn no_change_is_visible_before_its_commit_has_returned() {
     let stage = Stage::new().await;
     let mut watcher = stage.orchestrator.watch(From::Now, WatchFilter::default(), false).unwrap();
-    // Up to date.
+    // The watcher is up to date.
     watcher.next().await.unwrap();
     let ticket = stage.run("a").await;
     // It begins, runs, and waits for its record.
@@ -185,7 +185,7 @@ async fn nothing_is_seen_before_its_commit_has_returned() {
 async fn cycles_that_end_together_share_a_commit() {
     let stage = Stage::new().await;
     let tickets = stage.three_ended().await;
-    // One commit is in flight, with what had ended when it was made. The next one has the rest.
+    // One commit is in flight, with the cycles that had ended before it was made. The next commit has the others.
     stage.after_commits(2).await;
     assert!(tickets.iter().all(|ticket| ticket.record_now().is_some()));
     let tried = stage.script.tried.lock().unwrap();
@@ -196,7 +196,7 @@ async fn cycles_that_end_together_share_a_commit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_cycle_needs_written_is_tried_again_and_other_changes_fail_with_the_first_error() {
+async fn writes_of_cycles_are_retried_and_other_changes_fail_with_the_first_error() {
     let stage = Stage::new().await;
     let ticket = stage.run("a").await;
     stage.after_commits(1).await;
@@ -225,7 +225,8 @@ async fn a_change_whose_caller_leaves_before_its_turn_is_not_made() {
         let orchestrator = stage.orchestrator.clone();
         timeout(Duration::from_secs(1), async move { orchestrator.register(subsystem(name), None).await })
     };
-    // No commit returns: the first one has its turn, and is completed all the same.
+    // No commit returns. The first registration is already being written, so it is completed although its caller has
+    // left.
     let (first, second) = tokio::join!(register("d"), register("e"));
     assert!(first.is_err() && second.is_err());
     stage.script.let_go();
@@ -251,7 +252,7 @@ async fn a_cycle_that_waits_is_listed_once_its_id_is_noted() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn how_often_a_failing_write_is_logged_does_not_depend_on_callers() {
+async fn the_number_of_logged_errors_of_a_failing_write_does_not_depend_on_callers() {
     const CALLS: usize = 50;
     let stage = Stage::new().await;
     let ticket = stage.run("a").await;
@@ -262,7 +263,7 @@ async fn how_often_a_failing_write_is_logged_does_not_depend_on_callers() {
     let errors = Errors::default();
     let _logged = tracing::subscriber::set_default(errors.clone());
     for _ in 0..CALLS {
-        // Each is tried, together with the record.
+        // Each registration is tried together with the record.
         let refused = stage.orchestrator.register(subsystem("d"), None).await.err();
         assert!(matches!(refused, Some(Refusal::StoreUnavailable(None, _))), "{refused:?}");
     }
@@ -272,7 +273,7 @@ async fn how_often_a_failing_write_is_logged_does_not_depend_on_callers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_changes_that_can_not_be_written_together_only_the_one_to_blame_fails() {
+async fn when_changes_can_not_be_written_together_only_the_faulty_one_fails() {
     let mut stage = Stage::new().await;
     let tickets = stage.three_ended().await;
     let judge = |write: &Write| {
@@ -332,8 +333,11 @@ async fn while_a_commit_is_late_nothing_is_admitted_and_it_is_applied_when_it_re
     // The cycle begins, runs, and its record is being written.
     stage.after_commits(1).await;
     stage.trouble.send_replace(Some(late()));
-    let told = ticket.recorded().await;
-    assert!(matches!(&told, Err(Refusal::StoreUnavailable(Some(CycleId(1)), error)) if *error == late()), "{told:?}");
+    let answer = ticket.recorded().await;
+    assert!(
+        matches!(&answer, Err(Refusal::StoreUnavailable(Some(CycleId(1)), error)) if *error == late()),
+        "{answer:?}"
+    );
     assert_eq!(stage.orchestrator.status().store_error, Some(late()));
     let refused = [
         stage.orchestrator.run_cycle(of(&["b"]), false).await.map(|ticket| ticket.cycle_id),
@@ -343,7 +347,7 @@ async fn while_a_commit_is_late_nothing_is_admitted_and_it_is_applied_when_it_re
     for refused in refused {
         assert!(matches!(refused, Err(Refusal::StoreUnavailable(None, StoreError::Late { .. }))), "{refused:?}");
     }
-    // Readers are not concerned.
+    // Readers are not affected.
     let unfinished = stage.orchestrator.cycle(CycleId(1)).await;
     assert!(matches!(unfinished, Err(Refusal::CycleNotFinished(_))), "{unfinished:?}");
 
