@@ -1,4 +1,4 @@
-//! What one request may hold, and what one answer may.
+//! Bounds of one request and of one answer.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -32,7 +32,7 @@ use tonic::{
 /// The most bytes of an answer.
 const MAX_ANSWER: usize = 3 << 20;
 
-/// Sends bytes, whatever they are.
+/// A codec that passes bytes on unchanged.
 struct Raw;
 
 impl Codec for Raw {
@@ -90,7 +90,7 @@ fn names(count: usize) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_list_that_is_longer_than_its_bound_is_refused_by_its_name() {
+async fn a_list_longer_than_its_bound_is_refused_by_name() {
     let mut stage = Stage::new().await;
     let Stage { client, .. } = &mut stage;
     let run = pb::RunCycleRequest { subsystems: names(20_001), ..Default::default() };
@@ -129,7 +129,7 @@ async fn a_list_that_is_longer_than_its_bound_is_refused_by_its_name() {
             format!("registration.{list} has more than 1024 entries, which is the most that are allowed")
         );
     }
-    // What is within its bound is read.
+    // Requests within their bounds are read.
     let list = pb::ListCyclesRequest { states: vec![failed; 16], ..Default::default() };
     assert!(stage.client.list_cycles(list).await.unwrap().into_inner().cycles.is_empty());
 }
@@ -141,15 +141,15 @@ async fn a_parameter_that_is_given_too_often_is_refused() {
     assert_eq!(get(stage.service.admin(), &times(16)).await.status, 200);
     let refused = get(stage.service.admin(), &times(17)).await;
     assert_eq!(refused.status, 400);
-    let told = refused.json().await["error"]["message"].as_str().unwrap().to_owned();
-    assert_eq!(told, "states is given more than 16 times, which is the most that are allowed");
+    let message = refused.json().await["error"]["message"].as_str().unwrap().to_owned();
+    assert_eq!(message, "states is given more than 16 times, which is the most that are allowed");
 }
 
 #[tokio::test]
-async fn a_request_that_can_not_be_decoded_is_the_clients_fault() {
+async fn a_request_that_can_not_be_decoded_is_an_invalid_argument() {
     let stage = Stage::new().await;
     let path = "/dreamnet.orchestrator.v1.Orchestrator/GetCycle";
-    // A number that has no end, one that is a text, and a text that is not UTF-8.
+    // An unfinished number, a text in place of a number, and a text that is not UTF-8.
     for request in [&[1 << 3, 0xff][..], &[1 << 3 | 2, 1, 0]] {
         let refused = call(&endpoint(&stage.service), path, request).await.unwrap_err();
         assert_eq!(reason(&refused), because(Code::InvalidArgument, "INVALID_FIELDS", []));
@@ -161,7 +161,7 @@ async fn a_request_that_can_not_be_decoded_is_the_clients_fault() {
 }
 
 #[tokio::test]
-async fn a_subsystem_in_rust_takes_no_more_inputs_than_a_registration_can_ask_for() {
+async fn a_subsystem_in_rust_takes_no_more_inputs_than_a_registration_may_have() {
     let echo = |cycle: Cycle| async move {
         let mut answer = Answer::default();
         answer.output("inputs", cycle.inputs.len());
@@ -222,7 +222,7 @@ async fn a_plan_that_is_larger_than_an_answer_has_pages() {
             break;
         }
     }
-    assert!(pages > 2, "the first page is of seven, and the rest larger than an answer");
+    assert!(pages > 2, "the first page has seven entries, and the rest is larger than an answer");
     let in_order = names.iter().collect::<std::collections::BTreeSet<_>>().len();
     assert_eq!((names.len(), in_order), (all, all));
 
@@ -241,7 +241,7 @@ async fn a_plan_that_is_larger_than_an_answer_has_pages() {
     assert_eq!(reason(&stage.client.plan_cycle(request).await.unwrap_err()), invalid(["page_token"]));
 }
 
-/// Has an output and a snapshot of this number of bytes.
+/// A subsystem with an output and a snapshot of these numbers of bytes.
 struct Large(usize, usize);
 
 impl Large {
@@ -281,12 +281,12 @@ async fn an_output_and_a_snapshot_that_are_too_large_together_are_answered_one_b
     for one in [of("a", true, false), of("a", false, true)] {
         assert!((MIB..MAX_ANSWER).contains(&one.await.unwrap()));
     }
-    for (name, both, told) in
+    for (name, both, message) in
         [("a", of("a", true, true), "separately"), ("b", of("b", true, false), "max_output_bytes")]
     {
         let refused = both.await.unwrap_err();
         assert_eq!(reason(&refused), because(Code::ResourceExhausted, "ANSWER_TOO_LARGE", [("subsystem", name)]));
-        assert!(refused.message().contains(told), "{refused:?}");
+        assert!(refused.message().contains(message), "{refused:?}");
     }
     assert!(of("b", false, true).await.unwrap() < MIB);
 }

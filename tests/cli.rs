@@ -36,10 +36,10 @@ use tonic::Code;
 // ---------------------------------------------------------------------------------------------------------------
 // The kit
 
-/// How the service is reached from the command line.
+/// The address of the service, for the command line.
 struct Cli(SocketAddr);
 
-/// What a command left behind.
+/// The result of a command.
 struct Ended {
     code: i32,
     stdout: String,
@@ -57,14 +57,14 @@ impl From<Output> for Ended {
 }
 
 impl Ended {
-    /// Its output, if it ended so.
+    /// Its output, if it ended with this exit code.
     #[track_caller]
     fn with(self, code: i32) -> String {
         assert_eq!(self.code, code, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
         self.stdout
     }
 
-    /// What it said went wrong, if it ended so and printed nothing.
+    /// Its error message, if it ended with this exit code and printed nothing.
     #[track_caller]
     fn refused_with(self, code: i32) -> String {
         assert_eq!((self.code, self.stdout.as_str()), (code, ""), "{}", self.stderr);
@@ -72,7 +72,7 @@ impl Ended {
     }
 }
 
-/// The binary, without what the environment of the tests may say.
+/// The binary, without settings from the environment of the tests.
 fn orchestrator() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
     for variable in ["ADDRESS", "TIMEOUT", "OUTPUT", "CONFIG"] {
@@ -102,14 +102,14 @@ impl Cli {
         ended(&mut self.command(line)).await
     }
 
-    /// What it prints as JSON, if it ended well.
+    /// Its output as JSON, if it succeeded.
     async fn json(&self, line: &str) -> Value {
         let output = ended(self.command(line).env("ORCHESTRATOR_OUTPUT", "json")).await.with(0);
         assert_eq!(output.lines().count(), 1, "{output}");
         serde_json::from_str(&output).unwrap()
     }
 
-    /// A command that is read while it runs.
+    /// Starts a command whose output is read while it runs.
     fn start(&self, line: &str) -> Running {
         let mut child = self.command(line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -133,7 +133,7 @@ impl Running {
         patiently("a line on stderr", self.stderr.next_line()).await.unwrap().unwrap()
     }
 
-    /// What is left of its output.
+    /// The rest of its output.
     async fn rest(&mut self) -> String {
         let mut rest = String::new();
         while let Some(line) = patiently("a line of output", self.stdout.next_line()).await.unwrap() {
@@ -157,13 +157,13 @@ impl Running {
     }
 }
 
-/// As Ctrl-C does.
+/// Interrupts a command, as Ctrl-C does.
 fn interrupt(child: &Child) {
     let id = child.id().unwrap();
     kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), Signal::INT).unwrap();
 }
 
-/// A service, a fleet, and a subsystem for each name.
+/// A service, a fleet, and a registered subsystem for each name.
 async fn house(names: &[&str]) -> (Home, Fleet, Service, Client) {
     let (home, fleet) = (Home::new(), Fleet::start().await);
     let service = home.serve().await;
@@ -174,7 +174,7 @@ async fn house(names: &[&str]) -> (Home, Fleet, Service, Client) {
     (home, fleet, service, client)
 }
 
-/// The cells of the row that begins with this.
+/// The cells of the row that begins with this text.
 #[track_caller]
 fn row<'a>(table: &'a str, first: &str) -> Vec<&'a str> {
     let line = table.lines().find(|line| line.split_whitespace().next() == Some(first));
@@ -296,7 +296,7 @@ async fn a_cycle_is_planned_run_and_found_in_the_history() {
 }
 
 #[tokio::test]
-async fn a_plan_says_why_a_subsystem_will_not_be_called() {
+async fn a_plan_gives_the_reason_why_a_subsystem_will_not_be_called() {
     let (_home, fleet, service, mut client) = house(&[]).await;
     let cli = Cli::of(&service);
     let mut broken = registration("broken", fleet.endpoint());
@@ -318,7 +318,7 @@ async fn a_plan_says_why_a_subsystem_will_not_be_called() {
 }
 
 #[tokio::test]
-async fn cycles_that_wait_are_listed_with_what_they_wait_for_and_can_be_cancelled() {
+async fn waiting_cycles_are_listed_with_the_reason_and_can_be_cancelled() {
     let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
     let cli = Cli::of(&service);
     fleet.run("a", Run::Hold);
@@ -369,7 +369,7 @@ async fn loops_are_started_listed_and_stopped() {
     let shown = cli.run("loops start fast --interval 10ms").await.with(0);
     assert_eq!(row(&shown, "interval"), ["interval", "10ms"]);
 
-    // Its cycles come, and are distinguished from others.
+    // The output shows its cycles, and distinguishes them from others.
     let mut watch = cli.start("watch --loop fast");
     assert!(watch.line().await.ends_with("loop fast"));
     watch.interrupt();
@@ -399,8 +399,9 @@ async fn long_lists_are_read_page_by_page() {
 // ---------------------------------------------------------------------------------------------------------------
 // The report
 
-/// Four cycles of a chain a, b, c, d in which all is well, then eight with e at its end: in two of them d fails at
-/// once, in one after two retries, and in one a does, which b and c require. Says when the second part begins.
+/// Runs four cycles of a chain a, b, c, d without failures, then eight with e at its end: in two of them d fails at
+/// once, in one d fails after two retries, and in one a fails, which b and c require. Returns when the second part
+/// began.
 async fn two_periods(fleet: &Fleet, client: &mut Client) -> String {
     let chained = |name: &str| registration(name, fleet.endpoint());
     let quickly = pb::RetryPolicy { max_attempts: 3, initial_backoff: ms(1), max_backoff: ms(1), ..Default::default() };
@@ -434,11 +435,11 @@ async fn two_periods(fleet: &Fleet, client: &mut Client) -> String {
 }
 
 #[tokio::test]
-async fn a_report_tells_what_the_record_says() {
+async fn a_report_agrees_with_the_records() {
     let (_home, fleet, service, mut client) = house(&[]).await;
     let cli = Cli::of(&service);
     let since = two_periods(&fleet, &mut client).await;
-    // Its end lies ahead, so that the period before is long enough.
+    // Its end is in the future, so that the period before is long enough.
     let period = format!("report --since {since} --until 2100-01-01T00:00:00Z");
 
     let report = cli.json(&format!("{period} --sort name")).await;
@@ -462,14 +463,15 @@ async fn a_report_tells_what_the_record_says() {
     assert_eq!(column("retries"), all(json!([0, 0, 0, 2, 0])));
     assert_eq!(column("previousCycles"), all(json!([4, 4, 4, 4, 0])));
     assert_eq!(column("successRateChange"), all(json!([-0.125, -0.125, -0.125, -0.375, null])));
-    // All wait for one another, so all that are called are on the critical path.
+    // Each waits for another one, so all called subsystems are on the critical path.
     assert_eq!(column("criticalCycles"), all(json!([8, 7, 7, 8, 8])));
     assert_eq!(column("criticalCycleShare"), all(json!([1.0, 0.875, 0.875, 1.0, 1.0])));
 
-    // The times, against the records.
+    // The times agree with the records.
     let records: Vec<_> =
         client.history().await.unwrap().into_iter().map(decode).filter(|it| it.cycle_id > 4).collect();
-    let close = |told: &Value, expected: f64| (told.as_f64().unwrap() - expected).abs() <= expected * 0.005 + 0.001;
+    let close =
+        |reported: &Value, expected: f64| (reported.as_f64().unwrap() - expected).abs() <= expected * 0.005 + 0.001;
     let mut shares = 0.0;
     for it in subsystems {
         let parts: Vec<_> = records.iter().map(|cycle| part(cycle, it["name"].as_str().unwrap())).collect();
@@ -490,7 +492,7 @@ async fn a_report_tells_what_the_record_says() {
     }
     assert!((shares - 1.0).abs() < 1e-9, "{shares}");
 
-    // The same for people.
+    // The same as a table.
     let table = cli.run(&format!("{period} --sort success-rate")).await.with(0);
     assert_eq!(row(&table, "cycles")[1..], ["8:", "4", "SUCCEEDED,", "4", "DEGRADED"]);
     assert_eq!(row(&table, "started"), ["started", "by", "manual", "8"]);
@@ -502,7 +504,7 @@ async fn a_report_tells_what_the_record_says() {
     assert!(row(&table, "b").ends_with(&["1", "SKIPPED"]), "{table}");
     assert!(table.contains("-37.5 pp") && row(&table, "e").ends_with(&["new", "new", "new"]), "{table}");
 
-    // And for spreadsheets.
+    // The same as CSV.
     let csv = cli.run(&format!("{period} --sort name --output csv")).await.with(0);
     let mut reader = csv::Reader::from_reader(csv.as_bytes());
     let headings: Vec<_> = reader.headers().unwrap().iter().map(str::to_owned).collect();
@@ -523,7 +525,7 @@ async fn a_report_tells_what_the_record_says() {
     }
     assert_eq!(headings.len(), subsystems[0].as_object().unwrap().len());
 
-    // Parts of it.
+    // Parts of the report.
     let some = cli.json(&format!("{period} --subsystem e,d --limit 1 --sort retries")).await;
     assert_eq!(some["subsystems"], json!([subsystems[3]]), "shares are among all");
     assert_eq!(&some["cycles"], cycles);
@@ -536,7 +538,7 @@ async fn a_report_tells_what_the_record_says() {
 }
 
 #[tokio::test]
-async fn a_report_says_nothing_of_success_where_nothing_was_called() {
+async fn a_report_without_calls_has_no_rate_of_success() {
     let (_home, _fleet, service, mut client) = house(&[]).await;
     client.run().await.unwrap();
     let report = Cli::of(&service).json("report").await;
@@ -552,12 +554,12 @@ async fn a_report_counts_only_complete_periods() {
     let (fleet, service) = (Fleet::start().await, home.serve().await);
     let mut client = service.client().await;
     client.register(registration("a", fleet.endpoint())).await.unwrap();
-    // Odd ones fail, and are kept for longer.
+    // Cycles with odd ids fail, and are kept for longer.
     for i in 1..=8 {
         fleet.run("a", if i % 2 == 0 { Run::Echo } else { Run::fail(Code::Internal) });
         client.run().await.unwrap();
     }
-    // What is too much is removed when it starts.
+    // A start removes the records beyond the limit.
     assert!(service.stop().await.success());
     let service = home.serve().await;
     let mut client = service.client().await;
@@ -574,16 +576,16 @@ async fn a_report_counts_only_complete_periods() {
     assert_eq!(report["completeSince"], begins);
     let a = &report["subsystems"][0];
     assert_eq!((&a["cycles"], &a["failed"], &a["successRate"]), (&json!(4), &json!(2), &json!(0.5)));
-    // What began later is complete.
+    // A period that begins later is complete.
     let period = format!("report --since {begins} --until 2100-01-01T00:00:00Z");
     let complete = cli.run(&period).await;
     assert!(complete.stderr.contains("a part of the period before"), "{}", complete.stderr);
 }
 
 #[tokio::test]
-async fn a_long_report_shows_how_far_it_is() {
+async fn a_long_report_shows_its_progress() {
     let (_home, fleet, service, mut client) = house(&[]).await;
-    // So large that a few fill a page.
+    // Records so large that a few fill a page.
     fleet.run("a", Run::large_output(1_000_000));
     client.register(pb::Registration { record_output: true, ..registration("a", fleet.endpoint()) }).await.unwrap();
     for _ in 0..7 {
@@ -593,18 +595,18 @@ async fn a_long_report_shows_how_far_it_is() {
     let (code, shown) = on_a_terminal(&mut cli.command("report"), 200).await;
     assert_eq!(code, 0, "{shown}");
     assert!(shown.contains("reading  [") && shown.contains("cycles, back to "), "{shown:?}");
-    // It is gone before the table comes.
+    // The progress is removed before the table is printed.
     let table = shown.rsplit("\x1b[2K").next().unwrap();
     assert_eq!(row(table, "cycles")[1..], ["7:", "7", "SUCCEEDED"]);
     assert_eq!(row(table, "a")[1], "7");
 }
 
 #[tokio::test]
-async fn a_report_can_be_left() {
+async fn a_report_can_be_interrupted() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut report = Cli(listener.local_addr().unwrap()).start("report");
     let (mut connection, _) = patiently("a connection", listener.accept()).await.unwrap();
-    // It has been sent something, and will not answer.
+    // The server has received a request, and will not answer.
     patiently("a request", connection.read_u8()).await.unwrap();
     report.interrupt();
     assert_eq!(report.code().await, 130);
@@ -631,7 +633,7 @@ async fn a_report_explains_invalid_arguments() {
         let wrong = cli.run(line).await.refused_with(code);
         assert!(wrong.contains(expected), "{line}: {wrong}");
     }
-    // The other commands have no CSV.
+    // Other commands have no CSV output.
     assert!(cli.run("status --output csv").await.refused_with(2).contains("[possible values: table, json]"));
 }
 
@@ -639,7 +641,7 @@ async fn a_report_explains_invalid_arguments() {
 // Exit codes
 
 #[tokio::test]
-async fn how_a_cycle_ended_is_the_exit_code() {
+async fn the_exit_code_depends_on_the_state_of_the_cycle() {
     let (home, fleet, service, _client) = house(&["a", "b"]).await;
     let cli = Cli::of(&service);
     fleet.run("a", Run::fail(Code::Internal));
@@ -672,7 +674,7 @@ async fn how_a_cycle_ended_is_the_exit_code() {
     assert_eq!(cli.json("cancel 4").await["telemetry"]["state"], "CYCLE_STATE_CANCELLED");
     let late = cli.run("run --timeout 100ms --quiet").await.refused_with(4);
     assert!(late.contains("within 100ms"), "{late}");
-    // Which one depends on how fast the machine is.
+    // The message depends on the speed of the machine.
     assert!(late.contains("Cycle 5 continues") || late.contains("The cycle may have been admitted"), "{late}");
     drop((service, home));
 }
@@ -683,12 +685,12 @@ async fn a_wrong_address_is_explained() {
     let cli = Cli::of(&service);
     let asked = async |address: String| cli.run(&format!("status --address {address}")).await.refused_with(4);
     let dashboard = asked(service.admin().to_string()).await;
-    let is_told = |said: &str| {
+    let is_explained = |said: &str| {
         said.contains("does not speak gRPC")
             && said.contains("The dashboard has its own address")
             && !said.contains("Start it")
     };
-    assert!(is_told(&dashboard), "{dashboard}");
+    assert!(is_explained(&dashboard), "{dashboard}");
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let speaks_otherwise = async {
@@ -701,9 +703,9 @@ async fn a_wrong_address_is_explained() {
     };
     let other = tokio::select! {
         other = asked(address) => other,
-        () = speaks_otherwise => unreachable!("it goes on for ever"),
+        () = speaks_otherwise => unreachable!("it never ends"),
     };
-    assert!(is_told(&other), "{other}");
+    assert!(is_explained(&other), "{other}");
     let tls = asked(format!("https://{}", service.address())).await;
     assert!(tls.contains("it does not speak TLS, so give http://"), "{tls}");
     for line in ["cycles show abc", "cycles show 0", "cancel null"] {
@@ -732,7 +734,7 @@ async fn a_refusal_names_the_invalid_fields() {
 }
 
 #[tokio::test]
-async fn all_that_a_file_declares_is_registered_at_once() {
+async fn all_subsystems_in_a_file_are_registered_at_once() {
     let (home, fleet, service, mut client) = house(&["a"]).await;
     let cli = Cli::of(&service);
     let endpoint = fleet.endpoint();
@@ -770,7 +772,7 @@ async fn for_a_misspelt_name_a_similar_one_is_suggested() {
     cli.run("loops start heartbeat --interval 24h").await.with(0);
     let refused = async |line: &str| {
         let refused = cli.run(line).await.refused_with(1);
-        // The remedy is given in commands, not in RPCs.
+        // The remedy names commands, not RPCs.
         for rpc in ["ListSubsystems", "ListIntervalLoops", "GetCycle", "WatchCycles"] {
             assert!(!refused.contains(rpc), "{line}: {refused}");
         }
@@ -809,7 +811,7 @@ async fn for_a_misspelt_name_a_similar_one_is_suggested() {
     assert!(unlike.contains("subsystem Nope is not registered") && !unlike.contains("Did you mean"), "{unlike}");
     assert!(refused("cancel 1").await.contains("orchestrator cycles show 1 --address"));
 
-    // The history knows those that are gone, also where nothing passes the other filters.
+    // The history knows subsystems that are gone, also if no record passes the other filters.
     assert_eq!(row(&cli.run("cycles list --subsystem gone").await.with(0), "1")[1], "SUCCEEDED");
     assert_eq!(cli.run("cycles list --subsystem gone --state failed").await.with(0), "no cycles\n");
     assert_eq!(cli.run("cycles list --loop heartbeat").await.with(0), "no cycles\n");
@@ -881,7 +883,7 @@ async fn usage_lists_missing_arguments_without_those_of_the_environment() {
 }
 
 #[tokio::test]
-async fn wrong_usage_and_no_service_have_codes_of_their_own() {
+async fn wrong_usage_and_an_unreachable_service_have_their_own_exit_codes() {
     for line in [
         "",
         "nonsense",
@@ -948,7 +950,7 @@ async fn a_watch_goes_on_through_a_crash_without_a_gap_or_a_repetition() {
     client.run().await.unwrap();
     assert_eq!(id(&lines.line().await), 2);
 
-    // A cycle that runs when the process dies, seen by its caller.
+    // A cycle that runs when the process dies, while its caller waits.
     fleet.run("a", Run::Hang);
     let mut run = cli.start("run");
     run.until_error("cycle 3  started").await;
@@ -966,7 +968,7 @@ async fn a_watch_goes_on_through_a_crash_without_a_gap_or_a_repetition() {
     assert_eq!([id(&lines.line().await), id(&lines.line().await)], [3, 4]);
     lines.until_error("connected again").await;
 
-    // A shutdown says what it is.
+    // A shutdown is reported as one.
     door.lead_to(None);
     service.stop().await;
     lines.until_error("the service is shutting down; reconnecting").await;
@@ -995,7 +997,7 @@ async fn a_watch_goes_on_through_a_crash_without_a_gap_or_a_repetition() {
 }
 
 #[tokio::test]
-async fn a_service_that_falls_silent_is_left_and_taken_up_again() {
+async fn commands_leave_a_silent_service_and_connect_again() {
     // A server listens and never answers.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut cancel = Cli(silent.local_addr().unwrap()).start("cancel 3");
@@ -1032,7 +1034,7 @@ async fn a_service_that_falls_silent_is_left_and_taken_up_again() {
 }
 
 #[tokio::test]
-async fn a_watch_shows_what_it_is_asked_for() {
+async fn a_watch_shows_the_requested_events() {
     let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
     let cli = Cli::of(&service);
     fleet.run("a", Run::fail(Code::Internal));
@@ -1058,11 +1060,11 @@ async fn a_watch_shows_what_it_is_asked_for() {
 // ---------------------------------------------------------------------------------------------------------------
 // Terminals and pipes
 
-/// Commands a terminal.
+/// Terminal commands.
 const ESCAPE: &str = "\x1b[31mred\x1b]0;title\x07\u{9b}2J\u{202e}\r\nend";
 
 #[tokio::test]
-async fn what_subsystems_send_can_not_command_the_terminal() {
+async fn texts_from_subsystems_can_not_command_the_terminal() {
     let (_home, fleet, service, _client) = house(&["a", "b"]).await;
     let cli = Cli::of(&service);
     fleet.run("a", Run::Fail(Code::Internal, ESCAPE.into()));
@@ -1098,7 +1100,7 @@ async fn what_subsystems_send_can_not_command_the_terminal() {
     }
     let json = cli.json("cycles show 1").await;
     let message = &json["telemetry"]["subsystems"][0]["errorMessage"];
-    assert_eq!(message, ESCAPE, "JSON says the same, in escapes");
+    assert_eq!(message, ESCAPE, "JSON contains the same text, escaped");
     let mut watch = cli.start("watch --from-oldest");
     clean(&watch.line().await);
 }
@@ -1120,7 +1122,7 @@ async fn a_closed_pipe_ends_a_command_quietly() {
     }
 }
 
-/// A pipe of one page with this number of free bytes, which is not read.
+/// A pipe of one page with this number of free bytes, whose reader does not read.
 #[cfg(target_os = "linux")]
 fn unread(free: usize) -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -1169,7 +1171,7 @@ async fn ctrl_c_works_while_a_note_waits_for_its_reader() {
     let door = Door::open().await;
     let cli = Cli(door.address());
     fleet.run("a", Run::Hold);
-    // There is room for a note, and its line has no room to end.
+    // The pipe has room for a note, but not for the end of its line.
     for (line, note) in [
         ("run", "XXXX-XX-XX XX:XX:XXZ  cycle 1  started      1 subsystem, manual"),
         ("watch", "the connection is lost; reconnecting"),
@@ -1180,7 +1182,7 @@ async fn ctrl_c_works_while_a_note_waits_for_its_reader() {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         patiently("a watcher", async { while client.status().await.unwrap().watchers == 0 {} }).await;
         if line == "watch" {
-            // A connection that it was given something on is there for both sides.
+            // A connection that has carried an event exists for both sides.
             fleet.run("a", Run::Echo);
             client.run().await.unwrap();
             patiently("a cycle", lines.next_line()).await.unwrap().unwrap();
@@ -1219,7 +1221,7 @@ async fn on_a_terminal(command: &mut Command, columns: u16) -> (i32, String) {
 }
 
 #[tokio::test]
-async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
+async fn on_a_terminal_a_cycle_shows_its_progress_and_tables_fit() {
     let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
     let cli = Cli::of(&service);
     fleet.run("a", Run::Hold);
@@ -1228,7 +1230,7 @@ async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
     let (release, run) = tokio::join!(
         async {
             fleet.until_run("a", 1).await;
-            // The bar has received it when another watcher has.
+            // Once another watcher has received it, the bar has as well.
             let request = pb::WatchCyclesRequest { progress: true, ..pb::WatchCyclesRequest::default() };
             let mut stream = client.watch_cycles(request).await.unwrap().into_inner();
             let has_failed = |event| match event {
@@ -1256,7 +1258,7 @@ async fn on_a_terminal_a_cycle_moves_and_tables_fit() {
     let widths: Vec<_> = list.lines().map(|line| plain(line).chars().count()).collect();
     assert!(widths.len() == 2 && widths.iter().all(|width| *width <= 90), "{list}");
     assert!(list.contains('…'), "{list}");
-    // Narrow lists leave out other columns for the error, and cut it, not at a word.
+    // Narrow lists leave out other columns for the error, and truncate it, not at a word.
     assert!(!list.contains("TRIGGER") && widths[1] == 90, "{list}");
     let watch = terminal_of_one_record(&cli, 90).await;
     assert!(watch.ends_with('…') && watch.chars().count() == 90, "{watch:?}");
@@ -1278,7 +1280,7 @@ async fn terminal_of_one_record(cli: &Cli, columns: u16) -> String {
 }
 
 #[tokio::test]
-async fn a_list_of_cycles_says_when_there_are_more() {
+async fn a_list_of_cycles_says_if_more_exist() {
     let (_home, _fleet, service, _client) = house(&["a"]).await;
     let cli = Cli::of(&service);
     for _ in 0..21 {
@@ -1306,7 +1308,7 @@ async fn a_part_that_was_not_called_has_no_duration() {
 }
 
 #[tokio::test]
-async fn a_run_that_waits_shows_its_own_cycle_only() {
+async fn a_waiting_run_shows_only_its_own_cycle() {
     let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
     let cli = Cli::of(&service);
     fleet.run("a", Run::Hold);
@@ -1361,7 +1363,7 @@ fn plain(text: &str) -> String {
 // Without a service
 
 #[tokio::test]
-async fn check_tells_the_plan_or_all_that_is_wrong() {
+async fn check_prints_the_plan_or_all_errors() {
     let check = async |config: &Path, more: &[&str]| {
         ended(orchestrator().arg("check").arg("--config").arg(config).args(more)).await
     };
@@ -1439,7 +1441,7 @@ async fn the_examples_in_the_help_are_valid() {
     for line in ["run", "watch", "cycles list", "subsystems register", "loops start", "report", "plan"] {
         let help = ended(orchestrator().args(line.split_whitespace()).arg("--help")).await.with(0);
         let examples = help.split("Examples:\n").nth(1).unwrap().replace("\\\n", " ");
-        // No server listens, so a valid one fails only at the connection.
+        // No server listens, so a valid command fails only at the connection.
         let nobody = Arc::new(TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap());
         for example in examples.lines().filter(|line| line.starts_with("  orchestrator ")) {
             let example = example.split(" | ").next().unwrap().split(" > ").next().unwrap();

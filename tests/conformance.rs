@@ -1,4 +1,5 @@
-//! `orchestrator conformance`, against a subsystem that keeps the contract, and against those that break one rule.
+//! `orchestrator conformance`, against a subsystem that keeps the contract, and against others that each break one
+//! rule.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -31,12 +32,12 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Code, Request, Response, Status, body::Body, codegen::http, service::Routes, transport::Server};
 use tower::{Service, util::MapFutureLayer};
 
-/// The names of the subsystems that are served.
+/// The names of the served subsystems.
 const NAMES: [&str; 2] = ["fake", "other"];
-/// How long a fake takes for a cycle when it matters what becomes of a call in the middle. The checks give up after 50
-/// ms; the rest is for a busy machine.
+/// Time that a fake takes for a cycle, for checks of a call in progress. The checks give up after 50 ms; the rest is
+/// for a busy machine.
 const WORK: Duration = Duration::from_millis(300);
-/// The checks, each of which is a rule that the fake can break. All that stand in the report.
+/// The checks, all of which are in the report. Each is a rule that the fake can break.
 const CHECKS: [&str; 22] = [
     "status",
     "run-before-initialize",
@@ -67,7 +68,7 @@ const AT_ONCE: usize = 4;
 /// Checks that need a call in progress, which does not exist if it is answered at once.
 const IN_THE_MIDDLE: [&str; 4] = ["status-while-running", "deadline", "cancellation", "dropped-connection"];
 
-/// What may be, but leaves less to see: `GetStatus` is not implemented, and only says so when no cycle runs.
+/// Allowed, but less observable: `GetStatus` is not implemented, and says so only while no cycle runs.
 const WITHOUT_STATUS: &str = "without-status";
 
 /// Not a separate rule: every answer begins at once and never ends.
@@ -79,13 +80,13 @@ const LONG_ERROR: &str = "long-error";
 /// Not a separate rule: answers of 8 KiB, all different.
 const LONG_ANSWERS: &str = "long-answers";
 
-/// A small subsystem that keeps the contract, except for the rule that is named.
+/// A small subsystem that keeps the contract, except for the named rule.
 #[derive(Clone, Default)]
 struct Fake {
     breaks: &'static str,
     takes: Duration,
     state: Arc<Mutex<State>>,
-    /// Held while the work of a cycle is done, so that it is done once.
+    /// Held during the work of a cycle, so that it is done once.
     work: Arc<tokio::sync::Mutex<()>>,
 }
 
@@ -101,11 +102,11 @@ struct State {
     is_stuck: bool,
 }
 
-/// A call that is at work.
+/// A call in progress.
 struct AtWork<'a> {
     fake: &'a Fake,
     subsystem: String,
-    /// When it is dropped before its end, the fake is stuck.
+    /// True if the fake gets stuck when this is dropped before its end.
     sticks: bool,
 }
 
@@ -196,7 +197,8 @@ impl Subsystem for Fake {
             *state.in_flight.entry(subsystem.clone()).or_default() += 1;
             *state.first_peer.get_or_insert(peer) == peer
         };
-        // The check of deadlines gives 50 ms, every other one seconds. Nanoseconds have eight digits, so up to 0.1 s.
+        // The check of deadlines gives 50 ms, all other checks give seconds. Nanoseconds have eight digits, so up to
+        // 0.1 s.
         let is_short = timeout.ends_with('n');
         let sticks = match self.breaks {
             "cancellation" => !is_short && is_first_peer,
@@ -205,7 +207,7 @@ impl Subsystem for Fake {
         };
         let mut at_work = AtWork { fake: self, subsystem: subsystem.clone(), sticks };
         if matches!(self.breaks, "cancellation" | "dropped-connection") {
-            // Long enough for one that was given up before to be known.
+            // Long enough for the cancellation of an earlier call to arrive.
             tokio::time::sleep(WORK).await;
         }
         if std::mem::take(&mut self.state.lock().unwrap().is_stuck) {
@@ -267,7 +269,7 @@ impl Subsystem for Fake {
     ) -> Result<Response<pb::GetStatusResponse>, Status> {
         self.serves(&request.into_inner().subsystem)?;
         if matches!(self.breaks, "status-while-running" | WITHOUT_STATUS) {
-            // Well after the one that is at work has been answered.
+            // Well after the call in progress has been answered.
             let _working = self.work.lock().await;
             tokio::time::sleep(WORK / 2).await;
         }
@@ -288,11 +290,11 @@ impl Subsystem for Fake {
 type Answering = <Routes as Service<http::Request<Body>>>::Future;
 type Answered = Result<http::Response<Body>, Infallible>;
 
-/// Announces an answer at once, which ends the library's watch over the deadline, and gives it when it is there.
+/// Announces an answer at once, which ends the library's control of the deadline, and sends it when it is ready.
 fn announced(answer: impl Future<Output = Answered> + Send + 'static) -> http::Response<Body> {
     let frames = stream::once(answer).flat_map(|answer| {
         let (head, body) = answer.unwrap().into_parts();
-        // A refusal has nothing but a head; its status goes where that of an answer is.
+        // A refusal has only a head; its status moves to where that of an answer is.
         let refusal = head.headers.contains_key("grpc-status").then(|| Ok(head.headers));
         BodyStream::new(body.with_trailers(future::ready(refusal)))
     });
@@ -300,7 +302,7 @@ fn announced(answer: impl Future<Output = Answered> + Send + 'static) -> http::R
     head.body(Body::new(StreamBody::new(frames))).unwrap()
 }
 
-/// Serves it. It stops when what is returned is dropped.
+/// Serves it until the returned tasks are dropped.
 async fn serve(breaks: &'static str) -> (String, JoinSet<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -308,7 +310,7 @@ async fn serve(breaks: &'static str) -> (String, JoinSet<()>) {
     let status =
         if breaks == "health" { tonic_health::ServingStatus::NotServing } else { tonic_health::ServingStatus::Serving };
     reporter.set_service_status("", status).await;
-    // Those that get stuck by what happens in the middle take their time before.
+    // Fakes that get stuck in the middle of a call take their time before.
     let is_slow = matches!(breaks, "" | WITHOUT_STATUS | "status-while-running" | "deadline");
     let takes = if is_slow { WORK } else { Duration::ZERO };
     let fake = Fake { breaks, takes, ..Fake::default() };
@@ -319,7 +321,7 @@ async fn serve(breaks: &'static str) -> (String, JoinSet<()>) {
         "malformed-request" => async {
             let answer = answer.await?;
             match answer.headers().get("grpc-status") {
-                // What the library answers to it.
+                // The library's answer to it.
                 Some(status) if status == "3" => future::pending().await,
                 _ => Ok(answer),
             }
@@ -369,7 +371,7 @@ async fn a_subsystem_that_keeps_the_contract_passes_again_and_again() {
 }
 
 #[tokio::test]
-async fn each_check_finds_the_one_that_breaks_its_rule() {
+async fn each_check_finds_the_subsystem_that_breaks_its_rule() {
     let broken = stream::iter(CHECKS).for_each_concurrent(AT_ONCE, |rule| async move {
         let (endpoint, _server) = serve(rule).await;
         let (code, report) = check(&endpoint, &[]).await;
@@ -439,7 +441,7 @@ async fn a_report_is_for_people_and_for_ci_systems_too() {
 }
 
 #[tokio::test]
-async fn answers_that_never_end_are_waited_for_no_longer_than_others() {
+async fn the_timeout_applies_to_answers_that_never_end() {
     let (endpoint, _server) = serve(STALLS).await;
     let output = conformance(&[&endpoint, "--subsystem", NAMES[0], "--timeout", "200ms"]).await;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -458,7 +460,7 @@ async fn a_server_without_grpc_is_reported() {
             let (mut stream, _) = listener.accept().await.unwrap();
             // The sender of an HTTP/2 preface may have disconnected.
             let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
-            // What is not read when it closes would reset the connection, and take the answer along.
+            // Unread bytes at the close would reset the connection, and the answer would be lost.
             let _ = stream.shutdown().await;
             let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
         }
@@ -482,7 +484,7 @@ async fn another_caller_with_a_higher_epoch_is_reported() {
 }
 
 #[tokio::test]
-async fn a_name_that_is_not_served_is_told_once() {
+async fn a_name_that_is_not_served_is_reported_once() {
     let (endpoint, _server) = serve("").await;
     let output = conformance(&[&endpoint]).await;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -493,7 +495,7 @@ async fn a_name_that_is_not_served_is_told_once() {
 }
 
 #[tokio::test]
-async fn an_input_that_is_required_is_always_fresh() {
+async fn a_required_input_is_always_fresh() {
     let (endpoint, _server) = serve(REQUIRES).await;
     let input = ["--input", r#"source={"n":3}"#];
     let (_, report) = check(&endpoint, &input).await;
@@ -518,7 +520,7 @@ async fn a_report_is_bounded_and_not_lost_when_its_file_can_not_be_written() {
     let came = text.lines().find(|line| line.starts_with("  came      INTERNAL: longlong")).unwrap();
     assert!(came.ends_with("… (8202 bytes in all)") && came.len() < 5000, "{came}");
 
-    // Of two answers that should be the same, both are to be seen.
+    // The report shows both of two answers that should be the same.
     let (endpoint, _server) = serve(LONG_ANSWERS).await;
     let (_, report) = check(&endpoint, &[]).await;
     let check = report["checks"].as_array().unwrap().iter().find(|check| check["name"] == "repeated-cycle").unwrap();
@@ -532,7 +534,7 @@ async fn invalid_arguments_are_wrong_usage() {
     for wrong in [["--timeout", "100000000h"], ["--timeout", "0s"], ["--subsystem", ""], ["--subsystem", "a b"]] {
         assert_eq!(conformance(&[&[&*endpoint], &wrong[..]].concat()).await.status.code(), Some(2), "{wrong:?}");
     }
-    // One name, however often it is given, is one subsystem.
+    // A repeated name is one subsystem.
     let [name, _] = NAMES;
     let twice = [&*endpoint, "--subsystem", name, "--subsystem", name, "--output", "json"];
     let output = conformance(&twice).await;
@@ -548,6 +550,6 @@ async fn an_unreachable_subsystem_gets_no_verdict() {
     let output = conformance(&[&endpoint]).await;
     assert_eq!(output.status.code(), Some(4), "{output:?}");
     let wrong = conformance(&["ftp://example.org"]).await;
-    let told = String::from_utf8_lossy(&wrong.stderr);
-    assert_eq!((wrong.status.code(), told.matches("ftp://example.org").count()), (Some(2), 1), "{told}");
+    let message = String::from_utf8_lossy(&wrong.stderr);
+    assert_eq!((wrong.status.code(), message.matches("ftp://example.org").count()), (Some(2), 1), "{message}");
 }

@@ -48,7 +48,7 @@ fn states(cycle: &pb::CycleTelemetry) -> BTreeMap<&str, SubsystemState> {
 // Order
 
 #[tokio::test]
-async fn each_starts_the_moment_what_it_waits_for_has_ended() {
+async fn each_subsystem_starts_as_soon_as_its_predecessors_have_ended() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a", "b"]).await;
     stage.register("after_a", |it| it.after = names(["a", "nobody"])).await;
@@ -113,7 +113,7 @@ async fn inputs_are_fresh_stale_or_absent_also_after_a_restart() {
     stage.client.run().await.unwrap();
     assert_eq!(seen(&stage, "early"), [input("early", Stale, 1), input("maker", Stale, 1)]);
 
-    // It fails, and its last output goes on.
+    // It fails, and its last output remains an input.
     stage.fleet.run("maker", Run::fail(Code::Internal));
     stage.client.run().await.unwrap();
     assert_eq!(stage.fleet.runs("needs").len(), 2);
@@ -130,7 +130,7 @@ async fn inputs_are_fresh_stale_or_absent_also_after_a_restart() {
 }
 
 #[tokio::test]
-async fn initialize_comes_first_in_an_epoch_and_again_when_asked_for_or_registered_anew() {
+async fn initialize_comes_first_in_an_epoch_and_again_on_request_or_after_a_change() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "orchestrator_id=home"])).await;
     stage.fleet.script("a", |script| script.needs_initialize = true);
     stage.fleet.script("none", |script| script.initialize = Initialize::Unimplemented);
@@ -153,7 +153,7 @@ async fn initialize_comes_first_in_an_epoch_and_again_when_asked_for_or_register
     assert!(stage.client.subsystem("a").await.unwrap().initialized);
     assert!(!stage.client.subsystem("bad").await.unwrap().initialized);
 
-    // Not again in the next cycle, nor when nothing has changed, nor after maintenance.
+    // It is not repeated in the next cycle, nor without a change, nor after maintenance.
     stage.register("a", configure).await;
     let name = || "a".to_owned();
     stage.client.suspend_subsystem(pb::SuspendSubsystemRequest { name: name() }).await.unwrap();
@@ -161,10 +161,10 @@ async fn initialize_comes_first_in_an_epoch_and_again_when_asked_for_or_register
     stage.client.run().await.unwrap();
     assert_eq!(stage.fleet.initializations("a").len(), 1);
     assert_eq!(stage.fleet.initializations("none").len(), 1);
-    // One that could not be is tried again.
+    // A failed initialization is tried again.
     assert_eq!(stage.fleet.initializations("bad").len(), 2);
 
-    // It was restarted, and says so.
+    // It was restarted, and asks for it.
     stage.fleet.forget_initialization("a");
     let cycle = stage.client.run().await.unwrap();
     let a = part(&cycle, "a");
@@ -184,7 +184,7 @@ async fn initialize_comes_first_in_an_epoch_and_again_when_asked_for_or_register
     assert_eq!(initialized.len(), 4);
     assert!(initialized[3].epoch > epoch);
 
-    // One that asks for it without end fails.
+    // A subsystem that always asks for it fails.
     stage.fleet.run("a", Run::fail(Code::FailedPrecondition));
     let cycle = stage.client.run().await.unwrap();
     let a = part(&cycle, "a");
@@ -193,13 +193,13 @@ async fn initialize_comes_first_in_an_epoch_and_again_when_asked_for_or_register
 }
 
 #[tokio::test]
-async fn parameters_of_the_cycle_lie_over_those_of_the_registration() {
+async fn parameters_of_the_cycle_override_those_of_the_registration() {
     let mut stage = Stage::new().await;
     stage.register("a", |it| it.parameters = to_struct(&json!({ "a": 1, "b": { "x": 1 } }))).await;
     stage.register("b", |_| {}).await;
     let parameters = to_struct(&json!({ "b": { "y": 2 }, "c": null }));
     stage.client.run_with(pb::RunCycleRequest { parameters, ..Default::default() }).await.unwrap();
-    // A top-level key wins as a whole.
+    // A top-level key replaces the whole value.
     assert_eq!(stage.fleet.runs("a")[0].parameters, json!({ "a": 1, "b": { "y": 2 }, "c": null }));
     assert_eq!(stage.fleet.runs("b")[0].parameters, json!({ "b": { "y": 2 }, "c": null }));
     stage.client.run().await.unwrap();
@@ -233,7 +233,7 @@ const CODES: [(Code, &str); 16] = [
 ];
 
 #[tokio::test]
-async fn every_code_is_recorded_and_only_unavailable_is_retried_on_its_own() {
+async fn every_code_is_recorded_and_only_unavailable_is_retried_by_default() {
     let mut stage = Stage::new().await;
     for (code, name) in CODES {
         stage.fleet.run(name, Run::Fail(code, format!("told {name}")));
@@ -274,7 +274,7 @@ fn quick_retry(max_attempts: u32, codes: &[&str]) -> pb::RetryPolicy {
 }
 
 #[tokio::test]
-async fn what_breaks_the_contract_or_its_limits_is_the_failure_of_that_subsystem_alone() {
+async fn an_answer_that_breaks_the_contract_or_its_limits_fails_only_its_subsystem() {
     let mut stage = Stage::new().await;
     let unreliable = Fleet::start().await;
     let issue = |code: String, message: String| subsystem::Issue { severity: 1, code, message };
@@ -295,7 +295,7 @@ async fn what_breaks_the_contract_or_its_limits_is_the_failure_of_that_subsystem
         });
         answers(subsystem::RunCycleResponse { output: object.into(), ..Default::default() })
     };
-    // `{"x": NaN}`, which readers of JSON can't be given.
+    // `{"x": NaN}`, which JSON can't represent.
     let nan = [b"\x0a\x0e\x0a\x01x\x12\x09\x11".as_slice(), &f64::NAN.to_le_bytes()].concat();
     let not_finite = answers(subsystem::RunCycleResponse { output: nan.into(), ..Default::default() });
     let cases = [
@@ -376,9 +376,9 @@ async fn what_breaks_the_contract_or_its_limits_is_the_failure_of_that_subsystem
 }
 
 #[tokio::test]
-async fn one_that_breaks_the_connection_costs_its_neighbours_nothing() {
+async fn a_subsystem_that_breaks_the_connection_does_not_affect_its_neighbours() {
     let mut stage = Stage::new().await;
-    // More than the HTTP/2 library bears.
+    // More than the HTTP/2 library tolerates.
     stage.fleet.run("flood", Run::Hold);
     stage.register("flood", |it| it.retry = Some(quick_retry(1, &[]))).await;
     stage.fleet.run("neighbour", Run::Hold);
@@ -394,12 +394,12 @@ async fn one_that_breaks_the_connection_costs_its_neighbours_nothing() {
     let flood = part(&cycle, "flood");
     assert_eq!((flood.state(), flood.error_code.as_str()), (SubsystemState::Failed, "RESOURCE_EXHAUSTED"), "{flood:?}");
     let neighbour = part(&cycle, "neighbour");
-    // Its call was made again, unseen.
+    // Its call was repeated, which its record does not show.
     assert_eq!((neighbour.state(), neighbour.attempts), (SubsystemState::Succeeded, 1), "{neighbour:?}");
 }
 
 #[tokio::test]
-async fn a_late_one_is_timed_out_and_delays_only_what_waits_for_it() {
+async fn a_late_subsystem_is_timed_out_and_delays_only_its_successors() {
     let mut stage = Stage::new().await;
     stage.fleet.run("late", Run::Hang);
     stage.register("late", |it| it.timeout = ms(100)).await;
@@ -425,7 +425,7 @@ async fn a_late_one_is_timed_out_and_delays_only_what_waits_for_it() {
 }
 
 #[tokio::test]
-async fn the_deadline_of_the_cycle_ends_all_that_still_runs_or_waits() {
+async fn the_deadline_of_the_cycle_ends_all_running_and_waiting_parts() {
     let mut stage = Stage::new().await;
     stage.register("quick", |_| {}).await;
     stage.fleet.run("late", Run::Hang);
@@ -447,7 +447,7 @@ async fn the_deadline_of_the_cycle_ends_all_that_still_runs_or_waits() {
     assert!(cycle.error.ends_with(&format!("; waits {skipped}; later {skipped}")), "{}", cycle.error);
     assert!(stage.fleet.runs("late")[0].timeout.unwrap() <= Duration::from_millis(300));
 
-    // The configured deadline is that of requests that name none.
+    // The configured deadline applies to requests without one.
     let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.deadline=100ms"])).await;
     stage.fleet.run("late", Run::Hang);
     stage.register("late", |_| {}).await;
@@ -457,7 +457,7 @@ async fn the_deadline_of_the_cycle_ends_all_that_still_runs_or_waits() {
 }
 
 #[tokio::test]
-async fn skipped_parts_say_why_and_only_some_count_as_failures() {
+async fn skipped_parts_have_a_reason_and_only_some_count_as_failures() {
     let mut stage = Stage::new().await;
     stage.register_all(&["resting", "healthy"]).await;
     let name = "resting".to_owned();
@@ -486,7 +486,7 @@ async fn skipped_parts_say_why_and_only_some_count_as_failures() {
     assert_eq!(part(&cycle, "needs_resting").error_message, "it requires resting, which is not in this cycle");
     assert_eq!(cycle.state(), CycleState::Succeeded);
 
-    // Skipped for one that is skipped itself.
+    // Skipped because of another skipped subsystem.
     stage.register("second", |it| it.requires = names(["needs_resting"])).await;
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(part(&cycle, "second").error_message, "it requires needs_resting, which was skipped itself");
@@ -508,7 +508,7 @@ async fn the_error_of_a_cycle_is_one_line_that_names_each_failure() {
     let expected = format!("2 of 3 failed: broken INTERNAL: the disk, it is on fire[31m; {never}");
     assert_eq!(cycle.error, expected);
     assert_eq!(part(&cycle, "broken").error_message, "the disk; it\nis on fire\x1b[31m");
-    // The error of a breaker says only what is still true when the record is read.
+    // The error of a breaker contains only facts that still hold when the record is read.
     let cycle = stage.client.run().await.unwrap();
     let expected = format!("2 of 3 failed: broken circuit open: not called after a failure; {never}");
     assert_eq!(cycle.error, expected);
@@ -518,7 +518,7 @@ async fn the_error_of_a_cycle_is_one_line_that_names_each_failure() {
 async fn a_breaker_opens_probes_once_and_closes() {
     let mut stage = Stage::new().await;
     stage.fleet.run("a", Run::fail(Code::Unavailable));
-    // The registration changes how long it stays open, so that nothing has to be waited for.
+    // The registration changes the time for which it stays open, so that the test need not wait.
     let registered = |open_for| {
         move |it: &mut pb::Registration| {
             it.breaker = Some(pb::BreakerPolicy { failure_threshold: 2, open_for: ms(open_for), disabled: false });
@@ -560,7 +560,7 @@ async fn a_breaker_opens_probes_once_and_closes() {
     stage.register("a", long).await;
     assert_eq!(stage.client.subsystem("a").await.unwrap().breaker(), BreakerState::Closed);
 
-    // It also opens for one that is late, and `ResumeSubsystem` closes it.
+    // It also opens for a late subsystem, and `ResumeSubsystem` closes it.
     stage.fleet.run("a", Run::Hang);
     stage
         .register("a", |it| {
@@ -578,7 +578,7 @@ async fn a_breaker_opens_probes_once_and_closes() {
     stage.client.resume_subsystem(pb::ResumeSubsystemRequest { name: "a".into() }).await.unwrap();
     assert_eq!(run(&mut stage).await.state(), SubsystemState::Succeeded);
 
-    // So does another endpoint: what failed was not there.
+    // So does another endpoint: the failures were at the old one.
     stage.fleet.run("a", Run::fail(Code::Internal));
     for _ in 0..2 {
         run(&mut stage).await;
@@ -588,7 +588,7 @@ async fn a_breaker_opens_probes_once_and_closes() {
     stage.register("a", |it| it.endpoint = elsewhere).await;
     assert_eq!(run(&mut stage).await.state(), SubsystemState::Failed);
 
-    // Without one, calls go on.
+    // Without a breaker, calls continue.
     stage.fleet.run("a", Run::fail(Code::Internal));
     stage
         .register("a", |it| {
@@ -608,7 +608,7 @@ async fn retries_are_for_listed_codes_numbered_and_inside_one_deadline() {
     // A list replaces the default one.
     stage.fleet.run("unlisted", Run::fail(Code::Unavailable));
     stage.register("unlisted", |it| it.retry = Some(quick_retry(4, &["INTERNAL"]))).await;
-    // What breaks a limit is an answer of this code like any other.
+    // An answer that breaks a limit counts as an error with this code.
     stage.fleet.run("large", Run::metrics(65));
     stage.register("large", |it| it.retry = Some(quick_retry(2, &["RESOURCE_EXHAUSTED"]))).await;
     stage.fleet.run("recovers", Run::fail(Code::Unavailable));
@@ -636,7 +636,7 @@ async fn retries_are_for_listed_codes_numbered_and_inside_one_deadline() {
     let runs = stage.fleet.runs("recovers");
     assert_eq!(runs.iter().map(|call| call.attempt).collect::<Vec<_>>(), (1..=10).collect::<Vec<_>>());
     assert!(runs.iter().all(|call| call.cycle_id == 1 && call.scheduled_at == cycle.scheduled_at));
-    // What is left of one deadline.
+    // The rest of one deadline.
     assert!(runs.is_sorted_by(|earlier, later| earlier.timeout >= later.timeout));
 
     // An attempt that succeeds is the last.
@@ -680,7 +680,7 @@ async fn a_cycle_succeeds_is_degraded_or_fails() {
 }
 
 #[tokio::test]
-async fn a_record_says_when_why_and_how_long() {
+async fn a_record_has_its_times_its_trigger_and_its_durations() {
     let mut stage = Stage::new().await;
     let metrics = BTreeMap::from([("m".to_owned(), 0.25)]);
     let issues = vec![subsystem::Issue { severity: 3, code: "C".into(), message: "text".into() }];
@@ -761,7 +761,7 @@ async fn a_subset_keeps_its_order_and_reads_outputs_of_others() {
 }
 
 #[tokio::test]
-async fn a_plan_tells_what_a_cycle_would_do_and_runs_nothing() {
+async fn a_plan_shows_the_calls_of_a_cycle_and_makes_none() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     stage.register("b", |it| it.after = names(["a"])).await;
@@ -802,7 +802,7 @@ async fn a_plan_tells_what_a_cycle_would_do_and_runs_nothing() {
 }
 
 #[tokio::test]
-async fn a_plan_expects_of_one_that_is_always_late_its_timeout_until_its_breaker_holds_it_back() {
+async fn a_plan_expects_the_timeout_of_a_subsystem_that_is_always_late_until_its_breaker_opens() {
     let mut stage = Stage::new().await;
     stage.fleet.run("late", Run::Hang);
     stage
@@ -831,7 +831,7 @@ async fn a_plan_expects_of_one_that_is_always_late_its_timeout_until_its_breaker
 // ---------------------------------------------------------------------------------------------------------------
 // Overlap
 
-/// A stage with one subsystem that is held, in a cycle that runs.
+/// A stage with one held subsystem, in a running cycle.
 async fn held() -> (Stage, JoinHandle<Result<pb::CycleTelemetry, Status>>) {
     held_at(Home::new()).await
 }
@@ -846,7 +846,7 @@ async fn held_at(home: Home) -> (Stage, JoinHandle<Result<pb::CycleTelemetry, St
 }
 
 #[tokio::test]
-async fn an_async_caller_gets_the_number_at_once() {
+async fn an_async_caller_gets_the_id_at_once() {
     let (mut stage, running) = held().await;
     let request = pb::RunCycleRequest { request_id: "r".into(), r#async: true, ..Default::default() };
     let answer = stage.client.run_cycle(request.clone()).await.unwrap().into_inner();
@@ -876,7 +876,7 @@ async fn one_request_id_is_one_cycle_while_it_runs_when_it_has_finished_and_afte
     let request = |id: &str| pb::RunCycleRequest { request_id: id.into(), ..Default::default() };
     let first = start(&stage.client, request("one"));
     stage.fleet.until_run("held", 1).await;
-    // The rest of it is not looked at.
+    // The rest of the request is ignored.
     let second = start(&stage.client, pb::RunCycleRequest { subsystems: names(["nobody"]), ..request("one") });
     let number = stage.client.admit_with(request("one")).await.unwrap();
     assert_eq!((number, stage.client.admit_with(request("two")).await.unwrap()), (1, 2));
@@ -905,7 +905,7 @@ async fn overlap_policies_skip_buffer_and_cancel() {
     assert_eq!(stage.client.admit_with(with(OverlapPolicy::BufferOne)).await.unwrap(), 2);
     assert_eq!(reason(&stage.client.admit_with(with(OverlapPolicy::BufferOne)).await.unwrap_err()), busy("2"));
     assert_eq!(stage.client.admit_with(with(OverlapPolicy::BufferAll)).await.unwrap(), 3);
-    // The default waits as well.
+    // The default policy waits as well.
     assert_eq!(stage.client.admit().await.unwrap(), 4);
     let full = because(Code::ResourceExhausted, "QUEUE_FULL", [("queued_cycles", "3")]);
     for policy in [OverlapPolicy::BufferAll, OverlapPolicy::CancelOther] {
@@ -917,7 +917,7 @@ async fn overlap_policies_skip_buffer_and_cancel() {
     assert_eq!(ended(running).await.unwrap().state(), CycleState::Succeeded);
     assert_eq!(stage.client.recorded(4).await.state(), CycleState::Succeeded);
 
-    // The running one is cancelled, and those that wait keep their place.
+    // The running cycle is cancelled, and the waiting ones keep their place.
     stage.fleet.run("held", Run::Hold);
     let running = start(&stage.client, pb::RunCycleRequest::default());
     stage.fleet.until_run("held", 5).await;
@@ -933,7 +933,7 @@ async fn overlap_policies_skip_buffer_and_cancel() {
 }
 
 #[tokio::test]
-async fn a_cancelled_cycle_keeps_what_had_finished() {
+async fn a_cancelled_cycle_keeps_its_finished_parts() {
     let mut stage = Stage::new().await;
     stage.register("quick", |_| {}).await;
     stage.register("held", |it| it.after = names(["quick"])).await;
@@ -944,7 +944,7 @@ async fn a_cancelled_cycle_keeps_what_had_finished() {
     let waiting = stage.client.admit().await.unwrap();
     let after = stage.client.admit().await.unwrap();
 
-    // One that waits is recorded when those before it have ended.
+    // A waiting cycle is recorded when those before it have ended.
     let mut client = stage.client.clone();
     let cancelled_in_line = tokio::spawn(async move { client.cancel(waiting).await });
     let cycle = stage.client.cancel(1).await.unwrap();
@@ -1006,7 +1006,7 @@ async fn calls_wait_for_a_free_slot() {
 }
 
 #[tokio::test]
-async fn those_that_wait_for_a_slot_get_it_in_the_order_of_the_plan() {
+async fn subsystems_that_wait_for_a_slot_get_it_in_the_order_of_the_plan() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.max_concurrent_calls=1"])).await;
     stage.register_all(&["a", "b", "c", "d"]).await;
     stage.register("e", |it| it.requires = names(["missing"])).await;
@@ -1020,7 +1020,7 @@ async fn those_that_wait_for_a_slot_get_it_in_the_order_of_the_plan() {
 }
 
 #[tokio::test]
-async fn where_slots_are_short_every_subsystem_gets_its_turn_within_some_cycles() {
+async fn with_few_slots_every_subsystem_gets_its_turn_within_a_few_cycles() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.max_concurrent_calls=1"])).await;
     let hanging = |it: &mut pb::Registration| {
         it.breaker = Some(pb::BreakerPolicy { disabled: true, ..Default::default() });
@@ -1039,7 +1039,7 @@ async fn where_slots_are_short_every_subsystem_gets_its_turn_within_some_cycles(
         let parts = cycle.subsystems.iter().filter(|part| part.started_at.is_some());
         called.push(parts.map(|part| part.name.clone()).collect::<Vec<_>>().join(" "));
     }
-    // A hanging subsystem takes one cycle, and then comes after the ones that waited meanwhile.
+    // A hanging subsystem takes one cycle, and then comes after the subsystems that waited meanwhile.
     assert_eq!(called, ["a", "b", "c", "a d last", "b", "c"]);
 }
 
@@ -1047,7 +1047,7 @@ async fn where_slots_are_short_every_subsystem_gets_its_turn_within_some_cycles(
 // Outputs and connections
 
 #[tokio::test]
-async fn outputs_are_recorded_where_asked_for() {
+async fn outputs_are_recorded_on_request() {
     let mut stage = Stage::new().await;
     stage.register("plain", |_| {}).await;
     stage.register("kept", |it| it.record_output = true).await;
@@ -1078,7 +1078,7 @@ async fn a_record_that_is_too_large_is_truncated_and_readers_get_everything() {
 }
 
 #[tokio::test]
-async fn an_output_that_finds_no_room_is_a_failure_and_room_comes_back() {
+async fn an_output_without_memory_is_a_failure_and_memory_is_freed() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.max_outputs_bytes=1048576"])).await;
     for name in ["a", "b"] {
         stage.fleet.run(name, Run::large_output(700_000));
@@ -1091,7 +1091,7 @@ async fn an_output_that_finds_no_room_is_a_failure_and_room_comes_back() {
         let b = part(&cycle, "b");
         assert_eq!((b.state(), b.error_code.as_str()), (SubsystemState::Failed, "RESOURCE_EXHAUSTED"), "{b:?}");
     }
-    // What is stored counts after a restart, and what is unregistered does not.
+    // A stored output counts after a restart, and that of an unregistered subsystem does not.
     let mut stage = stage.restarted().await;
     assert_eq!(part(&stage.client.run().await.unwrap(), "b").state(), SubsystemState::Failed);
     stage.client.unregister_subsystem(pb::UnregisterSubsystemRequest { name: "a".into() }).await.unwrap();
@@ -1099,7 +1099,7 @@ async fn an_output_that_finds_no_room_is_a_failure_and_room_comes_back() {
 }
 
 #[tokio::test]
-async fn outputs_leave_the_memory_for_everything_else_to_others() {
+async fn outputs_leave_memory_for_other_purposes() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "memory.max_bytes=67108864"])).await;
     let large = ["a", "b", "c", "d", "e", "f"];
     for name in large {
@@ -1107,7 +1107,7 @@ async fn outputs_leave_the_memory_for_everything_else_to_others() {
         let limits = pb::Limits { max_output_bytes: 4 << 20, ..pb::Limits::default() };
         stage.register(name, |it| it.limits = Some(limits)).await;
     }
-    // Their share is a quarter of it, 16 MiB, and stays taken.
+    // Their share is a quarter of the memory, 16 MiB, and stays held.
     for (i, name) in large.into_iter().enumerate() {
         let only = pb::RunCycleRequest { subsystems: names([name]), ..pb::RunCycleRequest::default() };
         let cycle = stage.client.run_with(only).await.unwrap();
@@ -1117,7 +1117,7 @@ async fn outputs_leave_the_memory_for_everything_else_to_others() {
 }
 
 #[tokio::test]
-async fn one_that_is_unregistered_in_the_middle_of_its_call_gives_its_room_back() {
+async fn a_subsystem_that_is_unregistered_during_its_call_frees_its_memory() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.max_outputs_bytes=1048576"])).await;
     for nth in 1..=3 {
         stage.fleet.run("a", Run::Hold);
@@ -1163,7 +1163,7 @@ async fn a_cycle_that_a_kill_interrupts_is_recorded_at_the_next_start() {
     assert_eq!((first.state(), first.trigger()), (CycleState::Interrupted, Trigger::Manual));
     assert!(first.started_at.is_some() && first.subsystems.is_empty() && !first.error.is_empty());
     assert!(first.epoch > epoch);
-    // The other had not begun. It was acknowledged under its id, and runs under it.
+    // The other cycle had not started. It was acknowledged under its id, and runs under it.
     stage.fleet.run("held", Run::Echo);
     let second = stage.client.run_with(request).await.unwrap();
     assert_eq!((second.cycle_id, second.state()), (2, CycleState::Succeeded));
@@ -1178,8 +1178,8 @@ async fn a_cycle_that_a_kill_interrupts_is_recorded_at_the_next_start() {
 }
 
 #[tokio::test]
-async fn cycles_that_wait_have_bounded_room_together() {
-    // Of the least memory that there may be, 6 MiB are for requests.
+async fn the_memory_of_all_waiting_cycles_is_bounded() {
+    // 6 MiB of the smallest allowed memory are for requests.
     let home = Home::new().with_args(["--set", "memory.max_bytes=67108864", "--set", "cycle.max_queued=10000"]);
     let mut stage = Stage::at(home).await;
     stage.fleet.run("a", Run::Hold);
@@ -1195,7 +1195,7 @@ async fn cycles_that_wait_have_bounded_room_together() {
     };
     assert_eq!(reason(&refused), because(Code::ResourceExhausted, "MEMORY_LIMIT", []));
     assert!((60..=105).contains(&admitted), "{admitted}");
-    // Small ones still get in line, and what has run gives its room back.
+    // Small requests are still admitted, and finished ones free their memory.
     let small = stage.client.admit().await.unwrap();
     stage.fleet.run("a", Run::Echo);
     stage.client.recorded(small).await;

@@ -65,7 +65,7 @@ impl Demo {
         kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), signal).unwrap();
     }
 
-    /// Waits until it has ended well, and returns what else it has printed. It leaves no file behind, and no complaint.
+    /// Waits until it has succeeded, and returns its further lines. It leaves no file, and reports no problem.
     async fn ended(mut self) -> Vec<String> {
         let mut rest = Vec::new();
         while let Some(line) = patiently("the demo to end", self.lines.next_line()).await.unwrap() {
@@ -96,7 +96,7 @@ async fn it_runs_cycles_over_dreamnet_until_a_signal_stops_it() {
     let demo = Demo::start(&["--listen", "127.0.0.1:0", "--interval", "250ms", "--seed", "23"]).await;
     let mut client = demo.client().await;
 
-    // What it runs is recorded, of all subsystems, in the order of their phases.
+    // It records cycles of all subsystems, in the order of their phases.
     let phases = Config::from_toml_str("dreamnet.toml", include_str!("../examples/dreamnet.toml")).unwrap();
     let phase_of = |name: &str| phases.subsystems.iter().find(|it| it.name.as_str() == name).unwrap().phase;
     let mut stream = client.watch_after(0).await.unwrap();
@@ -117,7 +117,7 @@ async fn it_runs_cycles_over_dreamnet_until_a_signal_stops_it() {
             }
         }
     }
-    // The seed has it so.
+    // The seed decides these states.
     assert_eq!(cycles[0].state(), CycleState::Succeeded, "{:?}", cycles[0]);
     assert_eq!(cycles[1].state(), CycleState::Degraded, "{:?}", cycles[1]);
 
@@ -126,7 +126,7 @@ async fn it_runs_cycles_over_dreamnet_until_a_signal_stops_it() {
     assert_eq!(status.subsystems.len(), 28);
     assert!(status.total_cycles >= 2);
 
-    // Data flows: what is made from inputs of this cycle, and of the one before where the order goes the other way.
+    // Outputs are made from inputs of this cycle, and of the previous one where the order is the other way round.
     let request =
         pb::GetSubsystemRequest { name: "EconomicEngineCore".into(), include_output: true, include_snapshot: true };
     let economy = client.get_subsystem(request).await.unwrap().into_inner().subsystem.unwrap();
@@ -162,8 +162,8 @@ async fn it_ends_after_the_given_cycles_and_the_seed_decides_their_failures() {
 }
 
 #[tokio::test]
-async fn it_moves_where_its_port_is_taken() {
-    // Another process may use it: then it is in use as well.
+async fn it_uses_another_port_if_its_own_is_in_use() {
+    // If this fails, another process uses the port, which has the same effect.
     let _taken = TcpListener::bind("127.0.0.1:7700").await;
     let demo = Demo::start(&[]).await;
     assert!(demo.first_line.ends_with(", because 127.0.0.1:7700 is in use"), "{}", demo.first_line);
@@ -192,7 +192,7 @@ async fn it_stops_on_a_signal_while_its_output_is_not_read() {
     use nix::fcntl::{FcntlArg, fcntl};
     let args = ["--listen", "127.0.0.1:0", "--interval", "10ms"];
     let mut demo = Demo::start(&args).await;
-    // The least that a pipe holds: a page, which the lines of some fifty cycles fill.
+    // The smallest size of a pipe: a page, which the lines of some fifty cycles fill.
     fcntl(demo.lines.get_ref().get_ref(), FcntlArg::F_SETPIPE_SZ(1)).unwrap();
     let mut client = demo.client().await;
     patiently("cycles", async { while client.status().await.unwrap().total_cycles < 100 {} }).await;

@@ -1,4 +1,4 @@
-//! The examples say what their comments say.
+//! The examples agree with their comments.
 
 use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
@@ -28,12 +28,12 @@ fn dreamnet_is_28_subsystems_in_ten_phases_every_five_seconds() {
 }
 
 #[test]
-fn the_contract_in_the_example_for_node_is_this_one() {
+fn the_example_for_node_has_the_same_contract() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for package in ["subsystem", "orchestrator"] {
         let file = format!("proto/dreamnet/{package}/v1/{package}.proto");
         let [ours, copy] = [root.join(&file), root.join("examples/node").join(&file)]
             .map(|path| std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())));
-        assert!(ours == copy, "examples/node/{file} is another one: cp {file} examples/node/{file}");
+        assert!(ours == copy, "examples/node/{file} differs: cp {file} examples/node/{file}");
     }
 }

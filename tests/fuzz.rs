@@ -249,18 +249,18 @@ async fn request(channel: &Channel, methods: &[MethodDescriptor], seed: u64) {
 /// The status of a call, or an empty one of a stream that has begun.
 async fn status(channel: Channel, request: Request<Body>, is_stream: bool) -> (String, String) {
     let answer = channel.oneshot(request).await.unwrap();
-    let told = |headers: &HeaderMap| {
+    let status = |headers: &HeaderMap| {
         let text = |name| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
         text("grpc-status").map(|code| (code, text("grpc-message").unwrap_or_default()))
     };
-    if let Some(status) = told(answer.headers()) {
+    if let Some(status) = status(answer.headers()) {
         return status;
     }
     assert_eq!(answer.status().as_u16(), 200);
     let mut body = answer.into_body();
     while let Some(frame) = body.frame().await {
         match frame.unwrap().into_trailers() {
-            Ok(trailers) => return told(&trailers).unwrap(),
+            Ok(trailers) => return status(&trailers).unwrap(),
             Err(_) if is_stream => break,
             Err(_) => {}
         }

@@ -280,7 +280,7 @@ async fn no_more_than_a_batch_is_removed_at_once_for_its_age() {
     }
     // The last cycle is as young as the clock says that it is, also where the clock is wrong.
     let mut stage = older(stage, "cycle_id < 300").await;
-    let told = "many records are too old at once";
-    patiently(told, async { while !stage.home.log().contains(told) {} }).await;
+    let line = "many records are too old at once";
+    patiently(line, async { while !stage.home.log().contains(line) {} }).await;
     assert_eq!(stage.client.status().await.unwrap().oldest_revision, 257);
 }

@@ -65,12 +65,12 @@ async fn a_cycle_that_does_not_succeed_is_a_warn_with_its_fields_and_others_are_
     request.metadata_mut().insert("traceparent", parent.parse().unwrap());
     stage.client.run_cycle(request).await.unwrap();
 
-    let told = until_logged(&stage.home, "a cycle did not succeed", 1).await;
-    assert_eq!(told.len(), 1);
-    assert_eq!((&told[0]["level"], &told[0]["cycle_id"]), (&"WARN".into(), &2.into()));
-    assert_eq!(told[0]["state"], "DEGRADED");
-    assert_eq!(told[0]["error"], "1 of 2 failed: a INTERNAL: no fuel");
-    assert_eq!(told[0]["trace_id"], "0af7651916cd43dd8448eb211c80319c");
+    let logged = until_logged(&stage.home, "a cycle did not succeed", 1).await;
+    assert_eq!(logged.len(), 1);
+    assert_eq!((&logged[0]["level"], &logged[0]["cycle_id"]), (&"WARN".into(), &2.into()));
+    assert_eq!(logged[0]["state"], "DEGRADED");
+    assert_eq!(logged[0]["error"], "1 of 2 failed: a INTERNAL: no fuel");
+    assert_eq!(logged[0]["trace_id"], "0af7651916cd43dd8448eb211c80319c");
     let registered = with_message(&stage.home, "registered");
     assert_eq!(registered.iter().map(|line| &line["subsystem"]).collect::<Vec<_>>(), ["a", "b"]);
     assert!(with_message(&stage.home, "recorded").is_empty());
@@ -82,8 +82,8 @@ async fn a_cycle_that_does_not_succeed_is_a_warn_with_its_fields_and_others_are_
     assert_eq!(reloaded[0]["changed"], "log.filter");
     stage.fleet.run("a", Run::Echo);
     stage.client.run().await.unwrap();
-    let told = until_logged(&stage.home, "recorded", 1).await;
-    assert_eq!((&told[0]["level"], &told[0]["cycle_id"]), (&"DEBUG".into(), &3.into()));
+    let logged = until_logged(&stage.home, "recorded", 1).await;
+    assert_eq!((&logged[0]["level"], &logged[0]["cycle_id"]), (&"DEBUG".into(), &3.into()));
     assert_eq!(stage.service.stop().await.code(), Some(0));
     assert_eq!(with_message(&stage.home, "drained").len(), 1);
 }
@@ -127,9 +127,9 @@ async fn changes_of_the_registry_and_of_breakers_are_logged_once() {
         ("a loop has started", "loop", "l"),
         ("a loop has stopped", "loop", "l"),
     ] {
-        let told = until_logged(&stage.home, message, 1).await;
-        assert_eq!(told.len(), 1, "{message}: {told:?}");
-        assert_eq!((&told[0]["level"], &told[0][field]), (&"INFO".into(), &name.into()), "{message}");
+        let logged = until_logged(&stage.home, message, 1).await;
+        assert_eq!(logged.len(), 1, "{message}: {logged:?}");
+        assert_eq!((&logged[0]["level"], &logged[0][field]), (&"INFO".into(), &name.into()), "{message}");
     }
 }
 
@@ -145,8 +145,8 @@ async fn a_reload_names_what_it_changes() {
     }
     fs::write(stage.home.path("orchestrator.toml"), config).unwrap();
     stage.service.signal(Signal::HUP);
-    let told = until_logged(&stage.home, "reloaded", 1).await;
-    assert_eq!(told[0]["changed"], "cycle.deadline, subsystem a removed, subsystem b changed, subsystem c added");
+    let logged = until_logged(&stage.home, "reloaded", 1).await;
+    assert_eq!(logged[0]["changed"], "cycle.deadline, subsystem a removed, subsystem b changed, subsystem c added");
 }
 
 #[tokio::test]
@@ -161,9 +161,9 @@ async fn dropped_ticks_are_logged_once() {
     stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(spec) }).await.unwrap();
     let dropped = async { while stage.client.status().await.unwrap().loops[0].ticks.as_ref().unwrap().dropped < 20 {} };
     patiently("twenty dropped ticks", dropped).await;
-    let told = until_logged(&stage.home, "ticks are dropped", 1).await;
-    assert_eq!(told.len(), 1, "{told:?}");
-    assert_eq!((&told[0]["level"], &told[0]["loop"]), (&"WARN".into(), &"fast".into()));
+    let logged = until_logged(&stage.home, "ticks are dropped", 1).await;
+    assert_eq!(logged.len(), 1, "{logged:?}");
+    assert_eq!((&logged[0]["level"], &logged[0]["loop"]), (&"WARN".into(), &"fast".into()));
     stage.fleet.run("a", Run::Echo);
 }
 
@@ -189,8 +189,8 @@ async fn what_others_say_stays_inside_its_line() {
         assert!(log.lines().all(|line| !line.starts_with("2026-01-01")), "{log}");
         assert!(!log.contains(['\u{1b}', '\u{9b}', '\u{202e}', '\u{200b}', '\r']), "{log}");
         if format == "json" {
-            let told = with_message(&home, "a cycle did not succeed");
-            assert_eq!(told[0]["error"], summary);
+            let logged = with_message(&home, "a cycle did not succeed");
+            assert_eq!(logged[0]["error"], summary);
         }
     }
 }
@@ -220,7 +220,7 @@ async fn an_unread_log_stops_nothing_and_dropped_lines_are_reported() {
         client.run().await.unwrap();
         // Once it is read again, it says so itself.
         let mut reading = log.take().unwrap();
-        let told = task::spawn_blocking(move || {
+        let logged = task::spawn_blocking(move || {
             loop {
                 let mut line = String::new();
                 reading.read_line(&mut line).unwrap();
@@ -230,7 +230,7 @@ async fn an_unread_log_stops_nothing_and_dropped_lines_are_reported() {
                 }
             }
         });
-        let (reading, line) = patiently("the log to tell", told).await.unwrap();
+        let (reading, line) = patiently("the log to report them", logged).await.unwrap();
         assert_eq!(line["level"], "WARN");
         assert!(line["lines"].as_u64() > Some(0), "{line}");
         log = Some(reading);

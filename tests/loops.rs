@@ -221,9 +221,9 @@ async fn a_loop_whose_cycles_call_nothing_is_reported_once() {
     let Stage { home, service, .. } = stage;
     assert!(service.stop().await.success());
     let log = home.log();
-    let told: Vec<_> = log.lines().filter(|line| line.contains("the cycles of this loop call nothing")).collect();
-    assert_eq!(told.len(), 2, "once before the registration and once after it: {log}");
-    assert!(told.iter().all(|line| line.contains("WARN") && line.contains("loop=idle")), "{told:?}");
+    let logged: Vec<_> = log.lines().filter(|line| line.contains("the cycles of this loop call nothing")).collect();
+    assert_eq!(logged.len(), 2, "once before the registration and once after it: {log}");
+    assert!(logged.iter().all(|line| line.contains("WARN") && line.contains("loop=idle")), "{logged:?}");
 }
 
 #[tokio::test]

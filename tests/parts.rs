@@ -41,10 +41,10 @@ async fn a_server_that_can_not_accept_any_more_ends_the_service_and_is_named() {
         let ended = service.ended().await;
         let log = home.log();
         assert_eq!(ended.code(), Some(1), "{log}");
-        let told = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-        let told: Vec<_> = told.filter(|line| line["part"] == part).collect();
-        assert_eq!(told.len(), 1, "{log}");
-        assert_eq!((&told[0]["level"], &told[0]["why"]), (&"ERROR".into(), &"it returned".into()));
+        let logged = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let logged: Vec<_> = logged.filter(|line| line["part"] == part).collect();
+        assert_eq!(logged.len(), 1, "{log}");
+        assert_eq!((&logged[0]["level"], &logged[0]["why"]), (&"ERROR".into(), &"it returned".into()));
         assert!(!log.contains("the last state was not written"), "{log}");
     }
 }

@@ -236,8 +236,8 @@ async fn a_cycle_whose_beginning_could_not_be_written_at_first_is_waited_for_and
     stage.fleet.run("a", Run::Hold);
     limit(&stage.service, Some(1));
     let request = pb::RunCycleRequest { request_id: "r".into(), ..Default::default() };
-    let told = stage.client.run_with(request.clone()).await.unwrap_err();
-    assert_eq!(reason(&told).why, "STORE_UNAVAILABLE", "{told:?}");
+    let refused = stage.client.run_with(request.clone()).await.unwrap_err();
+    assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
     limit(&stage.service, None);
     stage.fleet.until_run("a", 1).await;
     let (mut client, again) = (stage.client.clone(), request.clone());
@@ -259,8 +259,8 @@ async fn a_log_that_grows_because_of_a_reader_is_reported_once_and_truncated_whe
     while log_bytes() < 32 << 20 {
         client.run().await.unwrap();
     }
-    let told = "the log can't be checkpointed into the database, and grows";
-    assert_eq!(stage.home.log().matches(told).count(), 1, "{}", stage.home.log());
+    let line = "the log can't be checkpointed into the database, and grows";
+    assert_eq!(stage.home.log().matches(line).count(), 1, "{}", stage.home.log());
     reader.execute_batch("COMMIT").unwrap();
     stage.fleet.run("large", Run::Echo);
     patiently("the log to be cut", async {
@@ -269,7 +269,7 @@ async fn a_log_that_grows_because_of_a_reader_is_reported_once_and_truncated_whe
         }
     })
     .await;
-    assert_eq!(stage.home.log().matches(told).count(), 1, "{}", stage.home.log());
+    assert_eq!(stage.home.log().matches(line).count(), 1, "{}", stage.home.log());
     assert!(stage.home.log().contains("the log was checkpointed into the database"), "{}", stage.home.log());
 }
 
@@ -298,8 +298,8 @@ async fn records_that_can_not_be_read_are_named_once_and_everything_goes_on_past
         let unreadable: Vec<_> = page.unreadable.iter().map(|cycle| (cycle.cycle_id, cycle.revision)).collect();
         assert_eq!(unreadable, [(6, 6), (4, 4), (3, 3), (2, 2)]);
     }
-    let told = reason(&stage.client.cycle(2).await.unwrap_err());
-    assert_eq!(told, because(Code::DataLoss, "RECORD_UNREADABLE", [("cycle_id", "2"), ("revision", "2")]));
+    let refused = reason(&stage.client.cycle(2).await.unwrap_err());
+    assert_eq!(refused, because(Code::DataLoss, "RECORD_UNREADABLE", [("cycle_id", "2"), ("revision", "2")]));
     let mut stream = stage.client.watch_after(0).await.unwrap();
     let mut seen = Vec::new();
     loop {
@@ -491,10 +491,10 @@ async fn a_database_that_is_gone_or_replaced_by_another_one_is_an_error_in_the_l
     let service = home.serve().await;
     assert_eq!(service.client().await.run().await.unwrap().cycle_id, 1);
     let log = home.log();
-    let told = log.lines().find(|line| line.contains("is gone")).unwrap_or_else(|| panic!("{log}"));
+    let line = log.lines().find(|line| line.contains("is gone")).unwrap_or_else(|| panic!("{log}"));
     assert!(
-        told.contains("ERROR") && told.contains("last_cycle_id=2") && told.contains("put the database back"),
-        "{told}"
+        line.contains("ERROR") && line.contains("last_cycle_id=2") && line.contains("put the database back"),
+        "{line}"
     );
 
     assert!(service.stop().await.success());
@@ -502,8 +502,8 @@ async fn a_database_that_is_gone_or_replaced_by_another_one_is_an_error_in_the_l
     let service = home.serve().await;
     assert_eq!(service.client().await.run().await.unwrap().cycle_id, 3);
     let log = home.log();
-    let told = log.lines().find(|line| line.contains("another database")).unwrap_or_else(|| panic!("{log}"));
-    assert!(told.contains("ERROR") && told.contains("last_cycle_id=1") && told.contains("ends with cycle 2"), "{told}");
+    let line = log.lines().find(|line| line.contains("another database")).unwrap_or_else(|| panic!("{log}"));
+    assert!(line.contains("ERROR") && line.contains("last_cycle_id=1") && line.contains("ends with cycle 2"), "{line}");
 }
 
 #[tokio::test]
@@ -741,10 +741,10 @@ async fn when_the_disk_is_full_nothing_is_lost_reads_go_on_and_it_recovers_by_it
     stage.fleet.until_run("a", 2).await;
     limit(&stage.service, Some(1));
     stage.fleet.run("a", Run::Echo);
-    let told = patiently("the answer", running).await.unwrap().unwrap_err();
-    let told = reason(&told);
-    assert_eq!((told.code, told.why.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
-    assert_eq!(told.metadata["cycle_id"], "2");
+    let refused = patiently("the answer", running).await.unwrap().unwrap_err();
+    let refused = reason(&refused);
+    assert_eq!((refused.code, refused.why.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
+    assert_eq!(refused.metadata["cycle_id"], "2");
 
     // Reads go on, and nothing is acknowledged.
     let status = stage.client.status().await.unwrap();
@@ -824,9 +824,9 @@ async fn while_the_disk_hangs_no_cycle_is_admitted_and_the_pending_write_is_reco
     let mut stage = Stage::at(disk::home()).await;
     stage.register("a", |_| {}).await;
     disk::hangs(&stage.home);
-    let told = reason(&patiently("the answer", stage.client.run()).await.unwrap_err());
-    assert_eq!((told.code, told.why.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
-    assert_eq!(told.metadata["cycle_id"], "1");
+    let refused = reason(&patiently("the answer", stage.client.run()).await.unwrap_err());
+    assert_eq!((refused.code, refused.why.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
+    assert_eq!(refused.metadata["cycle_id"], "1");
     let status = stage.client.status().await.unwrap();
     let expected = "o.db has not returned within 5s, and is still awaited";
     assert!(status.store_error.contains(expected), "{status:?}");

@@ -289,8 +289,8 @@ async fn a_watcher_follows_through_restarts_and_is_notified_of_the_shutdown() {
     patiently("the service to drain", draining).await;
     stage.fleet.run("held", Run::Echo);
     assert_eq!(recorded(&mut stream).await.state(), CycleState::Succeeded);
-    let told = next_event(&mut stream).await.unwrap_err();
-    assert_eq!(reason(&told), because(Code::Unavailable, "DRAINING", []));
+    let error = next_event(&mut stream).await.unwrap_err();
+    assert_eq!(reason(&error), because(Code::Unavailable, "DRAINING", []));
     assert!(stage.service.ended().await.success());
 
     let Stage { fleet, home, .. } = stage;

@@ -476,13 +476,13 @@ async fn a_collector_that_is_away_costs_its_spans_and_nothing_else() {
     collector.of_cycle(&stage.client.run().await.unwrap()).await;
 
     collector.stop().await;
-    let told = "can't send spans to the collector; they are dropped";
+    let line = "can't send spans to the collector; they are dropped";
     let logged = async {
-        while !stage.home.log().contains(told) {
+        while !stage.home.log().contains(line) {
             assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
         }
     };
-    patiently(told, logged).await;
+    patiently(line, logged).await;
 
     let collector = Collector::at(&address, true).await;
     let back = async {
@@ -492,10 +492,10 @@ async fn a_collector_that_is_away_costs_its_spans_and_nothing_else() {
     };
     patiently("the collector to be found again", back).await;
     let log = stage.home.log();
-    assert_eq!(log.matches(told).count(), 1, "{log}");
+    assert_eq!(log.matches(line).count(), 1, "{log}");
     let metrics = metrics(&stage).await;
     assert!(metrics["not_taken"] > 0 && metrics["sent"] > 0 && metrics["no_room"] == 0, "{metrics:?}");
-    patiently("its return to be told", async {
+    patiently("its return to be logged", async {
         while !stage.home.log().contains("the collector accepts spans again") {}
     })
     .await;

@@ -314,8 +314,8 @@ async fn unread_events_take_bounded_memory() {
     assert_eq!((given.len(), refused.len()), (5, RECORDS - 5));
     // It ends with the error, and a client that reconnects misses nothing once there is memory.
     for mut events in refused {
-        let told = events.line().await;
-        assert!(told.contains("the limit of 32 MiB for events"), "{told}");
+        let error = events.line().await;
+        assert!(error.contains("the limit of 32 MiB for events"), "{error}");
         assert_eq!(events.text().await, "");
     }
     // Small ones, and answers, have theirs anyway.
