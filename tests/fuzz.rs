@@ -1,8 +1,8 @@
-//! Malformed bytes: to the service as requests, from subsystems as answers, and as a configuration. All are answered or
+//! Malformed bytes: in requests to the service, in answers from subsystems, and in a configuration. All are answered or
 //! refused, without an effect on others.
 //!
-//! Every case is made from a seed and its number. Runs some hundred cases of each kind;
-//! `ORCHESTRATOR_TEST_FUZZ_SECONDS` runs for a time instead. A failure names the seed of its case;
+//! Every case is made from a seed and its number. Some hundred cases of each kind run; with
+//! `ORCHESTRATOR_TEST_FUZZ_SECONDS`, cases run for that time instead. A failure names the seed of its case;
 //! `ORCHESTRATOR_TEST_FUZZ_SEED` begins with that one.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
@@ -65,7 +65,7 @@ struct Cases {
 }
 
 impl Cases {
-    /// At least `enough` of them, or as many as there is time for.
+    /// A run with at least `enough` cases, or as many as the set time allows.
     fn of(enough: u64) -> Arc<Self> {
         let number = |name| env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
         let first = number("ORCHESTRATOR_TEST_FUZZ_SEED").unwrap_or_else(|| fastrand::u64(..1 << 48));
@@ -74,7 +74,7 @@ impl Cases {
         Arc::new(Self { first, taken: AtomicU64::new(0), enough, ends })
     }
 
-    /// The next one.
+    /// The seed of the next case.
     fn next(&self) -> Option<u64> {
         let n = self.taken.fetch_add(1, Ordering::Relaxed);
         let goes_on = self.ends.map_or(n < self.enough, |ends| Instant::now() < ends);
@@ -93,8 +93,7 @@ fn pool() -> DescriptorPool {
     DescriptorPool::decode(DESCRIPTORS).unwrap()
 }
 
-/// Words that mean something somewhere in the contract. Endpoints lead nowhere but to this machine, however they are
-/// mangled.
+/// Words with a meaning somewhere in the contract. Endpoints lead only to this machine, however they are mangled.
 const WORDS: &[&str] = &[
     "a",
     "b",
@@ -165,7 +164,7 @@ fn scalar(rng: &mut Rng, field: &FieldDescriptor, depth: u32) -> Value {
     }
 }
 
-/// Changes some bytes: most often few, so that most of the message still means something.
+/// Changes some bytes, usually few, so that most of the message keeps its meaning.
 fn mangled(rng: &mut Rng, mut bytes: Vec<u8>) -> Vec<u8> {
     for _ in 0..rng.u32(..6).saturating_sub(2) {
         let at = rng.usize(..=bytes.len());
@@ -176,7 +175,7 @@ fn mangled(rng: &mut Rng, mut bytes: Vec<u8>) -> Vec<u8> {
             2 => bytes.truncate(at),
             3 => drop(bytes.drain(at..to)),
             4 => {
-                // Again, up to some thousand times: what is bounded must be so for any number.
+                // The message is repeated up to some thousand times: a bound must hold for any number.
                 let piece = bytes[at..to].to_vec().repeat(1 << rng.u32(..12));
                 bytes.splice(at..at, piece.into_iter().take(1 << 20));
             }
@@ -186,7 +185,7 @@ fn mangled(rng: &mut Rng, mut bytes: Vec<u8>) -> Vec<u8> {
     bytes
 }
 
-/// A message as gRPC frames it; now and then its frame is mangled, too.
+/// A message as gRPC frames it. The frame is sometimes mangled, too.
 fn framed(rng: &mut Rng, message: &[u8]) -> Vec<u8> {
     let mut framed = BytesMut::with_capacity(message.len() + 5);
     framed.put_u8(0);
@@ -199,7 +198,7 @@ fn framed(rng: &mut Rng, message: &[u8]) -> Vec<u8> {
 // Requests
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_is_requested_is_answered_or_refused() {
+async fn every_request_is_answered_or_refused() {
     const CALLERS: usize = 8;
     let cases = Cases::of(1_500);
     let home = Home::new().with_args(["--set", "cycle.deadline=1s", "--set", "registry.max_subsystems=200"]);
@@ -242,7 +241,7 @@ async fn request(channel: &Channel, methods: &[MethodDescriptor], seed: u64) {
         .unwrap();
     let (code, text) = patiently("an answer", status(channel.clone(), request, method.is_server_streaming())).await;
     let method = method.name();
-    // UNIMPLEMENTED: the other contract is not served here.
+    // UNIMPLEMENTED is allowed: the other contract is not served here.
     assert!(!["2", "13", "15"].contains(&code.as_str()), "{method} answers {code}, which is a defect: {text}");
 }
 
@@ -268,7 +267,7 @@ async fn status(channel: Channel, request: Request<Body>, is_stream: bool) -> (S
     Default::default()
 }
 
-/// It serves, nothing in it has panicked, and it ends as it should.
+/// Asserts that the service responds, that nothing in it has panicked, and that it ends as it should.
 async fn unharmed(home: &Home, service: &mut Service) {
     let mut client = service.client().await;
     patiently("the status", client.status()).await.unwrap();
@@ -280,7 +279,7 @@ async fn unharmed(home: &Home, service: &mut Service) {
     for _ in 0..2 {
         service.signal(rustix::process::Signal::TERM);
         assert!(service.ended().await.success(), "{}", home.log());
-        // What it has acknowledged it can also take up again.
+        // The next process can read everything that this one has acknowledged.
         *service = home.serve().await;
         patiently("the status", service.client().await.status()).await.unwrap();
     }
@@ -290,14 +289,14 @@ async fn unharmed(home: &Home, service: &mut Service) {
 // Answers
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_subsystems_answer_is_theirs_alone() {
+async fn no_answer_of_a_subsystem_affects_others() {
     const HOSTILE: usize = 24;
     let cases = Cases::of(25);
     let home = Home::new();
     let mut service = home.serve().await;
     let mut client = service.client().await;
     let fleet = Fleet::start().await;
-    // As long as it takes on a machine that is busy.
+    // Time enough on a busy machine.
     let healthy = pb::Registration { timeout: ms(60_000), ..registration("healthy", fleet.endpoint()) };
     client.register(healthy).await.unwrap();
     let (_hostile, endpoint) = hostile(cases.first).await;
@@ -325,7 +324,7 @@ async fn whatever_subsystems_answer_is_theirs_alone() {
     unharmed(&home, &mut service).await;
 }
 
-/// A server that answers each call as its seed has it.
+/// A server that answers each call as its seed decides.
 async fn hostile(first: u64) -> (JoinSet<()>, String) {
     let seeds = Arc::new(AtomicU64::new(first));
     serve(move |stream| {
@@ -342,7 +341,7 @@ async fn hostile(first: u64) -> (JoinSet<()>, String) {
     .await
 }
 
-/// An answer of which something may be wrong: its status, its headers, its message, its trailers.
+/// An answer that may be wrong in its status, headers, message and trailers.
 fn answer(
     rng: &mut Rng,
 ) -> Response<StreamBody<impl futures_util::Stream<Item = Result<Frame<Bytes>, std::io::Error>> + use<>>> {
@@ -385,7 +384,7 @@ fn answer(
     answer.body(StreamBody::new(futures_util::stream::iter(frames))).unwrap()
 }
 
-/// A server whose bytes are HTTP/2 at the most by accident.
+/// A server whose bytes are HTTP/2 only by accident.
 async fn garbage(first: u64) -> (JoinSet<()>, String) {
     const BEGINNINGS: &[&[u8]] =
         &[b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n", b"\0\0\0\x04\0\0\0\0\0", b"\x15\x03\x03"];
@@ -394,7 +393,7 @@ async fn garbage(first: u64) -> (JoinSet<()>, String) {
         let mut rng = Rng::with_seed(seeds.fetch_add(1, Ordering::Relaxed));
         async move {
             let mut bytes = rng.choice(BEGINNINGS).unwrap().to_vec();
-            // Frames of any kind after settings that are well-formed.
+            // Frames of any kind follow well-formed settings.
             for _ in 0..rng.u8(..8) {
                 let payload: Vec<u8> = (0..rng.usize(..64)).map(|_| rng.u8(..)).collect();
                 bytes.extend([
@@ -419,7 +418,7 @@ async fn garbage(first: u64) -> (JoinSet<()>, String) {
     .await
 }
 
-/// Serves each connection by itself.
+/// Serves each connection in a task of its own.
 async fn serve<F>(connection: impl Fn(TcpStream) -> F + Send + 'static) -> (JoinSet<()>, String)
 where
     F: Future<Output = ()> + Send + 'static,
@@ -442,14 +441,14 @@ where
 // In the process
 
 #[test]
-fn whatever_a_configuration_says_is_read_or_refused() {
+fn every_configuration_is_read_or_refused() {
     const REFERENCE: &str = include_str!("../examples/orchestrator.toml");
     const FLEET: &str = include_str!("../examples/dreamnet.toml");
     let cases = Cases::of(600);
     while let Some(seed) = cases.next() {
         let mut rng = Rng::with_seed(seed);
         let mut chosen = rng.fork();
-        // Also the keys that the reference shows without setting them.
+        // Includes the keys that the reference shows without setting them.
         let reference = REFERENCE.lines().map(|line| match line.strip_prefix('#') {
             Some(key) if key.starts_with(|c: char| c.is_ascii_lowercase() || c == '[') && chosen.u8(..4) == 0 => key,
             _ => line,
@@ -475,7 +474,7 @@ fn every_accepted_struct_is_valid() {
         let bytes = Bytes::from(mangled(&mut rng, bytes));
         let taken = catch_unwind(|| Payload::check(bytes.clone()));
         let Ok(payload) = taken.unwrap_or_else(|_| panic!("seed {seed}")) else { continue };
-        // Whatever is taken, readers in other languages can read.
+        // Readers in other languages can read every accepted value.
         prost_types::Struct::decode(bytes).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
         let json = payload.to_json();
         assert!(serde_json::to_string(&json).is_ok(), "seed {seed}");

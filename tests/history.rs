@@ -1,4 +1,4 @@
-//! The history: `GetCycle`, `ListCycles` with its pages and filters, and what retention keeps of it.
+//! The history: `GetCycle`, `ListCycles` with its pages and filters, and retention.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -39,7 +39,7 @@ async fn a_page_is_newest_first_and_leads_to_the_next() {
         let request = ListCyclesRequest { page_size: 2, page_token, ..Default::default() };
         let page = stage.client.list_cycles(request).await.unwrap().into_inner();
         pages.push(page.cycles.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>());
-        // What comes in between does not move the pages.
+        // Newer records do not move the pages.
         stage.client.run().await.unwrap();
         page_token = page.next_page_token;
         if page_token.is_empty() {
@@ -55,7 +55,7 @@ async fn a_page_is_newest_first_and_leads_to_the_next() {
 }
 
 #[tokio::test]
-async fn a_filter_that_hardly_any_record_passes_does_not_read_the_whole_history_at_once() {
+async fn a_page_of_a_selective_filter_does_not_read_the_whole_history() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();
     let Stage { fleet, home, service, .. } = stage;
@@ -95,7 +95,7 @@ async fn large_records_make_small_pages() {
 }
 
 #[tokio::test]
-async fn each_filter_lets_through_what_it_names() {
+async fn each_filter_returns_the_matching_records() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a", "b"]).await;
     let subset = |name: &str| pb::RunCycleRequest { subsystems: vec![name.into()], ..Default::default() };
@@ -111,7 +111,8 @@ async fn each_filter_lets_through_what_it_names() {
     stage.client.cancel(fifth).await.unwrap();
     stage.fleet.run("a", Run::Echo);
     let settings = pb::IntervalLoop { name: "l".into(), interval: ms(3_600_000), ..Default::default() };
-    // Its first tick is an hour away at most; the one that was due when it was started with a shorter pace is at once.
+    // Its first tick is an hour away at most. The tick that was due when the loop got a shorter interval is fired at
+    // once.
     let quick = pb::IntervalLoop { interval: ms(10), ..settings.clone() };
     stage.client.start_interval_loop(pb::StartIntervalLoopRequest { r#loop: Some(quick) }).await.unwrap();
     stage.client.recorded(6).await;
@@ -147,7 +148,7 @@ async fn each_filter_lets_through_what_it_names() {
     for (request, expected) in cases {
         assert_eq!(ids(&mut stage.client, request.clone()).await, expected, "{request:?}");
     }
-    // Pages of what a filter lets through.
+    // Pages of the filtered records.
     let request = ListCyclesRequest { page_size: 1, ..a() };
     let page = stage.client.list_cycles(request.clone()).await.unwrap().into_inner();
     let next = ListCyclesRequest { page_token: page.next_page_token, ..request };
@@ -183,11 +184,11 @@ async fn each_filter_lets_through_what_it_names() {
 }
 
 #[tokio::test]
-async fn retention_keeps_the_newest_and_of_each_state_as_many_as_it_says() {
+async fn retention_keeps_the_newest_records_and_a_set_number_of_each_state() {
     let config = "[store.retention]\nmax_cycles = 2\n[store.retention.failed]\nmax_cycles = 3\n";
     let mut stage = Stage::at(Home::new().with_config(config)).await;
     stage.register("a", |_| {}).await;
-    // Odd ones fail.
+    // Cycles with odd ids fail.
     for i in 1..=10 {
         stage.fleet.run("a", if i % 2 == 0 { Run::Echo } else { Run::fail(Code::Internal) });
         stage.client.run().await.unwrap();
@@ -197,7 +198,7 @@ async fn retention_keeps_the_newest_and_of_each_state_as_many_as_it_says() {
     assert_eq!(ids(&mut stage.client, ListCyclesRequest::default()).await, [10, 9, 8, 7, 5]);
     let gone = stage.client.cycle(6).await.unwrap_err();
     assert_eq!(reason(&gone), because(Code::NotFound, "CYCLE_NOT_FOUND", [("cycle_id", "6")]));
-    // The stream has no gap, so it begins above the highest one that is gone.
+    // The stream has no gap, so it begins above the highest removed record.
     let status = stage.client.status().await.unwrap();
     assert_eq!((status.oldest_revision, status.newest_revision, status.total_cycles), (7, 10, 10));
 }
@@ -214,11 +215,11 @@ async fn retention_runs_with_the_service_and_removed_records_stay_removed() {
     let gone = stage.client.cycle(1).await.unwrap_err();
     assert_eq!(reason(&gone), because(Code::NotFound, "CYCLE_NOT_FOUND", [("cycle_id", "1")]));
     assert!(!ids(&mut stage.client, ListCyclesRequest { page_size: 1000, ..Default::default() }).await.contains(&1));
-    // With its record its request id is forgotten as well.
+    // Its request id is forgotten with its record.
     assert_eq!(stage.client.run_with(request("first")).await.unwrap().cycle_id, 72);
 }
 
-/// A service that keeps an hour, after these of its four cycles have become an hour older while it was down.
+/// A service with a retention of an hour, after these of its four cycles became an hour older while it was down.
 async fn grown_older(which: &str) -> Stage {
     let mut stage = Stage::at(Home::new().with_args(["--set", "store.retention.max_age=1h"])).await;
     for _ in 0..4 {
@@ -227,13 +228,13 @@ async fn grown_older(which: &str) -> Stage {
     older(stage, which).await
 }
 
-/// The same after these of its cycles have become an hour older while it was down.
+/// The same stage after these of its cycles became an hour older while it was down.
 async fn older(stage: Stage, which: &str) -> Stage {
     let older = format!("UPDATE cycles SET finished_at = finished_at - 3600 * 1000000000 WHERE {which}");
     changed(stage, &older).await
 }
 
-/// The same after its database was changed while it was down.
+/// The same stage after its database was changed while it was down.
 async fn changed(Stage { fleet, home, service, .. }: Stage, change: &str) -> Stage {
     assert!(service.stop().await.success());
     let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
@@ -273,12 +274,12 @@ async fn a_clock_that_is_far_ahead_of_the_last_cycle_removes_nothing_at_once() {
 }
 
 #[tokio::test]
-async fn no_more_than_a_batch_is_removed_at_once_for_its_age() {
+async fn at_most_a_batch_of_old_records_is_removed_at_once() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "store.retention.max_age=1h"])).await;
     for _ in 0..300 {
         stage.client.run().await.unwrap();
     }
-    // The last cycle is as young as the clock says that it is, also where the clock is wrong.
+    // The last cycle is as young as the clock says, even if the clock is wrong.
     let mut stage = older(stage, "cycle_id < 300").await;
     let line = "many records are too old at once";
     patiently(line, async { while !stage.home.log().contains(line) {} }).await;

@@ -18,21 +18,21 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Code, Status, body::Body, codegen::http, service::Routes, transport::Server};
 use tonic_types::{ErrorDetails, StatusExt};
 
-/// Colours, a title, C1, the direction of writing, what is not seen, and lines that look like those of the command.
+/// Colours, a title, C1, the direction of writing, invisible characters, and lines that look like those of the command.
 const HOSTILE: &str =
     "\x1b[31mred\x1b]0;title\x07\u{9b}2J\u{202e}\u{2066}\u{200b}\u{feff}\u{7f}\0\tx\r\nFORGED\u{2028}\u{85}end";
 
 // ---------------------------------------------------------------------------------------------------------------
 // The service
 
-/// What a service says.
+/// The answers of a service.
 #[derive(Clone, Copy, Debug)]
 enum Says {
     /// Answers in which every text is hostile.
     Answers,
-    /// That something is not there, by a reason that the command line knows.
+    /// NOT_FOUND, with a reason that the command line knows.
     NotFound(&'static str),
-    /// That all fields are wrong.
+    /// An error about all fields.
     Invalid,
     /// An error without details.
     Bare(Code),
@@ -50,7 +50,7 @@ impl Service {
         let address = listener.local_addr().unwrap();
         let answer = move |request: http::Request<axum::body::Body>| async move {
             let path = request.uri().path().to_owned();
-            // It answers what it was asked, or the client would take the rest for a broken connection.
+            // It reads the request before it answers, or the client would take the rest for a broken connection.
             request.into_body().collect().await.unwrap();
             says.to(&path)
         };
@@ -93,7 +93,7 @@ fn answers(path: &str) -> Option<http::Response<Body>> {
     let messages = if method.is_server_streaming() {
         ["started", "progress", "bookmark", "recorded"].map(|kind| filled(&output, &[kind])).to_vec()
     } else if method.name() == "RunCycle" {
-        // The record comes by the stream.
+        // The record comes in the stream.
         let mut answer = filled(&output, &[]);
         if service.contains("orchestrator") {
             answer.clear_field_by_name("telemetry");
@@ -116,7 +116,7 @@ fn answers(path: &str) -> Option<http::Response<Body>> {
     Some(response.body(Body::new(body)).unwrap())
 }
 
-/// A message in which every field is set; of those of which one can be, the one in `chosen`, or else the first.
+/// A message in which every field is set. Of the fields of a oneof, the one in `chosen` is set, or else the first.
 fn filled(of: &MessageDescriptor, chosen: &[&str]) -> DynamicMessage {
     let mut message = DynamicMessage::new(of.clone());
     for field in of.fields() {
@@ -147,14 +147,14 @@ fn value(field: &FieldDescriptor, chosen: &[&str]) -> Value {
     match field.kind() {
         Kind::String => Value::String(HOSTILE.into()),
         Kind::Bytes => Value::Bytes(Bytes::from_static(HOSTILE.as_bytes())),
-        // A suspended or stopped one has less to say.
+        // Less is shown of a suspended subsystem or a stopped loop.
         Kind::Bool => Value::Bool(!matches!(field.name(), "suspended" | "stopped")),
         Kind::Double => Value::F64(1.0),
         Kind::Int32 => Value::I32(1),
         Kind::Int64 => Value::I64(1),
         Kind::Uint32 => Value::U32(1),
         Kind::Uint64 => Value::U64(1),
-        // A subsystem has failed, and a cycle is degraded.
+        // Subsystems have failed, and cycles are degraded.
         Kind::Enum(_) => Value::EnumNumber(2),
         Kind::Message(of) if of.full_name() == "google.protobuf.Struct" => {
             let json = json!({ HOSTILE: { HOSTILE: [HOSTILE] } });
@@ -169,7 +169,7 @@ fn value(field: &FieldDescriptor, chosen: &[&str]) -> Value {
 // ---------------------------------------------------------------------------------------------------------------
 // The commands
 
-/// With what each command is tried. Where there is a service, the command finds it by the environment.
+/// The arguments with which each command is tried. Commands that call a service find it by the environment.
 fn lines(command: &str) -> &'static [&'static str] {
     match command {
         "serve" => &["serve --config FILE"],
@@ -180,7 +180,7 @@ fn lines(command: &str) -> &'static [&'static str] {
             "conformance http://ADDRESS --timeout 1s",
         ],
         "completions" => &["completions bash"],
-        // On a terminal only: see below.
+        // These need a terminal: see below.
         "top" => &["top"],
         "run" => &["run --details", "run --quiet", "run --async --subsystem a", "run --validate-only"],
         "cancel" => &["cancel 1"],
@@ -203,11 +203,11 @@ fn lines(command: &str) -> &'static [&'static str] {
         "report" => &["report", "report --output csv", "report --subsystem a --loop l"],
         "plan" => &["plan", "plan --subsystem a"],
         "store accept" => &["store accept sqlite:FILE"],
-        new => panic!("say here with what `orchestrator {new}` is tried: it may print what others have sent"),
+        new => panic!("add the arguments with which `orchestrator {new}` is tried here: it may print texts of others"),
     }
 }
 
-/// The commands that have no further ones.
+/// The commands without subcommands.
 fn commands(command: &clap::Command, path: &str) -> Vec<String> {
     let mut found = Vec::new();
     for below in command.get_subcommands().filter(|below| below.get_name() != "help") {
@@ -257,7 +257,7 @@ async fn run_all(says: Says, format: &str, files: &Path) -> usize {
     showed
 }
 
-/// A configuration that is wrong in hostile ways.
+/// A configuration with hostile errors.
 fn home() -> tempfile::TempDir {
     let files = tempfile::tempdir().unwrap();
     let quoted = "\\u001b[31m\\u009b2J\\u202e\\r\\nFORGED";
@@ -277,7 +277,7 @@ async fn answers_can_not_command_the_terminal() {
         let files = home();
         run_all(Says::Answers, "json", files.path()).await
     });
-    assert!(table > 20 && json > 20, "what is hostile has to be shown to be made harmless: {table}, {json}");
+    assert!(table > 20 && json > 20, "few hostile texts are shown: {table}, {json}");
 }
 
 #[tokio::test]
@@ -291,10 +291,10 @@ async fn refusals_can_not_command_the_terminal() {
 }
 
 #[tokio::test]
-async fn what_stays_in_a_file_can_not_command_the_terminal() {
+async fn texts_of_files_can_not_command_the_terminal() {
     let files = tempfile::tempdir().unwrap();
     let config = files.path().join("o.toml");
-    // What can't be parsed is shown with the line that it stands in.
+    // An error of parsing shows the invalid line.
     std::fs::write(&config, "[cycle]\ndeadline = \x1b[31m\u{9b}2J\u{202e} x\n").unwrap();
     for name in ["serve", "check"] {
         let mut command = orchestrator("127.0.0.1:1".parse().unwrap());
@@ -307,7 +307,7 @@ async fn what_stays_in_a_file_can_not_command_the_terminal() {
 }
 
 #[tokio::test]
-async fn what_moves_on_a_terminal_shows_texts_and_obeys_none() {
+async fn live_views_show_texts_and_obey_none() {
     let service = Service::start(Says::Answers).await;
     for line in ["top", "watch --from-oldest --progress", "run --details"] {
         let mut terminal = Terminal::new(120, 40);

@@ -1,5 +1,5 @@
-//! Subsystems that send data that no gRPC library would, and other peers: proxies, other servers, closed ports. Each
-//! costs no more than its own part of the cycle.
+//! Subsystems that send data that no gRPC library would send, and other peers: proxies, other servers, closed ports.
+//! Each affects only its own part of the cycle.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -51,7 +51,7 @@ use tonic::transport::Identity;
 // ---------------------------------------------------------------------------------------------------------------
 // The stage: scripted HTTP/2 servers, frame by frame
 
-/// What a server does with a call of `RunCycle`, as the subsystem of this name.
+/// The behaviour of a server in a call of `RunCycle`, as the subsystem of this name.
 type Act = Arc<dyn Fn(String, SendResponse<Bytes>) -> BoxFuture<'static, ()> + Send + Sync>;
 
 fn act<F: Future<Output = ()> + Send + 'static>(
@@ -107,7 +107,7 @@ async fn answer(request: Request<h2::RecvStream>, mut respond: SendResponse<Byte
         message.extend_from_slice(&chunk);
     }
     if method != "RunCycle" {
-        // Neither is there.
+        // No other method is implemented.
         let _ = respond.send_response(status("12", ""), true);
         return;
     }
@@ -115,7 +115,7 @@ async fn answer(request: Request<h2::RecvStream>, mut respond: SendResponse<Byte
     act(request.subsystem, respond).await;
 }
 
-/// The headers of an answer that is nothing but a status.
+/// The headers of an answer that consists of a status.
 fn status(code: &str, message: &str) -> Response<()> {
     let response = grpc().header("grpc-status", code);
     response.header("grpc-message", HeaderValue::from_bytes(message.as_bytes()).unwrap()).body(()).unwrap()
@@ -137,19 +137,19 @@ fn framed(message: &[u8]) -> Bytes {
     framed.freeze()
 }
 
-/// Answers with these bytes of body, whatever they are, and OK.
+/// Answers OK with these bytes of body, which need not be well-formed.
 fn body(mut respond: SendResponse<Bytes>, bytes: impl Into<Bytes>) {
     let Ok(mut stream) = respond.send_response(grpc().body(()).unwrap(), false) else { return };
     let _ = stream.send_data(bytes.into(), false);
     let _ = stream.send_trailers(ok());
 }
 
-/// Answers with an empty answer.
+/// Sends an empty answer.
 fn succeed(respond: SendResponse<Bytes>) {
     body(respond, framed(b""));
 }
 
-/// A server that listens and does something else with each connection.
+/// A server that listens, and does something other than HTTP/2 with each connection.
 async fn other_server<F: Future<Output = ()> + Send + 'static>(
     serve: impl Fn(TcpStream) -> F + Send + 'static,
 ) -> (SocketAddr, JoinSet<()>) {
@@ -165,14 +165,14 @@ async fn other_server<F: Future<Output = ()> + Send + 'static>(
     (address, server)
 }
 
-/// Says this once it has been spoken to, and hangs up.
+/// Sends this once it has received something, and closes the connection.
 async fn says(what: &'static [u8]) -> (SocketAddr, JoinSet<()>) {
     other_server(move |mut socket| async move {
         let mut preface = [0; 24];
         let _ = socket.read_exact(&mut preface).await;
         let _ = socket.write_all(what).await;
         let _ = socket.shutdown().await;
-        // Until the other side has had enough: what is closed with unread bytes is reset.
+        // Until the other side closes, too: a close with unread bytes would reset the connection.
         let _ = socket.read_to_end(&mut Vec::new()).await;
     })
     .await
@@ -210,7 +210,7 @@ async fn next_frame(socket: &mut TcpStream) -> std::io::Result<(u8, u8, u32, Vec
     Ok((kind, flags, u32::from_be_bytes(stream), payload))
 }
 
-/// Answers the call on this stream with an empty answer.
+/// Sends an empty answer to the call on this stream.
 async fn succeed_by_hand(socket: &mut TcpStream, stream: u32) {
     let answer = [
         frame(HEADERS, END_HEADERS, stream, b"\x88\x0f\x10\x10application/grpc"),
@@ -220,7 +220,7 @@ async fn succeed_by_hand(socket: &mut TcpStream, stream: u32) {
     socket.write_all(&answer.concat()).await.unwrap();
 }
 
-/// Sends this again and again, until the connection has ended.
+/// Sends this repeatedly until the connection has ended.
 async fn flood(socket: TcpStream, what: &[u8]) {
     let (mut from, mut to) = socket.into_split();
     let mut nowhere = tokio::io::sink();
@@ -238,7 +238,7 @@ async fn register(stage: &mut Stage, name: &str, endpoint: &str, max_attempts: u
     stage.client.register(registration).await.unwrap();
 }
 
-/// How a part has ended: state, code, message, attempts.
+/// The end of a part: state, code, message, attempts.
 fn ended<'a>(cycle: &'a CycleTelemetry, name: &str) -> (SubsystemState, &'a str, &'a str, u32) {
     let part = part(cycle, name);
     (part.state(), &part.error_code, &part.error_message, part.attempts)
@@ -248,10 +248,10 @@ const SUCCEEDED: SubsystemState = SubsystemState::Succeeded;
 const FAILED: SubsystemState = SubsystemState::Failed;
 
 // ---------------------------------------------------------------------------------------------------------------
-// What costs a connection
+// Faults that affect a connection
 
 #[tokio::test]
-async fn an_error_text_of_any_size_costs_its_sender_alone() {
+async fn an_error_text_of_any_size_affects_only_its_sender() {
     let server = Raw::start(act(|name, mut respond| async move {
         match name.strip_prefix("says_") {
             Some(bytes) => _ = respond.send_response(status("10", &"e".repeat(bytes.parse().unwrap())), true),
@@ -261,7 +261,7 @@ async fn an_error_text_of_any_size_costs_its_sender_alone() {
     .await;
     let mut stage = Stage::new().await;
     for name in ["says_120000", "says_170000", "says_1000000", "one", "other"] {
-        // Whatever is lost to a neighbour is not retried by its policy.
+        // With one attempt, the policy would not retry a call that a neighbour breaks.
         register(&mut stage, name, &server.endpoint, 1).await;
     }
     let cycle = stage.client.run().await.unwrap();
@@ -271,7 +271,7 @@ async fn an_error_text_of_any_size_costs_its_sender_alone() {
             assert_eq!(ended(&cycle, name), (SUCCEEDED, "", "", 1));
         }
     }
-    // What fits is kept, and of what does not it is said why.
+    // A message within the limit is kept, and an error says why a longer one is not.
     assert_eq!(ended(&cycle, "says_120000"), (FAILED, "ABORTED", &*"e".repeat(1 << 10), 1));
     for name in ["says_170000", "says_1000000"] {
         let too_long = "its headers or its error message are over 131072 bytes";
@@ -304,7 +304,7 @@ async fn a_subsystem_that_violates_http2_repeatedly_breaks_only_its_own_connecti
 }
 
 #[tokio::test]
-async fn a_connection_that_is_flooded_though_no_call_is_open_is_closed() {
+async fn a_connection_that_is_flooded_without_an_open_call_is_closed() {
     let floods = [
         ("pings", frame(PING, 0, 0, &[0; 8])),
         ("settings", frame(SETTINGS, 0, 0, &[])),
@@ -352,7 +352,7 @@ async fn a_connection_that_is_flooded_though_no_call_is_open_is_closed() {
 
 #[tokio::test]
 async fn a_flood_in_a_call_fails_only_that_call() {
-    // Interim answers are of its own call. Its neighbour has called by then, and is answered on the next connection.
+    // Interim answers belong to one call. Its neighbour has called by then, and is answered on the next connection.
     let interim = [b"\x08\x03103\x00\x04link\x64", &[b'x'; 100][..]].concat();
     let connections = AtomicUsize::new(0);
     let (shared, _server) = other_server(move |mut socket| {
@@ -376,7 +376,7 @@ async fn a_flood_in_a_call_fails_only_that_call() {
         }
     })
     .await;
-    // Of pings it is not known which call they belong to.
+    // A ping does not belong to a call.
     let (pings, _server) = other_server(|mut socket| async move {
         greet(&mut socket).await;
         while next_frame(&mut socket).await.unwrap().0 != HEADERS {}
@@ -397,7 +397,7 @@ async fn a_flood_in_a_call_fails_only_that_call() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What takes memory and time
+// Use of memory and time
 
 #[tokio::test]
 async fn an_answer_is_read_only_up_to_its_limits_and_takes_no_more_memory_than_it_has() {
@@ -417,7 +417,7 @@ async fn an_answer_is_read_only_up_to_its_limits_and_takes_no_more_memory_than_i
     for kind in ["issues", "unknown", "pieces"] {
         for sender in 0..SENDERS {
             let name = format!("{kind}-{sender}");
-            // Reading takes its time where the code is not optimized.
+            // Decoding takes this time in code that is not optimized.
             let registration = pb::Registration { timeout: ms(60_000), ..registration(&name, &server.endpoint) };
             stage.client.register(registration).await.unwrap();
         }
@@ -432,17 +432,17 @@ async fn an_answer_is_read_only_up_to_its_limits_and_takes_no_more_memory_than_i
         assert_eq!(ended(&cycle, &format!("unknown-{sender}")), (SUCCEEDED, "", "", 1));
         assert_eq!(ended(&cycle, &format!("pieces-{sender}")), (SUCCEEDED, "", "", 1));
     }
-    // Nine messages of up to 4 MiB; each one of issues took 275 MiB.
+    // Nine messages of up to 4 MiB; each message of issues took 275 MiB.
     let taken = most.saturating_sub(before) >> 20;
     assert!(taken < 150, "{taken} MiB");
 }
 
 #[tokio::test]
-async fn announced_bytes_take_no_memory_and_over_the_limit_are_refused_at_once() {
+async fn announced_bytes_take_no_memory_and_are_refused_at_once_over_the_limit() {
     let hold = || {
         act(|name, mut respond| async move {
             let mut stream = respond.send_response(grpc().body(()).unwrap(), false).unwrap();
-            // Just the limit, or one more, and then nothing.
+            // Exactly the limit, or one byte more, and then nothing.
             let announced: u32 = if name.starts_with("over") { (4 << 20) + 1 } else { 4 << 20 };
             let _ = stream.send_data([&[0][..], &announced.to_be_bytes(), b"x"].concat().into(), false);
             let _ = std::future::poll_fn(|cx| stream.poll_reset(cx)).await;
@@ -469,7 +469,7 @@ async fn announced_bytes_take_no_memory_and_over_the_limit_are_refused_at_once()
 }
 
 #[tokio::test]
-async fn answers_for_which_there_is_no_memory_are_refused_and_all_others_are_taken() {
+async fn answers_without_memory_are_refused_and_all_others_are_accepted() {
     let server = Raw::start(act(|name, respond| async move {
         let output = if name.starts_with("large") { "x".repeat(3 << 20) } else { "x".to_owned() };
         let output = common::fleet::to_struct(&serde_json::json!({ "large": output }));
@@ -496,7 +496,7 @@ async fn answers_for_which_there_is_no_memory_are_refused_and_all_others_are_tak
 }
 
 #[tokio::test]
-async fn a_cycle_ends_by_its_deadline_whatever_is_sent() {
+async fn a_cycle_ends_by_its_deadline_whatever_its_subsystems_send() {
     let server = Raw::start(act(|name, respond| async move {
         // Issues of two bytes each, or an unknown field.
         let message =
@@ -514,7 +514,7 @@ async fn a_cycle_ends_by_its_deadline_whatever_is_sent() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What answers say
+// Contents of answers
 
 #[tokio::test]
 async fn answers_of_proxies_and_restarts_are_mapped_as_in_grpc() {
@@ -593,13 +593,13 @@ async fn answers_of_proxies_and_restarts_are_mapped_as_in_grpc() {
     let cycle = stage.client.run().await.unwrap();
     for (name, code, message) in &cases {
         let attempts = match *code {
-            // The latter because it is initialized again, once.
+            // FAILED_PRECONDITION causes one initialization and another attempt.
             "UNAVAILABLE" | "FAILED_PRECONDITION" => 2,
             _ => 1,
         };
         assert_eq!(ended(&cycle, name), (FAILED, *code, &**message, attempts), "{name}");
     }
-    // What was surely not processed is sent again unseen.
+    // A call that was certainly not processed is repeated, which its record does not show.
     assert_eq!(ended(&cycle, "refused_once"), (SUCCEEDED, "", "", 1));
     assert_eq!(server.connections.load(Ordering::Relaxed), 1);
 }
@@ -612,7 +612,7 @@ async fn a_call_that_a_restarting_server_has_not_processed_is_made_again() {
     let flag = restarted.clone();
     let mut servers = JoinSet::new();
     servers.spawn(async move {
-        // The first connection answers Initialize, and goes away over RunCycle without having looked at it.
+        // The first connection answers Initialize, and closes without having processed RunCycle.
         let (mut socket, _) = listener.accept().await.unwrap();
         let settings = [&[0, 0, 0, 4, 0, 0, 0, 0, 0][..], &[0, 0, 0, 4, 1, 0, 0, 0, 0]].concat();
         socket.write_all(&settings).await.unwrap();
@@ -649,7 +649,7 @@ async fn a_call_that_a_restarting_server_has_not_processed_is_made_again() {
 }
 
 #[tokio::test]
-async fn bad_fields_beside_a_status_destroy_neither_its_code_nor_its_text() {
+async fn invalid_fields_beside_a_status_change_neither_its_code_nor_its_text() {
     let server = Raw::start(act(|name, mut respond| async move {
         let bytes = |bytes: &'static [u8]| HeaderValue::from_bytes(bytes).unwrap();
         let (message, details) = match name.as_str() {
@@ -728,7 +728,7 @@ async fn another_protocol_is_named() {
 }
 
 #[tokio::test]
-async fn a_silent_peer_costs_the_connect_timeout() {
+async fn a_silent_peer_takes_the_connect_timeout() {
     let (mute, _server) = other_server(|socket| async move {
         let _socket = socket;
         std::future::pending::<()>().await;
@@ -764,7 +764,7 @@ async fn the_certificates_of_the_system_are_read_once() {
 }
 
 #[tokio::test]
-async fn names_that_hang_hold_up_neither_reads_nor_the_end() {
+async fn lookups_that_hang_delay_neither_reads_nor_the_end() {
     // A name server that never answers, in a mount namespace of the service's own.
     let silent = std::net::UdpSocket::bind("127.0.0.1:53");
     let home = Home::new();
@@ -794,7 +794,7 @@ async fn names_that_hang_hold_up_neither_reads_nor_the_end() {
 // Connections
 
 #[tokio::test]
-async fn no_more_calls_are_made_at_one_time_than_the_peer_takes_and_all_come_to_their_turn() {
+async fn concurrent_calls_stay_within_the_limit_of_the_peer_and_all_are_made() {
     const TAKEN: usize = 3;
     const SUBSYSTEMS: usize = 40;
     let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
@@ -810,7 +810,7 @@ async fn no_more_calls_are_made_at_one_time_than_the_peer_takes_and_all_come_to_
             async move {
                 names.lock().unwrap().push(name);
                 seen.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-                // The first waits until as many as may are here.
+                // The first calls wait until the allowed number is here.
                 if now.load(Ordering::SeqCst) == TAKEN {
                     full.notify_waiters();
                 } else if names.lock().unwrap().len() < TAKEN {
@@ -833,10 +833,10 @@ async fn no_more_calls_are_made_at_one_time_than_the_peer_takes_and_all_come_to_
     assert_eq!(order.lock().unwrap().len(), SUBSYSTEMS);
 }
 
-/// On a clock that moves when everything waits, a call takes three hours. Servers of grpcio and grpc-go count pings,
+/// On a clock that advances when all tasks wait, a call takes three hours. Servers of grpcio and grpc-go count pings,
 /// and close connections with more than a few of them.
 #[tokio::test(start_paused = true)]
-async fn a_call_of_hours_is_waited_for_without_pings() {
+async fn a_call_of_hours_works_without_pings() {
     let (address, _server) = other_server(|mut socket| async move {
         greet(&mut socket).await;
         let frames = async {

@@ -1,4 +1,4 @@
-//! The test kit itself: a fake subsystem does what its script says, and logs it.
+//! The test kit itself: a fake subsystem follows its script, and logs its calls.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -21,7 +21,7 @@ async fn client(fleet: &Fleet) -> SubsystemClient<Channel> {
 }
 
 #[tokio::test]
-async fn a_fake_does_what_its_script_says() {
+async fn a_fake_follows_its_script() {
     let fleet = Fleet::start().await;
     let mut client = client(&fleet).await;
     let mut code = async |run: Run| {

@@ -33,11 +33,11 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 /// An example: a folder of `examples`, and shell commands that are run in it.
 struct Example {
     folder: &'static str,
-    /// Succeeds where the language's tools are installed. Then the build has to succeed too.
+    /// Succeeds if the language's tools are installed. Then the build has to succeed too.
     probe: &'static str,
     build: &'static str,
     start: &'static str,
-    /// Whether it could be built. Several tests want it, but two builds in one folder would disturb each other.
+    /// True if it could be built. Several tests need it, but two builds in one folder would disturb each other.
     built: OnceCell<bool>,
 }
 
@@ -58,7 +58,7 @@ static EXAMPLES: [Example; 5] = [
     Example::new("rust", "cargo --version", "cargo build --quiet", "cargo run --quiet --"),
 ];
 
-/// Those that can be tested here. Says which ones those are.
+/// The examples that can be tested here, which this prints.
 async fn examples() -> &'static [&'static Example] {
     static TESTED: OnceCell<Vec<&'static Example>> = OnceCell::const_new();
     let find = async || {
@@ -84,7 +84,7 @@ impl Example {
         shell
     }
 
-    /// Builds it. False where its language's tools are missing, which is a failure where `CHECK_ALL` is set.
+    /// Builds it. False if its language's tools are missing, which is a failure if `CHECK_ALL` is set.
     async fn build(&self) -> bool {
         *self.built.get_or_init(|| self.build_once()).await
     }
@@ -99,7 +99,12 @@ impl Example {
             return false;
         }
         let built = self.shell(self.build).stdout(Stdio::null()).status().await.unwrap();
-        assert!(built.success(), "examples/{}: `{}` failed; its README says what it needs", self.folder, self.build);
+        assert!(
+            built.success(),
+            "examples/{}: `{}` failed; its README lists the required tools",
+            self.folder,
+            self.build
+        );
         eprintln!("examples/{} was built in {:.1?}", self.folder, started.elapsed());
         true
     }
@@ -114,7 +119,7 @@ impl Example {
         Running { process, address }
     }
 
-    /// Starts it under the name of its folder, and has it register itself after another one.
+    /// Starts it under the name of its folder, and lets it register itself after another subsystem.
     async fn join(&self, service: &Service, after: &str) -> Running {
         let orchestrator = service.address().to_string();
         let flags = ["--listen", "127.0.0.1:0", "--name", self.folder, "--orchestrator", &orchestrator];
@@ -143,9 +148,9 @@ impl Running {
     }
 }
 
-/// Waits until the registry holds what is asked for.
+/// Waits until the registry fulfills this condition.
 async fn until_registry(client: &mut Client, what: &str, holds: impl Fn(&[pb::SubsystemStatus]) -> bool) {
-    // The registry has no stream of its changes.
+    // The registry has no stream of its changes, so this asks repeatedly.
     patiently(what, async { while !holds(&client.subsystems().await.unwrap()) {} }).await;
 }
 
@@ -164,7 +169,7 @@ fn value(cycle: &pb::CycleTelemetry, name: &str) -> f64 {
     output["value"].as_f64().unwrap_or_else(|| panic!("{name} gave {output}"))
 }
 
-/// Runs a command of ours, prints what it prints for people, and returns its exit code.
+/// Runs one of our commands, prints its output, and returns its exit code.
 async fn show(title: &str, arguments: &[&str]) -> Option<i32> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
     let output = patiently(title, command.args(arguments).kill_on_drop(true).output()).await.unwrap();
@@ -185,7 +190,7 @@ async fn recorded(client: &mut Client) -> pb::CycleTelemetry {
 
 #[tokio::test]
 #[ignore = "needs Python with grpcio-tools, Go, Maven and npm; .ci/run runs it"]
-async fn outputs_flow_across_languages_and_the_others_go_on_when_one_is_killed() {
+async fn outputs_flow_across_languages_and_the_others_continue_when_one_is_killed() {
     let fleet = Fleet::start().await;
     fleet.run("sensor", Run::output(&json!({ "value": 40 })));
     let home = Home::new();
@@ -193,7 +198,7 @@ async fn outputs_flow_across_languages_and_the_others_go_on_when_one_is_killed()
     let mut client = service.client().await;
     client.register(registration("sensor", fleet.endpoint())).await.unwrap();
 
-    // A chain: each reads the one before it.
+    // A chain: each subsystem reads the output of the one before it.
     let mut chain = Vec::new();
     let mut before = "sensor";
     for example in examples().await {
@@ -206,12 +211,12 @@ async fn outputs_flow_across_languages_and_the_others_go_on_when_one_is_killed()
     let cycle = recorded(&mut client).await;
     show_cycle(&service, "a cycle across languages", &cycle).await;
     assert_eq!(cycle.state(), CycleState::Succeeded, "{cycle:?}");
-    // The number goes all the way: the average of 40 is 40, that is the sum, without growth the forecast, and the peak
-    // of what is one more.
+    // The number passes through the chain: the average of 40 is 40, the sum of that is 40, the forecast without growth
+    // is 40, and the peak of the number plus one is 41.
     let mut expected = 40.0;
     for (example, before, _) in &chain {
         let part = part(&cycle, example.folder);
-        // One that has met a value makes one, and has nothing to say about missing ones.
+        // A subsystem with an input value has an output value, and reports no missing one.
         assert!(part.issues.iter().all(|issue| issue.code != "NO_VALUE"), "{part:?}");
         assert!(!part.metrics.is_empty(), "{part:?}");
         eprintln!("{before} gave {} to {}, which made {}", value(&cycle, before), part.name, value(&cycle, &part.name));
@@ -223,7 +228,7 @@ async fn outputs_flow_across_languages_and_the_others_go_on_when_one_is_killed()
 
     for killed in 0..chain.len() {
         let (example, before, running) = chain.remove(killed);
-        // Stopped, it is called and does not answer; then it is killed in the middle of that.
+        // A stopped process is called and does not answer; then it is killed during the call.
         let watch = pb::WatchCyclesRequest { progress: true, ..pb::WatchCyclesRequest::default() };
         let mut events = client.watch_cycles(watch).await.unwrap().into_inner();
         running.signal(Signal::STOP);
@@ -260,7 +265,7 @@ async fn outputs_flow_across_languages_and_the_others_go_on_when_one_is_killed()
         chain.insert(killed, (example, before, running));
     }
 
-    // An orchestrator that has lost them gets a new registration when they renew their lease.
+    // An orchestrator that has lost them receives a new registration when they renew their lease.
     for (example, ..) in &chain {
         let request = pb::UnregisterSubsystemRequest { name: example.folder.into() };
         client.unregister_subsystem(request).await.unwrap();
@@ -269,7 +274,7 @@ async fn outputs_flow_across_languages_and_the_others_go_on_when_one_is_killed()
         until_registered(&mut client, example.folder, running).await;
     }
 
-    // Asked to stop, they leave the registry.
+    // On a request to stop, they leave the registry.
     for (example, _, mut running) in chain {
         running.signal(Signal::TERM);
         patiently(&format!("{} to stop", example.folder), running.process.wait()).await.unwrap();
@@ -314,7 +319,7 @@ async fn each_passes_the_conformance_check() {
     for example in examples().await {
         let running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
         let endpoint = running.endpoint();
-        // With `work_ms` it works for longer than the checks wait that give up a call.
+        // With `work_ms`, it works for longer than the checks wait before they give up a call.
         let given = ["--strict", "--param", "work_ms=200", "--input", r#"sensor={"value":3}"#];
         let arguments = [&["conformance", &endpoint, "--subsystem", "it"], &given[..]].concat();
         let code = show(&format!("conformance of examples/{}", example.folder), &arguments).await;
@@ -325,7 +330,7 @@ async fn each_passes_the_conformance_check() {
 #[tokio::test]
 #[ignore = "needs Python with grpcio-tools, Go, Maven and npm; .ci/run runs it"]
 async fn each_keeps_the_contract() {
-    // The one in TypeScript needs no initialization and has no `work_ms`: its rules are in `examples/node/test`.
+    // The example in TypeScript needs no initialization and has no `work_ms`: its rules are in `examples/node/test`.
     for example in examples().await.iter().filter(|example| example.folder != "node") {
         let running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
         let channel = Channel::from_shared(running.endpoint()).unwrap().connect().await.unwrap();
@@ -355,7 +360,7 @@ async fn each_keeps_the_contract() {
         let other = subsystem::GetStatusRequest { subsystem: "other".into() };
         assert_eq!(client.get_status(other).await.unwrap_err().code(), Code::NotFound, "{name}");
 
-        // Repeated calls, while the first is at work and after it.
+        // Repeated calls, during the work of the first one and after it.
         let mut second = client.clone();
         let working = json!({ "work_ms": 100 });
         let (first, repeated) =
@@ -363,7 +368,7 @@ async fn each_keeps_the_contract() {
         let answer = first.unwrap().into_inner();
         let again = client.run_cycle(request(2, 1, &none)).await.unwrap().into_inner();
         for repeated in [repeated.unwrap().into_inner(), again] {
-            // Not as bytes: the fields of a Struct have no order.
+            // The comparison is not of bytes: the fields of a Struct have no order.
             assert_eq!(from_struct(&repeated.output), from_struct(&answer.output), "{name}");
             assert_eq!((&repeated.metrics, &repeated.issues), (&answer.metrics, &answer.issues), "{name}");
         }
@@ -372,7 +377,7 @@ async fn each_keeps_the_contract() {
         assert!(codes.contains(&"NO_VALUE"), "{name}: {codes:?}");
         assert_eq!(answer.issues.iter().filter(|issue| issue.message.starts_with("absent")).count(), 1, "{name}");
 
-        // A call that ends by its deadline, or by its caller, gives its turn to the next; others are answered
+        // A call that ends by its deadline, or by its caller, gives its turn to the next; other calls are answered
         // meanwhile.
         let mut late = Request::new(request(3, 1, &long));
         late.set_timeout(Duration::from_millis(100));
@@ -386,7 +391,7 @@ async fn each_keeps_the_contract() {
         patiently("the turn", client.run_cycle(request(4, 1, &none))).await.unwrap();
         assert_eq!(cycles(&mut client).await, json!(2), "{name}");
 
-        // Epochs. The cycles of an older one are over.
+        // Epochs. The cycles of an older epoch are over.
         client.run_cycle(request(4, 2, &none)).await.unwrap();
         assert_eq!(cycles(&mut client).await, json!(3), "{name}");
         assert_eq!(client.run_cycle(request(5, 1, &none)).await.unwrap_err().code(), Code::Aborted, "{name}");
@@ -399,7 +404,7 @@ async fn each_keeps_the_contract() {
 async fn each_stops_although_a_client_stays_connected() {
     for example in examples().await {
         let mut running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
-        // One says nothing at all, the other nothing after its preface and its settings, as a peer that is gone.
+        // One client sends nothing, the other nothing after its preface and its settings, as a peer that is gone.
         let _silent = TcpStream::connect(&running.address).await.unwrap();
         let mut gone = TcpStream::connect(&running.address).await.unwrap();
         gone.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
@@ -451,8 +456,8 @@ async fn a_subsystem_in_python_takes_part() {
     assert_eq!(from_struct(&status.snapshot), json!({ "cycles": 3, "values": [20, 30] }));
     assert_eq!(from_struct(&status.output), json!({ "value": 25 }));
 
-    // It dies, and its part fails; it comes back without its memory, and asks for initialization in the middle of
-    // the cycle.
+    // It dies, and its part fails. It restarts without its memory, and asks for initialization in the middle of the
+    // cycle.
     let address = example.address.clone();
     example.kill().await;
     let cycle = client.run().await.unwrap();
@@ -469,7 +474,7 @@ async fn a_subsystem_in_python_takes_part() {
 
 #[tokio::test]
 #[ignore = "needs Python with grpcio-tools; .ci/run runs it"]
-async fn the_one_in_python_says_in_a_line_what_is_wrong() {
+async fn the_example_in_python_reports_errors_in_one_line() {
     let python = &EXAMPLES[0];
     if !python.build().await {
         return;

@@ -27,7 +27,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("dial", &["memory", "model", "ports", "proto", "transport", "turn"]),
     ("listen", &["memory", "proto", "transport", "turn"]),
     ("subsystem", &["listen", "memory", "model", "proto", "transport"]),
-    // It shows what these know: plans and breakers, records and snapshots, loops.
+    // Answers show plans and breakers, records and snapshots, and loops.
     (
         "api",
         &[
@@ -46,7 +46,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("web", &["api", "listen", "memory", "model", "parts", "proto", "telemetry", "transport"]),
     ("config", &["engine", "file", "memory", "model", "ports", "store"]),
-    // It counts what these count.
+    // Metrics count the work of all of these.
     ("telemetry", &["api", "config", "engine", "listen", "memory", "model", "orchestrator", "ports", "random"]),
     (
         "serve",
@@ -91,12 +91,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
 ];
 
-/// Re-exports of other modules that are allowed, for users of the library.
+/// Allowed re-exports of other modules, for users of the library.
 const MAY_HAND_ON: &[(&str, &str)] = &[("subsystem", "model")];
 
-/// Which modules, or which parts of them, may use a library that must not spread.
+/// The modules, or parts of them, that may use a library that must not spread.
 const MAY_DEPEND: &[(&str, &[&str])] = &[
-    // gRPC: its types at the edges only, its details where errors are made and read.
+    // gRPC: types only at the edges, details only where errors are made and read.
     ("tonic", &["api", "cli", "listen", "proto", "serve", "subsystem", "web/json"]),
     ("tonic_health", &["cli", "listen", "serve", "subsystem"]),
     ("tonic_reflection", &["listen", "serve", "subsystem"]),
@@ -112,7 +112,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("rustls_native_certs", &["dial/tls"]),
     ("tokio_rustls", &["dial"]),
     ("webpki", &["dial/tls"]),
-    // One place knows each of these.
+    // Libraries that one place uses.
     ("opentelemetry", &["telemetry/otlp"]),
     ("opentelemetry_otlp", &["telemetry/otlp"]),
     ("opentelemetry_sdk", &["telemetry/otlp"]),
@@ -125,7 +125,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("clap", &["cli", "config"]),
     ("crossterm", &["cli/top"]),
     ("ratatui", &["cli/top"]),
-    // Files, sockets and threads: `model`, `engine`, `orchestrator`, `record` and `schedule` know none.
+    // Files, sockets and threads: `model`, `engine`, `orchestrator`, `record` and `schedule` use none.
     ("std::fs", &["cli", "file", "memory", "store", "subsystem"]),
     ("std::thread", &["transport/resolve", "store/sqlite", "telemetry/writer"]),
     ("tokio::fs", &["transport/sockets"]),
@@ -157,21 +157,21 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// A module, by its path from the root of the crate: what its file and the modules inside of it name.
+/// A module, by its path from the root of the crate, with the names in its file and in its inline modules.
 struct Module {
     /// Such as `["store", "sqlite"]`.
     path: Vec<String>,
     /// Every path of the code, from the root of this crate (`crate`) or of a library, such as `["crate", "model",
     /// "Name"]`.
     names: BTreeSet<Vec<String>>,
-    /// Those of them that it hands on by `pub use`.
+    /// The paths that it re-exports by `pub use`.
     hands_on: BTreeSet<Vec<String>>,
-    /// It has a `select!` that polls its branches in a random order.
+    /// True if a `select!` polls its branches in a random order.
     selects_at_random: bool,
 }
 
 impl Module {
-    /// The part of the house that it belongs to.
+    /// The top-level module of this one.
     fn top(&self) -> &str {
         &self.path[0]
     }
@@ -181,7 +181,7 @@ impl Module {
         place.split('/').all(|step| path.next().is_some_and(|it| it == step))
     }
 
-    /// The other parts of the house among `names`.
+    /// The other top-level modules among `names`.
     fn others<'a>(&self, names: &'a BTreeSet<Vec<String>>) -> BTreeSet<&'a str> {
         names
             .iter()
@@ -192,14 +192,14 @@ impl Module {
     }
 }
 
-/// Reads the tokens of one file. What only tests compile is left out: it may use what it likes.
+/// Reads the tokens of one file, except for code that only tests compile: that may use anything.
 #[derive(Default)]
 struct Reader {
     names: BTreeSet<Vec<String>>,
     hands_on: BTreeSet<Vec<String>>,
-    /// The modules whose code is in files of their own.
+    /// The modules whose code is in other files.
     files: Vec<Vec<String>>,
-    /// It has a `select!` that polls its branches in a random order.
+    /// True if a `select!` polls its branches in a random order.
     selects_at_random: bool,
 }
 
@@ -230,7 +230,7 @@ impl Reader {
                     }
                     at += 3;
                 }
-                // Not the `use<…>` of a type.
+                // This is not the `use<…>` of a type.
                 TokenTree::Ident(_) if word(at) == "use" && word(at + 1) != "<" => {
                     let end = (at..tokens.len()).find(|end| word(*end) == ";").unwrap_or(tokens.len());
                     let mut used = BTreeSet::new();
@@ -272,7 +272,7 @@ impl Reader {
     }
 }
 
-/// Every path of a `use`, whose braces are multiplied out.
+/// Every path of a `use`, with its braces expanded.
 fn leaves(tokens: &[TokenTree], before: &[String], all: &mut BTreeSet<Vec<String>>) {
     let mut path = before.to_vec();
     for token in tokens {
@@ -292,7 +292,7 @@ fn leaves(tokens: &[TokenTree], before: &[String], all: &mut BTreeSet<Vec<String
     all.insert(path);
 }
 
-/// The path from the root, of one that is written in `module`. `None` of one that `self` or `super` leads nowhere.
+/// The path from the root of a path in `module`. `None` if `self` or `super` leads out of the crate.
 fn absolute(path: Vec<String>, module: &[String]) -> Option<Vec<String>> {
     let mut base = module;
     let mut rest = &path[..];
@@ -310,7 +310,7 @@ fn absolute(path: Vec<String>, module: &[String]) -> Option<Vec<String>> {
     Some([&["crate".to_owned()], base, rest].concat())
 }
 
-/// The modules of the crate, as `lib.rs` and `main.rs` name them. Read once.
+/// The modules of the crate, from `lib.rs` and `main.rs`. Read once.
 static MODULES: LazyLock<Vec<Module>> = LazyLock::new(modules);
 
 fn modules() -> Vec<Module> {
@@ -357,7 +357,7 @@ fn modules_re_export_only_their_own_items() {
     for module in &*MODULES {
         for handed_on in module.others(&module.hands_on) {
             let allowed = MAY_HAND_ON.contains(&(module.top(), handed_on));
-            assert!(allowed, "{} re-exports parts of {handed_on}: name them where they are", module.path.join("::"));
+            assert!(allowed, "{} re-exports parts of {handed_on}: use them by their own path", module.path.join("::"));
         }
     }
 }
@@ -382,7 +382,7 @@ fn the_branches_of_a_select_are_polled_in_their_order() {
     }
 }
 
-/// The modules that `lib.rs` compiles also without the feature `service`: what a subsystem in Rust is made with.
+/// The modules that `lib.rs` also compiles without the feature `service`, for subsystems in Rust.
 fn without_the_service() -> BTreeSet<String> {
     let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
     let lines: Vec<_> = lib.lines().collect();
@@ -392,12 +392,12 @@ fn without_the_service() -> BTreeSet<String> {
 }
 
 #[test]
-fn what_a_subsystem_is_made_with_uses_nothing_of_the_service() {
+fn modules_for_subsystems_use_nothing_of_the_service() {
     let modules = without_the_service();
     assert!(modules.contains("subsystem") && !modules.contains("serve"), "{modules:?}");
     for (module, allowed) in MAY_USE.iter().filter(|(module, _)| modules.contains(*module)) {
         let missing: Vec<_> = allowed.iter().filter(|used| !modules.contains(**used)).collect();
-        assert!(missing.is_empty(), "{module} may use {missing:?}, which are only there with the feature `service`");
+        assert!(missing.is_empty(), "{module} may use {missing:?}, which exist only with the feature `service`");
     }
 }
 
@@ -416,7 +416,7 @@ fn a_subsystem_in_rust_compiles_no_database_no_web_server_no_terminal_and_no_c()
 }
 
 #[test]
-fn the_map_in_lib_rs_names_every_module_below_those_that_it_uses() {
+fn the_map_in_lib_rs_names_every_module_after_the_modules_it_uses() {
     let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
     let entries =
         lib.lines().filter_map(|line| line.strip_prefix("//! - ")).map(|line| line.split(": ").next().unwrap());
@@ -433,14 +433,14 @@ fn the_map_in_lib_rs_names_every_module_below_those_that_it_uses() {
 }
 
 #[test]
-fn every_list_names_what_there_is() {
+fn every_list_names_existing_modules() {
     let named = MAY_USE.iter().map(|(name, _)| name).chain(MAY_USE.iter().flat_map(|(_, used)| *used));
     for place in named.chain(MAY_DEPEND.iter().flat_map(|(_, places)| *places)) {
-        assert!(MODULES.iter().any(|module| module.is_in(place)), "src/{place} is in a list, but is no module");
+        assert!(MODULES.iter().any(|module| module.is_in(place)), "src/{place} is in a list, but is not a module");
     }
 }
 
-/// What a module of this text and path names.
+/// The names in a module of this text and path.
 fn named(text: &str, path: &[&str]) -> Vec<String> {
     let mut reader = Reader::default();
     reader.read(text.parse().unwrap(), &path.iter().map(ToString::to_string).collect::<Vec<_>>());
@@ -453,7 +453,7 @@ fn the_reader_finds_every_path_and_nothing_else() {
         named("use crate::{model::{A, b::C}, ports::D as E};\nlet x = crate::store::open(tonic::Code::Ok);", &["a"]),
         ["crate::model::A", "crate::model::b::C", "crate::ports::D", "crate::store::open", "tonic::Code::Ok"]
     );
-    // Comments and texts are no code; macros and attributes are.
+    // Comments and texts are not code; macros and attributes are.
     assert_eq!(
         named(
             "/// crate::a\nfn f() { /* crate::b */ g!(\"crate::c\", crate::d::e); }\n#[clap::args] struct S;",
@@ -461,7 +461,7 @@ fn the_reader_finds_every_path_and_nothing_else() {
         ),
         ["clap::args", "crate::d::e"]
     );
-    // Whatever way it is reached.
+    // These are different ways to write one path.
     assert_eq!(
         named("use super::super::api::x; mod inner { use super::{y, super::z}; fn f() { self::g(); } }", &["a", "b"]),
         ["crate::a::b::inner::g", "crate::a::b::y", "crate::a::z", "crate::api::x"]
@@ -469,7 +469,7 @@ fn the_reader_finds_every_path_and_nothing_else() {
 }
 
 #[test]
-fn the_reader_leaves_out_what_only_tests_compile_and_goes_on_behind_it() {
+fn the_reader_skips_code_that_only_tests_compile() {
     let text = "#[cfg(test)]\nmod suite;\n\
                 #[cfg(test)]\n#[allow(unused)]\npub(super) fn f(a: A) -> B<C, D> { crate::a::b() }\n\
                 fn g() {\n#[cfg(test)]\nself.limit(crate::c::d());\ncrate::e::f();\n}\n\
@@ -478,8 +478,8 @@ fn the_reader_leaves_out_what_only_tests_compile_and_goes_on_behind_it() {
     assert_eq!(named(text, &["a"]), ["crate::e::f", "crate::i::j"]);
 }
 
-/// How prose begins in files of these kinds: a comment, or any line of Markdown. Tables and code between ``` are
-/// exempt.
+/// The first characters of prose in files of these kinds: of a comment, or of any line of Markdown. Tables and code
+/// between ``` are exempt.
 const PROSE: &[(&str, &[&str])] = &[
     ("go", &["//"]),
     ("java", &["//", "/*", "*"]),

@@ -1,4 +1,4 @@
-//! What the service says in its log.
+//! The log of the service.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -26,15 +26,15 @@ use serde_json::Value;
 use tokio::{process::Command, task};
 use tonic::{Code, Request};
 
-/// A home whose services log JSON, as they do where no terminal is.
+/// A home whose services log JSON, as they do without a terminal.
 fn home(config: &str) -> Home {
     Home::new().with_config(config).with_log_format("auto")
 }
 
-/// Every line so far.
+/// All lines so far.
 fn lines(home: &Home) -> Vec<Value> {
     let text = fs::read_to_string(home.path("log")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line:?} is no JSON"))).collect()
+    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line:?} is not JSON"))).collect()
 }
 
 fn with_message(home: &Home, message: &str) -> Vec<Value> {
@@ -75,7 +75,7 @@ async fn a_cycle_that_does_not_succeed_is_a_warn_with_its_fields_and_others_are_
     assert_eq!(registered.iter().map(|line| &line["subsystem"]).collect::<Vec<_>>(), ["a", "b"]);
     assert!(with_message(&stage.home, "recorded").is_empty());
 
-    // The level can be changed while it runs.
+    // The level can be changed while the service runs.
     fs::write(stage.home.path("orchestrator.toml"), "[log]\nfilter = \"orchestrator_core=debug\"\n").unwrap();
     stage.service.signal(Signal::HUP);
     let reloaded = until_logged(&stage.home, "reloaded", 1).await;
@@ -95,7 +95,7 @@ async fn changes_of_the_registry_and_of_breakers_are_logged_once() {
         it.breaker = Some(pb::BreakerPolicy { failure_threshold: 2, open_for: ms(1), ..Default::default() });
     };
     stage.register("a", breaker).await;
-    // The same again only renews.
+    // The same registration again only renews it.
     stage.register("a", breaker).await;
     stage.fleet.run("a", Run::Fail(Code::Internal, "no fuel".into()));
     for _ in 0..6 {
@@ -134,7 +134,7 @@ async fn changes_of_the_registry_and_of_breakers_are_logged_once() {
 }
 
 #[tokio::test]
-async fn a_reload_names_what_it_changes() {
+async fn a_reload_names_its_changes() {
     let entry = |name: &str, phase: i32| {
         format!("[[subsystems]]\nname = \"{name}\"\nendpoint = \"http://127.0.0.1:1\"\nphase = {phase}\n")
     };
@@ -168,7 +168,7 @@ async fn dropped_ticks_are_logged_once() {
 }
 
 #[tokio::test]
-async fn what_others_say_stays_inside_its_line() {
+async fn texts_of_others_stay_inside_their_line() {
     const HOSTILE: &str = "no fuel\n2026-01-01T00:00:00Z  INFO forged\u{1b}[31m\u{9b}31m\u{202e}\u{200b}\r";
     for format in ["text", "json"] {
         let mut stage = Stage::at(Home::new().with_log_format(format)).await;
@@ -180,7 +180,7 @@ async fn what_others_say_stays_inside_its_line() {
         assert_eq!(refused.code(), Code::InvalidArgument);
         let summary = "1 of 1 failed: a INTERNAL: no fuel 2026-01-01T00:00:00Z  INFO forged[31m31m";
         assert_eq!(stage.client.run().await.unwrap().error, summary);
-        // All of it is written when it has ended.
+        // The log is complete once the service has ended.
         let Stage { home, service, .. } = stage;
         assert!(service.stop().await.success());
         let log = home.log();
@@ -195,7 +195,7 @@ async fn what_others_say_stays_inside_its_line() {
     }
 }
 
-/// How many lines of the log were dropped.
+/// Number of dropped lines of the log.
 async fn dropped(service: &Service) -> u64 {
     let metrics = http::get(service.admin(), "/metrics").await;
     let metric = "orchestrator_log_lines_dropped_total ";
@@ -203,7 +203,7 @@ async fn dropped(service: &Service) -> u64 {
 }
 
 #[tokio::test]
-async fn an_unread_log_stops_nothing_and_dropped_lines_are_reported() {
+async fn an_unread_log_does_not_block_the_service_and_dropped_lines_are_reported() {
     let home = Home::new().with_args(["--log-filter", "trace,h2=trace"]).with_log_format("json");
     let (log, unread) = io::pipe().unwrap();
     let mut service = home.spawn_with_log(unread).listening().await.unwrap();
@@ -218,13 +218,13 @@ async fn an_unread_log_stops_nothing_and_dropped_lines_are_reported() {
         };
         patiently("lines to be dropped", until_dropped).await;
         client.run().await.unwrap();
-        // Once it is read again, it says so itself.
+        // Once the log is read again, it reports them itself.
         let mut reading = log.take().unwrap();
         let logged = task::spawn_blocking(move || {
             loop {
                 let mut line = String::new();
                 reading.read_line(&mut line).unwrap();
-                let line: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line:?} is no JSON"));
+                let line: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line:?} is not JSON"));
                 if line["message"].as_str().is_some_and(|it| it.starts_with("lines of the log were dropped")) {
                     return (reading, line);
                 }

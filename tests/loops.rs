@@ -1,4 +1,4 @@
-//! Interval loops: their cycles, the account of their ticks, and what becomes of both through restarts.
+//! Interval loops: their cycles and the counts of their ticks, also through restarts.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -48,7 +48,7 @@ async fn get(client: &mut Client, name: &str) -> IntervalLoopStatus {
     list(client).await.into_iter().find(|entry| name == entry.r#loop.as_ref().unwrap().name).unwrap()
 }
 
-/// Waits until something holds of a loop.
+/// Waits until a loop fulfills this condition.
 async fn until(client: &mut Client, name: &str, holds: impl Fn(&IntervalLoopStatus) -> bool) -> IntervalLoopStatus {
     let asking = async {
         loop {
@@ -58,7 +58,7 @@ async fn until(client: &mut Client, name: &str, holds: impl Fn(&IntervalLoopStat
             }
         }
     };
-    patiently(&format!("what is awaited of loop {name}"), asking).await
+    patiently(&format!("a condition of loop {name}"), asking).await
 }
 
 fn nanos(time: prost_types::Timestamp) -> i128 {
@@ -132,7 +132,7 @@ async fn loops_start_cycles_each_at_its_own_pace_with_its_own_subsystems() {
 async fn a_due_tick_that_waits_for_its_jitter_outlives_an_edit_and_is_counted_when_its_loop_stops() {
     const YEAR: i64 = 366 * 86_400_000;
     let now = || i128::from(jiff::Timestamp::now().as_millisecond());
-    // Due in a moment, and fired at some time of the year after it.
+    // The tick is due in a moment, and fired at some time in the year after it.
     let due_soon = || IntervalLoop {
         offset: ms(i64::try_from((now() + 2000) % i128::from(YEAR)).unwrap()),
         jitter: ms(YEAR - 1),
@@ -158,7 +158,7 @@ async fn a_due_tick_that_waits_for_its_jitter_outlives_an_edit_and_is_counted_wh
     assert_eq!(next_due(&get(client, "declared").await), due);
     until(client, "yearly", |_| now() * 1_000_000 > due).await;
 
-    // By RPC and by the file: other parameters, the same due times.
+    // An edit by RPC and by the file changes the parameters, but not the due times.
     let edited = IntervalLoop { parameters: to_struct(&json!({ "edited": true })), ..settings.clone() };
     assert_eq!(next_due(&start(client, edited).await.unwrap()), due);
     std::fs::write(stage.home.path("orchestrator.toml"), declared(&settings, "buffer_one")).unwrap();
@@ -166,7 +166,7 @@ async fn a_due_tick_that_waits_for_its_jitter_outlives_an_edit_and_is_counted_wh
     let is_edited = |it: &IntervalLoopStatus| it.r#loop.as_ref().unwrap().overlap_policy() == OverlapPolicy::BufferOne;
     assert_eq!(next_due(&until(client, "declared", is_edited).await), due);
 
-    // Other due times, and none.
+    // One loop gets other due times, the other is stopped.
     let moved = start(client, every("yearly", YEAR)).await.unwrap();
     assert!(next_due(&moved) > due);
     for dropped in [moved, stop(client, "declared").await.unwrap()] {
@@ -194,7 +194,7 @@ async fn a_cycle_of_a_loop_that_is_stopped_runs_on() {
 }
 
 #[tokio::test]
-async fn new_settings_take_the_place_of_old_ones_and_the_account_goes_on() {
+async fn new_settings_replace_old_ones_and_the_counts_continue() {
     let mut stage = Stage::new().await;
     start(&mut stage.client, every("l", 10)).await.unwrap();
     let before = until(&mut stage.client, "l", |entry| entry.ticks.unwrap().ran >= 2).await;
@@ -242,7 +242,7 @@ async fn overruns_are_counted_and_listed() {
         let (first, last) = (nanos(range.first_due_at.unwrap()), nanos(range.last_due_at.unwrap()));
         assert_eq!(first + i128::from(range.count - 1) * 10_000_000, last);
     }
-    // No cycle was started for them.
+    // No cycle was started for the overruns.
     let status = stage.client.status().await.unwrap();
     assert_eq!((status.queued_cycles, status.running_cycle.unwrap().cycle_id), (0, 1));
     stage.fleet.run("held", Run::Echo);
@@ -258,7 +258,7 @@ async fn overlapping_ticks_are_coalesced_queued_dropped_or_cancel() {
 
     start(&mut stage.client, with(OverlapPolicy::BufferOne)).await.unwrap();
     let entry = until(&mut stage.client, "l", |entry| entry.ticks.unwrap().coalesced >= 3).await;
-    // One runs, one waits.
+    // One cycle runs, one waits.
     assert_eq!(entry.ticks.unwrap().ran, 2);
     assert_eq!(stage.client.status().await.unwrap().queued_cycles, 1);
     assert!(entry.not_run.iter().any(|range| range.disposition() == TickDisposition::Coalesced));
@@ -284,7 +284,7 @@ async fn overlapping_ticks_are_coalesced_queued_dropped_or_cancel() {
 }
 
 #[tokio::test]
-async fn loops_started_by_rpc_survive_and_stopped_ones_stay_so() {
+async fn started_and_stopped_loops_stay_so_after_a_restart() {
     let config = "[[loops]]\nname = \"declared\"\ninterval = \"10ms\"\njitter = \"1ms\"\n";
     let mut stage = Stage::at(Home::new().with_config(config)).await;
     start(&mut stage.client, IntervalLoop { offset: ms(3), ..every("by_rpc", 10) }).await.unwrap();
@@ -292,7 +292,7 @@ async fn loops_started_by_rpc_survive_and_stopped_ones_stay_so() {
     let before = until(&mut stage.client, "by_rpc", |entry| entry.ticks.unwrap().ran >= 2).await;
     until(&mut stage.client, "declared", |entry| entry.ticks.unwrap().ran >= 2).await;
     assert_eq!(get(&mut stage.client, "declared").await.origin(), Origin::Config);
-    // What is declared keeps its settings, and may be named, alike or stopped.
+    // A declared loop keeps its settings. It may be started with the same settings, or stopped.
     let refused = because(Code::FailedPrecondition, "DECLARED_IN_CONFIG", [("name", "declared")]);
     assert_eq!(start(&mut stage.client, every("declared", 10)).await.unwrap_err(), refused);
     let alike = IntervalLoop { jitter: ms(1), ..every("declared", 10) };
@@ -317,19 +317,19 @@ async fn loops_started_by_rpc_survive_and_stopped_ones_stay_so() {
     assert_eq!((again.stopped, again.r#loop.as_ref().unwrap().jitter), (false, alike.jitter));
     let ran = again.ticks.unwrap().ran;
     until(&mut stage.client, "declared", |entry| entry.ticks.unwrap().ran > ran).await;
-    // What the file no longer declares is gone.
+    // Loops that the file no longer declares are removed.
     std::fs::write(stage.home.path("orchestrator.toml"), "").unwrap();
     let mut stage = stage.restarted().await;
     assert_eq!(list(&mut stage.client).await.len(), 1);
 }
 
 #[tokio::test]
-async fn every_tick_is_accounted_for_also_while_the_service_is_down() {
-    /// A start may be quicker than a tick: then the service is stopped once more.
+async fn every_tick_is_counted_also_while_the_service_is_down() {
+    /// A start may be quicker than a tick: then the service is restarted once more.
     const RESTARTS: usize = 100;
     let mut stage = Stage::new().await;
     let one = |window| IntervalLoop { catch_up: CatchUp::One.into(), catch_up_window: ms(window), ..every("", 10) };
-    // Out of step, so that one does not skip for another.
+    // Their ticks differ, so that no loop skips one because of another.
     for (name, offset, settings) in [("none", 0, every("", 10)), ("one", 3, one(60_000)), ("outside", 6, one(0))] {
         start(&mut stage.client, IntervalLoop { name: name.into(), offset: ms(offset), ..settings }).await.unwrap();
         until(&mut stage.client, name, |entry| entry.ticks.unwrap().ran >= 1).await;
@@ -346,7 +346,7 @@ async fn every_tick_is_accounted_for_also_while_the_service_is_down() {
             let ran = before.ticks.unwrap().ran;
             let after = until(&mut stage.client, name, |after| after.ticks.unwrap().ran > ran).await;
             let (ticks, earlier) = (after.ticks.unwrap(), before.ticks.unwrap());
-            // As many as lie between the two moments, whatever happened in between.
+            // The number of ticks between the two times, whatever happened in between.
             let due = i128::from(ticks.due - earlier.due);
             assert_eq!(next_due(&after) - next_due(&before), due * 10_000_000, "{name}");
             match missed.get_mut(name) {
@@ -363,7 +363,7 @@ async fn every_tick_is_accounted_for_also_while_the_service_is_down() {
         }
     }
     assert!(coalesced > 0 && missed.values().all(|missed| *missed > 0), "{coalesced} {missed:?}");
-    // The same when it is killed: what it did not write down is missed.
+    // The same after a kill: ticks that were not written down are missed.
     let before = get(&mut stage.client, "none").await;
     let mut stage = stage.killed().await;
     let after = get(&mut stage.client, "none").await;
@@ -408,7 +408,7 @@ async fn bad_settings_are_refused_field_by_field() {
 }
 
 #[tokio::test]
-async fn a_loop_names_no_more_subsystems_than_there_may_be() {
+async fn a_loop_names_at_most_as_many_subsystems_as_may_be_registered() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "registry.max_subsystems=2"])).await;
     let over = |names: &[&str]| IntervalLoop {
         subsystems: names.iter().map(ToString::to_string).collect(),
@@ -430,7 +430,7 @@ async fn cycles_of_loops_have_deadlines_of_their_own() {
 }
 
 #[tokio::test]
-async fn loops_are_listed_by_pages_and_too_many_details_do_not_hide_the_status() {
+async fn loops_are_listed_by_pages_and_large_ones_do_not_hide_the_status() {
     let mut stage = Stage::new().await;
     let large = to_struct(&json!({ "text": "x".repeat(60_000) }));
     for i in 0..60 {
