@@ -1,5 +1,5 @@
-//! Metrics: what they say after what is known to have happened, that their table is true, and that Prometheus takes
-//! them.
+//! Metrics: their values after known events, their table in the documentation, and their format, which Prometheus
+//! accepts.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 #![allow(clippy::float_cmp, reason = "what is compared was counted, or sent as it is")]
@@ -23,10 +23,10 @@ use orchestrator_core::{
 use prost_reflect::DescriptorPool;
 use tonic::{Code, Request, codegen::http::uri::PathAndQuery, transport::Channel};
 
-/// What a scrape has brought.
+/// The result of a scrape.
 struct Scrape {
     text: String,
-    /// By name and labels, as they are written.
+    /// Values by name and labels, as they are written.
     series: BTreeMap<String, f64>,
 }
 
@@ -40,7 +40,7 @@ impl Scrape {
         for line in text.lines().filter(|line| !line.starts_with('#')) {
             let (name, value) = line.rsplit_once(' ').unwrap();
             let twice = series.insert(name.to_owned(), value.parse().unwrap());
-            assert!(twice.is_none(), "{name} is there twice");
+            assert!(twice.is_none(), "{name} occurs twice");
         }
         Self { text, series }
     }
@@ -57,7 +57,7 @@ impl Scrape {
         }
     }
 
-    /// The values of all series of a metric together.
+    /// The sum of all series of a metric.
     fn sum(&self, metric: &str) -> f64 {
         let is_of =
             |series: &str| series.strip_prefix(metric).is_some_and(|rest| rest.is_empty() || rest.starts_with('{'));
@@ -65,7 +65,7 @@ impl Scrape {
     }
 }
 
-/// Scrapes until something holds.
+/// Scrapes until the metrics fulfill this condition.
 async fn until(admin: SocketAddr, what: &str, holds: impl Fn(&Scrape) -> bool) -> Scrape {
     let scraping = async {
         loop {
@@ -109,7 +109,7 @@ async fn cycles_and_their_parts_are_counted() {
         ("orchestrator_subsystem_outcomes_total{subsystem=\"good\",state=\"succeeded\"}", 0.0),
         ("orchestrator_subsystem_duration_seconds_count{subsystem=\"good\"}", 0.0),
     ]);
-    assert_eq!(before.get("orchestrator_subsystem_up{subsystem=\"good\"}"), None, "nothing is known of it");
+    assert_eq!(before.get("orchestrator_subsystem_up{subsystem=\"good\"}"), None, "its state is unknown");
 
     for _ in 0..3 {
         stage.client.run().await.unwrap();
@@ -159,7 +159,7 @@ async fn cycles_and_their_parts_are_counted() {
     scrape.has([("orchestrator_store_commit_duration_seconds_count{durability=\"buffered\"}", 3.0)]);
     assert!(scrape.sum("orchestrator_store_size_bytes") > 0.0);
 
-    // What ended badly says nothing of the numbers any more.
+    // The last numbers of a failed part are no longer shown.
     stage.fleet.run("good", Run::fail(Code::Internal));
     stage.client.run().await.unwrap();
     let scrape = Scrape::of(admin).await;
@@ -169,7 +169,7 @@ async fn cycles_and_their_parts_are_counted() {
     let unregister = pb::UnregisterSubsystemRequest { name: "bad".into() };
     stage.client.unregister_subsystem(unregister).await.unwrap();
     let scrape = Scrape::of(admin).await;
-    assert!(!scrape.text.contains("\"bad\""), "its series are gone with it");
+    assert!(!scrape.text.contains("\"bad\""), "its series are removed with it");
     assert!(scrape.text.contains("\"needs-bad\""));
 }
 
@@ -199,7 +199,7 @@ async fn a_cancelled_part_does_not_count_for_the_subsystem() {
 }
 
 #[tokio::test]
-async fn what_a_restart_leaves_is_shown() {
+async fn metrics_show_the_stored_state_after_a_restart() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a", "held"]).await;
     stage.client.run().await.unwrap();
@@ -211,7 +211,7 @@ async fn what_a_restart_leaves_is_shown() {
 
     let stage = stage.killed().await;
     let after = Scrape::of(stage.service.admin()).await;
-    // The wire form has the time, as the record keeps it.
+    // The wire form has the time in the precision of the record.
     assert!((after.get(made).unwrap() - before).abs() < 0.001, "{:?} and {before}", after.get(made));
     after.has([
         ("orchestrator_cycles_total{state=\"interrupted\",trigger=\"manual\"}", 1.0),
@@ -225,7 +225,7 @@ async fn what_a_restart_leaves_is_shown() {
 }
 
 #[tokio::test]
-async fn loops_account_for_their_ticks() {
+async fn ticks_of_loops_are_counted() {
     let mut stage = Stage::new().await;
     let admin = stage.service.admin();
     stage.register_all(&["held"]).await;
@@ -250,7 +250,7 @@ async fn loops_account_for_their_ticks() {
         ("orchestrator_loop_stopped{loop=\"skips\"}", 0.0),
         ("orchestrator_cycles_running", 1.0),
     ]);
-    // The oldest tick that waits gets older.
+    // The oldest waiting tick gets older.
     let before = stuck.get(&lag("waits")).unwrap();
     let after = until(admin, "the lag to grow", |scrape| scrape.get(&lag("waits")) > Some(before + 0.02)).await;
     assert_eq!(after.get("orchestrator_loop_last_cycle_timestamp_seconds{loop=\"waits\"}"), None);
@@ -265,12 +265,12 @@ async fn loops_account_for_their_ticks() {
     for name in ["skips", "waits"] {
         stage.client.stop_interval_loop(pb::StopIntervalLoopRequest { name: name.into() }).await.unwrap();
     }
-    assert!(!Scrape::of(admin).await.text.contains("loop=\""), "loops that are forgotten are not shown");
+    assert!(!Scrape::of(admin).await.text.contains("loop=\""), "removed loops are not shown");
 }
 
 #[tokio::test]
-async fn watchers_are_counted_and_those_that_stall_are_seen() {
-    /// As many records as are at hand for watchers, and more.
+async fn watchers_are_counted_and_stalled_ones_are_shown() {
+    /// More records than the cache for watchers holds.
     const CYCLES: u32 = 300;
     let mut stage = Stage::new().await;
     let admin = stage.service.admin();
@@ -293,11 +293,11 @@ async fn watchers_are_counted_and_those_that_stall_are_seen() {
     drop(stalled);
     let left = until(admin, "the watcher to leave", |scrape| scrape.sum("orchestrator_watchers") == 1.0).await;
     left.has([("orchestrator_watchers_lagging", 0.0)]);
-    assert!(left.sum("orchestrator_watcher_events_total") >= events, "what was given stays counted");
+    assert!(left.sum("orchestrator_watcher_events_total") >= events, "sent events stay counted");
 }
 
 #[tokio::test]
-async fn a_store_that_fails_is_seen() {
+async fn errors_of_the_store_are_counted() {
     let mut stage = Stage::new().await;
     let admin = stage.service.admin();
     stage.register_all(&["a"]).await;
@@ -314,7 +314,7 @@ async fn a_store_that_fails_is_seen() {
     // A cycle is counted once its record is durable, so this comes after the store counts the record.
     let succeeded = "orchestrator_cycles_total{state=\"succeeded\",trigger=\"manual\"}";
     let recorded = until(admin, "the record", |scrape| scrape.get(succeeded) == Some(2.0)).await;
-    assert!(recorded.get(errors) > Some(1.0), "what was counted stays counted");
+    assert!(recorded.get(errors) > Some(1.0), "counted errors stay counted");
     recorded.has([("orchestrator_store_records", 2.0)]);
 }
 
@@ -352,7 +352,7 @@ async fn every_call_is_counted_by_its_rpc_and_by_the_code_of_its_answer() {
     for method in service.methods() {
         let path = format!("/{}/{}", service.full_name(), method.name()).parse::<PathAndQuery>().unwrap();
         grpc.ready().await.unwrap();
-        // An empty request is right for some and wrong for others.
+        // An empty request is valid for some RPCs and invalid for others.
         let codec = tonic_prost::ProstCodec::<(), ()>::default();
         let code = if method.is_server_streaming() {
             drop(grpc.server_streaming(Request::new(()), path, codec).await.unwrap());
@@ -386,7 +386,7 @@ async fn every_call_is_counted_by_its_rpc_and_by_the_code_of_its_answer() {
 // ---------------------------------------------------------------------------------------------------------------
 // The table
 
-/// A service that has something of everything.
+/// A service with values for every metric.
 async fn everything() -> Stage {
     let fleet = Fleet::start().await;
     let home = Home::new().with_config(&format!(
@@ -407,7 +407,7 @@ async fn everything() -> Stage {
 #[tokio::test]
 async fn shown_and_defined_metrics_are_the_same() {
     let stage = everything().await;
-    // The last of it comes with the first cycle of the loop that has both.
+    // The first cycle of the loop with both is the last to show its metrics.
     let both = "orchestrator_subsystem_up{subsystem=\"leased\"}";
     let scrape = until(stage.service.admin(), "a cycle of both", |scrape| scrape.get(both).is_some()).await;
     let mut kinds = BTreeMap::new();
@@ -442,7 +442,7 @@ async fn shown_and_defined_metrics_are_the_same() {
 }
 
 #[test]
-fn the_table_in_the_documentation_is_that_of_the_definitions() {
+fn the_table_in_the_documentation_agrees_with_the_definitions() {
     const HEAD: &str = "| name | type | labels | meaning |\n|---|---|---|---|\n";
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/metrics.md");
     let text = fs::read_to_string(&path).unwrap();

@@ -1,4 +1,4 @@
-//! The ready-made monitoring: its files speak of metrics that there are, and Prometheus itself takes all of it.
+//! The ready-made monitoring: its files use existing metrics, and Prometheus accepts all of them.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -43,7 +43,7 @@ fn dashboard() -> Value {
     serde_json::from_str(&read("grafana.json")).unwrap()
 }
 
-/// The panels that show something.
+/// The panels except for headings.
 fn panels(dashboard: &Value) -> impl Iterator<Item = &Value> {
     dashboard["panels"].as_array().unwrap().iter().filter(|panel| panel["type"] != "row")
 }
@@ -62,14 +62,14 @@ fn expressions(dashboard: &Value) -> Vec<String> {
 // ---------------------------------------------------------------------------------------------------------------
 // The files
 
-/// The names in a text that are those of metrics, by how they begin.
+/// The names of metrics in a text, by their prefixes.
 fn names(text: &str) -> BTreeSet<&str> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':');
     words.filter(|word| word.contains("orchestrator_") || word.starts_with("process_")).collect()
 }
 
 #[test]
-fn they_speak_of_metrics_that_there_are() {
+fn the_files_use_existing_metrics() {
     let recording = read("recording.yml");
     let recorded: BTreeSet<_> = recording.lines().filter_map(|line| line.trim().strip_prefix("- record: ")).collect();
     assert!(!recorded.is_empty());
@@ -95,7 +95,7 @@ fn they_speak_of_metrics_that_there_are() {
         let names = names(text);
         assert!(names.len() > 5, "{file} was not read: {names:?}");
         for name in names {
-            assert!(known.contains(name), "{file} speaks of {name}, which there is not");
+            assert!(known.contains(name), "{file} uses {name}, which does not exist");
         }
     }
 }
@@ -117,18 +117,18 @@ fn every_alert_is_tested_and_says_what_to_do() {
 }
 
 #[test]
-fn the_dashboard_is_one_that_grafana_shows() {
+fn grafana_can_show_the_dashboard() {
     let dashboard = dashboard();
     let mut ids = BTreeSet::new();
     let mut places = BTreeSet::new();
     for panel in dashboard["panels"].as_array().unwrap() {
         let title = panel["title"].as_str().unwrap();
-        assert!(ids.insert(panel["id"].as_u64().unwrap()), "{title} has the id of another one");
+        assert!(ids.insert(panel["id"].as_u64().unwrap()), "{title} has the id of another panel");
         let place = |side| panel["gridPos"][side].as_u64().unwrap();
         for (column, line) in (place("x")..place("x") + place("w"))
             .flat_map(|column| (place("y")..place("y") + place("h")).map(move |line| (column, line)))
         {
-            assert!(column < 24 && places.insert((column, line)), "{title} lies over another one, or beyond the edge");
+            assert!(column < 24 && places.insert((column, line)), "{title} overlaps another panel, or the edge");
         }
     }
     let variables = dashboard["templating"]["list"].as_array().unwrap();
@@ -137,7 +137,7 @@ fn the_dashboard_is_one_that_grafana_shows() {
     for panel in panels(&dashboard) {
         assert!(!panel["description"].as_str().unwrap().is_empty(), "{panel}");
         assert_eq!(panel["datasource"]["uid"], "${datasource}");
-        // Its schema has no default for these.
+        // The schema of Grafana has no default for these.
         let has_legend = panel["options"]["legend"]["showLegend"] == true;
         assert!(has_legend || panel["type"] != "timeseries", "{panel}");
         let mut references = BTreeSet::new();
@@ -149,9 +149,9 @@ fn the_dashboard_is_one_that_grafana_shows() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// The real thing
+// With Prometheus
 
-/// Whether Prometheus is installed. Where everything must be, it is a failure if it is not.
+/// True if Prometheus is installed. With `CHECK_ALL`, a missing one is a failure.
 async fn is_installed() -> bool {
     for tool in ["promtool", "prometheus"] {
         let probed = Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().await;
@@ -165,7 +165,7 @@ async fn is_installed() -> bool {
     true
 }
 
-/// A service with something of everything, after a cycle.
+/// A service with values for every metric, after a cycle.
 async fn stage() -> Stage {
     let mut stage = Stage::new().await;
     stage.register_all(&["good", "bad"]).await;
@@ -186,7 +186,7 @@ async fn stage() -> Stage {
 
 #[tokio::test]
 #[ignore = "needs Prometheus; .ci/run has it"]
-async fn promtool_finds_nothing_wrong_with_the_metrics() {
+async fn promtool_accepts_the_metrics() {
     if !is_installed().await {
         return;
     }
@@ -205,7 +205,7 @@ async fn promtool_finds_nothing_wrong_with_the_metrics() {
 
 #[tokio::test]
 #[ignore = "needs Prometheus; .ci/run has it"]
-async fn promtool_finds_nothing_wrong_with_the_rules_and_they_do_what_they_should() {
+async fn promtool_accepts_the_rules_and_their_tests() {
     if !is_installed().await {
         return;
     }
@@ -221,7 +221,7 @@ async fn promtool_finds_nothing_wrong_with_the_rules_and_they_do_what_they_shoul
     }
 }
 
-/// A Prometheus that watches a service, as the example has it but more often. It is killed when it is dropped.
+/// A Prometheus that scrapes a service as in the example, but more often. It is killed when it is dropped.
 struct Prometheus {
     _process: Child,
     address: SocketAddr,
@@ -252,14 +252,14 @@ impl Prometheus {
                 break address.trim().parse().unwrap();
             }
         };
-        // What it says later is read too, so that it is never held up.
+        // Its further output is read too, so that it is never blocked.
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
         let ready = async { while get(address, "/-/ready").await.status != 200 {} };
         patiently("Prometheus to be ready", ready).await;
         Self { _process: process, address }
     }
 
-    /// Asks for the values of an expression now.
+    /// Reads the current values of an expression.
     async fn query(&self, expression: &str) -> Value {
         let mut path = "/api/v1/query?query=".to_owned();
         for byte in expression.bytes() {
@@ -270,7 +270,7 @@ impl Prometheus {
         answer["data"]["result"].clone()
     }
 
-    /// Asks until an expression has one value, and that is this one.
+    /// Waits until an expression has exactly this value.
     async fn until(&self, expression: &str, value: &str) {
         let asking = async {
             while self.query(expression).await[0]["value"][1] != value {
@@ -301,7 +301,7 @@ async fn prometheus_watches_the_service() {
         .await;
     prometheus.until("count(instance_loop:orchestrator_loop_last_cycle:timestamp_seconds)", "1").await;
 
-    // Rates need two scrapes. Then everything that the dashboard asks for is there, but for what there is nothing of.
+    // Rates need two scrapes. Then every expression of the dashboard has a value, except for those of missing things.
     prometheus.until("count_over_time(orchestrator_epoch[1m]) > bool 2", "1").await;
     let mut empty = BTreeSet::new();
     for expression in expressions(&dashboard()) {

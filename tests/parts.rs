@@ -1,4 +1,4 @@
-//! What becomes of the service when a part of it ends.
+//! The end of a part ends the service.
 
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
@@ -14,7 +14,7 @@ use common::service::Home;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use socket2::Socket;
 
-/// Ends the listening of another process at an address: what that accepts from is shut down.
+/// Shuts down the listening socket of another process at this address.
 fn shut(pid: Pid, address: SocketAddr) {
     let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
     let sockets = (0..256).filter_map(|fd| {
@@ -29,11 +29,11 @@ fn shut(pid: Pid, address: SocketAddr) {
 }
 
 #[tokio::test]
-async fn a_server_that_can_not_accept_any_more_ends_the_service_and_is_named() {
+async fn a_server_that_can_no_longer_accept_ends_the_service_and_is_named() {
     for part in ["the gRPC server", "the admin server"] {
         let home = Home::new().with_log_format("json");
         let mut service = home.serve().await;
-        // Those that are served already do not keep it.
+        // Connected clients do not keep the service running.
         let mut client = service.client().await;
         let _watch = client.watch_after(0).await.unwrap();
         let address = if part == "the gRPC server" { service.address() } else { service.admin() };

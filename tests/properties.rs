@@ -1,5 +1,6 @@
-//! Promises 4, 6 and 7 over random fleets that behave at random, on paused time: no subsystem runs before what it
-//! waits for has ended, nor in two cycles at one time, a cycle ends by its deadline, and nothing grows without bound.
+//! Promises 4, 6 and 7 for random fleets with random behaviour, on paused time: no subsystem runs before all subsystems
+//! that it waits for have ended, nor in two cycles at a time; a cycle ends by its deadline; and nothing grows without
+//! bound.
 //!
 //! Runs 1,000 cases; `ORCHESTRATOR_TEST_CASES` sets another number.
 
@@ -37,7 +38,7 @@ const MAX_CONCURRENT_CALLS: usize = 5;
 const MAX_OUTPUTS_BYTES: usize = 4_000;
 const MAX_RECORD_BYTES: usize = 20_000;
 
-/// What a subsystem does when it is called.
+/// The behaviour of a called subsystem.
 #[derive(Clone, Debug)]
 enum Behaviour {
     Succeeds,
@@ -64,7 +65,7 @@ struct Step {
     deadline: Duration,
     cancel_after: Option<Duration>,
     suspend: Option<usize>,
-    /// The next one does not wait for its end.
+    /// True if the next step does not wait for the end of this one.
     goes_on: bool,
 }
 
@@ -128,7 +129,7 @@ fn scripted(i: usize) -> impl Strategy<Value = Scripted> {
                 record_output: i.is_multiple_of(2),
                 ..SubsystemSpec::default()
             };
-            // Mostly quick, now and then later than the timeout.
+            // Most are quick, and some are later than the timeout.
             Scripted { spec, behaviour, takes: Duration::from_millis(takes * takes / 2000) }
         },
     )
@@ -157,14 +158,14 @@ fn case() -> impl Strategy<Value = Case> {
         .prop_map(|(fleet, steps)| Case { fleet, steps })
 }
 
-/// Something that a subsystem saw.
+/// A call as a subsystem saw it.
 #[derive(Clone, Debug, PartialEq)]
 enum Seen {
     Called { name: String, cycle_id: CycleId, inputs: Vec<(String, Option<(CycleId, Freshness)>)> },
     Ended { name: String, cycle_id: CycleId, output: bool },
 }
 
-/// The fleet, behind the port: what the dial layer makes of each behaviour.
+/// The fleet, behind the port: each behaviour as the dial layer reports it.
 struct Fleet {
     scripted: BTreeMap<String, Scripted>,
     seen: Arc<Mutex<Vec<Seen>>>,
@@ -173,7 +174,7 @@ struct Fleet {
     most_in_flight: AtomicUsize,
 }
 
-/// Notes the end of a call, also when the call is dropped.
+/// Records the end of a call, also when the call is dropped.
 struct Ending<'a> {
     fleet: &'a Fleet,
     name: String,
@@ -317,7 +318,7 @@ async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, Tasks) 
     Orchestrator::start(settings, &memory, host, fleet, (store, contents), declared, spans).await.unwrap()
 }
 
-/// Runs one case and holds what happened against the promises.
+/// Runs one case, and compares its events with the promises.
 async fn run(case: Case) {
     let fleet = Fleet::of(case.fleet.iter().cloned());
     let (orchestrator, mut tasks) = start(settings(), &fleet).await;
@@ -360,7 +361,7 @@ async fn run(case: Case) {
             assert!(record.bytes.len() <= MAX_RECORD_BYTES);
             let telemetry = pb::CycleTelemetry::decode(record.bytes.clone()).unwrap();
             assert_eq!((telemetry.cycle_id, telemetry.revision), (cycle_id.0, record.revision.0));
-            // Promise 6, on a clock that moves only when everything waits.
+            // Promise 6, on a clock that advances only when all tasks wait.
             let allowed = step.deadline + Duration::from_millis(250);
             assert!(telemetry.duration_ms <= allowed.as_secs_f64() * 1e3, "took {} ms", telemetry.duration_ms);
             check_reports(&telemetry, &registered, step);
@@ -368,7 +369,7 @@ async fn run(case: Case) {
                 assert!(step.cancel_after.is_some());
             }
         }
-        // Promise 7: calls, and what is kept of outputs.
+        // Promise 7: calls and memory of outputs.
         assert_eq!(fleet.in_flight.load(Ordering::Relaxed), 0, "a call outlives its cycle");
         assert!(fleet.most_in_flight.load(Ordering::Relaxed) <= MAX_CONCURRENT_CALLS);
         let outputs = orchestrator.subsystems(None, usize::MAX);
@@ -389,7 +390,7 @@ async fn run(case: Case) {
 /// Every subsystem of the cycle has one report, and the states fit together.
 fn check_reports(telemetry: &pb::CycleTelemetry, registered: &BTreeMap<String, Subsystem>, step: &Step) {
     if telemetry.started_at.is_none() {
-        // Cancelled while it was still in line.
+        // It was cancelled while it was still in line.
         assert!(step.cancel_after.is_some() && telemetry.state() == pb::CycleState::Cancelled);
         assert!(telemetry.subsystems.is_empty());
         return;
@@ -417,9 +418,9 @@ fn check_reports(telemetry: &pb::CycleTelemetry, registered: &BTreeMap<String, S
     }
 }
 
-/// Promise 4, as the subsystems themselves saw it.
+/// Promise 4, by the events that the subsystems saw.
 fn check_order(seen: &[Seen], registered: &BTreeMap<String, Subsystem>) {
-    // In which cycle each is being called, and was called last.
+    // The cycle in which each subsystem is being called, and the one in which it was called last.
     let mut running = BTreeMap::new();
     let mut last = BTreeMap::new();
     let mut ended: BTreeMap<CycleId, BTreeSet<String>> = BTreeMap::new();
@@ -450,10 +451,10 @@ fn check_order(seen: &[Seen], registered: &BTreeMap<String, Subsystem>) {
                     if let Some((by, freshness)) = given {
                         assert!(registered.contains_key(input));
                         assert_eq!(*freshness == Freshness::Fresh, by == cycle_id);
-                        assert!(made.get(input).is_some_and(|latest| by <= latest), "made by nobody");
+                        assert!(made.get(input).is_some_and(|latest| by <= latest), "no subsystem made this output");
                     }
                 }
-                assert_eq!(running.insert(name.clone(), *cycle_id), None, "{name} is called twice at a time");
+                assert_eq!(running.insert(name.clone(), *cycle_id), None, "{name} is in two calls at a time");
                 assert!(last.insert(name.clone(), *cycle_id) <= Some(*cycle_id), "{name} has seen a later cycle");
                 called.entry(*cycle_id).or_default().insert(name.clone());
             }
@@ -469,7 +470,7 @@ fn check_order(seen: &[Seen], registered: &BTreeMap<String, Subsystem>) {
 }
 
 #[test]
-fn the_promises_hold_whatever_the_fleet_does() {
+fn the_promises_hold_for_any_behaviour_of_the_fleet() {
     let cases = std::env::var("ORCHESTRATOR_TEST_CASES").ok().map_or(1000, |cases| cases.parse().unwrap());
     let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
     proptest!(config, |(case in case())| {
@@ -478,9 +479,9 @@ fn the_promises_hold_whatever_the_fleet_does() {
     });
 }
 
-/// Loops run at their own pace: over other subsystems, neither loses a tick to the other, however long a cycle takes.
+/// Loops run at their own pace: loops over disjoint subsystems lose no tick to each other, however long a cycle takes.
 #[tokio::test(start_paused = true)]
-async fn loops_over_other_subsystems_lose_no_tick_to_each_other() {
+async fn loops_over_disjoint_subsystems_lose_no_tick_to_each_other() {
     let scripted = |i: usize, takes| Scripted {
         spec: SubsystemSpec { name: name(i), endpoint: "http://127.0.0.1:1".into(), ..SubsystemSpec::default() },
         behaviour: Behaviour::Succeeds,

@@ -1,4 +1,4 @@
-//! The registry: what is registered by RPC and declared in the configuration file, leases, maintenance, snapshots.
+//! The registry: registrations by RPC and by the configuration file, leases, maintenance, snapshots.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -38,7 +38,7 @@ async fn register_all(
     registered.map(Response::into_inner).map_err(|status| reason(&status))
 }
 
-/// How many durable commits the service has made.
+/// Number of durable commits of the service.
 async fn commits(stage: &Stage) -> u64 {
     const COUNT: &str = "orchestrator_store_commit_duration_seconds_count{durability=\"durable\"} ";
     let metrics = http::get(stage.service.admin(), "/metrics").await.text().await;
@@ -154,7 +154,7 @@ async fn registering_is_an_idempotent_upsert_that_survives_restarts() {
 }
 
 #[tokio::test]
-async fn a_ring_is_refused_and_named() {
+async fn a_circular_dependency_is_refused_and_named() {
     let mut stage = Stage::new().await;
     let ring = |names| because(Code::InvalidArgument, "ORDER_RING", [("ring", names)]);
     stage.register("a", |it| it.requires = vec!["b".into()]).await;
@@ -163,7 +163,7 @@ async fn a_ring_is_refused_and_named() {
     let status = stage.client.register(closes).await.unwrap_err();
     assert_eq!(reason(&status), ring("a,b,c"));
     assert!(status.message().contains("a requires b, b is after c, c is after a"), "{}", status.message());
-    // Nothing has changed, and `reads` makes no order.
+    // Nothing has changed, and `reads` adds no order.
     assert_eq!(registered(&mut stage.client).await, ["a", "b"]);
     stage.register("c", |it| it.reads = vec!["a".into()]).await;
     let later = pb::Registration { phase: 3, ..stage.registration("c") };
@@ -174,12 +174,12 @@ async fn a_ring_is_refused_and_named() {
 }
 
 #[tokio::test]
-async fn a_ring_that_is_closed_by_a_name_that_was_registered_later_is_refused_in_a_large_registry_too() {
+async fn a_circular_dependency_by_a_later_registration_is_refused_also_in_a_large_registry() {
     let mut stage = Stage::new().await;
     let name = |i: usize| format!("s{i:03}");
     let link =
         |i: usize, after: usize| pb::Registration { after: vec![name(after)], ..registration(&name(i), NOWHERE) };
-    // More than are compared on the spot. Each waits for one that comes after it.
+    // More than are compared on the spot. Each waits for the next one.
     let chain: Vec<_> = (0..300).map(|i| link(i, i + 1)).collect();
     register_all(&mut stage.client, chain, None).await.unwrap();
     for closes in [0, 150, 299] {
@@ -190,7 +190,7 @@ async fn a_ring_that_is_closed_by_a_name_that_was_registered_later_is_refused_in
     }
     let open = pb::Registration { reads: vec![name(0)], ..registration(&name(300), NOWHERE) };
     stage.client.register(open).await.unwrap();
-    // A cycle sees all that were registered before it, each time.
+    // Each cycle has all subsystems that were registered before it.
     for last in 301..304 {
         stage.client.register(registration(&name(last), NOWHERE)).await.unwrap();
         let plan = stage.client.plan_cycle(pb::PlanCycleRequest::default()).await.unwrap().into_inner().plan.unwrap();
@@ -199,7 +199,7 @@ async fn a_ring_that_is_closed_by_a_name_that_was_registered_later_is_refused_in
 }
 
 #[tokio::test]
-async fn many_are_registered_at_once_all_or_none_and_survive() {
+async fn many_subsystems_are_registered_at_once_all_or_none_and_survive_a_restart() {
     let mut stage = Stage::new().await;
     let fleet = |n: usize| (0..n).map(|i| stage.registration(&format!("s{i:04}"))).collect::<Vec<_>>();
     let (all, one_more) = (fleet(1000), fleet(1001));
@@ -208,7 +208,7 @@ async fn many_are_registered_at_once_all_or_none_and_survive() {
     assert_eq!((answer.created.len(), answer.replaced.len()), (1000, 0));
     assert_eq!(answer.created[17], "s0017");
     assert_eq!(commits(&stage).await, before + 1);
-    // Again, it is nothing new, and a change is one.
+    // The same again is not a change; one difference is.
     let mut stage = stage.killed().await;
     assert_eq!(registered(&mut stage.client).await.len(), 1000);
     assert_eq!(
@@ -234,13 +234,13 @@ async fn many_are_registered_at_once_all_or_none_and_survive() {
     let refused = register_all(client, vec![named("new", NOWHERE)], ms(1)).await.unwrap_err();
     assert_eq!(refused, invalid(["lease"]));
     assert_eq!(registered(client).await.len(), 1000);
-    // Turned around as a whole, an order stays one, in whatever order they are given.
+    // A reversed order is valid in whatever sequence its subsystems are given.
     register_all(client, vec![waits("a", "b"), named("b", NOWHERE)], None).await.unwrap();
     register_all(client, vec![waits("b", "a"), named("a", NOWHERE)], None).await.unwrap();
 }
 
 #[tokio::test]
-async fn leases_that_run_out_together_end_in_one_commit_also_after_a_restart() {
+async fn leases_that_expire_together_end_in_one_commit_also_after_a_restart() {
     let mut stage = Stage::new().await;
     let fleet: Vec<_> = (0..500).map(|i| stage.registration(&format!("s{i}"))).collect();
     for restart in [false, true] {
@@ -258,8 +258,8 @@ async fn leases_that_run_out_together_end_in_one_commit_also_after_a_restart() {
 }
 
 #[tokio::test]
-async fn what_registrations_loops_and_last_parts_take_together_is_bounded() {
-    // Registrations and loops have a sixteenth of it.
+async fn the_memory_of_registrations_loops_and_last_parts_is_bounded() {
+    // Registrations and loops have a sixteenth of the memory.
     let mut stage = Stage::at(Home::new().with_args(["--set", "memory.max_bytes=67108864"])).await;
     let large = to_struct(&json!({ "p": "x".repeat(60 << 10) }));
     let full = || because(Code::ResourceExhausted, "REGISTRY_FULL", []);
@@ -289,14 +289,14 @@ async fn what_registrations_loops_and_last_parts_take_together_is_bounded() {
     let refused = stage.client.start_interval_loop(start(&interval_loop)).await.unwrap_err();
     assert_eq!(reason(&refused), full());
 
-    // The record has what is not remembered besides.
+    // The record has the issues, which the status does not keep.
     let request = pb::RunCycleRequest { subsystems: vec!["talks".into()], ..Default::default() };
     let cycle = stage.client.run_with(request.clone()).await.unwrap();
     assert_eq!(part(&cycle, "talks").issues.len(), 30);
     let last = stage.client.subsystem("talks").await.unwrap().last.unwrap();
     assert_eq!((last.state(), last.issues.len()), (SubsystemState::Succeeded, 0));
 
-    // What is gone makes room.
+    // Removed subsystems free their memory.
     for gone in ["s0", "s1", "s2"] {
         unregister(&mut stage.client, gone).await.unwrap();
     }
@@ -402,7 +402,7 @@ async fn every_bad_field_is_named_by_its_path() {
     assert!(registered(&mut stage.client).await.is_empty());
     let largest = pb::Registration { name: "a".repeat(63), reads: names(1024), timeout: ms(1), ..good() };
     register(&mut stage.client, largest).await.unwrap();
-    // Names of those asked for are checked alike.
+    // Names in other requests are checked in the same way.
     let client = &mut stage.client;
     let refused = [
         unregister(client, "").await.unwrap_err(),
@@ -416,7 +416,7 @@ async fn every_bad_field_is_named_by_its_path() {
 
 #[tokio::test]
 async fn a_long_refusal_fits_the_limits_of_clients() {
-    // Trailers of gRPC in Java; others take more.
+    // The limit of trailers in Java's gRPC; others accept more.
     const MAX_TRAILERS: usize = 8 << 10;
     let mut stage = Stage::new().await;
     let fits = |refused: &Status| {
@@ -450,7 +450,7 @@ async fn a_long_refusal_fits_the_limits_of_clients() {
 
 #[tokio::test]
 async fn numbers_in_parameters_survive_a_restart_to_the_last_bit() {
-    // The first ones are such that a reader of decimals misses them when it is quick rather than exact.
+    // A fast but inexact parser of decimals misreads the first numbers.
     let numbers =
         json!({ "numbers": [393.353_623_069_839_56, 943.994_899_123_776_9, 0.003_469_308_845_626_216_6, -0.0] });
     let mut stage = Stage::new().await;
@@ -461,9 +461,9 @@ async fn numbers_in_parameters_survive_a_restart_to_the_last_bit() {
 }
 
 #[tokio::test]
-async fn the_same_parameters_in_another_order_are_no_change() {
+async fn the_same_parameters_in_another_order_are_not_a_change() {
     let mut stage = Stage::new().await;
-    // On the wire a map may come in any order, and with entries that later ones replace.
+    // On the wire, a map may come in any order, and with entries that later ones replace.
     let [a, b, outdated] = [json!({ "a": 1 }), json!({ "b": [{}] }), json!({ "b": 7 })].map(|one| to_struct(&one));
     let with = |parameters: [&[u8]; 3]| {
         vec![pb::Registration { parameters: parameters.concat().into(), ..registration("s", NOWHERE) }]
@@ -501,13 +501,13 @@ async fn a_lease_ends_unless_it_is_renewed() {
     let no_lease = because(Code::FailedPrecondition, "NO_LEASE", [("subsystem", "none")]);
     assert_eq!(renew(client, "none").await.unwrap_err(), no_lease);
     assert!(renew(client, "long").await.unwrap().seconds >= far(&long));
-    // The same registration renews it, too, and can give it another length.
+    // The same registration renews it, too, and can change its length.
     assert!(far(&lease(client, "long", ms(3_600_000)).await.unwrap()) >= far(&long));
     let longer = lease(client, "long", ms(7_200_000)).await.unwrap();
     assert!(far(&longer) > far(&long) + 3000);
     assert!(lease(client, "long", None).await.unwrap().lease_expires_at.is_none());
 
-    // Only time can end the short lease: a renewal in time keeps it.
+    // A lease ends only by time, and a renewal in time keeps it.
     let renewing = async {
         loop {
             renew(client, "short").await.unwrap();
@@ -527,19 +527,19 @@ async fn a_restart_renews_leases_for_their_full_length() {
     let mut stage = stage.killed().await;
     let after = stage.client.subsystem("a").await.unwrap().lease_expires_at.unwrap();
     assert!((after.seconds, after.nanos) > (before.seconds, before.nanos));
-    // What lives by its lease takes part like any other.
+    // A subsystem with a lease takes part like any other.
     assert_eq!(stage.client.run().await.unwrap().subsystems.len(), 1);
 }
 
 #[tokio::test]
-async fn a_suspended_one_stays_registered_and_out_of_cycles_also_after_a_restart() {
+async fn a_suspended_subsystem_stays_registered_and_out_of_cycles_also_after_a_restart() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     stage.client.run().await.unwrap();
     for _ in 0..2 {
         assert!(suspend(&mut stage.client, "a").await.unwrap().suspended);
     }
-    // A new registration does not end it.
+    // A new registration does not end the suspension.
     stage.register("a", |it| it.critical = true).await;
     let mut stage = stage.killed().await;
     let status = stage.client.subsystem("a").await.unwrap();
@@ -555,7 +555,7 @@ async fn a_suspended_one_stays_registered_and_out_of_cycles_also_after_a_restart
 }
 
 #[tokio::test]
-async fn what_the_configuration_declares_is_changed_there() {
+async fn declared_subsystems_are_changed_only_in_the_configuration() {
     let fleet = common::fleet::Fleet::start().await;
     let config = format!("[[subsystems]]\nname = \"declared\"\nendpoint = \"{}\"\n", fleet.endpoint());
     let home = Home::new().with_config(&config);
@@ -568,7 +568,7 @@ async fn what_the_configuration_declares_is_changed_there() {
     assert_eq!(renew(&mut stage.client, "declared").await.unwrap_err().why, "NO_LEASE");
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
     assert_eq!(fleet.runs("declared").len(), 1);
-    // It can be suspended, and that survives.
+    // A declared subsystem can be suspended, and a restart keeps that.
     suspend(&mut stage.client, "declared").await.unwrap();
     let mut stage = stage.killed().await;
     assert!(stage.client.subsystem("declared").await.unwrap().suspended);
@@ -577,7 +577,7 @@ async fn what_the_configuration_declares_is_changed_there() {
 }
 
 #[tokio::test]
-async fn a_declaration_wins_over_a_registration_by_rpc_and_one_that_is_gone_is_forgotten() {
+async fn a_declaration_replaces_a_registration_by_rpc_and_a_removed_one_is_forgotten() {
     let mut stage = Stage::at(Home::new().with_config("")).await;
     stage.register("a", |it| it.critical = true).await;
     stage.client.run().await.unwrap();
@@ -590,7 +590,7 @@ async fn a_declaration_wins_over_a_registration_by_rpc_and_one_that_is_gone_is_f
     std::fs::write(stage.home.path("orchestrator.toml"), "").unwrap();
     let mut stage = stage.restarted().await;
     assert!(registered(&mut stage.client).await.is_empty());
-    // Its output went with it.
+    // Its output was removed with it.
     stage.register("a", |_| {}).await;
     assert_eq!(stage.client.subsystem("a").await.unwrap().output_cycle_id, 0);
 }
@@ -610,7 +610,7 @@ async fn unregistering_removes_the_output_and_a_running_cycle_keeps_its_subsyste
     stage.fleet.run("maker", Run::Echo);
     let cycle = decode(next_recorded(&mut cycles).await);
     assert_eq!((cycle.cycle_id, part(&cycle, "maker").state()), (2, SubsystemState::Succeeded));
-    // It is forgotten all the same, by this process and by the next.
+    // This process and the next one forget it all the same.
     stage.client.run().await.unwrap();
     let input = |stage: &Stage| stage.fleet.runs("reader").pop().unwrap().inputs["maker"].clone();
     assert_eq!(input(&stage).freshness, subsystem::Freshness::Absent);
@@ -629,7 +629,7 @@ async fn the_registry_is_bounded_and_listed_by_pages() {
     let full = because(Code::ResourceExhausted, "REGISTRY_FULL", []);
     let one_more = stage.registration("f");
     assert_eq!(register(&mut stage.client, one_more.clone()).await.unwrap_err(), full);
-    // One that is there can be changed, and room comes back.
+    // An existing subsystem can be changed, and a removed one makes room for another.
     stage.register("a", |it| it.critical = true).await;
     unregister(&mut stage.client, "e").await.unwrap();
     register(&mut stage.client, one_more).await.unwrap();
@@ -658,7 +658,7 @@ async fn the_registry_is_bounded_and_listed_by_pages() {
 }
 
 #[tokio::test]
-async fn one_that_says_much_does_not_hide_the_others() {
+async fn a_subsystem_with_many_issues_does_not_hide_the_others() {
     let mut stage = Stage::new().await;
     let issue = subsystem::Issue { severity: 1, code: "C".into(), message: "m".repeat(4 << 10) };
     stage.fleet.run("b", Run::Answer(subsystem::RunCycleResponse { issues: vec![issue; 1024], ..Default::default() }));
@@ -673,7 +673,7 @@ async fn one_that_says_much_does_not_hide_the_others() {
 }
 
 #[tokio::test]
-async fn snapshots_are_asked_for_now_and_their_absence_says_why() {
+async fn snapshots_are_current_and_a_missing_one_has_a_reason() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     stage.client.register(registration("nowhere", NOWHERE)).await.unwrap();
@@ -687,13 +687,13 @@ async fn snapshots_are_asked_for_now_and_their_absence_says_why() {
     assert_eq!(stage.fleet.calls().len(), 1);
     assert_eq!(stage.fleet.calls()[0].method, Method::GetStatus);
 
-    // It is bounded like an output.
+    // A snapshot has the limit of an output.
     stage.register("terse", |it| it.limits = Some(pb::Limits { max_output_bytes: 10, ..Default::default() })).await;
     let status = stage.client.get_subsystem(request("terse")).await.unwrap().into_inner().subsystem.unwrap();
     assert!(status.snapshot.is_empty() && status.snapshot_error.starts_with("RESOURCE_EXHAUSTED: "), "{status:?}");
     unregister(&mut stage.client, "terse").await.unwrap();
 
-    // The status has them where asked for.
+    // The status has snapshots on request.
     stage.fleet.clear_calls();
     let ask = |include_subsystems, include_snapshots| pb::GetStatusRequest {
         include_subsystems,
@@ -710,16 +710,16 @@ async fn snapshots_are_asked_for_now_and_their_absence_says_why() {
     assert_eq!(stage.fleet.calls().len(), 1);
 }
 
-/// A handler is dropped when its caller goes away, wherever it stands.
+/// The handler of a request is dropped when its caller goes away, at whichever step it is.
 #[tokio::test]
-async fn a_caller_that_goes_away_leaves_nothing_half_done() {
+async fn a_caller_that_goes_away_leaves_no_change_half_done() {
     let mut stage = Stage::new().await;
     for i in 0..150_u64 {
         let mut client = stage.client.clone();
         let registration = registration(&format!("s{i:03}"), NOWHERE);
         let _ = timeout(Duration::from_micros(i * 20), client.register(registration)).await;
     }
-    // Those that are still on their way come first: each waits for its turn, as this does.
+    // Unfinished registrations come first: each waits for its turn, as this one does.
     let mut before = Vec::new();
     for phase in 1.. {
         stage.register("last", |it| it.phase = phase).await;

@@ -58,13 +58,13 @@ async fn ten_thousand_subsystems_run_in_one_cycle() {
     assert!(last_beginning < (whole_fleet + its_initialization) / 4, "{last_beginning}");
     assert_eq!(fleet.now(|state| state.connections), 5);
     assert_eq!(client.subsystems().await.unwrap().len(), SUBSYSTEMS);
-    metrics_of_all_are_sent_piece_by_piece(&service, SUBSYSTEMS).await;
+    metrics_of_all_are_sent_in_pieces(&service, SUBSYSTEMS).await;
 }
 
-async fn metrics_of_all_are_sent_piece_by_piece(service: &Service, subsystems: usize) {
-    /// They ask for more than 20 MB each, and never read.
+async fn metrics_of_all_are_sent_in_pieces(service: &Service, subsystems: usize) {
+    /// Scrapers that request more than 20 MB each, and never read.
     const STALLED: usize = 16;
-    /// What one of them may cost: a piece, and the server's buffer.
+    /// Most memory of one of them: a piece, and the server's buffer.
     const EACH: u64 = 1 << 20;
     let (before, _) = service.memory();
     let mut stalled = Vec::new();
@@ -93,13 +93,13 @@ const STALLED: usize = 500;
 const HEALTHY: usize = 500;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn watchers_that_never_read_cost_a_bounded_buffer_and_delay_no_others() {
+async fn watchers_that_never_read_take_a_bounded_buffer_and_delay_no_others() {
     /// After this number of cycles, all buffers of a stalled watcher are full.
     const TO_FILL: u64 = 32;
     const CYCLES: u64 = 128;
-    /// What the service may grow by while stalled watchers miss more and more; they miss 750 MB.
+    /// Most growth of the service while stalled watchers miss more and more; they miss 750 MB.
     const GROWTH: u64 = 64 << 20;
-    /// What one stalled watcher may cost, its connection included.
+    /// Most memory of one stalled watcher, including its connection.
     const EACH: u64 = 512 << 10;
 
     let fleet = Fleet::start().await;
@@ -129,7 +129,7 @@ async fn watchers_that_never_read_cost_a_bounded_buffer_and_delay_no_others() {
 
     let mut stalled = Vec::new();
     for _ in 0..STALLED {
-        // A small window, so that what is not read stays with the service.
+        // The window is small, so that unread records stay with the service.
         let endpoint = Endpoint::from_shared(address.clone()).unwrap();
         let endpoint = endpoint.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
         let mut client = Client::new(endpoint.connect().await.unwrap());
@@ -145,7 +145,7 @@ async fn watchers_that_never_read_cost_a_bounded_buffer_and_delay_no_others() {
     for _ in TO_FILL..CYCLES {
         client.run().await.unwrap();
     }
-    // All reading watchers have received everything, while the others have not read anything.
+    // All reading watchers have received everything, while the others have read nothing.
     patiently("the watchers that read", healthy.join_all()).await;
     let (after, peak) = service.memory();
     let mib = |bytes: u64| bytes >> 20;
@@ -153,7 +153,7 @@ async fn watchers_that_never_read_cost_a_bounded_buffer_and_delay_no_others() {
     assert!(after < full + GROWTH, "{} MiB became {}", mib(full), mib(after));
     assert!(after < before + EACH * STALLED as u64, "{} MiB became {}", mib(before), mib(after));
 
-    // Watchers that resume are brought up to date, without a gap.
+    // Watchers that resume receive the missing records, without a gap.
     let mut woken = JoinSet::new();
     for stream in stalled {
         woken.spawn(sees_everything(stream, CYCLES));
@@ -173,13 +173,13 @@ async fn sees_everything(mut stream: Streaming<pb::WatchCyclesResponse>, revisio
                 seen = event.revision;
             }
             Event::Bookmark(pb::Bookmark {}) => assert_eq!(event.revision, seen),
-            live => panic!("nobody asked for {live:?}"),
+            live => panic!("{live:?} was not requested"),
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn peers_that_talk_garbage_or_nothing_leave_the_service_answering() {
+async fn the_service_answers_while_peers_send_garbage_or_nothing() {
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
     const SETTINGS: &[u8] = b"\0\0\0\x04\0\0\0\0\0";
     const IDLE: usize = 300;
@@ -190,7 +190,7 @@ async fn peers_that_talk_garbage_or_nothing_leave_the_service_answering() {
     let mut client = service.client().await;
     client.register(registration("a", fleet.endpoint())).await.unwrap();
 
-    // Some say nothing, some stop in the middle; all of them stay.
+    // Some send nothing, some stop in the middle; all of them stay connected.
     let mut open = Vec::new();
     for i in 0..IDLE {
         let mut stream = TcpStream::connect(service.address()).await.unwrap();
@@ -204,7 +204,7 @@ async fn peers_that_talk_garbage_or_nothing_leave_the_service_answering() {
         stream.write_all(&said.concat()).await.unwrap();
         open.push(stream);
     }
-    // Others are sent away.
+    // The service disconnects the others.
     let mut rng = fastrand::Rng::with_seed(7);
     let mut noise: Vec<_> = std::iter::repeat_with(|| rng.u8(..)).take(100_000).collect();
     noise[0] = 0;
@@ -219,7 +219,7 @@ async fn peers_that_talk_garbage_or_nothing_leave_the_service_answering() {
     ];
     for said in garbage {
         let mut stream = TcpStream::connect(service.address()).await.unwrap();
-        // It may close before it has received everything.
+        // The service may close before it has received everything.
         let _ = stream.write_all(said).await;
         let _ = stream.shutdown().await;
         let _ = patiently("the connection to be closed", stream.read_to_end(&mut Vec::new())).await;

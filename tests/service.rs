@@ -1,4 +1,4 @@
-//! The service itself: what it says of itself, its limits, how it ends, and what a reload applies.
+//! The service itself: its description, its limits, its start and end, and its reload.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -37,11 +37,11 @@ async fn channel(service: &Service) -> Channel {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What it says of itself
+// Its description
 
 macro_rules! reflection {
     ($name:ident, $version:ident) => {
-        /// Asks, and returns the names of services or the encoded files.
+        /// Sends a request of reflection, and returns the names of services or the encoded files.
         async fn $name(channel: Channel, symbol: Option<&str>) -> (BTreeSet<String>, Vec<Vec<u8>>) {
             use tonic_reflection::pb::$version::{
                 ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
@@ -83,7 +83,7 @@ async fn it_describes_itself_to_new_and_to_old_clients() {
         let file: prost_types::FileDescriptorProto = prost::Message::decode(&files[0][..]).unwrap();
         let service = file.service.iter().find(|service| service.name() == "Orchestrator").unwrap();
         assert_eq!(service.method.len(), 18);
-        // A Struct is described as such, whatever its internal type.
+        // A Struct is described as one, whatever its internal type is.
         let registration = file.message_type.iter().find(|message| message.name() == "Registration").unwrap();
         let parameters = registration.field.iter().find(|field| field.name() == "parameters").unwrap();
         assert_eq!(parameters.type_name(), ".google.protobuf.Struct");
@@ -109,7 +109,7 @@ async fn it_reports_its_identity() {
 }
 
 #[tokio::test]
-async fn unknown_and_large_calls_are_refused_and_the_service_continues() {
+async fn unknown_methods_and_large_messages_are_refused_and_the_service_continues() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "server.max_request_bytes=65536"])).await;
     let mut registration = stage.registration("a");
     registration.reads = (0..20_000).map(|i| format!("name{i}")).collect();
@@ -153,7 +153,7 @@ async fn a_status_can_leave_out_the_last_cycle() {
 }
 
 #[tokio::test]
-async fn a_status_that_would_be_too_large_says_what_to_do() {
+async fn the_refusal_of_too_large_a_status_names_the_remedy() {
     let mut stage = Stage::new().await;
     let parameters = common::fleet::to_struct(&serde_json::json!({ "p": "x".repeat(60_000) }));
     for i in 0..60 {
@@ -163,16 +163,16 @@ async fn a_status_that_would_be_too_large_says_what_to_do() {
     let refused = stage.client.get_status(request).await.unwrap_err();
     assert_eq!(reason(&refused), because(Code::ResourceExhausted, "ANSWER_TOO_LARGE", []));
     assert!(refused.message().contains("ListSubsystems"));
-    // Pages end where clients would stop reading.
+    // Pages end below the message limit of clients.
     let page = stage.client.list_subsystems(pb::ListSubsystemsRequest::default()).await.unwrap().into_inner();
     assert!(!page.next_page_token.is_empty());
     assert_eq!(stage.client.subsystems().await.unwrap().len(), 60);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// How it begins and ends
+// Its start and its end
 
-/// Runs the binary to its end, and returns its exit code and what it said.
+/// Runs the binary to its end, and returns its exit code and its output.
 async fn run_binary(args: &[&str]) -> (Option<i32>, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
     command.args(args).stdin(Stdio::null()).kill_on_drop(true);
@@ -192,7 +192,7 @@ async fn it_listens_on_loopback_unless_the_risk_is_accepted() {
 }
 
 #[tokio::test]
-async fn what_keeps_it_from_starting_has_an_exit_code_and_a_reason() {
+async fn an_error_at_the_start_has_an_exit_code_and_a_reason() {
     let stage = Stage::new().await;
     let address = stage.service.address().to_string();
     let (code, said) = run_binary(&["serve", "--listen", &address, "--store", "memory:"]).await;
@@ -212,7 +212,7 @@ async fn what_keeps_it_from_starting_has_an_exit_code_and_a_reason() {
 }
 
 #[tokio::test]
-async fn a_ring_of_declared_and_registered_subsystems_says_which_are_registered() {
+async fn a_circular_dependency_at_the_start_names_the_subsystems_registered_by_rpc() {
     let mut stage = Stage::at(Home::new().with_config("")).await;
     stage.register("by_rpc", |it| it.requires = vec!["declared".into()]).await;
     let Stage { home, service, .. } = stage;
@@ -222,12 +222,12 @@ async fn a_ring_of_declared_and_registered_subsystems_says_which_are_registered(
         .unwrap();
     assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1));
     assert!(home.log().contains("of these, by_rpc was registered by RPC: change the"), "{}", home.log());
-    // Nothing was lost.
+    // No record or registration was lost.
     fs::write(&config, "").unwrap();
     assert!(home.serve().await.client().await.subsystem("by_rpc").await.is_ok());
 }
 
-/// A stage whose only subsystem is held in a running cycle, and another cycle that waits.
+/// A stage whose only subsystem is held in a running cycle, with another cycle that waits.
 async fn busy(home: Home) -> (Stage, JoinHandle<Result<pb::CycleTelemetry, Status>>) {
     let mut stage = Stage::at(home).await;
     stage.register("held", |_| {}).await;
@@ -262,9 +262,9 @@ async fn the_first_signal_lets_the_running_cycle_finish() {
     assert_eq!(status, ServingStatus::NotServing);
     draining(&mut health_client).await;
     let ended = async { while health(&mut health_client, "").await == ServingStatus::Serving {} };
-    patiently("the whole process to say so", ended).await;
+    patiently("the health of the whole process to change", ended).await;
 
-    // Nothing new is begun; what is there can be read.
+    // No cycle starts any more, and the existing ones can be read.
     let registration = stage.registration("new");
     let same = stage.registration("held");
     let drains = async { while stage.client.register(same.clone()).await.is_ok() {} };
@@ -290,12 +290,12 @@ async fn the_first_signal_lets_the_running_cycle_finish() {
 
     let Stage { home, .. } = stage;
     let service = home.serve().await;
-    // What waited was acknowledged, so it runs now.
+    // The waiting cycle was acknowledged, so it runs now.
     assert_eq!(service.client().await.recorded(waiting).await.state(), CycleState::Succeeded);
 }
 
 #[tokio::test]
-async fn when_the_grace_has_passed_the_running_cycle_is_cancelled_and_recorded() {
+async fn after_the_grace_the_running_cycle_is_cancelled_and_recorded() {
     let (mut stage, running) = busy(Home::new().with_args(["--set", "server.drain_grace=50ms"])).await;
     let waiting = stage.client.admit().await.unwrap();
     stage.service.signal(Signal::TERM);
@@ -327,7 +327,7 @@ async fn the_second_signal_aborts() {
 async fn two_signals_at_once_are_one() {
     let (mut stage, running) = busy(Home::new()).await;
     let mut health_client = HealthClient::new(channel(&stage.service).await);
-    // As `timeout` does, which signals its child and then its group.
+    // `timeout` does this: it signals its child and then the group of the child.
     stage.service.signal(Signal::TERM);
     stage.service.signal(Signal::INT);
     draining(&mut health_client).await;
@@ -350,7 +350,7 @@ async fn an_idle_service_with_watchers_ends_at_once() {
 async fn a_signal_is_handled_during_the_start() {
     let home = Home::new();
     assert!(home.serve().await.stop().await.success());
-    // Another program writes to the database, and does not finish.
+    // Another program is writing to the database, and does not finish.
     let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
     database.execute_batch("BEGIN EXCLUSIVE").unwrap();
     fs::remove_file(home.path("o.db.lock")).unwrap();
@@ -393,7 +393,7 @@ async fn until_logged(home: &Home, text: &str, times: usize) {
 }
 
 #[tokio::test]
-async fn a_reload_applies_what_it_can_and_says_what_it_can_not() {
+async fn a_reload_applies_some_keys_and_names_those_that_need_a_restart() {
     let mut stage = Stage::at(Home::new().with_config("orchestrator_id = \"before\"\n")).await;
     stage.register_all(&["by_rpc", "both"]).await;
     stage.client.run().await.unwrap();
@@ -421,7 +421,7 @@ async fn a_reload_applies_what_it_can_and_says_what_it_can_not() {
     assert_eq!(reason(&stage.client.register(one_more).await.unwrap_err()).why, "REGISTRY_FULL");
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(cycle.subsystems.len(), 3);
-    // What did not change was not initialized again.
+    // An unchanged subsystem was not initialized again.
     assert_eq!(stage.fleet.initializations("by_rpc").len(), 1);
 
     // Subsystems that are no longer declared are removed; those registered by RPC stay. An editor replaces the file.
@@ -439,7 +439,7 @@ async fn a_reload_applies_what_it_can_and_says_what_it_can_not() {
 
 #[tokio::test]
 async fn a_file_behind_links_is_reloaded_each_time_a_link_is_moved() {
-    // As Kubernetes mounts a ConfigMap: the file is a link through a link, which is what an update replaces.
+    // Kubernetes mounts a ConfigMap in this way: the file is a link through a link, and an update replaces that link.
     let home = Home::new();
     let at = home.path("");
     let point_to = |version: u32| {
@@ -463,7 +463,7 @@ async fn a_file_behind_links_is_reloaded_each_time_a_link_is_moved() {
 }
 
 #[tokio::test]
-async fn every_change_is_noticed_whatever_on_the_path_is_replaced() {
+async fn a_change_is_noticed_whichever_part_of_the_path_is_replaced() {
     let home = Home::new();
     let at = home.path("");
     let write = |directory: &str, version: u32| {
@@ -496,7 +496,7 @@ async fn every_change_is_noticed_whatever_on_the_path_is_replaced() {
 }
 
 #[tokio::test]
-async fn a_configuration_that_is_no_regular_file_is_refused_and_not_waited_for() {
+async fn a_configuration_that_is_not_a_regular_file_is_refused_at_once() {
     let home = Home::new().with_config(LOOP);
     let path = home.path("orchestrator.toml");
     let pipe = home.path("pipe");
@@ -507,7 +507,7 @@ async fn a_configuration_that_is_no_regular_file_is_refused_and_not_waited_for()
         let (code, said) = run_binary(&["serve", "--config", file.to_str().unwrap()]).await;
         assert_eq!((code, said), (Some(2), format!("{}: {why}\n", file.display())));
     }
-    // Also in the place of one that was.
+    // The same holds if it replaces a regular file.
     let mut stage = Stage::at(home).await;
     for (file, why) in cases {
         symlink(file, stage.home.path("new")).unwrap();
@@ -526,14 +526,14 @@ async fn a_bad_reload_changes_nothing() {
     let refused = "not reloaded, the old configuration still applies";
     let bad = [
         "[cycle]\ndeadline = \"never\"\n".to_owned(),
-        // A ring with what was registered by RPC.
+        // The declared subsystems have a circular dependency with one registered by RPC.
         "[[subsystems]]\nname = \"declared\"\nendpoint = \"http://h:1\"\nafter = [\"by_rpc\"]\n".to_owned(),
-        // As it is for a moment while it is being written.
+        // A half-written file looks like this.
         String::new(),
     ];
     for (i, bad) in bad.into_iter().enumerate() {
         fs::write(&path, bad).unwrap();
-        // SIGHUP asks for it at once; the change of the file may ask again.
+        // SIGHUP requests a reload at once; the change of the file may request another one.
         stage.service.signal(Signal::HUP);
         until_logged(&stage.home, refused, i + 1).await;
         let status = stage.client.status().await.unwrap();
@@ -553,12 +553,12 @@ async fn a_bad_reload_changes_nothing() {
 }
 
 #[tokio::test]
-async fn requests_that_never_end_have_bounded_room() {
+async fn the_memory_of_requests_that_never_end_is_bounded() {
     let home = Home::new().with_args(["--set", "server.max_receiving_bytes=1048576"]);
     let service = home.serve().await;
     let channel = channel(&service).await;
     let half_sent = || {
-        // The prefix promises 512 KiB, the most that ever has room.
+        // The prefix promises 512 KiB, the largest request that is ever accepted.
         let begin = [vec![0, 0, 0x08, 0, 0], vec![0; 450 << 10]].concat();
         let frames = tokio_stream::iter([Ok::<_, Status>(Frame::data(bytes::Bytes::from(begin)))]);
         let body = StreamBody::new(frames.chain(tokio_stream::pending()));
@@ -573,7 +573,7 @@ async fn requests_that_never_end_have_bounded_room() {
             response.headers().get("grpc-status").unwrap().to_str().unwrap().to_owned()
         }
     };
-    // There is room for two of them.
+    // There is memory for two of them.
     let refused = async {
         tokio::select! { first = half_sent() => first, second = half_sent() => second, third = half_sent() => third }
     };
@@ -586,7 +586,7 @@ async fn requests_that_never_end_have_bounded_room() {
     let refused = client.register(large).await.unwrap_err();
     assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
     assert!(refused.message().contains("the limit is 524288 bytes"), "{refused:?}");
-    // And for others once those are gone.
+    // Others have memory again once those have ended.
     let registered = async { while client.register(registration("a", "http://127.0.0.1:1")).await.is_err() {} };
     patiently("a registration", registered).await;
 }

@@ -1,5 +1,5 @@
-//! What clients can make the server hold, by bare HTTP/2: answers that they don't take, messages that they don't end,
-//! streams and connections.
+//! Bounds on the memory that clients take in the server, over bare HTTP/2: answers that they don't read, messages that
+//! they don't end, streams and connections.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -31,11 +31,11 @@ use tonic::{
 const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
 const REFLECTION: &str = "grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
 
-/// A bare connection, whose streams give the server this much room for its answers.
+/// A bare connection, whose streams give the server this window for its answers.
 struct Bare {
     send: SendRequest<Bytes>,
     address: SocketAddr,
-    /// Drives it.
+    /// The task that drives it.
     _connection: JoinSet<()>,
 }
 
@@ -49,11 +49,11 @@ impl Bare {
         Self { send: patiently("a connection", send.ready()).await.unwrap(), address, _connection: connections }
     }
 
-    /// Opens a stream, and sends these bytes as the beginning, or all, of its body.
+    /// Opens a stream, and sends these bytes as the start of its body, or as all of it.
     async fn call(&mut self, path: &str, body: &[u8], is_all: bool) -> Call {
         let request =
             Request::post(format!("http://{}/{path}", self.address)).header("content-type", "application/grpc");
-        self.send = patiently("room for a stream", self.send.clone().ready()).await.unwrap();
+        self.send = patiently("a free stream", self.send.clone().ready()).await.unwrap();
         let (response, mut sent) = self.send.send_request(request.body(()).unwrap(), false).unwrap();
         sent.send_data(Bytes::copy_from_slice(body), is_all).unwrap();
         Call { response, _sent: sent }
@@ -69,7 +69,7 @@ async fn a_wrong_content_type_is_refused_on_every_path() {
         if let Some(kind) = kind {
             request = request.header("content-type", kind);
         }
-        bare.send = patiently("room for a stream", bare.send.clone().ready()).await.unwrap();
+        bare.send = patiently("a free stream", bare.send.clone().ready()).await.unwrap();
         let (response, mut sent) = bare.send.send_request(request.body(()).unwrap(), false).unwrap();
         sent.send_data(Bytes::from_static(&[0; 5]), true).unwrap();
         let response = patiently("an answer", response).await.unwrap();
@@ -87,24 +87,24 @@ async fn a_wrong_content_type_is_refused_on_every_path() {
 
 struct Call {
     response: h2::client::ResponseFuture,
-    /// Its request is open as long as this lives.
+    /// The request stays open until this is dropped.
     _sent: SendStream<Bytes>,
 }
 
 impl Call {
-    /// Its answer, once the first piece of it is there, or it is refused.
+    /// Its answer, once the first piece of it has arrived or it is refused.
     async fn begun(self) -> (RecvStream, Option<Bytes>) {
         let mut body = patiently("an answer", self.response).await.unwrap().into_body();
         let first = patiently("the first piece", body.data()).await.map(Result::unwrap);
         (body, first)
     }
 
-    /// How it ended.
+    /// The code with which it ended.
     async fn code(self) -> Code {
         self.end().await.unwrap()
     }
 
-    /// How it ended, if it was not reset.
+    /// The code with which it ended, unless it was reset.
     async fn end(self) -> Option<Code> {
         let response: Response<RecvStream> = patiently("an answer", self.response).await.unwrap();
         if let Some(code) = code_of(response.headers()) {
@@ -167,22 +167,22 @@ fn with_exact_memory() -> Home {
 // Answers
 
 #[tokio::test]
-async fn answers_that_no_stream_takes_have_bounded_room_together() {
+async fn the_memory_of_unread_answers_of_all_streams_is_bounded() {
     const CALLS: usize = 100;
     let mut stage = with_large_record(with(&["memory.max_bytes=134217728"])).await;
     let (_, before) = stage.service.memory();
     let get = framed(&pb::GetCycleRequest { cycle_id: 1 });
     let (mut bares, mut calls) = (Vec::new(), Vec::new());
     for _ in 0..10 {
-        // Each alone would take what it is sent, if only its window were not shut.
+        // A shut window alone would let each stream hold the whole record in memory.
         let mut bare = Bare::connect(stage.service.address(), 0).await;
         for _ in 0..CALLS / 10 {
             calls.push(bare.call(&format!("{SERVICE}/GetCycle"), &get, true).await);
         }
         bares.push(bare);
     }
-    // Room for 16 MiB: seven of them at most. The others are refused, in trailers, which no window holds up, or give
-    // way.
+    // 16 MiB have room for at most seven of them. The others are refused, in trailers, which no window holds up, or
+    // give way.
     let mut ended = JoinSet::new();
     for call in calls {
         ended.spawn(call.end());
@@ -191,7 +191,7 @@ async fn answers_that_no_stream_takes_have_bounded_room_together() {
         let end = patiently("calls to end", ended.join_next()).await.unwrap().unwrap();
         assert!(matches!(end, Some(Code::ResourceExhausted) | None), "{end:?}");
     }
-    // Small ones go on. Large ones find room once others, which are not taken, have given way to them.
+    // Small answers are still sent. Large ones get memory once unread ones have given way to them.
     stage.client.get_status(pb::GetStatusRequest { omit_last_cycle: true, ..Default::default() }).await.unwrap();
     patiently("room", async { while stage.client.cycle(1).await.is_err() {} }).await;
     let (_, most) = stage.service.memory();
@@ -199,7 +199,7 @@ async fn answers_that_no_stream_takes_have_bounded_room_together() {
 }
 
 #[tokio::test]
-async fn one_connection_leaves_room_for_the_answers_of_others() {
+async fn one_connection_leaves_memory_for_the_answers_of_others() {
     let mut stage = with_large_record(with(&["memory.max_bytes=134217728"])).await;
     let mut bare = Bare::connect(stage.service.address(), 0).await;
     let get = framed(&pb::GetCycleRequest { cycle_id: 1 });
@@ -207,7 +207,7 @@ async fn one_connection_leaves_room_for_the_answers_of_others() {
     for _ in 0..10 {
         refused.spawn(bare.call(&format!("{SERVICE}/GetCycle"), &get, true).await.code());
     }
-    // Its part is 4 MiB, which is room for one.
+    // Its share is 4 MiB, which is enough for one.
     for _ in 0..9 {
         let code = patiently("calls to be refused", refused.join_next()).await.unwrap().unwrap();
         assert_eq!(code, Code::ResourceExhausted);
@@ -233,12 +233,12 @@ async fn a_slow_reader_is_aborted_however_many_connections_it_has() {
             }
         });
     }
-    // There is room for seven of them, and at that pace they would take two minutes.
+    // There is memory for seven of them, and at that pace they would take two minutes.
     patiently("room", async { while stage.client.cycle(1).await.is_err() {} }).await;
 }
 
 #[tokio::test]
-async fn a_stream_of_reflection_is_read_no_faster_than_its_answers_are_taken() {
+async fn a_stream_of_reflection_is_read_only_as_fast_as_its_answers() {
     let stage = Stage::at(with_exact_memory()).await;
     let address = stage.service.address();
     let ask = framed(&tonic_reflection::pb::v1::ServerReflectionRequest {
@@ -247,7 +247,7 @@ async fn a_stream_of_reflection_is_read_no_faster_than_its_answers_are_taken() {
             tonic_reflection::pb::v1::server_reflection_request::MessageRequest::FileContainingSymbol(SERVICE.into()),
         ),
     });
-    // Those that ask three times take no more memory than those that ask once.
+    // Streams with three requests take no more memory than those with one.
     let (mut before, _) = stage.service.memory();
     let (mut bares, mut taken) = (Vec::new(), Vec::new());
     for times in [1, 3] {
@@ -259,7 +259,7 @@ async fn a_stream_of_reflection_is_read_no_faster_than_its_answers_are_taken() {
         for call in &mut calls {
             patiently("the beginning of an answer", &mut call.response).await.unwrap();
         }
-        // What can be answered of them has been by the time that as many others are.
+        // By the time that the same number of other requests is answered, these have been answered as far as possible.
         let mut other = Bare::connect(address, 65_535).await;
         for _ in 0..250 {
             assert_eq!(other.call(REFLECTION, &ask, true).await.code().await, Code::Ok);
@@ -276,7 +276,7 @@ async fn a_stream_of_reflection_is_read_no_faster_than_its_answers_are_taken() {
 // Requests
 
 #[tokio::test]
-async fn one_limit_of_a_message_holds_on_every_path() {
+async fn every_path_has_the_same_limit_of_a_message() {
     let stage = Stage::new().await;
     let mut bare = Bare::connect(stage.service.address(), 65_535).await;
     let own = format!("{SERVICE}/RegisterSubsystem");
@@ -287,11 +287,11 @@ async fn one_limit_of_a_message_holds_on_every_path() {
         (REFLECTION, 8 << 10),
         ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", 8 << 10),
     ] {
-        // It is refused as soon as the prefix is there.
+        // It is refused as soon as the prefix has arrived.
         let refused = bare.call(path, &prefix(limit + 1), false).await.code().await;
         assert!(matches!(refused, Code::OutOfRange), "{path}: {refused:?}");
     }
-    // Two messages where there may be one, and half of one.
+    // Two messages where one is allowed, and half of one.
     let check = "grpc.health.v1.Health/Check";
     assert_eq!(bare.call(check, &prefix(0).repeat(2), true).await.code().await, Code::InvalidArgument);
     assert_eq!(bare.call(check, &prefix(1), true).await.code().await, Code::InvalidArgument);
@@ -299,7 +299,7 @@ async fn one_limit_of_a_message_holds_on_every_path() {
 }
 
 #[tokio::test]
-async fn nothing_is_reserved_for_what_a_prefix_promises() {
+async fn a_prefix_reserves_no_memory() {
     let mut stage = Stage::at(with_exact_memory()).await;
     let before = stage.service.reserved();
     let mut bare = Bare::connect(stage.service.address(), 65_535).await;
@@ -308,7 +308,7 @@ async fn nothing_is_reserved_for_what_a_prefix_promises() {
     for _ in 0..200 {
         calls.push(bare.call(&format!("{SERVICE}/RegisterSubsystem"), &begun, false).await);
     }
-    // What was sent before this is read by then.
+    // Bytes that were sent before this request have been read by then.
     bare.call("grpc.health.v1.Health/Check", &prefix(0), true).await.code().await;
     stage.client.status().await.unwrap();
     let more = stage.service.reserved().saturating_sub(before);
@@ -332,7 +332,7 @@ async fn streams_of_all_connections_are_bounded_together() {
         watches.push(call);
     }
     assert_eq!(bare.call(check, &prefix(0), true).await.code().await, Code::ResourceExhausted);
-    // Others are not kept out: each has one.
+    // Others still have one stream each.
     let mut another = Bare::connect(address, 65_535).await;
     let mut call = another.call(watch, &prefix(0), true).await;
     patiently("a watch", &mut call.response).await.unwrap();
@@ -348,7 +348,7 @@ async fn idle_connections_give_way_to_newcomers_and_busy_ones_stay() {
     let address = stage.service.address();
     let mut busy = stage.client.watch_after(0).await.unwrap();
     common::service::next_event(&mut busy).await.unwrap();
-    // One after another, and none leaves. Some don't even send a preface.
+    // They connect one after another, and none leaves. Some don't even send a preface.
     let mut idle = Vec::new();
     for i in 0..9 {
         if i % 3 == 0 {
@@ -360,7 +360,7 @@ async fn idle_connections_give_way_to_newcomers_and_busy_ones_stay() {
         }
     }
     stage.client.status().await.unwrap();
-    // It was said, and not each time.
+    // This was logged, but not each time.
     let said = stage.home.log().matches("the limit of connections is reached").count();
     assert!((1..4).contains(&said), "{}", stage.home.log());
 }
@@ -371,7 +371,7 @@ async fn connections_whose_streams_are_silent_give_way_and_those_of_watchers_sta
     let address = stage.service.address();
     let mut watcher = stage.client.watch_after(0).await.unwrap();
     common::service::next_event(&mut watcher).await.unwrap();
-    // A watch of health, and reflection that is not asked anything.
+    // A watch of health, and a stream of reflection without a request.
     let mut silent = Vec::new();
     for i in 0..6 {
         let (path, body) = [("grpc.health.v1.Health/Watch", prefix(0)), (REFLECTION, Vec::new())][i % 2].clone();
@@ -395,7 +395,7 @@ async fn idle_connections_to_the_admin_address_give_way() {
         patiently("an answer", stream.read_exact(&mut [0; 20])).await.unwrap();
         idle.push(stream);
     }
-    // They would go by themselves after a while, which is longer than this is waited for.
+    // The service would close them after a while, which is longer than the test waits.
     let answer = tokio::time::timeout(std::time::Duration::from_secs(10), get(stage.service.admin(), "/metrics"));
     assert_eq!(answer.await.unwrap().status, 200);
 }
@@ -403,7 +403,7 @@ async fn idle_connections_to_the_admin_address_give_way() {
 #[tokio::test]
 async fn snapshots_of_hanging_subsystems_leave_the_admin_address_to_others() {
     let mut stage = Stage::new().await;
-    // It is connected to, and never says anything.
+    // It accepts connections, and never sends anything.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", silent.local_addr().unwrap());
     stage
@@ -424,7 +424,7 @@ async fn snapshots_of_hanging_subsystems_leave_the_admin_address_to_others() {
         let answer = patiently("an answer beside them", get(admin, path)).await;
         assert_eq!(answer.status, 200, "{path}");
     }
-    // Those that ask are bounded too.
+    // The number of waiting requests is bounded too.
     let refused = patiently("one more to be refused", get(admin, "/api/status?includeSnapshots=true")).await;
     assert_eq!(refused.status, 429);
 }

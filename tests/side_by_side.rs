@@ -1,4 +1,4 @@
-//! Cycles side by side: those that share no subsystem run at the same time, and the others one after the other.
+//! Cycles side by side: those that share no subsystem run at the same time, and the others one after another.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -40,7 +40,7 @@ async fn ended(running: Running) -> pb::CycleTelemetry {
     patiently("the cycle to end", running).await.unwrap().unwrap()
 }
 
-/// A service over these subsystems, each of which answers only once it is let go.
+/// A service with these subsystems, each of which answers only once it is released.
 async fn stage_of(names: &[&str]) -> Stage {
     let mut stage = Stage::new().await;
     stage.register_all(names).await;
@@ -68,7 +68,7 @@ async fn cycles_that_share_nothing_run_at_the_same_time_and_are_recorded_as_they
     assert_eq!(status.running_cycle.unwrap().cycle_id, 1);
     assert_eq!(status.total_cycles, 0);
 
-    // The later one is recorded first, and listed as the older one.
+    // The later cycle is recorded first, and so is listed as the older one.
     stage.fleet.run("b", Run::Echo);
     let second = ended(second).await;
     assert_eq!((second.cycle_id, second.revision), (2, 1));
@@ -82,7 +82,7 @@ async fn cycles_that_share_nothing_run_at_the_same_time_and_are_recorded_as_they
     stage.fleet.run("a", Run::Echo);
     let first = ended(first).await;
     assert_eq!((first.cycle_id, first.revision), (1, 2));
-    // The one over all has waited for both, and now nothing is before it.
+    // The cycle over all subsystems has waited for both, and no cycle is before it now.
     stage.fleet.until_run("c", 1).await;
     stage.fleet.run("c", Run::Echo);
     let whole = ended(whole).await;
@@ -96,11 +96,11 @@ async fn cycles_that_share_nothing_run_at_the_same_time_and_are_recorded_as_they
 }
 
 #[tokio::test]
-async fn nothing_overtakes_a_cycle_that_waits_for_what_it_shares() {
+async fn no_cycle_overtakes_a_waiting_one_with_which_it_shares_a_subsystem() {
     let mut stage = stage_of(&["a", "b", "c"]).await;
     let first = start(&stage.client, of(&["a"]));
     stage.fleet.until_run("a", 1).await;
-    // It waits for the first, and so holds what it needs against those that come later.
+    // The second cycle waits for the first, and so blocks its subsystems for later cycles.
     assert_eq!(stage.client.admit_with(of(&["a", "b"])).await.unwrap(), 2);
     assert_eq!(stage.client.admit_with(of(&["b"])).await.unwrap(), 3);
     let beside = start(&stage.client, of(&["c"]));
@@ -121,7 +121,7 @@ async fn nothing_overtakes_a_cycle_that_waits_for_what_it_shares() {
 }
 
 #[tokio::test]
-async fn one_that_waits_and_is_cancelled_is_recorded_at_once_and_lets_those_behind_it_go() {
+async fn a_waiting_cycle_that_is_cancelled_is_recorded_at_once_and_unblocks_later_ones() {
     let mut stage = stage_of(&["a", "b"]).await;
     let first = start(&stage.client, of(&["a"]));
     stage.fleet.until_run("a", 1).await;
@@ -131,7 +131,7 @@ async fn one_that_waits_and_is_cancelled_is_recorded_at_once_and_lets_those_behi
     let cancelled = patiently("the record of the second", stage.client.cancel(2)).await.unwrap();
     assert_eq!((cancelled.state(), cancelled.revision), (CycleState::Cancelled, 1));
     assert_eq!((cancelled.started_at, cancelled.subsystems.len()), (None, 0));
-    // Nothing shares its subsystem with it any more.
+    // No other cycle shares its subsystem any more.
     stage.fleet.until_run("b", 1).await;
     for name in ["a", "b"] {
         stage.fleet.run(name, Run::Echo);
@@ -140,7 +140,7 @@ async fn one_that_waits_and_is_cancelled_is_recorded_at_once_and_lets_those_behi
 }
 
 #[tokio::test]
-async fn overlap_policies_speak_of_cycles_with_a_subsystem_in_common() {
+async fn overlap_policies_apply_to_cycles_with_a_subsystem_in_common() {
     let mut stage = stage_of(&["a", "b", "c"]).await;
     let [first, beside] = [start(&stage.client, of(&["a", "b"])), start(&stage.client, of(&["c"]))];
     for name in ["a", "b", "c"] {
@@ -152,7 +152,7 @@ async fn overlap_policies_speak_of_cycles_with_a_subsystem_in_common() {
         assert_eq!(refusal, because(Code::Aborted, "CYCLE_RUNNING", [("cycle_id", &cycle_of(name))]));
     }
 
-    // One of each may wait.
+    // One waiting cycle of each kind is allowed.
     for (name, cycle_id) in [("a", 3), ("c", 4)] {
         let request = with(OverlapPolicy::BufferOne, &[name]);
         assert_eq!(stage.client.admit_with(request).await.unwrap(), cycle_id);
@@ -161,7 +161,7 @@ async fn overlap_policies_speak_of_cycles_with_a_subsystem_in_common() {
     assert_eq!(reason(&refusal), because(Code::Aborted, "CYCLE_RUNNING", [("cycle_id", "3")]));
     assert_eq!(stage.client.admit_with(with(OverlapPolicy::BufferOne, &["b"])).await.unwrap(), 5);
 
-    // Only those that run and share something with it are cancelled.
+    // Only the running cycles that share a subsystem with it are cancelled.
     let other = start(&stage.client, with(OverlapPolicy::CancelOther, &["b"]));
     assert_eq!(ended(first).await.state(), CycleState::Cancelled);
     for name in ["a", "b", "c"] {
@@ -175,7 +175,7 @@ async fn overlap_policies_speak_of_cycles_with_a_subsystem_in_common() {
 }
 
 #[tokio::test]
-async fn progress_goes_on_when_another_cycle_is_recorded() {
+async fn progress_continues_when_another_cycle_is_recorded() {
     let mut stage = stage_of(&["a", "b", "c"]).await;
     stage.register("after_a", |it| it.after = vec!["a".into()]).await;
     let request = pb::WatchCyclesRequest { progress: true, ..Default::default() };
@@ -232,7 +232,7 @@ async fn an_acknowledged_cycle_that_waits_outlives_the_process() {
             stage.killed().await
         } else {
             stage.service.signal(Signal::TERM);
-            // Nothing begins once it drains.
+            // No cycle starts while it drains.
             while stage.client.register(stage.registration("a")).await.is_ok() {}
             stage.fleet.run("a", Run::Echo);
             assert!(stage.service.ended().await.success());
@@ -252,7 +252,7 @@ async fn an_acknowledged_cycle_that_waits_outlives_the_process() {
 }
 
 #[tokio::test]
-async fn what_another_cycle_has_made_is_stale_and_says_so() {
+async fn an_output_of_another_cycle_is_stale_and_names_that_cycle() {
     let mut stage = stage_of(&["maker", "slow"]).await;
     stage.register("reader", |it| (it.after, it.reads) = (vec!["slow".into()], vec!["maker".into()])).await;
     let reading = start(&stage.client, of(&["slow", "reader"]));
@@ -268,7 +268,7 @@ async fn what_another_cycle_has_made_is_stale_and_says_so() {
 }
 
 #[tokio::test]
-async fn loops_over_other_subsystems_lose_no_tick_to_each_other() {
+async fn loops_over_disjoint_subsystems_lose_no_tick_to_each_other() {
     let mut stage = stage_of(&["quick", "slow"]).await;
     stage.fleet.run("quick", Run::Echo);
     let a_loop = |name: &str, interval, subsystem: &str| pb::StartIntervalLoopRequest {
@@ -288,7 +288,7 @@ async fn loops_over_other_subsystems_lose_no_tick_to_each_other() {
         let status = status.loops.iter().find(|it| it.r#loop.as_ref().unwrap().name == name);
         status.unwrap().ticks.unwrap()
     };
-    // The slow one is in its first cycle all the time.
+    // The slow loop is in its first cycle all the time.
     assert!(stage.fleet.runs("slow").len() == 1 && ticks("slow").skipped > 0, "{:?}", ticks("slow"));
     assert!(ticks("quick").ran >= 10, "{:?}", ticks("quick"));
     stage.fleet.run("slow", Run::Echo);
