@@ -63,7 +63,7 @@ pub use self::{
     admission::Ticket,
     figures::{Counts, Figures, Passes},
     live::{LiveChange, LiveCycle, LiveEvent, RunningCycle, Update},
-    refusal::Refusal,
+    refusal::{NotCancelled, NotRecorded, NotRegistered, NotRenewed, RecordHasNoRoom, Refusal},
     registration::Change,
     registry::{Lease, Origin, Registered},
     reload::{Declared, Settings},
@@ -149,32 +149,16 @@ struct State {
 /// The turn of one change of the registry or of a loop, with the order of subsystems, which only such changes change.
 type Turn = OwnedMutexGuard<Order>;
 
-/// Whether a change of a caller is admitted while the process drains.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ChangeKind {
-    /// It has a lasting effect, and is refused while the process drains.
-    Begins,
-    /// It ends, renews or finds an existing thing, and is admitted until the process ends.
-    Settles,
-}
-
 /// An admitted change. The last write of the process waits until this is dropped.
 struct Admission {
     _token: TaskTrackerToken,
 }
 
 impl Orchestrator {
-    /// Admits a change. All changes of callers pass here.
-    ///
-    /// # Errors
-    /// The process drains.
-    fn admit(&self, kind: ChangeKind) -> Result<Admission, Refusal> {
-        // Counted before the check, so that admitted changes are waited for.
-        let admission = Admission { _token: self.0.changes.token() };
-        if kind == ChangeKind::Begins && self.0.state().draining {
-            return Err(Refusal::Draining);
-        }
-        Ok(admission)
+    /// Admits a change. All changes of callers pass here. A change that ends, renews or finds an existing thing is
+    /// admitted until the process ends; others have to check that the process does not drain, once they are admitted.
+    fn admit(&self) -> Admission {
+        Admission { _token: self.0.changes.token() }
     }
 
     /// Admits a change of the registry or of a loop, waits until it is its turn, and completes it then, even if the
@@ -185,7 +169,11 @@ impl Orchestrator {
         T: Send + 'static,
         F: Future<Output = Result<T, Refusal>> + Send + 'static,
     {
-        let admission = self.admit(ChangeKind::Begins)?;
+        // Admitted before the check, so that the last write waits for it.
+        let admission = self.admit();
+        if self.0.state().draining {
+            return Err(Refusal::Draining);
+        }
         if let Some(late) = self.0.late_error() {
             return Err(late.into());
         }

@@ -24,7 +24,7 @@ use orchestrator_core::{
         Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec,
         LoopStart, Name, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
     },
-    orchestrator::{Change, Declared, Orchestrator, Refusal, Settings, Tasks},
+    orchestrator::{Change, Declared, NotCancelled, Orchestrator, Refusal, Settings, Tasks},
     ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
     proto::orchestrator::v1 as pb,
     record::{self, PartFilter},
@@ -347,7 +347,7 @@ async fn run(case: Case) {
         if let Some(cancel_after) = step.cancel_after {
             sleep(cancel_after).await;
             match orchestrator.cancel_cycle(ticket.cycle_id).await {
-                Ok(_) | Err(Refusal::CycleFinished(_)) => {}
+                Ok(_) | Err(NotCancelled::CycleFinished(_)) => {}
                 Err(refusal) => panic!("{refusal}"),
             }
         }

@@ -23,7 +23,8 @@ const MAX_DETAILS: usize = 3 << 10;
 const MAX_PROBLEM: usize = 512;
 
 /// The status of a refusal, with its details.
-pub(super) fn status(refusal: Refusal) -> Status {
+pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
+    let refusal = refusal.into();
     let message = refusal.to_string();
     let (code, reason, metadata) = match refusal {
         Refusal::Invalid(violations) => return invalid(violations),

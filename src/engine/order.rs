@@ -78,8 +78,8 @@ impl Order {
         earlier
     }
 
-    /// Other subsystems may still wait for its name.
-    fn remove(&mut self, name: &Name) -> Option<Arc<Subsystem>> {
+    /// Removes a subsystem and returns it. Other subsystems may still wait for its name.
+    pub fn remove(&mut self, name: &Name) -> Option<Arc<Subsystem>> {
         let subsystem = self.subsystems.remove(name)?;
         for (earlier, _) in order_of(&subsystem) {
             if let Some(waiting) = self.waiting.get_mut(earlier) {

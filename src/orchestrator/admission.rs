@@ -10,11 +10,12 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ChangeKind, Orchestrator, Refusal, Shared, State,
+    NotCancelled, NotRecorded, Orchestrator, Refusal, Shared, State,
     line::{Locks, max_running},
+    refusal::NotAdmitted,
 };
 use crate::{
-    memory::Held,
+    memory::{Full, Held},
     model::{CycleId, CycleRequest, OverlapPolicy, TraceId, Trigger},
     ports::{OpenCycle, Record, Stage, Write},
     record,
@@ -31,7 +32,7 @@ pub(super) struct Admitted {
     /// True if its caller has received its id and does not wait: the next process runs it if this one does not.
     is_promised: AtomicBool,
     /// Its record, or the reason why it is not written yet.
-    done: watch::Sender<Option<Result<Arc<Record>, Refusal>>>,
+    done: watch::Sender<Option<Result<Arc<Record>, NotRecorded>>>,
 }
 
 /// The start of a cycle, as it was written.
@@ -46,7 +47,7 @@ pub(super) struct Begun {
 pub struct Ticket {
     /// Its id.
     pub cycle_id: CycleId,
-    done: watch::Receiver<Option<Result<Arc<Record>, Refusal>>>,
+    done: watch::Receiver<Option<Result<Arc<Record>, NotRecorded>>>,
 }
 
 impl Ticket {
@@ -64,10 +65,10 @@ impl Ticket {
     ///
     /// # Errors
     /// The record could not be written yet, or the process ends before that.
-    pub async fn recorded(mut self) -> Result<Arc<Record>, Refusal> {
+    pub async fn recorded(mut self) -> Result<Arc<Record>, NotRecorded> {
         match self.done.wait_for(Option::is_some).await {
-            Ok(done) => done.clone().unwrap_or(Err(Refusal::Draining)),
-            Err(_closed) => Err(Refusal::Draining),
+            Ok(done) => done.clone().unwrap_or(Err(NotRecorded::Draining)),
+            Err(_closed) => Err(NotRecorded::Draining),
         }
     }
 }
@@ -103,8 +104,8 @@ impl Admitted {
     }
 
     /// Notifies waiting callers that its record can't be written now, or not by this process.
-    pub(super) fn put_off(&self, refusal: Refusal) {
-        self.done.send_replace(Some(Err(refusal)));
+    pub(super) fn put_off(&self, why: NotRecorded) {
+        self.done.send_replace(Some(Err(why)));
     }
 
     /// Lets new callers wait for the record again, because writing works again.
@@ -151,24 +152,24 @@ impl State {
         request: Arc<CycleRequest>,
         room: Option<Held>,
         max_queued: usize,
-    ) -> Result<Arc<Admitted>, Refusal> {
+    ) -> Result<Arc<Admitted>, NotAdmitted> {
         if self.draining {
-            return Err(Refusal::Draining);
+            return Err(NotAdmitted::Draining);
         }
         if let Some(error) = &self.store_error {
-            return Err(Refusal::StoreUnavailable(None, error.clone()));
+            return Err(NotAdmitted::StoreUnavailable(error.clone()));
         }
         let locks = Locks::of(&request);
         let conflict = self.line.first_conflict(&locks);
         match (request.overlap, conflict) {
-            (OverlapPolicy::Skip, Some(other)) => return Err(Refusal::CycleRunning(other)),
+            (OverlapPolicy::Skip, Some(other)) => return Err(NotAdmitted::CycleRunning(other)),
             (OverlapPolicy::BufferOne, Some(_)) => {
                 let is_alike = |other: &&Arc<Admitted>| {
                     self.line.waits(other.cycle_id) && other.request.trigger == request.trigger
                 };
                 let alike = self.live.values().filter(is_alike).map(|other| other.cycle_id).collect();
                 if let Some(waits) = self.line.first_conflict_of(&alike, &locks) {
-                    return Err(Refusal::CycleWaiting(waits));
+                    return Err(NotAdmitted::CycleWaiting(waits));
                 }
             }
             _ => {}
@@ -177,7 +178,7 @@ impl State {
         let waiting = self.live.len() - self.line.running();
         let has_to_wait = conflict.is_some() || self.line.running() >= max_running(self.registry.relations());
         if has_to_wait && waiting >= max_queued {
-            return Err(Refusal::QueueFull(waiting));
+            return Err(NotAdmitted::QueueFull(waiting));
         }
         if request.overlap == OverlapPolicy::CancelOther {
             for running in self.line.running_conflicts(&locks) {
@@ -229,16 +230,11 @@ impl Orchestrator {
     /// memory for the request; the store can't be read or written; or the process drains.
     pub async fn run_cycle(&self, request: CycleRequest, durably: bool) -> Result<Ticket, Refusal> {
         // Also while the process drains, a repeated request finds its cycle; `State::admit` refuses others.
-        let admission = self.admit(ChangeKind::Settles)?;
         // A drain waits only for changes that are durable.
-        let _admission = durably.then_some(admission);
-        let admitted = match self.0.admit_once(request, durably).await {
-            Ok(Asked::Recorded(record)) => return Ok(Ticket::of_record(record)),
-            Ok(Asked::Live(admitted)) => admitted,
-            Err(refusal) => {
-                self.0.note_named_by(&refusal).await?;
-                return Err(refusal);
-            }
+        let _admission = durably.then(|| self.admit());
+        let admitted = match self.0.admit_once(request, durably).await? {
+            Asked::Recorded(record) => return Ok(Ticket::of_record(record)),
+            Asked::Live(admitted) => admitted,
         };
         if durably && self.0.state().noted_durably < admitted.cycle_id {
             // Any durable write notes all admitted cycles.
@@ -252,20 +248,20 @@ impl Orchestrator {
     ///
     /// # Errors
     /// It has finished or was never admitted; or, once it is cancelled, as [`Ticket::recorded`].
-    pub async fn cancel_cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, Refusal> {
+    pub async fn cancel_cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, NotCancelled> {
         let ticket = {
-            let _admission = self.admit(ChangeKind::Settles)?;
+            let _admission = self.admit();
             let mut state = self.0.state();
             match state.cancel(cycle_id) {
                 Some(admitted) => admitted.ticket(),
                 None if cycle_id.0 > 0 && cycle_id <= state.last_admitted => {
-                    return Err(Refusal::CycleFinished(cycle_id));
+                    return Err(NotCancelled::CycleFinished(cycle_id));
                 }
-                None => return Err(Refusal::CycleNotFound(cycle_id)),
+                None => return Err(NotCancelled::CycleNotFound(cycle_id)),
             }
         };
         self.0.queue_changed.notify_one();
-        ticket.recorded().await
+        Ok(ticket.recorded().await?)
     }
 }
 
@@ -292,32 +288,41 @@ impl Shared {
                 request.subset = self.registered_names(request.subset).await?;
                 is_checked = true;
             }
-            let mut state = self.state();
-            if let Some(request_id) = &request.request_id {
-                if let Some(live) = state.promised(request_id, promised) {
-                    return Ok(Asked::Live(live));
+            let admitted = {
+                let mut state = self.state();
+                if let Some(request_id) = &request.request_id {
+                    if let Some(live) = state.promised(request_id, promised) {
+                        return Ok(Asked::Live(live));
+                    }
+                    match state.recorded_since(newest, request_id) {
+                        Ok(None) => {}
+                        Ok(Some(record)) => return Ok(Asked::Recorded(record)),
+                        Err(_too_many) => continue,
+                    }
                 }
-                match state.recorded_since(newest, request_id) {
-                    Ok(None) => {}
-                    Ok(Some(record)) => return Ok(Asked::Recorded(record)),
-                    Err(_too_many) => continue,
+                let admitted = state.admit(Arc::new(request), room.take(), max_queued);
+                if promised && let Ok(admitted) = &admitted {
+                    admitted.promise();
                 }
-            }
-            let admitted = state.admit(Arc::new(request), room.take(), max_queued)?;
-            if promised {
-                admitted.promise();
-            }
-            drop(state);
+                admitted
+            };
+            let admitted = match admitted {
+                Ok(admitted) => admitted,
+                Err(refusal) => {
+                    self.note_named_by(&refusal).await?;
+                    return Err(refusal.into());
+                }
+            };
             self.queue_changed.notify_one();
             return Ok(Asked::Live(admitted));
         }
     }
 
     /// Memory for a request while its cycle waits or runs. Small requests need none: their number is limited.
-    pub(super) fn room_of(&self, request: &CycleRequest) -> Result<Option<Held>, Refusal> {
+    pub(super) fn room_of(&self, request: &CycleRequest) -> Result<Option<Held>, Full> {
         const SMALL: usize = 4 << 10;
         match self.requests.try_hold(request.footprint()) {
-            Err(full) if request.footprint() > SMALL => Err(full.into()),
+            Err(full) if request.footprint() > SMALL => Err(full),
             held => Ok(held.ok()),
         }
     }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{select, sync::oneshot, task::JoinSet, time::Instant};
 
 use super::{
-    LiveCycle, Refusal, Shared, State,
+    LiveCycle, NotRecorded, Shared, State,
     admission::{Admitted, Begun},
     line::max_running,
     writing::ToWrite,
@@ -183,7 +183,7 @@ impl Shared {
         for admitted in state.live.values() {
             admitted.put_off(match error {
                 Some(error) => state.unavailable(admitted.cycle_id, error.clone()),
-                None => Refusal::Draining,
+                None => NotRecorded::Draining,
             });
         }
         drop(state);
@@ -263,7 +263,7 @@ impl ToWrite for Recording {
         // Outputs of subsystems that were unregistered while the cycle ran are dropped.
         let is_registered = |part: &&Part| {
             let registered = state.registry.get(part.name());
-            all_are_registered || registered.is_ok_and(|it| Arc::ptr_eq(&it.member.standing, &part.standing))
+            all_are_registered || registered.is_some_and(|it| Arc::ptr_eq(&it.member.standing, &part.standing))
         };
         let outputs = self.parts.iter().filter(is_registered);
         let outputs = outputs.filter_map(|part| Some((part.name().clone(), part.output.clone()?)));

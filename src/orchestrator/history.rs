@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::{sync::OnceCell, time::timeout};
 
-use super::{Orchestrator, Refusal, Shared, State, aside::aside};
+use super::{Orchestrator, RecordHasNoRoom, Refusal, Shared, State, aside::aside};
 use crate::{
     memory::{Full, Held},
     model::{CycleId, Revision},
@@ -69,7 +69,7 @@ impl Orchestrator {
     ///
     /// # Errors
     /// The memory for unread responses is full.
-    pub async fn keep(&self, record: &Record) -> Result<Bytes, Refusal> {
+    pub async fn keep(&self, record: &Record) -> Result<Bytes, RecordHasNoRoom> {
         self.0.keep(record).await
     }
 
@@ -216,9 +216,9 @@ impl Shared {
     }
 
     /// The bytes of a cached record, counted as an unread response.
-    pub(super) async fn keep(&self, record: &Record) -> Result<Bytes, Refusal> {
+    pub(super) async fn keep(&self, record: &Record) -> Result<Bytes, RecordHasNoRoom> {
         let room = self.room(record.bytes.len()).await;
-        let room = room.map_err(|full| Refusal::RecordHasNoRoom(record.cycle_id, full))?;
+        let room = room.map_err(|full| RecordHasNoRoom(record.cycle_id, full))?;
         Ok(room.around(record.bytes.clone()))
     }
 }

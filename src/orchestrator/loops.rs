@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::{select, time::sleep};
 
-use super::{Orchestrator, Refusal, Shared, State, Turn};
+use super::{Orchestrator, Refusal, Shared, State, Turn, refusal::NotAdmitted};
 use crate::{
     model::{CycleRequest, IntervalLoop, LoopStart, Name, TickDisposition, Trigger, Violations},
     ports::Write,
@@ -154,12 +154,11 @@ impl Shared {
             });
             let (disposition, cycle_id) = match state.admit(request, None, max_queued) {
                 Ok(admitted) => (TickDisposition::Ran, Some(admitted.cycle_id)),
-                Err(Refusal::CycleRunning(_)) => (TickDisposition::Skipped, None),
-                Err(Refusal::CycleWaiting(_)) => (TickDisposition::Coalesced, None),
-                Err(refusal) => {
-                    let is_news = state.loops.warns_of_drops(&settings.name, now);
-                    // Dropped ticks of a draining process are expected.
-                    if is_news && !matches!(refusal, Refusal::Draining) {
+                Err(NotAdmitted::CycleRunning(_)) => (TickDisposition::Skipped, None),
+                Err(NotAdmitted::CycleWaiting(_)) => (TickDisposition::Coalesced, None),
+                Err(NotAdmitted::Draining) => (TickDisposition::Dropped, None),
+                Err(refusal @ (NotAdmitted::QueueFull(_) | NotAdmitted::StoreUnavailable(_))) => {
+                    if state.loops.warns_of_drops(&settings.name, now) {
                         tracing::warn!("loop" = %settings.name, %due_at, %refusal, "ticks are dropped");
                     }
                     (TickDisposition::Dropped, None)

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{Orchestrator, Refusal, Shared, aside::aside};
+use super::{NotRegistered, Orchestrator, Shared, aside::aside};
 use crate::{
     engine::{Plan, Schedule},
     model::Name,
@@ -21,7 +21,7 @@ impl Orchestrator {
     ///
     /// # Errors
     /// A name is not registered.
-    pub async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
+    pub async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, NotRegistered> {
         self.0.registered_names(subset).await
     }
 }
@@ -55,10 +55,13 @@ impl Shared {
     }
 
     /// These names as the registry holds them, so that requests share their memory.
-    pub(super) async fn registered_names(&self, subset: Option<Arc<[Name]>>) -> Result<Option<Arc<[Name]>>, Refusal> {
+    pub(super) async fn registered_names(
+        &self,
+        subset: Option<Arc<[Name]>>,
+    ) -> Result<Option<Arc<[Name]>>, NotRegistered> {
         let Some(subset) = subset else { return Ok(None) };
         let plan = self.plan().await;
         let names = aside(subset.len(), move || plan.own_names(&subset)).await;
-        names.map(Some).map_err(Refusal::SubsystemNotFound)
+        names.map(Some).map_err(NotRegistered)
     }
 }

@@ -1,4 +1,5 @@
-//! Reasons why a request is refused.
+//! Reasons why a request is refused. [`Refusal`] has all of them, with their messages. Use cases with few reasons have
+//! a type of exactly these.
 
 use crate::{
     engine::Ring,
@@ -119,6 +120,117 @@ pub enum Refusal {
     /// The process is shutting down.
     #[error("this orchestrator is shutting down; try again later")]
     Draining,
+}
+
+/// Why a cycle is not admitted to the line. The variants are those of [`Refusal`].
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}", Refusal::from(self.clone()))]
+pub(super) enum NotAdmitted {
+    CycleRunning(CycleId),
+    CycleWaiting(CycleId),
+    QueueFull(usize),
+    StoreUnavailable(StoreError),
+    Draining,
+}
+
+impl From<NotAdmitted> for Refusal {
+    fn from(refusal: NotAdmitted) -> Self {
+        match refusal {
+            NotAdmitted::CycleRunning(id) => Self::CycleRunning(id),
+            NotAdmitted::CycleWaiting(id) => Self::CycleWaiting(id),
+            NotAdmitted::QueueFull(waiting) => Self::QueueFull(waiting),
+            NotAdmitted::StoreUnavailable(error) => error.into(),
+            NotAdmitted::Draining => Self::Draining,
+        }
+    }
+}
+
+/// Why an admitted cycle has no record yet.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}", Refusal::from(self.clone()))]
+pub enum NotRecorded {
+    /// The store can't be written now: as [`Refusal::StoreUnavailable`].
+    StoreUnavailable(Option<CycleId>, StoreError),
+    /// This process ends before the cycle.
+    Draining,
+}
+
+impl From<NotRecorded> for Refusal {
+    fn from(refusal: NotRecorded) -> Self {
+        match refusal {
+            NotRecorded::StoreUnavailable(id, error) => Self::StoreUnavailable(id, error),
+            NotRecorded::Draining => Self::Draining,
+        }
+    }
+}
+
+/// Why the record of a cancelled cycle is not returned.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}", Refusal::from(self.clone()))]
+pub enum NotCancelled {
+    /// The cycle does not exist.
+    CycleNotFound(CycleId),
+    /// It has already finished.
+    CycleFinished(CycleId),
+    /// It is cancelled, but not recorded yet.
+    NotRecorded(NotRecorded),
+}
+
+impl From<NotRecorded> for NotCancelled {
+    fn from(refusal: NotRecorded) -> Self {
+        Self::NotRecorded(refusal)
+    }
+}
+
+impl From<NotCancelled> for Refusal {
+    fn from(refusal: NotCancelled) -> Self {
+        match refusal {
+            NotCancelled::CycleNotFound(id) => Self::CycleNotFound(id),
+            NotCancelled::CycleFinished(id) => Self::CycleFinished(id),
+            NotCancelled::NotRecorded(refusal) => refusal.into(),
+        }
+    }
+}
+
+/// No subsystem with this name is registered.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}", Refusal::from(self.clone()))]
+pub struct NotRegistered(pub Name);
+
+impl From<NotRegistered> for Refusal {
+    fn from(NotRegistered(name): NotRegistered) -> Self {
+        Self::SubsystemNotFound(name)
+    }
+}
+
+/// Why a lease is not renewed.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}", Refusal::from(self.clone()))]
+pub enum NotRenewed {
+    /// The subsystem is not registered, or its lease has expired.
+    SubsystemNotFound(Name),
+    /// It has no lease.
+    NoLease(Name),
+}
+
+impl From<NotRenewed> for Refusal {
+    fn from(refusal: NotRenewed) -> Self {
+        match refusal {
+            NotRenewed::SubsystemNotFound(name) => Self::SubsystemNotFound(name),
+            NotRenewed::NoLease(name) => Self::NoLease(name),
+        }
+    }
+}
+
+/// The memory for unread responses has no room for the record of this cycle.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}", Refusal::from(self.clone()))]
+pub struct RecordHasNoRoom(pub CycleId, pub Full);
+
+impl From<RecordHasNoRoom> for Refusal {
+    fn from(RecordHasNoRoom(id, full): RecordHasNoRoom) -> Self {
+        Self::RecordHasNoRoom(id, full)
+    }
 }
 
 /// `a was`, `a, b were`.

@@ -9,14 +9,14 @@ use tokio::{
 };
 
 use super::{
-    ChangeKind, Orchestrator, Refusal, Shared, State, Turn,
+    NotRenewed, Orchestrator, Refusal, Shared, State, Turn,
     aside::aside,
     registry::{Lease, Origin, Registered},
 };
 use crate::{
     engine::{Member, Order},
     model::{Name, Subsystem},
-    ports::{StoredSubsystem, Write},
+    ports::{StoreError, StoredSubsystem, Write},
 };
 
 /// The result of registering a subsystem.
@@ -81,8 +81,8 @@ impl Orchestrator {
     ///
     /// # Errors
     /// It is not registered, or has no lease.
-    pub fn renew_lease(&self, name: &Name) -> Result<Timestamp, Refusal> {
-        let _admission = self.admit(ChangeKind::Settles)?;
+    pub fn renew_lease(&self, name: &Name) -> Result<Timestamp, NotRenewed> {
+        let _admission = self.admit();
         let lease = self.0.state().registry.renew(name)?;
         Ok(self.lease_ends_at(&lease))
     }
@@ -104,7 +104,7 @@ impl Shared {
         let max = self.settings().max_subsystems;
         let (earlier, registered): (Vec<_>, _) = {
             let state = self.state();
-            let earlier = subsystems.iter().map(|subsystem| state.registry.get(&subsystem.name).ok().cloned());
+            let earlier = subsystems.iter().map(|subsystem| state.registry.get(&subsystem.name).cloned());
             (earlier.collect(), state.registry.len())
         };
         if let Some(declared) = earlier.iter().flatten().find(|earlier| earlier.is_declared()) {
@@ -204,7 +204,7 @@ impl Shared {
     }
 
     async fn unregister(&self, mut order: Turn, name: &Name) -> Result<(), Refusal> {
-        if self.state().registry.get(name)?.is_declared() {
+        if self.state().registry.find(name)?.is_declared() {
             return Err(Refusal::DeclaredInConfig(name.clone()));
         }
         self.forget(&mut order, std::slice::from_ref(name)).await?;
@@ -213,7 +213,7 @@ impl Shared {
     }
 
     async fn suspend(&self, _order: Turn, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
-        let earlier = self.state().registry.get(name)?.clone();
+        let earlier = self.state().registry.find(name)?.clone();
         if !suspended && earlier.member.standing.close_breaker() {
             tracing::info!(subsystem = %name, "its circuit breaker is closed: it is resumed");
         }
@@ -237,7 +237,7 @@ impl Shared {
     }
 
     /// Removes subsystems durably.
-    async fn forget(&self, order: &mut Order, names: &[Name]) -> Result<(), Refusal> {
+    async fn forget(&self, order: &mut Order, names: &[Name]) -> Result<(), StoreError> {
         let subsystems: BTreeMap<_, _> = names.iter().map(|name| (name.clone(), None)).collect();
         let leaving = names.to_vec();
         let remove = move |state: &mut State| -> Vec<_> {
@@ -245,8 +245,9 @@ impl Shared {
         };
         let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
         let left = self.write(write, remove).await?;
-        // Removing subsystems can't make a circular dependency.
-        order.change(Vec::new(), names).map_err(Refusal::OrderRing)?;
+        for name in names {
+            order.remove(name);
+        }
         self.engine.subsystems.forget(&left);
         Ok(())
     }
@@ -271,7 +272,7 @@ impl Shared {
         }
     }
 
-    async fn forget_expired(&self) -> Result<(), Refusal> {
+    async fn forget_expired(&self) -> Result<(), StoreError> {
         /// Most subsystems in one commit, which then hardly delays the start of a cycle.
         const MAX: usize = 1000;
         let mut order = self.order.lock().await;

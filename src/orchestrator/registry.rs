@@ -8,10 +8,10 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Orchestrator, Refusal};
+use super::{NotRegistered, NotRenewed, Orchestrator, Refusal};
 use crate::{
     engine::{Member, Plan, Ring, Standing, SubsystemCounts},
-    memory::Memory,
+    memory::{Full, Memory},
     model::{Endpoint, Name, Subsystem},
     ports::{Left, StoredSubsystem},
 };
@@ -145,7 +145,7 @@ impl Declarations {
     ///
     /// # Errors
     /// There is no memory for the changes.
-    pub(super) fn of(subsystems: Vec<Subsystem>, before: &[Arc<Registered>], memory: &Memory) -> Result<Self, Refusal> {
+    pub(super) fn of(subsystems: Vec<Subsystem>, before: &[Arc<Registered>], memory: &Memory) -> Result<Self, Full> {
         let before: BTreeMap<_, _> = before.iter().map(|entry| (entry.name(), entry)).collect();
         let names: HashSet<_> = subsystems.iter().map(|subsystem| subsystem.name.clone()).collect();
         let others = || before.values().filter(|entry| !names.contains(entry.name()));
@@ -159,7 +159,7 @@ impl Declarations {
                 // An unchanged subsystem stays initialized.
                 Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone(),
                 earlier => {
-                    let held = memory.try_hold(subsystem.footprint()).map_err(Refusal::RegistryMemoryFull)?;
+                    let held = memory.try_hold(subsystem.footprint())?;
                     let (suspended, standing) = earlier.map_or_else(Default::default, |earlier| {
                         (earlier.member.suspended, earlier.member.standing.clone())
                     });
@@ -222,8 +222,16 @@ impl Registry {
         self.expiries.len()
     }
 
-    pub(super) fn get(&self, name: &Name) -> Result<&Registered, Refusal> {
-        self.entries.get(name).map(|entry| &**entry).ok_or_else(|| Refusal::SubsystemNotFound(name.clone()))
+    pub(super) fn get(&self, name: &Name) -> Option<&Registered> {
+        self.entries.get(name).map(|entry| &**entry)
+    }
+
+    /// As [`Registry::get`].
+    ///
+    /// # Errors
+    /// It is not registered.
+    pub(super) fn find(&self, name: &Name) -> Result<&Registered, NotRegistered> {
+        self.get(name).ok_or_else(|| NotRegistered(name.clone()))
     }
 
     /// The entries after `name`, by name.
@@ -267,12 +275,13 @@ impl Registry {
     }
 
     /// Renews the lease of an entry, if it has one and it has not expired: its end may already be being written.
-    pub(super) fn renew(&mut self, name: &Name) -> Result<Lease, Refusal> {
-        let entry = self.get(name)?;
-        let lease = entry.lease().ok_or_else(|| Refusal::NoLease(name.clone()))?;
+    pub(super) fn renew(&mut self, name: &Name) -> Result<Lease, NotRenewed> {
+        let not_found = || NotRenewed::SubsystemNotFound(name.clone());
+        let entry = self.get(name).ok_or_else(not_found)?;
+        let lease = entry.lease().ok_or_else(|| NotRenewed::NoLease(name.clone()))?;
         let now = Instant::now();
         if lease.expires <= now {
-            return Err(Refusal::SubsystemNotFound(name.clone()));
+            return Err(not_found());
         }
         let lease = Lease::new(lease.length, now);
         self.set_lease(name, lease);
@@ -333,8 +342,8 @@ impl Orchestrator {
     ///
     /// # Errors
     /// It is not registered.
-    pub fn subsystem(&self, name: &Name) -> Result<Registered, Refusal> {
-        self.0.state().registry.get(name).cloned()
+    pub fn subsystem(&self, name: &Name) -> Result<Registered, NotRegistered> {
+        self.0.state().registry.find(name).cloned()
     }
 
     /// Up to `max` subsystems after this name, by name.

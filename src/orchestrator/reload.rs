@@ -74,7 +74,8 @@ impl Shared {
         let memory = self.memory.clone();
         let (mut order, changes) = aside(before.len() + subsystems.len(), move || {
             let mut order = order;
-            let changes = Declarations::of(subsystems, &before, &memory).and_then(|changes| {
+            let changes = Declarations::of(subsystems, &before, &memory).map_err(Refusal::RegistryMemoryFull);
+            let changes = changes.and_then(|changes| {
                 let put = changes.put.iter().map(|entry| entry.member.subsystem.clone()).collect();
                 let ordered = order.change(put, &changes.removed).map_err(|ring| changes.refuse(ring));
                 ordered.map(|undo| (undo, changes))

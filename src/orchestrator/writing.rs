@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{Refusal, Shared, State, admission::Admitted};
+use super::{NotRecorded, Shared, State, admission::Admitted, refusal::NotAdmitted};
 use crate::{
     engine::Engine,
     model::{CycleId, Revision},
@@ -113,8 +113,8 @@ where
 
 impl State {
     /// The refusal for a cycle whose record can't be written now. It names the cycle if its id is noted.
-    pub(super) fn unavailable(&self, cycle_id: CycleId, error: StoreError) -> Refusal {
-        Refusal::StoreUnavailable(Some(cycle_id).filter(|id| *id <= self.noted), error)
+    pub(super) fn unavailable(&self, cycle_id: CycleId, error: StoreError) -> NotRecorded {
+        NotRecorded::StoreUnavailable(Some(cycle_id).filter(|id| *id <= self.noted), error)
     }
 }
 
@@ -346,8 +346,11 @@ impl Shared {
     }
 
     /// Ensures that a cycle in a refusal is noted, so that its id is not given to another one.
-    pub(super) async fn note_named_by(&self, refusal: &Refusal) -> Result<(), StoreError> {
-        let (Refusal::CycleRunning(named) | Refusal::CycleWaiting(named)) = refusal else { return Ok(()) };
+    pub(super) async fn note_named_by(&self, refusal: &NotAdmitted) -> Result<(), StoreError> {
+        let named = match refusal {
+            NotAdmitted::CycleRunning(named) | NotAdmitted::CycleWaiting(named) => named,
+            NotAdmitted::QueueFull(_) | NotAdmitted::StoreUnavailable(_) | NotAdmitted::Draining => return Ok(()),
+        };
         if self.state().noted >= *named {
             return Ok(());
         }

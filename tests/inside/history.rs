@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use orchestrator_core::{
     model::{CycleId, CycleState},
-    orchestrator::{Orchestrator, Refusal, Settings, Tasks},
+    orchestrator::{NotCancelled, Orchestrator, Refusal, Settings, Tasks},
     ports::{Filter, Retention, RetentionRule},
     record::{self, PartFilter},
     store,
@@ -100,10 +100,10 @@ async fn a_live_cycle_is_refused_as_not_finished_and_an_unknown_one_as_not_found
     }
     for never in [CycleId(0), CycleId(3)] {
         assert!(matches!(orchestrator.cycle(never).await, Err(Refusal::CycleNotFound(id)) if id == never));
-        assert!(matches!(orchestrator.cancel_cycle(never).await, Err(Refusal::CycleNotFound(id)) if id == never));
+        assert!(matches!(orchestrator.cancel_cycle(never).await, Err(NotCancelled::CycleNotFound(id)) if id == never));
     }
     runs.recorded().await.unwrap();
     let refused = orchestrator.cancel_cycle(CycleId(1)).await;
-    assert!(matches!(refused, Err(Refusal::CycleFinished(CycleId(1)))), "{refused:?}");
+    assert!(matches!(refused, Err(NotCancelled::CycleFinished(CycleId(1)))), "{refused:?}");
     waits.recorded().await.unwrap();
 }

@@ -12,7 +12,7 @@ use std::{
 
 use orchestrator_core::{
     model::{CycleId, CycleState, Name, Revision},
-    orchestrator::{From, Orchestrator, Refusal, Settings, Stopped, Tasks, Ticket, WatchFilter},
+    orchestrator::{From, NotRecorded, Orchestrator, Refusal, Settings, Stopped, Tasks, Ticket, WatchFilter},
     ports::{Store, StoreError, Write},
     record, store,
 };
@@ -207,7 +207,7 @@ async fn writes_of_cycles_are_retried_and_other_changes_fail_with_the_first_erro
     sleep(Duration::from_millis(10)).await;
     stage.script.let_go();
     let refused = ticket.recorded().await;
-    assert!(matches!(refused, Err(Refusal::StoreUnavailable(Some(CycleId(1)), _))), "{refused:?}");
+    assert!(matches!(refused, Err(NotRecorded::StoreUnavailable(Some(CycleId(1)), _))), "{refused:?}");
     let refused = registering.await.unwrap();
     assert!(matches!(refused, Err(Refusal::StoreUnavailable(None, _))), "{refused:?}");
     assert!(stage.orchestrator.status().store_error.is_some());
@@ -259,7 +259,7 @@ async fn the_number_of_logged_errors_of_a_failing_write_does_not_depend_on_calle
     stage.script.judge((0..=CALLS).map(|_| Box::new(full) as Verdict));
     stage.script.let_go();
     let refused = ticket.recorded().await;
-    assert!(matches!(refused, Err(Refusal::StoreUnavailable(Some(CycleId(1)), _))), "{refused:?}");
+    assert!(matches!(refused, Err(NotRecorded::StoreUnavailable(Some(CycleId(1)), _))), "{refused:?}");
     let errors = Errors::default();
     let _logged = tracing::subscriber::set_default(errors.clone());
     for _ in 0..CALLS {
@@ -335,7 +335,7 @@ async fn while_a_commit_is_late_nothing_is_admitted_and_it_is_applied_when_it_re
     stage.trouble.send_replace(Some(late()));
     let answer = ticket.recorded().await;
     assert!(
-        matches!(&answer, Err(Refusal::StoreUnavailable(Some(CycleId(1)), error)) if *error == late()),
+        matches!(&answer, Err(NotRecorded::StoreUnavailable(Some(CycleId(1)), error)) if *error == late()),
         "{answer:?}"
     );
     assert_eq!(stage.orchestrator.status().store_error, Some(late()));
