@@ -37,7 +37,8 @@ use std::{
 
 use jiff::Timestamp;
 use tokio::{
-    sync::{Notify, OwnedMutexGuard, mpsc, watch as newest},
+    select,
+    sync::{Notify, OwnedMutexGuard, mpsc, watch as latest},
     time::Instant,
 };
 use tokio_util::{
@@ -106,7 +107,7 @@ struct Shared {
     queue_changed: Notify,
     loops_changed: Notify,
     leases_changed: Notify,
-    newest: newest::Sender<Revision>,
+    newest: latest::Sender<Revision>,
     live: Live,
     watchers: Watchers,
     /// Cancelled once no more writes are possible: `State::store_error` has the reason.
@@ -139,7 +140,8 @@ struct State {
     /// The latest records without a gap, oldest first, for watchers that are nearly up to date.
     recent: VecDeque<Arc<Recent>>,
     recent_bytes: usize,
-    store_error: Option<StoreError>,
+    /// Why the store can't be written now. Cycles are put off only while there is a reason.
+    store_error: latest::Sender<Option<StoreError>>,
     /// The unreadable records that were logged.
     unreadable: BTreeSet<(CycleId, Revision)>,
     draining: bool,
@@ -163,7 +165,7 @@ impl Orchestrator {
 
     /// Admits a change of the registry or of a loop, waits until it is its turn, and completes it then, even if the
     /// caller goes away: a change that is dropped half-way would be committed, but missing in memory. A caller that
-    /// goes away before takes its change along, so that no more changes wait than callers.
+    /// goes away before takes its change along, so that no more changes wait than callers. A late commit ends the wait.
     async fn change<T, F>(&self, change: impl FnOnce(Arc<Shared>, Turn) -> F) -> Result<T, Refusal>
     where
         T: Send + 'static,
@@ -174,10 +176,12 @@ impl Orchestrator {
         if self.0.state().draining {
             return Err(Refusal::Draining);
         }
-        if let Some(late) = self.0.late_error() {
-            return Err(late.into());
-        }
-        let change = change(self.0.clone(), self.0.order.clone().lock_owned().await);
+        let turn = select! {
+            biased;
+            late = self.0.late_commit() => return Err(late.into()),
+            turn = self.0.order.clone().lock_owned() => turn,
+        };
+        let change = change(self.0.clone(), turn);
         let changed = tokio::spawn(async move {
             let _admission = admission;
             change.await

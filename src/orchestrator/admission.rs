@@ -17,7 +17,7 @@ use super::{
 use crate::{
     memory::{Full, Held},
     model::{CycleId, CycleRequest, OverlapPolicy, TraceId, Trigger},
-    ports::{OpenCycle, Record, Stage, Write},
+    ports::{Durability, OpenCycle, Record, Stage},
     record,
 };
 
@@ -108,7 +108,7 @@ impl Admitted {
         self.done.send_replace(Some(Err(why)));
     }
 
-    /// Lets new callers wait for the record again, because writing works again.
+    /// Lets new callers wait for the record again, because the store can be written again.
     pub(super) fn resume(&self) {
         self.done.send_if_modified(|done| done.take_if(|done| done.is_err()).is_some());
     }
@@ -156,7 +156,7 @@ impl State {
         if self.draining {
             return Err(NotAdmitted::Draining);
         }
-        if let Some(error) = &self.store_error {
+        if let Some(error) = &*self.store_error.borrow() {
             return Err(NotAdmitted::StoreUnavailable(error.clone()));
         }
         let locks = Locks::of(&request);
@@ -237,9 +237,8 @@ impl Orchestrator {
             Asked::Live(admitted) => admitted,
         };
         if durably && self.0.state().noted_durably < admitted.cycle_id {
-            // Any durable write notes all admitted cycles.
-            let written = self.0.write(|_| Write::default(), |_| ()).await;
-            written.map_err(|error| self.0.state().unavailable(admitted.cycle_id, error))?;
+            let noted = self.0.note(Durability::Durable).await;
+            noted.map_err(|error| self.0.state().unavailable(admitted.cycle_id, error))?;
         }
         Ok(admitted.ticket())
     }

@@ -190,11 +190,17 @@ impl Shared {
         self.closed.cancel();
     }
 
-    /// The last write of this process.
+    /// The last write of this process, which waits for a late commit.
     async fn close(&self) -> Result<(), StoreError> {
         self.changes.close();
         self.changes.wait().await;
-        self.write_in_turn(|_| Write { close: true, ..Write::default() }, |_| ()).await
+        loop {
+            self.no_late_commit().await;
+            let closed = self.write(|_| Write { close: true, ..Write::default() }, |_| ()).await;
+            if !closed.as_ref().is_err_and(StoreError::is_late) {
+                return closed;
+            }
+        }
     }
 }
 
@@ -228,7 +234,6 @@ impl ToWrite for Begin {
     }
 
     fn done(self: Box<Self>) {
-        self.admitted.resume();
         let _ = self.begun.send(Ok(self.begins));
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use jiff::Timestamp;
 use tokio::{
-    sync::{Notify, mpsc, watch as newest},
+    sync::{Notify, mpsc, watch as latest},
     time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -69,7 +69,7 @@ impl Orchestrator {
             pruned_to: contents.pruned_to,
             recent: VecDeque::new(),
             recent_bytes: 0,
-            store_error: None,
+            store_error: latest::Sender::new(None),
             unreadable: BTreeSet::new(),
             draining: false,
             counts: Counts::default(),
@@ -187,7 +187,7 @@ impl Orchestrator {
                 spans,
                 random,
             },
-            newest: newest::Sender::new(state.last_revision),
+            newest: latest::Sender::new(state.last_revision),
             live: Live::new(watching.clone()),
             watching,
             // With their known state, if requested.

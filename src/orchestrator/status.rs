@@ -89,7 +89,7 @@ impl Orchestrator {
             subsystem_count: state.registry.len(),
             oldest_revision: state.pruned_to.next(),
             newest_revision: state.last_revision,
-            store_error: state.store_error.clone(),
+            store_error: state.store_error.borrow().clone(),
             watchers: self.0.watchers.len(),
         }
     }

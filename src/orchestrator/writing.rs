@@ -111,7 +111,35 @@ where
     }
 }
 
+/// Changes that are not committed yet.
+struct Queue {
+    /// New ones arrive here.
+    asked: mpsc::Receiver<Box<dyn ToWrite>>,
+    /// Those of the next commits: at most one commit, and changes of cycles that are put off.
+    waiting: Vec<Box<dyn ToWrite>>,
+}
+
+impl Queue {
+    /// Takes the changes of the next commit.
+    fn next_batch(&mut self) -> Vec<Box<dyn ToWrite>> {
+        while self.waiting.len() < MAX_CHANGES
+            && let Ok(change) = self.asked.try_recv()
+        {
+            self.waiting.push(change);
+        }
+        let rest = self.waiting.split_off(fitting(&self.waiting));
+        mem::replace(&mut self.waiting, rest)
+    }
+}
+
 impl State {
+    /// The store no longer has this kind of error: new callers wait for records.
+    fn recovers_from(&self, kind: impl Fn(&StoreError) -> bool) {
+        if self.store_error.send_if_modified(|error| error.take_if(|error| kind(error)).is_some()) {
+            self.live.values().for_each(|admitted| admitted.resume());
+        }
+    }
+
     /// The refusal for a cycle whose record can't be written now. It names the cycle if its id is noted.
     pub(super) fn unavailable(&self, cycle_id: CycleId, error: StoreError) -> NotRecorded {
         NotRecorded::StoreUnavailable(Some(cycle_id).filter(|id| *id <= self.noted), error)
@@ -123,23 +151,8 @@ impl Shared {
     /// that time.
     ///
     /// # Errors
-    /// It could not be written, or a commit before it is late; nothing has changed.
+    /// It could not be written, or a commit before it is late; nothing has changed, and nothing will.
     pub(super) async fn write<T: Send + 'static>(
-        &self,
-        build: impl Fn(&State) -> Write + Send + 'static,
-        apply: impl FnOnce(&mut State) -> T + Send + 'static,
-    ) -> Result<T, StoreError> {
-        match self.late_error() {
-            Some(late) => Err(late),
-            None => self.write_in_turn(build, apply).await,
-        }
-    }
-
-    /// Writes a change even after a late commit: the last one of the process.
-    ///
-    /// # Errors
-    /// It could not be written, and nothing has changed.
-    pub(super) async fn write_in_turn<T: Send + 'static>(
         &self,
         build: impl Fn(&State) -> Write + Send + 'static,
         apply: impl FnOnce(&mut State) -> T + Send + 'static,
@@ -158,31 +171,26 @@ impl Shared {
     }
 
     /// Writes queued changes, as long as the process lives.
-    pub(super) async fn write_changes(self: Arc<Self>, mut asked: mpsc::Receiver<Box<dyn ToWrite>>) {
-        let mut waiting: Vec<Box<dyn ToWrite>> = Vec::new();
+    pub(super) async fn write_changes(self: Arc<Self>, asked: mpsc::Receiver<Box<dyn ToWrite>>) {
+        let mut queue = Queue { asked, waiting: Vec::new() };
         let (mut pause, mut retry_at) = (RETRY.0, Instant::now());
         loop {
-            if waiting.is_empty() {
+            if queue.waiting.is_empty() {
                 (pause, retry_at) = (RETRY.0, Instant::now());
                 // The sender lives as long as this task's `self`, so the task ends only when it is aborted.
-                let Some(change) = asked.recv().await else { return };
-                waiting.push(change);
+                let Some(change) = queue.asked.recv().await else { return };
+                queue.waiting.push(change);
             }
-            while waiting.len() < MAX_CHANGES
-                && let Ok(change) = asked.try_recv()
-            {
-                waiting.push(change);
-            }
-            let rest = waiting.split_off(fitting(&waiting));
-            let Err((tried, error)) = self.commit(mem::replace(&mut waiting, rest)).await else { continue };
+            let batch = queue.next_batch();
+            let Err((tried, error)) = self.commit(batch, &mut queue).await else { continue };
             if error.is_final() {
-                let again = self.commit_singly(tried, error).await;
-                waiting.splice(0..0, again);
+                let again = self.commit_singly(tried, error, &mut queue).await;
+                queue.waiting.splice(0..0, again);
                 continue;
             }
-            let tried = tried.into_iter().chain(waiting.drain(..)).collect();
-            waiting = self.put_off(tried, &error);
-            if !waiting.is_empty() {
+            let tried = tried.into_iter().chain(queue.waiting.drain(..)).collect();
+            queue.waiting = self.put_off(tried, &error);
+            if !queue.waiting.is_empty() {
                 let now = Instant::now();
                 if now >= retry_at {
                     tracing::error!(%error, "can't write; retrying in {pause:?}");
@@ -193,7 +201,7 @@ impl Shared {
                 select! {
                     biased;
                     () = sleep_until(retry_at) => {}
-                    change = asked.recv() => waiting.extend(change),
+                    change = queue.asked.recv() => queue.waiting.extend(change),
                 }
             }
         }
@@ -201,20 +209,24 @@ impl Shared {
 
     /// Commits these changes together, and then applies them in memory. On failure they are returned, and nothing has
     /// changed.
-    async fn commit(&self, mut batch: Vec<Box<dyn ToWrite>>) -> Result<(), (Vec<Box<dyn ToWrite>>, StoreError)> {
+    async fn commit(
+        &self,
+        mut batch: Vec<Box<dyn ToWrite>>,
+        queue: &mut Queue,
+    ) -> Result<(), (Vec<Box<dyn ToWrite>>, StoreError)> {
         if let Some(error) = self.final_error() {
             return Err((batch, error));
         }
         let (write, mark) = self.draft(&mut batch);
         let (durability, last_cycle_id) = (write.durability, write.last_cycle_id);
         let started = Instant::now();
-        let committed = self.await_commit(write, &cycles_of(&batch)).await;
+        let committed = self.await_commit(write, &cycles_of(&batch), queue).await;
         let took = started.elapsed();
         if let Err(error) = committed {
             let mut state = self.state();
             state.counts.commit_failed();
             // The commit has returned.
-            state.store_error.take_if(|error| error.is_late());
+            state.recovers_from(StoreError::is_late);
             drop(state);
             return Err((batch, error));
         }
@@ -224,7 +236,7 @@ impl Shared {
         {
             let mut state = self.state();
             state.counts.committed(durability, took);
-            state.store_error.take_if(|error| !error.is_final());
+            state.recovers_from(|error| !error.is_final());
             state.loops.written(mark);
             state.noted = last_cycle_id;
             if durability == Durability::Durable {
@@ -242,21 +254,28 @@ impl Shared {
         Ok(())
     }
 
-    /// Commits a write, and waits for the outcome, however long that takes. While the store reports trouble, nothing is
-    /// admitted, and the callers of the cycles in the write are notified.
-    async fn await_commit(&self, write: Write, cycles: &[Arc<Admitted>]) -> Result<(), StoreError> {
+    /// Commits a write of these cycles, and waits for the outcome, however long that takes. While the store reports
+    /// trouble, nothing is admitted, the callers of the cycles are notified, and queued changes are put off.
+    async fn await_commit(&self, write: Write, cycles: &[Arc<Admitted>], queue: &mut Queue) -> Result<(), StoreError> {
         let (mut commit, mut trouble) = (self.store.commit(Arc::new(write)), self.store.trouble());
+        let mut late = None;
         loop {
+            if let Some(error) = &late {
+                queue.waiting = self.put_off(mem::take(&mut queue.waiting), error);
+            }
             select! {
                 biased;
                 committed = &mut commit => return committed,
-                Some(trouble) = trouble.next() => match trouble {
-                    Some(error) => {
+                Some(reported) = trouble.next() => {
+                    if let Some(error) = &reported {
                         tracing::error!(%error, "no cycle is admitted until the commit returns");
-                        self.notify_of(&error, cycles);
+                        self.notify_of(error, cycles);
+                    } else {
+                        self.state().recovers_from(|error| !error.is_final());
                     }
-                    None => drop(self.state().store_error.take_if(|error| !error.is_final())),
-                },
+                    late = reported;
+                }
+                Some(change) = queue.asked.recv(), if late.is_some() => queue.waiting.push(change),
             }
         }
     }
@@ -310,24 +329,32 @@ impl Shared {
         again
     }
 
-    /// Records why the store accepts no writes, until a commit returns. Notifies the callers of these cycles.
+    /// Records why the store accepts no writes, until a commit returns. Notifies the callers of these cycles, and of
+    /// those that wait for their turn, since none begins without a write.
     fn notify_of(&self, error: &StoreError, cycles: &[Arc<Admitted>]) {
-        let mut state = self.state();
-        if state.store_error.as_ref().is_none_or(|error| !error.is_final()) {
-            state.store_error = Some(error.clone());
-        }
-        for admitted in cycles {
+        let state = self.state();
+        state.store_error.send_if_modified(|now| {
+            let is_final = now.as_ref().is_some_and(StoreError::is_final);
+            !is_final && now.replace(error.clone()).as_ref() != Some(error)
+        });
+        let waiting = state.line.all_waiting().filter_map(|cycle_id| state.live.get(&cycle_id));
+        for admitted in cycles.iter().chain(waiting) {
             admitted.put_off(state.unavailable(admitted.cycle_id, error.clone()));
         }
     }
 
     /// Handles changes that can never be written together. Changes that are not the cause are written, and then the
     /// process ends. Returns the changes to retry.
-    async fn commit_singly(&self, batch: Vec<Box<dyn ToWrite>>, error: StoreError) -> Vec<Box<dyn ToWrite>> {
+    async fn commit_singly(
+        &self,
+        batch: Vec<Box<dyn ToWrite>>,
+        error: StoreError,
+        queue: &mut Queue,
+    ) -> Vec<Box<dyn ToWrite>> {
         let alone = batch.len() == 1;
         let (mut again, mut to_blame) = (Vec::new(), Vec::new());
         for change in batch {
-            let tried = if alone { Err((vec![change], error.clone())) } else { self.commit(vec![change]).await };
+            let tried = if alone { Err((vec![change], error.clone())) } else { self.commit(vec![change], queue).await };
             match tried {
                 Ok(()) => {}
                 Err((failed, error)) if error.is_final() => to_blame.push((failed, error)),
@@ -354,7 +381,19 @@ impl Shared {
         if self.state().noted >= *named {
             return Ok(());
         }
-        self.write(note, |_| ()).await
+        self.note(Durability::Buffered).await
+    }
+
+    /// Notes all admitted cycles. No other change depends on the outcome, so a late commit ends the wait.
+    ///
+    /// # Errors
+    /// The note could not be written, or a commit is late; the cycles may be noted later.
+    pub(super) async fn note(&self, durability: Durability) -> Result<(), StoreError> {
+        select! {
+            biased;
+            late = self.late_commit() => Err(late),
+            noted = self.write(note(durability), |_| ()) => noted,
+        }
     }
 
     /// Queues a note of the cycles that wait, unless the next write notes them anyway. No caller waits for it: as soon
@@ -366,19 +405,28 @@ impl Shared {
         };
         let is_queued = self.to_write.capacity() < WAITING;
         if !is_noted && !is_queued {
-            let (edit, _) = Edit::new(note, |_: &mut State| ());
+            let (edit, _) = Edit::new(note(Durability::Buffered), |_: &mut State| ());
             // Without a place in the queue, another write comes first.
             let _ = self.to_write.try_send(edit);
         }
     }
 
-    /// Why no change is admitted until a commit returns, if that is late.
-    pub(super) fn late_error(&self) -> Option<StoreError> {
-        self.state().store_error.clone().filter(StoreError::is_late)
+    /// Waits until a commit is late. Returns the error for changes that would wait for it.
+    pub(super) async fn late_commit(&self) -> StoreError {
+        let mut error = self.state().store_error.subscribe();
+        let late = error.wait_for(|error| error.as_ref().is_some_and(StoreError::is_late)).await;
+        late.ok().and_then(|late| late.clone()).unwrap_or_else(|| self.store_ended())
+    }
+
+    /// Waits until no commit is late.
+    pub(super) async fn no_late_commit(&self) {
+        let mut error = self.state().store_error.subscribe();
+        // The sender lives as long as `self`.
+        let _ = error.wait_for(|error| !error.as_ref().is_some_and(StoreError::is_late)).await;
     }
 
     fn final_error(&self) -> Option<StoreError> {
-        self.state().store_error.clone().filter(StoreError::is_final)
+        self.state().store_error.borrow().clone().filter(StoreError::is_final)
     }
 
     /// Why no more writes are possible.
@@ -388,14 +436,14 @@ impl Shared {
 
     /// No more writes are possible: ends the process.
     pub(super) fn store_ends(&self, error: &StoreError) {
-        self.state().store_error = Some(error.clone());
+        self.state().store_error.send_replace(Some(error.clone()));
         self.store_has_ended.cancel();
     }
 }
 
 /// The write that changes nothing: like every write, it notes the admitted cycles.
-fn note(_: &State) -> Write {
-    Write { durability: Durability::Buffered, ..Write::default() }
+fn note(durability: Durability) -> impl Fn(&State) -> Write {
+    move |_| Write { durability, ..Write::default() }
 }
 
 /// The cycles that need these changes.

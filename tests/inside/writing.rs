@@ -11,8 +11,8 @@ use std::{
 };
 
 use orchestrator_core::{
-    model::{CycleId, CycleState, Name, Revision},
-    orchestrator::{From, NotRecorded, Orchestrator, Refusal, Settings, Stopped, Tasks, Ticket, WatchFilter},
+    model::{CycleId, CycleRequest, CycleState, Name, Revision},
+    orchestrator::{Change, From, NotRecorded, Orchestrator, Refusal, Settings, Stopped, Tasks, Ticket, WatchFilter},
     ports::{Store, StoreError, Write},
     record, store,
 };
@@ -160,6 +160,16 @@ fn full(_: &Write) -> Result<(), StoreError> {
 
 fn late() -> StoreError {
     StoreError::Late { store: "memory:".into(), waited: Duration::from_secs(5), problem: "as scripted".into() }
+}
+
+/// The refusal of a call that waits for the store.
+async fn told<T: std::fmt::Debug, R: Into<Refusal>>(
+    call: impl Future<Output = Result<T, R>>,
+) -> (Option<u64>, StoreError) {
+    match timeout(Duration::from_millis(10), call).await.map(|told| told.map_err(Into::into)) {
+        Ok(Err(Refusal::StoreUnavailable(cycle_id, error))) => (cycle_id.map(|id| id.0), error),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -385,4 +395,154 @@ async fn cycles_are_refused_while_a_commit_is_late_and_admitted_afterwards() {
     assert_eq!(stage.orchestrator.status().store_error, None);
     stage.script.let_go();
     stage.run("a").await.recorded().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_of_cycles_behind_a_late_commit_are_refused_and_the_cycles_recorded_afterwards() {
+    let stage = Stage::new().await;
+    let commits = |number| stage.script.permits.add_permits(number);
+    let recorded = stage.run("a").await;
+    commits(1);
+    sleep(Duration::from_millis(500)).await;
+    let runs = tokio::spawn(stage.run("b").await.recorded());
+    commits(1);
+    sleep(Duration::from_millis(10)).await;
+    let waits = stage.run("a").await;
+    commits(1);
+    // The first one ends, and its record does not return.
+    sleep(Duration::from_millis(600)).await;
+    let begins = stage.run("c").await;
+    sleep(Duration::from_millis(100)).await;
+    stage.trouble.send_replace(Some(late()));
+    for (ticket, noted) in [(recorded, Some(1)), (waits, Some(3)), (begins, None)] {
+        assert_eq!(told(ticket.recorded()).await, (noted, late()));
+    }
+    sleep(Duration::from_millis(200)).await;
+    assert!(!runs.is_finished());
+    // It ends.
+    sleep(Duration::from_millis(200)).await;
+    assert_eq!(told(async { runs.await.unwrap() }).await, (Some(2), late()));
+    // Its record waits as well.
+    assert_eq!(told(stage.orchestrator.cancel_cycle(CycleId(3))).await, (Some(3), late()));
+    assert_eq!(stage.orchestrator.status().total_cycles, 0);
+
+    stage.script.let_go();
+    sleep(Duration::from_secs(2)).await;
+    for cycle_id in 1..=4 {
+        let expected = if cycle_id == 3 { CycleState::Cancelled } else { CycleState::Succeeded };
+        assert_eq!(stage.orchestrator.cycle(CycleId(cycle_id)).await.unwrap().state, expected, "{cycle_id}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_of_cycles_in_line_are_refused_while_the_store_can_not_be_written() {
+    let stage = Stage::new().await;
+    stage.run("a").await;
+    stage.script.permits.add_permits(1);
+    sleep(Duration::from_millis(10)).await;
+    let waits = stage.run("a").await;
+    stage.script.judge([Box::new(full) as Verdict, Box::new(full)]);
+    stage.script.let_go();
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(told(waits.recorded()).await, (Some(2), full(&Write::default()).unwrap_err()));
+    sleep(Duration::from_secs(3)).await;
+    assert_eq!(stage.orchestrator.cycle(CycleId(2)).await.unwrap().state, CycleState::Succeeded);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_repeated_request_waits_for_its_cycle_again_once_no_commit_is_late() {
+    let stage = Stage::new().await;
+    stage.run("a").await;
+    stage.after_commits(1).await;
+    let ask = || async {
+        let request = CycleRequest { request_id: Some("again".into()), ..of(&["a"]) };
+        stage.orchestrator.run_cycle(request, false).await?.recorded().await.map_err(Refusal::from)
+    };
+    // It waits in line.
+    assert!(timeout(Duration::from_millis(10), ask()).await.is_err());
+    for _ in 0..2 {
+        stage.trouble.send_replace(Some(late()));
+        sleep(Duration::from_millis(10)).await;
+        assert_eq!(told(ask()).await, (None, late()));
+        stage.trouble.send_replace(None);
+        sleep(Duration::from_millis(10)).await;
+        assert!(timeout(Duration::from_millis(10), ask()).await.is_err());
+    }
+    stage.script.let_go();
+    assert_eq!(ask().await.unwrap().cycle_id, CycleId(2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_that_waits_for_its_turn_is_refused_once_a_commit_is_late_and_not_made() {
+    let stage = Stage::new().await;
+    let register = |name| {
+        let orchestrator = stage.orchestrator.clone();
+        tokio::spawn(async move { orchestrator.register(subsystem(name), None).await })
+    };
+    let (first, second) = (register("d"), register("e"));
+    sleep(Duration::from_millis(10)).await;
+    stage.trouble.send_replace(Some(late()));
+    assert_eq!(told(async { second.await.unwrap() }).await, (None, late()));
+    assert_eq!(told(async { register("f").await.unwrap() }).await, (None, late()));
+    // Its commit may still be made.
+    assert!(!first.is_finished());
+    stage.script.let_go();
+    first.await.unwrap().unwrap();
+    sleep(Duration::from_secs(1)).await;
+    let registered = ["d", "e", "f"].map(|name| stage.orchestrator.subsystem(&Name::parse(name).unwrap()).is_ok());
+    assert_eq!(registered, [true, false, false]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_queued_change_is_refused_once_a_commit_is_late_and_not_made() {
+    let stage = Stage::new().await;
+    stage.run("a").await;
+    // Its record does not return.
+    stage.after_commits(1).await;
+    let orchestrator = stage.orchestrator.clone();
+    let registering = tokio::spawn(async move { orchestrator.register(subsystem("d"), None).await });
+    sleep(Duration::from_millis(10)).await;
+    stage.trouble.send_replace(Some(late()));
+    assert_eq!(told(async { registering.await.unwrap() }).await, (None, late()));
+    stage.script.let_go();
+    sleep(Duration::from_secs(1)).await;
+    assert!(stage.orchestrator.subsystem(&Name::parse("d").unwrap()).is_err());
+    let (_, change) = stage.orchestrator.register(subsystem("d"), None).await.unwrap();
+    assert_eq!(change, Change::Created);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_does_not_wait_for_its_cycle_is_refused_once_a_commit_is_late() {
+    let stage = Stage::new().await;
+    let admit = |name| {
+        let orchestrator = stage.orchestrator.clone();
+        tokio::spawn(async move { orchestrator.run_cycle(of(&[name]), true).await.map(|ticket| ticket.cycle_id) })
+    };
+    // The first one is noted by the late commit, the second one behind it.
+    let first = admit("a");
+    sleep(Duration::from_millis(10)).await;
+    let second = admit("b");
+    sleep(Duration::from_millis(10)).await;
+    stage.trouble.send_replace(Some(late()));
+    for admitting in [first, second] {
+        assert_eq!(told(async { admitting.await.unwrap() }).await, (None, late()));
+    }
+    stage.script.let_go();
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(stage.orchestrator.status().total_cycles, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_write_waits_for_a_late_commit() {
+    let mut stage = Stage::new().await;
+    stage.script.permits.add_permits(1);
+    stage.orchestrator.register(subsystem("d"), Some(Duration::from_secs(1))).await.unwrap();
+    // The end of its lease is being written.
+    sleep(Duration::from_secs(2)).await;
+    stage.trouble.send_replace(Some(late()));
+    stage.orchestrator.drain();
+    assert!(timeout(Duration::from_mins(1), stage.tasks.finished()).await.is_err());
+    stage.script.let_go();
+    stage.tasks.finished().await.unwrap();
+    assert!(stage.store.take_over().await.unwrap().subsystems.iter().all(|stored| stored.name.as_str() != "d"));
 }
