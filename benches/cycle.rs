@@ -1,12 +1,11 @@
-//! What a cycle costs, beside its floor in the same run.
+//! The cost of a cycle, beside its floor in the same run.
 //!
 //! The floor is a bare tonic client that sends the same calls over connections that it keeps open, all at once, on the
-//! same runtime. It knows no order, no deadlines and no record. A cycle of ours is asked for and waited for in this
-//! process, and ends when its record is written: to a SQLite database on the disk, or to memory. `scraped` is `sqlite`
-//! with all metrics written once a round, which is far oftener than monitoring asks for them; `traced` is `sqlite` with
-//! every span of every cycle exported. Cycles count for the metrics on all sides. The rounds of all sides alternate,
-//! and the server is a process of its own, the same for all; the collector, which throws away what it gets, is in it as
-//! well.
+//! same runtime. It has no order, no deadlines and no record. Our cycle is requested and awaited in this process, and
+//! ends when its record is written: to a SQLite database on the disk, or to memory. `scraped` is `sqlite` with all
+//! metrics written once a round, which is far more often than monitoring reads them; `traced` is `sqlite` with every
+//! span of every cycle exported. Metrics count the cycles of all sides. The rounds of all sides alternate. One server
+//! process serves all sides; it contains the collector, which discards the spans.
 //!
 //! `cargo bench --bench cycle` measures every fleet; `cargo bench --bench cycle -- 28x1` only the one of that name.
 //! Prints a table for people, and one line of JSON per fleet.
@@ -56,7 +55,7 @@ use tonic::{
     transport::{Channel, Endpoint, Server, server::TcpIncoming},
 };
 
-// As the service has it; it serves both sides.
+// The allocator of the service; it serves both sides.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -66,7 +65,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 struct Fleet {
     subsystems: usize,
     endpoints: usize,
-    /// Cycles of one side before the other side's turn.
+    /// Number of cycles of one side before the other side's turn.
     cycles: usize,
     rounds: usize,
 }
@@ -84,7 +83,7 @@ impl Fleet {
         format!("{}x{}", self.subsystems, self.endpoints)
     }
 
-    /// The server's share is the larger one: it listens, and accepts from all sides.
+    /// The server needs the larger share: it listens, and accepts from all sides.
     fn open_files(&self) -> u64 {
         5 * self.endpoints as u64 + 100
     }
@@ -97,7 +96,7 @@ fn main() -> Result<()> {
     if first.as_deref() == Some(NOOP) {
         return serve_noop(args.next().unwrap_or_default().parse()?);
     }
-    // Cargo says `--bench` when it benches; otherwise this is only tried out.
+    // Cargo passes `--bench` for measurements; otherwise this only checks that the benchmark works.
     let all: Vec<_> = first.into_iter().chain(args).collect();
     let measure = all.iter().any(|arg| arg == "--bench");
     let wanted = all.iter().find(|arg| !arg.starts_with('-'));
@@ -129,7 +128,7 @@ fn main() -> Result<()> {
 // ---------------------------------------------------------------------------------------------------------------
 // Measuring
 
-/// What the cycles of one side took.
+/// The measured cost of the cycles of one side.
 #[derive(Default)]
 struct Measured {
     cycles: Vec<Duration>,
@@ -237,9 +236,9 @@ impl Side {
         }
     }
 
-    /// Does what is done once a round, and waits until nothing of its cycles is left to be done.
+    /// Does the work of one round's end, and waits until all work of its cycles is done.
     async fn settle(&self) -> Result<()> {
-        /// Longer than spans are gathered before they are sent. Waiting takes no CPU time.
+        /// Longer than the interval at which spans are sent. Waiting takes no CPU time.
         const EXPORT: Duration = Duration::from_millis(400);
         let Self::Ours(_, ours) = self else { return Ok(()) };
         if let Some(metrics) = &ours.metrics {
@@ -260,13 +259,13 @@ impl Side {
     }
 }
 
-/// The orchestrator, with what it dials and where it writes, as the service puts it together.
+/// The orchestrator with its connections and its store, in the same composition as the service.
 struct Ours {
     orchestrator: Orchestrator,
     tasks: Tasks,
-    /// Written once a round.
+    /// The metrics, written once a round.
     metrics: Option<Arc<Metrics>>,
-    /// Sends the spans, until it is told to stop.
+    /// Sends the spans until it is stopped.
     exporting: Option<(JoinHandle<()>, CancellationToken)>,
 }
 
@@ -313,7 +312,7 @@ impl Ours {
     }
 }
 
-/// Sends the calls, and nothing else.
+/// Sends only the calls.
 struct Floor(Vec<(SubsystemClient<Channel>, pb::RunCycleRequest)>);
 
 impl Floor {
@@ -356,7 +355,7 @@ impl Floor {
 struct NoopServer {
     process: Child,
     endpoints: Vec<String>,
-    /// Where it takes spans.
+    /// The address at which it accepts spans.
     collector: String,
 }
 

@@ -1,9 +1,9 @@
-//! Everything at once that clients and subsystems can do to the service's memory and time, while a healthy client calls
-//! and its cycles have a deadline.
+//! All loads at once that clients and subsystems can put on the memory and time of the service, while a healthy client
+//! calls and its cycles have a deadline.
 //!
-//! `cargo test --test siege -- --ignored --nocapture` prints the figures. `ORCHESTRATOR_TEST_SIEGE_SECONDS` sets how
-//! long it takes, 60 by default; `ORCHESTRATOR_TEST_SIEGE_CGROUP` names a directory of a memory cgroup, with a limit,
-//! into which the service is put.
+//! `cargo test --test siege -- --ignored --nocapture` prints the figures. `ORCHESTRATOR_TEST_SIEGE_SECONDS` sets the
+//! duration, 60 by default; `ORCHESTRATOR_TEST_SIEGE_CGROUP` names a directory of a memory cgroup with a limit, in
+//! which the service then runs.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -41,7 +41,7 @@ const DEADLINE: Duration = Duration::from_secs(1);
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes a minute, and its figures mean something only on a machine that does nothing else"]
-async fn healthy_clients_are_served_while_others_take_what_they_can() {
+async fn healthy_clients_are_served_while_others_take_all_they_can() {
     let home = Home::new().with_args(["--set", "cycle.deadline=1s", "--set", "log.filter=warn"]);
     let home = match env::var("ORCHESTRATOR_TEST_SIEGE_CGROUP") {
         Ok(cgroup) => home.with_wrapper([
@@ -84,7 +84,7 @@ async fn healthy_clients_are_served_while_others_take_what_they_can() {
     assert!(service.ended().await.success(), "{}", home.log());
     for figures in [&quiet, &besieged, &after] {
         assert!(figures.calls > 0 && figures.cycles > 0 && figures.refused == 0, "{figures:?}");
-        // What is promised of a cycle, by its own record.
+        // The deadline of a cycle holds, by its own record.
         assert!(figures.latest_end <= DEADLINE + Duration::from_millis(250), "{figures:?}");
     }
 }
@@ -105,11 +105,11 @@ struct Figures {
     worst: Duration,
     cycles: usize,
     refused: usize,
-    /// The latest end of a cycle after its start.
+    /// The latest end of a cycle, after its start.
     latest_end: Duration,
 }
 
-/// Asks for the status and runs cycles, again and again, on connections of its own.
+/// Asks for the status and runs cycles repeatedly, on connections of its own.
 async fn healthy(service: &Service, ends: Instant) -> Figures {
     const ENOUGH: usize = 10;
     let mut figures = Figures::default();
@@ -151,7 +151,7 @@ async fn healthy(service: &Service, ends: Instant) -> Figures {
     figures
 }
 
-/// One that is healthy, and others that answer as much as they can.
+/// Registers a healthy subsystem, and others whose answers are as large as possible.
 async fn subsystems(client: &mut Client, fleet: &Fleet) {
     let issue = sub::Issue { severity: 0, code: String::new(), message: String::new() };
     let empty_issues = sub::RunCycleResponse { issues: vec![issue; 2 << 20], ..sub::RunCycleResponse::default() };
@@ -177,14 +177,14 @@ async fn subsystems(client: &mut Client, fleet: &Fleet) {
             client.register(registration).await.unwrap();
         }
     }
-    // A history with records as large as they may be.
+    // A history with records of the largest size.
     client.run().await.unwrap();
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // The others
 
-/// A connection on which no answer is taken.
+/// A connection whose answers are not read.
 async fn connect(address: SocketAddr) -> Option<Sender> {
     let stream = TcpStream::connect(address).await.ok()?;
     let (sender, connection) = http2::Builder::new(TokioExecutor::new())
@@ -212,7 +212,7 @@ fn framed(message: &[u8]) -> Bytes {
     framed.freeze()
 }
 
-/// A body of these bytes, after which nothing comes, or, unless it `ends`, nothing more comes.
+/// A body of these bytes. Unless it `ends`, it stays open without further bytes.
 fn body(bytes: Bytes, ends: bool) -> BoxBody<Bytes, std::io::Error> {
     use futures_util::{StreamExt, stream};
     let first = stream::iter([Ok(Frame::data(bytes))]);
@@ -223,7 +223,7 @@ fn body(bytes: Bytes, ends: bool) -> BoxBody<Bytes, std::io::Error> {
     }
 }
 
-/// Keeps calls open, as many as one connection may have, and starts again when they have ended.
+/// Keeps the largest number of calls open that one connection may have, and replaces calls that have ended.
 async fn keep_open(address: SocketAddr, path: &'static str, make: impl Fn() -> BoxBody<Bytes, std::io::Error>) {
     const CALLS: usize = 200;
     loop {
@@ -248,7 +248,7 @@ async fn keep_open(address: SocketAddr, path: &'static str, make: impl Fn() -> B
     }
 }
 
-/// Asks for the largest records, and for descriptions, and takes nothing.
+/// Requests the largest records, and descriptions, and does not read them.
 async fn untaken_answers(address: SocketAddr, i: usize) {
     let request = pb::GetCycleRequest { cycle_id: 1 }.encode_to_vec();
     if i.is_multiple_of(2) {
@@ -262,7 +262,7 @@ async fn untaken_answers(address: SocketAddr, i: usize) {
     keep_open(address, path, || body(framed(&request), false)).await;
 }
 
-/// Sends a message of 4 MiB that never ends, where no message is large.
+/// Sends a message of 4 MiB that never ends, to RPCs with small messages.
 async fn endless_messages(address: SocketAddr, i: usize) {
     let path = match i % 2 {
         0 => "/grpc.health.v1.Health/Check",
@@ -280,7 +280,7 @@ async fn announced_messages(address: SocketAddr) {
     keep_open(address, "/dreamnet.orchestrator.v1.Orchestrator/GetStatus", || body(announced.clone(), false)).await;
 }
 
-/// Watches from the beginning, each second one by a filter of many names, and takes nothing.
+/// Watches from the beginning, every second watcher with a filter of many names, and does not read.
 async fn stalled_watchers(address: SocketAddr, i: usize) {
     let subsystems = if i.is_multiple_of(2) { Vec::new() } else { (0..200_000).map(|i| format!("s{i}")).collect() };
     let request = pb::WatchCyclesRequest { from_oldest: true, subsystems, ..pb::WatchCyclesRequest::default() };
@@ -288,9 +288,9 @@ async fn stalled_watchers(address: SocketAddr, i: usize) {
     keep_open(address, "/dreamnet.orchestrator.v1.Orchestrator/WatchCycles", || body(request.clone(), true)).await;
 }
 
-/// Lists of as many entries as a message can hold.
+/// Sends lists with the largest number of entries that a message can hold.
 async fn large_lists(address: SocketAddr) {
-    // Field 3 of `ListCyclesRequest`, packed, and field 1 of `PlanCycleRequest`, empty again and again.
+    // Field 3 of `ListCyclesRequest`, packed, and field 1 of `PlanCycleRequest`, empty and repeated.
     let mut states = vec![0x1a];
     prost::encoding::encode_varint(4_000_000, &mut states);
     states.resize(states.len() + 4_000_000, 1);
@@ -301,7 +301,7 @@ async fn large_lists(address: SocketAddr) {
     tokio::join!(lists, plans);
 }
 
-/// Registers and unregisters with an order.
+/// Registers and unregisters subsystems with an order.
 async fn registrations(mut client: Client, endpoint: String) {
     for i in 0_u64.. {
         let name = format!("chain{}", i % 500);
@@ -312,7 +312,7 @@ async fn registrations(mut client: Client, endpoint: String) {
     }
 }
 
-/// Asks for snapshots of subsystems that hang.
+/// Requests snapshots of subsystems that hang.
 async fn snapshots(admin: SocketAddr) {
     let ask = || async move {
         loop {
@@ -333,7 +333,7 @@ async fn snapshots(admin: SocketAddr) {
     while asking.join_next().await.is_some() {}
 }
 
-/// Connects, says what it speaks, and nothing more; as often as there is room.
+/// Connects, sends the preface of a protocol, and stays idle, on as many connections as possible.
 async fn idle_connections(address: SocketAddr) {
     const CONNECTIONS: usize = 5_000;
     let mut open = std::collections::VecDeque::new();

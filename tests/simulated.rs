@@ -1,5 +1,5 @@
-//! A whole service in a simulation: its network is in memory, its clock is paused, and its randomness has a seed. It is
-//! started as `serve` starts it, and opens no socket.
+//! A whole service in a simulation: its network is in memory, its clock is paused, and its randomness has a seed. It
+//! starts in the same way as `serve`, and opens no socket.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
@@ -32,7 +32,7 @@ use tokio::{
 use tonic::transport::Endpoint;
 use tower::service_fn;
 
-/// Connects every name to the listener at the port.
+/// Connects every name to the listener at its port.
 #[derive(Default)]
 struct Network {
     listening: Mutex<BTreeMap<u16, mpsc::Sender<DuplexStream>>>,

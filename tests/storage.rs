@@ -1,4 +1,4 @@
-//! The store from outside: opening it, refusing it, and errors of writing.
+//! The store from outside: opening, refusals, and errors of writing.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -41,7 +41,7 @@ use rustix::{
 use tokio::time;
 use tonic::Code;
 
-/// Starts a service that must refuse to, and returns what it says.
+/// Starts a service that must refuse to run, and returns its message.
 async fn refused(home: &Home) -> String {
     match home.try_serve().await {
         Ok(_) => panic!("it serves:\n{}", home.log()),
@@ -57,20 +57,20 @@ async fn a_second_process_is_refused_with_the_pid_of_the_first() {
     let said = refused(&stage.home).await;
     let pid = stage.service.pid().as_raw_nonzero();
     assert!(said.contains(&format!("is in use by another process (pid {pid}); stop that process first")), "{said}");
-    // The first one goes on in its epoch.
+    // The first process continues in its epoch.
     assert_eq!(stage.client.run().await.unwrap().cycle_id, 2);
     let epoch = stage.client.status().await.unwrap().epoch;
     let mut stage = stage.killed().await;
     assert!(stage.client.status().await.unwrap().epoch > epoch);
 }
 
-/// A home whose services come to the database by this path.
+/// A home whose services open the database by this path.
 fn at_store(path: &Path) -> Home {
     Home::new().with_store(&format!("sqlite:{}", path.display()))
 }
 
 #[tokio::test]
-async fn a_second_process_is_refused_by_whichever_path_it_comes_and_the_first_goes_on() {
+async fn a_second_process_is_refused_by_any_path_and_the_first_continues() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();
     let epoch = stage.client.status().await.unwrap().epoch;
@@ -87,7 +87,7 @@ async fn a_second_process_is_refused_by_whichever_path_it_comes_and_the_first_go
         assert!(said.contains("o.db is in use by another process (pid "), "{said}");
         assert_eq!(stage.client.run().await.unwrap().epoch, epoch, "{}", stage.home.log());
     }
-    // It is the same file, with another log and another lock beside it.
+    // It is the same file, but it would have another log and another lock beside it.
     for hard_link in [stage.home.path("hard.db"), elsewhere.path().join("hard.db")] {
         fs::hard_link(&database, &hard_link).unwrap();
         let said = refused(&at_store(&hard_link)).await;
@@ -115,7 +115,7 @@ async fn a_database_behind_a_link_is_opened_and_made_where_the_link_leads() {
 }
 
 #[tokio::test]
-async fn a_start_that_is_refused_takes_nothing_over() {
+async fn a_refused_start_does_not_take_over() {
     let mut stage = Stage::new().await;
     stage.register("a", |it| it.after = vec!["b".into()]).await;
     let Stage { home, service, fleet, .. } = stage;
@@ -132,14 +132,14 @@ async fn a_start_that_is_refused_takes_nothing_over() {
     assert_eq!(epoch(), before);
 }
 
-/// As if another process had taken over, past all locks.
+/// Changes the store as if another process had taken over, past all locks.
 fn take_over(home: &Home) {
     let database = Connection::open(home.path("o.db")).unwrap();
     assert_eq!(database.execute("UPDATE meta SET epoch = epoch + 1", []).unwrap(), 1);
 }
 
 #[tokio::test]
-async fn one_that_was_overtaken_is_fenced_when_it_writes() {
+async fn a_superseded_process_is_fenced_when_it_writes() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();
     take_over(&stage.home);
@@ -150,7 +150,7 @@ async fn one_that_was_overtaken_is_fenced_when_it_writes() {
 }
 
 #[tokio::test]
-async fn one_that_was_overtaken_in_the_middle_of_a_cycle_ends_without_waiting_for_it() {
+async fn a_superseded_process_ends_without_waiting_for_its_running_cycle() {
     let mut stage = Stage::new().await;
     stage.register("held", |_| {}).await;
     stage.fleet.run("held", Run::Hold);
@@ -163,7 +163,7 @@ async fn one_that_was_overtaken_in_the_middle_of_a_cycle_ends_without_waiting_fo
 }
 
 #[tokio::test]
-async fn one_that_was_overtaken_while_it_is_idle_learns_of_it() {
+async fn an_idle_process_notices_that_it_was_superseded() {
     let home = Home::new();
     let (host, url) = (Host::system(), store::StoreUrl::Sqlite(home.path("o.db")));
     let store = store::open(&url, record::check, host.clock).await.unwrap();
@@ -183,15 +183,15 @@ async fn one_that_was_overtaken_while_it_is_idle_learns_of_it() {
                 assert!(matches!(ended, Err(Stopped::Store(StoreError::Fenced { .. }))), "{ended:?}");
                 return;
             }
-            // The store is at work meanwhile.
+            // The store is used meanwhile.
             size = orchestrator.store_size() => assert!(size.is_ok(), "{size:?}"),
         }
     }
-    panic!("it goes on for hours");
+    panic!("it runs for hours");
 }
 
 #[tokio::test]
-async fn what_no_further_try_can_write_ends_the_service() {
+async fn a_write_that_no_retry_can_complete_ends_the_service() {
     let changes = [
         ("DROP TABLE cycles", "refuses a required write: no such table"),
         (
@@ -208,7 +208,7 @@ async fn what_no_further_try_can_write_ends_the_service() {
         stage.client.run().await.unwrap();
         let database = Connection::open(stage.home.path("o.db")).unwrap();
         database.execute_batch(change).unwrap();
-        // Other connections look at the schema again.
+        // Other connections read the changed schema.
         if change.contains("writable_schema") {
             database.execute_batch("CREATE TABLE again (x)").unwrap();
         }
@@ -222,7 +222,7 @@ async fn what_no_further_try_can_write_ends_the_service() {
 }
 
 #[tokio::test]
-async fn a_request_id_that_a_store_does_not_take_is_refused_before_anything_is_admitted() {
+async fn a_request_id_that_a_store_does_not_accept_is_refused_before_admission() {
     let mut stage = Stage::new().await;
     let request = pb::RunCycleRequest { request_id: "a\0b".into(), ..Default::default() };
     assert_eq!(reason(&stage.client.run_with(request).await.unwrap_err()), invalid(["request_id"]));
@@ -230,7 +230,7 @@ async fn a_request_id_that_a_store_does_not_take_is_refused_before_anything_is_a
 }
 
 #[tokio::test]
-async fn a_cycle_whose_beginning_could_not_be_written_at_first_is_waited_for_and_cancelled_like_others() {
+async fn a_cycle_whose_start_could_not_be_written_at_first_can_be_awaited_and_cancelled() {
     let mut stage = Stage::at(limited()).await;
     stage.register("a", |_| {}).await;
     stage.fleet.run("a", Run::Hold);
@@ -274,7 +274,7 @@ async fn a_log_that_grows_because_of_a_reader_is_reported_once_and_truncated_whe
 }
 
 #[tokio::test]
-async fn records_that_can_not_be_read_are_named_once_and_everything_goes_on_past_them() {
+async fn unreadable_records_are_named_once_and_passed_over() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     for _ in 0..6 {
@@ -290,7 +290,7 @@ async fn records_that_can_not_be_read_are_named_once_and_everything_goes_on_past
         )
         .unwrap();
     drop(database);
-    // Now all are read from the store.
+    // Now all records are read from the store.
     let mut stage = stage.killed().await;
     for _ in 0..2 {
         let page = stage.client.list_cycles(pb::ListCyclesRequest::default()).await.unwrap().into_inner();
@@ -330,7 +330,7 @@ async fn records_that_can_not_be_read_are_named_once_and_everything_goes_on_past
 }
 
 #[tokio::test]
-async fn a_damaged_end_of_the_log_is_reported_and_its_ids_are_not_given_again() {
+async fn a_damaged_end_of_the_log_is_reported_and_its_ids_are_not_used_again() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     for _ in 0..3 {
@@ -350,7 +350,7 @@ async fn a_damaged_end_of_the_log_is_reported_and_its_ids_are_not_given_again() 
         assert_eq!(cycle.state(), CycleState::Interrupted);
         assert!(cycle.error.contains("its record was lost"), "{cycle:?}");
     }
-    // A watcher that had received all of them continues where it was.
+    // A watcher that had received all of them continues at its position.
     let mut stream = client.watch_after(3).await.unwrap();
     assert_eq!(client.run().await.unwrap().cycle_id, 4);
     assert_eq!(decode(next_recorded(&mut stream).await).cycle_id, 4);
@@ -358,7 +358,7 @@ async fn a_damaged_end_of_the_log_is_reported_and_its_ids_are_not_given_again() 
 }
 
 #[tokio::test]
-async fn stored_rows_that_can_not_be_read_are_named_and_don_t_keep_the_service_from_starting() {
+async fn unreadable_rows_are_named_and_do_not_prevent_the_start() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a", "b"]).await;
     stage.client.run().await.unwrap();
@@ -381,12 +381,12 @@ async fn stored_rows_that_can_not_be_read_are_named_and_don_t_keep_the_service_f
         for key in ["key=\"b\"", "key=\"l\""] {
             assert!(home.log().contains(key), "{}", home.log());
         }
-        // What is not known of the cycle that was open is not made up.
+        // Unknown fields of the open cycle stay unknown.
         let cycle = service.client().await.cycle(2).await.unwrap();
         assert_eq!((cycle.state(), cycle.trigger()), (CycleState::Interrupted, Trigger::Unspecified));
         assert!(service.stop().await.success());
     }
-    // It is kept for a repair, with its output.
+    // The row is kept for a repair, with its output.
     let database = Connection::open(home.path("o.db")).unwrap();
     let spec = format!("{{\"name\":\"b\",\"endpoint\":\"{}\"}}", fleet.endpoint());
     assert_eq!(database.execute("UPDATE subsystems SET spec = ?1 WHERE name = 'b'", [spec]).unwrap(), 1);
@@ -395,7 +395,7 @@ async fn stored_rows_that_can_not_be_read_are_named_and_don_t_keep_the_service_f
     assert_eq!(service.client().await.subsystem("b").await.unwrap().output_cycle_id, 1);
 }
 
-/// `orchestrator store accept`, and what it says.
+/// Runs `orchestrator store accept`, and returns its exit code and its message.
 fn accept(path: &Path) -> (Option<i32>, String) {
     let url = format!("sqlite:{}", path.display());
     let output = Command::new(env!("CARGO_BIN_EXE_orchestrator")).args(["store", "accept", &url]).output().unwrap();
@@ -404,7 +404,7 @@ fn accept(path: &Path) -> (Option<i32>, String) {
 }
 
 #[tokio::test]
-async fn a_copy_is_refused_until_it_is_accepted_and_the_original_goes_on() {
+async fn a_copy_is_refused_until_it_is_accepted_and_the_original_continues() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     stage.client.run().await.unwrap();
@@ -419,7 +419,7 @@ async fn a_copy_is_refused_until_it_is_accepted_and_the_original_goes_on() {
     let before = fs::read(&look).unwrap();
     let said = refused(&at_store(&look)).await;
     assert!(said.contains("look.db is a copy of ") && said.contains("orchestrator store accept sqlite:"), "{said}");
-    assert_eq!(fs::read(&look).unwrap(), before, "it was not touched");
+    assert_eq!(fs::read(&look).unwrap(), before, "it was not changed");
     // Its subsystems have not seen another epoch.
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
 
@@ -443,7 +443,7 @@ async fn a_copy_is_refused_until_it_is_accepted_and_the_original_goes_on() {
 }
 
 #[tokio::test]
-async fn a_database_that_was_renamed_is_the_same_but_not_without_its_log_nor_by_two_names() {
+async fn a_renamed_database_is_accepted_unless_its_log_is_missing_or_it_has_two_names() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();
     let Stage { home, service, .. } = stage;
@@ -452,7 +452,7 @@ async fn a_database_that_was_renamed_is_the_same_but_not_without_its_log_nor_by_
     fs::hard_link(home.path("o.db"), &renamed).unwrap();
     let said = refused(&at_store(&renamed)).await;
     assert!(said.contains("renamed.db is the same file as ") && said.contains("a hard link"), "{said}");
-    // By its own name it goes on.
+    // It can still be opened by its own name.
     let service = home.serve().await;
     assert_eq!(service.client().await.run().await.unwrap().cycle_id, 2);
     service.kill().await;
@@ -465,7 +465,7 @@ async fn a_database_that_was_renamed_is_the_same_but_not_without_its_log_nor_by_
 }
 
 #[tokio::test]
-async fn a_log_without_its_database_is_kept_until_the_database_is_back() {
+async fn a_log_without_its_database_is_kept_until_the_database_returns() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();
     let Stage { home, service, .. } = stage;
@@ -481,7 +481,7 @@ async fn a_log_without_its_database_is_kept_until_the_database_is_back() {
 }
 
 #[tokio::test]
-async fn a_database_that_is_gone_or_replaced_by_another_one_is_an_error_in_the_log_with_its_last_cycle() {
+async fn a_missing_or_replaced_database_is_logged_as_an_error_with_its_last_cycle() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();
     stage.client.run().await.unwrap();
@@ -507,7 +507,7 @@ async fn a_database_that_is_gone_or_replaced_by_another_one_is_an_error_in_the_l
 }
 
 #[tokio::test]
-async fn a_backup_that_is_put_back_in_its_place_is_the_same_database() {
+async fn a_backup_that_is_restored_in_its_place_is_the_same_database() {
     let mut stage = Stage::new().await;
     stage.client.run().await.unwrap();
     let Stage { home, service, .. } = stage;
@@ -528,9 +528,9 @@ async fn nothing_is_acknowledged_into_a_database_that_was_removed() {
         let refused = stage.client.run().await.unwrap_err();
         assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
         assert!(refused.message().contains("was removed or replaced"), "{refused:?}");
-        // Back in its place, it is written again, and the cycle that ran is in it.
+        // Once the file is back in its place, it is written again, and contains the cycle that ran.
         fs::rename(stage.home.path("elsewhere"), stage.home.path(file)).unwrap();
-        patiently("writing to go on", async { while stage.client.run().await.is_err() {} }).await;
+        patiently("writing to continue", async { while stage.client.run().await.is_err() {} }).await;
         let mut stage = stage.killed().await;
         let history = stage.client.history().await.unwrap();
         assert_eq!(history.into_iter().map(|record| decode(record).cycle_id).collect::<Vec<_>>(), [1, 2, 3]);
@@ -538,7 +538,7 @@ async fn nothing_is_acknowledged_into_a_database_that_was_removed() {
 }
 
 #[tokio::test]
-async fn a_database_of_a_newer_version_is_refused_and_not_touched() {
+async fn a_database_of_a_newer_version_is_refused_and_left_unchanged() {
     let stage = Stage::new().await;
     let Stage { home, service, .. } = stage;
     assert!(service.stop().await.success());
@@ -562,8 +562,8 @@ async fn a_foreign_database_is_refused_and_left_unchanged() {
     assert!(said.contains("o.db is not an SQLite database, or its beginning is damaged; name another store"), "{said}");
     assert_eq!(fs::read(home.path("o.db")).unwrap(), before);
     let entries = |home: &Home| fs::read_dir(home.path("")).unwrap().count();
-    // It and the log of the service.
-    assert_eq!(entries(&home), 2, "nothing is left beside it");
+    // The database and the log of the service.
+    assert_eq!(entries(&home), 2, "no file is left beside it");
 
     // Other software numbers its schemas, too.
     for version in [0, 1] {
@@ -578,7 +578,7 @@ async fn a_foreign_database_is_refused_and_left_unchanged() {
         let (code, said) = accept(&home.path("o.db"));
         assert!(code == Some(1) && said.contains("of some other software; name another store"), "{said}");
         assert_eq!(fs::read(home.path("o.db")).unwrap(), before);
-        assert_eq!(entries(&home), 2, "nothing is left beside it");
+        assert_eq!(entries(&home), 2, "no file is left beside it");
     }
 }
 
@@ -592,7 +592,7 @@ async fn a_damaged_database_is_refused() {
     let Stage { home, service, .. } = stage;
     assert!(service.stop().await.success());
     let mut bytes = fs::read(home.path("o.db")).unwrap();
-    // All but the first page, which says what it is.
+    // All but the first page, by which the file is recognized.
     bytes[4096..].fill(0xa5);
     fs::write(home.path("o.db"), bytes).unwrap();
     let said = refused(&home).await;
@@ -643,7 +643,7 @@ async fn a_database_from_which_no_process_can_continue_is_refused_and_left_uncha
     }
 }
 
-/// Puts something that is not a regular file there, and says what it is.
+/// Creates something that is not a regular file at this path, and returns its description.
 type Put = fn(&Path) -> &'static str;
 
 const PUT_IRREGULAR: [Put; 4] = [
@@ -656,7 +656,7 @@ const PUT_IRREGULAR: [Put; 4] = [
         "a pipe"
     },
     |path| {
-        // Its file stays when it is closed.
+        // The file of a socket stays when the socket is closed.
         UnixListener::bind(path).unwrap();
         "a socket"
     },
@@ -711,12 +711,12 @@ async fn a_file_that_is_not_regular_is_named_and_no_file_is_created() {
     }
 }
 
-/// A home whose services get an error if a file may not grow, and are not killed for it.
+/// A home whose services get an error if a file may not grow, instead of a signal that kills them.
 fn limited() -> Home {
     Home::new().with_wrapper(["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"])
 }
 
-/// Limits the files of the service to this number of bytes, which simulates a full disk.
+/// Limits the size of the service's files, which simulates a full disk.
 fn limit(service: &Service, bytes: Option<u64>) {
     let Rlimit { maximum, .. } = getrlimit(Resource::Fsize);
     let limit = Rlimit { current: bytes.or(maximum), maximum };
@@ -724,7 +724,7 @@ fn limit(service: &Service, bytes: Option<u64>) {
 }
 
 #[tokio::test]
-async fn when_the_disk_is_full_nothing_is_lost_reads_go_on_and_it_recovers_by_itself() {
+async fn when_the_disk_is_full_no_record_is_lost_reads_continue_and_the_service_recovers() {
     let mut stage = Stage::at(limited()).await;
     stage.register("a", |_| {}).await;
     let first = stage.client.run().await.unwrap();
@@ -732,7 +732,7 @@ async fn when_the_disk_is_full_nothing_is_lost_reads_go_on_and_it_recovers_by_it
     assert_eq!(decode(next_recorded(&mut stream).await), first);
     assert!(matches!(next_event(&mut stream).await.unwrap().event, Some(Event::Bookmark(_))));
 
-    // It fills up while a cycle runs.
+    // The disk fills up while a cycle runs.
     stage.fleet.run("a", Run::Hold);
     let mut client = stage.client.clone();
     let request = pb::RunCycleRequest { request_id: "r".into(), ..Default::default() };
@@ -746,7 +746,7 @@ async fn when_the_disk_is_full_nothing_is_lost_reads_go_on_and_it_recovers_by_it
     assert_eq!((refused.code, refused.why.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
     assert_eq!(refused.metadata["cycle_id"], "2");
 
-    // Reads go on, and nothing is acknowledged.
+    // Reads continue, and nothing is acknowledged.
     let status = stage.client.status().await.unwrap();
     assert!(status.store_error.contains("o.db"), "{status:?}");
     assert_eq!((status.total_cycles, decode(status.last_cycle)), (1, first.clone()));
@@ -775,7 +775,7 @@ async fn when_the_disk_is_full_nothing_is_lost_reads_go_on_and_it_recovers_by_it
     assert!(!stage.client.subsystem("a").await.unwrap().suspended);
     assert!(stage.client.status().await.unwrap().loops.is_empty());
 
-    // There is room again.
+    // There is space again.
     limit(&stage.service, None);
     let second = decode(next_recorded(&mut stream).await);
     assert_eq!((second.cycle_id, second.state()), (2, CycleState::Succeeded));
@@ -790,7 +790,7 @@ async fn when_the_disk_is_full_nothing_is_lost_reads_go_on_and_it_recovers_by_it
 }
 
 #[tokio::test]
-async fn ticks_are_dropped_while_the_disk_is_full_and_a_kill_then_loses_nothing_acknowledged() {
+async fn ticks_are_dropped_while_the_disk_is_full_and_a_kill_then_loses_no_acknowledged_cycle() {
     let mut stage = Stage::at(limited()).await;
     stage.register("a", |_| {}).await;
     let settings = pb::IntervalLoop { name: "l".into(), interval: ms(20), ..Default::default() };
@@ -839,7 +839,7 @@ async fn while_the_disk_hangs_no_cycle_is_admitted_and_the_pending_write_is_reco
         assert_eq!(reason(&status).why, "STORE_UNAVAILABLE", "{status:?}");
     }
     assert_eq!(stage.fleet.runs("a").len(), 1);
-    assert!(stage.client.history().await.unwrap().is_empty(), "it can be read");
+    assert!(stage.client.history().await.unwrap().is_empty(), "the history can be read");
 
     let mut stream = stage.client.watch_after(0).await.unwrap();
     disk::comes_back(&stage.home);
@@ -851,9 +851,9 @@ async fn while_the_disk_hangs_no_cycle_is_admitted_and_the_pending_write_is_reco
     assert_eq!(stage.client.status().await.unwrap().total_cycles, 2);
 }
 
-/// Loses the power while this number of cycles runs side by side, and looks at what the next process makes of it.
+/// Causes a power failure while this number of cycles runs side by side, and checks the state of the next process.
 #[cfg(target_os = "linux")]
-async fn power_is_lost(mut stage: Stage, running: usize) -> Stage {
+async fn lose_power(mut stage: Stage, running: usize) -> Stage {
     const NAMES: [&str; 4] = ["a", "b", "c", "d"];
     let recorded = stage.client.history().await.unwrap();
     for name in &NAMES[..running] {
@@ -867,12 +867,12 @@ async fn power_is_lost(mut stage: Stage, running: usize) -> Stage {
     let Stage { fleet, home, service, .. } = stage;
     service.kill().await;
     disk::loses_power(&home);
-    let heard = fleet.calls().iter().map(|call| call.cycle_id).max().unwrap_or_default();
+    let seen = fleet.calls().iter().map(|call| call.cycle_id).max().unwrap_or_default();
     let database = Connection::open(home.path("o.db")).unwrap();
     let noted: i64 = database.query_row("SELECT last_cycle_id FROM meta", [], |row| row.get(0)).unwrap();
     drop(database);
     if running == 1 {
-        assert_eq!(u64::try_from(noted).unwrap() + 1, heard, "what was written of its beginning is lost");
+        assert_eq!(u64::try_from(noted).unwrap() + 1, seen, "the note of its start is lost");
     }
 
     let service = home.serve().await;
@@ -881,8 +881,13 @@ async fn power_is_lost(mut stage: Stage, running: usize) -> Stage {
         fleet.run(name, Run::Echo);
     }
     let next = client.run().await.unwrap();
-    assert!(next.cycle_id > heard, "{running} running: {} was heard, and {} is given now", heard, next.cycle_id);
-    // Each number has one record, and those that were answered are as they were.
+    assert!(
+        next.cycle_id > seen,
+        "{running} running: a subsystem has seen {}, and {} is used now",
+        seen,
+        next.cycle_id
+    );
+    // Each id has one record, and acknowledged records are unchanged.
     let history = client.history().await.unwrap();
     assert_eq!(history[..recorded.len()], recorded);
     let cycles: Vec<_> = history.into_iter().map(decode).collect();
@@ -896,16 +901,16 @@ async fn power_is_lost(mut stage: Stage, running: usize) -> Stage {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn after_the_loss_of_power_no_known_cycle_id_is_given_again() {
+async fn after_a_power_failure_no_known_cycle_id_is_used_again() {
     let mut stage = Stage::at(disk::home()).await;
     stage.register_all(&["a", "b", "c", "d"]).await;
     for running in [0, 1, 2, 3, 4, 1] {
-        stage = power_is_lost(stage, running).await;
+        stage = lose_power(stage, running).await;
     }
 }
 
 #[tokio::test]
-async fn what_a_kill_interrupts_is_recorded_and_an_idle_process_leaves_no_trace() {
+async fn a_killed_cycle_is_recorded_and_a_killed_idle_process_leaves_no_record() {
     let mut stage = Stage::new().await;
     stage.register("held", |_| {}).await;
     stage.client.run().await.unwrap();
@@ -937,7 +942,7 @@ async fn a_stored_registration_that_breaks_a_rule_is_left_out_and_stays_stored()
         let changed = database.execute("UPDATE subsystems SET spec = replace(spec, ?1, ?2)", [from, to]).unwrap();
         assert_eq!(changed, 1);
     };
-    // As if a later version had written it, whose bounds are wider.
+    // A later version with wider bounds could have written this.
     replace(r#""phase":0"#, r#""phase":9999999"#);
     let service = home.serve().await;
     assert!(service.client().await.subsystems().await.unwrap().is_empty());
@@ -949,8 +954,8 @@ async fn a_stored_registration_that_breaks_a_rule_is_left_out_and_stays_stored()
     assert_eq!((status.origin(), status.output_cycle_id), (Origin::Rpc, 1));
 }
 
-/// Keeps the service from writing, as a program that copies the database may, until it is dropped. The service waits
-/// for at most five seconds.
+/// Blocks writes of the service until it is dropped, as a program that copies the database may. The service waits for
+/// at most five seconds.
 fn lock(home: &Home) -> Connection {
     let database = Connection::open(home.path("o.db")).unwrap();
     database.execute_batch("BEGIN IMMEDIATE").unwrap();
@@ -966,12 +971,12 @@ async fn lease_ends_at(client: &mut Client) -> SystemTime {
 }
 
 #[tokio::test]
-async fn a_lease_that_has_ended_is_not_renewed_while_that_is_being_written() {
+async fn an_expired_lease_is_not_renewed_while_its_end_is_being_written() {
     let mut stage = Stage::new().await;
     let request = lease(stage.registration("a"));
     stage.client.register_subsystem(request).await.unwrap();
     let locked = lock(&stage.home);
-    // One that has ended is shown to end now, whenever that is.
+    // An expired lease is shown with the current time as its end.
     let ends_at = lease_ends_at(&mut stage.client).await;
     while lease_ends_at(&mut stage.client).await < ends_at + Duration::from_millis(200) {}
     let renewed = stage.client.renew_lease(pb::RenewLeaseRequest { name: "a".into() }).await;
@@ -986,7 +991,7 @@ async fn a_lease_begins_when_it_is_acknowledged() {
     let locked = lock(&stage.home);
     let (mut client, request) = (stage.client.clone(), lease(stage.registration("a")));
     let registering = tokio::spawn(async move { client.register_subsystem(request).await });
-    // Long enough for the request to be taken up.
+    // Time enough for the service to receive the request.
     for _ in 0..100 {
         stage.client.status().await.unwrap();
     }
@@ -1005,7 +1010,7 @@ async fn a_tick_that_ran_has_a_cycle_in_the_history_whenever_the_process_is_kill
     let locked = lock(&stage.home);
     let ran = async |client: &mut Client| client.status().await.unwrap().loops[0].ticks.unwrap().ran;
     let before = ran(&mut stage.client).await;
-    // They are written one after another, and the beginning of the cycle comes after them.
+    // They are written one after another, and the start of the cycle after them.
     let mut registering: FuturesOrdered<_> = (0..64)
         .map(|i| {
             let (mut client, registration) = (stage.client.clone(), stage.registration(&format!("a{i}")));

@@ -1,4 +1,4 @@
-//! `WatchCycles`: every recorded cycle once, in order and without a gap, and the progress of the one that runs.
+//! `WatchCycles`: every recorded cycle once, in order and without a gap, and the progress of running cycles.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -34,13 +34,13 @@ async fn bookmark(stream: &mut Stream) -> u64 {
 
 async fn recorded(stream: &mut Stream) -> pb::CycleTelemetry {
     let event = next_event(stream).await.unwrap();
-    let Some(Event::Recorded(record)) = event.event else { panic!("{event:?} is no record") };
+    let Some(Event::Recorded(record)) = event.event else { panic!("{event:?} is not a record") };
     let cycle = decode(record);
     assert_eq!(cycle.revision, event.revision);
     cycle
 }
 
-/// Runs cycles and returns the bytes that their callers were given.
+/// Runs cycles, and returns the bytes that their callers received.
 async fn run(client: &mut Client, cycles: usize) -> Vec<Bytes> {
     let mut records = Vec::new();
     for _ in 0..cycles {
@@ -50,7 +50,7 @@ async fn run(client: &mut Client, cycles: usize) -> Vec<Bytes> {
 }
 
 #[tokio::test]
-async fn a_watcher_begins_now_after_a_revision_or_with_the_oldest() {
+async fn a_watcher_begins_now_after_a_revision_or_with_the_oldest_record() {
     let mut stage = Stage::new().await;
     let mut empty = watch(&mut stage.client, WatchCyclesRequest::default()).await.unwrap();
     assert_eq!(bookmark(&mut empty).await, 0);
@@ -63,7 +63,7 @@ async fn a_watcher_begins_now_after_a_revision_or_with_the_oldest() {
     let mut after = stage.client.watch_after(2).await.unwrap();
     for record in &records {
         assert_eq!(next_recorded(&mut oldest).await, record);
-        // It was there all the time.
+        // This watcher was connected all the time.
         assert_eq!(next_recorded(&mut empty).await, record);
     }
     assert_eq!(next_recorded(&mut after).await, records[2]);
@@ -80,7 +80,7 @@ async fn a_watcher_begins_now_after_a_revision_or_with_the_oldest() {
 }
 
 #[tokio::test]
-async fn a_record_is_the_same_bytes_wherever_it_is_read() {
+async fn every_reader_gets_the_same_bytes_of_a_record() {
     let mut stage = Stage::new().await;
     stage.register("a", |it| it.record_output = true).await;
     stage.fleet.run("b", Run::fail(Code::Internal));
@@ -137,7 +137,7 @@ async fn watchers_choose_loops_states_and_subsystems() {
     assert_eq!((of_loop.cycle_id, of_loop.trigger(), of_loop.r#loop.as_str()), (5, Trigger::Loop, "l"));
     stage.client.stop_interval_loop(pb::StopIntervalLoopRequest { name: "l".into() }).await.unwrap();
 
-    // What does not pass is passed over, also in the history: a bookmark says how far.
+    // Records that the filter rejects are passed over, also in the history; a bookmark reports the position.
     let mut resumed =
         watch(&mut stage.client, WatchCyclesRequest { after_revision: Some(0), ..filters[0].clone() }).await.unwrap();
     assert_eq!(recorded(&mut resumed).await, of_loop);
@@ -160,14 +160,14 @@ async fn watchers_choose_loops_states_and_subsystems() {
 
 async fn started(stream: &mut Stream) {
     let event = next_event(stream).await.unwrap();
-    let Some(Event::Started(started)) = event.event else { panic!("{event:?} is no start") };
+    let Some(Event::Started(started)) = event.event else { panic!("{event:?} is not a start") };
     assert_eq!((started.cycle_id, started.trigger(), event.revision), (1, Trigger::Manual, 0));
     assert!(started.started_at.is_some() && started.scheduled_at.is_some());
     assert_eq!(started.subsystems, ["a", "b"]);
 }
 
 #[tokio::test]
-async fn progress_tells_of_the_start_every_step_and_the_end() {
+async fn progress_reports_the_start_every_step_and_the_end() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     stage.register("b", |it| it.requires = vec!["a".into()]).await;
@@ -185,7 +185,7 @@ async fn progress_tells_of_the_start_every_step_and_the_end() {
     bookmark(&mut late).await;
     started(&mut late).await;
     let event = next_event(&mut late).await.unwrap();
-    let Some(Event::Progress(stands)) = event.event else { panic!("{event:?} is no progress") };
+    let Some(Event::Progress(stands)) = event.event else { panic!("{event:?} is not progress") };
     let stands: Vec<_> = stands.updates.iter().map(|it| (it.name.as_str(), it.state(), it.attempts)).collect();
     assert_eq!(stands, [("a", SubsystemState::Running, 1)]);
 
@@ -225,7 +225,7 @@ async fn revisions_that_are_not_retained_or_in_the_future_are_out_of_range() {
     let future = stage.client.watch_after(6).await.unwrap_err();
     assert_eq!(reason(&future), refused("1", "5"));
     assert!(future.message().starts_with("revision 6 is in the future: 5 is the newest. Is this another database"));
-    // A start removes what is too much.
+    // A start removes the records beyond the limit.
     let mut stage = stage.restarted().await;
     let pruned = async { while stage.client.status().await.unwrap().oldest_revision != 4 {} };
     patiently("old records to be removed", pruned).await;
@@ -260,11 +260,11 @@ async fn watchers_are_counted_and_bounded() {
 }
 
 #[tokio::test]
-async fn a_watcher_that_stalled_is_brought_up_to_date_from_the_history() {
+async fn a_stalled_watcher_receives_the_missing_records_from_the_history() {
     let mut stage = Stage::new().await;
     let mut stream = watch(&mut stage.client, WatchCyclesRequest::default()).await.unwrap();
     bookmark(&mut stream).await;
-    // More than is kept at hand, and more than fits between it and the service.
+    // More than the cache holds, and more than fits between it and the service.
     stage.fleet.run("a", Run::large_output(20_000));
     stage.register("a", |it| it.record_output = true).await;
     let records = run(&mut stage.client, 300).await;
@@ -283,7 +283,7 @@ async fn a_watcher_follows_through_restarts_and_is_notified_of_the_shutdown() {
     stage.client.admit().await.unwrap();
     stage.fleet.until_run("held", 1).await;
     stage.service.signal(rustix::process::Signal::TERM);
-    // It still sees how the running cycle ends.
+    // It still receives the end of the running cycle.
     let same = stage.registration("held");
     let draining = async { while stage.client.register(same.clone()).await.is_ok() {} };
     patiently("the service to drain", draining).await;
@@ -300,7 +300,7 @@ async fn a_watcher_follows_through_restarts_and_is_notified_of_the_shutdown() {
     assert_eq!(bookmark(&mut stream).await, 1);
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(recorded(&mut stream).await, cycle);
-    // Killed, it can only break off.
+    // After a kill, the stream ends with an error.
     let mut stage = stage.killed().await;
     assert_eq!(next_event(&mut stream).await.unwrap_err().code(), Code::Unknown);
     let mut stream = stage.client.watch_after(1).await.unwrap();
@@ -335,7 +335,7 @@ async fn all_steps_of_a_cycle_come_before_its_record() {
 }
 
 #[tokio::test]
-async fn a_subsystem_that_hangs_in_initialize_is_seen() {
+async fn progress_shows_a_subsystem_that_hangs_in_initialize() {
     // The kernel accepts the connection, but no answer comes.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = format!("http://{}", silent.local_addr().unwrap());
@@ -352,7 +352,7 @@ async fn a_subsystem_that_hangs_in_initialize_is_seen() {
     stage.client.admit().await.unwrap();
     let Some(Event::Started(_)) = next_event(&mut stream).await.unwrap().event else { panic!("it has not started") };
     let event = next_event(&mut stream).await.unwrap();
-    let Some(Event::Progress(progress)) = event.event else { panic!("{event:?} is no progress") };
+    let Some(Event::Progress(progress)) = event.event else { panic!("{event:?} is not progress") };
     assert_eq!((progress.updates[0].name.as_str(), progress.updates[0].state()), ("a", SubsystemState::Running));
     let timed_out = loop {
         if let Event::Recorded(record) = next_event(&mut stream).await.unwrap().event.unwrap() {
@@ -363,7 +363,7 @@ async fn a_subsystem_that_hangs_in_initialize_is_seen() {
     assert!(timed_out.error_message.contains("no answer to Initialize"), "{timed_out:?}");
 }
 
-/// How a large fleet stands, with a long error each, is more than clients take in one message.
+/// The state of a large fleet, with a long error of each subsystem, is larger than clients accept in one message.
 #[tokio::test]
 async fn a_late_watcher_receives_the_state_of_a_large_cycle_in_pieces() {
     const FAILED: usize = 1_500;
@@ -385,7 +385,7 @@ async fn a_late_watcher_receives_the_state_of_a_large_cycle_in_pieces() {
     while failed.len() < FAILED {
         let event = next_event(&mut late).await.unwrap();
         assert!(event.encoded_len() < 1 << 20, "{} bytes", event.encoded_len());
-        let Some(Event::Progress(progress)) = event.event else { panic!("{event:?} is no progress") };
+        let Some(Event::Progress(progress)) = event.event else { panic!("{event:?} is not progress") };
         assert_eq!(progress.dropped, 0);
         let ended = progress.updates.into_iter().filter(|it| it.state() == SubsystemState::Failed);
         failed.extend(ended.map(|it| it.name));
@@ -400,12 +400,12 @@ async fn a_late_watcher_receives_the_state_of_a_large_cycle_in_pieces() {
 }
 
 #[tokio::test]
-async fn watchers_that_stall_keep_no_records() {
+async fn stalled_watchers_hold_no_records() {
     const ROUNDS: usize = 8;
     const LARGE: usize = 8;
     const MIB: u64 = 1 << 20;
     let mut stage = Stage::new().await;
-    // More than the library gathers before it sends, and less than a page.
+    // More than the library collects before it sends, and less than a page.
     for (name, bytes) in [("small", 40 << 10), ("large", (1 << 20) - (64 << 10))] {
         stage.fleet.run(name, Run::large_output(bytes));
         stage.register(name, |it| it.record_output = true).await;
@@ -418,7 +418,7 @@ async fn watchers_that_stall_keep_no_records() {
             let only = pb::RunCycleRequest { subsystems: vec![name.into()], ..Default::default() };
             assert_eq!(stage.client.run_with(only).await.unwrap().state(), CycleState::Succeeded);
         }
-        // It has room for the beginning of the small record, and reads nothing.
+        // It has room for the start of the small record, and reads nothing.
         let endpoint = Endpoint::from_shared(format!("http://{}", stage.service.address())).unwrap();
         let channel = endpoint.initial_stream_window_size(1024).connect().await.unwrap();
         let mut client = Client::new(channel);
@@ -428,9 +428,9 @@ async fn watchers_that_stall_keep_no_records() {
         }
     }
     let grown = stage.service.memory().0.saturating_sub(before);
-    // What is at hand for all is 8 MiB; that of all watchers would be 56.
+    // The cache for all watchers is 8 MiB; separate copies would be 56.
     assert!(grown < 32 * MIB, "{} MiB more", grown / MIB);
-    // Each goes on where it was.
+    // Each watcher continues at its position.
     for (i, (mut stream, _client)) in stalled.into_iter().enumerate() {
         for n in 0..=LARGE {
             let cycle = decode(next_recorded(&mut stream).await);
@@ -440,29 +440,29 @@ async fn watchers_that_stall_keep_no_records() {
 }
 
 #[tokio::test]
-async fn watchers_that_wait_keep_nothing_of_what_they_have_taken() {
+async fn waiting_watchers_hold_no_records_that_they_have_read() {
     const WATCHERS: u64 = 48;
     const MIB: u64 = 1 << 20;
     let mut stage = Stage::new().await;
     stage.fleet.run("large", Run::large_output((1 << 20) - (64 << 10)));
     stage.register("large", |it| it.record_output = true).await;
-    // On a connection of their own, whose window they fill until they are read.
+    // They share a connection of their own, whose window they fill until they are read.
     let mut client = stage.service.client().await;
     let mut streams = Vec::new();
     for _ in 0..WATCHERS {
         let mut stream = client.watch_after(0).await.unwrap();
-        // From here on it waits.
+        // From here on the watcher waits.
         assert!(matches!(next_event(&mut stream).await.unwrap().event, Some(Event::Bookmark(_))));
         streams.push(stream);
     }
     let (before, _) = stage.service.memory();
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
     join_all(streams.iter_mut().map(next_recorded)).await;
-    // The allocator gives pages back after a while.
+    // The allocator returns pages to the system after a while.
     let keeps_little = async {
         while stage.service.memory().0.saturating_sub(before) > WATCHERS * MIB / 2 {
             stage.client.status().await.unwrap();
         }
     };
-    patiently("what was taken to be given back", keeps_little).await;
+    patiently("the memory of read records to be freed", keeps_little).await;
 }

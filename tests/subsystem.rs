@@ -1,4 +1,4 @@
-//! Subsystems served by the library keep the contract's rules, seen through a real client.
+//! Subsystems that the library serves keep the contract's rules, seen through a real client.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -36,22 +36,22 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-/// What a probe has seen so far.
+/// The events that a probe has seen so far.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Seen {
     /// Cycles whose work has begun.
     begun: Vec<u64>,
     /// Cycles whose work was stopped.
     stopped: Vec<u64>,
-    /// How much of its work runs now.
+    /// Number of running pieces of its work.
     running: usize,
-    /// The parameters that it was initialized with last.
+    /// The parameters of its last initialization.
     initialized: Option<Object>,
-    /// Held work may go on.
+    /// True once held work may continue.
     released: bool,
 }
 
-/// Does what the parameter `do` says, and logs it.
+/// Follows the parameter `do`, and logs its work.
 #[derive(Clone, Default)]
 struct Probe(Arc<watch::Sender<Seen>>);
 
@@ -106,7 +106,7 @@ impl Subsystem for Probe {
                 running.is_done = true;
                 return Err(Failure::new(Code::ResourceExhausted, "no room"));
             }
-            Some("panic") => panic!("as told"),
+            Some("panic") => panic!("as requested"),
             _ => {}
         }
         running.is_done = true;
@@ -123,7 +123,7 @@ impl Subsystem for Probe {
     }
 }
 
-/// A probe that has to be initialized.
+/// A probe that requires initialization.
 struct Strict(Probe);
 
 impl Subsystem for Strict {
@@ -131,7 +131,7 @@ impl Subsystem for Strict {
 
     async fn initialize(&self, parameters: Object) -> Result<(), Failure> {
         if parameters.contains_key("refuse") {
-            return Err(Failure::new(Code::InvalidArgument, "as told"));
+            return Err(Failure::new(Code::InvalidArgument, "as requested"));
         }
         self.0.initialize(parameters).await
     }
@@ -190,7 +190,7 @@ fn start(client: &SubsystemClient<Channel>, request: pb::RunCycleRequest) -> Joi
 }
 
 #[tokio::test]
-async fn a_repeated_call_gets_the_first_answer() {
+async fn a_repeated_call_receives_the_first_answer() {
     let (probe, _serving, mut client) = served().await;
     for cycle_id in 1..=3 {
         assert_eq!(run(&client, call("a", cycle_id, "")).await.unwrap(), json!({ "call": cycle_id }));
@@ -200,7 +200,7 @@ async fn a_repeated_call_gets_the_first_answer() {
     assert_eq!(run(&client, repeated).await.unwrap(), json!({ "call": 3 }));
     assert_eq!(run(&client, call("a", 2, "")).await.unwrap(), json!({ "call": 2 }));
     assert_eq!(probe.seen().begun, [1, 2, 3]);
-    // Memory is bounded: what is long over is forgotten.
+    // Memory is bounded: old answers are forgotten.
     for cycle_id in 4..=10 {
         run(&client, call("a", cycle_id, "")).await.unwrap();
     }
@@ -212,7 +212,7 @@ async fn a_repeated_call_waits_for_the_first_one() {
     let (probe, _serving, client) = served().await;
     let calls: Vec<_> = (0..3).map(|_| start(&client, call("a", 1, "hold"))).collect();
     probe.until("the work to begin", |seen| seen.running == 1).await;
-    // One of them may go: the others still wait.
+    // One of the callers may leave: the others still wait.
     calls[0].abort();
     let others = calls.into_iter().skip(1);
     client.clone().get_status(pb::GetStatusRequest { subsystem: "a".into() }).await.unwrap();
@@ -223,12 +223,12 @@ async fn a_repeated_call_waits_for_the_first_one() {
     assert_eq!(probe.seen().begun, [1]);
 }
 
-/// Bytes that take more than a moment to be read or written, and fit into what may be sent ahead.
+/// Bytes that take more than a moment to be decoded or encoded, and fit into the initial window.
 const LARGE: usize = 300 << 10;
 
 #[test]
 fn large_messages_delay_no_other_calls() {
-    // One thread for what takes long, beside the one for all else.
+    // The runtime has one thread for long work, and one for all other work.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     runtime.enable_all().max_blocking_threads(1).build().unwrap().block_on(async {
         let (probe, _serving, client) = served().await;
@@ -240,7 +240,7 @@ fn large_messages_delay_no_other_calls() {
             let busy = tokio::task::spawn_blocking(move || held.recv());
             let cycle_id = request.cycle_id;
             let large = start(&client, request);
-            // By the time that the last is answered, the large one has arrived: they use one connection.
+            // The large message has arrived when the last call is answered: they use one connection.
             for _ in 0..3 {
                 client.clone().get_status(pb::GetStatusRequest { subsystem: "a".into() }).await.unwrap();
             }
@@ -253,7 +253,7 @@ fn large_messages_delay_no_other_calls() {
 }
 
 #[tokio::test]
-async fn a_failure_is_no_answer_and_may_be_tried_again() {
+async fn a_failure_is_not_an_answer_and_may_be_retried() {
     let (_probe, _serving, client) = served().await;
     let failure = run(&client, call("a", 1, "fail")).await.unwrap_err();
     assert_eq!((failure.code(), failure.message()), (Status::ResourceExhausted, "no room"));
@@ -291,7 +291,7 @@ async fn a_name_that_is_not_served_is_not_found() {
 }
 
 #[tokio::test]
-async fn one_that_needs_initialization_asks_for_it() {
+async fn a_subsystem_that_needs_initialization_asks_for_it() {
     let probe = Probe::default();
     let serving = Server::new().subsystem("a", Strict(probe.clone())).listen("127.0.0.1:0").await.unwrap();
     let mut client = client(&serving).await;
@@ -310,13 +310,13 @@ async fn one_that_needs_initialization_asks_for_it() {
 }
 
 #[tokio::test]
-async fn initialization_waits_for_the_work_that_runs() {
+async fn initialization_waits_for_running_work() {
     let (probe, _serving, client) = served().await;
     let held = start(&client, call("a", 1, "hold"));
     probe.until("the work to begin", |seen| seen.running == 1).await;
     let mut initializing = client.clone();
     let initialized = tokio::spawn(async move { initializing.initialize(initialize("a", 1, &json!({}))).await });
-    // By the time that the second is answered, both have arrived: they use one connection.
+    // Both have arrived when the second is answered: they use one connection.
     for _ in 0..2 {
         client.clone().get_status(pb::GetStatusRequest { subsystem: "a".into() }).await.unwrap();
     }
@@ -336,7 +336,7 @@ async fn a_panic_ends_only_its_own_call() {
     let other = start(&client, call("quiet", 1, "hold"));
     quiet.until("the other's work to begin", |seen| seen.running == 1).await;
     let panicked = run(&client, call("a", 1, "panic")).await.unwrap_err();
-    assert_eq!((panicked.code(), panicked.message()), (Status::Internal, "it panicked: as told"));
+    assert_eq!((panicked.code(), panicked.message()), (Status::Internal, "it panicked: as requested"));
     assert_eq!(run(&client, call("a", 1, "")).await.unwrap(), json!({ "call": 2 }));
     quiet.release();
     assert_eq!(other.await.unwrap().unwrap(), json!({ "call": 1 }));
@@ -371,7 +371,7 @@ impl Breakable {
                 _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
                 _ = cut_off => {}
             }
-            // The server sees only the end, and has seen it when it closes its side.
+            // The server sees only the end of the stream, and has seen it when it closes its side.
             far.shutdown().await.unwrap();
             far.read_to_end(&mut Vec::new()).await.unwrap();
         });
@@ -400,8 +400,8 @@ async fn work_outlives_its_connection_for_the_retry() {
 }
 
 #[tokio::test]
-async fn work_stops_at_its_deadline_whether_its_caller_is_there_or_not() {
-    /// Long enough to begin in.
+async fn work_stops_at_its_deadline_with_or_without_its_caller() {
+    /// Time enough for the work to begin.
     const DEADLINE: Duration = Duration::from_millis(300);
     let (probe, serving, client) = served().await;
     let within = |cycle_id| {
@@ -422,14 +422,14 @@ async fn work_stops_at_its_deadline_whether_its_caller_is_there_or_not() {
 }
 
 #[tokio::test]
-async fn a_later_cycle_ends_the_one_before() {
+async fn a_later_cycle_ends_the_earlier_one() {
     let (probe, _serving, client) = served().await;
     let earlier = start(&client, call("a", 1, "hold"));
     probe.until("the work to begin", |seen| seen.begun == [1]).await;
     let later = start(&client, call("a", 2, "hold"));
     probe.until("the later work to begin", |seen| seen.begun == [1, 2]).await;
     assert_eq!(earlier.await.unwrap().unwrap_err().code(), Status::Cancelled);
-    // And not the other way round.
+    // An earlier cycle does not end a later one.
     assert_eq!(run(&client, call("a", 1, "")).await.unwrap_err().code(), Status::Aborted);
     probe.release();
     assert_eq!(later.await.unwrap().unwrap(), json!({ "call": 2 }));
@@ -443,7 +443,7 @@ async fn stopping_lets_calls_finish_within_the_grace() {
     let call_that_runs = start(&client, call("a", 1, "hold"));
     probe.until("the work to begin", |seen| seen.running == 1).await;
     let stopping = tokio::spawn(serving.stop(Duration::from_mins(1)));
-    // It listens no more, while the call still runs.
+    // It no longer listens, while the call still runs.
     let refused = async { while SubsystemClient::connect(endpoint.clone()).await.is_ok() {} };
     patiently("the port to close", refused).await;
     assert_eq!(probe.seen().running, 1);
@@ -460,7 +460,7 @@ async fn stopping_lets_calls_finish_within_the_grace() {
 }
 
 #[tokio::test]
-async fn health_and_reflection_are_served_beside_it() {
+async fn health_and_reflection_are_served_beside_subsystems() {
     let (probe, serving, client) = served().await;
     let channel = channel(&serving).await;
     let mut health = HealthClient::new(channel.clone());
@@ -489,12 +489,12 @@ async fn health_and_reflection_are_served_beside_it() {
     assert_eq!(is_now().await, ServingStatus::NotServing);
     probe.release();
     held.await.unwrap().unwrap();
-    // The watch is still open, and delays nothing.
+    // The watch is still open, and delays no call.
     patiently("the end", stopping).await.unwrap();
 }
 
 #[tokio::test]
-async fn many_are_served_behind_one_endpoint_at_the_same_time() {
+async fn many_subsystems_run_at_the_same_time_behind_one_endpoint() {
     let probes: Vec<_> = (0..100).map(|i| (format!("s{i}"), Probe::default())).collect();
     let server = probes.iter().fold(Server::new(), |server, (name, probe)| server.subsystem(name, probe.clone()));
     let serving = server.listen("127.0.0.1:0").await.unwrap();
@@ -526,7 +526,7 @@ async fn a_socket_is_served_and_leaves_no_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.sock");
     let address = format!("unix:{}", path.display());
-    // What a killed process leaves.
+    // A killed process leaves this file.
     drop(UnixListener::bind(&path).unwrap());
     let serving = Server::new().subsystem("a", Probe::default()).listen(&address).await.unwrap();
     assert_eq!(serving.endpoint(), address);
@@ -556,7 +556,7 @@ async fn payloads_that_break_the_contract_are_refused() {
 }
 
 #[tokio::test]
-async fn such_a_subsystem_passes_the_conformance_check() {
+async fn a_subsystem_in_rust_passes_the_conformance_check() {
     let serving = Server::new().subsystem("a", Strict(Probe::default())).subsystem("b", Strict(Probe::default()));
     let serving = serving.listen("127.0.0.1:0").await.unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
@@ -567,7 +567,7 @@ async fn such_a_subsystem_passes_the_conformance_check() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
-/// Passes on what it gets and says what it got.
+/// Passes its inputs on, and reports them as issues.
 async fn relay(cycle: Cycle) -> Result<Answer, Failure> {
     let mut answer = Answer::default();
     for (name, input) in &cycle.inputs {
@@ -587,7 +587,7 @@ async fn relay(cycle: Cycle) -> Result<Answer, Failure> {
 }
 
 #[tokio::test]
-async fn such_a_subsystem_takes_part_in_a_real_cycle() {
+async fn a_subsystem_in_rust_takes_part_in_a_real_cycle() {
     let source = Probe::default();
     let server = Server::new().subsystem("source", Strict(source.clone())).subsystem("relay", relay);
     let serving = server.listen("127.0.0.1:0").await.unwrap();

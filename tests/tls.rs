@@ -64,7 +64,7 @@ async fn a_peer_with_a_trusted_certificate_for_its_host_is_called() {
 }
 
 #[tokio::test]
-async fn certificates_that_are_none_keep_it_from_starting() {
+async fn invalid_certificate_files_prevent_the_start() {
     let home = Home::new();
     let ca = home.path("ca.pem");
     let home = home.with_args(["--set".to_owned(), format!("dial.ca_file={}", ca.display())]);
@@ -79,7 +79,7 @@ async fn certificates_that_are_none_keep_it_from_starting() {
 }
 
 #[tokio::test]
-async fn a_certificate_file_as_editors_on_windows_write_it_is_taken() {
+async fn a_certificate_file_with_the_format_of_windows_editors_is_accepted() {
     let (fleet, certificate) = fleet_for("127.0.0.1").await;
     let home = Home::new();
     let ca = home.path("ca.pem");

@@ -1,4 +1,4 @@
-//! `orchestrator top` on a terminal, as a person meets it.
+//! `orchestrator top` on a terminal.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -20,7 +20,7 @@ use serde_json::json;
 use tokio::process::{Child, Command};
 use tonic::Code;
 
-/// It, on a terminal.
+/// The command on a terminal.
 struct Top {
     child: Child,
     terminal: Terminal,
@@ -45,7 +45,7 @@ impl Top {
         Self { child: command.spawn().unwrap(), terminal }
     }
 
-    /// The row of a subsystem, once it has all of this.
+    /// Waits until the row of a subsystem contains all of these texts.
     async fn row(&mut self, name: &str, has: &[&str]) {
         self.terminal
             .until(&format!("a row of {name} with {has:?}"), |shown| {
@@ -59,7 +59,7 @@ impl Top {
         kill_process(Pid::from_raw(self.child.id().unwrap().try_into().unwrap()).unwrap(), signal).unwrap();
     }
 
-    /// Waits until it has ended and given the terminal back, and returns its exit code.
+    /// Waits until it has ended and restored the terminal, and returns its exit code.
     async fn ended(mut self) -> i32 {
         let code = patiently("top to end", self.child.wait()).await.unwrap().code().unwrap();
         self.terminal.until_given_back().await;
@@ -68,7 +68,7 @@ impl Top {
 }
 
 #[tokio::test]
-async fn a_cycle_moves_and_a_failure_shows() {
+async fn it_shows_the_progress_of_a_cycle_and_its_failure() {
     let mut stage = Stage::new().await;
     stage.register_all(&["calm", "held", "ill"]).await;
     stage.register("late", |it| it.requires = vec!["held".into()]).await;
@@ -111,7 +111,7 @@ async fn a_subsystem_skipped_for_a_failure_keeps_failing_while_the_next_cycle_ru
 
     stage.fleet.run("held", Run::Hold);
     stage.client.admit().await.unwrap();
-    let shown = top.terminal.until("needy to be passed over", |shown| shown.contains("1 of 2 ended")).await;
+    let shown = top.terminal.until("needy to be skipped", |shown| shown.contains("1 of 2 ended")).await;
     assert!(shown.contains("running: held") && shown.contains("failing 1"), "{shown}");
     stage.fleet.run("held", Run::Echo);
     top.terminal.until_shown("last: cycle 2 DEGRADED").await;
@@ -153,7 +153,7 @@ async fn it_survives_a_crash_of_the_service() {
     door.lead_to(None);
     service.kill().await;
     let shown = top.terminal.until_shown("the connection is lost; reconnecting").await;
-    assert!(shown.contains("running: a") && shown.contains("FRESH"), "what was known stays\n{shown}");
+    assert!(shown.contains("running: a") && shown.contains("FRESH"), "the last known state stays\n{shown}");
     let dim = |screen: &vt100::Screen| screen.cell(12, 0).is_some_and(vt100::Cell::dim);
     top.terminal.until_screen("the fleet to be dimmed", dim).await;
 
@@ -163,7 +163,7 @@ async fn it_survives_a_crash_of_the_service() {
     door.lead_to(Some(&service));
     top.terminal.until_shown("  connected").await;
     top.terminal.until_screen("the fleet to be lit", |screen| !dim(screen)).await;
-    // What was recorded meanwhile is there: the cycle in which it died, and the one after.
+    // It shows the cycles recorded meanwhile: the one in which the service died, and the next one.
     let shown = top.terminal.until_shown("last: cycle 3 SUCCEEDED").await;
     assert!(shown.contains("history: 3 cycles"), "{shown}");
     top.row("a", &["SUCCEEDED", "#3"]).await;
@@ -175,7 +175,7 @@ async fn it_survives_a_crash_of_the_service() {
 }
 
 #[tokio::test]
-async fn a_network_that_falls_silent_is_noticed_and_left() {
+async fn it_reconnects_when_the_network_falls_silent() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a"]).await;
     stage.client.run().await.unwrap();
@@ -188,8 +188,10 @@ async fn a_network_that_falls_silent_is_noticed_and_left() {
     top.terminal.until_shown("the service does not answer; reconnecting").await;
     stage.client.run().await.unwrap();
     door.lead_to(Some(&stage.service));
-    // What it asks for comes again as well as the stream.
-    top.terminal.until("all to be heard", |shown| shown.contains("  connected") && shown.contains("cycles 2 ")).await;
+    // The polled values come again as well as the stream.
+    top.terminal
+        .until("all data to arrive", |shown| shown.contains("  connected") && shown.contains("cycles 2 "))
+        .await;
     top.row("a", &["SUCCEEDED", "#2"]).await;
     stage.register_all(&["b"]).await;
     top.row("b", &["ABSENT"]).await;
@@ -211,7 +213,7 @@ async fn keys_work_while_it_connects() {
 
 #[tokio::test]
 async fn it_filters_sorts_and_opens_a_subsystem() {
-    /// Commands a terminal.
+    /// Terminal commands.
     const ESCAPE: &str = "\x1b]0;title\x07\u{9b}2Jend";
     let mut stage = Stage::new().await;
     stage.register_all(&["alpha", "beta", "gamma"]).await;
@@ -245,7 +247,7 @@ async fn it_filters_sorts_and_opens_a_subsystem() {
     for expected in ["endpoint", "READY", "SLOW", "]0;title2Jend", "speed", "4.5", r#""er": "\u001b]0;title\u0007"#] {
         assert!(shown.contains(expected), "no {expected:?} in\n{shown}");
     }
-    // Smaller than anything, and large again.
+    // A terminal of the smallest size, and a large one again.
     top.terminal.resize(20, 5);
     top.terminal.until_shown("too small").await;
     top.terminal.resize(100, 50);
@@ -260,7 +262,7 @@ async fn it_filters_sorts_and_opens_a_subsystem() {
 }
 
 #[tokio::test]
-async fn ten_thousand_subsystems_are_looked_through() {
+async fn ten_thousand_subsystems_can_be_searched() {
     let entry = |i| format!("[[subsystems]]\nname = \"s{i:04}\"\nendpoint = \"http://127.0.0.1:1\"\n");
     let config: String = (0..10_000).map(entry).collect();
     let service = Home::new().with_config(&config).serve().await;
@@ -276,7 +278,7 @@ async fn ten_thousand_subsystems_are_looked_through() {
     top.terminal.until_shown("─ s9777 ").await;
     top.terminal.press("\x1b");
     top.row("s9777", &["ABSENT"]).await;
-    // First out of the filter, then out of it all.
+    // Escape leaves the search first, and then the view.
     top.terminal.press("\x1b");
     top.terminal.until_shown("fleet: 10,000 subsystems").await;
     top.terminal.press("\x1b");
@@ -284,7 +286,7 @@ async fn ten_thousand_subsystems_are_looked_through() {
 }
 
 #[tokio::test]
-async fn colours_are_left_out_where_they_are_not_wanted() {
+async fn colours_are_omitted_on_request() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a"]).await;
     stage.client.run().await.unwrap();
@@ -307,7 +309,7 @@ async fn colours_are_left_out_where_they_are_not_wanted() {
 }
 
 #[tokio::test]
-async fn without_a_terminal_or_a_service_it_says_what_to_do() {
+async fn without_a_terminal_or_a_service_it_names_the_remedy() {
     let stage = Stage::new().await;
     let refused = async |command: &mut Command| {
         let ended = patiently("top to end", command.output()).await.unwrap();

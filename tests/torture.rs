@@ -1,8 +1,8 @@
-//! The service is killed with SIGKILL at random moments, again and again, under load. What it promised is checked from
+//! The service is killed with SIGKILL at random moments, repeatedly and under load. Its promises are checked from
 //! outside: by the answers to callers, the calls of subsystems, and the events of a watcher.
 //!
-//! `ORCHESTRATOR_TORTURE_KILLS` sets how often (default 50), `ORCHESTRATOR_TORTURE_SEED` the seed of the load and of
-//! the moments. The seed is printed; how the processes are scheduled is not part of it.
+//! `ORCHESTRATOR_TORTURE_KILLS` sets the number of kills (default 50), `ORCHESTRATOR_TORTURE_SEED` the seed of the load
+//! and of the moments. The seed is printed; the scheduling of the processes is not part of it.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -29,7 +29,7 @@ use tokio::{select, sync::watch, task::JoinSet, time::sleep};
 use tonic::{Code, Response, Status};
 use tonic_types::StatusExt;
 
-/// Always registered; each runs after the one before it.
+/// The subsystems that are always registered; each runs after the one before it.
 const CHAIN: [&str; 4] = ["first", "second", "third", "fourth"];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -44,23 +44,23 @@ async fn promises_hold_whenever_the_process_is_killed() {
     let fleet = Fleet::behind(3).await;
     fleet.run("second", Run::Late(Duration::from_millis(2), Box::new(Run::Echo)));
     fleet.run("third", Run::fail(Code::Internal));
-    let told = Arc::new(Told::default());
+    let acknowledged = Arc::new(Acknowledged::default());
     let clients = watch::Sender::new(None);
     let watched = Arc::new(Watched::default());
     let mut following = tokio::spawn(watched.clone().follow(clients.subscribe(), rng.fork()));
     let mut callers: Vec<Caller> = vec![
-        Caller::Runner(Runner::new(1, &mut rng, &told)),
-        Caller::Runner(Runner::new(2, &mut rng, &told)),
-        Caller::Runner(Runner::new(3, &mut rng, &told)),
-        Caller::Registrar(Registrar::new(1, &mut rng, &told, &fleet)),
-        Caller::Registrar(Registrar::new(2, &mut rng, &told, &fleet)),
-        Caller::Looper(Looper::new(&mut rng, &told)),
+        Caller::Runner(Runner::new(1, &mut rng, &acknowledged)),
+        Caller::Runner(Runner::new(2, &mut rng, &acknowledged)),
+        Caller::Runner(Runner::new(3, &mut rng, &acknowledged)),
+        Caller::Registrar(Registrar::new(1, &mut rng, &acknowledged, &fleet)),
+        Caller::Registrar(Registrar::new(2, &mut rng, &acknowledged, &fleet)),
+        Caller::Looper(Looper::new(&mut rng, &acknowledged)),
     ];
 
     let mut last_epoch = 0;
     for life in 0..kills {
         if life > 0 && rng.u8(..10) == 0 {
-            // In the middle of starting, where the history is taken up.
+            // This kill is during the start, while the history is read.
             let starting = home.spawn();
             sleep(Duration::from_millis(rng.u64(..60))).await;
             starting.kill().await;
@@ -74,14 +74,14 @@ async fn promises_hold_whenever_the_process_is_killed() {
         let mut running: JoinSet<Caller> = callers.into_iter().map(|caller| caller.live(client.clone())).collect();
 
         select! {
-            () = moment(&mut rng, &told, &fleet, &watched) => {}
+            () = moment(&mut rng, &acknowledged, &fleet, &watched) => {}
             ended = running.join_next() => panic!("a caller lost the service before it was killed: \
                                                    {:?}", ended.map(|ended| ended.map(drop))),
             ended = &mut following => panic!("the watcher has failed: {ended:?}"),
         }
         service.kill().await;
         callers = patiently("callers to notice that the service is gone", running.join_all()).await;
-        // Then nothing of the dead process is still on its way.
+        // After this, no call of the dead process is on its way.
         fleet.until("the connections of the dead process to close", |state| state.connections == 0).await;
     }
 
@@ -90,7 +90,7 @@ async fn promises_hold_whenever_the_process_is_killed() {
     for caller in callers {
         caller.settle(client.clone()).await;
     }
-    // Nothing starts after the last cycle, so that what is compared stands still.
+    // No cycle starts after the last one, so that the compared data does not change.
     let stop = pb::StopIntervalLoopRequest { name: Looper::NAME.into() };
     let stopped = answer(client.stop_interval_loop(stop).await, &["LOOP_NOT_FOUND"]);
     assert!(!matches!(stopped, Answer::Killed), "the service has failed");
@@ -98,10 +98,10 @@ async fn promises_hold_whenever_the_process_is_killed() {
     watched.until(last.revision).await;
     following.abort();
     let history = client.history().await.unwrap();
-    check_history(&history, &told, &watched);
+    check_history(&history, &acknowledged, &watched);
     check_calls(&fleet, &history);
 
-    // And once more, after an end in good order.
+    // The history is the same after a graceful end.
     assert_eq!(service.stop().await.code(), Some(0));
     let (_service, mut client) = start(&home, &mut last_epoch).await;
     assert_eq!(client.history().await.unwrap(), history);
@@ -130,10 +130,10 @@ async fn register_chain(mut client: Client, fleet: &Fleet) {
     }
 }
 
-/// Waits for the moment to kill: after some acknowledgements, calls or records, or after a short while.
-async fn moment(rng: &mut Rng, told: &Told, fleet: &Fleet, watched: &Watched) {
+/// Waits for the moment of the kill: after some acknowledgements, calls or records, or after a short while.
+async fn moment(rng: &mut Rng, acknowledged: &Acknowledged, fleet: &Fleet, watched: &Watched) {
     match rng.u8(..4) {
-        0 => told.until(told.count() + rng.usize(..40)).await,
+        0 => acknowledged.until(acknowledged.count() + rng.usize(..40)).await,
         1 => {
             let calls = fleet.now(|state| state.calls.len()) + rng.usize(..60);
             fleet.until("calls", |state| state.calls.len() >= calls).await;
@@ -144,38 +144,38 @@ async fn moment(rng: &mut Rng, told: &Told, fleet: &Fleet, watched: &Watched) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What is known outside
+// Knowledge from outside
 
-/// Answers to callers.
+/// The acknowledgements that callers received.
 #[derive(Default)]
-struct Told {
+struct Acknowledged {
     cycles: Mutex<BTreeMap<u64, Option<Bytes>>>,
     requests: Mutex<BTreeMap<String, u64>>,
     count: watch::Sender<usize>,
 }
 
-impl Told {
-    /// Something was acknowledged.
-    fn acknowledged(&self) {
+impl Acknowledged {
+    /// Counts an acknowledgement.
+    fn add(&self) {
         self.count.send_modify(|count| *count += 1);
     }
 
-    /// A cycle was acknowledged, with its record or without, and with its request id if it has one.
+    /// Adds an acknowledged cycle, with its record if it has ended, and with its request id if it has one.
     fn cycle(&self, cycle_id: u64, record: &Bytes, request_id: &str) {
         assert!(cycle_id > 0);
         {
             let mut cycles = self.cycles.lock().unwrap();
             let known = cycles.entry(cycle_id).or_default();
             if !record.is_empty() {
-                let told = known.get_or_insert_with(|| record.clone());
-                assert_eq!(told, record, "cycle {cycle_id} was told in two ways");
+                let first = known.get_or_insert_with(|| record.clone());
+                assert_eq!(first, record, "cycle {cycle_id} was acknowledged with two records");
             }
         }
         if !request_id.is_empty() {
             let first = *self.requests.lock().unwrap().entry(request_id.to_owned()).or_insert(cycle_id);
             assert_eq!(first, cycle_id, "request {request_id} started two cycles");
         }
-        self.acknowledged();
+        self.add();
     }
 
     fn count(&self) -> usize {
@@ -188,7 +188,7 @@ impl Told {
     }
 }
 
-/// What the watcher saw: the record of each revision.
+/// The events of the watcher: the record of each revision.
 #[derive(Default)]
 struct Watched {
     records: Mutex<Vec<Bytes>>,
@@ -205,23 +205,24 @@ impl Watched {
         patiently("the watcher", revisions.wait_for(|now| *now >= revision)).await.unwrap();
     }
 
-    /// Watches, and goes on where it was whenever the stream breaks.
+    /// Watches, and continues at its position whenever the stream breaks.
     async fn follow(self: Arc<Self>, mut clients: watch::Receiver<Option<Client>>, mut rng: Rng) {
         while clients.changed().await.is_ok() {
             let client = clients.borrow_and_update().clone();
             let mut client = client.unwrap();
-            // It also leaves and comes back by itself.
+            // The watcher also disconnects and resumes without a failure.
             while self.watch(&mut client, rng.usize(1..100)).await {}
         }
     }
 
-    /// Takes at most this number of events. Returns false if the service was killed.
+    /// Reads at most this number of events. Returns false if the service was killed.
     async fn watch(&self, client: &mut Client, events: usize) -> bool {
-        let Answer::Told(mut stream) = answer(client.watch_after(self.revision()).await.map(Response::new), &[]) else {
+        let Answer::Response(mut stream) = answer(client.watch_after(self.revision()).await.map(Response::new), &[])
+        else {
             return false;
         };
         for _ in 0..events {
-            let Answer::Told(next) = answer(stream.message().await.map(Response::new), &[]) else { return false };
+            let Answer::Response(next) = answer(stream.message().await.map(Response::new), &[]) else { return false };
             let event = next.unwrap().event.unwrap();
             match event.event.unwrap() {
                 Event::Recorded(record) => {
@@ -230,24 +231,24 @@ impl Watched {
                     self.revision.send_replace(event.revision);
                 }
                 Event::Bookmark(pb::Bookmark {}) => assert_eq!(event.revision, self.revision()),
-                live => panic!("nobody asked for {live:?}"),
+                live => panic!("{live:?} was not requested"),
             }
         }
         true
     }
 }
 
-/// What became of a call.
+/// The outcome of a call.
 enum Answer<T> {
-    Told(T),
+    Response(T),
     Refused,
     Killed,
 }
 
-/// Tells refusals, of which only these are expected, from the end of the process.
+/// Distinguishes refusals, of which only these are expected, from the end of the process.
 fn answer<T>(answer: Result<Response<T>, Status>, expected: &[&str]) -> Answer<T> {
     match answer {
-        Ok(response) => Answer::Told(response.into_inner()),
+        Ok(response) => Answer::Response(response.into_inner()),
         Err(status) => match status.get_details_error_info() {
             Some(info) if expected.contains(&info.reason.as_str()) => Answer::Refused,
             None if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled) => {
@@ -279,7 +280,7 @@ impl Caller {
         self
     }
 
-    /// Finds out what became of what was never answered.
+    /// Resolves the calls that were never answered.
     async fn settle(mut self, mut client: Client) {
         let settled = match &mut self {
             Self::Runner(runner) => runner.settle(&mut client).await,
@@ -294,15 +295,15 @@ impl Caller {
 struct Runner {
     name: u32,
     rng: Rng,
-    told: Arc<Told>,
+    acknowledged: Arc<Acknowledged>,
     requests: u32,
-    /// Asked with a request id, and never answered.
+    /// A request with a request id that was never answered.
     unanswered: Option<pb::RunCycleRequest>,
 }
 
 impl Runner {
-    fn new(name: u32, rng: &mut Rng, told: &Arc<Told>) -> Self {
-        Self { name, rng: rng.fork(), told: told.clone(), requests: 0, unanswered: None }
+    fn new(name: u32, rng: &mut Rng, acknowledged: &Arc<Acknowledged>) -> Self {
+        Self { name, rng: rng.fork(), acknowledged: acknowledged.clone(), requests: 0, unanswered: None }
     }
 
     /// `None` when the service was killed.
@@ -333,7 +334,7 @@ impl Runner {
                 self.settle(client).await
             }
             6 if self.requests > 0 => {
-                // An earlier one again: `Told` sees to it that it is the same cycle.
+                // An earlier request again: `Acknowledged` checks that it gets the same cycle.
                 let request_id = format!("runner {} request {}", self.name, self.rng.u32(1..=self.requests));
                 let request = pb::RunCycleRequest { request_id, ..pb::RunCycleRequest::default() };
                 self.run(client, request, &[]).await.map(|_| ())
@@ -343,7 +344,7 @@ impl Runner {
                 let cycle_id = self.run(client, request, &[]).await?;
                 let cancelled = client.cancel_cycle(pb::CancelCycleRequest { cycle_id }).await;
                 match answer(cancelled, &["CYCLE_FINISHED"]) {
-                    Answer::Told(response) => self.told.cycle(cycle_id, &response.telemetry, ""),
+                    Answer::Response(response) => self.acknowledged.cycle(cycle_id, &response.telemetry, ""),
                     Answer::Refused => {}
                     Answer::Killed => return None,
                 }
@@ -364,12 +365,12 @@ impl Runner {
     async fn run(&self, client: &mut Client, request: pb::RunCycleRequest, expected: &[&str]) -> Option<u64> {
         let (request_id, is_async) = (request.request_id.clone(), request.r#async);
         match answer(client.run_cycle(request).await, expected) {
-            Answer::Told(response) => {
+            Answer::Response(response) => {
                 if !is_async {
                     let record = decode(response.telemetry.clone());
                     assert_eq!((record.cycle_id, &record.request_id), (response.cycle_id, &request_id));
                 }
-                self.told.cycle(response.cycle_id, &response.telemetry, &request_id);
+                self.acknowledged.cycle(response.cycle_id, &response.telemetry, &request_id);
                 Some(response.cycle_id)
             }
             Answer::Refused => Some(0),
@@ -381,14 +382,14 @@ impl Runner {
 /// Registers, unregisters, suspends and resumes subsystems of its own.
 struct Registrar {
     rng: Rng,
-    told: Arc<Told>,
+    acknowledged: Arc<Acknowledged>,
     endpoints: Vec<String>,
     version: u32,
-    /// By name, how it may stand: in one way, or in two after a call that was never answered.
+    /// The possible states by name: one, or two after a call that was never answered.
     possible: BTreeMap<String, Vec<Standing>>,
 }
 
-/// How a subsystem stands; `None` is not registered.
+/// The state of a subsystem; `None` if it is not registered.
 type Standing = Option<Registered>;
 
 #[derive(Clone, Debug, PartialEq)]
@@ -398,10 +399,10 @@ struct Registered {
 }
 
 impl Registrar {
-    fn new(name: u32, rng: &mut Rng, told: &Arc<Told>, fleet: &Fleet) -> Self {
+    fn new(name: u32, rng: &mut Rng, acknowledged: &Arc<Acknowledged>, fleet: &Fleet) -> Self {
         Self {
             rng: rng.fork(),
-            told: told.clone(),
+            acknowledged: acknowledged.clone(),
             endpoints: fleet.endpoints().to_vec(),
             version: 0,
             possible: (1..=3).map(|i| (format!("registrar{name}-{i}"), vec![None])).collect(),
@@ -420,7 +421,7 @@ impl Registrar {
         }
     }
 
-    /// How a subsystem stands, read from its status; every field that was given must be there.
+    /// The state of a subsystem from its status, which must contain every registered field.
     fn standing(&self, status: &pb::SubsystemStatus) -> Registered {
         let found = status.registration.clone().unwrap();
         let version = from_struct(&found.parameters)["version"].as_u64().unwrap();
@@ -474,17 +475,17 @@ impl Registrar {
         }
     }
 
-    /// Looks how each stands: as it was acknowledged, or in one of the ways that it may.
+    /// Compares the state of each subsystem with the acknowledged or possible ones.
     async fn settle(&mut self, client: &mut Client) -> Option<()> {
         for name in self.possible.keys().cloned().collect::<Vec<_>>() {
             let request = pb::GetSubsystemRequest { name: name.clone(), ..pb::GetSubsystemRequest::default() };
             let found = match answer(client.get_subsystem(request).await, &["SUBSYSTEM_NOT_FOUND"]) {
-                Answer::Told(response) => Some(self.standing(&response.subsystem.unwrap())),
+                Answer::Response(response) => Some(self.standing(&response.subsystem.unwrap())),
                 Answer::Refused => None,
                 Answer::Killed => return None,
             };
             let possible = self.possible.get_mut(&name).unwrap();
-            assert!(possible.contains(&found), "{name} is {found:?}, but was acknowledged as {possible:?}");
+            assert!(possible.contains(&found), "{name} is {found:?}, but the possible states are {possible:?}");
             *possible = vec![found];
         }
         Some(())
@@ -494,17 +495,17 @@ impl Registrar {
         self.possible.get_mut(name).unwrap().push(standing);
     }
 
-    /// The last of the ways in which it may stand was acknowledged.
+    /// The last possible state was acknowledged.
     fn certain(&mut self, name: &str, status: Option<&pb::SubsystemStatus>) {
-        let told = status.map(|status| self.standing(status));
+        let found = status.map(|status| self.standing(status));
         let possible = self.possible.get_mut(name).unwrap();
-        assert_eq!(possible.last(), Some(&told));
-        *possible = vec![told];
+        assert_eq!(possible.last(), Some(&found));
+        *possible = vec![found];
     }
 
     fn answered<T>(&self, response: Result<Response<T>, Status>) -> Option<T> {
-        let Answer::Told(response) = answer(response, &[]) else { return None };
-        self.told.acknowledged();
+        let Answer::Response(response) = answer(response, &[]) else { return None };
+        self.acknowledged.add();
         Some(response)
     }
 }
@@ -512,18 +513,18 @@ impl Registrar {
 /// Starts and stops a loop.
 struct Looper {
     rng: Rng,
-    told: Arc<Told>,
-    /// The intervals that it may have, in milliseconds; `None` is stopped.
+    acknowledged: Arc<Acknowledged>,
+    /// The possible intervals, in milliseconds; `None` if it is stopped.
     possible: Vec<Option<i32>>,
-    /// Its ticks, when they were last looked at.
+    /// The counts of its ticks when they were last read.
     due: u64,
 }
 
 impl Looper {
     const NAME: &str = "heartbeat";
 
-    fn new(rng: &mut Rng, told: &Arc<Told>) -> Self {
-        Self { rng: rng.fork(), told: told.clone(), possible: vec![None], due: 0 }
+    fn new(rng: &mut Rng, acknowledged: &Arc<Acknowledged>) -> Self {
+        Self { rng: rng.fork(), acknowledged: acknowledged.clone(), possible: vec![None], due: 0 }
     }
 
     async fn act(&mut self, client: &mut Client) -> Option<()> {
@@ -531,7 +532,7 @@ impl Looper {
         if self.possible[0].is_some() && self.rng.u8(..8) == 0 {
             self.possible.push(None);
             let request = pb::StopIntervalLoopRequest { name: Self::NAME.into() };
-            let Answer::Told(_) = answer(client.stop_interval_loop(request).await, &[]) else { return None };
+            let Answer::Response(_) = answer(client.stop_interval_loop(request).await, &[]) else { return None };
             self.possible = vec![None];
             self.due = 0;
         } else {
@@ -545,19 +546,20 @@ impl Looper {
                 ..pb::IntervalLoop::default()
             };
             let request = pb::StartIntervalLoopRequest { r#loop: Some(settings) };
-            let Answer::Told(_) = answer(client.start_interval_loop(request).await, &[]) else { return None };
+            let Answer::Response(_) = answer(client.start_interval_loop(request).await, &[]) else { return None };
             self.possible = vec![Some(interval)];
         }
-        self.told.acknowledged();
+        self.acknowledged.add();
         // Let it tick for a while.
         sleep(Duration::from_millis(self.rng.u64(..40))).await;
         Some(())
     }
 
-    /// Looks how it stands, and whether its ticks add up.
+    /// Compares its state with the possible ones, and checks the sum of its ticks.
     async fn settle(&mut self, client: &mut Client) -> Option<()> {
         let response = client.list_interval_loops(pb::ListIntervalLoopsRequest::default()).await;
-        let Answer::Told(pb::ListIntervalLoopsResponse { loops, next_page_token: _ }) = answer(response, &[]) else {
+        let Answer::Response(pb::ListIntervalLoopsResponse { loops, next_page_token: _ }) = answer(response, &[])
+        else {
             return None;
         };
         let found = loops.first().map(|status| {
@@ -571,7 +573,7 @@ impl Looper {
             settings.interval.unwrap().nanos / 1_000_000
         });
         if found.is_none() {
-            // A loop that is started after this starts counting from 0.
+            // A loop that is started again counts from 0.
             self.due = 0;
         }
         assert!(self.possible.contains(&found), "the loop is {found:?}, but was acknowledged as {:?}", self.possible);
@@ -581,23 +583,23 @@ impl Looper {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What must hold at the end
+// Promises that must hold at the end
 
-fn check_history(history: &[Bytes], told: &Told, watched: &Watched) {
+fn check_history(history: &[Bytes], acknowledged: &Acknowledged, watched: &Watched) {
     // A watcher sees every durable record once, in order, with no gap.
     let watched = watched.records.lock().unwrap();
     assert_eq!(watched.len(), history.len());
     for (seen, kept) in watched.iter().zip(history) {
         assert_eq!(seen, kept, "the watcher saw {:?}", decode(seen.clone()));
     }
-    // Ids have no gap, a cycle is recorded once, and nothing of an older epoch comes after a newer one.
+    // Ids have no gap, a cycle is recorded once, and no record of an older epoch comes after one of a newer epoch.
     let cycles: Vec<_> = history.iter().cloned().map(decode).collect();
     assert!(cycles.iter().map(|cycle| cycle.revision).eq(1..=history.len() as u64));
     let by_id: BTreeMap<_, _> = cycles.iter().map(|cycle| cycle.cycle_id).zip(history).collect();
     assert!(by_id.keys().copied().eq(1..=history.len() as u64));
     assert!(cycles.is_sorted_by_key(|cycle| cycle.epoch));
-    // An acknowledged cycle is never lost, nor changed.
-    for (&cycle_id, record) in told.cycles.lock().unwrap().iter() {
+    // An acknowledged cycle is never lost or changed.
+    for (&cycle_id, record) in acknowledged.cycles.lock().unwrap().iter() {
         let kept = *by_id.get(&cycle_id).unwrap_or_else(|| panic!("cycle {cycle_id} was acknowledged, and is lost"));
         assert!(record.as_ref().is_none_or(|record| record == kept), "cycle {cycle_id} has changed");
     }
@@ -607,7 +609,7 @@ fn check_history(history: &[Bytes], told: &Told, watched: &Watched) {
         let earlier = requests.insert(cycle.request_id.clone(), cycle.cycle_id);
         assert_eq!(earlier, None, "request {:?} started two cycles", cycle.request_id);
     }
-    for (request, cycle_id) in told.requests.lock().unwrap().iter() {
+    for (request, cycle_id) in acknowledged.requests.lock().unwrap().iter() {
         assert_eq!(requests.get(request), Some(cycle_id), "request {request:?}");
     }
 }
@@ -621,16 +623,16 @@ fn check_calls(fleet: &Fleet, history: &[Bytes]) {
     let mut once = HashSet::new();
     let mut parts: HashMap<u64, BTreeMap<&str, (u64, u64)>> = HashMap::new();
     for call in calls.iter().filter(|call| call.method == Method::RunCycle) {
-        // A cycle runs in one epoch, and no call of it is made twice.
+        // A cycle runs in one epoch, and none of its calls is made twice.
         assert_eq!(*epochs.entry(call.cycle_id).or_insert(call.epoch), call.epoch, "{call:?}");
         assert!(once.insert((call.cycle_id, &call.subsystem, call.attempt)), "made twice: {call:?}");
-        // Whatever ran is recorded.
+        // Every cycle that ran is recorded.
         assert!((1..=history.len() as u64).contains(&call.cycle_id), "not recorded: {call:?}");
         let ended = call.ended.map_or(u64::MAX, |(position, _)| position);
         let part = parts.entry(call.cycle_id).or_default().entry(&call.subsystem).or_insert((call.began, ended));
         part.1 = ended;
     }
-    // No subsystem runs before what it waits for has ended.
+    // No subsystem runs before the end of all subsystems that it waits for.
     for (cycle_id, parts) in parts {
         for pair in CHAIN.windows(2) {
             if let (Some((_, ended)), Some((began, _))) = (parts.get(pair[0]), parts.get(pair[1])) {
@@ -640,7 +642,7 @@ fn check_calls(fleet: &Fleet, history: &[Bytes]) {
     }
 }
 
-/// Shows that there was something to check.
+/// Prints the numbers of checked cycles.
 fn summarize(history: &[Bytes]) {
     let mut states: BTreeMap<&str, usize> = BTreeMap::new();
     for cycle in history.iter().cloned().map(decode) {

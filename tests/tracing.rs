@@ -1,4 +1,4 @@
-//! Traces: what a collector is sent, and what callers and subsystems join.
+//! Traces: the spans that a collector receives, and the traces that callers and subsystems join.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -40,7 +40,7 @@ use tonic::{Code, Request, Response, Status, transport::Server};
 
 type Seen = Vec<(Value, Span)>;
 
-/// Keeps every span that it is sent. It stops when it is dropped.
+/// Keeps every span that it receives. It stops when it is dropped.
 struct Collector {
     address: SocketAddr,
     seen: Arc<watch::Sender<Seen>>,
@@ -89,7 +89,7 @@ impl Collector {
         Self { address, seen, stop, server: servers }
     }
 
-    /// Goes away, with its connections.
+    /// Stops, and closes its connections.
     async fn stop(mut self) {
         self.stop.cancel();
         patiently("the collector to stop", self.server.join_next()).await.unwrap().unwrap();
@@ -104,7 +104,7 @@ impl Collector {
         patiently(what, seen.wait_for(|seen| holds(seen))).await.unwrap().clone()
     }
 
-    /// The spans of a cycle. They come together.
+    /// The spans of a cycle, which arrive together.
     async fn of_cycle(&self, cycle: &pb::CycleTelemetry) -> Trace {
         let id = &cycle.trace_id;
         let is_root = |span: &Span| {
@@ -144,7 +144,7 @@ impl Trace {
         root
     }
 
-    /// Those of a subsystem and a method, in the order of their starts.
+    /// The calls of a method of a subsystem, in the order of their starts.
     fn calls(&self, subsystem: &str, method: &str) -> Vec<&Span> {
         let mut calls = self.named(&format!("dreamnet.subsystem.v1.Subsystem/{method}"));
         calls.retain(|span| attributes(&span.attributes)["orchestrator.subsystem"] == subsystem);
@@ -214,7 +214,7 @@ fn last_headers(stage: &Stage, name: &str) -> [Option<String>; 2] {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What is in a trace
+// Contents of a trace
 
 #[tokio::test]
 async fn a_cycle_is_a_trace_of_its_calls_and_its_commit() {
@@ -277,7 +277,7 @@ async fn a_cycle_is_a_trace_of_its_calls_and_its_commit() {
     assert_ne!(second.trace_id, cycle.trace_id);
     let trace = collector.of_cycle(&second).await;
     assert_eq!(trace.spans.len(), 4);
-    // It is in the record as well.
+    // The record contains the id as well.
     assert_eq!(stage.client.cycle(1).await.unwrap().trace_id, cycle.trace_id);
 }
 
@@ -335,7 +335,7 @@ async fn an_abandoned_call_has_a_span() {
     let trace = collector.of_cycle(&late).await;
     assert_eq!(outcomes(&trace.calls("a", "RunCycle")), [failed("DEADLINE_EXCEEDED", 1)]);
 
-    // A loop's cycle says which loop it was.
+    // The span of a loop's cycle names the loop.
     stage.fleet.run("a", Run::Echo);
     let interval = ms(10);
     let spec = pb::IntervalLoop { name: "fast".into(), interval, ..Default::default() };
@@ -368,7 +368,7 @@ async fn a_cycle_that_is_cancelled_in_line_has_a_trace() {
     }
 }
 
-/// Its spans are gone with the process, but those of its subsystems are found by the id.
+/// Its spans are lost with the process, but those of its subsystems can be found by the id.
 #[tokio::test]
 async fn an_interrupted_cycle_keeps_its_trace_id() {
     let collector = Collector::start().await;
@@ -388,7 +388,7 @@ async fn an_interrupted_cycle_keeps_its_trace_id() {
     assert_eq!((interrupted.state(), interrupted.trace_id.len()), (CycleState::Interrupted, 32));
     let parent = parent.unwrap();
     assert!(parent.starts_with(&format!("00-{}-", interrupted.trace_id)), "{parent}");
-    // The one that had only waited runs now, in the trace of its caller.
+    // The waiting cycle runs now, in the trace of its caller.
     let ran = stage.client.recorded(waiting).await;
     assert_eq!((ran.state(), ran.trace_id.as_str()), (CycleState::Succeeded, TRACE_ID));
     assert!(last_headers(&stage, "a")[0].as_ref().unwrap().starts_with(&format!("00-{TRACE_ID}-")));
@@ -410,19 +410,19 @@ async fn the_trace_of_a_caller_is_joined() {
     let [ran] = trace.calls("a", "RunCycle")[..] else { panic!() };
     assert_eq!(last_headers(&stage, "a"), [Some(trace.parent_header(ran)), Some("x=1,y=2".into())]);
 
-    // A caller's decision not to sample is respected, and passed on.
+    // A caller's decision not to sample is followed and passed on.
     let cycle = run_from(&mut stage.client, &[("traceparent", NOT_SAMPLED), ("tracestate", "x=1")]).await;
     assert_eq!(cycle.trace_id, TRACE_ID);
     assert_eq!(last_headers(&stage, "a"), [Some(NOT_SAMPLED.into()), Some("x=1".into())]);
     let unsampled = cycle.cycle_id;
 
-    // What is malformed, or there twice, counts for nothing.
+    // A malformed or repeated header is ignored.
     for headers in [&[("traceparent", "00-1-2-01")][..], &[("traceparent", SAMPLED), ("traceparent", SAMPLED)]] {
         let cycle = run_from(&mut stage.client, headers).await;
         assert!(cycle.trace_id != TRACE_ID && cycle.trace_id.len() == 32, "{}", cycle.trace_id);
         assert!(collector.of_cycle(&cycle).await.root().parent_span_id.is_empty());
     }
-    // Spans come in the order of cycles, so it has none.
+    // Spans arrive in the order of cycles, so this cycle has none.
     let of_unsampled = |seen: &Seen| {
         seen.iter().filter(|(_, span)| attributes(&span.attributes)["orchestrator.cycle_id"] == unsampled).count()
     };
@@ -430,7 +430,7 @@ async fn the_trace_of_a_caller_is_joined() {
 }
 
 #[tokio::test]
-async fn without_a_collector_the_trace_of_a_caller_is_handed_on_as_it_came() {
+async fn without_a_collector_the_trace_of_a_caller_is_passed_on_unchanged() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;
     assert_eq!(stage.client.run().await.unwrap().trace_id, "");
@@ -442,14 +442,14 @@ async fn without_a_collector_the_trace_of_a_caller_is_handed_on_as_it_came() {
 }
 
 #[tokio::test]
-async fn the_ratio_counts_where_the_caller_has_no_say() {
+async fn the_ratio_applies_to_requests_without_a_decision_of_the_caller() {
     let collector = Collector::start().await;
     let config =
         |ratio: &str| format!("[tracing]\notlp_endpoint = \"http://{}\"\nsample_ratio = {ratio}\n", collector.address);
     let mut stage = Stage::at(Home::new().with_config(&config("0"))).await;
     stage.register("a", |_| {}).await;
     let dropped = stage.client.run().await.unwrap();
-    // Subsystems receive the decision, so that they sample none either; their logs can still be found by the id.
+    // Subsystems receive the decision, so that they do not sample either; their logs can still be found by the id.
     let [parent, _] = last_headers(&stage, "a");
     let parent = parent.unwrap();
     assert!(parent.starts_with(&format!("00-{}-", dropped.trace_id)) && parent.ends_with("-00"), "{parent}");
@@ -468,7 +468,7 @@ async fn the_ratio_counts_where_the_caller_has_no_say() {
 // The collector
 
 #[tokio::test]
-async fn a_collector_that_is_away_costs_its_spans_and_nothing_else() {
+async fn while_a_collector_is_away_only_its_spans_are_lost() {
     let collector = Collector::start().await;
     let address = collector.address.to_string();
     let mut stage = Stage::at(collector.home()).await;
@@ -501,7 +501,7 @@ async fn a_collector_that_is_away_costs_its_spans_and_nothing_else() {
     .await;
 }
 
-/// What has become of spans, by the metrics.
+/// The counts of spans by their outcome, from the metrics.
 async fn metrics(stage: &Stage) -> BTreeMap<String, u64> {
     let text = get(stage.service.admin(), "/metrics").await.text().await;
     let found =
@@ -528,7 +528,7 @@ async fn a_shutdown_sends_the_remaining_spans() {
 }
 
 #[tokio::test]
-async fn a_collector_that_hangs_does_not_hold_up_a_shutdown() {
+async fn a_collector_that_hangs_does_not_delay_a_shutdown() {
     let collector = Collector::at("127.0.0.1:0", false).await;
     let mut stage = Stage::at(collector.home()).await;
     stage.register("a", |_| {}).await;
@@ -587,7 +587,7 @@ async fn a_subsystem_in_python_joins_the_trace() {
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(cycle.state(), CycleState::Succeeded, "{}", cycle.error);
     let [ours] = [collector.of_cycle(&cycle).await.calls("python", "RunCycle")[0].clone()];
-    // The span of its gRPC server is a part of our call, and its own work is a part of that.
+    // The span of its gRPC server is a child of our call, and the span of its work is a child of that.
     let by_python = |seen: &Seen, name: &str, parent: &[u8]| {
         let is = |span: &Span| {
             span.name.ends_with(name) && span.parent_span_id == parent && hex(&span.trace_id) == cycle.trace_id
@@ -604,9 +604,9 @@ async fn a_subsystem_in_python_joins_the_trace() {
 /// Needs `tests/collector`, built as `otel-collector` in the `PATH`.
 #[tokio::test]
 #[ignore = "needs OpenTelemetry's Collector; .ci/run builds it"]
-async fn the_collector_of_opentelemetry_takes_a_cycle() {
+async fn the_collector_of_opentelemetry_accepts_a_cycle() {
     let home = Home::new();
-    // The Collector does not say which port it was given.
+    // The Collector does not print its port.
     let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let config = json!({
         "receivers": { "otlp": { "protocols": { "grpc": { "endpoint": address.to_string() } } } },

@@ -22,7 +22,7 @@ use tokio::{
 use tonic::Code;
 
 #[tokio::test]
-async fn what_rpcs_answer_is_there_as_json() {
+async fn answers_of_rpcs_are_available_as_json() {
     let mut stage = Stage::new().await;
     let admin = stage.service.admin();
     stage.register_all(&["a", "b"]).await;
@@ -85,7 +85,7 @@ async fn errors_are_reported() {
 }
 
 #[tokio::test]
-async fn only_this_machine_can_read_and_no_one_can_write() {
+async fn only_this_machine_can_read_and_no_client_can_write() {
     let stage = Stage::new().await;
     let admin = stage.service.admin();
     for host in ["evil.example", "10.0.0.1:7780"] {
@@ -102,9 +102,9 @@ async fn only_this_machine_can_read_and_no_one_can_write() {
     assert!(head.contains("x-content-type-options: nosniff"), "{head}");
 }
 
-/// A script that is not served, or served as something else, is a blank page.
+/// A script that is missing, or served with another type, results in a blank page.
 #[tokio::test]
-async fn the_dashboard_is_all_there_and_needs_nothing_else() {
+async fn the_dashboard_is_complete_and_needs_no_other_site() {
     let stage = Stage::new().await;
     let admin = stage.service.admin();
     let mut seen = BTreeSet::new();
@@ -124,7 +124,7 @@ async fn the_dashboard_is_all_there_and_needs_nothing_else() {
         let head = answer.head.to_lowercase();
         assert!(head.contains(&format!("content-type: {kind}")), "{path}: {head}");
         let text = answer.text().await;
-        // The one other address is the name that SVG elements have.
+        // The only other address is the namespace of SVG elements.
         let rest = text.replace("http://www.w3.org/2000/svg", "");
         assert!(!rest.contains("http://") && !rest.contains("https://") && !rest.contains("url("), "{path}");
         for unsafe_call in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("] {
@@ -148,7 +148,7 @@ async fn the_dashboard_is_all_there_and_needs_nothing_else() {
     let files: usize = [folder.to_owned(), format!("{folder}/views")]
         .iter()
         .flat_map(|folder| fs::read_dir(folder).unwrap().map(Result::unwrap))
-        // This one is only for checking the scripts.
+        // This file is only for checking the scripts.
         .filter(|entry| entry.file_type().unwrap().is_file() && entry.file_name() != "jsconfig.json")
         .count();
     assert_eq!(seen.len(), files, "{seen:?}");
@@ -175,7 +175,7 @@ async fn events_are_streamed_and_resumed() {
     stage.client.run().await.unwrap();
     assert_eq!(next().await[0], "id: 3");
 
-    // As a browser resumes, whatever the address says.
+    // Browsers resume by this header, whatever the address contains.
     let mut resumed = send(admin, "GET /api/events?fromOldest=true", &["Host: localhost", "Last-Event-ID: 2"]).await;
     assert_eq!(resumed.line().await, "id: 3");
     let mut gone = send(admin, "GET /api/events", &["Host: localhost", "Last-Event-ID: 99"]).await;
@@ -194,7 +194,7 @@ async fn events_are_streamed_and_resumed() {
 
 /// Many open streams, read or not, do not block monitoring.
 #[tokio::test]
-async fn streams_leave_room_for_others() {
+async fn streams_leave_connections_for_others() {
     let stage = Stage::new().await;
     let admin = stage.service.admin();
     let mut streams = Vec::new();
@@ -210,7 +210,7 @@ async fn streams_leave_room_for_others() {
     let error = refused.json().await;
     assert_eq!(error["error"]["status"], "RESOURCE_EXHAUSTED");
     assert_eq!(get(admin, "/metrics").await.status, 200);
-    // A browser gets the error inside the stream, and reconnects by itself.
+    // A browser receives the error inside the stream, and reconnects by itself.
     let mut resumed = send(admin, "GET /api/events", &["Host: localhost", "Last-Event-ID: 0"]).await;
     assert_eq!((resumed.status, resumed.line().await.as_str()), (200, "event: refused"));
     drop(streams);
@@ -229,7 +229,7 @@ async fn open_streams_end_with_the_service() {
 }
 
 #[tokio::test]
-async fn an_address_that_is_taken_is_named() {
+async fn an_address_in_use_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();
     let home = Home::new().with_admin(address);
@@ -237,7 +237,7 @@ async fn an_address_that_is_taken_is_named() {
     assert!(home.log().contains(&format!("can't listen on {address} for the dashboard")), "{}", home.log());
 }
 
-/// Registers a subsystem whose records are 6 MB as JSON: a control character is six times as long there as it is.
+/// Registers a subsystem whose records are 6 MB as JSON: a control character takes six bytes there.
 async fn register_one_with_a_large_output(stage: &mut Stage) {
     let output = common::fleet::to_struct(&serde_json::json!({ "text": "\u{1}".repeat(1 << 20) }));
     let answer = subsystem::RunCycleResponse { output, ..subsystem::RunCycleResponse::default() };
@@ -250,7 +250,7 @@ async fn register_one_with_a_large_output(stage: &mut Stage) {
     stage.fleet.run("a", Run::Answer(answer));
 }
 
-/// Unread answers are not produced without a limit.
+/// Unread answers are produced only up to a limit of memory.
 #[tokio::test]
 async fn unread_answers_take_bounded_memory() {
     const ASKING: usize = 100;
@@ -264,7 +264,8 @@ async fn unread_answers_take_bounded_memory() {
         for _ in 0..ASKING {
             let mut stream = TcpStream::connect(admin).await.unwrap();
             stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
-            // The first one gets an answer, and of the others not all fit. Events are shared, and sent to all.
+            // The first answer arrives, and the memory does not suffice for all others. Events are shared, and sent to
+            // all.
             if asking.is_empty() || path.starts_with("/api/events") {
                 patiently("an answer", stream.read_exact(&mut [0; 2000])).await.unwrap();
             }
@@ -288,10 +289,10 @@ async fn unread_answers_take_bounded_memory() {
     assert_eq!(get(admin, "/api/cycles/1").await.json().await["telemetry"]["cycleId"], "1");
 }
 
-/// Neither is what each stream waits with alone.
+/// The memory of the events that single streams wait to send is bounded as well.
 #[tokio::test]
 async fn unread_events_take_bounded_memory() {
-    /// Of which five have room at a time.
+    /// Five of them fit into the memory at a time.
     const RECORDS: usize = 7;
     let mut stage = Stage::new().await;
     let admin = stage.service.admin();
@@ -312,13 +313,13 @@ async fn unread_events_take_bounded_memory() {
         }
     }
     assert_eq!((given.len(), refused.len()), (5, RECORDS - 5));
-    // It ends with the error, and a client that reconnects misses nothing once there is memory.
+    // The stream ends with the error, and a client that reconnects misses no record once there is memory.
     for mut events in refused {
         let error = events.line().await;
         assert!(error.contains("the limit of 32 MiB for events"), "{error}");
         assert_eq!(events.text().await, "");
     }
-    // Small ones, and answers, have theirs anyway.
+    // Small events, and answers, have their own memory.
     let mut newest = get(admin, &format!("/api/events?afterRevision={RECORDS}")).await;
     assert_eq!([newest.line().await, newest.line().await], [format!("id: {RECORDS}"), "event: bookmark".to_owned()]);
     assert_eq!(get(admin, "/api/cycles/1").await.status, 200);
@@ -328,7 +329,7 @@ async fn unread_events_take_bounded_memory() {
 }
 
 #[tokio::test]
-async fn a_head_of_a_request_that_has_no_end_is_refused() {
+async fn an_endless_head_of_a_request_is_refused() {
     let stage = Stage::new().await;
     let long = format!("Cookie: {}", "x".repeat(200 << 10));
     assert_eq!(send(stage.service.admin(), "GET /", &["Host: localhost", &long]).await.status, 431);
@@ -336,7 +337,7 @@ async fn a_head_of_a_request_that_has_no_end_is_refused() {
 }
 
 #[tokio::test]
-async fn a_record_of_more_values_than_are_made_into_json_is_passed_over() {
+async fn a_record_with_too_many_values_for_json_is_passed_over() {
     const NULLS: usize = 150_000;
     let mut stage = Stage::new().await;
     let admin = stage.service.admin();
@@ -351,9 +352,9 @@ async fn a_record_of_more_values_than_are_made_into_json_is_passed_over() {
     let mut events = get(admin, "/api/events?fromOldest=true").await;
     assert_eq!([events.line().await, events.line().await], ["id: 1", "event: unreadable"]);
     let (_, most) = stage.service.memory();
-    // All of them as messages would be 130 MiB.
+    // As messages, all of them would take 130 MiB.
     assert!(most - before < 64 << 20, "{} MiB more", (most - before) >> 20);
-    // Others are given.
+    // Other records are sent.
     stage.fleet.run("nulls", Run::Echo);
     stage.client.run().await.unwrap();
     assert_eq!(get(admin, "/api/cycles/2").await.status, 200);
