@@ -6,6 +6,7 @@
 //! Foundations:
 //! - [`model`]: subsystems, cycles, schedules: validated types
 //! - [`proto`]: the generated contract, how it is read within limits, and its JSON
+//! - [`ledger`]: the Merkle log over the history: leaves, proofs, and signed checkpoints
 //! - [`memory`]: the limit over all memory whose use peers decide, and its shares
 //! - [`clock`], [`random`], and both as the [`host`] of a process: a simulation replaces them
 //! - [`transport`]: the network of a process, which a simulation replaces as well
@@ -62,6 +63,8 @@ pub mod engine;
 pub mod file;
 #[cfg(feature = "service")]
 pub mod host;
+#[cfg(feature = "service")]
+pub mod ledger;
 #[cfg(feature = "service")]
 pub mod orchestrator;
 #[cfg(feature = "service")]

@@ -8,6 +8,7 @@ use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
 /// The modules of this crate that each top-level module may use. `serve`, `cli` and `main` connect all parts.
 const MAY_USE: &[(&str, &[&str])] = &[
+    ("ledger", &[]),
     ("memory", &[]),
     ("model", &[]),
     ("proto", &["model"]),
@@ -113,6 +114,8 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("tokio_rustls", &["dial"]),
     ("webpki", &["dial/tls"]),
     // Libraries that one place uses.
+    ("aws_lc_rs", &["dial/tls", "ledger"]),
+    ("base64", &["ledger"]),
     ("opentelemetry", &["telemetry/otlp"]),
     ("opentelemetry_otlp", &["telemetry/otlp"]),
     ("opentelemetry_sdk", &["telemetry/otlp"]),

@@ -1,0 +1,18 @@
+//! The Merkle log over the history: its leaves, its tree, its proofs and its checkpoints. It reads and writes
+//! no file and no store.
+//!
+//! The tree is that of RFC 9162, section 2.1 (the same as in RFC 6962), so independent software can verify its proofs.
+//! Its nodes are numbered in the order in which they become complete, as in the transparency logs of Go
+//! (<https://pkg.go.dev/golang.org/x/mod/sumdb/tlog>): a commit only appends nodes.
+
+mod entry;
+mod note;
+mod proof;
+mod tree;
+
+pub use self::{
+    entry::{Entry, RecordsPruned},
+    note::{Checkpoint, NoteError, SigningKey, VerifyingKey},
+    proof::{Consistency, Inclusion, Path, ProofError},
+    tree::{Frontier, Hash, Node},
+};

@@ -1,0 +1,106 @@
+//! The entries of the log, and how they become leaves.
+
+use std::ops::Range;
+
+use super::tree::Hash;
+
+/// An entry of the log, by the exact bytes that are stored of it. Its encoding is that of `LogEntry` in the contract,
+/// with one field: its tag and its length before these bytes, which are never encoded again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry<'a> {
+    /// The record of a cycle: an encoded `CycleTelemetry`.
+    Cycle(&'a [u8]),
+    /// An encoded `ControlEntry`.
+    Control(&'a [u8]),
+}
+
+impl Entry<'_> {
+    /// The hash of its leaf.
+    pub fn leaf(self) -> Hash {
+        Hash::of_leaf([&self.head()[..], self.stored()])
+    }
+
+    /// The encoded `LogEntry`.
+    pub fn to_bytes(self) -> Vec<u8> {
+        [&self.head(), self.stored()].concat()
+    }
+
+    /// Its tag and its length.
+    fn head(self) -> Vec<u8> {
+        /// The wire type of a field with a length.
+        const LENGTH_DELIMITED: u8 = 2;
+        let field = match self {
+            Self::Cycle(_) => 1,
+            Self::Control(_) => 3,
+        };
+        let mut head = vec![field << 3 | LENGTH_DELIMITED];
+        let mut rest = self.stored().len();
+        loop {
+            let [low, ..] = rest.to_le_bytes();
+            rest >>= 7;
+            if rest == 0 {
+                head.push(low & 0x7f);
+                return head;
+            }
+            head.push(low | 0x80);
+        }
+    }
+
+    fn stored(&self) -> &[u8] {
+        match self {
+            Self::Cycle(stored) | Self::Control(stored) => stored,
+        }
+    }
+}
+
+/// What retention has removed, as a control entry says it: entries that are missing without it were removed by someone
+/// else.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RecordsPruned {
+    /// The leaves whose records were removed with this entry, lowest first.
+    pub leaves: Vec<Range<u64>>,
+    /// All entries below this leaf are gone: records, and control entries, which this one supersedes.
+    pub first_kept: u64,
+}
+
+impl RecordsPruned {
+    /// The removal of the records of these leaves, lowest first.
+    pub fn of(leaves: impl IntoIterator<Item = u64>, first_kept: u64) -> Self {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for leaf in leaves {
+            match ranges.last_mut() {
+                Some(range) if range.end == leaf => range.end += 1,
+                _ => ranges.push(leaf..leaf + 1),
+            }
+        }
+        Self { leaves: ranges, first_kept }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_encoded_with_its_tag_and_length() {
+        let bytes = |length: usize| Entry::Cycle(&vec![7; length]).to_bytes();
+        assert_eq!(bytes(0), [0x0a, 0]);
+        assert_eq!(bytes(127)[..3], [0x0a, 0x7f, 7]);
+        assert_eq!(bytes(128)[..4], [0x0a, 0x80, 0x01, 7]);
+        assert_eq!(bytes(300)[..4], [0x0a, 0xac, 0x02, 7]);
+        assert_eq!(Entry::Control(b"x").to_bytes(), [0x1a, 1, b'x']);
+    }
+
+    #[test]
+    fn the_kind_and_the_length_of_an_entry_are_part_of_its_leaf() {
+        let entry = Entry::Cycle(b"ab");
+        assert_eq!(entry.leaf(), Hash::of_leaf([&entry.to_bytes()[..]]));
+        assert_ne!(entry.leaf(), Entry::Control(b"ab").leaf());
+    }
+
+    #[test]
+    fn consecutive_leaves_are_one_range() {
+        assert_eq!(RecordsPruned::of([1, 2, 3, 5], 1).leaves, [1..4, 5..6]);
+        assert_eq!(RecordsPruned::of([], 7), RecordsPruned { leaves: Vec::new(), first_kept: 7 });
+    }
+}
