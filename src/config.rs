@@ -6,6 +6,7 @@
 
 mod reader;
 mod settings;
+mod tokens;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -19,13 +20,15 @@ use std::{
 
 use tracing_subscriber::EnvFilter;
 
+pub use self::tokens::{read_tokens, tokens_text};
 use self::{
     reader::{Node, PREFIX, Problems, Reader, Table, parse, put},
     settings::SETTINGS,
 };
 use crate::{
+    access::{Grant, GrantSpec, Mode, Revoked, Role},
     engine::{Member, Plan},
-    file,
+    file::{self, FileError},
     memory::Shares,
     model::{
         BreakerPolicy, BreakerSpec, CatchUp, CycleState, Endpoint, IntervalLoop, LimitsSpec, LoopSpec, Name,
@@ -51,6 +54,8 @@ pub struct Config {
     pub server: ServerSettings,
     /// The admin address.
     pub admin: AdminSettings,
+    /// Who may do what.
+    pub access: AccessSettings,
     /// The memory limit.
     pub memory: MemorySettings,
     /// The store.
@@ -104,6 +109,19 @@ pub struct ServerSettings {
 pub struct AdminSettings {
     /// Default `127.0.0.1:7780`. Port 0 takes a free one. `None`, written `off`: disabled.
     pub listen: Option<SocketAddr>,
+}
+
+/// Who may do what.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AccessSettings {
+    /// Default [`Mode::Off`].
+    pub mode: Mode,
+    /// The file of static tokens. Default: none.
+    pub tokens_file: Option<PathBuf>,
+    /// What is revoked before it expires: at most [`Revoked::MAX`] entries. Default: nothing.
+    pub revoked: Revoked,
+    /// At most [`Grant::MAX`]. Default: none.
+    pub grants: Vec<Grant>,
 }
 
 /// The memory limit.
@@ -291,7 +309,7 @@ enum OnReload {
 }
 
 /// Variables that are not settings: for other commands, and for tests.
-const OTHER_VARIABLES: [&str; 4] = ["ADDRESS", "CONFIG", "OUTPUT", "TIMEOUT"];
+const OTHER_VARIABLES: [&str; 5] = ["ADDRESS", "CONFIG", "CREDENTIALS", "OUTPUT", "TIMEOUT"];
 /// Prefixes of variables that are not settings. Kubernetes sets the last two in every pod beside a service with the
 /// name `orchestrator`.
 const OTHER_PREFIXES: [&str; 4] = ["TEST_", "TORTURE_", "SERVICE_", "PORT_"];
@@ -351,6 +369,9 @@ impl Config {
         }
         changed.extend(changed_entries("subsystem", &self.subsystems, &new.subsystems, |it| &it.name));
         changed.extend(changed_entries("loop", &self.loops, &new.loops, |it| &it.name));
+        if self.access.grants != new.access.grants {
+            changed.push("access.grants".to_owned());
+        }
         Reload { config: new, needs_restart, changed }
     }
 
@@ -407,9 +428,12 @@ impl Config {
         }
         refuse_one_address_twice(read, &config);
         refuse_limits_out_of_reach(read, &config);
-        let kind = Kind { of: "subsystem", list: "subsystems", max: config.registry.max_subsystems };
+        let kind = Kind { of: "grant", list: "access.grants", max: Grant::MAX, limit: "a configuration" };
+        config.access.grants = entries(read, kind, grant_spec, Grant::from_spec, |_| "");
+        let (max, limit) = (config.registry.max_subsystems, "registry.max_subsystems");
+        let kind = Kind { of: "subsystem", list: "subsystems", max, limit };
         config.subsystems = entries(read, kind, subsystem_spec, Subsystem::from_spec, |it| &it.name);
-        let kind = Kind { of: "loop", list: "loops", max: config.registry.max_loops };
+        let kind = Kind { of: "loop", list: "loops", max: config.registry.max_loops, limit: "registry.max_loops" };
         config.loops = entries(read, kind, loop_spec, IntervalLoop::from_spec, |it| &it.name);
         // Refused entries are left out of the list, so positions in it would be wrong: the order is checked only
         // without problems.
@@ -450,6 +474,7 @@ impl Default for Config {
                 drain_grace: Duration::from_secs(30),
             },
             admin: AdminSettings { listen: Some((Ipv4Addr::LOCALHOST, 7780).into()) },
+            access: AccessSettings::default(),
             memory: MemorySettings { max_bytes: None },
             store: StoreSettings { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
             cycle: CycleSettings {
@@ -622,15 +647,17 @@ fn refuse_ring(read: &mut Reader<'_>, subsystems: &[Subsystem]) {
 struct Kind {
     /// The name of one entry.
     of: &'static str,
-    /// The key of the list; its limit is the key `registry.max_` and this.
+    /// The key of the list.
     list: &'static str,
     max: usize,
+    /// The source of the limit `max`.
+    limit: &'static str,
 }
 
 /// Reads a list of tables: each is first read as it is written, then checked. A list over its limit is not examined.
 fn entries<S, T>(
     read: &mut Reader<'_>,
-    Kind { of, list, max }: Kind,
+    Kind { of, list, max, limit }: Kind,
     spec: fn(&mut Reader<'_>) -> S,
     validate: fn(&S) -> Result<T, Violations>,
     name: fn(&S) -> &str,
@@ -640,7 +667,7 @@ fn entries<S, T>(
     let declared = read.list(list);
     let length = declared.len();
     if length > max {
-        read.refuse(list, format!("are {length}; registry.max_{list} allows {max}"));
+        read.refuse(list, format!("are {length}; {limit} allows {max}"));
         return all;
     }
     for (number, node) in declared.into_iter().enumerate() {
@@ -697,6 +724,35 @@ fn subsystem_spec(read: &mut Reader<'_>) -> SubsystemSpec {
     }
 }
 
+/// What is revoked: a list of texts.
+fn revoked(read: &mut Reader<'_>, key: &str) -> Revoked {
+    let mut revoked = Revoked::default();
+    let texts = read.texts(key);
+    if texts.len() > Revoked::MAX {
+        read.refuse(key, format!("has {} entries; give at most {}", texts.len(), Revoked::MAX));
+        return revoked;
+    }
+    for (number, text) in texts.iter().enumerate() {
+        if let Err(problem) = revoked.add(text) {
+            read.refuse(&format!("{key}[{number}]"), problem);
+        }
+    }
+    revoked
+}
+
+fn grant_spec(read: &mut Reader<'_>) -> GrantSpec {
+    GrantSpec {
+        who: read.texts("who"),
+        role: read.choice("role", &Role::ALL.map(|role| (role.word(), role))),
+        subsystems: read.texts("subsystems"),
+        loops: read.texts("loops"),
+        reads: read.texts("reads"),
+        phases: read.numbers("phases", Subsystem::PHASES),
+        endpoints: read.texts("endpoints"),
+        max_timeout: read.signed_duration("max_timeout", Subsystem::TIMEOUTS),
+    }
+}
+
 fn loop_spec(read: &mut Reader<'_>) -> LoopSpec {
     const OVERLAP_POLICIES: [(&str, OverlapPolicy); 4] = [
         ("skip", OverlapPolicy::Skip),
@@ -721,8 +777,13 @@ fn loop_spec(read: &mut Reader<'_>) -> LoopSpec {
 
 fn read_file(path: &Path) -> Result<Table, ConfigError> {
     let name = path.display().to_string();
-    let problem = match file::read(path).map(String::from_utf8) {
-        Ok(Ok(text)) => return parse(&name, &text),
+    parse(&name, &file_text(&name, file::read(path))?)
+}
+
+/// The text of a file that was read.
+fn file_text(name: &str, read: Result<Vec<u8>, FileError>) -> Result<String, ConfigError> {
+    let problem = match read.map(String::from_utf8) {
+        Ok(Ok(text)) => return Ok(text),
         Ok(Err(_)) => "is not UTF-8".to_owned(),
         Err(error) => error.to_string(),
     };

@@ -5,7 +5,7 @@ mod changes;
 use std::{
     fs::{self, File, FileType},
     io::{self, Read},
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::Path,
 };
 
@@ -29,6 +29,9 @@ pub enum FileError {
     /// It is too large.
     #[error("is larger than {} MiB", MAX_BYTES >> 20)]
     TooLarge,
+    /// It is a secret that others may read or change. With its mode.
+    #[error("has mode {0:04o}, so that other users of this machine could use it; run chmod 600 on it")]
+    Exposed(u32),
 }
 
 /// Reads a regular file of at most [`MAX_BYTES`], without the mark (BOM) that some editors put before UTF-8. Blocks,
@@ -37,11 +40,38 @@ pub enum FileError {
 /// # Errors
 /// It can't be read, is not a regular file, or is too large.
 pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+    content(&open(path)?)
+}
+
+/// Reads a secret, as [`read`] does.
+///
+/// # Errors
+/// As those of [`read`], and users other than its owner have access to it. A group may have access to a file of root:
+/// that is how Kubernetes gives secrets to a process.
+pub fn read_secret(path: &Path) -> Result<Vec<u8>, FileError> {
+    /// The bits of the mode for the group of the file, and for all others.
+    const GROUP: u32 = 0o070;
+    const OTHERS: u32 = 0o007;
+    const ROOT: u32 = 0;
+    let file = open(path)?;
+    let metadata = file.metadata()?;
+    let forbidden = if metadata.uid() == ROOT { OTHERS } else { GROUP | OTHERS };
+    match metadata.mode() & 0o7777 {
+        mode if mode & forbidden != 0 => Err(FileError::Exposed(mode)),
+        _ => content(&file),
+    }
+}
+
+fn open(path: &Path) -> Result<File, FileError> {
     check(fs::metadata(path)?.file_type())?;
     // If a pipe has replaced the file in between, opening it would wait for its other end.
     let no_wait = OFlags::NONBLOCK.bits().cast_signed();
     let file = File::options().read(true).custom_flags(no_wait).open(path)?;
     check(file.metadata()?.file_type())?;
+    Ok(file)
+}
+
+fn content(file: &File) -> Result<Vec<u8>, FileError> {
     let mut bytes = Vec::new();
     file.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_BYTES {
@@ -72,6 +102,27 @@ pub fn irregular(kind: FileType) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_secret_that_others_may_read_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("key");
+        fs::write(&path, "secret").unwrap();
+        let of_root = fs::metadata(&path).unwrap().uid() == 0;
+        for (mode, is_read) in
+            [(0o600, true), (0o400, true), (0o440, of_root), (0o660, of_root), (0o604, false), (0o644, false)]
+        {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            match read_secret(&path) {
+                Ok(read) => assert!(is_read && read == b"secret", "{mode:o}"),
+                Err(error) => {
+                    assert!(!is_read, "{error}");
+                    assert!(error.to_string().starts_with(&format!("has mode {mode:04o}, ")), "{error}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn only_regular_files_of_bounded_size_are_read() {

@@ -12,6 +12,7 @@
 //! - [`transport`]: the network of a process, which a simulation replaces as well
 //! - [`parts`]: the tasks that run as long as the service; the end of each is detected
 //! - [`mod@file`]: files that users name: reading them, and detecting changes
+//! - [`access`]: who calls, and what each caller may do
 //! - `turn`: limits how much a task reads before other tasks run
 //!
 //! The core:
@@ -47,6 +48,8 @@ pub mod subsystem;
 pub mod transport;
 mod turn;
 
+#[cfg(feature = "service")]
+pub mod access;
 #[cfg(feature = "service")]
 pub mod api;
 #[cfg(feature = "service")]

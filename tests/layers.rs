@@ -12,6 +12,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("memory", &[]),
     ("model", &[]),
     ("proto", &["model"]),
+    ("access", &["model"]),
     ("clock", &[]),
     ("random", &[]),
     ("host", &["clock", "random"]),
@@ -46,7 +47,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("web", &["api", "listen", "memory", "model", "parts", "proto", "telemetry", "transport"]),
-    ("config", &["engine", "file", "memory", "model", "ports", "store"]),
+    ("config", &["access", "engine", "file", "memory", "model", "ports", "store"]),
     // Metrics count the work of all of these.
     ("telemetry", &["api", "config", "engine", "listen", "memory", "model", "orchestrator", "ports", "random"]),
     (
@@ -112,9 +113,10 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("hyper_util", &["listen", "web"]),
     ("rustls_native_certs", &["dial/tls"]),
     ("tokio_rustls", &["dial"]),
-    ("webpki", &["dial/tls"]),
+    ("webpki", &["access", "dial/tls"]),
     // Libraries that one place uses.
-    ("aws_lc_rs", &["dial/tls", "ledger"]),
+    // Also the name of the provider in rustls.
+    ("aws_lc_rs", &["access", "dial", "ledger", "listen"]),
     ("base64", &["ledger"]),
     ("opentelemetry", &["telemetry/otlp"]),
     ("opentelemetry_otlp", &["telemetry/otlp"]),

@@ -481,19 +481,33 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn texts(&mut self, key: &str) -> Vec<String> {
-        let mut texts = Vec::new();
+        self.items(key, "a quoted string", Value::text)
+    }
+
+    /// A list of whole numbers.
+    pub(super) fn numbers<T>(&mut self, key: &str, allowed: RangeInclusive<T>) -> Vec<T>
+    where
+        T: TryFrom<i64> + PartialOrd + Display + Default,
+    {
+        let words = format!("a whole number from {} to {}", allowed.start(), allowed.end());
+        self.items(key, &words, |value| value.integer().filter(|number| allowed.contains(number)).ok_or(value))
+    }
+
+    /// The items of a list, with a placeholder for each invalid one.
+    fn items<T: Default>(&mut self, key: &str, allowed: &str, read: impl Fn(Value) -> Result<T, Value>) -> Vec<T> {
+        let mut items = Vec::new();
         let list = self.list(key);
         let length = list.len();
         for (number, node) in list.into_iter().enumerate() {
             if self.gives_up(length - number) {
                 break;
             }
-            texts.push(node.value.text().unwrap_or_else(|value| {
-                self.refuse(&format!("{key}[{number}]"), format!("is {value}; give a quoted string"));
-                String::new()
+            items.push(read(node.value).unwrap_or_else(|value| {
+                self.refuse(&format!("{key}[{number}]"), format!("is {value}; give {allowed}"));
+                T::default()
             }));
         }
-        texts
+        items
     }
 
     /// A table of any shape, as a payload.

@@ -5,9 +5,9 @@ use std::time::Duration;
 use super::{
     DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
     OnReload::{Applies, NeedsRestart},
-    Setting, admin_address, collector, listen_address, log_filter, orchestrator_id, path, retention,
+    Setting, admin_address, collector, listen_address, log_filter, orchestrator_id, path, retention, revoked,
 };
-use crate::store::StoreUrl;
+use crate::{access::Mode, store::StoreUrl};
 
 /// Makes [`SETTINGS`]. A line has the field, which is also the key; the effect of a reload; and the method of the
 /// reader, with its limits. A setting that is not written keeps its default.
@@ -43,6 +43,9 @@ settings! {
     server.max_watchers: Applies, number(0..=100_000);
     server.drain_grace: Applies, duration(Duration::ZERO..=HOUR);
     admin.listen: NeedsRestart, parsed(admin_address);
+    access.mode: NeedsRestart, choice(Mode::WORDS);
+    access.tokens_file: Applies, parsed(path).map(Some);
+    access.revoked: Applies, group(revoked);
     memory.max_bytes: NeedsRestart, number(64 * MIB..=1024 * GIB).map(Some);
     store.url: NeedsRestart, parsed(StoreUrl::parse);
     store.retention: Applies, group(retention);

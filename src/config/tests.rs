@@ -332,6 +332,7 @@ fn variables_are_named_and_only_settings_are_looked_at() {
     let others = [
         "ADDRESS",
         "CONFIG",
+        "CREDENTIALS",
         "OUTPUT",
         "TIMEOUT",
         "TEST_X",
@@ -533,6 +534,9 @@ const OTHERS: &[(&str, &str)] = &[
     ("server.max_watchers", "1"),
     ("server.drain_grace", "1s"),
     ("admin.listen", "off"),
+    ("access.mode", "dry_run"),
+    ("access.tokens_file", "tokens.toml"),
+    ("access.revoked", "['token:a']"),
     ("memory.max_bytes", "67108864"),
     ("store.url", "memory:"),
     ("store.retention", "{max_cycles = 1}"),
@@ -578,7 +582,10 @@ fn every_setting_is_applied_by_a_reload_or_needs_a_restart() {
 fn every_key_is_of_a_setting_or_of_a_list() {
     for key in known(Config::from_reader) {
         let is_of = |setting: &Setting| key == setting.key || key.starts_with(&format!("{}.", setting.key));
-        assert!(SETTINGS.iter().any(is_of) || ["subsystems", "loops"].contains(&key.as_str()), "{key}");
+        assert!(
+            SETTINGS.iter().any(is_of) || ["access.grants", "subsystems", "loops"].contains(&key.as_str()),
+            "{key}"
+        );
     }
 }
 
@@ -635,6 +642,8 @@ fn the_reference_shows_the_defaults() {
     let minimal =
         SubsystemSpec { name: "Example".into(), endpoint: "http://127.0.0.1:50051".into(), ..SubsystemSpec::default() };
     assert_eq!(whole.subsystems, [Subsystem::from_spec(&minimal).unwrap()]);
+    let minimal = GrantSpec { who: vec!["token:example".into()], role: Some(Role::Registrar), ..GrantSpec::default() };
+    assert_eq!(whole.access.grants, [Grant::from_spec(&minimal).unwrap()]);
     let minimal = LoopSpec {
         name: "example".into(),
         interval: Some("5s".parse().unwrap()),
@@ -647,7 +656,9 @@ fn the_reference_shows_the_defaults() {
 #[test]
 fn the_reference_lists_every_key_once_with_a_comment() {
     let mut keys: BTreeSet<_> = known(Config::from_reader);
-    for (list, of_entries) in [("subsystems", known(subsystem_spec)), ("loops", known(loop_spec))] {
+    let lists =
+        [("access.grants", known(grant_spec)), ("subsystems", known(subsystem_spec)), ("loops", known(loop_spec))];
+    for (list, of_entries) in lists {
         keys.remove(list);
         keys.extend(of_entries.into_iter().map(|key| format!("{list}.{key}")));
     }

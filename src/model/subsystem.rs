@@ -410,6 +410,9 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// The defaults.
+    pub const DEFAULT: Self =
+        Self { max_message_bytes: 4 << 20, max_output_bytes: 1 << 20, max_metrics: 64, max_issues: 32 };
     /// Most bytes of an issue's code and of a metric's name.
     pub const MAX_WORD: usize = 128;
     /// Most bytes of an issue's message.
@@ -417,11 +420,12 @@ impl Limits {
 
     fn from_spec(spec: &LimitsSpec, bad: &mut Violations) -> Self {
         const MAX_BYTES: u32 = 64 << 20;
+        let Self { max_message_bytes: message, max_output_bytes: output, max_metrics, max_issues } = Self::DEFAULT;
         Self {
-            max_message_bytes: bad.number("limits.max_message_bytes", spec.max_message_bytes, 4 << 20, 1..=MAX_BYTES),
-            max_output_bytes: bad.number("limits.max_output_bytes", spec.max_output_bytes, 1 << 20, 0..=MAX_BYTES),
-            max_metrics: bad.number("limits.max_metrics", spec.max_metrics, 64, 0..=4096),
-            max_issues: bad.number("limits.max_issues", spec.max_issues, 32, 0..=1024),
+            max_message_bytes: bad.number("limits.max_message_bytes", spec.max_message_bytes, message, 1..=MAX_BYTES),
+            max_output_bytes: bad.number("limits.max_output_bytes", spec.max_output_bytes, output, 0..=MAX_BYTES),
+            max_metrics: bad.number("limits.max_metrics", spec.max_metrics, max_metrics, 0..=4096),
+            max_issues: bad.number("limits.max_issues", spec.max_issues, max_issues, 0..=1024),
         }
     }
 

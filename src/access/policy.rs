@@ -1,0 +1,214 @@
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
+
+use jiff::Timestamp;
+
+use super::{Bearer, Digest, Grant, Identity, Rights, Token, TokenId};
+
+/// Whether rights are enforced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Every caller may do everything, and credentials are not read.
+    #[default]
+    Off,
+    /// Every caller may do everything. Calls that [`Mode::Enforce`] would refuse are logged and counted.
+    DryRun,
+    /// Callers may do what their grants allow.
+    Enforce,
+}
+
+impl Mode {
+    /// All modes, as they are written.
+    pub const WORDS: &[(&str, Self)] = &[("off", Self::Off), ("dry_run", Self::DryRun), ("enforce", Self::Enforce)];
+}
+
+/// What a caller presents to prove its identity.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Credential {
+    /// Nothing.
+    None,
+    /// Something that is no credential of a known form; the text says what, for messages.
+    Malformed(&'static str),
+    /// A static token.
+    Bearer(Bearer),
+}
+
+/// A caller whose identity is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Authenticated {
+    /// Its identity.
+    pub identity: Identity,
+    /// When its credential expires, if it does.
+    pub expires_at: Option<Timestamp>,
+}
+
+/// Why the identity of a caller is not known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unauthenticated {
+    /// The caller presented no credential.
+    None,
+    /// The credential has expired at this time.
+    Expired(Timestamp),
+    /// The credential is malformed; the text says how.
+    Malformed(&'static str),
+    /// The credential was never valid, was removed, or is revoked.
+    Invalid,
+}
+
+/// What is revoked before it expires.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Revoked {
+    identities: BTreeSet<Identity>,
+    tokens: BTreeSet<TokenId>,
+    certificates: BTreeSet<Digest>,
+}
+
+impl Revoked {
+    /// Most entries.
+    pub const MAX: usize = 10_000;
+
+    /// Adds an identity, the id of a token, or the SHA-256 of a certificate.
+    ///
+    /// # Errors
+    /// The text is none of these; the message says what is valid.
+    pub fn add(&mut self, text: &str) -> Result<(), String> {
+        if let Some(id) = TokenId::parse(text) {
+            self.tokens.insert(id);
+        } else if let Some(digest) = Digest::parse(text) {
+            self.certificates.insert(digest);
+        } else if text.contains(':') {
+            self.identities.insert(Identity::parse(text).map_err(|error| error.to_string())?);
+        } else {
+            return Err(format!(
+                "is {text:?}; give an identity such as token:NAME, the 16 hexadecimal digits of a token's id, or the \
+                 64 of the SHA-256 of a certificate"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Number of entries.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.identities.len() + self.tokens.len() + self.certificates.len()
+    }
+
+    /// True if nothing is revoked.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Who may do what.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    mode: Mode,
+    grants: Vec<Grant>,
+    tokens: BTreeMap<TokenId, Token>,
+    revoked: Revoked,
+}
+
+impl Policy {
+    /// A policy with these tokens. Of two tokens with the same id, the last one counts.
+    #[must_use]
+    pub fn new(mode: Mode, grants: Vec<Grant>, tokens: Vec<Token>, revoked: Revoked) -> Self {
+        Self { mode, grants, tokens: tokens.into_iter().map(|token| (token.id, token)).collect(), revoked }
+    }
+
+    /// Whether it is enforced.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// The identity behind a credential, at this time.
+    ///
+    /// # Errors
+    /// The credential is missing, or not valid. A bad credential never counts as none.
+    pub fn authenticate(&self, credential: &Credential, now: Timestamp) -> Result<Authenticated, Unauthenticated> {
+        let bearer = match credential {
+            Credential::None => return Err(Unauthenticated::None),
+            Credential::Malformed(how) => return Err(Unauthenticated::Malformed(how)),
+            Credential::Bearer(bearer) => bearer,
+        };
+        let token = self.tokens.get(&bearer.id).filter(|token| bearer.is_of(token));
+        let token = token.ok_or(Unauthenticated::Invalid)?;
+        let identity = Identity::Token(token.name.clone());
+        if self.revoked.tokens.contains(&token.id) || self.revoked.identities.contains(&identity) {
+            return Err(Unauthenticated::Invalid);
+        }
+        match token.expires_at {
+            Some(expired) if expired <= now => Err(Unauthenticated::Expired(expired)),
+            expires_at => Ok(Authenticated { identity, expires_at }),
+        }
+    }
+
+    /// What an identity may do.
+    #[must_use]
+    pub fn rights(&self, identity: &Identity) -> Rights {
+        Rights(self.grants.iter().filter_map(|grant| grant.right_of(identity)).collect())
+    }
+}
+
+impl fmt::Display for Unauthenticated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("the call has no credential"),
+            Self::Expired(at) => write!(f, "the credential of the call has expired at {at}"),
+            Self::Malformed(how) => write!(f, "the credential of the call {how}"),
+            Self::Invalid => f.write_str("the credential of the call is not valid: it is unknown or revoked"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Name;
+
+    #[test]
+    fn a_token_counts_until_it_expires_or_is_revoked_or_removed() {
+        let [before, at]: [Timestamp; 2] =
+            ["2027-01-01T00:00:00Z", "2027-01-02T00:00:00Z"].map(|it| it.parse().unwrap());
+        let (token, text) = Token::create(Name::parse("wall").unwrap(), Some(at)).unwrap();
+        let (_, foreign) = Token::create(Name::parse("wall").unwrap(), None).unwrap();
+        let credential = |text: &str| Credential::Bearer(Bearer::parse(text).unwrap());
+        let policy = |tokens: &[&Token], revoked: &[&str]| {
+            let mut all = Revoked::default();
+            revoked.iter().for_each(|text| all.add(text).unwrap());
+            let policy = Policy::new(Mode::Enforce, Vec::new(), tokens.iter().copied().cloned().collect(), all);
+            move |credential: &Credential, now| policy.authenticate(credential, now)
+        };
+        let known = Authenticated { identity: Identity::parse("token:wall").unwrap(), expires_at: Some(at) };
+        let valid = policy(&[&token], &["token:other", "0000000000000000"]);
+        assert_eq!(valid(&credential(&text), before), Ok(known));
+        assert_eq!(valid(&credential(&text), at), Err(Unauthenticated::Expired(at)));
+        assert_eq!(valid(&credential(&foreign), before), Err(Unauthenticated::Invalid));
+        assert_eq!(valid(&Credential::None, before), Err(Unauthenticated::None));
+        assert_eq!(valid(&Credential::Malformed("x"), before), Err(Unauthenticated::Malformed("x")));
+        assert_eq!(policy(&[], &[])(&credential(&text), before), Err(Unauthenticated::Invalid));
+        for revoked in ["token:wall", &token.id.to_string()] {
+            let refused = policy(&[&token], &[revoked])(&credential(&text), before);
+            assert_eq!(refused, Err(Unauthenticated::Invalid), "{revoked}");
+        }
+        // The id alone is not enough.
+        let mut other = token.clone();
+        other.digest = Digest::of(b"other");
+        assert_eq!(policy(&[&other], &[])(&credential(&text), before), Err(Unauthenticated::Invalid));
+    }
+
+    #[test]
+    fn a_revocation_is_an_identity_an_id_or_a_digest() {
+        let mut revoked = Revoked::default();
+        for text in ["token:a", "cert:spiffe://a/b", "uid:7", &"a".repeat(16), &"0".repeat(64)] {
+            assert_eq!(revoked.add(text), Ok(()), "{text}");
+        }
+        assert_eq!(revoked.len(), 5);
+        for text in ["", "a", "token:", &"A".repeat(16)] {
+            assert!(revoked.add(text).is_err(), "{text}");
+        }
+    }
+}
