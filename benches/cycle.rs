@@ -32,7 +32,7 @@ use orchestrator_core::{
     host::Host,
     memory::Shares,
     model::{CycleRequest, CycleState, Subsystem, SubsystemSpec, Trigger},
-    orchestrator::{Declared, Orchestrator, Tasks},
+    orchestrator::{Declared, Orchestrator, OrchestratorTasks},
     ports::{Spans, Untraced},
     proto::subsystem::v1::{
         self as pb,
@@ -262,7 +262,7 @@ impl Side {
 /// The orchestrator with its connections and its store, in the same composition as the service.
 struct Ours {
     orchestrator: Orchestrator,
-    tasks: Tasks,
+    tasks: OrchestratorTasks,
     /// The metrics, written once a round.
     metrics: Option<Arc<Metrics>>,
     /// Sends the spans until it is stopped.

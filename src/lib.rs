@@ -10,7 +10,7 @@
 //! - [`memory`]: the limit over all memory whose use peers decide, and its shares
 //! - [`clock`], [`random`], and both as the [`host`] of a process: a simulation replaces them
 //! - [`transport`]: the network of a process, which a simulation replaces as well
-//! - [`parts`]: the tasks that run as long as the service; the end of each is detected
+//! - [`tasks`]: the tasks that run as long as the service; the end of each is detected
 //! - [`mod@file`]: files that users name: reading them, and detecting changes
 //! - [`access`]: who calls, and what each caller may do
 //! - `turn`: limits how much a task reads before other tasks run
@@ -71,8 +71,6 @@ pub mod ledger;
 #[cfg(feature = "service")]
 pub mod orchestrator;
 #[cfg(feature = "service")]
-pub mod parts;
-#[cfg(feature = "service")]
 pub mod ports;
 #[cfg(feature = "service")]
 pub mod random;
@@ -84,6 +82,8 @@ pub mod schedule;
 pub mod serve;
 #[cfg(feature = "service")]
 pub mod store;
+#[cfg(feature = "service")]
+pub mod tasks;
 #[cfg(feature = "service")]
 pub mod telemetry;
 #[cfg(feature = "service")]

@@ -55,9 +55,9 @@ use crate::{
     engine::{Engine, Order},
     memory::{Held, Memory},
     model::{CycleId, Revision},
-    parts::joined,
     ports::{Record, Store, StoreError},
     schedule::Loops,
+    tasks::joined,
 };
 
 pub use self::{
@@ -69,7 +69,7 @@ pub use self::{
     registry::{Lease, Origin, Registered},
     reload::{Declared, Settings},
     status::{Status, WaitingCycle},
-    tasks::{Stopped, Tasks},
+    tasks::{OrchestratorTasks, Stopped},
     watch::{Event, From, WatchFilter, Watcher},
 };
 

@@ -309,11 +309,11 @@ impl PartFilter {
         if self.subsystems.is_empty() {
             return true;
         }
-        self.passes(&Parts::of(record))
+        self.passes(&BriefParts::of(record))
     }
 
     /// True if one of these parts passes.
-    pub fn passes(&self, parts: &Parts) -> bool {
+    pub fn passes(&self, parts: &BriefParts) -> bool {
         let Some(parts) = &parts.0 else { return true };
         self.subsystems.is_empty()
             || self.subsystems.iter().any(|name| {
@@ -325,9 +325,9 @@ impl PartFilter {
 
 /// The parts of a cycle: which subsystems took part, by name, and how their parts ended.
 #[derive(Debug)]
-pub struct Parts(Option<Vec<BriefPart>>);
+pub struct BriefParts(Option<Vec<BriefPart>>);
 
-impl Parts {
+impl BriefParts {
     /// The parts of an encoded cycle. Records of this module can be decoded; an undecodable one passes every filter.
     pub fn of(record: &Bytes) -> Self {
         Self(BriefTelemetry::decode(record.clone()).ok().map(|BriefTelemetry { mut subsystems }| {

@@ -25,11 +25,11 @@ use crate::{
     host::Host,
     listen::{self, Connections, Limits},
     memory::{self, Memory, Shares},
-    orchestrator::{Declared, Orchestrator, Refusal, Settings, Stopped, Tasks},
-    parts::{Ended, Part, Parts},
+    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped},
     ports::{Spans, StoreError, Untraced},
     record,
     store::{self, OpenError},
+    tasks::{Task, TaskEnded, Tasks},
     telemetry::{
         metrics::Metrics,
         otlp::{self, Exporter},
@@ -41,9 +41,9 @@ use crate::{
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
 const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
 
-const GRPC_SERVER: Part = Part { name: "the gRPC server", purpose: "answers callers" };
-const ADMIN_SERVER: Part = Part { name: "the admin server", purpose: "serves the dashboard and the metrics" };
-const EXPORTER: Part = Part { name: "the exporter of spans", purpose: "sends traces of cycles to the collector" };
+const GRPC_SERVER: Task = Task { name: "the gRPC server", purpose: "answers callers" };
+const ADMIN_SERVER: Task = Task { name: "the admin server", purpose: "serves the dashboard and the metrics" };
+const EXPORTER: Task = Task { name: "the exporter of spans", purpose: "sends traces of cycles to the collector" };
 
 /// Why the service did not start.
 #[derive(Debug, thiserror::Error)]
@@ -96,8 +96,8 @@ enum End {
     Asked,
     /// The orchestrator has ended.
     Orchestrator(Result<(), Stopped>),
-    /// Another part has ended because of a defect.
-    Part(Ended),
+    /// Another task has ended because of a defect.
+    Task(TaskEnded),
 }
 
 /// A running service.
@@ -105,13 +105,13 @@ pub struct Service {
     address: SocketAddr,
     admin_address: Option<SocketAddr>,
     orchestrator: Orchestrator,
-    tasks: Tasks,
+    tasks: OrchestratorTasks,
     health: HealthReporter,
-    servers: Parts,
+    servers: Tasks,
     stop_server: CancellationToken,
     _cut_off: DropGuard,
     exporter: Option<Arc<Exporter>>,
-    exporting: Parts,
+    exporting: Tasks,
     stop_exporting: CancellationToken,
     drain_grace: Duration,
     memory: Memory,
@@ -148,7 +148,7 @@ impl Service {
         let contents = store.take_over().await?;
         let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
         tracing::info!(store = %config.store.url, epoch, last_cycle, "store opened");
-        let (mut exporting, stop_exporting) = (Parts::default(), CancellationToken::new());
+        let (mut exporting, stop_exporting) = (Tasks::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
             let (made, sender) =
@@ -171,7 +171,7 @@ impl Service {
         let services = services.and(api::service(api.clone(), config.server.max_request_bytes)).and(health_service);
         let server = listen::Server::new(services, limits(&config.server, &memory));
         let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
-        let mut servers = Parts::default();
+        let mut servers = Tasks::default();
         let served = server.serve(listener, connections.clone(), stop_server.clone(), cut_off.clone());
         servers.start_infallible(GRPC_SERVER, served);
         tracing::info!(%address, "listening");
@@ -227,7 +227,7 @@ impl Service {
         Ok(())
     }
 
-    /// Serves until `stop`, or until it ends by itself: another process has taken over the store, or a part of it has
+    /// Serves until `stop`, or until it ends by itself: another process has taken over the store, or a task of it has
     /// ended by a defect. Then it shuts down in order: nothing new is admitted, running cycles may finish within the
     /// grace, the last state is written, watchers are told, and the connections are closed. `signal` waits for a
     /// further signal to stop: the second one, a second or more after the first, aborts the shutdown.
@@ -245,19 +245,19 @@ impl Service {
         select! {
             biased;
             finished = self.tasks.finished() => match finished {
-                Err(Stopped::Other(ended)) => End::Part(ended),
+                Err(Stopped::Other(ended)) => End::Task(ended),
                 finished => End::Orchestrator(finished),
             },
-            ended = self.servers.next_ended() => End::Part(ended),
-            ended = self.exporting.next_ended() => End::Part(ended),
+            ended = self.servers.next_ended() => End::Task(ended),
+            ended = self.exporting.next_ended() => End::Task(ended),
         }
     }
 
     async fn shut_down(self, end: End, signal: impl AsyncFnMut()) -> Exit {
         let missing = match end {
             End::Orchestrator(finished) => return self.ended(finished).await,
-            End::Part(ended) => {
-                ended.log("a part of the service has ended: stopping the rest");
+            End::Task(ended) => {
+                ended.log("a task of the service has ended: stopping the rest");
                 true
             }
             End::Asked => false,
@@ -332,7 +332,7 @@ impl Service {
                 Exit::Failed
             }
             Err(Stopped::Conductor(ended) | Stopped::Other(ended)) => {
-                ended.log("a part of the service has ended: stopped");
+                ended.log("a task of the service has ended: stopped");
                 Exit::Failed
             }
         }

@@ -24,7 +24,7 @@ use orchestrator_core::{
         Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec,
         LoopStart, Name, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
     },
-    orchestrator::{Change, Declared, NotCancelled, Orchestrator, Refusal, Settings, Tasks},
+    orchestrator::{Change, Declared, NotCancelled, Orchestrator, OrchestratorTasks, Refusal, Settings},
     ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
     proto::orchestrator::v1 as pb,
     record::{self, PartFilter},
@@ -308,7 +308,7 @@ fn request(step: &Step, registered: &BTreeSet<String>) -> CycleRequest {
 }
 
 /// A new orchestrator, over a fleet without registrations.
-async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, Tasks) {
+async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, OrchestratorTasks) {
     let host = Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 0);
     let store = store::open(&store::StoreUrl::Memory, record::check, host.clock).await.unwrap();
     let contents = store.take_over().await.unwrap();

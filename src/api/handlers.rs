@@ -7,7 +7,7 @@ use tokio::{sync::Semaphore, task::spawn_blocking};
 use tonic::Status;
 
 use super::error::status;
-use crate::{clock::Clock, model::Violations, orchestrator::Refusal, parts::joined};
+use crate::{clock::Clock, model::Violations, orchestrator::Refusal, tasks::joined};
 
 /// Most bytes of an answer: below the 4 MiB that clients accept by default.
 pub(super) const MAX_ANSWER: usize = 3 << 20;

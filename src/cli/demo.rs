@@ -27,10 +27,10 @@ use super::{
 };
 use crate::{
     config::{Config, LogFormat, LogSettings},
-    parts::joined,
     proto::orchestrator::v1::{self as pb, cycle_event::Event},
     serve::{self, Service, StartError},
     store::StoreUrl,
+    tasks::joined,
     telemetry,
     transport::Sockets,
 };

@@ -40,7 +40,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{host::Host, parts::joined};
+use crate::{host::Host, tasks::joined};
 
 /// The time and the randomness of this process, and of a service that runs in it.
 static HOST: LazyLock<Host> = LazyLock::new(Host::system);

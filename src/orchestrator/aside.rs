@@ -2,7 +2,7 @@
 
 use tokio::task::spawn_blocking;
 
-use crate::parts::joined;
+use crate::tasks::joined;
 
 /// Runs work whose time grows with the registry: if it may take longer than a millisecond, on a thread that no other
 /// task waits for.

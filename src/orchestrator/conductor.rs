@@ -14,9 +14,9 @@ use crate::{
     clock::Clock,
     engine::{CycleRun, Engine, Part, Plan, Ran, Trace},
     model::{CycleState, FinishedCycle, Revision, TraceId},
-    parts::joined,
     ports::{Durability, Record, StoreError, Write},
     record::{self, Encoded},
+    tasks::joined,
 };
 
 impl State {

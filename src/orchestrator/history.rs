@@ -13,7 +13,7 @@ use crate::{
     memory::{Full, Held},
     model::{CycleId, Revision},
     ports::{Filter, Found, Page, PageLimits, Record, SCAN_LIMIT, StoreError, Unreadable},
-    record::{PartFilter, Parts},
+    record::{BriefParts, PartFilter},
 };
 
 /// Longest wait of a caller for memory: other reads end in milliseconds, unless their clients don't read.
@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// A record that is cached for all watchers. It is decoded once for all of them.
 pub(super) struct Recent {
     pub(super) record: Arc<Record>,
-    parts: OnceCell<Parts>,
+    parts: OnceCell<BriefParts>,
 }
 
 impl Recent {
@@ -37,7 +37,7 @@ impl Recent {
         }
         let read = || {
             let record = self.record.bytes.clone();
-            aside(parts_in(record.len()), move || Parts::of(&record))
+            aside(parts_in(record.len()), move || BriefParts::of(&record))
         };
         wanted.passes(self.parts.get_or_init(read).await)
     }

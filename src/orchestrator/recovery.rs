@@ -13,7 +13,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Declared, Orchestrator, Refusal, Settings, Shared, State, Tasks,
+    Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Shared, State,
     admission::Admitted,
     figures::{Counts, Watchers},
     line::Line,
@@ -48,7 +48,7 @@ impl Orchestrator {
         (store, mut contents): (Arc<dyn Store>, Contents),
         declared: Declared,
         spans: Arc<dyn Spans>,
-    ) -> Result<(Self, Tasks), Refusal> {
+    ) -> Result<(Self, OrchestratorTasks), Refusal> {
         let Host { clock, random } = host;
         let (now, begin) = (clock.now(), Instant::now());
         memory.outputs.set_max(settings.max_outputs_bytes);
@@ -212,7 +212,7 @@ impl Orchestrator {
             store_has_ended: CancellationToken::new(),
             closed: CancellationToken::new(),
         });
-        let tasks = Tasks::start(&shared, asked);
+        let tasks = OrchestratorTasks::start(&shared, asked);
         Ok((Self(shared), tasks))
     }
 }

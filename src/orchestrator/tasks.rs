@@ -7,25 +7,25 @@ use tokio::{select, sync::mpsc, task::JoinHandle};
 
 use super::{Orchestrator, Shared, writing::ToWrite};
 use crate::{
-    parts::{Ended, Part, Parts},
     ports::StoreError,
+    tasks::{Task, TaskEnded, Tasks},
 };
 
-const CONDUCTOR: Part =
-    Part { name: "the conductor of cycles", purpose: "runs cycles when it is their turn and has them recorded" };
-const WRITER: Part = Part { name: "the writer", purpose: "commits changes to the store" };
-const LOOPS: Part = Part { name: "the timer of loops", purpose: "starts the cycles of loops when their ticks are due" };
-const LEASES: Part =
-    Part { name: "the timer of leases", purpose: "unregisters subsystems whose lease was not renewed" };
-const RETENTION: Part =
-    Part { name: "the retention of the history", purpose: "removes records beyond the limits of retention" };
-const PROGRESS: Part = Part { name: "the live progress", purpose: "sends the progress of running cycles to watchers" };
+const CONDUCTOR: Task =
+    Task { name: "the conductor of cycles", purpose: "runs cycles when it is their turn and has them recorded" };
+const WRITER: Task = Task { name: "the writer", purpose: "commits changes to the store" };
+const LOOPS: Task = Task { name: "the timer of loops", purpose: "starts the cycles of loops when their ticks are due" };
+const LEASES: Task =
+    Task { name: "the timer of leases", purpose: "unregisters subsystems whose lease was not renewed" };
+const RETENTION: Task =
+    Task { name: "the retention of the history", purpose: "removes records beyond the limits of retention" };
+const PROGRESS: Task = Task { name: "the live progress", purpose: "sends the progress of running cycles to watchers" };
 
 /// The tasks of an [`Orchestrator`].
-pub struct Tasks {
+pub struct OrchestratorTasks {
     conductor: JoinHandle<Result<(), StoreError>>,
     /// All other tasks. Their work ends with the last write.
-    others: Parts,
+    others: Tasks,
 }
 
 /// Why an [`Orchestrator`] has ended before its last write was done.
@@ -36,16 +36,16 @@ pub enum Stopped {
     Store(StoreError),
     /// The conductor of cycles has ended because of a defect.
     #[error(transparent)]
-    Conductor(Ended),
+    Conductor(TaskEnded),
     /// Another task has ended because of a defect. Cycles still run, unless it is the writer, and
     /// [`Orchestrator::drain`] ends them.
     #[error(transparent)]
-    Other(Ended),
+    Other(TaskEnded),
 }
 
 impl Orchestrator {
     /// Stops admission, and cancels waiting cycles, except for acknowledged ones without a waiting caller: the next
-    /// process runs these. Running cycles may finish; then [`Tasks::finished`] returns.
+    /// process runs these. Running cycles may finish; then [`OrchestratorTasks::finished`] returns.
     pub fn drain(&self) {
         let mut state = self.0.state();
         state.draining = true;
@@ -66,7 +66,7 @@ impl Orchestrator {
     }
 }
 
-impl Tasks {
+impl OrchestratorTasks {
     /// Waits until the last write is done, after [`Orchestrator::drain`], or until this process may no longer write, or
     /// a task has ended because of a defect. May be called again after [`Stopped::Other`] only.
     ///
@@ -77,7 +77,7 @@ impl Tasks {
             biased;
             finished = &mut self.conductor => match finished {
                 Ok(finished) => finished.map_err(Stopped::Store),
-                Err(panicked) => Err(Stopped::Conductor(Ended::of(CONDUCTOR, panicked))),
+                Err(panicked) => Err(Stopped::Conductor(TaskEnded::of(CONDUCTOR, panicked))),
             },
             ended = self.others.next_ended() => return Err(Stopped::Other(ended)),
         };
@@ -88,7 +88,7 @@ impl Tasks {
 
     /// Starts all tasks. Each except the conductor runs until it is dropped, and sleeps while there is nothing to do.
     pub(super) fn start(shared: &Arc<Shared>, asked: mpsc::Receiver<Box<dyn ToWrite>>) -> Self {
-        let mut others = Parts::default();
+        let mut others = Tasks::default();
         others.start_infallible(WRITER, shared.clone().write_changes(asked));
         others.start_infallible(LOOPS, shared.clone().fire_ticks());
         others.start_infallible(LEASES, shared.clone().expire_leases());

@@ -22,11 +22,11 @@ use crate::{
     api::{Api, Caller},
     memory::{Full, Memory},
     model,
-    parts::joined,
     proto::{
         json::{self, JsonError},
         orchestrator::v1::{self as pb, cycle_event::Event, orchestrator_server::Orchestrator as _},
     },
+    tasks::joined,
 };
 
 const JSON: &str = "application/json";

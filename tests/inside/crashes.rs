@@ -16,7 +16,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use orchestrator_core::{
     model::{CycleId, CycleRequest, CycleState, Revision},
-    orchestrator::{Orchestrator, Tasks},
+    orchestrator::{Orchestrator, OrchestratorTasks},
     ports::{Filter, Stage, Store, StoreError, Write},
     record::{self, PartFilter},
     store::{self, OpenError},
@@ -156,7 +156,7 @@ async fn live(orchestrator: Orchestrator, seen: &Arc<Seen>) {
     }
 }
 
-async fn end(orchestrator: Orchestrator, mut tasks: Tasks) {
+async fn end(orchestrator: Orchestrator, mut tasks: OrchestratorTasks) {
     orchestrator.drain();
     tasks.finished().await.unwrap();
 }

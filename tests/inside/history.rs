@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use orchestrator_core::{
     model::{CycleId, CycleState},
-    orchestrator::{NotCancelled, Orchestrator, Refusal, Settings, Tasks},
+    orchestrator::{NotCancelled, Orchestrator, OrchestratorTasks, Refusal, Settings},
     ports::{Filter, Retention, RetentionRule},
     record::{self, PartFilter},
     store,
@@ -15,7 +15,7 @@ use crate::kit::{Fleet, host, of, settings, start, subsystem};
 
 const MINUTE: Duration = Duration::from_mins(1);
 
-async fn keeping(retention: Retention) -> (Orchestrator, Tasks) {
+async fn keeping(retention: Retention) -> (Orchestrator, OrchestratorTasks) {
     let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let settings = Settings { retention, ..settings() };
     let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;

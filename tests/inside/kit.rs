@@ -11,7 +11,7 @@ use orchestrator_core::{
     host::Host,
     memory::{Memory, Shares},
     model::{Answer, Code, CycleId, CycleRequest, Epoch, Name, Revision, Subsystem, SubsystemSpec, Trigger},
-    orchestrator::{Declared, Orchestrator, Settings, Tasks},
+    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Settings},
     ports::{
         CallError, Contents, Filter, Found, InitializeCall, Left, Page, PageLimits, Pruned, Reply, ResumeError,
         Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
@@ -166,7 +166,11 @@ pub(crate) fn host() -> Host {
 }
 
 /// An orchestrator that has taken over this store.
-pub(crate) async fn start(settings: Settings, fleet: Arc<Fleet>, store: Arc<dyn Store>) -> (Orchestrator, Tasks) {
+pub(crate) async fn start(
+    settings: Settings,
+    fleet: Arc<Fleet>,
+    store: Arc<dyn Store>,
+) -> (Orchestrator, OrchestratorTasks) {
     let contents = store.take_over().await.unwrap();
     let memory = Shares::of(1 << 30);
     let (store, spans) = ((store, contents), Arc::new(Untraced));

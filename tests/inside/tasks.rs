@@ -10,7 +10,7 @@ use std::{
 };
 
 use orchestrator_core::{
-    orchestrator::{Orchestrator, Stopped, Tasks},
+    orchestrator::{Orchestrator, OrchestratorTasks, Stopped},
     ports::{Store, StoreError},
     record, store,
 };
@@ -19,7 +19,7 @@ use tokio::{sync::watch, time::sleep};
 use crate::kit::{Around, Fleet, Prune, host, of_all, settings, start, subsystem};
 
 /// An orchestrator over a store that panics after this number of commits.
-async fn over(fleet: Fleet, commits: usize, prune: Box<Prune>) -> (Orchestrator, Tasks) {
+async fn over(fleet: Fleet, commits: usize, prune: Box<Prune>) -> (Orchestrator, OrchestratorTasks) {
     let inner = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let committed = AtomicUsize::new(0);
     let commit = move |store: Arc<dyn Store>, write| -> futures_util::future::BoxFuture<'static, _> {
@@ -34,9 +34,9 @@ async fn over(fleet: Fleet, commits: usize, prune: Box<Prune>) -> (Orchestrator,
 }
 
 /// The name of the task that ended the orchestrator, and the reason.
-async fn ended(mut tasks: Tasks) -> (&'static str, String) {
+async fn ended(mut tasks: OrchestratorTasks) -> (&'static str, String) {
     match tasks.finished().await.unwrap_err() {
-        Stopped::Conductor(ended) | Stopped::Other(ended) => (ended.part.name, ended.why),
+        Stopped::Conductor(ended) | Stopped::Other(ended) => (ended.task.name, ended.why),
         Stopped::Store(error) => panic!("{error}"),
     }
 }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use futures_util::FutureExt;
 use orchestrator_core::{
     model::{CycleId, CycleState, Name, Revision},
-    orchestrator::{Event, From, Orchestrator, Refusal, Settings, Tasks, WatchFilter, Watcher},
+    orchestrator::{Event, From, Orchestrator, OrchestratorTasks, Refusal, Settings, WatchFilter, Watcher},
     ports::{Filter, Retention, RetentionRule},
     record::{self, PartFilter},
     store,
@@ -18,7 +18,7 @@ use crate::kit::{Fleet, host, of, settings, start, subsystem};
 const MANY: u64 = 600;
 
 /// An orchestrator over the subsystems `a` to `d`.
-async fn stage(settings: Settings) -> (Orchestrator, Tasks) {
+async fn stage(settings: Settings) -> (Orchestrator, OrchestratorTasks) {
     let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
     for name in ["a", "b", "c", "d"] {

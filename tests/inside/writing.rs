@@ -12,7 +12,9 @@ use std::{
 
 use orchestrator_core::{
     model::{CycleId, CycleRequest, CycleState, Name, Revision},
-    orchestrator::{Change, From, NotRecorded, Orchestrator, Refusal, Settings, Stopped, Tasks, Ticket, WatchFilter},
+    orchestrator::{
+        Change, From, NotRecorded, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped, Ticket, WatchFilter,
+    },
     ports::{Store, StoreError, Write},
     record, store,
 };
@@ -94,7 +96,7 @@ struct Stage {
     trouble: watch::Sender<Option<StoreError>>,
     store: Arc<dyn Store>,
     orchestrator: Orchestrator,
-    tasks: Tasks,
+    tasks: OrchestratorTasks,
 }
 
 impl Stage {

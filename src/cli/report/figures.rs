@@ -96,12 +96,12 @@ pub(super) struct Tally {
     /// Number of cycles by trigger and loop; the loop is empty if no loop started them.
     started_by: BTreeMap<(pb::Trigger, String), u64>,
     critical_ms: f64,
-    parts: BTreeMap<Name, Parts>,
+    parts: BTreeMap<Name, PartSums>,
 }
 
 /// Sums over the parts of one subsystem.
 #[derive(Default)]
-struct Parts {
+struct PartSums {
     succeeded: u64,
     failed: u64,
     timed_out: u64,
@@ -166,12 +166,12 @@ impl Tally {
         Ok(())
     }
 
-    fn parts_of(&mut self, name: &str) -> Result<&mut Parts, Uncountable> {
+    fn parts_of(&mut self, name: &str) -> Result<&mut PartSums, Uncountable> {
         if !self.parts.contains_key(name) {
             if self.parts.len() == MAX_NAMES {
                 return Err(Uncountable::TooManyNames);
             }
-            self.parts.insert(Name::parse(name)?, Parts::default());
+            self.parts.insert(Name::parse(name)?, PartSums::default());
         }
         self.parts.get_mut(name).ok_or(Uncountable::TooManyNames)
     }
@@ -186,7 +186,7 @@ impl Tally {
     }
 }
 
-impl Parts {
+impl PartSums {
     fn add(&mut self, part: &pb::SubsystemTelemetry, is_critical: bool) {
         let count = match part.state() {
             SubsystemState::Succeeded => &mut self.succeeded,
@@ -327,7 +327,7 @@ pub(super) struct SubsystemFigures {
 
 /// The figures of a period, beside those of the one before.
 pub(super) fn compare(now: &Tally, previous: &Tally) -> (CycleFigures, Vec<SubsystemFigures>) {
-    let nothing = Parts::default();
+    let nothing = PartSums::default();
     let subsystems = now.parts.iter().map(|(name, parts)| {
         subsystem(name.clone(), parts, previous.parts.get(name).unwrap_or(&nothing), now.critical_ms)
     });
@@ -366,7 +366,7 @@ fn cycles(now: &Tally, previous: &Tally) -> CycleFigures {
     }
 }
 
-fn subsystem(name: Name, now: &Parts, previous: &Parts, critical_ms: f64) -> SubsystemFigures {
+fn subsystem(name: Name, now: &PartSums, previous: &PartSums, critical_ms: f64) -> SubsystemFigures {
     let (quantiles, before) = (now.durations.quantiles(), previous.durations.quantiles());
     let (p50_ms, p95_ms) = (quantiles.map(|it| it.p50), quantiles.map(|it| it.p95));
     let (previous_p50_ms, previous_p95_ms) = (before.map(|it| it.p50), before.map(|it| it.p95));

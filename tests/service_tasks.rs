@@ -30,19 +30,19 @@ fn shut(pid: Pid, address: SocketAddr) {
 
 #[tokio::test]
 async fn a_server_that_can_no_longer_accept_ends_the_service_and_is_named() {
-    for part in ["the gRPC server", "the admin server"] {
+    for task in ["the gRPC server", "the admin server"] {
         let home = Home::new().with_log_format("json");
         let mut service = home.serve().await;
         // Connected clients do not keep the service running.
         let mut client = service.client().await;
         let _watch = client.watch_after(0).await.unwrap();
-        let address = if part == "the gRPC server" { service.address() } else { service.admin() };
+        let address = if task == "the gRPC server" { service.address() } else { service.admin() };
         shut(service.pid(), address);
         let ended = service.ended().await;
         let log = home.log();
         assert_eq!(ended.code(), Some(1), "{log}");
         let logged = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-        let logged: Vec<_> = logged.filter(|line| line["part"] == part).collect();
+        let logged: Vec<_> = logged.filter(|line| line["task"] == task).collect();
         assert_eq!(logged.len(), 1, "{log}");
         assert_eq!((&logged[0]["level"], &logged[0]["why"]), (&"ERROR".into(), &"it returned".into()));
         assert!(!log.contains("the last state was not written"), "{log}");

@@ -1,13 +1,13 @@
-//! The parts of the running service: tasks with a name and a purpose, which are owned together, and whose end is
-//! detected.
+//! The tasks that run as long as the service: each has a name and a purpose, they are owned together, and the end of
+//! each is detected.
 
 use std::{any::Any, collections::HashMap, convert::Infallible, fmt::Display, future::pending, panic::resume_unwind};
 
 use tokio::task::{Id, JoinError, JoinSet};
 
-/// The description of a part in the log.
+/// The description of a task in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct Task {
     /// Its name, for example "the gRPC server".
     pub name: &'static str,
     /// Its purpose, for example "answers callers".
@@ -16,80 +16,80 @@ pub struct Part {
 
 /// Tasks that run until they are stopped. The end of a task before that would otherwise go unnoticed.
 #[derive(Debug, Default)]
-pub struct Parts {
-    tasks: JoinSet<Result<(), String>>,
-    parts: HashMap<Id, Part>,
+pub struct Tasks {
+    running: JoinSet<Result<(), String>>,
+    by_id: HashMap<Id, Task>,
 }
 
-/// A part has ended.
+/// A task has ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{name}, which {purpose}, has ended: {why}", name = .part.name, purpose = .part.purpose)]
-pub struct Ended {
+#[error("{name}, which {purpose}, has ended: {why}", name = .task.name, purpose = .task.purpose)]
+pub struct TaskEnded {
     /// The task that has ended.
-    pub part: Part,
+    pub task: Task,
     /// The reason: its error, or the message of its panic.
     pub why: String,
 }
 
-impl Parts {
-    /// Starts a part.
-    pub fn start<E: Display>(&mut self, part: Part, task: impl Future<Output = Result<(), E>> + Send + 'static) {
-        let task = self.tasks.spawn(async move { task.await.map_err(|error| error.to_string()) });
-        self.parts.insert(task.id(), part);
+impl Tasks {
+    /// Starts a task, which does this work.
+    pub fn start<E: Display>(&mut self, task: Task, work: impl Future<Output = Result<(), E>> + Send + 'static) {
+        let started = self.running.spawn(async move { work.await.map_err(|error| error.to_string()) });
+        self.by_id.insert(started.id(), task);
     }
 
-    /// Starts a part that can't fail.
-    pub fn start_infallible(&mut self, part: Part, task: impl Future<Output = ()> + Send + 'static) {
-        self.start(part, async {
-            task.await;
+    /// Starts a task whose work can't fail.
+    pub fn start_infallible(&mut self, task: Task, work: impl Future<Output = ()> + Send + 'static) {
+        self.start(task, async {
+            work.await;
             Ok::<_, Infallible>(())
         });
     }
 
-    /// Waits until one of them ends; forever if there are no parts. Cancel safe.
-    pub async fn next_ended(&mut self) -> Ended {
-        match self.tasks.join_next_with_id().await {
+    /// Waits until one of them ends; forever if there are none. Cancel safe.
+    pub async fn next_ended(&mut self) -> TaskEnded {
+        match self.running.join_next_with_id().await {
             Some(Ok((id, result))) => self.ended(id, result.err().unwrap_or_else(|| "it returned".to_owned())),
             Some(Err(error)) => self.ended(error.id(), why(error)),
             None => pending().await,
         }
     }
 
-    fn ended(&mut self, id: Id, why: String) -> Ended {
-        /// Each task is started as a part.
-        const UNKNOWN: Part = Part { name: "a part", purpose: "is not known" };
-        Ended { part: self.parts.remove(&id).unwrap_or(UNKNOWN), why }
+    fn ended(&mut self, id: Id, why: String) -> TaskEnded {
+        /// Each id is entered when its task starts.
+        const UNKNOWN: Task = Task { name: "a task", purpose: "is not known" };
+        TaskEnded { task: self.by_id.remove(&id).unwrap_or(UNKNOWN), why }
     }
 
     /// Waits until all of them have ended, after they were stopped. Failures are logged.
     pub async fn all_ended(&mut self) {
-        while let Some(ended) = self.tasks.join_next_with_id().await {
+        while let Some(ended) = self.running.join_next_with_id().await {
             let (id, why) = match ended {
                 Ok((_, Ok(()))) => continue,
                 Ok((id, Err(error))) => (id, error),
                 Err(error) => (error.id(), why(error)),
             };
             let ended = self.ended(id, why);
-            ended.log("a part failed while it ended");
+            ended.log("a task failed while it ended");
         }
     }
 
     /// Ends all of them at once.
     pub fn abort(&mut self) {
-        self.tasks.abort_all();
+        self.running.abort_all();
     }
 }
 
-impl Ended {
+impl TaskEnded {
     /// The end of a task that was joined.
-    pub fn of(part: Part, error: JoinError) -> Self {
-        Self { part, why: why(error) }
+    pub fn of(task: Task, error: JoinError) -> Self {
+        Self { task, why: why(error) }
     }
 
     /// Logs it as an error, with the consequence as the message.
     pub fn log(&self, message: &str) {
-        let Self { part: Part { name, purpose }, why } = self;
-        tracing::error!(part = name, purpose, why, "{message}");
+        let Self { task: Task { name, purpose }, why } = self;
+        tracing::error!(task = name, purpose, why, "{message}");
     }
 }
 
@@ -124,15 +124,15 @@ mod tests {
 
     use super::*;
 
-    const GRPC: Part = Part { name: "the gRPC server", purpose: "answers calls" };
-    const ADMIN: Part = Part { name: "the admin server", purpose: "serves the dashboard" };
+    const GRPC: Task = Task { name: "the gRPC server", purpose: "answers calls" };
+    const ADMIN: Task = Task { name: "the admin server", purpose: "serves the dashboard" };
 
     fn lasting() -> impl Future<Output = Result<(), Infallible>> {
         pending()
     }
 
     #[tokio::test]
-    async fn the_end_of_a_part_is_reported_with_its_name_and_reason() {
+    async fn the_end_of_a_task_is_reported_with_its_name_and_reason() {
         let fails = || async {
             tokio::task::yield_now().await;
             let lucky = false;
@@ -140,15 +140,15 @@ mod tests {
             Ok::<_, Infallible>(())
         };
         for (expected, end) in [("it returned", 0), ("no port", 1), ("it panicked: out of luck", 2)] {
-            let mut parts = Parts::default();
-            parts.start(GRPC, lasting());
+            let mut tasks = Tasks::default();
+            tasks.start(GRPC, lasting());
             match end {
-                0 => parts.start(ADMIN, ready(Ok::<_, Infallible>(()))),
-                1 => parts.start(ADMIN, ready(Err("no port"))),
-                _ => parts.start(ADMIN, fails()),
+                0 => tasks.start(ADMIN, ready(Ok::<_, Infallible>(()))),
+                1 => tasks.start(ADMIN, ready(Err("no port"))),
+                _ => tasks.start(ADMIN, fails()),
             }
-            let ended = parts.next_ended().await;
-            assert_eq!(ended, Ended { part: ADMIN, why: expected.to_owned() });
+            let ended = tasks.next_ended().await;
+            assert_eq!(ended, TaskEnded { task: ADMIN, why: expected.to_owned() });
             assert_eq!(
                 ended.to_string(),
                 format!("the admin server, which serves the dashboard, has ended: {expected}")
@@ -157,13 +157,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn parts_that_go_on_are_waited_for() {
-        let mut parts = Parts::default();
-        parts.start(GRPC, lasting());
+    async fn tasks_that_go_on_are_waited_for() {
+        let mut tasks = Tasks::default();
+        tasks.start(GRPC, lasting());
         let patience = std::time::Duration::from_hours(1);
-        assert!(tokio::time::timeout(patience, parts.next_ended()).await.is_err());
-        assert!(tokio::time::timeout(patience, Parts::default().next_ended()).await.is_err());
-        parts.abort();
-        parts.all_ended().await;
+        assert!(tokio::time::timeout(patience, tasks.next_ended()).await.is_err());
+        assert!(tokio::time::timeout(patience, Tasks::default().next_ended()).await.is_err());
+        tasks.abort();
+        tasks.all_ended().await;
     }
 }
