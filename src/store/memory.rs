@@ -13,18 +13,22 @@ use futures_util::{
 };
 use jiff::Timestamp;
 
-use super::{frontier::Frontier, not_taken_over};
+use super::{
+    frontier::Frontier,
+    not_taken_over,
+    pruning::{rules, to_prune},
+};
 use crate::{
     clock::Clock,
-    model::{CycleId, CycleState, Epoch, Name, Output, Revision},
+    model::{CycleId, Epoch, Name, Output, Revision},
     ports::{
-        Contents, Filter, Found, OpenCycle, Page, PageLimits, Pruned, Record, ResumeError, Retention, RetentionRule,
-        SCAN_LIMIT, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
+        Contents, Filter, Found, OpenCycle, Page, PageLimits, Pruned, Record, ResumeError, Retention, SCAN_LIMIT,
+        Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
     },
 };
 
 /// Keeps everything in memory.
-pub(super) struct Memory {
+pub(super) struct MemoryStore {
     clock: Clock,
     kept: Mutex<Kept>,
 }
@@ -46,7 +50,7 @@ struct Kept {
     outputs: BTreeMap<Name, Output>,
 }
 
-impl Memory {
+impl MemoryStore {
     pub(super) fn new(clock: Clock) -> Self {
         Self { clock, kept: Mutex::default() }
     }
@@ -116,7 +120,7 @@ fn put<T: Clone>(known: &mut BTreeMap<Name, T>, name: &Name, now: Option<&T>) {
     }
 }
 
-impl Store for Memory {
+impl Store for MemoryStore {
     fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>> {
         Box::pin(ready(Ok(self.kept().take_over(self.clock.now()))))
     }
@@ -191,7 +195,7 @@ impl Store for Memory {
             return Box::pin(ready(Err(not_taken_over())));
         }
         let mut oldest_first: Vec<_> = Vec::new();
-        for (rule, states) in retention.rules() {
+        for (rule, states) in rules(&retention) {
             let of_rule: Vec<_> = kept.records.values().filter(|record| states.contains(&record.state)).collect();
             let keep = kept.frontier.last_revision;
             oldest_first.extend(to_prune(
@@ -219,32 +223,5 @@ impl Store for Memory {
         let kept = self.kept();
         let size = StoreSize { records: kept.records.len() as u64, bytes: kept.bytes };
         Box::pin(ready(Ok(size)))
-    }
-}
-
-/// The records of one rule to remove, given their number; `oldest` has those with the lowest revisions, in order.
-pub(super) fn to_prune(
-    rule: RetentionRule,
-    count: u64,
-    oldest: impl Iterator<Item = (Revision, Timestamp)>,
-    now: Timestamp,
-    keep: Revision,
-) -> Vec<Revision> {
-    let too_many = rule.max_cycles.map_or(0, |max| count.saturating_sub(max));
-    let too_old = rule.max_age.and_then(|age| now.checked_sub(age).ok());
-    (0_u64..)
-        .zip(oldest)
-        .take_while(|(i, (_, finished_at))| *i < too_many || too_old.is_some_and(|limit| *finished_at <= limit))
-        .map(|(_, (revision, _))| revision)
-        .filter(|revision| *revision != keep)
-        .collect()
-}
-
-impl Retention {
-    /// Each rule with its states.
-    pub(super) fn rules(&self) -> Vec<(RetentionRule, Vec<CycleState>)> {
-        let own = self.by_state.iter().map(|(state, rule)| (*rule, vec![*state]));
-        let others = CycleState::ALL.into_iter().filter(|state| !self.by_state.contains_key(state)).collect();
-        own.chain([(self.default, others)]).collect()
     }
 }

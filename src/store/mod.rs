@@ -2,13 +2,14 @@
 
 mod frontier;
 mod memory;
+mod pruning;
 mod sqlite;
 #[cfg(test)]
 mod suite;
 
 use std::{fmt, path::PathBuf, sync::Arc};
 
-pub use self::sqlite::FileError;
+pub use self::sqlite::DatabaseFileError;
 use crate::{
     clock::Clock,
     model::CycleId,
@@ -68,8 +69,8 @@ pub type Check = fn(&Record) -> Result<(), String>;
 /// Another process has it open, it must not be served, or it can't be opened or read.
 pub async fn open(url: &StoreUrl, check: Check, clock: Clock) -> Result<Arc<dyn Store>, OpenError> {
     match url {
-        StoreUrl::Memory => Ok(Arc::new(memory::Memory::new(clock))),
-        StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::Sqlite::open(path.clone(), check, clock).await?)),
+        StoreUrl::Memory => Ok(Arc::new(memory::MemoryStore::new(clock))),
+        StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::open(path.clone(), check, clock).await?)),
     }
 }
 
@@ -128,7 +129,7 @@ pub enum OpenError {
     },
     /// The files of a database are invalid.
     #[error(transparent)]
-    Files(#[from] FileError),
+    Files(#[from] DatabaseFileError),
     /// It can't be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -153,7 +154,7 @@ pub struct Accepted {
 /// It does not exist, another process has it open, or it can't be opened or written.
 pub fn accept(url: &StoreUrl) -> Result<Accepted, OpenError> {
     match url {
-        StoreUrl::Memory => Err(FileError::Missing { database: url.to_string() }.into()),
+        StoreUrl::Memory => Err(DatabaseFileError::Missing { database: url.to_string() }.into()),
         StoreUrl::Sqlite(path) => sqlite::accept(path),
     }
 }

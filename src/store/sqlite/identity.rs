@@ -14,7 +14,7 @@ use std::{
 
 use rusqlite::{Connection, OptionalExtension, named_params};
 
-use super::place::{FileError, FileId, file_id, log_of};
+use super::place::{DatabaseFileError, FileId, file_id, log_of};
 
 /// The identity of a database file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,17 +61,21 @@ impl Identity {
     ///
     /// # Errors
     /// It is a copy, or it can be reached by another name, where its log may be.
-    pub(super) fn check(&self, noted: Option<&Self>) -> Result<(), FileError> {
+    pub(super) fn check(&self, noted: Option<&Self>) -> Result<(), DatabaseFileError> {
         let Self { path, file } = self;
         let database = path.display().to_string();
         let links = fs::metadata(path).map_or(1, |file| file.nlink());
         let is_known = noted == Some(self);
         let Some(noted) = noted else {
-            return if links > 1 { Err(FileError::Linked { database, other: "other names".into() }) } else { Ok(()) };
+            return if links > 1 {
+                Err(DatabaseFileError::Linked { database, other: "other names".into() })
+            } else {
+                Ok(())
+            };
         };
         if noted.path == *path {
             if links > 1 && !is_known {
-                return Err(FileError::Linked { database, other: "other names".into() });
+                return Err(DatabaseFileError::Linked { database, other: "other names".into() });
             }
             if !is_known {
                 tracing::info!(
@@ -84,14 +88,14 @@ impl Identity {
         }
         let earlier = noted.path.display().to_string();
         if noted.file != *file {
-            return Err(FileError::Copy { copy: database, original: earlier });
+            return Err(DatabaseFileError::Copy { copy: database, original: earlier });
         }
         if file_id(&noted.path).is_ok_and(|there| there == *file) || links > 1 {
-            return Err(FileError::Linked { database, other: earlier });
+            return Err(DatabaseFileError::Linked { database, other: earlier });
         }
         let log = log_of(&noted.path);
         if fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
-            return Err(FileError::LogLeftBehind { database, log: log.display().to_string() });
+            return Err(DatabaseFileError::LogLeftBehind { database, log: log.display().to_string() });
         }
         tracing::info!(store = database, earlier, "the database was renamed");
         Ok(())

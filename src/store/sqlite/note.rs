@@ -6,11 +6,18 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path, str};
 
-use super::{place::note_of, unwritable};
+use rusqlite::{Connection, Row};
+
+use super::{error::unwritable, place::note_of, rows::number};
 use crate::{
     model::{CycleId, Revision},
-    store::OpenError,
+    ports::Lost,
+    store::{OpenError, StoreUrl},
 };
+
+/// Most cycles missing at the end that are treated as lost, and recorded as such. A damaged log does not contain more:
+/// then an older copy has replaced the database.
+const MAX_LOST: u64 = 10_000;
 
 /// How far a database was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +54,21 @@ impl Note {
 }
 
 impl Mark {
+    /// How far this database was written.
+    pub(super) fn read(connection: &Connection) -> rusqlite::Result<Self> {
+        connection.query_row("SELECT * FROM meta", [], Self::of_row)
+    }
+
+    /// The mark in the row of the table `meta`.
+    pub(super) fn of_row(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            id: row.get("database_id")?,
+            commits: number(row, "commits")?,
+            last_cycle_id: CycleId(number(row, "last_cycle_id")?),
+            last_revision: Revision(number(row, "last_revision")?),
+        })
+    }
+
     /// Always of the same length, so that one write replaces another.
     fn to_text(self) -> String {
         let Self { id, commits, last_cycle_id, last_revision } = self;
@@ -59,6 +81,54 @@ impl Mark {
         let mut number = || words.next()?.parse().ok();
         Some(Self { id, commits: number()?, last_cycle_id: CycleId(number()?), last_revision: Revision(number()?) })
     }
+}
+
+/// True if the note beside a database belongs to it.
+pub(super) fn is_of_this_database(path: &Path, mark: &Mark, noted: &Mark) -> bool {
+    if noted.id != mark.id {
+        let (store, last_cycle_id) = (path.display(), noted.last_cycle_id);
+        if mark.commits == 0 {
+            tracing::error!(
+                %store,
+                %last_cycle_id,
+                "the database of this path, which ended with this cycle, is gone: a new one begins with cycle 1. If \
+                 that is a mistake, stop this process and put the database back, or restore it from a backup"
+            );
+        } else {
+            tracing::error!(
+                %store,
+                %last_cycle_id,
+                "another database, which ended with this cycle, was at this path before; this one ends with cycle {}. \
+                 If that is a mistake, stop this process and put the other one back, or restore it from a backup",
+                mark.last_cycle_id
+            );
+        }
+    }
+    noted.id == mark.id
+}
+
+/// Checks that the database does not lack more noted commits than a damaged log can have contained.
+pub(super) fn refuse_older_copy(path: &Path, mark: &Mark, noted: Option<&Mark>) -> Result<(), OpenError> {
+    let Some(noted) = noted else { return Ok(()) };
+    if noted.last_cycle_id.0.saturating_sub(mark.last_cycle_id.0) <= MAX_LOST {
+        return Ok(());
+    }
+    Err(OpenError::Behind {
+        store: path.display().to_string(),
+        url: StoreUrl::Sqlite(path.to_owned()),
+        has: mark.last_cycle_id,
+        noted: noted.last_cycle_id,
+    })
+}
+
+/// Acknowledged commits that are not in the database, by the note beside it.
+pub(super) fn lost(mark: &Mark, noted: &Mark) -> Option<Lost> {
+    let commits = noted.commits.saturating_sub(mark.commits);
+    (commits > 0).then_some(Lost {
+        last_cycle_id: noted.last_cycle_id.max(mark.last_cycle_id),
+        last_revision: noted.last_revision.max(mark.last_revision),
+        commits,
+    })
 }
 
 #[cfg(test)]

@@ -7,12 +7,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::unwritable;
+use super::error::unwritable;
 use crate::{file::irregular, store::OpenError};
 
 /// The problem with the files of a database.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum FileError {
+pub enum DatabaseFileError {
     /// The database does not exist.
     #[error("database {database} does not exist")]
     Missing {
@@ -105,7 +105,7 @@ pub enum FileError {
 }
 
 /// A locked database, which only this process can open until it is dropped.
-pub(super) struct Place {
+pub(super) struct LockedDatabase {
     /// The path of the file itself, absolute and without links.
     pub(super) path: PathBuf,
     /// The lock file beside the database, for processes that use the same path. It contains the pid.
@@ -120,18 +120,18 @@ pub(super) struct Place {
 /// The device and the inode of a file.
 pub(super) type FileId = (u64, u64);
 
-impl Place {
+impl LockedDatabase {
     /// Finds the database, creates an empty one if it does not exist, and locks it.
     pub(super) fn take(given: &Path) -> Result<Self, OpenError> {
         if let Some(directory) = given.parent().filter(|directory| !directory.as_os_str().is_empty()) {
             fs::create_dir_all(directory).map_err(|error| match error.kind() {
                 io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
-                    FileError::NoDirectory { path: directory.display().to_string() }.into()
+                    DatabaseFileError::NoDirectory { path: directory.display().to_string() }.into()
                 }
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => unwritable(directory, &error),
                 _ => {
                     let (directory, problem) = (directory.display().to_string(), error.to_string());
-                    FileError::NotCreated { directory, problem }.into()
+                    DatabaseFileError::NotCreated { directory, problem }.into()
                 }
             })?;
         }
@@ -150,14 +150,14 @@ impl Place {
         let (lock, made_lock) = lock_beside(&path)?;
         let database = File::options().read(true).write(true).open(&path).map_err(|error| unwritable(&path, &error))?;
         if !lock_file(&database) {
-            return Err(FileError::InUseByAnotherName { database: path.display().to_string() }.into());
+            return Err(DatabaseFileError::InUseByAnotherName { database: path.display().to_string() }.into());
         }
         let log = log_of(&path);
         let has = |file: io::Result<fs::Metadata>| file.is_ok_and(|file| file.len() > 0);
         // SQLite would remove the log of an empty database.
         if !has(database.metadata()) && has(fs::metadata(&log)) {
             let (database, log) = (path.display().to_string(), log.display().to_string());
-            return Err(FileError::LogAlone { database, log }.into());
+            return Err(DatabaseFileError::LogAlone { database, log }.into());
         }
         Ok(Self { path, _lock: lock, made_lock, _database: database })
     }
@@ -171,10 +171,10 @@ impl Place {
 }
 
 /// Checks whether the path is something other than a regular file.
-fn check_regular(path: &Path) -> Result<(), FileError> {
+fn check_regular(path: &Path) -> Result<(), DatabaseFileError> {
     let Ok(found) = fs::metadata(path) else { return Ok(()) };
     match irregular(found.file_type()) {
-        Some(found) => Err(FileError::NotRegular { path: path.display().to_string(), found }),
+        Some(found) => Err(DatabaseFileError::NotRegular { path: path.display().to_string(), found }),
         None => Ok(()),
     }
 }

@@ -1,0 +1,189 @@
+//! One commit: its rows, in one transaction that checks the epoch.
+
+use std::fs;
+
+use rusqlite::{Connection, Transaction, TransactionBehavior, named_params};
+
+use super::{
+    identity::Identity,
+    note::Mark,
+    rows::{integer, nanoseconds, number, state_number, to_json, trigger_number},
+};
+use crate::{
+    model::{Epoch, Name, Trigger},
+    ports::{Durability, Stage, Write},
+    store::frontier::Frontier,
+};
+
+/// The term of one epoch as the writer.
+pub(super) struct Term {
+    pub(super) epoch: Epoch,
+    /// The epoch of the database while no other process has taken over: this one from its first commit on.
+    pub(super) current: Epoch,
+    pub(super) database_id: [u8; 16],
+    /// Number of all commits so far.
+    pub(super) commits: u64,
+    pub(super) frontier: Frontier,
+}
+
+impl Term {
+    /// Writes in one transaction; `Some` is the epoch that has taken over, and then nothing was written.
+    pub(super) fn transact(
+        &self,
+        connection: &mut Connection,
+        here: &Identity,
+        write: &Write,
+    ) -> rusqlite::Result<Option<Epoch>> {
+        let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let written = transaction
+            .prepare_cached(
+                "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
+                 commits = :commits, epoch = :epoch WHERE epoch = :current",
+            )?
+            .execute(named_params! {
+                ":cycle_id": integer(write.last_cycle_id.0),
+                ":revision": integer(last_revision.0),
+                ":is_closed": write.close,
+                ":commits": integer(self.commits + 1),
+                ":epoch": integer(self.epoch.0),
+                ":current": integer(self.current.0),
+            })?;
+        if written == 0 {
+            let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0))?;
+            return Ok(Some(Epoch(epoch)));
+        }
+        if self.current != self.epoch {
+            transaction.execute("UPDATE meta SET boot_id = ?1", [boot_id()])?;
+            here.note(&transaction)?;
+        }
+        put_cycles(&transaction, write)?;
+        put_knowledge(&transaction, write)?;
+        transaction.commit()?;
+        Ok(None)
+    }
+
+    /// Advances by `write`.
+    pub(super) fn advance(&mut self, write: &Write) {
+        self.current = self.epoch;
+        self.commits += 1;
+        self.frontier.advance(write);
+    }
+
+    pub(super) fn mark(&self) -> Mark {
+        let Frontier { last_cycle_id, last_revision, .. } = self.frontier;
+        Mark { id: self.database_id, commits: self.commits, last_cycle_id, last_revision }
+    }
+}
+
+/// Sets the durability of further commits.
+pub(super) fn synchronize(connection: &Connection, durability: Durability) -> rusqlite::Result<()> {
+    let level = match durability {
+        Durability::Durable => "FULL",
+        Durability::Buffered => "NORMAL",
+    };
+    connection.pragma_update(None, "synchronous", level)
+}
+
+fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
+    for open in &write.open {
+        let (trigger, started_at, request) = match &open.stage {
+            Stage::Waiting(request) => (trigger_number(&open.trigger), None, request.as_deref()),
+            Stage::Begun(at) => (trigger_number(&open.trigger), Some(nanoseconds(*at)), None),
+            Stage::Unknown => (trigger_number(&Trigger::Unknown), None, None),
+        };
+        transaction
+            .prepare_cached(
+                "INSERT OR REPLACE INTO open_cycles
+                 (cycle_id, trigger, loop, scheduled_at, started_at, request_id, trace_id, request)
+                 VALUES (:cycle_id, :trigger, :loop, :scheduled_at, :started_at, :request_id, :trace_id, :request)",
+            )?
+            .execute(named_params! {
+                ":cycle_id": integer(open.cycle_id.0),
+                ":trigger": trigger,
+                ":loop": open.trigger.loop_name().map(Name::as_str),
+                ":scheduled_at": nanoseconds(open.scheduled_at),
+                ":started_at": started_at,
+                ":request_id": open.request_id,
+                ":trace_id": open.trace_id.map(|trace_id| trace_id.0.to_be_bytes()),
+                ":request": request,
+            })?;
+    }
+    for record in &write.records {
+        transaction
+            .prepare_cached(
+                "INSERT INTO cycles (cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record)
+                 VALUES (:cycle_id, :revision, :epoch, :state, :trigger, :loop, :request_id, :finished_at, :record)",
+            )?
+            .execute(named_params! {
+                ":cycle_id": integer(record.cycle_id.0),
+                ":revision": integer(record.revision.0),
+                ":epoch": integer(record.epoch.0),
+                ":state": state_number(record.state),
+                ":trigger": trigger_number(&record.trigger),
+                ":loop": record.trigger.loop_name().map(Name::as_str),
+                ":request_id": record.request_id,
+                ":finished_at": nanoseconds(record.finished_at),
+                ":record": &record.bytes[..],
+            })?;
+        transaction
+            .prepare_cached("UPDATE counts SET cycles = cycles + 1 WHERE state = ?1")?
+            .execute([state_number(record.state)])?;
+        transaction
+            .prepare_cached("DELETE FROM open_cycles WHERE cycle_id = ?1")?
+            .execute([integer(record.cycle_id.0)])?;
+    }
+    Ok(())
+}
+
+fn put_knowledge(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
+    for (name, output) in &write.outputs {
+        transaction
+            .prepare_cached(
+                "INSERT INTO outputs (name, cycle_id, payload) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (name) DO UPDATE SET cycle_id = excluded.cycle_id, payload = excluded.payload",
+            )?
+            .execute((name.as_str(), integer(output.cycle_id.0), &output.payload.as_bytes()[..]))?;
+    }
+    for (name, stored) in &write.subsystems {
+        match stored {
+            Some(stored) => {
+                let lease_ms = stored.lease.map(|lease| i64::try_from(lease.as_millis()).unwrap_or(i64::MAX));
+                let spec = stored.spec.as_ref().map(to_json).transpose()?;
+                transaction.prepare_cached("INSERT OR REPLACE INTO subsystems VALUES (?1, ?2, ?3, ?4)")?.execute((
+                    name.as_str(),
+                    spec,
+                    lease_ms,
+                    stored.suspended,
+                ))?;
+            }
+            None => {
+                for forget in ["DELETE FROM subsystems WHERE name = ?1", "DELETE FROM outputs WHERE name = ?1"] {
+                    transaction.prepare_cached(forget)?.execute([name.as_str()])?;
+                }
+            }
+        }
+    }
+    for (name, stored) in &write.loops {
+        match stored {
+            Some(stored) => {
+                let spec = stored.spec.as_ref().map(to_json).transpose()?;
+                transaction.prepare_cached("INSERT OR REPLACE INTO loops VALUES (?1, ?2, ?3)")?.execute((
+                    name.as_str(),
+                    spec,
+                    to_json(&stored.state)?,
+                ))?;
+            }
+            None => {
+                transaction.prepare_cached("DELETE FROM loops WHERE name = ?1")?.execute([name.as_str()])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The boot id of the machine from `/proc`; `None` if it does not exist.
+pub(super) fn boot_id() -> Option<String> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned())
+}

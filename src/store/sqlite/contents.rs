@@ -1,0 +1,196 @@
+//! Reads what an earlier process left in a database: all tables except the history. Unreadable rows are collected
+//! beside the readable ones.
+
+use std::{path::Path, time::Duration};
+
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, types::ValueRef};
+
+use super::{
+    commit::boot_id,
+    error::explain,
+    note::Mark,
+    rows::{COLUMNS, HAS_REVISION, integer, json, name, number, open_cycle, read, time, unknown_cycle, wrong},
+};
+use crate::{
+    clock::Clock,
+    model::{CycleId, Epoch, Output, Payload, Revision},
+    ports::{Contents, StoreError, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow},
+    store::Check,
+};
+
+/// Reads all tables except the history, with the next epoch. Also returns the stored epoch.
+pub(super) fn read_contents(
+    connection: &mut Connection,
+    path: &Path,
+    check: Check,
+    clock: Clock,
+) -> Result<(Epoch, Mark, Contents), StoreError> {
+    let explained = |error| explain(path, &error);
+    let transaction = connection.transaction().map_err(explained)?;
+    let (before, mark, mut contents, numbers) = (|| {
+        let boot_id = boot_id();
+        let (before, mark, mut contents) = transaction.query_row("SELECT * FROM meta", [], |row| {
+            let (was_closed, last_boot_id): (bool, Option<String>) = (row.get("is_closed")?, row.get("boot_id")?);
+            let (before, mark) = (Epoch(number(row, "epoch")?), Mark::of_row(row)?);
+            let contents = Contents {
+                epoch: before.next().max(Epoch::by_clock(clock.now())),
+                last_cycle_id: mark.last_cycle_id,
+                last_revision: mark.last_revision,
+                pruned_to: Revision(number(row, "pruned_to")?),
+                may_lack_open: !was_closed && (boot_id.is_none() || last_boot_id != boot_id),
+                ..Contents::default()
+            };
+            Ok((before, mark, contents))
+        })?;
+        let numbers = Numbers::read(&transaction)?;
+        contents.last_record = transaction
+            .query_row(
+                &format!("SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} ORDER BY revision DESC LIMIT 1"),
+                [],
+                |row| Ok(read(row, check)),
+            )
+            .optional()?;
+        Ok((before, mark, contents, numbers))
+    })()
+    .map_err(explained)?;
+    numbers.check().map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
+    let mut unreadable = Vec::new();
+    let mut rows = Rows { transaction: &transaction, path, unreadable: &mut unreadable };
+    let noted = 1..=integer(contents.last_cycle_id.0);
+    let open = "SELECT *, EXISTS (SELECT 1 FROM cycles WHERE cycle_id = open_cycles.cycle_id) AS is_recorded
+                FROM open_cycles ORDER BY cycle_id";
+    rows.read_all("open cycle", open, |row| {
+        let cycle_id: i64 = row.get("cycle_id")?;
+        if !noted.contains(&cycle_id) {
+            return Err(wrong(row, "cycle_id", NotOpen("its number was given to no cycle")));
+        }
+        if row.get("is_recorded")? {
+            return Err(wrong(row, "cycle_id", NotOpen("it is recorded")));
+        }
+        let read = open_cycle(row);
+        let unknown = |_| unknown_cycle(CycleId(cycle_id.unsigned_abs()));
+        contents.open.push(read.as_ref().map_or_else(unknown, Clone::clone));
+        read.map(drop)
+    })?;
+    contents.subsystems = rows.read_all("subsystem", "SELECT * FROM subsystems ORDER BY name", |row| {
+        let lease_ms: Option<i64> = row.get("lease_ms")?;
+        Ok(StoredSubsystem {
+            name: name(row, "name")?,
+            spec: json(row, "spec")?,
+            lease: lease_ms.map(|ms| Duration::from_millis(ms.unsigned_abs())),
+            suspended: row.get("suspended")?,
+        })
+    })?;
+    contents.loops = rows.read_all("loop", "SELECT * FROM loops ORDER BY name", |row| {
+        let state = json(row, "state")?.unwrap_or_default();
+        Ok(StoredLoop { name: name(row, "name")?, spec: json(row, "spec")?, state })
+    })?;
+    let outputs = "SELECT outputs.*, finished_at FROM outputs LEFT JOIN cycles USING (cycle_id) ORDER BY name";
+    contents.outputs = rows.read_all("output", outputs, |row| {
+        let bytes: Vec<u8> = row.get("payload")?;
+        let payload = Payload::check(bytes.into()).map_err(|malformed| wrong(row, "payload", malformed))?;
+        let finished_at: Option<i64> = row.get("finished_at")?;
+        Ok(StoredOutput {
+            name: name(row, "name")?,
+            output: Output { cycle_id: CycleId(number(row, "cycle_id")?), payload },
+            finished_at: finished_at.map(|_| time(row, "finished_at")).transpose()?,
+        })
+    })?;
+    contents.unreadable = unreadable;
+    Ok((before, mark, contents))
+}
+
+/// The extent of a database: by its table `meta`, from which every commit continues, and by the history.
+struct Numbers {
+    /// Each with its column.
+    meta: [(&'static str, i64); 5],
+    newest_cycle_id: Option<i64>,
+    newest_revision: Option<i64>,
+}
+
+impl Numbers {
+    const COLUMNS: [&str; 5] = ["epoch", "last_cycle_id", "last_revision", "pruned_to", "commits"];
+
+    fn read(connection: &Connection) -> rusqlite::Result<Self> {
+        // Each from the end of its index. A revision that is not a number belongs to an unreadable record.
+        let newest = |column: &str| {
+            let newest = format!(
+                "SELECT {column} FROM cycles WHERE typeof({column}) = 'integer' ORDER BY {column} DESC LIMIT 1"
+            );
+            connection.query_row(&newest, [], |row| row.get(0)).optional()
+        };
+        connection.query_row("SELECT * FROM meta", [], |row| {
+            let mut meta = Self::COLUMNS.map(|column| (column, 0));
+            for (column, number) in &mut meta {
+                *number = row.get(*column)?;
+            }
+            Ok(Self { meta, newest_cycle_id: newest("cycle_id")?, newest_revision: newest("revision")? })
+        })
+    }
+
+    /// Refuses a state from which no process could continue: the next number already exists, or is out of range.
+    fn check(&self) -> Result<(), String> {
+        if let Some((column, number)) = self.meta.iter().find(|(_, number)| !(0..i64::MAX).contains(number)) {
+            return Err(format!("{column} in its table meta is {number}, which leaves no next number"));
+        }
+        let meta = |wanted| self.meta.iter().find(|(column, _)| *column == wanted).map_or(0, |(_, number)| *number);
+        let (last_cycle_id, last_revision) = (meta("last_cycle_id"), meta("last_revision"));
+        for (column, last, newest, is) in [
+            ("last_cycle_id", last_cycle_id, self.newest_cycle_id, "is the newest cycle in its history"),
+            ("last_revision", last_revision, self.newest_revision, "is the newest revision in its history"),
+            ("last_revision", last_revision, Some(meta("pruned_to")), "is a revision that was already removed"),
+        ] {
+            if let Some(newest) = newest.filter(|newest| *newest > last) {
+                return Err(format!("{column} in its table meta is {last}, and {newest} {is}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads tables, and collects unreadable rows separately.
+struct Rows<'a> {
+    transaction: &'a Transaction<'a>,
+    path: &'a Path,
+    unreadable: &'a mut Vec<UnreadableRow>,
+}
+
+impl Rows<'_> {
+    fn read_all<T>(
+        &mut self,
+        what: &'static str,
+        query: &str,
+        mut read: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
+    ) -> Result<Vec<T>, StoreError> {
+        let mut all = Vec::new();
+        let mut read_rows = || {
+            let mut query = self.transaction.prepare(query)?;
+            let mut rows = query.query([])?;
+            while let Some(row) = rows.next()? {
+                match read(row) {
+                    Ok(read) => all.push(read),
+                    Err(error) => {
+                        let key = row.get_ref(0).map_or_else(|_| String::new(), key);
+                        self.unreadable.push(UnreadableRow { what, key, problem: error.to_string() });
+                    }
+                }
+            }
+            Ok(())
+        };
+        read_rows().map_err(|error| explain(self.path, &error))?;
+        Ok(all)
+    }
+}
+
+/// A primary key as text, if possible.
+fn key(value: ValueRef<'_>) -> String {
+    match value {
+        ValueRef::Integer(number) => number.to_string(),
+        ValueRef::Text(text) => String::from_utf8_lossy(text).into_owned(),
+        ValueRef::Null | ValueRef::Real(_) | ValueRef::Blob(_) => String::new(),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("it is not open: {0}")]
+struct NotOpen(&'static str);

@@ -1,0 +1,99 @@
+//! Opens a database: takes its locks, sees whether it may be served, and migrates it.
+
+use std::path::Path;
+
+use rusqlite::{Connection, OpenFlags, TransactionBehavior};
+
+use super::{
+    BUSY,
+    error::{explain, unwritable},
+    identity::Identity,
+    note::{Mark, Note},
+    place::{DatabaseFileError, LockedDatabase, note_of},
+    schema::{check_version, migrate},
+};
+use crate::store::{Accepted, OpenError};
+
+/// A database of this software with the current schema.
+pub(super) struct Opened {
+    pub(super) place: LockedDatabase,
+    pub(super) connection: Connection,
+    /// Its file.
+    pub(super) here: Identity,
+    /// Its file when it was last used.
+    noted: Option<Identity>,
+}
+
+impl Opened {
+    pub(super) fn at(path: &Path, even_a_copy: bool) -> Result<Self, OpenError> {
+        let mut place = LockedDatabase::take(path)?;
+        let opened = Self::open(&place.path, even_a_copy);
+        if let Err(OpenError::Files(DatabaseFileError::NotADatabase { .. }) | OpenError::Foreign { .. }) = opened {
+            place.leave();
+        }
+        let (connection, here, noted) = opened?;
+        Ok(Self { place, connection, here, noted })
+    }
+
+    fn open(path: &Path, even_a_copy: bool) -> Result<(Connection, Identity, Option<Identity>), OpenError> {
+        let explained = |error| explain(path, &error);
+        // A foreign database, or a copy, is not changed.
+        let connection = open_file(path).map_err(explained)?;
+        let version = check_version(&connection, path)?;
+        let here = Identity::at(path).map_err(|error| unwritable(path, &error))?;
+        let noted = if version < Identity::SINCE { None } else { Identity::noted(&connection).map_err(explained)? };
+        match here.check(noted.as_ref()) {
+            Err(DatabaseFileError::Copy { .. }) if even_a_copy => {}
+            checked => checked?,
+        }
+        let mut connection = configure(connection).map_err(explained)?;
+        migrate(&mut connection, version).map_err(explained)?;
+        Ok((connection, here, noted))
+    }
+}
+
+/// Accepts a database with its current file and contents.
+pub(in crate::store) fn accept(path: &Path) -> Result<Accepted, OpenError> {
+    if !path.exists() {
+        return Err(DatabaseFileError::Missing { database: path.display().to_string() }.into());
+    }
+    let Opened { place, mut connection, here, noted } = Opened::at(path, true)?;
+    let mark = (|| {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        here.note(&transaction)?;
+        let mark = Mark::read(&transaction)?;
+        transaction.commit()?;
+        Ok(mark)
+    })()
+    .map_err(|error| explain(&place.path, &error))?;
+    let (note, known) = Note::open(&place.path)?;
+    note.write(&mark).map_err(|error| unwritable(&note_of(&place.path), &error))?;
+    Ok(Accepted {
+        path: place.path.clone(),
+        earlier: noted.map(|noted| noted.path).filter(|earlier| *earlier != place.path),
+        last_cycle_id: mark.last_cycle_id,
+        noted_cycle_id: known
+            .filter(|known| known.id == mark.id)
+            .map_or(mark.last_cycle_id, |known| known.last_cycle_id),
+    })
+}
+
+pub(super) fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    configure(open_file(path)?)
+}
+
+fn open_file(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(BUSY)?;
+    Ok(connection)
+}
+
+fn configure(connection: Connection) -> rusqlite::Result<Connection> {
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    // A checkpoint waits for the disk, so the writer decides when.
+    connection.pragma_update(None, "wal_autocheckpoint", 0)?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}

@@ -1,0 +1,168 @@
+//! Rows of tables, and the values that they contain.
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use rusqlite::{Row, types::ValueRef};
+
+use crate::{
+    model::{CycleId, CycleState, Epoch, Name, Revision, TraceId, Trigger},
+    ports::{Found, OpenCycle, Record, Stage, TriggerKind, Unreadable},
+    store::Check,
+};
+
+/// In this order, so that a row can be examined without reading the record, which is last and may be large.
+pub(super) const COLUMNS: &str = "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record";
+
+/// Condition that a row has a place in the history. An unreadable revision has no place: reads by revision don't find
+/// it.
+pub(super) const HAS_REVISION: &str = "revision > 0 AND typeof(revision) = 'integer'";
+
+/// Most bytes of a record that is read: the largest `cycle.max_record_bytes`.
+const MAX_RECORD: usize = 64 << 20;
+
+/// A row with its record, if both can be read.
+pub(super) fn read(row: &Row<'_>, check: Check) -> Found {
+    let unreadable = |problem| Unreadable {
+        cycle_id: CycleId(number(row, "cycle_id").unwrap_or_default()),
+        revision: Revision(number(row, "revision").unwrap_or_default()),
+        problem,
+    };
+    if let Ok(ValueRef::Blob(bytes)) = row.get_ref("record")
+        && bytes.len() > MAX_RECORD
+    {
+        return Err(unreadable(format!("it is {} bytes long", bytes.len())));
+    }
+    let record = record(row).map_err(|error| unreadable(error.to_string()))?;
+    check(&record).map_err(unreadable)?;
+    Ok(record)
+}
+
+fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
+    let bytes: Vec<u8> = row.get("record")?;
+    Ok(Record { bytes: bytes.into(), ..found(row)? })
+}
+
+/// A row without its record.
+pub(super) fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
+    Ok(Record {
+        cycle_id: CycleId(number(row, "cycle_id")?),
+        revision: Revision(number(row, "revision")?),
+        epoch: Epoch(number(row, "epoch")?),
+        state: state(row)?,
+        trigger: trigger(row)?,
+        request_id: row.get("request_id")?,
+        finished_at: time(row, "finished_at")?,
+        bytes: Bytes::new(),
+    })
+}
+
+pub(super) fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
+    let cycle_id = CycleId(number(row, "cycle_id")?);
+    let trigger = trigger(row)?;
+    if trigger == Trigger::Unknown {
+        return Ok(unknown_cycle(cycle_id));
+    }
+    let (started_at, request): (Option<i64>, Option<Vec<u8>>) = (row.get("started_at")?, row.get("request")?);
+    let trace_id: Option<[u8; 16]> = row.get("trace_id")?;
+    Ok(OpenCycle {
+        cycle_id,
+        trigger,
+        scheduled_at: time(row, "scheduled_at")?,
+        request_id: row.get("request_id")?,
+        trace_id: trace_id.map(|bytes| TraceId(u128::from_be_bytes(bytes))),
+        stage: match started_at {
+            Some(_) => Stage::Begun(time(row, "started_at")?),
+            None => Stage::Waiting(request.map(Into::into)),
+        },
+    })
+}
+
+/// An open cycle of which only the id is known.
+pub(super) fn unknown_cycle(cycle_id: CycleId) -> OpenCycle {
+    OpenCycle {
+        cycle_id,
+        trigger: Trigger::Unknown,
+        scheduled_at: Timestamp::UNIX_EPOCH,
+        request_id: None,
+        trace_id: None,
+        stage: Stage::Unknown,
+    }
+}
+
+/// The numbers in the schema, which are those of the contract.
+const STATES: [CycleState; 5] = CycleState::ALL;
+
+pub(super) fn state_number(state: CycleState) -> i64 {
+    (1..).zip(STATES).find(|(_, known)| *known == state).map_or(0, |(number, _)| number)
+}
+
+fn state(row: &Row<'_>) -> rusqlite::Result<CycleState> {
+    let number: i64 = row.get("state")?;
+    let state = (1..).zip(STATES).find(|(known, _)| *known == number);
+    state.map(|(_, state)| state).ok_or_else(|| wrong(row, "state", Unknown(number)))
+}
+
+pub(super) fn trigger_number(trigger: &Trigger) -> i64 {
+    match TriggerKind::of(trigger) {
+        TriggerKind::Unknown => 0,
+        TriggerKind::Manual => 1,
+        TriggerKind::Loop => 2,
+    }
+}
+
+fn trigger(row: &Row<'_>) -> rusqlite::Result<Trigger> {
+    match row.get("trigger")? {
+        0 => Ok(Trigger::Unknown),
+        1 => Ok(Trigger::Manual),
+        2 => Ok(Trigger::Loop(name(row, "loop")?)),
+        number => Err(wrong(row, "trigger", Unknown(number))),
+    }
+}
+
+pub(super) fn number(row: &Row<'_>, column: impl rusqlite::RowIndex) -> rusqlite::Result<u64> {
+    let number: i64 = row.get(column)?;
+    Ok(number.unsigned_abs())
+}
+
+/// Ids and counts stay far below the 63 bits of SQLite's integers.
+pub(super) fn integer(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// In 64 bits, which reach to the year 2262.
+pub(super) fn nanoseconds(time: Timestamp) -> i64 {
+    i64::try_from(time.as_nanosecond()).unwrap_or(i64::MAX)
+}
+
+pub(super) fn time(row: &Row<'_>, column: &str) -> rusqlite::Result<Timestamp> {
+    let nanoseconds: i64 = row.get(column)?;
+    Timestamp::from_nanosecond(nanoseconds.into()).map_err(|error| wrong(row, column, error))
+}
+
+pub(super) fn name(row: &Row<'_>, column: &str) -> rusqlite::Result<Name> {
+    let name: String = row.get(column)?;
+    Name::parse(&name).map_err(|error| wrong(row, column, error))
+}
+
+pub(super) fn json<T: serde::de::DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {
+    let text: Option<String> = row.get(column)?;
+    text.map(|text| serde_json::from_str(&text)).transpose().map_err(|error| wrong(row, column, error))
+}
+
+pub(super) fn to_json<T: serde::Serialize>(value: &T) -> rusqlite::Result<String> {
+    serde_json::to_string(value).map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))
+}
+
+/// A value that no version of this software has written.
+pub(super) fn wrong(
+    row: &Row<'_>,
+    column: &str,
+    error: impl std::error::Error + Send + Sync + 'static,
+) -> rusqlite::Error {
+    let index = row.as_ref().column_index(column).unwrap_or(0);
+    rusqlite::Error::FromSqlConversionFailure(index, rusqlite::types::Type::Null, Box::new(error))
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("{0} has no meaning")]
+struct Unknown(i64);

@@ -1,0 +1,454 @@
+//! Tests of what only SQLite has: the database outlives its process, and others reach its files.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+
+use futures_util::StreamExt;
+use jiff::Timestamp;
+
+use super::{DatabaseFileError, writer::limit_pages};
+use crate::{
+    clock::Clock,
+    model::{CycleId, CycleState, Epoch, LoopSpec, LoopState, Revision, TraceId, Trigger},
+    ports::{
+        Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Retention, RetentionRule, Stage, Store,
+        StoreError, StoredLoop, StoredOutput, Write,
+    },
+    store::{
+        OpenError, StoreUrl, accept, open,
+        suite::{
+            ALL, at, check, commit, cycle_of, filled, name, open_cycle, output, record, record_of, recorded, refuses,
+            stored_subsystem, waiting_cycle,
+        },
+    },
+};
+
+async fn try_open(path: &Path) -> Result<(Arc<dyn Store>, Contents), OpenError> {
+    let store = open(&StoreUrl::Sqlite(path.to_owned()), check, Clock::system()).await?;
+    let contents = store.take_over().await?;
+    Ok((store, contents))
+}
+
+async fn opened(path: &Path) -> (Arc<dyn Store>, Contents) {
+    try_open(path).await.unwrap()
+}
+
+async fn refused(path: &Path) -> OpenError {
+    try_open(path).await.err().unwrap()
+}
+
+/// An open cycle of which nothing can be read.
+fn unknown_cycle(id: u64) -> OpenCycle {
+    let unknown = OpenCycle { trigger: Trigger::Unknown, stage: Stage::Unknown, ..waiting_cycle(id, None) };
+    OpenCycle { scheduled_at: Timestamp::UNIX_EPOCH, ..unknown }
+}
+
+#[tokio::test]
+async fn everything_is_there_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("new/directory/o.db");
+    let (store, first) = opened(&path).await;
+    assert_eq!((first.last_cycle_id, first.may_lack_open), (CycleId(0), false));
+    let loop_spec = LoopSpec { name: "l".into(), ..LoopSpec::default() };
+    let state = LoopState { last_cycle_id: CycleId(2), accounted_to: Some(at(9)), ..LoopState::default() };
+    let stored_loop = StoredLoop { spec: Some(loop_spec), state, name: name("l") };
+    let write = Write {
+        epoch: first.epoch,
+        durability: Durability::Buffered,
+        last_cycle_id: CycleId(6),
+        open: vec![
+            open_cycle(3),
+            waiting_cycle(4, None),
+            waiting_cycle(5, Some("five")),
+            waiting_cycle(6, Some("six")),
+        ],
+        records: vec![record(1, first.epoch), record(2, first.epoch)],
+        outputs: vec![(name("a"), output(1, "old")), (name("a"), output(2, "new")), (name("b"), output(2, "b"))],
+        subsystems: BTreeMap::from([stored_subsystem("a"), stored_subsystem("b")]),
+        loops: BTreeMap::from([(name("l"), Some(stored_loop.clone()))]),
+        close: false,
+    };
+    commit(&*store, write).await;
+    let more = Write {
+        epoch: first.epoch,
+        last_cycle_id: CycleId(6),
+        open: vec![OpenCycle { trace_id: Some(TraceId(1)), stage: Stage::Begun(at(3)), ..waiting_cycle(6, None) }],
+        subsystems: [(name("b"), None)].into(),
+        ..Write::default()
+    };
+    let open = [open_cycle(3), waiting_cycle(4, None), waiting_cycle(5, Some("five")), more.open[0].clone()];
+    commit(&*store, more).await;
+    drop(store);
+
+    let (store, second) = opened(&path).await;
+    assert!(second.epoch > first.epoch);
+    assert_eq!((second.last_cycle_id, second.last_revision), (CycleId(6), Revision(2)));
+    assert_eq!(second.last_record, Some(Ok(record(2, first.epoch))));
+    assert_eq!(second.open, open, "what is recorded is no longer open");
+    let made = StoredOutput { name: name("a"), output: output(2, "new"), finished_at: Some(at(1)) };
+    assert_eq!(second.outputs, [made]);
+    assert_eq!(second.subsystems, [(*stored_subsystem("a").1.unwrap()).clone()]);
+    assert_eq!(second.loops, [stored_loop]);
+    assert!(!second.may_lack_open, "the machine has not restarted");
+    // What was open before can be recorded, one by one, and none that is not.
+    let record =
+        |revision, id| Write { records: vec![record_of(id, revision, second.epoch)], ..recorded(5..=6, second.epoch) };
+    refuses(&*store, record(3, 2)).await;
+    commit(&*store, record(3, 5)).await;
+    commit(&*store, record(4, 3)).await;
+    let close = Write { epoch: second.epoch, last_cycle_id: CycleId(6), close: true, ..Write::default() };
+    commit(&*store, close).await;
+    drop(store);
+    assert_eq!(opened(&path).await.1.open, [open[1].clone(), open[3].clone()]);
+}
+
+/// A database as the software of this version left it.
+fn database_of_version(path: &Path, version: usize) -> rusqlite::Connection {
+    let raw = rusqlite::Connection::open(path).unwrap();
+    for migration in include_str!("schema.sql").split("-- migration ").skip(1).take(version) {
+        raw.execute_batch(migration.split_once('\n').unwrap().1).unwrap();
+    }
+    raw.pragma_update(None, "application_id", 0x4472_6d4f).unwrap();
+    raw.pragma_update(None, "user_version", i64::try_from(version).unwrap()).unwrap();
+    raw
+}
+
+#[tokio::test]
+async fn a_database_of_an_earlier_version_goes_on_with_its_open_cycles_and_those_that_are_missing_between_them() {
+    let directory = tempfile::tempdir().unwrap();
+    for version in 1..=3 {
+        let path = directory.path().join(format!("{version}.db"));
+        let raw = database_of_version(&path, version);
+        // 1 to 3 are recorded, 4 has begun, 6 waits, and 8 has begun. The last one is damage.
+        raw.execute_batch(
+            "WITH ids (id) AS (VALUES (1), (2), (3))
+             INSERT INTO cycles SELECT id, id, 7, 1, 1, NULL, 'r', id, x'00' FROM ids;
+             UPDATE counts SET cycles = 3 WHERE state = 1;
+             UPDATE meta SET epoch = 7, last_cycle_id = 3, last_revision = 3;
+             INSERT INTO open_cycles (cycle_id, trigger, loop, scheduled_at, started_at, request_id) VALUES
+             (2, 1, NULL, 0, NULL, NULL), (4, 2, 'l', 1, 2, 'r'), (6, 1, NULL, 5, NULL, NULL), (8, 1, NULL, 6, 7, NULL),
+             (1000000000, 1, NULL, 0, NULL, NULL)",
+        )
+        .unwrap();
+        drop(raw);
+        let (store, contents) = opened(&path).await;
+        assert_eq!((contents.last_cycle_id, contents.last_revision), (CycleId(8), Revision(3)));
+        let stages: Vec<_> = contents.open.iter().map(|open| (open.cycle_id.0, open.stage.clone())).collect();
+        let begun = |nanoseconds| Stage::Begun(Timestamp::from_nanosecond(nanoseconds).unwrap());
+        let (waits, unknown) = (Stage::Waiting(None), Stage::Unknown);
+        let all = [(4, begun(2)), (5, unknown.clone()), (6, waits), (7, unknown), (8, begun(7))];
+        assert_eq!(stages, all);
+        assert_eq!(contents.open[1], unknown_cycle(5));
+        assert_eq!(contents.open[0].request_id.as_deref(), Some("r"));
+        let unreadable: Vec<_> = contents.unreadable.iter().map(|row| row.key.as_str()).collect();
+        assert_eq!(unreadable, ["1000000000"]);
+        assert_eq!(contents.last_record.unwrap().unwrap().cycle_id, CycleId(3));
+
+        let records = vec![record_of(7, 4, contents.epoch), record_of(9, 5, contents.epoch)];
+        let write = Write { epoch: contents.epoch, last_cycle_id: CycleId(9), records, ..Write::default() };
+        commit(&*store, write).await;
+        drop(store);
+        let (store, contents) = opened(&path).await;
+        assert_eq!(contents.open.iter().map(|open| open.cycle_id.0).collect::<Vec<_>>(), [4, 5, 6, 8]);
+        let two = Retention { default: RetentionRule { max_cycles: Some(2), max_age: None }, ..Retention::default() };
+        assert_eq!(store.prune(two, at(0), 100).await.unwrap().pruned_to, Revision(3));
+        assert_eq!(store.cycle_of_request("five".into()).await.unwrap().unwrap().unwrap().revision, Revision(5));
+    }
+}
+
+#[tokio::test]
+async fn epochs_grow_whatever_the_clock_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, first) = opened(&path).await;
+    assert!(first.epoch >= Epoch::by_clock(at(0)), "subsystems that know another store's epochs take it for later");
+    filled(&*store, first.epoch, 1).await;
+    drop(store);
+    // As if the clock had been set back since.
+    let ahead = Epoch(first.epoch.0 + 1_000_000_000);
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute("UPDATE meta SET epoch = ?1", [i64::try_from(ahead.0).unwrap()]).unwrap();
+    drop(raw);
+    assert_eq!(opened(&path).await.1.epoch, ahead.next());
+}
+
+#[tokio::test]
+async fn a_restart_of_the_machine_without_a_close_is_noticed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 1).await;
+    drop(store);
+    let restart_machine =
+        || rusqlite::Connection::open(&path).unwrap().execute("UPDATE meta SET boot_id = 'another'", []).unwrap();
+    restart_machine();
+    let (store, contents) = opened(&path).await;
+    assert!(contents.may_lack_open);
+    let close = Write { epoch: contents.epoch, last_cycle_id: CycleId(2), close: true, ..Write::default() };
+    commit(&*store, close).await;
+    drop(store);
+    restart_machine();
+    assert!(!opened(&path).await.1.may_lack_open, "it was closed");
+}
+
+#[tokio::test]
+async fn a_second_process_is_kept_out_and_one_that_is_overtaken_is_fenced() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (first, contents) = opened(&path).await;
+    let OpenError::InUse { by, .. } = refused(&path).await else { panic!("opened twice") };
+    assert_eq!(by, Some(std::process::id()));
+
+    filled(&*first, contents.epoch, 1).await;
+
+    std::fs::remove_file(directory.path().join("o.db.lock")).unwrap();
+    #[cfg(target_os = "linux")]
+    assert!(
+        matches!(refused(&path).await, OpenError::Files(DatabaseFileError::InUseByAnotherName { .. })),
+        "the database itself is locked as well"
+    );
+
+    let later = Epoch(contents.epoch.0 + 1);
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute("UPDATE meta SET epoch = ?1", [i64::try_from(later.0).unwrap()]).unwrap();
+    let write = Arc::new(recorded(2..=2, contents.epoch));
+    assert_eq!(first.commit(write).await, Err(StoreError::Fenced { by: later }));
+    let pruned = first.prune(Retention::default(), Timestamp::now(), 10).await;
+    assert_eq!(pruned.err(), Some(StoreError::Fenced { by: later }), "nor does it forget anything");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_commit_that_another_program_holds_up_is_late_and_kept_all_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    let other = rusqlite::Connection::open(&path).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let (mut trouble, committing) = (store.trouble(), store.clone());
+    let committing = tokio::spawn(async move { committing.commit(Arc::new(recorded(1..=1, contents.epoch))).await });
+    // The paused clock moves on as nothing else can.
+    let late = trouble.next().await.unwrap();
+    let Some(StoreError::Late { store: of, waited, .. }) = late else { panic!("{late:?}") };
+    assert_eq!((of, waited), (path.display().to_string(), Duration::from_secs(5)));
+    assert!(!committing.is_finished());
+    assert_eq!(store.cycle(cycle_of(1)).await.unwrap(), None, "it can be read meanwhile");
+    other.execute_batch("COMMIT").unwrap();
+    committing.await.unwrap().unwrap();
+    assert_eq!(trouble.next().await, Some(None));
+    assert!(store.cycle(cycle_of(1)).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn an_epoch_begins_with_the_first_commit() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    assert!(store.take_over().await.unwrap().epoch >= contents.epoch);
+    let contents = store.take_over().await.unwrap();
+    let epoch = || {
+        let raw = rusqlite::Connection::open(&path).unwrap();
+        raw.query_row("SELECT epoch FROM meta", [], |row| row.get::<_, i64>(0)).unwrap()
+    };
+    assert_eq!(epoch(), 0);
+    filled(&*store, contents.epoch, 1).await;
+    assert_eq!(epoch(), i64::try_from(contents.epoch.0).unwrap());
+}
+
+#[tokio::test]
+async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    std::fs::write(&path, vec![b'x'; 10_000]).unwrap();
+    assert!(matches!(refused(&path).await, OpenError::Files(DatabaseFileError::NotADatabase { .. })));
+
+    std::fs::remove_file(&path).unwrap();
+    drop(opened(&path).await);
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.pragma_update(None, "user_version", 99).unwrap();
+    assert!(matches!(refused(&path).await, OpenError::TooNew { found: 99, known: 4, .. }));
+
+    raw.pragma_update(None, "user_version", 4).unwrap();
+    raw.execute("UPDATE meta SET epoch = 'none'", []).unwrap();
+    assert!(matches!(refused(&path).await, OpenError::Store(StoreError::Corrupt { .. })));
+    raw.execute("UPDATE meta SET epoch = 0", []).unwrap();
+    drop(opened(&path).await);
+
+    let other = directory.path().join("other.db");
+    rusqlite::Connection::open(&other).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
+    assert!(matches!(refused(&other).await, OpenError::Foreign { .. }));
+    let refused = refused(directory.path()).await;
+    assert!(
+        matches!(refused, OpenError::Files(DatabaseFileError::NotRegular { found: "a directory", .. })),
+        "{refused}"
+    );
+}
+
+#[tokio::test]
+async fn what_can_not_be_read_stands_in_its_place_and_the_rest_is_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 12).await;
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute_batch(
+        "UPDATE cycles SET record = CAST('unreadable' AS BLOB) WHERE revision = 2;
+         UPDATE cycles SET record = 'text' WHERE revision = 3;
+         UPDATE cycles SET state = 99 WHERE revision = 4;
+         UPDATE cycles SET trigger = 2, loop = 'no name!' WHERE revision = 5;
+         UPDATE cycles SET finished_at = 'noon' WHERE revision = 6;
+         UPDATE cycles SET request_id = CAST(x'ff' AS TEXT) WHERE revision = 7;
+         UPDATE cycles SET epoch = x'00' WHERE revision = 8;
+         UPDATE cycles SET revision = 'nine' WHERE revision = 9;
+         DELETE FROM cycles WHERE revision IN (10, 12)",
+    )
+    .unwrap();
+    let told = |found: &[Found]| {
+        let told = found.iter().map(|found| match found {
+            Ok(record) => (record.revision.0, true),
+            Err(unreadable) => (unreadable.revision.0, false),
+        });
+        told.collect::<Vec<_>>()
+    };
+    let after = store.cycles_after(Revision(0), ALL).await.unwrap();
+    let unreadable = (2..=10).map(|revision| (revision, false));
+    let all: Vec<_> = [(1, true)].into_iter().chain(unreadable).chain([(11, true), (12, false)]).collect();
+    assert_eq!(told(&after), all);
+    let three = PageLimits { records: 3, ..ALL };
+    assert_eq!(told(&store.cycles_after(Revision(8), three).await.unwrap()), all[8..11]);
+    assert_eq!(told(&store.cycles_after(Revision(11), three).await.unwrap()), all[11..]);
+
+    // In the other direction it is the same.
+    let mut all: Vec<_> = all.into_iter().rev().collect();
+    let page = store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap();
+    assert_eq!((told(&page.records), page.scanned, page.next), (all.clone(), 12, None));
+    let mut before = Revision(100);
+    while !all.is_empty() {
+        let Page { records, next, .. } = store.cycles_before(before, Filter::default(), three).await.unwrap();
+        assert_eq!(told(&records), all.drain(..3).collect::<Vec<_>>());
+        before = next.unwrap_or_default();
+    }
+    // What the filter looks at can be read of revisions 2 and 3, and of no other.
+    let interrupted = Filter { states: vec![CycleState::Interrupted], ..Filter::default() };
+    let page = store.cycles_before(Revision(9), interrupted, ALL).await.unwrap();
+    assert_eq!(told(&page.records), [(8, false), (7, false), (6, false), (5, false), (4, false)]);
+    for revision in 2..=9 {
+        let found = store.cycle(cycle_of(revision)).await.unwrap();
+        let Some(Err(unreadable)) = found else { panic!("{found:?}") };
+        assert_eq!(unreadable.cycle_id, cycle_of(revision));
+    }
+    // What has no place in the history stays, and the rest goes when it is its turn.
+    let ten = Retention { default: RetentionRule { max_cycles: Some(10), max_age: None }, ..Retention::default() };
+    assert_eq!(store.prune(ten, at(0), 100).await.unwrap().pruned_to, Revision(2));
+    drop(store);
+    let contents = opened(&path).await.1;
+    assert_eq!(contents.last_record.unwrap().unwrap().revision, Revision(11));
+}
+
+#[tokio::test]
+async fn rows_that_can_not_be_read_are_named_and_the_rest_is_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, first) = opened(&path).await;
+    let write = Write {
+        epoch: first.epoch,
+        last_cycle_id: CycleId(4),
+        open: (1..=3).map(open_cycle).collect(),
+        records: vec![record_of(4, 1, first.epoch)],
+        outputs: vec![(name("a"), output(1, "a"))],
+        subsystems: BTreeMap::from([stored_subsystem("a")]),
+        ..Write::default()
+    };
+    commit(&*store, write).await;
+    drop(store);
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute_batch(
+        "INSERT INTO loops VALUES ('l', NULL, 'no json');
+         INSERT INTO subsystems VALUES ('b', '{\"endpoint\":', NULL, 0);
+         INSERT INTO subsystems VALUES ('c', x'00', NULL, 0);
+         INSERT INTO outputs VALUES ('b', 1, x'ff');
+         UPDATE open_cycles SET trigger = 9 WHERE cycle_id = 2;
+         INSERT INTO open_cycles (cycle_id, trigger, scheduled_at) VALUES (-1, 1, 0), (4, 1, 0), (5, 1, 0)",
+    )
+    .unwrap();
+    for _ in 0..2 {
+        let (store, contents) = opened(&path).await;
+        let unreadable: Vec<_> = contents.unreadable.iter().map(|row| (row.what, row.key.as_str())).collect();
+        assert_eq!(unreadable[..4], ["-1", "2", "4", "5"].map(|key| ("open cycle", key)));
+        assert_eq!(unreadable[4..], [("subsystem", "b"), ("subsystem", "c"), ("loop", "l"), ("output", "b")]);
+        assert_eq!(contents.open, [open_cycle(1), unknown_cycle(2), open_cycle(3)]);
+        assert_eq!(contents.subsystems, [(*stored_subsystem("a").1.unwrap()).clone()]);
+        assert_eq!(contents.outputs.len(), 1);
+        drop(store);
+    }
+}
+
+#[tokio::test]
+async fn what_is_missing_at_the_end_is_known_and_an_older_copy_is_told_from_a_damaged_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, first) = opened(&path).await;
+    filled(&*store, first.epoch, 3).await;
+    drop(store);
+    let older = std::fs::read(&path).unwrap();
+    let (store, second) = opened(&path).await;
+    assert_eq!(second.lost, None);
+    commit(&*store, recorded(4..=4, second.epoch)).await;
+    commit(&*store, Write { epoch: second.epoch, last_cycle_id: CycleId(4), ..Write::default() }).await;
+    drop(store);
+    std::fs::write(&path, &older).unwrap();
+    let (store, third) = opened(&path).await;
+    assert_eq!(third.lost, Some(Lost { last_cycle_id: CycleId(4), last_revision: Revision(4), commits: 2 }));
+    commit(&*store, recorded(4..=4, third.epoch)).await;
+    drop(store);
+    let (store, fourth) = opened(&path).await;
+    assert_eq!(fourth.lost, None, "it is told once");
+    commit(&*store, recorded(5..=20_000, fourth.epoch)).await;
+    drop(store);
+    std::fs::write(&path, &older).unwrap();
+    let behind = refused(&path).await;
+    assert!(matches!(behind, OpenError::Behind { has: CycleId(4), noted: CycleId(20_000), .. }), "{behind}");
+    let accepted = accept(&StoreUrl::Sqlite(path.clone())).unwrap();
+    assert_eq!((accepted.last_cycle_id, accepted.noted_cycle_id), (CycleId(4), CycleId(20_000)));
+    assert_eq!(opened(&path).await.1.lost, None);
+    // Another database at the same path has a history of its own.
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(opened(&path).await.1.lost, None);
+}
+
+#[tokio::test]
+async fn damage_in_the_middle_is_found_when_it_is_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 2000).await;
+    drop(store);
+    // Some pages in the middle of the file become noise.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let page = |n: usize, of: usize| bytes.len() * n / of / 4096 * 4096;
+    let middle = page(1, 3)..page(1, 2);
+    bytes[middle].fill(0xa5);
+    std::fs::write(&path, bytes).unwrap();
+    let (store, _) = opened(&path).await;
+    let read = store.cycles_before(Revision(3000), Filter::default(), ALL).await;
+    assert!(matches!(read, Err(StoreError::Corrupt { .. })));
+    assert!(store.cycle(cycle_of(2000)).await.unwrap().is_some(), "the rest is still there");
+}
+
+#[tokio::test]
+async fn a_full_disk_loses_nothing_and_passes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 10).await;
+    let big = |revision| {
+        let mut write = recorded(revision..=revision, contents.epoch);
+        write.records[0].bytes = vec![0; 1 << 20].into();
+        Arc::new(write)
+    };
+    // The writer's own connection has to have the limit, so it is asked for in a way that only tests use.
+    limit_pages(&path, 40);
+    assert!(matches!(store.commit(big(11)).await, Err(StoreError::Full { .. })));
+    assert_eq!(store.cycle(cycle_of(11)).await.unwrap(), None);
+    assert!(store.cycle(cycle_of(10)).await.unwrap().is_some());
+    limit_pages(&path, 1_000_000);
+    store.commit(big(11)).await.unwrap();
+}

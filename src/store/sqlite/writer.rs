@@ -1,0 +1,322 @@
+//! The thread that writes: it takes the database over, commits, prunes, and checkpoints the log.
+
+#[cfg(test)]
+use std::sync::Mutex;
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use rusqlite::{Connection, TransactionBehavior};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use super::{
+    BUSY,
+    commit::{Term, synchronize},
+    contents::read_contents,
+    error::{explain, unavailable},
+    identity::Identity,
+    note::{Mark, Note, lost},
+    place::{FileId, file_id, log_of},
+    rows::{HAS_REVISION, integer, number, state_number, time},
+};
+use crate::{
+    clock::Clock,
+    model::{Epoch, Revision},
+    ports::{Contents, Durability, Pruned, Retention, StoreError, Write},
+    store::{
+        Check,
+        frontier::Frontier,
+        not_taken_over,
+        pruning::{rules, to_prune},
+    },
+};
+
+/// Size of the log at which it is checkpointed into the database, between two writes.
+const CHECKPOINT_BYTES: usize = 4 << 20;
+/// A log that has grown beyond this, because of a reader or a large commit, is truncated after a checkpoint; a smaller
+/// file is overwritten from its start, which is faster than growing it again.
+const LARGE_LOG: u64 = 16 << 20;
+/// Interval of retries of a checkpoint that a reader blocks.
+const TRY_COPYING_EVERY: Duration = Duration::from_secs(1);
+
+/// Work for the writer.
+pub(super) enum Job {
+    TakeOver(oneshot::Sender<Result<Contents, StoreError>>),
+    Commit(Arc<Write>, oneshot::Sender<Result<(), StoreError>>),
+    Prune(Retention, Timestamp, usize, oneshot::Sender<Result<Pruned, StoreError>>),
+}
+
+pub(super) struct Writer {
+    path: Arc<PathBuf>,
+    check: Check,
+    clock: Clock,
+    /// The open files of the connection.
+    files: Files,
+    connection: Connection,
+    /// The file of the database.
+    here: Identity,
+    /// `None` until it is taken over.
+    term: Option<Term>,
+    /// The note of how far the database was written; `None` once writing it has failed.
+    note: Option<Note>,
+    /// The note of this database when it was opened.
+    noted: Option<Mark>,
+    /// The durability that the connection is set to.
+    synchronous: Durability,
+    /// Bytes in the log that are not yet in the database.
+    unchecked_bytes: usize,
+    /// Set while a reader blocks the checkpoint.
+    blocked: Option<BlockedCheckpoint>,
+}
+
+/// A checkpoint that a reader blocks.
+struct BlockedCheckpoint {
+    tried_at: Instant,
+    is_told: bool,
+}
+
+impl Writer {
+    /// The writer over this connection to the database at `path`, with the note beside it and the mark that this had.
+    ///
+    /// # Errors
+    /// Its files are not in their places.
+    pub(super) fn new(
+        (path, here): (Arc<PathBuf>, Identity),
+        connection: Connection,
+        (note, noted): (Note, Option<Mark>),
+        check: Check,
+        clock: Clock,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            files: files_of(&path)?,
+            path,
+            check,
+            clock,
+            connection,
+            here,
+            term: None,
+            note: Some(note),
+            noted,
+            synchronous: Durability::Durable,
+            unchecked_bytes: 0,
+            blocked: None,
+        })
+    }
+
+    /// Does the jobs in their order, until no more can come.
+    pub(super) fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+        while let Some(job) = jobs.blocking_recv() {
+            // The caller may have gone; the write is done anyway.
+            match job {
+                Job::TakeOver(reply) => drop(reply.send(self.take_over())),
+                Job::Commit(write, reply) => drop(reply.send(self.commit(&write))),
+                Job::Prune(retention, now, limit, reply) => drop(reply.send(self.prune(&retention, now, limit))),
+            }
+            self.checkpoint();
+        }
+    }
+
+    fn take_over(&mut self) -> Result<Contents, StoreError> {
+        let earlier = self.term.take().map(|term| term.epoch.next());
+        let (current, mark, mut contents) = read_contents(&mut self.connection, &self.path, self.check, self.clock)?;
+        contents.epoch = contents.epoch.max(earlier.unwrap_or_default());
+        contents.lost = self.noted.and_then(|noted| lost(&mark, &noted));
+        let frontier = Frontier {
+            last_cycle_id: contents.last_cycle_id,
+            last_revision: contents.last_revision,
+            open: contents.open.iter().map(|open| open.cycle_id).collect(),
+        };
+        let Mark { id: database_id, commits, .. } = mark;
+        self.term = Some(Term { epoch: contents.epoch, current, database_id, commits, frontier });
+        Ok(contents)
+    }
+
+    fn commit(&mut self, write: &Write) -> Result<(), StoreError> {
+        #[cfg(test)]
+        self.apply_page_limit();
+        let term = self.term.as_mut().ok_or_else(not_taken_over)?;
+        if write.epoch != term.epoch {
+            return Err(StoreError::Fenced { by: term.epoch });
+        }
+        if files_of(&self.path).ok() != Some(self.files) {
+            let problem = "it or its log was removed or replaced while it was in use; put the same files back, or stop \
+                           this process and restore it from a backup";
+            return Err(unavailable(&self.path, problem.into()));
+        }
+        term.frontier.check(write).map_err(|problem| StoreError::Defect { problem })?;
+        let explained = |error| explain(&self.path, &error);
+        if self.synchronous != write.durability {
+            synchronize(&self.connection, write.durability).map_err(explained)?;
+            self.synchronous = write.durability;
+        }
+        let begins = term.current != term.epoch;
+        if let Some(by) = term.transact(&mut self.connection, &self.here, write).map_err(explained)? {
+            return Err(StoreError::Fenced { by });
+        }
+        term.advance(write);
+        if write.durability == Durability::Durable {
+            let mark = term.mark();
+            self.note(&mark);
+        }
+        if begins {
+            // Now the database file itself contains its identity, without its log.
+            self.copy_log();
+        }
+        self.unchecked_bytes += write.records.iter().map(|record| record.bytes.len()).sum::<usize>()
+            + write.outputs.iter().map(|(_, output)| output.payload.len()).sum::<usize>()
+            + 4096;
+        Ok(())
+    }
+
+    /// Notes how far the database was written.
+    fn note(&mut self, mark: &Mark) {
+        if let Some(note) = &self.note
+            && let Err(error) = note.write(mark)
+        {
+            // The database itself is still valid.
+            tracing::warn!(store = %self.path.display(), %error, "can't note how far the database was written");
+            self.note = None;
+        }
+    }
+
+    fn prune(&mut self, retention: &Retention, now: Timestamp, limit: usize) -> Result<Pruned, StoreError> {
+        let Term { current, frontier: Frontier { last_revision: keep, .. }, .. } =
+            *self.term.as_ref().ok_or_else(not_taken_over)?;
+        let pruned = (|| {
+            let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
+            if epoch != current {
+                return Ok(Err(StoreError::Fenced { by: epoch }));
+            }
+            let mut gone = Vec::new();
+            for (rule, states) in rules(retention) {
+                let mut count = 0;
+                let mut oldest = Vec::new();
+                for state in states {
+                    count += transaction
+                        .prepare_cached("SELECT cycles FROM counts WHERE state = ?1")?
+                        .query_row([state_number(state)], |row| number(row, 0))?;
+                    let mut query = transaction.prepare_cached(&format!(
+                        "SELECT revision, finished_at FROM cycles WHERE state = ?1 AND {HAS_REVISION} ORDER BY \
+                         revision LIMIT ?2"
+                    ))?;
+                    // An unreadable time must not keep other records: the time of the previous record is used.
+                    let mut at = Timestamp::MIN;
+                    let rows = query.query_map([state_number(state), integer(limit as u64)], |row| {
+                        at = time(row, "finished_at").unwrap_or(at);
+                        Ok((Revision(number(row, 0)?), at))
+                    })?;
+                    oldest.extend(rows.collect::<rusqlite::Result<Vec<_>>>()?);
+                }
+                oldest.sort_unstable();
+                gone.extend(to_prune(rule, count, oldest.into_iter(), now, keep));
+            }
+            gone.sort_unstable();
+            gone.truncate(limit);
+            for revision in &gone {
+                let state: i64 = transaction
+                    .prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING state")?
+                    .query_row([integer(revision.0)], |row| row.get(0))?;
+                transaction
+                    .prepare_cached("UPDATE counts SET cycles = cycles - 1 WHERE state = ?1")?
+                    .execute([state])?;
+                transaction
+                    .prepare_cached("UPDATE meta SET pruned_to = max(pruned_to, ?1)")?
+                    .execute([integer(revision.0)])?;
+            }
+            let pruned_to = transaction.query_row("SELECT pruned_to FROM meta", [], |row| number(row, 0))?;
+            if gone.is_empty() {
+                // Nothing was changed, so nothing is written.
+                transaction.rollback()?;
+            } else {
+                transaction.commit()?;
+            }
+            Ok(Ok(Pruned { removed: gone.len(), pruned_to: Revision(pruned_to) }))
+        })()
+        .unwrap_or_else(|error| Err(explain(&self.path, &error)));
+        // Each changes a page or two.
+        self.unchecked_bytes += pruned.as_ref().map_or(0, |pruned| pruned.removed * 4096);
+        pruned
+    }
+
+    /// Checkpoints the log once it has grown, so that it can be overwritten.
+    fn checkpoint(&mut self) {
+        let again = self.blocked.as_ref().is_some_and(|blocked| blocked.tried_at.elapsed() >= TRY_COPYING_EVERY);
+        if again || self.unchecked_bytes >= CHECKPOINT_BYTES {
+            self.copy_log();
+        }
+    }
+
+    /// Checkpoints the log as far as readers allow, and truncates it if it is large.
+    fn copy_log(&mut self) {
+        let log = log_of(&self.path);
+        let bytes = || fs::metadata(&log).map_or(0, |log| log.len());
+        let (size, store) = (bytes(), self.path.display());
+        let copy = if size > LARGE_LOG { "PRAGMA wal_checkpoint(TRUNCATE)" } else { "PRAGMA wal_checkpoint(PASSIVE)" };
+        // Commits don't wait for readers.
+        let copied = self.connection.busy_timeout(Duration::ZERO).and_then(|()| {
+            self.connection.query_row(copy, [], |row| {
+                let (is_busy, frames, copied): (bool, i64, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
+                Ok(!is_busy && copied == frames)
+            })
+        });
+        let copied = copied.and_then(|is_whole| self.connection.busy_timeout(BUSY).map(|()| is_whole));
+        let was_told = self.blocked.as_ref().is_some_and(|blocked| blocked.is_told);
+        match copied {
+            Ok(true) => {
+                if was_told {
+                    tracing::info!(%store, bytes = bytes(), "the log was checkpointed into the database");
+                }
+                self.unchecked_bytes = 0;
+                self.blocked = None;
+            }
+            Ok(false) => {
+                if size > LARGE_LOG && !was_told {
+                    tracing::warn!(
+                        %store,
+                        bytes = size,
+                        "the log can't be checkpointed into the database, and grows: another program reads the \
+                         database, and has not ended its transaction"
+                    );
+                }
+                self.unchecked_bytes = 0;
+                self.blocked =
+                    Some(BlockedCheckpoint { tried_at: Instant::now(), is_told: was_told || size > LARGE_LOG });
+            }
+            // Nothing is lost: the log grows, and the next write retries.
+            Err(error) => tracing::warn!(%store, %error, "can't checkpoint the log into the database"),
+        }
+    }
+}
+
+/// The files at the paths of the database and its log.
+type Files = [FileId; 2];
+
+fn files_of(path: &Path) -> io::Result<Files> {
+    Ok([file_id(path)?, file_id(&log_of(path))?])
+}
+
+/// For tests: limits the database to this number of pages.
+#[cfg(test)]
+static PAGE_LIMITS: Mutex<std::collections::BTreeMap<PathBuf, u32>> = Mutex::new(std::collections::BTreeMap::new());
+
+#[cfg(test)]
+pub(super) fn limit_pages(path: &Path, pages: u32) {
+    PAGE_LIMITS.lock().unwrap().insert(path.to_owned(), pages);
+}
+
+#[cfg(test)]
+impl Writer {
+    fn apply_page_limit(&self) {
+        if let Some(pages) = PAGE_LIMITS.lock().unwrap().get(&*self.path) {
+            self.connection.pragma_update_and_check(None, "max_page_count", pages, |_| Ok(())).unwrap();
+        }
+    }
+}
