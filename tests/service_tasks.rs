@@ -1,4 +1,4 @@
-//! The end of a part ends the service.
+//! The end of a task ends the service.
 
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
