@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_held_grows_and_shrinks() {
+    fn held_memory_grows_and_shrinks() {
         let memory = Memory::whole(10).part("outputs", 10);
         let mut held = memory.try_hold(4).unwrap();
         assert!(held.grow(7).is_err());
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_have_their_room_as_long_as_any_of_them_is_kept() {
+    fn bytes_hold_their_memory_while_any_of_them_is_kept() {
         let memory = Memory::whole(10).part("history", 10);
         let mut held = memory.try_hold(10).unwrap();
         let mut bytes = held.split(6).around(Bytes::from_static(b"record"));
@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_wait_ends_when_there_is_room_in_the_part_and_in_the_whole() {
+    async fn a_wait_ends_when_the_part_and_the_whole_have_enough_memory() {
         let whole = Memory::whole(10);
         let (requests, answers) = (whole.part("requests", 10), whole.part("answers", 10));
         let mut others = answers.try_hold(8).unwrap();
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_one_limit_is_not_woken_by_others() {
+    fn a_wait_for_one_limit_is_not_woken_by_others() {
         let whole = Memory::whole(100);
         let (requests, answers) = (whole.part("requests", 10), whole.part("answers", 10));
         let held = answers.try_hold(10).unwrap();

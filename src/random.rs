@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_seed_gives_the_same_numbers_to_whichever_clone_draws() {
+    fn clones_of_a_seed_draw_from_one_sequence() {
         let draw = |random: &Random| (random.id64(), random.id128(), random.fraction().to_bits());
         let (one, other) = (Random::seeded(7), Random::seeded(7));
         let numbers = [draw(&one), draw(&one.clone()), draw(&one)];

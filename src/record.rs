@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn tells_when_and_how_long() {
+    fn a_record_has_its_times_and_durations() {
         let telemetry = decoded(usize::MAX);
         assert_eq!((telemetry.cycle_id, telemetry.revision, telemetry.epoch), (7, 9, 3));
         assert_eq!(telemetry.r#loop, "l");
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_as_many_as_there_may_be_fits_however_they_have_fared() {
+    fn a_record_of_the_largest_fleet_fits_whatever_its_states() {
         const MAX_RECORD: usize = 3 << 20;
         let mut cycle = cycle();
         let failed = |i: usize| {
@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_waits_is_read_as_it_was() {
+    fn a_waiting_request_is_read_as_it_was_written() {
         let scheduled_at: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
         let parameters = serde_json::json!({ "a": [1, { "b": null }] });
         let request = CycleRequest {

@@ -483,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_is_set_back_is_waited_for_or_followed() {
+    fn a_clock_that_is_set_back_a_little_is_awaited_and_else_followed() {
         let mut loops = Loops::new(Random::seeded(0));
         loops.put(loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(1_000)));
         assert_eq!(fire(&mut loops, at(1_010)), [at(1_010)]);
@@ -495,7 +495,7 @@ mod tests {
         assert_eq!(fire(&mut loops, at(510)), [at(510)]);
         assert_eq!(loops.get(&name()).unwrap().state.ticks.due(), 2);
 
-        // The same at a restart, and when it is stopped and started again.
+        // The same holds at a restart, and when the loop is stopped and started again.
         let ahead = LoopState { accounted_to: Some(at(1_010)), ..LoopState::default() };
         loops.restore(every(10, CatchUp::One), LoopOrigin::Rpc, ahead.clone(), None, at(505));
         assert_eq!((loops.next_at(), fire(&mut loops, at(505)).len()), (Some(at(510)), 0));
@@ -505,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_loops_on_the_same_ticks_each_comes_first_in_turn() {
+    fn two_loops_on_the_same_ticks_come_first_in_turn() {
         let mut loops = Loops::new(Random::seeded(0));
         let named = |name: &str| IntervalLoop { name: Name::parse(name).unwrap(), ..every(10, CatchUp::None) };
         for name in ["a", "b"] {
@@ -524,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changed_is_written_once() {
+    fn a_change_is_written_once() {
         let mut loops = Loops::new(Random::seeded(0));
         loops.put(loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(3)));
         let (unwritten, mark) = loops.unwritten();
@@ -639,17 +639,17 @@ mod tests {
         let mut loops = Loops::new(Random::seeded(0));
         loops.put(loops.started(jittered(10, almost_all), LoopOrigin::Rpc, at(3)));
         let waiting = |loops: &Loops| loops.get(&name()).unwrap().next.map(|tick| tick.due_at);
-        // Other settings, and the same due times.
+        // The settings change, and the due times do not.
         loops.put(loops.started(jittered(10, almost_all / 2), LoopOrigin::Rpc, at(10)));
         assert_eq!((waiting(&loops), loops.get(&name()).unwrap().state.ticks.due()), (Some(at(10)), 0));
         // Without jitter, it does not wait.
         loops.put(loops.started(jittered(10, Duration::ZERO), LoopOrigin::Rpc, at(10)));
         assert_eq!(fire(&mut loops, at(10)), [at(10)]);
-        // Other due times.
+        // The due times change.
         loops.put(loops.started(jittered(10, almost_all), LoopOrigin::Rpc, at(11)));
         loops.put(loops.started(jittered(7, almost_all / 2), LoopOrigin::Rpc, at(20)));
         assert_eq!(loops.get(&name()).unwrap().state.ticks, TickCounts { ran: 1, dropped: 1, ..TickCounts::default() });
-        // It is stopped while the last of several ticks waits.
+        // The loop is stopped while the last of several ticks waits.
         let next = waiting(&loops).unwrap();
         let late = next.saturating_add(Duration::from_secs(14)).unwrap();
         let stopped = loops.get(&name()).unwrap().clone().stopped(late);

@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn tasks_that_go_on_are_waited_for() {
+    async fn no_end_is_reported_while_tasks_run() {
         let mut tasks = Tasks::default();
         tasks.start(GRPC, lasting());
         let patience = std::time::Duration::from_hours(1);

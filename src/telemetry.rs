@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_say_stays_text_on_its_line_in_both_formats() {
+    fn texts_of_others_stay_on_their_line_in_both_formats() {
         const HOSTILE: &str = "a\n\u{1b}[31m\u{9b}31m\u{202e}\u{200b}\r\té";
         for (as_json, colour) in [(true, false), (false, false), (false, true)] {
             let lines = Lines::default();
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_http2_library_is_heard_when_it_is_named() {
+    fn the_http2_library_is_logged_if_it_is_named() {
         for (filter, is_heard) in [("info", false), ("debug", false), ("info,h2=warn", true)] {
             let lines = Lines::default();
             let to = lines.clone();
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn colour_is_for_terminals() {
+    fn only_terminals_get_colours() {
         assert!(wants_colour(true, None));
         assert!(wants_colour(true, Some(OsStr::new(""))));
         assert!(!wants_colour(true, Some(OsStr::new("1"))));

@@ -148,7 +148,7 @@ mod tests {
         let one = bookmark().encode_to_vec();
         assert_eq!(data.len(), 2 * (5 + one.len()));
         assert_eq!(data[..5], [0, 0, 0, 0, u8::try_from(one.len()).unwrap()]);
-        // No other value holds its buffer.
+        // No other value holds the buffer of a sent event.
         assert!(data.is_unique());
         let trailers = body.frame().await.unwrap().unwrap().into_trailers().unwrap();
         assert_eq!(trailers["grpc-status"], "14");

@@ -283,11 +283,11 @@ mod tests {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             let lines: Vec<_> = help.lines().collect();
             for line in lines.iter().filter(|line| line.starts_with(' ')) {
-                // clap would break it, and what is broken can't be copied.
+                // clap would break a longer line, and a broken example can't be copied.
                 assert!(line.chars().count() <= 80, "{name}: {line}");
             }
             for pair in lines.windows(2) {
-                // clap breaks paragraphs, so they have no breaks of their own.
+                // clap breaks paragraphs, so they contain no line breaks.
                 let are_prose = pair.iter().all(|line| line.starts_with(|first: char| !first.is_whitespace()));
                 assert!(!are_prose, "{name}: {pair:?}");
             }

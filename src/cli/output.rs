@@ -561,7 +561,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_read_as_people_say_them() {
+    fn durations_are_rounded_and_have_units() {
         let said = [0.0, 0.42, 9.996, 132.4, 999.6, 1_234.0, 61_000.0, 7_380_000.0].map(milliseconds);
         assert_eq!(said, ["0 ms", "0.42 ms", "10.0 ms", "132 ms", "1.00 s", "1.23 s", "1m 1s", "2h 3m"]);
         assert_eq!(short(coarse(Duration::from_secs(93_784))), "26h");
@@ -569,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_is_said_as_such_or_as_how_long_ago() {
+    fn a_time_is_given_as_a_date_or_as_an_age() {
         let seconds_ago = |text: &str| parse_time(text).map(|time| Timestamp::now().as_second() - time.seconds);
         for (text, expected) in [("90m", 5_400), ("7d", 604_800), ("1w 1d", 691_200), ("2h ago", 7_200)] {
             assert!(seconds_ago(text).is_ok_and(|ago| (0..60).contains(&(ago - expected))), "{text}");

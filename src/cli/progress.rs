@@ -264,10 +264,10 @@ mod tests {
 
     use super::*;
 
-    /// All that was written to [`Recorder`]s.
+    /// The output of all [`Recorder`]s.
     static WRITTEN: Mutex<String> = Mutex::new(String::new());
 
-    /// A terminal that keeps what is written.
+    /// A terminal that keeps its output.
     #[derive(Debug)]
     struct Recorder;
 
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn of_cycles_that_run_side_by_side_the_oldest_is_shown() {
+    fn the_oldest_of_several_running_cycles_is_shown() {
         let mut bar = Bar::hidden();
         bar.start(&started(8, &["c"]));
         bar.progress(&progress(8, &[("c", Running)]));
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cycle_has_ended_where_another_one_has_its_subsystem() {
+    fn a_cycle_has_ended_if_another_one_has_its_subsystem() {
         let mut bar = Bar::hidden();
         bar.start(&started(1, &["a", "b"]));
         bar.start(&started(2, &["c"]));

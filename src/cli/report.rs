@@ -537,7 +537,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn changes_read_as_people_say_them() {
+    fn percentages_and_changes_are_rounded() {
         assert_eq!([0.0, 0.000_01, 0.5, 0.999_9, 1.0].map(percent), ["0 %", "0.1 %", "50.0 %", "99.9 %", "100 %"]);
         assert_eq!([-0.25, 0.0001, 0.001].map(percentage_points), ["-25.0 pp", "0 pp", "+0.1 pp"]);
         assert_eq!([0.104, -0.004, 20.0].map(change), ["+10 %", "0 %", "+2000 %"]);

@@ -345,7 +345,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_its_own_cycle_is_shown() {
+    fn run_shows_only_its_own_cycle() {
         let started = |cycle_id, name: &str| {
             Event::Started(pb::CycleStarted {
                 cycle_id,

@@ -30,14 +30,14 @@ fn variables(environment: &[(&str, &str)]) -> Vec<(OsString, OsString)> {
 }
 
 #[test]
-fn no_file_at_all_works() {
+fn an_empty_configuration_has_the_defaults() {
     assert_eq!(load(&[], &[]).unwrap(), Config::default());
     assert_eq!(read("").unwrap(), Config::default());
     assert_eq!(read("[server]\n[store.retention.failed]\n").unwrap(), Config::default());
 }
 
 #[test]
-fn the_later_of_file_environment_and_flag_wins() {
+fn flags_take_precedence_over_the_environment_and_that_over_the_file() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), "[cycle]\ndeadline = \"1s\"\nmax_queued = 1\n[registry]\nmax_loops = 1\n").unwrap();
     let overrides = Overrides {
@@ -52,7 +52,7 @@ fn the_later_of_file_environment_and_flag_wins() {
         ("ORCHESTRATOR_CYCLE_MAX_QUEUED", "2"),
         ("ORCHESTRATOR_SERVER_LISTEN", "127.0.0.1:2"),
         ("ORCHESTRATOR_SERVER_DRAIN_GRACE", "2s"),
-        // A word is parsed as the type of the key.
+        // A value is parsed as the type of the key.
         ("ORCHESTRATOR_ID", "7"),
         ("PATH", "/bin"),
     ]);
@@ -104,7 +104,7 @@ fn lists_can_come_from_flags_and_variables() {
 }
 
 #[test]
-fn every_problem_is_found_at_once_and_says_where() {
+fn every_problem_is_reported_at_once_with_its_line() {
     let found = problems(
         r#"
 orchestrator_id = ""
@@ -317,7 +317,7 @@ fn flags_are_named() {
 }
 
 #[test]
-fn variables_are_named_and_only_settings_are_looked_at() {
+fn variables_are_named_and_only_settings_are_read() {
     assert_eq!(
         problem(&[], &[("ORCHESTRATOR_CYCLE_DEADLINE", "5")]),
         "environment variable ORCHESTRATOR_CYCLE_DEADLINE: cycle.deadline is \"5\"; give a duration with its unit, \
@@ -349,7 +349,7 @@ fn variables_are_named_and_only_settings_are_looked_at() {
 
 #[test]
 #[cfg(unix)]
-fn a_variable_that_is_no_text_is_refused() {
+fn a_variable_that_is_not_text_is_refused() {
     use std::os::unix::ffi::OsStringExt;
     let environment = [("ORCHESTRATOR_ID".into(), OsString::from_vec(vec![0xff]))];
     let error = Config::load(&Overrides::default(), environment).unwrap_err().to_string();
@@ -368,7 +368,7 @@ fn every_variable_has_one_meaning() {
 }
 
 #[test]
-fn beyond_loopback_only_if_the_risk_is_accepted() {
+fn other_addresses_than_loopback_need_the_accepted_risk() {
     for (listen, is_allowed) in [
         ("127.8.8.8:1", true),
         ("[::1]:1", true),
@@ -392,7 +392,7 @@ fn beyond_loopback_only_if_the_risk_is_accepted() {
 }
 
 #[test]
-fn one_address_is_not_listened_on_twice() {
+fn one_address_can_not_be_used_twice() {
     let both = |listen: &str, admin: &str| {
         let set = [format!("server.listen={listen}"), format!("admin.listen={admin}")];
         load(&[&set[0], &set[1], "server.insecure_listen_beyond_loopback=true"], &[])
@@ -409,7 +409,7 @@ fn one_address_is_not_listened_on_twice() {
         ("[::]:7715", "127.0.0.1:7715", false),
         ("0.0.0.0:7715", "[::1]:7715", true),
         ("127.0.0.1:7715", "127.0.0.2:7715", true),
-        // Each gets a port of its own.
+        // Port 0 gives each listener its own port.
         ("127.0.0.1:0", "127.0.0.1:0", true),
     ] {
         assert_eq!(both(listen, admin).is_ok(), is_allowed, "{listen} and {admin}");
@@ -417,7 +417,7 @@ fn one_address_is_not_listened_on_twice() {
 }
 
 #[test]
-fn a_limit_that_a_narrower_one_keeps_out_of_reach_is_refused() {
+fn a_limit_that_a_narrower_one_makes_unreachable_is_refused() {
     let found = problems(
         "[memory]\nmax_bytes = 67108864\n[server]\nmax_request_bytes = 67108864\nmax_receiving_bytes = 1048576\n\
          [cycle]\nmax_record_bytes = 67108864\nmax_outputs_bytes = 68719476736\n",
@@ -483,7 +483,7 @@ fn retention_has_rules_for_single_states() {
 }
 
 #[test]
-fn no_more_is_declared_than_the_registry_takes() {
+fn declared_subsystems_are_limited_by_the_registry() {
     let found = problems(
         "[registry]\nmax_loops = 1\n[[loops]]\nname = \"a\"\ninterval = \"1s\"\n[[loops]]\nname = \"b\"\ninterval = \
          \"1s\"\n",
@@ -495,7 +495,7 @@ fn no_more_is_declared_than_the_registry_takes() {
 }
 
 #[test]
-fn no_more_problems_are_looked_for_than_a_person_reads() {
+fn the_number_of_reported_problems_is_bounded() {
     let wrong: fn(usize) -> String = |n| format!("[x{n}]\n");
     let cases = [
         wrong,
@@ -665,7 +665,7 @@ fn the_reference_lists_every_key_once_with_a_comment() {
     let mut listed = BTreeSet::new();
     for (key, comment) in reference() {
         assert!(comment.starts_with("# "), "no comment above {key}");
-        assert!(listed.insert(key.clone()), "{key} is there twice");
+        assert!(listed.insert(key.clone()), "{key} occurs twice");
     }
     assert_eq!(listed, keys);
 }

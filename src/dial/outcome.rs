@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn the_peers_words_count_but_for_an_expired_deadline() {
+    fn the_status_of_the_peer_counts_except_after_the_deadline() {
         let code = |number, late| status(number, b"m", late).unwrap_err().code;
         assert_eq!(code(b"1", false), Code::Cancelled);
         assert_eq!(code(b"1", true), Code::DeadlineExceeded);
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_status_http_speaks() {
+    fn without_a_grpc_status_the_http_status_counts() {
         let of = |status: u16, content_type: &'static str| {
             let headers = [(CONTENT_TYPE, HeaderValue::from_static(content_type))].into_iter().collect();
             of_http(StatusCode::from_u16(status).unwrap(), &headers).map(|error| error.code)

@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_takes_memory_as_it_comes_and_is_one_message() {
+    fn an_answer_takes_memory_as_it_arrives_and_is_one_message() {
         let memory = Memory::whole(1 << 20);
         let mut held = memory.try_hold(0).unwrap();
         let take = |incoming: &mut Incoming, bytes: &[u8], held: &mut Held| incoming.take(bytes, 1 << 22, held);

@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn frames_of_two_streams_never_come_together() {
+    async fn frames_of_two_streams_are_never_returned_together() {
         let settings = frame(SETTINGS, 0, &[]);
         let first = [frame(HEADERS, 1, b"headers"), frame(CONTINUATION, 1, b"more"), frame(0, 1, &[])].concat();
         let (second, goaway) = (frame(0, 3, b"data"), frame(GOAWAY, 0, &[0, 0, 0, 1, 0, 0, 0, 0]));

@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn opens_at_the_threshold_probes_after_a_while_and_closes_on_success() {
+    async fn a_breaker_opens_at_the_threshold_probes_later_and_closes_on_success() {
         let policy = Some(BreakerPolicy { failure_threshold: 2, open_for: Duration::from_secs(30) });
         let mut breaker = Breaker::default();
         breaker.failed(policy, Instant::now());
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn without_a_policy_it_never_opens() {
+    async fn without_a_policy_a_breaker_never_opens() {
         let mut breaker = Breaker::default();
         for _ in 0..5000 {
             breaker.failed(None, Instant::now());

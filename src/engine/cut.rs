@@ -132,7 +132,7 @@ mod tests {
         model::{Subsystem, SubsystemSpec},
     };
 
-    /// A plan of s00, s01 …, each with its phase and the numbers of earlier ones that it is after.
+    /// A plan of s00, s01 …, each with its phase and the numbers of its predecessors.
     fn plan(after: &[(i32, Vec<usize>)]) -> Arc<Plan> {
         let member = |(i, (phase, after)): (usize, &(i32, Vec<usize>))| {
             let spec = SubsystemSpec {
@@ -151,7 +151,7 @@ mod tests {
         numbers.into_iter().map(|i| Name::parse(&format!("s{i:02}")).unwrap()).collect()
     }
 
-    /// The nodes that one waits for.
+    /// The nodes before a node.
     fn nodes_before(plan: &Plan, node: usize) -> Vec<usize> {
         let nodes = 0..plan.steps.len() + plan.relays.waits.len();
         nodes.filter(|earlier| plan.releases(*earlier).any(|later| later == node)).collect()
@@ -168,13 +168,13 @@ mod tests {
     }
 
     #[test]
-    fn a_step_that_is_left_out_takes_nothing_unless_several_meet_in_it() {
+    fn a_skipped_step_needs_a_relay_only_if_several_links_meet_in_it() {
         let relays = |plan: &Plan| plan.relays.waits.len();
         let chain: Vec<_> = (0..50).map(|i: usize| (0, i.checked_sub(1).into_iter().collect())).collect();
         let ends = plan(&chain).of_cycle(Some(&names([49, 0])));
         assert_eq!((ends.steps.len(), relays(&ends), &ends.phases[..]), (2, 0, &[2][..]));
         assert_eq!((nodes_before(&ends, 0), nodes_before(&ends, 1)), (vec![], vec![0]));
-        // Two come before one, and that one before two.
+        // Two subsystems are before one, and that one is before two.
         let hourglass = plan(&[(0, vec![]), (0, vec![]), (0, vec![0, 1]), (0, vec![2]), (0, vec![2]), (0, vec![])]);
         let around = hourglass.of_cycle(Some(&names([0, 1, 3, 4])));
         assert_eq!((around.steps.len(), relays(&around)), (4, 1));
@@ -183,7 +183,7 @@ mod tests {
     }
 
     proptest! {
-        /// Those that take part wait for the same others of them as in the whole plan.
+        /// Participants wait for the same participants as in the whole plan.
         #[test]
         fn the_order_is_that_of_the_whole_plan(
             links in proptest::collection::vec((0..2_i32, proptest::collection::vec(any::<proptest::sample::Index>(), 0..4)), 1..16),
@@ -203,7 +203,7 @@ mod tests {
                 let expected: BTreeSet<_> = all_before(&whole, name).intersection(&subset).cloned().collect();
                 prop_assert_eq!(all_before(&cut, name), expected, "{}", name);
             }
-            // Each waits for as many as release it, and no relay is there for nothing.
+            // The count of each node agrees with its links. Every relay joins several links.
             for (node, step) in cut.steps.iter().enumerate() {
                 prop_assert_eq!(&step.waits_for, &nodes_before(&cut, node));
             }

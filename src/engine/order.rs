@@ -209,7 +209,8 @@ mod tests {
     }
 
     proptest! {
-        /// Incrementally, the order accepts the same entries as a plan over all of them, and its rings exist.
+        /// Incrementally, the order accepts the same entries as a plan over all of them. Its circular dependencies
+        /// exist.
         #[test]
         fn incremental_checks_agree_with_a_whole_plan(
             steps in proptest::collection::vec(
@@ -249,14 +250,14 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_registered_later_count_then_and_a_change_of_several_counts_as_a_whole() {
+    fn later_registrations_are_checked_and_a_change_of_several_is_checked_as_a_whole() {
         let after = |name: &str, earlier: &str| subsystem(name, 0, &[], &[earlier.to_owned()]);
         let mut order = Order::default();
         order.change(vec![after("a", "b")], &[]).unwrap();
         order.change(vec![after("b", "c")], &[]).unwrap();
         let ring = order.change(vec![after("d", "a"), after("c", "a")], &[]).unwrap_err().to_string();
         assert!(ring.ends_with("a is after b, b is after c, c is after a; remove one of these"), "{ring}");
-        // Nothing was changed. If all are reversed together, there is no ring, in whatever order they are given.
+        // No entry was changed. The reversal of all of them is valid in any sequence.
         order.change(vec![after("b", "d"), after("c", "b")], &[]).unwrap();
         let undo = order.change(vec![after("a", "c")], &[Name::parse("b").unwrap()]).unwrap();
         order.undo(undo);

@@ -530,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_is_named() {
+    fn a_circular_dependency_is_named() {
         let ring = Plan::compile([
             member("a", 0, &["b"], &[]),
             member("b", 0, &[], &["c"]),
@@ -545,7 +545,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_long_ring_the_start_is_shown() {
+    fn the_start_of_a_long_circular_dependency_is_shown() {
         let names: Vec<_> = (0..1000).map(|n| format!("s{n}")).collect();
         let links = names.iter().zip(names.iter().cycle().skip(1));
         let ring = Plan::compile(links.map(|(name, next)| member(name, 0, &[next], &[]))).unwrap_err();
@@ -555,7 +555,7 @@ mod tests {
     }
 
     #[test]
-    fn waiting_for_a_later_phase_is_a_ring() {
+    fn waiting_for_a_later_phase_is_a_circular_dependency() {
         let ring = Plan::compile([member("a", 0, &[], &["b"]), member("b", 10, &[], &[])]).unwrap_err();
         assert_eq!(
             ring.to_string(),
@@ -565,7 +565,7 @@ mod tests {
     }
 
     #[test]
-    fn a_schedule_tells_what_would_be_skipped() {
+    fn a_schedule_shows_the_subsystems_that_would_be_skipped() {
         let plan = Plan::compile([
             member("a", 0, &["nobody"], &[]),
             member("b", 0, &["a"], &[]),
@@ -618,7 +618,7 @@ mod tests {
         let level = |name: &str, level: u32| (name.to_owned(), level);
         assert_eq!(levels(&["z"]), [level("z", 0)]);
         assert_eq!(levels(&["later"]), [level("later", 0)]);
-        // z still waits for a, through members that are left out; a phase waits for the lower ones.
+        // z still waits for a, through subsystems outside the subset; a phase waits for the lower ones.
         assert_eq!(levels(&["later", "z", "a"]), [level("a", 0), level("z", 1), level("later", 2)]);
         assert_eq!(levels(&["b", "absent"]), [level("absent", 0), level("b", 0)]);
     }

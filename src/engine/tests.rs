@@ -231,7 +231,7 @@ fn report<'a>(ran: &'a Ran, name: &str) -> &'a SubsystemReport {
 // Call slots
 
 #[tokio::test(start_paused = true)]
-async fn runs_side_by_side_get_call_slots_in_turn_and_never_more_than_there_are() {
+async fn concurrent_runs_get_call_slots_in_turn_and_never_more_than_exist() {
     let stage = Stage::new(2, &["a1", "a2", "a3", "a4", "b1", "b2", "b3", "b4"]);
     let (first, second) = join!(stage.run(1, "a1 a2 a3 a4"), stage.run(2, "b1 b2 b3 b4"));
     // The first run came when both slots were free. The second one does not wait for its end.
@@ -247,7 +247,7 @@ async fn the_number_of_slots_changes_under_running_cycles() {
     let lowered = stage.at(5, |stage| stage.engine.slots.set_max(1));
     let raised = stage.at(25, |stage| stage.engine.slots.set_max(3));
     join!(stage.run(1, "a1 a2 a3 a4 a5"), stage.run(2, "b1 b2 b3"), lowered, raised);
-    // Running calls continue; new ones begin when there are fewer than the new limit, and at once when it is raised.
+    // Running calls continue. New ones start when fewer calls than the new limit run, and at once when it is raised.
     assert_eq!(stage.fleet.calls(), ["0 a1", "0 a2", "0 a3", "10 a4", "20 b1", "25 a5", "25 b2", "30 b3"]);
 }
 
@@ -293,7 +293,7 @@ async fn a_subsystem_that_is_not_called_takes_no_slot() {
     stage.fleet.does("broken", &[Does::Fails(Code::Internal)]);
     stage.run(1, "broken").await;
     stage.fleet.calls();
-    // It is before the next one, and when nothing else is left.
+    // It comes before the next subsystem, and also when no other subsystem is left.
     for (cycle_id, subset) in [(2, "broken next"), (3, "broken")] {
         let ran = stage.run(cycle_id, subset).await;
         assert!(matches!(report(&ran, "broken").state, SubsystemState::CircuitOpen(_)));
@@ -321,18 +321,18 @@ const LARGE: usize = 80;
 const SMALL: usize = 10;
 
 #[tokio::test(start_paused = true)]
-async fn room_for_inputs_is_given_first_in_first_out_over_all_runs() {
+async fn memory_for_inputs_is_granted_in_the_order_of_requests_over_all_runs() {
     let others = ["a reads large", "b reads large", "c reads small", "d"];
     let stage = stage_with_outputs(&others, &[LARGE, SMALL]).await;
     let runs = [(2, "a"), (3, "b"), (4, "c"), (5, "d")].map(|(cycle_id, subset)| stage.run(cycle_id, subset));
     join_all(runs).await;
-    // The third one would fit, but it came after the second one. The last one needs no memory.
+    // The third run would fit, but it came after the second one. The last one needs no memory.
     let expected = ["0 a large stale 1", "0 d", "10 b large stale 1", "10 c small stale 1"];
     assert_eq!(stage.fleet.calls(), expected);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_run_that_waits_for_room_ends_at_its_deadline_and_others_have_their_turn() {
+async fn a_run_that_waits_for_memory_ends_at_its_deadline_and_unblocks_others() {
     let others = ["hangs reads large", "late reads large", "next reads small"];
     let stage = stage_with_outputs(&others, &[LARGE, SMALL]).await;
     stage.fleet.does("hangs", &[Does::Hangs]);
@@ -357,7 +357,7 @@ async fn inputs_larger_than_the_limit_are_a_failure_at_once() {
 // Outputs
 
 #[tokio::test(start_paused = true)]
-async fn nothing_that_a_run_makes_shows_before_it_is_published() {
+async fn no_result_of_a_run_is_visible_before_it_is_published() {
     let stage = Stage::new(10, &["a", "own after a", "other reads a"]);
     let standing = stage.standing("a");
     let seen = || {
@@ -390,7 +390,7 @@ async fn nothing_that_a_run_makes_shows_before_it_is_published() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_output_takes_the_room_of_the_one_before_it_also_while_both_are_there() {
+async fn an_output_reuses_the_memory_of_the_previous_one_also_while_both_exist() {
     let mut stage = Stage::new(10, &["a", "b after a"]);
     let [first, second, third] = [60, 100, 20].map(|bytes| output(bytes).len());
     stage.engine.outputs = Memory::whole(1 << 30).part("outputs", second + third - 1);
@@ -438,7 +438,7 @@ async fn a_retryable_failure_is_tried_again_up_to_the_limit_and_another_one_is_n
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_backoff_that_would_pass_the_deadline_is_not_waited_for() {
+async fn a_backoff_beyond_the_deadline_ends_the_attempts() {
     let mut hurried = with_retries("hurried", 5);
     hurried.timeout = Some(SignedDuration::from_millis(15));
     hurried.retry.initial_backoff = Some(SignedDuration::from_secs(3600));
@@ -451,7 +451,7 @@ async fn a_backoff_that_would_pass_the_deadline_is_not_waited_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_that_lost_its_initialization_gets_it_again_once_in_a_cycle() {
+async fn a_subsystem_that_lost_its_initialization_is_initialized_once_more_in_a_cycle() {
     let lost = Does::Fails(Code::FailedPrecondition);
     let stage = Stage::new(10, &["a"]);
     stage.run_and_publish(1, "a").await;

@@ -162,22 +162,22 @@ impl Connections {
         Some(Slot { connections: self, id, place, _permit: permit })
     }
 
-    /// Tells those that have been idle longest to give way, first those without a stream, until `at_once` are leaving:
-    /// one in any case, and further ones that are not new. Returns how many are leaving.
+    /// Asks the connections that have been idle longest to give way, first those without a stream, until `at_once` are
+    /// leaving: one in any case, and further ones that are not new. Returns the number of leaving connections.
     fn make_way(&self, at_once: usize) -> usize {
         let places = self.places();
-        // One that was told, and then began a call, stays until that ends.
+        // A connection that was asked, and then began a call, stays until that ends.
         let idle = places.values().filter_map(|place| Some((place.idle()?, place)));
         let (leaving, mut idle): (Vec<_>, Vec<_>) = idle.partition(|(_, place)| place.gives_way.is_cancelled());
         idle.sort_unstable_by_key(|(idle, _)| *idle);
-        let mut told = 0;
+        let mut asked = 0;
         for ((_, since), place) in idle.into_iter().take(at_once.saturating_sub(leaving.len())) {
-            if told == 0 || since.elapsed() >= Place::PARTING {
+            if asked == 0 || since.elapsed() >= Place::PARTING {
                 place.gives_way.cancel();
-                told += 1;
+                asked += 1;
             }
         }
-        leaving.len() + told
+        leaving.len() + asked
     }
 }
 
@@ -524,7 +524,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn silent_connections_do_not_hold_newcomers_up() {
+    async fn silent_connections_do_not_block_new_ones() {
         const MAX: usize = 256;
         let (connections, never) = (Connections::at_most(MAX), CancellationToken::new());
         let slot = async || connections.clone().slot(&never, None).await.unwrap();
@@ -543,26 +543,26 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_that_began_a_call_after_it_was_told_to_leave_does_not_count_as_leaving() {
+    async fn a_connection_that_began_a_call_after_it_was_asked_to_leave_does_not_count_as_leaving() {
         let (connections, never) = (Connections::at_most(4), CancellationToken::new());
         let mut slots = Vec::new();
         for _ in 0..4 {
             slots.push(connections.clone().slot(&never, None).await.unwrap());
         }
-        let told = || slots.iter().filter(|slot| slot.place.gives_way.is_cancelled()).count();
+        let leaving = || slots.iter().filter(|slot| slot.place.gives_way.is_cancelled()).count();
         let began = |slot: &Slot| {
             slot.place.gives_way.cancel();
             slot.place.busy()
         };
         let calls: Vec<_> = slots[..2].iter().map(began).collect();
-        assert_eq!((connections.make_way(1), told()), (1, 3), "an idle one gives way");
-        assert_eq!((connections.make_way(1), told()), (1, 3), "it is leaving");
+        assert_eq!((connections.make_way(1), leaving()), (1, 3), "an idle one gives way");
+        assert_eq!((connections.make_way(1), leaving()), (1, 3), "it is leaving");
         drop(calls);
-        assert_eq!((connections.make_way(1), told()), (3, 3), "those leave after their calls");
+        assert_eq!((connections.make_way(1), leaving()), (3, 3), "the others leave after their calls");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_that_says_nothing_breaks() {
+    async fn a_connection_that_sends_nothing_is_closed() {
         let (mut peer, mut connection) = connection().await;
         peer.write_all(b"PRI").await.unwrap();
         let error = connection.read_to_end(&mut Vec::new()).await.unwrap_err();
@@ -577,7 +577,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_that_takes_nothing_breaks() {
+    async fn a_connection_that_reads_nothing_is_closed() {
         let (mut peer, mut connection) = connection().await;
         let sent = tokio::spawn(async move {
             let sent = connection.write_all(&[0; 5000]).await;

@@ -274,7 +274,7 @@ mod tests {
     const ONE: Rule = Rule { max_bytes: 40 << 10, is_stream: false };
     const MANY: Rule = Rule { max_bytes: 1 << 10, is_stream: true };
 
-    /// A request of which these pieces arrive, and then nothing.
+    /// A request whose body stops after these pieces.
     fn unfinished(rule: Rule, room: &Memory, pieces: &[&[u8]]) -> Received<BoxBody<Bytes, Status>> {
         let pieces: Vec<_> = pieces.iter().map(|it| Ok(Frame::data(Bytes::copy_from_slice(it)))).collect();
         let body = StreamBody::new(stream::iter(pieces).chain(stream::pending()));
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn all_that_come_have_bounded_room_until_they_are_gone() {
+    async fn the_memory_of_all_requests_is_bounded_until_they_end() {
         let room = Memory::whole(60 << 10);
         let begun = [&prefix(40 << 10)[..], &vec![0; 36 << 10]].concat();
         let mut first = unfinished(ONE, &room, &[&begun]);
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_message_that_comes_in_one_piece_is_passed_on_as_it_is() {
+    async fn a_message_in_one_piece_is_passed_on_unchanged() {
         let room = Memory::whole(1 << 20);
         let piece = Bytes::from([&prefix(3)[..], &[1, 2, 3]].concat());
         let body = StreamBody::new(stream::iter([Ok::<_, Status>(Frame::data(piece.clone()))]));
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_malformed_message_is_the_clients_error() {
+    async fn a_malformed_message_is_an_error_of_the_client() {
         let room = Memory::whole(1 << 20);
         assert_eq!(next(&mut unfinished(ONE, &room, &[&[1, 0, 0, 0, 1, 0]])).await, Err(Code::Unimplemented));
         assert_eq!(next(&mut unfinished(ONE, &room, &[b"<html>"])).await, Err(Code::InvalidArgument));
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_message_that_has_begun_ends_or_is_ended() {
+    async fn a_message_that_does_not_end_in_time_is_aborted() {
         let room = Memory::whole(1 << 20);
         for rule in [ONE, MANY] {
             let begun = Instant::now();
@@ -380,7 +380,7 @@ mod tests {
         assert!(timeout(Duration::from_hours(1), received.frame()).await.is_err());
         let answer = taking.piece(Bytes::from_static(b"1"), None);
         taking.answered();
-        assert!(timeout(Duration::from_hours(1), received.frame()).await.is_err(), "it is not taken");
+        assert!(timeout(Duration::from_hours(1), received.frame()).await.is_err(), "it is not read");
         drop(answer);
         next(&mut received).await.unwrap();
         assert_eq!(next(&mut received).await.unwrap()[..], [2]);

@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_flood_is_said_once_in_a_while_with_how_often_it_was() {
+    async fn a_repeated_event_is_logged_at_intervals_with_its_count() {
         let repeated = Repeated::default();
         let said = || (0..1000).filter_map(|_| repeated.note()).collect::<Vec<_>>();
         assert_eq!(said(), [1]);

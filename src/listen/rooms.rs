@@ -198,7 +198,7 @@ mod tests {
 
     const ANSWER: usize = Answer::LARGEST;
 
-    /// Memory for this many answers, two connections of one peer, and one of another.
+    /// Memory for this number of answers, two connections of one peer, and one of another.
     fn rooms(answers: usize) -> (Memory, [Arc<Room>; 3]) {
         let memory = Memory::whole(answers * ANSWER);
         let rooms = Rooms::new(memory.clone());
@@ -214,11 +214,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_has_a_part_of_all_room() {
+    async fn a_connection_has_a_share_of_all_memory() {
         let (memory, [room, other, _]) = rooms(8);
         let kept: Vec<_> = (0..8).map_while(|_| keep(&room)).collect();
         assert_eq!((kept.len(), memory.held()), (2, 2 * ANSWER));
-        // However long its own messages wait.
+        // This holds however long its own messages wait.
         advance(PATIENCE).await;
         assert!(keep(&room).is_none() && keep(&other).is_some());
     }
@@ -244,7 +244,7 @@ mod tests {
         assert_eq!(memory.held(), 4 * ANSWER);
         // Both peers hold the same now: the peer that would hold more gets memory only from its own connections.
         assert!(keep(&another()).is_some());
-        assert!(kept[1].0.gives_way(), "that of its own peer");
+        assert!(kept[1].0.gives_way(), "the connection of its own peer");
         drop(given);
     }
 

@@ -282,7 +282,7 @@ mod tests {
         }
     }
 
-    /// A client of a server with this much memory for answers. Its window for each stream has this size.
+    /// A client of a server with this number of bytes of memory for answers. Its window for each stream has this size.
     async fn connect(answers: usize, window: u32) -> SendRequest<Bytes> {
         let limits = Limits {
             max_concurrent_streams: 10,
@@ -312,8 +312,8 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stream_whose_client_takes_nothing_ends_and_its_connection_goes_on() {
-        // Sooner, if other clients may need the memory.
+    async fn a_stream_whose_client_does_not_read_ends_and_its_connection_continues() {
+        // It ends sooner if other clients may need the memory.
         for (answers, after) in [(1 << 20, 60), (150 << 10, 5)] {
             let mut client = connect(answers, 0).await;
             let begun = Instant::now();

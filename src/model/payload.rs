@@ -300,12 +300,12 @@ mod tests {
     fn object(value: Value) -> Map<String, Value> {
         match value {
             Value::Object(object) => object,
-            other => panic!("{other} is no object"),
+            other => panic!("{other} is not an object"),
         }
     }
 
     #[test]
-    fn json_there_and_back() {
+    fn json_survives_a_round_trip() {
         let given = object(json!({
             "null": null, "yes": true, "no": false, "int": -3, "fraction": 0.25, "text": "Grüße", "empty": "",
             "list": [1, [2], {"three": 3}, null], "object": {"": {"deep": [{}]}},
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overlay_wins_key_by_key() {
+    fn an_overlay_takes_precedence_key_by_key() {
         let under = Payload::from_json(&object(json!({"a": 1, "b": {"x": 1}}))).unwrap();
         let over = Payload::from_json(&object(json!({"b": {"y": 2}, "c": 3}))).unwrap();
         let expected = object(json!({"a": 1, "b": {"y": 2}, "c": 3}));
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn payloads_that_say_the_same_have_one_canonical_encoding() {
+    fn equal_payloads_have_one_canonical_encoding() {
         let json = object(json!({"a": [1.5, {"x": null, "y": -0.0}], "b": 1e300}));
         let canonical = Payload::from_json(&json).unwrap();
         assert_eq!(canonical.canonical(), canonical);
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn what_json_can_not_carry_is_refused() {
+    fn values_that_json_can_not_represent_are_refused() {
         let holding = |kind| {
             let fields = [("x".to_owned(), prost_types::Value { kind })].into();
             Payload::check(prost_types::Struct { fields }.encode_to_vec().into())

@@ -582,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn a_registration_shows_what_it_was_made_of() {
+    fn a_registration_returns_its_spec() {
         let subsystem = Subsystem::from_spec(&spec("A", "http://h:1")).unwrap();
         assert_eq!(Subsystem::from_spec(&subsystem.to_spec()).unwrap(), subsystem);
         let json = serde_json::to_string(&subsystem.to_spec()).unwrap();

@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_overtakes_one_that_waits_for_all() {
+    fn no_cycle_overtakes_one_that_waits_for_all() {
         let mut line = line(&["a", "*", "b", "*"]);
         assert_eq!(started(&mut line), [1]);
         line.leave(CycleId(1));
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn what_each_waits_for_is_known() {
+    fn the_cause_of_each_wait_is_known() {
         let mut line = line(&["ab", "xb", "*", "x", "q", "*"]);
         started(&mut line);
         let obstacle = |line: &mut Line, id| {
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn the_number_that_runs_is_bounded() {
+    fn the_number_of_running_cycles_is_bounded() {
         let mut line = Line::default();
         for id in 1..=257 {
             line.enter(CycleId(id), Locks::Names([Name::parse(&format!("n{id}")).unwrap()].into()));
@@ -342,7 +342,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_keeps_the_rule(steps in prop::collection::vec((prop::collection::btree_set(0..6_u8, 0..4), 0..4_u8, any::<prop::sample::Index>()), 1..60)) {
+        fn the_line_keeps_the_rule(steps in prop::collection::vec((prop::collection::btree_set(0..6_u8, 0..4), 0..4_u8, any::<prop::sample::Index>()), 1..60)) {
             let mut line = Line::default();
             // An empty set locks all.
             let mut model: BTreeMap<u64, (BTreeSet<u8>, bool)> = BTreeMap::new();

@@ -160,14 +160,14 @@ mod tests {
             doubt.doubts(now, HOUR * 240)
         };
         let years = SignedDuration::from_hours(80_000);
-        // It runs evenly, or is adjusted slightly.
+        // The clock runs evenly, or is adjusted slightly.
         assert!(!pass(&mut doubt, 100, SignedDuration::ZERO).await);
         assert!(!pass(&mut doubt, 1, SignedDuration::from_hours(24)).await);
-        // It is not set back.
+        // The clock is not set back.
         assert!(pass(&mut doubt, 1, years).await);
         assert!(pass(&mut doubt, 24 * 60 - 1, SignedDuration::ZERO).await);
         assert!(!pass(&mut doubt, 1, SignedDuration::ZERO).await);
-        // It is set back.
+        // The clock is set back.
         assert!(pass(&mut doubt, 1, years).await);
         assert!(!pass(&mut doubt, 1, -years).await);
     }

@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn every_list_and_map_of_every_request_has_a_bound_and_no_other_has() {
+    fn exactly_the_lists_and_maps_of_requests_have_bounds() {
         let mut lists = BTreeSet::new();
         for service in descriptors().unwrap().services() {
             service.methods().for_each(|method| add_lists(&method.input(), &mut lists));
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn the_contract_tells_the_bound_of_every_list_and_map() {
+    fn the_contract_states_the_bound_of_every_list_and_map() {
         for message in descriptors().unwrap().all_messages().filter(|it| it.full_name().starts_with("dreamnet.")) {
             for field in message.fields().filter(|field| field.is_list() || field.is_map()) {
                 let name = field.full_name();
@@ -291,14 +291,20 @@ mod tests {
                 let locations = &file.file_descriptor_proto().source_code_info.as_ref().unwrap().location;
                 let location = locations.iter().find(|location| location.path == field.path());
                 let comment = location.unwrap_or_else(|| panic!("{name} has no comment")).leading_comments();
-                let told = ["t most ", "up to ", "One entry per ", "one entry for each ", "ne for each "];
-                assert!(told.iter().any(|words| comment.contains(words)), "{name} tells no bound: {comment}");
+                let stated = ["t most ", "up to ", "One entry per ", "one entry for each ", "ne for each "];
+                assert!(
+                    stated.iter().any(|words| comment.contains(words)),
+                    "the comment of {name} states no bound: {comment}"
+                );
                 if let Some((_, max)) = MAX_ENTRIES.iter().find(|(bounded, _)| *bounded == name) {
                     let text = max.to_string();
                     let (thousands, rest) = text.split_at(text.len().saturating_sub(3));
                     let separator = if thousands.is_empty() { "" } else { "," };
                     let number = format!("{thousands}{separator}{rest}");
-                    assert!(comment.contains(&number), "{name} tells another bound than {number}: {comment}");
+                    assert!(
+                        comment.contains(&number),
+                        "the comment of {name} states another bound than {number}: {comment}"
+                    );
                 }
             }
         }
@@ -322,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_comes_in_parts_is_counted_as_the_one_that_it_becomes() {
+    fn a_message_in_several_parts_is_counted_as_a_whole() {
         let part = pb::Registration { requires: vec![String::new(); 600], ..Default::default() };
         let part = pb::RegisterSubsystemRequest { registration: Some(part), lease: None }.encode_to_vec();
         let name = pb::RegisterSubsystemRequest::full_name();
@@ -339,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_message_are_named_as_such() {
+    fn bytes_that_are_not_a_message_are_named_as_such() {
         let name = pb::GetCycleRequest::full_name();
         for bytes in [&[0xff][..], &[1 << 3 | 2, 5, 0], &[1 << 3 | 1, 0], &[1 << 3 | 3, 1 << 3 | 4], &[0, 0]] {
             let refused = check(&name, bytes).unwrap_err();

@@ -183,11 +183,11 @@ mod tests {
         assert_eq!(request.states, [pb::CycleState::Failed as i32, pb::CycleState::Degraded as i32]);
         assert_eq!(request.finished_from.unwrap().seconds, 1_767_225_600);
         assert!(list(&[("size", "5")]).unwrap_err().to_string().contains("give pageSize, "));
-        for (parameter, told) in [
+        for (parameter, message) in [
             (("pageSize", "many"), "pageSize is \"many\"; give a whole number from 0 on"),
             (("finishedFrom", "today"), "finishedFrom is \"today\"; give a time, such as 2026-01-31T00:00:00Z"),
         ] {
-            assert_eq!(list(&[parameter]).unwrap_err().to_string(), told);
+            assert_eq!(list(&[parameter]).unwrap_err().to_string(), message);
         }
         let state = list(&[("states", "FAILED")]).unwrap_err().to_string();
         assert!(state.starts_with("states is \"FAILED\"; give CYCLE_STATE_SUCCEEDED, "), "{state}");
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_holds_too_many_values_is_refused_before_they_are_built() {
+    fn too_many_values_are_refused_before_they_are_built() {
         // A list of nulls in the output of a subsystem, each of 4 bytes.
         let with_nulls = |nulls: usize| {
             let list = serde_json::json!({ "list": vec![serde_json::Value::Null; nulls] });
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn truth_is_text_in_a_url() {
+    fn a_boolean_is_text_in_a_url() {
         let parameters = [("progress".to_owned(), "true".to_owned())];
         assert!(from_parameters::<pb::WatchCyclesRequest>("WatchCyclesRequest", parameters).unwrap().progress);
     }

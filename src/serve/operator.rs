@@ -117,7 +117,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_shutdown_is_aborted_by_the_second_signal_whatever_began_it() {
-        // When it is aborted by signals at these times, all in milliseconds.
+        // The time of the abort by signals at these times, all in milliseconds.
         let aborted_at = async |is_asked, signals: &[u64]| {
             let begun = Instant::now();
             let mut signals = signals.iter();
@@ -130,7 +130,7 @@ mod tests {
         };
         assert_eq!(aborted_at(true, &[2000]).await, Some(2000));
         assert_eq!(aborted_at(true, &[10, 2000]).await, Some(2000));
-        assert_eq!(aborted_at(false, &[2000]).await, None, "it was not the second");
+        assert_eq!(aborted_at(false, &[2000]).await, None, "it was the first signal");
         assert_eq!(aborted_at(false, &[2000, 2010, 4000]).await, Some(4000));
     }
 }

@@ -113,7 +113,7 @@ pub(super) fn revisions(records: &[Found]) -> Vec<u64> {
     records.iter().map(|found| revision(found.as_ref().unwrap())).collect()
 }
 
-/// Checks that the store refuses this, and keeps nothing of it.
+/// Checks that the store refuses this write, and keeps no part of it.
 pub(super) async fn refuses(store: &dyn Store, write: Write) {
     let size = store.size().await.unwrap().records;
     let refused = store.commit(Arc::new(write.clone())).await;
@@ -129,7 +129,7 @@ pub(super) fn check(record: &Record) -> Result<(), String> {
 // ---------------------------------------------------------------------------------------------------------------
 // Every store
 
-async fn what_is_written_is_read(store: &dyn Store, epoch: Epoch) {
+async fn written_cycles_are_read(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 12).await;
     assert_eq!(store.cycle(cycle_of(7)).await.unwrap(), Some(Ok(record(7, epoch))));
     assert_eq!(store.cycle(CycleId(13)).await.unwrap(), None);
@@ -166,7 +166,7 @@ async fn records_come_in_any_order_of_their_ids(store: &dyn Store, epoch: Epoch)
     let page = store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap();
     assert_eq!(ids(&page.records), [2, 4, 1, 3]);
     let latest = store.cycle_of_request("twice".into()).await.unwrap().unwrap().unwrap();
-    assert_eq!(latest.cycle_id, CycleId(1), "the one that was recorded last, whatever its id");
+    assert_eq!(latest.cycle_id, CycleId(1), "the record with the highest revision");
 }
 
 async fn a_cycle_can_be_noted_and_recorded_in_one_write(store: &dyn Store, epoch: Epoch) {
@@ -226,21 +226,21 @@ async fn a_record_leaves_other_open_cycles_open(store: &dyn Store, epoch: Epoch)
     commit(store, write(Vec::new(), vec![record_of(1, 3, epoch)])).await;
 }
 
-async fn pages_neither_skip_nor_repeat_while_records_come_on_top(store: &dyn Store, epoch: Epoch) {
+async fn pages_neither_skip_nor_repeat_records_while_others_are_added(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 7).await;
     let (mut before, mut last, mut seen) = (Some(Revision(8)), 7, Vec::new());
     while let Some(below) = before {
         let page = store.cycles_before(below, Filter::default(), PageLimits { records: 2, ..ALL }).await.unwrap();
         seen.extend(revisions(&page.records));
         before = page.next;
-        // Each time one with a lower id than the last one's, and one with a higher id.
+        // Each time, a record with a lower id than the last one, and a record with a higher id.
         commit(store, recorded(last + 1..=last + 2, epoch)).await;
         last += 2;
     }
     assert_eq!(seen, [7, 6, 5, 4, 3, 2, 1]);
 }
 
-async fn taken_over_again_it_knows_what_was_written_and_fences_the_epoch_before(store: &dyn Store, epoch: Epoch) {
+async fn a_second_takeover_reads_everything_and_fences_the_earlier_epoch(store: &dyn Store, epoch: Epoch) {
     let settings = LoopSpec { name: "l".into(), ..LoopSpec::default() };
     let stored_loop = StoredLoop { spec: Some(settings), state: LoopState::default(), name: name("l") };
     let write = Write {
@@ -280,7 +280,7 @@ async fn taken_over_again_it_knows_what_was_written_and_fences_the_epoch_before(
 }
 
 /// Only for stores that were not taken over.
-async fn before_it_is_taken_over_it_is_read_and_not_written(store: &dyn Store) {
+async fn can_be_read_but_not_written(store: &dyn Store) {
     let write = Write { epoch: Epoch(1), ..recorded(1..=1, Epoch(1)) };
     for epoch in [Epoch(0), Epoch(1)] {
         let refused = store.commit(Arc::new(Write { epoch, ..write.clone() })).await;
@@ -302,7 +302,7 @@ async fn another_epoch_is_fenced(store: &dyn Store, epoch: Epoch) {
     assert_eq!(store.cycle(cycle_of(1)).await.unwrap(), None);
 }
 
-async fn pages_go_down(store: &dyn Store, epoch: Epoch) {
+async fn pages_go_from_the_newest_record_to_the_oldest(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 12).await;
     let page = async |before: u64, filter: Filter, limits: PageLimits| {
         let page = store.cycles_before(Revision(before), filter, limits).await.unwrap();
@@ -334,7 +334,7 @@ async fn a_page_does_not_read_everything(store: &dyn Store, epoch: Epoch) {
     assert_eq!((rest.records.len(), rest.next), (0, None));
 }
 
-async fn revisions_go_up(store: &dyn Store, epoch: Epoch) {
+async fn records_after_a_revision_go_up(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 5).await;
     let after = async |revision: u64, limits| store.cycles_after(Revision(revision), limits).await;
     assert_eq!(revisions(&after(0, ALL).await.unwrap()), [1, 2, 3, 4, 5]);
@@ -354,7 +354,7 @@ async fn revisions_go_up(store: &dyn Store, epoch: Epoch) {
     assert_eq!(revisions(&after(2, ALL).await.unwrap()), [3, 4, 5]);
 }
 
-async fn its_size_goes_up_and_its_records_down_again(store: &dyn Store, epoch: Epoch) {
+async fn the_size_grows_and_the_number_of_records_falls_again(store: &dyn Store, epoch: Epoch) {
     let empty = store.size().await.unwrap();
     assert_eq!(empty.records, 0);
     filled(store, epoch, 30).await;
@@ -366,7 +366,7 @@ async fn its_size_goes_up_and_its_records_down_again(store: &dyn Store, epoch: E
     assert_eq!(store.size().await.unwrap().records, 1);
 }
 
-async fn retention_counts_ages_and_distinguishes(store: &dyn Store, epoch: Epoch) {
+async fn retention_applies_number_age_and_state(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 30).await;
     let all = async || revisions(&store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap().records);
     let rule =
@@ -374,7 +374,7 @@ async fn retention_counts_ages_and_distinguishes(store: &dyn Store, epoch: Epoch
     let prune = async |retention, limit| store.prune(retention, at(30), limit).await.unwrap().removed;
     let everything = Retention::default();
     assert_eq!(prune(everything, 100).await, 0);
-    // 20 succeeded and 10 failed; those that failed are kept longer.
+    // 20 succeeded and 10 failed; failed cycles are kept longer.
     let by_state = BTreeMap::from([(CycleState::Failed, rule(Some(9), None))]);
     let mixed = Retention { default: rule(Some(5), None), by_state };
     assert_eq!(prune(mixed.clone(), 10).await, 10);
@@ -434,48 +434,45 @@ macro_rules! every_store {
 }
 
 every_store! {
-    what_is_written_is_read
+    written_cycles_are_read
     revisions_follow_each_other
     records_come_in_any_order_of_their_ids
     a_cycle_can_be_noted_and_recorded_in_one_write
     ids_are_noted_completely_and_never_taken_back
     only_an_open_cycle_is_recorded
     a_record_leaves_other_open_cycles_open
-    taken_over_again_it_knows_what_was_written_and_fences_the_epoch_before
+    a_second_takeover_reads_everything_and_fences_the_earlier_epoch
     another_epoch_is_fenced
-    pages_go_down
-    pages_neither_skip_nor_repeat_while_records_come_on_top
+    pages_go_from_the_newest_record_to_the_oldest
+    pages_neither_skip_nor_repeat_records_while_others_are_added
     a_page_does_not_read_everything
-    revisions_go_up
-    its_size_goes_up_and_its_records_down_again
-    retention_counts_ages_and_distinguishes
+    records_after_a_revision_go_up
+    the_size_grows_and_the_number_of_records_falls_again
+    retention_applies_number_age_and_state
     retention_removes_low_revisions_first_and_never_the_highest
 }
 
 #[tokio::test]
-async fn before_a_store_is_taken_over_it_is_read_and_not_written() {
-    before_it_is_taken_over_it_is_read_and_not_written(
-        &*open(&StoreUrl::Memory, check, Clock::system()).await.unwrap(),
-    )
-    .await;
+async fn a_store_can_be_read_but_not_written_before_the_takeover() {
+    can_be_read_but_not_written(&*open(&StoreUrl::Memory, check, Clock::system()).await.unwrap()).await;
     let directory = tempfile::tempdir().unwrap();
     let url = StoreUrl::Sqlite(directory.path().join("o.db"));
-    before_it_is_taken_over_it_is_read_and_not_written(&*open(&url, check, Clock::system()).await.unwrap()).await;
+    can_be_read_but_not_written(&*open(&url, check, Clock::system()).await.unwrap()).await;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Random steps
 
-/// What a process may do with a store.
+/// An action of a process on a store.
 #[derive(Clone, Debug)]
 enum Step {
     /// This number of cycles is admitted.
     Admit(u64),
-    /// One of the open cycles begins.
+    /// One of the open cycles starts.
     Begin(usize),
     /// Open cycles are recorded, picked in this order, and then this number of newly admitted ones.
     Record(Vec<usize>, u64),
-    /// What no process may do, in one of the ways of [`Model::defects`].
+    /// A write that no process may make: one of [`Model::defects`].
     Break(usize),
     Prune {
         max_cycles: u64,
@@ -497,7 +494,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What a store holds beside its records.
+/// The expected state of a store beside its records.
 #[derive(Default)]
 struct Model {
     last_cycle_id: u64,
@@ -516,7 +513,7 @@ impl Model {
         record_of(id, self.last_revision + 1 + before as u64, Epoch(1))
     }
 
-    /// What a step writes.
+    /// The write of a step.
     fn next(&self, step: &Step) -> Option<Write> {
         let mut write = self.write();
         let last = self.last_cycle_id;
@@ -578,8 +575,8 @@ impl Model {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever is written, refused, pruned and read, in whatever order cycles end: SQLite answers what memory answers,
-    /// and finds after a restart what was open.
+    /// For any writes, refusals, removals and reads, and any order in which cycles end, SQLite gives the results of
+    /// memory. After a restart it finds the open cycles.
     #[test]
     fn sqlite_agrees_with_memory(steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();

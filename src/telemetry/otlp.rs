@@ -294,7 +294,7 @@ mod tests {
     use crate::model::{Span, SpanContext, TraceId};
 
     #[tokio::test]
-    async fn what_finds_no_room_is_counted() {
+    async fn spans_without_memory_are_counted() {
         let (exporter, _sender) = exporter("http://127.0.0.1:1", 1.0, Random::seeded(0), "o").unwrap();
         let span = || Span {
             context: SpanContext::root(TraceId(1), 1, true),

@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn unread_lines_are_dropped_and_reported_once_there_is_room() {
+    fn unread_lines_are_dropped_and_reported_once_the_queue_has_space() {
         static TOLD: AtomicU64 = AtomicU64::new(0);
         let (out, written) = slow();
         let writer = Writer::start(out, |lines| _ = TOLD.fetch_add(lines, Ordering::Relaxed)).unwrap();

@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn names_that_hang_leave_room_for_others() {
+    async fn lookups_that_hang_do_not_block_others() {
         let (_never, hang) = mpsc::channel::<()>();
         let hang = Mutex::new(hang);
         let resolver = Resolver::by(move |host, port| {

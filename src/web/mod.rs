@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nothing_but_the_first_version_is_spoken() {
+    async fn only_http_1_is_accepted() {
         let mut peer = connect().await;
         peer.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         let mut answer = Vec::new();

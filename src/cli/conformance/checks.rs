@@ -549,14 +549,14 @@ mod tests {
     use super::CHECKS;
 
     #[test]
-    fn every_rule_stands_in_the_contract() {
+    fn every_rule_is_in_the_contract() {
         let contract = include_str!("../../../proto/dreamnet/subsystem/v1/subsystem.proto");
         let comments = contract.lines().filter_map(|line| line.trim_start().strip_prefix("//"));
         let words: Vec<_> = comments.flat_map(str::split_whitespace).collect();
         let comments = words.join(" ");
         for check in CHECKS {
             for part in check.rule.split(" … ") {
-                assert!(comments.contains(part), "{}: the contract does not say {part:?}", check.name);
+                assert!(comments.contains(part), "{}: the contract does not contain {part:?}", check.name);
             }
         }
     }

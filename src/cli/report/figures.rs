@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quantile_is_the_smallest_duration_that_so_many_do_not_exceed() {
+    fn a_quantile_is_the_smallest_duration_that_its_share_does_not_exceed() {
         let quantiles = |durations: &[f64]| {
             let mut sketch = Durations::default();
             for &ms in durations {
@@ -459,13 +459,13 @@ mod tests {
         // Invalid values that no service should send.
         let odd = quantiles(&[f64::NAN, -1.0, f64::INFINITY, f64::NEG_INFINITY]);
         assert_eq!(odd, Some(Quantiles { p50: 0.0, p95: Durations::MOST, p99: Durations::MOST }));
-        // Both ends of the range, and no bins merged between them.
+        // The range has both of its ends, and no merged bins between them.
         let wide: Vec<_> = (0..=11).map(|power| 10_f64.powi(power - 2)).collect();
         assert!(close(Some(quantiles(&wide).unwrap().p50), Some(1000.0)));
     }
 
     #[test]
-    fn only_what_the_contract_counts_as_failed_lowers_the_success_rate() {
+    fn only_failures_by_the_contract_lower_the_success_rate() {
         let skipped = |reason: SkipReason| pb::SubsystemTelemetry {
             skip_reason: reason.into(),
             ..part("a", SubsystemState::Skipped, 0.0)
@@ -485,8 +485,8 @@ mod tests {
         let a = &subsystems[0];
         assert_eq!((a.cycles, a.skipped, a.cancelled, a.circuit_open), (8, 3, 1, 1));
         assert_eq!(a.success_rate, Some(0.2));
-        let is_told = close(a.p50_ms, Some(1.0)) && close(a.p99_ms, Some(9.0));
-        assert!(is_told, "neither the failed nor the cancelled one counts: {a:?}");
+        let is_counted = close(a.p50_ms, Some(1.0)) && close(a.p99_ms, Some(9.0));
+        assert!(is_counted, "neither the failed nor the cancelled one counts: {a:?}");
     }
 
     #[test]
@@ -522,7 +522,7 @@ mod tests {
             SubsystemState::CircuitOpen,
             SubsystemState::Cancelled,
         ]);
-        // Six orders of magnitude.
+        // The durations span six orders of magnitude.
         let duration = (-2.0..4.0_f64).prop_map(|power| 10_f64.powf(power));
         let parts = vec((state, duration.clone(), 0..4_u32, 0..7_i32), NAMES.len());
         let names = || subsequence(NAMES.to_vec(), 0..=NAMES.len());
@@ -544,7 +544,7 @@ mod tests {
         )
     }
 
-    /// The quantile by its definition: counts how many durations don't exceed each.
+    /// The quantile by its definition: counts the durations that do not exceed each one.
     fn naive_quantile(durations: &[f64], p: f64) -> Option<f64> {
         let enough = |candidate: f64| {
             durations.iter().filter(|&&ms| ms <= candidate).count() as f64 >= p * durations.len() as f64 - 1e-9
@@ -552,17 +552,17 @@ mod tests {
         durations.iter().copied().filter(|&candidate| enough(candidate)).min_by(f64::total_cmp)
     }
 
-    fn close(told: Option<f64>, naive: Option<f64>) -> bool {
-        match (told, naive) {
-            // Half a microsecond is what rounding costs.
-            (Some(told), Some(naive)) => (told - naive).abs() <= naive * 0.005 + 0.000_5 + 1e-9,
-            (told, naive) => told.is_none() && naive.is_none(),
+    fn close(computed: Option<f64>, naive: Option<f64>) -> bool {
+        match (computed, naive) {
+            // Rounding changes a duration by half a microsecond at most.
+            (Some(computed), Some(naive)) => (computed - naive).abs() <= naive * 0.005 + 0.000_5 + 1e-9,
+            (computed, naive) => computed.is_none() && naive.is_none(),
         }
     }
 
     proptest! {
         #[test]
-        fn figures_are_those_of_a_naive_computation(
+        fn figures_agree_with_a_naive_computation(
             now in vec(any_cycle(), 0..120),
             previous in vec(any_cycle(), 0..30),
         ) {
@@ -598,15 +598,15 @@ mod tests {
                 NAMES.iter().flat_map(|name| parts(&now, name)).filter(|it| it.1).map(|it| it.0.duration_ms).sum();
             let present: Vec<_> = NAMES.into_iter().filter(|name| !parts(&now, name).is_empty()).collect();
             prop_assert_eq!(subsystems.iter().map(|it| it.name.as_str()).collect::<Vec<_>>(), present);
-            for told in &subsystems {
-                let (mine, before) = (parts(&now, told.name.as_str()), parts(&previous, told.name.as_str()));
+            for computed in &subsystems {
+                let (mine, before) = (parts(&now, computed.name.as_str()), parts(&previous, computed.name.as_str()));
                 let count = |state: SubsystemState| mine.iter().filter(|it| it.0.state() == state).count() as u64;
-                prop_assert_eq!(told.cycles, mine.len() as u64);
-                prop_assert_eq!(told.previous_cycles, before.len() as u64);
-                prop_assert_eq!(told.succeeded, count(SubsystemState::Succeeded));
-                prop_assert_eq!(told.timed_out, count(SubsystemState::TimedOut));
+                prop_assert_eq!(computed.cycles, mine.len() as u64);
+                prop_assert_eq!(computed.previous_cycles, before.len() as u64);
+                prop_assert_eq!(computed.succeeded, count(SubsystemState::Succeeded));
+                prop_assert_eq!(computed.timed_out, count(SubsystemState::TimedOut));
                 let retries: u32 = mine.iter().map(|it| it.0.attempts.max(1) - 1).sum();
-                prop_assert_eq!(told.retries, u64::from(retries));
+                prop_assert_eq!(computed.retries, u64::from(retries));
                 let rate = |parts: &[(pb::SubsystemTelemetry, bool)]| {
                     let succeeded = parts.iter().filter(|it| it.0.state() == SubsystemState::Succeeded).count();
                     // Suspended is 1, left out 4.
@@ -617,25 +617,25 @@ mod tests {
                     let counted = succeeded + failed.count();
                     (counted > 0).then(|| succeeded as f64 / counted as f64)
                 };
-                prop_assert_eq!(told.success_rate, rate(&mine));
-                prop_assert_eq!(told.previous_success_rate, rate(&before));
+                prop_assert_eq!(computed.success_rate, rate(&mine));
+                prop_assert_eq!(computed.previous_success_rate, rate(&before));
                 let change = rate(&mine).zip(rate(&before)).map(|(now, before)| now - before);
-                prop_assert_eq!(told.success_rate_change, change);
+                prop_assert_eq!(computed.success_rate_change, change);
                 let durations = |parts: &[(pb::SubsystemTelemetry, bool)]| -> Vec<f64> {
                     let counts = |state| matches!(state, SubsystemState::Succeeded | SubsystemState::TimedOut);
                     parts.iter().filter(|it| counts(it.0.state())).map(|it| it.0.duration_ms).collect()
                 };
-                for (told, p) in [(told.p50_ms, 0.5), (told.p95_ms, 0.95), (told.p99_ms, 0.99)] {
-                    prop_assert!(close(told, naive_quantile(&durations(&mine), p)), "{told:?} at {p}");
+                for (computed, p) in [(computed.p50_ms, 0.5), (computed.p95_ms, 0.95), (computed.p99_ms, 0.99)] {
+                    prop_assert!(close(computed, naive_quantile(&durations(&mine), p)), "{computed:?} at {p}");
                 }
-                prop_assert!(close(told.previous_p95_ms, naive_quantile(&durations(&before), 0.95)));
-                let expected = told.p95_ms.zip(told.previous_p95_ms).map(|(now, before)| now / before - 1.0);
-                prop_assert_eq!(told.p95_change, expected);
+                prop_assert!(close(computed.previous_p95_ms, naive_quantile(&durations(&before), 0.95)));
+                let expected = computed.p95_ms.zip(computed.previous_p95_ms).map(|(now, before)| now / before - 1.0);
+                prop_assert_eq!(computed.p95_change, expected);
                 let critical: Vec<_> = mine.iter().filter(|it| it.1).map(|it| it.0.duration_ms).collect();
-                prop_assert_eq!(told.critical_cycles, critical.len() as u64);
+                prop_assert_eq!(computed.critical_cycles, critical.len() as u64);
                 let its: f64 = critical.iter().sum();
-                prop_assert!((told.critical_ms - its).abs() < 0.001);
-                if let Some(share) = told.critical_time_share {
+                prop_assert!((computed.critical_ms - its).abs() < 0.001);
+                if let Some(share) = computed.critical_time_share {
                     prop_assert!((share - its / all_critical).abs() < 1e-9);
                 }
             }

@@ -71,7 +71,7 @@ mod tests {
     use crate::proto::subsystem::v1 as pbs;
 
     #[test]
-    fn it_has_everything_and_commands_no_terminal() {
+    fn the_details_are_complete_and_command_no_terminal() {
         const ESCAPE: &str = "\x1b[31mred\u{202e}\n";
         let output = serde_json::json!({ "n": 1.5, ESCAPE: [ESCAPE], "many": vec![0; 20_000] });
         let last = pb::SubsystemTelemetry {

@@ -933,7 +933,7 @@ mod tests {
     }
 
     #[test]
-    fn between_cycles_everything_has_its_place() {
+    fn between_cycles_all_panes_are_shown() {
         let lines = shown(&house(), &mut View::default(), 80, 24);
         let expected = "\
 orchestrator  http://127.0.0.1:7700  connected  up 1m 1s  epoch 7  version 0.1.0
@@ -964,7 +964,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn a_running_cycle_shows_who_waits_runs_and_has_failed() {
+    fn a_running_cycle_shows_its_waiting_running_and_failed_subsystems() {
         let mut model = house();
         model.learn(started(3, 8, &["alpha", "beta", "gamma"]), at(8));
         model.learn(progress(3, &[("alpha", Running), ("beta", Running)]), at(8));
@@ -975,7 +975,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         assert_eq!(lines[4], "1 failed  1 waiting  1 running: alpha 1.50 s");
         assert!(line_with(&lines, "▸ alpha").ends_with("running 1.50 s"));
         assert!(line_with(&lines, "✗ beta").contains("FAILED"));
-        // In one line, whatever their number.
+        // One line shows all of them, whatever their number.
         let names: Vec<_> = (0..10_000).map(|i| format!("s{i}")).collect();
         let names: Vec<_> = names.iter().map(String::as_str).collect();
         model.learn(recorded(cycle(3, 8, CycleState::Failed, vec![])), at(8));
@@ -1019,7 +1019,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn waiting_cycles_are_listed_by_their_numbers_until_they_run() {
+    fn waiting_cycles_are_listed_by_their_ids_until_they_run() {
         let mut model = house();
         let cycles = |model: &Model| shown(model, &mut View { pane: Pane::Cycles, ..View::default() }, 120, 24);
         let lines = cycles(&model);
@@ -1031,7 +1031,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn what_has_no_room_of_many_running_cycles_is_counted() {
+    fn running_cycles_without_space_are_counted() {
         let mut model = house();
         for i in 3..259 {
             model.learn(started(i, 8, &[&format!("s{i}")]), at(8));
@@ -1041,7 +1041,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
             assert!(line_with(&shown, "256 cycles running").contains(more), "{shown:?}");
             assert_eq!(shown.iter().filter(|line| line.starts_with("cycle ")).count(), lines, "{shown:?}");
         }
-        // In a narrow terminal, titles are cut and the strips are not.
+        // In a narrow terminal, titles are truncated and the strips are not.
         let narrow = shown(&model, &mut View::default(), 40, 24);
         assert_eq!(narrow[3], "cycle 3, unknown: 0 of 1 ended, 2.00…  ·");
         let mut view = View { pane: Pane::Cycles, top: usize::MAX, ..View::default() };
@@ -1049,7 +1049,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn a_lost_connection_dims_what_was_known() {
+    fn a_lost_connection_dims_the_last_known_state() {
         let mut model = house();
         model.learn(started(3, 2, &["alpha"]), at(2));
         model.learn(progress(3, &[("alpha", Running)]), at(2));
@@ -1068,7 +1068,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn the_store_s_error_and_a_late_answer_are_loud() {
+    fn an_error_of_the_store_and_a_late_answer_are_prominent() {
         let News::Status(status) = status() else { panic!("no status") };
         let mut model = house();
         let status = pb::OrchestratorStatus { store_error: "disk\x1b full".into(), ..*status };
@@ -1080,7 +1080,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn no_size_panics_and_the_smallest_say_so() {
+    fn no_size_panics_and_the_smallest_ones_show_a_message() {
         let mut model = house();
         model.learn(started(3, 8, &["alpha", "beta"]), at(8));
         let detail = || {
@@ -1110,7 +1110,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn a_filter_says_what_it_leaves() {
+    fn a_filter_shows_its_text_and_its_matches() {
         let model = house();
         let mut view = View { filter: "bet".into(), mode: Mode::Filter, ..View::default() };
         let lines = shown(&model, &mut view, 80, 24);
@@ -1153,7 +1153,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn cycles_whose_records_can_not_be_read_are_marked_in_their_places() {
+    fn unreadable_cycles_are_marked_in_their_places() {
         let mut model = house();
         let damaged = |cycle_id, revision| {
             News::Unreadable(pb::UnreadableCycle { cycle_id, revision, problem: "it is too short".into() })
@@ -1203,7 +1203,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn colours_are_only_used_where_they_are_wanted() {
+    fn colours_are_used_only_on_request() {
         let model = house();
         let paint = |colours| {
             let mut terminal = Terminal::new(TestBackend::new(100, 30)).unwrap();

@@ -652,7 +652,7 @@ pub(super) mod tests {
         }
     }
 
-    /// A cycle that ended this number of seconds after the epoch, as did all its parts.
+    /// A cycle that ended this number of seconds after the epoch, together with all its parts.
     pub(in super::super) fn cycle(
         cycle_id: u64,
         seconds: i64,
@@ -714,7 +714,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_cycle_moves_and_ends() {
+    fn a_cycle_progresses_and_ends() {
         use pb::SubsystemState::{Failed, Running, Skipped, Succeeded};
         let mut model = knowing([page(vec![registered("a"), registered("b"), registered("c")])]);
         model.learn(started(4, 0, &["a", "b", "c"]), at(0));
@@ -747,7 +747,7 @@ pub(super) mod tests {
         model.learn(recorded(cycle(2, 9, pb::CycleState::Degraded, vec![part("a", Failed, 1.0)])), at(9));
         let stale = model.row("a").unwrap();
         assert_eq!((stale.freshness(), stale.output.unwrap().made_at), ("STALE", Some(at(1))));
-        // A page that is older than the stream changes nothing; nor does a page after a restart.
+        // A page that is older than the stream does not change the rows; nor does a page after a restart.
         let old = pb::SubsystemStatus {
             last: Some(part("a", Succeeded, 1.0)),
             last_cycle_id: 1,
@@ -762,7 +762,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_is_no_longer_registered_goes_after_a_whole_reading() {
+    fn unregistered_subsystems_are_removed_after_all_pages() {
         let first = News::Page { subsystems: vec![registered("a")], is_last: false };
         let mut model = knowing([first, page(vec![registered("b")])]);
         assert_eq!(names(&model.rows("", Column::Subsystem, false)), ["a", "b"]);
@@ -799,7 +799,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_lost_connection_keeps_what_is_known_until_the_stream_goes_on() {
+    fn a_lost_connection_keeps_the_last_known_state_until_the_stream_continues() {
         let mut model = knowing([page(vec![registered("a")]), started(7, 0, &["a"])]);
         model.learn(News::Lost("the connection is lost".into()), at(5));
         model.learn(News::Lost("still".into()), at(8));
@@ -849,7 +849,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_cycle_has_ended_where_another_one_has_its_subsystem() {
+    fn a_cycle_has_ended_if_another_one_has_its_subsystem() {
         let mut model = knowing([page(["a", "b", "c"].map(registered).to_vec())]);
         model.learn(started(1, 0, &["a", "b"]), at(0));
         model.learn(started(2, 0, &["c"]), at(0));
@@ -859,7 +859,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_number_of_cycles_counts_what_the_stream_brought_since_the_status() {
+    fn the_number_of_cycles_includes_events_since_the_status() {
         let status =
             pb::OrchestratorStatus { total_cycles: 7, newest_revision: 9, ..pb::OrchestratorStatus::default() };
         let mut model = knowing([News::Status(Box::new(status))]);

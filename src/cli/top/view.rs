@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_end_it_from_the_outermost_only() {
+    fn keys_end_it_only_from_the_outermost_view() {
         let (mut view, model) = (View::default(), fleet());
         assert_eq!(press(&mut view, &model, [KeyCode::Char('q')]), Then::Quit);
         assert_eq!(press(&mut view, &model, [KeyCode::Esc]), Then::Quit);
@@ -338,9 +338,9 @@ mod tests {
         assert_eq!(view.filter, "qx?");
         press(&mut view, &model, [KeyCode::Backspace, KeyCode::Backspace, KeyCode::Enter]);
         assert_eq!((view.filter.as_str(), matches!(view.mode, Mode::Browse)), ("q", true));
-        assert_eq!(press(&mut view, &model, [KeyCode::Enter]), Then::GoOn, "no row is no subsystem");
+        assert_eq!(press(&mut view, &model, [KeyCode::Enter]), Then::GoOn, "without a row, no subsystem is opened");
         assert_eq!(view.wants(), None);
-        assert_eq!(press(&mut view, &model, [KeyCode::Esc]), Then::GoOn, "first out of the filter");
+        assert_eq!(press(&mut view, &model, [KeyCode::Esc]), Then::GoOn, "leaves the filter first");
         assert_eq!(view.filter, "");
         press(&mut view, &model, [KeyCode::Char('s'), KeyCode::Char('s'), KeyCode::Char('r')]);
         assert_eq!((view.sort, view.reversed), (Column::Duration, true));

@@ -36,14 +36,14 @@ async fn refused(path: &Path) -> OpenError {
     try_open(path).await.err().unwrap()
 }
 
-/// An open cycle of which nothing can be read.
+/// An open cycle of which only the id can be read.
 fn unknown_cycle(id: u64) -> OpenCycle {
     let unknown = OpenCycle { trigger: Trigger::Unknown, stage: Stage::Unknown, ..waiting_cycle(id, None) };
     OpenCycle { scheduled_at: Timestamp::UNIX_EPOCH, ..unknown }
 }
 
 #[tokio::test]
-async fn everything_is_there_after_a_restart() {
+async fn everything_is_kept_across_a_restart() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("new/directory/o.db");
     let (store, first) = opened(&path).await;
@@ -83,13 +83,13 @@ async fn everything_is_there_after_a_restart() {
     assert!(second.epoch > first.epoch);
     assert_eq!((second.last_cycle_id, second.last_revision), (CycleId(6), Revision(2)));
     assert_eq!(second.last_record, Some(Ok(record(2, first.epoch))));
-    assert_eq!(second.open, open, "what is recorded is no longer open");
+    assert_eq!(second.open, open, "recorded cycles are no longer open");
     let made = StoredOutput { name: name("a"), output: output(2, "new"), finished_at: Some(at(1)) };
     assert_eq!(second.outputs, [made]);
     assert_eq!(second.subsystems, [(*stored_subsystem("a").1.unwrap()).clone()]);
     assert_eq!(second.loops, [stored_loop]);
     assert!(!second.may_lack_open, "the machine has not restarted");
-    // What was open before can be recorded, one by one, and none that is not.
+    // Cycles that were open before can be recorded, one by one, and no others.
     let record =
         |revision, id| Write { records: vec![record_of(id, revision, second.epoch)], ..recorded(5..=6, second.epoch) };
     refuses(&*store, record(3, 2)).await;
@@ -113,12 +113,12 @@ fn database_of_version(path: &Path, version: usize) -> rusqlite::Connection {
 }
 
 #[tokio::test]
-async fn a_database_of_an_earlier_version_goes_on_with_its_open_cycles_and_those_that_are_missing_between_them() {
+async fn a_database_of_an_earlier_version_keeps_its_open_cycles_and_finds_the_missing_ones() {
     let directory = tempfile::tempdir().unwrap();
     for version in 1..=3 {
         let path = directory.path().join(format!("{version}.db"));
         let raw = database_of_version(&path, version);
-        // 1 to 3 are recorded, 4 has begun, 6 waits, and 8 has begun. The last one is damage.
+        // 1 to 3 are recorded, 4 has started, 6 waits, and 8 has started. The last row is damaged.
         raw.execute_batch(
             "WITH ids (id) AS (VALUES (1), (2), (3))
              INSERT INTO cycles SELECT id, id, 7, 1, 1, NULL, 'r', id, x'00' FROM ids;
@@ -156,14 +156,17 @@ async fn a_database_of_an_earlier_version_goes_on_with_its_open_cycles_and_those
 }
 
 #[tokio::test]
-async fn epochs_grow_whatever_the_clock_says() {
+async fn epochs_grow_also_if_the_clock_is_set_back() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (store, first) = opened(&path).await;
-    assert!(first.epoch >= Epoch::by_clock(at(0)), "subsystems that know another store's epochs take it for later");
+    assert!(
+        first.epoch >= Epoch::by_clock(at(0)),
+        "subsystems that know the epochs of another store consider it later"
+    );
     filled(&*store, first.epoch, 1).await;
     drop(store);
-    // As if the clock had been set back since.
+    // The clock has been set back since.
     let ahead = Epoch(first.epoch.0 + 1_000_000_000);
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.execute("UPDATE meta SET epoch = ?1", [i64::try_from(ahead.0).unwrap()]).unwrap();
@@ -191,7 +194,7 @@ async fn a_restart_of_the_machine_without_a_close_is_noticed() {
 }
 
 #[tokio::test]
-async fn a_second_process_is_kept_out_and_one_that_is_overtaken_is_fenced() {
+async fn a_second_process_is_refused_and_a_superseded_one_is_fenced() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (first, contents) = opened(&path).await;
@@ -213,11 +216,11 @@ async fn a_second_process_is_kept_out_and_one_that_is_overtaken_is_fenced() {
     let write = Arc::new(recorded(2..=2, contents.epoch));
     assert_eq!(first.commit(write).await, Err(StoreError::Fenced { by: later }));
     let pruned = first.prune(Retention::default(), Timestamp::now(), 10).await;
-    assert_eq!(pruned.err(), Some(StoreError::Fenced { by: later }), "nor does it forget anything");
+    assert_eq!(pruned.err(), Some(StoreError::Fenced { by: later }), "nor can it remove records");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_commit_that_another_program_holds_up_is_late_and_kept_all_the_same() {
+async fn a_commit_that_another_program_delays_is_late_and_still_kept() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (store, contents) = opened(&path).await;
@@ -225,12 +228,12 @@ async fn a_commit_that_another_program_holds_up_is_late_and_kept_all_the_same() 
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     let (mut trouble, committing) = (store.trouble(), store.clone());
     let committing = tokio::spawn(async move { committing.commit(Arc::new(recorded(1..=1, contents.epoch))).await });
-    // The paused clock moves on as nothing else can.
+    // The paused clock advances because no task can run.
     let late = trouble.next().await.unwrap();
     let Some(StoreError::Late { store: of, waited, .. }) = late else { panic!("{late:?}") };
     assert_eq!((of, waited), (path.display().to_string(), Duration::from_secs(5)));
     assert!(!committing.is_finished());
-    assert_eq!(store.cycle(cycle_of(1)).await.unwrap(), None, "it can be read meanwhile");
+    assert_eq!(store.cycle(cycle_of(1)).await.unwrap(), None, "the store can be read meanwhile");
     other.execute_batch("COMMIT").unwrap();
     committing.await.unwrap().unwrap();
     assert_eq!(trouble.next().await, Some(None));
@@ -254,7 +257,7 @@ async fn an_epoch_begins_with_the_first_commit() {
 }
 
 #[tokio::test]
-async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
+async fn a_foreign_damaged_or_too_new_database_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     std::fs::write(&path, vec![b'x'; 10_000]).unwrap();
@@ -283,7 +286,7 @@ async fn a_database_that_is_none_or_damaged_or_too_new_is_named() {
 }
 
 #[tokio::test]
-async fn what_can_not_be_read_stands_in_its_place_and_the_rest_is_there() {
+async fn an_unreadable_record_keeps_its_place_and_the_others_are_read() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (store, contents) = opened(&path).await;
@@ -301,41 +304,41 @@ async fn what_can_not_be_read_stands_in_its_place_and_the_rest_is_there() {
          DELETE FROM cycles WHERE revision IN (10, 12)",
     )
     .unwrap();
-    let told = |found: &[Found]| {
-        let told = found.iter().map(|found| match found {
+    let shown = |found: &[Found]| {
+        let shown = found.iter().map(|found| match found {
             Ok(record) => (record.revision.0, true),
             Err(unreadable) => (unreadable.revision.0, false),
         });
-        told.collect::<Vec<_>>()
+        shown.collect::<Vec<_>>()
     };
     let after = store.cycles_after(Revision(0), ALL).await.unwrap();
     let unreadable = (2..=10).map(|revision| (revision, false));
     let all: Vec<_> = [(1, true)].into_iter().chain(unreadable).chain([(11, true), (12, false)]).collect();
-    assert_eq!(told(&after), all);
+    assert_eq!(shown(&after), all);
     let three = PageLimits { records: 3, ..ALL };
-    assert_eq!(told(&store.cycles_after(Revision(8), three).await.unwrap()), all[8..11]);
-    assert_eq!(told(&store.cycles_after(Revision(11), three).await.unwrap()), all[11..]);
+    assert_eq!(shown(&store.cycles_after(Revision(8), three).await.unwrap()), all[8..11]);
+    assert_eq!(shown(&store.cycles_after(Revision(11), three).await.unwrap()), all[11..]);
 
-    // In the other direction it is the same.
+    // The other direction gives the same records.
     let mut all: Vec<_> = all.into_iter().rev().collect();
     let page = store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap();
-    assert_eq!((told(&page.records), page.scanned, page.next), (all.clone(), 12, None));
+    assert_eq!((shown(&page.records), page.scanned, page.next), (all.clone(), 12, None));
     let mut before = Revision(100);
     while !all.is_empty() {
         let Page { records, next, .. } = store.cycles_before(before, Filter::default(), three).await.unwrap();
-        assert_eq!(told(&records), all.drain(..3).collect::<Vec<_>>());
+        assert_eq!(shown(&records), all.drain(..3).collect::<Vec<_>>());
         before = next.unwrap_or_default();
     }
-    // What the filter looks at can be read of revisions 2 and 3, and of no other.
+    // The fields that the filter compares are readable in revisions 2 and 3 only.
     let interrupted = Filter { states: vec![CycleState::Interrupted], ..Filter::default() };
     let page = store.cycles_before(Revision(9), interrupted, ALL).await.unwrap();
-    assert_eq!(told(&page.records), [(8, false), (7, false), (6, false), (5, false), (4, false)]);
+    assert_eq!(shown(&page.records), [(8, false), (7, false), (6, false), (5, false), (4, false)]);
     for revision in 2..=9 {
         let found = store.cycle(cycle_of(revision)).await.unwrap();
         let Some(Err(unreadable)) = found else { panic!("{found:?}") };
         assert_eq!(unreadable.cycle_id, cycle_of(revision));
     }
-    // What has no place in the history stays, and the rest goes when it is its turn.
+    // The row without a revision stays, and the others are removed in their turn.
     let ten = Retention { default: RetentionRule { max_cycles: Some(10), max_age: None }, ..Retention::default() };
     assert_eq!(store.prune(ten, at(0), 100).await.unwrap().pruned_to, Revision(2));
     drop(store);
@@ -344,7 +347,7 @@ async fn what_can_not_be_read_stands_in_its_place_and_the_rest_is_there() {
 }
 
 #[tokio::test]
-async fn rows_that_can_not_be_read_are_named_and_the_rest_is_there() {
+async fn unreadable_rows_are_named_and_the_others_are_read() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (store, first) = opened(&path).await;
@@ -382,7 +385,7 @@ async fn rows_that_can_not_be_read_are_named_and_the_rest_is_there() {
 }
 
 #[tokio::test]
-async fn what_is_missing_at_the_end_is_known_and_an_older_copy_is_told_from_a_damaged_log() {
+async fn the_missing_end_is_known_and_an_older_copy_is_distinguished_from_a_damaged_log() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (store, first) = opened(&path).await;
@@ -400,7 +403,7 @@ async fn what_is_missing_at_the_end_is_known_and_an_older_copy_is_told_from_a_da
     commit(&*store, recorded(4..=4, third.epoch)).await;
     drop(store);
     let (store, fourth) = opened(&path).await;
-    assert_eq!(fourth.lost, None, "it is told once");
+    assert_eq!(fourth.lost, None, "it is reported once");
     commit(&*store, recorded(5..=20_000, fourth.epoch)).await;
     drop(store);
     std::fs::write(&path, &older).unwrap();
@@ -430,11 +433,11 @@ async fn damage_in_the_middle_is_found_when_it_is_read() {
     let (store, _) = opened(&path).await;
     let read = store.cycles_before(Revision(3000), Filter::default(), ALL).await;
     assert!(matches!(read, Err(StoreError::Corrupt { .. })));
-    assert!(store.cycle(cycle_of(2000)).await.unwrap().is_some(), "the rest is still there");
+    assert!(store.cycle(cycle_of(2000)).await.unwrap().is_some(), "other records can still be read");
 }
 
 #[tokio::test]
-async fn a_full_disk_loses_nothing_and_passes() {
+async fn a_full_disk_loses_no_record_and_writes_recover() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (store, contents) = opened(&path).await;
@@ -444,7 +447,7 @@ async fn a_full_disk_loses_nothing_and_passes() {
         write.records[0].bytes = vec![0; 1 << 20].into();
         Arc::new(write)
     };
-    // The writer's own connection has to have the limit, so it is asked for in a way that only tests use.
+    // The writer's own connection needs the limit, so it is set in a way that only tests use.
     limit_pages(&path, 40);
     assert!(matches!(store.commit(big(11)).await, Err(StoreError::Full { .. })));
     assert_eq!(store.cycle(cycle_of(11)).await.unwrap(), None);
