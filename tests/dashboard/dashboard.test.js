@@ -51,7 +51,7 @@ test("the page loads, and each view has its title", async (t) => {
   assert.deepEqual(page.problems, []);
 });
 
-test("where there is nothing yet, each view says so", async (t) => {
+test("each empty view says that it is empty", async (t) => {
   const { service } = await stage(t);
   const page = await browser.open(service.url);
   for (const [hash, text] of [
@@ -64,7 +64,7 @@ test("where there is nothing yet, each view says so", async (t) => {
   ]) {
     await show(page, hash);
     await says(page, "main .summary", text);
-    // biome-ignore lint/performance/useDomNodeTextContent: only what people see
+    // biome-ignore lint/performance/useDomNodeTextContent: only visible text counts
     const seen = await page.$eval("main", (main) => main.innerText);
     assert.ok(!seen.includes("…"), `${hash} still reads: ${seen}`);
     assert.equal(await page.$("main .graph"), null, hash);
@@ -72,7 +72,7 @@ test("where there is nothing yet, each view says so", async (t) => {
   assert.deepEqual(page.problems, []);
 });
 
-test("an order that the fleet does not have is by name", async (t) => {
+test("an unknown order of the fleet is replaced by the names", async (t) => {
   const { fleet, service } = await stage(t);
   for (const name of ["beta", "alpha"]) await service.register(fleet, name);
   const page = await browser.open(`${service.url}/#/fleet?sort=recent`);
@@ -80,7 +80,7 @@ test("an order that the fleet does not have is by name", async (t) => {
   assert.deepEqual(page.problems, []);
 });
 
-test("a running cycle moves, and its critical path is marked at its end", async (t) => {
+test("a running cycle shows its progress, and its critical path at its end", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "first");
   await service.register(fleet, "second", { after: ["first"] });
@@ -91,7 +91,7 @@ test("a running cycle moves, and its critical path is marked at its end", async 
   const running = service.run();
   await sees(page, `${row("first")} [data-state=RUNNING].bar`);
   await sees(page, `${row("second")} .state[data-state=WAITING]`);
-  // The bar of what runs grows by itself, with no event.
+  // The bar of a running subsystem grows by itself, without an event.
   const lasted = `${row("first")} td:nth-child(5)`;
   const early = await page.$eval(lasted, (cell) => cell.textContent);
   await page.waitForFunction((selector, early) => document.querySelector(selector).textContent !== early, {}, lasted, early);
@@ -107,7 +107,7 @@ test("a running cycle moves, and its critical path is marked at its end", async 
   assert.deepEqual(page.problems, []);
 });
 
-test("who comes into a running cycle sees how it stands", async (t) => {
+test("a page opened during a cycle shows its current state", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "first");
   await service.register(fleet, "second", { after: ["first"] });
@@ -120,7 +120,7 @@ test("who comes into a running cycle sees how it stands", async (t) => {
   await says(page, "#waiting", "Cycle 2, manual, has waited");
   await says(page, "#waiting", "for cycle 1 (all subsystems)");
 
-  // A cycle that is held stays, whatever comes after it.
+  // A held cycle stays, even when another one starts.
   await page.click("#hold");
   release();
   await running;
@@ -149,7 +149,7 @@ test("cycles that run at the same time are listed, and one of them is shown", as
 
   await starts("8", "fast", ["gamma"]);
   await says(page, ".cycle-name", "Cycle 8");
-  // It has waited, and begins later.
+  // It has waited, and starts later.
   await starts("7", "slow", ["alpha", "beta"]);
   await moves("8", "gamma", "RUNNING");
   await moves("7", "alpha", "RUNNING");
@@ -157,7 +157,7 @@ test("cycles that run at the same time are listed, and one of them is shown", as
   await sees(page, chip("8"));
   await says(page, chip("7"), "Cycle 7, loop slow1 of 2");
   assert.deepEqual(await page.$$eval("#running .chip", (all) => all.map((one) => one.dataset.key)), ["7", "8"]);
-  // The one that is looked at stays while it runs.
+  // The shown cycle stays while it runs.
   await says(page, ".cycle-name", "Cycle 8");
   await sees(page, `${row("gamma")} [data-state=RUNNING].bar`);
   assert.equal(await page.$(row("alpha")), null);
@@ -168,7 +168,7 @@ test("cycles that run at the same time are listed, and one of them is shown", as
   await sees(page, `${chip("7")}[aria-pressed=true]`);
   assert.deepEqual(await inaccessible(page), []);
 
-  // The later one ends first. What runs on keeps its progress.
+  // The later cycle ends first. The other one keeps its progress.
   await ends("8", "1", "fast", ["gamma"]);
   await page.waitForSelector("#running", { hidden: true });
   await sees(page, `${row("alpha")} .state[data-state=FAILED]`);
@@ -188,7 +188,7 @@ test("cycles that run at the same time are listed, and one of them is shown", as
   await show(page, "#/fleet");
   await says(page, ".facts", "Runningnone");
 
-  // A subsystem is in one cycle at a time: the one before has ended, though nothing has told that.
+  // A subsystem is in one cycle at a time, so the earlier cycle has ended, although no event reported that.
   await starts("10", "fast", ["gamma"]);
   await starts("11", "slow", ["alpha", "beta"]);
   await starts("12", "fast", ["gamma"]);
@@ -196,7 +196,7 @@ test("cycles that run at the same time are listed, and one of them is shown", as
   assert.deepEqual(page.problems, []);
 });
 
-test("a failed subsystem shows, everywhere", async (t) => {
+test("every view shows a failed subsystem", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "sound");
   await service.register(fleet, "broken");
@@ -214,12 +214,12 @@ test("a failed subsystem shows, everywhere", async (t) => {
   await says(page, `${row("hungry")} .reason`, "which did not succeed");
   await says(page, `${row("broken")} [data-freshness]`, "stale");
   await says(page, "main .summary", "2 failed");
-  // The two are told apart, and add up.
+  // The two are distinguished, and add up.
   await says(page, ".chip[data-state=FAILED]", "failed1");
   await says(page, ".chip[data-state=SKIPPED_FOR_A_FAILURE]", "skipped for a failure1");
   await sees(page, 'main .stacked[aria-label="Last parts: 1 failed, 1 skipped for a failure, 1 succeeded"]');
 
-  // Filtered, and the filter is in the address.
+  // The list is filtered, and the filter is in the address.
   await page.click(".chip[data-state=FAILED]");
   await page.waitForFunction(() => document.querySelectorAll("main tbody tr").length === 1);
   assert.match(page.url(), /#\/fleet\?state=FAILED$/);
@@ -237,14 +237,14 @@ test("a failed subsystem shows, everywhere", async (t) => {
   await show(page, "#/cycles/2/hungry");
   await says(page, "main table tbody tr", "brokenrequiresabsent");
 
-  // Who can't run is told before, with the reason.
+  // The plan shows subsystems that can't run, with the reason.
   await service.register(fleet, "lonely", { requires: ["nobody"] });
   await show(page, "#/plan");
   await says(page, row("lonely"), "will be skipped: it requires nobody, which is not registered");
   assert.deepEqual(page.problems, []);
 });
 
-test("a cycle's outputs, and what has changed in them", async (t) => {
+test("the outputs of a cycle, and their changes", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "maker", { recordOutput: true });
   await service.register(fleet, "reader", { after: ["maker"], reads: ["nobody"] });
@@ -295,7 +295,7 @@ test("the ticks of a loop add up", async (t) => {
   assert.deepEqual(page.problems, []);
 });
 
-test("a service that was killed and started again is picked up again", async (t) => {
+test("a page reconnects to a service that was killed and restarted", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "steady");
   await service.run();
@@ -309,7 +309,7 @@ test("a service that was killed and started again is picked up again", async (t)
   await sees(page, "#connection[data-connection=lost]");
   await says(page, "#connection", "Connection lost, reconnecting");
   await says(page, "#announcer", "Connection lost");
-  // What was read stays in sight.
+  // The last known state stays visible.
   await says(page, `${row("steady")} .state`, "succeeded");
   release();
   await service.restart();
@@ -318,7 +318,7 @@ test("a service that was killed and started again is picked up again", async (t)
   const { status } = await (await fetch(new URL("/api/status", service.url))).json();
   await says(page, ".facts", `Epoch${status.epoch}`);
 
-  // What is asked for while there is nobody to answer comes as soon as there is.
+  // A view that is opened while the service is down is shown as soon as it is up again.
   await service.kill();
   await sees(page, "#connection[data-connection=lost]");
   await show(page, "#/cycles/1/steady");
@@ -326,7 +326,7 @@ test("a service that was killed and started again is picked up again", async (t)
   await service.restart();
   await says(page, "main", "still the latest known output");
 
-  // Again, while the history is shown.
+  // The same while the history is shown.
   await show(page, "#/cycles");
   await says(page, 'main tr[data-key="2"]', "interrupted");
   await service.kill();
@@ -335,11 +335,11 @@ test("a service that was killed and started again is picked up again", async (t)
   await sees(page, "#connection[data-connection=open]");
   await service.run();
   await says(page, 'main tr[data-key="3"]', "succeeded");
-  // The browser itself says that a connection broke, or was refused.
+  // The browser itself reports that a connection broke, or was refused.
   assert.deepEqual(page.problems.filter((text) => !/net::ERR_(CONNECTION|INCOMPLETE|EMPTY)/.test(text)), []);
 });
 
-test("records that can't be read are marked, and the rest is shown", async (t) => {
+test("unreadable records are marked, and the others are shown", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "steady");
   for (let i = 0; i < 4; i += 1) await service.run();
@@ -361,7 +361,7 @@ test("records that can't be read are marked, and the rest is shown", async (t) =
   assert.deepEqual(page.problems.filter((text) => !/status of 500/.test(text)), []);
 });
 
-test("a store that can't be written is told, until it can", async (t) => {
+test("an error of the store is shown until the store can be written again", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "alpha");
   await service.run();
@@ -377,7 +377,7 @@ test("a store that can't be written is told, until it can", async (t) => {
   await says(page, "#store-error", "The store can't be written, and no cycle starts until it can: ");
   assert.equal(await page.$eval("#store-error", (banner) => banner.getAttribute("role")), "alert");
   assert.deepEqual(await inaccessible(page), []);
-  // It stays in sight wherever one goes, and what was read does too.
+  // The error stays visible in all views, and so does the last known state.
   await show(page, "#/cycles");
   await says(page, 'main tr[data-key="1"]', "succeeded");
   await sees(page, "#store-error");
@@ -415,7 +415,7 @@ test("a cycle that is recorded while the recent ones are read counts once", asyn
   }
 });
 
-test("what moves keeps the focus", async (t) => {
+test("moving rows keep the focus", async (t) => {
   const { fleet, service } = await stage(t);
   for (const name of ["first", "second", "last"]) await service.register(fleet, name, name === "last" ? { after: ["first", "second"] } : {});
   // The two change places with every cycle: in the fleet by their durations, and in the plan on its critical path.
@@ -452,7 +452,7 @@ test("what moves keeps the focus", async (t) => {
   assert.deepEqual(page.problems, []);
 });
 
-test("a theme that is chosen wins over the system's", async (t) => {
+test("a chosen theme takes precedence over that of the system", async (t) => {
   const { service } = await stage(t);
   for (const theme of ["light", "dark"]) {
     const page = await browser.open(service.url, { theme });
@@ -463,13 +463,13 @@ test("a theme that is chosen wins over the system's", async (t) => {
       assert.deepEqual(await shown(), grounds[expected], `${chosen} on ${theme}`);
       if (chosen !== "auto" || expected === theme) await page.keyboard.press("t");
     }
-    // As it was, for the pages after this one.
+    // Restores the default, for later pages.
     await page.evaluate(() => localStorage.clear());
     await page.close();
   }
 });
 
-test("a page that nobody looks at lets go, and is up to date when somebody does", async (t) => {
+test("a hidden page disconnects, and is up to date once it is shown", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "alpha");
   const page = await browser.open(`${service.url}/#/cycles`);
@@ -483,7 +483,7 @@ test("a page that nobody looks at lets go, and is up to date when somebody does"
   assert.deepEqual([...page.problems, ...other.problems], []);
 });
 
-test("what subsystems send does nothing", async (t) => {
+test("texts from subsystems have no effect", async (t) => {
   const attack = '<img src=x onerror="window.harmed=1"><script>window.harmed=1</script><style>*{display:none}</style>';
   const turned = "safe\u202egnp.exe\u0000\u0007\u200b\u2066\u3164\u{e0041}";
   const long = "M".repeat(5000);
@@ -526,23 +526,23 @@ test("what subsystems send does nothing", async (t) => {
       made: document.querySelectorAll("main img, main script, main style, main b, main iframe").length,
       handlers: [...document.querySelectorAll("main *")].filter((one) => one.getAttributeNames().some((name) => name.startsWith("on"))).length,
       links: [...document.querySelectorAll("main a[href]")].filter((one) => !one.getAttribute("href").startsWith("#/")).length,
-      // biome-ignore lint/suspicious/noControlCharactersInRegex: it is what must not be there
+      // biome-ignore lint/suspicious/noControlCharactersInRegex: these characters must be missing
       turned: /[\u0000\u202e\u2066\u200b\u3164\u{e0041}]/u.test(document.body.textContent),
       scrolls: document.documentElement.scrollWidth > document.documentElement.clientWidth,
     }));
     assert.deepEqual(seen, { isHarmed: false, made: 0, handlers: 0, links: 0, turned: false, scrolls: false }, hash);
   }
   assert.equal(await page.$$eval("head script", (all) => all.length), before);
-  // However long its code, there is room for what an issue says.
+  // The message of an issue has enough space even beside a long code.
   await show(page, "#/cycles/2/hostile");
   await sees(page, ".issues .message");
   const share = await page.$eval(".issues .message", (cell) => cell.clientWidth / document.documentElement.clientWidth);
   assert.ok(share > 0.7, `${share} of the width`);
-  // A cycle and a subsystem that do not exist are refused, which the browser notes.
+  // The service refuses a missing cycle and a missing subsystem, which the browser reports.
   assert.deepEqual(page.problems.filter((text) => !/status of 40[04]/.test(text)), []);
 });
 
-test("everything is reached by keyboard", async (t) => {
+test("all controls can be reached by keyboard", async (t) => {
   const { fleet, service } = await stage(t);
   for (const name of ["beta", "alpha"]) await service.register(fleet, name);
   await service.run();
@@ -555,7 +555,7 @@ test("everything is reached by keyboard", async (t) => {
   await page.keyboard.press("Enter");
   assert.equal(await focused(), "Fleet");
 
-  // From the top, every stop shows that it has the focus, and all that can be done is among them.
+  // From the top, every stop shows that it has the focus, and all controls are among the stops.
   await page.evaluate(() => {
     document.activeElement.blur();
     getSelection().removeAllRanges();
@@ -573,7 +573,7 @@ test("everything is reached by keyboard", async (t) => {
     });
     if (!stop) break;
     stops.push(stop);
-    assert.ok(stops.length < 80, "the focus goes round");
+    assert.ok(stops.length < 80, "the focus never leaves the page");
   }
   assert.deepEqual(stops.filter((stop) => !stop.isSeen), []);
   const texts = stops.map((stop) => stop.text);
@@ -584,7 +584,7 @@ test("everything is reached by keyboard", async (t) => {
   for (const [key, heading] of [["2", "Live"], ["3", "Cycles"], ["4", "Plan"], ["5", "Loops"], ["1", "Fleet"]]) {
     await page.keyboard.press(key);
     await says(page, "h1", heading);
-    // A screen reader goes on from the new heading.
+    // A screen reader continues from the new heading.
     assert.equal(await focused(), heading);
   }
   await page.keyboard.press("/");
@@ -613,13 +613,13 @@ test("everything is reached by keyboard", async (t) => {
   await sees(page, "[rel=next]");
   await page.keyboard.press("]");
   await says(page, "h1", "Cycle 2");
-  // There is a next one as soon as it is recorded.
+  // The next cycle has a link as soon as it is recorded.
   await service.run();
   await sees(page, "[rel=next]");
   assert.deepEqual(page.problems, []);
 });
 
-test("the history is filtered, and goes back page by page", async (t) => {
+test("the history can be filtered and read page by page", async (t) => {
   const { fleet, service } = await stage(t);
   await service.register(fleet, "alpha");
   await service.register(fleet, "beta");
@@ -665,7 +665,7 @@ test("10,000 subsystems stay usable", async (t) => {
   };
   await isBounded();
 
-  // A cycle of many, watched as it runs.
+  // A cycle of a large fleet, watched while it runs.
   await show(page, "#/live");
   const release = fleet.hold("s9999");
   const running = service.run({ deadline: { seconds: 300 } });
@@ -683,8 +683,8 @@ test("10,000 subsystems stay usable", async (t) => {
 
   await show(page, "#/fleet");
   await says(page, "main .summary", "10,000 subsystems: 1 failed");
-  // What is unknown of this many takes no space.
-  // biome-ignore lint/performance/useDomNodeTextContent: only what people see
+  // Columns without values take no space in a large fleet.
+  // biome-ignore lint/performance/useDomNodeTextContent: only visible text counts
   assert.ok(await page.$eval(".fleet thead", (head) => !head.innerText.includes("Recent cycles")));
   assert.equal(await page.$$eval("main tbody tr", (rows) => rows.length), 100);
   await page.keyboard.press("]");
@@ -725,7 +725,7 @@ describe("for everyone: contrast, names, order, and no sideways scrolling", () =
     await service.run({ recordOutputs: true });
     fleet.script("beta", () => ({ output: struct({ by: "beta", more: [1, 2, 3] }), metrics: { load: 0.5 }, issues: [{ code: "OLD", message: "a feed is old" }] }));
     fleet.script("gamma", () => {
-      throw failure("it has no memory left, and there is much to say about why that is so", 8);
+      throw failure("it has no memory left, and this message explains the reason at length", 8);
     });
     fleet.hold("late");
     await service.run();

@@ -17,7 +17,7 @@ const PROGRAM = process.env.ORCHESTRATOR ?? path.join(ROOT, process.env.CARGO_TA
 const CHROMIUM = [process.env.CHROMIUM, "/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"]
   .find((program) => program && existsSync(program));
 
-/** How long anything awaited may take. Nothing waits that long unless it is broken. */
+/** Most milliseconds for which a test waits for an event. It only turns a hang into a failure. */
 const PATIENCE = 30_000;
 
 const { dreamnet } = loadPackageDefinition(loadSync(
@@ -39,7 +39,7 @@ function value(of) {
   return { [{ number: "numberValue", string: "stringValue", boolean: "boolValue" }[typeof of]]: of };
 }
 
-/** Subsystems behind one port. Each does what its script says: a function that answers or throws. */
+/** Subsystems behind one port. Each follows its script: a function that answers or throws. */
 export class Fleet {
   scripts = new Map();
   #server = new Server();
@@ -63,12 +63,12 @@ export class Fleet {
     return fleet;
   }
 
-  /** From now on, this one does that. */
+  /** Sets the script of a subsystem. */
   script(name, run) {
     this.scripts.set(name, run);
   }
 
-  /** From now on, this one does not answer until the returned function is called. */
+  /** From now on, a subsystem does not answer until the returned function is called. */
   hold(name) {
     let release;
     const held = new Promise((done) => (release = done));
@@ -88,7 +88,7 @@ function echo(request) {
   return { output: struct({ by: request.subsystem, cycle: request.cycleId }) };
 }
 
-/** What a script throws to fail. */
+/** An error that a script throws to fail. */
 export function failure(message, code = status.INTERNAL) {
   return Object.assign(new Error(message), { code });
 }
@@ -115,7 +115,7 @@ export class Service {
     return path.join(this.#home, "o.db");
   }
 
-  /** Takes the database from its place, under the running service; the returned function puts it back. */
+  /** Moves the database away under the running service; the returned function moves it back. */
   moveDatabaseAway() {
     const files = ["", "-wal", "-shm"].map((suffix) => this.#database + suffix).filter((file) => existsSync(file));
     for (const file of files) renameSync(file, `${file}.away`);
@@ -124,7 +124,7 @@ export class Service {
     };
   }
 
-  /** Damages the record of a cycle, past the service. */
+  /** Damages the record of a cycle in the database. */
   damageRecord(cycleId) {
     const script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute(\"UPDATE cycles SET record = x'ff' WHERE cycle_id = ?\", [sys.argv[2]]); db.commit()";
     const { status, stderr } = spawnSync("python3", ["-c", script, this.#database, String(cycleId)], { encoding: "utf8" });
@@ -145,7 +145,7 @@ export class Service {
       { "grpc.max_receive_message_length": 64 << 20 });
   }
 
-  /** As rude as can be. */
+  /** Kills it with SIGKILL. */
   async kill() {
     this.#child.kill("SIGKILL");
     await once(this.#child, "exit");
@@ -180,12 +180,12 @@ async function named(lines, pattern) {
 
 // --------------------------------------------------------------------------------------- the browser
 
-/** A browser whose pages note everything that is not as it should be. */
+/** A browser whose pages collect all errors. */
 export class Browser {
   #browser;
 
   static async start() {
-    if (!CHROMIUM) throw new Error("there is no Chromium; install Debian's chromium, or name one in CHROMIUM");
+    if (!CHROMIUM) throw new Error("Chromium is missing; install Debian's chromium, or name one in CHROMIUM");
     const browser = new Browser();
     const isRoot = process.getuid() === 0;
     browser.#browser = await puppeteer.launch({ executablePath: CHROMIUM, args: isRoot ? ["--no-sandbox"] : [] });
@@ -225,7 +225,7 @@ export class Browser {
   }
 }
 
-/** Runs in the page: its stream of events says that it has caught up, and then what `happens` says. */
+/** Runs in the page: its stream of events starts with a bookmark, and continues with the events of `happens`. */
 function scriptEvents() {
   window.EventSource = class extends EventTarget {
     constructor() {
@@ -238,7 +238,7 @@ function scriptEvents() {
   };
 }
 
-/** An event comes to a page whose events are scripted. */
+/** Sends an event to a page whose events are scripted. */
 export async function happens(page, name, event) {
   await page.evaluate((name, data) => window.happen(name, data), name, { [name]: event });
 }
@@ -248,17 +248,17 @@ export async function show(page, hash) {
   await page.evaluate((hash) => (location.hash = hash), hash);
 }
 
-/** Waits until an element that this selects has this text in it. */
+/** Waits until an element of this selector contains this text. */
 export async function says(page, selector, text) {
   try {
     await page.waitForFunction((selector, text) => [...document.querySelectorAll(selector)].some((one) => one.textContent.includes(text)), {}, selector, text);
   } catch {
     const found = await page.$$eval(selector, (all) => all.map((one) => one.textContent.slice(0, 300)));
-    throw new Error(`no ${selector} says ${JSON.stringify(text)}, but: ${JSON.stringify(found.slice(0, 20))}`);
+    throw new Error(`no ${selector} contains ${JSON.stringify(text)}, but: ${JSON.stringify(found.slice(0, 20))}`);
   }
 }
 
-/** What axe finds that is serious or critical. */
+/** The serious and critical findings of axe. */
 export async function inaccessible(page) {
   await page.evaluate(axe.source);
   const { violations } = await page.evaluate(() => axe.run());

@@ -1,4 +1,4 @@
-"""A subsystem that traces, with nothing but what OpenTelemetry offers for Python: `traced.py PROTO_DIR COLLECTOR`."""
+"""A subsystem that traces with OpenTelemetry's packages for Python: `traced.py PROTO_DIR COLLECTOR`."""
 
 import sys
 from concurrent import futures
