@@ -13,8 +13,8 @@ use rustix::fs::OFlags;
 
 pub use self::changes::Changes;
 
-/// The most that is read of a file: room for the declarations of 20,000 subsystems of 800 bytes, which is what a
-/// registry holds by default; without parameters they take some 200.
+/// Most bytes of a file: enough for the declarations of 20,000 subsystems of 800 bytes, the default limit of a registry.
+/// Without parameters, a declaration takes some 200 bytes.
 pub const MAX_BYTES: u64 = 16 << 20;
 
 /// Why a file is not read. Reads well behind its name.
@@ -35,7 +35,7 @@ pub enum FileError {
 }
 
 /// Reads a regular file of at most [`MAX_BYTES`], without the mark (BOM) that some editors put before UTF-8. Blocks,
-/// for as long as its disk takes; what is no regular file is refused without waiting for it.
+/// for as long as its disk takes; anything but a regular file is refused without waiting for it.
 ///
 /// # Errors
 /// It can't be read, is not a regular file, or is too large.

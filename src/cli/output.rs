@@ -266,7 +266,7 @@ pub(super) fn trigger(trigger: pb::Trigger, name: &str) -> String {
     }
 }
 
-/// What a waiting cycle waits for.
+/// The cause for which a cycle waits.
 pub(super) fn waits_for(waiting: &pb::WaitingCycle) -> String {
     match (waiting.waits_for_cycle_id, waiting.waits_for_subsystem.as_str()) {
         (0, _) => "fewer running cycles".to_owned(),

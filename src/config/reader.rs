@@ -166,7 +166,7 @@ impl Problems {
         }
     }
 
-    /// No further one is kept, so that there is no use in looking for one.
+    /// True if no further problem is kept, so that looking for more is of no use.
     pub(super) fn is_full(&self) -> bool {
         self.found.len() >= ConfigError::MAX_PROBLEMS
     }

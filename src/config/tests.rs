@@ -443,7 +443,7 @@ fn a_limit_that_a_narrower_one_makes_unreachable_is_refused() {
     let out_of_reach = |memory| config.out_of_reach(memory).map(|it| (it.key, it.max)).collect::<Vec<_>>();
     assert_eq!(out_of_reach(1 << 30), []);
     assert_eq!(out_of_reach(64 << 20), [("server.max_request_bytes", 3_145_728)]);
-    // A default gives way to what is written, and what fits exactly is allowed.
+    // A default gives way to a written limit, and equal limits are allowed.
     assert!(load(&["server.max_receiving_bytes=1048576"], &[]).is_ok());
     assert!(load(&["memory.max_bytes=67108864"], &[]).is_ok());
     assert!(load(&["server.max_receiving_bytes=1048576", "server.max_request_bytes=524288"], &[]).is_ok());

@@ -36,13 +36,13 @@ pub(super) struct Answer {
     kept: Option<Arc<Kept>>,
 }
 
-/// Whether a message waits for memory.
+/// The way in which a message waits for memory.
 pub(super) enum Patience {
-    /// It is refused if there is none.
+    /// Without memory, it is refused.
     None,
-    /// The first message is refused, further ones wait.
+    /// Without memory, the first message is refused, and further ones wait.
     AfterFirst,
-    /// It waits if there is none.
+    /// Without memory, it waits.
     Some,
     /// It waits.
     Waiting(BoxFuture<'static, Held>),

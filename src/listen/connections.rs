@@ -410,7 +410,7 @@ struct Silence {
 impl Silence {
     /// Longest wait for the first bytes of a peer.
     const PATIENCE: Duration = Duration::from_secs(10);
-    /// Bytes of HTTP/2's preface; a request of HTTP/1.1 is no shorter.
+    /// Bytes of HTTP/2's preface; a request of HTTP/1.1 is at least as long.
     const PREFACE: usize = 24;
 }
 

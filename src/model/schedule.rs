@@ -25,7 +25,7 @@ pub enum OverlapPolicy {
     CancelOther,
 }
 
-/// What a loop does about ticks that were due while the process was down.
+/// The handling of ticks of a loop that were due while the process was down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CatchUp {
@@ -92,9 +92,9 @@ pub struct IntervalLoop {
 impl IntervalLoop {
     /// What its interval may be.
     pub const INTERVALS: RangeInclusive<Duration> = Duration::from_millis(10)..=YEAR;
-    /// What its offset, its jitter and its window for catching up may be. The first two are also below the interval.
+    /// The range of its offset, its jitter and its window for catching up. The first two are also below the interval.
     pub const SHIFTS: RangeInclusive<Duration> = Duration::ZERO..=YEAR;
-    /// What the deadline of its cycles may be.
+    /// The range of the deadline of its cycles.
     pub const DEADLINES: RangeInclusive<Duration> = MS..=Duration::from_hours(24);
     /// The problem of a loop without an interval.
     pub const NO_INTERVAL: &str = "is missing; give the time between ticks, such as 5s";

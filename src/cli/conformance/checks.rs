@@ -440,7 +440,7 @@ async fn dropped_connection(probe: &Probe) -> Result<(), Problem> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What they share
+// Shared by the checks
 
 fn failed<T>(sent: String, came: String) -> Result<T, Problem> {
     Err(Problem::Failed { sent, came })

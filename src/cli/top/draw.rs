@@ -321,7 +321,7 @@ impl Look {
                 let filled = eighths.saturating_sub(usize::from(line) * 8).min(8);
                 buffer.set_string(x, inner.y + lines - 1 - line, EIGHTHS[filled], self.style(cycle.state));
             }
-            // What is wrong can be told without colours: D is DEGRADED, F is FAILED, C is CANCELLED, I is INTERRUPTED,
+            // The states differ also without colours: D is DEGRADED, F is FAILED, C is CANCELLED, I is INTERRUPTED,
             // U is UNREADABLE.
             let mark = if cycle.state == "SUCCEEDED" { " " } else { &cycle.state[..1] };
             buffer.set_string(x, inner.y + lines, mark, self.style(cycle.state));
