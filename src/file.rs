@@ -13,8 +13,8 @@ use rustix::fs::OFlags;
 
 pub use self::changes::Changes;
 
-/// Most bytes of a file: enough for the declarations of 20,000 subsystems of 800 bytes, the default limit of a registry.
-/// Without parameters, a declaration takes some 200 bytes.
+/// Most bytes of a file: enough for the declarations of 20,000 subsystems of 800 bytes, the default limit of the
+/// registry. Without parameters, a declaration takes some 200 bytes.
 pub const MAX_BYTES: u64 = 16 << 20;
 
 /// Why a file is not read. Reads well behind its name.
