@@ -17,6 +17,7 @@ use tonic_reflection::server::{Builder, Error};
 
 pub(crate) use self::{
     connections::{Broken, Busy, Connection, Connections, Peer, serve_each},
+    repeated::Repeated,
     server::{Limits, Server},
     services::Services,
 };

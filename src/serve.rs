@@ -18,12 +18,13 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 pub use self::operator::Operator;
 use self::operator::{Wish, aborted};
 use crate::{
+    access::Policy,
     api::{self, Api},
-    config::{self, Config, OutOfReach, Reload},
+    config::{self, Config, ConfigError, OutOfReach, Reload},
     dial::{Dialer, NoCertificate},
-    file::{self, FileError},
+    file::{self, Changes, FileError},
     host::Host,
-    listen::{self, Connections, Limits},
+    listen::{self, Connections, Limits, Peer},
     memory::{self, Memory, Shares},
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped},
     ports::{Spans, StoreError, Untraced},
@@ -60,6 +61,9 @@ pub enum StartError {
     /// The file of trusted certificates contains no certificate.
     #[error("dial.ca_file {path} {error}", path = .0.display(), error = .1)]
     NoCertificate(PathBuf, NoCertificate),
+    /// The file of tokens can't be used.
+    #[error(transparent)]
+    Tokens(#[from] ConfigError),
     /// The store can't be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -104,6 +108,7 @@ enum End {
 pub struct Service {
     address: SocketAddr,
     admin_address: Option<SocketAddr>,
+    api: Api,
     orchestrator: Orchestrator,
     tasks: OrchestratorTasks,
     health: HealthReporter,
@@ -134,6 +139,7 @@ impl Service {
             }
             None => None,
         };
+        let policy = policy(config).await?;
         let memory = shares(config);
         warn_of_limits(config, &memory.whole);
         let dialer = Dialer::new(transport, config.dial.connect_timeout, memory.replies.clone());
@@ -157,7 +163,7 @@ impl Service {
             exporting.start_infallible(EXPORTER, sender.run(stop_exporting.clone()));
             (exporter, spans) = (Some(made.clone()), made);
         }
-        let services = listen::reflection(SERVICE)?;
+        let reflection = listen::reflection(SERVICE)?;
         let clock = host.clock;
         let (settings, declared) = (settings(config), declared(config));
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
@@ -167,8 +173,13 @@ impl Service {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
-        let api = Api::new(orchestrator.clone(), clock, memory.requests.clone());
-        let services = services.and(api::service(api.clone(), config.server.max_request_bytes)).and(health_service);
+        let api = Api::new(orchestrator.clone(), policy, clock, memory.requests.clone());
+        let of_reflection = api.clone();
+        let reflection = reflection.behind(move |request| {
+            let peer = request.extensions().get().and_then(|Peer(address)| *address);
+            of_reflection.check_reflection(peer, request.headers())
+        });
+        let services = reflection.and(api::service(api.clone(), config.server.max_request_bytes)).and(health_service);
         let server = listen::Server::new(services, limits(&config.server, &memory));
         let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
         let mut servers = Tasks::default();
@@ -182,13 +193,14 @@ impl Service {
             let in_front = vec![("grpc", connections), ("admin", admin.clone())];
             let metrics = Metrics::default().and_of(api.calls(), exporter.clone(), in_front, memory.clone());
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
-            let web = Web { api, metrics: metrics.into(), memory: memory.admin, beyond_loopback };
+            let web = Web { api: api.clone(), metrics: metrics.into(), memory: memory.admin, beyond_loopback };
             servers.start_infallible(ADMIN_SERVER, web.serve(listener, admin, stop, cut_off));
             tracing::info!(%address, "dashboard");
         }
         Ok(Self {
             address,
             admin_address,
+            api,
             orchestrator,
             tasks,
             health,
@@ -216,8 +228,11 @@ impl Service {
     /// Applies the settings of another configuration that don't need a restart.
     ///
     /// # Errors
-    /// Nothing was changed: it has a circular dependency, or the store can't be written.
-    pub async fn reload(&mut self, config: &Config) -> Result<(), Refusal> {
+    /// Nothing was changed, except for access: the configuration has a circular dependency, or the store can't be
+    /// written.
+    pub async fn reload(&mut self, config: &Config, policy: Policy) -> Result<(), Refusal> {
+        // First, so that a revocation does not wait for the store.
+        self.api.apply(policy);
         self.orchestrator.reload(settings(config), declared(config)).await?;
         self.drain_grace = config.server.drain_grace;
         warn_of_limits(config, &self.memory);
@@ -355,6 +370,8 @@ pub async fn serve(
     if let Err(error) = raise_open_files() {
         tracing::warn!(%error, "the limit of open files is not changed");
     }
+    // Before the first read, so that no change is missed in between.
+    let mut tokens = Changes::of(config.access.tokens_file.clone()).await;
     let mut service = select! {
         biased;
         started = Service::start(&config, host, Arc::new(Sockets::default())) => started?,
@@ -373,6 +390,7 @@ pub async fn serve(
                 Wish::Stop => break End::Asked,
                 Wish::Reload(why) => why,
             },
+            () = tokens.next() => "the file of tokens has changed",
             end = service.end() => break end,
         };
         tracing::info!("reloading: {why}");
@@ -401,14 +419,32 @@ pub async fn serve(
             continue;
         }
         let Reload { config: new, needs_restart, changed } = config.reload(new);
+        let policy = select! {
+            biased;
+            () = operator.stop() => break End::Asked,
+            policy = policy(&new) => policy,
+        };
+        let policy = match policy {
+            Ok(policy) => policy,
+            Err(error) => {
+                for problem in error.to_string().lines() {
+                    tracing::error!(%problem, "the file of tokens is invalid");
+                }
+                tracing::error!("not reloaded, the old configuration and the old tokens still apply");
+                continue;
+            }
+        };
         let reloaded = select! {
             biased;
             // The store may be busy for long.
             () = operator.stop() => break End::Asked,
-            reloaded = service.reload(&new) => reloaded,
+            reloaded = service.reload(&new, policy) => reloaded,
         };
         match reloaded {
             Ok(()) => {
+                if config.access.tokens_file != new.access.tokens_file {
+                    tokens = Changes::of(new.access.tokens_file.clone()).await;
+                }
                 config = new;
                 applied(&config);
                 tracing::info!(changed = listed(&changed), "reloaded");
@@ -445,6 +481,19 @@ async fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     let path = path.to_owned();
     let read = tokio::task::spawn_blocking(move || file::read(&path)).await;
     read.unwrap_or_else(|defect| Err(FileError::Unreadable(io::Error::other(defect))))
+}
+
+/// Who may do what, by the configuration and the file of tokens.
+async fn policy(config: &Config) -> Result<Policy, ConfigError> {
+    let config::AccessSettings { mode, tokens_file, revoked, grants } = config.access.clone();
+    let tokens = match tokens_file {
+        None => Vec::new(),
+        Some(path) => {
+            let read = tokio::task::spawn_blocking(move || config::read_tokens(&path)).await;
+            read.unwrap_or_else(|defect| Err(ConfigError::unread(&defect)))?
+        }
+    };
+    Ok(Policy::new(mode, grants, tokens, revoked))
 }
 
 /// The memory limit and its shares.

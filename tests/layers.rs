@@ -33,6 +33,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "api",
         &[
+            "access",
             "clock",
             "engine",
             "listen",
@@ -53,6 +54,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "serve",
         &[
+            "access",
             "api",
             "config",
             "dial",

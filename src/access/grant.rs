@@ -153,7 +153,7 @@ impl Grant {
     /// Most entries of each list of a grant.
     pub const MAX_ENTRIES: usize = 100;
     /// The default of `max_timeout`.
-    pub const MAX_TIMEOUT: Duration = Duration::from_secs(10);
+    pub const MAX_TIMEOUT: Duration = Subsystem::DEFAULT_TIMEOUT;
 
     /// Validates a grant.
     ///

@@ -51,8 +51,8 @@ pub struct Registering<'a> {
     pub phase: i32,
     /// The names in `requires`, `after` and `reads`.
     pub inputs: Vec<&'a str>,
-    /// Its timeout, unless that is the default.
-    pub timeout: Option<Duration>,
+    /// Its timeout.
+    pub timeout: Duration,
     /// True if a cycle in which it fails is FAILED.
     pub critical: bool,
     /// True if the record of each cycle contains its output.
@@ -115,7 +115,8 @@ impl Rights {
 }
 
 fn any(globs: &[Glob], name: &str) -> bool {
-    globs.iter().any(|glob| glob.matches(name))
+    // A grant for everything is also one for malformed names, which are refused as such.
+    globs.iter().any(|glob| glob.is_any() || glob.matches(name))
 }
 
 impl Right {
@@ -159,7 +160,7 @@ impl Right {
             () if !self.phases.contains(phase) => of(format!("phase {phase}")),
             () if *critical => of("critical".into()),
             () if *record_output => of("record_output".into()),
-            () if timeout.is_some_and(|timeout| timeout > self.max_timeout) => of("timeout".into()),
+            () if *timeout > self.max_timeout => of("timeout".into()),
             () if exceeds_limits => of("limits".into()),
             () => None,
         }
@@ -225,7 +226,7 @@ mod tests {
             endpoint: "https://a.dreamnet:1",
             phase: 0,
             inputs: Vec::new(),
-            timeout: None,
+            timeout: Duration::from_secs(10),
             critical: false,
             record_output: false,
             limits: Limits::DEFAULT,
@@ -295,7 +296,7 @@ mod tests {
         assert_eq!(cover(&|it| it.phase = 61), of_a("phase 61"));
         assert_eq!(cover(&|it| it.critical = true), of_a("critical"));
         assert_eq!(cover(&|it| it.record_output = true), of_a("record_output"));
-        assert_eq!(cover(&|it| it.timeout = Some(Duration::from_millis(10_001))), of_a("timeout"));
+        assert_eq!(cover(&|it| it.timeout = Duration::from_millis(10_001)), of_a("timeout"));
         assert_eq!(cover(&|it| it.limits.max_issues += 1), of_a("limits"));
         assert_eq!(cover(&|it| it.limits.max_output_bytes = 0), Ok(()));
     }

@@ -19,7 +19,10 @@ use crate::model::Code;
 
 /// Number of ended calls.
 #[derive(Debug, Default)]
-pub struct Calls([OfWay; Way::ALL.len()]);
+pub struct Calls {
+    ended: [OfWay; Way::ALL.len()],
+    would_be_denied: [OfWay; Way::ALL.len()],
+}
 
 type OfWay = [[AtomicU64; CODES]; Rpc::ALL.len()];
 
@@ -28,21 +31,35 @@ const CODES: usize = 17;
 
 impl Calls {
     fn count(&self, way: Way, rpc: Rpc, code: Code) {
-        self.0[way as usize][rpc as usize][code as usize].fetch_add(1, Ordering::Relaxed);
+        self.ended[way as usize][rpc as usize][code as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a call that would be refused with this code if the policy was enforced.
+    pub(super) fn would_be_denied(&self, way: Way, rpc: Rpc, code: tonic::Code) {
+        let code = Code::from_number(code as i32);
+        self.would_be_denied[way as usize][rpc as usize][code as usize].fetch_add(1, Ordering::Relaxed);
     }
 
     /// All that are not 0: by which way they came ("grpc" or "admin"), the name of their RPC, and the code of their
     /// answer.
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, &'static str, Code, u64)> {
-        let each = Way::ALL.into_iter().zip(&self.0).flat_map(|(way, of_way)| {
-            Rpc::ALL.iter().zip(of_way).map(move |(rpc, by_code)| (way.name(), rpc.name(), by_code))
-        });
-        each.flat_map(|(way, rpc, by_code)| {
-            let counted =
-                (0..).zip(by_code).map(|(code, calls)| (Code::from_number(code), calls.load(Ordering::Relaxed)));
-            counted.filter(|(_, calls)| *calls > 0).map(move |(code, calls)| (way, rpc, code, calls))
-        })
+        counted(&self.ended)
     }
+
+    /// Those that would be refused if the policy was enforced, as [`Calls::iter`], by the code of the refusal.
+    pub fn iter_would_be_denied(&self) -> impl Iterator<Item = (&'static str, &'static str, Code, u64)> {
+        counted(&self.would_be_denied)
+    }
+}
+
+fn counted(counts: &[OfWay; Way::ALL.len()]) -> impl Iterator<Item = (&'static str, &'static str, Code, u64)> {
+    let each = Way::ALL.into_iter().zip(counts).flat_map(|(way, of_way)| {
+        Rpc::ALL.iter().zip(of_way).map(move |(rpc, by_code)| (way.name(), rpc.name(), by_code))
+    });
+    each.flat_map(|(way, rpc, by_code)| {
+        let counted = (0..).zip(by_code).map(|(code, calls)| (Code::from_number(code), calls.load(Ordering::Relaxed)));
+        counted.filter(|(_, calls)| *calls > 0).map(move |(code, calls)| (way, rpc, code, calls))
+    })
 }
 
 /// A call that is being answered. It is counted when it is dropped. A call that its caller ended counts as CANCELLED.

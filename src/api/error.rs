@@ -1,11 +1,16 @@
 //! The only place where a refusal becomes a gRPC status.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    fmt::{self, Display},
+};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use super::judge::Denied;
 use crate::{
+    access::{Role, Unauthenticated},
     model::{Name, Violation, Violations, excerpt},
     orchestrator::Refusal,
     ports::Unreadable,
@@ -113,6 +118,54 @@ pub(super) fn answer_too_large(subsystem: Option<&Name>, what_to_do: &str) -> St
     let message = format!("the answer would be larger than 3 MiB; {what_to_do}");
     let metadata = subsystem.map(|name| ("subsystem", name.to_string())).into_iter().collect();
     with_reason(Code::ResourceExhausted, message, "ANSWER_TOO_LARGE", metadata)
+}
+
+/// The status of a caller that is refused. Clients handle both codes differently: with UNAUTHENTICATED, another
+/// credential may help; with PERMISSION_DENIED, only another grant.
+pub(super) fn denied(denied: &Denied) -> Status {
+    const MAX_VALUE: usize = 512;
+    let message = denied.to_string();
+    let (code, reason, metadata) = match denied {
+        Denied::Unauthenticated(Unauthenticated::None) => (Code::Unauthenticated, "CREDENTIAL_MISSING", vec![]),
+        Denied::Unauthenticated(Unauthenticated::Expired(at)) => {
+            (Code::Unauthenticated, "CREDENTIAL_EXPIRED", vec![("expired_at", at.to_string())])
+        }
+        Denied::Unauthenticated(Unauthenticated::Invalid | Unauthenticated::Malformed(_)) => {
+            (Code::Unauthenticated, "CREDENTIAL_INVALID", vec![])
+        }
+        Denied::NotAllowed { call, target, .. } => {
+            let target = shortened(target.clone(), MAX_VALUE);
+            (Code::PermissionDenied, "NOT_ALLOWED", vec![("rpc", (*call).to_owned()), ("target", target)])
+        }
+    };
+    with_reason(code, message, reason, metadata)
+}
+
+impl Display for Denied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unauthenticated(why @ Unauthenticated::Expired(_)) => {
+                write!(f, "{why}; replace it with one from `orchestrator token create`")
+            }
+            Self::Unauthenticated(why) => write!(
+                f,
+                "{why}; send `authorization: Bearer TOKEN` with a valid token, which `orchestrator token create` makes"
+            ),
+            Self::NotAllowed { identity, call, target, roles } => {
+                let roles = roles.iter().map(|role| Role::word(*role)).collect::<Vec<_>>().join(" or ");
+                if target.is_empty() {
+                    write!(f, "{identity} may not call {call}; it needs a grant with the role {roles}")
+                } else {
+                    write!(
+                        f,
+                        "{identity} may not call {call} for {target}; it needs a grant with the role {roles} that \
+                         covers it"
+                    )
+                }?;
+                f.write_str(" (access.grants in the configuration of the service)")
+            }
+        }
+    }
 }
 
 fn with_reason(code: Code, message: String, reason: &str, metadata: Vec<(&str, String)>) -> Status {

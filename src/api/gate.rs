@@ -1,19 +1,21 @@
 //! The entry point of all callers. Every RPC passes [`Gate::enter`], over gRPC and at the admin address: only this
-//! makes an [`Entered`], which is required to reach the orchestrator. So callers would be refused here, and calls are
-//! counted here.
+//! makes an [`Entered`], which is required to reach the orchestrator. So callers are refused here, by the rules of
+//! `rules`, and calls are counted here.
 
-use std::{net::IpAddr, ops::Deref, sync::Arc};
+use std::{net::IpAddr, ops::Deref, sync::Arc, task::Poll};
 
-use futures_util::{Stream, StreamExt};
+use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
 use tonic::{Request, Response, Status, codegen::http::HeaderMap};
 
 use super::{
     calls::{Call, Calls},
     error::status,
+    judge::{Judge, credential},
     request,
     rpc::Asks,
 };
 use crate::{
+    access::Credential,
     memory::{Held, Memory},
     model::SpanContext,
     orchestrator::{Orchestrator, Refusal},
@@ -48,12 +50,14 @@ pub struct Caller {
     pub(super) peer: Option<IpAddr>,
     /// The span in which it asks.
     pub(super) trace: Option<SpanContext>,
+    /// What it presents to prove its identity.
+    pub(super) credential: Credential,
 }
 
 impl Caller {
     /// The caller of a request with these headers.
     pub fn of(way: Way, peer: Option<IpAddr>, headers: &HeaderMap) -> Self {
-        Self { way, peer, trace: request::trace(headers) }
+        Self { way, peer, trace: request::trace(headers), credential: credential(headers) }
     }
 
     /// A request of this caller.
@@ -71,6 +75,7 @@ pub(super) struct Gate {
     /// Memory for decoded requests until they are answered.
     requests: Memory,
     calls: Arc<Calls>,
+    pub(super) judge: Judge,
 }
 
 /// A call that was let in. It reaches the orchestrator, for as long as it lives: a stream keeps it to its end.
@@ -102,8 +107,8 @@ impl<Q: Default> Entered<Q> {
 }
 
 impl Gate {
-    pub(super) fn new(orchestrator: Orchestrator, requests: Memory) -> Self {
-        Self { orchestrator, requests, calls: Arc::default() }
+    pub(super) fn new(orchestrator: Orchestrator, judge: Judge, requests: Memory) -> Self {
+        Self { orchestrator, requests, calls: Arc::default(), judge }
     }
 
     /// The counts of calls.
@@ -111,14 +116,15 @@ impl Gate {
         self.calls.clone()
     }
 
-    /// Admits a call, or refuses it. There are no access rules yet: any client that can reach an address of the service
-    /// may make its calls.
+    /// Admits a call, or refuses it.
     ///
     /// # Errors
-    /// There is no memory for the decoded request, or its caller is not known, which is a defect.
+    /// The identity of its caller is not known, or has no right to this call. Or there is no memory for the decoded
+    /// request, or it has no caller, which is a defect.
     pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
         let (_, mut extensions, request) = request.into_parts();
         let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
+        self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
         let room = self.room_of(&request)?;
         Ok(Entered { orchestrator: self.orchestrator.clone(), caller, request, room })
     }
@@ -154,7 +160,8 @@ impl Gate {
         answered.map(Response::new)
     }
 
-    /// Lets a call in whose answer is a stream, which ends by its last answer or by its caller.
+    /// Lets a call in whose answer is a stream over all subsystems. It ends by its last answer, by its caller, or when
+    /// its caller loses the right to it.
     pub(super) fn stream<Q: Asks, A, S>(
         &self,
         request: Request<Q>,
@@ -164,8 +171,9 @@ impl Gate {
         S: Stream<Item = Result<A, Status>>,
     {
         let mut call = self.call(&request);
+        let lapse = request.extensions().get().map(|caller| self.judge.lapse(caller, Q::RPC));
         match self.enter(request).and_then(handle) {
-            Ok(stream) => Ok(stream.inspect(move |answer| {
+            Ok(stream) => Ok(until(lapse.flatten(), stream).inspect(move |answer| {
                 if let Err(status) = answer {
                     call.answered(Some(status));
                 }
@@ -180,6 +188,27 @@ impl Gate {
     fn call<Q: Asks>(&self, request: &Request<Q>) -> Call {
         Call::begin(self.calls.clone(), Q::RPC, request.extensions().get())
     }
+}
+
+/// The stream, which ends with the status of `lapse` as soon as that is there.
+fn until<A, S>(
+    lapse: Option<BoxFuture<'static, Status>>,
+    answers: S,
+) -> impl Stream<Item = Result<A, Status>> + use<A, S>
+where
+    S: Stream<Item = Result<A, Status>>,
+{
+    let mut open = Some((lapse, Box::pin(answers)));
+    stream::poll_fn(move |cx| {
+        let Some((lapse, answers)) = &mut open else { return Poll::Ready(None) };
+        if let Some(lapse) = lapse
+            && let Poll::Ready(status) = lapse.poll_unpin(cx)
+        {
+            open = None;
+            return Poll::Ready(Some(Err(status)));
+        }
+        answers.poll_next_unpin(cx)
+    })
 }
 
 /// Approximate bytes in memory of a request that has `bytes` on the wire and at most `max_names` names. Short names

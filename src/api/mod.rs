@@ -6,18 +6,25 @@ mod cycles;
 mod error;
 mod gate;
 mod handlers;
+mod judge;
 mod loops;
 mod registry;
 mod request;
 mod response;
 mod rpc;
+mod rules;
 mod status;
 mod streaming;
 
-use std::{convert::Infallible, future::ready, pin::Pin, sync::Arc};
+use std::{convert::Infallible, future::ready, net::IpAddr, pin::Pin, sync::Arc};
 
 use futures_util::Stream;
-use tonic::{Request, Response, Status, body::Body, codegen::http, server::NamedService};
+use tonic::{
+    Request, Response, Status,
+    body::Body,
+    codegen::http::{self, HeaderMap},
+    server::NamedService,
+};
 
 pub use self::{
     calls::Calls,
@@ -25,8 +32,9 @@ pub use self::{
     response::{plan, registration},
     rpc::Scrape,
 };
-use self::{gate::Gate, handlers::Handlers, streaming::Watching};
+use self::{gate::Gate, handlers::Handlers, judge::Judge, streaming::Watching};
 use crate::{
+    access::Policy,
     clock::Clock,
     memory::Memory,
     orchestrator::Orchestrator,
@@ -70,10 +78,33 @@ pub struct Api {
 }
 
 impl Api {
-    /// The RPCs of this orchestrator, which takes the time of requests from `clock`. Decoded requests are held under
-    /// the limit `requests`.
-    pub fn new(orchestrator: Orchestrator, clock: Clock, requests: Memory) -> Self {
-        Self { gate: Gate::new(orchestrator, requests), handlers: Handlers::new(clock) }
+    /// The RPCs of this orchestrator, for callers that `policy` allows. The time of requests comes from `clock`. Decoded
+    /// requests are held under the limit `requests`.
+    pub fn new(orchestrator: Orchestrator, policy: Policy, clock: Clock, requests: Memory) -> Self {
+        let judge = Judge::new(policy, clock);
+        Self { gate: Gate::new(orchestrator, judge, requests), handlers: Handlers::new(clock) }
+    }
+
+    /// Applies another policy, also to open streams.
+    pub fn apply(&self, policy: Policy) {
+        self.gate.judge.apply(policy);
+    }
+
+    /// Checks that a request to the reflection service may be answered.
+    ///
+    /// # Errors
+    /// The identity of its caller is not known.
+    pub fn check_reflection(&self, peer: Option<IpAddr>, headers: &HeaderMap) -> Result<(), Status> {
+        let caller = Caller::of(Way::Grpc, peer, headers);
+        self.gate.judge.check_beside(&caller, "ServerReflectionInfo", rules::REFLECTION)
+    }
+
+    /// Checks that a caller may have the files of the dashboard.
+    ///
+    /// # Errors
+    /// It may not.
+    pub fn check_dashboard(&self, caller: &Caller) -> Result<(), Status> {
+        self.gate.judge.check_beside(caller, "Dashboard", rules::DASHBOARD)
     }
 
     /// Number of ended calls by result.

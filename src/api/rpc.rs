@@ -2,13 +2,14 @@
 
 use prost::Message;
 
+use super::rules::Concerns;
 use crate::{
     model::CycleRequest,
     proto::{bounds::MAX_FIELDS, orchestrator::v1 as pb},
 };
 
 /// A message that callers ask with.
-pub(super) trait Asks: Message + Default {
+pub(super) trait Asks: Concerns + Message + Default {
     /// Its RPC.
     const RPC: Rpc;
 }

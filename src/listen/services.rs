@@ -46,6 +46,20 @@ impl Services {
         self
     }
 
+    /// The same services; a call reaches them only if `check` lets it.
+    #[must_use]
+    pub(crate) fn behind(self, check: impl Fn(&Request<Body>) -> Result<(), Status> + Send + Sync + 'static) -> Self {
+        let check = Arc::new(check);
+        let behind = |answer: Arc<Answer>| -> Arc<Answer> {
+            let check = check.clone();
+            Arc::new(move |request| match check(&request) {
+                Ok(()) => answer(request),
+                Err(status) => future::ready(status.into_http()).boxed(),
+            })
+        };
+        Self(self.0.into_iter().map(|(name, answer)| (name, behind(answer))).collect())
+    }
+
     /// Passes a call to the service in its path: `/SERVICE/METHOD`.
     pub(super) fn call(&self, request: Request<Body>) -> BoxFuture<'static, Response<Body>> {
         let name = request.uri().path().split('/').nth(1).unwrap_or_default();

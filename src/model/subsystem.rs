@@ -123,6 +123,8 @@ impl Subsystem {
     pub const MAX_PARAMETERS: usize = 64 << 10;
     /// The range of phases.
     pub const PHASES: RangeInclusive<i32> = -1_000_000..=1_000_000;
+    /// Its timeout unless the registration has one.
+    pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
     /// What its timeout may be.
     pub const TIMEOUTS: RangeInclusive<Duration> = MS..=DAY;
     /// Most names in `requires`, `after` and `reads` together: each is an input of every call.
@@ -156,7 +158,7 @@ impl Subsystem {
         let subsystem = Self {
             endpoint,
             phase: bad.number("phase", spec.phase, 0, Self::PHASES),
-            timeout: bad.duration("timeout", spec.timeout, Duration::from_secs(10), Self::TIMEOUTS),
+            timeout: bad.duration("timeout", spec.timeout, Self::DEFAULT_TIMEOUT, Self::TIMEOUTS),
             retry: RetryPolicy::from_spec(&spec.retry, &mut bad),
             breaker: BreakerPolicy::from_spec(&spec.breaker, &mut bad),
             critical: spec.critical,

@@ -155,9 +155,13 @@ impl Metrics {
         let spans = self.exporter.as_ref().map(|exporter| exporter.exported()).unwrap_or_default();
         let calls = self.calls.iter().flat_map(|calls| calls.iter());
         let calls = calls.map(|(way, rpc, code, calls)| CALLS.value(&[way, rpc, code.name()], number(calls)));
+        let denied = self.calls.iter().flat_map(|calls| calls.iter_would_be_denied());
+        let denied =
+            denied.map(|(way, rpc, code, calls)| CALLS_WOULD_BE_DENIED.value(&[way, rpc, code.name()], number(calls)));
         families.extend(of_tasks(&figures.counts));
         families.extend([
             CALLS.family(calls.collect()),
+            CALLS_WOULD_BE_DENIED.family(denied.collect()),
             SPANS.family(
                 [("sent", spans.sent), ("not_taken", spans.not_taken), ("no_room", spans.no_room)]
                     .map(|(result, spans)| SPANS.value(&[result], number(spans)))

@@ -5,7 +5,7 @@ use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
 use axum::{
     body::{Body, Bytes},
     extract::{Extension, FromRequestParts, Query, RawPathParams},
-    http::{HeaderMap, StatusCode, Uri, header, request::Parts},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header, request::Parts},
     response::{IntoResponse, Response},
 };
 use futures_util::{StreamExt, stream};
@@ -360,7 +360,11 @@ fn invalid(error: &JsonError) -> Status {
 
 pub(super) fn refused(status: &Status) -> Response {
     let (code, text) = error_text(status);
-    (code, [(header::CONTENT_TYPE, JSON)], text).into_response()
+    let mut response = (code, [(header::CONTENT_TYPE, JSON)], text).into_response();
+    if code == StatusCode::UNAUTHORIZED {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    response
 }
 
 /// <https://google.aip.dev/193>

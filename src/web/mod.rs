@@ -19,7 +19,7 @@ use axum::{
     body::{Body, Bytes},
     extract::{Extension, Request, State},
     http::header,
-    middleware,
+    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -77,7 +77,7 @@ impl Web {
         cut_off: CancellationToken,
     ) {
         let Self { api, metrics, memory, beyond_loopback } = self;
-        let router = routes()
+        let router = routes(&api)
             .with_state(Answers::new(api.clone(), &memory))
             .route("/metrics", get(scrape).with_state((api, metrics)))
             .layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
@@ -134,9 +134,11 @@ impl http_body::Body for Open {
 }
 
 /// A name in braces is a field of the request.
-fn routes() -> Router<Answers> {
+fn routes(api: &Api) -> Router<Answers> {
+    // Other paths enter by the gate.
+    let dashboard = dashboard::routes().fallback(json::no_such_path);
+    let dashboard = dashboard.layer(middleware::from_fn_with_state(api.clone(), reads));
     Router::new()
-        .merge(dashboard::routes())
         .route("/api/status", get(status))
         .route("/api/cycles", get(cycles))
         .route("/api/cycles/{cycleId}", get(cycle))
@@ -145,7 +147,15 @@ fn routes() -> Router<Answers> {
         .route("/api/subsystems/{name}", get(subsystem))
         .route("/api/loops", get(loops))
         .route("/api/events", get(json::events))
-        .fallback(json::no_such_path)
+        .merge(dashboard)
+}
+
+/// Lets callers that may read have the dashboard.
+async fn reads(State(api): State<Api>, Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
+    match api.check_dashboard(&caller) {
+        Ok(()) => next.run(request).await,
+        Err(status) => json::refused(&status),
+    }
 }
 
 async fn status(asked: Asked) -> Response {

@@ -1,0 +1,211 @@
+//! Judges callers by the policy in force: first their identity, then the rule of the call, then its targets.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::{FutureExt, future::BoxFuture};
+use jiff::Timestamp;
+use tokio::{select, sync::watch, time::sleep};
+use tonic::{Status, codegen::http::HeaderMap};
+
+use super::{calls::Calls, error, gate::Caller, rpc::Rpc, rules::Rule};
+use crate::{
+    access::{Bearer, Credential, Identity, Mode, Policy, Role, Targets, Unauthenticated},
+    clock::Clock,
+    listen::Repeated,
+    model::text::clean,
+};
+
+/// Why a caller is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Denied {
+    /// Its identity is not known.
+    Unauthenticated(Unauthenticated),
+    /// It has no right to this call.
+    NotAllowed {
+        identity: Identity,
+        call: &'static str,
+        /// The first target that no grant covers; empty if no grant is for this call.
+        target: String,
+        /// The roles that may make the call.
+        roles: &'static [Role],
+    },
+}
+
+/// The policy in force. All clones share it.
+#[derive(Clone)]
+pub(super) struct Judge(Arc<Shared>);
+
+struct Shared {
+    policy: watch::Sender<Arc<Policy>>,
+    clock: Clock,
+    denied: Repeated,
+}
+
+/// The credential in the headers of a request.
+pub(super) fn credential(headers: &HeaderMap) -> Credential {
+    /// Longer than any token.
+    const MAX_LEN: usize = 256;
+    let mut values = headers.get_all("authorization").iter();
+    let (value, other) = (values.next(), values.next());
+    let Some(value) = value else { return Credential::None };
+    if other.is_some() {
+        return Credential::Malformed("is not the only header `authorization`");
+    }
+    let token = value.to_str().ok().and_then(|text| text.split_once(' '));
+    let token = token.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
+    match token {
+        None => Credential::Malformed("is not of the form `authorization: Bearer TOKEN`"),
+        Some(token) => match Bearer::parse(token).filter(|_| token.len() <= MAX_LEN) {
+            Some(bearer) => Credential::Bearer(bearer),
+            None => Credential::Malformed("is not a token, which has the form orc_ID_SECRET"),
+        },
+    }
+}
+
+impl Judge {
+    pub(super) fn new(policy: Policy, clock: Clock) -> Self {
+        let policy = watch::Sender::new(Arc::new(policy));
+        Self(Arc::new(Shared { policy, clock, denied: Repeated::default() }))
+    }
+
+    /// Applies another policy. Open streams are judged by it at once.
+    pub(super) fn apply(&self, policy: Policy) {
+        self.0.policy.send_replace(Arc::new(policy));
+    }
+
+    /// Checks that a caller may make a call. In the mode `dry_run`, it may make every call; calls that would be refused
+    /// are logged and counted.
+    ///
+    /// # Errors
+    /// It may not, and the policy is enforced.
+    pub(super) fn check<'t>(
+        &self,
+        caller: &Caller,
+        rpc: Rpc,
+        calls: &Calls,
+        targets: impl FnOnce() -> Targets<'t>,
+    ) -> Result<(), Status> {
+        let policy = self.0.policy.borrow().clone();
+        if policy.mode() == Mode::Off {
+            return Ok(());
+        }
+        match judge(&policy, self.0.clock.now(), &caller.credential, (rpc.name(), rpc.rule()), &targets()) {
+            Ok(_) => Ok(()),
+            Err(denied) => {
+                self.log(caller, rpc.name(), &denied, policy.mode());
+                let status = error::denied(&denied);
+                if policy.mode() == Mode::Enforce {
+                    return Err(status);
+                }
+                calls.would_be_denied(caller.way, rpc, status.code());
+                Ok(())
+            }
+        }
+    }
+
+    /// Checks that a caller may use a service beside the RPCs. As [`Judge::check`], but not counted.
+    ///
+    /// # Errors
+    /// It may not, and the policy is enforced.
+    pub(super) fn check_beside(&self, caller: &Caller, name: &'static str, rule: Rule) -> Result<(), Status> {
+        let policy = self.0.policy.borrow().clone();
+        if policy.mode() == Mode::Off {
+            return Ok(());
+        }
+        let judged = judge(&policy, self.0.clock.now(), &caller.credential, (name, rule), &Targets::default());
+        let Err(denied) = judged else { return Ok(()) };
+        self.log(caller, name, &denied, policy.mode());
+        if policy.mode() == Mode::Enforce { Err(error::denied(&denied)) } else { Ok(()) }
+    }
+
+    /// Waits until the caller of an open stream over all subsystems may no longer have it, and returns why. It is judged
+    /// again when the policy changes, when its credential expires, and each minute, since clocks can be set.
+    /// `None` if that never happens, because the policy is not enforced; the mode changes only with a restart.
+    pub(super) fn lapse(&self, caller: &Caller, rpc: Rpc) -> Option<BoxFuture<'static, Status>> {
+        const AGAIN: Duration = Duration::from_mins(1);
+        /// If a timer is ahead of the clock.
+        const AT_LEAST: Duration = Duration::from_millis(10);
+        let mut changes = self.0.policy.subscribe();
+        if changes.borrow().mode() != Mode::Enforce {
+            return None;
+        }
+        let (this, caller) = (self.clone(), caller.clone());
+        let lapse = async move {
+            loop {
+                let policy = changes.borrow_and_update().clone();
+                let now = this.0.clock.now();
+                let expires_at = match judge(&policy, now, &caller.credential, (rpc.name(), rpc.rule()), &Targets::ALL)
+                {
+                    Ok(expires_at) => expires_at,
+                    Err(denied) => {
+                        this.log(&caller, rpc.name(), &denied, policy.mode());
+                        return error::denied(&denied);
+                    }
+                };
+                let valid_for = expires_at.and_then(|at| Duration::try_from(at.duration_since(now)).ok());
+                let wait = valid_for.map_or(AGAIN, |valid_for| valid_for.clamp(AT_LEAST, AGAIN));
+                select! {
+                    biased;
+                    // The sender is in `this`.
+                    _ = changes.changed() => {}
+                    () = sleep(wait) => {}
+                }
+            }
+        };
+        Some(lapse.boxed())
+    }
+
+    fn log(&self, caller: &Caller, call: &str, denied: &Denied, mode: Mode) {
+        let Some(times) = self.0.denied.note() else { return };
+        let peer = caller.peer.map(tracing::field::display);
+        let way = caller.way.name();
+        let why = clean(&denied.to_string());
+        if mode == Mode::Enforce {
+            tracing::warn!(call, way, peer, times, "a call was denied: {why}");
+        } else {
+            tracing::warn!(call, way, peer, times, "access.mode = \"enforce\" would deny a call: {why}");
+        }
+    }
+}
+
+/// When the credential of a caller expires, if the caller may make this call.
+fn judge(
+    policy: &Policy,
+    now: Timestamp,
+    credential: &Credential,
+    (call, rule): (&'static str, Rule),
+    targets: &Targets<'_>,
+) -> Result<Option<Timestamp>, Denied> {
+    let caller = policy.authenticate(credential, now).map_err(Denied::Unauthenticated)?;
+    if let Rule::Roles(roles) = rule {
+        let covered = policy.rights(&caller.identity).cover(roles, targets);
+        covered.map_err(|target| Denied::NotAllowed { identity: caller.identity, call, target, roles })?;
+    }
+    Ok(caller.expires_at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_credential_never_counts_as_none() {
+        let of = |values: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append("authorization", value.parse().unwrap());
+            }
+            credential(&headers)
+        };
+        let token = format!("orc_{}_{}", "0".repeat(16), "0".repeat(64));
+        assert_eq!(of(&[]), Credential::None);
+        for scheme in ["Bearer", "bearer", "BEARER"] {
+            assert!(matches!(of(&[&format!("{scheme} {token}")]), Credential::Bearer(_)), "{scheme}");
+        }
+        let good = format!("Bearer {token}");
+        let long = format!("{good}{}", "0".repeat(1000));
+        for values in [&[""][..], &["Bearer"], &["Bearer "], &["Basic YTpi"], &[&token], &[&good, &good], &[&long]] {
+            assert!(matches!(of(values), Credential::Malformed(_)), "{values:?}");
+        }
+    }
+}

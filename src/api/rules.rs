@@ -1,0 +1,223 @@
+//! The access rules: which roles may call each RPC, and what each request concerns. The table in `docs/security.md` is
+//! for users, and `tests/access.rs` calls every method in every role.
+
+use crate::{
+    access::{Registering, Role, Targets},
+    model::{Limits, Subsystem},
+    proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
+};
+
+use super::rpc::{Rpc, Scrape};
+
+/// Who may make a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rule {
+    /// Every caller whose identity is known.
+    Authenticated,
+    /// Callers with a grant of one of these roles that covers the targets of the request.
+    Roles(&'static [Role]),
+}
+
+/// Those who may read what all subsystems do.
+const READERS: Rule = Rule::Roles(&[Role::Viewer, Role::Operator, Role::Auditor, Role::Admin]);
+/// Those who may run cycles.
+const OPERATORS: Rule = Rule::Roles(&[Role::Operator, Role::Admin]);
+/// Those who may change the registry.
+const REGISTRARS: Rule = Rule::Roles(&[Role::Registrar, Role::Admin]);
+
+/// The rule of reflection, which describes the contract.
+pub(super) const REFLECTION: Rule = Rule::Authenticated;
+/// The rule of the files of the dashboard, which are useless to callers that may not read.
+pub(super) const DASHBOARD: Rule = READERS;
+
+impl Rpc {
+    /// Who may make this call.
+    pub(super) fn rule(self) -> Rule {
+        match self {
+            Self::Metrics => Rule::Roles(&[Role::Monitor, Role::Admin]),
+            Self::GetStatus => Rule::Roles(&[Role::Monitor, Role::Viewer, Role::Operator, Role::Auditor, Role::Admin]),
+            Self::GetSubsystem => {
+                Rule::Roles(&[Role::Viewer, Role::Operator, Role::Registrar, Role::Auditor, Role::Admin])
+            }
+            Self::WatchCycles
+            | Self::GetCycle
+            | Self::ListCycles
+            | Self::PlanCycle
+            | Self::ListSubsystems
+            | Self::ListIntervalLoops => READERS,
+            Self::RunCycle
+            | Self::CancelCycle
+            | Self::SuspendSubsystem
+            | Self::ResumeSubsystem
+            | Self::StartIntervalLoop
+            | Self::StopIntervalLoop => OPERATORS,
+            Self::RegisterSubsystem | Self::RegisterSubsystems | Self::UnregisterSubsystem | Self::RenewLease => {
+                REGISTRARS
+            }
+        }
+    }
+}
+
+/// A request that says what it concerns.
+pub(super) trait Concerns {
+    /// What it concerns, as it is written: names may be malformed, and are then refused later.
+    fn targets(&self) -> Targets<'_>;
+}
+
+/// A request over these subsystems; an empty list means all.
+fn subset(names: &[String]) -> Targets<'_> {
+    match names {
+        [] => Targets::ALL,
+        names => Targets { subsystems: names.iter().map(String::as_str).collect(), ..Targets::default() },
+    }
+}
+
+fn subsystem(name: &str) -> Targets<'_> {
+    Targets { subsystems: vec![name], ..Targets::default() }
+}
+
+fn registering(registration: &pb::Registration) -> Registering<'_> {
+    let limits = registration.limits.unwrap_or_default();
+    let or_default = |limit, default| if limit == 0 { default } else { limit };
+    let Limits { max_message_bytes, max_output_bytes, max_metrics, max_issues } = Limits::DEFAULT;
+    let timeout = registration.timeout.and_then(|timeout| timeout.try_into().ok());
+    let inputs = [&registration.requires, &registration.after, &registration.reads];
+    Registering {
+        name: &registration.name,
+        endpoint: &registration.endpoint,
+        phase: registration.phase,
+        inputs: inputs.into_iter().flatten().map(String::as_str).collect(),
+        timeout: timeout.unwrap_or(Subsystem::DEFAULT_TIMEOUT),
+        critical: registration.critical,
+        record_output: registration.record_output,
+        limits: Limits {
+            max_message_bytes: or_default(limits.max_message_bytes, max_message_bytes),
+            max_output_bytes: or_default(limits.max_output_bytes, max_output_bytes),
+            max_metrics: or_default(limits.max_metrics, max_metrics),
+            max_issues: or_default(limits.max_issues, max_issues),
+        },
+    }
+}
+
+impl Concerns for pb::RunCycleRequest {
+    fn targets(&self) -> Targets<'_> {
+        subset(&self.subsystems)
+    }
+}
+
+/// The subsystems of a cycle are not known from its id.
+impl Concerns for pb::CancelCycleRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::ALL
+    }
+}
+
+/// Without the last record and the subsystems, there are only counts, ids and loops.
+impl Concerns for pb::GetStatusRequest {
+    fn targets(&self) -> Targets<'_> {
+        if self.omit_last_cycle && !self.include_subsystems && !self.include_snapshots {
+            return Targets::default();
+        }
+        Targets { details: self.include_snapshots, ..Targets::ALL }
+    }
+}
+
+/// Records are whole, whatever the filter.
+impl Concerns for pb::WatchCyclesRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::ALL
+    }
+}
+
+impl Concerns for pb::GetCycleRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::ALL
+    }
+}
+
+impl Concerns for pb::ListCyclesRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::ALL
+    }
+}
+
+impl Concerns for pb::PlanCycleRequest {
+    fn targets(&self) -> Targets<'_> {
+        subset(&self.subsystems)
+    }
+}
+
+impl Concerns for pb::RegisterSubsystemRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets { registrations: self.registration.iter().map(registering).collect(), ..Targets::default() }
+    }
+}
+
+impl Concerns for pb::RegisterSubsystemsRequest {
+    fn targets(&self) -> Targets<'_> {
+        let registrations = self.registrations.iter().take(MAX_REGISTRATIONS).map(registering).collect();
+        Targets { registrations, ..Targets::default() }
+    }
+}
+
+impl Concerns for pb::UnregisterSubsystemRequest {
+    fn targets(&self) -> Targets<'_> {
+        subsystem(&self.name)
+    }
+}
+
+impl Concerns for pb::GetSubsystemRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets { details: self.include_output || self.include_snapshot, ..subsystem(&self.name) }
+    }
+}
+
+impl Concerns for pb::ListSubsystemsRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::ALL
+    }
+}
+
+impl Concerns for pb::RenewLeaseRequest {
+    fn targets(&self) -> Targets<'_> {
+        subsystem(&self.name)
+    }
+}
+
+impl Concerns for pb::SuspendSubsystemRequest {
+    fn targets(&self) -> Targets<'_> {
+        subsystem(&self.name)
+    }
+}
+
+impl Concerns for pb::ResumeSubsystemRequest {
+    fn targets(&self) -> Targets<'_> {
+        subsystem(&self.name)
+    }
+}
+
+/// A declared loop is restarted by its name alone, and its subsystems are then not known here: so these are all.
+impl Concerns for pb::StartIntervalLoopRequest {
+    fn targets(&self) -> Targets<'_> {
+        let Some(settings) = &self.r#loop else { return Targets::ALL };
+        Targets { r#loop: Some(&settings.name), ..subset(&settings.subsystems) }
+    }
+}
+
+impl Concerns for pb::StopIntervalLoopRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets { r#loop: Some(&self.name), ..Targets::default() }
+    }
+}
+
+impl Concerns for pb::ListIntervalLoopsRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::ALL
+    }
+}
+
+impl Concerns for Scrape {
+    fn targets(&self) -> Targets<'_> {
+        Targets::default()
+    }
+}

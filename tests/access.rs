@@ -1,0 +1,511 @@
+//! Who may do what: callers with tokens in every role, over gRPC and at the admin address.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
+
+use bytes::{Buf, BufMut, Bytes};
+use common::{
+    http::{Answer, send},
+    patiently,
+    service::{Home, Service},
+};
+use orchestrator_core::{
+    access::{Token, TokenId},
+    config::tokens_text,
+    model::Name,
+    proto::{self, orchestrator::v1 as pb},
+};
+use prost::Message;
+use prost_types::FileDescriptorSet;
+use tonic::{
+    Code, Request, Status, Streaming,
+    client::Grpc,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    transport::Endpoint,
+};
+use tonic_types::StatusExt;
+
+const ROLES: [&str; 6] = ["monitor", "viewer", "operator", "registrar", "auditor", "admin"];
+
+/// Each method of the contract, with the roles that may call it. Nobody else may.
+const GOLDEN: &[(&str, &[&str])] = &[
+    ("RunCycle", &["operator", "admin"]),
+    ("CancelCycle", &["operator", "admin"]),
+    ("GetStatus", &["monitor", "viewer", "operator", "auditor", "admin"]),
+    ("WatchCycles", &["viewer", "operator", "auditor", "admin"]),
+    ("GetCycle", &["viewer", "operator", "auditor", "admin"]),
+    ("ListCycles", &["viewer", "operator", "auditor", "admin"]),
+    ("PlanCycle", &["viewer", "operator", "auditor", "admin"]),
+    ("RegisterSubsystem", &["registrar", "admin"]),
+    ("RegisterSubsystems", &["registrar", "admin"]),
+    ("UnregisterSubsystem", &["registrar", "admin"]),
+    ("GetSubsystem", &["viewer", "operator", "registrar", "auditor", "admin"]),
+    ("ListSubsystems", &["viewer", "operator", "auditor", "admin"]),
+    ("RenewLease", &["registrar", "admin"]),
+    ("SuspendSubsystem", &["operator", "admin"]),
+    ("ResumeSubsystem", &["operator", "admin"]),
+    ("StartIntervalLoop", &["operator", "admin"]),
+    ("StopIntervalLoop", &["operator", "admin"]),
+    ("ListIntervalLoops", &["viewer", "operator", "auditor", "admin"]),
+];
+
+/// Grants for all targets to a token named as each role.
+const GRANTS: &str = r#"
+[[access.grants]]
+who = ["token:monitor"]
+role = "monitor"
+[[access.grants]]
+who = ["token:viewer"]
+role = "viewer"
+subsystems = ["*"]
+[[access.grants]]
+who = ["token:operator"]
+role = "operator"
+subsystems = ["*"]
+loops = ["*"]
+[[access.grants]]
+who = ["token:registrar"]
+role = "registrar"
+subsystems = ["*"]
+reads = ["*"]
+phases = [0, 60]
+endpoints = ["http://*:*"]
+[[access.grants]]
+who = ["token:auditor"]
+role = "auditor"
+subsystems = ["*"]
+[[access.grants]]
+who = ["token:admin"]
+role = "admin"
+"#;
+
+/// A service whose callers need tokens.
+struct Stage {
+    home: Home,
+    service: Service,
+    texts: BTreeMap<String, String>,
+    ids: BTreeMap<String, TokenId>,
+}
+
+impl Stage {
+    /// A service in this mode, with these grants and a token for each name.
+    async fn new(mode: &str, grants: &str, names: &[&str]) -> Self {
+        let home = Home::new().in_memory();
+        let (mut tokens, mut texts, mut ids) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+        for name in names {
+            let (token, text) = Token::create(Name::parse(name).unwrap(), None).unwrap();
+            texts.insert((*name).to_owned(), text);
+            ids.insert((*name).to_owned(), token.id);
+            tokens.push(token);
+        }
+        write_private(&home.path("tokens.toml"), &tokens_text(&tokens));
+        let config = config(&home, mode, "", grants);
+        let home = home.with_config(&config);
+        let service = home.serve().await;
+        Self { home, service, texts, ids }
+    }
+
+    /// In the mode `enforce`, with a token for each role.
+    async fn with_roles() -> Self {
+        Self::new("enforce", GRANTS, &ROLES).await
+    }
+
+    /// Calls a method as the token of this name, or as nobody, and returns the first answer.
+    async fn call(&self, name: Option<&str>, method: &str, request: &impl Message) -> Result<Bytes, Status> {
+        let mut answers = self.open(name, method, request.encode_to_vec()).await?;
+        let first = patiently("an answer", answers.message()).await?;
+        first.ok_or_else(|| Status::unknown("no answer"))
+    }
+
+    async fn open(&self, name: Option<&str>, method: &str, request: Vec<u8>) -> Result<Streaming<Bytes>, Status> {
+        let path = format!("/dreamnet.orchestrator.v1.Orchestrator/{method}");
+        self.open_path(name, &path, request).await
+    }
+
+    async fn open_path(&self, name: Option<&str>, path: &str, request: Vec<u8>) -> Result<Streaming<Bytes>, Status> {
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.service.address())).unwrap();
+        let channel = patiently("a connection", endpoint.connect()).await.unwrap();
+        let mut client = Grpc::new(channel);
+        client.ready().await.unwrap();
+        let mut request = Request::new(tokio_stream::once(Bytes::from(request)));
+        if let Some(name) = name {
+            let text = self.texts.get(name).map_or(name, String::as_str);
+            request.metadata_mut().insert("authorization", format!("Bearer {text}").parse().unwrap());
+        }
+        let opened = client.streaming(request, path.parse().unwrap(), Raw);
+        patiently("the beginning of an answer", opened).await.map(tonic::Response::into_inner)
+    }
+
+    /// Requests a path of the admin address as the token of this name, or as nobody.
+    async fn get(&self, name: Option<&str>, path: &str) -> Answer {
+        let authorization = name.map(|name| format!("Authorization: Bearer {}", self.texts[name]));
+        let headers: Vec<_> = ["Host: localhost"].into_iter().chain(authorization.as_deref()).collect();
+        send(self.service.admin(), &format!("GET {path}"), &headers).await
+    }
+
+    /// Waits until the service has done something that its log shows.
+    async fn logged(&self, text: &str) {
+        let logged = async {
+            while !self.home.log().contains(text) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        patiently(text, logged).await;
+    }
+}
+
+fn config(home: &Home, mode: &str, access: &str, grants: &str) -> String {
+    let tokens = home.path("tokens.toml");
+    format!("[access]\nmode = \"{mode}\"\ntokens_file = \"{}\"\n{access}\n{grants}", tokens.display())
+}
+
+fn write_private(path: &PathBuf, text: &str) {
+    fs::write(path, text).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+}
+
+/// Messages as bytes.
+#[derive(Clone, Copy, Default)]
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put(item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
+    }
+}
+
+fn reason(status: &Status) -> (Code, String) {
+    let info = status.get_details_error_info().unwrap_or_else(|| panic!("{status:?} has no reason"));
+    (status.code(), info.reason)
+}
+
+/// The metadata of the reason of a denied call: the RPC and the target.
+fn denied(answer: Result<Bytes, Status>) -> (String, String) {
+    let status = answer.unwrap_err();
+    assert_eq!(reason(&status), (Code::PermissionDenied, "NOT_ALLOWED".into()), "{status:?}");
+    let metadata = status.get_details_error_info().unwrap().metadata;
+    (metadata["rpc"].clone(), metadata["target"].clone())
+}
+
+#[tokio::test]
+async fn each_method_may_be_called_in_the_roles_of_the_table_and_in_no_other() {
+    let stage = Stage::with_roles().await;
+    let files = FileDescriptorSet::decode(proto::DESCRIPTORS).unwrap().file;
+    let ours = files.iter().filter(|file| file.package() == "dreamnet.orchestrator.v1");
+    let services = ours.flat_map(|file| &file.service);
+    let methods = services.flat_map(|service| service.method.iter().map(move |method| (service.name(), method.name())));
+    let mut called = 0;
+    for (service, method) in methods {
+        let (_, allowed) = GOLDEN.iter().find(|(name, _)| *name == method).unwrap_or_else(|| panic!("no {method}"));
+        let request = match method {
+            "GetStatus" => pb::GetStatusRequest { omit_last_cycle: true, ..Default::default() }.encode_to_vec(),
+            _ => Vec::new(),
+        };
+        let path = format!("/dreamnet.orchestrator.v1.{service}/{method}");
+        let call = async |name| match stage.open_path(name, &path, request.clone()).await {
+            // It is open until its caller leaves.
+            Ok(_) if method == "WatchCycles" => Code::Ok,
+            Ok(mut answers) => {
+                patiently(method, answers.message()).await.map_or_else(|status| status.code(), |_| Code::Ok)
+            }
+            Err(status) => status.code(),
+        };
+        assert_eq!(call(None).await, Code::Unauthenticated, "{method} by nobody");
+        for role in ROLES {
+            let code = call(Some(role)).await;
+            assert_ne!(code, Code::Unauthenticated, "{method} by {role}");
+            assert_eq!(code != Code::PermissionDenied, allowed.contains(&role), "{method} by {role}: {code:?}");
+        }
+        called += 1;
+    }
+    assert_eq!(called, GOLDEN.len());
+}
+
+#[tokio::test]
+async fn a_monitor_reads_metrics_and_the_status_without_records() {
+    let stage = Stage::with_roles().await;
+    let status = |change: fn(&mut pb::GetStatusRequest)| {
+        let mut request = pb::GetStatusRequest { omit_last_cycle: true, ..Default::default() };
+        change(&mut request);
+        request
+    };
+    assert!(stage.call(Some("monitor"), "GetStatus", &status(|_| {})).await.is_ok());
+    for change in [
+        (|it| it.omit_last_cycle = false) as fn(&mut pb::GetStatusRequest),
+        |it| it.include_subsystems = true,
+        |it| it.include_snapshots = true,
+    ] {
+        let refused = stage.call(Some("monitor"), "GetStatus", &status(change)).await;
+        assert_eq!(denied(refused), ("GetStatus".into(), "all subsystems".into()));
+    }
+    // Snapshots are calls of subsystems, so viewers get none.
+    let refused = stage.call(Some("viewer"), "GetStatus", &status(|it| it.include_snapshots = true)).await;
+    assert_eq!(denied(refused), ("GetStatus".into(), "outputs and snapshots".into()));
+}
+
+#[tokio::test]
+async fn the_admin_address_asks_for_a_token() {
+    let stage = Stage::with_roles().await;
+    for path in ["/", "/app.js", "/api/status", "/api/events", "/metrics", "/no/such/path"] {
+        let bare = stage.get(None, path).await;
+        assert_eq!(bare.status, 401, "{path}");
+        assert!(bare.head.to_lowercase().contains("www-authenticate: bearer"), "{}", bare.head);
+        assert_eq!(stage.get(Some("monitor"), path).await.status, if path == "/metrics" { 200 } else { 403 }, "{path}");
+        let of_viewer = match path {
+            "/metrics" => 403,
+            "/no/such/path" => 404,
+            _ => 200,
+        };
+        assert_eq!(stage.get(Some("viewer"), path).await.status, of_viewer, "{path}");
+    }
+    let error = stage.get(None, "/api/status").await.json().await;
+    assert_eq!(error["error"]["reason"], "CREDENTIAL_MISSING");
+    let error = stage.get(Some("monitor"), "/api/status").await.json().await;
+    assert_eq!(error["error"]["metadata"]["rpc"], "GetStatus");
+}
+
+#[tokio::test]
+async fn health_is_public_and_reflection_needs_a_token() {
+    let stage = Stage::with_roles().await;
+    let first = async |name, path: &str, request: &[u8]| {
+        let mut answers = stage.open_path(name, path, request.to_vec()).await.map_err(|status| status.code())?;
+        patiently(path, answers.message()).await.map(|answer| answer.is_some()).map_err(|status| status.code())
+    };
+    assert_eq!(first(None, "/grpc.health.v1.Health/Check", &[]).await, Ok(true));
+    // `list_services`.
+    let list = [7 << 3 | 2, 0];
+    for version in ["v1", "v1alpha"] {
+        let path = format!("/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo");
+        assert_eq!(first(None, &path, &list).await, Err(Code::Unauthenticated), "{version}");
+        assert_eq!(first(Some("monitor"), &path, &list).await, Ok(true), "{version}");
+    }
+}
+
+#[tokio::test]
+async fn a_bad_credential_is_not_a_missing_right() {
+    let stage = Stage::with_roles().await;
+    let list = pb::ListCyclesRequest::default();
+    let as_who = async |name| reason(&stage.call(name, "ListCycles", &list).await.unwrap_err());
+    assert_eq!(as_who(None).await, (Code::Unauthenticated, "CREDENTIAL_MISSING".into()));
+    assert_eq!(as_who(Some("nonsense")).await, (Code::Unauthenticated, "CREDENTIAL_INVALID".into()));
+    let (_, unknown) = Token::create(Name::parse("viewer").unwrap(), None).unwrap();
+    assert_eq!(as_who(Some(&unknown)).await, (Code::Unauthenticated, "CREDENTIAL_INVALID".into()));
+    assert_eq!(as_who(Some("registrar")).await, (Code::PermissionDenied, "NOT_ALLOWED".into()));
+    let status = stage.call(Some("registrar"), "ListCycles", &list).await.unwrap_err();
+    assert_eq!(
+        status.message(),
+        "token:registrar may not call ListCycles; it needs a grant with the role viewer or operator or auditor or \
+         admin (access.grants in the configuration of the service)"
+    );
+    // Secrets are not in the log.
+    stage.logged("a call was denied").await;
+    let log = fs::read_to_string(stage.home.path("log")).unwrap();
+    assert!(stage.texts.values().all(|text| !log.contains(&text[21..])), "{log}");
+}
+
+#[tokio::test]
+async fn a_grant_covers_its_targets_and_no_others() {
+    let grants = r#"
+[[access.grants]]
+who = ["token:*"]
+role = "registrar"
+subsystems = ["{1}", "{1}-*"]
+reads = ["shared"]
+endpoints = ["http://127.0.0.1:*"]
+phases = [0, 9]
+[[access.grants]]
+who = ["token:a"]
+role = "operator"
+subsystems = ["a", "a-*"]
+loops = ["a"]
+"#;
+    let stage = Stage::new("enforce", grants, &["a", "b"]).await;
+    let registration = |name: &str| common::service::registration(name, "http://127.0.0.1:1");
+    let register = async |who, registration| {
+        let request = pb::RegisterSubsystemRequest { registration: Some(registration), lease: None };
+        stage.call(Some(who), "RegisterSubsystem", &request).await
+    };
+    for name in ["a", "a-1"] {
+        register("a", registration(name)).await.unwrap();
+    }
+    let of = |target: &str| ("RegisterSubsystem".to_owned(), target.to_owned());
+    assert_eq!(denied(register("a", registration("b")).await), of("subsystem b"));
+    assert_eq!(denied(register("b", registration("a")).await), of("subsystem a"));
+    let change = |change: fn(&mut pb::Registration)| {
+        let mut registration = registration("a");
+        change(&mut registration);
+        registration
+    };
+    for (target, changed) in [
+        ("input x", change(|it| it.reads = vec!["shared".into(), "x".into()])),
+        ("critical", change(|it| it.critical = true)),
+        ("endpoint http://10.0.0.1:1", change(|it| it.endpoint = "http://10.0.0.1:1".into())),
+        ("phase 10", change(|it| it.phase = 10)),
+    ] {
+        assert_eq!(denied(register("a", changed).await), of(&format!("{target} of subsystem a")));
+    }
+    // One of several is enough to refuse all.
+    let all =
+        pb::RegisterSubsystemsRequest { registrations: vec![registration("a-2"), registration("b")], lease: None };
+    let refused = stage.call(Some("a"), "RegisterSubsystems", &all).await;
+    assert_eq!(denied(refused), ("RegisterSubsystems".into(), "subsystem b".into()));
+    let unregister = pb::UnregisterSubsystemRequest { name: "a".into() };
+    assert_eq!(
+        denied(stage.call(Some("b"), "UnregisterSubsystem", &unregister).await),
+        ("UnregisterSubsystem".into(), "subsystem a".into())
+    );
+
+    let run = |names: &[&str]| pb::RunCycleRequest {
+        subsystems: names.iter().map(ToString::to_string).collect(),
+        validate_only: true,
+        ..Default::default()
+    };
+    assert!(stage.call(Some("a"), "RunCycle", &run(&["a", "a-1"])).await.is_ok());
+    let refused = stage.call(Some("a"), "RunCycle", &run(&["a", "b"])).await;
+    assert_eq!(denied(refused), ("RunCycle".into(), "subsystem b".into()));
+    assert_eq!(
+        denied(stage.call(Some("a"), "RunCycle", &run(&[])).await),
+        ("RunCycle".into(), "all subsystems".into())
+    );
+    let start = |name: &str| {
+        let settings = pb::IntervalLoop {
+            name: name.into(),
+            interval: Some(prost_types::Duration { seconds: 3600, nanos: 0 }),
+            subsystems: vec!["a".into()],
+            ..Default::default()
+        };
+        pb::StartIntervalLoopRequest { r#loop: Some(settings) }
+    };
+    assert!(stage.call(Some("a"), "StartIntervalLoop", &start("a")).await.is_ok());
+    let refused = stage.call(Some("a"), "StartIntervalLoop", &start("b")).await;
+    assert_eq!(denied(refused), ("StartIntervalLoop".into(), "loop b".into()));
+}
+
+/// Waits until a watch ends.
+async fn ended(mut watch: Streaming<Bytes>) -> (Code, String) {
+    loop {
+        match patiently("the end of a watch", watch.message()).await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the watch has ended without a reason"),
+            Err(status) => return reason(&status),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_watch_ends_when_its_token_expires() {
+    let stage = Stage::with_roles().await;
+    let expires_at = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(5);
+    let (token, text) = Token::create(Name::parse("viewer").unwrap(), Some(expires_at)).unwrap();
+    write_private(&stage.home.path("tokens.toml"), &tokens_text(&[token]));
+    stage.logged("reloaded").await;
+    let watch = stage.open(Some(&text), "WatchCycles", Vec::new()).await.unwrap();
+    assert_eq!(ended(watch).await, (Code::Unauthenticated, "CREDENTIAL_EXPIRED".into()));
+    assert!(jiff::Timestamp::now() >= expires_at);
+}
+
+#[tokio::test]
+async fn a_watch_ends_when_a_reload_takes_its_right_away() {
+    let [removed, revoked, no_token] = [
+        (Code::PermissionDenied, "NOT_ALLOWED"),
+        (Code::Unauthenticated, "CREDENTIAL_INVALID"),
+        (Code::Unauthenticated, "CREDENTIAL_INVALID"),
+    ];
+    let stage = Stage::with_roles().await;
+    let file = stage.home.path("orchestrator.toml");
+    let watch = async |name| stage.open(Some(name), "WatchCycles", Vec::new()).await.unwrap();
+    let others = tokio::spawn(ended(watch("admin").await));
+
+    let without_viewer = GRANTS.replace("token:viewer", "token:x");
+    let of_viewer = watch("viewer").await;
+    fs::write(&file, config(&stage.home, "enforce", "", &without_viewer)).unwrap();
+    let (code, why) = ended(of_viewer).await;
+    assert_eq!((code, why.as_str()), removed);
+
+    let of_operator = watch("operator").await;
+    let access = format!("revoked = [\"{}\"]", stage.ids["operator"]);
+    fs::write(&file, config(&stage.home, "enforce", &access, &without_viewer)).unwrap();
+    let (code, why) = ended(of_operator).await;
+    assert_eq!((code, why.as_str()), revoked);
+
+    let of_auditor = watch("auditor").await;
+    write_private(
+        &stage.home.path("tokens.toml"),
+        &fs::read_to_string(stage.home.path("tokens.toml")).unwrap().replace("name = \"auditor\"", "name = \"other\""),
+    );
+    // The name of a token is its identity.
+    let (code, _) = ended(of_auditor).await;
+    assert_eq!(code, Code::PermissionDenied);
+    assert!(!others.is_finished(), "another watch has ended");
+
+    write_private(&stage.home.path("tokens.toml"), "");
+    let (code, why) = others.await.unwrap();
+    assert_eq!((code, why.as_str()), no_token);
+}
+
+#[tokio::test]
+async fn off_reads_no_credentials_and_dry_run_refuses_nothing() {
+    let list = pb::ListCyclesRequest::default();
+    let stage = Stage::new("off", GRANTS, &["viewer"]).await;
+    for name in [None, Some("nonsense")] {
+        assert!(stage.call(name, "ListCycles", &list).await.is_ok());
+    }
+    assert!(!stage.get(None, "/metrics").await.text().await.contains("orchestrator_calls_would_be_denied_total{"));
+
+    let stage = Stage::new("dry_run", GRANTS, &["viewer"]).await;
+    for name in [None, Some("nonsense"), Some("viewer")] {
+        assert!(stage.call(name, "ListCycles", &list).await.is_ok());
+    }
+    assert!(stage.call(Some("viewer"), "RunCycle", &pb::RunCycleRequest::default()).await.is_ok());
+    stage.logged("access.mode = \"enforce\" would deny a call").await;
+    let metrics = stage.get(None, "/metrics").await.text().await;
+    for (rpc, code, count) in [("ListCycles", "UNAUTHENTICATED", 2), ("RunCycle", "PERMISSION_DENIED", 1)] {
+        let name = "orchestrator_calls_would_be_denied_total";
+        let line = format!("{name}{{server=\"grpc\",rpc=\"{rpc}\",code=\"{code}\"}} {count}");
+        assert!(metrics.contains(&line), "{line} is not in\n{metrics}");
+    }
+}
+
+#[tokio::test]
+async fn a_file_of_tokens_that_others_can_read_is_refused() {
+    let home = Home::new().in_memory();
+    let tokens = home.path("tokens.toml");
+    write_private(&tokens, "");
+    fs::set_permissions(&tokens, fs::Permissions::from_mode(0o644)).unwrap();
+    let config = config(&home, "enforce", "", "");
+    let home = home.with_config(&config);
+    let Err(status) = home.try_serve().await else { panic!("it serves") };
+    assert_eq!(status.code(), Some(1));
+    assert!(home.log().contains("has mode 0644"), "{}", home.log());
+}
