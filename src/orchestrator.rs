@@ -38,7 +38,7 @@ use std::{
 use jiff::Timestamp;
 use tokio::{
     select,
-    sync::{Notify, OwnedMutexGuard, mpsc, watch as latest},
+    sync::{Notify, OwnedMutexGuard, mpsc, oneshot, watch as latest},
     time::Instant,
 };
 use tokio_util::{
@@ -148,8 +148,13 @@ struct State {
     counts: Counts,
 }
 
-/// The turn of one change of the registry or of a loop, with the order of subsystems, which only such changes change.
-type Turn = OwnedMutexGuard<Order>;
+/// The turn of one change of the registry or of a loop.
+struct Turn {
+    /// The order of subsystems, which only such changes change.
+    order: OwnedMutexGuard<Order>,
+    /// Notifies the caller if the commit of the change is late; `None` if no caller is to be notified.
+    late: Option<oneshot::Sender<StoreError>>,
+}
 
 /// An admitted change. The last write of the process waits until this is dropped.
 struct Admission {
@@ -176,17 +181,22 @@ impl Orchestrator {
         if self.0.state().draining {
             return Err(Refusal::Draining);
         }
-        let turn = select! {
+        let order = select! {
             biased;
             late = self.0.late_commit() => return Err(late.into()),
-            turn = self.0.order.clone().lock_owned() => turn,
+            order = self.0.order.clone().lock_owned() => order,
         };
-        let change = change(self.0.clone(), turn);
+        let (notify, late) = oneshot::channel();
+        let change = change(self.0.clone(), Turn { order, late: Some(notify) });
         let changed = tokio::spawn(async move {
             let _admission = admission;
             change.await
         });
-        joined(changed.await).unwrap_or(Err(Refusal::Draining))
+        select! {
+            biased;
+            changed = changed => joined(changed).unwrap_or(Err(Refusal::Draining)),
+            Ok(late) = late => Err(Refusal::ChangeIsLate(late)),
+        }
     }
 }
 

@@ -851,6 +851,20 @@ async fn while_the_disk_hangs_no_cycle_is_admitted_and_the_pending_write_is_reco
     assert_eq!(stage.client.status().await.unwrap().total_cycles, 2);
 }
 
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_registration_whose_write_hangs_is_refused_and_may_still_be_made() {
+    let mut stage = Stage::at(disk::home()).await;
+    disk::hangs(&stage.home);
+    let status = patiently("the answer", stage.client.register(stage.registration("a"))).await.unwrap_err();
+    assert_eq!((status.code(), reason(&status).why.as_str()), (Code::Unavailable, "STORE_UNAVAILABLE"));
+    assert!(status.message().contains("may still be made"), "{status:?}");
+    disk::comes_back(&stage.home);
+    // The last write comes after it.
+    let mut stage = stage.restarted().await;
+    assert_eq!(stage.client.subsystems().await.unwrap().len(), 1);
+}
+
 /// Causes a power failure while this number of cycles runs side by side, and checks the state of the next process.
 #[cfg(target_os = "linux")]
 async fn lose_power(mut stage: Stage, running: usize) -> Stage {

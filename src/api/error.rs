@@ -46,6 +46,7 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
             let id = id.map(|id| ("cycle_id", id.to_string()));
             (Code::Unavailable, "STORE_UNAVAILABLE", id.into_iter().collect())
         }
+        Refusal::ChangeIsLate(_) => (Code::Unavailable, "STORE_UNAVAILABLE", vec![]),
         Refusal::Unreadable(Unreadable { cycle_id, revision, .. }) => (
             Code::DataLoss,
             "RECORD_UNREADABLE",

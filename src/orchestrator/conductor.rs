@@ -196,7 +196,7 @@ impl Shared {
         self.changes.wait().await;
         loop {
             self.no_late_commit().await;
-            let closed = self.write(|_| Write { close: true, ..Write::default() }, |_| ()).await;
+            let closed = self.edit(|_| Write { close: true, ..Write::default() }, |_| (), None).await;
             if !closed.as_ref().is_err_and(StoreError::is_late) {
                 return closed;
             }

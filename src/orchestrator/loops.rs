@@ -20,7 +20,7 @@ impl Orchestrator {
     /// are too many loops, no memory for it, or it names too many subsystems; the store can't be written; or the
     /// process drains.
     pub async fn start_loop(&self, start: LoopStart) -> Result<LoopEntry, Refusal> {
-        self.change(|shared, order| async move { shared.start_loop(order, start).await }).await
+        self.change(|shared, turn| async move { shared.start_loop(turn, start).await }).await
     }
 
     /// Stops a loop. A declared loop stays listed; others are deleted.
@@ -29,7 +29,7 @@ impl Orchestrator {
     /// No loop has the name, the store can't be written, or the process drains.
     pub async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
         let name = name.clone();
-        self.change(|shared, order| async move { shared.stop_loop(order, &name).await }).await
+        self.change(|shared, turn| async move { shared.stop_loop(turn, &name).await }).await
     }
 
     /// The loops, by name.
@@ -48,7 +48,7 @@ impl State {
 }
 
 impl Shared {
-    async fn start_loop(&self, _order: Turn, start: LoopStart) -> Result<LoopEntry, Refusal> {
+    async fn start_loop(&self, mut turn: Turn, start: LoopStart) -> Result<LoopEntry, Refusal> {
         let limits = self.settings();
         if let LoopStart::Of(IntervalLoop { subset: Some(subset), .. }) = &start
             && subset.len() > limits.max_subsystems
@@ -90,13 +90,13 @@ impl Shared {
             state.loops.put(entry.clone());
             entry
         };
-        let entry = self.write(build, put).await?;
+        let entry = self.write(&mut turn, build, put).await?;
         self.loops_changed.notify_one();
         tracing::info!("loop" = %entry.settings.name, interval = ?entry.settings.interval, "a loop has started");
         Ok(entry)
     }
 
-    async fn stop_loop(&self, _order: Turn, name: &Name) -> Result<LoopEntry, Refusal> {
+    async fn stop_loop(&self, mut turn: Turn, name: &Name) -> Result<LoopEntry, Refusal> {
         if self.state().loops.get(name).is_none() {
             return Err(Refusal::LoopNotFound(name.clone()));
         }
@@ -117,7 +117,7 @@ impl Shared {
             }
             Some(entry)
         };
-        let entry = self.write(build, put).await?;
+        let entry = self.write(&mut turn, build, put).await?;
         tracing::info!("loop" = %name, "a loop has stopped");
         entry.ok_or_else(|| Refusal::LoopNotFound(name.clone()))
     }

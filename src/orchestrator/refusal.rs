@@ -36,6 +36,9 @@ pub enum Refusal {
     /// works again.
     #[error("the store is not available now: {1}")]
     StoreUnavailable(Option<CycleId>, StoreError),
+    /// The commit of the change is late: whether it is made is not known yet.
+    #[error("the change is being written, and may still be made: {0}; repeat it later")]
+    ChangeIsLate(StoreError),
     /// A record is damaged.
     #[error("{0}; restore the store from a backup to recover it")]
     Unreadable(Unreadable),

@@ -14,7 +14,7 @@ use super::{
     registry::{Lease, Origin, Registered},
 };
 use crate::{
-    engine::{Member, Order},
+    engine::Member,
     model::{Name, Subsystem},
     ports::{StoreError, StoredSubsystem, Write},
 };
@@ -56,7 +56,7 @@ impl Orchestrator {
         subsystems: Vec<Subsystem>,
         lease: Option<Duration>,
     ) -> Result<Vec<(Registered, Change)>, Refusal> {
-        self.change(move |shared, order| async move { shared.register(order, subsystems, lease).await }).await
+        self.change(move |shared, turn| async move { shared.register(turn, subsystems, lease).await }).await
     }
 
     /// Removes a subsystem and its latest output.
@@ -65,7 +65,7 @@ impl Orchestrator {
     /// It is not registered, the file declares it, the store can't be written, or the process drains.
     pub async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
         let name = name.clone();
-        self.change(|shared, order| async move { shared.unregister(order, &name).await }).await
+        self.change(|shared, turn| async move { shared.unregister(turn, &name).await }).await
     }
 
     /// Suspends a subsystem, or resumes it and closes its breaker.
@@ -74,7 +74,7 @@ impl Orchestrator {
     /// It is not registered, the store can't be written, or the process drains.
     pub async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
         let name = name.clone();
-        self.change(|shared, order| async move { shared.suspend(order, &name, suspended).await }).await
+        self.change(|shared, turn| async move { shared.suspend(turn, &name, suspended).await }).await
     }
 
     /// Renews a lease. Returns its new end.
@@ -97,7 +97,7 @@ impl Orchestrator {
 impl Shared {
     async fn register(
         &self,
-        order: Turn,
+        turn: Turn,
         subsystems: Vec<Subsystem>,
         lease: Option<Duration>,
     ) -> Result<Vec<(Registered, Change)>, Refusal> {
@@ -165,26 +165,26 @@ impl Shared {
             let names =
                 changed.iter().map(|entry| &entry.member.subsystem).map(|it| it.requires.len() + it.after.len());
             let work = registered + names.sum::<usize>();
-            let (mut order, checked) = aside(work, move || {
-                let mut order = order;
+            let (mut turn, checked) = aside(work, move || {
+                let mut turn = turn;
                 let subsystems = changed.iter().map(|entry| entry.member.subsystem.clone()).collect();
-                let checked = order.change(subsystems, &[]).map(|undo| {
+                let checked = turn.order.change(subsystems, &[]).map(|undo| {
                     let stored = |entry: &Registered| Arc::new(StoredSubsystem { lease, ..entry.to_stored() });
                     let stored = changed.iter().map(|entry| (entry.name().clone(), Some(stored(entry))));
                     (undo, stored.collect::<BTreeMap<_, _>>())
                 });
-                (order, checked)
+                (turn, checked)
             })
             .await;
             let (undo, subsystems) = checked.map_err(Refusal::OrderRing)?;
             let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
-            match self.write(write, put).await {
+            match self.write(&mut turn, write, put).await {
                 Ok((entries, left)) => {
                     self.engine.subsystems.forget(&left);
                     entries
                 }
                 Err(error) => {
-                    order.undo(undo);
+                    turn.order.undo(undo);
                     return Err(error.into());
                 }
             }
@@ -203,16 +203,16 @@ impl Shared {
         Ok(entries)
     }
 
-    async fn unregister(&self, mut order: Turn, name: &Name) -> Result<(), Refusal> {
+    async fn unregister(&self, mut turn: Turn, name: &Name) -> Result<(), Refusal> {
         if self.state().registry.find(name)?.is_declared() {
             return Err(Refusal::DeclaredInConfig(name.clone()));
         }
-        self.forget(&mut order, std::slice::from_ref(name)).await?;
+        self.forget(&mut turn, std::slice::from_ref(name)).await?;
         tracing::info!(subsystem = %name, "unregistered");
         Ok(())
     }
 
-    async fn suspend(&self, _order: Turn, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
+    async fn suspend(&self, mut turn: Turn, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
         let earlier = self.state().registry.find(name)?.clone();
         if !suspended && earlier.member.standing.close_breaker() {
             tracing::info!(subsystem = %name, "its circuit breaker is closed: it is resumed");
@@ -231,22 +231,22 @@ impl Shared {
             entry
         };
         let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
-        let entry = self.write(write, put).await?;
+        let entry = self.write(&mut turn, write, put).await?;
         tracing::info!(subsystem = %name, "{}", if suspended { "suspended" } else { "resumed" });
         Ok(entry)
     }
 
     /// Removes subsystems durably.
-    async fn forget(&self, order: &mut Order, names: &[Name]) -> Result<(), StoreError> {
+    async fn forget(&self, turn: &mut Turn, names: &[Name]) -> Result<(), StoreError> {
         let subsystems: BTreeMap<_, _> = names.iter().map(|name| (name.clone(), None)).collect();
         let leaving = names.to_vec();
         let remove = move |state: &mut State| -> Vec<_> {
             leaving.iter().filter_map(|name| state.registry.remove(name)).collect()
         };
         let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
-        let left = self.write(write, remove).await?;
+        let left = self.write(turn, write, remove).await?;
         for name in names {
-            order.remove(name);
+            turn.order.remove(name);
         }
         self.engine.subsystems.forget(&left);
         Ok(())
@@ -275,10 +275,10 @@ impl Shared {
     async fn forget_expired(&self) -> Result<(), StoreError> {
         /// Most subsystems in one commit, which then hardly delays the start of a cycle.
         const MAX: usize = 1000;
-        let mut order = self.order.lock().await;
+        let mut turn = Turn { order: self.order.clone().lock_owned().await, late: None };
         let expired = self.state().registry.expired(Instant::now(), MAX);
         if !expired.is_empty() {
-            self.forget(&mut order, &expired).await?;
+            self.forget(&mut turn, &expired).await?;
         }
         for name in expired {
             tracing::info!(subsystem = %name, "unregistered: its lease was not renewed");

@@ -58,12 +58,12 @@ impl Orchestrator {
     /// There would be a circular dependency, there is no memory for what is declared, the store can't be written, or
     /// the process drains; then nothing has changed.
     pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
-        self.change(|shared, order| async move { shared.reload(order, settings, declared).await }).await
+        self.change(|shared, turn| async move { shared.reload(turn, settings, declared).await }).await
     }
 }
 
 impl Shared {
-    async fn reload(&self, order: Turn, settings: Settings, declared: Declared) -> Result<(), Refusal> {
+    async fn reload(&self, turn: Turn, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         let Entries { entries: before, .. } = self.state().registry.snapshot();
         let Declared { subsystems, loops } = declared;
         let hold = |settings: IntervalLoop| {
@@ -72,15 +72,17 @@ impl Shared {
         };
         let loops = loops.into_iter().map(hold).collect::<Result<Vec<_>, Refusal>>()?;
         let memory = self.memory.clone();
-        let (mut order, changes) = aside(before.len() + subsystems.len(), move || {
-            let mut order = order;
+        // The caller applies its part of the configuration after this one, so it waits for the outcome.
+        let turn = Turn { late: None, ..turn };
+        let (mut turn, changes) = aside(before.len() + subsystems.len(), move || {
+            let mut turn = turn;
             let changes = Declarations::of(subsystems, &before, &memory).map_err(Refusal::RegistryMemoryFull);
             let changes = changes.and_then(|changes| {
                 let put = changes.put.iter().map(|entry| entry.member.subsystem.clone()).collect();
-                let ordered = order.change(put, &changes.removed).map_err(|ring| changes.refuse(ring));
+                let ordered = turn.order.change(put, &changes.removed).map_err(|ring| changes.refuse(ring));
                 ordered.map(|undo| (undo, changes))
             });
-            (order, changes)
+            (turn, changes)
         })
         .await;
         let (undo, Declarations { put, removed, moved, stored, .. }) = changes?;
@@ -113,10 +115,10 @@ impl Shared {
             }
             left
         };
-        match self.write(write, apply).await {
+        match self.write(&mut turn, write, apply).await {
             Ok(left) => self.engine.subsystems.forget(&left),
             Err(error) => {
-                order.undo(undo);
+                turn.order.undo(undo);
                 return Err(error.into());
             }
         }

@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{NotRecorded, Shared, State, admission::Admitted, refusal::NotAdmitted};
+use super::{NotRecorded, Shared, State, Turn, admission::Admitted, refusal::NotAdmitted};
 use crate::{
     engine::Engine,
     model::{CycleId, Revision},
@@ -61,6 +61,9 @@ pub(super) trait ToWrite: Send {
     /// Notifies waiting callers after the commit and the change in memory.
     fn done(self: Box<Self>);
 
+    /// Called while its commit is late, and its outcome not known.
+    fn late(&mut self, _error: &StoreError) {}
+
     /// Called if it was not written and will not be.
     fn failed(self: Box<Self>, error: StoreError);
 }
@@ -70,14 +73,19 @@ struct Edit<B, A, T> {
     build: B,
     apply: Option<A>,
     applied: Option<T>,
+    late: Option<oneshot::Sender<StoreError>>,
     caller: oneshot::Sender<Result<T, StoreError>>,
 }
 
 impl<B, A, T> Edit<B, A, T> {
     /// The change, and where its result arrives.
-    fn new(build: B, apply: A) -> (Box<Self>, oneshot::Receiver<Result<T, StoreError>>) {
+    fn new(
+        build: B,
+        apply: A,
+        late: Option<oneshot::Sender<StoreError>>,
+    ) -> (Box<Self>, oneshot::Receiver<Result<T, StoreError>>) {
         let (caller, written) = oneshot::channel();
-        (Box::new(Self { build, apply: Some(apply), applied: None, caller }), written)
+        (Box::new(Self { build, apply: Some(apply), applied: None, late, caller }), written)
     }
 }
 
@@ -103,6 +111,12 @@ where
         if let Some(applied) = self.applied {
             // The caller may have disconnected.
             let _ = self.caller.send(Ok(applied));
+        }
+    }
+
+    fn late(&mut self, error: &StoreError) {
+        if let Some(caller) = self.late.take() {
+            let _ = caller.send(error.clone());
         }
     }
 
@@ -136,7 +150,9 @@ impl State {
     /// The store no longer has this kind of error: new callers wait for records.
     fn recovers_from(&self, kind: impl Fn(&StoreError) -> bool) {
         if self.store_error.send_if_modified(|error| error.take_if(|error| kind(error)).is_some()) {
-            self.live.values().for_each(|admitted| admitted.resume());
+            for admitted in self.live.values() {
+                admitted.resume();
+            }
         }
     }
 
@@ -147,17 +163,28 @@ impl State {
 }
 
 impl Shared {
-    /// Writes a change, and applies it in memory. `build` makes the write of subsystems and loops from the state at
-    /// that time.
+    /// Writes the change of this turn, and applies it in memory. `build` makes the write of subsystems and loops from
+    /// the state at that time.
     ///
     /// # Errors
     /// It could not be written, or a commit before it is late; nothing has changed, and nothing will.
     pub(super) async fn write<T: Send + 'static>(
         &self,
+        turn: &mut Turn,
         build: impl Fn(&State) -> Write + Send + 'static,
         apply: impl FnOnce(&mut State) -> T + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (edit, written) = Edit::new(build, apply);
+        self.edit(build, apply, turn.late.take()).await
+    }
+
+    /// As [`Shared::write`]. Notifies `late` if its commit is late.
+    pub(super) async fn edit<T: Send + 'static>(
+        &self,
+        build: impl Fn(&State) -> Write + Send + 'static,
+        apply: impl FnOnce(&mut State) -> T + Send + 'static,
+        late: Option<oneshot::Sender<StoreError>>,
+    ) -> Result<T, StoreError> {
+        let (edit, written) = Edit::new(build, apply, late);
         self.ask_to_write(edit).await?;
         written.await.unwrap_or_else(|_| Err(self.store_ended()))
     }
@@ -220,7 +247,7 @@ impl Shared {
         let (write, mark) = self.draft(&mut batch);
         let (durability, last_cycle_id) = (write.durability, write.last_cycle_id);
         let started = Instant::now();
-        let committed = self.await_commit(write, &cycles_of(&batch), queue).await;
+        let committed = self.await_commit(write, &mut batch, queue).await;
         let took = started.elapsed();
         if let Err(error) = committed {
             let mut state = self.state();
@@ -254,9 +281,14 @@ impl Shared {
         Ok(())
     }
 
-    /// Commits a write of these cycles, and waits for the outcome, however long that takes. While the store reports
-    /// trouble, nothing is admitted, the callers of the cycles are notified, and queued changes are put off.
-    async fn await_commit(&self, write: Write, cycles: &[Arc<Admitted>], queue: &mut Queue) -> Result<(), StoreError> {
+    /// Commits the write of these changes, and waits for the outcome, however long that takes. While the store reports
+    /// trouble, nothing is admitted, the callers of the changes are notified, and queued changes are put off.
+    async fn await_commit(
+        &self,
+        write: Write,
+        batch: &mut [Box<dyn ToWrite>],
+        queue: &mut Queue,
+    ) -> Result<(), StoreError> {
         let (mut commit, mut trouble) = (self.store.commit(Arc::new(write)), self.store.trouble());
         let mut late = None;
         loop {
@@ -269,7 +301,10 @@ impl Shared {
                 Some(reported) = trouble.next() => {
                     if let Some(error) = &reported {
                         tracing::error!(%error, "no cycle is admitted until the commit returns");
-                        self.notify_of(error, cycles);
+                        self.notify_of(error, &cycles_of(batch));
+                        for change in &mut *batch {
+                            change.late(error);
+                        }
                     } else {
                         self.state().recovers_from(|error| !error.is_final());
                     }
@@ -392,7 +427,7 @@ impl Shared {
         select! {
             biased;
             late = self.late_commit() => Err(late),
-            noted = self.write(note(durability), |_| ()) => noted,
+            noted = self.edit(note(durability), |_| (), None) => noted,
         }
     }
 
@@ -405,7 +440,7 @@ impl Shared {
         };
         let is_queued = self.to_write.capacity() < WAITING;
         if !is_noted && !is_queued {
-            let (edit, _) = Edit::new(note(Durability::Buffered), |_: &mut State| ());
+            let (edit, _) = Edit::new(note(Durability::Buffered), |_: &mut State| (), None);
             // Without a place in the queue, another write comes first.
             let _ = self.to_write.try_send(edit);
         }

@@ -13,7 +13,8 @@ use std::{
 use orchestrator_core::{
     model::{CycleId, CycleRequest, CycleState, Name, Revision},
     orchestrator::{
-        Change, From, NotRecorded, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped, Ticket, WatchFilter,
+        Change, Declared, From, NotRecorded, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped, Ticket,
+        WatchFilter,
     },
     ports::{Store, StoreError, Write},
     record, store,
@@ -165,10 +166,10 @@ fn late() -> StoreError {
 }
 
 /// The refusal of a call that waits for the store.
-async fn told<T: std::fmt::Debug, R: Into<Refusal>>(
+async fn refusal_of<T: std::fmt::Debug, R: Into<Refusal>>(
     call: impl Future<Output = Result<T, R>>,
 ) -> (Option<u64>, StoreError) {
-    match timeout(Duration::from_millis(10), call).await.map(|told| told.map_err(Into::into)) {
+    match timeout(Duration::from_millis(10), call).await.map(|answer| answer.map_err(Into::into)) {
         Ok(Err(Refusal::StoreUnavailable(cycle_id, error))) => (cycle_id.map(|id| id.0), error),
         other => panic!("{other:?}"),
     }
@@ -392,11 +393,26 @@ async fn cycles_are_refused_while_a_commit_is_late_and_admitted_afterwards() {
     assert!(stage.orchestrator.run_cycle(of(&["a"]), false).await.is_err());
     stage.script.fails_changes.store(true, Ordering::Relaxed);
     stage.after_commits(1).await;
-    let refused = registering.await.unwrap();
-    assert!(matches!(refused, Err(Refusal::StoreUnavailable(None, StoreError::Full { .. }))), "{refused:?}");
+    assert!(registering.await.unwrap().is_err());
+    assert!(stage.orchestrator.subsystem(&Name::parse("d").unwrap()).is_err());
     assert_eq!(stage.orchestrator.status().store_error, None);
     stage.script.let_go();
     stage.run("a").await.recorded().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reload_waits_for_its_late_commit() {
+    let stage = Stage::new().await;
+    let (orchestrator, declared) =
+        (stage.orchestrator.clone(), Declared { subsystems: vec![subsystem("d")], loops: vec![] });
+    let reloading = tokio::spawn(async move { orchestrator.reload(settings(), declared).await });
+    sleep(Duration::from_millis(10)).await;
+    stage.trouble.send_replace(Some(late()));
+    sleep(Duration::from_millis(10)).await;
+    assert!(!reloading.is_finished());
+    stage.script.let_go();
+    reloading.await.unwrap().unwrap();
+    assert!(stage.orchestrator.subsystem(&Name::parse("d").unwrap()).is_ok());
 }
 
 #[tokio::test(start_paused = true)]
@@ -417,15 +433,15 @@ async fn callers_of_cycles_behind_a_late_commit_are_refused_and_the_cycles_recor
     sleep(Duration::from_millis(100)).await;
     stage.trouble.send_replace(Some(late()));
     for (ticket, noted) in [(recorded, Some(1)), (waits, Some(3)), (begins, None)] {
-        assert_eq!(told(ticket.recorded()).await, (noted, late()));
+        assert_eq!(refusal_of(ticket.recorded()).await, (noted, late()));
     }
     sleep(Duration::from_millis(200)).await;
     assert!(!runs.is_finished());
     // It ends.
     sleep(Duration::from_millis(200)).await;
-    assert_eq!(told(async { runs.await.unwrap() }).await, (Some(2), late()));
+    assert_eq!(refusal_of(async { runs.await.unwrap() }).await, (Some(2), late()));
     // Its record waits as well.
-    assert_eq!(told(stage.orchestrator.cancel_cycle(CycleId(3))).await, (Some(3), late()));
+    assert_eq!(refusal_of(stage.orchestrator.cancel_cycle(CycleId(3))).await, (Some(3), late()));
     assert_eq!(stage.orchestrator.status().total_cycles, 0);
 
     stage.script.let_go();
@@ -446,7 +462,7 @@ async fn callers_of_cycles_in_line_are_refused_while_the_store_can_not_be_writte
     stage.script.judge([Box::new(full) as Verdict, Box::new(full)]);
     stage.script.let_go();
     sleep(Duration::from_secs(1)).await;
-    assert_eq!(told(waits.recorded()).await, (Some(2), full(&Write::default()).unwrap_err()));
+    assert_eq!(refusal_of(waits.recorded()).await, (Some(2), full(&Write::default()).unwrap_err()));
     sleep(Duration::from_secs(3)).await;
     assert_eq!(stage.orchestrator.cycle(CycleId(2)).await.unwrap().state, CycleState::Succeeded);
 }
@@ -465,7 +481,7 @@ async fn a_repeated_request_waits_for_its_cycle_again_once_no_commit_is_late() {
     for _ in 0..2 {
         stage.trouble.send_replace(Some(late()));
         sleep(Duration::from_millis(10)).await;
-        assert_eq!(told(ask()).await, (None, late()));
+        assert_eq!(refusal_of(ask()).await, (None, late()));
         stage.trouble.send_replace(None);
         sleep(Duration::from_millis(10)).await;
         assert!(timeout(Duration::from_millis(10), ask()).await.is_err());
@@ -484,12 +500,12 @@ async fn a_change_that_waits_for_its_turn_is_refused_once_a_commit_is_late_and_n
     let (first, second) = (register("d"), register("e"));
     sleep(Duration::from_millis(10)).await;
     stage.trouble.send_replace(Some(late()));
-    assert_eq!(told(async { second.await.unwrap() }).await, (None, late()));
-    assert_eq!(told(async { register("f").await.unwrap() }).await, (None, late()));
-    // Its commit may still be made.
-    assert!(!first.is_finished());
+    assert_eq!(refusal_of(async { second.await.unwrap() }).await, (None, late()));
+    assert_eq!(refusal_of(async { register("f").await.unwrap() }).await, (None, late()));
+    let refused = first.await.unwrap();
+    assert!(matches!(&refused, Err(Refusal::ChangeIsLate(error)) if *error == late()), "{refused:?}");
+    // The commit returns.
     stage.script.let_go();
-    first.await.unwrap().unwrap();
     sleep(Duration::from_secs(1)).await;
     let registered = ["d", "e", "f"].map(|name| stage.orchestrator.subsystem(&Name::parse(name).unwrap()).is_ok());
     assert_eq!(registered, [true, false, false]);
@@ -505,7 +521,7 @@ async fn a_queued_change_is_refused_once_a_commit_is_late_and_not_made() {
     let registering = tokio::spawn(async move { orchestrator.register(subsystem("d"), None).await });
     sleep(Duration::from_millis(10)).await;
     stage.trouble.send_replace(Some(late()));
-    assert_eq!(told(async { registering.await.unwrap() }).await, (None, late()));
+    assert_eq!(refusal_of(async { registering.await.unwrap() }).await, (None, late()));
     stage.script.let_go();
     sleep(Duration::from_secs(1)).await;
     assert!(stage.orchestrator.subsystem(&Name::parse("d").unwrap()).is_err());
@@ -527,7 +543,7 @@ async fn a_caller_that_does_not_wait_for_its_cycle_is_refused_once_a_commit_is_l
     sleep(Duration::from_millis(10)).await;
     stage.trouble.send_replace(Some(late()));
     for admitting in [first, second] {
-        assert_eq!(told(async { admitting.await.unwrap() }).await, (None, late()));
+        assert_eq!(refusal_of(async { admitting.await.unwrap() }).await, (None, late()));
     }
     stage.script.let_go();
     sleep(Duration::from_secs(2)).await;
