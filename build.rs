@@ -5,7 +5,11 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message;
 use prost_types::{FileDescriptorSet, field_descriptor_proto::Type};
 
-const FILES: [&str; 2] = ["dreamnet/subsystem/v1/subsystem.proto", "dreamnet/orchestrator/v1/orchestrator.proto"];
+const FILES: [&str; 3] = [
+    "dreamnet/subsystem/v1/subsystem.proto",
+    "dreamnet/orchestrator/v1/orchestrator.proto",
+    "dreamnet/orchestrator/v1/ledger.proto",
+];
 
 /// Messages that this crate hands on as the bytes that came, and so never decodes on the way: on the wire a message
 /// field and a `bytes` field are the same.

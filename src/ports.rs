@@ -137,6 +137,9 @@ impl Spans for Untraced {
 /// The durable store. One process writes to it; each [`Write`] is atomic. An open store can be read. It takes writes
 /// once [`Store::take_over`] has returned.
 ///
+/// Each write also appends its records to the log of the history ([`ledger`](crate::ledger)), in their order, and then
+/// the entry of its [`Removal`]. Records that were written before there was a log are not in it.
+///
 /// Each cycle id from 1 to the highest noted one ([`Write::last_cycle_id`]) is exactly one of open, recorded and
 /// pruned. Records have dense revisions in the order of their commits, and any order of their ids.
 pub trait Store: Send + Sync + 'static {
@@ -196,12 +199,13 @@ pub trait Store: Send + Sync + 'static {
     /// Some of them have been pruned, `revision` was never given, or the store can't be read.
     fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>>;
 
-    /// Removes at most `limit` records that exceed `retention`, lowest revision first, never the one with the highest
-    /// revision. Returns how many it removed, and the highest revision that was ever removed.
+    /// The records that exceed `retention`: at most `limit`, those with the lowest revisions, never the newest one.
+    /// [`Write::removal`] removes them.
     ///
     /// # Errors
-    /// As [`Store::commit`].
-    fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>>;
+    /// [`StoreError::Fenced`] when a later epoch has taken over, [`StoreError::Defect`] when the store was not taken
+    /// over, or it can't be read.
+    fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>>;
 
     /// The size of the store. Cheap, however long the history is.
     ///
@@ -294,6 +298,8 @@ pub struct Write {
     /// Cycles that are recorded now, in any order of their ids, each as the next revision. Each is open in the store,
     /// or is noted with this write.
     pub records: Vec<Record>,
+    /// Records that are removed now.
+    pub removal: Removal,
     /// Outputs that replace the latest one of their subsystem.
     pub outputs: Vec<(Name, Output)>,
     /// The new state of these subsystems; `None` removes a subsystem and its output.
@@ -303,6 +309,17 @@ pub struct Write {
     /// True for the last write of this process: every begun cycle is recorded, and nothing is lost if the machine
     /// restarts.
     pub close: bool,
+}
+
+/// Records that a write removes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Removal {
+    /// Their revisions, in increasing order. Each has a record, which is not the newest one.
+    pub revisions: Vec<Revision>,
+    /// All entries of the log below this leaf are gone then. Never lower than that of an earlier removal.
+    pub first_kept: u64,
+    /// An encoded `ControlEntry` that says so, if one of these records has a leaf.
+    pub entry: Option<Bytes>,
 }
 
 /// The failure that a write must survive.
@@ -489,13 +506,14 @@ pub struct RetentionRule {
     pub max_age: Option<Duration>,
 }
 
-/// The result of pruning.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pruned {
-    /// Number of removed records. Fewer than requested means that there are no more to remove.
-    pub removed: usize,
-    /// The highest revision ever removed.
-    pub pruned_to: Revision,
+/// The records that exceed the limits of the history.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Excess {
+    /// Their revisions, in increasing order, with their leaves in the log; a record that is older than the log has
+    /// none.
+    pub records: Vec<(Revision, Option<u64>)>,
+    /// Without these records, all entries of the log below this leaf are gone.
+    pub first_kept: u64,
 }
 
 /// The size of a store.

@@ -3,13 +3,14 @@
 //! A cycle is encoded once, here, and these bytes are committed, returned and streamed. Only the revision is added
 //! later, by the commit. Requests of waiting cycles are stored in the wire form of `RunCycleRequest`.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, ops::Range, time::Duration};
 
 use bytes::Bytes;
 use jiff::Timestamp;
 use prost::Message;
 
 use crate::{
+    ledger::RecordsPruned,
     model::{
         CycleId, CycleRequest, CycleState, FinishedCycle, Issue, Name, OverlapPolicy, Payload, Revision, Severity,
         SkipReason, SpanContext, SubsystemReport, SubsystemState, Trigger, excerpt,
@@ -136,6 +137,15 @@ pub fn decode_request(
         record_outputs: message.record_outputs,
         trace: traceparent.and_then(|traceparent| SpanContext::parse(&traceparent, tracestate.as_deref())),
     })
+}
+
+/// Encodes the entry of the log that says which records were removed.
+pub fn encode_pruned(pruned: &RecordsPruned) -> Bytes {
+    let range = |range: &Range<u64>| pb::LeafRange { first: range.start, count: range.end - range.start };
+    let message =
+        pb::RecordsPruned { leaves: pruned.leaves.iter().map(range).collect(), first_kept: pruned.first_kept };
+    let entry = Some(pb::control_entry::Entry::RecordsPruned(message));
+    pb::ControlEntry { entry }.encode_to_vec().into()
 }
 
 /// Checks that clients of the contract can decode a record.

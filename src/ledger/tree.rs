@@ -68,7 +68,7 @@ impl Node {
     /// Number of complete nodes in a log of `size` leaves.
     pub fn complete_with(size: u64) -> u64 {
         // A tree of 2^k leaves has 2^(k+1) - 1 nodes, and a log consists of one for each bit of its size.
-        2 * size - u64::from(size.count_ones())
+        size.saturating_mul(2) - u64::from(size.count_ones())
     }
 
     /// The complete subtrees of which a range of leaves consists, from left to right. The range begins at a multiple of

@@ -5,11 +5,16 @@ use std::{sync::Arc, time::Duration};
 use jiff::{SignedDuration, Timestamp};
 use tokio::{
     select,
+    sync::oneshot,
     time::{Instant, sleep},
 };
 
-use super::Shared;
-use crate::ports::{Retention, StoreError};
+use super::{Shared, State, writing::ToWrite};
+use crate::{
+    ledger::RecordsPruned,
+    ports::{Durability, Excess, Removal, Retention, StoreError, Write},
+    record,
+};
 
 /// Most records that one pass removes, so that a commit hardly waits for it. More than become too old between two
 /// passes.
@@ -73,10 +78,73 @@ impl Shared {
         }
     }
 
+    /// Removes one batch of records over these limits, and returns their number: none any more once the process drains,
+    /// since nothing may follow its last write.
     async fn remove(&self, retention: Retention, now: Timestamp) -> Result<usize, StoreError> {
-        let pruned = self.store.prune(retention, now, BATCH).await?;
-        self.state().pruned_to = pruned.pruned_to;
-        Ok(pruned.removed)
+        // Counted before the check, so that the last write waits for it.
+        let _token = self.changes.token();
+        if self.state().draining {
+            return Ok(0);
+        }
+        let excess = self.store.excess(retention, now, BATCH).await?;
+        let count = excess.records.len();
+        if count > 0 {
+            let (removed, written) = oneshot::channel();
+            let write = async {
+                self.ask_to_write(Box::new(Removing { removal: removal(excess), removed })).await?;
+                written.await.unwrap_or_else(|_| Err(self.store_ended()))
+            };
+            select! {
+                biased;
+                removed = write => removed?,
+                late = self.late_commit() => return Err(late),
+            }
+        }
+        Ok(count)
+    }
+}
+
+/// The removal of these records, with its entry in the log.
+fn removal(Excess { records, first_kept }: Excess) -> Removal {
+    let leaves: Vec<_> = records.iter().filter_map(|(_, leaf)| *leaf).collect();
+    let entry = |leaves| record::encode_pruned(&RecordsPruned::of(leaves, first_kept));
+    Removal {
+        revisions: records.into_iter().map(|(revision, _)| revision).collect(),
+        first_kept,
+        entry: (!leaves.is_empty()).then(|| entry(leaves)),
+    }
+}
+
+/// The removal of old records.
+struct Removing {
+    removal: Removal,
+    removed: oneshot::Sender<Result<(), StoreError>>,
+}
+
+impl ToWrite for Removing {
+    fn add_to(&mut self, write: &mut Write, _: &State) {
+        write.removal = self.removal.clone();
+        write.durability = Durability::Durable;
+    }
+
+    fn size(&self) -> (usize, usize) {
+        (0, self.removal.revisions.len())
+    }
+
+    fn is_needed(&self) -> bool {
+        false
+    }
+
+    fn apply(&mut self, state: &mut State) {
+        state.pruned_to = state.pruned_to.max(self.removal.revisions.last().copied().unwrap_or_default());
+    }
+
+    fn done(self: Box<Self>) {
+        let _ = self.removed.send(Ok(()));
+    }
+
+    fn failed(self: Box<Self>, error: StoreError) {
+        let _ = self.removed.send(Err(error));
     }
 }
 

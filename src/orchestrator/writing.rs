@@ -52,6 +52,12 @@ pub(super) trait ToWrite: Send {
         None
     }
 
+    /// False if cycles can go on when the store can never make this change, because of damage that concerns nothing
+    /// else.
+    fn is_needed(&self) -> bool {
+        true
+    }
+
     /// Called after the commit, before the state changes, without the lock over it.
     fn committed(&mut self, _engine: &Engine) {}
 
@@ -396,7 +402,9 @@ impl Shared {
                 Err((failed, _)) => again.extend(failed),
             }
         }
-        if let Some((_, error)) = to_blame.first() {
+        let is_damage = |error: &StoreError| matches!(error, StoreError::Corrupt { .. } | StoreError::Unusable { .. });
+        let ends = |failed: &[Box<dyn ToWrite>], error| !is_damage(error) || failed.iter().any(|it| it.is_needed());
+        if let Some((_, error)) = to_blame.iter().find(|(failed, error)| ends(failed, error)) {
             self.store_ends(error);
         }
         for (failed, error) in to_blame {

@@ -1,12 +1,15 @@
 //! The frontier of a store, and the writes that are valid next. Every store checks its writes with it, so that all keep
-//! the same promise: each id up to the highest noted one is exactly one of open, recorded and pruned, and revisions are
-//! dense.
+//! the same promise: each id up to the highest noted one is exactly one of open, recorded and pruned, and revisions and
+//! leaves are dense.
 
 use std::collections::BTreeSet;
 
+use bytes::Bytes;
+
 use crate::{
+    ledger::{self, Entry, Hash, Node},
     model::{CycleId, Revision},
-    ports::Write,
+    ports::{Record, Write},
 };
 
 /// The frontier of a store.
@@ -18,6 +21,58 @@ pub(super) struct Frontier {
     pub(super) last_revision: Revision,
     /// The noted cycles that are not recorded yet.
     pub(super) open: BTreeSet<CycleId>,
+    /// The log of the history.
+    pub(super) log: Log,
+}
+
+/// The log of a store, as far as it is needed to append to it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Log {
+    pub(super) frontier: ledger::Frontier,
+    /// All entries below this leaf are gone, and of the nodes of their leaves only those of its own frontier are left.
+    pub(super) first_kept: u64,
+}
+
+/// What a write appends to the log: a leaf for each of its records, in their order, and then for the entry of its
+/// removal.
+#[derive(Clone, Debug)]
+pub(super) struct Appended {
+    /// The first of these leaves.
+    pub(super) first_leaf: u64,
+    /// The number of the first of `nodes`.
+    pub(super) first_node: u64,
+    /// The nodes that become complete.
+    pub(super) nodes: Vec<Hash>,
+    /// The log after the write.
+    pub(super) log: Log,
+}
+
+impl Log {
+    /// Appends `write`.
+    pub(super) fn append(&self, write: &Write) -> Appended {
+        let Self { mut frontier, first_kept } = self.clone();
+        let records = write.records.iter().map(|record| Entry::Cycle(&record.bytes));
+        let control = write.removal.entry.iter().map(|entry| Entry::Control(entry));
+        let nodes = records.chain(control).flat_map(|entry| frontier.append(entry.leaf())).collect();
+        Appended {
+            first_leaf: self.frontier.size(),
+            first_node: Node::complete_with(self.frontier.size()),
+            nodes,
+            log: Self { frontier, first_kept: first_kept.max(write.removal.first_kept) },
+        }
+    }
+}
+
+impl Appended {
+    /// The records of `write` with their leaves.
+    pub(super) fn records<'a>(&self, write: &'a Write) -> impl Iterator<Item = (u64, &'a Record)> {
+        (self.first_leaf..).zip(&write.records)
+    }
+
+    /// The entry of the removal of `write` with its leaf.
+    pub(super) fn control<'a>(&self, write: &'a Write) -> Option<(u64, &'a Bytes)> {
+        Some((self.first_leaf + write.records.len() as u64, write.removal.entry.as_ref()?))
+    }
 }
 
 impl Frontier {
@@ -41,6 +96,18 @@ impl Frontier {
                 return Err(format!("revision {} is given, but revision {revision} is the next one", record.revision));
             }
         }
+        let mut removed = Revision::default();
+        for revision in &write.removal.revisions {
+            if *revision <= removed || *revision >= self.last_revision {
+                return Err(format!("revision {revision} can't be removed: it is not in order, or is the newest one"));
+            }
+            removed = *revision;
+        }
+        let first_kept = write.removal.first_kept;
+        if first_kept > self.log.frontier.size() || (first_kept < self.log.first_kept && removed != Revision::default())
+        {
+            return Err(format!("leaf {first_kept} can't be the first that is kept"));
+        }
         let cycles = write.records.iter().map(|record| record.cycle_id);
         for cycle_id in cycles.chain(write.open.iter().map(|open| open.cycle_id)) {
             if !is_new(cycle_id) && !self.open.contains(&cycle_id) {
@@ -61,8 +128,9 @@ impl Frontier {
         Ok(())
     }
 
-    /// Advances by `write`, which was checked.
-    pub(super) fn advance(&mut self, write: &Write) {
+    /// Advances by `write`, which was checked, and by what it appends to the log.
+    pub(super) fn advance(&mut self, write: &Write, appended: Appended) {
+        self.log = appended.log;
         self.last_cycle_id = write.last_cycle_id;
         self.open.extend(write.open.iter().map(|open| open.cycle_id));
         for record in &write.records {

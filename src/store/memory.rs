@@ -20,10 +20,11 @@ use super::{
 };
 use crate::{
     clock::Clock,
+    ledger::{self, Hash, Node},
     model::{CycleId, Epoch, Name, Output, Revision},
     ports::{
-        Contents, Filter, Found, OpenCycle, Page, PageLimits, Pruned, Record, ResumeError, Retention, SCAN_LIMIT,
-        Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
+        Contents, Excess, Filter, Found, OpenCycle, Page, PageLimits, Record, Removal, ResumeError, Retention,
+        SCAN_LIMIT, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
     },
 };
 
@@ -43,6 +44,10 @@ struct Kept {
     /// Bytes of all records.
     bytes: u64,
     frontier: Frontier,
+    /// The complete nodes of the log, by their numbers.
+    nodes: BTreeMap<u64, Hash>,
+    /// The leaf of each record.
+    leaves: BTreeMap<Revision, u64>,
     pruned_to: Revision,
     open: BTreeMap<CycleId, OpenCycle>,
     subsystems: BTreeMap<Name, Arc<StoredSubsystem>>,
@@ -91,7 +96,11 @@ impl Kept {
             return Err(StoreError::Fenced { by: self.epoch });
         }
         self.frontier.check(write).map_err(|problem| StoreError::Defect { problem })?;
-        self.frontier.advance(write);
+        let appended = self.frontier.log.append(write);
+        self.nodes.extend((appended.first_node..).zip(appended.nodes.iter().copied()));
+        self.leaves.extend(appended.records(write).map(|(leaf, record)| (record.revision, leaf)));
+        self.frontier.advance(write, appended);
+        self.remove(&write.removal);
         self.open.extend(write.open.iter().map(|open| (open.cycle_id, open.clone())));
         for record in &write.records {
             self.open.remove(&record.cycle_id);
@@ -110,6 +119,44 @@ impl Kept {
             put(&mut self.loops, name, stored.as_ref());
         }
         Ok(())
+    }
+
+    fn remove(&mut self, removal: &Removal) {
+        for revision in &removal.revisions {
+            self.leaves.remove(revision);
+            self.pruned_to = self.pruned_to.max(*revision);
+            if let Some(record) = self.records.remove(revision) {
+                self.revisions.remove(&record.cycle_id);
+                self.bytes -= record.bytes.len() as u64;
+            }
+        }
+        let first_kept = self.frontier.log.first_kept;
+        let needed: Vec<_> = ledger::Frontier::nodes(first_kept).into_iter().map(Node::number).collect();
+        let mut later = self.nodes.split_off(&Node::complete_with(first_kept));
+        self.nodes.retain(|number, _| needed.contains(number));
+        self.nodes.append(&mut later);
+    }
+
+    fn excess(&self, retention: &Retention, now: Timestamp, limit: usize) -> Excess {
+        let mut revisions: Vec<_> = Vec::new();
+        for (rule, states) in rules(retention) {
+            let of_rule: Vec<_> = self.records.values().filter(|record| states.contains(&record.state)).collect();
+            let keep = self.frontier.last_revision;
+            revisions.extend(to_prune(
+                rule,
+                of_rule.len() as u64,
+                of_rule.iter().map(|record| (record.revision, record.finished_at)),
+                now,
+                keep,
+            ));
+        }
+        revisions.sort_unstable();
+        revisions.truncate(limit);
+        let first_kept = self.leaves.iter().find(|(revision, _)| !revisions.contains(revision));
+        Excess {
+            first_kept: first_kept.map_or(0, |(_, leaf)| *leaf).max(self.frontier.log.first_kept),
+            records: revisions.into_iter().map(|revision| (revision, self.leaves.get(&revision).copied())).collect(),
+        }
     }
 }
 
@@ -189,34 +236,11 @@ impl Store for MemoryStore {
         Box::pin(ready(Ok(records)))
     }
 
-    fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
-        let mut kept = self.kept();
-        if kept.epoch == Epoch::default() {
-            return Box::pin(ready(Err(not_taken_over())));
-        }
-        let mut oldest_first: Vec<_> = Vec::new();
-        for (rule, states) in rules(&retention) {
-            let of_rule: Vec<_> = kept.records.values().filter(|record| states.contains(&record.state)).collect();
-            let keep = kept.frontier.last_revision;
-            oldest_first.extend(to_prune(
-                rule,
-                of_rule.len() as u64,
-                of_rule.iter().map(|record| (record.revision, record.finished_at)),
-                now,
-                keep,
-            ));
-        }
-        oldest_first.sort_unstable();
-        oldest_first.truncate(limit);
-        for revision in &oldest_first {
-            if let Some(record) = kept.records.remove(revision) {
-                kept.revisions.remove(&record.cycle_id);
-                kept.pruned_to = kept.pruned_to.max(record.revision);
-                kept.bytes -= record.bytes.len() as u64;
-            }
-        }
-        let pruned = Pruned { removed: oldest_first.len(), pruned_to: kept.pruned_to };
-        Box::pin(ready(Ok(pruned)))
+    fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {
+        let kept = self.kept();
+        let is_taken_over = kept.epoch != Epoch::default();
+        let excess = if is_taken_over { Ok(kept.excess(&retention, now, limit)) } else { Err(not_taken_over()) };
+        Box::pin(ready(excess))
     }
 
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {

@@ -24,6 +24,7 @@ mod commit;
 mod contents;
 mod error;
 mod identity;
+mod log;
 mod note;
 mod opening;
 mod place;
@@ -67,11 +68,11 @@ use crate::{
     clock::Clock,
     model::{CycleId, Revision},
     ports::{
-        Contents, Filter, Found, Page, PageLimits, Pruned, ResumeError, Retention, Store, StoreError, StoreSize, Write,
+        Contents, Excess, Filter, Found, Page, PageLimits, ResumeError, Retention, Store, StoreError, StoreSize, Write,
     },
 };
 
-/// Most writes in the queue of the thread: the orchestrator makes one at a time, and pruning another.
+/// Most jobs in the queue of the thread: the orchestrator makes one write at a time, and retention asks beside it.
 const QUEUE: usize = 8;
 /// Longest wait of a statement for a program that has locked the database, such as a backup.
 const BUSY: Duration = Duration::from_secs(5);
@@ -194,8 +195,8 @@ impl Store for SqliteStore {
         Box::pin(self.readers.read(move |connection| reading::cycles_after(connection, check, revision, limits)))
     }
 
-    fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
-        Box::pin(self.ask(move |reply| Job::Prune(retention, now, limit, reply)))
+    fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {
+        Box::pin(self.ask(move |reply| Job::Excess(retention, now, limit, reply)))
     }
 
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {

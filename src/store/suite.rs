@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use jiff::Timestamp;
 use proptest::prelude::*;
 
@@ -18,8 +19,8 @@ use crate::{
         Trigger,
     },
     ports::{
-        Contents, Filter, Found, OpenCycle, PageLimits, Record, ResumeError, Retention, RetentionRule, SCAN_LIMIT,
-        Stage, Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
+        Contents, Excess, Filter, Found, OpenCycle, PageLimits, Record, Removal, ResumeError, Retention, RetentionRule,
+        SCAN_LIMIT, Stage, Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
     },
 };
 
@@ -102,6 +103,30 @@ pub(super) fn open_cycle(id: u64) -> OpenCycle {
 pub(super) fn waiting_cycle(id: u64, request: Option<&'static str>) -> OpenCycle {
     let stage = Stage::Waiting(request.map(|request| request.as_bytes().into()));
     OpenCycle { trigger: Trigger::Manual, request_id: None, trace_id: None, stage, ..open_cycle(id) }
+}
+
+fn revisions_of(range: RangeInclusive<u64>) -> Vec<Revision> {
+    range.map(Revision).collect()
+}
+
+/// Removes what exceeds the retention, and returns its revisions. `noted` is a write of the same epoch that notes the
+/// ids that are noted.
+pub(super) async fn pruned(
+    store: &dyn Store,
+    noted: &Write,
+    retention: Retention,
+    now: Timestamp,
+    limit: usize,
+) -> Vec<Revision> {
+    let Excess { records, first_kept } = store.excess(retention, now, limit).await.unwrap();
+    let entry = records.iter().any(|(_, leaf)| leaf.is_some()).then(|| Bytes::from_static(b"pruned"));
+    let revisions: Vec<_> = records.into_iter().map(|(revision, _)| revision).collect();
+    if !revisions.is_empty() {
+        let removal = Removal { revisions: revisions.clone(), first_kept, entry };
+        let Write { epoch, last_cycle_id, .. } = *noted;
+        commit(store, Write { epoch, last_cycle_id, removal, ..Write::default() }).await;
+    }
+    revisions
 }
 
 /// The revisions of these records, all of which are readable.
@@ -286,7 +311,7 @@ async fn can_be_read_but_not_written(store: &dyn Store) {
         let refused = store.commit(Arc::new(Write { epoch, ..write.clone() })).await;
         assert!(matches!(refused, Err(StoreError::Defect { .. })), "{refused:?}");
     }
-    let refused = store.prune(Retention::default(), at(0), 1).await;
+    let refused = store.excess(Retention::default(), at(0), 1).await;
     assert!(matches!(refused, Err(StoreError::Defect { .. })), "{refused:?}");
     assert_eq!(store.cycle(CycleId(1)).await.unwrap(), None);
     assert_eq!(store.cycles_after(Revision(0), ALL).await.unwrap(), []);
@@ -348,8 +373,7 @@ async fn records_after_a_revision_go_up(store: &dyn Store, epoch: Epoch) {
 
     let newest_three =
         Retention { default: RetentionRule { max_cycles: Some(3), max_age: None }, ..Retention::default() };
-    let pruned = store.prune(newest_three, at(0), 100).await.unwrap();
-    assert_eq!((pruned.removed, pruned.pruned_to), (2, Revision(2)));
+    assert_eq!(pruned(store, &recorded(1..=5, epoch), newest_three, at(0), 100).await, revisions_of(1..=2));
     assert_eq!(after(1, ALL).await, oldest_and_newest(3, 5));
     assert_eq!(revisions(&after(2, ALL).await.unwrap()), [3, 4, 5]);
 }
@@ -362,7 +386,7 @@ async fn the_size_grows_and_the_number_of_records_falls_again(store: &dyn Store,
     assert_eq!(full.records, 30);
     assert!(full.bytes >= empty.bytes + 3000, "{full:?} after {empty:?}");
     let newest = Retention { default: RetentionRule { max_cycles: Some(1), max_age: None }, ..Retention::default() };
-    store.prune(newest, at(0), 100).await.unwrap();
+    pruned(store, &recorded(1..=30, epoch), newest, at(0), 100).await;
     assert_eq!(store.size().await.unwrap().records, 1);
 }
 
@@ -371,7 +395,8 @@ async fn retention_applies_number_age_and_state(store: &dyn Store, epoch: Epoch)
     let all = async || revisions(&store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap().records);
     let rule =
         |max_cycles, seconds: Option<u64>| RetentionRule { max_cycles, max_age: seconds.map(Duration::from_secs) };
-    let prune = async |retention, limit| store.prune(retention, at(30), limit).await.unwrap().removed;
+    let noted = recorded(1..=30, epoch);
+    let prune = async |retention, limit| pruned(store, &noted, retention, at(30), limit).await.len();
     let everything = Retention::default();
     assert_eq!(prune(everything, 100).await, 0);
     // 20 succeeded and 10 failed; failed cycles are kept longer.
@@ -396,9 +421,10 @@ async fn retention_removes_low_revisions_first_and_never_the_highest(store: &dyn
     commit(store, Write { epoch, last_cycle_id: CycleId(4), records, ..Write::default() }).await;
     let left = async || revisions(&store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap().records);
     let keep = |max_cycles| Retention { default: RetentionRule { max_cycles, max_age: None }, ..Retention::default() };
-    let pruned = store.prune(keep(Some(1)), at(0), 2).await.unwrap();
-    assert_eq!((pruned.removed, pruned.pruned_to, left().await), (2, Revision(2), vec![4, 3]));
-    store.prune(keep(Some(0)), at(0), 100).await.unwrap();
+    let noted = Write { epoch, last_cycle_id: CycleId(4), ..Write::default() };
+    assert_eq!(pruned(store, &noted, keep(Some(1)), at(0), 2).await, revisions_of(1..=2));
+    assert_eq!(left().await, [4, 3]);
+    pruned(store, &noted, keep(Some(0)), at(0), 100).await;
     assert_eq!(left().await, [4]);
     assert_eq!(store.cycle(CycleId(1)).await.unwrap(), Some(Ok(record_of(1, 4, epoch))));
     assert_eq!(store.cycle(CycleId(4)).await.unwrap(), None);
@@ -608,8 +634,9 @@ proptest! {
                         let failed = keeps_failed.then(|| (CycleState::Failed, RetentionRule::default()));
                         let retention = Retention { default, by_state: failed.into_iter().collect() };
                         let now = at(i64::try_from(model.last_revision).unwrap());
-                        let pruned = memory.prune(retention.clone(), now, limit).await;
-                        assert_eq!(sqlite.prune(retention, now, limit).await, pruned);
+                        let noted = |epoch| Write { epoch, ..model.write() };
+                        let gone = pruned(&*memory, &noted(one.epoch), retention.clone(), now, limit).await;
+                        assert_eq!(pruned(&*sqlite, &noted(contents.epoch), retention, now, limit).await, gone);
                     }
                     Step::Restart => {
                         drop(sqlite);

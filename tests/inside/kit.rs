@@ -13,7 +13,7 @@ use orchestrator_core::{
     model::{Answer, Code, CycleId, CycleRequest, Epoch, Name, Revision, Subsystem, SubsystemSpec, Trigger},
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Settings},
     ports::{
-        CallError, Contents, Filter, Found, InitializeCall, Left, Page, PageLimits, Pruned, Reply, ResumeError,
+        CallError, Contents, Excess, Filter, Found, InitializeCall, Left, Page, PageLimits, Reply, ResumeError,
         Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
     },
 };
@@ -75,9 +75,9 @@ impl Store for Around {
         self.inner.cycles_after(revision, page)
     }
 
-    fn prune(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Pruned, StoreError>> {
+    fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {
         match (self.prune)() {
-            Ok(()) => self.inner.prune(retention, now, limit),
+            Ok(()) => self.inner.excess(retention, now, limit),
             Err(error) => Box::pin(async { Err(error) }),
         }
     }

@@ -6,13 +6,14 @@ use rusqlite::{Connection, Transaction, TransactionBehavior, named_params};
 
 use super::{
     identity::Identity,
+    log,
     note::Mark,
     rows::{integer, nanoseconds, number, state_number, to_json, trigger_number},
 };
 use crate::{
     model::{Epoch, Name, Trigger},
     ports::{Durability, Stage, Write},
-    store::frontier::Frontier,
+    store::frontier::{Appended, Frontier},
 };
 
 /// The term of one epoch as the writer.
@@ -33,13 +34,15 @@ impl Term {
         connection: &mut Connection,
         here: &Identity,
         write: &Write,
+        appended: &Appended,
     ) -> rusqlite::Result<Option<Epoch>> {
         let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let written = transaction
             .prepare_cached(
                 "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
-                 commits = :commits, epoch = :epoch WHERE epoch = :current",
+                 commits = :commits, epoch = :epoch, pruned_to = max(pruned_to, :pruned_to), log_size = :log_size,
+                 log_first_kept = :first_kept WHERE epoch = :current",
             )?
             .execute(named_params! {
                 ":cycle_id": integer(write.last_cycle_id.0),
@@ -47,6 +50,9 @@ impl Term {
                 ":is_closed": write.close,
                 ":commits": integer(self.commits + 1),
                 ":epoch": integer(self.epoch.0),
+                ":pruned_to": integer(write.removal.revisions.last().copied().unwrap_or_default().0),
+                ":log_size": integer(appended.log.frontier.size()),
+                ":first_kept": integer(appended.log.first_kept),
                 ":current": integer(self.current.0),
             })?;
         if written == 0 {
@@ -57,17 +63,22 @@ impl Term {
             transaction.execute("UPDATE meta SET boot_id = ?1", [boot_id()])?;
             here.note(&transaction)?;
         }
-        put_cycles(&transaction, write)?;
+        put_cycles(&transaction, write, appended)?;
+        remove_cycles(&transaction, write)?;
+        log::append(&transaction, write, appended)?;
+        if appended.log.first_kept != self.frontier.log.first_kept {
+            log::forget(&transaction, appended.log.first_kept)?;
+        }
         put_knowledge(&transaction, write)?;
         transaction.commit()?;
         Ok(None)
     }
 
-    /// Advances by `write`.
-    pub(super) fn advance(&mut self, write: &Write) {
+    /// Advances by `write`, and by what it appends to the log.
+    pub(super) fn advance(&mut self, write: &Write, appended: Appended) {
         self.current = self.epoch;
         self.commits += 1;
-        self.frontier.advance(write);
+        self.frontier.advance(write, appended);
     }
 
     pub(super) fn mark(&self) -> Mark {
@@ -85,7 +96,7 @@ pub(super) fn synchronize(connection: &Connection, durability: Durability) -> ru
     connection.pragma_update(None, "synchronous", level)
 }
 
-fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
+fn put_cycles(transaction: &Transaction<'_>, write: &Write, appended: &Appended) -> rusqlite::Result<()> {
     for open in &write.open {
         let (trigger, started_at, request) = match &open.stage {
             Stage::Waiting(request) => (trigger_number(&open.trigger), None, request.as_deref()),
@@ -109,11 +120,13 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<
                 ":request": request,
             })?;
     }
-    for record in &write.records {
+    for (leaf, record) in appended.records(write) {
         transaction
             .prepare_cached(
-                "INSERT INTO cycles (cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record)
-                 VALUES (:cycle_id, :revision, :epoch, :state, :trigger, :loop, :request_id, :finished_at, :record)",
+                "INSERT INTO cycles
+                 (cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, leaf, record)
+                 VALUES (:cycle_id, :revision, :epoch, :state, :trigger, :loop, :request_id, :finished_at, :leaf,
+                 :record)",
             )?
             .execute(named_params! {
                 ":cycle_id": integer(record.cycle_id.0),
@@ -124,6 +137,7 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<
                 ":loop": record.trigger.loop_name().map(Name::as_str),
                 ":request_id": record.request_id,
                 ":finished_at": nanoseconds(record.finished_at),
+                ":leaf": integer(leaf),
                 ":record": &record.bytes[..],
             })?;
         transaction
@@ -132,6 +146,16 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<
         transaction
             .prepare_cached("DELETE FROM open_cycles WHERE cycle_id = ?1")?
             .execute([integer(record.cycle_id.0)])?;
+    }
+    Ok(())
+}
+
+fn remove_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
+    for revision in &write.removal.revisions {
+        let state: i64 = transaction
+            .prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING state")?
+            .query_row([integer(revision.0)], |row| row.get(0))?;
+        transaction.prepare_cached("UPDATE counts SET cycles = cycles - 1 WHERE state = ?1")?.execute([state])?;
     }
     Ok(())
 }

@@ -47,7 +47,7 @@ pub(super) fn read_contents(
             .query_row(
                 &format!("SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} ORDER BY revision DESC LIMIT 1"),
                 [],
-                |row| Ok(read(row, check)),
+                |row| Ok(read(&transaction, row, check)),
             )
             .optional()?;
         Ok((before, mark, contents, numbers))

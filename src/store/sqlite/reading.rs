@@ -86,14 +86,14 @@ type ReadResult<T> = Result<T, ReadError<StoreError>>;
 
 pub(super) fn cycle(connection: &Connection, check: Check, cycle_id: CycleId) -> ReadResult<Option<Found>> {
     let mut query = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
-    Ok(query.query_row([integer(cycle_id.0)], |row| Ok(read(row, check))).optional()?)
+    Ok(query.query_row([integer(cycle_id.0)], |row| Ok(read(connection, row, check))).optional()?)
 }
 
 pub(super) fn cycle_of_request(connection: &Connection, check: Check, request_id: &str) -> ReadResult<Option<Found>> {
     let mut query = connection.prepare_cached(&format!(
         "SELECT {COLUMNS} FROM cycles WHERE request_id = ?1 ORDER BY revision DESC LIMIT 1"
     ))?;
-    Ok(query.query_row([request_id], |row| Ok(read(row, check))).optional()?)
+    Ok(query.query_row([request_id], |row| Ok(read(connection, row, check))).optional()?)
 }
 
 pub(super) fn cycles_before(
@@ -131,7 +131,7 @@ pub(super) fn cycles_before(
             return Ok(Page { next: Some(at.next()), ..page });
         }
         if wanted {
-            let found = read(row, check);
+            let found = read(&transaction, row, check);
             let length = length(&found);
             if !page.records.is_empty() && bytes + length > limits.bytes {
                 return Ok(Page { next: Some(at.next()), ..page });
@@ -175,7 +175,7 @@ pub(super) fn cycles_after(
             next = next.next();
         }
         let Some(row) = row.filter(|_| records.len() < limits.records) else { break };
-        let found = read(row, check);
+        let found = read(&transaction, row, check);
         bytes += length(&found);
         if !records.is_empty() && bytes > limits.bytes {
             break;

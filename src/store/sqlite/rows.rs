@@ -2,8 +2,9 @@
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use rusqlite::{Row, types::ValueRef};
+use rusqlite::{Connection, Row, types::ValueRef};
 
+use super::log;
 use crate::{
     model::{CycleId, CycleState, Epoch, Name, Revision, TraceId, Trigger},
     ports::{Found, OpenCycle, Record, Stage, TriggerKind, Unreadable},
@@ -11,7 +12,8 @@ use crate::{
 };
 
 /// In this order, so that a row can be examined without reading the record, which is last and may be large.
-pub(super) const COLUMNS: &str = "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record";
+pub(super) const COLUMNS: &str =
+    "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, leaf, record";
 
 /// Condition that a row has a place in the history. An unreadable revision has no place: reads by revision don't find
 /// it.
@@ -20,8 +22,8 @@ pub(super) const HAS_REVISION: &str = "revision > 0 AND typeof(revision) = 'inte
 /// Most bytes of a record that is read: the largest `cycle.max_record_bytes`.
 const MAX_RECORD: usize = 64 << 20;
 
-/// A row with its record, if both can be read.
-pub(super) fn read(row: &Row<'_>, check: Check) -> Found {
+/// A row with its record, if both can be read, and the record has the bytes that were written.
+pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Found {
     let unreadable = |problem| Unreadable {
         cycle_id: CycleId(number(row, "cycle_id").unwrap_or_default()),
         revision: Revision(number(row, "revision").unwrap_or_default()),
@@ -33,6 +35,10 @@ pub(super) fn read(row: &Row<'_>, check: Check) -> Found {
         return Err(unreadable(format!("it is {} bytes long", bytes.len())));
     }
     let record = record(row).map_err(|error| unreadable(error.to_string()))?;
+    let leaf: Option<i64> = row.get("leaf").map_err(|error| unreadable(error.to_string()))?;
+    if let Some(leaf) = leaf {
+        log::check(connection, leaf.unsigned_abs(), &record.bytes).map_err(unreadable)?;
+    }
     check(&record).map_err(unreadable)?;
     Ok(record)
 }

@@ -112,3 +112,23 @@ WITH RECURSIVE
 INSERT OR IGNORE INTO open_cycles (cycle_id, trigger, scheduled_at) SELECT cycle_id, 0, 0 FROM given;
 UPDATE meta SET last_cycle_id =
     coalesce((SELECT max(cycle_id) FROM open_cycles WHERE cycle_id <= last_cycle_id + 10000), last_cycle_id);
+
+-- migration 5
+
+-- The log of the history: a Merkle tree over the records, and over entries about itself. A record has a leaf unless it
+-- is older than the log. What is known of leaves below `log_first_kept` are the hashes that proofs of later ones need.
+ALTER TABLE cycles ADD COLUMN leaf INTEGER;
+ALTER TABLE meta ADD COLUMN log_size       INTEGER NOT NULL DEFAULT 0;  -- leaves so far
+ALTER TABLE meta ADD COLUMN log_first_kept INTEGER NOT NULL DEFAULT 0;
+
+-- The complete nodes of the tree, numbered in the order in which they become complete.
+CREATE TABLE hashes (
+    id   INTEGER PRIMARY KEY,
+    hash BLOB NOT NULL
+);
+
+-- The entries of the log that are not records, such as which ones were removed. `entry` is an encoded ControlEntry.
+CREATE TABLE control (
+    leaf  INTEGER PRIMARY KEY,
+    entry BLOB NOT NULL
+);

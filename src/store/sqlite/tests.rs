@@ -10,14 +10,14 @@ use crate::{
     clock::Clock,
     model::{CycleId, CycleState, Epoch, LoopSpec, LoopState, Revision, TraceId, Trigger},
     ports::{
-        Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Retention, RetentionRule, Stage, Store,
-        StoreError, StoredLoop, StoredOutput, Write,
+        Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Removal, Retention, RetentionRule,
+        Stage, Store, StoreError, StoredLoop, StoredOutput, Write,
     },
     store::{
         OpenError, StoreUrl, accept, open,
         suite::{
-            ALL, at, check, commit, cycle_of, filled, name, open_cycle, output, record, record_of, recorded, refuses,
-            stored_subsystem, waiting_cycle,
+            ALL, at, check, commit, cycle_of, filled, name, open_cycle, output, pruned, record, record_of, recorded,
+            refuses, stored_subsystem, waiting_cycle,
         },
     },
 };
@@ -62,6 +62,7 @@ async fn everything_is_kept_across_a_restart() {
             waiting_cycle(6, Some("six")),
         ],
         records: vec![record(1, first.epoch), record(2, first.epoch)],
+        removal: Removal::default(),
         outputs: vec![(name("a"), output(1, "old")), (name("a"), output(2, "new")), (name("b"), output(2, "b"))],
         subsystems: BTreeMap::from([stored_subsystem("a"), stored_subsystem("b")]),
         loops: BTreeMap::from([(name("l"), Some(stored_loop.clone()))]),
@@ -150,7 +151,8 @@ async fn a_database_of_an_earlier_version_keeps_its_open_cycles_and_finds_the_mi
         let (store, contents) = opened(&path).await;
         assert_eq!(contents.open.iter().map(|open| open.cycle_id.0).collect::<Vec<_>>(), [4, 5, 6, 8]);
         let two = Retention { default: RetentionRule { max_cycles: Some(2), max_age: None }, ..Retention::default() };
-        assert_eq!(store.prune(two, at(0), 100).await.unwrap().pruned_to, Revision(3));
+        let noted = Write { epoch: contents.epoch, last_cycle_id: CycleId(9), ..Write::default() };
+        assert_eq!(pruned(&*store, &noted, two, at(0), 100).await.last(), Some(&Revision(3)));
         assert_eq!(store.cycle_of_request("five".into()).await.unwrap().unwrap().unwrap().revision, Revision(5));
     }
 }
@@ -215,8 +217,8 @@ async fn a_second_process_is_refused_and_a_superseded_one_is_fenced() {
     raw.execute("UPDATE meta SET epoch = ?1", [i64::try_from(later.0).unwrap()]).unwrap();
     let write = Arc::new(recorded(2..=2, contents.epoch));
     assert_eq!(first.commit(write).await, Err(StoreError::Fenced { by: later }));
-    let pruned = first.prune(Retention::default(), Timestamp::now(), 10).await;
-    assert_eq!(pruned.err(), Some(StoreError::Fenced { by: later }), "nor can it remove records");
+    let excess = first.excess(Retention::default(), Timestamp::now(), 10).await;
+    assert_eq!(excess.err(), Some(StoreError::Fenced { by: later }), "nor can it remove records");
 }
 
 #[tokio::test(start_paused = true)]
@@ -267,9 +269,9 @@ async fn a_foreign_damaged_or_too_new_database_is_named() {
     drop(opened(&path).await);
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.pragma_update(None, "user_version", 99).unwrap();
-    assert!(matches!(refused(&path).await, OpenError::TooNew { found: 99, known: 4, .. }));
+    assert!(matches!(refused(&path).await, OpenError::TooNew { found: 99, known: 5, .. }));
 
-    raw.pragma_update(None, "user_version", 4).unwrap();
+    raw.pragma_update(None, "user_version", 5).unwrap();
     raw.execute("UPDATE meta SET epoch = 'none'", []).unwrap();
     assert!(matches!(refused(&path).await, OpenError::Store(StoreError::Corrupt { .. })));
     raw.execute("UPDATE meta SET epoch = 0", []).unwrap();
@@ -340,7 +342,8 @@ async fn an_unreadable_record_keeps_its_place_and_the_others_are_read() {
     }
     // The row without a revision stays, and the others are removed in their turn.
     let ten = Retention { default: RetentionRule { max_cycles: Some(10), max_age: None }, ..Retention::default() };
-    assert_eq!(store.prune(ten, at(0), 100).await.unwrap().pruned_to, Revision(2));
+    let noted = Write { epoch: contents.epoch, last_cycle_id: CycleId(12), ..Write::default() };
+    assert_eq!(pruned(&*store, &noted, ten, at(0), 100).await, [Revision(1), Revision(2)]);
     drop(store);
     let contents = opened(&path).await.1;
     assert_eq!(contents.last_record.unwrap().unwrap().revision, Revision(11));

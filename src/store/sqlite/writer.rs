@@ -1,4 +1,4 @@
-//! The thread that writes: it takes the database over, commits, prunes, and checkpoints the log.
+//! The thread that writes: it takes the database over, commits, and checkpoints SQLite's log.
 
 #[cfg(test)]
 use std::sync::Mutex;
@@ -10,7 +10,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use rusqlite::{Connection, TransactionBehavior};
+use rusqlite::Connection;
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -22,6 +22,7 @@ use super::{
     contents::read_contents,
     error::{explain, unavailable},
     identity::Identity,
+    log,
     note::{Mark, Note, lost},
     place::{FileId, file_id, log_of},
     rows::{HAS_REVISION, integer, number, state_number, time},
@@ -29,7 +30,7 @@ use super::{
 use crate::{
     clock::Clock,
     model::{Epoch, Revision},
-    ports::{Contents, Durability, Pruned, Retention, StoreError, Write},
+    ports::{Contents, Durability, Excess, Retention, StoreError, Write},
     store::{
         Check,
         frontier::Frontier,
@@ -50,7 +51,7 @@ const TRY_COPYING_EVERY: Duration = Duration::from_secs(1);
 pub(super) enum Job {
     TakeOver(oneshot::Sender<Result<Contents, StoreError>>),
     Commit(Arc<Write>, oneshot::Sender<Result<(), StoreError>>),
-    Prune(Retention, Timestamp, usize, oneshot::Sender<Result<Pruned, StoreError>>),
+    Excess(Retention, Timestamp, usize, oneshot::Sender<Result<Excess, StoreError>>),
 }
 
 pub(super) struct Writer {
@@ -117,7 +118,7 @@ impl Writer {
             match job {
                 Job::TakeOver(reply) => drop(reply.send(self.take_over())),
                 Job::Commit(write, reply) => drop(reply.send(self.commit(&write))),
-                Job::Prune(retention, now, limit, reply) => drop(reply.send(self.prune(&retention, now, limit))),
+                Job::Excess(retention, now, limit, reply) => drop(reply.send(self.excess(&retention, now, limit))),
             }
             self.checkpoint();
         }
@@ -132,6 +133,7 @@ impl Writer {
             last_cycle_id: contents.last_cycle_id,
             last_revision: contents.last_revision,
             open: contents.open.iter().map(|open| open.cycle_id).collect(),
+            log: log::read(&self.connection, &self.path)?,
         };
         let Mark { id: database_id, commits, .. } = mark;
         self.term = Some(Term { epoch: contents.epoch, current, database_id, commits, frontier });
@@ -157,10 +159,12 @@ impl Writer {
             self.synchronous = write.durability;
         }
         let begins = term.current != term.epoch;
-        if let Some(by) = term.transact(&mut self.connection, &self.here, write).map_err(explained)? {
+        let appended = term.frontier.log.append(write);
+        let taken_over_by = term.transact(&mut self.connection, &self.here, write, &appended).map_err(explained)?;
+        if let Some(by) = taken_over_by {
             return Err(StoreError::Fenced { by });
         }
-        term.advance(write);
+        term.advance(write, appended);
         if write.durability == Durability::Durable {
             let mark = term.mark();
             self.note(&mark);
@@ -171,6 +175,8 @@ impl Writer {
         }
         self.unchecked_bytes += write.records.iter().map(|record| record.bytes.len()).sum::<usize>()
             + write.outputs.iter().map(|(_, output)| output.payload.len()).sum::<usize>()
+            // Each changes a page or two.
+            + write.removal.revisions.len() * 4096
             + 4096;
         Ok(())
     }
@@ -186,16 +192,16 @@ impl Writer {
         }
     }
 
-    fn prune(&mut self, retention: &Retention, now: Timestamp, limit: usize) -> Result<Pruned, StoreError> {
-        let Term { current, frontier: Frontier { last_revision: keep, .. }, .. } =
-            *self.term.as_ref().ok_or_else(not_taken_over)?;
-        let pruned = (|| {
-            let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    /// The records that exceed these limits.
+    fn excess(&mut self, retention: &Retention, now: Timestamp, limit: usize) -> Result<Excess, StoreError> {
+        let Term { current, frontier, .. } = self.term.as_ref().ok_or_else(not_taken_over)?;
+        let excess = (|| {
+            let transaction = self.connection.transaction()?;
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
-            if epoch != current {
+            if epoch != *current {
                 return Ok(Err(StoreError::Fenced { by: epoch }));
             }
-            let mut gone = Vec::new();
+            let mut revisions = Vec::new();
             for (rule, states) in rules(retention) {
                 let mut count = 0;
                 let mut oldest = Vec::new();
@@ -216,34 +222,15 @@ impl Writer {
                     oldest.extend(rows.collect::<rusqlite::Result<Vec<_>>>()?);
                 }
                 oldest.sort_unstable();
-                gone.extend(to_prune(rule, count, oldest.into_iter(), now, keep));
+                revisions.extend(to_prune(rule, count, oldest.into_iter(), now, frontier.last_revision));
             }
-            gone.sort_unstable();
-            gone.truncate(limit);
-            for revision in &gone {
-                let state: i64 = transaction
-                    .prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING state")?
-                    .query_row([integer(revision.0)], |row| row.get(0))?;
-                transaction
-                    .prepare_cached("UPDATE counts SET cycles = cycles - 1 WHERE state = ?1")?
-                    .execute([state])?;
-                transaction
-                    .prepare_cached("UPDATE meta SET pruned_to = max(pruned_to, ?1)")?
-                    .execute([integer(revision.0)])?;
-            }
-            let pruned_to = transaction.query_row("SELECT pruned_to FROM meta", [], |row| number(row, 0))?;
-            if gone.is_empty() {
-                // Nothing was changed, so nothing is written.
-                transaction.rollback()?;
-            } else {
-                transaction.commit()?;
-            }
-            Ok(Ok(Pruned { removed: gone.len(), pruned_to: Revision(pruned_to) }))
-        })()
-        .unwrap_or_else(|error| Err(explain(&self.path, &error)));
-        // Each changes a page or two.
-        self.unchecked_bytes += pruned.as_ref().map_or(0, |pruned| pruned.removed * 4096);
-        pruned
+            revisions.sort_unstable();
+            revisions.truncate(limit);
+            let (leaves, first_kept) = log::leaves_of(&transaction, &revisions)?;
+            let first_kept = first_kept.max(frontier.log.first_kept);
+            Ok(Ok(Excess { records: revisions.into_iter().zip(leaves).collect(), first_kept }))
+        })();
+        excess.unwrap_or_else(|error| Err(explain(&self.path, &error)))
     }
 
     /// Checkpoints the log once it has grown, so that it can be overwritten.

@@ -1,0 +1,97 @@
+//! The tables of the log of the history.
+
+use std::path::Path;
+
+use rusqlite::{Connection, OptionalExtension, Transaction};
+
+use super::{
+    error::explain,
+    rows::{HAS_REVISION, integer, number},
+};
+use crate::{
+    ledger::{Entry, Frontier, Hash, Node},
+    model::Revision,
+    ports::{StoreError, Write},
+    store::frontier::{Appended, Log},
+};
+
+/// The log of a database that is taken over.
+pub(super) fn read(connection: &Connection, path: &Path) -> Result<Log, StoreError> {
+    let read = || {
+        let (size, first_kept) = connection
+            .query_row("SELECT log_size, log_first_kept FROM meta", [], |row| Ok((number(row, 0)?, number(row, 1)?)))?;
+        let end = connection.query_row("SELECT max(id) + 1 FROM hashes", [], |row| row.get::<_, Option<i64>>(0))?;
+        let frontier = hashes(connection, &Frontier::nodes(size))?.and_then(|roots| Frontier::of(size, roots));
+        let frontier = frontier.filter(|_| end.unwrap_or_default() == integer(Node::complete_with(size)));
+        Ok((size, frontier.map(|frontier| Log { frontier, first_kept })))
+    };
+    let (size, log) = read().map_err(|error| explain(path, &error))?;
+    log.ok_or_else(|| StoreError::Corrupt {
+        store: path.display().to_string(),
+        problem: format!("log_size in its table meta is {size}, and its table hashes is not that of such a log"),
+    })
+}
+
+/// The hashes of these nodes; `None` if one is missing.
+pub(super) fn hashes(connection: &Connection, nodes: &[Node]) -> rusqlite::Result<Option<Vec<Hash>>> {
+    let mut query = connection.prepare_cached("SELECT hash FROM hashes WHERE id = ?1")?;
+    let mut hash = |node: &Node| query.query_row([integer(node.number())], |row| row.get(0)).optional();
+    nodes.iter().map(|node| Ok(hash(node)?.map(Hash))).collect()
+}
+
+/// Checks that the bytes of a record are those that were appended as this leaf.
+///
+/// # Errors
+/// They are not, or the hash can't be read.
+pub(super) fn check(connection: &Connection, leaf: u64, record: &[u8]) -> Result<(), String> {
+    match hashes(connection, &[Node::of_leaf(leaf)]).map_err(|error| error.to_string())?.as_deref() {
+        Some([hash]) if *hash == Entry::Cycle(record).leaf() => Ok(()),
+        Some(_) => Err(format!("its bytes were changed: they don't have the hash of leaf {leaf} of the log")),
+        None => Err(format!("the log does not contain its leaf {leaf}")),
+    }
+}
+
+/// Appends what `write` appends.
+pub(super) fn append(transaction: &Transaction<'_>, write: &Write, appended: &Appended) -> rusqlite::Result<()> {
+    for (number, hash) in (appended.first_node..).zip(&appended.nodes) {
+        transaction
+            .prepare_cached("INSERT INTO hashes (id, hash) VALUES (?1, ?2)")?
+            .execute((integer(number), &hash.0[..]))?;
+    }
+    if let Some((leaf, entry)) = appended.control(write) {
+        transaction
+            .prepare_cached("INSERT INTO control (leaf, entry) VALUES (?1, ?2)")?
+            .execute((integer(leaf), &entry[..]))?;
+    }
+    Ok(())
+}
+
+/// Removes the control entries below this leaf, and the hashes that no proof of later entries needs.
+pub(super) fn forget(transaction: &Transaction<'_>, first_kept: u64) -> rusqlite::Result<()> {
+    let needed: Vec<_> = Frontier::nodes(first_kept).into_iter().map(|node| node.number().to_string()).collect();
+    transaction.execute(
+        &format!("DELETE FROM hashes WHERE id < ?1 AND id NOT IN ({})", needed.join(", ")),
+        [integer(Node::complete_with(first_kept))],
+    )?;
+    transaction.execute("DELETE FROM control WHERE leaf < ?1", [integer(first_kept)])?;
+    Ok(())
+}
+
+/// The leaves of these records, and the first leaf that is kept without them: that of the record with the lowest
+/// revision, or 0 if this is older than the log.
+pub(super) fn leaves_of(connection: &Connection, revisions: &[Revision]) -> rusqlite::Result<(Vec<Option<u64>>, u64)> {
+    let mut query = connection.prepare_cached("SELECT leaf FROM cycles WHERE revision = ?1")?;
+    let mut leaf = |revision: &Revision| query.query_row([integer(revision.0)], |row| row.get::<_, Option<i64>>(0));
+    let leaves = revisions.iter().map(|revision| Ok(leaf(revision)?.map(i64::unsigned_abs)));
+    let leaves = leaves.collect::<rusqlite::Result<_>>()?;
+    let mut query = connection.prepare_cached(&format!(
+        "SELECT revision, leaf FROM cycles WHERE {HAS_REVISION} ORDER BY revision LIMIT ?1"
+    ))?;
+    let mut rows = query.query([integer(revisions.len() as u64 + 1)])?;
+    while let Some(row) = rows.next()? {
+        if revisions.binary_search(&Revision(number(row, 0)?)).is_err() {
+            return Ok((leaves, row.get::<_, Option<i64>>(1)?.map_or(0, i64::unsigned_abs)));
+        }
+    }
+    Ok((leaves, 0))
+}
