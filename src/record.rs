@@ -41,11 +41,6 @@ impl Encoded {
         Record { revision, bytes: bytes.into(), ..self.0.clone() }
     }
 
-    /// Its cycle.
-    pub fn cycle_id(&self) -> CycleId {
-        self.0.cycle_id
-    }
-
     /// Its size in bytes, with the largest revision.
     pub fn size(&self) -> usize {
         self.0.bytes.len() + Self::REVISION_BYTES
@@ -419,7 +414,9 @@ mod tests {
         assert_eq!(telemetry.trace_id, "0000000000000000000000000000000a");
         let a = &telemetry.subsystems[0];
         assert_eq!(a.started_at.unwrap().nanos, 2_000_000);
-        assert!((a.duration_ms - 3.0).abs() < 1e-9);
+        for (found, expected) in [(telemetry.duration_ms, 6.0), (a.duration_ms, 3.0), (a.queued_ms, 1.0)] {
+            assert!((found - expected).abs() < 1e-9, "{found} is not {expected}");
+        }
         let b = &telemetry.subsystems[1];
         assert_eq!((b.error_code.as_str(), b.error_message.len()), ("INTERNAL", MAX_MESSAGE));
     }
@@ -436,6 +433,59 @@ mod tests {
         assert_eq!(without_details.subsystems[1].error_message.len(), MAX_MESSAGE);
         let short = decoded(without_details.encoded_len() - 1);
         assert_eq!(short.subsystems[1].error_message.len(), SHORT_MESSAGE);
+    }
+
+    #[test]
+    fn a_record_that_fits_exactly_is_whole() {
+        let mut cycle = cycle();
+        cycle.critical_path = vec![Name::parse("a").unwrap()];
+        let whole = encode(&cycle, usize::MAX);
+        let size = whole.size();
+        assert_eq!(size, whole.at(Revision(u64::MAX)).bytes.len());
+        let of = |max_bytes| pb::CycleTelemetry::decode(encode(&cycle, max_bytes).at(Revision(1)).bytes).unwrap();
+        assert!(!of(size).truncated && of(size - 1).truncated);
+        // The smallest record that keeps the critical path.
+        let keeps = (0..size).find(|max_bytes| !of(*max_bytes).critical_path.is_empty()).unwrap();
+        assert_eq!(encode(&cycle, keeps).size(), keeps);
+    }
+
+    #[test]
+    fn each_result_has_its_word_in_the_contract() {
+        let skipped = |reason| part(&report("a", SubsystemState::Skipped(reason, String::new())), None).skip_reason();
+        for (reason, word) in [
+            (SkipReason::Suspended, pb::SkipReason::Suspended),
+            (SkipReason::RequirementFailed, pb::SkipReason::RequirementFailed),
+            (SkipReason::RequirementMissing, pb::SkipReason::RequirementMissing),
+            (SkipReason::RequirementLeftOut, pb::SkipReason::RequirementLeftOut),
+            (SkipReason::CycleDeadline, pb::SkipReason::CycleDeadline),
+            (SkipReason::NotRegistered, pb::SkipReason::NotRegistered),
+        ] {
+            assert_eq!(skipped(reason), word);
+        }
+        let of_loop = Trigger::Loop(Name::parse("l").unwrap());
+        let triggers = [Trigger::Unknown, Trigger::Manual, of_loop].map(|it| trigger(&it));
+        assert_eq!(triggers, [pb::Trigger::Unspecified, pb::Trigger::Manual, pb::Trigger::Loop]);
+        let a = part(&report("a", SubsystemState::Succeeded), None);
+        assert_eq!(a.skip_reason(), pb::SkipReason::Unspecified);
+        let [issue] = &a.issues[..] else { panic!("{:?}", a.issues) };
+        assert_eq!((issue.severity(), issue.code.as_str(), issue.message.len()), (pbs::Severity::Error, "C", 1000));
+    }
+
+    #[test]
+    fn a_record_that_is_not_the_one_of_its_key_is_refused() {
+        let record = encode(&cycle(), usize::MAX).at(Revision(9));
+        assert_eq!(check(&record), Ok(()));
+        for other in [
+            Record { cycle_id: CycleId(8), ..record.clone() },
+            Record { revision: Revision(8), ..record.clone() },
+            Record { bytes: record.bytes.slice(1..), ..record.clone() },
+        ] {
+            assert!(check(&other).is_err(), "{other:?}");
+        }
+        let mut telemetry = decoded(usize::MAX);
+        telemetry.subsystems[0].output = Bytes::from_static(b"\x0a");
+        let error = check(&Record { bytes: telemetry.encode_to_vec().into(), ..record }).unwrap_err();
+        assert!(error.starts_with("the output of a: "), "{error}");
     }
 
     #[test]

@@ -368,9 +368,11 @@ impl LoopEntry {
         let pending = self.latest_due(now).filter(|latest| self.state.accounted_to.is_some_and(|to| *latest > to));
         match (settings.catch_up, pending) {
             (CatchUp::One, Some(latest)) => {
-                let window = now.saturating_sub(settings.catch_up_window).unwrap_or(Timestamp::MIN);
-                let first_inside = settings.due_at(settings.first_after(window)).unwrap_or(now);
-                if latest > window {
+                // A tick whose age is the whole window is inside it.
+                let beyond = settings.catch_up_window.saturating_add(Duration::from_nanos(1));
+                let before = now.saturating_sub(beyond).unwrap_or(Timestamp::MIN);
+                let first_inside = settings.due_at(settings.first_after(before)).unwrap_or(now);
+                if latest > before {
                     self.account_up_to(first_inside, TickDisposition::Missed);
                     self.account_up_to(latest, TickDisposition::Coalesced);
                     self.next = Some(Tick { due_at: latest, fires_at: now, has_come: true });
@@ -424,7 +426,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::{LoopSpec, TickCounts};
+    use crate::{
+        memory::Memory,
+        model::{LoopSpec, TickCounts},
+    };
 
     fn every(seconds: i64, catch_up: CatchUp) -> IntervalLoop {
         IntervalLoop::from_spec(&LoopSpec {
@@ -480,6 +485,87 @@ mod tests {
         assert_eq!(fire(&mut loops, at(105)), [at(100)]);
         let ticks = loops.get(&name()).unwrap().state.ticks;
         assert_eq!((ticks.missed, ticks.coalesced, ticks.ran), (3, 5, 1));
+    }
+
+    #[test]
+    fn a_tick_whose_age_is_the_whole_window_is_caught_up() {
+        let down = LoopState { accounted_to: Some(at(0)), ..LoopState::default() };
+        for (restart_at, ran, missed) in [(160, 1, 0), (161, 0, 1)] {
+            let mut loops = Loops::new(Random::seeded(0));
+            loops.restore(every(100, CatchUp::One), LoopOrigin::Rpc, down.clone(), None, at(restart_at));
+            assert_eq!(fire(&mut loops, at(restart_at)).len(), ran);
+            assert_eq!(loops.get(&name()).unwrap().state.ticks.missed, missed);
+        }
+    }
+
+    #[test]
+    fn a_correction_of_the_clock_by_a_minute_is_waited_for() {
+        let mut loops = Loops::new(Random::seeded(0));
+        loops.put(loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(1_000)));
+        assert_eq!(fire(&mut loops, at(1_010)), [at(1_010)]);
+        assert!(loops.follow_clock(at(950)).is_empty());
+        assert_eq!(loops.follow_clock(at(949)), [name()]);
+
+        // A tick that waits for its jitter.
+        let jittered = IntervalLoop { jitter: Duration::from_secs(9), ..every(10, CatchUp::None) };
+        let mut loops = Loops::new(Random::seeded(0));
+        loops.put(loops.started(jittered, LoopOrigin::Rpc, at(1_005)));
+        loops.follow_clock(at(1_010));
+        loops.follow_clock(at(950));
+        assert_eq!(loops.get(&name()).unwrap().state.ticks.dropped, 0);
+        loops.follow_clock(at(949));
+        assert_eq!(loops.get(&name()).unwrap().state.ticks.dropped, 1);
+    }
+
+    #[test]
+    fn a_loop_is_listed_until_it_is_removed_and_holds_its_memory_until_then() {
+        let memory = Memory::whole(1_000);
+        let mut loops = Loops::new(Random::seeded(0));
+        assert!(loops.is_empty());
+        let held = memory.try_hold(100).unwrap();
+        loops.restore(every(10, CatchUp::None), LoopOrigin::Rpc, LoopState::default(), Some(held), at(0));
+        assert_eq!((loops.len(), loops.is_empty(), memory.held()), (1, false, 100));
+        let held = memory.try_hold(200).unwrap();
+        loops.put(loops.started(every(20, CatchUp::None), LoopOrigin::Rpc, at(0)).holding(held));
+        assert_eq!((loops.len(), memory.held()), (1, 200));
+        loops.remove(&name());
+        assert_eq!((loops.len(), loops.unwritten().0.len(), memory.held()), (0, 0, 0));
+    }
+
+    #[test]
+    fn settings_are_stored_unless_the_configuration_file_has_them() {
+        let loops = Loops::new(Random::seeded(0));
+        let of_caller = loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(0));
+        assert!(!of_caller.is_declared());
+        assert_eq!(of_caller.to_stored().spec, Some(every(10, CatchUp::None).to_spec()));
+        let declared = loops.started(every(10, CatchUp::None), LoopOrigin::Config, at(0));
+        assert!(declared.is_declared());
+        assert_eq!(declared.to_stored().spec, None);
+    }
+
+    #[test]
+    fn the_lag_and_the_end_of_the_last_cycle_are_known() {
+        let mut loops = Loops::new(Random::seeded(0));
+        loops.put(loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(0)));
+        loops.begun(&name(), at(10), at(13));
+        loops.finished(&name(), at(14));
+        let entry = loops.get(&name()).unwrap();
+        assert_eq!((entry.lag, entry.last_finished_at), (Some(Duration::from_secs(3)), Some(at(14))));
+        // The clock may have been set back in between.
+        loops.begun(&name(), at(20), at(17));
+        assert_eq!(loops.get(&name()).unwrap().lag, Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn dropped_ticks_are_logged_once_a_minute_and_empty_cycles_once() {
+        let mut loops = Loops::new(Random::seeded(0));
+        loops.put(loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(0)));
+        let logged = [0, 10, 59, 60, 119, 120].map(|second| loops.warns_of_drops(&name(), at(second)));
+        assert_eq!(logged, [true, false, false, true, false, true]);
+        let logged = [true, true, false, false, true].map(|is_empty| loops.warns_of_empty(&name(), is_empty));
+        assert_eq!(logged, [true, false, false, false, true]);
+        // A loop that was stopped and removed while its last cycle ran.
+        assert!(!loops.warns_of_empty(&Name::parse("removed").unwrap(), true));
     }
 
     #[test]

@@ -366,3 +366,69 @@ pub struct FinishedCycle {
     /// One per subsystem, in the order of the plan.
     pub subsystems: Vec<Arc<SubsystemReport>>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Severity;
+
+    #[test]
+    fn an_epoch_by_the_clock_counts_milliseconds() {
+        assert_eq!(Epoch::by_clock("1970-01-01T00:00:01.5Z".parse().unwrap()), Epoch(1_500));
+    }
+
+    #[test]
+    fn each_trigger_and_each_state_has_one_word() {
+        let of_loop = Trigger::Loop(Name::parse("l").unwrap());
+        let words = [Trigger::Unknown, Trigger::Manual, of_loop].map(|trigger| trigger.name());
+        assert_eq!(words, ["UNKNOWN", "MANUAL", "LOOP"]);
+        for state in CycleState::ALL {
+            assert_eq!(state.name().to_lowercase(), state.key());
+        }
+    }
+
+    #[test]
+    fn a_part_that_was_to_run_and_could_not_is_a_failure() {
+        let skipped = |reason| SubsystemState::Skipped(reason, String::new());
+        for failure in [
+            SubsystemState::Failed(Code::Internal, String::new()),
+            SubsystemState::TimedOut(String::new()),
+            SubsystemState::CircuitOpen(String::new()),
+            skipped(SkipReason::RequirementFailed),
+            skipped(SkipReason::RequirementMissing),
+            skipped(SkipReason::CycleDeadline),
+            skipped(SkipReason::NotRegistered),
+        ] {
+            assert!(failure.is_failure(), "{failure:?}");
+        }
+        for other in [
+            SubsystemState::Succeeded,
+            SubsystemState::Cancelled,
+            skipped(SkipReason::Suspended),
+            skipped(SkipReason::RequirementLeftOut),
+        ] {
+            assert!(!other.is_failure(), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn the_size_of_details_grows_by_each_byte_of_them() {
+        let report = |code: usize, message: usize, metric: usize, output: usize| {
+            let json = serde_json::json!({ "text": "x".repeat(output) });
+            let issue = Issue { severity: Severity::Info, code: "c".repeat(code), message: "m".repeat(message) };
+            SubsystemReport {
+                issues: vec![issue],
+                metrics: BTreeMap::from([("n".repeat(metric), 1.0)]),
+                recorded_output: Payload::from_json(json.as_object().unwrap()).ok(),
+                ..SubsystemReport::not_called(Name::parse("a").unwrap(), SkipReason::Suspended, String::new())
+            }
+        };
+        let size = report(10, 10, 10, 10).details();
+        for longer in [report(17, 10, 10, 10), report(10, 17, 10, 10), report(10, 10, 17, 10), report(10, 10, 10, 17)] {
+            // The lengths in the encoding of the output stay one byte each.
+            assert_eq!(longer.details(), size + 7);
+        }
+        assert!(size > 40 && size < 1_000);
+        assert_eq!(report(10, 10, 10, 10).without_details().details(), 0);
+    }
+}

@@ -4,6 +4,8 @@ use std::{borrow::Borrow, fmt, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use super::excerpt;
+
 /// The name of a subsystem or of a loop: 1 to 63 characters, a letter, then letters, digits, `_`, `-` or `.`.
 ///
 /// 63 is the length of a DNS label, so that a name can also be a host name or a metric label anywhere.
@@ -20,13 +22,13 @@ impl Name {
     /// The name breaks the rule of this type.
     pub fn parse(name: &str) -> Result<Self, NameError> {
         // A longer text is not read to its end.
-        let mut characters = name.chars().take(Self::MAX_LEN + 1);
+        let mut characters = name.chars().take(Self::MAX_LEN);
         let starts_well = characters.next().is_some_and(|c| c.is_ascii_alphabetic());
         let goes_on_well = characters.all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.'));
         if starts_well && goes_on_well && name.len() <= Self::MAX_LEN {
             Ok(Self(name.into()))
         } else {
-            Err(NameError(name.chars().take(Self::MAX_LEN + 1).collect()))
+            Err(NameError(excerpt(name, NameError::SHOWN).to_owned()))
         }
     }
 
@@ -71,6 +73,11 @@ pub fn nearest<'k>(name: &str, known: impl IntoIterator<Item = &'k str>) -> Opti
 #[error("{0:?} is not a name: {rule}", rule = Name::RULE)]
 pub struct NameError(String);
 
+impl NameError {
+    /// Most bytes of the text that are shown: one more than a name may have.
+    const SHOWN: usize = 64;
+}
+
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -105,6 +112,16 @@ impl<'de> Deserialize<'de> for Name {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_has_63_characters_at_most_of_which_each_is_checked() {
+        let longest = "a".repeat(Name::MAX_LEN);
+        assert_eq!(Name::parse(&longest).unwrap().as_str(), longest);
+        assert!(Name::parse(&format!("{longest}a")).is_err());
+        assert!(Name::parse(&format!("{}!", &longest[1..])).is_err());
+        let error = Name::parse(&"b".repeat(1_000_000)).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("\"{}\" is not a name", "b".repeat(64))), "{error}");
+    }
 
     #[test]
     fn a_misspelt_name_is_recognised() {

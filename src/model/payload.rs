@@ -365,10 +365,38 @@ mod tests {
     }
 
     #[test]
-    fn depth_is_bounded() {
-        let nest = |levels| object((0..levels).fold(json!({}), |inner, _| json!({ "in": inner })));
-        assert!(Payload::from_json(&nest(29)).is_ok());
-        assert!(Payload::from_json(&nest(30)).is_err());
+    fn messages_nest_to_the_limit_and_no_deeper() {
+        let objects = |levels, innermost| object((0..levels).fold(innermost, |inner, _| json!({ "in": inner })));
+        // An object inside an object is three messages deeper, and a list inside a list two. The innermost number is
+        // message 90, and the innermost list would be message 91.
+        assert!(Payload::from_json(&objects(29, json!({ "x": 1 }))).is_ok());
+        assert!(Payload::from_json(&objects(29, json!({ "x": [] }))).is_err());
+        let lists = |levels| object(json!({ "x": (0..levels).fold(json!(1), |inner, _| json!([inner])) }));
+        assert!(Payload::from_json(&lists(43)).is_ok());
+        assert!(Payload::from_json(&lists(44)).is_err());
+    }
+
+    #[test]
+    fn the_last_of_several_kinds_of_a_value_counts() {
+        // A struct with one entry "x", whose value is true and then null.
+        let payload = Payload::check(Bytes::from_static(b"\x0a\x09\x0a\x01x\x12\x04\x20\x01\x08\x00")).unwrap();
+        assert_eq!(payload.to_json(), object(json!({ "x": null })));
+    }
+
+    #[test]
+    fn an_overlay_of_nothing_copies_nothing() {
+        let payload = Payload::from_json(&object(json!({ "a": 1 }))).unwrap();
+        for same in [payload.overlaid(&Payload::default()), Payload::default().overlaid(&payload)] {
+            assert_eq!(same.as_bytes().as_ptr(), payload.as_bytes().as_ptr());
+        }
+    }
+
+    #[test]
+    fn a_stored_payload_is_read_as_it_was() {
+        let payload = Payload::from_json(&object(json!({ "a": [1, { "b": null }] }))).unwrap();
+        let stored = serde_json::to_string(&payload).unwrap();
+        assert_eq!(serde_json::from_str::<Payload>(&stored).unwrap(), payload);
+        assert!(serde_json::from_str::<Payload>("{\"a\": 9007199254740993}").is_err());
     }
 
     proptest! {

@@ -353,6 +353,53 @@ mod tests {
     }
 
     #[test]
+    fn a_loop_is_read_from_its_specification_as_it_was() {
+        let spec = LoopSpec {
+            name: "l".into(),
+            interval: Some(SignedDuration::from_secs(10)),
+            offset: Some(SignedDuration::from_secs(1)),
+            jitter: Some(SignedDuration::from_secs(2)),
+            overlap_policy: Some(OverlapPolicy::BufferOne),
+            catch_up: Some(CatchUp::One),
+            catch_up_window: Some(SignedDuration::from_secs(3)),
+            subsystems: vec!["a".into(), "b".into()],
+            parameters: Payload::from_json(serde_json::json!({ "p": 1 }).as_object().unwrap()).unwrap(),
+            deadline: Some(SignedDuration::from_secs(4)),
+            record_outputs: true,
+        };
+        let read = IntervalLoop::from_spec(&spec).unwrap();
+        assert_eq!(read.to_spec(), spec);
+        let simple = every("1s", "0s");
+        assert_eq!(IntervalLoop::from_spec(&simple.to_spec()).unwrap(), simple);
+    }
+
+    #[test]
+    fn a_name_alone_starts_the_declared_loop() {
+        let named = LoopSpec { name: "l".into(), ..LoopSpec::default() };
+        assert!(matches!(LoopStart::from_spec(&named), Ok(LoopStart::AsDeclared(name)) if name.as_str() == "l"));
+        assert!(matches!(LoopStart::from_spec(&every("1s", "0s").to_spec()), Ok(LoopStart::Of(_))));
+        assert!(LoopStart::from_spec(&LoopSpec { record_outputs: true, ..named }).is_err());
+    }
+
+    #[test]
+    fn a_loop_names_as_many_subsystems_as_a_request_may() {
+        let of = |count: usize| {
+            let subsystems = (0..count).map(|i| format!("s{i}")).collect();
+            IntervalLoop::from_spec(&LoopSpec { subsystems, ..every("1s", "0s").to_spec() })
+        };
+        assert!(of(CycleRequest::MAX_SUBSET).is_ok());
+        for count in [CycleRequest::MAX_SUBSET + 1, CycleRequest::MAX_SUBSET + 2] {
+            assert_eq!(of(count).unwrap_err().0[0].field, "subsystems");
+        }
+    }
+
+    #[test]
+    fn every_disposition_counts_as_a_due_tick() {
+        let counts = TickCounts { ran: 1, skipped: 20, missed: 300, coalesced: 4_000, dropped: 50_000 };
+        assert_eq!(counts.due(), 54_321);
+    }
+
+    #[test]
     fn offset_and_jitter_stay_below_the_interval() {
         let bad = LoopSpec {
             name: "l".into(),

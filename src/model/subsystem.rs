@@ -592,6 +592,119 @@ mod tests {
     }
 
     #[test]
+    fn every_field_of_a_registration_is_shown() {
+        let full = SubsystemSpec {
+            phase: Some(-3),
+            requires: vec!["r".into()],
+            after: vec!["a".into()],
+            reads: vec!["i".into()],
+            timeout: Some(SignedDuration::from_secs(7)),
+            retry: RetrySpec {
+                max_attempts: Some(4),
+                initial_backoff: Some(SignedDuration::from_millis(150)),
+                max_backoff: Some(SignedDuration::from_secs(9)),
+                backoff_multiplier: Some(1.5),
+                retryable_status_codes: vec!["ABORTED".into()],
+            },
+            breaker: BreakerSpec {
+                failure_threshold: Some(8),
+                open_for: Some(SignedDuration::from_secs(6)),
+                disabled: false,
+            },
+            critical: true,
+            parameters: Payload::from_json(serde_json::json!({ "p": 1 }).as_object().unwrap()).unwrap(),
+            limits: LimitsSpec {
+                max_message_bytes: Some(1),
+                max_output_bytes: Some(2),
+                max_metrics: Some(3),
+                max_issues: Some(4),
+            },
+            record_output: true,
+            ..spec("A", "http://h:1")
+        };
+        assert_eq!(Subsystem::from_spec(&full).unwrap().to_spec(), full);
+    }
+
+    #[test]
+    fn all_lists_of_names_count_as_inputs() {
+        let of = |requires: usize, after: usize, reads: usize| {
+            let names = |list: char, count: usize| (0..count).map(|i| format!("{list}{i}")).collect();
+            Subsystem::from_spec(&SubsystemSpec {
+                requires: names('r', requires),
+                after: names('a', after),
+                reads: names('i', reads),
+                ..spec("A", "http://h:1")
+            })
+        };
+        assert!(of(400, 400, 224).is_ok());
+        assert!(of(400, 2, 600).is_ok());
+        for reads in [225, 226] {
+            assert_eq!(of(400, 400, reads).unwrap_err().0[0].field, "reads");
+        }
+    }
+
+    #[test]
+    fn parameters_have_a_limit() {
+        let of = |bytes: usize| {
+            let json = serde_json::json!({ "p": "x".repeat(bytes) });
+            let parameters = Payload::from_json(json.as_object().unwrap()).unwrap();
+            (parameters.len(), Subsystem::from_spec(&SubsystemSpec { parameters, ..spec("A", "http://h:1") }))
+        };
+        let around = of(60_000).0 - 60_000;
+        for (bytes, fits) in [(0, true), (1, false), (2, false)] {
+            let (len, read) = of(Subsystem::MAX_PARAMETERS - around + bytes);
+            assert_eq!(len, Subsystem::MAX_PARAMETERS + bytes);
+            assert_eq!(read.is_ok(), fits);
+            assert!(read.is_err() || read.unwrap().parameters.len() == len);
+        }
+    }
+
+    #[test]
+    fn an_endpoint_has_a_limit() {
+        let http = |bytes: usize| format!("http://{}:1", "h".repeat(bytes - 9));
+        let unix = |bytes: usize| format!("unix:/{}", "p".repeat(bytes - 1));
+        assert!(Endpoint::parse(&http(1024)).is_ok() && Endpoint::parse(&unix(107)).is_ok());
+        for bad in [http(1025), http(1026), unix(108), unix(109)] {
+            assert!(Endpoint::parse(&bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_answer_may_reach_its_limits_and_not_exceed_them() {
+        let limits = Limits { max_message_bytes: 1 << 20, max_output_bytes: 12, max_metrics: 2, max_issues: 2 };
+        let issue = |code: usize, message: usize| Issue {
+            severity: Severity::Info,
+            code: "c".repeat(code),
+            message: "m".repeat(message),
+        };
+        let full = Answer {
+            output: Payload::from_json(serde_json::json!({ "x": "123" }).as_object().unwrap()).unwrap(),
+            metrics: BTreeMap::from([("a".repeat(Limits::MAX_WORD), 1.0), ("b".into(), 2.0)]),
+            issues: vec![issue(Limits::MAX_WORD, Limits::MAX_ISSUE_MESSAGE), issue(1, 0)],
+        };
+        assert_eq!(full.output.len(), 12);
+        assert_eq!(limits.check(&full), Ok(()));
+        let more_metrics = |names: &[&str]| {
+            let others = names.iter().map(|name| ((*name).to_owned(), 0.0));
+            Answer { metrics: full.metrics.clone().into_iter().chain(others).collect(), ..full.clone() }
+        };
+        let word = "w".repeat(Limits::MAX_WORD + 1);
+        for (over, limits) in [
+            (full.clone(), Limits { max_output_bytes: 11, ..limits }),
+            (full.clone(), Limits { max_output_bytes: 10, ..limits }),
+            (more_metrics(&["c"]), limits),
+            (more_metrics(&["c", "d"]), limits),
+            (Answer { issues: vec![issue(1, 1); 3], ..full.clone() }, limits),
+            (Answer { issues: vec![issue(Limits::MAX_WORD + 1, 0)], ..full.clone() }, limits),
+            (Answer { issues: vec![issue(1, Limits::MAX_ISSUE_MESSAGE + 1)], ..full.clone() }, limits),
+            (Answer { metrics: BTreeMap::from([(word, 0.0)]), ..full.clone() }, limits),
+            (Answer { metrics: BTreeMap::from([(String::new(), 0.0)]), ..full.clone() }, limits),
+        ] {
+            assert!(limits.check(&over).is_err(), "{over:?}");
+        }
+    }
+
+    #[test]
     fn backoff_grows_to_its_cap() {
         let policy = Subsystem::from_spec(&spec("A", "http://h:1")).unwrap().retry;
         let steps: Vec<_> = (1..=5).map(|retry| policy.backoff(retry, 0.5).as_millis()).collect();

@@ -157,6 +157,14 @@ mod tests {
     }
 
     #[test]
+    fn only_the_lowest_flag_says_that_a_trace_is_sampled() {
+        for (flags, is_sampled) in [("00", false), ("01", true), ("02", false), ("03", true)] {
+            let header = format!("{}{flags}", &PARENT[..53]);
+            assert_eq!(SpanContext::parse(&header, None).unwrap().is_sampled, is_sampled, "{flags}");
+        }
+    }
+
+    #[test]
     fn an_invalid_header_is_ignored() {
         for header in [
             "",

@@ -151,3 +151,27 @@ impl fmt::Display for Violations {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn violations_are_shown_in_one_line_with_the_paths_of_their_fields() {
+        let mut inner = Violations::default();
+        inner.add("max_attempts", "is 0; allowed is 1 to 10");
+        let mut all = Violations::default();
+        all.add("name", "is missing");
+        all.extend(inner.inside("retry"));
+        assert_eq!(all.to_string(), "name is missing; retry.max_attempts is 0; allowed is 1 to 10");
+    }
+
+    #[test]
+    fn of_many_violations_the_first_are_kept() {
+        let mut all = Violations::default();
+        for i in 0..1_000 {
+            all.add(format!("after[{i}]"), "is missing");
+        }
+        assert_eq!((all.0.len(), all.0[63].field.as_str()), (64, "after[63]"));
+    }
+}

@@ -93,3 +93,47 @@ impl<'a> Iterator for Fields<'a> {
 pub(super) fn malformed(problem: &str) -> Malformed {
     Malformed(problem.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn first(bytes: &[u8]) -> Result<Option<Field<'_>>, Malformed> {
+        Fields(bytes).next()
+    }
+
+    #[test]
+    fn a_number_has_64_bits_at_most() {
+        let varint = |last: u8| [&[8][..], &[0xff; 9], &[last]].concat();
+        let largest = varint(1);
+        assert!(matches!(first(&largest), Ok(Some(Field { number: 1, wire: Wire::Varint(u64::MAX) }))));
+        assert!(first(&varint(2)).is_err() && first(&varint(0x81)).is_err());
+        // The ninth byte may have any of its bits.
+        let nine = [&[8][..], &[0x80; 8], &[0x40]].concat();
+        assert!(matches!(first(&nine), Ok(Some(Field { wire: Wire::Varint(bits), .. })) if bits == 1 << 62));
+    }
+
+    #[test]
+    fn field_numbers_are_those_of_protobuf() {
+        let key = |number: u64| {
+            let mut bytes = Vec::new();
+            prost::encoding::encode_varint(number << 3, &mut bytes);
+            bytes.push(0);
+            bytes
+        };
+        for (number, is_allowed) in [(0, false), (1, true), (0x1fff_ffff, true), (0x2000_0000, false), (1 << 40, false)]
+        {
+            assert_eq!(first(&key(number)).is_ok(), is_allowed, "{number}");
+        }
+    }
+
+    #[test]
+    fn a_field_of_each_wire_type_is_read_whole() {
+        let bytes = b"\x08\x01\x11\x01\x02\x00\x00\x00\x00\x00\x00\x1a\x02ab\x25\x01\x02\x03\x04\x28\x07";
+        let numbers: Vec<_> = Fields(bytes).map(|field| field.number).collect();
+        assert_eq!(numbers, [1, 2, 3, 4, 5]);
+        assert!(matches!(Fields(bytes).nth(1), Some(Field { wire: Wire::Fixed64(0x201), .. })));
+        // Groups are not supported.
+        assert!(first(b"\x0b").is_err());
+    }
+}
