@@ -5,10 +5,11 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message;
 use prost_types::{FileDescriptorSet, field_descriptor_proto::Type};
 
-const FILES: [&str; 3] = [
+const FILES: [&str; 4] = [
     "dreamnet/subsystem/v1/subsystem.proto",
     "dreamnet/orchestrator/v1/orchestrator.proto",
     "dreamnet/orchestrator/v1/ledger.proto",
+    "dreamnet/orchestrator/v1/access.proto",
 ];
 
 /// Messages that this crate hands on as the bytes that came, and so never decodes on the way: on the wire a message

@@ -81,7 +81,7 @@ pub struct Config {
 pub struct ServerSettings {
     /// Default `127.0.0.1:7700`. Port 0 takes a free one.
     pub listen: SocketAddr,
-    /// True if `listen` may be an address other than loopback, although callers are not authenticated. Default false.
+    /// True if `listen` may be an address other than loopback, although there are no access rules. Default false.
     pub insecure_listen_beyond_loopback: bool,
     /// Most open connections. 1 to 1,000,000, default one for each 256 KiB of `memory.max_bytes`, at most 4,096: each
     /// costs a file descriptor and about 30 KB in addition to that memory.
@@ -235,8 +235,8 @@ pub struct Overrides {
     /// Log format: text, json, or auto, which is text on a terminal and json elsewhere [key: log.format]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<String>,
-    /// Allow addresses other than loopback, although callers are not authenticated: anyone who can reach the address
-    /// can run, change and read everything
+    /// Allow addresses other than loopback, although there are no access rules: anyone who can connect can run, change
+    /// and read everything
     #[arg(long)]
     pub insecure_listen_beyond_loopback: bool,
     /// Set any key of the configuration file, such as cycle.deadline=30s; may be repeated
@@ -420,11 +420,9 @@ impl Config {
         for setting in SETTINGS {
             (setting.read)(read, &mut config);
         }
-        if !config.server.insecure_listen_beyond_loopback {
-            refuse_beyond_loopback(read, "server.listen", config.server.listen, "run, change and read everything");
-            if let Some(listen) = config.admin.listen {
-                refuse_beyond_loopback(read, "admin.listen", listen, "read everything");
-            }
+        refuse_beyond_loopback(read, &config, "server.listen", config.server.listen, "run, change and read everything");
+        if let Some(listen) = config.admin.listen {
+            refuse_beyond_loopback(read, &config, "admin.listen", listen, "read everything");
         }
         refuse_one_address_twice(read, &config);
         refuse_limits_out_of_reach(read, &config);
@@ -505,16 +503,29 @@ fn admin_address(text: &str) -> Result<Option<SocketAddr>, String> {
     }
 }
 
-fn refuse_beyond_loopback(read: &mut Reader<'_>, key: &str, listen: SocketAddr, could: &str) {
-    if !listen.ip().to_canonical().is_loopback() {
-        read.refuse(
+/// An address that other machines can reach needs both TLS and access rules. Without rules, a flag accepts the risk.
+fn refuse_beyond_loopback(read: &mut Reader<'_>, config: &Config, key: &str, listen: SocketAddr, could: &str) {
+    let is_insecure = config.server.insecure_listen_beyond_loopback;
+    if listen.ip().to_canonical().is_loopback() {
+        return;
+    }
+    match config.access.mode {
+        Mode::Enforce => read.refuse(
             key,
             format!(
-                "is {listen}, which is not a loopback address, and callers can't be authenticated yet: anyone who can \
-                 reach it could {could}; give a loopback address such as 127.0.0.1:7700, or accept the risk with \
-                 --insecure-listen-beyond-loopback"
+                "is {listen}, which is not a loopback address, and has no TLS: tokens of callers would be sent in \
+                 clear; give a loopback address such as 127.0.0.1:7700, and let a proxy on this machine add TLS"
             ),
-        );
+        ),
+        Mode::Off | Mode::DryRun if is_insecure => {}
+        Mode::Off | Mode::DryRun => read.refuse(
+            key,
+            format!(
+                "is {listen}, which is not a loopback address, and has no access rules: anyone who can connect could \
+                 {could}; give a loopback address such as 127.0.0.1:7700, or TLS and access.mode = \"enforce\", or \
+                 accept the risk with --insecure-listen-beyond-loopback"
+            ),
+        ),
     }
 }
 

@@ -23,19 +23,19 @@ pub(crate) use self::{
 };
 use crate::proto;
 
-/// Reflection, v1 and v1alpha, of a service and of the health service.
+/// Reflection, v1 and v1alpha, of these services and of the health service.
 ///
 /// # Errors
 /// The descriptors of the contract can't be read.
-pub(crate) fn reflection(service: &str) -> Result<Services, Error> {
+pub(crate) fn reflection(services: &[&str]) -> Result<Services, Error> {
     let descriptions = || {
-        Builder::configure()
+        let builder = Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             // So that clients can decode the details of errors.
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
-            .with_service_name(service)
-            .with_service_name("grpc.health.v1.Health")
+            .with_service_name("grpc.health.v1.Health");
+        services.iter().fold(builder, |builder, service| builder.with_service_name(*service))
     };
     Ok(Services::default().and(descriptions().build_v1()?).and(descriptions().build_v1alpha()?))
 }

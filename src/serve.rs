@@ -42,6 +42,9 @@ use crate::{
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
 const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
 
+/// The service that shows callers their identity.
+const ACCESS: &str = "dreamnet.orchestrator.v1.Access";
+
 const GRPC_SERVER: Task = Task { name: "the gRPC server", purpose: "answers callers" };
 const ADMIN_SERVER: Task = Task { name: "the admin server", purpose: "serves the dashboard and the metrics" };
 const EXPORTER: Task = Task { name: "the exporter of spans", purpose: "sends traces of cycles to the collector" };
@@ -163,7 +166,7 @@ impl Service {
             exporting.start_infallible(EXPORTER, sender.run(stop_exporting.clone()));
             (exporter, spans) = (Some(made.clone()), made);
         }
-        let reflection = listen::reflection(SERVICE)?;
+        let reflection = listen::reflection(&[SERVICE, ACCESS])?;
         let clock = host.clock;
         let (settings, declared) = (settings(config), declared(config));
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
@@ -179,7 +182,8 @@ impl Service {
             let peer = request.extensions().get().and_then(|Peer(address)| *address);
             of_reflection.check_reflection(peer, request.headers())
         });
-        let services = reflection.and(api::service(api.clone(), config.server.max_request_bytes)).and(health_service);
+        let services = reflection.and(api::service(api.clone(), config.server.max_request_bytes));
+        let services = services.and(api::access_service(api.clone())).and(health_service);
         let server = listen::Server::new(services, limits(&config.server, &memory));
         let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
         let mut servers = Tasks::default();
@@ -188,7 +192,8 @@ impl Service {
         tracing::info!(%address, "listening");
         let admin_address = admin.as_ref().map(|(_, address)| *address);
         if let Some((listener, address)) = admin {
-            let beyond_loopback = config.server.insecure_listen_beyond_loopback;
+            let is_loopback = address.ip().to_canonical().is_loopback();
+            let beyond_loopback = config.server.insecure_listen_beyond_loopback || !is_loopback;
             let admin = Connections::at_most(web::MAX_CONNECTIONS);
             let in_front = vec![("grpc", connections), ("admin", admin.clone())];
             let metrics = Metrics::default().and_of(api.calls(), exporter.clone(), in_front, memory.clone());

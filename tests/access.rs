@@ -4,7 +4,13 @@
 
 mod common;
 
-use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use bytes::{Buf, BufMut, Bytes};
 use common::{
@@ -20,6 +26,7 @@ use orchestrator_core::{
 };
 use prost::Message;
 use prost_types::FileDescriptorSet;
+use tokio::process::Command;
 use tonic::{
     Code, Request, Status, Streaming,
     client::Grpc,
@@ -50,6 +57,7 @@ const GOLDEN: &[(&str, &[&str])] = &[
     ("StartIntervalLoop", &["operator", "admin"]),
     ("StopIntervalLoop", &["operator", "admin"]),
     ("ListIntervalLoops", &["viewer", "operator", "auditor", "admin"]),
+    ("WhoAmI", &ROLES),
 ];
 
 /// Grants for all targets to a token named as each role.
@@ -412,6 +420,23 @@ loops = ["a"]
     assert_eq!(denied(refused), ("StartIntervalLoop".into(), "loop b".into()));
 }
 
+#[tokio::test]
+async fn nothing_of_a_stranger_is_read() {
+    let stage = Stage::with_roles().await;
+    let first = async |name, method| {
+        let mut answers = stage.open(name, method, b"no message".to_vec()).await?;
+        patiently("an answer", answers.message()).await.map(drop)
+    };
+    for method in ["ListCycles", "WatchCycles", "NoSuchMethod"] {
+        assert_eq!(first(None, method).await.unwrap_err().code(), Code::Unauthenticated, "{method}");
+    }
+    assert_eq!(first(Some("admin"), "ListCycles").await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(first(Some("admin"), "NoSuchMethod").await.unwrap_err().code(), Code::Unimplemented);
+    let metrics = stage.get(Some("admin"), "/metrics").await.text().await;
+    let line = "orchestrator_calls_total{server=\"grpc\",rpc=\"ListCycles\",code=\"UNAUTHENTICATED\"} 1";
+    assert!(metrics.contains(line), "{metrics}");
+}
+
 /// Waits until a watch ends.
 async fn ended(mut watch: Streaming<Bytes>) -> (Code, String) {
     loop {
@@ -508,4 +533,142 @@ async fn a_file_of_tokens_that_others_can_read_is_refused() {
     let Err(status) = home.try_serve().await else { panic!("it serves") };
     assert_eq!(status.code(), Some(1));
     assert!(home.log().contains("has mode 0644"), "{}", home.log());
+}
+
+/// Runs the command line, as the caller whose token is in this file, and returns its exit code and its output.
+async fn orchestrator(credentials: Option<&Path>, args: &[&str]) -> (i32, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    command.args(args).env_remove("ORCHESTRATOR_CREDENTIALS").kill_on_drop(true);
+    if let Some(path) = credentials {
+        command.env("ORCHESTRATOR_CREDENTIALS", path);
+    }
+    let output = patiently("a command", command.output()).await.unwrap();
+    let text = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+    (output.status.code().unwrap(), text)
+}
+
+#[tokio::test]
+async fn a_token_of_the_command_line_works_until_it_is_revoked() {
+    let home = Home::new().in_memory();
+    let (tokens, ops, wall) = (home.path("tokens.toml"), home.path("ops.token"), home.path("wall.token"));
+    let (file, to) = (tokens.to_str().unwrap(), ops.to_str().unwrap());
+    let (exit, text) = orchestrator(None, &["token", "create", "ops", "--file", file, "--to", to]).await;
+    assert_eq!(exit, 0, "{text}");
+    for path in [&tokens, &ops] {
+        assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600, "{}", path.display());
+    }
+    let (exit, printed) = orchestrator(None, &["token", "create", "wall", "--expires", "8h", "--file", file]).await;
+    let secret = printed.lines().find(|line| line.starts_with("orc_")).unwrap_or_else(|| panic!("{printed}"));
+    assert_eq!(exit, 0);
+    write_private(&wall, secret);
+    let config = config(&home, "enforce", "", "[[access.grants]]\nwho = [\"token:ops\"]\nrole = \"admin\"\n");
+    let home = home.with_config(&config);
+    let service = home.serve().await;
+    let address = format!("http://{}", service.address());
+
+    let whoami = async |credentials| orchestrator(credentials, &["whoami", "--address", &address]).await;
+    let (exit, text) = whoami(Some(&*ops)).await;
+    assert!(exit == 0 && text.contains("token:ops") && text.contains("ENFORCE") && text.contains("ADMIN"), "{text}");
+    let (exit, text) = whoami(Some(&*wall)).await;
+    assert!(exit == 0 && text.contains("token:wall") && !text.contains("ADMIN"), "{text}");
+    let (exit, text) = whoami(None).await;
+    assert!(exit == 1 && text.contains("CREDENTIAL_MISSING"), "{text}");
+    let (exit, text) = orchestrator(Some(&ops), &["status", "--address", &address]).await;
+    assert_eq!(exit, 0, "{text}");
+    let (exit, text) = orchestrator(Some(&wall), &["status", "--address", &address]).await;
+    assert!(exit == 1 && text.contains("PERMISSION_DENIED, NOT_ALLOWED"), "{text}");
+
+    let (exit, list) = orchestrator(None, &["token", "list", "--file", file]).await;
+    let line = list.lines().find(|line| line.contains("token:ops")).unwrap_or_else(|| panic!("{list}"));
+    let id = line.split_whitespace().next().unwrap();
+    assert!(exit == 0 && !list.contains(&fs::read_to_string(&ops).unwrap()[21..85]), "{list}");
+    let (exit, text) = orchestrator(None, &["token", "revoke", id, "--file", file]).await;
+    assert_eq!(exit, 0, "{text}");
+    let refused = async {
+        loop {
+            let (exit, text) = whoami(Some(&*ops)).await;
+            if exit == 1 {
+                return text;
+            }
+        }
+    };
+    let text = patiently("the token to be refused", refused).await;
+    assert!(text.contains("CREDENTIAL_INVALID"), "{text}");
+    let (exit, text) = orchestrator(None, &["token", "revoke", id, "--file", file]).await;
+    assert!(exit == 1 && text.contains(id), "{text}");
+}
+
+#[tokio::test]
+async fn a_token_is_sent_neither_in_clear_to_another_machine_nor_from_an_open_file() {
+    let home = Home::new();
+    let path = home.path("token");
+    write_private(&path, "orc_x");
+    let (exit, text) = orchestrator(Some(&path), &["whoami", "--address", "http://192.0.2.1:7700"]).await;
+    assert!(exit == 2 && text.contains("would be sent in clear"), "{text}");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    let (exit, text) = orchestrator(Some(&path), &["whoami"]).await;
+    assert!(exit == 2 && text.contains("has mode 0644"), "{text}");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(&path, "a token\n").unwrap();
+    let (exit, text) = orchestrator(Some(&path), &["whoami"]).await;
+    assert!(exit == 2 && text.contains("contains no token"), "{text}");
+}
+
+#[tokio::test]
+async fn curl_gets_what_its_token_may() {
+    let stage = Stage::with_roles().await;
+    let status = async |name: Option<&str>, path: &str| {
+        let mut curl = Command::new("curl");
+        curl.args(["--silent", "--output", "/dev/null", "--write-out", "%{http_code}"]);
+        if let Some(name) = name {
+            curl.arg("--header").arg(format!("Authorization: Bearer {}", stage.texts[name]));
+        }
+        let output = patiently("curl", curl.arg(format!("http://{}{path}", stage.service.admin())).output()).await;
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    };
+    for (path, of_nobody, of_viewer, of_monitor) in
+        [("/api/status", "401", "200", "403"), ("/metrics", "401", "403", "200")]
+    {
+        assert_eq!(status(None, path).await, of_nobody, "{path}");
+        assert_eq!(status(Some("viewer"), path).await, of_viewer, "{path}");
+        assert_eq!(status(Some("monitor"), path).await, of_monitor, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn beyond_loopback_needs_tls_and_access_rules() {
+    let serve = ["serve", "--store", "memory:", "--admin-listen", "off", "--listen", "0.0.0.0:0"];
+    let (exit, text) = orchestrator(None, &serve).await;
+    assert!(exit == 2 && text.contains("TLS and access.mode = \"enforce\""), "{text}");
+    let enforced = [&serve[..], &["--set", "access.mode=enforce", "--insecure-listen-beyond-loopback"]].concat();
+    let (exit, text) = orchestrator(None, &enforced).await;
+    assert!(exit == 2 && text.contains("has no TLS"), "{text}");
+}
+
+#[tokio::test]
+async fn whoami_says_why_an_identity_is_not_known() {
+    let stage = Stage::new("dry_run", GRANTS, &["operator"]).await;
+    let who = async |name| {
+        let path = "/dreamnet.orchestrator.v1.Access/WhoAmI";
+        let mut answers = stage.open_path(name, path, Vec::new()).await.unwrap();
+        pb::WhoAmIResponse::decode(patiently("an answer", answers.message()).await.unwrap().unwrap()).unwrap()
+    };
+    let operator = who(Some("operator")).await;
+    let right = pb::Right {
+        role: pb::Role::Operator.into(),
+        subsystems: vec!["*".into()],
+        loops: vec!["*".into()],
+        ..Default::default()
+    };
+    assert_eq!((operator.identity.as_str(), &operator.rights[..]), ("token:operator", &[right][..]));
+    assert_eq!((operator.mode(), operator.problem.as_str()), (pb::AccessMode::DryRun, ""));
+    let nobody = who(Some("nonsense")).await;
+    assert_eq!(nobody.identity, "nobody");
+    assert!(nobody.problem.contains("is not a token"), "{}", nobody.problem);
+
+    let stage = Stage::new("off", GRANTS, &[]).await;
+    let path = "/dreamnet.orchestrator.v1.Access/WhoAmI";
+    let mut answers = stage.open_path(None, path, Vec::new()).await.unwrap();
+    let who = pb::WhoAmIResponse::decode(patiently("an answer", answers.message()).await.unwrap().unwrap()).unwrap();
+    assert_eq!((who.mode(), who.identity.as_str(), who.problem.as_str()), (pb::AccessMode::Off, "nobody", ""));
 }

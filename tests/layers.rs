@@ -75,6 +75,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
+            "access",
             "api",
             "config",
             "dial",

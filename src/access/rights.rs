@@ -1,4 +1,4 @@
-use std::{ops::RangeInclusive, time::Duration};
+use std::{fmt, ops::RangeInclusive, time::Duration};
 
 use super::{Role, pattern::Glob};
 use crate::model::{Endpoint, Limits};
@@ -136,6 +136,28 @@ impl Right {
         self.loops.iter().map(ToString::to_string)
     }
 
+    /// Patterns of the subsystems that a registration may name.
+    pub fn reads(&self) -> impl Iterator<Item = String> {
+        self.reads.iter().map(ToString::to_string)
+    }
+
+    /// Patterns of the endpoints of a registration.
+    pub fn endpoints(&self) -> impl Iterator<Item = String> {
+        self.endpoints.iter().map(ToString::to_string)
+    }
+
+    /// The lowest and the highest phase of a registration, if any is allowed.
+    #[must_use]
+    pub fn phases(&self) -> Option<RangeInclusive<i32>> {
+        Some(self.phases.clone()).filter(|phases| !phases.is_empty())
+    }
+
+    /// The longest timeout of a registration.
+    #[must_use]
+    pub fn max_timeout(&self) -> Duration {
+        self.max_timeout
+    }
+
     fn is_unlimited(&self) -> bool {
         self.role == Role::Admin
     }
@@ -163,6 +185,19 @@ impl Right {
             () if *timeout > self.max_timeout => of("timeout".into()),
             () if exceeds_limits => of("limits".into()),
             () => None,
+        }
+    }
+}
+
+impl fmt::Display for EndpointGlob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { is_tls, host, port } => {
+                let scheme = if *is_tls { "https" } else { "http" };
+                let port = port.map_or_else(|| "*".to_owned(), |port| port.to_string());
+                write!(f, "{scheme}://{host}:{port}")
+            }
+            Self::Unix(path) => write!(f, "unix:{path}"),
         }
     }
 }

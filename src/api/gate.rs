@@ -12,7 +12,7 @@ use super::{
     error::status,
     judge::{Judge, credential},
     request,
-    rpc::Asks,
+    rpc::{Asks, Rpc},
 };
 use crate::{
     access::Credential,
@@ -114,6 +114,21 @@ impl Gate {
     /// The counts of calls.
     pub(super) fn calls(&self) -> Arc<Calls> {
         self.calls.clone()
+    }
+
+    /// Refuses the caller of a method without a valid credential before its request is read, so that strangers have
+    /// nothing decoded.
+    ///
+    /// # Errors
+    /// The identity of the caller is not known.
+    pub(super) fn identify(&self, caller: &Caller, method: &str) -> Result<(), Status> {
+        let rpc = Rpc::of_name(method);
+        let identified = self.judge.identify(caller, rpc.map_or("an unknown method", Rpc::name));
+        identified.inspect_err(|status| {
+            if let Some(rpc) = rpc {
+                Call::begin(self.calls.clone(), rpc, Some(caller)).answered(Some(status));
+            }
+        })
     }
 
     /// Admits a call, or refuses it.

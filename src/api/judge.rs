@@ -9,7 +9,7 @@ use tonic::{Status, codegen::http::HeaderMap};
 
 use super::{calls::Calls, error, gate::Caller, rpc::Rpc, rules::Rule};
 use crate::{
-    access::{Bearer, Credential, Identity, Mode, Policy, Role, Targets, Unauthenticated},
+    access::{Authenticated, Bearer, Credential, Identity, Mode, Policy, Rights, Role, Targets, Unauthenticated},
     clock::Clock,
     listen::Repeated,
     model::text::clean,
@@ -29,6 +29,17 @@ pub(super) enum Denied {
         /// The roles that may make the call.
         roles: &'static [Role],
     },
+}
+
+/// What the service knows of a caller.
+pub(super) struct Who {
+    pub(super) mode: Mode,
+    pub(super) identity: Identity,
+    /// When its credential expires, if it does.
+    pub(super) expires_at: Option<Timestamp>,
+    pub(super) rights: Rights,
+    /// Why its identity is not known.
+    pub(super) problem: Option<Unauthenticated>,
 }
 
 /// The policy in force. All clones share it.
@@ -73,6 +84,19 @@ impl Judge {
         self.0.policy.send_replace(Arc::new(policy));
     }
 
+    /// Checks that the identity of a caller is known, before its request is read.
+    ///
+    /// # Errors
+    /// It is not known, and the policy is enforced.
+    pub(super) fn identify(&self, caller: &Caller, call: &str) -> Result<(), Status> {
+        let policy = self.0.policy.borrow().clone();
+        if policy.mode() != Mode::Enforce {
+            return Ok(());
+        }
+        let authenticated = policy.authenticate(&caller.credential, self.0.clock.now());
+        authenticated.map(drop).map_err(|why| self.denied(caller, call, &Denied::Unauthenticated(why), policy.mode()))
+    }
+
     /// Checks that a caller may make a call. In the mode `dry_run`, it may make every call; calls that would be refused
     /// are logged and counted.
     ///
@@ -92,8 +116,7 @@ impl Judge {
         match judge(&policy, self.0.clock.now(), &caller.credential, (rpc.name(), rpc.rule()), &targets()) {
             Ok(_) => Ok(()),
             Err(denied) => {
-                self.log(caller, rpc.name(), &denied, policy.mode());
-                let status = error::denied(&denied);
+                let status = self.denied(caller, rpc.name(), &denied, policy.mode());
                 if policy.mode() == Mode::Enforce {
                     return Err(status);
                 }
@@ -114,8 +137,25 @@ impl Judge {
         }
         let judged = judge(&policy, self.0.clock.now(), &caller.credential, (name, rule), &Targets::default());
         let Err(denied) = judged else { return Ok(()) };
-        self.log(caller, name, &denied, policy.mode());
-        if policy.mode() == Mode::Enforce { Err(error::denied(&denied)) } else { Ok(()) }
+        let status = self.denied(caller, name, &denied, policy.mode());
+        if policy.mode() == Mode::Enforce { Err(status) } else { Ok(()) }
+    }
+
+    /// The caller, as the policy in force knows it.
+    pub(super) fn who(&self, caller: &Caller) -> Who {
+        let policy = self.0.policy.borrow().clone();
+        let mode = policy.mode();
+        let nobody =
+            Who { mode, identity: Identity::Nobody, expires_at: None, rights: Rights::default(), problem: None };
+        if mode == Mode::Off {
+            return nobody;
+        }
+        match policy.authenticate(&caller.credential, self.0.clock.now()) {
+            Ok(Authenticated { identity, expires_at }) => {
+                Who { rights: policy.rights(&identity), identity, expires_at, ..nobody }
+            }
+            Err(why) => Who { problem: Some(why), ..nobody },
+        }
     }
 
     /// Waits until the caller of an open stream over all subsystems may no longer have it, and returns why. It is judged
@@ -137,10 +177,7 @@ impl Judge {
                 let expires_at = match judge(&policy, now, &caller.credential, (rpc.name(), rpc.rule()), &Targets::ALL)
                 {
                     Ok(expires_at) => expires_at,
-                    Err(denied) => {
-                        this.log(&caller, rpc.name(), &denied, policy.mode());
-                        return error::denied(&denied);
-                    }
+                    Err(denied) => return this.denied(&caller, rpc.name(), &denied, policy.mode()),
                 };
                 let valid_for = expires_at.and_then(|at| Duration::try_from(at.duration_since(now)).ok());
                 let wait = valid_for.map_or(AGAIN, |valid_for| valid_for.clamp(AT_LEAST, AGAIN));
@@ -155,16 +192,20 @@ impl Judge {
         Some(lapse.boxed())
     }
 
-    fn log(&self, caller: &Caller, call: &str, denied: &Denied, mode: Mode) {
-        let Some(times) = self.0.denied.note() else { return };
-        let peer = caller.peer.map(tracing::field::display);
-        let way = caller.way.name();
-        let why = clean(&denied.to_string());
-        if mode == Mode::Enforce {
-            tracing::warn!(call, way, peer, times, "a call was denied: {why}");
-        } else {
-            tracing::warn!(call, way, peer, times, "access.mode = \"enforce\" would deny a call: {why}");
+    /// The status of a denied call, which is also logged.
+    fn denied(&self, caller: &Caller, call: &str, denied: &Denied, mode: Mode) -> Status {
+        let status = error::denied(denied);
+        if let Some(times) = self.0.denied.note() {
+            // Its message is bounded, whatever the caller sends.
+            let (peer, way, why) =
+                (caller.peer.map(tracing::field::display), caller.way.name(), clean(status.message()));
+            if mode == Mode::Enforce {
+                tracing::warn!(call, way, peer, times, "a call was denied: {why}");
+            } else {
+                tracing::warn!(call, way, peer, times, "access.mode = \"enforce\" would deny a call: {why}");
+            }
         }
+        status
     }
 }
 

@@ -32,7 +32,12 @@ pub use self::{
     response::{plan, registration},
     rpc::Scrape,
 };
-use self::{gate::Gate, handlers::Handlers, judge::Judge, streaming::Watching};
+use self::{
+    gate::Gate,
+    handlers::Handlers,
+    judge::Judge,
+    streaming::{Called, Watching},
+};
 use crate::{
     access::Policy,
     clock::Clock,
@@ -40,6 +45,7 @@ use crate::{
     orchestrator::Orchestrator,
     proto::orchestrator::v1::{
         self as pb,
+        access_server::{Access, AccessServer},
         orchestrator_server::{Orchestrator as Service, OrchestratorServer},
     },
 };
@@ -59,7 +65,23 @@ pub fn service(
 + Sync
 + 'static {
     let others = OrchestratorServer::new(api.clone()).max_decoding_message_size(max_request_bytes);
-    Watching { others, api, max_request_bytes }
+    Called { service: Watching { others, api: api.clone(), max_request_bytes }, api }
+}
+
+/// The service that shows callers their own identity and rights.
+pub fn access_service(
+    api: Api,
+) -> impl tonic::codegen::Service<
+    http::Request<Body>,
+    Response = http::Response<Body>,
+    Error = Infallible,
+    Future: Send + 'static,
+> + NamedService
++ Clone
++ Send
++ Sync
++ 'static {
+    Called { service: AccessServer::new(api.clone()), api }
 }
 
 /// The stream of `WatchCycles`.
@@ -220,5 +242,13 @@ impl Service for Api {
         request: Request<pb::ListIntervalLoopsRequest>,
     ) -> Answer<pb::ListIntervalLoopsResponse> {
         self.gate.answer(request, loops::list_interval_loops).await
+    }
+}
+
+#[tonic::async_trait]
+impl Access for Api {
+    async fn who_am_i(&self, request: Request<pb::WhoAmIRequest>) -> Answer<pb::WhoAmIResponse> {
+        let who = |call: Entered<pb::WhoAmIRequest>| ready(Ok(response::who(&self.gate.judge.who(&call.caller))));
+        self.gate.answer(request, who).await
     }
 }

@@ -5,7 +5,9 @@ use std::{collections::BTreeMap, time::Duration};
 use prost::Message;
 use tokio::time::Instant;
 
+use super::{handlers::MAX_ANSWER, judge::Who};
 use crate::{
+    access::{Mode, Right, Role},
     engine::{BreakerState, PlannedSubsystem, Schedule},
     model::{
         CatchUp, CycleRequest, IntervalLoop, OverlapPolicy, Payload, Subsystem, SubsystemState, TickDisposition,
@@ -400,4 +402,52 @@ fn milliseconds(duration: Duration) -> f64 {
 
 fn count(count: usize) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+/// The caller, with as many of its rights as fit.
+pub(super) fn who(who: &Who) -> pb::WhoAmIResponse {
+    let mode = match who.mode {
+        Mode::Off => pb::AccessMode::Off,
+        Mode::DryRun => pb::AccessMode::DryRun,
+        Mode::Enforce => pb::AccessMode::Enforce,
+    };
+    let mut response = pb::WhoAmIResponse {
+        identity: who.identity.to_string(),
+        expires_at: who.expires_at.map(timestamp),
+        mode: mode.into(),
+        rights: Vec::new(),
+        problem: who.problem.as_ref().map(ToString::to_string).unwrap_or_default(),
+    };
+    let mut bytes = response.encoded_len();
+    for right in who.rights.iter().map(right) {
+        bytes += right.encoded_len() + AROUND;
+        if bytes > MAX_ANSWER {
+            break;
+        }
+        response.rights.push(right);
+    }
+    response
+}
+
+fn right(right: &Right) -> pb::Right {
+    let role = match right.role() {
+        Role::Monitor => pb::Role::Monitor,
+        Role::Viewer => pb::Role::Viewer,
+        Role::Operator => pb::Role::Operator,
+        Role::Registrar => pb::Role::Registrar,
+        Role::Auditor => pb::Role::Auditor,
+        Role::Admin => pb::Role::Admin,
+    };
+    let is_registrar = right.role() == Role::Registrar;
+    let phases = right.phases().filter(|_| is_registrar);
+    pb::Right {
+        role: role.into(),
+        subsystems: right.subsystems().collect(),
+        loops: right.loops().collect(),
+        reads: right.reads().collect(),
+        endpoints: right.endpoints().collect(),
+        lowest_phase: phases.as_ref().map(|phases| *phases.start()),
+        highest_phase: phases.as_ref().map(|phases| *phases.end()),
+        max_timeout: duration(right.max_timeout()).filter(|_| is_registrar),
+    }
 }

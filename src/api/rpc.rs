@@ -27,6 +27,14 @@ macro_rules! rpcs {
                 match self { $(Self::$rpc => stringify!($rpc),)+ }
             }
 
+            /// The method of this name in the contract.
+            pub(super) fn of_name(name: &str) -> Option<Self> {
+                match name {
+                    $(stringify!($rpc) => Some(Self::$rpc),)+
+                    _ => None,
+                }
+            }
+
             /// Most names in a request. The contract limits each list, and the fields of all registrations in one call.
             pub(super) fn max_names(self) -> usize {
                 match self {
@@ -66,6 +74,7 @@ rpcs! {
     StartIntervalLoop: pb::StartIntervalLoopRequest,
     StopIntervalLoop: pb::StopIntervalLoopRequest,
     ListIntervalLoops: pb::ListIntervalLoopsRequest,
+    WhoAmI: pb::WhoAmIRequest,
     // Not in the contract: requests of monitoring at the admin address.
     Metrics: self::Scrape,
 }

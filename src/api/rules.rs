@@ -34,6 +34,7 @@ impl Rpc {
     /// Who may make this call.
     pub(super) fn rule(self) -> Rule {
         match self {
+            Self::WhoAmI => Rule::Authenticated,
             Self::Metrics => Rule::Roles(&[Role::Monitor, Role::Admin]),
             Self::GetStatus => Rule::Roles(&[Role::Monitor, Role::Viewer, Role::Operator, Role::Auditor, Role::Admin]),
             Self::GetSubsystem => {
@@ -213,6 +214,13 @@ impl Concerns for pb::StopIntervalLoopRequest {
 impl Concerns for pb::ListIntervalLoopsRequest {
     fn targets(&self) -> Targets<'_> {
         Targets::ALL
+    }
+}
+
+/// It concerns only its caller.
+impl Concerns for pb::WhoAmIRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::default()
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, Either, Ready, ready};
 use http_body::Frame;
 use tonic::{
     Request, Status, Streaming,
@@ -37,7 +37,44 @@ use crate::{
 
 const WATCH: &str = "/dreamnet.orchestrator.v1.Orchestrator/WatchCycles";
 
-/// The generated service, except for `WatchCycles`. Attaches the caller to each call.
+/// A service whose callers are identified, if the policy demands it, and whose calls have their [`Caller`] in their
+/// extensions.
+#[derive(Clone)]
+pub(super) struct Called<S> {
+    pub(super) service: S,
+    pub(super) api: Api,
+}
+
+impl<S: NamedService> NamedService for Called<S> {
+    const NAME: &'static str = S::NAME;
+}
+
+impl<S> Service<http::Request<Body>> for Called<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Either<S::Future, Ready<Result<Self::Response, Infallible>>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.service.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        let peer = request.extensions().get().and_then(|Peer(address)| *address);
+        let caller = Caller::of(Way::Grpc, peer, request.headers());
+        let method = request.uri().path().rsplit('/').next().unwrap_or_default();
+        if let Err(status) = self.api.gate.identify(&caller, method) {
+            return Either::Right(ready(Ok(status.into_http())));
+        }
+        request.extensions_mut().insert(caller);
+        Either::Left(self.service.call(request))
+    }
+}
+
+/// The generated service, except for `WatchCycles`.
 #[derive(Clone)]
 pub(super) struct Watching<S> {
     pub(super) others: S,
@@ -62,10 +99,7 @@ where
         self.others.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let peer = request.extensions().get().and_then(|Peer(address)| *address);
-        let caller = Caller::of(Way::Grpc, peer, request.headers());
-        request.extensions_mut().insert(caller);
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         if request.uri().path() != WATCH {
             return Box::pin(self.others.call(request));
         }

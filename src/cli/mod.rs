@@ -4,6 +4,7 @@ mod cancel;
 mod check;
 mod completions;
 mod conformance;
+mod credentials;
 mod cycles;
 mod demo;
 mod known;
@@ -19,8 +20,10 @@ mod serve;
 mod status;
 mod store;
 mod subsystems;
+mod token;
 mod top;
 mod watch;
+mod whoami;
 
 use std::{
     fs::File,
@@ -63,11 +66,12 @@ Exit codes of all commands except serve and conformance, whose help lists theirs
   130  Ctrl-C
 
 Environment:
-  ORCHESTRATOR_ADDRESS   default of --address
-  ORCHESTRATOR_TIMEOUT   default of --timeout
-  ORCHESTRATOR_OUTPUT    default of --output
-  ORCHESTRATOR_CONFIG    default of --config
-  NO_COLOR               no colours
+  ORCHESTRATOR_ADDRESS      default of --address
+  ORCHESTRATOR_CREDENTIALS  default of --credentials
+  ORCHESTRATOR_TIMEOUT      default of --timeout
+  ORCHESTRATOR_OUTPUT       default of --output
+  ORCHESTRATOR_CONFIG       default of --config
+  NO_COLOR                  no colours
 
 Examples:
   orchestrator demo
@@ -100,6 +104,9 @@ enum Command {
     Plan(plan::PlanCommand),
     Check(check::Check),
     Store(store::Store),
+    Token(token::TokenCommand),
+    #[command(name = "whoami")]
+    WhoAmI(whoami::WhoAmI),
     Conformance(conformance::Conformance),
     Completions(completions::Completions),
 }
@@ -156,10 +163,12 @@ impl Cli {
             Command::Loops(loops) => Box::pin(loops.run()),
             Command::Report(report) => Box::pin(report.run()),
             Command::Plan(plan) => Box::pin(plan.run()),
+            Command::WhoAmI(whoami) => Box::pin(whoami.run()),
             Command::Conformance(conformance) => Box::pin(conformance.run()),
             // These have no handler of Ctrl-C, so that it ends them at once.
             Command::Check(check) => Box::pin(ready(check.run())),
             Command::Store(store) => Box::pin(ready(store.run())),
+            Command::Token(token) => Box::pin(ready(token.run())),
             Command::Completions(completions) => Box::pin(ready(completions.run())),
         };
         until_left(work, last_words).await

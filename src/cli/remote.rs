@@ -12,6 +12,7 @@ use std::{
 use jiff::SignedDuration;
 use tonic::{
     Code, Status,
+    service::interceptor::InterceptedService,
     transport::{Channel, ClientTlsConfig, Endpoint},
 };
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -19,13 +20,20 @@ use tonic_types::{ErrorInfo, StatusExt};
 
 use super::{
     Exit, Failure,
+    credentials::{Bearer, Credentials},
     known::Unknown,
     output::{Format, clean, short},
 };
-use crate::{dial::tls_in_words, proto::orchestrator::v1::orchestrator_client::OrchestratorClient};
+use crate::{
+    dial::tls_in_words,
+    proto::orchestrator::v1::{access_client::AccessClient, orchestrator_client::OrchestratorClient},
+};
+
+/// A connection whose calls have the credential of the caller.
+type Identified = InterceptedService<Channel, Bearer>;
 
 /// The generated client.
-pub(super) type Client = OrchestratorClient<Channel>;
+pub(super) type Client = OrchestratorClient<Identified>;
 
 /// Checks over the connection of a [`Client`] whether the service still responds.
 pub(super) type Health = HealthClient<Channel>;
@@ -60,6 +68,8 @@ pub(super) struct Remote<F: clap::Args = Format> {
     /// health check of a silent service
     #[arg(long, value_name = "DURATION", env = "ORCHESTRATOR_TIMEOUT", value_parser = timeout, global = true)]
     pub(super) timeout: Option<Duration>,
+    #[command(flatten)]
+    credentials: Credentials,
     #[command(flatten)]
     pub(super) format: F,
 }
@@ -118,7 +128,12 @@ pub(super) fn timeout(text: &str) -> Result<Duration, String> {
 impl Remote {
     /// Reaches the service at this address, and shows tables.
     pub(super) fn at(address: std::net::SocketAddr) -> Self {
-        Self { address: Address(format!("http://{address}")), timeout: None, format: Format::default() }
+        Self {
+            address: Address(format!("http://{address}")),
+            timeout: None,
+            credentials: Credentials::default(),
+            format: Format::default(),
+        }
     }
 }
 
@@ -136,6 +151,23 @@ impl<F: clap::Args> Remote<F> {
     /// # Errors
     /// The service can't be reached.
     pub(super) async fn connect_for_long(&self) -> Result<(Client, Health), Failure> {
+        let (channel, bearer) = self.channel().await?;
+        let client =
+            OrchestratorClient::with_interceptor(channel.clone(), bearer).max_decoding_message_size(MAX_ANSWER);
+        Ok((client, Health::new(channel)))
+    }
+
+    /// Connects to the service that shows callers their identity.
+    ///
+    /// # Errors
+    /// The service can't be reached.
+    pub(super) async fn connect_to_access(&self) -> Result<AccessClient<Identified>, Failure> {
+        let (channel, bearer) = self.channel().await?;
+        Ok(AccessClient::with_interceptor(channel, bearer))
+    }
+
+    async fn channel(&self) -> Result<(Channel, Bearer), Failure> {
+        let bearer = self.credentials.read(&self.address.0)?;
         let unreachable = |error: &dyn std::error::Error| self.unreachable(&innermost(error));
         let connect = self.timeout.map_or(CONNECT, |timeout| timeout.min(CONNECT));
         let mut endpoint = Endpoint::from_shared(self.address.0.clone())
@@ -148,10 +180,7 @@ impl<F: clap::Args> Remote<F> {
         }
         // The limit covers slow name lookups as well.
         match tokio::time::timeout(connect, endpoint.connect()).await {
-            Ok(Ok(channel)) => {
-                let client = Client::new(channel.clone()).max_decoding_message_size(MAX_ANSWER);
-                Ok((client, Health::new(channel)))
-            }
+            Ok(Ok(channel)) => Ok((channel, bearer)),
             Ok(Err(error)) => Err(unreachable(&error)),
             Err(_) => Err(self.unreachable(&format!("no connection within {}", short(connect)))),
         }
@@ -337,7 +366,8 @@ impl<F: clap::Args> Remote<F> {
     /// The flag that another command needs to reach the same service; empty for the default address.
     pub(super) fn flag(&self) -> String {
         let Address(address) = &self.address;
-        if address == "http://127.0.0.1:7700" { String::new() } else { format!(" --address {address}") }
+        let place = if address == "http://127.0.0.1:7700" { String::new() } else { format!(" --address {address}") };
+        place + &self.credentials.flag()
     }
 }
 

@@ -383,11 +383,17 @@ fn other_addresses_than_loopback_need_the_accepted_risk() {
             Ok(_) => assert!(is_allowed, "{listen}"),
             Err(error) => {
                 assert!(!is_allowed, "{error}");
-                assert!(error.to_string().contains("callers can't be authenticated"), "{error}");
+                assert!(error.to_string().contains("TLS and access.mode = \"enforce\""), "{error}");
             }
         }
         overrides.insecure_listen_beyond_loopback = true;
         assert_eq!(Config::load(&overrides, []).unwrap().server.listen.to_string(), listen);
+        // Without TLS, tokens would be sent in clear.
+        overrides.set = vec!["access.mode=enforce".into()];
+        match Config::load(&overrides, []) {
+            Ok(_) => assert!(is_allowed, "{listen}"),
+            Err(error) => assert!(!is_allowed && error.to_string().contains("sent in clear"), "{error}"),
+        }
     }
 }
 

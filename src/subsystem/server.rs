@@ -115,7 +115,7 @@ impl Server {
             .max_encoding_message_size(MAX_ANSWER);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
-        let services = listen::reflection(SERVICE)?.and(calls).and(health_service);
+        let services = listen::reflection(&[SERVICE])?.and(calls).and(health_service);
         Ok((listen::Server::new(services, limits()), health))
     }
 }
