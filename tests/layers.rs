@@ -80,6 +80,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "config",
             "dial",
             "engine",
+            "file",
             "host",
             "memory",
             "model",

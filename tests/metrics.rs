@@ -390,7 +390,7 @@ async fn every_call_is_counted_by_its_rpc_and_by_the_code_of_its_answer() {
 async fn everything() -> Stage {
     let fleet = Fleet::start().await;
     let home = Home::new().with_config(&format!(
-        "[[subsystems]]\nname = \"declared\"\nendpoint = {:?}\n[[loops]]\nname = \"quick\"\ninterval = \"20ms\"\n",
+        "[access]\nmode = \"dry_run\"\n[[subsystems]]\nname = \"declared\"\nendpoint = {:?}\n[[loops]]\nname = \"quick\"\ninterval = \"20ms\"\n",
         fleet.endpoint()
     ));
     let stage = Stage::at(home).await;

@@ -116,12 +116,12 @@ impl Identity {
     pub fn of_certificate(certificate: &CertificateDer<'_>) -> Result<Self, IdentityError> {
         let parsed = EndEntityCert::try_from(certificate);
         let parsed = parsed.map_err(|error| IdentityError::Certificate(error.to_string()))?;
-        let (uris, dns) = (parsed.valid_uri_names().collect(), parsed.valid_dns_names().collect());
-        Self::of_names(uris, dns)
+        let (uris, dns): (Vec<_>, Vec<_>) = (parsed.valid_uri_names().collect(), parsed.valid_dns_names().collect());
+        Self::of_names(&uris, &dns)
     }
 
-    fn of_names(uris: Vec<&str>, dns: Vec<&str>) -> Result<Self, IdentityError> {
-        let name = match (&uris[..], &dns[..]) {
+    fn of_names(uris: &[&str], dns: &[&str]) -> Result<Self, IdentityError> {
+        let name = match (uris, dns) {
             ([name], _) | ([], [name]) => *name,
             _ => return Err(IdentityError::Names { uris: uris.len(), dns: dns.len() }),
         };
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_certificate_is_known_by_its_only_uri_or_else_by_its_only_dns_name() {
-        let of = |uris: &[&str], dns: &[&str]| Identity::of_names(uris.to_vec(), dns.to_vec()).map(|it| it.to_string());
+        let of = |uris: &[&str], dns: &[&str]| Identity::of_names(uris, dns).map(|it| it.to_string());
         assert_eq!(of(&["spiffe://a/b"], &["x", "y"]).unwrap(), "cert:spiffe://a/b");
         assert_eq!(of(&[], &["core.dreamnet"]).unwrap(), "cert:core.dreamnet");
         for (uris, dns) in [(&["a:1", "a:2"][..], &["x"][..]), (&[], &["x", "y"]), (&[], &[])] {

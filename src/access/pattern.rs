@@ -176,21 +176,8 @@ mod tests {
             ("a", "ab", None),
             ("ab", "a", None),
         ] {
-            assert_eq!(
-                captures(pattern, text).as_deref(),
-                expected.map(|it| it.map_to()).as_deref(),
-                "{pattern} {text}"
-            );
-        }
-    }
-
-    trait MapTo {
-        fn map_to(&self) -> Vec<String>;
-    }
-
-    impl MapTo for [&str] {
-        fn map_to(&self) -> Vec<String> {
-            self.iter().map(ToString::to_string).collect()
+            let expected = expected.map(|texts| texts.iter().map(ToString::to_string).collect::<Vec<_>>());
+            assert_eq!(captures(pattern, text), expected, "{pattern} {text}");
         }
     }
 

@@ -178,7 +178,9 @@ mod tests {
         let credential = |text: &str| Credential::Bearer(Bearer::parse(text).unwrap());
         let policy = |tokens: &[&Token], revoked: &[&str]| {
             let mut all = Revoked::default();
-            revoked.iter().for_each(|text| all.add(text).unwrap());
+            for text in revoked {
+                all.add(text).unwrap();
+            }
             let policy = Policy::new(Mode::Enforce, Vec::new(), tokens.iter().copied().cloned().collect(), all);
             move |credential: &Credential, now| policy.authenticate(credential, now)
         };

@@ -158,8 +158,8 @@ impl Judge {
         }
     }
 
-    /// Waits until the caller of an open stream over all subsystems may no longer have it, and returns why. It is judged
-    /// again when the policy changes, when its credential expires, and each minute, since clocks can be set.
+    /// Waits until the caller of an open stream over all subsystems may no longer have it, and returns why. The caller
+    /// is judged again when the policy changes, when its credential expires, and each minute, since clocks can be set.
     /// `None` if that never happens, because the policy is not enforced; the mode changes only with a restart.
     pub(super) fn lapse(&self, caller: &Caller, rpc: Rpc) -> Option<BoxFuture<'static, Status>> {
         const AGAIN: Duration = Duration::from_mins(1);

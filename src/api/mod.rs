@@ -100,8 +100,8 @@ pub struct Api {
 }
 
 impl Api {
-    /// The RPCs of this orchestrator, for callers that `policy` allows. The time of requests comes from `clock`. Decoded
-    /// requests are held under the limit `requests`.
+    /// The RPCs of this orchestrator, for callers that `policy` allows. The time of requests comes from `clock`.
+    /// Decoded requests are held under the limit `requests`.
     pub fn new(orchestrator: Orchestrator, policy: Policy, clock: Clock, requests: Memory) -> Self {
         let judge = Judge::new(policy, clock);
         Self { gate: Gate::new(orchestrator, judge, requests), handlers: Handlers::new(clock) }

@@ -1,6 +1,10 @@
 //! The file of static tokens.
 
-use std::{collections::BTreeSet, fmt::Write as _, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    path::Path,
+};
 
 use jiff::Timestamp;
 
@@ -24,7 +28,7 @@ pub fn read_tokens(path: &Path) -> Result<Vec<Token>, ConfigError> {
     let name = path.display().to_string();
     let table = parse(&name, &file_text(&name, file::read_secret(path))?)?;
     let mut problems = Problems::default();
-    let mut reader = Reader::new(table, Default::default(), &mut problems);
+    let mut reader = Reader::new(table, BTreeMap::default(), &mut problems);
     let kind = Kind { of: "token", list: "tokens", max: MAX_TOKENS, limit: "a file" };
     let tokens = entries(&mut reader, kind, token_spec, Token::from_spec, |_| "");
     reader.finish();
