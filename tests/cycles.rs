@@ -574,6 +574,8 @@ async fn a_breaker_opens_probes_once_and_closes() {
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(part(&cycle, "a").state(), SubsystemState::CircuitOpen);
     assert_eq!(cycle.state(), CycleState::Failed);
+    // From here on, it has time to answer.
+    stage.register("a", long).await;
     stage.fleet.run("a", Run::Echo);
     stage.client.resume_subsystem(pb::ResumeSubsystemRequest { name: "a".into() }).await.unwrap();
     assert_eq!(run(&mut stage).await.state(), SubsystemState::Succeeded);

@@ -61,30 +61,32 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_breaker_opens_at_the_threshold_probes_later_and_closes_on_success() {
-        let policy = Some(BreakerPolicy { failure_threshold: 2, open_for: Duration::from_secs(30) });
+        let open_for = Duration::from_secs(30);
+        let policy = Some(BreakerPolicy { failure_threshold: 2, open_for });
         let mut breaker = Breaker::default();
-        breaker.failed(policy, Instant::now());
+        assert!(!breaker.failed(policy, Instant::now()));
         assert_eq!(breaker.state(policy, Instant::now()), BreakerState::Closed);
-        breaker.failed(policy, Instant::now());
-        assert_eq!(breaker.state(policy, Instant::now()), BreakerState::Open(Duration::from_secs(30)));
+        assert!(breaker.failed(policy, Instant::now()), "it opens");
+        assert_eq!((breaker.failures(), breaker.state(policy, Instant::now())), (2, BreakerState::Open(open_for)));
 
         tokio::time::advance(Duration::from_secs(30)).await;
         assert_eq!(breaker.state(policy, Instant::now()), BreakerState::HalfOpen);
-        breaker.failed(policy, Instant::now());
-        assert_eq!(breaker.state(policy, Instant::now()), BreakerState::Open(Duration::from_secs(30)));
+        assert!(!breaker.failed(policy, Instant::now()), "it was open");
+        assert_eq!((breaker.failures(), breaker.state(policy, Instant::now())), (3, BreakerState::Open(open_for)));
 
         tokio::time::advance(Duration::from_secs(31)).await;
-        breaker.succeeded();
+        assert!(breaker.succeeded(), "it closes");
+        assert_eq!((breaker.failures(), breaker.state(policy, Instant::now())), (0, BreakerState::Closed));
+        assert!(!breaker.failed(policy, Instant::now()));
         assert_eq!(breaker.state(policy, Instant::now()), BreakerState::Closed);
-        breaker.failed(policy, Instant::now());
-        assert_eq!(breaker.state(policy, Instant::now()), BreakerState::Closed);
+        assert!(!breaker.succeeded(), "it was closed");
     }
 
     #[tokio::test(start_paused = true)]
     async fn without_a_policy_a_breaker_never_opens() {
         let mut breaker = Breaker::default();
         for _ in 0..5000 {
-            breaker.failed(None, Instant::now());
+            assert!(!breaker.failed(None, Instant::now()));
         }
         assert_eq!(breaker.state(None, Instant::now()), BreakerState::Closed);
     }

@@ -178,6 +178,7 @@ mod tests {
         let hourglass = plan(&[(0, vec![]), (0, vec![]), (0, vec![0, 1]), (0, vec![2]), (0, vec![2]), (0, vec![])]);
         let around = hourglass.of_cycle(Some(&names([0, 1, 3, 4])));
         assert_eq!((around.steps.len(), relays(&around)), (4, 1));
+        assert_eq!([0, 2, 3, 4].map(|node| nodes_before(&around, node)), [vec![], vec![4], vec![4], vec![0, 1]]);
         let unrelated = hourglass.of_cycle(Some(&names([5, 2, 60])));
         assert_eq!((unrelated.steps.len(), relays(&unrelated), &unrelated.unregistered), (2, 0, &names([60])));
     }

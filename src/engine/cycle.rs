@@ -250,8 +250,8 @@ struct Call<'a> {
 enum NotNow {
     /// Its part ends so.
     Ends(SubsystemState),
-    /// There is no memory now for inputs of this number of bytes.
-    NoRoom(usize),
+    /// It first needs memory for inputs of this number of bytes.
+    NeedsRoom(usize),
 }
 
 /// A subsystem whose calls have ended.
@@ -460,9 +460,7 @@ impl<'a> Run<'a> {
                 (self.slot, self.room) = (None, None);
                 return Next::Nothing;
             };
-            let Some(slot) = self.slot.take().or_else(|| self.engine.slots.try_take()) else {
-                return Next::Wait(Need::Slot);
-            };
+            let Some(slot) = self.slot.take() else { return Next::Wait(Need::Slot) };
             if self.waiting.take().is_none() {
                 self.ready.pop();
             }
@@ -473,7 +471,7 @@ impl<'a> Run<'a> {
                     return Next::Call(Call { position, attempts, inputs, is_probe, slot, room });
                 }
                 // The slot waits with it. Only running calls hold memory, and they have their own slots, so they end.
-                Err(NotNow::NoRoom(bytes)) => {
+                Err(NotNow::NeedsRoom(bytes)) => {
                     self.slot = Some(slot);
                     self.waiting = Some((position, bytes));
                     return Next::Wait(Need::Room(bytes));
@@ -516,14 +514,14 @@ impl<'a> Run<'a> {
             let message = format!("its inputs are {bytes} bytes; the limit is {max} bytes");
             return Err(NotNow::Ends(SubsystemState::Failed(Code::ResourceExhausted, message)));
         }
-        let room = if bytes > 0 { Some(self.room_for(bytes).ok_or(NotNow::NoRoom(bytes))?) } else { None };
+        let room = if bytes > 0 { Some(self.room_for(bytes).ok_or(NotNow::NeedsRoom(bytes))?) } else { None };
         Ok((inputs, room, is_probe))
     }
 
-    /// The awaited memory, if it is enough: inputs may have grown meanwhile. Otherwise free memory.
+    /// The awaited memory, if it is enough: inputs may have grown meanwhile.
     fn room_for(&mut self, bytes: usize) -> Option<Held> {
-        let waited_for = self.room.take().and_then(|mut room| room.resize(bytes).ok().map(|()| room));
-        waited_for.or_else(|| self.engine.inputs.try_hold(bytes))
+        let mut room = self.room.take()?;
+        room.resize(bytes).ok().map(|()| room)
     }
 
     fn inputs(&self, step: &Step) -> Vec<Input> {

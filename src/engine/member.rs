@@ -248,3 +248,94 @@ impl Remembered {
         self.last = Some((part, held));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Payload, SubsystemSpec};
+
+    fn member() -> Member {
+        let spec =
+            SubsystemSpec { name: "a".into(), endpoint: "http://127.0.0.1:1".into(), ..SubsystemSpec::default() };
+        Member::new(Arc::new(Subsystem::from_spec(&spec).unwrap()), false, Arc::default())
+    }
+
+    #[test]
+    fn the_memory_of_a_registration_is_held_until_its_last_reference_is_dropped() {
+        let memory = Memory::whole(100);
+        let first = member();
+        first.set_initialized(true);
+        let member = first.clone().holding(memory.try_hold(60).unwrap());
+        assert!(!member.is_initialized() && first.is_initialized(), "this registration was not initialized");
+        let suspended = member.clone().suspended(true);
+        drop(member);
+        assert_eq!(memory.held(), 60);
+        drop(suspended);
+        assert_eq!(memory.held(), 0);
+    }
+
+    #[test]
+    fn a_stored_output_is_the_latest_one_and_held_even_over_the_limit() {
+        let payload = Payload::from_json(serde_json::json!({ "text": "stored" }).as_object().unwrap()).unwrap();
+        let outputs = Memory::whole(1);
+        let stored = Output { cycle_id: CycleId(7), payload };
+        let standing = Standing::with_output(stored.clone(), Some(Timestamp::UNIX_EPOCH), &outputs);
+        assert_eq!(standing.latest(), Some(stored.clone()));
+        assert_eq!(standing.counts(), SubsystemCounts { output_at: Some(Timestamp::UNIX_EPOCH), ..Default::default() });
+        assert_eq!(outputs.held(), stored.payload.len());
+        // Its successor takes its place.
+        standing.lock().make_room(0, &outputs).unwrap();
+        assert_eq!(outputs.held(), 0);
+    }
+
+    #[test]
+    fn only_an_open_breaker_can_be_closed() {
+        let standing = Standing::default();
+        assert!(!standing.close_breaker());
+        let policy = Some(crate::model::BreakerPolicy { failure_threshold: 1, open_for: Duration::from_secs(1) });
+        standing.lock().breaker.failed(policy, Instant::now());
+        assert!(standing.close_breaker() && !standing.close_breaker());
+    }
+
+    #[test]
+    fn each_duration_weighs_an_eighth_in_the_mean() {
+        let standing = Standing::default();
+        assert_eq!(standing.mean_duration(), None);
+        for (took, mean) in [(800, 800), (0, 700), (1500, 800)] {
+            standing.lock().took(Duration::from_millis(took));
+            assert_eq!(standing.mean_duration(), Some(Duration::from_millis(mean)));
+        }
+    }
+
+    #[test]
+    fn the_counts_have_the_durations_of_all_parts_with_a_call_that_were_not_cancelled() {
+        let standing = Standing::default();
+        let publish = |state: SubsystemState, started| {
+            let (name, started) = (Name::parse("a").unwrap(), Duration::from_secs(started));
+            let (metrics, issues) = Default::default();
+            let report = SubsystemReport {
+                name,
+                queued: Duration::ZERO,
+                started: Some(started),
+                ended: Duration::from_secs(5),
+                attempts: 1,
+                issues,
+                metrics,
+                recorded_output: None,
+                state,
+            };
+            let (started_at, finished_at) = (Timestamp::UNIX_EPOCH, Timestamp::UNIX_EPOCH);
+            let last = LastPart { cycle_id: CycleId(1), started_at, finished_at, report: Arc::new(report) };
+            standing.lock().publish(last, None, &Memory::whole(100));
+        };
+        publish(SubsystemState::Succeeded, 3);
+        publish(SubsystemState::Cancelled, 1);
+        publish(SubsystemState::TimedOut(String::new()), 0);
+        let counts = standing.counts();
+        assert_eq!((counts.succeeded, counts.cancelled, counts.timed_out), (1, 1, 1));
+        let mut durations = Histogram::default();
+        durations.observe(Duration::from_secs(2));
+        durations.observe(Duration::from_secs(5));
+        assert_eq!(counts.durations, durations);
+    }
+}

@@ -250,6 +250,14 @@ mod tests {
     }
 
     #[test]
+    fn an_order_of_registered_subsystems_refuses_a_circular_dependency_with_them() {
+        let after = |name: &str, earlier: &str| subsystem(name, 0, &[], &[earlier.to_owned()]);
+        let mut order = Order::of([after("a", "b"), after("b", "c")]);
+        order.change(vec![after("c", "a")], &[]).unwrap_err();
+        order.change(vec![after("c", "d")], &[]).unwrap();
+    }
+
+    #[test]
     fn later_registrations_are_checked_and_a_change_of_several_is_checked_as_a_whole() {
         let after = |name: &str, earlier: &str| subsystem(name, 0, &[], &[earlier.to_owned()]);
         let mut order = Order::default();

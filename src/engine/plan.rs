@@ -13,8 +13,8 @@ use super::{BreakerState, Member, Standing};
 use crate::model::{Name, SkipReason, Subsystem, SubsystemState};
 
 /// The order of a cycle over all registered subsystems, or [over some of them](Plan::of_cycle). Positions are indices
-/// into `Plan::steps`, which are ordered by level and then by name, so that all dependencies of a subsystem are before
-/// it.
+/// into `Plan::steps`, which are ordered by phase, by level in the phase, and then by name, so that all dependencies of
+/// a subsystem are before it.
 #[derive(Debug, Default)]
 pub struct Plan {
     pub(super) steps: Vec<Step>,
@@ -183,11 +183,11 @@ impl Plan {
         for member in &members {
             waits_for.push(waits_inside_phase(member, &members, &index)?);
         }
-        let levels = levels(&members, &waits_for).map_err(|stuck| ring_among(&members, &waits_for, &stuck))?;
+        let levels = levels(&waits_for).map_err(|stuck| ring_among(&members, &waits_for, &stuck))?;
 
         let mut order: Vec<_> = (0..members.len()).collect();
         // The sort is stable, and members are ordered by name inside a phase.
-        order.sort_by_key(|&i| levels[i]);
+        order.sort_by_key(|&i| (members[i].subsystem.phase, levels[i]));
         let mut position_of = vec![0; members.len()];
         for (position, &i) in order.iter().enumerate() {
             position_of[i] = position;
@@ -440,36 +440,28 @@ pub(super) fn order_of(subsystem: &Subsystem) -> impl Iterator<Item = (&Name, &'
     requires.chain(subsystem.after.iter().map(|name| (name, "is after")))
 }
 
-/// The level of each member, by Kahn's algorithm (A. B. Kahn, "Topological sorting of large networks", 1962), or the
-/// members without a level because they are in a ring or after one. Members are ordered by phase.
-fn levels(members: &[Member], waits_for: &[Vec<usize>]) -> Result<Vec<u32>, Vec<bool>> {
-    let mut releases = vec![Vec::new(); members.len()];
+/// The level of each member in its phase, by Kahn's algorithm (A. B. Kahn, "Topological sorting of large networks",
+/// 1962), or the members without a level because they are in a ring or after one.
+fn levels(waits_for: &[Vec<usize>]) -> Result<Vec<u32>, Vec<bool>> {
+    let mut releases = vec![Vec::new(); waits_for.len()];
     let mut waits: Vec<_> = waits_for.iter().map(Vec::len).collect();
     for (i, earlier) in waits_for.iter().enumerate() {
         for &j in earlier {
             releases[j].push(i);
         }
     }
-    let mut levels = vec![0; members.len()];
-    let mut stuck = vec![true; members.len()];
-    let mut first_level = 0;
-    let mut start = 0;
-    for phase in members.chunk_by(|a, b| a.subsystem.phase == b.subsystem.phase) {
-        let end = start + phase.len();
-        let mut free: VecDeque<_> = (start..end).filter(|&i| waits[i] == 0).collect();
-        levels[start..end].fill(first_level);
-        while let Some(i) = free.pop_front() {
-            stuck[i] = false;
-            for &later in &releases[i] {
-                levels[later] = levels[later].max(levels[i] + 1);
-                waits[later] -= 1;
-                if waits[later] == 0 {
-                    free.push_back(later);
-                }
+    let mut levels = vec![0; waits_for.len()];
+    let mut stuck = vec![true; waits_for.len()];
+    let mut free: VecDeque<_> = (0..waits_for.len()).filter(|&i| waits[i] == 0).collect();
+    while let Some(i) = free.pop_front() {
+        stuck[i] = false;
+        for &later in &releases[i] {
+            levels[later] = levels[later].max(levels[i] + 1);
+            waits[later] -= 1;
+            if waits[later] == 0 {
+                free.push_back(later);
             }
         }
-        first_level = levels[start..end].iter().max().map_or(first_level, |highest| highest + 1);
-        start = end;
     }
     if stuck.contains(&true) { Err(stuck) } else { Ok(levels) }
 }
@@ -640,5 +632,52 @@ mod tests {
         assert_eq!(schedule.duration, Duration::from_millis(25));
         let path: Vec<_> = schedule.critical_path.iter().map(Name::as_str).collect();
         assert_eq!(path, ["a", "c", "d"]);
+    }
+
+    #[test]
+    fn the_expected_duration_is_that_of_the_subsystems_that_will_be_called() {
+        let plan = Plan::compile([
+            member("failing", 0, &[], &[]),
+            member("left-out", 0, &[], &["failing"]),
+            member("suspended", 0, &[], &["left-out"]).suspended(true),
+            member("called", 0, &[], &["suspended"]),
+            member("also-called", 0, &[], &["suspended"]),
+            member("needs-failing", 0, &["failing"], &[]),
+            member("needs-left-out", 0, &["left-out"], &[]),
+        ])
+        .unwrap();
+        for member in plan.members() {
+            member.standing.lock().took(Duration::from_millis(10));
+        }
+        let policy = plan.steps[plan.positions[&Name::parse("failing").unwrap()]].member.subsystem.breaker;
+        for _ in 0..policy.unwrap().failure_threshold {
+            let failing = &plan.steps[plan.positions[&Name::parse("failing").unwrap()]].member;
+            failing.standing.lock().breaker.failed(policy, Instant::now());
+        }
+        let subset = ["failing", "suspended", "called", "also-called", "needs-failing", "needs-left-out"];
+        let schedule = plan.schedule(Some(&subset.map(|name| Name::parse(name).unwrap())));
+        let skip = |name: &str| {
+            let planned = schedule.subsystems.iter().find(|planned| planned.name.as_str() == name).unwrap();
+            planned.skip.as_ref().map(|(reason, _)| *reason)
+        };
+        assert_eq!((skip("failing"), skip("called"), skip("suspended")), (None, None, Some(SkipReason::Suspended)));
+        assert_eq!(skip("needs-failing"), Some(SkipReason::RequirementFailed));
+        assert_eq!(skip("needs-left-out"), Some(SkipReason::RequirementLeftOut));
+        // Of two that are expected to end at the same time, the first one is shown.
+        let path: Vec<_> = schedule.critical_path.iter().map(Name::as_str).collect();
+        assert_eq!((path, schedule.duration), (vec!["also-called"], Duration::from_millis(10)));
+    }
+
+    #[test]
+    fn a_plan_counts_the_dependencies_inside_its_phases() {
+        let members = [
+            member("early", -1, &[], &[]),
+            member("a", 0, &[], &["early"]),
+            member("b", 0, &["a"], &["a", "nobody"]),
+            member("c", 0, &[], &["a", "b"]),
+        ];
+        let plan = Arc::new(Plan::compile(members).unwrap());
+        assert_eq!(plan.relations(), 3);
+        assert!(plan.has(&Name::parse("c").unwrap()) && !plan.has(&Name::parse("nobody").unwrap()));
     }
 }

@@ -46,12 +46,6 @@ impl Slots {
         self.freed.notify_one();
     }
 
-    /// Takes a slot, if one is free and no earlier request waits.
-    pub(super) fn try_take(&self) -> Option<Slot<'_>> {
-        let _first = self.queue.try_lock().ok()?;
-        self.add()
-    }
-
     /// Takes a slot once one is free and all earlier requests have theirs.
     pub(super) async fn take(&self) -> Slot<'_> {
         let _first = self.queue.lock().await;
@@ -88,12 +82,6 @@ impl InputRoom {
     /// The limit, in bytes.
     pub(super) fn max(&self) -> usize {
         self.memory.max()
-    }
-
-    /// Holds `bytes`, if they fit and no earlier request waits.
-    pub(super) fn try_hold(&self, bytes: usize) -> Option<Held> {
-        let _first = self.queue.try_lock().ok()?;
-        self.memory.try_hold(bytes).ok()
     }
 
     /// Holds `bytes` once they fit and all earlier requests have theirs. Never returns if `bytes` are more than the

@@ -18,10 +18,11 @@ use super::{CycleRun, Engine, InputRoom, Member, Observer, Plan, Ran, Slots, Sta
 use crate::{
     memory::Memory,
     model::{
-        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Epoch, Freshness, Name, Payload, RetrySpec,
-        SkipReason, Subsystem, SubsystemReport, SubsystemSpec, SubsystemState, Trigger,
+        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Epoch, Freshness, Method, Name, Payload,
+        RetrySpec, SkipReason, Span, SpanContext, Subsystem, SubsystemReport, SubsystemSpec, SubsystemState, TraceId,
+        Trigger, Work,
     },
-    ports::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems, Untraced},
+    ports::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Spans, Subsystems, Untraced},
     random::Random,
 };
 
@@ -30,21 +31,28 @@ use crate::{
 enum Does {
     /// An output with a text of this length.
     Answers(usize),
+    /// An empty text after this number of milliseconds.
+    Takes(u64),
     Fails(Code),
     Hangs,
 }
 
-/// The fleet: the answers of each subsystem, call by call; the last one repeats. Each call takes 10 ms.
+/// The fleet: the answers of each subsystem, call by call; the last one repeats. Each `RunCycle` takes 10 ms, and
+/// `Initialize` succeeds at once, unless the script says otherwise.
 #[derive(Default)]
 struct Fleet {
-    script: Mutex<BTreeMap<String, Vec<Does>>>,
+    script: Script,
+    initialize_script: Script,
     began: Mutex<Option<Instant>>,
     log: Mutex<Log>,
 }
 
+type Script = Mutex<BTreeMap<String, Vec<Does>>>;
+
 #[derive(Default)]
 struct Log {
     calls: Vec<String>,
+    received: Vec<RunCall>,
     initialized: usize,
     in_flight: usize,
     most_in_flight: usize,
@@ -63,6 +71,10 @@ impl Fleet {
         self.script.lock().unwrap().insert(name.to_owned(), script.to_vec());
     }
 
+    fn initializes(&self, name: &str, script: &[Does]) {
+        self.initialize_script.lock().unwrap().insert(name.to_owned(), script.to_vec());
+    }
+
     /// The calls since the last query, as "10 a": milliseconds after the first call, and the subsystem.
     fn calls(&self) -> Vec<String> {
         *self.began.lock().unwrap() = None;
@@ -71,9 +83,15 @@ impl Fleet {
 }
 
 impl Subsystems for Fleet {
-    fn initialize<'a>(&'a self, _to: &'a Subsystem, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
+    fn initialize<'a>(&'a self, to: &'a Subsystem, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
         self.log.lock().unwrap().initialized += 1;
-        Box::pin(async { Ok(()) })
+        let does = next(&self.initialize_script, &to.name);
+        Box::pin(async move {
+            match does {
+                Some(does) => answer(does).await.map(|_| ()),
+                None => Ok(()),
+            }
+        })
     }
 
     fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
@@ -88,26 +106,14 @@ impl Subsystems for Fleet {
             let _in_flight = {
                 let mut log = self.log.lock().unwrap();
                 log.calls.push(line);
+                log.received.push(call);
                 log.in_flight += 1;
                 log.most_in_flight = log.most_in_flight.max(log.in_flight);
                 InFlight(self)
             };
-            let does = {
-                let mut script = self.script.lock().unwrap();
-                match script.get_mut(to.name.as_str()) {
-                    Some(steps) if steps.len() > 1 => steps.remove(0),
-                    steps => steps.map_or(Does::Answers(0), |steps| steps[0]),
-                }
-            };
-            sleep(Duration::from_millis(10)).await;
-            match does {
-                Does::Answers(bytes) => {
-                    let answer = Answer { output: output(bytes), ..Answer::default() };
-                    Ok(Reply { answer, held: Memory::whole(0).try_hold(0).unwrap() })
-                }
-                Does::Fails(code) => Err(CallError { code, message: "as scripted".into() }),
-                Does::Hangs => std::future::pending().await,
-            }
+            let does = next(&self.script, &to.name).unwrap_or(Does::Answers(0));
+            let answer = Answer { output: answer(does).await?, ..Answer::default() };
+            Ok(Reply { answer, held: Memory::whole(0).try_hold(0).unwrap() })
         })
     }
 
@@ -116,6 +122,23 @@ impl Subsystems for Fleet {
     }
 
     fn forget(&self, _left: &[Left]) {}
+}
+
+/// The next answer of a subsystem, if it has a script.
+fn next(script: &Script, name: &Name) -> Option<Does> {
+    let mut script = script.lock().unwrap();
+    let steps = script.get_mut(name.as_str())?;
+    Some(if steps.len() > 1 { steps.remove(0) } else { steps[0] })
+}
+
+async fn answer(does: Does) -> Result<Payload, CallError> {
+    sleep(Duration::from_millis(if let Does::Takes(ms) = does { ms } else { 10 })).await;
+    match does {
+        Does::Answers(bytes) => Ok(output(bytes)),
+        Does::Takes(_) => Ok(output(0)),
+        Does::Fails(code) => Err(CallError { code, message: "as scripted".into() }),
+        Does::Hangs => std::future::pending().await,
+    }
 }
 
 fn output(bytes: usize) -> Payload {
@@ -130,6 +153,23 @@ impl Observer for Nobody {
     fn ended(&self, _position: usize, _state: &SubsystemState, _attempts: u32, _elapsed: Duration) {}
 }
 
+/// An observer that keeps the attempts reported to it.
+#[derive(Default)]
+struct Seen {
+    called: Mutex<Vec<(u32, Duration)>>,
+    ended: Mutex<Vec<(u32, Duration)>>,
+}
+
+impl Observer for Seen {
+    fn called(&self, _position: usize, attempt: u32, elapsed: Duration) {
+        self.called.lock().unwrap().push((attempt, elapsed));
+    }
+
+    fn ended(&self, _position: usize, _state: &SubsystemState, attempts: u32, elapsed: Duration) {
+        self.ended.lock().unwrap().push((attempts, elapsed));
+    }
+}
+
 /// An engine over some subsystems.
 struct Stage {
     fleet: Arc<Fleet>,
@@ -137,7 +177,7 @@ struct Stage {
     plan: Arc<Plan>,
 }
 
-/// A subsystem without inputs: `name`; with inputs: `name after other…` or `name reads other…`.
+/// A subsystem without inputs: `name`; with inputs: `name after other…`, `name requires other…` or `name reads other…`.
 fn spec(text: &str) -> SubsystemSpec {
     let words: Vec<_> = text.split(' ').map(str::to_owned).collect();
     let others = |relation: &str| match words.get(1) {
@@ -148,9 +188,14 @@ fn spec(text: &str) -> SubsystemSpec {
         name: words[0].clone(),
         endpoint: "http://127.0.0.1:1".into(),
         after: others("after"),
+        requires: others("requires"),
         reads: others("reads"),
         ..SubsystemSpec::default()
     }
+}
+
+fn member(spec: &SubsystemSpec) -> Member {
+    Member::new(Arc::new(Subsystem::from_spec(spec).unwrap()), false, Arc::default())
 }
 
 impl Stage {
@@ -159,11 +204,11 @@ impl Stage {
     }
 
     fn of(slots: usize, specs: impl IntoIterator<Item = SubsystemSpec>) -> Self {
+        Self::with(slots, specs.into_iter().map(|spec| member(&spec)))
+    }
+
+    fn with(slots: usize, members: impl IntoIterator<Item = Member>) -> Self {
         let fleet = Arc::new(Fleet::default());
-        let members = specs.into_iter().map(|spec| {
-            let subsystem = Arc::new(Subsystem::from_spec(&spec).unwrap());
-            Member::new(subsystem, false, Arc::default())
-        });
         let plan = Arc::new(Plan::compile(members).unwrap());
         let memory = Memory::whole(1 << 30);
         let engine = Engine {
@@ -223,8 +268,86 @@ impl Stage {
     }
 }
 
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
 fn report<'a>(ran: &'a Ran, name: &str) -> &'a SubsystemReport {
     ran.finished.subsystems.iter().find(|report| report.name.as_str() == name).unwrap()
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Order
+
+fn of_phase(phase: i32, text: &str) -> SubsystemSpec {
+    SubsystemSpec { phase: Some(phase), ..spec(text) }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subsystem_waits_for_all_its_dependencies_and_a_phase_for_all_of_the_lower_phases() {
+    let first = ["a", "b after a", "c after a b"].map(|text| of_phase(1, text));
+    let later = [of_phase(2, "d"), of_phase(2, "e"), of_phase(3, "f")];
+    let stage = Stage::of(10, first.into_iter().chain(later));
+    let ran = stage.run(1, "a b c d e f").await;
+    assert_eq!(stage.fleet.calls().join(", "), "0 a, 10 b a fresh 1, 20 c a fresh 1 b fresh 1, 30 d, 30 e, 40 f");
+    assert_eq!(ran.finished.duration, ms(50));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subsystem_still_waits_for_others_through_those_that_are_left_out() {
+    // Several subsystems of the cycle meet in `meet…`, and `both` waits for one of them through another.
+    let stage = Stage::new(
+        10,
+        &[
+            "slow",
+            "b",
+            "c",
+            "d after c",
+            "meet1 after slow b",
+            "e after meet1",
+            "meet2 after b d",
+            "f after meet2",
+            "both after meet1 f",
+            "g after both",
+        ],
+    );
+    stage.fleet.does("slow", &[Does::Takes(50)]);
+    stage.run(1, "slow b c d e f g").await;
+    let calls: Vec<_> =
+        stage.fleet.calls().iter().map(|call| call.split(' ').take(2).collect::<Vec<_>>().join(" ")).collect();
+    assert_eq!(calls, ["0 b", "0 c", "0 slow", "10 d", "20 f", "50 e", "50 g"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subsystem_whose_requirement_is_not_met_is_skipped_with_the_reason() {
+    let texts = [
+        "ok",
+        "fails",
+        "outside",
+        "runs requires ok",
+        "a requires nobody",
+        "b requires outside",
+        "c requires paused",
+        "d requires c",
+        "e requires fails",
+        "f requires a",
+    ];
+    let members = texts.map(|text| member(&spec(text))).into_iter().chain([member(&spec("paused")).suspended(true)]);
+    let stage = Stage::with(10, members);
+    stage.fleet.does("fails", &[Does::Fails(Code::Internal)]);
+    let ran = stage.run(1, "ok fails runs a b c d e f paused").await;
+    let skipped = |name| match &report(&ran, name).state {
+        SubsystemState::Skipped(reason, message) => (*reason, message.as_str()),
+        state => panic!("{name}: {state:?}"),
+    };
+    assert_eq!(report(&ran, "runs").state, SubsystemState::Succeeded);
+    assert_eq!(skipped("paused"), (SkipReason::Suspended, "it is suspended"));
+    assert_eq!(skipped("a"), (SkipReason::RequirementMissing, "it requires nobody, which is not registered"));
+    assert_eq!(skipped("b"), (SkipReason::RequirementLeftOut, "it requires outside, which is not in this cycle"));
+    assert_eq!(skipped("c"), (SkipReason::RequirementLeftOut, "it requires paused, which is suspended"));
+    assert_eq!(skipped("d"), (SkipReason::RequirementLeftOut, "it requires c, which was skipped itself"));
+    assert_eq!(skipped("e"), (SkipReason::RequirementFailed, "it requires fails, which did not succeed"));
+    assert_eq!(skipped("f"), (SkipReason::RequirementFailed, "it requires a, which did not succeed"));
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -333,19 +456,25 @@ async fn memory_for_inputs_is_granted_in_the_order_of_requests_over_all_runs() {
 
 #[tokio::test(start_paused = true)]
 async fn a_run_that_waits_for_memory_ends_at_its_deadline_and_unblocks_others() {
-    let others = ["hangs reads large", "late reads large", "next reads small"];
+    let others = ["hangs reads large", "late reads large", "later reads large", "next reads small"];
     let stage = stage_with_outputs(&others, &[LARGE, SMALL]).await;
     stage.fleet.does("hangs", &[Does::Hangs]);
-    let late = stage.run_until(3, "late", 50);
+    let late = stage.run_until(3, "late later", 50);
     let (_, late, _) = join!(stage.run_until(2, "hangs", 100), late, stage.run(4, "next"));
     let SubsystemState::Skipped(SkipReason::CycleDeadline, message) = &report(&late, "late").state else { panic!() };
     let waited = format!("passed while it waited for memory for its inputs of {} bytes", output(LARGE).len());
     assert!(message.ends_with(&waited), "{message}");
+    let message = report(&late, "later").state.message();
+    assert!(message.ends_with("passed before its turn"), "{message}");
     assert_eq!(stage.fleet.calls(), ["0 hangs large stale 1", "50 next small stale 1"]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn inputs_larger_than_the_limit_are_a_failure_at_once() {
+async fn inputs_may_be_as_large_as_the_limit_and_larger_ones_are_a_failure_at_once() {
+    let stage = stage_with_outputs(&["a reads large"], &[LARGE]).await;
+    stage.run_and_publish(2, "a").await;
+    assert_eq!(stage.fleet.calls(), ["0 a large stale 1"]);
+
     let stage = stage_with_outputs(&["hangs reads small", "a reads large"], &[LARGE - 1]).await;
     stage.fleet.does("hangs", &[Does::Hangs]);
     let (_, ran) = join!(stage.run_until(2, "hangs", 100), stage.run(3, "a"));
@@ -474,9 +603,269 @@ async fn an_open_breaker_holds_calls_back_until_a_single_probe_succeeds() {
     let attempts = async |cycle_id| report(&stage.run(cycle_id, "a").await, "a").attempts;
     assert_eq!([attempts(1).await, attempts(2).await, attempts(3).await], [3, 3, 0]);
     sleep(Duration::from_secs(1)).await;
-    // The probe fails, and its failure is the only one that counts.
+    // The failure of the probe opens it again.
     assert_eq!([attempts(4).await, attempts(5).await], [1, 0]);
     sleep(Duration::from_secs(1)).await;
     stage.fleet.does("a", &[Does::Answers(0)]);
     assert_eq!([attempts(6).await, attempts(7).await], [1, 1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_open_breaker_reports_the_number_of_failures() {
+    let breaker =
+        |failure_threshold| BreakerSpec { failure_threshold: Some(failure_threshold), ..BreakerSpec::default() };
+    let one = SubsystemSpec { breaker: breaker(1), ..spec("one") };
+    let two = SubsystemSpec { breaker: breaker(2), ..spec("two") };
+    let stage = Stage::of(10, [one, two]);
+    for name in ["one", "two"] {
+        stage.fleet.does(name, &[Does::Fails(Code::Internal)]);
+    }
+    stage.run(1, "two").await;
+    stage.run(2, "one two").await;
+    let ran = stage.run(3, "one two").await;
+    assert_eq!(report(&ran, "one").state, SubsystemState::CircuitOpen("not called after a failure".into()));
+    assert_eq!(report(&ran, "two").state, SubsystemState::CircuitOpen("not called after 2 failures in a row".into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_attempt_has_its_number_and_the_time_that_is_left() {
+    let mut a = with_retries("a", 3);
+    a.timeout = Some(SignedDuration::from_secs(1));
+    let stage = Stage::of(10, [a]);
+    stage.fleet.initializes("a", &[Does::Takes(20)]);
+    stage.fleet.does("a", &[Does::Fails(Code::Unavailable)]);
+    let seen = Seen::default();
+    let ran = stage.engine.run(&stage.cycle(1, "a", 10_000), &CancellationToken::new(), &seen).await;
+    let received = std::mem::take(&mut stage.fleet.log.lock().unwrap().received);
+    let began: Vec<_> = received.iter().map(|call| ms(1000).saturating_sub(call.timeout)).collect();
+    assert_eq!(received.iter().map(|call| call.attempt).collect::<Vec<_>>(), [1, 2, 3]);
+    // Each takes 10 ms, and the backoff before it at least 80 ms.
+    assert!(began[0] == ms(20) && began[1] >= ms(110) && began[2] >= began[1] + ms(90), "{began:?}");
+    // The first one shows from the call of Initialize on.
+    let shown = [(1, Duration::ZERO), (2, began[1]), (3, began[2])];
+    assert_eq!(*seen.called.lock().unwrap(), shown);
+    assert_eq!(*seen.ended.lock().unwrap(), [(3, report(&ran, "a").ended)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_initialize_fails_the_part_and_an_unimplemented_one_does_not() {
+    let stage = Stage::of(10, ["refuses", "has-none"].map(|name| with_retries(name, 3)));
+    stage.fleet.initializes("refuses", &[Does::Fails(Code::FailedPrecondition)]);
+    stage.fleet.initializes("has-none", &[Does::Fails(Code::Unimplemented)]);
+    let ran = stage.run(1, "refuses").await;
+    let expected = SubsystemState::Failed(Code::FailedPrecondition, "Initialize: as scripted".into());
+    assert_eq!((&report(&ran, "refuses").state, report(&ran, "refuses").attempts), (&expected, 0));
+    // It never was initialized, so it did not lose its initialization.
+    assert_eq!(stage.fleet.log.lock().unwrap().initialized, 1);
+    stage.run(2, "refuses").await;
+    assert_eq!(stage.fleet.log.lock().unwrap().initialized, 2);
+
+    stage.run_and_publish(3, "has-none").await;
+    stage.run_and_publish(4, "has-none").await;
+    assert_eq!(stage.fleet.log.lock().unwrap().initialized, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_timeout_names_the_missing_answer() {
+    let names = ["hangs", "unreachable", "early", "just-late"];
+    let timeout = Some(SignedDuration::from_millis(10));
+    let mut specs = names.map(|name| SubsystemSpec { timeout, ..spec(name) });
+    specs[2].timeout = None;
+    let stage = Stage::of(10, specs);
+    stage.fleet.does("hangs", &[Does::Hangs]);
+    stage.fleet.initializes("unreachable", &[Does::Hangs]);
+    for name in ["early", "just-late"] {
+        stage.fleet.does(name, &[Does::Fails(Code::DeadlineExceeded)]);
+    }
+    let ran = stage.run(1, &names.join(" ")).await;
+    let of = |name| match &report(&ran, name).state {
+        SubsystemState::TimedOut(message) => message.as_str(),
+        state => panic!("{name}: {state:?}"),
+    };
+    assert_eq!(of("hangs"), "no answer within its timeout of 10ms");
+    assert_eq!(of("unreachable"), "no connection, or no answer to Initialize, within its timeout of 10ms");
+    // A subsystem may answer DEADLINE_EXCEEDED before its timeout has passed: then its own message is kept.
+    assert_eq!(of("early"), "as scripted");
+    assert_eq!(of("just-late"), "no answer within its timeout of 10ms");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Report
+
+#[tokio::test(start_paused = true)]
+async fn the_critical_path_is_the_chain_to_the_part_that_ended_last() {
+    let stage = Stage::new(10, &["a", "b", "c after a", "d after a b", "e after c"]);
+    stage.fleet.does("b", &[Does::Takes(30)]);
+    let ran = stage.run(1, "a b c d e").await;
+    let path: Vec<_> = ran.finished.critical_path.iter().map(Name::as_str).collect();
+    assert_eq!((path, ran.finished.duration), (vec!["b", "d"], ms(40)));
+    // It waited for others, but not for a call slot.
+    assert_eq!((report(&ran, "d").started, report(&ran, "d").queued), (Some(ms(30)), Duration::ZERO));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_output_is_recorded_if_the_subsystem_or_the_cycle_asks_for_it_and_the_part_succeeded() {
+    let always = ["always", "fails"].map(|name| SubsystemSpec { record_output: true, ..spec(name) });
+    let stage = Stage::of(10, always.into_iter().chain([spec("asked")]));
+    stage.fleet.does("fails", &[Does::Fails(Code::Internal)]);
+    let recorded = |ran: &Ran| -> Vec<_> {
+        let with_output = ran.finished.subsystems.iter().filter(|report| report.recorded_output.is_some());
+        with_output.map(|report| report.name.to_string()).collect()
+    };
+    let mut cycle = stage.cycle(1, "always asked fails", 10_000);
+    let ran = stage.engine.run(&cycle, &CancellationToken::new(), &Nobody).await;
+    assert_eq!(recorded(&ran), ["always"]);
+    let request = CycleRequest { record_outputs: true, ..(*cycle.request).clone() };
+    cycle.request = Arc::new(request);
+    let ran = stage.engine.run(&cycle, &CancellationToken::new(), &Nobody).await;
+    assert_eq!(recorded(&ran), ["always", "asked"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cycle_fails_with_a_critical_subsystem_or_with_all_that_ran_and_is_degraded_otherwise() {
+    let critical = SubsystemSpec { critical: true, ..spec("critical") };
+    let members = [spec("ok"), spec("fails"), critical].map(|spec| member(&spec));
+    let stage = Stage::with(10, members.into_iter().chain([member(&spec("paused")).suspended(true)]));
+    for name in ["fails", "critical"] {
+        stage.fleet.does(name, &[Does::Fails(Code::Internal)]);
+    }
+    let of = async |subset| stage.run(1, subset).await.finished.state;
+    assert_eq!(of("ok paused").await, CycleState::Succeeded);
+    assert_eq!(of("paused").await, CycleState::Succeeded);
+    assert_eq!(of("ok fails").await, CycleState::Degraded);
+    assert_eq!(of("ok critical").await, CycleState::Failed);
+    // One that is suspended was not to run.
+    assert_eq!(of("fails paused").await, CycleState::Failed);
+    stage.fleet.does("critical", &[Does::Answers(0)]);
+    assert_eq!(of("critical fails").await, CycleState::Degraded);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_error_of_a_cycle_names_eight_failures_causes_before_subsystems_skipped_for_them() {
+    let breaker = BreakerSpec { failure_threshold: Some(1), ..BreakerSpec::default() };
+    let timeout = Some(SignedDuration::from_millis(5));
+    let held_back = SubsystemSpec { breaker, ..spec("held-back") };
+    let late = SubsystemSpec { timeout, ..spec("late") };
+    let fleet = ["cause", "skipped requires cause", "after after cause", "ok"].map(spec);
+    let more = (1..=9).map(|i| spec(&format!("f{i}")));
+    let stage = Stage::of(100, fleet.into_iter().chain([held_back, late]).chain(more));
+    for name in ["cause", "after", "held-back", "f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8", "f9"] {
+        stage.fleet.does(name, &[Does::Fails(Code::Internal)]);
+    }
+    let error = async |subset| stage.run(1, subset).await.finished.error;
+    assert_eq!(error("ok").await, "");
+    assert_eq!(error("held-back").await, "1 of 1 failed: held-back INTERNAL: as scripted");
+    assert_eq!(
+        error("cause skipped after held-back late ok").await,
+        "5 of 6 failed: cause INTERNAL: as scripted; held-back circuit open: not called after a failure; \
+         late timed out: no answer within its timeout of 5ms; after INTERNAL: as scripted; \
+         skipped skipped: it requires cause, which did not succeed"
+    );
+    let named = |n| (1..=n).map(|i| format!("f{i} INTERNAL: as scripted")).collect::<Vec<_>>().join("; ");
+    assert_eq!(error("f1 f2 f3 f4 f5 f6 f7 f8").await, format!("8 of 8 failed: {}", named(8)));
+    assert_eq!(error("f1 f2 f3 f4 f5 f6 f7 f8 f9").await, format!("9 of 9 failed: {}; and 1 more", named(8)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_error_of_a_cancelled_cycle_says_so_beside_its_failures() {
+    let stage = Stage::new(10, &["fails", "hangs"]);
+    stage.fleet.does("fails", &[Does::Fails(Code::Internal)]);
+    stage.fleet.does("hangs", &[Does::Hangs]);
+    let (cycle, cancel) = (stage.cycle(1, "fails hangs", 10_000), CancellationToken::new());
+    let (ran, ()) = join!(stage.engine.run(&cycle, &cancel, &Nobody), stage.at(50, |_| cancel.cancel()));
+    assert_eq!(ran.finished.state, CycleState::Cancelled);
+    assert_eq!(ran.finished.error, "cancelled; 1 of 2 failed: fails INTERNAL: as scripted");
+    assert_eq!(report(&ran, "hangs").state, SubsystemState::Cancelled);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Traces
+
+/// Tracing that samples cycles, or does not, if their caller does not decide.
+struct Samples(bool);
+
+impl Spans for Samples {
+    fn samples(&self) -> Option<bool> {
+        Some(self.0)
+    }
+
+    fn ended(&self, _: Vec<Span>) {}
+}
+
+#[test]
+fn a_caller_with_a_trace_decides_whether_its_cycle_is_sampled() {
+    let random = Random::seeded(0);
+    let caller = |is_sampled| SpanContext::root(TraceId(7), 1, is_sampled);
+    let begin = |caller: Option<&SpanContext>, spans: &dyn Spans| Trace::begin(caller, spans, &random);
+    assert!(matches!(begin(Some(&caller(true)), &Samples(false)), Trace::Collected(_)));
+    assert!(matches!(begin(None, &Samples(true)), Trace::Collected(_)));
+    // A trace that is not collected here is handed on to the subsystems.
+    for (is_sampled, spans) in [(false, &Samples(true) as &dyn Spans), (true, &Untraced)] {
+        let caller = caller(is_sampled);
+        let trace = begin(Some(&caller), spans);
+        assert!(matches!(&trace, Trace::HandedOn(context) if *context == caller), "{trace:?}");
+        assert_eq!(trace.id(), Some(TraceId(7)));
+    }
+    let unsampled = begin(None, &Samples(false));
+    assert!(matches!(&unsampled, Trace::HandedOn(context) if !context.is_sampled), "{unsampled:?}");
+    assert_eq!(begin(None, &Untraced).id(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_collected_trace_has_a_span_for_each_call_and_for_the_commit_below_that_of_the_cycle() {
+    let timeout = Some(SignedDuration::from_millis(200));
+    let stage = Stage::of(10, [with_retries("a", 2), SubsystemSpec { timeout, ..spec("late") }, spec("hangs")]);
+    stage.fleet.initializes("a", &[Does::Takes(5)]);
+    stage.fleet.does("a", &[Does::Fails(Code::Unavailable), Does::Answers(0)]);
+    for name in ["late", "hangs"] {
+        stage.fleet.does(name, &[Does::Hangs]);
+    }
+    let caller = SpanContext::root(TraceId(7), 1, true);
+    let trace = Trace::begin(Some(&caller), &Samples(false), &Random::seeded(0));
+    let (cycle, cancel) = (CycleRun { trace, ..stage.cycle(1, "a late hangs", 10_000) }, CancellationToken::new());
+    let began = Instant::now();
+    let (ran, ()) = join!(stage.engine.run(&cycle, &cancel, &Nobody), stage.at(300, |_| cancel.cancel()));
+    assert_eq!(ran.finished.trace_id, Some(TraceId(7)));
+    let Trace::Collected(collected) = cycle.trace else { panic!() };
+    // The commit waits for 40 ms, and takes 20 ms.
+    let ended = began + ms(300);
+    let mut spans = collected.finish(&ran.finished, ended, ended + ms(40)..ended + ms(60));
+    let at = |span: &Span| u64::try_from(span.started_at.as_millisecond()).unwrap();
+
+    let root = spans.pop().unwrap();
+    assert_eq!((root.context.trace_id, root.parent, at(&root), root.duration), (TraceId(7), Some(1), 0, ms(360)));
+    assert!(matches!(root.work, Work::Cycle { has_remote_parent: true, state: CycleState::Cancelled, .. }));
+    let commit = spans.pop().unwrap();
+    assert_eq!((&commit.work, at(&commit), commit.duration), (&Work::Commit, 340, ms(20)));
+    for span in spans.iter().chain([&commit]) {
+        assert_eq!((span.context.trace_id, span.parent), (TraceId(7), Some(root.context.span_id)));
+    }
+
+    // Each call hands its span to the subsystem.
+    let received = std::mem::take(&mut stage.fleet.log.lock().unwrap().received);
+    let mut handed_on: Vec<_> = received.iter().map(|call| call.trace.clone().unwrap().span_id).collect();
+    let is_run = |span: &&Span| matches!(span.work, Work::Call { method: Method::RunCycle, .. });
+    let mut own: Vec<_> = spans.iter().filter(is_run).map(|span| span.context.span_id).collect();
+    handed_on.sort_unstable();
+    own.sort_unstable();
+    assert_eq!(own, handed_on);
+
+    let call = |span: &Span| {
+        let Work::Call { subsystem, method, attempt, code, message, .. } = &span.work else { panic!() };
+        let shown = format!("{} {method:?} {attempt}: {code} {message}", subsystem.name);
+        (shown, at(span), span.duration.as_millis())
+    };
+    // Without those of Initialize that take no time.
+    let calls: Vec<_> = spans.iter().map(call).filter(|(.., took)| *took > 0).collect();
+    // After a backoff.
+    let second = calls[2].1;
+    assert!((95..=135).contains(&second), "{second}");
+    let expected = [
+        ("a Initialize 1: OK ", 0, 5),
+        ("a RunCycle 1: UNAVAILABLE as scripted", 5, 10),
+        ("a RunCycle 2: OK ", second, 10),
+        ("late RunCycle 1: DEADLINE_EXCEEDED abandoned: its deadline has passed", 0, 200),
+        ("hangs RunCycle 1: CANCELLED abandoned: the cycle was cancelled", 0, 300),
+    ];
+    assert_eq!(calls, expected.map(|(shown, at, took)| (shown.to_owned(), at, took)));
 }
