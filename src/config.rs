@@ -6,6 +6,7 @@
 
 mod reader;
 mod settings;
+mod tls;
 mod tokens;
 
 use std::{
@@ -20,10 +21,13 @@ use std::{
 
 use tracing_subscriber::EnvFilter;
 
-pub use self::tokens::{read_tokens, tokens_text};
 use self::{
     reader::{Node, PREFIX, Problems, Reader, Table, parse, put},
     settings::SETTINGS,
+};
+pub use self::{
+    tls::{ClientAuth, Tls, TlsSettings, TlsVersion},
+    tokens::{read_tokens, tokens_text},
 };
 use crate::{
     access::{Grant, GrantSpec, Mode, Revoked, Role},
@@ -102,6 +106,8 @@ pub struct ServerSettings {
     pub max_watchers: usize,
     /// Longest time that a shutdown waits for running cycles and open calls. 0 s to 1 h, default 30 s.
     pub drain_grace: Duration,
+    /// TLS, if it has a certificate: see [`Config::server_tls`].
+    pub tls: TlsSettings,
 }
 
 /// The admin address: the dashboard, JSON and metrics, over HTTP.
@@ -109,6 +115,8 @@ pub struct ServerSettings {
 pub struct AdminSettings {
     /// Default `127.0.0.1:7780`. Port 0 takes a free one. `None`, written `off`: disabled.
     pub listen: Option<SocketAddr>,
+    /// What differs from the TLS of the gRPC server: see [`Config::admin_tls`].
+    pub tls: TlsSettings,
 }
 
 /// Who may do what.
@@ -309,7 +317,8 @@ enum OnReload {
 }
 
 /// Variables that are not settings: for other commands, and for tests.
-const OTHER_VARIABLES: [&str; 5] = ["ADDRESS", "CONFIG", "CREDENTIALS", "OUTPUT", "TIMEOUT"];
+const OTHER_VARIABLES: [&str; 8] =
+    ["ADDRESS", "CA_FILE", "CERT_FILE", "CONFIG", "CREDENTIALS", "KEY_FILE", "OUTPUT", "TIMEOUT"];
 /// Prefixes of variables that are not settings. Kubernetes sets the last two in every pod beside a service with the
 /// name `orchestrator`.
 const OTHER_PREFIXES: [&str; 4] = ["TEST_", "TORTURE_", "SERVICE_", "PORT_"];
@@ -420,11 +429,14 @@ impl Config {
         for setting in SETTINGS {
             (setting.read)(read, &mut config);
         }
-        refuse_beyond_loopback(read, &config, "server.listen", config.server.listen, "run, change and read everything");
+        let (has_tls, listen) = (config.server_tls().is_some(), config.server.listen);
+        refuse_beyond_loopback(read, &config, has_tls, "server.listen", listen, "run, change and read everything");
         if let Some(listen) = config.admin.listen {
-            refuse_beyond_loopback(read, &config, "admin.listen", listen, "read everything");
+            let has_tls = config.admin_tls().is_some();
+            refuse_beyond_loopback(read, &config, has_tls, "admin.listen", listen, "read everything");
         }
         refuse_one_address_twice(read, &config);
+        tls::refuse_incomplete(read, &config);
         refuse_limits_out_of_reach(read, &config);
         let kind = Kind { of: "grant", list: "access.grants", max: Grant::MAX, limit: "a configuration" };
         config.access.grants = entries(read, kind, grant_spec, Grant::from_spec, |_| "");
@@ -470,8 +482,9 @@ impl Default for Config {
                 max_receiving_bytes: None,
                 max_watchers: 2000,
                 drain_grace: Duration::from_secs(30),
+                tls: TlsSettings::default(),
             },
-            admin: AdminSettings { listen: Some((Ipv4Addr::LOCALHOST, 7780).into()) },
+            admin: AdminSettings { listen: Some((Ipv4Addr::LOCALHOST, 7780).into()), tls: TlsSettings::default() },
             access: AccessSettings::default(),
             memory: MemorySettings { max_bytes: None },
             store: StoreSettings { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
@@ -504,17 +517,26 @@ fn admin_address(text: &str) -> Result<Option<SocketAddr>, String> {
 }
 
 /// An address that other machines can reach needs both TLS and access rules. Without rules, a flag accepts the risk.
-fn refuse_beyond_loopback(read: &mut Reader<'_>, config: &Config, key: &str, listen: SocketAddr, could: &str) {
+fn refuse_beyond_loopback(
+    read: &mut Reader<'_>,
+    config: &Config,
+    has_tls: bool,
+    key: &str,
+    listen: SocketAddr,
+    could: &str,
+) {
     let is_insecure = config.server.insecure_listen_beyond_loopback;
     if listen.ip().to_canonical().is_loopback() {
         return;
     }
     match config.access.mode {
+        Mode::Enforce if has_tls => {}
         Mode::Enforce => read.refuse(
             key,
             format!(
                 "is {listen}, which is not a loopback address, and has no TLS: tokens of callers would be sent in \
-                 clear; give a loopback address such as 127.0.0.1:7700, and let a proxy on this machine add TLS"
+                 clear; give server.tls.cert_file and server.tls.key_file, or a loopback address such as \
+                 127.0.0.1:7700"
             ),
         ),
         Mode::Off | Mode::DryRun if is_insecure => {}

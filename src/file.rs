@@ -3,10 +3,11 @@
 mod changes;
 
 use std::{
+    fmt::{self, Display},
     fs::{self, File, FileType},
     io::{self, Read},
     os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustix::fs::OFlags;
@@ -16,6 +17,21 @@ pub use self::changes::Changes;
 /// Most bytes of a file: enough for the declarations of 20,000 subsystems of 800 bytes, the default limit of the
 /// registry. Without parameters, a declaration takes some 200 bytes.
 pub const MAX_BYTES: u64 = 16 << 20;
+
+/// A file that a setting names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedFile {
+    /// The key of the setting, such as `server.tls.cert_file`.
+    pub key: &'static str,
+    /// Relative to the working directory.
+    pub path: PathBuf,
+}
+
+impl Display for NamedFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.key, self.path.display())
+    }
+}
 
 /// Why a file is not read. Reads well behind its name.
 #[derive(Debug, thiserror::Error)]

@@ -27,7 +27,7 @@
 //! - [`dial`]: the client side, which calls subsystems
 //!
 //! What reaches the core:
-//! - `listen`: connections, streams and answers of all servers, within limits
+//! - `listen`: connections, TLS, streams and answers of all servers, within limits
 //! - [`subsystem`]: the library for subsystems in Rust. Without the feature `service`, which is enabled by default, the
 //!   crate consists of it and the modules that it uses
 //! - [`api`]: the gRPC service, behind the one gate for callers

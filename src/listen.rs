@@ -1,7 +1,8 @@
-//! The listening side of all servers: limited connections, and for gRPC explicit limits, streams that can be ended
+//! The listening side of all servers: limited connections, TLS, and for gRPC explicit limits, streams that can be ended
 //! individually, and reflection.
 
 mod answering;
+mod connection;
 mod connections;
 mod receiving;
 mod repeated;
@@ -9,14 +10,19 @@ mod rooms;
 mod server;
 mod services;
 mod streams;
+#[cfg(feature = "service")]
+mod tls;
 
 use std::time::Duration;
 
 use tonic::codegen::http::HeaderMap;
 use tonic_reflection::server::{Builder, Error};
 
+#[cfg(feature = "service")]
+pub(crate) use self::tls::{Clients, Loaded, Material, Pem, Protocol, Tls};
 pub(crate) use self::{
-    connections::{Broken, Busy, Connection, Connections, Peer, serve_each},
+    connection::{Broken, Connection},
+    connections::{Busy, Connections, Entrance, Peer, serve_each},
     repeated::Repeated,
     server::{Limits, Server},
     services::Services,

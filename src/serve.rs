@@ -1,6 +1,7 @@
 //! The composition root: builds everything from a configuration, owns the tasks, and shuts down in order.
 
 mod operator;
+mod tls;
 
 use std::{
     io,
@@ -15,8 +16,11 @@ use tokio::{join, select, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-pub use self::operator::Operator;
-use self::operator::{Wish, aborted};
+pub use self::{operator::Operator, tls::check_tls};
+use self::{
+    operator::{Wish, aborted},
+    tls::Certificates,
+};
 use crate::{
     access::Policy,
     api::{self, Api},
@@ -47,6 +51,7 @@ const ACCESS: &str = "dreamnet.orchestrator.v1.Access";
 
 const GRPC_SERVER: Task = Task { name: "the gRPC server", purpose: "answers callers" };
 const ADMIN_SERVER: Task = Task { name: "the admin server", purpose: "serves the dashboard and the metrics" };
+const CERTIFICATES: Task = Task { name: "the watch of TLS files", purpose: "uses renewed certificates" };
 const EXPORTER: Task = Task { name: "the exporter of spans", purpose: "sends traces of cycles to the collector" };
 
 /// Why the service did not start.
@@ -58,6 +63,9 @@ pub enum StartError {
     /// The address of the dashboard can't be listened on.
     #[error("can't listen on {0} for the dashboard: {1}; give another address with --admin-listen, or off")]
     AdminListen(SocketAddr, io::Error),
+    /// The files of TLS can't be used.
+    #[error("{0}")]
+    Tls(String),
     /// The file of trusted certificates can't be read.
     #[error("dial.ca_file {path} {error}", path = .0.display(), error = .1)]
     CaFile(PathBuf, FileError),
@@ -112,6 +120,7 @@ pub struct Service {
     address: SocketAddr,
     admin_address: Option<SocketAddr>,
     api: Api,
+    certificates: Arc<Certificates>,
     orchestrator: Orchestrator,
     tasks: OrchestratorTasks,
     health: HealthReporter,
@@ -132,7 +141,8 @@ impl Service {
     /// Each names the problem and the remedy. Nothing was changed, except that a database of an older version was
     /// migrated.
     pub async fn start(config: &Config, host: Host, transport: Arc<dyn Transport>) -> Result<Self, StartError> {
-        // The address comes first: a second process that was started by mistake fails here, before it opens the store.
+        let (certificates, changes) = Certificates::load(config, host.clock).await.map_err(StartError::Tls)?;
+        // The address comes early: a second process that was started by mistake fails here, before it opens the store.
         let address = config.server.listen;
         let listening = transport.listen(address).await;
         let (listener, address) = listening.map_err(|error| StartError::Listen(address, error))?;
@@ -179,7 +189,7 @@ impl Service {
         let api = Api::new(orchestrator.clone(), policy, clock, memory.requests.clone());
         let of_reflection = api.clone();
         let reflection = reflection.behind(move |request| {
-            let peer = request.extensions().get().and_then(|Peer(address)| *address);
+            let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
             of_reflection.check_reflection(peer, request.headers())
         });
         let services = reflection.and(api::service(api.clone(), config.server.max_request_bytes));
@@ -187,8 +197,12 @@ impl Service {
         let server = listen::Server::new(services, limits(&config.server, &memory));
         let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
         let mut servers = Tasks::default();
-        let served = server.serve(listener, connections.clone(), stop_server.clone(), cut_off.clone());
+        let entrance = certificates.server(listener);
+        let served = server.serve(entrance, connections.clone(), stop_server.clone(), cut_off.clone());
         servers.start_infallible(GRPC_SERVER, served);
+        if !certificates.all().is_empty() {
+            servers.start_infallible(CERTIFICATES, certificates.clone().keep_current(changes, stop_server.clone()));
+        }
         tracing::info!(%address, "listening");
         let admin_address = admin.as_ref().map(|(_, address)| *address);
         if let Some((listener, address)) = admin {
@@ -196,16 +210,18 @@ impl Service {
             let beyond_loopback = config.server.insecure_listen_beyond_loopback || !is_loopback;
             let admin = Connections::at_most(web::MAX_CONNECTIONS);
             let in_front = vec![("grpc", connections), ("admin", admin.clone())];
-            let metrics = Metrics::default().and_of(api.calls(), exporter.clone(), in_front, memory.clone());
+            let (calls, exporter, tls) = (api.calls(), exporter.clone(), certificates.all());
+            let metrics = Metrics::default().and_of(calls, exporter, in_front, tls, memory.clone());
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
             let web = Web { api: api.clone(), metrics: metrics.into(), memory: memory.admin, beyond_loopback };
-            servers.start_infallible(ADMIN_SERVER, web.serve(listener, admin, stop, cut_off));
+            servers.start_infallible(ADMIN_SERVER, web.serve(certificates.admin(listener), admin, stop, cut_off));
             tracing::info!(%address, "dashboard");
         }
         Ok(Self {
             address,
             admin_address,
             api,
+            certificates,
             orchestrator,
             tasks,
             health,
@@ -228,6 +244,17 @@ impl Service {
     /// The address of the dashboard, if it is enabled.
     pub fn admin_address(&self) -> Option<SocketAddr> {
         self.admin_address
+    }
+
+    /// The URL of the dashboard, if it is enabled.
+    pub fn dashboard(&self) -> Option<String> {
+        let scheme = if self.certificates.has_admin() { "https" } else { "http" };
+        self.admin_address.map(|address| format!("{scheme}://{address}/"))
+    }
+
+    /// Reads the files of TLS again. Whether they can be used is in the log.
+    fn reload_certificates(&self) {
+        self.certificates.ask();
     }
 
     /// Applies the settings of another configuration that don't need a restart.
@@ -399,6 +426,8 @@ pub async fn serve(
             end = service.end() => break end,
         };
         tracing::info!("reloading: {why}");
+        // Even if the configuration is invalid.
+        service.reload_certificates();
         let new = select! {
             biased;
             new = operator.configuration() => new,

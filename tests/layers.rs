@@ -56,6 +56,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "access",
             "api",
+            "clock",
             "config",
             "dial",
             "file",
@@ -116,8 +117,8 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("hyper", &["listen", "web"]),
     ("hyper_util", &["listen", "web"]),
     ("rustls_native_certs", &["dial/tls"]),
-    ("tokio_rustls", &["dial"]),
-    ("webpki", &["access", "dial/tls"]),
+    ("tokio_rustls", &["dial", "listen/tls"]),
+    ("webpki", &["access", "dial/tls", "listen/tls"]),
     // Libraries that one place uses.
     // Also the name of the provider in rustls.
     ("aws_lc_rs", &["access", "dial", "ledger", "listen"]),

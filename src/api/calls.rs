@@ -1,11 +1,8 @@
 //! Counts calls: each once, at its end, by its RPC and by the code of its answer.
 
-use std::{
-    net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 use tokio::time::Instant;
@@ -15,7 +12,7 @@ use super::{
     gate::{Caller, Way},
     rpc::Rpc,
 };
-use crate::model::Code;
+use crate::{listen::Peer, model::Code};
 
 /// Number of ended calls.
 #[derive(Debug, Default)]
@@ -67,14 +64,14 @@ pub(super) struct Call {
     calls: Arc<Calls>,
     rpc: Rpc,
     way: Way,
-    peer: Option<IpAddr>,
+    peer: Peer,
     begun: Instant,
     code: Code,
 }
 
 impl Call {
     pub(super) fn begin(calls: Arc<Calls>, rpc: Rpc, caller: Option<&Caller>) -> Self {
-        let (way, peer) = caller.map_or((Way::Grpc, None), |caller| (caller.way, caller.peer));
+        let (way, peer) = caller.map_or((Way::Grpc, Peer::default()), |caller| (caller.way, caller.peer.clone()));
         Self { calls, rpc, way, peer, begun: Instant::now(), code: Code::Cancelled }
     }
 
@@ -91,7 +88,8 @@ impl Drop for Call {
         tracing::debug!(
             rpc = rpc.name(),
             way = way.name(),
-            peer = peer.map(tracing::field::display),
+            peer = peer.address.map(tracing::field::display),
+            certified = peer.certificates.is_some(),
             code = code.name(),
             duration_ms = begun.elapsed().as_secs_f64() * 1e3,
             "a call has ended"

@@ -2,7 +2,7 @@
 //! makes an [`Entered`], which is required to reach the orchestrator. So callers are refused here, by the rules of
 //! `rules`, and calls are counted here.
 
-use std::{net::IpAddr, ops::Deref, sync::Arc, task::Poll};
+use std::{ops::Deref, sync::Arc, task::Poll};
 
 use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
 use tonic::{Request, Response, Status, codegen::http::HeaderMap};
@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     access::Credential,
+    listen::Peer,
     memory::{Held, Memory},
     model::SpanContext,
     orchestrator::{Orchestrator, Refusal},
@@ -46,8 +47,8 @@ impl Way {
 #[derive(Clone, Debug)]
 pub struct Caller {
     pub(super) way: Way,
-    /// The address that it has here: its own, or that of a proxy.
-    pub(super) peer: Option<IpAddr>,
+    /// The other side of its connection, which may be a proxy.
+    pub(super) peer: Peer,
     /// The span in which it asks.
     pub(super) trace: Option<SpanContext>,
     /// What it presents to prove its identity.
@@ -56,7 +57,7 @@ pub struct Caller {
 
 impl Caller {
     /// The caller of a request with these headers.
-    pub fn of(way: Way, peer: Option<IpAddr>, headers: &HeaderMap) -> Self {
+    pub(crate) fn of(way: Way, peer: Peer, headers: &HeaderMap) -> Self {
         Self { way, peer, trace: request::trace(headers), credential: credential(headers) }
     }
 

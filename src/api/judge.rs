@@ -198,7 +198,7 @@ impl Judge {
         if let Some(times) = self.0.denied.note() {
             // Its message is bounded, whatever the caller sends.
             let (peer, way, why) =
-                (caller.peer.map(tracing::field::display), caller.way.name(), clean(status.message()));
+                (caller.peer.address.map(tracing::field::display), caller.way.name(), clean(status.message()));
             if mode == Mode::Enforce {
                 tracing::warn!(call, way, peer, times, "a call was denied: {why}");
             } else {

@@ -16,7 +16,7 @@ mod rules;
 mod status;
 mod streaming;
 
-use std::{convert::Infallible, future::ready, net::IpAddr, pin::Pin, sync::Arc};
+use std::{convert::Infallible, future::ready, pin::Pin, sync::Arc};
 
 use futures_util::Stream;
 use tonic::{
@@ -41,6 +41,7 @@ use self::{
 use crate::{
     access::Policy,
     clock::Clock,
+    listen::Peer,
     memory::Memory,
     orchestrator::Orchestrator,
     proto::orchestrator::v1::{
@@ -116,7 +117,7 @@ impl Api {
     ///
     /// # Errors
     /// The identity of its caller is not known.
-    pub fn check_reflection(&self, peer: Option<IpAddr>, headers: &HeaderMap) -> Result<(), Status> {
+    pub(crate) fn check_reflection(&self, peer: Peer, headers: &HeaderMap) -> Result<(), Status> {
         let caller = Caller::of(Way::Grpc, peer, headers);
         self.gate.judge.check_beside(&caller, "ServerReflectionInfo", rules::REFLECTION)
     }

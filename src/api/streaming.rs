@@ -63,7 +63,7 @@ where
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let peer = request.extensions().get().and_then(|Peer(address)| *address);
+        let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
         let caller = Caller::of(Way::Grpc, peer, request.headers());
         let method = request.uri().path().rsplit('/').next().unwrap_or_default();
         if let Err(status) = self.api.gate.identify(&caller, method) {

@@ -3,8 +3,8 @@
 use std::{collections::HashSet, env, sync::Arc};
 
 use super::{
-    Exit, Failure,
-    output::{Format, Table, count, names, sections, short, text},
+    Exit, Failure, HOST,
+    output::{Format, Table, count, names, note, sections, short, text},
     plan::plan,
 };
 use crate::{
@@ -13,13 +13,14 @@ use crate::{
     engine::{Member, Plan},
     model::{IntervalLoop, Name, Subsystem},
     proto::orchestrator::v1 as pb,
+    serve::check_tls,
 };
 
 /// Validate a configuration and show its plan, without running anything
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Reads the configuration as `orchestrator serve` would with the same flags and environment, and needs no service. All \
-problems are reported together, each with its file and line. Subsystems that were registered with a running service \
+problems are reported together, each with its file and line. The files of TLS are read as well. Subsystems that were registered with a running service \
 are not included: see `orchestrator plan`.
 
 Exit codes:
@@ -42,6 +43,9 @@ impl Check {
     pub(super) fn run(&self) -> Result<Exit, Failure> {
         let wrong = |error: String| Failure::new(Exit::Usage, error);
         let config = Config::load(&self.overrides, env::vars_os()).map_err(|error| wrong(error.to_string()))?;
+        for problem in check_tls(&config, HOST.clock).map_err(wrong)? {
+            note(&format!("{problem}: clients will refuse it"));
+        }
         let members = config.subsystems.iter().cloned();
         let members = members.map(|subsystem| Member::new(Arc::new(subsystem), false, Arc::default()));
         let order = Plan::compile(members).map_err(|ring| wrong(ring.to_string()))?;
@@ -58,6 +62,9 @@ impl Check {
         let path = self.overrides.config.as_ref().map(|path| format!("{} is valid", path.display()));
         facts.fact("configuration", path.unwrap_or_else(|| "the defaults".to_owned()));
         facts.fact("listens on", config.server.listen.to_string());
+        if let Some(tls) = config.server_tls() {
+            facts.fact("TLS", format!("with {}", tls.certificate.path.display()));
+        }
         facts.fact("store", config.store.url.to_string());
         let subsystems = count(config.subsystems.len() as u64, "subsystem");
         facts.fact("declares", format!("{subsystems}, {}", count(config.loops.len() as u64, "loop")));

@@ -68,6 +68,8 @@ Exit codes of all commands except serve and conformance, whose help lists theirs
 Environment:
   ORCHESTRATOR_ADDRESS      default of --address
   ORCHESTRATOR_CREDENTIALS  default of --credentials
+  ORCHESTRATOR_CA_FILE, ORCHESTRATOR_CERT_FILE, ORCHESTRATOR_KEY_FILE
+                            defaults of --ca-file, --cert-file and --key-file
   ORCHESTRATOR_TIMEOUT      default of --timeout
   ORCHESTRATOR_OUTPUT       default of --output
   ORCHESTRATOR_CONFIG       default of --config

@@ -4,6 +4,7 @@ use std::{
     error::Error as _,
     fmt::{self, Write as _},
     future::Future,
+    path::{Path, PathBuf},
     pin::pin,
     str::FromStr,
     time::Duration,
@@ -13,7 +14,7 @@ use jiff::SignedDuration;
 use tonic::{
     Code, Status,
     service::interceptor::InterceptedService,
-    transport::{Channel, ClientTlsConfig, Endpoint},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::{ErrorInfo, StatusExt};
@@ -25,7 +26,8 @@ use super::{
     output::{Format, clean, short},
 };
 use crate::{
-    dial::tls_in_words,
+    dial::{authorities, tls_in_words},
+    file,
     proto::orchestrator::v1::{access_client::AccessClient, orchestrator_client::OrchestratorClient},
 };
 
@@ -69,9 +71,65 @@ pub(super) struct Remote<F: clap::Args = Format> {
     #[arg(long, value_name = "DURATION", env = "ORCHESTRATOR_TIMEOUT", value_parser = timeout, global = true)]
     pub(super) timeout: Option<Duration>,
     #[command(flatten)]
+    tls: TlsFiles,
+    #[command(flatten)]
     credentials: Credentials,
     #[command(flatten)]
     pub(super) format: F,
+}
+
+/// The files for an address with `https://`.
+#[derive(Clone, Debug, Default, clap::Args)]
+#[allow(clippy::struct_field_names, reason = "they are the names of flags")]
+struct TlsFiles {
+    /// With https://, trust only the authorities in this file (PEM). By default, those of the system
+    #[arg(long, value_name = "PATH", env = "ORCHESTRATOR_CA_FILE", global = true)]
+    ca_file: Option<PathBuf>,
+    /// With https://, show this certificate to the service (PEM, with its intermediate certificates)
+    #[arg(long, value_name = "PATH", env = "ORCHESTRATOR_CERT_FILE", global = true)]
+    cert_file: Option<PathBuf>,
+    /// The private key of --cert-file (PEM)
+    #[arg(long, value_name = "PATH", env = "ORCHESTRATOR_KEY_FILE", global = true)]
+    key_file: Option<PathBuf>,
+}
+
+impl TlsFiles {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// A file can't be read, or can't be used; or only one of a certificate and its key is given.
+    fn read(&self) -> Result<ClientTlsConfig, Failure> {
+        let unusable = |file: &Path, flag: &str, problem: &dyn fmt::Display| {
+            Failure::new(Exit::Usage, format!("{flag} {} {problem}", file.display()))
+        };
+        let mut tls = ClientTlsConfig::new();
+        if let Some(path) = &self.ca_file {
+            let refused = |problem: &dyn fmt::Display| unusable(path, "--ca-file", problem);
+            let pem = file::read(path).map_err(|error| refused(&error))?;
+            authorities(&pem).map_err(|error| refused(&error))?;
+            tls = tls.ca_certificate(Certificate::from_pem(pem));
+        } else {
+            tls = tls.with_enabled_roots();
+        }
+        match (&self.cert_file, &self.key_file) {
+            (Some(cert_file), Some(key_file)) => {
+                let certificate = file::read(cert_file).map_err(|error| unusable(cert_file, "--cert-file", &error))?;
+                let key = file::read_secret(key_file).map_err(|error| unusable(key_file, "--key-file", &error))?;
+                Ok(tls.identity(Identity::from_pem(certificate, key)))
+            }
+            (None, None) => Ok(tls),
+            (Some(_), None) => Err(Failure::new(Exit::Usage, "--cert-file needs --key-file, its private key")),
+            (None, Some(_)) => Err(Failure::new(Exit::Usage, "--key-file needs --cert-file, its certificate")),
+        }
+    }
+
+    /// The flags that another command needs for the same connection.
+    fn flags(&self) -> String {
+        [("--ca-file", &self.ca_file), ("--cert-file", &self.cert_file), ("--key-file", &self.key_file)]
+            .into_iter()
+            .filter_map(|(flag, path)| Some(format!(" {flag} {}", path.as_ref()?.display())))
+            .collect()
+    }
 }
 
 /// Where a service listens.
@@ -132,6 +190,7 @@ impl Remote {
             address: Address(format!("http://{address}")),
             timeout: None,
             credentials: Credentials::default(),
+            tls: TlsFiles::default(),
             format: Format::default(),
         }
     }
@@ -175,8 +234,13 @@ impl<F: clap::Args> Remote<F> {
             .connect_timeout(connect)
             .tcp_nodelay(true);
         if self.address.0.starts_with("https://") {
-            let tls = ClientTlsConfig::new().with_enabled_roots();
-            endpoint = endpoint.tls_config(tls).map_err(|error| unreachable(&error))?;
+            // The errors are those of the files, or that the system has no certificates.
+            endpoint = endpoint.tls_config(self.tls.read()?).map_err(|error| {
+                let problem = clean(&innermost(&error));
+                let files = self.tls.flags();
+                let files = if files.is_empty() { String::new() } else { format!(" with{files}") };
+                Failure::new(Exit::Usage, format!("TLS can't be used{files}: {problem}"))
+            })?;
         }
         // The limit covers slow name lookups as well.
         match tokio::time::timeout(connect, endpoint.connect()).await {
@@ -257,6 +321,9 @@ impl<F: clap::Args> Remote<F> {
     fn unreachable(&self, why: &str) -> Failure {
         let Address(address) = &self.address;
         let mut why = tls_in_words(clean(why));
+        if let Some(remedy) = tls_remedy(&why) {
+            return Failure::new(Exit::Unreachable, format!("can't reach the service at {address}: {why}\n{remedy}"));
+        }
         // Errors of the HTTP/2 library when the peer closes the connection at some moment, or answers in another
         // protocol, as TLS does.
         let not_http2 = [
@@ -269,8 +336,12 @@ impl<F: clap::Args> Remote<F> {
         ];
         if not_http2.iter().any(|said| why.contains(said)) {
             let remedy = "The dashboard has its own address. Give that of the service (127.0.0.1:7700 by default) with \
-                          --address or ORCHESTRATOR_ADDRESS.";
+                          --address or ORCHESTRATOR_ADDRESS, with https:// if it has TLS.";
             why = format!("the server at this address does not speak gRPC ({why})\n{remedy}");
+            if address.starts_with("https://") {
+                why +=
+                    "\nIt may also have refused this client: see whether it needs another certificate in --cert-file.";
+            }
         } else {
             why += "\nStart it with `orchestrator serve`, or give its address with --address or ORCHESTRATOR_ADDRESS.";
         }
@@ -367,8 +438,43 @@ impl<F: clap::Args> Remote<F> {
     pub(super) fn flag(&self) -> String {
         let Address(address) = &self.address;
         let place = if address == "http://127.0.0.1:7700" { String::new() } else { format!(" --address {address}") };
-        place + &self.credentials.flag()
+        let tls = if address.starts_with("https://") { self.tls.flags() } else { String::new() };
+        place + &tls + &self.credentials.flag()
     }
+}
+
+/// What to do about a failed TLS handshake, or one that was not tried.
+fn tls_remedy(why: &str) -> Option<&'static str> {
+    const REFUSED: &str = "It does not accept the certificate in --cert-file (ORCHESTRATOR_CERT_FILE): give one that \
+                           is valid now, from an authority that it trusts.";
+    /// Alerts are those of RFC 8446, 6.
+    const REMEDIES: [(&str, &str); 12] = [
+        ("this address speaks TLS", "Give the address with https://."),
+        ("does not speak TLS", "Give the address with http://."),
+        (
+            "UnknownIssuer",
+            "Its certificate is from an authority that is not trusted here: give the certificate of that authority \
+             with --ca-file or ORCHESTRATOR_CA_FILE.",
+        ),
+        ("not valid for name", "Give it the address that its certificate is for, or the service another certificate."),
+        ("certificate expired", "The service needs a new certificate."),
+        (
+            "fatal alert: CertificateRequired",
+            "It requires a certificate of its clients: give one with --cert-file and --key-file, or \
+             ORCHESTRATOR_CERT_FILE and ORCHESTRATOR_KEY_FILE.",
+        ),
+        ("fatal alert: UnknownCA", REFUSED),
+        ("fatal alert: BadCertificate", REFUSED),
+        ("fatal alert: CertificateExpired", REFUSED),
+        ("fatal alert: CertificateUnknown", REFUSED),
+        ("fatal alert: DecryptError", REFUSED),
+        (
+            "fatal alert: NoApplicationProtocol",
+            "The server at this address does not speak gRPC. The dashboard has its own address; give that of the \
+             service.",
+        ),
+    ];
+    REMEDIES.into_iter().find(|(said, _)| why.contains(said)).map(|(_, remedy)| remedy)
 }
 
 /// True if the environment sets the timeout.

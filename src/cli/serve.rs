@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     config::{Config, Overrides},
-    serve::{self, Exit, Operator, Service},
+    serve::{self, Exit, Operator, Service, StartError},
     telemetry,
 };
 
@@ -26,13 +26,14 @@ go to stderr, as text on a terminal and as JSON elsewhere (log.format).
 Signals:
   SIGTERM, SIGINT  the first drains: running cycles may finish within
                    server.drain_grace; a second, 1 s or more after it, aborts
-  SIGHUP           reads the configuration again, as does a change of its file
+  SIGHUP           reads the configuration and the files of TLS again, as does a
+                   change of one of these files
 
 Exit codes:
   0    drained: everything was finished and recorded
   1    could not start, the last state could not be written, or a part of the
        service ended by a defect
-  2    the configuration is wrong
+  2    the configuration is wrong, or the files of TLS that it names are
   3    another process has taken over the store
   130  a second signal cut the shutdown short; cycles that ran are recorded as
        interrupted at the next start
@@ -86,8 +87,8 @@ impl Serve {
         };
         let ready = |service: &Service| {
             let mut text = format!("listening on {}\n", service.address());
-            if let Some(address) = service.admin_address() {
-                let _ = writeln!(text, "dashboard at http://{address}/");
+            if let Some(url) = service.dashboard() {
+                let _ = writeln!(text, "dashboard at {url}");
             }
             // A closed or paused reader must neither stop nor delay the service.
             drop(spawn_blocking(move || std::io::stdout().write_all(text.as_bytes())));
@@ -100,7 +101,10 @@ impl Serve {
                 } else {
                     last_words(clean_lines(&error.to_string())).await;
                 }
-                failed()
+                match error {
+                    StartError::Tls(_) => BAD_CONFIG.into(),
+                    _ => failed(),
+                }
             }
         }
     }

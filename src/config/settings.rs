@@ -3,29 +3,30 @@
 use std::time::Duration;
 
 use super::{
-    DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
+    ClientAuth, DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
     OnReload::{Applies, NeedsRestart},
-    Setting, admin_address, collector, listen_address, log_filter, orchestrator_id, path, retention, revoked,
+    Setting, TlsVersion, admin_address, collector, listen_address, log_filter, orchestrator_id, path, retention,
+    revoked,
 };
 use crate::{access::Mode, store::StoreUrl};
 
 /// Makes [`SETTINGS`]. A line has the field, which is also the key; the effect of a reload; and the method of the
 /// reader, with its limits. A setting that is not written keeps its default.
 macro_rules! settings {
-    ($($first:ident $(. $second:ident)?: $on_reload:ident, $read:ident($($allowed:expr)?)$(.map($wrap:path))?;)+) => {
+    ($($first:ident $(. $rest:ident)*: $on_reload:ident, $read:ident($($allowed:expr)?)$(.map($wrap:path))?;)+) => {
         #[allow(clippy::float_cmp, reason = "an unchanged number is bitwise equal")]
         pub(super) const SETTINGS: &[Setting] = &[$({
-            const KEY: &str = concat!(stringify!($first) $(, ".", stringify!($second))?);
+            const KEY: &str = concat!(stringify!($first) $(, ".", stringify!($rest))*);
             Setting {
                 key: KEY,
                 on_reload: $on_reload,
                 read: |reader, config| {
                     if let Some(value) = reader.$read(KEY $(, $allowed)?)$(.map($wrap))? {
-                        config.$first$(.$second)? = value;
+                        config.$first$(.$rest)* = value;
                     }
                 },
-                differs: |one, other| one.$first$(.$second)? != other.$first$(.$second)?,
-                copy: |from, to| to.$first$(.$second)?.clone_from(&from.$first$(.$second)?),
+                differs: |one, other| one.$first$(.$rest)* != other.$first$(.$rest)*,
+                copy: |from, to| to.$first$(.$rest)*.clone_from(&from.$first$(.$rest)*),
             }
         }),+];
     };
@@ -42,7 +43,17 @@ settings! {
     server.max_receiving_bytes: NeedsRestart, number(MIB..=64 * GIB).map(Some);
     server.max_watchers: Applies, number(0..=100_000);
     server.drain_grace: Applies, duration(Duration::ZERO..=HOUR);
+    server.tls.cert_file: NeedsRestart, parsed(path).map(Some);
+    server.tls.key_file: NeedsRestart, parsed(path).map(Some);
+    server.tls.client_ca_file: NeedsRestart, parsed(path).map(Some);
+    server.tls.client_auth: NeedsRestart, choice(ClientAuth::WORDS).map(Some);
+    server.tls.min_version: NeedsRestart, choice(TlsVersion::WORDS).map(Some);
     admin.listen: NeedsRestart, parsed(admin_address);
+    admin.tls.cert_file: NeedsRestart, parsed(path).map(Some);
+    admin.tls.key_file: NeedsRestart, parsed(path).map(Some);
+    admin.tls.client_ca_file: NeedsRestart, parsed(path).map(Some);
+    admin.tls.client_auth: NeedsRestart, choice(ClientAuth::WORDS).map(Some);
+    admin.tls.min_version: NeedsRestart, choice(TlsVersion::WORDS).map(Some);
     access.mode: NeedsRestart, choice(Mode::WORDS);
     access.tokens_file: Applies, parsed(path).map(Some);
     access.revoked: Applies, group(revoked);

@@ -423,6 +423,44 @@ fn one_address_can_not_be_used_twice() {
 }
 
 #[test]
+fn settings_of_tls_that_need_others_are_refused_without_them() {
+    for (text, refused) in [
+        ("cert_file = 'a'", "server.tls.cert_file needs server.tls.key_file as well"),
+        ("key_file = 'a'", "server.tls.key_file needs server.tls.cert_file as well"),
+        ("client_ca_file = 'a'", "server.tls.client_ca_file has no effect without TLS; give server.tls.cert_file and"),
+        ("min_version = '1.2'", "server.tls.min_version has no effect without TLS"),
+        ("cert_file = 'a'\nkey_file = 'a'\nclient_auth = 'required'", "client_auth needs server.tls.client_ca_file"),
+        ("min_version = '1.1'", "min_version is \"1.1\"; give \"1.3\" or \"1.2\""),
+    ] {
+        let found = problems(&format!("[server.tls]\n{text}"));
+        assert!(found.len() == 1 && found[0].contains(refused), "{found:?}");
+        // The admin address is the same, with keys of its own.
+        let found = problems(&format!("[admin.tls]\n{text}"));
+        assert!(found.len() == 1 && found[0].contains(&refused.replace("server.", "admin.")), "{found:?}");
+    }
+}
+
+#[test]
+fn the_admin_address_has_the_tls_of_the_server_unless_its_own_differs() {
+    const SERVER: &str = "[server.tls]\ncert_file = 's.pem'\nkey_file = 's.key'\nclient_ca_file = 'ca.pem'\n";
+    let read = |more: &str| read(&(SERVER.to_owned() + more)).unwrap();
+    let config = read("");
+    let (server, admin) = (config.server_tls().unwrap(), config.admin_tls().unwrap());
+    assert_eq!(server.certificate.to_string(), "server.tls.cert_file s.pem");
+    assert_eq!(server.clients.clone().map(|(_, are_required)| are_required), Some(false));
+    assert_eq!(admin, Tls { clients: None, ..server.clone() }, "browsers would ask people");
+    assert_eq!(admin.min_version, TlsVersion::V1_3);
+
+    let config = read("min_version = '1.2'\n[admin.tls]\nclient_auth = 'required'\ncert_file = 'a'\nkey_file = 'b'");
+    let admin = config.admin_tls().unwrap();
+    assert_eq!(admin.certificate.to_string(), "admin.tls.cert_file a");
+    assert_eq!(admin.key.to_string(), "admin.tls.key_file b");
+    assert_eq!(admin.clients, Some((server.clients.unwrap().0, true)));
+    assert_eq!(admin.min_version, TlsVersion::V1_2);
+    assert_eq!(Config::default().admin_tls(), None);
+}
+
+#[test]
 fn a_limit_that_a_narrower_one_makes_unreachable_is_refused() {
     let found = problems(
         "[memory]\nmax_bytes = 67108864\n[server]\nmax_request_bytes = 67108864\nmax_receiving_bytes = 1048576\n\
@@ -539,7 +577,17 @@ const OTHERS: &[(&str, &str)] = &[
     ("server.max_receiving_bytes", "1048576"),
     ("server.max_watchers", "1"),
     ("server.drain_grace", "1s"),
+    ("server.tls.cert_file", "other"),
+    ("server.tls.key_file", "other"),
+    ("server.tls.client_ca_file", "other"),
+    ("server.tls.client_auth", "required"),
+    ("server.tls.min_version", "1.2"),
     ("admin.listen", "off"),
+    ("admin.tls.cert_file", "other"),
+    ("admin.tls.key_file", "other"),
+    ("admin.tls.client_ca_file", "other"),
+    ("admin.tls.client_auth", "required"),
+    ("admin.tls.min_version", "1.2"),
     ("access.mode", "dry_run"),
     ("access.tokens_file", "tokens.toml"),
     ("access.revoked", "['token:a']"),
@@ -561,15 +609,25 @@ const OTHERS: &[(&str, &str)] = &[
     ("tracing.sample_ratio", "0.5"),
 ];
 
+/// Settings of TLS need each other.
+const TLS: &[&str] = &[
+    "server.tls.cert_file=a",
+    "server.tls.key_file=a",
+    "server.tls.client_ca_file=a",
+    "admin.tls.cert_file=a",
+    "admin.tls.key_file=a",
+];
+
 #[test]
 fn every_setting_is_applied_by_a_reload_or_needs_a_restart() {
-    let running = Config::default();
     let needs_restart: BTreeSet<_> =
         reference().filter(|(_, comment)| comment.ends_with("Restart.")).map(|(key, _)| key).collect();
     for setting in SETTINGS {
         let key = setting.key;
         let (_, other) = OTHERS.iter().find(|(name, _)| *name == key).unwrap_or_else(|| panic!("no other {key}"));
-        let new = load(&[&format!("{key}={other}")], &[]).unwrap();
+        let others = if key.contains(".tls.") { TLS } else { &[] };
+        let running = load(others, &[]).unwrap();
+        let new = load(&[others, &[&format!("{key}={other}")]].concat(), &[]).unwrap();
         assert_ne!(new, running, "{key} is not set");
         let expected = if needs_restart.contains(key) {
             Reload { config: running.clone(), needs_restart: vec![key], changed: Vec::new() }

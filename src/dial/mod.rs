@@ -29,7 +29,7 @@ use tokio::sync::Semaphore;
 use self::{client::Failure, connect::Connector, tls::Trust};
 pub use self::{
     client::{Client, Received},
-    tls::{NoCertificate, tls_in_words},
+    tls::{NoCertificate, authorities, tls_in_words},
     unary::Call,
 };
 use crate::{

@@ -24,11 +24,7 @@ impl Trust {
     /// # Errors
     /// `ca` contains no certificate.
     pub(super) fn and(&self, ca: &[u8]) -> Result<Self, NoCertificate> {
-        let readable = CertificateDer::pem_slice_iter(ca).flatten();
-        let new = readable.filter(|it| webpki::anchor_from_trusted_cert(it).is_ok()).collect::<Vec<_>>();
-        if new.is_empty() {
-            return Err(NoCertificate);
-        }
+        let new = authorities(ca)?;
         Ok(Self { others: [&self.others[..], &new].concat(), config: OnceCell::new() })
     }
 
@@ -44,6 +40,16 @@ impl Trust {
         };
         self.config.get_or_try_init(|| read).await.cloned()
     }
+}
+
+/// The certificates in `ca`, in PEM, that can be trusted. Other contents are ignored.
+///
+/// # Errors
+/// `ca` contains no certificate.
+pub fn authorities(ca: &[u8]) -> Result<Vec<CertificateDer<'static>>, NoCertificate> {
+    let readable = CertificateDer::pem_slice_iter(ca).flatten();
+    let usable = readable.filter(|it| webpki::anchor_from_trusted_cert(it).is_ok()).collect::<Vec<_>>();
+    if usable.is_empty() { Err(NoCertificate) } else { Ok(usable) }
 }
 
 /// The message for a failed TLS handshake: that of rustls is not understandable if the peer does not speak TLS. Other

@@ -11,13 +11,13 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval, sleep},
 };
 
-/// Reports when a file is written, replaced or removed.
+/// Reports when one of several files is written, replaced or removed.
 ///
-/// It polls the file instead of using notifications: these are for directories, and a path can lead through any number
+/// It polls the files instead of using notifications: these are for directories, and a path can lead through any number
 /// of directories and links, each of which can be replaced. Some file systems send no notifications.
 pub struct Changes {
-    path: Option<PathBuf>,
-    seen: Option<Identity>,
+    paths: Vec<PathBuf>,
+    seen: Vec<Option<Identity>>,
     looks: Interval,
 }
 
@@ -34,34 +34,35 @@ struct Identity {
 impl Changes {
     /// Time between polls.
     const EVERY: Duration = Duration::from_secs(1);
-    /// Editors write a file in several steps: it is complete when it stays unchanged for this long.
+    /// Editors write a file in several steps, and a certificate is replaced after its key: they are complete when they
+    /// stay unchanged for this long.
     const SETTLE: Duration = Duration::from_millis(200);
-    /// Most such waits: a file that keeps changing is read as it is.
+    /// Most such waits: files that keep changing are read as they are.
     const MAX_STEPS: usize = 25;
 
-    /// Changes of the file at a path, from now on. `None` never reports any.
-    pub async fn of(path: Option<PathBuf>) -> Self {
+    /// Changes of the files at these paths, from now on. Without paths there are none.
+    pub async fn of(paths: impl IntoIterator<Item = PathBuf>) -> Self {
         let mut looks = interval(Self::EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let seen = match &path {
-            Some(path) => look(path).await,
-            None => None,
-        };
-        Self { path, seen, looks }
+        let paths: Vec<_> = paths.into_iter().collect();
+        let seen = look(&paths).await;
+        Self { paths, seen, looks }
     }
 
     /// Waits for the next change. Cancel safe.
     pub async fn next(&mut self) {
-        let Some(path) = &self.path else { return pending().await };
+        if self.paths.is_empty() {
+            return pending().await;
+        }
         loop {
             self.looks.tick().await;
-            let mut found = look(path).await;
+            let mut found = look(&self.paths).await;
             if found == self.seen {
                 continue;
             }
             for _ in 0..Self::MAX_STEPS {
                 sleep(Self::SETTLE).await;
-                let before = std::mem::replace(&mut found, look(path).await);
+                let before = std::mem::replace(&mut found, look(&self.paths).await);
                 if found == before {
                     break;
                 }
@@ -72,12 +73,19 @@ impl Changes {
     }
 }
 
-/// `None` if the file does not exist or can't be reached.
-async fn look(path: &Path) -> Option<Identity> {
-    let path = path.to_owned();
+/// `None` for a file that does not exist or can't be reached.
+async fn look(paths: &[PathBuf]) -> Vec<Option<Identity>> {
+    if paths.is_empty() {
+        return Vec::new();
+    }
+    let paths = paths.to_owned();
     // A file system can be slow.
-    let looked = spawn_blocking(move || fs::metadata(path).ok()).await;
-    looked.ok().flatten().map(|it| Identity {
+    let looked = spawn_blocking(move || paths.iter().map(|path| identity(path)).collect()).await;
+    looked.unwrap_or_default()
+}
+
+fn identity(path: &Path) -> Option<Identity> {
+    fs::metadata(path).ok().map(|it| Identity {
         file: (it.dev(), it.ino()),
         size: it.size(),
         written: (it.mtime(), it.mtime_nsec()),

@@ -6,44 +6,58 @@ use std::{
     net::{IpAddr, Ipv6Addr},
     pin::{Pin, pin},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    task::{Context, Poll, ready},
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
 use rustix::io::Errno;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     select,
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
-    time::{Instant, Sleep, sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::repeated::Repeated;
-use crate::{
-    transport::{self, Listener},
-    turn,
+use super::{
+    connection::{Connection, Secure},
+    repeated::Repeated,
 };
+use crate::transport::Listener;
+
+/// Where connections come in.
+pub(crate) struct Entrance {
+    /// Accepts them.
+    pub(crate) listener: Box<dyn Listener>,
+    /// Their TLS, if they have any.
+    pub(crate) secure: Option<Arc<Secure>>,
+}
+
+impl Entrance {
+    /// Without TLS.
+    pub(crate) fn plain(listener: Box<dyn Listener>) -> Self {
+        Self { listener, secure: None }
+    }
+}
 
 /// Serves connections until `stop` is cancelled, and then waits until open ones have ended. `cut_off` aborts all of
 /// them.
 pub(crate) async fn serve_each<F>(
-    listener: Box<dyn Listener>,
+    entrance: Entrance,
     connections: Arc<Connections>,
     stop: &CancellationToken,
     cut_off: CancellationToken,
-    serve: impl Fn(Connection<Box<dyn transport::Stream>>) -> F,
+    serve: impl Fn(Connection) -> F,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
     let mut open = JoinSet::new();
     {
-        let mut incoming = pin!(incoming(listener, connections, cut_off));
+        let mut incoming = pin!(incoming(entrance, connections, cut_off));
         loop {
             select! {
                 biased;
@@ -66,15 +80,15 @@ pub(crate) async fn serve_each<F>(
 /// Incoming connections up to the limit. At the limit, idle connections are closed; if none is idle, further ones wait,
 /// one here and the others in the kernel's queue. Ends when the listener can't accept any more.
 fn incoming(
-    listener: Box<dyn Listener>,
+    entrance: Entrance,
     connections: Arc<Connections>,
     cut_off: CancellationToken,
-) -> impl Stream<Item = Connection<Box<dyn transport::Stream>>> {
-    stream::unfold((listener, connections, cut_off), move |(listener, connections, cut_off)| async move {
+) -> impl Stream<Item = Connection> {
+    stream::unfold((entrance, connections, cut_off), move |(entrance, connections, cut_off)| async move {
         /// Pause while open files are exhausted, since accepting would fail again at once.
         const PAUSE: Duration = Duration::from_millis(100);
         let (stream, peer) = loop {
-            match listener.accept().await {
+            match entrance.listener.accept().await {
                 Ok(accepted) => break accepted,
                 Err(error) if is_final(&error) => {
                     tracing::error!(%error, "can't accept connections any more");
@@ -89,7 +103,8 @@ fn incoming(
             }
         };
         let slot = connections.clone().slot(&cut_off, peer).await?;
-        Some((Connection::new(stream, slot), (listener, connections, cut_off)))
+        let connection = Connection::new(stream, slot, entrance.secure.as_deref());
+        Some((connection, (entrance, connections, cut_off)))
     })
 }
 
@@ -108,6 +123,7 @@ pub(crate) struct Connections {
     next: AtomicU64,
     full: Repeated,
     refused: Repeated,
+    speaks_tls: Repeated,
 }
 
 impl Connections {
@@ -120,6 +136,7 @@ impl Connections {
             next: AtomicU64::new(0),
             full: Repeated::default(),
             refused: Repeated::default(),
+            speaks_tls: Repeated::default(),
         })
     }
 
@@ -181,15 +198,26 @@ impl Connections {
     }
 }
 
-/// The address that a connection comes from, if it has one. Travels with each request.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Peer(pub(crate) Option<IpAddr>);
+/// The certificates that a peer has shown, in DER: first its own, whose key it has, then those that it sent to verify
+/// it. They were verified against the trusted authorities at the beginning of the connection.
+pub(crate) type Certificates = Arc<[Bytes]>;
+
+/// The other side of a connection. Travels with each request.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Peer {
+    /// The address that it comes from, if it has one.
+    pub(crate) address: Option<IpAddr>,
+    /// Its certificates, if it has shown any.
+    pub(crate) certificates: Option<Certificates>,
+}
 
 /// The state of one connection.
 #[derive(Debug)]
 pub(crate) struct Place {
-    /// Its peer, by address.
-    peer: Peer,
+    /// The address of its peer.
+    address: Option<IpAddr>,
+    /// The certificates of its peer; set once, after the TLS handshake.
+    certificates: OnceLock<Certificates>,
     /// Number of open calls.
     calls: AtomicUsize,
     /// Number of open calls that count as idle while they are silent.
@@ -207,9 +235,10 @@ impl Place {
     const PARTING: Duration = Duration::from_secs(1);
 
     /// The state of a new connection of this peer.
-    pub(super) fn of(peer: Option<IpAddr>) -> Self {
+    pub(super) fn of(address: Option<IpAddr>) -> Self {
         Self {
-            peer: Peer(peer),
+            address,
+            certificates: OnceLock::new(),
             calls: AtomicUsize::new(0),
             besides: AtomicUsize::new(0),
             idle_since: Mutex::new(Instant::now()),
@@ -219,14 +248,26 @@ impl Place {
         }
     }
 
-    /// The peer, by address.
+    /// The peer, as far as it is known: before the end of a TLS handshake, it has no certificates.
     pub(crate) fn peer(&self) -> Peer {
-        self.peer
+        Peer { address: self.address, certificates: self.certificates.get().cloned() }
+    }
+
+    /// The address of the peer.
+    pub(super) fn address(&self) -> Option<IpAddr> {
+        self.address
+    }
+
+    /// Records the certificates of the peer.
+    pub(super) fn certified(&self, certificates: Option<Certificates>) {
+        if let Some(certificates) = certificates {
+            self.certificates.get_or_init(|| certificates);
+        }
     }
 
     /// The network that counts as one peer.
     pub(super) fn network(&self) -> Option<IpAddr> {
-        self.peer.0.map(network_of)
+        self.address.map(network_of)
     }
 
     /// Registers a call, which is open until the returned value is dropped.
@@ -256,6 +297,11 @@ impl Place {
     /// True while the peer does not read.
     pub(super) fn is_stalled(&self) -> bool {
         self.is_stalled.load(Ordering::Relaxed)
+    }
+
+    /// Records whether the peer reads.
+    pub(super) fn set_stalled(&self, is_stalled: bool) {
+        self.is_stalled.store(is_stalled, Ordering::Relaxed);
     }
 
     /// Aborts the connection.
@@ -353,11 +399,33 @@ fn network_of(address: IpAddr) -> IpAddr {
 }
 
 /// A slot for one connection of a server. Released when dropped.
-struct Slot {
+pub(super) struct Slot {
     connections: Arc<Connections>,
     id: u64,
     place: Arc<Place>,
     _permit: OwnedSemaphorePermit,
+}
+
+impl Slot {
+    /// The only slot of a server.
+    #[cfg(test)]
+    pub(super) async fn only() -> Self {
+        let slot = Connections::at_most(1).slot(&CancellationToken::new(), None).await;
+        slot.unwrap_or_else(|| unreachable!("there is room for one"))
+    }
+
+    /// The state of its connection.
+    pub(super) fn place(&self) -> Arc<Place> {
+        self.place.clone()
+    }
+
+    /// Logs that its client speaks TLS to a server without.
+    pub(super) fn speaks_tls(&self) {
+        if let Some(times) = self.connections.speaks_tls.note() {
+            let peer = self.place.address.map(tracing::field::display);
+            tracing::warn!(peer, times, "a client speaks TLS to an address without TLS: it needs http://");
+        }
+    }
 }
 
 impl Drop for Slot {
@@ -366,162 +434,9 @@ impl Drop for Slot {
     }
 }
 
-/// Whether the connection of a call is broken, which distinguishes a cancelled call from a lost connection. Attached to
-/// each request.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Broken(Arc<AtomicBool>);
-
-impl Broken {
-    pub(crate) fn is_set(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
-    }
-
-    fn set(&self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-
-    /// Set before the calls of the connection are dropped.
-    fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
-        if result.is_err() {
-            self.set();
-        }
-        result
-    }
-}
-
-/// A counted connection that records whether it broke. A connection that sends nothing after it was accepted, or does
-/// not read, aborts by itself, since it would use a slot forever.
-pub(crate) struct Connection<S> {
-    stream: S,
-    broken: Broken,
-    place: Arc<Place>,
-    /// Set until the peer has sent its first bytes.
-    silence: Option<Silence>,
-    /// Set while the peer does not read.
-    stall: Option<Pin<Box<Sleep>>>,
-    _slot: Slot,
-}
-
-struct Silence {
-    ends: Pin<Box<Sleep>>,
-    heard: usize,
-}
-
-impl Silence {
-    /// Longest wait for the first bytes of a peer.
-    const PATIENCE: Duration = Duration::from_secs(10);
-    /// Bytes of HTTP/2's preface; a request of HTTP/1.1 is at least as long.
-    const PREFACE: usize = 24;
-}
-
-impl<S> Connection<S> {
-    fn new(stream: S, slot: Slot) -> Self {
-        let place = slot.place.clone();
-        Self {
-            stream,
-            broken: Broken::default(),
-            place,
-            silence: Some(Silence { ends: Box::pin(sleep(Silence::PATIENCE)), heard: 0 }),
-            stall: None,
-            _slot: slot,
-        }
-    }
-
-    /// The only connection of a server.
-    #[cfg(test)]
-    pub(crate) async fn of(stream: S) -> Self {
-        let slot = Connections::at_most(1).slot(&CancellationToken::new(), None).await;
-        Self::new(stream, slot.unwrap_or_else(|| unreachable!("there is room for one")))
-    }
-
-    /// Whether it is broken, now and later.
-    pub(crate) fn broken(&self) -> Broken {
-        self.broken.clone()
-    }
-
-    /// The state of the connection.
-    pub(crate) fn place(&self) -> Arc<Place> {
-        self.place.clone()
-    }
-
-    /// Longest time that a peer may not read.
-    const STALL: Duration = Duration::from_mins(1);
-
-    fn written<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if written.is_ready() {
-            if self.stall.take().is_some() {
-                self.place.is_stalled.store(false, Ordering::Relaxed);
-            }
-            return written.map(|written| self.broken.note(written));
-        }
-        self.place.is_stalled.store(true, Ordering::Relaxed);
-        if self.stall.get_or_insert_with(|| Box::pin(sleep(Self::STALL))).as_mut().poll(cx).is_ready() {
-            return Poll::Ready(self.broken.note(Err(io::ErrorKind::TimedOut.into())));
-        }
-        Poll::Pending
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let Some(silence) = &mut self.silence {
-            silence.heard += buf.filled().len() - before;
-            if silence.heard >= Silence::PREFACE {
-                self.silence = None;
-            } else if silence.ends.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(self.broken.note(Err(io::ErrorKind::TimedOut.into())));
-            }
-        }
-        let read = ready!(read);
-        let bytes = buf.filled().len() - before;
-        if bytes == 0 {
-            self.broken.set();
-        }
-        turn::end_sooner(cx, bytes);
-        Poll::Ready(self.broken.note(read))
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.written(cx, written)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.written(cx, written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
-
     use super::*;
-
-    async fn connection() -> (DuplexStream, Connection<DuplexStream>) {
-        let (peer, stream) = duplex(1024);
-        (peer, Connection::of(stream).await)
-    }
 
     #[tokio::test(start_paused = true)]
     async fn silent_connections_do_not_block_new_ones() {
@@ -559,54 +474,5 @@ mod tests {
         assert_eq!((connections.make_way(1), leaving()), (1, 3), "it is leaving");
         drop(calls);
         assert_eq!((connections.make_way(1), leaving()), (3, 3), "the others leave after their calls");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_connection_that_sends_nothing_is_closed() {
-        let (mut peer, mut connection) = connection().await;
-        peer.write_all(b"PRI").await.unwrap();
-        let error = connection.read_to_end(&mut Vec::new()).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        assert!(connection.broken.is_set());
-
-        let (mut peer, mut connection) = self::connection().await;
-        peer.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
-        let mut read = Vec::new();
-        let patience = tokio::time::timeout(Silence::PATIENCE * 10, connection.read_to_end(&mut read)).await;
-        assert!(patience.is_err() && read.len() == Silence::PREFACE, "it may be silent from then on");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_connection_that_reads_nothing_is_closed() {
-        let (mut peer, mut connection) = connection().await;
-        let sent = tokio::spawn(async move {
-            let sent = connection.write_all(&[0; 5000]).await;
-            (connection, sent)
-        });
-        // It may be slow.
-        for _ in 0..3 {
-            tokio::time::sleep(Connection::<DuplexStream>::STALL / 2).await;
-            peer.read_exact(&mut [0; 1024]).await.unwrap();
-        }
-        let (connection, sent) = sent.await.unwrap();
-        assert_eq!(sent.unwrap_err().kind(), io::ErrorKind::TimedOut);
-        assert!(connection.broken.is_set());
-    }
-
-    #[tokio::test]
-    async fn an_endless_sender_lets_others_have_their_turn() {
-        let mut connection = Connection::of(tokio::io::repeat(0)).await;
-        let mut buf = vec![0; 8 << 10];
-        let mut read = 0;
-        std::future::poll_fn(|cx| {
-            let mut buf = ReadBuf::new(&mut buf);
-            while Pin::new(&mut connection).poll_read(cx, &mut buf).is_ready() {
-                read += buf.filled().len();
-                buf.clear();
-            }
-            Poll::Ready(())
-        })
-        .await;
-        assert!((1..=64 << 10).contains(&read), "{read}");
     }
 }

@@ -5,12 +5,7 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 use futures_util::future::BoxFuture;
 use hyper::{body::Incoming, server::conn::http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    select,
-    sync::Semaphore,
-    time::timeout,
-};
+use tokio::{select, sync::Semaphore, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{
     Status,
@@ -20,7 +15,8 @@ use tonic::{
 
 use super::{
     answering::{Answer, Patience},
-    connections::{Broken, Connection, Connections, serve_each},
+    connection::{Broken, Connection},
+    connections::{Connections, Entrance, serve_each},
     receiving::{Received, Rule},
     repeated::Repeated,
     rooms::Rooms,
@@ -28,7 +24,7 @@ use super::{
     streams::{Streams, Taking},
     timeout_of,
 };
-use crate::{memory::Memory, transport::Listener};
+use crate::memory::Memory;
 
 /// The limits of a server.
 #[derive(Clone, Debug)]
@@ -74,19 +70,16 @@ impl Server {
     /// Serves until `stop` is cancelled, and then until open calls have ended; `cut_off` aborts all connections.
     pub(crate) async fn serve(
         self,
-        listener: Box<dyn Listener>,
+        entrance: Entrance,
         connections: Arc<Connections>,
         stop: CancellationToken,
         cut_off: CancellationToken,
     ) {
         let serve = |connection| self.clone().serve_connection(connection, stop.clone());
-        serve_each(listener, connections, &stop, cut_off, serve).await;
+        serve_each(entrance, connections, &stop, cut_off, serve).await;
     }
 
-    async fn serve_connection<S>(self, connection: Connection<S>, stop: CancellationToken)
-    where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
+    async fn serve_connection(self, connection: Connection, stop: CancellationToken) {
         let (place, broken) = (connection.place(), connection.broken());
         let limits = &self.0.limits;
         let streams = Streams {

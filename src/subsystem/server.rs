@@ -14,7 +14,7 @@ use super::{
     calls::{Calls, Hosted},
 };
 use crate::{
-    listen::{self, Connections, Limits},
+    listen::{self, Connections, Entrance, Limits},
     memory::Memory,
     model::{self, Name, NameError},
     proto::subsystem::v1::subsystem_server::SubsystemServer,
@@ -140,7 +140,7 @@ impl Serving {
     ) -> Self {
         let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let connections = Connections::at_most(MAX_CONNECTIONS);
-        let serve = server.serve(listener, connections, stop.clone(), cut_off.clone());
+        let serve = server.serve(Entrance::plain(listener), connections, stop.clone(), cut_off.clone());
         let server = AbortOnDropHandle::new(tokio::spawn(serve));
         Self { endpoint, health, stop, server, _cut_off: cut_off.drop_guard(), _socket: socket }
     }

@@ -6,7 +6,7 @@
 
 mod definitions;
 
-use std::{ops::Deref, sync::Arc};
+use std::{collections::BTreeMap, ops::Deref, sync::Arc};
 
 use futures_util::{Stream, stream};
 use jiff::Timestamp;
@@ -25,7 +25,7 @@ use super::otlp::Exporter;
 use crate::{
     api::Calls,
     engine::{BreakerState, SubsystemCounts},
-    listen::Connections,
+    listen::{Connections, Tls},
     memory::{Memory, Shares},
     model::{CycleState, Histogram, Name},
     orchestrator::{Counts, Figures, Orchestrator, Registered},
@@ -45,6 +45,7 @@ pub struct Metrics {
     calls: Option<Arc<Calls>>,
     exporter: Option<Arc<Exporter>>,
     servers: Vec<(&'static str, Arc<Connections>)>,
+    tls: Vec<Arc<Tls>>,
     memory: Option<Shares>,
     #[cfg(target_os = "linux")]
     process: ProcessCollector,
@@ -71,6 +72,7 @@ impl Default for Metrics {
             calls: None,
             exporter: None,
             servers: Vec::new(),
+            tls: Vec::new(),
             memory: None,
             #[cfg(target_os = "linux")]
             process: ProcessCollector::for_self(),
@@ -79,15 +81,16 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Adds metrics of calls, the span exporter, the servers by name, and memory.
+    /// Adds metrics of calls, the span exporter, the servers by name, their TLS, and memory.
     pub(crate) fn and_of(
         self,
         calls: Arc<Calls>,
         exporter: Option<Arc<Exporter>>,
         servers: Vec<(&'static str, Arc<Connections>)>,
+        tls: Vec<Arc<Tls>>,
         memory: Shares,
     ) -> Self {
-        Self { calls: Some(calls), exporter, servers, memory: Some(memory), ..self }
+        Self { calls: Some(calls), exporter, servers, tls, memory: Some(memory), ..self }
     }
 
     /// Writes all metrics of an orchestrator, piece by piece. It is kept to the end.
@@ -170,6 +173,7 @@ impl Metrics {
             LOG_LINES_DROPPED.single(number(super::dropped_lines())),
             by_server(&CONNECTIONS, Connections::open),
             by_server(&CONNECTIONS_LIMIT, Connections::max),
+            of_certificates(&self.tls),
             by_purpose(&MEMORY_HELD, Memory::held),
             by_purpose(&MEMORY_LIMIT, Memory::max),
             RUNTIME_WORKERS.single(count(runtime.num_workers())),
@@ -241,6 +245,16 @@ fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
         CYCLES_QUEUED.single(count(figures.queued)),
         CYCLES_RUNNING.single(count(figures.running)),
     ]
+}
+
+/// Addresses may share files.
+fn of_certificates(tls: &[Arc<Tls>]) -> MetricFamily {
+    let mut files = BTreeMap::new();
+    for tls in tls {
+        let now = tls.current();
+        files.extend(now.expiries().iter().map(|(file, expiry)| (file.display().to_string(), *expiry)));
+    }
+    TLS_EXPIRY.family(files.iter().map(|(file, expiry)| TLS_EXPIRY.value(&[file], unix_time(*expiry))).collect())
 }
 
 fn of_tasks(counts: &Counts) -> [MetricFamily; 2] {

@@ -29,7 +29,6 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
@@ -39,11 +38,10 @@ use self::{
 };
 use crate::{
     api::{Api, Caller, Scrape, Way},
-    listen::{self, Busy, Connection, Connections, Peer},
+    listen::{self, Busy, Connection, Connections, Entrance},
     memory::Memory,
     proto::orchestrator::v1::orchestrator_server::Orchestrator as _,
     telemetry::metrics::{self, Metrics},
-    transport::Listener,
 };
 
 /// Most concurrent connections: a browser has up to six, and a monitoring system one.
@@ -71,7 +69,7 @@ impl Web {
     /// Serves until `stop` is cancelled, and then until open answers have been sent; `cut_off` aborts all connections.
     pub(crate) async fn serve(
         self,
-        listener: Box<dyn Listener>,
+        entrance: Entrance,
         connections: Arc<Connections>,
         stop: CancellationToken,
         cut_off: CancellationToken,
@@ -82,19 +80,16 @@ impl Web {
             .route("/metrics", get(scrape).with_state((api, metrics)))
             .layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
         let serve = |connection| serve_connection(connection, router.clone(), stop.clone());
-        listen::serve_each(listener, connections, &stop, cut_off, serve).await;
+        listen::serve_each(entrance, connections, &stop, cut_off, serve).await;
     }
 }
 
 /// Serves one connection. Not with `axum::serve`, which waits for requests forever, and accepts HTTP/2 without limits.
-async fn serve_connection<S>(connection: Connection<S>, router: Router, stop: CancellationToken)
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
+async fn serve_connection(connection: Connection, router: Router, stop: CancellationToken) {
     let place = connection.place();
-    let (busy, Peer(peer)) = (place.clone(), place.peer());
+    let (busy, peer) = (place.clone(), place.clone());
     let from_peer = move |mut request: Request<_>| {
-        let caller = Caller::of(Way::Admin, peer, request.headers());
+        let caller = Caller::of(Way::Admin, peer.peer(), request.headers());
         request.extensions_mut().insert(caller);
         request.map(Body::new)
     };

@@ -8,6 +8,7 @@ pub mod disk;
 pub mod door;
 pub mod fleet;
 pub mod http;
+pub mod pki;
 pub mod service;
 pub mod terminal;
 

@@ -24,7 +24,7 @@ use tokio::{
 };
 use tonic::{
     Code, Status, Streaming,
-    transport::{Channel, Endpoint},
+    transport::{Channel, ClientTlsConfig, Endpoint},
 };
 use tonic_types::StatusExt;
 
@@ -174,7 +174,8 @@ impl Starting {
         let address = line.strip_prefix("listening on ").and_then(|address| address.parse().ok());
         let address = address.unwrap_or_else(|| panic!("the service printed {line:?}"));
         let line = patiently("the address of the dashboard", lines.next_line()).await.unwrap().unwrap();
-        let admin = line.strip_prefix("dashboard at http://").and_then(|url| url.strip_suffix('/')?.parse().ok());
+        let url = line.strip_prefix("dashboard at http").map(|url| url.strip_prefix('s').unwrap_or(url));
+        let admin = url.and_then(|url| url.strip_prefix("://")?.strip_suffix('/')?.parse().ok());
         let admin = admin.unwrap_or_else(|| panic!("the service printed {line:?}"));
         Ok(Service { child: self.child, address, admin, log: self.log })
     }
@@ -219,6 +220,12 @@ impl Service {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.address)).unwrap();
         let channel = patiently("a connection to the service", endpoint.connect()).await.unwrap();
         Client::new(channel)
+    }
+
+    /// A client on a connection of its own, with TLS. A refusal of its certificate is only seen by the first call.
+    pub async fn client_with(&self, tls: ClientTlsConfig) -> Result<Client, tonic::transport::Error> {
+        let endpoint = Endpoint::from_shared(format!("https://{}", self.address)).unwrap().tls_config(tls)?;
+        Ok(Client::new(patiently("a connection to the service", endpoint.connect()).await?))
     }
 
     /// Sends it a signal.

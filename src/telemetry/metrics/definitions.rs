@@ -125,6 +125,8 @@ definitions! {
         "Limit of open connections. At the limit, idle connections are closed for new ones, which wait if no \
          connection is idle.";
 
+    TLS_EXPIRY: Gauge "orchestrator_tls_certificate_expiry_timestamp_seconds" ["file"]
+        "When the first certificate in a file of server.tls or admin.tls expires, as Unix time. Missing without TLS.";
     MEMORY_HELD: Gauge "orchestrator_memory_held_bytes" ["purpose"]
         "Bytes held for data whose size clients and subsystems decide, by purpose: requests that are being received, \
          answers that clients have not read yet, those of the admin address, records of the history, the latest \
