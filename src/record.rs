@@ -12,8 +12,8 @@ use prost::Message;
 use crate::{
     ledger::RecordsPruned,
     model::{
-        CycleId, CycleRequest, CycleState, FinishedCycle, Issue, Name, OverlapPolicy, Payload, Revision, Severity,
-        SkipReason, SpanContext, SubsystemReport, SubsystemState, Trigger, excerpt,
+        CycleRequest, CycleState, FinishedCycle, Issue, Name, OverlapPolicy, Payload, Revision, Severity, SkipReason,
+        SpanContext, SubsystemReport, SubsystemState, Trigger, excerpt,
     },
     ports::Record,
     proto::{duration, orchestrator::v1 as pb, subsystem::v1 as pbs, timestamp},
@@ -363,7 +363,7 @@ mod tests {
     use std::{collections::BTreeMap, sync::Arc};
 
     use super::*;
-    use crate::model::{Code, Epoch, TraceId};
+    use crate::model::{Code, CycleId, Epoch, TraceId};
 
     fn report(name: &str, state: SubsystemState) -> SubsystemReport {
         let output = serde_json::json!({ "text": "x".repeat(1000) });
