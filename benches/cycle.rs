@@ -30,6 +30,7 @@ use orchestrator_core::{
     config::Config,
     dial::Dialer,
     host::Host,
+    ledger::Signer,
     memory::Shares,
     model::{CycleRequest, CycleState, Subsystem, SubsystemSpec, Trigger},
     orchestrator::{Declared, Orchestrator, OrchestratorTasks},
@@ -290,8 +291,9 @@ impl Ours {
             let stop = CancellationToken::new();
             exporting = Some((tokio::spawn(sender.run(stop.clone())), stop));
         }
+        let store = (store, contents, Signer::generate("bench")?);
         let (orchestrator, tasks) =
-            Orchestrator::start(settings, &memory, host, dialer, (store, contents), declared, spans).await?;
+            Orchestrator::start(settings, &memory, host, dialer, store, declared, spans).await?;
         Ok(Self { orchestrator, tasks, metrics: None, exporting })
     }
 

@@ -64,6 +64,8 @@ pub struct Config {
     pub memory: MemorySettings,
     /// The store.
     pub store: StoreSettings,
+    /// The log of the history.
+    pub ledger: LedgerSettings,
     /// Limits of cycles.
     pub cycle: CycleSettings,
     /// Limits of the registry.
@@ -154,6 +156,22 @@ pub struct StoreSettings {
     pub url: StoreUrl,
     /// Default: the newest 100,000 cycles. At a cycle every 5 s that is five days, and with 28 subsystems about 300 MB.
     pub retention: Retention,
+}
+
+/// The log of the history.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LedgerSettings {
+    /// Files of the keys that sign checkpoints, each created if it does not exist. Empty, the default: one beside the
+    /// database, or a key that ends with the process. At most 8.
+    pub key_files: Vec<PathBuf>,
+    /// The name of the log. 1 to 128 printable ASCII characters other than space and `+`. Default: that of the first
+    /// key.
+    pub origin: Option<String>,
+}
+
+impl LedgerSettings {
+    /// Most keys: one that is being replaced, and as many as are hardly ever needed.
+    const MAX_KEYS: usize = 8;
 }
 
 /// Limits of cycles.
@@ -488,6 +506,7 @@ impl Default for Config {
             access: AccessSettings::default(),
             memory: MemorySettings { max_bytes: None },
             store: StoreSettings { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
+            ledger: LedgerSettings::default(),
             cycle: CycleSettings {
                 deadline: Duration::from_mins(1),
                 max_concurrent_calls: 1024,
@@ -641,6 +660,19 @@ fn changed_entries<'a, T: PartialEq>(
 fn default_retention() -> Retention {
     let default = RetentionRule { max_cycles: Some(100_000), max_age: None };
     Retention { default, by_state: BTreeMap::new() }
+}
+
+fn key_files(read: &mut Reader<'_>, key: &str) -> Vec<PathBuf> {
+    let files = read.texts(key);
+    if files.len() > LedgerSettings::MAX_KEYS || files.iter().any(String::is_empty) {
+        read.refuse(key, format!("give at most {} paths, none of which is empty", LedgerSettings::MAX_KEYS));
+    }
+    files.into_iter().map(PathBuf::from).collect()
+}
+
+fn origin(text: &str) -> Result<String, String> {
+    let fits = (1..=128).contains(&text.len()) && text.chars().all(|c| c.is_ascii_graphic() && c != '+');
+    if fits { Ok(text.to_owned()) } else { Err("give 1 to 128 letters, digits and signs, without spaces and +".into()) }
 }
 
 fn retention(read: &mut Reader<'_>, key: &str) -> Retention {

@@ -12,7 +12,7 @@ mod tree;
 
 pub use self::{
     entry::{Entry, RecordsPruned},
-    note::{Checkpoint, NoteError, SigningKey, VerifyingKey},
+    note::{Checkpoint, NoteError, Signer, SigningKey, VerifyingKey},
     proof::{Consistency, Inclusion, Path, ProofError},
     tree::{Frontier, Hash, Node},
 };

@@ -6,11 +6,13 @@
 //! - the path of a cycle: `admission` admits it, `line` decides when it may run, `conductor` runs it, `writing` records
 //!   it;
 //! - its inputs: `registry` and its changes in `registration`, the order in `planning`, `loops` and their ticks;
-//! - reads: `status`, `history`, `watch` (the stream) with `live` (progress), `snapshots`, `figures` (for metrics);
+//! - reads: `status`, `history`, `watch` (the stream) with `live` (progress), `snapshots`, `figures` (for metrics),
+//!   `checkpoints` and proofs of the log;
 //! - the process: `recovery` at its start, `tasks` and its end, `reload`, `retention`.
 
 mod admission;
 mod aside;
+mod checkpoints;
 mod conductor;
 mod figures;
 mod history;
@@ -47,8 +49,8 @@ use tokio_util::{
 };
 
 use self::{
-    admission::Admitted, figures::Watchers, history::Recent, line::Line, live::Live, registry::Registry,
-    writing::ToWrite,
+    admission::Admitted, checkpoints::Checkpoints, figures::Watchers, history::Recent, line::Line, live::Live,
+    registry::Registry, writing::ToWrite,
 };
 use crate::{
     clock::Clock,
@@ -62,6 +64,7 @@ use crate::{
 
 pub use self::{
     admission::Ticket,
+    checkpoints::{ProvedCycle, Published},
     figures::{Counts, Figures, Passes},
     live::{LiveChange, LiveCycle, LiveEvent, RunningCycle, Update},
     refusal::{NotCancelled, NotRecorded, NotRegistered, NotRenewed, RecordHasNoRoom, Refusal},
@@ -109,6 +112,7 @@ struct Shared {
     leases_changed: Notify,
     newest: latest::Sender<Revision>,
     live: Live,
+    checkpoints: Checkpoints,
     watchers: Watchers,
     /// Cancelled once no more writes are possible: `State::store_error` has the reason.
     store_has_ended: CancellationToken,

@@ -7,6 +7,7 @@ use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 
 use crate::{
+    ledger::{Frontier, Hash, Node},
     memory::Held,
     model::{
         Answer, Code, CycleId, CycleState, Endpoint, Epoch, Input, LoopSpec, LoopState, Name, Output, Payload,
@@ -207,11 +208,42 @@ pub trait Store: Send + Sync + 'static {
     /// over, or it can't be read.
     fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>>;
 
+    /// The log as of the last durable commit. Empty until the store was taken over.
+    fn log(&self) -> Log;
+
+    /// The leaf of the record of a cycle; `None` if there is no such record, or it is older than the log.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn leaf(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<u64>, StoreError>>;
+
+    /// The hashes of complete nodes of the log, in this order; `None` if one is not retained.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>>;
+
+    /// Publishes the newest checkpoint of the log: once this has returned, it survives the loss of power, and replaces
+    /// the earlier one.
+    ///
+    /// # Errors
+    /// It can't be written; the earlier one stays.
+    fn publish(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>>;
+
     /// The size of the store. Cheap, however long the history is.
     ///
     /// # Errors
     /// The store can't be read.
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>>;
+}
+
+/// The log of a store, as far as it is needed to append to it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Log {
+    /// Its right edge.
+    pub frontier: Frontier,
+    /// All entries below this leaf are gone, and of the nodes of their leaves only those of its own frontier are left.
+    pub first_kept: u64,
 }
 
 /// The contents of a store when it was taken over.

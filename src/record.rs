@@ -143,6 +143,39 @@ pub fn encode_pruned(pruned: &RecordsPruned) -> Bytes {
     pb::ControlEntry { entry }.encode_to_vec().into()
 }
 
+/// Decodes the result of [`encode_pruned`]. Other control entries remove nothing.
+///
+/// # Errors
+/// The problem.
+pub fn decode_pruned(bytes: &[u8]) -> Result<RecordsPruned, String> {
+    let entry = pb::ControlEntry::decode(bytes).map_err(|error| error.to_string())?.entry;
+    let Some(pb::control_entry::Entry::RecordsPruned(pruned)) = entry else { return Ok(RecordsPruned::default()) };
+    let range = |range: &pb::LeafRange| range.first..range.first.saturating_add(range.count);
+    Ok(RecordsPruned { leaves: pruned.leaves.iter().map(range).collect(), first_kept: pruned.first_kept })
+}
+
+/// Checks that clients can decode a record, and that its other fields are those in its bytes.
+///
+/// # Errors
+/// The problem.
+pub fn check_columns(record: &Record) -> Result<(), String> {
+    check(record)?;
+    let telemetry = pb::CycleTelemetry::decode(record.bytes.clone()).map_err(|error| error.to_string())?;
+    let name = record.trigger.loop_name().map(Name::as_str).unwrap_or_default();
+    let columns = [
+        ("epoch", telemetry.epoch == record.epoch.0),
+        ("state", telemetry.state == i32::from(cycle_state(record.state))),
+        ("trigger", telemetry.trigger == i32::from(trigger(&record.trigger))),
+        ("loop", telemetry.r#loop == name),
+        ("request_id", telemetry.request_id == record.request_id.as_deref().unwrap_or_default()),
+        ("finished_at", telemetry.finished_at == Some(timestamp(record.finished_at))),
+    ];
+    match columns.iter().find(|(_, is_same)| !is_same) {
+        Some((column, _)) => Err(format!("its column {column} is not that of its bytes")),
+        None => Ok(()),
+    }
+}
+
 /// Checks that clients of the contract can decode a record.
 ///
 /// # Errors

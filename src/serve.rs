@@ -12,7 +12,7 @@ use std::{
 };
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::{join, select, time::timeout};
+use tokio::{join, select, task::spawn_blocking, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -24,16 +24,17 @@ use self::{
 use crate::{
     access::Policy,
     api::{self, Api},
-    config::{self, Config, ConfigError, OutOfReach, Reload},
+    config::{self, Config, ConfigError, LedgerSettings, OutOfReach, Reload},
     dial::{Dialer, NoCertificate},
     file::{self, Changes, FileError},
     host::Host,
+    ledger::Signer,
     listen::{self, Connections, Limits, Peer},
     memory::{self, Memory, Shares},
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped},
-    ports::{Spans, StoreError, Untraced},
+    ports::{Log, Spans, StoreError, Untraced},
     record,
-    store::{self, OpenError},
+    store::{self, KeyFileError, OpenError, StoreUrl},
     tasks::{Task, TaskEnded, Tasks},
     telemetry::{
         metrics::Metrics,
@@ -78,6 +79,9 @@ pub enum StartError {
     /// The store can't be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// There is no key to sign checkpoints with.
+    #[error(transparent)]
+    Key(#[from] KeyFileError),
     /// What an earlier process left in the store can't be taken over.
     #[error(transparent)]
     TakeOver(#[from] StoreError),
@@ -167,6 +171,8 @@ impl Service {
         let contents = store.take_over().await?;
         let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
         tracing::info!(store = %config.store.url, epoch, last_cycle, "store opened");
+        let signer = signer(config, host.random.id128()).await?;
+        compare(&config.store.url, &signer, &store.log())?;
         let (mut exporting, stop_exporting) = (Tasks::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
@@ -181,7 +187,7 @@ impl Service {
         let (settings, declared) = (settings(config), declared(config));
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
         let (orchestrator, tasks) =
-            Orchestrator::start(settings, &memory, host, dialer, (store, contents), declared, spans).await?;
+            Orchestrator::start(settings, &memory, host, dialer, (store, contents, signer), declared, spans).await?;
 
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
@@ -193,7 +199,8 @@ impl Service {
             of_reflection.check_reflection(peer, request.headers())
         });
         let services = reflection.and(api::service(api.clone(), config.server.max_request_bytes));
-        let services = services.and(api::access_service(api.clone())).and(health_service);
+        let services = services.and(api::access_service(api.clone())).and(api::ledger_service(api.clone()));
+        let services = services.and(health_service);
         let server = listen::Server::new(services, limits(&config.server, &memory));
         let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
         let mut servers = Tasks::default();
@@ -580,6 +587,49 @@ fn limits(server: &config::ServerSettings, memory: &Shares) -> Limits {
         answers: memory.answers.clone(),
         large_streams: &["/dreamnet.orchestrator.v1.Orchestrator/WatchCycles"],
     }
+}
+
+/// Compares the log of a store with the checkpoint that was published last, if one of these keys has signed it.
+///
+/// # Errors
+/// The log has as many entries as the checkpoint, and other ones.
+fn compare(url: &StoreUrl, signer: &Signer, log: &Log) -> Result<(), StoreError> {
+    let text = store::published(url).unwrap_or_default();
+    let opened = signer.keys.iter().find_map(|key| key.verifying().open(&text).ok());
+    let Some(signed) = opened.filter(|signed| signed.origin == signer.origin) else { return Ok(()) };
+    let size = log.frontier.size();
+    if signed.size == size && signed.root != log.frontier.root() {
+        let problem = format!("the {size} entries of its log do not have the root that its checkpoint has");
+        return Err(StoreError::Corrupt { store: url.to_string(), problem });
+    }
+    if signed.size > size {
+        let kept = store::keep_published(url).map_or_else(|error| error.to_string(), |kept| kept.display().to_string());
+        tracing::error!(
+            store = %url,
+            entries = size,
+            signed = signed.size,
+            kept,
+            "the last entries of the log are missing, which a checkpoint contains: the end of the store was damaged, or \
+             an older copy replaced it. The log goes on without them, and contradicts that checkpoint, which is kept"
+        );
+    }
+    Ok(())
+}
+
+/// What signs the checkpoints of the log. Without a configured name, the log has that of its first key; `random` makes
+/// the name of a new key one that no other log has.
+async fn signer(config: &Config, random: u128) -> Result<Signer, KeyFileError> {
+    let LedgerSettings { key_files, origin } = config.ledger.clone();
+    let (url, name) = (config.store.url.clone(), format!("{}/{random:032x}", config.orchestrator_id));
+    let name = origin.clone().unwrap_or(name);
+    let keys = spawn_blocking(move || store::signing_keys(&url, &key_files, &name)).await;
+    let keys = keys.unwrap_or_else(|error| Err(KeyFileError::NotRead(error.to_string())))?;
+    let name = keys.first().map(|key| key.verifying().name().to_owned()).unwrap_or_default();
+    let signer = Signer { origin: origin.unwrap_or(name), keys };
+    for key in &signer.keys {
+        tracing::info!(origin = signer.origin, key = %key.verifying(), "checkpoints of the log are signed by this key");
+    }
+    Ok(signer)
 }
 
 /// The settings of the orchestrator itself.

@@ -58,6 +58,9 @@ const GOLDEN: &[(&str, &[&str])] = &[
     ("StopIntervalLoop", &["operator", "admin"]),
     ("ListIntervalLoops", &["viewer", "operator", "auditor", "admin"]),
     ("WhoAmI", &ROLES),
+    ("GetCheckpoint", &ROLES),
+    ("GetInclusionProof", &["viewer", "operator", "auditor", "admin"]),
+    ("GetConsistencyProof", &ROLES),
 ];
 
 /// Grants for all targets to a token named as each role.

@@ -1424,6 +1424,7 @@ async fn help_needs_no_other_page() {
         "report",
         "plan",
         "check",
+        "verify",
         "completions",
     ] {
         let help = help(line).await;

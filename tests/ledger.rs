@@ -4,19 +4,27 @@
 
 mod common;
 
-use std::path::Path;
+use std::{
+    fs,
+    io::Write,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, Stdio},
+};
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use bytes::Bytes;
 use common::{
     Stage, patiently,
-    service::{Home, because, decode, next_event, reason},
+    service::{Home, because, decode, invalid, next_event, reason},
 };
 use orchestrator_core::{
-    ledger::{Entry, Frontier, Hash, Node},
-    proto::orchestrator::v1::{self as pb, ControlEntry, LogEntry, cycle_event::Event},
+    ledger::{Consistency, Entry, Frontier, Hash, Inclusion, Node, Signer, SigningKey, VerifyingKey},
+    proto::orchestrator::v1::{self as pb, ControlEntry, LogEntry, cycle_event::Event, ledger_client::LedgerClient},
 };
 use prost::Message;
 use rusqlite::{Connection, params};
-use tonic::Code;
+use tonic::{Code, Response, Status, transport::Channel};
 
 /// The numbers and hashes in the table of complete nodes.
 fn hashes(database: &Connection) -> Vec<(u64, Hash)> {
@@ -185,4 +193,332 @@ async fn a_record_with_a_flipped_bit_is_named_and_never_served() {
         let Some(Event::Unreadable(cycle)) = next_event(&mut stream).await.unwrap().event else { panic!("{revision}") };
         assert_eq!(cycle.revision, revision);
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Checkpoints and proofs
+
+type Ledger = LedgerClient<Channel>;
+
+async fn ledger(stage: &Stage) -> Ledger {
+    LedgerClient::connect(format!("http://{}", stage.service.address())).await.unwrap()
+}
+
+async fn checkpoint(ledger: &mut Ledger) -> (String, VerifyingKey) {
+    let answer = ledger.get_checkpoint(pb::GetCheckpointRequest {}).await.unwrap().into_inner();
+    (answer.checkpoint, answer.keys[0].parse().unwrap())
+}
+
+async fn inclusion(ledger: &mut Ledger, cycle_id: u64, size: u64) -> Result<pb::GetInclusionProofResponse, Status> {
+    ledger.get_inclusion_proof(pb::GetInclusionProofRequest { cycle_id, size }).await.map(Response::into_inner)
+}
+
+async fn consistency(
+    ledger: &mut Ledger,
+    from_size: u64,
+    size: u64,
+) -> Result<pb::GetConsistencyProofResponse, Status> {
+    ledger.get_consistency_proof(pb::GetConsistencyProofRequest { from_size, size }).await.map(Response::into_inner)
+}
+
+fn hashes_of(hashes: &[Bytes]) -> Vec<Hash> {
+    hashes.iter().map(|hash| Hash(hash[..].try_into().unwrap())).collect()
+}
+
+#[tokio::test]
+async fn a_record_is_proved_by_its_bytes_and_a_signed_checkpoint_from_disk_and_in_memory() {
+    for home in [Home::new(), Home::new().in_memory()] {
+        let mut stage = Stage::at(home).await;
+        let mut ledger = ledger(&stage).await;
+        let (empty, key) = checkpoint(&mut ledger).await;
+        assert_eq!(key.open(&empty).unwrap().size, 0);
+        for cycle_id in 1..=3 {
+            let cycle = stage.client.run().await.unwrap();
+            // It waits for a checkpoint with the record.
+            let proved = inclusion(&mut ledger, cycle_id, 0).await.unwrap();
+            let signed = key.open(&proved.checkpoint).unwrap();
+            assert_eq!((signed.size, proved.leaf), (proved.size, cycle_id - 1));
+            let leaf = Hash::of_leaf([&proved.entry[..]]);
+            let proof = Inclusion(hashes_of(&proved.hashes));
+            assert_eq!(proof.verify(proved.leaf, leaf, signed.size, signed.root), Ok(()));
+            let Some(pb::log_entry::Entry::Cycle(record)) = LogEntry::decode(proved.entry).unwrap().entry else {
+                panic!()
+            };
+            assert_eq!(decode(record), cycle);
+        }
+        let (newest, _) = checkpoint(&mut ledger).await;
+        let newest = key.open(&newest).unwrap();
+        let earlier = inclusion(&mut ledger, 2, 3).await.unwrap();
+        assert_eq!((earlier.size, earlier.checkpoint.as_str()), (3, ""));
+        let proved = consistency(&mut ledger, 0, 0).await.unwrap();
+        assert_eq!((proved.size, proved.hashes.len()), (3, 0));
+        let log = log_of(&[]).0;
+        assert_eq!(Consistency(Vec::new()).verify((0, log.root()), (newest.size, newest.root)), Ok(()));
+
+        let beyond = || [("first_size", "0"), ("size", "3")];
+        for refused in [
+            inclusion(&mut ledger, 3, 2).await.unwrap_err(),
+            inclusion(&mut ledger, 3, 4).await.unwrap_err(),
+            consistency(&mut ledger, 4, 3).await.unwrap_err(),
+            consistency(&mut ledger, 1, u64::MAX).await.unwrap_err(),
+            consistency(&mut ledger, u64::MAX, 0).await.unwrap_err(),
+        ] {
+            assert_eq!(reason(&refused), because(Code::OutOfRange, "NOT_IN_LOG", beyond()));
+        }
+        let unknown = inclusion(&mut ledger, 9, 0).await.unwrap_err();
+        assert_eq!(reason(&unknown), because(Code::NotFound, "CYCLE_NOT_FOUND", [("cycle_id", "9")]));
+        assert_eq!(reason(&inclusion(&mut ledger, 0, 0).await.unwrap_err()), invalid(["cycle_id"]));
+    }
+}
+
+#[tokio::test]
+async fn the_checkpoint_beside_the_database_has_all_entries_at_the_end_and_the_next_process_extends_it() {
+    let mut stage = Stage::new().await;
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+    }
+    let key = checkpoint(&mut ledger(&stage).await).await.1;
+    let Stage { fleet, home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let mode = |file: &str| fs::metadata(home.path(file)).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode("o.db.key"), 0o600);
+    let first = key.open(&fs::read_to_string(home.path("o.db.checkpoint")).unwrap()).unwrap();
+    assert_eq!(first.size, 3);
+    assert!(first.origin.starts_with("orchestrator/"), "{}", first.origin);
+
+    let mut stage = Stage::again(fleet, home).await;
+    let mut ledger = ledger(&stage).await;
+    assert_eq!(checkpoint(&mut ledger).await.1, key, "the key stays the same");
+    stage.client.run().await.unwrap();
+    let proved = inclusion(&mut ledger, 4, 0).await.unwrap();
+    let second = key.open(&proved.checkpoint).unwrap();
+    let extension = Consistency(hashes_of(&consistency(&mut ledger, 3, 4).await.unwrap().hashes));
+    assert_eq!(extension.verify((first.size, first.root), (second.size, second.root)), Ok(()));
+    assert_eq!(first.origin, second.origin);
+}
+
+#[tokio::test]
+async fn a_log_has_the_name_and_the_keys_that_the_configuration_gives() {
+    let home = Home::new();
+    let keys = ["old.key", "new.key"].map(|name| home.path(name).display().to_string());
+    let set = format!("ledger.key_files=[\"{}\", \"{}\"]", keys[0], keys[1]);
+    let stage = Stage::at(home.with_args(["--set", set.as_str(), "--set", "ledger.origin=example.org/log"])).await;
+    let mut ledger = ledger(&stage).await;
+    let answer = ledger.get_checkpoint(pb::GetCheckpointRequest {}).await.unwrap().into_inner();
+    assert_eq!(answer.keys.len(), 2);
+    for key in answer.keys {
+        let key: VerifyingKey = key.parse().unwrap();
+        let opened = key.open(&answer.checkpoint).unwrap();
+        assert_eq!((key.name(), opened.origin.as_str()), ("example.org/log", "example.org/log"));
+    }
+    assert!(!stage.home.path("o.db.key").exists());
+}
+
+#[tokio::test]
+async fn a_key_that_others_can_read_is_refused() {
+    let home = Home::new();
+    assert!(home.serve().await.stop().await.success());
+    fs::set_permissions(home.path("o.db.key"), fs::Permissions::from_mode(0o644)).unwrap();
+    let ended = home.try_serve().await.err().unwrap();
+    assert_eq!(ended.code(), Some(1), "{}", home.log());
+    assert!(
+        home.log().contains("o.db.key has mode 0644, so that other users of this machine could use it"),
+        "{}",
+        home.log()
+    );
+}
+
+#[tokio::test]
+async fn a_log_that_lacks_its_end_keeps_the_checkpoint_and_one_with_another_root_is_refused() {
+    let mut stage = Stage::new().await;
+    for _ in 0..2 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { fleet, home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let older = fs::read(home.path("o.db")).unwrap();
+    let mut stage = Stage::again(fleet, home).await;
+    stage.client.run().await.unwrap();
+    let Stage { fleet, home, service, .. } = stage;
+    assert!(service.stop().await.success());
+
+    // The same file with older contents.
+    fs::write(home.path("o.db"), older).unwrap();
+    let Stage { home, service, .. } = Stage::again(fleet, home).await;
+    assert!(home.log().contains("the last entries of the log are missing"), "{}", home.log());
+    assert!(home.path("o.db.checkpoint.lost").exists());
+    assert!(service.stop().await.success());
+
+    let changed = database(&home.path("o.db")).execute("UPDATE hashes SET hash = zeroblob(32)", []).unwrap();
+    assert!(changed > 0);
+    let ended = home.try_serve().await.err().unwrap();
+    assert_eq!(ended.code(), Some(1), "{}", home.log());
+    assert!(home.log().contains("do not have the root that its checkpoint has"), "{}", home.log());
+}
+
+/// Proofs in the form that `tests/witness` reads.
+async fn proofs(ledger: &mut Ledger, cycle_id: u64, earlier: &str, earlier_size: u64) -> serde_json::Value {
+    let proved = inclusion(ledger, cycle_id, 0).await.unwrap();
+    let extension = consistency(ledger, earlier_size, proved.size).await.unwrap();
+    let base64 = |bytes: &[u8]| BASE64_STANDARD.encode(bytes);
+    let all = |hashes: &[Bytes]| hashes.iter().map(|hash| base64(hash)).collect::<Vec<_>>();
+    serde_json::json!({
+        "key": checkpoint(ledger).await.1.to_string(),
+        "checkpoint": proved.checkpoint,
+        "entry": base64(&proved.entry),
+        "leaf": proved.leaf,
+        "inclusion": all(&proved.hashes),
+        "earlier": earlier,
+        "extension": all(&extension.hashes),
+    })
+}
+
+/// The program in `tests/witness`, which `.ci/run` builds: its exit code and what it says.
+fn witness(proofs: &serde_json::Value) -> (Option<i32>, String) {
+    let mut witness = Command::new("ledger-witness");
+    witness.stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut witness = witness.spawn().unwrap_or_else(|error| panic!("tests/witness, built as ledger-witness: {error}"));
+    witness.stdin.take().unwrap().write_all(proofs.to_string().as_bytes()).unwrap();
+    let output = witness.wait_with_output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[tokio::test]
+#[ignore = "needs tests/witness, which Go builds"]
+async fn independent_software_verifies_the_proofs() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |it| it.record_output = true).await;
+    let mut ledger = ledger(&stage).await;
+    for _ in 0..7 {
+        stage.client.run().await.unwrap();
+    }
+    let earlier = inclusion(&mut ledger, 7, 0).await.unwrap();
+    for _ in 0..6 {
+        stage.client.run().await.unwrap();
+    }
+    inclusion(&mut ledger, 13, 0).await.unwrap();
+    for cycle_id in 1..=13 {
+        let proofs = proofs(&mut ledger, cycle_id, &earlier.checkpoint, earlier.size).await;
+        assert_eq!(witness(&proofs), (Some(0), String::new()), "{proofs}");
+        let changed = |key: &str, value: serde_json::Value| {
+            let mut changed = proofs.clone();
+            changed[key] = value;
+            witness(&changed).0
+        };
+        assert_eq!(
+            changed("entry", proofs["checkpoint"].as_str().map(|it| BASE64_STANDARD.encode(it)).into()),
+            Some(1)
+        );
+        assert_eq!(changed("leaf", (proofs["leaf"].as_u64().unwrap() ^ 1).into()), Some(1));
+        assert_eq!(changed("extension", serde_json::json!([])), Some(1));
+        let forged = proofs["checkpoint"].as_str().unwrap().replacen("\n13\n", "\n12\n", 1);
+        assert_eq!(changed("checkpoint", forged.into()), Some(1));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Verifying a database
+
+/// What `orchestrator verify` says of a database: its exit code, and what it prints.
+fn verify(database: &Path, key: &VerifyingKey, more: &[&str]) -> (Option<i32>, String) {
+    let mut verify = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    verify.arg("verify").arg("--db").arg(database).args(["--key", &key.to_string()]).args(more);
+    let output = verify.output().unwrap();
+    let said = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    (output.status.code(), said.concat())
+}
+
+/// A stopped service with a log of 11 records, of which 6 are removed: its home, and its key.
+async fn verified_home() -> (Home, VerifyingKey) {
+    let mut stage = Stage::new().await;
+    stage.register("a", |it| it.record_output = true).await;
+    for _ in 0..11 {
+        stage.client.run().await.unwrap();
+    }
+    let key = checkpoint(&mut ledger(&stage).await).await.1;
+    let database = stage.home.path("o.db");
+    let while_served = verify(&database, &key, &[]);
+    assert!(while_served.1.contains("11 records are as they were written"), "{while_served:?}");
+    let Stage { fleet, home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let home = home.with_args(["--set", "store.retention.max_cycles=5"]);
+    let mut stage = Stage::again(fleet, home).await;
+    let removed = async { while stage.client.status().await.unwrap().oldest_revision < 7 {} };
+    patiently("old records to be removed", removed).await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    (home, key)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_change_of_a_database_is_named_when_it_is_verified() {
+    let (home, key) = verified_home().await;
+    let path = home.path("o.db");
+    let (code, said) = verify(&path, &key, &[]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("13 entries, 13 of which are signed; 6 records are as they were written"), "{said}");
+    assert!(said.contains("entries 0 to 5 were removed by retention"), "{said}");
+
+    let changes: [(&str, &[&str]); 15] = [
+        (
+            "UPDATE cycles SET record = CAST(record || x'00' AS BLOB) WHERE cycle_id = 9",
+            &["cycle 9 (leaf 8) was changed"],
+        ),
+        (
+            "UPDATE cycles SET record = (SELECT record FROM cycles WHERE cycle_id = 8) WHERE cycle_id = 9",
+            &["cycle 9 (leaf 8) was changed", "it contains cycle 8, revision 8"],
+        ),
+        ("UPDATE cycles SET state = 3 WHERE cycle_id = 7", &["cycle 7 (leaf 6): its column state is not that"]),
+        ("UPDATE cycles SET request_id = 'r' WHERE cycle_id = 7", &["its column request_id is not that of its bytes"]),
+        ("UPDATE cycles SET finished_at = finished_at + 1 WHERE cycle_id = 7", &["its column finished_at is not"]),
+        ("DELETE FROM cycles WHERE cycle_id = 8", &["leaf 7 is missing, and no entry says that retention removed it"]),
+        ("DELETE FROM control", &["leaf 11 is missing", "by the log, those before leaf 0"]),
+        ("UPDATE control SET entry = x''", &["leaf 11 was changed"]),
+        (
+            "UPDATE cycles SET leaf = 99 WHERE cycle_id = 8; UPDATE cycles SET leaf = 7 WHERE cycle_id = 9;
+             UPDATE cycles SET leaf = 8 WHERE cycle_id = 8",
+            &["cycle 9 (leaf 7) was changed", "cycle 8 (leaf 8) was changed"],
+        ),
+        ("UPDATE cycles SET leaf = NULL WHERE cycle_id = 8", &["leaf 7 is missing", "cycle 8 has no leaf"]),
+        ("UPDATE hashes SET hash = zeroblob(32) WHERE id = (SELECT max(id) FROM hashes)", &["(leaf 12) was changed"]),
+        ("UPDATE hashes SET hash = zeroblob(32) WHERE id = 6", &["entries do not have the root"]),
+        ("DELETE FROM hashes WHERE id = 6", &["lacks the hashes of the entries before leaf 6"]),
+        ("INSERT INTO hashes VALUES (99, zeroblob(32))", &["the hash 99 in the table hashes belongs to no entry"]),
+        (
+            "DELETE FROM cycles WHERE cycle_id = 12; DELETE FROM hashes WHERE id >= 22;
+             UPDATE meta SET log_size = 12, last_cycle_id = 11, last_revision = 11",
+            &["the log has 12 entries, and the checkpoint of"],
+        ),
+    ];
+    for (i, (change, expected)) in changes.into_iter().enumerate() {
+        let changed = home.path(&format!("changed-{i}.db"));
+        fs::copy(&path, &changed).unwrap();
+        database(&changed).execute_batch(change).unwrap();
+        let signed = home.path("o.db.checkpoint");
+        let (code, said) = verify(&changed, &key, &["--checkpoint", signed.to_str().unwrap()]);
+        assert_eq!(code, Some(1), "{change}: {said}");
+        for expected in expected {
+            assert!(said.contains(expected), "{change}: {said}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_is_verified_only_by_a_checkpoint_that_the_key_has_signed() {
+    let (home, key) = verified_home().await;
+    let path = home.path("o.db");
+    let other = SigningKey::generate(key.name()).unwrap();
+    let (code, said) = verify(&path, other.verifying(), &[]);
+    assert!(code == Some(1) && said.contains("it is not signed by the key"), "{said}");
+    // The whole history, made anew and signed with another key.
+    let signed = home.path("other.checkpoint");
+    let forged = Signer { origin: key.name().into(), keys: vec![other] }.sign(13, Hash([1; 32]));
+    fs::write(&signed, forged).unwrap();
+    let (code, said) = verify(&path, &key, &["--checkpoint", signed.to_str().unwrap()]);
+    assert!(code == Some(1) && said.contains("it is not signed by the key"), "{said}");
+    let (code, said) =
+        verify(&home.path("no.db"), &key, &["--checkpoint", home.path("o.db.checkpoint").to_str().unwrap()]);
+    assert!(code == Some(1) && said.contains("no.db does not exist"), "{said}");
+    assert!(!home.path("no.db").exists());
 }

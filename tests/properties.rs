@@ -19,6 +19,7 @@ use futures_util::future::BoxFuture;
 use jiff::SignedDuration;
 use orchestrator_core::{
     host::Host,
+    ledger::Signer,
     memory::{Memory, Shares},
     model::{
         Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec,
@@ -315,7 +316,8 @@ async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, Orchest
     let memory = Shares::of(1 << 30);
     let spans = Arc::new(Untraced);
     let (fleet, declared) = (fleet.clone(), Declared::default());
-    Orchestrator::start(settings, &memory, host, fleet, (store, contents), declared, spans).await.unwrap()
+    let store = (store, contents, Signer::generate("test").unwrap());
+    Orchestrator::start(settings, &memory, host, fleet, store, declared, spans).await.unwrap()
 }
 
 /// Runs one case, and compares its events with the promises.

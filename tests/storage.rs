@@ -26,6 +26,7 @@ use orchestrator_core::{
     config::Config,
     dial::Dialer,
     host::Host,
+    ledger::Signer,
     memory::Shares,
     orchestrator::{Declared, Orchestrator, Stopped},
     ports::{StoreError, Untraced},
@@ -171,7 +172,8 @@ async fn an_idle_process_notices_that_it_was_superseded() {
     let memory = Shares::of(1 << 30);
     let dialer = Arc::new(Dialer::new(Arc::new(Sockets::default()), Duration::from_secs(1), memory.replies.clone()));
     let (settings, declared) = (serve::settings(&Config::default()), Declared::default());
-    let start = Orchestrator::start(settings, &memory, host, dialer, (store, contents), declared, Arc::new(Untraced));
+    let (store, spans) = ((store, contents, Signer::generate("test").unwrap()), Arc::new(Untraced));
+    let start = Orchestrator::start(settings, &memory, host, dialer, store, declared, spans);
     let (orchestrator, mut tasks) = start.await.unwrap();
     take_over(&home);
     for _ in 0..1000 {

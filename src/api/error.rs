@@ -62,6 +62,13 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
             "REVISION_NOT_RETAINED",
             vec![("oldest_revision", oldest.to_string()), ("newest_revision", newest.to_string())],
         ),
+        Refusal::CycleNotLogged(id) => {
+            (Code::FailedPrecondition, "CYCLE_NOT_LOGGED", vec![("cycle_id", id.to_string())])
+        }
+        Refusal::NotInLog { first, size } => {
+            (Code::OutOfRange, "NOT_IN_LOG", vec![("first_size", first.to_string()), ("size", size.to_string())])
+        }
+        Refusal::NoCheckpoint => (Code::Unavailable, "NO_CHECKPOINT", vec![]),
         Refusal::TooManyWatchers(_) => (Code::ResourceExhausted, "TOO_MANY_WATCHERS", vec![]),
         Refusal::OrderRing(ring) | Refusal::DeclaredRing { ring, .. } => {
             let names = while_it_fits(ring.names().map(Name::as_str), |name| name.len());

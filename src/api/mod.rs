@@ -7,6 +7,7 @@ mod error;
 mod gate;
 mod handlers;
 mod judge;
+mod ledger;
 mod loops;
 mod registry;
 mod request;
@@ -47,6 +48,7 @@ use crate::{
     proto::orchestrator::v1::{
         self as pb,
         access_server::{Access, AccessServer},
+        ledger_server::LedgerServer,
         orchestrator_server::{Orchestrator as Service, OrchestratorServer},
     },
 };
@@ -83,6 +85,22 @@ pub fn access_service(
 + Sync
 + 'static {
     Called { service: AccessServer::new(api.clone()), api }
+}
+
+/// The service that proves what the log of the history contains.
+pub fn ledger_service(
+    api: Api,
+) -> impl tonic::codegen::Service<
+    http::Request<Body>,
+    Response = http::Response<Body>,
+    Error = Infallible,
+    Future: Send + 'static,
+> + NamedService
++ Clone
++ Send
++ Sync
++ 'static {
+    Called { service: LedgerServer::new(api.clone()), api }
 }
 
 /// The stream of `WatchCycles`.

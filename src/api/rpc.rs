@@ -75,6 +75,9 @@ rpcs! {
     StopIntervalLoop: pb::StopIntervalLoopRequest,
     ListIntervalLoops: pb::ListIntervalLoopsRequest,
     WhoAmI: pb::WhoAmIRequest,
+    GetCheckpoint: pb::GetCheckpointRequest,
+    GetInclusionProof: pb::GetInclusionProofRequest,
+    GetConsistencyProof: pb::GetConsistencyProofRequest,
     // Not in the contract: requests of monitoring at the admin address.
     Metrics: self::Scrape,
 }

@@ -34,7 +34,7 @@ impl Rpc {
     /// Who may make this call.
     pub(super) fn rule(self) -> Rule {
         match self {
-            Self::WhoAmI => Rule::Authenticated,
+            Self::WhoAmI | Self::GetCheckpoint | Self::GetConsistencyProof => Rule::Authenticated,
             Self::Metrics => Rule::Roles(&[Role::Monitor, Role::Admin]),
             Self::GetStatus => Rule::Roles(&[Role::Monitor, Role::Viewer, Role::Operator, Role::Auditor, Role::Admin]),
             Self::GetSubsystem => {
@@ -42,6 +42,7 @@ impl Rpc {
             }
             Self::WatchCycles
             | Self::GetCycle
+            | Self::GetInclusionProof
             | Self::ListCycles
             | Self::PlanCycle
             | Self::ListSubsystems
@@ -219,6 +220,26 @@ impl Concerns for pb::ListIntervalLoopsRequest {
 
 /// It concerns only its caller.
 impl Concerns for pb::WhoAmIRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::default()
+    }
+}
+
+/// A checkpoint and what it extends contain hashes only.
+impl Concerns for pb::GetCheckpointRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::default()
+    }
+}
+
+/// The proof contains the record.
+impl Concerns for pb::GetInclusionProofRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::ALL
+    }
+}
+
+impl Concerns for pb::GetConsistencyProofRequest {
     fn targets(&self) -> Targets<'_> {
         Targets::default()
     }

@@ -22,6 +22,7 @@ mod store;
 mod subsystems;
 mod token;
 mod top;
+mod verify;
 mod watch;
 mod whoami;
 
@@ -109,6 +110,7 @@ enum Command {
     Token(token::TokenCommand),
     #[command(name = "whoami")]
     WhoAmI(whoami::WhoAmI),
+    Verify(verify::Verify),
     Conformance(conformance::Conformance),
     Completions(completions::Completions),
 }
@@ -171,6 +173,7 @@ impl Cli {
             Command::Check(check) => Box::pin(ready(check.run())),
             Command::Store(store) => Box::pin(ready(store.run())),
             Command::Token(token) => Box::pin(ready(token.run())),
+            Command::Verify(verify) => Box::pin(ready(verify.run())),
             Command::Completions(completions) => Box::pin(ready(completions.run())),
         };
         until_left(work, last_words).await

@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::{
     ClientAuth, DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
     OnReload::{Applies, NeedsRestart},
-    Setting, TlsVersion, admin_address, collector, listen_address, log_filter, orchestrator_id, path, retention,
-    revoked,
+    Setting, TlsVersion, admin_address, collector, key_files, listen_address, log_filter, orchestrator_id, origin,
+    path, retention, revoked,
 };
 use crate::{access::Mode, store::StoreUrl};
 
@@ -60,6 +60,8 @@ settings! {
     memory.max_bytes: NeedsRestart, number(64 * MIB..=1024 * GIB).map(Some);
     store.url: NeedsRestart, parsed(StoreUrl::parse);
     store.retention: Applies, group(retention);
+    ledger.key_files: NeedsRestart, group(key_files);
+    ledger.origin: NeedsRestart, parsed(origin).map(Some);
     cycle.deadline: Applies, duration(MS..=DAY);
     cycle.max_concurrent_calls: Applies, number(1..=100_000);
     cycle.max_queued: Applies, number(0..=10_000);

@@ -594,6 +594,8 @@ const OTHERS: &[(&str, &str)] = &[
     ("memory.max_bytes", "67108864"),
     ("store.url", "memory:"),
     ("store.retention", "{max_cycles = 1}"),
+    ("ledger.key_files", "['a.key']"),
+    ("ledger.origin", "example.org/log"),
     ("cycle.deadline", "1s"),
     ("cycle.max_concurrent_calls", "1"),
     ("cycle.max_queued", "1"),

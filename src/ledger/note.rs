@@ -44,6 +44,30 @@ pub enum NoteError {
     Forged(String),
 }
 
+/// Signs the checkpoints of one log.
+#[derive(Debug)]
+pub struct Signer {
+    /// The name of the log, which no other log has. One line.
+    pub origin: String,
+    /// The keys, each of which signs.
+    pub keys: Vec<SigningKey>,
+}
+
+impl Signer {
+    /// A signer with a new key of the same name as the log.
+    ///
+    /// # Errors
+    /// As [`SigningKey::generate`].
+    pub fn generate(origin: &str) -> Result<Self, NoteError> {
+        Ok(Self { origin: origin.to_owned(), keys: vec![SigningKey::generate(origin)?] })
+    }
+
+    /// The signed checkpoint of the log of this size, with this root.
+    pub fn sign(&self, size: u64, root: Hash) -> String {
+        SigningKey::sign(&Checkpoint { origin: self.origin.clone(), size, root }, &self.keys)
+    }
+}
+
 /// Signs checkpoints.
 pub struct SigningKey {
     pair: Ed25519KeyPair,

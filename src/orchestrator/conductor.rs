@@ -198,6 +198,7 @@ impl Shared {
             self.no_late_commit().await;
             let closed = self.edit(|_| Write { close: true, ..Write::default() }, |_| (), None).await;
             if !closed.as_ref().is_err_and(StoreError::is_late) {
+                self.publish_last_checkpoint().await;
                 return closed;
             }
         }

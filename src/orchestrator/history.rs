@@ -194,7 +194,7 @@ impl Shared {
         self.settings().max_record_bytes.min(self.history.max())
     }
 
-    async fn room(&self, bytes: usize) -> Result<Held, Full> {
+    pub(super) async fn room(&self, bytes: usize) -> Result<Held, Full> {
         let bytes = bytes.min(self.history.max());
         let full = |_| Full { purpose: self.history.purpose(), max: self.history.max(), wanted: bytes };
         timeout(PATIENCE, self.history.hold(bytes)).await.map_err(full)

@@ -15,6 +15,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Shared, State,
     admission::Admitted,
+    checkpoints::Checkpoints,
     figures::{Counts, Watchers},
     line::Line,
     live::Live,
@@ -24,6 +25,7 @@ use super::{
 use crate::{
     engine::{Engine, InputRoom, Member, Order, Slots, Standing},
     host::Host,
+    ledger::Signer,
     memory::{Memory, Shares},
     model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, IntervalLoop, Name, Subsystem, Trigger},
     ports::{
@@ -35,7 +37,7 @@ use crate::{
 
 impl Orchestrator {
     /// Restores the state of the earlier process, and starts running cycles. The store comes with its contents at the
-    /// takeover.
+    /// takeover, and with the signer of its log.
     ///
     /// # Errors
     /// The declared and stored subsystems have a circular dependency, there is no memory for them, or the store can't
@@ -45,7 +47,7 @@ impl Orchestrator {
         memory: &Shares,
         host: Host,
         subsystems: Arc<dyn Subsystems>,
-        (store, mut contents): (Arc<dyn Store>, Contents),
+        (store, mut contents, signer): (Arc<dyn Store>, Contents, Signer),
         declared: Declared,
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, OrchestratorTasks), Refusal> {
@@ -189,6 +191,7 @@ impl Orchestrator {
             },
             newest: latest::Sender::new(state.last_revision),
             live: Live::new(watching.clone()),
+            checkpoints: Checkpoints::new(signer),
             watching,
             // With their known state, if requested.
             _recent: memory.history.try_hold(3 * State::RECENT_BYTES).ok(),

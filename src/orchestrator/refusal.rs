@@ -61,6 +61,25 @@ pub enum Refusal {
         /// The newest revision.
         newest: Revision,
     },
+    /// Its record is older than the log.
+    #[error("the record of cycle {0} is not in the log: an earlier version of this software recorded it")]
+    CycleNotLogged(CycleId),
+    /// The log can't prove this.
+    #[error(
+        "the log has {size} entries, and keeps what proves logs from {first} entries on; give sizes in this range, the \
+         smaller one first"
+    )]
+    NotInLog {
+        /// The size of the smallest log, besides the empty one, that can be proved.
+        first: u64,
+        /// Number of entries.
+        size: u64,
+    },
+    /// No checkpoint was published.
+    #[error(
+        "no checkpoint of the log covers it yet: the file beside the store can't be written; see the log of the service"
+    )]
+    NoCheckpoint,
     /// The limit of watchers is reached.
     #[error("the limit of {0} watchers is reached (server.max_watchers); disconnect one, or raise the limit")]
     TooManyWatchers(usize),

@@ -19,6 +19,8 @@ const LEASES: Task =
     Task { name: "the timer of leases", purpose: "unregisters subsystems whose lease was not renewed" };
 const RETENTION: Task =
     Task { name: "the retention of the history", purpose: "removes records beyond the limits of retention" };
+const CHECKPOINTS: Task =
+    Task { name: "the checkpoints of the log", purpose: "signs and publishes how far the log goes" };
 const PROGRESS: Task = Task { name: "the live progress", purpose: "sends the progress of running cycles to watchers" };
 
 /// The tasks of an [`Orchestrator`].
@@ -93,6 +95,7 @@ impl OrchestratorTasks {
         others.start_infallible(LOOPS, shared.clone().fire_ticks());
         others.start_infallible(LEASES, shared.clone().expire_leases());
         others.start_infallible(RETENTION, shared.clone().prune());
+        others.start_infallible(CHECKPOINTS, shared.clone().publish_checkpoints());
         others.start_infallible(PROGRESS, shared.clone().send_progress());
         Self { conductor: tokio::spawn(shared.clone().conduct()), others }
     }

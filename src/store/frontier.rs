@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 
 use crate::{
-    ledger::{self, Entry, Hash, Node},
+    ledger::{Entry, Hash, Node},
     model::{CycleId, Revision},
-    ports::{Record, Write},
+    ports::{Log, Record, Write},
 };
 
 /// The frontier of a store.
@@ -23,14 +23,6 @@ pub(super) struct Frontier {
     pub(super) open: BTreeSet<CycleId>,
     /// The log of the history.
     pub(super) log: Log,
-}
-
-/// The log of a store, as far as it is needed to append to it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Log {
-    pub(super) frontier: ledger::Frontier,
-    /// All entries below this leaf are gone, and of the nodes of their leaves only those of its own frontier are left.
-    pub(super) first_kept: u64,
 }
 
 /// What a write appends to the log: a leaf for each of its records, in their order, and then for the entry of its
@@ -47,23 +39,18 @@ pub(super) struct Appended {
     pub(super) log: Log,
 }
 
-impl Log {
-    /// Appends `write`.
-    pub(super) fn append(&self, write: &Write) -> Appended {
-        let Self { mut frontier, first_kept } = self.clone();
+impl Appended {
+    /// What `write` appends to `log`.
+    pub(super) fn to(log: &Log, write: &Write) -> Self {
+        let Log { mut frontier, first_kept } = log.clone();
+        let (first_leaf, first_node) = (frontier.size(), Node::complete_with(frontier.size()));
         let records = write.records.iter().map(|record| Entry::Cycle(&record.bytes));
         let control = write.removal.entry.iter().map(|entry| Entry::Control(entry));
         let nodes = records.chain(control).flat_map(|entry| frontier.append(entry.leaf())).collect();
-        Appended {
-            first_leaf: self.frontier.size(),
-            first_node: Node::complete_with(self.frontier.size()),
-            nodes,
-            log: Self { frontier, first_kept: first_kept.max(write.removal.first_kept) },
-        }
+        let log = Log { frontier, first_kept: first_kept.max(write.removal.first_kept) };
+        Self { first_leaf, first_node, nodes, log }
     }
-}
 
-impl Appended {
     /// The records of `write` with their leaves.
     pub(super) fn records<'a>(&self, write: &'a Write) -> impl Iterator<Item = (u64, &'a Record)> {
         (self.first_leaf..).zip(&write.records)

@@ -14,7 +14,7 @@ use futures_util::{
 use jiff::Timestamp;
 
 use super::{
-    frontier::Frontier,
+    frontier::{Appended, Frontier},
     not_taken_over,
     pruning::{rules, to_prune},
 };
@@ -23,7 +23,7 @@ use crate::{
     ledger::{self, Hash, Node},
     model::{CycleId, Epoch, Name, Output, Revision},
     ports::{
-        Contents, Excess, Filter, Found, OpenCycle, Page, PageLimits, Record, Removal, ResumeError, Retention,
+        Contents, Excess, Filter, Found, Log, OpenCycle, Page, PageLimits, Record, Removal, ResumeError, Retention,
         SCAN_LIMIT, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
     },
 };
@@ -96,7 +96,7 @@ impl Kept {
             return Err(StoreError::Fenced { by: self.epoch });
         }
         self.frontier.check(write).map_err(|problem| StoreError::Defect { problem })?;
-        let appended = self.frontier.log.append(write);
+        let appended = Appended::to(&self.frontier.log, write);
         self.nodes.extend((appended.first_node..).zip(appended.nodes.iter().copied()));
         self.leaves.extend(appended.records(write).map(|(leaf, record)| (record.revision, leaf)));
         self.frontier.advance(write, appended);
@@ -129,6 +129,9 @@ impl Kept {
                 self.revisions.remove(&record.cycle_id);
                 self.bytes -= record.bytes.len() as u64;
             }
+        }
+        if removal.revisions.is_empty() {
+            return;
         }
         let first_kept = self.frontier.log.first_kept;
         let needed: Vec<_> = ledger::Frontier::nodes(first_kept).into_iter().map(Node::number).collect();
@@ -241,6 +244,26 @@ impl Store for MemoryStore {
         let is_taken_over = kept.epoch != Epoch::default();
         let excess = if is_taken_over { Ok(kept.excess(&retention, now, limit)) } else { Err(not_taken_over()) };
         Box::pin(ready(excess))
+    }
+
+    fn log(&self) -> Log {
+        self.kept().frontier.log.clone()
+    }
+
+    fn leaf(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<u64>, StoreError>> {
+        let kept = self.kept();
+        let leaf = kept.revisions.get(&cycle_id).and_then(|revision| kept.leaves.get(revision)).copied();
+        Box::pin(ready(Ok(leaf)))
+    }
+
+    fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>> {
+        let kept = self.kept();
+        let hashes = nodes.into_iter().map(|node| kept.nodes.get(&node.number()).copied()).collect();
+        Box::pin(ready(Ok(hashes)))
+    }
+
+    fn publish(&self, _: String) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(ready(Ok(())))
     }
 
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {

@@ -1,17 +1,24 @@
 //! Stores of records. They implement one trait, [`Store`] in `ports`, and pass one test suite.
 
 mod frontier;
+mod keys;
 mod memory;
 mod pruning;
 mod sqlite;
 #[cfg(test)]
 mod suite;
 
-use std::{fmt, path::PathBuf, sync::Arc};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
+pub use self::keys::{KeyFileError, checkpoint_of, keep_published, published, signing_keys};
 pub use self::sqlite::DatabaseFileError;
 use crate::{
     clock::Clock,
+    ledger::{Checkpoint, RecordsPruned},
     model::CycleId,
     ports::{Record, Store, StoreError},
 };
@@ -106,6 +113,16 @@ pub enum OpenError {
         /// The latest supported version.
         known: i64,
     },
+    /// An earlier version of this software has written it last.
+    #[error("{store} has schema version {found}, and no log before version {known}; serve it once")]
+    TooOld {
+        /// The location of the store.
+        store: String,
+        /// Its version.
+        found: i64,
+        /// The latest version.
+        known: i64,
+    },
     /// Other software has created it.
     #[error("{store} is a database of some other software; name another store")]
     Foreign {
@@ -157,6 +174,42 @@ pub fn accept(url: &StoreUrl) -> Result<Accepted, OpenError> {
         StoreUrl::Memory => Err(DatabaseFileError::Missing { database: url.to_string() }.into()),
         StoreUrl::Sqlite(path) => sqlite::accept(path),
     }
+}
+
+/// What is expected of the entries of a log.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// Checks that the keys of a record are those in its bytes.
+    pub record: Check,
+    /// Decodes a control entry.
+    pub pruned: fn(&[u8]) -> Result<RecordsPruned, String>,
+}
+
+/// The result of [`verify`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Number of entries of the log.
+    pub entries: u64,
+    /// The entries before this leaf were removed by retention.
+    pub first_kept: u64,
+    /// Number of records in the log that are there.
+    pub records: u64,
+    /// Number of records that are older than the log.
+    pub unlogged: u64,
+}
+
+/// Verifies a SQLite database, which a process may have open, against a checkpoint whose signature was verified: each
+/// thing that is wrong is given to `wrong`. Waits for the disk.
+///
+/// # Errors
+/// It does not exist, or can't be read.
+pub fn verify(
+    path: &Path,
+    checkpoint: &Checkpoint,
+    rules: Rules,
+    wrong: &mut dyn FnMut(String),
+) -> Result<Verified, OpenError> {
+    sqlite::verify(path, checkpoint, rules, wrong)
 }
 
 #[cfg(test)]

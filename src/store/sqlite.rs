@@ -33,9 +33,11 @@ mod rows;
 mod schema;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod writer;
 
 use std::{
+    io,
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
@@ -53,22 +55,28 @@ use tokio::{
     time::timeout,
 };
 
-pub(super) use self::opening::accept;
 pub use self::place::DatabaseFileError;
 use self::{
     error::{explain, unavailable, unwritable},
+    log::SharedLog,
     note::{Mark, Note, is_of_this_database, refuse_older_copy},
     opening::Opened,
     place::LockedDatabase,
     reading::Readers,
     writer::{Job, Writer},
 };
-use super::{Check, OpenError};
+pub(super) use self::{opening::accept, verify::verify};
+use super::{
+    Check, OpenError,
+    keys::{checkpoint_of, replace},
+};
 use crate::{
     clock::Clock,
+    ledger::{Hash, Node},
     model::{CycleId, Revision},
     ports::{
-        Contents, Excess, Filter, Found, Page, PageLimits, ResumeError, Retention, Store, StoreError, StoreSize, Write,
+        Contents, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention, Store, StoreError, StoreSize,
+        Write,
     },
 };
 
@@ -86,6 +94,7 @@ pub(super) struct SqliteStore {
     jobs: Option<mpsc::Sender<Job>>,
     writer: Option<thread::JoinHandle<()>>,
     readers: Readers,
+    log: SharedLog,
     trouble: watch::Sender<Option<StoreError>>,
     /// Released last, after all connections are closed.
     _place: LockedDatabase,
@@ -107,7 +116,8 @@ impl SqliteStore {
         let path = Arc::new(place.path.clone());
         let readers = Readers::connect(&path).map_err(|error| explain(&path, &error))?;
         let (jobs, incoming) = mpsc::channel(QUEUE);
-        let writer = Writer::new((path.clone(), here), connection, (note, noted), check, clock);
+        let log = SharedLog::default();
+        let writer = Writer::new((path.clone(), here), connection, log.clone(), (note, noted), check, clock);
         let writer = writer.map_err(|error| unwritable(&path, &error))?;
         let writer = thread::Builder::new().name("store".into()).spawn(move || writer.run(incoming));
         let writer = writer.map_err(|error| unavailable(&path, error.to_string()))?;
@@ -117,6 +127,7 @@ impl SqliteStore {
             jobs: Some(jobs),
             writer: Some(writer),
             readers,
+            log,
             trouble: watch::Sender::new(None),
             _place: place,
         })
@@ -197,6 +208,28 @@ impl Store for SqliteStore {
 
     fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {
         Box::pin(self.ask(move |reply| Job::Excess(retention, now, limit, reply)))
+    }
+
+    fn log(&self) -> Log {
+        self.log.get()
+    }
+
+    fn leaf(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<u64>, StoreError>> {
+        Box::pin(self.readers.read(move |connection| Ok(log::leaf(connection, cycle_id)?)))
+    }
+
+    fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>> {
+        Box::pin(self.readers.read(move |connection| Ok(log::hashes(connection, &nodes)?)))
+    }
+
+    fn publish(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
+        let path = checkpoint_of(&self.path);
+        Box::pin(async move {
+            let store = path.display().to_string();
+            let written = tokio::task::spawn_blocking(move || replace(&path, &checkpoint)).await;
+            let written = written.unwrap_or_else(|error| Err(io::Error::other(error)));
+            written.map_err(|error| StoreError::Unavailable { store, problem: error.to_string() })
+        })
     }
 
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {

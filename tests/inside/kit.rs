@@ -9,11 +9,12 @@ use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 use orchestrator_core::{
     host::Host,
+    ledger::{Hash, Node, Signer},
     memory::{Memory, Shares},
     model::{Answer, Code, CycleId, CycleRequest, Epoch, Name, Revision, Subsystem, SubsystemSpec, Trigger},
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Settings},
     ports::{
-        CallError, Contents, Excess, Filter, Found, InitializeCall, Left, Page, PageLimits, Reply, ResumeError,
+        CallError, Contents, Excess, Filter, Found, InitializeCall, Left, Log, Page, PageLimits, Reply, ResumeError,
         Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
     },
 };
@@ -80,6 +81,22 @@ impl Store for Around {
             Ok(()) => self.inner.excess(retention, now, limit),
             Err(error) => Box::pin(async { Err(error) }),
         }
+    }
+
+    fn log(&self) -> Log {
+        self.inner.log()
+    }
+
+    fn leaf(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<u64>, StoreError>> {
+        self.inner.leaf(cycle_id)
+    }
+
+    fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>> {
+        self.inner.nodes(nodes)
+    }
+
+    fn publish(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.inner.publish(checkpoint)
     }
 
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
@@ -173,6 +190,6 @@ pub(crate) async fn start(
 ) -> (Orchestrator, OrchestratorTasks) {
     let contents = store.take_over().await.unwrap();
     let memory = Shares::of(1 << 30);
-    let (store, spans) = ((store, contents), Arc::new(Untraced));
+    let (store, spans) = ((store, contents, Signer::generate("test").unwrap()), Arc::new(Untraced));
     Orchestrator::start(settings, &memory, host(), fleet, store, Declared::default(), spans).await.unwrap()
 }

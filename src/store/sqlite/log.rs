@@ -1,6 +1,9 @@
 //! The tables of the log of the history.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use rusqlite::{Connection, OptionalExtension, Transaction};
 
@@ -10,10 +13,24 @@ use super::{
 };
 use crate::{
     ledger::{Entry, Frontier, Hash, Node},
-    model::Revision,
-    ports::{StoreError, Write},
-    store::frontier::{Appended, Log},
+    model::{CycleId, Revision},
+    ports::{Log, StoreError, Write},
+    store::frontier::Appended,
 };
+
+/// The log as of the last durable commit, for readers.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SharedLog(Arc<Mutex<Log>>);
+
+impl SharedLog {
+    pub(super) fn get(&self) -> Log {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set(&self, log: &Log) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone_from(log);
+    }
+}
 
 /// The log of a database that is taken over.
 pub(super) fn read(connection: &Connection, path: &Path) -> Result<Log, StoreError> {
@@ -30,6 +47,13 @@ pub(super) fn read(connection: &Connection, path: &Path) -> Result<Log, StoreErr
         store: path.display().to_string(),
         problem: format!("log_size in its table meta is {size}, and its table hashes is not that of such a log"),
     })
+}
+
+/// The leaf of the record of this cycle, if it has one.
+pub(super) fn leaf(connection: &Connection, cycle_id: CycleId) -> rusqlite::Result<Option<u64>> {
+    let mut query = connection.prepare_cached("SELECT leaf FROM cycles WHERE cycle_id = ?1")?;
+    let leaf = query.query_row([integer(cycle_id.0)], |row| row.get::<_, Option<i64>>(0)).optional()?;
+    Ok(leaf.flatten().map(i64::unsigned_abs))
 }
 
 /// The hashes of these nodes; `None` if one is missing.

@@ -37,6 +37,15 @@ pub(super) fn check_version(connection: &Connection, path: &Path) -> Result<i64,
     Ok(found)
 }
 
+/// Checks that a database has the current schema.
+pub(super) fn check_current(connection: &Connection, path: &Path) -> Result<(), OpenError> {
+    let (found, known) = (check_version(connection, path)?, i64::try_from(migrations().count()).unwrap_or(i64::MAX));
+    if found < known {
+        return Err(OpenError::TooOld { store: path.display().to_string(), found, known });
+    }
+    Ok(())
+}
+
 /// Applies the missing migrations to a database of this version.
 pub(super) fn migrate(connection: &mut Connection, found: i64) -> rusqlite::Result<()> {
     for (version, statements) in (1_i64..).zip(migrations()).filter(|(version, _)| *version > found) {

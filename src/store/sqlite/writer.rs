@@ -22,7 +22,7 @@ use super::{
     contents::read_contents,
     error::{explain, unavailable},
     identity::Identity,
-    log,
+    log::{self, SharedLog},
     note::{Mark, Note, lost},
     place::{FileId, file_id, log_of},
     rows::{HAS_REVISION, integer, number, state_number, time},
@@ -33,7 +33,7 @@ use crate::{
     ports::{Contents, Durability, Excess, Retention, StoreError, Write},
     store::{
         Check,
-        frontier::Frontier,
+        frontier::{Appended, Frontier},
         not_taken_over,
         pruning::{rules, to_prune},
     },
@@ -65,6 +65,8 @@ pub(super) struct Writer {
     here: Identity,
     /// `None` until it is taken over.
     term: Option<Term>,
+    /// The log as of the last durable commit.
+    log: SharedLog,
     /// The note of how far the database was written; `None` once writing it has failed.
     note: Option<Note>,
     /// The note of this database when it was opened.
@@ -91,6 +93,7 @@ impl Writer {
     pub(super) fn new(
         (path, here): (Arc<PathBuf>, Identity),
         connection: Connection,
+        log: SharedLog,
         (note, noted): (Note, Option<Mark>),
         check: Check,
         clock: Clock,
@@ -103,6 +106,7 @@ impl Writer {
             connection,
             here,
             term: None,
+            log,
             note: Some(note),
             noted,
             synchronous: Durability::Durable,
@@ -136,6 +140,7 @@ impl Writer {
             log: log::read(&self.connection, &self.path)?,
         };
         let Mark { id: database_id, commits, .. } = mark;
+        self.log.set(&frontier.log);
         self.term = Some(Term { epoch: contents.epoch, current, database_id, commits, frontier });
         Ok(contents)
     }
@@ -159,13 +164,14 @@ impl Writer {
             self.synchronous = write.durability;
         }
         let begins = term.current != term.epoch;
-        let appended = term.frontier.log.append(write);
+        let appended = Appended::to(&term.frontier.log, write);
         let taken_over_by = term.transact(&mut self.connection, &self.here, write, &appended).map_err(explained)?;
         if let Some(by) = taken_over_by {
             return Err(StoreError::Fenced { by });
         }
         term.advance(write, appended);
         if write.durability == Durability::Durable {
+            self.log.set(&term.frontier.log);
             let mark = term.mark();
             self.note(&mark);
         }

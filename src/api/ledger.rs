@@ -1,0 +1,72 @@
+//! Checkpoints of the log, and proofs.
+
+use bytes::Bytes;
+use tonic::{Request, Status};
+
+use super::{Answer, Api, error::status, gate::Entered, handlers::invalid, request};
+use crate::{
+    ledger::Hash,
+    orchestrator::Published,
+    proto::orchestrator::v1::{self as pb, ledger_server::Ledger},
+};
+
+#[tonic::async_trait]
+impl Ledger for Api {
+    async fn get_checkpoint(&self, request: Request<pb::GetCheckpointRequest>) -> Answer<pb::GetCheckpointResponse> {
+        self.gate.answer(request, get_checkpoint).await
+    }
+
+    async fn get_inclusion_proof(
+        &self,
+        request: Request<pb::GetInclusionProofRequest>,
+    ) -> Answer<pb::GetInclusionProofResponse> {
+        self.gate.answer(request, get_inclusion_proof).await
+    }
+
+    async fn get_consistency_proof(
+        &self,
+        request: Request<pb::GetConsistencyProofRequest>,
+    ) -> Answer<pb::GetConsistencyProofResponse> {
+        self.gate.answer(request, get_consistency_proof).await
+    }
+}
+
+async fn get_checkpoint(call: Entered<pb::GetCheckpointRequest>) -> Result<pb::GetCheckpointResponse, Status> {
+    let Published { note, .. } = call.checkpoint().await.map_err(status)?;
+    Ok(pb::GetCheckpointResponse { checkpoint: note.to_string(), keys: call.log_keys() })
+}
+
+async fn get_inclusion_proof(
+    mut call: Entered<pb::GetInclusionProofRequest>,
+) -> Result<pb::GetInclusionProofResponse, Status> {
+    let pb::GetInclusionProofRequest { cycle_id, size } = call.take_request();
+    let cycle_id = request::cycle_id(cycle_id).map_err(invalid)?;
+    let Published { size, note } = match size {
+        0 => call.checkpoint_of(cycle_id).await.map_err(status)?,
+        size => Published { size, ..Published::default() },
+    };
+    let proved = call.prove(cycle_id, size).await.map_err(status)?;
+    Ok(pb::GetInclusionProofResponse {
+        leaf: proved.leaf,
+        size,
+        hashes: bytes_of(&proved.proof.0),
+        entry: proved.entry,
+        checkpoint: note.to_string(),
+    })
+}
+
+async fn get_consistency_proof(
+    mut call: Entered<pb::GetConsistencyProofRequest>,
+) -> Result<pb::GetConsistencyProofResponse, Status> {
+    let pb::GetConsistencyProofRequest { from_size, size } = call.take_request();
+    let Published { size, note } = match size {
+        0 => call.checkpoint().await.map_err(status)?,
+        size => Published { size, ..Published::default() },
+    };
+    let proof = call.prove_extension(from_size, size).await.map_err(status)?;
+    Ok(pb::GetConsistencyProofResponse { size, hashes: bytes_of(&proof.0), checkpoint: note.to_string() })
+}
+
+fn bytes_of(hashes: &[Hash]) -> Vec<Bytes> {
+    hashes.iter().map(|hash| Bytes::copy_from_slice(&hash.0)).collect()
+}

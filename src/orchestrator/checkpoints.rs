@@ -1,0 +1,192 @@
+//! Signed checkpoints of the log, and the proofs that refer to them.
+
+use std::{ops::RangeInclusive, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::{
+    sync::{Mutex, watch as latest},
+    time::{sleep, timeout},
+};
+
+use super::{Orchestrator, Refusal, Shared};
+use crate::{
+    ledger::{Consistency, Entry, Hash, Inclusion, Path, Signer},
+    model::CycleId,
+    ports::{Log, StoreError},
+};
+
+/// Shortest time between two checkpoints.
+const EVERY: Duration = Duration::from_secs(1);
+/// Longest wait for a checkpoint that covers an entry: a few times as long as one usually takes.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A checkpoint that was published.
+#[derive(Clone, Debug, Default)]
+pub struct Published {
+    /// Number of leaves.
+    pub size: u64,
+    /// The signed text.
+    pub note: Arc<str>,
+}
+
+/// A proof that the log of a checkpoint contains the record of a cycle.
+#[derive(Clone, Debug)]
+pub struct ProvedCycle {
+    /// Its leaf.
+    pub leaf: u64,
+    /// The encoded `LogEntry`.
+    pub entry: Bytes,
+    /// The proof.
+    pub proof: Inclusion,
+}
+
+/// Signs and publishes checkpoints.
+pub(super) struct Checkpoints {
+    signer: Signer,
+    newest: latest::Sender<Published>,
+    /// Held while one is published, so that they are published in their order.
+    turn: Mutex<()>,
+}
+
+impl Checkpoints {
+    pub(super) fn new(signer: Signer) -> Self {
+        Self { signer, newest: latest::Sender::default(), turn: Mutex::default() }
+    }
+}
+
+impl Orchestrator {
+    /// The public keys of those that sign checkpoints, in their text form.
+    pub fn log_keys(&self) -> Vec<String> {
+        self.0.checkpoints.signer.keys.iter().map(|key| key.verifying().to_string()).collect()
+    }
+
+    /// The newest published checkpoint. The first one of a process may have to be awaited.
+    ///
+    /// # Errors
+    /// None can be published.
+    pub async fn checkpoint(&self) -> Result<Published, Refusal> {
+        self.0.published(0).await
+    }
+
+    /// The newest published checkpoint that covers the record of this cycle, which may have to be awaited for about a
+    /// second.
+    ///
+    /// # Errors
+    /// The cycle has no record, the record is older than the log, or no checkpoint can be published.
+    pub async fn checkpoint_of(&self, cycle_id: CycleId) -> Result<Published, Refusal> {
+        let leaf = self.leaf(cycle_id).await?;
+        self.0.published(leaf + 1).await
+    }
+
+    /// A proof that the log of the first `size` entries contains the record of a cycle.
+    ///
+    /// # Errors
+    /// The cycle has no record, the record can't be read or is not among these entries, or the log has fewer entries.
+    pub async fn prove(&self, cycle_id: CycleId, size: u64) -> Result<ProvedCycle, Refusal> {
+        let record = self.cycle(cycle_id).await?;
+        let leaf = self.leaf(cycle_id).await?;
+        let log = self.0.store.log();
+        check_sizes(&log, leaf.saturating_add(1)..=size)?;
+        let path = Path::of_inclusion(leaf, size);
+        let proof = Inclusion(self.0.hashes(&path, &log).await?);
+        let entry = Entry::Cycle(&record.bytes).to_bytes();
+        let room = self.0.room(entry.len()).await?;
+        Ok(ProvedCycle { leaf, entry: room.around(entry.into()), proof })
+    }
+
+    /// A proof that the log of the first `size` entries extends that of the first `earlier` ones.
+    ///
+    /// # Errors
+    /// The log has fewer entries, or the hashes that prove it are no longer retained.
+    pub async fn prove_extension(&self, earlier: u64, size: u64) -> Result<Consistency, Refusal> {
+        let log = self.0.store.log();
+        check_sizes(&log, earlier..=size)?;
+        let path = Path::of_consistency(earlier, size);
+        Ok(Consistency(self.0.hashes(&path, &log).await?))
+    }
+
+    /// The leaf of the record of a cycle.
+    async fn leaf(&self, cycle_id: CycleId) -> Result<u64, Refusal> {
+        if let Some(leaf) = self.0.store.leaf(cycle_id).await? {
+            return Ok(leaf);
+        }
+        self.cycle(cycle_id).await?;
+        Err(Refusal::CycleNotLogged(cycle_id))
+    }
+}
+
+impl Shared {
+    /// Publishes a checkpoint after entries were appended: at most one a second. Commits never wait for it.
+    pub(super) async fn publish_checkpoints(self: Arc<Self>) {
+        let mut appended = self.newest.subscribe();
+        let mut is_told = false;
+        loop {
+            appended.mark_unchanged();
+            let published = self.publish_checkpoint().await;
+            if let Err(error) = &published
+                && !is_told
+            {
+                tracing::warn!(%error, "can't publish a checkpoint of the log; the earlier one stays, and it is retried");
+            }
+            is_told = published.is_err();
+            sleep(EVERY).await;
+            if published.is_ok() && appended.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The newest checkpoint, once there is one of this many entries.
+    async fn published(&self, entries: u64) -> Result<Published, Refusal> {
+        let mut newest = self.checkpoints.newest.subscribe();
+        let covers = |published: &Published| published.size >= entries && !published.note.is_empty();
+        match timeout(PATIENCE, newest.wait_for(covers)).await {
+            Ok(Ok(published)) => Ok(published.clone()),
+            _ => Err(Refusal::NoCheckpoint),
+        }
+    }
+
+    /// Publishes the last checkpoint of this process, after its last write.
+    pub(super) async fn publish_last_checkpoint(&self) {
+        if let Err(error) = self.publish_checkpoint().await {
+            tracing::warn!(%error, "can't publish the last checkpoint of the log");
+        }
+    }
+
+    /// Publishes a checkpoint, unless the newest one has all entries.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub(super) async fn publish_checkpoint(&self) -> Result<(), StoreError> {
+        let Checkpoints { signer, newest, turn } = &self.checkpoints;
+        let _turn = turn.lock().await;
+        let Log { frontier, .. } = self.store.log();
+        let is_new = {
+            let newest = newest.borrow();
+            newest.note.is_empty() || newest.size < frontier.size()
+        };
+        if is_new {
+            let note = signer.sign(frontier.size(), frontier.root());
+            self.store.publish(note.clone()).await?;
+            newest.send_replace(Published { size: frontier.size(), note: note.into() });
+        }
+        Ok(())
+    }
+
+    /// The hashes of a proof.
+    async fn hashes(&self, path: &Path, log: &Log) -> Result<Vec<Hash>, Refusal> {
+        let nodes = self.store.nodes(path.nodes()).await?;
+        let (first, size) = (self.store.log().first_kept, log.frontier.size());
+        // Retention may have removed them since.
+        nodes.map(|nodes| path.hashes(&nodes)).ok_or(Refusal::NotInLog { first, size })
+    }
+}
+
+/// Checks that a proof between logs of these sizes can be made.
+fn check_sizes(log: &Log, sizes: RangeInclusive<u64>) -> Result<(), Refusal> {
+    let (first, size) = (log.first_kept, log.frontier.size());
+    let (earlier, later) = sizes.into_inner();
+    // No hash is needed to extend the empty log.
+    let is_kept = earlier >= first || earlier == 0;
+    if earlier <= later && later <= size && is_kept { Ok(()) } else { Err(Refusal::NotInLog { first, size }) }
+}

@@ -1,0 +1,266 @@
+//! Verifies a database from the outside: every entry of its log, every column that a read relies on, and every hash.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use rusqlite::{Connection, OpenFlags, OptionalExtension};
+
+use super::{
+    error::explain,
+    log::hashes,
+    place::DatabaseFileError,
+    rows::{COLUMNS, found, integer, number},
+    schema::check_current,
+};
+use crate::{
+    ledger::{Checkpoint, Entry, Frontier, Hash, Node},
+    ports::Record,
+    store::{OpenError, Rules, Verified},
+};
+
+/// Verifies the database at this path, which a process may have open: what is wrong is given to `wrong`, one by one.
+pub(in super::super) fn verify(
+    path: &Path,
+    checkpoint: &Checkpoint,
+    rules: Rules,
+    wrong: &mut dyn FnMut(String),
+) -> Result<Verified, OpenError> {
+    if !path.exists() {
+        return Err(DatabaseFileError::Missing { database: path.display().to_string() }.into());
+    }
+    let explained = |error| explain(path, &error);
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut connection = Connection::open_with_flags(path, flags).map_err(explained)?;
+    check_current(&connection, path)?;
+    // One transaction, so that all that is read belongs together.
+    let transaction = connection.transaction().map_err(explained)?;
+    let (size, first_kept) = transaction
+        .query_row("SELECT log_size, log_first_kept FROM meta", [], |row| Ok((number(row, 0)?, number(row, 1)?)))
+        .map_err(explained)?;
+    let verified = Verified { entries: size, first_kept, ..Verified::default() };
+    let verifier = Verifier { database: &transaction, checkpoint, rules, wrong, verified, pruned: BTreeMap::new() };
+    Ok(verifier.verify().map_err(explained)?)
+}
+
+struct Verifier<'a> {
+    database: &'a Connection,
+    checkpoint: &'a Checkpoint,
+    rules: Rules,
+    wrong: &'a mut dyn FnMut(String),
+    verified: Verified,
+    /// The ranges of leaves that retention has removed, by the entries that say so: the first leaf of each, and the
+    /// one after it.
+    pruned: BTreeMap<u64, u64>,
+}
+
+/// A row that claims to be a leaf.
+struct Leaf {
+    leaf: u64,
+    /// `None` if it is a control entry.
+    cycle_id: Option<u64>,
+}
+
+impl Verifier<'_> {
+    fn verify(mut self) -> rusqlite::Result<Verified> {
+        self.read_pruned()?;
+        self.check_entries()?;
+        self.check_unlogged()?;
+        self.check_other_hashes()?;
+        Ok(self.verified)
+    }
+
+    /// What control entries say of removed records.
+    fn read_pruned(&mut self) -> rusqlite::Result<()> {
+        let mut query = self.database.prepare("SELECT leaf, entry FROM control ORDER BY leaf")?;
+        let mut rows = query.query([])?;
+        let mut first_kept = 0;
+        while let Some(row) = rows.next()? {
+            let (leaf, entry) = (number(row, 0)?, row.get::<_, Vec<u8>>(1)?);
+            match (self.rules.pruned)(&entry) {
+                Ok(pruned) => {
+                    first_kept = first_kept.max(pruned.first_kept);
+                    self.pruned.extend(pruned.leaves.iter().map(|range| (range.start, range.end)));
+                }
+                Err(problem) => (self.wrong)(format!("leaf {leaf}, a control entry, can't be read: {problem}")),
+            }
+        }
+        if self.verified.first_kept != first_kept {
+            let claimed = self.verified.first_kept;
+            (self.wrong)(format!(
+                "by the table meta, the entries before leaf {claimed} were removed; by the log, those before leaf \
+                 {first_kept}"
+            ));
+            self.verified.first_kept = first_kept;
+        }
+        Ok(())
+    }
+
+    /// Walks over all leaves, and makes the tree anew.
+    fn check_entries(&mut self) -> rusqlite::Result<()> {
+        let Verified { entries: size, first_kept, .. } = self.verified;
+        let roots = hashes(self.database, &Frontier::nodes(first_kept))?.unwrap_or_default();
+        let mut tree = Frontier::of(first_kept, roots);
+        if tree.is_none() {
+            (self.wrong)(format!("the table hashes lacks the hashes of the entries before leaf {first_kept}"));
+        }
+        self.compare_root(tree.as_ref(), first_kept);
+        let claims = "SELECT leaf, cycle_id FROM cycles WHERE leaf IS NOT NULL
+                      UNION ALL SELECT leaf, NULL FROM control ORDER BY leaf";
+        let mut query = self.database.prepare(claims)?;
+        let mut claims = query.query_map([], |row| {
+            Ok(Leaf { leaf: number(row, 0)?, cycle_id: row.get::<_, Option<i64>>(1)?.map(i64::unsigned_abs) })
+        })?;
+        let mut next = claims.next().transpose()?;
+        let mut last_revision = 0;
+        for leaf in first_kept..size {
+            while let Some(extra) = next.take_if(|claim| claim.leaf < leaf) {
+                (self.wrong)(format!("{extra} is not the entry of that leaf"));
+                next = claims.next().transpose()?;
+            }
+            let stored = hashes(self.database, &[Node::of_leaf(leaf)])?.and_then(|hashes| hashes.first().copied());
+            let is_pruned = self.pruned.range(..=leaf).next_back().is_some_and(|(_, end)| leaf < *end);
+            let entry = next.take_if(|claim| claim.leaf == leaf);
+            if entry.is_some() {
+                next = claims.next().transpose()?;
+            }
+            match &entry {
+                Some(claim) => {
+                    if is_pruned {
+                        (self.wrong)(format!("{claim} is there, although the log says that retention removed it"));
+                    }
+                    let hash = self.check_entry(claim, &mut last_revision)?;
+                    if hash.is_some() && hash != stored {
+                        (self.wrong)(format!("{claim} was changed: its bytes don't have the hash of its leaf"));
+                    }
+                }
+                None if is_pruned => {}
+                None => (self.wrong)(format!("leaf {leaf} is missing, and no entry says that retention removed it")),
+            }
+            // On with the stored hash, so that each fault is named once.
+            tree = match (tree, stored) {
+                (Some(mut tree), Some(stored)) => {
+                    self.compare_nodes(leaf, &tree.append(stored))?;
+                    Some(tree)
+                }
+                (_, None) => {
+                    (self.wrong)(format!("the table hashes lacks the hash of leaf {leaf}"));
+                    None
+                }
+                (None, _) => None,
+            };
+            self.compare_root(tree.as_ref(), leaf + 1);
+        }
+        while let Some(extra) = next {
+            (self.wrong)(format!("{extra} is beyond the end of the log, which has {size} entries"));
+            next = claims.next().transpose()?;
+        }
+        let (origin, signed) = (&self.checkpoint.origin, self.checkpoint.size);
+        if signed > size {
+            (self.wrong)(format!(
+                "the log has {size} entries, and the checkpoint of {origin} {signed}: the last ones are missing"
+            ));
+        } else if signed < first_kept {
+            (self.wrong)(format!(
+                "the checkpoint of {origin} has {signed} entries, which retention has removed since: it proves nothing \
+                 of the others"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The hash of an entry that is there; `None` if it can't be read, which is reported.
+    fn check_entry(&mut self, claim: &Leaf, last_revision: &mut u64) -> rusqlite::Result<Option<Hash>> {
+        let Some(cycle_id) = claim.cycle_id else {
+            let entry: Vec<u8> =
+                self.database
+                    .query_row("SELECT entry FROM control WHERE leaf = ?1", [integer(claim.leaf)], |row| row.get(0))?;
+            return Ok(Some(Entry::Control(&entry).leaf()));
+        };
+        let Some(record) = self.record(cycle_id)? else { return Ok(None) };
+        self.verified.records += 1;
+        if let Err(problem) = (self.rules.record)(&record) {
+            (self.wrong)(format!("{claim}: {problem}"));
+        }
+        if record.revision.0 <= *last_revision {
+            (self.wrong)(format!("{claim} has revision {}, which is out of order", record.revision));
+        }
+        *last_revision = record.revision.0;
+        Ok(Some(Entry::Cycle(&record.bytes).leaf()))
+    }
+
+    /// The record of a cycle; `None` if it can't be read, which is reported.
+    fn record(&mut self, cycle_id: u64) -> rusqlite::Result<Option<Record>> {
+        let mut query = self.database.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
+        let record = query.query_row([integer(cycle_id)], |row| {
+            Ok(row.get::<_, Vec<u8>>("record").and_then(|bytes| Ok(Record { bytes: bytes.into(), ..found(row)? })))
+        })?;
+        Ok(record.map_err(|error| (self.wrong)(format!("the record of cycle {cycle_id} can't be read: {error}"))).ok())
+    }
+
+    /// Compares the nodes that become complete with a leaf.
+    fn compare_nodes(&mut self, leaf: u64, nodes: &[Hash]) -> rusqlite::Result<()> {
+        let mut query = self.database.prepare_cached("SELECT hash FROM hashes WHERE id = ?1")?;
+        for (id, node) in (Node::complete_with(leaf)..).zip(nodes) {
+            let stored = query.query_row([integer(id)], |row| row.get(0)).optional()?.map(Hash);
+            if stored != Some(*node) {
+                (self.wrong)(format!("the hash {id} in the table hashes is not that of the entries below it"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the root of the first `size` entries with that of the checkpoint, if this has the same size.
+    fn compare_root(&mut self, tree: Option<&Frontier>, size: u64) {
+        let Checkpoint { origin, size: signed, root } = self.checkpoint;
+        if size == *signed && tree.is_some_and(|tree| tree.root() != *root) {
+            (self.wrong)(format!("the first {size} entries do not have the root that the checkpoint of {origin} has"));
+        }
+    }
+
+    /// Records without a leaf are older than the log, and so than all others.
+    fn check_unlogged(&mut self) -> rusqlite::Result<()> {
+        let first: Option<i64> =
+            self.database.query_row("SELECT min(revision) FROM cycles WHERE leaf IS NOT NULL", [], |row| row.get(0))?;
+        let mut query = self.database.prepare("SELECT cycle_id FROM cycles WHERE leaf IS NULL ORDER BY revision")?;
+        let mut rows = query.query([])?;
+        while let Some(row) = rows.next()? {
+            let cycle_id = number(row, 0)?;
+            let Some(record) = self.record(cycle_id)? else { continue };
+            self.verified.unlogged += 1;
+            if first.is_some_and(|first| integer(record.revision.0) > first) {
+                (self.wrong)(format!("the record of cycle {cycle_id} has no leaf, and records before it have one"));
+            }
+            if let Err(problem) = (self.rules.record)(&record) {
+                (self.wrong)(format!("the record of cycle {cycle_id}: {problem}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Hashes that belong to no entry.
+    fn check_other_hashes(&mut self) -> rusqlite::Result<()> {
+        let Verified { entries, first_kept, .. } = self.verified;
+        let needed: BTreeSet<_> = Frontier::nodes(first_kept).into_iter().map(Node::number).collect();
+        let mut query = self.database.prepare("SELECT id FROM hashes WHERE id < ?1 OR id >= ?2")?;
+        let mut rows = query.query([Node::complete_with(first_kept), Node::complete_with(entries)].map(integer))?;
+        while let Some(row) = rows.next()? {
+            let id: i64 = row.get(0)?;
+            if u64::try_from(id).is_ok_and(|id| needed.contains(&id)) {
+                continue;
+            }
+            (self.wrong)(format!("the hash {id} in the table hashes belongs to no entry"));
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Display for Leaf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.cycle_id {
+            Some(cycle_id) => write!(f, "the record of cycle {cycle_id} (leaf {})", self.leaf),
+            None => write!(f, "the control entry of leaf {}", self.leaf),
+        }
+    }
+}
