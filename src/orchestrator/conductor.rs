@@ -110,7 +110,7 @@ impl Shared {
         let (begun, written) = oneshot::channel();
         let change = Begin { admitted: admitted.clone(), clock: self.clock, trace_id, begins: None, begun };
         self.ask_to_write(Box::new(change)).await?;
-        written.await.unwrap_or_else(|_| Err(self.store_ended()))
+        written.await.map_err(|_| self.store_ended())
     }
 
     /// Records a cycle that was cancelled before it began.
@@ -157,7 +157,7 @@ impl Shared {
         };
         let start = Instant::now();
         self.ask_to_write(Box::new(change)).await?;
-        written.await.unwrap_or_else(|_| Err(self.store_ended()))?;
+        written.await.map_err(|_| self.store_ended())?;
         let commit = start..Instant::now();
         drop(held);
         tell(&finished);
@@ -212,7 +212,7 @@ struct Begin {
     trace_id: Option<TraceId>,
     /// Its entry that is being written.
     begins: Option<Begun>,
-    begun: oneshot::Sender<Result<Option<Begun>, StoreError>>,
+    begun: oneshot::Sender<Option<Begun>>,
 }
 
 impl ToWrite for Begin {
@@ -235,11 +235,7 @@ impl ToWrite for Begin {
     }
 
     fn done(self: Box<Self>) {
-        let _ = self.begun.send(Ok(self.begins));
-    }
-
-    fn failed(self: Box<Self>, error: StoreError) {
-        let _ = self.begun.send(Err(error));
+        let _ = self.begun.send(self.begins);
     }
 }
 
@@ -254,7 +250,7 @@ struct Recording {
     /// Its plan and progress; `None` if it did not run.
     live: Option<(Arc<Plan>, Arc<LiveCycle>)>,
     record: Option<Arc<Record>>,
-    recorded: oneshot::Sender<Result<(), StoreError>>,
+    recorded: oneshot::Sender<()>,
 }
 
 impl ToWrite for Recording {
@@ -310,11 +306,7 @@ impl ToWrite for Recording {
         if let Some(record) = self.record {
             self.admitted.finish(record);
         }
-        let _ = self.recorded.send(Ok(()));
-    }
-
-    fn failed(self: Box<Self>, error: StoreError) {
-        let _ = self.recorded.send(Err(error));
+        let _ = self.recorded.send(());
     }
 }
 

@@ -259,6 +259,9 @@ mod tests {
         let mut line = line(&["ab", "cd", "be", "f"]);
         assert_eq!(started(&mut line), [1, 2, 4]);
         assert_eq!((line.running(), line.waiting()), (3, 1));
+        let in_line = [1, 2, 3, 4, 5].map(CycleId);
+        assert_eq!(in_line.map(|it| line.runs(it)), [true, true, false, true, false]);
+        assert_eq!(in_line.map(|it| line.waits(it)), [false, false, true, false, false]);
         line.leave(CycleId(2));
         assert!(started(&mut line).is_empty());
         line.leave(CycleId(1));
@@ -330,6 +333,15 @@ mod tests {
         assert_eq!(started(&mut line).len(), 256);
         line.leave(CycleId(7));
         assert_eq!(started(&mut line), [257]);
+        // One that waits only for that has no obstacle.
+        let mut line = self::line(&["a", "*"]);
+        assert_eq!(line.start_next(0), None);
+        assert!(line.obstacle(CycleId(1)).is_none());
+        line.leave(CycleId(1));
+        assert!(line.obstacle(CycleId(2)).is_none());
+        assert_eq!((line.running(), line.waiting()), (0, 1));
+        line.leave(CycleId(2));
+        assert_eq!(line.waiting(), 0);
         assert_eq!([0, 28, 32_768, 200_000, usize::MAX].map(max_running), [256, 256, 256, 41, 1]);
     }
 

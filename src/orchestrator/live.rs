@@ -170,15 +170,6 @@ impl LiveChange {
             Self::Updated(after, _) => after.saturating_sub(known),
         }
     }
-
-    /// Keeps the first updates, and returns the rest.
-    pub(super) fn split_off(&mut self, at: usize) -> Self {
-        match self {
-            Self::Started => Self::Started,
-            Self::Stands(after, updates) => Self::Stands(*after, updates.split_off(at)),
-            Self::Updated(after, updates) => Self::Updated(*after + at as u64, updates.split_off(at)),
-        }
-    }
 }
 
 impl LiveEvent {

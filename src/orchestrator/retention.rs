@@ -231,6 +231,9 @@ mod tests {
         // The clock runs evenly, or is adjusted slightly.
         assert!(!pass(&mut doubt, 100, SignedDuration::ZERO).await);
         assert!(!pass(&mut doubt, 1, SignedDuration::from_hours(24)).await);
+        // The clock leaps by more than the tenth part.
+        assert!(pass(&mut doubt, 1, SignedDuration::from_hours(25)).await);
+        assert!(!pass(&mut doubt, 1, -SignedDuration::from_hours(25)).await);
         // The clock is not set back.
         assert!(pass(&mut doubt, 1, years).await);
         assert!(pass(&mut doubt, 24 * 60 - 1, SignedDuration::ZERO).await);

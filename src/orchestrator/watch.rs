@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    Live, LiveCycle, LiveEvent, Orchestrator, Refusal, Shared,
+    Live, LiveChange, LiveCycle, LiveEvent, Orchestrator, Refusal, Shared,
     figures::WatcherPlace,
     history::{Recent, which_have, with_room},
     live::Events,
@@ -322,15 +322,15 @@ impl Watcher {
         Some(Event::Progress(event, cursor, lost))
     }
 
-    /// The state of a large cycle does not fit into one message: the rest is sent next.
-    fn first_piece(&mut self, event: Arc<LiveEvent>) -> Arc<LiveEvent> {
-        if event.change.updates().len() <= Live::BATCH {
-            return event;
+    /// The state of a large cycle does not fit into one message: the rest is sent next. No batch of updates is so large.
+    fn first_piece(&mut self, mut event: Arc<LiveEvent>) -> Arc<LiveEvent> {
+        if event.change.updates().len() > Live::BATCH
+            && let LiveEvent { cycle, change: LiveChange::Stands(after, updates), room } = Arc::make_mut(&mut event)
+        {
+            let change = LiveChange::Stands(*after, updates.split_off(Live::BATCH));
+            self.next_live.push_front(Arc::new(LiveEvent { cycle: cycle.clone(), change, room: room.clone() }));
         }
-        let mut first = Arc::unwrap_or_clone(event);
-        let change = first.change.split_off(Live::BATCH);
-        self.next_live.push_front(Arc::new(LiveEvent { change, ..first.clone() }));
-        Arc::new(first)
+        event
     }
 
     /// Advances in the history: to the next record if it is cached, which is sent if it passes, or otherwise by a page

@@ -70,8 +70,9 @@ pub(super) trait ToWrite: Send {
     /// Called while its commit is late, and its outcome not known.
     fn late(&mut self, _error: &StoreError) {}
 
-    /// Called if it was not written and will not be.
-    fn failed(self: Box<Self>, error: StoreError);
+    /// Called if it was not written and will not be. The caller of a change that is dropped learns that no more writes
+    /// are possible.
+    fn failed(self: Box<Self>, _error: StoreError) {}
 }
 
 /// A change that a caller waits for.

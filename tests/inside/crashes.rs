@@ -11,13 +11,13 @@ use std::{
     time::Duration,
 };
 
-use crate::kit::{Fleet, Received, around, host, of, of_all, settings, start, subsystem};
+use crate::kit::{Fleet, Received, around, host, of, of_all, settings, start, start_with, subsystem};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use orchestrator_core::{
     model::{CycleId, CycleRequest, CycleState, Revision},
     orchestrator::{Orchestrator, OrchestratorTasks},
-    ports::{Filter, Stage, Store, StoreError, Write},
+    ports::{Contents, Filter, Lost, Stage, Store, StoreError, Write},
     record::{self, PartFilter},
     store::{self, OpenError},
 };
@@ -265,4 +265,46 @@ fn a_process_that_dies_at_any_commit_leaves_each_id_once_and_loses_no_visible_ch
 #[test]
 fn a_process_that_dies_at_any_commit_of_sqlite_leaves_each_id_once_and_loses_no_visible_change() {
     die_at_each_commit(Place::sqlite);
+}
+
+/// Lets a process die while one cycle runs and another waits, whose start was acknowledged. Returns the orchestrator
+/// that finds the store so changed.
+async fn after(change: impl FnOnce(&mut Contents)) -> (Orchestrator, OrchestratorTasks) {
+    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let (orchestrator, _tasks) = start(settings(), Arc::default(), store.clone()).await;
+    orchestrator.register(subsystem("a"), None).await.unwrap();
+    for _ in 0..2 {
+        orchestrator.run_cycle(of(&["a"]), true).await.unwrap();
+    }
+    sleep(Duration::from_millis(10)).await;
+    let mut contents = store.take_over().await.unwrap();
+    change(&mut contents);
+    start_with(settings(), host(), Arc::default(), (store, contents)).await
+}
+
+/// The states of all cycles, once another one has run, and whether their records were lost.
+async fn outcomes(orchestrator: &Orchestrator) -> Vec<(CycleState, bool)> {
+    let last = orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
+    let mut outcomes = Vec::new();
+    for cycle_id in 1..=last.cycle_id.0 {
+        let record = orchestrator.cycle(CycleId(cycle_id)).await.unwrap();
+        outcomes.push((record.state, String::from_utf8_lossy(&record.bytes).contains("its record was lost")));
+    }
+    outcomes
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_the_loss_of_power_waiting_cycles_are_interrupted_and_one_more_id_is_used_up() {
+    let (orchestrator, _tasks) = after(|contents| contents.may_lack_open = true).await;
+    let (interrupted, succeeded) = ((CycleState::Interrupted, false), (CycleState::Succeeded, false));
+    assert_eq!(outcomes(&orchestrator).await, [interrupted, interrupted, interrupted, succeeded]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_the_loss_of_the_end_of_the_store_no_cycle_runs_twice_and_lost_ids_are_used_up() {
+    let lost = Lost { last_cycle_id: CycleId(4), last_revision: Revision(3), commits: 9 };
+    let (orchestrator, _tasks) = after(|contents| contents.lost = Some(lost)).await;
+    // The number of lost records is known, but not the cycles of which they were.
+    let expected = [(CycleState::Interrupted, true); 3].into_iter().chain([(CycleState::Interrupted, false)]);
+    assert_eq!(outcomes(&orchestrator).await, expected.chain([(CycleState::Succeeded, false)]).collect::<Vec<_>>());
 }

@@ -28,6 +28,9 @@ pub(crate) type Commit =
 /// Runs before old records are removed.
 pub(crate) type Prune = dyn Fn() -> Result<(), StoreError> + Send + Sync + 'static;
 
+/// Delays an answer.
+pub(crate) type Delay = dyn Fn() -> BoxFuture<'static, ()> + Send + Sync + 'static;
+
 /// A store that passes its commits to the test, and all other calls to another store.
 pub(crate) struct Around {
     pub(crate) inner: Arc<dyn Store>,
@@ -35,11 +38,26 @@ pub(crate) struct Around {
     pub(crate) prune: Box<Prune>,
     /// The troubles that it reports beside its commits.
     pub(crate) trouble: watch::Sender<Option<StoreError>>,
+    /// Delays the answer to a look-up of a request, once it is known.
+    pub(crate) delay: Box<Delay>,
+}
+
+impl Around {
+    /// A store that behaves as the other one, and reports no trouble.
+    pub(crate) fn over(inner: Arc<dyn Store>) -> Self {
+        Self {
+            inner,
+            commit: Box::new(|inner, write| Box::pin(async move { inner.commit(write).await })),
+            prune: Box::new(|| Ok(())),
+            trouble: watch::Sender::new(None),
+            delay: Box::new(|| Box::pin(async {})),
+        }
+    }
 }
 
 /// A store that passes its commits to this function, and reports no trouble.
 pub(crate) fn around(inner: Arc<dyn Store>, commit: Box<Commit>) -> Arc<dyn Store> {
-    Arc::new(Around { inner, commit, prune: Box::new(|| Ok(())), trouble: watch::Sender::new(None) })
+    Arc::new(Around { commit, ..Around::over(inner) })
 }
 
 impl Store for Around {
@@ -60,7 +78,11 @@ impl Store for Around {
     }
 
     fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
-        self.inner.cycle_of_request(request_id)
+        Box::pin(async {
+            let found = self.inner.cycle_of_request(request_id).await;
+            (self.delay)().await;
+            found
+        })
     }
 
     fn cycles_before(
@@ -120,6 +142,8 @@ pub(crate) struct Fleet {
     /// True if forgetting a subsystem panics, as a defect would.
     pub(crate) forget_panics: bool,
     pub(crate) received: Mutex<Vec<Received>>,
+    /// The subsystems that have left their endpoints.
+    pub(crate) left: Mutex<Vec<Left>>,
 }
 
 impl Subsystems for Fleet {
@@ -143,6 +167,7 @@ impl Subsystems for Fleet {
 
     fn forget(&self, left: &[Left]) {
         assert!(!self.forget_panics || left.is_empty(), "a defect");
+        self.left.lock().unwrap().extend_from_slice(left);
     }
 }
 
@@ -189,7 +214,17 @@ pub(crate) async fn start(
     store: Arc<dyn Store>,
 ) -> (Orchestrator, OrchestratorTasks) {
     let contents = store.take_over().await.unwrap();
+    start_with(settings, host(), fleet, (store, contents)).await
+}
+
+/// An orchestrator that finds these contents in the store, at the time of this host.
+pub(crate) async fn start_with(
+    settings: Settings,
+    host: Host,
+    fleet: Arc<Fleet>,
+    (store, contents): (Arc<dyn Store>, Contents),
+) -> (Orchestrator, OrchestratorTasks) {
     let memory = Shares::of(1 << 30);
     let (store, spans) = ((store, contents, Signer::generate("test").unwrap()), Arc::new(Untraced));
-    Orchestrator::start(settings, &memory, host(), fleet, store, Declared::default(), spans).await.unwrap()
+    Orchestrator::start(settings, &memory, host, fleet, store, Declared::default(), spans).await.unwrap()
 }

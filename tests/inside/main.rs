@@ -4,9 +4,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
+mod admission;
 mod crashes;
 mod history;
 mod kit;
+mod registry;
 mod tasks;
 mod watching;
 mod writing;

@@ -10,13 +10,14 @@ use std::{
 };
 
 use orchestrator_core::{
-    orchestrator::{Orchestrator, OrchestratorTasks, Stopped},
+    model::{CycleId, CycleRequest, CycleState},
+    orchestrator::{NotRecorded, Orchestrator, OrchestratorTasks, Refusal, Stopped},
     ports::{Store, StoreError},
     record, store,
 };
-use tokio::{sync::watch, time::sleep};
+use tokio::time::{sleep, timeout};
 
-use crate::kit::{Around, Fleet, Prune, host, of_all, settings, start, subsystem};
+use crate::kit::{Around, Fleet, Prune, host, of, of_all, settings, start, subsystem};
 
 /// An orchestrator over a store that panics after this number of commits.
 async fn over(fleet: Fleet, commits: usize, prune: Box<Prune>) -> (Orchestrator, OrchestratorTasks) {
@@ -29,7 +30,7 @@ async fn over(fleet: Fleet, commits: usize, prune: Box<Prune>) -> (Orchestrator,
             store.commit(write).await
         })
     };
-    let around = Around { inner, commit: Box::new(commit), prune, trouble: watch::Sender::new(None) };
+    let around = Around { commit: Box::new(commit), prune, ..Around::over(inner) };
     start(settings(), Arc::new(fleet), Arc::new(around)).await
 }
 
@@ -63,6 +64,57 @@ async fn a_defect_in_a_task_ends_the_orchestrator_and_names_the_task() {
 
     let (_orchestrator, tasks) = over(Fleet::default(), MANY, Box::new(|| panic!("a defect"))).await;
     assert_eq!(ended(tasks).await, expected("the retention of the history"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_process_ends_within_a_minute_after_another_has_taken_over_its_store() {
+    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let (_orchestrator, mut tasks) = start(settings(), Arc::default(), store.clone()).await;
+    sleep(Duration::from_mins(5)).await;
+    let _other = start(settings(), Arc::default(), store).await;
+    let ended = timeout(Duration::from_mins(1), tasks.finished()).await.unwrap();
+    assert!(matches!(ended, Err(Stopped::Store(StoreError::Fenced { .. }))), "{ended:?}");
+}
+
+/// Runs a cycle over `a`, with others over `a` behind it, and drains the process. Returns the states of the cycles in
+/// the record of the next process.
+async fn drained(ends: impl Fn(&Orchestrator)) -> Vec<CycleState> {
+    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let (orchestrator, mut tasks) = start(settings(), Arc::default(), store.clone()).await;
+    orchestrator.register(subsystem("a"), None).await.unwrap();
+    let named = || CycleRequest { request_id: Some("named".into()), ..of(&["a"]) };
+    let mut tickets = Vec::new();
+    // Only the callers of the second and of the fifth one are promised that their cycles will run.
+    for (request, is_promised) in
+        [(of(&["a"]), false), (of(&["a"]), true), (of(&["a"]), false), (named(), false), (named(), true)]
+    {
+        tickets.push(orchestrator.run_cycle(request, is_promised).await.unwrap());
+    }
+    assert_eq!(tickets[3].cycle_id, tickets[4].cycle_id, "it is the same request");
+    sleep(Duration::from_millis(100)).await;
+    orchestrator.drain();
+    let refused = orchestrator.run_cycle(of(&["a"]), true).await;
+    assert!(matches!(refused, Err(Refusal::Draining)), "{refused:?}");
+    ends(&orchestrator);
+    tasks.finished().await.unwrap();
+    let draining = tickets.swap_remove(1).recorded().await;
+    assert!(matches!(draining, Err(NotRecorded::Draining)), "{draining:?}");
+
+    let (orchestrator, _tasks) = start(settings(), Arc::default(), store).await;
+    let last = orchestrator.run_cycle(of(&["a"]), false).await.unwrap().recorded().await.unwrap();
+    assert_eq!(last.cycle_id, CycleId(5));
+    let mut states = Vec::new();
+    for cycle_id in 1..=4 {
+        states.push(orchestrator.cycle(CycleId(cycle_id)).await.unwrap().state);
+    }
+    states
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_draining_process_finishes_running_cycles_leaves_promised_ones_to_the_next_and_cancels_others() {
+    use CycleState::{Cancelled, Succeeded};
+    assert_eq!(drained(|_| ()).await, [Succeeded, Succeeded, Cancelled, Succeeded]);
+    assert_eq!(drained(Orchestrator::cancel_running).await, [Cancelled, Succeeded, Cancelled, Succeeded]);
 }
 
 #[tokio::test(start_paused = true)]

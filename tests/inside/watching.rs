@@ -1,10 +1,14 @@
 //! The cursor of a watcher, which receives every record once and in order, from the store or from the cache.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::FutureExt;
 use orchestrator_core::{
-    model::{CycleId, CycleState, Name, Revision},
+    model::{CycleId, CycleRequest, CycleState, Name, Revision, Trigger},
     orchestrator::{Event, From, Orchestrator, OrchestratorTasks, Refusal, Settings, WatchFilter, Watcher},
     ports::{Filter, Retention, RetentionRule},
     record::{self, PartFilter},
@@ -213,4 +217,138 @@ async fn watchers_are_limited_in_number_and_end_with_the_process_after_its_last_
     tasks.finished().await.unwrap();
     assert_eq!(next(&mut second).await.unwrap(), Some(Revision(1)));
     assert!(matches!(next(&mut second).await, Err(Refusal::Draining)));
+}
+
+/// The event in short, with the cycle and the revision that it names.
+fn brief(event: &Event) -> (&'static str, u64) {
+    match event {
+        Event::Started(cycle, _) => ("started", cycle.cycle_id.0),
+        Event::Progress(event, ..) => ("progress", event.cycle.cycle_id.0),
+        Event::Recorded(record) => ("recorded", record.cycle_id.0),
+        Event::Bookmark(revision) => ("bookmark", revision.0),
+        Event::Unreadable(unreadable) => panic!("{unreadable}"),
+    }
+}
+
+/// The events of a watcher until it has none for a second.
+async fn all(watcher: &mut Watcher) -> Vec<(&'static str, u64)> {
+    let mut events = Vec::new();
+    while let Ok(event) = timeout(Duration::from_secs(1), watcher.next()).await {
+        events.push(brief(&event.unwrap()));
+    }
+    events
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_filter_applies_to_progress_as_well() {
+    let (orchestrator, _tasks) = stage(settings()).await;
+    let of_b = PartFilter { subsystems: [Name::parse("b").unwrap()].into(), ..PartFilter::default() };
+    let loops: HashSet<_> = [Name::parse("x").unwrap()].into();
+    let filters = [
+        WatchFilter { parts: of_b.clone(), ..WatchFilter::default() },
+        WatchFilter { loops: loops.clone(), ..WatchFilter::default() },
+        WatchFilter { parts: of_b, loops, ..WatchFilter::default() },
+    ];
+    let mut watchers = Vec::new();
+    for filter in filters {
+        let mut watcher = orchestrator.watch(From::Now, filter, true).unwrap();
+        assert_eq!(all(&mut watcher).await, [("bookmark", 0)]);
+        watchers.push(watcher);
+    }
+    let of_loop = |name: &str| CycleRequest { trigger: Trigger::Loop(Name::parse("x").unwrap()), ..of(&[name]) };
+    for request in [of(&["a"]), of(&["b"]), of_loop("c"), of_loop("b")] {
+        orchestrator.run_cycle(request, false).await.unwrap().recorded().await.unwrap();
+    }
+    for (watcher, cycles) in watchers.iter_mut().zip([&[2, 4][..], &[3, 4], &[4]]) {
+        let mut expected = Vec::new();
+        for cycle_id in cycles {
+            expected.extend(["started", "progress", "progress", "recorded"].map(|event| (event, *cycle_id)));
+        }
+        assert_eq!(all(watcher).await, expected);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_waits_for_earlier_events_of_other_cycles_only() {
+    let (orchestrator, _tasks) = stage(settings()).await;
+    let names: Vec<_> = (0..30).map(|i| format!("s{i}")).collect();
+    orchestrator.register_all(names.iter().map(|name| subsystem(name)).collect(), None).await.unwrap();
+    let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
+    assert_eq!(all(&mut watcher).await, [("bookmark", 0)]);
+    orchestrator.run_cycle(of(&["a"]), false).await.unwrap().recorded().await.unwrap();
+    let mut events = Vec::new();
+    // The cycle has sent three events. For each event that the watcher takes, there are further ones.
+    for name in &names {
+        orchestrator.run_cycle(of(&[name]), false).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        events.push(brief(&watcher.next().await.unwrap()));
+        if events.contains(&("recorded", 1)) {
+            break;
+        }
+    }
+    let of_first: Vec<_> = events.iter().filter(|(_, cycle_id)| *cycle_id == 1).map(|(event, _)| *event).collect();
+    assert_eq!(of_first, ["started", "progress", "progress", "recorded"]);
+    assert!(events.len() <= 5, "{events:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watcher_that_joins_a_large_cycle_receives_its_state_in_pieces() {
+    const PARTS: usize = 1100;
+    let limits = Settings { max_subsystems: 2000, max_concurrent_calls: 1050, ..settings() };
+    let (orchestrator, _tasks) = stage(limits).await;
+    let names: Vec<_> = (0..PARTS).map(|i| format!("s{i}")).collect();
+    orchestrator.register_all(names.iter().map(|name| subsystem(name)).collect(), None).await.unwrap();
+    let names: Vec<_> = names.iter().map(String::as_str).collect();
+    let ticket = orchestrator.run_cycle(of(&names), false).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let now = &orchestrator.status().running[0];
+    assert_eq!((now.total, now.running, now.ended), (PARTS, 1050, 0));
+    let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
+    assert_eq!(brief(&watcher.next().await.unwrap()), ("bookmark", 0));
+    assert_eq!(brief(&watcher.next().await.unwrap()), ("started", 1));
+    let (mut called, mut ended, mut sizes) = (BTreeSet::new(), BTreeSet::new(), Vec::new());
+    loop {
+        match watcher.next().await.unwrap() {
+            Event::Progress(event, _, lost) => {
+                assert_eq!(lost, 0);
+                sizes.push(event.change.updates().len());
+                for update in event.change.updates() {
+                    let parts = if update.state.is_some() { &mut ended } else { &mut called };
+                    assert!(parts.insert(update.name.clone()), "{update:?}");
+                }
+            }
+            Event::Recorded(_) => break,
+            event => panic!("{event:?}"),
+        }
+    }
+    assert_eq!((called.len(), ended.len(), &sizes[..3]), (PARTS, PARTS, &[512, 512, 26][..]));
+    assert!(sizes.iter().all(|size| (1..=512).contains(size)), "{sizes:?}");
+    ticket.recorded().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watcher_is_shown_a_record_at_once_and_lags_while_its_next_record_is_not_cached() {
+    const CACHED: u64 = 256;
+    let (orchestrator, _tasks) = stage(settings()).await;
+    let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), false).unwrap();
+    let mut behind = orchestrator.watch(From::Now, WatchFilter::default(), false).unwrap();
+    assert_eq!(next(&mut watcher).await.unwrap(), None);
+    let figures = || {
+        let figures = orchestrator.figures();
+        (figures.watchers, figures.lagging, figures.events)
+    };
+    assert_eq!(figures(), (2, 0, 1));
+    let ticket = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
+    let start = Instant::now();
+    assert_eq!(next(&mut watcher).await.unwrap(), Some(Revision(1)));
+    assert_eq!(start.elapsed(), Duration::from_secs(1));
+    ticket.recorded().await.unwrap();
+    record(&orchestrator, CACHED - 1).await;
+    assert_eq!(figures(), (2, 0, 2));
+    record(&orchestrator, 1).await;
+    assert_eq!(figures(), (2, 1, 2));
+    drop(watcher);
+    assert_eq!(figures(), (1, 1, 2));
+    assert_eq!(revisions(&mut behind, 257).await.len(), 257);
+    assert_eq!(figures(), (1, 0, 2 + CACHED + 1));
 }

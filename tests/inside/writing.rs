@@ -11,12 +11,12 @@ use std::{
 };
 
 use orchestrator_core::{
-    model::{CycleId, CycleRequest, CycleState, Name, Revision},
+    model::{CycleId, CycleRequest, CycleState, Name, OverlapPolicy, Revision},
     orchestrator::{
         Change, Declared, From, NotRecorded, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped, Ticket,
         WatchFilter,
     },
-    ports::{Store, StoreError, Write},
+    ports::{self, Durability, Store, StoreError, Write},
     record, store,
 };
 use tokio::{
@@ -37,6 +37,10 @@ struct Script {
     verdicts: Mutex<VecDeque<Verdict>>,
     /// The cycles of the records of each attempted commit, in order.
     tried: Mutex<Vec<Vec<u64>>>,
+    /// The commits that succeeded, in order.
+    written: Mutex<Vec<Arc<Write>>>,
+    /// True while commits that start a cycle fail.
+    fails_starts: AtomicBool,
     /// True while commits that change the registry fail.
     fails_changes: AtomicBool,
 }
@@ -55,7 +59,9 @@ impl Script {
     async fn verdict(&self, write: &Write) -> Result<(), StoreError> {
         self.permits.acquire().await.unwrap().forget();
         if write.records.is_empty() {
-            let fails = !write.subsystems.is_empty() && self.fails_changes.load(Ordering::Relaxed);
+            let starts = write.open.iter().any(|open| matches!(open.stage, ports::Stage::Begun(_)));
+            let fails = (!write.subsystems.is_empty() && self.fails_changes.load(Ordering::Relaxed))
+                || (starts && self.fails_starts.load(Ordering::Relaxed));
             return if fails { full(write) } else { Ok(()) };
         }
         let records = write.records.iter().map(|record| record.cycle_id.0).collect();
@@ -108,6 +114,8 @@ impl Stage {
             permits: Semaphore::new(4),
             verdicts: Mutex::default(),
             tried: Mutex::default(),
+            written: Mutex::default(),
+            fails_starts: AtomicBool::new(false),
             fails_changes: AtomicBool::new(false),
         });
         let judge = script.clone();
@@ -115,13 +123,13 @@ impl Stage {
             let judge = judge.clone();
             Box::pin(async move {
                 judge.verdict(&write).await?;
+                judge.written.lock().unwrap().push(write.clone());
                 store.commit(write).await
             }) as _
         });
         let trouble = watch::Sender::new(None);
-        let around =
-            Arc::new(Around { inner: store.clone(), commit, prune: Box::new(|| Ok(())), trouble: trouble.clone() });
-        let settings = Settings { max_queued: 2, ..settings() };
+        let around = Arc::new(Around { commit, trouble: trouble.clone(), ..Around::over(store.clone()) });
+        let settings = Settings { max_queued: 2, max_concurrent_calls: 2000, max_subsystems: 2000, ..settings() };
         let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), around).await;
         for name in ["a", "b", "c"] {
             orchestrator.register(subsystem(name), None).await.unwrap();
@@ -563,4 +571,116 @@ async fn the_last_write_waits_for_a_late_commit() {
     stage.script.let_go();
     stage.tasks.finished().await.unwrap();
     assert!(stage.store.take_over().await.unwrap().subsystems.iter().all(|stored| stored.name.as_str() != "d"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_loss_of_power_can_take_back_one_known_id_at_most() {
+    let stage = Stage::new().await;
+    stage.script.let_go();
+    // The first one runs, the next two wait for it, and the last one runs beside it.
+    for name in ["a", "a", "a", "b"] {
+        stage.run(name).await;
+        sleep(Duration::from_millis(10)).await;
+    }
+    let written = stage.script.written.lock().unwrap();
+    let mut noted = CycleId(0);
+    let mut durabilities = Vec::new();
+    for write in written.iter().filter(|write| write.last_cycle_id > CycleId(0)) {
+        if write.last_cycle_id > noted {
+            durabilities.push((write.last_cycle_id.0, write.durability));
+        }
+        noted = write.last_cycle_id;
+    }
+    let (durable, buffered) = (Durability::Durable, Durability::Buffered);
+    assert_eq!(durabilities, [(1, buffered), (2, durable), (3, buffered), (4, durable)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_names_a_cycle_only_once_its_id_is_noted() {
+    let stage = Stage::new().await;
+    stage.run("a").await;
+    let skipped = || {
+        let request = CycleRequest { overlap: OverlapPolicy::Skip, ..of(&["a"]) };
+        timeout(Duration::from_millis(10), stage.orchestrator.run_cycle(request, false))
+    };
+    assert!(skipped().await.is_err(), "its start is being written");
+    stage.script.permits.add_permits(1);
+    sleep(Duration::from_millis(10)).await;
+    // It is noted, and no further commit returns.
+    let refused = skipped().await.unwrap();
+    assert!(matches!(refused, Err(Refusal::CycleRunning(CycleId(1)))), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_start_of_a_cycle_is_retried_until_it_is_written() {
+    let stage = Stage::new().await;
+    stage.script.fails_starts.store(true, Ordering::Relaxed);
+    stage.script.let_go();
+    let ticket = stage.run("a").await;
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(refusal_of(ticket.recorded()).await, (None, full(&Write::default()).unwrap_err()));
+    assert!(stage.orchestrator.status().running.is_empty());
+    stage.script.fails_starts.store(false, Ordering::Relaxed);
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(stage.orchestrator.cycle(CycleId(1)).await.unwrap().state, CycleState::Succeeded);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_the_outputs_of_a_cycle_only_those_of_subsystems_that_left_meanwhile_are_dropped() {
+    let stage = Stage::new().await;
+    stage.script.let_go();
+    let ticket = stage.orchestrator.run_cycle(of_all(), false).await.unwrap();
+    sleep(Duration::from_millis(500)).await;
+    let names = ["b", "c"].map(|name| Name::parse(name).unwrap());
+    for name in &names {
+        stage.orchestrator.unregister(name).await.unwrap();
+    }
+    // The new one has not run.
+    stage.orchestrator.register(subsystem("c"), None).await.unwrap();
+    ticket.recorded().await.unwrap();
+    assert_eq!((stage.output_of("a"), stage.output_of("c")), (Some(CycleId(1)), None));
+    let outputs = stage.store.take_over().await.unwrap().outputs;
+    assert_eq!(outputs.iter().map(|stored| stored.name.as_str()).collect::<Vec<_>>(), ["a"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_write_and_only_that_one_closes_the_store() {
+    let mut stage = Stage::new().await;
+    stage.script.let_go();
+    stage.run("a").await;
+    sleep(Duration::from_millis(10)).await;
+    stage.orchestrator.drain();
+    stage.tasks.finished().await.unwrap();
+    let written = stage.script.written.lock().unwrap();
+    let closes: Vec<_> = written.iter().map(|write| write.close).collect();
+    assert_eq!(closes.iter().position(|close| *close), Some(closes.len() - 1));
+    assert_eq!(written.last().unwrap().durability, Durability::Durable);
+}
+
+#[tokio::test(start_paused = true)]
+async fn records_that_are_large_together_are_committed_one_by_one() {
+    let stage = Stage::new().await;
+    let names: Vec<_> = (0..1120).map(|i| format!("s{i}")).collect();
+    stage.script.permits.add_permits(1);
+    let many = names.iter().map(|name| subsystem(name)).collect();
+    stage.orchestrator.register_all(many, None).await.unwrap();
+    let names: Vec<_> = names.iter().map(String::as_str).collect();
+    // The first one alone is larger than a commit.
+    let (large, small) = names.split_at(1100);
+    stage.orchestrator.run_cycle(of(large), false).await.unwrap();
+    stage.orchestrator.run_cycle(of(small), false).await.unwrap();
+    while stage.orchestrator.status().running.len() < 2 {
+        stage.script.permits.add_permits(1);
+        sleep(Duration::from_millis(10)).await;
+    }
+    // Both records wait behind this start.
+    stage.script.permits.forget_permits(1000);
+    stage.run("a").await;
+    sleep(Duration::from_secs(2)).await;
+    assert!(stage.script.tried.lock().unwrap().is_empty());
+    stage.script.let_go();
+    sleep(Duration::from_millis(10)).await;
+    let mut tried = stage.script.tried.lock().unwrap().clone();
+    tried.sort_unstable();
+    assert_eq!(tried, [[1], [2]]);
 }
