@@ -10,7 +10,7 @@ use std::{
 };
 
 use orchestrator_core::{
-    model::{CycleId, CycleRequest, CycleState},
+    model::{CycleId, CycleRequest, CycleState, Epoch},
     orchestrator::{NotRecorded, Orchestrator, OrchestratorTasks, Refusal, Stopped},
     ports::{Store, StoreError},
     record, store,
@@ -67,13 +67,17 @@ async fn a_defect_in_a_task_ends_the_orchestrator_and_names_the_task() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_idle_process_ends_within_a_minute_after_another_has_taken_over_its_store() {
-    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
-    let (_orchestrator, mut tasks) = start(settings(), Arc::default(), store.clone()).await;
-    sleep(Duration::from_mins(5)).await;
-    let _other = start(settings(), Arc::default(), store).await;
-    let ended = timeout(Duration::from_mins(1), tasks.finished()).await.unwrap();
-    assert!(matches!(ended, Err(Stopped::Store(StoreError::Fenced { .. }))), "{ended:?}");
+async fn an_idle_process_ends_once_another_has_taken_over_its_store() {
+    let passes = AtomicUsize::new(0);
+    let taken_over = move || match passes.fetch_add(1, Ordering::SeqCst) {
+        0..3 => Ok(()),
+        _ => Err(StoreError::Fenced { by: Epoch(9) }),
+    };
+    let (orchestrator, mut tasks) = over(Fleet::default(), usize::MAX, Box::new(taken_over)).await;
+    let ended = timeout(Duration::from_mins(5), tasks.finished()).await.unwrap();
+    assert!(matches!(ended, Err(Stopped::Store(StoreError::Fenced { by: Epoch(9) }))), "{ended:?}");
+    let refused = orchestrator.run_cycle(of_all(), false).await;
+    assert!(matches!(refused, Err(Refusal::Draining)), "{refused:?}");
 }
 
 /// Runs a cycle over `a`, with others over `a` behind it, and drains the process. Returns the states of the cycles in
