@@ -322,7 +322,7 @@ impl Watcher {
         Some(Event::Progress(event, cursor, lost))
     }
 
-    /// The state of a large cycle does not fit into one message: the rest is sent next. No batch of updates is so large.
+    /// The state of a large cycle does not fit into one message: the rest is sent next. Batches of updates always fit.
     fn first_piece(&mut self, mut event: Arc<LiveEvent>) -> Arc<LiveEvent> {
         if event.change.updates().len() > Live::BATCH
             && let LiveEvent { cycle, change: LiveChange::Stands(after, updates), room } = Arc::make_mut(&mut event)
