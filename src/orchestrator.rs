@@ -80,6 +80,12 @@ pub use self::{
 #[derive(Clone)]
 pub struct Orchestrator(Arc<Shared>);
 
+impl AsRef<Orchestrator> for Orchestrator {
+    fn as_ref(&self) -> &Orchestrator {
+        self
+    }
+}
+
 struct Shared {
     settings: Mutex<Arc<Settings>>,
     /// Memory for registrations and loops.

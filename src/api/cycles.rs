@@ -25,20 +25,21 @@ impl Handlers {
         let read = move || request::cycle(request, trace, now);
         let request = self.over(named, read).await?.map_err(invalid)?;
         if validate_only {
-            let subset = call.registered_names(request.subset).await.map_err(status)?;
-            let (plan, next) = response::plan_page(self.schedule(&call, subset).await, 0, usize::MAX, MAX_ANSWER);
+            let subset = call.orchestrator().registered_names(request.subset).await.map_err(status)?;
+            let (plan, next) =
+                response::plan_page(self.schedule(call.orchestrator(), subset).await, 0, usize::MAX, MAX_ANSWER);
             if next.is_some() {
                 return Err(error::answer_too_large(None, "use PlanCycle, which has pages"));
             }
             return Ok(pb::RunCycleResponse { plan: Some(plan), ..Default::default() });
         }
-        let ticket = call.run_cycle(request, is_async).await.map_err(status)?;
+        let ticket = call.orchestrator().run_cycle(request, is_async).await.map_err(status)?;
         // The rest of the request belongs to the cycle.
         call.forget_request();
         let cycle_id = ticket.cycle_id.0;
         let record = if is_async { ticket.record_now() } else { Some(ticket.recorded().await.map_err(status)?) };
         let telemetry = match record {
-            Some(record) => call.keep(&record).await.map_err(status)?,
+            Some(record) => call.orchestrator().keep(&record).await.map_err(status)?,
             None => bytes::Bytes::new(),
         };
         Ok(pb::RunCycleResponse { cycle_id, telemetry, plan: None })
@@ -51,7 +52,8 @@ impl Handlers {
         let request = call.take_request();
         let read = self.over(request.subsystems.len(), move || request::plan(request)).await?;
         let request::PlanPage { subset, from, page_size } = read.map_err(invalid)?;
-        let (plan, next) = response::plan_page(self.schedule(&call, subset).await, from, page_size, MAX_ANSWER);
+        let (plan, next) =
+            response::plan_page(self.schedule(call.orchestrator(), subset).await, from, page_size, MAX_ANSWER);
         let next_page_token = next.map(|next| next.to_string()).unwrap_or_default();
         Ok(pb::PlanCycleResponse { plan: Some(plan), next_page_token })
     }
@@ -64,20 +66,21 @@ impl Handlers {
 
 pub(super) async fn cancel_cycle(mut call: Entered<pb::CancelCycleRequest>) -> Result<pb::CancelCycleResponse, Status> {
     let cycle_id = request::cycle_id(call.take_request().cycle_id).map_err(invalid)?;
-    let record = call.cancel_cycle(cycle_id).await.map_err(status)?;
-    let telemetry = call.keep(&record).await.map_err(status)?;
+    let record = call.orchestrator().cancel_cycle(cycle_id).await.map_err(status)?;
+    let telemetry = call.orchestrator().keep(&record).await.map_err(status)?;
     Ok(pb::CancelCycleResponse { telemetry })
 }
 
 pub(super) async fn get_cycle(mut call: Entered<pb::GetCycleRequest>) -> Result<pb::GetCycleResponse, Status> {
     let cycle_id = request::cycle_id(call.take_request().cycle_id).map_err(invalid)?;
-    let record = call.cycle(cycle_id).await.map_err(status)?;
+    let record = call.orchestrator().cycle(cycle_id).await.map_err(status)?;
     Ok(pb::GetCycleResponse { telemetry: record.bytes.clone() })
 }
 
 pub(super) async fn list_cycles(mut call: Entered<pb::ListCyclesRequest>) -> Result<pb::ListCyclesResponse, Status> {
     let request::List { before, filter, parts, page_size } = request::list(call.take_request()).map_err(invalid)?;
-    let Page { records, next, .. } = call.cycles(before, filter, parts, page_size).await.map_err(status)?;
+    let Page { records, next, .. } =
+        call.orchestrator().cycles(before, filter, parts, page_size).await.map_err(status)?;
     let mut answer = pb::ListCyclesResponse {
         next_page_token: next.map(|next| next.to_string()).unwrap_or_default(),
         ..Default::default()
@@ -96,7 +99,7 @@ pub(super) fn watch_cycles(
     mut call: Entered<pb::WatchCyclesRequest>,
 ) -> Result<impl Stream<Item = Result<pb::WatchCyclesResponse, Status>>, Status> {
     let (from, filter, progress) = request::watch(call.take_request()).map_err(invalid)?;
-    let watcher = call.watch(from, filter, progress).map_err(status)?;
+    let watcher = call.orchestrator().watch(from, filter, progress).map_err(status)?;
     // The rest of the request belongs to the watcher.
     call.forget_request();
     Ok(stream::unfold(Some((watcher, call)), |open| async {

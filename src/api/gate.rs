@@ -2,7 +2,7 @@
 //! makes an [`Entered`], which is required to reach the orchestrator. So callers are refused here, by the rules of
 //! `rules`, and calls are counted here.
 
-use std::{ops::Deref, sync::Arc, task::Poll};
+use std::{sync::Arc, task::Poll};
 
 use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
 use tonic::{Request, Response, Status, codegen::http::HeaderMap};
@@ -87,10 +87,16 @@ pub struct Entered<Q> {
     room: Option<Held>,
 }
 
-impl<Q> Deref for Entered<Q> {
-    type Target = Orchestrator;
+impl<Q> Entered<Q> {
+    /// The orchestrator, which handlers reach only here.
+    pub(super) fn orchestrator(&self) -> &Orchestrator {
+        &self.orchestrator
+    }
+}
 
-    fn deref(&self) -> &Orchestrator {
+/// For the metrics, which are read from an orchestrator.
+impl<Q> AsRef<Orchestrator> for Entered<Q> {
+    fn as_ref(&self) -> &Orchestrator {
         &self.orchestrator
     }
 }

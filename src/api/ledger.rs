@@ -32,8 +32,8 @@ impl Ledger for Api {
 }
 
 async fn get_checkpoint(call: Entered<pb::GetCheckpointRequest>) -> Result<pb::GetCheckpointResponse, Status> {
-    let Published { note, .. } = call.checkpoint().await.map_err(status)?;
-    Ok(pb::GetCheckpointResponse { checkpoint: note.to_string(), keys: call.log_keys() })
+    let Published { note, .. } = call.orchestrator().checkpoint().await.map_err(status)?;
+    Ok(pb::GetCheckpointResponse { checkpoint: note.to_string(), keys: call.orchestrator().log_keys() })
 }
 
 async fn get_inclusion_proof(
@@ -42,10 +42,10 @@ async fn get_inclusion_proof(
     let pb::GetInclusionProofRequest { cycle_id, size } = call.take_request();
     let cycle_id = request::cycle_id(cycle_id).map_err(invalid)?;
     let Published { size, note } = match size {
-        0 => call.checkpoint_of(cycle_id).await.map_err(status)?,
+        0 => call.orchestrator().checkpoint_of(cycle_id).await.map_err(status)?,
         size => Published { size, ..Published::default() },
     };
-    let proved = call.prove(cycle_id, size).await.map_err(status)?;
+    let proved = call.orchestrator().prove(cycle_id, size).await.map_err(status)?;
     Ok(pb::GetInclusionProofResponse {
         leaf: proved.leaf,
         size,
@@ -60,10 +60,10 @@ async fn get_consistency_proof(
 ) -> Result<pb::GetConsistencyProofResponse, Status> {
     let pb::GetConsistencyProofRequest { from_size, size } = call.take_request();
     let Published { size, note } = match size {
-        0 => call.checkpoint().await.map_err(status)?,
+        0 => call.orchestrator().checkpoint().await.map_err(status)?,
         size => Published { size, ..Published::default() },
     };
-    let proof = call.prove_extension(from_size, size).await.map_err(status)?;
+    let proof = call.orchestrator().prove_extension(from_size, size).await.map_err(status)?;
     Ok(pb::GetConsistencyProofResponse { size, hashes: bytes_of(&proof.0), checkpoint: note.to_string() })
 }
 

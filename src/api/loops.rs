@@ -19,7 +19,7 @@ impl Handlers {
         let request = call.take_request();
         let named = request.r#loop.as_ref().map_or(0, |settings| settings.subsystems.len());
         let read = self.over(named, move || request::interval_loop(request.r#loop)).await?;
-        let entry = call.start_loop(read.map_err(invalid)?).await.map_err(|refusal| match refusal {
+        let entry = call.orchestrator().start_loop(read.map_err(invalid)?).await.map_err(|refusal| match refusal {
             Refusal::Invalid(violations) => invalid(violations.inside("loop")),
             refusal => status(refusal),
         })?;
@@ -31,7 +31,7 @@ pub(super) async fn stop_interval_loop(
     mut call: Entered<pb::StopIntervalLoopRequest>,
 ) -> Result<pb::StopIntervalLoopResponse, Status> {
     let name = request::name("name", &call.take_request().name).map_err(invalid)?;
-    let entry = call.stop_loop(&name).await.map_err(status)?;
+    let entry = call.orchestrator().stop_loop(&name).await.map_err(status)?;
     Ok(pb::StopIntervalLoopResponse { r#loop: Some(response::loop_status(&entry)) })
 }
 
@@ -43,7 +43,7 @@ pub(super) async fn list_interval_loops(
     let mut answer = pb::ListIntervalLoopsResponse::default();
     let mut last = None;
     let mut bytes = 0;
-    for entry in call.loops() {
+    for entry in call.orchestrator().loops() {
         if after.as_ref().is_some_and(|after| entry.settings.name <= *after) {
             continue;
         }

@@ -29,7 +29,7 @@ impl Handlers {
             request.registrations.iter().map(|it| 1 + it.requires.len() + it.after.len() + it.reads.len()).sum();
         let read = self.over(named, move || request::registrations(request)).await?;
         let (subsystems, lease) = read.map_err(invalid)?;
-        let registered = call.register_all(subsystems, lease).await.map_err(status)?;
+        let registered = call.orchestrator().register_all(subsystems, lease).await.map_err(status)?;
         let mut answer = pb::RegisterSubsystemsResponse::default();
         for (registered, change) in registered {
             let name = registered.member.subsystem.name.to_string();
@@ -48,10 +48,10 @@ impl Handlers {
     ) -> Result<pb::ListSubsystemsResponse, Status> {
         let pb::ListSubsystemsRequest { page_size, page_token } = call.take_request();
         let (after, page_size) = request::page(page_size, &page_token, 100).map_err(invalid)?;
-        let mut found = call.subsystems(after.as_ref().map(Name::as_str), page_size + 1);
+        let mut found = call.orchestrator().subsystems(after.as_ref().map(Name::as_str), page_size + 1);
         let more_follow = found.len() > page_size;
         found.truncate(page_size);
-        let (subsystems, all_fit) = self.statuses(&call, &found, false, MAX_ANSWER).await;
+        let (subsystems, all_fit) = self.statuses(call.orchestrator(), &found, false, MAX_ANSWER).await;
         let last = subsystems.last().and_then(|last| last.registration.as_ref()).map(|last| last.name.clone());
         let next_page_token = last.filter(|_| more_follow || !all_fit).unwrap_or_default();
         Ok(pb::ListSubsystemsResponse { subsystems, next_page_token })
@@ -95,8 +95,8 @@ pub(super) async fn register_subsystem(
     let pb::RegisterSubsystemRequest { registration, lease } = request;
     let subsystem = request::registration(registration).map_err(invalid)?;
     let lease = request::lease(lease).map_err(invalid)?;
-    let (registered, change) = call.register(subsystem, lease).await.map_err(status)?;
-    let subsystem = Some(listed(&call, &registered, None));
+    let (registered, change) = call.orchestrator().register(subsystem, lease).await.map_err(status)?;
+    let subsystem = Some(listed(call.orchestrator(), &registered, None));
     Ok(pb::RegisterSubsystemResponse { subsystem, created: change == Change::Created })
 }
 
@@ -104,7 +104,7 @@ pub(super) async fn unregister_subsystem(
     mut call: Entered<pb::UnregisterSubsystemRequest>,
 ) -> Result<pb::UnregisterSubsystemResponse, Status> {
     let name = subsystem_name(&call.take_request().name)?;
-    call.unregister(&name).await.map_err(status)?;
+    call.orchestrator().unregister(&name).await.map_err(status)?;
     Ok(pb::UnregisterSubsystemResponse {})
 }
 
@@ -112,9 +112,13 @@ pub(super) async fn get_subsystem(
     mut call: Entered<pb::GetSubsystemRequest>,
 ) -> Result<pb::GetSubsystemResponse, Status> {
     let pb::GetSubsystemRequest { name, include_output, include_snapshot } = call.take_request();
-    let registered = call.subsystem(&subsystem_name(&name)?).map(Arc::new).map_err(status)?;
-    let snapshot = if include_snapshot { call.snapshots(std::slice::from_ref(&registered)).await.pop() } else { None };
-    let mut subsystem = response::subsystem_status(&call, &registered, include_output, snapshot.as_ref());
+    let registered = call.orchestrator().subsystem(&subsystem_name(&name)?).map(Arc::new).map_err(status)?;
+    let snapshot = if include_snapshot {
+        call.orchestrator().snapshots(std::slice::from_ref(&registered)).await.pop()
+    } else {
+        None
+    };
+    let mut subsystem = response::subsystem_status(call.orchestrator(), &registered, include_output, snapshot.as_ref());
     if subsystem.encoded_len() + response::AROUND > MAX_ANSWER {
         subsystem.last = subsystem.last.map(response::listed_part);
     }
@@ -138,24 +142,28 @@ pub(super) async fn get_subsystem(
 
 pub(super) async fn renew_lease(mut call: Entered<pb::RenewLeaseRequest>) -> Result<pb::RenewLeaseResponse, Status> {
     let name = subsystem_name(&call.take_request().name)?;
-    let expires_at = call.renew_lease(&name).map_err(status)?;
+    let expires_at = call.orchestrator().renew_lease(&name).map_err(status)?;
     Ok(pb::RenewLeaseResponse { lease_expires_at: Some(timestamp(expires_at)) })
 }
 
 pub(super) async fn suspend_subsystem(
     mut call: Entered<pb::SuspendSubsystemRequest>,
 ) -> Result<pb::SuspendSubsystemResponse, Status> {
-    let name = subsystem_name(&call.take_request().name)?;
-    let registered = call.suspend(&name, true).await.map_err(status)?;
-    Ok(pb::SuspendSubsystemResponse { subsystem: Some(listed(&call, &registered, None)) })
+    let name = call.take_request().name;
+    Ok(pb::SuspendSubsystemResponse { subsystem: Some(suspended(call.orchestrator(), &name, true).await?) })
 }
 
 pub(super) async fn resume_subsystem(
     mut call: Entered<pb::ResumeSubsystemRequest>,
 ) -> Result<pb::ResumeSubsystemResponse, Status> {
-    let name = subsystem_name(&call.take_request().name)?;
-    let registered = call.suspend(&name, false).await.map_err(status)?;
-    Ok(pb::ResumeSubsystemResponse { subsystem: Some(listed(&call, &registered, None)) })
+    let name = call.take_request().name;
+    Ok(pb::ResumeSubsystemResponse { subsystem: Some(suspended(call.orchestrator(), &name, false).await?) })
+}
+
+/// Suspends or resumes a subsystem, and returns its status after that.
+async fn suspended(orchestrator: &Orchestrator, name: &str, suspend: bool) -> Result<pb::SubsystemStatus, Status> {
+    let registered = orchestrator.suspend(&subsystem_name(name)?, suspend).await.map_err(status)?;
+    Ok(listed(orchestrator, &registered, None))
 }
 
 /// The status of a subsystem in a list.

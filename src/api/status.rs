@@ -17,14 +17,14 @@ impl Handlers {
         mut call: Entered<pb::GetStatusRequest>,
     ) -> Result<pb::GetStatusResponse, Status> {
         let pb::GetStatusRequest { include_subsystems, include_snapshots, omit_last_cycle } = call.take_request();
-        let mut status = call.status();
+        let mut status = call.orchestrator().status();
         if omit_last_cycle {
             status.last = None;
         }
         let (loops, last) = (std::mem::take(&mut status.loops), status.last.take());
         let mut answer = response::status(status);
         if let Some(last) = last {
-            answer.last_cycle = call.keep(&last).await.map_err(refused)?;
+            answer.last_cycle = call.orchestrator().keep(&last).await.map_err(refused)?;
         }
         let room = MAX_ANSWER.saturating_sub(answer.encoded_len());
         answer.loops = response::listed_loops(&loops, room);
@@ -33,8 +33,8 @@ impl Handlers {
         }
         if include_subsystems || include_snapshots {
             let room = MAX_ANSWER.saturating_sub(answer.encoded_len());
-            let registered = call.subsystems(None, usize::MAX);
-            let (subsystems, all_fit) = self.statuses(&call, &registered, include_snapshots, room).await;
+            let registered = call.orchestrator().subsystems(None, usize::MAX);
+            let (subsystems, all_fit) = self.statuses(call.orchestrator(), &registered, include_snapshots, room).await;
             if !all_fit {
                 return Err(error::answer_too_large(
                     None,

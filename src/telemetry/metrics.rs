@@ -6,7 +6,7 @@
 
 mod definitions;
 
-use std::{collections::BTreeMap, ops::Deref, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use futures_util::{Stream, stream};
 use jiff::Timestamp;
@@ -96,7 +96,7 @@ impl Metrics {
     /// Writes all metrics of an orchestrator, piece by piece. It is kept to the end.
     pub fn scrape<O>(self: Arc<Self>, orchestrator: O) -> impl Stream<Item = Result<String, Error>>
     where
-        O: Deref<Target = Orchestrator>,
+        O: AsRef<Orchestrator>,
     {
         stream::unfold((Position::Start, orchestrator), move |(position, orchestrator)| {
             let this = self.clone();
@@ -104,13 +104,13 @@ impl Metrics {
                 let (text, next) = match position {
                     Position::Start => {
                         let next = Position::Subsystems { family: 0, begun: false, after: None };
-                        (encode(&this.general(&orchestrator).await), next)
+                        (encode(&this.general(orchestrator.as_ref()).await), next)
                     }
                     Position::Subsystems { family, begun, after } => {
                         // Cycles take precedence.
                         yield_now().await;
                         let _turn = this.turn.acquire().await;
-                        page(&orchestrator, family, begun, after.as_ref())?
+                        page(orchestrator.as_ref(), family, begun, after.as_ref())?
                     }
                 };
                 Some((text, (next, orchestrator)))
