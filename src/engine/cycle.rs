@@ -1,4 +1,11 @@
 //! Runs one cycle, from the first call to the report. [`Engine::run`] reads from top to bottom.
+//!
+//! Below it: the state of a part (`part_state`), what subsystems hand to each other (`inputs_and_outputs`), and the end
+//! (`report`).
+
+mod inputs_and_outputs;
+mod part_state;
+mod report;
 
 use std::{
     cmp::Reverse,
@@ -23,20 +30,18 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use self::part_state::{EndedPart, PartState, Release};
 use super::{
-    BreakerState, InputRoom, LastPart, Member, Part, Plan, Slots, Standing, Trace,
+    InputRoom, Member, Part, Plan, Slots, Trace,
     member::Turn,
-    plan::{Fate, Named, Step, chain},
+    plan::{Fate, Step},
     retry::Calls,
     slots::Slot,
     trace::CallSpans,
 };
 use crate::{
     memory::{Held, Memory},
-    model::{
-        Answer, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Freshness, Input, Name, Output,
-        SkipReason, Subsystem, SubsystemReport, SubsystemState, excerpt, text::clean,
-    },
+    model::{Code, CycleId, CycleRequest, Epoch, FinishedCycle, Input, SkipReason, SubsystemState, excerpt},
     ports::{CallError, Reply, RunCall, Spans, Subsystems},
     random::Random,
 };
@@ -297,77 +302,6 @@ struct Run<'a> {
     last_ended: Option<usize>,
 }
 
-/// The state of the part of a subsystem. A subsystem that is left out of the cycle is not in its plan.
-enum PartState {
-    /// It waits for this number of others, and for its phase.
-    Waiting(usize),
-    /// It waits for nothing but its call.
-    Ready(Release),
-    /// It is being called.
-    Running(Release, Duration),
-    /// It has ended.
-    Ended(EndedPart),
-}
-
-/// The end of a part's wait for others.
-#[derive(Clone, Copy, Default)]
-struct Release {
-    at: Duration,
-    /// The one that ended last before that.
-    by: Option<usize>,
-}
-
-/// A part that has ended.
-struct EndedPart {
-    release: Release,
-    started: Option<Duration>,
-    ended: Duration,
-    /// True if it had its turn, see [`Turn::was_whole`].
-    turn: Option<bool>,
-    state: SubsystemState,
-    answer: Answer,
-    /// The memory of the answer. The memory of the output is already in its [`Standing`].
-    held: Option<Held>,
-}
-
-impl PartState {
-    fn ended(&self) -> Option<&EndedPart> {
-        match self {
-            Self::Ended(part) => Some(part),
-            Self::Waiting(_) | Self::Ready(_) | Self::Running(..) => None,
-        }
-    }
-
-    fn release(&self) -> Release {
-        match self {
-            Self::Waiting(_) => Release::default(),
-            Self::Ready(release) | Self::Running(release, _) | Self::Ended(EndedPart { release, .. }) => *release,
-        }
-    }
-
-    /// When its first call began.
-    fn started(&self) -> Option<Duration> {
-        match self {
-            Self::Waiting(_) | Self::Ready(_) => None,
-            Self::Running(_, started) => Some(*started),
-            Self::Ended(part) => part.started,
-        }
-    }
-
-    /// Records the end of a dependency. Returns true if it was the last one.
-    fn waits_for_one_less(&mut self) -> bool {
-        let Self::Waiting(others) = self else { return false };
-        *others -= 1;
-        *others == 0
-    }
-
-    fn end(&mut self, state: SubsystemState, ended: Duration, turn: Option<bool>, reply: Option<Reply>) {
-        let (answer, held) = reply.map_or_else(Default::default, |reply| (reply.answer, Some(reply.held)));
-        let (release, started) = (self.release(), self.started());
-        *self = Self::Ended(EndedPart { release, started, ended, turn, state, answer, held });
-    }
-}
-
 impl<'a> Run<'a> {
     fn new(
         engine: &'a Engine,
@@ -493,56 +427,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Asks the breaker, and collects the inputs and their memory. Also returns true if this is a probe call.
-    fn prepare(&mut self, position: usize) -> Result<(Vec<Input>, Option<Held>, bool), NotNow> {
-        let step = &self.plan.steps[position];
-        let is_probe = match step.member.breaker(Instant::now()) {
-            BreakerState::Closed => false,
-            BreakerState::HalfOpen => true,
-            BreakerState::Open(_) => {
-                let failures = step.member.standing.lock().breaker.failures();
-                let failures =
-                    if failures == 1 { "a failure".to_owned() } else { format!("{failures} failures in a row") };
-                let message = format!("not called after {failures}");
-                return Err(NotNow::Ends(SubsystemState::CircuitOpen(message)));
-            }
-        };
-        let inputs = self.inputs(step);
-        let bytes = inputs.iter().flat_map(|input| &input.output).map(|(output, _)| output.payload.len()).sum();
-        let max = self.engine.inputs.max().min(Subsystem::MAX_INPUT_BYTES);
-        if bytes > max {
-            let message = format!("its inputs are {bytes} bytes; the limit is {max} bytes");
-            return Err(NotNow::Ends(SubsystemState::Failed(Code::ResourceExhausted, message)));
-        }
-        let room = if bytes > 0 { Some(self.room_for(bytes).ok_or(NotNow::NeedsRoom(bytes))?) } else { None };
-        Ok((inputs, room, is_probe))
-    }
-
-    /// The awaited memory, if it is enough: inputs may have grown meanwhile.
-    fn room_for(&mut self, bytes: usize) -> Option<Held> {
-        let mut room = self.room.take()?;
-        room.resize(bytes).ok().map(|()| room)
-    }
-
-    fn inputs(&self, step: &Step) -> Vec<Input> {
-        let stale = |standing: &Standing| Some((standing.latest()?, Freshness::Stale));
-        let inputs = step.inputs.iter().map(|(name, named)| {
-            let output = match named {
-                Named::Step(position) => match self.parts[*position].ended() {
-                    Some(EndedPart { state: SubsystemState::Succeeded, answer, .. }) => {
-                        let output = Output { cycle_id: self.cycle.cycle_id, payload: answer.output.clone() };
-                        Some((output, Freshness::Fresh))
-                    }
-                    _ => stale(&self.plan.steps[*position].member.standing),
-                },
-                Named::LeftOut(standing) => stale(standing),
-                Named::Nowhere => None,
-            };
-            Input { name: name.clone(), output }
-        });
-        inputs.collect()
-    }
-
     /// The calls of a subsystem have ended.
     fn called(&mut self, Ended { position, result }: Ended) {
         let duration = self.start.elapsed().saturating_sub(self.parts[position].started().unwrap_or_default());
@@ -584,19 +468,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Keeps an answer, if there is memory for its output.
-    fn keep(&self, standing: &Standing, reply: Reply) -> Result<Reply, SubsystemState> {
-        let Reply { answer, mut held } = reply;
-        let bytes = answer.output.len();
-        standing.lock().make_room(bytes, &self.engine.outputs).map_err(|full| {
-            let message = format!("no memory for its output of {bytes} bytes: {full}");
-            SubsystemState::Failed(Code::ResourceExhausted, message)
-        })?;
-        // Fewer than before, so it fits.
-        let _ = held.resize(held.bytes().saturating_sub(bytes));
-        Ok(Reply { answer, held })
-    }
-
     /// Records the end of a part, with this reply if it succeeded. Returns subsystems without other pending
     /// dependencies.
     fn end(&mut self, position: usize, state: SubsystemState, reply: Option<Reply>) -> Vec<usize> {
@@ -626,159 +497,5 @@ impl<'a> Run<'a> {
             }
         }
         free
-    }
-
-    /// Ends the remaining parts, and makes the report.
-    fn finish(mut self, end: End) -> Ran {
-        let duration = self.start.elapsed();
-        for position in 0..self.parts.len() {
-            if self.parts[position].ended().is_none() {
-                self.cut_off(position, end, duration);
-            }
-        }
-        let Self { engine, cycle, plan, parts: states, attempts, .. } = self;
-        let finished_at = cycle.started_at.saturating_add(duration).unwrap_or(cycle.started_at);
-        let called = |position: &usize| states[*position].started().is_some();
-        let last =
-            (0..states.len()).filter(called).max_by_key(|position| states[*position].ended().map(|part| part.ended));
-        let critical_path = chain(last, |position| states[position].release().by).into_iter().filter(called);
-        let critical_path = critical_path.map(|position| plan.steps[position].member.subsystem.name.clone()).collect();
-
-        let mut reports = Vec::with_capacity(states.len());
-        let mut parts = Vec::with_capacity(states.len());
-        let mut held = Vec::new();
-        for (position, part) in states.into_iter().enumerate() {
-            let PartState::Ended(part) = part else { continue };
-            let EndedPart { release, started, ended, turn, state, answer, held: its_held } = part;
-            held.extend(its_held);
-            let member = &plan.steps[position].member;
-            let subsystem = &member.subsystem;
-            let records_output = subsystem.record_output || cycle.request.record_outputs;
-            let succeeded = state == SubsystemState::Succeeded;
-            let report = Arc::new(SubsystemReport {
-                name: subsystem.name.clone(),
-                queued: started.unwrap_or(release.at).saturating_sub(release.at),
-                started,
-                ended,
-                attempts: attempts[position].load(Ordering::Relaxed),
-                issues: answer.issues,
-                metrics: answer.metrics,
-                recorded_output: (succeeded && records_output).then(|| answer.output.clone()),
-                state,
-            });
-            if let Some(was_whole) = turn {
-                member.standing.lock().last_turn = Turn { cycle_id: cycle.cycle_id, was_whole };
-            }
-            let (cycle_id, started_at) = (cycle.cycle_id, cycle.started_at);
-            parts.push(Part {
-                standing: member.standing.clone(),
-                last: LastPart { cycle_id, started_at, finished_at, report: report.clone() },
-                output: succeeded.then_some(Output { cycle_id, payload: answer.output }),
-            });
-            reports.push((report, subsystem.critical));
-        }
-        for name in &plan.unregistered {
-            let message = "its loop names it, but it is not registered".to_owned();
-            reports
-                .push((Arc::new(SubsystemReport::not_called(name.clone(), SkipReason::NotRegistered, message)), false));
-        }
-        let (state, error) = sum_up(&reports, end);
-        let finished = FinishedCycle {
-            cycle_id: cycle.cycle_id,
-            epoch: engine.epoch,
-            trigger: cycle.request.trigger.clone(),
-            scheduled_at: Some(cycle.request.scheduled_at),
-            request_id: cycle.request.request_id.clone(),
-            trace_id: cycle.trace.id(),
-            started_at: Some(cycle.started_at),
-            finished_at,
-            duration,
-            state,
-            error,
-            critical_path,
-            subsystems: reports.into_iter().map(|(report, _)| report).collect(),
-        };
-        Ran { finished, parts, held }
-    }
-
-    /// Ends a part that had not ended when the cycle did.
-    fn cut_off(&mut self, position: usize, end: End, now: Duration) {
-        let deadline = self.cycle.deadline;
-        let started = self.parts[position].started();
-        let state = match (end, started) {
-            (End::Deadline, Some(started)) => {
-                let state = SubsystemState::TimedOut(format!("no answer within the cycle's deadline of {deadline:?}"));
-                self.count_failure(&self.plan.steps[position].member, &state, now.saturating_sub(started));
-                state
-            }
-            (End::Deadline, None) => {
-                let waited = match self.waiting {
-                    Some((waiting, bytes)) if waiting == position => {
-                        format!("while it waited for memory for its inputs of {bytes} bytes")
-                    }
-                    _ => "before its turn".to_owned(),
-                };
-                let message = format!("the cycle's deadline of {deadline:?} passed {waited}");
-                SubsystemState::Skipped(SkipReason::CycleDeadline, message)
-            }
-            (End::Cancelled | End::Complete, _) => SubsystemState::Cancelled,
-        };
-        let attempts = self.attempts[position].load(Ordering::Relaxed);
-        self.observer.ended(position, &state, attempts, now);
-        self.parts[position].end(state, now, started.map(|_| false), None);
-    }
-}
-
-/// How a cycle ended, and its failures in one line: the causes first, then the subsystems that were skipped for them.
-/// Only this function makes that line. A semicolon is only between two failures.
-fn sum_up(reports: &[(Arc<SubsystemReport>, bool)], end: End) -> (CycleState, String) {
-    const NAMED: usize = 8;
-    let mut failed = 0;
-    let mut ran = 0;
-    let mut critical_failed = false;
-    let (mut causes, mut skipped) = (Vec::new(), Vec::new());
-    for (report, critical) in reports {
-        let is_failure = report.state.is_failure();
-        let counts = is_failure || matches!(report.state, SubsystemState::Succeeded | SubsystemState::Cancelled);
-        ran += usize::from(counts);
-        failed += usize::from(is_failure);
-        critical_failed |= is_failure && *critical;
-        match &report.state {
-            _ if !is_failure => {}
-            state @ SubsystemState::Skipped(SkipReason::RequirementFailed | SkipReason::CycleDeadline, _) => {
-                skipped.push((&report.name, state));
-            }
-            state => causes.push((&report.name, state)),
-        }
-    }
-    let state = match end {
-        End::Cancelled => CycleState::Cancelled,
-        _ if failed == 0 => CycleState::Succeeded,
-        _ if critical_failed || failed == ran => CycleState::Failed,
-        _ => CycleState::Degraded,
-    };
-    let mut text = Vec::new();
-    if end == End::Cancelled {
-        text.push("cancelled".to_owned());
-    }
-    if failed > 0 {
-        let failures = causes.iter().chain(&skipped).take(NAMED).map(|(name, state)| failure(name, state));
-        let mut failures: Vec<_> = failures.collect();
-        if failed > NAMED {
-            failures.push(format!("and {} more", failed - NAMED));
-        }
-        text.push(format!("{failed} of {} failed: {}", reports.len(), failures.join("; ")));
-    }
-    (state, text.join("; "))
-}
-
-fn failure(name: &Name, state: &SubsystemState) -> String {
-    let message = clean(excerpt(state.message(), MAX_LOGGED)).replace(';', ",");
-    let message = message.trim();
-    match state {
-        SubsystemState::Failed(code, _) => format!("{name} {code}: {message}"),
-        SubsystemState::CircuitOpen(_) => format!("{name} circuit open: {message}"),
-        SubsystemState::TimedOut(_) => format!("{name} timed out: {message}"),
-        _ => format!("{name} skipped: {message}"),
     }
 }

@@ -1,0 +1,538 @@
+//! The port to a store: what it promises, what is written to it and read from it, and why it fails.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::{future::BoxFuture, stream::BoxStream};
+use jiff::Timestamp;
+
+use crate::ledger::{Frontier, Hash, Node};
+use crate::model::{
+    CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Revision, SubsystemSpec, TraceId, Trigger,
+};
+
+/// The durable store. One process writes to it; each [`Write`] is atomic. An open store can be read. It takes writes
+/// once [`Store::take_over`] has returned.
+///
+/// Each write also appends its records to the log of the history ([`ledger`](crate::ledger)), in their order, and then
+/// the entry of its [`Removal`]. Records that were written before there was a log are not in it.
+///
+/// Each cycle id from 1 to the highest noted one ([`Write::last_cycle_id`]) is exactly one of open, recorded and
+/// pruned. Records have dense revisions in the order of their commits, and any order of their ids.
+pub trait Store: Send + Sync + 'static {
+    /// Reads the state of the earlier process, and fixes the epoch that the next commit begins. Nothing is taken over
+    /// before that commit, so a process that ends in between has changed nothing. A further call reads again, and fixes
+    /// a later epoch: writes of the previous one are then refused.
+    ///
+    /// # Errors
+    /// The state can't be read at all, or no process could continue from it.
+    fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>>;
+
+    /// Writes atomically, and returns once the outcome is known, however long that takes. With [`Durability::Durable`]
+    /// the write then survives the loss of power, with [`Durability::Buffered`] the death of this process. If the
+    /// future is dropped, the outcome is unknown.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] when a later epoch has taken over: nothing of this one will be written any more.
+    /// [`StoreError::Defect`] when the write violates a rule of [`Write`], or the store was not taken over. In these
+    /// and all other cases nothing of `write` was kept; the same write can be retried, unless the error [is
+    /// final](StoreError::is_final).
+    fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Reports from now on that a commit is [late](StoreError::Late), while it is awaited, and `None` once it no longer
+    /// is. A report says nothing of the outcome of the commit. Of several reports that come before one is taken, the
+    /// last one is given.
+    fn trouble(&self) -> BoxStream<'static, Option<StoreError>>;
+
+    /// The record of a cycle, if it exists.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>>;
+
+    /// The record with the highest revision of the cycles with this `request_id`.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>>;
+
+    /// Records below the revision `before`, highest revision first, that pass `filter`. Ends at the limits of `page`,
+    /// or after [`SCAN_LIMIT`] examined records. An unreadable record passes if the fields of the filter can't be read.
+    /// Records that are written between two pages are above both, so paging neither skips nor repeats a record.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn cycles_before(
+        &self,
+        before: Revision,
+        filter: Filter,
+        page: PageLimits,
+    ) -> BoxFuture<'_, Result<Page, StoreError>>;
+
+    /// Records after `revision`, oldest first, without a gap, up to the limits of `page`. A record that can't be read,
+    /// or is missing without having been pruned, is represented by an error in its place.
+    ///
+    /// # Errors
+    /// Some of them have been pruned, `revision` was never given, or the store can't be read.
+    fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>>;
+
+    /// The records that exceed `retention`: at most `limit`, those with the lowest revisions, never the newest one.
+    /// [`Write::removal`] removes them.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] when a later epoch has taken over, [`StoreError::Defect`] when the store was not taken
+    /// over, or it can't be read.
+    fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>>;
+
+    /// The log as of the last durable commit. Empty until the store was taken over.
+    fn log(&self) -> Log;
+
+    /// The leaf of the record of a cycle; `None` if there is no such record, or it is older than the log.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn leaf(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<u64>, StoreError>>;
+
+    /// The hashes of complete nodes of the log, in this order; `None` if one is not retained.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>>;
+
+    /// Publishes the newest checkpoint of the log: once this has returned, it survives the loss of power, and replaces
+    /// the earlier one.
+    ///
+    /// # Errors
+    /// It can't be written; the earlier one stays.
+    fn publish(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// The size of the store. Cheap, however long the history is.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>>;
+}
+
+/// The log of a store, as far as it is needed to append to it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Log {
+    /// Its right edge.
+    pub frontier: Frontier,
+    /// All entries below this leaf are gone, and of the nodes of their leaves only those of its own frontier are left.
+    pub first_kept: u64,
+}
+
+/// The contents of a store when it was taken over.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Contents {
+    /// The epoch that the first commit begins.
+    pub epoch: Epoch,
+    /// The highest cycle id ever noted.
+    pub last_cycle_id: CycleId,
+    /// The highest revision ever given.
+    pub last_revision: Revision,
+    /// The highest revision ever pruned: all revisions above it exist.
+    pub pruned_to: Revision,
+    /// The record with the highest revision, if any.
+    pub last_record: Option<Found>,
+    /// All cycles that were noted and never recorded, by id. If nothing more can be read of a cycle, it has
+    /// [`Trigger::Unknown`] and [`Stage::Unknown`], and is in `unreadable` as well.
+    pub open: Vec<OpenCycle>,
+    /// True if the earlier process did not close the store and the machine has restarted since, so that buffered
+    /// writes, and with them an entry of `open`, may be lost.
+    pub may_lack_open: bool,
+    /// Acknowledged commits that are missing.
+    pub lost: Option<Lost>,
+    /// The stored subsystems.
+    pub subsystems: Vec<StoredSubsystem>,
+    /// The stored loops.
+    pub loops: Vec<StoredLoop>,
+    /// The latest outputs.
+    pub outputs: Vec<StoredOutput>,
+    /// Unreadable entries. They stay in the store; an open cycle stays until it is recorded.
+    pub unreadable: Vec<UnreadableRow>,
+}
+
+/// A record, or the error if it can't be read.
+pub type Found = Result<Record, Unreadable>;
+
+/// An unreadable record in the history.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the record of cycle {cycle_id}, revision {revision}, can't be read: {problem}")]
+pub struct Unreadable {
+    /// The cycle; 0 if that can't be read either.
+    pub cycle_id: CycleId,
+    /// The revision; 0 if that can't be read either.
+    pub revision: Revision,
+    /// The problem.
+    pub problem: String,
+}
+
+/// Another unreadable entry of the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnreadableRow {
+    /// Its kind: an open cycle, a subsystem, a loop or an output.
+    pub what: &'static str,
+    /// Its name or number, as stored.
+    pub key: String,
+    /// The problem.
+    pub problem: String,
+}
+
+/// Acknowledged commits that are no longer in the store: its end was damaged, or an older copy replaced it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// The highest cycle id that was noted.
+    pub last_cycle_id: CycleId,
+    /// The highest revision that was given.
+    pub last_revision: Revision,
+    /// Number of missing commits, including those of records.
+    pub commits: u64,
+}
+
+/// One atomic change.
+#[derive(Clone, Debug, Default)]
+pub struct Write {
+    /// The epoch of the writer. The write is valid only if it is the latest.
+    pub epoch: Epoch,
+    /// The failure that the write must survive.
+    pub durability: Durability,
+    /// The highest id that was given to a cycle so far: this write notes it, and no process gives it again. Never lower
+    /// than that of the previous write. Each id above the previous one is in `open` or in `records`.
+    pub last_cycle_id: CycleId,
+    /// Cycles that are open from now on, or have another stage: each is noted with this write or already open, and has
+    /// no record in it. A cycle is open until its record is written.
+    pub open: Vec<OpenCycle>,
+    /// Cycles that are recorded now, in any order of their ids, each as the next revision. Each is open in the store,
+    /// or is noted with this write.
+    pub records: Vec<Record>,
+    /// Records that are removed now.
+    pub removal: Removal,
+    /// Outputs that replace the latest one of their subsystem.
+    pub outputs: Vec<(Name, Output)>,
+    /// The new state of these subsystems; `None` removes a subsystem and its output.
+    pub subsystems: BTreeMap<Name, Option<Arc<StoredSubsystem>>>,
+    /// The new state of these loops; `None` removes a loop.
+    pub loops: BTreeMap<Name, Option<StoredLoop>>,
+    /// True for the last write of this process: every begun cycle is recorded, and nothing is lost if the machine
+    /// restarts.
+    pub close: bool,
+}
+
+/// Records that a write removes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Removal {
+    /// Their revisions, in increasing order. Each has a record, which is not the newest one.
+    pub revisions: Vec<Revision>,
+    /// All entries of the log below this leaf are gone then. Never lower than that of an earlier removal.
+    pub first_kept: u64,
+    /// An encoded `ControlEntry` that says so, if one of these records has a leaf.
+    pub entry: Option<Bytes>,
+}
+
+/// The failure that a write must survive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Durability {
+    /// The loss of power.
+    #[default]
+    Durable,
+    /// The death of this process.
+    Buffered,
+}
+
+/// A stored record of a cycle: the exact bytes that were first written, and their keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Its id.
+    pub cycle_id: CycleId,
+    /// Its position in the history.
+    pub revision: Revision,
+    /// The epoch that wrote it.
+    pub epoch: Epoch,
+    /// How it ended.
+    pub state: CycleState,
+    /// What started it.
+    pub trigger: Trigger,
+    /// The id of the request.
+    pub request_id: Option<String>,
+    /// When it ended.
+    pub finished_at: Timestamp,
+    /// The encoded telemetry.
+    pub bytes: Bytes,
+}
+
+/// A cycle that was admitted and is not recorded yet. A further write of it replaces the earlier one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenCycle {
+    /// Its id.
+    pub cycle_id: CycleId,
+    /// What started it.
+    pub trigger: Trigger,
+    /// When it was due.
+    pub scheduled_at: Timestamp,
+    /// The id of the request.
+    pub request_id: Option<String>,
+    /// Its trace.
+    pub trace_id: Option<TraceId>,
+    /// Its stage.
+    pub stage: Stage,
+}
+
+/// The stage of an open cycle.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// It waits. Contains the request to run it after a restart, opaque to the store; `None` if it is not to be run
+    /// then.
+    Waiting(Option<Bytes>),
+    /// It has begun, at this time.
+    Begun(Timestamp),
+    /// Its entry can't be read. Its other fields have no meaning.
+    Unknown,
+}
+
+/// The durable state of a subsystem.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredSubsystem {
+    /// Its registration; `None` if the configuration file declares it.
+    pub spec: Option<SubsystemSpec>,
+    /// The length of its lease.
+    pub lease: Option<Duration>,
+    /// True while it is suspended.
+    pub suspended: bool,
+    /// Its name, the same as in `spec`.
+    pub name: Name,
+}
+
+/// The durable state of a loop.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredLoop {
+    /// Its settings; `None` if the configuration file declares it.
+    pub spec: Option<LoopSpec>,
+    /// Its state.
+    pub state: LoopState,
+    /// Its name, the same as in `spec`.
+    pub name: Name,
+}
+
+/// The stored latest output of a subsystem.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredOutput {
+    /// The subsystem.
+    pub name: Name,
+    /// The output.
+    pub output: Output,
+    /// When the cycle that made it ended; `None` if its record is not retained.
+    pub finished_at: Option<Timestamp>,
+}
+
+/// A filter of records.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// Only these states; empty means any.
+    pub states: Vec<CycleState>,
+    /// Only this kind of trigger.
+    pub trigger: Option<TriggerKind>,
+    /// Only cycles of this loop.
+    pub loop_name: Option<Name>,
+    /// Only cycles that finished at or after this time.
+    pub finished_from: Option<Timestamp>,
+    /// Only cycles that finished before this time.
+    pub finished_before: Option<Timestamp>,
+}
+
+impl Filter {
+    /// True if this record passes.
+    #[must_use]
+    pub fn wants(&self, record: &Record) -> bool {
+        (self.states.is_empty() || self.states.contains(&record.state))
+            && self.trigger.is_none_or(|kind| kind == TriggerKind::of(&record.trigger))
+            && self.loop_name.as_ref().is_none_or(|name| Some(name) == record.trigger.loop_name())
+            && self.finished_from.is_none_or(|from| record.finished_at >= from)
+            && self.finished_before.is_none_or(|before| record.finished_at < before)
+    }
+}
+
+/// A [`Trigger`] without its loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "the variants are those of `Trigger`")]
+pub enum TriggerKind {
+    Unknown,
+    Manual,
+    Loop,
+}
+
+impl TriggerKind {
+    /// The kind of a trigger.
+    #[must_use]
+    pub fn of(trigger: &Trigger) -> Self {
+        match trigger {
+            Trigger::Unknown => Self::Unknown,
+            Trigger::Manual => Self::Manual,
+            Trigger::Loop(_) => Self::Loop,
+        }
+    }
+}
+
+/// Limits of one read, which returns at least one record whatever its size, if there is any.
+#[derive(Clone, Copy, Debug)]
+pub struct PageLimits {
+    /// Most records. At least 1.
+    pub records: usize,
+    /// Most bytes of encoded telemetry.
+    pub bytes: usize,
+}
+
+/// Most records that one page examines: a selective filter must not read the whole history at once.
+pub const SCAN_LIMIT: usize = 10_000;
+
+/// A part of the history, highest revision first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Page {
+    /// The records.
+    pub records: Vec<Found>,
+    /// The revision below which the next page starts; `None` at the end.
+    pub next: Option<Revision>,
+    /// Number of examined records.
+    pub scanned: usize,
+}
+
+/// Limits of the history: a record is removed when it exceeds either limit of its rule.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Retention {
+    /// The rule for states without their own rule.
+    pub default: RetentionRule,
+    /// Rules for single states.
+    pub by_state: BTreeMap<CycleState, RetentionRule>,
+}
+
+/// Limits of one rule. If both are `None`, everything is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RetentionRule {
+    /// Most records of this rule; those with the highest revisions are kept.
+    pub max_cycles: Option<u64>,
+    /// Largest age of records.
+    pub max_age: Option<Duration>,
+}
+
+/// The records that exceed the limits of the history.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Excess {
+    /// Their revisions, in increasing order, with their leaves in the log; a record that is older than the log has
+    /// none.
+    pub records: Vec<(Revision, Option<u64>)>,
+    /// Without these records, all entries of the log below this leaf are gone.
+    pub first_kept: u64,
+}
+
+/// The size of a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoreSize {
+    /// Number of retained records.
+    pub records: u64,
+    /// Size in bytes.
+    pub bytes: u64,
+}
+
+/// Why a store did not write or read. Each message contains the remedy. `store` is its location, for people.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// A later epoch writes to this store.
+    #[error("epoch {by} has taken over this store; this process can no longer write and must stop")]
+    Fenced {
+        /// The later epoch.
+        by: Epoch,
+    },
+    /// Its contents are invalid.
+    #[error("{store} is damaged: {problem}; restore it from a backup")]
+    Corrupt {
+        /// Which store.
+        store: String,
+        /// The invalid contents.
+        problem: String,
+    },
+    /// It refuses writes, although it is not damaged.
+    #[error(
+        "{store} refuses a required write: {problem}; restore it from a backup if another program has changed \
+         it, or else report the defect"
+    )]
+    Unusable {
+        /// Which store.
+        store: String,
+        /// The problem.
+        problem: String,
+    },
+    /// There is no space left.
+    #[error("no space left to write {store}: {problem}; free some space, and writing resumes by itself")]
+    Full {
+        /// Which store, or which of its files.
+        store: String,
+        /// The error of the system.
+        problem: String,
+    },
+    /// This process is not allowed to write it.
+    #[error("{store} can't be written: {problem}; make it writable for this process")]
+    ReadOnly {
+        /// Which store, or which of its files.
+        store: String,
+        /// The error of the system.
+        problem: String,
+    },
+    /// It is temporarily unavailable.
+    #[error("{store}: {problem}")]
+    Unavailable {
+        /// Which store.
+        store: String,
+        /// The problem and its remedy.
+        problem: String,
+    },
+    /// A commit has not returned yet, and is awaited. Reported only by [`Store::trouble`].
+    #[error("a commit to {store} has not returned within {waited:?}, and is still awaited: {problem}")]
+    Late {
+        /// Which store.
+        store: String,
+        /// The time for which it was waited.
+        waited: Duration,
+        /// The probable cause, and what to do about it.
+        problem: String,
+    },
+    /// This process, or the store itself, has violated a rule. It accepts no further writes.
+    #[error("the store has failed because of a defect: {problem}; restart this process, and report the defect")]
+    Defect {
+        /// The violation.
+        problem: String,
+    },
+}
+
+impl StoreError {
+    /// True if a retry is useless: this process can't write any more. A full disk, missing permissions, a lock, a
+    /// hardware failure and moved files may be temporary.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Fenced { .. } | Self::Corrupt { .. } | Self::Unusable { .. } | Self::Defect { .. } => true,
+            Self::Full { .. } | Self::ReadOnly { .. } | Self::Unavailable { .. } | Self::Late { .. } => false,
+        }
+    }
+
+    /// True if a commit is still awaited.
+    #[must_use]
+    pub fn is_late(&self) -> bool {
+        matches!(self, Self::Late { .. })
+    }
+}
+
+/// Why the records after a revision were not read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ResumeError {
+    /// They are no longer retained, or do not exist yet.
+    #[error("only revisions {oldest} to {newest} are retained")]
+    NotRetained {
+        /// The oldest revision above which none is missing.
+        oldest: Revision,
+        /// The newest revision.
+        newest: Revision,
+    },
+    /// The store can't be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
