@@ -6,9 +6,9 @@ use bytes::Bytes;
 use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 
-use crate::ledger::{Frontier, Hash, Node};
-use crate::model::{
-    CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Revision, SubsystemSpec, TraceId, Trigger,
+use crate::{
+    ledger::{Frontier, Hash, Node},
+    model::{CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Revision, SubsystemSpec, TraceId, Trigger},
 };
 
 /// The durable store. One process writes to it; each [`Write`] is atomic. An open store can be read. It takes writes

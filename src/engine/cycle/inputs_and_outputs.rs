@@ -1,5 +1,5 @@
-//! What the subsystems of a running cycle hand to each other: inputs are collected when a call is about to begin, and an
-//! output is kept when it has ended, each with its memory.
+//! What the subsystems of a running cycle hand to each other: inputs are collected when a call is about to begin, and
+//! an output is kept when it has ended, each with its memory.
 
 use tokio::time::Instant;
 
