@@ -746,7 +746,7 @@ async fn the_error_of_a_cycle_names_eight_failures_causes_before_subsystems_skip
     let timeout = Some(SignedDuration::from_millis(5));
     let held_back = SubsystemSpec { breaker, ..spec("held-back") };
     let late = SubsystemSpec { timeout, ..spec("late") };
-    let fleet = ["cause", "skipped requires cause", "after after cause", "ok"].map(spec);
+    let fleet = ["cause", "a-skipped requires cause", "after after cause", "ok"].map(spec);
     let more = (1..=9).map(|i| spec(&format!("f{i}")));
     let stage = Stage::of(100, fleet.into_iter().chain([held_back, late]).chain(more));
     for name in ["cause", "after", "held-back", "f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8", "f9"] {
@@ -756,10 +756,10 @@ async fn the_error_of_a_cycle_names_eight_failures_causes_before_subsystems_skip
     assert_eq!(error("ok").await, "");
     assert_eq!(error("held-back").await, "1 of 1 failed: held-back INTERNAL: as scripted");
     assert_eq!(
-        error("cause skipped after held-back late ok").await,
+        error("cause a-skipped after held-back late ok").await,
         "5 of 6 failed: cause INTERNAL: as scripted; held-back circuit open: not called after a failure; \
          late timed out: no answer within its timeout of 5ms; after INTERNAL: as scripted; \
-         skipped skipped: it requires cause, which did not succeed"
+         a-skipped skipped: it requires cause, which did not succeed"
     );
     let named = |n| (1..=n).map(|i| format!("f{i} INTERNAL: as scripted")).collect::<Vec<_>>().join("; ");
     assert_eq!(error("f1 f2 f3 f4 f5 f6 f7 f8").await, format!("8 of 8 failed: {}", named(8)));
