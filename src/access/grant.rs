@@ -10,7 +10,7 @@ use super::{
 };
 use crate::model::{Subsystem, Violations};
 
-/// What a grant is for. `api/rules.rs` lists the roles that may call each RPC.
+/// The purpose of a grant. `api/rules.rs` lists the roles that may call each RPC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
     /// Scrapes metrics, and reads the status without records.

@@ -5,8 +5,8 @@ use webpki::EndEntityCert;
 
 use crate::model::Name;
 
-/// Whom the service takes a caller for. Shown as `nobody`, or as its kind, a colon and its name, such as
-/// `token:monitoring`.
+/// The identity of a caller, as far as the service knows it. Shown as `nobody`, or as its kind, a colon and its name,
+/// such as `token:monitoring`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Identity {
     /// The caller presented no credential.

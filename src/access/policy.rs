@@ -24,12 +24,12 @@ impl Mode {
     pub const WORDS: &[(&str, Self)] = &[("off", Self::Off), ("dry_run", Self::DryRun), ("enforce", Self::Enforce)];
 }
 
-/// What a caller presents to prove its identity.
+/// The proof of its identity that a caller presents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Credential {
     /// Nothing.
     None,
-    /// Something that is no credential of a known form; the text says what, for messages.
+    /// It has no known form. The text describes it, for messages.
     Malformed(&'static str),
     /// A static token.
     Bearer(Bearer),
@@ -57,7 +57,7 @@ pub enum Unauthenticated {
     Invalid,
 }
 
-/// What is revoked before it expires.
+/// Identities and credentials that are revoked before they expire.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Revoked {
     identities: BTreeSet<Identity>,
@@ -72,7 +72,7 @@ impl Revoked {
     /// Adds an identity, the id of a token, or the SHA-256 of a certificate.
     ///
     /// # Errors
-    /// The text is none of these; the message says what is valid.
+    /// The text has another form; the message names the valid ones.
     pub fn add(&mut self, text: &str) -> Result<(), String> {
         if let Some(id) = TokenId::parse(text) {
             self.tokens.insert(id);
@@ -102,7 +102,7 @@ impl Revoked {
     }
 }
 
-/// Who may do what.
+/// The grants and revocations by which calls are judged.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
     mode: Mode,
@@ -146,7 +146,7 @@ impl Policy {
         }
     }
 
-    /// What an identity may do.
+    /// The rights of an identity.
     #[must_use]
     pub fn rights(&self, identity: &Identity) -> Rights {
         Rights(self.grants.iter().filter_map(|grant| grant.right_of(identity)).collect())

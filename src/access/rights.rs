@@ -3,11 +3,11 @@ use std::{fmt, ops::RangeInclusive, time::Duration};
 use super::{Role, pattern::Glob};
 use crate::model::{Endpoint, Limits};
 
-/// What an identity may do: the sum of what its grants give to it. Nothing without a grant.
+/// The rights of an identity: the sum of those of its grants. None without a grant.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rights(pub(super) Vec<Right>);
 
-/// What one grant gives to an identity.
+/// The right that one grant gives to an identity.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Right {
     pub(super) role: Role,
@@ -25,7 +25,7 @@ pub(super) enum EndpointGlob {
     Unix(Glob),
 }
 
-/// What a request concerns, as it is written there.
+/// The things that a request concerns, as it names them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Targets<'a> {
     /// True if it concerns all subsystems.

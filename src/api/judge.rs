@@ -31,7 +31,7 @@ pub(super) enum Denied {
     },
 }
 
-/// What the service knows of a caller.
+/// The knowledge of the service about a caller.
 pub(super) struct Who {
     pub(super) mode: Mode,
     pub(super) identity: Identity,
@@ -196,7 +196,7 @@ impl Judge {
     fn denied(&self, caller: &Caller, call: &str, denied: &Denied, mode: Mode) -> Status {
         let status = error::denied(denied);
         if let Some(times) = self.0.denied.note() {
-            // Its message is bounded, whatever the caller sends.
+            // Its message is bounded, even if the caller sends a longer one.
             let (peer, way, why) =
                 (caller.peer.address.map(tracing::field::display), caller.way.name(), clean(status.message()));
             if mode == Mode::Enforce {

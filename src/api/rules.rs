@@ -1,5 +1,5 @@
-//! The access rules: which roles may call each RPC, and what each request concerns. The table in `docs/security.md` is
-//! for users, and `tests/access.rs` calls every method in every role.
+//! The access rules: which roles may call each RPC, and which targets each request has. The table in
+//! `docs/security.md` is for users, and `tests/access.rs` calls every method in every role.
 
 use crate::{
     access::{Registering, Role, Targets},
@@ -9,7 +9,7 @@ use crate::{
 
 use super::rpc::{Rpc, Scrape};
 
-/// Who may make a call.
+/// The callers that may make a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rule {
     /// Every caller whose identity is known.
@@ -18,11 +18,11 @@ pub(super) enum Rule {
     Roles(&'static [Role]),
 }
 
-/// Those who may read what all subsystems do.
+/// The roles that may read the activity of all subsystems.
 const READERS: Rule = Rule::Roles(&[Role::Viewer, Role::Operator, Role::Auditor, Role::Admin]);
-/// Those who may run cycles.
+/// The roles that may run cycles.
 const OPERATORS: Rule = Rule::Roles(&[Role::Operator, Role::Admin]);
-/// Those who may change the registry.
+/// The roles that may change the registry.
 const REGISTRARS: Rule = Rule::Roles(&[Role::Registrar, Role::Admin]);
 
 /// The rule of reflection, which describes the contract.
@@ -31,7 +31,7 @@ pub(super) const REFLECTION: Rule = Rule::Authenticated;
 pub(super) const DASHBOARD: Rule = READERS;
 
 impl Rpc {
-    /// Who may make this call.
+    /// The callers that may make this call.
     pub(super) fn rule(self) -> Rule {
         match self {
             Self::WhoAmI | Self::GetCheckpoint | Self::GetConsistencyProof => Rule::Authenticated,
@@ -60,9 +60,9 @@ impl Rpc {
     }
 }
 
-/// A request that says what it concerns.
+/// A request with targets.
 pub(super) trait Concerns {
-    /// What it concerns, as it is written: names may be malformed, and are then refused later.
+    /// Its targets, as it names them: names may be malformed, and are then refused later.
     fn targets(&self) -> Targets<'_>;
 }
 
@@ -124,7 +124,7 @@ impl Concerns for pb::GetStatusRequest {
     }
 }
 
-/// Records are whole, whatever the filter.
+/// Records are whole, also with a filter.
 impl Concerns for pb::WatchCyclesRequest {
     fn targets(&self) -> Targets<'_> {
         Targets::ALL
@@ -225,7 +225,7 @@ impl Concerns for pb::WhoAmIRequest {
     }
 }
 
-/// A checkpoint and what it extends contain hashes only.
+/// A checkpoint and its proofs contain hashes only.
 impl Concerns for pb::GetCheckpointRequest {
     fn targets(&self) -> Targets<'_> {
         Targets::default()

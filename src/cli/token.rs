@@ -158,7 +158,7 @@ fn list(tokens: &[Token]) -> String {
 /// Replaces a file as a whole, so that a running service never reads half of it. It keeps its owner and its mode.
 fn replace(path: &Path, text: &str) -> Result<(), Failure> {
     let failed = |error: &io::Error| written(path, error);
-    // A link stays, and what it leads to is replaced.
+    // A link stays, and its target is replaced.
     let target = if path.exists() { fs::canonicalize(path).map_err(|error| failed(&error))? } else { path.to_owned() };
     let mut beside = target.clone().into_os_string();
     beside.push(".new");

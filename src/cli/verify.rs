@@ -1,4 +1,4 @@
-//! `orchestrator verify`: proves that a database is what was signed.
+//! `orchestrator verify`: proves that a database has the signed contents.
 
 use std::{fs, path::PathBuf};
 
@@ -42,7 +42,7 @@ pub(super) struct Verify {
 }
 
 impl Verify {
-    /// Verifies, and prints what is wrong.
+    /// Verifies, and prints the problems.
     pub(super) fn run(self) -> Result<Exit, Failure> {
         let Self { db, key, checkpoint } = self;
         let refused = |problem: String| Failure::new(Exit::Refused, clean(&problem));

@@ -1,4 +1,4 @@
-//! `orchestrator whoami`: shows whom the service takes the caller for.
+//! `orchestrator whoami`: shows the identity and the rights of the caller.
 
 use super::{
     Exit, Failure,

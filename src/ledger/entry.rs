@@ -53,8 +53,7 @@ impl Entry<'_> {
     }
 }
 
-/// What retention has removed, as a control entry says it: entries that are missing without it were removed by someone
-/// else.
+/// The removals of retention, in a control entry: an entry that is missing without one was removed by someone else.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RecordsPruned {
     /// The leaves whose records were removed with this entry, lowest first.

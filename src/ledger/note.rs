@@ -157,7 +157,7 @@ pub struct VerifyingKey {
 impl VerifyingKey {
     /// The beginning of a line with a signature.
     const SIGNATURE: &str = "\u{2014} ";
-    /// Most bytes of a signed text: so much that a few dozen keys may have signed it.
+    /// Most bytes of a signed text: enough for the signatures of a few dozen keys.
     const MAX_TEXT: usize = 16 << 10;
 
     fn of(name: &str, key: &[u8]) -> Result<Self, NoteError> {

@@ -240,7 +240,7 @@ mod tests {
         assert_eq!(error, Err(ProofError::TooShort { size: 1, claimed: 2 }));
     }
 
-    /// What retention leaves of a log: the nodes of its beginning, and everything after it.
+    /// A log after retention: the nodes of its beginning, and everything after it.
     #[test]
     fn proofs_of_what_is_kept_need_no_node_of_a_pruned_beginning() {
         let size = 40;

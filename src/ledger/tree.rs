@@ -91,7 +91,7 @@ pub(super) fn fold(hashes: &[Hash]) -> Hash {
     hashes.fold(last, |right, left| Hash::of_children(left, right))
 }
 
-/// The right edge of a log: what is needed to append to it, and its root. At most 64 hashes.
+/// The right edge of a log: the hashes that are needed to append to it, and its root. At most 64 hashes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Frontier {
     size: u64,

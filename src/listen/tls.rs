@@ -63,7 +63,7 @@ pub(crate) struct Material {
     pub(crate) certificate: Pem,
     /// Its private key: PKCS #8, PKCS #1 or SEC 1, not encrypted.
     pub(crate) key: Pem,
-    /// Who verifies certificates of clients; without, none are asked for.
+    /// The verifier of clients' certificates. Without it, none are requested.
     pub(crate) clients: Option<Clients>,
     /// True if clients may speak TLS 1.2; otherwise only 1.3.
     pub(crate) allows_1_2: bool,
@@ -77,7 +77,7 @@ pub(crate) struct Clients {
     pub(crate) are_required: bool,
 }
 
-/// What is spoken over TLS.
+/// The protocol over TLS.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Protocol {
     Http1,
@@ -130,7 +130,7 @@ impl Loaded {
     /// Makes it from these contents. Certificates may have expired.
     ///
     /// # Errors
-    /// A file does not contain what it should, or the key belongs to another certificate.
+    /// A file has other contents than expected, or the key belongs to another certificate.
     pub(crate) fn of(material: &Material, protocol: Protocol, now: Now) -> Result<Self, String> {
         let Material { certificate, key, clients, allows_1_2 } = material;
         let chain = certificates(certificate)?;
@@ -170,7 +170,7 @@ impl Loaded {
         Ok(Self { config: Arc::new(config), validity, expiries })
     }
 
-    /// What is wrong with the certificate of the service at this time: it is not valid yet, or any more.
+    /// The problem of the service's certificate at this time: it is not valid yet, or no longer.
     pub(crate) fn invalid(&self, now: Timestamp) -> Option<String> {
         let (from, until) = self.validity;
         match now {
@@ -288,7 +288,7 @@ impl Tls {
         Arc::new(Self { protocol, current: Mutex::new(Arc::new(loaded)), plaintext, failed })
     }
 
-    /// What is spoken over it.
+    /// The protocol over it.
     pub(crate) fn protocol(&self) -> Protocol {
         self.protocol
     }
@@ -448,7 +448,7 @@ mod tests {
     async fn a_silent_peer_is_gone_after_ten_seconds_wherever_it_hangs() {
         let (tls, client) = tls();
         for said in [&[][..], &[22], &[22, 3, 1, 2, 0, 1]] {
-            // Whatever is polled first drives the handshake and the limit.
+            // The first of the polled operations drives the handshake and the limit.
             for is_written in [false, true] {
                 let (mut peer, mut connection) = accepted(&tls).await;
                 let begun = Instant::now();

@@ -120,8 +120,8 @@ impl Certificates {
     }
 }
 
-/// Reads the files of TLS that a configuration names. Returns what is wrong with certificates of the service that are
-/// not valid now: a service would start with them. Blocks.
+/// Reads the files of TLS that a configuration names. Returns the problems of certificates of the service that are not
+/// valid now: a service would start with them. Blocks.
 ///
 /// # Errors
 /// A file can't be read, or can't be used, so that a service would not start.
