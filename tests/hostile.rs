@@ -203,6 +203,10 @@ fn lines(command: &str) -> &'static [&'static str] {
         "report" => &["report", "report --output csv", "report --subsystem a --loop l"],
         "plan" => &["plan", "plan --subsystem a"],
         "store accept" => &["store accept sqlite:FILE"],
+        "whoami" => &["whoami"],
+        "token create" => &["token create a --file FILE"],
+        "token list" => &["token list --file FILE"],
+        "token revoke" => &["token revoke 0123456789abcdef --file FILE"],
         "verify" => &["verify --db FILE --key PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"],
         new => panic!("add the arguments with which `orchestrator {new}` is tried here: it may print texts of others"),
     }
