@@ -498,10 +498,37 @@ mod tests {
         let of_loop = Trigger::Loop(Name::parse("l").unwrap());
         let triggers = [Trigger::Unknown, Trigger::Manual, of_loop].map(|it| trigger(&it));
         assert_eq!(triggers, [pb::Trigger::Unspecified, pb::Trigger::Manual, pb::Trigger::Loop]);
+        for state in CycleState::ALL {
+            assert_eq!(cycle_state(state).as_str_name(), format!("CYCLE_STATE_{}", state.name()));
+        }
         let a = part(&report("a", SubsystemState::Succeeded), None);
         assert_eq!(a.skip_reason(), pb::SkipReason::Unspecified);
         let [issue] = &a.issues[..] else { panic!("{:?}", a.issues) };
         assert_eq!((issue.severity(), issue.code.as_str(), issue.message.len()), (pbs::Severity::Error, "C", 1000));
+    }
+
+    #[test]
+    fn a_column_that_is_not_that_of_the_bytes_is_named() {
+        let record = encode(&cycle(), usize::MAX).at(Revision(9));
+        assert_eq!(check_columns(&record), Ok(()));
+        let finished_at = record.finished_at + Duration::from_nanos(1);
+        for (column, changed) in [
+            ("epoch", Record { epoch: Epoch(4), ..record.clone() }),
+            ("state", Record { state: CycleState::Succeeded, ..record.clone() }),
+            ("trigger", Record { trigger: Trigger::Manual, ..record.clone() }),
+            ("loop", Record { trigger: Trigger::Loop(Name::parse("m").unwrap()), ..record.clone() }),
+            ("request_id", Record { request_id: Some("r".into()), ..record.clone() }),
+            ("finished_at", Record { finished_at, ..record.clone() }),
+        ] {
+            assert_eq!(check_columns(&changed), Err(format!("its column {column} is not that of its bytes")));
+        }
+    }
+
+    #[test]
+    fn an_entry_about_removed_records_is_read_as_it_was() {
+        let pruned = RecordsPruned { leaves: vec![3..7, 9..10], first_kept: 2 };
+        assert_eq!(decode_pruned(&encode_pruned(&pruned)), Ok(pruned));
+        assert!(decode_pruned(b"\x0a").is_err());
     }
 
     #[test]

@@ -490,10 +490,11 @@ mod tests {
     #[test]
     fn a_tick_whose_age_is_the_whole_window_is_caught_up() {
         let down = LoopState { accounted_to: Some(at(0)), ..LoopState::default() };
-        for (restart_at, ran, missed) in [(160, 1, 0), (161, 0, 1)] {
+        let older = at(160).saturating_add(Duration::from_nanos(1)).unwrap();
+        for (restart_at, ran, missed) in [(at(160), 1, 0), (older, 0, 1)] {
             let mut loops = Loops::new(Random::seeded(0));
-            loops.restore(every(100, CatchUp::One), LoopOrigin::Rpc, down.clone(), None, at(restart_at));
-            assert_eq!(fire(&mut loops, at(restart_at)).len(), ran);
+            loops.restore(every(100, CatchUp::One), LoopOrigin::Rpc, down.clone(), None, restart_at);
+            assert_eq!(fire(&mut loops, restart_at).len(), ran);
             assert_eq!(loops.get(&name()).unwrap().state.ticks.missed, missed);
         }
     }
