@@ -58,7 +58,7 @@ pub struct Config {
     pub server: ServerSettings,
     /// The admin address.
     pub admin: AdminSettings,
-    /// Who may do what.
+    /// The rights of callers.
     pub access: AccessSettings,
     /// The memory limit.
     pub memory: MemorySettings,
@@ -121,14 +121,14 @@ pub struct AdminSettings {
     pub tls: TlsSettings,
 }
 
-/// Who may do what.
+/// The rights of callers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AccessSettings {
     /// Default [`Mode::Off`].
     pub mode: Mode,
     /// The file of static tokens. Default: none.
     pub tokens_file: Option<PathBuf>,
-    /// What is revoked before it expires: at most [`Revoked::MAX`] entries. Default: nothing.
+    /// Identities and credentials that are revoked before they expire: at most [`Revoked::MAX`] entries. Default: none.
     pub revoked: Revoked,
     /// At most [`Grant::MAX`]. Default: none.
     pub grants: Vec<Grant>,
@@ -789,7 +789,7 @@ fn subsystem_spec(read: &mut Reader<'_>) -> SubsystemSpec {
     }
 }
 
-/// What is revoked: a list of texts.
+/// The revoked identities and credentials: a list of texts.
 fn revoked(read: &mut Reader<'_>, key: &str) -> Revoked {
     let mut revoked = Revoked::default();
     let texts = read.texts(key);

@@ -1,11 +1,11 @@
-//! The files that people name: how they are read, and how a change of one is noticed.
+//! The files that people name: how they are read and created, and how a change of one is noticed.
 
 mod changes;
 
 use std::{
     fmt::{self, Display},
     fs::{self, File, FileType},
-    io::{self, Read},
+    io::{self, Read, Write},
     os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -76,6 +76,17 @@ pub fn read_secret(path: &Path) -> Result<Vec<u8>, FileError> {
         mode if mode & forbidden != 0 => Err(FileError::Exposed(mode)),
         _ => content(&file),
     }
+}
+
+/// Creates a file that only its owner can read and change, and waits until its content is on the disk.
+///
+/// # Errors
+/// It exists, or it can't be written.
+pub fn create_private(path: &Path, text: &str) -> io::Result<()> {
+    // Also for reading: the simulated disk of the tests reads what is to survive the loss of power.
+    let mut file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
 }
 
 fn open(path: &Path) -> Result<File, FileError> {

@@ -159,8 +159,7 @@ pub fn decode_pruned(bytes: &[u8]) -> Result<RecordsPruned, String> {
 /// # Errors
 /// The problem.
 pub fn check_columns(record: &Record) -> Result<(), String> {
-    check(record)?;
-    let telemetry = pb::CycleTelemetry::decode(record.bytes.clone()).map_err(|error| error.to_string())?;
+    let telemetry = decode(record)?;
     let name = record.trigger.loop_name().map(Name::as_str).unwrap_or_default();
     let columns = [
         ("epoch", telemetry.epoch == record.epoch.0),
@@ -181,15 +180,20 @@ pub fn check_columns(record: &Record) -> Result<(), String> {
 /// # Errors
 /// The problem.
 pub fn check(record: &Record) -> Result<(), String> {
+    decode(record).map(drop)
+}
+
+/// Decodes a record as clients do.
+fn decode(record: &Record) -> Result<pb::CycleTelemetry, String> {
     let telemetry = pb::CycleTelemetry::decode(record.bytes.clone()).map_err(|error| error.to_string())?;
     let (cycle_id, revision) = (telemetry.cycle_id, telemetry.revision);
     if (cycle_id, revision) != (record.cycle_id.0, record.revision.0) {
         return Err(format!("it contains cycle {cycle_id}, revision {revision}"));
     }
-    for part in telemetry.subsystems {
-        Payload::check(part.output).map_err(|malformed| format!("the output of {}: {malformed}", part.name))?;
+    for part in &telemetry.subsystems {
+        Payload::check(part.output.clone()).map_err(|malformed| format!("the output of {}: {malformed}", part.name))?;
     }
-    Ok(())
+    Ok(telemetry)
 }
 
 fn leave_out_outputs(part: &mut pb::SubsystemTelemetry) {

@@ -198,8 +198,7 @@ impl Service {
             let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
             of_reflection.check_reflection(peer, request.headers())
         });
-        let services = reflection.and(api::service(api.clone(), config.server.max_request_bytes));
-        let services = services.and(api::access_service(api.clone())).and(api::ledger_service(api.clone()));
+        let services = api::services(api.clone(), config.server.max_request_bytes, reflection);
         let services = services.and(health_service);
         let server = listen::Server::new(services, limits(&config.server, &memory));
         let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
@@ -524,7 +523,7 @@ async fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     read.unwrap_or_else(|defect| Err(FileError::Unreadable(io::Error::other(defect))))
 }
 
-/// Who may do what, by the configuration and the file of tokens.
+/// The rights of callers, by the configuration and the file of tokens.
 async fn policy(config: &Config) -> Result<Policy, ConfigError> {
     let config::AccessSettings { mode, tokens_file, revoked, grants } = config.access.clone();
     let tokens = match tokens_file {

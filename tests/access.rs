@@ -12,10 +12,11 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Buf, BufMut, Bytes};
+use bytes::Bytes;
 use common::{
     http::{Answer, send},
     patiently,
+    raw::Raw,
     service::{Home, Service},
 };
 use orchestrator_core::{
@@ -27,12 +28,7 @@ use orchestrator_core::{
 use prost::Message;
 use prost_types::FileDescriptorSet;
 use tokio::process::Command;
-use tonic::{
-    Code, Request, Status, Streaming,
-    client::Grpc,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    transport::Endpoint,
-};
+use tonic::{Code, Request, Status, Streaming, client::Grpc, transport::Endpoint};
 use tonic_types::StatusExt;
 
 const ROLES: [&str; 6] = ["monitor", "viewer", "operator", "registrar", "auditor", "admin"];
@@ -176,44 +172,6 @@ fn config(home: &Home, mode: &str, access: &str, grants: &str) -> String {
 fn write_private(path: &PathBuf, text: &str) {
     fs::write(path, text).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
-}
-
-/// Messages as bytes.
-#[derive(Clone, Copy, Default)]
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put(item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
-    }
 }
 
 fn reason(status: &Status) -> (Code, String) {

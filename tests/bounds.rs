@@ -6,11 +6,12 @@ mod common;
 
 use std::fmt::Write as _;
 
-use bytes::{Buf, BufMut, Bytes};
+use bytes::Bytes;
 use common::{
     Stage,
     fleet::Fleet,
     http::get,
+    raw::Raw,
     service::{Home, Service, because, invalid, reason, registration},
 };
 use orchestrator_core::{
@@ -22,52 +23,10 @@ use orchestrator_core::{
 };
 use prost::Message;
 use tokio::process::Command;
-use tonic::{
-    Code, Status,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    codegen::http::uri::PathAndQuery,
-    transport::Channel,
-};
+use tonic::{Code, Status, codegen::http::uri::PathAndQuery, transport::Channel};
 
 /// The most bytes of an answer.
 const MAX_ANSWER: usize = 3 << 20;
-
-/// A codec that passes bytes on unchanged.
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, item: Bytes, buf: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buf.put(item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(buf.copy_to_bytes(buf.remaining())))
-    }
-}
 
 /// Calls a method with these bytes as its request.
 async fn call(endpoint: &str, path: &'static str, request: impl Into<Bytes>) -> Result<Bytes, Status> {

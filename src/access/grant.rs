@@ -118,7 +118,8 @@ enum EndpointPattern {
 
 impl EndpointPattern {
     fn parse(text: &str, captures: usize) -> Result<Self, String> {
-        const FORMS: &str = "give http://host:port, https://host:port or unix:/path; * is allowed in the host and the path, and as port";
+        const FORMS: &str = "give http://host:port, https://host:port or unix:/path; * is allowed in the host \
+                             and the path, and as port";
         if let Some(path) = text.strip_prefix("unix:") {
             let pattern = Pattern::parse(path, captures)?;
             return if path.starts_with('/') { Ok(Self::Unix(pattern)) } else { Err(FORMS.into()) };

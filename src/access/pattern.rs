@@ -225,7 +225,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_pattern_matches_as_by_trying_everything(pattern in "[ab/]?(\\*?[ab/]{1,2}){0,4}\\*?", text in "[ab/]{0,12}") {
+        fn a_pattern_matches_as_by_trying_everything(
+            pattern in "[ab/]?(\\*?[ab/]{1,2}){0,4}\\*?",
+            text in "[ab/]{0,12}",
+        ) {
             prop_assume!(!pattern.is_empty());
             let captured = captures(&pattern, &text);
             prop_assert_eq!(captured.is_some(), matches(pattern.as_bytes(), text.as_bytes()));

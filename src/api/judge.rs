@@ -109,17 +109,10 @@ impl Judge {
         calls: &Calls,
         targets: impl FnOnce() -> Targets<'t>,
     ) -> Result<(), Status> {
-        let policy = self.0.policy.borrow().clone();
-        if policy.mode() == Mode::Off {
-            return Ok(());
-        }
-        match judge(&policy, self.0.clock.now(), &caller.credential, (rpc.name(), rpc.rule()), &targets()) {
-            Ok(_) => Ok(()),
-            Err(denied) => {
-                let status = self.denied(caller, rpc.name(), &denied, policy.mode());
-                if policy.mode() == Mode::Enforce {
-                    return Err(status);
-                }
+        match self.denial(caller, rpc.name(), rpc.rule(), targets) {
+            None => Ok(()),
+            Some((Mode::Enforce, status)) => Err(status),
+            Some((_, status)) => {
                 calls.would_be_denied(caller.way, rpc, status.code());
                 Ok(())
             }
@@ -131,14 +124,26 @@ impl Judge {
     /// # Errors
     /// It may not, and the policy is enforced.
     pub(super) fn check_beside(&self, caller: &Caller, name: &'static str, rule: Rule) -> Result<(), Status> {
+        match self.denial(caller, name, rule, Targets::default) {
+            Some((Mode::Enforce, status)) => Err(status),
+            _ => Ok(()),
+        }
+    }
+
+    /// The status of a call that the policy in force denies, and its mode.
+    fn denial<'t>(
+        &self,
+        caller: &Caller,
+        call: &'static str,
+        rule: Rule,
+        targets: impl FnOnce() -> Targets<'t>,
+    ) -> Option<(Mode, Status)> {
         let policy = self.0.policy.borrow().clone();
         if policy.mode() == Mode::Off {
-            return Ok(());
+            return None;
         }
-        let judged = judge(&policy, self.0.clock.now(), &caller.credential, (name, rule), &Targets::default());
-        let Err(denied) = judged else { return Ok(()) };
-        let status = self.denied(caller, name, &denied, policy.mode());
-        if policy.mode() == Mode::Enforce { Err(status) } else { Ok(()) }
+        let denied = judge(&policy, self.0.clock.now(), &caller.credential, (call, rule), &targets()).err()?;
+        Some((policy.mode(), self.denied(caller, call, &denied, policy.mode())))
     }
 
     /// The caller, as the policy in force knows it.

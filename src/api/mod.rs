@@ -17,15 +17,10 @@ mod rules;
 mod status;
 mod streaming;
 
-use std::{convert::Infallible, future::ready, pin::Pin, sync::Arc};
+use std::{future::ready, pin::Pin, sync::Arc};
 
 use futures_util::Stream;
-use tonic::{
-    Request, Response, Status,
-    body::Body,
-    codegen::http::{self, HeaderMap},
-    server::NamedService,
-};
+use tonic::{Request, Response, Status, codegen::http::HeaderMap};
 
 pub use self::{
     calls::Calls,
@@ -42,7 +37,7 @@ use self::{
 use crate::{
     access::Policy,
     clock::Clock,
-    listen::Peer,
+    listen::{Peer, Services},
     memory::Memory,
     orchestrator::Orchestrator,
     proto::orchestrator::v1::{
@@ -53,54 +48,17 @@ use crate::{
     },
 };
 
-/// The services with these RPCs; a request has at most this many bytes.
-pub fn service(
-    api: Api,
-    max_request_bytes: usize,
-) -> impl tonic::codegen::Service<
-    http::Request<Body>,
-    Response = http::Response<Body>,
-    Error = Infallible,
-    Future: Send + 'static,
-> + NamedService
-+ Clone
-+ Send
-+ Sync
-+ 'static {
-    let others = OrchestratorServer::new(api.clone()).max_decoding_message_size(max_request_bytes);
-    Called { service: Watching { others, api: api.clone(), max_request_bytes }, api }
-}
-
-/// The service that shows callers their own identity and rights.
-pub fn access_service(
-    api: Api,
-) -> impl tonic::codegen::Service<
-    http::Request<Body>,
-    Response = http::Response<Body>,
-    Error = Infallible,
-    Future: Send + 'static,
-> + NamedService
-+ Clone
-+ Send
-+ Sync
-+ 'static {
-    Called { service: AccessServer::new(api.clone()), api }
-}
-
-/// The service that proves what the log of the history contains.
-pub fn ledger_service(
-    api: Api,
-) -> impl tonic::codegen::Service<
-    http::Request<Body>,
-    Response = http::Response<Body>,
-    Error = Infallible,
-    Future: Send + 'static,
-> + NamedService
-+ Clone
-+ Send
-+ Sync
-+ 'static {
-    Called { service: LedgerServer::new(api.clone()), api }
+/// Adds the services with these RPCs to others; a request has at most this many bytes.
+pub(crate) fn services(api: Api, max_request_bytes: usize, others: Services) -> Services {
+    let orchestrator = Watching {
+        others: OrchestratorServer::new(api.clone()).max_decoding_message_size(max_request_bytes),
+        api: api.clone(),
+        max_request_bytes,
+    };
+    others
+        .and(Called { service: orchestrator, api: api.clone() })
+        .and(Called { service: AccessServer::new(api.clone()), api: api.clone() })
+        .and(Called { service: LedgerServer::new(api.clone()), api })
 }
 
 /// The stream of `WatchCycles`.

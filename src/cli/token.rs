@@ -1,9 +1,8 @@
 //! `orchestrator token`: creates, lists and removes static tokens.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt, chown},
+    fs, io,
+    os::unix::fs::{MetadataExt, chown},
     path::{Path, PathBuf},
 };
 
@@ -17,6 +16,7 @@ use super::{
 use crate::{
     access::{Token, TokenId},
     config::{read_tokens, tokens_text},
+    file::create_private,
     model::Name,
 };
 
@@ -125,7 +125,7 @@ fn create(path: &Path, name: Name, expires: Expiry, to: Option<&Path>) -> Result
     all.push(token);
     // The file of the secret first: a token that nobody has is worse than a secret without a token.
     if let Some(to) = to {
-        new_private(to, &format!("{secret}\n")).map_err(|error| written(to, &error))?;
+        create_private(to, &format!("{secret}\n")).map_err(|error| written(to, &error))?;
     }
     replace(path, &tokens_text(&all))?;
     let until = expires_at.map_or_else(|| "does not expire".to_owned(), |at| format!("expires at {at}"));
@@ -163,7 +163,7 @@ fn replace(path: &Path, text: &str) -> Result<(), Failure> {
     let mut beside = target.clone().into_os_string();
     beside.push(".new");
     let beside = PathBuf::from(beside);
-    let replaced = new_private(&beside, text).and_then(|()| {
+    let replaced = create_private(&beside, text).and_then(|()| {
         if let Ok(old) = fs::metadata(&target) {
             let new = fs::metadata(&beside)?;
             if (old.uid(), old.gid()) != (new.uid(), new.gid()) {
@@ -179,13 +179,6 @@ fn replace(path: &Path, text: &str) -> Result<(), Failure> {
         }
         failed(&error)
     })
-}
-
-/// Writes a file that does not exist yet, for its owner alone.
-fn new_private(path: &Path, text: &str) -> io::Result<()> {
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()
 }
 
 fn written(path: &Path, error: &io::Error) -> Failure {

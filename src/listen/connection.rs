@@ -66,7 +66,7 @@ pub(crate) struct Connection {
     slot: Slot,
 }
 
-/// What is between the protocol and the socket.
+/// The layer between the protocol and the socket.
 enum Layer {
     /// Nothing.
     Plain(Sending),

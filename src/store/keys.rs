@@ -3,7 +3,6 @@
 use std::{
     fs::{self, File},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -105,9 +104,7 @@ fn read_or_create(path: &Path, name: &str) -> Result<SigningKey, KeyFileError> {
 fn create(path: &Path, name: &str) -> Result<SigningKey, KeyFileError> {
     let key = SigningKey::generate(name).map_err(KeyFileError::NotMade)?;
     let write = || {
-        let mut file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path)?;
-        file.write_all(format!("{}\n", key.to_secret()).as_bytes())?;
-        file.sync_all()?;
+        file::create_private(path, &format!("{}\n", key.to_secret()))?;
         sync_directory(path)
     };
     write().map_err(|problem| KeyFileError::NotCreated { path: path.to_owned(), problem })?;

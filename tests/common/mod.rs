@@ -9,6 +9,7 @@ pub mod door;
 pub mod fleet;
 pub mod http;
 pub mod pki;
+pub mod raw;
 pub mod service;
 pub mod terminal;
 
