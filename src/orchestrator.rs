@@ -166,19 +166,19 @@ struct Turn {
     late: Option<oneshot::Sender<StoreError>>,
 }
 
-/// An admitted change. The last write of the process waits until this is dropped.
-struct Admission {
+/// A change that has begun. The last write of the process waits until this is dropped.
+struct OpenChange {
     _token: TaskTrackerToken,
 }
 
 impl Orchestrator {
-    /// Admits a change. All changes of callers pass here. A change that ends, renews or finds an existing thing is
+    /// Begins a change. All changes of callers pass here. A change that ends, renews or finds an existing thing is
     /// admitted until the process ends; others have to check that the process does not drain, once they are admitted.
-    fn admit(&self) -> Admission {
-        Admission { _token: self.0.changes.token() }
+    fn open_change(&self) -> OpenChange {
+        OpenChange { _token: self.0.changes.token() }
     }
 
-    /// Admits a change of the registry or of a loop, waits until it is its turn, and completes it then, even if the
+    /// Begins a change of the registry or of a loop, waits until it is its turn, and completes it then, even if the
     /// caller goes away: a change that is dropped half-way would be committed, but missing in memory. A caller that
     /// goes away before takes its change along, so that no more changes wait than callers. A late commit ends the wait.
     async fn change<T, F>(&self, change: impl FnOnce(Arc<Shared>, Turn) -> F) -> Result<T, Refusal>
@@ -186,8 +186,8 @@ impl Orchestrator {
         T: Send + 'static,
         F: Future<Output = Result<T, Refusal>> + Send + 'static,
     {
-        // Admitted before the check, so that the last write waits for it.
-        let admission = self.admit();
+        // Begun before the check, so that the last write waits for it.
+        let open = self.open_change();
         if self.0.state().draining {
             return Err(Refusal::Draining);
         }
@@ -199,7 +199,7 @@ impl Orchestrator {
         let (notify, late) = oneshot::channel();
         let change = change(self.0.clone(), Turn { order, late: Some(notify) });
         let changed = tokio::spawn(async move {
-            let _admission = admission;
+            let _open = open;
             change.await
         });
         select! {

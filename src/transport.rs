@@ -25,11 +25,11 @@ pub trait Transport: Send + Sync {
     /// The address is in use, or is not an address of this process.
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<(Box<dyn Listener>, SocketAddr)>>;
 
-    /// Connects to a peer within the timeout, which includes the lookup of its name.
+    /// Connects to a destination within the timeout, which includes the lookup of its name.
     ///
     /// # Errors
     /// The reason why there is no connection, such as "can't connect: Connection refused".
-    fn connect<'a>(&'a self, peer: &'a Peer, timeout: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>>;
+    fn connect<'a>(&'a self, to: &'a Destination, timeout: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>>;
 }
 
 /// Accepts connections.
@@ -50,9 +50,9 @@ pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// A peer to connect to.
+/// A destination of connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Peer {
+pub enum Destination {
     /// A host and its port.
     Tcp {
         /// A name or an address. An address of IPv6 may be in brackets, as in a URI.

@@ -21,7 +21,7 @@ use orchestrator_core::{
     proto::orchestrator::v1::{CycleState, CycleTelemetry, RunCycleRequest, orchestrator_client::OrchestratorClient},
     serve::{Exit, Service},
     subsystem::{Answer, Code, Cycle, Failure, Server},
-    transport::{Accepted, Listener, Peer, Stream, Transport},
+    transport::{Accepted, Destination, Listener, Stream, Transport},
 };
 use prost::Message;
 use tokio::{
@@ -49,9 +49,9 @@ impl Transport for Network {
         })
     }
 
-    fn connect<'a>(&'a self, peer: &'a Peer, _: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>> {
+    fn connect<'a>(&'a self, to: &'a Destination, _: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>> {
         Box::pin(async move {
-            let Peer::Tcp { port, .. } = peer else { return Err("no socket has a path here".into()) };
+            let Destination::Tcp { port, .. } = to else { return Err("no socket has a path here".into()) };
             let (near, far) = duplex(64 << 10);
             let listener = self.listening.lock().unwrap().get(port).cloned().ok_or("nothing listens there")?;
             listener.send(far).await.map_err(|_| "its listener has ended")?;
@@ -112,8 +112,8 @@ async fn records(seed: u64) -> [Bytes; 2] {
     let connect = service_fn(move |_| {
         let network = network.clone();
         async move {
-            let peer = Peer::Tcp { host: "orchestrator".into(), port: 1 };
-            network.connect(&peer, Duration::MAX).await.map(TokioIo::new).map_err(io::Error::other)
+            let to = Destination::Tcp { host: "orchestrator".into(), port: 1 };
+            network.connect(&to, Duration::MAX).await.map(TokioIo::new).map_err(io::Error::other)
         }
     });
     let channel = Endpoint::from_static("http://orchestrator:1").connect_with_connector(connect).await.unwrap();

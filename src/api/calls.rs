@@ -16,7 +16,7 @@ use crate::{listen::Peer, model::Code};
 
 /// Number of ended calls.
 #[derive(Debug, Default)]
-pub struct Calls {
+pub struct CallCounts {
     ended: [OfWay; Way::ALL.len()],
     would_be_denied: [OfWay; Way::ALL.len()],
 }
@@ -26,7 +26,7 @@ type OfWay = [[AtomicU64; CODES]; Rpc::ALL.len()];
 /// From OK to UNAUTHENTICATED.
 const CODES: usize = 17;
 
-impl Calls {
+impl CallCounts {
     fn count(&self, way: Way, rpc: Rpc, code: Code) {
         self.ended[way as usize][rpc as usize][code as usize].fetch_add(1, Ordering::Relaxed);
     }
@@ -43,7 +43,7 @@ impl Calls {
         counted(&self.ended)
     }
 
-    /// Those that would be refused if the policy was enforced, as [`Calls::iter`], by the code of the refusal.
+    /// Those that would be refused if the policy was enforced, as [`CallCounts::iter`], by the code of the refusal.
     pub fn iter_would_be_denied(&self) -> impl Iterator<Item = (&'static str, &'static str, Code, u64)> {
         counted(&self.would_be_denied)
     }
@@ -60,8 +60,8 @@ fn counted(counts: &[OfWay; Way::ALL.len()]) -> impl Iterator<Item = (&'static s
 }
 
 /// A call that is being answered. It is counted when it is dropped. A call that its caller ended counts as CANCELLED.
-pub(super) struct Call {
-    calls: Arc<Calls>,
+pub(super) struct CountedCall {
+    calls: Arc<CallCounts>,
     rpc: Rpc,
     way: Way,
     peer: Peer,
@@ -69,8 +69,8 @@ pub(super) struct Call {
     code: Code,
 }
 
-impl Call {
-    pub(super) fn begin(calls: Arc<Calls>, rpc: Rpc, caller: Option<&Caller>) -> Self {
+impl CountedCall {
+    pub(super) fn begin(calls: Arc<CallCounts>, rpc: Rpc, caller: Option<&Caller>) -> Self {
         let (way, peer) = caller.map_or((Way::Grpc, Peer::default()), |caller| (caller.way, caller.peer.clone()));
         Self { calls, rpc, way, peer, begun: Instant::now(), code: Code::Cancelled }
     }
@@ -81,7 +81,7 @@ impl Call {
     }
 }
 
-impl Drop for Call {
+impl Drop for CountedCall {
     fn drop(&mut self) {
         let Self { calls, rpc, way, peer, begun, code } = self;
         calls.count(*way, *rpc, *code);

@@ -8,7 +8,7 @@ use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
 use tonic::{Request, Response, Status, codegen::http::HeaderMap};
 
 use super::{
-    calls::{Call, Calls},
+    calls::{CallCounts, CountedCall},
     error::status,
     judge::{Judge, credential},
     request,
@@ -75,7 +75,7 @@ pub(super) struct Gate {
     orchestrator: Orchestrator,
     /// Memory for decoded requests until they are answered.
     requests: Memory,
-    calls: Arc<Calls>,
+    calls: Arc<CallCounts>,
     pub(super) judge: Judge,
 }
 
@@ -119,7 +119,7 @@ impl Gate {
     }
 
     /// The counts of calls.
-    pub(super) fn calls(&self) -> Arc<Calls> {
+    pub(super) fn calls(&self) -> Arc<CallCounts> {
         self.calls.clone()
     }
 
@@ -133,7 +133,7 @@ impl Gate {
         let identified = self.judge.identify(caller, rpc.map_or("an unknown method", Rpc::name));
         identified.inspect_err(|status| {
             if let Some(rpc) = rpc {
-                Call::begin(self.calls.clone(), rpc, Some(caller)).answered(Some(status));
+                CountedCall::begin(self.calls.clone(), rpc, Some(caller)).answered(Some(status));
             }
         })
     }
@@ -207,8 +207,8 @@ impl Gate {
         }
     }
 
-    fn call<Q: Asks>(&self, request: &Request<Q>) -> Call {
-        Call::begin(self.calls.clone(), Q::RPC, request.extensions().get())
+    fn call<Q: Asks>(&self, request: &Request<Q>) -> CountedCall {
+        CountedCall::begin(self.calls.clone(), Q::RPC, request.extensions().get())
     }
 }
 

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use tokio::{select, sync::watch, time::sleep};
 use tonic::{Status, codegen::http::HeaderMap};
 
-use super::{calls::Calls, error, gate::Caller, rpc::Rpc, rules::Rule};
+use super::{calls::CallCounts, error, gate::Caller, rpc::Rpc, rules::Rule};
 use crate::{
     access::{Authenticated, Bearer, Credential, Identity, Mode, Policy, Rights, Role, Targets, Unauthenticated},
     clock::Clock,
@@ -106,7 +106,7 @@ impl Judge {
         &self,
         caller: &Caller,
         rpc: Rpc,
-        calls: &Calls,
+        calls: &CallCounts,
         targets: impl FnOnce() -> Targets<'t>,
     ) -> Result<(), Status> {
         match self.denial(caller, rpc.name(), rpc.rule(), targets) {

@@ -23,7 +23,7 @@ use futures_util::Stream;
 use tonic::{Request, Response, Status, codegen::http::HeaderMap};
 
 pub use self::{
-    calls::Calls,
+    calls::CallCounts,
     gate::{Caller, Entered, Way},
     response::{plan, registration},
     rpc::Scrape,
@@ -107,7 +107,7 @@ impl Api {
     }
 
     /// Number of ended calls by result.
-    pub fn calls(&self) -> Arc<Calls> {
+    pub fn calls(&self) -> Arc<CallCounts> {
         self.gate.calls()
     }
 

@@ -205,7 +205,7 @@ async fn run_and_follow(
     let mut events = Events::open(remote, watch, Some(GIVE_UP_AFTER)).await?;
     // The first event contains the revision from which the stream can be resumed.
     events.next(|text| view.note(text)).await?;
-    let response = admit(remote, request, |text| view.note(text)).await?;
+    let response = request_cycle(remote, request, |text| view.note(text)).await?;
     if !response.telemetry.is_empty() {
         // An earlier call with this request id has run it.
         return Ok(response);
@@ -233,7 +233,7 @@ async fn run_and_follow(
 
 /// Requests the cycle. After a lost answer it is unknown whether the request was received: it is repeated if it is
 /// idempotent.
-async fn admit(
+async fn request_cycle(
     remote: &Remote,
     request: pb::RunCycleRequest,
     mut note: impl FnMut(&str),

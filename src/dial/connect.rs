@@ -9,7 +9,7 @@ use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
 use super::{outcome, tls::Trust};
 use crate::{
     model::Endpoint,
-    transport::{Peer, Stream, Transport},
+    transport::{Destination, Stream, Transport},
 };
 
 /// Connects.
@@ -23,7 +23,7 @@ pub(super) struct Connector {
 /// A parsed endpoint.
 #[derive(Clone, Debug)]
 pub(super) struct Target {
-    peer: Peer,
+    destination: Destination,
     is_tls: bool,
 }
 
@@ -33,20 +33,20 @@ impl Target {
         let (uri, is_tls) = match endpoint {
             Endpoint::Http(uri) => (uri, false),
             Endpoint::Https(uri) => (uri, true),
-            Endpoint::Unix(path) => return Self { peer: Peer::Unix(path.clone()), is_tls: false },
+            Endpoint::Unix(path) => return Self { destination: Destination::Unix(path.clone()), is_tls: false },
         };
         let authority = uri.split_once("://").map_or(uri.as_str(), |(_, authority)| authority);
         let (host, port) = authority.rsplit_once(':').unwrap_or((authority, ""));
         // An endpoint has a port, which was checked.
-        Self { peer: Peer::Tcp { host: host.to_owned(), port: port.parse().unwrap_or_default() }, is_tls }
+        Self { destination: Destination::Tcp { host: host.to_owned(), port: port.parse().unwrap_or_default() }, is_tls }
     }
 
     /// The authority of requests.
     pub(super) fn authority(&self) -> String {
-        match &self.peer {
-            Peer::Tcp { host, port } => format!("{host}:{port}"),
+        match &self.destination {
+            Destination::Tcp { host, port } => format!("{host}:{port}"),
             // A Unix socket has no authority.
-            Peer::Unix(_) => "localhost".into(),
+            Destination::Unix(_) => "localhost".into(),
         }
     }
 
@@ -62,8 +62,8 @@ impl Connector {
     /// # Errors
     /// The reason, for people.
     pub(super) async fn open(&self, target: &Target, deadline: Instant) -> Result<Box<dyn Stream>, String> {
-        let stream = self.transport.connect(&target.peer, self.timeout).await?;
-        let (true, Peer::Tcp { host, .. }) = (target.is_tls, &target.peer) else { return Ok(stream) };
+        let stream = self.transport.connect(&target.destination, self.timeout).await?;
+        let (true, Destination::Tcp { host, .. }) = (target.is_tls, &target.destination) else { return Ok(stream) };
         let config = self.trust.config().await?;
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
         let name = name.map_err(|error| format!("{host} can't be a name in a certificate: {error}"))?;

@@ -141,7 +141,7 @@ impl Engine {
                 () = &mut deadline => break End::Deadline,
                 got = &mut wait => run.got(got),
                 ended = ended, if may_have_ended => match ended {
-                    Some(call) => run.called(call),
+                    Some(ended) => run.called(ended),
                     // Nothing runs or waits, so nothing more can become ready: every part has ended.
                     None => break End::Complete,
                 },
@@ -168,8 +168,14 @@ impl Engine {
     }
 
     /// Makes the calls of one subsystem, within its deadline.
-    async fn call(&self, cycle: &CycleRun, call: Call<'_>, start: Instant, observer: &dyn Observer) -> Ended {
-        let Call { position, attempts, inputs, is_probe, slot: _slot, room: _room } = call;
+    async fn call(
+        &self,
+        cycle: &CycleRun,
+        prepared: PreparedCalls<'_>,
+        start: Instant,
+        observer: &dyn Observer,
+    ) -> EndedCalls {
+        let PreparedCalls { position, attempts, inputs, is_probe, slot: _slot, room: _room } = prepared;
         let member = &cycle.plan.steps[position].member;
         let subsystem = &*member.subsystem;
         let started = Instant::now();
@@ -214,13 +220,13 @@ impl Engine {
             Ok(Err(CallError { code, message })) => Err(SubsystemState::Failed(code, message)),
             Err(_) => Err(late()),
         };
-        Ended { position, result }
+        EndedCalls { position, result }
     }
 }
 
 /// The next step of a run.
 enum Next<'a> {
-    Call(Call<'a>),
+    Call(PreparedCalls<'a>),
     /// Waits for this resource, and then checks again.
     Wait(Need),
     Nothing,
@@ -240,8 +246,8 @@ enum Got<'a> {
     Room(Held),
 }
 
-/// A subsystem to call.
-struct Call<'a> {
+/// The calls of a subsystem, which can begin.
+struct PreparedCalls<'a> {
     position: usize,
     attempts: &'a AtomicU32,
     inputs: Vec<Input>,
@@ -259,8 +265,8 @@ enum NotNow {
     NeedsRoom(usize),
 }
 
-/// A subsystem whose calls have ended.
-struct Ended {
+/// The calls of a subsystem, which have ended.
+struct EndedCalls {
     position: usize,
     result: Result<Reply, SubsystemState>,
 }
@@ -402,7 +408,7 @@ impl<'a> Run<'a> {
                 Ok((inputs, room, is_probe)) => {
                     self.parts[position] = PartState::Running(self.parts[position].release(), self.start.elapsed());
                     let attempts = &self.attempts[position];
-                    return Next::Call(Call { position, attempts, inputs, is_probe, slot, room });
+                    return Next::Call(PreparedCalls { position, attempts, inputs, is_probe, slot, room });
                 }
                 // The slot waits with it. Only running calls hold memory, and they have their own slots, so they end.
                 Err(NotNow::NeedsRoom(bytes)) => {
@@ -428,7 +434,7 @@ impl<'a> Run<'a> {
     }
 
     /// The calls of a subsystem have ended.
-    fn called(&mut self, Ended { position, result }: Ended) {
+    fn called(&mut self, EndedCalls { position, result }: EndedCalls) {
         let duration = self.start.elapsed().saturating_sub(self.parts[position].started().unwrap_or_default());
         let member = &self.plan.steps[position].member;
         let (state, reply) = match result.and_then(|reply| self.keep(&member.standing, reply)) {

@@ -17,12 +17,13 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use super::connections::{Certificates, Place, Slot};
+use super::connections::{Certificates, ConnectionState, Slot};
 use crate::{transport::Stream, turn};
 
 /// Makes the TLS handshake with the peer of an accepted connection. It needs no time limit of its own: the connection
 /// ends it with the limit for silent peers.
-pub(crate) type Secure = dyn Fn(Box<dyn Stream>, &Place) -> BoxFuture<'static, io::Result<Secured>> + Send + Sync;
+pub(crate) type Secure =
+    dyn Fn(Box<dyn Stream>, &ConnectionState) -> BoxFuture<'static, io::Result<Secured>> + Send + Sync;
 
 /// A connection after its TLS handshake.
 pub(crate) struct Secured {
@@ -60,7 +61,7 @@ impl Broken {
 pub(crate) struct Connection {
     layer: Layer,
     broken: Broken,
-    place: Arc<Place>,
+    state: Arc<ConnectionState>,
     /// Set until the peer has sent its first bytes.
     silence: Option<Silence>,
     slot: Slot,
@@ -97,14 +98,14 @@ impl Silence {
 
 impl Connection {
     pub(super) fn new(stream: Box<dyn Stream>, slot: Slot, secure: Option<&Secure>) -> Self {
-        let place = slot.place();
-        let sending = Sending { stream, place: place.clone(), stall: None };
+        let state = slot.state();
+        let sending = Sending { stream, state: state.clone(), stall: None };
         let layer = match secure {
             None => Layer::Plain(sending),
-            Some(secure) => Layer::Handshake(secure(Box::new(sending), &place)),
+            Some(secure) => Layer::Handshake(secure(Box::new(sending), &state)),
         };
         let silence = Some(Silence { ends: Box::pin(sleep(Silence::PATIENCE)), heard: 0 });
-        Self { layer, broken: Broken::default(), place, silence, slot }
+        Self { layer, broken: Broken::default(), state, silence, slot }
     }
 
     /// The only connection of a server.
@@ -125,8 +126,8 @@ impl Connection {
     }
 
     /// The state of the connection.
-    pub(crate) fn place(&self) -> Arc<Place> {
-        self.place.clone()
+    pub(crate) fn state(&self) -> Arc<ConnectionState> {
+        self.state.clone()
     }
 
     /// The stream, once the handshake is complete.
@@ -139,7 +140,7 @@ impl Connection {
             };
             self.layer = match self.broken.note(made) {
                 Ok(Secured { stream, certificates }) => {
-                    self.place.certified(certificates);
+                    self.state.certified(certificates);
                     Layer::Tls(stream)
                 }
                 Err(error) => {
@@ -232,7 +233,7 @@ impl AsyncWrite for Connection {
 /// with TLS and without.
 struct Sending {
     stream: Box<dyn Stream>,
-    place: Arc<Place>,
+    state: Arc<ConnectionState>,
     /// Set while the peer does not read.
     stall: Option<Pin<Box<Sleep>>>,
 }
@@ -244,11 +245,11 @@ impl Sending {
     fn written<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
             if self.stall.take().is_some() {
-                self.place.set_stalled(false);
+                self.state.set_stalled(false);
             }
             return written;
         }
-        self.place.set_stalled(true);
+        self.state.set_stalled(true);
         if self.stall.get_or_insert_with(|| Box::pin(sleep(Self::STALL))).as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }

@@ -119,7 +119,7 @@ fn is_final(error: &io::Error) -> bool {
 pub(crate) struct Connections {
     max: usize,
     permits: Arc<Semaphore>,
-    open: Mutex<BTreeMap<u64, Arc<Place>>>,
+    open: Mutex<BTreeMap<u64, Arc<ConnectionState>>>,
     next: AtomicU64,
     full: Repeated,
     refused: Repeated,
@@ -147,10 +147,10 @@ impl Connections {
 
     /// Number of open connections.
     pub(crate) fn open(&self) -> usize {
-        self.places().len()
+        self.states().len()
     }
 
-    fn places(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Place>>> {
+    fn states(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<ConnectionState>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -173,24 +173,24 @@ impl Connections {
                 break permit.ok()?;
             }
         };
-        let place = Arc::new(Place { cut_off: cut_off.child_token(), ..Place::of(peer) });
+        let state = Arc::new(ConnectionState { cut_off: cut_off.child_token(), ..ConnectionState::of(peer) });
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.places().insert(id, place.clone());
-        Some(Slot { connections: self, id, place, _permit: permit })
+        self.states().insert(id, state.clone());
+        Some(Slot { connections: self, id, state, _permit: permit })
     }
 
     /// Asks the connections that have been idle longest to give way, first those without a stream, until `at_once` are
     /// leaving: one in any case, and further ones that are not new. Returns the number of leaving connections.
     fn make_way(&self, at_once: usize) -> usize {
-        let places = self.places();
+        let states = self.states();
         // A connection that was asked, and then began a call, stays until that ends.
-        let idle = places.values().filter_map(|place| Some((place.idle()?, place)));
-        let (leaving, mut idle): (Vec<_>, Vec<_>) = idle.partition(|(_, place)| place.gives_way.is_cancelled());
+        let idle = states.values().filter_map(|state| Some((state.idle()?, state)));
+        let (leaving, mut idle): (Vec<_>, Vec<_>) = idle.partition(|(_, state)| state.gives_way.is_cancelled());
         idle.sort_unstable_by_key(|(idle, _)| *idle);
         let mut asked = 0;
-        for ((_, since), place) in idle.into_iter().take(at_once.saturating_sub(leaving.len())) {
-            if asked == 0 || since.elapsed() >= Place::PARTING {
-                place.gives_way.cancel();
+        for ((_, since), state) in idle.into_iter().take(at_once.saturating_sub(leaving.len())) {
+            if asked == 0 || since.elapsed() >= ConnectionState::PARTING {
+                state.gives_way.cancel();
                 asked += 1;
             }
         }
@@ -213,7 +213,7 @@ pub(crate) struct Peer {
 
 /// The state of one connection.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct ConnectionState {
     /// The address of its peer.
     address: Option<IpAddr>,
     /// The certificates of its peer; set once, after the TLS handshake.
@@ -230,7 +230,7 @@ pub(crate) struct Place {
     cut_off: CancellationToken,
 }
 
-impl Place {
+impl ConnectionState {
     /// Longest time for an orderly close of an idle connection.
     const PARTING: Duration = Duration::from_secs(1);
 
@@ -273,14 +273,14 @@ impl Place {
     /// Registers a call, which is open until the returned value is dropped.
     pub(crate) fn busy(self: &Arc<Self>) -> Busy {
         let is_only = self.calls.fetch_add(1, Ordering::SeqCst) == 0;
-        Busy { place: self.clone(), is_only }
+        Busy { state: self.clone(), is_only }
     }
 
     /// Marks an open call to a service such as health: the connection counts as idle while the call is silent.
     pub(super) fn beside(self: &Arc<Self>) -> Beside {
         self.was_used();
         self.besides.fetch_add(1, Ordering::SeqCst);
-        Beside { place: self.clone() }
+        Beside { state: self.clone() }
     }
 
     fn was_used(&self) {
@@ -351,7 +351,7 @@ impl Place {
 /// An open call on a connection.
 #[derive(Debug)]
 pub(crate) struct Busy {
-    place: Arc<Place>,
+    state: Arc<ConnectionState>,
     is_only: bool,
 }
 
@@ -365,28 +365,28 @@ impl Busy {
 impl Drop for Busy {
     fn drop(&mut self) {
         // Set before it counts as idle, so that it does not look as if it had been idle for long.
-        self.place.was_used();
-        self.place.calls.fetch_sub(1, Ordering::SeqCst);
+        self.state.was_used();
+        self.state.calls.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 /// A call to a service such as health: its client watches a value that rarely changes, and can start again.
 #[derive(Debug)]
 pub(super) struct Beside {
-    place: Arc<Place>,
+    state: Arc<ConnectionState>,
 }
 
 impl Beside {
     /// Records that a message was sent.
     pub(super) fn was_used(&self) {
-        self.place.was_used();
+        self.state.was_used();
     }
 }
 
 impl Drop for Beside {
     fn drop(&mut self) {
-        self.place.was_used();
-        self.place.besides.fetch_sub(1, Ordering::SeqCst);
+        self.state.was_used();
+        self.state.besides.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -402,7 +402,7 @@ fn network_of(address: IpAddr) -> IpAddr {
 pub(super) struct Slot {
     connections: Arc<Connections>,
     id: u64,
-    place: Arc<Place>,
+    state: Arc<ConnectionState>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -415,14 +415,14 @@ impl Slot {
     }
 
     /// The state of its connection.
-    pub(super) fn place(&self) -> Arc<Place> {
-        self.place.clone()
+    pub(super) fn state(&self) -> Arc<ConnectionState> {
+        self.state.clone()
     }
 
     /// Logs that its client speaks TLS to a server without.
     pub(super) fn speaks_tls(&self) {
         if let Some(times) = self.connections.speaks_tls.note() {
-            let peer = self.place.address.map(tracing::field::display);
+            let peer = self.state.address.map(tracing::field::display);
             tracing::warn!(peer, times, "a client speaks TLS to an address without TLS: it needs http://");
         }
     }
@@ -430,7 +430,7 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.connections.places().remove(&self.id);
+        self.connections.states().remove(&self.id);
     }
 }
 
@@ -446,15 +446,15 @@ mod tests {
         let mut silent = JoinSet::new();
         for _ in 0..MAX {
             let (slot, never) = (slot().await, never.clone());
-            silent.spawn(async move { slot.place.serve(std::future::pending::<()>(), |_| {}, &never).await });
+            silent.spawn(async move { slot.state.serve(std::future::pending::<()>(), |_| {}, &never).await });
         }
-        sleep(Place::PARTING).await;
+        sleep(ConnectionState::PARTING).await;
         let begun = Instant::now();
         let mut newcomers = Vec::new();
         for _ in 0..MAX {
             newcomers.push(slot().await);
         }
-        assert!(begun.elapsed() < 5 * Place::PARTING, "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < 5 * ConnectionState::PARTING, "{:?}", begun.elapsed());
     }
 
     #[tokio::test(start_paused = true)]
@@ -464,10 +464,10 @@ mod tests {
         for _ in 0..4 {
             slots.push(connections.clone().slot(&never, None).await.unwrap());
         }
-        let leaving = || slots.iter().filter(|slot| slot.place.gives_way.is_cancelled()).count();
+        let leaving = || slots.iter().filter(|slot| slot.state.gives_way.is_cancelled()).count();
         let began = |slot: &Slot| {
-            slot.place.gives_way.cancel();
-            slot.place.busy()
+            slot.state.gives_way.cancel();
+            slot.state.busy()
         };
         let calls: Vec<_> = slots[..2].iter().map(began).collect();
         assert_eq!((connections.make_way(1), leaving()), (1, 3), "an idle one gives way");

@@ -18,7 +18,7 @@ use std::{
 
 use tokio::time::{Instant, timeout};
 
-use super::{answering::Answer, connections::Place, streams::Taking};
+use super::{answering::Answer, connections::ConnectionState, streams::Taking};
 use crate::memory::{Full, Held, Memory};
 
 /// How long a message may wait for its client before it may be aborted.
@@ -54,12 +54,12 @@ impl Rooms {
     }
 
     /// The memory of a new connection: a quarter of all, or one answer if that is more.
-    pub(super) fn of_connection(self: &Arc<Self>, place: &Place) -> Arc<Room> {
+    pub(super) fn of_connection(self: &Arc<Self>, connection: &ConnectionState) -> Arc<Room> {
         let all = self.memory.max();
         let max = (all / 4).max(Answer::LARGEST).min(all);
         let memory = self.memory.part("answers that the client of this connection has not read yet", max);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Room { all: self.clone(), id, peer: place.network(), memory })
+        Arc::new(Room { all: self.clone(), id, peer: connection.network(), memory })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Waiting>> {
@@ -202,7 +202,7 @@ mod tests {
     fn rooms(answers: usize) -> (Memory, [Arc<Room>; 3]) {
         let memory = Memory::whole(answers * ANSWER);
         let rooms = Rooms::new(memory.clone());
-        let room = |peer: [u8; 4]| rooms.of_connection(&Place::of(Some(peer.into())));
+        let room = |peer: [u8; 4]| rooms.of_connection(&ConnectionState::of(Some(peer.into())));
         (memory, [room([10, 0, 0, 1]), room([10, 0, 0, 1]), room([10, 0, 0, 2])])
     }
 
@@ -229,9 +229,9 @@ mod tests {
         let mut kept: Vec<_> = [&first, &second, &other].map(|room| keep(room).unwrap()).into();
         advance(PATIENCE / 2).await;
         // Each connection may have one answer here, so this is a third connection of that peer.
-        let third = first.all.of_connection(&Place::of(first.peer));
+        let third = first.all.of_connection(&ConnectionState::of(first.peer));
         kept.push(keep(&third).unwrap());
-        let another = || other.all.of_connection(&Place::of(other.peer));
+        let another = || other.all.of_connection(&ConnectionState::of(other.peer));
         let newcomer = another();
         // None of them has waited long enough.
         assert!(keep(&newcomer).is_none());
@@ -253,7 +253,7 @@ mod tests {
         let (_, [first, ..]) = rooms(1);
         let (taking, _kept) = keep(&first).unwrap();
         let begun = Instant::now();
-        let second = first.all.of_connection(&Place::of(first.peer));
+        let second = first.all.of_connection(&ConnectionState::of(first.peer));
         drop(second.hold(ANSWER).await);
         assert!(taking.gives_way() && begun.elapsed() == PATIENCE);
     }

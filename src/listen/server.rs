@@ -53,7 +53,7 @@ struct Shared {
     services: Services,
     limits: Limits,
     answers: Arc<Rooms>,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     full: Repeated,
     cut_off: Repeated,
 }
@@ -61,10 +61,10 @@ struct Shared {
 impl Server {
     /// A server without services.
     pub(crate) fn new(services: Services, limits: Limits) -> Self {
-        let places = Arc::new(Semaphore::new(limits.max_streams));
+        let permits = Arc::new(Semaphore::new(limits.max_streams));
         let answers = Rooms::new(limits.answers.clone());
         let (full, cut_off) = Default::default();
-        Self(Arc::new(Shared { services, limits, answers, places, full, cut_off }))
+        Self(Arc::new(Shared { services, limits, answers, permits, full, cut_off }))
     }
 
     /// Serves until `stop` is cancelled, and then until open calls have ended; `cut_off` aborts all connections.
@@ -80,16 +80,16 @@ impl Server {
     }
 
     async fn serve_connection(self, connection: Connection, stop: CancellationToken) {
-        let (place, broken) = (connection.place(), connection.broken());
+        let (state, broken) = (connection.state(), connection.broken());
         let limits = &self.0.limits;
         let streams = Streams {
-            place: place.clone(),
-            places: self.0.places.clone(),
-            answers: self.0.answers.of_connection(&place),
+            state: state.clone(),
+            permits: self.0.permits.clone(),
+            answers: self.0.answers.of_connection(&state),
             ends: Arc::default(),
             tasks: TaskTracker::new(),
         };
-        let calls = Calls { server: self.clone(), streams: streams.clone(), broken };
+        let calls = ConnectionCalls { server: self.clone(), streams: streams.clone(), broken };
         let mut http2 = http2::Builder::new(streams.clone());
         http2
             .timer(TokioTimer::new())
@@ -106,7 +106,7 @@ impl Server {
         let served = http2.serve_connection(TokioIo::new(connection), calls);
         let ended = select! {
             biased;
-            ended = place.serve(served, http2::Connection::graceful_shutdown, &stop) => ended,
+            ended = state.serve(served, http2::Connection::graceful_shutdown, &stop) => ended,
             () = streams.left() => None,
         };
         if let Some(Err(error)) = ended {
@@ -137,12 +137,12 @@ impl Server {
         let path = request.uri().path();
         let (rule, is_large_stream) = (self.rule(path), limits.large_streams.contains(&path));
         // It counted as a call until its path was known.
-        let beside = is_beside(path).then(|| streams.place.beside());
+        let beside = is_beside(path).then(|| streams.state.beside());
         let patience = if is_large_stream { Patience::AfterFirst } else { Patience::None };
         let size = size_of_headers(request.headers());
         let headers = limits.requests.try_hold(size);
         let refused = match &headers {
-            _ if !taking.has_place() => Some(format!("limit of {} open calls reached", limits.max_streams)),
+            _ if !taking.has_permit() => Some(format!("limit of {} open calls reached", limits.max_streams)),
             Err(full) if size > SMALL_HEADERS => Some(full.to_string()),
             _ => None,
         };
@@ -151,8 +151,8 @@ impl Server {
                 tracing::warn!(times, "a call was refused: {refused}");
             }
             // Refusals would wait like its answers.
-            if streams.place.is_stalled() {
-                streams.place.cut_off();
+            if streams.state.is_stalled() {
+                streams.state.cut_off();
             }
             Status::resource_exhausted(format!("{refused}; try again later")).into_http()
         } else if !is_grpc(request.headers()) {
@@ -160,7 +160,7 @@ impl Server {
         } else {
             let within = timeout_of(request.headers());
             request.extensions_mut().insert(broken);
-            request.extensions_mut().insert(streams.place.peer());
+            request.extensions_mut().insert(streams.state.peer());
             let received = |body| Received::new(body, rule, limits.requests.clone(), headers.ok(), taking.clone());
             let call = self.0.services.call(request.map(|body| Body::new(received(body))));
             match within {
@@ -217,13 +217,13 @@ fn flood(error: &hyper::Error) -> Option<&h2::Error> {
 }
 
 /// The calls of one connection.
-struct Calls {
+struct ConnectionCalls {
     server: Server,
     streams: Streams,
     broken: Broken,
 }
 
-impl hyper::service::Service<Request<Incoming>> for Calls {
+impl hyper::service::Service<Request<Incoming>> for ConnectionCalls {
     type Response = Response<Answer>;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Response<Answer>, Infallible>>;

@@ -24,7 +24,7 @@ use tokio_util::task::TaskTracker;
 use tonic::Status;
 
 use super::{
-    connections::Place,
+    connections::ConnectionState,
     rooms::{Kept, Room},
 };
 
@@ -37,9 +37,9 @@ task_local! {
 /// Runs the streams of one connection.
 #[derive(Clone)]
 pub(super) struct Streams {
-    pub(super) place: Arc<Place>,
+    pub(super) state: Arc<ConnectionState>,
     /// Permits for the streams of all connections.
-    pub(super) places: Arc<Semaphore>,
+    pub(super) permits: Arc<Semaphore>,
     pub(super) answers: Arc<Room>,
     pub(super) ends: Arc<Ends>,
     pub(super) tasks: TaskTracker,
@@ -54,13 +54,13 @@ impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Streams
 
 impl Streams {
     async fn run(self, stream: impl Future<Output = ()>) {
-        let busy = self.place.busy();
+        let busy = self.state.busy();
         // One stream of each connection needs no permit, so that a client with few calls is never kept out.
-        let place = self.places.try_acquire_owned().ok();
+        let permit = self.permits.try_acquire_owned().ok();
         let taking = Arc::new(Taking {
-            has_place: busy.is_only() || place.is_some(),
-            _place: place,
-            connection: Some(self.place.clone()),
+            has_permit: busy.is_only() || permit.is_some(),
+            _permit: permit,
+            connection: Some(self.state.clone()),
             ..Taking::default()
         });
         select! {
@@ -75,8 +75,8 @@ impl Streams {
                 tracing::debug!("a stream was aborted: its client is slow, and other clients need the memory");
                 // A piece may still be queued, and must be dropped.
                 self.ends.note(&taking);
-                if self.place.is_stalled() {
-                    self.place.cut_off();
+                if self.state.is_stalled() {
+                    self.state.cut_off();
                 }
             }
         }
@@ -126,10 +126,10 @@ impl Ends {
 /// How far a client has read its answer on one stream.
 #[derive(Debug, Default)]
 pub(super) struct Taking {
-    has_place: bool,
+    has_permit: bool,
     /// The permit of the stream.
-    _place: Option<OwnedSemaphorePermit>,
-    connection: Option<Arc<Place>>,
+    _permit: Option<OwnedSemaphorePermit>,
+    connection: Option<Arc<ConnectionState>>,
     /// True once the whole answer has been passed to the library.
     is_over: AtomicBool,
     /// Notified when other clients need its memory.
@@ -157,8 +157,8 @@ impl Taking {
     }
 
     /// True if this stream has a permit.
-    pub(super) fn has_place(&self) -> bool {
-        self.has_place
+    pub(super) fn has_permit(&self) -> bool {
+        self.has_permit
     }
 
     /// Wraps a piece of the answer, to see when it is sent.

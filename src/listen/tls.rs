@@ -306,8 +306,8 @@ impl Tls {
     /// Makes the handshake of accepted connections.
     pub(crate) fn secure(self: &Arc<Self>) -> Arc<Secure> {
         let tls = self.clone();
-        Arc::new(move |stream, place| {
-            let (tls, peer) = (tls.clone(), place.address());
+        Arc::new(move |stream, state| {
+            let (tls, peer) = (tls.clone(), state.address());
             async move { tls.accept(stream, peer).await }.boxed()
         })
     }
@@ -476,8 +476,8 @@ mod tests {
     async fn certificates_of_a_peer_are_known_after_the_handshake() {
         let (tls, client) = tls();
         let (peer, mut connection) = accepted(&tls).await;
-        let place = connection.place();
-        assert!(place.peer().certificates.is_none());
+        let state = connection.state();
+        assert!(state.peer().certificates.is_none());
         let client = tokio::spawn(async move {
             let mut stream = client.connect(localhost(), peer).await.unwrap();
             stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
@@ -485,7 +485,7 @@ mod tests {
             stream
         });
         assert_eq!(connection.read_u8().await.unwrap(), b'P');
-        let shown = place.peer().certificates.unwrap();
+        let shown = state.peer().certificates.unwrap();
         let [shown] = &shown[..] else { panic!("it has shown {} certificates", shown.len()) };
         let stream = client.await.unwrap();
         assert_eq!(shown[..], stream.get_ref().1.peer_certificates().unwrap()[0][..], "both have the same");
@@ -495,7 +495,7 @@ mod tests {
     async fn a_peer_that_does_not_read_breaks_its_connection_after_a_minute() {
         let (tls, client) = tls();
         let (peer, mut connection) = accepted(&tls).await;
-        let place = connection.place();
+        let state = connection.state();
         let client = tokio::spawn(async move { client.connect(localhost(), peer).await });
         connection.write_all(&[0; 16 << 10]).await.unwrap();
         connection.flush().await.unwrap();
@@ -513,7 +513,7 @@ mod tests {
         };
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert_eq!(begun.elapsed().as_secs(), 60);
-        assert!(place.is_stalled());
+        assert!(state.is_stalled());
     }
 
     #[tokio::test]

@@ -231,7 +231,7 @@ impl Orchestrator {
     pub async fn run_cycle(&self, request: CycleRequest, durably: bool) -> Result<Ticket, Refusal> {
         // Also while the process drains, a repeated request finds its cycle; `State::admit` refuses others.
         // A drain waits only for changes that are durable.
-        let _admission = durably.then(|| self.admit());
+        let _open = durably.then(|| self.open_change());
         let admitted = match self.0.admit_once(request, durably).await? {
             Asked::Recorded(record) => return Ok(Ticket::of_record(record)),
             Asked::Live(admitted) => admitted,
@@ -249,7 +249,7 @@ impl Orchestrator {
     /// It has finished or was never admitted; or, once it is cancelled, as [`Ticket::recorded`].
     pub async fn cancel_cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, NotCancelled> {
         let ticket = {
-            let _admission = self.admit();
+            let _open = self.open_change();
             let mut state = self.0.state();
             match state.cancel(cycle_id) {
                 Some(admitted) => admitted.ticket(),

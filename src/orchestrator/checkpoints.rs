@@ -167,7 +167,7 @@ impl Shared {
         };
         if is_new {
             let note = signer.sign(frontier.size(), frontier.root());
-            self.store.publish(note.clone()).await?;
+            self.store.publish_checkpoint(note.clone()).await?;
             newest.send_replace(Published { size: frontier.size(), note: note.into() });
         }
         Ok(())

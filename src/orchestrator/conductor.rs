@@ -299,7 +299,7 @@ impl ToWrite for Recording {
         if let Some((_, live)) = &self.live {
             live.recorded_as(record.revision);
         }
-        state.publish(record.clone(), self.ran_for);
+        state.add_record(record.clone(), self.ran_for);
     }
 
     fn done(self: Box<Self>) {

@@ -161,7 +161,7 @@ impl State {
     }
 
     /// `ran_for` is `None` if this process did not run the cycle.
-    pub(super) fn publish(&mut self, record: Arc<Record>, ran_for: Option<Duration>) {
+    pub(super) fn add_record(&mut self, record: Arc<Record>, ran_for: Option<Duration>) {
         self.counts.recorded(&record, ran_for);
         self.recorded += 1;
         self.last_revision = record.revision;

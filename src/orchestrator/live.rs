@@ -222,7 +222,7 @@ impl Live {
         let cycle_id = cycle.cycle_id;
         let total = cycle.names().len();
         let mut running = self.lock();
-        self.publish(cycle.clone(), LiveChange::Started);
+        self.broadcast(cycle.clone(), LiveChange::Started);
         running.insert(cycle_id, Running { cycle, total, stands: BTreeMap::new(), changed: Vec::new(), sent: 0 });
         Progress { live: self, cycle_id }
     }
@@ -241,12 +241,12 @@ impl Live {
         let updates = std::mem::take(&mut running.changed);
         let after = running.sent;
         running.sent += updates.len() as u64;
-        self.publish(running.cycle.clone(), LiveChange::Updated(after, updates));
+        self.broadcast(running.cycle.clone(), LiveChange::Updated(after, updates));
     }
 
     /// Sends an event. Without memory for them, its updates are lost; watchers notice it by the number in the next
     /// event.
-    fn publish(&self, cycle: Arc<LiveCycle>, change: LiveChange) {
+    fn broadcast(&self, cycle: Arc<LiveCycle>, change: LiveChange) {
         let bytes = change.updates().iter().map(Update::bytes).sum();
         let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
         if self.events.receiver_count() == 0 {

@@ -249,7 +249,7 @@ impl State {
                 tracing::warn!(cycle_id = cycle_id.0, "recorded as interrupted: an earlier process ended while it ran");
             }
             write.records.push(record.clone());
-            state.publish(Arc::new(record), None);
+            state.add_record(Arc::new(record), None);
         };
         let mut waiting = Vec::new();
         for open in &contents.open {

@@ -82,7 +82,7 @@ impl Orchestrator {
     /// # Errors
     /// It is not registered, or has no lease.
     pub fn renew_lease(&self, name: &Name) -> Result<Timestamp, NotRenewed> {
-        let _admission = self.admit();
+        let _open = self.open_change();
         let lease = self.0.state().registry.renew(name)?;
         Ok(self.lease_ends_at(&lease))
     }

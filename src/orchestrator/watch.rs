@@ -134,7 +134,7 @@ struct Heard {
 }
 
 impl Shared {
-    /// Notifies watchers of the latest record in the state. Every source of records calls it after `State::publish`;
+    /// Notifies watchers of the latest record in the state. Every source of records calls it after `State::add_record`;
     /// here the writer is the only one.
     pub(super) fn show_newest(&self) {
         let newest = self.state().last_revision;

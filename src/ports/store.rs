@@ -104,7 +104,7 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// It can't be written; the earlier one stays.
-    fn publish(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>>;
+    fn publish_checkpoint(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>>;
 
     /// The size of the store. Cheap, however long the history is.
     ///

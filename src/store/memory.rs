@@ -262,7 +262,7 @@ impl Store for MemoryStore {
         Box::pin(ready(Ok(hashes)))
     }
 
-    fn publish(&self, _: String) -> BoxFuture<'_, Result<(), StoreError>> {
+    fn publish_checkpoint(&self, _: String) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(ready(Ok(())))
     }
 

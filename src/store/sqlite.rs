@@ -222,7 +222,7 @@ impl Store for SqliteStore {
         Box::pin(self.readers.read(move |connection| Ok(log::hashes(connection, &nodes)?)))
     }
 
-    fn publish(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
+    fn publish_checkpoint(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
         let path = checkpoint_of(&self.path);
         Box::pin(async move {
             let store = path.display().to_string();

@@ -37,11 +37,11 @@ const MAX_MESSAGE: usize = 4 << 10;
 // The service
 
 /// All subsystems behind one endpoint.
-pub(super) struct Calls {
+pub(super) struct HostedSubsystems {
     pub(super) subsystems: BTreeMap<String, Arc<Hosted>>,
 }
 
-impl Calls {
+impl HostedSubsystems {
     fn find(&self, name: &str) -> Result<&Arc<Hosted>, Status> {
         self.subsystems.get(name).ok_or_else(|| {
             // A longer text is not a name, and would not fit into the headers of the answer.
@@ -52,7 +52,7 @@ impl Calls {
 }
 
 #[tonic::async_trait]
-impl subsystem_server::Subsystem for Calls {
+impl subsystem_server::Subsystem for HostedSubsystems {
     async fn initialize(
         &self,
         request: Request<pb::InitializeRequest>,
@@ -130,7 +130,7 @@ impl Hosted {
     }
 
     async fn initialize(&self, request: pb::InitializeRequest) -> Result<(), Status> {
-        self.state().admit(request.epoch)?;
+        self.state().enter_epoch(request.epoch)?;
         let (implementation, turn) = (self.implementation.clone(), self.turn.clone());
         let work = spawned(async move {
             let _turn = turn.lock().await;
@@ -151,7 +151,7 @@ impl Hosted {
     ) -> Result<pb::RunCycleResponse, Status> {
         let caller = {
             let mut state = self.state();
-            state.admit(request.epoch)?;
+            state.enter_epoch(request.epoch)?;
             if self.implementation.needs_initialize() && !state.is_initialized {
                 return Err(Status::failed_precondition("not initialized: call Initialize first"));
             }
@@ -195,7 +195,7 @@ impl Hosted {
 
 impl State {
     /// Refuses a superseded caller. A new epoch ends the work of the old one.
-    fn admit(&mut self, epoch: u64) -> Result<(), Status> {
+    fn enter_epoch(&mut self, epoch: u64) -> Result<(), Status> {
         let seen = self.epoch;
         if epoch < seen {
             return Err(Status::aborted(format!(

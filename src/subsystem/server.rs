@@ -11,7 +11,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use super::{
     Subsystem,
-    calls::{Calls, Hosted},
+    calls::{Hosted, HostedSubsystems},
 };
 use crate::{
     listen::{self, Connections, Entrance, Limits},
@@ -110,7 +110,7 @@ impl Server {
                 return Err(ListenError::SameName(name));
             }
         }
-        let calls = SubsystemServer::new(Calls { subsystems })
+        let calls = SubsystemServer::new(HostedSubsystems { subsystems })
             .max_decoding_message_size(MAX_REQUEST)
             .max_encoding_message_size(MAX_ANSWER);
         let (health, health_service) = tonic_health::server::health_reporter();

@@ -23,7 +23,7 @@ use self::definitions::*;
 pub use self::definitions::{ALL, Definition, Kind};
 use super::otlp::Exporter;
 use crate::{
-    api::Calls,
+    api::CallCounts,
     engine::{BreakerState, SubsystemCounts},
     listen::{Connections, Tls},
     memory::{Memory, Shares},
@@ -42,7 +42,7 @@ const PAGE: usize = 64;
 pub struct Metrics {
     /// Makes one piece at a time, so that all scrapes together take at most one processor from cycles.
     turn: Semaphore,
-    calls: Option<Arc<Calls>>,
+    calls: Option<Arc<CallCounts>>,
     exporter: Option<Arc<Exporter>>,
     servers: Vec<(&'static str, Arc<Connections>)>,
     tls: Vec<Arc<Tls>>,
@@ -84,7 +84,7 @@ impl Metrics {
     /// Adds metrics of calls, the span exporter, the servers by name, their TLS, and memory.
     pub(crate) fn and_of(
         self,
-        calls: Arc<Calls>,
+        calls: Arc<CallCounts>,
         exporter: Option<Arc<Exporter>>,
         servers: Vec<(&'static str, Arc<Connections>)>,
         tls: Vec<Arc<Tls>>,

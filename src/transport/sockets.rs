@@ -9,7 +9,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{Accepted, Listener, Peer, Stream, Transport, resolve::Resolver};
+use super::{Accepted, Destination, Listener, Stream, Transport, resolve::Resolver};
 
 /// The kernel detects dead peers, not HTTP/2 pings: servers of grpcio and grpc-go treat pings as abuse, and end working
 /// calls. The first TCP keepalive probe is sent after this silence,
@@ -44,15 +44,15 @@ impl Transport for Sockets {
         Box::pin(listen_at(address))
     }
 
-    fn connect<'a>(&'a self, peer: &'a Peer, timeout: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>> {
+    fn connect<'a>(&'a self, to: &'a Destination, timeout: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>> {
         let time = Time { timeout, until: Instant::now() + timeout };
         Box::pin(async move {
-            match peer {
-                Peer::Unix(path) => {
+            match to {
+                Destination::Unix(path) => {
                     let socket = time.limit(UnixStream::connect(path)).await;
                     Ok(Box::new(socket.map_err(|why| format!("can't connect: {why}"))?) as _)
                 }
-                Peer::Tcp { host, port } => {
+                Destination::Tcp { host, port } => {
                     let addresses = time.limit(self.resolver.resolve(host, *port)).await;
                     let addresses = addresses.map_err(|why| format!("can't find the address of {host}: {why}"))?;
                     let socket = first_of(&addresses, time).await;

@@ -276,14 +276,14 @@ pub(super) async fn events(headers: HeaderMap, asked: Asked) -> Response {
         Err(error) => return refused(&invalid(&error)),
     };
     let events = async {
-        let Ok(place) = answers.streams.clone().try_acquire_owned() else {
+        let Ok(permit) = answers.streams.clone().try_acquire_owned() else {
             let max = Answers::MAX_STREAMS;
             let message = format!("limit of {max} streams of events reached; try again later");
             return Err(Status::resource_exhausted(message));
         };
         let events = answers.api.watch_cycles(caller.asks(request)).await?.into_inner();
         // The stream holds its permit until it ends.
-        Ok(events.inspect(move |_| _ = &place))
+        Ok(events.inspect(move |_| _ = &permit))
     };
     let events = match events.await {
         Ok(events) => events,

@@ -86,8 +86,8 @@ impl Web {
 
 /// Serves one connection. Not with `axum::serve`, which waits for requests forever, and accepts HTTP/2 without limits.
 async fn serve_connection(connection: Connection, router: Router, stop: CancellationToken) {
-    let place = connection.place();
-    let (busy, peer) = (place.clone(), place.clone());
+    let state = connection.state();
+    let (busy, peer) = (state.clone(), state.clone());
     let from_peer = move |mut request: Request<_>| {
         let caller = Caller::of(Way::Admin, peer.peer(), request.headers());
         request.extensions_mut().insert(caller);
@@ -100,7 +100,7 @@ async fn serve_connection(connection: Connection, router: Router, stop: Cancella
     let mut http1 = http1::Builder::new();
     http1.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_buf_size(MAX_HEAD);
     let served = http1.serve_connection(TokioIo::new(connection), TowerToHyperService::new(router));
-    if let Some(Err(error)) = place.serve(served, http1::Connection::graceful_shutdown, &stop).await {
+    if let Some(Err(error)) = state.serve(served, http1::Connection::graceful_shutdown, &stop).await {
         tracing::debug!(%error, "a connection has ended");
     }
 }

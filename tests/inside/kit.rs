@@ -117,8 +117,8 @@ impl Store for Around {
         self.inner.nodes(nodes)
     }
 
-    fn publish(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
-        self.inner.publish(checkpoint)
+    fn publish_checkpoint(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.inner.publish_checkpoint(checkpoint)
     }
 
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
