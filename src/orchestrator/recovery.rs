@@ -98,16 +98,15 @@ impl Orchestrator {
         };
         for subsystem in declared.subsystems {
             let name = subsystem.name.clone();
-            let suspended = stored.remove(&name).is_some_and(|stored| {
-                if stored.spec.is_some() {
-                    let kept = StoredSubsystem { spec: None, lease: None, ..stored.clone() };
-                    write.subsystems.insert(name.clone(), Some(Arc::new(kept)));
-                }
-                stored.suspended
-            });
+            let stored = stored.remove(&name);
             let held = hold(subsystem.footprint())?;
+            let suspended = stored.as_ref().is_some_and(|stored| stored.suspended);
             let member = Member::new(Arc::new(subsystem), suspended, standing(&name)).holding(held);
-            entries.push(Registered { member, origin: Origin::Config });
+            let entry = Registered { member, origin: Origin::Config };
+            if stored.is_some_and(|stored| stored.spec.is_some()) {
+                write.subsystems.insert(name, Some(Arc::new(entry.to_stored())));
+            }
+            entries.push(entry);
         }
         for (name, stored) in stored {
             let Some(spec) = &stored.spec else {
@@ -337,8 +336,8 @@ fn tell_unreadable_rows(rows: &[UnreadableRow]) {
 
 /// Logs acknowledged commits that are no longer in the store.
 fn tell_lost(lost: &Lost, contents: &Contents) {
-    let (last_cycle_id, last_revision, commits) = (lost.last_cycle_id, lost.last_revision, lost.commits);
-    if last_cycle_id > contents.last_cycle_id || last_revision > contents.last_revision {
+    let Lost { last_revision, commits, .. } = lost;
+    if *last_revision > contents.last_revision {
         let revisions = format!("{} to {last_revision}", contents.last_revision.next());
         tracing::error!(
             revisions,
@@ -350,8 +349,8 @@ fn tell_lost(lost: &Lost, contents: &Contents) {
     } else {
         tracing::error!(
             commits,
-            "acknowledged changes are missing, such as registrations, loops or suspensions: the end of the store was \
-             damaged, or an older copy was put in its place"
+            "acknowledged changes are missing, such as starts of cycles, registrations, loops or suspensions: the end \
+             of the store was damaged, or an older copy was put in its place"
         );
     }
 }

@@ -17,10 +17,10 @@ use crate::{
     schedule::LoopOrigin,
 };
 
-/// The settings, which can be changed while the process runs, except for `orchestrator_id`.
+/// The settings, which can be changed while the process runs.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Sent to every subsystem in `Initialize`.
+    /// Sent to every subsystem in `Initialize`. A process keeps that of its start.
     pub orchestrator_id: Arc<str>,
     /// Deadline of cycles whose request has none.
     pub cycle_deadline: Duration,
@@ -128,8 +128,7 @@ impl Shared {
 
         self.engine.outputs.set_max(settings.max_outputs_bytes);
         self.engine.slots.set_max(settings.max_concurrent_calls);
-        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) =
-            Arc::new(Settings { orchestrator_id: self.engine.orchestrator_id.clone(), ..settings });
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
         self.loops_changed.notify_one();
         Ok(())
     }

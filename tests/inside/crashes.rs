@@ -11,13 +11,15 @@ use std::{
     time::Duration,
 };
 
-use crate::kit::{Fleet, Received, around, host, of, of_all, settings, start, start_with, subsystem};
+use crate::kit::{
+    Fleet, Received, around, errors, host, in_memory, of, of_all, settings, start, start_with, subsystem,
+};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use orchestrator_core::{
     model::{CycleId, CycleRequest, CycleState, Revision},
     orchestrator::{Orchestrator, OrchestratorTasks},
-    ports::{Contents, Filter, Lost, Stage, Store, StoreError, Write},
+    ports::{Contents, Filter, Lost, Stage, Store, StoreError, UnreadableRow, Write},
     record::{self, PartFilter},
     store::{self, OpenError},
 };
@@ -59,7 +61,7 @@ enum Place {
 
 impl Place {
     async fn memory() -> Self {
-        Self::Memory(store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap())
+        Self::Memory(in_memory().await)
     }
 
     fn sqlite() -> Self {
@@ -270,7 +272,7 @@ fn a_process_that_dies_at_any_commit_of_sqlite_leaves_each_id_once_and_loses_no_
 /// Lets a process die while one cycle runs and another waits, whose start was acknowledged. Returns the orchestrator
 /// that finds the store so changed.
 async fn after(change: impl FnOnce(&mut Contents)) -> (Orchestrator, OrchestratorTasks) {
-    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let store = in_memory().await;
     let (orchestrator, _tasks) = start(settings(), Arc::default(), store.clone()).await;
     orchestrator.register(subsystem("a"), None).await.unwrap();
     for _ in 0..2 {
@@ -307,4 +309,40 @@ async fn after_the_loss_of_the_end_of_the_store_no_cycle_runs_twice_and_lost_ids
     // The number of lost records is known, but not the cycles of which they were.
     let expected = [(CycleState::Interrupted, true); 3].into_iter().chain([(CycleState::Interrupted, false)]);
     assert_eq!(outcomes(&orchestrator).await, expected.chain([(CycleState::Succeeded, false)]).collect::<Vec<_>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_loss_of_records_is_reported_with_their_revisions_and_any_other_loss_as_one_of_changes() {
+    errors();
+    // Two ids are in the store, and no record.
+    let lost = |last_cycle_id, last_revision| Lost {
+        last_cycle_id: CycleId(last_cycle_id),
+        last_revision: Revision(last_revision),
+        commits: 5,
+    };
+    for (lost, expected) in [
+        (lost(4, 3), "acknowledged records are missing"),
+        (lost(2, 1), "acknowledged records are missing"),
+        (lost(4, 0), "acknowledged changes are missing, such as starts of cycles, registrations"),
+        (lost(2, 0), "acknowledged changes are missing, such as starts of cycles, registrations"),
+    ] {
+        let (_, _tasks) = after(|contents| contents.lost = Some(lost)).await;
+        let said = errors();
+        assert!(said.lines().count() == 1 && said.contains(expected) && said.contains("commits=5"), "{lost:?}: {said}");
+        let revisions = format!("revisions=\"1 to {}\"", lost.last_revision);
+        assert_eq!(said.contains(&revisions), lost.last_revision > Revision(0), "{lost:?}: {said}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn up_to_64_unreadable_rows_of_the_store_are_named_and_more_are_counted() {
+    errors();
+    for (rows, counted) in [(2, None), (64, None), (65, Some("rows=1\n")), (1000, Some("rows=936\n"))] {
+        let unreadable = |i| UnreadableRow { what: "loop", key: format!("l{i}"), problem: "as scripted".into() };
+        let (_, _tasks) = after(|contents| contents.unreadable = (0..rows).map(unreadable).collect()).await;
+        let said = errors();
+        let named = said.matches("a row of the store can't be read").count();
+        assert_eq!((named, said.lines().count()), (rows.min(64), rows.min(65)), "{said}");
+        assert!(counted.is_none_or(|counted| said.contains(counted)), "{said}");
+    }
 }

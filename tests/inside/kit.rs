@@ -1,25 +1,32 @@
 //! The kit of these tests: a store and a fleet that each test scripts.
 
 use std::{
-    sync::{Arc, Mutex},
+    cell::RefCell,
+    io,
+    sync::{Arc, Mutex, Once},
     time::Duration,
 };
 
 use futures_util::{future::BoxFuture, stream::BoxStream};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::{
     host::Host,
     ledger::{Hash, Node, Signer},
     memory::{Memory, Shares},
-    model::{Answer, Code, CycleId, CycleRequest, Epoch, Name, Revision, Subsystem, SubsystemSpec, Trigger},
-    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Settings},
+    model::{
+        Answer, Code, CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Revision, Subsystem, SubsystemSpec,
+        Trigger,
+    },
+    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings},
     ports::{
         CallError, Contents, Excess, Filter, Found, InitializeCall, Left, Log, Page, PageLimits, Reply, ResumeError,
         Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
     },
+    record, store,
 };
 use tokio::{sync::watch, time::sleep};
 use tokio_stream::wrappers::WatchStream;
+use tracing::Level;
 
 /// Decides the result of a commit.
 pub(crate) type Commit =
@@ -139,6 +146,8 @@ pub(crate) struct Received {
 pub(crate) struct Fleet {
     /// True if a call panics, as a defect would.
     pub(crate) call_panics: bool,
+    /// True if each call fails.
+    pub(crate) call_fails: bool,
     /// True if forgetting a subsystem panics, as a defect would.
     pub(crate) forget_panics: bool,
     pub(crate) received: Mutex<Vec<Received>>,
@@ -157,6 +166,9 @@ impl Subsystems for Fleet {
         self.received.lock().unwrap().push(received);
         Box::pin(async {
             sleep(Duration::from_secs(1)).await;
+            if self.call_fails {
+                return Err(CallError { code: Code::Internal, message: "as scripted".into() });
+            }
             Ok(Reply { answer: Answer::default(), held: Memory::whole(0).try_hold(0).unwrap() })
         })
     }
@@ -174,6 +186,12 @@ impl Subsystems for Fleet {
 pub(crate) fn subsystem(name: &str) -> Subsystem {
     let spec = SubsystemSpec { name: name.into(), endpoint: "http://127.0.0.1:1".into(), ..SubsystemSpec::default() };
     Subsystem::from_spec(&spec).unwrap()
+}
+
+/// A loop with a tick an hour, whose cycle starts up to 50 minutes later. Its draws show when its tick was planned.
+pub(crate) fn hourly(name: &str) -> IntervalLoop {
+    let (interval, jitter) = (Some(SignedDuration::from_hours(1)), Some(SignedDuration::from_mins(50)));
+    IntervalLoop::from_spec(&LoopSpec { name: name.into(), interval, jitter, ..LoopSpec::default() }).unwrap()
 }
 
 /// A request for a cycle over all subsystems.
@@ -207,14 +225,58 @@ pub(crate) fn host() -> Host {
     Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 0)
 }
 
+/// An empty store in memory.
+pub(crate) async fn in_memory() -> Arc<dyn Store> {
+    store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap()
+}
+
+/// The configuration of a process, and what it runs on.
+pub(crate) struct Process {
+    pub(crate) settings: Settings,
+    pub(crate) declared: Declared,
+    pub(crate) host: Host,
+    pub(crate) memory: Shares,
+    pub(crate) fleet: Arc<Fleet>,
+}
+
+impl Default for Process {
+    fn default() -> Self {
+        Self {
+            settings: settings(),
+            declared: Declared::default(),
+            host: host(),
+            memory: Shares::of(1 << 30),
+            fleet: Arc::default(),
+        }
+    }
+}
+
+impl Process {
+    /// Takes over this store, and starts.
+    pub(crate) async fn over(self, store: Arc<dyn Store>) -> Result<(Orchestrator, OrchestratorTasks), Refusal> {
+        let contents = store.take_over().await.unwrap();
+        self.with(store, contents).await
+    }
+
+    /// Starts with these contents of the store.
+    async fn with(
+        self,
+        store: Arc<dyn Store>,
+        contents: Contents,
+    ) -> Result<(Orchestrator, OrchestratorTasks), Refusal> {
+        let Self { settings, declared, host, memory, fleet } = self;
+        let (store, spans) = ((store, contents, Signer::generate("test").unwrap()), Arc::new(Untraced));
+        Orchestrator::start(settings, &memory, host, fleet, store, declared, spans).await
+    }
+}
+
 /// An orchestrator that has taken over this store.
 pub(crate) async fn start(
     settings: Settings,
     fleet: Arc<Fleet>,
     store: Arc<dyn Store>,
 ) -> (Orchestrator, OrchestratorTasks) {
-    let contents = store.take_over().await.unwrap();
-    start_with(settings, host(), fleet, (store, contents)).await
+    Process { settings, fleet, ..Process::default() }.over(store).await.unwrap()
 }
 
 /// An orchestrator that finds these contents in the store, at the time of this host.
@@ -224,7 +286,31 @@ pub(crate) async fn start_with(
     fleet: Arc<Fleet>,
     (store, contents): (Arc<dyn Store>, Contents),
 ) -> (Orchestrator, OrchestratorTasks) {
-    let memory = Shares::of(1 << 30);
-    let (store, spans) = ((store, contents, Signer::generate("test").unwrap()), Arc::new(Untraced));
-    Orchestrator::start(settings, &memory, host, fleet, store, Declared::default(), spans).await.unwrap()
+    Process { settings, host, fleet, ..Process::default() }.with(store, contents).await.unwrap()
+}
+
+thread_local! {
+    static ERRORS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Takes the errors that this thread has logged since the last call. Nothing is kept before the first call.
+pub(crate) fn errors() -> String {
+    static KEEPS: Once = Once::new();
+    // For all threads: with a subscriber of its own, a thread may miss events that another one logs first.
+    KEEPS.call_once(|| {
+        tracing_subscriber::fmt().with_max_level(Level::ERROR).with_ansi(false).with_writer(|| OfThisThread).init();
+    });
+    String::from_utf8(ERRORS.take()).unwrap()
+}
+
+struct OfThisThread;
+
+impl io::Write for OfThisThread {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        ERRORS.with_borrow_mut(|errors| errors.write(line))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

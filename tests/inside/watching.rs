@@ -8,6 +8,7 @@ use std::{
 
 use futures_util::FutureExt;
 use orchestrator_core::{
+    memory::Shares,
     model::{CycleId, CycleRequest, CycleState, Name, Revision, Trigger},
     orchestrator::{Event, From, Orchestrator, OrchestratorTasks, Refusal, Settings, WatchFilter, Watcher},
     ports::{Filter, Retention, RetentionRule},
@@ -16,7 +17,7 @@ use orchestrator_core::{
 };
 use tokio::time::{Instant, timeout};
 
-use crate::kit::{Fleet, host, of, settings, start, subsystem};
+use crate::kit::{Fleet, Process, host, of, settings, start, subsystem};
 
 /// More records than the cache for watchers holds.
 const MANY: u64 = 600;
@@ -162,6 +163,9 @@ async fn a_watcher_whose_next_record_was_removed_is_refused_with_the_retained_ra
     let is_refused = |refused: Refusal, asked: u64| {
         let gone = Refusal::RevisionNotRetained { after: Revision(asked), oldest, newest: Revision(MANY) };
         assert_eq!(format!("{refused:?}"), format!("{gone:?}"));
+        let why =
+            if asked > MANY { "is in the future: 600 is the newest" } else { "are no longer all retained: 591 is" };
+        assert!(refused.to_string().contains(why), "{refused}");
     };
     is_refused(next(&mut behind).await.unwrap_err(), 0);
     for after in [0, MANY - 11, MANY + 1] {
@@ -354,4 +358,23 @@ async fn a_watcher_is_shown_a_record_at_once_and_lags_while_its_next_record_is_n
     assert_eq!(figures(), (1, 1, 2));
     assert_eq!(revisions(&mut behind, 257).await.len(), 257);
     assert_eq!(figures(), (1, 0, 2 + CACHED + 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_cache_for_watchers_and_their_filters_count_as_memory_of_the_history() {
+    // The share of the history is 64 MiB.
+    let memory = Shares::of(512 << 20);
+    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let process = Process { memory: memory.clone(), ..Process::default() };
+    let (orchestrator, _tasks) = process.over(store).await.unwrap();
+    // 8 MiB of records, with the state in which they are decoded for filters.
+    assert_eq!(memory.history.held(), 24 << 20);
+    // Filters have a quarter: each name counts as 128 bytes.
+    let filter = |names: usize| {
+        let loops = (0..names).map(|i| Name::parse(&format!("l{i}")).unwrap()).collect();
+        WatchFilter { loops, ..WatchFilter::default() }
+    };
+    let _watcher = orchestrator.watch(From::Now, filter((16 << 20) / 128), false).unwrap();
+    let refused = orchestrator.watch(From::Now, filter(1), false).err();
+    assert!(matches!(&refused, Some(Refusal::MemoryFull(full)) if full.max == 16 << 20), "{refused:?}");
 }

@@ -5,7 +5,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -23,9 +23,8 @@ use tokio::{
     sync::{Semaphore, watch},
     time::{sleep, timeout},
 };
-use tracing::{Level, Metadata, Subscriber, span};
 
-use crate::kit::{Around, Fleet, host, of, of_all, settings, start, subsystem};
+use crate::kit::{Around, Fleet, errors, host, of, of_all, settings, start, subsystem};
 
 /// Decides the result of a commit.
 type Verdict = Box<dyn Fn(&Write) -> Result<(), StoreError> + Send>;
@@ -69,32 +68,6 @@ impl Script {
         let verdict = self.verdicts.lock().unwrap().pop_front();
         verdict.map_or(Ok(()), |verdict| verdict(write))
     }
-}
-
-/// Counts errors in the log.
-#[derive(Clone, Default)]
-struct Errors(Arc<AtomicUsize>);
-
-impl Subscriber for Errors {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        *metadata.level() == Level::ERROR
-    }
-
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-
-    fn event(&self, _: &tracing::Event<'_>) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn enter(&self, _: &span::Id) {}
-
-    fn exit(&self, _: &span::Id) {}
 }
 
 /// An orchestrator over the subsystems `a`, `b` and `c`, with room for two waiting cycles.
@@ -281,14 +254,13 @@ async fn the_number_of_logged_errors_of_a_failing_write_does_not_depend_on_calle
     stage.script.let_go();
     let refused = ticket.recorded().await;
     assert!(matches!(refused, Err(NotRecorded::StoreUnavailable(Some(CycleId(1)), _))), "{refused:?}");
-    let errors = Errors::default();
-    let _logged = tracing::subscriber::set_default(errors.clone());
+    errors();
     for _ in 0..CALLS {
         // Each registration is tried together with the record.
         let refused = stage.orchestrator.register(subsystem("d"), None).await.err();
         assert!(matches!(refused, Some(Refusal::StoreUnavailable(None, _))), "{refused:?}");
     }
-    assert_eq!((stage.script.tried.lock().unwrap().len(), errors.0.load(Ordering::Relaxed)), (CALLS + 1, 0));
+    assert_eq!((stage.script.tried.lock().unwrap().len(), errors().as_str()), (CALLS + 1, ""));
     sleep(Duration::from_secs(1)).await;
     assert_eq!(stage.orchestrator.cycle(CycleId(1)).await.unwrap().revision, Revision(1));
 }
