@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
 };
 
 use super::StoreUrl;
@@ -125,13 +125,13 @@ pub(super) fn replace(path: &Path, text: &str) -> io::Result<()> {
 
 /// Makes the entry of this file in its directory survive the loss of power.
 fn sync_directory(path: &Path) -> io::Result<()> {
-    let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty());
-    File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
+    let path = path::absolute(path)?;
+    File::open(path.parent().unwrap_or(&path))?.sync_all()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     use super::*;
 
@@ -157,6 +157,15 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         fs::write(&path, "no key").unwrap();
         assert!(matches!(keys(), Err(KeyFileError::Invalid { .. })));
+    }
+
+    #[test]
+    fn a_key_that_cannot_be_read_is_not_taken_for_a_missing_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("circle.key");
+        symlink(&path, &path).unwrap();
+        let unreadable = |error| matches!(error, KeyFileError::Unreadable { .. });
+        assert!(signing_keys(&StoreUrl::Memory, &[path], "a").is_err_and(unreadable));
     }
 
     #[test]

@@ -272,3 +272,24 @@ impl Store for MemoryStore {
         Box::pin(ready(Ok(size)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ports::RetentionRule,
+        store::suite::{at, filled, pruned, recorded},
+    };
+
+    #[tokio::test]
+    async fn its_size_is_that_of_the_records_that_are_left() {
+        let store = MemoryStore::new(Clock::system());
+        let epoch = store.take_over().await.unwrap().epoch;
+        filled(&store, epoch, 30).await;
+        assert_eq!(store.size().await.unwrap(), StoreSize { records: 30, bytes: 3000 });
+        let rule = RetentionRule { max_cycles: Some(2), max_age: None };
+        let two = Retention { default: rule, ..Retention::default() };
+        pruned(&store, &recorded(1..=30, epoch), two, at(0), 100).await;
+        assert_eq!(store.size().await.unwrap(), StoreSize { records: 2, bytes: 200 });
+    }
+}

@@ -14,6 +14,7 @@ use proptest::prelude::*;
 use super::{StoreUrl, open};
 use crate::{
     clock::Clock,
+    ledger::{Entry, Frontier, Node},
     model::{
         CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Payload, Revision, SubsystemSpec, TraceId,
         Trigger,
@@ -337,7 +338,9 @@ async fn pages_go_from_the_newest_record_to_the_oldest(store: &dyn Store, epoch:
     assert_eq!(page(u64::MAX >> 1, Filter::default(), three).await, (vec![12, 11, 10], Some(10)));
     assert_eq!(page(3, Filter::default(), three).await, (vec![2, 1], None));
     assert_eq!(page(4, Filter::default(), three).await, (vec![3, 2, 1], None));
-    assert_eq!(page(100, Filter::default(), PageLimits { bytes: 250, ..ALL }).await, (vec![12, 11], Some(11)));
+    for bytes in [200, 250] {
+        assert_eq!(page(100, Filter::default(), PageLimits { bytes, ..ALL }).await, (vec![12, 11], Some(11)));
+    }
     assert_eq!(page(100, Filter::default(), PageLimits { bytes: 1, ..ALL }).await, (vec![12], Some(12)));
 
     let failed = Filter { states: vec![CycleState::Failed], ..Filter::default() };
@@ -366,6 +369,7 @@ async fn records_after_a_revision_go_up(store: &dyn Store, epoch: Epoch) {
     assert_eq!(revisions(&after(3, ALL).await.unwrap()), [4, 5]);
     assert_eq!(revisions(&after(5, ALL).await.unwrap()), Vec::<u64>::new());
     assert_eq!(revisions(&after(1, PageLimits { records: 2, ..ALL }).await.unwrap()), [2, 3]);
+    assert_eq!(revisions(&after(1, PageLimits { bytes: 200, ..ALL }).await.unwrap()), [2, 3]);
     assert_eq!(revisions(&after(1, PageLimits { bytes: 1, ..ALL }).await.unwrap()), [2]);
     let oldest_and_newest =
         |oldest, newest| Err(ResumeError::NotRetained { oldest: Revision(oldest), newest: Revision(newest) });
@@ -435,6 +439,42 @@ async fn retention_removes_low_revisions_first_and_never_the_highest(store: &dyn
     .await;
 }
 
+async fn the_log_keeps_what_proofs_of_the_rest_need(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 20).await;
+    let extent = || (store.log().frontier.size(), store.log().first_kept);
+    let leaf = async |revision| store.leaf(cycle_of(revision)).await.unwrap();
+    let hash = |revision| Entry::Cycle(&record(revision, epoch).bytes).leaf();
+    assert_eq!(extent(), (20, 0));
+    assert_eq!((leaf(1).await, leaf(18).await, leaf(21).await), (Some(0), Some(17), None));
+    let nodes = [0, 17].map(Node::of_leaf).to_vec();
+    assert_eq!(store.nodes(nodes).await.unwrap(), Some(vec![hash(1), hash(18)]));
+
+    let three = Retention { default: RetentionRule { max_cycles: Some(3), max_age: None }, ..Retention::default() };
+    pruned(store, &recorded(1..=20, epoch), three, at(0), 100).await;
+    assert_eq!(extent(), (21, 17), "the removal has an entry as well");
+    assert_eq!((leaf(17).await, leaf(18).await), (None, Some(17)));
+    let needed: Vec<_> = Frontier::nodes(17).into_iter().chain((17..21).map(Node::of_leaf)).collect();
+    assert!(store.nodes(needed).await.unwrap().is_some());
+    assert_eq!(store.nodes(vec![Node::of_leaf(15)]).await.unwrap(), None);
+}
+
+async fn removals_are_in_order_and_leave_the_newest_record(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 6).await;
+    let removing = |revisions: &[u64], first_kept| {
+        let revisions = revisions.iter().copied().map(Revision).collect();
+        let removal = Removal { revisions, first_kept, entry: Some(Bytes::from_static(b"pruned")) };
+        Write { epoch, last_cycle_id: CycleId(6), removal, ..Write::default() }
+    };
+    for (revisions, first_kept) in [(&[2, 1][..], 2), (&[1, 1], 1), (&[0], 0), (&[6], 0), (&[1, 7], 1), (&[1], 7)] {
+        refuses(store, removing(revisions, first_kept)).await;
+    }
+    commit(store, removing(&[1, 2, 3], 3)).await;
+    refuses(store, removing(&[4], 2)).await;
+    commit(store, removing(&[4], 3)).await;
+    commit(store, removing(&[5], 5)).await;
+    assert_eq!(revisions(&store.cycles_after(Revision(5), ALL).await.unwrap()), [6]);
+}
+
 macro_rules! every_store {
     ($($test:ident)+) => {
         mod memory {
@@ -476,6 +516,8 @@ every_store! {
     the_size_grows_and_the_number_of_records_falls_again
     retention_applies_number_age_and_state
     retention_removes_low_revisions_first_and_never_the_highest
+    removals_are_in_order_and_leave_the_newest_record
+    the_log_keeps_what_proofs_of_the_rest_need
 }
 
 #[tokio::test]

@@ -47,3 +47,72 @@ pub(super) fn unwritable(path: &Path, error: &io::Error) -> OpenError {
         _ => StoreError::ReadOnly { store, problem }.into(),
     }
 }
+
+/// The error for the directory of a database, which can't be created.
+pub(super) fn not_created(directory: &Path, error: &io::Error) -> OpenError {
+    let path = directory.display().to_string();
+    match error.kind() {
+        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => DatabaseFileError::NoDirectory { path }.into(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => unwritable(directory, error),
+        _ => DatabaseFileError::NotCreated { directory: path, problem: error.to_string() }.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::ffi;
+
+    use super::*;
+
+    /// The error of the store for this result code of SQLite.
+    fn explained(code: i32) -> StoreError {
+        explain(Path::new("o.db"), &rusqlite::Error::SqliteFailure(ffi::Error::new(code), None))
+    }
+
+    #[test]
+    fn each_error_of_sqlite_has_its_remedy() {
+        for (codes, remedy) in [
+            (&[ffi::SQLITE_FULL][..], "free some space"),
+            (&[ffi::SQLITE_READONLY, ffi::SQLITE_CANTOPEN, ffi::SQLITE_PERM], "make it writable for this process"),
+            (&[ffi::SQLITE_CORRUPT, ffi::SQLITE_NOTADB], "is damaged"),
+            (&[ffi::SQLITE_BUSY, ffi::SQLITE_LOCKED], "end that program's transaction"),
+            (&[ffi::SQLITE_ERROR, ffi::SQLITE_CONSTRAINT], "if another program has changed it"),
+        ] {
+            for code in codes {
+                let said = explained(*code).to_string();
+                assert!(said.contains(remedy), "{code}: {said}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_write_is_retried_after_an_error_that_may_be_temporary() {
+        for code in
+            [ffi::SQLITE_IOERR, ffi::SQLITE_NOMEM, ffi::SQLITE_ABORT, ffi::SQLITE_INTERRUPT, ffi::SQLITE_PROTOCOL]
+        {
+            let error = explained(code);
+            assert!(!error.is_final(), "{code}: {error}");
+        }
+    }
+
+    #[test]
+    fn each_error_of_the_system_has_its_remedy() {
+        use io::ErrorKind as Kind;
+        let file = |error: &io::Error| unwritable(Path::new("o.db"), error);
+        let directory = |error: &io::Error| not_created(Path::new("d"), error);
+        for (error, kind, remedy) in [
+            (&file as &dyn Fn(&_) -> _, Kind::StorageFull, "free some space"),
+            (&file, Kind::QuotaExceeded, "free some space"),
+            (&file, Kind::IsADirectory, "o.db is a directory, not a regular file"),
+            (&file, Kind::PermissionDenied, "make it writable"),
+            (&directory, Kind::StorageFull, "free some space"),
+            (&directory, Kind::QuotaExceeded, "free some space"),
+            (&directory, Kind::AlreadyExists, "d is not a directory"),
+            (&directory, Kind::NotADirectory, "d is not a directory"),
+            (&directory, Kind::PermissionDenied, "create it, or give the database another path"),
+        ] {
+            let said = error(&kind.into()).to_string();
+            assert!(said.contains(remedy), "{kind:?}: {said}");
+        }
+    }
+}

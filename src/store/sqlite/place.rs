@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::error::unwritable;
+use super::error::{not_created, unwritable};
 use crate::{file::irregular, store::OpenError};
 
 /// The problem with the files of a database.
@@ -124,23 +124,11 @@ impl LockedDatabase {
     /// Finds the database, creates an empty one if it does not exist, and locks it.
     pub(super) fn take(given: &Path) -> Result<Self, OpenError> {
         if let Some(directory) = given.parent().filter(|directory| !directory.as_os_str().is_empty()) {
-            fs::create_dir_all(directory).map_err(|error| match error.kind() {
-                io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
-                    DatabaseFileError::NoDirectory { path: directory.display().to_string() }.into()
-                }
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => unwritable(directory, &error),
-                _ => {
-                    let (directory, problem) = (directory.display().to_string(), error.to_string());
-                    DatabaseFileError::NotCreated { directory, problem }.into()
-                }
-            })?;
+            fs::create_dir_all(directory).map_err(|error| not_created(directory, &error))?;
         }
         // Also if a link leads to a file that does not exist yet.
         let create = || File::options().read(true).write(true).create(true).truncate(false).open(given);
-        let path = match given.canonicalize() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => create().and_then(|_| given.canonicalize()),
-            found => found,
-        };
+        let path = given.canonicalize().or_else(|_| create().and_then(|_| given.canonicalize()));
         let path = path.map_err(|error| unwritable(given, &error))?;
         // Before any file is created beside it, and before SQLite reports another file as a database that can't be
         // opened.
@@ -187,11 +175,9 @@ fn lock_beside(path: &Path) -> Result<(File, bool), OpenError> {
     let mut options = File::options();
     options.read(true).write(true);
     let (mut file, is_new) = match options.create_new(true).open(&name) {
-        // A link may lead to a file that is not there yet.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            (options.create_new(false).create(true).truncate(false).open(&name).map_err(failed)?, false)
-        }
-        made => (made.map_err(failed)?, true),
+        Ok(file) => (file, true),
+        // It exists. A link may lead to a file that is not there yet.
+        Err(_) => (options.create_new(false).create(true).truncate(false).open(&name).map_err(failed)?, false),
     };
     match file.try_lock() {
         Ok(()) => {}
@@ -218,7 +204,7 @@ fn lock_file(file: &File) -> bool {
     let byte = libc::flock {
         l_type: libc::c_short::try_from(libc::F_WRLCK).unwrap_or_default(),
         l_whence: libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default(),
-        l_start: libc::off_t::MAX - 1,
+        l_start: libc::off_t::MAX,
         l_len: 1,
         l_pid: 0,
     };

@@ -103,7 +103,7 @@ async fn everything_is_kept_across_a_restart() {
 }
 
 /// A database as the software of this version left it.
-fn database_of_version(path: &Path, version: usize) -> rusqlite::Connection {
+pub(super) fn database_of_version(path: &Path, version: usize) -> rusqlite::Connection {
     let raw = rusqlite::Connection::open(path).unwrap();
     for migration in include_str!("schema.sql").split("-- migration ").skip(1).take(version) {
         raw.execute_batch(migration.split_once('\n').unwrap().1).unwrap();
@@ -158,6 +158,96 @@ async fn a_database_of_an_earlier_version_keeps_its_open_cycles_and_finds_the_mi
 }
 
 #[tokio::test]
+async fn a_copy_of_the_file_alone_is_recognized_since_the_first_commit_until_it_is_accepted() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, copy) = (directory.path().join("o.db"), directory.path().join("copy.db"));
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 1).await;
+    // The file as it is while it is served, without its log.
+    std::fs::copy(&path, &copy).unwrap();
+    drop(store);
+    let is_copy = |error| matches!(error, OpenError::Files(DatabaseFileError::Copy { .. }));
+    assert!(is_copy(refused(&copy).await));
+    let accepted = accept(&StoreUrl::Sqlite(copy.clone())).unwrap();
+    assert_eq!(accepted.earlier, Some(path.canonicalize().unwrap()));
+    assert_eq!(accept(&StoreUrl::Sqlite(copy.clone())).unwrap().earlier, None, "it is at home there now");
+    opened(&copy).await;
+
+    // The first version that noted where a database is.
+    let earlier = directory.path().join("3.db");
+    let raw = database_of_version(&earlier, 3);
+    raw.execute("UPDATE meta SET path = CAST('/elsewhere/o.db' AS BLOB), device = 1, inode = 1", []).unwrap();
+    drop(raw);
+    assert!(is_copy(refused(&earlier).await));
+}
+
+#[tokio::test]
+async fn a_database_with_another_name_is_refused_unless_it_was_last_used_by_this_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let (path, other) = (at("o.db"), at("other.db"));
+    let is_linked = |error| matches!(error, OpenError::Files(DatabaseFileError::Linked { .. }));
+    let used = async |path: &Path| {
+        let (store, contents) = opened(path).await;
+        filled(&*store, contents.epoch, 1).await;
+    };
+    used(&path).await;
+    std::fs::hard_link(&path, &other).unwrap();
+    opened(&path).await;
+
+    // It was renamed since, or a backup was put back.
+    std::fs::rename(&path, at("renamed.db")).unwrap();
+    assert!(is_linked(refused(&at("renamed.db")).await));
+    std::fs::copy(&other, &path).unwrap();
+    opened(&path).await;
+    std::fs::hard_link(&path, at("backup.db")).unwrap();
+    assert!(is_linked(refused(&path).await));
+
+    // It is of a version that did not note its name.
+    for (version, links, is_refused) in [(2, 2, true), (2, 1, false), (5, 2, true), (5, 1, false)] {
+        let path = at(&format!("{version} {links}.db"));
+        drop(database_of_version(&path, version));
+        if links > 1 {
+            std::fs::hard_link(&path, path.with_extension("link")).unwrap();
+        }
+        match try_open(&path).await {
+            Ok(_) => assert!(!is_refused, "{version} {links}"),
+            Err(error) => assert!(is_refused && is_linked(error.clone()), "{version} {links}: {error}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_renamed_database_is_opened_though_an_empty_log_stayed_behind() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, renamed) = (directory.path().join("o.db"), directory.path().join("renamed.db"));
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 1).await;
+    drop(store);
+    std::fs::rename(&path, &renamed).unwrap();
+    let log = directory.path().join("o.db-wal");
+    std::fs::write(&log, "records").unwrap();
+    assert!(matches!(refused(&renamed).await, OpenError::Files(DatabaseFileError::LogLeftBehind { .. })));
+    std::fs::write(&log, "").unwrap();
+    assert_eq!(opened(&renamed).await.1.last_cycle_id, CycleId(2));
+}
+
+#[tokio::test]
+async fn the_largest_record_is_read_and_a_larger_one_is_unreadable() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 1).await;
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    for (bytes, is_read) in [(64_u32 << 20, true), ((64 << 20) + 1, false)] {
+        // Older than the log, so that it has no hash.
+        raw.execute("UPDATE cycles SET leaf = NULL, record = zeroblob(?1)", [bytes]).unwrap();
+        let found = store.cycle(cycle_of(1)).await.unwrap().unwrap();
+        assert_eq!(found.is_ok(), is_read, "{bytes}");
+    }
+}
+
+#[tokio::test]
 async fn epochs_grow_also_if_the_clock_is_set_back() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
@@ -183,6 +273,12 @@ async fn a_restart_of_the_machine_without_a_close_is_noticed() {
     let (store, contents) = opened(&path).await;
     filled(&*store, contents.epoch, 1).await;
     drop(store);
+    #[cfg(target_os = "linux")]
+    {
+        let raw = rusqlite::Connection::open(&path).unwrap();
+        let noted: String = raw.query_row("SELECT boot_id FROM meta", [], |row| row.get(0)).unwrap();
+        assert_eq!(noted, std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim());
+    }
     let restart_machine =
         || rusqlite::Connection::open(&path).unwrap().execute("UPDATE meta SET boot_id = 'another'", []).unwrap();
     restart_machine();
@@ -280,6 +376,10 @@ async fn a_foreign_damaged_or_too_new_database_is_named() {
     let other = directory.path().join("other.db");
     rusqlite::Connection::open(&other).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
     assert!(matches!(refused(&other).await, OpenError::Foreign { .. }));
+    // Other software that has numbered its schema, and made no table yet.
+    let numbered = directory.path().join("numbered.db");
+    rusqlite::Connection::open(&numbered).unwrap().pragma_update(None, "user_version", 1).unwrap();
+    assert!(matches!(refused(&numbered).await, OpenError::Foreign { .. }));
     let refused = refused(directory.path()).await;
     assert!(
         matches!(refused, OpenError::Files(DatabaseFileError::NotRegular { found: "a directory", .. })),
@@ -414,6 +514,7 @@ async fn the_missing_end_is_known_and_an_older_copy_is_distinguished_from_a_dama
     assert!(matches!(behind, OpenError::Behind { has: CycleId(4), noted: CycleId(20_000), .. }), "{behind}");
     let accepted = accept(&StoreUrl::Sqlite(path.clone())).unwrap();
     assert_eq!((accepted.last_cycle_id, accepted.noted_cycle_id), (CycleId(4), CycleId(20_000)));
+    assert_eq!(accepted.earlier, None, "it has its path");
     assert_eq!(opened(&path).await.1.lost, None);
     // Another database at the same path has a history of its own.
     std::fs::remove_file(&path).unwrap();
@@ -457,4 +558,53 @@ async fn a_full_disk_loses_no_record_and_writes_recover() {
     assert!(store.cycle(cycle_of(10)).await.unwrap().is_some());
     limit_pages(&path, 1_000_000);
     store.commit(big(11)).await.unwrap();
+}
+
+/// Writes that put more than 16 MiB into SQLite's log if it is never checkpointed.
+type Fill = fn(Epoch) -> Vec<Write>;
+
+#[tokio::test]
+async fn the_log_is_checkpointed_every_4_mib_whatever_fills_it() {
+    let large_records: Fill = |epoch| {
+        let large = |revision| {
+            let mut write = recorded(revision..=revision, epoch);
+            write.records[0].bytes = vec![0; 1 << 19].into();
+            write
+        };
+        (1..=40).map(large).collect()
+    };
+    let large_outputs: Fill = |epoch| {
+        let large = |count: u32| vec![(name("a"), output(1, &count.to_string().repeat(1 << 18)))];
+        (10..50).map(|count| Write { epoch, outputs: large(count), ..Write::default() }).collect()
+    };
+    let small_commits: Fill = |epoch| {
+        let small = |revision| Write { durability: Durability::Buffered, ..recorded(revision..=revision, epoch) };
+        (1..=1000).map(small).collect()
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let assert_short = |what: &str| {
+        let bytes = std::fs::metadata(directory.path().join(format!("{what}.db-wal"))).unwrap().len();
+        assert!(bytes < 6 << 20, "{what}: {bytes} bytes");
+    };
+    for (what, fill) in
+        [("large records", large_records), ("large outputs", large_outputs), ("small commits", small_commits)]
+    {
+        let (store, contents) = opened(&directory.path().join(format!("{what}.db"))).await;
+        for write in fill(contents.epoch) {
+            commit(&*store, write).await;
+        }
+        assert_short(what);
+    }
+    // Records that are removed together lie apart.
+    let (store, contents) = opened(&directory.path().join("removals.db")).await;
+    let apart = |revision| {
+        let mut record = record_of(revision * 1237 % 4096 + 1, revision, contents.epoch);
+        record.bytes = vec![0; 400].into();
+        record
+    };
+    let noted = Write { epoch: contents.epoch, last_cycle_id: CycleId(4096), ..Write::default() };
+    commit(&*store, Write { records: (1..=4096).map(apart).collect(), ..noted.clone() }).await;
+    let one = Retention { default: RetentionRule { max_cycles: Some(1), max_age: None }, ..Retention::default() };
+    while !pruned(&*store, &noted, one.clone(), at(0), 256).await.is_empty() {}
+    assert_short("removals");
 }

@@ -264,3 +264,171 @@ impl std::fmt::Display for Leaf {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::PathBuf};
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::{
+        clock::Clock,
+        ledger::RecordsPruned,
+        model::{CycleId, Epoch, Revision},
+        ports::{Removal, Write},
+        store::{
+            StoreUrl, open,
+            sqlite::tests::database_of_version,
+            suite::{check, commit, filled, record, recorded},
+        },
+    };
+
+    /// The leaves of the records that are removed, in place of a `ControlEntry`.
+    const REMOVED: &[u8] = b"0, 1, 3";
+
+    fn pruned(entry: &[u8]) -> Result<RecordsPruned, String> {
+        if entry == REMOVED { Ok(RecordsPruned::of([0, 1, 3], 2)) } else { Err("as scripted".into()) }
+    }
+
+    /// A database with 10 records, of which three are removed before the last two are written.
+    async fn database() -> (TempDir, PathBuf, Checkpoint) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("o.db");
+        let store = open(&StoreUrl::Sqlite(path.clone()), check, Clock::system()).await.unwrap();
+        let epoch = store.take_over().await.unwrap().epoch;
+        filled(&*store, epoch, 8).await;
+        let revisions = [1, 2, 4].map(Revision).to_vec();
+        let removal = Removal { revisions, first_kept: 2, entry: Some(REMOVED.into()) };
+        commit(&*store, Write { epoch, last_cycle_id: CycleId(8), removal, ..Write::default() }).await;
+        commit(&*store, recorded(9..=10, epoch)).await;
+        let log = store.log().frontier;
+        let checkpoint = Checkpoint { origin: "log".into(), size: log.size(), root: log.root() };
+        (directory, path, checkpoint)
+    }
+
+    /// What is found, and what is wrong.
+    fn verified(path: &Path, checkpoint: &Checkpoint) -> (Verified, Vec<String>) {
+        let mut faults = Vec::new();
+        let rules = Rules { record: check, pruned };
+        let verified = verify(path, checkpoint, rules, &mut |fault| faults.push(fault)).unwrap();
+        (verified, faults)
+    }
+
+    const SOUND: Verified = Verified { entries: 11, first_kept: 2, records: 7, unlogged: 0 };
+
+    #[tokio::test]
+    async fn an_unchanged_database_is_verified_by_each_checkpoint_of_what_is_kept() {
+        let (_directory, path, newest) = database().await;
+        assert_eq!(verified(&path, &newest), (SOUND, Vec::new()));
+        let mut log = Frontier::default();
+        for size in 1..=8 {
+            log.append(Entry::Cycle(&record(size, Epoch(1)).bytes).leaf());
+            let (found, faults) = verified(&path, &Checkpoint { size, root: log.root(), ..newest.clone() });
+            assert_eq!(found, SOUND);
+            match size {
+                1 => assert!(faults.concat().ends_with("it proves nothing of the others"), "{faults:?}"),
+                _ => assert_eq!(faults, Vec::<String>::new()),
+            }
+            if size > 1 {
+                let (_, faults) = verified(&path, &Checkpoint { size, ..newest.clone() });
+                let root = format!("the first {size} entries do not have the root that the checkpoint of log has");
+                assert_eq!(faults, [root]);
+            }
+        }
+        let (_, faults) = verified(&path, &Checkpoint { size: 12, ..newest });
+        assert_eq!(faults, ["the log has 11 entries, and the checkpoint of log 12: the last ones are missing"]);
+    }
+
+    #[tokio::test]
+    async fn each_change_of_a_database_is_named_and_nothing_else() {
+        let (directory, path, checkpoint) = database().await;
+        let inserted = "INSERT INTO cycles SELECT 99, REVISION, epoch, state, trigger, loop, request_id, finished_at,
+                        record, LEAF FROM cycles WHERE revision = 5";
+        let insert = |revision: &str, leaf: &str| inserted.replace("REVISION", revision).replace("LEAF", leaf);
+        let changes: [(&str, &[&str]); 13] = [
+            (
+                "DELETE FROM cycles WHERE revision = 5",
+                &["leaf 4 is missing, and no entry says that retention removed it"],
+            ),
+            (
+                &insert("4", "3"),
+                &[
+                    "the record of cycle 99 (leaf 3) is there, although the log says that retention removed it",
+                    "the record of cycle 99 (leaf 3) was changed: its bytes don't have the hash of its leaf",
+                ],
+            ),
+            (
+                "UPDATE cycles SET leaf = 1 WHERE revision = 9",
+                &[
+                    "the record of cycle 10 (leaf 1) is not the entry of that leaf",
+                    "leaf 9 is missing, and no entry says that retention removed it",
+                ],
+            ),
+            (
+                "UPDATE cycles SET leaf = 11 WHERE revision = 10",
+                &[
+                    "leaf 10 is missing, and no entry says that retention removed it",
+                    "the record of cycle 9 (leaf 11) is beyond the end of the log, which has 11 entries",
+                ],
+            ),
+            (
+                "UPDATE cycles SET leaf = NULL WHERE revision = 10",
+                &[
+                    "leaf 10 is missing, and no entry says that retention removed it",
+                    "the record of cycle 9 has no leaf, and records before it have one",
+                ],
+            ),
+            (
+                "UPDATE cycles SET revision = 100 WHERE revision = 5",
+                &["the record of cycle 5 (leaf 5) has revision 6, which is out of order"],
+            ),
+            (
+                "UPDATE cycles SET state = 99 WHERE revision = 5",
+                &[
+                    "the record of cycle 6 can't be read: Conversion error from type Null at index: 3, 99 has no meaning",
+                ],
+            ),
+            (
+                "UPDATE meta SET log_first_kept = 3",
+                &["by the table meta, the entries before leaf 3 were removed; by the log, those before leaf 2"],
+            ),
+            (
+                "UPDATE hashes SET hash = zeroblob(32) WHERE id = 12",
+                &["the hash 12 in the table hashes is not that of the entries below it"],
+            ),
+            ("DELETE FROM hashes WHERE id = 2", &["the table hashes lacks the hashes of the entries before leaf 2"]),
+            (
+                "INSERT INTO hashes VALUES (0, zeroblob(32)), (19, zeroblob(32))",
+                &[
+                    "the hash 0 in the table hashes belongs to no entry",
+                    "the hash 19 in the table hashes belongs to no entry",
+                ],
+            ),
+            // Older than the log.
+            (&insert("1", "NULL"), &[]),
+            (
+                &insert("1", "NULL").replace(" record,", " CAST('unreadable' AS BLOB),"),
+                &["the record of cycle 99: as scripted"],
+            ),
+        ];
+        let changed = directory.path().join("changed.db");
+        for (change, expected) in changes {
+            fs::copy(&path, &changed).unwrap();
+            Connection::open(&changed).unwrap().execute_batch(change).unwrap();
+            let (found, faults) = verified(&changed, &checkpoint);
+            assert_eq!(faults, expected, "{change}");
+            assert_eq!(found.unlogged, u64::from(change.contains("NULL")), "{change}");
+        }
+    }
+
+    #[test]
+    fn a_database_without_a_log_is_not_verified() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("o.db");
+        drop(database_of_version(&path, 4));
+        let checkpoint = Checkpoint { origin: "log".into(), size: 0, root: Frontier::default().root() };
+        let refused = verify(&path, &checkpoint, Rules { record: check, pruned }, &mut |_| {});
+        assert!(matches!(refused, Err(OpenError::TooOld { found: 4, known: 5, .. })), "{refused:?}");
+    }
+}

@@ -11,10 +11,7 @@ use std::{
 
 use jiff::Timestamp;
 use rusqlite::Connection;
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::Instant,
-};
+use tokio::sync::{mpsc, oneshot};
 
 use super::{
     BUSY,
@@ -39,13 +36,11 @@ use crate::{
     },
 };
 
-/// Size of the log at which it is checkpointed into the database, between two writes.
-const CHECKPOINT_BYTES: usize = 4 << 20;
+/// Pages of 4 KiB in the log and not yet in the database at which the log is checkpointed, between two writes.
+const CHECKPOINT_PAGES: u32 = 1024;
 /// A log that has grown beyond this, because of a reader or a large commit, is truncated after a checkpoint; a smaller
 /// file is overwritten from its start, which is faster than growing it again.
 const LARGE_LOG: u64 = 16 << 20;
-/// Interval of retries of a checkpoint that a reader blocks.
-const TRY_COPYING_EVERY: Duration = Duration::from_secs(1);
 
 /// Work for the writer.
 pub(super) enum Job {
@@ -73,15 +68,7 @@ pub(super) struct Writer {
     noted: Option<Mark>,
     /// The durability that the connection is set to.
     synchronous: Durability,
-    /// Bytes in the log that are not yet in the database.
-    unchecked_bytes: usize,
-    /// Set while a reader blocks the checkpoint.
-    blocked: Option<BlockedCheckpoint>,
-}
-
-/// A checkpoint that a reader blocks.
-struct BlockedCheckpoint {
-    tried_at: Instant,
+    /// Set once it was reported that a reader blocks the checkpoint of a large log, until that is made.
     is_told: bool,
 }
 
@@ -110,8 +97,7 @@ impl Writer {
             note: Some(note),
             noted,
             synchronous: Durability::Durable,
-            unchecked_bytes: 0,
-            blocked: None,
+            is_told: false,
         })
     }
 
@@ -179,11 +165,6 @@ impl Writer {
             // Now the database file itself contains its identity, without its log.
             self.copy_log();
         }
-        self.unchecked_bytes += write.records.iter().map(|record| record.bytes.len()).sum::<usize>()
-            + write.outputs.iter().map(|(_, output)| output.payload.len()).sum::<usize>()
-            // Each changes a page or two.
-            + write.removal.revisions.len() * 4096
-            + 4096;
         Ok(())
     }
 
@@ -239,12 +220,21 @@ impl Writer {
         excess.unwrap_or_else(|error| Err(explain(&self.path, &error)))
     }
 
-    /// Checkpoints the log once it has grown, so that it can be overwritten.
+    /// Checkpoints the log once it has grown, so that it can be overwritten. If a reader blocks that, every job retries
+    /// it, which costs little while the reader stays.
     fn checkpoint(&mut self) {
-        let again = self.blocked.as_ref().is_some_and(|blocked| blocked.tried_at.elapsed() >= TRY_COPYING_EVERY);
-        if again || self.unchecked_bytes >= CHECKPOINT_BYTES {
+        if self.is_told || self.wal_checkpoint("NOOP").is_ok_and(|pages| pages >= CHECKPOINT_PAGES) {
             self.copy_log();
         }
+    }
+
+    /// Checkpoints the log in this mode, and returns the number of its pages that are not in the database yet.
+    fn wal_checkpoint(&self, mode: &str) -> rusqlite::Result<u32> {
+        let mut checkpoint = self.connection.prepare_cached(&format!("PRAGMA wal_checkpoint({mode})"))?;
+        checkpoint.query_row([], |row| {
+            let (pages, copied): (u32, u32) = (row.get(1)?, row.get(2)?);
+            Ok(pages.saturating_sub(copied))
+        })
     }
 
     /// Checkpoints the log as far as readers allow, and truncates it if it is large.
@@ -252,37 +242,25 @@ impl Writer {
         let log = log_of(&self.path);
         let bytes = || fs::metadata(&log).map_or(0, |log| log.len());
         let (size, store) = (bytes(), self.path.display());
-        let copy = if size > LARGE_LOG { "PRAGMA wal_checkpoint(TRUNCATE)" } else { "PRAGMA wal_checkpoint(PASSIVE)" };
+        let mode = if size > LARGE_LOG { "TRUNCATE" } else { "PASSIVE" };
         // Commits don't wait for readers.
-        let copied = self.connection.busy_timeout(Duration::ZERO).and_then(|()| {
-            self.connection.query_row(copy, [], |row| {
-                let (is_busy, frames, copied): (bool, i64, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
-                Ok(!is_busy && copied == frames)
-            })
-        });
-        let copied = copied.and_then(|is_whole| self.connection.busy_timeout(BUSY).map(|()| is_whole));
-        let was_told = self.blocked.as_ref().is_some_and(|blocked| blocked.is_told);
-        match copied {
-            Ok(true) => {
-                if was_told {
-                    tracing::info!(%store, bytes = bytes(), "the log was checkpointed into the database");
-                }
-                self.unchecked_bytes = 0;
-                self.blocked = None;
+        let left = self.connection.busy_timeout(Duration::ZERO).and_then(|()| self.wal_checkpoint(mode));
+        let waits_again = self.connection.busy_timeout(BUSY);
+        match left.and_then(|left| waits_again.map(|()| left)) {
+            Ok(0) if self.is_told => {
+                tracing::info!(%store, bytes = bytes(), "the log was checkpointed into the database");
+                self.is_told = false;
             }
-            Ok(false) => {
-                if size > LARGE_LOG && !was_told {
-                    tracing::warn!(
-                        %store,
-                        bytes = size,
-                        "the log can't be checkpointed into the database, and grows: another program reads the \
-                         database, and has not ended its transaction"
-                    );
-                }
-                self.unchecked_bytes = 0;
-                self.blocked =
-                    Some(BlockedCheckpoint { tried_at: Instant::now(), is_told: was_told || size > LARGE_LOG });
+            Ok(1..) if size > LARGE_LOG && !self.is_told => {
+                tracing::warn!(
+                    %store,
+                    bytes = size,
+                    "the log can't be checkpointed into the database, and grows: another program reads the database, \
+                     and has not ended its transaction"
+                );
+                self.is_told = true;
             }
+            Ok(_) => {}
             // Nothing is lost: the log grows, and the next write retries.
             Err(error) => tracing::warn!(%store, %error, "can't checkpoint the log into the database"),
         }
