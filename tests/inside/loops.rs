@@ -1,6 +1,6 @@
 //! Loops: when they are started, stopped and started again.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use orchestrator_core::{
@@ -9,8 +9,9 @@ use orchestrator_core::{
     ports::Store,
     schedule::{LoopEntry, LoopOrigin},
 };
+use tokio::time::sleep;
 
-use crate::kit::{Process, hourly, in_memory};
+use crate::kit::{Process, host, hourly, in_memory};
 
 /// A process whose file declares the loops `declared` and `other`.
 async fn declaring(store: &Arc<dyn Store>) -> (Orchestrator, OrchestratorTasks) {
@@ -78,4 +79,20 @@ async fn a_started_or_stopped_loop_stays_so_though_the_process_dies_at_once() {
     drop(tasks);
     let (orchestrator, _tasks) = declaring(&store).await;
     assert_eq!(listed(&orchestrator), ["declared stopped", "other started"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn ticks_continue_at_once_after_the_clock_is_set_back_by_an_hour() {
+    let host = host();
+    let clock = host.clock;
+    let process = Process { host, ..Process::default() };
+    let (orchestrator, _tasks) = process.over(in_memory().await).await.unwrap();
+    let steady = IntervalLoop { interval: Duration::from_secs(10), jitter: Duration::ZERO, ..hourly("steady") };
+    orchestrator.start_loop(LoopStart::Of(steady)).await.unwrap();
+    let ran = || orchestrator.loops()[0].state.ticks.ran;
+    sleep(Duration::from_secs(35)).await;
+    assert_eq!(ran(), 3);
+    clock.set(clock.now() - Duration::from_hours(1));
+    sleep(Duration::from_secs(30)).await;
+    assert_eq!(ran(), 6);
 }
