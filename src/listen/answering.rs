@@ -14,7 +14,7 @@ use tonic::{Status, body::Body};
 
 use super::{
     connections::Beside,
-    rooms::{Kept, Room},
+    rooms::{Kept, LARGEST, Room},
     streams::Taking,
 };
 use crate::{memory::Held, proto::framing};
@@ -53,8 +53,6 @@ impl Answer {
     const PIECE: usize = 16 << 10;
     /// Bytes of a message that needs no reservation: they are included in the cost of a stream.
     pub(super) const SMALL: usize = 8 << 10;
-    /// Memory that must be free before a further message is made: the default limit of clients.
-    pub(super) const LARGEST: usize = 4 << 20;
 
     pub(super) fn new(
         body: Body,
@@ -68,7 +66,7 @@ impl Answer {
 
     /// Reserves memory for a message that can wait.
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Option<Held>> {
-        let largest = Self::LARGEST.min(self.room.max());
+        let largest = LARGEST.min(self.room.max());
         if let Patience::Some = self.patience {
             if let Ok(held) = self.room.try_hold(largest) {
                 return Poll::Ready(Some(held));
@@ -91,7 +89,7 @@ impl Answer {
             None => self.room.try_hold(bytes),
         };
         self.kept = match held {
-            Ok(held) => Some(Arc::new(self.room.keep(held, &self.taking))),
+            Ok(held) => Some(Arc::new(self.room.keep(held, self.taking.abort()))),
             Err(_) if bytes <= Self::SMALL => None,
             Err(full) => {
                 return Err(Status::resource_exhausted(format!(

@@ -11,18 +11,24 @@ use std::{
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use tokio::time::{Instant, timeout};
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout},
+};
 
-use super::{answering::Answer, connections::ConnectionState, streams::Taking};
+use super::connections::ConnectionState;
 use crate::memory::{Full, Held, Memory};
 
 /// How long a message may wait for its client before it may be aborted.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Memory that must be free before a further message of a stream is made: the default limit of clients.
+pub(super) const LARGEST: usize = 4 << 20;
 
 /// Memory for the answers of a server.
 #[derive(Debug)]
@@ -45,7 +51,48 @@ struct Waiting {
 struct Message {
     since: Instant,
     bytes: usize,
-    taking: Arc<Taking>,
+    abort: Arc<Abort>,
+}
+
+/// Aborts a stream when other clients need the memory of its messages.
+#[derive(Debug, Default)]
+pub(super) struct Abort {
+    /// The connection of the stream.
+    connection: Option<Arc<ConnectionState>>,
+    /// True once the whole answer has been passed to the library, which can't abort the stream any more.
+    is_over: AtomicBool,
+    wanted: Notify,
+}
+
+impl Abort {
+    /// For a stream of this connection.
+    pub(super) fn of(connection: Arc<ConnectionState>) -> Self {
+        Self { connection: Some(connection), ..Self::default() }
+    }
+
+    /// Records that the stream has ended.
+    pub(super) fn stream_is_over(&self) {
+        self.is_over.store(true, Ordering::SeqCst);
+    }
+
+    /// Waits until the stream is to be aborted.
+    pub(super) async fn wanted(&self) {
+        self.wanted.notified().await;
+    }
+
+    /// Aborts the stream or, if it has ended, the connection with its unread end.
+    fn abort(&self) {
+        self.wanted.notify_one();
+        if let Some(connection) = self.connection.as_ref().filter(|_| self.is_over.load(Ordering::SeqCst)) {
+            connection.cut_off();
+        }
+    }
+
+    /// True if the stream is to be aborted.
+    #[cfg(test)]
+    fn is_wanted(&self) -> bool {
+        futures_util::FutureExt::now_or_never(self.wanted()).is_some()
+    }
 }
 
 impl Rooms {
@@ -56,7 +103,7 @@ impl Rooms {
     /// The memory of a new connection: a quarter of all, or one answer if that is more.
     pub(super) fn of_connection(self: &Arc<Self>, connection: &ConnectionState) -> Arc<Room> {
         let all = self.memory.max();
-        let max = (all / 4).max(Answer::LARGEST).min(all);
+        let max = (all / 4).max(LARGEST).min(all);
         let memory = self.memory.part("answers that the client of this connection has not read yet", max);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         Arc::new(Room { all: self.clone(), id, peer: connection.network(), memory })
@@ -106,7 +153,7 @@ impl Rooms {
         }
         for (id, number) in leaving {
             if let Some(message) = waiting.get_mut(&id).and_then(|connection| connection.messages.remove(&number)) {
-                message.taking.give_way();
+                message.abort.abort();
             }
         }
         true
@@ -161,9 +208,9 @@ impl Room {
     }
 
     /// Keeps the memory of a message until its client has read it.
-    pub(super) fn keep(self: &Arc<Self>, held: Held, taking: &Arc<Taking>) -> Kept {
+    pub(super) fn keep(self: &Arc<Self>, held: Held, abort: &Arc<Abort>) -> Kept {
         let number = self.all.next.fetch_add(1, Ordering::Relaxed);
-        let message = Message { since: Instant::now(), bytes: held.bytes(), taking: taking.clone() };
+        let message = Message { since: Instant::now(), bytes: held.bytes(), abort: abort.clone() };
         let new = || Waiting { peer: self.peer, memory: self.memory.clone(), messages: BTreeMap::new() };
         self.all.lock().entry(self.id).or_insert_with(new).messages.insert(number, message);
         Kept { room: self.clone(), number, _held: held }
@@ -196,7 +243,7 @@ mod tests {
 
     use super::*;
 
-    const ANSWER: usize = Answer::LARGEST;
+    const ANSWER: usize = LARGEST;
 
     /// Memory for this number of answers, two connections of one peer, and one of another.
     fn rooms(answers: usize) -> (Memory, [Arc<Room>; 3]) {
@@ -206,11 +253,11 @@ mod tests {
         (memory, [room([10, 0, 0, 1]), room([10, 0, 0, 1]), room([10, 0, 0, 2])])
     }
 
-    fn keep(room: &Arc<Room>) -> Option<(Arc<Taking>, Kept)> {
-        let taking = Arc::default();
+    fn keep(room: &Arc<Room>) -> Option<(Arc<Abort>, Kept)> {
+        let abort = Arc::default();
         let held = room.try_hold(ANSWER).ok()?;
-        let kept = room.keep(held, &taking);
-        Some((taking, kept))
+        let kept = room.keep(held, &abort);
+        Some((abort, kept))
     }
 
     #[tokio::test(start_paused = true)]
@@ -237,24 +284,24 @@ mod tests {
         assert!(keep(&newcomer).is_none());
         advance(PATIENCE / 2).await;
         let given = keep(&newcomer).unwrap();
-        assert!(kept[0].0.gives_way() && !kept[1].0.gives_way());
+        assert!(kept[0].0.is_wanted() && !kept[1].0.is_wanted());
         // It is counted until it is dropped.
         assert_eq!(memory.held(), 5 * ANSWER);
         drop(kept.remove(0));
         assert_eq!(memory.held(), 4 * ANSWER);
         // Both peers hold the same now: the peer that would hold more gets memory only from its own connections.
         assert!(keep(&another()).is_some());
-        assert!(kept[1].0.gives_way(), "the connection of its own peer");
+        assert!(kept[1].0.is_wanted(), "the connection of its own peer");
         drop(given);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_waiting_message_gets_the_memory_of_those_that_have_waited_too_long() {
         let (_, [first, ..]) = rooms(1);
-        let (taking, _kept) = keep(&first).unwrap();
+        let (abort, _kept) = keep(&first).unwrap();
         let begun = Instant::now();
         let second = first.all.of_connection(&ConnectionState::of(first.peer));
         drop(second.hold(ANSWER).await);
-        assert!(taking.gives_way() && begun.elapsed() == PATIENCE);
+        assert!(abort.is_wanted() && begun.elapsed() == PATIENCE);
     }
 }

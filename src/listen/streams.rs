@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -16,7 +16,7 @@ use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use tokio::{
     select,
-    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore},
     task_local,
     time::{Instant, Sleep, interval, sleep},
 };
@@ -25,7 +25,7 @@ use tonic::Status;
 
 use super::{
     connections::ConnectionState,
-    rooms::{Kept, Room},
+    rooms::{Abort, Kept, Room},
 };
 
 task_local! {
@@ -60,18 +60,18 @@ impl Streams {
         let taking = Arc::new(Taking {
             has_permit: busy.is_only() || permit.is_some(),
             _permit: permit,
-            connection: Some(self.state.clone()),
+            abort: Arc::new(Abort::of(self.state.clone())),
             ..Taking::default()
         });
         select! {
             biased;
             () = TAKING.scope(taking.clone(), stream) => {
                 self.ends.note(&taking);
-                taking.is_over.store(true, Ordering::SeqCst);
+                taking.abort.stream_is_over();
             }
             // Dropping it resets the stream.
             () = taking.stalled(&self.answers) => {}
-            () = taking.gives_way.notified() => {
+            () = taking.abort.wanted() => {
                 tracing::debug!("a stream was aborted: its client is slow, and other clients need the memory");
                 // A piece may still be queued, and must be dropped.
                 self.ends.note(&taking);
@@ -129,11 +129,7 @@ pub(super) struct Taking {
     has_permit: bool,
     /// The permit of the stream.
     _permit: Option<OwnedSemaphorePermit>,
-    connection: Option<Arc<ConnectionState>>,
-    /// True once the whole answer has been passed to the library.
-    is_over: AtomicBool,
-    /// Notified when other clients need its memory.
-    gives_way: Notify,
+    abort: Arc<Abort>,
     /// Pieces that the library has but the kernel has not.
     waiting: AtomicUsize,
     taken: AtomicUsize,
@@ -167,12 +163,9 @@ impl Taking {
         Bytes::from_owner(Piece { bytes, taking: self.clone(), _kept: kept })
     }
 
-    /// Aborts the stream or, if it has ended, the connection with its unread end.
-    pub(super) fn give_way(&self) {
-        self.gives_way.notify_one();
-        if let Some(connection) = self.connection.as_ref().filter(|_| self.is_over.load(Ordering::SeqCst)) {
-            connection.cut_off();
-        }
+    /// Aborts the stream when other clients need its memory.
+    pub(super) fn abort(&self) -> &Arc<Abort> {
+        &self.abort
     }
 
     /// Records that the request was refused while it was being read. A service of the library does not pass this on to
@@ -190,12 +183,6 @@ impl Taking {
     pub(super) fn answered(&self) {
         self.answered.fetch_add(1, Ordering::SeqCst);
         self.turn.wake();
-    }
-
-    /// True if other clients need its memory.
-    #[cfg(test)]
-    pub(super) fn gives_way(&self) -> bool {
-        futures_util::FutureExt::now_or_never(self.gives_way.notified()).is_some()
     }
 
     /// Waits until this many messages have been answered, and the client has read the answers.
