@@ -243,7 +243,7 @@ impl Side {
         const EXPORT: Duration = Duration::from_millis(400);
         let Self::Ours(_, ours) = self else { return Ok(()) };
         if let Some(metrics) = &ours.metrics {
-            let pieces: Vec<_> = metrics.clone().scrape(&ours.orchestrator).try_collect().await?;
+            let pieces: Vec<_> = metrics.clone().scrape(ours.orchestrator.clone()).try_collect().await?;
             black_box(pieces);
         }
         if ours.exporting.is_some() {
@@ -262,7 +262,7 @@ impl Side {
 
 /// The orchestrator with its connections and its store, in the same composition as the service.
 struct Ours {
-    orchestrator: Orchestrator,
+    orchestrator: Arc<Orchestrator>,
     tasks: OrchestratorTasks,
     /// The metrics, written once a round.
     metrics: Option<Arc<Metrics>>,
@@ -294,7 +294,7 @@ impl Ours {
         let store = (store, contents, Signer::generate("bench")?);
         let (orchestrator, tasks) =
             Orchestrator::start(settings, &memory, host, dialer, store, declared, spans).await?;
-        Ok(Self { orchestrator, tasks, metrics: None, exporting })
+        Ok(Self { orchestrator: Arc::new(orchestrator), tasks, metrics: None, exporting })
     }
 
     async fn cycle(&self) -> Result<()> {

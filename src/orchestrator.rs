@@ -1,4 +1,4 @@
-//! The use cases, behind one handle that is cheap to clone.
+//! The use cases, behind one handle.
 //!
 //! `State` holds everything that is known, under one lock, which is never held across an await. It changes only after
 //! the change is committed, and in the same order. Each use case is in the file of what it changes or reads:
@@ -77,14 +77,9 @@ pub use self::{
 };
 
 /// Runs cycles over the registry, records them, and streams the record.
-#[derive(Clone)]
+///
+/// It can't be cloned, so a handler that borrows it from an admitted call reaches it only as long as that call lives.
 pub struct Orchestrator(Arc<Shared>);
-
-impl AsRef<Orchestrator> for Orchestrator {
-    fn as_ref(&self) -> &Orchestrator {
-        self
-    }
-}
 
 struct Shared {
     settings: Mutex<Arc<Settings>>,

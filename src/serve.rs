@@ -125,7 +125,7 @@ pub struct Service {
     admin_address: Option<SocketAddr>,
     api: Api,
     certificates: Arc<Certificates>,
-    orchestrator: Orchestrator,
+    orchestrator: Arc<Orchestrator>,
     tasks: OrchestratorTasks,
     health: HealthReporter,
     servers: Tasks,
@@ -189,6 +189,7 @@ impl Service {
         let (orchestrator, tasks) =
             Orchestrator::start(settings, &memory, host, dialer, (store, contents, signer), declared, spans).await?;
 
+        let orchestrator = Arc::new(orchestrator);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::{
-    gate::{Caller, Way},
+    caller::{Caller, Way},
     rpc::Rpc,
 };
 use crate::{listen::Peer, model::Code};

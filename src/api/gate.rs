@@ -5,74 +5,24 @@
 use std::{sync::Arc, task::Poll};
 
 use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
-use tonic::{Request, Response, Status, codegen::http::HeaderMap};
+use tonic::{Request, Response, Status};
 
 use super::{
+    caller::Caller,
     calls::{CallCounts, CountedCall},
     error::status,
-    judge::{Judge, credential},
-    request,
+    judge::Judge,
     rpc::{Asks, Rpc},
 };
 use crate::{
-    access::Credential,
-    listen::Peer,
     memory::{Held, Memory},
-    model::SpanContext,
     orchestrator::{Orchestrator, Refusal},
 };
-
-/// The entrance of a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
-    /// The gRPC service.
-    Grpc,
-    /// The admin address.
-    Admin,
-}
-
-impl Way {
-    pub(super) const ALL: [Self; 2] = [Self::Grpc, Self::Admin];
-
-    /// As metrics and the log call it.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Grpc => "grpc",
-            Self::Admin => "admin",
-        }
-    }
-}
-
-/// The caller, as far as known. Passed in the extensions of a request to the gate.
-#[derive(Clone, Debug)]
-pub struct Caller {
-    pub(super) way: Way,
-    /// The other side of its connection, which may be a proxy.
-    pub(super) peer: Peer,
-    /// The span in which it asks.
-    pub(super) trace: Option<SpanContext>,
-    /// What it presents to prove its identity.
-    pub(super) credential: Credential,
-}
-
-impl Caller {
-    /// The caller of a request with these headers.
-    pub(crate) fn of(way: Way, peer: Peer, headers: &HeaderMap) -> Self {
-        Self { way, peer, trace: request::trace(headers), credential: credential(headers) }
-    }
-
-    /// A request of this caller.
-    pub fn asks<Q>(self, request: Q) -> Request<Q> {
-        let mut request = Request::new(request);
-        request.extensions_mut().insert(self);
-        request
-    }
-}
 
 /// Lets callers in. All clones share their counts.
 #[derive(Clone)]
 pub(super) struct Gate {
-    orchestrator: Orchestrator,
+    orchestrator: Arc<Orchestrator>,
     /// Memory for decoded requests until they are answered.
     requests: Memory,
     calls: Arc<CallCounts>,
@@ -81,14 +31,14 @@ pub(super) struct Gate {
 
 /// A call that was let in. It reaches the orchestrator, for as long as it lives: a stream keeps it to its end.
 pub struct Entered<Q> {
-    orchestrator: Orchestrator,
+    orchestrator: Arc<Orchestrator>,
     pub(super) caller: Caller,
     request: Q,
     room: Option<Held>,
 }
 
 impl<Q> Entered<Q> {
-    /// The orchestrator, which handlers reach only here.
+    /// The orchestrator, which handlers reach only here, and only while the call lives: they can't clone it.
     pub(super) fn orchestrator(&self) -> &Orchestrator {
         &self.orchestrator
     }
@@ -114,7 +64,7 @@ impl<Q: Default> Entered<Q> {
 }
 
 impl Gate {
-    pub(super) fn new(orchestrator: Orchestrator, judge: Judge, requests: Memory) -> Self {
+    pub(super) fn new(orchestrator: Arc<Orchestrator>, judge: Judge, requests: Memory) -> Self {
         Self { orchestrator, requests, calls: Arc::default(), judge }
     }
 

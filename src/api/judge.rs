@@ -5,11 +5,11 @@ use std::{sync::Arc, time::Duration};
 use futures_util::{FutureExt, future::BoxFuture};
 use jiff::Timestamp;
 use tokio::{select, sync::watch, time::sleep};
-use tonic::{Status, codegen::http::HeaderMap};
+use tonic::Status;
 
-use super::{calls::CallCounts, error, gate::Caller, rpc::Rpc, rules::Rule};
+use super::{caller::Caller, calls::CallCounts, error, rpc::Rpc, rules::Rule};
 use crate::{
-    access::{Authenticated, Bearer, Credential, Identity, Mode, Policy, Rights, Role, Targets, Unauthenticated},
+    access::{Authenticated, Credential, Identity, Mode, Policy, Rights, Role, Targets, Unauthenticated},
     clock::Clock,
     listen::Repeated,
     model::text::clean,
@@ -50,27 +50,6 @@ struct Shared {
     policy: watch::Sender<Arc<Policy>>,
     clock: Clock,
     denied: Repeated,
-}
-
-/// The credential in the headers of a request.
-pub(super) fn credential(headers: &HeaderMap) -> Credential {
-    /// Longer than any token.
-    const MAX_LEN: usize = 256;
-    let mut values = headers.get_all("authorization").iter();
-    let (value, other) = (values.next(), values.next());
-    let Some(value) = value else { return Credential::None };
-    if other.is_some() {
-        return Credential::Malformed("is not the only header `authorization`");
-    }
-    let token = value.to_str().ok().and_then(|text| text.split_once(' '));
-    let token = token.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
-    match token {
-        None => Credential::Malformed("is not of the form `authorization: Bearer TOKEN`"),
-        Some(token) => match Bearer::parse(token).filter(|_| token.len() <= MAX_LEN) {
-            Some(bearer) => Credential::Bearer(bearer),
-            None => Credential::Malformed("is not a token, which has the form orc_ID_SECRET"),
-        },
-    }
 }
 
 impl Judge {
@@ -228,30 +207,4 @@ fn judge(
         covered.map_err(|target| Denied::NotAllowed { identity: caller.identity, call, target, roles })?;
     }
     Ok(caller.expires_at)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bad_credential_never_counts_as_none() {
-        let of = |values: &[&str]| {
-            let mut headers = HeaderMap::new();
-            for value in values {
-                headers.append("authorization", value.parse().unwrap());
-            }
-            credential(&headers)
-        };
-        let token = format!("orc_{}_{}", "0".repeat(16), "0".repeat(64));
-        assert_eq!(of(&[]), Credential::None);
-        for scheme in ["Bearer", "bearer", "BEARER"] {
-            assert!(matches!(of(&[&format!("{scheme} {token}")]), Credential::Bearer(_)), "{scheme}");
-        }
-        let good = format!("Bearer {token}");
-        let long = format!("{good}{}", "0".repeat(1000));
-        for values in [&[""][..], &["Bearer"], &["Bearer "], &["Basic YTpi"], &[&token], &[&good, &good], &[&long]] {
-            assert!(matches!(of(values), Credential::Malformed(_)), "{values:?}");
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! The `dreamnet.orchestrator.v1.Orchestrator` service. Each call enters by the `gate`, and its handler parses it,
 //! calls the orchestrator and converts the answer.
 
+mod caller;
 mod calls;
 mod cycles;
 mod error;
@@ -23,8 +24,9 @@ use futures_util::Stream;
 use tonic::{Request, Response, Status, codegen::http::HeaderMap};
 
 pub use self::{
+    caller::{Caller, Way},
     calls::CallCounts,
-    gate::{Caller, Entered, Way},
+    gate::Entered,
     response::{plan, registration},
     rpc::Scrape,
 };
@@ -79,7 +81,7 @@ pub struct Api {
 impl Api {
     /// The RPCs of this orchestrator, for callers that `policy` allows. The time of requests comes from `clock`.
     /// Decoded requests are held under the limit `requests`.
-    pub fn new(orchestrator: Orchestrator, policy: Policy, clock: Clock, requests: Memory) -> Self {
+    pub fn new(orchestrator: Arc<Orchestrator>, policy: Policy, clock: Clock, requests: Memory) -> Self {
         let judge = Judge::new(policy, clock);
         Self { gate: Gate::new(orchestrator, judge, requests), handlers: Handlers::new(clock) }
     }

@@ -24,7 +24,7 @@ use tonic::{
 
 use super::{
     Api, Events,
-    gate::{Caller, Way},
+    caller::{Caller, Way},
 };
 use crate::{
     listen::Peer,

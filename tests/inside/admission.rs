@@ -95,6 +95,7 @@ async fn a_cycle_that_is_cancelled_while_it_waits_is_recorded_before_its_turn() 
 async fn a_repeated_request_finds_its_cycle_even_if_that_is_recorded_during_the_look_up() {
     let held = Arc::new(Held::default());
     let (orchestrator, _tasks) = stage(held.clone()).await;
+    let orchestrator = Arc::new(orchestrator);
     // More records of other cycles than the cache holds, or fewer.
     for (id, others) in [("few", 10), ("many", 300)] {
         let ask = || {

@@ -107,7 +107,7 @@ fn dying(inner: Arc<dyn Store>, death: Death, died: Arc<Notify>) -> Arc<dyn Stor
 }
 
 /// Runs a cycle for a caller that waits for its record, or only for the acknowledgement.
-async fn ask(orchestrator: Orchestrator, seen: Arc<Seen>, request: CycleRequest, is_async: bool) {
+async fn ask(orchestrator: Arc<Orchestrator>, seen: Arc<Seen>, request: CycleRequest, is_async: bool) {
     let Ok(ticket) = orchestrator.run_cycle(request, is_async).await else { return };
     if is_async {
         seen.promised.lock().unwrap().insert(ticket.cycle_id);
@@ -132,7 +132,7 @@ async fn walk(orchestrator: &Orchestrator) -> Vec<(Revision, CycleId)> {
 
 /// Runs four cycles that share no subsystem, and three asynchronous ones that wait for these, until all are recorded or
 /// the process dies.
-async fn live(orchestrator: Orchestrator, seen: &Arc<Seen>) {
+async fn live(orchestrator: &Arc<Orchestrator>, seen: &Arc<Seen>) {
     let mut asked = JoinSet::new();
     for name in ["a", "b", "c", "d"] {
         asked.spawn(ask(orchestrator.clone(), seen.clone(), of(&[name]), false));
@@ -145,7 +145,7 @@ async fn live(orchestrator: Orchestrator, seen: &Arc<Seen>) {
     }
     let walking = async {
         loop {
-            let found = walk(&orchestrator).await;
+            let found = walk(orchestrator).await;
             seen.walks.lock().unwrap().push(found);
             let shown = orchestrator.status().waiting.into_iter().map(|waiting| waiting.cycle_id);
             seen.shown.lock().unwrap().extend(shown);
@@ -158,7 +158,7 @@ async fn live(orchestrator: Orchestrator, seen: &Arc<Seen>) {
     }
 }
 
-async fn end(orchestrator: Orchestrator, mut tasks: OrchestratorTasks) {
+async fn end(orchestrator: &Orchestrator, mut tasks: OrchestratorTasks) {
     orchestrator.drain();
     tasks.finished().await.unwrap();
 }
@@ -177,15 +177,16 @@ fn dies_at(death: Death, place: &Place) -> bool {
         for name in ["a", "b", "c", "d"] {
             orchestrator.register(subsystem(name), None).await.unwrap();
         }
-        end(orchestrator, tasks).await;
+        end(&orchestrator, tasks).await;
     });
     let came_to_it = process(async {
         let died = Arc::new(Notify::new());
         let store = dying(place.open().await, death, died.clone());
         let life = async {
             let (orchestrator, tasks) = start(settings(), fleet.clone(), store).await;
-            live(orchestrator.clone(), &seen).await;
-            end(orchestrator, tasks).await;
+            let orchestrator = Arc::new(orchestrator);
+            live(&orchestrator, &seen).await;
+            end(&orchestrator, tasks).await;
         };
         select! {
             () = life => false,
@@ -240,7 +241,7 @@ async fn holds_after(death: Death, place: &Place, fleet: &Arc<Fleet>, seen: &See
     for Received { name, cycle_id, .. } in &*fleet.received.lock().unwrap() {
         assert!(calls.insert((name.clone(), *cycle_id)), "{death:?}: {name} was called twice for cycle {cycle_id}");
     }
-    end(orchestrator, tasks).await;
+    end(&orchestrator, tasks).await;
 }
 
 /// Lets processes die at each of their commits in turn, before and after it is kept.

@@ -75,7 +75,7 @@ struct Stage {
     script: Arc<Script>,
     trouble: watch::Sender<Option<StoreError>>,
     store: Arc<dyn Store>,
-    orchestrator: Orchestrator,
+    orchestrator: Arc<Orchestrator>,
     tasks: OrchestratorTasks,
 }
 
@@ -107,7 +107,7 @@ impl Stage {
         for name in ["a", "b", "c"] {
             orchestrator.register(subsystem(name), None).await.unwrap();
         }
-        Self { script, trouble, store, orchestrator, tasks }
+        Self { script, trouble, store, orchestrator: Arc::new(orchestrator), tasks }
     }
 
     async fn run(&self, name: &str) -> Ticket {

@@ -1,0 +1,104 @@
+//! The caller of a request: where the call came in, and what it presents.
+
+use tonic::{Request, codegen::http::HeaderMap};
+
+use super::request;
+use crate::{
+    access::{Bearer, Credential},
+    listen::Peer,
+    model::SpanContext,
+};
+
+/// The entrance of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The gRPC service.
+    Grpc,
+    /// The admin address.
+    Admin,
+}
+
+impl Way {
+    pub(super) const ALL: [Self; 2] = [Self::Grpc, Self::Admin];
+
+    /// As metrics and the log call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Grpc => "grpc",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+/// The caller, as far as known. Passed in the extensions of a request to the gate.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    pub(super) way: Way,
+    /// The other side of its connection, which may be a proxy.
+    pub(super) peer: Peer,
+    /// The span in which it asks.
+    pub(super) trace: Option<SpanContext>,
+    /// What it presents to prove its identity.
+    pub(super) credential: Credential,
+}
+
+impl Caller {
+    /// The caller of a request with these headers.
+    pub(crate) fn of(way: Way, peer: Peer, headers: &HeaderMap) -> Self {
+        Self { way, peer, trace: request::trace(headers), credential: credential(headers) }
+    }
+
+    /// A request of this caller.
+    pub fn asks<Q>(self, request: Q) -> Request<Q> {
+        let mut request = Request::new(request);
+        request.extensions_mut().insert(self);
+        request
+    }
+}
+
+/// The credential in the headers of a request.
+fn credential(headers: &HeaderMap) -> Credential {
+    /// Longer than any token.
+    const MAX_LEN: usize = 256;
+    let mut values = headers.get_all("authorization").iter();
+    let (value, other) = (values.next(), values.next());
+    let Some(value) = value else { return Credential::None };
+    if other.is_some() {
+        return Credential::Malformed("is not the only header `authorization`");
+    }
+    let token = value.to_str().ok().and_then(|text| text.split_once(' '));
+    let token = token.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
+    match token {
+        None => Credential::Malformed("is not of the form `authorization: Bearer TOKEN`"),
+        Some(token) => match Bearer::parse(token).filter(|_| token.len() <= MAX_LEN) {
+            Some(bearer) => Credential::Bearer(bearer),
+            None => Credential::Malformed("is not a token, which has the form orc_ID_SECRET"),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_credential_never_counts_as_none() {
+        let of = |values: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append("authorization", value.parse().unwrap());
+            }
+            credential(&headers)
+        };
+        let token = format!("orc_{}_{}", "0".repeat(16), "0".repeat(64));
+        assert_eq!(of(&[]), Credential::None);
+        for scheme in ["Bearer", "bearer", "BEARER"] {
+            assert!(matches!(of(&[&format!("{scheme} {token}")]), Credential::Bearer(_)), "{scheme}");
+        }
+        let good = format!("Bearer {token}");
+        let long = format!("{good}{}", "0".repeat(1000));
+        for values in [&[""][..], &["Bearer"], &["Bearer "], &["Basic YTpi"], &[&token], &[&good, &good], &[&long]] {
+            assert!(matches!(of(values), Credential::Malformed(_)), "{values:?}");
+        }
+    }
+}
