@@ -156,6 +156,7 @@ async fn a_renewal_is_for_the_full_length_and_not_undone_by_a_change_that_is_bei
     let Host { clock, random } = host();
     let process = Process { host: Host { clock, random }, ..Process::default() };
     let (orchestrator, _tasks) = process.over(around(inner, Box::new(commit))).await.unwrap();
+    let orchestrator = Arc::new(orchestrator);
     change(&orchestrator, subsystem("a"), Some(LEASE)).await;
     let suspending = tokio::spawn({
         let orchestrator = orchestrator.clone();
