@@ -15,7 +15,7 @@ mod token;
 pub use self::{
     grant::{Grant, GrantSpec, Role},
     identity::{Identity, IdentityError},
-    policy::{Authenticated, Credential, Mode, Policy, Revoked, Unauthenticated},
+    policy::{Authenticated, Credential, Mode, Policy, Presented, Revoked, Unauthenticated},
     rights::{Registering, Right, Rights, Targets},
     token::{Bearer, Digest, NoRandomness, Token, TokenId, TokenSpec},
 };

@@ -87,6 +87,10 @@ pub struct Config {
 pub struct ServerSettings {
     /// Default `127.0.0.1:7700`. Port 0 takes a free one.
     pub listen: SocketAddr,
+    /// The path of a socket to serve on as well, which is shorter than 108 bytes. Default: none.
+    pub listen_unix: Option<PathBuf>,
+    /// The mode of its file: who may connect. Default 0600, the user of the service.
+    pub unix_mode: u32,
     /// True if `listen` may be an address other than loopback, although there are no access rules. Default false.
     pub insecure_listen_beyond_loopback: bool,
     /// Most open connections. 1 to 1,000,000, default one for each 256 KiB of `memory.max_bytes`, at most 4,096: each
@@ -492,6 +496,8 @@ impl Default for Config {
             orchestrator_id: "orchestrator".into(),
             server: ServerSettings {
                 listen: (Ipv4Addr::LOCALHOST, 7700).into(),
+                listen_unix: None,
+                unix_mode: 0o600,
                 insecure_listen_beyond_loopback: false,
                 max_connections: None,
                 max_concurrent_streams: 256,
@@ -604,6 +610,22 @@ fn orchestrator_id(text: &str) -> Result<String, String> {
 
 fn path(text: &str) -> Result<PathBuf, String> {
     if text.is_empty() { Err("give the path of a file, or leave it out".into()) } else { Ok(text.into()) }
+}
+
+/// The path of a socket. <https://man7.org/linux/man-pages/man7/unix.7.html>
+fn socket_path(text: &str) -> Result<PathBuf, String> {
+    const MAX_LEN: usize = 107;
+    if (1..=MAX_LEN).contains(&text.len()) && !text.contains('\0') && !text.starts_with("unix:") {
+        Ok(text.into())
+    } else {
+        Err(format!("give the path of a socket, such as /run/orchestrator.sock, at most {MAX_LEN} bytes"))
+    }
+}
+
+/// The mode of a file, in octal digits.
+fn mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| text.len() <= 4 && *mode <= 0o777);
+    mode.ok_or_else(|| "give a mode in octal digits, such as \"0600\" or \"0660\"".to_owned())
 }
 
 fn log_filter(text: &str) -> Result<String, String> {

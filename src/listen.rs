@@ -4,6 +4,7 @@
 mod answering;
 mod connection;
 mod connections;
+mod peer;
 mod receiving;
 mod repeated;
 mod rooms;
@@ -22,7 +23,8 @@ use tonic_reflection::server::{Builder, Error};
 pub(crate) use self::tls::{Clients, Loaded, Material, Pem, Protocol, Tls};
 pub(crate) use self::{
     connection::{Broken, Connection},
-    connections::{Busy, Connections, Entrance, Peer, serve_each},
+    connections::{Busy, Connections, Entrance, serve_each},
+    peer::{Peer, Untrusted},
     repeated::Repeated,
     server::{Limits, Server},
     services::Services,

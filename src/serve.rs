@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 use tokio::{join, select, task::spawn_blocking, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -29,7 +29,7 @@ use crate::{
     file::{self, Changes, FileError},
     host::Host,
     ledger::Signer,
-    listen::{self, Connections, Limits, Peer},
+    listen::{self, Connections, Entrance, Limits, Peer},
     memory::{self, Memory, Shares},
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped},
     ports::{Log, Spans, StoreError, Untraced},
@@ -52,6 +52,7 @@ const ACCESS: &str = "dreamnet.orchestrator.v1.Access";
 
 const GRPC_SERVER: Task = Task { name: "the gRPC server", purpose: "answers callers" };
 const ADMIN_SERVER: Task = Task { name: "the admin server", purpose: "serves the dashboard and the metrics" };
+const SOCKET_SERVER: Task = Task { name: "the gRPC server of the socket", purpose: "answers callers on this machine" };
 const CERTIFICATES: Task = Task { name: "the watch of TLS files", purpose: "uses renewed certificates" };
 const EXPORTER: Task = Task { name: "the exporter of spans", purpose: "sends traces of cycles to the collector" };
 
@@ -61,6 +62,9 @@ pub enum StartError {
     /// The address can't be listened on.
     #[error("can't listen on {0}: {1}; is another process using it?")]
     Listen(SocketAddr, io::Error),
+    /// The path of the socket can't be listened on.
+    #[error("can't listen on server.listen_unix {path}: {error}", path = .0.display(), error = .1)]
+    ListenUnix(PathBuf, io::Error),
     /// The address of the dashboard can't be listened on.
     #[error("can't listen on {0} for the dashboard: {1}; give another address with --admin-listen, or off")]
     AdminListen(SocketAddr, io::Error),
@@ -150,6 +154,13 @@ impl Service {
         let address = config.server.listen;
         let listening = transport.listen(address).await;
         let (listener, address) = listening.map_err(|error| StartError::Listen(address, error))?;
+        let socket = match &config.server.listen_unix {
+            Some(path) => {
+                let listening = transport.listen_at_path(path, config.server.unix_mode).await;
+                Some((listening.map_err(|error| StartError::ListenUnix(path.clone(), error))?, path))
+            }
+            None => None,
+        };
         let admin = match config.admin.listen {
             Some(address) => {
                 Some(transport.listen(address).await.map_err(|error| StartError::AdminListen(address, error))?)
@@ -205,10 +216,20 @@ impl Service {
         let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
         let mut servers = Tasks::default();
         let entrance = certificates.server(listener);
-        let served = server.serve(entrance, connections.clone(), stop_server.clone(), cut_off.clone());
-        servers.start_infallible(GRPC_SERVER, served);
+        let serve =
+            |entrance| server.clone().serve(entrance, connections.clone(), stop_server.clone(), cut_off.clone());
+        servers.start_infallible(GRPC_SERVER, serve(entrance));
+        if let Some((listener, path)) = socket {
+            servers.start_infallible(SOCKET_SERVER, serve(Entrance::plain(listener)));
+            tracing::info!(path = %path.display(), "listening");
+        }
         if !certificates.all().is_empty() {
-            servers.start_infallible(CERTIFICATES, certificates.clone().keep_current(changes, stop_server.clone()));
+            let callers = api.clone();
+            let judge_again = move || callers.judge_again();
+            servers.start_infallible(
+                CERTIFICATES,
+                certificates.clone().keep_current(changes, judge_again, stop_server.clone()),
+            );
         }
         tracing::info!(%address, "listening");
         let admin_address = admin.as_ref().map(|(_, address)| *address);
@@ -534,7 +555,7 @@ async fn policy(config: &Config) -> Result<Policy, ConfigError> {
             read.unwrap_or_else(|defect| Err(ConfigError::unread(&defect)))?
         }
     };
-    Ok(Policy::new(mode, grants, tokens, revoked))
+    Ok(Policy::new(mode, grants, tokens, revoked, geteuid().as_raw()))
 }
 
 /// The memory limit and its shares.

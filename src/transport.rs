@@ -5,8 +5,9 @@ mod resolve;
 mod sockets;
 
 use std::{
-    io,
+    fmt, io,
     net::{IpAddr, SocketAddr},
+    path::Path,
     time::Duration,
 };
 
@@ -25,6 +26,13 @@ pub trait Transport: Send + Sync {
     /// The address is in use, or is not an address of this process.
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<(Box<dyn Listener>, SocketAddr)>>;
 
+    /// Listens at a path of the file system. The file is created with this mode, and removed when listening ends. A
+    /// socket that an earlier process left there is replaced.
+    ///
+    /// # Errors
+    /// A process listens there, something else is there, the file can't be created, or this network has no file system.
+    fn listen_at_path<'a>(&'a self, path: &'a Path, mode: u32) -> BoxFuture<'a, io::Result<Box<dyn Listener>>>;
+
     /// Connects to a destination within the timeout, which includes the lookup of its name.
     ///
     /// # Errors
@@ -34,7 +42,7 @@ pub trait Transport: Send + Sync {
 
 /// Accepts connections.
 pub trait Listener: Send + Sync {
-    /// Waits for a connection. Returns it with the address of its peer, which sockets in the file system don't have.
+    /// Waits for a connection.
     ///
     /// # Errors
     /// The connection failed, or the process has no free file; later ones may be accepted. After EBADF, EINVAL and
@@ -42,8 +50,38 @@ pub trait Listener: Send + Sync {
     fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>>;
 }
 
-/// A connection that was accepted, and the address of its peer.
-pub type Accepted = (Box<dyn Stream>, Option<IpAddr>);
+/// A connection that was accepted.
+pub type Accepted = (Box<dyn Stream>, Origin);
+
+/// Where a connection comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Origin {
+    /// The system does not say.
+    #[default]
+    Unknown,
+    /// From this address.
+    Address(IpAddr),
+    /// From a process of this user, through a socket in the file system.
+    User(u32),
+}
+
+impl Origin {
+    /// The address, if it has one.
+    #[must_use]
+    pub fn address(self) -> Option<IpAddr> {
+        if let Self::Address(address) = self { Some(address) } else { None }
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown => f.write_str("unknown"),
+            Self::Address(address) => write!(f, "{address}"),
+            Self::User(uid) => write!(f, "uid:{uid}"),
+        }
+    }
+}
 
 /// The bytes of one connection, both ways.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}

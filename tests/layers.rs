@@ -140,7 +140,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("crossterm", &["cli/top"]),
     ("ratatui", &["cli/top"]),
     // Files, sockets and threads: `model`, `engine`, `orchestrator`, `record` and `schedule` use none.
-    ("std::fs", &["cli", "file", "memory", "store", "subsystem"]),
+    ("std::fs", &["cli", "file", "memory", "store", "subsystem", "transport/sockets"]),
     ("std::thread", &["transport/resolve", "store/sqlite", "telemetry/writer"]),
     ("tokio::fs", &["transport/sockets"]),
     ("socket2", &["transport/sockets"]),

@@ -5,9 +5,10 @@
 
 use std::{
     collections::BTreeMap,
-    future::pending,
+    future::{pending, ready},
     io,
     net::SocketAddr,
+    path::Path,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -21,7 +22,7 @@ use orchestrator_core::{
     proto::orchestrator::v1::{CycleState, CycleTelemetry, RunCycleRequest, orchestrator_client::OrchestratorClient},
     serve::{Exit, Service},
     subsystem::{Answer, Code, Cycle, Failure, Server},
-    transport::{Accepted, Destination, Listener, Stream, Transport},
+    transport::{Accepted, Destination, Listener, Origin, Stream, Transport},
 };
 use prost::Message;
 use tokio::{
@@ -49,6 +50,10 @@ impl Transport for Network {
         })
     }
 
+    fn listen_at_path<'a>(&'a self, _: &'a Path, _: u32) -> BoxFuture<'a, io::Result<Box<dyn Listener>>> {
+        Box::pin(ready(Err(io::ErrorKind::Unsupported.into())))
+    }
+
     fn connect<'a>(&'a self, to: &'a Destination, _: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>> {
         Box::pin(async move {
             let Destination::Tcp { port, .. } = to else { return Err("no socket has a path here".into()) };
@@ -64,7 +69,7 @@ impl Listener for Incoming {
     fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>> {
         Box::pin(async {
             match self.0.lock().await.recv().await {
-                Some(stream) => Ok((Box::new(stream) as _, None)),
+                Some(stream) => Ok((Box::new(stream) as _, Origin::Unknown)),
                 None => pending().await,
             }
         })

@@ -3,9 +3,11 @@ use std::{
     fmt,
 };
 
+use bytes::Bytes;
 use jiff::Timestamp;
+use rustls_pki_types::CertificateDer;
 
-use super::{Bearer, Digest, Grant, Identity, Rights, Token, TokenId};
+use super::{Bearer, Digest, Grant, Identity, IdentityError, Right, Rights, Token, TokenId};
 
 /// Whether rights are enforced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,6 +35,23 @@ pub enum Credential {
     Malformed(&'static str),
     /// A static token.
     Bearer(Bearer),
+    /// A certificate whose private key the caller has.
+    Certificate(Presented),
+    /// A certificate that is not trusted any more, for this reason.
+    Untrusted(String),
+    /// A certificate that has expired at this time.
+    Expired(Timestamp),
+    /// The system says that the caller is a process of this user.
+    User(u32),
+}
+
+/// A certificate that was verified, and is trusted now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Presented {
+    /// In DER: first its own, then those that verify it.
+    pub chain: Vec<Bytes>,
+    /// When the first of these expires.
+    pub expires_at: Timestamp,
 }
 
 /// A caller whose identity is known.
@@ -55,6 +74,10 @@ pub enum Unauthenticated {
     Malformed(&'static str),
     /// The credential was never valid, was removed, or is revoked.
     Invalid,
+    /// The certificate has no name that identifies its owner.
+    NoIdentity(IdentityError),
+    /// The certificate is not trusted any more; the text says why.
+    Untrusted(String),
 }
 
 /// Identities and credentials that are revoked before they expire.
@@ -103,19 +126,21 @@ impl Revoked {
 }
 
 /// The grants and revocations by which calls are judged.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Policy {
     mode: Mode,
     grants: Vec<Grant>,
     tokens: BTreeMap<TokenId, Token>,
     revoked: Revoked,
+    own_uid: u32,
 }
 
 impl Policy {
-    /// A policy with these tokens. Of two tokens with the same id, the last one counts.
+    /// A policy with these tokens, of a service that runs as the user `own_uid`. Of two tokens with the same id, the
+    /// last one counts.
     #[must_use]
-    pub fn new(mode: Mode, grants: Vec<Grant>, tokens: Vec<Token>, revoked: Revoked) -> Self {
-        Self { mode, grants, tokens: tokens.into_iter().map(|token| (token.id, token)).collect(), revoked }
+    pub fn new(mode: Mode, grants: Vec<Grant>, tokens: Vec<Token>, revoked: Revoked, own_uid: u32) -> Self {
+        Self { mode, grants, tokens: tokens.into_iter().map(|token| (token.id, token)).collect(), revoked, own_uid }
     }
 
     /// Whether it is enforced.
@@ -129,27 +154,40 @@ impl Policy {
     /// # Errors
     /// The credential is missing, or not valid. A bad credential never counts as none.
     pub fn authenticate(&self, credential: &Credential, now: Timestamp) -> Result<Authenticated, Unauthenticated> {
-        let bearer = match credential {
+        let (identity, expires_at, is_revoked) = match credential {
             Credential::None => return Err(Unauthenticated::None),
             Credential::Malformed(how) => return Err(Unauthenticated::Malformed(how)),
-            Credential::Bearer(bearer) => bearer,
+            Credential::Untrusted(why) => return Err(Unauthenticated::Untrusted(why.clone())),
+            Credential::Expired(at) => return Err(Unauthenticated::Expired(*at)),
+            Credential::Bearer(bearer) => {
+                let token = self.tokens.get(&bearer.id).filter(|token| bearer.is_of(token));
+                let token = token.ok_or(Unauthenticated::Invalid)?;
+                let is_revoked = self.revoked.tokens.contains(&token.id);
+                (Identity::Token(token.name.clone()), token.expires_at, is_revoked)
+            }
+            Credential::Certificate(Presented { chain, expires_at }) => {
+                let own = CertificateDer::from(chain.first().map_or(&[][..], |own| own));
+                let identity = Identity::of_certificate(&own).map_err(Unauthenticated::NoIdentity)?;
+                let is_revoked = chain.iter().any(|it| self.revoked.certificates.contains(&Digest::of(it)));
+                (identity, Some(*expires_at), is_revoked)
+            }
+            Credential::User(uid) => (Identity::Uid(*uid), None, false),
         };
-        let token = self.tokens.get(&bearer.id).filter(|token| bearer.is_of(token));
-        let token = token.ok_or(Unauthenticated::Invalid)?;
-        let identity = Identity::Token(token.name.clone());
-        if self.revoked.tokens.contains(&token.id) || self.revoked.identities.contains(&identity) {
+        if is_revoked || self.revoked.identities.contains(&identity) {
             return Err(Unauthenticated::Invalid);
         }
-        match token.expires_at {
+        match expires_at {
             Some(expired) if expired <= now => Err(Unauthenticated::Expired(expired)),
             expires_at => Ok(Authenticated { identity, expires_at }),
         }
     }
 
-    /// The rights of an identity.
+    /// The rights of an identity. The user of the service itself may do everything: it can read its files as well, and
+    /// a mistake in the grants can't shut it out.
     #[must_use]
     pub fn rights(&self, identity: &Identity) -> Rights {
-        Rights(self.grants.iter().filter_map(|grant| grant.right_of(identity)).collect())
+        let own = (*identity == Identity::Uid(self.own_uid)).then_some(Right::ADMIN);
+        Rights(self.grants.iter().filter_map(|grant| grant.right_of(identity)).chain(own).collect())
     }
 }
 
@@ -160,6 +198,8 @@ impl fmt::Display for Unauthenticated {
             Self::Expired(at) => write!(f, "the credential of the call has expired at {at}"),
             Self::Malformed(how) => write!(f, "the credential of the call {how}"),
             Self::Invalid => f.write_str("the credential of the call is not valid: it is unknown or revoked"),
+            Self::NoIdentity(problem) => write!(f, "the certificate of the caller {problem}"),
+            Self::Untrusted(why) => write!(f, "the certificate of the caller is not trusted any more: {why}"),
         }
     }
 }
@@ -181,7 +221,7 @@ mod tests {
             for text in revoked {
                 all.add(text).unwrap();
             }
-            let policy = Policy::new(Mode::Enforce, Vec::new(), tokens.iter().copied().cloned().collect(), all);
+            let policy = Policy::new(Mode::Enforce, Vec::new(), tokens.iter().copied().cloned().collect(), all, 1);
             move |credential: &Credential, now| policy.authenticate(credential, now)
         };
         let known = Authenticated { identity: Identity::parse("token:wall").unwrap(), expires_at: Some(at) };

@@ -126,6 +126,17 @@ impl Right {
         self.role
     }
 
+    /// That of an administrator.
+    pub(super) const ADMIN: Self = Self {
+        role: Role::Admin,
+        subsystems: Vec::new(),
+        loops: Vec::new(),
+        reads: Vec::new(),
+        phases: 0..=0,
+        endpoints: Vec::new(),
+        max_timeout: Duration::ZERO,
+    };
+
     /// Patterns of the subsystems that it is for.
     pub fn subsystems(&self) -> impl Iterator<Item = String> {
         self.subsystems.iter().map(ToString::to_string)
@@ -243,7 +254,7 @@ mod tests {
     /// The rights of an identity by grants for `who`.
     fn rights(who: &str, identity: &str, grants: &[GrantSpec]) -> Rights {
         let grant = |spec: &GrantSpec| Grant::from_spec(&GrantSpec { who: texts(&[who]), ..spec.clone() }).unwrap();
-        let policy = Policy::new(Mode::Enforce, grants.iter().map(grant).collect(), Vec::new(), Revoked::default());
+        let policy = Policy::new(Mode::Enforce, grants.iter().map(grant).collect(), Vec::new(), Revoked::default(), 1);
         policy.rights(&Identity::parse(identity).unwrap())
     }
 

@@ -1,11 +1,12 @@
 //! The caller of a request: where the call came in, and what it presents.
 
+use jiff::Timestamp;
 use tonic::{Request, codegen::http::HeaderMap};
 
 use super::request;
 use crate::{
-    access::{Bearer, Credential},
-    listen::Peer,
+    access::{Bearer, Credential, Presented},
+    listen::{Peer, Untrusted},
     model::SpanContext,
 };
 
@@ -38,14 +39,29 @@ pub struct Caller {
     pub(super) peer: Peer,
     /// The span in which it asks.
     pub(super) trace: Option<SpanContext>,
-    /// What it presents to prove its identity.
-    pub(super) credential: Credential,
+    /// What its request presents to prove its identity.
+    presented: Credential,
 }
 
 impl Caller {
     /// The caller of a request with these headers.
     pub(crate) fn of(way: Way, peer: Peer, headers: &HeaderMap) -> Self {
-        Self { way, peer, trace: request::trace(headers), credential: credential(headers) }
+        Self { way, peer, trace: request::trace(headers), presented: credential(headers) }
+    }
+
+    /// What it presents to prove its identity: a token, or else the certificate of its connection, or else the user of
+    /// its process.
+    pub(super) fn credential(&self, now: Timestamp) -> Credential {
+        let Peer { certificates, .. } = &self.peer;
+        match (&self.presented, certificates, self.peer.user()) {
+            (Credential::None, Some(shown), _) => match shown.verify(now) {
+                Ok(expires_at) => Credential::Certificate(Presented { chain: shown.chain().to_vec(), expires_at }),
+                Err(Untrusted::Expired(at)) => Credential::Expired(at),
+                Err(Untrusted::Other(why)) => Credential::Untrusted(why),
+            },
+            (Credential::None, None, Some(uid)) => Credential::User(uid),
+            (presented, ..) => presented.clone(),
+        }
     }
 
     /// A request of this caller.
@@ -56,7 +72,7 @@ impl Caller {
     }
 }
 
-/// The credential in the headers of a request.
+/// The credential in the headers of a request. One that is there and bad never counts as none.
 fn credential(headers: &HeaderMap) -> Credential {
     /// Longer than any token.
     const MAX_LEN: usize = 256;

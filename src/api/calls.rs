@@ -88,7 +88,7 @@ impl Drop for CountedCall {
         tracing::debug!(
             rpc = rpc.name(),
             way = way.name(),
-            peer = peer.address.map(tracing::field::display),
+            peer = %peer.origin,
             certified = peer.certificates.is_some(),
             code = code.name(),
             duration_ms = begun.elapsed().as_secs_f64() * 1e3,

@@ -138,9 +138,12 @@ pub(super) fn denied(denied: &Denied) -> Status {
         Denied::Unauthenticated(Unauthenticated::Expired(at)) => {
             (Code::Unauthenticated, "CREDENTIAL_EXPIRED", vec![("expired_at", at.to_string())])
         }
-        Denied::Unauthenticated(Unauthenticated::Invalid | Unauthenticated::Malformed(_)) => {
-            (Code::Unauthenticated, "CREDENTIAL_INVALID", vec![])
-        }
+        Denied::Unauthenticated(
+            Unauthenticated::Invalid
+            | Unauthenticated::Malformed(_)
+            | Unauthenticated::NoIdentity(_)
+            | Unauthenticated::Untrusted(_),
+        ) => (Code::Unauthenticated, "CREDENTIAL_INVALID", vec![]),
         Denied::NotAllowed { call, target, .. } => {
             let target = shortened(target.clone(), MAX_VALUE);
             (Code::PermissionDenied, "NOT_ALLOWED", vec![("rpc", (*call).to_owned()), ("target", target)])
@@ -153,11 +156,15 @@ impl Display for Denied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unauthenticated(why @ Unauthenticated::Expired(_)) => {
-                write!(f, "{why}; replace it with one from `orchestrator token create`")
+                write!(f, "{why}; replace it with a valid token or certificate")
+            }
+            Self::Unauthenticated(why @ (Unauthenticated::NoIdentity(_) | Unauthenticated::Untrusted(_))) => {
+                write!(f, "{why}; show another certificate, or send `authorization: Bearer TOKEN` with a valid token")
             }
             Self::Unauthenticated(why) => write!(
                 f,
-                "{why}; send `authorization: Bearer TOKEN` with a valid token, which `orchestrator token create` makes"
+                "{why}; send `authorization: Bearer TOKEN` with a valid token, which `orchestrator token create` \
+                 makes, or show a certificate"
             ),
             Self::NotAllowed { identity, call, target, roles } => {
                 let roles = roles.iter().map(|role| Role::word(*role)).collect::<Vec<_>>().join(" or ");

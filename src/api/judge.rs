@@ -9,7 +9,7 @@ use tonic::Status;
 
 use super::{caller::Caller, calls::CallCounts, error, rpc::Rpc, rules::Rule};
 use crate::{
-    access::{Authenticated, Credential, Identity, Mode, Policy, Rights, Role, Targets, Unauthenticated},
+    access::{Authenticated, Identity, Mode, Policy, Rights, Role, Targets, Unauthenticated},
     clock::Clock,
     listen::Repeated,
     model::text::clean,
@@ -63,6 +63,11 @@ impl Judge {
         self.0.policy.send_replace(Arc::new(policy));
     }
 
+    /// Judges open streams again, since certificates of callers may not be trusted any more.
+    pub(super) fn judge_again(&self) {
+        self.0.policy.send_modify(|_| {});
+    }
+
     /// Checks that the identity of a caller is known, before its request is read.
     ///
     /// # Errors
@@ -72,7 +77,8 @@ impl Judge {
         if policy.mode() != Mode::Enforce {
             return Ok(());
         }
-        let authenticated = policy.authenticate(&caller.credential, self.0.clock.now());
+        let now = self.0.clock.now();
+        let authenticated = policy.authenticate(&caller.credential(now), now);
         authenticated.map(drop).map_err(|why| self.denied(caller, call, &Denied::Unauthenticated(why), policy.mode()))
     }
 
@@ -121,7 +127,7 @@ impl Judge {
         if policy.mode() == Mode::Off {
             return None;
         }
-        let denied = judge(&policy, self.0.clock.now(), &caller.credential, (call, rule), &targets()).err()?;
+        let denied = judge(&policy, self.0.clock.now(), caller, (call, rule), &targets()).err()?;
         Some((policy.mode(), self.denied(caller, call, &denied, policy.mode())))
     }
 
@@ -134,7 +140,8 @@ impl Judge {
         if mode == Mode::Off {
             return nobody;
         }
-        match policy.authenticate(&caller.credential, self.0.clock.now()) {
+        let now = self.0.clock.now();
+        match policy.authenticate(&caller.credential(now), now) {
             Ok(Authenticated { identity, expires_at }) => {
                 Who { rights: policy.rights(&identity), identity, expires_at, ..nobody }
             }
@@ -158,8 +165,7 @@ impl Judge {
             loop {
                 let policy = changes.borrow_and_update().clone();
                 let now = this.0.clock.now();
-                let expires_at = match judge(&policy, now, &caller.credential, (rpc.name(), rpc.rule()), &Targets::ALL)
-                {
+                let expires_at = match judge(&policy, now, &caller, (rpc.name(), rpc.rule()), &Targets::ALL) {
                     Ok(expires_at) => expires_at,
                     Err(denied) => return this.denied(&caller, rpc.name(), &denied, policy.mode()),
                 };
@@ -181,12 +187,11 @@ impl Judge {
         let status = error::denied(denied);
         if let Some(times) = self.0.denied.note() {
             // Its message is bounded, even if the caller sends a longer one.
-            let (peer, way, why) =
-                (caller.peer.address.map(tracing::field::display), caller.way.name(), clean(status.message()));
+            let (peer, way, why) = (caller.peer.origin, caller.way.name(), clean(status.message()));
             if mode == Mode::Enforce {
-                tracing::warn!(call, way, peer, times, "a call was denied: {why}");
+                tracing::warn!(call, way, %peer, times, "a call was denied: {why}");
             } else {
-                tracing::warn!(call, way, peer, times, "access.mode = \"enforce\" would deny a call: {why}");
+                tracing::warn!(call, way, %peer, times, "access.mode = \"enforce\" would deny a call: {why}");
             }
         }
         status
@@ -197,14 +202,15 @@ impl Judge {
 fn judge(
     policy: &Policy,
     now: Timestamp,
-    credential: &Credential,
+    caller: &Caller,
     (call, rule): (&'static str, Rule),
     targets: &Targets<'_>,
 ) -> Result<Option<Timestamp>, Denied> {
-    let caller = policy.authenticate(credential, now).map_err(Denied::Unauthenticated)?;
+    let Authenticated { identity, expires_at } =
+        policy.authenticate(&caller.credential(now), now).map_err(Denied::Unauthenticated)?;
     if let Rule::Roles(roles) = rule {
-        let covered = policy.rights(&caller.identity).cover(roles, targets);
-        covered.map_err(|target| Denied::NotAllowed { identity: caller.identity, call, target, roles })?;
+        let covered = policy.rights(&identity).cover(roles, targets);
+        covered.map_err(|target| Denied::NotAllowed { identity, call, target, roles })?;
     }
-    Ok(caller.expires_at)
+    Ok(expires_at)
 }

@@ -91,6 +91,11 @@ impl Api {
         self.gate.judge.apply(policy);
     }
 
+    /// Judges the callers of open streams again, since their certificates may not be trusted any more.
+    pub(crate) fn judge_again(&self) {
+        self.gate.judge.judge_again();
+    }
+
     /// Checks that a request to the reflection service may be answered.
     ///
     /// # Errors

@@ -35,7 +35,7 @@ impl Credentials {
     /// The file can't be read, others can read it, it contains no token, or the token would be sent in clear.
     pub(super) fn read(&self, address: &str) -> Result<Bearer, Failure> {
         let Some(path) = &self.path else { return Ok(Bearer::default()) };
-        if !address.starts_with("https://") && !is_loopback(address) {
+        if !address.starts_with("https://") && !is_local(address) {
             let problem = format!("the token would be sent in clear to {address}; give an address with https://");
             return Err(unusable(path, &problem));
         }
@@ -59,7 +59,10 @@ fn unusable(path: &Path, problem: &str) -> Failure {
 }
 
 /// True if the address can only be on this machine.
-fn is_loopback(address: &str) -> bool {
+fn is_local(address: &str) -> bool {
+    if address.starts_with("unix:") {
+        return true;
+    }
     let host = address.strip_prefix("http://").and_then(|place| place.rsplit_once(':')).map_or("", |(host, _)| host);
     let bare = host.trim_start_matches('[').trim_end_matches(']');
     match bare.parse::<std::net::IpAddr>() {
@@ -74,11 +77,13 @@ mod tests {
 
     #[test]
     fn a_token_is_sent_in_clear_to_this_machine_only() {
-        for address in ["http://127.0.0.1:7700", "http://[::1]:7700", "http://localhost:7700", "http://127.1.2.3:1"] {
-            assert!(is_loopback(address), "{address}");
+        for address in
+            ["http://127.0.0.1:7700", "http://[::1]:7700", "http://localhost:7700", "http://127.1.2.3:1", "unix:/o"]
+        {
+            assert!(is_local(address), "{address}");
         }
         for address in ["http://10.0.0.1:7700", "http://localhost.example:1", "http://example:80", "http://[::]:1"] {
-            assert!(!is_loopback(address), "{address}");
+            assert!(!is_local(address), "{address}");
         }
     }
 }

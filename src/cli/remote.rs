@@ -56,7 +56,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Connection and output")]
 pub(super) struct Remote<F: clap::Args = Format> {
-    /// Where the service listens: HOST, HOST:PORT, or a URL that begins with http:// or https://
+    /// Where the service listens: HOST, HOST:PORT, a URL that begins with http:// or https://, or unix:PATH
     #[arg(
         long,
         value_name = "ADDRESS",
@@ -147,12 +147,15 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, String> {
         const DEFAULT_PORT: u16 = 7700;
-        const FORMS: &str = "give HOST, HOST:PORT, http://HOST:PORT or https://HOST:PORT";
+        const FORMS: &str = "give HOST, HOST:PORT, http://HOST:PORT, https://HOST:PORT or unix:PATH";
         let text = text.trim();
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            return if path.is_empty() { Err(FORMS.to_owned()) } else { Ok(Self(format!("unix:{path}"))) };
+        }
         let (scheme, place) = match text.split_once("://") {
             Some((scheme @ ("http" | "https"), place)) => (Some(scheme), place.to_owned()),
             Some((scheme, _)) => return Err(format!("{scheme:?} is not a supported scheme; {FORMS}")),
-            None if text.starts_with("unix:") => return Err(format!("Unix sockets are not supported; {FORMS}")),
             None if text.starts_with(':') => (None, format!("127.0.0.1{text}")),
             None => (None, text.to_owned()),
         };
@@ -528,6 +531,9 @@ mod tests {
             (":7701", "http://127.0.0.1:7701"),
             ("http://example.org:1/", "http://example.org:1"),
             ("https://example.org", "https://example.org"),
+            ("unix:/run/o.sock", "unix:/run/o.sock"),
+            ("unix:///run/o.sock", "unix:/run/o.sock"),
+            ("unix:o.sock", "unix:o.sock"),
         ] {
             assert_eq!(url(text).as_deref(), Ok(expected), "{text}");
         }
@@ -536,7 +542,7 @@ mod tests {
             "127.0.0.1:99999",
             "[::1]:99999",
             "localhost:",
-            "unix:/run/o.sock",
+            "unix:",
             "ftp://example.org",
             "http://",
             "http://a/b",

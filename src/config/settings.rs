@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::{
     ClientAuth, DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
     OnReload::{Applies, NeedsRestart},
-    Setting, TlsVersion, admin_address, collector, key_files, listen_address, log_filter, orchestrator_id, origin,
-    path, retention, revoked,
+    Setting, TlsVersion, admin_address, collector, key_files, listen_address, log_filter, mode, orchestrator_id,
+    origin, path, retention, revoked, socket_path,
 };
 use crate::{access::Mode, store::StoreUrl};
 
@@ -35,6 +35,8 @@ macro_rules! settings {
 settings! {
     orchestrator_id: NeedsRestart, parsed(orchestrator_id);
     server.listen: NeedsRestart, parsed(listen_address);
+    server.listen_unix: NeedsRestart, parsed(socket_path).map(Some);
+    server.unix_mode: NeedsRestart, parsed(mode);
     server.insecure_listen_beyond_loopback: NeedsRestart, flag();
     server.max_connections: NeedsRestart, number(1..=1_000_000).map(Some);
     server.max_concurrent_streams: NeedsRestart, number(1..=100_000);

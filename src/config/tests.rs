@@ -569,6 +569,8 @@ fn the_number_of_reported_problems_is_bounded() {
 const OTHERS: &[(&str, &str)] = &[
     ("orchestrator_id", "other"),
     ("server.listen", "127.0.0.1:1"),
+    ("server.listen_unix", "o.sock"),
+    ("server.unix_mode", "'0660'"),
     ("server.insecure_listen_beyond_loopback", "true"),
     ("server.max_connections", "1"),
     ("server.max_concurrent_streams", "1"),

@@ -17,7 +17,10 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use super::connections::{Certificates, ConnectionState, Slot};
+use super::{
+    connections::{ConnectionState, Slot},
+    peer::Certificates,
+};
 use crate::{transport::Stream, turn};
 
 /// Makes the TLS handshake with the peer of an accepted connection. It needs no time limit of its own: the connection
@@ -30,7 +33,7 @@ pub(crate) struct Secured {
     /// Its decrypted bytes.
     pub(crate) stream: Box<dyn Stream>,
     /// The verified certificates of the peer, if it showed any.
-    pub(crate) certificates: Option<Certificates>,
+    pub(crate) certificates: Option<Arc<dyn Certificates>>,
 }
 
 /// Whether the connection of a call is broken, which distinguishes a cancelled call from a lost connection. Attached to

@@ -12,7 +12,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
 use rustix::io::Errno;
 use tokio::{
@@ -25,9 +24,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     connection::{Connection, Secure},
+    peer::{Certificates, Peer},
     repeated::Repeated,
 };
-use crate::transport::Listener;
+use crate::transport::{Listener, Origin};
 
 /// Where connections come in.
 pub(crate) struct Entrance {
@@ -155,7 +155,7 @@ impl Connections {
     }
 
     /// A slot for another connection, as soon as one is free.
-    async fn slot(self: Arc<Self>, cut_off: &CancellationToken, peer: Option<IpAddr>) -> Option<Slot> {
+    async fn slot(self: Arc<Self>, cut_off: &CancellationToken, peer: Origin) -> Option<Slot> {
         /// Time until idle connections are looked for again: a busy one may be idle by then.
         const AGAIN: Duration = Duration::from_millis(100);
         // One that answers leaves at once, and one that is silent takes its time: so there are twice as many each time.
@@ -198,26 +198,13 @@ impl Connections {
     }
 }
 
-/// The certificates that a peer has shown, in DER: first its own, whose key it has, then those that it sent to verify
-/// it. They were verified against the trusted authorities at the beginning of the connection.
-pub(crate) type Certificates = Arc<[Bytes]>;
-
-/// The other side of a connection. Travels with each request.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Peer {
-    /// The address that it comes from, if it has one.
-    pub(crate) address: Option<IpAddr>,
-    /// Its certificates, if it has shown any.
-    pub(crate) certificates: Option<Certificates>,
-}
-
 /// The state of one connection.
 #[derive(Debug)]
 pub(crate) struct ConnectionState {
-    /// The address of its peer.
-    address: Option<IpAddr>,
+    /// Where its peer comes from.
+    origin: Origin,
     /// The certificates of its peer; set once, after the TLS handshake.
-    certificates: OnceLock<Certificates>,
+    certificates: OnceLock<Arc<dyn Certificates>>,
     /// Number of open calls.
     calls: AtomicUsize,
     /// Number of open calls that count as idle while they are silent.
@@ -235,9 +222,9 @@ impl ConnectionState {
     const PARTING: Duration = Duration::from_secs(1);
 
     /// The state of a new connection of this peer.
-    pub(super) fn of(address: Option<IpAddr>) -> Self {
+    pub(super) fn of(origin: Origin) -> Self {
         Self {
-            address,
+            origin,
             certificates: OnceLock::new(),
             calls: AtomicUsize::new(0),
             besides: AtomicUsize::new(0),
@@ -250,16 +237,16 @@ impl ConnectionState {
 
     /// The peer, as far as it is known: before the end of a TLS handshake, it has no certificates.
     pub(crate) fn peer(&self) -> Peer {
-        Peer { address: self.address, certificates: self.certificates.get().cloned() }
+        Peer { origin: self.origin, certificates: self.certificates.get().cloned() }
     }
 
-    /// The address of the peer.
-    pub(super) fn address(&self) -> Option<IpAddr> {
-        self.address
+    /// Where the peer comes from.
+    pub(super) fn origin(&self) -> Origin {
+        self.origin
     }
 
     /// Records the certificates of the peer.
-    pub(super) fn certified(&self, certificates: Option<Certificates>) {
+    pub(super) fn certified(&self, certificates: Option<Arc<dyn Certificates>>) {
         if let Some(certificates) = certificates {
             self.certificates.get_or_init(|| certificates);
         }
@@ -267,7 +254,7 @@ impl ConnectionState {
 
     /// The network that counts as one peer.
     pub(super) fn network(&self) -> Option<IpAddr> {
-        self.address.map(network_of)
+        self.origin.address().map(network_of)
     }
 
     /// Registers a call, which is open until the returned value is dropped.
@@ -410,7 +397,7 @@ impl Slot {
     /// The only slot of a server.
     #[cfg(test)]
     pub(super) async fn only() -> Self {
-        let slot = Connections::at_most(1).slot(&CancellationToken::new(), None).await;
+        let slot = Connections::at_most(1).slot(&CancellationToken::new(), Origin::Unknown).await;
         slot.unwrap_or_else(|| unreachable!("there is room for one"))
     }
 
@@ -422,8 +409,8 @@ impl Slot {
     /// Logs that its client speaks TLS to a server without.
     pub(super) fn speaks_tls(&self) {
         if let Some(times) = self.connections.speaks_tls.note() {
-            let peer = self.state.address.map(tracing::field::display);
-            tracing::warn!(peer, times, "a client speaks TLS to an address without TLS: it needs http://");
+            let peer = self.state.origin;
+            tracing::warn!(%peer, times, "a client speaks TLS to an address without TLS: it needs http://");
         }
     }
 }
@@ -442,7 +429,7 @@ mod tests {
     async fn silent_connections_do_not_block_new_ones() {
         const MAX: usize = 256;
         let (connections, never) = (Connections::at_most(MAX), CancellationToken::new());
-        let slot = async || connections.clone().slot(&never, None).await.unwrap();
+        let slot = async || connections.clone().slot(&never, Origin::Unknown).await.unwrap();
         let mut silent = JoinSet::new();
         for _ in 0..MAX {
             let (slot, never) = (slot().await, never.clone());
@@ -462,7 +449,7 @@ mod tests {
         let (connections, never) = (Connections::at_most(4), CancellationToken::new());
         let mut slots = Vec::new();
         for _ in 0..4 {
-            slots.push(connections.clone().slot(&never, None).await.unwrap());
+            slots.push(connections.clone().slot(&never, Origin::Unknown).await.unwrap());
         }
         let leaving = || slots.iter().filter(|slot| slot.state.gives_way.is_cancelled()).count();
         let began = |slot: &Slot| {

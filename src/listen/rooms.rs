@@ -242,14 +242,19 @@ mod tests {
     use tokio::time::advance;
 
     use super::*;
+    use crate::transport::Origin;
 
     const ANSWER: usize = LARGEST;
+
+    fn place_of(peer: Option<IpAddr>) -> ConnectionState {
+        ConnectionState::of(peer.map_or(Origin::Unknown, Origin::Address))
+    }
 
     /// Memory for this number of answers, two connections of one peer, and one of another.
     fn rooms(answers: usize) -> (Memory, [Arc<Room>; 3]) {
         let memory = Memory::whole(answers * ANSWER);
         let rooms = Rooms::new(memory.clone());
-        let room = |peer: [u8; 4]| rooms.of_connection(&ConnectionState::of(Some(peer.into())));
+        let room = |peer: [u8; 4]| rooms.of_connection(&place_of(Some(peer.into())));
         (memory, [room([10, 0, 0, 1]), room([10, 0, 0, 1]), room([10, 0, 0, 2])])
     }
 
@@ -276,9 +281,9 @@ mod tests {
         let mut kept: Vec<_> = [&first, &second, &other].map(|room| keep(room).unwrap()).into();
         advance(PATIENCE / 2).await;
         // Each connection may have one answer here, so this is a third connection of that peer.
-        let third = first.all.of_connection(&ConnectionState::of(first.peer));
+        let third = first.all.of_connection(&place_of(first.peer));
         kept.push(keep(&third).unwrap());
-        let another = || other.all.of_connection(&ConnectionState::of(other.peer));
+        let another = || other.all.of_connection(&place_of(other.peer));
         let newcomer = another();
         // None of them has waited long enough.
         assert!(keep(&newcomer).is_none());
@@ -300,7 +305,7 @@ mod tests {
         let (_, [first, ..]) = rooms(1);
         let (abort, _kept) = keep(&first).unwrap();
         let begun = Instant::now();
-        let second = first.all.of_connection(&ConnectionState::of(first.peer));
+        let second = first.all.of_connection(&place_of(first.peer));
         drop(second.hold(ANSWER).await);
         assert!(abort.is_wanted() && begun.elapsed() == PATIENCE);
     }

@@ -5,7 +5,6 @@ use std::{
     error::Error,
     fmt::{self, Debug, Display},
     io,
-    net::IpAddr,
     path::PathBuf,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -26,7 +25,7 @@ use tokio_rustls::{
     rustls::{
         self, RootCertStore, ServerConfig,
         crypto::aws_lc_rs,
-        server::{NoServerSessionStorage, WebPkiClientVerifier},
+        server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
         time_provider::TimeProvider,
         version::{TLS12, TLS13},
     },
@@ -35,9 +34,10 @@ use webpki::{EndEntityCert, KeyUsage};
 
 use super::{
     connection::{Secure, Secured},
+    peer::{Certificates, Untrusted},
     repeated::Repeated,
 };
-use crate::transport::Stream;
+use crate::transport::{Origin, Stream};
 
 /// A file and its contents, in PEM.
 pub(crate) struct Pem {
@@ -120,6 +120,8 @@ impl Protocol {
 /// A complete configuration.
 pub(crate) struct Loaded {
     config: Arc<ServerConfig>,
+    /// Verifies the certificates of clients.
+    clients: Option<Arc<dyn ClientCertVerifier>>,
     /// When the certificate of the service is valid.
     validity: (Timestamp, Timestamp),
     /// When the first certificate of each file expires.
@@ -141,8 +143,8 @@ impl Loaded {
         let config = ServerConfig::builder_with_details(provider.clone(), Arc::new(Time(now)))
             .with_protocol_versions(versions)
             .map_err(|error| certificate.refused(&error))?;
-        let config = match clients {
-            None => config.with_no_client_auth(),
+        let clients = match clients {
+            None => None,
             Some(Clients { ca, are_required }) => {
                 let authorities = certificates(ca)?;
                 expiries.extend(first_expiry(&authorities).map(|it| (ca.path.clone(), it)));
@@ -152,8 +154,12 @@ impl Loaded {
                 }
                 let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider);
                 let verifier = if *are_required { verifier } else { verifier.allow_unauthenticated() };
-                config.with_client_cert_verifier(verifier.build().map_err(|error| ca.refused(&error))?)
+                Some(verifier.build().map_err(|error| ca.refused(&error))?)
             }
+        };
+        let config = match &clients {
+            None => config.with_no_client_auth(),
+            Some(verifier) => config.with_client_cert_verifier(verifier.clone()),
         };
         let made = config.with_single_cert(chain, private_key(key)?);
         let mut config = made.map_err(|error| match error {
@@ -167,7 +173,7 @@ impl Loaded {
         // A resumed session would have the certificates of the client as they were, without verifying them again.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
-        Ok(Self { config: Arc::new(config), validity, expiries })
+        Ok(Self { config: Arc::new(config), clients, validity, expiries })
     }
 
     /// The problem of the service's certificate at this time: it is not valid yet, or no longer.
@@ -253,9 +259,13 @@ impl Debug for Time {
 
 impl TimeProvider for Time {
     fn current_time(&self) -> Option<UnixTime> {
-        let since_1970 = (self.0)().as_second().try_into().ok()?;
-        Some(UnixTime::since_unix_epoch(Duration::from_secs(since_1970)))
+        Some(unix_time((self.0)()))
     }
+}
+
+/// In the library's form. Times before 1970 are 1970: no certificate is valid then.
+fn unix_time(at: Timestamp) -> UnixTime {
+    UnixTime::since_unix_epoch(Duration::from_secs(at.as_second().try_into().unwrap_or(0)))
 }
 
 /// The TLS of one address.
@@ -307,42 +317,94 @@ impl Tls {
     pub(crate) fn secure(self: &Arc<Self>) -> Arc<Secure> {
         let tls = self.clone();
         Arc::new(move |stream, state| {
-            let (tls, peer) = (tls.clone(), state.address());
+            let (tls, peer) = (tls.clone(), state.origin());
             async move { tls.accept(stream, peer).await }.boxed()
         })
     }
 
-    async fn accept(&self, mut stream: Box<dyn Stream>, peer: Option<IpAddr>) -> io::Result<Secured> {
+    async fn accept(self: Arc<Self>, mut stream: Box<dyn Stream>, peer: Origin) -> io::Result<Secured> {
         /// The first byte of a handshake. RFC 8446, 5.1.
         const HANDSHAKE: u8 = 22;
         // Load balancers connect and leave, which is no failure.
         let first = stream.read_u8().await?;
         if first != HANDSHAKE {
             if let Some(times) = self.plaintext.note() {
-                let peer = peer.map(tracing::field::display);
-                tracing::warn!(peer, times, "a client speaks without TLS to an address with TLS: it needs https://");
+                tracing::warn!(%peer, times, "a client speaks without TLS to an address with TLS: it needs https://");
             }
             stream.write_all(&self.protocol.refusal()).await?;
             part(stream).await;
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the client does not speak TLS"));
         }
         let stream = Again { first: Some(first), stream };
-        let acceptor = TlsAcceptor::from(self.current().config.clone());
+        let current = self.current();
+        let acceptor = TlsAcceptor::from(current.config.clone());
         let handshake = acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(Self::MAX_UNSENT)));
         match handshake.into_fallible().await {
             Ok(stream) => {
                 let shown = stream.get_ref().1.peer_certificates();
-                let certificates = shown.map(|shown| shown.iter().map(|it| Bytes::copy_from_slice(it)).collect());
-                Ok(Secured { stream: Box::new(stream), certificates })
+                let shown = shown.map(|chain| Arc::new(Shown::of(chain, self, current)) as Arc<dyn Certificates>);
+                Ok(Secured { stream: Box::new(stream), certificates: shown })
             }
             Err((error, stream)) => {
                 if let Some(times) = self.failed.note() {
-                    tracing::warn!(peer = peer.map(tracing::field::display), %error, times, "a TLS handshake failed");
+                    tracing::warn!(%peer, %error, times, "a TLS handshake failed");
                 }
                 part(stream).await;
                 Err(error)
             }
         }
+    }
+}
+
+/// The certificates that a client has shown.
+struct Shown {
+    chain: Vec<Bytes>,
+    /// When all of them are valid.
+    expires_at: Timestamp,
+    tls: Arc<Tls>,
+    /// The configuration by which they were verified last: under the same one, only time can end their validity.
+    verified_by: Mutex<Arc<Loaded>>,
+}
+
+impl Shown {
+    fn of(chain: &[CertificateDer<'_>], tls: Arc<Tls>, verified_by: Arc<Loaded>) -> Self {
+        Self {
+            chain: chain.iter().map(|it| Bytes::copy_from_slice(it)).collect(),
+            expires_at: first_expiry(chain).unwrap_or(Timestamp::MAX),
+            tls,
+            verified_by: Mutex::new(verified_by),
+        }
+    }
+}
+
+impl Debug for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shown").field("expires_at", &self.expires_at).finish_non_exhaustive()
+    }
+}
+
+impl Certificates for Shown {
+    fn chain(&self) -> &[Bytes] {
+        &self.chain
+    }
+
+    fn verify(&self, now: Timestamp) -> Result<Timestamp, Untrusted> {
+        if self.expires_at <= now {
+            return Err(Untrusted::Expired(self.expires_at));
+        }
+        let current = self.tls.current();
+        if Arc::ptr_eq(&current, &self.verified_by.lock().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(self.expires_at);
+        }
+        let refused = |problem: &dyn Display| Untrusted::Other(problem.to_string());
+        let verifier = current.clients.as_ref();
+        let verifier = verifier.ok_or_else(|| refused(&"no authorities of clients are configured any more"))?;
+        let mut chain = self.chain.iter().map(|it| CertificateDer::from(&it[..]));
+        let own = chain.next().ok_or_else(|| refused(&"there is none"))?;
+        let intermediates: Vec<_> = chain.collect();
+        verifier.verify_client_cert(&own, &intermediates, unix_time(now)).map_err(|error| refused(&error))?;
+        *self.verified_by.lock().unwrap_or_else(PoisonError::into_inner) = current;
+        Ok(self.expires_at)
     }
 }
 
@@ -486,7 +548,7 @@ mod tests {
         });
         assert_eq!(connection.read_u8().await.unwrap(), b'P');
         let shown = state.peer().certificates.unwrap();
-        let [shown] = &shown[..] else { panic!("it has shown {} certificates", shown.len()) };
+        let [shown] = shown.chain() else { panic!("it has shown {} certificates", shown.chain().len()) };
         let stream = client.await.unwrap();
         assert_eq!(shown[..], stream.get_ref().1.peer_certificates().unwrap()[0][..], "both have the same");
     }

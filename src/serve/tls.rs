@@ -104,8 +104,13 @@ impl Certificates {
         self.asked.notify_one();
     }
 
-    /// Reads the files again whenever they change, until `stop`.
-    pub(super) async fn keep_current(self: Arc<Self>, mut changes: Changes, stop: CancellationToken) {
+    /// Reads the files again whenever they change, until `stop`. `applied` is called after each time.
+    pub(super) async fn keep_current(
+        self: Arc<Self>,
+        mut changes: Changes,
+        applied: impl Fn(),
+        stop: CancellationToken,
+    ) {
         loop {
             select! {
                 biased;
@@ -116,6 +121,7 @@ impl Certificates {
             for address in self.addresses() {
                 address.reload(self.clock).await;
             }
+            applied();
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Listening and stopping.
 
-use std::{collections::BTreeMap, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use tokio::time::timeout;
 use tokio_util::{
@@ -83,12 +83,11 @@ impl Server {
         let refused = |error| ListenError::Address(address.to_owned(), error);
         let (server, health) = self.build().await?;
         if let Some(path) = address.strip_prefix("unix:") {
-            let path = PathBuf::from(path);
-            let listener = transport::listen_at_path(&path).await.map_err(refused)?;
-            return Ok(Serving::start(server, health, listener, address.to_owned(), Some(SocketFile(path))));
+            let listener = transport::listen_at_path(Path::new(path), None).await.map_err(refused)?;
+            return Ok(Serving::start(server, health, listener, address.to_owned()));
         }
         let (listener, address) = transport::listen_at(address).await.map_err(refused)?;
-        Ok(Serving::start(server, health, listener, format!("http://{address}"), None))
+        Ok(Serving::start(server, health, listener, format!("http://{address}")))
     }
 
     /// The same, in another network than that of this machine, such as a simulated one.
@@ -99,7 +98,7 @@ impl Server {
         let refused = |error| ListenError::Address(address.to_string(), error);
         let (server, health) = self.build().await?;
         let (listener, address) = transport.listen(address).await.map_err(refused)?;
-        Ok(Serving::start(server, health, listener, format!("http://{address}"), None))
+        Ok(Serving::start(server, health, listener, format!("http://{address}")))
     }
 
     async fn build(self) -> Result<(listen::Server, HealthReporter), ListenError> {
@@ -127,22 +126,15 @@ pub struct Serving {
     stop: CancellationToken,
     server: AbortOnDropHandle<()>,
     _cut_off: DropGuard,
-    _socket: Option<SocketFile>,
 }
 
 impl Serving {
-    fn start(
-        server: listen::Server,
-        health: HealthReporter,
-        listener: Box<dyn Listener>,
-        endpoint: String,
-        socket: Option<SocketFile>,
-    ) -> Self {
+    fn start(server: listen::Server, health: HealthReporter, listener: Box<dyn Listener>, endpoint: String) -> Self {
         let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let connections = Connections::at_most(MAX_CONNECTIONS);
         let serve = server.serve(Entrance::plain(listener), connections, stop.clone(), cut_off.clone());
         let server = AbortOnDropHandle::new(tokio::spawn(serve));
-        Self { endpoint, health, stop, server, _cut_off: cut_off.drop_guard(), _socket: socket }
+        Self { endpoint, health, stop, server, _cut_off: cut_off.drop_guard() }
     }
 
     /// The endpoint for registrations of these subsystems: `http://HOST:PORT` or `unix:/path`.
@@ -176,16 +168,5 @@ fn limits() -> Limits {
         requests: Memory::whole(MAX_MEMORY).part("requests that are being received", MAX_MEMORY),
         answers: Memory::whole(MAX_MEMORY).part("answers that are not read yet", MAX_MEMORY),
         large_streams: &[],
-    }
-}
-
-/// Removes the file of a socket when listening ends.
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            tracing::debug!(%error, path = %self.0.display(), "can't remove the socket");
-        }
     }
 }

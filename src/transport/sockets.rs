@@ -1,15 +1,22 @@
 //! The sockets of this machine, with their options.
 
-use std::{io, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    fs::Permissions,
+    io,
+    net::SocketAddr,
+    os::unix::fs::{FileTypeExt, PermissionsExt},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::{Domain, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     net::{TcpListener, TcpStream, ToSocketAddrs, UnixListener, UnixStream},
     time::{Instant, timeout_at},
 };
 
-use super::{Accepted, Destination, Listener, Stream, Transport, resolve::Resolver};
+use super::{Accepted, Destination, Listener, Origin, Stream, Transport, resolve::Resolver};
 
 /// The kernel detects dead peers, not HTTP/2 pings: servers of grpcio and grpc-go treat pings as abuse, and end working
 /// calls. The first TCP keepalive probe is sent after this silence,
@@ -44,6 +51,10 @@ impl Transport for Sockets {
         Box::pin(listen_at(address))
     }
 
+    fn listen_at_path<'a>(&'a self, path: &'a Path, mode: u32) -> BoxFuture<'a, io::Result<Box<dyn Listener>>> {
+        Box::pin(listen_at_path(path, Some(mode)))
+    }
+
     fn connect<'a>(&'a self, to: &'a Destination, timeout: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>> {
         let time = Time { timeout, until: Instant::now() + timeout };
         Box::pin(async move {
@@ -70,19 +81,51 @@ pub(crate) async fn listen_at(address: impl ToSocketAddrs) -> io::Result<(Box<dy
     Ok((Box::new(listener), address))
 }
 
-/// Listens at a path of the file system. A leftover file of an earlier process is replaced, unless a process listens on
-/// it.
-pub(crate) async fn listen_at_path(path: &Path) -> io::Result<Box<dyn Listener>> {
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            match UnixStream::connect(path).await {
-                Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {}
-                _ => return Err(error),
-            }
+/// Listens at a path of the file system, as [`Transport::listen_at_path`]; without a mode, the file has that which the
+/// process gives to new files.
+pub(crate) async fn listen_at_path(path: &Path, mode: Option<u32>) -> io::Result<Box<dyn Listener>> {
+    let listener = match bind(path, mode) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_left_over(path).await => {
             tokio::fs::remove_file(path).await?;
-            Ok(Box::new(UnixListener::bind(path)?))
+            bind(path, mode)
         }
-        bound => Ok(Box::new(bound?)),
+        bound => bound,
+    }?;
+    Ok(Box::new(AtPath { listener, path: path.to_owned() }))
+}
+
+fn bind(path: &Path, mode: Option<u32>) -> io::Result<UnixListener> {
+    /// Connections that the kernel keeps until they are accepted, as tokio has it.
+    const WAITING: i32 = 1024;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    if let Some(mode) = mode {
+        // Before it listens: nobody can connect in between.
+        std::fs::set_permissions(path, Permissions::from_mode(mode))?;
+    }
+    socket.listen(WAITING)?;
+    UnixListener::from_std(socket.into())
+}
+
+/// True if an earlier process has left a socket at this path. A connection to any other file is refused as well.
+async fn is_left_over(path: &Path) -> bool {
+    let is_socket = tokio::fs::symlink_metadata(path).await.is_ok_and(|file| file.file_type().is_socket());
+    let connected = UnixStream::connect(path).await;
+    is_socket && connected.is_err_and(|refused| refused.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// Listens at a path, and removes its file at the end.
+struct AtPath {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for AtPath {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::debug!(%error, path = %self.path.display(), "can't remove the socket");
+        }
     }
 }
 
@@ -149,14 +192,19 @@ impl Listener for TcpListener {
         Box::pin(async {
             let (stream, peer) = self.accept().await?;
             set_up_accepted(&stream);
-            Ok((Box::new(stream) as _, Some(peer.ip())))
+            Ok((Box::new(stream) as _, Origin::Address(peer.ip())))
         })
     }
 }
 
-impl Listener for UnixListener {
+impl Listener for AtPath {
     fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>> {
-        Box::pin(async { self.accept().await.map(|(stream, _peer)| (Box::new(stream) as _, None)) })
+        Box::pin(async {
+            let (stream, _path) = self.listener.accept().await?;
+            // As of the time when the peer connected.
+            let origin = stream.peer_cred().map_or(Origin::Unknown, |peer| Origin::User(peer.uid()));
+            Ok((Box::new(stream) as _, origin))
+        })
     }
 }
 

@@ -53,7 +53,8 @@ impl Authority {
         self.issue(&params)
     }
 
-    fn issue(&self, params: &CertificateParams) -> Issued {
+    /// A certificate with these parameters.
+    pub fn issue(&self, params: &CertificateParams) -> Issued {
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap().pem();
         Issued { certificate, key: key.serialize_pem() }

@@ -1,0 +1,46 @@
+//! The other side of a connection: where it comes from, and the certificates that it has shown.
+
+use std::{fmt::Debug, sync::Arc};
+
+use bytes::Bytes;
+use jiff::Timestamp;
+
+use crate::transport::Origin;
+
+/// The other side of a connection. Travels with each request.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Peer {
+    /// Where it comes from.
+    pub(crate) origin: Origin,
+    /// Its certificates, if it has shown any.
+    pub(crate) certificates: Option<Arc<dyn Certificates>>,
+}
+
+impl Peer {
+    /// The user of its process, if the system says it.
+    pub(crate) fn user(&self) -> Option<u32> {
+        if let Origin::User(uid) = self.origin { Some(uid) } else { None }
+    }
+}
+
+/// The certificates that a peer has shown. They were verified at the beginning of its connection.
+pub(crate) trait Certificates: Debug + Send + Sync {
+    /// In DER: first its own, whose key it has, then those that it sent to verify it.
+    fn chain(&self) -> &[Bytes];
+
+    /// Verifies them against the authorities that are trusted now: a connection outlives certificates, and the trust
+    /// in authorities. Returns when the first of them expires.
+    ///
+    /// # Errors
+    /// They are not trusted any more.
+    fn verify(&self, now: Timestamp) -> Result<Timestamp, Untrusted>;
+}
+
+/// Why certificates are not trusted any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Untrusted {
+    /// One of them has expired at this time.
+    Expired(Timestamp),
+    /// The reason, as the library words it.
+    Other(String),
+}
