@@ -4,14 +4,14 @@ use std::{mem, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 use orchestrator_core::{
-    host::Host,
-    model::{Name, Subsystem, SubsystemSpec},
+    engine::BreakerState,
+    model::{BreakerSpec, Name, Subsystem, SubsystemSpec},
     orchestrator::{Change, Declared, Orchestrator, OrchestratorTasks, Refusal, Settings},
     ports::Store,
 };
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
-use crate::kit::{Fleet, Process, around, host, in_memory, of, settings, start, subsystem};
+use crate::kit::{Fleet, Process, around, host, in_memory, of, of_all, settings, start, subsystem};
 
 const LEASE: Duration = Duration::from_secs(10);
 
@@ -153,11 +153,13 @@ async fn a_renewal_is_for_the_full_length_and_not_undone_by_a_change_that_is_bei
             inner.commit(write).await
         })
     };
-    let Host { clock, random } = host();
-    let process = Process { host: Host { clock, random }, ..Process::default() };
+    let host = host();
+    let clock = host.clock;
+    let process = Process { host, ..Process::default() };
     let (orchestrator, _tasks) = process.over(around(inner, Box::new(commit))).await.unwrap();
     let orchestrator = Arc::new(orchestrator);
     change(&orchestrator, subsystem("a"), Some(LEASE)).await;
+    let orchestrator = Arc::new(orchestrator);
     let suspending = tokio::spawn({
         let orchestrator = orchestrator.clone();
         async move { orchestrator.suspend(&name("a"), true).await.unwrap() }
@@ -170,6 +172,34 @@ async fn a_renewal_is_for_the_full_length_and_not_undone_by_a_change_that_is_bei
     for entry in [shown, orchestrator.subsystem(&name("a")).unwrap()] {
         assert_eq!(orchestrator.lease_ends_at(&entry.lease().unwrap()), ends_at);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_breaker_is_closed_when_its_subsystem_is_resumed_or_moves_and_by_no_other_change() {
+    let fleet = Arc::new(Fleet { call_fails: true, ..Fleet::default() });
+    let (orchestrator, _tasks, _) = stage(fleet, 10).await;
+    let breaker = BreakerSpec { failure_threshold: Some(1), ..BreakerSpec::default() };
+    let of = |spec| Subsystem::from_spec(&SubsystemSpec { breaker: breaker.clone(), ..spec }).unwrap();
+    let is_open = || {
+        let entry = orchestrator.subsystem(&name("a")).unwrap();
+        matches!(entry.member.breaker(Instant::now()), BreakerState::Open(_))
+    };
+    let fails = async || {
+        orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
+        assert!(is_open());
+    };
+    change(&orchestrator, of(subsystem("a").to_spec()), None).await;
+    fails().await;
+    orchestrator.suspend(&name("a"), true).await.unwrap();
+    assert!(is_open());
+    orchestrator.suspend(&name("a"), false).await.unwrap();
+    assert!(!is_open());
+    fails().await;
+    change(&orchestrator, of(SubsystemSpec { critical: true, ..subsystem("a").to_spec() }), None).await;
+    assert!(is_open());
+    change(&orchestrator, of(moved("a").to_spec()), None).await;
+    assert!(!is_open());
+    assert_eq!(orchestrator.subsystem(&name("a")).unwrap().counts().failed, 2);
 }
 
 /// Registers subsystems, each of which waits for all before it, and asks for a cycle over each. Returns the number of
