@@ -218,7 +218,7 @@ async fn a_database_with_another_name_is_refused_unless_it_was_last_used_by_this
 }
 
 #[tokio::test]
-async fn a_renamed_database_is_opened_though_an_empty_log_stayed_behind() {
+async fn a_renamed_database_is_opened_though_other_empty_files_have_its_old_names() {
     let directory = tempfile::tempdir().unwrap();
     let (path, renamed) = (directory.path().join("o.db"), directory.path().join("renamed.db"));
     let (store, contents) = opened(&path).await;
@@ -229,6 +229,7 @@ async fn a_renamed_database_is_opened_though_an_empty_log_stayed_behind() {
     std::fs::write(&log, "records").unwrap();
     assert!(matches!(refused(&renamed).await, OpenError::Files(DatabaseFileError::LogLeftBehind { .. })));
     std::fs::write(&log, "").unwrap();
+    std::fs::write(&path, "").unwrap();
     assert_eq!(opened(&renamed).await.1.last_cycle_id, CycleId(2));
 }
 
