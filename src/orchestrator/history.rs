@@ -102,7 +102,7 @@ impl Orchestrator {
         let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
         // Records that do not pass the filter are decoded as well.
         let mut room = self.0.room(2 * self.0.max_record().max(MAX_BYTES)).await?;
-        let mut before = before.unwrap_or(Revision(u64::MAX >> 1));
+        let mut before = before.unwrap_or_else(|| self.0.state().last_revision.next());
         let mut page = Page::default();
         let (mut bytes, mut looked_into) = (0, 0);
         loop {

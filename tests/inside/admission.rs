@@ -1,4 +1,5 @@
-//! Admission to the line: overlap policies, cancellation before the turn, and repeated requests.
+//! Admission to the line: overlap policies, cancellation before the turn, repeated requests, the memory of requests,
+//! and the lag of loops.
 
 use std::{
     sync::{
@@ -10,13 +11,14 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use orchestrator_core::{
-    model::{CycleId, CycleRequest, CycleState, Name, OverlapPolicy, Trigger},
+    memory::Shares,
+    model::{CycleId, CycleRequest, CycleState, IntervalLoop, LoopSpec, LoopStart, Name, OverlapPolicy, Trigger},
     orchestrator::{Orchestrator, OrchestratorTasks, Refusal},
     record, store,
 };
 use tokio::{sync::Notify, time::sleep};
 
-use crate::kit::{Around, host, of, of_all, settings, start, subsystem};
+use crate::kit::{Around, Process, host, in_memory, of, of_all, settings, start, subsystem, text};
 
 /// Look-ups of requests whose answers the test holds back.
 #[derive(Default)]
@@ -114,5 +116,53 @@ async fn a_repeated_request_finds_its_cycle_even_if_that_is_recorded_during_the_
         }
         held.released.notify_one();
         assert_eq!(second.await.unwrap().unwrap().cycle_id, cycle_id, "{id}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_requests_of_more_than_four_kibibytes_need_memory_until_their_cycles_are_recorded() {
+    let memory = Shares::of(1 << 30);
+    let requests = &memory.requests;
+    let process = Process { memory: memory.clone(), ..Process::default() };
+    let (orchestrator, _tasks) = process.over(in_memory().await).await.unwrap();
+    orchestrator.register(subsystem("a"), None).await.unwrap();
+    let of_size = |size: usize| {
+        let with = |length: usize| CycleRequest { parameters: text(&"x".repeat(length)), ..of(&["a"]) };
+        let request = with(3000 + size - with(3000).footprint());
+        assert_eq!(request.footprint(), size);
+        request
+    };
+    let (small, large) = (of_size(4 << 10), of_size((4 << 10) + 1));
+    let taken = requests.try_hold(requests.max()).unwrap();
+    let first = orchestrator.run_cycle(small, false).await.unwrap();
+    let refused = orchestrator.run_cycle(large.clone(), false).await;
+    assert!(matches!(refused, Err(Refusal::MemoryFull(_))), "{refused:?}");
+    drop(taken);
+    let second = orchestrator.run_cycle(large.clone(), false).await.unwrap();
+    first.recorded().await.unwrap();
+    assert_eq!(requests.held(), large.footprint());
+    second.recorded().await.unwrap();
+    assert_eq!(requests.held(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_lag_of_a_loop_is_the_time_that_its_last_tick_has_waited_for_the_start_of_its_cycle() {
+    let (orchestrator, _tasks) = stage(Arc::default()).await;
+    let spec = LoopSpec {
+        name: "x".into(),
+        interval: Some("10s".parse().unwrap()),
+        subsystems: vec!["a".into()],
+        overlap_policy: Some(OverlapPolicy::BufferOne),
+        ..LoopSpec::default()
+    };
+    orchestrator.start_loop(LoopStart::Of(IntervalLoop::from_spec(&spec).unwrap())).await.unwrap();
+    let lag = || orchestrator.figures().loops[0].1;
+    sleep(Duration::from_millis(9500)).await;
+    assert_eq!(lag(), None);
+    // The tick at 10 s waits for this cycle, which takes a second.
+    orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
+    for (wait, expected) in [(700, 200), (1000, 500), (5000, 500), (5000, 0)] {
+        sleep(Duration::from_millis(wait)).await;
+        assert_eq!(lag(), Some(Duration::from_millis(expected)));
     }
 }

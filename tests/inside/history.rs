@@ -1,20 +1,36 @@
-//! Retention on paused time, and paging through the history meanwhile.
+//! Retention on paused time, paging through the history meanwhile, and the memory for reads.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
+use jiff::Timestamp;
 use orchestrator_core::{
     host::Host,
-    model::{CycleId, CycleState, Name},
-    orchestrator::{Declared, NotCancelled, Orchestrator, OrchestratorTasks, Refusal, Settings},
-    ports::{Filter, Retention, RetentionRule},
+    memory::{Full, Shares},
+    model::{CycleId, CycleState, Epoch, Name, Revision, Trigger},
+    orchestrator::{
+        Declared, NotCancelled, Orchestrator, OrchestratorTasks, RecordHasNoRoom, Refusal, Settings, Stopped,
+    },
+    ports::{Filter, Record, Retention, RetentionRule, Store, StoreError, Unreadable, Write},
+    proto::orchestrator::v1::CycleTelemetry,
     record::{self, PartFilter},
     store,
 };
-use tokio::time::sleep;
+use prost::Message;
+use tokio::time::{Instant, sleep};
 
-use crate::kit::{Fleet, host, of, settings, start, start_with, subsystem};
+use crate::kit::{
+    Around, Fleet, Process, around, errors, host, in_memory, of, of_all, settings, start, start_with, subsystem,
+};
 
 const MINUTE: Duration = Duration::from_mins(1);
+const MIB: usize = 1 << 20;
 
 async fn keeping(retention: Retention) -> (Orchestrator, OrchestratorTasks) {
     let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
@@ -172,4 +188,159 @@ async fn a_live_cycle_is_refused_as_not_finished_and_an_unknown_one_as_not_found
     let refused = orchestrator.cancel_cycle(CycleId(1)).await;
     assert!(matches!(refused, Err(NotCancelled::CycleFinished(CycleId(1)))), "{refused:?}");
     waits.recorded().await.unwrap();
+}
+
+/// An orchestrator over records of these sizes, the oldest first, of cycles without subsystems.
+async fn with_records(sizes: impl IntoIterator<Item = usize>) -> (Orchestrator, OrchestratorTasks) {
+    let record = |(id, size): (u64, usize)| {
+        let mut telemetry = CycleTelemetry { error: "x".repeat(size), ..CycleTelemetry::default() };
+        telemetry.error.truncate(2 * size - telemetry.encoded_len());
+        let bytes = telemetry.encode_to_vec();
+        assert_eq!(bytes.len(), size);
+        Record {
+            cycle_id: CycleId(id),
+            revision: Revision(id),
+            epoch: Epoch(1),
+            state: CycleState::Failed,
+            trigger: Trigger::Manual,
+            request_id: None,
+            finished_at: Timestamp::UNIX_EPOCH,
+            bytes: bytes.into(),
+        }
+    };
+    let records: Vec<_> = (1..).zip(sizes).map(record).collect();
+    let store = in_memory().await;
+    let (epoch, last_cycle_id) = (store.take_over().await.unwrap().epoch, CycleId(records.len() as u64));
+    store.commit(Arc::new(Write { epoch, last_cycle_id, records, ..Write::default() })).await.unwrap();
+    start(settings(), Arc::default(), store).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_page_has_at_most_three_mebibytes_but_at_least_one_record() {
+    let cases: [(&[usize], &[&[usize]]); 4] = [
+        (&[MIB; 7], &[&[MIB; 3], &[MIB; 3], &[MIB]]),
+        (&[MIB, MIB + 1, MIB, MIB], &[&[MIB, MIB], &[MIB + 1, MIB]]),
+        (&[4 * MIB, 5 * MIB], &[&[5 * MIB], &[4 * MIB]]),
+        (&[1000, 4 * MIB, 1000], &[&[1000], &[4 * MIB], &[1000]]),
+    ];
+    for (sizes, expected) in cases {
+        let (orchestrator, _tasks) = with_records(sizes.iter().copied()).await;
+        let (mut pages, mut before) = (Vec::new(), None);
+        loop {
+            let page = orchestrator.cycles(before, Filter::default(), PartFilter::default(), 1000).await.unwrap();
+            pages.push(page.records.into_iter().map(|record| record.unwrap().bytes.len()).collect::<Vec<_>>());
+            let Some(next) = page.next else { break };
+            before = Some(next);
+        }
+        assert_eq!(pages, expected, "{sizes:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_page_of_a_filter_that_nothing_passes_ends_after_32_mebibytes_or_10_000_records() {
+    let of_a = PartFilter { subsystems: [Name::parse("a").unwrap()].into(), ..PartFilter::default() };
+    // The first page ends with a whole page of the store.
+    for (sizes, ends_at) in [(vec![MIB; 40], 6..=9), (vec![100; 10_100], 37..=101)] {
+        let (orchestrator, _tasks) = with_records(sizes).await;
+        let page = |before| orchestrator.cycles(before, Filter::default(), of_a.clone(), 10);
+        let first = page(None).await.unwrap();
+        let next = first.next.unwrap();
+        assert!(first.records.is_empty() && ends_at.contains(&next.0), "{next}");
+        let last = page(Some(next)).await.unwrap();
+        assert!(last.records.is_empty() && last.next.is_none());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unreadable_record_is_counted_and_logged_once_and_only_ten_thousand_are() {
+    let revision = Arc::new(AtomicU64::new(0));
+    let found = revision.clone();
+    let read = move |record: Record| {
+        let revision = Revision(found.load(Ordering::Relaxed));
+        Err(Unreadable { cycle_id: record.cycle_id, revision, problem: "as scripted".into() })
+    };
+    let inner = in_memory().await;
+    let store = Around { read: Box::new(read), ..Around::over(inner) };
+    let (orchestrator, _tasks) = start(settings(), Arc::default(), Arc::new(store)).await;
+    orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
+    let look_at = async |number| {
+        revision.store(number, Ordering::Relaxed);
+        let refused = orchestrator.cycle(CycleId(1)).await;
+        assert!(matches!(&refused, Err(Refusal::Unreadable(it)) if it.revision.0 == number), "{refused:?}");
+    };
+    errors();
+    for number in [1, 1, 2, 1, 2] {
+        look_at(number).await;
+    }
+    assert_eq!((orchestrator.figures().counts.unreadable_records, errors().lines().count()), (2, 2));
+    for number in 1..10_010 {
+        look_at(number).await;
+    }
+    assert_eq!(orchestrator.figures().counts.unreadable_records, 10_000);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_read_is_refused_when_its_memory_is_not_free_within_ten_seconds() {
+    let memory = Shares::of(512 * MIB);
+    let history = &memory.history;
+    let settings = Settings { max_record_bytes: 8 * MIB, ..settings() };
+    let process = Process { memory: memory.clone(), settings, ..Process::default() };
+    let (orchestrator, _tasks) = process.over(in_memory().await).await.unwrap();
+    let record = orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
+    let page = || orchestrator.cycles(None, Filter::default(), PartFilter::default(), 10);
+    let idle = history.held();
+
+    let taken = history.try_hold(history.max() - idle).unwrap();
+    let full = |wanted| Full { purpose: history.purpose(), max: history.max(), wanted };
+    let start = Instant::now();
+    let refused = orchestrator.cycle(CycleId(1)).await;
+    assert!(matches!(&refused, Err(Refusal::MemoryFull(why)) if *why == full(8 * MIB)), "{refused:?}");
+    assert_eq!(start.elapsed(), Duration::from_secs(10));
+    // Records that do not pass its filter are in memory beside those that do.
+    let refused = page().await;
+    assert!(matches!(&refused, Err(Refusal::MemoryFull(why)) if *why == full(16 * MIB)), "{refused:?}");
+    let refused = orchestrator.keep(&record).await;
+    let size = record.bytes.len();
+    assert!(matches!(&refused, Err(RecordHasNoRoom(CycleId(1), why)) if *why == full(size)), "{refused:?}");
+
+    // What is read is counted until it is dropped.
+    drop(taken);
+    let kept = orchestrator.keep(&record).await.unwrap();
+    let read = orchestrator.cycle(CycleId(1)).await.unwrap();
+    let listed = page().await.unwrap();
+    assert_eq!((&kept, &read.bytes, &listed.records[0].as_ref().unwrap().bytes), (&record.bytes, &kept, &kept));
+    assert_eq!(history.held(), idle + 3 * size);
+    drop((kept, read, listed));
+    assert_eq!(history.held(), idle);
+}
+
+/// An orchestrator that keeps one record, whose store fails to remove others, after its first attempt.
+async fn fails_to_remove(error: StoreError) -> (Orchestrator, OrchestratorTasks) {
+    let inner = in_memory().await;
+    let commit = move |store: Arc<dyn Store>, write: Arc<Write>| -> futures_util::future::BoxFuture<'static, _> {
+        let error = error.clone();
+        Box::pin(async move { if write.removal.revisions.is_empty() { store.commit(write).await } else { Err(error) } })
+    };
+    let rule = RetentionRule { max_cycles: Some(1), max_age: None };
+    let retention = Retention { default: rule, ..Retention::default() };
+    let store = around(inner, Box::new(commit));
+    let (orchestrator, tasks) = start(Settings { retention, ..settings() }, Arc::default(), store).await;
+    for _ in 0..3 {
+        orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
+    }
+    sleep(MINUTE + Duration::from_secs(1)).await;
+    assert_eq!(orchestrator.figures().counts.retention.failed, 1);
+    (orchestrator, tasks)
+}
+
+#[tokio::test(start_paused = true)]
+async fn damage_to_old_records_does_not_end_the_process_and_another_writer_does() {
+    let damaged = StoreError::Corrupt { store: "memory:".into(), problem: "as scripted".into() };
+    let (orchestrator, _tasks) = fails_to_remove(damaged).await;
+    orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
+    assert_eq!(retained(&orchestrator).await, [4, 3, 2, 1]);
+
+    let (_orchestrator, mut tasks) = fails_to_remove(StoreError::Fenced { by: Epoch(9) }).await;
+    let ended = tasks.finished().await;
+    assert!(matches!(ended, Err(Stopped::Store(StoreError::Fenced { by: Epoch(9) }))), "{ended:?}");
 }

@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    collections::BTreeMap,
     io,
     sync::{Arc, Mutex, Once},
     time::Duration,
@@ -14,13 +15,13 @@ use orchestrator_core::{
     ledger::{Hash, Node, Signer},
     memory::{Memory, Shares},
     model::{
-        Answer, Code, CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Revision, Subsystem, SubsystemSpec,
-        Trigger,
+        Answer, Code, CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, Revision, Subsystem,
+        SubsystemSpec, Trigger,
     },
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings},
     ports::{
-        CallError, Contents, Excess, Filter, Found, InitializeCall, Left, Log, Page, PageLimits, Reply, ResumeError,
-        Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
+        CallError, Contents, Excess, Filter, Found, InitializeCall, Left, Log, Page, PageLimits, Record, Reply,
+        ResumeError, Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
     },
     record, store,
 };
@@ -35,6 +36,12 @@ pub(crate) type Commit =
 /// Runs before old records are removed.
 pub(crate) type Prune = dyn Fn() -> Result<(), StoreError> + Send + Sync + 'static;
 
+/// Decides what a reader gets of a record in the store.
+pub(crate) type Read = dyn Fn(Record) -> Found + Send + Sync + 'static;
+
+/// Decides the result of publishing a checkpoint.
+pub(crate) type Publish = dyn Fn(&str) -> Result<(), StoreError> + Send + Sync + 'static;
+
 /// Delays an answer.
 pub(crate) type Delay = dyn Fn() -> BoxFuture<'static, ()> + Send + Sync + 'static;
 
@@ -43,6 +50,9 @@ pub(crate) struct Around {
     pub(crate) inner: Arc<dyn Store>,
     pub(crate) commit: Box<Commit>,
     pub(crate) prune: Box<Prune>,
+    /// Decides the answer to [`Store::cycle`].
+    pub(crate) read: Box<Read>,
+    pub(crate) publish: Box<Publish>,
     /// The troubles that it reports beside its commits.
     pub(crate) trouble: watch::Sender<Option<StoreError>>,
     /// Delays the answer to a look-up of a request, once it is known.
@@ -56,6 +66,8 @@ impl Around {
             inner,
             commit: Box::new(|inner, write| Box::pin(async move { inner.commit(write).await })),
             prune: Box::new(|| Ok(())),
+            read: Box::new(Ok),
+            publish: Box::new(|_| Ok(())),
             trouble: watch::Sender::new(None),
             delay: Box::new(|| Box::pin(async {})),
         }
@@ -81,7 +93,7 @@ impl Store for Around {
     }
 
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
-        self.inner.cycle(cycle_id)
+        Box::pin(async move { Ok(self.inner.cycle(cycle_id).await?.map(|found| found.and_then(&self.read))) })
     }
 
     fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
@@ -125,7 +137,10 @@ impl Store for Around {
     }
 
     fn publish_checkpoint(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
-        self.inner.publish_checkpoint(checkpoint)
+        match (self.publish)(&checkpoint) {
+            Ok(()) => self.inner.publish_checkpoint(checkpoint),
+            Err(error) => Box::pin(async { Err(error) }),
+        }
     }
 
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
@@ -144,6 +159,10 @@ pub(crate) struct Received {
 /// Subsystems that answer after a second, and log their calls.
 #[derive(Default)]
 pub(crate) struct Fleet {
+    /// Their answer.
+    pub(crate) answer: Mutex<Answer>,
+    /// The time that these subsystems take for a snapshot. Others have none.
+    pub(crate) snapshots: BTreeMap<&'static str, Duration>,
     /// True if a call panics, as a defect would.
     pub(crate) call_panics: bool,
     /// True if each call fails.
@@ -169,18 +188,30 @@ impl Subsystems for Fleet {
             if self.call_fails {
                 return Err(CallError { code: Code::Internal, message: "as scripted".into() });
             }
-            Ok(Reply { answer: Answer::default(), held: Memory::whole(0).try_hold(0).unwrap() })
+            Ok(Reply { answer: self.answer.lock().unwrap().clone(), held: Memory::whole(0).try_hold(0).unwrap() })
         })
     }
 
-    fn get_status<'a>(&'a self, _of: &'a Subsystem, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
-        Box::pin(async { Err(CallError { code: Code::Unimplemented, message: String::new() }) })
+    fn get_status<'a>(&'a self, of: &'a Subsystem, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
+        Box::pin(async {
+            let Some(takes) = self.snapshots.get(of.name.as_str()) else {
+                return Err(CallError { code: Code::Unimplemented, message: String::new() });
+            };
+            sleep(*takes).await;
+            Ok(Snapshot { status: text(of.name.as_str()), held: Memory::whole(0).try_hold(0).unwrap() })
+        })
     }
 
     fn forget(&self, left: &[Left]) {
         assert!(!self.forget_panics || left.is_empty(), "a defect");
         self.left.lock().unwrap().extend_from_slice(left);
     }
+}
+
+/// A payload with this text.
+pub(crate) fn text(text: &str) -> Payload {
+    let object = serde_json::json!({ "text": text });
+    Payload::from_json(object.as_object().unwrap()).unwrap()
 }
 
 pub(crate) fn subsystem(name: &str) -> Subsystem {
@@ -290,24 +321,30 @@ pub(crate) async fn start_with(
 }
 
 thread_local! {
-    static ERRORS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static LOGGED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Takes the errors that this thread has logged since the last call. Nothing is kept before the first call.
-pub(crate) fn errors() -> String {
+/// Takes the lines with warnings and errors that this thread has logged since the last call. Nothing is kept before the
+/// first call.
+pub(crate) fn warnings() -> String {
     static KEEPS: Once = Once::new();
     // For all threads: with a subscriber of its own, a thread may miss events that another one logs first.
     KEEPS.call_once(|| {
-        tracing_subscriber::fmt().with_max_level(Level::ERROR).with_ansi(false).with_writer(|| OfThisThread).init();
+        tracing_subscriber::fmt().with_max_level(Level::WARN).with_ansi(false).with_writer(|| OfThisThread).init();
     });
-    String::from_utf8(ERRORS.take()).unwrap()
+    String::from_utf8(LOGGED.take()).unwrap()
+}
+
+/// Takes the lines with errors; the others are dropped.
+pub(crate) fn errors() -> String {
+    warnings().split_inclusive('\n').filter(|line| line.contains(" ERROR ")).collect()
 }
 
 struct OfThisThread;
 
 impl io::Write for OfThisThread {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        ERRORS.with_borrow_mut(|errors| errors.write(line))
+        LOGGED.with_borrow_mut(|logged| logged.write(line))
     }
 
     fn flush(&mut self) -> io::Result<()> {

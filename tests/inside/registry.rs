@@ -5,13 +5,13 @@ use std::{mem, sync::Arc, time::Duration};
 use futures_util::future::BoxFuture;
 use orchestrator_core::{
     engine::BreakerState,
-    model::{BreakerSpec, Name, Subsystem, SubsystemSpec},
-    orchestrator::{Change, Declared, Orchestrator, OrchestratorTasks, Refusal, Settings},
+    model::{BreakerSpec, Code, Name, Subsystem, SubsystemSpec},
+    orchestrator::{Change, Declared, NotRegistered, Orchestrator, OrchestratorTasks, Refusal, Settings},
     ports::Store,
 };
 use tokio::time::{Instant, sleep};
 
-use crate::kit::{Fleet, Process, around, host, in_memory, of, of_all, settings, start, subsystem};
+use crate::kit::{Fleet, Process, around, host, in_memory, of, of_all, settings, start, subsystem, text};
 
 const LEASE: Duration = Duration::from_secs(10);
 
@@ -226,4 +226,51 @@ async fn fewer_cycles_run_side_by_side_in_a_fleet_with_very_many_dependencies() 
     // 50 and 316,410 dependencies: the running cycles together may leave out 8,388,608.
     assert_eq!(running(50).await, 50);
     assert_eq!(running(796).await, 26);
+}
+
+#[tokio::test(start_paused = true)]
+async fn names_are_returned_as_registered_or_the_missing_one_is_named() {
+    let (orchestrator, _tasks, _) = stage(Arc::default(), 10).await;
+    for name in ["a", "b"] {
+        change(&orchestrator, subsystem(name), None).await;
+    }
+    let registered = async |names: &[&str]| {
+        let names = names.iter().map(|it| name(it)).collect();
+        orchestrator.registered_names(Some(names)).await.map(|names| names.unwrap().to_vec())
+    };
+    assert_eq!(registered(&["b", "a"]).await.unwrap(), ["b", "a"].map(name));
+    assert_eq!(registered(&["b"]).await.unwrap(), ["b"].map(name));
+    let missing = registered(&["a", "c"]).await;
+    assert!(matches!(&missing, Err(NotRegistered(missing)) if *missing == name("c")), "{missing:?}");
+    assert!(orchestrator.registered_names(None).await.unwrap().is_none(), "all of them");
+}
+
+#[tokio::test(start_paused = true)]
+async fn snapshots_are_requested_together_and_come_in_order_within_five_seconds_each() {
+    let snapshots =
+        [("slow", 4), ("quick", 1), ("hangs", 3600)].map(|(name, takes)| (name, Duration::from_secs(takes)));
+    let fleet = Fleet { snapshots: snapshots.into(), ..Fleet::default() };
+    let (orchestrator, _tasks, _) = stage(Arc::new(fleet), 10).await;
+    let names = ["slow", "quick", "hangs", "none"];
+    for name in names {
+        change(&orchestrator, subsystem(name), None).await;
+    }
+    let of: Vec<_> = names.iter().map(|it| Arc::new(orchestrator.subsystem(&name(it)).unwrap())).collect();
+    let start = Instant::now();
+    let found = orchestrator.snapshots(&of).await;
+    assert_eq!(start.elapsed(), Duration::from_secs(5));
+    let found: Vec<_> =
+        found.into_iter().map(|found| found.map(|found| found.status).map_err(|error| error.code)).collect();
+    let expected = [Ok(text("slow")), Ok(text("quick")), Err(Code::DeadlineExceeded), Err(Code::Unimplemented)];
+    assert_eq!(found, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn declared_and_registered_subsystems_are_counted_apart() {
+    let declared = Declared { subsystems: vec![subsystem("a"), subsystem("b")], ..Declared::default() };
+    let process = Process { declared, ..Process::default() };
+    let (orchestrator, _tasks) = process.over(in_memory().await).await.unwrap();
+    change(&orchestrator, subsystem("c"), None).await;
+    let figures = orchestrator.figures();
+    assert_eq!((figures.declared, figures.registered), (2, 1));
 }

@@ -9,7 +9,7 @@ use std::{
 use futures_util::FutureExt;
 use orchestrator_core::{
     memory::Shares,
-    model::{CycleId, CycleRequest, CycleState, Name, Revision, Trigger},
+    model::{CycleId, CycleRequest, CycleState, Name, Revision, Subsystem, Trigger},
     orchestrator::{Event, From, Orchestrator, OrchestratorTasks, Refusal, Settings, WatchFilter, Watcher},
     ports::{Filter, Retention, RetentionRule},
     record::{self, PartFilter},
@@ -17,10 +17,11 @@ use orchestrator_core::{
 };
 use tokio::time::{Instant, timeout};
 
-use crate::kit::{Fleet, Process, host, of, settings, start, subsystem};
+use crate::kit::{Fleet, Process, host, in_memory, of, settings, start, subsystem, text};
 
 /// More records than the cache for watchers holds.
 const MANY: u64 = 600;
+const MIB: usize = 1 << 20;
 
 /// An orchestrator over the subsystems `a` to `d`.
 async fn stage(settings: Settings) -> (Orchestrator, OrchestratorTasks) {
@@ -377,4 +378,113 @@ async fn the_cache_for_watchers_and_their_filters_count_as_memory_of_the_history
     let _watcher = orchestrator.watch(From::Now, filter((16 << 20) / 128), false).unwrap();
     let refused = orchestrator.watch(From::Now, filter(1), false).err();
     assert!(matches!(&refused, Some(Refusal::MemoryFull(full)) if full.max == 16 << 20), "{refused:?}");
+}
+
+/// Records cycles with these numbers of parts, each of which adds an output to the record: the record of one part has a
+/// mebibyte. Returns the number of records that are cached for watchers.
+async fn cached(parts: &[usize]) -> usize {
+    let settings = Settings { max_watchers: 20, max_record_bytes: 16 * MIB, max_outputs_bytes: None, ..settings() };
+    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let fleet = Arc::new(Fleet::default());
+    let (orchestrator, _tasks) = start(settings, fleet.clone(), store).await;
+    let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
+    orchestrator.register_all(names.map(subsystem).into(), None).await.unwrap();
+    let answer = |bytes: usize| fleet.answer.lock().unwrap().output = text(&"x".repeat(bytes));
+    let run = async |parts: usize| {
+        let request = CycleRequest { record_outputs: true, ..of(&names[..parts]) };
+        orchestrator.run_cycle(request, false).await.unwrap().recorded().await.unwrap().bytes.len()
+    };
+    answer(MIB / 2);
+    let beside = run(1).await - MIB / 2;
+    answer(MIB - beside);
+    for parts in parts {
+        let size = run(*parts).await;
+        assert!(if *parts == 1 { size == MIB } else { size > 8 * MIB }, "{parts}: {size}");
+    }
+    // A watcher lags while its next record is not cached.
+    let watchers: Vec<_> = (1..=parts.len() as u64)
+        .map(|sent| orchestrator.watch(From::After(Revision(sent)), WatchFilter::default(), false).unwrap())
+        .collect();
+    watchers.len() - orchestrator.figures().lagging
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_eight_mebibytes_of_records_are_cached_and_at_least_one_record() {
+    assert_eq!(cached(&[1; 11]).await, 8);
+    assert_eq!(cached(&[1, 9]).await, 1);
+    assert_eq!(cached(&[9, 1, 1]).await, 2);
+}
+
+/// An orchestrator with this memory over `a` and `b`, which runs after `a`.
+async fn within(memory: &Shares) -> (Orchestrator, OrchestratorTasks) {
+    let process = Process { memory: memory.clone(), ..Process::default() };
+    let (orchestrator, tasks) = process.over(in_memory().await).await.unwrap();
+    let second = Subsystem { after: vec![Name::parse("a").unwrap()], ..subsystem("b") };
+    orchestrator.register_all(vec![subsystem("a"), second], None).await.unwrap();
+    (orchestrator, tasks)
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_filter_of_a_watcher_takes_memory_until_it_disconnects() {
+    let memory = Shares::of(1 << 30);
+    let (orchestrator, _tasks) = within(&memory).await;
+    let names = |count| (0..count).map(|i| Name::parse(&format!("n{i}")).unwrap());
+    let of_loops = |count| WatchFilter { loops: names(count).collect(), ..WatchFilter::default() };
+    let of_parts = |count| WatchFilter {
+        parts: PartFilter { subsystems: names(count).collect(), ..PartFilter::default() },
+        ..WatchFilter::default()
+    };
+    let idle = memory.history.held();
+    let _others = memory.history.try_hold(memory.history.max() - idle - 1000).unwrap();
+    let taken = memory.history.held();
+    // A name is counted with 128 bytes.
+    for filter in [of_loops(10), of_parts(10)] {
+        let refused = orchestrator.watch(From::Now, filter, false).err();
+        assert!(matches!(refused, Some(Refusal::MemoryFull(_))), "{refused:?}");
+    }
+    let watchers = [of_loops(3), of_parts(3)].map(|filter| orchestrator.watch(From::Now, filter, false).unwrap());
+    assert!(memory.history.held() > taken);
+    let refused = orchestrator.watch(From::Now, of_loops(3), false).err();
+    assert!(matches!(refused, Some(Refusal::MemoryFull(_))), "{refused:?}");
+    drop(watchers);
+    assert_eq!(memory.history.held(), taken);
+    orchestrator.watch(From::Now, of_loops(3), false).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_next_event_counts_the_updates_that_were_lost_for_lack_of_memory() {
+    let memory = Shares::of(1 << 30);
+    let (orchestrator, _tasks) = within(&memory).await;
+    let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
+    assert_eq!(brief(&watcher.next().await.unwrap()), ("bookmark", 0));
+    assert!(watcher.next().now_or_never().is_none(), "it waits");
+    orchestrator.run_cycle(of(&["a", "b"]), false).await.unwrap();
+    assert_eq!(brief(&watcher.next().await.unwrap()), ("started", 1));
+    // The call of `a` is the first update.
+    let taken = memory.history.try_hold(memory.history.max() - memory.history.held()).unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    drop(taken);
+    let mut found = Vec::new();
+    loop {
+        match watcher.next().await.unwrap() {
+            Event::Progress(event, _, lost) => found.push((event.change.updates().len(), lost)),
+            Event::Recorded(_) => break,
+            event => panic!("{event:?}"),
+        }
+    }
+    // The end of `a` and the call of `b` come together, and then the end of `b`.
+    assert_eq!(found, [(2, 1), (1, 0)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_status_has_the_number_of_parts_that_run_and_that_have_ended() {
+    let (orchestrator, _tasks) = within(&Shares::of(1 << 30)).await;
+    let ticket = orchestrator.run_cycle(of(&["a", "b"]), false).await.unwrap();
+    for expected in [(2, 1, 0), (2, 1, 1)] {
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let now = &orchestrator.status().running[0];
+        assert_eq!((now.total, now.running, now.ended), expected);
+    }
+    ticket.recorded().await.unwrap();
+    assert!(orchestrator.status().running.is_empty());
 }

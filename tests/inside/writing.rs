@@ -16,15 +16,15 @@ use orchestrator_core::{
         Change, Declared, From, NotRecorded, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped, Ticket,
         WatchFilter,
     },
-    ports::{self, Durability, Store, StoreError, Write},
+    ports::{self, Durability, Retention, RetentionRule, Store, StoreError, Write},
     record, store,
 };
 use tokio::{
     sync::{Semaphore, watch},
-    time::{sleep, timeout},
+    time::{advance, sleep, timeout},
 };
 
-use crate::kit::{Around, Fleet, errors, host, of, of_all, settings, start, subsystem};
+use crate::kit::{Around, Fleet, errors, host, of, of_all, settings, start, subsystem, text, warnings};
 
 /// Decides the result of a commit.
 type Verdict = Box<dyn Fn(&Write) -> Result<(), StoreError> + Send>;
@@ -75,6 +75,7 @@ struct Stage {
     script: Arc<Script>,
     trouble: watch::Sender<Option<StoreError>>,
     store: Arc<dyn Store>,
+    fleet: Arc<Fleet>,
     orchestrator: Arc<Orchestrator>,
     tasks: OrchestratorTasks,
 }
@@ -102,12 +103,22 @@ impl Stage {
         });
         let trouble = watch::Sender::new(None);
         let around = Arc::new(Around { commit, trouble: trouble.clone(), ..Around::over(store.clone()) });
-        let settings = Settings { max_queued: 2, max_concurrent_calls: 2000, max_subsystems: 2000, ..settings() };
-        let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), around).await;
+        let fleet = Arc::new(Fleet::default());
+        let (orchestrator, tasks) = start(Self::settings(), fleet.clone(), around).await;
         for name in ["a", "b", "c"] {
             orchestrator.register(subsystem(name), None).await.unwrap();
         }
-        Self { script, trouble, store, orchestrator: Arc::new(orchestrator), tasks }
+        Self { script, trouble, store, fleet, orchestrator: Arc::new(orchestrator), tasks }
+    }
+
+    fn settings() -> Settings {
+        Settings {
+            max_queued: 2,
+            max_concurrent_calls: 2000,
+            max_subsystems: 2000,
+            max_outputs_bytes: None,
+            ..settings()
+        }
     }
 
     async fn run(&self, name: &str) -> Ticket {
@@ -282,6 +293,47 @@ async fn when_changes_can_not_be_written_together_only_the_faulty_one_fails() {
         let recorded = stage.store.cycle(ticket.cycle_id).await.unwrap();
         assert_eq!(recorded.is_some(), ticket.cycle_id != CycleId(2), "{}", ticket.cycle_id);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_changes_can_not_be_written_together_one_that_fails_for_a_passing_reason_is_retried() {
+    let mut stage = Stage::new().await;
+    let tickets = stage.three_ended().await;
+    let was_refused_together = AtomicBool::new(false);
+    let judge = move |write: &Write| {
+        if write.records.len() > 1 {
+            was_refused_together.store(true, Ordering::Relaxed);
+            return Err(StoreError::Unusable { store: "memory:".into(), problem: "as scripted".into() });
+        }
+        if was_refused_together.swap(false, Ordering::Relaxed) { full(write) } else { Ok(()) }
+    };
+    let judge = Arc::new(judge);
+    stage.script.judge((0..10).map(|_| {
+        let judge = judge.clone();
+        Box::new(move |write: &Write| judge(write)) as Verdict
+    }));
+    stage.script.let_go();
+    sleep(Duration::from_secs(10)).await;
+    for ticket in tickets {
+        assert_eq!(stage.orchestrator.cycle(ticket.cycle_id).await.unwrap().state, CycleState::Succeeded);
+    }
+    // Each of the last two was tried together with the other one, and alone, and one of them again.
+    let tried = stage.script.tried.lock().unwrap().clone();
+    assert!(tried.iter().filter(|records| records.len() == 1).count() >= 3, "{tried:?}");
+    assert!(timeout(Duration::from_secs(1), stage.tasks.finished()).await.is_err(), "it goes on");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cycle_that_does_not_succeed_is_logged_with_its_duration_to_the_microsecond() {
+    let stage = Stage::new().await;
+    stage.script.let_go();
+    warnings();
+    let ticket = stage.run("a").await;
+    sleep(Duration::from_millis(1)).await;
+    advance(Duration::from_nanos(1_234_567)).await;
+    stage.orchestrator.cancel_cycle(ticket.cycle_id).await.unwrap();
+    let said = warnings();
+    assert!(said.lines().count() == 1 && said.contains("duration_ms=2.235\n"), "{said}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -631,28 +683,67 @@ async fn the_last_write_and_only_that_one_closes_the_store() {
 
 #[tokio::test(start_paused = true)]
 async fn records_that_are_large_together_are_committed_one_by_one() {
-    let stage = Stage::new().await;
-    let names: Vec<_> = (0..1120).map(|i| format!("s{i}")).collect();
-    stage.script.permits.add_permits(1);
-    let many = names.iter().map(|name| subsystem(name)).collect();
-    stage.orchestrator.register_all(many, None).await.unwrap();
-    let names: Vec<_> = names.iter().map(String::as_str).collect();
-    // The first one alone is larger than a commit.
-    let (large, small) = names.split_at(1100);
-    stage.orchestrator.run_cycle(of(large), false).await.unwrap();
-    stage.orchestrator.run_cycle(of(small), false).await.unwrap();
-    while stage.orchestrator.status().running.len() < 2 {
+    // The parts of two cycles, and the bytes of their outputs. With many parts, the first one alone is larger than a
+    // commit.
+    for (parts, output, expected) in
+        [((1100, 20), 0, &[&[1][..], &[2]][..]), ((5, 5), 1_000_000, &[&[1], &[2]]), ((5, 5), 10_000, &[&[1, 2]])]
+    {
+        let stage = Stage::new().await;
+        stage.fleet.answer.lock().unwrap().output = text(&"x".repeat(output));
+        let names: Vec<_> = (0..parts.0 + parts.1).map(|i| format!("s{i}")).collect();
         stage.script.permits.add_permits(1);
+        let many = names.iter().map(|name| subsystem(name)).collect();
+        stage.orchestrator.register_all(many, None).await.unwrap();
+        let names: Vec<_> = names.iter().map(String::as_str).collect();
+        let (first, second) = names.split_at(parts.0);
+        stage.orchestrator.run_cycle(of(first), false).await.unwrap();
+        stage.orchestrator.run_cycle(of(second), false).await.unwrap();
+        while stage.orchestrator.status().running.len() < 2 {
+            stage.script.permits.add_permits(1);
+            sleep(Duration::from_millis(10)).await;
+        }
+        // Both records wait behind this start.
+        stage.script.permits.forget_permits(1000);
+        stage.run("a").await;
+        sleep(Duration::from_secs(2)).await;
+        assert!(stage.script.tried.lock().unwrap().is_empty());
+        stage.script.let_go();
         sleep(Duration::from_millis(10)).await;
+        let mut tried = stage.script.tried.lock().unwrap().clone();
+        for records in &mut tried {
+            records.sort_unstable();
+        }
+        tried.sort_unstable();
+        assert_eq!(tried, expected, "{parts:?} of {output} bytes");
     }
-    // Both records wait behind this start.
-    stage.script.permits.forget_permits(1000);
-    stage.run("a").await;
-    sleep(Duration::from_secs(2)).await;
-    assert!(stage.script.tried.lock().unwrap().is_empty());
-    stage.script.let_go();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_removal_of_many_records_is_not_committed_together_with_a_large_record() {
+    let stage = Stage::new().await;
+    stage.script.permits.add_permits(10_000);
+    let names: Vec<_> = (0..900).map(|i| format!("s{i}")).collect();
+    stage.orchestrator.register_all(names.iter().map(|name| subsystem(name)).collect(), None).await.unwrap();
+    for _ in 0..300 {
+        stage.run("a").await.recorded().await.unwrap();
+    }
+    let few = RetentionRule { max_cycles: Some(10), max_age: None };
+    let retention = Retention { default: few, ..Retention::default() };
+    let settings = Settings { retention, ..Stage::settings() };
+    stage.orchestrator.reload(settings, Declared::default()).await.unwrap();
+    let names: Vec<_> = names.iter().map(String::as_str).collect();
+    let ticket = stage.orchestrator.run_cycle(of(&names), false).await.unwrap();
     sleep(Duration::from_millis(10)).await;
-    let mut tried = stage.script.tried.lock().unwrap().clone();
-    tried.sort_unstable();
-    assert_eq!(tried, [[1], [2]]);
+    // The record and then the removal wait behind this start.
+    stage.script.permits.forget_permits(10_000);
+    stage.run("a").await;
+    sleep(Duration::from_secs(61)).await;
+    assert!(ticket.record_now().is_none());
+    stage.script.written.lock().unwrap().clear();
+    stage.script.let_go();
+    ticket.recorded().await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    let written = stage.script.written.lock().unwrap();
+    let sizes: Vec<_> = written.iter().map(|write| (write.records.len(), write.removal.revisions.len())).collect();
+    assert!(sizes.contains(&(1, 0)) && sizes.contains(&(0, 256)), "{sizes:?}");
 }
