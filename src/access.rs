@@ -1,20 +1,20 @@
 //! Who calls, and what each caller may do: identities, their credentials, and grants. Pure: it reads no file and no
 //! clock, and knows no RPC.
 //!
-//! A caller presents a [`Credential`]. [`Policy::authenticate`] returns its [`Identity`], and [`Policy::rights`] the
-//! [`Rights`] that the grants give to it. A [`Role`] says which RPCs a grant is for (`api/rules.rs`); the other keys of
-//! the grant limit their targets.
+//! A caller presents a [`Credential`]. [`Policy::authenticate`] returns its [`Identity`](crate::model::Identity), and
+//! [`Policy::rights`] the [`Rights`] that the grants give to it. A [`Role`] says which RPCs a grant is for
+//! (`api/rules.rs`); the other keys of the grant limit their targets.
 
+mod certificate;
 mod grant;
-mod identity;
 mod pattern;
 mod policy;
 mod rights;
 mod token;
 
 pub use self::{
+    certificate::{NoIdentity, identity_of},
     grant::{Grant, GrantSpec, Role},
-    identity::{Identity, IdentityError},
     policy::{Authenticated, Credential, Mode, Policy, Presented, Revoked, Unauthenticated},
     rights::{Registering, Right, Rights, Targets},
     token::{Bearer, Digest, NoRandomness, Token, TokenId, TokenSpec},

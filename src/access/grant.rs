@@ -3,12 +3,11 @@ use std::{ops::RangeInclusive, time::Duration};
 use jiff::SignedDuration;
 
 use super::{
-    Identity, Right,
-    identity::Kind,
+    Right,
     pattern::{Glob, Pattern},
     rights::EndpointGlob,
 };
-use crate::model::{Subsystem, Violations};
+use crate::model::{Identity, IdentityKind, Subsystem, Violations};
 
 /// The purpose of a grant. `api/rules.rs` lists the roles that may call each RPC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -93,14 +92,14 @@ pub struct Grant {
 /// A pattern of identities of one kind.
 #[derive(Clone, Debug, PartialEq)]
 struct Who {
-    kind: Kind,
+    kind: IdentityKind,
     name: Glob,
     stars: usize,
 }
 
 impl Who {
     fn parse(text: &str) -> Result<Self, String> {
-        let (kind, name) = Kind::split(text).map_err(|error| error.to_string())?;
+        let (kind, name) = IdentityKind::split(text).map_err(|error| error.to_string())?;
         let pattern = Pattern::parse(name, 0)?;
         let stars = pattern.stars();
         let name = pattern.glob(&[]).ok_or("is not a pattern")?;

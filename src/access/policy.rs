@@ -7,7 +7,8 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use rustls_pki_types::CertificateDer;
 
-use super::{Bearer, Digest, Grant, Identity, IdentityError, Right, Rights, Token, TokenId};
+use super::{Bearer, Digest, Grant, NoIdentity, Right, Rights, Token, TokenId, certificate::identity_of};
+use crate::model::Identity;
 
 /// Whether rights are enforced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,7 +76,7 @@ pub enum Unauthenticated {
     /// The credential was never valid, was removed, or is revoked.
     Invalid,
     /// The certificate has no name that identifies its owner.
-    NoIdentity(IdentityError),
+    NoIdentity(NoIdentity),
     /// The certificate is not trusted any more; the text says why.
     Untrusted(String),
 }
@@ -167,7 +168,7 @@ impl Policy {
             }
             Credential::Certificate(Presented { chain, expires_at }) => {
                 let own = CertificateDer::from(chain.first().map_or(&[][..], |own| own));
-                let identity = Identity::of_certificate(&own).map_err(Unauthenticated::NoIdentity)?;
+                let identity = identity_of(&own).map_err(Unauthenticated::NoIdentity)?;
                 let is_revoked = chain.iter().any(|it| self.revoked.certificates.contains(&Digest::of(it)));
                 (identity, Some(*expires_at), is_revoked)
             }

@@ -241,8 +241,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        access::{Grant, GrantSpec, Identity, Mode, Policy, Revoked},
-        model::Violations,
+        access::{Grant, GrantSpec, Mode, Policy, Revoked},
+        model::{Identity, Violations},
     };
 
     const EVERY: &[Role] = &Role::ALL;

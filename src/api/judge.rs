@@ -9,10 +9,10 @@ use tonic::Status;
 
 use super::{caller::Caller, calls::CallCounts, error, rpc::Rpc, rules::Rule};
 use crate::{
-    access::{Authenticated, Identity, Mode, Policy, Rights, Role, Targets, Unauthenticated},
+    access::{Authenticated, Mode, Policy, Rights, Role, Targets, Unauthenticated},
     clock::Clock,
     listen::Repeated,
-    model::text::clean,
+    model::{Identity, text::clean},
 };
 
 /// Why a caller is refused.

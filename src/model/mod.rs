@@ -4,6 +4,7 @@
 mod code;
 mod cycle;
 mod histogram;
+mod identity;
 mod name;
 mod payload;
 mod schedule;
@@ -19,6 +20,8 @@ pub use cycle::{
     Trigger, excerpt,
 };
 pub use histogram::Histogram;
+pub(crate) use identity::IdentityKind;
+pub use identity::{Identity, IdentityError};
 pub use name::{Name, NameError, nearest};
 pub use payload::Payload;
 pub use schedule::{
