@@ -26,7 +26,7 @@ use self::{
     settings::SETTINGS,
 };
 pub use self::{
-    tls::{ClientAuth, Tls, TlsSettings, TlsVersion},
+    tls::{ClientAuth, DialTls, Tls, TlsSettings, TlsVersion},
     tokens::{read_tokens, tokens_text},
 };
 use crate::{
@@ -210,6 +210,11 @@ pub struct RegistrySettings {
 pub struct DialSettings {
     /// CA certificates (PEM) for `https` endpoints, in addition to those of the system. Default: none.
     pub ca_file: Option<PathBuf>,
+    /// The certificate of the service and the intermediate ones, in PEM, for subsystems that ask for one. Default: that
+    /// of the gRPC server: see [`Config::dial_tls`].
+    pub cert_file: Option<PathBuf>,
+    /// Its private key, in PEM.
+    pub key_file: Option<PathBuf>,
     /// Longest time for connecting. 1 ms to 1 h, default 5 s.
     pub connect_timeout: Duration,
 }
@@ -521,7 +526,12 @@ impl Default for Config {
                 max_outputs_bytes: None,
             },
             registry: RegistrySettings { max_subsystems: 20_000, max_loops: 256 },
-            dial: DialSettings { ca_file: None, connect_timeout: Duration::from_secs(5) },
+            dial: DialSettings {
+                ca_file: None,
+                cert_file: None,
+                key_file: None,
+                connect_timeout: Duration::from_secs(5),
+            },
             log: LogSettings { filter: "info".into(), format: LogFormat::Auto },
             tracing: TracingSettings { otlp_endpoint: None, sample_ratio: 1.0 },
             subsystems: Vec::new(),

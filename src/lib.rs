@@ -12,6 +12,7 @@
 //! - [`transport`]: the network of a process, which a simulation replaces as well
 //! - [`tasks`]: the tasks that run as long as the service; the end of each is detected
 //! - [`mod@file`]: files that users name: reading them, and detecting changes
+//! - `pem`: certificates and private keys in PEM
 //! - [`access`]: who calls, and what each caller may do
 //! - `turn`: limits how much a task reads before other tasks run
 //!
@@ -43,6 +44,7 @@
 mod listen;
 pub mod memory;
 pub mod model;
+mod pem;
 pub mod proto;
 pub mod subsystem;
 pub mod transport;

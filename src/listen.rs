@@ -20,7 +20,7 @@ use tonic::codegen::http::HeaderMap;
 use tonic_reflection::server::{Builder, Error};
 
 #[cfg(feature = "service")]
-pub(crate) use self::tls::{Clients, Loaded, Material, Pem, Protocol, Tls};
+pub(crate) use self::tls::{Clients, Loaded, Material, Protocol, Tls};
 pub(crate) use self::{
     connection::{Broken, Connection},
     connections::{Busy, Connections, Entrance, serve_each},

@@ -3,13 +3,7 @@
 mod operator;
 mod tls;
 
-use std::{
-    io,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 use tokio::{join, select, task::spawn_blocking, time::timeout};
@@ -25,8 +19,8 @@ use crate::{
     access::Policy,
     api::{self, Api},
     config::{self, Config, ConfigError, LedgerSettings, OutOfReach, Reload},
-    dial::{Dialer, NoCertificate},
-    file::{self, Changes, FileError},
+    dial::Dialer,
+    file::Changes,
     host::Host,
     ledger::Signer,
     listen::{self, Connections, Entrance, Limits, Peer},
@@ -71,12 +65,6 @@ pub enum StartError {
     /// The files of TLS can't be used.
     #[error("{0}")]
     Tls(String),
-    /// The file of trusted certificates can't be read.
-    #[error("dial.ca_file {path} {error}", path = .0.display(), error = .1)]
-    CaFile(PathBuf, FileError),
-    /// The file of trusted certificates contains no certificate.
-    #[error("dial.ca_file {path} {error}", path = .0.display(), error = .1)]
-    NoCertificate(PathBuf, NoCertificate),
     /// The file of tokens can't be used.
     #[error(transparent)]
     Tokens(#[from] ConfigError),
@@ -170,14 +158,9 @@ impl Service {
         let policy = policy(config).await?;
         let memory = shares(config);
         warn_of_limits(config, &memory.whole);
-        let dialer = Dialer::new(transport, config.dial.connect_timeout, memory.replies.clone());
-        let dialer = Arc::new(match &config.dial.ca_file {
-            Some(path) => {
-                let ca = read(path).await.map_err(|error| StartError::CaFile(path.clone(), error))?;
-                dialer.and_trust(&ca).map_err(|error| StartError::NoCertificate(path.clone(), error))?
-            }
-            None => dialer,
-        });
+        let replies = memory.replies.clone();
+        let dialer = Dialer::with_tls(transport, config.dial.connect_timeout, replies, certificates.dial());
+        let dialer = Arc::new(dialer);
         let store = store::open(&config.store.url, record::check, host.clock).await?;
         let contents = store.take_over().await?;
         let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
@@ -223,7 +206,7 @@ impl Service {
             servers.start_infallible(SOCKET_SERVER, serve(Entrance::plain(listener)));
             tracing::info!(path = %path.display(), "listening");
         }
-        if !certificates.all().is_empty() {
+        if !certificates.is_empty() {
             let callers = api.clone();
             let judge_again = move || callers.judge_again();
             servers.start_infallible(
@@ -238,8 +221,10 @@ impl Service {
             let beyond_loopback = config.server.insecure_listen_beyond_loopback || !is_loopback;
             let admin = Connections::at_most(web::MAX_CONNECTIONS);
             let in_front = vec![("grpc", connections), ("admin", admin.clone())];
-            let (calls, exporter, tls) = (api.calls(), exporter.clone(), certificates.all());
-            let metrics = Metrics::default().and_of(calls, exporter, in_front, tls, memory.clone());
+            let (calls, exporter) = (api.calls(), exporter.clone());
+            let of_files = certificates.clone();
+            let expiries = Box::new(move || of_files.expiries());
+            let metrics = Metrics::default().and_of(calls, exporter, in_front, expiries, memory.clone());
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
             let web = Web { api: api.clone(), metrics: metrics.into(), memory: memory.admin, beyond_loopback };
             servers.start_infallible(ADMIN_SERVER, web.serve(certificates.admin(listener), admin, stop, cut_off));
@@ -536,13 +521,6 @@ fn listed(changed: &[String]) -> String {
         0 => named,
         more => format!("{named} and {more} more"),
     }
-}
-
-/// Reads a file on a blocking thread: its disk can be slow.
-async fn read(path: &Path) -> Result<Vec<u8>, FileError> {
-    let path = path.to_owned();
-    let read = tokio::task::spawn_blocking(move || file::read(&path)).await;
-    read.unwrap_or_else(|defect| Err(FileError::Unreadable(io::Error::other(defect))))
 }
 
 /// The rights of callers, by the configuration and the file of tokens.

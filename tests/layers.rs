@@ -18,6 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("host", &["clock", "random"]),
     ("tasks", &[]),
     ("file", &[]),
+    ("pem", &[]),
     ("turn", &[]),
     ("ports", &["ledger", "memory", "model"]),
     ("engine", &["memory", "model", "ports", "random"]),
@@ -26,8 +27,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("orchestrator", &["clock", "engine", "host", "ledger", "memory", "model", "ports", "record", "schedule", "tasks"]),
     ("store", &["clock", "file", "ledger", "model", "ports"]),
     ("transport", &[]),
-    ("dial", &["memory", "model", "ports", "proto", "transport", "turn"]),
-    ("listen", &["memory", "proto", "transport", "turn"]),
+    ("dial", &["memory", "model", "pem", "ports", "proto", "transport", "turn"]),
+    ("listen", &["memory", "pem", "proto", "transport", "turn"]),
     ("subsystem", &["listen", "memory", "model", "proto", "transport"]),
     // Answers show plans and breakers, records and snapshots, and loops.
     (
@@ -66,6 +67,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "listen",
             "memory",
             "orchestrator",
+            "pem",
             "ports",
             "record",
             "store",
@@ -122,7 +124,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("hyper_util", &["listen", "web"]),
     ("rustls_native_certs", &["dial/tls"]),
     ("tokio_rustls", &["dial", "listen/tls"]),
-    ("webpki", &["access", "dial/tls", "listen/tls"]),
+    ("webpki", &["access", "dial/tls", "listen/tls", "pem"]),
     // Libraries that one place uses.
     // Also the name of the provider in rustls.
     ("aws_lc_rs", &["access", "dial", "ledger", "listen"]),

@@ -68,12 +68,12 @@ async fn invalid_certificate_files_prevent_the_start() {
     let home = Home::new();
     let ca = home.path("ca.pem");
     let home = home.with_args(["--set".to_owned(), format!("dial.ca_file={}", ca.display())]);
-    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1));
+    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(2));
     assert!(home.log().contains("ca.pem can't be read: No such file"), "{}", home.log());
     let pem = |what| format!("-----BEGIN CERTIFICATE-----\n{what}\n-----END CERTIFICATE-----\n");
     for none in ["", "no certificate", &pem("?"), &pem("bm8gY2VydGlmaWNhdGU=")] {
         fs::write(&ca, none).unwrap();
-        assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{none}");
+        assert_eq!(home.try_serve().await.err().unwrap().code(), Some(2), "{none}");
         assert!(home.log().contains("ca.pem contains no certificate; give PEM"), "{}", home.log());
     }
 }

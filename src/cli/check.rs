@@ -44,7 +44,7 @@ impl Check {
         let wrong = |error: String| Failure::new(Exit::Usage, error);
         let config = Config::load(&self.overrides, env::vars_os()).map_err(|error| wrong(error.to_string()))?;
         for problem in check_tls(&config, HOST.clock).map_err(wrong)? {
-            note(&format!("{problem}: clients will refuse it"));
+            note(&format!("{problem}: others will refuse it"));
         }
         let members = config.subsystems.iter().cloned();
         let members = members.map(|subsystem| Member::new(Arc::new(subsystem), false, Arc::default()));

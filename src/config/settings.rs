@@ -72,6 +72,8 @@ settings! {
     registry.max_subsystems: Applies, number(1..=1_000_000);
     registry.max_loops: Applies, number(1..=10_000);
     dial.ca_file: NeedsRestart, parsed(path).map(Some);
+    dial.cert_file: NeedsRestart, parsed(path).map(Some);
+    dial.key_file: NeedsRestart, parsed(path).map(Some);
     dial.connect_timeout: NeedsRestart, duration(MS..=HOUR);
     log.filter: Applies, parsed(log_filter);
     log.format: NeedsRestart, choice(LogFormat::WORDS);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Config, reader::Reader};
+use super::{Config, DialSettings, reader::Reader};
 use crate::file::NamedFile;
 
 /// The settings of TLS of one address, as far as they are written.
@@ -63,6 +63,15 @@ pub struct Tls {
     pub min_version: TlsVersion,
 }
 
+/// The files of TLS to subsystems.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DialTls {
+    /// The authorities that sign certificates of subsystems, in addition to those of the system.
+    pub authorities: Option<NamedFile>,
+    /// The certificate of the service and its private key, for subsystems that ask for one.
+    pub own: Option<(NamedFile, NamedFile)>,
+}
+
 /// The keys of the files of one address.
 struct Keys {
     cert_file: &'static str,
@@ -87,6 +96,9 @@ const ADMIN: Keys = Keys {
     client_auth: "admin.tls.client_auth",
     min_version: "admin.tls.min_version",
 };
+
+const DIAL_CERT_FILE: &str = "dial.cert_file";
+const DIAL_KEY_FILE: &str = "dial.key_file";
 
 impl TlsSettings {
     fn pair(&self, keys: &Keys) -> Option<(NamedFile, NamedFile)> {
@@ -122,6 +134,18 @@ impl Config {
     }
 }
 
+impl Config {
+    /// TLS to subsystems. The service shows them the certificate of its gRPC server unless it has another one for them.
+    pub fn dial_tls(&self) -> DialTls {
+        let DialSettings { ca_file, cert_file, key_file, .. } = &self.dial;
+        let own = named(DIAL_CERT_FILE, cert_file.as_ref()).zip(named(DIAL_KEY_FILE, key_file.as_ref()));
+        DialTls {
+            authorities: named("dial.ca_file", ca_file.as_ref()),
+            own: own.or_else(|| self.server.tls.pair(&SERVER)),
+        }
+    }
+}
+
 fn clients(ca: Option<NamedFile>, client_auth: ClientAuth) -> Option<(NamedFile, bool)> {
     match client_auth {
         ClientAuth::Off => None,
@@ -133,15 +157,10 @@ fn clients(ca: Option<NamedFile>, client_auth: ClientAuth) -> Option<(NamedFile,
 /// Refuses settings that need another one which is missing.
 pub(super) fn refuse_incomplete(read: &mut Reader<'_>, config: &Config) {
     let (server, admin) = (&config.server.tls, &config.admin.tls);
+    let dial = &config.dial;
+    refuse_alone(read, [(&dial.cert_file, DIAL_CERT_FILE), (&dial.key_file, DIAL_KEY_FILE)]);
     for (tls, keys, has_server) in [(server, &SERVER, false), (admin, &ADMIN, server.cert_file.is_some())] {
-        for (one, key, other, missing) in [
-            (&tls.cert_file, keys.cert_file, &tls.key_file, keys.key_file),
-            (&tls.key_file, keys.key_file, &tls.cert_file, keys.cert_file),
-        ] {
-            if one.is_some() && other.is_none() {
-                read.refuse(key, format!("needs {missing} as well"));
-            }
-        }
+        refuse_alone(read, [(&tls.cert_file, keys.cert_file), (&tls.key_file, keys.key_file)]);
         let has_certificate = tls.cert_file.is_some() || tls.key_file.is_some() || has_server;
         for key in [keys.client_ca_file, keys.client_auth, keys.min_version] {
             if !has_certificate && read.is_written(key) {
@@ -153,6 +172,16 @@ pub(super) fn refuse_incomplete(read: &mut Reader<'_>, config: &Config) {
         if asks && !has_ca && read.is_written(keys.client_auth) {
             let ca = keys.client_ca_file;
             read.refuse(keys.client_auth, format!("needs {ca}, the authorities that sign certificates of clients"));
+        }
+    }
+}
+
+/// Refuses a certificate without its key, and a key without its certificate.
+fn refuse_alone(read: &mut Reader<'_>, pair: [(&Option<PathBuf>, &str); 2]) {
+    let [certificate, key] = pair;
+    for ((one, name), (other, missing)) in [(certificate, key), (key, certificate)] {
+        if one.is_some() && other.is_none() {
+            read.refuse(name, format!("needs {missing} as well"));
         }
     }
 }

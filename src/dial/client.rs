@@ -127,11 +127,14 @@ impl Client {
         Uri::from_parts(parts).unwrap_or_default()
     }
 
-    /// The current connection, or a new one if it is not usable.
+    /// The current connection, or a new one if it is not usable, or was made with earlier TLS. Calls on the earlier one
+    /// keep it until they end.
     fn connection(&self) -> Arc<Connection> {
         let mut current = self.current();
         match &*current {
-            Some(connection) if !connection.is_over() => connection.clone(),
+            Some(connection) if !connection.is_over() && !connection.is_outdated(&self.connector.tls) => {
+                connection.clone()
+            }
             _ => {
                 let connection = Arc::new(Connection::begin(self.connector.clone(), self.target.clone()));
                 *current = Some(connection.clone());

@@ -6,7 +6,10 @@ use http::uri::Scheme;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
 
-use super::{outcome, tls::Trust};
+use super::{
+    outcome,
+    tls::{Loaded, Tls},
+};
 use crate::{
     model::Endpoint,
     transport::{Destination, Stream, Transport},
@@ -17,7 +20,7 @@ pub(super) struct Connector {
     pub(super) transport: Arc<dyn Transport>,
     /// Longest time in total, including the start of HTTP/2.
     pub(super) timeout: Duration,
-    pub(super) trust: Trust,
+    pub(super) tls: Arc<Tls>,
 }
 
 /// A parsed endpoint.
@@ -50,6 +53,11 @@ impl Target {
         }
     }
 
+    /// True if connections have TLS.
+    pub(super) fn is_tls(&self) -> bool {
+        self.is_tls
+    }
+
     /// `http` or `https`.
     pub(super) fn scheme(&self) -> Scheme {
         if self.is_tls { Scheme::HTTPS } else { Scheme::HTTP }
@@ -57,14 +65,19 @@ impl Target {
 }
 
 impl Connector {
-    /// Connects, until `deadline`.
+    /// Connects with this TLS, if the target has TLS, until `deadline`.
     ///
     /// # Errors
     /// The reason, for people.
-    pub(super) async fn open(&self, target: &Target, deadline: Instant) -> Result<Box<dyn Stream>, String> {
+    pub(super) async fn open(
+        &self,
+        target: &Target,
+        tls: &Loaded,
+        deadline: Instant,
+    ) -> Result<Box<dyn Stream>, String> {
         let stream = self.transport.connect(&target.destination, self.timeout).await?;
         let (true, Destination::Tcp { host, .. }) = (target.is_tls, &target.destination) else { return Ok(stream) };
-        let config = self.trust.config().await?;
+        let config = tls.config().await?;
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
         let name = name.map_err(|error| format!("{host} can't be a name in a certificate: {error}"))?;
         let stream = match timeout_at(deadline, TlsConnector::from(config).connect(name, stream)).await {

@@ -14,6 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     connect::{Connector, Target},
     outcome,
+    tls::{Loaded, Tls},
     wire::{Seen, Watched},
 };
 
@@ -28,6 +29,8 @@ const CONNECTION_WINDOW: u32 = 1 << 20;
 pub(super) struct Connection {
     phase: watch::Receiver<Phase>,
     seen: Arc<Seen>,
+    /// The TLS that it was made with, if its target has TLS.
+    tls: Option<Arc<Loaded>>,
     task: AbortOnDropHandle<()>,
 }
 
@@ -44,8 +47,10 @@ impl Connection {
     pub(super) fn begin(connector: Arc<Connector>, target: Arc<Target>) -> Self {
         let seen = Arc::new(Seen::default());
         let (tell, phase) = watch::channel(Phase::Connecting);
-        let task = AbortOnDropHandle::new(tokio::spawn(live(connector, target, seen.clone(), tell)));
-        Self { phase, seen, task }
+        let tls = connector.tls.current();
+        let of_target = Some(tls.clone()).filter(|_| target.is_tls());
+        let task = AbortOnDropHandle::new(tokio::spawn(live(connector, target, tls, seen.clone(), tell)));
+        Self { phase, seen, tls: of_target, task }
     }
 
     /// The handle for calls, once it is connected.
@@ -67,6 +72,11 @@ impl Connection {
         matches!(*self.phase.borrow(), Phase::Over(_)) || self.phase.has_changed().is_err()
     }
 
+    /// True if it was made with other TLS than connections have now.
+    pub(super) fn is_outdated(&self, tls: &Tls) -> bool {
+        self.tls.as_ref().is_some_and(|made_with| !Arc::ptr_eq(made_with, &tls.current()))
+    }
+
     /// The observed traffic.
     pub(super) fn seen(&self) -> &Seen {
         &self.seen
@@ -81,13 +91,19 @@ impl Connection {
     }
 }
 
-async fn live(connector: Arc<Connector>, target: Arc<Target>, seen: Arc<Seen>, tell: watch::Sender<Phase>) {
+async fn live(
+    connector: Arc<Connector>,
+    target: Arc<Target>,
+    tls: Arc<Loaded>,
+    seen: Arc<Seen>,
+    tell: watch::Sender<Phase>,
+) {
     let deadline = Instant::now() + connector.timeout;
     let over = |why: String| {
         tracing::debug!(endpoint = ?target, why, "connection");
         tell.send_replace(Phase::Over(why.into()));
     };
-    let stream = match connector.open(&target, deadline).await {
+    let stream = match connector.open(&target, &tls, deadline).await {
         Ok(stream) => stream,
         Err(why) => return over(why),
     };

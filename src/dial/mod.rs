@@ -26,10 +26,11 @@ use futures_util::future::BoxFuture;
 use prost::Message;
 use tokio::sync::Semaphore;
 
-use self::{client::Failure, connect::Connector, tls::Trust};
+pub(crate) use self::tls::{Loaded, Material};
+use self::{client::Failure, connect::Connector};
 pub use self::{
     client::{Client, Received},
-    tls::{NoCertificate, authorities, tls_in_words},
+    tls::{NoCertificate, Tls, authorities, tls_in_words},
     unary::Call,
 };
 use crate::{
@@ -68,23 +69,18 @@ impl Dialer {
     /// A dialer that connects over `transport` and gives up after `connect_timeout`, trusts the certificates of the
     /// system, and takes memory for answers from `replies`.
     pub fn new(transport: Arc<dyn Transport>, connect_timeout: Duration, replies: Memory) -> Self {
-        let connector = Connector { transport, timeout: connect_timeout, trust: Trust::default() };
+        Self::with_tls(transport, connect_timeout, replies, Arc::default())
+    }
+
+    /// As [`Dialer::new`], with this TLS for `https` endpoints.
+    pub fn with_tls(transport: Arc<dyn Transport>, connect_timeout: Duration, replies: Memory, tls: Arc<Tls>) -> Self {
+        let connector = Connector { transport, timeout: connect_timeout, tls };
         Self {
             connector: Arc::new(connector),
             replies,
             endpoints: Mutex::default(),
             aside: Arc::new(Semaphore::new(Self::ASIDE_AT_ONCE)),
         }
-    }
-
-    /// Also trusts the certificates in `ca`, in PEM.
-    ///
-    /// # Errors
-    /// `ca` contains no certificate.
-    pub fn and_trust(self, ca: &[u8]) -> Result<Self, NoCertificate> {
-        let Connector { transport, timeout, trust } = &*self.connector;
-        let connector = Connector { transport: transport.clone(), timeout: *timeout, trust: trust.and(ca)? };
-        Ok(Self { connector: Arc::new(connector), ..self })
     }
 
     /// A client of one endpoint, with its own connection.

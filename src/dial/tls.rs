@@ -1,44 +1,140 @@
-//! TLS for `https` endpoints: one configuration for all of them, because reading the system's certificates is slow.
+//! TLS for `https` endpoints: one configuration for all of them, because reading the system's certificates is slow. The
+//! files are read elsewhere; here their contents become one complete configuration, which replaces the earlier one as a
+//! whole.
 
-use std::sync::Arc;
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
 
+use jiff::Timestamp;
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 use tokio::sync::OnceCell;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
+use tokio_rustls::rustls::{
+    self, ClientConfig, RootCertStore,
+    client::Resumption,
+    crypto::{CryptoProvider, aws_lc_rs},
+    sign::{CertifiedKey, SingleCertAndKey},
+};
+
+use crate::pem::{Pem, Validity, first_expiry};
 
 /// The file contains no certificate.
 #[derive(Debug, thiserror::Error)]
 #[error("contains no certificate; give PEM, which begins with -----BEGIN CERTIFICATE-----")]
 pub struct NoCertificate;
 
-/// The certificates of the system, and others.
-#[derive(Debug, Default)]
-pub(super) struct Trust {
-    others: Vec<CertificateDer<'static>>,
+/// Everything that makes the TLS of all endpoints.
+#[derive(Default, PartialEq, Eq)]
+pub(crate) struct Material {
+    /// The certificates of authorities that are trusted in addition to those of the system.
+    pub(crate) authorities: Option<Pem>,
+    /// The certificate of the service with the intermediate ones, and its private key, for subsystems that ask for it.
+    pub(crate) own: Option<(Pem, Pem)>,
+}
+
+/// A complete configuration.
+#[derive(Default)]
+pub(crate) struct Loaded {
+    material: Material,
+    authorities: Vec<CertificateDer<'static>>,
+    own: Option<(Arc<CertifiedKey>, Validity)>,
+    /// When the first certificate of each file expires.
+    expiries: Vec<(PathBuf, Timestamp)>,
     config: OnceCell<Arc<ClientConfig>>,
 }
 
-impl Trust {
-    /// Also trusts the certificates in `ca`, in PEM. Other contents are ignored.
+impl Loaded {
+    /// Makes it from these contents. Certificates may have expired.
     ///
     /// # Errors
-    /// `ca` contains no certificate.
-    pub(super) fn and(&self, ca: &[u8]) -> Result<Self, NoCertificate> {
-        let new = authorities(ca)?;
-        Ok(Self { others: [&self.others[..], &new].concat(), config: OnceCell::new() })
+    /// A file has other contents than expected, or the key belongs to another certificate.
+    pub(crate) fn of(material: Material) -> Result<Self, String> {
+        let mut expiries = Vec::new();
+        let mut note = |file: &Pem, certificates: &[_]| {
+            expiries.extend(first_expiry(certificates).map(|expiry| (file.path.clone(), expiry)));
+        };
+        let authorities = match &material.authorities {
+            Some(file) => {
+                let authorities = authorities(&file.bytes).map_err(|error| file.unusable(error))?;
+                note(file, &authorities);
+                authorities
+            }
+            None => Vec::new(),
+        };
+        let own = match &material.own {
+            Some((certificate, key)) => {
+                let chain = certificate.certificates()?;
+                note(certificate, &chain);
+                let validity = Validity::of(&chain[0]).map_err(|error| certificate.refused(&error))?;
+                let pair = CertifiedKey::from_der(chain, key.private_key()?, &provider());
+                let pair = pair.map_err(|error| match error {
+                    rustls::Error::InconsistentKeys(_) => key.belongs_elsewhere(certificate),
+                    rustls::Error::InvalidCertificate(_) => certificate.refused(&error),
+                    error => key.refused(&error),
+                })?;
+                Some((Arc::new(pair), validity))
+            }
+            None => None,
+        };
+        Ok(Self { material, authorities, own, expiries, config: OnceCell::new() })
     }
 
-    /// The configuration. The first call waits until the system's certificates are read on a blocking thread.
+    /// The problem of the service's own certificate at this time: it is not valid yet, or no longer.
+    pub(crate) fn invalid(&self, now: Timestamp) -> Option<String> {
+        self.own.as_ref().and_then(|(_, validity)| validity.problem(now))
+    }
+
+    /// When the first certificate of each file expires.
+    pub(crate) fn expiries(&self) -> &[(PathBuf, Timestamp)] {
+        &self.expiries
+    }
+
+    /// The configuration of connections. The first call waits until the system's certificates are read on a blocking
+    /// thread.
     ///
     /// # Errors
     /// There are no trusted certificates; the message is for people.
     pub(super) async fn config(&self) -> Result<Arc<ClientConfig>, String> {
         let read = async {
-            let others = self.others.clone();
-            let read = tokio::task::spawn_blocking(move || read(others)).await;
+            let (authorities, own) = (self.authorities.clone(), self.own.as_ref().map(|(own, _)| own.clone()));
+            let read = tokio::task::spawn_blocking(move || config(authorities, own)).await;
             read.map_err(|error| error.to_string())?
         };
         self.config.get_or_try_init(|| read).await.cloned()
+    }
+}
+
+/// The TLS of all endpoints.
+pub struct Tls(Mutex<Arc<Loaded>>);
+
+impl Default for Tls {
+    /// Trusts the authorities of the system, and shows no certificate.
+    fn default() -> Self {
+        Self::new(Loaded::default())
+    }
+}
+
+impl Tls {
+    /// TLS with this configuration.
+    pub(crate) fn new(loaded: Loaded) -> Self {
+        Self(Mutex::new(Arc::new(loaded)))
+    }
+
+    /// The configuration of new connections.
+    pub(crate) fn current(&self) -> Arc<Loaded> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Uses this configuration for new connections. Calls that begin from now on use such ones; others keep theirs.
+    /// Returns false if it is the earlier configuration, which then stays.
+    pub(crate) fn replace(&self, loaded: Loaded) -> bool {
+        let mut current = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let differs = current.material != loaded.material;
+        if differs {
+            *current = Arc::new(loaded);
+        }
+        differs
     }
 }
 
@@ -59,21 +155,34 @@ pub fn tls_in_words(why: String) -> String {
     if why.contains("InvalidContentType") { format!("it does not speak TLS, so give http:// ({why})") } else { why }
 }
 
-fn read(others: Vec<CertificateDer<'static>>) -> Result<Arc<ClientConfig>, String> {
+fn provider() -> CryptoProvider {
+    aws_lc_rs::default_provider()
+}
+
+fn config(
+    authorities: Vec<CertificateDer<'static>>,
+    own: Option<Arc<CertifiedKey>>,
+) -> Result<Arc<ClientConfig>, String> {
     let mut roots = RootCertStore::empty();
     let system = rustls_native_certs::load_native_certs();
     for error in &system.errors {
         tracing::debug!(%error, "some of the system's certificates can't be read");
     }
     roots.add_parsable_certificates(system.certs);
-    roots.add_parsable_certificates(others);
+    roots.add_parsable_certificates(authorities);
     if roots.is_empty() {
         return Err("the system trusts no certificate, so none can be checked; give some with dial.ca_file".into());
     }
-    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+    let config = ClientConfig::builder_with_provider(Arc::new(provider()))
         .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?;
-    let mut config = config.with_root_certificates(roots).with_no_client_auth();
+        .map_err(|error| error.to_string())?
+        .with_root_certificates(roots);
+    let mut config = match own {
+        Some(own) => config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(own))),
+        None => config.with_no_client_auth(),
+    };
     config.alpn_protocols = vec![b"h2".to_vec()];
+    // A resumed session would have the certificates of the server as they were, without verifying them again.
+    config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
 }

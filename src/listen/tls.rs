@@ -2,7 +2,6 @@
 //! configuration, which replaces the earlier one as a whole.
 
 use std::{
-    error::Error,
     fmt::{self, Debug, Display},
     io,
     path::PathBuf,
@@ -12,10 +11,19 @@ use std::{
     time::Duration,
 };
 
+use super::{
+    connection::{Secure, Secured},
+    peer::{Certificates, Untrusted},
+    repeated::Repeated,
+};
+use crate::{
+    pem::{Pem, Validity, first_expiry},
+    transport::{Origin, Stream},
+};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use jiff::Timestamp;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem, pem::PemObject};
+use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, copy, sink},
     time::timeout,
@@ -30,32 +38,6 @@ use tokio_rustls::{
         version::{TLS12, TLS13},
     },
 };
-use webpki::{EndEntityCert, KeyUsage};
-
-use super::{
-    connection::{Secure, Secured},
-    peer::{Certificates, Untrusted},
-    repeated::Repeated,
-};
-use crate::transport::{Origin, Stream};
-
-/// A file and its contents, in PEM.
-pub(crate) struct Pem {
-    /// As messages name it: the setting and the path.
-    pub(crate) name: String,
-    pub(crate) path: PathBuf,
-    pub(crate) bytes: Vec<u8>,
-}
-
-impl Pem {
-    fn unusable(&self, problem: impl Display) -> String {
-        format!("{} {problem}", self.name)
-    }
-
-    fn refused(&self, error: &dyn Error) -> String {
-        self.unusable(format!("can't be used: {error}"))
-    }
-}
 
 /// Everything that makes the TLS of one address.
 pub(crate) struct Material {
@@ -123,7 +105,7 @@ pub(crate) struct Loaded {
     /// Verifies the certificates of clients.
     clients: Option<Arc<dyn ClientCertVerifier>>,
     /// When the certificate of the service is valid.
-    validity: (Timestamp, Timestamp),
+    validity: Validity,
     /// When the first certificate of each file expires.
     expiries: Vec<(PathBuf, Timestamp)>,
 }
@@ -135,8 +117,8 @@ impl Loaded {
     /// A file has other contents than expected, or the key belongs to another certificate.
     pub(crate) fn of(material: &Material, protocol: Protocol, now: Now) -> Result<Self, String> {
         let Material { certificate, key, clients, allows_1_2 } = material;
-        let chain = certificates(certificate)?;
-        let validity = validity(&chain[0]).map_err(|error| certificate.refused(&error))?;
+        let chain = certificate.certificates()?;
+        let validity = Validity::of(&chain[0]).map_err(|error| certificate.refused(&error))?;
         let mut expiries: Vec<_> = first_expiry(&chain).map(|it| (certificate.path.clone(), it)).into_iter().collect();
         let provider = Arc::new(aws_lc_rs::default_provider());
         let versions: &[_] = if *allows_1_2 { &[&TLS13, &TLS12] } else { &[&TLS13] };
@@ -146,7 +128,7 @@ impl Loaded {
         let clients = match clients {
             None => None,
             Some(Clients { ca, are_required }) => {
-                let authorities = certificates(ca)?;
+                let authorities = ca.certificates()?;
                 expiries.extend(first_expiry(&authorities).map(|it| (ca.path.clone(), it)));
                 let mut roots = RootCertStore::empty();
                 for authority in authorities {
@@ -161,11 +143,9 @@ impl Loaded {
             None => config.with_no_client_auth(),
             Some(verifier) => config.with_client_cert_verifier(verifier.clone()),
         };
-        let made = config.with_single_cert(chain, private_key(key)?);
+        let made = config.with_single_cert(chain, key.private_key()?);
         let mut config = made.map_err(|error| match error {
-            rustls::Error::InconsistentKeys(_) => {
-                key.unusable(format!("is not the key of the certificate in {}", certificate.name))
-            }
+            rustls::Error::InconsistentKeys(_) => key.belongs_elsewhere(certificate),
             rustls::Error::InvalidCertificate(_) => certificate.refused(&error),
             error => key.refused(&error),
         })?;
@@ -178,72 +158,13 @@ impl Loaded {
 
     /// The problem of the service's certificate at this time: it is not valid yet, or no longer.
     pub(crate) fn invalid(&self, now: Timestamp) -> Option<String> {
-        let (from, until) = self.validity;
-        match now {
-            now if now < from => Some(format!("is not valid before {from}")),
-            now if now > until => Some(format!("has expired at {until}")),
-            _ => None,
-        }
+        self.validity.problem(now)
     }
 
     /// When the first certificate of each file expires.
     pub(crate) fn expiries(&self) -> &[(PathBuf, Timestamp)] {
         &self.expiries
     }
-}
-
-/// The certificates in a file; at least one.
-fn certificates(pem: &Pem) -> Result<Vec<CertificateDer<'static>>, String> {
-    let read = CertificateDer::pem_slice_iter(&pem.bytes).collect::<Result<Vec<_>, _>>();
-    let certificates = read.map_err(|error| pem.unusable(format!("is not PEM: {error}")))?;
-    if certificates.is_empty() {
-        let problem = "contains no certificate; give PEM, which begins with -----BEGIN CERTIFICATE-----";
-        return Err(pem.unusable(problem));
-    }
-    Ok(certificates)
-}
-
-fn private_key(pem: &Pem) -> Result<PrivateKeyDer<'static>, String> {
-    PrivateKeyDer::from_pem_slice(&pem.bytes).map_err(|error| {
-        let is_encrypted = pem.bytes.windows(9).any(|it| it == b"ENCRYPTED");
-        let problem = match error {
-            _ if is_encrypted => "is encrypted; give a key without a passphrase".to_owned(),
-            pem::Error::NoItemsFound => {
-                "contains no private key; give PEM, which begins with -----BEGIN PRIVATE KEY-----".to_owned()
-            }
-            error => format!("is not PEM: {error}"),
-        };
-        pem.unusable(problem)
-    })
-}
-
-/// The first and the last moment at which a certificate is valid. The library tells them only as the reason why it is
-/// not valid at another time, which it checks before anything else.
-fn validity(certificate: &CertificateDer<'_>) -> Result<(Timestamp, Timestamp), webpki::Error> {
-    let parsed = EndEntityCert::try_from(certificate)?;
-    let why_not_at = |seconds| {
-        let time = UnixTime::since_unix_epoch(Duration::from_secs(seconds));
-        parsed.verify_for_usage(&[], &[], &[], time, KeyUsage::server_auth(), None, None).err()
-    };
-    let timestamp = |time: UnixTime| {
-        let seconds = time.as_secs().try_into().ok();
-        seconds.and_then(|seconds| Timestamp::from_second(seconds).ok()).unwrap_or(Timestamp::MAX)
-    };
-    let from = match why_not_at(0) {
-        Some(webpki::Error::CertNotValidYet { not_before, .. }) => timestamp(not_before),
-        Some(error @ (webpki::Error::BadDer | webpki::Error::InvalidCertValidity)) => return Err(error),
-        _ => Timestamp::UNIX_EPOCH,
-    };
-    let until = match why_not_at(u64::MAX) {
-        Some(webpki::Error::CertExpired { not_after, .. }) => timestamp(not_after),
-        _ => Timestamp::MAX,
-    };
-    Ok((from, until))
-}
-
-/// When the first of these expires. One whose end can't be read, such as an authority of version 1, is left out.
-fn first_expiry(certificates: &[CertificateDer<'_>]) -> Option<Timestamp> {
-    certificates.iter().filter_map(|it| validity(it).ok()).map(|(_, until)| until).min()
 }
 
 /// The clock by which certificates of clients are verified.

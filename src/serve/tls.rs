@@ -1,6 +1,12 @@
-//! TLS of the listening addresses: its files are read at the start, and again when they change.
+//! TLS of the listening addresses and to subsystems: its files are read at the start, and again when they change.
 
-use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use jiff::Timestamp;
 
 use tokio::{select, sync::Notify, task::spawn_blocking};
 use tokio_util::sync::CancellationToken;
@@ -8,15 +14,20 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     clock::Clock,
     config::{self, Config, TlsVersion},
+    dial,
     file::{self, Changes, FileError, NamedFile},
-    listen::{Clients, Entrance, Loaded, Material, Pem, Protocol, Tls},
+    listen::{Clients, Entrance, Loaded, Material, Protocol, Tls},
+    pem::Pem,
     transport::Listener,
 };
 
-/// The TLS of all addresses that have it.
+const KEPT: &str = "the files of TLS can't be used: the earlier ones stay in use";
+
+/// The TLS of all addresses that have it, and to subsystems.
 pub(super) struct Certificates {
     server: Option<Address>,
     admin: Option<Address>,
+    dial: Dialing,
     clock: Clock,
     /// Notified when the operator wants the files to be read again.
     asked: Notify,
@@ -40,7 +51,6 @@ impl Address {
 
     /// Uses the files as they are now, if they can be used. Connections that are open are not affected.
     async fn reload(&self, clock: Clock) {
-        const KEPT: &str = "the files of TLS can't be used: the earlier ones stay in use";
         let now = clock.now();
         match load_aside(self.files.clone(), self.tls.protocol(), clock).await {
             Err(error) => tracing::error!(%error, "{KEPT}"),
@@ -60,19 +70,58 @@ impl Address {
     }
 }
 
+/// The connections to subsystems.
+struct Dialing {
+    files: config::DialTls,
+    tls: Arc<dial::Tls>,
+}
+
+impl Dialing {
+    async fn load(files: config::DialTls, clock: Clock) -> Result<Self, String> {
+        let loaded = load_dial_aside(files.clone()).await?;
+        if let Some(problem) = loaded.invalid(clock.now()) {
+            tracing::error!(error = %own_named(&files, &problem), "subsystems will refuse this certificate");
+        }
+        Ok(Self { files, tls: Arc::new(dial::Tls::new(loaded)) })
+    }
+
+    /// Uses the files as they are now, if they have changed and can be used. Calls on open connections are not
+    /// affected.
+    async fn reload(&self, clock: Clock) {
+        let now = clock.now();
+        match load_dial_aside(self.files.clone()).await {
+            Err(error) => tracing::error!(%error, "{KEPT}"),
+            Ok(loaded) => match loaded.invalid(now) {
+                Some(problem) if self.tls.current().invalid(now).is_none() => {
+                    tracing::error!(error = %own_named(&self.files, &problem), "{KEPT}");
+                }
+                problem => {
+                    if self.tls.replace(loaded) {
+                        tracing::info!("the files of TLS to subsystems were read again");
+                    }
+                    if let Some(problem) = problem {
+                        tracing::error!(error = %own_named(&self.files, &problem), "subsystems will refuse this certificate");
+                    }
+                }
+            },
+        }
+    }
+}
+
 impl Certificates {
     /// Reads all files. Also returns their later changes.
     ///
     /// # Errors
     /// A file can't be read, or can't be used. An expired certificate can be.
     pub(super) async fn load(config: &Config, clock: Clock) -> Result<(Arc<Self>, Changes), String> {
-        let (server, admin) = addresses(config);
-        let paths: BTreeSet<_> = server.iter().chain(&admin).flat_map(paths).collect();
+        let ((server, admin), dial) = (addresses(config), config.dial_tls());
+        let paths: BTreeSet<_> = server.iter().chain(&admin).flat_map(paths).chain(dial_paths(&dial)).collect();
         // Before the first read, so that no change is missed in between.
         let changes = Changes::of(paths).await;
         let server = Address::load(server, Protocol::Http2, clock).await?;
         let admin = Address::load(admin, Protocol::Http1, clock).await?;
-        Ok((Arc::new(Self { server, admin, clock, asked: Notify::new() }), changes))
+        let dial = Dialing::load(dial, clock).await?;
+        Ok((Arc::new(Self { server, admin, dial, clock, asked: Notify::new() }), changes))
     }
 
     /// Where connections of the gRPC server come in.
@@ -90,9 +139,23 @@ impl Certificates {
         self.admin.is_some()
     }
 
-    /// The TLS of each address.
-    pub(super) fn all(&self) -> Vec<Arc<Tls>> {
-        self.addresses().map(|address| address.tls.clone()).collect()
+    /// The TLS of connections to subsystems.
+    pub(super) fn dial(&self) -> Arc<dial::Tls> {
+        self.dial.tls.clone()
+    }
+
+    /// True if there are no files.
+    pub(super) fn is_empty(&self) -> bool {
+        self.addresses().next().is_none() && dial_paths(&self.dial.files).next().is_none()
+    }
+
+    /// When the first certificate of each file expires.
+    pub(super) fn expiries(&self) -> BTreeMap<PathBuf, Timestamp> {
+        let mut expiries: BTreeMap<_, _> = self.dial.tls.current().expiries().iter().cloned().collect();
+        for address in self.addresses() {
+            expiries.extend(address.tls.current().expiries().iter().cloned());
+        }
+        expiries
     }
 
     fn addresses(&self) -> impl Iterator<Item = &Address> {
@@ -121,13 +184,14 @@ impl Certificates {
             for address in self.addresses() {
                 address.reload(self.clock).await;
             }
+            self.dial.reload(self.clock).await;
             applied();
         }
     }
 }
 
 /// Reads the files of TLS that a configuration names. Returns the problems of certificates of the service that are not
-/// valid now: a service would start with them. Blocks.
+/// valid now, so that others will refuse them: a service would start with them. Blocks.
 ///
 /// # Errors
 /// A file can't be read, or can't be used, so that a service would not start.
@@ -139,7 +203,9 @@ pub fn check_tls(config: &Config, clock: Clock) -> Result<Vec<String>, String> {
         let invalid = load(&files, protocol, clock)?.invalid(clock.now());
         problems.extend(invalid.map(|problem| format!("{} {problem}", files.certificate)));
     }
-    // Both addresses may have the same certificate.
+    let dial = config.dial_tls();
+    problems.extend(load_dial(&dial)?.invalid(clock.now()).map(|problem| own_named(&dial, &problem)));
+    // All may have the same certificate.
     problems.dedup();
     Ok(problems)
 }
@@ -154,31 +220,68 @@ fn paths(files: &config::Tls) -> impl Iterator<Item = PathBuf> {
     [certificate, key].into_iter().chain(clients.as_ref().map(|(ca, _)| ca)).map(|file| file.path.clone())
 }
 
+fn dial_paths(files: &config::DialTls) -> impl Iterator<Item = PathBuf> {
+    let (certificate, key) = files.own.as_ref().map(|(certificate, key)| (certificate, key)).unzip();
+    [files.authorities.as_ref(), certificate, key].into_iter().flatten().map(|file| file.path.clone())
+}
+
 async fn load_aside(files: config::Tls, protocol: Protocol, clock: Clock) -> Result<Loaded, String> {
-    let file = files.certificate.clone();
-    // A file system can be slow.
-    let loaded = spawn_blocking(move || load(&files, protocol, clock)).await;
+    aside(move || load(&files, protocol, clock)).await
+}
+
+async fn load_dial_aside(files: config::DialTls) -> Result<dial::Loaded, String> {
+    aside(move || load_dial(&files)).await
+}
+
+/// Reads files on a blocking thread: a file system can be slow.
+async fn aside<T: Send + 'static>(load: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
     // It ends only because of a defect.
-    loaded.unwrap_or_else(|defect| Err(format!("{file} was not read: {defect}")))
+    spawn_blocking(load).await.unwrap_or_else(|defect| Err(format!("the files of TLS were not read: {defect}")))
 }
 
 fn load(files: &config::Tls, protocol: Protocol, clock: Clock) -> Result<Loaded, String> {
     let config::Tls { certificate, key, clients, min_version } = files;
-    let pem = |file: &NamedFile, bytes: Result<Vec<u8>, FileError>| match bytes {
-        Ok(bytes) => Ok(Pem { name: file.to_string(), path: file.path.clone(), bytes }),
-        Err(error) => Err(format!("{file} {error}")),
-    };
     let clients = match clients {
-        Some((ca, are_required)) => Some(Clients { ca: pem(ca, file::read(&ca.path))?, are_required: *are_required }),
+        Some((ca, are_required)) => Some(Clients { ca: read(ca)?, are_required: *are_required }),
         None => None,
     };
     let material = Material {
-        certificate: pem(certificate, file::read(&certificate.path))?,
-        key: pem(key, file::read_secret(&key.path))?,
+        certificate: read(certificate)?,
+        key: read_secret(key)?,
         clients,
         allows_1_2: *min_version == TlsVersion::V1_2,
     };
     Loaded::of(&material, protocol, Arc::new(move || clock.now()))
+}
+
+fn load_dial(files: &config::DialTls) -> Result<dial::Loaded, String> {
+    let config::DialTls { authorities, own } = files;
+    let authorities = authorities.as_ref().map(read).transpose()?;
+    let own = match own {
+        Some((certificate, key)) => Some((read(certificate)?, read_secret(key)?)),
+        None => None,
+    };
+    dial::Loaded::of(dial::Material { authorities, own })
+}
+
+fn read(file: &NamedFile) -> Result<Pem, String> {
+    pem(file, file::read(&file.path))
+}
+
+fn read_secret(file: &NamedFile) -> Result<Pem, String> {
+    pem(file, file::read_secret(&file.path))
+}
+
+fn pem(file: &NamedFile, bytes: Result<Vec<u8>, FileError>) -> Result<Pem, String> {
+    match bytes {
+        Ok(bytes) => Ok(Pem { name: file.to_string(), path: file.path.clone(), bytes }),
+        Err(error) => Err(format!("{file} {error}")),
+    }
+}
+
+/// A problem of the certificate for subsystems, with its name.
+fn own_named(files: &config::DialTls, problem: &str) -> String {
+    files.own.as_ref().map_or_else(String::new, |(certificate, _)| format!("{certificate} {problem}"))
 }
 
 fn report_invalid(files: &config::Tls, problem: &str) {

@@ -6,7 +6,7 @@
 
 mod definitions;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use futures_util::{Stream, stream};
 use jiff::Timestamp;
@@ -25,7 +25,7 @@ use super::otlp::Exporter;
 use crate::{
     api::CallCounts,
     engine::{BreakerState, SubsystemCounts},
-    listen::{Connections, Tls},
+    listen::Connections,
     memory::{Memory, Shares},
     model::{CycleState, Histogram, Name},
     orchestrator::{Counts, Figures, Orchestrator, Registered},
@@ -38,6 +38,9 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Number of subsystems in one piece: about 100 kB, made in about a millisecond.
 const PAGE: usize = 64;
 
+/// Returns when the first certificate of each file expires.
+pub type Expiries = Box<dyn Fn() -> BTreeMap<PathBuf, Timestamp> + Send + Sync>;
+
 /// The source of a scrape.
 pub struct Metrics {
     /// Makes one piece at a time, so that all scrapes together take at most one processor from cycles.
@@ -45,7 +48,7 @@ pub struct Metrics {
     calls: Option<Arc<CallCounts>>,
     exporter: Option<Arc<Exporter>>,
     servers: Vec<(&'static str, Arc<Connections>)>,
-    tls: Vec<Arc<Tls>>,
+    expiries: Option<Expiries>,
     memory: Option<Shares>,
     #[cfg(target_os = "linux")]
     process: ProcessCollector,
@@ -72,7 +75,7 @@ impl Default for Metrics {
             calls: None,
             exporter: None,
             servers: Vec::new(),
-            tls: Vec::new(),
+            expiries: None,
             memory: None,
             #[cfg(target_os = "linux")]
             process: ProcessCollector::for_self(),
@@ -87,10 +90,10 @@ impl Metrics {
         calls: Arc<CallCounts>,
         exporter: Option<Arc<Exporter>>,
         servers: Vec<(&'static str, Arc<Connections>)>,
-        tls: Vec<Arc<Tls>>,
+        expiries: Expiries,
         memory: Shares,
     ) -> Self {
-        Self { calls: Some(calls), exporter, servers, tls, memory: Some(memory), ..self }
+        Self { calls: Some(calls), exporter, servers, expiries: Some(expiries), memory: Some(memory), ..self }
     }
 
     /// Writes all metrics of an orchestrator, piece by piece. It is kept to the end.
@@ -173,7 +176,7 @@ impl Metrics {
             LOG_LINES_DROPPED.single(number(super::dropped_lines())),
             by_server(&CONNECTIONS, Connections::open),
             by_server(&CONNECTIONS_LIMIT, Connections::max),
-            of_certificates(&self.tls),
+            of_certificates(self.expiries.as_ref()),
             by_purpose(&MEMORY_HELD, Memory::held),
             by_purpose(&MEMORY_LIMIT, Memory::max),
             RUNTIME_WORKERS.single(count(runtime.num_workers())),
@@ -247,14 +250,11 @@ fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
     ]
 }
 
-/// Addresses may share files.
-fn of_certificates(tls: &[Arc<Tls>]) -> MetricFamily {
-    let mut files = BTreeMap::new();
-    for tls in tls {
-        let now = tls.current();
-        files.extend(now.expiries().iter().map(|(file, expiry)| (file.display().to_string(), *expiry)));
-    }
-    TLS_EXPIRY.family(files.iter().map(|(file, expiry)| TLS_EXPIRY.value(&[file], unix_time(*expiry))).collect())
+fn of_certificates(expiries: Option<&Expiries>) -> MetricFamily {
+    let files = expiries.map(|expiries| expiries()).unwrap_or_default();
+    let expiry =
+        |(file, expiry): (&PathBuf, &Timestamp)| TLS_EXPIRY.value(&[&file.display().to_string()], unix_time(*expiry));
+    TLS_EXPIRY.family(files.iter().map(expiry).collect())
 }
 
 fn of_tasks(counts: &Counts) -> [MetricFamily; 2] {

@@ -41,7 +41,7 @@ use tonic::{
     codegen::http,
     transport::{
         Identity, ServerTlsConfig,
-        server::{Connected, Server},
+        server::{Connected, Server, TlsConnectInfo},
     },
 };
 use tower::util::MapResponseLayer;
@@ -171,6 +171,8 @@ pub struct Call {
     pub parameters: Value,
     /// The inputs.
     pub inputs: BTreeMap<String, SeenInput>,
+    /// The certificate that the caller has shown, in DER, if the RPC is `RunCycle`.
+    pub certificate: Option<Vec<u8>>,
     /// Its position among all starts and ends of calls of this fleet.
     pub began: u64,
     /// Its end and the position of that; `None` while it runs.
@@ -291,10 +293,15 @@ impl Fleet {
 
     /// A fleet behind TLS, which shows this certificate.
     pub async fn behind_tls(identity: Identity) -> Self {
+        Self::behind_tls_with(ServerTlsConfig::new().identity(identity)).await
+    }
+
+    /// A fleet behind this TLS.
+    pub async fn behind_tls_with(tls: ServerTlsConfig) -> Self {
         let mut fleet = Self::unserved();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         fleet.endpoints.push(format!("https://{}", listener.local_addr().unwrap()));
-        fleet.serve(TcpListenerStream::new(listener), Some(ServerTlsConfig::new().identity(identity)));
+        fleet.serve(TcpListenerStream::new(listener), Some(tls));
         fleet
     }
 
@@ -532,7 +539,11 @@ impl Subsystem for FakeService {
     }
 
     async fn run_cycle(&self, request: Request<pb::RunCycleRequest>) -> Result<Response<pb::RunCycleResponse>, Status> {
-        let connection = request.extensions().get::<CancellationToken>().cloned().unwrap_or_default();
+        let over_tls = request.extensions().get::<TlsConnectInfo<CancellationToken>>();
+        let shown = over_tls.and_then(TlsConnectInfo::peer_certs);
+        let certificate = shown.and_then(|chain| Some(chain.first()?.to_vec()));
+        let plain = || request.extensions().get::<CancellationToken>();
+        let connection = over_tls.map(TlsConnectInfo::get_ref).or_else(plain).cloned().unwrap_or_default();
         let (timeout, trace) = (timeout_of(&request), trace_of(&request));
         let request = request.into_inner();
         let inputs = request.inputs.iter().map(|(name, input)| (name.clone(), SeenInput::of(input))).collect();
@@ -545,6 +556,7 @@ impl Subsystem for FakeService {
             scheduled_at: request.scheduled_at,
             parameters: from_struct(&request.parameters),
             inputs,
+            certificate,
             ..Call::of(Method::RunCycle, &request.subsystem)
         });
         let answer = self.act(&request, &connection).await;
@@ -578,6 +590,7 @@ impl Call {
             scheduled_at: None,
             parameters: json!({}),
             inputs: BTreeMap::new(),
+            certificate: None,
             began: 0,
             ended: None,
         }

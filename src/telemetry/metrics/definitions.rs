@@ -126,7 +126,8 @@ definitions! {
          connection is idle.";
 
     TLS_EXPIRY: Gauge "orchestrator_tls_certificate_expiry_timestamp_seconds" ["file"]
-        "When the first certificate in a file of server.tls or admin.tls expires, as Unix time. Missing without TLS.";
+        "When the first certificate in a file of server.tls, admin.tls or dial expires, as Unix time. Missing without \
+         such files.";
     MEMORY_HELD: Gauge "orchestrator_memory_held_bytes" ["purpose"]
         "Bytes held for data whose size clients and subsystems decide, by purpose: requests that are being received, \
          answers that clients have not read yet, those of the admin address, records of the history, the latest \
