@@ -388,7 +388,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Again<S> {
 #[cfg(test)]
 mod tests {
     use rcgen::{CertifiedKey, generate_simple_self_signed};
-    use rustls_pki_types::ServerName;
+    use rustls_pki_types::{PrivateKeyDer, ServerName, pem::PemObject};
     use tokio::{
         io::{DuplexStream, duplex},
         time::Instant,
