@@ -25,7 +25,7 @@ use orchestrator_core::{
         Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec,
         LoopStart, Name, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
     },
-    orchestrator::{Change, Declared, NotCancelled, Orchestrator, OrchestratorTasks, Refusal, Settings},
+    orchestrator::{Change, Declared, NotCancelled, Orchestrator, OrchestratorTasks, Refusal, Registrar, Settings},
     ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
     proto::orchestrator::v1 as pb,
     record::{self, PartFilter},
@@ -328,7 +328,7 @@ async fn run(case: Case) {
     let mut registered = BTreeMap::new();
     for Scripted { spec, .. } in &case.fleet {
         let Ok(subsystem) = Subsystem::from_spec(spec) else { continue };
-        match orchestrator.register(subsystem.clone(), None).await {
+        match orchestrator.register(subsystem.clone(), None, &Registrar::Anyone).await {
             Ok((_, created)) => {
                 assert_eq!(created, Change::Created);
                 registered.insert(spec.name.clone(), subsystem);
@@ -493,7 +493,7 @@ async fn loops_over_disjoint_subsystems_lose_no_tick_to_each_other() {
     let fleet = Fleet::of(scripted);
     let (orchestrator, mut tasks) = start(Settings { max_concurrent_calls: 100, ..settings() }, &fleet).await;
     for scripted in fleet.scripted.values() {
-        orchestrator.register(Subsystem::from_spec(&scripted.spec).unwrap(), None).await.unwrap();
+        orchestrator.register(Subsystem::from_spec(&scripted.spec).unwrap(), None, &Registrar::Anyone).await.unwrap();
     }
     for (loop_name, milliseconds, subsystems) in [("fast", 500, 0..3), ("slow", 2000, 3..6)] {
         let spec = LoopSpec {

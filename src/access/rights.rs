@@ -78,6 +78,12 @@ impl Rights {
         self.0.iter()
     }
 
+    /// True if they are those of an administrator.
+    #[must_use]
+    pub fn are_unlimited(&self) -> bool {
+        self.iter().any(Right::is_unlimited)
+    }
+
     /// Checks that rights of these roles cover all targets.
     ///
     /// # Errors

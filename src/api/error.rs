@@ -12,7 +12,7 @@ use super::judge::Denied;
 use crate::{
     access::{Role, Unauthenticated},
     model::{Name, Violation, Violations, excerpt},
-    orchestrator::Refusal,
+    orchestrator::{NotOwner, Refusal},
     ports::Unreadable,
 };
 
@@ -76,6 +76,10 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
         }
         Refusal::DeclaredInConfig(name) => {
             (Code::FailedPrecondition, "DECLARED_IN_CONFIG", vec![("name", name.to_string())])
+        }
+        // `Entered::refused` adds the RPC.
+        Refusal::NotOwner(NotOwner { name, .. }) => {
+            (Code::PermissionDenied, "NOT_ALLOWED", vec![("target", format!("subsystem {name}"))])
         }
         Refusal::RegistryFull { .. } | Refusal::RegistryMemoryFull(_) => {
             (Code::ResourceExhausted, "REGISTRY_FULL", vec![])
@@ -148,6 +152,10 @@ pub(super) fn denied(denied: &Denied) -> Status {
             let target = shortened(target.clone(), MAX_VALUE);
             (Code::PermissionDenied, "NOT_ALLOWED", vec![("rpc", (*call).to_owned()), ("target", target)])
         }
+        Denied::NotOwner { call, refusal } => {
+            let target = format!("subsystem {}", refusal.name);
+            (Code::PermissionDenied, "NOT_ALLOWED", vec![("rpc", (*call).to_owned()), ("target", target)])
+        }
     };
     with_reason(code, message, reason, metadata)
 }
@@ -179,6 +187,7 @@ impl Display for Denied {
                 }?;
                 f.write_str(" (access.grants in the configuration of the service)")
             }
+            Self::NotOwner { refusal, .. } => refusal.fmt(f),
         }
     }
 }

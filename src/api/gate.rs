@@ -11,7 +11,7 @@ use super::{
     caller::Caller,
     calls::{CallCounts, CountedCall},
     error::status,
-    judge::Judge,
+    judge::{Authority, Judge},
     rpc::{Asks, Rpc},
 };
 use crate::{
@@ -33,6 +33,9 @@ pub(super) struct Gate {
 pub struct Entered<Q> {
     orchestrator: Arc<Orchestrator>,
     pub(super) caller: Caller,
+    pub(super) authority: Authority,
+    judge: Judge,
+    rpc: Rpc,
     request: Q,
     room: Option<Held>,
 }
@@ -41,6 +44,14 @@ impl<Q> Entered<Q> {
     /// The orchestrator, which handlers reach only here, and only while the call lives: they can't clone it.
     pub(super) fn orchestrator(&self) -> &Orchestrator {
         &self.orchestrator
+    }
+
+    /// The status of this call when the orchestrator refuses it.
+    pub(super) fn refused(&self, refusal: impl Into<Refusal>) -> Status {
+        match refusal.into() {
+            Refusal::NotOwner(refusal) => self.judge.not_owner(&self.caller, self.rpc, refusal),
+            refusal => status(refusal),
+        }
     }
 }
 
@@ -96,9 +107,10 @@ impl Gate {
     pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
         let (_, mut extensions, request) = request.into_parts();
         let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
-        self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
+        let authority = self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
         let room = self.room_of(&request)?;
-        Ok(Entered { orchestrator: self.orchestrator.clone(), caller, request, room })
+        let (orchestrator, judge) = (self.orchestrator.clone(), self.judge.clone());
+        Ok(Entered { orchestrator, caller, authority, judge, rpc: Q::RPC, request, room })
     }
 
     /// Memory for a decoded request until it is answered. At most all of it: any request that could be received is

@@ -13,10 +13,11 @@ use crate::{
     clock::Clock,
     listen::Repeated,
     model::{Identity, text::clean},
+    orchestrator::{NotOwner, Registrar},
 };
 
 /// Why a caller is refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) enum Denied {
     /// Its identity is not known.
     Unauthenticated(Unauthenticated),
@@ -29,6 +30,28 @@ pub(super) enum Denied {
         /// The roles that may make the call.
         roles: &'static [Role],
     },
+    /// It may make the call, but another caller owns its target.
+    NotOwner { call: &'static str, refusal: NotOwner },
+}
+
+/// The authority of a caller whose call was admitted.
+#[derive(Clone, Debug)]
+pub(super) enum Authority {
+    /// The policy is not enforced: callers may do everything, and are not told apart.
+    Anyone,
+    /// The policy is enforced, and allows the call.
+    Granted { identity: Identity, rights: Rights },
+}
+
+impl Authority {
+    /// The caller as one that changes registrations.
+    pub(super) fn registrar(&self) -> Registrar {
+        match self {
+            Self::Anyone => Registrar::Anyone,
+            Self::Granted { identity, rights } if rights.are_unlimited() => Registrar::Admin(identity.clone()),
+            Self::Granted { identity, .. } => Registrar::Owner(identity.clone()),
+        }
+    }
 }
 
 /// The knowledge of the service about a caller.
@@ -82,8 +105,8 @@ impl Judge {
         authenticated.map(drop).map_err(|why| self.denied(caller, call, &Denied::Unauthenticated(why), policy.mode()))
     }
 
-    /// Checks that a caller may make a call. In the mode `dry_run`, it may make every call; calls that would be refused
-    /// are logged and counted.
+    /// Checks that a caller may make a call, and returns its authority. In the mode `dry_run`, it may make every call;
+    /// calls that would be refused are logged and counted.
     ///
     /// # Errors
     /// It may not, and the policy is enforced.
@@ -93,13 +116,13 @@ impl Judge {
         rpc: Rpc,
         calls: &CallCounts,
         targets: impl FnOnce() -> Targets<'t>,
-    ) -> Result<(), Status> {
-        match self.denial(caller, rpc.name(), rpc.rule(), targets) {
-            None => Ok(()),
-            Some((Mode::Enforce, status)) => Err(status),
-            Some((_, status)) => {
+    ) -> Result<Authority, Status> {
+        match self.decide(caller, rpc.name(), rpc.rule(), targets) {
+            Ok(authority) => Ok(authority),
+            Err((Mode::Enforce, status)) => Err(status),
+            Err((_, status)) => {
                 calls.would_be_denied(caller.way, rpc, status.code());
-                Ok(())
+                Ok(Authority::Anyone)
             }
         }
     }
@@ -109,26 +132,36 @@ impl Judge {
     /// # Errors
     /// It may not, and the policy is enforced.
     pub(super) fn check_beside(&self, caller: &Caller, name: &'static str, rule: Rule) -> Result<(), Status> {
-        match self.denial(caller, name, rule, Targets::default) {
-            Some((Mode::Enforce, status)) => Err(status),
+        match self.decide(caller, name, rule, Targets::default) {
+            Err((Mode::Enforce, status)) => Err(status),
             _ => Ok(()),
         }
     }
 
-    /// The status of a call that the policy in force denies, and its mode.
-    fn denial<'t>(
+    /// The status of a call whose caller may make it, but not change what another caller owns.
+    pub(super) fn not_owner(&self, caller: &Caller, rpc: Rpc, refusal: NotOwner) -> Status {
+        self.denied(caller, rpc.name(), &Denied::NotOwner { call: rpc.name(), refusal }, Mode::Enforce)
+    }
+
+    /// The authority of the caller; or the mode of the policy in force, and the status of the call that it denies.
+    fn decide<'t>(
         &self,
         caller: &Caller,
         call: &'static str,
         rule: Rule,
         targets: impl FnOnce() -> Targets<'t>,
-    ) -> Option<(Mode, Status)> {
+    ) -> Result<Authority, (Mode, Status)> {
         let policy = self.0.policy.borrow().clone();
         if policy.mode() == Mode::Off {
-            return None;
+            return Ok(Authority::Anyone);
         }
-        let denied = judge(&policy, self.0.clock.now(), caller, (call, rule), &targets()).err()?;
-        Some((policy.mode(), self.denied(caller, call, &denied, policy.mode())))
+        match judge(&policy, self.0.clock.now(), caller, (call, rule), &targets()) {
+            Ok((Authenticated { identity, .. }, rights)) if policy.mode() == Mode::Enforce => {
+                Ok(Authority::Granted { identity, rights })
+            }
+            Ok(_) => Ok(Authority::Anyone),
+            Err(denied) => Err((policy.mode(), self.denied(caller, call, &denied, policy.mode()))),
+        }
     }
 
     /// The caller, as the policy in force knows it.
@@ -166,7 +199,7 @@ impl Judge {
                 let policy = changes.borrow_and_update().clone();
                 let now = this.0.clock.now();
                 let expires_at = match judge(&policy, now, &caller, (rpc.name(), rpc.rule()), &Targets::ALL) {
-                    Ok(expires_at) => expires_at,
+                    Ok((Authenticated { expires_at, .. }, _)) => expires_at,
                     Err(denied) => return this.denied(&caller, rpc.name(), &denied, policy.mode()),
                 };
                 let valid_for = expires_at.and_then(|at| Duration::try_from(at.duration_since(now)).ok());
@@ -198,19 +231,20 @@ impl Judge {
     }
 }
 
-/// When the credential of a caller expires, if the caller may make this call.
+/// The identity of a caller that may make this call, and its rights.
 fn judge(
     policy: &Policy,
     now: Timestamp,
     caller: &Caller,
     (call, rule): (&'static str, Rule),
     targets: &Targets<'_>,
-) -> Result<Option<Timestamp>, Denied> {
-    let Authenticated { identity, expires_at } =
-        policy.authenticate(&caller.credential(now), now).map_err(Denied::Unauthenticated)?;
-    if let Rule::Roles(roles) = rule {
-        let covered = policy.rights(&identity).cover(roles, targets);
-        covered.map_err(|target| Denied::NotAllowed { identity, call, target, roles })?;
+) -> Result<(Authenticated, Rights), Denied> {
+    let known = policy.authenticate(&caller.credential(now), now).map_err(Denied::Unauthenticated)?;
+    let rights = policy.rights(&known.identity);
+    if let Rule::Roles(roles) = rule
+        && let Err(target) = rights.cover(roles, targets)
+    {
+        return Err(Denied::NotAllowed { identity: known.identity, call, target, roles });
     }
-    Ok(expires_at)
+    Ok((known, rights))
 }

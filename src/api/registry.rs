@@ -29,7 +29,8 @@ impl Handlers {
             request.registrations.iter().map(|it| 1 + it.requires.len() + it.after.len() + it.reads.len()).sum();
         let read = self.over(named, move || request::registrations(request)).await?;
         let (subsystems, lease) = read.map_err(invalid)?;
-        let registered = call.orchestrator().register_all(subsystems, lease).await.map_err(status)?;
+        let registered = call.orchestrator().register_all(subsystems, lease, &call.authority.registrar()).await;
+        let registered = registered.map_err(|refusal| call.refused(refusal))?;
         let mut answer = pb::RegisterSubsystemsResponse::default();
         for (registered, change) in registered {
             let name = registered.member.subsystem.name.to_string();
@@ -95,7 +96,8 @@ pub(super) async fn register_subsystem(
     let pb::RegisterSubsystemRequest { registration, lease } = request;
     let subsystem = request::registration(registration).map_err(invalid)?;
     let lease = request::lease(lease).map_err(invalid)?;
-    let (registered, change) = call.orchestrator().register(subsystem, lease).await.map_err(status)?;
+    let registered = call.orchestrator().register(subsystem, lease, &call.authority.registrar()).await;
+    let (registered, change) = registered.map_err(|refusal| call.refused(refusal))?;
     let subsystem = Some(listed(call.orchestrator(), &registered, None));
     Ok(pb::RegisterSubsystemResponse { subsystem, created: change == Change::Created })
 }
@@ -104,7 +106,8 @@ pub(super) async fn unregister_subsystem(
     mut call: Entered<pb::UnregisterSubsystemRequest>,
 ) -> Result<pb::UnregisterSubsystemResponse, Status> {
     let name = subsystem_name(&call.take_request().name)?;
-    call.orchestrator().unregister(&name).await.map_err(status)?;
+    let unregistered = call.orchestrator().unregister(&name, &call.authority.registrar()).await;
+    unregistered.map_err(|refusal| call.refused(refusal))?;
     Ok(pb::UnregisterSubsystemResponse {})
 }
 
@@ -142,7 +145,8 @@ pub(super) async fn get_subsystem(
 
 pub(super) async fn renew_lease(mut call: Entered<pb::RenewLeaseRequest>) -> Result<pb::RenewLeaseResponse, Status> {
     let name = subsystem_name(&call.take_request().name)?;
-    let expires_at = call.orchestrator().renew_lease(&name).map_err(status)?;
+    let renewed = call.orchestrator().renew_lease(&name, &call.authority.registrar());
+    let expires_at = renewed.map_err(|refusal| call.refused(refusal))?;
     Ok(pb::RenewLeaseResponse { lease_expires_at: Some(timestamp(expires_at)) })
 }
 

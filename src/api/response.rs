@@ -206,6 +206,7 @@ pub(super) fn subsystem_status(
         output: output.filter(|_| include_output).map(|output| output.payload.as_bytes().clone()).unwrap_or_default(),
         snapshot,
         snapshot_error,
+        owner: member.owner.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 

@@ -520,6 +520,7 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
     let mut fact = |what, is| facts.push((what, is));
     fact("subsystem", registration.name.clone());
     fact("declared by", origin(status.origin()).to_owned());
+    fact("owner", status.owner.clone());
     fact("endpoint", registration.endpoint.clone());
     fact("phase", registration.phase.to_string());
     for (list, of) in

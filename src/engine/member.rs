@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::{Breaker, BreakerState};
 use crate::{
     memory::{Full, Held, Memory},
-    model::{CycleId, Histogram, Name, Output, Subsystem, SubsystemReport, SubsystemState},
+    model::{CycleId, Histogram, Identity, Name, Output, Subsystem, SubsystemReport, SubsystemState},
 };
 
 /// One registered subsystem in plans.
@@ -24,6 +24,8 @@ pub struct Member {
     pub subsystem: Arc<Subsystem>,
     /// True while it is suspended.
     pub suspended: bool,
+    /// The caller that registered it; `None` if it is declared, or was registered by nobody in particular.
+    pub owner: Option<Identity>,
     /// Its state between cycles.
     pub standing: Arc<Standing>,
     kept: Arc<Kept>,
@@ -39,9 +41,15 @@ struct Kept {
 }
 
 impl Member {
-    /// A member that has not been initialized.
+    /// A member without an owner that has not been initialized.
     pub fn new(subsystem: Arc<Subsystem>, suspended: bool, standing: Arc<Standing>) -> Self {
-        Self { subsystem, suspended, standing, kept: Arc::default() }
+        Self { subsystem, suspended, owner: None, standing, kept: Arc::default() }
+    }
+
+    /// The same member with this owner.
+    #[must_use]
+    pub fn owned_by(self, owner: Option<Identity>) -> Self {
+        Self { owner, ..self }
     }
 
     /// The same member, not initialized yet, with the memory of its registration.

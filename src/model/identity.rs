@@ -91,6 +91,17 @@ impl Identity {
         is_nameable(name).then(|| Self::Certificate(name.into()))
     }
 
+    /// Approximate bytes that it takes in memory.
+    #[must_use]
+    pub fn footprint(&self) -> usize {
+        let name = match self {
+            Self::Nobody | Self::Uid(_) => 0,
+            Self::Token(name) => name.as_str().len(),
+            Self::Certificate(name) => name.len(),
+        };
+        size_of::<Self>() + name
+    }
+
     /// The kind and the name, unless it is nobody.
     pub(crate) fn parts(&self) -> Option<(IdentityKind, Cow<'_, str>)> {
         match self {

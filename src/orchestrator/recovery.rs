@@ -27,7 +27,9 @@ use crate::{
     host::Host,
     ledger::Signer,
     memory::{Memory, Shares},
-    model::{CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, IntervalLoop, Name, Subsystem, Trigger},
+    model::{
+        CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Identity, IntervalLoop, Name, Subsystem, Trigger,
+    },
     ports::{
         Contents, Lost, OpenCycle, Spans, Stage, Store, StoredOutput, StoredSubsystem, Subsystems, UnreadableRow, Write,
     },
@@ -117,8 +119,10 @@ impl Orchestrator {
             let standing = standing(&name);
             match Subsystem::from_spec(spec) {
                 Ok(subsystem) => {
-                    let held = hold(subsystem.footprint())?;
-                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing).holding(held);
+                    let owner = stored.owner.clone();
+                    let held = hold(subsystem.footprint() + owner.as_ref().map_or(0, Identity::footprint))?;
+                    let member = Member::new(Arc::new(subsystem), stored.suspended, standing);
+                    let member = member.owned_by(owner).holding(held);
                     let lease = stored.lease.map(|length| Lease::new(length, begin));
                     entries.push(Registered { member, origin: Origin::Rpc { lease } });
                 }

@@ -4,7 +4,7 @@
 use crate::{
     engine::Ring,
     memory::Full,
-    model::{CycleId, Name, Revision, Violations},
+    model::{CycleId, Identity, Name, Revision, Violations},
     ports::{StoreError, Unreadable},
 };
 
@@ -102,6 +102,9 @@ pub enum Refusal {
     /// The configuration file takes precedence.
     #[error("{0} is declared in the configuration file; change it there")]
     DeclaredInConfig(Name),
+    /// Another caller owns it.
+    #[error("{} owns subsystem {}; only its owner and administrators may change it", .0.owner, .0.name)]
+    NotOwner(NotOwner),
     /// The limit of registered subsystems is reached.
     #[error(
         "{registered} subsystems are registered, and {new} more would exceed the limit of {max} \
@@ -233,6 +236,14 @@ pub enum NotRenewed {
     SubsystemNotFound(Name),
     /// It has no lease.
     NoLease(Name),
+    /// Another caller owns it.
+    NotOwner(NotOwner),
+}
+
+impl From<NotOwner> for NotRenewed {
+    fn from(refusal: NotOwner) -> Self {
+        Self::NotOwner(refusal)
+    }
 }
 
 impl From<NotRenewed> for Refusal {
@@ -240,7 +251,24 @@ impl From<NotRenewed> for Refusal {
         match refusal {
             NotRenewed::SubsystemNotFound(name) => Self::SubsystemNotFound(name),
             NotRenewed::NoLease(name) => Self::NoLease(name),
+            NotRenewed::NotOwner(refusal) => refusal.into(),
         }
+    }
+}
+
+/// Another caller owns the registration.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}", Refusal::from(self.clone()))]
+pub struct NotOwner {
+    /// The subsystem.
+    pub name: Name,
+    /// Its owner.
+    pub owner: Identity,
+}
+
+impl From<NotOwner> for Refusal {
+    fn from(refusal: NotOwner) -> Self {
+        Self::NotOwner(refusal)
     }
 }
 

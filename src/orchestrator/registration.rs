@@ -1,4 +1,7 @@
 //! Changes of the registry: registering, unregistering and suspending, by callers and by the end of leases.
+//!
+//! Who may change a registration is decided here, when it is the turn of the change: of two callers that register the
+//! same new name at the same time, one becomes its owner, and the other is refused.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -9,13 +12,13 @@ use tokio::{
 };
 
 use super::{
-    NotRenewed, Orchestrator, Refusal, Shared, State, Turn,
+    NotOwner, NotRenewed, Orchestrator, Refusal, Shared, State, Turn,
     aside::aside,
     registry::{Lease, Origin, Registered},
 };
 use crate::{
     engine::Member,
-    model::{Name, Subsystem},
+    model::{Identity, Name, Subsystem},
     ports::{StoreError, StoredSubsystem, Write},
 };
 
@@ -24,24 +27,61 @@ use crate::{
 pub enum Change {
     /// It was not registered before.
     Created,
-    /// Its registration or the length of its lease has changed.
+    /// Its registration, its owner or the length of its lease has changed.
     Replaced,
     /// Its registration is unchanged: at most its lease was renewed.
     Renewed,
+}
+
+/// The caller of a change of a registration. Its grants already cover the change; this is about owners.
+#[derive(Clone, Debug)]
+pub enum Registrar {
+    /// Callers are not known: any of them may change every registration, and owns none.
+    Anyone,
+    /// It may change the registrations that it owns or nobody owns. It owns those that it makes or replaces.
+    Owner(Identity),
+    /// It may change every registration. It owns those that it makes; those that it replaces keep their owner, so that
+    /// an administrator can mend one without taking it away from its process.
+    Admin(Identity),
+}
+
+impl Registrar {
+    /// Checks that it may change this registration.
+    ///
+    /// # Errors
+    /// Another caller owns it.
+    pub(super) fn check(&self, entry: &Registered) -> Result<(), NotOwner> {
+        match (self, &entry.member.owner) {
+            (Self::Owner(identity), Some(owner)) if identity != owner => {
+                Err(NotOwner { name: entry.name().clone(), owner: owner.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The owner of a registration that it makes, or that replaces an earlier one.
+    fn owner(&self, earlier: Option<&Registered>) -> Option<Identity> {
+        match (self, earlier) {
+            (Self::Anyone, None) => None,
+            (Self::Owner(identity), _) | (Self::Admin(identity), None) => Some(identity.clone()),
+            (Self::Anyone | Self::Admin(_), Some(earlier)) => earlier.member.owner.clone(),
+        }
+    }
 }
 
 impl Orchestrator {
     /// Registers a subsystem, or replaces its registration. Returns it with the result.
     ///
     /// # Errors
-    /// There would be a circular dependency, the file declares the name, the registry is full, the store can't be
-    /// written, or the process drains.
+    /// There would be a circular dependency, the file declares the name, another caller owns it, the registry is full,
+    /// the store can't be written, or the process drains.
     pub async fn register(
         &self,
         subsystem: Subsystem,
         lease: Option<Duration>,
+        by: &Registrar,
     ) -> Result<(Registered, Change), Refusal> {
-        let mut registered = self.register_all(vec![subsystem], lease).await?;
+        let mut registered = self.register_all(vec![subsystem], lease, by).await?;
         // One result for each.
         Ok(registered.remove(0))
     }
@@ -55,17 +95,20 @@ impl Orchestrator {
         &self,
         subsystems: Vec<Subsystem>,
         lease: Option<Duration>,
+        by: &Registrar,
     ) -> Result<Vec<(Registered, Change)>, Refusal> {
-        self.change(move |shared, turn| async move { shared.register(turn, subsystems, lease).await }).await
+        let by = by.clone();
+        self.change(move |shared, turn| async move { shared.register(turn, subsystems, lease, &by).await }).await
     }
 
     /// Removes a subsystem and its latest output.
     ///
     /// # Errors
-    /// It is not registered, the file declares it, the store can't be written, or the process drains.
-    pub async fn unregister(&self, name: &Name) -> Result<(), Refusal> {
-        let name = name.clone();
-        self.change(|shared, turn| async move { shared.unregister(turn, &name).await }).await
+    /// It is not registered, the file declares it, another caller owns it, the store can't be written, or the process
+    /// drains.
+    pub async fn unregister(&self, name: &Name, by: &Registrar) -> Result<(), Refusal> {
+        let (name, by) = (name.clone(), by.clone());
+        self.change(move |shared, turn| async move { shared.unregister(turn, &name, &by).await }).await
     }
 
     /// Suspends a subsystem, or resumes it and closes its breaker.
@@ -80,10 +123,10 @@ impl Orchestrator {
     /// Renews a lease. Returns its new end.
     ///
     /// # Errors
-    /// It is not registered, or has no lease.
-    pub fn renew_lease(&self, name: &Name) -> Result<Timestamp, NotRenewed> {
+    /// It is not registered, has no lease, or another caller owns it.
+    pub fn renew_lease(&self, name: &Name, by: &Registrar) -> Result<Timestamp, NotRenewed> {
         let _open = self.open_change();
-        let lease = self.0.state().registry.renew(name)?;
+        let lease = self.0.state().registry.renew(name, by)?;
         Ok(self.lease_ends_at(&lease))
     }
 
@@ -100,6 +143,7 @@ impl Shared {
         turn: Turn,
         subsystems: Vec<Subsystem>,
         lease: Option<Duration>,
+        by: &Registrar,
     ) -> Result<Vec<(Registered, Change)>, Refusal> {
         let max = self.settings().max_subsystems;
         let (earlier, registered): (Vec<_>, _) = {
@@ -110,28 +154,32 @@ impl Shared {
         if let Some(declared) = earlier.iter().flatten().find(|earlier| earlier.is_declared()) {
             return Err(Refusal::DeclaredInConfig(declared.name().clone()));
         }
+        earlier.iter().flatten().try_for_each(|earlier| by.check(earlier))?;
         let new = earlier.iter().filter(|earlier| earlier.is_none()).count();
         if new > 0 && registered + new > max {
             return Err(Refusal::RegistryFull { registered, new, max });
         }
         let mut moved = Vec::new();
         let change = |(subsystem, earlier): (Subsystem, Option<Registered>)| {
+            let owner = by.owner(earlier.as_ref());
             if let Some(earlier) = &earlier
                 && *earlier.member.subsystem == subsystem
+                && earlier.member.owner == owner
                 && earlier.lease().map(|lease| lease.length) == lease
             {
                 return Ok((earlier.clone(), Change::Renewed));
             }
-            let held = self.memory.try_hold(subsystem.footprint()).map_err(Refusal::RegistryMemoryFull)?;
+            let bytes = subsystem.footprint() + owner.as_ref().map_or(0, Identity::footprint);
+            let held = self.memory.try_hold(bytes).map_err(Refusal::RegistryMemoryFull)?;
             let Some(earlier) = earlier else {
-                let member = Member::new(Arc::new(subsystem), false, Arc::default()).holding(held);
+                let member = Member::new(Arc::new(subsystem), false, Arc::default()).owned_by(owner).holding(held);
                 return Ok((Registered { member, origin: Origin::Rpc { lease: None } }, Change::Created));
             };
             let Member { subsystem: before, suspended, standing, .. } = &earlier.member;
             if before.endpoint != subsystem.endpoint {
                 moved.push(standing.clone());
             }
-            let member = Member::new(Arc::new(subsystem), *suspended, standing.clone()).holding(held);
+            let member = Member::new(Arc::new(subsystem), *suspended, standing.clone()).owned_by(owner).holding(held);
             Ok((Registered { member, ..earlier }, Change::Replaced))
         };
         let entries: Result<Vec<_>, Refusal> = subsystems.into_iter().zip(earlier).map(change).collect();
@@ -192,10 +240,11 @@ impl Shared {
         self.leases_changed.notify_one();
         for (entry, change) in &entries {
             let endpoint = &entry.member.subsystem.endpoint;
+            let owner = entry.member.owner.as_ref().map(tracing::field::display);
             match change {
-                Change::Created => tracing::info!(subsystem = %entry.name(), %endpoint, "registered"),
+                Change::Created => tracing::info!(subsystem = %entry.name(), %endpoint, owner, "registered"),
                 Change::Replaced => {
-                    tracing::info!(subsystem = %entry.name(), %endpoint, "registered with changes");
+                    tracing::info!(subsystem = %entry.name(), %endpoint, owner, "registered with changes");
                 }
                 Change::Renewed => {}
             }
@@ -203,9 +252,14 @@ impl Shared {
         Ok(entries)
     }
 
-    async fn unregister(&self, mut turn: Turn, name: &Name) -> Result<(), Refusal> {
-        if self.state().registry.find(name)?.is_declared() {
-            return Err(Refusal::DeclaredInConfig(name.clone()));
+    async fn unregister(&self, mut turn: Turn, name: &Name, by: &Registrar) -> Result<(), Refusal> {
+        {
+            let state = self.state();
+            let entry = state.registry.find(name)?;
+            if entry.is_declared() {
+                return Err(Refusal::DeclaredInConfig(name.clone()));
+            }
+            by.check(entry)?;
         }
         self.forget(&mut turn, std::slice::from_ref(name)).await?;
         tracing::info!(subsystem = %name, "unregistered");

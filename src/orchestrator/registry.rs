@@ -8,7 +8,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{NotRegistered, NotRenewed, Orchestrator, Refusal};
+use super::{NotRegistered, NotRenewed, Orchestrator, Refusal, registration::Registrar};
 use crate::{
     engine::{Member, Plan, Ring, Standing, SubsystemCounts},
     memory::{Full, Memory},
@@ -108,6 +108,7 @@ impl Registered {
             spec: (!self.is_declared()).then(|| subsystem.to_spec()),
             lease: self.lease().map(|lease| lease.length),
             suspended: self.member.suspended,
+            owner: self.member.owner.clone(),
         }
     }
 }
@@ -274,10 +275,12 @@ impl Registry {
         Some(Left { endpoint, name: name.clone(), was_last: others == 0 })
     }
 
-    /// Renews the lease of an entry, if it has one and it has not expired: its end may already be being written.
-    pub(super) fn renew(&mut self, name: &Name) -> Result<Lease, NotRenewed> {
+    /// Renews the lease of an entry for a caller that may change it, if it has one and it has not expired: its end may
+    /// already be being written.
+    pub(super) fn renew(&mut self, name: &Name, by: &Registrar) -> Result<Lease, NotRenewed> {
         let not_found = || NotRenewed::SubsystemNotFound(name.clone());
         let entry = self.get(name).ok_or_else(not_found)?;
+        by.check(entry)?;
         let lease = entry.lease().ok_or_else(|| NotRenewed::NoLease(name.clone()))?;
         let now = Instant::now();
         if lease.expires <= now {

@@ -8,7 +8,10 @@ use jiff::Timestamp;
 
 use crate::{
     ledger::{Frontier, Hash, Node},
-    model::{CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Revision, SubsystemSpec, TraceId, Trigger},
+    model::{
+        CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, Revision, SubsystemSpec, TraceId,
+        Trigger,
+    },
 };
 
 /// The durable store. One process writes to it; each [`Write`] is atomic. An open store can be read. It takes writes
@@ -299,6 +302,8 @@ pub struct StoredSubsystem {
     pub lease: Option<Duration>,
     /// True while it is suspended.
     pub suspended: bool,
+    /// Its owner.
+    pub owner: Option<Identity>,
     /// Its name, the same as in `spec`.
     pub name: Name,
 }

@@ -16,8 +16,8 @@ use crate::{
     clock::Clock,
     ledger::{Entry, Frontier, Node},
     model::{
-        CycleId, CycleState, Epoch, LoopSpec, LoopState, Name, Output, Payload, Revision, SubsystemSpec, TraceId,
-        Trigger,
+        CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, Payload, Revision, SubsystemSpec,
+        TraceId, Trigger,
     },
     ports::{
         Contents, Excess, Filter, Found, OpenCycle, PageLimits, Record, Removal, ResumeError, Retention, RetentionRule,
@@ -77,7 +77,8 @@ pub(super) fn stored_subsystem(name: &str) -> (Name, Option<Arc<StoredSubsystem>
     let spec = SubsystemSpec { name: name.into(), endpoint: "http://h:1".into(), ..SubsystemSpec::default() };
     let name = self::name(name);
     let lease = Some(Duration::from_millis(1500));
-    let stored = StoredSubsystem { spec: Some(spec), lease, suspended: true, name: name.clone() };
+    let owner = Some(Identity::Token(name.clone()));
+    let stored = StoredSubsystem { spec: Some(spec), lease, suspended: true, owner, name: name.clone() };
     (name, Some(stored.into()))
 }
 

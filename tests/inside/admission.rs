@@ -13,7 +13,7 @@ use futures_util::future::BoxFuture;
 use orchestrator_core::{
     memory::Shares,
     model::{CycleId, CycleRequest, CycleState, IntervalLoop, LoopSpec, LoopStart, Name, OverlapPolicy, Trigger},
-    orchestrator::{Orchestrator, OrchestratorTasks, Refusal},
+    orchestrator::{Orchestrator, OrchestratorTasks, Refusal, Registrar},
     record, store,
 };
 use tokio::{sync::Notify, time::sleep};
@@ -42,7 +42,7 @@ async fn stage(held: Arc<Held>) -> (Orchestrator, OrchestratorTasks) {
     let store = Around { delay: Box::new(delay), ..Around::over(inner) };
     let (orchestrator, tasks) = start(settings(), Arc::default(), Arc::new(store)).await;
     for name in ["a", "b", "c"] {
-        orchestrator.register(subsystem(name), None).await.unwrap();
+        orchestrator.register(subsystem(name), None, &Registrar::Anyone).await.unwrap();
     }
     (orchestrator, tasks)
 }
@@ -125,7 +125,7 @@ async fn only_requests_of_more_than_four_kibibytes_need_memory_until_their_cycle
     let requests = &memory.requests;
     let process = Process { memory: memory.clone(), ..Process::default() };
     let (orchestrator, _tasks) = process.over(in_memory().await).await.unwrap();
-    orchestrator.register(subsystem("a"), None).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
     let of_size = |size: usize| {
         let with = |length: usize| CycleRequest { parameters: text(&"x".repeat(length)), ..of(&["a"]) };
         let request = with(3000 + size - with(3000).footprint());

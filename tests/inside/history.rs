@@ -15,7 +15,7 @@ use orchestrator_core::{
     memory::{Full, Shares},
     model::{CycleId, CycleState, Epoch, Name, Revision, Trigger},
     orchestrator::{
-        Declared, NotCancelled, Orchestrator, OrchestratorTasks, RecordHasNoRoom, Refusal, Settings, Stopped,
+        Declared, NotCancelled, Orchestrator, OrchestratorTasks, RecordHasNoRoom, Refusal, Registrar, Settings, Stopped,
     },
     ports::{Filter, Record, Retention, RetentionRule, Store, StoreError, Unreadable, Write},
     proto::orchestrator::v1::CycleTelemetry,
@@ -36,7 +36,7 @@ async fn keeping(retention: Retention) -> (Orchestrator, OrchestratorTasks) {
     let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let settings = Settings { retention, ..settings() };
     let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
-    orchestrator.register(subsystem("a"), None).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
     (orchestrator, tasks)
 }
 
@@ -113,7 +113,7 @@ async fn after_a_long_downtime_no_record_is_removed_for_its_age_at_first() {
     );
     let settings = Settings { retention, ..settings() };
     let (orchestrator, mut tasks) = start(settings.clone(), Arc::default(), store.clone()).await;
-    orchestrator.register(subsystem("a"), None).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
     for _ in 0..3 {
         run(&orchestrator, CycleState::Succeeded).await;
     }
@@ -132,7 +132,7 @@ async fn after_a_long_downtime_no_record_is_removed_for_its_age_at_first() {
 async fn a_page_with_a_filter_is_filled_from_as_many_records_as_that_takes() {
     const CYCLES: u64 = 300;
     let (orchestrator, _tasks) = keeping(Retention::default()).await;
-    orchestrator.register(subsystem("b"), None).await.unwrap();
+    orchestrator.register(subsystem("b"), None, &Registrar::Anyone).await.unwrap();
     for cycle in 0..CYCLES {
         let name = if cycle % 3 == 0 { "b" } else { "a" };
         orchestrator.run_cycle(of(&[name]), false).await.unwrap().recorded().await.unwrap();

@@ -6,7 +6,7 @@ use futures_util::future::BoxFuture;
 use orchestrator_core::{
     engine::BreakerState,
     model::{BreakerSpec, Code, Name, Subsystem, SubsystemSpec},
-    orchestrator::{Change, Declared, NotRegistered, Orchestrator, OrchestratorTasks, Refusal, Settings},
+    orchestrator::{Change, Declared, NotRegistered, Orchestrator, OrchestratorTasks, Refusal, Registrar, Settings},
     ports::Store,
 };
 use tokio::time::{Instant, sleep};
@@ -32,7 +32,7 @@ fn moved(name: &str) -> Subsystem {
 }
 
 async fn change(orchestrator: &Orchestrator, subsystem: Subsystem, lease: Option<Duration>) -> Change {
-    orchestrator.register(subsystem, lease).await.unwrap().1
+    orchestrator.register(subsystem, lease, &Registrar::Anyone).await.unwrap().1
 }
 
 #[tokio::test(start_paused = true)]
@@ -42,7 +42,7 @@ async fn a_repeated_registration_replaces_what_differs_and_otherwise_renews_the_
     sleep(LEASE / 2).await;
     assert_eq!(change(&orchestrator, subsystem("a"), Some(LEASE)).await, Change::Renewed);
     sleep(LEASE * 9 / 10).await;
-    orchestrator.renew_lease(&name("a")).unwrap();
+    orchestrator.renew_lease(&name("a"), &Registrar::Anyone).unwrap();
     sleep(LEASE * 9 / 10).await;
     assert_eq!(change(&orchestrator, moved("a"), Some(LEASE)).await, Change::Replaced);
     sleep(LEASE * 9 / 10).await;
@@ -60,7 +60,9 @@ async fn a_repeated_registration_replaces_what_differs_and_otherwise_renews_the_
 #[tokio::test(start_paused = true)]
 async fn a_full_registry_takes_repeated_registrations_only() {
     let (orchestrator, _tasks, _) = stage(Arc::default(), 3).await;
-    let register = |names: &[&str]| orchestrator.register_all(names.iter().map(|name| subsystem(name)).collect(), None);
+    let register = |names: &[&str]| {
+        orchestrator.register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone)
+    };
     register(&["a", "b"]).await.unwrap();
     let refused = register(&["b", "c", "d"]).await;
     assert!(matches!(refused, Err(Refusal::RegistryFull { registered: 2, new: 2, max: 3 })), "{refused:?}");
@@ -70,7 +72,7 @@ async fn a_full_registry_takes_repeated_registrations_only() {
     let settings = Settings { max_subsystems: 2, ..settings() };
     orchestrator.reload(settings, Declared::default()).await.unwrap();
     assert_eq!(change(&orchestrator, moved("a"), None).await, Change::Replaced);
-    orchestrator.unregister(&name("b")).await.unwrap();
+    orchestrator.unregister(&name("b"), &Registrar::Anyone).await.unwrap();
     assert!(matches!(register(&["b"]).await, Err(Refusal::RegistryFull { registered: 2, new: 1, max: 2 })));
 }
 
@@ -87,12 +89,12 @@ async fn an_endpoint_is_left_for_good_by_its_last_subsystem() {
     assert_eq!(left(), []);
     change(&orchestrator, moved("a"), None).await;
     assert_eq!(left(), [("a".to_owned(), false)]);
-    orchestrator.unregister(&name("b")).await.unwrap();
+    orchestrator.unregister(&name("b"), &Registrar::Anyone).await.unwrap();
     assert_eq!(left(), [("b".to_owned(), false)]);
     change(&orchestrator, moved("c"), None).await;
     assert_eq!(left(), [("c".to_owned(), true)]);
-    orchestrator.unregister(&name("a")).await.unwrap();
-    orchestrator.unregister(&name("c")).await.unwrap();
+    orchestrator.unregister(&name("a"), &Registrar::Anyone).await.unwrap();
+    orchestrator.unregister(&name("c"), &Registrar::Anyone).await.unwrap();
     assert_eq!(left(), [("a".to_owned(), false), ("c".to_owned(), true)]);
 }
 
@@ -111,7 +113,7 @@ async fn registrations_outlive_the_process_with_their_leases_and_suspensions() {
     }
     let resumed = orchestrator.suspend(&name("resumed"), false).await.unwrap();
     assert!(!resumed.member.suspended);
-    orchestrator.unregister(&name("gone")).await.unwrap();
+    orchestrator.unregister(&name("gone"), &Registrar::Anyone).await.unwrap();
     sleep(LEASE / 2).await;
     orchestrator.drain();
     tasks.finished().await.unwrap();
@@ -165,7 +167,7 @@ async fn a_renewal_is_for_the_full_length_and_not_undone_by_a_change_that_is_bei
         async move { orchestrator.suspend(&name("a"), true).await.unwrap() }
     });
     sleep(Duration::from_millis(500)).await;
-    let ends_at = orchestrator.renew_lease(&name("a")).unwrap();
+    let ends_at = orchestrator.renew_lease(&name("a"), &Registrar::Anyone).unwrap();
     assert_eq!(ends_at, clock.now() + LEASE);
     let shown = suspending.await.unwrap();
     assert!(shown.member.suspended);
@@ -213,7 +215,7 @@ async fn running(subsystems: usize) -> usize {
         let spec = SubsystemSpec { after: names[..i].to_vec(), ..subsystem(&names[i]).to_spec() };
         Subsystem::from_spec(&spec).unwrap()
     };
-    orchestrator.register_all((0..subsystems).map(after_all).collect(), None).await.unwrap();
+    orchestrator.register_all((0..subsystems).map(after_all).collect(), None, &Registrar::Anyone).await.unwrap();
     for name in &names {
         orchestrator.run_cycle(of(&[name]), true).await.unwrap();
     }

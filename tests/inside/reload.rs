@@ -6,7 +6,7 @@ use std::sync::Arc;
 use orchestrator_core::{
     engine::BreakerState,
     model::{BreakerSpec, CatchUp, IntervalLoop, LoopStart, Name, Subsystem, SubsystemSpec},
-    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Origin, Refusal},
+    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Origin, Refusal, Registrar},
     ports::Store,
     schedule::LoopOrigin,
 };
@@ -89,7 +89,7 @@ async fn a_reload_initializes_only_changed_subsystems_and_closes_breakers_only_o
     let declared = of_subsystems(["changed", "gone", "moved", "same"].map(as_is).into());
     let process = Process { declared, fleet, ..Process::default() };
     let (orchestrator, _tasks) = process.over(in_memory().await).await.unwrap();
-    orchestrator.register_all(["also_declared", "by_rpc"].map(as_is).into(), None).await.unwrap();
+    orchestrator.register_all(["also_declared", "by_rpc"].map(as_is).into(), None, &Registrar::Anyone).await.unwrap();
     let counted = || (orchestrator.figures().declared, orchestrator.figures().registered);
     assert_eq!(counted(), (4, 2));
     orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
@@ -138,7 +138,7 @@ async fn a_registration_that_the_file_declares_after_a_reload_stays_suspended_an
     let store = in_memory().await;
     let declared = || of_subsystems(vec![subsystem("a")]);
     let (orchestrator, tasks) = declaring(Declared::default(), &store).await;
-    orchestrator.register(subsystem("a"), None).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
     orchestrator.suspend(&name("a"), true).await.unwrap();
     orchestrator.reload(settings(), declared()).await.unwrap();
     drop(tasks);
@@ -157,10 +157,10 @@ async fn refusals(by_rpc: usize) -> [String; 2] {
     let names: Vec<_> = (0..by_rpc).map(|i| format!("s{i:02}")).collect();
     let mut last = "declared";
     for next in &names {
-        orchestrator.register(after(next, &[last]), None).await.unwrap();
+        orchestrator.register(after(next, &[last]), None, &Registrar::Anyone).await.unwrap();
         last = next;
     }
-    orchestrator.register(subsystem("aside"), None).await.unwrap();
+    orchestrator.register(subsystem("aside"), None, &Registrar::Anyone).await.unwrap();
     let declared = of_subsystems(vec![after("declared", &[last])]);
     let refused = |refused: Refusal| match refused {
         Refusal::DeclaredRing { .. } => refused.to_string(),

@@ -11,7 +11,7 @@ use std::{
 
 use orchestrator_core::{
     model::{CycleId, CycleRequest, CycleState, Epoch},
-    orchestrator::{NotRecorded, Orchestrator, OrchestratorTasks, Refusal, Stopped},
+    orchestrator::{NotRecorded, Orchestrator, OrchestratorTasks, Refusal, Registrar, Stopped},
     ports::{Store, StoreError},
     record, store,
 };
@@ -49,17 +49,17 @@ async fn a_defect_in_a_task_ends_the_orchestrator_and_names_the_task() {
     let expected = |task| (task, "it panicked: a defect".to_owned());
 
     let (orchestrator, tasks) = over(Fleet { call_panics: true, ..Fleet::default() }, MANY, fine()).await;
-    orchestrator.register(subsystem("a"), None).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
     orchestrator.run_cycle(of_all(), false).await.unwrap();
     assert_eq!(ended(tasks).await, expected("the conductor of cycles"));
 
     // The first commit is that of the takeover.
     let (orchestrator, tasks) = over(Fleet::default(), 1, fine()).await;
-    tokio::spawn(async move { orchestrator.register(subsystem("a"), None).await });
+    tokio::spawn(async move { orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await });
     assert_eq!(ended(tasks).await, expected("the writer"));
 
     let (orchestrator, tasks) = over(Fleet { forget_panics: true, ..Fleet::default() }, MANY, fine()).await;
-    orchestrator.register(subsystem("a"), Some(Duration::from_secs(1))).await.unwrap();
+    orchestrator.register(subsystem("a"), Some(Duration::from_secs(1)), &Registrar::Anyone).await.unwrap();
     assert_eq!(ended(tasks).await, expected("the timer of leases"));
 
     let (_orchestrator, tasks) = over(Fleet::default(), MANY, Box::new(|| panic!("a defect"))).await;
@@ -85,7 +85,7 @@ async fn an_idle_process_ends_once_another_has_taken_over_its_store() {
 async fn drained(ends: impl Fn(&Orchestrator)) -> Vec<CycleState> {
     let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let (orchestrator, mut tasks) = start(settings(), Arc::default(), store.clone()).await;
-    orchestrator.register(subsystem("a"), None).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
     let named = || CycleRequest { request_id: Some("named".into()), ..of(&["a"]) };
     let mut tickets = Vec::new();
     // Only the callers of the second and of the fifth one are promised that their cycles will run.
@@ -129,7 +129,7 @@ async fn repeated_work_of_tasks_is_counted_by_its_outcome() {
         _ => Ok(()),
     };
     let (orchestrator, _tasks) = over(Fleet::default(), usize::MAX, Box::new(first_fails)).await;
-    orchestrator.register(subsystem("a"), Some(Duration::from_secs(1))).await.unwrap();
+    orchestrator.register(subsystem("a"), Some(Duration::from_secs(1)), &Registrar::Anyone).await.unwrap();
     sleep(Duration::from_secs(30)).await;
     let counts = orchestrator.figures().counts;
     assert_eq!((counts.retention.done, counts.retention.failed, counts.retention.done_at), (0, 1, None));

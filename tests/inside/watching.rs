@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use orchestrator_core::{
     memory::Shares,
     model::{CycleId, CycleRequest, CycleState, Name, Revision, Subsystem, Trigger},
-    orchestrator::{Event, From, Orchestrator, OrchestratorTasks, Refusal, Settings, WatchFilter, Watcher},
+    orchestrator::{Event, From, Orchestrator, OrchestratorTasks, Refusal, Registrar, Settings, WatchFilter, Watcher},
     ports::{Filter, Retention, RetentionRule},
     record::{self, PartFilter},
     store,
@@ -28,7 +28,7 @@ async fn stage(settings: Settings) -> (Orchestrator, OrchestratorTasks) {
     let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
     for name in ["a", "b", "c", "d"] {
-        orchestrator.register(subsystem(name), None).await.unwrap();
+        orchestrator.register(subsystem(name), None, &Registrar::Anyone).await.unwrap();
     }
     (orchestrator, tasks)
 }
@@ -133,7 +133,7 @@ async fn a_bookmark_is_sent_in_time_while_events_come_that_the_filter_rejects() 
     let (orchestrator, _tasks) = stage(Settings { max_subsystems: 2 * EVENTS, ..settings() }).await;
     let names: Vec<_> = (0..EVENTS).map(|i| format!("s{i}")).collect();
     for name in &names {
-        orchestrator.register(subsystem(name), None).await.unwrap();
+        orchestrator.register(subsystem(name), None, &Registrar::Anyone).await.unwrap();
     }
     let filter = WatchFilter { loops: [Name::parse("other").unwrap()].into(), ..WatchFilter::default() };
     let mut watcher = orchestrator.watch(From::Now, filter, true).unwrap();
@@ -280,7 +280,10 @@ async fn a_filter_applies_to_progress_as_well() {
 async fn a_record_waits_for_earlier_events_of_other_cycles_only() {
     let (orchestrator, _tasks) = stage(settings()).await;
     let names: Vec<_> = (0..30).map(|i| format!("s{i}")).collect();
-    orchestrator.register_all(names.iter().map(|name| subsystem(name)).collect(), None).await.unwrap();
+    orchestrator
+        .register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone)
+        .await
+        .unwrap();
     let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
     assert_eq!(all(&mut watcher).await, [("bookmark", 0)]);
     orchestrator.run_cycle(of(&["a"]), false).await.unwrap().recorded().await.unwrap();
@@ -305,7 +308,10 @@ async fn a_watcher_that_joins_a_large_cycle_receives_its_state_in_pieces() {
     let limits = Settings { max_subsystems: 2000, max_concurrent_calls: 1050, ..settings() };
     let (orchestrator, _tasks) = stage(limits).await;
     let names: Vec<_> = (0..PARTS).map(|i| format!("s{i}")).collect();
-    orchestrator.register_all(names.iter().map(|name| subsystem(name)).collect(), None).await.unwrap();
+    orchestrator
+        .register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone)
+        .await
+        .unwrap();
     let names: Vec<_> = names.iter().map(String::as_str).collect();
     let ticket = orchestrator.run_cycle(of(&names), false).await.unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -388,7 +394,7 @@ async fn cached(parts: &[usize]) -> usize {
     let fleet = Arc::new(Fleet::default());
     let (orchestrator, _tasks) = start(settings, fleet.clone(), store).await;
     let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
-    orchestrator.register_all(names.map(subsystem).into(), None).await.unwrap();
+    orchestrator.register_all(names.map(subsystem).into(), None, &Registrar::Anyone).await.unwrap();
     let answer = |bytes: usize| fleet.answer.lock().unwrap().output = text(&"x".repeat(bytes));
     let run = async |parts: usize| {
         let request = CycleRequest { record_outputs: true, ..of(&names[..parts]) };
@@ -420,7 +426,7 @@ async fn within(memory: &Shares) -> (Orchestrator, OrchestratorTasks) {
     let process = Process { memory: memory.clone(), ..Process::default() };
     let (orchestrator, tasks) = process.over(in_memory().await).await.unwrap();
     let second = Subsystem { after: vec![Name::parse("a").unwrap()], ..subsystem("b") };
-    orchestrator.register_all(vec![subsystem("a"), second], None).await.unwrap();
+    orchestrator.register_all(vec![subsystem("a"), second], None, &Registrar::Anyone).await.unwrap();
     (orchestrator, tasks)
 }
 

@@ -174,12 +174,18 @@ fn put_knowledge(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Resu
             Some(stored) => {
                 let lease_ms = stored.lease.map(|lease| i64::try_from(lease.as_millis()).unwrap_or(i64::MAX));
                 let spec = stored.spec.as_ref().map(to_json).transpose()?;
-                transaction.prepare_cached("INSERT OR REPLACE INTO subsystems VALUES (?1, ?2, ?3, ?4)")?.execute((
-                    name.as_str(),
-                    spec,
-                    lease_ms,
-                    stored.suspended,
-                ))?;
+                transaction
+                    .prepare_cached(
+                        "INSERT OR REPLACE INTO subsystems (name, spec, lease_ms, suspended, owner)
+                         VALUES (?1, ?2, ?3, ?4, ?5)",
+                    )?
+                    .execute((
+                        name.as_str(),
+                        spec,
+                        lease_ms,
+                        stored.suspended,
+                        stored.owner.as_ref().map(ToString::to_string),
+                    ))?;
             }
             None => {
                 for forget in ["DELETE FROM subsystems WHERE name = ?1", "DELETE FROM outputs WHERE name = ?1"] {

@@ -9,7 +9,9 @@ use super::{
     commit::boot_id,
     error::explain,
     note::Mark,
-    rows::{COLUMNS, HAS_REVISION, integer, json, name, number, open_cycle, read, time, unknown_cycle, wrong},
+    rows::{
+        COLUMNS, HAS_REVISION, identity, integer, json, name, number, open_cycle, read, time, unknown_cycle, wrong,
+    },
 };
 use crate::{
     clock::Clock,
@@ -79,6 +81,7 @@ pub(super) fn read_contents(
             spec: json(row, "spec")?,
             lease: lease_ms.map(|ms| Duration::from_millis(ms.unsigned_abs())),
             suspended: row.get("suspended")?,
+            owner: identity(row, "owner")?,
         })
     })?;
     contents.loops = rows.read_all("loop", "SELECT * FROM loops ORDER BY name", |row| {

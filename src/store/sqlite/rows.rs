@@ -6,7 +6,7 @@ use rusqlite::{Connection, Row, types::ValueRef};
 
 use super::log;
 use crate::{
-    model::{CycleId, CycleState, Epoch, Name, Revision, TraceId, Trigger},
+    model::{CycleId, CycleState, Epoch, Identity, Name, Revision, TraceId, Trigger},
     ports::{Found, OpenCycle, Record, Stage, TriggerKind, Unreadable},
     store::Check,
 };
@@ -148,6 +148,11 @@ pub(super) fn time(row: &Row<'_>, column: &str) -> rusqlite::Result<Timestamp> {
 pub(super) fn name(row: &Row<'_>, column: &str) -> rusqlite::Result<Name> {
     let name: String = row.get(column)?;
     Name::parse(&name).map_err(|error| wrong(row, column, error))
+}
+
+pub(super) fn identity(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<Identity>> {
+    let text: Option<String> = row.get(column)?;
+    text.map(|text| Identity::parse(&text)).transpose().map_err(|error| wrong(row, column, error))
 }
 
 pub(super) fn json<T: serde::de::DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<T>> {

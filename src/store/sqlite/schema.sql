@@ -132,3 +132,8 @@ CREATE TABLE control (
     leaf  INTEGER PRIMARY KEY,
     entry BLOB NOT NULL
 );
+
+-- migration 6
+
+-- The caller that registered a subsystem; NULL if nobody owns it.
+ALTER TABLE subsystems ADD COLUMN owner TEXT;

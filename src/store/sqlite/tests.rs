@@ -469,8 +469,8 @@ async fn unreadable_rows_are_named_and_the_others_are_read() {
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.execute_batch(
         "INSERT INTO loops VALUES ('l', NULL, 'no json');
-         INSERT INTO subsystems VALUES ('b', '{\"endpoint\":', NULL, 0);
-         INSERT INTO subsystems VALUES ('c', x'00', NULL, 0);
+         INSERT INTO subsystems VALUES ('b', '{\"endpoint\":', NULL, 0, NULL);
+         INSERT INTO subsystems VALUES ('c', x'00', NULL, 0, NULL);
          INSERT INTO outputs VALUES ('b', 1, x'ff');
          UPDATE open_cycles SET trigger = 9 WHERE cycle_id = 2;
          INSERT INTO open_cycles (cycle_id, trigger, scheduled_at) VALUES (-1, 1, 0), (4, 1, 0), (5, 1, 0)",

@@ -63,6 +63,7 @@ function showFacts(place, one) {
     ["Lease", one.leaseExpiresAt ? `ends in ${whole(instant(one.leaseExpiresAt) - now())}` : "none"],
     ["Initialized", one.initialized ? "yes" : "no"],
     ["Declared by", one.origin === "ORIGIN_CONFIG" ? "configuration" : "RPC"],
+    ["Owner", one.owner ? visible(one.owner, 300) : "none"],
   ];
   replace(place, h("dl", { class: "facts" }, facts.map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value)))));
 }
