@@ -5,8 +5,12 @@
 mod common;
 
 use std::{
-    fs,
-    os::unix::{fs::symlink, net::UnixListener},
+    collections::BTreeMap,
+    fs::{self, Permissions},
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt, symlink},
+        net::UnixListener,
+    },
     path::Path,
     process::Command,
     sync::Arc,
@@ -1085,6 +1089,59 @@ async fn a_cycle_does_not_end_before_it_started_though_the_clock_was_set_back() 
     let cycle = service.client().await.cycle(1).await.unwrap();
     assert_eq!(cycle.state(), CycleState::Interrupted);
     assert_eq!((cycle.finished_at, cycle.duration_ms.to_bits()), (cycle.started_at, 0));
+}
+
+#[tokio::test]
+async fn only_the_owner_of_a_new_database_can_use_its_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let below = directory.path().join("of/the/fleet");
+    let home = at_store(&below.join("o.db"));
+    let service = home.serve().await;
+    service.client().await.run().await.unwrap();
+    let files = || fs::read_dir(&below).unwrap().map(|entry| entry.unwrap().path());
+    // The first checkpoint comes after the first entry of the log.
+    let published = async {
+        while !below.join("o.db.checkpoint").exists() {
+            tokio::task::yield_now().await;
+        }
+    };
+    patiently("the first checkpoint", published).await;
+    let modes: BTreeMap<_, _> =
+        files().map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), mode(&path))).collect();
+    for file in ["o.db", "o.db-wal", "o.db-shm", "o.db.key", "o.db.checkpoint", "o.db.last", "o.db.lock"] {
+        assert_eq!(modes[file], 0o600, "{file}");
+    }
+    assert_eq!((mode(&below), mode(below.parent().unwrap())), (0o700, 0o700));
+    assert!(service.stop().await.success());
+    assert!(!home.log().contains("other users of this machine"), "{}", home.log());
+
+    // What others may be meant to read stays as it is.
+    let database = below.join("o.db");
+    fs::set_permissions(&database, Permissions::from_mode(0o640)).unwrap();
+    let _service = home.serve().await;
+    assert_eq!(mode(&database), 0o640);
+    assert!(home.log().contains("other users of this machine can read the database"), "{}", home.log());
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().mode() & 0o777
+}
+
+#[tokio::test]
+async fn a_database_to_which_somebody_has_added_a_trigger_is_refused() {
+    let home = Home::new();
+    let service = home.serve().await;
+    service.client().await.run().await.unwrap();
+    assert!(service.stop().await.success());
+    let database = Connection::open(home.path("o.db")).unwrap();
+    database.execute_batch("CREATE VIEW ids AS SELECT cycle_id FROM cycles").unwrap();
+    assert!(home.serve().await.stop().await.success(), "a view only reads");
+    let trigger = "CREATE TRIGGER quiet AFTER INSERT ON cycles BEGIN DELETE FROM cycles WHERE cycle_id = 1; END";
+    database.execute_batch(trigger).unwrap();
+    let refused = refused(&home).await;
+    assert!(refused.contains("the trigger \"quiet\""), "{refused}");
+    database.execute_batch("DROP TRIGGER quiet").unwrap();
+    home.serve().await;
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{self, Path, PathBuf},
 };
 
@@ -116,7 +117,7 @@ fn create(path: &Path, name: &str) -> Result<SigningKey, KeyFileError> {
 pub(super) fn replace(path: &Path, text: &str) -> io::Result<()> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
-    let mut file = File::options().read(true).write(true).create(true).truncate(true).open(&new)?;
+    let mut file = File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
     fs::rename(&new, path)?;

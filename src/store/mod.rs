@@ -129,6 +129,17 @@ pub enum OpenError {
         /// The location of the store.
         store: String,
     },
+    /// Other software has added a trigger to it.
+    #[error(
+        "{store} has the trigger {trigger:?}, which this software has not created: it could change what is written. Find \
+         out where it comes from, and drop it"
+    )]
+    Trigger {
+        /// The location of the store.
+        store: String,
+        /// The name of the trigger.
+        trigger: String,
+    },
     /// It lacks more acknowledged cycles than a damaged end explains.
     #[error(
         "{store} ends with cycle {has}, but cycle {noted} was acknowledged: an older copy replaced it. To have it \

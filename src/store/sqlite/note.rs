@@ -8,7 +8,11 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::Path, str};
 
 use rusqlite::{Connection, Row};
 
-use super::{error::unwritable, place::note_of, rows::number};
+use super::{
+    error::unwritable,
+    place::{note_of, private},
+    rows::number,
+};
 use crate::{
     model::{CycleId, Revision},
     ports::Lost,
@@ -39,7 +43,7 @@ impl Note {
         /// More bytes than it ever contains.
         const MAX: usize = 1 << 10;
         let path = note_of(database);
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let file = private().create(true).truncate(false).open(&path);
         let file = file.map_err(|error| unwritable(&path, &error))?;
         let mut bytes = [0; MAX];
         let read = file.read_at(&mut bytes, 0).unwrap_or_default();

@@ -1,9 +1,9 @@
 //! The location of a database: its real path with links resolved, and the locks that keep a second process out.
 
 use std::{
-    fs::{self, File, TryLockError},
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     io::{self, Read, Seek, Write as _},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -124,10 +124,11 @@ impl LockedDatabase {
     /// Finds the database, creates an empty one if it does not exist, and locks it.
     pub(super) fn take(given: &Path) -> Result<Self, OpenError> {
         if let Some(directory) = given.parent().filter(|directory| !directory.as_os_str().is_empty()) {
-            fs::create_dir_all(directory).map_err(|error| not_created(directory, &error))?;
+            let created = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+            created.map_err(|error| not_created(directory, &error))?;
         }
         // Also if a link leads to a file that does not exist yet.
-        let create = || File::options().read(true).write(true).create(true).truncate(false).open(given);
+        let create = || private().create(true).truncate(false).open(given);
         let path = given.canonicalize().or_else(|_| create().and_then(|_| given.canonicalize()));
         let path = path.map_err(|error| unwritable(given, &error))?;
         // Before any file is created beside it, and before SQLite reports another file as a database that can't be
@@ -136,10 +137,11 @@ impl LockedDatabase {
             check_regular(&file)?;
         }
         let (lock, made_lock) = lock_beside(&path)?;
-        let database = File::options().read(true).write(true).open(&path).map_err(|error| unwritable(&path, &error))?;
+        let database = private().open(&path).map_err(|error| unwritable(&path, &error))?;
         if !lock_file(&database) {
             return Err(DatabaseFileError::InUseByAnotherName { database: path.display().to_string() }.into());
         }
+        report_exposed(&path, &database);
         let log = log_of(&path);
         let has = |file: io::Result<fs::Metadata>| file.is_ok_and(|file| file.len() > 0);
         // SQLite would remove the log of an empty database.
@@ -158,6 +160,29 @@ impl LockedDatabase {
     }
 }
 
+/// Opens a file for reading and writing. If that creates it, only its owner can use it. SQLite gives the mode of the
+/// database to the files beside it.
+pub(super) fn private() -> OpenOptions {
+    let mut options = File::options();
+    options.read(true).write(true).mode(0o600);
+    options
+}
+
+/// Logs that users other than the owner of a database can read it. Its mode stays: they may be meant to.
+fn report_exposed(path: &Path, database: &File) {
+    const OTHERS: u32 = 0o077;
+    if let Ok(mode) = database.metadata().map(|file| file.mode() & 0o777)
+        && mode & OTHERS != 0
+    {
+        tracing::warn!(
+            path = %path.display(),
+            mode = %format_args!("{mode:04o}"),
+            "other users of this machine can read the database, or even change it: if that is not intended, run \
+             chmod 600 on it and on the files beside it"
+        );
+    }
+}
+
 /// Checks whether the path is something other than a regular file.
 fn check_regular(path: &Path) -> Result<(), DatabaseFileError> {
     let Ok(found) = fs::metadata(path) else { return Ok(()) };
@@ -172,8 +197,7 @@ fn check_regular(path: &Path) -> Result<(), DatabaseFileError> {
 fn lock_beside(path: &Path) -> Result<(File, bool), OpenError> {
     let name = lock_of(path);
     let failed = |error: io::Error| unwritable(&name, &error);
-    let mut options = File::options();
-    options.read(true).write(true);
+    let mut options = private();
     let (mut file, is_new) = match options.create_new(true).open(&name) {
         Ok(file) => (file, true),
         // It exists. A link may lead to a file that is not there yet.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rusqlite::{Connection, ErrorCode, TransactionBehavior};
+use rusqlite::{Connection, ErrorCode, OptionalExtension, TransactionBehavior};
 
 use super::{error::explain, place::DatabaseFileError};
 use crate::store::OpenError;
@@ -34,7 +34,19 @@ pub(super) fn check_version(connection: &Connection, path: &Path) -> Result<i64,
     if found > known {
         return Err(OpenError::TooNew { store: path.display().to_string(), found, known });
     }
+    check_triggers(connection, path)?;
     Ok(found)
+}
+
+/// Checks that the database has no trigger: this software creates none, and each could change what is written. Views
+/// only read.
+fn check_triggers(connection: &Connection, path: &Path) -> Result<(), OpenError> {
+    let trigger = "SELECT name FROM sqlite_schema WHERE type = 'trigger' ORDER BY name LIMIT 1";
+    let trigger = connection.query_row(trigger, [], |row| row.get(0)).optional();
+    match trigger.map_err(|error| explain(path, &error))? {
+        Some(trigger) => Err(OpenError::Trigger { store: path.display().to_string(), trigger }),
+        None => Ok(()),
+    }
 }
 
 /// Checks that a database has the current schema.
