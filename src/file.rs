@@ -1,4 +1,4 @@
-//! The files that people name: how they are read and created, and how a change of one is noticed.
+//! The files that people name: how they are read, created and replaced, and how a change of one is noticed.
 
 mod changes;
 
@@ -6,8 +6,9 @@ use std::{
     fmt::{self, Display},
     fs::{self, File, FileType},
     io::{self, Read, Write},
-    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
-    path::{Path, PathBuf},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, fchown},
+    path::{self, Path, PathBuf},
+    process,
 };
 
 use rustix::fs::OFlags;
@@ -78,15 +79,56 @@ pub fn read_secret(path: &Path) -> Result<Vec<u8>, FileError> {
     }
 }
 
-/// Creates a file that only its owner can read and change, and waits until its content is on the disk.
+/// Creates a file that only its owner can read and change. Waits until it is on the disk.
 ///
 /// # Errors
 /// It exists, or it can't be written.
 pub fn create_private(path: &Path, text: &str) -> io::Result<()> {
+    write_new(path, text)?.sync_all()?;
+    sync_directory(path)
+}
+
+/// Replaces a file as a whole, and waits until it is on the disk: a reader finds the earlier text or this one, also
+/// after a loss of power. A link stays, and its target is replaced. The file keeps its owner and its mode; a new one is
+/// private.
+///
+/// # Errors
+/// It can't be written, or can't be given to its owner.
+pub fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let target = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    // Other processes may replace it at the same time.
+    let mut new = target.clone().into_os_string();
+    new.push(format!(".{}.new", process::id()));
+    let new = PathBuf::from(new);
+    let write = || {
+        let file = write_new(&new, text)?;
+        if let Ok(old) = fs::metadata(&target) {
+            let made = file.metadata()?;
+            if (old.uid(), old.gid()) != (made.uid(), made.gid()) {
+                fchown(&file, Some(old.uid()), Some(old.gid()))?;
+            }
+            file.set_permissions(old.permissions())?;
+        }
+        file.sync_all()?;
+        fs::rename(&new, &target)
+    };
+    // An earlier process with this id may have been killed before it renamed its file.
+    drop(fs::remove_file(&new));
+    write().inspect_err(|_| drop(fs::remove_file(&new)))?;
+    sync_directory(&target)
+}
+
+fn write_new(path: &Path, text: &str) -> io::Result<File> {
     // Also for reading: the simulated disk of the tests reads what is to survive the loss of power.
     let mut file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(text.as_bytes())?;
-    file.sync_all()
+    Ok(file)
+}
+
+/// Makes the entry of this file in its directory survive the loss of power.
+fn sync_directory(path: &Path) -> io::Result<()> {
+    let path = path::absolute(path)?;
+    File::open(path.parent().unwrap_or(&path))?.sync_all()
 }
 
 fn open(path: &Path) -> Result<File, FileError> {
@@ -149,6 +191,26 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_replaced_file_keeps_its_mode_and_its_link_and_a_killed_process_does_not_prevent_it() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        replace(&at("file"), "1").unwrap();
+        assert_eq!(mode(&at("file")), 0o600);
+        fs::set_permissions(at("file"), fs::Permissions::from_mode(0o640)).unwrap();
+        symlink(at("file"), at("link")).unwrap();
+        fs::write(at(&format!("file.{}.new", process::id())), "half of another t").unwrap();
+        replace(&at("link"), "2").unwrap();
+        assert_eq!((fs::read_to_string(at("file")).unwrap().as_str(), mode(&at("file"))), ("2", 0o640));
+        assert!(at("link").is_symlink());
+        // Nothing is left beside it, also if it can't be replaced.
+        fs::create_dir_all(at("directory/in it")).unwrap();
+        assert!(replace(&at("directory"), "3").is_err());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3);
     }
 
     #[test]

@@ -15,6 +15,7 @@
 //! - `pem`: certificates and private keys in PEM
 //! - [`access`]: who calls, and what each caller may do
 //! - `turn`: limits how much a task reads before other tasks run
+//! - `offload`: runs long work on blocking threads, so that other tasks run meanwhile
 //!
 //! The core:
 //! - [`ports`]: the traits through which it reaches a store, subsystems and a collector of spans
@@ -44,9 +45,11 @@
 mod listen;
 pub mod memory;
 pub mod model;
+mod offload;
 mod pem;
 pub mod proto;
 pub mod subsystem;
+pub mod tasks;
 pub mod transport;
 mod turn;
 
@@ -84,8 +87,6 @@ pub mod schedule;
 pub mod serve;
 #[cfg(feature = "service")]
 pub mod store;
-#[cfg(feature = "service")]
-pub mod tasks;
 #[cfg(feature = "service")]
 pub mod telemetry;
 #[cfg(feature = "service")]

@@ -11,7 +11,6 @@
 //! - the process: `recovery` at its start, `tasks` and its end, `reload`, `retention`.
 
 mod admission;
-mod aside;
 mod checkpoints;
 mod conductor;
 mod figures;
@@ -19,6 +18,7 @@ mod history;
 mod line;
 mod live;
 mod loops;
+mod offload;
 mod planning;
 mod recovery;
 mod refusal;

@@ -107,13 +107,13 @@ pub fn joined<T>(result: Result<T, JoinError>) -> Option<T> {
 
 fn why(error: JoinError) -> String {
     match error.try_into_panic() {
-        Ok(panic) => format!("it panicked: {}", message(&*panic)),
+        Ok(panic) => format!("it panicked: {}", panic_message(&*panic)),
         Err(error) => error.to_string(),
     }
 }
 
 /// The message of a panic, if it is a string.
-fn message(panic: &(dyn Any + Send)) -> &str {
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
 }

@@ -23,7 +23,7 @@ impl Handlers {
         let named = request.subsystems.len();
         let now = self.clock.now();
         let read = move || request::cycle(request, trace, now);
-        let request = self.over(named, read).await?.map_err(invalid)?;
+        let request = self.offload(named, read).await?.map_err(invalid)?;
         if validate_only {
             let subset = call.orchestrator().registered_names(request.subset).await.map_err(status)?;
             let (plan, next) =
@@ -50,7 +50,7 @@ impl Handlers {
         mut call: Entered<pb::PlanCycleRequest>,
     ) -> Result<pb::PlanCycleResponse, Status> {
         let request = call.take_request();
-        let read = self.over(request.subsystems.len(), move || request::plan(request)).await?;
+        let read = self.offload(request.subsystems.len(), move || request::plan(request)).await?;
         let request::PlanPage { subset, from, page_size } = read.map_err(invalid)?;
         let (plan, next) =
             response::plan_page(self.schedule(call.orchestrator(), subset).await, from, page_size, MAX_ANSWER);

@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use tokio::{sync::Semaphore, task::spawn_blocking};
+use tokio::sync::Semaphore;
 use tonic::Status;
 
 use super::error::status;
-use crate::{clock::Clock, model::Violations, orchestrator::Refusal, tasks::joined};
+use crate::{clock::Clock, model::Violations, offload::offload_within, orchestrator::Refusal, tasks::joined};
 
 /// Most bytes of an answer: below the 4 MiB that clients accept by default.
 pub(super) const MAX_ANSWER: usize = 3 << 20;
@@ -32,21 +32,14 @@ impl Handlers {
     }
 
     /// Runs work over this many subsystems: with many it may take milliseconds, and runs on a blocking thread.
-    pub(super) async fn over<T: Send + 'static>(
+    pub(super) async fn offload<T: Send + 'static>(
         &self,
         subsystems: usize,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Status> {
         const FEW: usize = 512;
-        if subsystems <= FEW {
-            return Ok(work());
-        }
-        let turn = self.turn.clone().acquire_owned().await;
-        let done = spawn_blocking(move || {
-            let _turn = turn;
-            work()
-        });
-        joined(done.await).ok_or_else(|| status(Refusal::Draining))
+        let done = offload_within(&self.turn, subsystems > FEW, work).await;
+        joined(done).ok_or_else(|| status(Refusal::Draining))
     }
 }
 

@@ -18,7 +18,7 @@ impl Handlers {
     ) -> Result<pb::StartIntervalLoopResponse, Status> {
         let request = call.take_request();
         let named = request.r#loop.as_ref().map_or(0, |settings| settings.subsystems.len());
-        let read = self.over(named, move || request::interval_loop(request.r#loop)).await?;
+        let read = self.offload(named, move || request::interval_loop(request.r#loop)).await?;
         let entry = call.orchestrator().start_loop(read.map_err(invalid)?).await.map_err(|refusal| match refusal {
             Refusal::Invalid(violations) => invalid(violations.inside("loop")),
             refusal => status(refusal),

@@ -27,7 +27,7 @@ impl Handlers {
         let request = call.take_request();
         let named =
             request.registrations.iter().map(|it| 1 + it.requires.len() + it.after.len() + it.reads.len()).sum();
-        let read = self.over(named, move || request::registrations(request)).await?;
+        let read = self.offload(named, move || request::registrations(request)).await?;
         let (subsystems, lease) = read.map_err(invalid)?;
         let registered = call.orchestrator().register_all(subsystems, lease, &call.authority.registrar()).await;
         let registered = registered.map_err(|refusal| call.refused(refusal))?;

@@ -1,8 +1,7 @@
 //! `orchestrator token`: creates, lists and removes static tokens.
 
 use std::{
-    fs, io,
-    os::unix::fs::{MetadataExt, chown},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -16,7 +15,7 @@ use super::{
 use crate::{
     access::{Token, TokenId},
     config::{read_tokens, tokens_text},
-    file::create_private,
+    file,
     model::Name,
 };
 
@@ -105,7 +104,7 @@ impl TokenCommand {
                     let message = format!("{} has no token with the id {id}", path.display());
                     return Err(Failure::new(Exit::Refused, message));
                 };
-                replace(path, &tokens_text(&kept))?;
+                store(path, &kept)?;
                 note(&format!("removed the token {id} of token:{}", token.name));
             }
         }
@@ -125,9 +124,9 @@ fn create(path: &Path, name: Name, expires: Expiry, to: Option<&Path>) -> Result
     all.push(token);
     // The file of the secret first: a token that nobody has is worse than a secret without a token.
     if let Some(to) = to {
-        create_private(to, &format!("{secret}\n")).map_err(|error| written(to, &error))?;
+        file::create_private(to, &format!("{secret}\n")).map_err(|error| written(to, &error))?;
     }
-    replace(path, &tokens_text(&all))?;
+    store(path, &all)?;
     let until = expires_at.map_or_else(|| "does not expire".to_owned(), |at| format!("expires at {at}"));
     note(&format!("token {id} of token:{name} {until}; its SHA-256 is in {}", path.display()));
     match to {
@@ -155,30 +154,9 @@ fn list(tokens: &[Token]) -> String {
     table.or("no tokens")
 }
 
-/// Replaces a file as a whole, so that a running service never reads half of it. It keeps its owner and its mode.
-fn replace(path: &Path, text: &str) -> Result<(), Failure> {
-    let failed = |error: &io::Error| written(path, error);
-    // A link stays, and its target is replaced.
-    let target = if path.exists() { fs::canonicalize(path).map_err(|error| failed(&error))? } else { path.to_owned() };
-    let mut beside = target.clone().into_os_string();
-    beside.push(".new");
-    let beside = PathBuf::from(beside);
-    let replaced = create_private(&beside, text).and_then(|()| {
-        if let Ok(old) = fs::metadata(&target) {
-            let new = fs::metadata(&beside)?;
-            if (old.uid(), old.gid()) != (new.uid(), new.gid()) {
-                chown(&beside, Some(old.uid()), Some(old.gid()))?;
-            }
-            fs::set_permissions(&beside, old.permissions())?;
-        }
-        fs::rename(&beside, &target)
-    });
-    replaced.map_err(|error| {
-        if error.kind() != io::ErrorKind::AlreadyExists {
-            drop(fs::remove_file(&beside));
-        }
-        failed(&error)
-    })
+/// Replaces the file of tokens.
+fn store(path: &Path, tokens: &[Token]) -> Result<(), Failure> {
+    file::replace(path, &tokens_text(tokens)).map_err(|error| written(path, &error))
 }
 
 fn written(path: &Path, error: &io::Error) -> Failure {

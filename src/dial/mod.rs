@@ -36,6 +36,7 @@ pub use self::{
 use crate::{
     memory::{Held, Memory},
     model::{Endpoint, Limits, Name, SpanContext, Subsystem, excerpt},
+    offload::offload_within,
     ports::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
     proto::framing::framed,
     transport::Transport,
@@ -47,7 +48,7 @@ pub struct Dialer {
     replies: Memory,
     endpoints: Mutex<HashMap<Endpoint, Clients>>,
     /// Permits for encoding or decoding of large messages on blocking threads.
-    aside: Arc<Semaphore>,
+    offloaded: Arc<Semaphore>,
 }
 
 /// The clients of one endpoint.
@@ -62,7 +63,7 @@ impl Dialer {
     /// Larger messages are encoded and decoded on blocking threads, since that can take longer than a millisecond.
     const LONG: usize = 64 << 10;
     /// Most concurrent messages on blocking threads, so that processors are left for other work.
-    const ASIDE_AT_ONCE: usize = 2;
+    const MAX_OFFLOADED: usize = 2;
     /// Most bytes of a peer's error message that are kept: the limit of a record.
     const MAX_MESSAGE: usize = 1 << 10;
 
@@ -79,7 +80,7 @@ impl Dialer {
             connector: Arc::new(connector),
             replies,
             endpoints: Mutex::default(),
-            aside: Arc::new(Semaphore::new(Self::ASIDE_AT_ONCE)),
+            offloaded: Arc::new(Semaphore::new(Self::MAX_OFFLOADED)),
         }
     }
 
@@ -143,7 +144,7 @@ impl Dialer {
         held.grow(message.len()).map_err(|full| unary::no_room(&full))?;
         let limits = to.limits;
         let len = message.len();
-        self.aside(len, move || read(&message, &limits).map(|read| (read, held))).await?
+        self.offload(len, move || read(&message, &limits).map(|read| (read, held))).await?
     }
 
     fn described(
@@ -157,22 +158,13 @@ impl Dialer {
     }
 
     /// Runs `work` on a blocking thread if it is for many bytes.
-    async fn aside<T: Send + 'static>(
+    async fn offload<T: Send + 'static>(
         &self,
         bytes: usize,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, CallError> {
-        if bytes <= Self::LONG {
-            return Ok(work());
-        }
-        let ended =
-            |error: &dyn std::error::Error| outcome::broken(format!("a large message was not processed: {error}"));
-        let place = self.aside.clone().acquire_owned().await.map_err(|error| ended(&error))?;
-        let work = move || {
-            let _place = place;
-            work()
-        };
-        tokio::task::spawn_blocking(work).await.map_err(|error| ended(&error))
+        let done = offload_within(&self.offloaded, bytes > Self::LONG, work).await;
+        done.map_err(|error| outcome::broken(format!("a large message was not processed: {error}")))
     }
 }
 
@@ -191,7 +183,7 @@ impl Subsystems for Dialer {
         Box::pin(async move {
             let (timeout, trace) = (call.timeout, call.trace.clone());
             let request = request::run_cycle(to, call);
-            let message = self.aside(request.encoded_len(), move || framed(&request)).await?;
+            let message = self.offload(request.encoded_len(), move || framed(&request)).await?;
             let path = "/dreamnet.subsystem.v1.Subsystem/RunCycle";
             let call = Self::described(to, path, timeout, trace, message);
             let (answer, mut held) = self.call(to, call, decode::answer).await?;

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::{sync::OnceCell, time::timeout};
 
-use super::{Orchestrator, RecordHasNoRoom, Refusal, Shared, State, aside::aside};
+use super::{Orchestrator, RecordHasNoRoom, Refusal, Shared, State, offload::offload};
 use crate::{
     memory::{Full, Held},
     model::{CycleId, Revision},
@@ -37,7 +37,7 @@ impl Recent {
         }
         let read = || {
             let record = self.record.bytes.clone();
-            aside(parts_in(record.len()), move || BriefParts::of(&record))
+            offload(parts_in(record.len()), move || BriefParts::of(&record))
         };
         wanted.passes(self.parts.get_or_init(read).await)
     }
@@ -52,7 +52,7 @@ pub(super) async fn which_have(records: &[Found], wanted: &PartFilter) -> Vec<bo
     let records: Vec<Bytes> = records.iter().map(bytes).collect();
     let wanted = wanted.clone();
     let size = parts_in(records.iter().map(Bytes::len).sum());
-    aside(size, move || records.iter().map(|record| record.is_empty() || wanted.wants(record)).collect()).await
+    offload(size, move || records.iter().map(|record| record.is_empty() || wanted.wants(record)).collect()).await
 }
 
 /// Approximate number of parts in this many bytes of records.

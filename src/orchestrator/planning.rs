@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{NotRegistered, Orchestrator, Shared, aside::aside};
+use super::{NotRegistered, Orchestrator, Shared, offload::offload};
 use crate::{
     engine::{Plan, Schedule},
     model::Name,
@@ -14,7 +14,7 @@ impl Orchestrator {
     pub async fn plan_cycle(&self, subset: Option<Arc<[Name]>>) -> Schedule {
         let plan = self.0.plan().await;
         let size = plan.members().len();
-        aside(size, move || plan.schedule(subset.as_deref())).await
+        offload(size, move || plan.schedule(subset.as_deref())).await
     }
 
     /// These names as the registry holds them, so that requests share their memory.
@@ -38,7 +38,7 @@ impl Shared {
             Ok(plan) => return plan,
             Err(snapshot) => snapshot,
         };
-        let (snapshot, plan) = aside(snapshot.entries.len(), move || {
+        let (snapshot, plan) = offload(snapshot.entries.len(), move || {
             let plan = snapshot.plan();
             (snapshot, plan)
         })
@@ -51,7 +51,7 @@ impl Shared {
         let all = self.plan().await;
         let Some(subset) = subset else { return all };
         // One subsystem may wait for all others.
-        aside(subset.len().max(all.relations()), move || all.of_cycle(Some(&subset))).await
+        offload(subset.len().max(all.relations()), move || all.of_cycle(Some(&subset))).await
     }
 
     /// These names as the registry holds them, so that requests share their memory.
@@ -61,7 +61,7 @@ impl Shared {
     ) -> Result<Option<Arc<[Name]>>, NotRegistered> {
         let Some(subset) = subset else { return Ok(None) };
         let plan = self.plan().await;
-        let names = aside(subset.len(), move || plan.own_names(&subset)).await;
+        let names = offload(subset.len(), move || plan.own_names(&subset)).await;
         names.map(Some).map_err(NotRegistered)
     }
 }

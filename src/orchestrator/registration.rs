@@ -13,7 +13,7 @@ use tokio::{
 
 use super::{
     NotOwner, NotRenewed, Orchestrator, Refusal, Shared, State, Turn,
-    aside::aside,
+    offload::offload,
     registry::{Lease, Origin, Registered},
 };
 use crate::{
@@ -213,7 +213,7 @@ impl Shared {
             let names =
                 changed.iter().map(|entry| &entry.member.subsystem).map(|it| it.requires.len() + it.after.len());
             let work = registered + names.sum::<usize>();
-            let (mut turn, checked) = aside(work, move || {
+            let (mut turn, checked) = offload(work, move || {
                 let mut turn = turn;
                 let subsystems = changed.iter().map(|entry| entry.member.subsystem.clone()).collect();
                 let checked = turn.order.change(subsystems, &[]).map(|undo| {

@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     Orchestrator, Refusal, Shared, State, Turn,
-    aside::aside,
+    offload::offload,
     registry::{Declarations, Entries},
 };
 use crate::{
@@ -74,7 +74,7 @@ impl Shared {
         let memory = self.memory.clone();
         // The caller applies its part of the configuration after this one, so it waits for the outcome.
         let turn = Turn { late: None, ..turn };
-        let (mut turn, changes) = aside(before.len() + subsystems.len(), move || {
+        let (mut turn, changes) = offload(before.len() + subsystems.len(), move || {
             let mut turn = turn;
             let changes = Declarations::of(subsystems, &before, &memory).map_err(Refusal::RegistryMemoryFull);
             let changes = changes.and_then(|changes| {

@@ -1,10 +1,8 @@
 //! The files of the keys that sign the checkpoints of a log.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
-    path::{self, Path, PathBuf},
+    fs, io,
+    path::{Path, PathBuf},
 };
 
 use super::StoreUrl;
@@ -104,30 +102,10 @@ fn read_or_create(path: &Path, name: &str) -> Result<SigningKey, KeyFileError> {
 
 fn create(path: &Path, name: &str) -> Result<SigningKey, KeyFileError> {
     let key = SigningKey::generate(name).map_err(KeyFileError::NotMade)?;
-    let write = || {
-        file::create_private(path, &format!("{}\n", key.to_secret()))?;
-        sync_directory(path)
-    };
-    write().map_err(|problem| KeyFileError::NotCreated { path: path.to_owned(), problem })?;
+    let created = file::create_private(path, &format!("{}\n", key.to_secret()));
+    created.map_err(|problem| KeyFileError::NotCreated { path: path.to_owned(), problem })?;
     tracing::info!(path = %path.display(), key = %key.verifying(), "a key was created, which signs checkpoints");
     Ok(key)
-}
-
-/// Replaces a file durably and at once: whoever reads it finds the earlier text or this one.
-pub(super) fn replace(path: &Path, text: &str) -> io::Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let mut file = File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&new, path)?;
-    sync_directory(path)
-}
-
-/// Makes the entry of this file in its directory survive the loss of power.
-fn sync_directory(path: &Path) -> io::Result<()> {
-    let path = path::absolute(path)?;
-    File::open(path.parent().unwrap_or(&path))?.sync_all()
 }
 
 #[cfg(test)]

@@ -66,12 +66,10 @@ use self::{
     writer::{Job, Writer},
 };
 pub(super) use self::{opening::accept, verify::verify};
-use super::{
-    Check, OpenError,
-    keys::{checkpoint_of, replace},
-};
+use super::{Check, OpenError, keys::checkpoint_of};
 use crate::{
     clock::Clock,
+    file,
     ledger::{Hash, Node},
     model::{CycleId, Revision},
     ports::{
@@ -226,7 +224,7 @@ impl Store for SqliteStore {
         let path = checkpoint_of(&self.path);
         Box::pin(async move {
             let store = path.display().to_string();
-            let written = tokio::task::spawn_blocking(move || replace(&path, &checkpoint)).await;
+            let written = tokio::task::spawn_blocking(move || file::replace(&path, &checkpoint)).await;
             let written = written.unwrap_or_else(|error| Err(io::Error::other(error)));
             written.map_err(|error| StoreError::Unavailable { store, problem: error.to_string() })
         })

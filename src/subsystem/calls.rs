@@ -1,7 +1,6 @@
 //! The rules of the contract: which calls do work, wait for it, or are refused.
 
 use std::{
-    any::Any,
     collections::{BTreeMap, VecDeque},
     future::Future,
     sync::{
@@ -17,7 +16,7 @@ use futures_util::{
 use jiff::Timestamp;
 use serde_json::Value;
 use tokio::{
-    task::{AbortHandle, JoinError, spawn_blocking},
+    task::{AbortHandle, JoinError},
     time::{Instant, timeout_at},
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -27,7 +26,9 @@ use super::{Answer, Cycle, Failure, Input, Object, Subsystem};
 use crate::{
     listen::{Broken, timeout_of},
     model::{Name, Payload, Severity, excerpt},
+    offload::offload,
     proto::subsystem::v1::{self as pb, subsystem_server},
+    tasks::panic_message,
 };
 
 /// Most bytes of the message of a failure: it is sent in headers, which are small by default.
@@ -77,7 +78,7 @@ impl subsystem_server::Subsystem for HostedSubsystems {
         let hosted = self.find(&request.into_inner().subsystem)?;
         let status = spawned(hosted.implementation.clone().get_status()).await.unwrap_or_else(|end| Err(ended(end)))?;
         let status = status.ok_or_else(|| Status::unimplemented("it has no status"))?;
-        let status = aside(is_long(&status), move || to_struct("status", &status)).await??;
+        let status = offload(is_long(&status), move || to_struct("status", &status)).await.map_err(ended)??;
         Ok(Response::new(pb::GetStatusResponse { status }))
     }
 }
@@ -135,7 +136,8 @@ impl Hosted {
         let work = spawned(async move {
             let _turn = turn.lock().await;
             let is_long = request.parameters.len() > LONG;
-            let parameters = aside(is_long, move || from_struct("parameters", request.parameters)).await??;
+            let parameters =
+                offload(is_long, move || from_struct("parameters", request.parameters)).await.map_err(ended)??;
             implementation.initialize(parameters).await
         });
         work.await.unwrap_or_else(|end| Err(ended(end)))?;
@@ -172,9 +174,9 @@ impl Hosted {
             let _turn = turn.lock().await;
             let inputs = request.inputs.iter().map(|(name, input)| name.len() + input.output.len());
             let bytes = request.parameters.len() + inputs.sum::<usize>();
-            let cycle = aside(bytes > LONG, move || cycle(request, deadline)).await??;
+            let cycle = offload(bytes > LONG, move || cycle(request, deadline)).await.map_err(ended)??;
             let answer = implementation.run_cycle(cycle).await?;
-            aside(is_long(&answer.output), move || response(answer)).await?
+            offload(is_long(&answer.output), move || response(answer)).await.map_err(ended)?
         };
         let task = spawned(async move {
             match deadline {
@@ -303,14 +305,9 @@ impl<T: Subsystem> Implementation for T {
 /// The status for work that ended without a result.
 fn ended(end: JoinError) -> Status {
     match end.try_into_panic() {
-        Ok(panic) => Status::internal(excerpt(&format!("it panicked: {}", words_of(&*panic)), MAX_MESSAGE)),
+        Ok(panic) => Status::internal(excerpt(&format!("it panicked: {}", panic_message(&*panic)), MAX_MESSAGE)),
         Err(_) => Status::cancelled("stopped: a later cycle or epoch has begun, or the server is stopping"),
     }
-}
-
-fn words_of(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
 }
 
 fn status(Failure { code, message }: Failure) -> Status {
@@ -324,11 +321,6 @@ fn status(Failure { code, message }: Failure) -> Status {
 
 /// Most bytes that are decoded or encoded on a worker thread, within a millisecond.
 const LONG: usize = 64 << 10;
-
-/// Decodes or encodes a message: a long one on a blocking thread.
-async fn aside<T: Send + 'static>(is_long: bool, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
-    if is_long { spawn_blocking(work).await.map_err(ended) } else { Ok(work()) }
-}
 
 /// True if an encoded object has more than about [`LONG`] bytes.
 fn is_long(object: &Object) -> bool {

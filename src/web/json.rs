@@ -12,7 +12,6 @@ use futures_util::{StreamExt, stream};
 use prost::{Message, Name};
 use tokio::{
     sync::{Mutex, Semaphore},
-    task::spawn_blocking,
     time::{Instant, timeout_at},
 };
 use tonic::{Code, Request, Status};
@@ -22,6 +21,7 @@ use crate::{
     api::{Api, Caller},
     memory::{Full, Memory},
     model,
+    offload::offload_within,
     proto::{
         json::{self, JsonError},
         orchestrator::v1::{self as pb, cycle_event::Event, orchestrator_server::Orchestrator as _},
@@ -105,17 +105,11 @@ impl Answers {
     }
 
     /// Makes JSON. If it may take longer than a millisecond, it runs on a blocking thread, one at a time.
-    async fn make(&self, kind: &'static str, bytes: Vec<u8>) -> Result<String, JsonError> {
-        if bytes.len() <= Self::SMALL {
-            return json::encode(kind, &bytes);
-        }
-        let turn = self.turn.clone().acquire_owned().await;
-        let made = spawn_blocking(move || {
-            let _turn = turn;
-            json::encode(kind, &bytes)
-        });
+    async fn encode(&self, kind: &'static str, bytes: Vec<u8>) -> Result<String, JsonError> {
+        let is_long = bytes.len() > Self::SMALL;
+        let made = offload_within(&self.turn, is_long, move || json::encode(kind, &bytes)).await;
         // Otherwise the process is ending.
-        joined(made.await).unwrap_or(Err(JsonError::TooLarge))
+        joined(made).unwrap_or(Err(JsonError::TooLarge))
     }
 
     /// An event as JSON. A large event is not encoded before its turn: until then it is a shared record, or a page that
@@ -129,11 +123,11 @@ impl Answers {
         if is_record && recorded.0 == event.revision {
             return Ok(recorded.1.clone());
         }
-        let (name, text) = match self.make("CycleEvent", event.encode_to_vec()).await {
+        let (name, text) = match self.encode("CycleEvent", event.encode_to_vec()).await {
             // The stream continues after it.
             Err(JsonError::TooLarge) => {
                 let instead = unwritable(event);
-                (name_of(&instead), self.make("CycleEvent", instead.encode_to_vec()).await)
+                (name_of(&instead), self.encode("CycleEvent", instead.encode_to_vec()).await)
             }
             made => (name_of(event), made),
         };
@@ -233,7 +227,7 @@ impl Asked {
 async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> Result<Bytes, Status> {
     let length = answer.encoded_len();
     if length <= Answers::SMALL {
-        return answers.make(kind, answer.encode_to_vec()).await.map(Bytes::from).map_err(failed);
+        return answers.encode(kind, answer.encode_to_vec()).await.map(Bytes::from).map_err(failed);
     }
     let waiting = answers.waiting.try_hold(length.min(answers.waiting.max())).map_err(no_room)?;
     let bytes = answer.encode_to_vec();
@@ -241,7 +235,7 @@ async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> 
     drop(answer);
     let patience = Instant::now() + Answers::PATIENCE;
     let _large = answers.large.acquire().await;
-    let text = answers.make(kind, bytes).await.map_err(failed)?;
+    let text = answers.encode(kind, bytes).await.map_err(failed)?;
     drop(waiting);
     hold(&answers.memory, text, patience).await
 }
