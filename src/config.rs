@@ -5,6 +5,7 @@
 //! all keys.
 
 mod reader;
+mod secure;
 mod settings;
 mod tls;
 mod tokens;
@@ -26,6 +27,7 @@ use self::{
     settings::SETTINGS,
 };
 pub use self::{
+    secure::SecureDirectory,
     tls::{ClientAuth, DialTls, Tls, TlsSettings, TlsVersion},
     tokens::{read_tokens, tokens_text},
 };
@@ -274,6 +276,10 @@ pub struct Overrides {
     /// and read everything
     #[arg(long)]
     pub insecure_listen_beyond_loopback: bool,
+    /// Use TLS and enforce access, with the files that `orchestrator certs` creates in this directory; the file and
+    /// other flags can add grants and change settings [keys: server.tls, dial.ca_file, access]
+    #[arg(long, value_name = "DIR")]
+    pub secure: Option<PathBuf>,
     /// Set any key of the configuration file, such as cycle.deadline=30s; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
@@ -917,6 +923,13 @@ impl Overrides {
                 problems.push(Problem::new(origin, key, problem));
             }
         };
+        if let Some(dir) = &self.secure {
+            let flag = || format!("--secure {}", dir.display());
+            set(flag(), "access.mode", "enforce");
+            for (key, path) in secure::settings(dir) {
+                set(flag(), key, &path.to_string_lossy());
+            }
+        }
         for setting in &self.set {
             match setting.split_once('=') {
                 Some((key, value)) => set(format!("--set {}", key.trim()), key.trim(), value.trim()),
@@ -935,6 +948,9 @@ impl Overrides {
             if let Some(value) = value {
                 set(flag.to_owned(), key, value);
             }
+        }
+        if self.secure.is_some() {
+            secure::add_grants(table);
         }
     }
 }

@@ -139,8 +139,10 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("opentelemetry_sdk", &["telemetry/otlp"]),
     ("prometheus", &["telemetry/metrics"]),
     ("fastrand", &["cli/demo/fleet", "random"]),
+    ("rcgen", &["cli/certs"]),
     ("rusqlite", &["store/sqlite"]),
     ("toml", &["config/reader"]),
+    ("x509_parser", &["cli/certs"]),
     ("tracing_subscriber", &["config", "telemetry"]),
     // The command line.
     ("clap", &["cli", "config"]),

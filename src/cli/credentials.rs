@@ -1,4 +1,4 @@
-//! The token that commands send to the service.
+//! The credentials of commands: a token that they send to the service, or a certificate that they show to it.
 
 use std::path::{Path, PathBuf};
 
@@ -7,10 +7,10 @@ use tonic::{Request, Status, metadata::AsciiMetadataValue, service::Interceptor}
 use super::{Exit, Failure};
 use crate::file;
 
-/// Where the token is. Never the token itself: other users of a machine can see the arguments of a command.
+/// Where the credentials are. Never a token itself: other users of a machine can see the arguments of a command.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(super) struct Credentials {
-    /// File with the token that proves who calls, for a service that asks for one
+    /// File with a token that proves who calls, or a directory with a certificate, as `orchestrator certs` creates it
     #[arg(long = "credentials", value_name = "PATH", env = "ORCHESTRATOR_CREDENTIALS", global = true)]
     path: Option<PathBuf>,
 }
@@ -34,7 +34,7 @@ impl Credentials {
     /// # Errors
     /// The file can't be read, others can read it, it contains no token, or the token would be sent in clear.
     pub(super) fn read(&self, address: &str) -> Result<Bearer, Failure> {
-        let Some(path) = &self.path else { return Ok(Bearer::default()) };
+        let Some(path) = self.path.as_ref().filter(|path| !path.is_dir()) else { return Ok(Bearer::default()) };
         if !address.starts_with("https://") && !is_local(address) {
             let problem = format!("the token would be sent in clear to {address}; give an address with https://");
             return Err(unusable(path, &problem));
@@ -46,6 +46,11 @@ impl Credentials {
         let mut value = value.ok_or_else(|| unusable(path, "contains no token; it has the form orc_ID_SECRET"))?;
         value.set_sensitive(true);
         Ok(Bearer(Some(value)))
+    }
+
+    /// The directory with a certificate, if that is what they are.
+    pub(super) fn directory(&self) -> Option<&Path> {
+        self.path.as_deref().filter(|path| path.is_dir())
     }
 
     /// The flag that another command needs to be the same caller.

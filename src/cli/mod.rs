@@ -1,6 +1,7 @@
 //! The command line: one file a command. The remote ones use only the generated client.
 
 mod cancel;
+mod certs;
 mod check;
 mod completions;
 mod conformance;
@@ -108,6 +109,7 @@ enum Command {
     Check(check::Check),
     Store(store::Store),
     Token(token::TokenCommand),
+    Certs(certs::Certs),
     #[command(name = "whoami")]
     WhoAmI(whoami::WhoAmI),
     Verify(verify::Verify),
@@ -173,6 +175,7 @@ impl Cli {
             Command::Check(check) => Box::pin(ready(check.run())),
             Command::Store(store) => Box::pin(ready(store.run())),
             Command::Token(token) => Box::pin(ready(token.run())),
+            Command::Certs(certs) => Box::pin(ready(certs.run())),
             Command::Verify(verify) => Box::pin(ready(verify.run())),
             Command::Completions(completions) => Box::pin(ready(completions.run())),
         };

@@ -26,6 +26,7 @@ use super::{
     output::{Format, clean, short},
 };
 use crate::{
+    config::SecureDirectory,
     dial::{authorities, tls_in_words},
     file,
     proto::orchestrator::v1::{access_client::AccessClient, orchestrator_client::OrchestratorClient},
@@ -98,12 +99,13 @@ impl TlsFiles {
     ///
     /// # Errors
     /// A file can't be read, or can't be used; or only one of a certificate and its key is given.
-    fn read(&self) -> Result<ClientTlsConfig, Failure> {
+    fn read(&self, credentials: &Credentials) -> Result<ClientTlsConfig, Failure> {
+        let Self { ca_file, cert_file, key_file } = self.or(credentials.directory());
         let unusable = |file: &Path, flag: &str, problem: &dyn fmt::Display| {
             Failure::new(Exit::Usage, format!("{flag} {} {problem}", file.display()))
         };
         let mut tls = ClientTlsConfig::new();
-        if let Some(path) = &self.ca_file {
+        if let Some(path) = &ca_file {
             let refused = |problem: &dyn fmt::Display| unusable(path, "--ca-file", problem);
             let pem = file::read(path).map_err(|error| refused(&error))?;
             authorities(&pem).map_err(|error| refused(&error))?;
@@ -111,7 +113,7 @@ impl TlsFiles {
         } else {
             tls = tls.with_enabled_roots();
         }
-        match (&self.cert_file, &self.key_file) {
+        match (&cert_file, &key_file) {
             (Some(cert_file), Some(key_file)) => {
                 let certificate = file::read(cert_file).map_err(|error| unusable(cert_file, "--cert-file", &error))?;
                 let key = file::read_secret(key_file).map_err(|error| unusable(key_file, "--key-file", &error))?;
@@ -120,6 +122,18 @@ impl TlsFiles {
             (None, None) => Ok(tls),
             (Some(_), None) => Err(Failure::new(Exit::Usage, "--cert-file needs --key-file, its private key")),
             (None, Some(_)) => Err(Failure::new(Exit::Usage, "--key-file needs --cert-file, its certificate")),
+        }
+    }
+
+    /// With the files of a directory, where none are given.
+    fn or(&self, directory: Option<&Path>) -> Self {
+        let Some(directory) = directory else { return self.clone() };
+        let file = |given: &Option<PathBuf>, name: &str| given.clone().or_else(|| Some(directory.join(name)));
+        let has_certificate = self.cert_file.is_some() || self.key_file.is_some();
+        Self {
+            ca_file: file(&self.ca_file, SecureDirectory::AUTHORITY),
+            cert_file: if has_certificate { self.cert_file.clone() } else { file(&None, SecureDirectory::CERTIFICATE) },
+            key_file: if has_certificate { self.key_file.clone() } else { file(&None, SecureDirectory::KEY) },
         }
     }
 
@@ -238,7 +252,7 @@ impl<F: clap::Args> Remote<F> {
             .tcp_nodelay(true);
         if self.address.0.starts_with("https://") {
             // The errors are those of the files, or that the system has no certificates.
-            endpoint = endpoint.tls_config(self.tls.read()?).map_err(|error| {
+            endpoint = endpoint.tls_config(self.tls.read(&self.credentials)?).map_err(|error| {
                 let problem = clean(&innermost(&error));
                 let files = self.tls.flags();
                 let files = if files.is_empty() { String::new() } else { format!(" with{files}") };

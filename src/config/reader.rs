@@ -254,6 +254,19 @@ fn merge(table: &mut Table, key: String, node: Node) {
     }
 }
 
+/// Adds the items of a list to those at `key` in the table `of`. A value of another type stays, and is refused later.
+pub(super) fn append(table: &mut Table, of: &str, key: &str, list: Node) {
+    let origin = || list.origin.clone();
+    let empty = || Node { origin: origin(), value: Value::Table(Table::new()) };
+    let Value::Table(table) = &mut table.entry(of.to_owned()).or_insert_with(empty).value else { return };
+    let empty = || Node { origin: origin(), value: Value::List(Vec::new()) };
+    if let (Value::List(there), Value::List(more)) =
+        (&mut table.entry(key.to_owned()).or_insert_with(empty).value, list.value)
+    {
+        there.extend(more);
+    }
+}
+
 /// Takes the value at the dotted `path` out.
 fn take(table: &mut Table, path: &str) -> Option<Node> {
     match path.split_once('.') {
