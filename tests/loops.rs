@@ -420,9 +420,10 @@ async fn a_loop_names_at_most_as_many_subsystems_as_may_be_registered() {
 
 #[tokio::test]
 async fn cycles_of_loops_have_deadlines_of_their_own() {
-    let mut stage = Stage::new().await;
+    // Nothing else ends the cycle.
+    let mut stage = Stage::at(Home::new().with_args(["--set", "cycle.deadline=1h"])).await;
     stage.fleet.run("late", Run::Hang);
-    stage.register("late", |_| {}).await;
+    stage.register("late", |it| it.timeout = ms(3_600_000)).await;
     let mut cycles = stage.client.watch_after(0).await.unwrap();
     start(&mut stage.client, IntervalLoop { deadline: ms(50), ..every("l", 20) }).await.unwrap();
     let cycle = decode(next_recorded(&mut cycles).await);
