@@ -426,7 +426,7 @@ async fn cycles_of_loops_have_deadlines_of_their_own() {
     stage.register("late", |it| it.timeout = ms(3_600_000)).await;
     let mut cycles = stage.client.watch_after(0).await.unwrap();
     start(&mut stage.client, IntervalLoop { deadline: ms(50), ..every("l", 20) }).await.unwrap();
-    let cycle = decode(next_recorded(&mut cycles).await);
+    let cycle = decode(patiently("the deadline", next_recorded(&mut cycles)).await);
     assert_eq!((cycle.state(), part(&cycle, "late").state()), (CycleState::Failed, SubsystemState::TimedOut));
 }
 
