@@ -1,5 +1,5 @@
-//! Who calls, and what each caller may do: identities, their credentials, and grants. Pure: it reads no file and no
-//! clock, and knows no RPC.
+//! Who calls, and what each caller may do: identities, their credentials, and grants; and where the service itself may
+//! connect. Pure: it reads no file and no clock, and knows no RPC.
 //!
 //! A caller presents a [`Credential`]. [`Policy::authenticate`] returns its [`Identity`](crate::model::Identity), and
 //! [`Policy::rights`] the [`Rights`] that the grants give to it. A [`Role`] says which RPCs a grant is for
@@ -9,6 +9,7 @@ mod certificate;
 mod grant;
 mod pattern;
 mod policy;
+mod reach;
 mod rights;
 mod token;
 
@@ -16,6 +17,7 @@ pub use self::{
     certificate::{NoIdentity, identity_of},
     grant::{Grant, GrantSpec, Role},
     policy::{Authenticated, Credential, Mode, Policy, Presented, Revoked, Unauthenticated},
+    reach::{Allowed, Reach},
     rights::{Registering, Right, Rights, Targets},
     token::{Bearer, Digest, NoRandomness, Token, TokenId, TokenSpec},
 };

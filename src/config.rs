@@ -32,13 +32,13 @@ pub use self::{
     tokens::{read_tokens, tokens_text},
 };
 use crate::{
-    access::{Grant, GrantSpec, Mode, Revoked, Role},
+    access::{Allowed, Grant, GrantSpec, Mode, Reach, Revoked, Role},
     engine::{Member, Plan},
     file::{self, FileError},
     memory::Shares,
     model::{
         BreakerPolicy, BreakerSpec, CatchUp, CycleState, Endpoint, IntervalLoop, LimitsSpec, LoopSpec, Name,
-        OverlapPolicy, RetryPolicy, RetrySpec, Subsystem, SubsystemSpec, Violations, text::clean,
+        OverlapPolicy, RetryPolicy, RetrySpec, Subsystem, SubsystemSpec, TlsSpec, Violations, text::clean,
     },
     ports::{Retention, RetentionRule},
     store::StoreUrl,
@@ -217,6 +217,12 @@ pub struct DialSettings {
     pub cert_file: Option<PathBuf>,
     /// Its private key, in PEM.
     pub key_file: Option<PathBuf>,
+    /// Hosts that may be dialed: at most [`Allowed::MAX`]. Default: all.
+    pub allow: Vec<Allowed>,
+    /// True if endpoints without TLS may be on other machines although access is enforced. Default false.
+    pub allow_http: bool,
+    /// The directory of the sockets that may be dialed, an absolute path. Default: all, and none if access is enforced.
+    pub unix_dir: Option<PathBuf>,
     /// Longest time for connecting. 1 ms to 1 h, default 5 s.
     pub connect_timeout: Duration,
 }
@@ -393,6 +399,13 @@ impl Config {
         !self.subsystems.is_empty() || !self.loops.is_empty()
     }
 
+    /// Where subsystems may be dialed.
+    #[must_use]
+    pub fn reach(&self) -> Reach {
+        let DialSettings { allow, allow_http, unix_dir, .. } = &self.dial;
+        Reach { mode: self.access.mode, allow: allow.clone(), allow_http: *allow_http, unix_dir: unix_dir.clone() }
+    }
+
     /// Applies `new` to a process that runs with `self`.
     #[must_use]
     pub fn reload(&self, mut new: Self) -> Reload {
@@ -469,6 +482,7 @@ impl Config {
             refuse_beyond_loopback(read, &config, has_tls, "admin.listen", listen, "read everything");
         }
         refuse_one_address_twice(read, &config);
+        refuse_collector_in_clear(read, &config);
         tls::refuse_incomplete(read, &config);
         refuse_limits_out_of_reach(read, &config);
         let kind = Kind { of: "grant", list: "access.grants", max: Grant::MAX, limit: "a configuration" };
@@ -482,6 +496,7 @@ impl Config {
         // without problems.
         if read.is_content() {
             refuse_ring(read, &config.subsystems);
+            refuse_out_of_reach(read, &config);
         }
         config
     }
@@ -536,6 +551,9 @@ impl Default for Config {
                 ca_file: None,
                 cert_file: None,
                 key_file: None,
+                allow: Vec::new(),
+                allow_http: false,
+                unix_dir: None,
                 connect_timeout: Duration::from_secs(5),
             },
             log: LogSettings { filter: "info".into(), format: LogFormat::Auto },
@@ -592,6 +610,32 @@ fn refuse_beyond_loopback(
     }
 }
 
+/// Spans have the names of subsystems and the messages of failures: if access is enforced, they leave this machine only
+/// encrypted.
+fn refuse_collector_in_clear(read: &mut Reader<'_>, config: &Config) {
+    let Some(endpoint) = &config.tracing.otlp_endpoint else { return };
+    let Some((host, _)) = endpoint.strip_prefix("http://").and_then(|authority| authority.rsplit_once(':')) else {
+        return;
+    };
+    let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
+    let is_loopback = address.map_or(host.eq_ignore_ascii_case("localhost"), |it| it.to_canonical().is_loopback());
+    if config.access.mode == Mode::Enforce && !is_loopback {
+        let problem =
+            format!("is {endpoint}: access.mode = \"enforce\" needs https:// for a collector on another machine");
+        read.refuse("tracing.otlp_endpoint", problem);
+    }
+}
+
+/// Refuses declared subsystems that may not be dialed.
+fn refuse_out_of_reach(read: &mut Reader<'_>, config: &Config) {
+    let reach = config.reach();
+    for (number, subsystem) in config.subsystems.iter().enumerate() {
+        if let Err(problem) = reach.check(&subsystem.endpoint) {
+            read.refuse(&format!("subsystems[{number}].endpoint"), problem);
+        }
+    }
+}
+
 /// The second listener would fail, and blame another process.
 fn refuse_one_address_twice(read: &mut Reader<'_>, config: &Config) {
     let listen = config.server.listen;
@@ -626,6 +670,27 @@ fn orchestrator_id(text: &str) -> Result<String, String> {
 
 fn path(text: &str) -> Result<PathBuf, String> {
     if text.is_empty() { Err("give the path of a file, or leave it out".into()) } else { Ok(text.into()) }
+}
+
+fn directory(text: &str) -> Result<PathBuf, String> {
+    if text.starts_with('/') { Ok(text.into()) } else { Err("give the absolute path of a directory".into()) }
+}
+
+/// The hosts that may be dialed: a list of texts.
+fn allowed(read: &mut Reader<'_>, key: &str) -> Vec<Allowed> {
+    let texts = read.texts(key);
+    if texts.len() > Allowed::MAX {
+        read.refuse(key, format!("has {} entries; give at most {}", texts.len(), Allowed::MAX));
+        return Vec::new();
+    }
+    let mut all = Vec::with_capacity(texts.len());
+    for (number, text) in texts.iter().enumerate() {
+        match Allowed::parse(text) {
+            Ok(allowed) => all.push(allowed),
+            Err(problem) => read.refuse(&format!("{key}[{number}]"), problem),
+        }
+    }
+    all
 }
 
 /// The path of a socket. <https://man7.org/linux/man-pages/man7/unix.7.html>
@@ -824,6 +889,7 @@ fn subsystem_spec(read: &mut Reader<'_>) -> SubsystemSpec {
             max_issues: read.number("limits.max_issues", 0..=u32::MAX),
         },
         record_output: read.flag("record_output").unwrap_or_default(),
+        tls: TlsSpec { peer: read.text("tls.peer").filter(|peer| !peer.is_empty()) },
     }
 }
 

@@ -11,5 +11,5 @@ pub use self::{
         ResumeError, Retention, RetentionRule, SCAN_LIMIT, Stage, Store, StoreError, StoreSize, StoredLoop,
         StoredOutput, StoredSubsystem, TriggerKind, Unreadable, UnreadableRow, Write,
     },
-    subsystems::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
+    subsystems::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
 };

@@ -117,6 +117,7 @@ pub struct Service {
     admin_address: Option<SocketAddr>,
     api: Api,
     certificates: Arc<Certificates>,
+    dialer: Arc<Dialer>,
     orchestrator: Arc<Orchestrator>,
     tasks: OrchestratorTasks,
     health: HealthReporter,
@@ -159,8 +160,9 @@ impl Service {
         let memory = shares(config);
         warn_of_limits(config, &memory.whole);
         let replies = memory.replies.clone();
-        let dialer = Dialer::with_tls(transport, config.dial.connect_timeout, replies, certificates.dial());
-        let dialer = Arc::new(dialer);
+        let (connect_timeout, tls) = (config.dial.connect_timeout, certificates.dial());
+        let dialer = Arc::new(Dialer::with(transport, connect_timeout, replies, tls, config.reach()));
+        dialer.revoke(config.access.revoked.clone());
         let store = store::open(&config.store.url, record::check, host.clock).await?;
         let contents = store.take_over().await?;
         let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
@@ -181,13 +183,14 @@ impl Service {
         let (settings, declared) = (settings(config), declared(config));
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
         let (orchestrator, tasks) =
-            Orchestrator::start(settings, &memory, host, dialer, (store, contents, signer), declared, spans).await?;
+            Orchestrator::start(settings, &memory, host, dialer.clone(), (store, contents, signer), declared, spans)
+                .await?;
 
         let orchestrator = Arc::new(orchestrator);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
-        let api = Api::new(orchestrator.clone(), policy, clock, memory.requests.clone());
+        let api = Api::new(orchestrator.clone(), policy, clock, memory.requests.clone(), config.reach());
         let of_reflection = api.clone();
         let reflection = reflection.behind(move |request| {
             let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
@@ -235,6 +238,7 @@ impl Service {
             admin_address,
             api,
             certificates,
+            dialer,
             orchestrator,
             tasks,
             health,
@@ -278,6 +282,7 @@ impl Service {
     pub async fn reload(&mut self, config: &Config, policy: Policy) -> Result<(), Refusal> {
         // First, so that a revocation does not wait for the store.
         self.api.apply(policy);
+        self.dialer.revoke(config.access.revoked.clone());
         self.orchestrator.reload(settings(config), declared(config)).await?;
         self.drain_grace = config.server.drain_grace;
         warn_of_limits(config, &self.memory);

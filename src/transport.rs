@@ -7,7 +7,7 @@ mod sockets;
 use std::{
     fmt, io,
     net::{IpAddr, SocketAddr},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -33,11 +33,17 @@ pub trait Transport: Send + Sync {
     /// A process listens there, something else is there, the file can't be created, or this network has no file system.
     fn listen_at_path<'a>(&'a self, path: &'a Path, mode: u32) -> BoxFuture<'a, io::Result<Box<dyn Listener>>>;
 
-    /// Connects to a destination within the timeout, which includes the lookup of its name.
+    /// Connects to a destination within the timeout, which includes the lookup of its name. Only addresses that are
+    /// admitted are connected to: exactly those, without another lookup.
     ///
     /// # Errors
     /// The reason why there is no connection, such as "can't connect: Connection refused".
-    fn connect<'a>(&'a self, to: &'a Destination, timeout: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>>;
+    fn connect<'a>(
+        &'a self,
+        to: &'a Destination,
+        admit: Admit<'a>,
+        timeout: Duration,
+    ) -> BoxFuture<'a, Result<Connected, String>>;
 }
 
 /// Accepts connections.
@@ -47,21 +53,24 @@ pub trait Listener: Send + Sync {
     /// # Errors
     /// The connection failed, or the process has no free file; later ones may be accepted. After EBADF, EINVAL and
     /// ENOTSOCK none will.
-    fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>>;
+    fn accept(&self) -> BoxFuture<'_, io::Result<Connected>>;
 }
 
-/// A connection that was accepted.
-pub type Accepted = (Box<dyn Stream>, Origin);
+/// A connection, and its other side.
+pub type Connected = (Box<dyn Stream>, Origin);
 
-/// Where a connection comes from.
+/// Decides whether an address of a host may be connected to. The error reads well after the host and a comma.
+pub type Admit<'a> = &'a (dyn Fn(IpAddr) -> Result<(), String> + Send + Sync);
+
+/// The other side of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Origin {
     /// The system does not say.
     #[default]
     Unknown,
-    /// From this address.
+    /// This address.
     Address(IpAddr),
-    /// From a process of this user, through a socket in the file system.
+    /// A process of this user, through a socket in the file system.
     User(u32),
 }
 
@@ -98,6 +107,11 @@ pub enum Destination {
         /// The port.
         port: u16,
     },
-    /// The path of a socket in the file system.
-    Unix(String),
+    /// A socket in the file system.
+    Unix {
+        /// Its path.
+        path: PathBuf,
+        /// The directory that it must be in, after links are followed.
+        within: Option<PathBuf>,
+    },
 }

@@ -31,7 +31,7 @@ use orchestrator_core::{
     dial::Dialer,
     memory::Memory,
     model::{CycleId, Epoch, Payload, Subsystem, SubsystemSpec},
-    ports::{RunCall, Subsystems},
+    ports::{Callee, RunCall, Subsystems},
     proto::{
         orchestrator::v1::{self as pb, CycleState, CycleTelemetry, SubsystemState},
         subsystem::v1 as subsystem,
@@ -853,6 +853,7 @@ async fn a_call_of_hours_works_without_pings() {
     .await;
     let spec = SubsystemSpec { name: "a".into(), endpoint: format!("http://{address}"), ..Default::default() };
     let subsystem = Subsystem::from_spec(&spec).unwrap();
+    let callee = Callee { subsystem: &subsystem, owner: None };
     let dialer = Dialer::new(Arc::new(Sockets::default()), Duration::from_hours(1), Memory::whole(1 << 20));
     let call = RunCall {
         cycle_id: CycleId(1),
@@ -864,7 +865,7 @@ async fn a_call_of_hours_works_without_pings() {
         timeout: Duration::from_hours(24),
         trace: None,
     };
-    let error = dialer.run_cycle(&subsystem, call).await.unwrap_err();
+    let error = dialer.run_cycle(callee, call).await.unwrap_err();
     assert_eq!(error.to_string(), "NOT_FOUND: ");
 }
 

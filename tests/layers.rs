@@ -31,7 +31,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("store", &["clock", "file", "ledger", "model", "ports"]),
     ("transport", &[]),
-    ("dial", &["memory", "model", "offload", "pem", "ports", "proto", "transport", "turn"]),
+    ("dial", &["access", "memory", "model", "offload", "pem", "ports", "proto", "transport", "turn"]),
     ("listen", &["memory", "pem", "proto", "transport", "turn"]),
     ("subsystem", &["listen", "memory", "model", "offload", "proto", "tasks", "transport"]),
     // Answers show plans and breakers, records and snapshots, and loops.

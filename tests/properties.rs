@@ -26,7 +26,9 @@ use orchestrator_core::{
         LoopStart, Name, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
     },
     orchestrator::{Change, Declared, NotCancelled, Orchestrator, OrchestratorTasks, Refusal, Registrar, Settings},
-    ports::{CallError, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced},
+    ports::{
+        CallError, Callee, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced,
+    },
     proto::orchestrator::v1 as pb,
     record::{self, PartFilter},
     store,
@@ -246,9 +248,9 @@ impl Fleet {
 }
 
 impl Subsystems for Fleet {
-    fn initialize<'a>(&'a self, to: &'a Subsystem, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
+    fn initialize<'a>(&'a self, to: Callee<'a>, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
         Box::pin(async move {
-            match self.scripted[to.name.as_str()].behaviour {
+            match self.scripted[to.subsystem.name.as_str()].behaviour {
                 Behaviour::CannotInitialize => error(Code::Internal),
                 Behaviour::Succeeds => error(Code::Unimplemented),
                 _ => Ok(()),
@@ -256,25 +258,25 @@ impl Subsystems for Fleet {
         })
     }
 
-    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
+    fn run_cycle<'a>(&'a self, to: Callee<'a>, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
             let inputs = call.inputs.iter().map(|input| {
                 let made = input.output.as_ref().map(|(output, freshness)| (output.cycle_id, *freshness));
                 (input.name.to_string(), made)
             });
-            let (name, cycle_id) = (to.name.to_string(), call.cycle_id);
+            let (name, cycle_id) = (to.subsystem.name.to_string(), call.cycle_id);
             self.seen.lock().unwrap().push(Seen::Called { name: name.clone(), cycle_id, inputs: inputs.collect() });
             let in_flight = self.in_flight.fetch_add(1, Ordering::Relaxed) + 1;
             self.most_in_flight.fetch_max(in_flight, Ordering::Relaxed);
             let mut ending = Ending { fleet: self, name, cycle_id, output: false };
-            let answer = self.answer(to, &call).await;
+            let answer = self.answer(to.subsystem, &call).await;
             ending.output = answer.is_ok();
             let held = Memory::whole(0).try_hold(0).unwrap();
             answer.map(|answer| Reply { answer, held })
         })
     }
 
-    fn get_status<'a>(&'a self, _of: &'a Subsystem, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
+    fn get_status<'a>(&'a self, _of: Callee<'a>, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
         Box::pin(async { error(Code::Unimplemented) })
     }
 

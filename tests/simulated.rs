@@ -22,7 +22,7 @@ use orchestrator_core::{
     proto::orchestrator::v1::{CycleState, CycleTelemetry, RunCycleRequest, orchestrator_client::OrchestratorClient},
     serve::{Exit, Service},
     subsystem::{Answer, Code, Cycle, Failure, Server},
-    transport::{Accepted, Destination, Listener, Origin, Stream, Transport},
+    transport::{Admit, Connected, Destination, Listener, Origin, Transport},
 };
 use prost::Message;
 use tokio::{
@@ -54,19 +54,24 @@ impl Transport for Network {
         Box::pin(ready(Err(io::ErrorKind::Unsupported.into())))
     }
 
-    fn connect<'a>(&'a self, to: &'a Destination, _: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>> {
+    fn connect<'a>(
+        &'a self,
+        to: &'a Destination,
+        _: Admit<'a>,
+        _: Duration,
+    ) -> BoxFuture<'a, Result<Connected, String>> {
         Box::pin(async move {
             let Destination::Tcp { port, .. } = to else { return Err("no socket has a path here".into()) };
             let (near, far) = duplex(64 << 10);
             let listener = self.listening.lock().unwrap().get(port).cloned().ok_or("nothing listens there")?;
             listener.send(far).await.map_err(|_| "its listener has ended")?;
-            Ok(Box::new(near) as _)
+            Ok((Box::new(near) as _, Origin::Unknown))
         })
     }
 }
 
 impl Listener for Incoming {
-    fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>> {
+    fn accept(&self) -> BoxFuture<'_, io::Result<Connected>> {
         Box::pin(async {
             match self.0.lock().await.recv().await {
                 Some(stream) => Ok((Box::new(stream) as _, Origin::Unknown)),
@@ -118,7 +123,8 @@ async fn records(seed: u64) -> [Bytes; 2] {
         let network = network.clone();
         async move {
             let to = Destination::Tcp { host: "orchestrator".into(), port: 1 };
-            network.connect(&to, Duration::MAX).await.map(TokioIo::new).map_err(io::Error::other)
+            let connected = network.connect(&to, &|_| Ok(()), Duration::MAX).await;
+            connected.map(|(stream, _)| TokioIo::new(stream)).map_err(io::Error::other)
         }
     });
     let channel = Endpoint::from_static("http://orchestrator:1").connect_with_connector(connect).await.unwrap();

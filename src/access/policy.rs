@@ -113,6 +113,18 @@ impl Revoked {
         Ok(())
     }
 
+    /// True if this identity is revoked.
+    #[must_use]
+    pub fn has_identity(&self, identity: &Identity) -> bool {
+        self.identities.contains(identity)
+    }
+
+    /// True if the certificate with this SHA-256 is revoked.
+    #[must_use]
+    pub fn has_certificate(&self, digest: &Digest) -> bool {
+        self.certificates.contains(digest)
+    }
+
     /// Number of entries.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -169,12 +181,12 @@ impl Policy {
             Credential::Certificate(Presented { chain, expires_at }) => {
                 let own = CertificateDer::from(chain.first().map_or(&[][..], |own| own));
                 let identity = identity_of(&own).map_err(Unauthenticated::NoIdentity)?;
-                let is_revoked = chain.iter().any(|it| self.revoked.certificates.contains(&Digest::of(it)));
+                let is_revoked = chain.iter().any(|it| self.revoked.has_certificate(&Digest::of(it)));
                 (identity, Some(*expires_at), is_revoked)
             }
             Credential::User(uid) => (Identity::Uid(*uid), None, false),
         };
-        if is_revoked || self.revoked.identities.contains(&identity) {
+        if is_revoked || self.revoked.has_identity(&identity) {
             return Err(Unauthenticated::Invalid);
         }
         match expires_at {

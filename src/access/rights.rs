@@ -59,6 +59,8 @@ pub struct Registering<'a> {
     pub record_output: bool,
     /// The limits on its answers.
     pub limits: Limits,
+    /// The server that must answer, if it says so.
+    pub peer: &'a str,
 }
 
 impl Targets<'_> {
@@ -181,7 +183,8 @@ impl Right {
 
     /// The part of a registration that it does not cover.
     fn lacks(&self, registration: &Registering<'_>) -> Option<String> {
-        let Registering { name, endpoint, phase, inputs, timeout, critical, record_output, limits } = registration;
+        let Registering { name, endpoint, phase, inputs, timeout, critical, record_output, limits, peer } =
+            registration;
         if self.is_unlimited() {
             return None;
         }
@@ -201,6 +204,7 @@ impl Right {
             () if *record_output => of("record_output".into()),
             () if *timeout > self.max_timeout => of("timeout".into()),
             () if exceeds_limits => of("limits".into()),
+            () if !peer.is_empty() => of(format!("tls.peer {peer}")),
             () => None,
         }
     }
@@ -282,6 +286,7 @@ mod tests {
             critical: false,
             record_output: false,
             limits: Limits::DEFAULT,
+            peer: "",
         }
     }
 

@@ -7,7 +7,9 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 
 use super::error::status;
-use crate::{clock::Clock, model::Violations, offload::offload_within, orchestrator::Refusal, tasks::joined};
+use crate::{
+    access::Reach, clock::Clock, model::Violations, offload::offload_within, orchestrator::Refusal, tasks::joined,
+};
 
 /// Most bytes of an answer: below the 4 MiB that clients accept by default.
 pub(super) const MAX_ANSWER: usize = 3 << 20;
@@ -19,6 +21,8 @@ const MAX_ASKING_ALL: usize = 2;
 #[derive(Clone)]
 pub(super) struct Handlers {
     pub(super) clock: Clock,
+    /// Where subsystems may be dialed.
+    pub(super) reach: Arc<Reach>,
     /// Limits requests for all snapshots, which have any size until the answer is assembled.
     pub(super) asking_all: Arc<Semaphore>,
     /// Long work is done one at a time, so that it takes at most one processor from cycles.
@@ -26,9 +30,9 @@ pub(super) struct Handlers {
 }
 
 impl Handlers {
-    pub(super) fn new(clock: Clock) -> Self {
+    pub(super) fn new(clock: Clock, reach: Reach) -> Self {
         let [asking_all, turn] = [MAX_ASKING_ALL, 1].map(|places| Arc::new(Semaphore::new(places)));
-        Self { clock, asking_all, turn }
+        Self { clock, reach: Arc::new(reach), asking_all, turn }
     }
 
     /// Runs work over this many subsystems: with many it may take milliseconds, and runs on a blocking thread.

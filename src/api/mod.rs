@@ -37,7 +37,7 @@ use self::{
     streaming::{Called, Watching},
 };
 use crate::{
-    access::Policy,
+    access::{Policy, Reach},
     clock::Clock,
     listen::{Peer, Services},
     memory::Memory,
@@ -80,10 +80,10 @@ pub struct Api {
 
 impl Api {
     /// The RPCs of this orchestrator, for callers that `policy` allows. The time of requests comes from `clock`.
-    /// Decoded requests are held under the limit `requests`.
-    pub fn new(orchestrator: Arc<Orchestrator>, policy: Policy, clock: Clock, requests: Memory) -> Self {
+    /// Decoded requests are held under the limit `requests`. Subsystems are registered within `reach`.
+    pub fn new(orchestrator: Arc<Orchestrator>, policy: Policy, clock: Clock, requests: Memory, reach: Reach) -> Self {
         let judge = Judge::new(policy, clock);
-        Self { gate: Gate::new(orchestrator, judge, requests), handlers: Handlers::new(clock) }
+        Self { gate: Gate::new(orchestrator, judge, requests), handlers: Handlers::new(clock, reach) }
     }
 
     /// Applies another policy, also to open streams.
@@ -164,7 +164,7 @@ impl Service for Api {
         &self,
         request: Request<pb::RegisterSubsystemRequest>,
     ) -> Answer<pb::RegisterSubsystemResponse> {
-        self.gate.answer(request, registry::register_subsystem).await
+        self.gate.answer(request, |call| self.handlers.register_subsystem(call)).await
     }
 
     async fn register_subsystems(

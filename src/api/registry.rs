@@ -20,6 +20,20 @@ use crate::{
 };
 
 impl Handlers {
+    pub(super) async fn register_subsystem(
+        &self,
+        mut call: Entered<pb::RegisterSubsystemRequest>,
+    ) -> Result<pb::RegisterSubsystemResponse, Status> {
+        let request = call.take_request();
+        let pb::RegisterSubsystemRequest { registration, lease } = request;
+        let subsystem = request::registration(registration, &self.reach).map_err(invalid)?;
+        let lease = request::lease(lease).map_err(invalid)?;
+        let registered = call.orchestrator().register(subsystem, lease, &call.authority.registrar()).await;
+        let (registered, change) = registered.map_err(|refusal| call.refused(refusal))?;
+        let subsystem = Some(listed(call.orchestrator(), &registered, None));
+        Ok(pb::RegisterSubsystemResponse { subsystem, created: change == Change::Created })
+    }
+
     pub(super) async fn register_subsystems(
         &self,
         mut call: Entered<pb::RegisterSubsystemsRequest>,
@@ -27,7 +41,8 @@ impl Handlers {
         let request = call.take_request();
         let named =
             request.registrations.iter().map(|it| 1 + it.requires.len() + it.after.len() + it.reads.len()).sum();
-        let read = self.offload(named, move || request::registrations(request)).await?;
+        let reach = self.reach.clone();
+        let read = self.offload(named, move || request::registrations(request, &reach)).await?;
         let (subsystems, lease) = read.map_err(invalid)?;
         let registered = call.orchestrator().register_all(subsystems, lease, &call.authority.registrar()).await;
         let registered = registered.map_err(|refusal| call.refused(refusal))?;
@@ -87,19 +102,6 @@ impl Handlers {
         }
         (statuses, true)
     }
-}
-
-pub(super) async fn register_subsystem(
-    mut call: Entered<pb::RegisterSubsystemRequest>,
-) -> Result<pb::RegisterSubsystemResponse, Status> {
-    let request = call.take_request();
-    let pb::RegisterSubsystemRequest { registration, lease } = request;
-    let subsystem = request::registration(registration).map_err(invalid)?;
-    let lease = request::lease(lease).map_err(invalid)?;
-    let registered = call.orchestrator().register(subsystem, lease, &call.authority.registrar()).await;
-    let (registered, change) = registered.map_err(|refusal| call.refused(refusal))?;
-    let subsystem = Some(listed(call.orchestrator(), &registered, None));
-    Ok(pb::RegisterSubsystemResponse { subsystem, created: change == Change::Created })
 }
 
 pub(super) async fn unregister_subsystem(

@@ -12,9 +12,10 @@ use jiff::{SignedDuration, Timestamp};
 use tonic::codegen::http::HeaderMap;
 
 use crate::{
+    access::Reach,
     model::{
         BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, LimitsSpec, LoopSpec, LoopStart, Name, OverlapPolicy,
-        Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, Trigger, Violations,
+        Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, TlsSpec, Trigger, Violations,
     },
     orchestrator::{From as WatchFrom, WatchFilter},
     ports::{Filter, TriggerKind},
@@ -94,18 +95,20 @@ pub(super) fn cycle_id(cycle_id: u64) -> Result<CycleId, Violations> {
     bad.into_result(CycleId(cycle_id))
 }
 
-pub(super) fn registration(registration: Option<pb::Registration>) -> Result<Subsystem, Violations> {
+/// A registration that can be dialed within `reach`.
+pub(super) fn registration(registration: Option<pb::Registration>, reach: &Reach) -> Result<Subsystem, Violations> {
     let mut bad = Violations::default();
     let Some(registration) = registration else {
         bad.add("registration", "is missing");
         return Err(bad);
     };
-    subsystem(registration).map_err(|bad| bad.inside("registration"))
+    subsystem(registration, reach).map_err(|bad| bad.inside("registration"))
 }
 
-/// Several registrations, and their lease.
+/// Several registrations that can be dialed within `reach`, and their lease.
 pub(super) fn registrations(
     request: pb::RegisterSubsystemsRequest,
+    reach: &Reach,
 ) -> Result<(Vec<Subsystem>, Option<Duration>), Violations> {
     let pb::RegisterSubsystemsRequest { registrations, lease } = request;
     let mut bad = Violations::default();
@@ -115,7 +118,7 @@ pub(super) fn registrations(
     let mut subsystems = Vec::with_capacity(registrations.len());
     let mut first = HashMap::new();
     for (i, registration) in registrations.into_iter().enumerate() {
-        match subsystem(registration) {
+        match subsystem(registration, reach) {
             Ok(subsystem) => {
                 if let Some(first) = first.insert(subsystem.name.clone(), i) {
                     let problem = format!("is {} as in registrations[{first}]; give each name once", subsystem.name);
@@ -135,7 +138,7 @@ pub(super) fn registrations(
     }
 }
 
-fn subsystem(registration: pb::Registration) -> Result<Subsystem, Violations> {
+fn subsystem(registration: pb::Registration, reach: &Reach) -> Result<Subsystem, Violations> {
     let mut bad = Violations::default();
     let pb::Registration {
         name,
@@ -151,6 +154,7 @@ fn subsystem(registration: pb::Registration) -> Result<Subsystem, Violations> {
         parameters,
         limits,
         record_output,
+        tls,
     } = registration;
     let pb::RetryPolicy { max_attempts, initial_backoff, max_backoff, backoff_multiplier, retryable_status_codes } =
         retry.unwrap_or_default();
@@ -185,8 +189,14 @@ fn subsystem(registration: pb::Registration) -> Result<Subsystem, Violations> {
             max_issues: unless_zero(max_issues),
         },
         record_output,
+        tls: TlsSpec { peer: tls.map(|tls| tls.peer).filter(|peer| !peer.is_empty()) },
     };
-    bad.into_result(()).and_then(|()| Subsystem::from_spec(&spec))
+    let subsystem = bad.into_result(()).and_then(|()| Subsystem::from_spec(&spec))?;
+    let mut bad = Violations::default();
+    if let Err(problem) = reach.check(&subsystem.endpoint) {
+        bad.add("endpoint", problem);
+    }
+    bad.into_result(subsystem)
 }
 
 /// The lease of a registration.

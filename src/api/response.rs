@@ -235,6 +235,7 @@ pub fn registration(subsystem: &Subsystem) -> pb::Registration {
         parameters,
         limits,
         record_output,
+        peer,
     } = subsystem;
     let names = |names: &[crate::model::Name]| names.iter().map(ToString::to_string).collect();
     let policy = breaker.unwrap_or_default();
@@ -267,6 +268,7 @@ pub fn registration(subsystem: &Subsystem) -> pb::Registration {
             max_issues: limits.max_issues,
         }),
         record_output: *record_output,
+        tls: peer.as_ref().map(|peer| pb::Tls { peer: peer.to_string() }),
     }
 }
 

@@ -98,6 +98,7 @@ fn registering(registration: &pb::Registration) -> Registering<'_> {
             max_metrics: or_default(limits.max_metrics, max_metrics),
             max_issues: or_default(limits.max_issues, max_issues),
         },
+        peer: registration.tls.as_ref().map_or("", |tls| &tls.peer),
     }
 }
 

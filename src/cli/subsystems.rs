@@ -149,6 +149,9 @@ struct Register {
     /// Record its output in every cycle
     #[arg(long)]
     record_output: bool,
+    /// The identity of the server that must answer: cert:URI or cert:DNS-NAME for https://, uid:NUMBER for unix:
+    #[arg(long, value_name = "IDENTITY")]
+    tls_peer: Option<String>,
     /// The registration expires after this time unless renewed, 1s to 24h [default: never]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     lease: Option<prost_types::Duration>,
@@ -163,7 +166,7 @@ struct Register {
 }
 
 /// Flags that describe one subsystem, and conflict with `--file`.
-const FLAGS_OF_ONE: [&str; 23] = [
+const FLAGS_OF_ONE: [&str; 24] = [
     "name",
     "endpoint",
     "phase",
@@ -173,6 +176,7 @@ const FLAGS_OF_ONE: [&str; 23] = [
     "timeout_per_cycle",
     "critical",
     "record_output",
+    "tls_peer",
     "one",
     "all",
     "retry_max_attempts",
@@ -360,6 +364,7 @@ impl Register {
                 max_issues: self.limits.limits_max_issues.unwrap_or_default(),
             }),
             record_output: self.record_output,
+            tls: self.tls_peer.map(|peer| pb::Tls { peer }),
         };
         Ok(pb::RegisterSubsystemRequest { registration: Some(registration), lease: self.lease })
     }
@@ -567,6 +572,9 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
     }
     if registration.record_output {
         fact("output", "kept in the record of every cycle".to_owned());
+    }
+    if let Some(tls) = &registration.tls {
+        fact("server", format!("must be {}", tls.peer));
     }
     if !registration.parameters.is_empty() {
         fact("parameters", payload(&registration.parameters));

@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::{
     ClientAuth, DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
     OnReload::{Applies, NeedsRestart},
-    Setting, TlsVersion, admin_address, collector, key_files, listen_address, log_filter, mode, orchestrator_id,
-    origin, path, retention, revoked, socket_path,
+    Setting, TlsVersion, admin_address, allowed, collector, directory, key_files, listen_address, log_filter, mode,
+    orchestrator_id, origin, path, retention, revoked, socket_path,
 };
 use crate::{access::Mode, store::StoreUrl};
 
@@ -74,6 +74,9 @@ settings! {
     dial.ca_file: NeedsRestart, parsed(path).map(Some);
     dial.cert_file: NeedsRestart, parsed(path).map(Some);
     dial.key_file: NeedsRestart, parsed(path).map(Some);
+    dial.allow: NeedsRestart, group(allowed);
+    dial.allow_http: NeedsRestart, flag();
+    dial.unix_dir: NeedsRestart, parsed(directory).map(Some);
     dial.connect_timeout: NeedsRestart, duration(MS..=HOUR);
     log.filter: Applies, parsed(log_filter);
     log.format: NeedsRestart, choice(LogFormat::WORDS);

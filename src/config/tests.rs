@@ -606,6 +606,11 @@ const OTHERS: &[(&str, &str)] = &[
     ("registry.max_subsystems", "1"),
     ("registry.max_loops", "1"),
     ("dial.ca_file", "ca.pem"),
+    ("dial.cert_file", "b"),
+    ("dial.key_file", "b"),
+    ("dial.allow", "[\"10.0.0.0/8\"]"),
+    ("dial.allow_http", "true"),
+    ("dial.unix_dir", "/a"),
     ("dial.connect_timeout", "1s"),
     ("log.filter", "debug"),
     ("log.format", "json"),
@@ -620,6 +625,8 @@ const TLS: &[&str] = &[
     "server.tls.client_ca_file=a",
     "admin.tls.cert_file=a",
     "admin.tls.key_file=a",
+    "dial.cert_file=a",
+    "dial.key_file=a",
 ];
 
 #[test]
@@ -629,7 +636,7 @@ fn every_setting_is_applied_by_a_reload_or_needs_a_restart() {
     for setting in SETTINGS {
         let key = setting.key;
         let (_, other) = OTHERS.iter().find(|(name, _)| *name == key).unwrap_or_else(|| panic!("no other {key}"));
-        let others = if key.contains(".tls.") { TLS } else { &[] };
+        let others = if key.contains(".tls.") || key.starts_with("dial.") { TLS } else { &[] };
         let running = load(others, &[]).unwrap();
         let new = load(&[others, &[&format!("{key}={other}")]].concat(), &[]).unwrap();
         assert_ne!(new, running, "{key} is not set");

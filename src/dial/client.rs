@@ -11,11 +11,12 @@ use super::{
     connect::{Connector, Target},
     connection::{Connection, STREAM_WINDOW},
     outcome,
+    server::Server,
     unary::{self, Call, Failed},
 };
 use crate::{
     memory::{Held, Memory},
-    model::Endpoint,
+    model::{Endpoint, Identity},
     ports::CallError,
 };
 
@@ -52,7 +53,7 @@ impl Client {
     const MAX_TRIES: usize = 8;
 
     pub(super) fn new(endpoint: &Endpoint, connector: Arc<Connector>, replies: Memory) -> Result<Self, CallError> {
-        let target = Target::of(endpoint);
+        let target = Target::of(endpoint, connector.reach.unix_dir.as_ref());
         let authority = target.authority().try_into();
         let authority = authority.map_err(|error| outcome::unavailable(format!("can't dial {endpoint}: {error}")))?;
         Ok(Self { connector, target: Arc::new(target), authority, replies, current: Mutex::default() })
@@ -63,8 +64,14 @@ impl Client {
     /// # Errors
     /// The reason why there is no connection.
     pub async fn connect(&self) -> Result<(), CallError> {
-        let ready = self.connection().ready().await;
-        ready.map(|_| ()).map_err(|why| outcome::unavailable(why.to_string()))
+        let connection = self.connection();
+        let (_, server) = connection.ready().await.map_err(|why| outcome::unavailable(why.to_string()))?;
+        self.check(&server, None)
+    }
+
+    /// Checks that a server may be called: that it is this one, or without one that of the endpoint's host.
+    fn check(&self, server: &Server, expected: Option<&Identity>) -> Result<(), CallError> {
+        server.check(expected, &self.connector.revoked()).map_err(outcome::unavailable)
     }
 
     /// Makes a call. Dropping it cancels the call.
@@ -72,12 +79,12 @@ impl Client {
     /// # Errors
     /// It failed: the status of the peer, or UNAVAILABLE if it can't be reached.
     pub async fn call(&self, call: &Call) -> Result<Received, CallError> {
-        self.make(call).await.map_err(|failure| failure.error)
+        self.make(call, None).await.map_err(|failure| failure.error)
     }
 
-    /// Makes a call. It is transparently retried if it was certainly not processed, or if another call broke the
-    /// connection: the contract allows repeated calls.
-    pub(super) async fn make(&self, call: &Call) -> Result<Received, Failure> {
+    /// Makes a call to this server, or without one to that of the endpoint's host. It is transparently retried if it
+    /// was certainly not processed, or if another call broke the connection: the contract allows repeated calls.
+    pub(super) async fn make(&self, call: &Call, expected: Option<&Identity>) -> Result<Received, Failure> {
         let failure = |error| Failure { error, breaks_connection: false };
         let mut held = match self.replies.try_hold(STREAM_WINDOW as usize) {
             Ok(held) => held,
@@ -86,7 +93,9 @@ impl Client {
         let mut was_unprocessed = false;
         for _ in 0..Self::MAX_TRIES {
             let connection = self.connection();
-            let send = connection.ready().await.map_err(|why| failure(outcome::unavailable(why.to_string())))?;
+            let ready = connection.ready().await;
+            let (send, server) = ready.map_err(|why| failure(outcome::unavailable(why.to_string())))?;
+            self.check(&server, expected).map_err(failure)?;
             match unary::make(call, self.uri(call.path), send, connection.seen(), &mut held).await {
                 Ok(message) => {
                     // Less than before, so it fits.

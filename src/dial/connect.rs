@@ -1,6 +1,10 @@
 //! From an endpoint to a stream of bytes: a connection, and TLS on top of it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use http::uri::Scheme;
 use tokio::time::{Instant, timeout_at};
@@ -8,9 +12,11 @@ use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
 
 use super::{
     outcome,
+    server::Server,
     tls::{Loaded, Tls},
 };
 use crate::{
+    access::{Reach, Revoked},
     model::Endpoint,
     transport::{Destination, Stream, Transport},
 };
@@ -21,27 +27,36 @@ pub(super) struct Connector {
     /// Longest time in total, including the start of HTTP/2.
     pub(super) timeout: Duration,
     pub(super) tls: Arc<Tls>,
+    /// Where it connects.
+    pub(super) reach: Reach,
+    /// Servers that are not called.
+    pub(super) revoked: Mutex<Arc<Revoked>>,
 }
 
 /// A parsed endpoint.
 #[derive(Clone, Debug)]
 pub(super) struct Target {
+    endpoint: Endpoint,
     destination: Destination,
     is_tls: bool,
 }
 
 impl Target {
-    /// Parses an endpoint.
-    pub(super) fn of(endpoint: &Endpoint) -> Self {
+    /// Parses an endpoint. The socket of a `unix` endpoint must be in this directory, if there is one.
+    pub(super) fn of(endpoint: &Endpoint, unix_dir: Option<&PathBuf>) -> Self {
         let (uri, is_tls) = match endpoint {
             Endpoint::Http(uri) => (uri, false),
             Endpoint::Https(uri) => (uri, true),
-            Endpoint::Unix(path) => return Self { destination: Destination::Unix(path.clone()), is_tls: false },
+            Endpoint::Unix(path) => {
+                let destination = Destination::Unix { path: path.into(), within: unix_dir.cloned() };
+                return Self { endpoint: endpoint.clone(), destination, is_tls: false };
+            }
         };
         let authority = uri.split_once("://").map_or(uri.as_str(), |(_, authority)| authority);
         let (host, port) = authority.rsplit_once(':').unwrap_or((authority, ""));
         // An endpoint has a port, which was checked.
-        Self { destination: Destination::Tcp { host: host.to_owned(), port: port.parse().unwrap_or_default() }, is_tls }
+        let destination = Destination::Tcp { host: host.to_owned(), port: port.parse().unwrap_or_default() };
+        Self { endpoint: endpoint.clone(), destination, is_tls }
     }
 
     /// The authority of requests.
@@ -49,7 +64,7 @@ impl Target {
         match &self.destination {
             Destination::Tcp { host, port } => format!("{host}:{port}"),
             // A Unix socket has no authority.
-            Destination::Unix(_) => "localhost".into(),
+            Destination::Unix { .. } => "localhost".into(),
         }
     }
 
@@ -65,7 +80,17 @@ impl Target {
 }
 
 impl Connector {
-    /// Connects with this TLS, if the target has TLS, until `deadline`.
+    /// The servers that are not called.
+    pub(super) fn revoked(&self) -> Arc<Revoked> {
+        self.revoked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces the servers that are not called.
+    pub(super) fn revoke(&self, revoked: Revoked) {
+        *self.revoked.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(revoked);
+    }
+
+    /// Connects with this TLS, if the target has TLS, until `deadline`. Returns the server as well.
     ///
     /// # Errors
     /// The reason, for people.
@@ -74,19 +99,26 @@ impl Connector {
         target: &Target,
         tls: &Loaded,
         deadline: Instant,
-    ) -> Result<Box<dyn Stream>, String> {
-        let stream = self.transport.connect(&target.destination, self.timeout).await?;
-        let (true, Destination::Tcp { host, .. }) = (target.is_tls, &target.destination) else { return Ok(stream) };
+    ) -> Result<(Box<dyn Stream>, Server), String> {
+        self.reach.check(&target.endpoint).map_err(|why| format!("its endpoint {why}"))?;
+        let host = if let Destination::Tcp { host, .. } = &target.destination { host } else { "" };
+        let admit = |address| self.reach.check_address(target.is_tls, host, address);
+        let (stream, origin) = self.transport.connect(&target.destination, &admit, self.timeout).await?;
+        if !target.is_tls {
+            return Ok((stream, Server::without_tls(origin)));
+        }
         let config = tls.config().await?;
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
         let name = name.map_err(|error| format!("{host} can't be a name in a certificate: {error}"))?;
-        let stream = match timeout_at(deadline, TlsConnector::from(config).connect(name, stream)).await {
+        let stream = match timeout_at(deadline, TlsConnector::from(config).connect(name.clone(), stream)).await {
             Ok(stream) => stream.map_err(|error| outcome::chain(&error))?,
             Err(_) => return Err(format!("no TLS handshake within {:?}", self.timeout)),
         };
-        if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
+        let (_, session) = stream.get_ref();
+        if session.alpn_protocol() != Some(b"h2") {
             return Err("it speaks TLS, but not HTTP/2 (it did not select h2 by ALPN)".into());
         }
-        Ok(Box::new(stream))
+        let server = Server::with(session.peer_certificates().unwrap_or_default(), &name);
+        Ok((Box::new(stream), server))
     }
 }

@@ -14,6 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     connect::{Connector, Target},
     outcome,
+    server::Server,
     tls::{Loaded, Tls},
     wire::{Seen, Watched},
 };
@@ -37,7 +38,7 @@ pub(super) struct Connection {
 #[derive(Clone)]
 enum Phase {
     Connecting,
-    Ready(SendRequest<Bytes>),
+    Ready(SendRequest<Bytes>, Arc<Server>),
     /// Why it is not usable.
     Over(Arc<str>),
 }
@@ -53,15 +54,15 @@ impl Connection {
         Self { phase, seen, tls: of_target, task }
     }
 
-    /// The handle for calls, once it is connected.
+    /// The handle for calls, once it is connected, and the server.
     ///
     /// # Errors
     /// The reason why there is no connection.
-    pub(super) async fn ready(&self) -> Result<SendRequest<Bytes>, Arc<str>> {
+    pub(super) async fn ready(&self) -> Result<(SendRequest<Bytes>, Arc<Server>), Arc<str>> {
         let mut phase = self.phase.clone();
         let changed = phase.wait_for(|phase| !matches!(phase, Phase::Connecting)).await;
         match changed.as_deref() {
-            Ok(Phase::Ready(send)) => Ok(send.clone()),
+            Ok(Phase::Ready(send, server)) => Ok((send.clone(), server.clone())),
             Ok(Phase::Over(why)) => Err(why.clone()),
             Ok(Phase::Connecting) | Err(_) => Err("its connection was abandoned".into()),
         }
@@ -103,8 +104,8 @@ async fn live(
         tracing::debug!(endpoint = ?target, why, "connection");
         tell.send_replace(Phase::Over(why.into()));
     };
-    let stream = match connector.open(&target, &tls, deadline).await {
-        Ok(stream) => stream,
+    let (stream, server) = match connector.open(&target, &tls, deadline).await {
+        Ok(opened) => opened,
         Err(why) => return over(why),
     };
     let handshake = Builder::new()
@@ -132,7 +133,7 @@ async fn live(
         Ok(Some(Err(error))) => return over(outcome::of_connection(&error)),
         Err(_) => return over(format!("it accepted the connection and sent nothing within {:?}", connector.timeout)),
     }
-    tell.send_replace(Phase::Ready(send));
+    tell.send_replace(Phase::Ready(send, Arc::new(server)));
     over(match connection.await {
         Ok(()) => "it closed the connection".into(),
         Err(error) => outcome::of_connection(&error),

@@ -2,8 +2,8 @@
 //!
 //! It is our own client over the `h2` crate, for unary calls only, because data that a subsystem sends may affect only
 //! its own call: not the connection of others, not the memory of the process, not the time of a worker thread. `client`
-//! has the connection of one endpoint (`connection`, by `connect` and `tls`, seen through by `wire`), `unary` makes one
-//! call on it, `outcome` says what became of it, and `decode` reads the answer.
+//! has the connection of one endpoint (`connection`, by `connect` and `tls`, seen through by `wire`), `server` checks
+//! who answers there, `unary` makes one call on it, `outcome` says what became of it, and `decode` reads the answer.
 
 mod client;
 mod connect;
@@ -11,6 +11,7 @@ mod connection;
 mod decode;
 mod outcome;
 mod request;
+mod server;
 mod tls;
 mod unary;
 mod wire;
@@ -34,10 +35,11 @@ pub use self::{
     unary::Call,
 };
 use crate::{
+    access::{Reach, Revoked},
     memory::{Held, Memory},
-    model::{Endpoint, Limits, Name, SpanContext, Subsystem, excerpt},
+    model::{Endpoint, Identity, Limits, Name, SpanContext, Subsystem, excerpt},
     offload::offload_within,
-    ports::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
+    ports::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
     proto::framing::framed,
     transport::Transport,
 };
@@ -68,20 +70,31 @@ impl Dialer {
     const MAX_MESSAGE: usize = 1 << 10;
 
     /// A dialer that connects over `transport` and gives up after `connect_timeout`, trusts the certificates of the
-    /// system, and takes memory for answers from `replies`.
+    /// system, connects everywhere, and takes memory for answers from `replies`.
     pub fn new(transport: Arc<dyn Transport>, connect_timeout: Duration, replies: Memory) -> Self {
-        Self::with_tls(transport, connect_timeout, replies, Arc::default())
+        Self::with(transport, connect_timeout, replies, Arc::default(), Reach::default())
     }
 
-    /// As [`Dialer::new`], with this TLS for `https` endpoints.
-    pub fn with_tls(transport: Arc<dyn Transport>, connect_timeout: Duration, replies: Memory, tls: Arc<Tls>) -> Self {
-        let connector = Connector { transport, timeout: connect_timeout, tls };
+    /// As [`Dialer::new`], with this TLS for `https` endpoints, and within this reach.
+    pub fn with(
+        transport: Arc<dyn Transport>,
+        connect_timeout: Duration,
+        replies: Memory,
+        tls: Arc<Tls>,
+        reach: Reach,
+    ) -> Self {
+        let connector = Connector { transport, timeout: connect_timeout, tls, reach, revoked: Mutex::default() };
         Self {
             connector: Arc::new(connector),
             replies,
             endpoints: Mutex::default(),
             offloaded: Arc::new(Semaphore::new(Self::MAX_OFFLOADED)),
         }
+    }
+
+    /// Makes no further call to servers with these identities and certificates.
+    pub fn revoke(&self, revoked: Revoked) {
+        self.connector.revoke(revoked);
     }
 
     /// A client of one endpoint, with its own connection.
@@ -126,14 +139,14 @@ impl Dialer {
     /// Makes a call and reads the answer.
     async fn call<T: Send + 'static>(
         &self,
-        to: &Subsystem,
+        to: Callee<'_>,
         call: Call,
         read: impl FnOnce(&[u8], &Limits) -> Result<T, CallError> + Send + 'static,
     ) -> Result<(T, Held), CallError> {
-        let client = self.client_of(to)?;
-        let received = client.make(&call).await.map_err(|Failure { error, breaks_connection }| {
+        let client = self.client_of(to.subsystem)?;
+        let received = client.make(&call, expected(to)).await.map_err(|Failure { error, breaks_connection }| {
             if breaks_connection {
-                self.put_apart(to);
+                self.put_apart(to.subsystem);
             }
             CallError { message: excerpt(&error.message, Self::MAX_MESSAGE).to_owned(), ..error }
         })?;
@@ -142,7 +155,7 @@ impl Dialer {
         let Received { message, mut held } = received;
         // The decoded answer is at most as large, and exists beside the encoded one for a while.
         held.grow(message.len()).map_err(|full| unary::no_room(&full))?;
-        let limits = to.limits;
+        let limits = to.subsystem.limits;
         let len = message.len();
         self.offload(len, move || read(&message, &limits).map(|read| (read, held))).await?
     }
@@ -169,34 +182,34 @@ impl Dialer {
 }
 
 impl Subsystems for Dialer {
-    fn initialize<'a>(&'a self, to: &'a Subsystem, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
+    fn initialize<'a>(&'a self, to: Callee<'a>, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
         Box::pin(async move {
-            let message = framed(&request::initialize(to, &call));
+            let message = framed(&request::initialize(to.subsystem, &call));
             let path = "/dreamnet.subsystem.v1.Subsystem/Initialize";
-            let call = Self::described(to, path, call.timeout, call.trace, message);
+            let call = Self::described(to.subsystem, path, call.timeout, call.trace, message);
             // It is empty.
             self.call(to, call, |_, _| Ok(())).await.map(|_| ())
         })
     }
 
-    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
+    fn run_cycle<'a>(&'a self, to: Callee<'a>, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
             let (timeout, trace) = (call.timeout, call.trace.clone());
-            let request = request::run_cycle(to, call);
+            let request = request::run_cycle(to.subsystem, call);
             let message = self.offload(request.encoded_len(), move || framed(&request)).await?;
             let path = "/dreamnet.subsystem.v1.Subsystem/RunCycle";
-            let call = Self::described(to, path, timeout, trace, message);
+            let call = Self::described(to.subsystem, path, timeout, trace, message);
             let (answer, mut held) = self.call(to, call, decode::answer).await?;
             held.resize(decode::size(&answer)).map_err(|full| unary::no_room(&full))?;
             Ok(Reply { answer, held })
         })
     }
 
-    fn get_status<'a>(&'a self, of: &'a Subsystem, timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
+    fn get_status<'a>(&'a self, of: Callee<'a>, timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
         Box::pin(async move {
-            let request = crate::proto::subsystem::v1::GetStatusRequest { subsystem: of.name.to_string() };
+            let request = crate::proto::subsystem::v1::GetStatusRequest { subsystem: of.subsystem.name.to_string() };
             let path = "/dreamnet.subsystem.v1.Subsystem/GetStatus";
-            let call = Self::described(of, path, timeout, None, framed(&request));
+            let call = Self::described(of.subsystem, path, timeout, None, framed(&request));
             let (status, mut held) = self.call(of, call, decode::status).await?;
             // Fewer than before, so it fits.
             let _ = held.resize(status.len());
@@ -214,4 +227,12 @@ impl Subsystems for Dialer {
             }
         }
     }
+}
+
+/// The server that must answer: the one in the registration, or else at an `https` endpoint the owner, if it has
+/// registered by a certificate. Without one, the server of the endpoint's host.
+fn expected(to: Callee<'_>) -> Option<&Identity> {
+    let is_tls = matches!(to.subsystem.endpoint, Endpoint::Https(_));
+    let owner = to.owner.filter(|owner| is_tls && matches!(owner, Identity::Certificate(_)));
+    to.subsystem.peer.as_ref().or(owner)
 }

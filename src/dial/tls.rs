@@ -8,12 +8,17 @@ use std::{
 };
 
 use jiff::Timestamp;
-use rustls_pki_types::{CertificateDer, pem::PemObject};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
 use tokio::sync::OnceCell;
 use tokio_rustls::rustls::{
-    self, ClientConfig, RootCertStore,
-    client::Resumption,
+    self, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::{
+        Resumption, WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_cert_signed_by_trust_anchor,
+    },
     crypto::{CryptoProvider, aws_lc_rs},
+    server::ParsedCertificate,
     sign::{CertifiedKey, SingleCertAndKey},
 };
 
@@ -173,10 +178,14 @@ fn config(
     if roots.is_empty() {
         return Err("the system trusts no certificate, so none can be checked; give some with dial.ca_file".into());
     }
-    let config = ClientConfig::builder_with_provider(Arc::new(provider()))
+    let (roots, provider) = (Arc::new(roots), Arc::new(provider()));
+    let usual = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone()).build();
+    let usual = usual.map_err(|error| error.to_string())?;
+    let config = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?
-        .with_root_certificates(roots);
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Chain { roots, provider, usual }));
     let mut config = match own {
         Some(own) => config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(own))),
         None => config.with_no_client_auth(),
@@ -185,4 +194,52 @@ fn config(
     // A resumed session would have the certificates of the server as they were, without verifying them again.
     config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
+}
+
+/// Verifies the certificate of a server, but not its name: subsystems with one endpoint share a connection, and each
+/// may expect another name. `Server::check` compares it before each call.
+#[derive(Debug)]
+struct Chain {
+    roots: Arc<RootCertStore>,
+    provider: Arc<CryptoProvider>,
+    /// Verifies the rest.
+    usual: Arc<WebPkiServerVerifier>,
+}
+
+impl ServerCertVerifier for Chain {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let certificate = ParsedCertificate::try_from(end_entity)?;
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        verify_server_cert_signed_by_trust_anchor(&certificate, &self.roots, intermediates, now, algorithms)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.usual.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.usual.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.usual.supported_verify_schemes()
+    }
 }

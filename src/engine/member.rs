@@ -15,6 +15,7 @@ use super::{Breaker, BreakerState};
 use crate::{
     memory::{Full, Held, Memory},
     model::{CycleId, Histogram, Identity, Name, Output, Subsystem, SubsystemReport, SubsystemState},
+    ports::Callee,
 };
 
 /// One registered subsystem in plans.
@@ -62,6 +63,11 @@ impl Member {
     #[must_use]
     pub fn suspended(self, suspended: bool) -> Self {
         Self { suspended, ..self }
+    }
+
+    /// It, as the port calls it.
+    pub fn callee(&self) -> Callee<'_> {
+        Callee { subsystem: &self.subsystem, owner: self.owner.as_ref() }
     }
 
     /// True while it is initialized: it has not asked for `Initialize` again since.

@@ -69,7 +69,7 @@ impl Calls<'_> {
                 timeout: self.deadline - Instant::now(),
                 trace: span.context(),
             };
-            let initialized = self.subsystems.initialize(subsystem, call).await;
+            let initialized = self.subsystems.initialize(self.member.callee(), call).await;
             span.end(&initialized);
             match initialized {
                 Ok(()) => {}
@@ -84,7 +84,7 @@ impl Calls<'_> {
         let span = self.spans.begin(Method::RunCycle, attempt);
         let timeout = self.deadline - Instant::now();
         let call = RunCall { attempt, timeout, trace: span.context(), ..self.run.clone() };
-        let answered = self.subsystems.run_cycle(subsystem, call).await;
+        let answered = self.subsystems.run_cycle(self.member.callee(), call).await;
         let result = answered.and_then(|reply| match subsystem.limits.check(&reply.answer) {
             Ok(()) => Ok(reply),
             Err(over) => Err(CallError {

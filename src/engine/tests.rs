@@ -22,7 +22,7 @@ use crate::{
         RetrySpec, SkipReason, Span, SpanContext, Subsystem, SubsystemReport, SubsystemSpec, SubsystemState, TraceId,
         Trigger, Work,
     },
-    ports::{CallError, InitializeCall, Left, Reply, RunCall, Snapshot, Spans, Subsystems, Untraced},
+    ports::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Spans, Subsystems, Untraced},
     random::Random,
 };
 
@@ -83,9 +83,9 @@ impl Fleet {
 }
 
 impl Subsystems for Fleet {
-    fn initialize<'a>(&'a self, to: &'a Subsystem, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
+    fn initialize<'a>(&'a self, to: Callee<'a>, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
         self.log.lock().unwrap().initialized += 1;
-        let does = next(&self.initialize_script, &to.name);
+        let does = next(&self.initialize_script, &to.subsystem.name);
         Box::pin(async move {
             match does {
                 Some(does) => answer(does).await.map(|_| ()),
@@ -94,7 +94,7 @@ impl Subsystems for Fleet {
         })
     }
 
-    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
+    fn run_cycle<'a>(&'a self, to: Callee<'a>, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
             let began = *self.began.lock().unwrap().get_or_insert_with(Instant::now);
             let inputs = call.inputs.iter().map(|input| match &input.output {
@@ -102,7 +102,7 @@ impl Subsystems for Fleet {
                 Some((output, Freshness::Stale)) => format!(" {} stale {}", input.name, output.cycle_id.0),
                 None => format!(" {} absent", input.name),
             });
-            let line = format!("{} {}{}", began.elapsed().as_millis(), to.name, inputs.collect::<String>());
+            let line = format!("{} {}{}", began.elapsed().as_millis(), to.subsystem.name, inputs.collect::<String>());
             let _in_flight = {
                 let mut log = self.log.lock().unwrap();
                 log.calls.push(line);
@@ -111,13 +111,13 @@ impl Subsystems for Fleet {
                 log.most_in_flight = log.most_in_flight.max(log.in_flight);
                 InFlight(self)
             };
-            let does = next(&self.script, &to.name).unwrap_or(Does::Answers(0));
+            let does = next(&self.script, &to.subsystem.name).unwrap_or(Does::Answers(0));
             let answer = Answer { output: answer(does).await?, ..Answer::default() };
             Ok(Reply { answer, held: Memory::whole(0).try_hold(0).unwrap() })
         })
     }
 
-    fn get_status<'a>(&'a self, _of: &'a Subsystem, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
+    fn get_status<'a>(&'a self, _of: Callee<'a>, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
         Box::pin(async { Err(CallError { code: Code::Unimplemented, message: String::new() }) })
     }
 

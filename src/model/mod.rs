@@ -29,7 +29,7 @@ pub use schedule::{
 };
 pub use subsystem::{
     Answer, BreakerPolicy, BreakerSpec, Endpoint, Freshness, Input, Issue, Limits, LimitsSpec, Output, RetryPolicy,
-    RetrySpec, Severity, Subsystem, SubsystemSpec,
+    RetrySpec, Severity, Subsystem, SubsystemSpec, TlsSpec,
 };
 pub use trace::{Method, Span, SpanContext, TraceId, Work};
 pub use violation::{Violation, Violations};

@@ -10,7 +10,7 @@ use std::{
 use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
 
-use super::{Code, CycleId, Malformed, Name, Payload, Violations};
+use super::{Code, CycleId, Identity, Malformed, Name, Payload, Violations};
 
 const MS: Duration = Duration::from_millis(1);
 const HOUR: Duration = Duration::from_hours(1);
@@ -41,6 +41,8 @@ pub struct SubsystemSpec {
     pub parameters: Payload,
     pub limits: LimitsSpec,
     pub record_output: bool,
+    #[serde(skip_serializing_if = "TlsSpec::is_empty")]
+    pub tls: TlsSpec,
 }
 
 /// A [`RetryPolicy`] before validation.
@@ -87,6 +89,21 @@ pub struct LimitsSpec {
     pub max_issues: Option<u32>,
 }
 
+/// The TLS of a subsystem before validation.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TlsSpec {
+    /// That of [`Subsystem::peer`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+}
+
+impl TlsSpec {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// A registration: the identity, order and policies of a subsystem.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Subsystem {
@@ -116,6 +133,9 @@ pub struct Subsystem {
     pub limits: Limits,
     /// True if the record of every cycle contains its output.
     pub record_output: bool,
+    /// The server that must answer at its endpoint: the owner of a certificate for `https`, a user for `unix`. Default
+    /// `None`: as the dialer decides.
+    pub peer: Option<Identity>,
 }
 
 impl Subsystem {
@@ -143,6 +163,7 @@ impl Subsystem {
             bad.add("endpoint", error);
             Endpoint::Unix(String::new())
         });
+        let peer = peer(&mut bad, spec, &endpoint);
         let requires = bad.names("requires", &spec.requires);
         let after = bad.names("after", &spec.after);
         let reads = bad.names("reads", &spec.reads);
@@ -165,6 +186,7 @@ impl Subsystem {
             parameters: bad.payload("parameters", &spec.parameters, Self::MAX_PARAMETERS),
             limits: Limits::from_spec(&spec.limits, &mut bad),
             record_output: spec.record_output,
+            peer,
             name,
             requires,
             after,
@@ -207,6 +229,7 @@ impl Subsystem {
                 max_issues: Some(self.limits.max_issues),
             },
             record_output: self.record_output,
+            tls: TlsSpec { peer: self.peer.as_ref().map(ToString::to_string) },
         }
     }
 
@@ -218,7 +241,8 @@ impl Subsystem {
         const NAMED: usize = 128;
         let named = [&self.requires, &self.after, &self.reads].into_iter().flatten();
         let names = named.map(|name| name.as_str().len() + NAMED).sum::<usize>();
-        ALONE + self.parameters.len() + self.endpoint.to_string().len() + names
+        let peer = self.peer.as_ref().map_or(0, |peer| peer.to_string().len());
+        ALONE + self.parameters.len() + self.endpoint.to_string().len() + names + peer
     }
 
     /// The names of its inputs, each once: `requires`, `after`, `reads`.
@@ -226,6 +250,22 @@ impl Subsystem {
         let mut seen = HashSet::new();
         [&self.requires, &self.after, &self.reads].into_iter().flatten().filter(move |name| seen.insert(*name))
     }
+}
+
+/// The server that must answer at an endpoint, if the registration says so.
+fn peer(bad: &mut Violations, spec: &SubsystemSpec, endpoint: &Endpoint) -> Option<Identity> {
+    let text = spec.tls.peer.as_deref()?;
+    let peer = Identity::parse(text).ok();
+    let needed = match (endpoint, &peer) {
+        (Endpoint::Https(_), Some(Identity::Certificate(_))) | (Endpoint::Unix(_), Some(Identity::Uid(_))) => {
+            return peer;
+        }
+        (Endpoint::Http(_), _) => "the endpoint needs https:// or unix:, since others can't prove their identity",
+        (Endpoint::Https(_), _) => "for https://, give cert:URI or cert:DNS-NAME, a name in the server's certificate",
+        (Endpoint::Unix(_), _) => "for unix:, give uid:NUMBER, the user of the server",
+    };
+    bad.add("tls.peer", format!("is {text:?}; {needed}"));
+    None
 }
 
 /// For validated durations, which are far from the limits of the signed type.
@@ -620,7 +660,8 @@ mod tests {
                 max_issues: Some(4),
             },
             record_output: true,
-            ..spec("A", "http://h:1")
+            tls: TlsSpec { peer: Some("cert:spiffe://fleet/a".into()) },
+            ..spec("A", "https://h:1")
         };
         assert_eq!(Subsystem::from_spec(&full).unwrap().to_spec(), full);
     }
@@ -656,6 +697,29 @@ mod tests {
             assert_eq!(len, Subsystem::MAX_PARAMETERS + bytes);
             assert_eq!(read.is_ok(), fits);
             assert!(read.is_err() || read.unwrap().parameters.len() == len);
+        }
+    }
+
+    #[test]
+    fn the_server_that_must_answer_has_an_identity_that_the_endpoint_can_prove() {
+        let of = |endpoint: &str, peer: &str| {
+            let tls = TlsSpec { peer: Some(peer.into()) };
+            Subsystem::from_spec(&SubsystemSpec { tls, ..spec("A", endpoint) }).map_err(|bad| bad.0[0].field.clone())
+        };
+        for (endpoint, peer) in
+            [("https://h:1", "cert:spiffe://fleet/a"), ("https://h:1", "cert:a.example"), ("unix:/a", "uid:0")]
+        {
+            assert_eq!(of(endpoint, peer).unwrap().peer.unwrap().to_string(), peer);
+        }
+        for (endpoint, peer) in [
+            ("http://h:1", "cert:a"),
+            ("https://h:1", "uid:0"),
+            ("https://h:1", "spiffe://fleet/a"),
+            ("https://h:1", "token:a"),
+            ("https://h:1", ""),
+            ("unix:/a", "cert:a"),
+        ] {
+            assert_eq!(of(endpoint, peer), Err("tls.peer".to_owned()), "{endpoint} {peer}");
         }
     }
 

@@ -15,9 +15,9 @@ impl Orchestrator {
         const PATIENCE: Duration = Duration::from_secs(5);
         let subsystems = &self.0.engine.subsystems;
         let ask = |registered: &Arc<Registered>| {
-            let subsystem = registered.member.subsystem.clone();
+            let member = registered.member.clone();
             async move {
-                let asked = timeout(PATIENCE, subsystems.get_status(&subsystem, PATIENCE)).await;
+                let asked = timeout(PATIENCE, subsystems.get_status(member.callee(), PATIENCE)).await;
                 asked.unwrap_or_else(|_| {
                     Err(CallError {
                         code: crate::model::Code::DeadlineExceeded,

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use crate::{
     memory::Held,
-    model::{Answer, Code, CycleId, Endpoint, Epoch, Input, Name, Payload, SpanContext, Subsystem},
+    model::{Answer, Code, CycleId, Endpoint, Epoch, Identity, Input, Name, Payload, SpanContext, Subsystem},
 };
 
 /// Calls of subsystems. Hides the transport.
@@ -15,16 +15,25 @@ use crate::{
 /// A call sends its `timeout` to the subsystem. The caller enforces it by dropping the future, which cancels the call.
 pub trait Subsystems: Send + Sync + 'static {
     /// Initializes a subsystem. One that needs no initialization answers UNIMPLEMENTED.
-    fn initialize<'a>(&'a self, to: &'a Subsystem, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>>;
+    fn initialize<'a>(&'a self, to: Callee<'a>, call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>>;
 
     /// Runs a subsystem's part in a cycle.
-    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>>;
+    fn run_cycle<'a>(&'a self, to: Callee<'a>, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>>;
 
     /// Requests a snapshot of a subsystem's state.
-    fn get_status<'a>(&'a self, of: &'a Subsystem, timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>>;
+    fn get_status<'a>(&'a self, of: Callee<'a>, timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>>;
 
     /// Releases resources of these subsystems, which have left their endpoints.
     fn forget(&self, left: &[Left]);
+}
+
+/// A subsystem that is called.
+#[derive(Clone, Copy, Debug)]
+pub struct Callee<'a> {
+    /// Its registration.
+    pub subsystem: &'a Subsystem,
+    /// The caller that registered it, if that is known.
+    pub owner: Option<&'a Identity>,
 }
 
 /// A subsystem that is no longer at an endpoint: it was unregistered, or has another endpoint now.

@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{Accepted, Destination, Listener, Origin, Stream, Transport, resolve::Resolver};
+use super::{Admit, Connected, Destination, Listener, Origin, Transport, resolve::Resolver};
 
 /// The kernel detects dead peers, not HTTP/2 pings: servers of grpcio and grpc-go treat pings as abuse, and end working
 /// calls. The first TCP keepalive probe is sent after this silence,
@@ -55,23 +55,65 @@ impl Transport for Sockets {
         Box::pin(listen_at_path(path, Some(mode)))
     }
 
-    fn connect<'a>(&'a self, to: &'a Destination, timeout: Duration) -> BoxFuture<'a, Result<Box<dyn Stream>, String>> {
+    fn connect<'a>(
+        &'a self,
+        to: &'a Destination,
+        admit: Admit<'a>,
+        timeout: Duration,
+    ) -> BoxFuture<'a, Result<Connected, String>> {
         let time = Time { timeout, until: Instant::now() + timeout };
         Box::pin(async move {
             match to {
-                Destination::Unix(path) => {
-                    let socket = time.limit(UnixStream::connect(path)).await;
-                    Ok(Box::new(socket.map_err(|why| format!("can't connect: {why}"))?) as _)
+                Destination::Unix { path, within } => {
+                    let path = match within {
+                        Some(directory) => time.limit(inside(directory, path)).await,
+                        None => Ok(path.clone()),
+                    };
+                    let socket = match path {
+                        Ok(path) => time.limit(UnixStream::connect(path)).await,
+                        Err(why) => Err(why),
+                    };
+                    let socket = socket.map_err(|why| format!("can't connect: {why}"))?;
+                    let origin = user_of(&socket);
+                    Ok((Box::new(socket) as _, origin))
                 }
                 Destination::Tcp { host, port } => {
                     let addresses = time.limit(self.resolver.resolve(host, *port)).await;
                     let addresses = addresses.map_err(|why| format!("can't find the address of {host}: {why}"))?;
-                    let socket = first_of(&addresses, time).await;
-                    Ok(Box::new(socket.map_err(|why| format!("can't connect: {why}"))?) as _)
+                    let (mut admitted, mut refused) = (Vec::new(), None);
+                    for address in addresses {
+                        match admit(address.ip()) {
+                            Ok(()) => admitted.push(address),
+                            Err(why) => refused = refused.or(Some(why)),
+                        }
+                    }
+                    if let Some(why) = refused.filter(|_| admitted.is_empty()) {
+                        return Err(format!("can't connect to {host}, {why}"));
+                    }
+                    let socket = first_of(&admitted, time).await;
+                    let socket = socket.map_err(|why| format!("can't connect: {why}"))?;
+                    let origin = socket.peer_addr().map_or(Origin::Unknown, |peer| Origin::Address(peer.ip()));
+                    Ok((Box::new(socket) as _, origin))
                 }
             }
         })
     }
+}
+
+/// The path without links, if it is in this directory.
+async fn inside(directory: &Path, path: &Path) -> io::Result<PathBuf> {
+    let (real, directory) = (tokio::fs::canonicalize(path).await?, tokio::fs::canonicalize(directory).await?);
+    if real.starts_with(&directory) {
+        return Ok(real);
+    }
+    let (path, directory) = (path.display(), directory.display());
+    Err(io::Error::other(format!("{path} is a link that leads out of {directory}")))
+}
+
+/// The user of the process at the other end of a connection, as of the time when that process connected, or began to
+/// listen.
+fn user_of(socket: &UnixStream) -> Origin {
+    socket.peer_cred().map_or(Origin::Unknown, |peer| Origin::User(peer.uid()))
 }
 
 /// Listens at an address, or at that of a name.
@@ -188,7 +230,7 @@ fn set_up_accepted(socket: &TcpStream) {
 }
 
 impl Listener for TcpListener {
-    fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>> {
+    fn accept(&self) -> BoxFuture<'_, io::Result<Connected>> {
         Box::pin(async {
             let (stream, peer) = self.accept().await?;
             set_up_accepted(&stream);
@@ -198,11 +240,10 @@ impl Listener for TcpListener {
 }
 
 impl Listener for AtPath {
-    fn accept(&self) -> BoxFuture<'_, io::Result<Accepted>> {
+    fn accept(&self) -> BoxFuture<'_, io::Result<Connected>> {
         Box::pin(async {
             let (stream, _path) = self.listener.accept().await?;
-            // As of the time when the peer connected.
-            let origin = stream.peer_cred().map_or(Origin::Unknown, |peer| Origin::User(peer.uid()));
+            let origin = user_of(&stream);
             Ok((Box::new(stream) as _, origin))
         })
     }
@@ -210,9 +251,54 @@ impl Listener for AtPath {
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
+    use std::net::IpAddr;
+
+    use futures_util::FutureExt;
     use tokio::io::AsyncReadExt;
 
     use super::*;
+
+    #[tokio::test]
+    async fn only_admitted_addresses_of_a_name_are_connected_to() {
+        let [admitted, refused] = [TcpListener::bind("127.0.0.1:0"), TcpListener::bind("127.0.0.2:0")];
+        let (admitted, refused) = (admitted.await.unwrap(), refused.await.unwrap());
+        let addresses = [refused.local_addr().unwrap(), admitted.local_addr().unwrap()];
+        let sockets = Sockets { resolver: Resolver::by(move |_, _| Ok(addresses.to_vec())) };
+        let to = Destination::Tcp { host: "both".into(), port: 1 };
+        let connect = async |last: u8| {
+            let admit = move |address| match address {
+                IpAddr::V4(v4) if v4.octets()[3] == last => Ok(()),
+                _ => Err(format!("where {address} is refused")),
+            };
+            sockets.connect(&to, &admit, Duration::from_secs(10)).await.map(|(_, origin)| origin)
+        };
+        assert_eq!(connect(1).await, Ok(Origin::Address([127, 0, 0, 1].into())));
+        assert_eq!(connect(3).await, Err("can't connect to both, where 127.0.0.2 is refused".into()));
+        // The kernel accepts connections by itself, so one that had been made would be there.
+        assert!(refused.accept().now_or_never().is_none());
+        drop(admitted);
+    }
+
+    #[tokio::test]
+    async fn a_link_does_not_lead_out_of_the_directory_of_sockets() {
+        let home = tempfile::tempdir().unwrap();
+        let (inside, outside) = (home.path().join("in"), home.path().join("out"));
+        std::fs::create_dir(&inside).unwrap();
+        let [own, other] = [inside.join("own"), outside.clone()].map(|path| UnixListener::bind(path).unwrap());
+        std::os::unix::fs::symlink(&outside, inside.join("link")).unwrap();
+        std::os::unix::fs::symlink("own", inside.join("alias")).unwrap();
+        let connect = async |name: &str| {
+            let to = Destination::Unix { path: inside.join(name), within: Some(inside.clone()) };
+            Sockets::default().connect(&to, &|_| Ok(()), Duration::from_secs(10)).await.map(|(_, origin)| origin)
+        };
+        let own_user = Origin::User(rustix::process::geteuid().as_raw());
+        assert_eq!((connect("own").await, connect("alias").await), (Ok(own_user), Ok(own_user)));
+        for path in ["link", "../out", "nothing"] {
+            assert!(connect(path).await.is_err(), "{path}");
+        }
+        assert!(other.accept().now_or_never().is_none());
+        drop(own);
+    }
 
     #[tokio::test]
     async fn what_a_slow_peer_takes_is_soon_seen() {

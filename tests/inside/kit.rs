@@ -20,7 +20,7 @@ use orchestrator_core::{
     },
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings},
     ports::{
-        CallError, Contents, Excess, Filter, Found, InitializeCall, Left, Log, Page, PageLimits, Record, Reply,
+        CallError, Callee, Contents, Excess, Filter, Found, InitializeCall, Left, Log, Page, PageLimits, Record, Reply,
         ResumeError, Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
     },
     record, store,
@@ -175,13 +175,13 @@ pub(crate) struct Fleet {
 }
 
 impl Subsystems for Fleet {
-    fn initialize<'a>(&'a self, _to: &'a Subsystem, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
+    fn initialize<'a>(&'a self, _to: Callee<'a>, _call: InitializeCall) -> BoxFuture<'a, Result<(), CallError>> {
         Box::pin(async { Ok(()) })
     }
 
-    fn run_cycle<'a>(&'a self, to: &'a Subsystem, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
+    fn run_cycle<'a>(&'a self, to: Callee<'a>, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
         assert!(!self.call_panics, "a defect");
-        let received = Received { name: to.name.to_string(), cycle_id: call.cycle_id, epoch: call.epoch };
+        let received = Received { name: to.subsystem.name.to_string(), cycle_id: call.cycle_id, epoch: call.epoch };
         self.received.lock().unwrap().push(received);
         Box::pin(async {
             sleep(Duration::from_secs(1)).await;
@@ -192,13 +192,13 @@ impl Subsystems for Fleet {
         })
     }
 
-    fn get_status<'a>(&'a self, of: &'a Subsystem, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
+    fn get_status<'a>(&'a self, of: Callee<'a>, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
         Box::pin(async {
-            let Some(takes) = self.snapshots.get(of.name.as_str()) else {
+            let Some(takes) = self.snapshots.get(of.subsystem.name.as_str()) else {
                 return Err(CallError { code: Code::Unimplemented, message: String::new() });
             };
             sleep(*takes).await;
-            Ok(Snapshot { status: text(of.name.as_str()), held: Memory::whole(0).try_hold(0).unwrap() })
+            Ok(Snapshot { status: text(of.subsystem.name.as_str()), held: Memory::whole(0).try_hold(0).unwrap() })
         })
     }
 
