@@ -37,7 +37,7 @@ use crate::{
     file::{self, FileError},
     memory::Shares,
     model::{
-        BreakerPolicy, BreakerSpec, CatchUp, CycleState, Endpoint, IntervalLoop, LimitsSpec, LoopSpec, Name,
+        BreakerPolicy, BreakerSpec, CatchUp, CycleState, Endpoint, Identity, IntervalLoop, LimitsSpec, LoopSpec, Name,
         OverlapPolicy, RetryPolicy, RetrySpec, Subsystem, SubsystemSpec, TlsSpec, Violations, text::clean,
     },
     ports::{Retention, RetentionRule},
@@ -138,6 +138,14 @@ pub struct AccessSettings {
     pub revoked: Revoked,
     /// At most [`Grant::MAX`]. Default: none.
     pub grants: Vec<Grant>,
+}
+
+impl AccessSettings {
+    /// The identities whose subsystems are not called: the revoked ones, as far as access is enforced.
+    #[must_use]
+    pub fn revoked_owners(&self) -> BTreeSet<Identity> {
+        if self.mode == Mode::Enforce { self.revoked.identities().clone() } else { BTreeSet::new() }
+    }
 }
 
 /// The memory limit.

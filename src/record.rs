@@ -333,6 +333,7 @@ pub fn reason_to_skip(reason: Option<SkipReason>) -> pb::SkipReason {
         Some(SkipReason::RequirementLeftOut) => pb::SkipReason::RequirementLeftOut,
         Some(SkipReason::CycleDeadline) => pb::SkipReason::CycleDeadline,
         Some(SkipReason::NotRegistered) => pb::SkipReason::NotRegistered,
+        Some(SkipReason::OwnerRevoked) => pb::SkipReason::OwnerRevoked,
     }
 }
 
@@ -496,6 +497,7 @@ mod tests {
             (SkipReason::RequirementLeftOut, pb::SkipReason::RequirementLeftOut),
             (SkipReason::CycleDeadline, pb::SkipReason::CycleDeadline),
             (SkipReason::NotRegistered, pb::SkipReason::NotRegistered),
+            (SkipReason::OwnerRevoked, pb::SkipReason::OwnerRevoked),
         ] {
             assert_eq!(skipped(reason), word);
         }

@@ -277,7 +277,7 @@ impl Service {
     /// Applies the settings of another configuration that don't need a restart.
     ///
     /// # Errors
-    /// Nothing was changed, except for access: the configuration has a circular dependency, or the store can't be
+    /// Nothing was changed, except for access and revoked owners: the configuration has a circular dependency, or the store can't be
     /// written.
     pub async fn reload(&mut self, config: &Config, policy: Policy) -> Result<(), Refusal> {
         // First, so that a revocation does not wait for the store.
@@ -649,6 +649,7 @@ pub fn settings(config: &Config) -> Settings {
         max_loops: config.registry.max_loops,
         max_watchers: config.server.max_watchers,
         retention: config.store.retention.clone(),
+        revoked: config.access.revoked_owners().into(),
     }
 }
 

@@ -11,11 +11,13 @@ use std::{
 };
 
 use common::{
+    fleet::Fleet,
     patiently,
     pki::Authority,
-    service::{Client, Home, Service, reason, registration},
+    service::{Client, Home, Service, decode, reason, registration},
 };
 use orchestrator_core::{access::Token, config::tokens_text, model::Name, proto::orchestrator::v1 as pb};
+use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use tonic::{Code, Request, Status};
 
 const ENDPOINT: &str = "http://127.0.0.1:1";
@@ -52,7 +54,11 @@ const KINDS: [&str; 2] = ["token:", "cert:spiffe://fleet/"];
 
 impl Stage {
     async fn new(mode: &str) -> Self {
-        let (home, fleet) = (Home::new(), Authority::new("fleet"));
+        Self::at(Home::new(), mode).await
+    }
+
+    async fn at(home: Home, mode: &str) -> Self {
+        let fleet = Authority::new("fleet");
         fleet.service().write(&home.path(""), "service");
         fleet.write(home.path("clients.pem"));
         let (mut tokens, mut texts) = (Vec::new(), BTreeMap::new());
@@ -73,10 +79,15 @@ impl Stage {
 
     /// Ends the service, and starts it in this mode.
     async fn restart(&mut self, mode: &str) {
+        self.restart_with(mode, "").await;
+    }
+
+    /// The same, with these further settings of access.
+    async fn restart_with(&mut self, mode: &str, access: &str) {
         if let Some(service) = self.service.take() {
             assert!(service.stop().await.success());
         }
-        self.configure(mode, "");
+        self.configure(mode, access);
         self.service = Some(self.home.serve().await);
     }
 
@@ -159,6 +170,12 @@ impl Caller {
     async fn get(&self, name: &str) -> Result<pb::SubsystemStatus, Status> {
         let request = pb::GetSubsystemRequest { name: name.into(), ..Default::default() };
         Ok(self.client.clone().get_subsystem(self.asks(request)).await?.into_inner().subsystem.unwrap())
+    }
+
+    /// Runs a cycle of all.
+    async fn run(&self) -> Result<pb::CycleTelemetry, Status> {
+        let request = self.asks(pb::RunCycleRequest::default());
+        Ok(decode(self.client.clone().run_cycle(request).await?.into_inner().telemetry))
     }
 
     async fn owner(&self, name: &str) -> String {
@@ -285,6 +302,96 @@ async fn an_administrator_changes_every_registration_and_its_owner_stays() {
     admin.unregister("shared-1").await.unwrap();
     b.register("shared-1").await.unwrap();
     assert_eq!(a.owner("shared-1").await, "token:b");
+}
+
+/// Waits until the service knows whether the owner of this subsystem is revoked.
+async fn until_revoked(admin: &Caller, name: &str, is_revoked: bool) {
+    let revoked = async {
+        while admin.get(name).await.unwrap().owner_revoked != is_revoked {
+            tokio::task::yield_now().await;
+        }
+    };
+    patiently("the reload", revoked).await;
+}
+
+#[tokio::test]
+async fn the_subsystems_of_a_revoked_owner_are_not_called_until_that_is_taken_back() {
+    let mut stage = Stage::new("enforce").await;
+    let fleet = Fleet::start().await;
+    let at_fleet = |it: &mut pb::RegisterSubsystemRequest| {
+        it.registration.as_mut().unwrap().endpoint = fleet.endpoint().to_owned();
+    };
+    let admin = stage.caller("token:admin").await;
+    for kind in KINDS {
+        let ([a, b], owner) = (stage.registrars(kind).await, format!("{kind}a"));
+        a.register_with("a", at_fleet).await.unwrap();
+        b.register_with("shared-b", at_fleet).await.unwrap();
+        assert_eq!(admin.run().await.unwrap().state(), pb::CycleState::Succeeded);
+        fleet.clear_calls();
+
+        stage.configure("enforce", &format!("revoked = [\"{owner}\"]"));
+        until_revoked(&admin, "a", true).await;
+        let cycle = admin.run().await.unwrap();
+        let part = |name: &str| cycle.subsystems.iter().find(|part| part.name == name).unwrap();
+        assert_eq!((cycle.state(), part("a").skip_reason()), (pb::CycleState::Degraded, pb::SkipReason::OwnerRevoked));
+        assert_eq!(part("a").error_message, format!("its owner {owner} is revoked"));
+        assert_eq!(part("shared-b").state(), pb::SubsystemState::Succeeded);
+        // Nor is it asked for a snapshot.
+        let request = pb::GetSubsystemRequest { name: "a".into(), include_snapshot: true, ..Default::default() };
+        let snapshot = admin.client.clone().get_subsystem(admin.asks(request)).await.unwrap().into_inner();
+        assert!(snapshot.subsystem.unwrap().snapshot_error.contains("is revoked"));
+        assert!(fleet.calls().iter().all(|call| call.subsystem != "a"), "{:?}", fleet.calls());
+        let plan = pb::PlanCycleRequest::default();
+        let plan = admin.client.clone().plan_cycle(admin.asks(plan)).await.unwrap().into_inner().plan.unwrap();
+        let planned = plan.subsystems.iter().find(|planned| planned.name == "a").unwrap();
+        assert_eq!(planned.skip_reason(), pb::SkipReason::OwnerRevoked);
+
+        stage.configure("enforce", "");
+        until_revoked(&admin, "a", false).await;
+        assert_eq!(admin.run().await.unwrap().state(), pb::CycleState::Succeeded);
+        a.unregister("a").await.unwrap();
+        b.unregister("shared-b").await.unwrap();
+    }
+    // From the first cycle of a process on, and not without enforcement.
+    let [a, _] = stage.registrars("token:").await;
+    a.register_with("a", at_fleet).await.unwrap();
+    for (mode, reason) in [("enforce", pb::SkipReason::OwnerRevoked), ("off", pb::SkipReason::Unspecified)] {
+        stage.restart_with(mode, "revoked = [\"token:a\"]").await;
+        let cycle = stage.caller("token:admin").await.run().await.unwrap();
+        assert_eq!(cycle.subsystems[0].skip_reason(), reason, "{mode}");
+    }
+}
+
+#[tokio::test]
+async fn an_owner_is_revoked_also_while_the_disk_is_full() {
+    // The service gets an error if a file may not grow, instead of a signal that kills it.
+    let home = Home::new().with_wrapper(["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"]);
+    let stage = Stage::at(home, "enforce").await;
+    let fleet = Fleet::start().await;
+    let [a, admin] = [stage.caller("token:a").await, stage.caller("token:admin").await];
+    let at_fleet = |it: &mut pb::RegisterSubsystemRequest| {
+        it.registration.as_mut().unwrap().endpoint = fleet.endpoint().to_owned();
+    };
+    a.register_with("a", at_fleet).await.unwrap();
+    let limit = |bytes: Option<u64>| {
+        let Rlimit { maximum, .. } = getrlimit(Resource::Fsize);
+        let limit = Rlimit { current: bytes.or(maximum), maximum };
+        prlimit(Some(stage.service.as_ref().unwrap().pid()), Resource::Fsize, limit).unwrap();
+    };
+    limit(Some(1));
+    assert_eq!(reason(&a.unregister("a").await.unwrap_err()).why, "STORE_UNAVAILABLE");
+    stage.configure("enforce", "revoked = [\"token:a\"]");
+    until_revoked(&admin, "a", true).await;
+    limit(None);
+    let cycle = patiently("space", async {
+        loop {
+            if let Ok(cycle) = admin.run().await {
+                return cycle;
+            }
+        }
+    });
+    assert_eq!(cycle.await.subsystems[0].skip_reason(), pb::SkipReason::OwnerRevoked);
+    assert!(fleet.calls().is_empty(), "{:?}", fleet.calls());
 }
 
 #[tokio::test]

@@ -295,6 +295,7 @@ fn settings() -> Settings {
         max_loops: 10,
         max_watchers: 10,
         retention: Retention::default(),
+        revoked: Arc::default(),
     }
 }
 

@@ -125,6 +125,12 @@ impl Revoked {
         self.certificates.contains(digest)
     }
 
+    /// The identities among them.
+    #[must_use]
+    pub fn identities(&self) -> &BTreeSet<Identity> {
+        &self.identities
+    }
+
     /// Number of entries.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -207,6 +207,7 @@ pub(super) fn subsystem_status(
         snapshot,
         snapshot_error,
         owner: member.owner.as_ref().map(ToString::to_string).unwrap_or_default(),
+        owner_revoked: orchestrator.is_revoked(registered),
     }
 }
 

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     api,
     config::{Config, Overrides},
-    engine::{Member, Plan},
+    engine::{Member, Plan, RevokedOwners},
     model::{IntervalLoop, Name, Subsystem},
     proto::orchestrator::v1 as pb,
     serve::check_tls,
@@ -49,7 +49,7 @@ impl Check {
         let members = config.subsystems.iter().cloned();
         let members = members.map(|subsystem| Member::new(Arc::new(subsystem), false, Arc::default()));
         let order = Plan::compile(members).map_err(|ring| wrong(ring.to_string()))?;
-        let plan_of_all = Some(api::plan(order.schedule(None)));
+        let plan_of_all = Some(api::plan(order.schedule(None, &RevokedOwners::default())));
         let response = pb::PlanCycleResponse { plan: plan_of_all, next_page_token: String::new() };
         self.format.show("PlanCycleResponse", &response, |response| {
             sections([self.summary(&config), loops(&config), response.plan.as_ref().map(plan).unwrap_or_default()])

@@ -254,6 +254,7 @@ pub(super) fn skip_reason(reason: pb::SkipReason) -> &'static str {
         pb::SkipReason::RequirementLeftOut => "a required subsystem is suspended or not in this cycle",
         pb::SkipReason::CycleDeadline => "the cycle's deadline had passed",
         pb::SkipReason::NotRegistered => "not registered",
+        pb::SkipReason::OwnerRevoked => "its owner is revoked",
     }
 }
 
@@ -502,7 +503,9 @@ pub(super) fn colour(state: &str) -> Option<AnsiColor> {
     match state {
         "SUCCEEDED" | "PASSED" | "CLOSED" => Some(AnsiColor::Green),
         "DEGRADED" | "SKIPPED" | "CANCELLED" | "HALF_OPEN" | "SUSPENDED" => Some(AnsiColor::Yellow),
-        "FAILED" | "TIMED_OUT" | "CIRCUIT_OPEN" | "INTERRUPTED" | "OPEN" | "UNREADABLE" => Some(AnsiColor::Red),
+        "FAILED" | "TIMED_OUT" | "CIRCUIT_OPEN" | "INTERRUPTED" | "OPEN" | "OWNER_REVOKED" | "UNREADABLE" => {
+            Some(AnsiColor::Red)
+        }
         _ => None,
     }
 }

@@ -480,6 +480,7 @@ fn duration_of(part: &pb::SubsystemTelemetry) -> String {
 fn stands(status: &pb::SubsystemStatus) -> &'static str {
     match (status.suspended, status.breaker()) {
         (true, _) => "SUSPENDED",
+        (false, _) if status.owner_revoked => "OWNER_REVOKED",
         (false, pb::BreakerState::Open) => "CIRCUIT_OPEN",
         (false, pb::BreakerState::HalfOpen) => "HALF_OPEN",
         (false, pb::BreakerState::Closed | pb::BreakerState::Unspecified) => "READY",

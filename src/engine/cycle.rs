@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::part_state::{EndedPart, PartState, Release};
 use super::{
-    InputRoom, Member, Part, Plan, Slots, Trace,
+    InputRoom, Member, Part, Plan, RevokedOwners, Slots, Trace,
     member::Turn,
     plan::{Fate, Step},
     retry::Calls,
@@ -65,6 +65,8 @@ pub struct Engine {
     pub inputs: InputRoom,
     /// Memory for the last part of each subsystem.
     pub remembered: Memory,
+    /// The owners whose subsystems are not called.
+    pub revoked: RevokedOwners,
     /// Receives the spans of cycles.
     pub spans: Arc<dyn Spans>,
     /// Source of the jitter of retries and of span ids.
@@ -370,8 +372,13 @@ impl<'a> Run<'a> {
 
     /// Why a subsystem will not be called, as far as that is certain once its waits are over.
     fn why_not(&self, position: usize) -> Option<SubsystemState> {
-        if self.plan.steps[position].member.suspended {
+        let member = &self.plan.steps[position].member;
+        if member.suspended {
             return Some(SubsystemState::Skipped(SkipReason::Suspended, "it is suspended".into()));
+        }
+        if let Some(owner) = self.engine.revoked.owner_of(member) {
+            let message = format!("its owner {owner} is revoked");
+            return Some(SubsystemState::Skipped(SkipReason::OwnerRevoked, message));
         }
         let plan = &self.plan;
         let (reason, name) = plan.unmet_requirement(position, |required| self.fate(required))?;

@@ -10,6 +10,7 @@ mod member;
 mod order;
 mod plan;
 mod retry;
+mod revoked;
 mod slots;
 #[cfg(test)]
 mod tests;
@@ -20,5 +21,6 @@ pub use cycle::{CycleRun, Engine, Observer, Ran};
 pub use member::{LastPart, Member, Part, Standing, SubsystemCounts};
 pub use order::{Order, Undo};
 pub use plan::{Plan, PlannedSubsystem, Ring, Schedule};
+pub use revoked::RevokedOwners;
 pub use slots::{InputRoom, Slots};
 pub use trace::{Collected, Trace};

@@ -9,7 +9,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{BreakerState, Member, Standing};
+use super::{BreakerState, Member, RevokedOwners, Standing};
 use crate::model::{Name, SkipReason, Subsystem, SubsystemState};
 
 /// The order of a cycle over all registered subsystems, or [over some of them](Plan::of_cycle). Positions are indices
@@ -294,8 +294,8 @@ impl Plan {
         left_out
     }
 
-    /// The expected course of a cycle over `subset` that starts now.
-    pub fn schedule(&self, subset: Option<&[Name]>) -> Schedule {
+    /// The expected course of a cycle over `subset` that starts now, without the subsystems of `revoked` owners.
+    pub fn schedule(&self, subset: Option<&[Name]>, revoked: &RevokedOwners) -> Schedule {
         let (positions, unregistered) = self.positions_of(subset);
         let mut takes_part = vec![positions.is_none(); self.steps.len()];
         for position in positions.into_iter().flatten() {
@@ -324,6 +324,8 @@ impl Plan {
             let subsystem = &step.member.subsystem;
             let skip = if step.member.suspended {
                 Some((SkipReason::Suspended, None))
+            } else if revoked.owner_of(&step.member).is_some() {
+                Some((SkipReason::OwnerRevoked, None))
             } else {
                 let unmet = self.unmet_requirement(position, |earlier| fates[earlier]);
                 unmet.map(|(reason, name)| (reason, Some(name.clone())))
@@ -485,7 +487,7 @@ fn ring_among(members: &[Member], waits_for: &[Vec<usize>], stuck: &[bool]) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Subsystem, SubsystemSpec};
+    use crate::model::{Identity, Subsystem, SubsystemSpec};
 
     fn member(name: &str, phase: i32, requires: &[&str], after: &[&str]) -> Member {
         let names = |names: &[&str]| names.iter().map(ToString::to_string).collect();
@@ -501,7 +503,7 @@ mod tests {
     }
 
     fn shown(plan: &Plan) -> Vec<(String, u32)> {
-        let planned = plan.schedule(None).subsystems;
+        let planned = plan.schedule(None, &RevokedOwners::default()).subsystems;
         planned.into_iter().map(|planned| (planned.name.to_string(), planned.level)).collect()
     }
 
@@ -566,7 +568,7 @@ mod tests {
             member("e", 0, &[], &["c"]),
         ])
         .unwrap();
-        let all = plan.schedule(None);
+        let all = plan.schedule(None, &RevokedOwners::default());
         let skips = |schedule: Schedule| -> Vec<_> {
             let skip = |planned: PlannedSubsystem| {
                 let (reason, requirement) = planned.skip?;
@@ -585,7 +587,7 @@ mod tests {
             ]
         );
         let subset = [Name::parse("e").unwrap(), Name::parse("x").unwrap()];
-        let some = plan.schedule(Some(&subset));
+        let some = plan.schedule(Some(&subset), &RevokedOwners::default());
         assert_eq!(some.subsystems.len(), 2);
         assert_eq!(skips(some), [skipped("x", SkipReason::NotRegistered, "")]);
     }
@@ -603,7 +605,7 @@ mod tests {
         .unwrap();
         let levels = |names: &[&str]| -> Vec<_> {
             let subset: Vec<_> = names.iter().map(|name| Name::parse(name).unwrap()).collect();
-            let schedule = plan.schedule(Some(&subset));
+            let schedule = plan.schedule(Some(&subset), &RevokedOwners::default());
             assert_eq!(schedule.levels, schedule.subsystems.last().unwrap().level + 1);
             schedule.subsystems.iter().map(|planned| (planned.name.to_string(), planned.level)).collect()
         };
@@ -628,7 +630,7 @@ mod tests {
             let step = &plan.steps[plan.positions[name]];
             step.member.standing.lock().took(Duration::from_millis(ms));
         }
-        let schedule = plan.schedule(None);
+        let schedule = plan.schedule(None, &RevokedOwners::default());
         assert_eq!(schedule.duration, Duration::from_millis(25));
         let path: Vec<_> = schedule.critical_path.iter().map(Name::as_str).collect();
         assert_eq!(path, ["a", "c", "d"]);
@@ -644,8 +646,11 @@ mod tests {
             member("also-called", 0, &[], &["suspended"]),
             member("needs-failing", 0, &["failing"], &[]),
             member("needs-left-out", 0, &["left-out"], &[]),
+            member("owned", 0, &[], &["left-out"]).owned_by(Some(Identity::Uid(7))),
         ])
         .unwrap();
+        let revoked = RevokedOwners::default();
+        revoked.set(Arc::new([Identity::Uid(7)].into()));
         for member in plan.members() {
             member.standing.lock().took(Duration::from_millis(10));
         }
@@ -654,8 +659,8 @@ mod tests {
             let failing = &plan.steps[plan.positions[&Name::parse("failing").unwrap()]].member;
             failing.standing.lock().breaker.failed(policy, Instant::now());
         }
-        let subset = ["failing", "suspended", "called", "also-called", "needs-failing", "needs-left-out"];
-        let schedule = plan.schedule(Some(&subset.map(|name| Name::parse(name).unwrap())));
+        let subset = ["failing", "suspended", "called", "also-called", "needs-failing", "needs-left-out", "owned"];
+        let schedule = plan.schedule(Some(&subset.map(|name| Name::parse(name).unwrap())), &revoked);
         let skip = |name: &str| {
             let planned = schedule.subsystems.iter().find(|planned| planned.name.as_str() == name).unwrap();
             planned.skip.as_ref().map(|(reason, _)| *reason)
@@ -663,6 +668,7 @@ mod tests {
         assert_eq!((skip("failing"), skip("called"), skip("suspended")), (None, None, Some(SkipReason::Suspended)));
         assert_eq!(skip("needs-failing"), Some(SkipReason::RequirementFailed));
         assert_eq!(skip("needs-left-out"), Some(SkipReason::RequirementLeftOut));
+        assert_eq!(skip("owned"), Some(SkipReason::OwnerRevoked));
         // Of two that are expected to end at the same time, the first one is shown.
         let path: Vec<_> = schedule.critical_path.iter().map(Name::as_str).collect();
         assert_eq!((path, schedule.duration), (vec!["also-called"], Duration::from_millis(10)));

@@ -14,13 +14,13 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{CycleRun, Engine, InputRoom, Member, Observer, Plan, Ran, Slots, Standing, Trace};
+use super::{CycleRun, Engine, InputRoom, Member, Observer, Plan, Ran, RevokedOwners, Slots, Standing, Trace};
 use crate::{
     memory::Memory,
     model::{
-        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Epoch, Freshness, Method, Name, Payload,
-        RetrySpec, SkipReason, Span, SpanContext, Subsystem, SubsystemReport, SubsystemSpec, SubsystemState, TraceId,
-        Trigger, Work,
+        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Epoch, Freshness, Identity, Method, Name,
+        Payload, RetrySpec, SkipReason, Span, SpanContext, Subsystem, SubsystemReport, SubsystemSpec, SubsystemState,
+        TraceId, Trigger, Work,
     },
     ports::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Spans, Subsystems, Untraced},
     random::Random,
@@ -219,6 +219,7 @@ impl Stage {
             slots: Slots::new(slots),
             inputs: InputRoom::new(memory.part("inputs", 1 << 20)),
             remembered: memory,
+            revoked: RevokedOwners::default(),
             spans: Arc::new(Untraced),
             random: Random::seeded(0),
         };
@@ -332,10 +333,17 @@ async fn a_subsystem_whose_requirement_is_not_met_is_skipped_with_the_reason() {
         "e requires fails",
         "f requires a",
     ];
-    let members = texts.map(|text| member(&spec(text))).into_iter().chain([member(&spec("paused")).suspended(true)]);
-    let stage = Stage::with(10, members);
+    let owner = Identity::parse("token:gone").unwrap();
+    let others = [
+        member(&spec("paused")).suspended(true),
+        member(&spec("owned")).owned_by(Some(owner.clone())),
+        member(&spec("g requires owned")),
+        member(&spec("others")).owned_by(Some(Identity::parse("token:here").unwrap())),
+    ];
+    let stage = Stage::with(10, texts.map(|text| member(&spec(text))).into_iter().chain(others));
+    stage.engine.revoked.set(Arc::new([owner].into()));
     stage.fleet.does("fails", &[Does::Fails(Code::Internal)]);
-    let ran = stage.run(1, "ok fails runs a b c d e f paused").await;
+    let ran = stage.run(1, "ok fails runs a b c d e f g paused owned others").await;
     let skipped = |name| match &report(&ran, name).state {
         SubsystemState::Skipped(reason, message) => (*reason, message.as_str()),
         state => panic!("{name}: {state:?}"),
@@ -348,6 +356,9 @@ async fn a_subsystem_whose_requirement_is_not_met_is_skipped_with_the_reason() {
     assert_eq!(skipped("d"), (SkipReason::RequirementLeftOut, "it requires c, which was skipped itself"));
     assert_eq!(skipped("e"), (SkipReason::RequirementFailed, "it requires fails, which did not succeed"));
     assert_eq!(skipped("f"), (SkipReason::RequirementFailed, "it requires a, which did not succeed"));
+    assert_eq!(skipped("owned"), (SkipReason::OwnerRevoked, "its owner token:gone is revoked"));
+    assert_eq!(skipped("g"), (SkipReason::RequirementFailed, "it requires owned, which did not succeed"));
+    assert_eq!(report(&ran, "others").state, SubsystemState::Succeeded);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

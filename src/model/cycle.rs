@@ -252,6 +252,8 @@ pub enum SkipReason {
     CycleDeadline,
     /// A loop names it, but it is not registered.
     NotRegistered,
+    /// Its owner is revoked.
+    OwnerRevoked,
 }
 
 impl SkipReason {
@@ -398,6 +400,7 @@ mod tests {
             skipped(SkipReason::RequirementMissing),
             skipped(SkipReason::CycleDeadline),
             skipped(SkipReason::NotRegistered),
+            skipped(SkipReason::OwnerRevoked),
         ] {
             assert!(failure.is_failure(), "{failure:?}");
         }

@@ -13,8 +13,8 @@ impl Orchestrator {
     /// The plan of a cycle that would start now. The result contains the names that are not registered.
     pub async fn plan_cycle(&self, subset: Option<Arc<[Name]>>) -> Schedule {
         let plan = self.0.plan().await;
-        let size = plan.members().len();
-        offload(size, move || plan.schedule(subset.as_deref())).await
+        let (size, revoked) = (plan.members().len(), self.0.engine.revoked.clone());
+        offload(size, move || plan.schedule(subset.as_deref(), &revoked)).await
     }
 
     /// These names as the registry holds them, so that requests share their memory.

@@ -23,7 +23,7 @@ use super::{
     writing,
 };
 use crate::{
-    engine::{Engine, InputRoom, Member, Order, Slots, Standing},
+    engine::{Engine, InputRoom, Member, Order, RevokedOwners, Slots, Standing},
     host::Host,
     ledger::Signer,
     memory::{Memory, Shares},
@@ -56,6 +56,8 @@ impl Orchestrator {
         let Host { clock, random } = host;
         let (now, begin) = (clock.now(), Instant::now());
         memory.outputs.set_max(settings.max_outputs_bytes);
+        let revoked = RevokedOwners::default();
+        revoked.set(settings.revoked.clone());
         let hold = |bytes| memory.registry.try_hold(bytes).map_err(Refusal::RegistryMemoryFull);
         let mut state = State {
             registry: Registry::default(),
@@ -187,6 +189,7 @@ impl Orchestrator {
                 epoch: contents.epoch,
                 outputs: memory.outputs.clone(),
                 remembered: memory.registry.clone(),
+                revoked,
                 slots: Slots::new(settings.max_concurrent_calls),
                 inputs: InputRoom::new(memory.inputs.clone()),
                 spans,

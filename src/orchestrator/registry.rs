@@ -341,6 +341,11 @@ impl Registry {
 }
 
 impl Orchestrator {
+    /// True while the owner of this subsystem is revoked, so that it is not called.
+    pub fn is_revoked(&self, registered: &Registered) -> bool {
+        self.0.engine.revoked.owner_of(&registered.member).is_some()
+    }
+
     /// A subsystem.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Reload: replaces all settings and declarations, or none.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, PoisonError},
     time::Duration,
 };
@@ -12,7 +12,7 @@ use super::{
     registry::{Declarations, Entries},
 };
 use crate::{
-    model::{IntervalLoop, Subsystem},
+    model::{Identity, IntervalLoop, Subsystem},
     ports::{Retention, Write},
     schedule::LoopOrigin,
 };
@@ -40,6 +40,8 @@ pub struct Settings {
     pub max_watchers: usize,
     /// Limits of the history.
     pub retention: Retention,
+    /// The identities whose subsystems are not called.
+    pub revoked: Arc<BTreeSet<Identity>>,
 }
 
 /// The declarations of the configuration file.
@@ -56,8 +58,10 @@ impl Orchestrator {
     ///
     /// # Errors
     /// There would be a circular dependency, there is no memory for what is declared, the store can't be written, or
-    /// the process drains; then nothing has changed.
+    /// the process drains; then nothing has changed, except for what is revoked.
     pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
+        // First, so that a revocation does not wait for the store.
+        self.0.engine.revoked.set(settings.revoked.clone());
         self.change(|shared, turn| async move { shared.reload(turn, settings, declared).await }).await
     }
 }

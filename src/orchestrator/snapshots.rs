@@ -6,10 +6,14 @@ use futures_util::{StreamExt, stream};
 use tokio::time::timeout;
 
 use super::{Orchestrator, Registered};
-use crate::ports::{CallError, Snapshot};
+use crate::{
+    model::Code,
+    ports::{CallError, Snapshot},
+};
 
 impl Orchestrator {
-    /// Requests snapshots of subsystems, some at a time, each for at most five seconds. The results are in order.
+    /// Requests snapshots of subsystems, some at a time, each for at most five seconds. The results are in order. The
+    /// subsystems of revoked owners are not asked.
     pub async fn snapshots(&self, of: &[Arc<Registered>]) -> Vec<Result<Snapshot, CallError>> {
         const AT_ONCE: usize = 64;
         const PATIENCE: Duration = Duration::from_secs(5);
@@ -17,12 +21,13 @@ impl Orchestrator {
         let ask = |registered: &Arc<Registered>| {
             let member = registered.member.clone();
             async move {
+                if let Some(owner) = self.0.engine.revoked.owner_of(&member) {
+                    let message = format!("it was not called: its owner {owner} is revoked");
+                    return Err(CallError { code: Code::PermissionDenied, message });
+                }
                 let asked = timeout(PATIENCE, subsystems.get_status(member.callee(), PATIENCE)).await;
                 asked.unwrap_or_else(|_| {
-                    Err(CallError {
-                        code: crate::model::Code::DeadlineExceeded,
-                        message: format!("no answer within {PATIENCE:?}"),
-                    })
+                    Err(CallError { code: Code::DeadlineExceeded, message: format!("no answer within {PATIENCE:?}") })
                 })
             }
         };

@@ -248,6 +248,7 @@ pub(crate) fn settings() -> Settings {
         max_loops: 10,
         max_watchers: 10,
         retention: Retention::default(),
+        revoked: Arc::default(),
     }
 }
 

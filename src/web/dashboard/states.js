@@ -12,7 +12,7 @@ export const SUBSYSTEM_STATES = [
 export const CYCLE_STATES = ["FAILED", "DEGRADED", "INTERRUPTED", "CANCELLED", "SUCCEEDED"];
 
 /** Reasons of skipped parts that count as failures. */
-const FAILING_SKIPS = new Set(["REQUIREMENT_FAILED", "REQUIREMENT_MISSING", "CYCLE_DEADLINE", "NOT_REGISTERED"]);
+const FAILING_SKIPS = new Set(["REQUIREMENT_FAILED", "REQUIREMENT_MISSING", "CYCLE_DEADLINE", "NOT_REGISTERED", "OWNER_REVOKED"]);
 
 const SKIP_REASONS = {
   SUSPENDED: "it is suspended",
@@ -21,6 +21,7 @@ const SKIP_REASONS = {
   REQUIREMENT_LEFT_OUT: "one that it requires is suspended or not in this cycle",
   CYCLE_DEADLINE: "the cycle's deadline had passed before its turn",
   NOT_REGISTERED: "the loop names it, but it is not registered",
+  OWNER_REVOKED: "its owner is revoked",
 };
 
 /** "SUCCEEDED" of a `SubsystemTelemetry` or a `SubsystemProgress`. */
