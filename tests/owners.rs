@@ -10,14 +10,16 @@ use std::{
     os::unix::fs::PermissionsExt,
 };
 
+use bytes::Bytes;
 use common::{
-    fleet::Fleet,
+    fleet::{Fleet, to_struct},
     patiently,
     pki::Authority,
     service::{Client, Home, Service, decode, reason, registration},
 };
 use orchestrator_core::{access::Token, config::tokens_text, model::Name, proto::orchestrator::v1 as pb};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
+use serde_json::json;
 use tonic::{Code, Request, Status};
 
 const ENDPOINT: &str = "http://127.0.0.1:1";
@@ -36,6 +38,18 @@ endpoints = ["http://127.0.0.1:*"]
 who = ["token:viewer"]
 role = "viewer"
 subsystems = ["*"]
+[[access.grants]]
+who = ["token:auditor"]
+role = "auditor"
+subsystems = ["*"]
+[[access.grants]]
+who = ["token:monitor"]
+role = "monitor"
+[[access.grants]]
+who = ["token:operator"]
+role = "operator"
+subsystems = ["*"]
+loops = ["l*"]
 [[access.grants]]
 who = ["token:admin"]
 role = "admin"
@@ -62,7 +76,7 @@ impl Stage {
         fleet.service().write(&home.path(""), "service");
         fleet.write(home.path("clients.pem"));
         let (mut tokens, mut texts) = (Vec::new(), BTreeMap::new());
-        for name in ["a", "b", "viewer", "admin"] {
+        for name in ["a", "b", "monitor", "viewer", "auditor", "operator", "admin"] {
             let (token, text) = Token::create(Name::parse(name).unwrap(), None).unwrap();
             tokens.push(token);
             texts.insert(name, text);
@@ -392,6 +406,70 @@ async fn an_owner_is_revoked_also_while_the_disk_is_full() {
     });
     assert_eq!(cycle.await.subsystems[0].skip_reason(), pb::SkipReason::OwnerRevoked);
     assert!(fleet.calls().is_empty(), "{:?}", fleet.calls());
+}
+
+/// The parameters of a subsystem or a loop, and whether they were left out.
+type Shown = (Bytes, bool);
+
+/// The parameters of the only subsystem and of the only loop, by all calls that show them to this caller.
+async fn shown(caller: &Caller) -> (Vec<Shown>, Vec<Shown>) {
+    let mut client = caller.client.clone();
+    let of = |status: pb::SubsystemStatus| (status.registration.unwrap().parameters, status.redacted);
+    let of_loop = |status: pb::IntervalLoopStatus| (status.r#loop.unwrap().parameters, status.redacted);
+    let mut subsystems = vec![of(caller.get("shared-1").await.unwrap())];
+    let list = client.list_subsystems(caller.asks(pb::ListSubsystemsRequest::default())).await.unwrap().into_inner();
+    subsystems.extend(list.subsystems.into_iter().map(of));
+    let request = pb::GetStatusRequest { include_subsystems: true, ..Default::default() };
+    let status = client.get_status(caller.asks(request)).await.unwrap().into_inner().status.unwrap();
+    subsystems.extend(status.subsystems.into_iter().map(of));
+    let list = client.list_interval_loops(caller.asks(pb::ListIntervalLoopsRequest::default())).await.unwrap();
+    let loops = list.into_inner().loops.into_iter().chain(status.loops).map(of_loop).collect();
+    (subsystems, loops)
+}
+
+#[tokio::test]
+async fn parameters_are_shown_to_operators_and_to_the_owner_alone() {
+    let mut stage = Stage::new("enforce").await;
+    let [a, b] = stage.registrars("token:").await;
+    let parameters = to_struct(&json!({ "key": "value" }));
+    let with_parameters = |it: &mut pb::RegisterSubsystemRequest| {
+        it.registration.as_mut().unwrap().parameters = parameters.clone();
+    };
+    let registered = a.register_with("shared-1", with_parameters).await.unwrap().subsystem.unwrap();
+    assert_eq!((registered.registration.unwrap().parameters, registered.redacted), (parameters.clone(), false));
+    let operator = stage.caller("token:operator").await;
+    let settings = pb::IntervalLoop {
+        name: "l".into(),
+        interval: Some(prost_types::Duration { seconds: 3600, nanos: 0 }),
+        parameters: parameters.clone(),
+        ..Default::default()
+    };
+    let start = operator.asks(pb::StartIntervalLoopRequest { r#loop: Some(settings) });
+    let started = operator.client.clone().start_interval_loop(start).await.unwrap().into_inner().r#loop.unwrap();
+    assert!(!started.redacted && started.r#loop.unwrap().parameters == parameters);
+
+    let (seen, blanked) = ((parameters.clone(), false), (Bytes::new(), true));
+    for name in ["viewer", "auditor"] {
+        let of_caller = shown(&stage.caller(&format!("token:{name}")).await).await;
+        assert_eq!(of_caller, (vec![blanked.clone(); 3], vec![blanked.clone(); 2]), "{name}");
+    }
+    for caller in [&operator, &stage.caller("token:admin").await] {
+        assert_eq!(shown(caller).await, (vec![seen.clone(); 3], vec![seen.clone(); 2]));
+    }
+    let status = a.get("shared-1").await.unwrap();
+    assert_eq!((status.registration.unwrap().parameters, status.redacted), seen);
+    let status = b.get("shared-1").await.unwrap();
+    assert_eq!((status.registration.unwrap().parameters, status.redacted), blanked);
+    // The status without records has the loops.
+    let monitor = stage.caller("token:monitor").await;
+    let request = monitor.asks(pb::GetStatusRequest { omit_last_cycle: true, ..Default::default() });
+    let status = monitor.client.clone().get_status(request).await.unwrap().into_inner().status.unwrap();
+    let status = status.loops.into_iter().next().unwrap();
+    assert_eq!((status.r#loop.unwrap().parameters, status.redacted), blanked);
+
+    stage.restart("off").await;
+    let everyone = shown(&stage.caller("token:viewer").await).await;
+    assert_eq!(everyone, (vec![seen.clone(); 3], vec![seen; 2]));
 }
 
 #[tokio::test]

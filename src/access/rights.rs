@@ -86,6 +86,22 @@ impl Rights {
         self.iter().any(Right::is_unlimited)
     }
 
+    /// True if they are those of an operator of this subsystem.
+    #[must_use]
+    pub fn operate(&self, subsystem: &str) -> bool {
+        self.operate_on(|right| any(&right.subsystems, subsystem))
+    }
+
+    /// True if they are those of an operator of this loop.
+    #[must_use]
+    pub fn operate_loop(&self, name: &str) -> bool {
+        self.operate_on(|right| any(&right.loops, name))
+    }
+
+    fn operate_on(&self, covers: impl Fn(&Right) -> bool) -> bool {
+        self.iter().any(|right| right.is_unlimited() || (right.role == Role::Operator && covers(right)))
+    }
+
     /// Checks that rights of these roles cover all targets.
     ///
     /// # Errors

@@ -12,8 +12,8 @@ use crate::{
     access::{Authenticated, Mode, Policy, Rights, Role, Targets, Unauthenticated},
     clock::Clock,
     listen::Repeated,
-    model::{Identity, text::clean},
-    orchestrator::{NotOwner, Registrar},
+    model::{Identity, Name, text::clean},
+    orchestrator::{NotOwner, Registered, Registrar},
 };
 
 /// Why a caller is refused.
@@ -50,6 +50,27 @@ impl Authority {
             Self::Anyone => Registrar::Anyone,
             Self::Granted { identity, rights } if rights.are_unlimited() => Registrar::Admin(identity.clone()),
             Self::Granted { identity, .. } => Registrar::Owner(identity.clone()),
+        }
+    }
+}
+
+/// What a caller may see of the parameters of subsystems and loops. They are written for the subsystems, not for those
+/// that look on.
+impl Authority {
+    pub(super) fn sees_parameters_of(&self, registered: &Registered) -> bool {
+        let Registered { member, .. } = registered;
+        match self {
+            Self::Anyone => true,
+            Self::Granted { identity, rights } => {
+                member.owner.as_ref() == Some(identity) || rights.operate(member.subsystem.name.as_str())
+            }
+        }
+    }
+
+    pub(super) fn sees_parameters_of_loop(&self, name: &Name) -> bool {
+        match self {
+            Self::Anyone => true,
+            Self::Granted { rights, .. } => rights.operate_loop(name.as_str()),
         }
     }
 }

@@ -23,7 +23,7 @@ impl Handlers {
             Refusal::Invalid(violations) => invalid(violations.inside("loop")),
             refusal => status(refusal),
         })?;
-        Ok(pb::StartIntervalLoopResponse { r#loop: Some(response::loop_status(&entry)) })
+        Ok(pb::StartIntervalLoopResponse { r#loop: Some(response::loop_status(&call.authority, &entry)) })
     }
 }
 
@@ -32,7 +32,7 @@ pub(super) async fn stop_interval_loop(
 ) -> Result<pb::StopIntervalLoopResponse, Status> {
     let name = request::name("name", &call.take_request().name).map_err(invalid)?;
     let entry = call.orchestrator().stop_loop(&name).await.map_err(status)?;
-    Ok(pb::StopIntervalLoopResponse { r#loop: Some(response::loop_status(&entry)) })
+    Ok(pb::StopIntervalLoopResponse { r#loop: Some(response::loop_status(&call.authority, &entry)) })
 }
 
 pub(super) async fn list_interval_loops(
@@ -47,7 +47,7 @@ pub(super) async fn list_interval_loops(
         if after.as_ref().is_some_and(|after| entry.settings.name <= *after) {
             continue;
         }
-        let status = response::loop_status(&entry);
+        let status = response::loop_status(&call.authority, &entry);
         bytes += status.encoded_len() + response::AROUND;
         // A single entry always fits.
         if let Some(last) = last.filter(|_| answer.loops.len() == page_size || bytes > MAX_ANSWER) {

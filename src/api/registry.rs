@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     model::Name,
-    orchestrator::{Change, Orchestrator, Registered},
+    orchestrator::{Change, Registered},
     ports::{CallError, Snapshot},
     proto::{orchestrator::v1 as pb, timestamp},
 };
@@ -30,7 +30,7 @@ impl Handlers {
         let lease = request::lease(lease).map_err(invalid)?;
         let registered = call.orchestrator().register(subsystem, lease, &call.authority.registrar()).await;
         let (registered, change) = registered.map_err(|refusal| call.refused(refusal))?;
-        let subsystem = Some(listed(call.orchestrator(), &registered, None));
+        let subsystem = Some(listed(&call, &registered, None));
         Ok(pb::RegisterSubsystemResponse { subsystem, created: change == Change::Created })
     }
 
@@ -67,16 +67,16 @@ impl Handlers {
         let mut found = call.orchestrator().subsystems(after.as_ref().map(Name::as_str), page_size + 1);
         let more_follow = found.len() > page_size;
         found.truncate(page_size);
-        let (subsystems, all_fit) = self.statuses(call.orchestrator(), &found, false, MAX_ANSWER).await;
+        let (subsystems, all_fit) = self.statuses(&call, &found, false, MAX_ANSWER).await;
         let last = subsystems.last().and_then(|last| last.registration.as_ref()).map(|last| last.name.clone());
         let next_page_token = last.filter(|_| more_follow || !all_fit).unwrap_or_default();
         Ok(pb::ListSubsystemsResponse { subsystems, next_page_token })
     }
 
     /// The status of each subsystem, if all fit into one answer.
-    pub(super) async fn statuses(
+    pub(super) async fn statuses<Q>(
         &self,
-        orchestrator: &Orchestrator,
+        call: &Entered<Q>,
         of: &[Arc<Registered>],
         with_snapshots: bool,
         room: usize,
@@ -89,10 +89,10 @@ impl Handlers {
         for some in of.chunks(AT_ONCE) {
             // With many subsystems it takes a while.
             yield_now().await;
-            let snapshots = if with_snapshots { orchestrator.snapshots(some).await } else { Vec::new() };
+            let snapshots = if with_snapshots { call.orchestrator().snapshots(some).await } else { Vec::new() };
             let mut snapshots = snapshots.iter();
             for registered in some {
-                let status = listed(orchestrator, registered, snapshots.next());
+                let status = listed(call, registered, snapshots.next());
                 bytes += status.encoded_len() + response::AROUND;
                 if bytes > room {
                     return (statuses, false);
@@ -123,7 +123,7 @@ pub(super) async fn get_subsystem(
     } else {
         None
     };
-    let mut subsystem = response::subsystem_status(call.orchestrator(), &registered, include_output, snapshot.as_ref());
+    let mut subsystem = response::subsystem_status(&call, &registered, include_output, snapshot.as_ref());
     if subsystem.encoded_len() + response::AROUND > MAX_ANSWER {
         subsystem.last = subsystem.last.map(response::listed_part);
     }
@@ -156,29 +156,29 @@ pub(super) async fn suspend_subsystem(
     mut call: Entered<pb::SuspendSubsystemRequest>,
 ) -> Result<pb::SuspendSubsystemResponse, Status> {
     let name = call.take_request().name;
-    Ok(pb::SuspendSubsystemResponse { subsystem: Some(suspended(call.orchestrator(), &name, true).await?) })
+    Ok(pb::SuspendSubsystemResponse { subsystem: Some(suspended(&call, &name, true).await?) })
 }
 
 pub(super) async fn resume_subsystem(
     mut call: Entered<pb::ResumeSubsystemRequest>,
 ) -> Result<pb::ResumeSubsystemResponse, Status> {
     let name = call.take_request().name;
-    Ok(pb::ResumeSubsystemResponse { subsystem: Some(suspended(call.orchestrator(), &name, false).await?) })
+    Ok(pb::ResumeSubsystemResponse { subsystem: Some(suspended(&call, &name, false).await?) })
 }
 
 /// Suspends or resumes a subsystem, and returns its status after that.
-async fn suspended(orchestrator: &Orchestrator, name: &str, suspend: bool) -> Result<pb::SubsystemStatus, Status> {
-    let registered = orchestrator.suspend(&subsystem_name(name)?, suspend).await.map_err(status)?;
-    Ok(listed(orchestrator, &registered, None))
+async fn suspended<Q>(call: &Entered<Q>, name: &str, suspend: bool) -> Result<pb::SubsystemStatus, Status> {
+    let registered = call.orchestrator().suspend(&subsystem_name(name)?, suspend).await.map_err(status)?;
+    Ok(listed(call, &registered, None))
 }
 
 /// The status of a subsystem in a list.
-fn listed(
-    orchestrator: &Orchestrator,
+fn listed<Q>(
+    call: &Entered<Q>,
     registered: &Registered,
     snapshot: Option<&Result<Snapshot, CallError>>,
 ) -> pb::SubsystemStatus {
-    let status = response::subsystem_status(orchestrator, registered, false, snapshot);
+    let status = response::subsystem_status(call, registered, false, snapshot);
     pb::SubsystemStatus { last: status.last.map(response::listed_part), ..status }
 }
 

@@ -5,7 +5,11 @@ use std::{collections::BTreeMap, time::Duration};
 use prost::Message;
 use tokio::time::Instant;
 
-use super::{handlers::MAX_ANSWER, judge::Who};
+use super::{
+    gate::Entered,
+    handlers::MAX_ANSWER,
+    judge::{Authority, Who},
+};
 use crate::{
     access::{Mode, Right, Role},
     engine::{BreakerState, PlannedSubsystem, Schedule},
@@ -13,7 +17,7 @@ use crate::{
         CatchUp, CycleRequest, IntervalLoop, OverlapPolicy, Payload, Subsystem, SubsystemState, TickDisposition,
         TickRange,
     },
-    orchestrator::{Event, LiveCycle, Orchestrator, Origin, Registered, RunningCycle, Status, Update, WaitingCycle},
+    orchestrator::{Event, LiveCycle, Origin, Registered, RunningCycle, Status, Update, WaitingCycle},
     ports::{CallError, Snapshot, Unreadable},
     proto::{duration, orchestrator::v1 as pb, timestamp},
     record,
@@ -92,23 +96,23 @@ fn waiting_cycle(waiting: WaitingCycle) -> pb::WaitingCycle {
 }
 
 /// The loops of a status: if they are larger than `room`, without fields that can be long.
-pub(super) fn listed_loops(loops: &[LoopEntry], room: usize) -> Vec<pb::IntervalLoopStatus> {
+pub(super) fn listed_loops(authority: &Authority, loops: &[LoopEntry], room: usize) -> Vec<pb::IntervalLoopStatus> {
     let mut whole = Vec::with_capacity(loops.len());
     let mut bytes = 0;
     for entry in loops {
-        let status = loop_status(entry);
+        let status = loop_status(authority, entry);
         bytes += status.encoded_len() + AROUND;
         if bytes > room {
-            return loops.iter().map(brief_loop_status).collect();
+            return loops.iter().map(|entry| brief_loop_status(authority, entry)).collect();
         }
         whole.push(status);
     }
     whole
 }
 
-fn brief_loop_status(entry: &LoopEntry) -> pb::IntervalLoopStatus {
+fn brief_loop_status(authority: &Authority, entry: &LoopEntry) -> pb::IntervalLoopStatus {
     let settings = IntervalLoop { subset: None, parameters: Payload::default(), ..(*entry.settings).clone() };
-    let mut status = loop_status_of(&settings, entry);
+    let mut status = loop_status_of(authority, &settings, entry);
     status.not_run.clear();
     status
 }
@@ -175,13 +179,18 @@ fn breaker_state(breaker: BreakerState) -> pb::BreakerState {
     }
 }
 
-pub(super) fn subsystem_status(
-    orchestrator: &Orchestrator,
+pub(super) fn subsystem_status<Q>(
+    call: &Entered<Q>,
     registered: &Registered,
     include_output: bool,
     snapshot: Option<&Result<Snapshot, CallError>>,
 ) -> pb::SubsystemStatus {
     let Registered { member, origin } = registered;
+    let redacted = !call.authority.sees_parameters_of(registered);
+    let mut registration = registration(&member.subsystem);
+    if redacted {
+        registration.parameters.clear();
+    }
     let output = member.standing.latest();
     let last = member.standing.last();
     let (snapshot, snapshot_error) = match snapshot {
@@ -190,13 +199,13 @@ pub(super) fn subsystem_status(
         None => Default::default(),
     };
     pb::SubsystemStatus {
-        registration: Some(registration(&member.subsystem)),
+        registration: Some(registration),
         origin: match origin {
             Origin::Config => pb::Origin::Config,
             Origin::Rpc { .. } => pb::Origin::Rpc,
         }
         .into(),
-        lease_expires_at: registered.lease().map(|lease| timestamp(orchestrator.lease_ends_at(&lease))),
+        lease_expires_at: registered.lease().map(|lease| timestamp(call.orchestrator().lease_ends_at(&lease))),
         suspended: member.suspended,
         breaker: breaker_state(member.breaker(Instant::now())).into(),
         initialized: member.is_initialized(),
@@ -207,7 +216,8 @@ pub(super) fn subsystem_status(
         snapshot,
         snapshot_error,
         owner: member.owner.as_ref().map(ToString::to_string).unwrap_or_default(),
-        owner_revoked: orchestrator.is_revoked(registered),
+        owner_revoked: call.orchestrator().is_revoked(registered),
+        redacted,
     }
 }
 
@@ -273,15 +283,20 @@ pub fn registration(subsystem: &Subsystem) -> pb::Registration {
     }
 }
 
-pub(super) fn loop_status(entry: &LoopEntry) -> pb::IntervalLoopStatus {
-    loop_status_of(&entry.settings, entry)
+pub(super) fn loop_status(authority: &Authority, entry: &LoopEntry) -> pb::IntervalLoopStatus {
+    loop_status_of(authority, &entry.settings, entry)
 }
 
-fn loop_status_of(settings: &IntervalLoop, entry: &LoopEntry) -> pb::IntervalLoopStatus {
+fn loop_status_of(authority: &Authority, settings: &IntervalLoop, entry: &LoopEntry) -> pb::IntervalLoopStatus {
     let LoopEntry { settings: _, origin, state, next, lag: _, last_finished_at: _, _held: _ } = entry;
     let ticks = state.ticks;
+    let redacted = !authority.sees_parameters_of_loop(&settings.name);
+    let mut settings = interval_loop(settings);
+    if redacted {
+        settings.parameters.clear();
+    }
     pb::IntervalLoopStatus {
-        r#loop: Some(interval_loop(settings)),
+        r#loop: Some(settings),
         origin: match origin {
             LoopOrigin::Config => pb::Origin::Config,
             LoopOrigin::Rpc => pb::Origin::Rpc,
@@ -299,6 +314,7 @@ fn loop_status_of(settings: &IntervalLoop, entry: &LoopEntry) -> pb::IntervalLoo
         }),
         not_run: state.not_run.iter().map(tick_range).collect(),
         last_cycle_id: state.last_cycle_id.0,
+        redacted,
     }
 }
 

@@ -27,14 +27,14 @@ impl Handlers {
             answer.last_cycle = call.orchestrator().keep(&last).await.map_err(refused)?;
         }
         let room = MAX_ANSWER.saturating_sub(answer.encoded_len());
-        answer.loops = response::listed_loops(&loops, room);
+        answer.loops = response::listed_loops(&call.authority, &loops, room);
         if answer.encoded_len() > MAX_ANSWER && !answer.loops.is_empty() {
             answer.last_cycle.clear();
         }
         if include_subsystems || include_snapshots {
             let room = MAX_ANSWER.saturating_sub(answer.encoded_len());
             let registered = call.orchestrator().subsystems(None, usize::MAX);
-            let (subsystems, all_fit) = self.statuses(call.orchestrator(), &registered, include_snapshots, room).await;
+            let (subsystems, all_fit) = self.statuses(&call, &registered, include_snapshots, room).await;
             if !all_fit {
                 return Err(error::answer_too_large(
                     None,

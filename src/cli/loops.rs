@@ -251,7 +251,9 @@ fn one(status: Option<&pb::IntervalLoopStatus>) -> String {
         "subsystems",
         if settings.subsystems.is_empty() { "all".to_owned() } else { names(&settings.subsystems, usize::MAX) },
     );
-    if !settings.parameters.is_empty() {
+    if status.redacted {
+        facts.fact("parameters", "left out: operators see them");
+    } else if !settings.parameters.is_empty() {
         facts.fact("parameters", payload(&settings.parameters));
     }
     facts.fact("deadline", duration(settings.deadline.as_ref()));

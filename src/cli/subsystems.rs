@@ -577,7 +577,9 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
     if let Some(tls) = &registration.tls {
         fact("server", format!("must be {}", tls.peer));
     }
-    if !registration.parameters.is_empty() {
+    if status.redacted {
+        fact("parameters", "left out: operators see them".to_owned());
+    } else if !registration.parameters.is_empty() {
         fact("parameters", payload(&registration.parameters));
     }
     fact(STATUS, stands(status).to_owned());
