@@ -56,7 +56,7 @@ use crate::{
     clock::Clock,
     engine::{Engine, Order},
     memory::{Held, Memory},
-    model::{CycleId, Revision},
+    model::{CycleId, RequestKey, Revision},
     ports::{Record, Store, StoreError},
     schedule::Loops,
     tasks::joined,
@@ -128,8 +128,8 @@ struct State {
     line: Line,
     /// All admitted cycles that are not recorded.
     live: BTreeMap<CycleId, Arc<Admitted>>,
-    /// Those cycles by their request id.
-    requests: HashMap<String, Arc<Admitted>>,
+    /// Those cycles by the keys of their requests.
+    requests: HashMap<RequestKey, Arc<Admitted>>,
     /// Cycles that were cancelled before their turn, and are to be recorded.
     cancelled: VecDeque<Arc<Admitted>>,
     last_admitted: CycleId,

@@ -12,7 +12,7 @@ use prost::Message;
 use crate::{
     ledger::RecordsPruned,
     model::{
-        CycleRequest, CycleState, FinishedCycle, Issue, Name, OverlapPolicy, Payload, Revision, Severity, SkipReason,
+        CycleRequest, CycleState, FinishedCycle, Identity, Issue, Name, Payload, Revision, Severity, SkipReason,
         SpanContext, SubsystemReport, SubsystemState, Trigger, excerpt,
     },
     ports::Record,
@@ -70,6 +70,7 @@ pub fn encode(cycle: &FinishedCycle, max_bytes: usize) -> Encoded {
         state: cycle.state,
         trigger: cycle.trigger.clone(),
         request_id: cycle.request_id.clone(),
+        triggered_by: cycle.triggered_by.clone(),
         finished_at: cycle.finished_at,
         bytes: telemetry.encode_to_vec().into(),
     })
@@ -87,8 +88,8 @@ struct Waiting {
     tracestate: Option<String>,
 }
 
-/// Encodes the request of a waiting cycle, to run it in another process, without its `request_id` and due time, which
-/// are stored separately.
+/// Encodes the request of a waiting cycle, to run it in another process, without its due time, `request_id` and
+/// caller, which are stored separately.
 pub fn encode_request(request: &CycleRequest) -> Bytes {
     let message = pb::RunCycleRequest {
         subsystems: request.subset.iter().flat_map(|names| names.iter()).map(ToString::to_string).collect(),
@@ -106,15 +107,11 @@ pub fn encode_request(request: &CycleRequest) -> Bytes {
     waiting.encode_to_vec().into()
 }
 
-/// Decodes the result of [`encode_request`].
+/// Decodes the result of [`encode_request`]: a request without a caller, due in 1970.
 ///
 /// # Errors
 /// The problem.
-pub fn decode_request(
-    bytes: Bytes,
-    scheduled_at: Timestamp,
-    request_id: Option<String>,
-) -> Result<CycleRequest, String> {
+pub fn decode_request(bytes: Bytes) -> Result<CycleRequest, String> {
     let Waiting { request, traceparent, tracestate } = Waiting::decode(bytes).map_err(|error| error.to_string())?;
     let message = request.ok_or("it has no request")?;
     let names: Result<Vec<_>, _> = message.subsystems.iter().map(|name| Name::parse(name)).collect();
@@ -122,15 +119,12 @@ pub fn decode_request(
     let parameters = Payload::check(message.parameters).map_err(|error| error.to_string())?;
     let deadline = message.deadline.map(Duration::try_from).transpose().map_err(|error| error.to_string())?;
     Ok(CycleRequest {
-        trigger: Trigger::Manual,
-        scheduled_at,
         subset: (!names.is_empty()).then(|| names.into()),
         parameters,
-        request_id,
-        overlap: OverlapPolicy::BufferAll,
         deadline,
         record_outputs: message.record_outputs,
         trace: traceparent.and_then(|traceparent| SpanContext::parse(&traceparent, tracestate.as_deref())),
+        ..CycleRequest::over_all(Trigger::Manual, Timestamp::UNIX_EPOCH)
     })
 }
 
@@ -167,6 +161,7 @@ pub fn check_columns(record: &Record) -> Result<(), String> {
         ("trigger", telemetry.trigger == i32::from(trigger(&record.trigger))),
         ("loop", telemetry.r#loop == name),
         ("request_id", telemetry.request_id == record.request_id.as_deref().unwrap_or_default()),
+        ("triggered_by", telemetry.triggered_by == identity(record.triggered_by.as_ref())),
         ("finished_at", telemetry.finished_at == Some(timestamp(record.finished_at))),
     ];
     match columns.iter().find(|(_, is_same)| !is_same) {
@@ -220,6 +215,7 @@ fn telemetry(cycle: &FinishedCycle) -> pb::CycleTelemetry {
         trigger,
         scheduled_at,
         request_id,
+        triggered_by,
         trace_id,
         started_at,
         finished_at,
@@ -246,7 +242,13 @@ fn telemetry(cycle: &FinishedCycle) -> pb::CycleTelemetry {
         revision: 0,
         truncated: false,
         trace_id: trace_id.map(|trace_id| trace_id.to_string()).unwrap_or_default(),
+        triggered_by: identity(triggered_by.as_ref()),
     }
+}
+
+/// An identity as the contract has it; empty for none.
+fn identity(identity: Option<&Identity>) -> String {
+    identity.map(ToString::to_string).unwrap_or_default()
 }
 
 /// One subsystem's part in the cycle that started at `cycle_started_at`.
@@ -426,6 +428,7 @@ mod tests {
             trigger: Trigger::Loop(Name::parse("l").unwrap()),
             scheduled_at: Some(started_at),
             request_id: None,
+            triggered_by: Some(Identity::Uid(7)),
             trace_id: Some(TraceId(10)),
             started_at: Some(started_at),
             finished_at: started_at + Duration::from_millis(6),
@@ -448,7 +451,7 @@ mod tests {
     fn a_record_has_its_times_and_durations() {
         let telemetry = decoded(usize::MAX);
         assert_eq!((telemetry.cycle_id, telemetry.revision, telemetry.epoch), (7, 9, 3));
-        assert_eq!(telemetry.r#loop, "l");
+        assert_eq!((telemetry.r#loop.as_str(), telemetry.triggered_by.as_str()), ("l", "uid:7"));
         assert_eq!(telemetry.trace_id, "0000000000000000000000000000000a");
         let a = &telemetry.subsystems[0];
         assert_eq!(a.started_at.unwrap().nanos, 2_000_000);
@@ -524,6 +527,7 @@ mod tests {
             ("trigger", Record { trigger: Trigger::Manual, ..record.clone() }),
             ("loop", Record { trigger: Trigger::Loop(Name::parse("m").unwrap()), ..record.clone() }),
             ("request_id", Record { request_id: Some("r".into()), ..record.clone() }),
+            ("triggered_by", Record { triggered_by: None, ..record.clone() }),
             ("finished_at", Record { finished_at, ..record.clone() }),
         ] {
             assert_eq!(check_columns(&changed), Err(format!("its column {column} is not that of its bytes")));
@@ -574,24 +578,20 @@ mod tests {
 
     #[test]
     fn a_waiting_request_is_read_as_it_was_written() {
-        let scheduled_at: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
         let parameters = serde_json::json!({ "a": [1, { "b": null }] });
         let request = CycleRequest {
-            trigger: Trigger::Manual,
-            scheduled_at,
             subset: Some(["a", "b"].iter().map(|name| Name::parse(name).unwrap()).collect()),
             parameters: Payload::from_json(parameters.as_object().unwrap()).unwrap(),
-            request_id: Some("r".into()),
-            overlap: OverlapPolicy::BufferAll,
             deadline: Some(Duration::from_millis(1500)),
             record_outputs: true,
             trace: SpanContext::parse("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", Some("x=1")),
+            ..CycleRequest::over_all(Trigger::Manual, Timestamp::UNIX_EPOCH)
         };
-        let read = decode_request(encode_request(&request), scheduled_at, request.request_id.clone()).unwrap();
+        let read = decode_request(encode_request(&request)).unwrap();
         assert_eq!(format!("{read:?}"), format!("{request:?}"));
         let all = CycleRequest { subset: None, deadline: None, ..request };
-        assert!(decode_request(encode_request(&all), scheduled_at, None).unwrap().subset.is_none());
-        assert!(decode_request(Bytes::from_static(b"\x0a\x05\x0a\x03a b"), scheduled_at, None).is_err());
+        assert!(decode_request(encode_request(&all)).unwrap().subset.is_none());
+        assert!(decode_request(Bytes::from_static(b"\x0a\x05\x0a\x03a b")).is_err());
     }
 
     #[test]

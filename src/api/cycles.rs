@@ -19,10 +19,11 @@ impl Handlers {
         mut call: Entered<pb::RunCycleRequest>,
     ) -> Result<pb::RunCycleResponse, Status> {
         let (request, trace) = (call.take_request(), call.caller.trace.clone());
+        let triggered_by = call.authority.identity().cloned();
         let (validate_only, is_async) = (request.validate_only, request.r#async);
         let named = request.subsystems.len();
         let now = self.clock.now();
-        let read = move || request::cycle(request, trace, now);
+        let read = move || request::cycle(request, triggered_by, trace, now);
         let request = self.offload(named, read).await?.map_err(invalid)?;
         if validate_only {
             let subset = call.orchestrator().registered_names(request.subset).await.map_err(status)?;

@@ -44,6 +44,14 @@ pub(super) enum Authority {
 }
 
 impl Authority {
+    /// The caller, if callers are told apart.
+    pub(super) fn identity(&self) -> Option<&Identity> {
+        match self {
+            Self::Anyone => None,
+            Self::Granted { identity, .. } => Some(identity),
+        }
+    }
+
     /// The caller as one that changes registrations.
     pub(super) fn registrar(&self) -> Registrar {
         match self {

@@ -14,8 +14,9 @@ use tonic::codegen::http::HeaderMap;
 use crate::{
     access::Reach,
     model::{
-        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, LimitsSpec, LoopSpec, LoopStart, Name, OverlapPolicy,
-        Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, TlsSpec, Trigger, Violations,
+        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, Identity, LimitsSpec, LoopSpec, LoopStart, Name,
+        OverlapPolicy, Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, TlsSpec, Trigger,
+        Violations,
     },
     orchestrator::{From as WatchFrom, WatchFilter},
     ports::{Filter, TriggerKind},
@@ -33,6 +34,7 @@ pub(super) fn trace(headers: &HeaderMap) -> Option<SpanContext> {
 
 pub(super) fn cycle(
     request: pb::RunCycleRequest,
+    triggered_by: Option<Identity>,
     trace: Option<SpanContext>,
     now: Timestamp,
 ) -> Result<CycleRequest, Violations> {
@@ -67,6 +69,7 @@ pub(super) fn cycle(
         subset: subset(&mut bad, &subsystems),
         parameters: self::parameters(&mut bad, &parameters),
         request_id: (!request_id.is_empty()).then_some(request_id),
+        triggered_by,
         overlap: overlap.unwrap_or(OverlapPolicy::BufferAll),
         deadline,
         record_outputs,

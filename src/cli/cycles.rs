@@ -248,6 +248,7 @@ pub(super) fn cycle(cycle: &pb::CycleTelemetry, details: bool) -> String {
     facts.row([text("state"), state(cycle_state(cycle.state()))]);
     facts.fact("error", &cycle.error);
     facts.fact("trigger", trigger(cycle.trigger(), &cycle.r#loop));
+    facts.fact("triggered by", &cycle.triggered_by);
     facts.fact("request id", &cycle.request_id);
     facts.fact("trace", &cycle.trace_id);
     facts.fact("started", time(cycle.started_at.as_ref()));

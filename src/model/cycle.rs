@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Code, Issue, Name, OverlapPolicy, Payload, SpanContext, TraceId};
+use super::{Code, Identity, Issue, Name, OverlapPolicy, Payload, SpanContext, TraceId};
 
 macro_rules! counter {
     ($(#[$doc:meta])* $name:ident) => {
@@ -83,6 +83,15 @@ impl Trigger {
     }
 }
 
+/// The key by which a repeated request finds its cycle. Ids of different callers are different.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct RequestKey {
+    /// The id of the request.
+    pub request_id: String,
+    /// Its caller; `None` if callers are not told apart.
+    pub triggered_by: Option<Identity>,
+}
+
 /// A request to run a cycle.
 #[derive(Clone, Debug)]
 pub struct CycleRequest {
@@ -94,8 +103,10 @@ pub struct CycleRequest {
     pub subset: Option<Arc<[Name]>>,
     /// Parameters, which take precedence over those of the registrations.
     pub parameters: Payload,
-    /// Makes the request idempotent.
+    /// Makes the request idempotent, together with `triggered_by`.
     pub request_id: Option<String>,
+    /// Its caller; `None` for a loop, or if callers are not told apart.
+    pub triggered_by: Option<Identity>,
     /// What happens when a cycle with a subsystem in common runs or waits.
     pub overlap: OverlapPolicy,
     /// Deadline of the cycle; `None` means the configured one.
@@ -121,6 +132,7 @@ impl CycleRequest {
             subset: None,
             parameters: Payload::default(),
             request_id: None,
+            triggered_by: None,
             overlap: OverlapPolicy::BufferAll,
             deadline: None,
             record_outputs: false,
@@ -134,7 +146,15 @@ impl CycleRequest {
         const PLACE: usize = size_of::<Name>() + size_of::<CycleId>();
         let names = self.subset.as_ref().map_or(0, |subset| subset.len() * PLACE);
         let request_id = self.request_id.as_ref().map_or(0, String::len);
-        size_of::<Self>() + names + request_id + self.parameters.len()
+        let caller = self.triggered_by.as_ref().map_or(0, Identity::footprint);
+        size_of::<Self>() + names + request_id + caller + self.parameters.len()
+    }
+
+    /// The key by which it finds its cycle, if it is idempotent.
+    #[must_use]
+    pub fn key(&self) -> Option<RequestKey> {
+        let request_id = self.request_id.clone()?;
+        Some(RequestKey { request_id, triggered_by: self.triggered_by.clone() })
     }
 }
 
@@ -351,6 +371,8 @@ pub struct FinishedCycle {
     pub scheduled_at: Option<Timestamp>,
     /// The id of the request.
     pub request_id: Option<String>,
+    /// The caller that started it; `None` for a loop, or if callers were not told apart.
+    pub triggered_by: Option<Identity>,
     /// Its trace.
     pub trace_id: Option<TraceId>,
     /// When it started; `None` if it never did, or that is not known.

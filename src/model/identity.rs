@@ -4,7 +4,7 @@ use super::Name;
 
 /// The identity of a caller or of a server, as far as the service knows it. Shown as `nobody`, or as its kind, a colon
 /// and its name, such as `token:monitoring`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Identity {
     /// It presented no credential.
     Nobody,

@@ -16,8 +16,8 @@ mod wire;
 
 pub use code::Code;
 pub use cycle::{
-    CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Revision, SkipReason, SubsystemReport, SubsystemState,
-    Trigger, excerpt,
+    CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, RequestKey, Revision, SkipReason, SubsystemReport,
+    SubsystemState, Trigger, excerpt,
 };
 pub use histogram::Histogram;
 pub(crate) use identity::IdentityKind;

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     memory::{Full, Held},
-    model::{CycleId, CycleRequest, OverlapPolicy, TraceId, Trigger},
+    model::{CycleId, CycleRequest, OverlapPolicy, RequestKey, TraceId, Trigger},
     ports::{Durability, OpenCycle, Record, Stage},
     record,
 };
@@ -127,12 +127,13 @@ impl Admitted {
     }
 
     fn to_open(&self, stage: Stage, trace_id: Option<TraceId>) -> OpenCycle {
-        let CycleRequest { trigger, scheduled_at, request_id, .. } = &*self.request;
+        let CycleRequest { trigger, scheduled_at, request_id, triggered_by, .. } = &*self.request;
         OpenCycle {
             cycle_id: self.cycle_id,
             trigger: trigger.clone(),
             scheduled_at: *scheduled_at,
             request_id: request_id.clone(),
+            triggered_by: triggered_by.clone(),
             trace_id,
             stage,
         }
@@ -192,8 +193,8 @@ impl State {
     }
 
     /// The unfinished cycle of a request, promised from now on if requested.
-    fn promised(&self, request_id: &str, promised: bool) -> Option<Arc<Admitted>> {
-        let live = self.requests.get(request_id)?;
+    fn promised(&self, request: &RequestKey, promised: bool) -> Option<Arc<Admitted>> {
+        let live = self.requests.get(request)?;
         if promised {
             live.promise();
         }
@@ -202,8 +203,8 @@ impl State {
 
     /// Adds a cycle to the end of the line.
     pub(super) fn enter(&mut self, admitted: Arc<Admitted>) {
-        if let Some(request_id) = &admitted.request.request_id {
-            self.requests.insert(request_id.clone(), admitted.clone());
+        if let Some(key) = admitted.request.key() {
+            self.requests.insert(key, admitted.clone());
         }
         self.line.enter(admitted.cycle_id, Locks::of(&admitted.request));
         self.live.insert(admitted.cycle_id, admitted);
@@ -270,15 +271,16 @@ impl Shared {
     pub(super) async fn admit_once(&self, mut request: CycleRequest, promised: bool) -> Result<Asked, Refusal> {
         let max_queued = self.settings().max_queued;
         let mut room = self.room_of(&request)?;
+        let key = request.key();
         let mut is_checked = request.subset.is_none();
         loop {
             // Cycles that are recorded from now on are found without the store.
             let newest = self.state().last_revision;
-            if let Some(request_id) = &request.request_id {
-                if let Some(live) = self.state().promised(request_id, promised) {
+            if let Some(key) = &key {
+                if let Some(live) = self.state().promised(key, promised) {
                     return Ok(Asked::Live(live));
                 }
-                let recorded = self.read_one(self.store.cycle_of_request(request_id.clone())).await?;
+                let recorded = self.read_one(self.store.cycle_of_request(key.clone())).await?;
                 if let Some(record) = recorded {
                     return Ok(Asked::Recorded(Arc::new(record)));
                 }
@@ -289,11 +291,11 @@ impl Shared {
             }
             let admitted = {
                 let mut state = self.state();
-                if let Some(request_id) = &request.request_id {
-                    if let Some(live) = state.promised(request_id, promised) {
+                if let Some(key) = &key {
+                    if let Some(live) = state.promised(key, promised) {
                         return Ok(Asked::Live(live));
                     }
-                    match state.recorded_since(newest, request_id) {
+                    match state.recorded_since(newest, key) {
                         Ok(None) => {}
                         Ok(Some(record)) => return Ok(Asked::Recorded(record)),
                         Err(_too_many) => continue,

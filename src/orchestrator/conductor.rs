@@ -122,6 +122,7 @@ impl Shared {
             trigger: request.trigger.clone(),
             scheduled_at: Some(request.scheduled_at),
             request_id: request.request_id.clone(),
+            triggered_by: request.triggered_by.clone(),
             trace_id: trace.id(),
             started_at: None,
             finished_at: self.clock.now(),
@@ -290,8 +291,8 @@ impl ToWrite for Recording {
         let cycle_id = self.admitted.cycle_id;
         state.line.leave(cycle_id);
         state.live.remove(&cycle_id);
-        if let Some(request_id) = &self.admitted.request.request_id {
-            state.requests.remove(request_id);
+        if let Some(key) = self.admitted.request.key() {
+            state.requests.remove(&key);
         }
         if let Some(name) = record.trigger.loop_name() {
             state.loops.finished(name, record.finished_at);

@@ -11,7 +11,7 @@ use tokio::{sync::OnceCell, time::timeout};
 use super::{Orchestrator, RecordHasNoRoom, Refusal, Shared, State, offload::offload};
 use crate::{
     memory::{Full, Held},
-    model::{CycleId, Revision},
+    model::{CycleId, RequestKey, Revision},
     ports::{Filter, Found, Page, PageLimits, Record, SCAN_LIMIT, StoreError, Unreadable},
     record::{BriefParts, PartFilter},
 };
@@ -178,13 +178,17 @@ impl State {
     }
 
     /// The record of the cycle of a request, among those after this revision.
-    pub(super) fn recorded_since(&self, revision: Revision, request_id: &str) -> Result<Option<Arc<Record>>, TooMany> {
+    pub(super) fn recorded_since(
+        &self,
+        revision: Revision,
+        request: &RequestKey,
+    ) -> Result<Option<Arc<Record>>, TooMany> {
         let oldest = self.recent.front().map(|recent| recent.record.revision);
         if self.last_revision > revision && oldest.is_none_or(|oldest| oldest > revision.next()) {
             return Err(TooMany);
         }
         let mut since = self.recent.iter().rev().map(|recent| &recent.record).take_while(|it| it.revision > revision);
-        Ok(since.find(|record| record.request_id.as_deref() == Some(request_id)).cloned())
+        Ok(since.find(|record| record.is_of(request)).cloned())
     }
 }
 

@@ -283,8 +283,13 @@ impl State {
 /// The request of a cycle that had not begun, if it can still be run.
 fn waits_again(open: &OpenCycle) -> Option<CycleRequest> {
     let Stage::Waiting(Some(request)) = &open.stage else { return None };
-    match record::decode_request(request.clone(), open.scheduled_at, open.request_id.clone()) {
-        Ok(request) => Some(request),
+    match record::decode_request(request.clone()) {
+        Ok(request) => Some(CycleRequest {
+            scheduled_at: open.scheduled_at,
+            request_id: open.request_id.clone(),
+            triggered_by: open.triggered_by.clone(),
+            ..request
+        }),
         Err(problem) => {
             tracing::error!(cycle_id = open.cycle_id.0, problem, "the request of a waiting cycle can't be read");
             None
@@ -314,6 +319,7 @@ fn interrupted(
         trigger: open.map_or(Trigger::Unknown, |open| open.trigger.clone()),
         scheduled_at: open.map(|open| open.scheduled_at),
         request_id: open.and_then(|open| open.request_id.clone()),
+        triggered_by: open.and_then(|open| open.triggered_by.clone()),
         trace_id: open.and_then(|open| open.trace_id),
         started_at,
         finished_at,

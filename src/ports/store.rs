@@ -53,11 +53,11 @@ pub trait Store: Send + Sync + 'static {
     /// The store can't be read.
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>>;
 
-    /// The record with the highest revision of the cycles with this `request_id`.
+    /// The record with the highest revision of the cycles of this request.
     ///
     /// # Errors
     /// The store can't be read.
-    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>>;
+    fn cycle_of_request(&self, request: RequestKey) -> BoxFuture<'_, Result<Option<Found>, StoreError>>;
 
     /// Records below the revision `before`, highest revision first, that pass `filter`. Ends at the limits of `page`,
     /// or after [`SCAN_LIMIT`] examined records. An unreadable record passes if the fields of the filter can't be read.
@@ -258,10 +258,20 @@ pub struct Record {
     pub trigger: Trigger,
     /// The id of the request.
     pub request_id: Option<String>,
+    /// The caller that started it.
+    pub triggered_by: Option<Identity>,
     /// When it ended.
     pub finished_at: Timestamp,
     /// The encoded telemetry.
     pub bytes: Bytes,
+}
+
+impl Record {
+    /// True if this request started its cycle.
+    #[must_use]
+    pub fn is_of(&self, request: &RequestKey) -> bool {
+        self.request_id.as_ref() == Some(&request.request_id) && self.triggered_by == request.triggered_by
+    }
 }
 
 /// A cycle that was admitted and is not recorded yet. A further write of it replaces the earlier one.
@@ -275,6 +285,8 @@ pub struct OpenCycle {
     pub scheduled_at: Timestamp,
     /// The id of the request.
     pub request_id: Option<String>,
+    /// The caller that started it.
+    pub triggered_by: Option<Identity>,
     /// Its trace.
     pub trace_id: Option<TraceId>,
     /// Its stage.

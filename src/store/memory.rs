@@ -21,7 +21,7 @@ use super::{
 use crate::{
     clock::Clock,
     ledger::{self, Hash, Node},
-    model::{CycleId, Epoch, Name, Output, Revision},
+    model::{CycleId, Epoch, Name, Output, RequestKey, Revision},
     ports::{
         Contents, Excess, Filter, Found, Log, OpenCycle, Page, PageLimits, Record, Removal, ResumeError, Retention,
         SCAN_LIMIT, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
@@ -189,9 +189,9 @@ impl Store for MemoryStore {
         Box::pin(ready(Ok(found.map(Ok))))
     }
 
-    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
+    fn cycle_of_request(&self, request: RequestKey) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
         let kept = self.kept();
-        let found = kept.records.values().rev().find(|record| record.request_id.as_ref() == Some(&request_id));
+        let found = kept.records.values().rev().find(|record| record.is_of(&request));
         Box::pin(ready(Ok(found.cloned().map(Ok))))
     }
 

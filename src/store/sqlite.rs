@@ -71,7 +71,7 @@ use crate::{
     clock::Clock,
     file,
     ledger::{Hash, Node},
-    model::{CycleId, Revision},
+    model::{CycleId, RequestKey, Revision},
     ports::{
         Contents, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention, Store, StoreError, StoreSize,
         Write,
@@ -182,9 +182,9 @@ impl Store for SqliteStore {
         Box::pin(self.readers.read(move |connection| reading::cycle(connection, check, cycle_id)))
     }
 
-    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
+    fn cycle_of_request(&self, request: RequestKey) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
         let check = self.check;
-        Box::pin(self.readers.read(move |connection| reading::cycle_of_request(connection, check, &request_id)))
+        Box::pin(self.readers.read(move |connection| reading::cycle_of_request(connection, check, &request)))
     }
 
     fn cycles_before(

@@ -16,8 +16,8 @@ use crate::{
     clock::Clock,
     ledger::{Entry, Frontier, Node},
     model::{
-        CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, Payload, Revision, SubsystemSpec,
-        TraceId, Trigger,
+        CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, Payload, RequestKey, Revision,
+        SubsystemSpec, TraceId, Trigger,
     },
     ports::{
         Contents, Excess, Filter, Found, OpenCycle, PageLimits, Record, Removal, ResumeError, Retention, RetentionRule,
@@ -53,9 +53,15 @@ pub(super) fn record_of(id: u64, revision: u64, epoch: Epoch) -> Record {
         state: if revision.is_multiple_of(3) { CycleState::Failed } else { CycleState::Succeeded },
         trigger: if revision.is_multiple_of(2) { Trigger::Loop(name("l")) } else { Trigger::Manual },
         request_id: revision.is_multiple_of(5).then(|| "five".to_owned()),
+        triggered_by: revision.is_multiple_of(10).then_some(Identity::Uid(10)),
         finished_at: at(i64::try_from(revision).unwrap()),
         bytes: vec![u8::try_from(revision % 251).unwrap(); 100].into(),
     }
+}
+
+/// The key of a request.
+pub(super) fn request(id: &str, triggered_by: Option<Identity>) -> RequestKey {
+    RequestKey { request_id: id.to_owned(), triggered_by }
 }
 
 /// Records these revisions, after all earlier ones were recorded in this way.
@@ -97,6 +103,7 @@ pub(super) fn open_cycle(id: u64) -> OpenCycle {
         trigger: Trigger::Loop(name("l")),
         scheduled_at: at(1),
         request_id: Some("r".into()),
+        triggered_by: Some(Identity::Token(name("t"))),
         trace_id: Some(TraceId(u128::MAX - 1)),
         stage: Stage::Begun(at(2)),
     }
@@ -104,7 +111,14 @@ pub(super) fn open_cycle(id: u64) -> OpenCycle {
 
 pub(super) fn waiting_cycle(id: u64, request: Option<&'static str>) -> OpenCycle {
     let stage = Stage::Waiting(request.map(|request| request.as_bytes().into()));
-    OpenCycle { trigger: Trigger::Manual, request_id: None, trace_id: None, stage, ..open_cycle(id) }
+    OpenCycle {
+        trigger: Trigger::Manual,
+        request_id: None,
+        triggered_by: None,
+        trace_id: None,
+        stage,
+        ..open_cycle(id)
+    }
 }
 
 fn revisions_of(range: RangeInclusive<u64>) -> Vec<Revision> {
@@ -160,9 +174,11 @@ async fn written_cycles_are_read(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 12).await;
     assert_eq!(store.cycle(cycle_of(7)).await.unwrap(), Some(Ok(record(7, epoch))));
     assert_eq!(store.cycle(CycleId(13)).await.unwrap(), None);
-    let of_request = |id: &str| store.cycle_of_request(id.to_owned());
-    assert_eq!(of_request("five").await.unwrap(), Some(Ok(record(10, epoch))));
-    assert_eq!(of_request("six").await.unwrap(), None);
+    let of_request = |id: &str, triggered_by| store.cycle_of_request(request(id, triggered_by));
+    assert_eq!(of_request("five", None).await.unwrap(), Some(Ok(record(5, epoch))));
+    assert_eq!(of_request("five", Some(Identity::Uid(10))).await.unwrap(), Some(Ok(record(10, epoch))));
+    assert_eq!(of_request("five", Some(Identity::Uid(11))).await.unwrap(), None);
+    assert_eq!(of_request("six", None).await.unwrap(), None);
 }
 
 async fn revisions_follow_each_other(store: &dyn Store, epoch: Epoch) {
@@ -192,7 +208,7 @@ async fn records_come_in_any_order_of_their_ids(store: &dyn Store, epoch: Epoch)
     assert_eq!(ids(&store.cycles_after(Revision(0), ALL).await.unwrap()), [3, 1, 4, 2]);
     let page = store.cycles_before(Revision(100), Filter::default(), ALL).await.unwrap();
     assert_eq!(ids(&page.records), [2, 4, 1, 3]);
-    let latest = store.cycle_of_request("twice".into()).await.unwrap().unwrap().unwrap();
+    let latest = store.cycle_of_request(request("twice", None)).await.unwrap().unwrap().unwrap();
     assert_eq!(latest.cycle_id, CycleId(1), "the record with the highest revision");
 }
 
@@ -702,8 +718,11 @@ proptest! {
                 let after = memory.cycles_after(Revision(from), limits).await;
                 assert_eq!(sqlite.cycles_after(Revision(from), limits).await, after);
                 assert_eq!(sqlite.cycle(CycleId(from)).await, memory.cycle(CycleId(from)).await);
-                let of_request = memory.cycle_of_request("five".into()).await;
-                assert_eq!(sqlite.cycle_of_request("five".into()).await, of_request);
+                for triggered_by in [None, Some(Identity::Uid(10))] {
+                    let five = request("five", triggered_by);
+                    let of_request = memory.cycle_of_request(five.clone()).await;
+                    assert_eq!(sqlite.cycle_of_request(five).await, of_request);
+                }
             }
         });
     }

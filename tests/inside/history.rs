@@ -204,6 +204,7 @@ async fn with_records(sizes: impl IntoIterator<Item = usize>) -> (Orchestrator, 
             state: CycleState::Failed,
             trigger: Trigger::Manual,
             request_id: None,
+            triggered_by: None,
             finished_at: Timestamp::UNIX_EPOCH,
             bytes: bytes.into(),
         }

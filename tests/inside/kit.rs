@@ -15,8 +15,8 @@ use orchestrator_core::{
     ledger::{Hash, Node, Signer},
     memory::{Memory, Shares},
     model::{
-        Answer, Code, CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, Revision, Subsystem,
-        SubsystemSpec, Trigger,
+        Answer, Code, CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, RequestKey, Revision,
+        Subsystem, SubsystemSpec, Trigger,
     },
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings},
     ports::{
@@ -96,9 +96,9 @@ impl Store for Around {
         Box::pin(async move { Ok(self.inner.cycle(cycle_id).await?.map(|found| found.and_then(&self.read))) })
     }
 
-    fn cycle_of_request(&self, request_id: String) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
+    fn cycle_of_request(&self, request: RequestKey) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
         Box::pin(async {
-            let found = self.inner.cycle_of_request(request_id).await;
+            let found = self.inner.cycle_of_request(request).await;
             (self.delay)().await;
             found
         })

@@ -75,6 +75,7 @@ impl Run<'_> {
             trigger: cycle.request.trigger.clone(),
             scheduled_at: Some(cycle.request.scheduled_at),
             request_id: cycle.request.request_id.clone(),
+            triggered_by: cycle.request.triggered_by.clone(),
             trace_id: cycle.trace.id(),
             started_at: Some(cycle.started_at),
             finished_at,

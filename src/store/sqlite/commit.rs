@@ -106,8 +106,9 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write, appended: &Appended)
         transaction
             .prepare_cached(
                 "INSERT OR REPLACE INTO open_cycles
-                 (cycle_id, trigger, loop, scheduled_at, started_at, request_id, trace_id, request)
-                 VALUES (:cycle_id, :trigger, :loop, :scheduled_at, :started_at, :request_id, :trace_id, :request)",
+                 (cycle_id, trigger, loop, scheduled_at, started_at, request_id, triggered_by, trace_id, request)
+                 VALUES (:cycle_id, :trigger, :loop, :scheduled_at, :started_at, :request_id, :triggered_by, :trace_id,
+                 :request)",
             )?
             .execute(named_params! {
                 ":cycle_id": integer(open.cycle_id.0),
@@ -116,6 +117,7 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write, appended: &Appended)
                 ":scheduled_at": nanoseconds(open.scheduled_at),
                 ":started_at": started_at,
                 ":request_id": open.request_id,
+                ":triggered_by": open.triggered_by.as_ref().map(ToString::to_string),
                 ":trace_id": open.trace_id.map(|trace_id| trace_id.0.to_be_bytes()),
                 ":request": request,
             })?;
@@ -124,9 +126,9 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write, appended: &Appended)
         transaction
             .prepare_cached(
                 "INSERT INTO cycles
-                 (cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, leaf, record)
-                 VALUES (:cycle_id, :revision, :epoch, :state, :trigger, :loop, :request_id, :finished_at, :leaf,
-                 :record)",
+                 (cycle_id, revision, epoch, state, trigger, loop, request_id, triggered_by, finished_at, leaf, record)
+                 VALUES (:cycle_id, :revision, :epoch, :state, :trigger, :loop, :request_id, :triggered_by,
+                 :finished_at, :leaf, :record)",
             )?
             .execute(named_params! {
                 ":cycle_id": integer(record.cycle_id.0),
@@ -136,6 +138,7 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write, appended: &Appended)
                 ":trigger": trigger_number(&record.trigger),
                 ":loop": record.trigger.loop_name().map(Name::as_str),
                 ":request_id": record.request_id,
+                ":triggered_by": record.triggered_by.as_ref().map(ToString::to_string),
                 ":finished_at": nanoseconds(record.finished_at),
                 ":leaf": integer(leaf),
                 ":record": &record.bytes[..],

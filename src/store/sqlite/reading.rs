@@ -16,7 +16,7 @@ use super::{
     rows::{COLUMNS, HAS_REVISION, found, integer, number, read},
 };
 use crate::{
-    model::{CycleId, Revision},
+    model::{CycleId, RequestKey, Revision},
     ports::{Filter, Found, Page, PageLimits, ResumeError, SCAN_LIMIT, StoreError, StoreSize, Unreadable},
     store::Check,
 };
@@ -89,11 +89,17 @@ pub(super) fn cycle(connection: &Connection, check: Check, cycle_id: CycleId) ->
     Ok(query.query_row([integer(cycle_id.0)], |row| Ok(read(connection, row, check))).optional()?)
 }
 
-pub(super) fn cycle_of_request(connection: &Connection, check: Check, request_id: &str) -> ReadResult<Option<Found>> {
+pub(super) fn cycle_of_request(
+    connection: &Connection,
+    check: Check,
+    request: &RequestKey,
+) -> ReadResult<Option<Found>> {
+    // Few callers have the same id, so the index of ids is enough.
     let mut query = connection.prepare_cached(&format!(
-        "SELECT {COLUMNS} FROM cycles WHERE request_id = ?1 ORDER BY revision DESC LIMIT 1"
+        "SELECT {COLUMNS} FROM cycles WHERE request_id = ?1 AND triggered_by IS ?2 ORDER BY revision DESC LIMIT 1"
     ))?;
-    Ok(query.query_row([request_id], |row| Ok(read(connection, row, check))).optional()?)
+    let key = (&request.request_id, request.triggered_by.as_ref().map(ToString::to_string));
+    Ok(query.query_row(key, |row| Ok(read(connection, row, check))).optional()?)
 }
 
 pub(super) fn cycles_before(

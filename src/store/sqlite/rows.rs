@@ -13,7 +13,7 @@ use crate::{
 
 /// In this order, so that a row can be examined without reading the record, which is last and may be large.
 pub(super) const COLUMNS: &str =
-    "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, leaf, record";
+    "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, leaf, triggered_by, record";
 
 /// Condition that a row has a place in the history. An unreadable revision has no place: reads by revision don't find
 /// it.
@@ -43,12 +43,13 @@ pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Foun
     Ok(record)
 }
 
-fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
+/// A row with its record.
+pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
     let bytes: Vec<u8> = row.get("record")?;
-    Ok(Record { bytes: bytes.into(), ..found(row)? })
+    Ok(Record { bytes: bytes.into(), triggered_by: identity(row, "triggered_by")?, ..found(row)? })
 }
 
-/// A row without its record.
+/// A row without its record, and without what comes after the record in the file, which is as slow to read.
 pub(super) fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
     Ok(Record {
         cycle_id: CycleId(number(row, "cycle_id")?),
@@ -57,6 +58,7 @@ pub(super) fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
         state: state(row)?,
         trigger: trigger(row)?,
         request_id: row.get("request_id")?,
+        triggered_by: None,
         finished_at: time(row, "finished_at")?,
         bytes: Bytes::new(),
     })
@@ -75,6 +77,7 @@ pub(super) fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
         trigger,
         scheduled_at: time(row, "scheduled_at")?,
         request_id: row.get("request_id")?,
+        triggered_by: identity(row, "triggered_by")?,
         trace_id: trace_id.map(|bytes| TraceId(u128::from_be_bytes(bytes))),
         stage: match started_at {
             Some(_) => Stage::Begun(time(row, "started_at")?),
@@ -90,6 +93,7 @@ pub(super) fn unknown_cycle(cycle_id: CycleId) -> OpenCycle {
         trigger: Trigger::Unknown,
         scheduled_at: Timestamp::UNIX_EPOCH,
         request_id: None,
+        triggered_by: None,
         trace_id: None,
         stage: Stage::Unknown,
     }

@@ -137,3 +137,9 @@ CREATE TABLE control (
 
 -- The caller that registered a subsystem; NULL if nobody owns it.
 ALTER TABLE subsystems ADD COLUMN owner TEXT;
+
+-- migration 7
+
+-- The caller that started a cycle; NULL if a loop did, or callers were not told apart. A `request_id` belongs to it.
+ALTER TABLE cycles ADD COLUMN triggered_by TEXT;
+ALTER TABLE open_cycles ADD COLUMN triggered_by TEXT;

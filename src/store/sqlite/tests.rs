@@ -17,7 +17,7 @@ use crate::{
         OpenError, StoreUrl, accept, open,
         suite::{
             ALL, at, check, commit, cycle_of, filled, name, open_cycle, output, pruned, record, record_of, recorded,
-            refuses, stored_subsystem, waiting_cycle,
+            refuses, request, stored_subsystem, waiting_cycle,
         },
     },
 };
@@ -153,7 +153,10 @@ async fn a_database_of_an_earlier_version_keeps_its_open_cycles_and_finds_the_mi
         let two = Retention { default: RetentionRule { max_cycles: Some(2), max_age: None }, ..Retention::default() };
         let noted = Write { epoch: contents.epoch, last_cycle_id: CycleId(9), ..Write::default() };
         assert_eq!(pruned(&*store, &noted, two, at(0), 100).await.last(), Some(&Revision(3)));
-        assert_eq!(store.cycle_of_request("five".into()).await.unwrap().unwrap().unwrap().revision, Revision(5));
+        assert_eq!(
+            store.cycle_of_request(request("five", None)).await.unwrap().unwrap().unwrap().revision,
+            Revision(5)
+        );
     }
 }
 

@@ -11,7 +11,7 @@ use super::{
     error::explain,
     log::hashes,
     place::DatabaseFileError,
-    rows::{COLUMNS, found, integer, number},
+    rows::{COLUMNS, integer, number, record},
     schema::check_current,
 };
 use crate::{
@@ -193,9 +193,7 @@ impl Verifier<'_> {
     /// The record of a cycle; `None` if it can't be read, which is reported.
     fn record(&mut self, cycle_id: u64) -> rusqlite::Result<Option<Record>> {
         let mut query = self.database.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
-        let record = query.query_row([integer(cycle_id)], |row| {
-            Ok(row.get::<_, Vec<u8>>("record").and_then(|bytes| Ok(Record { bytes: bytes.into(), ..found(row)? })))
-        })?;
+        let record = query.query_row([integer(cycle_id)], |row| Ok(record(row)))?;
         Ok(record.map_err(|error| (self.wrong)(format!("the record of cycle {cycle_id} can't be read: {error}"))).ok())
     }
 
@@ -344,7 +342,7 @@ mod tests {
     async fn each_change_of_a_database_is_named_and_nothing_else() {
         let (directory, path, checkpoint) = database().await;
         let inserted = "INSERT INTO cycles SELECT 99, REVISION, epoch, state, trigger, loop, request_id, finished_at,
-                        record, LEAF FROM cycles WHERE revision = 5";
+                        record, LEAF, triggered_by FROM cycles WHERE revision = 5";
         let insert = |revision: &str, leaf: &str| inserted.replace("REVISION", revision).replace("LEAF", leaf);
         let changes: [(&str, &[&str]); 13] = [
             (

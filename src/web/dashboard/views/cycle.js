@@ -57,6 +57,7 @@ async function show(place, record, scope) {
     ["Subsystems", count(parts.length)],
     ["Epoch", record.epoch],
     ["Revision", record.revision],
+    record.triggeredBy && ["Triggered by", visible(record.triggeredBy, 300)],
     record.requestId && ["Request id", visible(record.requestId, 128)],
   ].filter(Boolean);
   add(place, h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))));
