@@ -1,4 +1,5 @@
-//! The owners of registrations: callers with tokens and with certificates that register the same names.
+//! What belongs to a caller: its registrations, its cycles, the ids of its requests. Callers have tokens and
+//! certificates.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -12,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use common::{
-    fleet::{Fleet, to_struct},
+    fleet::{Fleet, Run, to_struct},
     patiently,
     pki::Authority,
     service::{Client, Home, Service, decode, reason, registration},
@@ -188,8 +189,19 @@ impl Caller {
 
     /// Runs a cycle of all.
     async fn run(&self) -> Result<pb::CycleTelemetry, Status> {
-        let request = self.asks(pb::RunCycleRequest::default());
+        self.run_as("").await
+    }
+
+    /// Runs a cycle of all, or finds that of an earlier request with this id.
+    async fn run_as(&self, request_id: &str) -> Result<pb::CycleTelemetry, Status> {
+        let request = self.asks(pb::RunCycleRequest { request_id: request_id.into(), ..Default::default() });
         Ok(decode(self.client.clone().run_cycle(request).await?.into_inner().telemetry))
+    }
+
+    /// Admits a cycle of all, and returns its number.
+    async fn admit_as(&self, request_id: &str) -> u64 {
+        let request = pb::RunCycleRequest { request_id: request_id.into(), r#async: true, ..Default::default() };
+        self.client.clone().run_cycle(self.asks(request)).await.unwrap().into_inner().cycle_id
     }
 
     async fn owner(&self, name: &str) -> String {
@@ -470,6 +482,47 @@ async fn parameters_are_shown_to_operators_and_to_the_owner_alone() {
     stage.restart("off").await;
     let everyone = shown(&stage.caller("token:viewer").await).await;
     assert_eq!(everyone, (vec![seen.clone(); 3], vec![seen; 2]));
+}
+
+#[tokio::test]
+async fn a_cycle_names_its_caller_whose_request_ids_are_its_own_also_after_a_kill() {
+    let mut stage = Stage::new("enforce").await;
+    let fleet = Fleet::start().await;
+    let [admin, operator] = [stage.caller("token:admin").await, stage.caller("token:operator").await];
+    let at_fleet = |it: &mut pb::RegisterSubsystemRequest| {
+        it.registration.as_mut().unwrap().endpoint = fleet.endpoint().to_owned();
+        it.lease = None;
+    };
+    admin.register_with("a", at_fleet).await.unwrap();
+    let first = operator.run_as("r").await.unwrap();
+    let second = admin.run_as("r").await.unwrap();
+    assert_eq!((first.cycle_id, first.triggered_by.as_str()), (1, "token:operator"));
+    assert_eq!((second.cycle_id, second.triggered_by.as_str()), (2, "token:admin"));
+    assert_eq!(operator.run_as("r").await.unwrap(), first);
+
+    // A cycle that runs, and those that wait for it.
+    fleet.run("a", Run::Hold);
+    assert_eq!([operator.admit_as("held").await, operator.admit_as("waits").await], [3, 4]);
+    assert_eq!([admin.admit_as("waits").await, operator.admit_as("waits").await], [5, 4]);
+    fleet.until_run("a", 3).await;
+    stage.service.take().unwrap().kill().await;
+    fleet.run("a", Run::Echo);
+    stage.restart("enforce").await;
+    let [admin, operator] = [stage.caller("token:admin").await, stage.caller("token:operator").await];
+    let held = operator.run_as("held").await.unwrap();
+    assert_eq!((held.cycle_id, held.state()), (3, pb::CycleState::Interrupted));
+    assert_eq!(held.triggered_by, "token:operator");
+    let [of_operator, of_admin] = [operator.run_as("waits").await.unwrap(), admin.run_as("waits").await.unwrap()];
+    assert_eq!((of_operator.cycle_id, of_operator.triggered_by.as_str()), (4, "token:operator"));
+    assert_eq!((of_admin.cycle_id, of_admin.triggered_by.as_str()), (5, "token:admin"));
+    assert_eq!(admin.run_as("r").await.unwrap(), second);
+
+    // Without enforcement, callers are not told apart.
+    stage.restart("off").await;
+    let [admin, operator] = [stage.caller("token:admin").await, stage.caller("token:operator").await];
+    let sixth = admin.run_as("r").await.unwrap();
+    assert_eq!((sixth.cycle_id, sixth.triggered_by.as_str()), (6, ""));
+    assert_eq!(operator.run_as("r").await.unwrap(), sixth);
 }
 
 #[tokio::test]

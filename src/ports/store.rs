@@ -9,8 +9,8 @@ use jiff::Timestamp;
 use crate::{
     ledger::{Frontier, Hash, Node},
     model::{
-        CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, Revision, SubsystemSpec, TraceId,
-        Trigger,
+        CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, RequestKey, Revision, SubsystemSpec,
+        TraceId, Trigger,
     },
 };
 
