@@ -277,8 +277,8 @@ impl Service {
     /// Applies the settings of another configuration that don't need a restart.
     ///
     /// # Errors
-    /// Nothing was changed, except for access and revoked owners: the configuration has a circular dependency, or the store can't be
-    /// written.
+    /// Nothing was changed, except for access and revoked owners: the configuration has a circular dependency, or the
+    /// store can't be written.
     pub async fn reload(&mut self, config: &Config, policy: Policy) -> Result<(), Refusal> {
         // First, so that a revocation does not wait for the store.
         self.api.apply(policy);

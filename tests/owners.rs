@@ -50,7 +50,7 @@ role = "monitor"
 who = ["token:operator"]
 role = "operator"
 subsystems = ["*"]
-loops = ["l*"]
+loops = ["*"]
 [[access.grants]]
 who = ["token:admin"]
 role = "admin"

@@ -1,5 +1,5 @@
 //! The engine: orders subsystems ([`Plan`]) and runs cycles over them, each by [`Engine::run`]. Knows nothing of how
-//! calls are sent, of the record, or of callers.
+//! calls are sent, of the record, or of callers, except that subsystems have owners.
 //!
 //! Nothing that a cycle makes is shown before [`Engine::publish`], which comes after its record is committed.
 
