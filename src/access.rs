@@ -14,7 +14,7 @@ mod rights;
 mod token;
 
 pub use self::{
-    certificate::{NoIdentity, identity_of},
+    certificate::{NoIdentity, identity_of, key_of},
     grant::{Grant, GrantSpec, Role},
     policy::{Authenticated, Credential, Mode, Policy, Presented, Revoked, Unauthenticated},
     reach::{Allowed, Reach},

@@ -290,8 +290,8 @@ pub struct Overrides {
     /// and read everything
     #[arg(long)]
     pub insecure_listen_beyond_loopback: bool,
-    /// Use TLS and enforce access, with the files that `orchestrator certs` creates in this directory; the file and
-    /// other flags can add grants and change settings [keys: server.tls, dial.ca_file, access]
+    /// Use TLS and enforce access, with the files that `orchestrator certs` creates in this directory; grants of the
+    /// configuration file are added, and --set can change settings [keys: server.tls, dial.ca_file, access]
     #[arg(long, value_name = "DIR")]
     pub secure: Option<PathBuf>,
     /// Set any key of the configuration file, such as cycle.deadline=30s; may be repeated
@@ -1023,8 +1023,10 @@ impl Overrides {
                 set(flag.to_owned(), key, value);
             }
         }
-        if self.secure.is_some() {
-            secure::add_grants(table);
+        if let Some(dir) = &self.secure
+            && let Err(problem) = secure::add_grants(table, dir)
+        {
+            problems.push(Problem::new(Source::Flag("--secure".into()), "", problem));
         }
     }
 }

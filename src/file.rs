@@ -63,16 +63,18 @@ pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
 /// Reads a secret, as [`read`] does.
 ///
 /// # Errors
-/// As those of [`read`], and users other than its owner have access to it. A group may have access to a file of root:
+/// As those of [`read`], and users other than its owner have access to it. A group may read a file of root:
 /// that is how Kubernetes gives secrets to a process.
 pub fn read_secret(path: &Path) -> Result<Vec<u8>, FileError> {
     /// The bits of the mode for the group of the file, and for all others.
     const GROUP: u32 = 0o070;
     const OTHERS: u32 = 0o007;
+    /// What the group of a file of root may not do either: change it.
+    const CHANGE: u32 = 0o030;
     const ROOT: u32 = 0;
     let file = open(path)?;
     let metadata = file.metadata()?;
-    let forbidden = if metadata.uid() == ROOT { OTHERS } else { GROUP | OTHERS };
+    let forbidden = if metadata.uid() == ROOT { OTHERS | CHANGE } else { GROUP | OTHERS };
     match metadata.mode() & 0o7777 {
         mode if mode & forbidden != 0 => Err(FileError::Exposed(mode)),
         _ => content(&file),
@@ -89,11 +91,11 @@ pub fn create_private(path: &Path, text: &str) -> io::Result<()> {
 }
 
 /// Replaces a file as a whole, and waits until it is on the disk: a reader finds the earlier text or this one, also
-/// after a loss of power. A link stays, and its target is replaced. The file keeps its owner and its mode; a new one is
-/// private.
+/// after a loss of power. A link to a file stays, and that file is replaced. It keeps its mode, and its owner where the
+/// system allows that; a new one is private.
 ///
 /// # Errors
-/// It can't be written, or can't be given to its owner.
+/// It can't be written.
 pub fn replace(path: &Path, text: &str) -> io::Result<()> {
     let target = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     // Other processes may replace it at the same time.
@@ -105,7 +107,11 @@ pub fn replace(path: &Path, text: &str) -> io::Result<()> {
         if let Ok(old) = fs::metadata(&target) {
             let made = file.metadata()?;
             if (old.uid(), old.gid()) != (made.uid(), made.gid()) {
-                fchown(&file, Some(old.uid()), Some(old.gid()))?;
+                match fchown(&file, Some(old.uid()), Some(old.gid())) {
+                    // Only root can give files away: it then belongs to the user of this process.
+                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                    changed => changed?,
+                }
             }
             file.set_permissions(old.permissions())?;
         }
@@ -180,7 +186,7 @@ mod tests {
         fs::write(&path, "secret").unwrap();
         let of_root = fs::metadata(&path).unwrap().uid() == 0;
         for (mode, is_read) in
-            [(0o600, true), (0o400, true), (0o440, of_root), (0o660, of_root), (0o604, false), (0o644, false)]
+            [(0o600, true), (0o400, true), (0o440, of_root), (0o660, false), (0o604, false), (0o644, false)]
         {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
             match read_secret(&path) {

@@ -43,6 +43,7 @@ const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
 
 /// The service that shows callers their identity.
 const ACCESS: &str = "dreamnet.orchestrator.v1.Access";
+const LEDGER: &str = "dreamnet.orchestrator.v1.Ledger";
 
 const GRPC_SERVER: Task = Task { name: "the gRPC server", purpose: "answers callers" };
 const ADMIN_SERVER: Task = Task { name: "the admin server", purpose: "serves the dashboard and the metrics" };
@@ -178,7 +179,7 @@ impl Service {
             exporting.start_infallible(EXPORTER, sender.run(stop_exporting.clone()));
             (exporter, spans) = (Some(made.clone()), made);
         }
-        let reflection = listen::reflection(&[SERVICE, ACCESS])?;
+        let reflection = listen::reflection(&[SERVICE, ACCESS, LEDGER])?;
         let clock = host.clock;
         let (settings, declared) = (settings(config), declared(config));
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
@@ -444,8 +445,11 @@ pub async fn serve(
             end = service.end() => break end,
         };
         tracing::info!("reloading: {why}");
-        // Even if the configuration is invalid.
+        // Even if the configuration is invalid: a revoked token or certificate is refused at once.
         service.reload_certificates();
+        if let Ok(policy) = policy(&config).await {
+            service.api.apply(policy);
+        }
         let new = select! {
             biased;
             new = operator.configuration() => new,

@@ -202,6 +202,39 @@ async fn certificates_that_expire_soon_are_renewed_for_as_long_as_before() {
 }
 
 #[tokio::test]
+async fn only_certificates_of_the_authority_are_renewed() {
+    let (pki, others) = (Pki::init().await, Pki::init().await);
+    // Whoever can write here names an administrator, and waits for the next renewal.
+    assert_eq!(others.certs(&["issue", "admin", "mallory", "--valid-for", "1h"]).await.0, 0);
+    fs::create_dir(pki.path("mallory")).unwrap();
+    fs::copy(others.path("mallory/cert.pem"), pki.path("mallory/cert.pem")).unwrap();
+    let planted = fs::read(pki.path("mallory/cert.pem")).unwrap();
+    let (exit, text) = pki.certs(&["renew"]).await;
+    assert!(exit == 1 && text.contains("mallory") && text.contains("not from this authority"), "{text}");
+    assert_eq!(fs::read(pki.path("mallory/cert.pem")).unwrap(), planted);
+}
+
+#[tokio::test]
+async fn the_certificate_of_a_caller_is_no_certificate_of_a_server() {
+    let pki = Pki::init().await;
+    assert_eq!(pki.certs(&["issue", "subsystem", "average"]).await.0, 0);
+    let (ca, certificate) = (pki.path("ca.pem"), pki.path("average/cert.pem"));
+    let (_, text) = openssl(&["verify", "-purpose", "sslserver", "-CAfile", &ca, &certificate]).await;
+    assert!(text.contains("unsuitable certificate purpose"), "{text}");
+}
+
+#[tokio::test]
+async fn a_certificate_is_not_silently_left_out_without_tls() {
+    let pki = Pki::init().await;
+    for address in ["http://127.0.0.1:1", "unix:/none"] {
+        let admin = pki.dir.join("admin");
+        let (exit, text) =
+            run(env!("CARGO_BIN_EXE_orchestrator"), &["whoami", "--address", address], Some(&admin)).await;
+        assert!(exit == 2 && text.contains("give an address with https://"), "{text}");
+    }
+}
+
+#[tokio::test]
 async fn mistakes_are_named_and_change_nothing() {
     let pki = Pki::new();
     let (exit, text) = pki.certs(&["issue", "viewer", "wall"]).await;
@@ -215,6 +248,7 @@ async fn mistakes_are_named_and_change_nothing() {
         (&["issue", "viewer", "ca"][..], "directory of the authority"),
         (&["issue", "boss", "a"], "boss"),
         (&["issue", "subsystem", "a", "--host", "a:1"], "without a port"),
+        (&["issue", "viewer", "a", "--host", "a"], "only for a subsystem"),
         (&["issue", "viewer", "a", "--valid-for", "11y"], "10 years"),
         (&["init", "--fleet", "A/b"], "small letters"),
         (&["renew", "nobody"], "nobody"),

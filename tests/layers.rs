@@ -129,7 +129,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("hyper_util", &["listen", "web"]),
     ("rustls_native_certs", &["dial/tls"]),
     ("tokio_rustls", &["dial", "listen/tls"]),
-    ("webpki", &["access", "dial/tls", "listen/tls", "pem"]),
+    ("webpki", &["access", "cli/certs", "dial/tls", "listen/tls", "pem"]),
     // Libraries that one place uses.
     // Also the name of the provider in rustls.
     ("aws_lc_rs", &["access", "dial", "ledger", "listen"]),

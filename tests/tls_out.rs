@@ -14,7 +14,7 @@ use common::{
     service::{Client, Home, Service, part, registration},
 };
 use orchestrator_core::{
-    access::Digest,
+    access::key_of,
     proto::orchestrator::v1::{CycleState, CycleTelemetry, Registration, RunCycleRequest, SubsystemState, Tls},
 };
 use rcgen::CertificateParams;
@@ -239,8 +239,8 @@ async fn a_revoked_server_is_not_called_any_more_even_on_an_open_connection() {
     stage.client.register(answered_by("a", fleet.endpoint(), "cert:spiffe://fleet/a")).await.unwrap();
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
 
-    let digest = Digest::of(&der(&issued)).to_string();
-    for (reloads, revoked) in [(1, "cert:spiffe://fleet/a"), (2, digest.as_str())] {
+    let key = key_of(&der(&issued)).unwrap().to_string();
+    for (reloads, revoked) in [(1, "cert:spiffe://fleet/a"), (2, key.as_str())] {
         fs::write(stage.home.path("orchestrator.toml"), config(&format!("{revoked:?}"))).unwrap();
         logged(&stage.home, "reloaded", reloads).await;
         fleet.clear_calls();

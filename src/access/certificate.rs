@@ -1,6 +1,7 @@
 use rustls_pki_types::CertificateDer;
 use webpki::EndEntityCert;
 
+use super::Digest;
 use crate::model::Identity;
 
 /// Why a certificate gives no identity. Reads well after its name.
@@ -42,6 +43,15 @@ fn of_names(uris: &[&str], dns: &[&str]) -> Result<Identity, NoIdentity> {
         _ => return Err(NoIdentity::Names { uris: uris.len(), dns: dns.len() }),
     };
     Identity::of_certificate(name).ok_or(NoIdentity::Unprintable)
+}
+
+/// The SHA-256 of the public key in a certificate (its SubjectPublicKeyInfo, RFC 5280, 4.1.2.7). Not of the whole
+/// certificate: anybody can change its signature, if that is one of ECDSA, so that it stays valid and has other bytes.
+#[must_use]
+pub fn key_of(certificate: &[u8]) -> Option<Digest> {
+    let certificate = CertificateDer::from(certificate);
+    let parsed = EndEntityCert::try_from(&certificate).ok()?;
+    Some(Digest::of(&parsed.subject_public_key_info()))
 }
 
 #[cfg(test)]

@@ -7,7 +7,10 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use rustls_pki_types::CertificateDer;
 
-use super::{Bearer, Digest, Grant, NoIdentity, Right, Rights, Token, TokenId, certificate::identity_of};
+use super::{
+    Bearer, Digest, Grant, NoIdentity, Right, Rights, Token, TokenId,
+    certificate::{identity_of, key_of},
+};
 use crate::model::Identity;
 
 /// Whether rights are enforced.
@@ -86,14 +89,14 @@ pub enum Unauthenticated {
 pub struct Revoked {
     identities: BTreeSet<Identity>,
     tokens: BTreeSet<TokenId>,
-    certificates: BTreeSet<Digest>,
+    keys: BTreeSet<Digest>,
 }
 
 impl Revoked {
     /// Most entries.
     pub const MAX: usize = 10_000;
 
-    /// Adds an identity, the id of a token, or the SHA-256 of a certificate.
+    /// Adds an identity, the id of a token, or the SHA-256 of the public key of a certificate.
     ///
     /// # Errors
     /// The text has another form; the message names the valid ones.
@@ -101,13 +104,13 @@ impl Revoked {
         if let Some(id) = TokenId::parse(text) {
             self.tokens.insert(id);
         } else if let Some(digest) = Digest::parse(text) {
-            self.certificates.insert(digest);
+            self.keys.insert(digest);
         } else if text.contains(':') {
             self.identities.insert(Identity::parse(text).map_err(|error| error.to_string())?);
         } else {
             return Err(format!(
                 "is {text:?}; give an identity such as token:NAME, the 16 hexadecimal digits of a token's id, or the \
-                 64 of the SHA-256 of a certificate"
+                 64 of the SHA-256 of the public key of a certificate"
             ));
         }
         Ok(())
@@ -119,10 +122,10 @@ impl Revoked {
         self.identities.contains(identity)
     }
 
-    /// True if the certificate with this SHA-256 is revoked.
+    /// True if certificates whose public key has this SHA-256 are revoked.
     #[must_use]
-    pub fn has_certificate(&self, digest: &Digest) -> bool {
-        self.certificates.contains(digest)
+    pub fn has_key(&self, digest: &Digest) -> bool {
+        self.keys.contains(digest)
     }
 
     /// The identities among them.
@@ -134,7 +137,7 @@ impl Revoked {
     /// Number of entries.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.identities.len() + self.tokens.len() + self.certificates.len()
+        self.identities.len() + self.tokens.len() + self.keys.len()
     }
 
     /// True if nothing is revoked.
@@ -187,7 +190,7 @@ impl Policy {
             Credential::Certificate(Presented { chain, expires_at }) => {
                 let own = CertificateDer::from(chain.first().map_or(&[][..], |own| own));
                 let identity = identity_of(&own).map_err(Unauthenticated::NoIdentity)?;
-                let is_revoked = chain.iter().any(|it| self.revoked.has_certificate(&Digest::of(it)));
+                let is_revoked = chain.iter().any(|it| key_of(it).is_some_and(|key| self.revoked.has_key(&key)));
                 (identity, Some(*expires_at), is_revoked)
             }
             Credential::User(uid) => (Identity::Uid(*uid), None, false),

@@ -6,6 +6,7 @@ use std::{
     net::IpAddr,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use clap::{Subcommand, ValueEnum};
@@ -14,6 +15,8 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, date_time_ymd,
 };
+use rustls_pki_types::{CertificateDer, UnixTime, pem::PemObject};
+use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert, aws_lc_rs::ECDSA_P256_SHA256};
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName, pem::parse_x509_pem, prelude::FromDer};
 
 use super::{
@@ -69,9 +72,9 @@ enum Command {
         /// The name of its owner, and of its directory
         #[arg(value_parser = parse_name)]
         name: Name,
-        /// For a subsystem, a name or an address at which it listens; may be repeated. localhost includes 127.0.0.1 and
-        /// ::1
-        #[arg(long, value_name = "HOST", default_value = "localhost", value_parser = parse_host)]
+        /// For a subsystem that listens with TLS, its name or address; may be repeated. localhost includes 127.0.0.1 and
+        /// ::1. Without it, the certificate is only for calls
+        #[arg(long, value_name = "HOST", value_parser = parse_host)]
         host: Vec<Host>,
         /// How long it is valid, such as 8h, 90d or 52w
         #[arg(long, value_name = "DURATION", default_value = "365d", value_parser = parse_validity)]
@@ -161,10 +164,13 @@ impl Certs {
         match self.command {
             Command::Init { host, fleet } => init(dir, &fleet, &host)?,
             Command::Issue { role, name, host, valid_for } => {
+                if role != Role::Subsystem && !host.is_empty() {
+                    return Err(Failure::new(Exit::Usage, "--host is only for a subsystem: others don't listen"));
+                }
                 let authority = Authority::read(dir)?;
                 let owner = Owner {
                     identity: format!("spiffe://{}/{}/{name}", authority.fleet, role.word()),
-                    hosts: if role == Role::Subsystem { with_loopback(&host) } else { Vec::new() },
+                    hosts: with_loopback(&host),
                 };
                 let to = dir.join(name.as_str());
                 if to.exists() {
@@ -278,6 +284,26 @@ impl Authority {
     }
 }
 
+impl Authority {
+    /// Checks that it has signed a certificate, valid or expired: anybody who can write the file could otherwise have
+    /// the names in it signed.
+    fn check(&self, directory: &Path, issued: &Issued) -> Result<(), Failure> {
+        let verified = || {
+            let authority = CertificateDer::from_pem_slice(self.certificate.as_bytes()).ok()?;
+            let anchor = anchor_from_trusted_cert(&authority).ok()?;
+            let certificate = CertificateDer::from(&issued.der[..]);
+            let at = UnixTime::since_unix_epoch(Duration::from_secs(issued.expires_at.as_second().try_into().ok()?));
+            let parsed = EndEntityCert::try_from(&certificate).ok()?;
+            let (algorithms, usage) = (&[ECDSA_P256_SHA256], KeyUsage::client_auth());
+            parsed.verify_for_usage(algorithms, &[anchor], &[], at, usage, None, None).ok().map(drop)
+        };
+        verified().ok_or_else(|| {
+            let path = directory.join(PAIR[0]);
+            Failure::new(Exit::Refused, format!("{} is not from this authority: it is not renewed", path.display()))
+        })
+    }
+}
+
 /// Issues a certificate into a directory: it replaces the one that is there.
 fn issue(authority: &Authority, to: &Path, owner: &Owner, valid_for: SignedDuration) -> Result<(), Failure> {
     let mut params = CertificateParams::new(owner.hosts.clone()).map_err(|error| unmade(&error))?;
@@ -323,6 +349,7 @@ fn renew(dir: &Path, names: &[Name], within: SignedDuration) -> Result<(), Failu
         note("no certificate expires soon");
     }
     for (name, issued) in wanted {
+        authority.check(&dir.join(&name), &issued)?;
         issue(&authority, &dir.join(name), &issued.owner, issued.valid_for)?;
     }
     Ok(())
@@ -345,6 +372,7 @@ struct Issued {
     expires_at: Timestamp,
     valid_for: SignedDuration,
     public_key: Vec<u8>,
+    der: Vec<u8>,
 }
 
 impl Issued {
@@ -378,6 +406,7 @@ impl Issued {
             expires_at: until,
             valid_for: until.duration_since(from) - BEFORE,
             public_key: parsed.public_key().raw.to_vec(),
+            der: pem.contents.clone(),
         })
     }
 }
@@ -407,7 +436,7 @@ const BEFORE: SignedDuration = SignedDuration::from_hours(1);
 
 fn set_validity(params: &mut CertificateParams, length: SignedDuration) {
     let now = HOST.clock.now();
-    let at = |at: Timestamp| date_time_ymd(1970, 1, 1) + std::time::Duration::from_secs(at.as_second().unsigned_abs());
+    let at = |at: Timestamp| date_time_ymd(1970, 1, 1) + Duration::from_secs(at.as_second().unsigned_abs());
     params.not_before = at(now.saturating_sub(BEFORE).unwrap_or(now));
     params.not_after = at(now.saturating_add(length).unwrap_or(now));
 }
@@ -431,12 +460,8 @@ fn private_directory(path: &Path) -> Result<(), Failure> {
     made.map_err(|error| unwritten(path, &error))
 }
 
-/// Replaces a file that only its owner can read.
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    let new = path.with_extension("new");
-    let _ = fs::remove_file(&new);
-    let written = create_private(&new, text).and_then(|()| fs::rename(&new, path));
-    written.map_err(|error| unwritten(path, &error))
+    file::replace(path, text).map_err(|error| unwritten(path, &error))
 }
 
 fn unmade(error: &rcgen::Error) -> Failure {

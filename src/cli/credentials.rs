@@ -32,9 +32,19 @@ impl Credentials {
     /// Reads the token, which is only sent to this machine or with TLS.
     ///
     /// # Errors
-    /// The file can't be read, others can read it, it contains no token, or the token would be sent in clear.
+    /// The file can't be read, others can read it, it contains no token, or the token would be sent in clear. Or a
+    /// certificate would not be used.
     pub(super) fn read(&self, address: &str) -> Result<Bearer, Failure> {
-        let Some(path) = self.path.as_ref().filter(|path| !path.is_dir()) else { return Ok(Bearer::default()) };
+        let Some(path) = &self.path else { return Ok(Bearer::default()) };
+        if path.is_dir() {
+            return if address.starts_with("https://") {
+                Ok(Bearer::default())
+            } else {
+                let problem =
+                    format!("is a certificate, which is not used at {address}; give an address with https://");
+                Err(unusable(path, &problem))
+            };
+        }
         if !address.starts_with("https://") && !is_local(address) {
             let problem = format!("the token would be sent in clear to {address}; give an address with https://");
             return Err(unusable(path, &problem));

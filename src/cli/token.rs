@@ -1,6 +1,7 @@
 //! `orchestrator token`: creates, lists and removes static tokens.
 
 use std::{
+    fs::File,
     io,
     path::{Path, PathBuf},
 };
@@ -94,6 +95,8 @@ impl TokenCommand {
     /// Runs the subcommand.
     pub(super) fn run(self) -> Result<Exit, Failure> {
         let path = &self.file;
+        // Until the end: of two commands at the same time, one would undo the change of the other.
+        let _lock = lock(path);
         match self.command {
             Command::Create { name, expires, to } => create(path, name, expires, to.as_deref())?,
             Command::List => print(&list(&tokens(path)?))?,
@@ -152,6 +155,13 @@ fn list(tokens: &[Token]) -> String {
         table.row([text(id.to_string()), text(format!("token:{name}")), text(expires)]);
     }
     table.or("no tokens")
+}
+
+/// Waits until no other command changes files in this directory. Without a lock where the system has none.
+fn lock(path: &Path) -> Option<File> {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(directory).ok().filter(|directory| directory.lock().is_ok())
 }
 
 /// Replaces the file of tokens.

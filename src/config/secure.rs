@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use rustls_pki_types::{CertificateDer, pem::PemObject};
+
 use super::reader::{Table, append, parse};
+use crate::{access::identity_of, file};
 
 /// The names in such a directory.
 #[derive(Clone, Copy, Debug)]
@@ -21,36 +24,37 @@ impl SecureDirectory {
     pub const TOKENS: &str = "tokens.toml";
 }
 
-/// A grant for each role: to certificates with the role in their identity, and to tokens with the role in their name.
+/// A grant for each role: to certificates of the fleet with the role in their identity, and to tokens with the role in
+/// their name.
 const GRANTS: &str = r#"
 [[grants]]
-who = ["cert:spiffe://*/admin/*", "token:admin-*"]
+who = ["cert:spiffe://FLEET/admin/*", "token:admin-*"]
 role = "admin"
 
 [[grants]]
-who = ["cert:spiffe://*/operator/*", "token:operator-*"]
+who = ["cert:spiffe://FLEET/operator/*", "token:operator-*"]
 role = "operator"
 subsystems = ["*"]
 loops = ["*"]
 
 [[grants]]
-who = ["cert:spiffe://*/viewer/*", "token:viewer-*"]
+who = ["cert:spiffe://FLEET/viewer/*", "token:viewer-*"]
 role = "viewer"
 subsystems = ["*"]
 
 [[grants]]
-who = ["cert:spiffe://*/auditor/*", "token:auditor-*"]
+who = ["cert:spiffe://FLEET/auditor/*", "token:auditor-*"]
 role = "auditor"
 subsystems = ["*"]
 
 [[grants]]
-who = ["cert:spiffe://*/monitor/*", "token:monitor-*"]
+who = ["cert:spiffe://FLEET/monitor/*", "token:monitor-*"]
 role = "monitor"
 
 [[grants]]                   # each subsystem, for the registration of its own name
-who = ["cert:spiffe://*/subsystem/*"]
+who = ["cert:spiffe://FLEET/subsystem/*"]
 role = "registrar"
-subsystems = ["{2}"]
+subsystems = ["{1}"]
 reads = ["*"]
 phases = [0, 100]
 endpoints = ["https://*:*", "http://localhost:*", "http://127.0.0.1:*"]
@@ -71,43 +75,99 @@ pub(super) fn settings(dir: &Path) -> Vec<(&'static str, PathBuf)> {
     settings
 }
 
-/// Adds the grants to those that are written.
-pub(super) fn add_grants(table: &mut Table) {
-    if let Ok(mut grants) = parse("--secure", GRANTS)
-        && let Some(grants) = grants.remove("grants")
-    {
+/// Adds the grants of the fleet of this directory to those that are written.
+///
+/// # Errors
+/// The certificate of its authority can't be read, or names no fleet.
+pub(super) fn add_grants(table: &mut Table, dir: &Path) -> Result<(), String> {
+    let path = dir.join(SecureDirectory::AUTHORITY);
+    let fleet = fleet(&path).map_err(|problem| {
+        format!("needs {}, which {problem}; `orchestrator certs init` creates such a directory", path.display())
+    })?;
+    let grants = parse("--secure", &GRANTS.replace("FLEET", &fleet)).map_err(|error| error.to_string())?;
+    for grants in grants.into_values() {
         append(table, "access", "grants", grants);
     }
+    Ok(())
+}
+
+/// The fleet of an authority: its identity is `spiffe://FLEET`. Only the identities of this fleet get grants, also if
+/// other authorities are trusted as well.
+fn fleet(path: &Path) -> Result<String, String> {
+    let pem = file::read(path).map_err(|error| error.to_string())?;
+    let certificate = CertificateDer::from_pem_slice(&pem).map_err(|error| format!("is not PEM: {error}"))?;
+    let identity = identity_of(&certificate).map_err(|error| error.to_string())?;
+    let identity = identity.to_string();
+    let fleet = identity.strip_prefix("cert:spiffe://").filter(|fleet| !fleet.contains(['/', '*', '{', '}', '"']));
+    fleet.map(ToOwned::to_owned).ok_or_else(|| "names no fleet".to_owned())
 }
 
 #[cfg(test)]
 mod tests {
+    use tempfile::TempDir;
+
     use super::super::*;
 
-    #[test]
-    fn a_directory_gives_tls_and_a_grant_for_each_role() {
-        let overrides = |set: &[&str]| Overrides {
-            secure: Some("pki".into()),
+    /// A directory whose authority has this identity.
+    fn of(identity: &str) -> TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let mut params = rcgen::CertificateParams::default();
+        params.subject_alt_names.push(rcgen::SanType::URI(identity.try_into().unwrap()));
+        let certificate = params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap();
+        std::fs::write(directory.path().join("ca.pem"), certificate.pem()).unwrap();
+        directory
+    }
+
+    fn load(dir: &Path, config: Option<&Path>, set: &[&str]) -> Result<Config, ConfigError> {
+        let overrides = Overrides {
+            config: config.map(Into::into),
+            secure: Some(dir.into()),
             set: set.iter().map(ToString::to_string).collect(),
             ..Overrides::default()
         };
-        let config = Config::load(&overrides(&[]), []).unwrap();
+        Config::load(&overrides, [])
+    }
+
+    #[test]
+    fn a_directory_gives_tls_and_a_grant_for_each_role() {
+        let directory = of("spiffe://fleet");
+        let dir = directory.path();
+        let config = load(dir, None, &[]).unwrap();
         assert_eq!(config.access.mode, Mode::Enforce);
         assert_eq!(config.access.grants.len(), Role::ALL.len());
-        assert_eq!(config.server_tls().unwrap().certificate.path, Path::new("pki/core/cert.pem"));
-        assert_eq!(config.dial.ca_file.as_deref(), Some(Path::new("pki/ca.pem")));
-        // Other flags take precedence.
-        let config = Config::load(&overrides(&["access.mode=dry_run", "dial.ca_file=other.pem"]), []).unwrap();
+        assert_eq!(config.server_tls().unwrap().certificate.path, dir.join("core/cert.pem"));
+        assert_eq!(config.dial.ca_file, Some(dir.join("ca.pem")));
+        // The flag --set takes precedence.
+        let config = load(dir, None, &["access.mode=dry_run", "dial.ca_file=other.pem"]).unwrap();
         assert_eq!((config.access.mode, config.dial.ca_file), (Mode::DryRun, Some("other.pem".into())));
     }
 
     #[test]
-    fn grants_of_a_file_are_added_to_those_of_a_directory() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let written = "[[access.grants]]\nwho = [\"token:a\"]\nrole = \"monitor\"\n";
-        std::fs::write(file.path(), written).unwrap();
-        let overrides =
-            Overrides { config: Some(file.path().into()), secure: Some("pki".into()), ..Overrides::default() };
-        assert_eq!(Config::load(&overrides, []).unwrap().access.grants.len(), 1 + Role::ALL.len());
+    fn grants_are_for_the_fleet_of_the_directory_only() {
+        let directory = of("spiffe://fleet");
+        let AccessSettings { mode, revoked, grants, .. } = load(directory.path(), None, &[]).unwrap().access;
+        let policy = crate::access::Policy::new(mode, grants, Vec::new(), revoked, 1);
+        let rights = |identity: &str| policy.rights(&crate::model::Identity::parse(identity).unwrap()).iter().count();
+        assert_eq!(rights("cert:spiffe://fleet/admin/a"), 1);
+        assert_eq!(rights("cert:spiffe://other/admin/a"), 0);
+    }
+
+    #[test]
+    fn settings_take_precedence_over_a_file_whose_grants_are_added() {
+        let directory = of("spiffe://fleet");
+        let file = directory.path().join("orchestrator.toml");
+        let written = "[access]\nmode = \"off\"\n[[access.grants]]\nwho = [\"token:a\"]\nrole = \"monitor\"\n";
+        std::fs::write(&file, written).unwrap();
+        let config = load(directory.path(), Some(&file), &[]).unwrap();
+        assert_eq!((config.access.mode, config.access.grants.len()), (Mode::Enforce, 1 + Role::ALL.len()));
+    }
+
+    #[test]
+    fn a_directory_without_a_fleet_is_refused() {
+        let empty = tempfile::tempdir().unwrap();
+        for (directory, problem) in [(empty, "can't be read"), (of("spiffe://fleet/a"), "names no fleet")] {
+            let refused = load(directory.path(), None, &[]).unwrap_err().to_string();
+            assert!(refused.contains(problem) && refused.contains("certs init"), "{refused}");
+        }
     }
 }

@@ -7,7 +7,7 @@ use tokio_rustls::rustls::{client::verify_server_name, server::ParsedCertificate
 
 use super::outcome;
 use crate::{
-    access::{Digest, NoIdentity, Revoked, identity_of},
+    access::{Digest, NoIdentity, Revoked, identity_of, key_of},
     model::Identity,
     transport::Origin,
 };
@@ -28,8 +28,8 @@ pub(super) enum Server {
 pub(super) struct Shown {
     certificate: CertificateDer<'static>,
     owner: Result<Identity, NoIdentity>,
-    /// Of all certificates that it has sent.
-    digests: Vec<Digest>,
+    /// Of the public keys of all certificates that it has sent.
+    keys: Vec<Digest>,
     /// Why it is not valid for the host of the endpoint.
     not_of_host: Option<String>,
 }
@@ -45,7 +45,7 @@ impl Server {
         let Some(certificate) = chain.first().cloned() else { return Self::Unknown };
         Self::Certificate(Shown {
             owner: identity_of(&certificate),
-            digests: chain.iter().map(|it| Digest::of(it)).collect(),
+            keys: chain.iter().filter_map(|it| key_of(it)).collect(),
             not_of_host: not_of(&certificate, host),
             certificate,
         })
@@ -61,8 +61,8 @@ impl Server {
             Self::Unknown => None,
             Self::User(uid) => Some(Identity::Uid(*uid)),
             Self::Certificate(shown) => {
-                if let Some(digest) = shown.digests.iter().find(|digest| revoked.has_certificate(digest)) {
-                    return Err(format!("access.revoked has the certificate {digest} of the server"));
+                if let Some(key) = shown.keys.iter().find(|key| revoked.has_key(key)) {
+                    return Err(format!("access.revoked has the public key {key} of the server"));
                 }
                 shown.owner.clone().ok()
             }

@@ -280,8 +280,10 @@ impl Tls {
 /// The certificates that a client has shown.
 struct Shown {
     chain: Vec<Bytes>,
-    /// When all of them are valid.
+    /// When its own certificate expires.
     expires_at: Timestamp,
+    /// When the first of all of them expires: the others may not be needed to verify its own.
+    all_expire_at: Timestamp,
     tls: Arc<Tls>,
     /// The configuration by which they were verified last: under the same one, only time can end their validity.
     verified_by: Mutex<Arc<Loaded>>,
@@ -291,7 +293,8 @@ impl Shown {
     fn of(chain: &[CertificateDer<'_>], tls: Arc<Tls>, verified_by: Arc<Loaded>) -> Self {
         Self {
             chain: chain.iter().map(|it| Bytes::copy_from_slice(it)).collect(),
-            expires_at: first_expiry(chain).unwrap_or(Timestamp::MAX),
+            expires_at: first_expiry(&chain[..chain.len().min(1)]).unwrap_or(Timestamp::MAX),
+            all_expire_at: first_expiry(chain).unwrap_or(Timestamp::MAX),
             tls,
             verified_by: Mutex::new(verified_by),
         }
@@ -314,7 +317,8 @@ impl Certificates for Shown {
             return Err(Untrusted::Expired(self.expires_at));
         }
         let current = self.tls.current();
-        if Arc::ptr_eq(&current, &self.verified_by.lock().unwrap_or_else(PoisonError::into_inner)) {
+        let is_same = Arc::ptr_eq(&current, &self.verified_by.lock().unwrap_or_else(PoisonError::into_inner));
+        if is_same && now < self.all_expire_at {
             return Ok(self.expires_at);
         }
         let refused = |problem: &dyn Display| Untrusted::Other(problem.to_string());

@@ -158,7 +158,7 @@ impl Declarations {
             let earlier = before.get(&subsystem.name);
             let member = match earlier {
                 // An unchanged subsystem stays initialized.
-                Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone(),
+                Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone().owned_by(None),
                 earlier => {
                     let held = memory.try_hold(subsystem.footprint())?;
                     let (suspended, standing) = earlier.map_or_else(Default::default, |earlier| {

@@ -4,7 +4,7 @@ use std::{
     fs::Permissions,
     io,
     net::SocketAddr,
-    os::unix::fs::{FileTypeExt, PermissionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -133,7 +133,8 @@ pub(crate) async fn listen_at_path(path: &Path, mode: Option<u32>) -> io::Result
         }
         bound => bound,
     }?;
-    Ok(Box::new(AtPath { listener, path: path.to_owned() }))
+    let file = std::fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))?;
+    Ok(Box::new(AtPath { listener, path: path.to_owned(), file }))
 }
 
 fn bind(path: &Path, mode: Option<u32>) -> io::Result<UnixListener> {
@@ -161,11 +162,14 @@ async fn is_left_over(path: &Path) -> bool {
 struct AtPath {
     listener: UnixListener,
     path: PathBuf,
+    /// Its device and inode: another process may have replaced the file.
+    file: (u64, u64),
 }
 
 impl Drop for AtPath {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
+        let is_there = std::fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.file);
+        if is_there && let Err(error) = std::fs::remove_file(&self.path) {
             tracing::debug!(%error, path = %self.path.display(), "can't remove the socket");
         }
     }

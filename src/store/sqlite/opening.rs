@@ -91,9 +91,11 @@ fn open_file(path: &Path) -> rusqlite::Result<Connection> {
 }
 
 /// Limits what the contents of the file can make SQLite do. <https://www.sqlite.org/security.html>
-fn harden(connection: &Connection) -> rusqlite::Result<()> {
+pub(super) fn harden(connection: &Connection) -> rusqlite::Result<()> {
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+    // One that is added later does nothing.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)?;
     Ok(())
 }
 
@@ -102,7 +104,7 @@ fn configure(connection: Connection) -> rusqlite::Result<Connection> {
     connection.pragma_update(None, "synchronous", "FULL")?;
     // A checkpoint waits for the disk, so the writer decides when.
     connection.pragma_update(None, "wal_autocheckpoint", 0)?;
-    // The bytes of removed records are overwritten where that costs no further writes.
+    // Where that costs no further writes, bytes of removed rows are overwritten.
     connection.pragma_update(None, "secure_delete", "FAST")?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)

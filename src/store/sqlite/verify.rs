@@ -10,6 +10,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension};
 use super::{
     error::explain,
     log::hashes,
+    opening::harden,
     place::DatabaseFileError,
     rows::{COLUMNS, integer, number, record},
     schema::check_current,
@@ -33,6 +34,7 @@ pub(in super::super) fn verify(
     let explained = |error| explain(path, &error);
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = Connection::open_with_flags(path, flags).map_err(explained)?;
+    harden(&connection).map_err(explained)?;
     check_current(&connection, path)?;
     // One transaction, so that all that is read belongs together.
     let transaction = connection.transaction().map_err(explained)?;
