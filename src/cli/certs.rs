@@ -72,8 +72,8 @@ enum Command {
         /// The name of its owner, and of its directory
         #[arg(value_parser = parse_name)]
         name: Name,
-        /// For a subsystem that listens with TLS, its name or address; may be repeated. localhost includes 127.0.0.1 and
-        /// ::1. Without it, the certificate is only for calls
+        /// For a subsystem that listens with TLS, its name or address; may be repeated. localhost includes 127.0.0.1
+        /// and ::1. Without it, the certificate is only for calls
         #[arg(long, value_name = "HOST", value_parser = parse_host)]
         host: Vec<Host>,
         /// How long it is valid, such as 8h, 90d or 52w
