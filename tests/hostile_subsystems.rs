@@ -181,6 +181,7 @@ async fn says(what: &'static [u8]) -> (SocketAddr, JoinSet<()>) {
 /// The kinds of frames.
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const WINDOW_UPDATE: u8 = 8;
@@ -880,4 +881,62 @@ async fn a_connection_is_made_when_it_is_used_and_again_when_it_is_lost() {
     assert_eq!(ended(&stage.client.run().await.unwrap(), "a").1, "UNAVAILABLE");
     fleet.run("a", Run::Echo);
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+}
+
+/// Answers that are under way when their calls are cancelled arrive for streams that no longer exist. The HTTP/2
+/// library closes a connection on a thousand such frames, unless it remembers the streams.
+#[tokio::test]
+async fn answers_to_many_cancelled_calls_do_not_end_the_connection() {
+    const CALLS: usize = 1500;
+    let (connections, begun) = (Arc::new(AtomicUsize::new(0)), Arc::new(tokio::sync::Semaphore::new(0)));
+    let (counted, begins) = (connections.clone(), begun.clone());
+    let (address, _server) = other_server(move |mut socket| {
+        let begins = begins.clone();
+        let is_first = counted.fetch_add(1, Ordering::Relaxed) == 0;
+        async move {
+            greet(&mut socket).await;
+            socket.write_all(&frame(WINDOW_UPDATE, 0, 0, &(1_u32 << 24).to_be_bytes())).await.unwrap();
+            let mut cancelled = Vec::new();
+            while let Ok((kind, _, stream, _)) = next_frame(&mut socket).await {
+                match kind {
+                    HEADERS if is_first && cancelled.len() < CALLS => begins.add_permits(1),
+                    HEADERS => succeed_by_hand(&mut socket, stream).await,
+                    RST_STREAM => cancelled.push(stream),
+                    _ => continue,
+                }
+                if kind == RST_STREAM && cancelled.len() == CALLS {
+                    for stream in &cancelled {
+                        succeed_by_hand(&mut socket, *stream).await;
+                    }
+                    begins.add_permits(1);
+                }
+            }
+        }
+    })
+    .await;
+    let spec = SubsystemSpec { name: "a".into(), endpoint: format!("http://{address}"), ..Default::default() };
+    let subsystem = Subsystem::from_spec(&spec).unwrap();
+    let callee = Callee { subsystem: &subsystem, owner: None };
+    let dialer = Dialer::new(Arc::new(Sockets::default()), Duration::from_secs(10), Memory::whole(1 << 30));
+    let call = || RunCall {
+        cycle_id: CycleId(1),
+        epoch: Epoch(1),
+        attempt: 1,
+        scheduled_at: jiff::Timestamp::UNIX_EPOCH,
+        parameters: Payload::default(),
+        inputs: Vec::new(),
+        timeout: Duration::from_mins(1),
+        trace: None,
+    };
+    let calls = futures_util::future::join_all((0..CALLS).map(|_| dialer.run_cycle(callee, call())));
+    let all_begun = async { begun.acquire_many(CALLS.try_into().unwrap()).await.unwrap().forget() };
+    tokio::select! {
+        biased;
+        () = all_begun => {}
+        _ = calls => panic!("no call is answered"),
+    }
+    // All late answers were sent; they are read before that of the next call.
+    patiently("all late answers to be sent", begun.acquire()).await.unwrap().forget();
+    patiently("the next call to be answered", dialer.run_cycle(callee, call())).await.unwrap();
+    assert_eq!(connections.load(Ordering::Relaxed), 1);
 }

@@ -1,7 +1,7 @@
 //! One HTTP/2 connection: a task that connects, waits for the peer's settings, and then transfers the data of its
 //! calls.
 
-use std::{future::poll_fn, io, pin::Pin, sync::Arc, task::Poll};
+use std::{future::poll_fn, io, pin::Pin, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use h2::client::{Builder, SendRequest};
@@ -25,6 +25,13 @@ pub(super) const MAX_HEADERS: u32 = 128 << 10;
 pub(super) const STREAM_WINDOW: u32 = 64 << 10;
 /// Bytes that a peer may send ahead for all calls on a connection.
 const CONNECTION_WINDOW: u32 = 1 << 20;
+/// Most cancelled calls whose late answers are ignored. To the library, frames of a call that it has forgotten violate
+/// the protocol, and it closes a connection on 1,024 of them. By default it remembers 50 calls for a second: a cycle
+/// that is cancelled with a thousand calls would end the connection of the calls of others.
+const REMEMBERED: usize = 4096;
+/// How long they are remembered: a peer that is told of the end of a call sends nothing more, but what it has sent
+/// before may wait in buffers.
+const REMEMBERED_FOR: Duration = Duration::from_secs(30);
 
 /// A connection that is being made, is in use, or has ended. It is closed when its last handle is dropped.
 pub(super) struct Connection {
@@ -113,6 +120,8 @@ async fn live(
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(MAX_HEADERS)
+        .max_concurrent_reset_streams(REMEMBERED)
+        .reset_stream_duration(REMEMBERED_FOR)
         .handshake::<_, Bytes>(Watched::new(stream, seen.clone()));
     let (send, mut connection) = match handshake.await {
         Ok(made) => made,
