@@ -99,6 +99,8 @@ async fn records_of_an_earlier_version_are_not_in_the_log_and_later_ones_are() {
     let earlier = "ALTER TABLE cycles DROP COLUMN leaf; ALTER TABLE meta DROP COLUMN log_size;
                    ALTER TABLE meta DROP COLUMN log_first_kept; DROP TABLE hashes; DROP TABLE control;
                    ALTER TABLE subsystems DROP COLUMN owner;
+                   ALTER TABLE cycles DROP COLUMN triggered_by;
+                   ALTER TABLE open_cycles DROP COLUMN triggered_by;
                    PRAGMA user_version = 4";
     database(&home.path("o.db")).execute_batch(earlier).unwrap();
     let mut stage = Stage::again(fleet, home).await;
