@@ -63,7 +63,8 @@ async fn a_page_of_a_selective_filter_does_not_read_the_whole_history() {
     // Repeating one record is faster than running many cycles.
     let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
     let many = "WITH RECURSIVE more(id) AS (SELECT 2 UNION ALL SELECT id + 1 FROM more WHERE id < 10100)
-        INSERT INTO cycles SELECT id, id, epoch, state, trigger, loop, request_id, finished_at, record, NULL FROM cycles, more;
+        INSERT INTO cycles (cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record)
+            SELECT id, id, epoch, state, trigger, loop, request_id, finished_at, record FROM cycles, more;
         UPDATE counts SET cycles = 10100 WHERE state = 1;
         UPDATE meta SET last_cycle_id = 10100, last_revision = 10100";
     database.execute_batch(many).unwrap();

@@ -201,7 +201,8 @@ async fn a_write_that_no_retry_can_complete_ends_the_service() {
     let changes = [
         ("DROP TABLE cycles", "refuses a required write: no such table"),
         (
-            "INSERT INTO cycles SELECT 2, 2, epoch, state, trigger, loop, request_id, finished_at, record, NULL FROM cycles",
+            "INSERT INTO cycles (cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record)
+             SELECT 2, 2, epoch, state, trigger, loop, request_id, finished_at, record FROM cycles",
             "refuses a required write: UNIQUE constraint failed",
         ),
         (
