@@ -87,6 +87,7 @@ const LIMITS: In<"limits"> = {
   maxMetrics: whole(0),
   maxIssues: whole(0),
 };
+const TLS: In<"tls"> = { peer: text('an identity, such as "cert:modules.example"') };
 const REGISTRATION: Checks<Settings> = {
   phase: whole(-(2 ** 31)),
   requires: names,
@@ -99,6 +100,7 @@ const REGISTRATION: Checks<Settings> = {
   parameters: parametersOf,
   limits: fields(LIMITS, "a field of limits"),
   recordOutput: flag,
+  tls: fields(TLS, "a field of tls"),
 };
 const OPTIONS: Checks<ServeOptions> = {
   listen: (value, at) => {

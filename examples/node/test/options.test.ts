@@ -79,7 +79,7 @@ test("an invalid field of a registration is refused by its path", async () => {
   await registered({ critical: "no" }, `${at}.critical is 'no': give true or false`);
   await registered({ reads: "NeuralMesh" }, `${at}.reads is 'NeuralMesh': give an array of names, such as ["FieldLayer"]`);
   await registered(30 as any, `${at} is 30: give an object with phase, requires, after, reads, timeout, retry, breaker, ` +
-    "critical, parameters, limits, recordOutput");
+    "critical, parameters, limits, recordOutput, tls");
 });
 
 test("parameters are plain data, and refused if they would arrive changed", async () => {
