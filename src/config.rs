@@ -5,7 +5,7 @@
 //! all keys.
 
 mod reader;
-mod secure;
+pub mod secure;
 mod settings;
 mod tls;
 mod tokens;
@@ -27,7 +27,6 @@ use self::{
     settings::SETTINGS,
 };
 pub use self::{
-    secure::SecureDirectory,
     tls::{ClientAuth, DialTls, Tls, TlsSettings, TlsVersion},
     tokens::{read_tokens, tokens_text},
 };

@@ -4,20 +4,16 @@
 
 mod common;
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
 
 use bytes::Bytes;
 use common::{
+    command::orchestrator,
     http::{Answer, send},
     patiently,
     raw::Raw,
     service::{Home, Service},
+    tokens::{write_private, write_tokens},
 };
 use orchestrator_core::{
     access::{Token, TokenId},
@@ -101,14 +97,9 @@ impl Stage {
     /// A service in this mode, with these grants and a token for each name.
     async fn new(mode: &str, grants: &str, names: &[&str]) -> Self {
         let home = Home::new().in_memory();
-        let (mut tokens, mut texts, mut ids) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
-        for name in names {
-            let (token, text) = Token::create(Name::parse(name).unwrap(), None).unwrap();
-            texts.insert((*name).to_owned(), text);
-            ids.insert((*name).to_owned(), token.id);
-            tokens.push(token);
-        }
-        write_private(&home.path("tokens.toml"), &tokens_text(&tokens));
+        let created = write_tokens(&home.path("tokens.toml"), names);
+        let ids = created.iter().map(|(name, (id, _))| (name.clone(), *id)).collect();
+        let texts = created.into_iter().map(|(name, (_, text))| (name, text)).collect();
         let config = config(&home, mode, "", grants);
         let home = home.with_config(&config);
         let service = home.serve().await;
@@ -152,26 +143,11 @@ impl Stage {
         let headers: Vec<_> = ["Host: localhost"].into_iter().chain(authorization.as_deref()).collect();
         send(self.service.admin(), &format!("GET {path}"), &headers).await
     }
-
-    /// Waits until the service has done something that its log shows.
-    async fn logged(&self, text: &str) {
-        let logged = async {
-            while !self.home.log().contains(text) {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        patiently(text, logged).await;
-    }
 }
 
 fn config(home: &Home, mode: &str, access: &str, grants: &str) -> String {
     let tokens = home.path("tokens.toml");
     format!("[access]\nmode = \"{mode}\"\ntokens_file = \"{}\"\n{access}\n{grants}", tokens.display())
-}
-
-fn write_private(path: &PathBuf, text: &str) {
-    fs::write(path, text).unwrap();
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
 }
 
 fn reason(status: &Status) -> (Code, String) {
@@ -298,7 +274,7 @@ async fn a_bad_credential_is_not_a_missing_right() {
          admin (access.grants in the configuration of the service)"
     );
     // Secrets are not in the log.
-    stage.logged("a call was denied").await;
+    stage.home.logged("a call was denied", 1).await;
     let log = fs::read_to_string(stage.home.path("log")).unwrap();
     assert!(stage.texts.values().all(|text| !log.contains(&text[21..])), "{log}");
 }
@@ -415,7 +391,7 @@ async fn a_watch_ends_when_its_token_expires() {
     let expires_at = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(5);
     let (token, text) = Token::create(Name::parse("viewer").unwrap(), Some(expires_at)).unwrap();
     write_private(&stage.home.path("tokens.toml"), &tokens_text(&[token]));
-    stage.logged("reloaded").await;
+    stage.home.logged("reloaded", 1).await;
     let watch = stage.open(Some(&text), "WatchCycles", Vec::new()).await.unwrap();
     assert_eq!(ended(watch).await, (Code::Unauthenticated, "CREDENTIAL_EXPIRED".into()));
     assert!(jiff::Timestamp::now() >= expires_at);
@@ -474,7 +450,7 @@ async fn off_reads_no_credentials_and_dry_run_refuses_nothing() {
         assert!(stage.call(name, "ListCycles", &list).await.is_ok());
     }
     assert!(stage.call(Some("viewer"), "RunCycle", &pb::RunCycleRequest::default()).await.is_ok());
-    stage.logged("access.mode = \"enforce\" would deny a call").await;
+    stage.home.logged("access.mode = \"enforce\" would deny a call", 1).await;
     let metrics = stage.get(None, "/metrics").await.text().await;
     for (rpc, code, count) in [("ListCycles", "UNAUTHENTICATED", 2), ("RunCycle", "PERMISSION_DENIED", 1)] {
         let name = "orchestrator_calls_would_be_denied_total";
@@ -494,18 +470,6 @@ async fn a_file_of_tokens_that_others_can_read_is_refused() {
     let Err(status) = home.try_serve().await else { panic!("it serves") };
     assert_eq!(status.code(), Some(1));
     assert!(home.log().contains("has mode 0644"), "{}", home.log());
-}
-
-/// Runs the command line, as the caller whose token is in this file, and returns its exit code and its output.
-async fn orchestrator(credentials: Option<&Path>, args: &[&str]) -> (i32, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
-    command.args(args).env_remove("ORCHESTRATOR_CREDENTIALS").kill_on_drop(true);
-    if let Some(path) = credentials {
-        command.env("ORCHESTRATOR_CREDENTIALS", path);
-    }
-    let output = patiently("a command", command.output()).await.unwrap();
-    let text = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
-    (output.status.code().unwrap(), text)
 }
 
 #[tokio::test]

@@ -8,14 +8,15 @@ use std::{
     fs::{self, Permissions},
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
-    process::Stdio,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use common::{
+    command::run,
     patiently,
     pki::{Authority, Issued},
     service::{Client, Home, Service, reason as reason_of},
+    tokens::write_private,
 };
 use orchestrator_core::{
     access::Token,
@@ -102,14 +103,6 @@ fn grant(who: &str, role: &str) -> String {
     format!("[[access.grants]]\nwho = [\"{who}\"]\nrole = \"{role}\"\nsubsystems = [\"*\"]\n")
 }
 
-/// Runs a command to its end. Returns its exit code and all that it printed.
-async fn run(mut command: Command) -> (i32, String) {
-    let output = command.stdin(Stdio::null()).kill_on_drop(true).output();
-    let output = patiently("the command", output).await.unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    (output.status.code().unwrap_or(-1), text)
-}
-
 /// The status with which a stream ends.
 async fn end(events: &mut Streaming<pb::WatchCyclesResponse>) -> Status {
     let ended = async {
@@ -179,8 +172,7 @@ async fn a_bad_token_never_gives_way_to_the_certificate() {
     let main = stage.fleet.client(MAIN);
     let (_, text) = Token::create(Name::parse("unknown").unwrap(), None).unwrap();
     let file = stage.home.path("token");
-    fs::write(&file, text).unwrap();
-    fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
+    write_private(&file, &text);
     let (exit, text) = stage.whoami(&main, Some(&file)).await;
     assert!(exit == 1 && text.contains("CREDENTIAL_INVALID"), "{text}");
     let (exit, text) = stage.whoami(&main, None).await;
@@ -193,10 +185,8 @@ async fn a_good_token_takes_precedence_over_the_certificate() {
     let (token, text) = Token::create(Name::parse("ops").unwrap(), None).unwrap();
     let home = tempfile::tempdir().unwrap();
     let [tokens, file] = ["tokens.toml", "token"].map(|name| home.path().join(name));
-    for (path, text) in [(&tokens, tokens_text(&[token])), (&file, text)] {
-        fs::write(path, text).unwrap();
-        fs::set_permissions(path, Permissions::from_mode(0o600)).unwrap();
-    }
+    write_private(&tokens, &tokens_text(&[token]));
+    write_private(&file, &text);
     let stage = Stage::with(&grants, &format!("tokens_file = {}", quoted(&tokens))).await;
     let (exit, text) = stage.whoami(&stage.fleet.client(MAIN), Some(&file)).await;
     assert!(exit == 0 && text.contains("token:ops") && text.contains("OPERATOR"), "{text}");
@@ -239,12 +229,7 @@ async fn a_watch_outlives_the_renewal_of_the_authorities_that_trust_its_certific
     let mut events = stage.watch(&stage.fleet.client(MAIN)).await;
     let both = stage.fleet.certificate.clone() + &Authority::new("another").certificate;
     fs::write(stage.home.path("clients.pem"), both).unwrap();
-    let reread = async {
-        while !stage.home.log().contains("the files of TLS were read again") {
-            tokio::task::yield_now().await;
-        }
-    };
-    patiently("the renewal", reread).await;
+    stage.home.logged("the files of TLS were read again", 1).await;
     let mut admin = stage.client(&stage.fleet.client("spiffe://fleet/process/other")).await;
     admin.get_status(pb::GetStatusRequest::default()).await.unwrap();
     assert!(futures_util::FutureExt::now_or_never(events.message()).is_none(), "it is still open");

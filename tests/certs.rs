@@ -4,33 +4,16 @@
 
 mod common;
 
-use std::{
-    fs,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
-    process::Stdio,
-};
+use std::{fs, os::unix::fs::MetadataExt, path::PathBuf};
 
 use common::{
+    command::{orchestrator, run_with},
     patiently,
     service::{Home, Service},
 };
-use tokio::process::Command;
-
-/// Runs a program to its end. Returns its exit code and all that it printed.
-async fn run(program: &str, args: &[&str], credentials: Option<&Path>) -> (i32, String) {
-    let mut command = Command::new(program);
-    command.args(args).stdin(Stdio::null()).kill_on_drop(true);
-    if let Some(path) = credentials {
-        command.env("ORCHESTRATOR_CREDENTIALS", path);
-    }
-    let output = patiently(program, command.output()).await.unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    (output.status.code().unwrap_or(-1), text)
-}
 
 async fn openssl(args: &[&str]) -> (i32, String) {
-    run("openssl", args, None).await
+    run_with("openssl", args).await
 }
 
 /// A home with the directory of an authority.
@@ -55,7 +38,7 @@ impl Pki {
 
     async fn certs(&self, args: &[&str]) -> (i32, String) {
         let dir = self.dir.display().to_string();
-        run(env!("CARGO_BIN_EXE_orchestrator"), &[&["certs", "--dir", &dir], args].concat(), None).await
+        orchestrator(None, &[&["certs", "--dir", &dir], args].concat()).await
     }
 
     fn path(&self, name: &str) -> String {
@@ -73,7 +56,7 @@ impl Pki {
     async fn call(&self, service: &Service, name: &str, args: &[&str]) -> (i32, String) {
         let address = format!("https://localhost:{}", service.address().port());
         let args = [args, &["--address", &address]].concat();
-        run(env!("CARGO_BIN_EXE_orchestrator"), &args, Some(&self.dir.join(name))).await
+        orchestrator(Some(&self.dir.join(name)), &args).await
     }
 }
 
@@ -228,8 +211,7 @@ async fn a_certificate_is_not_silently_left_out_without_tls() {
     let pki = Pki::init().await;
     for address in ["http://127.0.0.1:1", "unix:/none"] {
         let admin = pki.dir.join("admin");
-        let (exit, text) =
-            run(env!("CARGO_BIN_EXE_orchestrator"), &["whoami", "--address", address], Some(&admin)).await;
+        let (exit, text) = orchestrator(Some(&admin), &["whoami", "--address", address]).await;
         assert!(exit == 2 && text.contains("give an address with https://"), "{text}");
     }
 }

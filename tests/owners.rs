@@ -5,11 +5,7 @@
 
 mod common;
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, Permissions},
-    os::unix::fs::PermissionsExt,
-};
+use std::{collections::BTreeMap, fs};
 
 use bytes::Bytes;
 use common::{
@@ -17,8 +13,9 @@ use common::{
     patiently,
     pki::Authority,
     service::{Client, Home, Service, decode, reason, registration},
+    tokens::write_tokens,
 };
-use orchestrator_core::{access::Token, config::tokens_text, model::Name, proto::orchestrator::v1 as pb};
+use orchestrator_core::{access::TokenId, proto::orchestrator::v1 as pb};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use serde_json::json;
 use tonic::{Code, Request, Status};
@@ -61,7 +58,7 @@ struct Stage {
     home: Home,
     fleet: Authority,
     service: Option<Service>,
-    tokens: BTreeMap<&'static str, String>,
+    tokens: BTreeMap<String, (TokenId, String)>,
 }
 
 /// The kinds of credentials, as identities begin.
@@ -76,18 +73,11 @@ impl Stage {
         let fleet = Authority::new("fleet");
         fleet.service().write(&home.path(""), "service");
         fleet.write(home.path("clients.pem"));
-        let (mut tokens, mut texts) = (Vec::new(), BTreeMap::new());
-        for name in ["a", "b", "monitor", "viewer", "auditor", "operator", "admin"] {
-            let (token, text) = Token::create(Name::parse(name).unwrap(), None).unwrap();
-            tokens.push(token);
-            texts.insert(name, text);
-        }
-        let file = home.path("tokens.toml");
-        fs::write(&file, tokens_text(&tokens)).unwrap();
-        fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
+        let names = ["a", "b", "monitor", "viewer", "auditor", "operator", "admin"];
+        let tokens = write_tokens(&home.path("tokens.toml"), &names);
         let path = home.path("orchestrator.toml").display().to_string();
         let home = home.with_args(["--config".to_owned(), path]);
-        let mut stage = Self { home, fleet, service: None, tokens: texts };
+        let mut stage = Self { home, fleet, service: None, tokens };
         stage.restart(mode).await;
         stage
     }
@@ -123,7 +113,7 @@ impl Stage {
     async fn caller(&self, identity: &str) -> Caller {
         let trusted = self.fleet.trusted();
         let (tls, token) = match identity.split_once(':').unwrap() {
-            ("token", name) => (trusted, Some(format!("Bearer {}", self.tokens[name]))),
+            ("token", name) => (trusted, Some(format!("Bearer {}", self.tokens[name].1))),
             (_, uri) => (trusted.identity(self.fleet.client(uri).identity()), None),
         };
         let client = self.service.as_ref().unwrap().client_with(tls).await.unwrap();

@@ -9,10 +9,11 @@ use std::{
     net::SocketAddr,
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
-    process::{Output, Stdio},
+    process::Stdio,
 };
 
 use common::{
+    command::{orchestrator, run_with},
     patiently,
     pki::{Authority, Issued},
     service::{Home, Service, next_recorded},
@@ -60,32 +61,6 @@ impl Secure {
         let shown = async { while openssl::shown(service.address()).await != certificate {} };
         patiently("the service to show another certificate", shown).await;
     }
-
-    /// Waits until the log has this text.
-    async fn logged(&self, text: &str) -> String {
-        let logged = async {
-            loop {
-                let log = fs::read_to_string(self.home.path("log")).unwrap();
-                if log.contains(text) {
-                    return log;
-                }
-                tokio::task::yield_now().await;
-            }
-        };
-        patiently(text, logged).await
-    }
-}
-
-/// Runs a program to its end. Returns its exit code and all that it printed.
-async fn run(program: &str, args: &[&str]) -> (i32, String) {
-    let command = Command::new(program).args(args).stdin(Stdio::null()).kill_on_drop(true).output();
-    let Output { status, stdout, stderr } = patiently(program, command).await.unwrap();
-    let text = String::from_utf8_lossy(&stdout).into_owned() + &String::from_utf8_lossy(&stderr);
-    (status.code().unwrap_or(-1), text)
-}
-
-async fn orchestrator(args: &[&str]) -> (i32, String) {
-    run(env!("CARGO_BIN_EXE_orchestrator"), args).await
 }
 
 /// `openssl s_client`.
@@ -147,7 +122,7 @@ async fn openssl_speaks_h2_over_tls_1_3_only() {
     assert!(printed.contains("alert protocol version") && printed.contains("Cipher is (NONE)"), "{printed}");
     let printed = openssl::s_client(service.address(), &["-alpn", "http/1.1"]).await;
     assert!(printed.contains("alert no application protocol"), "{printed}");
-    let log = secure.logged("a TLS handshake failed").await;
+    let log = secure.home.logged("a TLS handshake failed", 1).await;
     assert!(log.contains("peer=127.0.0.1"), "{log}");
 }
 
@@ -174,7 +149,8 @@ async fn curl_reads_the_admin_address_over_https() {
     let secure = Secure::with(&[]);
     let service = secure.home.serve().await;
     let (ca, url) = (secure.home.path("ca.pem"), format!("https://{}", service.admin()));
-    let curl = async |args: &[&str]| run("curl", &[&["--silent", "--show-error", "--include"], args].concat()).await;
+    let curl =
+        async |args: &[&str]| run_with("curl", &[&["--silent", "--show-error", "--include"], args].concat()).await;
     let with_ca = ["--cacert", ca.to_str().unwrap()];
     let (code, answer) = curl(&[&with_ca[..], &[&format!("{url}/api/status")]].concat()).await;
     assert_eq!(code, 0, "{answer}");
@@ -193,7 +169,7 @@ async fn curl_reads_the_admin_address_over_https() {
     let (code, answer) = curl(&[&url.replace("https", "http")]).await;
     assert_eq!(code, 0, "{answer}");
     assert!(answer.starts_with("HTTP/1.1 400") && answer.ends_with("use https://\n"), "{answer}");
-    secure.logged("a client speaks without TLS to an address with TLS").await;
+    secure.home.logged("a client speaks without TLS to an address with TLS", 1).await;
 }
 
 #[tokio::test]
@@ -209,12 +185,12 @@ async fn the_admin_address_can_have_its_own_certificate_and_ask_clients_for_thei
     let url = format!("https://{}/api/status", service.admin());
     let ca = own.write(secure.home.path("admin-ca.pem"));
     let curl = ["--silent", "--show-error", "--cacert", ca.to_str().unwrap(), &url];
-    let (code, answer) = run("curl", &curl).await;
+    let (code, answer) = run_with("curl", &curl).await;
     assert_ne!(code, 0, "{answer}");
     assert!(answer.contains("certificate required"), "{answer}");
     let (certificate, key) = secure.authority.client("spiffe://fleet/person").write(&secure.directory(), "person");
     let shown = ["--cert", certificate.to_str().unwrap(), "--key", key.to_str().unwrap()];
-    let (code, answer) = run("curl", &[&curl[..], &shown].concat()).await;
+    let (code, answer) = run_with("curl", &[&curl[..], &shown].concat()).await;
     assert_eq!(code, 0, "{answer}");
     assert!(answer.contains("orchestratorId"), "{answer}");
 }
@@ -229,18 +205,18 @@ async fn a_client_may_show_a_certificate_from_the_authority() {
     let trusted = || secure.authority.trusted();
     let mut without = service.client_with(trusted()).await.unwrap();
     without.status().await.unwrap();
-    let log = secure.logged("rpc=\"GetStatus\"").await;
+    let log = secure.home.logged("rpc=\"GetStatus\"", 1).await;
     assert!(log.contains("certified=false") && !log.contains("certified=true"), "{log}");
 
     let own = secure.authority.client("spiffe://fleet/process/main");
     let mut with = service.client_with(trusted().identity(own.identity())).await.unwrap();
     with.status().await.unwrap();
-    secure.logged("certified=true").await;
+    secure.home.logged("certified=true", 1).await;
 
     let other = Authority::new("other").client("spiffe://fleet/process/main");
     let mut stranger = service.client_with(trusted().identity(other.identity())).await.unwrap();
     assert!(stranger.status().await.is_err());
-    secure.logged("UnknownIssuer").await;
+    secure.home.logged("UnknownIssuer", 1).await;
     without.status().await.unwrap();
 }
 
@@ -257,7 +233,7 @@ async fn the_command_line_says_what_is_wrong_with_tls() {
     let text = |path: &PathBuf| path.to_str().unwrap().to_owned();
     let [certificate, key, stranger, of_stranger, ca, other] =
         [certificate, key, stranger, of_stranger, ca, other].map(|path| text(&path));
-    let status = async |args: &[&str]| orchestrator(&[&["status"], args].concat()).await;
+    let status = async |args: &[&str]| orchestrator(None, &[&["status"], args].concat()).await;
 
     let own = ["--address", &https, "--cert-file", &certificate, "--key-file", &key];
     let (code, printed) = status(&[&own[..], &["--ca-file", &ca]].concat()).await;
@@ -348,14 +324,14 @@ async fn renewed_files_are_used_and_open_connections_live_on() {
     // A certificate whose key is another one.
     let other = secure.authority.service();
     fs::write(secure.home.path("service.pem"), &other.certificate).unwrap();
-    let log = secure.logged("the earlier ones stay in use").await;
+    let log = secure.home.logged("the earlier ones stay in use", 1).await;
     assert!(log.contains("service.key is not the key of the certificate in server.tls.cert_file"), "{log}");
     assert_eq!(openssl::shown(service.address()).await, renewed.certificate);
 
     // One that has expired.
     let expired = secure.authority.service_with(|it| it.not_after = date_time_ymd(2020, 1, 1));
     expired.write(&secure.directory(), "service");
-    secure.logged("service.pem has expired at 2020-01-01T00:00:00Z").await;
+    secure.home.logged("service.pem has expired at 2020-01-01T00:00:00Z", 1).await;
     assert_eq!(openssl::shown(service.address()).await, renewed.certificate);
 
     other.write(&secure.directory(), "service");
@@ -393,8 +369,8 @@ async fn sighup_reads_the_files_again_even_if_the_configuration_is_wrong() {
     let service = secure.home.serve().await;
     fs::write(secure.home.path("orchestrator.toml"), "wrong = 1").unwrap();
     service.signal(Signal::HUP);
-    secure.logged("the configuration is invalid").await;
-    secure.logged("the files of TLS were read again").await;
+    secure.home.logged("the configuration is invalid", 1).await;
+    secure.home.logged("the files of TLS were read again", 1).await;
 }
 
 #[tokio::test]
@@ -464,7 +440,7 @@ async fn refused(secure: &Secure, problem: &str) {
 async fn check(directory: &Path) -> (i32, String) {
     let set = [("cert_file", "service.pem"), ("key_file", "service.key"), ("client_ca_file", "ca.pem")]
         .map(|(key, name)| format!("server.tls.{key}={}", directory.join(name).display()));
-    orchestrator(&["check", "--set", &set[0], "--set", &set[1], "--set", &set[2]]).await
+    orchestrator(None, &["check", "--set", &set[0], "--set", &set[1], "--set", &set[2]]).await
 }
 
 #[tokio::test]

@@ -61,16 +61,6 @@ fn times(home: &Home, text: &str) -> usize {
     fs::read_to_string(home.path("log")).unwrap().matches(text).count()
 }
 
-/// Waits until the log of a service has this text this number of times.
-async fn logged(home: &Home, text: &str, count: usize) {
-    let logged = async {
-        while times(home, text) < count {
-            tokio::task::yield_now().await;
-        }
-    };
-    patiently(text, logged).await;
-}
-
 const READ_AGAIN: &str = "the files of TLS to subsystems were read again";
 const KEPT: &str = "the files of TLS can't be used: the earlier ones stay in use";
 
@@ -96,7 +86,7 @@ async fn a_subsystem_that_demands_a_certificate_sees_the_new_one_in_the_cycle_af
 
     let second = authority.client("spiffe://fleet/orchestrator");
     second.write(&stage.home.path(""), "own");
-    logged(&stage.home, READ_AGAIN, 1).await;
+    stage.home.logged(READ_AGAIN, 1).await;
     let cycle = run_of(&mut stage.client, "other").await;
     assert_eq!(cycle.state(), CycleState::Succeeded, "{cycle:?}");
     assert_eq!(last_shown(&fleet, "other"), Some(der(&second)));
@@ -110,11 +100,11 @@ async fn a_subsystem_that_demands_a_certificate_sees_the_new_one_in_the_cycle_af
     let third = authority.client("spiffe://fleet/orchestrator");
     let kept = times(&stage.home, KEPT);
     fs::write(&key_file, &third.key).unwrap();
-    logged(&stage.home, KEPT, kept + 1).await;
-    logged(&stage.home, "is not the key of the certificate in dial.cert_file", 1).await;
+    stage.home.logged(KEPT, kept + 1).await;
+    stage.home.logged("is not the key of the certificate in dial.cert_file", 1).await;
     second.write(&stage.home.path(""), "own");
     stage.service.signal(Signal::HUP);
-    logged(&stage.home, "reloaded", 1).await;
+    stage.home.logged("reloaded", 1).await;
     run_of(&mut stage.client, "other").await;
     assert_eq!(last_shown(&fleet, "other"), Some(der(&second)));
     assert_eq!(fleet.now(|state| state.connections), 1);
@@ -154,9 +144,9 @@ async fn authorities_of_subsystems_are_read_again_when_their_file_changes() {
     assert!(a.error_message.contains("invalid peer certificate"), "{a:?}");
 
     fs::write(&ca_file, "nonsense").unwrap();
-    logged(&stage.home, KEPT, 1).await;
+    stage.home.logged(KEPT, 1).await;
     new.write(ca_file);
-    logged(&stage.home, READ_AGAIN, 1).await;
+    stage.home.logged(READ_AGAIN, 1).await;
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
 }
 
@@ -242,7 +232,7 @@ async fn a_revoked_server_is_not_called_any_more_even_on_an_open_connection() {
     let key = key_of(&der(&issued)).unwrap().to_string();
     for (reloads, revoked) in [(1, "cert:spiffe://fleet/a"), (2, key.as_str())] {
         fs::write(stage.home.path("orchestrator.toml"), config(&format!("{revoked:?}"))).unwrap();
-        logged(&stage.home, "reloaded", reloads).await;
+        stage.home.logged("reloaded", reloads).await;
         fleet.clear_calls();
         let cycle = stage.client.run().await.unwrap();
         let a = part(&cycle, "a");

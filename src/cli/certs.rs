@@ -9,8 +9,8 @@ use std::{
     time::Duration,
 };
 
-use clap::{Subcommand, ValueEnum};
-use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
+use clap::Subcommand;
+use jiff::{SignedDuration, Timestamp};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, date_time_ymd,
@@ -21,10 +21,10 @@ use x509_parser::{certificate::X509Certificate, extensions::GeneralName, pem::pa
 
 use super::{
     Exit, Failure, HOST,
-    output::{Table, note, print, text},
+    output::{Table, length, note, print, text},
 };
 use crate::{
-    config::SecureDirectory,
+    config::secure::{AUTHORITY, CERTIFICATE, KEY, SERVICE},
     file::{self, create_private},
     model::{Identity, Name},
 };
@@ -67,8 +67,8 @@ enum Command {
     /// Issue a certificate
     Issue {
         /// What its owner may do
-        #[arg(value_enum)]
-        role: Role,
+        #[arg(value_parser = ROLES)]
+        role: String,
         /// The name of its owner, and of its directory
         #[arg(value_parser = parse_name)]
         name: Name,
@@ -95,37 +95,14 @@ enum Command {
 }
 
 /// What the owner of a certificate may do, by the grants of `serve --secure`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Role {
-    Subsystem,
-    Monitor,
-    Viewer,
-    Operator,
-    Auditor,
-    Admin,
-}
-
-impl Role {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Subsystem => "subsystem",
-            Self::Monitor => "monitor",
-            Self::Viewer => "viewer",
-            Self::Operator => "operator",
-            Self::Auditor => "auditor",
-            Self::Admin => "admin",
-        }
-    }
-}
+const ROLES: [&str; 6] = [SUBSYSTEM, "monitor", "viewer", "operator", "auditor", "admin"];
+const SUBSYSTEM: &str = "subsystem";
 
 /// The name or the address of a server.
 type Host = String;
 
 /// The private key of the authority.
 const AUTHORITY_KEY: [&str; 2] = ["ca", "ca.key"];
-const AUTHORITY: &str = SecureDirectory::AUTHORITY;
-const SERVICE: &str = SecureDirectory::SERVICE;
-const PAIR: [&str; 2] = [SecureDirectory::CERTIFICATE, SecureDirectory::KEY];
 const YEAR: SignedDuration = SignedDuration::from_hours(24 * 365);
 
 fn parse_host(text: &str) -> Result<Host, String> {
@@ -151,9 +128,7 @@ fn parse_name(text: &str) -> Result<Name, String> {
 }
 
 fn parse_validity(text: &str) -> Result<SignedDuration, String> {
-    let length: Option<Span> = text.parse().ok();
-    let length = length.and_then(|it| it.to_duration(SpanRelativeTo::days_are_24_hours()).ok());
-    let length = length.filter(|it| it.is_positive() && *it <= YEAR * 10);
+    let length = length(text).filter(|it| *it <= YEAR * 10);
     length.ok_or_else(|| "give a duration of at most 10 years, such as 8h, 90d or 52w".to_owned())
 }
 
@@ -164,12 +139,12 @@ impl Certs {
         match self.command {
             Command::Init { host, fleet } => init(dir, &fleet, &host)?,
             Command::Issue { role, name, host, valid_for } => {
-                if role != Role::Subsystem && !host.is_empty() {
+                if role != SUBSYSTEM && !host.is_empty() {
                     return Err(Failure::new(Exit::Usage, "--host is only for a subsystem: others don't listen"));
                 }
                 let authority = Authority::read(dir)?;
                 let owner = Owner {
-                    identity: format!("spiffe://{}/{}/{name}", authority.fleet, role.word()),
+                    identity: format!("spiffe://{}/{role}/{name}", authority.fleet),
                     hosts: with_loopback(&host),
                 };
                 let to = dir.join(name.as_str());
@@ -298,7 +273,7 @@ impl Authority {
             parsed.verify_for_usage(algorithms, &[anchor], &[], at, usage, None, None).ok().map(drop)
         };
         verified().ok_or_else(|| {
-            let path = directory.join(PAIR[0]);
+            let path = directory.join(CERTIFICATE);
             Failure::new(Exit::Refused, format!("{} is not from this authority: it is not renewed", path.display()))
         })
     }
@@ -319,10 +294,8 @@ fn issue(authority: &Authority, to: &Path, owner: &Owner, valid_for: SignedDurat
     let key = key_pair()?;
     let certificate = params.signed_by(&key, &authority.issuer).map_err(|error| unmade(&error))?.pem();
     private_directory(to)?;
-    let [cert_file, key_file] = PAIR;
     // The service reads both again when one has changed, and keeps the earlier pair while they don't belong together.
-    for (name, text) in
-        [(key_file, &key.serialize_pem()), (cert_file, &certificate), (AUTHORITY, &authority.certificate)]
+    for (name, text) in [(KEY, &key.serialize_pem()), (CERTIFICATE, &certificate), (AUTHORITY, &authority.certificate)]
     {
         write(&to.join(name), text)?;
     }
@@ -420,7 +393,7 @@ fn all(dir: &Path) -> Result<Vec<(String, Issued)>, Failure> {
     let mut all = Vec::new();
     for entry in fs::read_dir(dir).map_err(unreadable)? {
         let entry = entry.map_err(unreadable)?;
-        let path = entry.path().join(PAIR[0]);
+        let path = entry.path().join(CERTIFICATE);
         let (Ok(name), true) = (entry.file_name().into_string(), path.exists()) else { continue };
         let pem = file::read(&path).map_err(|error| error.to_string());
         let issued = pem.and_then(|pem| Issued::of(&pem));

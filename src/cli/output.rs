@@ -548,15 +548,21 @@ pub(super) fn parse_duration(text: &str) -> Result<prost_types::Duration, String
 /// # Errors
 /// The text is invalid; the message says which form is valid.
 pub(super) fn parse_time(text: &str) -> Result<prost_types::Timestamp, String> {
-    let ago = || {
-        let ago: Span = text.parse().ok()?;
-        let ago = ago.to_duration(SpanRelativeTo::days_are_24_hours()).ok()?;
-        // "2h ago" is parsed as a negative duration.
-        HOST.clock.now().checked_sub(ago.unsigned_abs()).ok()
-    };
+    // "2h ago" is parsed as a negative duration.
+    let ago = || HOST.clock.now().checked_sub(span(text)?.unsigned_abs()).ok();
     let time = text.parse().ok().or_else(ago);
     time.map(crate::proto::timestamp)
         .ok_or_else(|| "give a time such as 2026-01-31T12:00:00Z, or how long ago, such as 2h or 7d".to_owned())
+}
+
+/// Reads a duration above zero, in which a day has 24 hours. `None` if the text is no such duration.
+pub(super) fn length(text: &str) -> Option<SignedDuration> {
+    span(text).filter(SignedDuration::is_positive)
+}
+
+fn span(text: &str) -> Option<SignedDuration> {
+    let span: Span = text.parse().ok()?;
+    span.to_duration(SpanRelativeTo::days_are_24_hours()).ok()
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use super::{
     output::{Format, clean, short},
 };
 use crate::{
-    config::SecureDirectory,
+    config::secure::{AUTHORITY, CERTIFICATE, KEY},
     dial::{authorities, tls_in_words},
     file,
     proto::orchestrator::v1::{access_client::AccessClient, orchestrator_client::OrchestratorClient},
@@ -131,9 +131,9 @@ impl TlsFiles {
         let file = |given: &Option<PathBuf>, name: &str| given.clone().or_else(|| Some(directory.join(name)));
         let has_certificate = self.cert_file.is_some() || self.key_file.is_some();
         Self {
-            ca_file: file(&self.ca_file, SecureDirectory::AUTHORITY),
-            cert_file: if has_certificate { self.cert_file.clone() } else { file(&None, SecureDirectory::CERTIFICATE) },
-            key_file: if has_certificate { self.key_file.clone() } else { file(&None, SecureDirectory::KEY) },
+            ca_file: file(&self.ca_file, AUTHORITY),
+            cert_file: if has_certificate { self.cert_file.clone() } else { file(&None, CERTIFICATE) },
+            key_file: if has_certificate { self.key_file.clone() } else { file(&None, KEY) },
         }
     }
 

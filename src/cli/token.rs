@@ -7,11 +7,11 @@ use std::{
 };
 
 use clap::Subcommand;
-use jiff::{Span, SpanRelativeTo, Timestamp};
+use jiff::Timestamp;
 
 use super::{
     Exit, Failure, HOST,
-    output::{Table, note, print, text},
+    output::{Table, length, note, print, text},
 };
 use crate::{
     access::{Token, TokenId},
@@ -83,12 +83,8 @@ fn parse_expiry(text: &str) -> Result<Expiry, String> {
     if text == "never" {
         return Ok(Expiry::Never);
     }
-    let at = || {
-        let length: Span = text.parse().ok()?;
-        let length = length.to_duration(SpanRelativeTo::days_are_24_hours()).ok()?;
-        HOST.clock.now().checked_add(length).ok().filter(|_| length.is_positive())
-    };
-    at().map(Expiry::At).ok_or_else(|| "give how long it is valid, such as 8h, 90d or 52w; or never".to_owned())
+    let at = length(text).and_then(|length| HOST.clock.now().checked_add(length).ok());
+    at.map(Expiry::At).ok_or_else(|| "give how long it is valid, such as 8h, 90d or 52w; or never".to_owned())
 }
 
 impl TokenCommand {

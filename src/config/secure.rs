@@ -7,22 +7,16 @@ use rustls_pki_types::{CertificateDer, pem::PemObject};
 use super::reader::{Table, append, parse};
 use crate::{access::identity_of, file};
 
-/// The names in such a directory.
-#[derive(Clone, Copy, Debug)]
-pub struct SecureDirectory;
-
-impl SecureDirectory {
-    /// The certificate of the authority; also in the directory of each certificate.
-    pub const AUTHORITY: &str = "ca.pem";
-    /// The directory of the service's certificate.
-    pub const SERVICE: &str = "core";
-    /// The certificate in the directory of its owner.
-    pub const CERTIFICATE: &str = "cert.pem";
-    /// Its private key.
-    pub const KEY: &str = "key.pem";
-    /// Static tokens, if there are any.
-    pub const TOKENS: &str = "tokens.toml";
-}
+/// The certificate of the authority; also in the directory of each certificate.
+pub const AUTHORITY: &str = "ca.pem";
+/// The directory of the service's certificate.
+pub const SERVICE: &str = "core";
+/// The certificate in the directory of its owner.
+pub const CERTIFICATE: &str = "cert.pem";
+/// Its private key.
+pub const KEY: &str = "key.pem";
+/// Static tokens, if there are any.
+const TOKENS: &str = "tokens.toml";
 
 /// A grant for each role: to certificates of the fleet with the role in their identity, and to tokens with the role in
 /// their name.
@@ -62,15 +56,14 @@ endpoints = ["https://*:*", "http://localhost:*", "http://127.0.0.1:*"]
 
 /// The settings for the files of this directory, by key.
 pub(super) fn settings(dir: &Path) -> Vec<(&'static str, PathBuf)> {
-    use SecureDirectory as Names;
-    let service = dir.join(Names::SERVICE);
+    let service = dir.join(SERVICE);
     let mut settings = vec![
-        ("server.tls.cert_file", service.join(Names::CERTIFICATE)),
-        ("server.tls.key_file", service.join(Names::KEY)),
-        ("server.tls.client_ca_file", dir.join(Names::AUTHORITY)),
-        ("dial.ca_file", dir.join(Names::AUTHORITY)),
+        ("server.tls.cert_file", service.join(CERTIFICATE)),
+        ("server.tls.key_file", service.join(KEY)),
+        ("server.tls.client_ca_file", dir.join(AUTHORITY)),
+        ("dial.ca_file", dir.join(AUTHORITY)),
     ];
-    let tokens = dir.join(Names::TOKENS);
+    let tokens = dir.join(TOKENS);
     settings.extend(tokens.exists().then_some(("access.tokens_file", tokens)));
     settings
 }
@@ -80,7 +73,7 @@ pub(super) fn settings(dir: &Path) -> Vec<(&'static str, PathBuf)> {
 /// # Errors
 /// The certificate of its authority can't be read, or names no fleet.
 pub(super) fn add_grants(table: &mut Table, dir: &Path) -> Result<(), String> {
-    let path = dir.join(SecureDirectory::AUTHORITY);
+    let path = dir.join(AUTHORITY);
     let fleet = fleet(&path).map_err(|problem| {
         format!("needs {}, which {problem}; `orchestrator certs init` creates such a directory", path.display())
     })?;

@@ -325,7 +325,7 @@ impl Certificates for Shown {
         let verifier = current.clients.as_ref();
         let verifier = verifier.ok_or_else(|| refused(&"no authorities of clients are configured any more"))?;
         let mut chain = self.chain.iter().map(|it| CertificateDer::from(&it[..]));
-        let own = chain.next().ok_or_else(|| refused(&"there is none"))?;
+        let own = chain.next().ok_or_else(|| refused(&"the client has shown no certificate"))?;
         let intermediates: Vec<_> = chain.collect();
         verifier.verify_client_cert(&own, &intermediates, unix_time(now)).map_err(|error| refused(&error))?;
         *self.verified_by.lock().unwrap_or_else(PoisonError::into_inner) = current;

@@ -7,7 +7,6 @@ use std::{
 };
 
 use jiff::Timestamp;
-
 use tokio::{select, sync::Notify, task::spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
@@ -20,8 +19,6 @@ use crate::{
     pem::Pem,
     transport::Listener,
 };
-
-const KEPT: &str = "the files of TLS can't be used: the earlier ones stay in use";
 
 /// The TLS of all addresses that have it, and to subsystems.
 pub(super) struct Certificates {
@@ -43,29 +40,23 @@ impl Address {
     async fn load(files: Option<config::Tls>, protocol: Protocol, clock: Clock) -> Result<Option<Self>, String> {
         let Some(files) = files else { return Ok(None) };
         let loaded = load_aside(files.clone(), protocol, clock).await?;
-        if let Some(problem) = loaded.invalid(clock.now()) {
-            report_invalid(&files, &problem);
-        }
+        report_invalid(
+            loaded.invalid(clock.now()).map(|problem| format!("{} {problem}", files.certificate)),
+            "clients",
+        );
         Ok(Some(Self { files, tls: Tls::new(protocol, loaded) }))
     }
 
     /// Uses the files as they are now, if they can be used. Connections that are open are not affected.
     async fn reload(&self, clock: Clock) {
-        let now = clock.now();
-        match load_aside(self.files.clone(), self.tls.protocol(), clock).await {
-            Err(error) => tracing::error!(%error, "{KEPT}"),
-            Ok(loaded) => match loaded.invalid(now) {
-                Some(problem) if self.tls.current().invalid(now).is_none() => {
-                    tracing::error!(error = %format_args!("{} {problem}", self.files.certificate), "{KEPT}");
-                }
-                problem => {
-                    self.tls.replace(loaded);
-                    tracing::info!(certificate = %self.files.certificate, "the files of TLS were read again");
-                    if let Some(problem) = problem {
-                        report_invalid(&self.files, &problem);
-                    }
-                }
-            },
+        let loaded = load_aside(self.files.clone(), self.tls.protocol(), clock).await;
+        let (now, certificate) = (clock.now(), &self.files.certificate);
+        let is_valid = self.tls.current().invalid(now).is_none();
+        let problem = |loaded: &Loaded| loaded.invalid(now).map(|problem| format!("{certificate} {problem}"));
+        if let Some((loaded, problem)) = replacement(loaded, is_valid, problem) {
+            self.tls.replace(loaded);
+            tracing::info!(%certificate, "the files of TLS were read again");
+            report_invalid(problem, "clients");
         }
     }
 }
@@ -79,31 +70,22 @@ struct Dialing {
 impl Dialing {
     async fn load(files: config::DialTls, clock: Clock) -> Result<Self, String> {
         let loaded = load_dial_aside(files.clone()).await?;
-        if let Some(problem) = loaded.invalid(clock.now()) {
-            tracing::error!(error = %own_named(&files, &problem), "subsystems will refuse this certificate");
-        }
+        report_invalid(loaded.invalid(clock.now()).map(|problem| own_named(&files, &problem)), "subsystems");
         Ok(Self { files, tls: Arc::new(dial::Tls::new(loaded)) })
     }
 
     /// Uses the files as they are now, if they have changed and can be used. Calls on open connections are not
     /// affected.
     async fn reload(&self, clock: Clock) {
+        let loaded = load_dial_aside(self.files.clone()).await;
         let now = clock.now();
-        match load_dial_aside(self.files.clone()).await {
-            Err(error) => tracing::error!(%error, "{KEPT}"),
-            Ok(loaded) => match loaded.invalid(now) {
-                Some(problem) if self.tls.current().invalid(now).is_none() => {
-                    tracing::error!(error = %own_named(&self.files, &problem), "{KEPT}");
-                }
-                problem => {
-                    if self.tls.replace(loaded) {
-                        tracing::info!("the files of TLS to subsystems were read again");
-                    }
-                    if let Some(problem) = problem {
-                        tracing::error!(error = %own_named(&self.files, &problem), "subsystems will refuse this certificate");
-                    }
-                }
-            },
+        let is_valid = self.tls.current().invalid(now).is_none();
+        let problem = |loaded: &dial::Loaded| loaded.invalid(now).map(|problem| own_named(&self.files, &problem));
+        if let Some((loaded, problem)) = replacement(loaded, is_valid, problem) {
+            if self.tls.replace(loaded) {
+                tracing::info!("the files of TLS to subsystems were read again");
+            }
+            report_invalid(problem, "subsystems");
         }
     }
 }
@@ -284,6 +266,28 @@ fn own_named(files: &config::DialTls, problem: &str) -> String {
     files.own.as_ref().map_or_else(String::new, |(certificate, _)| format!("{certificate} {problem}"))
 }
 
-fn report_invalid(files: &config::Tls, problem: &str) {
-    tracing::error!(error = %format_args!("{} {problem}", files.certificate), "clients will refuse this certificate");
+/// The configuration that replaces an earlier one after its files were read again, with the problem of its certificate,
+/// if it has one. `None` if the earlier one stays in use, which is logged: the files can't be used, or would replace a
+/// valid certificate (`is_valid`) with one that is not.
+fn replacement<T>(
+    loaded: Result<T, String>,
+    is_valid: bool,
+    problem: impl FnOnce(&T) -> Option<String>,
+) -> Option<(T, Option<String>)> {
+    let kept = |error: String| tracing::error!(%error, "the files of TLS can't be used: the earlier ones stay in use");
+    let loaded = loaded.map_err(kept).ok()?;
+    match problem(&loaded) {
+        Some(problem) if is_valid => {
+            kept(problem);
+            None
+        }
+        problem => Some((loaded, problem)),
+    }
+}
+
+/// Reports a problem of a certificate that is used nevertheless.
+fn report_invalid(problem: Option<String>, others: &str) {
+    if let Some(error) = problem {
+        tracing::error!(error, "{others} will refuse this certificate");
+    }
 }

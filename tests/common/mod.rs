@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test uses its own part of the kit")]
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "in tests, a panic is how to say what is wrong")]
 
+pub mod command;
 #[cfg(target_os = "linux")]
 pub mod disk;
 pub mod door;
@@ -12,6 +13,7 @@ pub mod pki;
 pub mod raw;
 pub mod service;
 pub mod terminal;
+pub mod tokens;
 
 use std::{future::Future, time::Duration};
 

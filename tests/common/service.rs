@@ -143,6 +143,20 @@ impl Home {
         Starting { child, log }
     }
 
+    /// Waits until its services have logged this text at least this number of times. Returns their whole log.
+    pub async fn logged(&self, text: &str, times: usize) -> String {
+        let logged = async {
+            loop {
+                let log = fs::read_to_string(self.path("log")).unwrap_or_default();
+                if log.matches(text).count() >= times {
+                    return log;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        patiently(text, logged).await
+    }
+
     /// The last lines that its services have logged.
     pub fn log(&self) -> String {
         tail(&self.path("log"))

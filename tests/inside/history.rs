@@ -304,7 +304,7 @@ async fn a_read_is_refused_when_its_memory_is_not_free_within_ten_seconds() {
     let size = record.bytes.len();
     assert!(matches!(&refused, Err(RecordHasNoRoom(CycleId(1), why)) if *why == full(size)), "{refused:?}");
 
-    // What is read is counted until it is dropped.
+    // A record that was read counts until it is dropped.
     drop(taken);
     let kept = orchestrator.keep(&record).await.unwrap();
     let read = orchestrator.cycle(CycleId(1)).await.unwrap();

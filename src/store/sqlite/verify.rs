@@ -307,7 +307,7 @@ mod tests {
         (directory, path, checkpoint)
     }
 
-    /// What is found, and what is wrong.
+    /// The result of verifying a database, and the faults.
     fn verified(path: &Path, checkpoint: &Checkpoint) -> (Verified, Vec<String>) {
         let mut faults = Vec::new();
         let rules = Rules { record: check, pruned };
