@@ -5,12 +5,14 @@
 //! Its nodes are numbered in the order in which they become complete, as in the transparency logs of Go
 //! (<https://pkg.go.dev/golang.org/x/mod/sumdb/tlog>): a commit only appends nodes.
 
+mod digest;
 mod entry;
 mod note;
 mod proof;
 mod tree;
 
 pub use self::{
+    digest::DigestKey,
     entry::{Entry, RecordsPruned},
     note::{Checkpoint, NoteError, Signer, SigningKey, VerifyingKey},
     proof::{Consistency, Inclusion, Path, ProofError},

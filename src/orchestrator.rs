@@ -56,7 +56,7 @@ use crate::{
     clock::Clock,
     engine::{Engine, Order},
     memory::{Held, Memory},
-    model::{CycleId, RequestKey, Revision},
+    model::{Cause, CycleId, RequestKey, Revision},
     ports::{Record, Store, StoreError},
     schedule::Loops,
     tasks::joined,
@@ -157,6 +157,8 @@ struct State {
 struct Turn {
     /// The order of subsystems, which only such changes change.
     order: OwnedMutexGuard<Order>,
+    /// The cause of the change, for its audit event.
+    cause: Cause,
     /// Notifies the caller if the commit of the change is late; `None` if no caller is to be notified.
     late: Option<oneshot::Sender<StoreError>>,
 }
@@ -176,7 +178,7 @@ impl Orchestrator {
     /// Begins a change of the registry or of a loop, waits until it is its turn, and completes it then, even if the
     /// caller goes away: a change that is dropped half-way would be committed, but missing in memory. A caller that
     /// goes away before takes its change along, so that no more changes wait than callers. A late commit ends the wait.
-    async fn change<T, F>(&self, change: impl FnOnce(Arc<Shared>, Turn) -> F) -> Result<T, Refusal>
+    async fn change<T, F>(&self, cause: Cause, change: impl FnOnce(Arc<Shared>, Turn) -> F) -> Result<T, Refusal>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, Refusal>> + Send + 'static,
@@ -192,7 +194,7 @@ impl Orchestrator {
             order = self.0.order.clone().lock_owned() => order,
         };
         let (notify, late) = oneshot::channel();
-        let change = change(self.0.clone(), Turn { order, late: Some(notify) });
+        let change = change(self.0.clone(), Turn { order, cause, late: Some(notify) });
         let changed = tokio::spawn(async move {
             let _open = open;
             change.await

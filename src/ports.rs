@@ -7,8 +7,8 @@ mod subsystems;
 pub use self::{
     spans::{Spans, Untraced},
     store::{
-        Contents, Durability, Excess, Filter, Found, Log, Lost, OpenCycle, Page, PageLimits, Record, Removal,
-        ResumeError, Retention, RetentionRule, SCAN_LIMIT, Stage, Store, StoreError, StoreSize, StoredLoop,
+        AuditEntry, Contents, Durability, Excess, Filter, Found, Log, Lost, OpenCycle, Page, PageLimits, Record,
+        Removal, ResumeError, Retention, RetentionRule, SCAN_LIMIT, Stage, Store, StoreError, StoreSize, StoredLoop,
         StoredOutput, StoredSubsystem, TriggerKind, Unreadable, UnreadableRow, Write,
     },
     subsystems::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},

@@ -3,6 +3,8 @@
 //! A cycle is encoded once, here, and these bytes are committed, returned and streamed. Only the revision is added
 //! later, by the commit. Requests of waiting cycles are stored in the wire form of `RunCycleRequest`.
 
+mod audit;
+
 use std::{collections::BTreeSet, ops::Range, time::Duration};
 
 use bytes::Bytes;
@@ -18,6 +20,8 @@ use crate::{
     ports::Record,
     proto::{duration, orchestrator::v1 as pb, subsystem::v1 as pbs, timestamp},
 };
+
+pub use self::audit::{check_event, decode_cause, encode_cause, encode_event};
 
 /// Most bytes of an error message in a record.
 const MAX_MESSAGE: usize = 1 << 10;

@@ -19,7 +19,7 @@ use common::{
     service::{Home, because, decode, invalid, next_event, reason},
 };
 use orchestrator_core::{
-    ledger::{Consistency, Entry, Frontier, Hash, Inclusion, Node, Signer, SigningKey, VerifyingKey},
+    ledger::{Consistency, Entry, Frontier, Hash, Inclusion, Signer, SigningKey, VerifyingKey},
     proto::orchestrator::v1::{self as pb, ControlEntry, LogEntry, cycle_event::Event, ledger_client::LedgerClient},
 };
 use prost::Message;
@@ -35,12 +35,16 @@ fn hashes(database: &Connection) -> Vec<(u64, Hash)> {
 
 /// The entries in the database, by their leaves, as the contract encodes them.
 fn entries(database: &Connection) -> Vec<(u64, Vec<u8>)> {
-    let rows = "SELECT leaf, record, TRUE FROM cycles WHERE leaf IS NOT NULL
-                UNION ALL SELECT leaf, entry, FALSE FROM control ORDER BY leaf";
+    let rows = "SELECT leaf, record, 1 FROM cycles WHERE leaf IS NOT NULL
+                UNION ALL SELECT leaf, event, 2 FROM audit UNION ALL SELECT leaf, entry, 3 FROM control ORDER BY leaf";
     let mut query = database.prepare(rows).unwrap();
     let entries = query.query_map([], |row| {
         let (leaf, stored): (i64, Vec<u8>) = (row.get(0)?, row.get(1)?);
-        let entry = if row.get(2)? { Entry::Cycle(&stored) } else { Entry::Control(&stored) };
+        let entry = match row.get(2)? {
+            1 => Entry::Cycle(&stored),
+            2 => Entry::Audit(&stored),
+            _ => Entry::Control(&stored),
+        };
         Ok((leaf.unsigned_abs(), entry.to_bytes()))
     });
     entries.unwrap().map(Result::unwrap).collect()
@@ -62,16 +66,17 @@ fn database(path: &Path) -> Connection {
 }
 
 #[tokio::test]
-async fn each_record_is_a_leaf_of_the_log_from_its_commit_on() {
+async fn each_record_is_a_leaf_of_the_log_from_its_commit_on_and_the_event_of_its_call_follows_it() {
     let mut stage = Stage::new().await;
     stage.register("a", |it| it.record_output = true).await;
     for cycles in 1..=5 {
         let cycle = stage.client.run().await.unwrap();
         let database = database(&stage.home.path("o.db"));
         let entries = entries(&database);
-        assert_eq!(entries.len(), cycles);
+        // The registration is the first entry.
+        assert_eq!(entries.len(), 1 + 2 * cycles);
         assert_eq!(log_of(&entries).1, hashes(&database));
-        let entry = LogEntry::decode(&entries[cycles - 1].1[..]).unwrap().entry;
+        let entry = LogEntry::decode(&entries[2 * cycles - 1].1[..]).unwrap().entry;
         let Some(pb::log_entry::Entry::Cycle(record)) = entry else { panic!("{entry:?}") };
         assert_eq!(decode(record), cycle);
     }
@@ -84,7 +89,7 @@ async fn each_record_is_a_leaf_of_the_log_from_its_commit_on() {
     stage.client.run().await.unwrap();
     let database = database(&stage.home.path("o.db"));
     let entries = entries(&database);
-    assert_eq!(entries.len(), 7);
+    assert_eq!(entries.len(), 1 + 2 * 7);
     assert_eq!(log_of(&entries).1, hashes(&database));
 }
 
@@ -98,9 +103,9 @@ async fn records_of_an_earlier_version_are_not_in_the_log_and_later_ones_are() {
     assert!(service.stop().await.success());
     let earlier = "ALTER TABLE cycles DROP COLUMN leaf; ALTER TABLE meta DROP COLUMN log_size;
                    ALTER TABLE meta DROP COLUMN log_first_kept; DROP TABLE hashes; DROP TABLE control;
+                   ALTER TABLE open_cycles DROP COLUMN audit; DROP TABLE audit;
+                   ALTER TABLE cycles DROP COLUMN triggered_by; ALTER TABLE open_cycles DROP COLUMN triggered_by;
                    ALTER TABLE subsystems DROP COLUMN owner;
-                   ALTER TABLE cycles DROP COLUMN triggered_by;
-                   ALTER TABLE open_cycles DROP COLUMN triggered_by;
                    PRAGMA user_version = 4";
     database(&home.path("o.db")).execute_batch(earlier).unwrap();
     let mut stage = Stage::again(fleet, home).await;
@@ -108,46 +113,40 @@ async fn records_of_an_earlier_version_are_not_in_the_log_and_later_ones_are() {
     assert_eq!(cycle.cycle_id, 4);
     let database = database(&stage.home.path("o.db"));
     let entries = entries(&database);
-    assert_eq!((entries.len(), log_of(&entries).1), (1, hashes(&database)));
+    assert_eq!((entries.len(), log_of(&entries).1), (2, hashes(&database)));
     assert_eq!(stage.client.history().await.unwrap().len(), 4);
 }
 
 /// What is left proves that it was there, and what is gone was removed by retention.
 #[tokio::test]
-async fn retention_appends_what_it_removes_and_keeps_what_proofs_of_the_rest_need() {
+async fn retention_appends_what_it_removes_and_keeps_the_hashes_of_the_rest() {
     let home = Home::new().with_args(["--set", "store.retention.max_cycles=5"]);
     let mut stage = Stage::at(home).await;
-    let mut all = Vec::new();
-    for cycle in 0..70 {
+    let mut records = Vec::new();
+    for _ in 0..70 {
         let cycle_id = stage.client.run().await.unwrap().cycle_id;
         let record = stage.client.get_cycle(pb::GetCycleRequest { cycle_id }).await.unwrap().into_inner().telemetry;
-        all.push((cycle, Entry::Cycle(&record).to_bytes()));
+        records.push(Entry::Cycle(&record).to_bytes());
     }
     let removed = async { while stage.client.status().await.unwrap().oldest_revision < 60 {} };
     patiently("old records to be removed", removed).await;
     assert!(stage.service.stop().await.success());
     let database = database(&stage.home.path("o.db"));
     let kept = entries(&database);
-    let (control, records): (Vec<_>, Vec<_>) = kept.iter().cloned().partition(|(_, entry)| entry[0] == 0x1a);
     let mut gone = Vec::new();
-    let mut first_kept = 0;
-    for (_, entry) in &control {
+    for (_, entry) in kept.iter().filter(|(_, entry)| entry[0] == 0x1a) {
         let entry = LogEntry::decode(&entry[..]).unwrap().entry;
         let Some(pb::log_entry::Entry::Control(ControlEntry { entry })) = entry else { panic!("{entry:?}") };
         let Some(pb::control_entry::Entry::RecordsPruned(pruned)) = entry else { panic!("{entry:?}") };
         gone.extend(pruned.leaves.iter().flat_map(|range| range.first..range.first + range.count));
-        first_kept = pruned.first_kept;
+        assert_eq!(pruned.first_kept, 1, "the event of the first call");
     }
-    assert_eq!(gone, (0..first_kept).collect::<Vec<_>>());
-    assert!((59..70).contains(&first_kept) && records[0].0 == first_kept, "{first_kept}: {records:?}");
-
+    assert!((59..70).contains(&gone.len()), "{gone:?}");
     // The whole log, of what was there and is there, has the nodes that are left.
-    let mut whole: Vec<_> = all.into_iter().filter(|(leaf, _)| *leaf < first_kept).collect();
-    whole.extend(kept);
+    let mut whole: Vec<_> = gone.into_iter().zip(records).chain(kept).collect();
+    whole.sort_unstable();
     let (_, nodes) = log_of(&whole);
-    let needed: Vec<_> = Frontier::nodes(first_kept).into_iter().map(Node::number).collect();
-    let is_left = |number: &u64| *number >= Node::complete_with(first_kept) || needed.contains(number);
-    assert_eq!(hashes(&database), nodes.into_iter().filter(|(number, _)| is_left(number)).collect::<Vec<_>>());
+    assert_eq!(hashes(&database), nodes);
 }
 
 /// A fault of the disk, as far as the database itself does not notice it.
@@ -240,7 +239,8 @@ async fn a_record_is_proved_by_its_bytes_and_a_signed_checkpoint_from_disk_and_i
             // It waits for a checkpoint with the record.
             let proved = inclusion(&mut ledger, cycle_id, 0).await.unwrap();
             let signed = key.open(&proved.checkpoint).unwrap();
-            assert_eq!((signed.size, proved.leaf), (proved.size, cycle_id - 1));
+            // Each record is followed by the event of its call.
+            assert_eq!((signed.size, proved.leaf), (proved.size, 2 * (cycle_id - 1)));
             let leaf = Hash::of_leaf([&proved.entry[..]]);
             let proof = Inclusion(hashes_of(&proved.hashes));
             assert_eq!(proof.verify(proved.leaf, leaf, signed.size, signed.root), Ok(()));
@@ -254,15 +254,15 @@ async fn a_record_is_proved_by_its_bytes_and_a_signed_checkpoint_from_disk_and_i
         let earlier = inclusion(&mut ledger, 2, 3).await.unwrap();
         assert_eq!((earlier.size, earlier.checkpoint.as_str()), (3, ""));
         let proved = consistency(&mut ledger, 0, 0).await.unwrap();
-        assert_eq!((proved.size, proved.hashes.len()), (3, 0));
+        assert_eq!((proved.size, proved.hashes.len()), (6, 0));
         let log = log_of(&[]).0;
         assert_eq!(Consistency(Vec::new()).verify((0, log.root()), (newest.size, newest.root)), Ok(()));
 
-        let beyond = || [("first_size", "0"), ("size", "3")];
+        let beyond = || [("first_size", "0"), ("size", "6")];
         for refused in [
-            inclusion(&mut ledger, 3, 2).await.unwrap_err(),
             inclusion(&mut ledger, 3, 4).await.unwrap_err(),
-            consistency(&mut ledger, 4, 3).await.unwrap_err(),
+            inclusion(&mut ledger, 3, 7).await.unwrap_err(),
+            consistency(&mut ledger, 7, 6).await.unwrap_err(),
             consistency(&mut ledger, 1, u64::MAX).await.unwrap_err(),
             consistency(&mut ledger, u64::MAX, 0).await.unwrap_err(),
         ] {
@@ -286,7 +286,7 @@ async fn the_checkpoint_beside_the_database_has_all_entries_at_the_end_and_the_n
     let mode = |file: &str| fs::metadata(home.path(file)).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode("o.db.key"), 0o600);
     let first = key.open(&fs::read_to_string(home.path("o.db.checkpoint")).unwrap()).unwrap();
-    assert_eq!(first.size, 3);
+    assert_eq!(first.size, 6);
     assert!(first.origin.starts_with("orchestrator/"), "{}", first.origin);
 
     let mut stage = Stage::again(fleet, home).await;
@@ -295,7 +295,7 @@ async fn the_checkpoint_beside_the_database_has_all_entries_at_the_end_and_the_n
     stage.client.run().await.unwrap();
     let proved = inclusion(&mut ledger, 4, 0).await.unwrap();
     let second = key.open(&proved.checkpoint).unwrap();
-    let extension = Consistency(hashes_of(&consistency(&mut ledger, 3, 4).await.unwrap().hashes));
+    let extension = Consistency(hashes_of(&consistency(&mut ledger, 6, 8).await.unwrap().hashes));
     assert_eq!(extension.verify((first.size, first.root), (second.size, second.root)), Ok(()));
     assert_eq!(first.origin, second.origin);
 }
@@ -414,7 +414,7 @@ async fn independent_software_verifies_the_proofs() {
         );
         assert_eq!(changed("leaf", (proofs["leaf"].as_u64().unwrap() ^ 1).into()), Some(1));
         assert_eq!(changed("extension", serde_json::json!([])), Some(1));
-        let forged = proofs["checkpoint"].as_str().unwrap().replacen("\n13\n", "\n12\n", 1);
+        let forged = proofs["checkpoint"].as_str().unwrap().replacen("\n27\n", "\n26\n", 1);
         assert_eq!(changed("checkpoint", forged.into()), Some(1));
     }
 }
@@ -431,7 +431,8 @@ fn verify(database: &Path, key: &VerifyingKey, more: &[&str]) -> (Option<i32>, S
     (output.status.code(), said.concat())
 }
 
-/// A stopped service with a log of 11 records, of which 6 are removed: its home, and its key.
+/// A stopped service with a log of 12 records, of which 6 are removed: its home, and its key. The record of cycle n is
+/// leaf 2n - 1, and the event of its call leaf 2n.
 async fn verified_home() -> (Home, VerifyingKey) {
     let mut stage = Stage::new().await;
     stage.register("a", |it| it.record_output = true).await;
@@ -441,7 +442,7 @@ async fn verified_home() -> (Home, VerifyingKey) {
     let key = checkpoint(&mut ledger(&stage).await).await.1;
     let database = stage.home.path("o.db");
     let while_served = verify(&database, &key, &[]);
-    assert!(while_served.1.contains("11 records are as they were written"), "{while_served:?}");
+    assert!(while_served.1.contains("11 records and 12 audit events are as they were written"), "{while_served:?}");
     let Stage { fleet, home, service, .. } = stage;
     assert!(service.stop().await.success());
     let home = home.with_args(["--set", "store.retention.max_cycles=5"]);
@@ -460,38 +461,43 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
     let path = home.path("o.db");
     let (code, said) = verify(&path, &key, &[]);
     assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("13 entries, 13 of which are signed; 6 records are as they were written"), "{said}");
-    assert!(said.contains("entries 0 to 5 were removed by retention"), "{said}");
+    assert!(
+        said.contains("26 entries, 26 of which are signed; 6 records and 13 audit events are as they were written"),
+        "{said}"
+    );
 
-    let changes: [(&str, &[&str]); 15] = [
+    let changes: [(&str, &[&str]); 18] = [
         (
             "UPDATE cycles SET record = CAST(record || x'00' AS BLOB) WHERE cycle_id = 9",
-            &["cycle 9 (leaf 8) was changed"],
+            &["cycle 9 (leaf 17) was changed"],
         ),
         (
             "UPDATE cycles SET record = (SELECT record FROM cycles WHERE cycle_id = 8) WHERE cycle_id = 9",
-            &["cycle 9 (leaf 8) was changed", "it contains cycle 8, revision 8"],
+            &["cycle 9 (leaf 17) was changed", "it contains cycle 8, revision 8"],
         ),
-        ("UPDATE cycles SET state = 3 WHERE cycle_id = 7", &["cycle 7 (leaf 6): its column state is not that"]),
+        ("DELETE FROM audit WHERE leaf = 14", &["leaf 14 is missing, and no entry says that retention removed it"]),
+        ("UPDATE audit SET event = CAST(event || x'00' AS BLOB) WHERE leaf = 14", &["event of leaf 14 was changed"]),
+        ("UPDATE audit SET caller = 'token:b' WHERE leaf = 14", &["leaf 14: its column caller is not that of its"]),
+        ("UPDATE cycles SET state = 3 WHERE cycle_id = 7", &["cycle 7 (leaf 13): its column state is not that"]),
         ("UPDATE cycles SET request_id = 'r' WHERE cycle_id = 7", &["its column request_id is not that of its bytes"]),
         ("UPDATE cycles SET finished_at = finished_at + 1 WHERE cycle_id = 7", &["its column finished_at is not"]),
-        ("DELETE FROM cycles WHERE cycle_id = 8", &["leaf 7 is missing, and no entry says that retention removed it"]),
-        ("DELETE FROM control", &["leaf 11 is missing", "by the log, those before leaf 0"]),
-        ("UPDATE control SET entry = x''", &["leaf 11 was changed"]),
+        ("DELETE FROM cycles WHERE cycle_id = 8", &["leaf 15 is missing, and no entry says that retention removed it"]),
+        ("DELETE FROM control", &["leaf 23 is missing", "leaf 1 is missing"]),
+        ("UPDATE control SET entry = x''", &["leaf 23 was changed"]),
         (
-            "UPDATE cycles SET leaf = 99 WHERE cycle_id = 8; UPDATE cycles SET leaf = 7 WHERE cycle_id = 9;
-             UPDATE cycles SET leaf = 8 WHERE cycle_id = 8",
-            &["cycle 9 (leaf 7) was changed", "cycle 8 (leaf 8) was changed"],
+            "UPDATE cycles SET leaf = 99 WHERE cycle_id = 8; UPDATE cycles SET leaf = 15 WHERE cycle_id = 9;
+             UPDATE cycles SET leaf = 17 WHERE cycle_id = 8",
+            &["cycle 9 (leaf 15) was changed", "cycle 8 (leaf 17) was changed"],
         ),
-        ("UPDATE cycles SET leaf = NULL WHERE cycle_id = 8", &["leaf 7 is missing", "cycle 8 has no leaf"]),
-        ("UPDATE hashes SET hash = zeroblob(32) WHERE id = (SELECT max(id) FROM hashes)", &["(leaf 12) was changed"]),
-        ("UPDATE hashes SET hash = zeroblob(32) WHERE id = 6", &["entries do not have the root"]),
-        ("DELETE FROM hashes WHERE id = 6", &["lacks the hashes of the entries before leaf 6"]),
+        ("UPDATE cycles SET leaf = NULL WHERE cycle_id = 8", &["leaf 15 is missing", "cycle 8 has no leaf"]),
+        ("UPDATE hashes SET hash = zeroblob(32) WHERE id = 47", &["event of leaf 25 was changed"]),
+        ("UPDATE hashes SET hash = zeroblob(32) WHERE id = 6", &["the hash 6 in the table hashes is not that of the entries"]),
+        ("DELETE FROM hashes WHERE id = 7", &["the table hashes lacks the hash of leaf 4"]),
         ("INSERT INTO hashes VALUES (99, zeroblob(32))", &["the hash 99 in the table hashes belongs to no entry"]),
         (
-            "DELETE FROM cycles WHERE cycle_id = 12; DELETE FROM hashes WHERE id >= 22;
-             UPDATE meta SET log_size = 12, last_cycle_id = 11, last_revision = 11",
-            &["the log has 12 entries, and the checkpoint of"],
+            "DELETE FROM cycles WHERE cycle_id = 12; DELETE FROM audit WHERE leaf = 25; DELETE FROM hashes WHERE id >= 46;
+             UPDATE meta SET log_size = 24, last_cycle_id = 11, last_revision = 11",
+            &["the log has 24 entries, and the checkpoint of"],
         ),
     ];
     for (i, (change, expected)) in changes.into_iter().enumerate() {
@@ -516,7 +522,7 @@ async fn a_database_is_verified_only_by_a_checkpoint_that_the_key_has_signed() {
     assert!(code == Some(1) && said.contains("it is not signed by the key"), "{said}");
     // The whole history, made anew and signed with another key.
     let signed = home.path("other.checkpoint");
-    let forged = Signer { origin: key.name().into(), keys: vec![other] }.sign(13, Hash([1; 32]));
+    let forged = Signer { origin: key.name().into(), keys: vec![other] }.sign(26, Hash([1; 32]));
     fs::write(&signed, forged).unwrap();
     let (code, said) = verify(&path, &key, &["--checkpoint", signed.to_str().unwrap()]);
     assert!(code == Some(1) && said.contains("it is not signed by the key"), "{said}");

@@ -22,7 +22,7 @@ use orchestrator_core::{
     ledger::Signer,
     memory::{Memory, Shares},
     model::{
-        Answer, BreakerSpec, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec,
+        Answer, BreakerSpec, Cause, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec,
         LoopStart, Name, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
     },
     orchestrator::{Change, Declared, NotCancelled, Orchestrator, OrchestratorTasks, Refusal, Registrar, Settings},
@@ -40,6 +40,11 @@ use tokio::time::sleep;
 const MAX_CONCURRENT_CALLS: usize = 5;
 const MAX_OUTPUTS_BYTES: usize = 4_000;
 const MAX_RECORD_BYTES: usize = 20_000;
+
+/// The cause of changes of these tests.
+fn by_test() -> Cause {
+    Cause::of_service("test")
+}
 
 /// The behaviour of a called subsystem.
 #[derive(Clone, Debug)]
@@ -331,7 +336,7 @@ async fn run(case: Case) {
     let mut registered = BTreeMap::new();
     for Scripted { spec, .. } in &case.fleet {
         let Ok(subsystem) = Subsystem::from_spec(spec) else { continue };
-        match orchestrator.register(subsystem.clone(), None, &Registrar::Anyone).await {
+        match orchestrator.register(subsystem.clone(), None, &Registrar::Anyone, by_test()).await {
             Ok((_, created)) => {
                 assert_eq!(created, Change::Created);
                 registered.insert(spec.name.clone(), subsystem);
@@ -345,13 +350,13 @@ async fn run(case: Case) {
     let mut started = Vec::new();
     for (i, step) in case.steps.iter().enumerate() {
         if let Some(suspend) = step.suspend.map(name).filter(|name| known.contains(name)) {
-            orchestrator.suspend(&Name::parse(&suspend).unwrap(), i.is_multiple_of(2)).await.unwrap();
+            orchestrator.suspend(&Name::parse(&suspend).unwrap(), i.is_multiple_of(2), by_test()).await.unwrap();
         }
         let ticket = orchestrator.run_cycle(request(step, &known), false).await.unwrap();
         assert_eq!(ticket.cycle_id, CycleId(i as u64 + 1));
         if let Some(cancel_after) = step.cancel_after {
             sleep(cancel_after).await;
-            match orchestrator.cancel_cycle(ticket.cycle_id).await {
+            match orchestrator.cancel_cycle(ticket.cycle_id, by_test()).await {
                 Ok(_) | Err(NotCancelled::CycleFinished(_)) => {}
                 Err(refusal) => panic!("{refusal}"),
             }
@@ -496,7 +501,10 @@ async fn loops_over_disjoint_subsystems_lose_no_tick_to_each_other() {
     let fleet = Fleet::of(scripted);
     let (orchestrator, mut tasks) = start(Settings { max_concurrent_calls: 100, ..settings() }, &fleet).await;
     for scripted in fleet.scripted.values() {
-        orchestrator.register(Subsystem::from_spec(&scripted.spec).unwrap(), None, &Registrar::Anyone).await.unwrap();
+        orchestrator
+            .register(Subsystem::from_spec(&scripted.spec).unwrap(), None, &Registrar::Anyone, by_test())
+            .await
+            .unwrap();
     }
     for (loop_name, milliseconds, subsystems) in [("fast", 500, 0..3), ("slow", 2000, 3..6)] {
         let spec = LoopSpec {
@@ -505,7 +513,7 @@ async fn loops_over_disjoint_subsystems_lose_no_tick_to_each_other() {
             subsystems: subsystems.map(name).collect(),
             ..LoopSpec::default()
         };
-        orchestrator.start_loop(LoopStart::from_spec(&spec).unwrap()).await.unwrap();
+        orchestrator.start_loop(LoopStart::from_spec(&spec).unwrap(), by_test()).await.unwrap();
     }
     sleep(Duration::from_millis(20_250)).await;
     let ticks = |name: &str| {

@@ -9,7 +9,7 @@
 mod common;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     env,
     sync::{Arc, Mutex},
     time::Duration,
@@ -23,6 +23,7 @@ use common::{
 };
 use fastrand::Rng;
 use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, OverlapPolicy, cycle_event::Event};
+use prost::Message;
 use prost_types::Duration as Span;
 use serde_json::json;
 use tokio::{select, sync::watch, task::JoinSet, time::sleep};
@@ -68,7 +69,7 @@ async fn promises_hold_whenever_the_process_is_killed() {
         }
         let (service, client) = start(&home, &mut last_epoch).await;
         if life == 0 {
-            register_chain(client.clone(), &fleet).await;
+            register_chain(client.clone(), &fleet, &acknowledged).await;
         }
         clients.send_replace(Some(client.clone()));
         let mut running: JoinSet<Caller> = callers.into_iter().map(|caller| caller.live(client.clone())).collect();
@@ -93,7 +94,11 @@ async fn promises_hold_whenever_the_process_is_killed() {
     // No cycle starts after the last one, so that the compared data does not change.
     let stop = pb::StopIntervalLoopRequest { name: Looper::NAME.into() };
     let stopped = answer(client.stop_interval_loop(stop).await, &["LOOP_NOT_FOUND"]);
-    assert!(!matches!(stopped, Answer::Killed), "the service has failed");
+    match stopped {
+        Answer::Response(_) => acknowledged.changed("StopIntervalLoop", Looper::TARGET),
+        Answer::Refused => {}
+        Answer::Killed => panic!("the service has failed"),
+    }
     let last = client.run().await.unwrap();
     watched.until(last.revision).await;
     following.abort();
@@ -103,6 +108,7 @@ async fn promises_hold_whenever_the_process_is_killed() {
 
     // The history is the same after a graceful end.
     assert_eq!(service.stop().await.code(), Some(0));
+    check_audit(&home, &history, &acknowledged);
     let (_service, mut client) = start(&home, &mut last_epoch).await;
     assert_eq!(client.history().await.unwrap(), history);
     summarize(&history);
@@ -117,7 +123,7 @@ async fn start(home: &Home, last_epoch: &mut u64) -> (Service, Client) {
     (service, client)
 }
 
-async fn register_chain(mut client: Client, fleet: &Fleet) {
+async fn register_chain(mut client: Client, fleet: &Fleet, acknowledged: &Acknowledged) {
     let mut before = None;
     for (i, name) in CHAIN.into_iter().enumerate() {
         let chained = pb::Registration {
@@ -126,6 +132,7 @@ async fn register_chain(mut client: Client, fleet: &Fleet) {
             ..registration(name, &fleet.endpoints()[i % 3])
         };
         client.register(chained).await.unwrap();
+        acknowledged.changed("RegisterSubsystem", name);
         before = Some(name.to_owned());
     }
 }
@@ -151,6 +158,10 @@ async fn moment(rng: &mut Rng, acknowledged: &Acknowledged, fleet: &Fleet, watch
 struct Acknowledged {
     cycles: Mutex<BTreeMap<u64, Option<Bytes>>>,
     requests: Mutex<BTreeMap<String, u64>>,
+    /// The cycles whose cancellation was acknowledged.
+    cancelled: Mutex<BTreeSet<u64>>,
+    /// Number of other changes, by their RPCs and targets.
+    changes: Mutex<BTreeMap<(&'static str, String), u64>>,
     count: watch::Sender<usize>,
 }
 
@@ -176,6 +187,11 @@ impl Acknowledged {
             assert_eq!(first, cycle_id, "request {request_id} started two cycles");
         }
         self.add();
+    }
+
+    /// Counts a change that was made, whether it was acknowledged or seen later.
+    fn changed(&self, rpc: &'static str, target: &str) {
+        *self.changes.lock().unwrap().entry((rpc, target.to_owned())).or_default() += 1;
     }
 
     fn count(&self) -> usize {
@@ -344,7 +360,10 @@ impl Runner {
                 let cycle_id = self.run(client, request, &[]).await?;
                 let cancelled = client.cancel_cycle(pb::CancelCycleRequest { cycle_id }).await;
                 match answer(cancelled, &["CYCLE_FINISHED"]) {
-                    Answer::Response(response) => self.acknowledged.cycle(cycle_id, &response.telemetry, ""),
+                    Answer::Response(response) => {
+                        self.acknowledged.cycle(cycle_id, &response.telemetry, "");
+                        self.acknowledged.cancelled.lock().unwrap().insert(cycle_id);
+                    }
                     Answer::Refused => {}
                     Answer::Killed => return None,
                 }
@@ -387,6 +406,8 @@ struct Registrar {
     version: u32,
     /// The possible states by name: one, or two after a call that was never answered.
     possible: BTreeMap<String, Vec<Standing>>,
+    /// The RPC of the last call for each.
+    asked: BTreeMap<String, &'static str>,
 }
 
 /// The state of a subsystem; `None` if it is not registered.
@@ -406,6 +427,7 @@ impl Registrar {
             endpoints: fleet.endpoints().to_vec(),
             version: 0,
             possible: (1..=3).map(|i| (format!("registrar{name}-{i}"), vec![None])).collect(),
+            asked: BTreeMap::new(),
         }
     }
 
@@ -447,26 +469,26 @@ impl Registrar {
                     self.version += 1;
                     let registration = self.registration(&name, self.version);
                     let suspended = now.as_ref().is_some_and(|now| now.suspended);
-                    self.possible(&name, Some(Registered { version: self.version, suspended }));
+                    self.possible("RegisterSubsystem", &name, Some(Registered { version: self.version, suspended }));
                     let response = self.answered(client.register(registration).await.map(Response::new))?;
                     assert_eq!(response.created, now.is_none());
                     self.certain(&name, response.subsystem.as_ref());
                 }
                 (None, _) => {}
                 (Some(_), 2) => {
-                    self.possible(&name, None);
+                    self.possible("UnregisterSubsystem", &name, None);
                     let request = pb::UnregisterSubsystemRequest { name: name.clone() };
                     self.answered(client.unregister_subsystem(request).await)?;
                     self.certain(&name, None);
                 }
                 (Some(now), 3) => {
-                    self.possible(&name, Some(Registered { suspended: true, ..now }));
+                    self.possible("SuspendSubsystem", &name, Some(Registered { suspended: true, ..now }));
                     let request = pb::SuspendSubsystemRequest { name: name.clone() };
                     let response = self.answered(client.suspend_subsystem(request).await)?;
                     self.certain(&name, response.subsystem.as_ref());
                 }
                 (Some(now), _) => {
-                    self.possible(&name, Some(Registered { suspended: false, ..now }));
+                    self.possible("ResumeSubsystem", &name, Some(Registered { suspended: false, ..now }));
                     let request = pb::ResumeSubsystemRequest { name: name.clone() };
                     let response = self.answered(client.resume_subsystem(request).await)?;
                     self.certain(&name, response.subsystem.as_ref());
@@ -486,12 +508,14 @@ impl Registrar {
             };
             let possible = self.possible.get_mut(&name).unwrap();
             assert!(possible.contains(&found), "{name} is {found:?}, but the possible states are {possible:?}");
-            *possible = vec![found];
+            self.found(&name, found);
         }
         Some(())
     }
 
-    fn possible(&mut self, name: &str, standing: Standing) {
+    /// A state that is possible from now on, after a call of this RPC.
+    fn possible(&mut self, rpc: &'static str, name: &str, standing: Standing) {
+        self.asked.insert(name.to_owned(), rpc);
         self.possible.get_mut(name).unwrap().push(standing);
     }
 
@@ -500,6 +524,15 @@ impl Registrar {
         let found = status.map(|status| self.standing(status));
         let possible = self.possible.get_mut(name).unwrap();
         assert_eq!(possible.last(), Some(&found));
+        self.found(name, found);
+    }
+
+    /// This state is the only possible one. If it is not the one before the last call, that call has changed it.
+    fn found(&mut self, name: &str, found: Standing) {
+        let possible = self.possible.get_mut(name).unwrap();
+        if possible[0] != found {
+            self.acknowledged.changed(self.asked[name], name);
+        }
         *possible = vec![found];
     }
 
@@ -522,6 +555,8 @@ struct Looper {
 
 impl Looper {
     const NAME: &str = "heartbeat";
+    /// As the audit names it.
+    const TARGET: &str = "loop:heartbeat";
 
     fn new(rng: &mut Rng, acknowledged: &Arc<Acknowledged>) -> Self {
         Self { rng: rng.fork(), acknowledged: acknowledged.clone(), possible: vec![None], due: 0 }
@@ -533,7 +568,7 @@ impl Looper {
             self.possible.push(None);
             let request = pb::StopIntervalLoopRequest { name: Self::NAME.into() };
             let Answer::Response(_) = answer(client.stop_interval_loop(request).await, &[]) else { return None };
-            self.possible = vec![None];
+            self.found(None);
             self.due = 0;
         } else {
             let interval = self.rng.i32(10..80);
@@ -547,7 +582,7 @@ impl Looper {
             };
             let request = pb::StartIntervalLoopRequest { r#loop: Some(settings) };
             let Answer::Response(_) = answer(client.start_interval_loop(request).await, &[]) else { return None };
-            self.possible = vec![Some(interval)];
+            self.found(Some(interval));
         }
         self.acknowledged.add();
         // Let it tick for a while.
@@ -577,8 +612,17 @@ impl Looper {
             self.due = 0;
         }
         assert!(self.possible.contains(&found), "the loop is {found:?}, but was acknowledged as {:?}", self.possible);
-        self.possible = vec![found];
+        self.found(found);
         Some(())
+    }
+
+    /// This interval is the only possible one. If it is not the one before the last call, that call has changed it.
+    fn found(&mut self, found: Option<i32>) {
+        if self.possible[0] != found {
+            let rpc = if found.is_some() { "StartIntervalLoop" } else { "StopIntervalLoop" };
+            self.acknowledged.changed(rpc, Self::TARGET);
+        }
+        self.possible = vec![found];
     }
 }
 
@@ -640,6 +684,42 @@ fn check_calls(fleet: &Fleet, history: &[Bytes]) {
             }
         }
     }
+}
+
+/// Each change has exactly one audit event, and each event has its change.
+fn check_audit(home: &Home, history: &[Bytes], acknowledged: &Acknowledged) {
+    let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
+    let mut query = database.prepare("SELECT event FROM audit ORDER BY leaf").unwrap();
+    let events = query.query_map([], |row| row.get::<_, Vec<u8>>(0)).unwrap();
+    let (mut runs, mut cancels, mut others) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    for event in events {
+        let event = pb::AuditEvent::decode(&event.unwrap()[..]).unwrap();
+        let count = match event.rpc.as_str() {
+            "RunCycle" => runs.entry(event.cycle_id).or_insert(0_u64),
+            "CancelCycle" => cancels.entry(event.cycle_id).or_insert(0),
+            // The subsystems of the loop come after it.
+            rpc => others.entry((rpc.to_owned(), event.targets[0].clone())).or_insert(0),
+        };
+        *count += 1;
+    }
+    let cycles = history.iter().cloned().map(decode).filter(|cycle| cycle.trigger() != pb::Trigger::Loop);
+    assert_eq!(runs, cycles.map(|cycle| (cycle.cycle_id, 1)).collect());
+    assert!(cancels.iter().all(|(cycle_id, count)| *count == 1 && runs.contains_key(cycle_id)), "{cancels:?}");
+    let lost: Vec<_> = acknowledged
+        .cancelled
+        .lock()
+        .unwrap()
+        .iter()
+        .filter(|cycle_id| !cancels.contains_key(cycle_id))
+        .copied()
+        .collect();
+    assert_eq!(lost, Vec::<u64>::new(), "acknowledged cancellations without an event");
+    let changes = acknowledged.changes.lock().unwrap();
+    assert_eq!(
+        others,
+        changes.iter().map(|((rpc, target), count)| (((*rpc).to_owned(), target.clone()), *count)).collect()
+    );
+    println!("{} runs, {} cancellations and {} other changes are audited", runs.len(), cancels.len(), others.len());
 }
 
 /// Prints the numbers of checked cycles.

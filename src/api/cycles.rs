@@ -11,15 +11,22 @@ use super::{
     handlers::{Handlers, MAX_ANSWER, invalid},
     request, response,
 };
-use crate::{engine::Schedule, model::Name, orchestrator::Orchestrator, ports::Page, proto::orchestrator::v1 as pb};
+use crate::{
+    engine::Schedule,
+    model::{CycleRequest, Name},
+    orchestrator::Orchestrator,
+    ports::Page,
+    proto::orchestrator::v1 as pb,
+};
 
 impl Handlers {
     pub(super) async fn run_cycle(
         &self,
         mut call: Entered<pb::RunCycleRequest>,
     ) -> Result<pb::RunCycleResponse, Status> {
-        let (request, trace) = (call.take_request(), call.caller.trace.clone());
+        let trace = call.caller.trace.clone();
         let triggered_by = call.authority.identity().cloned();
+        let (request, by) = call.take_change();
         let (validate_only, is_async) = (request.validate_only, request.r#async);
         let named = request.subsystems.len();
         let now = self.clock.now();
@@ -34,6 +41,7 @@ impl Handlers {
             }
             return Ok(pb::RunCycleResponse { plan: Some(plan), ..Default::default() });
         }
+        let request = CycleRequest { cause: Some(Arc::new(by)), ..request };
         let ticket = call.orchestrator().run_cycle(request, is_async).await.map_err(status)?;
         // The rest of the request belongs to the cycle.
         call.forget_request();
@@ -66,8 +74,9 @@ impl Handlers {
 }
 
 pub(super) async fn cancel_cycle(mut call: Entered<pb::CancelCycleRequest>) -> Result<pb::CancelCycleResponse, Status> {
-    let cycle_id = request::cycle_id(call.take_request().cycle_id).map_err(invalid)?;
-    let record = call.orchestrator().cancel_cycle(cycle_id).await.map_err(status)?;
+    let (request, by) = call.take_change();
+    let cycle_id = request::cycle_id(request.cycle_id).map_err(invalid)?;
+    let record = call.orchestrator().cancel_cycle(cycle_id, by).await.map_err(status)?;
     let telemetry = call.orchestrator().keep(&record).await.map_err(status)?;
     Ok(pb::CancelCycleResponse { telemetry })
 }

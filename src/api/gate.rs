@@ -5,6 +5,7 @@
 use std::{sync::Arc, task::Poll};
 
 use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
+use jiff::Timestamp;
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -15,7 +16,9 @@ use super::{
     rpc::{Asks, Rpc},
 };
 use crate::{
+    access::Targets,
     memory::{Held, Memory},
+    model::{AuditTargets, Cause, Decision, Identity},
     orchestrator::{Orchestrator, Refusal},
 };
 
@@ -34,6 +37,9 @@ pub struct Entered<Q> {
     orchestrator: Arc<Orchestrator>,
     pub(super) caller: Caller,
     pub(super) authority: Authority,
+    identity: Identity,
+    would_be_denied: bool,
+    begun_at: Timestamp,
     judge: Judge,
     rpc: Rpc,
     request: Q,
@@ -66,6 +72,23 @@ impl<Q: Default> Entered<Q> {
     /// The request.
     pub(super) fn take_request(&mut self) -> Q {
         std::mem::take(&mut self.request)
+    }
+
+    /// The request, and this call as the cause of the change that it asks for, for the audit.
+    pub(super) fn take_change(&mut self) -> (Q, Cause)
+    where
+        Q: Asks,
+    {
+        let cause = Cause {
+            rpc: Q::RPC.name().into(),
+            caller: Some(self.identity.clone()),
+            peer: self.caller.peer.origin.to_string(),
+            decision: if self.would_be_denied { Decision::WouldBeDenied } else { Decision::Allowed },
+            targets: named(&self.request.targets()),
+            request_digest: Some(self.orchestrator.digest(&self.request.encode_to_vec())),
+            begun_at: Some(self.begun_at),
+        };
+        (self.take_request(), cause)
     }
 
     /// Releases the memory of the request, which is no longer needed.
@@ -107,10 +130,20 @@ impl Gate {
     pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
         let (_, mut extensions, request) = request.into_parts();
         let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
-        let authority = self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
+        let judged = self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
         let room = self.room_of(&request)?;
-        let (orchestrator, judge) = (self.orchestrator.clone(), self.judge.clone());
-        Ok(Entered { orchestrator, caller, authority, judge, rpc: Q::RPC, request, room })
+        Ok(Entered {
+            orchestrator: self.orchestrator.clone(),
+            caller,
+            authority: judged.authority,
+            identity: judged.identity,
+            would_be_denied: judged.would_be_denied.is_some(),
+            begun_at: self.judge.now(),
+            judge: self.judge.clone(),
+            rpc: Q::RPC,
+            request,
+            room,
+        })
     }
 
     /// Memory for a decoded request until it is answered. At most all of it: any request that could be received is
@@ -172,6 +205,15 @@ impl Gate {
     fn call<Q: Asks>(&self, request: &Request<Q>) -> CountedCall {
         CountedCall::begin(self.calls.clone(), Q::RPC, request.extensions().get())
     }
+}
+
+/// The targets of a request, as the audit names them.
+fn named(targets: &Targets<'_>) -> AuditTargets {
+    let Targets { all_subsystems, subsystems, r#loop, details: _, registrations } = targets;
+    let all = all_subsystems.then(|| "*".to_owned());
+    let names = subsystems.iter().copied().chain(registrations.iter().map(|registration| registration.name));
+    let r#loop = r#loop.map(|name| format!("loop:{name}"));
+    all.into_iter().chain(r#loop).chain(names.map(str::to_owned)).collect()
 }
 
 /// The stream, which ends with the status of `lapse` as soon as that is there.

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use futures_util::{FutureExt, future::BoxFuture};
 use jiff::Timestamp;
 use tokio::{select, sync::watch, time::sleep};
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::{caller::Caller, calls::CallCounts, error, rpc::Rpc, rules::Rule};
 use crate::{
@@ -94,6 +94,16 @@ pub(super) struct Who {
     pub(super) problem: Option<Unauthenticated>,
 }
 
+/// A call that is admitted.
+pub(super) struct Judged {
+    /// The identity of the caller; `Nobody` if the policy is off.
+    pub(super) identity: Identity,
+    /// What it may change.
+    pub(super) authority: Authority,
+    /// The code with which the call would be refused if the policy was enforced.
+    pub(super) would_be_denied: Option<Code>,
+}
+
 /// The policy in force. All clones share it.
 #[derive(Clone)]
 pub(super) struct Judge(Arc<Shared>);
@@ -134,7 +144,7 @@ impl Judge {
         authenticated.map(drop).map_err(|why| self.denied(caller, call, &Denied::Unauthenticated(why), policy.mode()))
     }
 
-    /// Checks that a caller may make a call, and returns its authority. In the mode `dry_run`, it may make every call;
+    /// Checks that a caller may make a call. In the mode `dry_run`, it may make every call;
     /// calls that would be refused are logged and counted.
     ///
     /// # Errors
@@ -145,15 +155,12 @@ impl Judge {
         rpc: Rpc,
         calls: &CallCounts,
         targets: impl FnOnce() -> Targets<'t>,
-    ) -> Result<Authority, Status> {
-        match self.decide(caller, rpc.name(), rpc.rule(), targets) {
-            Ok(authority) => Ok(authority),
-            Err((Mode::Enforce, status)) => Err(status),
-            Err((_, status)) => {
-                calls.would_be_denied(caller.way, rpc, status.code());
-                Ok(Authority::Anyone)
-            }
+    ) -> Result<Judged, Status> {
+        let judged = self.judge(caller, rpc.name(), rpc.rule(), targets)?;
+        if let Some(code) = judged.would_be_denied {
+            calls.would_be_denied(caller.way, rpc, code);
         }
+        Ok(judged)
     }
 
     /// Checks that a caller may use a service beside the RPCs. As [`Judge::check`], but not counted.
@@ -161,10 +168,7 @@ impl Judge {
     /// # Errors
     /// It may not, and the policy is enforced.
     pub(super) fn check_beside(&self, caller: &Caller, name: &'static str, rule: Rule) -> Result<(), Status> {
-        match self.decide(caller, name, rule, Targets::default) {
-            Err((Mode::Enforce, status)) => Err(status),
-            _ => Ok(()),
-        }
+        self.judge(caller, name, rule, Targets::default).map(drop)
     }
 
     /// The status of a call whose caller may make it, but not change what another caller owns.
@@ -172,25 +176,44 @@ impl Judge {
         self.denied(caller, rpc.name(), &Denied::NotOwner { call: rpc.name(), refusal }, Mode::Enforce)
     }
 
-    /// The authority of the caller; or the mode of the policy in force, and the status of the call that it denies.
-    fn decide<'t>(
+    /// Judges a call by the policy in force.
+    ///
+    /// # Errors
+    /// It is denied, and the policy is enforced.
+    fn judge<'t>(
         &self,
         caller: &Caller,
         call: &'static str,
         rule: Rule,
         targets: impl FnOnce() -> Targets<'t>,
-    ) -> Result<Authority, (Mode, Status)> {
+    ) -> Result<Judged, Status> {
         let policy = self.0.policy.borrow().clone();
+        let anyone = |identity| Judged { identity, authority: Authority::Anyone, would_be_denied: None };
         if policy.mode() == Mode::Off {
-            return Ok(Authority::Anyone);
+            return Ok(anyone(Identity::Nobody));
         }
-        match judge(&policy, self.0.clock.now(), caller, (call, rule), &targets()) {
+        let denied = match judge(&policy, self.0.clock.now(), caller, (call, rule), &targets()) {
             Ok((Authenticated { identity, .. }, rights)) if policy.mode() == Mode::Enforce => {
-                Ok(Authority::Granted { identity, rights })
+                let authority = Authority::Granted { identity: identity.clone(), rights };
+                return Ok(Judged { authority, ..anyone(identity) });
             }
-            Ok(_) => Ok(Authority::Anyone),
-            Err(denied) => Err((policy.mode(), self.denied(caller, call, &denied, policy.mode()))),
+            Ok((Authenticated { identity, .. }, _)) => return Ok(anyone(identity)),
+            Err(denied) => denied,
+        };
+        let status = self.denied(caller, call, &denied, policy.mode());
+        if policy.mode() == Mode::Enforce {
+            return Err(status);
         }
+        let identity = match denied {
+            Denied::Unauthenticated(_) | Denied::NotOwner { .. } => Identity::Nobody,
+            Denied::NotAllowed { identity, .. } => identity,
+        };
+        Ok(Judged { would_be_denied: Some(status.code()), ..anyone(identity) })
+    }
+
+    /// The time by which callers are judged.
+    pub(super) fn now(&self) -> Timestamp {
+        self.0.clock.now()
     }
 
     /// The caller, as the policy in force knows it.

@@ -16,13 +16,14 @@ impl Handlers {
         &self,
         mut call: Entered<pb::StartIntervalLoopRequest>,
     ) -> Result<pb::StartIntervalLoopResponse, Status> {
-        let request = call.take_request();
+        let (request, by) = call.take_change();
         let named = request.r#loop.as_ref().map_or(0, |settings| settings.subsystems.len());
         let read = self.offload(named, move || request::interval_loop(request.r#loop)).await?;
-        let entry = call.orchestrator().start_loop(read.map_err(invalid)?).await.map_err(|refusal| match refusal {
-            Refusal::Invalid(violations) => invalid(violations.inside("loop")),
-            refusal => status(refusal),
-        })?;
+        let entry =
+            call.orchestrator().start_loop(read.map_err(invalid)?, by).await.map_err(|refusal| match refusal {
+                Refusal::Invalid(violations) => invalid(violations.inside("loop")),
+                refusal => status(refusal),
+            })?;
         Ok(pb::StartIntervalLoopResponse { r#loop: Some(response::loop_status(&call.authority, &entry)) })
     }
 }
@@ -30,8 +31,9 @@ impl Handlers {
 pub(super) async fn stop_interval_loop(
     mut call: Entered<pb::StopIntervalLoopRequest>,
 ) -> Result<pb::StopIntervalLoopResponse, Status> {
-    let name = request::name("name", &call.take_request().name).map_err(invalid)?;
-    let entry = call.orchestrator().stop_loop(&name).await.map_err(status)?;
+    let (request, by) = call.take_change();
+    let name = request::name("name", &request.name).map_err(invalid)?;
+    let entry = call.orchestrator().stop_loop(&name, by).await.map_err(status)?;
     Ok(pb::StopIntervalLoopResponse { r#loop: Some(response::loop_status(&call.authority, &entry)) })
 }
 

@@ -13,7 +13,7 @@ use super::{
     request, response,
 };
 use crate::{
-    model::Name,
+    model::{Cause, Name},
     orchestrator::{Change, Registered},
     ports::{CallError, Snapshot},
     proto::{orchestrator::v1 as pb, timestamp},
@@ -24,11 +24,10 @@ impl Handlers {
         &self,
         mut call: Entered<pb::RegisterSubsystemRequest>,
     ) -> Result<pb::RegisterSubsystemResponse, Status> {
-        let request = call.take_request();
-        let pb::RegisterSubsystemRequest { registration, lease } = request;
+        let (pb::RegisterSubsystemRequest { registration, lease }, by) = call.take_change();
         let subsystem = request::registration(registration, &self.reach).map_err(invalid)?;
         let lease = request::lease(lease).map_err(invalid)?;
-        let registered = call.orchestrator().register(subsystem, lease, &call.authority.registrar()).await;
+        let registered = call.orchestrator().register(subsystem, lease, &call.authority.registrar(), by).await;
         let (registered, change) = registered.map_err(|refusal| call.refused(refusal))?;
         let subsystem = Some(listed(&call, &registered, None));
         Ok(pb::RegisterSubsystemResponse { subsystem, created: change == Change::Created })
@@ -38,13 +37,13 @@ impl Handlers {
         &self,
         mut call: Entered<pb::RegisterSubsystemsRequest>,
     ) -> Result<pb::RegisterSubsystemsResponse, Status> {
-        let request = call.take_request();
+        let (request, by) = call.take_change();
         let named =
             request.registrations.iter().map(|it| 1 + it.requires.len() + it.after.len() + it.reads.len()).sum();
         let reach = self.reach.clone();
         let read = self.offload(named, move || request::registrations(request, &reach)).await?;
         let (subsystems, lease) = read.map_err(invalid)?;
-        let registered = call.orchestrator().register_all(subsystems, lease, &call.authority.registrar()).await;
+        let registered = call.orchestrator().register_all(subsystems, lease, &call.authority.registrar(), by).await;
         let registered = registered.map_err(|refusal| call.refused(refusal))?;
         let mut answer = pb::RegisterSubsystemsResponse::default();
         for (registered, change) in registered {
@@ -107,8 +106,9 @@ impl Handlers {
 pub(super) async fn unregister_subsystem(
     mut call: Entered<pb::UnregisterSubsystemRequest>,
 ) -> Result<pb::UnregisterSubsystemResponse, Status> {
-    let name = subsystem_name(&call.take_request().name)?;
-    let unregistered = call.orchestrator().unregister(&name, &call.authority.registrar()).await;
+    let (request, by) = call.take_change();
+    let name = subsystem_name(&request.name)?;
+    let unregistered = call.orchestrator().unregister(&name, &call.authority.registrar(), by).await;
     unregistered.map_err(|refusal| call.refused(refusal))?;
     Ok(pb::UnregisterSubsystemResponse {})
 }
@@ -155,20 +155,20 @@ pub(super) async fn renew_lease(mut call: Entered<pb::RenewLeaseRequest>) -> Res
 pub(super) async fn suspend_subsystem(
     mut call: Entered<pb::SuspendSubsystemRequest>,
 ) -> Result<pb::SuspendSubsystemResponse, Status> {
-    let name = call.take_request().name;
-    Ok(pb::SuspendSubsystemResponse { subsystem: Some(suspended(&call, &name, true).await?) })
+    let (request, by) = call.take_change();
+    Ok(pb::SuspendSubsystemResponse { subsystem: Some(suspended(&call, &request.name, true, by).await?) })
 }
 
 pub(super) async fn resume_subsystem(
     mut call: Entered<pb::ResumeSubsystemRequest>,
 ) -> Result<pb::ResumeSubsystemResponse, Status> {
-    let name = call.take_request().name;
-    Ok(pb::ResumeSubsystemResponse { subsystem: Some(suspended(&call, &name, false).await?) })
+    let (request, by) = call.take_change();
+    Ok(pb::ResumeSubsystemResponse { subsystem: Some(suspended(&call, &request.name, false, by).await?) })
 }
 
 /// Suspends or resumes a subsystem, and returns its status after that.
-async fn suspended<Q>(call: &Entered<Q>, name: &str, suspend: bool) -> Result<pb::SubsystemStatus, Status> {
-    let registered = call.orchestrator().suspend(&subsystem_name(name)?, suspend).await.map_err(status)?;
+async fn suspended<Q>(call: &Entered<Q>, name: &str, suspend: bool, by: Cause) -> Result<pb::SubsystemStatus, Status> {
+    let registered = call.orchestrator().suspend(&subsystem_name(name)?, suspend, by).await.map_err(status)?;
     Ok(listed(call, &registered, None))
 }
 

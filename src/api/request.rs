@@ -74,6 +74,7 @@ pub(super) fn cycle(
         deadline,
         record_outputs,
         trace,
+        cause: None,
     };
     bad.into_result(request)
 }

@@ -57,16 +57,17 @@ impl Verify {
                 printed = print(&format!("wrong: {}\n", clean(&problem)));
             }
         };
-        let rules = Rules { record: record::check_columns, pruned: record::decode_pruned };
+        let rules = Rules { record: record::check_columns, event: record::check_event, pruned: record::decode_pruned };
         let verified = store::verify(&db, &checkpoint, rules, &mut wrong);
         let verified = verified.map_err(|error| refused(error.to_string()))?;
         printed?;
-        let Verified { entries, first_kept, records, unlogged } = verified;
+        let Verified { entries, first_kept, records, events, unlogged } = verified;
         if count > 0 {
             return Err(refused(format!("{} differs from what was recorded in {count} ways", db.display())));
         }
         let mut lines = vec![format!(
-            "{} has the log {} of {entries} entries, {} of which are signed; {records} records are as they were written",
+            "{} has the log {} of {entries} entries, {} of which are signed; {records} records and {events} audit events are \
+             as they were written",
             db.display(),
             checkpoint.origin,
             checkpoint.size

@@ -10,6 +10,8 @@ use super::tree::Hash;
 pub enum Entry<'a> {
     /// The record of a cycle: an encoded `CycleTelemetry`.
     Cycle(&'a [u8]),
+    /// An encoded `AuditEvent`.
+    Audit(&'a [u8]),
     /// An encoded `ControlEntry`.
     Control(&'a [u8]),
 }
@@ -31,6 +33,7 @@ impl Entry<'_> {
         const LENGTH_DELIMITED: u8 = 2;
         let field = match self {
             Self::Cycle(_) => 1,
+            Self::Audit(_) => 2,
             Self::Control(_) => 3,
         };
         let mut head = vec![field << 3 | LENGTH_DELIMITED];
@@ -48,7 +51,7 @@ impl Entry<'_> {
 
     fn stored(&self) -> &[u8] {
         match self {
-            Self::Cycle(stored) | Self::Control(stored) => stored,
+            Self::Cycle(stored) | Self::Audit(stored) | Self::Control(stored) => stored,
         }
     }
 }
@@ -56,14 +59,14 @@ impl Entry<'_> {
 /// The removals of retention, in a control entry: an entry that is missing without one was removed by someone else.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RecordsPruned {
-    /// The leaves whose records were removed with this entry, lowest first.
+    /// The leaves whose records or audit events were removed with this entry, lowest first.
     pub leaves: Vec<Range<u64>>,
-    /// All entries below this leaf are gone: records, and control entries, which this one supersedes.
+    /// All entries below this leaf are gone: records and audit events, and control entries, which this one supersedes.
     pub first_kept: u64,
 }
 
 impl RecordsPruned {
-    /// The removal of the records of these leaves, lowest first.
+    /// The removal of the records and events of these leaves, lowest first.
     pub fn of(leaves: impl IntoIterator<Item = u64>, first_kept: u64) -> Self {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for leaf in leaves {
@@ -87,6 +90,7 @@ mod tests {
         assert_eq!(bytes(127)[..3], [0x0a, 0x7f, 7]);
         assert_eq!(bytes(128)[..4], [0x0a, 0x80, 0x01, 7]);
         assert_eq!(bytes(300)[..4], [0x0a, 0xac, 0x02, 7]);
+        assert_eq!(Entry::Audit(b"x").to_bytes(), [0x12, 1, b'x']);
         assert_eq!(Entry::Control(b"x").to_bytes(), [0x1a, 1, b'x']);
     }
 

@@ -100,6 +100,11 @@ impl SigningKey {
         Ok(Self { pair, seed, verifying })
     }
 
+    /// The secret, from which other keys are derived.
+    pub(super) fn seed(&self) -> &[u8] {
+        &self.seed
+    }
+
     /// The key with which others verify.
     pub fn verifying(&self) -> &VerifyingKey {
         &self.verifying

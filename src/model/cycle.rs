@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Code, Identity, Issue, Name, OverlapPolicy, Payload, SpanContext, TraceId};
+use super::{Cause, Code, Identity, Issue, Name, OverlapPolicy, Payload, SpanContext, TraceId};
 
 macro_rules! counter {
     ($(#[$doc:meta])* $name:ident) => {
@@ -115,6 +115,8 @@ pub struct CycleRequest {
     pub record_outputs: bool,
     /// The span of the caller.
     pub trace: Option<SpanContext>,
+    /// The call that asks for it, for its audit event; `None` if it is a tick of a loop.
+    pub cause: Option<Arc<Cause>>,
 }
 
 impl CycleRequest {
@@ -137,6 +139,7 @@ impl CycleRequest {
             deadline: None,
             record_outputs: false,
             trace: None,
+            cause: None,
         }
     }
 

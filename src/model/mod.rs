@@ -1,6 +1,7 @@
 //! The domain types: subsystems, cycles and schedules, validated. Pure: no I/O, no wire format except that of the
 //! payload, no tonic.
 
+mod audit;
 mod code;
 mod cycle;
 mod histogram;
@@ -14,6 +15,7 @@ mod trace;
 mod violation;
 mod wire;
 
+pub use audit::{AuditEvent, AuditTargets, Cause, Decision};
 pub use code::Code;
 pub use cycle::{
     CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, RequestKey, Revision, SkipReason, SubsystemReport,

@@ -1,7 +1,7 @@
 //! Admission to the line of cycles, for callers and loops: applies the overlap policy, and gives the cycle its id.
 
 use std::sync::{
-    Arc,
+    Arc, OnceLock,
     atomic::{AtomicBool, Ordering},
 };
 
@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{
     memory::{Full, Held},
-    model::{CycleId, CycleRequest, OverlapPolicy, RequestKey, TraceId, Trigger},
-    ports::{Durability, OpenCycle, Record, Stage},
+    model::{AuditEvent, Cause, CycleId, CycleRequest, OverlapPolicy, RequestKey, Revision, TraceId, Trigger},
+    ports::{AuditEntry, Durability, OpenCycle, Record, Stage, Write},
     record,
 };
 
@@ -29,6 +29,12 @@ pub(super) struct Admitted {
     /// Memory of the request while the cycle is in line or runs. The loop holds the memory of its own requests.
     _room: Option<Held>,
     pub(super) cancel: CancellationToken,
+    /// True if the event of the call that started it is written with its admission; else it is written with its record.
+    is_async: bool,
+    /// The first call that cancels it.
+    cancelled_by: OnceLock<Cause>,
+    /// True once the event of that call is written with its record.
+    cancel_is_written: AtomicBool,
     /// True if its caller has received its id and does not wait: the next process runs it if this one does not.
     is_promised: AtomicBool,
     /// Its record, or the reason why it is not written yet.
@@ -74,13 +80,17 @@ impl Ticket {
 }
 
 impl Admitted {
-    pub(super) fn new(cycle_id: CycleId, request: Arc<CycleRequest>, room: Option<Held>) -> Arc<Self> {
+    /// A cycle whose caller waits for its record, unless `is_async`: then the caller only waits for its id.
+    pub(super) fn new(cycle_id: CycleId, request: Arc<CycleRequest>, room: Option<Held>, is_async: bool) -> Arc<Self> {
         Arc::new(Self {
             cycle_id,
             request,
             _room: room,
             cancel: CancellationToken::new(),
-            is_promised: AtomicBool::new(false),
+            is_async,
+            cancelled_by: OnceLock::new(),
+            cancel_is_written: AtomicBool::new(false),
+            is_promised: AtomicBool::new(is_async),
             done: watch::Sender::new(None),
         })
     }
@@ -96,6 +106,34 @@ impl Admitted {
 
     pub(super) fn is_promised(&self) -> bool {
         self.is_promised.load(Ordering::Relaxed)
+    }
+
+    /// The event of the call that started it, to be written with its admission.
+    pub(super) fn event_of_admission(&self, now: Timestamp) -> Option<AuditEntry> {
+        let cause = self.request.cause.as_ref().filter(|_| self.is_async)?;
+        Some(self.event(cause, Revision::default(), now))
+    }
+
+    /// The event of the call that started it, to be written with its record.
+    pub(super) fn event_of_record(&self, revision: Revision, now: Timestamp) -> Option<AuditEntry> {
+        Some(self.event(self.cause_for_record()?, revision, now))
+    }
+
+    /// The event of the call that cancelled it, to be written with its record.
+    pub(super) fn event_of_cancel(&self, revision: Revision, now: Timestamp) -> Option<AuditEntry> {
+        Some(self.event(self.cancelled_by.get()?, revision, now))
+    }
+
+    pub(super) fn cancel_is_written(&self) {
+        self.cancel_is_written.store(true, Ordering::Relaxed);
+    }
+
+    fn event(&self, cause: &Cause, revision: Revision, now: Timestamp) -> AuditEntry {
+        record::encode_event(&AuditEvent { cycle_id: self.cycle_id, revision, ..cause.event(now) })
+    }
+
+    fn cause_for_record(&self) -> Option<&Cause> {
+        self.request.cause.as_deref().filter(|_| !self.is_async)
     }
 
     /// Passes its written record to waiting callers.
@@ -135,6 +173,7 @@ impl Admitted {
             request_id: request_id.clone(),
             triggered_by: triggered_by.clone(),
             trace_id,
+            audit: self.cause_for_record().map(record::encode_cause),
             stage,
         }
     }
@@ -147,11 +186,12 @@ pub(super) enum Asked {
 }
 
 impl State {
-    /// Admits a cycle, or refuses it.
+    /// Admits a cycle, or refuses it. With `is_async`, it is promised to its caller.
     pub(super) fn admit(
         &mut self,
         request: Arc<CycleRequest>,
         room: Option<Held>,
+        is_async: bool,
         max_queued: usize,
     ) -> Result<Arc<Admitted>, NotAdmitted> {
         if self.draining {
@@ -187,7 +227,7 @@ impl State {
             }
         }
         self.last_admitted = self.last_admitted.next();
-        let admitted = Admitted::new(self.last_admitted, request, room);
+        let admitted = Admitted::new(self.last_admitted, request, room, is_async);
         self.enter(admitted.clone());
         Ok(admitted)
     }
@@ -244,16 +284,20 @@ impl Orchestrator {
         Ok(admitted.ticket())
     }
 
-    /// Cancels a running or waiting cycle, and waits for its record.
+    /// Cancels a running or waiting cycle, and waits for its record. The event of the first call that cancels it is
+    /// written with the record. Further calls change nothing.
     ///
     /// # Errors
     /// It has finished or was never admitted; or, once it is cancelled, as [`Ticket::recorded`].
-    pub async fn cancel_cycle(&self, cycle_id: CycleId) -> Result<Arc<Record>, NotCancelled> {
-        let ticket = {
+    pub async fn cancel_cycle(&self, cycle_id: CycleId, by: Cause) -> Result<Arc<Record>, NotCancelled> {
+        let (admitted, is_first) = {
             let _open = self.open_change();
             let mut state = self.0.state();
             match state.cancel(cycle_id) {
-                Some(admitted) => admitted.ticket(),
+                Some(admitted) => {
+                    let is_first = admitted.cancelled_by.set(by.clone()).is_ok();
+                    (admitted, is_first)
+                }
                 None if cycle_id.0 > 0 && cycle_id <= state.last_admitted => {
                     return Err(NotCancelled::CycleFinished(cycle_id));
                 }
@@ -261,7 +305,19 @@ impl Orchestrator {
             }
         };
         self.0.queue_changed.notify_one();
-        Ok(ticket.recorded().await?)
+        let record = admitted.ticket().recorded().await?;
+        if is_first && !admitted.cancel_is_written.load(Ordering::Relaxed) {
+            // Its record was being written when this call came.
+            let _open = self.open_change();
+            let clock = self.0.clock;
+            let event = move |_: &State| {
+                let event = AuditEvent { cycle_id, ..by.event(clock.now()) };
+                Write { audit: vec![record::encode_event(&event)], ..Write::default() }
+            };
+            let written = self.0.edit(event, |_| ()).await;
+            written.map_err(|error| NotRecorded::StoreUnavailable(Some(cycle_id), error))?;
+        }
+        Ok(record)
     }
 }
 
@@ -301,11 +357,7 @@ impl Shared {
                         Err(_too_many) => continue,
                     }
                 }
-                let admitted = state.admit(Arc::new(request), room.take(), max_queued);
-                if promised && let Ok(admitted) = &admitted {
-                    admitted.promise();
-                }
-                admitted
+                state.admit(Arc::new(request), room.take(), promised, max_queued)
             };
             let admitted = match admitted {
                 Ok(admitted) => admitted,

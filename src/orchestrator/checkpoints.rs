@@ -4,13 +4,13 @@ use std::{ops::RangeInclusive, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
-    sync::{Mutex, watch as latest},
+    sync::{Mutex, Notify, watch as latest},
     time::{sleep, timeout},
 };
 
 use super::{Orchestrator, Refusal, Shared};
 use crate::{
-    ledger::{Consistency, Entry, Hash, Inclusion, Path, Signer},
+    ledger::{Consistency, DigestKey, Entry, Hash, Inclusion, Path, Signer},
     model::CycleId,
     ports::{Log, StoreError},
 };
@@ -44,13 +44,18 @@ pub struct ProvedCycle {
 pub(super) struct Checkpoints {
     signer: Signer,
     newest: latest::Sender<Published>,
+    /// Notified after each commit that has appended to the log.
+    pub(super) appended: Notify,
+    /// Makes digests of requests with a key of the log.
+    digests: DigestKey,
     /// Held while one is published, so that they are published in their order.
     turn: Mutex<()>,
 }
 
 impl Checkpoints {
     pub(super) fn new(signer: Signer) -> Self {
-        Self { signer, newest: latest::Sender::default(), turn: Mutex::default() }
+        let digests = DigestKey::of(&signer);
+        Self { signer, newest: latest::Sender::default(), appended: Notify::new(), digests, turn: Mutex::default() }
     }
 }
 
@@ -58,6 +63,11 @@ impl Orchestrator {
     /// The public keys of those that sign checkpoints, in their text form.
     pub fn log_keys(&self) -> Vec<String> {
         self.0.checkpoints.signer.keys.iter().map(|key| key.verifying().to_string()).collect()
+    }
+
+    /// The keyed digest of an encoded request, for its audit event.
+    pub fn digest(&self, request: &[u8]) -> [u8; Hash::LEN] {
+        self.0.checkpoints.digests.digest(request)
     }
 
     /// The newest published checkpoint. The first one of a process may have to be awaited.
@@ -118,10 +128,8 @@ impl Orchestrator {
 impl Shared {
     /// Publishes a checkpoint after entries were appended: at most one a second. Commits never wait for it.
     pub(super) async fn publish_checkpoints(self: Arc<Self>) {
-        let mut appended = self.newest.subscribe();
         let mut is_told = false;
         loop {
-            appended.mark_unchanged();
             let published = self.publish_checkpoint().await;
             if let Err(error) = &published
                 && !is_told
@@ -130,8 +138,8 @@ impl Shared {
             }
             is_told = published.is_err();
             sleep(EVERY).await;
-            if published.is_ok() && appended.changed().await.is_err() {
-                return;
+            if published.is_ok() {
+                self.checkpoints.appended.notified().await;
             }
         }
     }
@@ -158,7 +166,7 @@ impl Shared {
     /// # Errors
     /// It can't be written.
     pub(super) async fn publish_checkpoint(&self) -> Result<(), StoreError> {
-        let Checkpoints { signer, newest, turn } = &self.checkpoints;
+        let Checkpoints { signer, newest, turn, .. } = &self.checkpoints;
         let _turn = turn.lock().await;
         let Log { frontier, .. } = self.store.log();
         let is_new = {

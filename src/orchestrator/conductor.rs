@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use jiff::Timestamp;
 use tokio::{select, sync::oneshot, task::JoinSet, time::Instant};
 
 use super::{
@@ -14,7 +15,7 @@ use crate::{
     clock::Clock,
     engine::{CycleRun, Engine, Part, Plan, Ran, Trace},
     model::{CycleState, FinishedCycle, Revision, TraceId},
-    ports::{Durability, Record, StoreError, Write},
+    ports::{AuditEntry, Durability, Record, StoreError, Write},
     record::{self, Encoded},
     tasks::joined,
 };
@@ -154,6 +155,8 @@ impl Shared {
             parts,
             live,
             record: None,
+            started: None,
+            cancelled: None,
             recorded,
         };
         let start = Instant::now();
@@ -197,7 +200,7 @@ impl Shared {
         self.changes.wait().await;
         loop {
             self.no_late_commit().await;
-            let closed = self.edit(|_| Write { close: true, ..Write::default() }, |_| (), None).await;
+            let closed = self.edit(|_| Write { close: true, ..Write::default() }, |_| ()).await;
             if !closed.as_ref().is_err_and(StoreError::is_late) {
                 self.publish_last_checkpoint().await;
                 return closed;
@@ -251,13 +254,18 @@ struct Recording {
     /// Its plan and progress; `None` if it did not run.
     live: Option<(Arc<Plan>, Arc<LiveCycle>)>,
     record: Option<Arc<Record>>,
+    /// The events of the call that started it and of the one that cancelled it, as far as they are written with it.
+    started: Option<AuditEntry>,
+    cancelled: Option<AuditEntry>,
     recorded: oneshot::Sender<()>,
 }
 
 impl ToWrite for Recording {
-    fn number(&mut self, last: &mut Revision) {
+    fn prepare(&mut self, last: &mut Revision, now: Timestamp) {
         *last = last.next();
         self.record = Some(Arc::new(self.encoded.at(*last)));
+        self.started = self.admitted.event_of_record(*last, now);
+        self.cancelled = self.admitted.event_of_cancel(*last, now);
     }
 
     fn add_to(&mut self, write: &mut Write, state: &State) {
@@ -271,6 +279,7 @@ impl ToWrite for Recording {
         let outputs = self.parts.iter().filter(is_registered);
         let outputs = outputs.filter_map(|part| Some((part.name().clone(), part.output.clone()?)));
         write.outputs.extend(outputs);
+        write.audit.extend(self.started.iter().chain(&self.cancelled).cloned());
         write.durability = Durability::Durable;
     }
 
@@ -291,6 +300,9 @@ impl ToWrite for Recording {
         let cycle_id = self.admitted.cycle_id;
         state.line.leave(cycle_id);
         state.live.remove(&cycle_id);
+        if self.cancelled.is_some() {
+            self.admitted.cancel_is_written();
+        }
         if let Some(key) = self.admitted.request.key() {
             state.requests.remove(&key);
         }

@@ -7,7 +7,7 @@ use tokio::{select, time::sleep};
 
 use super::{Orchestrator, Refusal, Shared, State, Turn, refusal::NotAdmitted};
 use crate::{
-    model::{CycleRequest, IntervalLoop, LoopStart, Name, TickDisposition, Trigger, Violations},
+    model::{Cause, CycleRequest, IntervalLoop, LoopStart, Name, TickDisposition, Trigger, Violations},
     ports::Write,
     schedule::{LoopEntry, LoopOrigin},
 };
@@ -19,17 +19,17 @@ impl Orchestrator {
     /// The file declares the name with other settings, or only a name is given that the file does not declare; there
     /// are too many loops, no memory for it, or it names too many subsystems; the store can't be written; or the
     /// process drains.
-    pub async fn start_loop(&self, start: LoopStart) -> Result<LoopEntry, Refusal> {
-        self.change(|shared, turn| async move { shared.start_loop(turn, start).await }).await
+    pub async fn start_loop(&self, start: LoopStart, by: Cause) -> Result<LoopEntry, Refusal> {
+        self.change(by, |shared, turn| async move { shared.start_loop(turn, start).await }).await
     }
 
     /// Stops a loop. A declared loop stays listed; others are deleted.
     ///
     /// # Errors
     /// No loop has the name, the store can't be written, or the process drains.
-    pub async fn stop_loop(&self, name: &Name) -> Result<LoopEntry, Refusal> {
+    pub async fn stop_loop(&self, name: &Name, by: Cause) -> Result<LoopEntry, Refusal> {
         let name = name.clone();
-        self.change(|shared, turn| async move { shared.stop_loop(turn, &name).await }).await
+        self.change(by, |shared, turn| async move { shared.stop_loop(turn, &name).await }).await
     }
 
     /// The loops, by name.
@@ -152,7 +152,7 @@ impl Shared {
                 record_outputs: settings.record_outputs,
                 ..CycleRequest::over_all(Trigger::Loop(settings.name.clone()), due_at)
             });
-            let (disposition, cycle_id) = match state.admit(request, None, max_queued) {
+            let (disposition, cycle_id) = match state.admit(request, None, false, max_queued) {
                 Ok(admitted) => (TickDisposition::Ran, Some(admitted.cycle_id)),
                 Err(NotAdmitted::CycleRunning(_)) => (TickDisposition::Skipped, None),
                 Err(NotAdmitted::CycleWaiting(_)) => (TickDisposition::Coalesced, None),

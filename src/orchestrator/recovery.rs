@@ -28,7 +28,8 @@ use crate::{
     ledger::Signer,
     memory::{Memory, Shares},
     model::{
-        CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Identity, IntervalLoop, Name, Subsystem, Trigger,
+        AuditEvent, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Identity, IntervalLoop, Name,
+        Subsystem, Trigger,
     },
     ports::{
         Contents, Lost, OpenCycle, Spans, Stage, Store, StoredOutput, StoredSubsystem, Subsystems, UnreadableRow, Write,
@@ -255,6 +256,10 @@ impl State {
                 tracing::warn!(cycle_id = cycle_id.0, "recorded as interrupted: an earlier process ended while it ran");
             }
             write.records.push(record.clone());
+            if let Some(cause) = open.and_then(cause_of) {
+                let event = AuditEvent { cycle_id, revision, code: Code::Unknown, ..cause.event(now) };
+                write.audit.push(record::encode_event(&event));
+            }
             state.add_record(Arc::new(record), None);
         };
         let mut waiting = Vec::new();
@@ -273,7 +278,7 @@ impl State {
         for (cycle_id, request) in waiting {
             tracing::info!(cycle_id = cycle_id.0, "queued again: an earlier process had not started it");
             let room = requests.hold_beyond(request.footprint());
-            let admitted = Admitted::new(cycle_id, Arc::new(request), Some(room));
+            let admitted = Admitted::new(cycle_id, Arc::new(request), Some(room), false);
             admitted.promise();
             self.enter(admitted);
         }
@@ -288,6 +293,7 @@ fn waits_again(open: &OpenCycle) -> Option<CycleRequest> {
             scheduled_at: open.scheduled_at,
             request_id: open.request_id.clone(),
             triggered_by: open.triggered_by.clone(),
+            cause: cause_of(open).map(Arc::new),
             ..request
         }),
         Err(problem) => {
@@ -295,6 +301,19 @@ fn waits_again(open: &OpenCycle) -> Option<CycleRequest> {
             None
         }
     }
+}
+
+/// The cause of the event that is to be written with the record of a cycle.
+fn cause_of(open: &OpenCycle) -> Option<Cause> {
+    let cause = record::decode_cause(open.audit.clone()?);
+    let unreadable = |problem: &String| {
+        tracing::error!(
+            cycle_id = open.cycle_id.0,
+            problem,
+            "the caller of an open cycle can't be read: it is not audited"
+        );
+    };
+    cause.inspect_err(unreadable).ok()
 }
 
 /// The record of a cycle that an earlier process had started but not finished, or whose record is lost.

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     engine::Member,
-    model::{Identity, Name, Subsystem},
+    model::{Cause, Identity, Name, Subsystem},
     ports::{StoreError, StoredSubsystem, Write},
 };
 
@@ -80,8 +80,9 @@ impl Orchestrator {
         subsystem: Subsystem,
         lease: Option<Duration>,
         by: &Registrar,
+        cause: Cause,
     ) -> Result<(Registered, Change), Refusal> {
-        let mut registered = self.register_all(vec![subsystem], lease, by).await?;
+        let mut registered = self.register_all(vec![subsystem], lease, by, cause).await?;
         // One result for each.
         Ok(registered.remove(0))
     }
@@ -96,9 +97,10 @@ impl Orchestrator {
         subsystems: Vec<Subsystem>,
         lease: Option<Duration>,
         by: &Registrar,
+        cause: Cause,
     ) -> Result<Vec<(Registered, Change)>, Refusal> {
         let by = by.clone();
-        self.change(move |shared, turn| async move { shared.register(turn, subsystems, lease, &by).await }).await
+        self.change(cause, move |shared, turn| async move { shared.register(turn, subsystems, lease, &by).await }).await
     }
 
     /// Removes a subsystem and its latest output.
@@ -106,18 +108,18 @@ impl Orchestrator {
     /// # Errors
     /// It is not registered, the file declares it, another caller owns it, the store can't be written, or the process
     /// drains.
-    pub async fn unregister(&self, name: &Name, by: &Registrar) -> Result<(), Refusal> {
+    pub async fn unregister(&self, name: &Name, by: &Registrar, cause: Cause) -> Result<(), Refusal> {
         let (name, by) = (name.clone(), by.clone());
-        self.change(move |shared, turn| async move { shared.unregister(turn, &name, &by).await }).await
+        self.change(cause, move |shared, turn| async move { shared.unregister(turn, &name, &by).await }).await
     }
 
     /// Suspends a subsystem, or resumes it and closes its breaker.
     ///
     /// # Errors
     /// It is not registered, the store can't be written, or the process drains.
-    pub async fn suspend(&self, name: &Name, suspended: bool) -> Result<Registered, Refusal> {
+    pub async fn suspend(&self, name: &Name, suspended: bool, by: Cause) -> Result<Registered, Refusal> {
         let name = name.clone();
-        self.change(|shared, turn| async move { shared.suspend(turn, &name, suspended).await }).await
+        self.change(by, |shared, turn| async move { shared.suspend(turn, &name, suspended).await }).await
     }
 
     /// Renews a lease. Returns its new end.
@@ -329,8 +331,10 @@ impl Shared {
     async fn forget_expired(&self) -> Result<(), StoreError> {
         /// Most subsystems in one commit, which then hardly delays the start of a cycle.
         const MAX: usize = 1000;
-        let mut turn = Turn { order: self.order.clone().lock_owned().await, late: None };
+        let order = self.order.clone().lock_owned().await;
         let expired = self.state().registry.expired(Instant::now(), MAX);
+        let targets = expired.iter().map(Name::as_str).collect();
+        let mut turn = Turn { order, cause: Cause { targets, ..Cause::of_service("lease_end") }, late: None };
         if !expired.is_empty() {
             self.forget(&mut turn, &expired).await?;
         }

@@ -12,7 +12,7 @@ use super::{
     registry::{Declarations, Entries},
 };
 use crate::{
-    model::{Identity, IntervalLoop, Subsystem},
+    model::{Cause, Identity, IntervalLoop, Subsystem},
     ports::{Retention, Write},
     schedule::LoopOrigin,
 };
@@ -62,7 +62,8 @@ impl Orchestrator {
     pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         // First, so that a revocation does not wait for the store.
         self.0.engine.revoked.set(settings.revoked.clone());
-        self.change(|shared, turn| async move { shared.reload(turn, settings, declared).await }).await
+        let cause = Cause::of_service("reload");
+        self.change(cause, |shared, turn| async move { shared.reload(turn, settings, declared).await }).await
     }
 }
 

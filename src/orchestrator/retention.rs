@@ -115,7 +115,7 @@ fn removal(Excess { records, first_kept }: Excess) -> Removal {
     }
 }
 
-/// The removal of old records.
+/// The removal of old records. Its entry in the log takes the place of an audit event.
 struct Removing {
     removal: Removal,
     removed: oneshot::Sender<Result<(), StoreError>>,

@@ -8,6 +8,7 @@
 use std::{collections::HashSet, mem, sync::Arc, time::Duration};
 
 use futures_util::StreamExt;
+use jiff::Timestamp;
 use tokio::{
     select,
     sync::{mpsc, oneshot},
@@ -17,8 +18,9 @@ use tokio::{
 use super::{NotRecorded, Shared, State, Turn, admission::Admitted, refusal::NotAdmitted};
 use crate::{
     engine::Engine,
-    model::{CycleId, Revision},
-    ports::{Durability, StoreError, Write},
+    model::{Cause, CycleId, Revision},
+    ports::{AuditEntry, Durability, StoreError, Write},
+    record,
 };
 
 /// Most changes in the queue of the writer; further ones wait to be queued.
@@ -34,9 +36,9 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 
 /// A change to be written.
 pub(super) trait ToWrite: Send {
-    /// Prepares the write, with the next revision if it is a record. Called for each attempt, without the lock over the
-    /// state.
-    fn number(&mut self, _last: &mut Revision) {}
+    /// Prepares the write, with the next revision if it is a record, and with its audit events, at the time `now`.
+    /// Called for each attempt, without the lock over the state.
+    fn prepare(&mut self, _last: &mut Revision, _now: Timestamp) {}
 
     /// Adds it to the write. Called for each attempt: the state may have changed.
     fn add_to(&mut self, write: &mut Write, state: &State);
@@ -77,6 +79,9 @@ pub(super) trait ToWrite: Send {
 
 /// A change that a caller waits for.
 struct Edit<B, A, T> {
+    /// `None` if it is not audited, since it changes nothing that callers see.
+    cause: Option<Cause>,
+    event: Option<AuditEntry>,
     build: B,
     apply: Option<A>,
     applied: Option<T>,
@@ -87,12 +92,13 @@ struct Edit<B, A, T> {
 impl<B, A, T> Edit<B, A, T> {
     /// The change, and where its result arrives.
     fn new(
+        cause: Option<Cause>,
         build: B,
         apply: A,
         late: Option<oneshot::Sender<StoreError>>,
     ) -> (Box<Self>, oneshot::Receiver<Result<T, StoreError>>) {
         let (caller, written) = oneshot::channel();
-        (Box::new(Self { build, apply: Some(apply), applied: None, late, caller }), written)
+        (Box::new(Self { cause, event: None, build, apply: Some(apply), applied: None, late, caller }), written)
     }
 }
 
@@ -102,8 +108,13 @@ where
     A: FnOnce(&mut State) -> T + Send,
     T: Send,
 {
+    fn prepare(&mut self, _: &mut Revision, now: Timestamp) {
+        self.event = self.cause.as_ref().map(|cause| record::encode_event(&cause.event(now)));
+    }
+
     fn add_to(&mut self, write: &mut Write, state: &State) {
-        let Write { durability, subsystems, loops, close, .. } = (self.build)(state);
+        let Write { durability, audit, subsystems, loops, close, .. } = (self.build)(state);
+        write.audit.extend(self.event.clone().into_iter().chain(audit));
         write.durability = write.durability.min(durability);
         write.close |= close;
         write.subsystems.extend(subsystems);
@@ -170,8 +181,8 @@ impl State {
 }
 
 impl Shared {
-    /// Writes the change of this turn, and applies it in memory. `build` makes the write of subsystems and loops from
-    /// the state at that time.
+    /// Writes the change of this turn with its audit event, and applies it in memory. `build` makes the write of
+    /// subsystems and loops from the state at that time. Notifies the caller if the commit is late.
     ///
     /// # Errors
     /// It could not be written, or a commit before it is late; nothing has changed, and nothing will.
@@ -181,17 +192,18 @@ impl Shared {
         build: impl Fn(&State) -> Write + Send + 'static,
         apply: impl FnOnce(&mut State) -> T + Send + 'static,
     ) -> Result<T, StoreError> {
-        self.edit(build, apply, turn.late.take()).await
+        let (edit, written) = Edit::new(Some(turn.cause.clone()), build, apply, turn.late.take());
+        self.ask_to_write(edit).await?;
+        written.await.unwrap_or_else(|_| Err(self.store_ended()))
     }
 
-    /// As [`Shared::write`]. Notifies `late` if its commit is late.
+    /// As [`Shared::write`], for a change without a turn, which is not audited unless `build` does it.
     pub(super) async fn edit<T: Send + 'static>(
         &self,
         build: impl Fn(&State) -> Write + Send + 'static,
         apply: impl FnOnce(&mut State) -> T + Send + 'static,
-        late: Option<oneshot::Sender<StoreError>>,
     ) -> Result<T, StoreError> {
-        let (edit, written) = Edit::new(build, apply, late);
+        let (edit, written) = Edit::new(None, build, apply, None);
         self.ask_to_write(edit).await?;
         written.await.unwrap_or_else(|_| Err(self.store_ended()))
     }
@@ -253,6 +265,7 @@ impl Shared {
         }
         let (write, mark) = self.draft(&mut batch);
         let (durability, last_cycle_id) = (write.durability, write.last_cycle_id);
+        let appends = !write.records.is_empty() || !write.audit.is_empty() || write.removal.entry.is_some();
         let started = Instant::now();
         let committed = self.await_commit(write, &mut batch, queue).await;
         let took = started.elapsed();
@@ -281,6 +294,9 @@ impl Shared {
             }
         }
         self.show_newest();
+        if appends {
+            self.checkpoints.appended.notify_one();
+        }
         for change in batch {
             change.done();
         }
@@ -323,11 +339,11 @@ impl Shared {
     }
 
     /// The write of these changes, with all ids that are not noted yet and the changes of loops, and the mark of the
-    /// latter.
+    /// latter. The events of calls whose cycles are noted here are in it as well.
     fn draft(&self, batch: &mut [Box<dyn ToWrite>]) -> (Write, u64) {
-        let mut last = self.state().last_revision;
+        let (mut last, now) = (self.state().last_revision, self.clock.now());
         for change in &mut *batch {
-            change.number(&mut last);
+            change.prepare(&mut last, now);
         }
         let state = self.state();
         // Each change raises the durability as needed.
@@ -338,8 +354,7 @@ impl Shared {
         write.last_cycle_id = state.last_admitted;
         let records = write.records.iter().map(|record| record.cycle_id);
         let known: HashSet<_> = write.open.iter().map(|open| open.cycle_id).chain(records).collect();
-        let admitted = state.live.range(state.noted.next()..).map(|(_, admitted)| admitted);
-        let new: Vec<_> = admitted.filter(|it| !known.contains(&it.cycle_id)).cloned().collect();
+        let new: Vec<_> = state.live.range(state.noted.next()..).map(|(_, admitted)| admitted.clone()).collect();
         // The loss of power may undo the last writes. Then the next process records the one id that may be known as
         // interrupted, so there must not be two.
         if write.last_cycle_id > state.noted_durably.next() {
@@ -351,7 +366,12 @@ impl Shared {
             write.loops.entry(name).or_insert(stored);
         }
         // Only this task writes starts of cycles, so these still wait. Large requests take a while to encode.
-        write.open.extend(new.iter().map(|admitted| admitted.to_waiting()));
+        write.audit.extend(new.iter().filter_map(|admitted| admitted.event_of_admission(now)));
+        let unknown = new.iter().filter(|it| !known.contains(&it.cycle_id));
+        write.open.extend(unknown.map(|admitted| admitted.to_waiting()));
+        if !write.audit.is_empty() {
+            write.durability = Durability::Durable;
+        }
         // Each row is written once.
         let Write { outputs, subsystems, .. } = &mut write;
         outputs.retain(|(name, _)| !matches!(subsystems.get(name), Some(None)));
@@ -436,7 +456,7 @@ impl Shared {
         select! {
             biased;
             late = self.late_commit() => Err(late),
-            noted = self.edit(note(durability), |_| (), None) => noted,
+            noted = self.edit(note(durability), |_| ()) => noted,
         }
     }
 
@@ -449,7 +469,7 @@ impl Shared {
         };
         let is_queued = self.to_write.capacity() < WAITING;
         if !is_noted && !is_queued {
-            let (edit, _) = Edit::new(note(Durability::Buffered), |_: &mut State| (), None);
+            let (edit, _) = Edit::new(None, note(Durability::Buffered), |_: &mut State| (), None);
             // Without a place in the queue, another write comes first.
             let _ = self.to_write.try_send(edit);
         }

@@ -17,8 +17,9 @@ use crate::{
 /// The durable store. One process writes to it; each [`Write`] is atomic. An open store can be read. It takes writes
 /// once [`Store::take_over`] has returned.
 ///
-/// Each write also appends its records to the log of the history ([`ledger`](crate::ledger)), in their order, and then
-/// the entry of its [`Removal`]. Records that were written before there was a log are not in it.
+/// Each write also appends to the log of the history ([`ledger`](crate::ledger)): first its records, in their order,
+/// then its audit events, in their order, and then the entry of its [`Removal`]. Records that were written before there
+/// was a log are not in it.
 ///
 /// Each cycle id from 1 to the highest noted one ([`Write::last_cycle_id`]) is exactly one of open, recorded and
 /// pruned. Records have dense revisions in the order of their commits, and any order of their ids.
@@ -209,6 +210,8 @@ pub struct Write {
     /// Cycles that are recorded now, in any order of their ids, each as the next revision. Each is open in the store,
     /// or is noted with this write.
     pub records: Vec<Record>,
+    /// The events of the changes in this write, which are kept with them or not at all.
+    pub audit: Vec<AuditEntry>,
     /// Records that are removed now.
     pub removal: Removal,
     /// Outputs that replace the latest one of their subsystem.
@@ -274,6 +277,21 @@ impl Record {
     }
 }
 
+/// A stored audit event: its exact bytes, and the keys that find it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditEntry {
+    /// When it happened.
+    pub time: Timestamp,
+    /// The identity of the caller; empty for the service itself.
+    pub caller: String,
+    /// The RPC, or the action of the service.
+    pub rpc: String,
+    /// True if the call was denied, or would be if the policy was enforced.
+    pub denied: bool,
+    /// The encoded event.
+    pub bytes: Bytes,
+}
+
 /// A cycle that was admitted and is not recorded yet. A further write of it replaces the earlier one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenCycle {
@@ -289,6 +307,8 @@ pub struct OpenCycle {
     pub triggered_by: Option<Identity>,
     /// Its trace.
     pub trace_id: Option<TraceId>,
+    /// The cause of the audit event that is to be written with its record, encoded and opaque to the store.
+    pub audit: Option<Bytes>,
     /// Its stage.
     pub stage: Stage,
 }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use crate::{
     ledger::{Entry, Hash, Node},
     model::{CycleId, Revision},
-    ports::{Log, Record, Write},
+    ports::{AuditEntry, Log, Record, Write},
 };
 
 /// The frontier of a store.
@@ -25,8 +25,8 @@ pub(super) struct Frontier {
     pub(super) log: Log,
 }
 
-/// What a write appends to the log: a leaf for each of its records, in their order, and then for the entry of its
-/// removal.
+/// What a write appends to the log: a leaf for each of its records, in their order, then for each of its audit events,
+/// in their order, and then for the entry of its removal.
 #[derive(Clone, Debug)]
 pub(super) struct Appended {
     /// The first of these leaves.
@@ -45,8 +45,9 @@ impl Appended {
         let Log { mut frontier, first_kept } = log.clone();
         let (first_leaf, first_node) = (frontier.size(), Node::complete_with(frontier.size()));
         let records = write.records.iter().map(|record| Entry::Cycle(&record.bytes));
+        let events = write.audit.iter().map(|event| Entry::Audit(&event.bytes));
         let control = write.removal.entry.iter().map(|entry| Entry::Control(entry));
-        let nodes = records.chain(control).flat_map(|entry| frontier.append(entry.leaf())).collect();
+        let nodes = records.chain(events).chain(control).flat_map(|entry| frontier.append(entry.leaf())).collect();
         let log = Log { frontier, first_kept: first_kept.max(write.removal.first_kept) };
         Self { first_leaf, first_node, nodes, log }
     }
@@ -56,9 +57,15 @@ impl Appended {
         (self.first_leaf..).zip(&write.records)
     }
 
+    /// The audit events of `write` with their leaves.
+    pub(super) fn events<'a>(&self, write: &'a Write) -> impl Iterator<Item = (u64, &'a AuditEntry)> {
+        (self.first_leaf + write.records.len() as u64..).zip(&write.audit)
+    }
+
     /// The entry of the removal of `write` with its leaf.
     pub(super) fn control<'a>(&self, write: &'a Write) -> Option<(u64, &'a Bytes)> {
-        Some((self.first_leaf + write.records.len() as u64, write.removal.entry.as_ref()?))
+        let before = write.records.len() + write.audit.len();
+        Some((self.first_leaf + before as u64, write.removal.entry.as_ref()?))
     }
 }
 

@@ -23,8 +23,8 @@ use crate::{
     ledger::{self, Hash, Node},
     model::{CycleId, Epoch, Name, Output, RequestKey, Revision},
     ports::{
-        Contents, Excess, Filter, Found, Log, OpenCycle, Page, PageLimits, Record, Removal, ResumeError, Retention,
-        SCAN_LIMIT, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
+        AuditEntry, Contents, Excess, Filter, Found, Log, OpenCycle, Page, PageLimits, Record, Removal, ResumeError,
+        Retention, SCAN_LIMIT, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
     },
 };
 
@@ -48,6 +48,8 @@ struct Kept {
     nodes: BTreeMap<u64, Hash>,
     /// The leaf of each record.
     leaves: BTreeMap<Revision, u64>,
+    /// The audit events, by their leaves.
+    events: BTreeMap<u64, AuditEntry>,
     pruned_to: Revision,
     open: BTreeMap<CycleId, OpenCycle>,
     subsystems: BTreeMap<Name, Arc<StoredSubsystem>>,
@@ -99,6 +101,7 @@ impl Kept {
         let appended = Appended::to(&self.frontier.log, write);
         self.nodes.extend((appended.first_node..).zip(appended.nodes.iter().copied()));
         self.leaves.extend(appended.records(write).map(|(leaf, record)| (record.revision, leaf)));
+        self.events.extend(appended.events(write).map(|(leaf, event)| (leaf, event.clone())));
         self.frontier.advance(write, appended);
         self.remove(&write.removal);
         self.open.extend(write.open.iter().map(|open| (open.cycle_id, open.clone())));
@@ -156,8 +159,10 @@ impl Kept {
         revisions.sort_unstable();
         revisions.truncate(limit);
         let first_kept = self.leaves.iter().find(|(revision, _)| !revisions.contains(revision));
+        let first_kept = first_kept.map_or(0, |(_, leaf)| *leaf);
+        let first_event = self.events.keys().next().copied().unwrap_or(u64::MAX);
         Excess {
-            first_kept: first_kept.map_or(0, |(_, leaf)| *leaf).max(self.frontier.log.first_kept),
+            first_kept: first_kept.min(first_event).max(self.frontier.log.first_kept),
             records: revisions.into_iter().map(|revision| (revision, self.leaves.get(&revision).copied())).collect(),
         }
     }

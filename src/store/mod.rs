@@ -20,7 +20,7 @@ use crate::{
     clock::Clock,
     ledger::{Checkpoint, RecordsPruned},
     model::CycleId,
-    ports::{Record, Store, StoreError},
+    ports::{AuditEntry, Record, Store, StoreError},
 };
 
 /// The location of a store.
@@ -192,6 +192,8 @@ pub fn accept(url: &StoreUrl) -> Result<Accepted, OpenError> {
 pub struct Rules {
     /// Checks that the keys of a record are those in its bytes.
     pub record: Check,
+    /// Checks that the keys of an audit event are those in its bytes.
+    pub event: fn(&AuditEntry) -> Result<(), String>,
     /// Decodes a control entry.
     pub pruned: fn(&[u8]) -> Result<RecordsPruned, String>,
 }
@@ -205,6 +207,8 @@ pub struct Verified {
     pub first_kept: u64,
     /// Number of records in the log that are there.
     pub records: u64,
+    /// Number of audit events that are there.
+    pub events: u64,
     /// Number of records that are older than the log.
     pub unlogged: u64,
 }

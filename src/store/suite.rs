@@ -20,8 +20,9 @@ use crate::{
         SubsystemSpec, TraceId, Trigger,
     },
     ports::{
-        Contents, Excess, Filter, Found, OpenCycle, PageLimits, Record, Removal, ResumeError, Retention, RetentionRule,
-        SCAN_LIMIT, Stage, Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
+        AuditEntry, Contents, Excess, Filter, Found, OpenCycle, PageLimits, Record, Removal, ResumeError, Retention,
+        RetentionRule, SCAN_LIMIT, Stage, Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind,
+        Write,
     },
 };
 
@@ -74,6 +75,17 @@ pub(super) fn recorded(revisions: RangeInclusive<u64>, epoch: Epoch) -> Write {
     Write { epoch, last_cycle_id: CycleId(last), open, records, ..Write::default() }
 }
 
+/// The audit event with this number.
+pub(super) fn event(number: u8) -> AuditEntry {
+    AuditEntry {
+        time: at(number.into()),
+        caller: format!("token:{}", number % 2),
+        rpc: "RunCycle".into(),
+        denied: number.is_multiple_of(3),
+        bytes: vec![number; 50].into(),
+    }
+}
+
 pub(super) fn output(cycle_id: u64, text: &str) -> Output {
     let object = serde_json::json!({ "text": text });
     Output { cycle_id: CycleId(cycle_id), payload: Payload::from_json(object.as_object().unwrap()).unwrap() }
@@ -105,6 +117,7 @@ pub(super) fn open_cycle(id: u64) -> OpenCycle {
         request_id: Some("r".into()),
         triggered_by: Some(Identity::Token(name("t"))),
         trace_id: Some(TraceId(u128::MAX - 1)),
+        audit: Some(Bytes::from_static(b"by")),
         stage: Stage::Begun(at(2)),
     }
 }
@@ -116,6 +129,7 @@ pub(super) fn waiting_cycle(id: u64, request: Option<&'static str>) -> OpenCycle
         request_id: None,
         triggered_by: None,
         trace_id: None,
+        audit: None,
         stage,
         ..open_cycle(id)
     }
@@ -475,6 +489,38 @@ async fn the_log_keeps_what_proofs_of_the_rest_need(store: &dyn Store, epoch: Ep
     assert_eq!(store.nodes(vec![Node::of_leaf(15)]).await.unwrap(), None);
 }
 
+async fn audit_events_are_leaves_between_records_and_removals(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 4).await;
+    let write = |events: &[u8], removal| Write {
+        epoch,
+        last_cycle_id: CycleId(4),
+        audit: events.iter().copied().map(event).collect(),
+        removal,
+        ..Write::default()
+    };
+    let removal = Removal { revisions: vec![Revision(1)], first_kept: 1, entry: Some(Bytes::from_static(b"pruned")) };
+    commit(store, write(&[1, 2], removal)).await;
+    commit(store, Write { audit: vec![event(3)], ..recorded(5..=6, epoch) }).await;
+    let record = |revision| record(revision, epoch).bytes;
+    let entries = [
+        Entry::Cycle(&record(4)).leaf(),
+        Entry::Audit(&event(1).bytes).leaf(),
+        Entry::Audit(&event(2).bytes).leaf(),
+        Entry::Control(b"pruned").leaf(),
+        Entry::Cycle(&record(5)).leaf(),
+        Entry::Cycle(&record(6)).leaf(),
+        Entry::Audit(&event(3).bytes).leaf(),
+    ];
+    let leaves = (3..10).map(Node::of_leaf).collect();
+    assert_eq!(store.nodes(leaves).await.unwrap(), Some(entries.to_vec()));
+    assert_eq!(store.log().frontier.size(), 10);
+
+    // The first event is kept, and so are the hashes from it on.
+    let one = Retention { default: RetentionRule { max_cycles: Some(1), max_age: None }, ..Retention::default() };
+    pruned(store, &recorded(1..=6, epoch), one, at(0), 100).await;
+    assert_eq!(store.log().first_kept, 4);
+}
+
 async fn removals_are_in_order_and_leave_the_newest_record(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 6).await;
     let removing = |revisions: &[u64], first_kept| {
@@ -535,6 +581,7 @@ every_store! {
     retention_removes_low_revisions_first_and_never_the_highest
     removals_are_in_order_and_leave_the_newest_record
     the_log_keeps_what_proofs_of_the_rest_need
+    audit_events_are_leaves_between_records_and_removals
 }
 
 #[tokio::test]

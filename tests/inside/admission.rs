@@ -18,7 +18,7 @@ use orchestrator_core::{
 };
 use tokio::{sync::Notify, time::sleep};
 
-use crate::kit::{Around, Process, host, in_memory, of, of_all, settings, start, subsystem, text};
+use crate::kit::{Around, Process, by_test, host, in_memory, of, of_all, settings, start, subsystem, text};
 
 /// Look-ups of requests whose answers the test holds back.
 #[derive(Default)]
@@ -42,7 +42,7 @@ async fn stage(held: Arc<Held>) -> (Orchestrator, OrchestratorTasks) {
     let store = Around { delay: Box::new(delay), ..Around::over(inner) };
     let (orchestrator, tasks) = start(settings(), Arc::default(), Arc::new(store)).await;
     for name in ["a", "b", "c"] {
-        orchestrator.register(subsystem(name), None, &Registrar::Anyone).await.unwrap();
+        orchestrator.register(subsystem(name), None, &Registrar::Anyone, by_test()).await.unwrap();
     }
     (orchestrator, tasks)
 }
@@ -87,7 +87,7 @@ async fn a_cycle_that_is_cancelled_while_it_waits_is_recorded_before_its_turn() 
     let runs = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
     sleep(Duration::from_millis(1)).await;
     let waits = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
-    let record = orchestrator.cancel_cycle(waits.cycle_id).await.unwrap();
+    let record = orchestrator.cancel_cycle(waits.cycle_id, by_test()).await.unwrap();
     assert_eq!((record.state, record.cycle_id), (CycleState::Cancelled, CycleId(2)));
     assert!(runs.record_now().is_none());
     assert_eq!(runs.recorded().await.unwrap().state, CycleState::Succeeded);
@@ -125,7 +125,7 @@ async fn only_requests_of_more_than_four_kibibytes_need_memory_until_their_cycle
     let requests = &memory.requests;
     let process = Process { memory: memory.clone(), ..Process::default() };
     let (orchestrator, _tasks) = process.over(in_memory().await).await.unwrap();
-    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone, by_test()).await.unwrap();
     let of_size = |size: usize| {
         let with = |length: usize| CycleRequest { parameters: text(&"x".repeat(length)), ..of(&["a"]) };
         let request = with(3000 + size - with(3000).footprint());
@@ -155,7 +155,7 @@ async fn the_lag_of_a_loop_is_the_time_that_its_last_tick_has_waited_for_the_sta
         overlap_policy: Some(OverlapPolicy::BufferOne),
         ..LoopSpec::default()
     };
-    orchestrator.start_loop(LoopStart::Of(IntervalLoop::from_spec(&spec).unwrap())).await.unwrap();
+    orchestrator.start_loop(LoopStart::Of(IntervalLoop::from_spec(&spec).unwrap()), by_test()).await.unwrap();
     let lag = || orchestrator.figures().loops[0].1;
     sleep(Duration::from_millis(9500)).await;
     assert_eq!(lag(), None);

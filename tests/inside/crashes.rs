@@ -12,7 +12,7 @@ use std::{
 };
 
 use crate::kit::{
-    Fleet, Received, around, errors, host, in_memory, of, of_all, settings, start, start_with, subsystem,
+    Fleet, Received, around, by_test, errors, host, in_memory, of, of_all, settings, start, start_with, subsystem,
 };
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -175,7 +175,7 @@ fn dies_at(death: Death, place: &Place) -> bool {
     process(async {
         let (orchestrator, tasks) = start(settings(), fleet.clone(), place.open().await).await;
         for name in ["a", "b", "c", "d"] {
-            orchestrator.register(subsystem(name), None, &Registrar::Anyone).await.unwrap();
+            orchestrator.register(subsystem(name), None, &Registrar::Anyone, by_test()).await.unwrap();
         }
         end(&orchestrator, tasks).await;
     });
@@ -275,7 +275,7 @@ fn a_process_that_dies_at_any_commit_of_sqlite_leaves_each_id_once_and_loses_no_
 async fn after(change: impl FnOnce(&mut Contents)) -> (Orchestrator, OrchestratorTasks) {
     let store = in_memory().await;
     let (orchestrator, _tasks) = start(settings(), Arc::default(), store.clone()).await;
-    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone, by_test()).await.unwrap();
     for _ in 0..2 {
         orchestrator.run_cycle(of(&["a"]), true).await.unwrap();
     }

@@ -26,7 +26,8 @@ use prost::Message;
 use tokio::time::{Instant, sleep};
 
 use crate::kit::{
-    Around, Fleet, Process, around, errors, host, in_memory, of, of_all, settings, start, start_with, subsystem,
+    Around, Fleet, Process, around, by_test, errors, host, in_memory, of, of_all, settings, start, start_with,
+    subsystem,
 };
 
 const MINUTE: Duration = Duration::from_mins(1);
@@ -36,7 +37,7 @@ async fn keeping(retention: Retention) -> (Orchestrator, OrchestratorTasks) {
     let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let settings = Settings { retention, ..settings() };
     let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
-    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone, by_test()).await.unwrap();
     (orchestrator, tasks)
 }
 
@@ -44,7 +45,7 @@ async fn keeping(retention: Retention) -> (Orchestrator, OrchestratorTasks) {
 async fn run(orchestrator: &Orchestrator, state: CycleState) {
     let ticket = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
     if state == CycleState::Cancelled {
-        orchestrator.cancel_cycle(ticket.cycle_id).await.unwrap();
+        orchestrator.cancel_cycle(ticket.cycle_id, by_test()).await.unwrap();
     }
     assert_eq!(ticket.recorded().await.unwrap().state, state);
 }
@@ -113,7 +114,7 @@ async fn after_a_long_downtime_no_record_is_removed_for_its_age_at_first() {
     );
     let settings = Settings { retention, ..settings() };
     let (orchestrator, mut tasks) = start(settings.clone(), Arc::default(), store.clone()).await;
-    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone, by_test()).await.unwrap();
     for _ in 0..3 {
         run(&orchestrator, CycleState::Succeeded).await;
     }
@@ -132,7 +133,7 @@ async fn after_a_long_downtime_no_record_is_removed_for_its_age_at_first() {
 async fn a_page_with_a_filter_is_filled_from_as_many_records_as_that_takes() {
     const CYCLES: u64 = 300;
     let (orchestrator, _tasks) = keeping(Retention::default()).await;
-    orchestrator.register(subsystem("b"), None, &Registrar::Anyone).await.unwrap();
+    orchestrator.register(subsystem("b"), None, &Registrar::Anyone, by_test()).await.unwrap();
     for cycle in 0..CYCLES {
         let name = if cycle % 3 == 0 { "b" } else { "a" };
         orchestrator.run_cycle(of(&[name]), false).await.unwrap().recorded().await.unwrap();
@@ -182,10 +183,12 @@ async fn a_live_cycle_is_refused_as_not_finished_and_an_unknown_one_as_not_found
     }
     for never in [CycleId(0), CycleId(3)] {
         assert!(matches!(orchestrator.cycle(never).await, Err(Refusal::CycleNotFound(id)) if id == never));
-        assert!(matches!(orchestrator.cancel_cycle(never).await, Err(NotCancelled::CycleNotFound(id)) if id == never));
+        assert!(
+            matches!(orchestrator.cancel_cycle(never, by_test()).await, Err(NotCancelled::CycleNotFound(id)) if id == never)
+        );
     }
     runs.recorded().await.unwrap();
-    let refused = orchestrator.cancel_cycle(CycleId(1)).await;
+    let refused = orchestrator.cancel_cycle(CycleId(1), by_test()).await;
     assert!(matches!(refused, Err(NotCancelled::CycleFinished(CycleId(1)))), "{refused:?}");
     waits.recorded().await.unwrap();
 }

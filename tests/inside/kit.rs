@@ -15,7 +15,7 @@ use orchestrator_core::{
     ledger::{Hash, Node, Signer},
     memory::{Memory, Shares},
     model::{
-        Answer, Code, CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, RequestKey, Revision,
+        Answer, Cause, Code, CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, RequestKey, Revision,
         Subsystem, SubsystemSpec, Trigger,
     },
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings},
@@ -28,6 +28,11 @@ use orchestrator_core::{
 use tokio::{sync::watch, time::sleep};
 use tokio_stream::wrappers::WatchStream;
 use tracing::Level;
+
+/// The cause of changes of these tests.
+pub(crate) fn by_test() -> Cause {
+    Cause::of_service("test")
+}
 
 /// Decides the result of a commit.
 pub(crate) type Commit =

@@ -11,7 +11,7 @@ use orchestrator_core::{
 };
 use tokio::time::sleep;
 
-use crate::kit::{Process, host, hourly, in_memory};
+use crate::kit::{Process, by_test, host, hourly, in_memory};
 
 /// A process whose file declares the loops `declared` and `other`.
 async fn declaring(store: &Arc<dyn Store>) -> (Orchestrator, OrchestratorTasks) {
@@ -27,8 +27,9 @@ fn fires_at(entry: &LoopEntry) -> Option<Timestamp> {
 #[tokio::test(start_paused = true)]
 async fn starting_a_loop_again_changes_only_different_settings() {
     let (orchestrator, _tasks) = declaring(&in_memory().await).await;
-    let start = |settings: IntervalLoop| orchestrator.start_loop(LoopStart::Of(settings));
-    let as_declared = |name: &str| orchestrator.start_loop(LoopStart::AsDeclared(Name::parse(name).unwrap()));
+    let start = |settings: IntervalLoop| orchestrator.start_loop(LoopStart::Of(settings), by_test());
+    let as_declared =
+        |name: &str| orchestrator.start_loop(LoopStart::AsDeclared(Name::parse(name).unwrap()), by_test());
     let own = start(hourly("own")).await.unwrap();
     assert_eq!((own.origin, fires_at(&own).is_some()), (LoopOrigin::Rpc, true));
     // Unchanged loops keep their next tick, to the same random delay.
@@ -38,7 +39,7 @@ async fn starting_a_loop_again_changes_only_different_settings() {
     assert_eq!(fires_at(&as_declared("declared").await.unwrap()), fires_at(&declared));
     assert_eq!(fires_at(&start(hourly("declared")).await.unwrap()), fires_at(&declared));
     // A stopped one gets a new tick.
-    assert_eq!(fires_at(&orchestrator.stop_loop(&Name::parse("declared").unwrap()).await.unwrap()), None);
+    assert_eq!(fires_at(&orchestrator.stop_loop(&Name::parse("declared").unwrap(), by_test()).await.unwrap()), None);
     let again = as_declared("declared").await.unwrap();
     assert!(!again.state.stopped && fires_at(&again).is_some());
 
@@ -64,10 +65,10 @@ async fn a_started_or_stopped_loop_stays_so_though_the_process_dies_at_once() {
         orchestrator.loops().iter().map(|entry| format!("{} {}", entry.settings.name, state(entry))).collect()
     };
     let stop = async |orchestrator: &Orchestrator, name| {
-        orchestrator.stop_loop(&Name::parse(name).unwrap()).await.unwrap();
+        orchestrator.stop_loop(&Name::parse(name).unwrap(), by_test()).await.unwrap();
     };
     let (orchestrator, tasks) = declaring(&store).await;
-    orchestrator.start_loop(LoopStart::Of(hourly("own"))).await.unwrap();
+    orchestrator.start_loop(LoopStart::Of(hourly("own")), by_test()).await.unwrap();
     drop(tasks);
     let (orchestrator, tasks) = declaring(&store).await;
     assert_eq!(listed(&orchestrator), ["declared started", "other started", "own started"]);
@@ -88,7 +89,7 @@ async fn ticks_continue_at_once_after_the_clock_is_set_back_by_an_hour() {
     let process = Process { host, ..Process::default() };
     let (orchestrator, _tasks) = process.over(in_memory().await).await.unwrap();
     let steady = IntervalLoop { interval: Duration::from_secs(10), jitter: Duration::ZERO, ..hourly("steady") };
-    orchestrator.start_loop(LoopStart::Of(steady)).await.unwrap();
+    orchestrator.start_loop(LoopStart::Of(steady), by_test()).await.unwrap();
     let ran = || orchestrator.loops()[0].state.ticks.ran;
     sleep(Duration::from_secs(35)).await;
     assert_eq!(ran(), 3);

@@ -11,7 +11,7 @@ use orchestrator_core::{
 };
 use tokio::time::{Instant, sleep};
 
-use crate::kit::{Fleet, Process, around, host, in_memory, of, of_all, settings, start, subsystem, text};
+use crate::kit::{Fleet, Process, around, by_test, host, in_memory, of, of_all, settings, start, subsystem, text};
 
 const LEASE: Duration = Duration::from_secs(10);
 
@@ -32,7 +32,7 @@ fn moved(name: &str) -> Subsystem {
 }
 
 async fn change(orchestrator: &Orchestrator, subsystem: Subsystem, lease: Option<Duration>) -> Change {
-    orchestrator.register(subsystem, lease, &Registrar::Anyone).await.unwrap().1
+    orchestrator.register(subsystem, lease, &Registrar::Anyone, by_test()).await.unwrap().1
 }
 
 #[tokio::test(start_paused = true)]
@@ -61,7 +61,12 @@ async fn a_repeated_registration_replaces_what_differs_and_otherwise_renews_the_
 async fn a_full_registry_takes_repeated_registrations_only() {
     let (orchestrator, _tasks, _) = stage(Arc::default(), 3).await;
     let register = |names: &[&str]| {
-        orchestrator.register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone)
+        orchestrator.register_all(
+            names.iter().map(|name| subsystem(name)).collect(),
+            None,
+            &Registrar::Anyone,
+            by_test(),
+        )
     };
     register(&["a", "b"]).await.unwrap();
     let refused = register(&["b", "c", "d"]).await;
@@ -72,7 +77,7 @@ async fn a_full_registry_takes_repeated_registrations_only() {
     let settings = Settings { max_subsystems: 2, ..settings() };
     orchestrator.reload(settings, Declared::default()).await.unwrap();
     assert_eq!(change(&orchestrator, moved("a"), None).await, Change::Replaced);
-    orchestrator.unregister(&name("b"), &Registrar::Anyone).await.unwrap();
+    orchestrator.unregister(&name("b"), &Registrar::Anyone, by_test()).await.unwrap();
     assert!(matches!(register(&["b"]).await, Err(Refusal::RegistryFull { registered: 2, new: 1, max: 2 })));
 }
 
@@ -85,16 +90,16 @@ async fn an_endpoint_is_left_for_good_by_its_last_subsystem() {
     for name in ["a", "b", "c"] {
         change(&orchestrator, subsystem(name), None).await;
     }
-    orchestrator.suspend(&name("a"), true).await.unwrap();
+    orchestrator.suspend(&name("a"), true, by_test()).await.unwrap();
     assert_eq!(left(), []);
     change(&orchestrator, moved("a"), None).await;
     assert_eq!(left(), [("a".to_owned(), false)]);
-    orchestrator.unregister(&name("b"), &Registrar::Anyone).await.unwrap();
+    orchestrator.unregister(&name("b"), &Registrar::Anyone, by_test()).await.unwrap();
     assert_eq!(left(), [("b".to_owned(), false)]);
     change(&orchestrator, moved("c"), None).await;
     assert_eq!(left(), [("c".to_owned(), true)]);
-    orchestrator.unregister(&name("a"), &Registrar::Anyone).await.unwrap();
-    orchestrator.unregister(&name("c"), &Registrar::Anyone).await.unwrap();
+    orchestrator.unregister(&name("a"), &Registrar::Anyone, by_test()).await.unwrap();
+    orchestrator.unregister(&name("c"), &Registrar::Anyone, by_test()).await.unwrap();
     assert_eq!(left(), [("a".to_owned(), false), ("c".to_owned(), true)]);
 }
 
@@ -109,11 +114,11 @@ async fn registrations_outlive_the_process_with_their_leases_and_suspensions() {
         change(&orchestrator, subsystem(name), None).await;
     }
     for suspended in ["leased_and_suspended", "suspended", "resumed"] {
-        orchestrator.suspend(&name(suspended), true).await.unwrap();
+        orchestrator.suspend(&name(suspended), true, by_test()).await.unwrap();
     }
-    let resumed = orchestrator.suspend(&name("resumed"), false).await.unwrap();
+    let resumed = orchestrator.suspend(&name("resumed"), false, by_test()).await.unwrap();
     assert!(!resumed.member.suspended);
-    orchestrator.unregister(&name("gone"), &Registrar::Anyone).await.unwrap();
+    orchestrator.unregister(&name("gone"), &Registrar::Anyone, by_test()).await.unwrap();
     sleep(LEASE / 2).await;
     orchestrator.drain();
     tasks.finished().await.unwrap();
@@ -164,7 +169,7 @@ async fn a_renewal_is_for_the_full_length_and_not_undone_by_a_change_that_is_bei
     let orchestrator = Arc::new(orchestrator);
     let suspending = tokio::spawn({
         let orchestrator = orchestrator.clone();
-        async move { orchestrator.suspend(&name("a"), true).await.unwrap() }
+        async move { orchestrator.suspend(&name("a"), true, by_test()).await.unwrap() }
     });
     sleep(Duration::from_millis(500)).await;
     let ends_at = orchestrator.renew_lease(&name("a"), &Registrar::Anyone).unwrap();
@@ -192,9 +197,9 @@ async fn a_breaker_is_closed_when_its_subsystem_is_resumed_or_moves_and_by_no_ot
     };
     change(&orchestrator, of(subsystem("a").to_spec()), None).await;
     fails().await;
-    orchestrator.suspend(&name("a"), true).await.unwrap();
+    orchestrator.suspend(&name("a"), true, by_test()).await.unwrap();
     assert!(is_open());
-    orchestrator.suspend(&name("a"), false).await.unwrap();
+    orchestrator.suspend(&name("a"), false, by_test()).await.unwrap();
     assert!(!is_open());
     fails().await;
     change(&orchestrator, of(SubsystemSpec { critical: true, ..subsystem("a").to_spec() }), None).await;
@@ -215,7 +220,10 @@ async fn running(subsystems: usize) -> usize {
         let spec = SubsystemSpec { after: names[..i].to_vec(), ..subsystem(&names[i]).to_spec() };
         Subsystem::from_spec(&spec).unwrap()
     };
-    orchestrator.register_all((0..subsystems).map(after_all).collect(), None, &Registrar::Anyone).await.unwrap();
+    orchestrator
+        .register_all((0..subsystems).map(after_all).collect(), None, &Registrar::Anyone, by_test())
+        .await
+        .unwrap();
     for name in &names {
         orchestrator.run_cycle(of(&[name]), true).await.unwrap();
     }

@@ -12,7 +12,7 @@ use orchestrator_core::{
 };
 use tokio::time::Instant;
 
-use crate::kit::{Fleet, Process, hourly, in_memory, of_all, settings, subsystem};
+use crate::kit::{Fleet, Process, by_test, hourly, in_memory, of_all, settings, subsystem};
 
 fn name(name: &str) -> Name {
     Name::parse(name).unwrap()
@@ -43,10 +43,10 @@ async fn a_reload_leaves_unchanged_loops_alone_and_stopped_ones_stopped() {
     let before = ["changed", "gone", "same", "stopped", "stopped_and_changed"].map(hourly);
     let (orchestrator, _tasks) = declaring(of_loops(before.into()), &in_memory().await).await;
     for started in ["also_declared", "by_rpc"] {
-        orchestrator.start_loop(LoopStart::Of(hourly(started))).await.unwrap();
+        orchestrator.start_loop(LoopStart::Of(hourly(started)), by_test()).await.unwrap();
     }
     for stopped in ["stopped", "stopped_and_changed"] {
-        orchestrator.stop_loop(&name(stopped)).await.unwrap();
+        orchestrator.stop_loop(&name(stopped), by_test()).await.unwrap();
     }
     // The random delay of the next tick shows whether it was planned again.
     let fires_at = |wanted: &str| {
@@ -89,7 +89,10 @@ async fn a_reload_initializes_only_changed_subsystems_and_closes_breakers_only_o
     let declared = of_subsystems(["changed", "gone", "moved", "same"].map(as_is).into());
     let process = Process { declared, fleet, ..Process::default() };
     let (orchestrator, _tasks) = process.over(in_memory().await).await.unwrap();
-    orchestrator.register_all(["also_declared", "by_rpc"].map(as_is).into(), None, &Registrar::Anyone).await.unwrap();
+    orchestrator
+        .register_all(["also_declared", "by_rpc"].map(as_is).into(), None, &Registrar::Anyone, by_test())
+        .await
+        .unwrap();
     let counted = || (orchestrator.figures().declared, orchestrator.figures().registered);
     assert_eq!(counted(), (4, 2));
     orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
@@ -124,8 +127,8 @@ async fn removed_declarations_are_forgotten_though_the_process_dies_right_after_
     let store = in_memory().await;
     let declared = || Declared { subsystems: vec![subsystem("a")], loops: vec![hourly("l")] };
     let (orchestrator, tasks) = declaring(declared(), &store).await;
-    orchestrator.suspend(&name("a"), true).await.unwrap();
-    orchestrator.stop_loop(&name("l")).await.unwrap();
+    orchestrator.suspend(&name("a"), true, by_test()).await.unwrap();
+    orchestrator.stop_loop(&name("l"), by_test()).await.unwrap();
     orchestrator.reload(settings(), Declared::default()).await.unwrap();
     drop(tasks);
     let (orchestrator, _tasks) = declaring(declared(), &store).await;
@@ -139,8 +142,8 @@ async fn a_registration_that_the_file_declares_after_a_reload_stays_suspended_an
     for (next, is_suspended) in [(declared(), Some(true)), (Declared::default(), None)] {
         let store = in_memory().await;
         let (orchestrator, tasks) = declaring(Declared::default(), &store).await;
-        orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
-        orchestrator.suspend(&name("a"), true).await.unwrap();
+        orchestrator.register(subsystem("a"), None, &Registrar::Anyone, by_test()).await.unwrap();
+        orchestrator.suspend(&name("a"), true, by_test()).await.unwrap();
         orchestrator.reload(settings(), declared()).await.unwrap();
         drop(tasks);
         let (orchestrator, _tasks) = declaring(next, &store).await;
@@ -157,10 +160,10 @@ async fn refusals(by_rpc: usize) -> [String; 2] {
     let names: Vec<_> = (0..by_rpc).map(|i| format!("s{i:02}")).collect();
     let mut last = "declared";
     for next in &names {
-        orchestrator.register(after(next, &[last]), None, &Registrar::Anyone).await.unwrap();
+        orchestrator.register(after(next, &[last]), None, &Registrar::Anyone, by_test()).await.unwrap();
         last = next;
     }
-    orchestrator.register(subsystem("aside"), None, &Registrar::Anyone).await.unwrap();
+    orchestrator.register(subsystem("aside"), None, &Registrar::Anyone, by_test()).await.unwrap();
     let declared = of_subsystems(vec![after("declared", &[last])]);
     let refused = |refused: Refusal| match refused {
         Refusal::DeclaredRing { .. } => refused.to_string(),

@@ -17,7 +17,7 @@ use orchestrator_core::{
 };
 use tokio::time::{sleep, timeout};
 
-use crate::kit::{Around, Fleet, Prune, host, of, of_all, settings, start, subsystem};
+use crate::kit::{Around, Fleet, Prune, by_test, host, of, of_all, settings, start, subsystem};
 
 /// An orchestrator over a store that panics after this number of commits.
 async fn over(fleet: Fleet, commits: usize, prune: Box<Prune>) -> (Orchestrator, OrchestratorTasks) {
@@ -49,17 +49,17 @@ async fn a_defect_in_a_task_ends_the_orchestrator_and_names_the_task() {
     let expected = |task| (task, "it panicked: a defect".to_owned());
 
     let (orchestrator, tasks) = over(Fleet { call_panics: true, ..Fleet::default() }, MANY, fine()).await;
-    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone, by_test()).await.unwrap();
     orchestrator.run_cycle(of_all(), false).await.unwrap();
     assert_eq!(ended(tasks).await, expected("the conductor of cycles"));
 
     // The first commit is that of the takeover.
     let (orchestrator, tasks) = over(Fleet::default(), 1, fine()).await;
-    tokio::spawn(async move { orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await });
+    tokio::spawn(async move { orchestrator.register(subsystem("a"), None, &Registrar::Anyone, by_test()).await });
     assert_eq!(ended(tasks).await, expected("the writer"));
 
     let (orchestrator, tasks) = over(Fleet { forget_panics: true, ..Fleet::default() }, MANY, fine()).await;
-    orchestrator.register(subsystem("a"), Some(Duration::from_secs(1)), &Registrar::Anyone).await.unwrap();
+    orchestrator.register(subsystem("a"), Some(Duration::from_secs(1)), &Registrar::Anyone, by_test()).await.unwrap();
     assert_eq!(ended(tasks).await, expected("the timer of leases"));
 
     let (_orchestrator, tasks) = over(Fleet::default(), MANY, Box::new(|| panic!("a defect"))).await;
@@ -85,7 +85,7 @@ async fn an_idle_process_ends_once_another_has_taken_over_its_store() {
 async fn drained(ends: impl Fn(&Orchestrator)) -> Vec<CycleState> {
     let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let (orchestrator, mut tasks) = start(settings(), Arc::default(), store.clone()).await;
-    orchestrator.register(subsystem("a"), None, &Registrar::Anyone).await.unwrap();
+    orchestrator.register(subsystem("a"), None, &Registrar::Anyone, by_test()).await.unwrap();
     let named = || CycleRequest { request_id: Some("named".into()), ..of(&["a"]) };
     let mut tickets = Vec::new();
     // Only the callers of the second and of the fifth one are promised that their cycles will run.
@@ -129,7 +129,7 @@ async fn repeated_work_of_tasks_is_counted_by_its_outcome() {
         _ => Ok(()),
     };
     let (orchestrator, _tasks) = over(Fleet::default(), usize::MAX, Box::new(first_fails)).await;
-    orchestrator.register(subsystem("a"), Some(Duration::from_secs(1)), &Registrar::Anyone).await.unwrap();
+    orchestrator.register(subsystem("a"), Some(Duration::from_secs(1)), &Registrar::Anyone, by_test()).await.unwrap();
     sleep(Duration::from_secs(30)).await;
     let counts = orchestrator.figures().counts;
     assert_eq!((counts.retention.done, counts.retention.failed, counts.retention.done_at), (0, 1, None));

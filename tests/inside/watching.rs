@@ -17,7 +17,7 @@ use orchestrator_core::{
 };
 use tokio::time::{Instant, timeout};
 
-use crate::kit::{Fleet, Process, host, in_memory, of, settings, start, subsystem, text};
+use crate::kit::{Fleet, Process, by_test, host, in_memory, of, settings, start, subsystem, text};
 
 /// More records than the cache for watchers holds.
 const MANY: u64 = 600;
@@ -28,7 +28,7 @@ async fn stage(settings: Settings) -> (Orchestrator, OrchestratorTasks) {
     let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
     let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
     for name in ["a", "b", "c", "d"] {
-        orchestrator.register(subsystem(name), None, &Registrar::Anyone).await.unwrap();
+        orchestrator.register(subsystem(name), None, &Registrar::Anyone, by_test()).await.unwrap();
     }
     (orchestrator, tasks)
 }
@@ -133,7 +133,7 @@ async fn a_bookmark_is_sent_in_time_while_events_come_that_the_filter_rejects() 
     let (orchestrator, _tasks) = stage(Settings { max_subsystems: 2 * EVENTS, ..settings() }).await;
     let names: Vec<_> = (0..EVENTS).map(|i| format!("s{i}")).collect();
     for name in &names {
-        orchestrator.register(subsystem(name), None, &Registrar::Anyone).await.unwrap();
+        orchestrator.register(subsystem(name), None, &Registrar::Anyone, by_test()).await.unwrap();
     }
     let filter = WatchFilter { loops: [Name::parse("other").unwrap()].into(), ..WatchFilter::default() };
     let mut watcher = orchestrator.watch(From::Now, filter, true).unwrap();
@@ -281,7 +281,7 @@ async fn a_record_waits_for_earlier_events_of_other_cycles_only() {
     let (orchestrator, _tasks) = stage(settings()).await;
     let names: Vec<_> = (0..30).map(|i| format!("s{i}")).collect();
     orchestrator
-        .register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone)
+        .register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone, by_test())
         .await
         .unwrap();
     let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
@@ -309,7 +309,7 @@ async fn a_watcher_that_joins_a_large_cycle_receives_its_state_in_pieces() {
     let (orchestrator, _tasks) = stage(limits).await;
     let names: Vec<_> = (0..PARTS).map(|i| format!("s{i}")).collect();
     orchestrator
-        .register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone)
+        .register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone, by_test())
         .await
         .unwrap();
     let names: Vec<_> = names.iter().map(String::as_str).collect();
@@ -394,7 +394,7 @@ async fn cached(parts: &[usize]) -> usize {
     let fleet = Arc::new(Fleet::default());
     let (orchestrator, _tasks) = start(settings, fleet.clone(), store).await;
     let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
-    orchestrator.register_all(names.map(subsystem).into(), None, &Registrar::Anyone).await.unwrap();
+    orchestrator.register_all(names.map(subsystem).into(), None, &Registrar::Anyone, by_test()).await.unwrap();
     let answer = |bytes: usize| fleet.answer.lock().unwrap().output = text(&"x".repeat(bytes));
     let run = async |parts: usize| {
         let request = CycleRequest { record_outputs: true, ..of(&names[..parts]) };
@@ -426,7 +426,7 @@ async fn within(memory: &Shares) -> (Orchestrator, OrchestratorTasks) {
     let process = Process { memory: memory.clone(), ..Process::default() };
     let (orchestrator, tasks) = process.over(in_memory().await).await.unwrap();
     let second = Subsystem { after: vec![Name::parse("a").unwrap()], ..subsystem("b") };
-    orchestrator.register_all(vec![subsystem("a"), second], None, &Registrar::Anyone).await.unwrap();
+    orchestrator.register_all(vec![subsystem("a"), second], None, &Registrar::Anyone, by_test()).await.unwrap();
     (orchestrator, tasks)
 }
 

@@ -24,7 +24,7 @@ use tokio::{
     time::{advance, sleep, timeout},
 };
 
-use crate::kit::{Around, Fleet, errors, host, of, of_all, settings, start, subsystem, text, warnings};
+use crate::kit::{Around, Fleet, by_test, errors, host, of, of_all, settings, start, subsystem, text, warnings};
 
 /// Decides the result of a commit.
 type Verdict = Box<dyn Fn(&Write) -> Result<(), StoreError> + Send>;
@@ -106,7 +106,7 @@ impl Stage {
         let fleet = Arc::new(Fleet::default());
         let (orchestrator, tasks) = start(Self::settings(), fleet.clone(), around).await;
         for name in ["a", "b", "c"] {
-            orchestrator.register(subsystem(name), None, &Registrar::Anyone).await.unwrap();
+            orchestrator.register(subsystem(name), None, &Registrar::Anyone, by_test()).await.unwrap();
         }
         Self { script, trouble, store, fleet, orchestrator: Arc::new(orchestrator), tasks }
     }
@@ -208,7 +208,7 @@ async fn writes_of_cycles_are_retried_and_other_changes_fail_with_the_first_erro
     stage.script.judge([Box::new(full) as Verdict, Box::new(full)]);
     let orchestrator = stage.orchestrator.clone();
     let registering =
-        tokio::spawn(async move { orchestrator.register(subsystem("d"), None, &Registrar::Anyone).await });
+        tokio::spawn(async move { orchestrator.register(subsystem("d"), None, &Registrar::Anyone, by_test()).await });
     // The record waits for this commit, and the registration behind it.
     sleep(Duration::from_millis(10)).await;
     stage.script.let_go();
@@ -221,7 +221,7 @@ async fn writes_of_cycles_are_retried_and_other_changes_fail_with_the_first_erro
     assert_eq!(stage.orchestrator.cycle(CycleId(1)).await.unwrap().revision, Revision(1));
     assert!(stage.orchestrator.status().store_error.is_none());
     assert_eq!(*stage.script.tried.lock().unwrap(), [[1], [1], [1]]);
-    stage.orchestrator.register(subsystem("d"), None, &Registrar::Anyone).await.unwrap();
+    stage.orchestrator.register(subsystem("d"), None, &Registrar::Anyone, by_test()).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -230,7 +230,7 @@ async fn a_change_whose_caller_leaves_before_its_turn_is_not_made() {
     let register = |name| {
         let orchestrator = stage.orchestrator.clone();
         timeout(Duration::from_secs(1), async move {
-            orchestrator.register(subsystem(name), None, &Registrar::Anyone).await
+            orchestrator.register(subsystem(name), None, &Registrar::Anyone, by_test()).await
         })
     };
     // No commit returns. The first registration is already being written, so it is completed although its caller has
@@ -271,7 +271,7 @@ async fn the_number_of_logged_errors_of_a_failing_write_does_not_depend_on_calle
     errors();
     for _ in 0..CALLS {
         // Each registration is tried together with the record.
-        let refused = stage.orchestrator.register(subsystem("d"), None, &Registrar::Anyone).await.err();
+        let refused = stage.orchestrator.register(subsystem("d"), None, &Registrar::Anyone, by_test()).await.err();
         assert!(matches!(refused, Some(Refusal::StoreUnavailable(None, _))), "{refused:?}");
     }
     assert_eq!((stage.script.tried.lock().unwrap().len(), errors().as_str()), (CALLS + 1, ""));
@@ -334,7 +334,7 @@ async fn a_cycle_that_does_not_succeed_is_logged_with_its_duration_to_the_micros
     let ticket = stage.run("a").await;
     sleep(Duration::from_millis(1)).await;
     advance(Duration::from_nanos(1_234_567)).await;
-    stage.orchestrator.cancel_cycle(ticket.cycle_id).await.unwrap();
+    stage.orchestrator.cancel_cycle(ticket.cycle_id, by_test()).await.unwrap();
     let said = warnings();
     assert!(said.lines().count() == 1 && said.contains("duration_ms=2.235\n"), "{said}");
 }
@@ -345,7 +345,7 @@ async fn a_cycle_that_is_cancelled_while_its_start_is_written_makes_no_calls() {
     let ticket = stage.run("a").await;
     sleep(Duration::from_millis(10)).await;
     let orchestrator = stage.orchestrator.clone();
-    let cancelling = tokio::spawn(async move { orchestrator.cancel_cycle(CycleId(1)).await });
+    let cancelling = tokio::spawn(async move { orchestrator.cancel_cycle(CycleId(1), by_test()).await });
     sleep(Duration::from_millis(10)).await;
     stage.script.let_go();
     let record = cancelling.await.unwrap().unwrap();
@@ -363,7 +363,8 @@ async fn cancelled_cycles_count_as_waiting_until_they_are_recorded() {
     for cycle_id in [2, 3] {
         let ticket = stage.run("a").await;
         assert_eq!(ticket.cycle_id, CycleId(cycle_id));
-        let cancelled = timeout(Duration::from_millis(10), stage.orchestrator.cancel_cycle(ticket.cycle_id)).await;
+        let cancelled =
+            timeout(Duration::from_millis(10), stage.orchestrator.cancel_cycle(ticket.cycle_id, by_test())).await;
         assert!(cancelled.is_err(), "it is not recorded");
     }
     let refused = stage.orchestrator.run_cycle(of_all(), false).await;
@@ -390,7 +391,7 @@ async fn while_a_commit_is_late_nothing_is_admitted_and_it_is_applied_when_it_re
     let refused = [
         stage.orchestrator.run_cycle(of(&["b"]), false).await.map(|ticket| ticket.cycle_id),
         stage.orchestrator.run_cycle(of(&["b"]), true).await.map(|ticket| ticket.cycle_id),
-        stage.orchestrator.register(subsystem("d"), None, &Registrar::Anyone).await.map(|_| CycleId(0)),
+        stage.orchestrator.register(subsystem("d"), None, &Registrar::Anyone, by_test()).await.map(|_| CycleId(0)),
     ];
     for refused in refused {
         assert!(matches!(refused, Err(Refusal::StoreUnavailable(None, StoreError::Late { .. }))), "{refused:?}");
@@ -415,7 +416,7 @@ async fn cycles_are_refused_while_a_commit_is_late_and_admitted_afterwards() {
     let stage = Stage::new().await;
     let orchestrator = stage.orchestrator.clone();
     let registering =
-        tokio::spawn(async move { orchestrator.register(subsystem("d"), None, &Registrar::Anyone).await });
+        tokio::spawn(async move { orchestrator.register(subsystem("d"), None, &Registrar::Anyone, by_test()).await });
     sleep(Duration::from_millis(10)).await;
     stage.trouble.send_replace(Some(late()));
     sleep(Duration::from_millis(10)).await;
@@ -477,7 +478,7 @@ async fn callers_of_cycles_behind_a_late_commit_are_refused_and_the_cycles_recor
     sleep(Duration::from_millis(200)).await;
     assert_eq!(refusal_of(async { runs.await.unwrap() }).await, (Some(2), late()));
     // Its record waits as well.
-    assert_eq!(refusal_of(stage.orchestrator.cancel_cycle(CycleId(3))).await, (Some(3), late()));
+    assert_eq!(refusal_of(stage.orchestrator.cancel_cycle(CycleId(3), by_test())).await, (Some(3), late()));
     assert_eq!(stage.orchestrator.status().total_cycles, 0);
 
     stage.script.let_go();
@@ -531,7 +532,7 @@ async fn a_change_that_waits_for_its_turn_is_refused_once_a_commit_is_late_and_n
     let stage = Stage::new().await;
     let register = |name| {
         let orchestrator = stage.orchestrator.clone();
-        tokio::spawn(async move { orchestrator.register(subsystem(name), None, &Registrar::Anyone).await })
+        tokio::spawn(async move { orchestrator.register(subsystem(name), None, &Registrar::Anyone, by_test()).await })
     };
     let (first, second) = (register("d"), register("e"));
     sleep(Duration::from_millis(10)).await;
@@ -555,14 +556,14 @@ async fn a_queued_change_is_refused_once_a_commit_is_late_and_not_made() {
     stage.after_commits(1).await;
     let orchestrator = stage.orchestrator.clone();
     let registering =
-        tokio::spawn(async move { orchestrator.register(subsystem("d"), None, &Registrar::Anyone).await });
+        tokio::spawn(async move { orchestrator.register(subsystem("d"), None, &Registrar::Anyone, by_test()).await });
     sleep(Duration::from_millis(10)).await;
     stage.trouble.send_replace(Some(late()));
     assert_eq!(refusal_of(async { registering.await.unwrap() }).await, (None, late()));
     stage.script.let_go();
     sleep(Duration::from_secs(1)).await;
     assert!(stage.orchestrator.subsystem(&Name::parse("d").unwrap()).is_err());
-    let (_, change) = stage.orchestrator.register(subsystem("d"), None, &Registrar::Anyone).await.unwrap();
+    let (_, change) = stage.orchestrator.register(subsystem("d"), None, &Registrar::Anyone, by_test()).await.unwrap();
     assert_eq!(change, Change::Created);
 }
 
@@ -591,7 +592,11 @@ async fn a_caller_that_does_not_wait_for_its_cycle_is_refused_once_a_commit_is_l
 async fn the_last_write_waits_for_a_late_commit() {
     let mut stage = Stage::new().await;
     stage.script.permits.add_permits(1);
-    stage.orchestrator.register(subsystem("d"), Some(Duration::from_secs(1)), &Registrar::Anyone).await.unwrap();
+    stage
+        .orchestrator
+        .register(subsystem("d"), Some(Duration::from_secs(1)), &Registrar::Anyone, by_test())
+        .await
+        .unwrap();
     // The end of its lease is being written.
     sleep(Duration::from_secs(2)).await;
     stage.trouble.send_replace(Some(late()));
@@ -662,10 +667,10 @@ async fn of_the_outputs_of_a_cycle_only_those_of_subsystems_that_left_meanwhile_
     sleep(Duration::from_millis(500)).await;
     let names = ["b", "c"].map(|name| Name::parse(name).unwrap());
     for name in &names {
-        stage.orchestrator.unregister(name, &Registrar::Anyone).await.unwrap();
+        stage.orchestrator.unregister(name, &Registrar::Anyone, by_test()).await.unwrap();
     }
     // The new one has not run.
-    stage.orchestrator.register(subsystem("c"), None, &Registrar::Anyone).await.unwrap();
+    stage.orchestrator.register(subsystem("c"), None, &Registrar::Anyone, by_test()).await.unwrap();
     ticket.recorded().await.unwrap();
     assert_eq!((stage.output_of("a"), stage.output_of("c")), (Some(CycleId(1)), None));
     let outputs = stage.store.take_over().await.unwrap().outputs;
@@ -698,7 +703,7 @@ async fn records_that_are_large_together_are_committed_one_by_one() {
         let names: Vec<_> = (0..parts.0 + parts.1).map(|i| format!("s{i}")).collect();
         stage.script.permits.add_permits(1);
         let many = names.iter().map(|name| subsystem(name)).collect();
-        stage.orchestrator.register_all(many, None, &Registrar::Anyone).await.unwrap();
+        stage.orchestrator.register_all(many, None, &Registrar::Anyone, by_test()).await.unwrap();
         let names: Vec<_> = names.iter().map(String::as_str).collect();
         let (first, second) = names.split_at(parts.0);
         stage.orchestrator.run_cycle(of(first), false).await.unwrap();
@@ -730,7 +735,7 @@ async fn the_removal_of_many_records_is_not_committed_together_with_a_large_reco
     let names: Vec<_> = (0..900).map(|i| format!("s{i}")).collect();
     stage
         .orchestrator
-        .register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone)
+        .register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone, by_test())
         .await
         .unwrap();
     for _ in 0..300 {

@@ -106,9 +106,9 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write, appended: &Appended)
         transaction
             .prepare_cached(
                 "INSERT OR REPLACE INTO open_cycles
-                 (cycle_id, trigger, loop, scheduled_at, started_at, request_id, triggered_by, trace_id, request)
+                 (cycle_id, trigger, loop, scheduled_at, started_at, request_id, triggered_by, trace_id, request, audit)
                  VALUES (:cycle_id, :trigger, :loop, :scheduled_at, :started_at, :request_id, :triggered_by, :trace_id,
-                 :request)",
+                 :request, :audit)",
             )?
             .execute(named_params! {
                 ":cycle_id": integer(open.cycle_id.0),
@@ -120,6 +120,7 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write, appended: &Appended)
                 ":triggered_by": open.triggered_by.as_ref().map(ToString::to_string),
                 ":trace_id": open.trace_id.map(|trace_id| trace_id.0.to_be_bytes()),
                 ":request": request,
+                ":audit": open.audit.as_deref(),
             })?;
     }
     for (leaf, record) in appended.records(write) {

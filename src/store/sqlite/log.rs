@@ -5,11 +5,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use rusqlite::{Connection, OptionalExtension, Transaction};
+use rusqlite::{Connection, OptionalExtension, Transaction, named_params};
 
 use super::{
     error::explain,
-    rows::{HAS_REVISION, integer, number},
+    rows::{HAS_REVISION, integer, nanoseconds, number},
 };
 use crate::{
     ledger::{Entry, Frontier, Hash, Node},
@@ -63,13 +63,13 @@ pub(super) fn hashes(connection: &Connection, nodes: &[Node]) -> rusqlite::Resul
     nodes.iter().map(|node| Ok(hash(node)?.map(Hash))).collect()
 }
 
-/// Checks that the bytes of a record are those that were appended as this leaf.
+/// Checks that an entry is the one that was appended as this leaf.
 ///
 /// # Errors
 /// They are not, or the hash can't be read.
-pub(super) fn check(connection: &Connection, leaf: u64, record: &[u8]) -> Result<(), String> {
+pub(super) fn check(connection: &Connection, leaf: u64, entry: Entry<'_>) -> Result<(), String> {
     match hashes(connection, &[Node::of_leaf(leaf)]).map_err(|error| error.to_string())?.as_deref() {
-        Some([hash]) if *hash == Entry::Cycle(record).leaf() => Ok(()),
+        Some([hash]) if *hash == entry.leaf() => Ok(()),
         Some(_) => Err(format!("its bytes were changed: they don't have the hash of leaf {leaf} of the log")),
         None => Err(format!("the log does not contain its leaf {leaf}")),
     }
@@ -81,6 +81,21 @@ pub(super) fn append(transaction: &Transaction<'_>, write: &Write, appended: &Ap
         transaction
             .prepare_cached("INSERT INTO hashes (id, hash) VALUES (?1, ?2)")?
             .execute((integer(number), &hash.0[..]))?;
+    }
+    for (leaf, event) in appended.events(write) {
+        transaction
+            .prepare_cached(
+                "INSERT INTO audit (leaf, time, caller, rpc, denied, event)
+                 VALUES (:leaf, :time, :caller, :rpc, :denied, :event)",
+            )?
+            .execute(named_params! {
+                ":leaf": integer(leaf),
+                ":time": nanoseconds(event.time),
+                ":caller": event.caller,
+                ":rpc": event.rpc,
+                ":denied": event.denied,
+                ":event": &event.bytes[..],
+            })?;
     }
     if let Some((leaf, entry)) = appended.control(write) {
         transaction
@@ -101,8 +116,8 @@ pub(super) fn forget(transaction: &Transaction<'_>, first_kept: u64) -> rusqlite
     Ok(())
 }
 
-/// The leaves of these records, and the first leaf that is kept without them: that of the record with the lowest
-/// revision, or 0 if this is older than the log.
+/// The leaves of these records, and the first leaf that is kept without them: the lower one of that of the record with
+/// the lowest revision, or 0 if this is older than the log, and that of the first audit event.
 pub(super) fn leaves_of(connection: &Connection, revisions: &[Revision]) -> rusqlite::Result<(Vec<Option<u64>>, u64)> {
     let mut query = connection.prepare_cached("SELECT leaf FROM cycles WHERE revision = ?1")?;
     let mut leaf = |revision: &Revision| query.query_row([integer(revision.0)], |row| row.get::<_, Option<i64>>(0));
@@ -112,9 +127,12 @@ pub(super) fn leaves_of(connection: &Connection, revisions: &[Revision]) -> rusq
         "SELECT revision, leaf FROM cycles WHERE {HAS_REVISION} ORDER BY revision LIMIT ?1"
     ))?;
     let mut rows = query.query([integer(revisions.len() as u64 + 1)])?;
+    let first_event = connection.query_row("SELECT min(leaf) FROM audit", [], |row| row.get::<_, Option<i64>>(0))?;
+    let first_event = first_event.map_or(u64::MAX, i64::unsigned_abs);
     while let Some(row) = rows.next()? {
         if revisions.binary_search(&Revision(number(row, 0)?)).is_err() {
-            return Ok((leaves, row.get::<_, Option<i64>>(1)?.map_or(0, i64::unsigned_abs)));
+            let first_record = row.get::<_, Option<i64>>(1)?.map_or(0, i64::unsigned_abs);
+            return Ok((leaves, first_record.min(first_event)));
         }
     }
     Ok((leaves, 0))

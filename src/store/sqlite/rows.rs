@@ -6,8 +6,9 @@ use rusqlite::{Connection, Row, types::ValueRef};
 
 use super::log;
 use crate::{
+    ledger::Entry,
     model::{CycleId, CycleState, Epoch, Identity, Name, Revision, TraceId, Trigger},
-    ports::{Found, OpenCycle, Record, Stage, TriggerKind, Unreadable},
+    ports::{AuditEntry, Found, OpenCycle, Record, Stage, TriggerKind, Unreadable},
     store::Check,
 };
 
@@ -37,7 +38,7 @@ pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Foun
     let record = record(row).map_err(|error| unreadable(error.to_string()))?;
     let leaf: Option<i64> = row.get("leaf").map_err(|error| unreadable(error.to_string()))?;
     if let Some(leaf) = leaf {
-        log::check(connection, leaf.unsigned_abs(), &record.bytes).map_err(unreadable)?;
+        log::check(connection, leaf.unsigned_abs(), Entry::Cycle(&record.bytes)).map_err(unreadable)?;
     }
     check(&record).map_err(unreadable)?;
     Ok(record)
@@ -64,6 +65,18 @@ pub(super) fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
     })
 }
 
+/// An audit event.
+pub(super) fn event(row: &Row<'_>) -> rusqlite::Result<AuditEntry> {
+    let bytes: Vec<u8> = row.get("event")?;
+    Ok(AuditEntry {
+        time: time(row, "time")?,
+        caller: row.get("caller")?,
+        rpc: row.get("rpc")?,
+        denied: row.get("denied")?,
+        bytes: bytes.into(),
+    })
+}
+
 pub(super) fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
     let cycle_id = CycleId(number(row, "cycle_id")?);
     let trigger = trigger(row)?;
@@ -79,6 +92,7 @@ pub(super) fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
         request_id: row.get("request_id")?,
         triggered_by: identity(row, "triggered_by")?,
         trace_id: trace_id.map(|bytes| TraceId(u128::from_be_bytes(bytes))),
+        audit: row.get::<_, Option<Vec<u8>>>("audit")?.map(Into::into),
         stage: match started_at {
             Some(_) => Stage::Begun(time(row, "started_at")?),
             None => Stage::Waiting(request.map(Into::into)),
@@ -95,6 +109,7 @@ pub(super) fn unknown_cycle(cycle_id: CycleId) -> OpenCycle {
         request_id: None,
         triggered_by: None,
         trace_id: None,
+        audit: None,
         stage: Stage::Unknown,
     }
 }

@@ -143,3 +143,19 @@ ALTER TABLE subsystems ADD COLUMN owner TEXT;
 -- The caller that started a cycle; NULL if a loop did, or callers were not told apart. A `request_id` belongs to it.
 ALTER TABLE cycles ADD COLUMN triggered_by TEXT;
 ALTER TABLE open_cycles ADD COLUMN triggered_by TEXT;
+
+-- migration 8
+
+-- The audit events in the log. `event` is an encoded AuditEvent; the other columns only find it.
+CREATE TABLE audit (
+    leaf   INTEGER PRIMARY KEY,
+    time   INTEGER NOT NULL,
+    caller TEXT NOT NULL,
+    rpc    TEXT NOT NULL,
+    denied INTEGER NOT NULL,
+    event  BLOB NOT NULL
+);
+
+-- The part of its audit event that is known before a cycle is recorded, as an encoded AuditEvent. NULL if it is written
+-- already, or if a loop started the cycle.
+ALTER TABLE open_cycles ADD COLUMN audit BLOB;

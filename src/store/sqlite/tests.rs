@@ -16,8 +16,8 @@ use crate::{
     store::{
         OpenError, StoreUrl, accept, open,
         suite::{
-            ALL, at, check, commit, cycle_of, filled, name, open_cycle, output, pruned, record, record_of, recorded,
-            refuses, request, stored_subsystem, waiting_cycle,
+            ALL, at, check, commit, cycle_of, event, filled, name, open_cycle, output, pruned, record, record_of,
+            recorded, refuses, request, stored_subsystem, waiting_cycle,
         },
     },
 };
@@ -62,6 +62,7 @@ async fn everything_is_kept_across_a_restart() {
             waiting_cycle(6, Some("six")),
         ],
         records: vec![record(1, first.epoch), record(2, first.epoch)],
+        audit: vec![event(1)],
         removal: Removal::default(),
         outputs: vec![(name("a"), output(1, "old")), (name("a"), output(2, "new")), (name("b"), output(2, "b"))],
         subsystems: BTreeMap::from([stored_subsystem("a"), stored_subsystem("b")]),

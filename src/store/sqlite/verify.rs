@@ -12,7 +12,7 @@ use super::{
     log::hashes,
     opening::harden,
     place::DatabaseFileError,
-    rows::{COLUMNS, integer, number, record},
+    rows::{COLUMNS, event, integer, number, record},
     schema::check_current,
 };
 use crate::{
@@ -60,8 +60,15 @@ struct Verifier<'a> {
 /// A row that claims to be a leaf.
 struct Leaf {
     leaf: u64,
-    /// `None` if it is a control entry.
-    cycle_id: Option<u64>,
+    entry: Claimed,
+}
+
+/// The entry that a row claims to be.
+enum Claimed {
+    /// The record of this cycle.
+    Record(u64),
+    Event,
+    Control,
 }
 
 impl Verifier<'_> {
@@ -108,11 +115,16 @@ impl Verifier<'_> {
             (self.wrong)(format!("the table hashes lacks the hashes of the entries before leaf {first_kept}"));
         }
         self.compare_root(tree.as_ref(), first_kept);
-        let claims = "SELECT leaf, cycle_id FROM cycles WHERE leaf IS NOT NULL
-                      UNION ALL SELECT leaf, NULL FROM control ORDER BY leaf";
+        let claims = "SELECT leaf, 1, cycle_id FROM cycles WHERE leaf IS NOT NULL
+                      UNION ALL SELECT leaf, 2, 0 FROM audit UNION ALL SELECT leaf, 3, 0 FROM control ORDER BY leaf";
         let mut query = self.database.prepare(claims)?;
         let mut claims = query.query_map([], |row| {
-            Ok(Leaf { leaf: number(row, 0)?, cycle_id: row.get::<_, Option<i64>>(1)?.map(i64::unsigned_abs) })
+            let entry = match row.get(1)? {
+                1 => Claimed::Record(number(row, 2)?),
+                2 => Claimed::Event,
+                _ => Claimed::Control,
+            };
+            Ok(Leaf { leaf: number(row, 0)?, entry })
         })?;
         let mut next = claims.next().transpose()?;
         let mut last_revision = 0;
@@ -174,11 +186,14 @@ impl Verifier<'_> {
 
     /// The hash of an entry that is there; `None` if it can't be read, which is reported.
     fn check_entry(&mut self, claim: &Leaf, last_revision: &mut u64) -> rusqlite::Result<Option<Hash>> {
-        let Some(cycle_id) = claim.cycle_id else {
-            let entry: Vec<u8> =
-                self.database
-                    .query_row("SELECT entry FROM control WHERE leaf = ?1", [integer(claim.leaf)], |row| row.get(0))?;
-            return Ok(Some(Entry::Control(&entry).leaf()));
+        let cycle_id = match claim.entry {
+            Claimed::Record(cycle_id) => cycle_id,
+            Claimed::Event => return self.check_event(claim),
+            Claimed::Control => {
+                let mut query = self.database.prepare_cached("SELECT entry FROM control WHERE leaf = ?1")?;
+                let entry: Vec<u8> = query.query_row([integer(claim.leaf)], |row| row.get(0))?;
+                return Ok(Some(Entry::Control(&entry).leaf()));
+            }
         };
         let Some(record) = self.record(cycle_id)? else { return Ok(None) };
         self.verified.records += 1;
@@ -190,6 +205,23 @@ impl Verifier<'_> {
         }
         *last_revision = record.revision.0;
         Ok(Some(Entry::Cycle(&record.bytes).leaf()))
+    }
+
+    /// The hash of an audit event; `None` if it can't be read, which is reported.
+    fn check_event(&mut self, claim: &Leaf) -> rusqlite::Result<Option<Hash>> {
+        let mut query = self.database.prepare_cached("SELECT * FROM audit WHERE leaf = ?1")?;
+        let event = match query.query_row([integer(claim.leaf)], |row| Ok(event(row)))? {
+            Ok(event) => event,
+            Err(error) => {
+                (self.wrong)(format!("{claim} can't be read: {error}"));
+                return Ok(None);
+            }
+        };
+        self.verified.events += 1;
+        if let Err(problem) = (self.rules.event)(&event) {
+            (self.wrong)(format!("{claim}: {problem}"));
+        }
+        Ok(Some(Entry::Audit(&event.bytes).leaf()))
     }
 
     /// The record of a cycle; `None` if it can't be read, which is reported.
@@ -258,9 +290,10 @@ impl Verifier<'_> {
 
 impl std::fmt::Display for Leaf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.cycle_id {
-            Some(cycle_id) => write!(f, "the record of cycle {cycle_id} (leaf {})", self.leaf),
-            None => write!(f, "the control entry of leaf {}", self.leaf),
+        match self.entry {
+            Claimed::Record(cycle_id) => write!(f, "the record of cycle {cycle_id} (leaf {})", self.leaf),
+            Claimed::Event => write!(f, "the audit event of leaf {}", self.leaf),
+            Claimed::Control => write!(f, "the control entry of leaf {}", self.leaf),
         }
     }
 }
@@ -276,11 +309,11 @@ mod tests {
         clock::Clock,
         ledger::RecordsPruned,
         model::{CycleId, Epoch, Revision},
-        ports::{Removal, Write},
+        ports::{AuditEntry, Removal, Write},
         store::{
             StoreUrl, open,
             sqlite::tests::database_of_version,
-            suite::{check, commit, filled, record, recorded},
+            suite::{check, commit, event, filled, record, recorded},
         },
     };
 
@@ -289,6 +322,11 @@ mod tests {
 
     fn pruned(entry: &[u8]) -> Result<RecordsPruned, String> {
         if entry == REMOVED { Ok(RecordsPruned::of([0, 1, 3], 2)) } else { Err("as scripted".into()) }
+    }
+
+    /// Events of this caller stand for such with other keys.
+    fn check_event(entry: &AuditEntry) -> Result<(), String> {
+        if entry.caller == "other" { Err("its column caller is not that of its bytes".into()) } else { Ok(()) }
     }
 
     /// A database with 10 records, of which three are removed before the last two are written.
@@ -310,12 +348,12 @@ mod tests {
     /// The result of verifying a database, and the faults.
     fn verified(path: &Path, checkpoint: &Checkpoint) -> (Verified, Vec<String>) {
         let mut faults = Vec::new();
-        let rules = Rules { record: check, pruned };
+        let rules = Rules { record: check, event: check_event, pruned };
         let verified = verify(path, checkpoint, rules, &mut |fault| faults.push(fault)).unwrap();
         (verified, faults)
     }
 
-    const SOUND: Verified = Verified { entries: 11, first_kept: 2, records: 7, unlogged: 0 };
+    const SOUND: Verified = Verified { entries: 11, first_kept: 2, records: 7, events: 0, unlogged: 0 };
 
     #[tokio::test]
     async fn an_unchanged_database_is_verified_by_each_checkpoint_of_what_is_kept() {
@@ -422,13 +460,63 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn each_change_of_an_audit_event_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("o.db");
+        let store = open(&StoreUrl::Sqlite(path.clone()), check, Clock::system()).await.unwrap();
+        let epoch = store.take_over().await.unwrap().epoch;
+        // The leaves 0 and 1 are records, 2 to 4 events, and 5 is a record.
+        commit(&*store, Write { audit: (1..=3).map(event).collect(), ..recorded(1..=2, epoch) }).await;
+        commit(&*store, recorded(3..=3, epoch)).await;
+        let log = store.log().frontier;
+        let checkpoint = Checkpoint { origin: "log".into(), size: log.size(), root: log.root() };
+        let sound = Verified { entries: 6, records: 3, events: 3, ..Verified::default() };
+        drop(store);
+        assert_eq!(verified(&path, &checkpoint), (sound, Vec::new()));
+        let changes: [(&str, &[&str]); 6] = [
+            ("DELETE FROM audit WHERE leaf = 3", &["leaf 3 is missing, and no entry says that retention removed it"]),
+            (
+                "UPDATE audit SET event = x'00' WHERE leaf = 3",
+                &["the audit event of leaf 3 was changed: its bytes don't have the hash of its leaf"],
+            ),
+            (
+                "UPDATE audit SET leaf = 99 WHERE leaf = 3; UPDATE audit SET leaf = 3 WHERE leaf = 4;
+                 UPDATE audit SET leaf = 4 WHERE leaf = 99",
+                &[
+                    "the audit event of leaf 3 was changed: its bytes don't have the hash of its leaf",
+                    "the audit event of leaf 4 was changed: its bytes don't have the hash of its leaf",
+                ],
+            ),
+            (
+                "UPDATE audit SET caller = 'other' WHERE leaf = 2",
+                &["the audit event of leaf 2: its column caller is not that of its bytes"],
+            ),
+            (
+                "UPDATE audit SET time = 'x' WHERE leaf = 2",
+                &["the audit event of leaf 2 can't be read: Invalid column type Text at index: 1, name: time"],
+            ),
+            (
+                "INSERT INTO audit SELECT 6, time, caller, rpc, denied, event FROM audit WHERE leaf = 2",
+                &["the audit event of leaf 6 is beyond the end of the log, which has 6 entries"],
+            ),
+        ];
+        let changed = directory.path().join("changed.db");
+        for (change, expected) in changes {
+            fs::copy(&path, &changed).unwrap();
+            Connection::open(&changed).unwrap().execute_batch(change).unwrap();
+            assert_eq!(verified(&changed, &checkpoint).1, expected, "{change}");
+        }
+    }
+
     #[test]
     fn a_database_without_a_log_is_not_verified() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("o.db");
         drop(database_of_version(&path, 4));
         let checkpoint = Checkpoint { origin: "log".into(), size: 0, root: Frontier::default().root() };
-        let refused = verify(&path, &checkpoint, Rules { record: check, pruned }, &mut |_| {});
+        let rules = Rules { record: check, event: check_event, pruned };
+        let refused = verify(&path, &checkpoint, rules, &mut |_| {});
         assert!(matches!(refused, Err(OpenError::TooOld { found: 4, .. })), "{refused:?}");
     }
 }

@@ -1,0 +1,48 @@
+//! Digests of requests in audit events. They are keyed: whoever reads an event could otherwise guess a small secret in
+//! a request, and recognize it by its hash.
+
+use aws_lc_rs::hmac::{HMAC_SHA256, Key, sign};
+
+use super::{Hash, note::Signer};
+
+/// Makes keyed digests: HMAC-SHA-256 with a key that is derived from the first key of a log.
+#[derive(Debug)]
+pub struct DigestKey(Key);
+
+impl DigestKey {
+    /// The purpose of the derived key.
+    const INFO: &[u8] = b"orchestrator: digests of requests";
+
+    /// Derives the key of this log, by HKDF-Expand (RFC 5869, section 2.3). The secret is random, so it needs no
+    /// extraction (section 3.3).
+    pub fn of(signer: &Signer) -> Self {
+        let secret = signer.keys.first().map_or(&[][..], |key| key.seed());
+        let first_block = [Self::INFO, &[1]].concat();
+        Self(Key::new(HMAC_SHA256, sign(&Key::new(HMAC_SHA256, secret), &first_block).as_ref()))
+    }
+
+    /// The digest of these bytes.
+    pub fn digest(&self, bytes: &[u8]) -> [u8; Hash::LEN] {
+        let mut digest = [0; Hash::LEN];
+        digest.copy_from_slice(sign(&self.0, bytes).as_ref());
+        digest
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::hkdf::{HKDF_SHA256, Prk};
+
+    use super::*;
+    use crate::ledger::SigningKey;
+
+    #[test]
+    fn the_key_is_that_of_hkdf() {
+        let signer = |seed| Signer { origin: "o".into(), keys: vec![SigningKey::of_seed("o", [seed; 32]).unwrap()] };
+        let expected = Prk::new_less_safe(HKDF_SHA256, &[7; 32]);
+        let expected = Key::from(expected.expand(&[DigestKey::INFO], HMAC_SHA256).unwrap());
+        let digest = DigestKey::of(&signer(7)).digest(b"request");
+        assert_eq!(digest, sign(&expected, b"request").as_ref());
+        assert_ne!(digest, DigestKey::of(&signer(8)).digest(b"request"));
+    }
+}
