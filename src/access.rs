@@ -11,6 +11,7 @@ mod pattern;
 mod policy;
 mod reach;
 mod rights;
+mod session;
 mod token;
 
 pub use self::{
@@ -19,5 +20,6 @@ pub use self::{
     policy::{Authenticated, Credential, Mode, Policy, Presented, Revoked, Unauthenticated},
     reach::{Allowed, Reach},
     rights::{Registering, Right, Rights, Targets},
+    session::{Session, Sessions},
     token::{Bearer, Digest, NoRandomness, Token, TokenId, TokenSpec},
 };

@@ -230,7 +230,7 @@ impl Service {
             let expiries = Box::new(move || of_files.expiries());
             let metrics = Metrics::default().and_of(calls, exporter, in_front, expiries, memory.clone());
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
-            let web = Web { api: api.clone(), metrics: metrics.into(), memory: memory.admin, beyond_loopback };
+            let web = Web { api: api.clone(), metrics: metrics.into(), memory: memory.admin, address, beyond_loopback };
             servers.start_infallible(ADMIN_SERVER, web.serve(certificates.admin(listener), admin, stop, cut_off));
             tracing::info!(%address, "dashboard");
         }

@@ -19,7 +19,8 @@ use common::{
     fleet::Run,
     http::get,
     patiently,
-    service::{Service, ms},
+    service::{Home, Service, ms},
+    tokens::{write_private, write_tokens},
 };
 use orchestrator_core::{
     proto::{orchestrator::v1 as pb, subsystem::v1 as subsystem},
@@ -229,10 +230,19 @@ struct Prometheus {
 
 impl Prometheus {
     async fn watch(service: &Service, home: &Path) -> Self {
+        Self::watch_with(service, home, None).await
+    }
+
+    /// With the token in this file, if any.
+    async fn watch_with(service: &Service, home: &Path, token: Option<&Path>) -> Self {
         for rules in ["recording.yml", "alerts.yml"] {
             fs::copy(examples().join(rules), home.join(rules)).unwrap();
         }
-        let config = read("prometheus.yml").replace("127.0.0.1:7780", &service.admin().to_string());
+        let mut config = read("prometheus.yml").replace("127.0.0.1:7780", &service.admin().to_string());
+        if let Some(token) = token {
+            let authorization = format!("    authorization: {{credentials_file: '{}'}}\n", token.display());
+            config = config.replace("    static_configs:\n", &(authorization + "    static_configs:\n"));
+        }
         fs::write(home.join("prometheus.yml"), config.replace("interval: 15s", "interval: 500ms")).unwrap();
         let mut process = Command::new("prometheus")
             .args(["--config.file=prometheus.yml", "--storage.tsdb.path=data", "--web.listen-address=127.0.0.1:0"])
@@ -319,4 +329,30 @@ async fn prometheus_watches_the_service() {
 
     stage.service.kill().await;
     prometheus.until("up{job=\"orchestrator\"}", "0").await;
+}
+
+#[tokio::test]
+#[ignore = "needs Prometheus; .ci/run has it"]
+async fn prometheus_scrapes_with_the_token_in_a_file() {
+    if !is_installed().await {
+        return;
+    }
+    let home = Home::new().in_memory();
+    let tokens = write_tokens(&home.path("tokens.toml"), &["prometheus", "wall"]);
+    let config = format!(
+        "[access]\nmode = \"enforce\"\ntokens_file = '{}'\n\
+         [[access.grants]]\nwho = [\"token:prometheus\"]\nrole = \"monitor\"\n\
+         [[access.grants]]\nwho = [\"token:wall\"]\nrole = \"viewer\"\nsubsystems = [\"*\"]\n",
+        home.path("tokens.toml").display()
+    );
+    let home = home.with_config(&config);
+    let service = home.serve().await;
+    for (name, up) in [("prometheus", "1"), ("wall", "0")] {
+        let (_, text) = &tokens[name];
+        let token = home.path(name);
+        write_private(&token, text);
+        let files = tempfile::tempdir().unwrap();
+        let prometheus = Prometheus::watch_with(&service, files.path(), Some(&token)).await;
+        prometheus.until("up{job=\"orchestrator\"}", up).await;
+    }
 }

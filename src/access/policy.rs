@@ -39,6 +39,13 @@ pub enum Credential {
     Malformed(&'static str),
     /// A static token.
     Bearer(Bearer),
+    /// A session that began with a static token.
+    Session {
+        /// The token.
+        bearer: Bearer,
+        /// When the session ends.
+        ends_at: Timestamp,
+    },
     /// A certificate whose private key the caller has.
     Certificate(Presented),
     /// A certificate that is not trusted any more, for this reason.
@@ -181,11 +188,10 @@ impl Policy {
             Credential::Malformed(how) => return Err(Unauthenticated::Malformed(how)),
             Credential::Untrusted(why) => return Err(Unauthenticated::Untrusted(why.clone())),
             Credential::Expired(at) => return Err(Unauthenticated::Expired(*at)),
-            Credential::Bearer(bearer) => {
-                let token = self.tokens.get(&bearer.id).filter(|token| bearer.is_of(token));
-                let token = token.ok_or(Unauthenticated::Invalid)?;
-                let is_revoked = self.revoked.tokens.contains(&token.id);
-                (Identity::Token(token.name.clone()), token.expires_at, is_revoked)
+            Credential::Bearer(bearer) => self.token(bearer)?,
+            Credential::Session { bearer, ends_at } => {
+                let (identity, expires_at, is_revoked) = self.token(bearer)?;
+                (identity, Some(expires_at.map_or(*ends_at, |at| at.min(*ends_at))), is_revoked)
             }
             Credential::Certificate(Presented { chain, expires_at }) => {
                 let own = CertificateDer::from(chain.first().map_or(&[][..], |own| own));
@@ -204,6 +210,14 @@ impl Policy {
             Some(expired) if expired <= now => Err(Unauthenticated::Expired(expired)),
             expires_at => Ok(Authenticated { identity, expires_at }),
         }
+    }
+
+    /// The identity behind a token, when it expires, and whether it is revoked.
+    fn token(&self, bearer: &Bearer) -> Result<(Identity, Option<Timestamp>, bool), Unauthenticated> {
+        let token = self.tokens.get(&bearer.id).filter(|token| bearer.is_of(token));
+        let token = token.ok_or(Unauthenticated::Invalid)?;
+        let is_revoked = self.revoked.tokens.contains(&token.id);
+        Ok((Identity::Token(token.name.clone()), token.expires_at, is_revoked))
     }
 
     /// The rights of an identity. The user of the service itself may do everything: it can read its files as well, and
@@ -260,6 +274,11 @@ mod tests {
             let refused = policy(&[&token], &[revoked])(&credential(&text), before);
             assert_eq!(refused, Err(Unauthenticated::Invalid), "{revoked}");
         }
+        let session = |ends_at| Credential::Session { bearer: Bearer::parse(&text).unwrap(), ends_at };
+        let ended = Err(Unauthenticated::Expired(before));
+        assert_eq!(valid(&session(before), before), ended, "a session ends before its token");
+        assert_eq!(valid(&session(Timestamp::MAX), at), Err(Unauthenticated::Expired(at)), "or with its token");
+        assert_eq!(policy(&[], &[])(&session(at), before), Err(Unauthenticated::Invalid));
         // The id alone is not enough.
         let mut other = token.clone();
         other.digest = Digest::of(b"other");

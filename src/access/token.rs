@@ -133,7 +133,7 @@ impl Digest {
 }
 
 /// Bytes as hexadecimal digits in lower case.
-struct Hex<'a>(&'a [u8]);
+pub(super) struct Hex<'a>(pub(super) &'a [u8]);
 
 impl fmt::Display for Hex<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -141,7 +141,8 @@ impl fmt::Display for Hex<'_> {
     }
 }
 
-fn bytes<const N: usize>(text: &str) -> Option<[u8; N]> {
+/// Parses hexadecimal digits in lower case.
+pub(super) fn bytes<const N: usize>(text: &str) -> Option<[u8; N]> {
     let is_hex = text.len() == 2 * N && text.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
     let mut bytes = [0; N];
     for (byte, at) in bytes.iter_mut().zip((0..).step_by(2)) {

@@ -1,11 +1,13 @@
 //! The caller of a request: where the call came in, and what it presents.
 
+use std::sync::Weak;
+
 use jiff::Timestamp;
 use tonic::{Request, codegen::http::HeaderMap};
 
 use super::request;
 use crate::{
-    access::{Bearer, Credential, Presented},
+    access::{Bearer, Credential, Presented, Session},
     listen::{Peer, Untrusted},
     model::SpanContext,
 };
@@ -41,18 +43,41 @@ pub struct Caller {
     pub(super) trace: Option<SpanContext>,
     /// What its request presents to prove its identity.
     presented: Credential,
+    /// The session that its request names, if it names one: it may have ended.
+    session: Option<Weak<Session>>,
 }
 
 impl Caller {
     /// The caller of a request with these headers.
     pub(crate) fn of(way: Way, peer: Peer, headers: &HeaderMap) -> Self {
-        Self { way, peer, trace: request::trace(headers), presented: credential(headers) }
+        Self { way, peer, trace: request::trace(headers), presented: credential(headers), session: None }
     }
 
-    /// What it presents to prove its identity: a token, or else the certificate of its connection, or else the user of
-    /// its process.
+    /// The same caller, in this session.
+    pub(super) fn with_session(self, session: Weak<Session>) -> Self {
+        Self { session: Some(session), ..self }
+    }
+
+    /// The same caller, with nothing but this token, which may be empty, to prove its identity.
+    pub(super) fn with_token(self, token: &str) -> Self {
+        let presented = if token.is_empty() { Credential::None } else { parse(token) };
+        let peer = Peer { certificates: None, ..self.peer };
+        Self { peer, presented, session: None, ..self }
+    }
+
+    /// The token that it presents, if that is what it presents.
+    pub(super) fn bearer(&self) -> Option<Bearer> {
+        if let Credential::Bearer(bearer) = self.presented { Some(bearer) } else { None }
+    }
+
+    /// What it presents to prove its identity: a token, or else a session, or else the certificate of its connection,
+    /// or else the user of its process.
     pub(super) fn credential(&self, now: Timestamp) -> Credential {
         let Peer { certificates, .. } = &self.peer;
+        if let (Credential::None, Some(session)) = (&self.presented, &self.session) {
+            let ended = Credential::Malformed("is of a session that has ended: log in again");
+            return session.upgrade().map_or(ended, |session| session.credential());
+        }
         match (&self.presented, certificates, self.peer.user()) {
             (Credential::None, Some(shown), _) => match shown.verify(now) {
                 Ok(expires_at) => Credential::Certificate(Presented { chain: shown.chain().to_vec(), expires_at }),
@@ -74,8 +99,6 @@ impl Caller {
 
 /// The credential in the headers of a request. One that is there and bad never counts as none.
 fn credential(headers: &HeaderMap) -> Credential {
-    /// Longer than any token.
-    const MAX_LEN: usize = 256;
     let mut values = headers.get_all("authorization").iter();
     let (value, other) = (values.next(), values.next());
     let Some(value) = value else { return Credential::None };
@@ -86,10 +109,17 @@ fn credential(headers: &HeaderMap) -> Credential {
     let token = token.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
     match token {
         None => Credential::Malformed("is not of the form `authorization: Bearer TOKEN`"),
-        Some(token) => match Bearer::parse(token).filter(|_| token.len() <= MAX_LEN) {
-            Some(bearer) => Credential::Bearer(bearer),
-            None => Credential::Malformed("is not a token, which has the form orc_ID_SECRET"),
-        },
+        Some(token) => parse(token),
+    }
+}
+
+/// The credential with the text of a token.
+fn parse(token: &str) -> Credential {
+    /// Longer than any token.
+    const MAX_LEN: usize = 256;
+    match Bearer::parse(token).filter(|_| token.len() <= MAX_LEN) {
+        Some(bearer) => Credential::Bearer(bearer),
+        None => Credential::Malformed("is not a token, which has the form orc_ID_SECRET"),
     }
 }
 

@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 
 use super::{caller::Caller, calls::CallCounts, error, rpc::Rpc, rules::Rule};
 use crate::{
-    access::{Authenticated, Mode, Policy, Rights, Role, Targets, Unauthenticated},
+    access::{Authenticated, Mode, Policy, Rights, Role, Sessions, Targets, Unauthenticated},
     clock::Clock,
     listen::Repeated,
     model::{Identity, Name, text::clean},
@@ -112,17 +112,52 @@ struct Shared {
     policy: watch::Sender<Arc<Policy>>,
     clock: Clock,
     denied: Repeated,
+    sessions: Sessions,
 }
 
 impl Judge {
     pub(super) fn new(policy: Policy, clock: Clock) -> Self {
         let policy = watch::Sender::new(Arc::new(policy));
-        Self(Arc::new(Shared { policy, clock, denied: Repeated::default() }))
+        Self(Arc::new(Shared { policy, clock, denied: Repeated::default(), sessions: Sessions::default() }))
     }
 
-    /// Applies another policy. Open streams are judged by it at once.
+    /// Applies another policy. Open streams are judged by it at once, and sessions of tokens that it does not accept
+    /// end.
     pub(super) fn apply(&self, policy: Policy) {
-        self.0.policy.send_replace(Arc::new(policy));
+        let (policy, now) = (Arc::new(policy), self.0.clock.now());
+        self.0.policy.send_replace(policy.clone());
+        self.0.sessions.retain(|credential| policy.authenticate(credential, now).is_ok());
+    }
+
+    /// False if callers are not told apart, so that sessions have no purpose.
+    pub(super) fn reads_credentials(&self) -> bool {
+        self.0.policy.borrow().mode() != Mode::Off
+    }
+
+    /// The same caller, in the session of this text. If that has ended, the identity of the caller is not known.
+    pub(super) fn in_session(&self, caller: Caller, text: &str) -> Caller {
+        caller.with_session(self.0.sessions.find(text))
+    }
+
+    /// Begins a session of the token that a caller presents, and returns its text.
+    ///
+    /// # Errors
+    /// The token is missing or not valid, whether or not the policy is enforced.
+    pub(super) fn begin_session(&self, caller: &Caller) -> Result<String, Status> {
+        let (policy, now) = (self.0.policy.borrow().clone(), self.0.clock.now());
+        let known = policy.authenticate(&caller.credential(now), now);
+        let known = known.and_then(|known| Ok((known, caller.bearer().ok_or(Unauthenticated::None)?)));
+        let (Authenticated { expires_at, .. }, bearer) = known
+            .map_err(|why| self.denied(caller, Rpc::Login.name(), &Denied::Unauthenticated(why), policy.mode()))?;
+        let begun = self.0.sessions.begin(bearer, expires_at, now);
+        begun.map_err(|error| Status::internal(error.to_string()))
+    }
+
+    /// Ends the session of this text, and its open streams.
+    pub(super) fn end_session(&self, text: &str) {
+        if self.0.sessions.end(text) {
+            self.judge_again();
+        }
     }
 
     /// Judges open streams again, since certificates of callers may not be trusted any more.

@@ -28,7 +28,7 @@ pub use self::{
     calls::CallCounts,
     gate::Entered,
     response::{plan, registration},
-    rpc::Scrape,
+    rpc::{LogIn, Scrape},
 };
 use self::{
     gate::Gate,
@@ -111,6 +111,31 @@ impl Api {
     /// It may not.
     pub fn check_dashboard(&self, caller: &Caller) -> Result<(), Status> {
         self.gate.judge.check_beside(caller, "Dashboard", rules::DASHBOARD)
+    }
+
+    /// False if callers are not told apart, so that nobody needs to log in.
+    pub fn reads_credentials(&self) -> bool {
+        self.gate.judge.reads_credentials()
+    }
+
+    /// The same caller, in the session of this text. If that has ended, the identity of the caller is not known.
+    #[must_use]
+    pub fn in_session(&self, caller: Caller, text: &str) -> Caller {
+        self.gate.judge.in_session(caller, text)
+    }
+
+    /// Begins a session of a token, for the dashboard, and returns its text.
+    ///
+    /// # Errors
+    /// The token is missing, not valid, or has no right to the dashboard.
+    pub async fn log_in(&self, caller: Caller, token: &str) -> Result<String, Status> {
+        let begin = |call: Entered<LogIn>| ready(self.gate.judge.begin_session(&call.caller));
+        self.gate.answer(caller.with_token(token).asks(LogIn {}), begin).await.map(Response::into_inner)
+    }
+
+    /// Ends the session of this text, if it is open, and its streams.
+    pub fn log_out(&self, text: &str) {
+        self.gate.judge.end_session(text);
     }
 
     /// Number of ended calls by result.

@@ -78,13 +78,18 @@ rpcs! {
     GetCheckpoint: pb::GetCheckpointRequest,
     GetInclusionProof: pb::GetInclusionProofRequest,
     GetConsistencyProof: pb::GetConsistencyProofRequest,
-    // Not in the contract: requests of monitoring at the admin address.
+    // Not in the contract: requests at the admin address, of monitoring and of browsers.
     Metrics: self::Scrape,
+    Login: self::LogIn,
 }
 
 /// Asks for the metrics.
 #[derive(Clone, PartialEq, Message)]
 pub struct Scrape {}
+
+/// Asks for a session of the token that its caller presents.
+#[derive(Clone, PartialEq, Message)]
+pub struct LogIn {}
 
 #[cfg(test)]
 mod tests {
@@ -101,7 +106,7 @@ mod tests {
         let ours = files.iter().filter(|file| file.package() == "dreamnet.orchestrator.v1");
         let methods = ours.flat_map(|file| &file.service).flat_map(|service| &service.method);
         let methods: BTreeSet<_> = methods.map(|method| (method.name(), method.input_type().to_owned())).collect();
-        let of_contract = Rpc::ALL.iter().filter(|rpc| **rpc != Rpc::Metrics);
+        let of_contract = Rpc::ALL.iter().filter(|rpc| !matches!(rpc, Rpc::Metrics | Rpc::Login));
         let entries = of_contract.map(|rpc| (rpc.name(), format!(".dreamnet.orchestrator.v1.{}", rpc.request())));
         assert_eq!(entries.collect::<BTreeSet<_>>(), methods);
     }

@@ -7,7 +7,7 @@ use crate::{
     proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
 };
 
-use super::rpc::{Rpc, Scrape};
+use super::rpc::{LogIn, Rpc, Scrape};
 
 /// The callers that may make a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +40,8 @@ impl Rpc {
             Self::GetSubsystem => {
                 Rule::Roles(&[Role::Viewer, Role::Operator, Role::Registrar, Role::Auditor, Role::Admin])
             }
+            // A session is for the dashboard.
+            Self::Login => DASHBOARD,
             Self::WatchCycles
             | Self::GetCycle
             | Self::GetInclusionProof
@@ -241,6 +243,12 @@ impl Concerns for pb::GetInclusionProofRequest {
 }
 
 impl Concerns for pb::GetConsistencyProofRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::default()
+    }
+}
+
+impl Concerns for LogIn {
     fn targets(&self) -> Targets<'_> {
         Targets::default()
     }

@@ -9,11 +9,15 @@ const STYLE: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 const IMAGE: &str = "image/svg+xml";
 
+/// What the page for logins needs, too: public.
+const PUBLIC: &[(&str, &str, &str)] = &[
+    ("/style.css", STYLE, include_str!("dashboard/style.css")),
+    ("/icon.svg", IMAGE, include_str!("dashboard/icon.svg")),
+];
+
 /// By path: content type and content.
 const ASSETS: &[(&str, &str, &str)] = &[
     ("/", HTML, include_str!("dashboard/index.html")),
-    ("/style.css", STYLE, include_str!("dashboard/style.css")),
-    ("/icon.svg", IMAGE, include_str!("dashboard/icon.svg")),
     ("/app.js", SCRIPT, include_str!("dashboard/app.js")),
     ("/api.js", SCRIPT, include_str!("dashboard/api.js")),
     ("/charts.js", SCRIPT, include_str!("dashboard/charts.js")),
@@ -36,7 +40,15 @@ const ASSETS: &[(&str, &str, &str)] = &[
 ];
 
 pub(super) fn routes() -> Router<Answers> {
-    ASSETS.iter().fold(Router::new(), |router, &(path, kind, text)| {
+    serve(ASSETS)
+}
+
+pub(super) fn public_routes() -> Router {
+    serve(PUBLIC)
+}
+
+fn serve<S: Clone + Send + Sync + 'static>(assets: &'static [(&str, &str, &str)]) -> Router<S> {
+    assets.iter().fold(Router::new(), |router, &(path, kind, text)| {
         router.route(path, get(move || async move { ([(header::CONTENT_TYPE, kind)], text) }))
     })
 }

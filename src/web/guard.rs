@@ -7,29 +7,37 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
+use super::login;
+
 /// Only the dashboard's own scripts and styles.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; \
-                                       connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+                                       connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'";
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Guard {
     /// True if the address is exposed beyond loopback, so that it may have any name.
     pub(super) beyond_loopback: bool,
+    /// True if the address has TLS.
+    pub(super) is_secure: bool,
 }
 
 /// Accepts only requests that a person or a program on this machine makes itself.
 ///
 /// A page of another site that is open in a local browser can send requests to loopback addresses, and read the answers
 /// if its name resolves to such an address (DNS rebinding). The name in `Host` and the browser's `Sec-Fetch-Site`
-/// reveal such requests.
+/// reveal such requests. Forms may come only from a page of this address itself, as `Origin` tells.
 pub(super) async fn check(State(guard): State<Guard>, request: Request, next: Next) -> Response {
     let headers = request.headers();
-    let mut response = if !matches!(*request.method(), Method::GET | Method::HEAD) {
+    let is_form = *request.method() == Method::POST && login::PATHS.contains(&request.uri().path());
+    let mut response = if !is_form && !matches!(*request.method(), Method::GET | Method::HEAD) {
         (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "GET, HEAD")], "this address is read-only\n").into_response()
     } else if !guard.beyond_loopback && !is_local(headers) {
         (StatusCode::FORBIDDEN, "the name in Host is not a loopback name; use localhost\n").into_response()
     } else if is_cross_site(headers) {
         (StatusCode::FORBIDDEN, "pages of other sites may not read this address\n").into_response()
+    } else if is_form && !is_of_same_origin(headers, guard.is_secure) {
+        (StatusCode::FORBIDDEN, "only pages of this address may send forms to it, as the header Origin tells\n")
+            .into_response()
     } else {
         next.run(request).await
     };
@@ -37,7 +45,8 @@ pub(super) async fn check(State(guard): State<Guard>, request: Request, next: Ne
     for (name, value) in [
         (header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
-        (header::REFERRER_POLICY, "no-referrer"),
+        // With `no-referrer`, browsers would not send the origin of forms either.
+        (header::REFERRER_POLICY, "same-origin"),
         (header::HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
     ] {
         headers.insert(name, HeaderValue::from_static(value));
@@ -63,6 +72,15 @@ fn is_cross_site(headers: &HeaderMap) -> bool {
     header("sec-fetch-site") == Some("cross-site") && header("sec-fetch-mode") != Some("navigate")
 }
 
+/// True if a request comes from a page of the server that it is sent to. Without TLS here, a proxy may add it.
+fn is_of_same_origin(headers: &HeaderMap, is_secure: bool) -> bool {
+    let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let (Some(origin), Some(host)) = (header(header::ORIGIN), header(header::HOST)) else { return false };
+    let plain = origin.strip_prefix("http://").filter(|_| !is_secure);
+    let authority = plain.or_else(|| origin.strip_prefix("https://"));
+    authority.is_some_and(|authority| authority.eq_ignore_ascii_case(host))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,5 +98,29 @@ mod tests {
         for host in ["evil.example", "evil.example:7780", "10.0.0.1", "localhost.evil.example", ""] {
             assert!(!is_local(host), "{host}");
         }
+    }
+
+    #[test]
+    fn forms_come_from_the_same_origin() {
+        let is_same = |origin: &str, host: &str, is_secure| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ORIGIN, origin.parse().unwrap());
+            headers.insert(header::HOST, host.parse().unwrap());
+            is_of_same_origin(&headers, is_secure)
+        };
+        assert!(is_same("http://localhost:7780", "localhost:7780", false));
+        assert!(is_same("https://Core.example", "core.example", true) && is_same("https://a", "a", false));
+        for (origin, host, is_secure) in [
+            ("null", "localhost:7780", false),
+            ("http://localhost:7781", "localhost:7780", false),
+            ("http://localhost", "localhost:7780", false),
+            ("http://evil.example", "localhost:7780", false),
+            ("http://localhost:7780.evil.example", "localhost:7780", false),
+            ("http://core.example", "core.example", true),
+            ("ftp://localhost:7780", "localhost:7780", false),
+        ] {
+            assert!(!is_same(origin, host, is_secure), "{origin}");
+        }
+        assert!(!is_of_same_origin(&HeaderMap::new(), false));
     }
 }

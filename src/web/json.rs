@@ -243,7 +243,7 @@ async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> 
 pub(super) async fn no_such_path(uri: Uri) -> Response {
     let message = format!(
         "there is no {}; see /, /metrics, /api/status, /api/cycles, /api/cycles/ID, /api/plan, /api/subsystems, \
-         /api/subsystems/NAME, /api/loops and /api/events",
+         /api/subsystems/NAME, /api/loops, /api/whoami and /api/events",
         uri.path()
     );
     refused(&Status::not_found(message))
@@ -359,6 +359,12 @@ pub(super) fn refused(status: &Status) -> Response {
         response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     response
+}
+
+/// The code, the reason and the message of an error.
+pub(super) fn parts(status: &Status) -> (StatusCode, String, &str) {
+    let reason = status.get_details_error_info().map(|info| info.reason).unwrap_or_default();
+    (http_code(status.code()), reason, status.message())
 }
 
 /// <https://google.aip.dev/193>

@@ -1,4 +1,5 @@
-//! The admin address: the dashboard, its data as JSON, and metrics, over HTTP/1.1 and read-only.
+//! The admin address: the dashboard, its data as JSON, and metrics, over HTTP/1.1. It is read-only, except that
+//! browsers log in and out.
 //!
 //! Each path returns the response of its RPC in `routes` as canonical proto JSON; its parameters are the fields of that
 //! RPC's request.
@@ -6,8 +7,10 @@
 mod dashboard;
 mod guard;
 mod json;
+mod login;
 
 use std::{
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -17,9 +20,9 @@ use std::{
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{Extension, Request, State},
-    http::header,
-    middleware::{self, Next},
+    extract::{Extension, State},
+    http::{Request, header},
+    middleware,
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -35,12 +38,13 @@ use tower::ServiceExt;
 use self::{
     guard::Guard,
     json::{Answers, Asked},
+    login::Login,
 };
 use crate::{
-    api::{Api, Caller, Scrape, Way},
+    api::{Api, Caller, Scrape},
     listen::{self, Busy, Connection, Connections, Entrance},
     memory::Memory,
-    proto::orchestrator::v1::orchestrator_server::Orchestrator as _,
+    proto::orchestrator::v1::{access_server::Access as _, orchestrator_server::Orchestrator as _},
     telemetry::metrics::{self, Metrics},
 };
 
@@ -61,6 +65,8 @@ pub(crate) struct Web {
     pub(crate) metrics: Arc<Metrics>,
     /// Limits large answers that clients have not read yet.
     pub(crate) memory: Memory,
+    /// Its address.
+    pub(crate) address: SocketAddr,
     /// True if the address is exposed beyond loopback.
     pub(crate) beyond_loopback: bool,
 }
@@ -74,11 +80,16 @@ impl Web {
         stop: CancellationToken,
         cut_off: CancellationToken,
     ) {
-        let Self { api, metrics, memory, beyond_loopback } = self;
-        let router = routes(&api)
+        let Self { api, metrics, memory, address, beyond_loopback } = self;
+        let is_secure = entrance.secure.is_some();
+        let login = Login::at(address, is_secure, api.clone());
+        let router = routes(&login)
             .with_state(Answers::new(api.clone(), &memory))
+            .merge(dashboard::public_routes())
+            .merge(login.clone().routes())
             .route("/metrics", get(scrape).with_state((api, metrics)))
-            .layer(middleware::from_fn_with_state(Guard { beyond_loopback }, guard::check));
+            .layer(middleware::from_fn_with_state(login, login::identify))
+            .layer(middleware::from_fn_with_state(Guard { beyond_loopback, is_secure }, guard::check));
         let serve = |connection| serve_connection(connection, router.clone(), stop.clone());
         listen::serve_each(entrance, connections, &stop, cut_off, serve).await;
     }
@@ -89,8 +100,7 @@ async fn serve_connection(connection: Connection, router: Router, stop: Cancella
     let state = connection.state();
     let (busy, peer) = (state.clone(), state.clone());
     let from_peer = move |mut request: Request<_>| {
-        let caller = Caller::of(Way::Admin, peer.peer(), request.headers());
-        request.extensions_mut().insert(caller);
+        request.extensions_mut().insert(peer.peer());
         request.map(Body::new)
     };
     let router = router.map_request(from_peer).map_future(move |answer| {
@@ -129,10 +139,10 @@ impl http_body::Body for Open {
 }
 
 /// A name in braces is a field of the request.
-fn routes(api: &Api) -> Router<Answers> {
+fn routes(login: &Login) -> Router<Answers> {
     // Other paths enter by the gate.
     let dashboard = dashboard::routes().fallback(json::no_such_path);
-    let dashboard = dashboard.layer(middleware::from_fn_with_state(api.clone(), reads));
+    let dashboard = dashboard.layer(middleware::from_fn_with_state(login.clone(), login::admit));
     Router::new()
         .route("/api/status", get(status))
         .route("/api/cycles", get(cycles))
@@ -141,16 +151,9 @@ fn routes(api: &Api) -> Router<Answers> {
         .route("/api/subsystems", get(subsystems))
         .route("/api/subsystems/{name}", get(subsystem))
         .route("/api/loops", get(loops))
+        .route("/api/whoami", get(whoami))
         .route("/api/events", get(json::events))
         .merge(dashboard)
-}
-
-/// Lets callers that may read have the dashboard.
-async fn reads(State(api): State<Api>, Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
-    match api.check_dashboard(&caller) {
-        Ok(()) => next.run(request).await,
-        Err(status) => json::refused(&status),
-    }
 }
 
 async fn status(asked: Asked) -> Response {
@@ -179,6 +182,10 @@ async fn subsystem(asked: Asked) -> Response {
 
 async fn loops(asked: Asked) -> Response {
     asked.answer(async |api, request| api.list_interval_loops(request).await).await
+}
+
+async fn whoami(asked: Asked) -> Response {
+    asked.answer(async |api, request| api.who_am_i(request).await).await
 }
 
 async fn scrape(State((api, metrics)): State<(Api, Arc<Metrics>)>, Extension(caller): Extension<Caller>) -> Response {

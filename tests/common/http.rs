@@ -22,6 +22,12 @@ pub struct Answer {
 }
 
 impl Answer {
+    /// The value of a header, if it is there.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let pairs = self.head.lines().filter_map(|line| line.split_once(": "));
+        pairs.filter(|(it, _)| it.eq_ignore_ascii_case(name)).map(|(_, value)| value).next()
+    }
+
     /// The rest of the body.
     pub async fn text(mut self) -> String {
         let mut text = String::new();
@@ -81,11 +87,20 @@ fn without_chunks(text: &str) -> String {
 
 /// Sends a request with these lines of header.
 pub async fn send(address: SocketAddr, request: &str, headers: &[&str]) -> Answer {
+    send_with_body(address, request, headers, "").await
+}
+
+/// Sends a form with these lines of header.
+pub async fn send_form(address: SocketAddr, path: &str, headers: &[&str], form: &str) -> Answer {
+    let length = format!("Content-Length: {}", form.len());
+    let headers = [headers, &["Content-Type: application/x-www-form-urlencoded", &length]].concat();
+    send_with_body(address, &format!("POST {path}"), &headers, form).await
+}
+
+async fn send_with_body(address: SocketAddr, request: &str, headers: &[&str], body: &str) -> Answer {
     let mut stream = TcpStream::connect(address).await.unwrap();
-    stream
-        .write_all(format!("{request} HTTP/1.1\r\n{}\r\nConnection: close\r\n\r\n", headers.join("\r\n")).as_bytes())
-        .await
-        .unwrap();
+    let head = format!("{request} HTTP/1.1\r\n{}\r\nConnection: close\r\n\r\n", headers.join("\r\n"));
+    stream.write_all((head + body).as_bytes()).await.unwrap();
     let mut body = BufReader::new(stream);
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {

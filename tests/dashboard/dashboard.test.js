@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
-import { Browser, failure, Fleet, happens, inaccessible, says, Service, show, struct } from "./harness.js";
+import { Browser, failure, Fleet, foreignForm, happens, inaccessible, says, Secrets, Service, show, struct } from "./harness.js";
 
 let browser;
 before(async () => (browser = await Browser.start()));
@@ -48,6 +48,84 @@ test("the page loads, and each view has its title", async (t) => {
   }
   await show(page, "#/nosuch");
   await says(page, "main .problem", 'There is no view "nosuch".');
+  assert.deepEqual(page.problems, []);
+});
+
+for (const scheme of ["http", "https"]) {
+  test(`with ${scheme}, a browser logs in with a token, and sees live cycles until it logs out`, async (t) => {
+    const secrets = new Secrets("wall", "ops");
+    t.after(() => secrets.remove());
+    const { fleet, service } = await stage(t, `
+      [access]
+      mode = "enforce"
+      tokens_file = "${secrets.tokensFile}"
+      [[access.grants]]
+      who = ["token:wall"]
+      role = "viewer"
+      subsystems = ["*"]
+      [[access.grants]]
+      who = ["token:ops"]
+      role = "admin"
+      ${scheme === "https" ? `[admin.tls]\n${secrets.tls}` : ""}`);
+    service.token = secrets.token("ops");
+    await service.register(fleet, "alpha");
+    const page = await browser.visit(`${service.url}/#/live`);
+    await says(page, "h1", "Log in");
+    assert.deepEqual(await inaccessible(page), []);
+    const logIn = async (token) => {
+      await page.type("#token", token);
+      await Promise.all([page.waitForNavigation(), page.click("main button")]);
+    };
+    await logIn(secrets.token("wall").replace(/.{64}$/, "0".repeat(64)));
+    await says(page, "main .problem", "This token is not valid");
+    await logIn(secrets.token("wall"));
+
+    // The view of the first address is shown, and moves.
+    await says(page, "h1", "Live");
+    await says(page, "#access", "access: enforce · token:wall");
+    await page.waitForSelector("#connection[data-connection=open]");
+    const release = fleet.hold("alpha");
+    const running = service.run();
+    await sees(page, `${row("alpha")} [data-state=RUNNING].bar`);
+    release();
+    await running;
+    await sees(page, `${row("alpha")} [data-state=SUCCEEDED].bar`);
+    const [cookie, ...others] = await page.cookies();
+    const { name, path, httpOnly, secure, sameSite, session } = cookie;
+    const isSecure = scheme === "https";
+    assert.deepEqual({ name, path, httpOnly, secure, sameSite, session, others }, {
+      name: `${isSecure ? "__Host-" : ""}orc-${new URL(service.url).port}`, path: "/", httpOnly: true, secure: isSecure,
+      sameSite: "Strict", session: true, others: [],
+    });
+    assert.equal(await page.evaluate(() => document.cookie), "");
+
+    // A page of the same host gets the cookie sent with its form, and one of another host does not.
+    for (const host of ["127.0.0.1", "localhost"]) {
+      for (const form of ["login", "logout"]) {
+        const foreign = await browser.visit(`http://${host}:${await foreignForm(t, `${service.url}/${form}`)}/`);
+        const [answer] = await Promise.all([foreign.waitForNavigation(), foreign.click("button")]);
+        assert.equal(answer.status(), 403, `${form} from ${host}`);
+      }
+    }
+    const other = await browser.open(`${service.url}/#/cycles`);
+    await sees(other, 'main tr[data-key="1"]');
+    await page.bringToFront();
+    await page.waitForSelector("#connection[data-connection=open]");
+
+    await page.click("#logout button");
+    await says(page, "h1", "Log in");
+    assert.deepEqual(await page.cookies(), []);
+    await other.bringToFront();
+    await says(other, "h1", "Log in");
+    assert.deepEqual([...page.problems, ...other.problems].filter((text) => !/status of 401/.test(text)), []);
+  });
+}
+
+test("the mode of access control is shown", async (t) => {
+  const { service } = await stage(t);
+  const page = await browser.open(service.url);
+  await says(page, "#access", "access: off");
+  assert.equal(await page.$eval("#logout", (form) => form.hidden), true);
   assert.deepEqual(page.problems, []);
 });
 

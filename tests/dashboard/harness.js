@@ -3,11 +3,12 @@
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, mkdtempSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { createServer } from "node:http";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
-import { credentials, loadPackageDefinition, Server, ServerCredentials, status } from "@grpc/grpc-js";
+import { credentials, loadPackageDefinition, Metadata, Server, ServerCredentials, status } from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
 import axe from "axe-core";
 import puppeteer from "puppeteer-core";
@@ -95,8 +96,47 @@ export function failure(message, code = status.INTERNAL) {
 
 // --------------------------------------------------------------------------------------- the service
 
+/** Runs a command of the service to its end. Returns its output. */
+function command(...args) {
+  const { status, stdout, stderr } = spawnSync(PROGRAM, args, { encoding: "utf8" });
+  if (status !== 0) throw new Error(`orchestrator ${args.join(" ")}: ${stderr}`);
+  return stdout;
+}
+
+/** A directory with certificates of the service (`core`), and a file with a token for each name. */
+export class Secrets {
+  directory = mkdtempSync(path.join(tmpdir(), "secrets-"));
+  tokensFile = path.join(this.directory, "tokens.toml");
+  #texts = new Map();
+
+  constructor(...names) {
+    command("certs", "init", "--dir", path.join(this.directory, "pki"), "--host", "127.0.0.1");
+    for (const name of names) {
+      const [text] = /orc_\S+/.exec(command("token", "create", name, "--file", this.tokensFile)) ?? [];
+      this.#texts.set(name, text);
+    }
+  }
+
+  /** The token of this name. */
+  token(name) {
+    return this.#texts.get(name);
+  }
+
+  /** The keys of a section of TLS. */
+  get tls() {
+    const core = path.join(this.directory, "pki", "core");
+    return `cert_file = "${core}/cert.pem"\nkey_file = "${core}/key.pem"\n`;
+  }
+
+  remove() {
+    rmSync(this.directory, { recursive: true });
+  }
+}
+
 /** The service, with a client. It keeps its record and its admin address through restarts. */
 export class Service {
+  /** The token of its client, if it needs one. */
+  token = "";
   #home = mkdtempSync(path.join(tmpdir(), "dashboard-"));
   #config;
   #admin = "127.0.0.1:0";
@@ -138,8 +178,8 @@ export class Service {
     ], { stdio: ["ignore", "pipe", "inherit"] });
     const lines = createInterface({ input: this.#child.stdout })[Symbol.asyncIterator]();
     const address = await named(lines, /^listening on (.+)$/);
-    this.#admin = await named(lines, /^dashboard at http:\/\/(.+)\/$/);
-    this.url = `http://${this.#admin}`;
+    this.url = await named(lines, /^dashboard at (.+)\/$/);
+    this.#admin = new URL(this.url).host;
     this.#client?.close();
     this.#client = new dreamnet.orchestrator.v1.Orchestrator(address, credentials.createInsecure(),
       { "grpc.max_receive_message_length": 64 << 20 });
@@ -158,8 +198,10 @@ export class Service {
   }
 
   call(method, request = {}) {
+    const metadata = new Metadata();
+    if (this.token) metadata.set("authorization", `Bearer ${this.token}`);
     return new Promise((done, fail) =>
-      this.#client[method](request, { deadline: Date.now() + PATIENCE }, (error, answer) => (error ? fail(error) : done(answer))));
+      this.#client[method](request, metadata, { deadline: Date.now() + PATIENCE }, (error, answer) => (error ? fail(error) : done(answer))));
   }
 
   register(fleet, name, registration = {}) {
@@ -188,7 +230,7 @@ export class Browser {
     if (!CHROMIUM) throw new Error("Chromium is missing; install Debian's chromium, or name one in CHROMIUM");
     const browser = new Browser();
     const isRoot = process.getuid() === 0;
-    browser.#browser = await puppeteer.launch({ executablePath: CHROMIUM, args: isRoot ? ["--no-sandbox"] : [] });
+    browser.#browser = await puppeteer.launch({ executablePath: CHROMIUM, acceptInsecureCerts: true, args: isRoot ? ["--no-sandbox"] : [] });
     return browser;
   }
 
@@ -202,8 +244,15 @@ export class Browser {
     await Promise.all(pages.map((page) => page.close()));
   }
 
-  /** A page at this address of the dashboard. `page.problems` are errors on its console and broken policies. */
-  async open(url, { width = 1280, theme = "light", events = "of the service" } = {}) {
+  /** A page at this address of the dashboard, once it is connected. */
+  async open(url, options = {}) {
+    const page = await this.visit(url, options);
+    await page.waitForSelector("#connection[data-connection=open]");
+    return page;
+  }
+
+  /** A page at this address. `page.problems` are errors on its console and broken policies. */
+  async visit(url, { width = 1280, theme = "light", events = "of the service" } = {}) {
     const page = await this.#browser.newPage();
     page.setDefaultTimeout(PATIENCE);
     page.problems = [];
@@ -220,7 +269,6 @@ export class Browser {
     await page.setViewport({ width, height: 844 });
     await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: theme }]);
     await page.goto(url);
-    await page.waitForSelector("#connection[data-connection=open]");
     return page;
   }
 }
@@ -236,6 +284,16 @@ function scriptEvents() {
 
     close() {}
   };
+}
+
+/** A site of someone else on this machine, with a form that posts to a URL. Returns its port. */
+export async function foreignForm(t, url) {
+  const form = `<!doctype html><form method="post" action="${url}"><button>Win</button></form>`;
+  const server = createServer((_, answer) => answer.writeHead(200, { "content-type": "text/html" }).end(form));
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  t.after(() => server.close());
+  return server.address().port;
 }
 
 /** Sends an event to a page whose events are scripted. */

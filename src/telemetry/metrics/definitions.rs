@@ -107,8 +107,8 @@ definitions! {
     TASK_LAST_SUCCESS: Gauge "orchestrator_task_last_success_timestamp_seconds" ["task"]
         "Time of a task's last success, as Unix time. Missing before the first success.";
     CALLS: Counter "orchestrator_calls_total" ["server", "rpc", "code"]
-        "Calls of RPCs that have ended, and scrapes of the metrics (Metrics), by where they came in and by the code \
-         of their answer. Those that their caller ended are CANCELLED. Missing before the first.";
+        "Calls of RPCs that have ended, scrapes of the metrics (Metrics), and logins of browsers (Login), by where \
+         they came in and by the code of their answer. Those that their caller ended are CANCELLED. Missing before the first.";
     CALLS_WOULD_BE_DENIED: Counter "orchestrator_calls_would_be_denied_total" ["server", "rpc", "code"]
         "Calls that access.mode = \"enforce\" would refuse, while it is \"dry_run\", by where they came in and by the code \
          of the refusal. Missing before the first.";

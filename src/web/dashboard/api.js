@@ -18,10 +18,19 @@ export async function get(path, parameters = {}, signal) {
     }
   }
   const answer = await fetch(`/api/${path}${query.size ? `?${query}` : ""}`, { signal });
+  if (answer.status === 401) logIn();
   const body = await answer.json();
   if (!answer.ok) throw new Refusal(body.error?.status ?? "UNKNOWN", body.error?.message ?? answer.statusText);
   return body;
 }
+
+/** Leads to the page for logins: this browser has no session, or its session has ended. */
+function logIn() {
+  location.replace(`/login${location.hash}`);
+}
+
+/** This browser, as the service knows it: `WhoAmIResponse`. */
+export const whoAmI = () => get("whoami");
 
 export const getStatus = async (options = {}) => (await get("status", options)).status ?? {};
 

@@ -1,8 +1,8 @@
 // The frame: which view is shown, the state of the connection, and the keys.
 
 import { Refusal } from "./api.js";
-import { h, replace, setText } from "./dom.js";
-import { counted, visible } from "./format.js";
+import { h, replace, setAttribute, setText } from "./dom.js";
+import { counted, visible, word } from "./format.js";
 import { model, on, start } from "./model.js";
 import { href, parse } from "./route.js";
 import * as cycle from "./views/cycle.js";
@@ -142,6 +142,24 @@ function showStatus() {
   }
 }
 
+/** Whether rights are enforced, by `AccessMode`. */
+const ACCESS = {
+  OFF: "Every caller may do everything (access.mode = off)",
+  DRY_RUN: "Every caller may do everything; calls that access.mode = enforce would refuse are logged and counted",
+  ENFORCE: "Callers may do what their grants allow (access.mode = enforce)",
+};
+
+function showWho() {
+  const { identity, mode } = model.who ?? {};
+  const name = word(mode, "ACCESS_MODE_");
+  const access = element("access", HTMLElement);
+  const who = name === "OFF" || !identity ? "" : ` · ${visible(identity, 100)}`;
+  setText(access, `access: ${name.toLowerCase()}${who}`);
+  setAttribute(access, "title", ACCESS[name] ?? null);
+  // Others have no session: they show a certificate, or nothing.
+  element("logout", HTMLElement).hidden = !identity?.startsWith("token:");
+}
+
 // Announcements for screen readers: changes of the state of cycles, not every cycle.
 let told = "";
 
@@ -233,6 +251,7 @@ document.addEventListener("keydown", press);
 window.addEventListener("hashchange", () => show());
 on("connection", showConnection);
 on("status", showStatus);
+on("who", showWho);
 on("recorded", announce);
 on("unreadable", ({ id }) => setText(element("announcer", HTMLElement), `The record of cycle ${id || "?"} can't be read`));
 on("connection", () => {

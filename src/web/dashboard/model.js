@@ -1,6 +1,6 @@
 // The known state of the service, kept up to date by its events.
 
-import { getStatus, listCycles } from "./api.js";
+import { getStatus, listCycles, whoAmI } from "./api.js";
 import { throttled } from "./dom.js";
 import { instant, lower, milliseconds, word } from "./format.js";
 import { cycleStateOf, hasFailed, standing, stateOf, tally } from "./states.js";
@@ -21,8 +21,8 @@ export const RECENT_SUBSYSTEMS = 1000;
 
 /**
  * @type {{
- *   connection: "connecting" | "open" | "lost", status: any, running: Map<string, Live>, last: Live | null, recent:
- *   Recent[]
+ *   connection: "connecting" | "open" | "lost", status: any, who: any, running: Map<string, Live>, last: Live | null,
+ *   recent: Recent[]
  * }}
  */
 export const model = {
@@ -30,6 +30,8 @@ export const model = {
   connection: "connecting",
   /** `OrchestratorStatus`, or null before the first one. */
   status: null,
+  /** This browser, as the service knows it: `WhoAmIResponse`, or null before the first answer. */
+  who: null,
   /** The running cycles, by id. See `Live`. */
   running: new Map(),
   /** The last cycle that was recorded while this page was open, as a `Live`, or null. */
@@ -41,9 +43,9 @@ export const model = {
 const listeners = new Map();
 
 /**
- * Calls `listener` with each kind of change, until the returned function is called: "connection"; "status"; "live" (a
- * running cycle has made progress, or another one has started or ended); "recorded" (with the telemetry); "unreadable"
- * (with the summary of a recorded cycle whose record can't be read); "reloaded" (events may have been missed: read
+ * Calls `listener` with each kind of change, until the returned function is called: "connection"; "status"; "who";
+ * "live" (a running cycle has made progress, or another one has started or ended); "recorded" (with the telemetry);
+ * "unreadable" (with the summary of a recorded cycle whose record can't be read); "reloaded" (events may have been missed: read
  * again).
  */
 export function on(event, listener) {
@@ -93,6 +95,15 @@ async function readStatus(options) {
     tell("status");
   } catch {
     // The stream of events reports a lost connection.
+  }
+}
+
+async function readWho() {
+  try {
+    model.who = await whoAmI();
+    tell("who");
+  } catch {
+    // As above.
   }
 }
 
@@ -282,11 +293,19 @@ function connect() {
   // missed events. It is read after the bookmark, and so contains everything before it.
   revision = 0;
   source = new EventSource("/api/events?progress=true");
-  source.onerror = lose;
-  listen("refused", lose);
+  const mine = source;
+  source.onerror = () => {
+    // Not the connection was lost, but the request was refused: this tells why.
+    if (mine.readyState === EventSource.CLOSED) readWho();
+    lose();
+  };
+  listen("refused", () => {
+    readWho();
+    lose();
+  });
   listen("bookmark", async () => {
     if (model.connection === "open") return;
-    await readStatus();
+    await Promise.all([readStatus(), readWho()]);
     await readRecent().catch(() => {});
     setConnection("open");
     tell("reloaded");
