@@ -582,6 +582,13 @@ fn admin_address(text: &str) -> Result<Option<SocketAddr>, String> {
     }
 }
 
+impl Config {
+    /// True if other machines may be able to use the service without any right.
+    pub fn is_insecure(&self) -> bool {
+        self.server.insecure_listen_beyond_loopback && self.access.mode != Mode::Enforce
+    }
+}
+
 /// An address that other machines can reach needs both TLS and access rules. Without rules, a flag accepts the risk.
 fn refuse_beyond_loopback(
     read: &mut Reader<'_>,

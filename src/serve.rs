@@ -191,7 +191,15 @@ impl Service {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
-        let api = Api::new(orchestrator.clone(), policy, clock, memory.requests.clone(), config.reach());
+        let is_insecure = config.is_insecure();
+        if is_insecure {
+            tracing::warn!(
+                "other machines may be able to use this service without any right: access.mode is not \"enforce\", and \
+                 server.insecure_listen_beyond_loopback is set"
+            );
+        }
+        let requests = memory.requests.clone();
+        let api = Api::new(orchestrator.clone(), policy, clock, requests, config.reach(), is_insecure);
         let of_reflection = api.clone();
         let reflection = reflection.behind(move |request| {
             let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();

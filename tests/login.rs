@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, fs};
 
 use common::{
     command::run_with,
+    fleet::to_struct,
     http::{Answer, get, send, send_form},
     patiently,
     pki::Authority,
@@ -15,7 +16,8 @@ use common::{
     tokens::{write_private, write_tokens},
 };
 use jiff::{SignedDuration, Timestamp};
-use orchestrator_core::{access::Token, config::tokens_text, model::Name};
+use orchestrator_core::{access::Token, config::tokens_text, model::Name, proto::orchestrator::v1 as pb};
+use serde_json::json;
 
 const GRANTS: &str = r#"
 [[access.grants]]
@@ -185,12 +187,8 @@ async fn a_session_is_its_token_until_it_is_logged_out() {
 async fn parameters_are_shown_to_sessions_that_may_see_them() {
     let stage = Stage::new().await;
     let mut registered = registration("a", "http://127.0.0.1:1");
-    let secret = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue("x".into())) };
-    registered.parameters = Some(prost_types::Struct { fields: [("key".to_owned(), secret)].into() });
-    let request = orchestrator_core::proto::orchestrator::v1::RegisterSubsystemRequest {
-        registration: Some(registered),
-        lease: None,
-    };
+    registered.parameters = to_struct(&json!({ "key": "x" }));
+    let request = pb::RegisterSubsystemRequest { registration: Some(registered), lease: None };
     let mut request = tonic::Request::new(request);
     let bearer = format!("Bearer {}", stage.texts["admin"]);
     request.metadata_mut().insert("authorization", bearer.parse().unwrap());

@@ -14,9 +14,10 @@ use std::{
 
 use common::{
     command::{orchestrator, run_with},
+    fleet::Fleet,
     patiently,
     pki::{Authority, Issued},
-    service::{Home, Service, next_recorded},
+    service::{Home, Service, decode, next_recorded, registration},
 };
 use rcgen::date_time_ymd;
 use rustix::process::Signal;
@@ -276,6 +277,73 @@ async fn the_command_line_says_what_is_wrong_with_tls() {
     }
     let log = fs::read_to_string(plain.path("log")).unwrap();
     assert!(log.contains("a client speaks TLS to an address without TLS"), "{log}");
+}
+
+/// The configuration of a step of a fleet that moves to TLS.
+fn step(home: &Home, mode: &str, has_tls: bool, insecure: bool) -> String {
+    let path = |name| home.path(name).display().to_string();
+    let (certificate, key, ca) = (path("service.pem"), path("service.key"), path("ca.pem"));
+    let tls = format!("[server.tls]\ncert_file = '{certificate}'\nkey_file = '{key}'\nclient_ca_file = '{ca}'\n");
+    format!(
+        "[server]\ninsecure_listen_beyond_loopback = {insecure}\n\
+         [access]\nmode = \"{mode}\"\n\
+         [[access.grants]]\nwho = [\"cert:spiffe://fleet/*\"]\nrole = \"admin\"\n{}",
+        if has_tls { &tls } else { "" }
+    )
+}
+
+#[tokio::test]
+async fn a_fleet_moves_to_tls_client_by_client() {
+    let (home, authority, fleet) = (Home::new(), Authority::new("fleet"), Fleet::start().await);
+    authority.service().write(&home.path(""), "service");
+    authority.write(home.path("ca.pem"));
+    let me = authority.client("spiffe://fleet/me");
+    let tls = || authority.trusted().identity(me.identity());
+    let args = ["--config".to_owned(), home.path("orchestrator.toml").display().to_string()];
+    let home = home.with_args(args);
+    let configure = |mode, has_tls, insecure| {
+        fs::write(home.path("orchestrator.toml"), step(&home, mode, has_tls, insecure)).unwrap();
+    };
+    configure("off", false, false);
+    let service = home.serve().await;
+    let mut plain = service.client().await;
+    plain.register(registration("a", fleet.endpoint())).await.unwrap();
+    assert_eq!((plain.run().await.unwrap().cycle_id, plain.status().await.unwrap().insecure), (1, false));
+    assert!(service.stop().await.success());
+
+    // Without the flag, an address with TLS takes no other clients.
+    configure("dry_run", true, false);
+    let service = home.serve().await;
+    assert!(service.client().await.status().await.is_err());
+    assert!(service.stop().await.success());
+
+    configure("dry_run", true, true);
+    let service = home.serve().await;
+    let (mut plain, mut moved) = (service.client().await, service.client_with(tls()).await.unwrap());
+    assert_eq!(plain.run().await.unwrap().cycle_id, 2);
+    assert_eq!(moved.run().await.unwrap().cycle_id, 3);
+    assert!(plain.status().await.unwrap().insecure && moved.status().await.unwrap().insecure);
+    let (code, printed) = orchestrator(None, &["status", "--address", &format!("http://{}", service.address())]).await;
+    assert!(code == 0 && printed.contains("INSECURE"), "{printed}");
+    let log = home.logged("a client speaks without TLS, which access.mode = \"enforce\" will refuse", 1).await;
+    assert!(log.contains("other machines may be able to use this service without any right"), "{log}");
+    let ca = home.path("ca.pem").display().to_string();
+    for scheme in ["http", "https"] {
+        let url = format!("{scheme}://127.0.0.1:{}/api/status", service.admin().port());
+        let (code, printed) = run_with("curl", &["--silent", "--show-error", "--cacert", &ca, &url]).await;
+        assert!(code == 0 && printed.contains("\"insecure\":true"), "{scheme}: {printed}");
+    }
+    drop(moved);
+    assert!(service.stop().await.success());
+
+    configure("enforce", true, false);
+    let service = home.serve().await;
+    assert!(service.client().await.status().await.is_err(), "a client without TLS");
+    let mut moved = service.client_with(tls()).await.unwrap();
+    assert_eq!(moved.run().await.unwrap().cycle_id, 4);
+    let cycles: Vec<_> = moved.history().await.unwrap().into_iter().map(|it| decode(it).cycle_id).collect();
+    assert_eq!((cycles, moved.status().await.unwrap().insecure), (vec![1, 2, 3, 4], false));
+    assert_eq!(fleet.runs("a").len(), 4);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ const MAX_ASKING_ALL: usize = 2;
 #[derive(Clone)]
 pub(super) struct Handlers {
     pub(super) clock: Clock,
+    /// True if other machines may be able to use the service without any right.
+    pub(super) is_insecure: bool,
     /// Where subsystems may be dialed.
     pub(super) reach: Arc<Reach>,
     /// Limits requests for all snapshots, which have any size until the answer is assembled.
@@ -30,9 +32,9 @@ pub(super) struct Handlers {
 }
 
 impl Handlers {
-    pub(super) fn new(clock: Clock, reach: Reach) -> Self {
+    pub(super) fn new(clock: Clock, is_insecure: bool, reach: Reach) -> Self {
         let [asking_all, turn] = [MAX_ASKING_ALL, 1].map(|places| Arc::new(Semaphore::new(places)));
-        Self { clock, reach: Arc::new(reach), asking_all, turn }
+        Self { clock, is_insecure, reach: Arc::new(reach), asking_all, turn }
     }
 
     /// Runs work over this many subsystems: with many it may take milliseconds, and runs on a blocking thread.

@@ -80,10 +80,18 @@ pub struct Api {
 
 impl Api {
     /// The RPCs of this orchestrator, for callers that `policy` allows. The time of requests comes from `clock`.
-    /// Decoded requests are held under the limit `requests`. Subsystems are registered within `reach`.
-    pub fn new(orchestrator: Arc<Orchestrator>, policy: Policy, clock: Clock, requests: Memory, reach: Reach) -> Self {
+    /// Decoded requests are held under the limit `requests`. Subsystems are registered within `reach`. The status says
+    /// `is_insecure`.
+    pub fn new(
+        orchestrator: Arc<Orchestrator>,
+        policy: Policy,
+        clock: Clock,
+        requests: Memory,
+        reach: Reach,
+        is_insecure: bool,
+    ) -> Self {
         let judge = Judge::new(policy, clock);
-        Self { gate: Gate::new(orchestrator, judge, requests), handlers: Handlers::new(clock, reach) }
+        Self { gate: Gate::new(orchestrator, judge, requests), handlers: Handlers::new(clock, is_insecure, reach) }
     }
 
     /// Applies another policy, also to open streams.

@@ -27,8 +27,8 @@ use crate::{
 /// Most bytes of an entry of a list in addition to its own.
 pub(super) const AROUND: usize = 8;
 
-/// The status, without its loops and the last cycle.
-pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
+/// The status, without its loops and the last cycle. `insecure`: other machines may need no right.
+pub(super) fn status(status: Status, insecure: bool) -> pb::OrchestratorStatus {
     let Status {
         last: _,
         total_cycles,
@@ -66,6 +66,7 @@ pub(super) fn status(status: Status) -> pb::OrchestratorStatus {
         newest_revision: newest_revision.0,
         store_error: store_error.map(|error| error.to_string()).unwrap_or_default(),
         watchers: count(watchers),
+        insecure,
     }
 }
 

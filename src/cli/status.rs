@@ -104,6 +104,9 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>) -> 
     let history = if oldest > newest { "-".to_owned() } else { format!("{oldest} to {newest}") };
     facts.fact("revisions", history);
     facts.fact("watchers", grouped(status.watchers.into()));
+    if status.insecure {
+        facts.fact("INSECURE", "other machines may need no right: access.mode is not enforce");
+    }
     if !status.store_error.is_empty() {
         facts.fact("STORE ERROR", format!("{}; no cycle starts until it can be written", status.store_error));
     }

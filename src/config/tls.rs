@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Config, DialSettings, reader::Reader};
-use crate::file::NamedFile;
+use crate::{access::Mode, file::NamedFile};
 
 /// The settings of TLS of one address, as far as they are written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -135,6 +135,12 @@ impl Config {
 }
 
 impl Config {
+    /// True if addresses with TLS accept clients without it as well, so that the clients of a fleet can move to TLS one
+    /// after the other: in the mode `dry_run`, if other machines are allowed.
+    pub fn takes_plaintext(&self) -> bool {
+        self.is_insecure() && self.access.mode == Mode::DryRun
+    }
+
     /// TLS to subsystems. The service shows them the certificate of its gRPC server unless it has another one for them.
     pub fn dial_tls(&self) -> DialTls {
         let DialSettings { ca_file, cert_file, key_file, .. } = &self.dial;

@@ -30,7 +30,7 @@ pub(crate) type Secure =
 
 /// A connection after its TLS handshake.
 pub(crate) struct Secured {
-    /// Its decrypted bytes.
+    /// Its decrypted bytes, or those of a client that is accepted without TLS.
     pub(crate) stream: Box<dyn Stream>,
     /// The verified certificates of the peer, if it showed any.
     pub(crate) certificates: Option<Arc<dyn Certificates>>,

@@ -192,6 +192,8 @@ fn unix_time(at: Timestamp) -> UnixTime {
 /// The TLS of one address.
 pub(crate) struct Tls {
     protocol: Protocol,
+    /// True if clients without TLS are accepted as well.
+    takes_plaintext: bool,
     current: Mutex<Arc<Loaded>>,
     plaintext: Repeated,
     failed: Repeated,
@@ -213,10 +215,10 @@ impl Tls {
     /// the client may not see the reason.
     const LEFT: u64 = 64 << 10;
 
-    /// TLS with this configuration.
-    pub(crate) fn new(protocol: Protocol, loaded: Loaded) -> Arc<Self> {
+    /// TLS with this configuration. If it `takes_plaintext`, clients without TLS are accepted as well.
+    pub(crate) fn new(protocol: Protocol, loaded: Loaded, takes_plaintext: bool) -> Arc<Self> {
         let (plaintext, failed) = Default::default();
-        Arc::new(Self { protocol, current: Mutex::new(Arc::new(loaded)), plaintext, failed })
+        Arc::new(Self { protocol, takes_plaintext, current: Mutex::new(Arc::new(loaded)), plaintext, failed })
     }
 
     /// The protocol over it.
@@ -248,6 +250,12 @@ impl Tls {
         const HANDSHAKE: u8 = 22;
         // Load balancers connect and leave, which is no failure.
         let first = stream.read_u8().await?;
+        if first != HANDSHAKE && self.takes_plaintext {
+            if let Some(times) = self.plaintext.note() {
+                tracing::warn!(%peer, times, "a client speaks without TLS, which access.mode = \"enforce\" will refuse");
+            }
+            return Ok(Secured { stream: Box::new(Again { first: Some(first), stream }), certificates: None });
+        }
         if first != HANDSHAKE {
             if let Some(times) = self.plaintext.note() {
                 tracing::warn!(%peer, times, "a client speaks without TLS to an address with TLS: it needs https://");
@@ -419,7 +427,7 @@ mod tests {
         let key = PrivateKeyDer::from_pem_slice(signing_key.serialize_pem().as_bytes()).unwrap();
         let mut client = client.with_client_auth_cert(vec![cert.der().clone()], key).unwrap();
         client.alpn_protocols = vec![b"h2".to_vec()];
-        (Tls::new(Protocol::Http2, loaded), TlsConnector::from(Arc::new(client)))
+        (Tls::new(Protocol::Http2, loaded, false), TlsConnector::from(Arc::new(client)))
     }
 
     async fn accepted(tls: &Arc<Tls>) -> (DuplexStream, Connection) {

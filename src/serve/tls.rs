@@ -37,14 +37,19 @@ struct Address {
 }
 
 impl Address {
-    async fn load(files: Option<config::Tls>, protocol: Protocol, clock: Clock) -> Result<Option<Self>, String> {
+    async fn load(
+        files: Option<config::Tls>,
+        protocol: Protocol,
+        takes_plaintext: bool,
+        clock: Clock,
+    ) -> Result<Option<Self>, String> {
         let Some(files) = files else { return Ok(None) };
         let loaded = load_aside(files.clone(), protocol, clock).await?;
         report_invalid(
             loaded.invalid(clock.now()).map(|problem| format!("{} {problem}", files.certificate)),
             "clients",
         );
-        Ok(Some(Self { files, tls: Tls::new(protocol, loaded) }))
+        Ok(Some(Self { files, tls: Tls::new(protocol, loaded, takes_plaintext) }))
     }
 
     /// Uses the files as they are now, if they can be used. Connections that are open are not affected.
@@ -100,8 +105,9 @@ impl Certificates {
         let paths: BTreeSet<_> = server.iter().chain(&admin).flat_map(paths).chain(dial_paths(&dial)).collect();
         // Before the first read, so that no change is missed in between.
         let changes = Changes::of(paths).await;
-        let server = Address::load(server, Protocol::Http2, clock).await?;
-        let admin = Address::load(admin, Protocol::Http1, clock).await?;
+        let takes_plaintext = config.takes_plaintext();
+        let server = Address::load(server, Protocol::Http2, takes_plaintext, clock).await?;
+        let admin = Address::load(admin, Protocol::Http1, takes_plaintext, clock).await?;
         let dial = Dialing::load(dial, clock).await?;
         Ok((Arc::new(Self { server, admin, dial, clock, asked: Notify::new() }), changes))
     }

@@ -126,7 +126,15 @@ test("the mode of access control is shown", async (t) => {
   const page = await browser.open(service.url);
   await says(page, "#access", "access: off");
   assert.equal(await page.$eval("#logout", (form) => form.hidden), true);
-  assert.deepEqual(page.problems, []);
+  assert.equal(await page.$eval("#insecure", (banner) => banner.hidden), true);
+
+  const { service: exposed } = await stage(t, '[access]\nmode = "dry_run"\n[server]\ninsecure_listen_beyond_loopback = true\n');
+  const other = await browser.open(exposed.url);
+  await says(other, "#access", "access: dry_run · nobody");
+  await sees(other, "#insecure");
+  await says(other, "#insecure", "Other machines may be able to use this service without any right");
+  assert.deepEqual(await inaccessible(other), []);
+  assert.deepEqual([...page.problems, ...other.problems], []);
 });
 
 test("each empty view says that it is empty", async (t) => {

@@ -135,6 +135,7 @@ function showStatus() {
   // The default id adds nothing to the name beside it.
   const id = status.orchestratorId === "orchestrator" ? "" : status.orchestratorId;
   setText(element("orchestrator-id", HTMLElement), visible(id, 100));
+  element("insecure", HTMLElement).hidden = !status.insecure;
   const problem = element("store-error", HTMLElement);
   problem.hidden = !status.storeError;
   if (status.storeError) {

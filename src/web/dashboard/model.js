@@ -45,8 +45,8 @@ const listeners = new Map();
 /**
  * Calls `listener` with each kind of change, until the returned function is called: "connection"; "status"; "who";
  * "live" (a running cycle has made progress, or another one has started or ended); "recorded" (with the telemetry);
- * "unreadable" (with the summary of a recorded cycle whose record can't be read); "reloaded" (events may have been missed: read
- * again).
+ * "unreadable" (with the summary of a recorded cycle whose record can't be read); "reloaded" (events may have been
+ * missed: read again).
  */
 export function on(event, listener) {
   if (!listeners.has(event)) listeners.set(event, new Set());
