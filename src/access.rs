@@ -7,6 +7,7 @@
 
 mod certificate;
 mod grant;
+mod limits;
 mod pattern;
 mod policy;
 mod reach;
@@ -17,6 +18,7 @@ mod token;
 pub use self::{
     certificate::{NoIdentity, identity_of, key_of},
     grant::{Grant, GrantSpec, Role},
+    limits::CallerLimits,
     policy::{Authenticated, Credential, Mode, Policy, Presented, Revoked, Unauthenticated},
     reach::{Allowed, Reach},
     rights::{Registering, Right, Rights, Targets},

@@ -31,7 +31,7 @@ pub use self::{
     tokens::{read_tokens, tokens_text},
 };
 use crate::{
-    access::{Allowed, Grant, GrantSpec, Mode, Reach, Revoked, Role},
+    access::{Allowed, CallerLimits, Grant, GrantSpec, Mode, Reach, Revoked, Role},
     engine::{Member, Plan},
     file::{self, FileError},
     memory::Shares,
@@ -61,6 +61,8 @@ pub struct Config {
     pub admin: AdminSettings,
     /// The rights of callers.
     pub access: AccessSettings,
+    /// The limits of each caller, while access is enforced.
+    pub limits: CallerLimits,
     /// The memory limit.
     pub memory: MemorySettings,
     /// The store.
@@ -543,6 +545,7 @@ impl Default for Config {
             },
             admin: AdminSettings { listen: Some((Ipv4Addr::LOCALHOST, 7780).into()), tls: TlsSettings::default() },
             access: AccessSettings::default(),
+            limits: CallerLimits::default(),
             memory: MemorySettings { max_bytes: None },
             store: StoreSettings { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
             ledger: LedgerSettings::default(),

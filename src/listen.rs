@@ -10,6 +10,7 @@ mod repeated;
 mod rooms;
 mod server;
 mod services;
+mod standing;
 mod streams;
 #[cfg(feature = "service")]
 mod tls;

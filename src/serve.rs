@@ -16,7 +16,7 @@ use self::{
     tls::Certificates,
 };
 use crate::{
-    access::Policy,
+    access::{Mode, Policy},
     api::{self, Api},
     config::{self, Config, ConfigError, LedgerSettings, OutOfReach, Reload},
     dial::Dialer,
@@ -208,7 +208,9 @@ impl Service {
         let services = api::services(api.clone(), config.server.max_request_bytes, reflection);
         let services = services.and(health_service);
         let server = listen::Server::new(services, limits(&config.server, &memory));
-        let connections = Connections::at_most(config.server.max_connections.unwrap_or(places_in(&memory)));
+        let refuses_strangers = config.access.mode == Mode::Enforce;
+        let max_connections = config.server.max_connections.unwrap_or(places_in(&memory));
+        let connections = Connections::of(max_connections, refuses_strangers);
         let mut servers = Tasks::default();
         let entrance = certificates.server(listener);
         let serve =
@@ -231,7 +233,7 @@ impl Service {
         if let Some((listener, address)) = admin {
             let is_loopback = address.ip().to_canonical().is_loopback();
             let beyond_loopback = config.server.insecure_listen_beyond_loopback || !is_loopback;
-            let admin = Connections::at_most(web::MAX_CONNECTIONS);
+            let admin = Connections::of(web::MAX_CONNECTIONS, refuses_strangers);
             let in_front = vec![("grpc", connections), ("admin", admin.clone())];
             let (calls, exporter) = (api.calls(), exporter.clone());
             let of_files = certificates.clone();
@@ -429,6 +431,11 @@ pub async fn serve(
     if let Err(error) = raise_open_files() {
         tracing::warn!(%error, "the limit of open files is not changed");
     }
+    if config.access.mode == Mode::Enforce
+        && let Err(error) = keep_memory_private()
+    {
+        tracing::warn!(%error, "other processes of this user may read the memory of this process");
+    }
     // Before the first read, so that no change is missed in between.
     let mut tokens = Changes::of(config.access.tokens_file.clone()).await;
     let mut service = select! {
@@ -528,6 +535,15 @@ fn raise_open_files() -> io::Result<()> {
     Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }
 
+/// Keeps other processes of the same user from reading the memory of this one, which contains keys and tokens, and
+/// writes none of it to disk in a crash.
+fn keep_memory_private() -> io::Result<()> {
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    #[cfg(target_os = "linux")]
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
+    Ok(())
+}
+
 /// The changes, in one line of the log.
 fn listed(changed: &[String]) -> String {
     /// Most changes that are named; further ones are counted.
@@ -550,7 +566,7 @@ async fn policy(config: &Config) -> Result<Policy, ConfigError> {
             read.unwrap_or_else(|defect| Err(ConfigError::unread(&defect)))?
         }
     };
-    Ok(Policy::new(mode, grants, tokens, revoked, geteuid().as_raw()))
+    Ok(Policy::new(mode, grants, tokens, revoked, geteuid().as_raw()).with_limits(config.limits))
 }
 
 /// The memory limit and its shares.

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use rustls_pki_types::CertificateDer;
 
 use super::{
-    Bearer, Digest, Grant, NoIdentity, Right, Rights, Token, TokenId,
+    Bearer, CallerLimits, Digest, Grant, NoIdentity, Right, Rights, Token, TokenId,
     certificate::{identity_of, key_of},
 };
 use crate::model::Identity;
@@ -162,6 +162,7 @@ pub struct Policy {
     tokens: BTreeMap<TokenId, Token>,
     revoked: Revoked,
     own_uid: u32,
+    limits: CallerLimits,
 }
 
 impl Policy {
@@ -169,7 +170,20 @@ impl Policy {
     /// last one counts.
     #[must_use]
     pub fn new(mode: Mode, grants: Vec<Grant>, tokens: Vec<Token>, revoked: Revoked, own_uid: u32) -> Self {
-        Self { mode, grants, tokens: tokens.into_iter().map(|token| (token.id, token)).collect(), revoked, own_uid }
+        let tokens = tokens.into_iter().map(|token| (token.id, token)).collect();
+        Self { mode, grants, tokens, revoked, own_uid, limits: CallerLimits::default() }
+    }
+
+    /// The same policy, with other limits of each caller.
+    #[must_use]
+    pub fn with_limits(self, limits: CallerLimits) -> Self {
+        Self { limits, ..self }
+    }
+
+    /// The limits of each caller.
+    #[must_use]
+    pub fn limits(&self) -> &CallerLimits {
+        &self.limits
     }
 
     /// Whether it is enforced.

@@ -8,7 +8,7 @@ use std::{
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use super::judge::Denied;
+use super::{judge::Denied, usage::LimitReached};
 use crate::{
     access::{Role, Unauthenticated},
     model::{Name, Violation, Violations, excerpt},
@@ -158,6 +158,20 @@ pub(super) fn denied(denied: &Denied) -> Status {
         }
     };
     with_reason(code, message, reason, metadata)
+}
+
+/// The status of a call whose caller has reached one of its limits.
+pub(super) fn limit_reached(reached: &LimitReached) -> Status {
+    let LimitReached { identity, key, max } = reached;
+    let (what, remedy) = match *key {
+        "limits.calls_per_second" => ("calls in a second", "call less often"),
+        "limits.watchers" => ("open watches", "end one of them first"),
+        "limits.history_reads" => ("open calls that read the history", "wait for one of them to end"),
+        _ => ("open calls", "wait for one of them to end"),
+    };
+    let message = format!("{identity} has reached the limit of {max} {what} for each caller ({key}); {remedy}");
+    let metadata = vec![("limit", (*key).to_owned()), ("max", max.to_string())];
+    with_reason(Code::ResourceExhausted, message, "CALLER_LIMIT", metadata)
 }
 
 impl Display for Denied {

@@ -11,9 +11,10 @@ use tonic::{Request, Response, Status};
 use super::{
     caller::Caller,
     calls::{CallCounts, CountedCall},
-    error::status,
+    error::{limit_reached, status},
     judge::{Authority, Judge},
     rpc::{Asks, Rpc},
+    usage::{Usage, Used},
 };
 use crate::{
     access::Targets,
@@ -29,6 +30,7 @@ pub(super) struct Gate {
     /// Memory for decoded requests until they are answered.
     requests: Memory,
     calls: Arc<CallCounts>,
+    usage: Arc<Usage>,
     pub(super) judge: Judge,
 }
 
@@ -44,6 +46,8 @@ pub struct Entered<Q> {
     rpc: Rpc,
     request: Q,
     room: Option<Held>,
+    /// Counts it under the limits of its caller.
+    _used: Option<Used>,
 }
 
 impl<Q> Entered<Q> {
@@ -99,7 +103,7 @@ impl<Q: Default> Entered<Q> {
 
 impl Gate {
     pub(super) fn new(orchestrator: Arc<Orchestrator>, judge: Judge, requests: Memory) -> Self {
-        Self { orchestrator, requests, calls: Arc::default(), judge }
+        Self { orchestrator, requests, calls: Arc::default(), usage: Arc::default(), judge }
     }
 
     /// The counts of calls.
@@ -125,12 +129,17 @@ impl Gate {
     /// Admits a call, or refuses it.
     ///
     /// # Errors
-    /// The identity of its caller is not known, or has no right to this call. Or there is no memory for the decoded
-    /// request, or it has no caller, which is a defect.
+    /// The identity of its caller is not known, has no right to this call, or has reached one of its limits. Or there is
+    /// no memory for the decoded request, or it has no caller, which is a defect.
     pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
         let (_, mut extensions, request) = request.into_parts();
         let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
         let judged = self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
+        let used = match judged.authority.identity() {
+            Some(identity) => self.usage.begin(identity, Q::RPC, &self.judge.limits()),
+            None => Ok(None),
+        };
+        let used = used.map_err(|reached| limit_reached(&reached))?;
         let room = self.room_of(&request)?;
         Ok(Entered {
             orchestrator: self.orchestrator.clone(),
@@ -143,6 +152,7 @@ impl Gate {
             rpc: Q::RPC,
             request,
             room,
+            _used: used,
         })
     }
 

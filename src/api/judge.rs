@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 
 use super::{caller::Caller, calls::CallCounts, error, rpc::Rpc, rules::Rule};
 use crate::{
-    access::{Authenticated, Mode, Policy, Rights, Role, Sessions, Targets, Unauthenticated},
+    access::{Authenticated, CallerLimits, Mode, Policy, Rights, Role, Sessions, Targets, Unauthenticated},
     clock::Clock,
     listen::Repeated,
     model::{Identity, Name, text::clean},
@@ -176,7 +176,9 @@ impl Judge {
         }
         let now = self.0.clock.now();
         let authenticated = policy.authenticate(&caller.credential(now), now);
-        authenticated.map(drop).map_err(|why| self.denied(caller, call, &Denied::Unauthenticated(why), policy.mode()))
+        authenticated
+            .map(|_| caller.peer.standing.identified())
+            .map_err(|why| self.denied(caller, call, &Denied::Unauthenticated(why), policy.mode()))
     }
 
     /// Checks that a caller may make a call. In the mode `dry_run`, it may make every call;
@@ -244,6 +246,11 @@ impl Judge {
             Denied::NotAllowed { identity, .. } => identity,
         };
         Ok(Judged { would_be_denied: Some(status.code()), ..anyone(identity) })
+    }
+
+    /// The limits of each caller.
+    pub(super) fn limits(&self) -> CallerLimits {
+        *self.0.policy.borrow().limits()
     }
 
     /// The time by which callers are judged.
@@ -327,6 +334,7 @@ fn judge(
     targets: &Targets<'_>,
 ) -> Result<(Authenticated, Rights), Denied> {
     let known = policy.authenticate(&caller.credential(now), now).map_err(Denied::Unauthenticated)?;
+    caller.peer.standing.identified();
     let rights = policy.rights(&known.identity);
     if let Rule::Roles(roles) = rule
         && let Err(target) = rights.cover(roles, targets)

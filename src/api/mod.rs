@@ -17,6 +17,7 @@ mod rpc;
 mod rules;
 mod status;
 mod streaming;
+mod usage;
 
 use std::{future::ready, pin::Pin, sync::Arc};
 

@@ -59,6 +59,10 @@ settings! {
     access.mode: NeedsRestart, choice(Mode::WORDS);
     access.tokens_file: Applies, parsed(path).map(Some);
     access.revoked: Applies, group(revoked);
+    limits.calls_per_second: Applies, number(1..=1_000_000).map(Some);
+    limits.concurrent_calls: Applies, number(1..=100_000);
+    limits.watchers: Applies, number(0..=100_000);
+    limits.history_reads: Applies, number(1..=100_000);
     memory.max_bytes: NeedsRestart, number(64 * MIB..=1024 * GIB).map(Some);
     store.url: NeedsRestart, parsed(StoreUrl::parse);
     store.retention: Applies, group(retention);

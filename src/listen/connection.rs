@@ -14,7 +14,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Sleep, sleep},
+    time::{Instant, Sleep, sleep},
 };
 
 use super::{
@@ -59,13 +59,13 @@ impl Broken {
     }
 }
 
-/// A counted connection that records whether it broke. A connection that sends nothing after it was accepted, or does
-/// not read, aborts by itself, since it would use a slot forever.
+/// A counted connection that records whether it broke. A connection that sends nothing after it was accepted, whose
+/// peer has to identify itself and does not, or that does not read, aborts by itself, since it would use a slot forever.
 pub(crate) struct Connection {
     layer: Layer,
     broken: Broken,
     state: Arc<ConnectionState>,
-    /// Set until the peer has sent its first bytes.
+    /// Set until the peer has sent its first bytes, and is known.
     silence: Option<Silence>,
     slot: Slot,
 }
@@ -82,10 +82,13 @@ enum Layer {
     Failed,
 }
 
-/// Limits how long a peer may be silent before its first request. With TLS, this includes the handshake.
+/// Limits how long a peer may be silent before its first request, and, where peers have to identify themselves, before
+/// the first one that does. With TLS, this includes the handshake.
 struct Silence {
     ends: Pin<Box<Sleep>>,
     heard: usize,
+    /// True once the connection is being closed in order.
+    is_leaving: bool,
 }
 
 impl Silence {
@@ -94,8 +97,22 @@ impl Silence {
     /// Bytes of HTTP/2's preface; a request of HTTP/1.1 is at least as long.
     const PREFACE: usize = 24;
 
-    fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        self.ends.as_mut().poll(cx).map(|()| io::ErrorKind::TimedOut.into())
+    fn poll_over(&mut self, state: &ConnectionState, cx: &mut Context<'_>) -> Poll<io::Error> {
+        loop {
+            ready!(self.ends.as_mut().poll(cx));
+            let is_stranger = self.heard >= Self::PREFACE && !self.is_leaving;
+            let until = match state.standing.stays_until() {
+                Some(until) if is_stranger && until > Instant::now() => until,
+                // A client that reads learns that its next request needs another connection.
+                _ if is_stranger => {
+                    self.is_leaving = true;
+                    state.leave();
+                    Instant::now() + ConnectionState::PARTING
+                }
+                _ => return Poll::Ready(io::ErrorKind::TimedOut.into()),
+            };
+            self.ends.as_mut().reset(until);
+        }
     }
 }
 
@@ -107,7 +124,7 @@ impl Connection {
             None => Layer::Plain(sending),
             Some(secure) => Layer::Handshake(secure(Box::new(sending), &state)),
         };
-        let silence = Some(Silence { ends: Box::pin(sleep(Silence::PATIENCE)), heard: 0 });
+        let silence = Some(Silence { ends: Box::pin(sleep(Silence::PATIENCE)), heard: 0, is_leaving: false });
         Self { layer, broken: Broken::default(), state, silence, slot }
     }
 
@@ -138,7 +155,7 @@ impl Connection {
         if let Layer::Handshake(handshake) = &mut self.layer {
             let made = match (handshake.as_mut().poll(cx), &mut self.silence) {
                 (Poll::Ready(made), _) => made,
-                (Poll::Pending, Some(silence)) => Err(ready!(silence.poll_over(cx))),
+                (Poll::Pending, Some(silence)) => Err(ready!(silence.poll_over(&self.state, cx))),
                 (Poll::Pending, None) => return Poll::Pending,
             };
             self.layer = match self.broken.note(made) {
@@ -168,9 +185,9 @@ impl Connection {
             self.slot.speaks_tls();
         }
         silence.heard += bytes.len();
-        if silence.heard >= Silence::PREFACE {
+        if silence.heard >= Silence::PREFACE && self.state.standing.is_known() {
             self.silence = None;
-        } else if let Poll::Ready(error) = silence.poll_over(cx) {
+        } else if let Poll::Ready(error) = silence.poll_over(&self.state, cx) {
             return Err(error);
         }
         Ok(())
@@ -299,6 +316,10 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
     use super::*;
+    use crate::{
+        listen::{connections::Connections, standing::Standing},
+        transport::Origin,
+    };
 
     async fn connection() -> (DuplexStream, Connection) {
         let (peer, stream) = duplex(1024);
@@ -318,6 +339,25 @@ mod tests {
         let mut read = Vec::new();
         let patience = tokio::time::timeout(Silence::PATIENCE * 10, connection.read_to_end(&mut read)).await;
         assert!(patience.is_err() && read.len() == Silence::PREFACE, "it may be silent from then on");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_of_a_stranger_is_closed_and_a_probe_may_stay_longer() {
+        let closed = async |act: fn(&Standing)| {
+            let slot = Connections::of(1, true).slot_of(Origin::Unknown).await;
+            let (mut peer, stream) = duplex(1024);
+            let mut connection = Connection::new(Box::new(stream), slot, None);
+            peer.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+            act(&connection.state.standing);
+            let begun = Instant::now();
+            let read = tokio::time::timeout(Standing::PROBE * 10, connection.read_to_end(&mut Vec::new())).await;
+            read.is_ok().then(|| begun.elapsed())
+        };
+        let parted = |patience| Some(patience + ConnectionState::PARTING);
+        assert_eq!(closed(|_| {}).await, parted(Silence::PATIENCE));
+        assert_eq!(closed(Standing::probes).await, parted(Standing::PROBE));
+        assert_eq!(closed(Standing::identified).await, None);
+        assert_eq!(closed(|standing| (standing.identified(), standing.probes()).0).await, None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -26,6 +26,7 @@ use super::{
     connection::{Connection, Secure},
     peer::{Certificates, Peer},
     repeated::Repeated,
+    standing::Standing,
 };
 use crate::transport::{Listener, Origin};
 
@@ -118,6 +119,8 @@ fn is_final(error: &io::Error) -> bool {
 #[derive(Debug)]
 pub(crate) struct Connections {
     max: usize,
+    /// True if peers have to identify themselves.
+    refuses_strangers: bool,
     permits: Arc<Semaphore>,
     open: Mutex<BTreeMap<u64, Arc<ConnectionState>>>,
     next: AtomicU64,
@@ -129,8 +132,15 @@ pub(crate) struct Connections {
 impl Connections {
     /// No connections yet, with this limit.
     pub(crate) fn at_most(max: usize) -> Arc<Self> {
+        Self::of(max, false)
+    }
+
+    /// No connections yet, with this limit. If it `refuses_strangers`, the connections of peers that don't identify
+    /// themselves are closed: by a certificate, by the user of their process, or by a request with a credential.
+    pub(crate) fn of(max: usize, refuses_strangers: bool) -> Arc<Self> {
         Arc::new(Self {
             max,
+            refuses_strangers,
             permits: Arc::new(Semaphore::new(max)),
             open: Mutex::default(),
             next: AtomicU64::new(0),
@@ -154,6 +164,13 @@ impl Connections {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A slot for a connection of this peer.
+    #[cfg(test)]
+    pub(super) async fn slot_of(self: Arc<Self>, peer: Origin) -> Slot {
+        let slot = self.slot(&CancellationToken::new(), peer).await;
+        slot.unwrap_or_else(|| unreachable!("there is room for one"))
+    }
+
     /// A slot for another connection, as soon as one is free.
     async fn slot(self: Arc<Self>, cut_off: &CancellationToken, peer: Origin) -> Option<Slot> {
         /// Time until idle connections are looked for again: a busy one may be idle by then.
@@ -173,7 +190,10 @@ impl Connections {
                 break permit.ok()?;
             }
         };
-        let state = Arc::new(ConnectionState { cut_off: cut_off.child_token(), ..ConnectionState::of(peer) });
+        let is_stranger = self.refuses_strangers && !matches!(peer, Origin::User(_));
+        let standing = if is_stranger { Standing::stranger() } else { Standing::default() };
+        let state = ConnectionState { cut_off: cut_off.child_token(), standing, ..ConnectionState::of(peer) };
+        let state = Arc::new(state);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.states().insert(id, state.clone());
         Some(Slot { connections: self, id, state, _permit: permit })
@@ -205,6 +225,8 @@ pub(crate) struct ConnectionState {
     origin: Origin,
     /// The certificates of its peer; set once, after the TLS handshake.
     certificates: OnceLock<Arc<dyn Certificates>>,
+    /// Whether its peer is known.
+    pub(super) standing: Standing,
     /// Number of open calls.
     calls: AtomicUsize,
     /// Number of open calls that count as idle while they are silent.
@@ -219,13 +241,14 @@ pub(crate) struct ConnectionState {
 
 impl ConnectionState {
     /// Longest time for an orderly close of an idle connection.
-    const PARTING: Duration = Duration::from_secs(1);
+    pub(super) const PARTING: Duration = Duration::from_secs(1);
 
     /// The state of a new connection of this peer.
     pub(super) fn of(origin: Origin) -> Self {
         Self {
             origin,
             certificates: OnceLock::new(),
+            standing: Standing::default(),
             calls: AtomicUsize::new(0),
             besides: AtomicUsize::new(0),
             idle_since: Mutex::new(Instant::now()),
@@ -237,7 +260,7 @@ impl ConnectionState {
 
     /// The peer, as far as it is known: before the end of a TLS handshake, it has no certificates.
     pub(crate) fn peer(&self) -> Peer {
-        Peer { origin: self.origin, certificates: self.certificates.get().cloned() }
+        Peer { origin: self.origin, certificates: self.certificates.get().cloned(), standing: self.standing.clone() }
     }
 
     /// Where the peer comes from.
@@ -248,6 +271,7 @@ impl ConnectionState {
     /// Records the certificates of the peer.
     pub(super) fn certified(&self, certificates: Option<Arc<dyn Certificates>>) {
         if let Some(certificates) = certificates {
+            self.standing.identified();
             self.certificates.get_or_init(|| certificates);
         }
     }
@@ -289,6 +313,11 @@ impl ConnectionState {
     /// Records whether the peer reads.
     pub(super) fn set_stalled(&self, is_stalled: bool) {
         self.is_stalled.store(is_stalled, Ordering::Relaxed);
+    }
+
+    /// Closes the connection in order, as soon as it is idle.
+    pub(super) fn leave(&self) {
+        self.gives_way.cancel();
     }
 
     /// Aborts the connection.
@@ -397,8 +426,7 @@ impl Slot {
     /// The only slot of a server.
     #[cfg(test)]
     pub(super) async fn only() -> Self {
-        let slot = Connections::at_most(1).slot(&CancellationToken::new(), Origin::Unknown).await;
-        slot.unwrap_or_else(|| unreachable!("there is room for one"))
+        Connections::at_most(1).slot_of(Origin::Unknown).await
     }
 
     /// The state of its connection.

@@ -5,6 +5,7 @@ use std::{fmt::Debug, sync::Arc};
 use bytes::Bytes;
 use jiff::Timestamp;
 
+use super::standing::Standing;
 use crate::transport::Origin;
 
 /// The other side of a connection. Travels with each request.
@@ -14,6 +15,8 @@ pub(crate) struct Peer {
     pub(crate) origin: Origin,
     /// Its certificates, if it has shown any.
     pub(crate) certificates: Option<Arc<dyn Certificates>>,
+    /// Whether it is known, which those that authenticate it record.
+    pub(crate) standing: Standing,
 }
 
 impl Peer {

@@ -138,6 +138,9 @@ impl Server {
         let (rule, is_large_stream) = (self.rule(path), limits.large_streams.contains(&path));
         // It counted as a call until its path was known.
         let beside = is_beside(path).then(|| streams.state.beside());
+        if path.starts_with(HEALTH) {
+            streams.state.standing.probes();
+        }
         let patience = if is_large_stream { Patience::AfterFirst } else { Patience::None };
         let size = size_of_headers(request.headers());
         let headers = limits.requests.try_hold(size);
@@ -173,6 +176,9 @@ impl Server {
         response.map(|body| Answer::new(body, streams.answers, taking, patience, beside))
     }
 }
+
+/// The beginning of the paths of health, which is public.
+const HEALTH: &str = "/grpc.health.";
 
 /// True if a path leads to health or reflection.
 fn is_beside(path: &str) -> bool {

@@ -51,34 +51,39 @@ test("the page loads, and each view has its title", async (t) => {
   assert.deepEqual(page.problems, []);
 });
 
+/** The configuration of a service that enforces rights: `wall` is a viewer, `ops` an administrator. */
+const enforced = (secrets) => `
+  [access]
+  mode = "enforce"
+  tokens_file = "${secrets.tokensFile}"
+  [[access.grants]]
+  who = ["token:wall"]
+  role = "viewer"
+  subsystems = ["*"]
+  [[access.grants]]
+  who = ["token:ops"]
+  role = "admin"
+`;
+
+/** Logs in on a page that shows the login. */
+async function logIn(page, token) {
+  await page.type("#token", token);
+  await Promise.all([page.waitForNavigation(), page.click("main button")]);
+}
+
 for (const scheme of ["http", "https"]) {
   test(`with ${scheme}, a browser logs in with a token, and sees live cycles until it logs out`, async (t) => {
     const secrets = new Secrets("wall", "ops");
     t.after(() => secrets.remove());
-    const { fleet, service } = await stage(t, `
-      [access]
-      mode = "enforce"
-      tokens_file = "${secrets.tokensFile}"
-      [[access.grants]]
-      who = ["token:wall"]
-      role = "viewer"
-      subsystems = ["*"]
-      [[access.grants]]
-      who = ["token:ops"]
-      role = "admin"
-      ${scheme === "https" ? `[admin.tls]\n${secrets.tls}` : ""}`);
+    const { fleet, service } = await stage(t, enforced(secrets) + (scheme === "https" ? `[admin.tls]\n${secrets.tls}` : ""));
     service.token = secrets.token("ops");
     await service.register(fleet, "alpha");
     const page = await browser.visit(`${service.url}/#/live`);
     await says(page, "h1", "Log in");
     assert.deepEqual(await inaccessible(page), []);
-    const logIn = async (token) => {
-      await page.type("#token", token);
-      await Promise.all([page.waitForNavigation(), page.click("main button")]);
-    };
-    await logIn(secrets.token("wall").replace(/.{64}$/, "0".repeat(64)));
+    await logIn(page, secrets.token("wall").replace(/.{64}$/, "0".repeat(64)));
     await says(page, "main .problem", "This token is not valid");
-    await logIn(secrets.token("wall"));
+    await logIn(page, secrets.token("wall"));
 
     // The view of the first address is shown, and moves.
     await says(page, "h1", "Live");
@@ -120,6 +125,22 @@ for (const scheme of ["http", "https"]) {
     assert.deepEqual([...page.problems, ...other.problems].filter((text) => !/status of 401/.test(text)), []);
   });
 }
+
+test("requests beyond a limit of the caller are repeated", async (t) => {
+  const secrets = new Secrets("wall", "ops");
+  t.after(() => secrets.remove());
+  const { fleet, service } = await stage(t, `${enforced(secrets)}[limits]\nhistory_reads = 1\n`);
+  service.token = secrets.token("ops");
+  const inputs = ["a", "b", "c", "d", "e", "f"];
+  for (const name of inputs) await service.register(fleet, name);
+  await service.register(fleet, "last", { reads: inputs });
+  await service.run();
+  await service.run({ subsystems: ["last"] });
+  const page = await browser.visit(`${service.url}/#/cycles/2/last`);
+  await logIn(page, secrets.token("wall"));
+  await page.waitForFunction((count) => document.querySelectorAll("main [data-state=STALE]").length === count, {}, inputs.length);
+  assert.deepEqual(page.problems.filter((text) => !/status of 4(01|29)/.test(text)), []);
+});
 
 test("the mode of access control is shown", async (t) => {
   const { service } = await stage(t);

@@ -9,6 +9,9 @@ export class Refusal extends Error {
   }
 }
 
+/** Pauses before further attempts of a request that is refused because too many are open, also those of other people. */
+const AGAIN = [250, 500, 1000, 2000];
+
 /** Gets a path below /api with these parameters; lists become repeated ones. */
 export async function get(path, parameters = {}, signal) {
   const query = new URLSearchParams();
@@ -17,7 +20,13 @@ export async function get(path, parameters = {}, signal) {
       if (one !== undefined && one !== null && one !== "") query.append(name, one);
     }
   }
-  const answer = await fetch(`/api/${path}${query.size ? `?${query}` : ""}`, { signal });
+  const ask = () => fetch(`/api/${path}${query.size ? `?${query}` : ""}`, { signal });
+  let answer = await ask();
+  for (const pause of AGAIN) {
+    if (answer.status !== 429) break;
+    await new Promise((done) => setTimeout(done, pause));
+    answer = await ask();
+  }
   if (answer.status === 401) logIn();
   const body = await answer.json();
   if (!answer.ok) throw new Refusal(body.error?.status ?? "UNKNOWN", body.error?.message ?? answer.statusText);
