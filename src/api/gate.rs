@@ -129,8 +129,8 @@ impl Gate {
     /// Admits a call, or refuses it.
     ///
     /// # Errors
-    /// The identity of its caller is not known, has no right to this call, or has reached one of its limits. Or there is
-    /// no memory for the decoded request, or it has no caller, which is a defect.
+    /// The identity of its caller is not known, has no right to this call, or has reached one of its limits. Or there
+    /// is no memory for the decoded request, or it has no caller, which is a defect.
     pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
         let (_, mut extensions, request) = request.into_parts();
         let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;

@@ -59,8 +59,8 @@ impl Broken {
     }
 }
 
-/// A counted connection that records whether it broke. A connection that sends nothing after it was accepted, whose
-/// peer has to identify itself and does not, or that does not read, aborts by itself, since it would use a slot forever.
+/// A counted connection that records whether it broke. A connection aborts by itself if it sends nothing after it was
+/// accepted, if its peer has to identify itself and does not, or if it does not read: it would use a slot forever.
 pub(crate) struct Connection {
     layer: Layer,
     broken: Broken,

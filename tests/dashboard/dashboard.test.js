@@ -112,6 +112,12 @@ for (const scheme of ["http", "https"]) {
         assert.equal(answer.status(), 403, `${form} from ${host}`);
       }
     }
+    // The browser does not send the cookie to the first page after a link of another site.
+    const linked = await browser.visit(`http://localhost:${await foreignForm(t, `${service.url}/`)}/`);
+    await Promise.all([linked.waitForNavigation(), linked.click("a")]);
+    await says(linked, "h1", "Log in");
+    await linked.click("main a");
+    await linked.waitForSelector("#connection[data-connection=open]");
     const other = await browser.open(`${service.url}/#/cycles`);
     await sees(other, 'main tr[data-key="1"]');
     await page.bringToFront();
@@ -126,20 +132,30 @@ for (const scheme of ["http", "https"]) {
   });
 }
 
-test("requests beyond a limit of the caller are repeated", async (t) => {
+test("a viewer sees everything but outputs and parameters, also beyond a limit of its requests", async (t) => {
   const secrets = new Secrets("wall", "ops");
   t.after(() => secrets.remove());
   const { fleet, service } = await stage(t, `${enforced(secrets)}[limits]\nhistory_reads = 1\n`);
   service.token = secrets.token("ops");
   const inputs = ["a", "b", "c", "d", "e", "f"];
   for (const name of inputs) await service.register(fleet, name);
-  await service.register(fleet, "last", { reads: inputs });
+  await service.register(fleet, "last", { reads: inputs, parameters: struct({ key: "hidden" }) });
   await service.run();
   await service.run({ subsystems: ["last"] });
   const page = await browser.visit(`${service.url}/#/cycles/2/last`);
   await logIn(page, secrets.token("wall"));
   await page.waitForFunction((count) => document.querySelectorAll("main [data-state=STALE]").length === count, {}, inputs.length);
-  assert.deepEqual(page.problems.filter((text) => !/status of 4(01|29)/.test(text)), []);
+  await says(page, "main", "Only operators see its latest output here.");
+  await show(page, "#/subsystems/last");
+  await says(page, "main", "Only operators see it here.");
+  await says(page, "main", "Only its owner and operators see its parameters.");
+  assert.equal(await page.$eval("main", (main) => main.textContent.includes("hidden")), false);
+  assert.deepEqual(page.problems.filter((text) => !/status of 429/.test(text)), []);
+
+  await Promise.all([page.waitForNavigation(), page.click("#logout button")]);
+  await logIn(page, secrets.token("ops"));
+  await show(page, "#/subsystems/last");
+  await says(page, "main .json", "hidden");
 });
 
 test("the mode of access control is shown", async (t) => {

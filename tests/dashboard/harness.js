@@ -286,9 +286,9 @@ function scriptEvents() {
   };
 }
 
-/** A site of someone else on this machine, with a form that posts to a URL. Returns its port. */
+/** A site of someone else on this machine, with a link and a form to a URL. Returns its port. */
 export async function foreignForm(t, url) {
-  const form = `<!doctype html><form method="post" action="${url}"><button>Win</button></form>`;
+  const form = `<!doctype html><form method="post" action="${url}"><button>Win</button></form><a href="${url}">Go</a>`;
   const server = createServer((_, answer) => answer.writeHead(200, { "content-type": "text/html" }).end(form));
   server.listen(0, "127.0.0.1");
   await once(server, "listening");

@@ -9,7 +9,7 @@ export class Refusal extends Error {
   }
 }
 
-/** Pauses before further attempts of a request that is refused because too many are open, also those of other people. */
+/** Pauses before further attempts of a request that is refused since too many are open, also those of other people. */
 const AGAIN = [250, 500, 1000, 2000];
 
 /** Gets a path below /api with these parameters; lists become repeated ones. */
@@ -38,8 +38,25 @@ function logIn() {
   location.replace(`/login${location.hash}`);
 }
 
+/** @type {Promise<any> | null} */
+let who = null;
+
 /** This browser, as the service knows it: `WhoAmIResponse`. */
-export const whoAmI = () => get("whoami");
+export function whoAmI() {
+  const asked = get("whoami");
+  // A failed one is not kept.
+  who = asked;
+  asked.catch(() => {
+    who = null;
+  });
+  return asked;
+}
+
+/** True if this browser may see what only operators may see. */
+async function operates() {
+  const { mode, rights = [] } = await (who ?? whoAmI());
+  return mode !== "ACCESS_MODE_ENFORCE" || rights.some(({ role }) => role === "ROLE_OPERATOR" || role === "ROLE_ADMIN");
+}
 
 export const getStatus = async (options = {}) => (await get("status", options)).status ?? {};
 
@@ -60,6 +77,12 @@ export const getLoops = async () => (await get("loops")).loops ?? [];
 
 export const getSubsystem = async (name, options = {}) =>
   (await get(`subsystems/${encodeURIComponent(name)}`, options)).subsystem;
+
+/** A subsystem with its latest output. `outputHidden` if this browser may not see that. */
+export async function getSubsystemWithOutput(name) {
+  if (await operates()) return getSubsystem(name, { includeOutput: true });
+  return { ...(await getSubsystem(name)), outputHidden: true };
+}
 
 /** One page: { cycles, unreadable, nextPageToken }. */
 export async function listCycles(filter) {

@@ -1,6 +1,6 @@
 // One subsystem in one cycle: its part, its inputs, its output, and the changes in the output.
 
-import { getCycle, getSubsystem, listCycles, Refusal } from "../api.js";
+import { getCycle, getSubsystemWithOutput, listCycles, Refusal } from "../api.js";
 import { add, h, replace, scrolling } from "../dom.js";
 import { counted, duration, instant, lower, number, time, visible, word } from "../format.js";
 import { diff, json } from "../json.js";
@@ -75,7 +75,7 @@ async function show(place, record, part, scope) {
 /** The current subsystem; null if it is no longer registered. */
 async function registered(name) {
   try {
-    return await getSubsystem(name, { includeOutput: true });
+    return await getSubsystemWithOutput(name);
   } catch (error) {
     if (error instanceof Refusal && error.status === "NOT_FOUND") return null;
     throw error;
@@ -126,6 +126,10 @@ function showOutput(place, record, part, now) {
     : "The output is not in the record: neither the registration (record_output) nor the cycle (record_outputs) asked to record it.";
   if (!now?.outputCycleId) {
     add(place, h("p", {}, `${why} It has no latest output either.`));
+    return;
+  }
+  if (now.outputHidden) {
+    add(place, h("p", {}, `${why} Only operators see its latest output here.`));
     return;
   }
   const isThis = now.outputCycleId === record.cycleId;

@@ -1,6 +1,6 @@
 // One subsystem: its registration, its state, its latest output, and its last parts.
 
-import { getSubsystem, listCycles } from "../api.js";
+import { getSubsystem, getSubsystemWithOutput, listCycles } from "../api.js";
 import { h, replace, throttled } from "../dom.js";
 import { count, duration, instant, lower, milliseconds, setting, time, visible, whole, word } from "../format.js";
 import { json } from "../json.js";
@@ -22,7 +22,7 @@ export function mount(main, { parameters: { name } }, scope) {
 
   const read = () => scope.attempt(async () => {
     const [one, page] = await Promise.all([
-      getSubsystem(name, { includeOutput: true }),
+      getSubsystemWithOutput(name),
       listCycles({ subsystem: name, pageSize: PARTS }),
     ]);
     if (scope.signal.aborted) return;
@@ -95,7 +95,8 @@ function showOutput(place, one) {
   if (place.dataset.cycle === shown) return;
   place.dataset.cycle = shown;
   replace(place, h("h2", {}, "Latest output"), shown
-    ? [h("p", { class: "quiet" }, "Made in ", h("a", { href: href("cycles", shown, name) }, `cycle ${shown}`), "."), json(one.output ?? {}, `Latest output of ${name}`)]
+    ? [h("p", { class: "quiet" }, "Made in ", h("a", { href: href("cycles", shown, name) }, `cycle ${shown}`), one.outputHidden ? ". Only operators see it here." : "."),
+      !one.outputHidden && json(one.output ?? {}, `Latest output of ${name}`)]
     : h("p", { class: "quiet" }, "It has no output."));
 }
 
@@ -119,5 +120,6 @@ function showSettings(place, one) {
     ["Limits", `message ${count(limits.maxMessageBytes)} bytes, output ${count(limits.maxOutputBytes)} bytes, ${count(limits.maxMetrics)} metrics, ${count(limits.maxIssues)} issues`],
   ];
   replace(place, h("h2", {}, "Registration"), h("dl", { class: "settings" }, rows.map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value)))),
+    one.redacted && h("p", { class: "quiet" }, "Only its owner and operators see its parameters."),
     it.parameters && [h("h3", {}, "Parameters"), json(it.parameters, `Parameters of ${it.name}`)]);
 }
