@@ -144,7 +144,7 @@ test("a viewer sees everything but outputs and parameters, also beyond a limit o
   await service.run({ subsystems: ["last"] });
   const page = await browser.visit(`${service.url}/#/cycles/2/last`);
   await logIn(page, secrets.token("wall"));
-  await page.waitForFunction((count) => document.querySelectorAll("main [data-state=STALE]").length === count, {}, inputs.length);
+  await page.waitForFunction((count) => document.querySelectorAll("main .state[data-state=STALE]").length === count, {}, inputs.length);
   await says(page, "main", "Only operators see its latest output here.");
   await show(page, "#/subsystems/last");
   await says(page, "main", "Only operators see it here.");
