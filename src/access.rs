@@ -7,6 +7,7 @@
 
 mod certificate;
 mod grant;
+mod jwt;
 mod limits;
 mod pattern;
 mod policy;
@@ -18,10 +19,11 @@ mod token;
 pub use self::{
     certificate::{NoIdentity, identity_of, key_of},
     grant::{Grant, GrantSpec, Role},
+    jwt::{Claims, Issuer, Jwt, JwtError},
     limits::CallerLimits,
     policy::{Authenticated, Credential, Mode, Policy, Presented, Revoked, Unauthenticated},
     reach::{Allowed, Reach},
     rights::{Registering, Right, Rights, Targets},
-    session::{Session, Sessions},
+    session::{Session, SessionToken, Sessions},
     token::{Bearer, Digest, NoRandomness, Token, TokenId, TokenSpec},
 };

@@ -4,6 +4,7 @@
 //! with the place of the value, the problem and the allowed values. `examples/orchestrator.toml` is the reference of
 //! all keys.
 
+mod jwt;
 mod reader;
 pub mod secure;
 mod settings;
@@ -22,13 +23,14 @@ use std::{
 
 use tracing_subscriber::EnvFilter;
 
+pub use self::{
+    jwt::{JwtSettings, read_issuer},
+    tls::{ClientAuth, DialTls, Tls, TlsSettings, TlsVersion},
+    tokens::{read_tokens, tokens_text},
+};
 use self::{
     reader::{Node, PREFIX, Problems, Reader, Table, parse, put},
     settings::SETTINGS,
-};
-pub use self::{
-    tls::{ClientAuth, DialTls, Tls, TlsSettings, TlsVersion},
-    tokens::{read_tokens, tokens_text},
 };
 use crate::{
     access::{Allowed, CallerLimits, Grant, GrantSpec, Mode, Reach, Revoked, Role},
@@ -135,6 +137,8 @@ pub struct AccessSettings {
     pub mode: Mode,
     /// The file of static tokens. Default: none.
     pub tokens_file: Option<PathBuf>,
+    /// The issuer of JWTs.
+    pub jwt: JwtSettings,
     /// Identities and credentials that are revoked before they expire: at most [`Revoked::MAX`] entries. Default: none.
     pub revoked: Revoked,
     /// At most [`Grant::MAX`]. Default: none.
@@ -493,6 +497,7 @@ impl Config {
         refuse_one_address_twice(read, &config);
         refuse_collector_in_clear(read, &config);
         tls::refuse_incomplete(read, &config);
+        jwt::refuse_incomplete(read, &config.access.jwt);
         refuse_limits_out_of_reach(read, &config);
         let kind = Kind { of: "grant", list: "access.grants", max: Grant::MAX, limit: "a configuration" };
         config.access.grants = entries(read, kind, grant_spec, Grant::from_spec, |_| "");

@@ -66,9 +66,9 @@ pub enum StartError {
     /// The files of TLS can't be used.
     #[error("{0}")]
     Tls(String),
-    /// The file of tokens can't be used.
+    /// The file of tokens, or that of the keys of JWTs, can't be used.
     #[error(transparent)]
-    Tokens(#[from] ConfigError),
+    Credentials(#[from] ConfigError),
     /// The store can't be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -437,7 +437,7 @@ pub async fn serve(
         tracing::warn!(%error, "other processes of this user may read the memory of this process");
     }
     // Before the first read, so that no change is missed in between.
-    let mut tokens = Changes::of(config.access.tokens_file.clone()).await;
+    let mut credentials = Changes::of(credential_files(&config)).await;
     let mut service = select! {
         biased;
         started = Service::start(&config, host, Arc::new(Sockets::default())) => started?,
@@ -456,7 +456,7 @@ pub async fn serve(
                 Wish::Stop => break End::Asked,
                 Wish::Reload(why) => why,
             },
-            () = tokens.next() => "the file of tokens has changed",
+            () = credentials.next() => "the file of tokens, or of the keys of JWTs, has changed",
             end = service.end() => break end,
         };
         tracing::info!("reloading: {why}");
@@ -499,9 +499,9 @@ pub async fn serve(
             Ok(policy) => policy,
             Err(error) => {
                 for problem in error.to_string().lines() {
-                    tracing::error!(%problem, "the file of tokens is invalid");
+                    tracing::error!(%problem, "the credentials of callers are invalid");
                 }
-                tracing::error!("not reloaded, the old configuration and the old tokens still apply");
+                tracing::error!("not reloaded, the old configuration and the old credentials still apply");
                 continue;
             }
         };
@@ -513,8 +513,8 @@ pub async fn serve(
         };
         match reloaded {
             Ok(()) => {
-                if config.access.tokens_file != new.access.tokens_file {
-                    tokens = Changes::of(new.access.tokens_file.clone()).await;
+                if credential_files(&config) != credential_files(&new) {
+                    credentials = Changes::of(credential_files(&new)).await;
                 }
                 config = new;
                 applied(&config);
@@ -556,17 +556,21 @@ fn listed(changed: &[String]) -> String {
     }
 }
 
-/// The rights of callers, by the configuration and the file of tokens.
+/// The files by which credentials of callers are known, beside those of TLS.
+fn credential_files(config: &Config) -> Vec<PathBuf> {
+    [&config.access.tokens_file, &config.access.jwt.jwks_file].into_iter().flatten().cloned().collect()
+}
+
+/// The rights of callers, by the configuration, the file of tokens, and that of the keys of JWTs.
 async fn policy(config: &Config) -> Result<Policy, ConfigError> {
-    let config::AccessSettings { mode, tokens_file, revoked, grants } = config.access.clone();
-    let tokens = match tokens_file {
-        None => Vec::new(),
-        Some(path) => {
-            let read = tokio::task::spawn_blocking(move || config::read_tokens(&path)).await;
-            read.unwrap_or_else(|defect| Err(ConfigError::unread(&defect)))?
-        }
-    };
-    Ok(Policy::new(mode, grants, tokens, revoked, geteuid().as_raw()).with_limits(config.limits))
+    let config::AccessSettings { mode, tokens_file, jwt, revoked, grants } = config.access.clone();
+    let read = tokio::task::spawn_blocking(move || {
+        let tokens = tokens_file.map_or(Ok(Vec::new()), |path| config::read_tokens(&path))?;
+        Ok((tokens, config::read_issuer(&jwt)?))
+    });
+    let (tokens, issuer) = read.await.unwrap_or_else(|defect| Err(ConfigError::unread(&defect)))?;
+    let policy = Policy::new(mode, grants, tokens, revoked, geteuid().as_raw());
+    Ok(policy.with_issuer(issuer).with_limits(config.limits))
 }
 
 /// The memory limit and its shares.

@@ -134,6 +134,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     // Also the name of the provider in rustls.
     ("aws_lc_rs", &["access", "dial", "ledger", "listen"]),
     ("base64", &["ledger"]),
+    ("jsonwebtoken", &["access/jwt"]),
     ("opentelemetry", &["telemetry/otlp"]),
     ("opentelemetry_otlp", &["telemetry/otlp"]),
     ("opentelemetry_sdk", &["telemetry/otlp"]),

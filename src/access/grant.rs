@@ -203,10 +203,15 @@ impl Grant {
         bad.into_result(Self { who, role, subsystems, loops, reads, phases, endpoints, max_timeout })
     }
 
-    /// The right that it gives to an identity, if any. Of several matching patterns in `who`, the first one counts.
-    pub(super) fn right_of(&self, identity: &Identity) -> Option<Right> {
-        let (kind, name) = identity.parts()?;
-        let captured = self.who.iter().filter(|who| who.kind == kind).find_map(|who| who.name.captures(&name))?;
+    /// The rights that it gives to an identity and to its groups. Of several patterns in `who` that match one of these
+    /// names, the first one counts.
+    pub(super) fn rights_of<'a>(&'a self, identity: &'a Identity, groups: &'a [String]) -> impl Iterator<Item = Right> {
+        let groups = groups.iter().map(|group| (IdentityKind::Group, group.into()));
+        identity.parts().into_iter().chain(groups).filter_map(|(kind, name)| self.right_of(kind, &name))
+    }
+
+    fn right_of(&self, kind: IdentityKind, name: &str) -> Option<Right> {
+        let captured = self.who.iter().filter(|who| who.kind == kind).find_map(|who| who.name.captures(name))?;
         let globs = |patterns: &[Pattern]| patterns.iter().filter_map(|pattern| pattern.glob(&captured)).collect();
         Some(Right {
             role: self.role,

@@ -8,8 +8,10 @@ use jiff::Timestamp;
 use rustls_pki_types::CertificateDer;
 
 use super::{
-    Bearer, CallerLimits, Digest, Grant, NoIdentity, Right, Rights, Token, TokenId,
+    Bearer, CallerLimits, Digest, Grant, Issuer, Jwt, JwtError, NoIdentity, Right, Rights, SessionToken, Token,
+    TokenId,
     certificate::{identity_of, key_of},
+    jwt::Verified,
 };
 use crate::model::Identity;
 
@@ -39,13 +41,15 @@ pub enum Credential {
     Malformed(&'static str),
     /// A static token.
     Bearer(Bearer),
-    /// A session that began with a static token.
+    /// A session.
     Session {
-        /// The token.
-        bearer: Bearer,
+        /// The token with which it began.
+        token: SessionToken,
         /// When the session ends.
         ends_at: Timestamp,
     },
+    /// A JWT.
+    Jwt(Jwt),
     /// A certificate whose private key the caller has.
     Certificate(Presented),
     /// A certificate that is not trusted any more, for this reason.
@@ -70,6 +74,8 @@ pub struct Presented {
 pub struct Authenticated {
     /// Its identity.
     pub identity: Identity,
+    /// Its groups. Only a JWT has some: at most [`Issuer::MAX_GROUPS`].
+    pub groups: Vec<String>,
     /// When its credential expires, if it does.
     pub expires_at: Option<Timestamp>,
 }
@@ -89,6 +95,8 @@ pub enum Unauthenticated {
     NoIdentity(NoIdentity),
     /// The certificate is not trusted any more; the text says why.
     Untrusted(String),
+    /// The JWT is not valid.
+    Jwt(JwtError),
 }
 
 /// Identities and credentials that are revoked before they expire.
@@ -160,6 +168,7 @@ pub struct Policy {
     mode: Mode,
     grants: Vec<Grant>,
     tokens: BTreeMap<TokenId, Token>,
+    issuer: Option<Issuer>,
     revoked: Revoked,
     own_uid: u32,
     limits: CallerLimits,
@@ -171,7 +180,13 @@ impl Policy {
     #[must_use]
     pub fn new(mode: Mode, grants: Vec<Grant>, tokens: Vec<Token>, revoked: Revoked, own_uid: u32) -> Self {
         let tokens = tokens.into_iter().map(|token| (token.id, token)).collect();
-        Self { mode, grants, tokens, revoked, own_uid, limits: CallerLimits::default() }
+        Self { mode, grants, tokens, issuer: None, revoked, own_uid, limits: CallerLimits::default() }
+    }
+
+    /// The policy that also accepts the JWTs of this issuer.
+    #[must_use]
+    pub fn with_issuer(self, issuer: Option<Issuer>) -> Self {
+        Self { issuer, ..self }
     }
 
     /// The same policy, with other limits of each caller.
@@ -197,15 +212,26 @@ impl Policy {
     /// # Errors
     /// The credential is missing, or not valid. A bad credential never counts as none.
     pub fn authenticate(&self, credential: &Credential, now: Timestamp) -> Result<Authenticated, Unauthenticated> {
+        let mut groups = Vec::new();
         let (identity, expires_at, is_revoked) = match credential {
             Credential::None => return Err(Unauthenticated::None),
             Credential::Malformed(how) => return Err(Unauthenticated::Malformed(how)),
             Credential::Untrusted(why) => return Err(Unauthenticated::Untrusted(why.clone())),
             Credential::Expired(at) => return Err(Unauthenticated::Expired(*at)),
             Credential::Bearer(bearer) => self.token(bearer)?,
-            Credential::Session { bearer, ends_at } => {
+            Credential::Session { token: SessionToken::Static(bearer), ends_at } => {
                 let (identity, expires_at, is_revoked) = self.token(bearer)?;
                 (identity, Some(expires_at.map_or(*ends_at, |at| at.min(*ends_at))), is_revoked)
+            }
+            Credential::Session { token: SessionToken::Jwt(jwt), ends_at } => {
+                let verified = self.jwt(jwt, now)?;
+                groups = verified.groups;
+                (verified.identity, Some(verified.expires_at.min(*ends_at)), false)
+            }
+            Credential::Jwt(jwt) => {
+                let verified = self.jwt(jwt, now)?;
+                groups = verified.groups;
+                (verified.identity, Some(verified.expires_at), false)
             }
             Credential::Certificate(Presented { chain, expires_at }) => {
                 let own = CertificateDer::from(chain.first().map_or(&[][..], |own| own));
@@ -222,7 +248,7 @@ impl Policy {
         }
         match expires_at {
             Some(expired) if expired <= now => Err(Unauthenticated::Expired(expired)),
-            expires_at => Ok(Authenticated { identity, expires_at }),
+            expires_at => Ok(Authenticated { identity, groups, expires_at }),
         }
     }
 
@@ -234,12 +260,17 @@ impl Policy {
         Ok((Identity::Token(token.name.clone()), token.expires_at, is_revoked))
     }
 
-    /// The rights of an identity. The user of the service itself may do everything: it can read its files as well, and
-    /// a mistake in the grants can't shut it out.
+    fn jwt(&self, jwt: &Jwt, now: Timestamp) -> Result<Verified, Unauthenticated> {
+        let issuer = self.issuer.as_ref().ok_or(JwtError::NoIssuer);
+        issuer.and_then(|issuer| issuer.verify(jwt, now)).map_err(Unauthenticated::Jwt)
+    }
+
+    /// The rights of a caller, by its identity and its groups. The user of the service itself may do everything: it can
+    /// read its files as well, and a mistake in the grants can't shut it out.
     #[must_use]
-    pub fn rights(&self, identity: &Identity) -> Rights {
+    pub fn rights(&self, identity: &Identity, groups: &[String]) -> Rights {
         let own = (*identity == Identity::Uid(self.own_uid)).then_some(Right::ADMIN);
-        Rights(self.grants.iter().filter_map(|grant| grant.right_of(identity)).chain(own).collect())
+        Rights(self.grants.iter().flat_map(|grant| grant.rights_of(identity, groups)).chain(own).collect())
     }
 }
 
@@ -250,6 +281,7 @@ impl fmt::Display for Unauthenticated {
             Self::Expired(at) => write!(f, "the credential of the call has expired at {at}"),
             Self::Malformed(how) => write!(f, "the credential of the call {how}"),
             Self::Invalid => f.write_str("the credential of the call is not valid: it is unknown or revoked"),
+            Self::Jwt(problem) => write!(f, "the credential of the call {problem}"),
             Self::NoIdentity(problem) => write!(f, "the certificate of the caller {problem}"),
             Self::Untrusted(why) => write!(f, "the certificate of the caller is not trusted any more: {why}"),
         }
@@ -276,7 +308,11 @@ mod tests {
             let policy = Policy::new(Mode::Enforce, Vec::new(), tokens.iter().copied().cloned().collect(), all, 1);
             move |credential: &Credential, now| policy.authenticate(credential, now)
         };
-        let known = Authenticated { identity: Identity::parse("token:wall").unwrap(), expires_at: Some(at) };
+        let known = Authenticated {
+            identity: Identity::parse("token:wall").unwrap(),
+            groups: Vec::new(),
+            expires_at: Some(at),
+        };
         let valid = policy(&[&token], &["token:other", "0000000000000000"]);
         assert_eq!(valid(&credential(&text), before), Ok(known));
         assert_eq!(valid(&credential(&text), at), Err(Unauthenticated::Expired(at)));
@@ -288,7 +324,8 @@ mod tests {
             let refused = policy(&[&token], &[revoked])(&credential(&text), before);
             assert_eq!(refused, Err(Unauthenticated::Invalid), "{revoked}");
         }
-        let session = |ends_at| Credential::Session { bearer: Bearer::parse(&text).unwrap(), ends_at };
+        let session =
+            |ends_at| Credential::Session { token: SessionToken::Static(Bearer::parse(&text).unwrap()), ends_at };
         let ended = Err(Unauthenticated::Expired(before));
         assert_eq!(valid(&session(before), before), ended, "a session ends before its token");
         assert_eq!(valid(&session(Timestamp::MAX), at), Err(Unauthenticated::Expired(at)), "or with its token");

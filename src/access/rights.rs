@@ -281,7 +281,7 @@ mod tests {
     fn rights(who: &str, identity: &str, grants: &[GrantSpec]) -> Rights {
         let grant = |spec: &GrantSpec| Grant::from_spec(&GrantSpec { who: texts(&[who]), ..spec.clone() }).unwrap();
         let policy = Policy::new(Mode::Enforce, grants.iter().map(grant).collect(), Vec::new(), Revoked::default(), 1);
-        policy.rights(&Identity::parse(identity).unwrap())
+        policy.rights(&Identity::parse(identity).unwrap(), &[])
     }
 
     fn of(role: Role, subsystems: &[&str]) -> GrantSpec {

@@ -8,15 +8,23 @@ use aws_lc_rs::rand::{SecureRandom, SystemRandom};
 use jiff::Timestamp;
 
 use super::{
-    Bearer, Credential, Digest, NoRandomness,
+    Bearer, Credential, Digest, Jwt, NoRandomness,
     token::{Hex, bytes},
 };
+
+/// The token with which a session began.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SessionToken {
+    /// A static token.
+    Static(Bearer),
+    /// A JWT.
+    Jwt(Jwt),
+}
 
 /// A session of a browser that has logged in with a token. Its callers are those of the token, until it ends.
 #[derive(Debug)]
 pub struct Session {
-    /// The token.
-    bearer: Bearer,
+    token: SessionToken,
     /// Grows with each session.
     number: u64,
     /// The first time at which it is no longer valid.
@@ -38,7 +46,7 @@ impl Session {
     /// What its browser presents.
     #[must_use]
     pub fn credential(&self) -> Credential {
-        Credential::Session { bearer: self.bearer, ends_at: self.ends_at }
+        Credential::Session { token: self.token.clone(), ends_at: self.ends_at }
     }
 }
 
@@ -56,7 +64,7 @@ impl Sessions {
     /// The system has no randomness.
     pub fn begin(
         &self,
-        bearer: Bearer,
+        token: SessionToken,
         valid_until: Option<Timestamp>,
         now: Timestamp,
     ) -> Result<String, NoRandomness> {
@@ -70,13 +78,13 @@ impl Sessions {
             open.sessions.retain(|_, session| session.ends_at > now);
         }
         if open.sessions.len() >= Self::MAX {
-            let oldest = open.sessions.iter().min_by_key(|(_, it)| (it.bearer != bearer, it.number));
+            let oldest = open.sessions.iter().min_by_key(|(_, it)| (it.token != token, it.number));
             if let Some(oldest) = oldest.map(|(digest, _)| *digest) {
                 open.sessions.remove(&oldest);
             }
         }
         open.begun += 1;
-        let session = Session { bearer, number: open.begun, ends_at };
+        let session = Session { token, number: open.begun, ends_at };
         open.sessions.insert(Digest::of(text.as_bytes()), Arc::new(session));
         Ok(text)
     }
@@ -113,9 +121,9 @@ mod tests {
     use super::*;
     use crate::{access::Token, model::Name};
 
-    fn bearer() -> Bearer {
+    fn token() -> SessionToken {
         let (_, text) = Token::create(Name::parse("wall").unwrap(), None).unwrap();
-        Bearer::parse(&text).unwrap()
+        SessionToken::Static(Bearer::parse(&text).unwrap())
     }
 
     fn at(text: &str) -> Timestamp {
@@ -124,10 +132,10 @@ mod tests {
 
     #[test]
     fn a_session_is_found_by_its_text_until_it_is_ended() {
-        let (sessions, bearer, now) = (Sessions::default(), bearer(), at("2027-01-01T00:00:00Z"));
-        let text = sessions.begin(bearer, None, now).unwrap();
+        let (sessions, token, now) = (Sessions::default(), token(), at("2027-01-01T00:00:00Z"));
+        let text = sessions.begin(token.clone(), None, now).unwrap();
         let found = sessions.find(&text);
-        let expected = Credential::Session { bearer, ends_at: at("2027-01-01T12:00:00Z") };
+        let expected = Credential::Session { token: token.clone(), ends_at: at("2027-01-01T12:00:00Z") };
         assert_eq!(found.upgrade().unwrap().credential(), expected);
         assert!(!format!("{sessions:?}").contains(&text), "the secret is kept");
         for other in [format!("{text}0"), text.replace(&text[..1], "x"), "0".repeat(64), String::new()] {
@@ -136,22 +144,22 @@ mod tests {
         assert!(sessions.end(&text) && !sessions.end(&text));
         assert!(found.upgrade().is_none(), "open streams have it");
         let ends_at = at("2027-01-01T00:00:05Z");
-        let short = sessions.begin(bearer, Some(ends_at), now).unwrap();
+        let short = sessions.begin(token.clone(), Some(ends_at), now).unwrap();
         let credential = sessions.find(&short).upgrade().unwrap().credential();
-        assert_eq!(credential, Credential::Session { bearer, ends_at }, "a session outlives its token");
+        assert_eq!(credential, Credential::Session { token, ends_at }, "a session outlives its token");
     }
 
     #[test]
     fn at_the_limit_a_session_of_the_same_token_ends() {
-        let (sessions, wall, other, now) = (Sessions::default(), bearer(), bearer(), at("2027-01-01T00:00:00Z"));
-        let begin = |bearer| sessions.begin(bearer, None, now).unwrap();
+        let (sessions, wall, other, now) = (Sessions::default(), token(), token(), at("2027-01-01T00:00:00Z"));
+        let begin = |token: &SessionToken| sessions.begin(token.clone(), None, now).unwrap();
         let is_open = |text: &String| sessions.find(text).upgrade().is_some();
-        let of_wall = begin(wall);
-        let of_other: Vec<_> = (1..Sessions::MAX).map(|_| begin(other)).collect();
-        let more: Vec<_> = (0..10).map(|_| begin(other)).collect();
+        let of_wall = begin(&wall);
+        let of_other: Vec<_> = (1..Sessions::MAX).map(|_| begin(&other)).collect();
+        let more: Vec<_> = (0..10).map(|_| begin(&other)).collect();
         assert!(is_open(&of_wall) && !of_other[..10].iter().any(is_open), "the oldest of its own end");
         assert!(of_other[10..].iter().chain(&more).all(is_open));
-        let third = begin(bearer());
+        let third = begin(&token());
         assert!(is_open(&third) && !is_open(&of_wall), "a further token takes the place of the oldest");
 
         let later = sessions.begin(wall, None, at("2027-01-01T12:00:00Z")).unwrap();

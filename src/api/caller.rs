@@ -7,7 +7,7 @@ use tonic::{Request, codegen::http::HeaderMap};
 
 use super::request;
 use crate::{
-    access::{Bearer, Credential, Presented, Session},
+    access::{Bearer, Credential, Jwt, Presented, Session, SessionToken},
     listen::{Peer, Untrusted},
     model::SpanContext,
 };
@@ -66,8 +66,12 @@ impl Caller {
     }
 
     /// The token that it presents, if that is what it presents.
-    pub(super) fn bearer(&self) -> Option<Bearer> {
-        if let Credential::Bearer(bearer) = self.presented { Some(bearer) } else { None }
+    pub(super) fn token(&self) -> Option<SessionToken> {
+        match &self.presented {
+            Credential::Bearer(bearer) => Some(SessionToken::Static(*bearer)),
+            Credential::Jwt(jwt) => Some(SessionToken::Jwt(jwt.clone())),
+            _ => None,
+        }
     }
 
     /// What it presents to prove its identity: a token, or else a session, or else the certificate of its connection,
@@ -113,13 +117,12 @@ fn credential(headers: &HeaderMap) -> Credential {
     }
 }
 
-/// The credential with the text of a token.
+/// The credential with the text of a token or a JWT.
 fn parse(token: &str) -> Credential {
-    /// Longer than any token.
-    const MAX_LEN: usize = 256;
-    match Bearer::parse(token).filter(|_| token.len() <= MAX_LEN) {
-        Some(bearer) => Credential::Bearer(bearer),
-        None => Credential::Malformed("is not a token, which has the form orc_ID_SECRET"),
+    match (Bearer::parse(token), Jwt::parse(token)) {
+        (Some(bearer), _) => Credential::Bearer(bearer),
+        (None, Some(jwt)) => Credential::Jwt(jwt),
+        (None, None) => Credential::Malformed("is not a token, which has the form orc_ID_SECRET, nor a JWT"),
     }
 }
 

@@ -146,7 +146,8 @@ pub(super) fn denied(denied: &Denied) -> Status {
             Unauthenticated::Invalid
             | Unauthenticated::Malformed(_)
             | Unauthenticated::NoIdentity(_)
-            | Unauthenticated::Untrusted(_),
+            | Unauthenticated::Untrusted(_)
+            | Unauthenticated::Jwt(_),
         ) => (Code::Unauthenticated, "CREDENTIAL_INVALID", vec![]),
         Denied::NotAllowed { call, target, .. } => {
             let target = shortened(target.clone(), MAX_VALUE);

@@ -146,10 +146,10 @@ impl Judge {
     pub(super) fn begin_session(&self, caller: &Caller) -> Result<String, Status> {
         let (policy, now) = (self.0.policy.borrow().clone(), self.0.clock.now());
         let known = policy.authenticate(&caller.credential(now), now);
-        let known = known.and_then(|known| Ok((known, caller.bearer().ok_or(Unauthenticated::None)?)));
-        let (Authenticated { expires_at, .. }, bearer) = known
+        let known = known.and_then(|known| Ok((known, caller.token().ok_or(Unauthenticated::None)?)));
+        let (Authenticated { expires_at, .. }, token) = known
             .map_err(|why| self.denied(caller, Rpc::Login.name(), &Denied::Unauthenticated(why), policy.mode()))?;
-        let begun = self.0.sessions.begin(bearer, expires_at, now);
+        let begun = self.0.sessions.begin(token, expires_at, now);
         begun.map_err(|error| Status::internal(error.to_string()))
     }
 
@@ -269,8 +269,8 @@ impl Judge {
         }
         let now = self.0.clock.now();
         match policy.authenticate(&caller.credential(now), now) {
-            Ok(Authenticated { identity, expires_at }) => {
-                Who { rights: policy.rights(&identity), identity, expires_at, ..nobody }
+            Ok(Authenticated { identity, groups, expires_at }) => {
+                Who { rights: policy.rights(&identity, &groups), identity, expires_at, ..nobody }
             }
             Err(why) => Who { problem: Some(why), ..nobody },
         }
@@ -335,7 +335,7 @@ fn judge(
 ) -> Result<(Authenticated, Rights), Denied> {
     let known = policy.authenticate(&caller.credential(now), now).map_err(Denied::Unauthenticated)?;
     caller.peer.standing.identified();
-    let rights = policy.rights(&known.identity);
+    let rights = policy.rights(&known.identity, &known.groups);
     if let Rule::Roles(roles) = rule
         && let Err(target) = rights.cover(roles, targets)
     {

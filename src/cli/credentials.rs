@@ -53,7 +53,8 @@ impl Credentials {
         let token = String::from_utf8_lossy(&text);
         let token = Some(token.trim()).filter(|token| !token.is_empty() && !token.contains(char::is_whitespace));
         let value = token.and_then(|token| AsciiMetadataValue::try_from(format!("Bearer {token}")).ok());
-        let mut value = value.ok_or_else(|| unusable(path, "contains no token; it has the form orc_ID_SECRET"))?;
+        let mut value =
+            value.ok_or_else(|| unusable(path, "contains no token; it has the form orc_ID_SECRET, or is a JWT"))?;
         value.set_sensitive(true);
         Ok(Bearer(Some(value)))
     }

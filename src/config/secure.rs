@@ -140,7 +140,8 @@ mod tests {
         let directory = of("spiffe://fleet");
         let AccessSettings { mode, revoked, grants, .. } = load(directory.path(), None, &[]).unwrap().access;
         let policy = crate::access::Policy::new(mode, grants, Vec::new(), revoked, 1);
-        let rights = |identity: &str| policy.rights(&crate::model::Identity::parse(identity).unwrap()).iter().count();
+        let rights =
+            |identity: &str| policy.rights(&crate::model::Identity::parse(identity).unwrap(), &[]).iter().count();
         assert_eq!(rights("cert:spiffe://fleet/admin/a"), 1);
         assert_eq!(rights("cert:spiffe://other/admin/a"), 0);
     }

@@ -5,10 +5,13 @@ use std::time::Duration;
 use super::{
     ClientAuth, DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
     OnReload::{Applies, NeedsRestart},
-    Setting, TlsVersion, admin_address, allowed, collector, directory, key_files, listen_address, log_filter, mode,
-    orchestrator_id, origin, path, retention, revoked, socket_path,
+    Setting, TlsVersion, admin_address, allowed, collector, directory,
+    jwt::claim,
+    key_files, listen_address, log_filter, mode, orchestrator_id, origin, path, retention, revoked, socket_path,
 };
 use crate::{access::Mode, store::StoreUrl};
+
+const SECOND: Duration = Duration::from_secs(1);
 
 /// Makes [`SETTINGS`]. A line has the field, which is also the key; the effect of a reload; and the method of the
 /// reader, with its limits. A setting that is not written keeps its default.
@@ -58,6 +61,12 @@ settings! {
     admin.tls.min_version: NeedsRestart, choice(TlsVersion::WORDS).map(Some);
     access.mode: NeedsRestart, choice(Mode::WORDS);
     access.tokens_file: Applies, parsed(path).map(Some);
+    access.jwt.issuer: Applies, parsed(claim).map(Some);
+    access.jwt.audience: Applies, parsed(claim).map(Some);
+    access.jwt.jwks_file: Applies, parsed(path).map(Some);
+    access.jwt.name_claim: Applies, parsed(claim);
+    access.jwt.groups_claim: Applies, parsed(claim);
+    access.jwt.max_lifetime: Applies, duration(SECOND..=366 * DAY).map(Some);
     access.revoked: Applies, group(revoked);
     limits.calls_per_second: Applies, number(1..=1_000_000).map(Some);
     limits.concurrent_calls: Applies, number(1..=100_000);

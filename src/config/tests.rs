@@ -592,6 +592,12 @@ const OTHERS: &[(&str, &str)] = &[
     ("admin.tls.min_version", "1.2"),
     ("access.mode", "dry_run"),
     ("access.tokens_file", "tokens.toml"),
+    ("access.jwt.issuer", "other"),
+    ("access.jwt.audience", "other"),
+    ("access.jwt.jwks_file", "other"),
+    ("access.jwt.name_claim", "email"),
+    ("access.jwt.groups_claim", "roles"),
+    ("access.jwt.max_lifetime", "1h"),
     ("access.revoked", "['token:a']"),
     ("limits.calls_per_second", "1"),
     ("limits.concurrent_calls", "1"),
@@ -622,8 +628,8 @@ const OTHERS: &[(&str, &str)] = &[
     ("tracing.sample_ratio", "0.5"),
 ];
 
-/// Settings of TLS need each other.
-const TLS: &[&str] = &[
+/// Settings that need each other.
+const TOGETHER: &[&str] = &[
     "server.tls.cert_file=a",
     "server.tls.key_file=a",
     "server.tls.client_ca_file=a",
@@ -631,6 +637,9 @@ const TLS: &[&str] = &[
     "admin.tls.key_file=a",
     "dial.cert_file=a",
     "dial.key_file=a",
+    "access.jwt.issuer=a",
+    "access.jwt.audience=a",
+    "access.jwt.jwks_file=a",
 ];
 
 #[test]
@@ -640,7 +649,7 @@ fn every_setting_is_applied_by_a_reload_or_needs_a_restart() {
     for setting in SETTINGS {
         let key = setting.key;
         let (_, other) = OTHERS.iter().find(|(name, _)| *name == key).unwrap_or_else(|| panic!("no other {key}"));
-        let others = if key.contains(".tls.") || key.starts_with("dial.") { TLS } else { &[] };
+        let others = if [".tls.", ".jwt.", "dial."].iter().any(|part| key.contains(part)) { TOGETHER } else { &[] };
         let running = load(others, &[]).unwrap();
         let new = load(&[others, &[&format!("{key}={other}")]].concat(), &[]).unwrap();
         assert_ne!(new, running, "{key} is not set");

@@ -15,24 +15,30 @@ pub enum Identity {
     Certificate(Arc<str>),
     /// It is a process of this user, on the same machine.
     Uid(u32),
+    /// It has a JWT with this name: 1 to [`Identity::MAX_LEN`] printable ASCII characters.
+    Jwt(Arc<str>),
 }
 
-/// The kinds of identities that a grant can name.
+/// The kinds of names in a grant: those of identities, and the groups of callers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IdentityKind {
     Token,
     Certificate,
     Uid,
+    Jwt,
+    Group,
 }
 
 impl IdentityKind {
-    const ALL: [Self; 3] = [Self::Token, Self::Certificate, Self::Uid];
+    const ALL: [Self; 5] = [Self::Token, Self::Certificate, Self::Uid, Self::Jwt, Self::Group];
 
     pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Token => "token",
             Self::Certificate => "cert",
             Self::Uid => "uid",
+            Self::Jwt => "jwt",
+            Self::Group => "group",
         }
     }
 
@@ -47,8 +53,8 @@ impl IdentityKind {
 /// A text is not an identity. Reads well after its name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "is {0:?}; give token:NAME, cert:URI, cert:DNS-NAME or uid:NUMBER, with at most {max} printable ASCII characters \
-     after the colon",
+    "is {0:?}; give token:NAME, cert:URI, cert:DNS-NAME, jwt:NAME or uid:NUMBER, or in a grant group:NAME, with at most \
+     {max} printable ASCII characters after the colon",
     max = Identity::MAX_LEN
 )]
 pub struct IdentityError(String);
@@ -80,6 +86,9 @@ impl Identity {
             IdentityKind::Token => Name::parse(name).ok().map(Self::Token),
             IdentityKind::Certificate => Some(Self::Certificate(name.into())),
             // In the form in which it is shown.
+            IdentityKind::Jwt => Some(Self::Jwt(name.into())),
+            // Callers are members of groups, and no caller is one.
+            IdentityKind::Group => None,
             IdentityKind::Uid => name.parse().ok().filter(|uid: &u32| uid.to_string() == name).map(Self::Uid),
         };
         parsed.ok_or_else(|| IdentityError::form(text))
@@ -91,13 +100,19 @@ impl Identity {
         is_nameable(name).then(|| Self::Certificate(name.into()))
     }
 
+    /// The caller with this name in its JWT. `None` if the name is too long, or has other characters.
+    #[must_use]
+    pub fn of_subject(name: &str) -> Option<Self> {
+        is_nameable(name).then(|| Self::Jwt(name.into()))
+    }
+
     /// Approximate bytes that it takes in memory.
     #[must_use]
     pub fn footprint(&self) -> usize {
         let name = match self {
             Self::Nobody | Self::Uid(_) => 0,
             Self::Token(name) => name.as_str().len(),
-            Self::Certificate(name) => name.len(),
+            Self::Certificate(name) | Self::Jwt(name) => name.len(),
         };
         size_of::<Self>() + name
     }
@@ -108,6 +123,7 @@ impl Identity {
             Self::Nobody => None,
             Self::Token(name) => Some((IdentityKind::Token, name.as_str().into())),
             Self::Certificate(name) => Some((IdentityKind::Certificate, name.as_ref().into())),
+            Self::Jwt(name) => Some((IdentityKind::Jwt, name.as_ref().into())),
             Self::Uid(uid) => Some((IdentityKind::Uid, uid.to_string().into())),
         }
     }
@@ -128,13 +144,31 @@ mod tests {
 
     #[test]
     fn an_identity_is_shown_as_it_is_parsed() {
-        for text in ["token:wall", "cert:spiffe://dreamnet/process/main", "cert:core.dreamnet", "cert:*", "uid:0"] {
+        for text in [
+            "token:wall",
+            "cert:spiffe://dreamnet/process/main",
+            "cert:core.dreamnet",
+            "cert:*",
+            "uid:0",
+            "jwt:auth0|5f",
+        ] {
             assert_eq!(Identity::parse(text).unwrap().to_string(), text);
         }
         let long = format!("cert:{}", "a".repeat(257));
-        for text in
-            ["", "nobody", "wall", "token:", "token:a b", "token:1", "uid:-1", "uid:01", "uid:x", "user:a", &long]
-        {
+        for text in [
+            "",
+            "nobody",
+            "wall",
+            "token:",
+            "token:a b",
+            "token:1",
+            "uid:-1",
+            "uid:01",
+            "uid:x",
+            "user:a",
+            "group:a",
+            &long,
+        ] {
             assert!(Identity::parse(text).is_err(), "{text}");
         }
         assert!(Identity::parse("cert:ä").is_err());

@@ -95,6 +95,7 @@ fn message_of(cause: &Cause) -> pb::AuditEvent {
         Some(Identity::Token(_)) => pb::CredentialKind::Token,
         Some(Identity::Certificate(_)) => pb::CredentialKind::Certificate,
         Some(Identity::Uid(_)) => pb::CredentialKind::User,
+        Some(Identity::Jwt(_)) => pb::CredentialKind::Jwt,
     };
     let decision = match cause.decision {
         Decision::Allowed => pb::Decision::Allowed,

@@ -29,8 +29,8 @@ pub(super) const PATHS: [&str; 2] = [LOGIN, LOGOUT];
 const LOGIN: &str = "/login";
 const LOGOUT: &str = "/logout";
 
-/// Most bytes of a form: a token is far shorter.
-const MAX_FORM: usize = 4 << 10;
+/// Most bytes of a form: twice those of a JWT.
+const MAX_FORM: usize = 16 << 10;
 
 /// The sessions of browsers at one address.
 #[derive(Clone)]
