@@ -28,11 +28,13 @@ mutants revision="HEAD":
 bench:
     cargo bench --bench cycle
 
-# The long runs: 100,000 random fleets, 1,000 kills, an hour of fuzzing, and a minute under siege.
+# The long runs: 100,000 random fleets, 1,000 kills, an hour of fuzzing, a million strangers, and a minute
+# under siege.
 soak:
     ORCHESTRATOR_TEST_CASES=100000 cargo test --release --test properties
     ORCHESTRATOR_TORTURE_KILLS=1000 cargo test --release --test torture
-    ORCHESTRATOR_TEST_FUZZ_SECONDS=900 cargo test --release --test fuzz -- --test-threads 1
+    ORCHESTRATOR_TEST_FUZZ_SECONDS=900 cargo test --release --test fuzz -- --test-threads 1 --skip stranger
+    ORCHESTRATOR_TEST_FUZZ_CASES=1000000 cargo test --release --test fuzz stranger -- --nocapture
     cargo test --release --test siege -- --ignored --nocapture
 
 # The contract, by buf's rules and against the released ones. Needs npm.

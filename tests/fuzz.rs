@@ -1,9 +1,9 @@
-//! Malformed bytes: in requests to the service, in answers from subsystems, and in a configuration. All are answered or
-//! refused, without an effect on others.
+//! Malformed bytes: in requests to the service, in answers from subsystems, in a configuration, and from strangers
+//! before they are known. All are answered or refused, without an effect on others.
 //!
-//! Every case is made from a seed and its number. Some hundred cases of each kind run; with
-//! `ORCHESTRATOR_TEST_FUZZ_SECONDS`, cases run for that time instead. A failure names the seed of its case;
-//! `ORCHESTRATOR_TEST_FUZZ_SEED` begins with that one.
+//! Every case is made from a seed and its number. Some hundred cases of each kind run, or
+//! `ORCHESTRATOR_TEST_FUZZ_CASES`; with `ORCHESTRATOR_TEST_FUZZ_SECONDS`, cases run for that time instead. A failure
+//! names the seed of its case; `ORCHESTRATOR_TEST_FUZZ_SEED` begins with that one.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
@@ -12,6 +12,7 @@ mod common;
 use std::{
     convert::Infallible,
     env,
+    net::SocketAddr,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
@@ -24,7 +25,9 @@ use bytes::{BufMut, Bytes, BytesMut};
 use common::{
     fleet::Fleet,
     patiently,
+    pki::{Authority, Issued},
     service::{Home, Service, ms, part, registration},
+    tokens::write_tokens,
 };
 use fastrand::Rng;
 use futures_util::FutureExt;
@@ -32,6 +35,7 @@ use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode, jwk::Jwk};
 use orchestrator_core::{
     config::Config,
     model::Payload,
@@ -41,10 +45,20 @@ use prost::Message;
 use prost_reflect::{
     DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MapKey, MessageDescriptor, MethodDescriptor, Value,
 };
+use rcgen::KeyPair;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     task::JoinSet,
+};
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{
+        ClientConfig, ClientConnection, RootCertStore,
+        crypto::aws_lc_rs::sign::any_supported_type,
+        sign::{CertifiedKey, SingleCertAndKey},
+    },
 };
 use tonic::{
     body::Body,
@@ -69,6 +83,7 @@ impl Cases {
     fn of(enough: u64) -> Arc<Self> {
         let number = |name| env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
         let first = number("ORCHESTRATOR_TEST_FUZZ_SEED").unwrap_or_else(|| fastrand::u64(..1 << 48));
+        let enough = number("ORCHESTRATOR_TEST_FUZZ_CASES").unwrap_or(enough);
         let seconds = number("ORCHESTRATOR_TEST_FUZZ_SECONDS");
         let ends = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
         Arc::new(Self { first, taken: AtomicU64::new(0), enough, ends })
@@ -435,6 +450,220 @@ where
         }
     });
     (tasks, endpoint)
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Strangers
+
+/// The name of the service, which no stranger may get to know.
+const SECRET: &str = "known-to-callers-only";
+
+/// Two services that enforce the same rights, one of them with TLS, and the valid credentials that cases mangle.
+struct Doors {
+    plain: Service,
+    secure: Service,
+    token: String,
+    jwt: String,
+    hello: Vec<u8>,
+    roots: Arc<RootCertStore>,
+    client: Issued,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_stranger_gets_in_whatever_it_sends() {
+    const STRANGERS: usize = 8;
+    const GRANTS: &str = "[[access.grants]]\nwho = [\"token:*\", \"jwt:*\", \"cert:*\"]\nrole = \"admin\"\n";
+    let cases = Cases::of(1_500);
+    let (plain, secure, fleet) = (Home::new().in_memory(), Home::new().in_memory(), Authority::new("fleet"));
+    let token = write_tokens(&plain.path("tokens.toml"), &["ops"]).remove("ops").unwrap().1;
+    let key = EncodingKey::from_ec_der(&KeyPair::generate().unwrap().serialize_der());
+    let public = Jwk::from_encoding_key(&key, Algorithm::ES256).unwrap();
+    std::fs::write(plain.path("jwks.json"), serde_json::json!({"keys": [public]}).to_string()).unwrap();
+    let exp = jiff::Timestamp::now().as_second() + 86_400;
+    let claims = serde_json::json!({"iss": "i", "aud": "a", "sub": "ops", "exp": exp});
+    let jwt = encode(&Header::new(Algorithm::ES256), &claims, &key).unwrap();
+    fleet.service().write(&secure.path(""), "service");
+    fleet.write(secure.path("ca.pem"));
+    let file = |home: &Home, name: &str| home.path(name).display().to_string();
+    let of_plain = format!(
+        "orchestrator_id = \"{SECRET}\"\n[access]\nmode = \"enforce\"\ntokens_file = \"{}\"\n[access.jwt]\nissuer = \
+         \"i\"\naudience = \"a\"\njwks_file = \"{}\"\n{GRANTS}",
+        file(&plain, "tokens.toml"),
+        file(&plain, "jwks.json")
+    );
+    let of_secure = format!(
+        "[server.tls]\ncert_file = \"{}\"\nkey_file = \"{}\"\nclient_ca_file = \"{}\"\n[access]\nmode = \
+         \"enforce\"\n{GRANTS}",
+        file(&secure, "service.pem"),
+        file(&secure, "service.key"),
+        file(&secure, "ca.pem")
+    );
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(fleet.certificate.as_bytes()).unwrap()).unwrap();
+    let roots = Arc::new(roots);
+    let (plain, secure) = (plain.with_config(&of_plain), secure.with_config(&of_secure));
+    let doors = Arc::new(Doors {
+        plain: plain.serve().await,
+        secure: secure.serve().await,
+        hello: hello(&roots),
+        client: fleet.client("spiffe://fleet/ops"),
+        token,
+        jwt,
+        roots,
+    });
+    let mut strangers = JoinSet::new();
+    for _ in 0..STRANGERS {
+        let (cases, doors) = (cases.clone(), doors.clone());
+        strangers.spawn(async move {
+            let endpoint = Endpoint::from_shared(format!("http://{}", doors.plain.address())).unwrap();
+            let channel = endpoint.connect_lazy();
+            while let Some(seed) = cases.next() {
+                let knocked = AssertUnwindSafe(knock(&doors, &channel, seed)).catch_unwind().await;
+                assert!(knocked.is_ok(), "seed {seed}");
+            }
+        });
+    }
+    while let Some(ended) = strangers.join_next().await {
+        ended.unwrap();
+    }
+    cases.report("strangers");
+    // Those who are known still get in.
+    let bearer = |token: &str| HeaderValue::from_str(&format!("Bearer {token}")).unwrap();
+    let endpoint = Endpoint::from_shared(format!("http://{}", doors.plain.address())).unwrap().connect_lazy();
+    for known in [&doors.token, &doors.jwt] {
+        let (code, text) = patiently("an answer", status(endpoint.clone(), asks(&[bearer(known)]), false)).await;
+        assert_eq!(code, "0", "{text}");
+    }
+    assert!(handshake(&doors, |chain| chain).await, "a valid certificate");
+    for (home, service) in [(&plain, &doors.plain), (&secure, &doors.secure)] {
+        let (_, most) = service.memory();
+        assert!(most < 256 << 20, "it held {most} bytes");
+        let log = home.log();
+        let mut defects = log.lines().filter(|line| line.contains("panicked") || line.contains("defect"));
+        assert_eq!(defects.next(), None);
+        assert!(!log.contains(&doors.token) && !log.contains(&doors.jwt), "a credential is in the log");
+    }
+}
+
+async fn knock(doors: &Doors, channel: &Channel, seed: u64) {
+    let mut rng = Rng::with_seed(seed);
+    match rng.u8(..16) {
+        0 => {
+            // Records of TLS that follow a hello which may be mangled.
+            let mut bytes = doors.hello.clone();
+            if rng.bool() {
+                bytes.extend([rng.u8(20..25), 3, 3, 0, 40]);
+                bytes.extend((0..40).map(|_| rng.u8(..)));
+            }
+            let bytes = mangled(&mut rng, bytes);
+            let answer = said(doors.secure.address(), &bytes).await;
+            assert!(answer.len() < 16 << 10, "{} bytes", answer.len());
+        }
+        1 => {
+            let mut mangled_chain = false;
+            let is_let_in = handshake(doors, |chain| {
+                let changed = mangled(&mut rng, chain.clone());
+                mangled_chain = changed != chain;
+                changed
+            });
+            let is_let_in = is_let_in.await;
+            assert!(!(mangled_chain && is_let_in), "with a certificate that nobody has signed");
+        }
+        2..8 => {
+            let known = if rng.bool() { &doors.token } else { &doors.jwt };
+            let mut text = format!("{} {known}", rng.choice(&["Bearer", "bearer", "Basic", "Bearer ", ""]).unwrap());
+            text = String::from_utf8_lossy(&mangled(&mut rng, text.into_bytes())).into_owned();
+            let mut headers = vec![text.clone()];
+            if rng.u8(..4) == 0 {
+                headers.push(text.clone());
+            }
+            let is_known = headers.len() == 1 && text.split_once(' ').is_some_and(|(_, token)| token.trim() == known);
+            let headers: Vec<_> = headers.iter().filter_map(|text| HeaderValue::from_str(text).ok()).collect();
+            if is_known || headers.iter().map(HeaderValue::len).sum::<usize>() > 8 << 10 {
+                return;
+            }
+            let (code, text) = patiently("an answer", status(channel.clone(), asks(&headers), false)).await;
+            assert_eq!(code, "16", "{text}");
+        }
+        _ => {
+            let path = rng.choice(&["/api/status", "/", "/metrics", "/api/whoami", "/login", "/logout"]).unwrap();
+            let method = rng.choice(&["GET", "POST", "HEAD", "OPTIONS"]).unwrap();
+            // None of these is valid, whatever becomes of it.
+            let (token, jwt) = (&doors.token[..doors.token.len() - 1], &doors.jwt[..doors.jwt.len() - 9]);
+            let port = doors.plain.admin().port();
+            let form = format!("token={token}&token={jwt}");
+            let request = format!(
+                "{method} {path} HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\nAuthorization: Bearer \
+                 {jwt}\r\nCookie: orc-{port}={}; orc-{port}\r\nContent-Type: \
+                 application/x-www-form-urlencoded\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{form}",
+                "0".repeat(64),
+                form.len()
+            );
+            let request = mangled(&mut rng, request.into_bytes());
+            let answer = said(doors.plain.admin(), &request).await;
+            let answer = String::from_utf8_lossy(&answer);
+            assert!(!answer.contains(SECRET) && !answer.contains("orchestrator_cycles_total"), "{answer}");
+        }
+    }
+}
+
+/// The status of the service, asked for with these values of `authorization`.
+fn asks(values: &[HeaderValue]) -> Request<Body> {
+    let request = Request::builder()
+        .method(Method::POST)
+        .uri("/dreamnet.orchestrator.v1.Orchestrator/GetStatus")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers");
+    let request = values.iter().fold(request, |request, value| request.header("authorization", value));
+    request.body(Body::new(Full::new(Bytes::from_static(&[0; 5])))).unwrap()
+}
+
+/// The answer to these bytes, after which nothing more comes.
+async fn said(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let mut answer = Vec::new();
+    // It may close the connection before it has read all.
+    if stream.write_all(bytes).await.is_ok() && stream.shutdown().await.is_ok() {
+        let _ = patiently("the end of the connection", stream.read_to_end(&mut answer)).await;
+    }
+    answer
+}
+
+/// TLS of a client that shows these certificates.
+fn client(roots: &Arc<RootCertStore>, shows: Option<CertifiedKey>) -> ClientConfig {
+    let config = ClientConfig::builder().with_root_certificates(roots.clone());
+    let mut config = match shows {
+        None => config.with_no_client_auth(),
+        Some(key) => config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(key))),
+    };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    config
+}
+
+/// The first bytes of a client.
+fn hello(roots: &Arc<RootCertStore>) -> Vec<u8> {
+    let name = ServerName::try_from("localhost").unwrap();
+    let mut connection = ClientConnection::new(Arc::new(client(roots, None)), name).unwrap();
+    let mut bytes = Vec::new();
+    connection.write_tls(&mut bytes).unwrap();
+    bytes
+}
+
+/// Shows the certificate of a client, after `change`. True if the service accepts it, and the settings of HTTP/2.
+async fn handshake(doors: &Doors, change: impl FnOnce(Vec<u8>) -> Vec<u8>) -> bool {
+    let certificate = CertificateDer::from_pem_slice(doors.client.certificate.as_bytes()).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(doors.client.key.as_bytes()).unwrap();
+    let key = any_supported_type(&key).unwrap();
+    let chain = vec![CertificateDer::from(change(certificate.to_vec()))];
+    let config = client(&doors.roots, Some(CertifiedKey::new(chain, key)));
+    let stream = TcpStream::connect(doors.secure.address()).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    let connect = TlsConnector::from(Arc::new(config)).connect(name, stream);
+    let Ok(mut stream) = patiently("the handshake", connect).await else { return false };
+    // In TLS 1.3, the client learns only now whether its certificate was accepted.
+    let mut first = [0; 9];
+    let asked = stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+    asked.is_ok() && patiently("the settings", stream.read_exact(&mut first)).await.is_ok()
 }
 
 // ---------------------------------------------------------------------------------------------------------------
