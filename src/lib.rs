@@ -67,7 +67,7 @@ pub mod config;
 pub mod dial;
 #[cfg(feature = "service")]
 pub mod engine;
-#[cfg(feature = "service")]
+#[cfg(feature = "tls")]
 pub mod file;
 #[cfg(feature = "service")]
 pub mod host;

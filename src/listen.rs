@@ -12,7 +12,7 @@ mod server;
 mod services;
 mod standing;
 mod streams;
-#[cfg(feature = "service")]
+#[cfg(feature = "tls")]
 mod tls;
 
 use std::time::Duration;
@@ -20,10 +20,10 @@ use std::time::Duration;
 use tonic::codegen::http::HeaderMap;
 use tonic_reflection::server::{Builder, Error};
 
-#[cfg(feature = "service")]
+#[cfg(feature = "tls")]
 pub(crate) use self::tls::{Clients, Loaded, Material, Protocol, Tls};
 pub(crate) use self::{
-    connection::{Broken, Connection},
+    connection::{Broken, Connection, Secure},
     connections::{Busy, Connections, Entrance, serve_each},
     peer::{Peer, Untrusted},
     repeated::Repeated,

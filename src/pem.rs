@@ -1,7 +1,6 @@
 //! Certificates and private keys in PEM. The files are read elsewhere.
 
-// Subsystems in Rust have no TLS.
-#![cfg(feature = "service")]
+#![cfg(feature = "tls")]
 
 use std::{error::Error, fmt::Display, path::PathBuf, time::Duration};
 

@@ -73,7 +73,8 @@
 //! ```
 //!
 //! A function is enough for a subsystem without state: `.subsystem("Pulse", |cycle: Cycle| async move { … })`.
-//! `examples/rust` is a complete process, which also registers itself.
+//! `examples/rust` is a complete process, which also registers itself. With the feature `tls`, a server has TLS
+//! ([`Server::tls`]) and accepts only the orchestrator.
 //!
 //! The [`Server`] implements these rules of the contract:
 //!
@@ -88,6 +89,8 @@
 
 mod calls;
 mod server;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::{collections::BTreeMap, error::Error, future::Future};
 
@@ -96,6 +99,8 @@ use serde_json::{Map, Value};
 use tokio::time::Instant;
 
 pub use self::server::{ListenError, Server, Serving};
+#[cfg(feature = "tls")]
+pub use self::tls::Tls;
 pub use crate::model::{Code, Issue, Severity};
 
 /// A JSON object, the form of a `google.protobuf.Struct` in this library.

@@ -1,10 +1,12 @@
-//! The examples, each a subsystem in another language, against the real service.
+//! The examples, each a subsystem in another language, against the real service: without TLS, and with it.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
 mod common;
 
 use std::{
+    collections::BTreeSet,
+    fs,
     path::PathBuf,
     process::Stdio,
     time::{Duration, Instant},
@@ -13,12 +15,19 @@ use std::{
 use common::{
     fleet::{Fleet, Run, from_struct, to_struct},
     patiently,
+    pki::{Authority, Issued},
     service::{Client, Home, Service, decode, registration},
+    tokens::write_private,
 };
-use orchestrator_core::proto::{
-    orchestrator::v1::{self as pb, CycleState, SubsystemState, cycle_event::Event},
-    subsystem::v1::{self as subsystem, Freshness, subsystem_client::SubsystemClient},
+use futures_util::future::join_all;
+use orchestrator_core::{
+    config::Config,
+    proto::{
+        orchestrator::v1::{self as pb, CycleState, SubsystemState, cycle_event::Event},
+        subsystem::v1::{self as subsystem, Freshness, subsystem_client::SubsystemClient},
+    },
 };
+use rcgen::SanType;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::{
@@ -27,7 +36,10 @@ use tokio::{
     process::{Child, Command},
     sync::OnceCell,
 };
-use tonic::{Code, Request, transport::Channel};
+use tonic::{
+    Code, Request, Status,
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// An example: a folder of `examples`, and shell commands that are run in it.
@@ -57,6 +69,9 @@ static EXAMPLES: [Example; 5] = [
     Example::new("node", "npm --version", "npm ci --silent && npm run --silent build", "node dist/src/subsystem.js"),
     Example::new("rust", "cargo --version", "cargo build --quiet", "cargo run --quiet --"),
 ];
+
+/// The index of the one in TypeScript.
+const NODE: usize = 3;
 
 /// The examples that can be tested here, which this prints.
 async fn examples() -> &'static [&'static Example] {
@@ -111,12 +126,8 @@ impl Example {
 
     async fn start(&self, args: &[&str]) -> Running {
         let mut shell = self.shell(&format!("exec {} \"$@\"", self.start));
-        let mut process = shell.args(args).stdout(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        let line = patiently(&format!("examples/{} to listen", self.folder), lines.next_line()).await.unwrap();
-        let line = line.unwrap_or_else(|| panic!("examples/{} ended without listening", self.folder));
-        let address = line.strip_prefix("listening on ").unwrap().to_owned();
-        Running { process, address }
+        shell.args(args);
+        Running::start(shell, &format!("examples/{}", self.folder)).await
     }
 
     /// Starts it under the name of its folder, and lets it register itself after another subsystem.
@@ -134,6 +145,16 @@ struct Running {
 }
 
 impl Running {
+    /// Waits until it listens.
+    async fn start(mut command: Command, name: &str) -> Self {
+        let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        let line = patiently(&format!("{name} to listen"), lines.next_line()).await.unwrap();
+        let line = line.unwrap_or_else(|| panic!("{name} ended without listening"));
+        let address = line.strip_prefix("listening on ").unwrap().to_owned();
+        Self { process, address }
+    }
+
     fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
@@ -488,11 +509,242 @@ async fn the_example_in_python_reports_errors_in_one_line() {
         (&["--listen", "0.0.0.0:500000"], 2, "'0.0.0.0:500000' is not HOST:PORT"),
         (&["--listen", &taken], 1, "the port is in use"),
         (&invalid_name, 1, "INVALID_ARGUMENT: registration.name \"x y\""),
+        (&["--listen", "127.0.0.1:0", "--credentials", "/nowhere"], 1, "--credentials: [Errno 2]"),
     ] {
         let mut shell = python.shell(&format!("exec {} \"$@\"", python.start));
         let ended = patiently("it to end", shell.args(arguments).output()).await.unwrap();
         let problem = String::from_utf8_lossy(&ended.stderr);
         assert_eq!(ended.status.code(), Some(code), "{arguments:?}: {problem}");
         assert!(problem.contains(said) && !problem.contains("Traceback"), "{arguments:?}: {problem}");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// With TLS
+
+/// A directory as `orchestrator certs issue` makes it.
+struct Credentials(PathBuf);
+
+impl Credentials {
+    /// TLS of a client that shows this certificate.
+    fn tls(&self) -> ClientTlsConfig {
+        let read = |name| fs::read(self.0.join(name)).unwrap();
+        let tls = self.without_certificate();
+        tls.identity(Identity::from_pem(read("cert.pem"), read("key.pem")))
+    }
+
+    /// TLS of a client that shows none.
+    fn without_certificate(&self) -> ClientTlsConfig {
+        ClientTlsConfig::new().ca_certificate(Certificate::from_pem(fs::read(self.0.join("ca.pem")).unwrap()))
+    }
+
+    fn argument(&self) -> String {
+        self.0.display().to_string()
+    }
+}
+
+/// A client of a subsystem, which connects with its first call.
+fn subsystem_at(address: &str, tls: ClientTlsConfig) -> SubsystemClient<Channel> {
+    let endpoint = Endpoint::from_shared(format!("https://{address}")).unwrap().tls_config(tls).unwrap();
+    SubsystemClient::new(endpoint.connect_lazy())
+}
+
+/// Calls `RunCycle` with an epoch that, if it were accepted, would lock the orchestrator out.
+async fn lock_out(address: &str, name: &str, tls: ClientTlsConfig) -> Status {
+    /// JavaScript has no larger whole numbers.
+    const EPOCH: u64 = (1 << 53) - 1;
+    let request =
+        subsystem::RunCycleRequest { subsystem: name.into(), cycle_id: 1, epoch: EPOCH, ..Default::default() };
+    let mut client = subsystem_at(address, tls);
+    patiently("a refusal", client.run_cycle(request)).await.unwrap_err()
+}
+
+#[tokio::test]
+#[ignore = "needs Python with grpcio-tools, Go, Maven and npm; .ci/run runs it"]
+async fn each_registers_with_its_certificate_and_accepts_only_the_orchestrator() {
+    const NOBODY: &str = "a client without a certificate";
+    let examples = examples().await;
+    let home = Home::new();
+    let pki = home.path("pki");
+    let certs = async |args: &[&str]| {
+        let dir = pki.display().to_string();
+        assert_eq!(show("certs", &[&["certs", "--dir", &dir], args].concat()).await, Some(0));
+    };
+    certs(&["init"]).await;
+    for example in examples {
+        certs(&["issue", "subsystem", example.folder, "--host", "localhost"]).await;
+    }
+    let credentials = |name: &str| Credentials(pki.join(name));
+    let home = home.in_memory().with_args(["--secure".to_owned(), pki.display().to_string()]);
+    let service = home.serve().await;
+    let mut client = service.client_with(credentials("admin").tls()).await.unwrap();
+
+    let orchestrator = format!("localhost:{}", service.address().port());
+    let mut running = Vec::new();
+    for example in examples {
+        let own = credentials(example.folder).argument();
+        let flags = ["--listen", "127.0.0.1:0", "--name", example.folder, "--orchestrator", &orchestrator];
+        let started = example.start(&[&flags[..], &["--credentials", &own, "--reads", "node"]].concat()).await;
+        running.push((example, started));
+    }
+    for (example, started) in &running {
+        let (name, endpoint) = (example.folder, format!("https://{}", started.address));
+        let owner = format!("cert:spiffe://fleet/subsystem/{name}");
+        let is = |it: &pb::SubsystemStatus| {
+            it.owner == owner && it.registration.as_ref().is_some_and(|it| it.name == name && it.endpoint == endpoint)
+        };
+        until_registry(&mut client, &format!("{name} to register"), |all| all.iter().any(is)).await;
+    }
+    assert_eq!(recorded(&mut client).await.state(), CycleState::Succeeded);
+
+    for (example, started) in &running {
+        let name = example.folder;
+        let others = examples.iter().map(|it| it.folder).filter(|other| *other != name).chain(["admin"]);
+        for (who, tls) in others
+            .map(|other| (other, credentials(other).tls()))
+            .chain([(NOBODY, credentials("core").without_certificate())])
+        {
+            let refused = lock_out(&started.address, name, tls).await;
+            eprintln!("{name} refuses {who}: {refused:?}");
+            // Otherwise the connection is refused, and the client may not see the reason.
+            if !matches!(name, "go" | "rust") && who != NOBODY {
+                assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+                assert_eq!(refused.message(), "only spiffe://fleet/core may call", "{name}");
+            }
+        }
+        // The same call by the orchestrator's own certificate.
+        let request = subsystem::GetStatusRequest { subsystem: name.into() };
+        subsystem_at(&started.address, credentials("core").tls()).get_status(request).await.unwrap();
+    }
+    // None of those calls has changed anything.
+    assert_eq!(recorded(&mut client).await.state(), CycleState::Succeeded);
+
+    for (example, mut started) in running {
+        started.signal(Signal::TERM);
+        patiently(&format!("{} to stop", example.folder), started.process.wait()).await.unwrap();
+    }
+    assert!(client.subsystems().await.unwrap().is_empty());
+}
+
+/// DreamNet's processes register their modules, and one of them also runs the loop.
+const DREAMNET: &str = r#"
+[server.tls]
+cert_file = "DIR/core/cert.pem"
+key_file = "DIR/core/key.pem"
+client_ca_file = "DIR/core/ca.pem"
+[dial]
+ca_file = "DIR/core/ca.pem"
+[access]
+mode = "enforce"
+
+[[access.grants]]
+who = ["cert:spiffe://dreamnet/process/*"]
+role = "registrar"
+subsystems = ["*"]
+reads = ["*"]
+phases = [0, 60]
+endpoints = ["https://127.0.0.1:*"]
+[[access.grants]]
+who = ["cert:spiffe://dreamnet/process/0"]
+role = "operator"
+subsystems = ["*"]
+loops = ["dreamnet"]
+"#;
+
+/// Serves the modules with these names in one process. Without an orchestrator, it does not register them.
+const PROCESS: &str = r#"
+import { serveSubsystems } from "./dist/src/dreamnet.js";
+const [listen, credentials, orchestrator, ...names] = process.argv.slice(1);
+const modules = Object.fromEntries(names.map((name) => [name, { run: () => ({ name }) }]));
+const options = { listen, credentials, caller: "spiffe://dreamnet/core", ...(orchestrator && { orchestrator }) };
+const { address } = await serveSubsystems(modules, options);
+console.log(`listening on ${address}`);
+"#;
+
+/// Starts a process with these modules.
+async fn process(listen: &str, credentials: &Credentials, orchestrator: &str, modules: &[String]) -> Running {
+    let mut shell = EXAMPLES[NODE].shell("exec node --input-type=module --eval \"$@\"");
+    shell.arg(PROCESS).args([listen, &credentials.argument(), orchestrator]).args(modules);
+    Running::start(shell, "a process of DreamNet").await
+}
+
+/// The number of open connections from this machine to any of these addresses.
+fn connections_to(processes: &[Running]) -> usize {
+    const ESTABLISHED: &str = "01";
+    let ports: BTreeSet<_> = processes.iter().map(|it| it.address.rsplit_once(':').unwrap().1).collect();
+    let table = fs::read_to_string("/proc/net/tcp").unwrap();
+    let is_one = |line: &&str| {
+        let columns: Vec<_> = line.split_ascii_whitespace().collect();
+        let port = u16::from_str_radix(columns[2].split_once(':').unwrap().1, 16).unwrap();
+        columns[3] == ESTABLISHED && ports.contains(&*port.to_string())
+    };
+    table.lines().skip(1).filter(is_one).count()
+}
+
+#[tokio::test]
+#[ignore = "needs npm; .ci/run runs it"]
+async fn modules_of_dreamnet_share_the_connection_of_their_process_and_belong_to_it() {
+    if !EXAMPLES[NODE].build().await {
+        return;
+    }
+    let text = include_str!("../examples/dreamnet.toml");
+    let config = Config::from_toml_str("examples/dreamnet.toml", text).unwrap();
+    let modules: Vec<_> = config.subsystems.iter().map(|it| it.name.to_string()).collect();
+    assert_eq!(modules.len(), 28);
+
+    let (home, authority) = (Home::new(), Authority::new("dreamnet"));
+    let issue = |name: &str| {
+        let directory = home.path(name.rsplit('/').next().unwrap());
+        fs::create_dir_all(&directory).unwrap();
+        let uri = SanType::URI(format!("spiffe://dreamnet/{name}").try_into().unwrap());
+        let Issued { certificate, key } = authority.service_with(|it| it.subject_alt_names.push(uri));
+        write_private(&directory.join("key.pem"), &key);
+        fs::write(directory.join("cert.pem"), certificate).unwrap();
+        authority.write(directory.join("ca.pem"));
+        Credentials(directory)
+    };
+    issue("core");
+    let own: Vec<_> = (0..modules.len()).map(|number| issue(&format!("process/{number}"))).collect();
+    let config = DREAMNET.replace("DIR", &home.path("").display().to_string());
+    let home = home.in_memory().with_config(&config);
+
+    for count in [1, 4, 28] {
+        let service = home.serve().await;
+        let orchestrator = format!("localhost:{}", service.address().port());
+        let parts: Vec<_> = modules.chunks(modules.len() / count).collect();
+        let started = parts.iter().zip(&own).map(|(part, own)| process("127.0.0.1:0", own, &orchestrator, part));
+        let mut processes = join_all(started).await;
+        assert_eq!(processes.len(), count);
+        let mut main = service.client_with(own[0].tls()).await.unwrap();
+        for _ in 0..2 {
+            let cycle = main.run().await.unwrap();
+            assert_eq!((cycle.state(), cycle.subsystems.len()), (CycleState::Succeeded, 28), "{cycle:?}");
+            assert_eq!(connections_to(&processes), count);
+        }
+        if count != 4 {
+            continue;
+        }
+
+        // The second process can neither change the modules of the first one, nor call them, nor answer for them.
+        let theirs = &parts[0][0];
+        let mut second = service.client_with(own[1].tls()).await.unwrap();
+        let renewed = second.renew_lease(pb::RenewLeaseRequest { name: theirs.clone() }).await;
+        let unregistered = second.unregister_subsystem(pb::UnregisterSubsystemRequest { name: theirs.clone() }).await;
+        let registered = second.register(registration(theirs, &format!("https://{}", processes[1].address))).await;
+        for refused in [renewed.unwrap_err(), unregistered.unwrap_err(), registered.unwrap_err()] {
+            assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+        }
+        let refused = lock_out(&processes[0].address, theirs, own[1].tls()).await;
+        assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+        let first = processes.remove(0);
+        let address = first.address.clone();
+        first.kill().await;
+        let _instead = process(&address, &own[1], "", parts[0]).await;
+        let cycle = main.run().await.unwrap();
+        let failed = part(&cycle, theirs);
+        let why = "a server with the certificate of cert:spiffe://dreamnet/process/1 answers, but \
+                   cert:spiffe://dreamnet/process/0 must";
+        assert_eq!(failed.state(), SubsystemState::Failed, "{failed:?}");
+        assert!(failed.error_message.contains(why), "{failed:?}");
     }
 }

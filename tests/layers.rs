@@ -33,7 +33,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("transport", &[]),
     ("dial", &["access", "memory", "model", "offload", "pem", "ports", "proto", "transport", "turn"]),
     ("listen", &["memory", "pem", "proto", "transport", "turn"]),
-    ("subsystem", &["listen", "memory", "model", "offload", "proto", "tasks", "transport"]),
+    ("subsystem", &["file", "listen", "memory", "model", "offload", "pem", "proto", "tasks", "transport"]),
     // Answers show plans and breakers, records and snapshots, and loops.
     (
         "api",
@@ -427,16 +427,20 @@ fn modules_for_subsystems_use_nothing_of_the_service() {
 }
 
 #[test]
-fn a_subsystem_in_rust_compiles_no_database_no_web_server_no_terminal_and_no_c() {
-    // As cargo resolves it for a crate that depends on this one.
-    let mut tree = Command::new(env!("CARGO"));
-    tree.current_dir(env!("CARGO_MANIFEST_DIR")).args(["tree", "--package", "peak", "--locked", "--offline"]);
-    let output = tree.args(["--edges", "normal,build", "--prefix", "none", "--format", "{p}"]).output().unwrap();
-    let [tree, errors] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));
-    let compiled: BTreeSet<_> = tree.lines().filter_map(|line| line.split(' ').next()).collect();
-    assert!(compiled.contains("orchestrator-core") && compiled.contains("tonic"), "{tree}{errors}");
-    for unneeded in ["axum", "cc", "crossterm", "opentelemetry", "ratatui", "rusqlite", "rustls", "terminal_size"] {
-        assert!(!compiled.contains(unneeded), "a subsystem in Rust compiles {unneeded}");
+fn a_subsystem_in_rust_compiles_no_database_no_web_server_no_terminal_and_without_tls_no_c() {
+    let unneeded = ["axum", "crossterm", "opentelemetry", "ratatui", "rusqlite", "terminal_size"];
+    let with_tls = (&["--package", "peak"][..], &[][..]);
+    let without_tls = (&["--package", "orchestrator-core", "--no-default-features"][..], &["cc", "rustls"][..]);
+    for (package, also_unneeded) in [with_tls, without_tls] {
+        let mut tree = Command::new(env!("CARGO"));
+        tree.current_dir(env!("CARGO_MANIFEST_DIR")).args(["tree", "--locked", "--offline"]).args(package);
+        let output = tree.args(["--edges", "normal,build", "--prefix", "none", "--format", "{p}"]).output().unwrap();
+        let [tree, errors] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));
+        let compiled: BTreeSet<_> = tree.lines().filter_map(|line| line.split(' ').next()).collect();
+        assert!(compiled.contains("orchestrator-core") && compiled.contains("tonic"), "{tree}{errors}");
+        for unneeded in unneeded.iter().chain(also_unneeded) {
+            assert!(!compiled.contains(unneeded), "a subsystem in Rust compiles {unneeded}");
+        }
     }
 }
 

@@ -4,11 +4,18 @@
 
 mod common;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use common::{
     fleet::{from_struct, to_struct},
     patiently,
+    pki::{Authority, Issued},
     service::{Home, registration},
 };
 use orchestrator_core::{
@@ -16,8 +23,9 @@ use orchestrator_core::{
         orchestrator::v1::{self as core, CycleState, SubsystemState},
         subsystem::v1::{self as pb, subsystem_client::SubsystemClient},
     },
-    subsystem::{Answer, Code, Cycle, Failure, Input, ListenError, Object, Server, Serving, Severity, Subsystem},
+    subsystem::{Answer, Code, Cycle, Failure, Input, ListenError, Object, Server, Serving, Severity, Subsystem, Tls},
 };
+use rcgen::SanType;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -28,7 +36,7 @@ use tokio::{
 };
 use tonic::{
     Code as Status, Request,
-    transport::{Channel, Endpoint},
+    transport::{Channel, ClientTlsConfig, Endpoint},
 };
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tonic_reflection::pb::v1::{
@@ -535,6 +543,87 @@ async fn a_socket_is_served_and_leaves_no_file() {
     assert!(matches!(second.err(), Some(ListenError::Address(..))));
     serving.stop(Duration::from_mins(1)).await;
     assert!(!path.exists());
+}
+
+const ORCHESTRATOR: &str = "spiffe://fleet/core";
+
+/// TLS with new files in a directory, and who has signed its certificate and those of its clients.
+fn tls_in(directory: &Path) -> (Authority, Tls) {
+    let authority = Authority::new("fleet");
+    let (certificate, key) = authority.service().write(directory, "own");
+    let authorities = authority.write(directory.join("ca.pem"));
+    (authority, Tls { certificate, key, authorities, caller: ORCHESTRATOR.into() })
+}
+
+/// What a client with this TLS gets for a call.
+async fn ran_over(serving: &Serving, tls: ClientTlsConfig) -> Result<Value, tonic::Status> {
+    let endpoint = Endpoint::from_shared(serving.endpoint().to_owned()).unwrap().tls_config(tls).unwrap();
+    run(&SubsystemClient::new(endpoint.connect_lazy()), call("a", 1, "")).await
+}
+
+#[tokio::test]
+async fn with_tls_only_the_orchestrator_may_call() {
+    let dir = tempfile::tempdir().unwrap();
+    let (authority, tls) = tls_in(dir.path());
+    let probe = Probe::default();
+    let serving = Server::new().subsystem("a", probe.clone()).tls(tls).listen("127.0.0.1:0").await.unwrap();
+    assert!(serving.endpoint().starts_with("https://127.0.0.1:"), "{}", serving.endpoint());
+    let of = |issued: &Issued| authority.trusted().identity(issued.identity());
+    let two = authority.service_with(|it| {
+        it.subject_alt_names = ["spiffe://fleet/a", ORCHESTRATOR].map(|it| SanType::URI(it.try_into().unwrap())).into();
+    });
+    let foreign = Authority::new("fleet").client(ORCHESTRATOR);
+    for (what, tls, reason) in [
+        ("another subsystem", of(&authority.client("spiffe://fleet/a")), "only spiffe://fleet/core may call"),
+        ("a certificate without a URI", of(&authority.service()), "only spiffe://fleet/core may call"),
+        ("a certificate with two", of(&two), "only spiffe://fleet/core may call"),
+        ("another authority", of(&foreign), ""),
+        ("no certificate", authority.trusted(), ""),
+    ] {
+        let refused = ran_over(&serving, tls).await.unwrap_err();
+        assert!(format!("{refused:?}").contains(reason), "{what}: {refused:?}");
+    }
+    let plain = Endpoint::from_shared(serving.endpoint().replace("https", "http")).unwrap().connect_lazy();
+    run(&SubsystemClient::new(plain), call("a", 1, "")).await.unwrap_err();
+    assert_eq!(probe.seen(), Seen::default());
+    let answer = ran_over(&serving, of(&authority.client(ORCHESTRATOR))).await.unwrap();
+    assert_eq!(answer, json!({ "call": 1 }));
+}
+
+#[tokio::test]
+async fn new_connections_use_the_files_of_tls_as_they_are_if_they_can_be_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let (authority, tls) = tls_in(dir.path());
+    let serving = Server::new().subsystem("a", Probe::default()).tls(tls.clone()).listen("127.0.0.1:0").await.unwrap();
+    let orchestrator = authority.client(ORCHESTRATOR).identity();
+    let earlier = authority.trusted().identity(orchestrator.clone());
+    // The server shows a certificate of a new authority, and still trusts its clients by the earlier one.
+    let renewed = Authority::new("renewed");
+    let later = renewed.trusted().identity(orchestrator);
+    ran_over(&serving, later.clone()).await.unwrap_err();
+    fs::write(&tls.certificate, "nonsense").unwrap();
+    ran_over(&serving, earlier.clone()).await.unwrap();
+    renewed.service().write(dir.path(), "own");
+    patiently("the new certificate", async { while ran_over(&serving, later.clone()).await.is_err() {} }).await;
+    ran_over(&serving, earlier).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn files_of_tls_that_can_not_be_used_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, tls) = tls_in(dir.path());
+    let listen = async |tls: Tls, address: &str| {
+        let served = Server::new().subsystem("a", Probe::default()).tls(tls).listen(address).await;
+        served.err().unwrap().to_string()
+    };
+    let at_socket = format!("unix:{}", dir.path().join("a.sock").display());
+    assert_eq!(listen(tls.clone(), &at_socket).await, format!("TLS: there is none at {at_socket}; give HOST:PORT"));
+    let missing = Tls { key: dir.path().join("missing"), ..tls.clone() };
+    let refused = listen(missing, "127.0.0.1:0").await;
+    assert!(refused.contains("missing can't be read"), "{refused}");
+    fs::set_permissions(&tls.key, Permissions::from_mode(0o644)).unwrap();
+    let refused = listen(tls, "127.0.0.1:0").await;
+    assert!(refused.contains("own.key has mode 0644"), "{refused}");
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{fs, os::unix::fs::symlink, path::Path, process::Stdio};
+use std::{fs, os::unix::fs::symlink, path::Path, process::Stdio, sync::Arc};
 
 use common::{
     Stage,
@@ -19,8 +19,10 @@ use orchestrator_core::{
 };
 use rcgen::CertificateParams;
 use rustix::process::Signal;
-use rustls_pki_types::{CertificateDer, pem::PemObject};
-use tokio::process::Command;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use tokio::{net::TcpListener, process::Command};
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{
     Code,
     transport::{Certificate, ServerTlsConfig},
@@ -157,6 +159,32 @@ async fn a_certificate_without_its_key_prevents_the_start() {
     let home = home.with_args(settings(&[("dial.cert_file", &cert_file)]));
     assert_eq!(home.try_serve().await.err().unwrap().code(), Some(2));
     assert!(home.log().contains("dial.cert_file needs dial.key_file as well"), "{}", home.log());
+}
+
+#[tokio::test]
+async fn a_server_that_leaves_after_the_handshake_may_have_refused_the_certificate() {
+    let (home, authority) = (Home::new(), Authority::new("fleet"));
+    let ca_file = authority.write(home.path("ca.pem"));
+    let Issued { certificate, key } = authority.service();
+    let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()];
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+    let mut config = ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("https://{}", listener.local_addr().unwrap());
+    let _server = AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            drop(acceptor.accept(stream).await);
+        }
+    }));
+    let mut stage = Stage::at(home.with_args(settings(&[("dial.ca_file", &ca_file)]))).await;
+    stage.client.register(registration("a", &endpoint)).await.unwrap();
+    let cycle = stage.client.run().await.unwrap();
+    let a = part(&cycle, "a");
+    assert_eq!((a.state(), a.error_code.as_str()), (SubsystemState::Failed, "UNAVAILABLE"), "{a:?}");
+    assert!(a.error_message.contains("it may accept only another certificate"), "{a:?}");
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -22,9 +22,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
@@ -206,20 +204,9 @@ func object(fields map[string]any) *structpb.Struct {
 }
 
 // stayRegistered registers with a lease and renews it until ctx ends. Retries without a limit.
-func stayRegistered(ctx context.Context, registration *orchestratorpb.Registration, orchestrator string) {
-	connection, err := grpc.NewClient(orchestrator,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: time.Second, Multiplier: 1, MaxDelay: time.Second},
-			MinConnectTimeout: grace,
-		}))
-	if err != nil {
-		log.Fatalf("orchestrator %s: %v", orchestrator, err)
-	}
-	defer connection.Close()
-	client := orchestratorpb.NewOrchestratorClient(connection)
+func stayRegistered(ctx context.Context, registration *orchestratorpb.Registration, orchestrator, credentialsDir string) {
 	registered := false
-	renew := func() (err error) {
+	renew := func(client orchestratorpb.OrchestratorClient) (err error) {
 		call, cancel := context.WithTimeout(ctx, grace)
 		defer cancel()
 		if registered {
@@ -228,28 +215,56 @@ func stayRegistered(ctx context.Context, registration *orchestratorpb.Registrati
 			_, err = client.RegisterSubsystem(call, &orchestratorpb.RegisterSubsystemRequest{
 				Registration: registration, Lease: durationpb.New(lease)})
 		}
+		registered = registered || err == nil
 		return err
 	}
 	for ctx.Err() == nil {
-		pause := lease / 3
-		if err := renew(); err == nil {
-			registered = true
-		} else {
+		// After a failure, the new connection uses the certificate as it is then.
+		err := connected(orchestrator, credentialsDir, func(client orchestratorpb.OrchestratorClient) (err error) {
+			for ctx.Err() == nil && err == nil {
+				if err = renew(client); err == nil {
+					pause(ctx, lease/3)
+				}
+			}
+			return err
+		})
+		if err != nil && ctx.Err() == nil {
 			log.Printf("%s: %v", orchestrator, err)
 			// The lease has expired, or the subsystem was registered without one.
 			gone := status.Code(err) == codes.NotFound || status.Code(err) == codes.FailedPrecondition
 			registered = registered && !gone
-			pause = time.Second
-		}
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
+			pause(ctx, time.Second)
 		}
 	}
 	if registered {
-		last, cancel := context.WithTimeout(context.Background(), grace)
-		defer cancel()
-		client.UnregisterSubsystem(last, &orchestratorpb.UnregisterSubsystemRequest{Name: registration.Name})
+		connected(orchestrator, credentialsDir, func(client orchestratorpb.OrchestratorClient) error {
+			last, cancel := context.WithTimeout(context.Background(), grace)
+			defer cancel()
+			_, err := client.UnregisterSubsystem(last, &orchestratorpb.UnregisterSubsystemRequest{Name: registration.Name})
+			return err
+		})
+	}
+}
+
+// connected lets do use a connection to the orchestrator.
+func connected(orchestrator, credentialsDir string, do func(orchestratorpb.OrchestratorClient) error) error {
+	transport, err := clientCredentials(credentialsDir)
+	if err != nil {
+		return err
+	}
+	connection, err := grpc.NewClient(orchestrator, grpc.WithTransportCredentials(transport))
+	if err != nil {
+		return err
+	}
+	defer connection.Close()
+	return do(orchestratorpb.NewOrchestratorClient(connection))
+}
+
+// pause waits, or until ctx ends.
+func pause(ctx context.Context, duration time.Duration) {
+	select {
+	case <-time.After(duration):
+	case <-ctx.Done():
 	}
 }
 
@@ -257,6 +272,8 @@ func main() {
 	listen := flag.String("listen", "127.0.0.1:50052", "host:port")
 	name := flag.String("name", "alarm", "the subsystem's name")
 	orchestrator := flag.String("orchestrator", "", "host:port to register with (default: not registered)")
+	credentialsDir := flag.String("credentials", "", "directory with cert.pem, key.pem and ca.pem for TLS (default: no TLS)")
+	caller := flag.String("caller", "spiffe://fleet/core", "with TLS: the URI of the orchestrator")
 	registration := &orchestratorpb.Registration{}
 	names := func(into *[]string) func(string) error {
 		return func(text string) error {
@@ -273,12 +290,20 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
+	transport, err := serverCredentials(*credentialsDir, *caller)
+	if err != nil {
+		log.Fatal(err)
+	}
 	// A silent connection would delay the stop for two minutes.
-	server := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.ConnectionTimeout(grace))
+	server := grpc.NewServer(grpc.Creds(transport), grpc.MaxRecvMsgSize(maxMessage), grpc.ConnectionTimeout(grace))
 	pb.RegisterSubsystemServer(server, newAlarm(*name))
 	healthy := health.NewServer()
 	healthpb.RegisterHealthServer(server, healthy)
 
+	scheme := "http://"
+	if *credentialsDir != "" {
+		scheme = "https://"
+	}
 	asked, forget := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer forget()
 	var stopped sync.WaitGroup
@@ -286,8 +311,8 @@ func main() {
 		fmt.Println("listening on", listener.Addr())
 		if *orchestrator != "" {
 			registration.Name = *name
-			registration.Endpoint = "http://" + listener.Addr().String()
-			stayRegistered(asked, registration, *orchestrator)
+			registration.Endpoint = scheme + listener.Addr().String()
+			stayRegistered(asked, registration, *orchestrator, *credentialsDir)
 		}
 		<-asked.Done()
 		healthy.Shutdown()

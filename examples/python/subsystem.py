@@ -6,6 +6,7 @@ It averages the `value` of its inputs, over the latest `window` values (a parame
 import argparse
 import asyncio
 import collections
+import pathlib
 import signal
 import sys
 
@@ -27,8 +28,9 @@ MAX_MESSAGE = 64 << 20  # Bytes. Inputs can be larger than gRPC's default limit 
 class Average(rpc.SubsystemServicer):
     # All code runs on one thread: no other call changes the state between two `await`s.
 
-    def __init__(self, name):
+    def __init__(self, name, caller):
         self.name = name
+        self.caller = caller  # The URI in the only certificate that is accepted. None without TLS.
         self.epoch = 0
         self.values = None  # The latest values. None means that it is not initialized.
         self.counted = {}  # By input: the cycle of the last output that was counted.
@@ -64,6 +66,9 @@ class Average(rpc.SubsystemServicer):
         return answer
 
     async def admit(self, request, context):
+        # The authority has signed the certificates of other subsystems as well.
+        if self.caller and context.auth_context().get("peer_uri") != [self.caller.encode()]:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"only {self.caller} may call")
         if request.subsystem != self.name:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.subsystem!r} is not here, only {self.name!r}")
         epoch = getattr(request, "epoch", self.epoch)
@@ -99,41 +104,66 @@ class Average(rpc.SubsystemServicer):
         return answer
 
 
-async def stay_registered(registration, orchestrator):
+def read(directory):
+    """The key, the certificate and the authority in a directory that `orchestrator certs issue` has made."""
+    return [pathlib.Path(directory, name).read_bytes() for name in ("key.pem", "cert.pem", "ca.pem")]
+
+
+def server_credentials(directory):
+    """TLS with clients that have a certificate. The files are read again for each connection."""
+
+    def current():
+        key, certificate, authority = read(directory)
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
+
+    return grpc.dynamic_ssl_server_credentials(current(), current, require_client_authentication=True)
+
+
+def connect(orchestrator, directory):
+    if directory is None:
+        return grpc.aio.insecure_channel(orchestrator)
+    key, certificate, authority = read(directory)
+    return grpc.aio.secure_channel(orchestrator, grpc.ssl_channel_credentials(authority, key, certificate))
+
+
+async def stay_registered(registration, orchestrator, directory):
     """Registers with a lease and renews it. Retries without a limit, unless the registration is invalid: returns why."""
-    options = [("grpc.max_reconnect_backoff_ms", 1000)]
-    async with grpc.aio.insecure_channel(orchestrator, options) as channel:
-        stub = orchestrator_rpc.OrchestratorStub(channel)
-        register = orchestrator_pb.RegisterSubsystemRequest(registration=registration, lease=Duration(seconds=LEASE))
-        renew = orchestrator_pb.RenewLeaseRequest(name=registration.name)
-        registered = False
-        reported = None
-        try:
-            while True:
-                try:
-                    if registered:
-                        await stub.RenewLease(renew, timeout=GRACE)
-                    else:
-                        await stub.RegisterSubsystem(register, timeout=GRACE)
-                        registered = True
-                    reported = None
-                    await asyncio.sleep(LEASE / 3)
-                except grpc.aio.AioRpcError as error:
-                    problem = f"the orchestrator at {orchestrator}: {error.code().name}: {error.details()}"
-                    if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
-                        return problem
-                    if error.code() != reported:  # Once, however long it lasts.
-                        print(f"{problem}; trying again every second", file=sys.stderr)
-                        reported = error.code()
-                    # The lease has expired, or the subsystem was registered without one.
-                    if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
-                        registered = False
-                    await asyncio.sleep(1)
-        finally:
-            if registered:
-                await stub.UnregisterSubsystem(
-                    orchestrator_pb.UnregisterSubsystemRequest(name=registration.name), timeout=GRACE
-                )
+    register = orchestrator_pb.RegisterSubsystemRequest(registration=registration, lease=Duration(seconds=LEASE))
+    renew = orchestrator_pb.RenewLeaseRequest(name=registration.name)
+    unregister = orchestrator_pb.UnregisterSubsystemRequest(name=registration.name)
+    registered = False
+    reported = None
+    try:
+        while True:
+            try:
+                # After a failure, the new connection uses the certificate as it is then.
+                async with connect(orchestrator, directory) as channel:
+                    stub = orchestrator_rpc.OrchestratorStub(channel)
+                    while True:
+                        if registered:
+                            await stub.RenewLease(renew, timeout=GRACE)
+                        else:
+                            await stub.RegisterSubsystem(register, timeout=GRACE)
+                            registered = True
+                        reported = None
+                        await asyncio.sleep(LEASE / 3)
+            except grpc.aio.AioRpcError as error:
+                problem = f"the orchestrator at {orchestrator}: {error.code().name}: {error.details()}"
+                if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
+                    return problem
+                if error.code() != reported:  # Once, however long it lasts.
+                    print(f"{problem}; trying again every second", file=sys.stderr)
+                    reported = error.code()
+                # The lease has expired, or the subsystem was registered without one.
+                if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
+                    registered = False
+            except OSError as error:  # The files of a certificate are being replaced.
+                print(f"{error}; trying again every second", file=sys.stderr)
+            await asyncio.sleep(1)
+    finally:
+        if registered:
+            async with connect(orchestrator, directory) as channel:
+                await orchestrator_rpc.OrchestratorStub(channel).UnregisterSubsystem(unregister, timeout=GRACE)
 
 
 async def serve(args):
@@ -141,16 +171,23 @@ async def serve(args):
     # Without SO_REUSEPORT a second process on the same port fails, instead of getting half of the connections.
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE)]
     server = grpc.aio.server(options=options)
-    rpc.add_SubsystemServicer_to_server(Average(args.name), server)
+    caller = args.caller if args.credentials else None
+    rpc.add_SubsystemServicer_to_server(Average(args.name, caller), server)
     healthy = health.aio.HealthServicer()
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     host, _, _ = args.listen.rpartition(":")
     try:
-        address = f"{host}:{server.add_insecure_port(args.listen)}"
+        if args.credentials:
+            port = server.add_secure_port(args.listen, server_credentials(args.credentials))
+        else:
+            port = server.add_insecure_port(args.listen)
+    except OSError as error:
+        return f"--credentials: {error}"
     except RuntimeError:  # Its message names no cause.
         return f"can't listen on {args.listen}: the port is in use, or the host is not an address of this machine"
     await server.start()
+    address = f"{host}:{port}"
     print(f"listening on {address}", flush=True)
 
     stop = asyncio.Event()
@@ -159,9 +196,13 @@ async def serve(args):
     tasks = [asyncio.create_task(stop.wait())]
     if args.orchestrator:
         registration = orchestrator_pb.Registration(
-            name=args.name, endpoint=f"http://{address}", requires=args.requires, after=args.after, reads=args.reads
+            name=args.name,
+            endpoint=f"{'https' if args.credentials else 'http'}://{address}",
+            requires=args.requires,
+            after=args.after,
+            reads=args.reads,
         )
-        tasks.append(asyncio.create_task(stay_registered(registration, args.orchestrator)))
+        tasks.append(asyncio.create_task(stay_registered(registration, args.orchestrator, args.credentials)))
 
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
@@ -188,6 +229,9 @@ def main():
     parser.add_argument("--listen", type=address, default="127.0.0.1:50051", help="host:port (default: %(default)s)")
     parser.add_argument("--name", default="average", help="the subsystem's name (default: %(default)s)")
     parser.add_argument("--orchestrator", help="host:port to register with (default: not registered)")
+    parser.add_argument("--credentials", metavar="DIR", help="cert.pem, key.pem and ca.pem for TLS (default: no TLS)")
+    caller = "spiffe://fleet/core"
+    parser.add_argument("--caller", metavar="URI", default=caller, help="the orchestrator's URI (default: %(default)s)")
     for order in ("requires", "after", "reads"):
         parser.add_argument(f"--{order}", type=names, default=[], metavar="A,B", help="names of other subsystems")
     sys.exit(asyncio.run(serve(parser.parse_args())))

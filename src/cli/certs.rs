@@ -43,7 +43,7 @@ Examples:
   orchestrator certs issue viewer wall --valid-for 30d
   orchestrator certs list
   orchestrator certs renew
-  orchestrator --address https://localhost --credentials pki/admin whoami")]
+  orchestrator whoami --address https://localhost:7700 --credentials pki/admin")]
 pub(super) struct Certs {
     #[command(subcommand)]
     command: Command,

@@ -135,10 +135,8 @@ async fn live(
     });
     match timeout_at(deadline, settled).await {
         Ok(None) => {}
-        Ok(Some(Ok(()))) => return over(silent()),
-        Ok(Some(Err(error))) if error.get_io().is_some_and(|it| it.kind() == io::ErrorKind::BrokenPipe) => {
-            return over(silent());
-        }
+        Ok(Some(Ok(()))) => return over(silent(&target)),
+        Ok(Some(Err(error))) if error.get_io().is_some_and(|it| has_left(it, &target)) => return over(silent(&target)),
         Ok(Some(Err(error))) => return over(outcome::of_connection(&error)),
         Err(_) => return over(format!("it accepted the connection and sent nothing within {:?}", connector.timeout)),
     }
@@ -149,7 +147,23 @@ async fn live(
     });
 }
 
-/// The message if a peer closes the connection at the start of HTTP/2.
-fn silent() -> String {
-    "it closed the connection before any HTTP/2; if it speaks TLS, give https://".into()
+/// True if a peer has closed the connection. With TLS, it may have done so before it read what it was sent: then the
+/// connection is reset.
+fn has_left(error: &io::Error, target: &Target) -> bool {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => true,
+        io::ErrorKind::ConnectionReset => target.is_tls(),
+        _ => false,
+    }
+}
+
+/// The message if a peer closes the connection at the start of HTTP/2. With TLS 1.3, a client learns only then that its
+/// certificate was refused, and the reason is often lost.
+fn silent(target: &Target) -> String {
+    let remedy = if target.is_tls() {
+        "it may accept only another certificate than that of the orchestrator (dial.cert_file)"
+    } else {
+        "if it speaks TLS, give https://"
+    };
+    format!("it closed the connection before any HTTP/2; {remedy}")
 }

@@ -38,6 +38,7 @@ use tokio_rustls::{
         version::{TLS12, TLS13},
     },
 };
+use webpki::EndEntityCert;
 
 /// Everything that makes the TLS of one address.
 pub(crate) struct Material {
@@ -57,6 +58,8 @@ pub(crate) struct Clients {
     pub(crate) ca: Pem,
     /// True if connections without a certificate are refused.
     pub(crate) are_required: bool,
+    /// The only URI in the certificate of a client, if other clients are refused.
+    pub(crate) only: Option<String>,
 }
 
 /// The protocol over TLS.
@@ -76,13 +79,12 @@ impl Protocol {
         }
     }
 
-    /// The answer to a client that speaks it without TLS.
-    fn refusal(self) -> Vec<u8> {
-        const WORDS: &str = "this address speaks TLS: use https://";
+    /// The answer to a client whose connection is refused, with the reason.
+    fn refusal(self, words: &str) -> Vec<u8> {
         match self {
             Self::Http1 => {
                 let head = "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n";
-                format!("{head}content-length: {}\r\n\r\n{WORDS}\n", WORDS.len() + 1).into_bytes()
+                format!("{head}content-length: {}\r\n\r\n{words}\n", words.len() + 1).into_bytes()
             }
             Self::Http2 => {
                 /// Each connection begins with these settings: none.
@@ -91,9 +93,10 @@ impl Protocol {
                 const GOAWAY: [u8; 6] = [7, 0, 0, 0, 0, 0];
                 /// No stream was processed; INADEQUATE_SECURITY.
                 const REASON: [u8; 8] = [0, 0, 0, 0, 0, 0, 0, 0xc];
+                // RFC 9113, 4.1: a frame begins with its length in three bytes.
                 #[allow(clippy::cast_possible_truncation, reason = "it is short")]
-                let length = [0, 0, (REASON.len() + WORDS.len()) as u8];
-                [&SETTINGS[..], &length, &GOAWAY, &REASON, WORDS.as_bytes()].concat()
+                let [_, length @ ..] = ((REASON.len() + words.len()) as u32).to_be_bytes();
+                [&SETTINGS[..], &length, &GOAWAY, &REASON, words.as_bytes()].concat()
             }
         }
     }
@@ -104,6 +107,8 @@ pub(crate) struct Loaded {
     config: Arc<ServerConfig>,
     /// Verifies the certificates of clients.
     clients: Option<Arc<dyn ClientCertVerifier>>,
+    /// The only URI in the certificate of a client, if other clients are refused.
+    only: Option<String>,
     /// When the certificate of the service is valid.
     validity: Validity,
     /// When the first certificate of each file expires.
@@ -125,9 +130,10 @@ impl Loaded {
         let config = ServerConfig::builder_with_details(provider.clone(), Arc::new(Time(now)))
             .with_protocol_versions(versions)
             .map_err(|error| certificate.refused(&error))?;
+        let only = clients.as_ref().and_then(|clients| clients.only.clone());
         let clients = match clients {
             None => None,
-            Some(Clients { ca, are_required }) => {
+            Some(Clients { ca, are_required, .. }) => {
                 let authorities = ca.certificates()?;
                 expiries.extend(first_expiry(&authorities).map(|it| (ca.path.clone(), it)));
                 let mut roots = RootCertStore::empty();
@@ -153,7 +159,15 @@ impl Loaded {
         // A resumed session would have the certificates of the client as they were, without verifying them again.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
-        Ok(Self { config: Arc::new(config), clients, validity, expiries })
+        Ok(Self { config: Arc::new(config), clients, only, validity, expiries })
+    }
+
+    /// Why a client that has shown these certificates is refused, if it is.
+    fn refusal(&self, shown: Option<&[CertificateDer<'_>]>) -> Option<String> {
+        let only = self.only.as_deref()?;
+        let own = shown.and_then(<[_]>::first).and_then(|own| EndEntityCert::try_from(own).ok());
+        let is_accepted = own.is_some_and(|own| own.valid_uri_names().eq([only]));
+        (!is_accepted).then(|| format!("only {only} may call"))
     }
 
     /// The problem of the service's certificate at this time: it is not valid yet, or no longer.
@@ -260,7 +274,7 @@ impl Tls {
             if let Some(times) = self.plaintext.note() {
                 tracing::warn!(%peer, times, "a client speaks without TLS to an address with TLS: it needs https://");
             }
-            stream.write_all(&self.protocol.refusal()).await?;
+            stream.write_all(&self.protocol.refusal("this address speaks TLS: use https://")).await?;
             part(stream).await;
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the client does not speak TLS"));
         }
@@ -269,7 +283,15 @@ impl Tls {
         let acceptor = TlsAcceptor::from(current.config.clone());
         let handshake = acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(Self::MAX_UNSENT)));
         match handshake.into_fallible().await {
-            Ok(stream) => {
+            Ok(mut stream) => {
+                if let Some(refusal) = current.refusal(stream.get_ref().1.peer_certificates()) {
+                    if let Some(times) = self.failed.note() {
+                        tracing::warn!(%peer, times, "a client was refused: {refusal}");
+                    }
+                    stream.write_all(&self.protocol.refusal(&refusal)).await?;
+                    part(stream).await;
+                    return Err(io::Error::new(io::ErrorKind::PermissionDenied, refusal));
+                }
                 let shown = stream.get_ref().1.peer_certificates();
                 let shown = shown.map(|chain| Arc::new(Shown::of(chain, self, current)) as Arc<dyn Certificates>);
                 Ok(Secured { stream: Box::new(stream), certificates: shown })
@@ -416,7 +438,7 @@ mod tests {
         let material = Material {
             certificate: pem("cert_file", cert.pem()),
             key: pem("key_file", signing_key.serialize_pem()),
-            clients: Some(Clients { ca: pem("client_ca_file", cert.pem()), are_required: false }),
+            clients: Some(Clients { ca: pem("client_ca_file", cert.pem()), are_required: false, only: None }),
             allows_1_2: false,
         };
         let loaded = Loaded::of(&material, Protocol::Http2, Arc::new(Timestamp::now)).unwrap();

@@ -230,7 +230,7 @@ async fn aside<T: Send + 'static>(load: impl FnOnce() -> Result<T, String> + Sen
 fn load(files: &config::Tls, protocol: Protocol, clock: Clock) -> Result<Loaded, String> {
     let config::Tls { certificate, key, clients, min_version } = files;
     let clients = match clients {
-        Some((ca, are_required)) => Some(Clients { ca: read(ca)?, are_required: *are_required }),
+        Some((ca, are_required)) => Some(Clients { ca: read(ca)?, are_required: *are_required, only: None }),
         None => None,
     };
     let material = Material {

@@ -9,12 +9,14 @@ use tokio_util::{
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 
+#[cfg(feature = "tls")]
+use super::Tls;
 use super::{
     Subsystem,
     calls::{Hosted, HostedSubsystems},
 };
 use crate::{
-    listen::{self, Connections, Entrance, Limits},
+    listen::{self, Connections, Entrance, Limits, Secure},
     memory::Memory,
     model::{self, Name, NameError},
     proto::subsystem::v1::subsystem_server::SubsystemServer,
@@ -50,6 +52,9 @@ pub enum ListenError {
     /// The address can't be listened on.
     #[error("can't listen on {0:?}: {1}; give HOST:PORT, where port 0 takes a free one, or unix:/path")]
     Address(String, io::Error),
+    /// A file of TLS can't be read or used, or TLS is combined with a `unix:` address.
+    #[error("TLS: {0}")]
+    Tls(String),
     /// The reflection service can't be built.
     #[error("can't describe the contract: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -59,6 +64,8 @@ pub enum ListenError {
 #[derive(Default)]
 pub struct Server {
     subsystems: Vec<(String, Hosted)>,
+    #[cfg(feature = "tls")]
+    tls: Option<Tls>,
 }
 
 impl Server {
@@ -74,20 +81,30 @@ impl Server {
         self
     }
 
+    /// Serves over TLS, and accepts only the orchestrator.
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn tls(self, tls: Tls) -> Self {
+        Self { tls: Some(tls), ..self }
+    }
+
     /// Listens on `HOST:PORT`, where port 0 takes a free one, or on `unix:/path`, and serves until [`Serving::stop`] is
-    /// called or the returned value is dropped. Callers are not authenticated, so prefer a loopback address.
+    /// called or the returned value is dropped. Without TLS, callers are not authenticated: prefer a loopback address.
     ///
     /// # Errors
-    /// A name is invalid or used twice, or the address can't be listened on.
+    /// A name is invalid or used twice, the address can't be listened on, or the files of TLS can't be used.
     pub async fn listen(self, address: &str) -> Result<Serving, ListenError> {
         let refused = |error| ListenError::Address(address.to_owned(), error);
-        let (server, health) = self.build().await?;
+        let ready = self.build().await?;
         if let Some(path) = address.strip_prefix("unix:") {
+            if ready.secure.is_some() {
+                return Err(ListenError::Tls(format!("there is none at {address}; give HOST:PORT")));
+            }
             let listener = transport::listen_at_path(Path::new(path), None).await.map_err(refused)?;
-            return Ok(Serving::start(server, health, listener, address.to_owned()));
+            return Ok(ready.start(listener, address.to_owned()));
         }
         let (listener, address) = transport::listen_at(address).await.map_err(refused)?;
-        Ok(Serving::start(server, health, listener, format!("http://{address}")))
+        Ok(ready.start_at(listener, address))
     }
 
     /// The same, in another network than that of this machine, such as a simulated one.
@@ -96,12 +113,12 @@ impl Server {
     /// As those of [`Server::listen`].
     pub async fn listen_over(self, transport: &dyn Transport, address: SocketAddr) -> Result<Serving, ListenError> {
         let refused = |error| ListenError::Address(address.to_string(), error);
-        let (server, health) = self.build().await?;
+        let ready = self.build().await?;
         let (listener, address) = transport.listen(address).await.map_err(refused)?;
-        Ok(Serving::start(server, health, listener, format!("http://{address}")))
+        Ok(ready.start_at(listener, address))
     }
 
-    async fn build(self) -> Result<(listen::Server, HealthReporter), ListenError> {
+    async fn build(self) -> Result<Ready, ListenError> {
         let mut subsystems = BTreeMap::new();
         for (name, hosted) in self.subsystems {
             let name = Name::parse(&name)?;
@@ -115,7 +132,40 @@ impl Server {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let services = listen::reflection(&[SERVICE])?.and(calls).and(health_service);
-        Ok((listen::Server::new(services, limits()), health))
+        let server = listen::Server::new(services, limits());
+        #[cfg(feature = "tls")]
+        let (secure, renewal) = match self.tls {
+            None => (None, None),
+            Some(tls) => tls.start().await.map(|(secure, renewal)| (Some(secure), Some(renewal)))?,
+        };
+        #[cfg(not(feature = "tls"))]
+        let (secure, renewal) = (None, None);
+        Ok(Ready { server, health, secure, renewal })
+    }
+}
+
+/// A server that does not listen yet.
+struct Ready {
+    server: listen::Server,
+    health: HealthReporter,
+    /// Its TLS, and the task that reads the files of TLS again.
+    secure: Option<Arc<Secure>>,
+    renewal: Option<AbortOnDropHandle<()>>,
+}
+
+impl Ready {
+    fn start_at(self, listener: Box<dyn Listener>, address: SocketAddr) -> Serving {
+        let scheme = if self.secure.is_some() { "https" } else { "http" };
+        self.start(listener, format!("{scheme}://{address}"))
+    }
+
+    fn start(self, listener: Box<dyn Listener>, endpoint: String) -> Serving {
+        let Self { server, health, secure, renewal } = self;
+        let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
+        let connections = Connections::at_most(MAX_CONNECTIONS);
+        let serve = server.serve(Entrance { listener, secure }, connections, stop.clone(), cut_off.clone());
+        let server = AbortOnDropHandle::new(tokio::spawn(serve));
+        Serving { endpoint, health, stop, server, _renewal: renewal, _cut_off: cut_off.drop_guard() }
     }
 }
 
@@ -125,19 +175,12 @@ pub struct Serving {
     health: HealthReporter,
     stop: CancellationToken,
     server: AbortOnDropHandle<()>,
+    _renewal: Option<AbortOnDropHandle<()>>,
     _cut_off: DropGuard,
 }
 
 impl Serving {
-    fn start(server: listen::Server, health: HealthReporter, listener: Box<dyn Listener>, endpoint: String) -> Self {
-        let (stop, cut_off) = (CancellationToken::new(), CancellationToken::new());
-        let connections = Connections::at_most(MAX_CONNECTIONS);
-        let serve = server.serve(Entrance::plain(listener), connections, stop.clone(), cut_off.clone());
-        let server = AbortOnDropHandle::new(tokio::spawn(serve));
-        Self { endpoint, health, stop, server, _cut_off: cut_off.drop_guard() }
-    }
-
-    /// The endpoint for registrations of these subsystems: `http://HOST:PORT` or `unix:/path`.
+    /// The endpoint for registrations of these subsystems: `http://HOST:PORT`, `https://HOST:PORT` or `unix:/path`.
     pub fn endpoint(&self) -> &str {
         &self.endpoint
     }

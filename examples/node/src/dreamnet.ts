@@ -14,7 +14,6 @@
 import { isDeepStrictEqual } from "node:util";
 import {
   Server,
-  ServerCredentials,
   status,
   type sendUnaryData,
   type ServerUnaryCall,
@@ -45,6 +44,7 @@ import {
 } from "./options.js";
 import { ask, duration, register, type Orchestrator } from "./orchestrator.js";
 import { describe, describeWithPlace, describeWithStack } from "./thrown.js";
+import { isOf, serverCredentials } from "./tls.js";
 import { contextKey, ONLY_OUTPUT, READ_ONLY, TOPOLOGY, type Settings, type SubsystemName } from "./topology.js";
 
 export type { Json, ServeOptions, Settings, SubsystemName };
@@ -340,17 +340,19 @@ export async function serveSubsystems(
   const health = new HealthImplementation({ "": "SERVING", [HEALTH_SERVICE]: "SERVING" });
   // Inputs are outputs of others, 1 MiB each by default; this is the orchestrator's own limit for a message.
   const server = new Server({ "grpc.max_receive_message_length": 64 * 1024 * 1024 });
-  server.addService(SubsystemClient.service, handlers(subsystems));
+  const { credentials } = options;
+  const caller = credentials === undefined ? undefined : (options.caller ?? "spiffe://fleet/core");
+  server.addService(SubsystemClient.service, handlers(subsystems, caller));
   health.addToServer(server);
   const listen = options.listen ?? "127.0.0.1:0";
   const port = await new Promise<number>((resolve, reject) =>
-    server.bindAsync(listen, ServerCredentials.createInsecure(), (error, port) =>
+    server.bindAsync(listen, serverCredentials(credentials), (error, port) =>
       error ? reject(new Error(`can't listen on ${listen}: ${error.message}`, { cause: error })) : resolve(port),
     ),
   );
   const address = `${listen.slice(0, listen.lastIndexOf(":"))}:${port}`;
 
-  const endpoint = options.endpoint ?? `http://${address}`;
+  const endpoint = options.endpoint ?? `${credentials === undefined ? "http" : "https"}://${address}`;
 
   let leave = async () => {};
   const stop = async () => {
@@ -438,11 +440,16 @@ async function instantiate(servable: Servable): Promise<Module> {
   return isClass ? new (servable as new () => Module)() : await (servable as () => Module | Promise<Module>)();
 }
 
-function handlers(subsystems: ReadonlyMap<string, Subsystem>): SubsystemHandlers {
+/** With a `caller`, only the client with this URI in its certificate may call: the others are subsystems themselves. */
+function handlers(subsystems: ReadonlyMap<string, Subsystem>, caller?: string): SubsystemHandlers {
   const of = ({ subsystem: name }: { subsystem: string }) => {
     const subsystem = subsystems.get(name);
     if (!subsystem) throw new Refusal(status.NOT_FOUND, `subsystem ${name} is not served here`);
     return subsystem;
+  };
+  const checkCaller = (call: ServerUnaryCall<unknown, unknown>) => {
+    if (caller === undefined || isOf(call.getAuthContext().sslPeerCertificate, caller)) return;
+    throw new Refusal(status.PERMISSION_DENIED, `only ${caller} may call`);
   };
   /** An exception in a call becomes the answer of that call. */
   const unary =
@@ -450,7 +457,10 @@ function handlers(subsystems: ReadonlyMap<string, Subsystem>): SubsystemHandlers
     (call: ServerUnaryCall<Q, A>, callback: sendUnaryData<A>): void => {
       const gone = new AbortController();
       call.on("cancelled", () => gone.abort());
-      new Promise<A>((resolve) => resolve(work(call.request, gone.signal))).then(
+      new Promise<A>((resolve) => {
+        checkCaller(call);
+        resolve(work(call.request, gone.signal));
+      }).then(
         (answer) => callback(null, answer),
         (error) => {
           if (error instanceof Refusal) return callback({ code: error.code, details: error.message });
@@ -476,10 +486,12 @@ function handlers(subsystems: ReadonlyMap<string, Subsystem>): SubsystemHandlers
 /** Options of the familiar calls. The orchestrator is by default at `ORCHESTRATOR_ADDRESS`, else at 127.0.0.1:7700. */
 export type CallOptions = ServeOptions;
 
-function orchestratorOf({ orchestrator, waitSeconds }: CallOptions): Orchestrator {
+function orchestratorOf({ orchestrator, credentials, waitSeconds }: CallOptions): Orchestrator {
   const elsewhere = process.env.ORCHESTRATOR_ADDRESS || "127.0.0.1:7700";
-  const address = orchestrator ? orchestratorAddress(orchestrator) : orchestratorAddress(elsewhere, "ORCHESTRATOR_ADDRESS");
-  return { address, waitSeconds: waitSeconds ?? 30 };
+  const address = orchestrator
+    ? orchestratorAddress(orchestrator, "orchestrator", credentials)
+    : orchestratorAddress(elsewhere, "ORCHESTRATOR_ADDRESS", credentials);
+  return { address, credentials, waitSeconds: waitSeconds ?? 30 };
 }
 
 const serving = new Map<OrchestratorContext, { options: ServeOptions; served: Promise<Served> }>();

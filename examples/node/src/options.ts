@@ -11,15 +11,22 @@ export interface ServeOptions {
   /** Address to listen on, "HOST:PORT". Port 0 takes a free one. Default "127.0.0.1:0". */
   listen?: string;
   /**
-   * Registers with the orchestrator at this "HOST", "HOST:PORT" or "http://HOST:PORT". Without it, the configuration
-   * file of the orchestrator has to declare the modules.
+   * Registers with the orchestrator at this "HOST", "HOST:PORT" or "http://HOST:PORT" (with `credentials`, "https://").
+   * Without it, the configuration file of the orchestrator has to declare the modules.
    */
   orchestrator?: string;
+  /**
+   * Directory with cert.pem, key.pem and ca.pem, as `orchestrator certs issue` makes it: serves and calls over TLS.
+   * Without it there is no TLS.
+   */
+  credentials?: string;
+  /** With `credentials`, the URI of the only client that may call: the orchestrator. Default "spiffe://fleet/core". */
+  caller?: string;
   /** Longest wait for an orchestrator that is not up yet. Default 30 s; 0 does not wait. */
   waitSeconds?: number;
   /** Length of the lease, which is renewed three times as often. Default 30 s. */
   leaseSeconds?: number;
-  /** The endpoint to register. Default "http://" and the address it listens on. */
+  /** The endpoint to register. Default "http://" (with `credentials`, "https://") and the address it listens on. */
   endpoint?: string;
   /** Names of modules with a `run` that are only read, in addition to `READ_ONLY`. */
   readOnly?: readonly string[];
@@ -43,19 +50,21 @@ export interface ServeOptions {
 const PORT = 7700;
 
 /**
- * Parses the address of an orchestrator: "HOST", "HOST:PORT" or "http://HOST:PORT", as its command line does.
+ * Parses the address of an orchestrator: "HOST", "HOST:PORT" or "http://HOST:PORT", as its command line does. With
+ * `credentials` it is "https://HOST:PORT".
  *
  * @returns "HOST:PORT"
  * @throws an error that names valid values; `option` is the name of the option
  */
-export function orchestratorAddress(value: unknown, option = "orchestrator"): string {
-  const takes = "HOST, HOST:PORT or http://HOST:PORT";
+export function orchestratorAddress(value: unknown, option = "orchestrator", credentials?: string): string {
+  const [own, ownPort] = credentials === undefined ? ["http", 80] : ["https", 443];
+  const takes = `HOST, HOST:PORT or ${own}://HOST:PORT`;
   if (typeof value !== "string") return refuse(option, value, takes);
   const [, scheme, rest] = /^(?:(\w+):\/\/)?(.*?)\/?$/s.exec(value.trim())!;
-  if (scheme === "https") return refuse(option, value, `${takes}: TLS is not supported`);
-  const address = scheme === undefined || scheme === "http" ? hostAndPort(rest!) : undefined;
+  if (scheme === "https" && own === "http") return refuse(option, value, `${takes}: TLS needs the option credentials`);
+  const address = scheme === undefined || scheme === own ? hostAndPort(rest!) : undefined;
   if (!address || (scheme && !address.host)) return refuse(option, value, takes);
-  return `${address.host ?? "127.0.0.1"}:${address.port ?? (scheme ? 80 : PORT)}`;
+  return `${address.host ?? "127.0.0.1"}:${address.port ?? (scheme ? ownPort : PORT)}`;
 }
 
 function hostAndPort(text: string): { host?: string; port?: number } | undefined {
@@ -107,7 +116,9 @@ const OPTIONS: Checks<ServeOptions> = {
     const { host, port } = (typeof value === "string" && hostAndPort(value)) || {};
     if (host === undefined || port === undefined) refuse(at, value, 'a string, "HOST:PORT"');
   },
-  orchestrator: orchestratorAddress,
+  orchestrator: () => {}, // `checkOptions`: its scheme depends on `credentials`.
+  credentials: text("a directory with cert.pem, key.pem and ca.pem"),
+  caller: text('a URI, such as "spiffe://fleet/core"'),
   waitSeconds: number("seconds, 0 or more", (seconds) => seconds >= 0),
   leaseSeconds: number("seconds, more than 0", (seconds) => seconds > 0),
   endpoint: text('a URL, such as "http://127.0.0.1:50051"'),
@@ -129,12 +140,20 @@ export const namesOf = (objects: unknown): string[] =>
     .map(([name]) => name);
 
 /** Refuses unknown options and invalid values. */
-export const checkOptions = (options: ServeOptions): void => void fields(OPTIONS, "an option")(options, "");
+export function checkOptions(options: ServeOptions): void {
+  fields(OPTIONS, "an option")(options, "");
+  checkOrchestrator(options);
+}
 
 /** As `checkOptions`, for an interval loop. */
 export function checkLoop(intervalMs: number, options: ServeOptions & { loop?: string }): void {
   number("milliseconds, more than 0", (ms) => ms > 0)(intervalMs, "intervalMs");
   fields(LOOP_OPTIONS, "an option")(options, "");
+  checkOrchestrator(options);
+}
+
+function checkOrchestrator({ orchestrator, credentials }: ServeOptions): void {
+  if (orchestrator != null) orchestratorAddress(orchestrator, "orchestrator", credentials);
 }
 
 function refuse(at: string, value: unknown, takes: string): never {

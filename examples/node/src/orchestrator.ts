@@ -1,15 +1,18 @@
 // Calls of the orchestrator. They wait until it is up.
 
 import { setTimeout } from "node:timers/promises";
-import { credentials, status, type ServiceError } from "@grpc/grpc-js";
+import { status, type ServiceError } from "@grpc/grpc-js";
 import { OrchestratorClient } from "./contract.js";
 import type { Registration } from "./gen/dreamnet/orchestrator/v1/Registration.js";
 import { describe } from "./thrown.js";
+import { clientCredentials } from "./tls.js";
 
 /** An orchestrator, and how long to wait for it. */
 export interface Orchestrator {
   /** "HOST:PORT". */
   readonly address: string;
+  /** Directory with the files of TLS. They are read for each call, so that it has a renewed certificate. */
+  readonly credentials?: string | undefined;
   readonly waitSeconds: number;
 }
 
@@ -22,12 +25,12 @@ const ANSWER_MS = 10_000;
 
 /** Waits until the orchestrator is up, calls it, and waits for the answer for `answerMs`, 10 s by default. */
 export async function ask<A>(
-  { address, waitSeconds }: Orchestrator,
+  { address, credentials, waitSeconds }: Orchestrator,
   call: (client: Client, options: Deadline, callback: Callback<A>) => void,
   answerMs = ANSWER_MS,
 ): Promise<A> {
   // An orchestrator that starts is detected within a second.
-  const client = new OrchestratorClient(address, credentials.createInsecure(), { "grpc.max_reconnect_backoff_ms": 1000 });
+  const client = new OrchestratorClient(address, clientCredentials(credentials), { "grpc.max_reconnect_backoff_ms": 1000 });
   const answer = <A>(call: (client: Client, options: Deadline, callback: Callback<A>) => void, ms: number) =>
     new Promise<A>((resolve, reject) =>
       call(client, { deadline: Date.now() + ms }, (error, answer) => (error ? reject(error) : resolve(answer!))),
@@ -137,7 +140,7 @@ async function runningCyclesEnd(orchestrator: Orchestrator): Promise<void> {
       left = left.filter((cycleId) => now.includes(cycleId));
     }
   } catch {
-    // An orchestrator that is gone runs no cycle.
+    // An orchestrator that is gone runs no cycle; one that enforces access may not tell.
   }
 }
 

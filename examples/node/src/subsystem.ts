@@ -12,6 +12,8 @@ const USAGE = `usage: node dist/src/subsystem.js [options]
   --listen HOST:PORT        where to listen (default: 127.0.0.1:50051); port 0 takes a free one
   --name NAME               the subsystem's name (default: total)
   --orchestrator HOST:PORT  where to register (default: not registered)
+  --credentials DIR         cert.pem, key.pem and ca.pem for TLS (default: no TLS)
+  --caller URI              with TLS: the orchestrator's URI (default: spiffe://fleet/core)
   --requires A,B  --after A,B  --reads A,B
                             names of other subsystems`;
 
@@ -29,6 +31,8 @@ function parse() {
         listen: { type: "string", default: "127.0.0.1:50051" },
         name: { type: "string", default: "total" },
         orchestrator: { type: "string" },
+        credentials: { type: "string" },
+        caller: { type: "string" },
         requires: { type: "string", default: "" },
         after: { type: "string", default: "" },
         reads: { type: "string", default: "" },
@@ -75,6 +79,8 @@ const serve = () =>
     {
       listen: flags.listen,
       ...(flags.orchestrator && { orchestrator: flags.orchestrator, waitSeconds: 5 }),
+      ...(flags.credentials && { credentials: flags.credentials }),
+      ...(flags.caller && { caller: flags.caller }),
       registrations: {
         [flags.name]: { requires: names(flags.requires), after: names(flags.after), reads: names(flags.reads) },
       },

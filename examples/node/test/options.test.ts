@@ -17,7 +17,7 @@ async function refused(options: object, text: string, objects: Record<string, ob
 test("an unknown option is refused, with the option that is meant", async () => {
   await refused({ leaseSecond: 30 }, "leaseSecond is not an option: did you mean leaseSeconds?");
   await refused({ readonly: [] }, "readonly is not an option: did you mean readOnly?");
-  const all = "listen, orchestrator, waitSeconds, leaseSeconds, endpoint, readOnly, run, registrations, sequential";
+  const all = "listen, orchestrator, credentials, caller, waitSeconds, leaseSeconds, endpoint, readOnly, run, registrations, sequential";
   await refused({ timeout: 30 }, `timeout is not an option: there are ${all}`);
   for (const call of [
     () => runSingleCycle({}, { ...nobody, orchestrater: "x" } as object),
@@ -38,6 +38,8 @@ test("an invalid value of an option is refused, with the valid ones", async () =
   await refused({ leaseSeconds: "30s" }, "leaseSeconds is '30s': give seconds, more than 0");
   await refused({ waitSeconds: NaN }, "waitSeconds is NaN: give seconds, 0 or more");
   await refused({ readOnly: "FieldLayer" }, "readOnly is 'FieldLayer': give an array of names, such as [\"FieldLayer\"]");
+  await refused({ credentials: "" }, "credentials is '': give a directory with cert.pem, key.pem and ca.pem");
+  await refused({ caller: 1 }, 'caller is 1: give a URI, such as "spiffe://fleet/core"');
   await refused({ sequential: "no" }, "sequential is 'no': give true or false");
   await refused({ registrations: [] }, "registrations is []: give an object with registrations, by name");
   assert.throws(() => startIntervalLoop({}, NaN, nobody), { message: "intervalMs is NaN: give milliseconds, more than 0" });
@@ -148,7 +150,16 @@ test("the address of an orchestrator has the same forms everywhere", async () =>
   for (const given of ["", "http://", "http://:1", "ftp://host", "unix:/run/it", "host:99999", "a b:1", "host:1/path", "::1", 7700, {}]) {
     assert.throws(() => orchestratorAddress(given), (error: Error) => error.message.endsWith(forms), String(given));
   }
-  assert.throws(() => orchestratorAddress("https://host:1"), { message: `orchestrator is 'https://host:1': ${forms}: TLS is not supported` });
+  assert.throws(() => orchestratorAddress("https://host:1"), { message: `orchestrator is 'https://host:1': ${forms}: TLS needs the option credentials` });
+  const secure = (address: string) => orchestratorAddress(address, "orchestrator", "pki/main");
+  for (const [given, address] of [
+    ["host", "host:7700"],
+    ["https://host", "host:443"],
+    ["https://host:1/", "host:1"],
+  ] as const) {
+    assert.equal(secure(given), address);
+  }
+  assert.throws(() => secure("http://host:1"), { message: "orchestrator is 'http://host:1': give HOST, HOST:PORT or https://HOST:PORT" });
 
   const orchestrator = "http://127.0.0.1:1";
   const unreachable = /the orchestrator at 127\.0\.0\.1:1 can't be reached/;

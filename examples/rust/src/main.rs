@@ -5,6 +5,8 @@
 use std::{
     collections::VecDeque,
     error::Error,
+    fs,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -13,7 +15,7 @@ use std::{
 use clap::Parser;
 use orchestrator_core::{
     proto::orchestrator::v1::{self as pb, orchestrator_client::OrchestratorClient},
-    subsystem::{Answer, Code, Cycle, Failure, Input, Object, Server, Severity, Subsystem},
+    subsystem::{Answer, Code, Cycle, Failure, Input, Object, Server, Severity, Subsystem, Tls},
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -21,7 +23,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     time::sleep,
 };
-use tonic::transport::Endpoint;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 /// Time until the orchestrator unregisters a dead subsystem.
 const LEASE: Duration = Duration::from_secs(15);
@@ -96,14 +98,29 @@ async fn work(parameters: &Object) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Connects to the orchestrator with the first call: over TLS with the certificate in this directory, or without TLS.
+fn connect(orchestrator: &str, credentials: Option<&Path>) -> Result<OrchestratorClient<Channel>, Box<dyn Error>> {
+    let endpoint = match credentials {
+        None => Endpoint::from_shared(format!("http://{orchestrator}"))?,
+        Some(directory) => {
+            let read = |name| fs::read(directory.join(name));
+            let tls = ClientTlsConfig::new()
+                .identity(Identity::from_pem(read("cert.pem")?, read("key.pem")?))
+                .ca_certificate(Certificate::from_pem(read("ca.pem")?));
+            Endpoint::from_shared(format!("https://{orchestrator}"))?.tls_config(tls)?
+        }
+    };
+    Ok(OrchestratorClient::new(endpoint.timeout(GRACE).connect_lazy()))
+}
+
 /// Registers with a lease and renews it until a signal stops it. Retries without a limit.
 async fn stay_registered(
     orchestrator: &str,
+    credentials: Option<&Path>,
     registration: pb::Registration,
     stop: impl Future<Output = ()>,
 ) -> Result<(), Box<dyn Error>> {
-    let channel = Endpoint::from_shared(format!("http://{orchestrator}"))?.timeout(GRACE).connect_lazy();
-    let mut client = OrchestratorClient::new(channel);
+    let mut client = connect(orchestrator, credentials)?;
     let name = registration.name.clone();
     let register = pb::RegisterSubsystemRequest { registration: Some(registration), lease: Some(LEASE.try_into()?) };
     let mut registered = false;
@@ -123,6 +140,11 @@ async fn stay_registered(
                 eprintln!("{orchestrator}: {:?}: {}", status.code(), status.message());
                 // The lease has expired, or the subsystem was registered without one.
                 registered &= !matches!(status.code(), tonic::Code::NotFound | tonic::Code::FailedPrecondition);
+                // The new connection uses the certificate as it is now.
+                match connect(orchestrator, credentials) {
+                    Ok(connected) => client = connected,
+                    Err(error) => eprintln!("{error}"),
+                }
                 Duration::from_secs(1)
             }
         };
@@ -149,6 +171,12 @@ struct Flags {
     /// Orchestrator to register with [default: not registered]
     #[arg(long, value_name = "HOST:PORT")]
     orchestrator: Option<String>,
+    /// Directory with cert.pem, key.pem and ca.pem for TLS [default: no TLS]
+    #[arg(long, value_name = "DIR")]
+    credentials: Option<PathBuf>,
+    /// With TLS: the URI in the certificate of the orchestrator
+    #[arg(long, value_name = "URI", default_value = "spiffe://fleet/core")]
+    caller: String,
     /// Subsystems that it requires
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     requires: Vec<String>,
@@ -160,7 +188,8 @@ struct Flags {
     reads: Vec<String>,
 }
 
-async fn serve(Flags { listen, name, orchestrator, requires, after, reads }: Flags) -> Result<(), Box<dyn Error>> {
+async fn serve(flags: Flags) -> Result<(), Box<dyn Error>> {
+    let Flags { listen, name, orchestrator, credentials, caller, requires, after, reads } = flags;
     let [mut terminated, mut interrupted] = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let stop = async {
         select! {
@@ -169,14 +198,18 @@ async fn serve(Flags { listen, name, orchestrator, requires, after, reads }: Fla
         }
     };
 
-    let serving = Server::new().subsystem(&name, Peak::default()).listen(&listen).await?;
+    let mut server = Server::new().subsystem(&name, Peak::default());
+    if let Some(directory) = &credentials {
+        server = server.tls(Tls::in_directory(directory, caller));
+    }
+    let serving = server.listen(&listen).await?;
     let endpoint = serving.endpoint().to_owned();
-    println!("listening on {}", endpoint.trim_start_matches("http://"));
+    println!("listening on {}", endpoint.split_once("://").map_or(&*endpoint, |(_, address)| address));
     match orchestrator {
         None => stop.await,
         Some(orchestrator) => {
             let registration = pb::Registration { name, endpoint, requires, after, reads, ..Default::default() };
-            stay_registered(&orchestrator, registration, stop).await?;
+            stay_registered(&orchestrator, credentials.as_deref(), registration, stop).await?;
         }
     }
     serving.stop(GRACE).await;

@@ -7,8 +7,8 @@ import dreamnet.orchestrator.v1.OrchestratorOuterClass.RegisterSubsystemRequest;
 import dreamnet.orchestrator.v1.OrchestratorOuterClass.Registration;
 import dreamnet.orchestrator.v1.OrchestratorOuterClass.RenewLeaseRequest;
 import dreamnet.orchestrator.v1.OrchestratorOuterClass.UnregisterSubsystemRequest;
+import io.grpc.ChannelCredentials;
 import io.grpc.Grpc;
-import io.grpc.InsecureChannelCredentials;
 import io.grpc.ManagedChannel;
 import io.grpc.Status;
 import io.grpc.StatusRuntimeException;
@@ -27,10 +27,10 @@ final class Lease implements AutoCloseable {
     private final ScheduledExecutorService timer = Executors.newSingleThreadScheduledExecutor();
     private boolean registered;
 
-    Lease(Registration registration, String orchestrator) {
+    Lease(Registration registration, String orchestrator, ChannelCredentials credentials) {
         this.registration = registration;
         this.orchestrator = orchestrator;
-        channel = Grpc.newChannelBuilder(orchestrator, InsecureChannelCredentials.create()).build();
+        channel = Grpc.newChannelBuilder(orchestrator, credentials).build();
         timer.execute(this::renew);
     }
 
@@ -53,7 +53,7 @@ final class Lease implements AutoCloseable {
             if (code == Status.Code.NOT_FOUND || code == Status.Code.FAILED_PRECONDITION) {
                 registered = false;
             }
-            channel.resetConnectBackoff(); // The pause would grow to minutes.
+            channel.enterIdle(); // The next call connects at once, and uses the certificate as it is then.
             pause = 1000;
         }
         timer.schedule(this::renew, pause, TimeUnit.MILLISECONDS);

@@ -1,7 +1,11 @@
 package dreamnet.example;
 
 import dreamnet.orchestrator.v1.OrchestratorOuterClass.Registration;
+import io.grpc.ChannelCredentials;
+import io.grpc.InsecureChannelCredentials;
+import io.grpc.InsecureServerCredentials;
 import io.grpc.Server;
+import io.grpc.ServerCredentials;
 import io.grpc.netty.shaded.io.grpc.netty.NettyServerBuilder;
 import io.grpc.protobuf.services.HealthStatusManager;
 import java.net.InetSocketAddress;
@@ -21,7 +25,7 @@ final class Main {
     private static final int MAX_MESSAGE_BYTES = 64 << 20;
 
     private static final Set<String> FLAGS =
-            Set.of("--listen", "--name", "--orchestrator", "--requires", "--after", "--reads");
+            Set.of("--listen", "--name", "--orchestrator", "--credentials", "--caller", "--requires", "--after", "--reads");
 
     public static void main(String[] args) throws Exception {
         Map<String, String> flags = flags(args);
@@ -30,26 +34,32 @@ final class Main {
         int colon = listen.lastIndexOf(':');
         String host = listen.substring(0, colon);
 
+        String credentials = flags.get("--credentials");
+        Tls tls = credentials == null ? null : new Tls(credentials);
+        ServerCredentials ofServer = tls == null ? InsecureServerCredentials.create() : tls.ofServer();
         HealthStatusManager health = new HealthStatusManager();
-        Server server = NettyServerBuilder.forAddress(
-                        new InetSocketAddress(host, Integer.parseInt(listen.substring(colon + 1))))
+        NettyServerBuilder builder = NettyServerBuilder.forAddress(
+                        new InetSocketAddress(host, Integer.parseInt(listen.substring(colon + 1))), ofServer)
                 .maxInboundMessageSize(MAX_MESSAGE_BYTES)
                 .addService(new Forecast(name))
-                .addService(health.getHealthService())
-                .build()
-                .start();
+                .addService(health.getHealthService());
+        if (tls != null) {
+            builder.intercept(new Tls.OnlyFrom(flags.getOrDefault("--caller", "spiffe://fleet/core")));
+        }
+        Server server = builder.build().start();
         String address = host + ":" + server.getPort();
         System.out.println("listening on " + address);
 
         Registration registration = Registration.newBuilder()
                 .setName(name)
-                .setEndpoint("http://" + address)
+                .setEndpoint((tls == null ? "http://" : "https://") + address)
                 .addAllRequires(names(flags, "--requires"))
                 .addAllAfter(names(flags, "--after"))
                 .addAllReads(names(flags, "--reads"))
                 .build();
         String orchestrator = flags.get("--orchestrator");
-        Lease lease = orchestrator == null ? null : new Lease(registration, orchestrator);
+        ChannelCredentials ofClient = tls == null ? InsecureChannelCredentials.create() : tls.ofClient();
+        Lease lease = orchestrator == null ? null : new Lease(registration, orchestrator, ofClient);
 
         // Runs at SIGTERM and SIGINT; the process ends after it.
         Runtime.getRuntime().addShutdownHook(new Thread(() -> {
