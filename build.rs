@@ -14,7 +14,8 @@ const FILES: [&str; 4] = [
 
 /// Messages that this crate hands on as the bytes that came, and so never decodes on the way: on the wire a message
 /// field and a `bytes` field are the same.
-const CARRIED_AS_BYTES: [&str; 2] = [".google.protobuf.Struct", ".dreamnet.orchestrator.v1.CycleTelemetry"];
+const CARRIED_AS_BYTES: [&str; 3] =
+    [".google.protobuf.Struct", ".dreamnet.orchestrator.v1.CycleTelemetry", ".dreamnet.orchestrator.v1.AuditEvent"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");

@@ -41,7 +41,7 @@ use crate::{
         BreakerPolicy, BreakerSpec, CatchUp, CycleState, Endpoint, Identity, IntervalLoop, LimitsSpec, LoopSpec, Name,
         OverlapPolicy, RetryPolicy, RetrySpec, Subsystem, SubsystemSpec, TlsSpec, Violations, text::clean,
     },
-    ports::{Retention, RetentionRule},
+    ports::{EventRule, Retention, RetentionRule},
     store::StoreUrl,
 };
 
@@ -69,6 +69,8 @@ pub struct Config {
     pub memory: MemorySettings,
     /// The store.
     pub store: StoreSettings,
+    /// The audit.
+    pub audit: AuditSettings,
     /// The log of the history.
     pub ledger: LedgerSettings,
     /// Limits of cycles.
@@ -175,6 +177,13 @@ pub struct StoreSettings {
     pub url: StoreUrl,
     /// Default: the newest 100,000 cycles. At a cycle every 5 s that is five days, and with 28 subsystems about 300 MB.
     pub retention: Retention,
+}
+
+/// The audit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditSettings {
+    /// Default: the newest 1,000,000 events, for 400 days. An event takes about 200 bytes.
+    pub retention: EventRule,
 }
 
 /// The log of the history.
@@ -553,6 +562,7 @@ impl Default for Config {
             limits: CallerLimits::default(),
             memory: MemorySettings { max_bytes: None },
             store: StoreSettings { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
+            audit: AuditSettings { retention: DEFAULT_AUDIT },
             ledger: LedgerSettings::default(),
             cycle: CycleSettings {
                 deadline: Duration::from_mins(1),
@@ -784,7 +794,17 @@ fn changed_entries<'a, T: PartialEq>(
 
 fn default_retention() -> Retention {
     let default = RetentionRule { max_cycles: Some(100_000), max_age: None };
-    Retention { default, by_state: BTreeMap::new() }
+    Retention { default, ..Retention::default() }
+}
+
+/// A year and a month, so that a yearly review finds all events.
+const DEFAULT_AUDIT: EventRule =
+    EventRule { max_events: Some(1_000_000), max_age: Some(Duration::from_hours(400 * 24)) };
+
+fn audit_retention(read: &mut Reader<'_>, key: &str) -> EventRule {
+    let max_events = read.number(&format!("{key}.max_events"), 1..=i64::MAX.unsigned_abs());
+    let max_age = read.duration(&format!("{key}.max_age"), Duration::from_secs(1)..=DAY * 36_600);
+    EventRule { max_events: max_events.or(DEFAULT_AUDIT.max_events), max_age: max_age.or(DEFAULT_AUDIT.max_age) }
 }
 
 fn key_files(read: &mut Reader<'_>, key: &str) -> Vec<PathBuf> {
@@ -812,7 +832,7 @@ fn retention(read: &mut Reader<'_>, key: &str) -> Retention {
         .map(|state| (state, rule(&format!("{key}.{}", state.key()))))
         .filter(|(_, rule)| *rule != RetentionRule::default())
         .collect();
-    Retention { default, by_state }
+    Retention { default, by_state, ..Retention::default() }
 }
 
 /// Refuses circular dependencies between declared subsystems. Subsystems that were registered by RPC are not known

@@ -64,7 +64,7 @@ use crate::{
 
 pub use self::{
     admission::Ticket,
-    checkpoints::{ProvedCycle, Published},
+    checkpoints::{Logged, Proved, Published},
     figures::{Counts, Figures, Passes},
     live::{LiveChange, LiveCycle, LiveEvent, RunningCycle, Update},
     refusal::{NotCancelled, NotOwner, NotRecorded, NotRegistered, NotRenewed, RecordHasNoRoom, Refusal},

@@ -7,9 +7,10 @@ mod subsystems;
 pub use self::{
     spans::{Spans, Untraced},
     store::{
-        AuditEntry, Contents, Durability, Excess, Filter, Found, Log, Lost, OpenCycle, Page, PageLimits, Record,
-        Removal, ResumeError, Retention, RetentionRule, SCAN_LIMIT, Stage, Store, StoreError, StoreSize, StoredLoop,
-        StoredOutput, StoredSubsystem, TriggerKind, Unreadable, UnreadableRow, Write,
+        AuditEntry, Contents, Durability, EventFilter, EventPage, EventRule, Excess, Filter, Found, FoundEvent, Log,
+        LoggedEvent, Lost, OpenCycle, Page, PageLimits, Record, Removal, ResumeError, Retention, RetentionRule,
+        SCAN_LIMIT, Stage, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind,
+        Unreadable, UnreadableEvent, UnreadableRow, Write,
     },
     subsystems::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
 };

@@ -26,7 +26,7 @@ use crate::{
     listen::{self, Connections, Entrance, Limits, Peer},
     memory::{self, Memory, Shares},
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped},
-    ports::{Log, Spans, StoreError, Untraced},
+    ports::{Log, Retention, Spans, StoreError, Untraced},
     record,
     store::{self, KeyFileError, OpenError, StoreUrl},
     tasks::{Task, TaskEnded, Tasks},
@@ -680,7 +680,7 @@ pub fn settings(config: &Config) -> Settings {
         max_subsystems: config.registry.max_subsystems,
         max_loops: config.registry.max_loops,
         max_watchers: config.server.max_watchers,
-        retention: config.store.retention.clone(),
+        retention: Retention { events: config.audit.retention, ..config.store.retention.clone() },
         revoked: config.access.revoked_owners().into(),
     }
 }

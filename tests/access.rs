@@ -53,6 +53,7 @@ const GOLDEN: &[(&str, &[&str])] = &[
     ("GetCheckpoint", &ROLES),
     ("GetInclusionProof", &["viewer", "operator", "auditor", "admin"]),
     ("GetConsistencyProof", &ROLES),
+    ("ListAuditEvents", &["auditor", "admin"]),
 ];
 
 /// Grants for all targets to a token named as each role.

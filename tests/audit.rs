@@ -16,7 +16,7 @@ use orchestrator_core::{
     access::Token,
     config::tokens_text,
     model::Name,
-    proto::orchestrator::v1::{self as pb, AuditEvent, CredentialKind, Decision},
+    proto::orchestrator::v1::{self as pb, AuditEvent, CredentialKind, Decision, ledger_client::LedgerClient},
 };
 use prost::Message;
 use rustix::process::Signal;
@@ -247,4 +247,121 @@ async fn in_a_dry_run_an_event_says_what_would_be_denied() {
     let said = |event: &AuditEvent| (event.caller.clone(), event.decision());
     let expected = [("token:ops".to_owned(), Decision::Allowed), ("nobody".to_owned(), Decision::WouldBeDenied)];
     assert_eq!(events.iter().map(said).collect::<Vec<_>>(), expected);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Listing and retention
+
+type Ledger = LedgerClient<Channel>;
+
+async fn list(stage: &Stage, request: pb::ListAuditEventsRequest) -> pb::ListAuditEventsResponse {
+    let mut ledger = Ledger::connect(format!("http://{}", stage.service.address())).await.unwrap();
+    ledger.list_audit_events(request).await.unwrap().into_inner()
+}
+
+/// The RPCs of listed events.
+fn rpcs(listed: &pb::ListAuditEventsResponse) -> Vec<String> {
+    let rpc = |logged: &pb::LoggedAuditEvent| AuditEvent::decode(logged.event.clone()).unwrap().rpc;
+    listed.events.iter().map(rpc).collect()
+}
+
+#[tokio::test]
+async fn events_are_listed_by_pages_and_filters_and_a_changed_one_is_named() {
+    for home in [Home::new(), Home::new().in_memory()] {
+        let mut stage = Stage::at(home).await;
+        stage.register("a", |_| {}).await;
+        for _ in 0..3 {
+            stage.client.run().await.unwrap();
+        }
+        let request = pb::ListAuditEventsRequest { page_size: 3, ..pb::ListAuditEventsRequest::default() };
+        let first = list(&stage, request.clone()).await;
+        assert_eq!(rpcs(&first), ["RunCycle"; 3]);
+        assert_eq!(first.events.iter().map(|event| event.leaf).collect::<Vec<_>>(), [6, 4, 2]);
+        let rest = list(&stage, pb::ListAuditEventsRequest { page_token: first.next_page_token, ..request }).await;
+        assert_eq!((rpcs(&rest), rest.next_page_token.as_str()), (vec!["RegisterSubsystem".to_owned()], ""));
+        let filter = |change: fn(&mut pb::ListAuditEventsRequest)| {
+            let mut request = pb::ListAuditEventsRequest::default();
+            change(&mut request);
+            request
+        };
+        assert_eq!(rpcs(&list(&stage, filter(|it| it.rpc = "RegisterSubsystem".into())).await).len(), 1);
+        assert_eq!(rpcs(&list(&stage, filter(|it| it.caller = "nobody".into())).await).len(), 4);
+        assert_eq!(rpcs(&list(&stage, filter(|it| it.caller = "token:a".into())).await).len(), 0);
+        assert_eq!(rpcs(&list(&stage, filter(|it| it.denied = true)).await).len(), 0);
+        let later = |it: &mut pb::ListAuditEventsRequest| {
+            it.since = Some(prost_types::Timestamp { seconds: 4_000_000_000, nanos: 0 });
+        };
+        assert_eq!(rpcs(&list(&stage, filter(later)).await).len(), 0);
+        if !stage.home.path("o.db").exists() {
+            continue;
+        }
+        let database = rusqlite::Connection::open(stage.home.path("o.db")).unwrap();
+        database.execute("UPDATE audit SET event = CAST(event || x'00' AS BLOB) WHERE leaf = 4", []).unwrap();
+        let found = list(&stage, pb::ListAuditEventsRequest::default()).await;
+        assert_eq!((found.events.len(), found.unreadable.len(), found.unreadable[0].leaf), (3, 1, 4));
+        assert!(found.unreadable[0].problem.contains("its bytes were changed"), "{found:?}");
+    }
+}
+
+#[tokio::test]
+async fn old_events_are_removed_provably() {
+    let home =
+        Home::new().with_args(["--set", "audit.retention.max_events=2", "--set", "store.retention.max_cycles=1"]);
+    let mut stage = Stage::at(home).await;
+    for _ in 0..10 {
+        stage.client.run().await.unwrap();
+    }
+    // The retention looks at its start.
+    let stage = stage.restarted().await;
+    let removed = async { while list(&stage, pb::ListAuditEventsRequest::default()).await.events.len() > 2 {} };
+    patiently("old events to be removed", removed).await;
+    let mut ledger = Ledger::connect(format!("http://{}", stage.service.address())).await.unwrap();
+    let key = ledger.get_checkpoint(pb::GetCheckpointRequest {}).await.unwrap().into_inner().keys.remove(0);
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    assert_eq!(events(&home).len(), 2);
+    let verify = || {
+        let mut verify = std::process::Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+        let output = verify.arg("verify").arg("--db").arg(home.path("o.db")).args(["--key", &key]).output().unwrap();
+        (
+            output.status.code(),
+            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)),
+        )
+    };
+    let (code, said) = verify();
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("1 records and 2 audit events are as they were written"), "{said}");
+    assert!(said.contains("entries 0 to 16 were removed by retention"), "{said}");
+    let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
+    database.execute("DELETE FROM audit WHERE leaf = (SELECT max(leaf) FROM audit)", []).unwrap();
+    drop(database);
+    assert_eq!(verify().0, Some(1));
+}
+
+#[tokio::test]
+async fn the_command_line_lists_events() {
+    let (stage, token) = with_token("enforce", "ops").await;
+    let mut client = orchestrator(&stage).await;
+    for _ in 0..2 {
+        client.run_cycle(with(&token, pb::RunCycleRequest::default())).await.unwrap();
+    }
+    let credentials = stage.home.path("ops.token");
+    fs::write(&credentials, &token).unwrap();
+    fs::set_permissions(&credentials, fs::Permissions::from_mode(0o600)).unwrap();
+    let audit = async |args: &[&str]| {
+        let mut audit = tokio::process::Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+        audit.args(["audit", "--address", &format!("http://{}", stage.service.address())]);
+        audit.arg("--credentials").arg(&credentials).args(args);
+        let output = patiently("the audit", audit.output()).await.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let table = audit(&["--caller", "token:ops", "--since", "1h"]).await;
+    assert_eq!(table.matches("RunCycle").count(), 2, "{table}");
+    assert!(table.contains("token:ops") && table.contains("127.0.0.1"), "{table}");
+    assert!(audit(&["--denied"]).await.contains("no events"));
+    let json = audit(&["--limit", "1", "--output", "json"]).await;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let event = &json["events"][0];
+    assert_eq!((event["leaf"].as_str(), event["event"]["cycleId"].as_str()), (Some("3"), Some("2")), "{json}");
 }

@@ -204,6 +204,7 @@ fn lines(command: &str) -> &'static [&'static str] {
         "plan" => &["plan", "plan --subsystem a"],
         "store accept" => &["store accept sqlite:FILE"],
         "whoami" => &["whoami"],
+        "audit" => &["audit", "audit --denied --caller a --all"],
         "certs init" => &["certs init --dir FILE"],
         "certs issue" => &["certs issue viewer a --dir FILE"],
         "certs renew" => &["certs renew --dir FILE"],

@@ -101,9 +101,11 @@ async fn records_of_an_earlier_version_are_not_in_the_log_and_later_ones_are() {
     }
     let Stage { fleet, home, service, .. } = stage;
     assert!(service.stop().await.success());
-    let earlier = "ALTER TABLE cycles DROP COLUMN leaf; ALTER TABLE meta DROP COLUMN log_size;
+    let earlier =
+        "DROP INDEX cycles_by_leaf; ALTER TABLE cycles DROP COLUMN leaf; ALTER TABLE meta DROP COLUMN log_size;
                    ALTER TABLE meta DROP COLUMN log_first_kept; DROP TABLE hashes; DROP TABLE control;
                    ALTER TABLE open_cycles DROP COLUMN audit; DROP TABLE audit;
+                   ALTER TABLE meta DROP COLUMN audit_events;
                    ALTER TABLE cycles DROP COLUMN triggered_by; ALTER TABLE open_cycles DROP COLUMN triggered_by;
                    ALTER TABLE subsystems DROP COLUMN owner;
                    PRAGMA user_version = 4";
@@ -142,11 +144,74 @@ async fn retention_appends_what_it_removes_and_keeps_the_hashes_of_the_rest() {
         assert_eq!(pruned.first_kept, 1, "the event of the first call");
     }
     assert!((59..70).contains(&gone.len()), "{gone:?}");
-    // The whole log, of what was there and is there, has the nodes that are left.
+    // The whole log, of what was there and is there, has the nodes that are left. An event stands between each two
+    // records, so that none are left out.
     let mut whole: Vec<_> = gone.into_iter().zip(records).chain(kept).collect();
     whole.sort_unstable();
     let (_, nodes) = log_of(&whole);
     assert_eq!(hashes(&database), nodes);
+}
+
+/// The hashes of a log with an old entry that is kept, and thousands of removed ones after it.
+#[tokio::test]
+async fn an_old_event_is_proved_by_few_hashes_after_all_later_records_were_removed() {
+    let home = Home::new().with_args(["--set", "store.retention.max_cycles=5"]);
+    let mut stage = Stage::at(home.with_config("[[loops]]\nname = \"fast\"\ninterval = \"10ms\"\n")).await;
+    // Its event is in the log from here on. Cycles of the loop have none.
+    stage.client.run().await.unwrap();
+    let removed = async {
+        loop {
+            let status = stage.client.status().await.unwrap();
+            if status.oldest_revision > 200 {
+                return status;
+            }
+        }
+    };
+    patiently("hundreds of records to be removed", removed).await;
+    let mut ledger = ledger(&stage).await;
+    let mut list = async |request| ledger.list_audit_events(request).await.unwrap().into_inner().events;
+    let [event] = &list(pb::ListAuditEventsRequest::default()).await[..] else { panic!("one event") };
+    let event = event.clone();
+
+    let mut ledger = self::ledger(&stage).await;
+    let request = pb::GetInclusionProofRequest { event_leaf: Some(event.leaf), ..Default::default() };
+    let proved = ledger.get_inclusion_proof(request).await.unwrap().into_inner();
+    let signed = checkpoint(&mut ledger).await.1.open(&proved.checkpoint).unwrap();
+    assert_eq!(proved.entry, Entry::Audit(&event.event).to_bytes());
+    let proof = Inclusion(hashes_of(&proved.hashes));
+    let leaf = Hash::of_leaf([&proved.entry[..]]);
+    assert_eq!(proof.verify(event.leaf, leaf, signed.size, signed.root), Ok(()));
+    // A log that ends among what is gone can't be compared any more.
+    let refused = consistency(&mut ledger, 101, 0).await.unwrap_err();
+    assert_eq!(reason(&refused), because(Code::OutOfRange, "HASHES_REMOVED", [("size", "101")]));
+
+    assert!(stage.service.stop().await.success());
+    let database = database(&stage.home.path("o.db"));
+    let (entries, hashes) = (entries(&database).len(), hashes(&database).len());
+    println!("{} entries were written, {entries} are kept, with {hashes} hashes", signed.size);
+    // Less than two for each entry that was written, and than a path of 10 for each that is kept.
+    assert!(hashes < 10 * entries && hashes < 300, "{hashes}");
+}
+
+#[tokio::test]
+async fn an_event_is_proved_by_its_leaf_and_no_other_entry_is() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    let mut ledger = ledger(&stage).await;
+    let mut prove = async |cycle_id, event_leaf| {
+        let request = pb::GetInclusionProofRequest { cycle_id, size: 0, event_leaf: Some(event_leaf) };
+        ledger.get_inclusion_proof(request).await.map(Response::into_inner)
+    };
+    assert_eq!(prove(0, 1).await.unwrap().entry[0], 0x12, "an audit event");
+    for (leaf, name) in [(0, "0"), (2, "2"), (u64::MAX, "18446744073709551615")] {
+        let refused = prove(0, leaf).await.unwrap_err();
+        assert_eq!(reason(&refused), because(Code::NotFound, "EVENT_NOT_FOUND", [("leaf", name)]));
+    }
+    assert_eq!(reason(&prove(1, 1).await.unwrap_err()), invalid(["event_leaf"]));
+    let database = database(&stage.home.path("o.db"));
+    database.execute("UPDATE audit SET event = CAST(event || x'00' AS BLOB)", []).unwrap();
+    let refused = prove(0, 1).await.unwrap_err();
+    assert_eq!(reason(&refused), because(Code::DataLoss, "EVENT_UNREADABLE", [("leaf", "1")]));
 }
 
 /// A fault of the disk, as far as the database itself does not notice it.
@@ -212,7 +277,8 @@ async fn checkpoint(ledger: &mut Ledger) -> (String, VerifyingKey) {
 }
 
 async fn inclusion(ledger: &mut Ledger, cycle_id: u64, size: u64) -> Result<pb::GetInclusionProofResponse, Status> {
-    ledger.get_inclusion_proof(pb::GetInclusionProofRequest { cycle_id, size }).await.map(Response::into_inner)
+    let request = pb::GetInclusionProofRequest { cycle_id, size, event_leaf: None };
+    ledger.get_inclusion_proof(request).await.map(Response::into_inner)
 }
 
 async fn consistency(
@@ -258,7 +324,6 @@ async fn a_record_is_proved_by_its_bytes_and_a_signed_checkpoint_from_disk_and_i
         let log = log_of(&[]).0;
         assert_eq!(Consistency(Vec::new()).verify((0, log.root()), (newest.size, newest.root)), Ok(()));
 
-        let beyond = || [("first_size", "0"), ("size", "6")];
         for refused in [
             inclusion(&mut ledger, 3, 4).await.unwrap_err(),
             inclusion(&mut ledger, 3, 7).await.unwrap_err(),
@@ -266,7 +331,7 @@ async fn a_record_is_proved_by_its_bytes_and_a_signed_checkpoint_from_disk_and_i
             consistency(&mut ledger, 1, u64::MAX).await.unwrap_err(),
             consistency(&mut ledger, u64::MAX, 0).await.unwrap_err(),
         ] {
-            assert_eq!(reason(&refused), because(Code::OutOfRange, "NOT_IN_LOG", beyond()));
+            assert_eq!(reason(&refused), because(Code::OutOfRange, "NOT_IN_LOG", [("size", "6")]));
         }
         let unknown = inclusion(&mut ledger, 9, 0).await.unwrap_err();
         assert_eq!(reason(&unknown), because(Code::NotFound, "CYCLE_NOT_FOUND", [("cycle_id", "9")]));

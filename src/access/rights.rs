@@ -36,6 +36,8 @@ pub struct Targets<'a> {
     pub r#loop: Option<&'a str>,
     /// True if it asks for outputs, or for snapshots, for which subsystems are called.
     pub details: bool,
+    /// True if it asks for an audit event.
+    pub audit: bool,
     /// It makes these registrations.
     pub registrations: Vec<Registering<'a>>,
 }
@@ -70,6 +72,7 @@ impl Targets<'_> {
         subsystems: Vec::new(),
         r#loop: None,
         details: false,
+        audit: false,
         registrations: Vec::new(),
     };
 }
@@ -125,6 +128,9 @@ impl Rights {
         }
         if targets.details && !covered(&|right| right.role == Role::Operator) {
             return Err("outputs and snapshots".into());
+        }
+        if targets.audit && !covered(&|right| right.role == Role::Auditor) {
+            return Err("the audit".into());
         }
         for registration in &targets.registrations {
             // The parts of a registration belong together, so one grant must cover all of them.

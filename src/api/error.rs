@@ -13,7 +13,7 @@ use crate::{
     access::{Role, Unauthenticated},
     model::{Name, Violation, Violations, excerpt},
     orchestrator::{NotOwner, Refusal},
-    ports::Unreadable,
+    ports::{Unreadable, UnreadableEvent},
 };
 
 /// The domain of every reason, as in the contract.
@@ -65,8 +65,11 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
         Refusal::CycleNotLogged(id) => {
             (Code::FailedPrecondition, "CYCLE_NOT_LOGGED", vec![("cycle_id", id.to_string())])
         }
-        Refusal::NotInLog { first, size } => {
-            (Code::OutOfRange, "NOT_IN_LOG", vec![("first_size", first.to_string()), ("size", size.to_string())])
+        Refusal::NotInLog(size) => (Code::OutOfRange, "NOT_IN_LOG", vec![("size", size.to_string())]),
+        Refusal::HashesRemoved(size) => (Code::OutOfRange, "HASHES_REMOVED", vec![("size", size.to_string())]),
+        Refusal::EventNotFound(leaf) => (Code::NotFound, "EVENT_NOT_FOUND", vec![("leaf", leaf.to_string())]),
+        Refusal::EventUnreadable(UnreadableEvent { leaf, .. }) => {
+            (Code::DataLoss, "EVENT_UNREADABLE", vec![("leaf", leaf.to_string())])
         }
         Refusal::NoCheckpoint => (Code::Unavailable, "NO_CHECKPOINT", vec![]),
         Refusal::TooManyWatchers(_) => (Code::ResourceExhausted, "TOO_MANY_WATCHERS", vec![]),

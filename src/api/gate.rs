@@ -219,7 +219,7 @@ impl Gate {
 
 /// The targets of a request, as the audit names them.
 fn named(targets: &Targets<'_>) -> AuditTargets {
-    let Targets { all_subsystems, subsystems, r#loop, details: _, registrations } = targets;
+    let Targets { all_subsystems, subsystems, r#loop, details: _, audit: _, registrations } = targets;
     let all = all_subsystems.then(|| "*".to_owned());
     let names = subsystems.iter().copied().chain(registrations.iter().map(|registration| registration.name));
     let r#loop = r#loop.map(|name| format!("loop:{name}"));

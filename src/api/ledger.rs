@@ -1,4 +1,4 @@
-//! Checkpoints of the log, and proofs.
+//! Checkpoints of the log, proofs, and the audit.
 
 use bytes::Bytes;
 use tonic::{Request, Status};
@@ -7,6 +7,7 @@ use super::{Answer, Api, error::status, gate::Entered, handlers::invalid, reques
 use crate::{
     ledger::Hash,
     orchestrator::Published,
+    ports::{EventPage, LoggedEvent, UnreadableEvent},
     proto::orchestrator::v1::{self as pb, ledger_server::Ledger},
 };
 
@@ -29,6 +30,13 @@ impl Ledger for Api {
     ) -> Answer<pb::GetConsistencyProofResponse> {
         self.gate.answer(request, get_consistency_proof).await
     }
+
+    async fn list_audit_events(
+        &self,
+        request: Request<pb::ListAuditEventsRequest>,
+    ) -> Answer<pb::ListAuditEventsResponse> {
+        self.gate.answer(request, list_audit_events).await
+    }
 }
 
 async fn get_checkpoint(call: Entered<pb::GetCheckpointRequest>) -> Result<pb::GetCheckpointResponse, Status> {
@@ -39,13 +47,13 @@ async fn get_checkpoint(call: Entered<pb::GetCheckpointRequest>) -> Result<pb::G
 async fn get_inclusion_proof(
     mut call: Entered<pb::GetInclusionProofRequest>,
 ) -> Result<pb::GetInclusionProofResponse, Status> {
-    let pb::GetInclusionProofRequest { cycle_id, size } = call.take_request();
-    let cycle_id = request::cycle_id(cycle_id).map_err(invalid)?;
+    let pb::GetInclusionProofRequest { cycle_id, size, event_leaf } = call.take_request();
+    let logged = request::logged(cycle_id, event_leaf).map_err(invalid)?;
     let Published { size, note } = match size {
-        0 => call.orchestrator().checkpoint_of(cycle_id).await.map_err(status)?,
+        0 => call.orchestrator().checkpoint_of(logged).await.map_err(status)?,
         size => Published { size, ..Published::default() },
     };
-    let proved = call.orchestrator().prove(cycle_id, size).await.map_err(status)?;
+    let proved = call.orchestrator().prove(logged, size).await.map_err(status)?;
     Ok(pb::GetInclusionProofResponse {
         leaf: proved.leaf,
         size,
@@ -65,6 +73,26 @@ async fn get_consistency_proof(
     };
     let proof = call.orchestrator().prove_extension(from_size, size).await.map_err(status)?;
     Ok(pb::GetConsistencyProofResponse { size, hashes: bytes_of(&proof.0), checkpoint: note.to_string() })
+}
+
+async fn list_audit_events(
+    mut call: Entered<pb::ListAuditEventsRequest>,
+) -> Result<pb::ListAuditEventsResponse, Status> {
+    let request::Events { before, filter, page_size } = request::events(call.take_request()).map_err(invalid)?;
+    let EventPage { events, next } = call.orchestrator().events(before, filter, page_size).await.map_err(status)?;
+    let next_page_token = next.map(|next| next.to_string()).unwrap_or_default();
+    let mut answer = pb::ListAuditEventsResponse { next_page_token, ..Default::default() };
+    for found in events {
+        match found {
+            Ok(LoggedEvent { leaf, entry }) => {
+                answer.events.push(pb::LoggedAuditEvent { leaf, event: entry.bytes });
+            }
+            Err(UnreadableEvent { leaf, problem }) => {
+                answer.unreadable.push(pb::UnreadableAuditEvent { leaf, problem });
+            }
+        }
+    }
+    Ok(answer)
 }
 
 fn bytes_of(hashes: &[Hash]) -> Vec<Bytes> {

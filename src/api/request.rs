@@ -18,8 +18,8 @@ use crate::{
         OverlapPolicy, Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, TlsSpec, Trigger,
         Violations,
     },
-    orchestrator::{From as WatchFrom, WatchFilter},
-    ports::{Filter, TriggerKind},
+    orchestrator::{From as WatchFrom, Logged, WatchFilter},
+    ports::{EventFilter, Filter, TriggerKind},
     proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
     record::PartFilter,
 };
@@ -97,6 +97,16 @@ pub(super) fn cycle_id(cycle_id: u64) -> Result<CycleId, Violations> {
         bad.add("cycle_id", "is missing; give the id of a cycle, 1 or more");
     }
     bad.into_result(CycleId(cycle_id))
+}
+
+/// The entry of the log to prove.
+pub(super) fn logged(cycle_id: u64, event_leaf: Option<u64>) -> Result<Logged, Violations> {
+    let Some(leaf) = event_leaf else { return self::cycle_id(cycle_id).map(Logged::Cycle) };
+    let mut bad = Violations::default();
+    if cycle_id != 0 {
+        bad.add("event_leaf", "is given in addition to `cycle_id`; give one of them");
+    }
+    bad.into_result(Logged::Event(leaf))
 }
 
 /// A registration that can be dialed within `reach`.
@@ -284,6 +294,40 @@ pub(super) struct List {
     pub(super) filter: Filter,
     pub(super) parts: PartFilter,
     pub(super) page_size: usize,
+}
+
+/// A page of audit events.
+pub(super) struct Events {
+    pub(super) before: Option<u64>,
+    pub(super) filter: EventFilter,
+    pub(super) page_size: usize,
+}
+
+pub(super) fn events(request: pb::ListAuditEventsRequest) -> Result<Events, Violations> {
+    /// Longer than any identity.
+    const MAX_TEXT: usize = 300;
+    let pb::ListAuditEventsRequest { page_size, page_token, since, caller, rpc, denied } = request;
+    let mut bad = Violations::default();
+    let before = (!page_token.is_empty()).then(|| {
+        let before = page_token.parse();
+        if before.is_err() {
+            bad.add("page_token", "is not a token of this service; leave it empty to start over");
+        }
+        before.unwrap_or_default()
+    });
+    for (field, text) in [("caller", &caller), ("rpc", &rpc)] {
+        if text.len() > MAX_TEXT {
+            bad.add(field, format!("is {} bytes long; the limit is {MAX_TEXT} bytes", text.len()));
+        }
+    }
+    let filter = EventFilter {
+        since: since.and_then(|time| timestamp(&mut bad, "since", time)),
+        caller: Some(caller).filter(|caller| !caller.is_empty()),
+        rpc: Some(rpc).filter(|rpc| !rpc.is_empty()),
+        denied,
+    };
+    let events = Events { before, filter, page_size: self::page_size(&mut bad, page_size, 100) };
+    bad.into_result(events)
 }
 
 pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {

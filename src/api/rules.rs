@@ -49,6 +49,7 @@ impl Rpc {
             | Self::PlanCycle
             | Self::ListSubsystems
             | Self::ListIntervalLoops => READERS,
+            Self::ListAuditEvents => Rule::Roles(&[Role::Auditor, Role::Admin]),
             Self::RunCycle
             | Self::CancelCycle
             | Self::SuspendSubsystem
@@ -235,10 +236,10 @@ impl Concerns for pb::GetCheckpointRequest {
     }
 }
 
-/// The proof contains the record.
+/// The proof contains the record or the event.
 impl Concerns for pb::GetInclusionProofRequest {
     fn targets(&self) -> Targets<'_> {
-        Targets::ALL
+        Targets { audit: self.event_leaf.is_some(), ..Targets::ALL }
     }
 }
 
@@ -251,6 +252,13 @@ impl Concerns for pb::GetConsistencyProofRequest {
 impl Concerns for LogIn {
     fn targets(&self) -> Targets<'_> {
         Targets::default()
+    }
+}
+
+/// Events name subsystems.
+impl Concerns for pb::ListAuditEventsRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::ALL
     }
 }
 

@@ -1,5 +1,6 @@
 //! The command line: one file a command. The remote ones use only the generated client.
 
+mod audit;
 mod cancel;
 mod certs;
 mod check;
@@ -112,6 +113,7 @@ enum Command {
     Certs(certs::Certs),
     #[command(name = "whoami")]
     WhoAmI(whoami::WhoAmI),
+    Audit(audit::Audit),
     Verify(verify::Verify),
     Conformance(conformance::Conformance),
     Completions(completions::Completions),
@@ -170,6 +172,7 @@ impl Cli {
             Command::Report(report) => Box::pin(report.run()),
             Command::Plan(plan) => Box::pin(plan.run()),
             Command::WhoAmI(whoami) => Box::pin(whoami.run()),
+            Command::Audit(audit) => Box::pin(audit.run()),
             Command::Conformance(conformance) => Box::pin(conformance.run()),
             // These have no handler of Ctrl-C, so that it ends them at once.
             Command::Check(check) => Box::pin(ready(check.run())),

@@ -29,7 +29,9 @@ use crate::{
     config::secure::{AUTHORITY, CERTIFICATE, KEY},
     dial::{authorities, tls_in_words},
     file,
-    proto::orchestrator::v1::{access_client::AccessClient, orchestrator_client::OrchestratorClient},
+    proto::orchestrator::v1::{
+        access_client::AccessClient, ledger_client::LedgerClient, orchestrator_client::OrchestratorClient,
+    },
 };
 
 /// A connection whose calls have the credential of the caller.
@@ -240,6 +242,15 @@ impl<F: clap::Args> Remote<F> {
     pub(super) async fn connect_to_access(&self) -> Result<AccessClient<Identified>, Failure> {
         let (channel, bearer) = self.channel().await?;
         Ok(AccessClient::with_interceptor(channel, bearer))
+    }
+
+    /// Connects to the service that has the log of the history.
+    ///
+    /// # Errors
+    /// The service can't be reached.
+    pub(super) async fn connect_to_ledger(&self) -> Result<LedgerClient<Identified>, Failure> {
+        let (channel, bearer) = self.channel().await?;
+        Ok(LedgerClient::with_interceptor(channel, bearer))
     }
 
     async fn channel(&self) -> Result<(Channel, Bearer), Failure> {

@@ -61,19 +61,22 @@ impl Verify {
         let verified = store::verify(&db, &checkpoint, rules, &mut wrong);
         let verified = verified.map_err(|error| refused(error.to_string()))?;
         printed?;
-        let Verified { entries, first_kept, records, events, unlogged } = verified;
+        let Verified { entries, first_kept, removed, records, events, unlogged } = verified;
         if count > 0 {
             return Err(refused(format!("{} differs from what was recorded in {count} ways", db.display())));
         }
         let mut lines = vec![format!(
-            "{} has the log {} of {entries} entries, {} of which are signed; {records} records and {events} audit events are \
-             as they were written",
+            "{} has the log {} of {entries} entries, {} of which are signed; {records} records and {events} audit events \
+             are as they were written",
             db.display(),
             checkpoint.origin,
             checkpoint.size
         )];
         if first_kept > 0 {
             lines.push(format!("entries 0 to {} were removed by retention", first_kept - 1));
+        }
+        if let others @ 1.. = removed.saturating_sub(first_kept) {
+            lines.push(format!("retention removed {others} of the later entries as well"));
         }
         if unlogged > 0 {
             lines.push(format!("{unlogged} records are older than the log, and not proved"));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{
     ClientAuth, DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
     OnReload::{Applies, NeedsRestart},
-    Setting, TlsVersion, admin_address, allowed, collector, directory,
+    Setting, TlsVersion, admin_address, allowed, audit_retention, collector, directory,
     jwt::claim,
     key_files, listen_address, log_filter, mode, orchestrator_id, origin, path, retention, revoked, socket_path,
 };
@@ -75,6 +75,7 @@ settings! {
     memory.max_bytes: NeedsRestart, number(64 * MIB..=1024 * GIB).map(Some);
     store.url: NeedsRestart, parsed(StoreUrl::parse);
     store.retention: Applies, group(retention);
+    audit.retention: Applies, group(audit_retention);
     ledger.key_files: NeedsRestart, group(key_files);
     ledger.origin: NeedsRestart, parsed(origin).map(Some);
     cycle.deadline: Applies, duration(MS..=DAY);

@@ -58,11 +58,38 @@ impl Node {
         Self { level: 0, index }
     }
 
+    /// The largest complete subtree of a log of `size` leaves that contains this leaf and of which all other leaves
+    /// are `gone`. `gone` is asked about ranges beside it, of which each is twice as long as the one before.
+    ///
+    /// # Errors
+    /// Those of `gone`.
+    pub fn largest_of<E>(leaf: u64, size: u64, mut gone: impl FnMut(Range<u64>) -> Result<bool, E>) -> Result<Self, E> {
+        let mut node = Self::of_leaf(leaf);
+        loop {
+            let beside = Self { index: node.index ^ 1, ..node };
+            let above = Self { level: node.level + 1, index: node.index / 2 };
+            if above.leaves().end > size || !gone(beside.leaves())? {
+                return Ok(node);
+            }
+            node = above;
+        }
+    }
+
+    /// Its leaves.
+    pub fn leaves(self) -> Range<u64> {
+        self.index << self.level..(self.index + 1) << self.level
+    }
+
+    /// The numbers of the nodes below it.
+    pub fn below(self) -> Range<u64> {
+        let number = self.number();
+        number - ((2 << self.level) - 2)..number
+    }
+
     /// Its number: how many nodes of the log are complete before it. A node becomes complete with its last leaf, after
     /// the nodes below it.
     pub fn number(self) -> u64 {
-        let last_leaf = (self.index << self.level) + ((1 << self.level) - 1);
-        Self::complete_with(last_leaf) + u64::from(self.level)
+        Self::complete_with(self.leaves().end - 1) + u64::from(self.level)
     }
 
     /// Number of complete nodes in a log of `size` leaves.
@@ -100,8 +127,7 @@ pub struct Frontier {
 }
 
 impl Frontier {
-    /// The nodes whose hashes are the frontier of a log of `size` leaves, and the only ones that are needed of a log
-    /// whose first `size` leaves are gone. At most 64.
+    /// The nodes whose hashes are the frontier of a log of `size` leaves. At most 64.
     pub fn nodes(size: u64) -> Vec<Node> {
         Node::of_range(0..size).collect()
     }
@@ -125,15 +151,21 @@ impl Frontier {
     /// Appends a leaf. Returns the hashes of the nodes that become complete with it, in the order of their numbers, of
     /// which the first is [`Node::complete_with`] the earlier size.
     pub fn append(&mut self, leaf: Hash) -> Vec<Hash> {
-        let mut complete = vec![leaf];
-        let mut node = leaf;
-        // Each trailing one of the size is a subtree that the new leaf completes a larger one with.
-        for left in self.roots.split_off(self.roots.len() - self.size.trailing_ones() as usize).into_iter().rev() {
+        self.append_subtree(Node::of_leaf(self.size), leaf)
+    }
+
+    /// Appends all leaves of a complete subtree, which begins at the end of the log. Returns its hash, and those of the
+    /// nodes above it that become complete, in the order of their numbers.
+    pub fn append_subtree(&mut self, subtree: Node, hash: Hash) -> Vec<Hash> {
+        let mut complete = vec![hash];
+        let mut node = hash;
+        // An odd index has the subtree to its left beside it, and both together complete the one above.
+        for left in self.roots.split_off(self.roots.len() - subtree.index.trailing_ones() as usize).into_iter().rev() {
             node = Hash::of_children(left, node);
             complete.push(node);
         }
         self.roots.push(node);
-        self.size += 1;
+        self.size = subtree.leaves().end;
         complete
     }
 }
@@ -204,6 +236,45 @@ pub(super) mod tests {
         fn a_frontier_is_read_back_from_the_nodes(size in 0u64..300) {
             let log = Log::of(size);
             prop_assert_eq!(Frontier::of(size, log.read(&Frontier::nodes(size))), Some(log.frontier));
+        }
+
+        #[test]
+        fn a_log_is_made_of_subtrees_as_of_leaves(size in 1u64..300, from in 0u64..300) {
+            let log = Log::of(size);
+            let from = from % size;
+            let mut made = Log::of(from).frontier;
+            while made.size() < size {
+                let subtree = Node::largest_of(made.size(), size, |beside| Ok::<_, ()>(beside.start >= from)).unwrap();
+                prop_assert_eq!(subtree.leaves().start, made.size());
+                let [hash] = log.read(&[subtree])[..] else { unreachable!() };
+                let number = usize::try_from(subtree.number()).unwrap();
+                let complete = made.append_subtree(subtree, hash);
+                prop_assert_eq!(&complete[..], &log.nodes[number..number + complete.len()]);
+            }
+            prop_assert_eq!(made, log.frontier);
+        }
+
+        #[test]
+        fn the_largest_subtree_of_gone_leaves_has_no_other_ones(size in 1u64..300, gone: u64, leaf in 0u64..300) {
+            let leaf = leaf % size;
+            let is_gone = |index: u64| index == leaf || gone >> (index % 64) & 1 == 1;
+            let largest = Node::largest_of(leaf, size, |mut beside| Ok::<_, ()>(beside.all(is_gone))).unwrap();
+            prop_assert!(largest.leaves().all(is_gone) && largest.leaves().end <= size);
+            let above = Node { level: largest.level + 1, index: largest.index / 2 };
+            prop_assert!(above.leaves().end > size || !above.leaves().all(is_gone));
+        }
+
+        #[test]
+        fn the_nodes_below_a_node_are_complete_just_before_it(size in 1u64..300) {
+            for node in (0..9).flat_map(|level| (0..size >> level).map(move |index| Node { level, index })) {
+                let levels = (0..node.level).flat_map(|level| {
+                    let Range { start, end } = node.leaves();
+                    (start >> level..end >> level).map(move |index| Node { level, index }.number())
+                });
+                let mut below: Vec<_> = levels.collect();
+                below.sort_unstable();
+                prop_assert_eq!(below, node.below().collect::<Vec<_>>());
+            }
         }
 
         #[test]

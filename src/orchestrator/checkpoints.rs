@@ -1,6 +1,6 @@
 //! Signed checkpoints of the log, and the proofs that refer to them.
 
-use std::{ops::RangeInclusive, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
@@ -29,9 +29,18 @@ pub struct Published {
     pub note: Arc<str>,
 }
 
-/// A proof that the log of a checkpoint contains the record of a cycle.
+/// A logged thing that callers name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logged {
+    /// The record of this cycle.
+    Cycle(CycleId),
+    /// The audit event of this leaf.
+    Event(u64),
+}
+
+/// A proof that the log of a checkpoint contains an entry.
 #[derive(Clone, Debug)]
-pub struct ProvedCycle {
+pub struct Proved {
     /// Its leaf.
     pub leaf: u64,
     /// The encoded `LogEntry`.
@@ -78,30 +87,35 @@ impl Orchestrator {
         self.0.published(0).await
     }
 
-    /// The newest published checkpoint that covers the record of this cycle, which may have to be awaited for about a
-    /// second.
+    /// The newest published checkpoint that covers this entry, which may have to be awaited for about a second.
     ///
     /// # Errors
-    /// The cycle has no record, the record is older than the log, or no checkpoint can be published.
-    pub async fn checkpoint_of(&self, cycle_id: CycleId) -> Result<Published, Refusal> {
-        let leaf = self.leaf(cycle_id).await?;
+    /// There is no such entry, the record is older than the log, or no checkpoint can be published.
+    pub async fn checkpoint_of(&self, logged: Logged) -> Result<Published, Refusal> {
+        let leaf = match logged {
+            Logged::Cycle(cycle_id) => self.leaf(cycle_id).await?,
+            Logged::Event(leaf) => self.event(leaf).await?.leaf,
+        };
         self.0.published(leaf + 1).await
     }
 
-    /// A proof that the log of the first `size` entries contains the record of a cycle.
+    /// A proof that the log of the first `size` entries contains this entry.
     ///
     /// # Errors
-    /// The cycle has no record, the record can't be read or is not among these entries, or the log has fewer entries.
-    pub async fn prove(&self, cycle_id: CycleId, size: u64) -> Result<ProvedCycle, Refusal> {
-        let record = self.cycle(cycle_id).await?;
-        let leaf = self.leaf(cycle_id).await?;
-        let log = self.0.store.log();
-        check_sizes(&log, leaf.saturating_add(1)..=size)?;
-        let path = Path::of_inclusion(leaf, size);
-        let proof = Inclusion(self.0.hashes(&path, &log).await?);
-        let entry = Entry::Cycle(&record.bytes).to_bytes();
+    /// There is no such entry, it can't be read or is not among these, the log has fewer entries, or the hashes that
+    /// prove it are no longer retained.
+    pub async fn prove(&self, logged: Logged, size: u64) -> Result<Proved, Refusal> {
+        let (leaf, entry) = match logged {
+            Logged::Cycle(cycle_id) => {
+                let record = self.cycle(cycle_id).await?;
+                (self.leaf(cycle_id).await?, Entry::Cycle(&record.bytes).to_bytes())
+            }
+            Logged::Event(leaf) => (leaf, Entry::Audit(&self.event(leaf).await?.entry.bytes).to_bytes()),
+        };
+        self.0.check_sizes(leaf.saturating_add(1), size)?;
+        let proof = Inclusion(self.0.hashes(&Path::of_inclusion(leaf, size), size).await?);
         let room = self.0.room(entry.len()).await?;
-        Ok(ProvedCycle { leaf, entry: room.around(entry.into()), proof })
+        Ok(Proved { leaf, entry: room.around(entry.into()), proof })
     }
 
     /// A proof that the log of the first `size` entries extends that of the first `earlier` ones.
@@ -109,10 +123,8 @@ impl Orchestrator {
     /// # Errors
     /// The log has fewer entries, or the hashes that prove it are no longer retained.
     pub async fn prove_extension(&self, earlier: u64, size: u64) -> Result<Consistency, Refusal> {
-        let log = self.0.store.log();
-        check_sizes(&log, earlier..=size)?;
-        let path = Path::of_consistency(earlier, size);
-        Ok(Consistency(self.0.hashes(&path, &log).await?))
+        self.0.check_sizes(earlier, size)?;
+        Ok(Consistency(self.0.hashes(&Path::of_consistency(earlier, size), earlier).await?))
     }
 
     /// The leaf of the record of a cycle.
@@ -181,20 +193,15 @@ impl Shared {
         Ok(())
     }
 
-    /// The hashes of a proof.
-    async fn hashes(&self, path: &Path, log: &Log) -> Result<Vec<Hash>, Refusal> {
+    /// The hashes of a proof about the log of the first `size` entries.
+    async fn hashes(&self, path: &Path, size: u64) -> Result<Vec<Hash>, Refusal> {
         let nodes = self.store.nodes(path.nodes()).await?;
-        let (first, size) = (self.store.log().first_kept, log.frontier.size());
-        // Retention may have removed them since.
-        nodes.map(|nodes| path.hashes(&nodes)).ok_or(Refusal::NotInLog { first, size })
+        nodes.map(|nodes| path.hashes(&nodes)).ok_or(Refusal::HashesRemoved(size))
     }
-}
 
-/// Checks that a proof between logs of these sizes can be made.
-fn check_sizes(log: &Log, sizes: RangeInclusive<u64>) -> Result<(), Refusal> {
-    let (first, size) = (log.first_kept, log.frontier.size());
-    let (earlier, later) = sizes.into_inner();
-    // No hash is needed to extend the empty log.
-    let is_kept = earlier >= first || earlier == 0;
-    if earlier <= later && later <= size && is_kept { Ok(()) } else { Err(Refusal::NotInLog { first, size }) }
+    /// Checks that there are logs of these sizes, and that the later one can extend the earlier one.
+    fn check_sizes(&self, earlier: u64, later: u64) -> Result<(), Refusal> {
+        let size = self.store.log().frontier.size();
+        if earlier <= later && later <= size { Ok(()) } else { Err(Refusal::NotInLog(size)) }
+    }
 }

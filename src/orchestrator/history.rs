@@ -11,8 +11,11 @@ use tokio::{sync::OnceCell, time::timeout};
 use super::{Orchestrator, RecordHasNoRoom, Refusal, Shared, State, offload::offload};
 use crate::{
     memory::{Full, Held},
-    model::{CycleId, RequestKey, Revision},
-    ports::{Filter, Found, Page, PageLimits, Record, SCAN_LIMIT, StoreError, Unreadable},
+    model::{AuditEvent, CycleId, RequestKey, Revision},
+    ports::{
+        EventFilter, EventPage, Filter, Found, LoggedEvent, Page, PageLimits, Record, SCAN_LIMIT, StoreError,
+        Unreadable,
+    },
     record::{BriefParts, PartFilter},
 };
 
@@ -83,6 +86,39 @@ impl Orchestrator {
         }
         let record = self.0.read_one(self.0.store.cycle(cycle_id)).await?;
         record.map(Arc::new).ok_or(Refusal::CycleNotFound(cycle_id))
+    }
+
+    /// A page of audit events below the leaf `before`, newest first, of at most `max_events`.
+    ///
+    /// # Errors
+    /// The store can't be read, or the memory for reads is full.
+    pub async fn events(
+        &self,
+        before: Option<u64>,
+        filter: EventFilter,
+        max_events: usize,
+    ) -> Result<EventPage, Refusal> {
+        let mut room = self.0.room(max_events * AuditEvent::MAX_BYTES).await?;
+        let mut page =
+            self.0.store.events_before(before.unwrap_or(i64::MAX.unsigned_abs()), filter, max_events).await?;
+        for event in page.events.iter_mut().flatten() {
+            let bytes = std::mem::take(&mut event.entry.bytes);
+            event.entry.bytes = room.split(bytes.len()).around(bytes);
+        }
+        Ok(page)
+    }
+
+    /// The audit event of this leaf.
+    ///
+    /// # Errors
+    /// There is none, it can't be read, or too much is being read.
+    pub(super) async fn event(&self, leaf: u64) -> Result<LoggedEvent, Refusal> {
+        let page = self.events(leaf.checked_add(1), EventFilter::default(), 1).await?;
+        match page.events.into_iter().next() {
+            Some(Ok(event)) if event.leaf == leaf => Ok(event),
+            Some(Err(unreadable)) if unreadable.leaf == leaf => Err(Refusal::EventUnreadable(unreadable)),
+            _ => Err(Refusal::EventNotFound(leaf)),
+        }
     }
 
     /// A page of records before the revision `before`, newest first, of at most `max_records`.

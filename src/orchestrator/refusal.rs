@@ -5,7 +5,7 @@ use crate::{
     engine::Ring,
     memory::Full,
     model::{CycleId, Identity, Name, Revision, Violations},
-    ports::{StoreError, Unreadable},
+    ports::{StoreError, Unreadable, UnreadableEvent},
 };
 
 /// Why a request is refused. Each message contains the problem and the remedy.
@@ -64,17 +64,22 @@ pub enum Refusal {
     /// Its record is older than the log.
     #[error("the record of cycle {0} is not in the log: an earlier version of this software recorded it")]
     CycleNotLogged(CycleId),
-    /// The log can't prove this.
+    /// Of two sizes, or a leaf and a size, the first is not within the second, or the second not within the log of this
+    /// size.
+    #[error("the log has {0} entries; give sizes up to that, the smaller one first, and a size above that of the leaf")]
+    NotInLog(u64),
+    /// The proof needs hashes that are gone.
     #[error(
-        "the log has {size} entries, and keeps what proves logs from {first} entries on; give sizes in this range, the \
-         smaller one first"
+        "retention has removed the last entries of this log of {0} entries, and the hashes that a proof needs; give the \
+         size of a later checkpoint"
     )]
-    NotInLog {
-        /// The size of the smallest log, besides the empty one, that can be proved.
-        first: u64,
-        /// Number of entries.
-        size: u64,
-    },
+    HashesRemoved(u64),
+    /// No audit event has this leaf.
+    #[error("no audit event is leaf {0} of the log; see ListAuditEvents for those that are retained")]
+    EventNotFound(u64),
+    /// An audit event is damaged.
+    #[error("{0}; restore the store from a backup to recover it")]
+    EventUnreadable(UnreadableEvent),
     /// No checkpoint was published.
     #[error(
         "no checkpoint of the log covers it yet: the file beside the store can't be written; see the log of the service"

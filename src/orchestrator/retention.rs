@@ -1,4 +1,4 @@
-//! Removes old records, and checks the clock before it removes many for their age.
+//! Removes old records and audit events, and checks the clock before it removes many for their age.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,8 +16,8 @@ use crate::{
     record,
 };
 
-/// Most records that one pass removes, so that a commit hardly waits for it. More than become too old between two
-/// passes.
+/// Most records and audit events that one pass removes, so that a commit hardly waits for it. More than become too old
+/// between two passes.
 const BATCH: usize = 256;
 
 impl Shared {
@@ -87,7 +87,7 @@ impl Shared {
             return Ok(0);
         }
         let excess = self.store.excess(retention, now, BATCH).await?;
-        let count = excess.records.len();
+        let count = excess.records.len() + excess.events.len();
         if count > 0 {
             let (removed, written) = oneshot::channel();
             let write = async {
@@ -104,12 +104,14 @@ impl Shared {
     }
 }
 
-/// The removal of these records, with its entry in the log.
-fn removal(Excess { records, first_kept }: Excess) -> Removal {
-    let leaves: Vec<_> = records.iter().filter_map(|(_, leaf)| *leaf).collect();
+/// The removal of these records and events, with its entry in the log.
+fn removal(Excess { records, events, first_kept }: Excess) -> Removal {
+    let mut leaves: Vec<_> = records.iter().filter_map(|(_, leaf)| *leaf).chain(events.iter().copied()).collect();
+    leaves.sort_unstable();
     let entry = |leaves| record::encode_pruned(&RecordsPruned::of(leaves, first_kept));
     Removal {
         revisions: records.into_iter().map(|(revision, _)| revision).collect(),
+        events,
         first_kept,
         entry: (!leaves.is_empty()).then(|| entry(leaves)),
     }
@@ -128,7 +130,7 @@ impl ToWrite for Removing {
     }
 
     fn size(&self) -> (usize, usize) {
-        (0, self.removal.revisions.len())
+        (0, self.removal.revisions.len() + self.removal.events.len())
     }
 
     fn is_needed(&self) -> bool {
@@ -148,14 +150,15 @@ impl ToWrite for Removing {
     }
 }
 
-fn shortest_age(Retention { default, by_state }: &Retention) -> Option<Duration> {
-    by_state.values().chain([default]).filter_map(|rule| rule.max_age).min()
+fn shortest_age(Retention { default, by_state, events }: &Retention) -> Option<Duration> {
+    by_state.values().chain([default]).map(|rule| rule.max_age).chain([events.max_age]).flatten().min()
 }
 
 /// The same rules without ages.
 fn without_ages(retention: &Retention) -> Retention {
     let mut retention = retention.clone();
     retention.default.max_age = None;
+    retention.events.max_age = None;
     for rule in retention.by_state.values_mut() {
         rule.max_age = None;
     }

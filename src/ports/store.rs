@@ -80,8 +80,21 @@ pub trait Store: Send + Sync + 'static {
     /// Some of them have been pruned, `revision` was never given, or the store can't be read.
     fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>>;
 
-    /// The records that exceed `retention`: at most `limit`, those with the lowest revisions, never the newest one.
-    /// [`Write::removal`] removes them.
+    /// Audit events below the leaf `before`, newest first, that pass `filter`: at most `limit`, and after
+    /// [`SCAN_LIMIT`] examined ones no further. An unreadable event passes. Events that are written between two pages
+    /// are above both.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn events_before(
+        &self,
+        before: u64,
+        filter: EventFilter,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<EventPage, StoreError>>;
+
+    /// The records and audit events that exceed `retention`: at most `limit` together, the oldest ones, never the
+    /// newest record. [`Write::removal`] removes them.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] when a later epoch has taken over, [`StoreError::Defect`] when the store was not taken
@@ -225,15 +238,25 @@ pub struct Write {
     pub close: bool,
 }
 
-/// Records that a write removes.
+/// Records and audit events that a write removes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removal {
     /// Their revisions, in increasing order. Each has a record, which is not the newest one.
     pub revisions: Vec<Revision>,
+    /// The leaves of the events, in increasing order.
+    pub events: Vec<u64>,
     /// All entries of the log below this leaf are gone then. Never lower than that of an earlier removal.
     pub first_kept: u64,
-    /// An encoded `ControlEntry` that says so, if one of these records has a leaf.
+    /// An encoded `ControlEntry` that says so, if one of these has a leaf.
     pub entry: Option<Bytes>,
+}
+
+impl Removal {
+    /// True if it removes nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.revisions.is_empty() && self.events.is_empty()
+    }
 }
 
 /// The failure that a write must survive.
@@ -410,6 +433,61 @@ impl TriggerKind {
     }
 }
 
+/// A filter of audit events.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EventFilter {
+    /// Only events at or after this time.
+    pub since: Option<Timestamp>,
+    /// Only events of this caller.
+    pub caller: Option<String>,
+    /// Only events of this RPC, or of this action of the service.
+    pub rpc: Option<String>,
+    /// Only calls that were denied, or would be if the policy was enforced.
+    pub denied: bool,
+}
+
+impl EventFilter {
+    /// True if this event passes.
+    #[must_use]
+    pub fn wants(&self, event: &AuditEntry) -> bool {
+        self.since.is_none_or(|since| event.time >= since)
+            && self.caller.as_ref().is_none_or(|caller| event.caller == *caller)
+            && self.rpc.as_ref().is_none_or(|rpc| event.rpc == *rpc)
+            && (event.denied || !self.denied)
+    }
+}
+
+/// An audit event and its leaf.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoggedEvent {
+    /// The leaf.
+    pub leaf: u64,
+    /// The event.
+    pub entry: AuditEntry,
+}
+
+/// An audit event that can't be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the audit event of leaf {leaf} can't be read: {problem}")]
+pub struct UnreadableEvent {
+    /// Its leaf.
+    pub leaf: u64,
+    /// The problem.
+    pub problem: String,
+}
+
+/// An audit event, or the error if it can't be read.
+pub type FoundEvent = Result<LoggedEvent, UnreadableEvent>;
+
+/// Some audit events, newest first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EventPage {
+    /// The events.
+    pub events: Vec<FoundEvent>,
+    /// The leaf below which the next page starts; `None` at the end.
+    pub next: Option<u64>,
+}
+
 /// Limits of one read, which returns at least one record whatever its size, if there is any.
 #[derive(Clone, Copy, Debug)]
 pub struct PageLimits {
@@ -440,6 +518,17 @@ pub struct Retention {
     pub default: RetentionRule,
     /// Rules for single states.
     pub by_state: BTreeMap<CycleState, RetentionRule>,
+    /// The rule for audit events.
+    pub events: EventRule,
+}
+
+/// Limits of the audit: an event is removed when it exceeds either one. If both are `None`, all are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EventRule {
+    /// Most events; the newest ones are kept.
+    pub max_events: Option<u64>,
+    /// Largest age of events.
+    pub max_age: Option<Duration>,
 }
 
 /// Limits of one rule. If both are `None`, everything is kept.
@@ -451,13 +540,15 @@ pub struct RetentionRule {
     pub max_age: Option<Duration>,
 }
 
-/// The records that exceed the limits of the history.
+/// The records and audit events that exceed the limits of the history.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Excess {
     /// Their revisions, in increasing order, with their leaves in the log; a record that is older than the log has
     /// none.
     pub records: Vec<(Revision, Option<u64>)>,
-    /// Without these records, all entries of the log below this leaf are gone.
+    /// The leaves of the events, in increasing order.
+    pub events: Vec<u64>,
+    /// Without these, all entries of the log below this leaf are gone.
     pub first_kept: u64,
 }
 

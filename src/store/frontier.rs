@@ -9,7 +9,7 @@ use bytes::Bytes;
 use crate::{
     ledger::{Entry, Hash, Node},
     model::{CycleId, Revision},
-    ports::{AuditEntry, Log, Record, Write},
+    ports::{AuditEntry, Log, Record, Removal, Write},
 };
 
 /// The frontier of a store.
@@ -97,9 +97,13 @@ impl Frontier {
             }
             removed = *revision;
         }
-        let first_kept = write.removal.first_kept;
-        if first_kept > self.log.frontier.size() || (first_kept < self.log.first_kept && removed != Revision::default())
-        {
+        let size = self.log.frontier.size();
+        let Removal { events, first_kept, .. } = &write.removal;
+        if !events.is_sorted_by(|one, next| one < next) || events.last().is_some_and(|leaf| *leaf >= size) {
+            return Err("the removed events are not in order, or are beyond the end of the log".into());
+        }
+        let first_kept = *first_kept;
+        if first_kept > size || (first_kept < self.log.first_kept && !write.removal.is_empty()) {
             return Err(format!("leaf {first_kept} can't be the first that is kept"));
         }
         let cycles = write.records.iter().map(|record| record.cycle_id);

@@ -2,7 +2,8 @@
 //! tests can pause the clock.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    convert::Infallible,
     future::ready,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -16,15 +17,16 @@ use jiff::Timestamp;
 use super::{
     frontier::{Appended, Frontier},
     not_taken_over,
-    pruning::{rules, to_prune},
+    pruning::{events_to_prune, needless_hashes, rules, to_prune},
 };
 use crate::{
     clock::Clock,
-    ledger::{self, Hash, Node},
+    ledger::{Hash, Node},
     model::{CycleId, Epoch, Name, Output, RequestKey, Revision},
     ports::{
-        AuditEntry, Contents, Excess, Filter, Found, Log, OpenCycle, Page, PageLimits, Record, Removal, ResumeError,
-        Retention, SCAN_LIMIT, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
+        AuditEntry, Contents, EventFilter, EventPage, Excess, Filter, Found, Log, LoggedEvent, OpenCycle, Page,
+        PageLimits, Record, Removal, ResumeError, Retention, SCAN_LIMIT, Store, StoreError, StoreSize, StoredLoop,
+        StoredOutput, StoredSubsystem, Write,
     },
 };
 
@@ -48,6 +50,8 @@ struct Kept {
     nodes: BTreeMap<u64, Hash>,
     /// The leaf of each record.
     leaves: BTreeMap<Revision, u64>,
+    /// The leaves of all entries that are kept.
+    entries: BTreeSet<u64>,
     /// The audit events, by their leaves.
     events: BTreeMap<u64, AuditEntry>,
     pruned_to: Revision,
@@ -102,8 +106,11 @@ impl Kept {
         self.nodes.extend((appended.first_node..).zip(appended.nodes.iter().copied()));
         self.leaves.extend(appended.records(write).map(|(leaf, record)| (record.revision, leaf)));
         self.events.extend(appended.events(write).map(|(leaf, event)| (leaf, event.clone())));
+        self.entries.extend(appended.first_leaf..appended.log.frontier.size());
         self.frontier.advance(write, appended);
-        self.remove(&write.removal);
+        if !write.removal.is_empty() {
+            self.remove(&write.removal);
+        }
         self.open.extend(write.open.iter().map(|open| (open.cycle_id, open.clone())));
         for record in &write.records {
             self.open.remove(&record.cycle_id);
@@ -125,22 +132,29 @@ impl Kept {
     }
 
     fn remove(&mut self, removal: &Removal) {
+        // Control entries before the first kept one are gone, too.
+        let mut removed: Vec<_> = self.entries.range(..removal.first_kept).copied().collect();
         for revision in &removal.revisions {
-            self.leaves.remove(revision);
+            removed.extend(self.leaves.remove(revision));
             self.pruned_to = self.pruned_to.max(*revision);
             if let Some(record) = self.records.remove(revision) {
                 self.revisions.remove(&record.cycle_id);
                 self.bytes -= record.bytes.len() as u64;
             }
         }
-        if removal.revisions.is_empty() {
-            return;
+        for leaf in &removal.events {
+            self.events.remove(leaf);
         }
-        let first_kept = self.frontier.log.first_kept;
-        let needed: Vec<_> = ledger::Frontier::nodes(first_kept).into_iter().map(Node::number).collect();
-        let mut later = self.nodes.split_off(&Node::complete_with(first_kept));
-        self.nodes.retain(|number, _| needed.contains(number));
-        self.nodes.append(&mut later);
+        removed.extend(&removal.events);
+        removed.sort_unstable();
+        for leaf in &removed {
+            self.entries.remove(leaf);
+        }
+        let gone = |leaves| Ok::<_, Infallible>(self.entries.range(leaves).next().is_none());
+        let Ok(needless) = needless_hashes(&removed, self.frontier.log.frontier.size(), gone);
+        for numbers in needless {
+            self.nodes.extract_if(numbers, |_, _| true).for_each(drop);
+        }
     }
 
     fn excess(&self, retention: &Retention, now: Timestamp, limit: usize) -> Excess {
@@ -160,10 +174,13 @@ impl Kept {
         revisions.truncate(limit);
         let first_kept = self.leaves.iter().find(|(revision, _)| !revisions.contains(revision));
         let first_kept = first_kept.map_or(0, |(_, leaf)| *leaf);
-        let first_event = self.events.keys().next().copied().unwrap_or(u64::MAX);
+        let oldest = self.events.iter().map(|(leaf, event)| (*leaf, event.time)).take(limit - revisions.len());
+        let events = events_to_prune(retention.events, self.events.len() as u64, oldest, now);
+        let first_event = self.events.keys().find(|leaf| !events.contains(leaf)).copied().unwrap_or(u64::MAX);
         Excess {
             first_kept: first_kept.min(first_event).max(self.frontier.log.first_kept),
             records: revisions.into_iter().map(|revision| (revision, self.leaves.get(&revision).copied())).collect(),
+            events,
         }
     }
 }
@@ -242,6 +259,27 @@ impl Store for MemoryStore {
             records.push(Ok(record.clone()));
         }
         Box::pin(ready(Ok(records)))
+    }
+
+    fn events_before(
+        &self,
+        before: u64,
+        filter: EventFilter,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<EventPage, StoreError>> {
+        let kept = self.kept();
+        let mut page = EventPage::default();
+        for (scanned, (leaf, entry)) in kept.events.range(..before).rev().enumerate() {
+            let is_wanted = filter.wants(entry);
+            if scanned == SCAN_LIMIT || (is_wanted && page.events.len() == limit) {
+                page.next = Some(leaf + 1);
+                break;
+            }
+            if is_wanted {
+                page.events.push(Ok(LoggedEvent { leaf: *leaf, entry: entry.clone() }));
+            }
+        }
+        Box::pin(ready(Ok(page)))
     }
 
     fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {

@@ -205,6 +205,8 @@ pub struct Verified {
     pub entries: u64,
     /// The entries before this leaf were removed by retention.
     pub first_kept: u64,
+    /// Number of all entries that retention has removed.
+    pub removed: u64,
     /// Number of records in the log that are there.
     pub records: u64,
     /// Number of audit events that are there.

@@ -73,8 +73,8 @@ use crate::{
     ledger::{Hash, Node},
     model::{CycleId, RequestKey, Revision},
     ports::{
-        Contents, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention, Store, StoreError, StoreSize,
-        Write,
+        Contents, EventFilter, EventPage, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention, Store,
+        StoreError, StoreSize, Write,
     },
 };
 
@@ -202,6 +202,15 @@ impl Store for SqliteStore {
     fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
         let check = self.check;
         Box::pin(self.readers.read(move |connection| reading::cycles_after(connection, check, revision, limits)))
+    }
+
+    fn events_before(
+        &self,
+        before: u64,
+        filter: EventFilter,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<EventPage, StoreError>> {
+        Box::pin(self.readers.read(move |connection| reading::events_before(connection, before, &filter, limit)))
     }
 
     fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {

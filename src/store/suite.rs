@@ -14,15 +14,15 @@ use proptest::prelude::*;
 use super::{StoreUrl, open};
 use crate::{
     clock::Clock,
-    ledger::{Entry, Frontier, Node},
+    ledger::{Entry, Frontier, Inclusion, Node, Path},
     model::{
         CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, Payload, RequestKey, Revision,
         SubsystemSpec, TraceId, Trigger,
     },
     ports::{
-        AuditEntry, Contents, Excess, Filter, Found, OpenCycle, PageLimits, Record, Removal, ResumeError, Retention,
-        RetentionRule, SCAN_LIMIT, Stage, Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind,
-        Write,
+        AuditEntry, Contents, EventFilter, EventRule, Excess, Filter, Found, FoundEvent, Log, LoggedEvent, OpenCycle,
+        PageLimits, Record, Removal, ResumeError, Retention, RetentionRule, SCAN_LIMIT, Stage, Store, StoreError,
+        StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
     },
 };
 
@@ -148,11 +148,12 @@ pub(super) async fn pruned(
     now: Timestamp,
     limit: usize,
 ) -> Vec<Revision> {
-    let Excess { records, first_kept } = store.excess(retention, now, limit).await.unwrap();
-    let entry = records.iter().any(|(_, leaf)| leaf.is_some()).then(|| Bytes::from_static(b"pruned"));
+    let Excess { records, events, first_kept } = store.excess(retention, now, limit).await.unwrap();
+    let has_leaves = !events.is_empty() || records.iter().any(|(_, leaf)| leaf.is_some());
+    let entry = has_leaves.then(|| Bytes::from_static(b"pruned"));
     let revisions: Vec<_> = records.into_iter().map(|(revision, _)| revision).collect();
-    if !revisions.is_empty() {
-        let removal = Removal { revisions: revisions.clone(), first_kept, entry };
+    if has_leaves || !revisions.is_empty() {
+        let removal = Removal { revisions: revisions.clone(), events, first_kept, entry };
         let Write { epoch, last_cycle_id, .. } = *noted;
         commit(store, Write { epoch, last_cycle_id, removal, ..Write::default() }).await;
     }
@@ -436,7 +437,7 @@ async fn retention_applies_number_age_and_state(store: &dyn Store, epoch: Epoch)
     assert_eq!(prune(everything, 100).await, 0);
     // 20 succeeded and 10 failed; failed cycles are kept longer.
     let by_state = BTreeMap::from([(CycleState::Failed, rule(Some(9), None))]);
-    let mixed = Retention { default: rule(Some(5), None), by_state };
+    let mixed = Retention { default: rule(Some(5), None), by_state, ..Retention::default() };
     assert_eq!(prune(mixed.clone(), 10).await, 10);
     assert_eq!(prune(mixed.clone(), 10).await, 6);
     assert_eq!(prune(mixed, 10).await, 0);
@@ -498,7 +499,12 @@ async fn audit_events_are_leaves_between_records_and_removals(store: &dyn Store,
         removal,
         ..Write::default()
     };
-    let removal = Removal { revisions: vec![Revision(1)], first_kept: 1, entry: Some(Bytes::from_static(b"pruned")) };
+    let removal = Removal {
+        revisions: vec![Revision(1)],
+        events: Vec::new(),
+        first_kept: 1,
+        entry: Some(Bytes::from_static(b"pruned")),
+    };
     commit(store, write(&[1, 2], removal)).await;
     commit(store, Write { audit: vec![event(3)], ..recorded(5..=6, epoch) }).await;
     let record = |revision| record(revision, epoch).bytes;
@@ -521,11 +527,89 @@ async fn audit_events_are_leaves_between_records_and_removals(store: &dyn Store,
     assert_eq!(store.log().first_kept, 4);
 }
 
+async fn an_old_event_keeps_few_hashes_of_what_was_removed_after_it(store: &dyn Store, epoch: Epoch) {
+    const RECORDS: u64 = 1000;
+    commit(store, Write { audit: vec![event(1)], ..recorded(1..=1, epoch) }).await;
+    commit(store, recorded(2..=RECORDS, epoch)).await;
+    let one = Retention { default: RetentionRule { max_cycles: Some(1), max_age: None }, ..Retention::default() };
+    // In parts, as retention does it.
+    for _ in 0..10 {
+        pruned(store, &recorded(1..=RECORDS, epoch), one.clone(), at(0), 100).await;
+    }
+    let (leaf, Log { frontier, first_kept }) = (1, store.log());
+    assert_eq!(first_kept, leaf);
+    let mut kept = Vec::new();
+    for leaf in 0..frontier.size() {
+        if store.nodes(vec![Node::of_leaf(leaf)]).await.unwrap().is_some() {
+            kept.push(leaf);
+        }
+    }
+    // The event and the leaf beside it; the last record and the removals.
+    assert_eq!(kept, [vec![0, 1], (RECORDS..frontier.size()).collect()].concat());
+    let path = Path::of_inclusion(leaf, frontier.size());
+    let proof = Inclusion(path.hashes(&store.nodes(path.nodes()).await.unwrap().unwrap()));
+    let hash = Entry::Audit(&event(1).bytes).leaf();
+    assert_eq!(proof.verify(leaf, hash, frontier.size(), frontier.root()), Ok(()));
+    // Once the event is gone as well, only what the last record needs is left.
+    let nothing = Retention { events: EventRule { max_events: Some(0), max_age: None }, ..one };
+    pruned(store, &recorded(1..=RECORDS, epoch), nothing, at(0), 100).await;
+    assert_eq!(store.nodes(vec![Node::of_leaf(1)]).await.unwrap(), None);
+}
+
+async fn audit_events_are_listed_from_the_newest_and_removed_by_number_and_age(store: &dyn Store, epoch: Epoch) {
+    // The leaves 0 and 1 are records, 2 to 11 are the events 1 to 10.
+    commit(store, Write { audit: (1..=10).map(event).collect(), ..recorded(1..=2, epoch) }).await;
+    let list = async |before, filter, limit| {
+        let page = store.events_before(before, filter, limit).await.unwrap();
+        let number = |found: FoundEvent| {
+            let LoggedEvent { leaf, entry } = found.unwrap();
+            assert_eq!(entry, event(entry.bytes[0]));
+            assert_eq!(leaf, u64::from(entry.bytes[0]) + 1);
+            entry.bytes[0]
+        };
+        (page.events.into_iter().map(number).collect::<Vec<_>>(), page.next)
+    };
+    let all = EventFilter::default;
+    assert_eq!(list(1000, all(), 4).await, (vec![10, 9, 8, 7], Some(8)));
+    assert_eq!(list(8, all(), 4).await, (vec![6, 5, 4, 3], Some(4)));
+    assert_eq!(list(4, all(), 4).await, (vec![2, 1], None));
+    assert_eq!(list(1000, EventFilter { since: Some(at(8)), ..all() }, 9).await, (vec![10, 9, 8], None));
+    let caller = Some("token:1".into());
+    assert_eq!(list(1000, EventFilter { caller, ..all() }, 3).await, (vec![9, 7, 5], Some(5)));
+    assert_eq!(list(1000, EventFilter { denied: true, ..all() }, 9).await, (vec![9, 6, 3], None));
+    assert_eq!(list(1000, EventFilter { rpc: Some("GetCycle".into()), ..all() }, 9).await, (vec![], None));
+
+    let keep = |max_events, seconds: Option<u64>| Retention {
+        events: EventRule { max_events, max_age: seconds.map(Duration::from_secs) },
+        ..Retention::default()
+    };
+    let noted = recorded(1..=2, epoch);
+    for (retention, limit, left) in [
+        (keep(None, None), 100, 10),
+        (keep(Some(8), None), 100, 8),
+        (keep(Some(2), None), 3, 5),
+        (keep(None, Some(2)), 100, 2),
+        (keep(Some(0), None), 100, 0),
+    ] {
+        pruned(store, &noted, retention, at(10), limit).await;
+        assert_eq!(list(1000, all(), 100).await.0, (11 - left..=10).rev().collect::<Vec<_>>());
+    }
+    assert_eq!(store.log().first_kept, 0, "the first record is kept");
+    let refused = |events: &[u64]| {
+        let entry = Some(Bytes::from_static(b"pruned"));
+        let removal = Removal { events: events.to_vec(), entry, ..Removal::default() };
+        Write { epoch, last_cycle_id: CycleId(2), removal, ..Write::default() }
+    };
+    for events in [&[3, 2][..], &[3, 3], &[1000]] {
+        refuses(store, refused(events)).await;
+    }
+}
+
 async fn removals_are_in_order_and_leave_the_newest_record(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 6).await;
     let removing = |revisions: &[u64], first_kept| {
         let revisions = revisions.iter().copied().map(Revision).collect();
-        let removal = Removal { revisions, first_kept, entry: Some(Bytes::from_static(b"pruned")) };
+        let removal = Removal { revisions, events: Vec::new(), first_kept, entry: Some(Bytes::from_static(b"pruned")) };
         Write { epoch, last_cycle_id: CycleId(6), removal, ..Write::default() }
     };
     for (revisions, first_kept) in [(&[2, 1][..], 2), (&[1, 1], 1), (&[0], 0), (&[6], 0), (&[1, 7], 1), (&[1], 7)] {
@@ -582,6 +666,8 @@ every_store! {
     removals_are_in_order_and_leave_the_newest_record
     the_log_keeps_what_proofs_of_the_rest_need
     audit_events_are_leaves_between_records_and_removals
+    an_old_event_keeps_few_hashes_of_what_was_removed_after_it
+    audit_events_are_listed_from_the_newest_and_removed_by_number_and_age
 }
 
 #[tokio::test]
@@ -738,7 +824,8 @@ proptest! {
                         let max_age = Some(Duration::from_secs(max_cycles + 5));
                         let default = RetentionRule { max_cycles: Some(max_cycles), max_age };
                         let failed = keeps_failed.then(|| (CycleState::Failed, RetentionRule::default()));
-                        let retention = Retention { default, by_state: failed.into_iter().collect() };
+                        let by_state = failed.into_iter().collect();
+                        let retention = Retention { default, by_state, ..Retention::default() };
                         let now = at(i64::try_from(model.last_revision).unwrap());
                         let noted = |epoch| Write { epoch, ..model.write() };
                         let gone = pruned(&*memory, &noted(one.epoch), retention.clone(), now, limit).await;

@@ -12,7 +12,7 @@ use std::{
 use orchestrator_core::{
     ledger::{Checkpoint, Hash, VerifyingKey},
     model::CycleId,
-    orchestrator::{Orchestrator, OrchestratorTasks, Published, Refusal, Settings},
+    orchestrator::{Logged, Orchestrator, OrchestratorTasks, Published, Refusal, Settings},
     ports::{Retention, RetentionRule, StoreError},
 };
 use tokio::time::sleep;
@@ -75,10 +75,10 @@ async fn a_checkpoint_for_a_cycle_covers_it_and_the_proofs_refer_to_its_root() {
     assert_eq!(earlier.size, 0);
     for cycles in [1, 1, 1, 4] {
         let cycle_id = stage.run(cycles).await;
-        let covering = stage.opened(&stage.orchestrator.checkpoint_of(cycle_id).await.unwrap());
+        let covering = stage.opened(&stage.orchestrator.checkpoint_of(Logged::Cycle(cycle_id)).await.unwrap());
         assert_eq!(covering.size, cycle_id.0);
         for cycle_id in 1..=cycle_id.0 {
-            let proved = stage.orchestrator.prove(CycleId(cycle_id), covering.size).await.unwrap();
+            let proved = stage.orchestrator.prove(Logged::Cycle(CycleId(cycle_id)), covering.size).await.unwrap();
             assert_eq!(proved.leaf, cycle_id - 1);
             let leaf = Hash::of_leaf([&proved.entry[..]]);
             assert_eq!(proved.proof.verify(proved.leaf, leaf, covering.size, covering.root), Ok(()));
@@ -87,7 +87,7 @@ async fn a_checkpoint_for_a_cycle_covers_it_and_the_proofs_refer_to_its_root() {
         assert_eq!(extension.verify((earlier.size, earlier.root), (covering.size, covering.root)), Ok(()));
         earlier = covering;
     }
-    let refused = stage.orchestrator.checkpoint_of(CycleId(8)).await;
+    let refused = stage.orchestrator.checkpoint_of(Logged::Cycle(CycleId(8))).await;
     assert!(matches!(refused, Err(Refusal::CycleNotFound(CycleId(8)))), "{refused:?}");
 }
 
@@ -114,49 +114,51 @@ async fn a_checkpoint_that_can_not_be_published_is_retried_and_logged_once() {
         warnings();
         stage.fails.store(true, Ordering::Relaxed);
         let cycle_id = stage.run(1).await;
-        let refused = stage.orchestrator.checkpoint_of(cycle_id).await;
+        let refused = stage.orchestrator.checkpoint_of(Logged::Cycle(cycle_id)).await;
         assert!(matches!(refused, Err(Refusal::NoCheckpoint)), "{refused:?}");
         let said = warnings();
         assert_eq!(said.lines().count(), 1, "{said}");
         stage.fails.store(false, Ordering::Relaxed);
-        let covering = stage.opened(&stage.orchestrator.checkpoint_of(cycle_id).await.unwrap());
+        let covering = stage.opened(&stage.orchestrator.checkpoint_of(Logged::Cycle(cycle_id)).await.unwrap());
         assert_eq!(covering.size, cycle_id.0);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn proofs_are_given_between_the_first_retained_entry_and_the_end_of_the_log() {
+async fn proofs_are_given_as_far_as_retention_has_left_their_hashes() {
     let rule = RetentionRule { max_cycles: Some(5), max_age: None };
     let retention = Retention { default: rule, ..Retention::default() };
     let stage = Stage::new(Settings { retention, ..settings() }).await;
     stage.run(20).await;
     sleep(Duration::from_secs(61)).await;
-    // The last entry says that the records of the first 15 cycles were removed.
-    let beyond = format!("{:?}", Refusal::NotInLog { first: 15, size: 21 });
-    for (earlier, size, is_given) in [
-        (0, 0, true),
-        (0, 21, true),
-        (15, 15, true),
-        (15, 21, true),
-        (16, 20, true),
-        (21, 21, true),
-        (1, 21, false),
-        (14, 21, false),
-        (14, 14, false),
-        (20, 19, false),
-        (0, 22, false),
-        (21, 22, false),
+    // The last entry says that the records of the first 15 cycles were removed: of them, the hashes of 8, 4, 2 and 1
+    // leaves are left.
+    let beyond = || Some(Refusal::NotInLog(21));
+    let removed = |size| Some(Refusal::HashesRemoved(size));
+    for (earlier, size, expected) in [
+        (0, 0, None),
+        (0, 21, None),
+        (8, 12, None),
+        (14, 21, None),
+        (15, 15, None),
+        (15, 21, None),
+        (16, 20, None),
+        (21, 21, None),
+        (1, 21, removed(1)),
+        (13, 21, removed(13)),
+        (20, 19, beyond()),
+        (0, 22, beyond()),
+        (21, 22, beyond()),
     ] {
         let proved = stage.orchestrator.prove_extension(earlier, size).await;
-        let refused = proved.err().map(|refused| format!("{refused:?}"));
-        assert_eq!(refused, (!is_given).then(|| beyond.clone()), "from {earlier} to {size}");
+        assert_eq!(format!("{:?}", proved.err()), format!("{expected:?}"), "from {earlier} to {size}");
     }
-    for (cycle_id, size, is_given) in [(16, 16, true), (16, 21, true), (20, 20, true), (16, 15, false), (20, 22, false)]
+    for (cycle_id, size, expected) in
+        [(16, 16, None), (16, 21, None), (20, 20, None), (16, 15, beyond()), (20, 22, beyond())]
     {
-        let proved = stage.orchestrator.prove(CycleId(cycle_id), size).await;
-        let refused = proved.err().map(|refused| format!("{refused:?}"));
-        assert_eq!(refused, (!is_given).then(|| beyond.clone()), "of cycle {cycle_id} in {size} entries");
+        let proved = stage.orchestrator.prove(Logged::Cycle(CycleId(cycle_id)), size).await;
+        assert_eq!(format!("{:?}", proved.err()), format!("{expected:?}"), "of cycle {cycle_id} in {size} entries");
     }
-    let removed = stage.orchestrator.prove(CycleId(15), 21).await;
+    let removed = stage.orchestrator.prove(Logged::Cycle(CycleId(15)), 21).await;
     assert!(matches!(removed, Err(Refusal::CycleNotFound(CycleId(15)))), "{removed:?}");
 }

@@ -81,7 +81,7 @@ async fn records_are_removed_by_age_but_the_newest_one_stays() {
 async fn a_rule_for_a_state_replaces_the_rule_for_all_states() {
     let few = |max_cycles| RetentionRule { max_cycles: Some(max_cycles), max_age: None };
     let by_state = BTreeMap::from([(CycleState::Cancelled, few(3))]);
-    let (orchestrator, _tasks) = keeping(Retention { default: few(2), by_state }).await;
+    let (orchestrator, _tasks) = keeping(Retention { default: few(2), by_state, ..Retention::default() }).await;
     for _ in 0..5 {
         run(&orchestrator, CycleState::Cancelled).await;
         run(&orchestrator, CycleState::Succeeded).await;

@@ -20,8 +20,9 @@ use orchestrator_core::{
     },
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings},
     ports::{
-        CallError, Callee, Contents, Excess, Filter, Found, InitializeCall, Left, Log, Page, PageLimits, Record, Reply,
-        ResumeError, Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems, Untraced, Write,
+        CallError, Callee, Contents, EventFilter, EventPage, Excess, Filter, Found, InitializeCall, Left, Log, Page,
+        PageLimits, Record, Reply, ResumeError, Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems,
+        Untraced, Write,
     },
     record, store,
 };
@@ -120,6 +121,15 @@ impl Store for Around {
 
     fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
         self.inner.cycles_after(revision, page)
+    }
+
+    fn events_before(
+        &self,
+        before: u64,
+        filter: EventFilter,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<EventPage, StoreError>> {
+        self.inner.events_before(before, filter, limit)
     }
 
     fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     model::{Epoch, Name, Trigger},
-    ports::{Durability, Stage, Write},
+    ports::{Durability, Removal, Stage, Write},
     store::frontier::{Appended, Frontier},
 };
 
@@ -42,7 +42,8 @@ impl Term {
             .prepare_cached(
                 "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
                  commits = :commits, epoch = :epoch, pruned_to = max(pruned_to, :pruned_to), log_size = :log_size,
-                 log_first_kept = :first_kept WHERE epoch = :current",
+                 log_first_kept = :first_kept, audit_events = audit_events + :events - :removed_events
+                 WHERE epoch = :current",
             )?
             .execute(named_params! {
                 ":cycle_id": integer(write.last_cycle_id.0),
@@ -53,6 +54,8 @@ impl Term {
                 ":pruned_to": integer(write.removal.revisions.last().copied().unwrap_or_default().0),
                 ":log_size": integer(appended.log.frontier.size()),
                 ":first_kept": integer(appended.log.first_kept),
+                ":events": integer(write.audit.len() as u64),
+                ":removed_events": integer(write.removal.events.len() as u64),
                 ":current": integer(self.current.0),
             })?;
         if written == 0 {
@@ -64,10 +67,10 @@ impl Term {
             here.note(&transaction)?;
         }
         put_cycles(&transaction, write, appended)?;
-        remove_cycles(&transaction, write)?;
         log::append(&transaction, write, appended)?;
-        if appended.log.first_kept != self.frontier.log.first_kept {
-            log::forget(&transaction, appended.log.first_kept)?;
+        if !write.removal.is_empty() {
+            let removed = remove_entries(&transaction, write)?;
+            log::forget(&transaction, &removed, appended.log.frontier.size())?;
         }
         put_knowledge(&transaction, write)?;
         transaction.commit()?;
@@ -154,14 +157,28 @@ fn put_cycles(transaction: &Transaction<'_>, write: &Write, appended: &Appended)
     Ok(())
 }
 
-fn remove_cycles(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
-    for revision in &write.removal.revisions {
-        let state: i64 = transaction
-            .prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING state")?
-            .query_row([integer(revision.0)], |row| row.get(0))?;
+/// Removes entries, and returns their leaves, lowest first.
+fn remove_entries(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<Vec<u64>> {
+    let Removal { revisions, events, first_kept, .. } = &write.removal;
+    let mut leaves = events.clone();
+    for revision in revisions {
+        let (state, leaf): (i64, Option<i64>) = transaction
+            .prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING state, leaf")?
+            .query_row([integer(revision.0)], |row| Ok((row.get(0)?, row.get(1)?)))?;
         transaction.prepare_cached("UPDATE counts SET cycles = cycles - 1 WHERE state = ?1")?.execute([state])?;
+        leaves.extend(leaf.map(i64::unsigned_abs));
     }
-    Ok(())
+    for leaf in events {
+        transaction.prepare_cached("DELETE FROM audit WHERE leaf = ?1")?.execute([integer(*leaf)])?;
+    }
+    // The entry of this removal replaces them.
+    let mut query = transaction.prepare_cached("DELETE FROM control WHERE leaf < ?1 RETURNING leaf")?;
+    let control = query.query_map([integer(*first_kept)], |row| number(row, 0))?;
+    for leaf in control {
+        leaves.push(leaf?);
+    }
+    leaves.sort_unstable();
+    Ok(leaves)
 }
 
 fn put_knowledge(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {

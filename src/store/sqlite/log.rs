@@ -1,6 +1,7 @@
 //! The tables of the log of the history.
 
 use std::{
+    ops::Range,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -15,7 +16,7 @@ use crate::{
     ledger::{Entry, Frontier, Hash, Node},
     model::{CycleId, Revision},
     ports::{Log, StoreError, Write},
-    store::frontier::Appended,
+    store::{frontier::Appended, pruning::needless_hashes},
 };
 
 /// The log as of the last durable commit, for readers.
@@ -105,30 +106,40 @@ pub(super) fn append(transaction: &Transaction<'_>, write: &Write, appended: &Ap
     Ok(())
 }
 
-/// Removes the control entries below this leaf, and the hashes that no proof of later entries needs.
-pub(super) fn forget(transaction: &Transaction<'_>, first_kept: u64) -> rusqlite::Result<()> {
-    let needed: Vec<_> = Frontier::nodes(first_kept).into_iter().map(|node| node.number().to_string()).collect();
-    transaction.execute(
-        &format!("DELETE FROM hashes WHERE id < ?1 AND id NOT IN ({})", needed.join(", ")),
-        [integer(Node::complete_with(first_kept))],
+/// Removes the hashes that no proof needs any more, in a log of `size` leaves of which these were removed.
+pub(super) fn forget(transaction: &Transaction<'_>, removed: &[u64], size: u64) -> rusqlite::Result<()> {
+    let mut entries = transaction.prepare_cached(
+        "SELECT 1 FROM cycles WHERE leaf >= ?1 AND leaf < ?2 UNION ALL SELECT 1 FROM audit WHERE leaf >= ?1 AND leaf < ?2
+         UNION ALL SELECT 1 FROM control WHERE leaf >= ?1 AND leaf < ?2",
     )?;
-    transaction.execute("DELETE FROM control WHERE leaf < ?1", [integer(first_kept)])?;
+    let gone = |leaves: Range<u64>| entries.exists([leaves.start, leaves.end].map(integer)).map(|exists| !exists);
+    let mut delete = transaction.prepare_cached("DELETE FROM hashes WHERE id >= ?1 AND id < ?2")?;
+    for numbers in needless_hashes(removed, size, gone)? {
+        delete.execute([numbers.start, numbers.end].map(integer))?;
+    }
     Ok(())
 }
 
-/// The leaves of these records, and the first leaf that is kept without them: the lower one of that of the record with
-/// the lowest revision, or 0 if this is older than the log, and that of the first audit event.
-pub(super) fn leaves_of(connection: &Connection, revisions: &[Revision]) -> rusqlite::Result<(Vec<Option<u64>>, u64)> {
+/// The leaves of these records, and the first leaf that is kept without them and without these audit events, which are
+/// the oldest ones: the lower one of that of the record with the lowest revision, or 0 if this is older than the log,
+/// and that of the first event.
+pub(super) fn leaves_of(
+    connection: &Connection,
+    revisions: &[Revision],
+    events: &[u64],
+) -> rusqlite::Result<(Vec<Option<u64>>, u64)> {
     let mut query = connection.prepare_cached("SELECT leaf FROM cycles WHERE revision = ?1")?;
     let mut leaf = |revision: &Revision| query.query_row([integer(revision.0)], |row| row.get::<_, Option<i64>>(0));
     let leaves = revisions.iter().map(|revision| Ok(leaf(revision)?.map(i64::unsigned_abs)));
     let leaves = leaves.collect::<rusqlite::Result<_>>()?;
+    let after = events.last().map_or(-1, |leaf| integer(*leaf));
+    let mut query = connection.prepare_cached("SELECT min(leaf) FROM audit WHERE leaf > ?1")?;
+    let first_event = query.query_row([after], |row| row.get::<_, Option<i64>>(0))?;
+    let first_event = first_event.map_or(u64::MAX, i64::unsigned_abs);
     let mut query = connection.prepare_cached(&format!(
         "SELECT revision, leaf FROM cycles WHERE {HAS_REVISION} ORDER BY revision LIMIT ?1"
     ))?;
     let mut rows = query.query([integer(revisions.len() as u64 + 1)])?;
-    let first_event = connection.query_row("SELECT min(leaf) FROM audit", [], |row| row.get::<_, Option<i64>>(0))?;
-    let first_event = first_event.map_or(u64::MAX, i64::unsigned_abs);
     while let Some(row) = rows.next()? {
         if revisions.binary_search(&Revision(number(row, 0)?)).is_err() {
             let first_record = row.get::<_, Option<i64>>(1)?.map_or(0, i64::unsigned_abs);

@@ -11,13 +11,18 @@ use tokio::sync::Semaphore;
 
 use super::{
     error::{explain, unavailable},
+    log,
     opening::connect,
     place::log_of,
-    rows::{COLUMNS, HAS_REVISION, found, integer, number, read},
+    rows::{COLUMNS, HAS_REVISION, event, found, integer, number, read},
 };
 use crate::{
+    ledger::Entry,
     model::{CycleId, RequestKey, Revision},
-    ports::{Filter, Found, Page, PageLimits, ResumeError, SCAN_LIMIT, StoreError, StoreSize, Unreadable},
+    ports::{
+        EventFilter, EventPage, Filter, Found, LoggedEvent, Page, PageLimits, ResumeError, SCAN_LIMIT, StoreError,
+        StoreSize, Unreadable, UnreadableEvent,
+    },
     store::Check,
 };
 
@@ -190,6 +195,36 @@ pub(super) fn cycles_after(
         next = at.next();
     }
     Ok(records)
+}
+
+pub(super) fn events_before(
+    connection: &mut Connection,
+    before: u64,
+    filter: &EventFilter,
+    limit: usize,
+) -> ReadResult<EventPage> {
+    // One transaction, so that the hashes of events that are removed meanwhile are there.
+    let transaction = connection.transaction()?;
+    let mut query = transaction.prepare_cached("SELECT * FROM audit WHERE leaf < ?1 ORDER BY leaf DESC")?;
+    let mut rows = query.query([integer(before)])?;
+    let (mut page, mut scanned) = (EventPage::default(), 0);
+    while let Some(row) = rows.next()? {
+        let leaf = number(row, "leaf")?;
+        let found = event(row).map_err(|error| error.to_string());
+        let is_wanted = found.as_ref().map_or(true, |entry| filter.wants(entry));
+        if scanned == SCAN_LIMIT || (is_wanted && page.events.len() == limit) {
+            return Ok(EventPage { next: Some(leaf + 1), ..page });
+        }
+        if is_wanted {
+            let checked = found.and_then(|entry| {
+                log::check(&transaction, leaf, Entry::Audit(&entry.bytes))?;
+                Ok(LoggedEvent { leaf, entry })
+            });
+            page.events.push(checked.map_err(|problem| UnreadableEvent { leaf, problem }));
+        }
+        scanned += 1;
+    }
+    Ok(page)
 }
 
 pub(super) fn size(connection: &Connection, path: &Path) -> ReadResult<StoreSize> {

@@ -159,3 +159,12 @@ CREATE TABLE audit (
 -- The part of its audit event that is known before a cycle is recorded, as an encoded AuditEvent. NULL if it is written
 -- already, or if a loop started the cycle.
 ALTER TABLE open_cycles ADD COLUMN audit BLOB;
+
+-- migration 9
+
+-- Whether all entries of a part of the log are removed, and its hashes with them.
+CREATE INDEX cycles_by_leaf ON cycles (leaf);
+
+-- Number of audit events, so that retention need not count them.
+ALTER TABLE meta ADD COLUMN audit_events INTEGER NOT NULL DEFAULT 0;
+UPDATE meta SET audit_events = (SELECT count(*) FROM audit);

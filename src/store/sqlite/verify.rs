@@ -1,9 +1,6 @@
 //! Verifies a database from the outside: every entry of its log, every column that a read relies on, and every hash.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::Path,
-};
+use std::{collections::BTreeMap, convert::Infallible, ops::Range, path::Path};
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
 
@@ -42,7 +39,8 @@ pub(in super::super) fn verify(
         .query_row("SELECT log_size, log_first_kept FROM meta", [], |row| Ok((number(row, 0)?, number(row, 1)?)))
         .map_err(explained)?;
     let verified = Verified { entries: size, first_kept, ..Verified::default() };
-    let verifier = Verifier { database: &transaction, checkpoint, rules, wrong, verified, pruned: BTreeMap::new() };
+    let removed = BTreeMap::new();
+    let verifier = Verifier { database: &transaction, checkpoint, rules, wrong, verified, removed, is_compared: false };
     Ok(verifier.verify().map_err(explained)?)
 }
 
@@ -52,9 +50,11 @@ struct Verifier<'a> {
     rules: Rules,
     wrong: &'a mut dyn FnMut(String),
     verified: Verified,
-    /// The ranges of leaves that retention has removed, by the entries that say so: the first leaf of each, and the
-    /// one after it.
-    pruned: BTreeMap<u64, u64>,
+    /// The leaves that retention has removed, by the entries that say so: the first leaf of each range, and the one
+    /// after it. Of these ranges, none meet.
+    removed: BTreeMap<u64, u64>,
+    /// True once the checkpoint was compared with the tree.
+    is_compared: bool,
 }
 
 /// A row that claims to be a leaf.
@@ -76,7 +76,6 @@ impl Verifier<'_> {
         self.read_pruned()?;
         self.check_entries()?;
         self.check_unlogged()?;
-        self.check_other_hashes()?;
         Ok(self.verified)
     }
 
@@ -84,13 +83,13 @@ impl Verifier<'_> {
     fn read_pruned(&mut self) -> rusqlite::Result<()> {
         let mut query = self.database.prepare("SELECT leaf, entry FROM control ORDER BY leaf")?;
         let mut rows = query.query([])?;
-        let mut first_kept = 0;
+        let (mut first_kept, mut ranges) = (0, Vec::new());
         while let Some(row) = rows.next()? {
             let (leaf, entry) = (number(row, 0)?, row.get::<_, Vec<u8>>(1)?);
             match (self.rules.pruned)(&entry) {
                 Ok(pruned) => {
                     first_kept = first_kept.max(pruned.first_kept);
-                    self.pruned.extend(pruned.leaves.iter().map(|range| (range.start, range.end)));
+                    ranges.extend(pruned.leaves);
                 }
                 Err(problem) => (self.wrong)(format!("leaf {leaf}, a control entry, can't be read: {problem}")),
             }
@@ -103,22 +102,31 @@ impl Verifier<'_> {
             ));
             self.verified.first_kept = first_kept;
         }
+        ranges.push(0..first_kept);
+        ranges.sort_unstable_by_key(|range| range.start);
+        for Range { start, end } in ranges {
+            match self.removed.last_entry() {
+                Some(mut last) if start <= *last.get() => drop(last.insert(end.max(*last.get()))),
+                _ => drop(self.removed.insert(start, end)),
+            }
+        }
+        self.verified.removed = self.removed.iter().map(|(start, end)| end - start).sum();
         Ok(())
+    }
+
+    /// The leaves from this one on that retention has removed.
+    fn removed_from(&self, leaf: u64) -> Range<u64> {
+        let end = self.removed.range(..=leaf).next_back().map_or(leaf, |(_, end)| *end);
+        leaf..end.max(leaf)
     }
 
     /// Walks over all leaves, and makes the tree anew.
     fn check_entries(&mut self) -> rusqlite::Result<()> {
-        let Verified { entries: size, first_kept, .. } = self.verified;
-        let roots = hashes(self.database, &Frontier::nodes(first_kept))?.unwrap_or_default();
-        let mut tree = Frontier::of(first_kept, roots);
-        if tree.is_none() {
-            (self.wrong)(format!("the table hashes lacks the hashes of the entries before leaf {first_kept}"));
-        }
-        self.compare_root(tree.as_ref(), first_kept);
+        let Verified { entries: size, .. } = self.verified;
         let claims = "SELECT leaf, 1, cycle_id FROM cycles WHERE leaf IS NOT NULL
                       UNION ALL SELECT leaf, 2, 0 FROM audit UNION ALL SELECT leaf, 3, 0 FROM control ORDER BY leaf";
         let mut query = self.database.prepare(claims)?;
-        let mut claims = query.query_map([], |row| {
+        let claims = query.query_map([], |row| {
             let entry = match row.get(1)? {
                 1 => Claimed::Record(number(row, 2)?),
                 2 => Claimed::Event,
@@ -126,59 +134,70 @@ impl Verifier<'_> {
             };
             Ok(Leaf { leaf: number(row, 0)?, entry })
         })?;
-        let mut next = claims.next().transpose()?;
-        let mut last_revision = 0;
-        for leaf in first_kept..size {
-            while let Some(extra) = next.take_if(|claim| claim.leaf < leaf) {
-                (self.wrong)(format!("{extra} is not the entry of that leaf"));
-                next = claims.next().transpose()?;
-            }
-            let stored = hashes(self.database, &[Node::of_leaf(leaf)])?.and_then(|hashes| hashes.first().copied());
-            let is_pruned = self.pruned.range(..=leaf).next_back().is_some_and(|(_, end)| leaf < *end);
-            let entry = next.take_if(|claim| claim.leaf == leaf);
-            if entry.is_some() {
-                next = claims.next().transpose()?;
-            }
-            match &entry {
-                Some(claim) => {
-                    if is_pruned {
-                        (self.wrong)(format!("{claim} is there, although the log says that retention removed it"));
+        let mut claims = claims.peekable();
+        let mut next_before = |leaf| claims.next_if(|claim| claim.as_ref().map_or(true, |claim| claim.leaf < leaf));
+        let mut tree = Some(Frontier::default());
+        let (mut leaf, mut last_revision) = (0, 0);
+        self.compare_root(tree.as_ref(), leaf);
+        while leaf < size {
+            // As much as possible at once of what was removed: below that, there are no hashes.
+            let removed = self.removed_from(leaf);
+            let is_removed = |beside: Range<u64>| beside.start >= removed.start && beside.end <= removed.end;
+            let Ok(subtree) = Node::largest_of(leaf, size, |beside| Ok::<_, Infallible>(is_removed(beside)));
+            let Range { end, .. } = subtree.leaves();
+            let stored = hashes(self.database, &[subtree])?.and_then(|hashes| hashes.first().copied());
+            if removed.is_empty() {
+                match next_before(end).transpose()? {
+                    Some(claim) => {
+                        let hash = self.check_entry(&claim, &mut last_revision)?;
+                        if hash.is_some() && hash != stored {
+                            (self.wrong)(format!("{claim} was changed: its bytes don't have the hash of its leaf"));
+                        }
                     }
-                    let hash = self.check_entry(claim, &mut last_revision)?;
-                    if hash.is_some() && hash != stored {
-                        (self.wrong)(format!("{claim} was changed: its bytes don't have the hash of its leaf"));
+                    None => {
+                        (self.wrong)(format!("leaf {leaf} is missing, and no entry says that retention removed it"));
                     }
                 }
-                None if is_pruned => {}
-                None => (self.wrong)(format!("leaf {leaf} is missing, and no entry says that retention removed it")),
+                while let Some(extra) = next_before(end).transpose()? {
+                    (self.wrong)(format!("{extra} is not the entry of that leaf"));
+                }
             }
+            while let Some(extra) = next_before(end).transpose()? {
+                (self.wrong)(format!("{extra} is there, although the log says that retention removed it"));
+            }
+            self.check_no_hashes(subtree.below())?;
             // On with the stored hash, so that each fault is named once.
             tree = match (tree, stored) {
                 (Some(mut tree), Some(stored)) => {
-                    self.compare_nodes(leaf, &tree.append(stored))?;
+                    self.compare_nodes(subtree, &tree.append_subtree(subtree, stored))?;
                     Some(tree)
                 }
                 (_, None) => {
-                    (self.wrong)(format!("the table hashes lacks the hash of leaf {leaf}"));
+                    let last = end - 1;
+                    let what =
+                        if leaf == last { format!("leaf {leaf}") } else { format!("the leaves {leaf} to {last}") };
+                    (self.wrong)(format!("the table hashes lacks the hash of {what}"));
                     None
                 }
                 (None, _) => None,
             };
-            self.compare_root(tree.as_ref(), leaf + 1);
+            leaf = end;
+            self.compare_root(tree.as_ref(), leaf);
         }
-        while let Some(extra) = next {
+        for extra in claims {
+            let extra = extra?;
             (self.wrong)(format!("{extra} is beyond the end of the log, which has {size} entries"));
-            next = claims.next().transpose()?;
         }
-        let (origin, signed) = (&self.checkpoint.origin, self.checkpoint.size);
-        if signed > size {
+        self.check_no_hashes(Node::complete_with(size)..i64::MAX.unsigned_abs())?;
+        let Checkpoint { origin, size: signed, .. } = self.checkpoint;
+        if *signed > size {
             (self.wrong)(format!(
                 "the log has {size} entries, and the checkpoint of {origin} {signed}: the last ones are missing"
             ));
-        } else if signed < first_kept {
+        } else if !self.is_compared {
             (self.wrong)(format!(
-                "the checkpoint of {origin} has {signed} entries, which retention has removed since: it proves nothing \
-                 of the others"
+                "the checkpoint of {origin} has {signed} entries, and retention has removed the last ones of them: it \
+                 proves nothing of the others"
             ));
         }
         Ok(())
@@ -231,10 +250,10 @@ impl Verifier<'_> {
         Ok(record.map_err(|error| (self.wrong)(format!("the record of cycle {cycle_id} can't be read: {error}"))).ok())
     }
 
-    /// Compares the nodes that become complete with a leaf.
-    fn compare_nodes(&mut self, leaf: u64, nodes: &[Hash]) -> rusqlite::Result<()> {
+    /// Compares the nodes that become complete with a subtree.
+    fn compare_nodes(&mut self, subtree: Node, nodes: &[Hash]) -> rusqlite::Result<()> {
         let mut query = self.database.prepare_cached("SELECT hash FROM hashes WHERE id = ?1")?;
-        for (id, node) in (Node::complete_with(leaf)..).zip(nodes) {
+        for (id, node) in (subtree.number()..).zip(nodes) {
             let stored = query.query_row([integer(id)], |row| row.get(0)).optional()?.map(Hash);
             if stored != Some(*node) {
                 (self.wrong)(format!("the hash {id} in the table hashes is not that of the entries below it"));
@@ -246,7 +265,11 @@ impl Verifier<'_> {
     /// Compares the root of the first `size` entries with that of the checkpoint, if this has the same size.
     fn compare_root(&mut self, tree: Option<&Frontier>, size: u64) {
         let Checkpoint { origin, size: signed, root } = self.checkpoint;
-        if size == *signed && tree.is_some_and(|tree| tree.root() != *root) {
+        if size != *signed {
+            return;
+        }
+        self.is_compared = true;
+        if tree.is_some_and(|tree| tree.root() != *root) {
             (self.wrong)(format!("the first {size} entries do not have the root that the checkpoint of {origin} has"));
         }
     }
@@ -271,17 +294,12 @@ impl Verifier<'_> {
         Ok(())
     }
 
-    /// Hashes that belong to no entry.
-    fn check_other_hashes(&mut self) -> rusqlite::Result<()> {
-        let Verified { entries, first_kept, .. } = self.verified;
-        let needed: BTreeSet<_> = Frontier::nodes(first_kept).into_iter().map(Node::number).collect();
-        let mut query = self.database.prepare("SELECT id FROM hashes WHERE id < ?1 OR id >= ?2")?;
-        let mut rows = query.query([Node::complete_with(first_kept), Node::complete_with(entries)].map(integer))?;
+    /// Checks that there are no hashes with these numbers.
+    fn check_no_hashes(&mut self, numbers: Range<u64>) -> rusqlite::Result<()> {
+        let mut query = self.database.prepare_cached("SELECT id FROM hashes WHERE id >= ?1 AND id < ?2")?;
+        let mut rows = query.query([numbers.start, numbers.end].map(integer))?;
         while let Some(row) = rows.next()? {
             let id: i64 = row.get(0)?;
-            if u64::try_from(id).is_ok_and(|id| needed.contains(&id)) {
-                continue;
-            }
             (self.wrong)(format!("the hash {id} in the table hashes belongs to no entry"));
         }
         Ok(())
@@ -337,7 +355,7 @@ mod tests {
         let epoch = store.take_over().await.unwrap().epoch;
         filled(&*store, epoch, 8).await;
         let revisions = [1, 2, 4].map(Revision).to_vec();
-        let removal = Removal { revisions, first_kept: 2, entry: Some(REMOVED.into()) };
+        let removal = Removal { revisions, events: Vec::new(), first_kept: 2, entry: Some(REMOVED.into()) };
         commit(&*store, Write { epoch, last_cycle_id: CycleId(8), removal, ..Write::default() }).await;
         commit(&*store, recorded(9..=10, epoch)).await;
         let log = store.log().frontier;
@@ -353,7 +371,7 @@ mod tests {
         (verified, faults)
     }
 
-    const SOUND: Verified = Verified { entries: 11, first_kept: 2, records: 7, events: 0, unlogged: 0 };
+    const SOUND: Verified = Verified { entries: 11, first_kept: 2, removed: 3, records: 7, events: 0, unlogged: 0 };
 
     #[tokio::test]
     async fn an_unchanged_database_is_verified_by_each_checkpoint_of_what_is_kept() {
@@ -391,15 +409,12 @@ mod tests {
             ),
             (
                 &insert("4", "3"),
-                &[
-                    "the record of cycle 99 (leaf 3) is there, although the log says that retention removed it",
-                    "the record of cycle 99 (leaf 3) was changed: its bytes don't have the hash of its leaf",
-                ],
+                &["the record of cycle 99 (leaf 3) is there, although the log says that retention removed it"],
             ),
             (
                 "UPDATE cycles SET leaf = 1 WHERE revision = 9",
                 &[
-                    "the record of cycle 10 (leaf 1) is not the entry of that leaf",
+                    "the record of cycle 10 (leaf 1) is there, although the log says that retention removed it",
                     "leaf 9 is missing, and no entry says that retention removed it",
                 ],
             ),
@@ -435,7 +450,7 @@ mod tests {
                 "UPDATE hashes SET hash = zeroblob(32) WHERE id = 12",
                 &["the hash 12 in the table hashes is not that of the entries below it"],
             ),
-            ("DELETE FROM hashes WHERE id = 2", &["the table hashes lacks the hashes of the entries before leaf 2"]),
+            ("DELETE FROM hashes WHERE id = 2", &["the table hashes lacks the hash of the leaves 0 to 1"]),
             (
                 "INSERT INTO hashes VALUES (0, zeroblob(32)), (19, zeroblob(32))",
                 &[

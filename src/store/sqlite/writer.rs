@@ -32,7 +32,7 @@ use crate::{
         Check,
         frontier::{Appended, Frontier},
         not_taken_over,
-        pruning::{rules, to_prune},
+        pruning::{events_to_prune, rules, to_prune},
     },
 };
 
@@ -213,9 +213,18 @@ impl Writer {
             }
             revisions.sort_unstable();
             revisions.truncate(limit);
-            let (leaves, first_kept) = log::leaves_of(&transaction, &revisions)?;
+            let count = transaction.query_row("SELECT audit_events FROM meta", [], |row| number(row, 0))?;
+            let mut query = transaction.prepare_cached("SELECT leaf, time FROM audit ORDER BY leaf LIMIT ?1")?;
+            let mut at = Timestamp::MIN;
+            let oldest = query.query_map([integer((limit - revisions.len()) as u64)], |row| {
+                at = time(row, "time").unwrap_or(at);
+                Ok((number(row, 0)?, at))
+            })?;
+            let oldest = oldest.collect::<rusqlite::Result<Vec<_>>>()?;
+            let events = events_to_prune(retention.events, count, oldest.into_iter(), now);
+            let (leaves, first_kept) = log::leaves_of(&transaction, &revisions, &events)?;
             let first_kept = first_kept.max(frontier.log.first_kept);
-            Ok(Ok(Excess { records: revisions.into_iter().zip(leaves).collect(), first_kept }))
+            Ok(Ok(Excess { records: revisions.into_iter().zip(leaves).collect(), events, first_kept }))
         })();
         excess.unwrap_or_else(|error| Err(explain(&self.path, &error)))
     }
