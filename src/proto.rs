@@ -42,6 +42,14 @@ pub fn duration(duration: std::time::Duration) -> Option<prost_types::Duration> 
     Some(prost_types::Duration { seconds: duration.as_secs(), nanos: duration.subsec_nanos() })
 }
 
+/// The value of a protobuf duration; `None` if it is negative or malformed. The conversion of `prost-types` overflows
+/// for the lowest number of seconds.
+pub fn read_duration(duration: prost_types::Duration) -> Option<std::time::Duration> {
+    const NANOS: u32 = 1_000_000_000;
+    let nanos = u32::try_from(duration.nanos).ok().filter(|nanos| *nanos < NANOS)?;
+    Some(std::time::Duration::new(u64::try_from(duration.seconds).ok()?, nanos))
+}
+
 /// A protobuf timestamp.
 pub fn timestamp(time: jiff::Timestamp) -> prost_types::Timestamp {
     // Before 1970, protobuf counts nanoseconds forward, jiff backward.
@@ -57,6 +65,15 @@ pub fn timestamp(time: jiff::Timestamp) -> prost_types::Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_duration_of_any_value_is_read_or_refused() {
+        let read = |seconds, nanos| read_duration(prost_types::Duration { seconds, nanos });
+        assert_eq!(read(1, 999_999_999), Some(std::time::Duration::new(1, 999_999_999)));
+        for (seconds, nanos) in [(i64::MIN, 0), (i64::MIN, i32::MIN), (0, -1), (-1, 0), (1, -1), (0, 1_000_000_000)] {
+            assert_eq!(read(seconds, nanos), None, "{seconds} s {nanos} ns");
+        }
+    }
 
     #[test]
     fn times_before_1970_count_forward() {

@@ -5,7 +5,7 @@
 
 mod audit;
 
-use std::{collections::BTreeSet, ops::Range, time::Duration};
+use std::{collections::BTreeSet, ops::Range};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -18,7 +18,7 @@ use crate::{
         SpanContext, SubsystemReport, SubsystemState, Trigger, excerpt,
     },
     ports::Record,
-    proto::{duration, orchestrator::v1 as pb, subsystem::v1 as pbs, timestamp},
+    proto::{duration, orchestrator::v1 as pb, read_duration, subsystem::v1 as pbs, timestamp},
 };
 
 pub use self::audit::{check_event, decode_cause, encode_cause, encode_event};
@@ -121,7 +121,7 @@ pub fn decode_request(bytes: Bytes) -> Result<CycleRequest, String> {
     let names: Result<Vec<_>, _> = message.subsystems.iter().map(|name| Name::parse(name)).collect();
     let names = names.map_err(|error| error.to_string())?;
     let parameters = Payload::check(message.parameters).map_err(|error| error.to_string())?;
-    let deadline = message.deadline.map(Duration::try_from).transpose().map_err(|error| error.to_string())?;
+    let deadline = message.deadline.map(|it| read_duration(it).ok_or("its deadline is not a duration")).transpose()?;
     Ok(CycleRequest {
         subset: (!names.is_empty()).then(|| names.into()),
         parameters,
@@ -404,7 +404,7 @@ struct BriefPart {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, sync::Arc};
+    use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
     use super::*;
     use crate::model::{Code, CycleId, Epoch, TraceId};

@@ -364,9 +364,11 @@ async fn every_bad_field_is_named_by_its_path() {
     assert_eq!(fields, expected.map(|field| format!("registration.{field}")));
 
     let no_duration = Some(prost_types::Duration { seconds: 1, nanos: -1 });
+    let lowest = Some(prost_types::Duration { seconds: i64::MIN, nanos: 0 });
     let cases = [
         (pb::Registration { name: "a".repeat(64), ..good() }, "name"),
         (pb::Registration { timeout: no_duration, ..good() }, "timeout"),
+        (pb::Registration { timeout: lowest, ..good() }, "timeout"),
         (pb::Registration { timeout: ms(86_400_001), ..good() }, "timeout"),
         (pb::Registration { timeout: ms(-1), ..good() }, "timeout"),
         (pb::Registration { reads: names(1025), ..good() }, "reads"),

@@ -4,7 +4,7 @@
 use crate::{
     access::{Registering, Role, Targets},
     model::{Limits, Subsystem},
-    proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
+    proto::{self, bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
 };
 
 use super::rpc::{LogIn, Rpc, Scrape};
@@ -85,7 +85,7 @@ fn registering(registration: &pb::Registration) -> Registering<'_> {
     let limits = registration.limits.unwrap_or_default();
     let or_default = |limit, default| if limit == 0 { default } else { limit };
     let Limits { max_message_bytes, max_output_bytes, max_metrics, max_issues } = Limits::DEFAULT;
-    let timeout = registration.timeout.and_then(|timeout| timeout.try_into().ok());
+    let timeout = registration.timeout.and_then(proto::read_duration);
     let inputs = [&registration.requires, &registration.after, &registration.reads];
     Registering {
         name: &registration.name,

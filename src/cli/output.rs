@@ -321,7 +321,7 @@ pub(super) fn short(duration: Duration) -> String {
 
 /// As above, for durations of the contract; empty if it is not set.
 pub(super) fn duration(duration: Option<&prost_types::Duration>) -> String {
-    let duration = duration.and_then(|&duration| Duration::try_from(duration).ok());
+    let duration = duration.copied().and_then(proto::read_duration);
     duration.map(short).unwrap_or_default()
 }
 

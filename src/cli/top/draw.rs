@@ -23,7 +23,7 @@ use super::{
     pieces::{Col, as_u16, bold, cut, put_lines, table_of, wrapped},
     view::{Detail, Mode, Pane, View},
 };
-use crate::proto::orchestrator::v1 as pb;
+use crate::proto::{self, orchestrator::v1 as pb};
 
 /// Smallest useful size.
 const SMALLEST: (u16, u16) = (40, 10);
@@ -87,7 +87,7 @@ impl Look {
             first.spans[1] = Span::raw("  ");
         }
         let Some(status) = status else { return vec![first] };
-        let uptime = status.uptime.and_then(|uptime| Duration::try_from(uptime).ok()).unwrap_or_default();
+        let uptime = status.uptime.and_then(proto::read_duration).unwrap_or_default();
         let process =
             format!("up {}  epoch {}  version {}", short(coarse(uptime)), status.epoch, clean(&status.version));
         let left = usize::from(width).saturating_sub(first.width());
@@ -888,7 +888,7 @@ mod tests {
                 interval: Some(prost_types::Duration { seconds: 5, nanos: 0 }),
                 ..pb::IntervalLoop::default()
             }),
-            next_due_at: Some(crate::proto::timestamp(at(12))),
+            next_due_at: Some(proto::timestamp(at(12))),
             ticks: Some(pb::TickCounts { due: 4, ran: 3, skipped: 1, ..pb::TickCounts::default() }),
             ..pb::IntervalLoopStatus::default()
         };
@@ -903,7 +903,7 @@ mod tests {
             queued_cycles: 1,
             waiting_cycles: vec![pb::WaitingCycle {
                 cycle_id: 9,
-                scheduled_at: Some(crate::proto::timestamp(at(1))),
+                scheduled_at: Some(proto::timestamp(at(1))),
                 waits_for_cycle_id: 3,
                 waits_for_subsystem: "alpha".into(),
                 ..pb::WaitingCycle::default()
@@ -920,8 +920,7 @@ mod tests {
 
     /// Three subsystems and two cycles, with a failure in the second cycle.
     fn house() -> Model {
-        let leased =
-            pb::SubsystemStatus { lease_expires_at: Some(crate::proto::timestamp(at(40))), ..registered("gamma") };
+        let leased = pb::SubsystemStatus { lease_expires_at: Some(proto::timestamp(at(40))), ..registered("gamma") };
         let all =
             |state| vec![part("alpha", Succeeded, 12.0), part("beta", state, 250.0), part("gamma", Succeeded, 1.0)];
         knowing([
