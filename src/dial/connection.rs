@@ -123,9 +123,13 @@ async fn live(
         .max_concurrent_reset_streams(REMEMBERED)
         .reset_stream_duration(REMEMBERED_FOR)
         .handshake::<_, Bytes>(Watched::new(stream, seen.clone()));
+    let failed = |error: &h2::Error| match error.get_io() {
+        Some(io) if has_left(io, &target) => silent(&target),
+        _ => outcome::of_connection(error),
+    };
     let (send, mut connection) = match handshake.await {
         Ok(made) => made,
-        Err(error) => return over(outcome::of_connection(&error)),
+        Err(error) => return over(failed(&error)),
     };
     // Only the settings show that the peer speaks HTTP/2, and how many concurrent calls it accepts.
     let settled = poll_fn(|cx| match Pin::new(&mut connection).poll(cx) {
@@ -136,8 +140,7 @@ async fn live(
     match timeout_at(deadline, settled).await {
         Ok(None) => {}
         Ok(Some(Ok(()))) => return over(silent(&target)),
-        Ok(Some(Err(error))) if error.get_io().is_some_and(|it| has_left(it, &target)) => return over(silent(&target)),
-        Ok(Some(Err(error))) => return over(outcome::of_connection(&error)),
+        Ok(Some(Err(error))) => return over(failed(&error)),
         Err(_) => return over(format!("it accepted the connection and sent nothing within {:?}", connector.timeout)),
     }
     tell.send_replace(Phase::Ready(send, Arc::new(server)));
@@ -147,12 +150,12 @@ async fn live(
     });
 }
 
-/// True if a peer has closed the connection. With TLS, it may have done so before it read what it was sent: then the
-/// connection is reset.
+/// True if a peer has closed the connection. With TLS, it may have done so without a word, or before it read what it
+/// was sent: then the connection is reset.
 fn has_left(error: &io::Error, target: &Target) -> bool {
     match error.kind() {
         io::ErrorKind::BrokenPipe => true,
-        io::ErrorKind::ConnectionReset => target.is_tls(),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof => target.is_tls(),
         _ => false,
     }
 }
