@@ -30,11 +30,11 @@ use orchestrator_core::{
     config::Config,
     dial::Dialer,
     host::Host,
-    ledger::Signer,
+    ledger::{SealKeys, Signer},
     memory::Shares,
     model::{CycleRequest, CycleState, Subsystem, SubsystemSpec, Trigger},
-    orchestrator::{Declared, Orchestrator, OrchestratorTasks},
-    ports::{Spans, Untraced},
+    orchestrator::{Declared, Orchestrator, OrchestratorTasks, TakenOver},
+    ports::{Seals, Spans, Untraced},
     proto::subsystem::v1::{
         self as pb,
         subsystem_client::SubsystemClient,
@@ -282,7 +282,8 @@ impl Ours {
         let transport = Arc::new(Sockets::default());
         let dialer = Arc::new(Dialer::new(transport, Duration::from_secs(5), memory.replies.clone()));
         let store = store::open(store, record::check, host.clock).await?;
-        let contents = store.take_over().await?;
+        let signer = Signer::generate("bench")?;
+        let contents = store.take_over(Seals::Checked(SealKeys::of(&signer))).await?;
         let settings = serve::settings(&Config::default());
         let (mut spans, mut exporting): (Arc<dyn Spans>, _) = (Arc::new(Untraced), None);
         if let Some(collector) = collector {
@@ -291,9 +292,9 @@ impl Ours {
             let stop = CancellationToken::new();
             exporting = Some((tokio::spawn(sender.run(stop.clone())), stop));
         }
-        let store = (store, contents, Signer::generate("bench")?);
+        let taken_over = TakenOver { store, contents, signer, began: None };
         let (orchestrator, tasks) =
-            Orchestrator::start(settings, &memory, host, dialer, store, declared, spans).await?;
+            Orchestrator::start(settings, &memory, host, dialer, taken_over, declared, spans).await?;
         Ok(Self { orchestrator: Arc::new(orchestrator), tasks, metrics: None, exporting })
     }
 

@@ -131,8 +131,11 @@ fn write_new(path: &Path, text: &str) -> io::Result<File> {
     Ok(file)
 }
 
-/// Makes the entry of this file in its directory survive the loss of power.
-fn sync_directory(path: &Path) -> io::Result<()> {
+/// Makes the entry of this file in its directory survive the loss of power. Waits until it is on the disk.
+///
+/// # Errors
+/// Its directory can't be opened or synced.
+pub fn sync_directory(path: &Path) -> io::Result<()> {
     let path = path::absolute(path)?;
     File::open(path.parent().unwrap_or(&path))?.sync_all()
 }

@@ -9,12 +9,14 @@ mod digest;
 mod entry;
 mod note;
 mod proof;
+mod seal;
 mod tree;
 
 pub use self::{
     digest::DigestKey,
-    entry::{Entry, RecordsPruned},
+    entry::{Entry, LogBegan, LogBeganReason, RecordsPruned},
     note::{Checkpoint, NoteError, Signer, SigningKey, VerifyingKey},
     proof::{Consistency, Inclusion, Path, ProofError},
+    seal::{SealKeys, SealedBy},
     tree::{Frontier, Hash, Node},
 };

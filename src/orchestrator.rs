@@ -67,6 +67,7 @@ pub use self::{
     checkpoints::{Logged, Proved, Published},
     figures::{Counts, Figures, Passes},
     live::{LiveChange, LiveCycle, LiveEvent, RunningCycle, Update},
+    recovery::TakenOver,
     refusal::{NotCancelled, NotOwner, NotRecorded, NotRegistered, NotRenewed, RecordHasNoRoom, Refusal},
     registration::{Change, Registrar},
     registry::{Lease, Origin, Registered},

@@ -9,7 +9,7 @@ pub use self::{
     store::{
         AuditEntry, Contents, Durability, EventFilter, EventPage, EventRule, Excess, Filter, Found, FoundEvent, Log,
         LoggedEvent, Lost, OpenCycle, Page, PageLimits, Record, Removal, ResumeError, Retention, RetentionRule,
-        SCAN_LIMIT, Stage, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind,
+        SCAN_LIMIT, Seals, Stage, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind,
         Unreadable, UnreadableEvent, UnreadableRow, Write,
     },
     subsystems::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},

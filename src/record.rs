@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use prost::Message;
 
 use crate::{
-    ledger::RecordsPruned,
+    ledger::{LogBegan, LogBeganReason, RecordsPruned},
     model::{
         CycleRequest, CycleState, FinishedCycle, Identity, Issue, Name, Payload, Revision, Severity, SkipReason,
         SpanContext, SubsystemReport, SubsystemState, Trigger, excerpt,
@@ -141,6 +141,19 @@ pub fn encode_pruned(pruned: &RecordsPruned) -> Bytes {
     pb::ControlEntry { entry }.encode_to_vec().into()
 }
 
+/// Encodes the entry of the log that says that a new one began.
+pub fn encode_began(began: &LogBegan) -> Bytes {
+    let reason = match began.reason {
+        LogBeganReason::KeyMissing => pb::LogBeganReason::KeyMissing,
+        LogBeganReason::CheckpointMissing => pb::LogBeganReason::CheckpointMissing,
+        LogBeganReason::Behind => pb::LogBeganReason::Behind,
+        LogBeganReason::Accepted => pb::LogBeganReason::Accepted,
+    };
+    let message = pb::LogBegan { reason: reason.into(), previous: began.previous.clone() };
+    let entry = Some(pb::control_entry::Entry::LogBegan(message));
+    pb::ControlEntry { entry }.encode_to_vec().into()
+}
+
 /// Decodes the result of [`encode_pruned`]. Other control entries remove nothing.
 ///
 /// # Errors
@@ -172,6 +185,14 @@ pub fn check_columns(record: &Record) -> Result<(), String> {
         Some((column, _)) => Err(format!("its column {column} is not that of its bytes")),
         None => Ok(()),
     }
+}
+
+/// The SHA-256 of the output of a subsystem, by a record that was checked; `None` if it had none in that cycle, or an
+/// earlier version wrote the record.
+pub fn output_sha256(record: &Record, subsystem: &Name) -> Option<[u8; 32]> {
+    let telemetry = decode(record).ok()?;
+    let part = telemetry.subsystems.iter().find(|part| part.name == subsystem.as_str())?;
+    part.output_sha256[..].try_into().ok()
 }
 
 /// Checks that clients of the contract can decode a record.
@@ -257,7 +278,18 @@ fn identity(identity: Option<&Identity>) -> String {
 
 /// One subsystem's part in the cycle that started at `cycle_started_at`.
 pub fn part(report: &SubsystemReport, cycle_started_at: Option<Timestamp>) -> pb::SubsystemTelemetry {
-    let SubsystemReport { name, state, started, ended, queued, attempts, issues, metrics, recorded_output } = report;
+    let SubsystemReport {
+        name,
+        state,
+        started,
+        ended,
+        queued,
+        attempts,
+        issues,
+        metrics,
+        output_sha256,
+        recorded_output,
+    } = report;
     let at = |offset| cycle_started_at.and_then(|start| start.checked_add(offset).ok()).map(timestamp);
     pb::SubsystemTelemetry {
         name: name.to_string(),
@@ -273,6 +305,7 @@ pub fn part(report: &SubsystemReport, cycle_started_at: Option<Timestamp>) -> pb
         metrics: metrics.clone(),
         output: recorded_output.as_ref().map(|output| output.as_bytes().clone()).unwrap_or_default(),
         skip_reason: skip_reason(state).into(),
+        output_sha256: output_sha256.map(|hash| hash.to_vec().into()).unwrap_or_default(),
     }
 }
 
@@ -413,6 +446,7 @@ mod tests {
         let output = serde_json::json!({ "text": "x".repeat(1000) });
         SubsystemReport {
             name: Name::parse(name).unwrap(),
+            output_sha256: (state == SubsystemState::Succeeded).then_some([7; 32]),
             state,
             started: Some(Duration::from_millis(2)),
             ended: Duration::from_millis(5),
@@ -565,19 +599,18 @@ mod tests {
     #[test]
     fn a_record_of_the_largest_fleet_fits_whatever_its_states() {
         const MAX_RECORD: usize = 3 << 20;
-        let mut cycle = cycle();
-        let failed = |i: usize| {
-            let name = format!("s{i:0>62}");
-            let state = SubsystemState::Failed(Code::ResourceExhausted, "m".repeat(MAX_MESSAGE));
-            Arc::new(report(&name, state))
-        };
-        cycle.subsystems = (0..20_000).map(failed).collect();
-        cycle.critical_path = cycle.subsystems.iter().map(|report| report.name.clone()).collect();
-        let bytes = encode(&cycle, MAX_RECORD).at(Revision(u64::MAX)).bytes;
-        assert!(bytes.len() <= MAX_RECORD, "{} bytes", bytes.len());
-        let record = pb::CycleTelemetry::decode(bytes).unwrap();
-        assert!(record.truncated && record.subsystems.len() == 20_000);
-        assert_eq!(record.subsystems[0].error_code, "RESOURCE_EXHAUSTED");
+        let failed = SubsystemState::Failed(Code::ResourceExhausted, "m".repeat(MAX_MESSAGE));
+        for (state, code) in [(failed, "RESOURCE_EXHAUSTED"), (SubsystemState::Succeeded, "")] {
+            let mut cycle = cycle();
+            let ended = |i: usize| Arc::new(report(&format!("s{i:0>62}"), state.clone()));
+            cycle.subsystems = (0..20_000).map(ended).collect();
+            cycle.critical_path = cycle.subsystems.iter().map(|report| report.name.clone()).collect();
+            let bytes = encode(&cycle, MAX_RECORD).at(Revision(u64::MAX)).bytes;
+            assert!(bytes.len() <= MAX_RECORD, "{} bytes", bytes.len());
+            let record = pb::CycleTelemetry::decode(bytes).unwrap();
+            assert!(record.truncated && record.subsystems.len() == 20_000);
+            assert_eq!(record.subsystems[0].error_code, code);
+        }
     }
 
     #[test]

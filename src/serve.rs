@@ -1,16 +1,17 @@
 //! The composition root: builds everything from a configuration, owns the tasks, and shuts down in order.
 
+mod log;
 mod operator;
 mod tls;
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
-use tokio::{join, select, task::spawn_blocking, time::timeout};
+use tokio::{join, select, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-pub use self::{operator::Operator, tls::check_tls};
+pub use self::{log::LogBreak, operator::Operator, tls::check_tls};
 use self::{
     operator::{Wish, aborted},
     tls::Certificates,
@@ -18,15 +19,14 @@ use self::{
 use crate::{
     access::{Mode, Policy},
     api::{self, Api},
-    config::{self, Config, ConfigError, LedgerSettings, OutOfReach, Reload},
+    config::{self, Config, ConfigError, OutOfReach, Reload},
     dial::Dialer,
     file::Changes,
     host::Host,
-    ledger::Signer,
     listen::{self, Connections, Entrance, Limits, Peer},
     memory::{self, Memory, Shares},
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped},
-    ports::{Log, Retention, Spans, StoreError, Untraced},
+    ports::{Retention, Spans, StoreError, Untraced},
     record,
     store::{self, KeyFileError, OpenError, StoreUrl},
     tasks::{Task, TaskEnded, Tasks},
@@ -75,6 +75,17 @@ pub enum StartError {
     /// There is no key to sign checkpoints with.
     #[error(transparent)]
     Key(#[from] KeyFileError),
+    /// The store is not what was signed last.
+    #[error(
+        "{url}: {found}. Find out what has happened; then have it go on as it is, with a new log, by `orchestrator store \
+         accept {url}`"
+    )]
+    NotContinued {
+        /// The store.
+        url: StoreUrl,
+        /// What was found.
+        found: LogBreak,
+    },
     /// What an earlier process left in the store can't be taken over.
     #[error(transparent)]
     TakeOver(#[from] StoreError),
@@ -137,7 +148,7 @@ impl Service {
     ///
     /// # Errors
     /// Each names the problem and the remedy. Nothing was changed, except that a database of an older version was
-    /// migrated.
+    /// migrated, and that a new log has its key and its first checkpoint, without entries.
     pub async fn start(config: &Config, host: Host, transport: Arc<dyn Transport>) -> Result<Self, StartError> {
         let (certificates, changes) = Certificates::load(config, host.clock).await.map_err(StartError::Tls)?;
         // The address comes early: a second process that was started by mistake fails here, before it opens the store.
@@ -165,11 +176,7 @@ impl Service {
         let dialer = Arc::new(Dialer::with(transport, connect_timeout, replies, tls, config.reach()));
         dialer.revoke(config.access.revoked.clone());
         let store = store::open(&config.store.url, record::check, host.clock).await?;
-        let contents = store.take_over().await?;
-        let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
-        tracing::info!(store = %config.store.url, epoch, last_cycle, "store opened");
-        let signer = signer(config, host.random.id128()).await?;
-        compare(&config.store.url, &signer, &store.log())?;
+        let taken_over = log::take_over(config, host.random.id128(), store).await?;
         let (mut exporting, stop_exporting) = (Tasks::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
@@ -184,8 +191,7 @@ impl Service {
         let (settings, declared) = (settings(config), declared(config));
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
         let (orchestrator, tasks) =
-            Orchestrator::start(settings, &memory, host, dialer.clone(), (store, contents, signer), declared, spans)
-                .await?;
+            Orchestrator::start(settings, &memory, host, dialer.clone(), taken_over, declared, spans).await?;
 
         let orchestrator = Arc::new(orchestrator);
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -623,49 +629,6 @@ fn limits(server: &config::ServerSettings, memory: &Shares) -> Limits {
         answers: memory.answers.clone(),
         large_streams: &["/dreamnet.orchestrator.v1.Orchestrator/WatchCycles"],
     }
-}
-
-/// Compares the log of a store with the checkpoint that was published last, if one of these keys has signed it.
-///
-/// # Errors
-/// The log has as many entries as the checkpoint, and other ones.
-fn compare(url: &StoreUrl, signer: &Signer, log: &Log) -> Result<(), StoreError> {
-    let text = store::published(url).unwrap_or_default();
-    let opened = signer.keys.iter().find_map(|key| key.verifying().open(&text).ok());
-    let Some(signed) = opened.filter(|signed| signed.origin == signer.origin) else { return Ok(()) };
-    let size = log.frontier.size();
-    if signed.size == size && signed.root != log.frontier.root() {
-        let problem = format!("the {size} entries of its log do not have the root that its checkpoint has");
-        return Err(StoreError::Corrupt { store: url.to_string(), problem });
-    }
-    if signed.size > size {
-        let kept = store::keep_published(url).map_or_else(|error| error.to_string(), |kept| kept.display().to_string());
-        tracing::error!(
-            store = %url,
-            entries = size,
-            signed = signed.size,
-            kept,
-            "the last entries of the log are missing, which a checkpoint contains: the end of the store was damaged, or \
-             an older copy replaced it. The log goes on without them, and contradicts that checkpoint, which is kept"
-        );
-    }
-    Ok(())
-}
-
-/// What signs the checkpoints of the log. Without a configured name, the log has that of its first key; `random` makes
-/// the name of a new key one that no other log has.
-async fn signer(config: &Config, random: u128) -> Result<Signer, KeyFileError> {
-    let LedgerSettings { key_files, origin } = config.ledger.clone();
-    let (url, name) = (config.store.url.clone(), format!("{}/{random:032x}", config.orchestrator_id));
-    let name = origin.clone().unwrap_or(name);
-    let keys = spawn_blocking(move || store::signing_keys(&url, &key_files, &name)).await;
-    let keys = keys.unwrap_or_else(|error| Err(KeyFileError::NotRead(error.to_string())))?;
-    let name = keys.first().map(|key| key.verifying().name().to_owned()).unwrap_or_default();
-    let signer = Signer { origin: origin.unwrap_or(name), keys };
-    for key in &signer.keys {
-        tracing::info!(origin = signer.origin, key = %key.verifying(), "checkpoints of the log are signed by this key");
-    }
-    Ok(signer)
 }
 
 /// The settings of the orchestrator itself.

@@ -1425,6 +1425,8 @@ async fn help_needs_no_other_page() {
         "plan",
         "check",
         "verify",
+        "backup",
+        "restore",
         "completions",
     ] {
         let help = help(line).await;

@@ -203,6 +203,8 @@ fn lines(command: &str) -> &'static [&'static str] {
         "report" => &["report", "report --output csv", "report --subsystem a --loop l"],
         "plan" => &["plan", "plan --subsystem a"],
         "store accept" => &["store accept sqlite:FILE"],
+        "backup" => &["backup sqlite:FILE --to FILE.backup"],
+        "restore" => &["restore FILE sqlite:FILE.restored"],
         "whoami" => &["whoami"],
         "audit" => &["audit", "audit --denied --caller a --all"],
         "certs init" => &["certs init --dir FILE"],

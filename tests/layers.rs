@@ -22,7 +22,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("turn", &[]),
     ("offload", &[]),
     ("ports", &["ledger", "memory", "model"]),
-    ("engine", &["memory", "model", "ports", "random"]),
+    ("engine", &["ledger", "memory", "model", "ports", "random"]),
     ("record", &["ledger", "model", "ports", "proto"]),
     ("schedule", &["memory", "model", "ports", "random"]),
     (

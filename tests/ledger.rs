@@ -14,13 +14,17 @@ use std::{
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
+#[cfg(target_os = "linux")]
+use common::disk;
 use common::{
     Stage, patiently,
     service::{Home, because, decode, invalid, next_event, reason},
 };
 use orchestrator_core::{
     ledger::{Consistency, Entry, Frontier, Hash, Inclusion, Signer, SigningKey, VerifyingKey},
-    proto::orchestrator::v1::{self as pb, ControlEntry, LogEntry, cycle_event::Event, ledger_client::LedgerClient},
+    proto::orchestrator::v1::{
+        self as pb, ControlEntry, LogBeganReason, LogEntry, cycle_event::Event, ledger_client::LedgerClient,
+    },
 };
 use prost::Message;
 use rusqlite::{Connection, params};
@@ -104,12 +108,16 @@ async fn records_of_an_earlier_version_are_not_in_the_log_and_later_ones_are() {
     let earlier =
         "DROP INDEX cycles_by_leaf; ALTER TABLE cycles DROP COLUMN leaf; ALTER TABLE meta DROP COLUMN log_size;
                    ALTER TABLE meta DROP COLUMN log_first_kept; DROP TABLE hashes; DROP TABLE control;
+                   ALTER TABLE meta DROP COLUMN seal; ALTER TABLE subsystems DROP COLUMN seal;
+                   ALTER TABLE loops DROP COLUMN seal; ALTER TABLE outputs DROP COLUMN seal;
+                   ALTER TABLE open_cycles DROP COLUMN seal;
                    ALTER TABLE open_cycles DROP COLUMN audit; DROP TABLE audit;
                    ALTER TABLE meta DROP COLUMN audit_events;
                    ALTER TABLE cycles DROP COLUMN triggered_by; ALTER TABLE open_cycles DROP COLUMN triggered_by;
                    ALTER TABLE subsystems DROP COLUMN owner;
                    PRAGMA user_version = 4";
     database(&home.path("o.db")).execute_batch(earlier).unwrap();
+    fs::remove_file(home.path("o.db.checkpoint")).unwrap();
     let mut stage = Stage::again(fleet, home).await;
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(cycle.cycle_id, 4);
@@ -397,7 +405,7 @@ async fn a_key_that_others_can_read_is_refused() {
 }
 
 #[tokio::test]
-async fn a_log_that_lacks_its_end_keeps_the_checkpoint_and_one_with_another_root_is_refused() {
+async fn a_log_that_lacks_its_end_or_is_another_one_keeps_the_checkpoint() {
     let mut stage = Stage::new().await;
     for _ in 0..2 {
         stage.client.run().await.unwrap();
@@ -413,15 +421,48 @@ async fn a_log_that_lacks_its_end_keeps_the_checkpoint_and_one_with_another_root
     // The same file with older contents.
     fs::write(home.path("o.db"), older).unwrap();
     let Stage { home, service, .. } = Stage::again(fleet, home).await;
-    assert!(home.log().contains("the last entries of the log are missing"), "{}", home.log());
+    assert!(home.log().contains("a new log begins: its log has 4 entries, and its checkpoint 6"), "{}", home.log());
     assert!(home.path("o.db.checkpoint.lost").exists());
     assert!(service.stop().await.success());
 
-    let changed = database(&home.path("o.db")).execute("UPDATE hashes SET hash = zeroblob(32)", []).unwrap();
-    assert!(changed > 0);
-    let ended = home.try_serve().await.err().unwrap();
-    assert_eq!(ended.code(), Some(1), "{}", home.log());
-    assert!(home.log().contains("do not have the root that its checkpoint has"), "{}", home.log());
+    // It has as many entries as the checkpoint now, and other ones.
+    fs::copy(home.path("o.db.checkpoint.lost"), home.path("o.db.checkpoint")).unwrap();
+    assert!(home.serve().await.stop().await.success());
+    assert!(home.log().contains("the first 6 entries of its log are not those of its checkpoint"), "{}", home.log());
+}
+
+/// Without any data that was not synced, at different points after a checkpoint was published.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn after_a_power_failure_the_log_extends_the_last_checkpoint() {
+    const POINTS: u64 = 5;
+    let mut stage = Stage::at(disk::home()).await;
+    stage.register("a", |_| {}).await;
+    for point in 0..POINTS {
+        let cycle_id = stage.client.run().await.unwrap().cycle_id;
+        let (_, key) = checkpoint(&mut ledger(&stage).await).await;
+        let published = inclusion(&mut ledger(&stage).await, cycle_id, 0).await.unwrap();
+        let earlier = key.open(&published.checkpoint).unwrap();
+        let mut last = cycle_id;
+        for _ in 0..point {
+            last = stage.client.run().await.unwrap().cycle_id;
+        }
+        stage.fleet.run("a", common::fleet::Run::Hold);
+        let nth = stage.fleet.runs("a").len() + 1;
+        stage.client.admit().await.unwrap();
+        stage.fleet.until_run("a", nth).await;
+        let Stage { fleet, home, service, .. } = stage;
+        service.kill().await;
+        disk::loses_power(&home);
+        fleet.run("a", common::fleet::Run::Echo);
+        stage = Stage::again(fleet, home).await;
+        let mut ledger = ledger(&stage).await;
+        let proved = inclusion(&mut ledger, last, 0).await.unwrap();
+        let later = key.open(&proved.checkpoint).unwrap();
+        let extension = consistency(&mut ledger, earlier.size, later.size).await.unwrap();
+        let extension = Consistency(hashes_of(&extension.hashes));
+        assert_eq!(extension.verify((earlier.size, earlier.root), (later.size, later.root)), Ok(()), "{point}");
+    }
 }
 
 /// Proofs in the form that `tests/witness` reads.
@@ -489,8 +530,12 @@ async fn independent_software_verifies_the_proofs() {
 
 /// What `orchestrator verify` says of a database: its exit code, and what it prints.
 fn verify(database: &Path, key: &VerifyingKey, more: &[&str]) -> (Option<i32>, String) {
+    verify_with(database, &[&["--key", &key.to_string()], more].concat())
+}
+
+fn verify_with(database: &Path, more: &[&str]) -> (Option<i32>, String) {
     let mut verify = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
-    verify.arg("verify").arg("--db").arg(database).args(["--key", &key.to_string()]).args(more);
+    verify.arg("verify").arg("--db").arg(database).args(more);
     let output = verify.output().unwrap();
     let said = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
     (output.status.code(), said.concat())
@@ -595,4 +640,230 @@ async fn a_database_is_verified_only_by_a_checkpoint_that_the_key_has_signed() {
         verify(&home.path("no.db"), &key, &["--checkpoint", home.path("o.db.checkpoint").to_str().unwrap()]);
     assert!(code == Some(1) && said.contains("no.db does not exist"), "{said}");
     assert!(!home.path("no.db").exists());
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Seals
+
+/// Adds a copy of the first audit event to the end of the log, as a program without the key can.
+fn append_event(database: &Connection) {
+    let mut log = Frontier::default();
+    let entries = entries(database);
+    for (_, entry) in &entries {
+        log.append(Hash::of_leaf([&entry[..]]));
+    }
+    let copied = "INSERT INTO audit SELECT ?1, time, caller, rpc, denied, event FROM audit ORDER BY leaf LIMIT 1";
+    assert_eq!(database.execute(copied, [i64::try_from(entries.len()).unwrap()]).unwrap(), 1);
+    let (_, event) = self::entries(database).pop().unwrap();
+    let nodes = log.append(Hash::of_leaf([&event[..]]));
+    let first: i64 = database.query_row("SELECT max(id) + 1 FROM hashes", [], |row| row.get(0)).unwrap();
+    for (id, node) in (first..).zip(nodes) {
+        database.execute("INSERT INTO hashes VALUES (?1, ?2)", params![id, node.0]).unwrap();
+    }
+    database.execute("UPDATE meta SET log_size = log_size + 1", []).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_program_without_the_key_changes_is_neither_signed_nor_used() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["a", "b"]).await;
+    for _ in 0..2 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let path = home.path("o.db");
+    let untouched = fs::read(&path).unwrap();
+    let key_file = home.path("o.db.key");
+    let seals = ["--key-file", key_file.to_str().unwrap()];
+    let (code, said) = verify_with(&path, &seals);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("the seals of the log and of 4 other rows are valid"), "{said}");
+
+    for (change, at_start, verified) in [
+        ("", "the seal of its log", "the seal of the log does not belong to its 7 entries"),
+        (
+            "UPDATE hashes SET hash = zeroblob(32) WHERE id = (SELECT max(id) FROM hashes)",
+            "the seal of its log",
+            "the seal of the log does not belong to its 6 entries",
+        ),
+        (
+            "UPDATE subsystems SET spec = replace(spec, 'http://', 'http://x') WHERE name = 'a'",
+            "the seal of its subsystem \"a\"",
+            "the seal of the subsystem \"a\"",
+        ),
+        ("UPDATE subsystems SET owner = 'token:x' WHERE name = 'b'", "its subsystem \"b\"", "the subsystem \"b\""),
+        ("UPDATE outputs SET payload = x'' WHERE name = 'a'", "its output \"a\"", "the output of a is not that of"),
+    ] {
+        let database = database(&path);
+        if change.is_empty() {
+            append_event(&database);
+        }
+        database.execute_batch(change).unwrap();
+        drop(database);
+        let (code, said) = verify_with(&path, &seals);
+        assert!(code == Some(1) && said.contains(verified), "{change}: {said}");
+        let ended = home.try_serve().await.err().unwrap_or_else(|| panic!("{change}: it serves"));
+        assert_eq!(ended.code(), Some(1), "{}", home.log());
+        assert!(home.log().contains(at_start), "{change}: {}", home.log());
+        for log in ["o.db-wal", "o.db-shm"] {
+            let _ = fs::remove_file(home.path(log));
+        }
+        fs::write(&path, &untouched).unwrap();
+    }
+    assert!(home.serve().await.stop().await.success());
+}
+
+#[tokio::test]
+async fn a_key_is_replaced_by_a_start_with_both() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let with_keys = |home: Home, names: &[&str]| {
+        let paths: Vec<_> = names.iter().map(|name| format!("{:?}", home.path(name))).collect();
+        home.with_args(["--set", &format!("ledger.key_files=[{}]", paths.join(", "))])
+    };
+    // The new key is created with the name of the log, and seals.
+    let home = with_keys(home, &["new.key", "o.db.key"]);
+    assert!(home.serve().await.stop().await.success());
+    let home = with_keys(home, &["new.key"]);
+    let service = home.serve().await;
+    assert_eq!(service.client().await.subsystems().await.unwrap().len(), 1);
+    assert!(service.stop().await.success());
+    let home = with_keys(home, &["o.db.key"]);
+    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1));
+    assert!(home.log().contains("the seal of its log"), "{}", home.log());
+}
+
+#[tokio::test]
+async fn the_record_of_a_cycle_has_the_hash_of_each_output_whether_it_is_recorded_or_not() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |it| it.record_output = true).await;
+    stage.register("b", |_| {}).await;
+    let cycle = stage.client.run().await.unwrap();
+    let database = database(&stage.home.path("o.db"));
+    for part in &cycle.subsystems {
+        let output = "SELECT payload FROM outputs WHERE name = ?1";
+        let output: Vec<u8> = database.query_row(output, [&part.name], |row| row.get(0)).unwrap();
+        assert_eq!(part.output_sha256, Hash::of_bytes(&output).0[..], "{}", part.name);
+        assert!(part.output.is_empty() != (part.name == "a") && (part.name == "b" || part.output == output));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The start of a log
+
+/// The reasons of new logs in a database, and the checkpoints that they name.
+fn new_logs(database: &Connection) -> Vec<(LogBeganReason, String)> {
+    let entries =
+        entries(database).into_iter().filter_map(|(_, entry)| match LogEntry::decode(&entry[..]).unwrap().entry {
+            Some(pb::log_entry::Entry::Control(ControlEntry {
+                entry: Some(pb::control_entry::Entry::LogBegan(began)),
+            })) => Some((began.reason(), began.previous)),
+            _ => None,
+        });
+    entries.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_not_what_was_signed_last_begins_a_new_log_and_enforce_waits_for_an_operator() {
+    const FILES: [&str; 4] = ["o.db", "o.db.last", "o.db.key", "o.db.checkpoint"];
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    stage.client.run().await.unwrap();
+    let Stage { fleet, home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let older = fs::read(home.path("o.db")).unwrap();
+    let mut stage = Stage::again(fleet, home).await;
+    stage.client.run().await.unwrap();
+    let Stage { fleet: _fleet, home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let whole = FILES.map(|name| fs::read(home.path(name)).unwrap());
+    let checkpoint = String::from_utf8(whole[3].clone()).unwrap();
+    let place = home.path("");
+    let restore = || {
+        for log in ["o.db-wal", "o.db-shm"] {
+            let _ = fs::remove_file(place.join(log));
+        }
+        for (name, bytes) in FILES.iter().zip(&whole) {
+            common::tokens::write_private(&place.join(name), "");
+            fs::write(place.join(name), bytes).unwrap();
+        }
+    };
+    let remove = |name: &str| fs::remove_file(place.join(name)).unwrap();
+    let damage = |nth: usize| {
+        restore();
+        match nth {
+            0 => remove("o.db.key"),
+            1 => remove("o.db.checkpoint"),
+            2 => fs::write(place.join("o.db"), &older).unwrap(),
+            _ => remove("o.db"),
+        }
+    };
+    let url = format!("sqlite:{}", place.join("o.db").display());
+    let mut home = home;
+    for (nth, why, reason) in [
+        (0, "the key that sealed it is missing", LogBeganReason::KeyMissing),
+        (1, "beside it is no checkpoint that its key has signed", LogBeganReason::CheckpointMissing),
+        (2, "its log has 3 entries, and its checkpoint 5", LogBeganReason::Behind),
+        (3, "its log has 0 entries, and its checkpoint 5", LogBeganReason::Behind),
+    ] {
+        damage(nth);
+        assert!(home.serve().await.stop().await.success());
+        assert!(home.log().contains(&format!("a new log begins: {why}")), "{}", home.log());
+        let previous = if nth == 1 { String::new() } else { checkpoint.clone() };
+        assert_eq!(new_logs(&database(&place.join("o.db"))), [(reason, previous.clone())]);
+        // It goes on from there.
+        assert!(home.serve().await.stop().await.success());
+        assert_eq!(new_logs(&database(&place.join("o.db"))).len(), 1);
+
+        damage(nth);
+        home = home.with_args(["--set", "access.mode=\"enforce\""]);
+        let ended = home.try_serve().await.err().unwrap_or_else(|| panic!("{why}: it serves"));
+        assert_eq!(ended.code(), Some(1), "{}", home.log());
+        assert!(home.log().contains(why) && home.log().contains("orchestrator store accept"), "{}", home.log());
+        assert_eq!(place.join("o.db.key").exists(), nth != 0, "it makes no key");
+        let mut accept = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+        assert!(accept.args(["store", "accept", &url]).status().unwrap().success());
+        assert!(home.serve().await.stop().await.success());
+        assert_eq!(new_logs(&database(&place.join("o.db"))), [(LogBeganReason::Accepted, previous)]);
+        let (code, said) = verify_with(&place.join("o.db"), &["--key-file", place.join("o.db.key").to_str().unwrap()]);
+        assert_eq!(code, Some(0), "{said}");
+        home = home.with_args(["--set", "access.mode=\"off\""]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_looks_as_if_an_earlier_version_had_written_it_waits_for_an_operator_under_enforce() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let no_log = "UPDATE cycles SET leaf = NULL; UPDATE meta SET log_size = 0, seal = NULL; DELETE FROM hashes;
+                  DELETE FROM audit; DELETE FROM control; UPDATE outputs SET seal = NULL;
+                  UPDATE subsystems SET seal = NULL, spec = replace(spec, 'http://', 'http://x')";
+    database(&home.path("o.db")).execute_batch(no_log).unwrap();
+    let home = home.with_args(["--set", "access.mode=\"enforce\""]);
+    for file in ["o.db.checkpoint", "o.db.key"] {
+        let ended = home.try_serve().await.err().unwrap();
+        assert_eq!(ended.code(), Some(1), "{}", home.log());
+        assert!(home.log().contains("it has no seals"), "{}", home.log());
+        fs::remove_file(home.path(file)).unwrap();
+    }
+    // Without a key, no seal can be checked.
+    for seal in ["NULL", "zeroblob(32)"] {
+        database(&home.path("o.db")).execute(&format!("UPDATE meta SET seal = {seal}"), []).unwrap();
+        assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{}", home.log());
+        assert!(!home.path("o.db.key").exists());
+    }
+    let home = home.with_args(["--set", "access.mode=\"off\""]);
+    assert!(home.serve().await.stop().await.success());
+    assert!(
+        home.log().contains("without seals: whether other programs have changed it can't be seen"),
+        "{}",
+        home.log()
+    );
 }

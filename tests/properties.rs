@@ -19,15 +19,18 @@ use futures_util::future::BoxFuture;
 use jiff::SignedDuration;
 use orchestrator_core::{
     host::Host,
-    ledger::Signer,
+    ledger::{SealKeys, Signer},
     memory::{Memory, Shares},
     model::{
         Answer, BreakerSpec, Cause, Code, CycleId, CycleRequest, CycleState, Freshness, Issue, LimitsSpec, LoopSpec,
         LoopStart, Name, Payload, RetrySpec, Severity, Subsystem, SubsystemSpec, TickCounts, Trigger,
     },
-    orchestrator::{Change, Declared, NotCancelled, Orchestrator, OrchestratorTasks, Refusal, Registrar, Settings},
+    orchestrator::{
+        Change, Declared, NotCancelled, Orchestrator, OrchestratorTasks, Refusal, Registrar, Settings, TakenOver,
+    },
     ports::{
-        CallError, Callee, Filter, InitializeCall, Left, Reply, Retention, RunCall, Snapshot, Subsystems, Untraced,
+        CallError, Callee, Filter, InitializeCall, Left, Reply, Retention, RunCall, Seals, Snapshot, Subsystems,
+        Untraced,
     },
     proto::orchestrator::v1 as pb,
     record::{self, PartFilter},
@@ -320,11 +323,12 @@ fn request(step: &Step, registered: &BTreeSet<String>) -> CycleRequest {
 async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, OrchestratorTasks) {
     let host = Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 0);
     let store = store::open(&store::StoreUrl::Memory, record::check, host.clock).await.unwrap();
-    let contents = store.take_over().await.unwrap();
+    let signer = Signer::generate("test").unwrap();
+    let contents = store.take_over(Seals::Checked(SealKeys::of(&signer))).await.unwrap();
     let memory = Shares::of(1 << 30);
     let spans = Arc::new(Untraced);
     let (fleet, declared) = (fleet.clone(), Declared::default());
-    let store = (store, contents, Signer::generate("test").unwrap());
+    let store = TakenOver { store, contents, signer, began: None };
     Orchestrator::start(settings, &memory, host, fleet, store, declared, spans).await.unwrap()
 }
 

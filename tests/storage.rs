@@ -27,13 +27,14 @@ use common::{
 };
 use futures_util::{StreamExt, stream::FuturesOrdered};
 use orchestrator_core::{
+    clock::Clock,
     config::Config,
     dial::Dialer,
     host::Host,
-    ledger::Signer,
+    ledger::{SealKeys, Signer, SigningKey},
     memory::Shares,
-    orchestrator::{Declared, Orchestrator, Stopped},
-    ports::{StoreError, Untraced},
+    orchestrator::{Declared, Orchestrator, Stopped, TakenOver},
+    ports::{self, Contents, Seals, StoreError, Untraced, Write},
     proto::orchestrator::v1::{self as pb, CycleState, Origin, Trigger, cycle_event::Event},
     record, serve, store,
     transport::Sockets,
@@ -172,11 +173,12 @@ async fn an_idle_process_notices_that_it_was_superseded() {
     let home = Home::new();
     let (host, url) = (Host::system(), store::StoreUrl::Sqlite(home.path("o.db")));
     let store = store::open(&url, record::check, host.clock).await.unwrap();
-    let contents = store.take_over().await.unwrap();
+    let signer = Signer::generate("test").unwrap();
+    let contents = store.take_over(Seals::Checked(SealKeys::of(&signer))).await.unwrap();
     let memory = Shares::of(1 << 30);
     let dialer = Arc::new(Dialer::new(Arc::new(Sockets::default()), Duration::from_secs(1), memory.replies.clone()));
     let (settings, declared) = (serve::settings(&Config::default()), Declared::default());
-    let (store, spans) = ((store, contents, Signer::generate("test").unwrap()), Arc::new(Untraced));
+    let (store, spans) = (TakenOver { store, contents, signer, began: None }, Arc::new(Untraced));
     let start = Orchestrator::start(settings, &memory, host, dialer, store, declared, spans);
     let (orchestrator, mut tasks) = start.await.unwrap();
     take_over(&home);
@@ -372,13 +374,15 @@ async fn unreadable_rows_are_named_and_do_not_prevent_the_start() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a", "b"]).await;
     stage.client.run().await.unwrap();
-    let Stage { home, service, fleet, .. } = stage;
+    let Stage { home, service, .. } = stage;
     service.kill().await;
     let database = Connection::open(home.path("o.db")).unwrap();
+    let spec = "SELECT spec FROM subsystems WHERE name = 'b'";
+    let spec: String = database.query_row(spec, [], |row| row.get(0)).unwrap();
     database
         .execute_batch(
             "UPDATE subsystems SET spec = '{' WHERE name = 'b';
-             INSERT INTO loops VALUES ('l', '{', '{}');
+             INSERT INTO loops (name, spec, state) VALUES ('l', '{', '{}');
              INSERT INTO open_cycles (cycle_id, trigger, scheduled_at) VALUES (2, 9, 0);
              UPDATE meta SET last_cycle_id = 2",
         )
@@ -398,7 +402,6 @@ async fn unreadable_rows_are_named_and_do_not_prevent_the_start() {
     }
     // The row is kept for a repair, with its output.
     let database = Connection::open(home.path("o.db")).unwrap();
-    let spec = format!("{{\"name\":\"b\",\"endpoint\":\"{}\"}}", fleet.endpoint());
     assert_eq!(database.execute("UPDATE subsystems SET spec = ?1 WHERE name = 'b'", [spec]).unwrap(), 1);
     drop(database);
     let service = home.serve().await;
@@ -954,6 +957,27 @@ async fn a_killed_cycle_is_recorded_and_a_killed_idle_process_leaves_no_record()
     assert_eq!(interrupted.epoch, stage.client.status().await.unwrap().epoch);
 }
 
+/// Writes to the store of a home as a process with the key of its log can.
+async fn write(home: &Home, change: impl FnOnce(Contents) -> Write) {
+    let key: SigningKey = fs::read_to_string(home.path("o.db.key")).unwrap().parse().unwrap();
+    let signer = Signer { origin: key.verifying().name().to_owned(), keys: vec![key] };
+    let url = store::StoreUrl::Sqlite(home.path("o.db"));
+    let store = store::open(&url, record::check, Clock::system()).await.unwrap();
+    let contents = store.take_over(Seals::Checked(SealKeys::of(&signer))).await.unwrap();
+    let (epoch, last_cycle_id) = (contents.epoch, contents.last_cycle_id);
+    store.commit(Arc::new(Write { epoch, last_cycle_id, ..change(contents) })).await.unwrap();
+}
+
+/// Changes the phase of the only stored registration.
+async fn set_phase(home: &Home, phase: i32) {
+    let change = |mut contents: Contents| {
+        let mut stored = contents.subsystems.remove(0);
+        stored.spec.as_mut().unwrap().phase = Some(phase);
+        Write { subsystems: [(stored.name.clone(), Some(Arc::new(stored)))].into(), ..Write::default() }
+    };
+    write(home, change).await;
+}
+
 #[tokio::test]
 async fn a_stored_registration_that_breaks_a_rule_is_left_out_and_stays_stored() {
     let mut stage = Stage::new().await;
@@ -961,18 +985,13 @@ async fn a_stored_registration_that_breaks_a_rule_is_left_out_and_stays_stored()
     stage.client.run().await.unwrap();
     let Stage { home, service, .. } = stage;
     assert!(service.stop().await.success());
-    let replace = |from: &str, to: &str| {
-        let database = Connection::open(home.path("o.db")).unwrap();
-        let changed = database.execute("UPDATE subsystems SET spec = replace(spec, ?1, ?2)", [from, to]).unwrap();
-        assert_eq!(changed, 1);
-    };
     // A later version with wider bounds could have written this.
-    replace(r#""phase":0"#, r#""phase":9999999"#);
+    set_phase(&home, 9_999_999).await;
     let service = home.serve().await;
     assert!(service.client().await.subsystems().await.unwrap().is_empty());
     assert!(home.log().contains("skipped: a stored registration is invalid"), "{}", home.log());
     assert!(service.stop().await.success());
-    replace(r#""phase":9999999"#, r#""phase":0"#);
+    set_phase(&home, 0).await;
     let service = home.serve().await;
     let status = service.client().await.subsystem("a").await.unwrap();
     assert_eq!((status.origin(), status.output_cycle_id), (Origin::Rpc, 1));
@@ -1082,10 +1101,13 @@ async fn a_cycle_does_not_end_before_it_started_though_the_clock_was_set_back() 
     stage.fleet.until_run("held", 1).await;
     let Stage { home, service, .. } = stage;
     service.kill().await;
-    let database = Connection::open(home.path("o.db")).unwrap();
-    let an_hour_later = "UPDATE open_cycles SET started_at = started_at + 3600000000000";
-    assert_eq!(database.execute(an_hour_later, []).unwrap(), 1);
-    drop(database);
+    let an_hour_later = |mut contents: Contents| {
+        let mut open = contents.open.remove(0);
+        let ports::Stage::Begun(at) = open.stage else { panic!("{open:?}") };
+        open.stage = ports::Stage::Begun(at + Duration::from_hours(1));
+        Write { open: vec![open], ..Write::default() }
+    };
+    write(&home, an_hour_later).await;
     let service = home.serve().await;
     let cycle = service.client().await.cycle(1).await.unwrap();
     assert_eq!(cycle.state(), CycleState::Interrupted);

@@ -1,6 +1,7 @@
 //! The command line: one file a command. The remote ones use only the generated client.
 
 mod audit;
+mod backup;
 mod cancel;
 mod certs;
 mod check;
@@ -115,6 +116,8 @@ enum Command {
     WhoAmI(whoami::WhoAmI),
     Audit(audit::Audit),
     Verify(verify::Verify),
+    Backup(backup::Backup),
+    Restore(backup::Restore),
     Conformance(conformance::Conformance),
     Completions(completions::Completions),
 }
@@ -180,6 +183,8 @@ impl Cli {
             Command::Token(token) => Box::pin(ready(token.run())),
             Command::Certs(certs) => Box::pin(ready(certs.run())),
             Command::Verify(verify) => Box::pin(ready(verify.run())),
+            Command::Backup(backup) => Box::pin(ready(backup.run())),
+            Command::Restore(restore) => Box::pin(ready(restore.run())),
             Command::Completions(completions) => Box::pin(ready(completions.run())),
         };
         until_left(work, last_words).await

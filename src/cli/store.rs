@@ -1,12 +1,20 @@
 //! `orchestrator store`: work on a store that no process has open.
 
+use std::{error::Error, path::PathBuf};
+
+use bytes::Bytes;
 use clap::Subcommand;
 
 use super::{
     Exit, Failure,
     output::{clean, print},
 };
-use crate::store::{self, Accepted, StoreUrl};
+use crate::{
+    host::Host,
+    ledger::{LogBegan, LogBeganReason},
+    record,
+    store::{self, Accepted, LogKeys, StoreUrl},
+};
 
 /// Work on a store that no process has open
 #[derive(Debug, clap::Args)]
@@ -20,12 +28,17 @@ enum Command {
     Accept(Accept),
 }
 
-/// Accept a store as it is, although it is a copy or lacks acknowledged cycles
+/// Accept a store as it is, although it is a copy, or not what was signed last
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 `orchestrator serve` refuses a database that is a copy of another one, because a copy takes over the fleet: its epoch \
 is higher, and subsystems then refuse calls of the original. It also refuses a database that lacks many acknowledged \
-cycles. This command accepts the database once. First make sure that no process serves the original any more.
+cycles, one that another program has changed, and, with access.mode = \"enforce\", one that is not what was signed last: \
+its key or its checkpoint is missing, or an older copy has replaced it. This command accepts the database once, with \
+everything that is in it. First make sure that no process serves the original any more.
+
+A new log begins: its first entry says so, and contains the earlier checkpoint, which is kept in a file with the suffix \
+.checkpoint.lost. A key that is missing is created.
 
 To look into a copy, serve nothing: read it with sqlite3.
 
@@ -40,19 +53,34 @@ struct Accept {
     /// The store, as in store.url
     #[arg(value_name = "URL", value_parser = StoreUrl::parse)]
     url: StoreUrl,
+    /// A key of the log, as in ledger.key_files; repeat it for several keys
+    #[arg(long, value_name = "FILE")]
+    key_file: Vec<PathBuf>,
+    /// The name of the log, if ledger.origin is set
+    #[arg(long, value_name = "NAME")]
+    origin: Option<String>,
 }
 
 impl Store {
     /// Runs the subcommand.
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let Command::Accept(Accept { url }) = self.command;
-        let accepted = store::accept(&url).map_err(|error| Failure::new(Exit::Refused, clean(&error.to_string())))?;
+        let Command::Accept(Accept { url, key_file, origin }) = self.command;
+        let refused = |error: &dyn Error| Failure::new(Exit::Refused, clean(&error.to_string()));
+        let name = origin.clone().unwrap_or_else(|| format!("orchestrator/{:032x}", Host::system().random.id128()));
+        let keys = LogKeys::read(&url, &key_file, &name).map_err(|error| refused(&error))?;
+        let accepted = store::accept(&url, keys, origin, began).map_err(|error| refused(&error))?;
         print(&told(&accepted))?;
         Ok(Exit::Done)
     }
 }
 
-fn told(accepted: &Accepted) -> String {
+/// The entry of the log that begins when an operator accepts a store, beside which was this checkpoint.
+pub(super) fn began(previous: String) -> Bytes {
+    record::encode_began(&LogBegan { reason: LogBeganReason::Accepted, previous })
+}
+
+/// What was accepted.
+pub(super) fn told(accepted: &Accepted) -> String {
     let Accepted { path, earlier, last_cycle_id, noted_cycle_id } = accepted;
     let mut lines = vec![format!("{} can be served now; its last cycle is {last_cycle_id}", path.display())];
     lines.extend(

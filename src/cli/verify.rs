@@ -1,13 +1,16 @@
 //! `orchestrator verify`: proves that a database has the signed contents.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use super::{
     Exit, Failure,
     output::{clean, print},
 };
 use crate::{
-    ledger::VerifyingKey,
+    ledger::{Checkpoint, NoteError, SealKeys, SigningKey, VerifyingKey},
     record,
     store::{self, Rules, Verified},
 };
@@ -19,8 +22,9 @@ Computes the log of the history anew from the stored bytes, and compares it with
 that the service reads, and with the signed checkpoint. A process may have the database open. Each thing that is \
 wrong is one line.
 
-It detects changes by programs that do not have the key. Entries after the checkpoint, which is at most about a second \
-older, and records that are older than the log are compared with nothing that is signed.
+With the private key (--key-file), also checks the seals: those of the registrations, loops, latest outputs and waiting \
+cycles, and that of the end of the log, which may have entries after the checkpoint. Without it, these are compared \
+with nothing that only a process with the key can make. Records that are older than the log never are.
 
 Exit codes:
   0    nothing is wrong
@@ -28,14 +32,18 @@ Exit codes:
   2    wrong usage
 
 Examples:
-  orchestrator verify --db orchestrator.db --key 'core/8d0f…+5b1c22f7+AX3…'")]
+  orchestrator verify --db orchestrator.db --key 'core/8d0f…+5b1c22f7+AX3…'
+  orchestrator verify --db orchestrator.db --key-file orchestrator.db.key")]
 pub(super) struct Verify {
     /// The database
     #[arg(long, value_name = "FILE")]
     db: PathBuf,
     /// The public key of the log, which the service logs at its start
-    #[arg(long, value_name = "KEY")]
-    key: VerifyingKey,
+    #[arg(long, value_name = "KEY", required_unless_present = "key_file")]
+    key: Option<VerifyingKey>,
+    /// The private key of the log, to check the seals as well; repeat it for several keys
+    #[arg(long, value_name = "FILE")]
+    key_file: Vec<PathBuf>,
     /// A checkpoint that the key has signed; without it, the one beside the database
     #[arg(long, value_name = "FILE")]
     checkpoint: Option<PathBuf>,
@@ -44,27 +52,19 @@ pub(super) struct Verify {
 impl Verify {
     /// Verifies, and prints the problems.
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let Self { db, key, checkpoint } = self;
+        let Self { db, key, key_file, checkpoint } = self;
         let refused = |problem: String| Failure::new(Exit::Refused, clean(&problem));
+        let keys = key_file.iter().map(|path| store::signing_key(path)).collect::<Result<Vec<_>, _>>();
+        let keys = keys.map_err(|error| refused(error.to_string()))?;
         let path = checkpoint.unwrap_or_else(|| store::checkpoint_of(&db));
         let text = fs::read_to_string(&path).map_err(|error| refused(format!("{}: {error}", path.display())))?;
-        let checkpoint = key.open(&text).map_err(|error| refused(format!("{}: {error}", path.display())))?;
-        let mut printed = Ok(());
-        let mut count = 0_u64;
-        let mut wrong = |problem: String| {
-            count += 1;
-            if printed.is_ok() {
-                printed = print(&format!("wrong: {}\n", clean(&problem)));
-            }
+        let checkpoint = match &key {
+            Some(key) => key.open(&text),
+            None => open_with_any(&keys, &text),
         };
-        let rules = Rules { record: record::check_columns, event: record::check_event, pruned: record::decode_pruned };
-        let verified = store::verify(&db, &checkpoint, rules, &mut wrong);
-        let verified = verified.map_err(|error| refused(error.to_string()))?;
-        printed?;
-        let Verified { entries, first_kept, removed, records, events, unlogged } = verified;
-        if count > 0 {
-            return Err(refused(format!("{} differs from what was recorded in {count} ways", db.display())));
-        }
+        let checkpoint = checkpoint.map_err(|error| refused(format!("{}: {error}", path.display())))?;
+        let verified = differences(&db, &checkpoint, &keys)?;
+        let Verified { entries, first_kept, removed, records, events, unlogged, sealed } = verified;
         let mut lines = vec![format!(
             "{} has the log {} of {entries} entries, {} of which are signed; {records} records and {events} audit events \
              are as they were written",
@@ -72,6 +72,10 @@ impl Verify {
             checkpoint.origin,
             checkpoint.size
         )];
+        match sealed {
+            Some(rows) => lines.push(format!("the seals of the log and of {rows} other rows are valid")),
+            None => lines.push("the seals were not checked: that needs the private key, --key-file".into()),
+        }
         if first_kept > 0 {
             lines.push(format!("entries 0 to {} were removed by retention", first_kept - 1));
         }
@@ -84,4 +88,43 @@ impl Verify {
         print(&lines.iter().map(|line| clean(line) + "\n").collect::<String>())?;
         Ok(Exit::Done)
     }
+}
+
+/// Opens a checkpoint that one of these keys has signed.
+pub(super) fn open_with_any(keys: &[SigningKey], text: &str) -> Result<Checkpoint, NoteError> {
+    let mut opened = Err(NoteError::NotSigned(String::new()));
+    for key in keys {
+        opened = opened.or_else(|_| key.verifying().open(text));
+    }
+    opened
+}
+
+/// Verifies a database against a checkpoint, and its seals if there are keys. Prints the problems.
+///
+/// # Errors
+/// There are some, or the database can't be read.
+pub(super) fn differences(db: &Path, checkpoint: &Checkpoint, keys: &[SigningKey]) -> Result<Verified, Failure> {
+    let refused = |problem: String| Failure::new(Exit::Refused, clean(&problem));
+    let seals = (!keys.is_empty()).then(|| SealKeys::new(&checkpoint.origin, keys));
+    let mut printed = Ok(());
+    let mut count = 0_u64;
+    let mut wrong = |problem: String| {
+        count += 1;
+        if printed.is_ok() {
+            printed = print(&format!("wrong: {}\n", clean(&problem)));
+        }
+    };
+    let rules = Rules {
+        record: record::check_columns,
+        event: record::check_event,
+        output: record::output_sha256,
+        pruned: record::decode_pruned,
+    };
+    let verified = store::verify(db, checkpoint, seals, rules, &mut wrong);
+    let verified = verified.map_err(|error| refused(error.to_string()))?;
+    printed?;
+    if count > 0 {
+        return Err(refused(format!("{} differs from what was recorded in {count} ways", db.display())));
+    }
+    Ok(verified)
 }

@@ -335,6 +335,7 @@ mod tests {
                 attempts: 1,
                 issues,
                 metrics,
+                output_sha256: None,
                 recorded_output: None,
                 state,
             };

@@ -13,12 +13,9 @@ impl DigestKey {
     /// The purpose of the derived key.
     const INFO: &[u8] = b"orchestrator: digests of requests";
 
-    /// Derives the key of this log, by HKDF-Expand (RFC 5869, section 2.3). The secret is random, so it needs no
-    /// extraction (section 3.3).
+    /// Derives the key of this log.
     pub fn of(signer: &Signer) -> Self {
-        let secret = signer.keys.first().map_or(&[][..], |key| key.seed());
-        let first_block = [Self::INFO, &[1]].concat();
-        Self(Key::new(HMAC_SHA256, sign(&Key::new(HMAC_SHA256, secret), &first_block).as_ref()))
+        Self(derive(signer.keys.first().map_or(&[][..], |key| key.seed()), Self::INFO))
     }
 
     /// The digest of these bytes.
@@ -27,6 +24,13 @@ impl DigestKey {
         digest.copy_from_slice(sign(&self.0, bytes).as_ref());
         digest
     }
+}
+
+/// The key for a purpose, from a secret, by HKDF-Expand (RFC 5869, section 2.3). The secret is random, so it needs no
+/// extraction (section 3.3).
+pub(super) fn derive(secret: &[u8], purpose: &[u8]) -> Key {
+    let first_block = [purpose, &[1]].concat();
+    Key::new(HMAC_SHA256, sign(&Key::new(HMAC_SHA256, secret), &first_block).as_ref())
 }
 
 #[cfg(test)]

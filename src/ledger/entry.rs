@@ -79,6 +79,28 @@ impl RecordsPruned {
     }
 }
 
+/// In a control entry: a new log began, since the store was not what was signed last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogBegan {
+    /// Why.
+    pub reason: LogBeganReason,
+    /// The checkpoint that was beside the store, which nobody has verified; empty if there was none.
+    pub previous: String,
+}
+
+/// Why a new log began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogBeganReason {
+    /// The key that had signed and sealed was missing.
+    KeyMissing,
+    /// There was no checkpoint that the key had signed.
+    CheckpointMissing,
+    /// The checkpoint had entries that the store has not.
+    Behind,
+    /// An operator accepted the store as it was.
+    Accepted,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

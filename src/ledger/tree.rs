@@ -4,13 +4,18 @@ use std::{fmt, ops::Range};
 
 use aws_lc_rs::digest::{Context, SHA256, SHA256_OUTPUT_LEN};
 
-/// The SHA-256 of a leaf or of a node.
+/// A SHA-256, such as that of a leaf or of a node.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Hash(pub [u8; Hash::LEN]);
 
 impl Hash {
     /// Its length in bytes.
     pub const LEN: usize = SHA256_OUTPUT_LEN;
+
+    /// The hash of these bytes themselves.
+    pub fn of_bytes(bytes: &[u8]) -> Self {
+        Self::of([], [bytes])
+    }
 
     /// The hash of an entry, which is given in pieces (RFC 9162, section 2.1.1).
     pub fn of_leaf<'a>(entry: impl IntoIterator<Item = &'a [u8]>) -> Self {

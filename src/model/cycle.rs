@@ -306,6 +306,8 @@ pub struct SubsystemReport {
     pub issues: Vec<Issue>,
     /// Its metrics.
     pub metrics: BTreeMap<String, f64>,
+    /// The SHA-256 of its output, as it was received; `None` if it has none.
+    pub output_sha256: Option<[u8; 32]>,
     /// Its output, if it is recorded.
     pub recorded_output: Option<Payload>,
 }
@@ -324,7 +326,18 @@ impl SubsystemReport {
     /// The same report without issues, metrics and output.
     #[must_use]
     pub fn without_details(&self) -> Self {
-        let Self { name, state, started, ended, queued, attempts, issues: _, metrics: _, recorded_output: _ } = self;
+        let Self {
+            name,
+            state,
+            started,
+            ended,
+            queued,
+            attempts,
+            issues: _,
+            metrics: _,
+            output_sha256: _,
+            recorded_output: _,
+        } = self;
         Self {
             name: name.clone(),
             state: state.clone(),
@@ -334,6 +347,7 @@ impl SubsystemReport {
             attempts: *attempts,
             issues: Vec::new(),
             metrics: BTreeMap::new(),
+            output_sha256: None,
             recorded_output: None,
         }
     }
@@ -350,6 +364,7 @@ impl SubsystemReport {
             attempts: 0,
             issues: Vec::new(),
             metrics: BTreeMap::new(),
+            output_sha256: None,
             recorded_output: None,
         }
     }
@@ -447,6 +462,7 @@ mod tests {
             SubsystemReport {
                 issues: vec![issue],
                 metrics: BTreeMap::from([("n".repeat(metric), 1.0)]),
+                output_sha256: None,
                 recorded_output: Payload::from_json(json.as_object().unwrap()).ok(),
                 ..SubsystemReport::not_called(Name::parse("a").unwrap(), SkipReason::Suspended, String::new())
             }

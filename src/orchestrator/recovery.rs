@@ -5,6 +5,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use bytes::Bytes;
 use jiff::Timestamp;
 use tokio::{
     sync::{Notify, mpsc, watch as latest},
@@ -38,9 +39,20 @@ use crate::{
     schedule::{LoopOrigin, Loops},
 };
 
+/// A store that was taken over.
+pub struct TakenOver {
+    /// The store.
+    pub store: Arc<dyn Store>,
+    /// Its contents then.
+    pub contents: Contents,
+    /// What signs its log.
+    pub signer: Signer,
+    /// The encoded `ControlEntry` of a new log, if one begins.
+    pub began: Option<Bytes>,
+}
+
 impl Orchestrator {
-    /// Restores the state of the earlier process, and starts running cycles. The store comes with its contents at the
-    /// takeover, and with the signer of its log.
+    /// Restores the state of the earlier process, and starts running cycles.
     ///
     /// # Errors
     /// The declared and stored subsystems have a circular dependency, there is no memory for them, or the store can't
@@ -50,10 +62,11 @@ impl Orchestrator {
         memory: &Shares,
         host: Host,
         subsystems: Arc<dyn Subsystems>,
-        (store, mut contents, signer): (Arc<dyn Store>, Contents, Signer),
+        taken_over: TakenOver,
         declared: Declared,
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, OrchestratorTasks), Refusal> {
+        let TakenOver { store, mut contents, signer, began } = taken_over;
         let Host { clock, random } = host;
         let (now, begin) = (clock.now(), Instant::now());
         memory.outputs.set_max(settings.max_outputs_bytes);
@@ -87,7 +100,7 @@ impl Orchestrator {
             None => {}
         }
         tell_unreadable_rows(&contents.unreadable);
-        let mut write = Write { epoch: contents.epoch, ..Write::default() };
+        let mut write = Write { epoch: contents.epoch, began, ..Write::default() };
 
         // The registry: a declared subsystem takes precedence over one that was registered by RPC under the same name.
         let mut latest: BTreeMap<Name, _> =

@@ -7,7 +7,7 @@ use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 
 use crate::{
-    ledger::{Frontier, Hash, Node},
+    ledger::{Frontier, Hash, Node, SealKeys},
     model::{
         CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, RequestKey, Revision, SubsystemSpec,
         TraceId, Trigger,
@@ -18,8 +18,8 @@ use crate::{
 /// once [`Store::take_over`] has returned.
 ///
 /// Each write also appends to the log of the history ([`ledger`](crate::ledger)): first its records, in their order,
-/// then its audit events, in their order, and then the entry of its [`Removal`]. Records that were written before there
-/// was a log are not in it.
+/// then its audit events, in their order, then the entry of a new log, and then that of its [`Removal`]. Records that
+/// were written before there was a log are not in it.
 ///
 /// Each cycle id from 1 to the highest noted one ([`Write::last_cycle_id`]) is exactly one of open, recorded and
 /// pruned. Records have dense revisions in the order of their commits, and any order of their ids.
@@ -28,9 +28,12 @@ pub trait Store: Send + Sync + 'static {
     /// before that commit, so a process that ends in between has changed nothing. A further call reads again, and fixes
     /// a later epoch: writes of the previous one are then refused.
     ///
+    /// A store that outlives the process seals what later cycles depend on, and the end of the log, with the first of
+    /// the keys of `seals`. Seals by the other keys are valid as well, and are renewed by the next commit.
+    ///
     /// # Errors
-    /// The state can't be read at all, or no process could continue from it.
-    fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>>;
+    /// The state can't be read at all, no process could continue from it, or a seal does not belong to what it seals.
+    fn take_over(&self, seals: Seals) -> BoxFuture<'_, Result<Contents, StoreError>>;
 
     /// Writes atomically, and returns once the outcome is known, however long that takes. With [`Durability::Durable`]
     /// the write then survives the loss of power, with [`Durability::Buffered`] the death of this process. If the
@@ -130,6 +133,15 @@ pub trait Store: Send + Sync + 'static {
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>>;
 }
 
+/// How the seals in a store are judged when it is taken over.
+#[derive(Clone, Debug)]
+pub enum Seals {
+    /// Each has to be by one of these keys.
+    Checked(SealKeys),
+    /// None is read: the store is taken as it is, and the next commit seals everything with the first of these keys.
+    Renewed(SealKeys),
+}
+
 /// The log of a store, as far as it is needed to append to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Log {
@@ -166,6 +178,9 @@ pub struct Contents {
     pub loops: Vec<StoredLoop>,
     /// The latest outputs.
     pub outputs: Vec<StoredOutput>,
+    /// False if there is something in it whose seals were not checked: an earlier version wrote it, which did not seal,
+    /// or they are [renewed](Seals::Renewed). Nothing shows whether other programs have changed it.
+    pub is_sealed: bool,
     /// Unreadable entries. They stay in the store; an open cycle stays until it is recorded.
     pub unreadable: Vec<UnreadableRow>,
 }
@@ -225,6 +240,8 @@ pub struct Write {
     pub records: Vec<Record>,
     /// The events of the changes in this write, which are kept with them or not at all.
     pub audit: Vec<AuditEntry>,
+    /// An encoded `ControlEntry` that says that a new log began, for the first write of a process.
+    pub began: Option<Bytes>,
     /// Records that are removed now.
     pub removal: Removal,
     /// Outputs that replace the latest one of their subsystem.
@@ -578,6 +595,17 @@ pub enum StoreError {
         /// The invalid contents.
         problem: String,
     },
+    /// A program without the key of its log has changed it, or the key is another one.
+    #[error(
+        "{store} was changed by another program, or was sealed with another key or ledger.origin: {problem}; put its \
+         key back, restore it from a backup, or have it go on as it is by `orchestrator store accept sqlite:{store}`"
+    )]
+    Tampered {
+        /// Which store.
+        store: String,
+        /// What was changed.
+        problem: String,
+    },
     /// It refuses writes, although it is not damaged.
     #[error(
         "{store} refuses a required write: {problem}; restore it from a backup if another program has changed \
@@ -637,7 +665,11 @@ impl StoreError {
     #[must_use]
     pub fn is_final(&self) -> bool {
         match self {
-            Self::Fenced { .. } | Self::Corrupt { .. } | Self::Unusable { .. } | Self::Defect { .. } => true,
+            Self::Fenced { .. }
+            | Self::Corrupt { .. }
+            | Self::Tampered { .. }
+            | Self::Unusable { .. }
+            | Self::Defect { .. } => true,
             Self::Full { .. } | Self::ReadOnly { .. } | Self::Unavailable { .. } | Self::Late { .. } => false,
         }
     }

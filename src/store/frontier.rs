@@ -26,7 +26,7 @@ pub(super) struct Frontier {
 }
 
 /// What a write appends to the log: a leaf for each of its records, in their order, then for each of its audit events,
-/// in their order, and then for the entry of its removal.
+/// in their order, then for the entry of a new log, and then for that of its removal.
 #[derive(Clone, Debug)]
 pub(super) struct Appended {
     /// The first of these leaves.
@@ -46,7 +46,7 @@ impl Appended {
         let (first_leaf, first_node) = (frontier.size(), Node::complete_with(frontier.size()));
         let records = write.records.iter().map(|record| Entry::Cycle(&record.bytes));
         let events = write.audit.iter().map(|event| Entry::Audit(&event.bytes));
-        let control = write.removal.entry.iter().map(|entry| Entry::Control(entry));
+        let control = write.began.iter().chain(&write.removal.entry).map(|entry| Entry::Control(entry));
         let nodes = records.chain(events).chain(control).flat_map(|entry| frontier.append(entry.leaf())).collect();
         let log = Log { frontier, first_kept: first_kept.max(write.removal.first_kept) };
         Self { first_leaf, first_node, nodes, log }
@@ -62,10 +62,10 @@ impl Appended {
         (self.first_leaf + write.records.len() as u64..).zip(&write.audit)
     }
 
-    /// The entry of the removal of `write` with its leaf.
-    pub(super) fn control<'a>(&self, write: &'a Write) -> Option<(u64, &'a Bytes)> {
+    /// The control entries of `write` with their leaves.
+    pub(super) fn control<'a>(&self, write: &'a Write) -> impl Iterator<Item = (u64, &'a Bytes)> {
         let before = write.records.len() + write.audit.len();
-        Some((self.first_leaf + before as u64, write.removal.entry.as_ref()?))
+        (self.first_leaf + before as u64..).zip(write.began.iter().chain(&write.removal.entry))
     }
 }
 

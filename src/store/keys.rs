@@ -1,7 +1,8 @@
 //! The files of the keys that sign the checkpoints of a log.
 
 use std::{
-    fs, io,
+    fs::File,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -9,6 +10,7 @@ use super::StoreUrl;
 use crate::{
     file::{self, FileError},
     ledger::{NoteError, SigningKey},
+    model::excerpt,
 };
 
 /// Why there is no key to sign with. Each message contains the remedy.
@@ -46,17 +48,68 @@ pub enum KeyFileError {
     NotMade(NoteError),
 }
 
-/// Reads the keys that sign the checkpoints of a store's log: those in these files, or the one beside the database if
-/// there are none. A file that does not exist is created with a new key of this name. `memory:` without files gets a
-/// key that ends with the process. Waits for the disk.
-///
-/// # Errors
-/// A file can't be read or created, is open to others, or does not contain a key.
-pub fn signing_keys(url: &StoreUrl, files: &[PathBuf], name: &str) -> Result<Vec<SigningKey>, KeyFileError> {
-    match (url, files) {
-        (StoreUrl::Memory, []) => Ok(vec![SigningKey::generate(name).map_err(KeyFileError::NotMade)?]),
-        (StoreUrl::Sqlite(database), []) => Ok(vec![read_or_create(&beside(database, ".key"), name)?]),
-        (_, files) => files.iter().map(|path| read_or_create(path, name)).collect(),
+/// The keys that sign the checkpoints of a store's log.
+#[derive(Debug)]
+pub struct LogKeys {
+    /// All of them. The first one seals.
+    pub keys: Vec<SigningKey>,
+    /// Those that are new.
+    pub new: NewKeys,
+}
+
+/// New keys, with their files, which don't exist yet.
+#[derive(Debug, Default)]
+pub struct NewKeys(Vec<(PathBuf, String)>);
+
+impl LogKeys {
+    /// Reads the keys in these files, or the one beside the database if there are none. For a file that does not exist,
+    /// makes a new key. It has the name of the first one that exists, since it is to replace that, or else this name.
+    /// `memory:` without files gets a key that ends with the process. Waits for the disk.
+    ///
+    /// # Errors
+    /// A file can't be read, is open to others, or does not contain a key.
+    pub fn read(url: &StoreUrl, files: &[PathBuf], name: &str) -> Result<Self, KeyFileError> {
+        let beside = match (url, files) {
+            (StoreUrl::Memory, []) => {
+                let key = SigningKey::generate(name).map_err(KeyFileError::NotMade)?;
+                return Ok(Self { keys: vec![key], new: NewKeys::default() });
+            }
+            (StoreUrl::Sqlite(database), []) => [beside(database, ".key")],
+            _ => Default::default(),
+        };
+        let files = if files.is_empty() { &beside } else { files };
+        let mut read = files.iter().map(|path| read_if_exists(path)).collect::<Result<Vec<_>, _>>()?;
+        let name = read.iter().flatten().next().map_or(name, |key| key.verifying().name()).to_owned();
+        let mut new = NewKeys::default();
+        for (path, key) in files.iter().zip(&mut read) {
+            if key.is_none() {
+                let made = SigningKey::generate(&name).map_err(KeyFileError::NotMade)?;
+                new.0.push((path.clone(), made.to_secret()));
+                *key = Some(made);
+            }
+        }
+        Ok(Self { keys: read.into_iter().flatten().collect(), new })
+    }
+
+    /// True if no file existed, so that none of the keys can have sealed what the store contains.
+    pub fn are_new(&self) -> bool {
+        self.new.0.len() == self.keys.len()
+    }
+}
+
+impl NewKeys {
+    /// Creates their files, which only their owner can read. Waits for the disk.
+    ///
+    /// # Errors
+    /// One can't be created.
+    pub fn save(self) -> Result<(), KeyFileError> {
+        for (path, secret) in self.0 {
+            if let Err(problem) = file::create_private(&path, &format!("{secret}\n")) {
+                return Err(KeyFileError::NotCreated { path, problem });
+            }
+            tracing::info!(path = %path.display(), "a key was created, which signs checkpoints");
+        }
+        Ok(())
     }
 }
 
@@ -65,20 +118,25 @@ pub fn checkpoint_of(database: &Path) -> PathBuf {
     beside(database, ".checkpoint")
 }
 
-/// The checkpoint beside a database, if it has one.
+/// The text of the checkpoint beside a database, if it has one: at most 16 KiB, which no checkpoint exceeds. Waits for
+/// the disk.
 pub fn published(url: &StoreUrl) -> Option<String> {
+    const MAX: usize = 16 << 10;
     let StoreUrl::Sqlite(database) = url else { return None };
-    fs::read_to_string(checkpoint_of(database)).ok()
+    let mut bytes = Vec::new();
+    File::open(checkpoint_of(database)).ok()?.take(MAX as u64).read_to_end(&mut bytes).ok()?;
+    Some(excerpt(&String::from_utf8_lossy(&bytes), MAX).to_owned())
 }
 
-/// Keeps the checkpoint beside a database, which shows that entries are lost, under another name.
+/// Keeps this checkpoint, which the store does not go on from, in a file of another name beside the database. Waits for
+/// the disk.
 ///
 /// # Errors
-/// It can't be renamed.
-pub fn keep_published(url: &StoreUrl) -> io::Result<PathBuf> {
+/// It can't be written.
+pub fn keep_published(url: &StoreUrl, checkpoint: &str) -> io::Result<PathBuf> {
     let StoreUrl::Sqlite(database) = url else { return Err(io::ErrorKind::NotFound.into()) };
     let kept = beside(database, ".checkpoint.lost");
-    fs::rename(checkpoint_of(database), &kept)?;
+    file::replace(&kept, checkpoint)?;
     Ok(kept)
 }
 
@@ -89,30 +147,43 @@ fn beside(database: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
-fn read_or_create(path: &Path, name: &str) -> Result<SigningKey, KeyFileError> {
-    match file::read_secret(path) {
-        Ok(bytes) => {
-            let key = String::from_utf8_lossy(&bytes).parse();
-            key.map_err(|problem| KeyFileError::Invalid { path: path.to_owned(), problem })
-        }
-        Err(FileError::Unreadable(error)) if error.kind() == io::ErrorKind::NotFound => create(path, name),
-        Err(problem) => Err(KeyFileError::Unreadable { path: path.to_owned(), problem }),
-    }
+/// Reads a key that signs checkpoints. Waits for the disk.
+///
+/// # Errors
+/// The file can't be read, is open to others, or does not contain a key.
+pub fn signing_key(path: &Path) -> Result<SigningKey, KeyFileError> {
+    let read = file::read_secret(path);
+    let bytes = read.map_err(|problem| KeyFileError::Unreadable { path: path.to_owned(), problem })?;
+    let key = String::from_utf8_lossy(&bytes).parse();
+    key.map_err(|problem| KeyFileError::Invalid { path: path.to_owned(), problem })
 }
 
-fn create(path: &Path, name: &str) -> Result<SigningKey, KeyFileError> {
-    let key = SigningKey::generate(name).map_err(KeyFileError::NotMade)?;
-    let created = file::create_private(path, &format!("{}\n", key.to_secret()));
-    created.map_err(|problem| KeyFileError::NotCreated { path: path.to_owned(), problem })?;
-    tracing::info!(path = %path.display(), key = %key.verifying(), "a key was created, which signs checkpoints");
-    Ok(key)
+fn read_if_exists(path: &Path) -> Result<Option<SigningKey>, KeyFileError> {
+    match signing_key(path) {
+        Err(KeyFileError::Unreadable { problem: FileError::Unreadable(error), .. })
+            if error.kind() == io::ErrorKind::NotFound =>
+        {
+            Ok(None)
+        }
+        read => read.map(Some),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use std::{
+        fs,
+        os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    };
 
     use super::*;
+
+    /// The keys of a process, whose files exist from then on.
+    fn signing_keys(url: &StoreUrl, files: &[PathBuf]) -> Result<Vec<SigningKey>, KeyFileError> {
+        let LogKeys { keys, new } = LogKeys::read(url, files, "a/1")?;
+        new.save()?;
+        Ok(keys)
+    }
 
     fn mode(path: &Path) -> u32 {
         fs::metadata(path).unwrap().mode() & 0o777
@@ -122,7 +193,7 @@ mod tests {
     fn a_key_is_created_once_and_only_its_owner_can_read_it() {
         let directory = tempfile::tempdir().unwrap();
         let url = StoreUrl::Sqlite(directory.path().join("o.db"));
-        let keys = || signing_keys(&url, &[], "a/1");
+        let keys = || signing_keys(&url, &[]);
         let first = keys().unwrap().remove(0);
         let path = directory.path().join("o.db.key");
         assert_eq!((mode(&path), first.verifying().name()), (0o600, "a/1"));
@@ -144,18 +215,31 @@ mod tests {
         let path = directory.path().join("circle.key");
         symlink(&path, &path).unwrap();
         let unreadable = |error| matches!(error, KeyFileError::Unreadable { .. });
-        assert!(signing_keys(&StoreUrl::Memory, &[path], "a").is_err_and(unreadable));
+        assert!(signing_keys(&StoreUrl::Memory, &[path]).is_err_and(unreadable));
+    }
+
+    #[test]
+    fn a_new_key_beside_another_one_has_its_name_and_its_file_exists_once_it_is_saved() {
+        let directory = tempfile::tempdir().unwrap();
+        let (old, new) = (directory.path().join("old.key"), directory.path().join("new.key"));
+        signing_keys(&StoreUrl::Memory, std::slice::from_ref(&old)).unwrap();
+        let keys = LogKeys::read(&StoreUrl::Memory, &[new.clone(), old], "b").unwrap();
+        assert!(!keys.are_new() && keys.keys.iter().all(|key| key.verifying().name() == "a/1"));
+        assert!(!new.exists());
+        keys.new.save().unwrap();
+        assert_eq!(signing_key(&new).unwrap().verifying(), keys.keys[0].verifying());
+        assert!(LogKeys::read(&StoreUrl::Memory, &[directory.path().join("other.key")], "b").unwrap().are_new());
     }
 
     #[test]
     fn each_file_has_its_own_key_and_memory_has_one_without_a_file() {
         let directory = tempfile::tempdir().unwrap();
         let files = ["old.key", "new.key"].map(|name| directory.path().join(name));
-        let keys = signing_keys(&StoreUrl::Memory, &files, "a").unwrap();
+        let keys = signing_keys(&StoreUrl::Memory, &files).unwrap();
         assert_ne!(keys[0].verifying(), keys[1].verifying());
-        assert_eq!(signing_keys(&StoreUrl::Memory, &[], "a").unwrap().len(), 1);
+        assert_eq!(signing_keys(&StoreUrl::Memory, &[]).unwrap().len(), 1);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
         let nowhere = [directory.path().join("no/where.key")];
-        assert!(matches!(signing_keys(&StoreUrl::Memory, &nowhere, "a"), Err(KeyFileError::NotCreated { .. })));
+        assert!(matches!(signing_keys(&StoreUrl::Memory, &nowhere), Err(KeyFileError::NotCreated { .. })));
     }
 }

@@ -25,8 +25,8 @@ use crate::{
     model::{CycleId, Epoch, Name, Output, RequestKey, Revision},
     ports::{
         AuditEntry, Contents, EventFilter, EventPage, Excess, Filter, Found, Log, LoggedEvent, OpenCycle, Page,
-        PageLimits, Record, Removal, ResumeError, Retention, SCAN_LIMIT, Store, StoreError, StoreSize, StoredLoop,
-        StoredOutput, StoredSubsystem, Write,
+        PageLimits, Record, Removal, ResumeError, Retention, SCAN_LIMIT, Seals, Store, StoreError, StoreSize,
+        StoredLoop, StoredOutput, StoredSubsystem, Write,
     },
 };
 
@@ -90,6 +90,7 @@ impl Kept {
             subsystems: self.subsystems.values().map(|stored| (**stored).clone()).collect(),
             loops: self.loops.values().cloned().collect(),
             outputs: self.outputs.iter().map(stored).collect(),
+            is_sealed: true,
             ..Contents::default()
         }
     }
@@ -193,7 +194,7 @@ fn put<T: Clone>(known: &mut BTreeMap<Name, T>, name: &Name, now: Option<&T>) {
 }
 
 impl Store for MemoryStore {
-    fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>> {
+    fn take_over(&self, _: Seals) -> BoxFuture<'_, Result<Contents, StoreError>> {
         Box::pin(ready(Ok(self.kept().take_over(self.clock.now()))))
     }
 
@@ -321,13 +322,13 @@ mod tests {
     use super::*;
     use crate::{
         ports::RetentionRule,
-        store::suite::{at, filled, pruned, recorded},
+        store::suite::{at, filled, pruned, recorded, seals},
     };
 
     #[tokio::test]
     async fn its_size_is_that_of_the_records_that_are_left() {
         let store = MemoryStore::new(Clock::system());
-        let epoch = store.take_over().await.unwrap().epoch;
+        let epoch = store.take_over(seals()).await.unwrap().epoch;
         filled(&store, epoch, 30).await;
         assert_eq!(store.size().await.unwrap(), StoreSize { records: 30, bytes: 3000 });
         let rule = RetentionRule { max_cycles: Some(2), max_age: None };

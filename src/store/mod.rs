@@ -1,5 +1,6 @@
 //! Stores of records. They implement one trait, [`Store`] in `ports`, and pass one test suite.
 
+mod backup;
 mod frontier;
 mod keys;
 mod memory;
@@ -9,17 +10,21 @@ mod sqlite;
 mod suite;
 
 use std::{
-    fmt,
+    fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-pub use self::keys::{KeyFileError, checkpoint_of, keep_published, published, signing_keys};
+pub use self::backup::{BackedUp, BackupError, backup, restore};
+pub use self::keys::{KeyFileError, LogKeys, NewKeys, checkpoint_of, keep_published, published, signing_key};
 pub use self::sqlite::DatabaseFileError;
+use bytes::Bytes;
+
 use crate::{
     clock::Clock,
-    ledger::{Checkpoint, RecordsPruned},
-    model::CycleId,
+    file,
+    ledger::{Checkpoint, Hash, RecordsPruned, SealKeys, Signer},
+    model::{CycleId, Name},
     ports::{AuditEntry, Record, Store, StoreError},
 };
 
@@ -176,15 +181,53 @@ pub struct Accepted {
     pub noted_cycle_id: CycleId,
 }
 
-/// Accepts a store as it is, although it is a copy or lacks acknowledged cycles. Waits for the disk.
+/// Accepts a store as it is, although it is a copy, lacks acknowledged cycles, or is not what was signed last: a new
+/// log begins, with the entry that `began` makes of the checkpoint beside the store. `keys` are those of the log, and
+/// `origin` its name, if it is not that of the first key. Waits for the disk.
 ///
 /// # Errors
-/// It does not exist, another process has it open, or it can't be opened or written.
-pub fn accept(url: &StoreUrl) -> Result<Accepted, OpenError> {
-    match url {
-        StoreUrl::Memory => Err(DatabaseFileError::Missing { database: url.to_string() }.into()),
-        StoreUrl::Sqlite(path) => sqlite::accept(path),
-    }
+/// It does not exist, another process has it open, or a file can't be read or written.
+pub fn accept(
+    url: &StoreUrl,
+    keys: LogKeys,
+    origin: Option<String>,
+    began: impl FnOnce(String) -> Bytes,
+) -> Result<Accepted, AcceptError> {
+    let StoreUrl::Sqlite(path) = url else {
+        return Err(OpenError::from(DatabaseFileError::Missing { database: url.to_string() }).into());
+    };
+    let LogKeys { keys, new } = keys;
+    let name = keys.first().map(|key| key.verifying().name().to_owned()).unwrap_or_default();
+    let signer = Signer { origin: origin.unwrap_or(name), keys };
+    let previous = published(url);
+    let began = began(previous.clone().unwrap_or_default());
+    let (accepted, log) = sqlite::accept(path, (SealKeys::of(&signer), new), began)?;
+    let publish = || {
+        previous.map(|previous| keep_published(url, &previous)).transpose()?;
+        file::replace(&checkpoint_of(path), &signer.sign(log.size(), log.root()))
+    };
+    let published = publish();
+    published.map_err(|problem| AcceptError::Checkpoint { path: checkpoint_of(path), problem })?;
+    Ok(accepted)
+}
+
+/// Why a store was not accepted. Each message contains the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum AcceptError {
+    /// It can't be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A key can't be created.
+    #[error(transparent)]
+    Key(#[from] KeyFileError),
+    /// The checkpoint can't be written, so the store is refused as before.
+    #[error("{} can't be written: {problem}; repeat the command once it can", .path.display())]
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        problem: io::Error,
+    },
 }
 
 /// What is expected of the entries of a log.
@@ -194,6 +237,8 @@ pub struct Rules {
     pub record: Check,
     /// Checks that the keys of an audit event are those in its bytes.
     pub event: fn(&AuditEntry) -> Result<(), String>,
+    /// The SHA-256 of the output of a subsystem, by the record of its cycle; `None` if the record has none.
+    pub output: fn(&Record, &Name) -> Option<[u8; Hash::LEN]>,
     /// Decodes a control entry.
     pub pruned: fn(&[u8]) -> Result<RecordsPruned, String>,
 }
@@ -213,20 +258,23 @@ pub struct Verified {
     pub events: u64,
     /// Number of records that are older than the log.
     pub unlogged: u64,
+    /// Number of other rows whose seals are valid; `None` if there was no key to check them.
+    pub sealed: Option<u64>,
 }
 
-/// Verifies a SQLite database, which a process may have open, against a checkpoint whose signature was verified: each
-/// thing that is wrong is given to `wrong`. Waits for the disk.
+/// Verifies a SQLite database, which a process may have open, against a checkpoint whose signature was verified, and
+/// its seals if their keys are given: each thing that is wrong is given to `wrong`. Waits for the disk.
 ///
 /// # Errors
 /// It does not exist, or can't be read.
 pub fn verify(
     path: &Path,
     checkpoint: &Checkpoint,
+    keys: Option<SealKeys>,
     rules: Rules,
     wrong: &mut dyn FnMut(String),
 ) -> Result<Verified, OpenError> {
-    sqlite::verify(path, checkpoint, rules, wrong)
+    sqlite::verify(path, checkpoint, keys, rules, wrong)
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@
 //!   database unchanged.
 //! * Copies are recognized: see `identity`.
 //! * Losses are detected: see `note`.
+//! * Changes by other programs are detected: see `seal`.
 //! * No writes to deleted files: a database file that was removed or replaced can still be written by processes that
 //!   have it open, and all of that is lost when they end; so every commit checks that the files are still in their
 //!   places.
@@ -20,6 +21,7 @@
 //! One thread writes (`writer`). A few other connections read (`reading`), which in WAL mode neither wait for it nor
 //! block it.
 
+mod backup;
 mod commit;
 mod contents;
 mod error;
@@ -31,6 +33,7 @@ mod place;
 mod reading;
 mod rows;
 mod schema;
+mod seal;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -56,6 +59,11 @@ use tokio::{
 };
 
 pub use self::place::DatabaseFileError;
+pub(super) use self::{
+    backup::{copy, put},
+    opening::accept,
+    verify::verify,
+};
 use self::{
     error::{explain, unavailable, unwritable},
     log::SharedLog,
@@ -65,7 +73,6 @@ use self::{
     reading::Readers,
     writer::{Job, Writer},
 };
-pub(super) use self::{opening::accept, verify::verify};
 use super::{Check, OpenError, keys::checkpoint_of};
 use crate::{
     clock::Clock,
@@ -73,8 +80,8 @@ use crate::{
     ledger::{Hash, Node},
     model::{CycleId, RequestKey, Revision},
     ports::{
-        Contents, EventFilter, EventPage, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention, Store,
-        StoreError, StoreSize, Write,
+        Contents, EventFilter, EventPage, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention, Seals,
+        Store, StoreError, StoreSize, Write,
     },
 };
 
@@ -151,8 +158,8 @@ impl Drop for SqliteStore {
 }
 
 impl Store for SqliteStore {
-    fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>> {
-        Box::pin(self.ask(Job::TakeOver))
+    fn take_over(&self, seals: Seals) -> BoxFuture<'_, Result<Contents, StoreError>> {
+        Box::pin(self.ask(|reply| Job::TakeOver(seals, reply)))
     }
 
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {

@@ -14,15 +14,15 @@ use proptest::prelude::*;
 use super::{StoreUrl, open};
 use crate::{
     clock::Clock,
-    ledger::{Entry, Frontier, Inclusion, Node, Path},
+    ledger::{Entry, Frontier, Inclusion, Node, Path, SealKeys, Signer, SigningKey},
     model::{
         CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, Payload, RequestKey, Revision,
         SubsystemSpec, TraceId, Trigger,
     },
     ports::{
         AuditEntry, Contents, EventFilter, EventRule, Excess, Filter, Found, FoundEvent, Log, LoggedEvent, OpenCycle,
-        PageLimits, Record, Removal, ResumeError, Retention, RetentionRule, SCAN_LIMIT, Stage, Store, StoreError,
-        StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
+        PageLimits, Record, Removal, ResumeError, Retention, RetentionRule, SCAN_LIMIT, Seals, Stage, Store,
+        StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
     },
 };
 
@@ -34,6 +34,17 @@ pub(super) fn name(name: &str) -> Name {
 
 pub(super) fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_700_000_000 + second).unwrap()
+}
+
+/// The keys of every store in tests.
+pub(super) fn keys() -> SealKeys {
+    let key = SigningKey::of_seed("log", [7; SigningKey::SEED]).unwrap();
+    SealKeys::of(&Signer { origin: "log".into(), keys: vec![key] })
+}
+
+/// How every store in tests is taken over.
+pub(super) fn seals() -> Seals {
+    Seals::Checked(keys())
 }
 
 /// The cycle with this revision: of each two, the one with the higher id ends first.
@@ -313,7 +324,7 @@ async fn a_second_takeover_reads_everything_and_fences_the_earlier_epoch(store: 
     let less = Write { subsystems: [(name("c"), None)].into(), loops: [(name("m"), None)].into(), ..Write::default() };
     commit(store, Write { epoch, last_cycle_id: CycleId(3), ..less }).await;
 
-    let contents = store.take_over().await.unwrap();
+    let contents = store.take_over(seals()).await.unwrap();
     assert!(contents.epoch > epoch);
     let made =
         |of: &str, cycle_id, finished_at| StoredOutput { name: name(of), output: output(cycle_id, of), finished_at };
@@ -326,6 +337,7 @@ async fn a_second_takeover_reads_everything_and_fences_the_earlier_epoch(store: 
         subsystems: vec![(*stored_subsystem("a").1.unwrap()).clone()],
         loops: vec![stored_loop],
         outputs: vec![made("a", 1, Some(at(2))), made("b", 9, None)],
+        is_sealed: true,
         ..Contents::default()
     };
     assert_eq!(contents, expected);
@@ -334,7 +346,7 @@ async fn a_second_takeover_reads_everything_and_fences_the_earlier_epoch(store: 
     assert_eq!(fenced, Err(StoreError::Fenced { by: contents.epoch }));
     let write = Write { last_cycle_id: CycleId(3), open: Vec::new(), ..write(contents.epoch) };
     commit(store, write).await;
-    assert_eq!(store.take_over().await.unwrap().open, []);
+    assert_eq!(store.take_over(seals()).await.unwrap().open, []);
 }
 
 /// Only for stores that were not taken over.
@@ -350,7 +362,7 @@ async fn can_be_read_but_not_written(store: &dyn Store) {
     assert_eq!(store.cycles_after(Revision(0), ALL).await.unwrap(), []);
     assert_eq!(store.cycles_before(Revision(9), Filter::default(), ALL).await.unwrap().records, []);
     assert_eq!(store.size().await.unwrap().records, 0);
-    let epoch = store.take_over().await.unwrap().epoch;
+    let epoch = store.take_over(seals()).await.unwrap().epoch;
     filled(store, epoch, 1).await;
 }
 
@@ -628,7 +640,7 @@ macro_rules! every_store {
             $(#[tokio::test]
             async fn $test() {
                 let store = super::open(&super::StoreUrl::Memory, super::check, super::Clock::system()).await.unwrap();
-                let epoch = store.take_over().await.unwrap().epoch;
+                let epoch = store.take_over(super::seals()).await.unwrap().epoch;
                 super::$test(&*store, epoch).await;
             })+
         }
@@ -639,7 +651,7 @@ macro_rules! every_store {
                 let directory = tempfile::tempdir().unwrap();
                 let url = super::StoreUrl::Sqlite(directory.path().join("o.db"));
                 let store = super::open(&url, super::check, super::Clock::system()).await.unwrap();
-                let epoch = store.take_over().await.unwrap().epoch;
+                let epoch = store.take_over(super::seals()).await.unwrap().epoch;
                 super::$test(&*store, epoch).await;
             })+
         }
@@ -802,9 +814,9 @@ proptest! {
             let directory = tempfile::tempdir().unwrap();
             let url = StoreUrl::Sqlite(directory.path().join("o.db"));
             let memory = open(&StoreUrl::Memory, check, Clock::system()).await.unwrap();
-            let mut one = memory.take_over().await.unwrap();
+            let mut one = memory.take_over(seals()).await.unwrap();
             let mut sqlite = open(&url, check, Clock::system()).await.unwrap();
-            let mut contents = sqlite.take_over().await.unwrap();
+            let mut contents = sqlite.take_over(seals()).await.unwrap();
             let mut model = Model::default();
             for (step, from, count) in steps {
                 if let Some(write) = model.next(&step) {
@@ -834,8 +846,8 @@ proptest! {
                     Step::Restart => {
                         drop(sqlite);
                         sqlite = open(&url, check, Clock::system()).await.unwrap();
-                        contents = sqlite.take_over().await.unwrap();
-                        one = memory.take_over().await.unwrap();
+                        contents = sqlite.take_over(seals()).await.unwrap();
+                        one = memory.take_over(seals()).await.unwrap();
                         assert_eq!(contents.last_cycle_id, CycleId(model.last_cycle_id));
                         assert_eq!(contents.last_revision, Revision(model.last_revision));
                         assert_eq!(contents.open, model.open.values().cloned().collect::<Vec<_>>());

@@ -12,7 +12,8 @@ use std::{
 };
 
 use crate::kit::{
-    Fleet, Received, around, by_test, errors, host, in_memory, of, of_all, settings, start, start_with, subsystem,
+    Fleet, Received, around, by_test, errors, host, in_memory, of, of_all, seals, settings, start, start_with,
+    subsystem,
 };
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -200,7 +201,7 @@ fn dies_at(death: Death, place: &Place) -> bool {
 /// Starts the next process, and compares the history with earlier results.
 async fn holds_after(death: Death, place: &Place, fleet: &Arc<Fleet>, seen: &Seen) {
     let store = place.open().await;
-    let contents = store.take_over().await.unwrap();
+    let contents = store.take_over(seals()).await.unwrap();
     let called: BTreeSet<_> = fleet.received.lock().unwrap().iter().map(|received| received.cycle_id).collect();
     let promised = mem::take(&mut *seen.promised.lock().unwrap());
     // No id was visible before it was noted.
@@ -280,7 +281,7 @@ async fn after(change: impl FnOnce(&mut Contents)) -> (Orchestrator, Orchestrato
         orchestrator.run_cycle(of(&["a"]), true).await.unwrap();
     }
     sleep(Duration::from_millis(10)).await;
-    let mut contents = store.take_over().await.unwrap();
+    let mut contents = store.take_over(seals()).await.unwrap();
     change(&mut contents);
     start_with(settings(), host(), Arc::default(), (store, contents)).await
 }

@@ -26,7 +26,7 @@ use prost::Message;
 use tokio::time::{Instant, sleep};
 
 use crate::kit::{
-    Around, Fleet, Process, around, by_test, errors, host, in_memory, of, of_all, settings, start, start_with,
+    Around, Fleet, Process, around, by_test, errors, host, in_memory, of, of_all, seals, settings, start, start_with,
     subsystem,
 };
 
@@ -120,7 +120,7 @@ async fn after_a_long_downtime_no_record_is_removed_for_its_age_at_first() {
     }
     orchestrator.drain();
     tasks.finished().await.unwrap();
-    let contents = store.take_over().await.unwrap();
+    let contents = store.take_over(seals()).await.unwrap();
     let later = Host::simulated("2027-01-01T00:00:00Z".parse().unwrap(), 0);
     let (orchestrator, _tasks) = start_with(settings, later, Arc::default(), (store, contents)).await;
     sleep(9 * MINUTE).await;
@@ -214,7 +214,7 @@ async fn with_records(sizes: impl IntoIterator<Item = usize>) -> (Orchestrator, 
     };
     let records: Vec<_> = (1..).zip(sizes).map(record).collect();
     let store = in_memory().await;
-    let (epoch, last_cycle_id) = (store.take_over().await.unwrap().epoch, CycleId(records.len() as u64));
+    let (epoch, last_cycle_id) = (store.take_over(seals()).await.unwrap().epoch, CycleId(records.len() as u64));
     store.commit(Arc::new(Write { epoch, last_cycle_id, records, ..Write::default() })).await.unwrap();
     start(settings(), Arc::default(), store).await
 }

@@ -12,17 +12,17 @@ use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::{
     host::Host,
-    ledger::{Hash, Node, Signer},
+    ledger::{Hash, Node, SealKeys, Signer, SigningKey},
     memory::{Memory, Shares},
     model::{
         Answer, Cause, Code, CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, RequestKey, Revision,
         Subsystem, SubsystemSpec, Trigger,
     },
-    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings},
+    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, TakenOver},
     ports::{
         CallError, Callee, Contents, EventFilter, EventPage, Excess, Filter, Found, InitializeCall, Left, Log, Page,
-        PageLimits, Record, Reply, ResumeError, Retention, RunCall, Snapshot, Store, StoreError, StoreSize, Subsystems,
-        Untraced, Write,
+        PageLimits, Record, Reply, ResumeError, Retention, RunCall, Seals, Snapshot, Store, StoreError, StoreSize,
+        Subsystems, Untraced, Write,
     },
     record, store,
 };
@@ -86,8 +86,8 @@ pub(crate) fn around(inner: Arc<dyn Store>, commit: Box<Commit>) -> Arc<dyn Stor
 }
 
 impl Store for Around {
-    fn take_over(&self) -> BoxFuture<'_, Result<Contents, StoreError>> {
-        self.inner.take_over()
+    fn take_over(&self, seals: Seals) -> BoxFuture<'_, Result<Contents, StoreError>> {
+        self.inner.take_over(seals)
     }
 
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
@@ -277,6 +277,17 @@ pub(crate) async fn in_memory() -> Arc<dyn Store> {
     store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap()
 }
 
+/// What signs the log of every process, so that each can take over from another one.
+fn signer() -> Signer {
+    let key = SigningKey::of_seed("test", [7; SigningKey::SEED]).unwrap();
+    Signer { origin: "test".into(), keys: vec![key] }
+}
+
+/// How every process takes a store over.
+pub(crate) fn seals() -> Seals {
+    Seals::Checked(SealKeys::of(&signer()))
+}
+
 /// The configuration of a process, and what it runs on.
 pub(crate) struct Process {
     pub(crate) settings: Settings,
@@ -301,7 +312,7 @@ impl Default for Process {
 impl Process {
     /// Takes over this store, and starts.
     pub(crate) async fn over(self, store: Arc<dyn Store>) -> Result<(Orchestrator, OrchestratorTasks), Refusal> {
-        let contents = store.take_over().await.unwrap();
+        let contents = store.take_over(seals()).await.unwrap();
         self.with(store, contents).await
     }
 
@@ -312,7 +323,7 @@ impl Process {
         contents: Contents,
     ) -> Result<(Orchestrator, OrchestratorTasks), Refusal> {
         let Self { settings, declared, host, memory, fleet } = self;
-        let (store, spans) = ((store, contents, Signer::generate("test").unwrap()), Arc::new(Untraced));
+        let (store, spans) = (TakenOver { store, contents, signer: signer(), began: None }, Arc::new(Untraced));
         Orchestrator::start(settings, &memory, host, fleet, store, declared, spans).await
     }
 }

@@ -24,7 +24,7 @@ use tokio::{
     time::{advance, sleep, timeout},
 };
 
-use crate::kit::{Around, Fleet, by_test, errors, host, of, of_all, settings, start, subsystem, text, warnings};
+use crate::kit::{Around, Fleet, by_test, errors, host, of, of_all, seals, settings, start, subsystem, text, warnings};
 
 /// Decides the result of a commit.
 type Verdict = Box<dyn Fn(&Write) -> Result<(), StoreError> + Send>;
@@ -604,7 +604,7 @@ async fn the_last_write_waits_for_a_late_commit() {
     assert!(timeout(Duration::from_mins(1), stage.tasks.finished()).await.is_err());
     stage.script.let_go();
     stage.tasks.finished().await.unwrap();
-    assert!(stage.store.take_over().await.unwrap().subsystems.iter().all(|stored| stored.name.as_str() != "d"));
+    assert!(stage.store.take_over(seals()).await.unwrap().subsystems.iter().all(|stored| stored.name.as_str() != "d"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -673,7 +673,7 @@ async fn of_the_outputs_of_a_cycle_only_those_of_subsystems_that_left_meanwhile_
     stage.orchestrator.register(subsystem("c"), None, &Registrar::Anyone, by_test()).await.unwrap();
     ticket.recorded().await.unwrap();
     assert_eq!((stage.output_of("a"), stage.output_of("c")), (Some(CycleId(1)), None));
-    let outputs = stage.store.take_over().await.unwrap().outputs;
+    let outputs = stage.store.take_over(seals()).await.unwrap().outputs;
     assert_eq!(outputs.iter().map(|stored| stored.name.as_str()).collect::<Vec<_>>(), ["a"]);
 }
 

@@ -8,6 +8,7 @@ use std::{
 use super::{End, EndedPart, MAX_LOGGED, PartState, Ran, Run};
 use crate::{
     engine::{LastPart, Part, member::Turn, plan::chain},
+    ledger::Hash,
     model::{
         CycleState, FinishedCycle, Name, Output, SkipReason, SubsystemReport, SubsystemState, excerpt, text::clean,
     },
@@ -49,6 +50,7 @@ impl Run<'_> {
                 attempts: attempts[position].load(Ordering::Relaxed),
                 issues: answer.issues,
                 metrics: answer.metrics,
+                output_sha256: succeeded.then(|| Hash::of_bytes(answer.output.as_bytes()).0),
                 recorded_output: (succeeded && records_output).then(|| answer.output.clone()),
                 state,
             });

@@ -2,13 +2,14 @@
 
 use std::fs;
 
-use rusqlite::{Connection, Transaction, TransactionBehavior, named_params};
+use rusqlite::{Connection, ToSql, Transaction, TransactionBehavior, named_params};
 
 use super::{
     identity::Identity,
     log,
     note::Mark,
     rows::{integer, nanoseconds, number, state_number, to_json, trigger_number},
+    seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Sealer},
 };
 use crate::{
     model::{Epoch, Name, Trigger},
@@ -25,6 +26,20 @@ pub(super) struct Term {
     /// Number of all commits so far.
     pub(super) commits: u64,
     pub(super) frontier: Frontier,
+    pub(super) sealer: Sealer,
+    /// What the first commit of the term seals anew, if anything.
+    pub(super) renewal: Option<Renewal>,
+}
+
+/// The rows that are sealed anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Renewal {
+    /// Those that another key has sealed.
+    OtherKey,
+    /// Those without a seal as well: an earlier version wrote the database.
+    Missing,
+    /// Those with a wrong seal as well.
+    Everything,
 }
 
 impl Term {
@@ -42,7 +57,7 @@ impl Term {
             .prepare_cached(
                 "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
                  commits = :commits, epoch = :epoch, pruned_to = max(pruned_to, :pruned_to), log_size = :log_size,
-                 log_first_kept = :first_kept, audit_events = audit_events + :events - :removed_events
+                 log_first_kept = :first_kept, seal = :seal, audit_events = audit_events + :events - :removed_events
                  WHERE epoch = :current",
             )?
             .execute(named_params! {
@@ -56,6 +71,7 @@ impl Term {
                 ":first_kept": integer(appended.log.first_kept),
                 ":events": integer(write.audit.len() as u64),
                 ":removed_events": integer(write.removal.events.len() as u64),
+                ":seal": &self.sealer.of_log(&appended.log.frontier)[..],
                 ":current": integer(self.current.0),
             })?;
         if written == 0 {
@@ -65,14 +81,17 @@ impl Term {
         if self.current != self.epoch {
             transaction.execute("UPDATE meta SET boot_id = ?1", [boot_id()])?;
             here.note(&transaction)?;
+            if let Some(renewal) = self.renewal {
+                self.sealer.renew(&transaction, renewal)?;
+            }
         }
-        put_cycles(&transaction, write, appended)?;
+        put_cycles(&transaction, &self.sealer, write, appended)?;
         log::append(&transaction, write, appended)?;
         if !write.removal.is_empty() {
             let removed = remove_entries(&transaction, write)?;
             log::forget(&transaction, &removed, appended.log.frontier.size())?;
         }
-        put_knowledge(&transaction, write)?;
+        put_knowledge(&transaction, &self.sealer, write)?;
         transaction.commit()?;
         Ok(None)
     }
@@ -99,32 +118,31 @@ pub(super) fn synchronize(connection: &Connection, durability: Durability) -> ru
     connection.pragma_update(None, "synchronous", level)
 }
 
-fn put_cycles(transaction: &Transaction<'_>, write: &Write, appended: &Appended) -> rusqlite::Result<()> {
+fn put_cycles(
+    transaction: &Transaction<'_>,
+    sealer: &Sealer,
+    write: &Write,
+    appended: &Appended,
+) -> rusqlite::Result<()> {
     for open in &write.open {
         let (trigger, started_at, request) = match &open.stage {
             Stage::Waiting(request) => (trigger_number(&open.trigger), None, request.as_deref()),
             Stage::Begun(at) => (trigger_number(&open.trigger), Some(nanoseconds(*at)), None),
             Stage::Unknown => (trigger_number(&Trigger::Unknown), None, None),
         };
-        transaction
-            .prepare_cached(
-                "INSERT OR REPLACE INTO open_cycles
-                 (cycle_id, trigger, loop, scheduled_at, started_at, request_id, triggered_by, trace_id, request, audit)
-                 VALUES (:cycle_id, :trigger, :loop, :scheduled_at, :started_at, :request_id, :triggered_by, :trace_id,
-                 :request, :audit)",
-            )?
-            .execute(named_params! {
-                ":cycle_id": integer(open.cycle_id.0),
-                ":trigger": trigger,
-                ":loop": open.trigger.loop_name().map(Name::as_str),
-                ":scheduled_at": nanoseconds(open.scheduled_at),
-                ":started_at": started_at,
-                ":request_id": open.request_id,
-                ":triggered_by": open.triggered_by.as_ref().map(ToString::to_string),
-                ":trace_id": open.trace_id.map(|trace_id| trace_id.0.to_be_bytes()),
-                ":request": request,
-                ":audit": open.audit.as_deref(),
-            })?;
+        let values: [&dyn ToSql; _] = [
+            &integer(open.cycle_id.0),
+            &trigger,
+            &open.trigger.loop_name().map(Name::as_str),
+            &nanoseconds(open.scheduled_at),
+            &started_at,
+            &open.request_id,
+            &open.triggered_by.as_ref().map(ToString::to_string),
+            &open.trace_id.map(|trace_id| trace_id.0.to_be_bytes()),
+            &request,
+            &open.audit.as_deref(),
+        ];
+        sealer.put(transaction, &OPEN_CYCLES, values)?;
     }
     for (leaf, record) in appended.records(write) {
         transaction
@@ -181,32 +199,22 @@ fn remove_entries(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Res
     Ok(leaves)
 }
 
-fn put_knowledge(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
+fn put_knowledge(transaction: &Transaction<'_>, sealer: &Sealer, write: &Write) -> rusqlite::Result<()> {
     for (name, output) in &write.outputs {
-        transaction
-            .prepare_cached(
-                "INSERT INTO outputs (name, cycle_id, payload) VALUES (?1, ?2, ?3)
-                 ON CONFLICT (name) DO UPDATE SET cycle_id = excluded.cycle_id, payload = excluded.payload",
-            )?
-            .execute((name.as_str(), integer(output.cycle_id.0), &output.payload.as_bytes()[..]))?;
+        let payload = &output.payload.as_bytes()[..];
+        sealer.put(transaction, &OUTPUTS, [&name.as_str(), &integer(output.cycle_id.0), &payload])?;
     }
     for (name, stored) in &write.subsystems {
         match stored {
             Some(stored) => {
-                let lease_ms = stored.lease.map(|lease| i64::try_from(lease.as_millis()).unwrap_or(i64::MAX));
-                let spec = stored.spec.as_ref().map(to_json).transpose()?;
-                transaction
-                    .prepare_cached(
-                        "INSERT OR REPLACE INTO subsystems (name, spec, lease_ms, suspended, owner)
-                         VALUES (?1, ?2, ?3, ?4, ?5)",
-                    )?
-                    .execute((
-                        name.as_str(),
-                        spec,
-                        lease_ms,
-                        stored.suspended,
-                        stored.owner.as_ref().map(ToString::to_string),
-                    ))?;
+                let values: [&dyn ToSql; _] = [
+                    &name.as_str(),
+                    &stored.spec.as_ref().map(to_json).transpose()?,
+                    &stored.lease.map(|lease| i64::try_from(lease.as_millis()).unwrap_or(i64::MAX)),
+                    &stored.suspended,
+                    &stored.owner.as_ref().map(ToString::to_string),
+                ];
+                sealer.put(transaction, &SUBSYSTEMS, values)?;
             }
             None => {
                 for forget in ["DELETE FROM subsystems WHERE name = ?1", "DELETE FROM outputs WHERE name = ?1"] {
@@ -219,11 +227,7 @@ fn put_knowledge(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Resu
         match stored {
             Some(stored) => {
                 let spec = stored.spec.as_ref().map(to_json).transpose()?;
-                transaction.prepare_cached("INSERT OR REPLACE INTO loops VALUES (?1, ?2, ?3)")?.execute((
-                    name.as_str(),
-                    spec,
-                    to_json(&stored.state)?,
-                ))?;
+                sealer.put(transaction, &LOOPS, [&name.as_str(), &spec, &to_json(&stored.state)?])?;
             }
             None => {
                 transaction.prepare_cached("DELETE FROM loops WHERE name = ?1")?.execute([name.as_str()])?;

@@ -3,46 +3,66 @@
 
 use std::{path::Path, time::Duration};
 
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, types::ValueRef};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction};
 
 use super::{
-    commit::boot_id,
+    commit::{Renewal, boot_id},
     error::explain,
+    log,
     note::Mark,
     rows::{
-        COLUMNS, HAS_REVISION, identity, integer, json, name, number, open_cycle, read, time, unknown_cycle, wrong,
+        COLUMNS, HAS_REVISION, identity, integer, json, key, name, number, open_cycle, read, time, unknown_cycle, wrong,
     },
+    seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Seal, Sealer, Table},
 };
 use crate::{
     clock::Clock,
+    ledger::SealedBy,
     model::{CycleId, Epoch, Output, Payload, Revision},
-    ports::{Contents, StoreError, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow},
+    ports::{Contents, Log, Seals, StoreError, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow},
     store::Check,
 };
 
-/// Reads all tables except the history, with the next epoch. Also returns the stored epoch.
+/// What a database contains.
+pub(super) struct Read {
+    pub(super) contents: Contents,
+    /// The stored epoch.
+    pub(super) current: Epoch,
+    pub(super) mark: Mark,
+    pub(super) log: Log,
+    pub(super) sealer: Sealer,
+    /// The rows that are to be sealed anew.
+    pub(super) renewal: Option<Renewal>,
+}
+
+/// Reads all tables except the history, with the next epoch, and checks all seals.
+///
+/// # Errors
+/// It can't be read, no process could continue from it, or a seal does not belong to what it seals.
 pub(super) fn read_contents(
     connection: &mut Connection,
     path: &Path,
     check: Check,
     clock: Clock,
-) -> Result<(Epoch, Mark, Contents), StoreError> {
+    seals: Seals,
+) -> Result<Read, StoreError> {
     let explained = |error| explain(path, &error);
     let transaction = connection.transaction().map_err(explained)?;
-    let (before, mark, mut contents, numbers) = (|| {
+    let (current, mark, seal, mut contents, numbers) = (|| {
         let boot_id = boot_id();
-        let (before, mark, mut contents) = transaction.query_row("SELECT * FROM meta", [], |row| {
+        let (current, mark, seal, mut contents) = transaction.query_row("SELECT * FROM meta", [], |row| {
             let (was_closed, last_boot_id): (bool, Option<String>) = (row.get("is_closed")?, row.get("boot_id")?);
-            let (before, mark) = (Epoch(number(row, "epoch")?), Mark::of_row(row)?);
+            let (current, mark) = (Epoch(number(row, "epoch")?), Mark::of_row(row)?);
+            let seal: Option<Vec<u8>> = row.get("seal")?;
             let contents = Contents {
-                epoch: before.next().max(Epoch::by_clock(clock.now())),
+                epoch: current.next().max(Epoch::by_clock(clock.now())),
                 last_cycle_id: mark.last_cycle_id,
                 last_revision: mark.last_revision,
                 pruned_to: Revision(number(row, "pruned_to")?),
                 may_lack_open: !was_closed && (boot_id.is_none() || last_boot_id != boot_id),
                 ..Contents::default()
             };
-            Ok((before, mark, contents))
+            Ok((current, mark, seal, contents))
         })?;
         let numbers = Numbers::read(&transaction)?;
         contents.last_record = transaction
@@ -52,16 +72,40 @@ pub(super) fn read_contents(
                 |row| Ok(read(&transaction, row, check)),
             )
             .optional()?;
-        Ok((before, mark, contents, numbers))
+        Ok((current, mark, seal, contents, numbers))
     })()
     .map_err(explained)?;
     numbers.check().map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
-    let mut unreadable = Vec::new();
-    let mut rows = Rows { transaction: &transaction, path, unreadable: &mut unreadable };
+    let log = log::read(&transaction, path)?;
+    let (keys, are_checked) = match seals {
+        Seals::Checked(keys) => (keys, true),
+        Seals::Renewed(keys) => (keys, false),
+    };
+    let sealer = Sealer::new(keys, mark.id);
+    let mut renewal = match sealer.check_log(&log.frontier, seal.as_deref()) {
+        _ if !are_checked => Some(Renewal::Everything),
+        Seal::Valid(SealedBy::FirstKey) => None,
+        Seal::Valid(SealedBy::OtherKey) => Some(Renewal::OtherKey),
+        // The log came with its seal, so an earlier version has written neither.
+        Seal::Missing if log.frontier.size() == 0 => Some(Renewal::Missing),
+        Seal::Missing | Seal::Wrong => {
+            let size = log.frontier.size();
+            return Err(tampered(path, format!("the seal of its log does not belong to its {size} entries")));
+        }
+    };
+    let (mut unreadable, mut changed) = (Vec::new(), None);
+    let mut rows = Rows {
+        transaction: &transaction,
+        path,
+        sealer: &sealer,
+        renewal: &mut renewal,
+        unreadable: &mut unreadable,
+        changed: &mut changed,
+    };
     let noted = 1..=integer(contents.last_cycle_id.0);
     let open = "SELECT *, EXISTS (SELECT 1 FROM cycles WHERE cycle_id = open_cycles.cycle_id) AS is_recorded
                 FROM open_cycles ORDER BY cycle_id";
-    rows.read_all("open cycle", open, |row| {
+    rows.read_all(&OPEN_CYCLES, open, |row| {
         let cycle_id: i64 = row.get("cycle_id")?;
         if !noted.contains(&cycle_id) {
             return Err(wrong(row, "cycle_id", NotOpen("its number was given to no cycle")));
@@ -74,7 +118,7 @@ pub(super) fn read_contents(
         contents.open.push(read.as_ref().map_or_else(unknown, Clone::clone));
         read.map(drop)
     })?;
-    contents.subsystems = rows.read_all("subsystem", "SELECT * FROM subsystems ORDER BY name", |row| {
+    contents.subsystems = rows.read_all(&SUBSYSTEMS, "SELECT * FROM subsystems ORDER BY name", |row| {
         let lease_ms: Option<i64> = row.get("lease_ms")?;
         Ok(StoredSubsystem {
             name: name(row, "name")?,
@@ -84,12 +128,12 @@ pub(super) fn read_contents(
             owner: identity(row, "owner")?,
         })
     })?;
-    contents.loops = rows.read_all("loop", "SELECT * FROM loops ORDER BY name", |row| {
+    contents.loops = rows.read_all(&LOOPS, "SELECT * FROM loops ORDER BY name", |row| {
         let state = json(row, "state")?.unwrap_or_default();
         Ok(StoredLoop { name: name(row, "name")?, spec: json(row, "spec")?, state })
     })?;
     let outputs = "SELECT outputs.*, finished_at FROM outputs LEFT JOIN cycles USING (cycle_id) ORDER BY name";
-    contents.outputs = rows.read_all("output", outputs, |row| {
+    contents.outputs = rows.read_all(&OUTPUTS, outputs, |row| {
         let bytes: Vec<u8> = row.get("payload")?;
         let payload = Payload::check(bytes.into()).map_err(|malformed| wrong(row, "payload", malformed))?;
         let finished_at: Option<i64> = row.get("finished_at")?;
@@ -99,8 +143,18 @@ pub(super) fn read_contents(
             finished_at: finished_at.map(|_| time(row, "finished_at")).transpose()?,
         })
     })?;
+    if let Some(changed) = changed {
+        return Err(tampered(path, format!("the seal of its {changed} does not belong to what it contains now")));
+    }
     contents.unreadable = unreadable;
-    Ok((before, mark, contents))
+    let Contents { last_cycle_id, subsystems, loops, outputs, .. } = &contents;
+    let is_empty = *last_cycle_id == CycleId(0) && subsystems.is_empty() && loops.is_empty() && outputs.is_empty();
+    contents.is_sealed = is_empty || (are_checked && seal.is_some());
+    Ok(Read { contents, current, mark, log, sealer, renewal })
+}
+
+fn tampered(path: &Path, problem: String) -> StoreError {
+    StoreError::Tampered { store: path.display().to_string(), problem }
 }
 
 /// The extent of a database: by its table `meta`, from which every commit continues, and by the history.
@@ -155,13 +209,17 @@ impl Numbers {
 struct Rows<'a> {
     transaction: &'a Transaction<'a>,
     path: &'a Path,
+    sealer: &'a Sealer,
+    renewal: &'a mut Option<Renewal>,
     unreadable: &'a mut Vec<UnreadableRow>,
+    /// The first row that can be read and has not the seal that belongs to it.
+    changed: &'a mut Option<String>,
 }
 
 impl Rows<'_> {
     fn read_all<T>(
         &mut self,
-        what: &'static str,
+        table: &Table,
         query: &str,
         mut read: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
     ) -> Result<Vec<T>, StoreError> {
@@ -170,11 +228,23 @@ impl Rows<'_> {
             let mut query = self.transaction.prepare(query)?;
             let mut rows = query.query([])?;
             while let Some(row) = rows.next()? {
+                let key = || row.get_ref(0).map_or_else(|_| String::new(), key);
                 match read(row) {
                     Ok(read) => all.push(read),
                     Err(error) => {
-                        let key = row.get_ref(0).map_or_else(|_| String::new(), key);
-                        self.unreadable.push(UnreadableRow { what, key, problem: error.to_string() });
+                        let problem = error.to_string();
+                        self.unreadable.push(UnreadableRow { what: table.row, key: key(), problem });
+                        // It is not used, whatever its seal says.
+                        continue;
+                    }
+                }
+                match self.sealer.check_row(row, table)? {
+                    Seal::Valid(SealedBy::FirstKey) => {}
+                    Seal::Valid(SealedBy::OtherKey) => *self.renewal = (*self.renewal).max(Some(Renewal::OtherKey)),
+                    Seal::Missing if *self.renewal == Some(Renewal::Missing) => {}
+                    _ if *self.renewal == Some(Renewal::Everything) => {}
+                    Seal::Missing | Seal::Wrong => {
+                        self.changed.get_or_insert_with(|| format!("{} {:?}", table.row, key()));
                     }
                 }
             }
@@ -182,15 +252,6 @@ impl Rows<'_> {
         };
         read_rows().map_err(|error| explain(self.path, &error))?;
         Ok(all)
-    }
-}
-
-/// A primary key as text, if possible.
-fn key(value: ValueRef<'_>) -> String {
-    match value {
-        ValueRef::Integer(number) => number.to_string(),
-        ValueRef::Text(text) => String::from_utf8_lossy(text).into_owned(),
-        ValueRef::Null | ValueRef::Real(_) | ValueRef::Blob(_) => String::new(),
     }
 }
 

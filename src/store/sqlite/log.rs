@@ -98,7 +98,7 @@ pub(super) fn append(transaction: &Transaction<'_>, write: &Write, appended: &Ap
                 ":event": &event.bytes[..],
             })?;
     }
-    if let Some((leaf, entry)) = appended.control(write) {
+    for (leaf, entry) in appended.control(write) {
         transaction
             .prepare_cached("INSERT INTO control (leaf, entry) VALUES (?1, ?2)")?
             .execute((integer(leaf), &entry[..]))?;

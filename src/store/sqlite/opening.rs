@@ -2,17 +2,26 @@
 
 use std::path::Path;
 
+use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
 
 use super::{
     BUSY,
+    commit::Renewal,
     error::{explain, unwritable},
     identity::Identity,
+    log,
     note::{Mark, Note},
     place::{DatabaseFileError, LockedDatabase, note_of},
+    rows::integer,
     schema::{check_version, migrate},
+    seal::Sealer,
 };
-use crate::store::{Accepted, OpenError};
+use crate::{
+    ledger::{Frontier, SealKeys},
+    ports::Write,
+    store::{AcceptError, Accepted, NewKeys, OpenError, frontier::Appended},
+};
 
 /// A database of this software with the current schema.
 pub(super) struct Opened {
@@ -52,30 +61,45 @@ impl Opened {
     }
 }
 
-/// Accepts a database with its current file and contents.
-pub(in crate::store) fn accept(path: &Path) -> Result<Accepted, OpenError> {
+/// Accepts a database with its current file and contents: seals them, and appends `began` to its log. First saves the
+/// new ones of its keys. Also returns the end of the log.
+pub(in crate::store) fn accept(
+    path: &Path,
+    (keys, new): (SealKeys, NewKeys),
+    began: Bytes,
+) -> Result<(Accepted, Frontier), AcceptError> {
     if !path.exists() {
-        return Err(DatabaseFileError::Missing { database: path.display().to_string() }.into());
+        return Err(OpenError::from(DatabaseFileError::Missing { database: path.display().to_string() }).into());
     }
     let Opened { place, mut connection, here, noted } = Opened::at(path, true)?;
+    let log = log::read(&connection, &place.path).map_err(OpenError::from)?;
+    new.save()?;
+    let write = Write { began: Some(began), ..Write::default() };
+    let appended = Appended::to(&log, &write);
     let mark = (|| {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         here.note(&transaction)?;
         let mark = Mark::read(&transaction)?;
+        let sealer = Sealer::new(keys, mark.id);
+        log::append(&transaction, &write, &appended)?;
+        let (size, seal) = (integer(appended.log.frontier.size()), sealer.of_log(&appended.log.frontier));
+        transaction.execute("UPDATE meta SET log_size = ?1, seal = ?2", (size, &seal[..]))?;
+        sealer.renew(&transaction, Renewal::Everything)?;
         transaction.commit()?;
         Ok(mark)
     })()
-    .map_err(|error| explain(&place.path, &error))?;
+    .map_err(|error| OpenError::from(explain(&place.path, &error)))?;
     let (note, known) = Note::open(&place.path)?;
     note.write(&mark).map_err(|error| unwritable(&note_of(&place.path), &error))?;
-    Ok(Accepted {
+    let accepted = Accepted {
         path: place.path.clone(),
         earlier: noted.map(|noted| noted.path).filter(|earlier| *earlier != place.path),
         last_cycle_id: mark.last_cycle_id,
         noted_cycle_id: known
             .filter(|known| known.id == mark.id)
             .map_or(mark.last_cycle_id, |known| known.last_cycle_id),
-    })
+    };
+    Ok((accepted, appended.log.frontier))
 }
 
 pub(super) fn connect(path: &Path) -> rusqlite::Result<Connection> {

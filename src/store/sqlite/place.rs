@@ -261,7 +261,7 @@ pub(super) fn log_of(path: &Path) -> PathBuf {
 }
 
 /// The file beside this one with this suffix.
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()

@@ -168,3 +168,13 @@ CREATE INDEX cycles_by_leaf ON cycles (leaf);
 -- Number of audit events, so that retention need not count them.
 ALTER TABLE meta ADD COLUMN audit_events INTEGER NOT NULL DEFAULT 0;
 UPDATE meta SET audit_events = (SELECT count(*) FROM audit);
+
+-- migration 10
+
+-- Seals: keyed digests, which programs without the key of the log can't make. `meta.seal` is that of the end of the log;
+-- the others are those of their rows. NULL before an earlier version's database is first written.
+ALTER TABLE meta        ADD COLUMN seal BLOB;
+ALTER TABLE subsystems  ADD COLUMN seal BLOB;
+ALTER TABLE loops       ADD COLUMN seal BLOB;
+ALTER TABLE outputs     ADD COLUMN seal BLOB;
+ALTER TABLE open_cycles ADD COLUMN seal BLOB;

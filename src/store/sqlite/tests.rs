@@ -2,29 +2,31 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use futures_util::StreamExt;
 use jiff::Timestamp;
 
-use super::{DatabaseFileError, writer::limit_pages};
+use super::{DatabaseFileError, accept, writer::limit_pages};
 use crate::{
     clock::Clock,
+    ledger::{SealKeys, Signer, SigningKey},
     model::{CycleId, CycleState, Epoch, LoopSpec, LoopState, Revision, TraceId, Trigger},
     ports::{
         Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Removal, Retention, RetentionRule,
-        Stage, Store, StoreError, StoredLoop, StoredOutput, Write,
+        Seals, Stage, Store, StoreError, StoredLoop, StoredOutput, Write,
     },
     store::{
-        OpenError, StoreUrl, accept, open,
+        Accepted, NewKeys, OpenError, StoreUrl, open,
         suite::{
-            ALL, at, check, commit, cycle_of, event, filled, name, open_cycle, output, pruned, record, record_of,
-            recorded, refuses, request, stored_subsystem, waiting_cycle,
+            ALL, at, check, commit, cycle_of, event, filled, keys, name, open_cycle, output, pruned, record, record_of,
+            recorded, refuses, request, seals, stored_subsystem, waiting_cycle,
         },
     },
 };
 
 async fn try_open(path: &Path) -> Result<(Arc<dyn Store>, Contents), OpenError> {
     let store = open(&StoreUrl::Sqlite(path.to_owned()), check, Clock::system()).await?;
-    let contents = store.take_over().await?;
+    let contents = store.take_over(seals()).await?;
     Ok((store, contents))
 }
 
@@ -34,6 +36,11 @@ async fn opened(path: &Path) -> (Arc<dyn Store>, Contents) {
 
 async fn refused(path: &Path) -> OpenError {
     try_open(path).await.err().unwrap()
+}
+
+/// Accepts a database as it is.
+fn accepted(path: &Path) -> Accepted {
+    accept(path, (keys(), NewKeys::default()), Bytes::from_static(b"began")).unwrap().0
 }
 
 /// An open cycle of which only the id can be read.
@@ -63,6 +70,7 @@ async fn everything_is_kept_across_a_restart() {
         ],
         records: vec![record(1, first.epoch), record(2, first.epoch)],
         audit: vec![event(1)],
+        began: None,
         removal: Removal::default(),
         outputs: vec![(name("a"), output(1, "old")), (name("a"), output(2, "new")), (name("b"), output(2, "b"))],
         subsystems: BTreeMap::from([stored_subsystem("a"), stored_subsystem("b")]),
@@ -172,9 +180,9 @@ async fn a_copy_of_the_file_alone_is_recognized_since_the_first_commit_until_it_
     drop(store);
     let is_copy = |error| matches!(error, OpenError::Files(DatabaseFileError::Copy { .. }));
     assert!(is_copy(refused(&copy).await));
-    let accepted = accept(&StoreUrl::Sqlite(copy.clone())).unwrap();
+    let accepted = accepted(&copy);
     assert_eq!(accepted.earlier, Some(path.canonicalize().unwrap()));
-    assert_eq!(accept(&StoreUrl::Sqlite(copy.clone())).unwrap().earlier, None, "it is at home there now");
+    assert_eq!(self::accepted(&copy).earlier, None, "it is at home there now");
     opened(&copy).await;
 
     // The first version that noted where a database is.
@@ -348,8 +356,8 @@ async fn an_epoch_begins_with_the_first_commit() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
     let (store, contents) = opened(&path).await;
-    assert!(store.take_over().await.unwrap().epoch >= contents.epoch);
-    let contents = store.take_over().await.unwrap();
+    assert!(store.take_over(seals()).await.unwrap().epoch >= contents.epoch);
+    let contents = store.take_over(seals()).await.unwrap();
     let epoch = || {
         let raw = rusqlite::Connection::open(&path).unwrap();
         raw.query_row("SELECT epoch FROM meta", [], |row| row.get::<_, i64>(0)).unwrap()
@@ -473,10 +481,9 @@ async fn unreadable_rows_are_named_and_the_others_are_read() {
     drop(store);
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.execute_batch(
-        "INSERT INTO loops VALUES ('l', NULL, 'no json');
-         INSERT INTO subsystems VALUES ('b', '{\"endpoint\":', NULL, 0, NULL);
-         INSERT INTO subsystems VALUES ('c', x'00', NULL, 0, NULL);
-         INSERT INTO outputs VALUES ('b', 1, x'ff');
+        "INSERT INTO loops (name, state) VALUES ('l', 'no json');
+         INSERT INTO subsystems (name, spec, suspended) VALUES ('b', '{\"endpoint\":', 0), ('c', x'00', 0);
+         INSERT INTO outputs (name, cycle_id, payload) VALUES ('b', 1, x'ff');
          UPDATE open_cycles SET trigger = 9 WHERE cycle_id = 2;
          INSERT INTO open_cycles (cycle_id, trigger, scheduled_at) VALUES (-1, 1, 0), (4, 1, 0), (5, 1, 0)",
     )
@@ -518,7 +525,7 @@ async fn the_missing_end_is_known_and_an_older_copy_is_distinguished_from_a_dama
     std::fs::write(&path, &older).unwrap();
     let behind = refused(&path).await;
     assert!(matches!(behind, OpenError::Behind { has: CycleId(4), noted: CycleId(20_000), .. }), "{behind}");
-    let accepted = accept(&StoreUrl::Sqlite(path.clone())).unwrap();
+    let accepted = accepted(&path);
     assert_eq!((accepted.last_cycle_id, accepted.noted_cycle_id), (CycleId(4), CycleId(20_000)));
     assert_eq!(accepted.earlier, None, "it has its path");
     assert_eq!(opened(&path).await.1.lost, None);
@@ -613,4 +620,110 @@ async fn the_log_is_checkpointed_every_4_mib_whatever_fills_it() {
     let one = Retention { default: RetentionRule { max_cycles: Some(1), max_age: None }, ..Retention::default() };
     while !pruned(&*store, &noted, one.clone(), at(0), 256).await.is_empty() {}
     assert_short("removals");
+}
+
+/// The error for a database that was changed in this way after a process had closed it.
+async fn refused_after(change: &str) -> OpenError {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    let stored_loop = StoredLoop { name: name("l"), spec: None, state: LoopState::default() };
+    let write = Write {
+        last_cycle_id: CycleId(4),
+        open: vec![open_cycle(3), waiting_cycle(4, Some("four"))],
+        outputs: vec![(name("a"), output(1, "a")), (name("b"), output(2, "b"))],
+        subsystems: [stored_subsystem("a"), stored_subsystem("b")].into(),
+        loops: [(name("l"), Some(stored_loop))].into(),
+        ..recorded(1..=2, contents.epoch)
+    };
+    commit(&*store, write).await;
+    drop(store);
+    opened(&path).await;
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute_batch(change).unwrap();
+    drop(raw);
+    refused(&path).await
+}
+
+#[tokio::test]
+async fn a_row_that_was_changed_without_the_key_is_not_taken_over() {
+    for (change, row) in [
+        ("UPDATE subsystems SET spec = replace(spec, 'http://h:1', 'http://h:2') WHERE name = 'a'", "subsystem \"a\""),
+        ("UPDATE subsystems SET owner = 'token:other' WHERE name = 'a'", "subsystem \"a\""),
+        ("UPDATE subsystems SET suspended = 0 WHERE name = 'a'", "subsystem \"a\""),
+        ("UPDATE subsystems SET lease_ms = NULL WHERE name = 'b'", "subsystem \"b\""),
+        ("UPDATE subsystems SET seal = NULL WHERE name = 'b'", "subsystem \"b\""),
+        ("DELETE FROM subsystems WHERE name = 'b'; UPDATE subsystems SET name = 'b'", "subsystem \"b\""),
+        ("UPDATE loops SET state = replace(state, '0', '1')", "loop \"l\""),
+        ("UPDATE outputs SET payload = (SELECT payload FROM outputs WHERE name = 'b')", "output \"a\""),
+        ("UPDATE outputs SET cycle_id = 2 WHERE name = 'a'", "output \"a\""),
+        ("UPDATE open_cycles SET request = x'00' WHERE cycle_id = 4", "open cycle \"4\""),
+        ("UPDATE open_cycles SET audit = NULL WHERE cycle_id = 3", "open cycle \"3\""),
+        ("UPDATE open_cycles SET triggered_by = 'token:other' WHERE cycle_id = 3", "open cycle \"3\""),
+    ] {
+        let refused = refused_after(change).await;
+        let tampered = |problem: &str| problem.contains(&format!("the seal of its {row}"));
+        assert!(
+            matches!(&refused, OpenError::Store(StoreError::Tampered { problem, .. }) if tampered(problem)),
+            "{change}: {refused}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_log_without_its_seal_is_not_taken_over() {
+    for change in [
+        "UPDATE meta SET seal = NULL",
+        "UPDATE meta SET seal = zeroblob(32)",
+        "UPDATE meta SET log_size = 1; DELETE FROM hashes WHERE id > 0",
+    ] {
+        let refused = refused_after(change).await;
+        assert!(refused.to_string().contains("the seal of its log"), "{change}: {refused}");
+    }
+}
+
+#[tokio::test]
+async fn another_key_takes_over_while_the_earlier_one_is_in_the_list_and_seals_everything_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let of = |seeds: &[u8]| {
+        let keys = seeds.iter().map(|seed| SigningKey::of_seed("log", [*seed; 32]).unwrap()).collect();
+        SealKeys::of(&Signer { origin: "log".into(), keys })
+    };
+    let process = async |keys: SealKeys| {
+        let store = open(&StoreUrl::Sqlite(path.clone()), check, Clock::system()).await?;
+        let Contents { epoch, last_cycle_id, .. } = store.take_over(Seals::Checked(keys)).await?;
+        let subsystems = if last_cycle_id == CycleId(0) { [stored_subsystem("a")].into() } else { BTreeMap::new() };
+        commit(&*store, Write { epoch, last_cycle_id: CycleId(2), subsystems, ..first_records(last_cycle_id, epoch) })
+            .await;
+        Ok::<_, OpenError>(())
+    };
+    process(of(&[1])).await.unwrap();
+    assert!(process(of(&[2])).await.unwrap_err().to_string().contains("the seal of its log"));
+    process(of(&[2, 1])).await.unwrap();
+    process(of(&[2])).await.unwrap();
+    assert!(process(of(&[1])).await.is_err());
+}
+
+/// The first two records, unless they are there.
+fn first_records(last: CycleId, epoch: Epoch) -> Write {
+    if last == CycleId(0) { recorded(1..=2, epoch) } else { Write { epoch, ..Write::default() } }
+}
+
+#[tokio::test]
+async fn a_database_of_an_earlier_version_is_sealed_by_the_first_commit() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let raw = database_of_version(&path, 4);
+    raw.execute("INSERT INTO subsystems VALUES ('a', NULL, NULL, 1)", []).unwrap();
+    drop(raw);
+    let (store, contents) = opened(&path).await;
+    assert!(!contents.is_sealed && contents.subsystems.len() == 1);
+    commit(&*store, Write { epoch: contents.epoch, ..Write::default() }).await;
+    drop(store);
+    let (store, contents) = opened(&path).await;
+    assert!(contents.is_sealed && contents.subsystems.len() == 1);
+    drop(store);
+    rusqlite::Connection::open(&path).unwrap().execute("UPDATE subsystems SET suspended = 0", []).unwrap();
+    assert!(matches!(refused(&path).await, OpenError::Store(StoreError::Tampered { .. })));
 }

@@ -7,13 +7,15 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension};
 use super::{
     error::explain,
     log::hashes,
+    note::Mark,
     opening::harden,
     place::DatabaseFileError,
-    rows::{COLUMNS, event, integer, number, record},
+    rows::{COLUMNS, event, integer, key, name, number, record},
     schema::check_current,
+    seal::{Seal, Sealer, TABLES},
 };
 use crate::{
-    ledger::{Checkpoint, Entry, Frontier, Hash, Node},
+    ledger::{Checkpoint, Entry, Frontier, Hash, Node, SealKeys},
     ports::Record,
     store::{OpenError, Rules, Verified},
 };
@@ -22,6 +24,7 @@ use crate::{
 pub(in super::super) fn verify(
     path: &Path,
     checkpoint: &Checkpoint,
+    keys: Option<SealKeys>,
     rules: Rules,
     wrong: &mut dyn FnMut(String),
 ) -> Result<Verified, OpenError> {
@@ -39,14 +42,25 @@ pub(in super::super) fn verify(
         .query_row("SELECT log_size, log_first_kept FROM meta", [], |row| Ok((number(row, 0)?, number(row, 1)?)))
         .map_err(explained)?;
     let verified = Verified { entries: size, first_kept, ..Verified::default() };
-    let removed = BTreeMap::new();
-    let verifier = Verifier { database: &transaction, checkpoint, rules, wrong, verified, removed, is_compared: false };
+    let id = Mark::read(&transaction).map_err(explained)?.id;
+    let verifier = Verifier {
+        database: &transaction,
+        checkpoint,
+        sealer: keys.map(|keys| Sealer::new(keys, id)),
+        rules,
+        wrong,
+        verified,
+        removed: BTreeMap::new(),
+        is_compared: false,
+    };
     Ok(verifier.verify().map_err(explained)?)
 }
 
 struct Verifier<'a> {
     database: &'a Connection,
     checkpoint: &'a Checkpoint,
+    /// `None` if the key is not at hand.
+    sealer: Option<Sealer>,
     rules: Rules,
     wrong: &'a mut dyn FnMut(String),
     verified: Verified,
@@ -76,6 +90,10 @@ impl Verifier<'_> {
         self.read_pruned()?;
         self.check_entries()?;
         self.check_unlogged()?;
+        self.check_outputs()?;
+        if let Some(sealer) = self.sealer.take() {
+            self.check_seals(&sealer)?;
+        }
         Ok(self.verified)
     }
 
@@ -245,9 +263,17 @@ impl Verifier<'_> {
 
     /// The record of a cycle; `None` if it can't be read, which is reported.
     fn record(&mut self, cycle_id: u64) -> rusqlite::Result<Option<Record>> {
+        let record = self.found(cycle_id)?.transpose();
+        Ok(record.unwrap_or_else(|error| {
+            (self.wrong)(format!("the record of cycle {cycle_id} can't be read: {error}"));
+            None
+        }))
+    }
+
+    /// The record of a cycle, if it exists.
+    fn found(&self, cycle_id: u64) -> rusqlite::Result<Option<rusqlite::Result<Record>>> {
         let mut query = self.database.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
-        let record = query.query_row([integer(cycle_id)], |row| Ok(record(row)))?;
-        Ok(record.map_err(|error| (self.wrong)(format!("the record of cycle {cycle_id} can't be read: {error}"))).ok())
+        query.query_row([integer(cycle_id)], |row| Ok(record(row))).optional()
     }
 
     /// Compares the nodes that become complete with a subtree.
@@ -304,6 +330,53 @@ impl Verifier<'_> {
         }
         Ok(())
     }
+
+    /// The latest outputs are those of their records, as far as these are retained.
+    fn check_outputs(&mut self) -> rusqlite::Result<()> {
+        let mut query = self.database.prepare("SELECT name, cycle_id, payload FROM outputs ORDER BY name")?;
+        let mut rows = query.query([])?;
+        while let Some(row) = rows.next()? {
+            let read = (|| Ok((name(row, "name")?, number(row, "cycle_id")?, row.get::<_, Vec<u8>>("payload")?)))();
+            let (name, cycle_id, payload) = match read {
+                Ok(read) => read,
+                Err(error) => {
+                    let error: rusqlite::Error = error;
+                    (self.wrong)(format!("a row of the table outputs can't be read: {error}"));
+                    continue;
+                }
+            };
+            let Some(Ok(record)) = self.found(cycle_id)? else { continue };
+            if (self.rules.output)(&record, &name).is_some_and(|hash| hash != Hash::of_bytes(&payload).0) {
+                (self.wrong)(format!("the output of {name} is not that of the record of cycle {cycle_id}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The seals are those of a process with the key.
+    fn check_seals(&mut self, sealer: &Sealer) -> rusqlite::Result<()> {
+        let seal: Option<Vec<u8>> = self.database.query_row("SELECT seal FROM meta", [], |row| row.get(0))?;
+        let size = self.verified.entries;
+        let log = hashes(self.database, &Frontier::nodes(size))?.and_then(|roots| Frontier::of(size, roots));
+        if log.is_some_and(|log| !matches!(sealer.check_log(&log, seal.as_deref()), Seal::Valid(_))) {
+            (self.wrong)(format!("the seal of the log does not belong to its {size} entries"));
+        }
+        let mut sealed = 0;
+        for table in TABLES {
+            let mut query = self.database.prepare(&format!("SELECT * FROM {}", table.name))?;
+            let mut rows = query.query([])?;
+            while let Some(row) = rows.next()? {
+                if let Seal::Valid(_) = sealer.check_row(row, table)? {
+                    sealed += 1;
+                } else {
+                    let key = key(row.get_ref(0)?);
+                    (self.wrong)(format!("the seal of the {} {key:?} does not belong to what it contains", table.row));
+                }
+            }
+        }
+        self.verified.sealed = Some(sealed);
+        Ok(())
+    }
 }
 
 impl std::fmt::Display for Leaf {
@@ -326,12 +399,14 @@ mod tests {
     use crate::{
         clock::Clock,
         ledger::RecordsPruned,
-        model::{CycleId, Epoch, Revision},
-        ports::{AuditEntry, Removal, Write},
+        model::{CycleId, Epoch, LoopState, Name, Revision},
+        ports::{AuditEntry, Removal, StoredLoop, Write},
         store::{
             StoreUrl, open,
             sqlite::tests::database_of_version,
-            suite::{check, commit, event, filled, record, recorded},
+            suite::{
+                check, commit, event, filled, keys, name, open_cycle, output, record, recorded, seals, stored_subsystem,
+            },
         },
     };
 
@@ -347,12 +422,17 @@ mod tests {
         if entry.caller == "other" { Err("its column caller is not that of its bytes".into()) } else { Ok(()) }
     }
 
+    /// Each output of cycle 2 is that of this text.
+    fn output_sha256(record: &Record, _: &Name) -> Option<[u8; Hash::LEN]> {
+        (record.cycle_id == CycleId(2)).then(|| Hash::of_bytes(output(2, "two").payload.as_bytes()).0)
+    }
+
     /// A database with 10 records, of which three are removed before the last two are written.
     async fn database() -> (TempDir, PathBuf, Checkpoint) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("o.db");
         let store = open(&StoreUrl::Sqlite(path.clone()), check, Clock::system()).await.unwrap();
-        let epoch = store.take_over().await.unwrap().epoch;
+        let epoch = store.take_over(seals()).await.unwrap().epoch;
         filled(&*store, epoch, 8).await;
         let revisions = [1, 2, 4].map(Revision).to_vec();
         let removal = Removal { revisions, events: Vec::new(), first_kept: 2, entry: Some(REMOVED.into()) };
@@ -366,12 +446,13 @@ mod tests {
     /// The result of verifying a database, and the faults.
     fn verified(path: &Path, checkpoint: &Checkpoint) -> (Verified, Vec<String>) {
         let mut faults = Vec::new();
-        let rules = Rules { record: check, event: check_event, pruned };
-        let verified = verify(path, checkpoint, rules, &mut |fault| faults.push(fault)).unwrap();
+        let rules = Rules { record: check, event: check_event, output: output_sha256, pruned };
+        let verified = verify(path, checkpoint, Some(keys()), rules, &mut |fault| faults.push(fault)).unwrap();
         (verified, faults)
     }
 
-    const SOUND: Verified = Verified { entries: 11, first_kept: 2, removed: 3, records: 7, events: 0, unlogged: 0 };
+    const SOUND: Verified =
+        Verified { entries: 11, first_kept: 2, removed: 3, records: 7, events: 0, unlogged: 0, sealed: Some(0) };
 
     #[tokio::test]
     async fn an_unchanged_database_is_verified_by_each_checkpoint_of_what_is_kept() {
@@ -480,13 +561,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("o.db");
         let store = open(&StoreUrl::Sqlite(path.clone()), check, Clock::system()).await.unwrap();
-        let epoch = store.take_over().await.unwrap().epoch;
+        let epoch = store.take_over(seals()).await.unwrap().epoch;
         // The leaves 0 and 1 are records, 2 to 4 events, and 5 is a record.
         commit(&*store, Write { audit: (1..=3).map(event).collect(), ..recorded(1..=2, epoch) }).await;
         commit(&*store, recorded(3..=3, epoch)).await;
         let log = store.log().frontier;
         let checkpoint = Checkpoint { origin: "log".into(), size: log.size(), root: log.root() };
-        let sound = Verified { entries: 6, records: 3, events: 3, ..Verified::default() };
+        let sound = Verified { entries: 6, records: 3, events: 3, sealed: Some(1), ..Verified::default() };
         drop(store);
         assert_eq!(verified(&path, &checkpoint), (sound, Vec::new()));
         let changes: [(&str, &[&str]); 6] = [
@@ -524,14 +605,60 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn each_change_of_what_is_sealed_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("o.db");
+        let store = open(&StoreUrl::Sqlite(path.clone()), check, Clock::system()).await.unwrap();
+        let epoch = store.take_over(seals()).await.unwrap().epoch;
+        let write = Write {
+            last_cycle_id: CycleId(3),
+            open: vec![open_cycle(3)],
+            outputs: vec![(name("a"), output(2, "two")), (name("b"), output(1, "one"))],
+            subsystems: [stored_subsystem("a")].into(),
+            loops: [(name("l"), Some(StoredLoop { name: name("l"), spec: None, state: LoopState::default() }))].into(),
+            ..recorded(1..=2, epoch)
+        };
+        commit(&*store, write).await;
+        let log = store.log().frontier;
+        let checkpoint = Checkpoint { origin: "log".into(), size: log.size(), root: log.root() };
+        let sound = Verified { entries: 2, records: 2, sealed: Some(5), ..Verified::default() };
+        drop(store);
+        assert_eq!(verified(&path, &checkpoint), (sound, Vec::new()));
+        let seal_of = |row: &str| format!("the seal of the {row} does not belong to what it contains");
+        let not_of_record = "the output of a is not that of the record of cycle 2".to_owned();
+        let changes = [
+            ("UPDATE subsystems SET owner = NULL", vec![seal_of("subsystem \"a\"")]),
+            ("UPDATE loops SET spec = '{}'", vec![seal_of("loop \"l\"")]),
+            ("UPDATE open_cycles SET request_id = NULL", vec![seal_of("open cycle \"3\"")]),
+            ("UPDATE outputs SET payload = x'' WHERE name = 'a'", vec![not_of_record, seal_of("output \"a\"")]),
+            (
+                "INSERT INTO outputs (name, cycle_id, payload) VALUES ('', 1, x'')",
+                vec![
+                    "a row of the table outputs can't be read: Conversion error from type Null at index: 0, \"\" is not a \
+                     name: a name is 1 to 63 characters, a letter, then letters, digits, '_', '-' or '.'"
+                        .into(),
+                    seal_of("output \"\""),
+                ],
+            ),
+            ("UPDATE meta SET seal = NULL", vec!["the seal of the log does not belong to its 2 entries".into()]),
+        ];
+        let changed = directory.path().join("changed.db");
+        for (change, expected) in changes {
+            fs::copy(&path, &changed).unwrap();
+            Connection::open(&changed).unwrap().execute_batch(change).unwrap();
+            assert_eq!(verified(&changed, &checkpoint).1, expected, "{change}");
+        }
+    }
+
     #[test]
     fn a_database_without_a_log_is_not_verified() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("o.db");
         drop(database_of_version(&path, 4));
         let checkpoint = Checkpoint { origin: "log".into(), size: 0, root: Frontier::default().root() };
-        let rules = Rules { record: check, event: check_event, pruned };
-        let refused = verify(&path, &checkpoint, rules, &mut |_| {});
+        let rules = Rules { record: check, event: check_event, output: output_sha256, pruned };
+        let refused = verify(&path, &checkpoint, None, rules, &mut |_| {});
         assert!(matches!(refused, Err(OpenError::TooOld { found: 4, .. })), "{refused:?}");
     }
 }

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     BUSY,
     commit::{Term, synchronize},
-    contents::read_contents,
+    contents::{Read, read_contents},
     error::{explain, unavailable},
     identity::Identity,
     log::{self, SharedLog},
@@ -27,7 +27,7 @@ use super::{
 use crate::{
     clock::Clock,
     model::{Epoch, Revision},
-    ports::{Contents, Durability, Excess, Retention, StoreError, Write},
+    ports::{Contents, Durability, Excess, Retention, Seals, StoreError, Write},
     store::{
         Check,
         frontier::{Appended, Frontier},
@@ -44,7 +44,7 @@ const LARGE_LOG: u64 = 16 << 20;
 
 /// Work for the writer.
 pub(super) enum Job {
-    TakeOver(oneshot::Sender<Result<Contents, StoreError>>),
+    TakeOver(Seals, oneshot::Sender<Result<Contents, StoreError>>),
     Commit(Arc<Write>, oneshot::Sender<Result<(), StoreError>>),
     Excess(Retention, Timestamp, usize, oneshot::Sender<Result<Excess, StoreError>>),
 }
@@ -106,7 +106,7 @@ impl Writer {
         while let Some(job) = jobs.blocking_recv() {
             // The caller may have gone; the write is done anyway.
             match job {
-                Job::TakeOver(reply) => drop(reply.send(self.take_over())),
+                Job::TakeOver(seals, reply) => drop(reply.send(self.take_over(seals))),
                 Job::Commit(write, reply) => drop(reply.send(self.commit(&write))),
                 Job::Excess(retention, now, limit, reply) => drop(reply.send(self.excess(&retention, now, limit))),
             }
@@ -114,20 +114,21 @@ impl Writer {
         }
     }
 
-    fn take_over(&mut self) -> Result<Contents, StoreError> {
+    fn take_over(&mut self, seals: Seals) -> Result<Contents, StoreError> {
         let earlier = self.term.take().map(|term| term.epoch.next());
-        let (current, mark, mut contents) = read_contents(&mut self.connection, &self.path, self.check, self.clock)?;
+        let read = read_contents(&mut self.connection, &self.path, self.check, self.clock, seals)?;
+        let Read { mut contents, current, mark, log, sealer, renewal } = read;
         contents.epoch = contents.epoch.max(earlier.unwrap_or_default());
         contents.lost = self.noted.and_then(|noted| lost(&mark, &noted));
         let frontier = Frontier {
             last_cycle_id: contents.last_cycle_id,
             last_revision: contents.last_revision,
             open: contents.open.iter().map(|open| open.cycle_id).collect(),
-            log: log::read(&self.connection, &self.path)?,
+            log,
         };
         let Mark { id: database_id, commits, .. } = mark;
         self.log.set(&frontier.log);
-        self.term = Some(Term { epoch: contents.epoch, current, database_id, commits, frontier });
+        self.term = Some(Term { epoch: contents.epoch, current, database_id, commits, frontier, sealer, renewal });
         Ok(contents)
     }
 

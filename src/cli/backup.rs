@@ -1,0 +1,122 @@
+//! `orchestrator backup` and `orchestrator restore`.
+
+use std::{error::Error, fs, path::PathBuf};
+
+use super::{
+    Exit, Failure,
+    output::{clean, print},
+    store::{began, told},
+    verify::{differences, open_with_any},
+};
+use crate::{
+    host::Host,
+    store::{self, BackedUp, LogKeys, StoreUrl},
+};
+
+/// Back up a store, also while a service runs on it
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The backup is a database that only its owner can read, as of one moment, and beside it, with the suffix .checkpoint, \
+the signed checkpoint of its log. It does not contain the key of the log, which a restored store needs as well: keep \
+that elsewhere. It is not encrypted; encrypt it where it leaves the machine.
+
+Exit codes:
+  0    the backup is on the disk
+  1    the store can't be read, or the file exists or can't be written
+  2    wrong usage
+
+Examples:
+  orchestrator backup --to backup.db
+  orchestrator backup sqlite:/var/lib/orchestrator.db --to backup.db")]
+pub(super) struct Backup {
+    /// The store, as in store.url
+    #[arg(value_name = "URL", value_parser = StoreUrl::parse, default_value = "sqlite:orchestrator.db")]
+    url: StoreUrl,
+    /// The new file
+    #[arg(long, value_name = "FILE")]
+    to: PathBuf,
+}
+
+/// Restore a backup of a store that no service has open
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Verifies the backup, as `orchestrator verify --key-file` does, with the key of the log and the checkpoint beside the \
+backup. Then it puts a copy in the place of the store, and accepts it there, as `orchestrator store accept` does: so \
+`orchestrator serve` starts, and a new log begins, which does not extend what was written after the backup.
+
+A store that exists is kept with --replace, in a file with the suffix .replaced.
+
+Exit codes:
+  0    the store may be served
+  1    the backup was changed, the store is open or exists, or a file can't be
+       used
+  2    wrong usage
+
+Examples:
+  orchestrator restore backup.db
+  orchestrator restore backup.db sqlite:/var/lib/orchestrator.db --replace")]
+pub(super) struct Restore {
+    /// The backup
+    #[arg(value_name = "FILE")]
+    backup: PathBuf,
+    /// The store, as in store.url
+    #[arg(value_name = "URL", value_parser = StoreUrl::parse, default_value = "sqlite:orchestrator.db")]
+    url: StoreUrl,
+    /// Replace the store that exists, and keep it
+    #[arg(long)]
+    replace: bool,
+    /// A key of the log, as in ledger.key_files; repeat it for several keys
+    #[arg(long, value_name = "FILE")]
+    key_file: Vec<PathBuf>,
+    /// The name of the log, if ledger.origin is set
+    #[arg(long, value_name = "NAME")]
+    origin: Option<String>,
+    /// Restore the backup without verifying it: its key or its checkpoint is lost
+    #[arg(long)]
+    unverified: bool,
+}
+
+impl Backup {
+    /// Makes the backup.
+    pub(super) fn run(self) -> Result<Exit, Failure> {
+        let Self { url, to } = self;
+        let BackedUp { last_cycle_id, has_checkpoint } = store::backup(&url, &to).map_err(|error| refused(&error))?;
+        let mut said = format!("{} is a backup of {url}; its last cycle is {last_cycle_id}", to.display());
+        if !has_checkpoint {
+            said += ". The store has no checkpoint, so nothing shows later whether the backup was changed";
+        }
+        print(&(clean(&said) + "\n"))?;
+        Ok(Exit::Done)
+    }
+}
+
+impl Restore {
+    /// Restores the backup.
+    pub(super) fn run(self) -> Result<Exit, Failure> {
+        let Self { backup, url, replace, key_file, origin, unverified } = self;
+        let name = origin.clone().unwrap_or_else(|| format!("orchestrator/{:032x}", Host::system().random.id128()));
+        let keys = LogKeys::read(&url, &key_file, &name).map_err(|error| refused(&error))?;
+        if !unverified {
+            if keys.are_new() {
+                let problem = "the key of the log is missing, so the backup can't be verified: put the key beside the \
+                               store, or see --key-file and --unverified";
+                return Err(Failure::new(Exit::Refused, problem));
+            }
+            let path = store::checkpoint_of(&backup);
+            let unusable = |error: &dyn Error| {
+                let problem = format!("{}: {error}; see --unverified", path.display());
+                Failure::new(Exit::Refused, clean(&problem))
+            };
+            let text = fs::read_to_string(&path).map_err(|error| unusable(&error))?;
+            let checkpoint = open_with_any(&keys.keys, &text).map_err(|error| unusable(&error))?;
+            differences(&backup, &checkpoint, &keys.keys)?;
+        }
+        let restored = store::restore(&backup, &url, (keys, origin), began, replace);
+        print(&told(&restored.map_err(|error| refused(&error))?))?;
+        Ok(Exit::Done)
+    }
+}
+
+fn refused(error: &dyn Error) -> Failure {
+    Failure::new(Exit::Refused, clean(&error.to_string()))
+}

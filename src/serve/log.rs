@@ -1,0 +1,173 @@
+//! The start of the log: its keys, and whether the store goes on from what an earlier process has signed.
+
+use std::sync::Arc;
+
+use tokio::task::spawn_blocking;
+
+use super::StartError;
+use crate::{
+    access::Mode,
+    config::{Config, LedgerSettings},
+    ledger::{Frontier, LogBegan, LogBeganReason, SealKeys, Signer, SigningKey},
+    orchestrator::TakenOver,
+    ports::{Contents, Seals, Store, StoreError},
+    record,
+    store::{self, KeyFileError, LogKeys},
+};
+
+/// Why a store is not what was signed last.
+#[derive(Debug, thiserror::Error)]
+pub enum LogBreak {
+    /// Its key is missing.
+    #[error("the key that sealed it is missing (see ledger.key_files)")]
+    KeyMissing,
+    /// Its checkpoint is missing, or is by another key.
+    #[error("beside it is no checkpoint that its key has signed")]
+    CheckpointMissing,
+    /// It lacks entries.
+    #[error(
+        "its log has {size} entries, and its checkpoint {signed}: an older copy replaced it, its end was damaged, or it \
+         was removed"
+    )]
+    Behind {
+        /// Number of its entries.
+        size: u64,
+        /// Number of entries in the checkpoint.
+        signed: u64,
+    },
+    /// It has other entries.
+    #[error("the first {signed} entries of its log are not those of its checkpoint: another database replaced it")]
+    Other {
+        /// Number of entries in the checkpoint.
+        signed: u64,
+    },
+    /// It has no seals. With `enforce` only: otherwise its log begins, and nothing precedes that.
+    #[error("it has no seals: an earlier version of this software wrote it, or another program removed them")]
+    Unsealed,
+}
+
+/// Takes a store over, with the keys of its log. If it is not what was signed last, a new log begins; with
+/// `access.mode = "enforce"`, that is refused.
+///
+/// # Errors
+/// The store or a key can't be used, or the store is not what was signed last.
+pub(super) async fn take_over(config: &Config, random: u128, store: Arc<dyn Store>) -> Result<TakenOver, StartError> {
+    let url = &config.store.url;
+    let keys = read_keys(config, random).await?;
+    let are_new = keys.are_new();
+    let LogKeys { keys, new } = keys;
+    let signer = signer(config, keys);
+    let seals = SealKeys::of(&signer);
+    let seals = if are_new { Seals::Renewed(seals) } else { Seals::Checked(seals) };
+    let contents = store.take_over(seals).await?;
+    let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
+    tracing::info!(store = %url, epoch, last_cycle, "store opened");
+    let of = url.clone();
+    let previous = spawn_blocking(move || store::published(&of)).await.unwrap_or_default();
+    let is_strict = config.access.mode == Mode::Enforce;
+    let found = if are_new && store.log().frontier.size() > 0 {
+        Some(LogBreak::KeyMissing)
+    } else {
+        compare(&*store, &contents, &signer, previous.as_deref(), is_strict).await?
+    };
+    let began = match found {
+        Some(found) if is_strict => return Err(StartError::NotContinued { url: url.clone(), found }),
+        Some(found) => {
+            tracing::warn!(store = %url, "a new log begins: {found}");
+            Some(found.began(previous.as_deref()))
+        }
+        None => None,
+    };
+    // A sealed store always has a checkpoint: otherwise a crash would make it look as if that had been removed. An
+    // earlier checkpoint is replaced by the first one after the write in which the new log begins.
+    let of = url.clone();
+    let (is_first, lost) = (previous.is_none() && began.is_none(), previous.filter(|_| began.is_some()));
+    let kept = spawn_blocking(move || {
+        new.save()?;
+        let kept = lost.map(|lost| store::keep_published(&of, &lost)).transpose();
+        Ok(kept.unwrap_or_else(|error| {
+            tracing::warn!(%error, "the earlier checkpoint can't be kept");
+            None
+        }))
+    });
+    let kept = kept.await.unwrap_or_else(|error| Err(KeyFileError::NotRead(error.to_string())))?;
+    if let Some(kept) = kept {
+        tracing::warn!(path = %kept.display(), "the earlier checkpoint is kept here");
+    }
+    if is_first {
+        let log = store.log().frontier;
+        store.publish_checkpoint(signer.sign(log.size(), log.root())).await?;
+    }
+    if !contents.is_sealed && began.is_none() {
+        tracing::warn!(
+            store = %url,
+            "an earlier version of this software wrote the store, without seals: whether other programs have changed it \
+             can't be seen. It is sealed from now on"
+        );
+    }
+    Ok(TakenOver { store, contents, signer, began: began.as_ref().map(record::encode_began) })
+}
+
+/// Compares a store with the checkpoint that was published last.
+///
+/// # Errors
+/// It can't be read.
+async fn compare(
+    store: &dyn Store,
+    contents: &Contents,
+    signer: &Signer,
+    previous: Option<&str>,
+    is_strict: bool,
+) -> Result<Option<LogBreak>, StoreError> {
+    let log = store.log().frontier;
+    let size = log.size();
+    // Whatever its checkpoint: the first one of a log has no entries either.
+    if is_strict && !contents.is_sealed {
+        return Ok(Some(LogBreak::Unsealed));
+    }
+    let opened = signer.keys.iter().find_map(|key| key.verifying().open(previous?).ok());
+    let Some(signed) = opened.filter(|signed| signed.origin == signer.origin) else {
+        // A store that was never sealed has none.
+        return Ok((size > 0 || previous.is_some()).then_some(LogBreak::CheckpointMissing));
+    };
+    if signed.size > size {
+        return Ok(Some(LogBreak::Behind { size, signed: signed.size }));
+    }
+    // If retention has removed what is needed, nothing can be compared.
+    let then = store.nodes(Frontier::nodes(signed.size)).await?.and_then(|roots| Frontier::of(signed.size, roots));
+    if then.is_some_and(|then| then.root() != signed.root) {
+        return Ok(Some(LogBreak::Other { signed: signed.size }));
+    }
+    Ok(None)
+}
+
+impl LogBreak {
+    /// The entry of the new log.
+    fn began(&self, previous: Option<&str>) -> LogBegan {
+        let reason = match self {
+            Self::KeyMissing => LogBeganReason::KeyMissing,
+            Self::CheckpointMissing | Self::Unsealed => LogBeganReason::CheckpointMissing,
+            Self::Behind { .. } | Self::Other { .. } => LogBeganReason::Behind,
+        };
+        LogBegan { reason, previous: previous.unwrap_or_default().to_owned() }
+    }
+}
+
+/// The keys of the log. `random` makes the name of a new key one that no other log has.
+async fn read_keys(config: &Config, random: u128) -> Result<LogKeys, KeyFileError> {
+    let LedgerSettings { key_files, origin } = config.ledger.clone();
+    let (url, name) = (config.store.url.clone(), format!("{}/{random:032x}", config.orchestrator_id));
+    let name = origin.unwrap_or(name);
+    let keys = spawn_blocking(move || LogKeys::read(&url, &key_files, &name)).await;
+    keys.unwrap_or_else(|error| Err(KeyFileError::NotRead(error.to_string())))
+}
+
+/// What signs the checkpoints of the log. Without a configured name, the log has that of its first key.
+fn signer(config: &Config, keys: Vec<SigningKey>) -> Signer {
+    let name = keys.first().map(|key| key.verifying().name().to_owned()).unwrap_or_default();
+    let signer = Signer { origin: config.ledger.origin.clone().unwrap_or(name), keys };
+    for key in &signer.keys {
+        tracing::info!(origin = signer.origin, key = %key.verifying(), "checkpoints of the log are signed by this key");
+    }
+    signer
+}

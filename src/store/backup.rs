@@ -1,0 +1,108 @@
+//! Backups of a store: they are made while a process has it open, and put in its place while none has.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use bytes::Bytes;
+
+use super::{
+    AcceptError, Accepted, DatabaseFileError, LogKeys, OpenError, StoreUrl, accept, checkpoint_of, published, sqlite,
+};
+use crate::{file, model::CycleId};
+
+/// Why a backup was not made or restored. Each message contains the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    /// There is a file of this name.
+    #[error("{} exists; give the backup another name", .0.display())]
+    Exists(PathBuf),
+    /// The store to restore has something in it.
+    #[error("{} exists; to restore the backup in its place, give --replace, which keeps it as {}", .store.display(), .kept.display())]
+    StoreExists {
+        /// The store.
+        store: PathBuf,
+        /// Where it would be kept.
+        kept: PathBuf,
+    },
+    /// A file can't be read or written.
+    #[error("{}: {problem}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        problem: io::Error,
+    },
+    /// The store can't be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The restored store can't be accepted.
+    #[error(transparent)]
+    Accept(#[from] AcceptError),
+}
+
+/// The result of [`backup`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackedUp {
+    /// The last cycle in the backup.
+    pub last_cycle_id: CycleId,
+    /// True if the store had a checkpoint, which is beside the backup then.
+    pub has_checkpoint: bool,
+}
+
+/// Copies a store, which a process may have open, to a new file that only its owner can read, and its checkpoint beside
+/// that. Waits for the disk.
+///
+/// # Errors
+/// The file exists or can't be written, or the store can't be read.
+pub fn backup(url: &StoreUrl, to: &Path) -> Result<BackedUp, BackupError> {
+    let database = database(url)?;
+    if to.exists() {
+        return Err(BackupError::Exists(to.to_owned()));
+    }
+    // First, so that the backup has all of its entries.
+    let checkpoint = published(url);
+    let last_cycle_id = sqlite::copy(database, to)?;
+    if let Some(checkpoint) = &checkpoint {
+        let path = checkpoint_of(to);
+        file::replace(&path, checkpoint).map_err(|problem| BackupError::File { path, problem })?;
+    }
+    Ok(BackedUp { last_cycle_id, has_checkpoint: checkpoint.is_some() })
+}
+
+/// Puts a backup in the place of a store, which no process has open, and [accepts](accept) it there. What is in that
+/// place is kept beside it if `replaces` is true. Waits for the disk.
+///
+/// # Errors
+/// The backup can't be read, a process has the store open, the store exists and `replaces` is false, or a file can't be
+/// written.
+pub fn restore(
+    backup: &Path,
+    url: &StoreUrl,
+    (keys, origin): (LogKeys, Option<String>),
+    began: impl FnOnce(String) -> Bytes,
+    replaces: bool,
+) -> Result<Accepted, BackupError> {
+    let database = database(url)?;
+    if !backup.exists() {
+        return Err(OpenError::from(DatabaseFileError::Missing { database: backup.display().to_string() }).into());
+    }
+    let beside = published(url);
+    sqlite::put(backup, database, replaces)?;
+    if beside.is_none()
+        && let Some(checkpoint) = published(&StoreUrl::Sqlite(backup.to_owned()))
+    {
+        let path = checkpoint_of(database);
+        file::replace(&path, &checkpoint).map_err(|problem| BackupError::File { path, problem })?;
+    }
+    Ok(accept(url, keys, origin, began)?)
+}
+
+/// The database of a store that has one.
+fn database(url: &StoreUrl) -> Result<&Path, OpenError> {
+    match url {
+        StoreUrl::Memory => Err(DatabaseFileError::Missing { database: url.to_string() }.into()),
+        StoreUrl::Sqlite(path) => Ok(path),
+    }
+}

@@ -1,0 +1,94 @@
+//! Backups of a database: copied while a process writes to it, and put in the place of another one.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::Path,
+};
+
+use rusqlite::{Connection, OpenFlags};
+
+use super::{
+    BUSY,
+    error::explain,
+    opening::harden,
+    place::{DatabaseFileError, LockedDatabase, beside, log_of, private},
+    rows::number,
+    schema::check_version,
+};
+use crate::{
+    file::sync_directory,
+    model::CycleId,
+    store::{BackupError, OpenError},
+};
+
+/// Copies the database at `path` to the new file `to`, which only its owner can read. Returns its last cycle.
+///
+/// In one read transaction, which neither waits for the process that writes nor makes it wait. (The backup API of
+/// SQLite would begin again after each commit.) Free pages, which may have bytes of removed rows, are left out.
+pub(in crate::store) fn copy(path: &Path, to: &Path) -> Result<CycleId, BackupError> {
+    if !path.exists() {
+        return Err(OpenError::from(DatabaseFileError::Missing { database: path.display().to_string() }).into());
+    }
+    let explained = |error| OpenError::from(explain(path, &error));
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let database = Connection::open_with_flags(path, flags).map_err(explained)?;
+    database.busy_timeout(BUSY).and_then(|()| harden(&database)).map_err(explained)?;
+    check_version(&database, path)?;
+    let new = beside(to, ".new");
+    let failed = |problem| BackupError::File { path: new.clone(), problem };
+    // SQLite writes into an empty file that exists.
+    private().create(true).truncate(true).open(&new).map_err(failed)?;
+    let copied = database.execute("VACUUM INTO ?1", [new.display().to_string()]).map_err(explained);
+    let copied = copied.map_err(BackupError::from).and_then(|_| finish(&new, to));
+    if copied.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    copied?;
+    let last = |copy: Connection| copy.query_row("SELECT last_cycle_id FROM meta", [], |row| number(row, 0));
+    let last = Connection::open_with_flags(to, flags).and_then(last);
+    Ok(last.map(CycleId).map_err(|error| OpenError::from(explain(to, &error)))?)
+}
+
+/// Puts a copy of the database `from` in the place `path`, and keeps what is there if `replaces` is true.
+pub(in crate::store) fn put(from: &Path, path: &Path, replaces: bool) -> Result<(), BackupError> {
+    let place = LockedDatabase::take(path)?;
+    let path = &place.path;
+    let kept = beside(path, ".replaced");
+    let has_store = fs::metadata(path).is_ok_and(|store| store.len() > 0);
+    if has_store && !replaces {
+        return Err(BackupError::StoreExists { store: path.clone(), kept });
+    }
+    if has_store && kept.exists() {
+        return Err(BackupError::Exists(kept));
+    }
+    let new = beside(path, ".new");
+    let copied = (|| {
+        let mut target = private().create(true).truncate(true).open(&new)?;
+        io::copy(&mut File::open(from)?, &mut target)
+    })();
+    copied.map_err(|problem| BackupError::File { path: new.clone(), problem })?;
+    if has_store {
+        // The database last: without its log it is still a database.
+        for (from, to) in [(log_of(path), log_of(&kept)), (path.clone(), kept)] {
+            match fs::rename(&from, &to) {
+                Err(problem) if problem.kind() != io::ErrorKind::NotFound => {
+                    return Err(BackupError::File { path: to, problem });
+                }
+                _ => {}
+            }
+        }
+    }
+    let _ = fs::remove_file(beside(path, "-shm"));
+    finish(&new, path)
+}
+
+/// Gives a file that was written its name, and waits until both are on the disk.
+fn finish(new: &Path, path: &Path) -> Result<(), BackupError> {
+    let finished = (|| {
+        File::open(new)?.sync_all()?;
+        fs::rename(new, path)?;
+        sync_directory(path)
+    })();
+    finished.map_err(|problem| BackupError::File { path: path.to_owned(), problem })
+}

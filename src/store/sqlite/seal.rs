@@ -1,0 +1,167 @@
+//! The seals of a database: one of the end of its log, in the table `meta`, and one in each row of the tables that
+//! later cycles depend on. A program that changes a row, or appends to the log, can't make the seal that belongs to it.
+
+use std::borrow::Cow;
+
+use rusqlite::{
+    Row, ToSql, Transaction, params_from_iter,
+    types::{ToSqlOutput, ValueRef},
+};
+
+use super::commit::Renewal;
+use crate::ledger::{Frontier, Hash, SealKeys, SealedBy};
+
+/// A table whose rows are sealed.
+pub(super) struct Table {
+    pub(super) name: &'static str,
+    /// What one row is.
+    pub(super) row: &'static str,
+    /// The sealed columns; the first one is the primary key.
+    columns: &'static [&'static str],
+}
+
+pub(super) const SUBSYSTEMS: Table =
+    Table { name: "subsystems", row: "subsystem", columns: &["name", "spec", "lease_ms", "suspended", "owner"] };
+pub(super) const LOOPS: Table = Table { name: "loops", row: "loop", columns: &["name", "spec", "state"] };
+pub(super) const OUTPUTS: Table = Table { name: "outputs", row: "output", columns: &["name", "cycle_id", "payload"] };
+pub(super) const OPEN_CYCLES: Table = Table {
+    name: "open_cycles",
+    row: "open cycle",
+    columns: &[
+        "cycle_id",
+        "trigger",
+        "loop",
+        "scheduled_at",
+        "started_at",
+        "request_id",
+        "triggered_by",
+        "trace_id",
+        "request",
+        "audit",
+    ],
+};
+/// All of them.
+pub(super) const TABLES: [&Table; 4] = [&SUBSYSTEMS, &LOOPS, &OUTPUTS, &OPEN_CYCLES];
+
+/// Seals one database.
+#[derive(Clone, Debug)]
+pub(super) struct Sealer {
+    keys: SealKeys,
+    /// Sealed with each row, so that a row of another database with the same key does not pass.
+    database_id: [u8; 16],
+}
+
+/// What the seal of a row says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Seal {
+    Valid(SealedBy),
+    /// It has none.
+    Missing,
+    /// It does not belong to the row.
+    Wrong,
+}
+
+impl Sealer {
+    pub(super) fn new(keys: SealKeys, database_id: [u8; 16]) -> Self {
+        Self { keys, database_id }
+    }
+
+    /// The seal of the end of this log.
+    pub(super) fn of_log(&self, log: &Frontier) -> [u8; Hash::LEN] {
+        self.keys.seal(&self.keys.pieces_of(log))
+    }
+
+    /// Whether the stored seal is that of the end of this log.
+    pub(super) fn check_log(&self, log: &Frontier, seal: Option<&[u8]>) -> Seal {
+        Seal::of(seal, |seal| self.keys.check(&self.keys.pieces_of(log), seal))
+    }
+
+    /// Writes a row, with its seal, over the one with the same key. The values are those of the sealed columns.
+    pub(super) fn put<const N: usize>(
+        &self,
+        transaction: &Transaction<'_>,
+        table: &Table,
+        values: [&dyn ToSql; N],
+    ) -> rusqlite::Result<()> {
+        let values = values.iter().map(ToSql::to_sql).collect::<rusqlite::Result<Vec<_>>>()?;
+        let pieces: Vec<_> = self.pieces(table, values.iter().map(value_of)).collect();
+        let seal = self.keys.seal(&pieces);
+        let places: Vec<_> = (1..=table.columns.len() + 1).map(|place| format!("?{place}")).collect();
+        let (columns, places) = (table.columns.join(", "), places.join(", "));
+        let put = format!("INSERT OR REPLACE INTO {} ({columns}, seal) VALUES ({places})", table.name);
+        let seal = ToSqlOutput::Borrowed(ValueRef::Blob(&seal));
+        let values = values.iter().chain([&seal]).map(|value| value as &dyn ToSql);
+        transaction.prepare_cached(&put)?.execute(params_from_iter(values))?;
+        Ok(())
+    }
+
+    /// Whether the seal of a row, which has all columns of the table, belongs to it.
+    pub(super) fn check_row(&self, row: &Row<'_>, table: &Table) -> rusqlite::Result<Seal> {
+        let values = table.columns.iter().map(|column| row.get_ref(*column)).collect::<rusqlite::Result<Vec<_>>>()?;
+        let pieces: Vec<_> = self.pieces(table, values.into_iter()).collect();
+        let seal: Option<Vec<u8>> = row.get("seal")?;
+        Ok(Seal::of(seal.as_deref(), |seal| self.keys.check(&pieces, seal)))
+    }
+
+    /// Seals rows of a database anew.
+    pub(super) fn renew(&self, transaction: &Transaction<'_>, renewal: Renewal) -> rusqlite::Result<()> {
+        for table in TABLES {
+            let mut query = transaction.prepare(&format!("SELECT *, rowid AS row FROM {}", table.name))?;
+            let mut update = transaction.prepare(&format!("UPDATE {} SET seal = ?2 WHERE rowid = ?1", table.name))?;
+            let mut rows = query.query([])?;
+            let mut renewed = Vec::new();
+            while let Some(row) = rows.next()? {
+                let is_renewed = match self.check_row(row, table)? {
+                    Seal::Valid(SealedBy::FirstKey) => false,
+                    Seal::Valid(SealedBy::OtherKey) => true,
+                    Seal::Missing => renewal >= Renewal::Missing,
+                    // Otherwise it belongs to a row that can't be read, and stays wrong.
+                    Seal::Wrong => renewal == Renewal::Everything,
+                };
+                if !is_renewed {
+                    continue;
+                }
+                let values = table.columns.iter().map(|column| row.get_ref(*column));
+                let values = values.collect::<rusqlite::Result<Vec<_>>>()?;
+                let pieces: Vec<_> = self.pieces(table, values.into_iter()).collect();
+                renewed.push((row.get::<_, i64>("row")?, self.keys.seal(&pieces)));
+            }
+            for (row, seal) in renewed {
+                update.execute((row, &seal[..]))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is sealed of a row: the database, the table, and each value with its type.
+    fn pieces<'a>(
+        &'a self,
+        table: &'a Table,
+        values: impl Iterator<Item = ValueRef<'a>>,
+    ) -> impl Iterator<Item = Cow<'a, [u8]>> {
+        let value = |value| match value {
+            ValueRef::Null => [Cow::Borrowed(&b"null"[..]), Cow::default()],
+            ValueRef::Integer(number) => [Cow::Borrowed(&b"integer"[..]), number.to_be_bytes().to_vec().into()],
+            ValueRef::Real(number) => [Cow::Borrowed(&b"real"[..]), number.to_be_bytes().to_vec().into()],
+            ValueRef::Text(text) => [Cow::Borrowed(&b"text"[..]), text.into()],
+            ValueRef::Blob(bytes) => [Cow::Borrowed(&b"blob"[..]), bytes.into()],
+        };
+        let row: [Cow<'_, [u8]>; 2] = [self.database_id[..].into(), table.name.as_bytes().into()];
+        row.into_iter().chain(values.flat_map(value))
+    }
+}
+
+impl Seal {
+    fn of(stored: Option<&[u8]>, check: impl FnOnce(&[u8]) -> Option<SealedBy>) -> Self {
+        stored.map_or(Self::Missing, |seal| check(seal).map_or(Self::Wrong, Self::Valid))
+    }
+}
+
+/// The value that is written. None of the kinds that take no value is used.
+fn value_of<'a>(value: &'a ToSqlOutput<'_>) -> ValueRef<'a> {
+    match value {
+        ToSqlOutput::Borrowed(value) => *value,
+        ToSqlOutput::Owned(value) => value.into(),
+        _ => ValueRef::Null,
+    }
+}

@@ -1,0 +1,110 @@
+//! `orchestrator backup` and `orchestrator restore`, with a real service.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
+
+use common::{Stage, service::Home};
+use rusqlite::Connection;
+
+/// Runs a command, and returns its exit code and what it prints.
+fn orchestrator(args: &[&str]) -> (Option<i32>, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_orchestrator")).args(args).output().unwrap();
+    let said = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    (output.status.code(), said.concat())
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn url(home: &Home) -> String {
+    format!("sqlite:{}", home.path("o.db").display())
+}
+
+/// A stopped service with three cycles, and a backup that was made after two of them while it ran.
+async fn backed_up() -> Home {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    for _ in 0..2 {
+        stage.client.run().await.unwrap();
+    }
+    let backup = stage.home.path("backup.db");
+    let (code, said) = orchestrator(&["backup", &url(&stage.home), "--to", text(&backup)]);
+    assert!(code == Some(0) && said.contains("its last cycle is 2"), "{said}");
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    home
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_of_a_running_service_is_whole_private_and_verified_without_the_rest() {
+    let home = backed_up().await;
+    let backup = home.path("backup.db");
+    for file in [backup.clone(), home.path("backup.db.checkpoint")] {
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600, "{}", file.display());
+    }
+    assert!(!home.path("backup.db.key").exists());
+    let (code, said) = orchestrator(&["verify", "--db", text(&backup), "--key-file", text(&home.path("o.db.key"))]);
+    assert!(code == Some(0) && said.contains("2 records"), "{said}");
+    let (code, said) = orchestrator(&["backup", &url(&home), "--to", text(&backup)]);
+    assert!(code == Some(1) && said.contains("backup.db exists"), "{said}");
+    let none = format!("sqlite:{}", home.path("none.db").display());
+    let (code, said) = orchestrator(&["backup", &none, "--to", text(&home.path("other.db"))]);
+    assert!(code == Some(1) && said.contains("none.db does not exist"), "{said}");
+    assert!(!home.path("other.db").exists() && !home.path("none.db").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_backup_is_served_under_enforce_and_what_it_replaced_is_kept() {
+    let home = backed_up().await.with_args(["--set", "access.mode=\"enforce\""]);
+    let (store, backup) = (url(&home), home.path("backup.db"));
+    let service = home.serve().await;
+    let restore = ["restore", text(&backup), &store];
+    let replace = ["restore", text(&backup), &store, "--replace"];
+    let (code, said) = orchestrator(&replace);
+    assert!(code == Some(1) && said.contains("is in use by another process"), "{said}");
+    assert!(service.stop().await.success());
+    let (code, said) = orchestrator(&restore);
+    assert!(
+        code == Some(1) && said.contains("o.db exists; to restore the backup in its place, give --replace"),
+        "{said}"
+    );
+    let (code, said) = orchestrator(&replace);
+    assert!(code == Some(0) && said.contains("o.db can be served now; its last cycle is 2"), "{said}");
+    assert!(home.serve().await.stop().await.success());
+    assert!(!home.log().contains("a new log begins"), "it was accepted: {}", home.log());
+    let cycles = |name: &str| {
+        let database = Connection::open(home.path(name)).unwrap();
+        database.query_row("SELECT count(*) FROM cycles", [], |row| row.get::<_, i64>(0)).unwrap()
+    };
+    assert_eq!((cycles("o.db"), cycles("o.db.replaced")), (2, 3));
+    let (code, said) =
+        orchestrator(&["verify", "--db", text(&home.path("o.db")), "--key-file", text(&home.path("o.db.key"))]);
+    assert_eq!(code, Some(0), "{said}");
+    // What is kept is not overwritten.
+    let (code, said) = orchestrator(&replace);
+    assert!(code == Some(1) && said.contains("o.db.replaced exists"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_was_changed_or_can_not_be_verified_is_restored_only_when_that_is_asked_for() {
+    let home = backed_up().await;
+    let backup = home.path("backup.db");
+    let elsewhere = format!("sqlite:{}", home.path("elsewhere/o.db").display());
+    let (code, said) = orchestrator(&["restore", text(&backup), &elsewhere]);
+    assert!(code == Some(1) && said.contains("the key of the log is missing"), "{said}");
+    assert!(!home.path("elsewhere").exists());
+    let with_key =
+        ["restore", text(&backup), &elsewhere, "--key-file", text(&home.path("o.db.key"))].map(str::to_owned);
+    let with_key: Vec<_> = with_key.iter().map(String::as_str).collect();
+    Connection::open(&backup).unwrap().execute("UPDATE subsystems SET owner = 'token:other'", []).unwrap();
+    let (code, said) = orchestrator(&with_key);
+    assert!(code == Some(1) && said.contains("the seal of the subsystem \"a\""), "{said}");
+    assert!(!home.path("elsewhere").exists());
+    let (code, said) = orchestrator(&[&with_key[..], &["--unverified"]].concat());
+    assert!(code == Some(0) && said.contains("can be served now"), "{said}");
+}
