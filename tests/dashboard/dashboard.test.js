@@ -132,6 +132,20 @@ for (const scheme of ["http", "https"]) {
   });
 }
 
+test("a browser logs in with a JWT, and out", async (t) => {
+  const secrets = new Secrets("wall");
+  t.after(() => secrets.remove());
+  const grant = '[[access.grants]]\nwho = ["jwt:anna"]\nrole = "viewer"\nsubsystems = ["*"]\n';
+  const { service } = await stage(t, enforced(secrets) + grant + secrets.jwtSettings);
+  const page = await browser.visit(service.url);
+  await logIn(page, secrets.jwt("anna"));
+  await says(page, "#access", "access: enforce · jwt:anna");
+  await sees(page, "#logout");
+  await Promise.all([page.waitForNavigation(), page.click("#logout button")]);
+  await says(page, "h1", "Log in");
+  assert.deepEqual(page.problems.filter((text) => !/status of 401/.test(text)), []);
+});
+
 test("a viewer sees everything but outputs and parameters, also beyond a limit of its requests", async (t) => {
   const secrets = new Secrets("wall", "ops");
   t.after(() => secrets.remove());

@@ -1,6 +1,7 @@
 // The real service, a scripted fleet, and a real browser.
 
 import { spawn, spawnSync } from "node:child_process";
+import { generateKeyPairSync, sign } from "node:crypto";
 import { once } from "node:events";
 import { existsSync, mkdtempSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { createServer } from "node:http";
@@ -103,13 +104,16 @@ function command(...args) {
   return stdout;
 }
 
-/** A directory with certificates of the service (`core`), and a file with a token for each name. */
+/** Certificates of the service, a file with a token for each name, and a key that signs JWTs. */
 export class Secrets {
   directory = mkdtempSync(path.join(tmpdir(), "secrets-"));
   tokensFile = path.join(this.directory, "tokens.toml");
   #texts = new Map();
+  #signing = generateKeyPairSync("ed25519");
 
   constructor(...names) {
+    const keys = [this.#signing.publicKey.export({ format: "jwk" })];
+    writeFileSync(path.join(this.directory, "jwks.json"), JSON.stringify({ keys }));
     command("certs", "init", "--dir", path.join(this.directory, "pki"), "--host", "127.0.0.1");
     for (const name of names) {
       const [text] = /orc_\S+/.exec(command("token", "create", name, "--file", this.tokensFile)) ?? [];
@@ -120,6 +124,19 @@ export class Secrets {
   /** The token of this name. */
   token(name) {
     return this.#texts.get(name);
+  }
+
+  /** A JWT of this subject. */
+  jwt(sub) {
+    const part = (json) => Buffer.from(JSON.stringify(json)).toString("base64url");
+    const claims = { iss: "tests", aud: "dashboard", sub, exp: Math.floor(Date.now() / 1000) + 3600 };
+    const signed = `${part({ alg: "EdDSA" })}.${part(claims)}`;
+    return `${signed}.${sign(null, Buffer.from(signed), this.#signing.privateKey).toString("base64url")}`;
+  }
+
+  /** The section of the configuration that accepts its JWTs. */
+  get jwtSettings() {
+    return `[access.jwt]\nissuer = "tests"\naudience = "dashboard"\njwks_file = "${this.directory}/jwks.json"\n`;
   }
 
   /** The keys of a section of TLS. */

@@ -158,7 +158,7 @@ function showWho() {
   setText(access, `access: ${name.toLowerCase()}${who}`);
   setAttribute(access, "title", ACCESS[name] ?? null);
   // Others have no session: they show a certificate, or nothing.
-  element("logout", HTMLElement).hidden = !identity?.startsWith("token:");
+  element("logout", HTMLElement).hidden = !/^(token|jwt):/.test(identity ?? "");
 }
 
 // Announcements for screen readers: changes of the state of cycles, not every cycle.
