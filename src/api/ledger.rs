@@ -49,11 +49,13 @@ async fn get_inclusion_proof(
 ) -> Result<pb::GetInclusionProofResponse, Status> {
     let pb::GetInclusionProofRequest { cycle_id, size, event_leaf } = call.take_request();
     let logged = request::logged(cycle_id, event_leaf).map_err(invalid)?;
-    let Published { size, note } = match size {
-        0 => call.orchestrator().checkpoint_of(logged).await.map_err(status)?,
-        size => Published { size, ..Published::default() },
+    let (Published { size, note }, proved) = match size {
+        0 => call.orchestrator().prove_now(logged).await.map_err(status)?,
+        size => {
+            let proved = call.orchestrator().prove(logged, size).await.map_err(status)?;
+            (Published { size, ..Published::default() }, proved)
+        }
     };
-    let proved = call.orchestrator().prove(logged, size).await.map_err(status)?;
     Ok(pb::GetInclusionProofResponse {
         leaf: proved.leaf,
         size,
@@ -67,11 +69,13 @@ async fn get_consistency_proof(
     mut call: Entered<pb::GetConsistencyProofRequest>,
 ) -> Result<pb::GetConsistencyProofResponse, Status> {
     let pb::GetConsistencyProofRequest { from_size, size } = call.take_request();
-    let Published { size, note } = match size {
-        0 => call.orchestrator().checkpoint().await.map_err(status)?,
-        size => Published { size, ..Published::default() },
+    let (Published { size, note }, proof) = match size {
+        0 => call.orchestrator().prove_extension_now(from_size).await.map_err(status)?,
+        size => {
+            let proof = call.orchestrator().prove_extension(from_size, size).await.map_err(status)?;
+            (Published { size, ..Published::default() }, proof)
+        }
     };
-    let proof = call.orchestrator().prove_extension(from_size, size).await.map_err(status)?;
     Ok(pb::GetConsistencyProofResponse { size, hashes: bytes_of(&proof.0), checkpoint: note.to_string() })
 }
 

@@ -20,6 +20,10 @@ const EVERY: Duration = Duration::from_secs(1);
 /// Longest wait for a checkpoint that covers an entry: a few times as long as one usually takes.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Most attempts of a proof by the newest checkpoint: retention that keeps few records may meanwhile have removed the
+/// last ones of it, and then only a newer one can be proved by.
+const ATTEMPTS: usize = 3;
+
 /// A checkpoint that was published.
 #[derive(Clone, Debug, Default)]
 pub struct Published {
@@ -99,6 +103,39 @@ impl Orchestrator {
         self.0.published(leaf + 1).await
     }
 
+    /// A proof that the log of the newest published checkpoint contains this entry, with that checkpoint.
+    ///
+    /// # Errors
+    /// Those of [`Orchestrator::checkpoint_of`] and [`Orchestrator::prove`].
+    pub async fn prove_now(&self, logged: Logged) -> Result<(Published, Proved), Refusal> {
+        let mut published = self.checkpoint_of(logged).await?;
+        for _ in 1..ATTEMPTS {
+            match self.prove(logged, published.size).await {
+                Err(Refusal::HashesRemoved(_)) => published = self.0.published_all().await?,
+                proved => return Ok((published, proved?)),
+            }
+        }
+        let proved = self.prove(logged, published.size).await?;
+        Ok((published, proved))
+    }
+
+    /// A proof that the log of the newest published checkpoint extends that of the first `earlier` entries, with that
+    /// checkpoint.
+    ///
+    /// # Errors
+    /// Those of [`Orchestrator::checkpoint`] and [`Orchestrator::prove_extension`].
+    pub async fn prove_extension_now(&self, earlier: u64) -> Result<(Published, Consistency), Refusal> {
+        let mut published = self.checkpoint().await?;
+        for _ in 1..ATTEMPTS {
+            match self.prove_extension(earlier, published.size).await {
+                Err(Refusal::HashesRemoved(_)) => published = self.0.published_all().await?,
+                proved => return Ok((published, proved?)),
+            }
+        }
+        let proved = self.prove_extension(earlier, published.size).await?;
+        Ok((published, proved))
+    }
+
     /// A proof that the log of the first `size` entries contains this entry.
     ///
     /// # Errors
@@ -164,6 +201,11 @@ impl Shared {
             Ok(Ok(published)) => Ok(published.clone()),
             _ => Err(Refusal::NoCheckpoint),
         }
+    }
+
+    /// The newest checkpoint, once there is one of all entries that are in the log now.
+    async fn published_all(&self) -> Result<Published, Refusal> {
+        self.published(self.store.log().frontier.size()).await
     }
 
     /// Publishes the last checkpoint of this process, after its last write.
