@@ -179,9 +179,24 @@ pub struct StoreSettings {
     pub retention: Retention,
 }
 
+/// Whether calls that change nothing have audit events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AuditReads {
+    /// They are summed up, and each sum has one.
+    Summary,
+    /// They have none, unless they are denied.
+    Off,
+}
+
+impl AuditReads {
+    const WORDS: &[(&str, Self)] = &[("summary", Self::Summary), ("off", Self::Off)];
+}
+
 /// The audit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuditSettings {
+    /// Whether calls that change nothing have events. Default: as sums.
+    pub reads: AuditReads,
     /// Default: the newest 1,000,000 events, for 400 days. An event takes about 200 bytes.
     pub retention: EventRule,
 }
@@ -562,7 +577,7 @@ impl Default for Config {
             limits: CallerLimits::default(),
             memory: MemorySettings { max_bytes: None },
             store: StoreSettings { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
-            audit: AuditSettings { retention: DEFAULT_AUDIT },
+            audit: AuditSettings { reads: AuditReads::Summary, retention: DEFAULT_AUDIT },
             ledger: LedgerSettings::default(),
             cycle: CycleSettings {
                 deadline: Duration::from_mins(1),

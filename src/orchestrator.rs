@@ -8,9 +8,11 @@
 //! - its inputs: `registry` and its changes in `registration`, the order in `planning`, `loops` and their ticks;
 //! - reads: `status`, `history`, `watch` (the stream) with `live` (progress), `snapshots`, `figures` (for metrics),
 //!   `checkpoints` and proofs of the log;
-//! - the process: `recovery` at its start, `tasks` and its end, `reload`, `retention`.
+//! - the process: `recovery` at its start, `tasks` and its end, `reload`, `retention`, `audit` of calls that change
+//!   nothing.
 
 mod admission;
+mod audit;
 mod checkpoints;
 mod conductor;
 mod figures;
@@ -64,6 +66,7 @@ use crate::{
 
 pub use self::{
     admission::Ticket,
+    audit::{Sum, Sums},
     checkpoints::{Logged, Proved, Published},
     figures::{Counts, Figures, Passes},
     live::{LiveChange, LiveCycle, LiveEvent, RunningCycle, Update},
@@ -115,6 +118,7 @@ struct Shared {
     newest: latest::Sender<Revision>,
     live: Live,
     checkpoints: Checkpoints,
+    sums: Sums,
     watchers: Watchers,
     /// Cancelled once no more writes are possible: `State::store_error` has the reason.
     store_has_ended: CancellationToken,

@@ -21,7 +21,7 @@ use crate::{
     proto::{duration, orchestrator::v1 as pb, read_duration, subsystem::v1 as pbs, timestamp},
 };
 
-pub use self::audit::{check_event, decode_cause, encode_cause, encode_event};
+pub use self::audit::{check_event, copies_events, copy_event, decode_cause, encode_cause, encode_event};
 
 /// Most bytes of an error message in a record.
 const MAX_MESSAGE: usize = 1 << 10;

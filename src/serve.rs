@@ -644,6 +644,7 @@ pub fn settings(config: &Config) -> Settings {
         max_loops: config.registry.max_loops,
         max_watchers: config.server.max_watchers,
         retention: Retention { events: config.audit.retention, ..config.store.retention.clone() },
+        audit_reads: config.audit.reads == config::AuditReads::Summary,
         revoked: config.access.revoked_owners().into(),
     }
 }

@@ -6,7 +6,7 @@ mod sockets;
 
 use std::{
     fmt, io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -79,6 +79,16 @@ impl Origin {
     #[must_use]
     pub fn address(self) -> Option<IpAddr> {
         if let Self::Address(address) = self { Some(address) } else { None }
+    }
+
+    /// The network that counts as one peer: an IPv4 address, or the 64-bit prefix of an IPv6 address, since a host may
+    /// use any address in it (RFC 7421).
+    #[must_use]
+    pub fn network(self) -> Option<IpAddr> {
+        Some(match self.address()?.to_canonical() {
+            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
+            v4 @ IpAddr::V4(_) => v4,
+        })
     }
 }
 

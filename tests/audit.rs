@@ -1,27 +1,27 @@
-//! The audit: each change of the service has one event, which says who made it, and each event its change.
+//! The audit: each change of the service has one event, which says who made it, and each event its change. Calls that
+//! change nothing, and denied ones, are summed up.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
 
 mod common;
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::fs;
 
 use common::{
-    Stage,
+    Stage, command,
     fleet::Run,
     patiently,
     service::{Client, Home, ms},
+    tokens::{write_private, write_tokens},
 };
-use orchestrator_core::{
-    access::Token,
-    config::tokens_text,
-    model::Name,
-    proto::orchestrator::v1::{self as pb, AuditEvent, CredentialKind, Decision, ledger_client::LedgerClient},
+use futures_util::{StreamExt, stream};
+use orchestrator_core::proto::orchestrator::v1::{
+    self as pb, AuditEvent, AuditKind, CredentialKind, Decision, ledger_client::LedgerClient,
 };
 use prost::Message;
 use rustix::process::Signal;
 use tonic::{
-    Request,
+    Code, Request,
     metadata::{Ascii, MetadataValue},
     transport::Channel,
 };
@@ -186,16 +186,17 @@ async fn the_event_of_an_interrupted_cycle_is_written_by_the_next_process() {
 
 /// A service in this mode in which a token for `NAME` is an admin, and the text of the token.
 async fn with_token(mode: &str, name: &str) -> (Stage, String) {
-    let home = Home::new();
-    let (token, text) = Token::create(Name::parse(name).unwrap(), None).unwrap();
+    with_token_at(Home::new(), mode, name).await
+}
+
+async fn with_token_at(home: Home, mode: &str, name: &str) -> (Stage, String) {
     let tokens = home.path("tokens.toml");
-    fs::write(&tokens, tokens_text(&[token])).unwrap();
-    fs::set_permissions(&tokens, fs::Permissions::from_mode(0o600)).unwrap();
+    let written = write_tokens(&tokens, &[name]);
     let config = format!(
         "[access]\nmode = \"{mode}\"\ntokens_file = \"{}\"\n[[access.grants]]\nwho = [\"token:{name}\"]\nrole = \"admin\"",
         tokens.display()
     );
-    (Stage::at(home.with_config(&config)).await, text)
+    (Stage::at(home.with_config(&config)).await, written[name].1.clone())
 }
 
 type Orchestrator = pb::orchestrator_client::OrchestratorClient<Channel>;
@@ -320,22 +321,16 @@ async fn old_events_are_removed_provably() {
     let Stage { home, service, .. } = stage;
     assert!(service.stop().await.success());
     assert_eq!(events(&home).len(), 2);
-    let verify = || {
-        let mut verify = std::process::Command::new(env!("CARGO_BIN_EXE_orchestrator"));
-        let output = verify.arg("verify").arg("--db").arg(home.path("o.db")).args(["--key", &key]).output().unwrap();
-        (
-            output.status.code(),
-            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)),
-        )
-    };
-    let (code, said) = verify();
-    assert_eq!(code, Some(0), "{said}");
+    let db = home.path("o.db").display().to_string();
+    let verify = async || command::orchestrator(None, &["verify", "--db", &db, "--key", &key]).await;
+    let (code, said) = verify().await;
+    assert_eq!(code, 0, "{said}");
     assert!(said.contains("1 records and 2 audit events are as they were written"), "{said}");
     assert!(said.contains("entries 0 to 16 were removed by retention"), "{said}");
     let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
     database.execute("DELETE FROM audit WHERE leaf = (SELECT max(leaf) FROM audit)", []).unwrap();
     drop(database);
-    assert_eq!(verify().0, Some(1));
+    assert_eq!(verify().await.0, 1);
 }
 
 #[tokio::test]
@@ -346,15 +341,13 @@ async fn the_command_line_lists_events() {
         client.run_cycle(with(&token, pb::RunCycleRequest::default())).await.unwrap();
     }
     let credentials = stage.home.path("ops.token");
-    fs::write(&credentials, &token).unwrap();
-    fs::set_permissions(&credentials, fs::Permissions::from_mode(0o600)).unwrap();
+    write_private(&credentials, &token);
+    let address = format!("http://{}", stage.service.address());
     let audit = async |args: &[&str]| {
-        let mut audit = tokio::process::Command::new(env!("CARGO_BIN_EXE_orchestrator"));
-        audit.args(["audit", "--address", &format!("http://{}", stage.service.address())]);
-        audit.arg("--credentials").arg(&credentials).args(args);
-        let output = patiently("the audit", audit.output()).await.unwrap();
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout).unwrap()
+        let (exit, text) =
+            command::orchestrator(Some(&credentials), &[&["audit", "--address", &address], args].concat()).await;
+        assert_eq!(exit, 0, "{text}");
+        text
     };
     let table = audit(&["--caller", "token:ops", "--since", "1h"]).await;
     assert_eq!(table.matches("RunCycle").count(), 2, "{table}");
@@ -364,4 +357,228 @@ async fn the_command_line_lists_events() {
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     let event = &json["events"][0];
     assert_eq!((event["leaf"].as_str(), event["event"]["cycleId"].as_str()), (Some("3"), Some("2")), "{json}");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Calls that change nothing, and denied ones
+
+/// The events that a service has written when it has ended.
+async fn stopped(stage: Stage) -> Vec<AuditEvent> {
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    events(&home)
+}
+
+/// The RPC, the code or the reason, the number of calls, and the targets of each sum.
+fn sums(events: &[AuditEvent]) -> Vec<(&str, &str, u64, Vec<&str>)> {
+    let sums = events.iter().filter(|event| event.kind() != AuditKind::Change);
+    let mut sums: Vec<_> = sums
+        .map(|event| {
+            let result = if event.reason.is_empty() { &event.code } else { &event.reason };
+            let targets = event.targets.iter().map(String::as_str).collect();
+            (event.rpc.as_str(), result.as_str(), event.count, targets)
+        })
+        .collect();
+    sums.sort_unstable();
+    sums
+}
+
+#[tokio::test]
+async fn calls_that_change_nothing_are_summed_up_and_written_at_the_end_at_the_latest() {
+    let (stage, token) = with_token("enforce", "ops").await;
+    let mut client = orchestrator(&stage).await;
+    let register = pb::RegisterSubsystemRequest { registration: Some(stage.registration("a")), lease: ms(60_000) };
+    for _ in 0..3 {
+        client.register_subsystem(with(&token, register.clone())).await.unwrap();
+        client.renew_lease(with(&token, pb::RenewLeaseRequest { name: "a".into() })).await.unwrap();
+        client.get_status(with(&token, pb::GetStatusRequest::default())).await.unwrap();
+        client.list_subsystems(with(&token, pb::ListSubsystemsRequest::default())).await.unwrap();
+    }
+    for name in ["a", "b", "a"] {
+        let _ = client
+            .get_subsystem(with(&token, pb::GetSubsystemRequest { name: name.into(), ..Default::default() }))
+            .await;
+    }
+    client.unregister_subsystem(with(&token, pb::UnregisterSubsystemRequest { name: "b".into() })).await.unwrap_err();
+    let request = pb::RunCycleRequest { request_id: "r".into(), ..Default::default() };
+    for _ in 0..2 {
+        client.run_cycle(with(&token, request.clone())).await.unwrap();
+    }
+    let events = stopped(stage).await;
+    let expected = [
+        ("GetStatus", "OK", 3, vec!["*"]),
+        ("GetSubsystem", "NOT_FOUND", 1, vec!["b"]),
+        ("GetSubsystem", "OK", 2, vec!["a"]),
+        ("ListSubsystems", "OK", 3, vec!["*"]),
+        ("RegisterSubsystem", "OK", 2, vec!["a"]),
+        ("RenewLease", "OK", 3, vec!["a"]),
+        ("RunCycle", "OK", 1, vec!["*"]),
+        ("UnregisterSubsystem", "NOT_FOUND", 1, vec!["b"]),
+    ];
+    assert_eq!(sums(&events), expected);
+    let changes: Vec<_> = events.iter().filter(|event| event.kind() == AuditKind::Change).cloned().collect();
+    assert_eq!(brief(&changes), [("RegisterSubsystem", vec!["a"], 0), ("RunCycle", vec!["*"], 1)]);
+    for event in &events {
+        assert_eq!((event.caller.as_str(), event.peer.as_str()), ("token:ops", "127.0.0.1"), "{event:?}");
+        assert!(event.time.is_some() && event.duration_ms.is_some(), "{event:?}");
+        assert_eq!(event.request_digest.is_empty(), event.kind() == AuditKind::Calls, "{event:?}");
+    }
+}
+
+#[tokio::test]
+async fn calls_that_change_nothing_have_no_event_if_they_are_not_to_be_audited_or_callers_are_not_told_apart() {
+    let without = Home::new().with_args(["--set", "audit.reads=off"]);
+    for (home, mode, denials) in [(without, "enforce", 1), (Home::new(), "off", 0)] {
+        let (stage, token) = with_token_at(home, mode, "ops").await;
+        let mut client = orchestrator(&stage).await;
+        client.get_status(with(&token, pb::GetStatusRequest::default())).await.unwrap();
+        let denied = client.get_status(pb::GetStatusRequest::default()).await;
+        assert_eq!(denied.is_err(), denials == 1);
+        client.run_cycle(with(&token, pb::RunCycleRequest::default())).await.unwrap();
+        let events = stopped(stage).await;
+        assert_eq!(sums(&events).len(), denials, "{events:?}");
+        assert_eq!(events.len(), denials + 1);
+    }
+}
+
+#[tokio::test]
+async fn a_stream_has_an_event_at_its_beginning_and_one_at_its_end() {
+    let (stage, token) = with_token("enforce", "ops").await;
+    let mut client = orchestrator(&stage).await;
+    let until = async |count: usize| {
+        let streams = async {
+            loop {
+                let all = events(&stage.home);
+                let of_stream: Vec<_> = all.into_iter().filter(|event| event.rpc == "WatchCycles").collect();
+                if of_stream.len() >= count {
+                    return of_stream;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        patiently("the event of a stream", streams).await
+    };
+    let stream = client.watch_cycles(with(&token, pb::WatchCyclesRequest::default())).await.unwrap();
+    let begun = until(1).await;
+    assert_eq!((begun.len(), begun[0].code.as_str(), begun[0].count), (1, "", 1));
+    drop(stream);
+    let both = until(2).await;
+    assert_eq!((both.len(), both[1].code.as_str(), both[1].count), (2, "CANCELLED", 1));
+    assert!(both[1].duration_ms > both[0].duration_ms, "{both:?}");
+    assert!(both.iter().all(|event| event.kind() == AuditKind::Calls && event.caller == "token:ops"));
+}
+
+/// Strangers cost the service a sum for each network, RPC and reason.
+#[tokio::test]
+async fn denied_calls_add_up_and_take_no_memory() {
+    const CALLS: usize = 10_000;
+    /// The service closes the connections of strangers after a while.
+    const ON_A_CONNECTION: usize = 200;
+    const AT_ONCE: usize = 50;
+    let (stage, _) = with_token("enforce", "ops").await;
+    let denied = async |calls: usize| {
+        for _ in 0..calls / ON_A_CONNECTION {
+            let client = orchestrator(&stage).await;
+            let call = |_| {
+                let mut client = client.clone();
+                async move { client.get_status(with("malformed", pb::GetStatusRequest::default())).await.unwrap_err() }
+            };
+            let mut refused = stream::iter(0..ON_A_CONNECTION).map(call).buffer_unordered(AT_ONCE);
+            while let Some(status) = refused.next().await {
+                assert_eq!(status.code(), Code::Unauthenticated, "{status:?}");
+            }
+        }
+    };
+    // Before the first look at the memory, everything is in use.
+    denied(1000).await;
+    let (before, _) = stage.service.memory();
+    denied(CALLS).await;
+    let (after, _) = stage.service.memory();
+    println!("{} KiB more after {CALLS} denied calls", after.saturating_sub(before) >> 10);
+    assert!(after < before + (1 << 20), "{before} bytes before, {after} after");
+    let events = stopped(stage).await;
+    let denials: Vec<_> = events.iter().filter(|event| event.kind() == AuditKind::Denials).collect();
+    assert_eq!(denials.iter().map(|event| event.count).sum::<u64>(), 1000 + CALLS as u64);
+    // One for each 10 seconds that this took.
+    assert!(denials.len() <= 10, "{}", denials.len());
+    for event in denials {
+        let AuditEvent { rpc, reason, caller, peer, .. } = event;
+        assert_eq!((&**rpc, &**reason), ("GetStatus", "CREDENTIAL_INVALID"));
+        assert_eq!((&**caller, &**peer, event.decision()), ("nobody", "127.0.0.1", Decision::Denied));
+    }
+}
+
+#[tokio::test]
+async fn denials_of_a_known_caller_name_it_and_its_targets() {
+    let home = Home::new();
+    let tokens = write_tokens(&home.path("tokens.toml"), &["a", "b", "wall"]);
+    let config = format!(
+        "[access]\nmode = \"enforce\"\ntokens_file = \"{}\"
+         [[access.grants]]\nwho = [\"token:a\", \"token:b\"]\nrole = \"registrar\"\nsubsystems = [\"s\"]
+         phases = [0, 10]\nendpoints = [\"http://*:*\"]
+         [[access.grants]]\nwho = [\"token:wall\"]\nrole = \"viewer\"\nsubsystems = [\"*\"]",
+        home.path("tokens.toml").display()
+    );
+    let stage = Stage::at(home.with_config(&config)).await;
+    let mut client = orchestrator(&stage).await;
+    let register =
+        |name: &str| pb::RegisterSubsystemRequest { registration: Some(stage.registration(name)), lease: None };
+    let token = |name: &str| tokens[name].1.clone();
+    client.register_subsystem(with(&token("a"), register("s"))).await.unwrap();
+    // By its grant, and by the owner.
+    client.register_subsystem(with(&token("b"), register("other"))).await.unwrap_err();
+    client.register_subsystem(with(&token("b"), register("s"))).await.unwrap_err();
+    // The audit is for auditors, also one event of it.
+    let mut ledger = Ledger::connect(format!("http://{}", stage.service.address())).await.unwrap();
+    ledger.list_audit_events(with(&token("wall"), pb::ListAuditEventsRequest::default())).await.unwrap_err();
+    let event = pb::GetInclusionProofRequest { event_leaf: Some(0), ..Default::default() };
+    let refused = ledger.get_inclusion_proof(with(&token("wall"), event)).await.unwrap_err();
+    assert!(refused.message().contains("for the audit"), "{refused:?}");
+    let events = stopped(stage).await;
+    let expected = [
+        ("GetInclusionProof", "NOT_ALLOWED", 1, vec!["*"]),
+        ("ListAuditEvents", "NOT_ALLOWED", 1, vec!["*"]),
+        ("RegisterSubsystem", "NOT_ALLOWED", 2, vec!["other", "s"]),
+    ];
+    assert_eq!(sums(&events), expected);
+    let callers: Vec<_> = events[1..].iter().map(|event| event.caller.as_str()).collect();
+    assert_eq!(callers, ["token:b", "token:wall", "token:wall"]);
+}
+
+#[tokio::test]
+async fn no_token_and_no_secret_is_in_the_database_or_in_the_log_and_each_event_is_copied_to_the_log() {
+    let home = Home::new().with_log_format("json").with_args(["--set", "log.filter=debug"]);
+    let (stage, token) = with_token_at(home, "enforce", "ops").await;
+    let mut client = orchestrator(&stage).await;
+    let secret = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue("hunter2".into())) };
+    let wrong = format!("orc_{}_{}", "0".repeat(16), "5".repeat(64));
+    for credentials in [&token, &wrong] {
+        // A secret that is not a part of the registration, but in a header or in a name that is refused.
+        let mut request = with(credentials, pb::RenewLeaseRequest { name: "hunter2!".into() });
+        request.metadata_mut().insert("x-secret", "hunter2".parse().unwrap());
+        client.renew_lease(request).await.unwrap_err();
+        let registration = pb::Registration { phase: 1 << 30, ..stage.registration("hunter2!") };
+        let request = pb::RegisterSubsystemRequest { registration: Some(registration), lease: None };
+        client.register_subsystem(with(credentials, request)).await.unwrap_err();
+    }
+    let parameters = prost_types::Struct { fields: [("key".to_owned(), secret)].into() }.encode_to_vec().into();
+    let run = pb::RunCycleRequest { parameters, ..Default::default() };
+    client.run_cycle(with(&token, run)).await.unwrap();
+    client.get_status(with(&wrong, pb::GetStatusRequest::default())).await.unwrap_err();
+    let logged = stage.home.logged("\"target\":\"audit\"", 1).await;
+    let copied: serde_json::Value =
+        serde_json::from_str(logged.lines().find(|line| line.contains("\"target\":\"audit\"")).unwrap()).unwrap();
+    assert_eq!((&copied["rpc"], &copied["caller"]), (&"RunCycle".into(), &"token:ops".into()), "{copied}");
+
+    let in_use = ["o.db", "o.db-wal"].map(|file| (file, fs::read(stage.home.path(file)).unwrap()));
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let left = ["o.db", "log"].map(|file| (file, fs::read(home.path(file)).unwrap()));
+    let (_, text) = token.rsplit_once('_').unwrap();
+    for secret in [text, &"5".repeat(64), "hunter2"] {
+        for (file, bytes) in in_use.iter().chain(&left) {
+            let found = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
+            assert!(!found, "{file} contains {secret}");
+        }
+    }
 }

@@ -112,7 +112,7 @@ async fn records_of_an_earlier_version_are_not_in_the_log_and_later_ones_are() {
                    ALTER TABLE loops DROP COLUMN seal; ALTER TABLE outputs DROP COLUMN seal;
                    ALTER TABLE open_cycles DROP COLUMN seal;
                    ALTER TABLE open_cycles DROP COLUMN audit; DROP TABLE audit;
-                   ALTER TABLE meta DROP COLUMN audit_events;
+                   DROP TABLE audit_counts;
                    ALTER TABLE cycles DROP COLUMN triggered_by; ALTER TABLE open_cycles DROP COLUMN triggered_by;
                    ALTER TABLE subsystems DROP COLUMN owner;
                    PRAGMA user_version = 4";
@@ -652,7 +652,7 @@ fn append_event(database: &Connection) {
     for (_, entry) in &entries {
         log.append(Hash::of_leaf([&entry[..]]));
     }
-    let copied = "INSERT INTO audit SELECT ?1, time, caller, rpc, denied, event FROM audit ORDER BY leaf LIMIT 1";
+    let copied = "INSERT INTO audit SELECT ?1, time, caller, rpc, denied, event, kind FROM audit ORDER BY leaf LIMIT 1";
     assert_eq!(database.execute(copied, [i64::try_from(entries.len()).unwrap()]).unwrap(), 1);
     let (_, event) = self::entries(database).pop().unwrap();
     let nodes = log.append(Hash::of_leaf([&event[..]]));

@@ -303,6 +303,7 @@ fn settings() -> Settings {
         max_loops: 10,
         max_watchers: 10,
         retention: Retention::default(),
+        audit_reads: true,
         revoked: Arc::default(),
     }
 }

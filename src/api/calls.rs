@@ -12,7 +12,11 @@ use super::{
     caller::{Caller, Way},
     rpc::Rpc,
 };
-use crate::{listen::Peer, model::Code};
+use crate::{
+    listen::Peer,
+    model::{Cause, Code},
+    orchestrator::{Sum, Sums},
+};
 
 /// Number of ended calls.
 #[derive(Debug, Default)]
@@ -59,9 +63,11 @@ fn counted(counts: &[OfWay; Way::ALL.len()]) -> impl Iterator<Item = (&'static s
     })
 }
 
-/// A call that is being answered. It is counted when it is dropped. A call that its caller ended counts as CANCELLED.
+/// A call that is being answered. It is counted when it is dropped, and summed up for the audit unless it has an event
+/// of its own. A call that its caller ended counts as CANCELLED.
 pub(super) struct CountedCall {
     calls: Arc<CallCounts>,
+    audit: Option<Audited>,
     rpc: Rpc,
     way: Way,
     peer: Peer,
@@ -72,7 +78,20 @@ pub(super) struct CountedCall {
 impl CountedCall {
     pub(super) fn begin(calls: Arc<CallCounts>, rpc: Rpc, caller: Option<&Caller>) -> Self {
         let (way, peer) = caller.map_or((Way::Grpc, Peer::default()), |caller| (caller.way, caller.peer.clone()));
-        Self { calls, rpc, way, peer, begun: Instant::now(), code: Code::Cancelled }
+        Self { calls, audit: None, rpc, way, peer, begun: Instant::now(), code: Code::Cancelled }
+    }
+
+    /// Has it summed up for the audit, since it was let in.
+    pub(super) fn audit(&mut self, audited: Option<Audited>) {
+        self.audit = audited;
+    }
+
+    /// Records that the answer is a stream, which has begun.
+    pub(super) fn streams(&mut self) {
+        if let Some(Audited { sums, sum, cause }) = &mut self.audit {
+            *sum = Sum::Streams;
+            sums.add(Sum::Streams, cause.clone(), None, "");
+        }
     }
 
     /// Records the status of the answer.
@@ -81,10 +100,20 @@ impl CountedCall {
     }
 }
 
+/// A call as the audit sums it up.
+pub(super) struct Audited {
+    pub(super) sums: Sums,
+    pub(super) sum: Sum,
+    pub(super) cause: Cause,
+}
+
 impl Drop for CountedCall {
     fn drop(&mut self) {
-        let Self { calls, rpc, way, peer, begun, code } = self;
+        let Self { calls, audit, rpc, way, peer, begun, code } = self;
         calls.count(*way, *rpc, *code);
+        if let Some(Audited { sums, sum, cause }) = audit.take().filter(|audited| !audited.cause.own_event.is_set()) {
+            sums.add(sum, cause, Some(*code), "");
+        }
         tracing::debug!(
             rpc = rpc.name(),
             way = way.name(),

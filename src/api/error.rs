@@ -140,28 +140,37 @@ pub(super) fn answer_too_large(subsystem: Option<&Name>, what_to_do: &str) -> St
 pub(super) fn denied(denied: &Denied) -> Status {
     const MAX_VALUE: usize = 512;
     let message = denied.to_string();
-    let (code, reason, metadata) = match denied {
-        Denied::Unauthenticated(Unauthenticated::None) => (Code::Unauthenticated, "CREDENTIAL_MISSING", vec![]),
+    let (code, metadata) = match denied {
         Denied::Unauthenticated(Unauthenticated::Expired(at)) => {
-            (Code::Unauthenticated, "CREDENTIAL_EXPIRED", vec![("expired_at", at.to_string())])
+            (Code::Unauthenticated, vec![("expired_at", at.to_string())])
         }
+        Denied::Unauthenticated(_) => (Code::Unauthenticated, vec![]),
+        Denied::NotAllowed { call, target, .. } => {
+            let target = shortened(target.clone(), MAX_VALUE);
+            (Code::PermissionDenied, vec![("rpc", (*call).to_owned()), ("target", target)])
+        }
+        Denied::NotOwner { call, refusal, .. } => {
+            let target = format!("subsystem {}", refusal.name);
+            (Code::PermissionDenied, vec![("rpc", (*call).to_owned()), ("target", target)])
+        }
+    };
+    with_reason(code, message, reason(denied), metadata)
+}
+
+/// The reason in the status of a caller that is refused.
+pub(super) fn reason(denied: &Denied) -> &'static str {
+    match denied {
+        Denied::Unauthenticated(Unauthenticated::None) => "CREDENTIAL_MISSING",
+        Denied::Unauthenticated(Unauthenticated::Expired(_)) => "CREDENTIAL_EXPIRED",
         Denied::Unauthenticated(
             Unauthenticated::Invalid
             | Unauthenticated::Malformed(_)
             | Unauthenticated::NoIdentity(_)
             | Unauthenticated::Untrusted(_)
             | Unauthenticated::Jwt(_),
-        ) => (Code::Unauthenticated, "CREDENTIAL_INVALID", vec![]),
-        Denied::NotAllowed { call, target, .. } => {
-            let target = shortened(target.clone(), MAX_VALUE);
-            (Code::PermissionDenied, "NOT_ALLOWED", vec![("rpc", (*call).to_owned()), ("target", target)])
-        }
-        Denied::NotOwner { call, refusal } => {
-            let target = format!("subsystem {}", refusal.name);
-            (Code::PermissionDenied, "NOT_ALLOWED", vec![("rpc", (*call).to_owned()), ("target", target)])
-        }
-    };
-    with_reason(code, message, reason, metadata)
+        ) => "CREDENTIAL_INVALID",
+        Denied::NotAllowed { .. } | Denied::NotOwner { .. } => "NOT_ALLOWED",
+    }
 }
 
 /// The status of a call whose caller has reached one of its limits.

@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     caller::Caller,
-    calls::{CallCounts, CountedCall},
+    calls::{Audited, CallCounts, CountedCall},
     error::{limit_reached, status},
     judge::{Authority, Judge},
     rpc::{Asks, Rpc},
@@ -19,8 +19,8 @@ use super::{
 use crate::{
     access::Targets,
     memory::{Held, Memory},
-    model::{AuditTargets, Cause, Decision, Identity},
-    orchestrator::{Orchestrator, Refusal},
+    model::{AuditTargets, Cause, Decision, Identity, Name, OwnEvent},
+    orchestrator::{Orchestrator, Refusal, Sum},
 };
 
 /// Lets callers in. All clones share their counts.
@@ -42,6 +42,7 @@ pub struct Entered<Q> {
     identity: Identity,
     would_be_denied: bool,
     begun_at: Timestamp,
+    own_event: OwnEvent,
     judge: Judge,
     rpc: Rpc,
     request: Q,
@@ -59,7 +60,11 @@ impl<Q> Entered<Q> {
     /// The status of this call when the orchestrator refuses it.
     pub(super) fn refused(&self, refusal: impl Into<Refusal>) -> Status {
         match refusal.into() {
-            Refusal::NotOwner(refusal) => self.judge.not_owner(&self.caller, self.rpc, refusal),
+            Refusal::NotOwner(refusal) => {
+                // It is summed up as a denied call.
+                self.own_event.set();
+                self.judge.not_owner(&self.caller, self.identity.clone(), self.rpc, refusal)
+            }
             refusal => status(refusal),
         }
     }
@@ -83,16 +88,26 @@ impl<Q: Default> Entered<Q> {
     where
         Q: Asks,
     {
-        let cause = Cause {
+        let request_digest = Some(self.orchestrator.digest(&self.request.encode_to_vec()));
+        let cause = Cause { request_digest, ..self.cause(self.caller.peer.origin.to_string()) };
+        (self.take_request(), cause)
+    }
+
+    /// This call from `peer`, for the audit.
+    fn cause(&self, peer: String) -> Cause
+    where
+        Q: Asks,
+    {
+        Cause {
             rpc: Q::RPC.name().into(),
             caller: Some(self.identity.clone()),
-            peer: self.caller.peer.origin.to_string(),
+            peer,
             decision: if self.would_be_denied { Decision::WouldBeDenied } else { Decision::Allowed },
             targets: named(&self.request.targets()),
-            request_digest: Some(self.orchestrator.digest(&self.request.encode_to_vec())),
+            request_digest: None,
             begun_at: Some(self.begun_at),
-        };
-        (self.take_request(), cause)
+            own_event: self.own_event.clone(),
+        }
     }
 
     /// Releases the memory of the request, which is no longer needed.
@@ -148,6 +163,7 @@ impl Gate {
             identity: judged.identity,
             would_be_denied: judged.would_be_denied.is_some(),
             begun_at: self.judge.now(),
+            own_event: OwnEvent::default(),
             judge: self.judge.clone(),
             rpc: Q::RPC,
             request,
@@ -180,7 +196,10 @@ impl Gate {
     {
         let mut call = self.call(&request);
         let answered = match self.enter(request) {
-            Ok(entered) => handle(entered).await,
+            Ok(entered) => {
+                call.audit(self.audited(&entered));
+                handle(entered).await
+            }
             Err(refused) => Err(refused),
         };
         call.answered(answered.as_ref().err());
@@ -199,12 +218,19 @@ impl Gate {
     {
         let mut call = self.call(&request);
         let lapse = request.extensions().get().map(|caller| self.judge.lapse(caller, Q::RPC));
-        match self.enter(request).and_then(handle) {
-            Ok(stream) => Ok(until(lapse.flatten(), stream).inspect(move |answer| {
-                if let Err(status) = answer {
-                    call.answered(Some(status));
-                }
-            })),
+        let entered = self.enter(request).and_then(|entered| {
+            call.audit(self.audited(&entered));
+            handle(entered)
+        });
+        match entered {
+            Ok(stream) => {
+                call.streams();
+                Ok(until(lapse.flatten(), stream).inspect(move |answer| {
+                    if let Err(status) = answer {
+                        call.answered(Some(status));
+                    }
+                }))
+            }
             Err(refused) => {
                 call.answered(Some(&refused));
                 Err(refused)
@@ -212,18 +238,28 @@ impl Gate {
         }
     }
 
+    /// What the audit sums up of a call that was let in. Nothing if callers are not told apart: then the sums would say
+    /// little, and be written each minute while a dashboard is open.
+    fn audited<Q: Asks>(&self, entered: &Entered<Q>) -> Option<Audited> {
+        self.judge.reads_credentials().then(|| {
+            let cause = entered.cause(entered.caller.peer.network());
+            Audited { sums: self.orchestrator.sums(), sum: Sum::Calls, cause }
+        })
+    }
+
     fn call<Q: Asks>(&self, request: &Request<Q>) -> CountedCall {
         CountedCall::begin(self.calls.clone(), Q::RPC, request.extensions().get())
     }
 }
 
-/// The targets of a request, as the audit names them.
-fn named(targets: &Targets<'_>) -> AuditTargets {
+/// The targets of a request, as the audit names them. Texts that are no names could be anything, also a secret.
+pub(super) fn named(targets: &Targets<'_>) -> AuditTargets {
     let Targets { all_subsystems, subsystems, r#loop, details: _, audit: _, registrations } = targets;
+    let shown = |name| if Name::parse(name).is_ok() { name } else { "(not a name)" };
     let all = all_subsystems.then(|| "*".to_owned());
     let names = subsystems.iter().copied().chain(registrations.iter().map(|registration| registration.name));
-    let r#loop = r#loop.map(|name| format!("loop:{name}"));
-    all.into_iter().chain(r#loop).chain(names.map(str::to_owned)).collect()
+    let r#loop = r#loop.map(|name| format!("loop:{}", shown(name)));
+    all.into_iter().chain(r#loop).chain(names.map(|name| shown(name).to_owned())).collect()
 }
 
 /// The stream, which ends with the status of `lapse` as soon as that is there.
@@ -262,7 +298,7 @@ fn decoded(bytes: usize, max_names: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{CycleRequest, Name};
+    use crate::model::CycleRequest;
 
     #[test]
     fn the_longest_list_of_names_fits_into_the_smallest_memory() {

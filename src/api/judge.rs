@@ -7,13 +7,13 @@ use jiff::Timestamp;
 use tokio::{select, sync::watch, time::sleep};
 use tonic::{Code, Status};
 
-use super::{caller::Caller, calls::CallCounts, error, rpc::Rpc, rules::Rule};
+use super::{caller::Caller, calls::CallCounts, error, gate::named, rpc::Rpc, rules::Rule};
 use crate::{
     access::{Authenticated, CallerLimits, Mode, Policy, Rights, Role, Sessions, Targets, Unauthenticated},
     clock::Clock,
     listen::Repeated,
-    model::{Identity, Name, text::clean},
-    orchestrator::{NotOwner, Registered, Registrar},
+    model::{self, AuditTargets, Cause, Decision, Identity, Name, OwnEvent, text::clean},
+    orchestrator::{NotOwner, Registered, Registrar, Sum, Sums},
 };
 
 /// Why a caller is refused.
@@ -31,7 +31,17 @@ pub(super) enum Denied {
         roles: &'static [Role],
     },
     /// It may make the call, but another caller owns its target.
-    NotOwner { call: &'static str, refusal: NotOwner },
+    NotOwner { identity: Identity, call: &'static str, refusal: NotOwner },
+}
+
+impl Denied {
+    /// The identity of the caller, as far as it is known.
+    fn identity(&self) -> Identity {
+        match self {
+            Self::Unauthenticated(_) => Identity::Nobody,
+            Self::NotAllowed { identity, .. } | Self::NotOwner { identity, .. } => identity.clone(),
+        }
+    }
 }
 
 /// The authority of a caller whose call was admitted.
@@ -113,12 +123,15 @@ struct Shared {
     clock: Clock,
     denied: Repeated,
     sessions: Sessions,
+    /// Where denied calls are summed up for the audit.
+    sums: Sums,
 }
 
 impl Judge {
-    pub(super) fn new(policy: Policy, clock: Clock) -> Self {
+    pub(super) fn new(policy: Policy, clock: Clock, sums: Sums) -> Self {
         let policy = watch::Sender::new(Arc::new(policy));
-        Self(Arc::new(Shared { policy, clock, denied: Repeated::default(), sessions: Sessions::default() }))
+        let (denied, sessions) = (Repeated::default(), Sessions::default());
+        Self(Arc::new(Shared { policy, clock, denied, sessions, sums }))
     }
 
     /// Applies another policy. Open streams are judged by it at once, and sessions of tokens that it does not accept
@@ -147,8 +160,15 @@ impl Judge {
         let (policy, now) = (self.0.policy.borrow().clone(), self.0.clock.now());
         let known = policy.authenticate(&caller.credential(now), now);
         let known = known.and_then(|known| Ok((known, caller.token().ok_or(Unauthenticated::None)?)));
-        let (Authenticated { expires_at, .. }, token) = known
-            .map_err(|why| self.denied(caller, Rpc::Login.name(), &Denied::Unauthenticated(why), policy.mode()))?;
+        let (Authenticated { expires_at, .. }, token) = known.map_err(|why| {
+            self.denied(
+                caller,
+                Rpc::Login.name(),
+                &Denied::Unauthenticated(why),
+                AuditTargets::default(),
+                policy.mode(),
+            )
+        })?;
         let begun = self.0.sessions.begin(token, expires_at, now);
         begun.map_err(|error| Status::internal(error.to_string()))
     }
@@ -169,16 +189,16 @@ impl Judge {
     ///
     /// # Errors
     /// It is not known, and the policy is enforced.
-    pub(super) fn identify(&self, caller: &Caller, call: &str) -> Result<(), Status> {
+    pub(super) fn identify(&self, caller: &Caller, call: &'static str) -> Result<(), Status> {
         let policy = self.0.policy.borrow().clone();
         if policy.mode() != Mode::Enforce {
             return Ok(());
         }
         let now = self.0.clock.now();
         let authenticated = policy.authenticate(&caller.credential(now), now);
-        authenticated
-            .map(|_| caller.peer.standing.identified())
-            .map_err(|why| self.denied(caller, call, &Denied::Unauthenticated(why), policy.mode()))
+        let denied =
+            |why| self.denied(caller, call, &Denied::Unauthenticated(why), AuditTargets::default(), policy.mode());
+        authenticated.map(|_| caller.peer.standing.identified()).map_err(denied)
     }
 
     /// Checks that a caller may make a call. In the mode `dry_run`, it may make every call;
@@ -209,8 +229,10 @@ impl Judge {
     }
 
     /// The status of a call whose caller may make it, but not change what another caller owns.
-    pub(super) fn not_owner(&self, caller: &Caller, rpc: Rpc, refusal: NotOwner) -> Status {
-        self.denied(caller, rpc.name(), &Denied::NotOwner { call: rpc.name(), refusal }, Mode::Enforce)
+    pub(super) fn not_owner(&self, caller: &Caller, identity: Identity, rpc: Rpc, refusal: NotOwner) -> Status {
+        let targets = [refusal.name.as_str()].into_iter().collect();
+        let denied = Denied::NotOwner { identity, call: rpc.name(), refusal };
+        self.denied(caller, rpc.name(), &denied, targets, Mode::Enforce)
     }
 
     /// Judges a call by the policy in force.
@@ -229,7 +251,8 @@ impl Judge {
         if policy.mode() == Mode::Off {
             return Ok(anyone(Identity::Nobody));
         }
-        let denied = match judge(&policy, self.0.clock.now(), caller, (call, rule), &targets()) {
+        let targets = targets();
+        let denied = match judge(&policy, self.0.clock.now(), caller, (call, rule), &targets) {
             Ok((Authenticated { identity, .. }, rights)) if policy.mode() == Mode::Enforce => {
                 let authority = Authority::Granted { identity: identity.clone(), rights };
                 return Ok(Judged { authority, ..anyone(identity) });
@@ -237,15 +260,11 @@ impl Judge {
             Ok((Authenticated { identity, .. }, _)) => return Ok(anyone(identity)),
             Err(denied) => denied,
         };
-        let status = self.denied(caller, call, &denied, policy.mode());
+        let status = self.denied(caller, call, &denied, named(&targets), policy.mode());
         if policy.mode() == Mode::Enforce {
             return Err(status);
         }
-        let identity = match denied {
-            Denied::Unauthenticated(_) | Denied::NotOwner { .. } => Identity::Nobody,
-            Denied::NotAllowed { identity, .. } => identity,
-        };
-        Ok(Judged { would_be_denied: Some(status.code()), ..anyone(identity) })
+        Ok(Judged { would_be_denied: Some(status.code()), ..anyone(denied.identity()) })
     }
 
     /// The limits of each caller.
@@ -294,7 +313,9 @@ impl Judge {
                 let now = this.0.clock.now();
                 let expires_at = match judge(&policy, now, &caller, (rpc.name(), rpc.rule()), &Targets::ALL) {
                     Ok((Authenticated { expires_at, .. }, _)) => expires_at,
-                    Err(denied) => return this.denied(&caller, rpc.name(), &denied, policy.mode()),
+                    Err(denied) => {
+                        return this.denied(&caller, rpc.name(), &denied, named(&Targets::ALL), policy.mode());
+                    }
                 };
                 let valid_for = expires_at.and_then(|at| Duration::try_from(at.duration_since(now)).ok());
                 let wait = valid_for.map_or(AGAIN, |valid_for| valid_for.clamp(AT_LEAST, AGAIN));
@@ -309,9 +330,30 @@ impl Judge {
         Some(lapse.boxed())
     }
 
-    /// The status of a denied call, which is also logged.
-    fn denied(&self, caller: &Caller, call: &str, denied: &Denied, mode: Mode) -> Status {
+    /// The status of a denied call, which is also logged, and summed up for the audit if the policy is enforced.
+    fn denied(
+        &self,
+        caller: &Caller,
+        call: &'static str,
+        denied: &Denied,
+        targets: AuditTargets,
+        mode: Mode,
+    ) -> Status {
         let status = error::denied(denied);
+        if mode == Mode::Enforce {
+            let cause = Cause {
+                rpc: call.into(),
+                caller: Some(denied.identity()),
+                peer: caller.peer.network(),
+                decision: Decision::Denied,
+                targets,
+                request_digest: None,
+                begun_at: Some(self.now()),
+                own_event: OwnEvent::default(),
+            };
+            let code = model::Code::from_number(status.code() as i32);
+            self.0.sums.add(Sum::Denials, cause, Some(code), error::reason(denied));
+        }
         if let Some(times) = self.0.denied.note() {
             // Its message is bounded, even if the caller sends a longer one.
             let (peer, way, why) = (caller.peer.origin, caller.way.name(), clean(status.message()));

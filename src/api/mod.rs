@@ -91,7 +91,7 @@ impl Api {
         reach: Reach,
         is_insecure: bool,
     ) -> Self {
-        let judge = Judge::new(policy, clock);
+        let judge = Judge::new(policy, clock, orchestrator.sums());
         Self { gate: Gate::new(orchestrator, judge, requests), handlers: Handlers::new(clock, is_insecure, reach) }
     }
 

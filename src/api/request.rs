@@ -14,8 +14,8 @@ use tonic::codegen::http::HeaderMap;
 use crate::{
     access::Reach,
     model::{
-        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, Identity, LimitsSpec, LoopSpec, LoopStart, Name,
-        OverlapPolicy, Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, TlsSpec, Trigger,
+        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, EventKind, Identity, LimitsSpec, LoopSpec, LoopStart,
+        Name, OverlapPolicy, Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, TlsSpec, Trigger,
         Violations,
     },
     orchestrator::{From as WatchFrom, Logged, WatchFilter},
@@ -306,7 +306,7 @@ pub(super) struct Events {
 pub(super) fn events(request: pb::ListAuditEventsRequest) -> Result<Events, Violations> {
     /// Longer than any identity.
     const MAX_TEXT: usize = 300;
-    let pb::ListAuditEventsRequest { page_size, page_token, since, caller, rpc, denied } = request;
+    let pb::ListAuditEventsRequest { page_size, page_token, since, caller, rpc, denied, kind } = request;
     let mut bad = Violations::default();
     let before = (!page_token.is_empty()).then(|| {
         let before = page_token.parse();
@@ -325,6 +325,16 @@ pub(super) fn events(request: pb::ListAuditEventsRequest) -> Result<Events, Viol
         caller: Some(caller).filter(|caller| !caller.is_empty()),
         rpc: Some(rpc).filter(|rpc| !rpc.is_empty()),
         denied,
+        kind: match pb::AuditKind::try_from(kind) {
+            Ok(pb::AuditKind::Unspecified) => None,
+            Ok(pb::AuditKind::Change) => Some(EventKind::Change),
+            Ok(pb::AuditKind::Calls) => Some(EventKind::Calls),
+            Ok(pb::AuditKind::Denials) => Some(EventKind::Denials),
+            Err(_) => {
+                bad.add("kind", format!("is {kind}, which is not an AuditKind"));
+                None
+            }
+        },
     };
     let events = Events { before, filter, page_size: self::page_size(&mut bad, page_size, 100) };
     bad.into_result(events)

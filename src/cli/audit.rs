@@ -1,4 +1,4 @@
-//! `orchestrator audit`: the changes of the service, and who made them.
+//! `orchestrator audit`: the calls of the service, and who made them.
 
 use prost::Message;
 
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::proto::orchestrator::v1 as pb;
 
-/// List the changes of the service, and who made them
+/// List what was changed, read and denied, and who called
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Newest first. Needs the role auditor or admin. Each event is an entry of the log of the history, which `orchestrator \
@@ -40,6 +40,9 @@ pub(super) struct Audit {
     /// Only calls that were denied, or would be denied if access.mode was enforce
     #[arg(long)]
     denied: bool,
+    /// Only changes, and no calls that changed nothing
+    #[arg(long, conflicts_with = "denied")]
+    changes: bool,
     #[command(flatten)]
     remote: Remote,
 }
@@ -51,7 +54,7 @@ impl Audit {
         const PAGE: u64 = 1000;
         /// Events that are listed unless the user says how many.
         const LIMIT: u64 = 20;
-        let Self { limit, all, since, caller, rpc, denied, remote } = self;
+        let Self { limit, all, since, caller, rpc, denied, changes, remote } = self;
         let max = if all { u64::MAX } else { limit.unwrap_or(LIMIT) };
         let mut request = pb::ListAuditEventsRequest {
             page_size: 0,
@@ -60,10 +63,12 @@ impl Audit {
             caller: caller.unwrap_or_default(),
             rpc: rpc.unwrap_or_default(),
             denied,
+            kind: if changes { pb::AuditKind::Change } else { pb::AuditKind::Unspecified }.into(),
         };
         let mut client = remote.connect_to_ledger().await?;
         let mut list = if remote.format.is_json() { Some(JsonList::begin("events")?) } else { None };
-        let mut table = Table::list(["TIME", "CALLER", "RPC", "TARGETS", "CYCLE", "RESULT", "FROM"]).right(4);
+        let columns = ["TIME", "CALLER", "RPC", "TARGETS", "CYCLE", "CALLS", "RESULT", "FROM"];
+        let mut table = Table::list(columns).right(4).right(5);
         let mut found = 0;
         let has_more = loop {
             request.page_size = u32::try_from(max.saturating_sub(found).min(PAGE)).unwrap_or(u32::MAX);
@@ -106,6 +111,8 @@ fn row(logged: &pb::LoggedAuditEvent) -> Result<Vec<comfy_table::Cell>, Failure>
     }
     let result = match event.decision() {
         pb::Decision::WouldBeDenied => format!("{} (would be denied)", event.code),
+        pb::Decision::Denied => event.reason.clone(),
+        _ if event.code.is_empty() => "begun".to_owned(),
         _ => event.code.clone(),
     };
     let or_dash = |value: String| text(if value.is_empty() { "-".to_owned() } else { value });
@@ -116,6 +123,7 @@ fn row(logged: &pb::LoggedAuditEvent) -> Result<Vec<comfy_table::Cell>, Failure>
         text(event.rpc),
         or_dash(targets),
         or_dash(cycle),
+        text(event.count.to_string()),
         text(result),
         or_dash(event.peer),
     ])

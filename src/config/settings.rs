@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    ClientAuth, DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
+    AuditReads, ClientAuth, DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
     OnReload::{Applies, NeedsRestart},
     Setting, TlsVersion, admin_address, allowed, audit_retention, collector, directory,
     jwt::claim,
@@ -75,6 +75,7 @@ settings! {
     memory.max_bytes: NeedsRestart, number(64 * MIB..=1024 * GIB).map(Some);
     store.url: NeedsRestart, parsed(StoreUrl::parse);
     store.retention: Applies, group(retention);
+    audit.reads: Applies, choice(AuditReads::WORDS);
     audit.retention: Applies, group(audit_retention);
     ledger.key_files: NeedsRestart, group(key_files);
     ledger.origin: NeedsRestart, parsed(origin).map(Some);

@@ -606,6 +606,7 @@ const OTHERS: &[(&str, &str)] = &[
     ("memory.max_bytes", "67108864"),
     ("store.url", "memory:"),
     ("store.retention", "{max_cycles = 1}"),
+    ("audit.reads", "off"),
     ("audit.retention", "{max_events = 1}"),
     ("ledger.key_files", "['a.key']"),
     ("ledger.origin", "example.org/log"),

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
     pin::{Pin, pin},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -278,7 +278,7 @@ impl ConnectionState {
 
     /// The network that counts as one peer.
     pub(super) fn network(&self) -> Option<IpAddr> {
-        self.origin.address().map(network_of)
+        self.origin.network()
     }
 
     /// Registers a call, which is open until the returned value is dropped.
@@ -403,14 +403,6 @@ impl Drop for Beside {
     fn drop(&mut self) {
         self.state.was_used();
         self.state.besides.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-/// A peer: an IPv4 address, or the 64-bit prefix of an IPv6 address, since a host may use any address in it (RFC 7421).
-fn network_of(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
-        v4 @ IpAddr::V4(_) => v4,
     }
 }
 

@@ -1,6 +1,6 @@
 //! The other side of a connection: where it comes from, and the certificates that it has shown.
 
-use std::{fmt::Debug, sync::Arc};
+use std::{fmt::Debug, net::IpAddr, sync::Arc};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -23,6 +23,15 @@ impl Peer {
     /// The user of its process, if the system says it.
     pub(crate) fn user(&self) -> Option<u32> {
         if let Origin::User(uid) = self.origin { Some(uid) } else { None }
+    }
+
+    /// What counts as one peer, as text: an IPv4 address, the 64-bit prefix of an IPv6 address, or a user.
+    pub(crate) fn network(&self) -> String {
+        match self.origin.network() {
+            Some(prefix @ IpAddr::V6(_)) => format!("{prefix}/64"),
+            Some(address @ IpAddr::V4(_)) => address.to_string(),
+            None => self.origin.to_string(),
+        }
     }
 }
 

@@ -1,13 +1,38 @@
-//! Audit events: who changed what, and with which result. Each field is bounded, and an event has at most 1 KiB.
+//! Audit events: who called what, and with which result. Each field is bounded, and an event has at most 1 KiB.
 
-use std::{borrow::Cow, time::Duration};
+use std::{
+    borrow::Cow,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use jiff::Timestamp;
 
 use super::{Code, CycleId, Identity, Revision, excerpt};
 
+/// What an audit event is about. Retention keeps as many of each kind, so that those of one kind, such as the denials
+/// of strangers, push out no others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum EventKind {
+    /// A change.
+    #[default]
+    Change,
+    /// Calls that changed nothing, such as reads.
+    Calls,
+    /// Denied calls.
+    Denials,
+}
+
+impl EventKind {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Change, Self::Calls, Self::Denials];
+}
+
 /// The decision about a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Decision {
     /// The caller may make it.
     Allowed,
@@ -17,12 +42,12 @@ pub enum Decision {
     Denied,
 }
 
-/// The things that a change concerns.
+/// The things that a call concerns.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AuditTargets {
     /// The first ones: at most [`AuditTargets::MAX`], with at most [`AuditTargets::MAX_BYTES`] bytes together.
     pub named: Vec<String>,
-    /// Number of further ones.
+    /// Number of further ones. Of several calls, each counts those that are not named.
     pub left_out: u64,
 }
 
@@ -30,26 +55,65 @@ impl AuditTargets {
     /// Most targets that are named.
     pub const MAX: usize = 16;
     /// Most bytes of all named targets.
-    pub const MAX_BYTES: usize = 480;
+    pub const MAX_BYTES: usize = 440;
+
+    /// Adds a target, after earlier ones of this many bytes.
+    fn push(&mut self, target: String, bytes: &mut usize) {
+        *bytes += target.len();
+        if self.left_out > 0 || self.named.len() == Self::MAX || *bytes > Self::MAX_BYTES {
+            self.left_out += 1;
+        } else {
+            self.named.push(target);
+        }
+    }
+
+    /// Adds the targets of another call.
+    pub fn add(&mut self, others: Self) {
+        let mut bytes = self.named.iter().map(String::len).sum();
+        for target in others.named {
+            if !self.named.contains(&target) {
+                self.push(target, &mut bytes);
+            }
+        }
+        self.left_out = self.left_out.saturating_add(others.left_out);
+    }
 }
 
 impl<T: Into<String>> FromIterator<T> for AuditTargets {
     fn from_iter<I: IntoIterator<Item = T>>(targets: I) -> Self {
         let (mut all, mut bytes) = (Self::default(), 0);
         for target in targets {
-            let target = target.into();
-            bytes += target.len();
-            if all.left_out > 0 || all.named.len() == Self::MAX || bytes > Self::MAX_BYTES {
-                all.left_out += 1;
-            } else {
-                all.named.push(target);
-            }
+            all.push(target.into(), &mut bytes);
         }
         all
     }
 }
 
-/// The cause of a change, as far as it is known before the change: a call, or the service itself.
+/// Whether a call has an event of its own, or will have one. All clones share it. It is no part of what a cause is.
+#[derive(Clone, Debug, Default)]
+pub struct OwnEvent(Arc<AtomicBool>);
+
+impl OwnEvent {
+    /// It has one from now on.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// True if it has one.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl PartialEq for OwnEvent {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for OwnEvent {}
+
+/// The cause of an event, as far as it is known before the result: a call, or the service itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cause {
     /// The RPC; or the action of the service, in lower case.
@@ -66,6 +130,8 @@ pub struct Cause {
     pub request_digest: Option<[u8; 32]>,
     /// When the call began; `None` if that is not known any more.
     pub begun_at: Option<Timestamp>,
+    /// Whether a change has, or will have, an event with this cause.
+    pub own_event: OwnEvent,
 }
 
 impl Cause {
@@ -82,6 +148,7 @@ impl Cause {
             targets: AuditTargets::default(),
             request_digest: None,
             begun_at: None,
+            own_event: OwnEvent::default(),
         }
     }
 
@@ -98,9 +165,11 @@ impl Cause {
     /// The event of the change that succeeds at this time.
     pub fn event(&self, time: Timestamp) -> AuditEvent {
         AuditEvent {
+            kind: EventKind::Change,
             time,
             cause: self.clone(),
-            code: Code::Ok,
+            code: Some(Code::Ok),
+            reason: "",
             cycle_id: CycleId::default(),
             revision: Revision::default(),
             count: 1,
@@ -111,12 +180,16 @@ impl Cause {
 /// An audit event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuditEvent {
-    /// When the change was written.
+    /// What it is about.
+    pub kind: EventKind,
+    /// When the change was written, or the last one of several calls ended.
     pub time: Timestamp,
-    /// Its cause.
+    /// Its cause; of several calls, that of the first one, with the targets of all.
     pub cause: Cause,
-    /// The result; [`Code::Unknown`] if the process ended before it could answer.
-    pub code: Code,
+    /// The result; [`Code::Unknown`] if the process ended before it could answer, `None` if a stream has begun.
+    pub code: Option<Code>,
+    /// Why calls were denied, as their statuses say it; empty if they were not.
+    pub reason: &'static str,
     /// The cycle that was started or cancelled; 0 if there is none.
     pub cycle_id: CycleId,
     /// The revision of its record, if that is written together with the event; else 0.
@@ -129,7 +202,7 @@ impl AuditEvent {
     /// Most bytes of an encoded event.
     pub const MAX_BYTES: usize = 1 << 10;
 
-    /// The time from the beginning of the call to the change, by the wall clock.
+    /// The time from the beginning of the call, or of the first one, to `time`, by the wall clock.
     pub fn duration(&self) -> Option<Duration> {
         let begun_at = self.cause.begun_at?;
         Some(Duration::try_from(self.time.duration_since(begun_at)).unwrap_or_default())
@@ -145,9 +218,21 @@ mod tests {
         let of = |count: usize, length: usize| (0..count).map(|_| "x".repeat(length)).collect::<AuditTargets>();
         let shape = |targets: AuditTargets| (targets.named.len(), targets.left_out);
         assert_eq!(shape(of(0, 1)), (0, 0));
-        assert_eq!(shape(of(16, 30)), (16, 0));
-        assert_eq!(shape(of(17, 30)), (16, 1));
-        assert_eq!(shape(of(20_000, 63)), (7, 19_993));
-        assert_eq!(shape(of(1, 481)), (0, 1));
+        assert_eq!(shape(of(16, 27)), (16, 0));
+        assert_eq!(shape(of(17, 27)), (16, 1));
+        assert_eq!(shape(of(20_000, 63)), (6, 19_994));
+        assert_eq!(shape(of(1, 441)), (0, 1));
+    }
+
+    #[test]
+    fn targets_of_several_calls_are_named_once_within_the_same_bounds() {
+        let of = |names: &[&str]| names.iter().copied().collect::<AuditTargets>();
+        let mut all = of(&["a", "b"]);
+        all.add(of(&["b", "c"]));
+        assert_eq!(all, of(&["a", "b", "c"]));
+        let many: Vec<_> = (0..30).map(|i| i.to_string()).collect();
+        all.add(many.iter().map(String::as_str).collect());
+        all.add(of(&["a", "d"]));
+        assert_eq!((all.named.len(), all.left_out), (AuditTargets::MAX, 3 + 14 + 1));
     }
 }

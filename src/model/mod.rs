@@ -15,7 +15,7 @@ mod trace;
 mod violation;
 mod wire;
 
-pub use audit::{AuditEvent, AuditTargets, Cause, Decision};
+pub use audit::{AuditEvent, AuditTargets, Cause, Decision, EventKind, OwnEvent};
 pub use code::Code;
 pub use cycle::{
     CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, RequestKey, Revision, SkipReason, SubsystemReport,

@@ -226,6 +226,9 @@ impl State {
                 self.cancel(running);
             }
         }
+        if let Some(cause) = &request.cause {
+            cause.own_event.set();
+        }
         self.last_admitted = self.last_admitted.next();
         let admitted = Admitted::new(self.last_admitted, request, room, is_async);
         self.enter(admitted.clone());
@@ -296,6 +299,9 @@ impl Orchestrator {
             match state.cancel(cycle_id) {
                 Some(admitted) => {
                     let is_first = admitted.cancelled_by.set(by.clone()).is_ok();
+                    if is_first {
+                        by.own_event.set();
+                    }
                     (admitted, is_first)
                 }
                 None if cycle_id.0 > 0 && cycle_id <= state.last_admitted => {

@@ -200,6 +200,7 @@ impl Shared {
         self.changes.wait().await;
         loop {
             self.no_late_commit().await;
+            self.write_last_sums().await;
             let closed = self.edit(|_| Write { close: true, ..Write::default() }, |_| ()).await;
             if !closed.as_ref().is_err_and(StoreError::is_late) {
                 self.publish_last_checkpoint().await;

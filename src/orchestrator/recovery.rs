@@ -14,7 +14,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Shared, State,
+    Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Shared, State, Sums,
     admission::Admitted,
     checkpoints::Checkpoints,
     figures::{Counts, Watchers},
@@ -191,7 +191,9 @@ impl Orchestrator {
         }
         write.last_cycle_id = state.last_admitted;
         (state.noted, state.noted_durably) = (state.last_admitted, state.last_admitted);
-        store.commit(Arc::new(write)).await?;
+        let write = Arc::new(write);
+        store.commit(write.clone()).await?;
+        write.audit.iter().for_each(record::copy_event);
         state.loops.written(mark);
 
         let watching = memory.history.part("filters and records of watchers", memory.history.max() / 4);
@@ -212,6 +214,7 @@ impl Orchestrator {
             newest: latest::Sender::new(state.last_revision),
             live: Live::new(watching.clone()),
             checkpoints: Checkpoints::new(signer),
+            sums: Sums::new(clock, settings.audit_reads),
             watching,
             // With their known state, if requested.
             _recent: memory.history.try_hold(3 * State::RECENT_BYTES).ok(),
@@ -270,7 +273,7 @@ impl State {
             }
             write.records.push(record.clone());
             if let Some(cause) = open.and_then(cause_of) {
-                let event = AuditEvent { cycle_id, revision, code: Code::Unknown, ..cause.event(now) };
+                let event = AuditEvent { cycle_id, revision, code: Some(Code::Unknown), ..cause.event(now) };
                 write.audit.push(record::encode_event(&event));
             }
             state.add_record(Arc::new(record), None);

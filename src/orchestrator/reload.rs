@@ -40,6 +40,8 @@ pub struct Settings {
     pub max_watchers: usize,
     /// Limits of the history.
     pub retention: Retention,
+    /// True if calls that change nothing have audit events.
+    pub audit_reads: bool,
     /// The identities whose subsystems are not called.
     pub revoked: Arc<BTreeSet<Identity>>,
 }
@@ -133,6 +135,7 @@ impl Shared {
 
         self.engine.outputs.set_max(settings.max_outputs_bytes);
         self.engine.slots.set_max(settings.max_concurrent_calls);
+        self.sums.set_reads(settings.audit_reads);
         *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
         self.loops_changed.notify_one();
         Ok(())

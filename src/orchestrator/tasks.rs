@@ -21,6 +21,8 @@ const RETENTION: Task =
     Task { name: "the retention of the history", purpose: "removes records beyond the limits of retention" };
 const CHECKPOINTS: Task =
     Task { name: "the checkpoints of the log", purpose: "signs and publishes how far the log goes" };
+const AUDIT: Task =
+    Task { name: "the audit of reads and denials", purpose: "has the events of calls that change nothing written" };
 const PROGRESS: Task = Task { name: "the live progress", purpose: "sends the progress of running cycles to watchers" };
 
 /// The tasks of an [`Orchestrator`].
@@ -96,6 +98,7 @@ impl OrchestratorTasks {
         others.start_infallible(LEASES, shared.clone().expire_leases());
         others.start_infallible(RETENTION, shared.clone().prune());
         others.start_infallible(CHECKPOINTS, shared.clone().publish_checkpoints());
+        others.start_infallible(AUDIT, shared.clone().write_sums());
         others.start_infallible(PROGRESS, shared.clone().send_progress());
         Self { conductor: tokio::spawn(shared.clone().conduct()), others }
     }

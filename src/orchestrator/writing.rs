@@ -122,6 +122,9 @@ where
     }
 
     fn apply(&mut self, state: &mut State) {
+        if let Some(cause) = &self.cause {
+            cause.own_event.set();
+        }
         self.applied = self.apply.take().map(|apply| apply(state));
     }
 
@@ -265,6 +268,7 @@ impl Shared {
         }
         let (write, mark) = self.draft(&mut batch);
         let (durability, last_cycle_id) = (write.durability, write.last_cycle_id);
+        let copied = if record::copies_events() { write.audit.clone() } else { Vec::new() };
         let appends = !write.records.is_empty() || !write.audit.is_empty() || write.removal.entry.is_some();
         let started = Instant::now();
         let committed = self.await_commit(write, &mut batch, queue).await;
@@ -277,6 +281,7 @@ impl Shared {
             drop(state);
             return Err((batch, error));
         }
+        copied.iter().for_each(record::copy_event);
         for change in &mut batch {
             change.committed(&self.engine);
         }

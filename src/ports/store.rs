@@ -9,8 +9,8 @@ use jiff::Timestamp;
 use crate::{
     ledger::{Frontier, Hash, Node, SealKeys},
     model::{
-        CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, RequestKey, Revision, SubsystemSpec,
-        TraceId, Trigger,
+        CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, RequestKey, Revision,
+        SubsystemSpec, TraceId, Trigger,
     },
 };
 
@@ -320,6 +320,8 @@ impl Record {
 /// A stored audit event: its exact bytes, and the keys that find it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuditEntry {
+    /// What it is about.
+    pub kind: EventKind,
     /// When it happened.
     pub time: Timestamp,
     /// The identity of the caller; empty for the service itself.
@@ -461,6 +463,8 @@ pub struct EventFilter {
     pub rpc: Option<String>,
     /// Only calls that were denied, or would be if the policy was enforced.
     pub denied: bool,
+    /// Only events of this kind.
+    pub kind: Option<EventKind>,
 }
 
 impl EventFilter {
@@ -471,6 +475,7 @@ impl EventFilter {
             && self.caller.as_ref().is_none_or(|caller| event.caller == *caller)
             && self.rpc.as_ref().is_none_or(|rpc| event.rpc == *rpc)
             && (event.denied || !self.denied)
+            && self.kind.is_none_or(|kind| event.kind == kind)
     }
 }
 
@@ -542,7 +547,7 @@ pub struct Retention {
 /// Limits of the audit: an event is removed when it exceeds either one. If both are `None`, all are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EventRule {
-    /// Most events; the newest ones are kept.
+    /// Most events of each kind; the newest ones are kept.
     pub max_events: Option<u64>,
     /// Largest age of events.
     pub max_age: Option<Duration>,

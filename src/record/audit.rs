@@ -4,7 +4,7 @@ use bytes::Bytes;
 use prost::Message;
 
 use crate::{
-    model::{AuditEvent, AuditTargets, Cause, Decision, Identity},
+    model::{AuditEvent, AuditTargets, Cause, Code, Decision, EventKind, Identity, OwnEvent},
     ports::AuditEntry,
     proto::{orchestrator::v1 as pb, timestamp},
 };
@@ -12,8 +12,15 @@ use crate::{
 /// Encodes an event.
 pub fn encode_event(event: &AuditEvent) -> AuditEntry {
     let message = pb::AuditEvent {
+        kind: match event.kind {
+            EventKind::Change => pb::AuditKind::Change,
+            EventKind::Calls => pb::AuditKind::Calls,
+            EventKind::Denials => pb::AuditKind::Denials,
+        }
+        .into(),
         time: Some(timestamp(event.time)),
-        code: event.code.name().to_owned(),
+        code: event.code.map(Code::name).unwrap_or_default().to_owned(),
+        reason: event.reason.to_owned(),
         cycle_id: event.cycle_id.0,
         revision: event.revision.0,
         duration_ms: event.duration().map(|duration| duration.as_secs_f64() * 1e3),
@@ -21,6 +28,7 @@ pub fn encode_event(event: &AuditEvent) -> AuditEntry {
         ..message_of(&event.cause)
     };
     AuditEntry {
+        kind: event.kind,
         time: event.time,
         caller: message.caller.clone(),
         rpc: message.rpc.clone(),
@@ -60,7 +68,37 @@ pub fn decode_cause(bytes: Bytes) -> Result<Cause, String> {
         targets: AuditTargets { named: targets, left_out: targets_left_out },
         request_digest: request_digest.as_ref().try_into().ok(),
         begun_at: None,
+        own_event: OwnEvent::default(),
     })
+}
+
+/// True if events are copied to the log of the process.
+pub fn copies_events() -> bool {
+    tracing::enabled!(target: "audit", tracing::Level::DEBUG)
+}
+
+/// Copies an event that was written to the log of the process, with the target `audit`.
+pub fn copy_event(entry: &AuditEntry) {
+    // It was encoded by this process.
+    let Ok(event) = pb::AuditEvent::decode(entry.bytes.clone()) else { return };
+    tracing::debug!(
+        target: "audit",
+        time = %entry.time,
+        kind = event.kind().as_str_name(),
+        rpc = event.rpc,
+        caller = event.caller,
+        peer = event.peer,
+        decision = event.decision().as_str_name(),
+        code = event.code,
+        reason = event.reason,
+        targets = event.targets.join(","),
+        targets_left_out = event.targets_left_out,
+        cycle_id = event.cycle_id,
+        revision = event.revision,
+        duration_ms = event.duration_ms,
+        count = event.count,
+        "audit event"
+    );
 }
 
 /// Checks that clients can decode an event, and that its keys are those in its bytes.
@@ -70,6 +108,7 @@ pub fn decode_cause(bytes: Bytes) -> Result<Cause, String> {
 pub fn check_event(entry: &AuditEntry) -> Result<(), String> {
     let event = pb::AuditEvent::decode(entry.bytes.clone()).map_err(|error| error.to_string())?;
     let keys = [
+        ("kind", kind(event.kind()) == entry.kind),
         ("time", event.time == Some(timestamp(entry.time))),
         ("caller", event.caller == entry.caller),
         ("rpc", event.rpc == entry.rpc),
@@ -78,6 +117,14 @@ pub fn check_event(entry: &AuditEntry) -> Result<(), String> {
     match keys.iter().find(|(_, is_same)| !is_same) {
         Some((column, _)) => Err(format!("its column {column} is not that of its bytes")),
         None => Ok(()),
+    }
+}
+
+fn kind(kind: pb::AuditKind) -> EventKind {
+    match kind {
+        pb::AuditKind::Unspecified | pb::AuditKind::Change => EventKind::Change,
+        pb::AuditKind::Calls => EventKind::Calls,
+        pb::AuditKind::Denials => EventKind::Denials,
     }
 }
 
@@ -131,9 +178,11 @@ mod tests {
             targets: (0..20_000).map(|_| "x".repeat(30)).collect(),
             request_digest: Some([7; 32]),
             begun_at: Some(Timestamp::MIN),
+            own_event: OwnEvent::default(),
         };
         let (cycle_id, revision, count) = (CycleId(u64::MAX), Revision(u64::MAX), u64::MAX);
-        AuditEvent { cycle_id, revision, count, ..cause.event(Timestamp::MAX) }
+        let (code, reason) = (Some(Code::FailedPrecondition), "CREDENTIAL_MISSING");
+        AuditEvent { code, reason, cycle_id, revision, count, ..cause.event(Timestamp::MAX) }
     }
 
     #[test]
@@ -162,6 +211,7 @@ mod tests {
         let entry = encode_event(&largest());
         assert_eq!(check_event(&entry), Ok(()));
         let changed = [
+            ("kind", AuditEntry { kind: EventKind::Denials, ..entry.clone() }),
             ("time", AuditEntry { time: Timestamp::UNIX_EPOCH, ..entry.clone() }),
             ("caller", AuditEntry { caller: "token:b".into(), ..entry.clone() }),
             ("rpc", AuditEntry { rpc: "GetCycle".into(), ..entry.clone() }),

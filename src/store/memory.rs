@@ -22,7 +22,7 @@ use super::{
 use crate::{
     clock::Clock,
     ledger::{Hash, Node},
-    model::{CycleId, Epoch, Name, Output, RequestKey, Revision},
+    model::{CycleId, Epoch, EventKind, Name, Output, RequestKey, Revision},
     ports::{
         AuditEntry, Contents, EventFilter, EventPage, Excess, Filter, Found, Log, LoggedEvent, OpenCycle, Page,
         PageLimits, Record, Removal, ResumeError, Retention, SCAN_LIMIT, Seals, Store, StoreError, StoreSize,
@@ -175,8 +175,14 @@ impl Kept {
         revisions.truncate(limit);
         let first_kept = self.leaves.iter().find(|(revision, _)| !revisions.contains(revision));
         let first_kept = first_kept.map_or(0, |(_, leaf)| *leaf);
-        let oldest = self.events.iter().map(|(leaf, event)| (*leaf, event.time)).take(limit - revisions.len());
-        let events = events_to_prune(retention.events, self.events.len() as u64, oldest, now);
+        let mut events = Vec::new();
+        for kind in EventKind::ALL {
+            let of_kind: Vec<_> = self.events.iter().filter(|(_, event)| event.kind == kind).collect();
+            let oldest = of_kind.iter().map(|(leaf, event)| (**leaf, event.time));
+            events.extend(events_to_prune(retention.events, of_kind.len() as u64, oldest, now));
+        }
+        events.sort_unstable();
+        events.truncate(limit - revisions.len());
         let first_event = self.events.keys().find(|leaf| !events.contains(leaf)).copied().unwrap_or(u64::MAX);
         Excess {
             first_kept: first_kept.min(first_event).max(self.frontier.log.first_kept),

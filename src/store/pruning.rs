@@ -17,7 +17,7 @@ pub(super) fn rules(retention: &Retention) -> Vec<(RetentionRule, Vec<CycleState
     own.chain([(retention.default, others)]).collect()
 }
 
-/// The leaves of the audit events to remove, given their number; `oldest` has the lowest leaves, in order.
+/// The leaves of the audit events of one kind to remove, given their number; `oldest` has the lowest leaves, in order.
 pub(super) fn events_to_prune(
     rule: EventRule,
     count: u64,

@@ -16,8 +16,8 @@ use crate::{
     clock::Clock,
     ledger::{Entry, Frontier, Inclusion, Node, Path, SealKeys, Signer, SigningKey},
     model::{
-        CycleId, CycleState, Epoch, Identity, LoopSpec, LoopState, Name, Output, Payload, RequestKey, Revision,
-        SubsystemSpec, TraceId, Trigger,
+        CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, Payload, RequestKey,
+        Revision, SubsystemSpec, TraceId, Trigger,
     },
     ports::{
         AuditEntry, Contents, EventFilter, EventRule, Excess, Filter, Found, FoundEvent, Log, LoggedEvent, OpenCycle,
@@ -89,6 +89,7 @@ pub(super) fn recorded(revisions: RangeInclusive<u64>, epoch: Epoch) -> Write {
 /// The audit event with this number.
 pub(super) fn event(number: u8) -> AuditEntry {
     AuditEntry {
+        kind: EventKind::Change,
         time: at(number.into()),
         caller: format!("token:{}", number % 2),
         rpc: "RunCycle".into(),
@@ -617,6 +618,38 @@ async fn audit_events_are_listed_from_the_newest_and_removed_by_number_and_age(s
     }
 }
 
+async fn events_of_one_kind_push_out_no_others(store: &dyn Store, epoch: Epoch) {
+    let of_kind = |number: u8| {
+        let kind = if number <= 4 { EventKind::Change } else { EventKind::Denials };
+        AuditEntry { kind, ..event(number) }
+    };
+    // The leaf 0 is a record, 1 to 4 are changes, 5 to 20 denials.
+    commit(store, Write { audit: (1..=20).map(of_kind).collect(), ..recorded(1..=1, epoch) }).await;
+    commit(store, recorded(2..=2, epoch)).await;
+    let three = Retention {
+        default: RetentionRule { max_cycles: Some(1), max_age: None },
+        events: EventRule { max_events: Some(3), max_age: None },
+        ..Retention::default()
+    };
+    let left = async |kind| {
+        let filter = EventFilter { kind, ..EventFilter::default() };
+        let page = store.events_before(1000, filter, 100).await.unwrap();
+        page.events.into_iter().map(|found| found.unwrap().leaf).collect::<Vec<_>>()
+    };
+    // In parts, of which each removes the oldest ones.
+    for expected in [[20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 4, 3, 2].as_slice(), &[20, 19, 18, 4, 3, 2]] {
+        pruned(store, &recorded(1..=2, epoch), three.clone(), at(0), 8).await;
+        assert_eq!(left(None).await, expected);
+    }
+    assert_eq!(left(Some(EventKind::Denials)).await, [20, 19, 18]);
+    assert_eq!(left(Some(EventKind::Calls)).await, Vec::<u64>::new());
+    assert_eq!(store.log().first_kept, 2);
+    let young = EventRule { max_events: None, max_age: Some(Duration::from_secs(1)) };
+    let young = Retention { events: young, ..Retention::default() };
+    pruned(store, &recorded(1..=2, epoch), young, at(19), 100).await;
+    assert_eq!(left(None).await, [20, 19]);
+}
+
 async fn removals_are_in_order_and_leave_the_newest_record(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 6).await;
     let removing = |revisions: &[u64], first_kept| {
@@ -680,6 +713,7 @@ every_store! {
     audit_events_are_leaves_between_records_and_removals
     an_old_event_keeps_few_hashes_of_what_was_removed_after_it
     audit_events_are_listed_from_the_newest_and_removed_by_number_and_age
+    events_of_one_kind_push_out_no_others
 }
 
 #[tokio::test]

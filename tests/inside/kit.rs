@@ -263,6 +263,7 @@ pub(crate) fn settings() -> Settings {
         max_loops: 10,
         max_watchers: 10,
         retention: Retention::default(),
+        audit_reads: true,
         revoked: Arc::default(),
     }
 }

@@ -57,8 +57,7 @@ impl Term {
             .prepare_cached(
                 "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
                  commits = :commits, epoch = :epoch, pruned_to = max(pruned_to, :pruned_to), log_size = :log_size,
-                 log_first_kept = :first_kept, seal = :seal, audit_events = audit_events + :events - :removed_events
-                 WHERE epoch = :current",
+                 log_first_kept = :first_kept, seal = :seal WHERE epoch = :current",
             )?
             .execute(named_params! {
                 ":cycle_id": integer(write.last_cycle_id.0),
@@ -69,8 +68,6 @@ impl Term {
                 ":pruned_to": integer(write.removal.revisions.last().copied().unwrap_or_default().0),
                 ":log_size": integer(appended.log.frontier.size()),
                 ":first_kept": integer(appended.log.first_kept),
-                ":events": integer(write.audit.len() as u64),
-                ":removed_events": integer(write.removal.events.len() as u64),
                 ":seal": &self.sealer.of_log(&appended.log.frontier)[..],
                 ":current": integer(self.current.0),
             })?;
@@ -187,7 +184,10 @@ fn remove_entries(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Res
         leaves.extend(leaf.map(i64::unsigned_abs));
     }
     for leaf in events {
-        transaction.prepare_cached("DELETE FROM audit WHERE leaf = ?1")?.execute([integer(*leaf)])?;
+        let kind: i64 = transaction
+            .prepare_cached("DELETE FROM audit WHERE leaf = ?1 RETURNING kind")?
+            .query_row([integer(*leaf)], |row| row.get(0))?;
+        transaction.prepare_cached("UPDATE audit_counts SET events = events - 1 WHERE kind = ?1")?.execute([kind])?;
     }
     // The entry of this removal replaces them.
     let mut query = transaction.prepare_cached("DELETE FROM control WHERE leaf < ?1 RETURNING leaf")?;

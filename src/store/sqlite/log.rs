@@ -10,7 +10,7 @@ use rusqlite::{Connection, OptionalExtension, Transaction, named_params};
 
 use super::{
     error::explain,
-    rows::{HAS_REVISION, integer, nanoseconds, number},
+    rows::{HAS_REVISION, integer, kind_number, nanoseconds, number},
 };
 use crate::{
     ledger::{Entry, Frontier, Hash, Node},
@@ -86,17 +86,21 @@ pub(super) fn append(transaction: &Transaction<'_>, write: &Write, appended: &Ap
     for (leaf, event) in appended.events(write) {
         transaction
             .prepare_cached(
-                "INSERT INTO audit (leaf, time, caller, rpc, denied, event)
-                 VALUES (:leaf, :time, :caller, :rpc, :denied, :event)",
+                "INSERT INTO audit (leaf, kind, time, caller, rpc, denied, event)
+                 VALUES (:leaf, :kind, :time, :caller, :rpc, :denied, :event)",
             )?
             .execute(named_params! {
                 ":leaf": integer(leaf),
+                ":kind": kind_number(event.kind),
                 ":time": nanoseconds(event.time),
                 ":caller": event.caller,
                 ":rpc": event.rpc,
                 ":denied": event.denied,
                 ":event": &event.bytes[..],
             })?;
+        transaction
+            .prepare_cached("UPDATE audit_counts SET events = events + 1 WHERE kind = ?1")?
+            .execute([kind_number(event.kind)])?;
     }
     for (leaf, entry) in appended.control(write) {
         transaction
@@ -120,9 +124,8 @@ pub(super) fn forget(transaction: &Transaction<'_>, removed: &[u64], size: u64) 
     Ok(())
 }
 
-/// The leaves of these records, and the first leaf that is kept without them and without these audit events, which are
-/// the oldest ones: the lower one of that of the record with the lowest revision, or 0 if this is older than the log,
-/// and that of the first event.
+/// The leaves of these records, and the first leaf that is kept without them and without these audit events: the lower
+/// one of that of the record with the lowest revision, or 0 if this is older than the log, and that of the first event.
 pub(super) fn leaves_of(
     connection: &Connection,
     revisions: &[Revision],
@@ -132,10 +135,10 @@ pub(super) fn leaves_of(
     let mut leaf = |revision: &Revision| query.query_row([integer(revision.0)], |row| row.get::<_, Option<i64>>(0));
     let leaves = revisions.iter().map(|revision| Ok(leaf(revision)?.map(i64::unsigned_abs)));
     let leaves = leaves.collect::<rusqlite::Result<_>>()?;
-    let after = events.last().map_or(-1, |leaf| integer(*leaf));
-    let mut query = connection.prepare_cached("SELECT min(leaf) FROM audit WHERE leaf > ?1")?;
-    let first_event = query.query_row([after], |row| row.get::<_, Option<i64>>(0))?;
-    let first_event = first_event.map_or(u64::MAX, i64::unsigned_abs);
+    let mut query = connection.prepare_cached("SELECT leaf FROM audit ORDER BY leaf LIMIT ?1")?;
+    let oldest = query.query_map([integer(events.len() as u64 + 1)], |row| number(row, 0))?;
+    let oldest = oldest.collect::<rusqlite::Result<Vec<_>>>()?;
+    let first_event = oldest.into_iter().find(|leaf| events.binary_search(leaf).is_err()).unwrap_or(u64::MAX);
     let mut query = connection.prepare_cached(&format!(
         "SELECT revision, leaf FROM cycles WHERE {HAS_REVISION} ORDER BY revision LIMIT ?1"
     ))?;

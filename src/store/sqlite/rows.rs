@@ -7,7 +7,7 @@ use rusqlite::{Connection, Row, types::ValueRef};
 use super::log;
 use crate::{
     ledger::Entry,
-    model::{CycleId, CycleState, Epoch, Identity, Name, Revision, TraceId, Trigger},
+    model::{CycleId, CycleState, Epoch, EventKind, Identity, Name, Revision, TraceId, Trigger},
     ports::{AuditEntry, Found, OpenCycle, Record, Stage, TriggerKind, Unreadable},
     store::Check,
 };
@@ -68,7 +68,12 @@ pub(super) fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
 /// An audit event.
 pub(super) fn event(row: &Row<'_>) -> rusqlite::Result<AuditEntry> {
     let bytes: Vec<u8> = row.get("event")?;
+    let kind = row.get("kind")?;
     Ok(AuditEntry {
+        kind: EventKind::ALL
+            .into_iter()
+            .find(|known| kind_number(*known) == kind)
+            .ok_or_else(|| wrong(row, "kind", Unknown(kind)))?,
         time: time(row, "time")?,
         caller: row.get("caller")?,
         rpc: row.get("rpc")?,
@@ -155,6 +160,14 @@ pub(super) fn integer(number: u64) -> i64 {
 }
 
 /// In 64 bits, which reach to the year 2262.
+pub(super) fn kind_number(kind: EventKind) -> i64 {
+    match kind {
+        EventKind::Change => 1,
+        EventKind::Calls => 2,
+        EventKind::Denials => 3,
+    }
+}
+
 pub(super) fn nanoseconds(time: Timestamp) -> i64 {
     i64::try_from(time.as_nanosecond()).unwrap_or(i64::MAX)
 }

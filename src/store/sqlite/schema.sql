@@ -178,3 +178,17 @@ ALTER TABLE subsystems  ADD COLUMN seal BLOB;
 ALTER TABLE loops       ADD COLUMN seal BLOB;
 ALTER TABLE outputs     ADD COLUMN seal BLOB;
 ALTER TABLE open_cycles ADD COLUMN seal BLOB;
+
+-- migration 11
+
+-- What an audit event is about: 1 a change, 2 calls that changed nothing, 3 denied calls. Retention keeps as many of
+-- each kind, and need not count them.
+ALTER TABLE audit ADD COLUMN kind INTEGER NOT NULL DEFAULT 1;
+CREATE INDEX audit_by_kind ON audit (kind, leaf);
+CREATE TABLE audit_counts (
+    kind   INTEGER PRIMARY KEY,
+    events INTEGER NOT NULL
+);
+INSERT INTO audit_counts SELECT 1, audit_events FROM meta;
+INSERT INTO audit_counts VALUES (2, 0), (3, 0);
+ALTER TABLE meta DROP COLUMN audit_events;

@@ -593,7 +593,7 @@ mod tests {
                 &["the audit event of leaf 2 can't be read: Invalid column type Text at index: 1, name: time"],
             ),
             (
-                "INSERT INTO audit SELECT 6, time, caller, rpc, denied, event FROM audit WHERE leaf = 2",
+                "INSERT INTO audit SELECT 6, time, caller, rpc, denied, event, kind FROM audit WHERE leaf = 2",
                 &["the audit event of leaf 6 is beyond the end of the log, which has 6 entries"],
             ),
         ];

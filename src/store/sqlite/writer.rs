@@ -22,11 +22,11 @@ use super::{
     log::{self, SharedLog},
     note::{Mark, Note, lost},
     place::{FileId, file_id, log_of},
-    rows::{HAS_REVISION, integer, number, state_number, time},
+    rows::{HAS_REVISION, integer, kind_number, number, state_number, time},
 };
 use crate::{
     clock::Clock,
-    model::{Epoch, Revision},
+    model::{Epoch, EventKind, Revision},
     ports::{Contents, Durability, Excess, Retention, Seals, StoreError, Write},
     store::{
         Check,
@@ -214,15 +214,24 @@ impl Writer {
             }
             revisions.sort_unstable();
             revisions.truncate(limit);
-            let count = transaction.query_row("SELECT audit_events FROM meta", [], |row| number(row, 0))?;
-            let mut query = transaction.prepare_cached("SELECT leaf, time FROM audit ORDER BY leaf LIMIT ?1")?;
-            let mut at = Timestamp::MIN;
-            let oldest = query.query_map([integer((limit - revisions.len()) as u64)], |row| {
-                at = time(row, "time").unwrap_or(at);
-                Ok((number(row, 0)?, at))
-            })?;
-            let oldest = oldest.collect::<rusqlite::Result<Vec<_>>>()?;
-            let events = events_to_prune(retention.events, count, oldest.into_iter(), now);
+            let room = limit - revisions.len();
+            let mut events = Vec::new();
+            for kind in EventKind::ALL.map(kind_number) {
+                let count = transaction
+                    .prepare_cached("SELECT events FROM audit_counts WHERE kind = ?1")?
+                    .query_row([kind], |row| number(row, 0))?;
+                let mut query = transaction
+                    .prepare_cached("SELECT leaf, time FROM audit WHERE kind = ?1 ORDER BY leaf LIMIT ?2")?;
+                let mut at = Timestamp::MIN;
+                let oldest = query.query_map([kind, integer(room as u64)], |row| {
+                    at = time(row, "time").unwrap_or(at);
+                    Ok((number(row, 0)?, at))
+                })?;
+                let oldest = oldest.collect::<rusqlite::Result<Vec<_>>>()?;
+                events.extend(events_to_prune(retention.events, count, oldest.into_iter(), now));
+            }
+            events.sort_unstable();
+            events.truncate(room);
             let (leaves, first_kept) = log::leaves_of(&transaction, &revisions, &events)?;
             let first_kept = first_kept.max(frontier.log.first_kept);
             Ok(Ok(Excess { records: revisions.into_iter().zip(leaves).collect(), events, first_kept }))
