@@ -5,6 +5,7 @@
 //! Its nodes are numbered in the order in which they become complete, as in the transparency logs of Go
 //! (<https://pkg.go.dev/golang.org/x/mod/sumdb/tlog>): a commit only appends nodes.
 
+mod bundle;
 mod digest;
 mod entry;
 mod note;
@@ -13,6 +14,7 @@ mod seal;
 mod tree;
 
 pub use self::{
+    bundle::{BundleError, Content, LogVerifier, Part, Pin},
     digest::DigestKey,
     entry::{Entry, LogBegan, LogBeganReason, RecordsPruned},
     note::{Checkpoint, NoteError, Signer, SigningKey, VerifyingKey},

@@ -15,6 +15,7 @@ mod admission;
 mod audit;
 mod checkpoints;
 mod conductor;
+mod entries;
 mod figures;
 mod history;
 mod line;

@@ -53,6 +53,7 @@ const GOLDEN: &[(&str, &[&str])] = &[
     ("GetCheckpoint", &ROLES),
     ("GetInclusionProof", &["viewer", "operator", "auditor", "admin"]),
     ("GetConsistencyProof", &ROLES),
+    ("ReadEntries", &["auditor", "admin"]),
     ("ListAuditEvents", &["auditor", "admin"]),
 ];
 

@@ -5,6 +5,7 @@
 mod common;
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::Write,
     os::unix::fs::PermissionsExt,
@@ -21,9 +22,13 @@ use common::{
     service::{Home, because, decode, invalid, next_event, reason},
 };
 use orchestrator_core::{
-    ledger::{Consistency, Entry, Frontier, Hash, Inclusion, Signer, SigningKey, VerifyingKey},
+    ledger::{
+        BundleError, Checkpoint, Consistency, Content, Entry, Frontier, Hash, Inclusion, LogVerifier, Node, Part,
+        Signer, SigningKey, VerifyingKey,
+    },
     proto::orchestrator::v1::{
-        self as pb, ControlEntry, LogBeganReason, LogEntry, cycle_event::Event, ledger_client::LedgerClient,
+        self as pb, ControlEntry, LogBeganReason, LogEntry, cycle_event::Event, ledger_client::LedgerClient, log_part,
+        read_entries_response,
     },
 };
 use prost::Message;
@@ -523,6 +528,119 @@ async fn independent_software_verifies_the_proofs() {
         let forged = proofs["checkpoint"].as_str().unwrap().replacen("\n27\n", "\n26\n", 1);
         assert_eq!(changed("checkpoint", forged.into()), Some(1));
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Reading the log
+
+/// The extent of the log from this leaf on, and its parts.
+async fn read_log(ledger: &mut Ledger, from_leaf: u64, size: u64) -> Result<(pb::LogExtent, Vec<Part>), Status> {
+    let mut stream = ledger.read_entries(pb::ReadEntriesRequest { from_leaf, size }).await?.into_inner();
+    let (mut extent, mut parts) = (None, Vec::new());
+    while let Some(message) = patiently("the next part", stream.message()).await? {
+        let pb::LogPart { first, count, content } = match message.response.unwrap() {
+            read_entries_response::Response::Extent(first) => {
+                assert_eq!(extent.replace(first), None);
+                continue;
+            }
+            read_entries_response::Response::Part(part) => part,
+        };
+        let content = match content.unwrap() {
+            log_part::Content::Entry(entry) => Content::Entry(entry),
+            log_part::Content::Hash(hash) => Content::Hash(Hash(hash[..].try_into().unwrap())),
+        };
+        assert!(extent.is_some(), "the extent comes first");
+        parts.push(Part { subtree: Node::of_leaves(first, count).unwrap(), content });
+    }
+    Ok((extent.unwrap(), parts))
+}
+
+/// Verifies these parts against this checkpoint.
+fn verify_parts(parts: &[Part], checkpoint: Checkpoint, earlier: Option<Checkpoint>) -> Result<(), BundleError> {
+    let mut verifier = LogVerifier::new(checkpoint, earlier)?;
+    parts.iter().try_for_each(|part| verifier.add(part))?;
+    verifier.end()
+}
+
+/// The entries among these parts, by their leaves.
+fn entries_of(parts: &[Part]) -> BTreeMap<u64, Bytes> {
+    let entry = |part: &Part| match &part.content {
+        Content::Entry(entry) => Some((part.subtree.leaves().start, entry.clone())),
+        Content::Hash(_) => None,
+    };
+    parts.iter().filter_map(entry).collect()
+}
+
+#[tokio::test]
+async fn the_log_is_read_by_its_exact_entries_and_verified_also_after_retention() {
+    for home in [Home::new(), Home::new().in_memory()] {
+        let mut stage = Stage::at(home.with_args(["--set", "store.retention.max_cycles=5"])).await;
+        let mut ledger = ledger(&stage).await;
+        let key = checkpoint(&mut ledger).await.1;
+        let (extent, parts) = read_log(&mut ledger, 0, 0).await.unwrap();
+        assert_eq!((extent.size, parts.len()), (0, 0), "the empty log");
+        verify_parts(&parts, key.open(&extent.checkpoint).unwrap(), None).unwrap();
+        for _ in 0..9 {
+            stage.client.run().await.unwrap();
+        }
+        let earlier = inclusion(&mut ledger, 9, 0).await.unwrap();
+        let (extent, before) = read_log(&mut ledger, 0, 18).await.unwrap();
+        assert_eq!((extent.size, extent.checkpoint.as_str(), before.len()), (18, "", 18));
+        assert_eq!(entries_of(&before)[&16], earlier.entry);
+        for _ in 0..60 {
+            stage.client.run().await.unwrap();
+        }
+        let removed = async { while stage.client.status().await.unwrap().oldest_revision < 50 {} };
+        patiently("old records to be removed", removed).await;
+        // Its record is after the removal.
+        let cycle_id = stage.client.run().await.unwrap().cycle_id;
+        let newest = inclusion(&mut ledger, cycle_id, 0).await.unwrap();
+        let (extent, parts) = read_log(&mut ledger, 0, 0).await.unwrap();
+        let signed = key.open(&extent.checkpoint).unwrap();
+        assert_eq!((signed.size, extent.keys), (extent.size, vec![key.to_string()]));
+        let first = key.open(&earlier.checkpoint).unwrap();
+        let entries = entries_of(&parts);
+        verify_parts(&parts, signed, Some(first)).unwrap();
+        assert_eq!(entries[&newest.leaf], newest.entry);
+        // The records are gone, and their hashes are those of the bytes that were there. The events are there.
+        for part in &before {
+            let leaf = part.subtree.leaves().start;
+            let now = parts.iter().find(|now| now.subtree == part.subtree).unwrap();
+            assert_eq!((now.hash(), entries.contains_key(&leaf)), (part.hash(), leaf % 2 == 1));
+        }
+
+        // From a later leaf on, hashes replace all entries before it.
+        let (extent, later) = read_log(&mut ledger, 20, 0).await.unwrap();
+        verify_parts(&later, key.open(&extent.checkpoint).unwrap(), None).unwrap();
+        let expected: BTreeMap<_, _> = entries.into_iter().filter(|(leaf, _)| *leaf >= 20).collect();
+        assert_eq!(entries_of(&later), expected);
+        let size = extent.size.to_string();
+        for (from_leaf, of_size) in [(extent.size + 1, 0), (0, u64::MAX), (u64::MAX, 0), (9, 8)] {
+            let refused = read_log(&mut ledger, from_leaf, of_size).await.unwrap_err();
+            assert_eq!(reason(&refused), because(Code::OutOfRange, "NOT_IN_LOG", [("size", size.as_str())]));
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_entry_whose_bytes_were_changed_is_read_as_a_hash_and_never_served() {
+    let mut stage = Stage::new().await;
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+    }
+    let mut ledger = ledger(&stage).await;
+    inclusion(&mut ledger, 3, 0).await.unwrap();
+    let before = read_log(&mut ledger, 0, 0).await.unwrap().1;
+    let changes = "UPDATE cycles SET record = CAST(record || x'00' AS BLOB) WHERE cycle_id = 2;
+                   UPDATE audit SET event = 'text' WHERE leaf = 3;
+                   INSERT INTO control VALUES (4, x'00')";
+    database(&stage.home.path("o.db")).execute_batch(changes).unwrap();
+    let (extent, parts) = read_log(&mut ledger, 0, 0).await.unwrap();
+    let key = checkpoint(&mut ledger).await.1;
+    verify_parts(&parts, key.open(&extent.checkpoint).unwrap(), None).unwrap();
+    let mut expected = entries_of(&before);
+    assert!(expected.remove(&2).is_some() && expected.remove(&3).is_some());
+    assert_eq!(entries_of(&parts), expected);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,10 @@ use common::{
     service::Home,
 };
 use h2::{RecvStream, SendStream, client::SendRequest};
-use orchestrator_core::proto::{orchestrator::v1 as pb, subsystem::v1 as subsystem};
+use orchestrator_core::proto::{
+    orchestrator::v1::{self as pb, ledger_client::LedgerClient},
+    subsystem::v1 as subsystem,
+};
 use prost::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -192,6 +195,30 @@ async fn the_memory_of_unread_answers_of_all_streams_is_bounded() {
         assert!(matches!(end, Some(Code::ResourceExhausted) | None), "{end:?}");
     }
     // Small answers are still sent. Large ones get memory once unread ones have given way to them.
+    stage.client.get_status(pb::GetStatusRequest { omit_last_cycle: true, ..Default::default() }).await.unwrap();
+    patiently("room", async { while stage.client.cycle(1).await.is_err() {} }).await;
+    let (_, most) = stage.service.memory();
+    assert!(most - before < 100 << 20, "{} MB more", (most - before) >> 20);
+}
+
+#[tokio::test]
+async fn readers_of_the_log_that_stall_leave_memory_for_others() {
+    const READERS: usize = 100;
+    let mut stage = with_large_record(with(&["memory.max_bytes=134217728"])).await;
+    let mut ledger = LedgerClient::connect(format!("http://{}", stage.service.address())).await.unwrap();
+    // The log that they read has the record.
+    let proof = pb::GetInclusionProofRequest { cycle_id: 1, ..Default::default() };
+    ledger.get_inclusion_proof(proof).await.unwrap();
+    let (_, before) = stage.service.memory();
+    let read = framed(&pb::ReadEntriesRequest::default());
+    let (mut bares, mut calls) = (Vec::new(), Vec::new());
+    for _ in 0..10 {
+        let mut bare = Bare::connect(stage.service.address(), 0).await;
+        for _ in 0..READERS / 10 {
+            calls.push(bare.call("dreamnet.orchestrator.v1.Ledger/ReadEntries", &read, true).await);
+        }
+        bares.push(bare);
+    }
     stage.client.get_status(pb::GetStatusRequest { omit_last_cycle: true, ..Default::default() }).await.unwrap();
     patiently("room", async { while stage.client.cycle(1).await.is_err() {} }).await;
     let (_, most) = stage.service.memory();

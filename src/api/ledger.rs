@@ -1,11 +1,12 @@
-//! Checkpoints of the log, proofs, and the audit.
+//! Checkpoints of the log, proofs, its entries, and the audit.
 
 use bytes::Bytes;
-use tonic::{Request, Status};
+use futures_util::{Stream, StreamExt, TryStreamExt, stream};
+use tonic::{Request, Response, Status};
 
-use super::{Answer, Api, error::status, gate::Entered, handlers::invalid, request};
+use super::{Answer, Answers, Api, error::status, gate::Entered, handlers::invalid, request};
 use crate::{
-    ledger::Hash,
+    ledger::{Content, Hash, Part},
     orchestrator::Published,
     ports::{EventPage, LoggedEvent, UnreadableEvent},
     proto::orchestrator::v1::{self as pb, ledger_server::Ledger},
@@ -29,6 +30,13 @@ impl Ledger for Api {
         request: Request<pb::GetConsistencyProofRequest>,
     ) -> Answer<pb::GetConsistencyProofResponse> {
         self.gate.answer(request, get_consistency_proof).await
+    }
+
+    type ReadEntriesStream = Answers<pb::ReadEntriesResponse>;
+
+    async fn read_entries(&self, request: Request<pb::ReadEntriesRequest>) -> Answer<Answers<pb::ReadEntriesResponse>> {
+        let parts = self.gate.stream(request, read_entries)?;
+        Ok(Response::new(Box::pin(parts)))
     }
 
     async fn list_audit_events(
@@ -97,6 +105,46 @@ async fn list_audit_events(
         }
     }
     Ok(answer)
+}
+
+/// Begins a stream, which keeps the call until it ends.
+fn read_entries(call: Entered<pb::ReadEntriesRequest>) -> Result<impl Stream<Item = ReadEntries>, Status> {
+    Ok(stream::once(log_of(call)).try_flatten())
+}
+
+type ReadEntries = Result<pb::ReadEntriesResponse, Status>;
+
+/// The log that is requested: its extent, then its parts. Pages of it are read as the client takes them.
+async fn log_of(mut call: Entered<pb::ReadEntriesRequest>) -> Result<impl Stream<Item = ReadEntries>, Status> {
+    use pb::read_entries_response::Response as Said;
+    let pb::ReadEntriesRequest { from_leaf, size } = call.take_request();
+    let Published { size, note } = match size {
+        0 => call.orchestrator().checkpoint().await.map_err(status)?,
+        size => Published { size, ..Published::default() },
+    };
+    let before = call.orchestrator().log_before(from_leaf, size).await.map_err(status)?;
+    let extent = pb::LogExtent { size, checkpoint: note.to_string(), keys: call.orchestrator().log_keys() };
+    let pages = stream::try_unfold((call, from_leaf), move |(call, next)| async move {
+        if next == size {
+            return Ok::<_, Status>(None);
+        }
+        let parts = call.orchestrator().log_parts(next..size).await.map_err(status)?;
+        let next = parts.last().map_or(next, |part| part.subtree.leaves().end);
+        Ok(Some((parts, (call, next))))
+    });
+    let pages = stream::iter([Ok(before)]).chain(pages);
+    let parts = pages.map_ok(|page| stream::iter(page.into_iter().map(|part| Ok(log_part(part))))).try_flatten();
+    let responses = stream::iter([Ok(Said::Extent(extent))]).chain(parts.map_ok(Said::Part));
+    Ok(responses.map_ok(|response| pb::ReadEntriesResponse { response: Some(response) }))
+}
+
+fn log_part(Part { subtree, content }: Part) -> pb::LogPart {
+    let leaves = subtree.leaves();
+    let content = match content {
+        Content::Entry(entry) => pb::log_part::Content::Entry(entry),
+        Content::Hash(Hash(hash)) => pb::log_part::Content::Hash(Bytes::copy_from_slice(&hash)),
+    };
+    pb::LogPart { first: leaves.start, count: leaves.end - leaves.start, content: Some(content) }
 }
 
 fn bytes_of(hashes: &[Hash]) -> Vec<Bytes> {

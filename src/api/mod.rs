@@ -64,8 +64,11 @@ pub(crate) fn services(api: Api, max_request_bytes: usize, others: Services) -> 
         .and(Called { service: LedgerServer::new(api.clone()), api })
 }
 
+/// A stream of answers.
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
 /// The stream of `WatchCycles`.
-type Events = Pin<Box<dyn Stream<Item = Result<pb::WatchCyclesResponse, Status>> + Send>>;
+type Events = Answers<pb::WatchCyclesResponse>;
 
 /// The result of every RPC.
 type Answer<T> = Result<Response<T>, Status>;

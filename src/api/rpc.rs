@@ -78,6 +78,7 @@ rpcs! {
     GetCheckpoint: pb::GetCheckpointRequest,
     GetInclusionProof: pb::GetInclusionProofRequest,
     GetConsistencyProof: pb::GetConsistencyProofRequest,
+    ReadEntries: pb::ReadEntriesRequest,
     ListAuditEvents: pb::ListAuditEventsRequest,
     // Not in the contract: requests at the admin address, of monitoring and of browsers.
     Metrics: self::Scrape,

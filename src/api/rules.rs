@@ -49,7 +49,7 @@ impl Rpc {
             | Self::PlanCycle
             | Self::ListSubsystems
             | Self::ListIntervalLoops => READERS,
-            Self::ListAuditEvents => Rule::Roles(&[Role::Auditor, Role::Admin]),
+            Self::ListAuditEvents | Self::ReadEntries => Rule::Roles(&[Role::Auditor, Role::Admin]),
             Self::RunCycle
             | Self::CancelCycle
             | Self::SuspendSubsystem
@@ -252,6 +252,13 @@ impl Concerns for pb::GetConsistencyProofRequest {
 impl Concerns for LogIn {
     fn targets(&self) -> Targets<'_> {
         Targets::default()
+    }
+}
+
+/// Records are whole, and so are events.
+impl Concerns for pb::ReadEntriesRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::ALL
     }
 }
 

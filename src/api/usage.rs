@@ -29,7 +29,9 @@ impl Rpc {
         match self {
             Self::RenewLease => Load::Exempt,
             Self::WatchCycles => Load::Watch,
-            Self::GetCycle | Self::ListCycles | Self::GetInclusionProof | Self::ListAuditEvents => Load::HistoryRead,
+            Self::GetCycle | Self::ListCycles | Self::GetInclusionProof | Self::ReadEntries | Self::ListAuditEvents => {
+                Load::HistoryRead
+            }
             Self::RunCycle
             | Self::CancelCycle
             | Self::GetStatus

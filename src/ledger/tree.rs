@@ -63,6 +63,13 @@ impl Node {
         Self { level: 0, index }
     }
 
+    /// The subtree of `count` leaves from leaf `first` on; `None` if no log has such a complete subtree.
+    pub fn of_leaves(first: u64, count: u64) -> Option<Self> {
+        let end = first.checked_add(count)?;
+        let is_one = count.is_power_of_two() && first.is_multiple_of(count) && i64::try_from(end).is_ok();
+        is_one.then(|| Self { level: count.ilog2(), index: first >> count.ilog2() })
+    }
+
     /// The largest complete subtree of a log of `size` leaves that contains this leaf and of which all other leaves
     /// are `gone`. `gone` is asked about ranges beside it, of which each is twice as long as the one before.
     ///

@@ -242,7 +242,7 @@ impl Shared {
     }
 
     /// Checks that there are logs of these sizes, and that the later one can extend the earlier one.
-    fn check_sizes(&self, earlier: u64, later: u64) -> Result<(), Refusal> {
+    pub(super) fn check_sizes(&self, earlier: u64, later: u64) -> Result<(), Refusal> {
         let size = self.store.log().frontier.size();
         if earlier <= later && later <= size { Ok(()) } else { Err(Refusal::NotInLog(size)) }
     }

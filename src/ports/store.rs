@@ -1,13 +1,13 @@
 //! The port to a store: what it promises, what is written to it and read from it, and why it fails.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, ops::Range, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 
 use crate::{
-    ledger::{Frontier, Hash, Node, SealKeys},
+    ledger::{Frontier, Hash, Node, Part, SealKeys},
     model::{
         CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, RequestKey, Revision,
         SubsystemSpec, TraceId, Trigger,
@@ -118,6 +118,14 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// The store can't be read.
     fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>>;
+
+    /// The log from the first of these leaves on, in parts, up to the limits of `page` and at most to the last of them. In
+    /// place of entries that retention has removed, or whose bytes were changed, it has the largest complete subtrees of
+    /// these leaves. `None` if the hash of one is not retained: they begin or end among removed entries.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn parts(&self, leaves: Range<u64>, page: PageLimits) -> BoxFuture<'_, Result<Option<Vec<Part>>, StoreError>>;
 
     /// Publishes the newest checkpoint of the log: once this has returned, it survives the loss of power, and replaces
     /// the earlier one.
@@ -513,9 +521,9 @@ pub struct EventPage {
 /// Limits of one read, which returns at least one record whatever its size, if there is any.
 #[derive(Clone, Copy, Debug)]
 pub struct PageLimits {
-    /// Most records. At least 1.
+    /// Most records, or parts of the log. At least 1.
     pub records: usize,
-    /// Most bytes of encoded telemetry.
+    /// Most bytes of them, encoded.
     pub bytes: usize,
 }
 

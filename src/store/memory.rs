@@ -5,9 +5,11 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     convert::Infallible,
     future::ready,
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use bytes::Bytes;
 use futures_util::{
     future::BoxFuture,
     stream::{self, BoxStream},
@@ -21,7 +23,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    ledger::{Hash, Node},
+    ledger::{Content, Entry, Hash, Node, Part},
     model::{CycleId, Epoch, EventKind, Name, Output, RequestKey, Revision},
     ports::{
         AuditEntry, Contents, EventFilter, EventPage, Excess, Filter, Found, Log, LoggedEvent, OpenCycle, Page,
@@ -54,6 +56,8 @@ struct Kept {
     entries: BTreeSet<u64>,
     /// The audit events, by their leaves.
     events: BTreeMap<u64, AuditEntry>,
+    /// The entries about removals, by their leaves.
+    control: BTreeMap<u64, Bytes>,
     pruned_to: Revision,
     open: BTreeMap<CycleId, OpenCycle>,
     subsystems: BTreeMap<Name, Arc<StoredSubsystem>>,
@@ -108,6 +112,7 @@ impl Kept {
         self.leaves.extend(appended.records(write).map(|(leaf, record)| (record.revision, leaf)));
         self.events.extend(appended.events(write).map(|(leaf, event)| (leaf, event.clone())));
         self.entries.extend(appended.first_leaf..appended.log.frontier.size());
+        self.control.extend(appended.control(write).map(|(leaf, entry)| (leaf, entry.clone())));
         self.frontier.advance(write, appended);
         if !write.removal.is_empty() {
             self.remove(&write.removal);
@@ -148,6 +153,7 @@ impl Kept {
         }
         removed.extend(&removal.events);
         removed.sort_unstable();
+        self.control = self.control.split_off(&removal.first_kept);
         for leaf in &removed {
             self.entries.remove(leaf);
         }
@@ -156,6 +162,37 @@ impl Kept {
         for numbers in needless {
             self.nodes.extract_if(numbers, |_, _| true).for_each(drop);
         }
+    }
+
+    fn parts(&self, leaves: Range<u64>, limits: PageLimits) -> Option<Vec<Part>> {
+        let records = self.leaves.iter().filter(|(_, leaf)| leaves.contains(leaf)).take(limits.records);
+        let records = records.filter_map(|(revision, leaf)| Some((*leaf, &self.records.get(revision)?.bytes)));
+        let records: BTreeMap<_, _> = records.collect();
+        let entry = |leaf: u64| {
+            let record = records.get(&leaf).map(|bytes| Entry::Cycle(bytes));
+            let event = || Some(Entry::Audit(&self.events.get(&leaf)?.bytes));
+            let control = || Some(Entry::Control(self.control.get(&leaf)?));
+            Some(record.or_else(event).or_else(control)?.to_bytes())
+        };
+        let (mut parts, mut bytes, mut next) = (Vec::new(), 0, leaves.start);
+        while next < leaves.end && parts.len() < limits.records {
+            let part = if let Some(entry) = entry(next) {
+                bytes += entry.len();
+                Part::entry(next, entry.into())
+            } else {
+                // What is on its left is in an earlier part.
+                let is_next =
+                    |beside: Range<u64>| Ok(beside.start > next && self.entries.range(beside).next().is_none());
+                let Ok(subtree) = Node::largest_of::<Infallible>(next, leaves.end, is_next);
+                Part { subtree, content: Content::Hash(*self.nodes.get(&subtree.number())?) }
+            };
+            if !parts.is_empty() && bytes > limits.bytes {
+                break;
+            }
+            next = part.subtree.leaves().end;
+            parts.push(part);
+        }
+        Some(parts)
     }
 
     fn excess(&self, retention: &Retention, now: Timestamp, limit: usize) -> Excess {
@@ -310,6 +347,10 @@ impl Store for MemoryStore {
         let kept = self.kept();
         let hashes = nodes.into_iter().map(|node| kept.nodes.get(&node.number()).copied()).collect();
         Box::pin(ready(Ok(hashes)))
+    }
+
+    fn parts(&self, leaves: Range<u64>, limits: PageLimits) -> BoxFuture<'_, Result<Option<Vec<Part>>, StoreError>> {
+        Box::pin(ready(Ok(self.kept().parts(leaves, limits))))
     }
 
     fn publish_checkpoint(&self, _: String) -> BoxFuture<'_, Result<(), StoreError>> {

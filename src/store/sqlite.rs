@@ -41,6 +41,7 @@ mod writer;
 
 use std::{
     io,
+    ops::Range,
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
@@ -77,7 +78,7 @@ use super::{Check, OpenError, keys::checkpoint_of};
 use crate::{
     clock::Clock,
     file,
-    ledger::{Hash, Node},
+    ledger::{Hash, Node, Part},
     model::{CycleId, RequestKey, Revision},
     ports::{
         Contents, EventFilter, EventPage, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention, Seals,
@@ -234,6 +235,10 @@ impl Store for SqliteStore {
 
     fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>> {
         Box::pin(self.readers.read(move |connection| Ok(log::hashes(connection, &nodes)?)))
+    }
+
+    fn parts(&self, leaves: Range<u64>, limits: PageLimits) -> BoxFuture<'_, Result<Option<Vec<Part>>, StoreError>> {
+        Box::pin(self.readers.read(move |connection| Ok(log::parts(connection, leaves, limits)?)))
     }
 
     fn publish_checkpoint(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {

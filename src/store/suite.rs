@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ops::RangeInclusive,
+    ops::{Range, RangeInclusive},
     sync::Arc,
     time::Duration,
 };
@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use super::{StoreUrl, open};
 use crate::{
     clock::Clock,
-    ledger::{Entry, Frontier, Inclusion, Node, Path, SealKeys, Signer, SigningKey},
+    ledger::{Checkpoint, Entry, Frontier, Inclusion, LogVerifier, Node, Part, Path, SealKeys, Signer, SigningKey},
     model::{
         CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, Payload, RequestKey,
         Revision, SubsystemSpec, TraceId, Trigger,
@@ -650,6 +650,51 @@ async fn events_of_one_kind_push_out_no_others(store: &dyn Store, epoch: Epoch) 
     assert_eq!(left(None).await, [20, 19]);
 }
 
+async fn the_log_is_read_in_parts_that_have_its_root(store: &dyn Store, epoch: Epoch) {
+    filled(store, epoch, 20).await;
+    // The leaves 20 and 21 are records, 22 to 24 are events, and 25 is the entry of the removal.
+    commit(store, Write { audit: (1..=3).map(event).collect(), ..recorded(21..=22, epoch) }).await;
+    let two = Retention { default: RetentionRule { max_cycles: Some(2), max_age: None }, ..Retention::default() };
+    pruned(store, &recorded(1..=22, epoch), two, at(0), 100).await;
+    let read = async |mut leaves: Range<u64>, limits: PageLimits| {
+        let mut parts = Vec::new();
+        while !leaves.is_empty() {
+            let page = store.parts(leaves.clone(), limits).await.unwrap().unwrap();
+            assert!(!page.is_empty() && page.len() <= limits.records);
+            leaves.start = page.last().unwrap().subtree.leaves().end;
+            parts.extend(page);
+        }
+        parts
+    };
+    let whole = read(0..26, ALL).await;
+    let expected = [
+        Entry::Cycle(&record(21, epoch).bytes).to_bytes(),
+        Entry::Cycle(&record(22, epoch).bytes).to_bytes(),
+        Entry::Audit(&event(1).bytes).to_bytes(),
+        Entry::Audit(&event(2).bytes).to_bytes(),
+        Entry::Audit(&event(3).bytes).to_bytes(),
+        Entry::Control(b"pruned").to_bytes(),
+    ];
+    let expected: Vec<_> = (20..).zip(expected).map(|(leaf, entry)| Part::entry(leaf, entry.into())).collect();
+    assert_eq!(whole[2..], expected);
+    // What is gone is two complete subtrees.
+    assert_eq!(whole[..2].iter().map(|part| part.subtree.leaves()).collect::<Vec<_>>(), [0..16, 16..20]);
+    let log = store.log().frontier;
+    let checkpoint = Checkpoint { origin: "log".into(), size: log.size(), root: log.root() };
+    let mut verifier = LogVerifier::new(checkpoint, None).unwrap();
+    whole.iter().for_each(|part| verifier.add(part).unwrap());
+    verifier.end().unwrap();
+
+    for limits in [PageLimits { records: 1, ..ALL }, PageLimits { records: 3, ..ALL }, PageLimits { bytes: 1, ..ALL }] {
+        assert_eq!(read(0..26, limits).await, whole);
+        assert_eq!(read(20..24, limits).await, whole[2..6]);
+    }
+    // These begin or end inside of what is gone.
+    for leaves in [0..15, 17..26] {
+        assert_eq!(store.parts(leaves, ALL).await.unwrap(), None);
+    }
+}
+
 async fn removals_are_in_order_and_leave_the_newest_record(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 6).await;
     let removing = |revisions: &[u64], first_kept| {
@@ -710,6 +755,7 @@ every_store! {
     retention_removes_low_revisions_first_and_never_the_highest
     removals_are_in_order_and_leave_the_newest_record
     the_log_keeps_what_proofs_of_the_rest_need
+    the_log_is_read_in_parts_that_have_its_root
     audit_events_are_leaves_between_records_and_removals
     an_old_event_keeps_few_hashes_of_what_was_removed_after_it
     audit_events_are_listed_from_the_newest_and_removed_by_number_and_age

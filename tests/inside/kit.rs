@@ -4,6 +4,7 @@ use std::{
     cell::RefCell,
     collections::BTreeMap,
     io,
+    ops::Range,
     sync::{Arc, Mutex, Once},
     time::Duration,
 };
@@ -12,7 +13,7 @@ use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::{
     host::Host,
-    ledger::{Hash, Node, SealKeys, Signer, SigningKey},
+    ledger::{Hash, Node, Part, SealKeys, Signer, SigningKey},
     memory::{Memory, Shares},
     model::{
         Answer, Cause, Code, CycleId, CycleRequest, Epoch, IntervalLoop, LoopSpec, Name, Payload, RequestKey, Revision,
@@ -149,6 +150,10 @@ impl Store for Around {
 
     fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>> {
         self.inner.nodes(nodes)
+    }
+
+    fn parts(&self, leaves: Range<u64>, page: PageLimits) -> BoxFuture<'_, Result<Option<Vec<Part>>, StoreError>> {
+        self.inner.parts(leaves, page)
     }
 
     fn publish_checkpoint(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {

@@ -6,16 +6,16 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use rusqlite::{Connection, OptionalExtension, Transaction, named_params};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, named_params, types::ValueRef};
 
 use super::{
     error::explain,
-    rows::{HAS_REVISION, integer, kind_number, nanoseconds, number},
+    rows::{HAS_REVISION, MAX_RECORD, integer, kind_number, nanoseconds, number},
 };
 use crate::{
-    ledger::{Entry, Frontier, Hash, Node},
+    ledger::{Content, Entry, Frontier, Hash, Node, Part},
     model::{CycleId, Revision},
-    ports::{Log, StoreError, Write},
+    ports::{Log, PageLimits, StoreError, Write},
     store::{frontier::Appended, pruning::needless_hashes},
 };
 
@@ -59,9 +59,76 @@ pub(super) fn leaf(connection: &Connection, cycle_id: CycleId) -> rusqlite::Resu
 
 /// The hashes of these nodes; `None` if one is missing.
 pub(super) fn hashes(connection: &Connection, nodes: &[Node]) -> rusqlite::Result<Option<Vec<Hash>>> {
+    nodes.iter().map(|node| hash(connection, *node)).collect()
+}
+
+/// The hash of this node, if it is there.
+fn hash(connection: &Connection, node: Node) -> rusqlite::Result<Option<Hash>> {
     let mut query = connection.prepare_cached("SELECT hash FROM hashes WHERE id = ?1")?;
-    let mut hash = |node: &Node| query.query_row([integer(node.number())], |row| row.get(0)).optional();
-    nodes.iter().map(|node| Ok(hash(node)?.map(Hash))).collect()
+    Ok(query.query_row([integer(node.number())], |row| row.get(0)).optional()?.map(Hash))
+}
+
+/// True if the table of no kind has an entry of these leaves.
+fn is_gone(connection: &Connection, leaves: Range<u64>) -> rusqlite::Result<bool> {
+    let mut entries = connection.prepare_cached(
+        "SELECT 1 FROM cycles WHERE leaf >= ?1 AND leaf < ?2 UNION ALL SELECT 1 FROM audit WHERE leaf >= ?1 AND leaf < ?2
+         UNION ALL SELECT 1 FROM control WHERE leaf >= ?1 AND leaf < ?2",
+    )?;
+    Ok(!entries.exists([leaves.start, leaves.end].map(integer))?)
+}
+
+/// The log from the first of these leaves on, in parts; `None` if the hash of one is not retained.
+pub(super) fn parts(
+    connection: &mut Connection,
+    leaves: Range<u64>,
+    limits: PageLimits,
+) -> rusqlite::Result<Option<Vec<Part>>> {
+    // One transaction, so that entries and hashes are those of one time.
+    let transaction = connection.transaction()?;
+    let mut query = transaction.prepare_cached(
+        "SELECT leaf, 1, record FROM cycles WHERE leaf >= ?1 AND leaf < ?2
+         UNION ALL SELECT leaf, 2, event FROM audit WHERE leaf >= ?1 AND leaf < ?2
+         UNION ALL SELECT leaf, 3, entry FROM control WHERE leaf >= ?1 AND leaf < ?2 ORDER BY leaf",
+    )?;
+    let stored = query.query_map([leaves.start, leaves.end].map(integer), |row| Ok((number(row, 0)?, entry(row)?)))?;
+    let mut stored = stored.peekable();
+    let (mut parts, mut bytes, mut next) = (Vec::new(), 0, leaves.start);
+    while next < leaves.end && parts.len() < limits.records {
+        let is_here = |entry: &rusqlite::Result<(u64, _)>| entry.as_ref().map_or(true, |(leaf, _)| *leaf == next);
+        let subtree = if stored.peek().is_some_and(is_here) {
+            Node::of_leaf(next)
+        } else {
+            // What is on its left is in an earlier part.
+            let is_next = |beside: Range<u64>| Ok(beside.start > next && is_gone(&transaction, beside)?);
+            Node::largest_of::<rusqlite::Error>(next, leaves.end, is_next)?
+        };
+        let Some(hash) = hash(&transaction, subtree)? else { return Ok(None) };
+        let mut content = Content::Hash(hash);
+        while let Some(entry) = stored.next_if(is_here) {
+            let (_, entry) = entry?;
+            if Hash::of_leaf([&entry[..]]) == hash {
+                bytes += entry.len();
+                content = Content::Entry(entry.into());
+            }
+        }
+        if !parts.is_empty() && bytes > limits.bytes {
+            break;
+        }
+        parts.push(Part { subtree, content });
+        next = subtree.leaves().end;
+    }
+    Ok(Some(parts))
+}
+
+/// The encoded `LogEntry` of a row of a leaf, a kind and bytes; empty if these can't be the bytes of an entry.
+fn entry(row: &Row<'_>) -> rusqlite::Result<Vec<u8>> {
+    Ok(match (row.get(1)?, row.get_ref(2)?) {
+        (_, ValueRef::Blob(bytes)) if bytes.len() > MAX_RECORD => Vec::new(),
+        (1, ValueRef::Blob(bytes)) => Entry::Cycle(bytes).to_bytes(),
+        (2, ValueRef::Blob(bytes)) => Entry::Audit(bytes).to_bytes(),
+        (_, ValueRef::Blob(bytes)) => Entry::Control(bytes).to_bytes(),
+        _ => Vec::new(),
+    })
 }
 
 /// Checks that an entry is the one that was appended as this leaf.
@@ -112,11 +179,7 @@ pub(super) fn append(transaction: &Transaction<'_>, write: &Write, appended: &Ap
 
 /// Removes the hashes that no proof needs any more, in a log of `size` leaves of which these were removed.
 pub(super) fn forget(transaction: &Transaction<'_>, removed: &[u64], size: u64) -> rusqlite::Result<()> {
-    let mut entries = transaction.prepare_cached(
-        "SELECT 1 FROM cycles WHERE leaf >= ?1 AND leaf < ?2 UNION ALL SELECT 1 FROM audit WHERE leaf >= ?1 AND leaf < ?2
-         UNION ALL SELECT 1 FROM control WHERE leaf >= ?1 AND leaf < ?2",
-    )?;
-    let gone = |leaves: Range<u64>| entries.exists([leaves.start, leaves.end].map(integer)).map(|exists| !exists);
+    let gone = |leaves| is_gone(transaction, leaves);
     let mut delete = transaction.prepare_cached("DELETE FROM hashes WHERE id >= ?1 AND id < ?2")?;
     for numbers in needless_hashes(removed, size, gone)? {
         delete.execute([numbers.start, numbers.end].map(integer))?;

@@ -21,7 +21,7 @@ pub(super) const COLUMNS: &str =
 pub(super) const HAS_REVISION: &str = "revision > 0 AND typeof(revision) = 'integer'";
 
 /// Most bytes of a record that is read: the largest `cycle.max_record_bytes`.
-const MAX_RECORD: usize = 64 << 20;
+pub(super) const MAX_RECORD: usize = 64 << 20;
 
 /// A row with its record, if both can be read, and the record has the bytes that were written.
 pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Found {
