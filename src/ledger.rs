@@ -14,7 +14,7 @@ mod seal;
 mod tree;
 
 pub use self::{
-    bundle::{BundleError, Content, LogVerifier, Part, Pin},
+    bundle::{BundleError, Content, Head, LogVerifier, Part, Pin},
     digest::DigestKey,
     entry::{Entry, LogBegan, LogBeganReason, RecordsPruned},
     note::{Checkpoint, NoteError, Signer, SigningKey, VerifyingKey},

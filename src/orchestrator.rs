@@ -101,6 +101,8 @@ struct Shared {
     history: Memory,
     /// The part of it for filters of watchers, and records that they have read ahead.
     watching: Memory,
+    /// The part of it for readers of the log, since they may stall.
+    reading_log: Memory,
     /// The part of it for `State::recent`.
     _recent: Option<Held>,
     state: Mutex<State>,

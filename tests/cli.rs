@@ -1400,7 +1400,7 @@ async fn check_prints_the_plan_or_all_errors() {
 async fn help_needs_no_other_page() {
     let help = async |line: &str| ended(orchestrator().args(line.split_whitespace()).arg("--help")).await.with(0);
     let all = help("").await;
-    for code in ["0 ", "1 ", "2 ", "4 ", "10 ", "11 ", "12 ", "130 "] {
+    for code in ["0 ", "1 ", "2 ", "3 ", "4 ", "10 ", "11 ", "12 ", "130 "] {
         assert!(all.contains(&format!("\n  {code}")), "{all}");
     }
     for line in [
@@ -1424,6 +1424,8 @@ async fn help_needs_no_other_page() {
         "report",
         "plan",
         "check",
+        "checkpoint",
+        "export",
         "verify",
         "backup",
         "restore",
@@ -1441,7 +1443,7 @@ async fn help_needs_no_other_page() {
 #[tokio::test]
 async fn the_examples_in_the_help_are_valid() {
     let mut tried = 0;
-    for line in ["run", "watch", "cycles list", "subsystems register", "loops start", "report", "plan"] {
+    for line in ["run", "watch", "cycles list", "subsystems register", "loops start", "report", "plan", "export"] {
         let help = ended(orchestrator().args(line.split_whitespace()).arg("--help")).await.with(0);
         let examples = help.split("Examples:\n").nth(1).unwrap().replace("\\\n", " ");
         // No server listens, so a valid command fails only at the connection.

@@ -1176,7 +1176,7 @@ async fn a_cycle_that_a_kill_interrupts_is_recorded_at_the_next_start() {
         assert_eq!(decode(next_recorded(&mut cycles).await).cycle_id, cycle_id);
     }
     let bookmark = common::service::next_event(&mut cycles).await.unwrap();
-    assert_eq!((bookmark.revision, bookmark.event), (3, Some(Event::Bookmark(pb::Bookmark {}))));
+    assert!(matches!((bookmark.revision, &bookmark.event), (3, Some(Event::Bookmark(_)))), "{bookmark:?}");
 }
 
 #[tokio::test]

@@ -214,6 +214,8 @@ fn lines(command: &str) -> &'static [&'static str] {
         "token create" => &["token create a --file FILE"],
         "token list" => &["token list --file FILE"],
         "token revoke" => &["token revoke 0123456789abcdef --file FILE"],
+        "checkpoint" => &["checkpoint", "checkpoint --pin PIN"],
+        "export" => &["export --to FILE.jsonl"],
         "verify" => &["verify --db FILE --key PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"],
         new => panic!("add the arguments with which `orchestrator {new}` is tried here: it may print texts of others"),
     }
@@ -246,13 +248,13 @@ fn orchestrator(address: SocketAddr) -> Command {
 /// Runs all lines of all commands against this service, and returns how many of them showed one of its texts.
 async fn run_all(says: Says, format: &str, files: &Path) -> usize {
     let service = Service::start(says).await;
-    let (config, junit) = (files.join("o.toml"), files.join("junit.xml"));
+    let [config, junit, pin] = ["o.toml", "junit.xml", "o.pin"].map(|name| files.join(name));
     let mut showed = 0;
     for path in commands(&Cli::command(), "") {
         for line in lines(&path) {
             let address = service.address.to_string();
             let line = line.replace("ADDRESS", &address).replace("FILE", config.to_str().unwrap());
-            let line = line.replace("JUNIT", junit.to_str().unwrap());
+            let line = line.replace("JUNIT", junit.to_str().unwrap()).replace("PIN", pin.to_str().unwrap());
             let mut command = orchestrator(service.address);
             command.args(line.split(' ')).env("ORCHESTRATOR_OUTPUT", format);
             let ended = patiently(&line, command.output()).await.unwrap();

@@ -8,8 +8,9 @@ use std::{
     collections::BTreeMap,
     fs,
     io::Write,
+    net::SocketAddr,
     os::unix::fs::PermissionsExt,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -18,12 +19,14 @@ use bytes::Bytes;
 #[cfg(target_os = "linux")]
 use common::disk;
 use common::{
-    Stage, patiently,
-    service::{Home, because, decode, invalid, next_event, reason},
+    Stage, command,
+    door::Door,
+    patiently,
+    service::{Home, Service, because, decode, invalid, next_event, reason},
 };
 use orchestrator_core::{
     ledger::{
-        BundleError, Checkpoint, Consistency, Content, Entry, Frontier, Hash, Inclusion, LogVerifier, Node, Part,
+        BundleError, Checkpoint, Consistency, Content, Entry, Frontier, Hash, Inclusion, LogVerifier, Node, Part, Pin,
         Signer, SigningKey, VerifyingKey,
     },
     proto::orchestrator::v1::{
@@ -33,6 +36,7 @@ use orchestrator_core::{
 };
 use prost::Message;
 use rusqlite::{Connection, params};
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tonic::{Code, Response, Status, transport::Channel};
 
 /// The numbers and hashes in the table of complete nodes.
@@ -212,7 +216,7 @@ async fn an_event_is_proved_by_its_leaf_and_no_other_entry_is() {
     stage.client.run().await.unwrap();
     let mut ledger = ledger(&stage).await;
     let mut prove = async |cycle_id, event_leaf| {
-        let request = pb::GetInclusionProofRequest { cycle_id, size: 0, event_leaf: Some(event_leaf) };
+        let request = pb::GetInclusionProofRequest { cycle_id, event_leaf: Some(event_leaf), ..Default::default() };
         ledger.get_inclusion_proof(request).await.map(Response::into_inner)
     };
     assert_eq!(prove(0, 1).await.unwrap().entry[0], 0x12, "an audit event");
@@ -290,7 +294,7 @@ async fn checkpoint(ledger: &mut Ledger) -> (String, VerifyingKey) {
 }
 
 async fn inclusion(ledger: &mut Ledger, cycle_id: u64, size: u64) -> Result<pb::GetInclusionProofResponse, Status> {
-    let request = pb::GetInclusionProofRequest { cycle_id, size, event_leaf: None };
+    let request = pb::GetInclusionProofRequest { cycle_id, size, ..Default::default() };
     ledger.get_inclusion_proof(request).await.map(Response::into_inner)
 }
 
@@ -495,6 +499,41 @@ fn witness(proofs: &serde_json::Value) -> (Option<i32>, String) {
     witness.stdin.take().unwrap().write_all(proofs.to_string().as_bytes()).unwrap();
     let output = witness.wait_with_output().unwrap();
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// The same program, with a key and a bundle.
+fn witness_bundle(key: &VerifyingKey, bundle: &Path) -> (Option<i32>, String) {
+    let mut witness = Command::new("ledger-witness");
+    witness.arg(key.to_string()).stdin(fs::File::open(bundle).unwrap());
+    let output = witness.output().unwrap_or_else(|error| panic!("tests/witness, built as ledger-witness: {error}"));
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs tests/witness, which Go builds"]
+async fn independent_software_verifies_a_bundle() {
+    let empty = Home::new();
+    let (home, key) = verified_home().await;
+    let home = home.with_args(["--set", "store.retention.max_cycles=100"]);
+    for (home, is_whole) in [(&home, true), (&empty, false)] {
+        let service = home.serve().await;
+        let bundle = home.path("b.jsonl");
+        assert_eq!(call(Some(service.address()), &["export", "--to", bundle.to_str().unwrap()]).await.0, 0);
+        if !is_whole {
+            let key =
+                Pin::from_json(fs::read_to_string(&bundle).unwrap().lines().next().unwrap()).unwrap().open().unwrap().1;
+            assert_eq!(witness_bundle(&key, &bundle), (Some(0), String::new()));
+            continue;
+        }
+        assert_eq!(witness_bundle(&key, &bundle), (Some(0), String::new()));
+        let count = fs::read_to_string(&bundle).unwrap().lines().count();
+        for place in 0..count {
+            let without = rewritten(&bundle, |lines| drop(lines.remove(place)));
+            assert_eq!(witness_bundle(&key, &without).0, Some(1), "without line {place}");
+        }
+        let doubled = rewritten(&bundle, |lines| lines.push(lines[count - 1].clone()));
+        assert_eq!(witness_bundle(&key, &doubled).0, Some(1));
+    }
 }
 
 #[tokio::test]
@@ -984,4 +1023,291 @@ async fn a_store_that_looks_as_if_an_earlier_version_had_written_it_waits_for_an
         "{}",
         home.log()
     );
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Bundles and pins
+
+/// Runs a command that calls this service, if any; its exit code, and what it prints.
+async fn call(service: Option<SocketAddr>, args: &[&str]) -> (i32, String) {
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    command.args(args);
+    if let Some(address) = service {
+        command.env("ORCHESTRATOR_ADDRESS", address.to_string());
+    }
+    command::run(command).await
+}
+
+/// `orchestrator verify` of a bundle, with an earlier checkpoint in a file, if any.
+async fn verify_bundle(bundle: &Path, key: &VerifyingKey, since: Option<&Path>) -> (i32, String) {
+    let key = key.to_string();
+    let mut args = vec!["verify", bundle.to_str().unwrap(), "--key", &key];
+    if let Some(since) = since {
+        args.extend(["--since", since.to_str().unwrap()]);
+    }
+    call(None, &args).await
+}
+
+/// The bundle with other lines.
+fn rewritten(bundle: &Path, change: impl FnOnce(&mut Vec<String>)) -> PathBuf {
+    let mut lines: Vec<_> = fs::read_to_string(bundle).unwrap().lines().map(str::to_owned).collect();
+    change(&mut lines);
+    let path = bundle.with_extension("changed");
+    fs::write(&path, lines.join("\n") + "\n").unwrap();
+    path
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exported_log_is_verified_without_the_service_and_each_change_of_it_is_noticed() {
+    // Leaf 0 is a registration. The records of the cycles 1 to 6 are removed, by leaf 23, and no others from here on.
+    let (home, key) = verified_home().await;
+    let home = home.with_args(["--set", "store.retention.max_cycles=100"]);
+    let service = home.serve().await;
+    let (bundle, pin) = (home.path("b.jsonl"), home.path("o.db.checkpoint"));
+    let to = bundle.to_str().unwrap();
+    let (code, said) = call(Some(service.address()), &["export", "--to", to]).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("has 20 entries of the log orchestrator/") && said.contains(" of 26"), "{said}");
+    assert_eq!(fs::metadata(&bundle).unwrap().permissions().mode() & 0o777, 0o600);
+    let (code, said) = call(Some(service.address()), &["export", "--to", to]).await;
+    assert!(code == 1 && said.contains("exists; give another file"), "{code}: {said}");
+
+    let (code, said) = verify_bundle(&bundle, &key, Some(&pin)).await;
+    assert_eq!(code, 0, "{said}");
+    for expected in [
+        "of 26 entries, as the key has signed it",
+        "6 records, 13 audit events and 1 entries about removals are as they were written",
+        "6 entries were removed by retention",
+        "it extends the earlier log of 26 entries",
+    ] {
+        assert!(said.contains(expected), "{said}");
+    }
+    let other = SigningKey::generate(key.name()).unwrap();
+    let (code, said) = verify_bundle(&bundle, other.verifying(), None).await;
+    assert!(code == 1 && said.contains("is not signed by the key"), "{said}");
+
+    // The first line has the checkpoint, and each further one a leaf.
+    let count = fs::read_to_string(&bundle).unwrap().lines().count();
+    assert_eq!(count, 27);
+    let part = |line: &str| Part::from_json(line).unwrap();
+    for place in 1..count {
+        let changed = rewritten(&bundle, |lines| {
+            let Part { subtree, content } = part(&lines[place]);
+            let content = match content {
+                Content::Entry(entry) => Content::Entry([&entry[..], b"\x00"].concat().into()),
+                Content::Hash(Hash(hash)) => Content::Hash(Hash(hash.map(|byte| byte ^ 1))),
+            };
+            lines[place] = Part { subtree, content }.to_json().unwrap();
+        });
+        let (code, said) = verify_bundle(&changed, &key, None).await;
+        assert_eq!(code, 1, "line {place}: {said}");
+    }
+    for (change, expected) in [
+        (Box::new(|lines: &mut Vec<String>| drop(lines.remove(9))) as Box<dyn FnOnce(&mut Vec<String>)>, "comes next"),
+        (Box::new(|lines| lines.swap(9, 11)), "comes next"),
+        (Box::new(|lines| lines.truncate(20)), "contains 19 entries, and its checkpoint 26"),
+        // An entry that is left out, as if retention had removed it.
+        (
+            Box::new(|lines| {
+                let (subtree, hash) = (part(&lines[16]).subtree, part(&lines[16]).hash());
+                lines[16] = Part { subtree, content: Content::Hash(hash) }.to_json().unwrap();
+            }),
+            "leaf 15 is missing, and no entry says that retention has removed",
+        ),
+    ] {
+        let (code, said) = verify_bundle(&rewritten(&bundle, change), &key, None).await;
+        assert!(code == 1 && said.contains(expected), "{said}");
+    }
+
+    // What an earlier export has can be left out.
+    let later = home.path("later.jsonl");
+    let args = ["export", "--from-leaf", "18", "--to", later.to_str().unwrap()];
+    assert_eq!(call(Some(service.address()), &args).await.0, 0);
+    let (code, said) = verify_bundle(&later, &key, Some(&bundle)).await;
+    assert!(code == 0 && said.contains("hashes take the place of the entries before leaf 18"), "{said}");
+    assert!(said.contains("3 records, 4 audit events and 1 entries about removals"), "{said}");
+}
+
+/// The key of a service that was stopped.
+fn stolen(home: &Home) -> SigningKey {
+    fs::read_to_string(home.path("o.db.key")).unwrap().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_history_that_is_signed_anew_with_the_stolen_key_passes_alone_and_fails_with_an_earlier_checkpoint() {
+    let mut stage = Stage::new().await;
+    let address = Some(stage.service.address());
+    let [pin, bundle] = ["o.pin", "b.jsonl"].map(|name| stage.home.path(name));
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+    }
+    inclusion(&mut ledger(&stage).await, 3, 0).await.unwrap();
+    assert_eq!(call(address, &["checkpoint", "--pin", pin.to_str().unwrap()]).await.0, 0);
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+    }
+    inclusion(&mut ledger(&stage).await, 6, 0).await.unwrap();
+    assert_eq!(call(address, &["export", "--to", bundle.to_str().unwrap()]).await.0, 0);
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let key = stolen(&home);
+    assert_eq!(verify_bundle(&bundle, key.verifying(), Some(&pin)).await.0, 0);
+
+    // Another record in place of the one of cycle 2, with all hashes, and the signature.
+    let forged = rewritten(&bundle, |lines| {
+        let origin = Pin::from_json(&lines[0]).unwrap().open().unwrap().0.origin;
+        let forged = Part::entry(
+            2,
+            Entry::Cycle(&pb::CycleTelemetry { cycle_id: 2, ..Default::default() }.encode_to_vec()).to_bytes().into(),
+        );
+        lines[3] = forged.to_json().unwrap();
+        let mut log = Frontier::default();
+        for line in &lines[1..] {
+            log.append(Part::from_json(line).unwrap().hash());
+        }
+        let checkpoint = SigningKey::sign(&Checkpoint { origin, size: log.size(), root: log.root() }, [&key]);
+        lines[0] = Pin { checkpoint, keys: vec![key.verifying().to_string()] }.to_json().unwrap();
+    });
+    let (code, said) = verify_bundle(&forged, key.verifying(), None).await;
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = verify_bundle(&forged, key.verifying(), Some(&pin)).await;
+    assert!(code == 1 && said.contains("the history was changed since, and signed anew"), "{said}");
+}
+
+/// A service with the key and the name of the log of another one, and a history of its own of this many cycles.
+async fn impostor(home: &Home, cycles: usize) -> Stage {
+    let text = fs::read_to_string(home.path("o.db.checkpoint")).unwrap();
+    let origin = stolen(home).verifying().open(&text).unwrap().origin;
+    let keys = format!("ledger.key_files=[\"{}\"]", home.path("o.db.key").display());
+    let args = ["--set", keys.as_str(), "--set", &format!("ledger.origin={origin}")].map(str::to_owned);
+    let mut stage = Stage::at(Home::new().with_args(args)).await;
+    for _ in 0..cycles {
+        stage.client.run().await.unwrap();
+    }
+    inclusion(&mut ledger(&stage).await, cycles as u64, 0).await.unwrap();
+    stage
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pin_holds_a_service_to_its_history() {
+    let mut stage = Stage::new().await;
+    let pin = stage.home.path("o.pin");
+    let hold = async |service: &Service, more: &[&str]| {
+        let args = ["checkpoint", "--pin", pin.to_str().unwrap()];
+        call(Some(service.address()), &[&args, more].concat()).await
+    };
+    let kept = || Pin::from_json(&fs::read_to_string(&pin).unwrap()).unwrap();
+    let size = || kept().open().unwrap().0.size;
+    stage.client.run().await.unwrap();
+    inclusion(&mut ledger(&stage).await, 1, 0).await.unwrap();
+    let (code, said) = hold(&stage.service, &[]).await;
+    let key = checkpoint(&mut ledger(&stage).await).await.1;
+    assert!(code == 0 && said.contains("of 2 entries is pinned") && said.contains(&key.to_string()), "{said}");
+    for (cycle_id, entries) in [(2, 4), (3, 6)] {
+        stage.client.run().await.unwrap();
+        inclusion(&mut ledger(&stage).await, cycle_id, 0).await.unwrap();
+        let (code, said) = hold(&stage.service, &[]).await;
+        assert_eq!(code, 0, "{said}");
+        let expected = format!("has {entries} entries, and the {} of the pin are unchanged", entries - 2);
+        assert!(said.contains(&expected), "{said}");
+        assert_eq!(size(), entries);
+    }
+    // The newest checkpoint by itself is what the file beside the database contains.
+    let printed = call(Some(stage.service.address()), &["checkpoint"]).await;
+    assert_eq!(printed, (0, fs::read_to_string(stage.home.path("o.db.checkpoint")).unwrap()));
+
+    let other = SigningKey::generate(key.name()).unwrap().verifying().to_string();
+    let (code, said) = hold(&stage.service, &["--key", &other]).await;
+    assert!(code == 3 && said.contains("is not signed by the key"), "{code}: {said}");
+    // A key that is given takes the place of those in the pin.
+    fs::write(&pin, Pin { keys: vec![other, key.to_string()], ..kept() }.to_json().unwrap()).unwrap();
+    assert_eq!(hold(&stage.service, &[]).await.0, 0);
+    assert_eq!(kept().keys.len(), 2);
+    assert_eq!(hold(&stage.service, &["--key", &key.to_string()]).await.0, 0);
+    assert_eq!(kept().keys, [key.to_string()]);
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+
+    // A log of other entries, a shorter one, and one of another name.
+    let longer = impostor(&home, 4).await;
+    let (code, said) = hold(&longer.service, &[]).await;
+    assert!(code == 3 && said.contains("does not extend that of 6 entries"), "{code}: {said}");
+    let shorter = impostor(&home, 2).await;
+    let (code, said) = hold(&shorter.service, &[]).await;
+    assert!(
+        code == 3 && said.contains("the log of the service has 4 entries, and 6 are pinned: the last ones are missing"),
+        "{code}: {said}"
+    );
+    let keys = format!("ledger.key_files=[\"{}\"]", home.path("o.db.key").display());
+    let other_home = Home::new().with_args(["--set", &keys, "--set", "ledger.origin=another"]);
+    let renamed = other_home.serve().await;
+    let (code, said) = hold(&renamed, &[]).await;
+    assert!(
+        code == 3 && said.contains("the service has the log another, and the pin is of orchestrator/"),
+        "{code}: {said}"
+    );
+    assert_eq!(size(), 6, "the pin stays");
+    fs::write(&pin, "text").unwrap();
+    let (code, said) = hold(&longer.service, &[]).await;
+    assert!(code == 1 && said.contains("does not have the form"), "{code}: {said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watcher_with_a_pin_shows_proved_records_over_restarts_and_ends_when_the_history_was_changed() {
+    let mut stage = Stage::new().await;
+    let door = Door::open().await;
+    door.lead_to(Some(&stage.service));
+    let pin = stage.home.path("o.pin");
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    command.args(["watch", "--from-oldest", "--output", "json", "--pin", pin.to_str().unwrap()]);
+    command.env("ORCHESTRATOR_ADDRESS", door.address().to_string());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    let mut watch = command.spawn().unwrap();
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut shown = async |cycle_id: u64| {
+        let next = async {
+            loop {
+                let line: serde_json::Value = serde_json::from_str(&lines.next_line().await.unwrap().unwrap()).unwrap();
+                if let Some(id) = line["event"]["recorded"]["cycleId"].as_str() {
+                    return id.to_owned();
+                }
+            }
+        };
+        assert_eq!(patiently("the next record", next).await, cycle_id.to_string());
+    };
+    let pinned = || Pin::from_json(&fs::read_to_string(&pin).unwrap()).unwrap().open().unwrap().0.size;
+    for cycle_id in 1..=3 {
+        stage.client.run().await.unwrap();
+        shown(cycle_id).await;
+        assert!(pinned() >= 2 * cycle_id, "what is shown is pinned");
+    }
+    door.shut();
+    let mut stage = stage.killed().await;
+    door.lead_to(Some(&stage.service));
+    for cycle_id in 4..=5 {
+        stage.client.run().await.unwrap();
+        shown(cycle_id).await;
+    }
+    door.shut();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let impostor = impostor(&home, 6).await;
+    door.lead_to(Some(&impostor.service));
+    let ended = patiently("the watch to end", watch.wait_with_output()).await.unwrap();
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!(ended.status.code(), Some(3), "{said}");
+    assert!(said.contains("The history was changed, and signed anew"), "{said}");
+}
+
+#[tokio::test]
+async fn bookmarks_have_the_newest_checkpoint_once() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    let mut ledger = ledger(&stage).await;
+    inclusion(&mut ledger, 1, 0).await.unwrap();
+    let (newest, key) = checkpoint(&mut ledger).await;
+    let mut stream = stage.client.watch_after(1).await.unwrap();
+    let Some(Event::Bookmark(bookmark)) = next_event(&mut stream).await.unwrap().event else { panic!() };
+    assert_eq!(bookmark.checkpoint, newest);
+    assert_eq!(key.open(&bookmark.checkpoint).unwrap().size, 2);
 }

@@ -172,7 +172,7 @@ async fn sees_everything(mut stream: Streaming<pb::WatchCyclesResponse>, revisio
                 assert!(record.len() > OUTPUT_BYTES);
                 seen = event.revision;
             }
-            Event::Bookmark(pb::Bookmark {}) => assert_eq!(event.revision, seen),
+            Event::Bookmark(_) => assert_eq!(event.revision, seen),
             live => panic!("{live:?} was not requested"),
         }
     }

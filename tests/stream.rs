@@ -28,7 +28,7 @@ async fn watch(client: &mut Client, request: WatchCyclesRequest) -> Result<Strea
 
 async fn bookmark(stream: &mut Stream) -> u64 {
     let event = next_event(stream).await.unwrap();
-    assert_eq!(event.event, Some(Event::Bookmark(pb::Bookmark {})), "{event:?}");
+    assert!(matches!(event.event, Some(Event::Bookmark(_))), "{event:?}");
     event.revision
 }
 

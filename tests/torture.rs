@@ -246,7 +246,7 @@ impl Watched {
                     self.records.lock().unwrap().push(record);
                     self.revision.send_replace(event.revision);
                 }
-                Event::Bookmark(pb::Bookmark {}) => assert_eq!(event.revision, self.revision()),
+                Event::Bookmark(_) => assert_eq!(event.revision, self.revision()),
                 live => panic!("{live:?} was not requested"),
             }
         }

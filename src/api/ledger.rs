@@ -35,7 +35,7 @@ impl Ledger for Api {
     type ReadEntriesStream = Answers<pb::ReadEntriesResponse>;
 
     async fn read_entries(&self, request: Request<pb::ReadEntriesRequest>) -> Answer<Answers<pb::ReadEntriesResponse>> {
-        let parts = self.gate.stream(request, read_entries)?;
+        let parts = self.gate.stream(request, |call| Ok(stream::once(log_of(call)).try_flatten()))?;
         Ok(Response::new(Box::pin(parts)))
     }
 
@@ -55,7 +55,7 @@ async fn get_checkpoint(call: Entered<pb::GetCheckpointRequest>) -> Result<pb::G
 async fn get_inclusion_proof(
     mut call: Entered<pb::GetInclusionProofRequest>,
 ) -> Result<pb::GetInclusionProofResponse, Status> {
-    let pb::GetInclusionProofRequest { cycle_id, size, event_leaf } = call.take_request();
+    let pb::GetInclusionProofRequest { cycle_id, size, event_leaf, omit_entry } = call.take_request();
     let logged = request::logged(cycle_id, event_leaf).map_err(invalid)?;
     let (Published { size, note }, proved) = match size {
         0 => call.orchestrator().prove_now(logged).await.map_err(status)?,
@@ -68,7 +68,7 @@ async fn get_inclusion_proof(
         leaf: proved.leaf,
         size,
         hashes: bytes_of(&proved.proof.0),
-        entry: proved.entry,
+        entry: if omit_entry { Bytes::new() } else { proved.entry },
         checkpoint: note.to_string(),
     })
 }
@@ -107,19 +107,15 @@ async fn list_audit_events(
     Ok(answer)
 }
 
-/// Begins a stream, which keeps the call until it ends.
-fn read_entries(call: Entered<pb::ReadEntriesRequest>) -> Result<impl Stream<Item = ReadEntries>, Status> {
-    Ok(stream::once(log_of(call)).try_flatten())
-}
-
 type ReadEntries = Result<pb::ReadEntriesResponse, Status>;
 
-/// The log that is requested: its extent, then its parts. Pages of it are read as the client takes them.
+/// The log that is requested: its extent, then its parts. Pages of it are read as the client takes them. The stream
+/// keeps the call until it ends.
 async fn log_of(mut call: Entered<pb::ReadEntriesRequest>) -> Result<impl Stream<Item = ReadEntries>, Status> {
     use pb::read_entries_response::Response as Said;
     let pb::ReadEntriesRequest { from_leaf, size } = call.take_request();
     let Published { size, note } = match size {
-        0 => call.orchestrator().checkpoint().await.map_err(status)?,
+        0 => call.orchestrator().whole_log().await.map_err(status)?,
         size => Published { size, ..Published::default() },
     };
     let before = call.orchestrator().log_before(from_leaf, size).await.map_err(status)?;

@@ -379,7 +379,9 @@ pub(super) fn event(event: Event) -> pb::WatchCyclesResponse {
     let (revision, event) = match event {
         Event::Recorded(record) => (record.revision, Is::Recorded(record.bytes.clone())),
         Event::Unreadable(it) => (it.revision, Is::Unreadable(unreadable(it))),
-        Event::Bookmark(revision) => (revision, Is::Bookmark(pb::Bookmark {})),
+        Event::Bookmark(revision, checkpoint) => {
+            (revision, Is::Bookmark(pb::Bookmark { checkpoint: checkpoint.as_deref().unwrap_or_default().to_owned() }))
+        }
         Event::Started(cycle, revision) => (revision, Is::Started(started(&cycle))),
         Event::Progress(event, revision, lost) => {
             (revision, Is::Progress(progress(&event.cycle, event.change.updates(), lost)))

@@ -65,7 +65,7 @@ impl Audit {
             denied,
             kind: if changes { pb::AuditKind::Change } else { pb::AuditKind::Unspecified }.into(),
         };
-        let mut client = remote.connect_to_ledger().await?;
+        let mut client = remote.connect_to_ledger().await?.0;
         let mut list = if remote.format.is_json() { Some(JsonList::begin("events")?) } else { None };
         let columns = ["TIME", "CALLER", "RPC", "TARGETS", "CYCLE", "CALLS", "RESULT", "FROM"];
         let mut table = Table::list(columns).right(4).right(5);

@@ -222,7 +222,7 @@ async fn show(address: SocketAddr, greeting: String, cycles: Option<u64>) -> Res
         recorded += u64::from(matches!(event.event, Some(Event::Recorded(_))));
         Some(recorded) == cycles
     };
-    watch::follow(&Remote::at(address), pb::WatchCyclesRequest::default(), is_last).await
+    watch::follow(&Remote::at(address), pb::WatchCyclesRequest::default(), None, is_last).await
 }
 
 fn is_taken(error: &io::Error) -> bool {

@@ -2,18 +2,22 @@
 
 mod audit;
 mod backup;
+mod bundle;
 mod cancel;
 mod certs;
 mod check;
+mod checkpoint;
 mod completions;
 mod conformance;
 mod credentials;
 mod cycles;
 mod demo;
+mod export;
 mod known;
 mod loops;
 mod output;
 mod parameters;
+mod pin;
 mod plan;
 mod progress;
 mod remote;
@@ -63,6 +67,7 @@ Exit codes of all commands except serve and conformance, whose help lists theirs
   0    done; for run: the cycle SUCCEEDED
   1    the service refused or failed; for run: no subsystem was called
   2    wrong usage or a wrong configuration
+  3    checkpoint, export and watch --pin: what the service says does not verify
   4    the service can't be reached, or did not answer within --timeout
   10   run: the cycle was DEGRADED
   11   run: the cycle FAILED
@@ -115,6 +120,8 @@ enum Command {
     #[command(name = "whoami")]
     WhoAmI(whoami::WhoAmI),
     Audit(audit::Audit),
+    Checkpoint(checkpoint::CheckpointCommand),
+    Export(export::Export),
     Verify(verify::Verify),
     Backup(backup::Backup),
     Restore(backup::Restore),
@@ -176,6 +183,8 @@ impl Cli {
             Command::Plan(plan) => Box::pin(plan.run()),
             Command::WhoAmI(whoami) => Box::pin(whoami.run()),
             Command::Audit(audit) => Box::pin(audit.run()),
+            Command::Checkpoint(checkpoint) => Box::pin(checkpoint.run()),
+            Command::Export(export) => Box::pin(export.run()),
             Command::Conformance(conformance) => Box::pin(conformance.run()),
             // These have no handler of Ctrl-C, so that it ends them at once.
             Command::Check(check) => Box::pin(ready(check.run())),
@@ -247,6 +256,7 @@ enum Exit {
     Done = 0,
     Refused = 1,
     Usage = 2,
+    Unproved = 3,
     Unreachable = 4,
     Degraded = 10,
     Failed = 11,

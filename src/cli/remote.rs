@@ -40,6 +40,9 @@ type Identified = InterceptedService<Channel, Bearer>;
 /// The generated client.
 pub(super) type Client = OrchestratorClient<Identified>;
 
+/// The generated client of the log.
+pub(super) type Ledger = LedgerClient<Identified>;
+
 /// Checks over the connection of a [`Client`] whether the service still responds.
 pub(super) type Health = HealthClient<Channel>;
 
@@ -248,9 +251,10 @@ impl<F: clap::Args> Remote<F> {
     ///
     /// # Errors
     /// The service can't be reached.
-    pub(super) async fn connect_to_ledger(&self) -> Result<LedgerClient<Identified>, Failure> {
+    pub(super) async fn connect_to_ledger(&self) -> Result<(Ledger, Health), Failure> {
         let (channel, bearer) = self.channel().await?;
-        Ok(LedgerClient::with_interceptor(channel, bearer))
+        let client = LedgerClient::with_interceptor(channel.clone(), bearer).max_decoding_message_size(MAX_ANSWER);
+        Ok((client, Health::new(channel)))
     }
 
     async fn channel(&self) -> Result<(Channel, Bearer), Failure> {
@@ -515,6 +519,11 @@ pub(super) fn is_connection_lost(status: &Status) -> bool {
     let answered = status.get_error_details().error_info().is_some();
     // A status that came over the wire has no source.
     !answered && (status.source().is_some() || status.code() == Code::Unavailable)
+}
+
+/// True if a retry may help.
+pub(super) fn is_passing(status: &Status) -> bool {
+    is_connection_lost(status) || status.code() == Code::Unavailable
 }
 
 /// The name that was not found, if that is the reason.

@@ -1,4 +1,4 @@
-//! `orchestrator verify`: proves that a database has the signed contents.
+//! `orchestrator verify`: proves that an exported log, or a database, has the signed contents.
 
 use std::{
     fs,
@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Exit, Failure,
+    Exit, Failure, bundle,
     output::{clean, print},
 };
 use crate::{
@@ -15,10 +15,14 @@ use crate::{
     store::{self, Rules, Verified},
 };
 
-/// Verify that nothing in a database was changed
+/// Verify that nothing in an exported log, or in a database, was changed
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Computes the log of the history anew from the stored bytes, and compares it with all stored hashes, with the columns \
+Of a bundle, which `orchestrator export` has written: computes the root of the log anew from the bytes of each entry, \
+and compares it with the checkpoint, which the key has signed. With --since, also shows that nothing was changed since \
+that checkpoint, even by a program that has the key.
+
+Of a database: computes the log of the history anew from the stored bytes, and compares it with all stored hashes, with the columns \
 that the service reads, and with the signed checkpoint. A process may have the database open. Each thing that is \
 wrong is one line.
 
@@ -32,27 +36,40 @@ Exit codes:
   2    wrong usage
 
 Examples:
+  orchestrator verify history.jsonl --key 'core/8d0f…+5b1c22f7+AX3…'
+  orchestrator verify history.jsonl --since orchestrator.pin \\
+    --key 'core/8d0f…+5b1c22f7+AX3…'
   orchestrator verify --db orchestrator.db --key 'core/8d0f…+5b1c22f7+AX3…'
   orchestrator verify --db orchestrator.db --key-file orchestrator.db.key")]
 pub(super) struct Verify {
-    /// The database
+    /// The bundle
+    #[arg(value_name = "BUNDLE", required_unless_present = "db", conflicts_with = "db")]
+    bundle: Option<PathBuf>,
+    /// Verify this database instead
     #[arg(long, value_name = "FILE")]
-    db: PathBuf,
+    db: Option<PathBuf>,
     /// The public key of the log, which the service logs at its start
     #[arg(long, value_name = "KEY", required_unless_present = "key_file")]
     key: Option<VerifyingKey>,
-    /// The private key of the log, to check the seals as well; repeat it for several keys
-    #[arg(long, value_name = "FILE")]
+    /// With --db, the private key of the log, to check the seals as well; repeat it for several keys
+    #[arg(long, value_name = "FILE", requires = "db")]
     key_file: Vec<PathBuf>,
-    /// A checkpoint that the key has signed; without it, the one beside the database
-    #[arg(long, value_name = "FILE")]
+    /// An earlier checkpoint, pin or bundle of the same log, from another place
+    #[arg(long, value_name = "FILE", conflicts_with = "db")]
+    since: Option<PathBuf>,
+    /// With --db, a checkpoint that the key has signed; without it, the one beside the database
+    #[arg(long, value_name = "FILE", requires = "db")]
     checkpoint: Option<PathBuf>,
 }
 
 impl Verify {
     /// Verifies, and prints the problems.
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let Self { db, key, key_file, checkpoint } = self;
+        let Self { bundle, db, key, key_file, since, checkpoint } = self;
+        if let (Some(bundle), Some(key)) = (bundle, &key) {
+            return bundle::verify(&bundle, key, since.as_deref());
+        }
+        let db = db.unwrap_or_default();
         let refused = |problem: String| Failure::new(Exit::Refused, clean(&problem));
         let keys = key_file.iter().map(|path| store::signing_key(path)).collect::<Result<Vec<_>, _>>();
         let keys = keys.map_err(|error| refused(error.to_string()))?;

@@ -1,18 +1,19 @@
 //! `orchestrator watch`: follows recorded and running cycles.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use tokio::time::Instant;
-use tonic::{Code, Status, Streaming};
+use tonic::Streaming;
 
 use super::{
     Exit, Failure, HOST, known,
     output::{
-        Format, clean, coarse, count, cut_to_width, cycle_state, is_terminal, json, milliseconds, note, one_of,
-        painted, print, short, subsystem_state, telemetry, time, trigger,
+        Format, clean, clean_lines, coarse, count, cut_to_width, cycle_state, is_terminal, json, milliseconds, note,
+        one_of, painted, print, short, subsystem_state, telemetry, time, trigger,
     },
+    pin::{Opened, Witness},
     progress::Bar,
-    remote::{Health, Remote, is_connection_lost, reason},
+    remote::{Health, Remote, is_passing, reason},
 };
 use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
 
@@ -32,8 +33,13 @@ Prints every recorded cycle once, in the order in which they were recorded, with
 progress of the oldest running cycle is shown below, with the number of other running cycles. Lines of concurrent \
 cycles are interleaved; each line names its cycle. If the service restarts, or the connection breaks or does not \
 respond, the stream resumes after the last cycle that was shown, and stderr reports it. Ends only with Ctrl-C, or if \
-required records are no longer retained (exit code 1). On a terminal, a longer line is cut. Subsystems and loops must exist or be in the history, so that a \
+required records are no longer retained (exit code 1), or something does not verify (with --pin, exit code 3). On a terminal, a longer line is cut. Subsystems and loops must exist or be in the history, so that a \
 misspelt name is reported.
+
+With --pin, each record is shown once it is proved, about a second after it was written: that the signed log contains \
+exactly these bytes, and extends the log of the checkpoint in FILE, which then gets the newer checkpoint. So changes of \
+what was seen are detected, even by a program that has the key of the service. `orchestrator checkpoint --pin` creates \
+FILE with a key from another source.
 
 Each cycle has a revision, its position in the history: see `orchestrator cycles show`, or the JSON.
 
@@ -41,7 +47,8 @@ Examples:
   orchestrator watch
   orchestrator watch --from-oldest --state failed --state degraded
   orchestrator watch --after 1200 --output json | jq -r .event.recorded.state
-  orchestrator watch --progress --loop heartbeat")]
+  orchestrator watch --progress --loop heartbeat
+  orchestrator watch --pin orchestrator.pin")]
 pub(super) struct Watch {
     /// Start after this revision; 0 starts with the first record. By default, only new cycles are shown
     #[arg(long, value_name = "REVISION", value_parser = parse_revision)]
@@ -61,6 +68,10 @@ pub(super) struct Watch {
     /// Only cycles in which this subsystem took part; may be repeated
     #[arg(long = "subsystem", value_name = "NAME", value_delimiter = ',')]
     subsystems: Vec<String>,
+    /// Verify each record, and that the log of the history extends the one in FILE, which is created if it does not
+    /// exist
+    #[arg(long, value_name = "FILE")]
+    pin: Option<PathBuf>,
     #[command(flatten)]
     remote: Remote,
 }
@@ -83,19 +94,32 @@ impl Watch {
         let mut client = self.remote.connect().await?;
         // A misspelt name would wait forever.
         known::check(&self.remote, &mut client, &request.subsystems, &request.loops).await?;
-        follow(&self.remote, request, |_| false).await.map(|()| Exit::Done)
+        let witness = match self.pin {
+            Some(path) => {
+                let (mut witness, opened) = Witness::open(&self.remote, path, None).await?;
+                witness.hold_newest().await?;
+                Some((witness, opened))
+            }
+            None => None,
+        };
+        if let Some((witness, Opened::Trusted)) = &witness {
+            note(&witness.trusted());
+        }
+        let witness = witness.map(|(witness, _)| witness);
+        follow(&self.remote, request, witness, |_| false).await.map(|()| Exit::Done)
     }
 }
 
 /// Shows the stream until it has shown `the_last` event, or is dropped: on a terminal with the oldest running cycle
 /// below the recorded ones, otherwise as lines. Starts and ends inside a running cycle have lines only if `request`
-/// asks for progress.
+/// asks for progress. A `witness` verifies each event before it is shown.
 ///
 /// # Errors
-/// The service can't be reached at first, or refuses; or the output is closed.
+/// The service can't be reached at first, or refuses; an event does not verify; or the output is closed.
 pub(super) async fn follow(
     remote: &Remote,
     request: pb::WatchCyclesRequest,
+    mut witness: Option<Witness>,
     mut the_last: impl FnMut(&pb::CycleEvent) -> bool,
 ) -> Result<(), Failure> {
     let mut view = WatchView::new(remote.format, request.progress);
@@ -103,6 +127,9 @@ pub(super) async fn follow(
     let mut events = Events::open(remote, request, None).await?;
     loop {
         let event = events.next(|text| view.note(text)).await?;
+        if let Some(witness) = &mut witness {
+            view.verify(witness, &event).await?;
+        }
         let is_last = the_last(&event);
         view.show(event)?;
         if is_last {
@@ -132,6 +159,24 @@ impl WatchView {
             bar.clear();
         }
         note(text);
+    }
+
+    /// Verifies an event. If the service is away meanwhile, waits for it without a limit, as the stream does.
+    async fn verify(&mut self, witness: &mut Witness, event: &pb::CycleEvent) -> Result<(), Failure> {
+        let mut failures = 0;
+        loop {
+            match witness.see(event).await {
+                Err(failure) if failure.exit == Exit::Unreachable => {
+                    if failures == 0 {
+                        self.note(&clean_lines(&format!("waiting for a proof: {}", failure.message)));
+                    }
+                }
+                verified => return verified,
+            }
+            Events::pause(&mut failures).await;
+            // If this fails, so does the next attempt.
+            _ = witness.reconnect().await;
+        }
     }
 
     fn show(&mut self, event: pb::CycleEvent) -> Result<(), Failure> {
@@ -281,7 +326,7 @@ impl Events {
                 }
                 Ok(Some(_)) => {}
                 Ok(None) => self.resume("the stream has ended", &mut note).await?,
-                Err(status) if passes(&status) => {
+                Err(status) if is_passing(&status) => {
                     let why = match reason(&status).as_str() {
                         "DRAINING" => "the service is shutting down".to_owned(),
                         "" => "the connection is lost".to_owned(),
@@ -294,14 +339,19 @@ impl Events {
         }
     }
 
+    /// Waits before the next attempt to reach the service, and counts it.
+    async fn pause(failures: &mut u32) {
+        let pause = Self::FIRST_PAUSE.saturating_mul(1 << (*failures).min(16)).min(Self::LONGEST_PAUSE);
+        *failures += 1;
+        // Jitter, so that not all watchers reconnect at once.
+        tokio::time::sleep(pause.mul_f64(0.5 + HOST.random.fraction() / 2.0)).await;
+    }
+
     async fn resume(&mut self, why: &str, mut note: impl FnMut(&str)) -> Result<(), Failure> {
         let away_since = Instant::now();
         note(&format!("{why}; reconnecting"));
         loop {
-            let pause = Self::FIRST_PAUSE.saturating_mul(1 << self.failures.min(16)).min(Self::LONGEST_PAUSE);
-            self.failures += 1;
-            // Jitter, so that not all watchers reconnect at once.
-            tokio::time::sleep(pause.mul_f64(0.5 + HOST.random.fraction() / 2.0)).await;
+            Self::pause(&mut self.failures).await;
             let failure = match self.remote.connect_for_long().await {
                 Ok((mut client, health)) => {
                     let opening = client.watch_cycles(self.request.clone());
@@ -312,7 +362,7 @@ impl Events {
                             self.stream = stream.into_inner();
                             return Ok(());
                         }
-                        Ok(Err(status)) if passes(&status) => self.remote.failure(&status),
+                        Ok(Err(status)) if is_passing(&status) => self.remote.failure(&status),
                         Ok(Err(status)) => return Err(self.remote.failure(&status)),
                         Err(_) => self.remote.late(Self::LONGEST_PAUSE),
                     }
@@ -326,9 +376,4 @@ impl Events {
             }
         }
     }
-}
-
-/// True if a retry may help.
-fn passes(status: &Status) -> bool {
-    is_connection_lost(status) || status.code() == Code::Unavailable
 }

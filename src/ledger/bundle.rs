@@ -15,8 +15,8 @@ use super::{
     tree::{Frontier, Hash, Node},
 };
 
-/// A signed checkpoint, with the keys that are said to have signed it: the content of a pin. Whoever wants to be sure of
-/// the keys has them from elsewhere.
+/// A signed checkpoint, with the keys that are said to have signed it: the content of a pin. Whoever wants to be sure
+/// of the keys has them from elsewhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pin {
     /// The text of the checkpoint.
@@ -56,6 +56,35 @@ impl Pin {
             }
         }
         Err(refused)
+    }
+}
+
+/// The first line of a bundle.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Head {
+    /// The checkpoint of the log, and its keys.
+    #[serde(flatten)]
+    pub pin: Pin,
+    /// The first leaf whose entry is wanted: hashes take the place of those before it.
+    #[serde(default)]
+    pub from_leaf: u64,
+}
+
+impl Head {
+    /// Reads its JSON form.
+    ///
+    /// # Errors
+    /// The text has another form.
+    pub fn from_json(text: &str) -> Result<Self, BundleError> {
+        Ok(serde_json::from_str(text)?)
+    }
+
+    /// Its JSON form, in one line.
+    ///
+    /// # Errors
+    /// None, in practice.
+    pub fn to_json(&self) -> Result<String, BundleError> {
+        Ok(serde_json::to_string(self)?)
     }
 }
 
@@ -381,6 +410,9 @@ mod tests {
         let (opened, key) = pin.open().unwrap();
         assert_eq!((opened.size, &key), (1, signer.keys[0].verifying()));
         assert_eq!(Pin::from_json(&pin.to_json().unwrap()).unwrap(), pin);
+        let head = Head { pin: pin.clone(), from_leaf: 7 };
+        let text = head.to_json().unwrap();
+        assert_eq!((Head::from_json(&text).unwrap(), Pin::from_json(&text).unwrap()), (head, pin.clone()));
         assert!(Pin { keys: vec![keys[0].clone()], ..pin.clone() }.open().is_err());
         assert!(Pin { keys: Vec::new(), ..pin }.open().is_err());
     }

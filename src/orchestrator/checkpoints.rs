@@ -72,6 +72,13 @@ impl Checkpoints {
     }
 }
 
+impl Checkpoints {
+    /// The newest published one; the first one of a process may not be there yet, and has no text then.
+    pub(super) fn newest(&self) -> Published {
+        self.newest.borrow().clone()
+    }
+}
+
 impl Orchestrator {
     /// The public keys of those that sign checkpoints, in their text form.
     pub fn log_keys(&self) -> Vec<String> {
@@ -194,7 +201,7 @@ impl Shared {
     }
 
     /// The newest checkpoint, once there is one of this many entries.
-    async fn published(&self, entries: u64) -> Result<Published, Refusal> {
+    pub(super) async fn published(&self, entries: u64) -> Result<Published, Refusal> {
         let mut newest = self.checkpoints.newest.subscribe();
         let covers = |published: &Published| published.size >= entries && !published.note.is_empty();
         match timeout(PATIENCE, newest.wait_for(covers)).await {

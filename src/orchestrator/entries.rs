@@ -1,16 +1,25 @@
 //! Reads the log from its beginning: entries, and hashes in place of those that are gone.
 
-use std::ops::Range;
+use std::{mem, ops::Range};
 
-use super::{Orchestrator, Refusal};
+use super::{Orchestrator, Published, Refusal, history::room_of};
 use crate::{
-    ledger::{Content, Frontier, Node, Part},
+    ledger::{Content, Frontier, Part},
     ports::PageLimits,
 };
 
 impl Orchestrator {
     /// Size of a page: small, since it is held while its reader stalls.
     const LOG_PAGE: PageLimits = PageLimits { records: 1024, bytes: 256 << 10 };
+
+    /// A checkpoint that covers all that the log has now, which may have to be awaited for about a second. So entries
+    /// about removals are covered as well.
+    ///
+    /// # Errors
+    /// None can be published.
+    pub async fn whole_log(&self) -> Result<Published, Refusal> {
+        self.0.published(self.0.store.log().frontier.size()).await
+    }
 
     /// The hashes of the complete subtrees before this leaf, in a log of `size` leaves.
     ///
@@ -24,8 +33,8 @@ impl Orchestrator {
         Ok(subtrees.into_iter().zip(hashes).map(part).collect())
     }
 
-    /// The log from the first of these leaves on, in parts: at least one, unless there are no leaves, and at most to the
-    /// last of them. The bytes of entries are counted until they are dropped.
+    /// The log from the first of these leaves on, in parts: at least one, unless there are no leaves, and at most to
+    /// the last of them. The bytes of entries are counted until they are dropped.
     ///
     /// # Errors
     /// Retention has removed entries, so that these leaves begin or end among removed ones; too much is being read; or
@@ -35,24 +44,15 @@ impl Orchestrator {
         if shared.closed.is_cancelled() {
             return Err(Refusal::Draining);
         }
-        let mut room = shared.room(shared.max_record().max(Self::LOG_PAGE.bytes)).await?;
-        let (first, end) = (leaves.start, leaves.end);
-        let parts = shared.store.parts(leaves, Self::LOG_PAGE).await?.ok_or(Refusal::HashesRemoved(end))?;
-        let mut kept = Vec::with_capacity(parts.len());
-        for part in parts {
-            let content = match part.content {
-                // The first one has the memory that was waited for; further ones only what readers may read ahead.
-                Content::Entry(entry) if part.subtree == Node::of_leaf(first) => {
-                    Content::Entry(room.split(entry.len()).around(entry))
-                }
-                Content::Entry(entry) => match shared.watching.try_hold(entry.len()) {
-                    Ok(room) => Content::Entry(room.around(entry)),
-                    Err(_) => break,
-                },
-                hash @ Content::Hash(_) => hash,
-            };
-            kept.push(Part { content, ..part });
+        let mut room = room_of(&shared.reading_log, shared.max_record().max(Self::LOG_PAGE.bytes)).await?;
+        let end = leaves.end;
+        let mut parts = shared.store.parts(leaves, Self::LOG_PAGE).await?.ok_or(Refusal::HashesRemoved(end))?;
+        for part in &mut parts {
+            if let Content::Entry(entry) = &mut part.content {
+                // A larger record of an earlier configuration gets all of it.
+                *entry = room.split(entry.len()).around(mem::take(entry));
+            }
         }
-        Ok(kept)
+        Ok(parts)
     }
 }

@@ -10,7 +10,7 @@ use tokio::{sync::OnceCell, time::timeout};
 
 use super::{Orchestrator, RecordHasNoRoom, Refusal, Shared, State, offload::offload};
 use crate::{
-    memory::{Full, Held},
+    memory::{Full, Held, Memory},
     model::{AuditEvent, CycleId, RequestKey, Revision},
     ports::{
         EventFilter, EventPage, Filter, Found, LoggedEvent, Page, PageLimits, Record, SCAN_LIMIT, StoreError,
@@ -235,9 +235,7 @@ impl Shared {
     }
 
     pub(super) async fn room(&self, bytes: usize) -> Result<Held, Full> {
-        let bytes = bytes.min(self.history.max());
-        let full = |_| Full { purpose: self.history.purpose(), max: self.history.max(), wanted: bytes };
-        timeout(PATIENCE, self.history.hold(bytes)).await.map_err(full)
+        room_of(&self.history, bytes).await
     }
 
     /// Reads a record, once there is memory for it.
@@ -261,6 +259,13 @@ impl Shared {
         let room = room.map_err(|full| RecordHasNoRoom(record.cycle_id, full))?;
         Ok(room.around(record.bytes.clone()))
     }
+}
+
+/// This many bytes of this memory, or all of it, once they are free.
+pub(super) async fn room_of(memory: &Memory, bytes: usize) -> Result<Held, Full> {
+    let bytes = bytes.min(memory.max());
+    let full = |_| Full { purpose: memory.purpose(), max: memory.max(), wanted: bytes };
+    timeout(PATIENCE, memory.hold(bytes)).await.map_err(full)
 }
 
 /// The record, with its part of the memory. A larger record of an earlier configuration gets all of it.

@@ -196,6 +196,7 @@ impl Orchestrator {
         write.audit.iter().for_each(record::copy_event);
         state.loops.written(mark);
 
+        let reading_log = memory.history.part("entries of the log that are read", memory.history.max() / 4);
         let watching = memory.history.part("filters and records of watchers", memory.history.max() / 4);
         let (to_write, asked) = mpsc::channel(writing::WAITING);
         let shared = Arc::new(Shared {
@@ -216,6 +217,7 @@ impl Orchestrator {
             checkpoints: Checkpoints::new(signer),
             sums: Sums::new(clock, settings.audit_reads),
             watching,
+            reading_log,
             // With their known state, if requested.
             _recent: memory.history.try_hold(3 * State::RECENT_BYTES).ok(),
             history: memory.history.clone(),

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    Live, LiveChange, LiveCycle, LiveEvent, Orchestrator, Refusal, Shared,
+    Live, LiveChange, LiveCycle, LiveEvent, Orchestrator, Published, Refusal, Shared,
     figures::WatcherPlace,
     history::{Recent, which_have, with_room},
     live::Events,
@@ -95,8 +95,9 @@ pub enum Event {
     Started(Arc<LiveCycle>, Revision),
     /// The progress or the state of a running cycle, with the number of its updates that were lost before.
     Progress(Arc<LiveEvent>, Revision, u64),
-    /// Every record up to this revision that passes the filter was sent.
-    Bookmark(Revision),
+    /// Every record up to this revision that passes the filter was sent. With the newest checkpoint of the log, if it
+    /// is newer than that of the last bookmark.
+    Bookmark(Revision, Option<Arc<str>>),
 }
 
 /// Follows the record.
@@ -120,6 +121,8 @@ pub struct Watcher {
     before_record: Option<usize>,
     caught_up: bool,
     bookmark_at: Instant,
+    /// The size of the log in the last checkpoint that was sent.
+    checkpoint: Option<u64>,
 }
 
 /// The state of a running cycle for a watcher.
@@ -183,6 +186,7 @@ impl Watcher {
             before_record: None,
             caught_up: false,
             bookmark_at: Instant::now() + Self::BOOKMARK_EVERY,
+            checkpoint: None,
         })
     }
 
@@ -290,7 +294,12 @@ impl Watcher {
 
     fn bookmark(&mut self) -> Event {
         self.bookmark_at = Instant::now() + Self::BOOKMARK_EVERY;
-        Event::Bookmark(self.cursor)
+        let Published { size, note } = self.shared.checkpoints.newest();
+        let is_new = self.checkpoint < Some(size) && !note.is_empty();
+        if is_new {
+            self.checkpoint = Some(size);
+        }
+        Event::Bookmark(self.cursor, is_new.then_some(note))
     }
 
     /// The event to send for a live event, if it passes and its cycle is not over. A watcher that connects during a

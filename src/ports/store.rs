@@ -119,9 +119,9 @@ pub trait Store: Send + Sync + 'static {
     /// The store can't be read.
     fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>>;
 
-    /// The log from the first of these leaves on, in parts, up to the limits of `page` and at most to the last of them. In
-    /// place of entries that retention has removed, or whose bytes were changed, it has the largest complete subtrees of
-    /// these leaves. `None` if the hash of one is not retained: they begin or end among removed entries.
+    /// The log from the first of these leaves on, in parts, up to the limits of `page` and at most to the last of them.
+    /// In place of entries that retention has removed, or whose bytes were changed, it has the largest complete
+    /// subtrees of these leaves. `None` if the hash of one is not retained: they begin or end among removed entries.
     ///
     /// # Errors
     /// The store can't be read.

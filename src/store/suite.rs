@@ -682,7 +682,9 @@ async fn the_log_is_read_in_parts_that_have_its_root(store: &dyn Store, epoch: E
     let log = store.log().frontier;
     let checkpoint = Checkpoint { origin: "log".into(), size: log.size(), root: log.root() };
     let mut verifier = LogVerifier::new(checkpoint, None).unwrap();
-    whole.iter().for_each(|part| verifier.add(part).unwrap());
+    for part in &whole {
+        verifier.add(part).unwrap();
+    }
     verifier.end().unwrap();
 
     for limits in [PageLimits { records: 1, ..ALL }, PageLimits { records: 3, ..ALL }, PageLimits { bytes: 1, ..ALL }] {

@@ -52,7 +52,7 @@ async fn record(orchestrator: &Orchestrator, cycles: u64) {
 async fn next(watcher: &mut Watcher) -> Result<Option<Revision>, Refusal> {
     match watcher.next().await? {
         Event::Recorded(record) => Ok(Some(record.revision)),
-        Event::Bookmark(_) => Ok(None),
+        Event::Bookmark(..) => Ok(None),
         event => panic!("{event:?}"),
     }
 }
@@ -117,7 +117,7 @@ async fn an_idle_watcher_receives_a_bookmark_every_thirty_seconds() {
     assert_eq!(next(&mut watcher).await.unwrap(), Some(Revision(1)));
     for wait in [0, 30, 30] {
         let asked = Instant::now();
-        let Event::Bookmark(up_to) = watcher.next().await.unwrap() else { panic!("a record came") };
+        let Event::Bookmark(up_to, _) = watcher.next().await.unwrap() else { panic!("a record came") };
         assert_eq!((up_to, asked.elapsed().as_secs()), (Revision(1), wait));
     }
     // A client that resumes after it misses no record.
@@ -199,7 +199,7 @@ async fn progress_of_a_cycle_comes_before_its_record_and_beside_the_progress_of_
                 assert!(started.contains(&record.cycle_id));
                 recorded.push(record.cycle_id);
             }
-            Event::Bookmark(_) => {}
+            Event::Bookmark(..) => {}
             Event::Unreadable(unreadable) => panic!("{unreadable}"),
         }
     }
@@ -230,7 +230,7 @@ fn brief(event: &Event) -> (&'static str, u64) {
         Event::Started(cycle, _) => ("started", cycle.cycle_id.0),
         Event::Progress(event, ..) => ("progress", event.cycle.cycle_id.0),
         Event::Recorded(record) => ("recorded", record.cycle_id.0),
-        Event::Bookmark(revision) => ("bookmark", revision.0),
+        Event::Bookmark(revision, _) => ("bookmark", revision.0),
         Event::Unreadable(unreadable) => panic!("{unreadable}"),
     }
 }
