@@ -87,7 +87,7 @@ async fn a_restored_backup_is_served_under_enforce_and_what_it_replaced_is_kept(
     assert_eq!(code, Some(0), "{said}");
     // What is kept is not overwritten.
     let (code, said) = orchestrator(&replace);
-    assert!(code == Some(1) && said.contains("o.db.replaced exists"), "{said}");
+    assert!(code == Some(1) && said.contains("o.db.replaced exists, which an earlier"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -104,7 +104,45 @@ async fn a_backup_that_was_changed_or_can_not_be_verified_is_restored_only_when_
     Connection::open(&backup).unwrap().execute("UPDATE subsystems SET owner = 'token:other'", []).unwrap();
     let (code, said) = orchestrator(&with_key);
     assert!(code == Some(1) && said.contains("the seal of the subsystem \"a\""), "{said}");
-    assert!(!home.path("elsewhere").exists());
+    assert_eq!(fs::metadata(home.path("elsewhere/o.db")).unwrap().len(), 0, "nothing was restored");
+    assert!(!home.path("elsewhere/o.db.new").exists());
     let (code, said) = orchestrator(&[&with_key[..], &["--unverified"]].concat());
     assert!(code == Some(0) && said.contains("can be served now"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_restored_is_what_was_verified() {
+    let home = backed_up().await;
+    let (backup, store) = (home.path("backup.db"), url(&home));
+    let whole = fs::read(&backup).unwrap();
+    // The file itself was changed, and its log has what is in the true one.
+    let database = Connection::open(&backup).unwrap();
+    let changes = "PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 0; UPDATE meta SET last_cycle_id = 2";
+    database.execute_batch(changes).unwrap();
+    let replace = ["restore", text(&backup), &store, "--replace"];
+    let (code, said) = orchestrator(&replace);
+    assert!(code == Some(1) && said.contains("backup.db-wal has changes that are not in it"), "{said}");
+    drop(database);
+    fs::write(&backup, whole).unwrap();
+    // Nor is another file written to, or read, in the place of the copy.
+    let other = home.path("other");
+    fs::write(&other, "other").unwrap();
+    std::os::unix::fs::symlink(&other, home.path("o.db.new")).unwrap();
+    fs::write(home.path("o.db.new-wal"), "").unwrap();
+    let (code, said) = orchestrator(&replace);
+    assert!(code == Some(0) && said.contains("can be served now"), "{said}");
+    assert_eq!(fs::read_to_string(&other).unwrap(), "other");
+    let is_link = fs::symlink_metadata(home.path("o.db")).unwrap().is_symlink();
+    assert!(!is_link && !home.path("o.db.new-wal").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_no_store_replaces_none() {
+    let home = backed_up().await;
+    let note = home.path("note.db");
+    fs::write(&note, "a text, and no database at all").unwrap();
+    let (code, said) = orchestrator(&["restore", text(&note), &url(&home), "--replace", "--unverified"]);
+    assert!(code == Some(1) && said.contains("is not an SQLite database"), "{said}");
+    assert!(home.path("o.db").exists() && !home.path("o.db.replaced").exists());
+    assert!(home.serve().await.stop().await.success());
 }

@@ -1,6 +1,10 @@
 //! `orchestrator backup` and `orchestrator restore`.
 
-use std::{error::Error, fs, path::PathBuf};
+use std::{
+    error::Error,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use super::{
     Exit, Failure,
@@ -10,7 +14,8 @@ use super::{
 };
 use crate::{
     host::Host,
-    store::{self, BackedUp, LogKeys, StoreUrl},
+    ledger::SigningKey,
+    store::{self, BackedUp, BackupError, LogKeys, StoreUrl},
 };
 
 /// Back up a store, also while a service runs on it
@@ -96,7 +101,9 @@ impl Restore {
         let Self { backup, url, replace, key_file, origin, unverified } = self;
         let name = origin.clone().unwrap_or_else(|| format!("orchestrator/{:032x}", Host::system().random.id128()));
         let keys = LogKeys::read(&url, &key_file, &name).map_err(|error| refused(&error))?;
-        if !unverified {
+        let checkpoint = if unverified {
+            None
+        } else {
             if keys.are_new() {
                 let problem = "the key of the log is missing, so the backup can't be verified: put the key beside the \
                                store, or see --key-file and --unverified";
@@ -108,12 +115,21 @@ impl Restore {
                 Failure::new(Exit::Refused, clean(&problem))
             };
             let text = fs::read_to_string(&path).map_err(|error| unusable(&error))?;
-            let checkpoint = open_with_any(&keys.keys, &text).map_err(|error| unusable(&error))?;
-            differences(&backup, &checkpoint, &keys.keys)?;
-        }
-        let restored = store::restore(&backup, &url, (keys, origin), began, replace);
-        print(&told(&restored.map_err(|error| refused(&error))?))?;
+            Some(open_with_any(&keys.keys, &text).map_err(|error| unusable(&error))?)
+        };
+        let verify = |copy: &Path, keys: &[SigningKey]| match checkpoint {
+            Some(checkpoint) => differences(copy, &checkpoint, keys).map(drop),
+            None => Ok(()),
+        };
+        let restored = store::restore(&backup, &url, (keys, origin), began, replace, verify)?;
+        print(&told(&restored))?;
         Ok(Exit::Done)
+    }
+}
+
+impl From<BackupError> for Failure {
+    fn from(error: BackupError) -> Self {
+        refused(&error)
     }
 }
 

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::{
     AcceptError, Accepted, DatabaseFileError, LogKeys, OpenError, StoreUrl, accept, checkpoint_of, published, sqlite,
 };
-use crate::{file, model::CycleId};
+use crate::{file, ledger::SigningKey, model::CycleId};
 
 /// Why a backup was not made or restored. Each message contains the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +25,17 @@ pub enum BackupError {
         store: PathBuf,
         /// Where it would be kept.
         kept: PathBuf,
+    },
+    /// An earlier store is kept already.
+    #[error("{} exists, which an earlier --replace has kept; move it away, or remove it", .0.display())]
+    KeptExists(PathBuf),
+    /// The backup is a database that was not closed.
+    #[error("{} is not a whole backup: {} has changes that are not in it; make it with `orchestrator backup`", .backup.display(), .log.display())]
+    Unfinished {
+        /// The backup.
+        backup: PathBuf,
+        /// The file with the changes.
+        log: PathBuf,
     },
     /// A file can't be read or written.
     #[error("{}: {problem}", .path.display())]
@@ -71,32 +82,34 @@ pub fn backup(url: &StoreUrl, to: &Path) -> Result<BackedUp, BackupError> {
     Ok(BackedUp { last_cycle_id, has_checkpoint: checkpoint.is_some() })
 }
 
-/// Puts a backup in the place of a store, which no process has open, and [accepts](accept) it there. What is in that
-/// place is kept beside it if `replaces` is true. Waits for the disk.
+/// Puts a copy of a backup in the place of a store, which no process has open, once `verify` has accepted the copy, and
+/// [accepts](accept) it there. What is in that place is kept beside it if `replaces` is true. Waits for the disk.
 ///
 /// # Errors
-/// The backup can't be read, a process has the store open, the store exists and `replaces` is false, or a file can't be
-/// written.
-pub fn restore(
+/// The backup can't be read, `verify` refuses it, a process has the store open, the store exists and `replaces` is
+/// false, or a file can't be written.
+pub fn restore<E: From<BackupError>>(
     backup: &Path,
     url: &StoreUrl,
     (keys, origin): (LogKeys, Option<String>),
     began: impl FnOnce(String) -> Bytes,
     replaces: bool,
-) -> Result<Accepted, BackupError> {
-    let database = database(url)?;
+    verify: impl FnOnce(&Path, &[SigningKey]) -> Result<(), E>,
+) -> Result<Accepted, E> {
+    let database = database(url).map_err(BackupError::from)?;
     if !backup.exists() {
-        return Err(OpenError::from(DatabaseFileError::Missing { database: backup.display().to_string() }).into());
+        let missing = OpenError::from(DatabaseFileError::Missing { database: backup.display().to_string() });
+        return Err(BackupError::from(missing).into());
     }
     let beside = published(url);
-    sqlite::put(backup, database, replaces)?;
+    sqlite::put(backup, database, replaces, |copy| verify(copy, &keys.keys))?;
     if beside.is_none()
         && let Some(checkpoint) = published(&StoreUrl::Sqlite(backup.to_owned()))
     {
         let path = checkpoint_of(database);
         file::replace(&path, &checkpoint).map_err(|problem| BackupError::File { path, problem })?;
     }
-    Ok(accept(url, keys, origin, began)?)
+    Ok(accept(url, keys, origin, began).map_err(BackupError::from)?)
 }
 
 /// The database of a store that has one.

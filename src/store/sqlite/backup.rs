@@ -38,7 +38,7 @@ pub(in crate::store) fn copy(path: &Path, to: &Path) -> Result<CycleId, BackupEr
     let new = beside(to, ".new");
     let failed = |problem| BackupError::File { path: new.clone(), problem };
     // SQLite writes into an empty file that exists.
-    private().create(true).truncate(true).open(&new).map_err(failed)?;
+    create_new(&new).map_err(failed)?;
     let copied = database.execute("VACUUM INTO ?1", [new.display().to_string()]).map_err(explained);
     let copied = copied.map_err(BackupError::from).and_then(|_| finish(&new, to));
     if copied.is_err() {
@@ -50,9 +50,35 @@ pub(in crate::store) fn copy(path: &Path, to: &Path) -> Result<CycleId, BackupEr
     Ok(last.map(CycleId).map_err(|error| OpenError::from(explain(to, &error)))?)
 }
 
-/// Puts a copy of the database `from` in the place `path`, and keeps what is there if `replaces` is true.
-pub(in crate::store) fn put(from: &Path, path: &Path, replaces: bool) -> Result<(), BackupError> {
-    let place = LockedDatabase::take(path)?;
+/// Puts a copy of the database `from` in the place `path` once `verify` has accepted the copy, and keeps what is there
+/// if `replaces` is true. `verify` gets the copy, since another program could change `from` meanwhile.
+pub(in crate::store) fn put<E: From<BackupError>>(
+    from: &Path,
+    path: &Path,
+    replaces: bool,
+    verify: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    // What is in these files belongs to the database, and is in no copy of it.
+    for log in [log_of(from), beside(from, "-journal")] {
+        if log.exists() {
+            return Err(BackupError::Unfinished { backup: from.to_owned(), log }.into());
+        }
+    }
+    let place = LockedDatabase::take(path).map_err(BackupError::from)?;
+    let new = beside(&place.path, ".new");
+    let copied = copy_new(from, &new).map_err(|problem| BackupError::File { path: new.clone(), problem });
+    let copied = copied.map_err(E::from).and_then(|()| verify(&new));
+    // Reading it may have made these.
+    let _ = (fs::remove_file(log_of(&new)), fs::remove_file(beside(&new, "-shm")));
+    let put = copied.and_then(|()| replace(&new, &place, replaces).map_err(E::from));
+    if put.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    put
+}
+
+/// Gives the database `new` its place.
+fn replace(new: &Path, place: &LockedDatabase, replaces: bool) -> Result<(), BackupError> {
     let path = &place.path;
     let kept = beside(path, ".replaced");
     let has_store = fs::metadata(path).is_ok_and(|store| store.len() > 0);
@@ -60,14 +86,11 @@ pub(in crate::store) fn put(from: &Path, path: &Path, replaces: bool) -> Result<
         return Err(BackupError::StoreExists { store: path.clone(), kept });
     }
     if has_store && kept.exists() {
-        return Err(BackupError::Exists(kept));
+        return Err(BackupError::KeptExists(kept));
     }
-    let new = beside(path, ".new");
-    let copied = (|| {
-        let mut target = private().create(true).truncate(true).open(&new)?;
-        io::copy(&mut File::open(from)?, &mut target)
-    })();
-    copied.map_err(|problem| BackupError::File { path: new.clone(), problem })?;
+    let explained = |error| OpenError::from(explain(new, &error));
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    check_version(&Connection::open_with_flags(new, flags).map_err(explained)?, new)?;
     if has_store {
         // The database last: without its log it is still a database.
         for (from, to) in [(log_of(path), log_of(&kept)), (path.clone(), kept)] {
@@ -80,7 +103,21 @@ pub(in crate::store) fn put(from: &Path, path: &Path, replaces: bool) -> Result<
         }
     }
     let _ = fs::remove_file(beside(path, "-shm"));
-    finish(&new, path)
+    finish(new, path)
+}
+
+/// Creates a file that only its owner can read, in the place of one that an interrupted process has left, or of a link
+/// that somebody else has put there.
+fn create_new(path: &Path) -> io::Result<File> {
+    let _ = fs::remove_file(path);
+    private().create_new(true).open(path)
+}
+
+/// Copies the bytes of a database.
+fn copy_new(from: &Path, new: &Path) -> io::Result<()> {
+    // A log of an earlier copy would be read as part of this one.
+    let _ = (fs::remove_file(log_of(new)), fs::remove_file(beside(new, "-journal")));
+    io::copy(&mut File::open(from)?, &mut create_new(new)?).map(drop)
 }
 
 /// Gives a file that was written its name, and waits until both are on the disk.
