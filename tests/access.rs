@@ -222,6 +222,21 @@ async fn a_monitor_reads_metrics_and_the_status_without_records() {
 }
 
 #[tokio::test]
+async fn an_operator_of_one_subsystem_sees_no_outputs_of_others() {
+    let grants = "[[access.grants]]\nwho = [\"token:both\"]\nrole = \"viewer\"\nsubsystems = [\"*\"]\n[[access.grants]]\nwho = \
+                  [\"token:both\"]\nrole = \"operator\"\nsubsystems = [\"alarm\"]\n";
+    let stage = Stage::new("enforce", grants, &["both"]).await;
+    let get = async |name: &str, include_output| {
+        let request = pb::GetSubsystemRequest { name: name.into(), include_output, ..Default::default() };
+        stage.call(Some("both"), "GetSubsystem", &request).await
+    };
+    assert_eq!(denied(get("average", true).await), ("GetSubsystem".into(), "outputs and snapshots".into()));
+    for (name, include_output) in [("average", false), ("alarm", true)] {
+        assert_eq!(get(name, include_output).await.unwrap_err().code(), Code::NotFound, "{name}");
+    }
+}
+
+#[tokio::test]
 async fn the_admin_address_asks_for_a_token() {
     let stage = Stage::with_roles().await;
     for path in ["/", "/app.js", "/api/status", "/api/events", "/metrics", "/no/such/path"] {

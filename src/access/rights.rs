@@ -126,7 +126,13 @@ impl Rights {
         if let Some(name) = targets.r#loop.filter(|name| !covered(&|right| any(&right.loops, name))) {
             return Err(format!("loop {name}"));
         }
-        if targets.details && !covered(&|right| right.role == Role::Operator) {
+        // By the right of an operator of exactly these subsystems, whatever other rights cover them.
+        let operated =
+            |target: &dyn Fn(&Right) -> bool| covered(&|right| right.role == Role::Operator && target(right));
+        let are_operated = operated(&|_| true)
+            && (!targets.all_subsystems || operated(&|right| right.subsystems.iter().any(Glob::is_any)))
+            && targets.subsystems.iter().all(|name| operated(&|right| any(&right.subsystems, name)));
+        if targets.details && !are_operated {
             return Err("outputs and snapshots".into());
         }
         if targets.audit && !covered(&|right| right.role == Role::Auditor) {
@@ -327,6 +333,12 @@ mod tests {
         let details = Targets { details: true, ..named(&["a"]) };
         assert_eq!(both.cover(EVERY, &details), Ok(()));
         assert_eq!(rights(&[of(Role::Viewer, &["*"])]).cover(EVERY, &details), Err("outputs and snapshots".into()));
+        // A viewer of all is an operator of one.
+        let mixed = rights(&[of(Role::Viewer, &["*"]), operator(&["b"])]);
+        assert_eq!(mixed.cover(EVERY, &Targets { details: true, ..named(&["b"]) }), Ok(()));
+        for details in [details, Targets { details: true, ..Targets::ALL }] {
+            assert_eq!(mixed.cover(EVERY, &details), Err("outputs and snapshots".into()));
+        }
         let admin = Targets { details: true, registrations: vec![registering("x")], r#loop: Some("l"), ..Targets::ALL };
         assert_eq!(rights(&[of(Role::Admin, &[])]).cover(EVERY, &admin), Ok(()));
         assert_eq!(rights(&[]).cover(EVERY, &Targets::default()), Err(String::new()));
