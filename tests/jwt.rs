@@ -81,6 +81,11 @@ fn claims(name: &str, groups: &[&str]) -> Value {
     json!({"iss": ISSUER, "aud": AUDIENCE, "sub": name, "groups": groups, "iat": now(), "exp": now() + 3600})
 }
 
+/// The claims of a JWT that is valid for this many seconds.
+fn claims_until(seconds: i64) -> Value {
+    with(claims("alice", &[]), "exp", (now() + seconds).into())
+}
+
 /// The claims with another value of one of them; with null, without it.
 fn with(mut claims: Value, claim: &str, value: Value) -> Value {
     if value.is_null() {
@@ -231,6 +236,7 @@ async fn a_jwt_that_is_not_valid_is_refused() {
         ("nbf as text", claim("nbf", "0".into()), "`nbf`"),
         ("no iat", claim("iat", Value::Null), "`iat`"),
         ("too long", claim("iat", (now() - 100).into()), "max_lifetime"),
+        ("issued later", key.sign(&with(claims_until(7200), "iat", (now() + 7000).into())), "max_lifetime"),
         ("two parts", "a.b".to_owned(), "JWT"),
         ("four parts", format!("{signed}.a"), "JWT"),
         ("not base64url", format!("{signed}="), "JWT"),

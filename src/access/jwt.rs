@@ -170,7 +170,10 @@ impl Issuer {
         }
         if let Some(longest) = self.claims.max_lifetime {
             let issued_at = claims.get("iat").and_then(time).ok_or_else(|| bad("iat"))?;
-            if Duration::try_from(expires_at.duration_since(issued_at)).is_ok_and(|lifetime| lifetime > longest) {
+            // One that claims to be issued later does not live longer.
+            if Duration::try_from(expires_at.duration_since(issued_at.min(now)))
+                .is_ok_and(|lifetime| lifetime > longest)
+            {
                 return Err(JwtError::Lifetime);
             }
         }

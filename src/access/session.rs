@@ -51,7 +51,7 @@ impl Session {
 }
 
 impl Sessions {
-    /// Most open sessions: more than people look at one service, and less than a megabyte.
+    /// Most open sessions: more than people look at one service, and with the largest JWTs 9 MiB.
     pub const MAX: usize = 1024;
     /// Longest time until people have to log in again: a working day.
     pub const MAX_DURATION: Duration = Duration::from_hours(12);
