@@ -6,6 +6,7 @@ mod common;
 
 use common::{
     Stage,
+    command::orchestrator,
     fleet::Run,
     patiently,
     service::{Client, Home, because, decode, invalid, ms, reason},
@@ -66,9 +67,12 @@ async fn a_page_of_a_selective_filter_does_not_read_the_whole_history() {
         INSERT INTO cycles (cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, record)
             SELECT id, id, epoch, state, trigger, loop, request_id, finished_at, record FROM cycles, more;
         UPDATE counts SET cycles = 10100 WHERE state = 1;
-        UPDATE meta SET last_cycle_id = 10100, last_revision = 10100";
+        UPDATE meta SET last_cycle_id = 10100, last_revision = 10100, unlogged_to = 10100";
     database.execute_batch(many).unwrap();
     drop(database);
+    let store = format!("sqlite:{}", home.path("o.db").display());
+    let (exit, said) = orchestrator(None, &["store", "accept", &store]).await;
+    assert_eq!(exit, 0, "{said}");
     let service = home.serve().await;
     let client = service.client().await;
     let mut stage = Stage { fleet, home, service, client };

@@ -117,6 +117,7 @@ async fn records_of_an_earlier_version_are_not_in_the_log_and_later_ones_are() {
     let earlier =
         "DROP INDEX cycles_by_leaf; ALTER TABLE cycles DROP COLUMN leaf; ALTER TABLE meta DROP COLUMN log_size;
                    ALTER TABLE meta DROP COLUMN log_first_kept; DROP TABLE hashes; DROP TABLE control;
+                   ALTER TABLE meta DROP COLUMN unlogged_to;
                    ALTER TABLE meta DROP COLUMN seal; ALTER TABLE subsystems DROP COLUMN seal;
                    ALTER TABLE loops DROP COLUMN seal; ALTER TABLE outputs DROP COLUMN seal;
                    ALTER TABLE open_cycles DROP COLUMN seal;
@@ -802,6 +803,19 @@ async fn a_database_is_verified_only_by_a_checkpoint_that_the_key_has_signed() {
 // ---------------------------------------------------------------------------------------------------------------
 // Seals
 
+#[tokio::test]
+async fn a_record_that_is_not_in_the_log_is_not_served() {
+    let mut stage = Stage::new().await;
+    for _ in 0..2 {
+        stage.client.run().await.unwrap();
+    }
+    let database = database(&stage.home.path("o.db"));
+    assert_eq!(database.execute("UPDATE cycles SET leaf = NULL WHERE cycle_id = 1", []).unwrap(), 1);
+    let refused = stage.client.cycle(1).await.unwrap_err();
+    assert_eq!((refused.code(), reason(&refused).why.as_str()), (Code::DataLoss, "RECORD_UNREADABLE"));
+    assert!(refused.message().contains("it is not in the log"), "{}", refused.message());
+}
+
 /// Adds a copy of the first audit event to the end of the log, as a program without the key can.
 fn append_event(database: &Connection) {
     let mut log = Frontier::default();
@@ -843,6 +857,12 @@ async fn what_a_program_without_the_key_changes_is_neither_signed_nor_used() {
             "UPDATE hashes SET hash = zeroblob(32) WHERE id = (SELECT max(id) FROM hashes)",
             "the seal of its log",
             "the seal of the log does not belong to its 6 entries",
+        ),
+        (
+            "UPDATE meta SET last_cycle_id = last_cycle_id + 2;
+             INSERT INTO open_cycles (cycle_id, trigger, scheduled_at) VALUES (3, 0, 0), (4, 0, 0)",
+            "the seal of its log",
+            "the seal of the log does not belong to its 6 entries and the table meta",
         ),
         (
             "UPDATE subsystems SET spec = replace(spec, 'http://', 'http://x') WHERE name = 'a'",

@@ -374,6 +374,8 @@ async fn unreadable_rows_are_named_and_do_not_prevent_the_start() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a", "b"]).await;
     stage.client.run().await.unwrap();
+    stage.fleet.run("a", Run::Hold);
+    assert_eq!(stage.client.admit().await.unwrap(), 2);
     let Stage { home, service, .. } = stage;
     service.kill().await;
     let database = Connection::open(home.path("o.db")).unwrap();
@@ -383,8 +385,7 @@ async fn unreadable_rows_are_named_and_do_not_prevent_the_start() {
         .execute_batch(
             "UPDATE subsystems SET spec = '{' WHERE name = 'b';
              INSERT INTO loops (name, spec, state) VALUES ('l', '{', '{}');
-             INSERT INTO open_cycles (cycle_id, trigger, scheduled_at) VALUES (2, 9, 0);
-             UPDATE meta SET last_cycle_id = 2",
+             UPDATE open_cycles SET trigger = 9 WHERE cycle_id = 2",
         )
         .unwrap();
     drop(database);

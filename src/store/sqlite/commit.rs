@@ -57,7 +57,7 @@ impl Term {
             .prepare_cached(
                 "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
                  commits = :commits, epoch = :epoch, pruned_to = max(pruned_to, :pruned_to), log_size = :log_size,
-                 log_first_kept = :first_kept, seal = :seal WHERE epoch = :current",
+                 log_first_kept = :first_kept WHERE epoch = :current",
             )?
             .execute(named_params! {
                 ":cycle_id": integer(write.last_cycle_id.0),
@@ -68,7 +68,6 @@ impl Term {
                 ":pruned_to": integer(write.removal.revisions.last().copied().unwrap_or_default().0),
                 ":log_size": integer(appended.log.frontier.size()),
                 ":first_kept": integer(appended.log.first_kept),
-                ":seal": &self.sealer.of_log(&appended.log.frontier)[..],
                 ":current": integer(self.current.0),
             })?;
         if written == 0 {
@@ -89,6 +88,7 @@ impl Term {
             log::forget(&transaction, &removed, appended.log.frontier.size())?;
         }
         put_knowledge(&transaction, &self.sealer, write)?;
+        self.sealer.seal_end(&transaction, &appended.log.frontier)?;
         transaction.commit()?;
         Ok(None)
     }

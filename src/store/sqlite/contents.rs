@@ -48,12 +48,11 @@ pub(super) fn read_contents(
 ) -> Result<Read, StoreError> {
     let explained = |error| explain(path, &error);
     let transaction = connection.transaction().map_err(explained)?;
-    let (current, mark, seal, mut contents, numbers) = (|| {
+    let (current, mark, mut contents, numbers) = (|| {
         let boot_id = boot_id();
-        let (current, mark, seal, mut contents) = transaction.query_row("SELECT * FROM meta", [], |row| {
+        let (current, mark, mut contents) = transaction.query_row("SELECT * FROM meta", [], |row| {
             let (was_closed, last_boot_id): (bool, Option<String>) = (row.get("is_closed")?, row.get("boot_id")?);
             let (current, mark) = (Epoch(number(row, "epoch")?), Mark::of_row(row)?);
-            let seal: Option<Vec<u8>> = row.get("seal")?;
             let contents = Contents {
                 epoch: current.next().max(Epoch::by_clock(clock.now())),
                 last_cycle_id: mark.last_cycle_id,
@@ -62,7 +61,7 @@ pub(super) fn read_contents(
                 may_lack_open: !was_closed && (boot_id.is_none() || last_boot_id != boot_id),
                 ..Contents::default()
             };
-            Ok((current, mark, seal, contents))
+            Ok((current, mark, contents))
         })?;
         let numbers = Numbers::read(&transaction)?;
         contents.last_record = transaction
@@ -72,7 +71,7 @@ pub(super) fn read_contents(
                 |row| Ok(read(&transaction, row, check)),
             )
             .optional()?;
-        Ok((current, mark, seal, contents, numbers))
+        Ok((current, mark, contents, numbers))
     })()
     .map_err(explained)?;
     numbers.check().map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
@@ -82,7 +81,9 @@ pub(super) fn read_contents(
         Seals::Renewed(keys) => (keys, false),
     };
     let sealer = Sealer::new(keys, mark.id);
-    let mut renewal = match sealer.check_log(&log.frontier, seal.as_deref()) {
+    let seal = transaction.query_row("SELECT * FROM meta", [], |row| sealer.check_end(row, &log.frontier));
+    let seal = seal.map_err(explained)?;
+    let mut renewal = match seal {
         _ if !are_checked => Some(Renewal::Everything),
         Seal::Valid(SealedBy::FirstKey) => None,
         Seal::Valid(SealedBy::OtherKey) => Some(Renewal::OtherKey),
@@ -90,7 +91,8 @@ pub(super) fn read_contents(
         Seal::Missing if log.frontier.size() == 0 => Some(Renewal::Missing),
         Seal::Missing | Seal::Wrong => {
             let size = log.frontier.size();
-            return Err(tampered(path, format!("the seal of its log does not belong to its {size} entries")));
+            let problem = format!("the seal of its log does not belong to its {size} entries and its table meta");
+            return Err(tampered(path, problem));
         }
     };
     let (mut unreadable, mut changed) = (Vec::new(), None);
@@ -147,9 +149,11 @@ pub(super) fn read_contents(
         return Err(tampered(path, format!("the seal of its {changed} does not belong to what it contains now")));
     }
     contents.unreadable = unreadable;
-    let Contents { last_cycle_id, subsystems, loops, outputs, .. } = &contents;
-    let is_empty = *last_cycle_id == CycleId(0) && subsystems.is_empty() && loops.is_empty() && outputs.is_empty();
-    contents.is_sealed = is_empty || (are_checked && seal.is_some());
+    let Contents { last_cycle_id, open, subsystems, loops, outputs, unreadable, .. } = &contents;
+    let has_rows =
+        !(open.is_empty() && subsystems.is_empty() && loops.is_empty() && outputs.is_empty() && unreadable.is_empty());
+    let is_empty = *last_cycle_id == CycleId(0) && !has_rows;
+    contents.is_sealed = is_empty || (are_checked && seal != Seal::Missing);
     Ok(Read { contents, current, mark, log, sealer, renewal })
 }
 

@@ -82,8 +82,8 @@ pub(in crate::store) fn accept(
         let mark = Mark::read(&transaction)?;
         let sealer = Sealer::new(keys, mark.id);
         log::append(&transaction, &write, &appended)?;
-        let (size, seal) = (integer(appended.log.frontier.size()), sealer.of_log(&appended.log.frontier));
-        transaction.execute("UPDATE meta SET log_size = ?1, seal = ?2", (size, &seal[..]))?;
+        transaction.execute("UPDATE meta SET log_size = ?1", [integer(appended.log.frontier.size())])?;
+        sealer.seal_end(&transaction, &appended.log.frontier)?;
         sealer.renew(&transaction, Renewal::Everything)?;
         transaction.commit()?;
         Ok(mark)

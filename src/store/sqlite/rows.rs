@@ -13,8 +13,8 @@ use crate::{
 };
 
 /// In this order, so that a row can be examined without reading the record, which is last and may be large.
-pub(super) const COLUMNS: &str =
-    "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, leaf, triggered_by, record";
+pub(super) const COLUMNS: &str = "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, leaf, triggered_by, \
+     revision <= (SELECT unlogged_to FROM meta) AS is_unlogged, record";
 
 /// Condition that a row has a place in the history. An unreadable revision has no place: reads by revision don't find
 /// it.
@@ -37,8 +37,10 @@ pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Foun
     }
     let record = record(row).map_err(|error| unreadable(error.to_string()))?;
     let leaf: Option<i64> = row.get("leaf").map_err(|error| unreadable(error.to_string()))?;
-    if let Some(leaf) = leaf {
-        log::check(connection, leaf.unsigned_abs(), Entry::Cycle(&record.bytes)).map_err(unreadable)?;
+    match leaf {
+        Some(leaf) => log::check(connection, leaf.unsigned_abs(), Entry::Cycle(&record.bytes)).map_err(unreadable)?,
+        None if row.get("is_unlogged").unwrap_or(false) => {}
+        None => return Err(unreadable("it is not in the log, although it was written since the log began".into())),
     }
     check(&record).map_err(unreadable)?;
     Ok(record)

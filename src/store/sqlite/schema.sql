@@ -192,3 +192,9 @@ CREATE TABLE audit_counts (
 INSERT INTO audit_counts SELECT 1, audit_events FROM meta;
 INSERT INTO audit_counts VALUES (2, 0), (3, 0);
 ALTER TABLE meta DROP COLUMN audit_events;
+
+-- migration 12
+
+-- The highest revision of the records that are older than the log: all others have a leaf.
+ALTER TABLE meta ADD COLUMN unlogged_to INTEGER NOT NULL DEFAULT 0;
+UPDATE meta SET unlogged_to = coalesce((SELECT max(revision) FROM cycles WHERE leaf IS NULL), 0);

@@ -1,5 +1,6 @@
-//! The seals of a database: one of the end of its log, in the table `meta`, and one in each row of the tables that
-//! later cycles depend on. A program that changes a row, or appends to the log, can't make the seal that belongs to it.
+//! The seals of a database: one of the end of its log and of how far the history goes, in the table `meta`, and one
+//! in each row of the tables that later cycles depend on. A program that changes a row, or appends to the log, can't
+//! make the seal that belongs to it.
 
 use std::borrow::Cow;
 
@@ -9,7 +10,7 @@ use rusqlite::{
 };
 
 use super::commit::Renewal;
-use crate::ledger::{Frontier, Hash, SealKeys, SealedBy};
+use crate::ledger::{Frontier, SealKeys, SealedBy};
 
 /// A table whose rows are sealed.
 pub(super) struct Table {
@@ -43,6 +44,14 @@ pub(super) const OPEN_CYCLES: Table = Table {
 /// All of them.
 pub(super) const TABLES: [&Table; 4] = [&SUBSYSTEMS, &LOOPS, &OUTPUTS, &OPEN_CYCLES];
 
+/// How far the history goes. Not the epoch, which another process may have raised to take over, nor what says which
+/// file and which start of the machine it was, which change without a process that has the key.
+const META: Table = Table {
+    name: "meta",
+    row: "meta",
+    columns: &["last_cycle_id", "last_revision", "pruned_to", "commits", "is_closed", "log_first_kept", "unlogged_to"],
+};
+
 /// Seals one database.
 #[derive(Clone, Debug)]
 pub(super) struct Sealer {
@@ -66,14 +75,24 @@ impl Sealer {
         Self { keys, database_id }
     }
 
-    /// The seal of the end of this log.
-    pub(super) fn of_log(&self, log: &Frontier) -> [u8; Hash::LEN] {
-        self.keys.seal(&self.keys.pieces_of(log))
+    /// Seals the end of this log, together with the other numbers of the table `meta`, which were written before.
+    pub(super) fn seal_end(&self, transaction: &Transaction<'_>, log: &Frontier) -> rusqlite::Result<()> {
+        let mut query = transaction.prepare_cached("SELECT * FROM meta")?;
+        let seal = query.query_row([], |row| Ok(self.keys.seal(&self.pieces_of_end(row, log)?)))?;
+        transaction.prepare_cached("UPDATE meta SET seal = ?1")?.execute([&seal[..]])?;
+        Ok(())
     }
 
-    /// Whether the stored seal is that of the end of this log.
-    pub(super) fn check_log(&self, log: &Frontier, seal: Option<&[u8]>) -> Seal {
-        Seal::of(seal, |seal| self.keys.check(&self.keys.pieces_of(log), seal))
+    /// Whether the seal of this row of `meta` is that of its numbers and of the end of this log.
+    pub(super) fn check_end(&self, meta: &Row<'_>, log: &Frontier) -> rusqlite::Result<Seal> {
+        let (seal, pieces): (Option<Vec<u8>>, _) = (meta.get("seal")?, self.pieces_of_end(meta, log)?);
+        Ok(Seal::of(seal.as_deref(), |seal| self.keys.check(&pieces, seal)))
+    }
+
+    fn pieces_of_end<'a>(&'a self, meta: &'a Row<'_>, log: &Frontier) -> rusqlite::Result<Vec<Cow<'a, [u8]>>> {
+        let values = META.columns.iter().map(|column| meta.get_ref(*column)).collect::<rusqlite::Result<Vec<_>>>()?;
+        let of_log = self.keys.pieces_of(log).map(|piece| Cow::Owned(piece.into_owned()));
+        Ok(of_log.into_iter().chain(self.pieces(&META, values.into_iter())).collect())
     }
 
     /// Writes a row, with its seal, over the one with the same key. The values are those of the sealed columns.

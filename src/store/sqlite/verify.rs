@@ -300,18 +300,19 @@ impl Verifier<'_> {
         }
     }
 
-    /// Records without a leaf are older than the log, and so than all others.
+    /// Records without a leaf are older than the log.
     fn check_unlogged(&mut self) -> rusqlite::Result<()> {
-        let first: Option<i64> =
-            self.database.query_row("SELECT min(revision) FROM cycles WHERE leaf IS NOT NULL", [], |row| row.get(0))?;
+        let last: i64 = self.database.query_row("SELECT unlogged_to FROM meta", [], |row| row.get(0))?;
         let mut query = self.database.prepare("SELECT cycle_id FROM cycles WHERE leaf IS NULL ORDER BY revision")?;
         let mut rows = query.query([])?;
         while let Some(row) = rows.next()? {
             let cycle_id = number(row, 0)?;
             let Some(record) = self.record(cycle_id)? else { continue };
             self.verified.unlogged += 1;
-            if first.is_some_and(|first| integer(record.revision.0) > first) {
-                (self.wrong)(format!("the record of cycle {cycle_id} has no leaf, and records before it have one"));
+            if integer(record.revision.0) > last {
+                (self.wrong)(format!(
+                    "the record of cycle {cycle_id} has no leaf, and was written since the log began"
+                ));
             }
             if let Err(problem) = (self.rules.record)(&record) {
                 (self.wrong)(format!("the record of cycle {cycle_id}: {problem}"));
@@ -355,11 +356,13 @@ impl Verifier<'_> {
 
     /// The seals are those of a process with the key.
     fn check_seals(&mut self, sealer: &Sealer) -> rusqlite::Result<()> {
-        let seal: Option<Vec<u8>> = self.database.query_row("SELECT seal FROM meta", [], |row| row.get(0))?;
         let size = self.verified.entries;
         let log = hashes(self.database, &Frontier::nodes(size))?.and_then(|roots| Frontier::of(size, roots));
-        if log.is_some_and(|log| !matches!(sealer.check_log(&log, seal.as_deref()), Seal::Valid(_))) {
-            (self.wrong)(format!("the seal of the log does not belong to its {size} entries"));
+        if let Some(log) = log {
+            let seal = self.database.query_row("SELECT * FROM meta", [], |row| sealer.check_end(row, &log))?;
+            if !matches!(seal, Seal::Valid(_)) {
+                (self.wrong)(format!("the seal of the log does not belong to its {size} entries and the table meta"));
+            }
         }
         let mut sealed = 0;
         for table in TABLES {
@@ -483,7 +486,7 @@ mod tests {
         let inserted = "INSERT INTO cycles SELECT 99, REVISION, epoch, state, trigger, loop, request_id, finished_at,
                         record, LEAF, triggered_by FROM cycles WHERE revision = 5";
         let insert = |revision: &str, leaf: &str| inserted.replace("REVISION", revision).replace("LEAF", leaf);
-        let changes: [(&str, &[&str]); 13] = [
+        let changes: [(&str, &[&str]); 14] = [
             (
                 "DELETE FROM cycles WHERE revision = 5",
                 &["leaf 4 is missing, and no entry says that retention removed it"],
@@ -510,7 +513,7 @@ mod tests {
                 "UPDATE cycles SET leaf = NULL WHERE revision = 10",
                 &[
                     "leaf 10 is missing, and no entry says that retention removed it",
-                    "the record of cycle 9 has no leaf, and records before it have one",
+                    "the record of cycle 9 has no leaf, and was written since the log began",
                 ],
             ),
             (
@@ -525,7 +528,10 @@ mod tests {
             ),
             (
                 "UPDATE meta SET log_first_kept = 3",
-                &["by the table meta, the entries before leaf 3 were removed; by the log, those before leaf 2"],
+                &[
+                    "by the table meta, the entries before leaf 3 were removed; by the log, those before leaf 2",
+                    "the seal of the log does not belong to its 11 entries and the table meta",
+                ],
             ),
             (
                 "UPDATE hashes SET hash = zeroblob(32) WHERE id = 12",
@@ -539,11 +545,18 @@ mod tests {
                     "the hash 19 in the table hashes belongs to no entry",
                 ],
             ),
-            // Older than the log.
-            (&insert("1", "NULL"), &[]),
+            (&insert("1", "NULL"), &["the record of cycle 99 has no leaf, and was written since the log began"]),
             (
                 &insert("1", "NULL").replace(" record,", " CAST('unreadable' AS BLOB),"),
-                &["the record of cycle 99: as scripted"],
+                &[
+                    "the record of cycle 99 has no leaf, and was written since the log began",
+                    "the record of cycle 99: as scripted",
+                ],
+            ),
+            // As if it were older than the log.
+            (
+                &(insert("1", "NULL") + "; UPDATE meta SET unlogged_to = 1"),
+                &["the seal of the log does not belong to its 11 entries and the table meta"],
             ),
         ];
         let changed = directory.path().join("changed.db");
@@ -641,7 +654,11 @@ mod tests {
                     seal_of("output \"\""),
                 ],
             ),
-            ("UPDATE meta SET seal = NULL", vec!["the seal of the log does not belong to its 2 entries".into()]),
+            ("UPDATE meta SET seal = NULL", vec!["the seal of the log does not belong to its 2 entries and the table meta".into()]),
+            (
+                "UPDATE meta SET last_cycle_id = last_cycle_id + 1",
+                vec!["the seal of the log does not belong to its 2 entries and the table meta".into()],
+            ),
         ];
         let changed = directory.path().join("changed.db");
         for (change, expected) in changes {
