@@ -32,7 +32,7 @@ pub enum SealedBy {
     OtherKey,
 }
 
-/// What is sealed: pieces, whose number and lengths are sealed as well.
+/// The sealed pieces. Their number and lengths are sealed as well.
 type Pieces<'a> = [Cow<'a, [u8]>];
 
 impl SealKeys {
@@ -66,7 +66,7 @@ impl SealKeys {
     }
 
     /// The pieces of the end of the log: its origin, its size and its root.
-    pub fn pieces_of(&self, log: &Frontier) -> [Cow<'_, [u8]>; 3] {
+    pub fn pieces_of<'a>(&'a self, log: &Frontier) -> [Cow<'a, [u8]>; 3] {
         let (size, root) = (log.size().to_be_bytes().to_vec(), log.root().0.to_vec());
         [self.origin.as_bytes().into(), size.into(), root.into()]
     }

@@ -12,7 +12,7 @@ use super::{
     seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Sealer},
 };
 use crate::{
-    model::{Epoch, Name, Trigger},
+    model::{Epoch, Name, Revision, Trigger},
     ports::{Durability, Removal, Stage, Write},
     store::frontier::{Appended, Frontier},
 };
@@ -25,6 +25,10 @@ pub(super) struct Term {
     pub(super) database_id: [u8; 16],
     /// Number of all commits so far.
     pub(super) commits: u64,
+    /// The highest revision that was ever removed.
+    pub(super) pruned_to: Revision,
+    /// The highest revision of the records that are older than the log.
+    pub(super) unlogged_to: Revision,
     pub(super) frontier: Frontier,
     pub(super) sealer: Sealer,
     /// What the first commit of the term seals anew, if anything.
@@ -52,22 +56,30 @@ impl Term {
         appended: &Appended,
     ) -> rusqlite::Result<Option<Epoch>> {
         let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
+        let [cycle_id, revision, pruned_to] =
+            [write.last_cycle_id.0, last_revision.0, self.pruned_to_by(write).0].map(integer);
+        let (commits, first_kept) = (integer(self.commits + 1), integer(appended.log.first_kept));
+        let seal = self.sealer.of_end(
+            &appended.log.frontier,
+            [&cycle_id, &revision, &pruned_to, &commits, &write.close, &first_kept, &integer(self.unlogged_to.0)],
+        )?;
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let written = transaction
             .prepare_cached(
                 "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
-                 commits = :commits, epoch = :epoch, pruned_to = max(pruned_to, :pruned_to), log_size = :log_size,
-                 log_first_kept = :first_kept WHERE epoch = :current",
+                 commits = :commits, epoch = :epoch, pruned_to = :pruned_to, log_size = :log_size,
+                 log_first_kept = :first_kept, seal = :seal WHERE epoch = :current",
             )?
             .execute(named_params! {
-                ":cycle_id": integer(write.last_cycle_id.0),
-                ":revision": integer(last_revision.0),
+                ":cycle_id": cycle_id,
+                ":revision": revision,
                 ":is_closed": write.close,
-                ":commits": integer(self.commits + 1),
+                ":commits": commits,
                 ":epoch": integer(self.epoch.0),
-                ":pruned_to": integer(write.removal.revisions.last().copied().unwrap_or_default().0),
+                ":pruned_to": pruned_to,
                 ":log_size": integer(appended.log.frontier.size()),
-                ":first_kept": integer(appended.log.first_kept),
+                ":first_kept": first_kept,
+                ":seal": &seal[..],
                 ":current": integer(self.current.0),
             })?;
         if written == 0 {
@@ -88,7 +100,6 @@ impl Term {
             log::forget(&transaction, &removed, appended.log.frontier.size())?;
         }
         put_knowledge(&transaction, &self.sealer, write)?;
-        self.sealer.seal_end(&transaction, &appended.log.frontier)?;
         transaction.commit()?;
         Ok(None)
     }
@@ -97,7 +108,13 @@ impl Term {
     pub(super) fn advance(&mut self, write: &Write, appended: Appended) {
         self.current = self.epoch;
         self.commits += 1;
+        self.pruned_to = self.pruned_to_by(write);
         self.frontier.advance(write, appended);
+    }
+
+    /// The highest revision that was ever removed, after this write.
+    fn pruned_to_by(&self, write: &Write) -> Revision {
+        write.removal.revisions.last().copied().unwrap_or_default().max(self.pruned_to)
     }
 
     pub(super) fn mark(&self) -> Mark {

@@ -29,6 +29,8 @@ pub(super) struct Read {
     /// The stored epoch.
     pub(super) current: Epoch,
     pub(super) mark: Mark,
+    /// The highest revision of the records that are older than the log.
+    pub(super) unlogged_to: Revision,
     pub(super) log: Log,
     pub(super) sealer: Sealer,
     /// The rows that are to be sealed anew.
@@ -81,8 +83,8 @@ pub(super) fn read_contents(
         Seals::Renewed(keys) => (keys, false),
     };
     let sealer = Sealer::new(keys, mark.id);
-    let seal = transaction.query_row("SELECT * FROM meta", [], |row| sealer.check_end(row, &log.frontier));
-    let seal = seal.map_err(explained)?;
+    let of_end = |row: &Row<'_>| Ok((sealer.check_end(row, &log.frontier)?, Revision(number(row, "unlogged_to")?)));
+    let (seal, unlogged_to) = transaction.query_row("SELECT * FROM meta", [], of_end).map_err(explained)?;
     let mut renewal = match seal {
         _ if !are_checked => Some(Renewal::Everything),
         Seal::Valid(SealedBy::FirstKey) => None,
@@ -154,7 +156,7 @@ pub(super) fn read_contents(
         !(open.is_empty() && subsystems.is_empty() && loops.is_empty() && outputs.is_empty() && unreadable.is_empty());
     let is_empty = *last_cycle_id == CycleId(0) && !has_rows;
     contents.is_sealed = is_empty || (are_checked && seal != Seal::Missing);
-    Ok(Read { contents, current, mark, log, sealer, renewal })
+    Ok(Read { contents, current, mark, unlogged_to, log, sealer, renewal })
 }
 
 fn tampered(path: &Path, problem: String) -> StoreError {

@@ -10,7 +10,7 @@ use rusqlite::{
 };
 
 use super::commit::Renewal;
-use crate::ledger::{Frontier, SealKeys, SealedBy};
+use crate::ledger::{Frontier, Hash, SealKeys, SealedBy};
 
 /// A table whose rows are sealed.
 pub(super) struct Table {
@@ -19,16 +19,34 @@ pub(super) struct Table {
     pub(super) row: &'static str,
     /// The sealed columns; the first one is the primary key.
     columns: &'static [&'static str],
+    /// Writes a row: its sealed columns, and then its seal. Each commit needs it, so it is not put together there.
+    put: &'static str,
+}
+
+/// Makes a [`Table`] of its name, what one row is, and its sealed columns.
+macro_rules! table {
+    ($name:literal, $row:literal, [$($column:literal),+]) => {
+        Table {
+            name: $name,
+            row: $row,
+            columns: &[$($column),+],
+            put: concat!(
+                "INSERT OR REPLACE INTO ", $name, " (", $($column, ", ",)+ "seal) VALUES (",
+                $(table!(@place_of $column),)+ "?)"
+            ),
+        }
+    };
+    (@place_of $column:literal) => { "?, " };
 }
 
 pub(super) const SUBSYSTEMS: Table =
-    Table { name: "subsystems", row: "subsystem", columns: &["name", "spec", "lease_ms", "suspended", "owner"] };
-pub(super) const LOOPS: Table = Table { name: "loops", row: "loop", columns: &["name", "spec", "state"] };
-pub(super) const OUTPUTS: Table = Table { name: "outputs", row: "output", columns: &["name", "cycle_id", "payload"] };
-pub(super) const OPEN_CYCLES: Table = Table {
-    name: "open_cycles",
-    row: "open cycle",
-    columns: &[
+    table!("subsystems", "subsystem", ["name", "spec", "lease_ms", "suspended", "owner"]);
+pub(super) const LOOPS: Table = table!("loops", "loop", ["name", "spec", "state"]);
+pub(super) const OUTPUTS: Table = table!("outputs", "output", ["name", "cycle_id", "payload"]);
+pub(super) const OPEN_CYCLES: Table = table!(
+    "open_cycles",
+    "open cycle",
+    [
         "cycle_id",
         "trigger",
         "loop",
@@ -38,19 +56,17 @@ pub(super) const OPEN_CYCLES: Table = Table {
         "triggered_by",
         "trace_id",
         "request",
-        "audit",
-    ],
-};
+        "audit"
+    ]
+);
 /// All of them.
 pub(super) const TABLES: [&Table; 4] = [&SUBSYSTEMS, &LOOPS, &OUTPUTS, &OPEN_CYCLES];
 
-/// How far the history goes. Not the epoch, which another process may have raised to take over, nor what says which
-/// file and which start of the machine it was, which change without a process that has the key.
-const META: Table = Table {
-    name: "meta",
-    row: "meta",
-    columns: &["last_cycle_id", "last_revision", "pruned_to", "commits", "is_closed", "log_first_kept", "unlogged_to"],
-};
+/// The columns of the table `meta` that are sealed with the end of the log: how far the history goes. Not the epoch,
+/// which another process may have raised to take over, nor what says which file and which start of the machine it was,
+/// which change without a process that has the key.
+const META: [&str; 7] =
+    ["last_cycle_id", "last_revision", "pruned_to", "commits", "is_closed", "log_first_kept", "unlogged_to"];
 
 /// Seals one database.
 #[derive(Clone, Debug)]
@@ -75,24 +91,24 @@ impl Sealer {
         Self { keys, database_id }
     }
 
-    /// Seals the end of this log, together with the other numbers of the table `meta`, which were written before.
+    /// The seal of the end of this log and of these values of the columns [`META`].
+    pub(super) fn of_end(&self, log: &Frontier, values: [&dyn ToSql; META.len()]) -> rusqlite::Result<[u8; Hash::LEN]> {
+        let values = values.iter().map(ToSql::to_sql).collect::<rusqlite::Result<Vec<_>>>()?;
+        Ok(self.keys.seal(&self.pieces_of_end(log, values.iter().map(value_of))))
+    }
+
+    /// Seals the end of this log, and what the table `meta` contains.
     pub(super) fn seal_end(&self, transaction: &Transaction<'_>, log: &Frontier) -> rusqlite::Result<()> {
-        let mut query = transaction.prepare_cached("SELECT * FROM meta")?;
-        let seal = query.query_row([], |row| Ok(self.keys.seal(&self.pieces_of_end(row, log)?)))?;
-        transaction.prepare_cached("UPDATE meta SET seal = ?1")?.execute([&seal[..]])?;
+        let of_row = |row: &Row<'_>| Ok(self.keys.seal(&self.pieces_of_end(log, values(row, &META)?)));
+        let seal = transaction.query_row("SELECT * FROM meta", [], of_row)?;
+        transaction.execute("UPDATE meta SET seal = ?1", [&seal[..]])?;
         Ok(())
     }
 
-    /// Whether the seal of this row of `meta` is that of its numbers and of the end of this log.
+    /// Whether the seal of this row of `meta` is that of its columns and of the end of this log.
     pub(super) fn check_end(&self, meta: &Row<'_>, log: &Frontier) -> rusqlite::Result<Seal> {
-        let (seal, pieces): (Option<Vec<u8>>, _) = (meta.get("seal")?, self.pieces_of_end(meta, log)?);
-        Ok(Seal::of(seal.as_deref(), |seal| self.keys.check(&pieces, seal)))
-    }
-
-    fn pieces_of_end<'a>(&'a self, meta: &'a Row<'_>, log: &Frontier) -> rusqlite::Result<Vec<Cow<'a, [u8]>>> {
-        let values = META.columns.iter().map(|column| meta.get_ref(*column)).collect::<rusqlite::Result<Vec<_>>>()?;
-        let of_log = self.keys.pieces_of(log).map(|piece| Cow::Owned(piece.into_owned()));
-        Ok(of_log.into_iter().chain(self.pieces(&META, values.into_iter())).collect())
+        let pieces = self.pieces_of_end(log, values(meta, &META)?);
+        self.check(meta, &pieces)
     }
 
     /// Writes a row, with its seal, over the one with the same key. The values are those of the sealed columns.
@@ -103,23 +119,21 @@ impl Sealer {
         values: [&dyn ToSql; N],
     ) -> rusqlite::Result<()> {
         let values = values.iter().map(ToSql::to_sql).collect::<rusqlite::Result<Vec<_>>>()?;
-        let pieces: Vec<_> = self.pieces(table, values.iter().map(value_of)).collect();
-        let seal = self.keys.seal(&pieces);
-        let places: Vec<_> = (1..=table.columns.len() + 1).map(|place| format!("?{place}")).collect();
-        let (columns, places) = (table.columns.join(", "), places.join(", "));
-        let put = format!("INSERT OR REPLACE INTO {} ({columns}, seal) VALUES ({places})", table.name);
+        let seal = self.keys.seal(&self.pieces(table.name, values.iter().map(value_of)));
         let seal = ToSqlOutput::Borrowed(ValueRef::Blob(&seal));
         let values = values.iter().chain([&seal]).map(|value| value as &dyn ToSql);
-        transaction.prepare_cached(&put)?.execute(params_from_iter(values))?;
+        transaction.prepare_cached(table.put)?.execute(params_from_iter(values))?;
         Ok(())
     }
 
     /// Whether the seal of a row, which has all columns of the table, belongs to it.
     pub(super) fn check_row(&self, row: &Row<'_>, table: &Table) -> rusqlite::Result<Seal> {
-        let values = table.columns.iter().map(|column| row.get_ref(*column)).collect::<rusqlite::Result<Vec<_>>>()?;
-        let pieces: Vec<_> = self.pieces(table, values.into_iter()).collect();
+        self.check(row, &self.pieces(table.name, values(row, table.columns)?))
+    }
+
+    fn check(&self, row: &Row<'_>, pieces: &[Cow<'_, [u8]>]) -> rusqlite::Result<Seal> {
         let seal: Option<Vec<u8>> = row.get("seal")?;
-        Ok(Seal::of(seal.as_deref(), |seal| self.keys.check(&pieces, seal)))
+        Ok(Seal::of(seal.as_deref(), |seal| self.keys.check(pieces, seal)))
     }
 
     /// Seals rows of a database anew.
@@ -140,10 +154,8 @@ impl Sealer {
                 if !is_renewed {
                     continue;
                 }
-                let values = table.columns.iter().map(|column| row.get_ref(*column));
-                let values = values.collect::<rusqlite::Result<Vec<_>>>()?;
-                let pieces: Vec<_> = self.pieces(table, values.into_iter()).collect();
-                renewed.push((row.get::<_, i64>("row")?, self.keys.seal(&pieces)));
+                let seal = self.keys.seal(&self.pieces(table.name, values(row, table.columns)?));
+                renewed.push((row.get::<_, i64>("row")?, seal));
             }
             for (row, seal) in renewed {
                 update.execute((row, &seal[..]))?;
@@ -152,12 +164,18 @@ impl Sealer {
         Ok(())
     }
 
-    /// What is sealed of a row: the database, the table, and each value with its type.
-    fn pieces<'a>(
+    /// The sealed pieces of the end of a log, and of the values of the columns [`META`].
+    fn pieces_of_end<'a>(
         &'a self,
-        table: &'a Table,
-        values: impl Iterator<Item = ValueRef<'a>>,
-    ) -> impl Iterator<Item = Cow<'a, [u8]>> {
+        log: &Frontier,
+        values: impl IntoIterator<Item = ValueRef<'a>>,
+    ) -> Vec<Cow<'a, [u8]>> {
+        let of_log = self.keys.pieces_of(log).into_iter();
+        of_log.chain(self.pieces("meta", values)).collect()
+    }
+
+    /// The sealed pieces of a row: the database, the table, and each value with its type.
+    fn pieces<'a>(&'a self, table: &'a str, values: impl IntoIterator<Item = ValueRef<'a>>) -> Vec<Cow<'a, [u8]>> {
         let value = |value| match value {
             ValueRef::Null => [Cow::Borrowed(&b"null"[..]), Cow::default()],
             ValueRef::Integer(number) => [Cow::Borrowed(&b"integer"[..]), number.to_be_bytes().to_vec().into()],
@@ -165,8 +183,8 @@ impl Sealer {
             ValueRef::Text(text) => [Cow::Borrowed(&b"text"[..]), text.into()],
             ValueRef::Blob(bytes) => [Cow::Borrowed(&b"blob"[..]), bytes.into()],
         };
-        let row: [Cow<'_, [u8]>; 2] = [self.database_id[..].into(), table.name.as_bytes().into()];
-        row.into_iter().chain(values.flat_map(value))
+        let row: [Cow<'_, [u8]>; 2] = [self.database_id[..].into(), table.as_bytes().into()];
+        row.into_iter().chain(values.into_iter().flat_map(value)).collect()
     }
 }
 
@@ -174,6 +192,11 @@ impl Seal {
     fn of(stored: Option<&[u8]>, check: impl FnOnce(&[u8]) -> Option<SealedBy>) -> Self {
         stored.map_or(Self::Missing, |seal| check(seal).map_or(Self::Wrong, Self::Valid))
     }
+}
+
+/// The values of these columns.
+fn values<'r>(row: &'r Row<'_>, columns: &[&str]) -> rusqlite::Result<Vec<ValueRef<'r>>> {
+    columns.iter().map(|column| row.get_ref(*column)).collect()
 }
 
 /// The value that is written. None of the kinds that take no value is used.

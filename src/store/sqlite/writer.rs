@@ -117,7 +117,7 @@ impl Writer {
     fn take_over(&mut self, seals: Seals) -> Result<Contents, StoreError> {
         let earlier = self.term.take().map(|term| term.epoch.next());
         let read = read_contents(&mut self.connection, &self.path, self.check, self.clock, seals)?;
-        let Read { mut contents, current, mark, log, sealer, renewal } = read;
+        let Read { mut contents, current, mark, unlogged_to, log, sealer, renewal } = read;
         contents.epoch = contents.epoch.max(earlier.unwrap_or_default());
         contents.lost = self.noted.and_then(|noted| lost(&mark, &noted));
         let frontier = Frontier {
@@ -128,7 +128,9 @@ impl Writer {
         };
         let Mark { id: database_id, commits, .. } = mark;
         self.log.set(&frontier.log);
-        self.term = Some(Term { epoch: contents.epoch, current, database_id, commits, frontier, sealer, renewal });
+        let (epoch, pruned_to) = (contents.epoch, contents.pruned_to);
+        self.term =
+            Some(Term { epoch, current, database_id, commits, pruned_to, unlogged_to, frontier, sealer, renewal });
         Ok(contents)
     }
 
