@@ -9,13 +9,12 @@ use std::{
 use super::{
     Exit, Failure,
     output::{clean, print},
-    store::{began, told},
+    store::{LogArgs, began, told},
     verify::{differences, open_with_any},
 };
 use crate::{
-    host::Host,
     ledger::SigningKey,
-    store::{self, BackedUp, BackupError, LogKeys, StoreUrl},
+    store::{self, BackedUp, BackupError, StoreUrl},
 };
 
 /// Back up a store, also while a service runs on it
@@ -70,12 +69,8 @@ pub(super) struct Restore {
     /// Replace the store that exists, and keep it
     #[arg(long)]
     replace: bool,
-    /// A key of the log, as in ledger.key_files; repeat it for several keys
-    #[arg(long, value_name = "FILE")]
-    key_file: Vec<PathBuf>,
-    /// The name of the log, if ledger.origin is set
-    #[arg(long, value_name = "NAME")]
-    origin: Option<String>,
+    #[command(flatten)]
+    log: LogArgs,
     /// Restore the backup without verifying it: its key or its checkpoint is lost
     #[arg(long)]
     unverified: bool,
@@ -98,9 +93,8 @@ impl Backup {
 impl Restore {
     /// Restores the backup.
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let Self { backup, url, replace, key_file, origin, unverified } = self;
-        let name = origin.clone().unwrap_or_else(|| format!("orchestrator/{:032x}", Host::system().random.id128()));
-        let keys = LogKeys::read(&url, &key_file, &name).map_err(|error| refused(&error))?;
+        let Self { backup, url, replace, log, unverified } = self;
+        let keys = log.keys(&url).map_err(|error| refused(&error))?;
         let checkpoint = if unverified {
             None
         } else {
@@ -121,7 +115,7 @@ impl Restore {
             Some(checkpoint) => differences(copy, &checkpoint, keys).map(drop),
             None => Ok(()),
         };
-        let restored = store::restore(&backup, &url, (keys, origin), began, replace, verify)?;
+        let restored = store::restore(&backup, &url, (keys, log.origin), began, replace, verify)?;
         print(&told(&restored))?;
         Ok(Exit::Done)
     }

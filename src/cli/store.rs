@@ -13,7 +13,7 @@ use crate::{
     host::Host,
     ledger::{LogBegan, LogBeganReason},
     record,
-    store::{self, Accepted, LogKeys, StoreUrl},
+    store::{self, Accepted, KeyFileError, LogKeys, StoreUrl},
 };
 
 /// Work on a store that no process has open
@@ -53,22 +53,39 @@ struct Accept {
     /// The store, as in store.url
     #[arg(value_name = "URL", value_parser = StoreUrl::parse)]
     url: StoreUrl,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+/// The settings of the log of a store, as `orchestrator serve` gets them.
+#[derive(Debug, clap::Args)]
+pub(super) struct LogArgs {
     /// A key of the log, as in ledger.key_files; repeat it for several keys
     #[arg(long, value_name = "FILE")]
     key_file: Vec<PathBuf>,
     /// The name of the log, if ledger.origin is set
     #[arg(long, value_name = "NAME")]
-    origin: Option<String>,
+    pub(super) origin: Option<String>,
+}
+
+impl LogArgs {
+    /// Reads the keys of the log of this store, or makes a new one.
+    ///
+    /// # Errors
+    /// A file can't be used.
+    pub(super) fn keys(&self, url: &StoreUrl) -> Result<LogKeys, KeyFileError> {
+        let random = || format!("orchestrator/{:032x}", Host::system().random.id128());
+        LogKeys::read(url, &self.key_file, &self.origin.clone().unwrap_or_else(random))
+    }
 }
 
 impl Store {
     /// Runs the subcommand.
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let Command::Accept(Accept { url, key_file, origin }) = self.command;
+        let Command::Accept(Accept { url, log }) = self.command;
         let refused = |error: &dyn Error| Failure::new(Exit::Refused, clean(&error.to_string()));
-        let name = origin.clone().unwrap_or_else(|| format!("orchestrator/{:032x}", Host::system().random.id128()));
-        let keys = LogKeys::read(&url, &key_file, &name).map_err(|error| refused(&error))?;
-        let accepted = store::accept(&url, keys, origin, began).map_err(|error| refused(&error))?;
+        let keys = log.keys(&url).map_err(|error| refused(&error))?;
+        let accepted = store::accept(&url, keys, log.origin, began).map_err(|error| refused(&error))?;
         print(&told(&accepted))?;
         Ok(Exit::Done)
     }
@@ -79,7 +96,7 @@ pub(super) fn began(previous: String) -> Bytes {
     record::encode_began(&LogBegan { reason: LogBeganReason::Accepted, previous })
 }
 
-/// What was accepted.
+/// The message about an accepted store.
 pub(super) fn told(accepted: &Accepted) -> String {
     let Accepted { path, earlier, last_cycle_id, noted_cycle_id } = accepted;
     let mut lines = vec![format!("{} can be served now; its last cycle is {last_cycle_id}", path.display())];

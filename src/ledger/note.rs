@@ -54,6 +54,12 @@ pub struct Signer {
 }
 
 impl Signer {
+    /// A signer with these keys. Without a name, the log has that of the first key.
+    pub fn of(origin: Option<String>, keys: Vec<SigningKey>) -> Self {
+        let name = || keys.first().map(|key| key.verifying().name().to_owned()).unwrap_or_default();
+        Self { origin: origin.unwrap_or_else(name), keys }
+    }
+
     /// A signer with a new key of the same name as the log.
     ///
     /// # Errors

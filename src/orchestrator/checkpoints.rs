@@ -115,15 +115,8 @@ impl Orchestrator {
     /// # Errors
     /// Those of [`Orchestrator::checkpoint_of`] and [`Orchestrator::prove`].
     pub async fn prove_now(&self, logged: Logged) -> Result<(Published, Proved), Refusal> {
-        let mut published = self.checkpoint_of(logged).await?;
-        for _ in 1..ATTEMPTS {
-            match self.prove(logged, published.size).await {
-                Err(Refusal::HashesRemoved(_)) => published = self.0.published_all().await?,
-                proved => return Ok((published, proved?)),
-            }
-        }
-        let proved = self.prove(logged, published.size).await?;
-        Ok((published, proved))
+        let published = self.checkpoint_of(logged).await?;
+        self.by_a_checkpoint(published, |size| self.prove(logged, size)).await
     }
 
     /// A proof that the log of the newest published checkpoint extends that of the first `earlier` entries, with that
@@ -132,14 +125,26 @@ impl Orchestrator {
     /// # Errors
     /// Those of [`Orchestrator::checkpoint`] and [`Orchestrator::prove_extension`].
     pub async fn prove_extension_now(&self, earlier: u64) -> Result<(Published, Consistency), Refusal> {
-        let mut published = self.checkpoint().await?;
+        let published = self.checkpoint().await?;
+        self.by_a_checkpoint(published, |size| self.prove_extension(earlier, size)).await
+    }
+
+    /// A proof by this checkpoint, or by a newer one if retention has removed the last entries of this one.
+    async fn by_a_checkpoint<T, F>(
+        &self,
+        mut published: Published,
+        prove: impl Fn(u64) -> F,
+    ) -> Result<(Published, T), Refusal>
+    where
+        F: Future<Output = Result<T, Refusal>>,
+    {
         for _ in 1..ATTEMPTS {
-            match self.prove_extension(earlier, published.size).await {
+            match prove(published.size).await {
                 Err(Refusal::HashesRemoved(_)) => published = self.0.published_all().await?,
                 proved => return Ok((published, proved?)),
             }
         }
-        let proved = self.prove_extension(earlier, published.size).await?;
+        let proved = prove(published.size).await?;
         Ok((published, proved))
     }
 

@@ -162,10 +162,9 @@ async fn read_keys(config: &Config, random: u128) -> Result<LogKeys, KeyFileErro
     keys.unwrap_or_else(|error| Err(KeyFileError::NotRead(error.to_string())))
 }
 
-/// What signs the checkpoints of the log. Without a configured name, the log has that of its first key.
+/// What signs the checkpoints of the log.
 fn signer(config: &Config, keys: Vec<SigningKey>) -> Signer {
-    let name = keys.first().map(|key| key.verifying().name().to_owned()).unwrap_or_default();
-    let signer = Signer { origin: config.ledger.origin.clone().unwrap_or(name), keys };
+    let signer = Signer::of(config.ledger.origin.clone(), keys);
     for key in &signer.keys {
         tracing::info!(origin = signer.origin, key = %key.verifying(), "checkpoints of the log are signed by this key");
     }

@@ -197,8 +197,7 @@ pub fn accept(
         return Err(OpenError::from(DatabaseFileError::Missing { database: url.to_string() }).into());
     };
     let LogKeys { keys, new } = keys;
-    let name = keys.first().map(|key| key.verifying().name().to_owned()).unwrap_or_default();
-    let signer = Signer { origin: origin.unwrap_or(name), keys };
+    let signer = Signer::of(origin, keys);
     let previous = published(url);
     let began = began(previous.clone().unwrap_or_default());
     let (accepted, log) = sqlite::accept(path, (SealKeys::of(&signer), new), began)?;

@@ -6,12 +6,11 @@ use std::{
     path::Path,
 };
 
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::Connection;
 
 use super::{
-    BUSY,
     error::explain,
-    opening::harden,
+    opening::read_only,
     place::{DatabaseFileError, LockedDatabase, beside, log_of, private},
     rows::number,
     schema::check_version,
@@ -31,9 +30,7 @@ pub(in crate::store) fn copy(path: &Path, to: &Path) -> Result<CycleId, BackupEr
         return Err(OpenError::from(DatabaseFileError::Missing { database: path.display().to_string() }).into());
     }
     let explained = |error| OpenError::from(explain(path, &error));
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let database = Connection::open_with_flags(path, flags).map_err(explained)?;
-    database.busy_timeout(BUSY).and_then(|()| harden(&database)).map_err(explained)?;
+    let database = read_only(path).map_err(explained)?;
     check_version(&database, path)?;
     let new = beside(to, ".new");
     let failed = |problem| BackupError::File { path: new.clone(), problem };
@@ -46,7 +43,7 @@ pub(in crate::store) fn copy(path: &Path, to: &Path) -> Result<CycleId, BackupEr
     }
     copied?;
     let last = |copy: Connection| copy.query_row("SELECT last_cycle_id FROM meta", [], |row| number(row, 0));
-    let last = Connection::open_with_flags(to, flags).and_then(last);
+    let last = read_only(to).and_then(last);
     Ok(last.map(CycleId).map_err(|error| OpenError::from(explain(to, &error)))?)
 }
 
@@ -89,8 +86,7 @@ fn replace(new: &Path, place: &LockedDatabase, replaces: bool) -> Result<(), Bac
         return Err(BackupError::KeptExists(kept));
     }
     let explained = |error| OpenError::from(explain(new, &error));
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    check_version(&Connection::open_with_flags(new, flags).map_err(explained)?, new)?;
+    check_version(&read_only(new).map_err(explained)?, new)?;
     if has_store {
         // The database last: without its log it is still a database.
         for (from, to) in [(log_of(path), log_of(&kept)), (path.clone(), kept)] {

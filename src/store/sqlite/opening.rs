@@ -114,8 +114,17 @@ fn open_file(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
+/// Opens a database that is only read, which a process may have open.
+pub(super) fn read_only(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(BUSY)?;
+    harden(&connection)?;
+    Ok(connection)
+}
+
 /// Limits what the contents of the file can make SQLite do. <https://www.sqlite.org/security.html>
-pub(super) fn harden(connection: &Connection) -> rusqlite::Result<()> {
+fn harden(connection: &Connection) -> rusqlite::Result<()> {
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
     // One that is added later does nothing.

@@ -2,13 +2,13 @@
 
 use std::{collections::BTreeMap, convert::Infallible, ops::Range, path::Path};
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension};
+use rusqlite::{Connection, OptionalExtension};
 
 use super::{
     error::explain,
     log::hashes,
     note::Mark,
-    opening::harden,
+    opening::read_only,
     place::DatabaseFileError,
     rows::{COLUMNS, event, integer, key, name, number, record},
     schema::check_current,
@@ -32,9 +32,7 @@ pub(in super::super) fn verify(
         return Err(DatabaseFileError::Missing { database: path.display().to_string() }.into());
     }
     let explained = |error| explain(path, &error);
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let mut connection = Connection::open_with_flags(path, flags).map_err(explained)?;
-    harden(&connection).map_err(explained)?;
+    let mut connection = read_only(path).map_err(explained)?;
     check_current(&connection, path)?;
     // One transaction, so that all that is read belongs together.
     let transaction = connection.transaction().map_err(explained)?;
