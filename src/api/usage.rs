@@ -1,4 +1,4 @@
-//! What each caller uses now, under the limits of `access.limits`: its open calls, and when it may begin the next one.
+//! What each caller uses now, under the limits of `limits`: its open calls, and when it may begin the next one.
 
 use std::{
     collections::BTreeMap,

@@ -145,7 +145,7 @@ impl Contents {
         Ok(())
     }
 
-    /// What is gone although no entry says that retention has removed it.
+    /// The leaves that are gone although no entry says that retention has removed them.
     pub(super) fn missing(&mut self) -> Vec<Missing> {
         self.removed.sort_unstable_by_key(|leaves| leaves.start);
         let mut removed = self.removed.iter();

@@ -32,10 +32,10 @@ use crate::{
 /// Create an authority for a fleet, and issue and renew certificates that it signs
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The directory contains the certificate of the authority (ca.pem), its private key (ca/ca.key), and a directory for each \
-certificate: cert.pem, key.pem and ca.pem. `orchestrator serve --secure DIR` uses it; the other commands take one of \
-its directories as their --credentials. The service never reads the key of the authority: keep it elsewhere, and put it \
-back to issue further certificates.
+The directory contains the certificate of the authority (ca.pem), its private key (ca/ca.key), and a directory for \
+each certificate: cert.pem, key.pem and ca.pem. `orchestrator serve --secure DIR` uses it; the other commands take one \
+of its directories as their --credentials. The service never reads the key of the authority: keep it elsewhere, and \
+put it back to issue further certificates.
 
 Examples:
   orchestrator certs init --host localhost

@@ -61,8 +61,8 @@ pub(super) enum Opened {
 }
 
 impl Witness {
-    /// Reads a pin. If there is none, trusts the service with its present log and its keys, or this key. For a pin that
-    /// is there, this key takes the place of its keys.
+    /// Reads a pin. If the file does not exist, trusts the service with its present log and its keys, or this key. If
+    /// it exists, this key takes the place of its keys.
     ///
     /// # Errors
     /// The pin can't be read or written, the service can't be reached, or this key has not signed its checkpoint.
@@ -170,8 +170,8 @@ impl Witness {
         let extends = Consistency(hashes(&proof)?).verify((earlier.size, earlier.root), (later.size, later.root));
         extends.map_err(|error| {
             unproved(format!(
-                "the log of {} entries does not extend that of {} entries, one of which is pinned: {error}. The history \
-                 was changed, and signed anew",
+                "the log of {} entries does not extend that of {} entries, one of which is pinned: {error}. The \
+                 history was changed, and signed anew",
                 later.size, earlier.size
             ))
         })?;
@@ -246,8 +246,8 @@ impl Witness {
             return Failure::new(failure.exit, failure.message.clone());
         }
         unproved(format!(
-            "the service can't prove that its log of {later} entries extends that of {earlier} entries: {}\nIf retention \
-             has removed them since, remove {} and pin the log anew.",
+            "the service can't prove that its log of {later} entries extends that of {earlier} entries: {}\nIf \
+             retention has removed them since, remove {} and pin the log anew.",
             failure.message,
             self.path.display()
         ))

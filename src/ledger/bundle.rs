@@ -93,11 +93,11 @@ impl Head {
 pub struct Part {
     /// Which leaves it has.
     pub subtree: Node,
-    /// What is known of them.
+    /// Its entry or its hash.
     pub content: Content,
 }
 
-/// What is known of a part of the log.
+/// The content of a part of the log, as far as it is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
     /// The encoded `LogEntry` of its only leaf.

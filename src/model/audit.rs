@@ -190,7 +190,7 @@ pub struct AuditEvent {
     pub code: Option<Code>,
     /// Why calls were denied, as their statuses say it; empty if they were not.
     pub reason: &'static str,
-    /// The cycle that was started or cancelled; 0 if there is none.
+    /// The cycle that was started or cancelled; 0 if the call concerns none.
     pub cycle_id: CycleId,
     /// The revision of its record, if that is written together with the event; else 0.
     pub revision: Revision,
