@@ -19,6 +19,6 @@ pub use self::{
     entry::{Entry, LogBegan, LogBeganReason, RecordsPruned},
     note::{Checkpoint, NoteError, Signer, SigningKey, VerifyingKey},
     proof::{Consistency, Inclusion, Path, ProofError},
-    seal::{SealKeys, SealedBy},
+    seal::{SealKeys, Sealed, SealedBy},
     tree::{Frontier, Hash, Node},
 };

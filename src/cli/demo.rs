@@ -16,6 +16,7 @@ use tokio::{
     select,
     signal::unix::{SignalKind, signal},
     task::JoinSet,
+    time::timeout,
 };
 
 use self::fleet::Fleet;
@@ -37,6 +38,9 @@ use crate::{
 
 /// The topology: names, order, phases, timeouts, which of them share an endpoint, and the loop.
 const DREAMNET: &str = include_str!("../../examples/dreamnet.toml");
+
+/// Longest wait until the view has ended, which a paused reader of its output can block.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Run the service with 28 simulated subsystems, live on the terminal
 #[derive(Debug, clap::Args)]
@@ -93,22 +97,23 @@ impl Demo {
         let (service, is_moved) = self.start(&mut config).await.map_err(refused)?;
         let address = service.address();
         let greeting = self.greeting(&service, is_moved, &fleet);
-        // A separate task: its output may wait for a paused reader.
-        let showing = async {
-            let mut tasks = JoinSet::new();
-            tasks.spawn(show(address, greeting, self.cycles));
-            let shown = tasks.join_next().await.unwrap_or(Ok(Ok(())));
-            joined(shown).unwrap_or(Ok(()))
-        };
-
         let mut shown = Ok(());
         let until_stopped = async {
+            let mut tasks = JoinSet::new();
+            // A separate task: its output may wait for a paused reader.
+            let showing = async {
+                tasks.spawn(show(address, greeting, self.cycles));
+                let shown = tasks.join_next().await.unwrap_or(Ok(Ok(())));
+                joined(shown).unwrap_or(Ok(()))
+            };
             shown = select! {
                 // Signals are handled before anything is printed.
                 biased;
                 told = told_to_stop() => told.map_err(refused),
                 shown = showing => shown,
             };
+            // If it ran on while the service stops, it would report the end of the stream.
+            _ = timeout(LAST_LINES, tasks.shutdown()).await;
         };
         // A second signal aborts the shutdown.
         let stop_again = async || {

@@ -2,11 +2,9 @@
 //! write to the store but does not have the key can't make them. Only the process that has the key checks them, so they
 //! are no signatures.
 
-use std::borrow::Cow;
-
 use aws_lc_rs::{
     constant_time::verify_slices_are_equal,
-    hmac::{Context, Key, Tag},
+    hmac::{self, Key},
 };
 
 use super::{
@@ -32,8 +30,17 @@ pub enum SealedBy {
     OtherKey,
 }
 
-/// The sealed pieces. Their number and lengths are sealed as well.
-type Pieces<'a> = [Cow<'a, [u8]>];
+/// What is sealed: pieces, each after its length, so that their number and their limits are sealed as well.
+#[derive(Debug, Default)]
+pub struct Sealed(Vec<u8>);
+
+impl Sealed {
+    /// Adds a piece.
+    pub fn add(&mut self, piece: &[u8]) {
+        self.0.extend((piece.len() as u64).to_be_bytes());
+        self.0.extend(piece);
+    }
+}
 
 impl SealKeys {
     /// The purpose of the derived keys.
@@ -49,37 +56,30 @@ impl SealKeys {
         Self { origin: origin.to_owned(), keys: keys.iter().map(|key| derive(key.seed(), Self::INFO)).collect() }
     }
 
-    /// The seal of these pieces.
-    pub fn seal(&self, pieces: &Pieces<'_>) -> [u8; Hash::LEN] {
+    /// The seal.
+    pub fn seal(&self, sealed: &Sealed) -> [u8; Hash::LEN] {
         let mut seal = [0; Hash::LEN];
         if let Some(key) = self.keys.first() {
-            seal.copy_from_slice(tag(key, pieces).as_ref());
+            seal.copy_from_slice(hmac::sign(key, &sealed.0).as_ref());
         }
         seal
     }
 
-    /// The key that made this seal of these pieces; `None` if none did.
-    pub fn check(&self, pieces: &Pieces<'_>, seal: &[u8]) -> Option<SealedBy> {
-        let is_by = |key: &Key| verify_slices_are_equal(tag(key, pieces).as_ref(), seal).is_ok();
+    /// The key that made this seal; `None` if none did.
+    pub fn check(&self, sealed: &Sealed, seal: &[u8]) -> Option<SealedBy> {
+        let is_by = |key: &Key| verify_slices_are_equal(hmac::sign(key, &sealed.0).as_ref(), seal).is_ok();
         let by = self.keys.iter().position(is_by)?;
         Some(if by == 0 { SealedBy::FirstKey } else { SealedBy::OtherKey })
     }
 
-    /// The pieces of the end of the log: its origin, its size and its root.
-    pub fn pieces_of<'a>(&'a self, log: &Frontier) -> [Cow<'a, [u8]>; 3] {
-        let (size, root) = (log.size().to_be_bytes().to_vec(), log.root().0.to_vec());
-        [self.origin.as_bytes().into(), size.into(), root.into()]
+    /// The end of the log: its origin, its size and its root.
+    pub fn end(&self, log: &Frontier) -> Sealed {
+        let mut sealed = Sealed::default();
+        sealed.add(self.origin.as_bytes());
+        sealed.add(&log.size().to_be_bytes());
+        sealed.add(&log.root().0);
+        sealed
     }
-}
-
-/// The authentication code of the pieces, each after its length.
-fn tag(key: &Key, pieces: &Pieces<'_>) -> Tag {
-    let mut context = Context::with_key(key);
-    for piece in pieces {
-        context.update(&(piece.len() as u64).to_be_bytes());
-        context.update(piece);
-    }
-    context.sign()
 }
 
 #[cfg(test)]
@@ -92,8 +92,10 @@ mod tests {
         SealKeys::of(&Signer { origin: origin.into(), keys })
     }
 
-    fn pieces<const N: usize>(texts: [&str; N]) -> [Cow<'_, [u8]>; N] {
-        texts.map(|text| text.as_bytes().into())
+    fn pieces<const N: usize>(texts: [&str; N]) -> Sealed {
+        let mut sealed = Sealed::default();
+        texts.map(|text| sealed.add(text.as_bytes()));
+        sealed
     }
 
     #[test]
@@ -122,11 +124,11 @@ mod tests {
     fn the_end_of_a_log_is_sealed_with_its_origin() {
         let (one, other) = (keys("one", &[1]), keys("other", &[1]));
         let mut log = Frontier::default();
-        let empty = one.seal(&one.pieces_of(&log));
+        let empty = one.seal(&one.end(&log));
         log.append(Hash([7; 32]));
-        let seal = one.seal(&one.pieces_of(&log));
-        assert_eq!(one.check(&one.pieces_of(&log), &seal), Some(SealedBy::FirstKey));
-        assert_eq!(one.check(&one.pieces_of(&log), &empty), None);
-        assert_eq!(other.check(&other.pieces_of(&log), &seal), None);
+        let seal = one.seal(&one.end(&log));
+        assert_eq!(one.check(&one.end(&log), &seal), Some(SealedBy::FirstKey));
+        assert_eq!(one.check(&one.end(&log), &empty), None);
+        assert_eq!(other.check(&other.end(&log), &seal), None);
     }
 }

@@ -2,15 +2,13 @@
 //! in each row of the tables that later cycles depend on. A program that changes a row, or appends to the log, can't
 //! make the seal that belongs to it.
 
-use std::borrow::Cow;
-
 use rusqlite::{
     Row, ToSql, Transaction, params_from_iter,
     types::{ToSqlOutput, ValueRef},
 };
 
 use super::commit::Renewal;
-use crate::ledger::{Frontier, Hash, SealKeys, SealedBy};
+use crate::ledger::{Frontier, Hash, SealKeys, Sealed, SealedBy};
 
 /// A table whose rows are sealed.
 pub(super) struct Table {
@@ -94,12 +92,12 @@ impl Sealer {
     /// The seal of the end of this log and of these values of the columns [`META`].
     pub(super) fn of_end(&self, log: &Frontier, values: [&dyn ToSql; META.len()]) -> rusqlite::Result<[u8; Hash::LEN]> {
         let values = values.iter().map(ToSql::to_sql).collect::<rusqlite::Result<Vec<_>>>()?;
-        Ok(self.keys.seal(&self.pieces_of_end(log, values.iter().map(value_of))))
+        Ok(self.keys.seal(&self.end(log, values.iter().map(value_of))))
     }
 
     /// Seals the end of this log, and what the table `meta` contains.
     pub(super) fn seal_end(&self, transaction: &Transaction<'_>, log: &Frontier) -> rusqlite::Result<()> {
-        let of_row = |row: &Row<'_>| Ok(self.keys.seal(&self.pieces_of_end(log, values(row, &META)?)));
+        let of_row = |row: &Row<'_>| Ok(self.keys.seal(&self.end(log, values(row, &META)?)));
         let seal = transaction.query_row("SELECT * FROM meta", [], of_row)?;
         transaction.execute("UPDATE meta SET seal = ?1", [&seal[..]])?;
         Ok(())
@@ -107,8 +105,7 @@ impl Sealer {
 
     /// Whether the seal of this row of `meta` is that of its columns and of the end of this log.
     pub(super) fn check_end(&self, meta: &Row<'_>, log: &Frontier) -> rusqlite::Result<Seal> {
-        let pieces = self.pieces_of_end(log, values(meta, &META)?);
-        self.check(meta, &pieces)
+        self.check(meta, &self.end(log, values(meta, &META)?))
     }
 
     /// Writes a row, with its seal, over the one with the same key. The values are those of the sealed columns.
@@ -119,7 +116,7 @@ impl Sealer {
         values: [&dyn ToSql; N],
     ) -> rusqlite::Result<()> {
         let values = values.iter().map(ToSql::to_sql).collect::<rusqlite::Result<Vec<_>>>()?;
-        let seal = self.keys.seal(&self.pieces(table.name, values.iter().map(value_of)));
+        let seal = self.keys.seal(&self.row(table.name, values.iter().map(value_of)));
         let seal = ToSqlOutput::Borrowed(ValueRef::Blob(&seal));
         let values = values.iter().chain([&seal]).map(|value| value as &dyn ToSql);
         transaction.prepare_cached(table.put)?.execute(params_from_iter(values))?;
@@ -128,12 +125,12 @@ impl Sealer {
 
     /// Whether the seal of a row, which has all columns of the table, belongs to it.
     pub(super) fn check_row(&self, row: &Row<'_>, table: &Table) -> rusqlite::Result<Seal> {
-        self.check(row, &self.pieces(table.name, values(row, table.columns)?))
+        self.check(row, &self.row(table.name, values(row, table.columns)?))
     }
 
-    fn check(&self, row: &Row<'_>, pieces: &[Cow<'_, [u8]>]) -> rusqlite::Result<Seal> {
+    fn check(&self, row: &Row<'_>, sealed: &Sealed) -> rusqlite::Result<Seal> {
         let seal: Option<Vec<u8>> = row.get("seal")?;
-        Ok(Seal::of(seal.as_deref(), |seal| self.keys.check(pieces, seal)))
+        Ok(Seal::of(seal.as_deref(), |seal| self.keys.check(sealed, seal)))
     }
 
     /// Seals rows of a database anew.
@@ -154,7 +151,7 @@ impl Sealer {
                 if !is_renewed {
                     continue;
                 }
-                let seal = self.keys.seal(&self.pieces(table.name, values(row, table.columns)?));
+                let seal = self.keys.seal(&self.row(table.name, values(row, table.columns)?));
                 renewed.push((row.get::<_, i64>("row")?, seal));
             }
             for (row, seal) in renewed {
@@ -164,27 +161,37 @@ impl Sealer {
         Ok(())
     }
 
-    /// The sealed pieces of the end of a log, and of the values of the columns [`META`].
-    fn pieces_of_end<'a>(
-        &'a self,
-        log: &Frontier,
-        values: impl IntoIterator<Item = ValueRef<'a>>,
-    ) -> Vec<Cow<'a, [u8]>> {
-        let of_log = self.keys.pieces_of(log).into_iter();
-        of_log.chain(self.pieces("meta", values)).collect()
+    /// What is sealed of the end of a log, and of the values of the columns [`META`].
+    fn end<'a>(&self, log: &Frontier, values: impl IntoIterator<Item = ValueRef<'a>>) -> Sealed {
+        let mut sealed = self.keys.end(log);
+        self.add_row(&mut sealed, "meta", values);
+        sealed
     }
 
-    /// The sealed pieces of a row: the database, the table, and each value with its type.
-    fn pieces<'a>(&'a self, table: &'a str, values: impl IntoIterator<Item = ValueRef<'a>>) -> Vec<Cow<'a, [u8]>> {
-        let value = |value| match value {
-            ValueRef::Null => [Cow::Borrowed(&b"null"[..]), Cow::default()],
-            ValueRef::Integer(number) => [Cow::Borrowed(&b"integer"[..]), number.to_be_bytes().to_vec().into()],
-            ValueRef::Real(number) => [Cow::Borrowed(&b"real"[..]), number.to_be_bytes().to_vec().into()],
-            ValueRef::Text(text) => [Cow::Borrowed(&b"text"[..]), text.into()],
-            ValueRef::Blob(bytes) => [Cow::Borrowed(&b"blob"[..]), bytes.into()],
-        };
-        let row: [Cow<'_, [u8]>; 2] = [self.database_id[..].into(), table.as_bytes().into()];
-        row.into_iter().chain(values.into_iter().flat_map(value)).collect()
+    /// What is sealed of a row.
+    fn row<'a>(&self, table: &str, values: impl IntoIterator<Item = ValueRef<'a>>) -> Sealed {
+        let mut sealed = Sealed::default();
+        self.add_row(&mut sealed, table, values);
+        sealed
+    }
+
+    /// Adds a row: the database, the table, and each value with its type.
+    fn add_row<'a>(&self, sealed: &mut Sealed, table: &str, values: impl IntoIterator<Item = ValueRef<'a>>) {
+        sealed.add(&self.database_id);
+        sealed.add(table.as_bytes());
+        for value in values {
+            let mut add = |kind: &str, value: &[u8]| {
+                sealed.add(kind.as_bytes());
+                sealed.add(value);
+            };
+            match value {
+                ValueRef::Null => add("null", &[]),
+                ValueRef::Integer(number) => add("integer", &number.to_be_bytes()),
+                ValueRef::Real(number) => add("real", &number.to_be_bytes()),
+                ValueRef::Text(text) => add("text", text),
+                ValueRef::Blob(bytes) => add("blob", bytes),
+            }
+        }
     }
 }
 
