@@ -280,7 +280,7 @@ impl Ours {
         let memory = Shares::of(1 << 30);
         let host = Host::system();
         let transport = Arc::new(Sockets::default());
-        let dialer = Arc::new(Dialer::new(transport, Duration::from_secs(5), memory.replies.clone()));
+        let dialer = Arc::new(Dialer::new(transport, Duration::from_secs(5), memory.replies.clone(), host.clock));
         let store = store::open(store, record::check, host.clock).await?;
         let signer = Signer::generate("bench")?;
         let contents = store.take_over(Seals::Checked(SealKeys::of(&signer))).await?;

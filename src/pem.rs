@@ -105,5 +105,19 @@ impl Validity {
 
 /// When the first of these expires. One whose end can't be read, such as an authority of version 1, is left out.
 pub(crate) fn first_expiry(certificates: &[CertificateDer<'_>]) -> Option<Timestamp> {
-    certificates.iter().filter_map(|it| Validity::of(it).ok()).map(|it| it.until).min()
+    expiries(certificates).min()
+}
+
+/// When the first of those expires that have not expired at this time.
+pub(crate) fn next_expiry(certificates: &[CertificateDer<'_>], now: Timestamp) -> Option<Timestamp> {
+    expiries(certificates).filter(|expiry| *expiry >= now).min()
+}
+
+fn expiries(certificates: &[CertificateDer<'_>]) -> impl Iterator<Item = Timestamp> {
+    certificates.iter().filter_map(|it| Validity::of(it).ok()).map(|it| it.until)
+}
+
+/// A time in the form of the libraries. Times before 1970 are 1970: no certificate is valid then.
+pub(crate) fn unix_time(at: Timestamp) -> UnixTime {
+    UnixTime::since_unix_epoch(Duration::from_secs(at.as_second().try_into().unwrap_or(0)))
 }

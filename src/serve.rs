@@ -244,7 +244,8 @@ impl Service {
             let (calls, exporter) = (api.calls(), exporter.clone());
             let of_files = certificates.clone();
             let expiries = Box::new(move || of_files.expiries());
-            let metrics = Metrics::default().and_of(calls, exporter, in_front, expiries, memory.clone());
+            let (dialed, memory_of_all) = (dialer.counts(), memory.clone());
+            let metrics = Metrics::default().and_of(calls, exporter, in_front, dialed, expiries, memory_of_all);
             let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
             let web = Web { api: api.clone(), metrics: metrics.into(), memory: memory.admin, address, beyond_loopback };
             servers.start_infallible(ADMIN_SERVER, web.serve(certificates.admin(listener), admin, stop, cut_off));

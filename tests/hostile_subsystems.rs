@@ -28,6 +28,7 @@ use futures_util::future::BoxFuture;
 use h2::{Reason, server::SendResponse};
 use http::{HeaderMap, HeaderValue, Request, Response};
 use orchestrator_core::{
+    clock::Clock,
     dial::Dialer,
     memory::Memory,
     model::{CycleId, Epoch, Payload, Subsystem, SubsystemSpec},
@@ -855,7 +856,8 @@ async fn a_call_of_hours_works_without_pings() {
     let spec = SubsystemSpec { name: "a".into(), endpoint: format!("http://{address}"), ..Default::default() };
     let subsystem = Subsystem::from_spec(&spec).unwrap();
     let callee = Callee { subsystem: &subsystem, owner: None };
-    let dialer = Dialer::new(Arc::new(Sockets::default()), Duration::from_hours(1), Memory::whole(1 << 20));
+    let (transport, clock) = (Arc::new(Sockets::default()), Clock::system());
+    let dialer = Dialer::new(transport, Duration::from_hours(1), Memory::whole(1 << 20), clock);
     let call = RunCall {
         cycle_id: CycleId(1),
         epoch: Epoch(1),
@@ -917,7 +919,8 @@ async fn answers_to_many_cancelled_calls_do_not_end_the_connection() {
     let spec = SubsystemSpec { name: "a".into(), endpoint: format!("http://{address}"), ..Default::default() };
     let subsystem = Subsystem::from_spec(&spec).unwrap();
     let callee = Callee { subsystem: &subsystem, owner: None };
-    let dialer = Dialer::new(Arc::new(Sockets::default()), Duration::from_secs(10), Memory::whole(1 << 30));
+    let (transport, clock) = (Arc::new(Sockets::default()), Clock::system());
+    let dialer = Dialer::new(transport, Duration::from_secs(10), Memory::whole(1 << 30), clock);
     let call = || RunCall {
         cycle_id: CycleId(1),
         epoch: Epoch(1),

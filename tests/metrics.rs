@@ -13,7 +13,7 @@ use common::{
     fleet::{Fleet, Run},
     http::get,
     patiently,
-    service::{Home, ms, next_recorded},
+    service::{Home, ms, next_recorded, registration},
 };
 use orchestrator_core::{
     model,
@@ -81,6 +81,33 @@ async fn until(admin: SocketAddr, what: &str, holds: impl Fn(&Scrape) -> bool) -
 fn metrics<const N: usize>(metrics: [(&str, f64); N]) -> Run {
     let metrics = metrics.map(|(name, value)| (name.to_owned(), value)).into();
     Run::Answer(subsystem::RunCycleResponse { metrics, ..subsystem::RunCycleResponse::default() })
+}
+
+#[tokio::test]
+async fn connections_to_subsystems_are_counted_and_so_is_each_step_that_failed() {
+    let mut stage = Stage::new().await;
+    let at_socket = Fleet::at_socket(&stage.home.path("fleet.sock"));
+    let plain = stage.fleet.endpoint().to_owned();
+    let admin = format!("http://{}", stage.service.admin());
+    let another = format!("uid:{}", rustix::process::geteuid().as_raw() + 1);
+    for (name, endpoint, peer) in [
+        ("a", plain.as_str(), None),
+        ("b", &plain, None),
+        ("connect", "http://127.0.0.1:1", None),
+        ("tls", &plain.replace("http", "https"), None),
+        ("http2", &admin, None),
+        ("identity", at_socket.endpoint(), Some(&another)),
+    ] {
+        let tls = peer.map(|peer| pb::Tls { peer: peer.clone() });
+        stage.client.register(pb::Registration { tls, ..registration(name, endpoint) }).await.unwrap();
+    }
+    stage.client.run().await.unwrap();
+    let scrape = Scrape::of(stage.service.admin()).await;
+    scrape.has([("orchestrator_dial_connections", 2.0)]);
+    for step in ["connect", "tls", "http2", "identity"] {
+        let failures = scrape.get(&format!("orchestrator_dial_failures_total{{step=\"{step}\"}}"));
+        assert!(failures >= Some(1.0), "{step}: {failures:?}");
+    }
 }
 
 #[tokio::test]

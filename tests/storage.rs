@@ -176,7 +176,8 @@ async fn an_idle_process_notices_that_it_was_superseded() {
     let signer = Signer::generate("test").unwrap();
     let contents = store.take_over(Seals::Checked(SealKeys::of(&signer))).await.unwrap();
     let memory = Shares::of(1 << 30);
-    let dialer = Arc::new(Dialer::new(Arc::new(Sockets::default()), Duration::from_secs(1), memory.replies.clone()));
+    let (transport, timeout) = (Arc::new(Sockets::default()), Duration::from_secs(1));
+    let dialer = Arc::new(Dialer::new(transport, timeout, memory.replies.clone(), host.clock));
     let (settings, declared) = (serve::settings(&Config::default()), Declared::default());
     let (store, spans) = (TakenOver { store, contents, signer, began: None }, Arc::new(Untraced));
     let start = Orchestrator::start(settings, &memory, host, dialer, store, declared, spans);

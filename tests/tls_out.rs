@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{fs, os::unix::fs::symlink, path::Path, process::Stdio, sync::Arc};
+use std::{fs, future::pending, os::unix::fs::symlink, path::Path, process::Stdio, sync::Arc};
 
 use common::{
     Stage,
@@ -15,9 +15,12 @@ use common::{
 };
 use orchestrator_core::{
     access::key_of,
+    config::Config,
+    host::Host,
     proto::orchestrator::v1::{CycleState, CycleTelemetry, Registration, RunCycleRequest, SubsystemState, Tls},
+    transport::Sockets,
 };
-use rcgen::CertificateParams;
+use rcgen::{CertificateParams, CustomExtension, SanType, date_time_ymd};
 use rustix::process::Signal;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tokio::{net::TcpListener, process::Command};
@@ -25,7 +28,7 @@ use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{
     Code,
-    transport::{Certificate, ServerTlsConfig},
+    transport::{Certificate, Endpoint, ServerTlsConfig},
 };
 use tonic_types::StatusExt;
 
@@ -150,6 +153,114 @@ async fn authorities_of_subsystems_are_read_again_when_their_file_changes() {
     new.write(ca_file);
     stage.home.logged(READ_AGAIN, 1).await;
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+}
+
+#[tokio::test]
+async fn a_server_is_not_called_on_an_open_connection_once_its_authority_is_not_trusted_any_more() {
+    let (home, old, new) = (Home::new(), Authority::new("old"), Authority::new("new"));
+    let fleet = Fleet::behind_tls(old.service().identity()).await;
+    let ca_file = old.write(home.path("ca.pem"));
+    let mut stage = Stage::at(home.with_args(settings(&[("dial.ca_file", &ca_file)]))).await;
+    stage.client.register(registration("a", fleet.endpoint())).await.unwrap();
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+    new.write(ca_file);
+    stage.home.logged(READ_AGAIN, 1).await;
+    fleet.clear_calls();
+    let cycle = stage.client.run().await.unwrap();
+    let a = part(&cycle, "a");
+    assert!(a.state() == SubsystemState::Failed && a.error_message.contains("UnknownIssuer"), "{a:?}");
+    assert!(fleet.calls().is_empty());
+}
+
+#[tokio::test]
+async fn a_server_is_not_called_on_an_open_connection_once_a_certificate_of_it_has_expired() {
+    let (home, root) = (Home::new(), Authority::new("root"));
+    let ca_file = root.write(home.path("ca.pem"));
+    let (one, two) = (date_time_ymd(2026, 2, 1), date_time_ymd(2026, 3, 1));
+    // Its own expires first, or else that of the authority between both.
+    let between = root.below("between", |it| it.not_after = one);
+    let own = root.service_with(|it| it.not_after = one);
+    let mut below = between.service_with(|it| it.not_after = two);
+    below.certificate += &between.certificate;
+    for issued in [own, below] {
+        let fleet = Fleet::behind_tls(issued.identity()).await;
+        let config = format!(
+            "server.listen = \"127.0.0.1:0\"\nadmin.listen = \"off\"\nstore.url = \"memory:\"\n[dial]\nca_file = \
+             {ca_file:?}\n[[subsystems]]\nname = \"a\"\nendpoint = {:?}\n",
+            fleet.endpoint()
+        );
+        let config = Config::from_toml_str("orchestrator.toml", &config).unwrap();
+        let host = Host::simulated("2026-01-31T00:00:00Z".parse().unwrap(), 7);
+        let clock = host.clock;
+        let service = orchestrator_core::serve::Service::start(&config, host, Arc::new(Sockets::default())).await;
+        let service = service.unwrap();
+        let address = format!("http://{}", service.address());
+        let _running = AbortOnDropHandle::new(tokio::spawn(service.run(pending(), async || pending().await)));
+        let mut client = Client::new(Endpoint::from_shared(address).unwrap().connect().await.unwrap());
+
+        assert_eq!(client.run().await.unwrap().state(), CycleState::Succeeded);
+        assert_eq!(fleet.runs("a").len(), 1);
+        clock.set("2026-02-02T00:00:00Z".parse().unwrap());
+        let cycle = client.run().await.unwrap();
+        let a = part(&cycle, "a");
+        assert!(a.state() == SubsystemState::Failed && a.error_message.contains("certificate expired"), "{a:?}");
+        assert_eq!(fleet.runs("a").len(), 1);
+        // A server that is valid again is called again.
+        clock.set("2026-01-31T00:00:00Z".parse().unwrap());
+        assert_eq!(client.run().await.unwrap().state(), CycleState::Succeeded);
+    }
+}
+
+#[tokio::test]
+async fn an_unusual_certificate_of_a_server_fails_its_subsystem_with_the_reason() {
+    let (home, root) = (Home::new(), Authority::new("root"));
+    let ca_file = root.write(home.path("ca.pem"));
+    let with = |change: &dyn Fn(&mut CertificateParams)| {
+        let mut params = CertificateParams::default();
+        change(&mut params);
+        root.issue(&params)
+    };
+    let uri = |uri: &str| SanType::URI(uri.try_into().unwrap());
+    let several = with(&|it| it.subject_alt_names = vec![uri("spiffe://fleet/a"), uri("spiffe://fleet/b")]);
+    let none = with(&|_| {});
+    let mut large = with(&|it| {
+        it.subject_alt_names = vec![uri("spiffe://fleet/a")];
+        it.custom_extensions = vec![CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, 1], vec![0; 60 << 10])];
+    });
+    // With a further one, the message of the handshake has more than 64 KiB. A server of this library sends no certificate
+    // that has more by itself.
+    large.certificate = large.certificate.repeat(2);
+    let below = |authorities: &[&Authority]| {
+        let mut issued = authorities[0].client("spiffe://fleet/a");
+        issued.certificate.extend(authorities.iter().map(|it| it.certificate.as_str()));
+        issued
+    };
+    let expired = below(&[&root.below("expired", |it| it.not_after = date_time_ymd(2020, 1, 1))]);
+    let chain = (0..10).fold(vec![root.below("0", |_| {})], |mut chain, n| {
+        chain.insert(0, chain[0].below(&format!("{}", n + 1), |_| {}));
+        chain
+    });
+    let long = below(&chain.iter().collect::<Vec<_>>());
+    let mut stage = Stage::at(home.with_args(settings(&[("dial.ca_file", &ca_file)]))).await;
+    let mut fleets = Vec::new();
+    for (name, issued, why) in [
+        ("several", several, "a certificate that has 2 URI names and 0 DNS names as alternative names"),
+        ("none", none, "a certificate that has 0 URI names and 0 DNS names as alternative names"),
+        ("expired", expired, "certificate expired"),
+        ("long", long, "MaximumPathDepthExceeded"),
+        ("large", large, "HandshakePayloadTooLarge"),
+    ] {
+        let fleet = Fleet::behind_tls(issued.identity()).await;
+        stage.client.register(answered_by(name, fleet.endpoint(), "cert:spiffe://fleet/a")).await.unwrap();
+        fleets.push((name, fleet, why));
+    }
+    let cycle = patiently("the cycle", stage.client.run()).await.unwrap();
+    for (name, fleet, why) in &fleets {
+        let part = part(&cycle, name);
+        assert_eq!((part.state(), part.error_code.as_str()), (SubsystemState::Failed, "UNAVAILABLE"), "{part:?}");
+        assert!(part.error_message.contains(why), "{part:?}");
+        assert!(fleet.calls().is_empty(), "{name}");
+    }
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ use http::{
 use super::{
     connect::{Connector, Target},
     connection::{Connection, STREAM_WINDOW},
+    counts::Step,
     outcome,
     server::Server,
     unary::{self, Call, Failed},
@@ -71,7 +72,10 @@ impl Client {
 
     /// Checks that a server may be called: that it is this one, or without one that of the endpoint's host.
     fn check(&self, server: &Server, expected: Option<&Identity>) -> Result<(), CallError> {
-        server.check(expected, &self.connector.revoked()).map_err(outcome::unavailable)
+        server.check(expected, &self.connector.revoked()).map_err(|why| {
+            self.connector.counts.failed(Step::Identity);
+            outcome::unavailable(why)
+        })
     }
 
     /// Makes a call. Dropping it cancels the call.
@@ -136,8 +140,8 @@ impl Client {
         Uri::from_parts(parts).unwrap_or_default()
     }
 
-    /// The current connection, or a new one if it is not usable, or was made with earlier TLS. Calls on the earlier one
-    /// keep it until they end.
+    /// The current connection, or a new one if it is not usable, or its server must be verified again. Calls on the
+    /// earlier one keep it until they end.
     fn connection(&self) -> Arc<Connection> {
         let mut current = self.current();
         match &*current {

@@ -11,6 +11,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
 
 use super::{
+    counts::{Counts, Step},
     outcome,
     server::Server,
     tls::{Loaded, Tls},
@@ -31,6 +32,21 @@ pub(super) struct Connector {
     pub(super) reach: Reach,
     /// Servers that are not called.
     pub(super) revoked: Mutex<Arc<Revoked>>,
+    pub(super) counts: Arc<Counts>,
+}
+
+/// Why there is no connection.
+pub(super) struct Unconnected {
+    pub(super) step: Step,
+    /// For people.
+    pub(super) why: String,
+}
+
+impl Step {
+    /// The error if this step fails.
+    fn failed(self) -> impl Fn(String) -> Unconnected {
+        move |why| Unconnected { step: self, why }
+    }
 }
 
 /// A parsed endpoint.
@@ -80,6 +96,10 @@ impl Target {
 }
 
 impl Connector {
+    pub(super) fn new(transport: Arc<dyn Transport>, timeout: Duration, tls: Arc<Tls>, reach: Reach) -> Self {
+        Self { transport, timeout, tls, reach, revoked: Mutex::default(), counts: Arc::default() }
+    }
+
     /// The servers that are not called.
     pub(super) fn revoked(&self) -> Arc<Revoked> {
         self.revoked.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -93,20 +113,33 @@ impl Connector {
     /// Connects with this TLS, if the target has TLS, until `deadline`. Returns the server as well.
     ///
     /// # Errors
-    /// The reason, for people.
+    /// A step fails.
     pub(super) async fn open(
         &self,
         target: &Target,
         tls: &Loaded,
         deadline: Instant,
-    ) -> Result<(Box<dyn Stream>, Server), String> {
-        self.reach.check(&target.endpoint).map_err(|why| format!("its endpoint {why}"))?;
+    ) -> Result<(Box<dyn Stream>, Server), Unconnected> {
+        let allowed = self.reach.check(&target.endpoint).map_err(|why| format!("its endpoint {why}"));
+        allowed.map_err(Step::Connect.failed())?;
         let host = if let Destination::Tcp { host, .. } = &target.destination { host } else { "" };
         let admit = |address| self.reach.check_address(target.is_tls, host, address);
-        let (stream, origin) = self.transport.connect(&target.destination, &admit, self.timeout).await?;
+        let connected = self.transport.connect(&target.destination, &admit, self.timeout).await;
+        let (stream, origin) = connected.map_err(Step::Connect.failed())?;
         if !target.is_tls {
             return Ok((stream, Server::without_tls(origin)));
         }
+        self.secure(stream, host, tls, deadline).await.map_err(Step::Tls.failed())
+    }
+
+    /// Makes the TLS handshake with the server of this host.
+    async fn secure(
+        &self,
+        stream: Box<dyn Stream>,
+        host: &str,
+        tls: &Loaded,
+        deadline: Instant,
+    ) -> Result<(Box<dyn Stream>, Server), String> {
         let config = tls.config().await?;
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
         let name = name.map_err(|error| format!("{host} can't be a name in a certificate: {error}"))?;
@@ -118,7 +151,7 @@ impl Connector {
         if session.alpn_protocol() != Some(b"h2") {
             return Err("it speaks TLS, but not HTTP/2 (it did not select h2 by ALPN)".into());
         }
-        let server = Server::with(session.peer_certificates().unwrap_or_default(), &name);
+        let server = Server::with(session.peer_certificates().unwrap_or_default(), &name, tls.now());
         Ok((Box::new(stream), server))
     }
 }

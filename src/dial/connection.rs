@@ -12,7 +12,8 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    connect::{Connector, Target},
+    connect::{Connector, Target, Unconnected},
+    counts::Step,
     outcome,
     server::Server,
     tls::{Loaded, Tls},
@@ -80,9 +81,12 @@ impl Connection {
         matches!(*self.phase.borrow(), Phase::Over(_)) || self.phase.has_changed().is_err()
     }
 
-    /// True if it was made with other TLS than connections have now.
+    /// True if its server must be verified again: it was made with other TLS than connections have now, or a
+    /// certificate of its server has expired.
     pub(super) fn is_outdated(&self, tls: &Tls) -> bool {
-        self.tls.as_ref().is_some_and(|made_with| !Arc::ptr_eq(made_with, &tls.current()))
+        let Some(made_with) = &self.tls else { return false };
+        !Arc::ptr_eq(made_with, &tls.current())
+            || matches!(&*self.phase.borrow(), Phase::Ready(_, server) if server.has_expired(made_with.now()))
     }
 
     /// The observed traffic.
@@ -111,10 +115,15 @@ async fn live(
         tracing::debug!(endpoint = ?target, why, "connection");
         tell.send_replace(Phase::Over(why.into()));
     };
+    let unconnected = |step, why| {
+        connector.counts.failed(step);
+        over(why);
+    };
     let (stream, server) = match connector.open(&target, &tls, deadline).await {
         Ok(opened) => opened,
-        Err(why) => return over(why),
+        Err(Unconnected { step, why }) => return unconnected(step, why),
     };
+    let no_http2 = |why| unconnected(Step::Http2, why);
     let handshake = Builder::new()
         .enable_push(false)
         .initial_window_size(STREAM_WINDOW)
@@ -129,7 +138,7 @@ async fn live(
     };
     let (send, mut connection) = match handshake.await {
         Ok(made) => made,
-        Err(error) => return over(failed(&error)),
+        Err(error) => return no_http2(failed(&error)),
     };
     // Only the settings show that the peer speaks HTTP/2, and how many concurrent calls it accepts.
     let settled = poll_fn(|cx| match Pin::new(&mut connection).poll(cx) {
@@ -139,10 +148,14 @@ async fn live(
     });
     match timeout_at(deadline, settled).await {
         Ok(None) => {}
-        Ok(Some(Ok(()))) => return over(silent(&target)),
-        Ok(Some(Err(error))) => return over(failed(&error)),
-        Err(_) => return over(format!("it accepted the connection and sent nothing within {:?}", connector.timeout)),
+        Ok(Some(Ok(()))) => return no_http2(silent(&target)),
+        Ok(Some(Err(error))) => return no_http2(failed(&error)),
+        Err(_) => {
+            let why = format!("it accepted the connection and sent nothing within {:?}", connector.timeout);
+            return no_http2(why);
+        }
     }
+    let _open = connector.counts.clone().opened();
     tell.send_replace(Phase::Ready(send, Arc::new(server)));
     over(match connection.await {
         Ok(()) => "it closed the connection".into(),

@@ -4,10 +4,12 @@
 //! its own call: not the connection of others, not the memory of the process, not the time of a worker thread. `client`
 //! has the connection of one endpoint (`connection`, by `connect` and `tls`, seen through by `wire`), `server` checks
 //! who answers there, `unary` makes one call on it, `outcome` says what became of it, and `decode` reads the answer.
+//! `counts` has the figures of all connections.
 
 mod client;
 mod connect;
 mod connection;
+mod counts;
 mod decode;
 mod outcome;
 mod request;
@@ -25,23 +27,28 @@ use std::{
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use prost::Message;
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::Instant};
 
 pub(crate) use self::tls::{Loaded, Material};
-use self::{client::Failure, connect::Connector};
+use self::{
+    client::Failure,
+    connect::{Connector, Target, Unconnected},
+};
 pub use self::{
     client::{Client, Received},
+    counts::Counts,
     tls::{NoCertificate, Tls, authorities, tls_in_words},
     unary::Call,
 };
 use crate::{
     access::{Reach, Revoked},
+    clock::Clock,
     memory::{Held, Memory},
     model::{Endpoint, Identity, Limits, Name, SpanContext, Subsystem, excerpt},
     offload::offload_within,
     ports::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
     proto::framing::framed,
-    transport::Transport,
+    transport::{Stream, Transport},
 };
 
 /// Calls subsystems over gRPC.
@@ -71,8 +78,8 @@ impl Dialer {
 
     /// A dialer that connects over `transport` and gives up after `connect_timeout`, trusts the certificates of the
     /// system, connects everywhere, and takes memory for answers from `replies`.
-    pub fn new(transport: Arc<dyn Transport>, connect_timeout: Duration, replies: Memory) -> Self {
-        Self::with(transport, connect_timeout, replies, Arc::default(), Reach::default())
+    pub fn new(transport: Arc<dyn Transport>, connect_timeout: Duration, replies: Memory, clock: Clock) -> Self {
+        Self::with(transport, connect_timeout, replies, Arc::new(Tls::of_system(clock)), Reach::default())
     }
 
     /// As [`Dialer::new`], with this TLS for `https` endpoints, and within this reach.
@@ -83,9 +90,8 @@ impl Dialer {
         tls: Arc<Tls>,
         reach: Reach,
     ) -> Self {
-        let connector = Connector { transport, timeout: connect_timeout, tls, reach, revoked: Mutex::default() };
         Self {
-            connector: Arc::new(connector),
+            connector: Arc::new(Connector::new(transport, connect_timeout, tls, reach)),
             replies,
             endpoints: Mutex::default(),
             offloaded: Arc::new(Semaphore::new(Self::MAX_OFFLOADED)),
@@ -95,6 +101,11 @@ impl Dialer {
     /// Makes no further call to servers with these identities and certificates.
     pub fn revoke(&self, revoked: Revoked) {
         self.connector.revoke(revoked);
+    }
+
+    /// Figures of its connections.
+    pub fn counts(&self) -> Arc<Counts> {
+        self.connector.counts.clone()
     }
 
     /// A client of one endpoint, with its own connection.
@@ -227,6 +238,26 @@ impl Subsystems for Dialer {
             }
         }
     }
+}
+
+/// Connects over TLS to another server than that of a subsystem: to this one, or without one to that of the endpoint's
+/// host. Takes at most `timeout`.
+///
+/// # Errors
+/// The reason, for people.
+pub(crate) async fn connect(
+    transport: Arc<dyn Transport>,
+    endpoint: &Endpoint,
+    tls: Arc<Tls>,
+    expected: Option<&Identity>,
+    timeout: Duration,
+) -> Result<Box<dyn Stream>, String> {
+    let loaded = tls.current();
+    let connector = Connector::new(transport, timeout, tls, Reach::default());
+    let opened = connector.open(&Target::of(endpoint, None), &loaded, Instant::now() + timeout).await;
+    let (stream, server) = opened.map_err(|Unconnected { why, .. }| why)?;
+    server.check(expected, &Revoked::default())?;
+    Ok(stream)
 }
 
 /// The server that must answer: the one in the registration, or else at an `https` endpoint the owner, if it has

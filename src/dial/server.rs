@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use jiff::Timestamp;
 use rustls_pki_types::{CertificateDer, ServerName};
 use tokio_rustls::rustls::{client::verify_server_name, server::ParsedCertificate};
 
@@ -9,6 +10,7 @@ use super::outcome;
 use crate::{
     access::{Digest, NoIdentity, Revoked, identity_of, key_of},
     model::Identity,
+    pem::next_expiry,
     transport::Origin,
 };
 
@@ -32,6 +34,9 @@ pub(super) struct Shown {
     keys: Vec<Digest>,
     /// Why it is not valid for the host of the endpoint.
     not_of_host: Option<String>,
+    /// When the first of all certificates expires that it has sent, except those that had expired before it connected:
+    /// its own was verified without them.
+    expires_at: Option<Timestamp>,
 }
 
 impl Server {
@@ -40,15 +45,21 @@ impl Server {
         if let Origin::User(uid) = origin { Self::User(uid) } else { Self::Unknown }
     }
 
-    /// The server with these certificates, first its own, at the endpoint with this host.
-    pub(super) fn with(chain: &[CertificateDer<'static>], host: &ServerName<'_>) -> Self {
+    /// The server with these certificates, first its own, at the endpoint with this host, verified at this time.
+    pub(super) fn with(chain: &[CertificateDer<'static>], host: &ServerName<'_>, now: Timestamp) -> Self {
         let Some(certificate) = chain.first().cloned() else { return Self::Unknown };
         Self::Certificate(Shown {
             owner: identity_of(&certificate),
             keys: chain.iter().filter_map(|it| key_of(it)).collect(),
             not_of_host: not_of(&certificate, host),
+            expires_at: next_expiry(chain, now),
             certificate,
         })
+    }
+
+    /// True if a certificate has expired since it was verified.
+    pub(super) fn has_expired(&self, now: Timestamp) -> bool {
+        matches!(self, Self::Certificate(Shown { expires_at: Some(expiry), .. }) if *expiry < now)
     }
 
     /// Checks that it is the server that must answer: the expected one, or without an expectation that of the

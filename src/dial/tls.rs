@@ -20,9 +20,13 @@ use tokio_rustls::rustls::{
     crypto::{CryptoProvider, aws_lc_rs},
     server::ParsedCertificate,
     sign::{CertifiedKey, SingleCertAndKey},
+    time_provider::TimeProvider,
 };
 
-use crate::pem::{Pem, Validity, first_expiry};
+use crate::{
+    clock::Clock,
+    pem::{Pem, Validity, first_expiry, unix_time},
+};
 
 /// The file contains no certificate.
 #[derive(Debug, thiserror::Error)]
@@ -34,13 +38,15 @@ pub struct NoCertificate;
 pub(crate) struct Material {
     /// The certificates of authorities that are trusted in addition to those of the system.
     pub(crate) authorities: Option<Pem>,
+    /// True if those of the system are not trusted.
+    pub(crate) without_system: bool,
     /// The certificate of the service with the intermediate ones, and its private key, for subsystems that ask for it.
     pub(crate) own: Option<(Pem, Pem)>,
 }
 
 /// A complete configuration.
-#[derive(Default)]
 pub(crate) struct Loaded {
+    clock: Clock,
     material: Material,
     authorities: Vec<CertificateDer<'static>>,
     own: Option<(Arc<CertifiedKey>, Validity)>,
@@ -50,11 +56,17 @@ pub(crate) struct Loaded {
 }
 
 impl Loaded {
-    /// Makes it from these contents. Certificates may have expired.
+    /// Trusts the authorities of the system, and shows no certificate.
+    fn of_system(clock: Clock) -> Self {
+        let material = Material::default();
+        Self { clock, material, authorities: Vec::new(), own: None, expiries: Vec::new(), config: OnceCell::new() }
+    }
+
+    /// Makes it from these contents. Certificates may have expired. Those of servers must be valid by this clock.
     ///
     /// # Errors
     /// A file has other contents than expected, or the key belongs to another certificate.
-    pub(crate) fn of(material: Material) -> Result<Self, String> {
+    pub(crate) fn of(material: Material, clock: Clock) -> Result<Self, String> {
         let mut expiries = Vec::new();
         let mut note = |file: &Pem, certificates: &[_]| {
             expiries.extend(first_expiry(certificates).map(|expiry| (file.path.clone(), expiry)));
@@ -82,7 +94,7 @@ impl Loaded {
             }
             None => None,
         };
-        Ok(Self { material, authorities, own, expiries, config: OnceCell::new() })
+        Ok(Self { clock, material, authorities, own, expiries, config: OnceCell::new() })
     }
 
     /// The problem of the service's own certificate at this time: it is not valid yet, or no longer.
@@ -95,6 +107,11 @@ impl Loaded {
         &self.expiries
     }
 
+    /// The time by which certificates of servers are valid.
+    pub(super) fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
     /// The configuration of connections. The first call waits until the system's certificates are read on a blocking
     /// thread.
     ///
@@ -103,7 +120,8 @@ impl Loaded {
     pub(super) async fn config(&self) -> Result<Arc<ClientConfig>, String> {
         let read = async {
             let (authorities, own) = (self.authorities.clone(), self.own.as_ref().map(|(own, _)| own.clone()));
-            let read = tokio::task::spawn_blocking(move || config(authorities, own)).await;
+            let (trusts_system, clock) = (!self.material.without_system, self.clock);
+            let read = tokio::task::spawn_blocking(move || config(authorities, trusts_system, own, clock)).await;
             read.map_err(|error| error.to_string())?
         };
         self.config.get_or_try_init(|| read).await.cloned()
@@ -113,14 +131,12 @@ impl Loaded {
 /// The TLS of all endpoints.
 pub struct Tls(Mutex<Arc<Loaded>>);
 
-impl Default for Tls {
-    /// Trusts the authorities of the system, and shows no certificate.
-    fn default() -> Self {
-        Self::new(Loaded::default())
-    }
-}
-
 impl Tls {
+    /// Trusts the authorities of the system, and shows no certificate.
+    pub(super) fn of_system(clock: Clock) -> Self {
+        Self::new(Loaded::of_system(clock))
+    }
+
     /// TLS with this configuration.
     pub(crate) fn new(loaded: Loaded) -> Self {
         Self(Mutex::new(Arc::new(loaded)))
@@ -166,22 +182,27 @@ fn provider() -> CryptoProvider {
 
 fn config(
     authorities: Vec<CertificateDer<'static>>,
+    trusts_system: bool,
     own: Option<Arc<CertifiedKey>>,
+    clock: Clock,
 ) -> Result<Arc<ClientConfig>, String> {
     let mut roots = RootCertStore::empty();
-    let system = rustls_native_certs::load_native_certs();
-    for error in &system.errors {
-        tracing::debug!(%error, "some of the system's certificates can't be read");
+    if trusts_system {
+        let system = rustls_native_certs::load_native_certs();
+        for error in &system.errors {
+            tracing::debug!(%error, "some of the system's certificates can't be read");
+        }
+        roots.add_parsable_certificates(system.certs);
     }
-    roots.add_parsable_certificates(system.certs);
     roots.add_parsable_certificates(authorities);
     if roots.is_empty() {
-        return Err("the system trusts no certificate, so none can be checked; give some with dial.ca_file".into());
+        let remedy = "give some with dial.ca_file, or to a command with --ca-file";
+        return Err(format!("the system trusts no certificate, so none can be checked; {remedy}"));
     }
     let (roots, provider) = (Arc::new(roots), Arc::new(provider()));
     let usual = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone()).build();
     let usual = usual.map_err(|error| error.to_string())?;
-    let config = ClientConfig::builder_with_provider(provider.clone())
+    let config = ClientConfig::builder_with_details(provider.clone(), Arc::new(clock))
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?
         .dangerous()
@@ -194,6 +215,12 @@ fn config(
     // A resumed session would have the certificates of the server as they were, without verifying them again.
     config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
+}
+
+impl TimeProvider for Clock {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(unix_time(self.now()))
+    }
 }
 
 /// Verifies the certificate of a server, but not its name: subsystems with one endpoint share a connection, and each

@@ -17,7 +17,7 @@ use super::{
     repeated::Repeated,
 };
 use crate::{
-    pem::{Pem, Validity, first_expiry},
+    pem::{Pem, Validity, first_expiry, unix_time},
     transport::{Origin, Stream},
 };
 use bytes::Bytes;
@@ -196,11 +196,6 @@ impl TimeProvider for Time {
     fn current_time(&self) -> Option<UnixTime> {
         Some(unix_time((self.0)()))
     }
-}
-
-/// In the library's form. Times before 1970 are 1970: no certificate is valid then.
-fn unix_time(at: Timestamp) -> UnixTime {
-    UnixTime::since_unix_epoch(Duration::from_secs(at.as_second().try_into().unwrap_or(0)))
 }
 
 /// The TLS of one address.

@@ -74,7 +74,7 @@ struct Dialing {
 
 impl Dialing {
     async fn load(files: config::DialTls, clock: Clock) -> Result<Self, String> {
-        let loaded = load_dial_aside(files.clone()).await?;
+        let loaded = load_dial_aside(files.clone(), clock).await?;
         report_invalid(loaded.invalid(clock.now()).map(|problem| own_named(&files, &problem)), "subsystems");
         Ok(Self { files, tls: Arc::new(dial::Tls::new(loaded)) })
     }
@@ -82,7 +82,7 @@ impl Dialing {
     /// Uses the files as they are now, if they have changed and can be used. Calls on open connections are not
     /// affected.
     async fn reload(&self, clock: Clock) {
-        let loaded = load_dial_aside(self.files.clone()).await;
+        let loaded = load_dial_aside(self.files.clone(), clock).await;
         let now = clock.now();
         let is_valid = self.tls.current().invalid(now).is_none();
         let problem = |loaded: &dial::Loaded| loaded.invalid(now).map(|problem| own_named(&self.files, &problem));
@@ -192,7 +192,7 @@ pub fn check_tls(config: &Config, clock: Clock) -> Result<Vec<String>, String> {
         problems.extend(invalid.map(|problem| format!("{} {problem}", files.certificate)));
     }
     let dial = config.dial_tls();
-    problems.extend(load_dial(&dial)?.invalid(clock.now()).map(|problem| own_named(&dial, &problem)));
+    problems.extend(load_dial(&dial, clock)?.invalid(clock.now()).map(|problem| own_named(&dial, &problem)));
     // All may have the same certificate.
     problems.dedup();
     Ok(problems)
@@ -217,8 +217,8 @@ async fn load_aside(files: config::Tls, protocol: Protocol, clock: Clock) -> Res
     aside(move || load(&files, protocol, clock)).await
 }
 
-async fn load_dial_aside(files: config::DialTls) -> Result<dial::Loaded, String> {
-    aside(move || load_dial(&files)).await
+async fn load_dial_aside(files: config::DialTls, clock: Clock) -> Result<dial::Loaded, String> {
+    aside(move || load_dial(&files, clock)).await
 }
 
 /// Reads files on a blocking thread: a file system can be slow.
@@ -242,14 +242,14 @@ fn load(files: &config::Tls, protocol: Protocol, clock: Clock) -> Result<Loaded,
     Loaded::of(&material, protocol, Arc::new(move || clock.now()))
 }
 
-fn load_dial(files: &config::DialTls) -> Result<dial::Loaded, String> {
+fn load_dial(files: &config::DialTls, clock: Clock) -> Result<dial::Loaded, String> {
     let config::DialTls { authorities, own } = files;
     let authorities = authorities.as_ref().map(read).transpose()?;
     let own = match own {
         Some((certificate, key)) => Some((read(certificate)?, read_secret(key)?)),
         None => None,
     };
-    dial::Loaded::of(dial::Material { authorities, own })
+    dial::Loaded::of(dial::Material { authorities, without_system: false, own }, clock)
 }
 
 fn read(file: &NamedFile) -> Result<Pem, String> {

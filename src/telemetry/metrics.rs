@@ -24,6 +24,7 @@ pub use self::definitions::{ALL, Definition, Kind};
 use super::otlp::Exporter;
 use crate::{
     api::CallCounts,
+    dial,
     engine::{BreakerState, SubsystemCounts},
     listen::Connections,
     memory::{Memory, Shares},
@@ -48,6 +49,7 @@ pub struct Metrics {
     calls: Option<Arc<CallCounts>>,
     exporter: Option<Arc<Exporter>>,
     servers: Vec<(&'static str, Arc<Connections>)>,
+    dialed: Option<Arc<dial::Counts>>,
     expiries: Option<Expiries>,
     memory: Option<Shares>,
     #[cfg(target_os = "linux")]
@@ -75,6 +77,7 @@ impl Default for Metrics {
             calls: None,
             exporter: None,
             servers: Vec::new(),
+            dialed: None,
             expiries: None,
             memory: None,
             #[cfg(target_os = "linux")]
@@ -84,16 +87,18 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Adds metrics of calls, the span exporter, the servers by name, their TLS, and memory.
+    /// Adds metrics of calls, the span exporter, the servers by name, connections to subsystems, TLS, and memory.
     pub(crate) fn and_of(
         self,
         calls: Arc<CallCounts>,
         exporter: Option<Arc<Exporter>>,
         servers: Vec<(&'static str, Arc<Connections>)>,
+        dialed: Arc<dial::Counts>,
         expiries: Expiries,
         memory: Shares,
     ) -> Self {
-        Self { calls: Some(calls), exporter, servers, expiries: Some(expiries), memory: Some(memory), ..self }
+        let (calls, dialed, expiries, memory) = (Some(calls), Some(dialed), Some(expiries), Some(memory));
+        Self { calls, exporter, servers, dialed, expiries, memory, ..self }
     }
 
     /// Writes all metrics of an orchestrator, piece by piece. It is kept to the end.
@@ -164,6 +169,9 @@ impl Metrics {
         let denied = self.calls.iter().flat_map(|calls| calls.iter_would_be_denied());
         let denied =
             denied.map(|(way, rpc, code, calls)| CALLS_WOULD_BE_DENIED.value(&[way, rpc, code.name()], number(calls)));
+        let dialed = self.dialed.iter();
+        let failures = dialed.clone().flat_map(|it| it.failures());
+        let failures = failures.map(|(step, failures)| DIAL_FAILURES.value(&[step], number(failures)));
         families.extend(of_tasks(&figures.counts));
         families.extend([
             CALLS.family(calls.collect()),
@@ -176,6 +184,8 @@ impl Metrics {
             LOG_LINES_DROPPED.single(number(super::dropped_lines())),
             by_server(&CONNECTIONS, Connections::open),
             by_server(&CONNECTIONS_LIMIT, Connections::max),
+            DIAL_CONNECTIONS.family(dialed.map(|it| DIAL_CONNECTIONS.value(&[], count(it.open()))).collect()),
+            DIAL_FAILURES.family(failures.collect()),
             of_certificates(self.expiries.as_ref()),
             by_purpose(&MEMORY_HELD, Memory::held),
             by_purpose(&MEMORY_LIMIT, Memory::max),

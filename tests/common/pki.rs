@@ -34,6 +34,17 @@ impl Authority {
         Self { issuer: Issuer::new(params, key), certificate }
     }
 
+    /// An intermediate authority with this name, below it, with these changes.
+    pub fn below(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Self {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        change(&mut params);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap().pem();
+        Self { issuer: Issuer::new(params, key), certificate }
+    }
+
     /// A certificate for a service on this machine.
     pub fn service(&self) -> Issued {
         self.service_with(|_| {})

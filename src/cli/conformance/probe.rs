@@ -86,7 +86,8 @@ impl Probe {
             Failure::new(Exit::Unreachable, format!("can't reach a subsystem at {endpoint}: {}", super::clean(&why)))
         };
         let unreachable = |error: CallError| unreachable(error.message);
-        let dialer = Dialer::new(Arc::new(Sockets::default()), CONNECT, Memory::whole(MAX_ANSWERS));
+        let replies = Memory::whole(MAX_ANSWERS);
+        let dialer = Dialer::new(Arc::new(Sockets::default()), CONNECT, replies, HOST.clock);
         let client = dialer.client(&endpoint).map_err(unreachable)?;
         client.connect().await.map_err(unreachable)?;
         // Both grow from run to run, so that a subsystem can be checked again. A run makes fewer cycles than it takes

@@ -125,6 +125,13 @@ definitions! {
         "Limit of open connections. At the limit, idle connections are closed for new ones, which wait if no \
          connection is idle.";
 
+    DIAL_CONNECTIONS: Gauge "orchestrator_dial_connections" []
+        "Open connections to subsystems. Those with one endpoint share one.";
+    DIAL_FAILURES: Counter "orchestrator_dial_failures_total" ["step"]
+        "Connections to subsystems that were not made, by the step that failed: reaching an address (connect), the TLS \
+         handshake (tls), or the start of HTTP/2 (http2). And calls that were not made because another server \
+         answers than must, or a revoked one (identity).";
+
     TLS_EXPIRY: Gauge "orchestrator_tls_certificate_expiry_timestamp_seconds" ["file"]
         "When the first certificate in a file of server.tls, admin.tls or dial expires, as Unix time. Missing without \
          such files.";
