@@ -4,7 +4,11 @@
 
 mod common;
 
-use std::{fs, os::unix::fs::MetadataExt, path::PathBuf};
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::PathBuf,
+};
 
 use common::{
     command::{orchestrator, run_with},
@@ -124,6 +128,50 @@ async fn a_secure_service_lets_callers_do_what_their_certificates_are_for() {
         let (exit, text) = pki.call(&service, name, &["run"]).await;
         assert_eq!(!text.contains("NOT_ALLOWED"), may_run, "{name}: {exit} {text}");
     }
+}
+
+#[tokio::test]
+async fn a_server_with_another_certificate_of_the_fleet_can_not_stand_in_for_the_service() {
+    let pki = Pki::init().await;
+    assert_eq!(pki.certs(&["issue", "subsystem", "sensor", "--host", "localhost"]).await.0, 0);
+    let files = [("cert_file", "sensor/cert.pem"), ("key_file", "sensor/key.pem")];
+    let args = files.map(|(key, name)| format!("--set=server.tls.{key}={}", pki.path(name)));
+    let other = Home::new().in_memory().with_args(args);
+    let other = other.serve().await;
+    let token = pki.home.path("token");
+    fs::write(&token, "orc_0123_secret").unwrap();
+    fs::set_permissions(&token, Permissions::from_mode(0o600)).unwrap();
+    let address = format!("https://localhost:{}", other.address().port());
+    let whoami = async |credentials: PathBuf, further: &[&str]| {
+        let args = ["whoami", "--address", &address, "--ca-file", &pki.path("ca.pem")];
+        orchestrator(Some(&credentials), &[&args, further].concat()).await
+    };
+    for credentials in [pki.dir.join("admin"), token] {
+        let (exit, text) = whoami(credentials, &[]).await;
+        let why = "a server with the certificate of cert:spiffe://fleet/subsystem/sensor answers, but \
+                   cert:spiffe://fleet/core must";
+        assert!(exit == 4 && text.contains(why) && text.contains("--server-identity"), "{exit} {text}");
+    }
+    // Unless it is the one that is meant.
+    let sensor = ["--server-identity", "cert:spiffe://fleet/subsystem/sensor"];
+    let (exit, text) = whoami(pki.dir.join("admin"), &sensor).await;
+    assert_eq!(exit, 0, "{text}");
+    for (address, identity, problem) in [
+        (address.as_str(), "token:sensor", "give cert:NAME"),
+        ("http://127.0.0.1:1", "cert:spiffe://fleet/core", "can't be verified without TLS"),
+    ] {
+        let (exit, text) = orchestrator(None, &["whoami", "--address", address, "--server-identity", identity]).await;
+        assert!(exit == 2 && text.contains(problem), "{exit} {text}");
+    }
+}
+
+#[tokio::test]
+async fn the_service_of_a_fleet_is_known_by_its_identity_whatever_its_host() {
+    let pki = Pki::new();
+    assert_eq!(pki.certs(&["init", "--host", "core.example"]).await.0, 0);
+    let (pki, service) = pki.serve().await;
+    let (exit, text) = pki.call(&service, "admin", &["whoami"]).await;
+    assert_eq!(exit, 0, "{text}");
 }
 
 #[tokio::test]

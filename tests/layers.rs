@@ -31,7 +31,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("store", &["clock", "file", "ledger", "model", "ports"]),
     ("transport", &[]),
-    ("dial", &["access", "memory", "model", "offload", "pem", "ports", "proto", "transport", "turn"]),
+    ("dial", &["access", "clock", "memory", "model", "offload", "pem", "ports", "proto", "transport", "turn"]),
     ("listen", &["memory", "pem", "proto", "transport", "turn"]),
     ("subsystem", &["file", "listen", "memory", "model", "offload", "pem", "proto", "tasks", "transport"]),
     // Answers show plans and breakers, records and snapshots, and loops.
@@ -57,7 +57,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("web", &["api", "listen", "memory", "model", "offload", "proto", "tasks", "telemetry", "transport"]),
     ("config", &["access", "engine", "file", "memory", "model", "ports", "store"]),
     // Metrics count the work of all of these.
-    ("telemetry", &["api", "config", "engine", "listen", "memory", "model", "orchestrator", "ports", "random"]),
+    ("telemetry", &["api", "config", "dial", "engine", "listen", "memory", "model", "orchestrator", "ports", "random"]),
     (
         "serve",
         &[
@@ -95,6 +95,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "ledger",
             "memory",
             "model",
+            "pem",
             "ports",
             "proto",
             "record",
@@ -126,7 +127,8 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("axum", &["web"]),
     ("h2", &["dial", "listen/server"]),
     ("hyper", &["listen", "web"]),
-    ("hyper_util", &["listen", "web"]),
+    // `cli/remote` gives a connection to the gRPC client.
+    ("hyper_util", &["cli/remote", "listen", "web"]),
     ("rustls_native_certs", &["dial/tls"]),
     ("tokio_rustls", &["dial", "listen/tls"]),
     ("webpki", &["access", "cli/certs", "dial/tls", "listen/tls", "pem"]),

@@ -227,8 +227,8 @@ async fn an_unusual_certificate_of_a_server_fails_its_subsystem_with_the_reason(
         it.subject_alt_names = vec![uri("spiffe://fleet/a")];
         it.custom_extensions = vec![CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, 1], vec![0; 60 << 10])];
     });
-    // With a further one, the message of the handshake has more than 64 KiB. A server of this library sends no certificate
-    // that has more by itself.
+    // With a further one, the message of the handshake has more than 64 KiB. The server here reads no certificate that
+    // has more by itself.
     large.certificate = large.certificate.repeat(2);
     let below = |authorities: &[&Authority]| {
         let mut issued = authorities[0].client("spiffe://fleet/a");

@@ -4,35 +4,46 @@ use std::{
     error::Error as _,
     fmt::{self, Write as _},
     future::Future,
+    io,
     path::{Path, PathBuf},
     pin::pin,
     str::FromStr,
+    sync::Arc,
     time::Duration,
 };
 
+use hyper_util::rt::TokioIo;
 use jiff::SignedDuration;
 use tonic::{
     Code, Status,
+    codegen::http::Uri,
     service::interceptor::InterceptedService,
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+    transport::{Channel, Endpoint},
 };
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::{ErrorInfo, StatusExt};
+use tower::{Service, service_fn};
 
 use super::{
-    Exit, Failure,
+    Exit, Failure, HOST,
     credentials::{Bearer, Credentials},
     known::Unknown,
     output::{Format, clean, short},
 };
 use crate::{
-    config::secure::{AUTHORITY, CERTIFICATE, KEY},
-    dial::{authorities, tls_in_words},
-    file,
+    config::secure::{AUTHORITY, CERTIFICATE, KEY, service_of},
+    dial::{self, authorities, tls_in_words},
+    file::{self, FileError},
+    model::{self, Identity},
+    pem::Pem,
     proto::orchestrator::v1::{
         access_client::AccessClient, ledger_client::LedgerClient, orchestrator_client::OrchestratorClient,
     },
+    transport::{Sockets, Stream},
 };
+
+/// A connection over TLS, as the client library takes it.
+type Connected = TokioIo<Box<dyn Stream>>;
 
 /// A connection whose calls have the credential of the caller.
 type Identified = InterceptedService<Channel, Bearer>;
@@ -77,17 +88,16 @@ pub(super) struct Remote<F: clap::Args = Format> {
     #[arg(long, value_name = "DURATION", env = "ORCHESTRATOR_TIMEOUT", value_parser = timeout, global = true)]
     pub(super) timeout: Option<Duration>,
     #[command(flatten)]
-    tls: TlsFiles,
+    tls: Tls,
     #[command(flatten)]
     credentials: Credentials,
     #[command(flatten)]
     pub(super) format: F,
 }
 
-/// The files for an address with `https://`.
+/// TLS for an address with `https://`.
 #[derive(Clone, Debug, Default, clap::Args)]
-#[allow(clippy::struct_field_names, reason = "they are the names of flags")]
-struct TlsFiles {
+struct Tls {
     /// With https://, trust only the authorities in this file (PEM). By default, those of the system
     #[arg(long, value_name = "PATH", env = "ORCHESTRATOR_CA_FILE", global = true)]
     ca_file: Option<PathBuf>,
@@ -97,37 +107,64 @@ struct TlsFiles {
     /// The private key of --cert-file (PEM)
     #[arg(long, value_name = "PATH", env = "ORCHESTRATOR_KEY_FILE", global = true)]
     key_file: Option<PathBuf>,
+    /// With https://, the identity in the certificate of the service, such as cert:spiffe://fleet/core, whatever its
+    /// host. By default, that of the service in the fleet that an authority in --ca-file names, as `orchestrator certs`
+    /// makes it; without such an authority, the certificate must be for the host of the address
+    #[arg(
+        long,
+        value_name = "IDENTITY",
+        env = "ORCHESTRATOR_SERVER_IDENTITY",
+        value_parser = identity_of_certificate,
+        global = true
+    )]
+    server_identity: Option<Identity>,
 }
 
-impl TlsFiles {
-    /// Reads them.
+impl Tls {
+    /// Reads the files. Also returns the identity that the service must have, if its host does not identify it.
     ///
     /// # Errors
-    /// A file can't be read, or can't be used; or only one of a certificate and its key is given.
-    fn read(&self, credentials: &Credentials) -> Result<ClientTlsConfig, Failure> {
-        let Self { ca_file, cert_file, key_file } = self.or(credentials.directory());
-        let unusable = |file: &Path, flag: &str, problem: &dyn fmt::Display| {
-            Failure::new(Exit::Usage, format!("{flag} {} {problem}", file.display()))
-        };
-        let mut tls = ClientTlsConfig::new();
-        if let Some(path) = &ca_file {
-            let refused = |problem: &dyn fmt::Display| unusable(path, "--ca-file", problem);
-            let pem = file::read(path).map_err(|error| refused(&error))?;
-            authorities(&pem).map_err(|error| refused(&error))?;
-            tls = tls.ca_certificate(Certificate::from_pem(pem));
-        } else {
-            tls = tls.with_enabled_roots();
-        }
-        match (&cert_file, &key_file) {
+    /// A file can't be read, or can't be used; or only one of a certificate and its key is given. Reads well by itself.
+    fn read(&self, credentials: &Credentials) -> Result<(dial::Tls, Option<Identity>), String> {
+        let Self { ca_file, cert_file, key_file, server_identity } = self.or(credentials.directory());
+        let trusted = ca_file.as_deref().map(|path| pem("--ca-file", path, file::read)).transpose()?;
+        let own = match (&cert_file, &key_file) {
             (Some(cert_file), Some(key_file)) => {
-                let certificate = file::read(cert_file).map_err(|error| unusable(cert_file, "--cert-file", &error))?;
-                let key = file::read_secret(key_file).map_err(|error| unusable(key_file, "--key-file", &error))?;
-                Ok(tls.identity(Identity::from_pem(certificate, key)))
+                let certificate = pem("--cert-file", cert_file, file::read)?;
+                Some((certificate, pem("--key-file", key_file, file::read_secret)?))
             }
-            (None, None) => Ok(tls),
-            (Some(_), None) => Err(Failure::new(Exit::Usage, "--cert-file needs --key-file, its private key")),
-            (None, Some(_)) => Err(Failure::new(Exit::Usage, "--key-file needs --cert-file, its certificate")),
-        }
+            (None, None) => None,
+            (Some(_), None) => return Err("--cert-file needs --key-file, its private key".to_owned()),
+            (None, Some(_)) => return Err("--key-file needs --cert-file, its certificate".to_owned()),
+        };
+        let of_fleet = || authorities(&trusted.as_ref()?.bytes).ok()?.iter().find_map(service_of);
+        let expected = server_identity.or_else(of_fleet);
+        let material = dial::Material { without_system: trusted.is_some(), authorities: trusted, own };
+        Ok((dial::Tls::new(dial::Loaded::of(material, HOST.clock)?), expected))
+    }
+
+    /// Connects over TLS to the server that must answer.
+    ///
+    /// # Errors
+    /// The files of TLS can't be used.
+    fn connector(
+        &self,
+        credentials: &Credentials,
+        to: &Uri,
+        timeout: Duration,
+    ) -> Result<impl Service<Uri, Response = Connected, Error = io::Error, Future: Send> + use<>, Failure> {
+        let (tls, expected) = self.read(credentials).map_err(|why| Failure::new(Exit::Usage, clean(&why)))?;
+        let (transport, tls) = (Arc::new(Sockets::default()), Arc::new(tls));
+        let (host, port) = (to.host().unwrap_or_default(), to.port_u16().unwrap_or(443));
+        let endpoint = model::Endpoint::Https(format!("https://{host}:{port}"));
+        Ok(service_fn(move |_| {
+            let (transport, tls, endpoint, expected) =
+                (transport.clone(), tls.clone(), endpoint.clone(), expected.clone());
+            async move {
+                let connected = dial::connect(transport, &endpoint, tls, expected.as_ref(), timeout).await;
+                connected.map(TokioIo::new).map_err(io::Error::other)
+            }
+        }))
     }
 
     /// With the files of a directory, where none are given.
@@ -139,15 +176,34 @@ impl TlsFiles {
             ca_file: file(&self.ca_file, AUTHORITY),
             cert_file: if has_certificate { self.cert_file.clone() } else { file(&None, CERTIFICATE) },
             key_file: if has_certificate { self.key_file.clone() } else { file(&None, KEY) },
+            server_identity: self.server_identity.clone(),
         }
     }
 
     /// The flags that another command needs for the same connection.
     fn flags(&self) -> String {
-        [("--ca-file", &self.ca_file), ("--cert-file", &self.cert_file), ("--key-file", &self.key_file)]
-            .into_iter()
-            .filter_map(|(flag, path)| Some(format!(" {flag} {}", path.as_ref()?.display())))
-            .collect()
+        let files = [("--ca-file", &self.ca_file), ("--cert-file", &self.cert_file), ("--key-file", &self.key_file)];
+        let files = files.into_iter().filter_map(|(flag, path)| Some(format!(" {flag} {}", path.as_ref()?.display())));
+        files.chain(self.server_identity.iter().map(|identity| format!(" --server-identity {identity}"))).collect()
+    }
+}
+
+fn pem(flag: &str, path: &Path, read: fn(&Path) -> Result<Vec<u8>, FileError>) -> Result<Pem, String> {
+    let name = format!("{flag} {}", path.display());
+    match read(path) {
+        Ok(bytes) => Ok(Pem { name, path: path.to_owned(), bytes }),
+        Err(error) => Err(format!("{name} {error}")),
+    }
+}
+
+/// Reads the identity of a certificate.
+///
+/// # Errors
+/// It is another one, or invalid.
+fn identity_of_certificate(text: &str) -> Result<Identity, String> {
+    match Identity::parse(text) {
+        Ok(identity @ Identity::Certificate(_)) => Ok(identity),
+        _ => Err("give cert:NAME, with the URI or the DNS name in the certificate".to_owned()),
     }
 }
 
@@ -212,7 +268,7 @@ impl Remote {
             address: Address(format!("http://{address}")),
             timeout: None,
             credentials: Credentials::default(),
-            tls: TlsFiles::default(),
+            tls: Tls::default(),
             format: Format::default(),
         }
     }
@@ -261,21 +317,23 @@ impl<F: clap::Args> Remote<F> {
         let bearer = self.credentials.read(&self.address.0)?;
         let unreachable = |error: &dyn std::error::Error| self.unreachable(&innermost(error));
         let connect = self.timeout.map_or(CONNECT, |timeout| timeout.min(CONNECT));
-        let mut endpoint = Endpoint::from_shared(self.address.0.clone())
-            .map_err(|error| unreachable(&error))?
-            .connect_timeout(connect)
-            .tcp_nodelay(true);
-        if self.address.0.starts_with("https://") {
-            // The errors are those of the files, or that the system has no certificates.
-            endpoint = endpoint.tls_config(self.tls.read(&self.credentials)?).map_err(|error| {
-                let problem = clean(&innermost(&error));
-                let files = self.tls.flags();
-                let files = if files.is_empty() { String::new() } else { format!(" with{files}") };
-                Failure::new(Exit::Usage, format!("TLS can't be used{files}: {problem}"))
-            })?;
-        }
+        let endpoint = |url: String| Endpoint::from_shared(url).map_err(|error| unreachable(&error));
         // The limit covers slow name lookups as well.
-        match tokio::time::timeout(connect, endpoint.connect()).await {
+        let connected = if let Some(authority) = self.address.0.strip_prefix("https://") {
+            let to = Uri::from_str(&self.address.0).map_err(|error| unreachable(&error))?;
+            let connector = self.tls.connector(&self.credentials, &to, connect)?;
+            // The library refuses https:// without its own TLS, which can't verify an identity.
+            let endpoint = endpoint(format!("http://{authority}"))?.origin(to);
+            tokio::time::timeout(connect, endpoint.connect_with_connector(connector)).await
+        } else {
+            if let Some(identity) = &self.tls.server_identity {
+                let problem = "can't be verified without TLS; give an address with https://";
+                return Err(Failure::new(Exit::Usage, format!("--server-identity {identity} {problem}")));
+            }
+            let endpoint = endpoint(self.address.0.clone())?.connect_timeout(connect).tcp_nodelay(true);
+            tokio::time::timeout(connect, endpoint.connect()).await
+        };
+        match connected {
             Ok(Ok(channel)) => Ok((channel, bearer)),
             Ok(Err(error)) => Err(unreachable(&error)),
             Err(_) => Err(self.unreachable(&format!("no connection within {}", short(connect)))),
@@ -480,7 +538,7 @@ fn tls_remedy(why: &str) -> Option<&'static str> {
     const REFUSED: &str = "It does not accept the certificate in --cert-file (ORCHESTRATOR_CERT_FILE): give one that \
                            is valid now, from an authority that it trusts.";
     /// Alerts are those of RFC 8446, 6.
-    const REMEDIES: [(&str, &str); 12] = [
+    const REMEDIES: [(&str, &str); 13] = [
         ("this address speaks TLS", "Give the address with https://."),
         ("does not speak TLS", "Give the address with http://."),
         (
@@ -490,6 +548,11 @@ fn tls_remedy(why: &str) -> Option<&'static str> {
         ),
         ("not valid for name", "Give it the address that its certificate is for, or the service another certificate."),
         ("certificate expired", "The service needs a new certificate."),
+        (
+            " answers, but ",
+            "Another server has this address, or the service has another identity than its fleet gives it: then name \
+             it with --server-identity or ORCHESTRATOR_SERVER_IDENTITY.",
+        ),
         (
             "fatal alert: CertificateRequired",
             "It requires a certificate of its clients: give one with --cert-file and --key-file, or \

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 
 use super::reader::{Table, append, parse};
-use crate::{access::identity_of, file};
+use crate::{access::identity_of, file, model::Identity};
 
 /// The certificate of the authority; also in the directory of each certificate.
 pub const AUTHORITY: &str = "ca.pem";
@@ -74,7 +74,7 @@ pub(super) fn settings(dir: &Path) -> Vec<(&'static str, PathBuf)> {
 /// The certificate of its authority can't be read, or names no fleet.
 pub(super) fn add_grants(table: &mut Table, dir: &Path) -> Result<(), String> {
     let path = dir.join(AUTHORITY);
-    let fleet = fleet(&path).map_err(|problem| {
+    let fleet = fleet_of_file(&path).map_err(|problem| {
         format!("needs {}, which {problem}; `orchestrator certs init` creates such a directory", path.display())
     })?;
     let grants = parse("--secure", &GRANTS.replace("FLEET", &fleet)).map_err(|error| error.to_string())?;
@@ -84,12 +84,22 @@ pub(super) fn add_grants(table: &mut Table, dir: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// The fleet of an authority: its identity is `spiffe://FLEET`. Only the identities of this fleet get grants, also if
-/// other authorities are trusted as well.
-fn fleet(path: &Path) -> Result<String, String> {
+/// The identity of the service in the fleet of an authority, if the authority names one.
+pub fn service_of(authority: &CertificateDer<'_>) -> Option<Identity> {
+    let fleet = fleet(authority).ok()?;
+    Identity::of_certificate(&format!("spiffe://{fleet}/{SERVICE}"))
+}
+
+fn fleet_of_file(path: &Path) -> Result<String, String> {
     let pem = file::read(path).map_err(|error| error.to_string())?;
     let certificate = CertificateDer::from_pem_slice(&pem).map_err(|error| format!("is not PEM: {error}"))?;
-    let identity = identity_of(&certificate).map_err(|error| error.to_string())?;
+    fleet(&certificate)
+}
+
+/// The fleet of an authority: its identity is `spiffe://FLEET`. Only the identities of this fleet get grants, also if
+/// other authorities are trusted as well.
+fn fleet(authority: &CertificateDer<'_>) -> Result<String, String> {
+    let identity = identity_of(authority).map_err(|error| error.to_string())?;
     let identity = identity.to_string();
     let fleet = identity.strip_prefix("cert:spiffe://").filter(|fleet| !fleet.contains(['/', '*', '{', '}', '"']));
     fleet.map(ToOwned::to_owned).ok_or_else(|| "names no fleet".to_owned())
