@@ -94,7 +94,9 @@ mod tests {
 
     fn pieces<const N: usize>(texts: [&str; N]) -> Sealed {
         let mut sealed = Sealed::default();
-        texts.map(|text| sealed.add(text.as_bytes()));
+        for text in texts {
+            sealed.add(text.as_bytes());
+        }
         sealed
     }
 
