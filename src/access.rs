@@ -24,6 +24,6 @@ pub use self::{
     policy::{Authenticated, Credential, Mode, Policy, Presented, Revoked, Unauthenticated},
     reach::{Allowed, Reach},
     rights::{Registering, Right, Rights, Targets},
-    session::{Session, SessionToken, Sessions},
+    session::{NoSession, Session, SessionToken, Sessions},
     token::{Bearer, Digest, NoRandomness, Token, TokenId, TokenSpec},
 };

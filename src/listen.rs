@@ -24,7 +24,7 @@ use tonic_reflection::server::{Builder, Error};
 pub(crate) use self::tls::{Clients, Loaded, Material, Protocol, Tls};
 pub(crate) use self::{
     connection::{Broken, Connection, Secure},
-    connections::{Busy, Connections, Entrance, serve_each},
+    connections::{Beside, Busy, Connections, Entrance, serve_each},
     peer::{Peer, Untrusted},
     repeated::Repeated,
     server::{Limits, Server},

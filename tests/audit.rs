@@ -509,6 +509,36 @@ async fn denied_calls_add_up_and_take_no_memory() {
 }
 
 #[tokio::test]
+async fn calls_beyond_a_limit_of_their_caller_are_summed_up() {
+    const REFUSED: usize = 20;
+    let home = Home::new();
+    let texts = write_tokens(&home.path("tokens.toml"), &["a"]);
+    let config = format!(
+        "[access]\nmode = \"enforce\"\ntokens_file = \"{}\"
+         [[access.grants]]\nwho = [\"token:a\"]\nrole = \"admin\"
+         [limits]\nwatchers = 0",
+        home.path("tokens.toml").display()
+    );
+    let stage = Stage::at(home.with_config(&config)).await;
+    let mut client = orchestrator(&stage).await;
+    for _ in 0..REFUSED {
+        let request = with(&texts["a"].1, pb::WatchCyclesRequest::default());
+        assert_eq!(client.watch_cycles(request).await.unwrap_err().code(), Code::ResourceExhausted);
+    }
+    let events = stopped(stage).await;
+    let refused: Vec<_> = events.iter().filter(|event| event.reason == "CALLER_LIMIT").collect();
+    assert_eq!(refused.iter().map(|event| event.count).sum::<u64>(), REFUSED as u64);
+    // One for each 10 seconds that this took.
+    assert!(refused.len() <= 2, "{refused:?}");
+    let AuditEvent { rpc, caller, code, peer, .. } = refused[0];
+    assert_eq!((&**rpc, &**caller, &**code), ("WatchCycles", "token:a", "RESOURCE_EXHAUSTED"));
+    assert_eq!(
+        (&**peer, refused[0].decision(), refused[0].kind()),
+        ("127.0.0.1", Decision::Denied, AuditKind::Denials)
+    );
+}
+
+#[tokio::test]
 async fn denials_of_a_known_caller_name_it_and_its_targets() {
     let home = Home::new();
     let tokens = write_tokens(&home.path("tokens.toml"), &["a", "b", "wall"]);

@@ -19,10 +19,15 @@ use common::{
     service::{Client, Home, Service, because, ms, reason, registration},
     tokens::write_tokens,
 };
-use h2::client::SendRequest;
+use futures_util::{FutureExt, StreamExt, stream};
+use h2::{
+    SendStream,
+    client::{ResponseFuture, SendRequest},
+};
 use orchestrator_core::proto::orchestrator::v1 as pb;
 use rustix::process::geteuid;
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     task::{JoinHandle, yield_now},
 };
@@ -37,7 +42,10 @@ struct Stage {
 
 impl Stage {
     async fn with(limits: &str) -> Self {
-        let home = Home::new().in_memory();
+        Self::at(Home::new().in_memory(), limits).await
+    }
+
+    async fn at(home: Home, limits: &str) -> Self {
         let texts = write_tokens(&home.path("tokens.toml"), &["a", "b"]);
         let texts = texts.into_iter().map(|(name, (_, text))| (name, text)).collect();
         let config = config(&home, limits);
@@ -170,15 +178,20 @@ impl Bare {
         Self { send, open: tokio::spawn(async move { drop(connection.await) }) }
     }
 
-    /// Sends an empty message, and returns the code of the answer.
-    async fn call(&mut self, path: &str, token: Option<&str>) -> i32 {
+    /// Sends the headers of a request.
+    async fn begin(&self, path: &str, token: Option<&str>) -> (ResponseFuture, SendStream<Bytes>) {
         let mut request = http::Request::post(format!("http://localhost{path}"));
         request = request.header("content-type", "application/grpc");
         if let Some(token) = token {
             request = request.header("authorization", format!("Bearer {token}"));
         }
         let mut send = patiently("a stream", self.send.clone().ready()).await.unwrap();
-        let (response, mut body) = send.send_request(request.body(()).unwrap(), false).unwrap();
+        send.send_request(request.body(()).unwrap(), false).unwrap()
+    }
+
+    /// Sends an empty message, and returns the code of the answer.
+    async fn call(&mut self, path: &str, token: Option<&str>) -> i32 {
+        let (response, mut body) = self.begin(path, token).await;
         body.send_data(Bytes::from_static(&[0; 5]), true).unwrap();
         let response = patiently("an answer", response).await.unwrap();
         let code = |headers: &http::HeaderMap| headers.get("grpc-status")?.to_str().unwrap().parse().ok();
@@ -190,6 +203,230 @@ impl Bare {
             body.flow_control().release_capacity(data.unwrap().len()).unwrap();
         }
         code(&body.trailers().await.unwrap().unwrap()).unwrap()
+    }
+}
+
+const STATUS: &str = "/dreamnet.orchestrator.v1.Orchestrator/GetStatus";
+
+/// Begins requests and does not end them, until another call is refused. Its first refusal, and those requests.
+async fn held<const N: usize>(
+    begin: impl AsyncFn() -> (ResponseFuture, SendStream<Bytes>),
+    mut call: impl AsyncFnMut() -> Result<(), Status>,
+) -> (Status, Vec<(ResponseFuture, SendStream<Bytes>)>) {
+    let refused = async {
+        let mut held = Vec::new();
+        loop {
+            // One that arrives during another call may be the one that is refused.
+            held.retain_mut(|(answer, _): &mut (ResponseFuture, _)| answer.now_or_never().is_none());
+            while held.len() < N {
+                held.push(begin().await);
+            }
+            if let Err(refused) = call().await {
+                return (refused, held);
+            }
+        }
+    };
+    patiently("a refusal", refused).await
+}
+
+/// The first refusal of a call that is made again and again.
+async fn refused(mut call: impl AsyncFnMut() -> Result<(), Status>) -> Status {
+    let refused = async {
+        loop {
+            if let Err(refused) = call().await {
+                return refused;
+            }
+        }
+    };
+    patiently("a refusal", refused).await
+}
+
+#[tokio::test]
+async fn a_request_counts_as_a_call_of_its_caller_while_it_arrives() {
+    let stage = Stage::with("concurrent_calls = 2\nhistory_reads = 1").await;
+    let (client, slow) = (stage.service.client().await, Bare::connect(&stage.service).await);
+    let limit = |key: &str, max: &str| because(Code::ResourceExhausted, "CALLER_LIMIT", [("limit", key), ("max", max)]);
+    let token = stage.texts["a"].as_str();
+    let begin = async |method: &str| {
+        let path = format!("/dreamnet.orchestrator.v1.Orchestrator/{method}");
+        slow.begin(&path, Some(token)).await
+    };
+
+    let list = async || {
+        let request = stage.of("a", pb::ListCyclesRequest::default());
+        client.clone().list_cycles(request).await.map(drop)
+    };
+    let (status, read) = held::<1>(async || begin("GetCycle").await, list).await;
+    assert_eq!(reason(&status), limit("limits.history_reads", "1"));
+    client.clone().list_cycles(stage.of("b", pb::ListCyclesRequest::default())).await.unwrap();
+    stage.status(&mut client.clone(), "a").await.unwrap();
+
+    let call = async || stage.status(&mut client.clone(), "a").await;
+    let (status, call) = held::<1>(async || begin("GetStatus").await, call).await;
+    assert_eq!(reason(&status), limit("limits.concurrent_calls", "2"));
+    stage.status(&mut client.clone(), "b").await.unwrap();
+
+    let renew = async || {
+        let renewed = client.clone().renew_lease(stage.of("a", pb::RenewLeaseRequest { name: "x".into() })).await;
+        renewed.map(drop).or_else(|status| if status.code() == Code::NotFound { Ok(()) } else { Err(status) })
+    };
+    let (status, renewals) = held::<2>(async || begin("RenewLease").await, renew).await;
+    assert_eq!(reason(&status), limit("limits.concurrent_calls", "2"), "as many renewals");
+    drop((read, call, renewals));
+    accepted(async || stage.status(&mut client.clone(), "a").await).await;
+    accepted(renew).await;
+}
+
+#[tokio::test]
+async fn connections_whose_requests_never_end_give_way_to_others() {
+    const MAX: usize = 6;
+    let home = Home::new().in_memory().with_args(["--set", &format!("server.max_connections={MAX}")]);
+    let stage = Stage::at(home, "").await;
+    let token = stage.texts["a"].as_str();
+    let mut held = Vec::new();
+    for _ in 0..MAX {
+        let connection = Bare::connect(&stage.service).await;
+        let (answer, mut body) = connection.begin(STATUS, Some(token)).await;
+        body.send_data(Bytes::from_static(&[0, 0, 0, 0, 5]), false).unwrap();
+        held.push((connection, answer, body));
+    }
+    let mut client = stage.service.client().await;
+    stage.status(&mut client, "b").await.unwrap();
+    // Not because these requests took too long.
+    let answers = held.iter_mut().map(|(_, answer, _)| answer.now_or_never());
+    assert!(!answers.flatten().any(|answer| answer.is_ok()), "a request that never ends was answered");
+    assert!(held.iter().any(|(connection, ..)| connection.open.is_finished()), "no connection was closed");
+}
+
+#[tokio::test]
+async fn calls_of_health_keep_no_other_calls_out() {
+    const MAX: usize = 8;
+    let home = Home::new().in_memory().with_args(["--set", &format!("server.max_streams={MAX}")]);
+    let stage = Stage::at(home, "").await;
+    let token = Some(stage.texts["a"].as_str());
+    let watcher = Bare::connect(&stage.service).await;
+    let mut watches = Vec::new();
+    for _ in 0..MAX + 2 {
+        let (answer, mut body) = watcher.begin("/grpc.health.v1.Health/Watch", None).await;
+        body.send_data(Bytes::from_static(&[0; 5]), true).unwrap();
+        watches.push(patiently("an answer", answer).await.unwrap());
+    }
+    let refused = watches.iter().filter(|answer| answer.headers().contains_key("grpc-status")).count();
+    assert!((1..MAX).contains(&(watches.len() - refused)), "{refused} are refused");
+    let mut caller = Bare::connect(&stage.service).await;
+    let _first = caller.begin(STATUS, token).await;
+    let _second = caller.begin(STATUS, token).await;
+    assert_eq!(caller.call(STATUS, token).await, 0);
+    // A probe on a connection of its own is answered.
+    assert_eq!(Bare::connect(&stage.service).await.call("/grpc.health.v1.Health/Check", None).await, 0);
+}
+
+#[tokio::test]
+async fn changes_of_a_caller_are_limited_and_calls_that_change_nothing_do_not_count() {
+    /// Those of 2,000 seconds.
+    const CHANGES: u16 = 2000;
+    /// So that few commits take many of them.
+    const AT_ONCE: usize = 200;
+    let stage = Stage::with("changes_per_second = 1").await;
+    let client = stage.service.client().await;
+    let register = |caller: &'static str, port: u16| {
+        let registration = registration("s", &format!("http://127.0.0.1:{port}"));
+        let request = pb::RegisterSubsystemRequest { registration: Some(registration), lease: None };
+        let (mut client, request) = (client.clone(), stage.of(caller, request));
+        async move { client.register_subsystem(request).await.map(drop) }
+    };
+    register("b", 1).await.unwrap();
+    let unchanged: Vec<_> = stream::iter(0..100).map(|_| register("a", 1)).buffer_unordered(AT_ONCE).collect().await;
+    assert!(unchanged.iter().all(Result::is_ok), "{unchanged:?}");
+    let changes = stream::iter(0..CHANGES).map(|number| register("a", 1000 + number));
+    let changed: Vec<_> = changes.buffer_unordered(AT_ONCE).collect().await;
+    assert!(changed.iter().all(Result::is_ok), "{changed:?}");
+    let mut port = 10_000;
+    let status = refused(async || {
+        port += 1;
+        register("a", port).await
+    });
+    let status = status.await;
+    let limit = [("limit", "limits.changes_per_second"), ("max", "1")];
+    assert_eq!(reason(&status), because(Code::ResourceExhausted, "CALLER_LIMIT", limit));
+    assert_eq!(
+        status.message(),
+        "token:a has reached the limit of 1 changes in a second, on average, for each caller \
+         (limits.changes_per_second); change less often, or register many subsystems in one call"
+    );
+    register("b", 1).await.unwrap();
+    stage.status(&mut client.clone(), "a").await.unwrap();
+}
+
+#[tokio::test]
+async fn renewals_of_a_caller_are_limited_by_themselves() {
+    let stage = Stage::with("calls_per_second = 1\nrenewals_per_second = 50").await;
+    let client = stage.service.client().await;
+    let renew = |_| {
+        let (mut client, request) = (client.clone(), stage.of("a", pb::RenewLeaseRequest { name: "x".into() }));
+        async move { client.renew_lease(request).await.unwrap_err() }
+    };
+    let refused = stream::iter(0..).map(renew).buffered(50);
+    let limited = refused.skip_while(|status| std::future::ready(status.code() == Code::NotFound));
+    let mut limited = std::pin::pin!(limited);
+    let status = patiently("a refusal", limited.next()).await.unwrap();
+    let limit = [("limit", "limits.renewals_per_second"), ("max", "50")];
+    assert_eq!(reason(&status), because(Code::ResourceExhausted, "CALLER_LIMIT", limit));
+}
+
+/// The data of requests may be on its way when they are refused. The library closes a connection on 256 errors.
+#[tokio::test]
+async fn a_connection_stays_open_while_many_calls_on_it_are_refused() {
+    const STREAMS: u32 = 200;
+    const ROUNDS: u32 = 5;
+    /// Round trips before the data is sent: a refusal that does not wait for the data has arrived by then.
+    const PINGS: u32 = 10;
+    let stage = Stage::with("").await;
+    let mut connection = TcpStream::connect(stage.service.address()).await.unwrap();
+    let frame = |kind: u8, flags: u8, stream: u32, payload: &[u8]| {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+    };
+    let headers = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":authority", "localhost"),
+        (":path", STATUS),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+    ];
+    // Literals that are not indexed (RFC 7541, 6.2.2).
+    let text = |text: &str| [&[u8::try_from(text.len()).unwrap()], text.as_bytes()].concat();
+    let headers: Vec<u8> =
+        headers.iter().flat_map(|(name, value)| [vec![0], text(name), text(value)].concat()).collect();
+    let mut hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    hello.extend(frame(4, 0, 0, &[]));
+    connection.write_all(&hello).await.unwrap();
+    let mut answered = 0;
+    for round in 0..ROUNDS {
+        let streams = (0..STREAMS).map(|number| 2 * (round * STREAMS + number) + 1);
+        let begin: Vec<u8> = streams.clone().flat_map(|stream| frame(1, 4, stream, &headers)).collect();
+        let data: Vec<u8> = streams.flat_map(|stream| frame(0, 1, stream, &[0; 5])).collect();
+        let ping = frame(6, 0, 0, &[0; 8]);
+        connection.write_all(&[begin, ping.clone()].concat()).await.unwrap();
+        let mut pings = 0;
+        while answered < (round + 1) * STREAMS || pings < PINGS {
+            let mut head = [0; 9];
+            patiently("a frame", connection.read_exact(&mut head)).await.unwrap();
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            let mut payload = vec![0; length];
+            patiently("its payload", connection.read_exact(&mut payload)).await.unwrap();
+            match (head[3], head[4]) {
+                (6, 1) => {
+                    pings += 1;
+                    let next = if pings < PINGS { &ping } else { &data };
+                    connection.write_all(next).await.unwrap();
+                }
+                (1, flags) if flags & 1 == 1 => answered += 1,
+                (7, _) => panic!("the connection was closed: {}", String::from_utf8_lossy(&payload)),
+                _ => {}
+            }
+        }
     }
 }
 

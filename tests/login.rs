@@ -15,9 +15,11 @@ use common::{
     service::{Home, Service, registration},
     tokens::{write_private, write_tokens},
 };
+use futures_util::{StreamExt, stream};
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::{access::Token, config::tokens_text, model::Name, proto::orchestrator::v1 as pb};
 use serde_json::json;
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 const GRANTS: &str = r#"
 [[access.grants]]
@@ -342,6 +344,71 @@ async fn with_tls_the_cookie_is_sent_over_tls_only_and_certificates_still_work()
     )
     .await;
     assert!(empty.starts_with("HTTP/1.1 401"), "a login without a token: {empty}");
+}
+
+#[tokio::test]
+async fn forms_that_never_end_keep_nobody_out() {
+    /// The most connections of the admin address.
+    const MAX: usize = 256;
+    let stage = Stage::new().await;
+    let host = stage.host();
+    let mut held = Vec::new();
+    for _ in 0..MAX {
+        let mut connection = TcpStream::connect(stage.service.admin()).await.unwrap();
+        let head = format!(
+            "POST /login HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nContent-Length: 9\r\n\
+             Content-Type: application/x-www-form-urlencoded\r\n\r\ntoken"
+        );
+        connection.write_all(head.as_bytes()).await.unwrap();
+        held.push(connection);
+    }
+    assert_eq!(patiently("an answer", stage.visit("/login", "")).await.status, 200);
+    // Not because these forms took too long.
+    let mut said = [0; 1024];
+    assert!(!held.iter().any(|connection| connection.try_read(&mut said).is_ok_and(|bytes| bytes > 0)));
+}
+
+#[tokio::test]
+async fn a_login_never_ends_a_session_of_somebody_else() {
+    const OF_ONE: usize = 100;
+    const AT_ONCE: usize = 16;
+    const ALL: usize = 1024;
+    let names: Vec<_> = (0..ALL / OF_ONE).map(|number| format!("n{number}")).collect();
+    let mut texts = BTreeMap::new();
+    let stage = Stage::with("[access]\nmode = \"enforce\"", |home| {
+        let names = names.iter().map(String::as_str).chain(["viewer", "admin", "late"]).collect::<Vec<_>>();
+        texts = write_tokens(&home.path("tokens.toml"), &names);
+        "[[access.grants]]\nwho = [\"token:n*\", \"token:late\"]\nrole = \"admin\"\n".to_owned()
+    })
+    .await;
+    let session = async |name: &str| stage.session(&texts[name].1).await;
+    let is_open = async |cookie: &str| stage.get("/api/whoami", cookie).await.status == 200;
+    let (admin, viewer) = (session("admin").await, session("viewer").await);
+    let others: Vec<String> = stream::iter(names.iter().flat_map(|name| std::iter::repeat_n(name, OF_ONE)))
+        .map(|name| session(name))
+        .buffered(AT_ONCE)
+        .collect()
+        .await;
+    let more = session("n0").await;
+    // One of the first ones is the oldest.
+    let mut open = 0;
+    for cookie in &others[..AT_ONCE] {
+        open += usize::from(is_open(cookie).await);
+    }
+    assert!(open == AT_ONCE - 1 && is_open(&more).await, "{open}");
+    for _ in others.len() + 2..ALL {
+        session("viewer").await;
+    }
+    // All are taken: nobody's session ends but one's own.
+    let late = stage.log_in(&format!("token={}", texts["late"].1)).await;
+    assert_eq!((late.status, late.header("set-cookie")), (429, None));
+    let page = late.text().await;
+    assert!(page.contains("all 1024 sessions are taken by others; try again when somebody has logged out"), "{page}");
+    assert!(is_open(&admin).await && is_open(&viewer).await);
+    let again = session("viewer").await;
+    assert!(
+        is_open(&again).await && !is_open(&viewer).await && is_open(&admin).await && is_open(&others[OF_ONE]).await
+    );
 }
 
 #[tokio::test]

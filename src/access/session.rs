@@ -11,6 +11,7 @@ use super::{
     Bearer, Credential, Digest, Jwt, NoRandomness,
     token::{Hex, bytes},
 };
+use crate::model::Identity;
 
 /// The token with which a session began.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub enum SessionToken {
 #[derive(Debug)]
 pub struct Session {
     token: SessionToken,
+    /// The caller that has begun it.
+    identity: Identity,
     /// Grows with each session.
     number: u64,
     /// The first time at which it is no longer valid.
@@ -53,38 +56,39 @@ impl Session {
 impl Sessions {
     /// Most open sessions: more than people look at one service, and with the largest JWTs 9 MiB.
     pub const MAX: usize = 1024;
+    /// Most open sessions of one identity: as many as it may have watches by default.
+    pub const MAX_OF_ONE: usize = 100;
     /// Longest time until people have to log in again: a working day.
     pub const MAX_DURATION: Duration = Duration::from_hours(12);
 
-    /// Begins a session of a token that is valid until `valid_until`. Returns its text, which only the browser keeps:
-    /// 64 hexadecimal digits of a secret of 256 bits. At the limit, the oldest session of the same token ends, or else
-    /// the oldest of all: so one token can't end the sessions of others again and again.
+    /// Begins a session of the token of this caller, which is valid until `valid_until`. Returns its text, which only
+    /// the browser keeps: 64 hexadecimal digits of a secret of 256 bits. At a limit, the oldest session of the same
+    /// identity ends: nobody can end those of others.
     ///
     /// # Errors
-    /// The system has no randomness.
+    /// All sessions are taken by others, or the system has no randomness.
     pub fn begin(
         &self,
         token: SessionToken,
+        identity: Identity,
         valid_until: Option<Timestamp>,
         now: Timestamp,
-    ) -> Result<String, NoRandomness> {
+    ) -> Result<String, NoSession> {
         let mut secret = [0; 32];
         SystemRandom::new().fill(&mut secret).map_err(|_| NoRandomness)?;
         let text = Hex(&secret).to_string();
         let latest = now.saturating_add(Self::MAX_DURATION).unwrap_or(Timestamp::MAX);
         let ends_at = valid_until.map_or(latest, |until| until.min(latest));
         let mut open = self.open();
-        if open.sessions.len() >= Self::MAX {
-            open.sessions.retain(|_, session| session.ends_at > now);
-        }
-        if open.sessions.len() >= Self::MAX {
-            let oldest = open.sessions.iter().min_by_key(|(_, it)| (it.token != token, it.number));
-            if let Some(oldest) = oldest.map(|(digest, _)| *digest) {
-                open.sessions.remove(&oldest);
-            }
+        open.sessions.retain(|_, session| session.ends_at > now);
+        let own = open.sessions.iter().filter(|(_, it)| it.identity == identity);
+        let (own, oldest) = (own.clone().count(), own.min_by_key(|(_, it)| it.number).map(|(digest, _)| *digest));
+        if own >= Self::MAX_OF_ONE || open.sessions.len() >= Self::MAX {
+            let oldest = oldest.ok_or(NoSession::AllTaken)?;
+            open.sessions.remove(&oldest);
         }
         open.begun += 1;
-        let session = Session { token, number: open.begun, ends_at };
+        let session = Session { token, identity, number: open.begun, ends_at };
         open.sessions.insert(Digest::of(text.as_bytes()), Arc::new(session));
         Ok(text)
     }
@@ -111,6 +115,22 @@ impl Sessions {
     }
 }
 
+/// Why a session can't begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoSession {
+    /// All of them are taken by other callers.
+    #[error(
+        "all {max} sessions are taken by others; try again when somebody has logged out (a session ends by itself after \
+         {hours} hours)",
+        max = Sessions::MAX,
+        hours = Sessions::MAX_DURATION.as_secs() / 3600
+    )]
+    AllTaken,
+    /// The system has no randomness.
+    #[error(transparent)]
+    NoRandomness(#[from] NoRandomness),
+}
+
 /// `None` if this is not the text of a session.
 fn digest_of(text: &str) -> Option<Digest> {
     bytes::<32>(text).map(|_| Digest::of(text.as_bytes()))
@@ -126,6 +146,10 @@ mod tests {
         SessionToken::Static(Bearer::parse(&text).unwrap())
     }
 
+    fn identity(name: &str) -> Identity {
+        Identity::parse(&format!("token:{name}")).unwrap()
+    }
+
     fn at(text: &str) -> Timestamp {
         text.parse().unwrap()
     }
@@ -133,7 +157,8 @@ mod tests {
     #[test]
     fn a_session_is_found_by_its_text_until_it_is_ended() {
         let (sessions, token, now) = (Sessions::default(), token(), at("2027-01-01T00:00:00Z"));
-        let text = sessions.begin(token.clone(), None, now).unwrap();
+        let begin = |until| sessions.begin(token.clone(), identity("wall"), until, now).unwrap();
+        let text = begin(None);
         let found = sessions.find(&text);
         let expected = Credential::Session { token: token.clone(), ends_at: at("2027-01-01T12:00:00Z") };
         assert_eq!(found.upgrade().unwrap().credential(), expected);
@@ -144,26 +169,28 @@ mod tests {
         assert!(sessions.end(&text) && !sessions.end(&text));
         assert!(found.upgrade().is_none(), "open streams have it");
         let ends_at = at("2027-01-01T00:00:05Z");
-        let short = sessions.begin(token.clone(), Some(ends_at), now).unwrap();
+        let short = begin(Some(ends_at));
         let credential = sessions.find(&short).upgrade().unwrap().credential();
         assert_eq!(credential, Credential::Session { token, ends_at }, "a session outlives its token");
     }
 
     #[test]
-    fn at_the_limit_a_session_of_the_same_token_ends() {
-        let (sessions, wall, other, now) = (Sessions::default(), token(), token(), at("2027-01-01T00:00:00Z"));
-        let begin = |token: &SessionToken| sessions.begin(token.clone(), None, now).unwrap();
+    fn at_a_limit_only_a_session_of_the_same_identity_ends() {
+        let (sessions, now) = (Sessions::default(), at("2027-01-01T00:00:00Z"));
+        let begin = |name: &str, now| sessions.begin(token(), identity(name), None, now);
         let is_open = |text: &String| sessions.find(text).upgrade().is_some();
-        let of_wall = begin(&wall);
-        let of_other: Vec<_> = (1..Sessions::MAX).map(|_| begin(&other)).collect();
-        let more: Vec<_> = (0..10).map(|_| begin(&other)).collect();
-        assert!(is_open(&of_wall) && !of_other[..10].iter().any(is_open), "the oldest of its own end");
-        assert!(of_other[10..].iter().chain(&more).all(is_open));
-        let third = begin(&token());
-        assert!(is_open(&third) && !is_open(&of_wall), "a further token takes the place of the oldest");
+        let wall = begin("wall", now).unwrap();
+        let own: Vec<_> = (0..Sessions::MAX_OF_ONE + 10).map(|_| begin("other", now).unwrap()).collect();
+        assert!(is_open(&wall) && !own[..10].iter().any(is_open) && own[10..].iter().all(is_open));
+        let more = Sessions::MAX - Sessions::MAX_OF_ONE - 1;
+        let others: Vec<_> = (0..more).map(|number| begin(&format!("n{number}"), now).unwrap()).collect();
+        assert_eq!(begin("late", now), Err(NoSession::AllTaken));
+        assert!(is_open(&wall) && others.iter().all(is_open), "a refused login ends none");
+        let again = begin("wall", now).unwrap();
+        assert!(is_open(&again) && !is_open(&wall), "its own session has given way");
 
-        let later = sessions.begin(wall, None, at("2027-01-01T12:00:00Z")).unwrap();
-        assert!(is_open(&later) && !is_open(&third), "those that have ended go first");
+        let later = begin("late", at("2027-01-01T12:00:00Z")).unwrap();
+        assert!(is_open(&later) && !is_open(&again), "those that have ended take no place");
         sessions.retain(|_| false);
         assert!(!is_open(&later));
     }

@@ -10,7 +10,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use super::{judge::Denied, usage::LimitReached};
 use crate::{
-    access::{Role, Unauthenticated},
+    access::{NoSession, Role, Unauthenticated},
     model::{Name, Violation, Violations, excerpt},
     orchestrator::{NotOwner, Refusal},
     ports::{Unreadable, UnreadableEvent},
@@ -173,18 +173,33 @@ pub(super) fn reason(denied: &Denied) -> &'static str {
     }
 }
 
+/// The status of a login for which there is no session.
+pub(super) fn no_session(why: NoSession) -> Status {
+    match why {
+        NoSession::AllTaken => with_reason(Code::ResourceExhausted, why.to_string(), "SESSIONS_TAKEN", vec![]),
+        NoSession::NoRandomness(_) => Status::internal(why.to_string()),
+    }
+}
+
+/// The reason in the status of a caller that has reached one of its limits.
+pub(super) const LIMIT: &str = "CALLER_LIMIT";
+
 /// The status of a call whose caller has reached one of its limits.
 pub(super) fn limit_reached(reached: &LimitReached) -> Status {
     let LimitReached { identity, key, max } = reached;
     let (what, remedy) = match *key {
         "limits.calls_per_second" => ("calls in a second", "call less often"),
+        "limits.changes_per_second" => {
+            ("changes in a second, on average,", "change less often, or register many subsystems in one call")
+        }
+        "limits.renewals_per_second" => ("renewals of leases in a second", "renew longer leases less often"),
         "limits.watchers" => ("open watches", "end one of them first"),
         "limits.history_reads" => ("open calls that read the history", "wait for one of them to end"),
         _ => ("open calls", "wait for one of them to end"),
     };
     let message = format!("{identity} has reached the limit of {max} {what} for each caller ({key}); {remedy}");
     let metadata = vec![("limit", (*key).to_owned()), ("max", max.to_string())];
-    with_reason(Code::ResourceExhausted, message, "CALLER_LIMIT", metadata)
+    with_reason(Code::ResourceExhausted, message, LIMIT, metadata)
 }
 
 impl Display for Denied {

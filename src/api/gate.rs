@@ -11,7 +11,7 @@ use tonic::{Request, Response, Status};
 use super::{
     caller::Caller,
     calls::{Audited, CallCounts, CountedCall},
-    error::{limit_reached, status},
+    error::status,
     judge::{Authority, Judge},
     rpc::{Asks, Rpc},
     usage::{Usage, Used},
@@ -48,7 +48,7 @@ pub struct Entered<Q> {
     request: Q,
     room: Option<Held>,
     /// Counts it under the limits of its caller.
-    _used: Option<Used>,
+    used: Option<Used>,
 }
 
 impl<Q> Entered<Q> {
@@ -126,19 +126,26 @@ impl Gate {
         self.calls.clone()
     }
 
-    /// Refuses the caller of a method without a valid credential before its request is read, so that strangers have
-    /// nothing decoded.
+    /// Begins a call of a method once its headers are there, before its request is read: strangers have nothing
+    /// decoded, and a caller that does not end its requests reaches its limits. [`Gate::enter`] expects the returned
+    /// value in the extensions of the request. It is `None` if the policy is not enforced, and for an unknown method.
     ///
     /// # Errors
-    /// The identity of the caller is not known.
-    pub(super) fn identify(&self, caller: &Caller, method: &str) -> Result<(), Status> {
-        let rpc = Rpc::of_name(method);
-        let identified = self.judge.identify(caller, rpc.map_or("an unknown method", Rpc::name));
-        identified.inspect_err(|status| {
-            if let Some(rpc) = rpc {
-                CountedCall::begin(self.calls.clone(), rpc, Some(caller)).answered(Some(status));
-            }
+    /// The identity of the caller is not known, or has reached one of its limits.
+    pub(super) fn begin(&self, caller: &Caller, method: &str) -> Result<Option<Used>, Status> {
+        let Some(rpc) = Rpc::of_name(method) else {
+            return self.judge.identify(caller, "an unknown method").map(|_| None);
+        };
+        self.used_by(caller, rpc).inspect_err(|status| {
+            CountedCall::begin(self.calls.clone(), rpc, Some(caller)).answered(Some(status));
         })
+    }
+
+    /// Counts a call under the limits of its caller, if the policy is enforced.
+    fn used_by(&self, caller: &Caller, rpc: Rpc) -> Result<Option<Used>, Status> {
+        let Some(identity) = self.judge.identify(caller, rpc.name())? else { return Ok(None) };
+        let used = self.usage.begin(&identity, rpc, &self.judge.limits());
+        used.map(Some).map_err(|reached| self.judge.limit_reached(caller, rpc, &reached))
     }
 
     /// Admits a call, or refuses it.
@@ -149,12 +156,12 @@ impl Gate {
     pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
         let (_, mut extensions, request) = request.into_parts();
         let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
-        let judged = self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
-        let used = match judged.authority.identity() {
-            Some(identity) => self.usage.begin(identity, Q::RPC, &self.judge.limits()),
-            None => Ok(None),
+        let used = match extensions.remove::<Option<Used>>() {
+            Some(used) => used,
+            // At the admin address, a call has no request besides its headers.
+            None => self.used_by(&caller, Q::RPC)?,
         };
-        let used = used.map_err(|reached| limit_reached(&reached))?;
+        let judged = self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
         let room = self.room_of(&request)?;
         Ok(Entered {
             orchestrator: self.orchestrator.clone(),
@@ -168,7 +175,7 @@ impl Gate {
             rpc: Q::RPC,
             request,
             room,
-            _used: used,
+            used,
         })
     }
 
@@ -198,7 +205,16 @@ impl Gate {
         let answered = match self.enter(request) {
             Ok(entered) => {
                 call.audit(self.audited(&entered));
-                handle(entered).await
+                let (used, own_event) = (entered.used.clone(), entered.own_event.clone());
+                // Also if its caller does not wait for the answer.
+                if let Some(used) = &used {
+                    used.set_changes(true);
+                }
+                let answered = handle(entered).await;
+                if let Some(used) = used {
+                    used.set_changes(own_event.is_set());
+                }
+                answered
             }
             Err(refused) => Err(refused),
         };

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use tokio::{select, sync::watch, time::sleep};
 use tonic::{Code, Status};
 
-use super::{caller::Caller, calls::CallCounts, error, gate::named, rpc::Rpc, rules::Rule};
+use super::{caller::Caller, calls::CallCounts, error, gate::named, rpc::Rpc, rules::Rule, usage::LimitReached};
 use crate::{
     access::{Authenticated, CallerLimits, Mode, Policy, Rights, Role, Sessions, Targets, Unauthenticated},
     clock::Clock,
@@ -155,12 +155,12 @@ impl Judge {
     /// Begins a session of the token that a caller presents, and returns its text.
     ///
     /// # Errors
-    /// The token is missing or not valid, whether or not the policy is enforced.
+    /// The token is missing or not valid, whether or not the policy is enforced; or there is no session left.
     pub(super) fn begin_session(&self, caller: &Caller) -> Result<String, Status> {
         let (policy, now) = (self.0.policy.borrow().clone(), self.0.clock.now());
         let known = policy.authenticate(&caller.credential(now), now);
         let known = known.and_then(|known| Ok((known, caller.token().ok_or(Unauthenticated::None)?)));
-        let (Authenticated { expires_at, .. }, token) = known.map_err(|why| {
+        let (Authenticated { identity, expires_at, .. }, token) = known.map_err(|why| {
             self.denied(
                 caller,
                 Rpc::Login.name(),
@@ -169,8 +169,7 @@ impl Judge {
                 policy.mode(),
             )
         })?;
-        let begun = self.0.sessions.begin(token, expires_at, now);
-        begun.map_err(|error| Status::internal(error.to_string()))
+        self.0.sessions.begin(token, identity, expires_at, now).map_err(error::no_session)
     }
 
     /// Ends the session of this text, and its open streams.
@@ -185,20 +184,22 @@ impl Judge {
         self.0.policy.send_modify(|_| {});
     }
 
-    /// Checks that the identity of a caller is known, before its request is read.
+    /// The identity of a caller, before its request is read. `None` if the policy is not enforced.
     ///
     /// # Errors
     /// It is not known, and the policy is enforced.
-    pub(super) fn identify(&self, caller: &Caller, call: &'static str) -> Result<(), Status> {
+    pub(super) fn identify(&self, caller: &Caller, call: &'static str) -> Result<Option<Identity>, Status> {
         let policy = self.0.policy.borrow().clone();
         if policy.mode() != Mode::Enforce {
-            return Ok(());
+            return Ok(None);
         }
         let now = self.0.clock.now();
         let authenticated = policy.authenticate(&caller.credential(now), now);
         let denied =
             |why| self.denied(caller, call, &Denied::Unauthenticated(why), AuditTargets::default(), policy.mode());
-        authenticated.map(|_| caller.peer.standing.identified()).map_err(denied)
+        let Authenticated { identity, .. } = authenticated.map_err(denied)?;
+        caller.peer.standing.identified();
+        Ok(Some(identity))
     }
 
     /// Checks that a caller may make a call. In the mode `dry_run`, it may make every call;
@@ -233,6 +234,13 @@ impl Judge {
         let targets = [refusal.name.as_str()].into_iter().collect();
         let denied = Denied::NotOwner { identity, call: rpc.name(), refusal };
         self.denied(caller, rpc.name(), &denied, targets, Mode::Enforce)
+    }
+
+    /// The status of a call whose caller has reached one of its limits. It is summed up for the audit.
+    pub(super) fn limit_reached(&self, caller: &Caller, rpc: Rpc, reached: &LimitReached) -> Status {
+        let status = error::limit_reached(reached);
+        self.sum_up(caller, rpc.name(), reached.identity.clone(), AuditTargets::default(), &status, error::LIMIT);
+        status
     }
 
     /// Judges a call by the policy in force.
@@ -341,18 +349,7 @@ impl Judge {
     ) -> Status {
         let status = error::denied(denied);
         if mode == Mode::Enforce {
-            let cause = Cause {
-                rpc: call.into(),
-                caller: Some(denied.identity()),
-                peer: caller.peer.network(),
-                decision: Decision::Denied,
-                targets,
-                request_digest: None,
-                begun_at: Some(self.now()),
-                own_event: OwnEvent::default(),
-            };
-            let code = model::Code::from_number(status.code() as i32);
-            self.0.sums.add(Sum::Denials, cause, Some(code), error::reason(denied));
+            self.sum_up(caller, call, denied.identity(), targets, &status, error::reason(denied));
         }
         if let Some(times) = self.0.denied.note() {
             // Its message is bounded, even if the caller sends a longer one.
@@ -364,6 +361,30 @@ impl Judge {
             }
         }
         status
+    }
+
+    /// Sums up a denied call for the audit.
+    fn sum_up(
+        &self,
+        caller: &Caller,
+        call: &'static str,
+        identity: Identity,
+        targets: AuditTargets,
+        status: &Status,
+        reason: &'static str,
+    ) {
+        let cause = Cause {
+            rpc: call.into(),
+            caller: Some(identity),
+            peer: caller.peer.network(),
+            decision: Decision::Denied,
+            targets,
+            request_digest: None,
+            begun_at: Some(self.now()),
+            own_event: OwnEvent::default(),
+        };
+        let code = model::Code::from_number(status.code() as i32);
+        self.0.sums.add(Sum::Denials, cause, Some(code), reason);
     }
 }
 

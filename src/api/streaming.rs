@@ -37,8 +37,8 @@ use crate::{
 
 const WATCH: &str = "/dreamnet.orchestrator.v1.Orchestrator/WatchCycles";
 
-/// A service whose callers are identified, if the policy demands it, and whose calls have their [`Caller`] in their
-/// extensions.
+/// A service whose callers are identified and limited, if the policy demands it, and whose calls have their [`Caller`]
+/// in their extensions.
 #[derive(Clone)]
 pub(super) struct Called<S> {
     pub(super) service: S,
@@ -66,9 +66,11 @@ where
         let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
         let caller = Caller::of(Way::Grpc, peer, request.headers());
         let method = request.uri().path().rsplit('/').next().unwrap_or_default();
-        if let Err(status) = self.api.gate.identify(&caller, method) {
-            return Either::Right(ready(Ok(status.into_http())));
-        }
+        let used = match self.api.gate.begin(&caller, method) {
+            Ok(used) => used,
+            Err(status) => return Either::Right(ready(Ok(status.into_http()))),
+        };
+        request.extensions_mut().insert(used);
         request.extensions_mut().insert(caller);
         Either::Left(self.service.call(request))
     }

@@ -69,6 +69,8 @@ settings! {
     access.jwt.max_lifetime: Applies, duration(SECOND..=366 * DAY).map(Some);
     access.revoked: Applies, group(revoked);
     limits.calls_per_second: Applies, number(1..=1_000_000).map(Some);
+    limits.changes_per_second: Applies, number(1..=1_000_000);
+    limits.renewals_per_second: Applies, number(1..=1_000_000);
     limits.concurrent_calls: Applies, number(1..=100_000);
     limits.watchers: Applies, number(0..=100_000);
     limits.history_reads: Applies, number(1..=100_000);

@@ -600,6 +600,8 @@ const OTHERS: &[(&str, &str)] = &[
     ("access.jwt.max_lifetime", "1h"),
     ("access.revoked", "['token:a']"),
     ("limits.calls_per_second", "1"),
+    ("limits.changes_per_second", "1"),
+    ("limits.renewals_per_second", "1"),
     ("limits.concurrent_calls", "1"),
     ("limits.watchers", "1"),
     ("limits.history_reads", "1"),

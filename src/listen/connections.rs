@@ -229,7 +229,7 @@ pub(crate) struct ConnectionState {
     pub(super) standing: Standing,
     /// Number of open calls.
     calls: AtomicUsize,
-    /// Number of open calls that count as idle while they are silent.
+    /// Number of open calls that count as idle: those that are silent, and those whose requests have not arrived.
     besides: AtomicUsize,
     /// When the last other call ended, or a message was sent.
     idle_since: Mutex<Instant>,
@@ -288,10 +288,17 @@ impl ConnectionState {
     }
 
     /// Marks an open call to a service such as health: the connection counts as idle while the call is silent.
-    pub(super) fn beside(self: &Arc<Self>) -> Beside {
+    /// The call holds this permit.
+    pub(super) fn beside(self: &Arc<Self>, permit: Option<OwnedSemaphorePermit>) -> Beside {
         self.was_used();
         self.besides.fetch_add(1, Ordering::SeqCst);
-        Beside { state: self.clone() }
+        Beside { state: self.clone(), _permit: permit }
+    }
+
+    /// Marks an open call whose request has not arrived completely: the connection counts as idle until then, so that a
+    /// peer that begins requests and never ends them keeps nobody out.
+    pub(crate) fn arriving(self: &Arc<Self>) -> Beside {
+        self.beside(None)
     }
 
     fn was_used(&self) {
@@ -386,10 +393,12 @@ impl Drop for Busy {
     }
 }
 
-/// A call to a service such as health: its client watches a value that rarely changes, and can start again.
+/// A call that counts as idle: to a service such as health, whose client watches a value that rarely changes, and can
+/// start again; or one whose request has not arrived.
 #[derive(Debug)]
-pub(super) struct Beside {
+pub(crate) struct Beside {
     state: Arc<ConnectionState>,
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Beside {

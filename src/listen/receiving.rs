@@ -3,18 +3,22 @@
 
 use std::{
     error::Error,
+    future::poll_fn,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
-use http_body::Frame;
-use tokio::time::{Instant, Sleep, sleep_until};
+use http_body::{Body as _, Frame};
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tonic::Status;
 
-use super::streams::Taking;
+use super::{connections::Beside, streams::Taking};
 use crate::{
     memory::{Held, Memory},
     proto::framing::Prefix,
@@ -34,7 +38,7 @@ pub(super) struct Rule {
 ///
 /// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
 pub(super) struct Received<B> {
-    body: B,
+    body: Upload<B>,
     rule: Rule,
     room: Memory,
     held: Option<Held>,
@@ -48,6 +52,8 @@ pub(super) struct Received<B> {
     message: Option<Bytes>,
     messages: usize,
     taking: Arc<Taking>,
+    /// Set until the first message is complete.
+    arriving: Option<Beside>,
     /// When the awaited bytes must have arrived.
     due: Option<Instant>,
     clock: Option<Pin<Box<Sleep>>>,
@@ -61,7 +67,14 @@ impl<B> Received<B> {
     /// Bytes of a message that needs no reservation: they are included in the cost of a stream.
     const SMALL: usize = 8 << 10;
 
-    pub(super) fn new(body: B, rule: Rule, room: Memory, headers: Option<Held>, taking: Arc<Taking>) -> Self {
+    pub(super) fn new(
+        body: Upload<B>,
+        rule: Rule,
+        room: Memory,
+        headers: Option<Held>,
+        taking: Arc<Taking>,
+        arriving: Option<Beside>,
+    ) -> Self {
         Self {
             body,
             rule,
@@ -73,6 +86,7 @@ impl<B> Received<B> {
             message: None,
             messages: 0,
             taking,
+            arriving,
             // A stream may be silent before each message; any other request must arrive completely.
             due: (!rule.is_stream).then(|| Instant::now() + Self::PATIENCE),
             clock: None,
@@ -168,6 +182,8 @@ impl<B> Received<B> {
         let prefix = message.split_to(Prefix::BYTES);
         self.message = Some(message);
         self.messages += 1;
+        self.arriving = None;
+        self.body.has_arrived();
         if self.rule.is_stream {
             (self.due, self.clock) = (None, None);
         }
@@ -185,6 +201,86 @@ impl<B> Received<B> {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// The library drops it as soon as it has the messages.
+impl<B> Drop for Received<B> {
+    fn drop(&mut self) {
+        if self.body.0.has_arrived.load(Ordering::Relaxed) {
+            *self.body.body() = None;
+        }
+    }
+}
+
+/// The bytes of a request as they arrive. Clones share them, so that what a refused call does not read can be read to
+/// the end.
+pub(super) struct Upload<B>(Arc<Arriving<B>>);
+
+struct Arriving<B> {
+    /// `None` once nothing more is read.
+    body: Mutex<Option<B>>,
+    has_arrived: AtomicBool,
+}
+
+impl<B> Clone for Upload<B> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<B> Upload<B> {
+    /// Longest time for the rest of a request to arrive.
+    const REST: Duration = Duration::from_secs(1);
+    /// Most bytes of it: many times as many as most requests have.
+    const MAX_REST: usize = 64 << 10;
+
+    pub(super) fn of(body: B) -> Self {
+        Self(Arc::new(Arriving { body: Mutex::new(Some(body)), has_arrived: AtomicBool::new(false) }))
+    }
+
+    fn body(&self) -> MutexGuard<'_, Option<B>> {
+        self.0.body.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records that a complete message has arrived.
+    fn has_arrived(&self) {
+        self.0.has_arrived.store(true, Ordering::Relaxed);
+    }
+}
+
+impl<B: http_body::Body<Data = Bytes> + Unpin> Upload<B> {
+    /// True if its message was not read completely, and there may be more.
+    pub(super) fn is_unfinished(&self) -> bool {
+        !self.0.has_arrived.load(Ordering::Relaxed) && !self.is_end_stream()
+    }
+
+    /// Reads the rest and forgets it. A stream that ends before its request is reset, and data that is on its way to it
+    /// counts as an error of the client: after 256 of them, the library would close the connection, with all other
+    /// calls.
+    pub(super) async fn forget_rest(mut self) {
+        let rest = async {
+            let mut bytes = 0;
+            while bytes < Self::MAX_REST
+                && let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut self).poll_frame(cx)).await
+            {
+                bytes += frame.data_ref().map_or(0, Bytes::len);
+            }
+        };
+        let _ = timeout(Self::REST, rest).await;
+    }
+}
+
+impl<B: http_body::Body<Data = Bytes> + Unpin> http_body::Body for Upload<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        self.body().as_mut().map_or(Poll::Ready(None), |body| Pin::new(body).poll_frame(cx))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body().as_ref().is_none_or(B::is_end_stream)
     }
 }
 
@@ -264,9 +360,7 @@ mod tests {
     use std::convert::Infallible;
 
     use futures_util::{StreamExt, stream};
-    use http_body::Body as _;
     use http_body_util::{BodyExt, StreamBody, combinators::BoxBody};
-    use tokio::time::timeout;
     use tonic::Code;
 
     use super::*;
@@ -278,7 +372,7 @@ mod tests {
     fn unfinished(rule: Rule, room: &Memory, pieces: &[&[u8]]) -> Received<BoxBody<Bytes, Status>> {
         let pieces: Vec<_> = pieces.iter().map(|it| Ok(Frame::data(Bytes::copy_from_slice(it)))).collect();
         let body = StreamBody::new(stream::iter(pieces).chain(stream::pending()));
-        Received::new(BoxBody::new(body), rule, room.clone(), None, Arc::default())
+        Received::new(Upload::of(BoxBody::new(body)), rule, room.clone(), None, Arc::default(), None)
     }
 
     fn prefix(bytes: u32) -> [u8; Prefix::BYTES] {
@@ -318,7 +412,7 @@ mod tests {
         let room = Memory::whole(1 << 20);
         let piece = Bytes::from([&prefix(3)[..], &[1, 2, 3]].concat());
         let body = StreamBody::new(stream::iter([Ok::<_, Status>(Frame::data(piece.clone()))]));
-        let mut received = Received::new(body, ONE, room.clone(), None, Arc::default());
+        let mut received = Received::new(Upload::of(body), ONE, room.clone(), None, Arc::default(), None);
         assert_eq!(next(&mut received).await.unwrap()[..], prefix(3));
         let message = next(&mut received).await.unwrap();
         assert_eq!((&message[..], message.as_ptr()), (&[1, 2, 3][..], piece[Prefix::BYTES..].as_ptr()));
@@ -347,7 +441,7 @@ mod tests {
         assert_eq!(next(&mut unfinished(ONE, &room, &[b"<html>"])).await, Err(Code::InvalidArgument));
         for (rule, expected) in [(ONE, Some(Code::InvalidArgument)), (MANY, None)] {
             let nothing = http_body_util::Empty::new().map_err(|infallible: Infallible| match infallible {});
-            let mut received = Received::new(nothing, rule, room.clone(), None, Arc::default());
+            let mut received = Received::new(Upload::of(nothing), rule, room.clone(), None, Arc::default(), None);
             // The library does not read a body that has ended.
             assert_eq!(received.is_end_stream(), expected.is_none());
             let next = received.frame().await.map(Result::unwrap_err);

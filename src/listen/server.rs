@@ -17,7 +17,7 @@ use super::{
     answering::{Answer, Patience},
     connection::{Broken, Connection},
     connections::{Connections, Entrance, serve_each},
-    receiving::{Received, Rule},
+    receiving::{Received, Rule, Upload},
     repeated::Repeated,
     rooms::Rooms,
     services::Services,
@@ -45,6 +45,13 @@ pub(crate) struct Limits {
     pub(crate) large_streams: &'static [&'static str],
 }
 
+impl Limits {
+    /// Most streams on all connections that lead to health and reflection: whoever holds these keeps no other call out.
+    fn max_besides(&self) -> usize {
+        self.max_streams.div_ceil(4)
+    }
+}
+
 /// Services, and their limits.
 #[derive(Clone)]
 pub(crate) struct Server(Arc<Shared>);
@@ -54,6 +61,10 @@ struct Shared {
     limits: Limits,
     answers: Arc<Rooms>,
     permits: Arc<Semaphore>,
+    /// Permits for those of them that lead to health and reflection.
+    besides: Arc<Semaphore>,
+    /// Permits to read the rest of a request that was answered before it had arrived.
+    rests: Semaphore,
     full: Repeated,
     cut_off: Repeated,
 }
@@ -63,8 +74,10 @@ impl Server {
     pub(crate) fn new(services: Services, limits: Limits) -> Self {
         let permits = Arc::new(Semaphore::new(limits.max_streams));
         let answers = Rooms::new(limits.answers.clone());
+        let besides = Arc::new(Semaphore::new(limits.max_besides()));
+        let rests = Semaphore::new(limits.max_streams.div_ceil(RESTS));
         let (full, cut_off) = Default::default();
-        Self(Arc::new(Shared { services, limits, answers, permits, full, cut_off }))
+        Self(Arc::new(Shared { services, limits, answers, permits, besides, rests, full, cut_off }))
     }
 
     /// Serves until `stop` is cancelled, and then until open calls have ended; `cut_off` aborts all connections.
@@ -131,21 +144,34 @@ impl Server {
         }
     }
 
-    async fn answer(self, mut request: Request<Incoming>, broken: Broken, streams: Streams) -> Response<Answer> {
+    async fn answer(self, request: Request<Incoming>, broken: Broken, streams: Streams) -> Response<Answer> {
         let taking = Taking::current();
         let limits = &self.0.limits;
         let path = request.uri().path();
         let (rule, is_large_stream) = (self.rule(path), limits.large_streams.contains(&path));
-        // It counted as a call until its path was known.
-        let beside = is_beside(path).then(|| streams.state.beside());
+        let mut has_permit = taking.has_permit();
+        let mut max = limits.max_streams;
+        // It counted as a busy call until its path was known.
+        let (beside, arriving) = if is_beside(path) {
+            let permit = self.0.besides.clone().try_acquire_owned().ok();
+            if permit.is_none() && !taking.is_only() {
+                (has_permit, max) = (false, limits.max_besides());
+            }
+            (Some(streams.state.beside(permit)), None)
+        } else {
+            (None, Some(streams.state.arriving()))
+        };
         if path.starts_with(HEALTH) {
             streams.state.standing.probes();
         }
         let patience = if is_large_stream { Patience::AfterFirst } else { Patience::None };
         let size = size_of_headers(request.headers());
+        let (head, body) = request.into_parts();
+        let upload = Upload::of(body);
+        let mut request = Request::from_parts(head, upload.clone());
         let headers = limits.requests.try_hold(size);
         let refused = match &headers {
-            _ if !taking.has_permit() => Some(format!("limit of {} open calls reached", limits.max_streams)),
+            _ if !has_permit => Some(format!("limit of {max} open calls reached")),
             Err(full) if size > SMALL_HEADERS => Some(full.to_string()),
             _ => None,
         };
@@ -164,7 +190,8 @@ impl Server {
             let within = timeout_of(request.headers());
             request.extensions_mut().insert(broken);
             request.extensions_mut().insert(streams.state.peer());
-            let received = |body| Received::new(body, rule, limits.requests.clone(), headers.ok(), taking.clone());
+            let received =
+                |body| Received::new(body, rule, limits.requests.clone(), headers.ok(), taking.clone(), arriving);
             let call = self.0.services.call(request.map(|body| Body::new(received(body))));
             match within {
                 None => call.await,
@@ -173,9 +200,18 @@ impl Server {
                     .unwrap_or_else(|_| Status::deadline_exceeded("the deadline of the call has passed").into_http()),
             }
         };
+        if !rule.is_stream
+            && upload.is_unfinished()
+            && let Ok(_permit) = self.0.rests.try_acquire()
+        {
+            upload.forget_rest().await;
+        }
         response.map(|body| Answer::new(body, streams.answers, taking, patience, beside))
     }
 }
+
+/// One of this many streams may wait for the rest of a request that was answered before.
+const RESTS: usize = 16;
 
 /// The beginning of the paths of health, which is public.
 const HEALTH: &str = "/grpc.health.";

@@ -58,8 +58,8 @@ impl Streams {
         // One stream of each connection needs no permit, so that a client with few calls is never kept out.
         let permit = self.permits.try_acquire_owned().ok();
         let taking = Arc::new(Taking {
-            has_permit: busy.is_only() || permit.is_some(),
-            _permit: permit,
+            is_only: busy.is_only(),
+            permit,
             abort: Arc::new(Abort::of(self.state.clone())),
             ..Taking::default()
         });
@@ -126,9 +126,9 @@ impl Ends {
 /// How far a client has read its answer on one stream.
 #[derive(Debug, Default)]
 pub(super) struct Taking {
-    has_permit: bool,
+    is_only: bool,
     /// The permit of the stream.
-    _permit: Option<OwnedSemaphorePermit>,
+    permit: Option<OwnedSemaphorePermit>,
     abort: Arc<Abort>,
     /// Pieces that the library has but the kernel has not.
     waiting: AtomicUsize,
@@ -152,9 +152,14 @@ impl Taking {
         TAKING.try_with(Clone::clone).unwrap_or_default()
     }
 
-    /// True if this stream has a permit.
+    /// True if this was the only stream of its connection when it began: such a stream needs no permit.
+    pub(super) fn is_only(&self) -> bool {
+        self.is_only
+    }
+
+    /// True if this stream has a permit, or needs none.
     pub(super) fn has_permit(&self) -> bool {
-        self.has_permit
+        self.is_only || self.permit.is_some()
     }
 
     /// Wraps a piece of the answer, to see when it is sent.

@@ -13,7 +13,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -26,8 +26,8 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use http_body::{Frame, SizeHint};
-use hyper::server::conn::http1;
+use http_body::{Body as _, Frame, SizeHint};
+use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
@@ -42,7 +42,7 @@ use self::{
 };
 use crate::{
     api::{Api, Caller, Scrape},
-    listen::{self, Busy, Connection, Connections, Entrance},
+    listen::{self, Beside, Busy, Connection, Connections, Entrance},
     memory::Memory,
     proto::orchestrator::v1::{access_server::Access as _, orchestrator_server::Orchestrator as _},
     telemetry::metrics::{self, Metrics},
@@ -99,9 +99,10 @@ impl Web {
 async fn serve_connection(connection: Connection, router: Router, stop: CancellationToken) {
     let state = connection.state();
     let (busy, peer) = (state.clone(), state.clone());
-    let from_peer = move |mut request: Request<_>| {
+    let from_peer = move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(peer.peer());
-        request.map(Body::new)
+        let arriving = (!request.body().is_end_stream()).then(|| peer.arriving());
+        request.map(|body| Body::new(Form { body, arriving }))
     };
     let router = router.map_request(from_peer).map_future(move |answer| {
         let busy = busy.busy();
@@ -112,6 +113,33 @@ async fn serve_connection(connection: Connection, router: Router, stop: Cancella
     let served = http1.serve_connection(TokioIo::new(connection), TowerToHyperService::new(router));
     if let Some(Err(error)) = state.serve(served, http1::Connection::graceful_shutdown, &stop).await {
         tracing::debug!(%error, "a connection has ended");
+    }
+}
+
+/// The body of a request. Its connection counts as idle until it has arrived.
+struct Form {
+    body: Incoming,
+    arriving: Option<Beside>,
+}
+
+impl http_body::Body for Form {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if self.body.is_end_stream() {
+            self.arriving = None;
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
