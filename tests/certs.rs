@@ -7,14 +7,16 @@ mod common;
 use std::{
     fs::{self, Permissions},
     os::unix::fs::{MetadataExt, PermissionsExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use common::{
-    command::{orchestrator, run_with},
+    command::{orchestrator, run, run_with},
+    fleet::Fleet,
     patiently,
     service::{Home, Service},
 };
+use tokio::process::Command;
 
 async fn openssl(args: &[&str]) -> (i32, String) {
     run_with("openssl", args).await
@@ -105,6 +107,56 @@ async fn private_keys_belong_to_their_owner_only() {
     }
     for file in ["ca/ca.key", "core/key.pem", "admin/key.pem"] {
         assert_eq!(mode(file), 0o600, "{file}");
+    }
+}
+
+/// What is left of a line of a table.
+fn squeezed(line: &str) -> String {
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[tokio::test]
+async fn the_commands_of_the_readme_secure_a_fleet_and_show_what_it_says() {
+    const SERVE: &str =
+        "orchestrator serve --secure pki/ --listen 0.0.0.0:7700 --admin-listen 0.0.0.0:7780 &\nlistening on";
+    let readme = include_str!("../README.md");
+    let (_, section) = readme.split_once("## Five more minutes, with TLS and rights").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let blocks = section.split("```").skip(1).step_by(2);
+    let steps: Vec<_> = blocks.flat_map(|block| block.split("\n$ ").skip(1)).collect();
+    assert_eq!(steps.len(), 10, "{steps:?}");
+
+    let home = Home::new();
+    let home = home.with_args(["--secure".to_owned(), home.path("pki").display().to_string()]);
+    let home = home.with_store(&format!("sqlite:{}", home.path("orchestrator.db").display()));
+    let fleet = Fleet::start().await;
+    let program = Path::new(env!("CARGO_BIN_EXE_orchestrator")).parent().unwrap().display();
+    let path = format!("{program}:{}", std::env::var("PATH").unwrap());
+    let (mut service, mut exports) = (None, String::new());
+    for step in steps {
+        if step.starts_with(SERVE) {
+            service = Some(home.serve().await);
+            continue;
+        }
+        let (line, shown) = step.split_once('\n').unwrap_or((step, ""));
+        let port = service.as_ref().map_or(0, |service| service.address().port());
+        let line = line.replace("localhost:7700", &format!("localhost:{port}"));
+        let line = line.replace("http://127.0.0.1:50051", fleet.endpoint());
+        if line.starts_with("export ") {
+            exports = format!("{line}; ");
+            continue;
+        }
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("{exports}{line}")]).current_dir(home.path("")).env("PATH", &path);
+        shell.env_remove("ORCHESTRATOR_ADDRESS").env_remove("ORCHESTRATOR_CREDENTIALS");
+        let (_, text) = run(shell).await;
+        let printed: Vec<_> = text.lines().map(squeezed).collect();
+        for line in shown.lines().map(squeezed) {
+            // In place of an ellipsis, there may be any text.
+            let parts: Vec<_> = line.split('…').map(str::trim).collect();
+            let is_printed = printed.iter().any(|printed| parts.iter().all(|part| printed.contains(part)));
+            assert!(is_printed, "`{step}` does not print {line:?}, but\n{text}");
+        }
     }
 }
 

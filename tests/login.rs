@@ -30,6 +30,9 @@ subsystems = ["*"]
 who = ["token:monitor"]
 role = "monitor"
 [[access.grants]]
+who = ["token:auditor"]
+role = "auditor"
+[[access.grants]]
 who = ["token:admin"]
 role = "admin"
 "#;
@@ -50,7 +53,7 @@ impl Stage {
     async fn with(mode: &str, settings: impl FnOnce(&Home) -> String) -> Self {
         let home = Home::new().in_memory();
         let tokens = home.path("tokens.toml");
-        let created = write_tokens(&tokens, &["viewer", "monitor", "admin"]);
+        let created = write_tokens(&tokens, &["viewer", "monitor", "auditor", "admin"]);
         let texts = created.into_iter().map(|(name, (_, text))| (name, text)).collect();
         let config = format!("{mode}\ntokens_file = '{}'\n{GRANTS}{}", tokens.display(), settings(&home));
         let home = home.with_config(&config);
@@ -80,6 +83,18 @@ impl Stage {
         let headers = [format!("Host: {}", self.host()), format!("Origin: {origin}"), format!("Cookie: {cookie}")];
         let headers: Vec<_> = headers.iter().map(String::as_str).collect();
         send_form(self.service.admin(), path, &headers, form).await
+    }
+
+    /// Registers the subsystem `a` in this phase, with the token of this name.
+    async fn register_as(&self, name: &str, phase: i32) -> Result<(), tonic::Status> {
+        let mut registered = registration("a", "http://127.0.0.1:1");
+        registered.phase = phase;
+        registered.parameters = to_struct(&json!({ "key": "x" }));
+        let request = pb::RegisterSubsystemRequest { registration: Some(registered), lease: None };
+        let mut request = tonic::Request::new(request);
+        let bearer = format!("Bearer {}", self.texts[name]);
+        request.metadata_mut().insert("authorization", bearer.parse().unwrap());
+        self.service.client().await.register_subsystem(request).await.map(|_| ())
     }
 
     async fn log_in(&self, form: &str) -> Answer {
@@ -124,7 +139,7 @@ async fn a_browser_without_a_credential_is_led_to_the_login() {
         assert_eq!((answer.status, answer.header("location")), (303, Some("/login")), "{path}");
         assert_eq!(stage.get(path, "").await.status, 401, "a script of a page at {path}");
     }
-    for path in ["/api/status", "/api/events", "/api/whoami", "/metrics"] {
+    for path in ["/api/status", "/api/events", "/api/audit", "/api/whoami", "/metrics"] {
         assert_eq!(stage.visit(path, "").await.status, 401, "{path}");
     }
     let page = stage.visit("/login", "").await;
@@ -188,19 +203,60 @@ async fn a_session_is_its_token_until_it_is_logged_out() {
 #[tokio::test]
 async fn parameters_are_shown_to_sessions_that_may_see_them() {
     let stage = Stage::new().await;
-    let mut registered = registration("a", "http://127.0.0.1:1");
-    registered.parameters = to_struct(&json!({ "key": "x" }));
-    let request = pb::RegisterSubsystemRequest { registration: Some(registered), lease: None };
-    let mut request = tonic::Request::new(request);
-    let bearer = format!("Bearer {}", stage.texts["admin"]);
-    request.metadata_mut().insert("authorization", bearer.parse().unwrap());
-    stage.service.client().await.register_subsystem(request).await.unwrap();
+    stage.register_as("admin", 0).await.unwrap();
     for (name, sees) in [("viewer", false), ("admin", true)] {
         let cookie = stage.session(&stage.texts[name]).await;
         let subsystem = stage.get("/api/subsystems/a", &cookie).await.json().await["subsystem"].clone();
         assert_eq!(subsystem["registration"]["parameters"]["key"] == "x", sees, "{name}: {subsystem}");
         assert_eq!(subsystem["redacted"] == true, !sees, "{name}: {subsystem}");
     }
+}
+
+#[tokio::test]
+async fn audit_events_are_shown_to_sessions_that_may_list_them() {
+    let stage = Stage::new().await;
+    stage.register_as("admin", 0).await.unwrap();
+    stage.register_as("viewer", 1).await.unwrap_err();
+    let refused = stage.get("/api/audit", &stage.session(&stage.texts["viewer"]).await).await;
+    assert_eq!(refused.status, 403);
+    let error = refused.json().await["error"].clone();
+    assert_eq!((&error["reason"], &error["metadata"]["rpc"]), (&"NOT_ALLOWED".into(), &"ListAuditEvents".into()));
+    for name in ["auditor", "admin"] {
+        let cookie = stage.session(&stage.texts[name]).await;
+        let page = stage.get("/api/audit?kind=AUDIT_KIND_CHANGE&caller=token:admin", &cookie).await.json().await;
+        let events = page["events"].as_array().unwrap();
+        assert_eq!(events.len(), 1, "{name}: {page}");
+        let event = &events[0]["event"];
+        assert_eq!(
+            (&event["rpc"], &event["targets"], &event["decision"], &event["code"], &event["count"]),
+            (&"RegisterSubsystem".into(), &json!(["a"]), &"DECISION_ALLOWED".into(), &"OK".into(), &"1".into()),
+            "{name}: {page}"
+        );
+        assert_eq!(stage.get("/api/audit?since=yesterday", &cookie).await.status, 400, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn audit_events_are_filtered_and_read_page_by_page() {
+    let stage = Stage::with("[access]\nmode = \"dry_run\"", |_| String::new()).await;
+    for (name, phase) in [("admin", 0), ("viewer", 1), ("admin", 2)] {
+        stage.register_as(name, phase).await.unwrap();
+    }
+    let list = async |query: &str| get(stage.service.admin(), &format!("/api/audit?{query}")).await.json().await;
+    let callers = |page: &serde_json::Value| -> Vec<String> {
+        let events = page["events"].as_array().cloned().unwrap_or_default();
+        events.iter().map(|event| event["event"]["caller"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(callers(&list("").await), ["token:admin", "token:viewer", "token:admin"]);
+    let denied = list("denied=true").await;
+    assert_eq!(callers(&denied), ["token:viewer"]);
+    assert_eq!(denied["events"][0]["event"]["decision"], "DECISION_WOULD_BE_DENIED");
+    assert_eq!(callers(&list("caller=token:admin").await).len(), 2);
+    assert!(callers(&list("since=2999-01-01T00:00:00Z").await).is_empty());
+    let first = list("pageSize=2").await;
+    assert_eq!(callers(&first), ["token:admin", "token:viewer"]);
+    let second = list(&format!("pageSize=2&pageToken={}", first["nextPageToken"].as_str().unwrap())).await;
+    assert_eq!((callers(&second), &second["nextPageToken"]), (vec!["token:admin".to_owned()], &json!(null)));
 }
 
 #[tokio::test]
@@ -258,7 +314,16 @@ async fn a_cookie_authorizes_nothing_that_another_page_asks_for() {
         send_form(stage.service.admin(), "/logout", &["Host: localhost", &format!("Cookie: {cookie}")], "").await;
     assert_eq!(bare.status, 403, "a form of no origin");
     for method in ["POST", "PUT", "PATCH", "DELETE", "OPTIONS"] {
-        for path in ["/", "/api/status", "/api/cycles", "/api/subsystems/a", "/api/loops", "/api/events", "/metrics"] {
+        for path in [
+            "/",
+            "/api/status",
+            "/api/cycles",
+            "/api/subsystems/a",
+            "/api/loops",
+            "/api/audit",
+            "/api/events",
+            "/metrics",
+        ] {
             let headers = [format!("Host: {host}"), format!("Origin: http://{host}"), format!("Cookie: {cookie}")];
             let headers: Vec<_> = headers.iter().map(String::as_str).chain(["Content-Length: 0"]).collect();
             let answer = send(stage.service.admin(), &format!("{method} {path}"), &headers).await;

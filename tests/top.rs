@@ -135,6 +135,24 @@ async fn the_smallest_terminal_shows_the_state_of_the_connection() {
 }
 
 #[tokio::test]
+async fn the_mode_of_access_control_and_an_insecure_service_are_shown() {
+    let stage = Stage::new().await;
+    let mut top = Top::start(stage.service.address(), 120, 24);
+    let shown = top.terminal.until_shown("access off").await;
+    assert!(!shown.contains("INSECURE"), "{shown}");
+    top.terminal.press("q");
+    assert_eq!(top.ended().await, 0);
+
+    let config = "[access]\nmode = \"dry_run\"\n[server]\ninsecure_listen_beyond_loopback = true\n";
+    let stage = Stage::at(Home::new().with_config(config)).await;
+    let mut top = Top::start(stage.service.address(), 120, 24);
+    top.terminal.until_shown("access dry_run nobody").await;
+    top.terminal.until_shown("INSECURE: other machines may need no right: access.mode is not enforce").await;
+    top.terminal.press("q");
+    assert_eq!(top.ended().await, 0);
+}
+
+#[tokio::test]
 async fn it_survives_a_crash_of_the_service() {
     let home = Home::new();
     let mut stage = Stage::at(home).await;

@@ -12,7 +12,7 @@ use prost::Message;
 
 use super::{
     Exit, Failure,
-    output::{clean, print},
+    output::{clean, count, print},
     pin::checkpoint_in,
 };
 use crate::{
@@ -57,9 +57,11 @@ pub(super) fn verify(path: &Path, key: &VerifyingKey, since: Option<&Path>) -> R
     }
     let Contents { records, events, controls, gone, .. } = contents;
     let mut said = vec![format!(
-        "{} has the log {origin} of {size} entries, as the key has signed it: {records} records, {events} audit events \
-         and {controls} entries about removals are as they were written",
-        path.display()
+        "{} has the log {origin} of {size} entries, as the key has signed it: {}, {} and {controls} entries about removals \
+         are as they were written",
+        path.display(),
+        count(records, "record"),
+        count(events, "audit event")
     )];
     if from_leaf > 0 {
         said.push(format!("hashes take the place of the entries before leaf {from_leaf}"));

@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     Exit, Failure, bundle,
-    output::{clean, print},
+    output::{clean, count, print},
 };
 use crate::{
     ledger::{Checkpoint, NoteError, SealKeys, SigningKey, VerifyingKey},
@@ -83,14 +83,15 @@ impl Verify {
         let verified = differences(&db, &checkpoint, &keys)?;
         let Verified { entries, first_kept, removed, records, events, unlogged, sealed } = verified;
         let mut lines = vec![format!(
-            "{} has the log {} of {entries} entries, {} of which are signed; {records} records and {events} audit events \
-             are as they were written",
+            "{} has the log {} of {entries} entries, {} of which are signed; {} and {} are as they were written",
             db.display(),
             checkpoint.origin,
-            checkpoint.size
+            checkpoint.size,
+            count(records, "record"),
+            count(events, "audit event")
         )];
         match sealed {
-            Some(rows) => lines.push(format!("the seals of the log and of {rows} other rows are valid")),
+            Some(rows) => lines.push(format!("the seals of the log and of {} are valid", count(rows, "other row"))),
             None => lines.push("the seals were not checked: that needs the private key, --key-file".into()),
         }
         if first_kept > 0 {

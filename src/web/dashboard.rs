@@ -29,6 +29,7 @@ const ASSETS: &[(&str, &str, &str)] = &[
     ("/parts.js", SCRIPT, include_str!("dashboard/parts.js")),
     ("/route.js", SCRIPT, include_str!("dashboard/route.js")),
     ("/states.js", SCRIPT, include_str!("dashboard/states.js")),
+    ("/views/audit.js", SCRIPT, include_str!("dashboard/views/audit.js")),
     ("/views/cycle.js", SCRIPT, include_str!("dashboard/views/cycle.js")),
     ("/views/cycles.js", SCRIPT, include_str!("dashboard/views/cycles.js")),
     ("/views/fleet.js", SCRIPT, include_str!("dashboard/views/fleet.js")),

@@ -44,7 +44,9 @@ use crate::{
     api::{Api, Caller, Scrape},
     listen::{self, Beside, Busy, Connection, Connections, Entrance},
     memory::Memory,
-    proto::orchestrator::v1::{access_server::Access as _, orchestrator_server::Orchestrator as _},
+    proto::orchestrator::v1::{
+        access_server::Access as _, ledger_server::Ledger as _, orchestrator_server::Orchestrator as _,
+    },
     telemetry::metrics::{self, Metrics},
 };
 
@@ -179,6 +181,7 @@ fn routes(login: &Login) -> Router<Answers> {
         .route("/api/subsystems", get(subsystems))
         .route("/api/subsystems/{name}", get(subsystem))
         .route("/api/loops", get(loops))
+        .route("/api/audit", get(audit))
         .route("/api/whoami", get(whoami))
         .route("/api/events", get(json::events))
         .merge(dashboard)
@@ -210,6 +213,10 @@ async fn subsystem(asked: Asked) -> Response {
 
 async fn loops(asked: Asked) -> Response {
     asked.answer(async |api, request| api.list_interval_loops(request).await).await
+}
+
+async fn audit(asked: Asked) -> Response {
+    asked.answer(async |api, request| api.list_audit_events(request).await).await
 }
 
 async fn whoami(asked: Asked) -> Response {

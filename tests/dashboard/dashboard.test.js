@@ -38,6 +38,7 @@ test("the page loads, and each view has its title", async (t) => {
     ["#/cycles/1/alpha", "alpha in cycle 1", "main .json"],
     ["#/plan", "Plan", "main .graph .node"],
     ["#/loops", "Loops", "main"],
+    ["#/audit", "Audit", "main .audit tbody tr"],
     ["#/subsystems/alpha", "alpha", "main .settings"],
   ]) {
     await show(page, hash);
@@ -172,6 +173,75 @@ test("a viewer sees everything but outputs and parameters, also beyond a limit o
   await says(page, "main .json", "hidden");
 });
 
+test("those who may list audit events see them, and others are not offered the view", async (t) => {
+  const secrets = new Secrets("wall", "ops");
+  t.after(() => secrets.remove());
+  const { fleet, service } = await stage(t, enforced(secrets));
+  service.token = secrets.token("ops");
+  await service.register(fleet, "alpha");
+  const page = await browser.visit(service.url);
+  await logIn(page, secrets.token("wall"));
+  await says(page, "#access", "token:wall");
+  assert.equal(await page.$eval("#audit", (item) => item.hidden), true);
+  await page.keyboard.press("6");
+  await show(page, "#/audit");
+  await says(page, "main .problem", "token:wall may not call ListAuditEvents");
+  await Promise.all([page.waitForNavigation(), page.click("#logout button")]);
+
+  await logIn(page, secrets.token("ops"));
+  await sees(page, "#audit");
+  await page.keyboard.press("6");
+  await says(page, "h1", "Audit");
+  await says(page, ".audit tr", "RegisterSubsystem");
+  // New events appear by themselves.
+  await service.run();
+  await says(page, ".audit tr", "RunCycle");
+  const cells = await page.$$eval(".audit tbody tr", (rows) => rows.map((row) => [...row.cells].slice(1).map((cell) => cell.textContent)));
+  assert.deepEqual(cells, [
+    ["token:ops", "127.0.0.1", "RunCycle", "*", "1", "allowed", "OK", "1"],
+    ["token:ops", "127.0.0.1", "RegisterSubsystem", "alpha", "–", "allowed", "OK", "1"],
+  ]);
+  assert.deepEqual(page.problems.filter((text) => !/status of 40[13]/.test(text)), []);
+});
+
+test("audit events can be filtered and read page by page", async (t) => {
+  const secrets = new Secrets("wall", "ops");
+  t.after(() => secrets.remove());
+  const { fleet, service } = await stage(t, enforced(secrets).replace('"enforce"', '"dry_run"') + secrets.jwtSettings);
+  const attack = '<img src=x onerror="window.harmed=1">';
+  const register = async (token, phase) => {
+    service.token = token;
+    await service.register(fleet, "alpha", { phase });
+  };
+  await register(secrets.jwt(attack), 100);
+  for (let phase = 0; phase < 55; phase += 1) await register(secrets.token("ops"), phase);
+  const page = await browser.open(`${service.url}/#/audit`);
+  const areShown = (count) => page.waitForFunction((count) => document.querySelectorAll(".audit tbody tr").length === count, {}, count);
+  await says(page, "main .summary", "50 events, newest first; there are more.");
+  await page.keyboard.press("]");
+  await areShown(6);
+  await page.reload();
+  await areShown(6);
+  await page.keyboard.press("[");
+  await areShown(50);
+  await page.select("#show", "denied");
+  await areShown(1);
+  assert.match(page.url(), /show=denied/);
+  await says(page, ".audit tr", "would be denied");
+  await page.select("#show", "");
+  await areShown(50);
+  // The caller of an event is a link to all of its events.
+  await page.keyboard.press("]");
+  await areShown(6);
+  await (await page.waitForSelector(".audit tr:last-child td a")).click();
+  await says(page, "main .summary", "1 event, newest first.");
+  await areShown(1);
+  await says(page, ".audit a", `jwt:${attack}`);
+  assert.equal(await page.$eval("#caller", (field) => field.value), `jwt:${attack}`);
+  assert.deepEqual(await page.evaluate(() => ["harmed" in window, document.querySelectorAll("main img").length]), [false, 0]);
+  assert.deepEqual(page.problems, []);
+});
+
 test("the mode of access control is shown", async (t) => {
   const { service } = await stage(t);
   const page = await browser.open(service.url);
@@ -198,6 +268,8 @@ test("each empty view says that it is empty", async (t) => {
     ["#/cycles?state=FAILED", "No recorded cycle matches the filter."],
     ["#/plan", "No subsystem is registered."],
     ["#/loops", "No loops"],
+    ["#/audit", "No event is recorded."],
+    ["#/audit?show=denied", "No event matches the filter."],
   ]) {
     await show(page, hash);
     await says(page, "main .summary", text);
@@ -651,6 +723,7 @@ test("texts from subsystems have no effect", async (t) => {
     ["#/cycles/2/failing", ".problem", "<img src=x"],
     ["#/subsystems/hostile", ".json", "<img src=x"],
     ["#/plan", ".node", "hostile"],
+    [`#/audit?caller=${encodeURIComponent(attack)}&show=${encodeURIComponent(attack)}`, "main .summary", "No event matches"],
     [`#/subsystems/${encodeURIComponent(attack)}`, ".problem", "<img"],
     [`#/cycles/${encodeURIComponent(attack)}`, ".problem", "<img"],
     [`#/fleet?q=${encodeURIComponent(attack)}&state=${encodeURIComponent(attack)}`, ".empty", "No subsystem matches"],
@@ -881,6 +954,7 @@ describe("for everyone: contrast, names, order, and no sideways scrolling", () =
     "#/cycles/3/needy": "main table",
     "#/plan": ".graph .node",
     "#/loops": ".card",
+    "#/audit": ".audit tbody tr",
     "#/subsystems/gamma": ".settings",
   };
   for (const theme of ["light", "dark"]) {

@@ -122,10 +122,22 @@ impl Look {
             second.push_span(Span::styled(grouped(number), style.add_modifier(Modifier::BOLD)));
             second.push_span("  ");
         }
+        if let Some(who) = &model.who {
+            second.push_span("access ");
+            second.push_span(bold(word(who.mode().as_str_name(), "ACCESS_MODE_").to_lowercase()));
+            // In the mode `off`, callers are not told apart.
+            if who.mode() != pb::AccessMode::Off {
+                second.push_span(format!(" {}", clean(&who.identity)));
+            }
+        }
         let mut header = vec![first, second];
         if !status.store_error.is_empty() {
             let error = clean(&status.store_error);
             header.push(self.loud(format!("STORE ERROR: {error}; no cycle starts until it can be written")).into());
+        }
+        if status.insecure {
+            let why = "other machines may need no right: access.mode is not enforce";
+            header.push(self.loud(format!("INSECURE: {why}")).into());
         }
         header
     }
@@ -1076,6 +1088,24 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         let lines = shown(&model, &mut View::default(), 100, 24);
         assert!(lines[0].contains("not answer within 10s"));
         assert_eq!(lines[2], "STORE ERROR: disk full; no cycle starts until it can be written");
+    }
+
+    #[test]
+    fn the_mode_of_access_control_and_an_insecure_service_are_shown() {
+        let News::Status(status) = status() else { panic!("no status") };
+        let mut model = house();
+        let who = |mode: pb::AccessMode| {
+            let identity = "jwt:a\x1bb".into();
+            News::Who(Box::new(pb::WhoAmIResponse { identity, mode: mode.into(), ..Default::default() }))
+        };
+        model.learn(who(pb::AccessMode::Off), at(9));
+        let lines = shown(&model, &mut View::default(), 100, 24);
+        assert!(lines[1].ends_with("watchers 4  access off"), "{}", lines[1]);
+        model.learn(who(pb::AccessMode::DryRun), at(9));
+        model.learn(News::Status(Box::new(pb::OrchestratorStatus { insecure: true, ..*status })), at(9));
+        let lines = shown(&model, &mut View::default(), 100, 24);
+        assert!(lines[1].ends_with("access dry_run jwt:ab"), "{}", lines[1]);
+        assert_eq!(lines[2], "INSECURE: other machines may need no right: access.mode is not enforce");
     }
 
     #[test]

@@ -191,7 +191,8 @@ async fn ask(
     mut wanted: watch::Receiver<Option<String>>,
     news: mpsc::Sender<News>,
 ) -> Ended {
-    let mut asker = Asker { remote, client, news, page_token: String::new(), bytes: 0, is_first_reading: true };
+    let mut asker =
+        Asker { remote, client, news, epoch: 0, page_token: String::new(), bytes: 0, is_first_reading: true };
     loop {
         let began = Instant::now();
         let name = wanted.borrow_and_update().clone();
@@ -224,6 +225,9 @@ struct Asker {
     remote: Remote,
     client: Client,
     news: mpsc::Sender<News>,
+    /// The process of the service that has said who the caller is: the mode and the credential are the same while it
+    /// runs.
+    epoch: u64,
     page_token: String,
     /// Bytes of the answers in this round.
     bytes: usize,
@@ -262,7 +266,15 @@ impl Asker {
             let request = pb::GetStatusRequest { omit_last_cycle: true, ..pb::GetStatusRequest::default() };
             let response = self.remote.quickly(self.client.get_status(request)).await?.into_inner();
             self.bytes += response.encoded_len();
-            tell(&self.news, News::Status(Box::new(response.status.unwrap_or_default()))).await?;
+            let status = response.status.unwrap_or_default();
+            let epoch = status.epoch;
+            tell(&self.news, News::Status(Box::new(status))).await?;
+            if self.epoch != epoch {
+                if let Some(who) = self.who().await? {
+                    tell(&self.news, News::Who(Box::new(who))).await?;
+                }
+                self.epoch = epoch;
+            }
         }
         let request = pb::ListSubsystemsRequest { page_size: Self::PAGE, page_token: self.page_token.clone() };
         let page = self.remote.quickly(self.client.list_subsystems(request)).await?.into_inner();
@@ -271,6 +283,20 @@ impl Asker {
         let is_last = self.page_token.is_empty();
         self.is_first_reading &= !is_last;
         tell(&self.news, News::Page { subsystems: page.subsystems, is_last }).await
+    }
+
+    /// The caller, and whether rights are enforced. `None` if an earlier version of the service
+    /// can't say it.
+    async fn who(&self) -> Result<Option<pb::WhoAmIResponse>, Failure> {
+        let mut client = self.remote.connect_to_access().await?;
+        let call = async {
+            match client.who_am_i(pb::WhoAmIRequest {}).await {
+                Ok(response) => Ok(Some(response.into_inner())),
+                Err(status) if status.code() == Code::Unimplemented => Ok(None),
+                Err(status) => Err(status),
+            }
+        };
+        self.remote.quickly(call).await
     }
 
     /// A subsystem with its latest output, or why it can't be shown.

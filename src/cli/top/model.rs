@@ -26,6 +26,8 @@ pub(super) const UNREADABLE: &str = "UNREADABLE";
 pub(super) enum News {
     /// The status of the service, without its last cycle.
     Status(Box<pb::OrchestratorStatus>),
+    /// The caller, as the service knows it, and whether rights are enforced.
+    Who(Box<pb::WhoAmIResponse>),
     /// A page of the registry. After the last page, the first one follows again.
     Page { subsystems: Vec<pb::SubsystemStatus>, is_last: bool },
     /// One subsystem with its latest output, or why it can't be shown.
@@ -57,6 +59,8 @@ pub(super) struct Model {
     pub(super) address: String,
     /// The last status.
     pub(super) status: Option<pb::OrchestratorStatus>,
+    /// The caller, and whether rights are enforced.
+    pub(super) who: Option<pb::WhoAmIResponse>,
     /// The reason and start of an interruption of the stream.
     pub(super) lost: Option<(String, Timestamp)>,
     /// The last error of a request.
@@ -227,6 +231,7 @@ impl Model {
                 self.status = Some(*status);
                 self.unanswered = None;
             }
+            News::Who(who) => self.who = Some(*who),
             News::Page { subsystems, is_last } => self.read(subsystems, is_last),
             // The view takes it, not the model.
             News::Subsystem(..) => {}

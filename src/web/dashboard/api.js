@@ -1,5 +1,7 @@
 // Reads from the service: see the contract, `dreamnet.orchestrator.v1`.
 
+import { word } from "./format.js";
+
 /** An error of the service: `status` is a gRPC code, such as "NOT_FOUND". */
 export class Refusal extends Error {
   /** @param {string} status @param {string} message */
@@ -52,10 +54,9 @@ export function whoAmI() {
   return asked;
 }
 
-/** True if this browser may see what only operators may see. */
-async function operates() {
-  const { mode, rights = [] } = await (who ?? whoAmI());
-  return mode !== "ACCESS_MODE_ENFORCE" || rights.some(({ role }) => role === "ROLE_OPERATOR" || role === "ROLE_ADMIN");
+/** True if this `WhoAmIResponse` has one of these roles, or rights are not enforced. */
+export function hasRole({ mode, rights = [] }, ...roles) {
+  return mode !== "ACCESS_MODE_ENFORCE" || rights.some(({ role }) => roles.includes(word(role, "ROLE_")));
 }
 
 export const getStatus = async (options = {}) => (await get("status", options)).status ?? {};
@@ -80,7 +81,7 @@ export const getSubsystem = async (name, options = {}) =>
 
 /** A subsystem with its latest output. `outputHidden` if this browser may not see that. */
 export async function getSubsystemWithOutput(name) {
-  if (await operates()) return getSubsystem(name, { includeOutput: true });
+  if (hasRole(await (who ?? whoAmI()), "OPERATOR", "ADMIN")) return getSubsystem(name, { includeOutput: true });
   return { ...(await getSubsystem(name)), outputHidden: true };
 }
 
@@ -88,6 +89,12 @@ export async function getSubsystemWithOutput(name) {
 export async function listCycles(filter) {
   const page = await get("cycles", filter);
   return { cycles: page.cycles ?? [], unreadable: page.unreadable ?? [], nextPageToken: page.nextPageToken ?? "" };
+}
+
+/** One page: { events, unreadable, nextPageToken }. */
+export async function listAuditEvents(filter) {
+  const page = await get("audit", filter);
+  return { events: page.events ?? [], unreadable: page.unreadable ?? [], nextPageToken: page.nextPageToken ?? "" };
 }
 
 /**

@@ -1,10 +1,11 @@
 // The frame: which view is shown, the state of the connection, and the keys.
 
-import { Refusal } from "./api.js";
+import { hasRole, Refusal } from "./api.js";
 import { h, replace, setAttribute, setText } from "./dom.js";
 import { counted, visible, word } from "./format.js";
 import { model, on, start } from "./model.js";
 import { href, parse } from "./route.js";
+import * as audit from "./views/audit.js";
 import * as cycle from "./views/cycle.js";
 import * as cycles from "./views/cycles.js";
 import * as fleet from "./views/fleet.js";
@@ -23,10 +24,12 @@ const VIEWS = [
   { path: "cycles/:id/:name", view: part, within: "cycles" },
   { path: "plan", view: plan },
   { path: "loops", view: loops },
+  { path: "audit", view: audit },
   { path: "subsystems/:name", view: subsystem, within: "fleet" },
 ];
 
 const main = element("main", HTMLElement);
+const auditItem = element("audit", HTMLElement);
 const help = element("help", HTMLDialogElement);
 const theme = element("theme", HTMLButtonElement);
 const keysOn = element("keys-on", HTMLInputElement);
@@ -151,12 +154,15 @@ const ACCESS = {
 };
 
 function showWho() {
-  const { identity, mode } = model.who ?? {};
+  if (!model.who) return;
+  const { identity, mode } = model.who;
   const name = word(mode, "ACCESS_MODE_");
   const access = element("access", HTMLElement);
   const who = name === "OFF" || !identity ? "" : ` · ${visible(identity, 100)}`;
   setText(access, `access: ${name.toLowerCase()}${who}`);
   setAttribute(access, "title", ACCESS[name] ?? null);
+  // Those that may call ListAuditEvents.
+  auditItem.hidden = !hasRole(model.who, "AUDITOR", "ADMIN");
   // Others have no session: they show a certificate, or nothing.
   element("logout", HTMLElement).hidden = !/^(token|jwt):/.test(identity ?? "");
 }
@@ -215,6 +221,9 @@ const KEYS = {
   3: () => (location.hash = href("cycles")),
   4: () => (location.hash = href("plan")),
   5: () => (location.hash = href("loops")),
+  6: () => {
+    if (!auditItem.hidden) location.hash = href("audit");
+  },
   "/": () => find("input[type=search]")?.focus(),
   "[": () => find("[rel=prev]:not([hidden])")?.click(),
   "]": () => find("[rel=next]:not([hidden])")?.click(),
