@@ -862,7 +862,7 @@ test("10,000 subsystems stay usable", async (t) => {
   /** Elements in the page: what is drawn is bounded, however many there are. */
   const NODES = 3000;
   const { fleet, service } = await stage(t, (fleet) => Array.from({ length: SUBSYSTEMS }, (_, i) =>
-    `[[subsystems]]\nname = "s${i}"\nendpoint = "${fleet.endpoint}"\n${i % 10 ? `after = ["s${i - 1}"]\n` : ""}`).join(""));
+    `[[subsystems]]\nname = "s${i}"\nendpoint = "${fleet.endpoint}"\ntimeout = "300s"\n${i % 10 ? `after = ["s${i - 1}"]\n` : ""}`).join(""));
   fleet.script("s4321", () => {
     throw failure("one among many");
   });
@@ -878,7 +878,7 @@ test("10,000 subsystems stay usable", async (t) => {
   // A cycle of a large fleet, watched while it runs.
   await show(page, "#/live");
   const release = fleet.hold("s9999");
-  const running = service.run({ deadline: { seconds: 300 } });
+  const running = service.run();
   await sees(page, ".levels tbody tr");
   await says(page, "main .summary", "9,999 of 10,000 subsystems ended");
   await isBounded();

@@ -19,8 +19,12 @@ const PROGRAM = process.env.ORCHESTRATOR ?? path.join(ROOT, process.env.CARGO_TA
 const CHROMIUM = [process.env.CHROMIUM, "/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"]
   .find((program) => program && existsSync(program));
 
-/** Most milliseconds for which a test waits for an event. It only turns a hang into a failure. */
-const PATIENCE = 30_000;
+/**
+ * Most milliseconds for which a test waits for an event, and for which a subsystem and a cycle may take. It only turns a
+ * hang into a failure, so it is long enough for a busy machine.
+ */
+const PATIENCE = 300_000;
+const PATIENT = { seconds: PATIENCE / 1000 };
 
 const { dreamnet } = loadPackageDefinition(loadSync(
   ["dreamnet/subsystem/v1/subsystem.proto", "dreamnet/orchestrator/v1/orchestrator.proto"],
@@ -222,11 +226,11 @@ export class Service {
   }
 
   register(fleet, name, registration = {}) {
-    return this.call("RegisterSubsystem", { registration: { name, endpoint: fleet.endpoint, ...registration } });
+    return this.call("RegisterSubsystem", { registration: { name, endpoint: fleet.endpoint, timeout: PATIENT, ...registration } });
   }
 
   async run(request = {}) {
-    return (await this.call("RunCycle", request)).telemetry;
+    return (await this.call("RunCycle", { deadline: PATIENT, ...request })).telemetry;
   }
 }
 
@@ -247,7 +251,7 @@ export class Browser {
     if (!CHROMIUM) throw new Error("Chromium is missing; install Debian's chromium, or name one in CHROMIUM");
     const browser = new Browser();
     const isRoot = process.getuid() === 0;
-    browser.#browser = await puppeteer.launch({ executablePath: CHROMIUM, acceptInsecureCerts: true, args: isRoot ? ["--no-sandbox"] : [] });
+    browser.#browser = await puppeteer.launch({ executablePath: CHROMIUM, acceptInsecureCerts: true, timeout: PATIENCE, protocolTimeout: PATIENCE, args: isRoot ? ["--no-sandbox"] : [] });
     return browser;
   }
 
