@@ -110,15 +110,14 @@ async fn private_keys_belong_to_their_owner_only() {
     }
 }
 
-/// What is left of a line of a table.
+/// A line with single spaces.
 fn squeezed(line: &str) -> String {
     line.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[tokio::test]
 async fn the_commands_of_the_readme_secure_a_fleet_and_show_what_it_says() {
-    const SERVE: &str =
-        "orchestrator serve --secure pki/ --listen 0.0.0.0:7700 --admin-listen 0.0.0.0:7780 &\nlistening on";
+    const SERVE: &str = "orchestrator serve --secure pki/ --listen 0.0.0.0:7700 --admin-listen 0.0.0.0:7780 &\n";
     let readme = include_str!("../README.md");
     let (_, section) = readme.split_once("## Five more minutes, with TLS and rights").unwrap();
     let (section, _) = section.split_once("\n## ").unwrap();
@@ -127,8 +126,9 @@ async fn the_commands_of_the_readme_secure_a_fleet_and_show_what_it_says() {
     assert_eq!(steps.len(), 10, "{steps:?}");
 
     let home = Home::new();
-    let home = home.with_args(["--secure".to_owned(), home.path("pki").display().to_string()]);
-    let home = home.with_store(&format!("sqlite:{}", home.path("orchestrator.db").display()));
+    let (pki, database) = (home.path("pki"), home.path("orchestrator.db"));
+    let home = home.with_args(["--secure".to_owned(), pki.display().to_string()]);
+    let home = home.with_store(&format!("sqlite:{}", database.display()));
     let fleet = Fleet::start().await;
     let program = Path::new(env!("CARGO_BIN_EXE_orchestrator")).parent().unwrap().display();
     let path = format!("{program}:{}", std::env::var("PATH").unwrap());

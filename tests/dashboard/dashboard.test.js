@@ -193,6 +193,9 @@ test("those who may list audit events see them, and others are not offered the v
   await page.keyboard.press("6");
   await says(page, "h1", "Audit");
   await says(page, ".audit tr", "RegisterSubsystem");
+  // The dashboard's own reads have events as well.
+  await page.select("#show", "changes");
+  await says(page, "main .summary", "1 event, newest first.");
   // New events appear by themselves.
   await service.run();
   await says(page, ".audit tr", "RunCycle");
@@ -215,7 +218,8 @@ test("audit events can be filtered and read page by page", async (t) => {
   };
   await register(secrets.jwt(attack), 100);
   for (let phase = 0; phase < 55; phase += 1) await register(secrets.token("ops"), phase);
-  const page = await browser.open(`${service.url}/#/audit`);
+  // The reads of this page would be denied as well.
+  const page = await browser.open(`${service.url}/#/audit?show=changes`);
   const areShown = (count) => page.waitForFunction((count) => document.querySelectorAll(".audit tbody tr").length === count, {}, count);
   await says(page, "main .summary", "50 events, newest first; there are more.");
   await page.keyboard.press("]");
@@ -225,14 +229,12 @@ test("audit events can be filtered and read page by page", async (t) => {
   await page.keyboard.press("[");
   await areShown(50);
   await page.select("#show", "denied");
-  await areShown(1);
+  await page.waitForFunction(() => {
+    const rows = [...document.querySelectorAll(".audit tbody tr")];
+    return rows.length > 0 && rows.every((row) => row.textContent.includes("would be denied"));
+  });
   assert.match(page.url(), /show=denied/);
-  await says(page, ".audit tr", "would be denied");
-  await page.select("#show", "");
-  await areShown(50);
-  // The caller of an event is a link to all of its events.
-  await page.keyboard.press("]");
-  await areShown(6);
+  // The caller of an event is a link to all of its events. This one is the oldest.
   await (await page.waitForSelector(".audit tr:last-child td a")).click();
   await says(page, "main .summary", "1 event, newest first.");
   await areShown(1);
