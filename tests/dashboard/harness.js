@@ -20,8 +20,8 @@ const CHROMIUM = [process.env.CHROMIUM, "/usr/bin/chromium", "/usr/bin/chromium-
   .find((program) => program && existsSync(program));
 
 /**
- * Most milliseconds for which a test waits for an event, and for which a subsystem and a cycle may take. It only turns a
- * hang into a failure, so it is long enough for a busy machine.
+ * Most milliseconds for which a test waits for an event, and that a call of a subsystem and a cycle may take. It only
+ * turns a hang into a failure, so it is long enough for a busy machine.
  */
 const PATIENCE = 300_000;
 const PATIENT = { seconds: PATIENCE / 1000 };
