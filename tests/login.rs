@@ -32,6 +32,7 @@ role = "monitor"
 [[access.grants]]
 who = ["token:auditor"]
 role = "auditor"
+subsystems = ["*"]
 [[access.grants]]
 who = ["token:admin"]
 role = "admin"

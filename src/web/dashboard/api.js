@@ -1,7 +1,5 @@
 // Reads from the service: see the contract, `dreamnet.orchestrator.v1`.
 
-import { word } from "./format.js";
-
 /** An error of the service: `status` is a gRPC code, such as "NOT_FOUND". */
 export class Refusal extends Error {
   /** @param {string} status @param {string} message */
@@ -54,9 +52,16 @@ export function whoAmI() {
   return asked;
 }
 
-/** True if this `WhoAmIResponse` has one of these roles, or rights are not enforced. */
-export function hasRole({ mode, rights = [] }, ...roles) {
-  return mode !== "ACCESS_MODE_ENFORCE" || rights.some(({ role }) => roles.includes(word(role, "ROLE_")));
+/** True if this browser may see what only operators may see. */
+async function operates() {
+  const { mode, rights = [] } = await (who ?? whoAmI());
+  return mode !== "ACCESS_MODE_ENFORCE" || rights.some(({ role }) => role === "ROLE_OPERATOR" || role === "ROLE_ADMIN");
+}
+
+/** True if the caller of this `WhoAmIResponse` may list audit events. */
+export function audits({ mode, rights = [] }) {
+  return mode !== "ACCESS_MODE_ENFORCE" || rights.some(({ role, subsystems = [] }) =>
+    role === "ROLE_ADMIN" || (role === "ROLE_AUDITOR" && subsystems.includes("*")));
 }
 
 export const getStatus = async (options = {}) => (await get("status", options)).status ?? {};
@@ -81,7 +86,7 @@ export const getSubsystem = async (name, options = {}) =>
 
 /** A subsystem with its latest output. `outputHidden` if this browser may not see that. */
 export async function getSubsystemWithOutput(name) {
-  if (hasRole(await (who ?? whoAmI()), "OPERATOR", "ADMIN")) return getSubsystem(name, { includeOutput: true });
+  if (await operates()) return getSubsystem(name, { includeOutput: true });
   return { ...(await getSubsystem(name)), outputHidden: true };
 }
 

@@ -1,6 +1,6 @@
 // The frame: which view is shown, the state of the connection, and the keys.
 
-import { hasRole, Refusal } from "./api.js";
+import { audits, Refusal } from "./api.js";
 import { h, replace, setAttribute, setText } from "./dom.js";
 import { counted, visible, word } from "./format.js";
 import { model, on, start } from "./model.js";
@@ -161,8 +161,7 @@ function showWho() {
   const who = name === "OFF" || !identity ? "" : ` · ${visible(identity, 100)}`;
   setText(access, `access: ${name.toLowerCase()}${who}`);
   setAttribute(access, "title", ACCESS[name] ?? null);
-  // Those that may call ListAuditEvents.
-  auditItem.hidden = !hasRole(model.who, "AUDITOR", "ADMIN");
+  auditItem.hidden = !audits(model.who);
   // Others have no session: they show a certificate, or nothing.
   element("logout", HTMLElement).hidden = !/^(token|jwt):/.test(identity ?? "");
 }
